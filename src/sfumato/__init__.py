@@ -1,0 +1,37 @@
+"""sfumato: teach a Stable Diffusion model a style or a subject from a dozen pictures, and mix what was learned.
+
+Importing this package loads nothing heavy; a public name loads its module when it is first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sfumato.bases import Base, load_base
+    from sfumato.compose import Adapter, Mix, compose
+    from sfumato.errors import SfumatoError
+
+__version__ = "0.1.0"
+__all__ = ["Adapter", "Base", "Mix", "SfumatoError", "compose", "load_base"]
+
+_HOME = {
+    "Adapter": "sfumato.compose",
+    "Base": "sfumato.bases",
+    "Mix": "sfumato.compose",
+    "SfumatoError": "sfumato.errors",
+    "compose": "sfumato.compose",
+    "load_base": "sfumato.bases",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'sfumato' has no attribute {name!r}")
+    # `sfumato.compose` is a module as well as the function in it; the function is what the package shows.
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

@@ -1,0 +1,193 @@
+"""LoRA for training: W' = W + scale B A beside frozen layers (Hu et al. 2021, section 4.1).
+
+A layer's update lives outside the model it changes: a forward hook adds it to the layer's output. The model keeps its
+module names, its weights and its class, so that drawing, saving and measuring see an ordinary U-Net, and detaching
+leaves no trace.
+"""
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from sfumato import randomness
+from sfumato.errors import AdapterError
+
+_ATTENTION = r"\.attn[12]\.to_(q|k|v|out\.0)$"
+_MLP = r"\.ff\.net\.(0\.proj|2)$"
+# What LyCORIS calls LoCon: all of the blocks, but neither the first and last convolution nor the time embedding, which
+# sd-scripts would pass over in silence.
+_BLOCKS = r"^(down_blocks|mid_block|up_blocks)\."
+
+TARGETS: Mapping[str, str] = {
+    "cross-attention": r"\.attn2\.to_(q|k|v|out\.0)$",
+    "attention": _ATTENTION,
+    "attention+mlp": rf"{_ATTENTION}|{_MLP}",
+    "everything": _BLOCKS,
+}
+"""Names of sets of U-Net layers, as regular expressions that are searched in a layer's module path."""
+
+TEXT_TARGETS = r"\.(q_proj|k_proj|v_proj|out_proj|fc1|fc2)$"
+CONV_TARGETS = r"\.(conv1|conv2|conv_shortcut|downsamplers\.0\.conv|upsamplers\.0\.conv)$"
+
+
+class LoraLayer(nn.Module):
+    """One update scale B A; `down` is A, `up` is B. Both are fp32 whatever the model's dtype is.
+
+    Linear: down (rank, in), up (out, rank). Convolution: down (rank, in, k, k), up (out, rank, 1, 1).
+    """
+
+    def __init__(self, host: nn.Linear | nn.Conv2d, rank: int, scale: float, dropout: float, seed: torch.Generator):
+        super().__init__()
+        self.scale = scale
+        self.dropout = dropout
+        if isinstance(host, nn.Conv2d):
+            down_shape: tuple[int, ...] = (rank, host.in_channels // host.groups, *host.kernel_size)
+            up_shape: tuple[int, ...] = (host.out_channels, rank, 1, 1)
+            self.geometry = {"stride": host.stride, "padding": host.padding, "dilation": host.dilation}
+        else:
+            down_shape, up_shape = (rank, host.in_features), (host.out_features, rank)
+            self.geometry = {}
+        # Uniform in +-1/sqrt(fan in), PyTorch's and peft's start for A; B starts at zero, so that the start is a no-op.
+        bound = 1 / math.sqrt(math.prod(down_shape[1:]))
+        self.down = nn.Parameter((torch.rand(down_shape, generator=seed) * 2 - 1) * bound)
+        self.up = nn.Parameter(torch.zeros(up_shape))
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The update's share of the host's output, for the host's input x."""
+        x = F.dropout(x, self.dropout, self.training)
+        if not self.geometry:
+            return F.linear(F.linear(x, self.down), self.up) * self.scale
+        return F.conv2d(F.conv2d(x, self.down, **self.geometry), self.up) * self.scale  # type: ignore[arg-type]
+
+    def delta(self) -> Tensor:
+        """The change of the host's weight, in the host's shape, fp32."""
+        product = self.up.flatten(1) @ self.down.flatten(1)
+        return (product * self.scale).reshape(self.up.shape[0], *self.down.shape[1:])
+
+
+class Lora(nn.Module):
+    """All updates of one adapter, by (part, module path); parts are "unet", "text_encoder", "text_encoder_2"."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers: dict[tuple[str, str], LoraLayer] = {}
+        self.alpha = 0.0
+        self._store = nn.ModuleList()
+        self._handles: list[RemovableHandle] = []
+        self._enabled = True
+
+    def add(self, part: str, path: str, host: nn.Module, layer: LoraLayer) -> None:
+        """Let `layer` update `host`, which is `part`'s module at `path`."""
+        self.layers[part, path] = layer
+        self._store.append(layer)
+
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            return output + layer(inputs[0]) if self._enabled else None
+
+        self._handles.append(host.register_forward_hook(hook))
+
+    def count(self) -> int:
+        """How many numbers are trained."""
+        return sum(p.numel() for p in self.parameters())
+
+    def deltas(self) -> dict[tuple[str, str], Tensor]:
+        """The change of every adapted weight."""
+        return {key: layer.delta() for key, layer in self.layers.items()}
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Within the block the model is the base again."""
+        before, self._enabled = self._enabled, False
+        try:
+            yield
+        finally:
+            self._enabled = before
+
+    def detach(self) -> None:
+        """Take the hooks away; the model is the base for good."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def load(self, values: Mapping[tuple[str, str], tuple[Tensor, Tensor, float]], name: str) -> None:
+        """Start from another adapter: (down, up, alpha) for every layer, which must match in place and rank.
+
+        The other's scale is folded into `up`, so that the delta is the other's to fp32 rounding.
+        """
+        missing, extra = self.layers.keys() - values.keys(), values.keys() - self.layers.keys()
+        if missing or extra:
+            first = sorted(missing or extra)[0]
+            raise AdapterError(
+                f"{name}: has {len(values)} modules, this run trains {len(self.layers)}; {len(missing)} missing and "
+                f"{len(extra)} extra, first {'.'.join(first)}. Give the --targets that it was trained with."
+            )
+        for key, (down, up, alpha) in values.items():
+            layer = self.layers[key]
+            if down.shape != layer.down.shape or up.shape != layer.up.shape:
+                raise AdapterError(
+                    f"{name}: {'.'.join(key)} has rank {down.shape[0]} and shape {tuple(up.shape)}, this run has rank "
+                    f"{layer.rank} and shape {tuple(layer.up.shape)}. Give its own --rank, and its own base."
+                )
+            with torch.no_grad():
+                layer.down.copy_(down)
+                layer.up.copy_(up * (alpha / layer.rank / layer.scale))
+
+
+def select(model: nn.Module, pattern: str, *, conv: bool = False) -> dict[str, nn.Linear | nn.Conv2d]:
+    """The linear layers (and with `conv` the 3x3 convolutions) of `model` whose module path matches `pattern`.
+
+    1x1 convolutions count as linear ones, which they are. An empty choice is an AdapterError.
+    """
+    expression = TARGETS.get(pattern, pattern)
+    try:
+        compiled = re.compile(f"(?:{expression})" + (f"|(?:{CONV_TARGETS})" if conv else ""))
+    except re.error as error:
+        raise AdapterError(
+            f"--targets {pattern!r} is neither one of {', '.join(TARGETS)} nor a regular expression ({error})."
+        ) from None
+    chosen = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d) and compiled.search(name)
+    }
+    if not chosen:
+        raise AdapterError(
+            f"--targets {pattern!r} matches none of the model's layers; use one of {', '.join(TARGETS)} or a regular "
+            r"expression over names such as down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_q."
+        )
+    return chosen
+
+
+def attach(
+    parts: Mapping[str, Mapping[str, nn.Linear | nn.Conv2d]],
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float = 0.0,
+    rank_stabilised: bool = False,
+    seed: int = 0,
+) -> Lora:
+    """A new adapter on the selected layers of each part; it changes nothing until it is trained.
+
+    parts: "unet", "text_encoder", ... -> what `select` chose in it. The scale is alpha / rank, or alpha / sqrt(rank) when
+    rank-stabilised (Kalajdzievski 2023). Each layer's start is a function of (seed, part, path): adding a target does
+    not change how the others start.
+    """
+    lora = Lora()
+    lora.alpha = alpha
+    scale = alpha / (math.sqrt(rank) if rank_stabilised else rank)
+    for part, hosts in parts.items():
+        for path, host in hosts.items():
+            layer = LoraLayer(host, rank, scale, dropout, randomness.generator(seed, f"lora/{part}/{path}"))
+            lora.add(part, path, host, layer.to(host.weight.device))
+    return lora

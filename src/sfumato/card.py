@@ -1,0 +1,126 @@
+"""The model card: a README.md beside the adapter, in the form the Hugging Face hub shows.
+
+YAML head, gallery, trigger words, how to use it, and the training in a table; written through huggingface_hub.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sfumato.errors import ConfigError
+from sfumato.files.atomic import atomic_path, write_text
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from sfumato.files import Description
+
+
+def write_card(
+    folder: Path, adapter: Path, about: Description, prompts: Sequence[str], rows: Sequence[Sequence[Image]]
+) -> Path:
+    """Write README.md and its pictures into `folder`; returns the card's path.
+
+    rows: sample pictures, one row a point in time, one picture a prompt; the first row is the base, the last the
+    finished adapter, and the card shows both.
+    """
+    from huggingface_hub import ModelCardData
+
+    pictures = []
+    for number, (prompt, picture) in enumerate(zip(prompts, rows[-1] if rows else [], strict=False)):
+        with atomic_path(folder / "images" / f"image_{number}.png") as temporary:
+            picture.save(temporary)
+        pictures.append({"text": prompt, "output": {"url": f"images/image_{number}.png"}})
+    trigger = ", ".join(about.trigger)
+    head = ModelCardData(
+        library_name="diffusers",
+        base_model=about.base,
+        license=about.license or None,
+        instance_prompt=trigger or None,
+        tags=["text-to-image", "diffusers", "lora", "template:sd-lora", "sfumato"],
+        widget=pictures or None,
+    )
+    example = prompts[-1] if prompts else trigger
+    config = about.config or {}
+    shown = ("rank", "alpha", "targets", "steps", "batch", "learning_rate", "schedule", "min_snr", "seed", "resolution")
+    table = "\n".join(f"| {name} | {config[name]} |" for name in shown if name in config)
+    before_after = ""
+    if rows:
+        for name, row in (("before", rows[0]), ("after", rows[-1])):
+            with atomic_path(folder / "images" / f"{name}.png") as temporary:
+                _strip(row).save(temporary)
+        before_after = "\n## Before and after\n\n![before](images/before.png)\n\n![after](images/after.png)\n"
+    text = f"""---
+{head.to_yaml()}
+---
+
+# {about.title}
+
+<Gallery />
+
+A LoRA for `{about.base}` ({about.family}), learned from {about.images} pictures.
+{before_after}
+## Trigger words
+
+{f"Write `{trigger}` in the prompt." if trigger else "None; the captions had none."}
+
+## Use
+
+With [diffusers](https://github.com/huggingface/diffusers):
+
+```python
+pipe.load_lora_weights("{adapter.name}")
+image = pipe({example!r}).images[0]
+```
+
+With sfumato: `sfumato generate {example!r} --base {about.base} --lora {adapter.name}:1.0`
+
+ComfyUI, AUTOMATIC1111, Forge, InvokeAI and sd-scripts read the file as it is.
+
+## Training
+
+| setting | value |
+|---|---|
+{table}
+| pictures | {about.images} |
+| data set sha256 | `{about.dataset_sha256}` |
+"""
+    path = folder / "README.md"
+    write_text(path, text)
+    return path
+
+
+def _strip(row: Sequence[Image]) -> Image:
+    from PIL import Image as Images
+
+    strip = Images.new("RGB", (sum(p.width for p in row), max(p.height for p in row)), "white")
+    left = 0
+    for picture in row:
+        strip.paste(picture, (left, 0))
+        left += picture.width
+    return strip
+
+
+def push(folder: Path, adapter: Path, repository: str) -> str:
+    """Upload the adapter, its card and pictures to the hub; returns the address. The run's log and config stay here."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    api = HfApi()
+    try:
+        api.create_repo(repository, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            allow_patterns=[adapter.name, "README.md", "images/*"],
+            commit_message=f"Upload {adapter.stem}",
+        )
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(
+            f"--push-to-hub {repository}: {reason} The adapter is safe in {adapter}; log in with `hf auth login` and "
+            f"upload it with `hf upload {repository} {folder}`."
+        ) from None
+    return str(commit.commit_url)

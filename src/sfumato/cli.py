@@ -1,0 +1,156 @@
+"""`sfumato`: finds programs by name and runs them.
+
+Listing and help load no torch: a program imports what is heavy only when it runs.
+"""
+
+import importlib
+import importlib.util
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import sfumato
+from sfumato.errors import ConfigError, SfumatoError
+
+TRAINERS = {
+    "lora": "a LoRA on the U-Net's cross-attention, or more: a style or a subject in a file of a few megabytes",
+    "pretrain": "a small base from nothing: first its VAE, then its U-Net and text encoder",
+}
+PIPELINES = {
+    "generate": ("sfumato.pipelines.generate", "draw pictures with any base and any mix of adapters"),
+    "inspect": ("sfumato.pipelines.inspect_file", "what a weight file is, without loading it"),
+    "quickstart": ("sfumato.pipelines.quickstart", "the main job: learn a style and a subject, mix them, draw a sheet"),
+}
+
+Main = Callable[[Sequence[str]], object]
+
+
+def usage() -> str:
+    """The text of `sfumato --help`."""
+    lines = [
+        "Teach a Stable Diffusion model a style or a subject from a dozen pictures, and mix what was learned.",
+        "",
+        "Usage: sfumato COMMAND [OPTIONS]          every command answers --help",
+        "",
+        "  train NAME    train an adapter; NAME is one of",
+        *(f"    {name:<12}{text}" for name, text in TRAINERS.items()),
+        *(f"  {name:<14}{text}" for name, (_, text) in PIPELINES.items()),
+        "  ls            the programs and where their files are",
+        "  cp NAME FILE  copy a program, to change it; the copy runs",
+        "",
+        "Examples:",
+        "  sfumato quickstart",
+        '  sfumato train lora --images datasets/line-style --trigger zwx --caption "{caption}, {trigger} style" '
+        "--output runs/line",
+        '  sfumato generate "a crab, zwx style" --lora runs/line/line.safetensors:0.8 --seed 7 -o crab.png',
+    ]
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `sfumato` with these arguments; returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    return guarded(_dispatch, words)
+
+
+def run(program_main: Main) -> NoReturn:
+    """Run a program's `main` as a script does: the process's arguments in, the process's exit code out."""
+    sys.exit(guarded(program_main, sys.argv[1:]))
+
+
+def guarded(program_main: Main, argv: Sequence[str]) -> int:
+    """Call `program_main(argv)`; what a user can mend becomes one line on stderr and exit code 2."""
+    try:
+        result = program_main(argv)
+    except SfumatoError as error:
+        print(f"sfumato: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("sfumato: interrupted.", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:  # `sfumato ls | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return result if isinstance(result, int) else 0
+
+
+def _dispatch(words: Sequence[str]) -> object:
+    if not words or words[0] in ("--help", "-h", "help"):
+        print(usage())
+        return 0
+    if words[0] == "--version":
+        print(sfumato.__version__)
+        return 0
+    command, rest = words[0], list(words[1:])
+    if command == "train":
+        if not rest or rest[0] in ("--help", "-h"):
+            print(usage())
+            return 0
+        return _load(find(rest[0], TRAINERS))(rest[1:])
+    if command in PIPELINES:
+        return _load(PIPELINES[command][0])(rest)
+    if command == "ls":
+        return _list()
+    if command == "cp":
+        return _copy(rest)
+    known = ["train", *PIPELINES, "ls", "cp"]
+    raise ConfigError(f"there is no command {command!r}; {_nearest(command, known)} See sfumato --help.")
+
+
+def find(name: str, among: dict[str, str]) -> str:
+    """The module of the trainer called `name`."""
+    if name not in among:
+        raise ConfigError(f"there is no trainer {name!r}; {_nearest(name, list(among))} See sfumato --help.")
+    return f"sfumato.trainers.{name}"
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    import difflib
+
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}."
+
+
+def _load(module: str) -> Main:
+    program: Main = importlib.import_module(module).main
+    return program
+
+
+def source(module: str) -> Path:
+    """The file of a program, found without running it."""
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        raise ConfigError(f"the program {module} is not part of this installation; install sfumato again.")
+    return Path(spec.origin)
+
+
+def _programs() -> dict[str, str]:
+    trainers = {name: f"sfumato.trainers.{name}" for name in TRAINERS}
+    return trainers | {name: module for name, (module, _) in PIPELINES.items()}
+
+
+def _list() -> int:
+    for name, module in _programs().items():
+        print(f"{name:<12}{source(module)}")
+    return 0
+
+
+def _copy(words: list[str]) -> int:
+    if len(words) != 2:
+        raise ConfigError("cp wants a program and a file: sfumato cp lora mine.py (sfumato ls shows the programs).")
+    name, target = words[0], Path(words[1])
+    programs = _programs()
+    if name not in programs:
+        raise ConfigError(f"there is no program {name!r}; {_nearest(name, list(programs))}")
+    if target.is_dir():
+        target = target / f"{name}.py"
+    if target.exists():
+        raise ConfigError(f"{target} exists and is not overwritten; name another file.")
+    if not target.parent.is_dir():
+        raise ConfigError(f"{target.parent} is not a folder; make it first, or name another place.")
+    target.write_text(source(programs[name]).read_text(encoding="utf-8"), encoding="utf-8")
+    print(f"{target} is yours; run it with: python {target} --help")
+    return 0

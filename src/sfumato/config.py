@@ -1,0 +1,131 @@
+"""A frozen dataclass <-> a TOML file <-> the command line.
+
+The text under a field is its `--help`. Options given on the command line win over the file, the file wins over the
+defaults. Parsing is cyclopts'; this module adds the file, the one-line errors and the way back to TOML.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
+
+from sfumato.errors import ConfigError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Config = TypeVar("Config", bound="DataclassInstance")
+
+
+def parse(config_type: type[Config], argv: Sequence[str], *, program: str) -> Config:
+    """The config that `argv` asks for: options, or a TOML file as first argument or after `--config`, or both.
+
+    `--help` prints the fields and raises SystemExit(0). Raises ConfigError, one line, for anything that does not fit.
+    """
+    import cyclopts
+
+    file, rest = split_off_file(list(argv))
+    app = cyclopts.App(
+        name=f"sfumato {program}",
+        help=config_type.__doc__,
+        help_format="markdown",
+        version_flags=[],
+        default_parameter=cyclopts.Parameter(negative_iterable=()),
+        result_action="return_value",
+        usage=f"Usage: sfumato {program} [CONFIG.toml] [OPTIONS]",
+        config=[] if file is None else [cyclopts.config.Dict(_read(config_type, file), use_commands_as_keys=False)],
+    )
+
+    def entry(config: Any) -> Any:
+        return config
+
+    # The type is a value here, which an annotation in the source could not name.
+    entry.__annotations__ = {"config": Annotated[config_type, cyclopts.Parameter(name="*")]}
+    if all(_has_default(field) for field in dataclasses.fields(config_type)):
+        entry.__defaults__ = (config_type(),)  # cyclopts asks for it where no field is required
+    app.default(entry)
+    try:
+        config = app(rest, exit_on_error=False, print_error=False)
+    except cyclopts.CycloptsError as error:
+        what = " ".join(str(error).split())
+        raise ConfigError(f"{what} See sfumato {program} --help.") from None
+    if config is None:
+        raise SystemExit(0)
+    return cast(Config, config)
+
+
+def _has_default(field: dataclasses.Field[Any]) -> bool:
+    return field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
+
+
+def split_off_file(argv: list[str]) -> tuple[Path | None, list[str]]:
+    """The TOML file among the arguments, if there is one, and the other arguments."""
+    if argv and argv[0].endswith(".toml"):
+        return Path(argv[0]), argv[1:]
+    for i, word in enumerate(argv):
+        if word == "--config" and i + 1 < len(argv):
+            return Path(argv[i + 1]), argv[:i] + argv[i + 2 :]
+        if word.startswith("--config="):
+            return Path(word.removeprefix("--config=")), argv[:i] + argv[i + 1 :]
+    return None, argv
+
+
+def _read(config_type: type[DataclassInstance], path: Path) -> dict[str, Any]:
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: there is no such config file; name an existing one, or give options alone.") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path}: not readable as TOML ({' '.join(str(error).split())}); mend that line.") from None
+    known = [field.name for field in dataclasses.fields(config_type)]
+    for key in values:
+        if key.replace("-", "_") not in known:
+            near = difflib.get_close_matches(key.replace("-", "_"), known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}."
+            raise ConfigError(f"{path}: unknown key {key!r}; {hint}")
+    return {key.replace("_", "-"): value for key, value in values.items()}
+
+
+def to_dict(config: DataclassInstance, *, public: bool = False) -> dict[str, Any]:
+    """The fields that are set, as TOML and JSON know them.
+
+    public: paths are cut to their last part, because a config that travels inside a file must not tell where its
+    maker keeps things.
+    """
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Path):
+            return value.name if public else value.as_posix()
+        if isinstance(value, str) and public and ("/" in value or "\\" in value) and Path(value).is_absolute():
+            return Path(value).name
+        if isinstance(value, tuple | list):
+            return [plain(item) for item in value]
+        return value
+
+    values = {field.name: plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def to_toml(config: DataclassInstance) -> str:
+    """The config as a TOML file that `parse` reads back to an equal one."""
+    import tomlkit
+
+    return tomlkit.dumps(to_dict(config))
+
+
+def fill(config: Config, defaults: object) -> tuple[Config, list[str]]:
+    """The config with its unset fields taken from `defaults` where that has an attribute of the name.
+
+    Returns the filled config and the names that were filled, to be printed: a default that depends on the base is
+    not known before the base is.
+    """
+    filled = {
+        field.name: getattr(defaults, field.name)
+        for field in dataclasses.fields(config)
+        if getattr(config, field.name) is None and getattr(defaults, field.name, None) is not None
+    }
+    return dataclasses.replace(config, **filled), list(filled)

@@ -1,0 +1,43 @@
+"""The few exceptions of the package. Each message is one line: what was found, what was wanted, what to do.
+
+SfumatoError
+├── ConfigError       an option, a config file, a prompt
+├── DataError         a folder, a picture, a caption
+├── PrecisionError    a device, a dtype, an optimizer that this machine cannot serve
+├── BaseModelError    a base model
+├── FileError         a weight file that is not what its name says
+├── AdapterError      an adapter that does not fit, or fits in part
+└── RunError          a run folder, a training that went wrong
+"""
+
+
+class SfumatoError(Exception):
+    """Anything a user can mend; the command line prints it as one line and exits with 2."""
+
+
+class ConfigError(SfumatoError):
+    """An option or a config file that makes no sense."""
+
+
+class DataError(SfumatoError):
+    """A folder, a picture or a caption that cannot be learned from."""
+
+
+class PrecisionError(SfumatoError):
+    """A device, a dtype or an optimizer that this machine cannot serve."""
+
+
+class BaseModelError(SfumatoError):
+    """A base model that is missing, incomplete or of another kind."""
+
+
+class FileError(SfumatoError):
+    """A weight file that is broken or is not what its name says."""
+
+
+class AdapterError(SfumatoError):
+    """An adapter that does not fit its base, or fits only in part."""
+
+
+class RunError(SfumatoError):
+    """A run folder that is in use or broken, or a training that diverged."""

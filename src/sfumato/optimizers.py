@@ -1,0 +1,99 @@
+"""Optimizers by name, and how their rate moves.
+
+AdamW is torch's. The others are extras that are asked for by name; what is not installed says how to get it.
+"""
+
+import importlib
+import math
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from sfumato.errors import ConfigError, PrecisionError
+
+OptimizerName = Literal["adamw", "adamw8bit", "prodigy", "lion"]
+ScheduleName = Literal["constant", "cosine", "linear"]
+
+# name -> (module, class, extra)
+_EXTRAS = {
+    "adamw8bit": ("bitsandbytes.optim", "AdamW8bit", "8bit"),
+    "prodigy": ("prodigyopt", "Prodigy", "prodigy"),
+    "lion": ("lion_pytorch", "Lion", "lion"),
+}
+
+
+def build(
+    name: OptimizerName,
+    groups: Iterable[dict[str, Any]],
+    *,
+    weight_decay: float,
+    betas: tuple[float, float] = (0.9, 0.99),
+) -> torch.optim.Optimizer:
+    """The optimizer called `name` over parameter groups, each with its own `lr`.
+
+    Prodigy finds its own step size: its `lr` is a factor, 1 by custom (Mishchenko & Defazio 2023).
+    """
+    groups = list(groups)
+    if name == "adamw":
+        # One fused or foreach launch for all tensors instead of one each: an adapter has hundreds of small ones.
+        return torch.optim.AdamW(groups, betas=betas, weight_decay=weight_decay, foreach=True)
+    module, kind, extra = _EXTRAS[name]
+    try:
+        optimizer_type = getattr(importlib.import_module(module), kind)
+    except ImportError:
+        raise PrecisionError(
+            f"--optimizer {name} needs a package that is not installed: pip install 'sfumato[{extra}]', or use adamw."
+        ) from None
+    if name == "prodigy":
+        optimizer: torch.optim.Optimizer = optimizer_type(
+            groups, betas=betas, weight_decay=weight_decay, safeguard_warmup=True, use_bias_correction=True
+        )
+        return optimizer
+    other: torch.optim.Optimizer = optimizer_type(groups, betas=betas, weight_decay=weight_decay)
+    return other
+
+
+def rate_factor(schedule: ScheduleName, step: int, steps: int, warmup: int) -> float:
+    """What the learning rate is multiplied with at `step` (from 0) of `steps`.
+
+    Rises linearly over `warmup` steps, then stays, or falls to 0 as half a cosine or a line.
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    if schedule == "constant":
+        return 1.0
+    gone = (step - warmup) / max(1, steps - warmup)
+    return 0.5 * (1 + math.cos(math.pi * gone)) if schedule == "cosine" else 1 - gone
+
+
+class Schedule:
+    """Sets each group's rate to its own `lr` times `rate_factor`; a function of the step alone, nothing to restore."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, name: ScheduleName, steps: int, warmup: int):
+        if warmup > steps:
+            raise ConfigError(f"--warmup {warmup} is longer than the {steps} steps of the run; make it shorter.")
+        self.optimizer, self.name, self.steps, self.warmup = optimizer, name, steps, warmup
+        self.peaks = [float(group["lr"]) for group in optimizer.param_groups]
+        self.rate = 0.0
+
+    def set(self, step: int) -> None:
+        """Prepare the optimizer for `step`, counted from 0."""
+        factor = rate_factor(self.name, step, self.steps, self.warmup)
+        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            group["lr"] = peak * factor
+        self.rate = self.peaks[0] * factor
+
+
+def clip(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
+    """Scale all gradients so that their global norm is at most `limit`; returns the norm before, on their device.
+
+    A limit of 0 only measures. The parameters are listed first: a generator that was read once clips nothing, and
+    nobody notices.
+    """
+    gradients = [p.grad for p in list(parameters) if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if limit > 0:
+        torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))
+    return norm

@@ -1,0 +1,55 @@
+"""The processes of one training: who this one is, and sums over all of them.
+
+Started by `accelerate launch`, a run has several; otherwise one. A sample's randomness depends on its place in the
+global batch, so each process takes its slice of that batch and the gradients are summed.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from accelerate import PartialState
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Processes:
+    """rank: this process's number. count: how many there are. device: what this process computes on."""
+
+    rank: int
+    count: int
+    device: torch.device
+
+    @classmethod
+    def join(cls, device: str = "auto") -> "Processes":
+        """Meet the other processes, if `accelerate launch` started any."""
+        state = PartialState(cpu=device == "cpu" or (device == "auto" and not _has_accelerator()))
+        found = state.device if device == "auto" else torch.device(device)
+        return cls(state.process_index, state.num_processes, found)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def slice(self, global_batch: int) -> tuple[int, int]:
+        """(first, count): this process's part of a batch that divides evenly."""
+        share = global_batch // self.count
+        return self.rank * share, share
+
+    def sum(self, tensors: Iterable[Tensor]) -> None:
+        """Replace each tensor by its sum over the processes; one message for all of them."""
+        if self.count == 1:
+            return
+        listed = list(tensors)
+        flat = torch.cat([t.detach().reshape(-1) for t in listed])
+        torch.distributed.all_reduce(flat)
+        for tensor, total in zip(listed, flat.split([t.numel() for t in listed]), strict=True):
+            tensor.detach().copy_(total.view_as(tensor))
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        PartialState().wait_for_everyone()
+
+
+def _has_accelerator() -> bool:
+    return torch.cuda.is_available() or torch.backends.mps.is_available()
