@@ -1,0 +1,1 @@
+"""Programs that train, one file a method, the loop in full view. `sfumato cp NAME FILE` copies one."""
