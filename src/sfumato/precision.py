@@ -75,7 +75,8 @@ class Precision:
         """The decision as a small table, one line a row, without a trailing newline."""
         rows = self.rows()
         widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
-        return "\n".join(f"{what:<{widths[0]}}  {value:<{widths[1]}}  {reason}".rstrip() for what, value, reason in rows)
+        lines = (f"{what:<{widths[0]}}  {value:<{widths[1]}}  {reason}" for what, value, reason in rows)
+        return "\n".join(line.rstrip() for line in lines)
 
     def autocast(self) -> AbstractContextManager[None]:
         """The context in which frozen and trained weights are computed with; nothing at all in fp32."""
@@ -97,7 +98,8 @@ class Precision:
         module.requires_grad_(False).eval()
         if self.channels_last and part != "text":
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        module.to(self.device, self.dtype(part))
+        # Not `module.to`: diffusers overrides it to warn of modules kept in fp32, of which these models have none.
+        nn.Module.to(module, self.device, self.dtype(part))
         if part == "unet" and self.gradient_checkpointing:
             module.enable_gradient_checkpointing()  # type: ignore[operator]
         if part != "text" and self.attention == "xformers":
@@ -121,8 +123,8 @@ def decide(
 ) -> Precision:
     """The precision for this machine.
 
-    requested: `--precision`. device: `auto` takes CUDA, then MPS, then the CPU. optimizer: its name; one of 8 bits changes
-    the row of the optimizer's state. Raises PrecisionError, one line, for what this machine cannot do.
+    requested: `--precision`. device: `auto` takes CUDA, then MPS, then the CPU. optimizer: its name, which decides the
+    optimizer's state. Raises PrecisionError, one line, for what this machine cannot do.
     """
     if requested not in ("auto", *DTYPES):
         raise PrecisionError(f"--precision {requested}: unknown; wanted auto, fp32, fp16 or bf16.")
@@ -136,7 +138,7 @@ def decide(
     tf32, reasons["TF32"] = _tf32(requested, place)
     channels_last = place.type == "cuda" and compute != torch.float32
     reasons["channels last"] = _channels_last_reason(channels_last, place)
-    reasons["checkpointing"] = "asked for: a third more time, much less memory" if gradient_checkpointing else "not asked for"
+    reasons["checkpointing"] = "asked for: less memory, more time" if gradient_checkpointing else "not asked for"
     return Precision(
         device=place,
         storage=storage,
@@ -163,7 +165,7 @@ def _device(wanted: str | torch.device) -> tuple[torch.device, str]:
     except RuntimeError:
         raise PrecisionError(f"--device {wanted}: unknown; wanted auto, cuda, cuda:0, mps or cpu.") from None
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise PrecisionError("--device cuda: this torch finds no CUDA device. Install a CUDA build of torch, or use cpu.")
+        raise PrecisionError("--device cuda: torch finds no CUDA device. Install a CUDA build of torch, or use cpu.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise PrecisionError(f"--device {device}: there are {torch.cuda.device_count()} CUDA devices, counted from 0.")
     if device.type == "mps" and not torch.backends.mps.is_available():
@@ -192,7 +194,7 @@ def _compute(requested: Requested, device: torch.device) -> tuple[torch.dtype, s
     if requested == "fp16" and device.type == "cpu":
         raise PrecisionError("--precision fp16: a CPU cannot train in fp16. Use auto, fp32 or bf16.")
     if requested == "bf16" and not _has_bf16(device):
-        raise PrecisionError("--precision bf16: this GPU has no bf16 (it takes compute capability 8.0). Use auto or fp16.")
+        raise PrecisionError("--precision bf16: this GPU has none (it takes compute capability 8.0). Use auto or fp16.")
     return DTYPES[requested], "asked for"
 
 

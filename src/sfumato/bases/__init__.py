@@ -1,0 +1,26 @@
+"""Base models: load one, say its family, encode text and pixels with it. Importing this loads no torch."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from sfumato.bases.family import FAMILIES, Family
+
+if TYPE_CHECKING:
+    from sfumato.bases.base import Base, TextEmbedding
+    from sfumato.bases.loading import load_base
+
+__all__ = ["FAMILIES", "Base", "Family", "TextEmbedding", "load_base"]
+
+_HOME = {
+    "Base": "sfumato.bases.base",
+    "TextEmbedding": "sfumato.bases.base",
+    "load_base": "sfumato.bases.loading",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'sfumato.bases' has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value

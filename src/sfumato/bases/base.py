@@ -1,0 +1,312 @@
+"""A loaded base model: its parts, frozen, and what a trainer or a drawer asks of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, cast
+
+import diffusers
+import torch
+from torch import Tensor, nn
+
+from sfumato.bases.family import Defaults, Family
+from sfumato.bases.samplers import sampler
+from sfumato.diffusion import PredictionType
+from sfumato.errors import BaseModelError
+from sfumato.precision import Precision
+
+Pairs = Tensor | Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True)
+class TextEmbedding:
+    """What the U-Net is told of some prompts. hidden: (batch, tokens, width). pooled: (batch, width), SDXL's only."""
+
+    hidden: Tensor
+    pooled: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.hidden)
+
+    def __getitem__(self, index: slice | Tensor | list[int]) -> TextEmbedding:
+        """The embeddings of some of the prompts; an index keeps the batch dimension."""
+        return TextEmbedding(self.hidden[index], None if self.pooled is None else self.pooled[index])
+
+    def to(self, *args: Any, **kwargs: Any) -> TextEmbedding:
+        """As `torch.Tensor.to`."""
+        pooled = None if self.pooled is None else self.pooled.to(*args, **kwargs)
+        return TextEmbedding(self.hidden.to(*args, **kwargs), pooled)
+
+    @staticmethod
+    def cat(parts: Sequence[TextEmbedding]) -> TextEmbedding:
+        """One embedding of all prompts of the parts, in their order."""
+        pooled = [part.pooled for part in parts if part.pooled is not None]
+        return TextEmbedding(torch.cat([part.hidden for part in parts]), torch.cat(pooled) if pooled else None)
+
+
+@dataclass(eq=False)
+class Base:
+    """A base model, frozen. Made by `sfumato.load_base`.
+
+    name: what may be shown to others: `pocket`, a hub id, or the last part of a path.
+    alpha_bar: (T,) fp32, the cumulative product of 1 - beta; the last is 0 where the base has zero terminal SNR.
+    clip_skip: layers of the text encoder skipped from its end, as diffusers counts (A1111's "Clip skip: 2" is 1 here).
+    """
+
+    family: Family
+    name: str
+    unet: Any
+    vae: Any
+    text_encoders: tuple[Any, ...]
+    tokenizers: tuple[Any, ...]
+    scheduler: Any
+    precision: Precision
+    alpha_bar: Tensor
+    clip_skip: int | None = None
+    zeros_for_empty_prompt: bool = False
+    files: tuple[Path, ...] = field(default=(), repr=False)
+    _digest: str | None = field(default=None, init=False, repr=False)
+
+    @property
+    def prediction_type(self) -> PredictionType:
+        """What the U-Net predicts."""
+        return cast(PredictionType, self.scheduler.config.prediction_type)
+
+    @property
+    def vae_factor(self) -> int:
+        """Pixels to a latent, on a side."""
+        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+
+    @property
+    def latent_channels(self) -> int:
+        return int(self.vae.config.latent_channels)
+
+    @property
+    def text_width(self) -> int:
+        """Width of the text embedding that the U-Net's cross-attention takes."""
+        return int(self.unet.config.cross_attention_dim)
+
+    @property
+    def resolution(self) -> int:
+        """Pixels on a side of the pictures this base was trained on."""
+        size = self.unet.config.sample_size
+        return int(size) * self.vae_factor if isinstance(size, int) else self.family.defaults.resolution
+
+    @property
+    def defaults(self) -> Defaults:
+        """The family's defaults, with this base's own resolution."""
+        return replace(self.family.defaults, resolution=self.resolution)
+
+    @property
+    def architecture(self) -> str:
+        """ModelSpec's name of the architecture."""
+        return self._by_prediction(self.family.architecture, self.family.v_architecture)
+
+    @property
+    def base_model_version(self) -> str:
+        """sd-scripts' name of it, `ss_base_model_version`."""
+        return self._by_prediction(self.family.base_model_version, self.family.v_base_model_version)
+
+    def _by_prediction(self, epsilon: str, v_prediction: str) -> str:
+        return v_prediction if self.prediction_type == "v_prediction" else epsilon
+
+    # Text
+
+    @property
+    def token_limit(self) -> int:
+        """Tokens of a prompt that the text encoder sees, without the start and end tokens."""
+        return int(self.text_encoders[0].config.max_position_embeddings) - 2
+
+    def token_count(self, prompt: str) -> int:
+        """Tokens of a prompt, without the start and end tokens, however many there are."""
+        return max(len(self._ids(tokenizer, prompt)) for tokenizer in self.tokenizers)
+
+    def cut_off(self, prompt: str) -> str:
+        """The end of the prompt that the text encoder will not see; empty if it sees all."""
+        ids = self._ids(self.tokenizers[0], prompt)
+        return str(self.tokenizers[0].decode(ids[self.token_limit :])).strip()
+
+    @staticmethod
+    def _ids(tokenizer: Any, prompt: str) -> list[int]:
+        return list(tokenizer(prompt, add_special_tokens=False, truncation=False, verbose=False).input_ids)
+
+    def encode_text(self, prompts: Sequence[str], *, grad: bool = False) -> TextEmbedding:
+        """The prompts as the U-Net takes them, in the dtype of the text encoder's weights.
+
+        SD: the last hidden state after the final norm. SDXL: the last but one of both encoders, side by side, and the
+        second's projected pooled embedding. Warns of a prompt longer than `token_limit`, whose end is cut.
+        grad: whether gradients flow into what is trained of the text encoders.
+        """
+        for prompt in prompts:
+            if (count := self.token_count(prompt)) > self.token_limit:
+                warnings.warn(
+                    f"prompt of {count} tokens, {self.token_limit} are seen; cut: {self.cut_off(prompt)!r}",
+                    stacklevel=2,
+                )
+        with torch.set_grad_enabled(grad):
+            outputs = [
+                self._encode(tokenizer, encoder, prompts)
+                for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True)
+            ]
+            if len(self.text_encoders) == 1:
+                return TextEmbedding(self._last_state(self.text_encoders[0], outputs[0]))
+        skip = self.clip_skip or 0
+        hidden = torch.cat([output.hidden_states[-(skip + 2)] for output in outputs], dim=-1)
+        return TextEmbedding(hidden, outputs[-1].text_embeds)
+
+    def _encode(self, tokenizer: Any, encoder: nn.Module, prompts: Sequence[str]) -> Any:
+        limit = self.token_limit + 2
+        ids = tokenizer(list(prompts), padding="max_length", max_length=limit, truncation=True, return_tensors="pt")
+        # Padding is not masked: no Stable Diffusion was trained with a mask.
+        return encoder(ids.input_ids.to(self.precision.device), output_hidden_states=True)
+
+    def _last_state(self, encoder: Any, output: Any) -> Tensor:
+        if not self.clip_skip:
+            return cast(Tensor, output.last_hidden_state)
+        # transformers 5.6 dropped the level `text_model` of CLIPTextModel.
+        norm = getattr(encoder, "text_model", encoder).final_layer_norm
+        return cast(Tensor, norm(output.hidden_states[-(self.clip_skip + 1)]))
+
+    def unconditional(self, count: int) -> TextEmbedding:
+        """What stands for "no prompt" in guidance, as the pipeline has it: SDXL's base takes zeros."""
+        text = self.encode_text([""] * count)
+        if not self.zeros_for_empty_prompt:
+            return text
+        pooled = None if text.pooled is None else torch.zeros_like(text.pooled)
+        return TextEmbedding(torch.zeros_like(text.hidden), pooled)
+
+    # Pixels
+
+    @property
+    def _latent_scale(self) -> tuple[Tensor, Tensor]:
+        """(shift, scale), each (1, channels or 1, 1, 1): latents = (encoded - shift) * scale."""
+        config = self.vae.config
+        shift, scale = getattr(config, "shift_factor", None) or 0.0, config.scaling_factor
+        if getattr(config, "latents_mean", None) is not None and getattr(config, "latents_std", None) is not None:
+            shift, scale = config.latents_mean, [scale / deviation for deviation in config.latents_std]
+        as_tensor = [torch.tensor(value, device=self.precision.device).view(1, -1, 1, 1) for value in (shift, scale)]
+        return as_tensor[0], as_tensor[1]
+
+    @torch.no_grad()
+    def encode_pixels(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """(mean, deviation) of the scaled latents, fp32, each (batch, channels, height/f, width/f).
+
+        f is `vae_factor`. pixels: (batch, 3, height, width) in [-1, 1], height and width multiples of f.
+        """
+        with self._outside_autocast():
+            encoded = self.vae.encode(pixels.to(self.precision.device, self.vae.dtype)).latent_dist
+        shift, scale = self._latent_scale
+        return (encoded.mean.float() - shift) * scale, encoded.std.float() * scale
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pixels, fp32, (batch, 3, height, width) in [-1, 1], of scaled latents.
+
+        A decoding that is not finite is tried once more in fp32. Raises BaseModelError if that is not finite either.
+        """
+        shift, scale = self._latent_scale
+        encoded = latents.to(self.precision.device).float() / scale + shift
+        dtype = self.vae.dtype
+        with self._outside_autocast():
+            pixels = self.vae.decode(encoded.to(dtype)).sample.float()
+            if not torch.isfinite(pixels).all() and dtype != torch.float32:
+                warnings.warn(f"the VAE overflowed in {dtype}; decoding in fp32", stacklevel=2)
+                pixels = self.vae.float().decode(encoded).sample
+                self.vae.to(dtype)
+        if not torch.isfinite(pixels).all():
+            raise BaseModelError(f"{self.name}: the picture is not finite, even in fp32. Latents or VAE are broken.")
+        return cast(Tensor, pixels.clamp(-1, 1))
+
+    def _outside_autocast(self) -> Any:
+        return torch.autocast(self.precision.device.type, enabled=False)
+
+    # Noise
+
+    def added_conditions(
+        self, text: TextEmbedding, original_sizes: Pairs, crops: Pairs, target_sizes: Pairs
+    ) -> dict[str, Tensor] | None:
+        """SDXL's further conditions for `predict`; None for the other families.
+
+        original_sizes, target_sizes: (height, width) in pixels for each picture; crops: (top, left).
+        Gives time_ids (batch, 6), fp32, and text_embeds (batch, width).
+        """
+        if self.unet.config.addition_embed_type != "text_time":
+            return None
+        if text.pooled is None:
+            raise BaseModelError(
+                f"{self.name}: SDXL wants a pooled text embedding, this text has none. Encode it with SDXL."
+            )
+        device = self.precision.device
+        pairs = [torch.as_tensor(pair, dtype=torch.float32) for pair in (original_sizes, crops, target_sizes)]
+        return {"time_ids": torch.cat(pairs, dim=1).to(device), "text_embeds": text.pooled.to(device)}
+
+    def predict(
+        self, latents: Tensor, timesteps: Tensor, text: TextEmbedding, added: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """The U-Net's raw output, in the dtype of the latents: noise or v, see `prediction_type`.
+
+        latents: (batch, channels, height/f, width/f) noised. timesteps: (batch,) integers below T.
+        """
+        with self.precision.autocast():
+            output = self.unet(
+                latents, timesteps, encoder_hidden_states=text.hidden, added_cond_kwargs=added, return_dict=False
+            )[0]
+        return cast(Tensor, output.to(latents.dtype))
+
+    # Whole
+
+    def pipeline(self, sampler_name: str | None = None) -> Any:
+        """A diffusers pipeline that shares these modules; no safety checker, no network.
+
+        With clip_skip, hand the pipeline prompts from `encode_text`, or `clip_skip=` as well. Where VAE and U-Net have
+        different dtypes (fp16), ask it for latents and `decode` them.
+        """
+        parts: dict[str, Any] = {
+            "vae": self.vae,
+            "unet": self.unet,
+            "scheduler": sampler(sampler_name or self.family.defaults.sampler, self.scheduler.config),
+            "feature_extractor": None,
+        }
+        for encoder, text_encoder, tokenizer in zip(
+            self.family.encoders, self.text_encoders, self.tokenizers, strict=True
+        ):
+            parts |= {encoder.folder: text_encoder, encoder.tokenizer: tokenizer}
+        if self.family.name == "sdxl":
+            zeros = self.zeros_for_empty_prompt
+            return diffusers.StableDiffusionXLPipeline(
+                **parts, force_zeros_for_empty_prompt=zeros, add_watermarker=False
+            )
+        return diffusers.StableDiffusionPipeline(**parts, safety_checker=None, requires_safety_checker=False)
+
+    def fingerprint(self) -> str:
+        """sha256, in hex, over the configs and the weight files (over the weights in memory if there are no files).
+
+        The same for every precision and device. Read once, then remembered.
+        """
+        if self._digest is None:
+            digest = hashlib.sha256()
+            for module in (self.unet, self.vae, *self.text_encoders, self.scheduler):
+                digest.update(_public_config(module).encode())
+            for path in self.files:
+                with path.open("rb") as file:
+                    digest.update(hashlib.file_digest(file, "sha256").digest())
+            if not self.files:
+                for module in (self.unet, self.vae, *self.text_encoders):
+                    for name, tensor in module.state_dict().items():
+                        digest.update(name.encode())
+                        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            self._digest = digest.hexdigest()
+        return self._digest
+
+
+def _public_config(module: Any) -> str:
+    """A module's config as JSON, without what only says where it came from."""
+    config = module.config
+    items = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    kept = {key: value for key, value in items.items() if not key.startswith("_") and "version" not in key}
+    return json.dumps(kept, sort_keys=True, default=str)

@@ -1,0 +1,148 @@
+"""The families of base models: what each is called in files, and its defaults. Imports no torch.
+
+What differs between families and can be read from a model (widths, factors, prediction type) is read from the model;
+this table holds the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Literal
+
+FamilyName = Literal["pocket", "sd1", "sd2", "sdxl"]
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """Values for the settings that a config leaves unset."""
+
+    resolution: int
+    """Pixels on a side; a base whose U-Net says otherwise (SD 2.x at 768) overrides it."""
+    batch: int
+    learning_rate: float
+    """For a LoRA with alpha equal to its rank."""
+    steps: int
+    rank: int
+    guidance: float
+    """Classifier-free guidance when drawing."""
+    sampling_steps: int
+    sampler: str
+    """A name from `sfumato.bases.samplers`."""
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Where a folder keeps one text encoder, and of which class it is."""
+
+    folder: str
+    tokenizer: str
+    class_name: Literal["CLIPTextModel", "CLIPTextModelWithProjection"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family of base models.
+
+    text_width: the U-Net's cross-attention width in the published models; None where it is not fixed.
+    architecture: ModelSpec 1.0.1's name. base_model_version: sd-scripts' `ss_base_model_version`. Both have a second
+    form for models that predict v.
+    """
+
+    name: FamilyName
+    title: str
+    defaults: Defaults
+    encoders: tuple[Encoder, ...]
+    pipeline: str
+    text_width: int | None
+    architecture: str
+    v_architecture: str
+    base_model_version: str
+    v_base_model_version: str
+
+
+_FIRST = Encoder("text_encoder", "tokenizer", "CLIPTextModel")
+_SECOND = Encoder("text_encoder_2", "tokenizer_2", "CLIPTextModelWithProjection")
+
+FAMILIES: Mapping[str, Family] = MappingProxyType(
+    {
+        "pocket": Family(
+            name="pocket",
+            title="pocket",
+            # Tuned on the pocket base with 16 pictures.
+            defaults=Defaults(
+                resolution=64, batch=8, learning_rate=1e-3, steps=300, rank=16,
+                guidance=3.0, sampling_steps=25, sampler="ddim",
+            ),
+            encoders=(_FIRST,),
+            pipeline="StableDiffusionPipeline",
+            text_width=None,
+            architecture="sfumato-pocket",
+            v_architecture="sfumato-pocket",
+            base_model_version="sfumato_pocket",
+            v_base_model_version="sfumato_pocket",
+        ),
+        "sd1": Family(
+            name="sd1",
+            title="SD 1.x",
+            # diffusers' and sd-scripts' LoRA guides agree on 1e-4; 800 steps of 4 pass over 16 pictures 200 times.
+            defaults=Defaults(
+                resolution=512, batch=4, learning_rate=1e-4, steps=800, rank=16,
+                guidance=7.5, sampling_steps=30, sampler="dpm++",
+            ),
+            encoders=(_FIRST,),
+            pipeline="StableDiffusionPipeline",
+            text_width=768,
+            architecture="stable-diffusion-v1",
+            v_architecture="stable-diffusion-v1",
+            base_model_version="sd_v1",
+            v_base_model_version="sd_v1_v",
+        ),
+        "sd2": Family(
+            name="sd2",
+            title="SD 2.x",
+            defaults=Defaults(
+                resolution=512, batch=4, learning_rate=1e-4, steps=800, rank=16,
+                guidance=7.5, sampling_steps=30, sampler="dpm++",
+            ),
+            encoders=(_FIRST,),
+            pipeline="StableDiffusionPipeline",
+            text_width=1024,
+            architecture="stable-diffusion-v2-512",
+            v_architecture="stable-diffusion-v2-768-v",
+            base_model_version="sd_v2",
+            v_base_model_version="sd_v2_v",
+        ),
+        "sdxl": Family(
+            name="sdxl",
+            title="SDXL",
+            defaults=Defaults(
+                resolution=1024, batch=2, learning_rate=1e-4, steps=800, rank=16,
+                guidance=6.0, sampling_steps=30, sampler="euler",
+            ),
+            encoders=(_FIRST, _SECOND),
+            pipeline="StableDiffusionXLPipeline",
+            text_width=2048,
+            architecture="stable-diffusion-xl-v1-base",
+            v_architecture="stable-diffusion-xl-v1-base",
+            base_model_version="sdxl_base_v1-0",
+            v_base_model_version="sdxl_base_v1-0",
+        ),
+    }
+)  # fmt: skip
+
+
+def recognise(unet: Mapping[str, Any]) -> Family:
+    """The family of a U-Net, by its diffusers config.
+
+    Widths are not asked, so that a small model of a family is one of it. SDXL takes sizes and a pooled embedding; SD 2
+    projects linearly into its attention blocks; SD 1 has a level without attention at the bottom, pocket has none.
+    """
+    if unet.get("addition_embed_type") == "text_time":
+        return FAMILIES["sdxl"]
+    if unet.get("use_linear_projection"):
+        return FAMILIES["sd2"]
+    if "DownBlock2D" in unet.get("down_block_types", ("DownBlock2D",)):
+        return FAMILIES["sd1"]
+    return FAMILIES["pocket"]

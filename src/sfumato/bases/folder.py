@@ -1,0 +1,134 @@
+"""The parts of a base from a folder in diffusers' format: safetensors only, every weight accounted for."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import CLIPTokenizer
+
+from sfumato.bases.family import Encoder
+from sfumato.bases.weights import fill, text_skeleton, unet_skeleton, vae_skeleton
+from sfumato.errors import BaseModelError
+from sfumato.files.read import read_tensors
+
+STEMS = ("diffusion_pytorch_model", "model")
+PICKLED = (".bin", ".ckpt", ".pt", ".pth")
+OLD_VAE_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+"""What diffusers before 0.18 called the projections of the VAE's attention; SD 1.5's published VAE still does."""
+
+
+def read_config(folder: Path, part: str) -> dict[str, Any]:
+    """A JSON file of the folder. Raises BaseModelError if it is missing or no JSON object."""
+    where = f"{folder.name}/{part}"
+    try:
+        config = json.loads((folder / part).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BaseModelError(f"{where}: missing. The folder is incomplete; download it again.") from None
+    except (OSError, ValueError):
+        raise BaseModelError(f"{where}: not readable as JSON. Download it again.") from None
+    if not isinstance(config, dict):
+        raise BaseModelError(f"{where}: no JSON object. Download it again.")
+    return config
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of one model: the one without a variant, its shards, or those of the variant fp16."""
+    for variant in ("", ".fp16"):
+        for stem in STEMS:
+            single = folder / f"{stem}{variant}.safetensors"
+            if single.is_file():
+                return [single]
+            for index in (f"{stem}.safetensors.index{variant}.json", f"{stem}{variant}.safetensors.index.json"):
+                if (folder / index).is_file():
+                    return _shards(folder, index)
+    where = f"{folder.parent.name}/{folder.name}"
+    pickled = sorted(path.name for path in folder.glob("*") if path.suffix in PICKLED)
+    if pickled:
+        raise BaseModelError(
+            f"{where}: only pickled weights ({pickled[0]}), which can run programs and are never opened. "
+            "Get the base as .safetensors."
+        )
+    raise BaseModelError(f"{where}: no {STEMS[0]}.safetensors or {STEMS[1]}.safetensors in it. Download it again.")
+
+
+def _shards(folder: Path, index: str) -> list[Path]:
+    names = sorted(set(read_config(folder, index).get("weight_map", {}).values()))
+    bad = [name for name in names if not isinstance(name, str) or Path(name).name != name]
+    if bad or not names:
+        raise BaseModelError(f"{folder.name}/{index}: lists no files of this folder. Download it again.")
+    return [folder / name for name in names]
+
+
+def _tensors(files: list[Path]) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for file in files:
+        found |= read_tensors(file)
+    return found
+
+
+def load_unet(folder: Path, dtype: torch.dtype, *, weights: bool = True) -> tuple[Any, list[Path]]:
+    """The U-Net in `folder/unet` in `dtype`, and its files; without weights a shell on the device `meta`."""
+    files = weight_files(folder / "unet")
+    model = unet_skeleton(read_config(folder, "unet/config.json"))
+    if weights:
+        fill(model, _tensors(files), dtype, f"{folder.name}/unet")
+    return model, files
+
+
+def load_vae(folder: Path, dtype: torch.dtype) -> tuple[Any, list[Path]]:
+    """The VAE whose config.json is in `folder`, in `dtype`, and its files."""
+    config = read_config(folder, "config.json")
+    if config.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
+        raise BaseModelError(f"{folder.name}: a {config['_class_name']}, wanted an AutoencoderKL. Name another VAE.")
+    files = weight_files(folder)
+    model = vae_skeleton(config)
+    tensors = {_current_vae_name(name): tensor for name, tensor in _tensors(files).items()}
+    fill(model, tensors, dtype, folder.name)
+    return model, files
+
+
+def _current_vae_name(name: str) -> str:
+    if match := re.match(r"(.*\.attentions\.\d+\.)(query|key|value|proj_attn)\.(weight|bias)$", name):
+        return f"{match[1]}{OLD_VAE_NAMES[match[2]]}.{match[3]}"
+    return name
+
+
+def load_text_encoder(folder: Path, encoder: Encoder, dtype: torch.dtype) -> tuple[Any, list[Path]]:
+    """One text encoder of the folder in `dtype`, and its files."""
+    files = weight_files(folder / encoder.folder)
+    model = text_skeleton(encoder.class_name, read_config(folder, f"{encoder.folder}/config.json"))
+    tensors = _as_named_here(_tensors(files), set(model.state_dict()))
+    fill(model, tensors, dtype, f"{folder.name}/{encoder.folder}")
+    return model, files
+
+
+def _as_named_here(tensors: Mapping[str, Tensor], wanted: set[str]) -> dict[str, Tensor]:
+    """The tensors under the names this transformers gives them: 5.6 dropped the level `text_model` of CLIPTextModel."""
+    named = {}
+    for name, tensor in tensors.items():
+        bare = name.removeprefix("text_model.")
+        if bare == "embeddings.position_ids" or (bare.startswith("text_projection") and bare not in wanted):
+            continue
+        named[bare if bare in wanted else f"text_model.{bare}" if f"text_model.{bare}" in wanted else name] = tensor
+    return named
+
+
+def load_tokenizer(folder: Path, part: str, positions: int) -> Any:
+    """The tokenizer in `folder/part`. positions: tokens its text encoder takes, both ends included."""
+    if not any((folder / part / name).is_file() for name in ("vocab.json", "tokenizer.json")):
+        raise BaseModelError(f"{folder.name}/{part}: no vocabulary in it. Download the folder again.")
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(str(folder / part), local_files_only=True)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        reason = " ".join(str(error).split())[:100]
+        raise BaseModelError(
+            f"{folder.name}/{part}: the tokenizer cannot be read ({reason}). Download it again."
+        ) from None
+    tokenizer.model_max_length = positions  # one number, the text encoder's, decides
+    return tokenizer

@@ -1,0 +1,268 @@
+"""Load a base: the pocket one, a diffusers folder, a hub id, or a single checkpoint."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DDPMScheduler
+
+from sfumato.bases import folder as folders
+from sfumato.bases import single_file
+from sfumato.bases.base import Base
+from sfumato.bases.family import FAMILIES, Family, recognise
+from sfumato.bases.hub import HUB_ID, hub_folder
+from sfumato.bases.recognise import family_of_names
+from sfumato.bases.vocabulary import clip_tokenizer
+from sfumato.errors import BaseModelError
+from sfumato.files.header import read_header
+from sfumato.precision import Precision
+
+POCKET_VARIABLE = "SFUMATO_POCKET"
+"""Names a diffusers folder to use for `pocket` instead of the one in the package."""
+POCKET_FOLDER = Path(__file__).parent.parent / "pocket"
+WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+PREDICTION_TYPES = ("epsilon", "v_prediction")
+
+
+@dataclass
+class _Parts:
+    """A base's parts on the CPU, in their dtypes, not yet frozen or placed."""
+
+    family: Family
+    unet: Any
+    vae: Any
+    text_encoders: list[Any]
+    tokenizers: list[Any]
+    scheduler: dict[str, Any]
+    zeros_for_empty_prompt: bool
+    files: list[Path]
+
+
+def load_base(
+    source: str | os.PathLike[str] = "pocket",
+    *,
+    precision: Precision,
+    clip_skip: int | None = None,
+    vae: str | os.PathLike[str] | None = None,
+    prediction_type: str | None = None,
+    family: str | None = None,
+    unet: bool = True,
+) -> Base:
+    """The base of this name, frozen and placed on the precision's device.
+
+    source: `pocket`, a diffusers folder, a hub id, or a .safetensors checkpoint of SD 1.x, SD 2.x or SDXL (read without
+    a network). clip_skip: layers of the text encoder to skip from its end, as diffusers counts (A1111's 2 is 1).
+    vae: a folder, hub id or file whose VAE replaces the base's. prediction_type: `epsilon` or `v_prediction`, where the
+    base does not say it or says it wrongly. family: a name from `FAMILIES`, where it would be recognised wrongly.
+    unet: whether the U-Net's weights are read; without, `base.unet` is an empty shell that only knows its config.
+
+    Raises BaseModelError, or FileError for a broken file: one line.
+    """
+    if prediction_type not in (None, *PREDICTION_TYPES):
+        raise BaseModelError(f"--prediction-type {prediction_type}: unknown; wanted epsilon or v_prediction.")
+    if family is not None and family not in FAMILIES:
+        raise BaseModelError(f"--family {family}: unknown; wanted {', '.join(FAMILIES)}.")
+    path, name = find(source)
+    if path.is_file():
+        parts = _from_file(path, precision, prediction_type, unet)
+    else:
+        forced = family or ("pocket" if name == "pocket" else None)
+        parts = _from_folder(path, precision, prediction_type, unet, forced)
+    if vae is not None:
+        _replace_vae(parts, vae, precision)
+    _check(parts, name, clip_skip)
+    precision.apply()
+    return Base(
+        family=FAMILIES[family] if family else parts.family,
+        name=name,
+        unet=precision.place(parts.unet, "unet") if unet else parts.unet,
+        vae=precision.place(parts.vae, "vae"),
+        text_encoders=tuple(precision.place(encoder, "text") for encoder in parts.text_encoders),
+        tokenizers=tuple(parts.tokenizers),
+        scheduler=_scheduler(parts.scheduler, name),
+        precision=precision,
+        alpha_bar=alpha_bar(parts.scheduler, name).to(precision.device),
+        clip_skip=clip_skip,
+        zeros_for_empty_prompt=parts.zeros_for_empty_prompt,
+        files=tuple(parts.files),
+    )
+
+
+def find(source: str | os.PathLike[str]) -> tuple[Path, str]:
+    """(folder or file, public name) of a base. A hub id is fetched into the cache.
+
+    Raises BaseModelError that says what the name was taken for.
+    """
+    text = os.fspath(source)
+    if text == "pocket":
+        return _pocket_folder(), "pocket"
+    path = Path(text).expanduser()
+    if path.is_dir():
+        return path, path.resolve().name
+    if path.is_file():
+        if path.suffix.lower() in WEIGHT_SUFFIXES[1:]:
+            raise BaseModelError(
+                f"{path.name}: a pickle file; it can run programs and is never opened. Get the base as .safetensors."
+            )
+        return path, path.name
+    if path.suffix.lower() in WEIGHT_SUFFIXES:
+        raise BaseModelError(f"{text}: there is no such file. Check the name and the folder.")
+    if HUB_ID.fullmatch(text) and not text.startswith("."):
+        return hub_folder(text), text
+    raise BaseModelError(
+        f"{text}: there is no such folder or file. Wanted pocket, a diffusers folder, a hub id (owner/name) or a "
+        ".safetensors file."
+    )
+
+
+def _pocket_folder() -> Path:
+    if given := os.environ.get(POCKET_VARIABLE):
+        if not (Path(given) / "model_index.json").is_file():
+            raise BaseModelError(f"{POCKET_VARIABLE} names {given}, where no model_index.json is. Correct it.")
+        return Path(given)
+    if not (POCKET_FOLDER / "model_index.json").is_file():
+        raise BaseModelError(
+            f"pocket: not in this installation. Install sfumato again, or set {POCKET_VARIABLE} to its folder."
+        )
+    return POCKET_FOLDER
+
+
+def _from_file(path: Path, precision: Precision, prediction_type: str | None, unet: bool) -> _Parts:
+    header = read_header(path)
+    family = family_of_names(header.tensors, path.name)
+    scheduler = single_file.scheduler_config(family, header, prediction_type)
+    config = single_file.unet_config(header, family)
+    if family.name == "sd2" and scheduler["prediction_type"] == "epsilon":
+        config["sample_size"] = 64  # the epsilon models of SD 2 are those of 512 px
+    text_encoders = [
+        single_file.load_text_encoder(header, family, index, precision.dtype("text"))
+        for index in range(len(family.encoders))
+    ]
+    return _Parts(
+        family=family,
+        unet=single_file.load_unet(header, config, precision.dtype("unet"), weights=unet),
+        vae=single_file.load_vae(header, family, precision.dtype("vae")),
+        text_encoders=text_encoders,
+        tokenizers=[_shipped_tokenizer(family, index, text_encoders[index]) for index in range(len(family.encoders))],
+        scheduler=scheduler,
+        zeros_for_empty_prompt=_wants_zeros(single_file.shipped(family.name, "model_index.json")),
+        files=[path],
+    )
+
+
+def _shipped_tokenizer(family: Family, index: int, text_encoder: Any) -> Any:
+    config = single_file.shipped(family.name, f"{family.encoders[index].tokenizer}/tokenizer_config.json")
+    positions = text_encoder.config.max_position_embeddings
+    return clip_tokenizer(pad_token=config["pad_token"], positions=positions)
+
+
+def _from_folder(
+    folder: Path, precision: Precision, prediction_type: str | None, unet: bool, forced: str | None
+) -> _Parts:
+    if not (folder / "model_index.json").is_file():
+        inside = sorted(path.name for path in folder.glob("*.safetensors"))
+        hint = f"Name {inside[0]} in it, or pass that with --lora if it is an adapter." if inside else "Check the path."
+        raise BaseModelError(f"{folder.name}: no model_index.json, so it is no diffusers folder. {hint}")
+    index = folders.read_config(folder, "model_index.json")
+    kind = index.get("_class_name")
+    if index.get("unet", [None, None])[1] != "UNet2DConditionModel":
+        raise BaseModelError(f"{folder.name}: a {kind} has no U-Net of Stable Diffusion. Name SD 1.x, SD 2.x or SDXL.")
+    config = folders.read_config(folder, "unet/config.json")
+    family = FAMILIES[forced] if forced else recognise(config)
+    lacking = [encoder.folder for encoder in family.encoders if not index.get(encoder.folder, [None, None])[1]]
+    if lacking:
+        raise BaseModelError(f"{folder.name}: a {kind} without {lacking[0]}. Name a whole {family.title}.")
+    scheduler = folders.read_config(folder, "scheduler/scheduler_config.json")
+    scheduler["prediction_type"] = prediction_type or scheduler.get("prediction_type", "epsilon")
+    unet_model, files = folders.load_unet(folder, precision.dtype("unet"), weights=unet)
+    vae_model, vae_files = folders.load_vae(folder / "vae", precision.dtype("vae"))
+    files += vae_files
+    text_encoders, tokenizers = [], []
+    for encoder in family.encoders:
+        model, text_files = folders.load_text_encoder(folder, encoder, precision.dtype("text"))
+        files += text_files
+        text_encoders.append(model)
+        tokenizers.append(folders.load_tokenizer(folder, encoder.tokenizer, model.config.max_position_embeddings))
+    return _Parts(family, unet_model, vae_model, text_encoders, tokenizers, scheduler, _wants_zeros(index), files)
+
+
+def _wants_zeros(index: Mapping[str, Any]) -> bool:
+    """Whether the pipeline takes zeros for no negative prompt; diffusers' default for SDXL."""
+    is_xl = str(index.get("_class_name", "")).startswith("StableDiffusionXL")
+    return bool(index.get("force_zeros_for_empty_prompt", is_xl))
+
+
+def _replace_vae(parts: _Parts, source: str | os.PathLike[str], precision: Precision) -> None:
+    old = {str(path) for path in parts.files if path.parent.name == "vae"}
+    path, _ = find_vae(source)
+    dtype = precision.dtype("vae")
+    if path.is_file():
+        parts.vae, files = single_file.load_vae(read_header(path), parts.family, dtype), [path]
+    else:
+        parts.vae, files = folders.load_vae(path, dtype)
+    parts.files = [file for file in parts.files if str(file) not in old] + files
+
+
+def find_vae(source: str | os.PathLike[str]) -> tuple[Path, str]:
+    """(folder with the VAE's config.json or single file, public name)."""
+    path, name = find(source)
+    if path.is_dir() and not (path / "config.json").is_file():
+        path = path / "vae"
+    return path, name
+
+
+def _check(parts: _Parts, name: str, clip_skip: int | None) -> None:
+    """Raises BaseModelError where the parts do not belong together."""
+    unet, vae = parts.unet.config, parts.vae.config
+    if unet.in_channels != vae.latent_channels:
+        what = " (9 is an inpainting model, 8 an editing one)" if unet.in_channels in (8, 9) else ""
+        raise BaseModelError(
+            f"{name}: the U-Net takes {unet.in_channels} channels{what}, the VAE gives {vae.latent_channels}. "
+            "Name another base or VAE."
+        )
+    width = sum(encoder.config.hidden_size for encoder in parts.text_encoders)
+    if unet.cross_attention_dim != width:
+        raise BaseModelError(
+            f"{name}: the U-Net takes text of width {unet.cross_attention_dim}, the text encoder gives {width}. "
+            "Name another base."
+        )
+    layers = min(encoder.config.num_hidden_layers for encoder in parts.text_encoders)
+    if clip_skip is not None and not 0 <= clip_skip < layers - 1:
+        raise BaseModelError(f"--clip-skip {clip_skip}: of {layers} layers, 0 to {layers - 2} can be skipped.")
+
+
+def _scheduler(config: Mapping[str, Any], name: str) -> Any:
+    """The base's own diffusers scheduler."""
+    class_name = str(config.get("_class_name", "DDIMScheduler"))
+    found = getattr(diffusers, class_name, None) if class_name.endswith("Scheduler") else None
+    if found is None:
+        raise BaseModelError(f"{name}: diffusers has no scheduler {class_name}. Correct scheduler_config.json.")
+    return found.from_config(dict(config))
+
+
+def alpha_bar(config: Mapping[str, Any], name: str) -> torch.Tensor:
+    """(T,) fp32: the cumulative product of 1 - beta that a scheduler's config describes, falling from almost 1.
+
+    Zero terminal SNR (Lin et al. 2023, algorithm 1) makes the last one exactly 0, where epsilon says nothing about the
+    picture. Raises BaseModelError for that, and for schedules without betas.
+    """
+    if "num_train_timesteps" not in config or "FlowMatch" in str(config.get("_class_name", "")):
+        raise BaseModelError(f"{name}: {config.get('_class_name')} has no betas. Name SD 1.x, SD 2.x or SDXL.")
+    kind = config.get("prediction_type", "epsilon")
+    if kind not in PREDICTION_TYPES:
+        raise BaseModelError(f"{name}: predicts {kind!r}; wanted epsilon or v_prediction. Say --prediction-type.")
+    if config.get("rescale_betas_zero_snr") and kind == "epsilon":
+        raise BaseModelError(
+            f"{name}: zero terminal SNR, where epsilon says nothing of the picture at the last timestep. "
+            "Say --prediction-type v_prediction."
+        )
+    keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
+    settings = {key: config[key] for key in keys if key in config}
+    values: torch.Tensor = DDPMScheduler(**settings).alphas_cumprod
+    return values.float()

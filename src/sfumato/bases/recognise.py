@@ -1,0 +1,62 @@
+"""What a single-file checkpoint is, told by the names of its weights. Imports no torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+from sfumato.bases.family import FAMILIES, Family
+from sfumato.errors import BaseModelError
+
+UNET, VAE = "model.diffusion_model.", "first_stage_model."
+CLIP, OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
+XL_CLIP, XL_OPEN_CLIP = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
+TEXT_PREFIXES: Mapping[str, tuple[str, ...]] = {"sdxl": (XL_CLIP, XL_OPEN_CLIP), "sd2": (OPEN_CLIP,), "sd1": (CLIP,)}
+"""Where each family keeps its text encoders, in the order in which the families are tried."""
+
+WHOLE = "Name a whole checkpoint of SD 1.x, SD 2.x or SDXL."
+OTHERS: tuple[tuple[str, str, str], ...] = (
+    (
+        r"(^|[._])lora[._]|hada_w\d|lokr_w\d|\.dora_scale$|\.alpha$",
+        "an adapter (a LoRA or its kin)",
+        "Pass it with --lora, and its base with --base.",
+    ),
+    (r"^control_model\.|^controlnet_|^input_hint_block\.|^zero_convs\.", "a ControlNet", WHOLE),
+    (r"^(emb_params|clip_[lg]|\*)$", "a textual inversion", WHOLE),
+    (r"joint_blocks\.|double_blocks\.|single_blocks\.|double_layers\.", "a transformer (SD 3, FLUX)", WHOLE),
+    (r"^conditioner\.embedders\.0\.model\.", "an SDXL refiner", WHOLE),
+    (r"^edm_mean$|^edm_vpred\.", "an EDM model", WHOLE),
+    (r"motion_modules\.", "a motion module", WHOLE),
+)
+"""(pattern of a weight's name, what such a file is, what to do with it)."""
+PARTS: tuple[tuple[str, str, str], ...] = (
+    (r"^(down_blocks|mid_block|up_blocks)\.", "the U-Net of a diffusers folder", "Name its whole folder."),
+    (r"^(text_model|embeddings|encoder\.layers)\.", "a text encoder alone", WHOLE),
+    (r"^(encoder|decoder)\.", "a VAE alone", "Pass it with --vae, and its base with --base."),
+)
+
+
+def family_of_names(names: Iterable[str], file: str) -> Family:
+    """The family of a checkpoint. Raises BaseModelError that says what the file is instead."""
+    names = set(names)
+    _refuse(names, OTHERS, file)
+    has_unet, has_vae = _has(names, UNET), _has(names, VAE)
+    if has_unet and has_vae:
+        for family, prefixes in TEXT_PREFIXES.items():
+            if all(_has(names, prefix) for prefix in prefixes):
+                return FAMILIES[family]
+    if has_unet:
+        lacking = "text encoder" if has_vae else "VAE"
+        raise BaseModelError(f"{file}: a checkpoint without its {lacking}. {WHOLE}")
+    _refuse(names, PARTS, file)
+    raise BaseModelError(f"{file}: none of its {len(names)} weights belongs to a known base. {WHOLE}")
+
+
+def _has(names: set[str], prefix: str) -> bool:
+    return any(name.startswith(prefix) for name in names)
+
+
+def _refuse(names: set[str], kinds: tuple[tuple[str, str, str], ...], file: str) -> None:
+    for pattern, what, advice in kinds:
+        if any(re.search(pattern, name) for name in names):
+            raise BaseModelError(f"{file}: this is {what}, not a base. {advice}")

@@ -1,0 +1,46 @@
+"""CLIP's tokenizer, from the one copy of its vocabulary that travels with the package (see configs/clip/LICENSE)."""
+
+from __future__ import annotations
+
+import gzip
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from transformers import CLIPTokenizer
+
+MERGES = Path(__file__).parent / "configs" / "clip" / "merges.txt.gz"
+START, END = "<|startoftext|>", "<|endoftext|>"
+
+
+def clip_tokenizer(*, pad_token: str = END, positions: int) -> CLIPTokenizer:
+    """The tokenizer of CLIP's 49,408 tokens, as transformers builds it from vocab.json and merges.txt.
+
+    pad_token: CLIP ViT-L pads with its end token; OpenCLIP (SD 2, SDXL's second encoder) with token 0, "!".
+    positions: tokens a text encoder takes, both ends included.
+    """
+    merges = clip_merges()
+    return byte_pair_tokenizer(merges, pad_token=pad_token, positions=positions)
+
+
+def byte_pair_tokenizer(merges: list[tuple[str, str]], *, pad_token: str = END, positions: int) -> CLIPTokenizer:
+    """A tokenizer of CLIP's kind: 256 bytes, each also as the end of a word, then one token a merge, then both ends."""
+    symbols = byte_symbols()
+    tokens = symbols + [symbol + "</w>" for symbol in symbols] + ["".join(pair) for pair in merges] + [START, END]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    settings: dict[str, Any] = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": pad_token}
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=positions, **settings)
+
+
+@cache
+def clip_merges() -> list[tuple[str, str]]:
+    """The pairs CLIP's vocabulary was grown by, in their order."""
+    text = gzip.decompress(MERGES.read_bytes()).decode("utf-8")
+    return [(left, right) for left, right in (line.split(" ") for line in text.splitlines())]
+
+
+def byte_symbols() -> list[str]:
+    """256 printable characters that stand for the bytes, in the order of CLIP's token ids (GPT-2's table)."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = range(256 - len(printable))  # the rest, in byte order, are moved above the first 256 characters
+    return [chr(code) for code in printable] + [chr(256 + index) for index in others]

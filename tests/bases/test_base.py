@@ -1,0 +1,214 @@
+"""What a loaded base computes equals what its diffusers pipeline computes."""
+
+import dataclasses
+
+import diffusers
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from sfumato.bases import load_base
+from sfumato.bases.family import FAMILIES, recognise
+from sfumato.bases.loading import alpha_bar
+from sfumato.bases.single_file import shipped
+from sfumato.errors import BaseModelError, ConfigError, FileError
+from tests.tiny import CPU, tiny_pipeline, write_folder
+
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+
+
+def test_alpha_bar_is_the_schedulers(tiny):
+    assert torch.equal(tiny.base.alpha_bar, tiny.pipe.scheduler.alphas_cumprod)
+    assert tiny.base.alpha_bar.shape == (1000,)
+
+
+def test_prediction_types_are_those_of_the_published_schedulers(sd1, sd2, sdxl):
+    kinds = [made.base.prediction_type for made in (sd1, sd2, sdxl)]
+    assert kinds == ["epsilon", "v_prediction", "epsilon"]
+
+
+def test_zero_terminal_snr_ends_in_zero_as_ddim_has_it():
+    config = BETAS | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    values = alpha_bar(config, "base")
+    assert torch.equal(values, diffusers.DDIMScheduler(**config).alphas_cumprod)
+    assert values[-1] == 0
+    assert torch.allclose(values[:1], alpha_bar(BETAS, "base")[:1])
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (BETAS | {"rescale_betas_zero_snr": True}, "zero terminal SNR"),
+        (BETAS | {"prediction_type": "sample"}, "predicts 'sample'"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000}, "has no betas"),
+    ],
+)
+def test_schedules_that_cannot_be_trained_are_refused(config, message):
+    with pytest.raises(BaseModelError, match=message):
+        alpha_bar(config, "base")
+
+
+def test_the_users_prediction_type_wins(sd1):
+    base = load_base(sd1.folder, precision=CPU, prediction_type="v_prediction", unet=False)
+    assert base.prediction_type == "v_prediction"
+    assert base.pipeline().scheduler.config.prediction_type == "v_prediction"
+
+
+def test_time_ids_and_pooled_text_are_the_pipelines(sdxl):
+    text = sdxl.base.encode_text(["a cat", "a dog"])
+    added = sdxl.base.added_conditions(text, [(640, 480), (64, 64)], [(0, 12), (3, 0)], [(64, 48), (64, 64)])
+    reference = sdxl.pipe._get_add_time_ids(
+        (640, 480), (0, 12), (64, 48), torch.float32, text_encoder_projection_dim=96
+    )
+    assert torch.equal(added["time_ids"][:1], reference)
+    assert added["time_ids"].tolist() == [[640, 480, 0, 12, 64, 48], [64, 64, 3, 0, 64, 64]]
+    assert torch.equal(added["text_embeds"], text.pooled)
+
+
+def test_only_sdxl_takes_added_conditions(sd1):
+    text = sd1.base.encode_text(["a cat"])
+    assert sd1.base.added_conditions(text, [(64, 64)], [(0, 0)], [(64, 64)]) is None
+
+
+def test_the_prediction_is_the_unets(sdxl):
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    text = sdxl.base.encode_text(["a cat"])
+    added = sdxl.base.added_conditions(text, [(64, 64)], [(0, 0)], [(64, 64)])
+    with torch.no_grad():
+        wanted = sdxl.pipe.unet(latents, 500, text.hidden, added_cond_kwargs=added).sample
+    assert torch.equal(sdxl.base.predict(latents, torch.tensor([500]), text, added), wanted)
+
+
+def test_encoding_is_the_vaes_scaled(sd1):
+    pixels = torch.rand(1, 3, 64, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        encoded = sd1.pipe.vae.encode(pixels).latent_dist
+    mean, deviation = sd1.base.encode_pixels(pixels)
+    assert mean.shape == (1, 4, 8, 6)
+    assert torch.equal(mean, encoded.mean * 0.18215)
+    assert torch.equal(deviation, encoded.std * 0.18215)
+
+
+def test_a_shift_is_subtracted_from_the_mean_and_added_before_decoding(sd1):
+    pixels = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    plain, deviation = sd1.base.encode_pixels(pixels)
+    decoded = sd1.base.decode(plain)
+    sd1.base.vae.register_to_config(shift_factor=0.5)
+    try:
+        mean, same = sd1.base.encode_pixels(pixels)
+        torch.testing.assert_close(mean, plain - 0.5 * 0.18215)
+        assert torch.equal(same, deviation)
+        torch.testing.assert_close(sd1.base.decode(mean), decoded)
+    finally:
+        sd1.base.vae.register_to_config(shift_factor=None)
+
+
+class Overflowing(nn.Module):
+    """A VAE whose decoding has no finite value below fp32."""
+
+    def __init__(self, config, finite_in):
+        super().__init__()
+        self.config, self.finite_in, self.weight = config, finite_in, nn.Parameter(torch.ones(1))
+
+    @property
+    def dtype(self):
+        return self.weight.dtype
+
+    def decode(self, latents):
+        value = 0.25 if self.dtype == self.finite_in else float("nan")
+        return diffusers.models.autoencoders.vae.DecoderOutput(sample=torch.full((1, 3, 8, 8), value, dtype=self.dtype))
+
+
+def test_an_overflowing_vae_decodes_again_in_fp32_and_stays_as_it_was(sd1):
+    base = dataclasses.replace(sd1.base, vae=Overflowing(sd1.base.vae.config, torch.float32).bfloat16())
+    with pytest.warns(UserWarning, match="overflowed"):
+        pixels = base.decode(torch.zeros(1, 4, 1, 1))
+    assert pixels.unique().tolist() == [0.25]
+    assert base.vae.dtype == torch.bfloat16
+
+
+def test_a_picture_that_is_never_finite_is_an_error(sd1):
+    base = dataclasses.replace(sd1.base, vae=Overflowing(sd1.base.vae.config, None))
+    with pytest.raises(BaseModelError, match="not finite"):
+        base.decode(torch.zeros(1, 4, 1, 1))
+
+
+def test_the_pipeline_shares_the_modules_and_draws_what_the_base_decodes(tiny):
+    pipe = tiny.base.pipeline("ddim")
+    assert pipe.unet is tiny.base.unet
+    assert pipe.vae is tiny.base.vae
+    pipe.set_progress_bar_config(disable=True)
+    settings = {"prompt": "a cat", "num_inference_steps": 2, "height": 64, "width": 64}
+
+    def draw(kind):
+        return pipe(**settings, generator=torch.Generator().manual_seed(0), output_type=kind).images
+
+    assert torch.equal(tiny.base.decode(draw("latent")) / 2 + 0.5, draw("pt"))
+
+
+def test_an_unknown_sampler_is_an_error(sd1):
+    with pytest.raises(ConfigError, match="--sampler plms: unknown; wanted one of ddim, dpm"):
+        sd1.base.pipeline("plms")
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_every_familys_own_sampler_exists(sd1, family):
+    sampler = FAMILIES[family].defaults.sampler
+    assert torch.equal(sd1.base.pipeline(sampler).scheduler.alphas_cumprod, sd1.base.alpha_bar)
+
+
+def test_the_fingerprint_follows_the_weights_not_the_place(sd1, tmp_path):
+    folder = write_folder(sd1.pipe, tmp_path / "elsewhere")
+    assert load_base(folder, precision=CPU).fingerprint() == sd1.base.fingerprint()
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    tensors["conv_in.bias"][0] += 1
+    save_file(tensors, weights)
+    assert load_base(folder, precision=CPU).fingerprint() != sd1.base.fingerprint()
+
+
+def test_the_fingerprint_follows_the_prediction_type(sd1):
+    other = load_base(sd1.folder, precision=CPU, prediction_type="v_prediction", unet=False)
+    assert other.fingerprint() != sd1.base.fingerprint()
+
+
+def test_everything_is_frozen(tiny):
+    modules = (tiny.base.unet, tiny.base.vae, *tiny.base.text_encoders)
+    assert not any(parameter.requires_grad for module in modules for parameter in module.parameters())
+    assert not any(module.training for module in modules)
+
+
+def test_text_carries_gradients_only_where_asked(sd1):
+    bias = sd1.base.text_encoders[0].final_layer_norm.bias.requires_grad_(True)
+    try:
+        assert not sd1.base.encode_text(["a cat"]).hidden.requires_grad
+        assert sd1.base.encode_text(["a cat"], grad=True).hidden.requires_grad
+    finally:
+        bias.requires_grad_(False)
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+def test_published_unets_are_recognised(family):
+    assert recognise(shipped(family, "unet/config.json")).name == family
+
+
+def test_names_in_files_follow_the_prediction_type(sd1, sd2, sdxl):
+    assert (sd1.base.architecture, sd1.base.base_model_version) == ("stable-diffusion-v1", "sd_v1")
+    assert (sd2.base.architecture, sd2.base.base_model_version) == ("stable-diffusion-v2-768-v", "sd_v2_v")
+    assert (sdxl.base.architecture, sdxl.base.base_model_version) == ("stable-diffusion-xl-v1-base", "sdxl_base_v1-0")
+
+
+def test_sizes_are_read_from_the_model(sd1, sdxl):
+    assert (sd1.base.resolution, sd1.base.vae_factor, sd1.base.latent_channels) == (64, 8, 4)
+    assert sd1.base.defaults.resolution == 64
+    assert sd1.base.defaults.steps == FAMILIES["sd1"].defaults.steps
+    assert sdxl.base.text_width == 192
+
+
+def test_nonfinite_weights_are_refused(tmp_path):
+    pipe = tiny_pipeline("sd1")
+    with torch.no_grad():
+        pipe.unet.conv_in.bias[0] = float("nan")
+    with pytest.raises(FileError, match=r"NaN or Inf, first conv_in\.bias"):
+        load_base(write_folder(pipe, tmp_path / "base"), precision=CPU)

@@ -1,0 +1,215 @@
+"""Where bases are looked for, and the one line that says what was found instead."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from safetensors.torch import load_file, save_file
+
+from sfumato.bases import hub, loading
+from sfumato.bases.hub import weight_files
+from sfumato.bases.loading import load_base
+from sfumato.bases.recognise import family_of_names
+from sfumato.errors import BaseModelError, SfumatoError
+from tests.tiny import CPU, tiny_pocket_folder
+
+
+@pytest.fixture(scope="module")
+def pocket(tmp_path_factory):
+    return tiny_pocket_folder(tmp_path_factory.mktemp("pocket") / "private place")
+
+
+def refusal(source, **options) -> str:
+    """The message with which a base is refused; it is one line."""
+    with pytest.raises(SfumatoError) as caught:
+        load_base(source, precision=CPU, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_pocket_is_the_folder_the_environment_names(pocket, monkeypatch):
+    monkeypatch.setenv("SFUMATO_POCKET", str(pocket))
+    base = load_base(precision=CPU)
+    assert (base.name, base.family.name) == ("pocket", "pocket")
+    assert (base.vae_factor, base.resolution, base.token_limit) == (4, 64, 75)
+    assert base.encode_text(["a red cat"]).hidden.shape == (1, 77, 32)
+
+
+def test_a_folder_like_pocket_is_recognised_and_named_without_its_path(pocket):
+    base = load_base(pocket, precision=CPU)
+    assert (base.name, base.family.name) == ("private place", "pocket")
+
+
+def test_pocket_in_an_installation_without_it(monkeypatch, tmp_path):
+    monkeypatch.delenv("SFUMATO_POCKET", raising=False)
+    monkeypatch.setattr(loading, "POCKET_FOLDER", tmp_path)
+    assert refusal("pocket") == (
+        "pocket: not in this installation. Install sfumato again, or set SFUMATO_POCKET to its folder."
+    )
+
+
+def test_an_environment_that_names_no_base(monkeypatch, tmp_path):
+    monkeypatch.setenv("SFUMATO_POCKET", str(tmp_path))
+    assert "no model_index.json" in refusal("pocket")
+
+
+def test_a_name_that_is_nothing(tmp_path):
+    assert "there is no such folder or file" in refusal(tmp_path / "nothing")
+    assert "there is no such file" in refusal(tmp_path / "nothing.safetensors")
+    assert "there is no such folder or file" in refusal("pockett")
+
+
+def test_a_hub_id_without_network(tmp_path, monkeypatch):
+    message = refusal("nobody/nothing")
+    assert "not in the hub's local cache" in message
+    assert "hf download nobody/nothing" in message
+
+
+class Answer:
+    """A hub that answers every question with one error."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def list_repo_files(self, _hub_id):
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (GatedRepoError, "owner/name: gated; its owner asks for an agreement. Accept it"),
+        (RepositoryNotFoundError, "owner/name: neither a path here nor a model on the hub"),
+        (ConnectionError, "the hub cannot be reached (ConnectionError). Run `hf download owner/name`"),
+    ],
+)
+def test_the_hub_says_no(monkeypatch, error, message):
+    answer = error.__new__(error)  # hub errors are made of a response, which there is none of
+    monkeypatch.setattr(hub, "HfApi", lambda: Answer(answer))
+    assert message in refusal("owner/name")
+
+
+def test_a_folder_without_index_names_what_it_holds(tmp_path):
+    save_file({"a": torch.ones(1)}, tmp_path / "pytorch_lora_weights.safetensors")
+    assert "Name pytorch_lora_weights.safetensors in it" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_pickled_weights_are_refused_by_name(pocket, tmp_path, part):
+    folder = shutil.copytree(pocket, tmp_path / "base")
+    next((folder / part).glob("*.safetensors")).unlink()
+    (folder / part / "pytorch_model.bin").write_bytes(b"not even looked at")
+    assert "only pickled weights (pytorch_model.bin)" in refusal(folder)
+
+
+@pytest.mark.parametrize("name", ["model.ckpt", "model.pt", "model.BIN"])
+def test_a_pickled_checkpoint_is_refused_unopened(tmp_path, name):
+    (tmp_path / name).write_bytes(b"\x80\x04.")
+    assert f"{name}: a pickle file" in refusal(tmp_path / name)
+
+
+def test_a_pickle_named_safetensors_is_refused(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"\x80\x04" + b"0" * 100)
+    assert "model.safetensors: " in refusal(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("names", "what"),
+    [
+        (["lora_unet_mid_block_attentions_0_proj_in.lora_down.weight"], "an adapter"),
+        (["unet.mid_block.attentions.0.to_q.lora_A.weight"], "an adapter"),
+        (["lycoris_mid_block.hada_w1_a"], "an adapter"),
+        (["control_model.input_blocks.0.0.weight"], "a ControlNet"),
+        (["emb_params"], "a textual inversion"),
+        (["clip_l", "clip_g"], "a textual inversion"),
+        (["model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight"], "a transformer"),
+        (["double_blocks.0.img_attn.qkv.weight"], "a transformer"),
+        (["conditioner.embedders.0.model.ln_final.weight", "model.diffusion_model.out.2.bias"], "an SDXL refiner"),
+        (["down_blocks.0.resnets.0.conv1.weight"], "the U-Net of a diffusers folder"),
+        (["decoder.conv_in.weight"], "a VAE alone"),
+        (["text_model.embeddings.token_embedding.weight"], "a text encoder alone"),
+        (["model.diffusion_model.out.2.bias"], "a checkpoint without its VAE"),
+        (["model.diffusion_model.out.2.bias", "first_stage_model.quant_conv.bias"], "without its text encoder"),
+        (["anything"], "none of its 1 weights belongs to a known base"),
+    ],
+)
+def test_other_files_are_called_by_their_names(names, what):
+    with pytest.raises(BaseModelError, match=what):
+        family_of_names(names, "a.safetensors")
+
+
+def test_a_lora_given_as_base(tmp_path):
+    save_file({"lora_unet_a.lora_down.weight": torch.ones(1, 2)}, tmp_path / "a.safetensors")
+    assert refusal(tmp_path / "a.safetensors") == (
+        "a.safetensors: this is an adapter (a LoRA or its kin), not a base. "
+        "Pass it with --lora, and its base with --base."
+    )
+
+
+def test_a_unet_of_nine_channels_is_called_inpainting(sd1, tmp_path):
+    tensors = load_file(sd1.file)
+    name = "model.diffusion_model.input_blocks.0.0.weight"
+    tensors[name] = torch.cat([tensors[name]] * 3, dim=1)[:, :9].contiguous()
+    save_file(tensors, tmp_path / "a.safetensors")
+    assert "9 channels (9 is an inpainting model" in refusal(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prediction_type": "v"}, "--prediction-type v: unknown; wanted epsilon or v_prediction."),
+        ({"family": "sd3"}, "--family sd3: unknown; wanted pocket, sd1, sd2, sdxl."),
+        ({"clip_skip": 2}, "--clip-skip 2: of 3 layers, 0 to 1 can be skipped."),
+        ({"clip_skip": -1}, "--clip-skip -1: of 3 layers, 0 to 1 can be skipped."),
+    ],
+)
+def test_options_that_make_no_sense(pocket, options, message):
+    assert refusal(pocket, **options) == message
+
+
+@pytest.mark.parametrize("part", ["unet/config.json", "scheduler/scheduler_config.json", "model_index.json"])
+def test_a_broken_config_is_named(pocket, tmp_path, part):
+    folder = shutil.copytree(pocket, tmp_path / "base")
+    (folder / part).write_text("{")
+    assert refusal(folder) == f"base/{part}: not readable as JSON. Download it again."
+
+
+def test_a_folder_with_a_missing_part(pocket, tmp_path):
+    folder = shutil.copytree(pocket, tmp_path / "base")
+    shutil.rmtree(folder / "tokenizer")
+    assert refusal(folder) == "base/tokenizer: no vocabulary in it. Download the folder again."
+    shutil.rmtree(folder / "vae")
+    assert refusal(folder) == "vae/config.json: missing. The folder is incomplete; download it again."
+
+
+def test_another_kind_of_pipeline(pocket, tmp_path):
+    folder = shutil.copytree(pocket, tmp_path / "base")
+    index = {"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    assert "a FluxPipeline has no U-Net of Stable Diffusion" in refusal(folder)
+
+
+def test_of_a_repository_only_one_set_of_safetensors_is_fetched():
+    files = [
+        "unet/diffusion_pytorch_model.safetensors",
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+        "unet/diffusion_pytorch_model.bin",
+        "unet/diffusion_pytorch_model.non_ema.safetensors",
+        "vae/diffusion_pytorch_model.fp16.safetensors",
+        "text_encoder/model-00001-of-00002.safetensors",
+        "text_encoder/model-00002-of-00002.safetensors",
+        "v1-5-pruned.safetensors",
+    ]
+    assert weight_files(files, "owner/name") == [files[0], files[4], files[5], files[6]]
+    with pytest.raises(BaseModelError, match=r"owner/name: unet has only pickled weights"):
+        weight_files(["unet/diffusion_pytorch_model.bin"], "owner/name")
+
+
+def test_importing_the_package_loads_no_torch():
+    code = "import sys, sfumato.bases, sfumato.bases.recognise; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,217 @@
+"""The precision decision: what each machine gets, what it cannot have, and what the table says."""
+
+import importlib.util
+
+import diffusers
+import pytest
+import torch
+from torch import nn
+
+from sfumato import precision
+from sfumato.errors import PrecisionError
+from sfumato.precision import decide
+
+
+def rows(decision):
+    return {what: (value, reason) for what, value, reason in decision.rows()}
+
+
+def fake_cuda(monkeypatch, major):
+    """A machine with a CUDA device of this compute capability, as far as the decision looks."""
+
+    class Properties:
+        pass
+
+    Properties.major = major
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: Properties)
+
+
+@pytest.fixture
+def bare(monkeypatch):
+    """A machine without CUDA or MPS."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+
+
+def test_a_cpu_stores_and_computes_in_fp32(bare):
+    decision = decide()
+    assert decision.device.type == "cpu"
+    assert {decision.storage, decision.compute, decision.vae} == {torch.float32}
+    assert decision.mixed_precision == "no"
+    assert not decision.scaler().is_enabled()
+
+
+def test_bf16_on_a_cpu_is_autocast_over_fp32_weights(bare):
+    decision = decide("bf16")
+    assert (decision.storage, decision.compute, decision.vae) == (torch.float32, torch.bfloat16, torch.float32)
+    layer = decision.place(nn.Linear(4, 4), "text")
+    assert layer.weight.dtype == torch.float32
+    with decision.autocast():
+        assert layer(torch.ones(1, 4)).dtype == torch.bfloat16
+
+
+def test_fp32_opens_no_autocast(bare):
+    with decide("fp32").autocast():
+        assert not torch.is_autocast_enabled("cpu")
+
+
+def test_a_new_gpu_gets_bf16_and_tf32(monkeypatch):
+    fake_cuda(monkeypatch, major=9)
+    decision = decide()
+    assert (decision.storage, decision.compute, decision.vae) == (torch.bfloat16,) * 3
+    assert (decision.tf32, decision.channels_last, decision.mixed_precision) == (True, True, "bf16")
+
+
+def test_an_old_gpu_gets_fp16_with_its_vae_in_fp32(monkeypatch):
+    fake_cuda(monkeypatch, major=7)
+    decision = decide()
+    assert (decision.storage, decision.compute, decision.vae) == (torch.float16, torch.float16, torch.float32)
+    assert (decision.tf32, decision.mixed_precision) == (False, "fp16")
+    assert rows(decision)["VAE"] == ("fp32", "SDXL's VAE overflows in fp16")
+
+
+def test_fp32_on_a_gpu_means_it(monkeypatch):
+    fake_cuda(monkeypatch, major=9)
+    decision = decide("fp32")
+    assert (decision.compute, decision.tf32, decision.channels_last) == (torch.float32, False, False)
+
+
+def test_tf32_is_switched_as_decided(monkeypatch):
+    fake_cuda(monkeypatch, major=9)
+    switches = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [switch.allow_tf32 for switch in switches]
+    try:
+        for requested, wanted in (("auto", True), ("fp32", False)):
+            decide(requested).apply()
+            assert [switch.allow_tf32 for switch in switches] == [wanted, wanted]
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            switch.allow_tf32 = value
+
+
+def test_bf16_on_a_gpu_without_it_is_refused(monkeypatch):
+    fake_cuda(monkeypatch, major=7)
+    with pytest.raises(PrecisionError, match="--precision bf16: this GPU has none"):
+        decide("bf16")
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
+    fake_cuda(monkeypatch, major=9)
+    with pytest.raises(PrecisionError, match="--device cuda:3: there are 1 CUDA devices"):
+        decide(device="cuda:3")
+
+
+@pytest.mark.parametrize(
+    ("wish", "message"),
+    [
+        ({"requested": "fp16"}, "--precision fp16: a CPU cannot train in fp16"),
+        ({"requested": "fp8"}, "--precision fp8: unknown"),
+        ({"device": "cuda"}, "--device cuda: torch finds no CUDA device"),
+        ({"device": "mps"}, "--device mps: this machine has no Apple GPU"),
+        ({"device": "gpu"}, "--device gpu: unknown"),
+        ({"device": "meta"}, "--device meta: not supported"),
+        ({"attention": "flash"}, "--attention flash: unknown"),
+        ({"attention": "xformers"}, "--attention xformers: "),
+        ({"optimizer": "adamw8bit"}, "--optimizer adamw8bit: needs "),
+    ],
+)
+def test_impossible_wishes_are_one_line(bare, wish, message):
+    with pytest.raises(PrecisionError) as caught:
+        decide(**wish)
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("wish", "install"),
+    [({"attention": "xformers"}, "sfumato[xformers]"), ({"optimizer": "adamw8bit"}, "sfumato[8bit]")],
+)
+def test_a_missing_package_is_named_with_its_extra(monkeypatch, bare, wish, install):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(PrecisionError) as caught:
+        decide(**wish)
+    assert f"pip install '{install}'" in str(caught.value)
+
+
+@pytest.mark.parametrize("wish", [{"attention": "xformers"}, {"optimizer": "adamw8bit"}])
+def test_an_installed_package_still_needs_a_gpu(monkeypatch, bare, wish):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())
+    with pytest.raises(PrecisionError, match="needs a CUDA device, this one is cpu"):
+        decide(**wish)
+
+
+def test_eight_bits_change_only_the_optimizers_row(monkeypatch):
+    fake_cuda(monkeypatch, major=9)
+    monkeypatch.setattr(precision.importlib.util, "find_spec", lambda _: object())
+    named, plain = rows(decide(optimizer="adamw8bit")), rows(decide())
+    assert named["optimizer state"] == ("8 bit", "adamw8bit was named")
+    assert {what for what in named if named[what] != plain[what]} == {"optimizer state"}
+
+
+def test_the_table_gives_every_row_a_reason(bare):
+    decision = decide("bf16", gradient_checkpointing=True)
+    assert all(reason for _, _, reason in decision.rows())
+    lines = decision.table().splitlines()
+    assert len(lines) == 10
+    assert lines[0].split() == ["device", "cpu", "found", "neither", "CUDA", "nor", "MPS"]
+    assert lines[-1].startswith("checkpointing    on    asked for")
+
+
+def test_placing_freezes_casts_and_keeps_the_module():
+    layer = nn.Linear(2, 2, dtype=torch.float64)
+    placed = decide("fp32", device="cpu").place(layer, "vae")
+    assert placed is layer
+    assert not placed.training
+    assert {(p.dtype, p.requires_grad) for p in placed.parameters()} == {(torch.float32, False)}
+
+
+def test_checkpointing_reaches_the_unet():
+    unet = diffusers.UNet2DConditionModel(
+        block_out_channels=(32,), down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
+        layers_per_block=1, cross_attention_dim=8, attention_head_dim=1,
+    )  # fmt: skip
+    decide("fp32", device="cpu").place(unet)
+    assert not unet.is_gradient_checkpointing
+    decide("fp32", device="cpu", gradient_checkpointing=True).place(unet)
+    assert unet.is_gradient_checkpointing
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("requested", ["auto", "fp32", "fp16", "bf16"])
+def test_a_unet_trains_on_the_gpu_in_each_precision(requested):
+    """The fp32 weight beside frozen ones of each storage dtype gets a finite fp32 gradient close to the CPU's."""
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DConditionModel(
+        block_out_channels=(32,), down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
+        layers_per_block=1, cross_attention_dim=8, attention_head_dim=1,
+    )  # fmt: skip
+    latents, text = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 8)
+
+    def gradient(decision):
+        model = decision.place(unet)
+        offset = torch.zeros(1, 5, 8, device=decision.device, requires_grad=True)
+        scaler = decision.scaler()
+        with decision.autocast():
+            error = (
+                model(latents.to(decision.device), 10, text.to(decision.device) + offset).sample.float().square().mean()
+            )
+        scaler.scale(error).backward()
+        return offset.grad.cpu() / scaler.get_scale()
+
+    wanted = gradient(decide("fp32", device="cpu"))
+    found = gradient(decide(requested, device="cuda"))
+    assert found.dtype == torch.float32
+    assert (found - wanted).norm() / wanted.norm() < 0.05
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("part", ["unet", "vae", "text"])
+def test_a_gpu_keeps_each_part_in_its_dtype_and_layout(part):
+    decision = decide("fp16", device="cuda")
+    convolution = decision.place(nn.Conv2d(4, 4, 3), part)
+    assert convolution.weight.dtype == (torch.float32 if part == "vae" else torch.float16)
+    assert convolution.weight.is_contiguous(memory_format=torch.channels_last) == (part != "text")
+    assert convolution.weight.is_cuda
