@@ -1,0 +1,55 @@
+"""The only place that opens weight files: safe reading, other tools' dialects, metadata, writing.
+
+Importing this package, or a module of it that needs no torch (`header`, `keys`, `metadata`, `inspect`), loads no torch;
+a name below loads its module when it is first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sfumato.files.header import Header, read_header
+    from sfumato.files.inspect import Inspection, inspect_file
+    from sfumato.files.lora_file import LoraFile, LoraModule, read_lora
+    from sfumato.files.metadata import Description, describe, short_hash
+    from sfumato.files.read import read_tensors
+    from sfumato.files.save import write_tensors
+    from sfumato.files.write import write_lora
+
+_HOME = {
+    "Description": "metadata",
+    "Header": "header",
+    "Inspection": "inspect",
+    "LoraFile": "lora_file",
+    "LoraModule": "lora_file",
+    "describe": "metadata",
+    "inspect_file": "inspect",
+    "read_header": "header",
+    "read_lora": "lora_file",
+    "read_tensors": "read",
+    "short_hash": "metadata",
+    "write_lora": "write",
+    "write_tensors": "save",
+}
+
+__all__ = [
+    "Description",
+    "Header",
+    "Inspection",
+    "LoraFile",
+    "LoraModule",
+    "describe",
+    "inspect_file",
+    "read_header",
+    "read_lora",
+    "read_tensors",
+    "short_hash",
+    "write_lora",
+    "write_tensors",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'sfumato.files' has no attribute {name!r}")
+    return getattr(import_module(f"sfumato.files.{_HOME[name]}"), name)

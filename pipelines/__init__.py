@@ -1,0 +1,1 @@
+"""Programs that draw and look."""

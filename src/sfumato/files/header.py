@@ -1,0 +1,260 @@
+"""The header of a safetensors file, read and checked before any library sees the file. Imports no torch.
+
+A safetensors file is 8 bytes N (little endian), N bytes of JSON {name: {dtype, shape, data_offsets}, "__metadata__":
+{str: str}}, then the tensors' bytes. The library accepts duplicate names (the last wins, so that a scanner and a loader
+can see different tensors), zero-size tensors of huge dimensions and headers that take seconds and gigabytes; we do not.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, BinaryIO
+
+from sfumato.errors import FileError
+from sfumato.files.sniff import HEAD_BYTES, foreign
+
+HEADER_LIMIT = 8_000_000
+"""Bytes of JSON. A full SDXL checkpoint has 0.4 MB, the largest LyCORIS files with a thumbnail about 1 MB."""
+TENSOR_LIMIT = 20_000
+"""Tensors. A full SDXL checkpoint has 2,515, a LoRA of every layer with alphas about 3,200."""
+PART_LIMIT = 250_000
+"""Keys, objects and lists. A file of 20,000 tensors has 140,000; what has more would take the parser long."""
+NAME_LIMIT = 512
+RANK_LIMIT = 8
+DIM_LIMIT = 2**31
+
+DTYPE_BYTES: Mapping[str, int] = MappingProxyType(
+    {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2}
+    | {"U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8}
+)
+"""Bytes an element of each dtype that weight files of this field use."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of the file: its dtype as the format spells it, its shape, its bytes [start, end) within the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a weight file says of itself. `tensors` is in the order of their bytes; `data_start` is where they begin."""
+
+    path: Path
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str]
+    data_start: int
+    size: int
+
+
+def read_header(path: str | os.PathLike[str]) -> Header:
+    """The checked header of the safetensors file at `path`, whatever its suffix.
+
+    Raises FileError, one line, for anything that is not a whole and unambiguous safetensors file.
+    """
+    path = Path(path)
+    with _open(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        head = file.read(HEAD_BYTES)
+        length = int.from_bytes(head[:8], "little")
+        if len(head) < 9 or head[8:9] != b"{" or length >> 40:
+            raise FileError(f"{path.name}: {foreign(head)}")
+        if length > HEADER_LIMIT:
+            raise FileError(
+                f"{path.name}: the header is {length:,} bytes long, at most {HEADER_LIMIT:,} are read. "
+                "No weight file needs that; do not trust this one."
+            )
+        if 8 + length > size:
+            raise FileError(
+                f"{path.name}: the file ends after {size:,} bytes, inside its header of {length:,}. "
+                "The download was cut off; download it again."
+            )
+        file.seek(8)
+        text = file.read(length)
+    tensors, metadata = _parse(text, path.name)
+    _check_offsets(tensors, path.name, size - 8 - length)
+    shift = 8 + length
+    placed = {
+        name: TensorInfo(info.dtype, info.shape, info.start + shift, info.end + shift)
+        for name, info in sorted(tensors.items(), key=lambda item: item[1].start)
+    }
+    return Header(path, MappingProxyType(placed), MappingProxyType(metadata), shift, size)
+
+
+def _open(path: Path) -> BinaryIO:
+    try:
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            inside = sorted(entry.name for entry in path.glob("*.safetensors"))
+            hint = f" It holds {', '.join(inside[:3])}." if inside else ""
+            raise FileError(f"{path.name}: this is a folder. Name the .safetensors file in it.{hint}")
+        if not stat.S_ISREG(mode):  # opening a pipe would wait for ever
+            raise FileError(f"{path.name}: this is a device or a pipe, not a file. Name a .safetensors file.")
+        return path.open("rb")
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, _neighbours(path), n=1)
+        hint = f"Did you mean {near[0]}?" if near else "Check the name and the folder."
+        raise FileError(f"{path.name}: there is no such file. {hint}") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        reason = getattr(error, "strerror", None) or str(error)
+        raise FileError(f"{path.name!r}: the file cannot be read ({reason}). Check its name and permissions.") from None
+
+
+def _neighbours(path: Path) -> list[str]:
+    try:
+        return [entry.name for entry in path.parent.glob("*.safetensors")]
+    except OSError:
+        return []
+
+
+class _DuplicateKeyError(Exception):
+    pass
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) == len(pairs):
+        return found
+    seen: set[str] = set()
+    for key, _ in pairs:
+        if key in seen:
+            raise _DuplicateKeyError(key)
+        seen.add(key)
+    raise AssertionError("unreachable")
+
+
+def _parse(text: bytes, file: str) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """The tensors, offsets counted from the data's start, and the metadata."""
+    if text.count(b'"data_offsets"') > TENSOR_LIMIT:  # before the parser pays for them
+        raise _too_many(file, text.count(b'"data_offsets"'))
+    parts = text.count(b'":') + text.count(b"{") + text.count(b"[")
+    if parts > PART_LIMIT:
+        raise FileError(
+            f"{file}: the header has {parts:,} parts, at most {PART_LIMIT:,} are read. Do not trust this file."
+        )
+    try:
+        content = json.loads(text.decode("utf-8"), object_pairs_hook=_object)
+    except _DuplicateKeyError as error:
+        raise FileError(
+            f"{file}: {_quote(str(error))} is listed twice in the header, so what it means depends on the reader. "
+            "Do not trust this file."
+        ) from None
+    except RecursionError:
+        raise FileError(f"{file}: the header is nested too deep. Do not trust this file.") from None
+    except ValueError as error:  # bad UTF-8, bad JSON, a number of thousands of digits
+        reason = " ".join(str(error).split())[:80]
+        raise FileError(f"{file}: the header is not readable as JSON ({reason}). Download the file again.") from None
+    if not isinstance(content, dict):  # cannot happen after "{", but costs nothing
+        raise FileError(f"{file}: the header is no JSON object. Download the file again.")
+    metadata = _metadata(content.pop("__metadata__", {}), file)
+    if len(content) > TENSOR_LIMIT:
+        raise _too_many(file, len(content))
+    if not content:
+        raise FileError(f"{file}: the file holds no tensors. Download it again, or ask its author.")
+    return {name: _tensor(name, value, file) for name, value in content.items()}, metadata
+
+
+def _too_many(file: str, count: int) -> FileError:
+    return FileError(
+        f"{file}: the header lists {count:,} tensors, at most {TENSOR_LIMIT:,} are read. Do not trust this file."
+    )
+
+
+def _metadata(value: Any, file: str) -> dict[str, str]:
+    if not isinstance(value, dict):
+        raise FileError(f"{file}: __metadata__ is {_kind(value)}, wanted an object of texts. Save the file again.")
+    for key, text in value.items():
+        if not isinstance(text, str):
+            raise FileError(f"{file}: __metadata__ {_quote(key)} is {_kind(text)}, wanted a text. Save it again.")
+        try:
+            (key + text).encode("utf-8")
+        except UnicodeEncodeError:
+            raise FileError(f"{file}: __metadata__ {_quote(key)} holds half a character. Save it again.") from None
+    return value
+
+
+def _tensor(name: str, value: Any, file: str) -> TensorInfo:
+    """One entry of the header, with everything about it checked that can be checked alone."""
+    if not name or len(name) > NAME_LIMIT or not name.isprintable():
+        raise FileError(
+            f"{file}: a tensor is named {_quote(name)} ({len(name):,} characters); wanted 1 to {NAME_LIMIT} printable "
+            "ones. Do not trust this file."
+        )
+    shown = _quote(name)
+    if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
+        raise FileError(f"{file}: tensor {shown} does not have exactly dtype, shape and data_offsets. Save it again.")
+    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
+        raise FileError(
+            f"{file}: tensor {shown} has the dtype {_quote(str(dtype))}, known are {', '.join(DTYPE_BYTES)}. "
+            "Save it in one of these."
+        )
+    if not _integers(shape) or len(shape) > RANK_LIMIT or any(dim >= DIM_LIMIT for dim in shape):
+        raise FileError(
+            f"{file}: tensor {shown} has a shape that no weight has; wanted at most {RANK_LIMIT} integers "
+            f"below {DIM_LIMIT:,}. Do not trust this file."
+        )
+    if 0 in shape:
+        raise FileError(f"{file}: tensor {shown} is empty (shape {shape}). No weight is; save it again.")
+    if not _integers(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise FileError(f"{file}: tensor {shown} has no valid data_offsets. Do not trust this file.")
+    wanted = prod(shape) * DTYPE_BYTES[dtype]
+    if offsets[1] - offsets[0] != wanted:
+        raise FileError(
+            f"{file}: tensor {shown} of shape {shape} in {dtype} needs {wanted:,} bytes, its data_offsets give "
+            f"{offsets[1] - offsets[0]:,}. Do not trust this file."
+        )
+    return TensorInfo(dtype, tuple(shape), offsets[0], offsets[1])
+
+
+def _check_offsets(tensors: Mapping[str, TensorInfo], file: str, available: int) -> None:
+    """Every byte after the header belongs to exactly one tensor."""
+    position, previous = 0, ""
+    for name, info in sorted(tensors.items(), key=lambda item: item[1].start):
+        if info.start < position:
+            raise FileError(
+                f"{file}: tensors {_quote(previous)} and {_quote(name)} share bytes. Do not trust this file."
+            )
+        if info.start > position:
+            raise FileError(
+                f"{file}: {info.start - position:,} bytes before tensor {_quote(name)} belong to no tensor. "
+                "Do not trust this file."
+            )
+        position, previous = info.end, name
+    if available < position:
+        raise FileError(
+            f"{file}: the tensors need {position:,} bytes, the file has {available:,} of them. "
+            "The download was cut off; download it again."
+        )
+    if available > position:
+        raise FileError(
+            f"{file}: {available - position:,} bytes follow the last tensor. Something was added; download it again."
+        )
+
+
+def _integers(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+
+
+def _kind(value: Any) -> str:
+    return {dict: "an object", list: "a list", str: "a text", bool: "a truth value"}.get(
+        type(value), "nothing" if value is None else "a number"
+    )
+
+
+def _quote(text: str) -> str:
+    """A name from a file, made safe for one line of a terminal."""
+    shown = text if len(text) <= 80 else text[:77] + "..."
+    return ascii(shown) if not shown.isprintable() else f"'{shown}'"

@@ -1,0 +1,280 @@
+"""What an adapter file holds: family, kind, targets, ranks, alphas, norms, trigger words, hashes. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sfumato.files.family import FAMILIES, family_from_metadata
+from sfumato.files.header import Header, TensorInfo, read_header
+from sfumato.files.keys import Layout, ModuleKeys, describe_foreign, guess_family, read_layout
+from sfumato.files.kohya import Target
+from sfumato.files.metadata import data_sha256, short_hash
+
+Array = NDArray[np.float32]
+BAR_WIDTH = 24
+
+
+@dataclass(frozen=True)
+class Block:
+    """The modules of one attention, resnet or text layer. norm: the Frobenius norm of all their updates together."""
+
+    name: str
+    modules: int
+    norm: float
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `sfumato inspect` prints. Counts are by value: {"16": 128} is rank 16 in 128 modules.
+
+    says: the family by the metadata, where it differs from `family`, which goes by the shapes. nonfinite: tensors with
+    NaN or Inf. hash: the first 12 digits of the sha256 by which A1111 names the file; hash_holds: whether the sha256
+    that the file states is that of its bytes, None where it states none.
+    """
+
+    file: str
+    bytes: int
+    tensors: int
+    dtypes: dict[str, int]
+    kind: str
+    family: str | None
+    says: str | None
+    spelling: list[str]
+    modules: int
+    targets: dict[str, int]
+    ranks: dict[str, int]
+    alphas: dict[str, int]
+    norm: float | None
+    blocks: list[Block]
+    trigger: list[str]
+    base: str | None
+    hash: str
+    hash_holds: bool | None
+    nonfinite: list[str]
+    unknown: list[str]
+    incomplete: list[str]
+    metadata: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as JSON knows it."""
+        return asdict(self)
+
+
+def inspect_file(path: str | os.PathLike[str]) -> Inspection:
+    """Look into a weight file without judging it: kinds that cannot be applied and non-finite values are reported.
+
+    Raises FileError for what is no safetensors file.
+    """
+    header = read_header(path)
+    layout = read_layout(header.tensors)
+    with header.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+
+        def value(name: str) -> Array | None:
+            return _array(mapped, header.tensors[name])
+
+        foreign = None if layout.modules else (describe_foreign(header.tensors) or "no adapter that is known")
+        nonfinite = [name for name in header.tensors if not _is_finite(mapped, header.tensors[name])]
+        alphas = {target: _alpha(keys, header, value) for target, keys in layout.modules.items()}
+        squares = {
+            target: square
+            for target, keys in layout.modules.items()
+            if (square := _square_norm(keys, alphas[target], value)) is not None
+        }
+        stated = header.metadata.get("sshs_model_hash")
+        by_shapes, by_words = guess_family(layout, header), family_from_metadata(header.metadata)
+        return Inspection(
+            file=header.path.name,
+            bytes=header.size,
+            tensors=len(header.tensors),
+            dtypes=_counts(info.dtype for info in header.tensors.values()),
+            kind=foreign or " + ".join(layout.kinds),
+            family=by_shapes,
+            says=by_words if by_words != by_shapes else None,
+            spelling=list(layout.spellings),
+            modules=len(layout.modules),
+            targets=_counts(_target_name(target) for target in layout.modules),
+            ranks=_counts(_rank(keys, header) for keys in layout.modules.values()),
+            alphas=_counts(None if alpha is None else f"{alpha:g}" for alpha in alphas.values()),
+            norm=float(np.sqrt(sum(squares.values()))) if squares else None,
+            blocks=_blocks(squares),
+            trigger=_trigger(header.metadata),
+            base=header.metadata.get("ss_sd_model_name") or None,
+            hash=short_hash(header),
+            hash_holds=None if stated is None else stated == data_sha256(header),
+            nonfinite=nonfinite,
+            unknown=list(layout.unknown) if layout.modules else [],
+            incomplete=_incomplete(layout),
+            metadata=dict(sorted(header.metadata.items())),
+        )
+
+
+def _counts(values: Any) -> dict[str, int]:
+    """How often each value occurs, the most frequent first; None is not counted."""
+    counts = Counter(str(value) for value in values if value is not None)
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _array(mapped: mmap.mmap, info: TensorInfo) -> Array | None:
+    """A tensor's values in fp32, None for dtypes that numpy has no numbers for."""
+    raw = mapped[info.start : info.end]
+    if info.dtype == "BF16":  # the upper half of an fp32
+        return (np.frombuffer(raw, "<u2").astype(np.uint32) << 16).view(np.float32).reshape(info.shape)
+    kind = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}.get(info.dtype)
+    return None if kind is None else np.frombuffer(raw, kind).astype(np.float32).reshape(info.shape)
+
+
+def _is_finite(mapped: mmap.mmap, info: TensorInfo) -> bool:
+    """Whether no value is NaN or Inf. Read piece by piece, so that a whole checkpoint costs no memory."""
+    if info.dtype not in ("BF16", "F16", "F32", "F64"):
+        return True
+    width = {"F32": 4, "F64": 8}.get(info.dtype, 2)
+    exponent = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000, "F64": 0x7FF0000000000000}[info.dtype]
+    for start in range(info.start, info.end, 1 << 24):
+        bits = np.frombuffer(mapped[start : min(start + (1 << 24), info.end)], f"<u{width}")
+        mask = bits.dtype.type(exponent)
+        if bool(((bits & mask) == mask).any()):
+            return False
+    return True
+
+
+def _rank(keys: ModuleKeys, header: Header) -> int | None:
+    return header.tensors[keys.names["down"]].shape[0] if "down" in keys.names else None
+
+
+def _alpha(keys: ModuleKeys, header: Header, value: Callable[[str], Array | None]) -> float | None:
+    if "alpha" in keys.names:
+        alpha = value(keys.names["alpha"])
+        return None if alpha is None or alpha.size != 1 else float(alpha.reshape(-1)[0])
+    rank = _rank(keys, header)
+    return None if rank is None else float(rank)
+
+
+def _square_norm(keys: ModuleKeys, alpha: float | None, value: Callable[[str], Array | None]) -> float | None:
+    """The squared Frobenius norm of a LoRA's update: ||B A||^2 = sum((B'B) * (A A')), two rank-sized products.
+
+    None for other kinds, half pairs and shapes that do not fit.
+    """
+    if keys.kind != "LoRA" or not keys.names.keys() >= {"down", "up"} or alpha is None:
+        return None
+    down, up = value(keys.names["down"]), value(keys.names["up"])
+    mid = value(keys.names["mid"]) if "mid" in keys.names else None
+    if down is None or up is None or down.ndim < 2 or up.ndim < 2:
+        return None
+    rank = down.shape[0]
+    a, b = down.reshape(rank, -1).astype(np.float64), up.reshape(up.shape[0], -1).astype(np.float64)
+    if mid is not None:
+        if mid.shape[:2] != (rank, rank):
+            return None
+        a = np.einsum("pqk,qi->pik", mid.reshape(rank, rank, -1).astype(np.float64), a).reshape(rank, -1)
+    if b.shape[1] != rank:
+        return None
+    return float((alpha / rank) ** 2 * max(np.sum((b.T @ b) * (a @ a.T)), 0.0))
+
+
+def _block_name(target: Target) -> str:
+    part, path = target
+    names = path.removeprefix("text_model.").split(".")
+    if part != "unet":
+        return f"{part}.{names[2]}" if names[:2] == ["encoder", "layers"] else f"{part}.{names[0]}"
+    if names[0] in ("down_blocks", "up_blocks"):
+        return ".".join(names[:4])
+    return ".".join(names[:3]) if names[0] == "mid_block" else names[0]
+
+
+def _target_name(target: Target) -> str:
+    """ "unet attn2.to_k" and the like: what is changed, whichever block it is in."""
+    part, path = target
+    names = path.split(".")
+    for mark in ("attn1", "attn2", "ff", "self_attn", "mlp"):
+        if mark in names:
+            return f"{part} {'.'.join(names[names.index(mark) :])}"
+    return f"{part} {names[-1] if len(names) > 2 else path}"
+
+
+def _block_order(name: str) -> tuple[int, list[tuple[bool, int, str]]]:
+    starts = ("text_encoder.", "text_encoder_2.", "conv_in", "time_", "add_", "down_blocks", "mid_block", "up_blocks")
+    place = next((i for i, start in enumerate(starts) if name.startswith(start)), len(starts))
+    return place, [(not word.isdigit(), int(word) if word.isdigit() else 0, word) for word in name.split(".")]
+
+
+def _blocks(squares: Mapping[Target, float]) -> list[Block]:
+    sums: dict[str, float] = {}
+    counts: Counter[str] = Counter()
+    for target, square in squares.items():
+        name = _block_name(target)
+        sums[name] = sums.get(name, 0.0) + square
+        counts[name] += 1
+    return [Block(name, counts[name], float(np.sqrt(sums[name]))) for name in sorted(sums, key=_block_order)]
+
+
+def _trigger(metadata: Mapping[str, str]) -> list[str]:
+    try:
+        words = json.loads(metadata.get("sfumato.trigger", ""))
+    except (ValueError, RecursionError):
+        words = None
+    if isinstance(words, list) and all(isinstance(word, str) for word in words):
+        return words
+    return [word.strip() for word in metadata.get("modelspec.trigger_phrase", "").split(",") if word.strip()]
+
+
+def _incomplete(layout: Layout) -> list[str]:
+    return [
+        ".".join(target)
+        for target, keys in layout.modules.items()
+        if keys.kind == "LoRA" and not keys.names.keys() >= {"down", "up"}
+    ]
+
+
+def render(found: Inspection) -> str:
+    """The inspection as lines of text, at most about 100 wide."""
+
+    def counts(values: Mapping[str, int]) -> str:
+        return ", ".join(f"{_plain(value)} ({count})" for value, count in values.items()) or "-"
+
+    family = FAMILIES[found.family].title if found.family else "unknown"
+    if found.says:
+        family += f", but its metadata says {FAMILIES[found.says].title}"
+    holds = {True: ", holds", False: ", the bytes differ from the stated one", None: ""}[found.hash_holds]
+    rows = [
+        ("file", f"{_plain(found.file)}, {found.bytes / 1e6:.2f} MB"),
+        ("tensors", f"{found.tensors:,}: {counts(found.dtypes)}"),
+        ("kind", found.kind),
+        ("family", family),
+        ("base", _plain(found.base or "-")),
+        ("trigger", ", ".join(map(_plain, found.trigger)) or "-"),
+        ("spelling", ", ".join(found.spelling) or "-"),
+        ("modules", str(found.modules)),
+        ("targets", counts(found.targets)),
+        ("ranks", counts(found.ranks)),
+        ("alphas", counts(found.alphas)),
+        ("hash", found.hash + holds),
+    ]
+    if found.norm is not None:
+        rows.append(("norm", f"{found.norm:.4g}"))
+    for name, keys in (("NaN or Inf", found.nonfinite), ("unknown", found.unknown), ("incomplete", found.incomplete)):
+        if keys:
+            rows.append((name, f"{len(keys)}, first {', '.join(map(_plain, keys[:3]))}"))
+    lines = [f"{name:<11}{value}" for name, value in rows]
+    peak = max((block.norm for block in found.blocks if np.isfinite(block.norm)), default=0.0)
+    width = max((len(block.name) for block in found.blocks), default=0)
+    if found.blocks:
+        lines += ["", f"{'block':<{width}}  modules      norm"]
+    for block in found.blocks:
+        filled = round(BAR_WIDTH * block.norm / peak) if peak > 0 and np.isfinite(block.norm) else 0
+        lines.append(f"{block.name:<{width}}  {block.modules:>7}  {block.norm:>8.4g}  {'█' * filled}".rstrip())
+    return "\n".join(lines)
+
+
+def _plain(text: str) -> str:
+    """A text from a file on one line of a terminal: no control characters, no more than 200 letters."""
+    shown = "".join(letter if letter.isprintable() else " " for letter in text)
+    return shown if len(shown) <= 200 else shown[:197] + "..."

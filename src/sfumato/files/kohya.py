@@ -1,0 +1,200 @@
+"""Module paths <-> the flat names of kohya's grammar, which every tool of the field reads. Imports no torch.
+
+A module is (part, path): part is "unet", "text_encoder" or "text_encoder_2", path is its name in `named_modules()` of
+diffusers and of transformers >= 5.6. There `CLIPTextModel` (text_encoder) has no `text_model.` level any more and
+`CLIPTextModelWithProjection` (text_encoder_2) has it still; in files both always have it.
+
+kohya writes a path with "_" for ".", after a prefix for the part. Because names have "_" of their own, reading needs a
+vocabulary. SDXL U-Nets go by the block names of the original sgm code (`input_blocks_4_1_...`), all others by those of
+diffusers (`down_blocks_1_attentions_0_...`); on reading both are understood for every family.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from sfumato.errors import AdapterError
+from sfumato.files.family import FAMILIES
+
+Target = tuple[str, str]
+"""(part, path) of one module."""
+
+_PREFIXES: Mapping[str, Mapping[str, str]] = MappingProxyType(
+    {
+        family: {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
+        if family == "sdxl"
+        else {"unet": "lora_unet_", "text_encoder": "lora_te_"}
+        for family in FAMILIES
+    }
+)
+_READ = (
+    ("lora_unet_", "unet"),
+    ("lora_te1_", "text_encoder"),
+    ("lora_te2_", "text_encoder_2"),
+    ("lora_te_", "text_encoder"),
+)
+
+# The names that have a "_" of their own; whatever else stands between two "_" is a name or a number by itself.
+_UNET_WORDS = (
+    "down_blocks up_blocks mid_block transformer_blocks to_q to_k to_v to_out proj_in proj_out conv_in conv_out "
+    "conv_norm_out conv_shortcut time_emb_proj time_embedding add_embedding linear_1 linear_2"
+)
+_TEXT_WORDS = (
+    "text_model self_attn q_proj k_proj v_proj out_proj layer_norm1 layer_norm2 final_layer_norm text_projection "
+    "token_embedding position_embedding"
+)
+
+_ATTENTION = (
+    r"(?:norm|proj_in|proj_out|transformer_blocks\.\d+\."
+    r"(?:attn[12]\.(?:to_q|to_k|to_v|to_out\.0)|ff\.net\.(?:0\.proj|2)|norm[123]))"
+)
+_RESNET = r"(?:norm[12]|conv[12]|time_emb_proj|conv_shortcut)"
+_INNER = rf"(?:attentions\.\d+\.{_ATTENTION}|resnets\.\d+\.{_RESNET})"
+_UNET_PATH = re.compile(
+    rf"down_blocks\.\d+\.(?:{_INNER}|downsamplers\.0\.conv)|up_blocks\.\d+\.(?:{_INNER}|upsamplers\.0\.conv)"
+    rf"|mid_block\.{_INNER}|conv_in|conv_out|conv_norm_out|(?:time|add)_embedding\.linear_[12]"
+)
+_TEXT_PATH = re.compile(
+    r"encoder\.layers\.\d+\.(?:self_attn\.(?:q|k|v|out)_proj|mlp\.fc[12]|layer_norm[12])"
+    r"|embeddings\.(?:token|position)_embedding|final_layer_norm"
+)
+
+_SGM_TOP = {
+    "input_blocks_0_0": "conv_in",
+    "out_0": "conv_norm_out",
+    "out_2": "conv_out",
+    "time_embed_0": "time_embedding.linear_1",
+    "time_embed_2": "time_embedding.linear_2",
+    "label_emb_0_0": "add_embedding.linear_1",
+    "label_emb_0_2": "add_embedding.linear_2",
+}
+_SGM_RESNET = {
+    "in_layers_0": "norm1",
+    "in_layers_2": "conv1",
+    "emb_layers_1": "time_emb_proj",
+    "out_layers_0": "norm2",
+    "out_layers_3": "conv2",
+    "skip_connection": "conv_shortcut",
+}
+_TOP_TO_SGM = {path: name for name, path in _SGM_TOP.items()}
+_RESNET_TO_SGM = {path: name for name, path in _SGM_RESNET.items()}
+_SGM_LAYERS = 3
+"""sgm blocks a diffusers block, for SD 1, SD 2 and SDXL: two layers and the down-sampler, going up three layers."""
+
+
+def kohya_name(family: str, part: str, path: str) -> str:
+    """The flat name, without `.lora_down.weight`, of a module in a file for `family`.
+
+    Raises AdapterError for a part that the family lacks or a module that no other tool has a name for.
+    """
+    prefixes = _PREFIXES[family]
+    if part not in prefixes:
+        raise AdapterError(f"{part} is no part of {FAMILIES[family].title}; its parts are {', '.join(prefixes)}.")
+    if part == "unet":
+        if not _UNET_PATH.fullmatch(path):
+            raise AdapterError(
+                f"unet module {path} has no name in other tools, so a file with it could not be loaded. "
+                "Choose --targets without it."
+            )
+        return prefixes[part] + (_to_sgm(path) if family == "sdxl" else path.replace(".", "_"))
+    inner = path.removeprefix("text_model.")
+    if inner == "text_projection" and part == "text_encoder_2":
+        return prefixes[part] + inner
+    if not _TEXT_PATH.fullmatch(inner):
+        raise AdapterError(
+            f"{part} module {path} has no name in other tools, so a file with it could not be loaded. "
+            "Choose --targets without it."
+        )
+    return f"{prefixes[part]}text_model_{inner.replace('.', '_')}"
+
+
+def kohya_target(name: str) -> Target | None:
+    """The module of a flat name with kohya's prefix, in either spelling of the blocks; None if there is none such."""
+    for prefix, part in _READ:
+        if name.startswith(prefix):
+            flat = name.removeprefix(prefix)
+            path = unet_path(flat) if part == "unet" else text_path(flat, part)
+            return None if path is None else (part, path)
+    return None
+
+
+def unet_path(flat: str) -> str | None:
+    """The U-Net module of a name with "_" for ".", by diffusers' or sgm's block names; None if it is none."""
+    path = _from_sgm(flat) or _unflatten(flat, _UNET_SPLIT)
+    return path if _UNET_PATH.fullmatch(path) else None
+
+
+def text_path(flat: str, part: str) -> str | None:
+    """The text encoder's module of a name with "_" for "."; None if it is none."""
+    path = _unflatten(flat, _TEXT_SPLIT).removeprefix("text_model.")
+    if path == "text_projection" and part == "text_encoder_2":
+        return path
+    if not _TEXT_PATH.fullmatch(path):
+        return None
+    return f"text_model.{path}" if part == "text_encoder_2" else path
+
+
+def is_sgm(name: str) -> bool:
+    """Whether a U-Net's flat name goes by sgm's block names."""
+    return name in _SGM_TOP or name.startswith(("input_blocks_", "middle_block_", "output_blocks_"))
+
+
+def _splitter(words: str) -> re.Pattern[str]:
+    longest_first = sorted(words.split(), key=len, reverse=True)
+    return re.compile(rf"(?:{'|'.join(longest_first)}|[^_]+)(?=_|$)")
+
+
+_UNET_SPLIT = _splitter(_UNET_WORDS)
+_TEXT_SPLIT = _splitter(_TEXT_WORDS)
+
+
+def _unflatten(flat: str, split: re.Pattern[str]) -> str:
+    path = ".".join(split.findall(flat))
+    return path if path.replace(".", "_") == flat else ""
+
+
+def _to_sgm(path: str) -> str:
+    if path in _TOP_TO_SGM:
+        return _TOP_TO_SGM[path]
+    names = path.split(".")
+    if names[0] == "mid_block":
+        kind, j, rest = names[1], int(names[2]), names[3:]
+        return f"middle_block_{1 if kind == 'attentions' else 2 * j}_{_inner_to_sgm(kind, rest)}"
+    going, i, kind, j, rest = names[0], int(names[1]), names[2], int(names[3]), names[4:]
+    if kind == "downsamplers":
+        return f"input_blocks_{_SGM_LAYERS * (i + 1)}_0_op"
+    if kind == "upsamplers":  # after the attention, which both up-sampling blocks of SDXL have
+        return f"output_blocks_{_SGM_LAYERS * i + _SGM_LAYERS - 1}_2_conv"
+    place = _SGM_LAYERS * i + j
+    block = f"input_blocks_{place + 1}" if going == "down_blocks" else f"output_blocks_{place}"
+    return f"{block}_{1 if kind == 'attentions' else 0}_{_inner_to_sgm(kind, rest)}"
+
+
+def _inner_to_sgm(kind: str, rest: list[str]) -> str:
+    return "_".join(rest) if kind == "attentions" else _RESNET_TO_SGM[".".join(rest)]
+
+
+def _from_sgm(flat: str) -> str:
+    """The diffusers path of an sgm name, "" if it is none."""
+    if flat in _SGM_TOP:
+        return _SGM_TOP[flat]
+    if middle := re.fullmatch(r"middle_block_([012])_(\w+)", flat):
+        place, rest = int(middle[1]), middle[2]
+        if place == 1:
+            return f"mid_block.attentions.0.{_unflatten(rest, _UNET_SPLIT)}"
+        return f"mid_block.resnets.{place // 2}.{_SGM_RESNET.get(rest, '')}"
+    found = re.fullmatch(r"(input|output)_blocks_(\d+)_([012])_(\w+)", flat)
+    if not found:
+        return ""
+    down, place, rest = found[1] == "input", int(found[3]), found[4]
+    i, j = divmod(int(found[2]) - down, _SGM_LAYERS)
+    block = f"{'down' if down else 'up'}_blocks.{i}"
+    if down and j == _SGM_LAYERS - 1:
+        return f"{block}.downsamplers.0.conv" if (place, rest) == (0, "op") else ""
+    if not down and j == _SGM_LAYERS - 1 and place > 0 and rest == "conv":
+        return f"{block}.upsamplers.0.conv"
+    if place == 0:
+        return f"{block}.resnets.{j}.{_SGM_RESNET.get(rest, '')}"
+    return f"{block}.attentions.{j}.{_unflatten(rest, _UNET_SPLIT)}" if place == 1 else ""

@@ -1,0 +1,196 @@
+"""What a file says of itself, in the field's own conventions: kohya's ss_*, ModelSpec 1.0.1, and ours. No torch."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sfumato import __version__
+from sfumato.errors import ConfigError
+from sfumato.files.family import FAMILIES
+from sfumato.files.header import Header, read_header
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+METADATA_LIMIT = 100_000
+"""Bytes of metadata in a file; web pages that show models fetch about this much."""
+THUMBNAIL_PX = 256
+THUMBNAIL_LIMIT = 40_000
+TAG_LIMIT = 200
+
+
+@dataclass(frozen=True)
+class Description:
+    """All that an adapter's file tells about how it came to be. Unset fields are left out of the file.
+
+    base: the base's public name. resolution: (width, height) in pixels. images: how many it learned from.
+    trigger: the words that call it up. captions: of the training pictures, of which the words are counted.
+    config: the program's resolved config, without private paths (`sfumato.config.to_dict(config, public=True)`).
+    started: Unix time in seconds, now if unset; SOURCE_DATE_EPOCH overrides it.
+    parents: for a mix, one {"name", "hash", "weight"} a file.
+    """
+
+    title: str
+    family: str
+    base: str = ""
+    prediction_type: str = "epsilon"
+    resolution: tuple[int, int] | None = None
+    images: int | None = None
+    steps: int | None = None
+    epochs: int | None = None
+    batch: int | None = None
+    seed: int | None = None
+    learning_rate: float | None = None
+    optimizer: str | None = None
+    trigger: Sequence[str] = ()
+    captions: Sequence[str] = ()
+    started: float | None = None
+    text: str = ""
+    author: str = ""
+    license: str = ""
+    tags: Sequence[str] = ()
+    usage_hint: str = ""
+    thumbnail: Image | None = None
+    config: Mapping[str, Any] | None = None
+    dataset_sha256: str = ""
+    parents: Sequence[Mapping[str, Any]] = ()
+    extra: Mapping[str, str] = field(default_factory=dict)
+
+
+def describe(description: Description) -> dict[str, str]:
+    """The metadata of an adapter's file, texts by key; `write_lora` adds rank, alpha and hashes from the tensors."""
+    if description.family not in FAMILIES:
+        raise ConfigError(f"unknown family {description.family!r}; known are {', '.join(FAMILIES)}.")
+    if description.prediction_type not in ("epsilon", "v_prediction"):
+        raise ConfigError(f"unknown prediction type {description.prediction_type!r}; known are epsilon, v_prediction.")
+    started = moment(description.started)
+    found = _training(description, started) | _model_spec(description, started) | _own(description)
+    return {key: value for key, value in {**found, **description.extra}.items() if value != ""}
+
+
+def _training(description: Description, started: float) -> dict[str, str]:
+    """kohya's keys: A1111 and Forge read the family, the alias and the tags from these."""
+    labels = FAMILIES[description.family]
+    v = description.prediction_type == "v_prediction"
+    tags = {description.title: count_tags(description.captions)} if description.captions else None
+    return {
+        "ss_v2": str(description.family == "sd2"),
+        "ss_base_model_version": (v and labels.v_base_model_version) or labels.base_model_version,
+        "ss_network_module": "networks.lora",
+        "ss_network_args": "{}",
+        "ss_output_name": description.title,
+        "ss_sd_model_name": description.base,
+        "ss_resolution": str(description.resolution) if description.resolution else "",
+        "ss_num_train_images": _text(description.images),
+        "ss_steps": _text(description.steps),
+        "ss_max_train_steps": _text(description.steps),
+        "ss_num_epochs": _text(description.epochs),
+        "ss_total_batch_size": _text(description.batch),
+        "ss_seed": _text(description.seed),
+        "ss_learning_rate": _text(description.learning_rate),
+        "ss_optimizer": _text(description.optimizer),
+        "ss_training_started_at": str(started),
+        "ss_tag_frequency": _json(tags) if tags else "",
+    }
+
+
+def _model_spec(description: Description, started: float) -> dict[str, str]:
+    """ModelSpec 1.0.1 (Stability-AI/ModelSpec): what it says MUST, SHOULD, and of CAN what we know."""
+    labels = FAMILIES[description.family]
+    v = description.prediction_type == "v_prediction"
+    values = {
+        "sai_model_spec": "1.0.1",
+        "architecture": f"{(v and labels.v_architecture) or labels.architecture}/lora",
+        "implementation": "diffusers",
+        "title": description.title,
+        "resolution": "x".join(map(str, description.resolution)) if description.resolution else "",
+        "description": description.text,
+        "author": description.author,
+        "date": datetime.fromtimestamp(int(started), UTC).isoformat().replace("+00:00", "Z"),
+        "license": description.license,
+        "usage_hint": description.usage_hint,
+        "tags": ", ".join(description.tags),
+        "trigger_phrase": ", ".join(description.trigger),
+        "prediction_type": "v" if v else "epsilon",
+        "thumbnail": "" if description.thumbnail is None else thumbnail_uri(description.thumbnail),
+        "merged_from": ", ".join(str(parent["name"]) for parent in description.parents),
+    }
+    return {f"modelspec.{key}": value for key, value in values.items()}
+
+
+def _own(description: Description) -> dict[str, str]:
+    return {
+        "sfumato.version": __version__,
+        "sfumato.config": "" if description.config is None else _json(description.config),
+        "sfumato.dataset_sha256": description.dataset_sha256,
+        "sfumato.trigger": _json(list(description.trigger)) if description.trigger else "",
+        "sfumato.parents": _json(list(description.parents)) if description.parents else "",
+    }
+
+
+def moment(started: float | None = None) -> float:
+    """Unix time in seconds of a date that goes into a file: SOURCE_DATE_EPOCH, else `started`, else now."""
+    epoch = os.environ.get("SOURCE_DATE_EPOCH")
+    if epoch:
+        if not epoch.isdigit():
+            raise ConfigError(f"SOURCE_DATE_EPOCH is {epoch!r}; wanted whole seconds since 1970.")
+        return float(epoch)
+    return time.time() if started is None else started
+
+
+def count_tags(captions: Sequence[str]) -> dict[str, int]:
+    """How often each comma-separated tag stands in the captions, the TAG_LIMIT most frequent, most frequent first."""
+    counts = Counter(tag.strip() for caption in captions for tag in caption.split(",") if tag.strip())
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:TAG_LIMIT])
+
+
+def thumbnail_uri(image: Image) -> str:
+    """The picture as a JPEG data URI, THUMBNAIL_PX on its longer side, at most THUMBNAIL_LIMIT bytes of text."""
+    scale = THUMBNAIL_PX / max(image.size)
+    small = image.convert("RGB").resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
+    for quality in range(90, 0, -10):
+        buffer = io.BytesIO()
+        small.save(buffer, "JPEG", quality=quality)
+        uri = f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+        if len(uri) <= THUMBNAIL_LIMIT:
+            break
+    return uri
+
+
+def short_hash(source: Header | str | os.PathLike[str]) -> str:
+    """The 12 hex digits by which A1111's `Lora hashes` names a file: sshs_model_hash's, computed where missing."""
+    header = source if isinstance(source, Header) else read_header(Path(source))
+    stated = header.metadata.get("sshs_model_hash", "")
+    if len(stated) == 64 and all(letter in "0123456789abcdef" for letter in stated):
+        return stated[:12]
+    return data_sha256(header)[:12]
+
+
+def data_sha256(header: Header) -> str:
+    """The sha256 of the file's bytes after the header, 64 hex digits."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    with header.path.open("rb") as file:
+        file.seek(header.data_start)
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _text(value: object) -> str:
+    return "" if value is None else str(value)
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))

@@ -1,0 +1,125 @@
+"""Safetensors files written so that equal content gives equal bytes, and the field's hashes over them.
+
+The library keeps metadata in a hash map, so that its header differs from run to run. Tensors lie in the library's own
+order here (wide dtypes first, then by name), which is what the hashes of the field are defined on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sfumato.errors import FileError
+from sfumato.files.atomic import atomic_path
+from sfumato.files.header import NAME_LIMIT
+from sfumato.files.read import is_finite
+
+# Widest first, as the library sorts.
+_DTYPES = {
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int16: "I16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_ORDER = {dtype: i for i, dtype in enumerate(_DTYPES)}
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Path:
+    """Write a safetensors file, whole or not at all; the same tensors and metadata give the same bytes.
+
+    Raises FileError, before anything is written, for a tensor with NaN or Inf or one that readers would refuse, and for
+    a disk that does not take the file.
+    """
+    for name, tensor in tensors.items():
+        if not is_finite(tensor):
+            raise FileError(f"{path.name}: {name} holds NaN or Inf, so the file was not written. Use an earlier save.")
+        if tensor.dtype not in _DTYPES or tensor.numel() == 0 or not 0 < len(name) <= NAME_LIMIT:
+            raise FileError(
+                f"{path.name}: {name[:80]!r} ({tensor.dtype}, {list(tensor.shape)}) cannot be written; wanted a tensor "
+                "that is not empty, of a common dtype."
+            )
+    if not tensors:
+        raise FileError(f"{path.name}: there are no tensors to write.")
+    try:
+        with atomic_path(path) as temporary, temporary.open("wb") as file:
+            file.write(header_bytes(tensors, metadata or {}))
+            for name in ordered(tensors):
+                file.write(_bytes(tensors[name]))
+    except OSError as error:
+        raise FileError(
+            f"{path.name}: the file could not be written ({error.strerror}). Make room or name another folder; an "
+            "earlier file of the name is untouched."
+        ) from None
+    return path
+
+
+def ordered(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names in the order of the file."""
+    return sorted(tensors, key=lambda name: (_ORDER[tensors[name].dtype], name.encode()))
+
+
+def header_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """The length and the JSON header, padded with spaces to a multiple of 8 as the library does."""
+    content: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    start = 0
+    for name in ordered(tensors):
+        tensor = tensors[name]
+        end = start + tensor.nbytes
+        content[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
+    """The three hashes that the field's tools look for, all independent of the metadata that users change.
+
+    sshs_model_hash (kohya, read by A1111): sha256 of the bytes after the header.
+    modelspec.hash_sha256 (ModelSpec 1.0.1): the same, after "0x".
+    sshs_legacy_hash (A1111's first): 8 hex digits of the sha256 of 64 KiB at 1 MiB in the file as it were with the
+    `ss_` metadata only, which is how kohya saves it for this purpose.
+    """
+    blobs = [_bytes(tensors[name]) for name in ordered(tensors)]
+    whole = hashlib.sha256()
+    for blob in blobs:
+        whole.update(blob)
+    training = {key: value for key, value in metadata.items() if key.startswith("ss_")}
+    legacy = _window([header_bytes(tensors, training), *blobs], 0x100000, 0x10000)
+    return {
+        "sshs_model_hash": whole.hexdigest(),
+        "sshs_legacy_hash": hashlib.sha256(legacy).hexdigest()[:8],
+        "modelspec.hash_sha256": f"0x{whole.hexdigest()}",
+    }
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    array: NDArray[np.uint8] = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return array.data
+
+
+def _window(blobs: Iterable[bytes | memoryview], start: int, length: int) -> bytes:
+    """The bytes [start, start + length) of the blobs' concatenation."""
+    found = b""
+    position = 0
+    for blob in blobs:
+        low, high = max(start - position, 0), min(start + length - position, len(blob))
+        if low < high:
+            found += bytes(blob[low:high])
+        position += len(blob)
+    return found

@@ -1,0 +1,103 @@
+"""LoRA files in the one grammar that diffusers, ComfyUI, A1111/Forge, InvokeAI and sd-scripts all read fully.
+
+kohya's names, and for every module lora_down, lora_up and alpha. One alpha in the whole file: diffusers scales every
+module by the file's most frequent one, so any other scale is folded into lora_up.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sfumato.errors import AdapterError, FileError
+from sfumato.files.kohya import Target, kohya_name
+from sfumato.files.lora_file import LoraModule
+from sfumato.files.metadata import METADATA_LIMIT
+from sfumato.files.read import is_finite
+from sfumato.files.save import hashes, write_tensors
+
+
+def write_lora(
+    path: Path,
+    modules: Mapping[Target, LoraModule],
+    *,
+    family: str,
+    metadata: Mapping[str, str] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
+    """Write `modules` as a LoRA for `family`; whole or not at all, and equal bytes for equal content.
+
+    metadata: what `sfumato.files.metadata.describe` returns; rank, alpha and hashes are taken from the tensors here.
+    dtype: of down and up. fp32 by default because it is exact: another tool draws our very picture, where in fp16 an
+    update of an early step, B near zero, underflows. fp16 halves the file, which is worth it from SD 1.5 on.
+    Raises AdapterError for modules that other tools have no name for, FileError for values the file cannot hold.
+    """
+    if not modules:
+        raise AdapterError(f"{path.name}: there are no modules to write; the adapter is attached to nothing.")
+    alpha, modules = one_alpha({target: module.plain() for target, module in modules.items()})
+    tensors: dict[str, Tensor] = {}
+    for (part, module_path), module in modules.items():
+        name = kohya_name(family, part, module_path)
+        if f"{name}.alpha" in tensors:
+            raise AdapterError(f"{path.name}: two modules are both called {name} in the file; give each module once.")
+        convolution = module.down.ndim == 4
+        up = module.up.reshape(*module.up.shape[:2], *(1, 1)) if convolution else module.up.flatten(1)
+        for half, value in (("lora_down", module.down), ("lora_up", up)):
+            tensors[f"{name}.{half}.weight"] = _cast(value, dtype, f"{name}.{half}", path)
+        # fp32 whatever the dtype: a half would round sqrt(rank) and the like.
+        tensors[f"{name}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
+    ranks = sorted({module.rank for module in modules.values()})
+    described = {
+        "ss_network_module": "networks.lora",
+        "ss_network_args": "{}",
+        **(metadata or {}),
+        "ss_network_dim": str(ranks[0]) if len(ranks) == 1 else "Dynamic",
+        "ss_network_alpha": f"{alpha:g}" if float(f"{alpha:g}") == alpha else repr(alpha),
+    }
+    described.update(hashes(tensors, described))
+    size = sum(len(key.encode()) + len(value.encode()) for key, value in described.items())
+    if size > METADATA_LIMIT:
+        largest = max(described, key=lambda key: len(described[key]))
+        raise FileError(
+            f"{path.name}: the metadata takes {size:,} bytes, at most {METADATA_LIMIT:,} are written; "
+            f"shorten {largest}."
+        )
+    return write_tensors(path, tensors, described)
+
+
+def one_alpha(modules: Mapping[Target, LoraModule]) -> tuple[float, dict[Target, LoraModule]]:
+    """The modules with one alpha between them, and that alpha: the most frequent, the smallest of equally frequent.
+
+    alpha_i / r * up_i = alpha / r * (alpha_i / alpha * up_i): a module with another alpha has the rest folded into up,
+    a module that has this one is untouched. Alphas are compared as fp32, in which the file holds them.
+    """
+    rounded = {target: float(torch.tensor(module.alpha, dtype=torch.float32)) for target, module in modules.items()}
+    counts = Counter(alpha for alpha in rounded.values() if alpha != 0)
+    alpha = min(counts, key=lambda value: (-counts[value], value)) if counts else 1.0
+    folded = {
+        target: replace(module, alpha=alpha, up=module.up if own == alpha else module.up.float() * (own / alpha))
+        for (target, module), own in zip(modules.items(), rounded.values(), strict=True)
+    }
+    return alpha, folded
+
+
+def _cast(value: Tensor, dtype: torch.dtype, name: str, path: Path) -> Tensor:
+    if not is_finite(value):
+        raise FileError(
+            f"{path.name}: {name} holds NaN or Inf, so the file was not written. "
+            "The training diverged; use an earlier save."
+        )
+    # A copy: the file must not change when training goes on while it is written.
+    cast = value.detach().to("cpu", dtype, copy=True).contiguous()
+    if not is_finite(cast):
+        raise FileError(
+            f"{path.name}: {name} overflows {str(dtype).removeprefix('torch.')} "
+            f"(largest value {float(value.abs().max()):.3g}). "
+            "Save in fp32 or bf16."
+        )
+    return cast

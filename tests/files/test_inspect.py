@@ -1,0 +1,118 @@
+"""`sfumato inspect`: what it says of a file, and that it says it without torch."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sfumato.files.inspect import inspect_file, render
+from sfumato.files.lora_file import LoraModule
+from sfumato.files.metadata import Description, describe
+from sfumato.files.write import write_lora
+
+
+def test_a_lora_is_described_by_its_shapes_ranks_and_words(tiny, lora, tmp_path):
+    modules = lora(tiny("sdxl").attention(), ranks=(2,), alphas=(3.0,))
+    metadata = describe(Description("line", "sdxl", base="sdxl-base", trigger=["zwx style"]))
+    found = inspect_file(write_lora(tmp_path / "a.safetensors", modules, family="sdxl", metadata=metadata))
+    assert (found.kind, found.family, found.says, found.spelling) == ("LoRA", "sdxl", None, ["kohya sgm"])
+    assert (found.modules, found.ranks, found.alphas) == (560, {"2": 560}, {"3": 560})
+    assert found.targets["unet attn2.to_k"] == 70
+    assert (found.trigger, found.base, found.hash_holds) == (["zwx style"], "sdxl-base", True)
+    assert [block.name for block in found.blocks[:2]] == ["down_blocks.1.attentions.0", "down_blocks.1.attentions.1"]
+    assert sum(block.modules for block in found.blocks) == 560
+    assert found.to_dict()["metadata"]["modelspec.title"] == "line"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_norms_are_those_of_the_updates(dtype, tiny, lora, tmp_path):
+    modules = lora(tiny("pocket").layers())
+    modules = {t: replace(m, down=m.down.to(dtype), up=m.up.to(dtype)) for t, m in modules.items()}
+    norms = torch.stack([module.delta().double().norm() for module in modules.values()])
+    found = inspect_file(write_lora(tmp_path / "a.safetensors", modules, family="pocket", dtype=dtype))
+    assert found.norm == pytest.approx(float(norms.norm()), rel=1e-2 if dtype == torch.bfloat16 else 1e-3)
+    assert sum(block.norm**2 for block in found.blocks) == pytest.approx(found.norm**2)
+
+
+def test_a_tucker_norm_is_that_of_its_update(tmp_path):
+    g = torch.Generator().manual_seed(0)
+    down, mid, up = (torch.randn(*s, generator=g) for s in [(2, 4, 1, 1), (2, 2, 3, 3), (5, 2, 1, 1)])
+    name = "lora_unet_down_blocks_0_resnets_0_conv1"
+    save_file(
+        {f"{name}.lora_down.weight": down, f"{name}.lora_mid.weight": mid, f"{name}.lora_up.weight": up},
+        tmp_path / "a.safetensors",
+    )
+    wanted = float(LoraModule(down, up, 2.0, mid).delta().norm())
+    assert inspect_file(tmp_path / "a.safetensors").norm == pytest.approx(wanted, rel=1e-5)
+
+
+def test_a_family_that_the_metadata_denies_is_shown_with_both(two_modules, tmp_path):
+    metadata = {"ss_base_model_version": "sdxl_base_v1-0"}
+    found = inspect_file(write_lora(tmp_path / "a.safetensors", two_modules, family="sd1", metadata=metadata))
+    assert (found.family, found.says) == ("sd1", "sdxl")
+    assert "family     SD 1.x, but its metadata says SDXL" in render(found)
+
+
+def test_changed_bytes_are_seen(two_modules, tmp_path):
+    path = write_lora(tmp_path / "a.safetensors", two_modules, family="sd1")
+    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+    assert inspect_file(path).hash_holds is False
+
+
+def test_what_cannot_be_applied_is_reported_and_not_refused(two_modules, tmp_path):
+    tensors = load_file(write_lora(tmp_path / "a.safetensors", two_modules, family="sd1"))
+    key = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
+    del tensors[f"{key}.lora_up.weight"]
+    tensors[f"{key}.lora_down.weight"][0, 0] = float("nan")
+    save_file(tensors | {"odd": torch.ones(1)}, tmp_path / "b.safetensors")
+    found = inspect_file(tmp_path / "b.safetensors")
+    assert found.nonfinite == [f"{key}.lora_down.weight"]
+    assert found.unknown == ["odd"]
+    assert found.incomplete == ["unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"]
+    assert "NaN or Inf 1, first" in render(found)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("first_stage_model.x", "a full checkpoint"),
+        ("emb_params", "a textual inversion"),
+        ("a.b", "no adapter that is known"),
+        ("lora_unet_conv_in.hada_w1_a", "LoHa"),
+    ],
+)
+def test_other_kinds_are_named(name, kind, tmp_path):
+    save_file({name: torch.ones(2, 2)}, tmp_path / "a.safetensors")
+    found = inspect_file(tmp_path / "a.safetensors")
+    assert (found.kind, found.norm) == (kind, None)
+    assert f"kind       {kind}" in render(found)
+
+
+def test_control_characters_of_a_file_do_not_reach_the_terminal(two_modules, tmp_path):
+    metadata = {"ss_sd_model_name": "\x1b[2Jbase", "modelspec.trigger_phrase": "a\x07b"}
+    text = render(inspect_file(write_lora(tmp_path / "a.safetensors", two_modules, family="sd1", metadata=metadata)))
+    assert text.replace("\n", "").isprintable()
+
+
+def run(arguments, code):
+    program = f"import sys\nfrom sfumato.cli import main\ncode = main({arguments!r})\n{code}"
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+
+
+def test_inspecting_loads_no_torch_and_prints_json_alone(two_modules, tmp_path):
+    path = write_lora(tmp_path / "a.safetensors", two_modules, family="sd1")
+    done = run(["inspect", str(path), "--json"], "assert 'torch' not in sys.modules; sys.exit(code)")
+    assert json.loads(done.stdout)["ranks"] == {"2": 2}
+    assert done.stderr == ""
+
+
+def test_a_wrong_file_is_one_line_on_stderr_and_code_2(tmp_path):
+    (tmp_path / "page.safetensors").write_text("<html>")
+    done = run(["inspect", str(tmp_path / "page.safetensors")], "assert code == 2")
+    assert done.stdout == ""
+    assert done.stderr.startswith("sfumato: page.safetensors: this is a web page saved under a weight file's name")
+    assert done.stderr.count("\n") == 1

@@ -1,0 +1,263 @@
+"""The one grammar: kohya names, one alpha, equal bytes, and metadata that other tools read."""
+
+import hashlib
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save
+
+from sfumato.errors import AdapterError, ConfigError, FileError
+from sfumato.files.header import read_header
+from sfumato.files.lora_file import LoraModule, read_lora
+from sfumato.files.metadata import METADATA_LIMIT, Description, describe, short_hash
+from sfumato.files.save import hashes, ordered, write_tensors
+from sfumato.files.write import one_alpha, write_lora
+
+
+@pytest.fixture(autouse=True)
+def fixed_date(monkeypatch):
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+
+
+def test_save_then_load_is_identity(two_modules, tmp_path):
+    found = read_lora(write_lora(tmp_path / "a.safetensors", two_modules, family="sd1"))
+    assert found.modules.keys() == two_modules.keys()
+    for target, module in two_modules.items():
+        assert torch.equal(found.modules[target].down, module.down)
+        assert torch.equal(found.modules[target].up, module.up)
+        assert found.modules[target].alpha == module.alpha
+
+
+def test_load_then_save_is_the_same_file(two_modules, tmp_path):
+    first = write_lora(tmp_path / "a.safetensors", two_modules, family="sd1")
+    again = read_lora(first)
+    second = write_lora(tmp_path / "b.safetensors", again.modules, family="sd1", metadata=again.metadata)
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_a_file_has_one_alpha_and_down_up_alpha_for_every_module(tiny, lora, tmp_path):
+    modules = lora(tiny("sd1").attention())
+    tensors = load_file(write_lora(tmp_path / "a.safetensors", modules, family="sd1"))
+    assert {float(value) for name, value in tensors.items() if name.endswith(".alpha")} == {2.0}
+    assert len(tensors) == 3 * 128
+
+
+def test_another_scale_is_folded_into_up_and_the_update_stays():
+    ones = LoraModule(torch.ones(2, 3), torch.ones(3, 2), alpha=2.0)
+    alpha, found = one_alpha({("unet", "a"): ones, ("unet", "b"): ones, ("unet", "c"): replace(ones, alpha=6.0)})
+    assert alpha == 2.0
+    assert found["unet", "a"].up is ones.up
+    assert torch.equal(found["unet", "c"].up, torch.full((3, 2), 3.0))
+
+
+def test_the_most_frequent_alpha_is_kept_and_the_smaller_of_equally_frequent():
+    module = LoraModule(torch.ones(1, 1), torch.ones(1, 1), alpha=8.0)
+    assert one_alpha({("unet", "a"): module, ("unet", "b"): replace(module, alpha=4.0)})[0] == 4.0
+    assert one_alpha({("unet", "a"): module})[0] == 8.0
+
+
+def test_an_alpha_of_nothing_stays_nothing(tmp_path, two_modules):
+    muted = {target: replace(module, alpha=0.0) for target, module in two_modules.items()}
+    found = read_lora(write_lora(tmp_path / "a.safetensors", muted, family="sd1"))
+    assert all(module.delta().abs().max() == 0 for module in found.modules.values())
+
+
+def test_an_alpha_that_halves_would_round_is_kept(tmp_path, two_modules):
+    odd = {target: replace(module, alpha=8**0.5) for target, module in two_modules.items()}
+    found = read_lora(write_lora(tmp_path / "a.safetensors", odd, family="sd1", dtype=torch.bfloat16))
+    assert {module.alpha for module in found.modules.values()} == {float(torch.tensor(8**0.5))}
+    assert {module.down.dtype for module in found.modules.values()} == {torch.bfloat16}
+
+
+def test_the_order_in_which_modules_come_does_not_change_the_bytes(two_modules, tmp_path):
+    first = write_lora(tmp_path / "a.safetensors", two_modules, family="sd1", metadata={"b": "1", "a": "2"})
+    turned = dict(reversed(two_modules.items()))
+    second = write_lora(tmp_path / "b.safetensors", turned, family="sd1", metadata={"a": "2", "b": "1"})
+    assert first.read_bytes() == second.read_bytes()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_non_finite_values_are_not_written(value, two_modules, tmp_path):
+    target = next(iter(two_modules))
+    two_modules[target].up[0, 0] = value
+    with pytest.raises(FileError, match=r"to_k\.lora_up holds NaN or Inf, so the file was not written"):
+        write_lora(tmp_path / "a.safetensors", two_modules, family="sd1")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_values_that_a_half_cannot_hold_are_not_written(two_modules, tmp_path):
+    next(iter(two_modules.values())).down[0, 0] = 1e6
+    with pytest.raises(FileError, match=r"overflows float16 \(largest value 1e\+06\)\. Save in fp32 or bf16"):
+        write_lora(tmp_path / "a.safetensors", two_modules, family="sd1", dtype=torch.float16)
+
+
+def test_modules_that_no_tool_has_a_name_for_are_not_written(two_modules, tmp_path):
+    module = next(iter(two_modules.values()))
+    for target, message in (
+        (("unet", "encoder_hid_proj"), "unet module encoder_hid_proj has no name in other tools"),
+        (("text_encoder", "pooler"), "text_encoder module pooler has no name in other tools"),
+        (("text_encoder_2", "text_model.encoder.layers.0.mlp.fc1"), "text_encoder_2 is no part of SD 1.x"),
+    ):
+        with pytest.raises(AdapterError, match=message):
+            write_lora(tmp_path / "a.safetensors", {target: module}, family="sd1")
+
+
+def test_one_module_under_two_paths_is_not_written(two_modules, tmp_path):
+    module = next(iter(two_modules.values()))
+    paths = ("encoder.layers.0.mlp.fc1", "text_model.encoder.layers.0.mlp.fc1")
+    with pytest.raises(AdapterError, match="two modules are both called lora_te_text_model_encoder_layers_0_mlp_fc1"):
+        write_lora(tmp_path / "a.safetensors", {("text_encoder", path): module for path in paths}, family="sd1")
+
+
+def test_an_adapter_of_nothing_is_not_written(tmp_path):
+    with pytest.raises(AdapterError, match="there are no modules to write"):
+        write_lora(tmp_path / "a.safetensors", {}, family="sd1")
+
+
+def test_a_failed_write_leaves_the_earlier_file(two_modules, tmp_path, monkeypatch):
+    path = write_lora(tmp_path / "a.safetensors", two_modules, family="sd1")
+    before = path.read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(FileError, match=r"could not be written \(No space left on device\)"):
+        write_lora(path, two_modules, family="sd1", metadata={"a": "b"})
+    assert path.read_bytes() == before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+TENSORS = {
+    "z.weight": torch.arange(300_000.0),  # beyond the first MiB, which the legacy hash reads
+    "a.weight": torch.ones(3, 5, dtype=torch.float16),
+    "ä.weight": torch.ones(4, dtype=torch.bfloat16),
+    "b.weight": torch.arange(6),
+    "c.weight": torch.ones(2, dtype=torch.uint8),
+}
+
+
+def kohya_hashes(tensors, metadata):
+    """As sd-scripts computes them: of the library's bytes with the training metadata only."""
+    content = save(tensors, {key: value for key, value in metadata.items() if key.startswith("ss_")})
+    length = int.from_bytes(content[:8], "little")
+    legacy = content[0x100000 : 0x100000 + 0x10000]
+    return hashlib.sha256(content[8 + length :]).hexdigest(), hashlib.sha256(legacy).hexdigest()[:8]
+
+
+def test_our_bytes_are_the_library_s_and_the_hashes_kohya_s(tmp_path):
+    metadata = {"ss_seed": "1", "ss_output_name": "ein Gemälde\n", "modelspec.title": "x"}
+    found = hashes(TENSORS, metadata)
+    assert (found["sshs_model_hash"], found["sshs_legacy_hash"]) == kohya_hashes(TENSORS, metadata)
+    assert found["modelspec.hash_sha256"] == "0x" + found["sshs_model_hash"]
+    path = write_tensors(tmp_path / "a", TENSORS, {"only": "one"})
+    assert path.read_bytes() == save(TENSORS, {"only": "one"})
+    assert ordered(TENSORS) == list(read_header(path).tensors)
+
+
+def test_hashes_depend_on_the_tensors_and_not_on_the_metadata(two_modules, tmp_path):
+    first = read_header(write_lora(tmp_path / "a.safetensors", two_modules, family="sd1", metadata={"ss_seed": "1"}))
+    second = read_header(write_lora(tmp_path / "b.safetensors", two_modules, family="sd1", metadata={"x": "y"}))
+    next(iter(two_modules.values())).up[0, 0] += 1
+    third = read_header(write_lora(tmp_path / "c.safetensors", two_modules, family="sd1"))
+    assert short_hash(first) == short_hash(second) != short_hash(third)
+    assert len(short_hash(first)) == 12
+    assert first.metadata["sshs_model_hash"] == hashlib.sha256(first.path.read_bytes()[first.data_start :]).hexdigest()
+
+
+def test_a_file_without_a_stated_hash_has_the_same_short_hash(two_modules, tmp_path):
+    stated = write_lora(tmp_path / "a.safetensors", two_modules, family="sd1")
+    silent = write_tensors(tmp_path / "b.safetensors", load_file(stated))
+    assert short_hash(silent) == short_hash(stated)
+
+
+def described(**fields):
+    return describe(Description("line", **{"family": "sd1", **fields}))
+
+
+def test_the_minimum_that_other_tools_look_for_is_there(two_modules, tmp_path):
+    metadata = described(resolution=(512, 768), images=16, seed=7, steps=400, learning_rate=1e-4, trigger=["zwx style"])
+    found = read_header(write_lora(tmp_path / "a.safetensors", two_modules, family="sd1", metadata=metadata)).metadata
+    wanted = {
+        "ss_v2": "False",
+        "ss_base_model_version": "sd_v1",
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": "2",
+        "ss_network_alpha": "2",
+        "ss_network_args": "{}",
+        "ss_output_name": "line",
+        "ss_resolution": "(512, 768)",
+        "ss_num_train_images": "16",
+        "ss_seed": "7",
+        "ss_steps": "400",
+        "ss_learning_rate": "0.0001",
+        "ss_training_started_at": "1700000000.0",
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": "stable-diffusion-v1/lora",
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": "line",
+        "modelspec.resolution": "512x768",
+        "modelspec.date": "2023-11-14T22:13:20Z",
+        "modelspec.trigger_phrase": "zwx style",
+        "modelspec.prediction_type": "epsilon",
+        "sfumato.trigger": '["zwx style"]',
+    }
+    assert wanted.items() <= found.items()
+
+
+@pytest.mark.parametrize(
+    ("family", "prediction", "architecture", "version", "v2"),
+    [
+        ("pocket", "epsilon", "sfumato-pocket-v1/lora", "sfumato_pocket", "False"),
+        ("sd2", "epsilon", "stable-diffusion-v2-512/lora", "sd_v2", "True"),
+        ("sd2", "v_prediction", "stable-diffusion-v2-768-v/lora", "sd_v2_v", "True"),
+        ("sdxl", "epsilon", "stable-diffusion-xl-v1-base/lora", "sdxl_base_v1-0", "False"),
+    ],
+)
+def test_each_family_is_spelt_as_its_readers_expect(family, prediction, architecture, version, v2):
+    found = described(family=family, prediction_type=prediction)
+    keys = ("modelspec.architecture", "ss_base_model_version", "ss_v2")
+    assert tuple(found[key] for key in keys) == (architecture, version, v2)
+
+
+def test_what_is_not_known_is_left_out():
+    assert "ss_seed" not in described()
+    assert "modelspec.thumbnail" not in described()
+    assert "" not in described().values()
+
+
+def test_tags_are_counted_by_comma():
+    found = json.loads(described(captions=["a crab, ink", "a house, ink", "ink"])["ss_tag_frequency"])
+    assert found == {"line": {"ink": 3, "a crab": 1, "a house": 1}}
+
+
+def test_the_thumbnail_is_a_small_jpeg_of_256_pixels():
+    import base64
+    import io
+
+    noise = Image.effect_noise((512, 300), 100).convert("RGB")
+    uri = described(thumbnail=noise)["modelspec.thumbnail"]
+    kind, data = uri.split(",")
+    picture = Image.open(io.BytesIO(base64.b64decode(data)))
+    assert (kind, picture.format, picture.size) == ("data:image/jpeg;base64", "JPEG", (256, 150))
+    assert len(uri) <= 40_000
+
+
+def test_a_header_that_would_be_too_large_is_refused(two_modules, tmp_path):
+    with pytest.raises(FileError, match=r"at most 100,000 are written; shorten note"):
+        write_lora(tmp_path / "a.safetensors", two_modules, family="sd1", metadata={"note": "x" * METADATA_LIMIT})
+
+
+@pytest.mark.parametrize("wrong", [{"family": "flux"}, {"prediction_type": "sample"}])
+def test_an_unknown_family_or_prediction_is_refused(wrong):
+    with pytest.raises(ConfigError, match=r"unknown .*; known are"):
+        described(**wrong)
+
+
+def test_a_source_date_that_is_no_number_is_refused(monkeypatch):
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "yesterday")
+    with pytest.raises(ConfigError, match="wanted whole seconds since 1970"):
+        described()

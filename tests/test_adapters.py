@@ -1,0 +1,116 @@
+"""LoRA on plain layers: a no-op at the start, W + scale B A afterwards, gone when detached."""
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from sfumato.adapters import attach, select
+from sfumato.errors import AdapterError
+
+
+class Block(nn.Module):
+    """A linear and a convolution, named as a U-Net names its attention and residual blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn2 = nn.ModuleDict({"to_q": nn.Linear(6, 5)})
+        self.conv1 = nn.Conv2d(3, 4, 3, stride=2, padding=1)
+
+
+@pytest.fixture
+def block() -> Block:
+    torch.manual_seed(0)
+    return Block()
+
+
+def trained(block: Block, **options):
+    options = {"rank": 2, "alpha": 2.0, **options}
+    lora = attach({"unet": select(block, r"attn2\.to_q|conv1")}, **options)
+    for layer in lora.layers.values():
+        nn.init.normal_(layer.up)
+    return lora.eval()
+
+
+def test_an_untrained_adapter_changes_no_bit(block):
+    x = torch.randn(2, 6)
+    before = block.attn2["to_q"](x)
+    attach({"unet": select(block, r"attn2\.to_q")}, rank=2, alpha=2.0)
+    assert torch.equal(block.attn2["to_q"](x), before)
+
+
+def test_a_trained_linear_is_the_layer_with_its_delta_added(block):
+    lora = trained(block, alpha=3.0)
+    host, x = block.attn2["to_q"], torch.randn(2, 6)
+    delta = lora.deltas()["unet", "attn2.to_q"]
+    assert_close(host(x), nn.functional.linear(x, host.weight + delta, host.bias))
+
+
+def test_a_trained_convolution_is_the_layer_with_its_delta_added(block):
+    lora = trained(block)
+    host, x = block.conv1, torch.randn(1, 3, 8, 8)
+    delta = lora.deltas()["unet", "conv1"]
+    expected = nn.functional.conv2d(x, host.weight + delta, host.bias, stride=2, padding=1)
+    assert_close(host(x), expected)
+
+
+def test_the_scale_is_alpha_over_rank_or_over_its_root(block):
+    assert trained(block, rank=4, alpha=2.0).layers["unet", "conv1"].scale == 0.5
+    assert trained(block, rank=4, alpha=2.0, rank_stabilised=True).layers["unet", "conv1"].scale == 1.0
+
+
+def test_disabled_and_detached_are_the_base_bit_for_bit(block):
+    x = torch.randn(2, 6)
+    before = block.attn2["to_q"](x)
+    lora = trained(block)
+    assert not torch.equal(block.attn2["to_q"](x), before)
+    with lora.disabled():
+        assert torch.equal(block.attn2["to_q"](x), before)
+    lora.detach()
+    assert torch.equal(block.attn2["to_q"](x), before)
+
+
+def test_a_layer_starts_alike_whatever_else_is_adapted(block):
+    one = attach({"unet": select(block, "conv1")}, rank=2, alpha=2.0, seed=5)
+    two = attach({"unet": select(block, "conv1|to_q")}, rank=2, alpha=2.0, seed=5)
+    assert torch.equal(one.layers["unet", "conv1"].down, two.layers["unet", "conv1"].down)
+
+
+def test_the_base_gets_no_gradient_and_the_adapter_does(block):
+    block.requires_grad_(False)
+    lora = trained(block)
+    block.attn2["to_q"](torch.randn(2, 6)).sum().backward()
+    assert block.attn2["to_q"].weight.grad is None
+    assert lora.layers["unet", "attn2.to_q"].down.grad.abs().sum() > 0
+
+
+def test_starting_from_an_adapter_gives_its_delta(block):
+    first = trained(block, alpha=6.0)
+    second = attach({"unet": select(block, r"attn2\.to_q|conv1")}, rank=2, alpha=1.0)
+    second.load({key: (layer.down, layer.up, 6.0) for key, layer in first.layers.items()}, "first")
+    for key, delta in first.deltas().items():
+        assert_close(second.deltas()[key], delta)
+
+
+def test_starting_from_another_shape_is_refused(block):
+    lora = trained(block)
+    with pytest.raises(AdapterError, match="has 0 modules, this run trains 2; 2 missing"):
+        lora.load({}, "other")
+
+
+@pytest.mark.parametrize(("pattern", "said"), [("nothing", "matches none"), ("(", "nor a regular expression")])
+def test_targets_that_choose_nothing_say_what_there_is(block, pattern, said):
+    with pytest.raises(AdapterError, match=said):
+        select(block, pattern)
+
+
+def test_the_named_targets_choose_what_they_say():
+    """On a real SD 1.5 structure: 64 cross-attention, 128 attention, 160 with mlp, 278 in all blocks."""
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel(
+        block_out_channels=(4, 8, 16, 16), cross_attention_dim=8, norm_num_groups=2, attention_head_dim=2, sample_size=8
+    )
+    counts = {name: len(select(unet, name)) for name in ("cross-attention", "attention", "attention+mlp", "everything")}
+    assert counts == {"cross-attention": 64, "attention": 128, "attention+mlp": 160, "everything": 278}
+    assert len(select(unet, "cross-attention", conv=True)) == 64 + 22 * 2 + 14 + 3 + 3

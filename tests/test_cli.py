@@ -1,0 +1,60 @@
+"""Commands are found, helped and copied without torch; wrong use is one line and exit code 2."""
+
+import subprocess
+import sys
+
+import pytest
+
+from sfumato import cli
+
+COMMANDS = [["--help"], *([name, "--help"] for name in cli.PIPELINES), *(["train", name, "--help"] for name in cli.TRAINERS)]
+
+
+def test_no_help_loads_torch():
+    """One process for all of them: whichever loads torch, the line at the end tells."""
+    script = (
+        "import sys\nfrom sfumato.cli import main\n"
+        f"for argv in {COMMANDS!r}:\n"
+        "    try:\n        main(argv)\n    except SystemExit as stop:\n        assert not stop.code, argv\n"
+        "    heavy = {'torch', 'diffusers', 'transformers', 'numpy'} & set(sys.modules)\n"
+        "    assert not heavy, (argv, heavy)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["genrate"], "did you mean generate?"),
+        (["train", "lroa"], "did you mean lora?"),
+        (["train", "lora", "--images", "d", "--output", "o", "--stps", "3"], "did you mean --steps?"),
+        (["cp", "lora"], "a program and a file"),
+        (["cp", "nothing", "mine.py"], "there is no program 'nothing'"),
+    ],
+)
+def test_wrong_use_is_one_line_and_exit_code_2(argv, said, capsys):
+    assert cli.main(argv) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.count("\n") == 1
+    assert said.lower() in shown.err.lower()
+
+
+def test_cp_copies_a_program_and_never_over_a_file(tmp_path, capsys):
+    target = tmp_path / "mine.py"
+    assert cli.main(["cp", "lora", str(target)]) == 0
+    assert target.read_bytes() == cli.source("sfumato.trainers.lora").read_bytes()
+    target.write_text("mine")
+    assert cli.main(["cp", "lora", str(target)]) == 2
+    assert target.read_text() == "mine"
+    assert "not overwritten" in capsys.readouterr().err
+
+
+def test_ls_names_files_that_exist(capsys):
+    from pathlib import Path
+
+    assert cli.main(["ls"]) == 0
+    rows = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+    assert {name for name, _ in rows} == {*cli.TRAINERS, *cli.PIPELINES}
+    assert all(Path(path).is_file() for _, path in rows)

@@ -1,0 +1,103 @@
+"""A config comes from defaults, a TOML file and options; what does not fit is one line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from sfumato.config import fill, parse, to_dict, to_toml
+from sfumato.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Train something."""
+
+    images: Path
+    """Folder of pictures."""
+    rank: int | None = None
+    """Inner dimension."""
+    mode: Literal["a", "b"] = "a"
+    """Which way."""
+    prompts: tuple[str, ...] = ()
+    """What to draw."""
+
+
+def read(*argv: str) -> Config:
+    return parse(Config, argv, program="train test")
+
+
+def test_options_become_fields():
+    config = read("--images", "d", "--rank", "3", "--prompts", "a crab", "--prompts", "a house")
+    assert config == Config(images=Path("d"), rank=3, prompts=("a crab", "a house"))
+
+
+def test_a_file_fills_what_the_options_leave(tmp_path):
+    file = tmp_path / "c.toml"
+    file.write_text('images = "d"\nrank = 3\nmode = "b"\n')
+    assert read(str(file)) == Config(images=Path("d"), rank=3, mode="b")
+    assert read("--rank", "5", "--config", str(file)) == Config(images=Path("d"), rank=5, mode="b")
+
+
+def test_toml_and_back_is_identity(tmp_path):
+    config = Config(images=Path("a b"), rank=3, prompts=('say "x"', "ünï"))
+    file = tmp_path / "c.toml"
+    file.write_text(to_toml(config), encoding="utf-8")
+    assert read(str(file)) == config
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--images", "d", "--rnk", "3"], ["--rnk", "--rank"]),
+        (["--images", "d", "--rank", "x"], ["--rank", '"x"', "int"]),
+        (["--images", "d", "--mode", "c"], ['"c"', '"a", "b"']),
+        ([], ["--images"]),
+        (["nowhere.toml"], ["nowhere.toml", "no such config file"]),
+    ],
+)
+def test_what_does_not_fit_is_one_line(argv, words):
+    with pytest.raises(ConfigError) as error:
+        read(*argv)
+    assert "\n" not in str(error.value)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_an_unknown_key_names_its_neighbour(tmp_path):
+    file = tmp_path / "c.toml"
+    file.write_text("rnak = 3\n")
+    with pytest.raises(ConfigError, match=r"unknown key 'rnak'; did you mean rank\?"):
+        read(str(file))
+
+
+def test_broken_toml_names_the_line(tmp_path):
+    file = tmp_path / "c.toml"
+    file.write_text("rank = \n")
+    with pytest.raises(ConfigError, match="line 1"):
+        read(str(file))
+
+
+def test_help_is_the_text_under_the_field(capsys):
+    with pytest.raises(SystemExit) as stop:
+        read("--help")
+    shown = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert "Inner dimension." in shown
+    assert "Train something." in shown
+
+
+def test_a_public_config_tells_no_path():
+    assert to_dict(Config(images=Path("/home/someone/pictures")), public=True)["images"] == "pictures"
+
+
+def test_unset_fields_are_filled_and_named():
+    class Defaults:
+        rank = 16
+        mode = "b"
+
+    config, filled = fill(Config(images=Path("d")), Defaults())
+    assert (config.rank, config.mode, filled) == (16, "a", ["rank"])

@@ -1,0 +1,74 @@
+"""Laws and worked values of the forward process."""
+
+import torch
+from torch.testing import assert_close
+
+from sfumato import diffusion
+
+
+def test_no_noise_at_alpha_bar_one_and_only_noise_at_zero():
+    latents, noise = torch.full((2, 1, 1, 1), 3.0), torch.full((2, 1, 1, 1), -2.0)
+    noisy = diffusion.noise_latents(latents, noise, torch.tensor([1.0, 0.0]))
+    assert noisy.flatten().tolist() == [3.0, -2.0]
+
+
+def test_noisy_latents_at_one_quarter():
+    noisy = diffusion.noise_latents(torch.full((1, 1, 1, 1), 2.0), torch.full((1, 1, 1, 1), 4.0), torch.tensor([0.25]))
+    assert_close(noisy.item(), 0.5 * 2 + 0.75**0.5 * 4)
+
+
+def test_epsilon_is_the_noise():
+    noise = torch.randn(2, 4, 3, 3)
+    assert diffusion.target("epsilon", torch.randn(2, 4, 3, 3), noise, torch.tensor([0.3, 0.9])) is noise
+
+
+def test_latents_come_back_from_v():
+    """z = sqrt(a) z_t - sqrt(1 - a) v."""
+    latents, noise, a = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2), torch.tensor([0.1, 0.5, 0.99])
+    v = diffusion.target("v_prediction", latents, noise, a)
+    noisy = diffusion.noise_latents(latents, noise, a)
+    a = a.view(-1, 1, 1, 1)
+    assert_close(a.sqrt() * noisy - (1 - a).sqrt() * v, latents)
+
+
+def test_min_snr_weights():
+    """SNR 1 is below gamma, SNR 19 above it: min(SNR, 5) / SNR for epsilon, min(SNR, 5) / (SNR + 1) for v."""
+    a = torch.tensor([0.5, 0.95])
+    assert_close(diffusion.snr_weight("epsilon", a, 5.0), torch.tensor([1.0, 5 / 19]))
+    assert_close(diffusion.snr_weight("v_prediction", a, 5.0), torch.tensor([0.5, 0.25]))
+
+
+def test_min_snr_at_zero_terminal_snr_is_finite():
+    a = torch.tensor([0.0, 1.0])
+    for kind in ("epsilon", "v_prediction"):
+        assert torch.isfinite(diffusion.snr_weight(kind, a, 5.0)).all()
+
+
+def test_each_slice_of_the_schedule_is_drawn_once():
+    drawn = diffusion.stratified_timesteps(10, 1000, seed=3, step=7)
+    assert sorted(t // 100 for t in drawn.tolist()) == list(range(10))
+
+
+def test_timesteps_are_a_function_of_seed_and_step():
+    draws = {tuple(diffusion.stratified_timesteps(8, 1000, s, t).tolist()) for s in (0, 1) for t in (0, 1)}
+    again = tuple(diffusion.stratified_timesteps(8, 1000, 1, 1).tolist())
+    assert len(draws) == 4
+    assert again in draws
+
+
+def test_timesteps_are_uniform_over_many_steps():
+    drawn = torch.cat([diffusion.stratified_timesteps(4, 1000, 0, step) for step in range(500)]).float()
+    assert abs(drawn.mean().item() - 499.5) < 5
+    assert drawn.min() >= 0
+    assert drawn.max() <= 999
+
+
+def test_a_mask_takes_the_mean_over_what_it_shows():
+    wrong, right = torch.zeros(1, 2, 2, 2), torch.zeros(1, 2, 2, 2)
+    wrong[..., 0, 0] = 3.0
+    mask = torch.zeros(1, 1, 2, 2)
+    mask[..., 0, 0] = 1.0
+    one = torch.ones(1)
+    assert_close(diffusion.weighted_error(wrong, right, one, mask), torch.tensor([9.0]))
+    assert_close(diffusion.weighted_error(wrong, right, one), torch.tensor([9 / 4]))
+    assert_close(diffusion.weighted_error(wrong, right, one, 1 - mask), torch.tensor([0.0]))

@@ -1,0 +1,166 @@
+"""Pictures: each its seed's own, on the base's own schedule, and never a broken one."""
+
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from sfumato import schedulers
+from sfumato.bases import load_base
+from sfumato.drawing import draw
+from sfumato.errors import BaseModelError, ConfigError
+from sfumato.precision import decide
+from tests.tiny import tiny_pipeline, tiny_pocket_folder
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    return tiny_pipeline("sd1")
+
+
+@pytest.fixture(scope="module")
+def pocket(tmp_path_factory) -> Any:
+    return load_base(tiny_pocket_folder(tmp_path_factory.mktemp("pocket")), precision=decide("fp32", device="cpu"))
+
+
+def difference(one: Any, other: Any) -> int:
+    """The largest difference between two pictures, in 255ths."""
+    return int(np.abs(np.asarray(one, dtype=int) - np.asarray(other, dtype=int)).max())
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_plain_diffusers_with_the_same_seed_draws_the_same_picture(family):
+    pipe = tiny_pipeline(family)
+    theirs = pipe("a cat", num_inference_steps=2, generator=torch.Generator().manual_seed(7)).images[0]
+    assert difference(draw(pipe, "a cat", 7, steps=2)[0], theirs) <= 1
+
+
+def test_a_base_draws_what_its_pipeline_draws(pocket):
+    defaults = pocket.defaults
+    options = {"num_inference_steps": defaults.sampling_steps, "guidance_scale": defaults.guidance}
+    theirs = pocket.pipeline()("a cat", generator=torch.Generator().manual_seed(7), **options).images[0]
+    ours = draw(pocket, "a cat", 7)[0]
+    assert ours.size == (64, 64)
+    assert difference(ours, theirs) <= 1
+
+
+def test_a_picture_does_not_depend_on_its_place_in_the_batch(pocket):
+    together = draw(pocket, ["a cat", "a red cat", "a cat"], [1, 2, 3], steps=3)
+    assert difference(together[2], draw(pocket, "a cat", 3, steps=3)[0]) <= 1
+    assert difference(together[1], draw(pocket, ["a cat", "a red cat"], [9, 2], steps=3, batch=1)[1]) <= 1
+    assert difference(together[0], together[2]) > 1
+
+
+def test_ancestral_noise_too_is_the_pictures_own(pocket):
+    together = draw(pocket, "a cat", [1, 2, 3], steps=3, scheduler="euler a")
+    assert difference(together[2], draw(pocket, "a cat", 3, steps=3, scheduler="euler a")[0]) <= 1
+
+
+def test_the_same_call_twice_gives_equal_bytes(pocket):
+    first, second = (draw(pocket, ["a cat", "red"], [1, 2], steps=2, negative="re") for _ in range(2))
+    assert [picture.tobytes() for picture in first] == [picture.tobytes() for picture in second]
+
+
+def test_width_and_height_are_not_mixed_up(pocket):
+    assert draw(pocket, "a cat", 1, steps=1, width=32, height=64)[0].size == (32, 64)
+
+
+def test_every_sampler_keeps_the_bases_schedule_and_leaves_the_pipelines_alone(pocket):
+    """2 steps of each draw a picture; the betas and what is predicted are the base's."""
+    schedule = pocket.scheduler.config
+    pipe = pocket.pipeline()
+    own = pipe.scheduler
+    for name, sampler in schedulers.SAMPLERS.items():
+        if sampler.needs:
+            pytest.importorskip(sampler.needs)
+        made = schedulers.scheduler(name, schedule)
+        assert made.config.prediction_type == "v_prediction"
+        assert (made.config.beta_start, made.config.beta_end) == (0.00085, 0.012)
+        assert schedulers.label(made) == (sampler.label, sampler.schedule)
+        assert len(draw(pipe, "a cat", 1, steps=2, scheduler=name)) == 1
+        assert pipe.scheduler is own
+
+
+@pytest.mark.parametrize("name", ["DPM++ 2M Karras", "dpmpp_2m_karras", "dpm++-2m-karras"])
+def test_a_sampler_goes_by_any_spelling_of_its_name(name):
+    assert schedulers.find(name) is schedulers.SAMPLERS["dpm++ 2m karras"]
+
+
+def test_a_sampler_that_cannot_begin_in_pure_noise_is_refused_on_such_a_base(pocket):
+    schedule = {**pocket.scheduler.config, "rescale_betas_zero_snr": True}
+    with pytest.raises(ConfigError, match="zero terminal SNR"):
+        schedulers.scheduler("pndm", schedule)
+    assert schedulers.scheduler("euler", schedule).config.timestep_spacing == "trailing"
+
+
+def test_an_unknown_sampler_gets_a_suggestion_without_torch():
+    code = (
+        "import sys\nfrom sfumato import schedulers\n"
+        "try:\n    schedulers.find('dmp++ 2m')\nexcept Exception as e:\n    print(e)\nprint('torch' in sys.modules)"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
+    assert said == "--sampler dmp++ 2m: unknown; did you mean 'dpm++ 2m'?\nFalse\n"
+
+
+def test_latents_that_are_not_finite_are_no_picture(pipe):
+    bias = pipe.unet.conv_out.bias
+    before = bias.detach().clone()
+    with torch.no_grad():
+        bias.fill_(float("nan"))
+    try:
+        with pytest.raises(BaseModelError, match=r"2 of 2 pictures \(seed 5\) came out not finite"):
+            draw(pipe, "a cat", [5, 6], steps=1)
+    finally:
+        with torch.no_grad():
+            bias.copy_(before)
+
+
+def test_a_black_picture_is_no_picture(pocket):
+    weight, bias = pocket.vae.decoder.conv_out.weight, pocket.vae.decoder.conv_out.bias
+    before = weight.clone(), bias.clone()
+    weight.zero_()
+    bias.fill_(-1.0)
+    try:
+        with pytest.raises(BaseModelError, match=r"seed 5.*black.*--vae"):
+            draw(pocket, "a cat", 5, steps=1)
+    finally:
+        weight.copy_(before[0])
+        bias.copy_(before[1])
+
+
+def test_an_overflow_in_half_precision_is_drawn_again_in_fp32():
+    """A VAE that gives Inf in fp16: `draw` gives the fp32 picture, and the VAE is fp16 again."""
+    pipe = tiny_pipeline("sd1")
+    pipe.vae.to(torch.float16)
+    real, dtypes = pipe.vae.decode, []
+
+    def overflows(latents, **options):
+        dtypes.append(latents.dtype)
+        pixels = real(latents, **options)[0]
+        return (pixels * float("inf") if latents.dtype == torch.float16 else pixels,)
+
+    pipe.vae.decode = overflows
+    drawn = draw(pipe, "a cat", 1, steps=1)[0]
+    assert dtypes == [torch.float16, torch.float32]
+    assert pipe.vae.dtype == torch.float16
+    pipe.vae.float()
+    assert difference(drawn, draw(pipe, "a cat", 1, steps=1)[0]) == 0
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        ({"prompts": ["a", "b"], "seeds": [1, 2, 3]}, "2 prompts and 3 seeds"),
+        ({"prompts": "a", "seeds": 1, "width": 60}, "width 60"),
+        ({"prompts": "a", "seeds": 2**64}, "64 bits"),
+        ({"prompts": [], "seeds": []}, "0 prompts"),
+    ],
+)
+def test_a_call_that_makes_no_sense_is_one_line(pocket, call, words):
+    with pytest.raises(ConfigError) as caught:
+        draw(pocket, **call)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)

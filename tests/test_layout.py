@@ -1,0 +1,78 @@
+"""The two trees and their one rule: programs import the library, the library never imports a program."""
+
+import ast
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PROGRAMS = sorted(p for folder in ("trainers", "pipelines") for p in (ROOT / folder).glob("*.py") if p.stem != "__init__")
+TRAINERS = [p for p in PROGRAMS if p.parent.name == "trainers"]
+
+
+def imported(path: Path) -> set[str]:
+    """The modules that a file imports, anywhere in it."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def test_datasets_holds_no_python():
+    assert list((ROOT / "datasets").rglob("*.py")) == []
+
+
+def test_the_package_map_is_the_tree():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    listed = set(project["tool"]["setuptools"]["packages"])
+    folders = {"sfumato"} | {
+        ".".join(("sfumato", *p.parent.relative_to(ROOT / "src/sfumato").parts))
+        for p in (ROOT / "src/sfumato").rglob("__init__.py")
+        if p.parent != ROOT / "src/sfumato"
+    }
+    assert listed == folders | {"sfumato.trainers", "sfumato.pipelines"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "src/sfumato").rglob("*.py")), ids=lambda p: p.stem)
+def test_the_library_imports_no_program(path):
+    names = [name for name in imported(path) if name.startswith(("sfumato.trainers", "sfumato.pipelines"))]
+    assert names == []
+
+
+@pytest.mark.parametrize("path", TRAINERS, ids=lambda p: p.stem)
+def test_no_trainer_imports_a_program(path):
+    assert not [name for name in imported(path) if name.startswith(("sfumato.trainers", "trainers"))]
+
+
+@pytest.mark.parametrize("path", TRAINERS, ids=lambda p: p.stem)
+def test_every_trainer_has_the_same_shape(path):
+    names = {node.name for node in ast.parse(path.read_text(encoding="utf-8")).body if hasattr(node, "name")}
+    assert {"Config", "train", "main"} <= names
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda p: p.stem)
+def test_no_program_hides_a_module_of_the_standard_library(path):
+    """A script's folder comes first in sys.path: pipelines/inspect.py would break dataclasses."""
+    import sys
+
+    assert path.stem not in sys.stdlib_module_names
+
+
+def test_only_one_module_knows_dtypes_by_name():
+    """`--precision` is answered in precision.py and nowhere else."""
+    asking = [
+        p.name
+        for p in (ROOT / "src/sfumato").rglob("*.py")
+        if p.name != "precision.py" and ("is_bf16_supported" in p.read_text() or "torch.autocast" in p.read_text())
+    ]
+    assert asking == []
+
+
+def test_no_pickle_anywhere():
+    for path in (ROOT / "src").rglob("*.py"):
+        assert not {"pickle", "dill", "joblib"} & imported(path)
+        assert "torch.load(" not in path.read_text(encoding="utf-8")

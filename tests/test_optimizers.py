@@ -1,0 +1,74 @@
+"""Rates, clipping and what is said of an optimizer that is not there."""
+
+import importlib.util
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from sfumato import optimizers
+from sfumato.errors import ConfigError, PrecisionError
+
+
+def test_warm_up_rises_to_the_peak_and_cosine_falls_to_nothing():
+    rates = [optimizers.rate_factor("cosine", step, 12, 2) for step in range(12)]
+    assert rates[:3] == [0.5, 1.0, 1.0]
+    assert_close(rates[7], 0.5)
+    assert rates == sorted(rates[:2]) + sorted(rates[2:], reverse=True)
+    assert rates[-1] < 0.03
+
+
+def test_constant_stays_and_linear_is_half_way_in_the_middle():
+    assert optimizers.rate_factor("constant", 99, 100, 0) == 1.0
+    assert optimizers.rate_factor("linear", 50, 100, 0) == 0.5
+
+
+def test_clipping_clips_the_norm_of_all_gradients_together():
+    a, b = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+    a.grad, b.grad = torch.tensor([3.0]), torch.tensor([4.0])
+    norm = optimizers.clip(iter([a, b]), 1.0)
+    assert norm.item() == 5.0
+    assert_close(torch.cat([a.grad, b.grad]), torch.tensor([0.6, 0.8]), atol=1e-5, rtol=0)
+
+
+def test_a_small_gradient_and_a_limit_of_zero_change_nothing():
+    for limit in (1.0, 0.0):
+        p = nn.Parameter(torch.zeros(1))
+        p.grad = torch.tensor([0.5])
+        optimizers.clip([p], limit)
+        assert p.grad.item() == 0.5
+
+
+def test_the_schedule_moves_each_group_by_its_own_peak():
+    p, q = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+    optimizer = optimizers.build("adamw", [{"params": [p], "lr": 1.0}, {"params": [q], "lr": 0.1}], weight_decay=0.0)
+    schedule = optimizers.Schedule(optimizer, "linear", 10, 0)
+    schedule.set(5)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.05]
+
+
+def test_a_warm_up_longer_than_the_run_is_refused():
+    p = nn.Parameter(torch.zeros(1))
+    optimizer = optimizers.build("adamw", [{"params": [p], "lr": 1.0}], weight_decay=0.0)
+    with pytest.raises(ConfigError, match="--warmup 20 is longer than the 10 steps"):
+        optimizers.Schedule(optimizer, "cosine", 10, 20)
+
+
+@pytest.mark.parametrize(
+    ("name", "package", "extra"),
+    [("prodigy", "prodigyopt", "prodigy"), ("lion", "lion_pytorch", "lion"), ("adamw8bit", "bitsandbytes", "8bit")],
+)
+def test_an_extra_steps_or_says_how_to_get_it(name, package, extra):
+    p = nn.Parameter(torch.ones(8))
+    groups = [{"params": [p], "lr": 0.1}]
+    if importlib.util.find_spec(package) is None:
+        with pytest.raises(PrecisionError, match=rf"sfumato\[{extra}\]"):
+            optimizers.build(name, groups, weight_decay=0.0)
+        return
+    if name == "adamw8bit" and not torch.cuda.is_available():
+        pytest.skip("bitsandbytes steps on a GPU only")
+    optimizer = optimizers.build(name, groups, weight_decay=0.0)
+    p.square().sum().backward()
+    optimizer.step()
+    assert (p < 1).all()
