@@ -1,0 +1,19 @@
+"""A diffusers script as you may have it, gaining two adapters in two lines.
+
+    python examples/plain_script.py BASE_FOLDER line.safetensors otter.safetensors crab.png
+
+BASE_FOLDER: a diffusers folder or hub id of SD 1.x or 2.x, or the folder of sfumato's pocket base.
+"""
+
+import sys
+
+import torch
+from diffusers import StableDiffusionPipeline
+
+from sfumato.compose import Adapter, compose  # new
+
+base, style, subject, output = sys.argv[1:]
+pipe = StableDiffusionPipeline.from_pretrained(base, use_safetensors=True)
+compose(pipe, Adapter(style, 0.8), Adapter(subject, 0.6))  # new
+noise = torch.Generator().manual_seed(7)
+pipe("a crab", num_inference_steps=25, guidance_scale=4.0, generator=noise).images[0].save(output)

@@ -1,0 +1,349 @@
+"""Draw pictures with any base and any mix of adapters; the settings are inside each picture."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import Parameter
+
+import sfumato
+from sfumato.cli import run
+from sfumato.compose.adapter import Adapter, Weight, checked_weight
+from sfumato.config import parse
+from sfumato.errors import AdapterError, ConfigError
+
+if TYPE_CHECKING:
+    from sfumato.bases import Base
+    from sfumato.compose import Mix
+
+
+@dataclass(frozen=True)
+class Config:
+    """Draw pictures with any base and any mix of adapters; the settings are inside each PNG.
+
+    Example: sfumato generate "a crab" --lora line.safetensors:0.8 --lora otter.safetensors:0.6 --seed 7 -o crab.png
+    """
+
+    prompts: tuple[str, ...] = ()
+    """What to draw; several prompts give several pictures."""
+    _: KW_ONLY
+    lora: tuple[str, ...] = ()
+    """FILE:0.8, an adapter and its weight; FILE:0.8:0.4 for U-Net and text encoders; LABEL=FILE:0.8. Repeat to mix."""
+    base: str = "pocket"
+    """`pocket`, a hub id, a diffusers folder or a .safetensors checkpoint."""
+    seed: tuple[int, ...] = (0,)
+    """Where the noise comes from; every prompt is drawn with every seed. Repeat it for several."""
+    count: int = 1
+    """Pictures from each seed on: the seeds 7, 8 and 9 for --seed 7 --count 3."""
+    output: Annotated[Path, Parameter(alias="-o")] = Path("pictures")
+    """A .png (or .jpg, .webp) for one picture or one sheet, a folder for several."""
+    overwrite: bool = False
+    """Replace pictures that exist; otherwise they are an error before anything is drawn."""
+    prompts_file: Path | None = None
+    """A text file with a prompt a line; empty lines and lines that begin with # are left out."""
+    sweep: str | None = None
+    """LABEL=0,0.5,1: a sheet with a row for each weight of that adapter and a column for each prompt and seed."""
+    negative: str = ""
+    """What the pictures should not show."""
+    steps: int | None = None
+    """Steps of the sampler; the family's default if unset."""
+    guidance: float | None = None
+    """How strongly the prompt is followed (CFG scale); the family's default if unset."""
+    size: str | None = None
+    """Pixels, WIDTHxHEIGHT or one number for a square; what the base was trained on if unset."""
+    sampler: str | None = None
+    """ddim, euler, euler a, dpm++ 2m, dpm++ 2m karras, unipc, heun, lms, pndm, ...; the family's default if unset."""
+    partial: bool = False
+    """Apply what fits of an adapter of which a part does not fit."""
+    precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
+    """What the weights are computed in."""
+    device: str = "auto"
+    """`auto`, `cuda`, `cuda:1`, `mps` or `cpu`."""
+    attention: Literal["sdpa", "xformers"] = "sdpa"
+    """Which attention computes; xformers is an extra."""
+    clip_skip: int | None = None
+    """Layers of the text encoder to leave out, from its end (A1111 counts one more)."""
+    vae: str | None = None
+    """A folder, hub id or file whose VAE replaces the base's."""
+    prediction_type: Literal["epsilon", "v_prediction"] | None = None
+    """What the base predicts, where its file does not say."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a config asks for, checked before anything heavy is loaded.
+
+    pictures: (prompt, seed) of each. size: (width, height) in pixels or unset. files: one for each picture, or the
+    sheet's alone. sweep: (label, weights).
+    """
+
+    pictures: tuple[tuple[str, int], ...]
+    adapters: tuple[Adapter, ...]
+    size: tuple[int, int] | None
+    files: tuple[Path, ...]
+    sweep: tuple[str, tuple[float, ...]] | None
+
+
+def plan(config: Config) -> Plan:
+    """The pictures, adapters and files that the config asks for. Raises ConfigError, one line, for what cannot be."""
+    prompts = [*config.prompts, *_prompts_in(config.prompts_file)]
+    if not prompts:
+        raise ConfigError('there is no prompt; say what to draw: sfumato generate "a crab" -o crab.png')
+    for name in ("count", "steps"):
+        if (value := getattr(config, name)) is not None and value < 1:
+            raise ConfigError(f"--{name} {value}: wanted at least 1.")
+    if config.guidance is not None and not 0 <= config.guidance <= 100:
+        raise ConfigError(f"--guidance {config.guidance:g}: wanted 0 to 100; 3 to 9 is usual.")
+    if config.sampler is not None:
+        from sfumato import schedulers
+
+        schedulers.find(config.sampler)
+    seeds = [seed + i for seed in config.seed for i in range(config.count)]
+    pictures = tuple((prompt, seed) for prompt in prompts for seed in seeds)
+    adapters = tuple(adapter(spec) for spec in config.lora)
+    sweep = None if config.sweep is None else _sweep(config.sweep, [adapter.label for adapter in adapters])
+    return Plan(pictures, adapters, _size(config.size), _files(config, pictures, sweep is not None), sweep)
+
+
+def adapter(spec: str) -> Adapter:
+    """The adapter of a `--lora`: FILE, FILE:WEIGHT, FILE:UNET:TEXT, each perhaps after LABEL=.
+
+    The weights are what follows the last colons, so that a file's name may have some (C:\\line.safetensors:0.8).
+    """
+    from sfumato.files.header import read_header
+
+    splits: list[tuple[str, list[float]]] = [(spec, [])]
+    while len(splits) < 3 and (found := re.fullmatch(r"(.+):([^:]+)", splits[-1][0], re.DOTALL)):
+        try:
+            splits.append((found[1], [float(found[2]), *splits[-1][1]]))
+        except ValueError:
+            break
+    named = [(path, None, numbers) for path, numbers in splits]
+    labelled = [(path.partition("=")[2], path.partition("=")[0], numbers) for path, numbers in splits if "=" in path]
+    # What is there is meant; if nothing is, the usual reading gives the error its words.
+    path, label, numbers = next(
+        (reading for reading in [*named, *labelled] if Path(reading[0]).is_file()), [*named, *labelled][-1]
+    )
+    if not Path(path).is_file() and (wrong := re.fullmatch(r"(.+\.safetensors):([^\\/]*)", path)):
+        raise ConfigError(f"--lora {spec}: {wrong[2]!r} is no weight; wanted a number, as in {wrong[1]}:0.8.")
+    read_header(path)  # what is no weight file is said before a base is loaded
+    weight: Weight = 1.0 if not numbers else numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
+    return Adapter(path, weight, label or None)
+
+
+def _prompts_in(file: Path | None) -> list[str]:
+    if file is None:
+        return []
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8"
+        raise ConfigError(f"--prompts-file {file}: not readable as text ({reason}).") from None
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d{1,5})(?:[xX*](\d{1,5}))?", text)
+    if not found:
+        raise ConfigError(f"--size {text}: wanted WIDTHxHEIGHT in pixels, such as 512x768.")
+    width, height = int(found[1]), int(found[2] or found[1])
+    if width % 8 or height % 8 or not width or not height:
+        near = "x".join(str(max(8, round(side / 8) * 8)) for side in (width, height))
+        raise ConfigError(f"--size {text}: both sides are multiples of 8; the nearest is {near}.")
+    return width, height
+
+
+def _sweep(text: str, labels: Sequence[str]) -> tuple[str, tuple[float, ...]]:
+    label, equals, weights = text.rpartition("=")
+    if not equals or not label:
+        raise ConfigError(f"--sweep {text}: wanted LABEL=WEIGHTS, such as line=0,0.5,1.")
+    if label not in labels:
+        known = ", ".join(labels) or "none are given"
+        raise ConfigError(f"--sweep {text}: no --lora is called {label!r} ({known}).")
+    try:
+        numbers = tuple(float(number) for number in weights.split(","))
+        for number in numbers:
+            checked_weight(label, number)
+    except (ValueError, AdapterError) as error:
+        raise ConfigError(f"--sweep {text}: {error}; wanted numbers such as 0,0.5,1.") from None
+    return label, numbers
+
+
+def _files(config: Config, pictures: Sequence[tuple[str, int]], is_sheet: bool) -> tuple[Path, ...]:
+    output, count = config.output, 1 if is_sheet else len(pictures)
+    suffix = "" if output.is_dir() else output.suffix.lower()
+    is_file = suffix in (".png", ".jpg", ".jpeg", ".webp")
+    if suffix in (".gif", ".bmp", ".tif", ".tiff", ".avif"):
+        raise ConfigError(f"--output {output}: pictures are written as .png, .jpg or .webp; .png keeps every setting.")
+    if is_file and count > 1:
+        raise ConfigError(f"--output {output}: {count} pictures do not fit into one file; name a folder.")
+    if is_file:
+        files = (output,)
+    else:
+        names = [f"{i:03}-{_slug(prompt)}-{seed}" for i, (prompt, seed) in enumerate(pictures, start=1)]
+        files = tuple(output / f"{name}.png" for name in (["sheet"] if is_sheet else names))
+    for folder in (output.parent if is_file else output, *output.parents):
+        if folder.exists() and not folder.is_dir():
+            raise ConfigError(f"--output {output}: {folder} is a file, not a folder; name another place.")
+    there = [file for file in files if file.exists()]
+    if there and not config.overwrite:
+        raise ConfigError(f"--output {output}: {there[0]} exists already; name another place, or say --overwrite.")
+    return files
+
+
+def _slug(prompt: str) -> str:
+    return re.sub(r"\W+", "-", prompt.lower()).strip("-")[:40].strip("-") or "picture"
+
+
+def generate(config: Config) -> tuple[Path, ...]:
+    """Draw what the config asks for; returns the files, each whole and with its settings inside."""
+    wanted = plan(config)
+
+    from sfumato.bases import load_base
+    from sfumato.compose import compose
+    from sfumato.precision import decide
+
+    base = load_base(
+        config.base,
+        precision=decide(config.precision, device=config.device, attention=config.attention),
+        clip_skip=config.clip_skip,
+        vae=config.vae,
+        prediction_type=config.prediction_type,
+    )
+    settings = _settings(config, wanted, base)
+    sampler = _sampler_label(config.sampler, base)
+    print(_summary(settings, sampler, base), file=sys.stderr)
+    with compose(base, *wanted.adapters, partial=config.partial) as mix:
+        for label, count in mix.skipped.items():
+            print(f"{label}: {count} modules left out (--partial).", file=sys.stderr)
+        if wanted.sweep:
+            _draw_sheet(base, mix, wanted, settings, sampler)
+        else:
+            for picture, file, (prompt, seed) in zip(
+                _draw(base, wanted, settings), wanted.files, wanted.pictures, strict=True
+            ):
+                _save(picture, file, mix, settings | {"prompt": prompt, "seed": seed}, sampler)
+                print(file)
+    return wanted.files
+
+
+def _settings(config: Config, wanted: Plan, base: Base) -> dict[str, Any]:
+    """What every picture of this call shares, defaults filled in."""
+    defaults = base.defaults
+    width, height = wanted.size or (defaults.resolution, defaults.resolution)
+    return {
+        "negative": config.negative,
+        "steps": config.steps or defaults.sampling_steps,
+        "guidance": defaults.guidance if config.guidance is None else config.guidance,
+        "width": width,
+        "height": height,
+        "sampler": config.sampler,
+        "base": base.name,
+        "clip_skip": config.clip_skip,
+        "vae": None if config.vae is None else re.split(r"[\\/]", config.vae.rstrip("\\/"))[-1],
+        "prediction_type": base.prediction_type,
+    }
+
+
+def _summary(settings: Mapping[str, Any], sampler: tuple[str, str | None], base: Base) -> str:
+    return (
+        f"{base.name} ({base.family.title}): {settings['steps']} steps of {' '.join(filter(None, sampler))}, "
+        f"guidance {settings['guidance']:g}, {settings['width']}x{settings['height']}, on {base.precision.device}"
+    )
+
+
+def _sampler_label(name: str | None, base: Base) -> tuple[str, str | None]:
+    from sfumato import schedulers
+
+    if name is None:
+        return schedulers.label(base.pipeline().scheduler)
+    sampler = schedulers.find(name)
+    return sampler.label, sampler.schedule
+
+
+def _draw(base: Base, wanted: Plan, settings: Mapping[str, Any]) -> Iterator[Any]:
+    from sfumato.drawing import draw_each
+
+    names = ("negative", "steps", "guidance", "width", "height")
+    prompts, seeds = ([picture[i] for picture in wanted.pictures] for i in (0, 1))
+    chosen = {name: settings[name] for name in names} | {"scheduler": settings["sampler"]}
+    return draw_each(base, prompts, seeds, **chosen)
+
+
+def _draw_sheet(
+    base: Base, mix: Mix, wanted: Plan, settings: dict[str, Any], sampler: tuple[str, str | None]
+) -> None:
+    """The sheet of a sweep: the base stays loaded, and each weight recomputes only what that adapter changes."""
+    from sfumato.sheet import contact_sheet
+
+    assert wanted.sweep is not None
+    label, weights = wanted.sweep
+    rows = []
+    for weight in weights:
+        mix.set_weights({label: weight})
+        rows.append(list(_draw(base, wanted, settings)))
+        print(f"{label} {weight:g}", file=sys.stderr)
+    prompts, seeds = ([picture[i] for picture in wanted.pictures] for i in (0, 1))
+    sheet = contact_sheet(
+        rows,
+        row_labels=[f"{label} {weight:g}" for weight in weights],
+        column_labels=[f"{p} ({seed})" if len(set(seeds)) > 1 else p for p, seed in wanted.pictures],
+    )
+    grid = {"sweep": {label: list(weights)}, "prompts": prompts, "seeds": seeds}
+    _save(sheet, wanted.files[0], mix, settings | {"prompt": prompts[0], "seed": seeds[0]} | grid, sampler)
+    print(wanted.files[0])
+
+
+def _save(picture: Any, file: Path, mix: Mix, settings: Mapping[str, Any], sampler: tuple[str, str | None]) -> None:
+    """Write the picture with its settings as A1111 has them, and beside them as our own JSON, which loses nothing."""
+    from sfumato import pnginfo
+    from sfumato.files.metadata import short_hash
+
+    hashes = {Path(adapter.path).stem: short_hash(adapter.path) for adapter in mix.adapters.values()}
+    tags = [_tag(Path(adapter.path).stem, mix.weights[label]) for label, adapter in mix.adapters.items()]
+    pairs = {
+        "Steps": settings["steps"],
+        "Sampler": sampler[0],
+        "Schedule type": sampler[1],
+        "CFG scale": f"{settings['guidance']:g}",
+        "Seed": settings["seed"],
+        "Size": f"{settings['width']}x{settings['height']}",
+        "Model": settings["base"],
+        "VAE": settings["vae"],
+        "Clip skip": settings["clip_skip"] + 1 if settings["clip_skip"] else None,  # A1111 counts the last layer as 1
+        "Lora hashes": pnginfo.lora_hashes(hashes) if hashes else None,
+        "Version": f"sfumato-{sfumato.__version__}",
+    }
+    adapters = [
+        {"label": label, "file": path.name, "hash": hashes[path.stem], "weight": mix.weights[label]}
+        for label, path in ((label, Path(adapter.path)) for label, adapter in mix.adapters.items())
+    ]
+    parameters = pnginfo.Parameters(" ".join([settings["prompt"], *tags]), settings["negative"], pairs)
+    own = {**settings, "sampler": " ".join(filter(None, sampler)), "adapters": adapters, "version": sfumato.__version__}
+    pnginfo.save_picture(picture, file, parameters, own)
+
+
+def _tag(name: str, weight: Weight) -> str:
+    """<lora:name:0.8>, or with two weights <lora:name:text:unet>, the order A1111 reads."""
+    from sfumato import pnginfo
+
+    if not isinstance(weight, tuple):
+        return pnginfo.lora_tag(name, weight)
+    return f"<lora:{pnginfo.plain_name(name)}:{weight[1]:g}:{weight[0]:g}>"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Draw, print the files, return 0."""
+    generate(parse(Config, argv, program="generate"))
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

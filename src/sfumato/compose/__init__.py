@@ -1,0 +1,38 @@
+"""Adapters mixed into an existing diffusers pipeline: exactly, changeably, and removable without a trace.
+
+    mix = compose(pipe, Adapter("line.safetensors", 0.8), Adapter("otter.safetensors", 0.6))
+    mix.set(line=0.5)
+    mix.undo()
+
+Importing this loads no torch; the first mix does.
+"""
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from sfumato.compose.adapter import Adapter
+
+if TYPE_CHECKING:
+    from sfumato.compose.mix import Mix, compose, current
+
+__all__ = ["Adapter", "Mix", "compose", "current"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'sfumato.compose' has no attribute {name!r}")
+    value = getattr(import_module("sfumato.compose.mix"), name)
+    globals()[name] = value
+    return value
+
+
+class _CallableModule(ModuleType):
+    """`sfumato.compose` names this module and its main function; whichever an import bound, calling it works."""
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        return __getattr__("compose")(*arguments, **options)
+
+
+sys.modules[__name__].__class__ = _CallableModule

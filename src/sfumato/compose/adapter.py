@@ -1,0 +1,74 @@
+"""What a user says of an adapter: its file, its weight, its label. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from numbers import Real
+from pathlib import Path
+
+from sfumato.errors import AdapterError
+
+WEIGHT_LIMIT = 10.0
+"""Weights people use are within -2 to 2; one beyond this is a slip of the finger (08 for 0.8)."""
+
+Weight = float | tuple[float, float]
+"""One weight for the whole adapter, or (U-Net, text encoders)."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter file, how strongly it is applied, and what it is called in the mix.
+
+    weight: within -10 to 10; or two, for the U-Net and for the text encoders. name: the label, any characters; the
+    file's name without its suffix by default. Raises AdapterError for a weight that is none.
+    """
+
+    path: str | os.PathLike[str]
+    weight: Weight = 1.0
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.path, str | os.PathLike):
+            raise AdapterError(f"an adapter is named by the path of its file, got {type(self.path).__name__}.")
+        if self.name is not None and (not isinstance(self.name, str) or not self.name):
+            raise AdapterError(f"{Path(self.path).name}: name is a text that is not empty, got {self.name!r}.")
+        object.__setattr__(self, "weight", checked_weight(self.label, self.weight))
+
+    @property
+    def label(self) -> str:
+        """What the adapter is called in the mix."""
+        return Path(self.path).stem if self.name is None else self.name
+
+
+def checked_weight(label: str, weight: object) -> Weight:
+    """The weight as a float or two; raises AdapterError, one line, for anything that cannot be meant."""
+    if isinstance(weight, tuple | list):
+        if len(weight) != 2:
+            raise AdapterError(f"{label}: two weights are (U-Net, text encoders), got {len(weight)}.")
+        unet, text = (_number(label, value) for value in weight)
+        return unet if unet == text else (unet, text)
+    return _number(label, weight)
+
+
+def _number(label: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise AdapterError(f"{label}: a weight is a number, got {type(value).__name__} {_short(value)}.")
+    number = float(value)
+    if not math.isfinite(number) or abs(number) > WEIGHT_LIMIT:
+        limits = f"-{WEIGHT_LIMIT:g} to {WEIGHT_LIMIT:g}"
+        raise AdapterError(f"{label}: weight {number:g} is outside {limits}. Most adapters want 0.3 to 1.")
+    return number + 0.0  # -0.0 is 0.0
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def part_weight(weight: Weight, part: str) -> float:
+    """The weight for one part of the pipeline: "unet", "text_encoder" or "text_encoder_2"."""
+    if isinstance(weight, tuple):
+        return weight[0] if part == "unet" else weight[1]
+    return weight

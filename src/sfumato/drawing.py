@@ -1,0 +1,204 @@
+"""Pictures from a pipeline or a base: batched, each from its own seed, never a black or broken one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sfumato import schedulers
+from sfumato.errors import BaseModelError, ConfigError
+
+if TYPE_CHECKING:
+    from sfumato.bases.base import Base
+
+LATENTS_AT_ONCE = 16_384
+"""Latent pixels in one batch: 64 pictures of 64 px on pocket, 4 of 512 px on SD 1.x, 1 of 1024 px on SDXL."""
+
+
+def draw(source: Any, prompts: str | Sequence[str], seeds: int | Sequence[int], **settings: Any) -> list[Image.Image]:
+    """One picture for each prompt and its seed, as `draw_each` with the same settings."""
+    return list(draw_each(source, prompts, seeds, **settings))
+
+
+def draw_each(
+    source: Any,
+    prompts: str | Sequence[str],
+    seeds: int | Sequence[int],
+    *,
+    negative: str = "",
+    steps: int | None = None,
+    guidance: float | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    scheduler: str | None = None,
+    batch: int | None = None,
+) -> Iterator[Image.Image]:
+    """One picture for each prompt and its seed, in order; one prompt serves many seeds, one seed many prompts.
+
+    source: a diffusers pipeline (SD 1.x, 2.x, SDXL) or a Base. Unset steps, guidance and size (pixels) are the base's
+    family's, or the pipeline's own defaults; scheduler: a name from `sfumato.schedulers`, the source's own if unset.
+    batch: pictures drawn at once, chosen by their size if unset.
+
+    The noise of a picture is that of `torch.Generator().manual_seed(seed)` on the CPU, whatever its place and the
+    device, so that plain diffusers with this generator draws the same one. What is not finite, or black all over, is
+    tried once more in fp32; BaseModelError if that does not help.
+    """
+    prompts, seeds = _pairs(prompts, seeds)
+    is_base = hasattr(source, "encode_text")
+    pipe = source.pipeline() if is_base else source
+    if is_base:
+        defaults = source.defaults
+        steps, guidance = steps or defaults.sampling_steps, defaults.guidance if guidance is None else guidance
+        width, height = width or defaults.resolution, height or defaults.resolution
+    width, height = _size(pipe, width, height)
+    options = {"num_inference_steps": steps, "guidance_scale": guidance, "width": width, "height": height}
+    given = {name: value for name, value in options.items() if value is not None}
+    batch = batch or max(1, LATENTS_AT_ONCE // (width * height // pipe.vae_scale_factor**2))
+    other = None if scheduler is None else schedulers.scheduler(scheduler, pipe.scheduler.config)
+    for start in range(0, len(prompts), batch):
+        some = slice(start, start + batch)
+        with _as_asked(pipe, other):
+            pictures = _draw_batch(pipe, source if is_base else None, prompts[some], seeds[some], negative, given)
+        yield from pictures
+
+
+def _pairs(prompts: str | Sequence[str], seeds: int | Sequence[int]) -> tuple[list[str], list[int]]:
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    numbers = [seeds] if isinstance(seeds, int) else list(seeds)
+    if len(texts) == 1:
+        texts = texts * len(numbers)
+    if len(numbers) == 1:
+        numbers = numbers * len(texts)
+    if len(texts) != len(numbers) or not texts:
+        raise ConfigError(f"{len(texts)} prompts and {len(numbers)} seeds; wanted as many of both, or one of either.")
+    for number in numbers:
+        if not -(2**63) <= number < 2**64:
+            raise ConfigError(f"seed {number}: wanted a whole number of 64 bits.")
+    return texts, numbers
+
+
+def _size(pipe: Any, width: int | None, height: int | None) -> tuple[int, int]:
+    """The size in pixels; a U-Net's own where none is given."""
+    own = pipe.unet.config.sample_size
+    if width is None or height is None:
+        sides = (own, own) if isinstance(own, int) else (own[0], own[1])
+        height, width = height or sides[0] * pipe.vae_scale_factor, width or sides[1] * pipe.vae_scale_factor
+    for name, side in (("width", width), ("height", height)):
+        if side <= 0 or side % 8:  # what diffusers' pipelines ask for, whatever the VAE's factor
+            raise ConfigError(f"{name} {side}: wanted a multiple of 8 pixels, such as {max(8, round(side / 8) * 8)}.")
+    return width, height
+
+
+def _draw_batch(
+    pipe: Any, base: Base | None, prompts: list[str], seeds: list[int], negative: str, options: dict[str, Any]
+) -> list[Image.Image]:
+    with base.precision.autocast() if base else nullcontext():
+        latents = _denoise(pipe, base, prompts, seeds, negative, options)
+    in_half = pipe.unet.dtype != torch.float32 or (base is not None and base.precision.compute != torch.float32)
+    if not torch.isfinite(latents).all() and in_half:
+        with _in_fp32(pipe.unet, getattr(pipe, "text_encoder", None), getattr(pipe, "text_encoder_2", None)):
+            latents = _denoise(pipe, base, prompts, seeds, negative, options)
+    _check(latents.isfinite(), seeds, "not finite, even in fp32. Draw without adapters to see what is broken.")
+    pixels = _decode(pipe, latents)
+    if not _is_picture(pixels).all() and pipe.vae.dtype != torch.float32:
+        with _in_fp32(pipe.vae):
+            pixels = _decode(pipe, latents)
+    _check(_is_picture(pixels), seeds, "black or not finite, even in fp32. The VAE is broken; name another with --vae.")
+    return _safe([_image(picture) for picture in pixels], pipe, seeds)
+
+
+@torch.no_grad()
+def _denoise(
+    pipe: Any, base: Base | None, prompts: list[str], seeds: list[int], negative: str, options: dict[str, Any]
+) -> Tensor:
+    """Scaled latents, (batch, channels, height/f, width/f)."""
+    text = _text_of(base, prompts, negative) if base else {"prompt": prompts}
+    if not base and negative:
+        text["negative_prompt"] = [negative] * len(prompts)  # without one, SDXL takes zeros instead of an empty prompt
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    latents: Tensor = pipe(**text, **options, generator=generators, output_type="latent").images
+    return latents
+
+
+def _text_of(base: Base, prompts: list[str], negative: str) -> dict[str, Any]:
+    """The prompts as the base's `encode_text` has them, which training saw and which knows of clip_skip."""
+    text = base.encode_text(prompts)
+    other = base.encode_text([negative] * len(prompts)) if negative else base.unconditional(len(prompts))
+    embedded: dict[str, Any] = {"prompt_embeds": text.hidden, "negative_prompt_embeds": other.hidden}
+    if text.pooled is not None:
+        embedded |= {"pooled_prompt_embeds": text.pooled, "negative_pooled_prompt_embeds": other.pooled}
+    return embedded
+
+
+@torch.no_grad()
+def _decode(pipe: Any, latents: Tensor) -> Tensor:
+    """Pixels, fp32, (batch, 3, height, width); -1 is black, 1 is white."""
+    config = pipe.vae.config
+    mean, deviation = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
+    encoded = latents.float()
+    if mean is not None and deviation is not None:
+        mean, deviation = (latents.new_tensor(v, dtype=torch.float32).view(1, -1, 1, 1) for v in (mean, deviation))
+        encoded = encoded * deviation / config.scaling_factor + mean
+    else:
+        encoded = encoded / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
+    pixels: Tensor = pipe.vae.decode(encoded.to(pipe.vae.device, pipe.vae.dtype), return_dict=False)[0]
+    return pixels.float()
+
+
+def _is_picture(pixels: Tensor) -> Tensor:
+    """(batch, 1): finite, and not black in every pixel."""
+    flat = pixels.flatten(1)
+    return (flat.isfinite().all(1) & (flat.amax(1) > -1 + 1 / 255)).unsqueeze(1)
+
+
+def _check(good: Tensor, seeds: list[int], complaint: str) -> None:
+    bad = [seed for seed, fine in zip(seeds, good.flatten(1).all(1).tolist(), strict=True) if not fine]
+    if bad:
+        raise BaseModelError(f"{len(bad)} of {len(seeds)} pictures (seed {bad[0]}) came out {complaint}")
+
+
+def _image(pixels: Tensor) -> Image.Image:
+    values = (pixels.clamp(-1, 1) / 2 + 0.5).mul(255).round().to("cpu", torch.uint8)
+    return Image.fromarray(values.permute(1, 2, 0).numpy())
+
+
+def _safe(pictures: list[Image.Image], pipe: Any, seeds: list[int]) -> list[Image.Image]:
+    """The pictures, if the pipeline's safety checker, where it has one, has nothing against them."""
+    if getattr(pipe, "safety_checker", None) is None:
+        return pictures
+    inputs = pipe.feature_extractor(pictures, return_tensors="pt").pixel_values
+    device, dtype = pipe.safety_checker.device, pipe.safety_checker.dtype
+    blank = [torch.zeros(1) for _ in pictures]
+    _, flagged = pipe.safety_checker(images=blank, clip_input=inputs.to(device, dtype))
+    _check(~torch.tensor(flagged), seeds, "flagged by the pipeline's safety checker. Try another prompt or seed.")
+    return pictures
+
+
+@contextmanager
+def _in_fp32(*modules: Any) -> Iterator[None]:
+    """The modules in fp32, and back in their own dtypes, which loses nothing."""
+    before = [(module, module.dtype) for module in modules if module is not None]
+    try:
+        for module, _ in before:
+            module.float()
+        yield
+    finally:
+        for module, dtype in before:
+            module.to(dtype)
+
+
+@contextmanager
+def _as_asked(pipe: Any, scheduler: Any | None) -> Iterator[None]:
+    """The pipeline with this scheduler and no progress bar of its own, and afterwards as it was."""
+    own, bar = pipe.scheduler, getattr(pipe, "_progress_bar_config", {})
+    pipe.scheduler = scheduler or own
+    pipe.set_progress_bar_config(disable=True)
+    try:
+        yield
+    finally:
+        pipe.scheduler, pipe._progress_bar_config = own, bar

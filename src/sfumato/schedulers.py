@@ -1,0 +1,123 @@
+"""The samplers one can draw with, by the names people know: a diffusers scheduler each, on the base's own schedule.
+
+Importing this loads no torch, so that a misspelt name is an error before a base is read.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from sfumato.errors import ConfigError
+
+KARRAS = MappingProxyType({"use_karras_sigmas": True})
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A sampler. label, schedule: A1111's "Sampler" and "Schedule type". settings: beside the base's own schedule."""
+
+    label: str
+    class_name: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    schedule: str | None = None
+    needs: str | None = None
+
+
+def _dpm(label: str, algorithm: str = "dpmsolver++", order: int = 2) -> Sampler:
+    return Sampler(label, "DPMSolverMultistepScheduler", {"algorithm_type": algorithm, "solver_order": order})
+
+
+def _karras(sampler: Sampler) -> Sampler:
+    return Sampler(sampler.label, sampler.class_name, {**sampler.settings, **KARRAS}, "Karras", sampler.needs)
+
+
+_PLAIN = {
+    "ddim": Sampler("DDIM", "DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False}),
+    "ddpm": Sampler("DDPM", "DDPMScheduler", {"clip_sample": False}),
+    "pndm": Sampler("PLMS", "PNDMScheduler", {"skip_prk_steps": True, "set_alpha_to_one": False}),
+    "euler": Sampler("Euler", "EulerDiscreteScheduler"),
+    "euler a": Sampler("Euler a", "EulerAncestralDiscreteScheduler"),
+    "heun": Sampler("Heun", "HeunDiscreteScheduler"),
+    "lms": Sampler("LMS", "LMSDiscreteScheduler", needs="scipy"),
+    "dpm2": Sampler("DPM2", "KDPM2DiscreteScheduler"),
+    "dpm2 a": Sampler("DPM2 a", "KDPM2AncestralDiscreteScheduler"),
+    "dpm++ 2m": _dpm("DPM++ 2M"),
+    "dpm++ 2m sde": _dpm("DPM++ 2M SDE", "sde-dpmsolver++"),
+    "dpm++ 3m": _dpm("DPM++ 3M", order=3),
+    "unipc": Sampler("UniPC", "UniPCMultistepScheduler"),
+    "deis": Sampler("DEIS", "DEISMultistepScheduler"),
+}
+_WITH_KARRAS = ("euler", "heun", "lms", "dpm2", "dpm2 a", "dpm++ 2m", "dpm++ 2m sde", "unipc", "deis")
+
+SAMPLERS: Mapping[str, Sampler] = MappingProxyType(
+    _PLAIN | {f"{name} karras": _karras(_PLAIN[name]) for name in _WITH_KARRAS}
+)
+_OTHER_NAMES = {
+    "dpm++": "dpm++ 2m",
+    "euler ancestral": "euler a",
+    "dpm2 ancestral": "dpm2 a",
+    "plms": "pndm",
+}
+
+_SCHEDULE = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "prediction_type",
+    "rescale_betas_zero_snr",
+    "timestep_spacing",
+    "steps_offset",
+)
+"""What a sampler takes from the base; everything else would be another sampler's setting."""
+
+
+def find(name: str) -> Sampler:
+    """The sampler of this name; capitals, "-", "_" and "dpmpp" for "dpm++" do not matter. Raises ConfigError."""
+    plain = " ".join(name.lower().replace("_", " ").replace("-", " ").replace("dpmpp", "dpm++").split())
+    plain = _OTHER_NAMES.get(plain, plain)
+    if plain not in SAMPLERS:
+        near = difflib.get_close_matches(plain, SAMPLERS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"wanted one of {', '.join(SAMPLERS)}."
+        raise ConfigError(f"--sampler {name}: unknown; {hint}")
+    return SAMPLERS[plain]
+
+
+def scheduler(name: str, schedule: Mapping[str, Any]) -> Any:
+    """A fresh diffusers scheduler with the betas and the prediction type of `schedule`, a base scheduler's config.
+
+    Raises ConfigError for an unknown name, a package that is missing, or a base that ends in pure noise (zero terminal
+    SNR) where the sampler cannot begin there.
+    """
+    chosen = find(name)
+    if chosen.needs and importlib.util.find_spec(chosen.needs) is None:
+        raise ConfigError(f"--sampler {name}: needs {chosen.needs}, which is not installed. pip install {chosen.needs}")
+    import diffusers
+
+    kind = getattr(diffusers, chosen.class_name)
+    shared = {key: schedule[key] for key in _SCHEDULE if key in schedule}
+    if shared.get("rescale_betas_zero_snr"):
+        if "rescale_betas_zero_snr" not in inspect.signature(kind.__init__).parameters:
+            raise ConfigError(f"--sampler {name}: cannot draw on a base with zero terminal SNR. Take ddim or euler.")
+        shared["timestep_spacing"] = "trailing"  # starts at the last timestep, pure noise, as training saw it
+    known = inspect.signature(kind.__init__).parameters
+    return kind.from_config({key: value for key, value in {**shared, **chosen.settings}.items() if key in known})
+
+
+def label(scheduler: Any) -> tuple[str, str | None]:
+    """(Sampler, Schedule type) of a diffusers scheduler for the picture's settings; its class name if it is another."""
+    config = scheduler.config
+    for sampler in SAMPLERS.values():
+        asked = {"use_karras_sigmas": False, **sampler.settings} if "use_karras_sigmas" in config else sampler.settings
+        if type(scheduler).__name__ == sampler.class_name and all(
+            config.get(key) == value for key, value in asked.items() if key not in ("clip_sample", "set_alpha_to_one")
+        ):
+            return sampler.label, sampler.schedule
+    return type(scheduler).__name__.removesuffix("Scheduler"), None

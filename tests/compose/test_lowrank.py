@@ -1,0 +1,71 @@
+"""The product behind every mix, on matrices small enough to check by hand."""
+
+import torch
+from torch import tensor
+from torch.testing import assert_close
+
+from sfumato.compose.lowrank import Scratch, fits, weighted_sum
+from sfumato.files.lora_file import LoraModule
+
+LEFT = LoraModule(down=tensor([[1.0, 0.0]]), up=tensor([[2.0], [0.0]]), alpha=1.0)  # adds 2 at (0, 0)
+RIGHT = LoraModule(down=tensor([[0.0, 1.0]]), up=tensor([[0.0], [4.0]]), alpha=1.0)  # adds 4 at (1, 1)
+
+
+def test_the_weighted_sum_written_out():
+    merged = weighted_sum(torch.ones(2, 2), [(0.5, LEFT), (0.25, RIGHT)])
+    assert_close(merged, tensor([[2.0, 1.0], [1.0, 2.0]]))
+
+
+def test_alpha_over_rank_scales_the_change():
+    change = LoraModule(down=tensor([[1.0, 0.0], [0.0, 1.0]]), up=tensor([[2.0, 0.0], [0.0, 4.0]]), alpha=1.0)
+    assert_close(weighted_sum(torch.zeros(2, 2), [(1.0, change)]), tensor([[1.0, 0.0], [0.0, 2.0]]))
+
+
+def test_a_convolution_changes_as_its_own_delta():
+    change = LoraModule(down=torch.randn(2, 3, 3, 3), up=torch.randn(4, 2, 1, 1), alpha=2.0)
+    weight = torch.randn(4, 3, 3, 3)
+    assert_close(weighted_sum(weight, [(0.5, change)]), weight + 0.5 * change.delta())
+
+
+def test_a_linear_change_fits_a_1x1_convolution():
+    weight = torch.zeros(2, 2, 1, 1)
+    assert fits(LEFT, weight.shape)
+    assert_close(weighted_sum(weight, [(1.0, LEFT)]), tensor([[2.0, 0.0], [0.0, 0.0]]).view(2, 2, 1, 1))
+
+
+def test_a_change_of_another_shape_does_not_fit():
+    assert not fits(LEFT, (2, 3))
+    assert not fits(LEFT, (3, 2))
+    assert not fits(LEFT, (2, 2, 3, 3))
+
+
+def test_half_precision_is_rounded_once():
+    """A bf16 weight is the float64 sum to within half a unit in the last place, also for eight adapters."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(64, 64, generator=generator).bfloat16()
+    changes = [
+        LoraModule(torch.randn(4, 64, generator=generator), torch.randn(64, 4, generator=generator) / 64, 4.0)
+        for _ in range(8)
+    ]
+    exact = weight.double() + sum(0.6 * change.up.double() @ change.down.double() for change in changes)
+    merged = weighted_sum(weight, [(0.6, change) for change in changes]).bfloat16()
+    assert (merged.double() - exact).norm() <= 1.001 * (exact.bfloat16().double() - exact).norm()
+
+
+def test_autocast_and_tf32_do_not_reach_the_product():
+    weight = torch.randn(32, 32)
+    change = LoraModule(torch.randn(4, 32), torch.randn(32, 4), 4.0)
+    plain = weighted_sum(weight, [(1.0, change)])
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(weighted_sum(weight, [(1.0, change)]), plain)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_scratch_that_was_used_before_changes_nothing():
+    scratch = Scratch()
+    weighted_sum(torch.randn(8, 8), [(1.0, LoraModule(torch.randn(3, 8), torch.randn(8, 3), 3.0))], scratch)
+    assert_close(weighted_sum(torch.ones(2, 2), [(0.5, LEFT)], scratch), tensor([[2.0, 1.0], [1.0, 1.0]]))

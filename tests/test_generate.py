@@ -1,0 +1,202 @@
+"""`sfumato generate`: pictures with their settings inside, the same twice, and every wrong use one line."""
+
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sfumato import cli
+from sfumato.bases import load_base
+from sfumato.compose import Adapter, compose
+from sfumato.drawing import draw
+from sfumato.files.lora_file import LoraModule
+from sfumato.files.metadata import short_hash
+from sfumato.files.write import write_lora
+from sfumato.pnginfo import read_picture_info
+from sfumato.precision import decide
+from tests.tiny import tiny_pocket_folder
+
+FAST = ["--steps", "2", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def base_folder(tmp_path_factory) -> Path:
+    return tiny_pocket_folder(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def base(base_folder) -> Any:
+    return load_base(base_folder, precision=decide("auto", device="cpu"))
+
+
+@pytest.fixture(scope="module")
+def loras(tmp_path_factory, base) -> Path:
+    """A folder with line.safetensors and otter.safetensors, strong enough to be seen."""
+    folder = tmp_path_factory.mktemp("loras")
+    for seed, name in enumerate(("line", "otter")):
+        generator = torch.Generator().manual_seed(seed)
+        modules = {}
+        for path, layer in base.unet.named_modules():
+            if path.endswith(("attn2.to_k", "attn2.to_v", "attn2.to_out.0")):
+                out, inner = layer.weight.shape
+                down, up = torch.randn(2, inner, generator=generator), torch.randn(out, 2, generator=generator)
+                modules["unet", path] = LoraModule(down, up, 2.0)
+        write_lora(folder / f"{name}.safetensors", modules, family="pocket")
+    return folder
+
+
+@pytest.fixture
+def generate(base_folder, loras, tmp_path, monkeypatch, capsys):
+    """generate(*words): (exit code, stdout, stderr), in an empty folder that has the two adapters."""
+    monkeypatch.setenv("SFUMATO_POCKET", str(base_folder))
+    monkeypatch.chdir(tmp_path)
+    for file in loras.iterdir():
+        (tmp_path / file.name).hardlink_to(file)
+
+    def run(*words: str) -> tuple[int, str, str]:
+        code = cli.main(["generate", *words, *FAST])
+        shown = capsys.readouterr()
+        return code, shown.out, shown.err
+
+    return run
+
+
+def test_two_adapters_and_a_seed_make_the_picture_that_the_library_makes(generate, base, loras):
+    words = ["a cat", "--lora", "line.safetensors:0.8", "--lora", "otter.safetensors:0.6", "--seed", "7"]
+    code, out, _ = generate(*words, "-o", "cat.png")
+    assert (code, out) == (0, "cat.png\n")
+    with compose(base, Adapter(loras / "line.safetensors", 0.8), Adapter(loras / "otter.safetensors", 0.6)):
+        expected = draw(base, "a cat", 7, steps=2)[0]
+    assert np.array_equal(np.asarray(Image.open("cat.png")), np.asarray(expected))
+    assert not np.array_equal(np.asarray(expected), np.asarray(draw(base, "a cat", 7, steps=2)[0]))
+
+
+def test_the_settings_come_back_out_of_the_picture(generate):
+    words = ["a cat", "--lora", "line.safetensors:0.8", "--lora", "o=otter.safetensors:0.6:0.2", "--seed", "7"]
+    generate(*words, "--negative", "red", "--guidance", "2.5", "--sampler", "dpm++ 2m karras", "-o", "cat.png")
+    info = read_picture_info(Path("cat.png"))
+    assert info.parameters.prompt == "a cat <lora:line:0.8> <lora:otter:0.2:0.6>"
+    assert info.parameters.negative == "red"
+    hashes = {name: short_hash(f"{name}.safetensors") for name in ("line", "otter")}
+    settings = dict(info.parameters.settings)
+    assert settings.pop("Version").startswith("sfumato-")
+    assert settings.pop("Model") == "pocket"
+    assert settings == {
+        "Steps": "2",
+        "Sampler": "DPM++ 2M",
+        "Schedule type": "Karras",
+        "CFG scale": "2.5",
+        "Seed": "7",
+        "Size": "64x64",
+        "Lora hashes": f"line: {hashes['line']}, otter: {hashes['otter']}",
+    }
+    own = info.own
+    assert own["prompt"] == "a cat"
+    assert own["adapters"] == [
+        {"label": "line", "file": "line.safetensors", "hash": hashes["line"], "weight": 0.8},
+        {"label": "o", "file": "otter.safetensors", "hash": hashes["otter"], "weight": [0.6, 0.2]},
+    ]
+
+
+def test_the_same_command_twice_gives_equal_bytes(generate):
+    words = ["a cat", "--lora", "line.safetensors:0.8", "--seed", "7"]
+    generate(*words, "-o", "one.png")
+    generate(*words, "-o", "two.png")
+    assert Path("one.png").read_bytes() == Path("two.png").read_bytes()
+
+
+def test_prompts_and_seeds_are_multiplied_into_a_folder(generate):
+    Path("list.txt").write_text("# two more\n\na re/d cat\n", encoding="utf-8")
+    code, out, _ = generate("a cat", "--prompts-file", "list.txt", "--seed", "7", "--count", "2", "-o", "pictures")
+    names = ["001-a-cat-7", "002-a-cat-8", "003-a-re-d-cat-7", "004-a-re-d-cat-8"]
+    assert code == 0
+    assert [Path(line) for line in out.splitlines()] == [Path("pictures") / f"{name}.png" for name in names]
+    assert sorted(path.stem for path in Path("pictures").iterdir()) == names
+    assert read_picture_info(Path("pictures/004-a-re-d-cat-8.png")).own["seed"] == 8
+
+
+def test_a_sweep_is_a_sheet_of_weights_by_prompts(generate, base):
+    weights = ["line=0,0.5,1.5", "line=0,0.5"]
+    for words, name in zip(weights, ("three.png", "two.png"), strict=True):
+        code, out, _ = generate("a cat", "red", "--lora", "line.safetensors", "--sweep", words, "-o", name)
+        assert (code, out) == (0, f"{name}\n")
+    three, two = Image.open("three.png"), Image.open("two.png")
+    row = three.height - two.height  # a row more, and nothing else
+    assert three.width == two.width
+    assert row >= 128
+    assert three.crop((0, 0, three.width, two.height - row)).tobytes() == two.crop(
+        (0, 0, two.width, two.height - row)
+    ).tobytes()
+    assert read_picture_info(Path("three.png")).own["sweep"] == {"line": [0.0, 0.5, 1.5]}
+
+
+def test_weights_are_read_from_the_end_so_that_a_path_may_hold_colons(loras, tmp_path, monkeypatch):
+    from sfumato.pipelines.generate import adapter
+
+    monkeypatch.chdir(tmp_path)
+    odd = tmp_path / "C:odd=name:0.5.safetensors"
+    odd.hardlink_to(loras / "line.safetensors")
+    named = tmp_path / "line:0.5"
+    named.hardlink_to(loras / "line.safetensors")
+    assert adapter("C:odd=name:0.5.safetensors:0.8") == Adapter("C:odd=name:0.5.safetensors", 0.8)
+    assert adapter("C:odd=name:0.5.safetensors:-1:0.25") == Adapter("C:odd=name:0.5.safetensors", (-1.0, 0.25))
+    assert adapter("line:0.5") == Adapter("line:0.5", 1.0)
+    assert adapter("x=line:0.5:2") == Adapter("line:0.5", 2.0, "x")
+
+
+def test_the_example_script_runs(base_folder, loras, tmp_path, monkeypatch, base):
+    script = Path(__file__).parents[1] / "examples" / "plain_script.py"
+    files = [str(loras / f"{name}.safetensors") for name in ("line", "otter")]
+    monkeypatch.setattr(sys, "argv", ["plain_script.py", str(base_folder), *files, str(tmp_path / "crab.png")])
+    runpy.run_path(str(script), run_name="__main__")
+    with compose(base, Adapter(files[0], 0.8), Adapter(files[1], 0.6)):
+        expected = draw(base, "a crab", 7, steps=25, guidance=4.0)[0]
+    drawn = np.asarray(Image.open(tmp_path / "crab.png"), dtype=int)
+    assert np.abs(drawn - np.asarray(expected, dtype=int)).max() <= 1
+
+
+WRONG = {
+    "no prompt": ([], "no prompt"),
+    "no such adapter": (["a", "--lora", "gone.safetensors:0.8"], "gone.safetensors"),
+    "a near adapter": (["a", "--lora", "lime.safetensors"], "Did you mean line.safetensors?"),
+    "a comma for a point": (["a", "--lora", "line.safetensors:0,8"], "'0,8' is no weight"),
+    "a slip of the finger": (["a", "--lora", "line.safetensors:08.0e1"], "outside -10 to 10"),
+    "nan": (["a", "--lora", "line.safetensors:nan"], "nan"),
+    "one label twice": (["a", "--lora", "line.safetensors", "--lora", "line.safetensors"], "'line'"),
+    "an unknown sampler": (["a", "--sampler", "eular"], "did you mean 'euler'?"),
+    "an odd size": (["a", "--size", "60x64"], "the nearest is 64x64"),
+    "a size in words": (["a", "--size", "big"], "WIDTHxHEIGHT"),
+    "no steps": (["a", "--count", "0"], "--count 0"),
+    "many into one file": (["a", "b", "-o", "x.png"], "2 pictures do not fit"),
+    "another format": (["a", "-o", "x.gif"], ".png"),
+    "a file for a folder": (["a", "-o", "line.safetensors/x"], "is a file, not a folder"),
+    "there already": (["a", "-o", "there.png"], "--overwrite"),
+    "a sweep of nothing": (["a", "--sweep", "line=0,1"], "no --lora is called 'line'"),
+    "a sweep of words": (["a", "--lora", "line.safetensors", "--sweep", "line=0,one"], "'one'"),
+    "a sweep too far": (["a", "--lora", "line.safetensors", "--sweep", "line=0,50"], "outside -10 to 10"),
+    "no such prompts": (["--prompts-file", "gone.txt"], "gone.txt"),
+    "an unknown option": (["a", "--sede", "3"], "--seed"),
+    "a seed too long": (["a", "--seed", str(2**64)], "64 bits"),
+    "no such base": (["a", "--base", "gone.safetensors"], "gone.safetensors"),
+    "another base's adapter": (["a", "--lora", "xl.safetensors"], "trained for SDXL (text width 2048)"),
+}
+
+
+@pytest.mark.parametrize(("words", "said"), WRONG.values(), ids=WRONG.keys())
+def test_wrong_use_is_one_line_and_leaves_no_file(generate, words, said):
+    Path("there.png").write_bytes(b"mine")
+    change = LoraModule(torch.zeros(1, 2048), torch.zeros(8, 1), 1.0)
+    target = ("unet", "mid_block.attentions.0.transformer_blocks.0.attn2.to_k")
+    write_lora(Path("xl.safetensors"), {target: change}, family="sdxl")
+    before = {path: path.stat().st_mtime_ns for path in Path().rglob("*")}
+    code, out, err = generate(*words)
+    message = [line for line in err.splitlines() if line.startswith("sfumato: ")]
+    assert (code, out, len(message)) == (2, "", 1)
+    assert said in message[0]
+    assert {path: path.stat().st_mtime_ns for path in Path().rglob("*")} == before
+    assert Path("there.png").read_bytes() == b"mine"
