@@ -1,0 +1,134 @@
+"""The main job: learn a style from 16 pictures and a subject from a few, mix the two, draw a labelled sheet."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from sfumato import cli
+from sfumato.config import parse
+from sfumato.errors import ConfigError, RunError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from sfumato.bases import Base
+
+THINGS = ("crab", "house", "penguin")
+"""Drawn in the style; none is among the pictures it is learned from."""
+STYLE, SUBJECT = "zwx", "sks flamingo"
+MIXES = ((0.5, 0.5), (0.7, 1.0), (1.0, 0.7), (1.0, 1.0))
+"""Weights of style and subject in the rows that mix them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Learn a style from 16 pictures and a subject from three, mix them, and draw a sheet: a few minutes on two cores.
+
+    Rows of the sheet: the base, the style alone, the subject alone, both at several weights. Columns: prompts that were
+    not trained. Run it in a clone, where the folder datasets/ is.
+    """
+
+    output: Path = Path("runs/quickstart")
+    """Folder for both adapters and the sheet; where it holds a run already, a number is added to its name."""
+    style: Path = Path("datasets/line-style")
+    """Pictures of the style, each named after what it shows."""
+    subject: Path = Path("datasets/flamingo")
+    """Pictures of the subject, with captions that call it "sks flamingo"."""
+    base: str = "pocket"
+    """The model that learns."""
+    seed: int = 7
+    """Everything random is a function of it."""
+    steps: int | None = None
+    """Optimizer steps for each of the two. Unset: the base family's default."""
+    precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
+    """Number format of the frozen base."""
+
+
+def quickstart(config: Config) -> Path:
+    """Train both, draw the sheet, say what came out; returns the sheet's path."""
+    began = time.monotonic()
+    for folder in (config.style, config.subject):
+        if not folder.is_dir():
+            raise ConfigError(f"{folder}: no such folder. Run this where datasets/ is, or name one with --style/--subject.")
+    output = free(config.output)
+    style = learn(config, config.style, output / "style", "--trigger", STYLE, "--caption", "{caption}, {trigger} style")
+    subject = learn(config, config.subject, output / "subject", "--trigger", SUBJECT)
+    sheet = draw_sheet(config, style, subject, output / "sheet.png")
+    print(f"\nDone in {time.monotonic() - began:.0f} s.\n")
+    for what, path in (("sheet", sheet), ("style", style), ("subject", subject)):
+        print(f"  {what:<8}{path}")
+    print("\nTry next:\n")
+    for command in next_commands(style, subject):
+        print(f"  {command}")
+    return sheet
+
+
+def free(folder: Path) -> Path:
+    """The folder, or the first of its name with a number that does not exist yet."""
+    candidates = (folder, *(folder.with_name(f"{folder.name}-{number}") for number in range(2, 1000)))
+    for candidate in candidates:
+        if not candidate.exists():
+            return candidate
+    raise ConfigError(f"{folder} and 998 more of that name exist; give another --output.")
+
+
+def learn(config: Config, images: Path, output: Path, *options: str) -> Path:
+    """Train one adapter by the very command that a person would type, and show it."""
+    words = ["train", "lora", "--images", str(images), "--output", str(output), *options]
+    words += ["--base", config.base, "--seed", str(config.seed), "--precision", config.precision]
+    if config.steps is not None:
+        words += ["--steps", str(config.steps)]
+    print(f"\n$ sfumato {shlex.join(words)}", flush=True)
+    if code := cli.main(words):
+        raise RunError(f"the training stopped with exit code {code}; the lines above say why.")
+    return output / f"{output.name}.safetensors"
+
+
+def draw_sheet(config: Config, style: Path, subject: Path, path: Path) -> Path:
+    """Every row draws the same prompts from the same seeds; only the weights differ."""
+    from sfumato import Adapter, compose, load_base
+    from sfumato.drawing import draw
+    from sfumato.files.atomic import atomic_path
+    from sfumato.precision import decide
+    from sfumato.sheet import contact_sheet
+
+    base: Base = load_base(config.base, precision=decide(config.precision))
+    prompts = [f"{thing}, {STYLE} style" for thing in THINGS]
+    prompts += [f"{SUBJECT}, {STYLE} style", f"a {STYLE} style picture of a {SUBJECT}", SUBJECT]
+    seeds = [config.seed + place for place in range(len(prompts))]
+    weights = {"base": (0.0, 0.0), "A: style": (1.0, 0.0), "B: subject": (0.0, 1.0)}
+    weights |= {f"{a:g} A + {b:g} B": (a, b) for a, b in MIXES}
+    rows: list[list[Image]] = []
+    with compose(base, Adapter(style, name="A"), Adapter(subject, name="B")) as mix:
+        for a, b in weights.values():
+            mix.set(A=a, B=b)
+            rows.append(draw(base, prompts, seeds))
+    sheet = contact_sheet(rows, row_labels=list(weights), column_labels=prompts)
+    with atomic_path(path) as temporary:
+        sheet.save(temporary)
+    return path
+
+
+def next_commands(style: Path, subject: Path) -> list[str]:
+    """Three commands that work as they stand."""
+    both = f"--lora {style}:1 --lora {subject}:0.7"
+    return [
+        f'sfumato generate "{SUBJECT}, {STYLE} style" {both} --seed 3 -o flamingo.png',
+        f'sfumato generate "a car, {STYLE} style" "a tulip, {STYLE} style" --lora {style} --sweep style=0,0.5,1 -o sweep.png',
+        f"sfumato inspect {style}",
+    ]
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the program with these arguments."""
+    quickstart(parse(Config, argv, program="quickstart"))
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

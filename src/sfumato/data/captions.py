@@ -1,0 +1,99 @@
+"""Captions: from the files people keep them in, through a template."""
+
+import codecs
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+from charset_normalizer import from_bytes
+
+from sfumato.errors import ConfigError, DataError
+
+CAPTION_SUFFIXES = (".txt", ".caption")
+"""Endings of the files with one picture's caption, in the order they are looked for."""
+
+METADATA = "metadata.jsonl"
+_FIELDS = ("caption", "trigger")
+_WIDE_BOMS = MappingProxyType(
+    {
+        codecs.BOM_UTF32_LE: "utf-32",
+        codecs.BOM_UTF32_BE: "utf-32",
+        codecs.BOM_UTF16_LE: "utf-16",
+        codecs.BOM_UTF16_BE: "utf-16",
+    }
+)
+
+
+def read_text(path: Path) -> tuple[str, str | None]:
+    """(text on one line, the encoding that had to be guessed or None).
+
+    UTF-8 with or without a byte order mark, UTF-16 and UTF-32 with one, else charset-normalizer's guess. Raises
+    DataError if the file cannot be read or nothing fits.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path.name}: cannot be read ({error.strerror}).") from None
+    try:
+        wide = next((name for bom, name in _WIDE_BOMS.items() if data.startswith(bom)), None)
+        return _one_line(data.decode(wide or "utf-8-sig")), None
+    except UnicodeDecodeError:
+        guess = from_bytes(data).best()
+    if guess is None:
+        raise DataError(f"{path.name}: not text in any encoding that could be told. Save it as UTF-8.")
+    return _one_line(str(guess)), guess.encoding
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """File name -> caption, from lines such as {"file_name": "a.png", "text": "a red apple"}.
+
+    That is Hugging Face's imagefolder; `caption` does for `text`. Raises DataError with the line's number.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path.name}: cannot be read as UTF-8 ({type(error).__name__}).") from None
+    found: dict[str, str] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        wanted = f'{path.name}, line {number}: wanted {{"file_name": "a.png", "text": "a red apple"}}'
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{wanted}, found no JSON ({error}).") from None
+        if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
+            raise DataError(f"{wanted}, found no file_name.")
+        if Path(row["file_name"]).is_absolute() or ".." in Path(row["file_name"]).parts:
+            raise DataError(f"{wanted}, found {row['file_name']}, which is outside the folder.")
+        text = row.get("text", row.get("caption"))
+        if text is not None and not isinstance(text, str):
+            raise DataError(f"{wanted}, found a text that is no string.")
+        found[row["file_name"]] = _one_line(text or "")
+    return found
+
+
+def words_of(name: str) -> str:
+    """The words of a file's name: "red-apple" and "red_apple" are "red apple"."""
+    return _one_line(re.sub(r"[-_]+", " ", name))
+
+
+def check_template(template: str, trigger: str | None) -> None:
+    """Refuse a template that cannot be filled. Raises ConfigError."""
+    for name in re.findall(r"\{([^{}]*)\}", template):
+        if name not in _FIELDS:
+            raise ConfigError(f"--caption {template!r}: {{{name}}} is unknown; {{caption}} and {{trigger}} are filled.")
+    if "{trigger}" in template and not trigger:
+        raise ConfigError(f"--caption {template!r} has {{trigger}}, and there is none; pass --trigger WORD.")
+
+
+def fill_template(template: str, caption: str, trigger: str | None) -> str:
+    """The template with caption and trigger put in, on one line."""
+    values: Mapping[str, str] = {"caption": caption, "trigger": trigger or ""}
+    return _one_line(re.sub(r"\{(caption|trigger)\}", lambda match: values[match[1]], template))
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.replace("\0", " ").split())

@@ -1,0 +1,222 @@
+"""A picture file as the network should see it: upright, 8-bit sRGB, on white.
+
+Only the decoders named here are ever run, a picture's size is judged by its header, and a file that is cut short is
+refused: Pillow's LOAD_TRUNCATED_IMAGES would fill what is missing with grey.
+"""
+
+import io
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+
+from sfumato.errors import DataError
+
+FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "TIFF", "GIF")
+"""Pillow's names of the decoders that may run; HEIF joins them when its extra is installed."""
+
+SUFFIXES = frozenset(
+    {".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".bmp", ".dib", ".tif", ".tiff", ".gif"}
+    | {".heic", ".heif", ".hif"}
+)
+"""Endings, in lower case, of the files that are taken for pictures."""
+
+LARGEST_MEGAPIXELS = 50.0
+LARGEST_RATIO = 4.0
+
+_HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+# Pillow warns of large pictures; we refuse them. Filters of warnings belong to the process, so one thread at a time.
+_WARNINGS = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Picture:
+    """image: RGB. alpha: L, 255 where opaque, None if nothing is transparent. notes: for the person."""
+
+    image: Image.Image
+    alpha: Image.Image | None = None
+    notes: tuple[str, ...] = ()
+
+
+def open_image(path: Path) -> Image.Image:
+    """The picture in RGB; see `open_picture`."""
+    return open_picture(path).image
+
+
+def open_picture(path: Path) -> Picture:
+    """Decode a picture wholly: first frame, EXIF orientation, colour profile, transparency on white, 8 bits.
+
+    Raises DataError, which names the file, for one that is no picture, is cut short or broken, has more than 50
+    megapixels, or is more than four times as long as wide.
+    """
+    with _decoding(path), _open(path) as file:
+        check_size(path, file.size)
+        notes = [f"{path.name}: an animation; its first frame is taken"] if _animated(file) else []
+        try:
+            file.load()
+        except ValueError as error:
+            if "MAX_TEXT_CHUNK" not in str(error):
+                raise
+            return _picture(_reopened_without_text(path), path, notes)
+        return _picture(file, path, notes)
+
+
+def read_size(path: Path) -> tuple[int, int]:
+    """(width, height) in the file, from the header alone. Raises DataError as `open_picture` does."""
+    with _decoding(path), _open(path) as file:
+        check_size(path, file.size)
+        return file.size
+
+
+def check_size(path: Path, size: tuple[int, int]) -> None:
+    """Refuse what is too large to decode, or too long to crop."""
+    width, height = size
+    if width * height > LARGEST_MEGAPIXELS * 1e6:
+        raise DataError(
+            f"{path.name}: {width} x {height} px, {width * height / 1e6:.0f} megapixels; at most "
+            f"{LARGEST_MEGAPIXELS:.0f} are opened. Make it smaller."
+        )
+    if max(size) > LARGEST_RATIO * min(size):
+        raise DataError(
+            f"{path.name}: {width} x {height} px; the longer side may be {LARGEST_RATIO:.0f} x the shorter. Crop it."
+        )
+
+
+def _open(path: Path) -> Image.Image:
+    formats = list(FORMATS)
+    with path.open("rb") as file:
+        head = file.read(12)
+    if not head:
+        raise DataError(f"{path.name}: the file is empty (0 bytes). Copy it anew, or remove it.")
+    if head[4:8] == b"ftyp" and head[8:12] in _HEIC_BRANDS:
+        _register_heif(path)
+        formats.append("HEIF")
+    with _WARNINGS, warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        try:
+            return Image.open(path, formats=formats)
+        except ValueError as error:
+            if "MAX_TEXT_CHUNK" not in str(error):
+                raise
+            return _reopened_without_text(path)
+
+
+def _register_heif(path: Path) -> None:
+    try:
+        import pillow_heif
+    except ImportError:
+        raise DataError(f"{path.name}: HEIC needs an extra: pip install 'sfumato[heic]', or save it as JPEG.") from None
+    # Earlier ones read outside their buffers (CVE-2026-28231).
+    if tuple(int(part) for part in pillow_heif.__version__.split(".")[:2]) < (1, 3):
+        version = pillow_heif.__version__
+        raise DataError(f"{path.name}: pillow-heif {version} is unsafe; pip install -U 'sfumato[heic]'.")
+    pillow_heif.register_heif_opener()
+
+
+@contextmanager
+def _decoding(path: Path) -> Iterator[None]:
+    """Turn whatever a decoder raises into one line with the file's name."""
+    try:
+        yield
+    except DataError:
+        raise
+    except UnidentifiedImageError:
+        allowed = ", ".join(FORMATS)
+        raise DataError(f"{path.name}: not a picture that is opened here ({allowed}). Convert or remove it.") from None
+    except Image.DecompressionBombError:
+        raise DataError(
+            f"{path.name}: far more than {LARGEST_MEGAPIXELS:.0f} megapixels by its header. Make it smaller."
+        ) from None
+    except MemoryError:
+        raise DataError(f"{path.name}: there is not enough memory to decode it. Make it smaller.") from None
+    # Broken files make decoders raise nearly anything: OSError, SyntaxError, struct.error, IndexError, zlib.error ...
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"{path.name}: cannot be decoded ({reason}). Copy it anew, or remove it.") from None
+
+
+def _animated(file: Image.Image) -> bool:
+    # An MPO is a photograph with a second, smaller one inside; nothing moves.
+    return file.format != "MPO" and bool(getattr(file, "is_animated", False))
+
+
+def _reopened_without_text(path: Path) -> Image.Image:
+    """A PNG whose texts are larger than Pillow reads: the pixels are fine, so the texts are left out."""
+    data = path.read_bytes()
+    kept, place = [data[:8]], 8
+    while place + 12 <= len(data):
+        end = place + 12 + int.from_bytes(data[place : place + 4], "big")
+        if data[place + 4 : place + 8] not in (b"tEXt", b"zTXt", b"iTXt"):
+            kept.append(data[place:end])
+        place = end
+    file = Image.open(io.BytesIO(b"".join(kept)), formats=["PNG"])
+    file.load()
+    return file
+
+
+def _picture(file: Image.Image, path: Path, notes: list[str]) -> Picture:
+    image = _upright(file, path, notes)
+    image = _eight_bits(image, path)
+    if image.mode in ("CMYK", "LAB", "RGB"):
+        image = _srgb(image, path, notes)
+    if not image.has_transparency_data:
+        return Picture(image.convert("RGB"), None, tuple(notes))
+    rgba = image.convert("RGBA")
+    alpha = rgba.getchannel("A")
+    if alpha.getextrema() == (255, 255):
+        return Picture(rgba.convert("RGB"), None, tuple(notes))
+    white = Image.new("RGBA", rgba.size, "white")
+    return Picture(Image.alpha_composite(white, rgba).convert("RGB"), alpha, tuple(notes))
+
+
+def _upright(file: Image.Image, path: Path, notes: list[str]) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(file)
+    except Exception as error:  # a broken EXIF block says nothing about the pixels
+        notes.append(f"{path.name}: its EXIF data cannot be read ({type(error).__name__}); taken as it lies")
+        return file.copy()
+
+
+def _eight_bits(image: Image.Image, path: Path) -> Image.Image:
+    """16-bit grey scaled by 257; Pillow itself would clip it to white."""
+    if image.mode == "F":
+        raise DataError(f"{path.name}: floating-point pixels, whose white is unknown. Save it with 8 or 16 bits.")
+    if not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise DataError(f"{path.name}: 32-bit pixels, whose white is unknown. Save it with 8 or 16 bits.")
+    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+
+
+def _srgb(image: Image.Image, path: Path, notes: list[str]) -> Image.Image:
+    """Through the file's colour profile, if it has one that says anything but sRGB."""
+    embedded = image.info.get("icc_profile")
+    if image.mode == "LAB":
+        return _through(image, ImageCms.createProfile("LAB"))
+    if not embedded:
+        if image.mode == "CMYK":
+            notes.append(f"{path.name}: CMYK without a colour profile; its colours are a guess")
+        return image
+    try:
+        profile = ImageCms.getOpenProfile(io.BytesIO(embedded))
+        if image.mode == "RGB" and "srgb" in ImageCms.getProfileDescription(profile).lower():
+            return image
+        return _through(image, profile)
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        notes.append(f"{path.name}: its colour profile cannot be used; its colours are a guess")
+        return image
+
+
+def _through(image: Image.Image, profile: Any) -> Image.Image:
+    converted = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    assert converted is not None  # None only for in-place conversions
+    if "transparency" in image.info:
+        converted.putalpha(image.convert("RGBA").getchannel("A"))
+    return converted

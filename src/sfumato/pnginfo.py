@@ -1,0 +1,171 @@
+"""How a picture was made, inside its file, in the form that other tools read.
+
+The text `parameters` of AUTOMATIC1111 and Forge (read by Civitai and many viewers), and beside it our own `sfumato`, a
+JSON object. PNG keeps both as text chunks; JPEG and WebP keep the first in EXIF's UserComment, as those tools do.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, PngImagePlugin
+
+from sfumato.errors import ConfigError, DataError
+from sfumato.files.atomic import atomic_path
+
+Value = str | int | float
+
+# Forge's modules/infotext_utils.py; a last line with fewer than three pairs belongs to the prompt.
+_PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+_FEWEST_PAIRS = 3
+_NEGATIVE = "Negative prompt: "
+_USER_COMMENT, _EXIF = 0x9286, 0x8769
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """prompt: with <lora:name:weight> tags. settings: "Steps", "Sampler", "CFG scale", "Seed" ... in their order."""
+
+    prompt: str
+    negative: str = ""
+    settings: Mapping[str, Value | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PictureInfo:
+    """What a picture says of itself. own: our JSON object."""
+
+    parameters: Parameters | None
+    own: dict[str, Any] | None
+
+
+def format_parameters(parameters: Parameters) -> str:
+    """The text as A1111 writes it: prompt, negative prompt if any, and the settings on one line, None left out."""
+    pairs = [f"{name}: {_quoted(value)}" for name, value in parameters.settings.items() if value is not None]
+    lines = [parameters.prompt]
+    if parameters.negative:
+        lines.append(_NEGATIVE + parameters.negative)
+    return "\n".join([*lines, ", ".join(pairs)])
+
+
+def parse_parameters(text: str) -> Parameters:
+    """The inverse of `format_parameters`, by A1111's own rule. Values come back as text."""
+    *lines, last = text.strip().split("\n")
+    pairs = _PAIR.findall(last)
+    if len(pairs) < _FEWEST_PAIRS:
+        lines, pairs = [*lines, last], []
+    prompt: list[str] = []
+    negative: list[str] = []
+    for line in lines:
+        stripped = line.strip()
+        if not negative and stripped.startswith(_NEGATIVE.strip()):
+            negative.append(stripped.removeprefix(_NEGATIVE.strip()).strip())
+        elif negative:
+            negative.append(stripped)
+        else:
+            prompt.append(stripped)
+    settings = {name: _unquoted(value) for name, value in pairs}
+    return Parameters("\n".join(prompt), "\n".join(negative), settings)
+
+
+def lora_tag(name: str, weight: float) -> str:
+    """<lora:name:0.8>, as it stands in a prompt."""
+    return f"<lora:{plain_name(name)}:{weight:g}>"
+
+
+def lora_hashes(hashes: Mapping[str, str]) -> str:
+    """The value of "Lora hashes": names with the first 12 hex digits of `sshs_model_hash`."""
+    return ", ".join(f"{plain_name(name)}: {digest[:12]}" for name, digest in hashes.items())
+
+
+def plain_name(name: str) -> str:
+    """A name without what would end it early in a tag or among hashes."""
+    return re.sub(r"[:,<>]", "", name)
+
+
+def save_picture(
+    image: Image.Image, path: Path, parameters: Parameters | None = None, own: Mapping[str, Any] | None = None
+) -> Path:
+    """Write a .png, .jpg or .webp with its parameters, whole or not at all. `own` is kept in PNG alone.
+
+    Raises ConfigError for another ending.
+    """
+    text = format_parameters(parameters) if parameters else ""
+    suffix = path.suffix.lower()
+    options: dict[str, Any]
+    if suffix == ".png":
+        options = {"format": "PNG", "pnginfo": _chunks(text, own)}
+    elif suffix in (".jpg", ".jpeg"):
+        options = {"format": "JPEG", "quality": 95, "subsampling": 0, "exif": _exif(text)}
+    elif suffix == ".webp":
+        options = {"format": "WEBP", "quality": 95, "exif": _exif(text)}
+    else:
+        raise ConfigError(f"{path.name}: pictures are written as .png, .jpg or .webp. Give one of these endings.")
+    with atomic_path(path) as temporary:
+        image.save(temporary, **options)
+    return path
+
+
+def read_picture_info(path: Path) -> PictureInfo:
+    """What a picture's file says of how it was made; nothing is no error. Raises DataError if it cannot be opened."""
+    try:
+        with Image.open(path, formats=["PNG", "JPEG", "WEBP"]) as file:
+            texts = dict(file.info)
+            comment = file.getexif().get_ifd(_EXIF).get(_USER_COMMENT, b"")
+    except (OSError, SyntaxError, ValueError) as error:
+        raise DataError(f"{path.name}: cannot be read as PNG, JPEG or WebP ({error}).") from None
+    text = texts.get("parameters") or _comment_text(comment)
+    own = None
+    if isinstance(texts.get("sfumato"), str):
+        try:
+            own = json.loads(texts["sfumato"])
+        except ValueError:
+            own = None
+    return PictureInfo(
+        parse_parameters(text) if isinstance(text, str) and text else None, own if isinstance(own, dict) else None
+    )
+
+
+def _quoted(value: Value) -> str:
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if re.search(r'[,:\n]|^"', text) else text
+
+
+def _unquoted(text: str) -> str:
+    if not (text.startswith('"') and text.endswith('"')):
+        return text
+    try:
+        return str(json.loads(text))
+    except ValueError:
+        return text
+
+
+def _chunks(text: str, own: Mapping[str, Any] | None) -> PngImagePlugin.PngInfo:
+    info = PngImagePlugin.PngInfo()
+    # Pillow's add_text chooses iTXt by itself for what Latin-1 cannot say.
+    if text:
+        info.add_text("parameters", text)
+    if own is not None:
+        info.add_text("sfumato", json.dumps(own, ensure_ascii=True, sort_keys=True))
+    return info
+
+
+def _exif(text: str) -> Image.Exif:
+    exif = Image.Exif()
+    if text:
+        exif.get_ifd(_EXIF)[_USER_COMMENT] = b"UNICODE\0" + text.encode("utf-16-be")
+    return exif
+
+
+def _comment_text(comment: object) -> str:
+    if not isinstance(comment, bytes) or not comment:
+        return ""
+    head, body = comment[:8], comment[8:]
+    if head == b"UNICODE\0":
+        return body.decode("utf-16-be", errors="replace")
+    return body.decode("utf-8", errors="replace") if head == b"ASCII\0\0\0" else ""

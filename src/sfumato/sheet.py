@@ -1,0 +1,114 @@
+"""Contact sheets: rows and columns of pictures with labels, on white."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from PIL import Image, ImageDraw, ImageFont
+
+Cells = Sequence[Sequence[Image.Image | None]]
+
+_INK = (25, 25, 25)
+_SMALLEST_CELL_PX = 128
+_LARGEST_CELL_PX = 512
+
+
+def contact_sheet(
+    cells: Cells,
+    *,
+    row_labels: Sequence[str] = (),
+    column_labels: Sequence[str] = (),
+    title: str = "",
+    scale: float | None = None,
+) -> Image.Image:
+    """An RGB sheet of the pictures, each row one list; None leaves a cell white, and rows may differ in length.
+
+    scale: pixels of the sheet to a picture's pixel; unset, small pictures are enlarged by whole numbers to 128 px and
+    large ones reduced to 512 px. Labels are wrapped to the cells' width. Raises ValueError without any picture.
+    """
+    pictures = [picture for row in cells for picture in row if picture is not None]
+    if not pictures:
+        raise ValueError("a contact sheet needs at least one picture")
+    if scale is None:
+        scale = _scale(max(max(picture.size) for picture in pictures))
+    columns = max(len(row) for row in cells)
+    cell = (
+        round(max(picture.width for picture in pictures) * scale),
+        round(max(picture.height for picture in pictures) * scale),
+    )
+    size_px = min(28, max(14, cell[0] // 10))
+    font = ImageFont.load_default(size_px)
+    gap = max(10, cell[0] // 20)
+
+    heads = [_wrap(label, font, cell[0]) for label in column_labels[:columns]]
+    sides = [_wrap(label, font, max(120, cell[0])) for label in row_labels[: len(cells)]]
+    side_px = max((_width(line, font) for lines in sides for line in lines), default=0)
+    left = gap + (side_px + gap if side_px else 0)
+    line_px = round(size_px * 1.3)
+    width = left + columns * (cell[0] + gap)
+    titles = _wrap(title, font, width - 2 * gap) if title else []
+    head_top = gap + (len(titles) * line_px + gap if titles else 0)
+    top = head_top + (max((len(lines) for lines in heads), default=0) * line_px + gap // 2 if heads else 0)
+
+    sheet = Image.new("RGB", (width, top + len(cells) * (cell[1] + gap)), "white")
+    draw = ImageDraw.Draw(sheet)
+    _write(draw, titles, (gap, gap), line_px, font)
+    for column, lines in enumerate(heads):
+        # Short labels stand on their pictures, whatever the longest one needs.
+        _write(draw, lines, (left + column * (cell[0] + gap), top - gap // 2 - len(lines) * line_px), line_px, font)
+    for number, row in enumerate(cells):
+        y = top + number * (cell[1] + gap)
+        if number < len(sides):
+            _write(draw, sides[number], (gap, y + (cell[1] - len(sides[number]) * line_px) // 2), line_px, font)
+        for column, picture in enumerate(row):
+            if picture is not None:
+                sheet.paste(_resized(picture, scale), (left + column * (cell[0] + gap), y))
+    return sheet
+
+
+def _scale(side: int) -> float:
+    if side < _SMALLEST_CELL_PX:
+        return -(-_SMALLEST_CELL_PX // side)
+    return min(1.0, _LARGEST_CELL_PX / side)
+
+
+def _resized(picture: Image.Image, scale: float) -> Image.Image:
+    rgb = picture.convert("RGB")
+    if scale == 1:
+        return rgb
+    return rgb.resize((round(rgb.width * scale), round(rgb.height * scale)), Image.Resampling.LANCZOS)
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+    """The text in lines of at most `width` pixels, broken between words, or within one that is longer."""
+    lines: list[str] = []
+    for paragraph in text.splitlines():
+        line = ""
+        for word in paragraph.split():
+            if line and _width(f"{line} {word}", font) <= width:
+                line = f"{line} {word}"
+                continue
+            if line:
+                lines.append(line)
+            line = word
+            while _width(line, font) > width and len(line) > 1:
+                fits = max(1, *(n for n in range(len(line)) if _width(line[:n], font) <= width))
+                lines.append(line[:fits])
+                line = line[fits:]
+        lines.append(line)
+    return lines
+
+
+def _width(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> int:
+    return int(-(-font.getlength(text) // 1))
+
+
+def _write(
+    draw: ImageDraw.ImageDraw,
+    lines: Sequence[str],
+    corner: tuple[int, int],
+    line_px: int,
+    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
+) -> None:
+    for number, line in enumerate(lines):
+        draw.text((corner[0], corner[1] + number * line_px), line, fill=_INK, font=font)

@@ -1,0 +1,71 @@
+"""Captions, their encodings and templates."""
+
+import codecs
+
+import pytest
+
+from sfumato.data.captions import check_template, fill_template, read_metadata, read_text, words_of
+from sfumato.errors import ConfigError, DataError
+
+
+@pytest.mark.parametrize("text", ["a red apple", "ein gruener Käfer", "кот в шляпе", "赤いりんご", "naïve café"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_unicode_is_read_exactly_and_without_guessing(tmp_path, text, encoding):
+    (tmp_path / "a.txt").write_bytes(text.encode(encoding))
+    assert read_text(tmp_path / "a.txt") == (text, None)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_caption(tmp_path):
+    (tmp_path / "a.txt").write_bytes(codecs.BOM_UTF8 + b"sks dog")
+    assert read_text(tmp_path / "a.txt")[0] == "sks dog"
+
+
+@pytest.mark.parametrize(
+    ("encoding", "text"),
+    [
+        ("cp932", "赤いりんごと青い鳥が木の上にいる写真です"),
+        ("cp1251", "рыжий кот сидит на старом деревянном стуле перед окном"),
+    ],
+)
+def test_other_encodings_are_guessed_and_said(tmp_path, encoding, text):
+    (tmp_path / "a.txt").write_bytes(text.encode(encoding))
+    found, guessed = read_text(tmp_path / "a.txt")
+    assert found == text
+    assert guessed
+
+
+def test_a_caption_is_one_line(tmp_path):
+    (tmp_path / "a.txt").write_text("a crab,\r\n  on a beach\n\n")
+    assert read_text(tmp_path / "a.txt")[0] == "a crab, on a beach"
+
+
+def test_metadata_is_read_by_file_name(tmp_path):
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a crab"}\n\n{"file_name": "b.png"}\n')
+    assert read_metadata(tmp_path / "metadata.jsonl") == {"a.png": "a crab", "b.png": ""}
+
+
+@pytest.mark.parametrize(
+    "line", ["{", "[]", '{"text": "x"}', '{"file_name": "../a.png"}', '{"file_name": "a", "text": 1}']
+)
+def test_a_bad_line_of_metadata_is_named_by_its_number(tmp_path, line):
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a crab"}\n' + line)
+    with pytest.raises(DataError, match=r"metadata\.jsonl, line 2"):
+        read_metadata(tmp_path / "metadata.jsonl")
+
+
+def test_a_file_name_gives_its_words():
+    assert [words_of("red-apple"), words_of("cat_face--2"), words_of("crab")] == ["red apple", "cat face 2", "crab"]
+
+
+def test_a_template_is_filled_once():
+    assert fill_template("{caption}, {trigger} style", "a {trigger} crab", "zwx") == "a {trigger} crab, zwx style"
+
+
+def test_a_template_with_an_unknown_field_is_refused():
+    with pytest.raises(ConfigError, match=r"\{style\}"):
+        check_template("{caption}, {style}", "zwx")
+
+
+def test_a_template_that_wants_a_trigger_needs_one():
+    with pytest.raises(ConfigError, match="--trigger"):
+        check_template("{caption}, {trigger}", None)

@@ -1,0 +1,238 @@
+"""Batches as pure functions, and what `prepare` keeps."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from made_up import FakeBase, noise_picture
+from PIL import Image
+from torch.testing import assert_close
+
+from sfumato.data import Example, open_image, prepare, read_folder
+from sfumato.errors import ConfigError, DataError
+
+
+def read(folder, **options):
+    return read_folder(folder, caption_template="{caption}", **options)
+
+
+def equal(one, other):
+    return (
+        torch.equal(one.latents, other.latents)
+        and torch.equal(one.text.hidden, other.text.hidden)
+        and one.captions == other.captions
+        and one.indices == other.indices
+    )
+
+
+@pytest.fixture
+def shapes(tmp_path):
+    """Five pictures in three buckets of 64 px."""
+    folder = tmp_path / "shapes"
+    folder.mkdir()
+    for number, size in enumerate([(64, 64), (64, 64), (100, 60), (100, 60), (60, 100)]):
+        noise_picture(*size, seed=number).save(folder / f"{number}.png")
+    return folder
+
+
+def test_latents_are_the_encoding_of_the_pixels(pictures, base):
+    data = prepare(read(pictures), base, resolution=64)
+    batch = data.batch(0, 0, 6)
+    for row, index in enumerate(batch.indices):
+        pixels = np.asarray(open_image(sorted(pictures.glob("*.png"))[index]), dtype=np.float32) / 127.5 - 1
+        expected = pixels.reshape(16, 4, 16, 4, 3).mean(axis=(1, 3)).transpose(2, 0, 1)
+        assert_close(batch.latents[row], torch.from_numpy(expected.copy()), atol=1e-5, rtol=0)
+
+
+def test_pixels_and_captions_are_encoded_once(pictures, base):
+    data = prepare(read(pictures), base, resolution=64)
+    for step in range(10):
+        data.batch(0, step, 4)
+    assert base.encoded == 6
+    assert sorted(base.prompts) == ["crab", "house", "pizza", "red apple", "rocket", "tulip"]
+
+
+def test_a_batch_holds_its_captions_embeddings(pictures, base):
+    batch = prepare(read(pictures), base, resolution=64).batch(3, 5, 4)
+    assert batch.text.hidden.flatten().tolist() == [len(caption) for caption in batch.captions]
+
+
+def test_the_same_seed_and_step_give_the_same_batch_whatever_was_drawn_before(pictures):
+    options = {"resolution": 64, "flip": True, "caption_dropout": 0.3}
+    one = prepare(read(pictures), FakeBase(deviation=1.0), **options)
+    other = prepare(read(pictures), FakeBase(deviation=1.0), **options)
+    expected = [one.batch(7, step, 4) for step in range(8)]
+    assert all(equal(other.batch(7, step, 4), expected[step]) for step in reversed(range(8)))
+    assert not torch.equal(one.batch(8, 0, 4).latents, expected[0].latents)
+
+
+def test_slices_of_a_batch_are_the_batch(shapes):
+    """Two processes with two micro-batches each see what one process sees."""
+    data = prepare(read(shapes), FakeBase(deviation=1.0), resolution=64, flip=True, caption_dropout=0.5)
+    whole = data.batch(1, 9, 8)
+    parts = [data.batch(1, 9, 8, first, 2) for first in range(0, 8, 2)]
+    assert_close(torch.cat([part.latents for part in parts]), whole.latents, atol=0, rtol=0)
+    assert [caption for part in parts for caption in part.captions] == whole.captions
+    assert torch.equal(torch.cat([part.original_sizes for part in parts]), whole.original_sizes)
+
+
+def test_each_step_samples_the_posterior_anew(pictures):
+    data = prepare(read(pictures), FakeBase(deviation=0.5), resolution=64)
+    mean = data.batch(0, 0, 6, augment=False)
+    residuals = torch.stack([data.batch(0, step, 6).latents for step in range(60)])
+    order = [data.order(0, step, 6) for step in range(60)]
+    means = torch.stack([mean.latents[[mean.indices.index(i) for i in row]] for row in order])
+    assert (residuals - means).std().item() == pytest.approx(0.5, rel=0.02)
+    assert (residuals - means).mean().item() == pytest.approx(0, abs=0.01)
+
+
+def test_every_epoch_holds_every_picture_once(pictures, base):
+    data = prepare(read(pictures), base, resolution=64)
+    drawn = [i for step in range(9) for i in data.order(0, step, 2)]
+    assert sorted(drawn[:6]) == sorted(drawn[6:12]) == sorted(drawn[12:]) == list(range(6))
+    assert drawn[:6] != drawn[6:12]
+
+
+def test_a_batch_larger_than_the_folder_runs_into_the_next_epoch(pictures, base):
+    data = prepare(read(pictures), base, resolution=64)
+    assert set(Counter(data.order(0, 0, 12)).values()) == {2}
+
+
+def test_repeats_are_drawn_as_often_as_they_say(pictures, base):
+    paths = sorted(pictures.glob("*.png"))
+    examples = [Example(path, "x", 3 if number == 1 else 1) for number, path in enumerate(paths)]
+    data = prepare(examples, base, resolution=64)
+    assert len(data) == 6
+    assert Counter(data.order(0, 0, 8)) == {0: 1, 1: 3, 2: 1, 3: 1, 4: 1, 5: 1}
+
+
+def test_batches_of_mixed_shapes_hold_one_shape_each_and_all_equally_often(shapes, base):
+    data = prepare(read(shapes), base, resolution=64)
+    assert data.sizes == [(64, 64), (64, 64), (80, 48), (80, 48), (48, 80)]
+    rows = [data.order(0, step, 4) for step in range(50)]
+    assert all(len({data.sizes[i] for i in row}) == 1 for row in rows)
+    counts = Counter(i for row in rows for i in row)
+    assert max(counts.values()) - min(counts.values()) <= 4
+
+
+def test_flips_are_mirror_images_and_come_half_the_time(pictures, base):
+    data = prepare(read(pictures), base, resolution=64, flip=True)
+    plain = data.batch(0, 0, 6, augment=False)
+    by_index = dict(zip(plain.indices, plain.latents, strict=True))
+    mirrored = 0
+    for step in range(40):
+        batch = data.batch(0, step, 6)
+        for index, latents in zip(batch.indices, batch.latents, strict=True):
+            is_plain = torch.equal(latents, by_index[index])
+            assert is_plain or torch.allclose(latents, by_index[index].flip(-1))
+            mirrored += not is_plain
+    assert 90 <= mirrored <= 150
+
+
+def test_a_dropped_caption_is_what_guidance_calls_no_prompt(pictures, base):
+    data = prepare(read(pictures), base, resolution=64, caption_dropout=0.5)
+    batches = [data.batch(0, step, 6) for step in range(40)]
+    dropped = sum(caption == "" for batch in batches for caption in batch.captions)
+    assert 90 <= dropped <= 150
+    for batch in batches:
+        assert [h == -1 for h in batch.text.hidden.flatten().tolist()] == [c == "" for c in batch.captions]
+
+
+def test_text_is_left_out_on_request(pictures, base):
+    data = prepare(read(pictures), base, resolution=64, embed_text=False)
+    assert data.batch(0, 0, 2).text is None
+    assert base.prompts == []
+
+
+def test_sizes_and_crops_are_carried_height_first(tmp_path, base):
+    noise_picture(200, 100).save(tmp_path / "a.png")
+    data = prepare([Example(tmp_path / "a.png", "x")], base, resolution=64, buckets=False)
+    batch = data.batch(0, 0, 1)
+    assert batch.original_sizes.tolist() == [[100, 200]]
+    assert batch.crops.tolist() == [[0, 32]]
+    assert batch.target_sizes.tolist() == [[64, 64]]
+    assert batch.added(base, batch.text)["time_ids"].tolist() == [[100, 200, 0, 32, 64, 64]]
+    assert any("lose more than a quarter" in note for note in data.notes)
+
+
+def test_enlarging_is_said(tmp_path, base):
+    noise_picture(32, 32).save(tmp_path / "small.png")
+    data = prepare([Example(tmp_path / "small.png", "x")], base, resolution=64)
+    assert data.notes == ["1 of 1 pictures are smaller than is learned, so they are enlarged: small.png"]
+
+
+def test_the_end_of_a_long_caption_is_said(pictures, base):
+    example = Example(pictures / "crab.png", "one two three four five six seven eight nine ten")
+    data = prepare([example], base, resolution=64)
+    assert data.notes == ["caption longer than 8 tokens; its end is not seen: ... 'nine ten'"]
+
+
+def test_masks_come_at_latent_resolution_and_are_flipped_with_the_picture(pictures, base):
+    mask = Image.new("L", (64, 64), 0)
+    mask.paste(255, (0, 0, 32, 64))
+    mask.save(pictures / "crab.mask.png")
+    data = prepare(read(pictures, mask="files"), base, resolution=64, flip=True)
+    seen = set()
+    for step in range(20):
+        batch = data.batch(0, step, 6)
+        assert batch.mask.shape == (6, 1, 16, 16)
+        for index, part in zip(batch.indices, batch.mask, strict=True):
+            if index == 0:
+                seen.add(tuple(part[0, 0].tolist()))
+            else:
+                assert part.min() == 1
+    assert seen == {(1.0,) * 8 + (0.0,) * 8, (0.0,) * 8 + (1.0,) * 8}
+
+
+def test_what_is_transparent_can_be_the_mask(tmp_path, base):
+    image = Image.new("RGBA", (64, 64), (255, 0, 0, 0))
+    image.paste((0, 0, 255, 255), (0, 0, 64, 32))
+    image.save(tmp_path / "a.png")
+    batch = prepare([Example(tmp_path / "a.png", "x", alpha_mask=True)], base, resolution=64).batch(0, 0, 1)
+    assert batch.mask[0, 0, :, 0].tolist() == [1.0] * 8 + [0.0] * 8
+
+
+def test_without_masks_there_is_none(pictures, base):
+    assert prepare(read(pictures), base, resolution=64).batch(0, 0, 2).mask is None
+
+
+def test_a_black_mask_is_refused(pictures, base):
+    Image.new("L", (64, 64), 0).save(pictures / "crab.mask.png")
+    with pytest.raises(DataError, match=r"crab\.png: its mask is black"):
+        prepare(read(pictures, mask="files"), base, resolution=64)
+
+
+def test_all_broken_files_are_named_at_once_or_left_out(pictures, base):
+    whole = (pictures / "crab.png").read_bytes()
+    (pictures / "crab.png").write_bytes(whole[: len(whole) // 2])
+    (pictures / "tulip.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"2 of 6 pictures cannot be learned from: crab\.png: .*; tulip\.png: "):
+        prepare(read(pictures), base, resolution=64)
+    data = prepare(read(pictures, skip_bad=True), base, resolution=64)
+    assert data.captions == ["house", "pizza", "red apple", "rocket"]
+    assert [note.split(":")[:2] for note in data.notes] == [["left out", " crab.png"], ["left out", " tulip.png"]]
+
+
+def test_the_fingerprint_changes_with_a_byte_a_caption_and_a_crop(pictures, base):
+    def fingerprint(**options):
+        return prepare(read(pictures), base, **{"resolution": 64} | options).fingerprint
+
+    first = fingerprint()
+    assert fingerprint() == first
+    assert fingerprint(resolution=48) != first
+    (pictures / "crab.txt").write_text("a crab")
+    second = fingerprint()
+    assert second != first
+    noise_picture(seed=99).save(pictures / "house.png")
+    assert fingerprint() not in (first, second)
+
+
+def test_a_resolution_that_the_base_cannot_take_is_refused(pictures, base):
+    with pytest.raises(ConfigError, match="multiples of 16 px"):
+        prepare(read(pictures), base, resolution=15)
+
+
+def test_latents_that_are_not_finite_are_refused(pictures):
+    with pytest.raises(DataError, match="not finite"):
+        prepare(read(pictures), FakeBase(deviation=float("inf")), resolution=64)

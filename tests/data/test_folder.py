@@ -1,0 +1,141 @@
+"""Folders as people have them."""
+
+import os
+from pathlib import Path
+
+import pytest
+from made_up import noise_picture
+from PIL import Image
+
+from sfumato.data import read_folder
+from sfumato.errors import DataError
+
+SETS = Path(__file__).parents[2] / "datasets"
+
+
+def names(folder):
+    return [example.path.name for example in folder]
+
+
+def captions(folder):
+    return [example.caption for example in folder]
+
+
+def test_pictures_come_sorted_by_name_with_the_words_of_their_names(pictures):
+    folder = read_folder(pictures, caption_template="{caption}, {trigger} style", trigger="zwx")
+    assert names(folder) == ["crab.png", "house.png", "pizza.png", "red-apple.png", "rocket.png", "tulip.png"]
+    assert captions(folder)[3] == "red apple, zwx style"
+    assert folder.notes == ()
+
+
+def test_caption_files_come_before_metadata_and_names(pictures):
+    (pictures / "crab.txt").write_text("from txt")
+    (pictures / "house.caption").write_text("from caption")
+    (pictures / "metadata.jsonl").write_text(
+        '{"file_name": "crab.png", "text": "from metadata"}\n{"file_name": "pizza.png", "text": "from metadata"}\n'
+    )
+    found = captions(read_folder(pictures, caption_template="{caption}"))
+    assert found == ["from txt", "from caption", "from metadata", "red apple", "rocket", "tulip"]
+
+
+def test_missing_captions_name_the_files_and_the_ways_to_give_them(pictures):
+    (pictures / "crab.txt").write_text("a crab")
+    with pytest.raises(DataError, match=r"5 of 6 pictures have no caption: house\.png.*NAME\.txt.*--caption"):
+        read_folder(pictures)
+
+
+def test_metadata_may_lead_into_folders_below(pictures):
+    below = pictures / "more"
+    below.mkdir()
+    noise_picture().save(below / "a.png")
+    (pictures / "metadata.jsonl").write_text('{"file_name": "more/a.png", "text": "found below"}\n')
+    assert "found below" in captions(read_folder(pictures, caption_template="{caption}"))
+
+
+def test_folders_with_repeats_give_repeats_and_captions(tmp_path):
+    for name, count in (("10_sks dog", 2), ("1_dog", 1), ("0_off", 1)):
+        (tmp_path / name).mkdir()
+        for number in range(count):
+            noise_picture().save(tmp_path / name / f"{number}.png")
+    noise_picture().save(tmp_path / "beside.png")
+    folder = read_folder(tmp_path)
+    assert [(e.repeats, e.caption) for e in folder] == [(10, "sks dog"), (10, "sks dog"), (1, "dog")]
+    assert folder.samples == 21
+    assert {entry.name for entry in folder.ignored} == {"beside.png", "0_off"}
+
+
+def test_what_is_ignored_is_listed_with_its_reason(pictures):
+    for name in (".DS_Store", "._crab.png", "Thumbs.db", "film.mp4", "stray.txt", "README.md"):
+        (pictures / name).write_bytes(b"x")
+    (pictures / "sub").mkdir()
+    os.mkfifo(pictures / "pipe.png")
+    (pictures / "loop.png").symlink_to("loop.png")
+    (pictures / "out.png").symlink_to(Path(__file__))
+    folder = read_folder(pictures, caption_template="{caption}")
+    assert len(folder) == 6
+    assert {entry.name: entry.reason for entry in folder.ignored} == {
+        ".DS_Store": "hidden",
+        "._crab.png": "hidden",
+        "Thumbs.db": "not a picture by its name",
+        "film.mp4": "not a picture by its name",
+        "loop.png": "a broken link",
+        "out.png": "leads out of the folder",
+        "pipe.png": "not a plain file",
+        "stray.txt": "a caption without a picture",
+        "sub": "a folder",
+    }
+    assert folder.notes[0].startswith("6 pictures in pictures, 9 ignored: ")
+
+
+def test_bad_pictures_stop_by_name_or_are_skipped(pictures):
+    (pictures / "bad.png").write_bytes(b"")
+    (pictures / "page.jpg").write_text("<html>")
+    with pytest.raises(DataError, match=r"2 of 8 pictures cannot be learned from: bad\.png: .*page\.jpg: .*--skip-bad"):
+        read_folder(pictures, caption_template="{caption}")
+    folder = read_folder(pictures, caption_template="{caption}", skip_bad=True)
+    assert len(folder) == 6
+    assert {entry.name for entry in folder.ignored} == {"bad.png", "page.jpg"}
+
+
+def test_skipping_all_is_refused(tmp_path):
+    (tmp_path / "bad.png").write_bytes(b"")
+    with pytest.raises(DataError, match="None is left"):
+        read_folder(tmp_path, caption_template="{caption}", skip_bad=True)
+
+
+def test_no_folder_a_file_and_an_empty_folder_are_one_line_each(tmp_path):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "empty").mkdir()
+    for name, words in (("none", "no such folder"), ("file", "is a file"), ("empty", "no pictures in it")):
+        with pytest.raises(DataError, match=words):
+            read_folder(tmp_path / name)
+
+
+def test_masks_are_found_beside_and_in_their_folder(pictures):
+    Image.new("L", (64, 64), 255).save(pictures / "crab.mask.png")
+    (pictures / "masks").mkdir()
+    Image.new("L", (64, 64), 255).save(pictures / "masks" / "house.png")
+    folder = read_folder(pictures, caption_template="{caption}", mask="files")
+    assert [example.mask and example.mask.name for example in folder][:3] == ["crab.mask.png", "house.png", None]
+    assert "4 pictures have no mask" in folder.notes[0]
+    assert folder.ignored == ()
+    assert all(e.mask is None for e in read_folder(pictures, caption_template="{caption}"))
+
+
+def test_a_trigger_that_no_caption_holds_is_said(pictures):
+    folder = read_folder(pictures, caption_template="{caption}", trigger="zwx")
+    assert "no caption holds the trigger 'zwx'" in folder.notes[0]
+
+
+def test_a_guessed_encoding_is_said(pictures):
+    (pictures / "crab.txt").write_bytes("рыжий кот сидит на старом деревянном стуле".encode("cp1251"))
+    assert "crab.txt: not UTF-8; read as" in read_folder(pictures, caption_template="{caption}").notes[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "template"), [("line-style", 16, "{caption}"), ("teddy-bear", 3, None), ("flamingo", 3, None)]
+)
+def test_the_sample_sets_read_without_a_word(name, count, template):
+    folder = read_folder(SETS / name, caption_template=template)
+    assert (len(folder), folder.notes) == (count, ())
+    assert (SETS / name / "ATTRIBUTION.md").is_file()

@@ -1,0 +1,183 @@
+"""What training sees of odd and damaged files."""
+
+import io
+import struct
+import sys
+import zlib
+
+import numpy as np
+import pytest
+from made_up import noise_picture
+from PIL import Image, ImageCms, ImageFile
+from PIL.PngImagePlugin import PngInfo
+
+import sfumato.data
+from sfumato.data.images import open_image, open_picture, read_size
+from sfumato.errors import DataError
+
+
+def largest_difference(image, other):
+    return int(np.abs(np.asarray(image).astype(int) - np.asarray(other).astype(int)).max())
+
+
+def test_importing_leaves_truncated_files_refused():
+    assert sfumato.data
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is False
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_exif_orientation_gives_the_same_pixels(tmp_path, orientation):
+    upright = noise_picture(64, 48)
+    undo = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }
+    stored = upright if orientation == 1 else upright.transpose(undo[orientation])
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(tmp_path / "a.png", exif=exif)
+    assert largest_difference(open_image(tmp_path / "a.png"), upright) == 0
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_broken_exif_costs_no_pixel(tmp_path):
+    noise_picture().save(tmp_path / "a.png", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01")
+    assert largest_difference(open_image(tmp_path / "a.png"), noise_picture()) == 0
+
+
+def test_sixteen_bit_grey_is_scaled_by_257(tmp_path):
+    ramp = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
+    Image.fromarray(ramp).save(tmp_path / "ramp.png")
+    seen = np.asarray(open_image(tmp_path / "ramp.png"))[..., 0]
+    assert np.abs(seen - ramp / 257).max() <= 0.5
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_is_transparent_is_white_whatever_hides_beneath(tmp_path, mode):
+    image = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    image.paste((0, 0, 0, 255), (0, 0, 4, 8))
+    image.convert(mode).save(tmp_path / "a.png")
+    picture = open_picture(tmp_path / "a.png")
+    assert picture.image.getpixel((0, 0)) == (0, 0, 0)
+    assert picture.image.getpixel((7, 7)) == (255, 255, 255)
+    assert picture.alpha.getpixel((0, 0)) == 255
+    assert picture.alpha.getpixel((7, 7)) == 0
+
+
+def test_an_opaque_picture_has_no_alpha(tmp_path):
+    noise_picture().convert("RGBA").save(tmp_path / "a.png")
+    assert open_picture(tmp_path / "a.png").alpha is None
+
+
+def test_a_colour_profile_is_applied(tmp_path):
+    """In a space whose red is what sRGB calls blue, pure red is blue."""
+    data = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    swapped = data.replace(b"rXYZ", b"....").replace(b"bXYZ", b"rXYZ").replace(b"....", b"bXYZ")
+    swapped = swapped.replace("sRGB".encode("utf-16-be"), "zRGB".encode("utf-16-be"))
+    Image.new("RGB", (16, 16), (255, 0, 0)).save(tmp_path / "a.png", icc_profile=swapped)
+    assert largest_difference(open_image(tmp_path / "a.png"), Image.new("RGB", (16, 16), (0, 0, 255))) <= 3
+
+
+def test_the_profile_of_srgb_moves_no_pixel(tmp_path):
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
+    noise_picture().save(tmp_path / "srgb.png", icc_profile=srgb.tobytes())
+    assert largest_difference(open_image(tmp_path / "srgb.png"), noise_picture()) == 0
+
+
+def test_cmyk_without_a_profile_is_converted_with_a_word(tmp_path):
+    Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(tmp_path / "a.jpg", quality=100)
+    picture = open_picture(tmp_path / "a.jpg")
+    assert largest_difference(picture.image, Image.new("RGB", (16, 16), (255, 0, 0))) <= 3
+    assert "CMYK" in picture.notes[0]
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp", "png"])
+def test_an_animation_gives_its_first_frame_and_a_word(tmp_path, suffix):
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
+    options = {"lossless": True} if suffix == "webp" else {}
+    frames[0].save(tmp_path / f"a.{suffix}", save_all=True, append_images=frames[1:], **options)
+    picture = open_picture(tmp_path / f"a.{suffix}")
+    assert picture.image.getpixel((8, 8)) == (255, 0, 0)
+    assert "animation" in picture.notes[0]
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "avif", "bmp", "tiff", "gif"])
+def test_each_allowed_format_opens(tmp_path, suffix):
+    Image.new("RGB", (16, 16), (200, 40, 40)).save(tmp_path / f"a.{suffix}", quality=95)
+    assert largest_difference(open_image(tmp_path / f"a.{suffix}"), Image.new("RGB", (16, 16), (200, 40, 40))) <= 6
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "avif", "bmp", "tiff", "gif"])
+def test_a_file_cut_short_is_refused_by_name(tmp_path, suffix):
+    noise_picture(96, 96).save(tmp_path / f"whole.{suffix}")
+    data = (tmp_path / f"whole.{suffix}").read_bytes()
+    path = tmp_path / f"cut.{suffix}"
+    for percent in range(0, 90, 10):
+        path.write_bytes(data[: len(data) * percent // 100])
+        with pytest.raises(DataError, match=rf"cut\.{suffix}: .*"):
+            open_picture(path)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_mutated_files_open_or_are_refused_and_never_crash(tmp_path):
+    random = np.random.default_rng(0)
+    for suffix in ("png", "jpg", "webp", "bmp", "tiff", "gif"):
+        noise_picture(32, 32).save(tmp_path / f"whole.{suffix}")
+        data = np.frombuffer((tmp_path / f"whole.{suffix}").read_bytes(), dtype=np.uint8)
+        for _ in range(25):
+            mutated = data.copy()
+            mutated[random.integers(0, len(data), 6)] = random.integers(0, 256, 6)
+            (tmp_path / f"a.{suffix}").write_bytes(mutated.tobytes())
+            line = ""
+            try:
+                assert open_picture(tmp_path / f"a.{suffix}").image.size[0] > 0
+            except DataError as error:
+                line = str(error)
+            assert not line or (line.startswith(f"a.{suffix}: ") and "\n" not in line)
+
+
+def png_header(width, height):
+    body = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body))
+
+
+@pytest.mark.parametrize(
+    ("size", "word"), [((8000, 7000), "56 megapix"), ((40000, 40000), "megapix"), ((100, 401), "4 x")]
+)
+def test_bombs_and_absurd_shapes_are_refused_from_the_header(tmp_path, size, word):
+    (tmp_path / "a.png").write_bytes(png_header(*size) + struct.pack(">I", 0) + b"IDAT" + bytes(8))
+    with pytest.raises(DataError, match=word):
+        read_size(tmp_path / "a.png")
+
+
+def test_postscript_by_the_name_of_png_is_refused(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n")
+    with pytest.raises(DataError, match="not a picture that is opened here"):
+        open_picture(tmp_path / "a.png")
+
+
+def test_a_text_too_large_to_read_costs_no_pixel(tmp_path):
+    info = PngInfo()
+    info.add_text("Comment", "x" * 2_000_000, zip=True)
+    noise_picture().save(tmp_path / "a.png", pnginfo=info)
+    assert largest_difference(open_image(tmp_path / "a.png"), noise_picture()) == 0
+
+
+def test_heic_without_its_extra_says_which_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    (tmp_path / "a.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(64))
+    with pytest.raises(DataError, match=r"sfumato\[heic\]"):
+        open_picture(tmp_path / "a.heic")
+
+
+def test_heic_with_its_extra_opens(tmp_path):
+    heif = pytest.importorskip("pillow_heif")
+    buffer = io.BytesIO()
+    heif.from_pillow(Image.new("RGB", (64, 64), (200, 40, 40))).save(buffer, quality=95)
+    (tmp_path / "a.heic").write_bytes(buffer.getvalue())
+    assert largest_difference(open_image(tmp_path / "a.heic"), Image.new("RGB", (64, 64), (200, 40, 40))) <= 6

@@ -1,0 +1,94 @@
+"""Settings inside pictures, as other tools read them."""
+
+import re
+
+import pytest
+from PIL import Image
+
+from sfumato.errors import ConfigError, DataError
+from sfumato.pnginfo import (
+    Parameters,
+    format_parameters,
+    lora_hashes,
+    lora_tag,
+    parse_parameters,
+    read_picture_info,
+    save_picture,
+)
+
+SETTINGS = {
+    "Steps": 20,
+    "Sampler": "Euler a",
+    "Schedule type": "Karras",
+    "CFG scale": 7,
+    "Seed": 965400086,
+    "Size": "512x512",
+    "Model": "v1-5",
+    "VAE": None,
+    "Lora hashes": lora_hashes({"a": "0123456789abcdef", "b: x, y": "ba9876543210ff"}),
+    "Version": "sfumato-0.1",
+}
+TEXT = """a crab <lora:a:0.8>
+Negative prompt: blurry, grey
+Steps: 20, Sampler: Euler a, Schedule type: Karras, CFG scale: 7, Seed: 965400086, Size: 512x512, Model: v1-5, \
+Lora hashes: "a: 0123456789ab, b x y: ba9876543210", Version: sfumato-0.1"""
+
+
+def test_the_text_is_a1111_s_to_the_letter():
+    assert format_parameters(Parameters("a crab " + lora_tag("a", 0.8), "blurry, grey", SETTINGS)) == TEXT
+
+
+def test_no_negative_prompt_has_no_line():
+    assert format_parameters(Parameters("a crab", "", {"Steps": 1})) == "a crab\nSteps: 1"
+
+
+def test_the_settings_are_found_by_the_pattern_of_forge():
+    pattern = r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)'
+    found = dict(re.findall(pattern, TEXT.split("\n")[-1]))
+    assert found["Seed"] == "965400086"
+    assert found["Lora hashes"] == '"a: 0123456789ab, b x y: ba9876543210"'
+    assert list(found) == [name for name, value in SETTINGS.items() if value is not None]
+
+
+@pytest.mark.parametrize("prompt", ["a crab", "two\nlines", "Käfer, 赤い (red:1.2)", "ends with: a colon", ""])
+@pytest.mark.parametrize("negative", ["", "blurry", "two\nlines"])
+def test_writing_and_reading_is_identity(prompt, negative):
+    values = {name: str(value) for name, value in SETTINGS.items() if value is not None} | {"Note": 'a "b", c: \\d\ne'}
+    written = Parameters(prompt, negative, values)
+    assert parse_parameters(format_parameters(written)) == written
+
+
+def test_a_last_line_with_fewer_than_three_pairs_is_prompt():
+    assert parse_parameters("a crab\nin a style: red") == Parameters("a crab\nin a style: red")
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
+def test_a_picture_keeps_its_parameters(tmp_path, suffix):
+    wanted = Parameters("赤い crab", "grey", {"Steps": "20", "Seed": "7", "Size": "64x64"})
+    own = {"prompt": "赤い", "seed": 7}
+    info = read_picture_info(save_picture(Image.new("RGB", (64, 64)), tmp_path / f"a.{suffix}", wanted, own))
+    assert info.parameters == wanted
+    assert info.own == (own if suffix == "png" else None)
+
+
+def test_png_text_is_latin_text_where_it_can_be(tmp_path):
+    path = save_picture(Image.new("RGB", (8, 8)), tmp_path / "a.png", Parameters("a crab", "", {"Steps": 1}))
+    assert b"tEXtparameters\0a crab\nSteps: 1" in path.read_bytes()
+
+
+def test_a_picture_without_anything_says_nothing(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    info = read_picture_info(tmp_path / "a.png")
+    assert (info.parameters, info.own) == (None, None)
+
+
+def test_another_ending_is_refused_and_nothing_is_written(tmp_path):
+    with pytest.raises(ConfigError, match=r"\.png, \.jpg or \.webp"):
+        save_picture(Image.new("RGB", (8, 8)), tmp_path / "a.gif")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_no_picture_is_named(tmp_path):
+    (tmp_path / "a.png").write_text("x")
+    with pytest.raises(DataError, match=r"a\.png"):
+        read_picture_info(tmp_path / "a.png")
