@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
     from sfumato.bases import Base
 
-THINGS = ("crab", "house", "penguin")
+PROMPTS = ("crab", "house", "penguin", "rocket")
 """Drawn in the style; none is among the pictures it is learned from."""
-STYLE, SUBJECT = "zwx", "sks flamingo"
+SUBJECT = "sks flamingo"
 MIXES = ((0.5, 0.5), (0.7, 1.0), (1.0, 0.7), (1.0, 1.0))
 """Weights of style and subject in the rows that mix them."""
 
@@ -56,8 +56,8 @@ def quickstart(config: Config) -> Path:
         if not folder.is_dir():
             raise ConfigError(f"{folder}: no such folder. Run this where datasets/ is, or name one with --style/--subject.")
     output = free(config.output)
-    style = learn(config, config.style, output / "style", "--trigger", STYLE, "--caption", "{caption}, {trigger} style")
-    subject = learn(config, config.subject, output / "subject", "--trigger", SUBJECT)
+    style = learn(config, "lora-style.toml", config.style, output / "style")
+    subject = learn(config, "lora-subject.toml", config.subject, output / "subject", "--trigger", SUBJECT)
     sheet = draw_sheet(config, style, subject, output / "sheet.png")
     print(f"\nDone in {time.monotonic() - began:.0f} s.\n")
     for what, path in (("sheet", sheet), ("style", style), ("subject", subject)):
@@ -77,9 +77,10 @@ def free(folder: Path) -> Path:
     raise ConfigError(f"{folder} and 998 more of that name exist; give another --output.")
 
 
-def learn(config: Config, images: Path, output: Path, *options: str) -> Path:
+def learn(config: Config, recipe: str, images: Path, output: Path, *options: str) -> Path:
     """Train one adapter by the very command that a person would type, and show it."""
-    words = ["train", "lora", "--images", str(images), "--output", str(output), *options]
+    file = cli.source("sfumato.trainers.lora").parent / "configs" / recipe
+    words = ["train", "lora", shown(file), "--images", str(images), "--output", str(output), *options]
     words += ["--base", config.base, "--seed", str(config.seed), "--precision", config.precision]
     if config.steps is not None:
         words += ["--steps", str(config.steps)]
@@ -87,6 +88,12 @@ def learn(config: Config, images: Path, output: Path, *options: str) -> Path:
     if code := cli.main(words):
         raise RunError(f"the training stopped with exit code {code}; the lines above say why.")
     return output / f"{output.name}.safetensors"
+
+
+def shown(file: Path) -> str:
+    """The file's path as a person would type it here."""
+    here = Path.cwd()
+    return str(file.relative_to(here) if file.is_relative_to(here) else file)
 
 
 def draw_sheet(config: Config, style: Path, subject: Path, path: Path) -> Path:
@@ -98,8 +105,7 @@ def draw_sheet(config: Config, style: Path, subject: Path, path: Path) -> Path:
     from sfumato.sheet import contact_sheet
 
     base: Base = load_base(config.base, precision=decide(config.precision))
-    prompts = [f"{thing}, {STYLE} style" for thing in THINGS]
-    prompts += [f"{SUBJECT}, {STYLE} style", f"a {STYLE} style picture of a {SUBJECT}", SUBJECT]
+    prompts = [*PROMPTS, SUBJECT, f"a picture of a {SUBJECT}"]
     seeds = [config.seed + place for place in range(len(prompts))]
     weights = {"base": (0.0, 0.0), "A: style": (1.0, 0.0), "B: subject": (0.0, 1.0)}
     weights |= {f"{a:g} A + {b:g} B": (a, b) for a, b in MIXES}
@@ -118,8 +124,8 @@ def next_commands(style: Path, subject: Path) -> list[str]:
     """Three commands that work as they stand."""
     both = f"--lora {style}:1 --lora {subject}:0.7"
     return [
-        f'sfumato generate "{SUBJECT}, {STYLE} style" {both} --seed 3 -o flamingo.png',
-        f'sfumato generate "a car, {STYLE} style" "a tulip, {STYLE} style" --lora {style} --sweep style=0,0.5,1 -o sweep.png',
+        f'sfumato generate "{SUBJECT}" {both} --seed 3 -o flamingo.png',
+        f"sfumato generate guitar tulip owl --lora {style} --sweep style=0,0.5,1 -o sweep.png",
         f"sfumato inspect {style}",
     ]
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that 
 class Config:
     """Train a LoRA on the cross-attention of the U-Net, or on more of it.
 
-    Example: `sfumato train lora --images datasets/line-style --trigger zwx --caption "{caption}, {trigger} style" --output runs/line`
+    Example: `sfumato train lora trainers/configs/lora-style.toml --images datasets/line-style --output runs/line`
     """
 
     images: Path
@@ -101,8 +101,8 @@ class Config:
     """Steps in which the learning rate rises from 0."""
     clip: float = 1.0
     """Largest norm of the whole gradient; 0 lets it be."""
-    min_snr: float | None = 5.0
-    """Gamma of min-SNR weighting (Hang et al. 2023); 0 weighs all timesteps alike."""
+    min_snr: float | None = None
+    """Gamma of min-SNR weighting (Hang et al. 2023); 0 weighs all timesteps alike. Unset: the base family's default."""
     noise_offset: float = 0.0
     """Strength of a constant added to each channel's noise, for very dark or bright pictures; 0.03 to 0.1 is usual."""
     ema: float = 0.0
@@ -176,12 +176,13 @@ def train(config: Config) -> Path:
         vae=config.vae,
         prediction_type=config.prediction_type,
     )
-    config, filled = resolve(config, base, len(examples), processes.count)
+    overwrite = config.overwrite
+    config, filled = resolve(config, base, examples.samples, processes.count)
     run = Run.start(
         config.output,
         config,
         is_main=processes.is_main,
-        overwrite=config.overwrite,
+        overwrite=overwrite,
         tensorboard=config.tensorboard,
     )
     run.say(precision.table())
@@ -304,6 +305,7 @@ def resolve(config: Config, base: Base, images: int, processes: int) -> tuple[Co
     config, filled = fill(config, defaults)
     quarter = max(1, -(-config.steps // 4))
     values: dict[str, Any] = {
+        "overwrite": False,  # permission for this run, not for whoever runs its config again
         "name": config.name or config.output.name,
         "alpha": config.alpha or float(config.rank),
         "text_learning_rate": config.text_learning_rate or config.learning_rate / 10,

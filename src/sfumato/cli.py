@@ -43,9 +43,8 @@ def usage() -> str:
         "",
         "Examples:",
         "  sfumato quickstart",
-        '  sfumato train lora --images datasets/line-style --trigger zwx --caption "{caption}, {trigger} style" '
-        "--output runs/line",
-        '  sfumato generate "a crab, zwx style" --lora runs/line/line.safetensors:0.8 --seed 7 -o crab.png',
+        "  sfumato train lora trainers/configs/lora-style.toml --images datasets/line-style --output runs/line",
+        "  sfumato generate crab --lora runs/line/line.safetensors:0.8 --seed 7 -o crab.png",
     ]
     return "\n".join(lines)
 
@@ -63,6 +62,8 @@ def run(program_main: Main) -> NoReturn:
 
 def guarded(program_main: Main, argv: Sequence[str]) -> int:
     """Call `program_main(argv)`; what a user can mend becomes one line on stderr and exit code 2."""
+    # Its warnings are about parts that are not used here, such as image processors without torchvision.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         result = program_main(argv)
     except SfumatoError as error:

@@ -1,0 +1,298 @@
+"""The LoRA trainer: equal to a plain loop with peft, the same result every time, files that diffusers draws from."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+from sfumato import cli, diffusion, randomness
+from sfumato.bases import load_base
+from sfumato.drawing import draw
+from sfumato.files import read_header, read_lora, read_tensors
+from sfumato.precision import decide
+from tests.tiny import tiny_pipeline, write_folder, write_single_file
+
+ROOT = cli.source("sfumato.trainers.lora").parents[1]
+
+
+@pytest.fixture
+def train(pocket_folder, pictures, tmp_path):
+    """Train with these options on the tiny base; returns the adapter's path."""
+
+    def run(name="run", *options, base=pocket_folder):
+        words = {"--images": str(pictures), "--output": str(tmp_path / name), "--base": str(base)}
+        words |= {"--caption": "{caption}", "--steps": "4", "--batch": "2", "--rank": "2", "--learning-rate": "1e-2"}
+        words |= {"--sample-every": "0", "--measure-every": "0"}
+        given = list(options)
+        flags = [given.pop(given.index(flag)) for flag in ("--train-text-encoder", "--overwrite") if flag in given]
+        words |= dict(zip(given[::2], given[1::2], strict=True))
+        assert cli.main(["train", "lora", *(word for pair in words.items() for word in pair), *flags]) == 0
+        return tmp_path / name / f"{name}.safetensors"
+
+    return run
+
+
+def rows(path):
+    return [json.loads(line) for line in (path.parent / "log.jsonl").read_text().splitlines()]
+
+
+def test_equal_to_a_plain_loop_with_peft(train, pocket_folder, pictures):
+    """Same start, noise, timesteps and batches: the same losses and the same delta, by peft's layers and torch's AdamW."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    from sfumato import data
+    from sfumato.adapters import attach, select
+
+    path = train("run", "--schedule", "constant", "--clip", "0.5", "--min-snr", "5", "--seed", "3")
+
+    base = load_base(str(pocket_folder), precision=decide("fp32", device="cpu"))
+    dataset = data.prepare(data.read_folder(pictures, caption_template="{caption}"), base, resolution=64)
+    start = attach({"unet": select(base.unet, "cross-attention")}, rank=2, alpha=2.0, seed=3)
+    start.detach()
+    names = sorted({name for _, name in start.layers})
+    inject_adapter_in_model(LoraConfig(r=2, lora_alpha=2, target_modules=names), base.unet)
+    layers = {name: base.unet.get_submodule(name) for name in names}
+    for name, layer in layers.items():
+        layer.lora_A["default"].weight.data.copy_(start.layers["unet", name].down.data)
+    parameters = [p for p in base.unet.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2, betas=(0.9, 0.99), weight_decay=0.01)
+    losses = []
+    for step in range(4):
+        batch = dataset.batch(3, step, 2)
+        noise = torch.stack([randomness.normal(tuple(batch.latents.shape[1:]), 3, "noise", step, i) for i in range(2)])
+        timesteps = diffusion.stratified_timesteps(2, 1000, 3, step)
+        a = base.scheduler.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+        noisy = base.scheduler.add_noise(batch.latents, noise, timesteps)
+        prediction = base.unet(noisy, timesteps, batch.text.hidden).sample
+        snr = (a / (1 - a)).flatten()
+        if base.prediction_type == "v_prediction":
+            wanted, weight = base.scheduler.get_velocity(batch.latents, noise, timesteps), snr.clamp(max=5) / (snr + 1)
+        else:
+            wanted, weight = noise, snr.clamp(max=5) / snr
+        loss = ((prediction - wanted).square().mean((1, 2, 3)) * weight).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+
+    assert_close([row["loss"] for row in rows(path)], losses, rtol=1e-4, atol=1e-6)
+    for (_, name), module in read_lora(path).modules.items():
+        assert_close(module.delta(), layers[name].get_delta_weight("default").detach(), rtol=1e-3, atol=1e-6)
+
+
+def test_the_same_command_twice_gives_equal_tensors_and_equal_files(train, monkeypatch):
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+    first = train("run", "--sample-every", "4").read_bytes()
+    second = train("run", "--sample-every", "4", "--overwrite").read_bytes()
+    assert first == second
+
+
+def test_another_seed_gives_another_adapter(train):
+    assert train("a").read_bytes() != train("b", "--seed", "1").read_bytes()
+
+
+def test_accumulating_two_batches_is_one_batch_of_twice_the_size(train):
+    whole, parts = train("whole", "--batch", "4"), train("parts", "--batch", "2", "--accumulate", "2")
+    for key, tensor in read_tensors(whole).items():
+        assert_close(tensor, read_tensors(parts)[key], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_result_of_one(train, pocket_folder, pictures, tmp_path):
+    """`accelerate launch trainers/lora.py`, two CPU processes: one global batch of 4, to fp32 tolerance."""
+    one = train("one", "--batch", "4")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no", str(ROOT / "trainers/lora.py")]
+    command += ["--images", str(pictures), "--output", str(tmp_path / "two"), "--base", str(pocket_folder)]
+    command += ["--caption", "{caption}", "--steps", "4", "--batch", "2", "--rank", "2", "--learning-rate", "1e-2"]
+    command += ["--sample-every", "0", "--measure-every", "0"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    two = read_tensors(tmp_path / "two" / "two.safetensors")
+    for key, tensor in read_tensors(one).items():
+        assert_close(two[key], tensor, rtol=1e-3, atol=1e-6)
+
+
+def test_plain_diffusers_draws_the_same_picture(train, pocket_folder):
+    """`pipe.load_lora_weights(file)` and nothing else: equal to our mix to 1/255 a pixel, and not the base's picture."""
+    from diffusers import StableDiffusionPipeline
+
+    from sfumato import Adapter, compose
+
+    path = train("run", "--learning-rate", "0.1")
+    base = load_base(str(pocket_folder), precision=decide("fp32", device="cpu"))
+    options = {"steps": 4, "guidance": 3.0, "width": 64, "height": 64}
+    without = np.asarray(draw(base, "red square", 5, **options)[0], dtype=int)
+    with compose(base, Adapter(path)):
+        ours = np.asarray(draw(base, "red square", 5, **options)[0], dtype=int)
+    pipe = StableDiffusionPipeline.from_pretrained(pocket_folder, safety_checker=None)
+    pipe.load_lora_weights(str(path.parent), weight_name=path.name)
+    theirs = pipe(
+        "red square",
+        num_inference_steps=4,
+        guidance_scale=3.0,
+        width=64,
+        height=64,
+        generator=torch.Generator().manual_seed(5),
+    ).images[0]
+    assert abs(np.asarray(theirs, dtype=int) - ours).max() <= 1
+    assert abs(without - ours).max() > 5
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+def test_every_family_trains_from_a_single_file_text_encoders_and_all(family, train, tmp_path):
+    path = write_single_file(tiny_pipeline(family), tmp_path / f"{family}.safetensors")
+    options = ["--train-text-encoder", "--resolution", "64", "--targets", "everything"]
+    if family == "sd2":
+        options += ["--prediction-type", "epsilon"]
+    adapter = train(family, *options, base=path)
+    read = read_lora(adapter)
+    parts = {part for part, _ in read.modules}
+    assert parts == {"unet", "text_encoder"} | ({"text_encoder_2"} if family == "sdxl" else set())
+    assert read.family == family
+    assert any(module.up.abs().sum() > 0 for (part, _), module in read.modules.items() if part != "unet")
+
+
+def test_a_folder_of_sdxl_trains_with_cached_text(train, tmp_path):
+    folder = write_folder(tiny_pipeline("sdxl"), tmp_path / "sdxl")
+    adapter = train("run", "--resolution", "64", base=folder)
+    assert read_lora(adapter).family == "sdxl"
+
+
+def test_the_config_of_a_run_runs_again(train, tmp_path):
+    first = train("run", "--seed", "5")
+    assert cli.main(["train", "lora", str(tmp_path / "run/config.toml"), "--output", str(tmp_path / "again")]) == 0
+    again = read_tensors(tmp_path / "again" / "run.safetensors")
+    for key, tensor in read_tensors(first).items():
+        assert torch.equal(tensor, again[key])
+
+
+def test_a_copy_of_the_program_runs(pocket_folder, pictures, tmp_path):
+    assert cli.main(["cp", "lora", str(tmp_path / "mine.py")]) == 0
+    command = [sys.executable, str(tmp_path / "mine.py"), "--images", str(pictures), "--base", str(pocket_folder)]
+    command += ["--output", str(tmp_path / "run"), "--caption", "{caption}", "--steps", "1", "--sample-every", "0"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run/run.safetensors").is_file()
+
+
+def test_starting_from_an_adapter_goes_on_where_it_stopped(train):
+    first = train("first", "--measure-every", "4")
+    second = train("second", "--init-from", str(first), "--measure-every", "4")
+    fits = [[row["fit"] for row in rows(path) if "fit" in row] for path in (first, second)]
+    assert_close(fits[1][0], fits[0][-1], rtol=1e-4, atol=0)
+    assert fits[0][0] != fits[0][-1]
+
+
+def test_drift_starts_at_nothing_and_grows(train):
+    drifts = [row["drift"] for row in rows(train("run", "--measure-every", "2")) if "drift" in row]
+    assert drifts[0] == 0
+    assert len(drifts) == 3
+    assert drifts[-1] > 0
+
+
+def test_measuring_and_drawing_do_not_change_the_training(train):
+    quiet, watched = train("quiet"), train("watched", "--measure-every", "1", "--sample-every", "2")
+    for key, tensor in read_tensors(quiet).items():
+        assert torch.equal(tensor, read_tensors(watched)[key])
+
+
+def test_the_mean_of_the_weights_is_what_is_saved(train):
+    """With a decay of 0.5: m <- (m + w) / 2 from m = the start, so the saved `up` lies between the start and the end."""
+    plain, mean = read_tensors(train("plain")), read_tensors(train("mean", "--ema", "0.5"))
+    ups = [key for key in plain if key.endswith("lora_up.weight")]
+    assert sum(mean[key].norm() for key in ups) < sum(plain[key].norm() for key in ups)
+    one = read_tensors(train("one", "--steps", "1", "--ema", "0.75"))
+    whole = read_tensors(train("wholly", "--steps", "1"))
+    for key in ups:
+        assert_close(one[key], 0.25 * whole[key])
+
+
+def test_a_mask_keeps_what_is_outside_out_of_the_loss(train, pictures):
+    """Masks that show all leave the losses as they are; masks that show a corner do not."""
+    from PIL import Image
+
+    plain = [row["loss"] for row in rows(train("plain"))]
+    losses = {}
+    try:
+        for name, box in (("all", (0, 0, 64, 64)), ("corner", (0, 0, 16, 16))):
+            for file in pictures.glob("*-square.png"):
+                mask = Image.new("L", (64, 64), 0)
+                mask.paste(255, box)
+                mask.save(pictures / f"{file.stem}.mask.png")
+            losses[name] = [row["loss"] for row in rows(train(name, "--mask", "files"))]
+    finally:
+        for file in pictures.glob("*.mask.png"):
+            file.unlink()
+    assert_close(losses["all"], plain, rtol=1e-4, atol=1e-6)
+    assert losses["corner"] != losses["all"]
+
+
+def test_the_run_folder_tells_everything_and_no_path(train, tmp_path, pictures):
+    path = train("run", "--trigger", "zwx", "--sample-every", "2", "--measure-every", "2")
+    names = {file.name for file in path.parent.iterdir()}
+    assert {"config.toml", "log.jsonl", "plot.png", "samples.png", "README.md", "run.safetensors"} <= names
+    metadata = read_header(path).metadata
+    assert metadata["modelspec.trigger_phrase"] == "zwx"
+    assert json.loads(metadata["sfumato.config"])["rank"] == 2
+    text = json.dumps(dict(metadata)) + (path.parent / "README.md").read_text()
+    assert str(tmp_path) not in text
+    assert str(pictures) not in text
+    assert "zwx" in (path.parent / "README.md").read_text()
+    steps = [row for row in rows(path) if "loss" in row]
+    assert [row["step"] for row in steps] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--images", "nowhere"], "nowhere"),
+        (["--rank", "0"], "--rank is 0"),
+        (["--learning-rate", "-1"], "--learning-rate is -1"),
+        (["--dropout", "1"], "--dropout is 1"),
+        (["--steps", "2", "--epochs", "2"], "--steps and --epochs"),
+        (["--targets", "nothing"], "matches none"),
+        (["--init-from", "nowhere.safetensors"], "nowhere.safetensors"),
+        (["--base", "nowhere/at-all.safetensors"], "at-all.safetensors"),
+        (["--resolution", "4"], "--resolution 4"),
+        (["--attention", "xformers"], "xformers"),
+        (["--precision", "fp16", "--device", "cpu"], "fp16"),
+        (["--warmup", "50"], "--warmup 50"),
+    ],
+)
+def test_wrong_use_is_one_line_and_leaves_no_adapter(options, said, pocket_folder, pictures, tmp_path, capsys):
+    words = {"--images": str(pictures), "--output": str(tmp_path / "run"), "--base": str(pocket_folder)}
+    words |= {"--caption": "{caption}", "--steps": "2", "--sample-every": "0"}
+    words |= dict(zip(options[::2], options[1::2], strict=True))
+    capsys.readouterr()
+    assert cli.main(["train", "lora", *(word for pair in words.items() for word in pair)]) == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sfumato: ")]
+    assert len(error) == 1
+    assert said in error[0]
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_run_is_not_overwritten_unasked(train, pocket_folder, pictures, tmp_path, capsys):
+    before = train("run").read_bytes()
+    words = ["--images", str(pictures), "--output", str(tmp_path / "run"), "--base", str(pocket_folder)]
+    assert cli.main(["train", "lora", *words, "--caption", "{caption}", "--steps", "1"]) == 2
+    assert "holds a run already" in capsys.readouterr().err
+    assert (tmp_path / "run/run.safetensors").read_bytes() == before
+
+
+def test_every_shipped_config_is_read_by_its_program():
+    from sfumato.config import parse
+    from sfumato.trainers import lora, pretrain
+
+    for file in (ROOT / "trainers/configs").glob("*.toml"):
+        if file.stem.startswith("lora"):
+            parse(lora.Config, [str(file), "--images", "a", "--output", "b"], program="train lora")
+        else:
+            parse(pretrain.Config, [str(file)], program="train pretrain")
