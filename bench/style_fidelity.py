@@ -74,9 +74,7 @@ def measure(config: Config) -> dict[str, Any]:
     present = [n for n in known if all((config.data / s / f"{n.replace(' ', '-')}.png").exists() for s in all_styles)]
     pictures = read_pictures(config.data, all_styles, present)
     hidden = withheld(pictures)
-    judge = cached_judge(
-        pictures.where(hidden, inside=False), cache=config.cache, steps=config.judge_steps, seed=0
-    )
+    judge = cached_judge(pictures.where(hidden, inside=False), cache=config.cache, steps=config.judge_steps, seed=0)
     base = load_base(config.base, precision=decide("fp32"))
     report: dict[str, Any] = {
         "judge_on_withheld_real": accuracies(judge, pictures.where(hidden, inside=True)),

@@ -277,9 +277,7 @@ def _draw(base: Base, wanted: Plan, settings: Mapping[str, Any]) -> Iterator[Any
     return draw_each(base, prompts, seeds, **chosen)
 
 
-def _draw_sheet(
-    base: Base, mix: Mix, wanted: Plan, settings: dict[str, Any], sampler: tuple[str, str | None]
-) -> None:
+def _draw_sheet(base: Base, mix: Mix, wanted: Plan, settings: dict[str, Any], sampler: tuple[str, str | None]) -> None:
     """The sheet of a sweep: the base stays loaded, and each weight recomputes only what that adapter changes."""
     from sfumato.sheet import contact_sheet
 

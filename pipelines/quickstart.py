@@ -54,7 +54,9 @@ def quickstart(config: Config) -> Path:
     began = time.monotonic()
     for folder in (config.style, config.subject):
         if not folder.is_dir():
-            raise ConfigError(f"{folder}: no such folder. Run this where datasets/ is, or name one with --style/--subject.")
+            raise ConfigError(
+                f"{folder}: no such folder. Run this where datasets/ is, or name one with --style/--subject."
+            )
     output = free(config.output)
     style = learn(config, "lora-style.toml", config.style, output / "style")
     subject = learn(config, "lora-subject.toml", config.subject, output / "subject", "--trigger", SUBJECT)

@@ -129,9 +129,10 @@ def test_a_sweep_is_a_sheet_of_weights_by_prompts(generate, base):
     row = three.height - two.height  # a row more, and nothing else
     assert three.width == two.width
     assert row >= 128
-    assert three.crop((0, 0, three.width, two.height - row)).tobytes() == two.crop(
-        (0, 0, two.width, two.height - row)
-    ).tobytes()
+    assert (
+        three.crop((0, 0, three.width, two.height - row)).tobytes()
+        == two.crop((0, 0, two.width, two.height - row)).tobytes()
+    )
     assert read_picture_info(Path("three.png")).own["sweep"] == {"line": [0.0, 0.5, 1.5]}
 
 

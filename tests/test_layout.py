@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PROGRAMS = sorted(p for folder in ("trainers", "pipelines") for p in (ROOT / folder).glob("*.py") if p.stem != "__init__")
+PROGRAMS = sorted(
+    p for folder in ("trainers", "pipelines") for p in (ROOT / folder).glob("*.py") if p.stem != "__init__"
+)
 TRAINERS = [p for p in PROGRAMS if p.parent.name == "trainers"]
 
 

@@ -42,7 +42,7 @@ def rows(path):
 
 
 def test_equal_to_a_plain_loop_with_peft(train, pocket_folder, pictures):
-    """Same start, noise, timesteps and batches: the same losses and the same delta, by peft's layers and torch's AdamW."""
+    """Same start, noise, timesteps and batches: the losses and the delta of peft's layers under torch's AdamW."""
     from peft import LoraConfig, inject_adapter_in_model
 
     from sfumato import data
@@ -107,7 +107,16 @@ def test_accumulating_two_batches_is_one_batch_of_twice_the_size(train):
 def test_two_processes_give_the_result_of_one(train, pocket_folder, pictures, tmp_path):
     """`accelerate launch trainers/lora.py`, two CPU processes: one global batch of 4, to fp32 tolerance."""
     one = train("one", "--batch", "4")
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
     command += ["--mixed_precision", "no", "--dynamo_backend", "no", str(ROOT / "trainers/lora.py")]
     command += ["--images", str(pictures), "--output", str(tmp_path / "two"), "--base", str(pocket_folder)]
     command += ["--caption", "{caption}", "--steps", "4", "--batch", "2", "--rank", "2", "--learning-rate", "1e-2"]
@@ -121,7 +130,7 @@ def test_two_processes_give_the_result_of_one(train, pocket_folder, pictures, tm
 
 
 def test_plain_diffusers_draws_the_same_picture(train, pocket_folder):
-    """`pipe.load_lora_weights(file)` and nothing else: equal to our mix to 1/255 a pixel, and not the base's picture."""
+    """`pipe.load_lora_weights(file)` and nothing else: our mix to 1/255 a pixel, and not the base's picture."""
     from diffusers import StableDiffusionPipeline
 
     from sfumato import Adapter, compose
@@ -205,7 +214,7 @@ def test_measuring_and_drawing_do_not_change_the_training(train):
 
 
 def test_the_mean_of_the_weights_is_what_is_saved(train):
-    """With a decay of 0.5: m <- (m + w) / 2 from m = the start, so the saved `up` lies between the start and the end."""
+    """With a decay of 0.5: m <- (m + w) / 2 from m = the start, so the saved `up` lies between start and end."""
     plain, mean = read_tensors(train("plain")), read_tensors(train("mean", "--ema", "0.5"))
     ups = [key for key in plain if key.endswith("lora_up.weight")]
     assert sum(mean[key].norm() for key in ups) < sum(plain[key].norm() for key in ups)
@@ -288,8 +297,9 @@ def test_a_run_is_not_overwritten_unasked(train, pocket_folder, pictures, tmp_pa
 
 
 def test_every_shipped_config_is_read_by_its_program():
-    from sfumato.config import parse
     from sfumato.trainers import lora, pretrain
+
+    from sfumato.config import parse
 
     for file in (ROOT / "trainers/configs").glob("*.toml"):
         if file.stem.startswith("lora"):

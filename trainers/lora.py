@@ -47,7 +47,7 @@ class Config:
     trigger: str | None = None
     """The word that will call up what is learned; put it into the captions, or use --caption."""
     caption: str | None = None
-    """Template for captions, such as "{caption}, {trigger} style"; {caption} is the picture's own, or its file's name."""
+    """Template for captions, such as "{caption}, {trigger} style"; {caption} is a picture's own, or its file's name."""
     caption_dropout: float = 0.0
     """Share of samples learned without a caption, 0 to 1."""
     resolution: int | None = None
@@ -79,7 +79,8 @@ class Config:
     rank_stabilised: bool = False
     """Scale by alpha / sqrt(rank), so that a high rank learns as fast as a low one."""
     targets: str = "cross-attention"
-    """What is adapted: cross-attention, attention, attention+mlp, everything, or a regular expression over module names."""
+    """What is adapted: cross-attention, attention, attention+mlp, everything (in the U-Net's blocks), or a regular
+    expression over module names."""
     conv: bool = False
     """Adapt the 3x3 convolutions of the blocks, too."""
     train_text_encoder: bool = False
@@ -111,7 +112,7 @@ class Config:
     sample_prompts: tuple[str, ...] = ()
     """Prompts to draw while training. Unset: some captions and some prompts that were not trained."""
     sample_every: int | None = None
-    """Steps between sample pictures, besides those at the start and the end; 0 draws none. Unset: a quarter of the run."""
+    """Steps between sample pictures, besides those at both ends; 0 draws none. Unset: a quarter of the run."""
     measure_every: int | None = None
     """Steps between measurements of fit and drift; 0 makes none. Unset: a quarter of the run."""
     tensorboard: bool = False
@@ -163,7 +164,7 @@ def train(config: Config) -> Path:
     )
     precision = decide(
         config.precision,
-        device=processes.device,
+        device=config.device if processes.count == 1 else processes.device,
         attention=config.attention,
         gradient_checkpointing=config.gradient_checkpointing,
         optimizer=config.optimizer,
@@ -469,7 +470,8 @@ def save(
         path, modules, family=base.family.name, metadata=describe(description), dtype=DTYPES[config.save_precision]
     )
     plot_log(run.folder / "log.jsonl", run.folder / "plot.png")
-    card = write_card(run.folder, path, description, samples.prompts if samples else [], samples.rows if samples else [])
+    drawn = (samples.prompts, samples.rows) if samples else ([], [])
+    card = write_card(run.folder, path, description, *drawn)
     run.say(f"\nadapter  {path}\ncard     {card}\nplot     {run.folder / 'plot.png'}")
     if samples:
         run.say(f"samples  {run.folder / 'samples.png'}")

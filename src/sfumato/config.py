@@ -78,7 +78,9 @@ def _read(config_type: type[DataclassInstance], path: Path) -> dict[str, Any]:
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"{path}: there is no such config file; name an existing one, or give options alone.") from None
+        raise ConfigError(
+            f"{path}: there is no such config file; name an existing one, or give options alone."
+        ) from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path}: not readable as TOML ({' '.join(str(error).split())}); mend that line.") from None
     known = [field.name for field in dataclasses.fields(config_type)]

@@ -5,8 +5,6 @@ Drift: how far the base's prediction on prompts that have nothing to do with the
 size; it says what the learning costs. Neither depends on the run's seed.
 """
 
-import math
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,10 +14,10 @@ from sfumato import diffusion, randomness
 
 if TYPE_CHECKING:
     from sfumato.adapters import Lora
-    from sfumato.bases import Base
+    from sfumato.bases import Base, TextEmbedding
     from sfumato.data import Dataset
 
-UNRELATED = ("a red apple", "a dog", "a house", "a car", "a tree", "a chair", "a bird", "a cup")
+UNRELATED = ("a ball", "a dog", "a house", "a car", "a tree", "a chair", "a bird", "a cup")
 """Prompts for the drift: plain things that any base can draw."""
 
 _SEED = 0
@@ -60,17 +58,10 @@ class Measures:
         return self.base.alpha_bar.to(self.noise.device)[self.timesteps]
 
     @torch.no_grad()
-    def _predict(self, text: object) -> Tensor:
+    def _predict(self, text: "TextEmbedding") -> Tensor:
         training = self.lora.training
         self.lora.eval()
         noisy = diffusion.noise_latents(self.batch.latents, self.noise, self._alpha_bar())
         prediction = self.base.predict(noisy, self.timesteps, text, self.batch.added(self.base, text))
         self.lora.train(training)
         return prediction
-
-
-def halves(values: Sequence[float]) -> tuple[float, float]:
-    """Means of the first and the last half: the shortest summary of a curve."""
-    middle = max(1, len(values) // 2)
-    last = values[middle:] or values
-    return math.fsum(values[:middle]) / middle, math.fsum(last) / len(last)

@@ -43,7 +43,7 @@ class Processes:
         listed = list(tensors)
         flat = torch.cat([t.detach().reshape(-1) for t in listed])
         torch.distributed.all_reduce(flat)
-        for tensor, total in zip(listed, flat.split([t.numel() for t in listed]), strict=True):
+        for tensor, total in zip(listed, torch.split(flat, [t.numel() for t in listed]), strict=True):
             tensor.detach().copy_(total.view_as(tensor))
 
     def wait(self) -> None:

@@ -166,8 +166,8 @@ def _tensorboard(folder: Path) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise RunError("--tensorboard needs a package that is not installed: pip install 'sfumato[tensorboard]'.") from None
-    return SummaryWriter(str(folder / "tensorboard"))  # type: ignore[no-untyped-call]
+        raise RunError("--tensorboard: the package is not installed; pip install 'sfumato[tensorboard]'.") from None
+    return SummaryWriter(str(folder / "tensorboard"))
 
 
 def now() -> float:

@@ -49,10 +49,9 @@ class LoraLayer(nn.Module):
         if isinstance(host, nn.Conv2d):
             down_shape: tuple[int, ...] = (rank, host.in_channels // host.groups, *host.kernel_size)
             up_shape: tuple[int, ...] = (host.out_channels, rank, 1, 1)
-            self.geometry = {"stride": host.stride, "padding": host.padding, "dilation": host.dilation}
         else:
             down_shape, up_shape = (rank, host.in_features), (host.out_features, rank)
-            self.geometry = {}
+        self.host_geometry = (host.stride, host.padding, host.dilation) if isinstance(host, nn.Conv2d) else None
         # Uniform in +-1/sqrt(fan in), PyTorch's and peft's start for A; B starts at zero, so that the start is a no-op.
         bound = 1 / math.sqrt(math.prod(down_shape[1:]))
         self.down = nn.Parameter((torch.rand(down_shape, generator=seed) * 2 - 1) * bound)
@@ -65,9 +64,9 @@ class LoraLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The update's share of the host's output, for the host's input x."""
         x = F.dropout(x, self.dropout, self.training)
-        if not self.geometry:
+        if self.host_geometry is None:
             return F.linear(F.linear(x, self.down), self.up) * self.scale
-        return F.conv2d(F.conv2d(x, self.down, **self.geometry), self.up) * self.scale  # type: ignore[arg-type]
+        return F.conv2d(F.conv2d(x, self.down, None, *self.host_geometry), self.up) * self.scale  # type: ignore[arg-type]
 
     def delta(self) -> Tensor:
         """The change of the host's weight, in the host's shape, fp32."""
@@ -162,8 +161,8 @@ def select(model: nn.Module, pattern: str, *, conv: bool = False) -> dict[str, n
     }
     if not chosen:
         raise AdapterError(
-            f"--targets {pattern!r} matches none of the model's layers; use one of {', '.join(TARGETS)} or a regular "
-            r"expression over names such as down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_q."
+            f"--targets {pattern!r} matches none of the model's layers; use one of {', '.join(TARGETS)} or a "
+            r"regular expression over names such as down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_q."
         )
     return chosen
 
@@ -179,9 +178,9 @@ def attach(
 ) -> Lora:
     """A new adapter on the selected layers of each part; it changes nothing until it is trained.
 
-    parts: "unet", "text_encoder", ... -> what `select` chose in it. The scale is alpha / rank, or alpha / sqrt(rank) when
-    rank-stabilised (Kalajdzievski 2023). Each layer's start is a function of (seed, part, path): adding a target does
-    not change how the others start.
+    parts: "unet", "text_encoder", ... -> what `select` chose in it. The scale is alpha / rank, or alpha / sqrt(rank)
+    when rank-stabilised (Kalajdzievski 2023). Each layer's start is a function of (seed, part, path): adding a target
+    does not change how the others start.
     """
     lora = Lora()
     lora.alpha = alpha

@@ -1,0 +1,97 @@
+"""What the README promises is what runs: its commands, its example, the main job and the commands that it prints."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from sfumato import cli
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str, heading: str) -> list[str]:
+    """The code blocks of a language under a heading."""
+    section = re.search(rf"^## {heading}\n(.*?)(?=^## |\Z)", README, re.MULTILINE | re.DOTALL)
+    assert section, heading
+    return re.findall(rf"```{language}\n(.*?)```", section[1], re.DOTALL)
+
+
+@pytest.fixture
+def clone(tmp_path, monkeypatch, pocket_folder) -> Path:
+    """A folder that looks like a clone, with a tiny base for pocket."""
+    for name in ("datasets", "trainers"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SFUMATO_POCKET", str(pocket_folder))
+    return tmp_path
+
+
+def run(line: str) -> None:
+    program, *words = shlex.split(line)
+    assert program == "sfumato"
+    assert cli.main(words) == 0, line
+
+
+def test_the_two_commands_are_one_line_each():
+    for heading in ("Start", "Run the tests"):
+        (block,) = blocks("sh", heading)
+        assert block.count("\n") == 1
+
+
+def test_the_main_job_and_the_commands_it_prints(clone, capsys):
+    from PIL import Image
+
+    run("sfumato quickstart --steps 2 --seed 3")
+    shown = capsys.readouterr().out
+    sheet = Image.open("runs/quickstart/sheet.png")
+    assert sheet.width > 6 * 128
+    assert sheet.height > 7 * 128
+    commands = [line.strip() for line in shown.splitlines() if line.startswith("  sfumato ")]
+    assert len(commands) == 3
+    for command in commands:
+        run(command)
+    assert Path("flamingo.png").is_file()
+    assert Path("sweep.png").is_file()
+    run("sfumato quickstart --steps 1")
+    assert Path("runs/quickstart-2/sheet.png").is_file()
+
+
+def test_the_main_job_outside_a_clone_says_what_it_wants(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["quickstart"]) == 2
+    assert "datasets" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_the_commands_under_use(clone):
+    (block,) = blocks("sh", "Use")
+    for line in block.splitlines():
+        run(line)
+    assert Path("flamingo.png").is_file()
+    assert Path("sweep.png").is_file()
+
+
+def test_the_example_in_python(tmp_path, monkeypatch):
+    import diffusers
+
+    from sfumato.adapters import attach, select
+    from sfumato.files import LoraModule, write_lora
+    from tests.tiny import tiny_pipeline
+
+    pipe = tiny_pipeline("sd1")
+    pipe.set_progress_bar_config(disable=True)
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate(("line", "otter")):
+        lora = attach({"unet": select(pipe.unet, "cross-attention")}, rank=2, alpha=2.0, seed=seed)
+        modules = {key: LoraModule.from_scale(x.down, x.up + 0.1, x.scale) for key, x in lora.layers.items()}
+        lora.detach()
+        write_lora(tmp_path / f"{name}.safetensors", modules, family="sd1")
+    monkeypatch.setattr(diffusers.StableDiffusionPipeline, "from_pretrained", lambda name: pipe)
+    before = {name: tensor.clone() for name, tensor in pipe.unet.state_dict().items()}
+    (block,) = blocks("python", "Use")
+    exec(block, {})
+    assert all((tensor == before[name]).all() for name, tensor in pipe.unet.state_dict().items())
