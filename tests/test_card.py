@@ -1,0 +1,81 @@
+"""The model card is read back by huggingface_hub, and uploading says what went wrong."""
+
+import pytest
+from PIL import Image
+
+from sfumato.card import push, write_card
+from sfumato.errors import ConfigError
+from sfumato.files import Description
+
+ABOUT = Description(
+    title="line",
+    family="sd1",
+    base="some/base",
+    images=16,
+    trigger=["zwx"],
+    config={"rank": 16, "steps": 300, "images": "line-style"},
+    dataset_sha256="ab" * 32,
+)
+
+
+@pytest.fixture
+def card(tmp_path):
+    row = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    return write_card(tmp_path, tmp_path / "line.safetensors", ABOUT, ["a crab", "a house"], [row, row])
+
+
+def test_the_head_is_what_the_hub_reads(card):
+    from huggingface_hub import ModelCard
+
+    data = ModelCard.load(card).data
+    assert data.base_model == "some/base"
+    assert {"text-to-image", "diffusers", "lora", "template:sd-lora"} <= set(data.tags)
+    assert data.instance_prompt == "zwx"
+    assert [entry["output"]["url"] for entry in data.widget] == ["images/image_0.png", "images/image_1.png"]
+
+
+def test_every_picture_of_the_card_is_there(card):
+    import re
+
+    text = card.read_text(encoding="utf-8")
+    linked = re.findall(r"images/\w+\.png", text)
+    assert {"images/before.png", "images/after.png"} <= set(linked)
+    assert all((card.parent / name).is_file() for name in linked)
+
+
+def test_the_card_says_how_it_was_made(card):
+    text = card.read_text(encoding="utf-8")
+    assert "| rank | 16 |" in text
+    assert "| pictures | 16 |" in text
+    assert "`" + "ab" * 32 + "`" in text
+
+
+def test_pushing_uploads_adapter_card_and_pictures_and_nothing_else(card, monkeypatch):
+    import huggingface_hub
+
+    asked = {}
+
+    class Api:
+        def create_repo(self, repository, exist_ok):
+            asked["repository"] = repository
+
+        def upload_folder(self, **options):
+            asked.update(options)
+            return type("Commit", (), {"commit_url": "address"})
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    assert push(card.parent, card.parent / "line.safetensors", "me/line") == "address"
+    assert asked["repository"] == asked["repo_id"] == "me/line"
+    assert asked["allow_patterns"] == ["line.safetensors", "README.md", "images/*"]
+
+
+def test_a_failed_push_says_that_nothing_is_lost(card, monkeypatch):
+    import huggingface_hub
+
+    class Api:
+        def create_repo(self, repository, exist_ok):
+            raise OSError("no route to host")
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    with pytest.raises(ConfigError, match=r"no route to host The adapter is safe in .*hf upload me/line"):
+        push(card.parent, card.parent / "line.safetensors", "me/line")
