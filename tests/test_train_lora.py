@@ -93,6 +93,14 @@ def test_the_same_command_twice_gives_equal_tensors_and_equal_files(train, monke
     assert first == second
 
 
+def test_dropout_is_the_same_on_every_run_and_does_something(train):
+    first, second, without = train("a", "--dropout", "0.5"), train("b", "--dropout", "0.5"), train("c")
+    torch.manual_seed(123)
+    one, two, three = (read_tensors(path) for path in (first, second, without))
+    assert all(torch.equal(tensor, two[key]) for key, tensor in one.items())
+    assert any(not torch.equal(tensor, three[key]) for key, tensor in one.items())
+
+
 def test_another_seed_gives_another_adapter(train):
     assert train("a").read_bytes() != train("b", "--seed", "1").read_bytes()
 

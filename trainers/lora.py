@@ -145,7 +145,7 @@ def train(config: Config) -> Path:
     """Train, and return the adapter's path."""
     import torch
 
-    from sfumato import data, diffusion, optimizers
+    from sfumato import data, diffusion, optimizers, randomness
     from sfumato.adapters import attach
     from sfumato.bases import load_base
     from sfumato.measure import Measures
@@ -250,12 +250,13 @@ def train(config: Config) -> Path:
         for start in range(first, first + share, config.batch):
             batch = dataset.batch(config.seed, step.number, global_batch, start, config.batch)
             noise = draw_noise(batch, config, step.number, start)
-            with precision.autocast():
+            with precision.autocast(), randomness.seeded(precision.device, config.seed, "dropout", step.number, start):
                 part = denoising_loss(batch, noise, timesteps[start : start + config.batch].to(precision.device))
             scaler.scale(part).backward()
             loss += part.detach()
-        scaler.unscale_(optimizer)
+        # Before unscaling, so that all processes find the same overflow and skip the same steps.
         processes.sum([loss, *(p.grad for p in parameters if p.grad is not None)])
+        scaler.unscale_(optimizer)
         norm = optimizers.clip(parameters, config.clip)
         scaler.step(optimizer)
         scaler.update()

@@ -36,9 +36,9 @@ class Measures:
         self.noise = self.noise.to(self.batch.latents)
         total = len(base.alpha_bar)
         self.timesteps = ((torch.arange(count) + 0.5) / count * total).long().to(self.noise.device)
-        self.unrelated = base.encode_text([UNRELATED[i % len(UNRELATED)] for i in range(count)])
+        self.unrelated = [UNRELATED[i % len(UNRELATED)] for i in range(count)]
         with lora.disabled():
-            self.before = self._predict(self.unrelated)
+            self.before = self._predict(base.encode_text(self.unrelated))
 
     @torch.no_grad()
     def fit(self) -> float:
@@ -51,7 +51,7 @@ class Measures:
     @torch.no_grad()
     def drift(self) -> float:
         """Norm of the change of the prediction over the norm of the base's prediction."""
-        change = self._predict(self.unrelated).float() - self.before.float()
+        change = self._predict(self.base.encode_text(self.unrelated)).float() - self.before.float()
         return float(change.norm() / self.before.float().norm())
 
     def _alpha_bar(self) -> Tensor:

@@ -6,6 +6,8 @@ batch.
 """
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -30,3 +32,14 @@ def uniform(seed: int, stream: str, step: int = 0, index: int = 0) -> float:
 def permutation(n: int, seed: int, stream: str, epoch: int = 0) -> list[int]:
     """The numbers 0 to n - 1 in an order of their own for each epoch."""
     return [int(i) for i in torch.randperm(n, generator=generator(seed, stream, epoch))]
+
+
+@contextmanager
+def seeded(device: torch.device, seed: int, stream: str, step: int = 0, index: int = 0) -> Iterator[None]:
+    """Within the block torch's own generators depend on the arguments alone; afterwards they are as they were.
+
+    For what can only be drawn by torch itself, such as dropout inside a layer.
+    """
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(generator(seed, stream, step, index).initial_seed())
+        yield
