@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.bases.family import Defaults, Family
-from sfumato.bases.samplers import sampler
 from sfumato.diffusion import PredictionType
 from sfumato.errors import BaseModelError
 from sfumato.precision import Precision
+from sfumato.schedulers import scheduler
 
 Pairs = Tensor | Sequence[Sequence[int]]
 
@@ -269,7 +269,7 @@ class Base:
         parts: dict[str, Any] = {
             "vae": self.vae,
             "unet": self.unet,
-            "scheduler": sampler(sampler_name or self.family.defaults.sampler, self.scheduler.config),
+            "scheduler": scheduler(sampler_name or self.family.defaults.sampler, self.scheduler.config),
             "feature_extractor": None,
         }
         for encoder, text_encoder, tokenizer in zip(
@@ -299,7 +299,7 @@ class Base:
                 for module in (self.unet, self.vae, *self.text_encoders):
                     for name, tensor in module.state_dict().items():
                         digest.update(name.encode())
-                        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+                        digest.update(tensor.cpu().flatten().contiguous().view(torch.uint8).numpy().tobytes())
             self._digest = digest.hexdigest()
         return self._digest
 

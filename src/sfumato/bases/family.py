@@ -29,7 +29,7 @@ class Defaults:
     """Classifier-free guidance when drawing."""
     sampling_steps: int
     sampler: str
-    """A name from `sfumato.bases.samplers`."""
+    """A name from `sfumato.schedulers`."""
     min_snr: float
     """Gamma of min-SNR weighting; 0 for none."""
 
