@@ -1,0 +1,182 @@
+"""How well the pocket base draws: its pictures, its VAE's reconstructions and the real pictures before one judge.
+
+The judge is a CNN trained on real pictures only, never on withheld cells. Prints JSON.
+
+    python -m bench.pocket_quality --data pocket-data --out quality.json --sheet docs/pocket-samples.png
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from torch import Tensor
+
+from bench.judge import Judge, Pictures, Verdict, cached_judge, kernel_distance, look, read_pictures, withheld_cells
+from sfumato import randomness
+from sfumato.config import parse
+from sfumato.files.atomic import atomic_path, write_text
+
+SHEET = (
+    "red apple", "crab", "cat face", "house", "rocket", "tulip", "pizza", "penguin", "guitar", "bus", "owl", "key",
+    "octopus", "cactus", "crown", "whale",
+)  # fmt: skip
+"""The concepts on the sheet: eleven of them chosen before there was a model, none for how it is drawn."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Judge the pocket base on seeded pictures of every concept in every style."""
+
+    base: Path = Path("src/sfumato/pocket")
+    """Folder of a diffusers pipeline."""
+    data: Path = Path("pocket-data")
+    """The folder that trainers/pocket_data.py built."""
+    out: Path | None = None
+    """File that receives the JSON besides."""
+    sheet: Path | None = None
+    """PNG that receives one row of drawn pictures for each style, each above the real ones."""
+    cache: Path = Path(".cache/judge")
+    """Folder of trained judges."""
+    judge_steps: int = 1200
+    """Optimizer steps of the judge."""
+    pictures_per_cell: int = 1
+    """Drawn pictures of each (concept, style)."""
+    sampler_steps: int = 25
+    """Sampler steps."""
+    guidance: float = 4.0
+    """Scale of classifier-free guidance."""
+    batch: int = 16
+    """Pictures drawn at a time."""
+    seed: int = 0
+    """Seed of the pictures and of the judge."""
+
+
+def draw(pipeline: StableDiffusionPipeline, pictures: Pictures, config: Config) -> Tensor:
+    """One picture for each of `pictures`, asked for by name: (n, 3, h, w) in [-1, 1].
+
+    The seed of a picture depends on its concept and style, not on its batch.
+    """
+    drawn = []
+    for chunk in torch.arange(len(pictures.concept)).split(config.batch):
+        names = [(pictures.concepts[pictures.concept[i]], pictures.styles[pictures.style[i]]) for i in chunk]
+        generators = [
+            randomness.generator(config.seed, "/".join(name), 0, int(i)) for i, name in zip(chunk, names, strict=True)
+        ]
+        prompts = [f"{concept}, {style} style" for concept, style in names]
+        images = pipeline(
+            prompts,
+            num_inference_steps=config.sampler_steps,
+            guidance_scale=config.guidance,
+            generator=generators,
+            output_type="pt",
+        ).images
+        drawn.append((images.float() * 255).round() / 127.5 - 1)
+    return torch.cat(drawn)
+
+
+def reconstruct(pipeline: StableDiffusionPipeline, pictures: Pictures) -> Tensor:
+    """What the VAE makes of the real pictures, (n, 3, h, w) in [-1, 1]."""
+    parts = []
+    with torch.no_grad():
+        for chunk in pictures.pixels.split(64):
+            latents = pipeline.vae.encode(chunk.float() / 127.5 - 1).latent_dist.mode()
+            parts.append(pipeline.vae.decode(latents).sample.clamp(-1, 1))
+    return torch.cat(parts)
+
+
+def figures(verdict: Verdict, pictures: Pictures, real: Tensor) -> dict[str, float | int]:
+    """Accuracies of pictures that ought to be `pictures`, and the distance of their features from `real` ones."""
+    return {
+        "pictures": len(verdict.features),
+        "style": round(verdict.style_accuracy(pictures.style), 4),
+        "concept_top1": round(verdict.concept_accuracy(pictures.concept), 4),
+        "concept_top5": round(verdict.concept_accuracy(pictures.concept, 5), 4),
+        "kid_x1000": round(1000 * kernel_distance(verdict.features, real), 3),
+    }
+
+
+def repeated(pictures: Pictures, times: int) -> Pictures:
+    """Every cell `times` over."""
+    concept, style = pictures.concept.repeat(times), pictures.style.repeat(times)
+    return Pictures(pictures.pixels.repeat(times, 1, 1, 1), concept, style, pictures.concepts, pictures.styles)
+
+
+def judged(pipeline: StableDiffusionPipeline, judge: Judge, pictures: Pictures, config: Config) -> dict[str, Any]:
+    """Drawn, reconstructed and real pictures of the same cells before the judge."""
+    real = look(judge, pictures.pixels)
+    asked = repeated(pictures, config.pictures_per_cell)
+    rebuilt = reconstruct(pipeline, pictures)
+    psnr = -10 * ((rebuilt - (pictures.pixels.float() / 127.5 - 1)) / 2).square().mean((1, 2, 3)).log10().mean()
+    report: dict[str, Any] = {
+        "drawn": figures(look(judge, draw(pipeline, asked, config)), asked, real.features),
+        "reconstructed": figures(look(judge, rebuilt), pictures, real.features) | {"psnr_db": round(float(psnr), 2)},
+        "real": figures(real, pictures, real.features),
+    }
+    del report["real"]["kid_x1000"]  # of a set from itself: no figure
+    for name in ("style", "concept_top1"):
+        report[f"{name}_of_real"] = round(report["drawn"][name] / report["real"][name], 4)
+    return report
+
+
+def draw_sheet(pipeline: StableDiffusionPipeline, pictures: Pictures, config: Config, path: Path) -> None:
+    """For each style a row drawn and below it the real pictures, the columns SHEET."""
+    chosen = [concept for concept in SHEET if concept in pictures.concepts]
+    rows = []
+    for s, style in enumerate(pictures.styles):
+        cells = [
+            int(((pictures.concept == pictures.concepts.index(c)) & (pictures.style == s)).nonzero()[0]) for c in chosen
+        ]
+        row = Pictures(
+            pictures.pixels[cells], pictures.concept[cells], pictures.style[cells], pictures.concepts, pictures.styles
+        )
+        assert style == pictures.styles[int(row.style[0])]
+        drawn = ((draw(pipeline, row, config) + 1) * 127.5).round().byte()
+        rows += [torch.cat(list(drawn), 2), torch.cat(list(row.pixels), 2)]
+    with atomic_path(path) as temporary:
+        Image.fromarray(torch.cat(rows, 1).permute(1, 2, 0).numpy()).save(temporary, optimize=True)
+
+
+def measure(config: Config) -> dict[str, Any]:
+    """The whole report."""
+    pictures = read_pictures(config.data)
+    hidden = withheld_cells(config.data)
+    seen, withheld = pictures.where(hidden, inside=False), pictures.where(hidden, inside=True)
+    judge = cached_judge(seen, cache=config.cache, steps=config.judge_steps, seed=config.seed)
+    pipeline = StableDiffusionPipeline.from_pretrained(config.base, safety_checker=None, local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    one = seen.where({(seen.concepts[0], seen.styles[0])}, inside=True)
+    draw(pipeline, one, config)
+    began = time.perf_counter()
+    draw(pipeline, one, config)
+    report = {
+        "sampler_steps": config.sampler_steps,
+        "guidance": config.guidance,
+        "seconds_a_picture": round(time.perf_counter() - began, 3),
+        "seen": judged(pipeline, judge, seen, config),
+        "withheld": judged(pipeline, judge, withheld, config),
+    }
+    if config.sheet is not None:
+        draw_sheet(pipeline, pictures, config, config.sheet)
+    return report
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the program; prints JSON."""
+    config = parse(Config, sys.argv[1:] if argv is None else argv, program="pocket_quality")
+    report = json.dumps(measure(config), indent=1)
+    print(report)
+    if config.out is not None:
+        write_text(config.out, report + "\n")
+
+
+if __name__ == "__main__":
+    main()

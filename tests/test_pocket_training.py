@@ -1,0 +1,133 @@
+"""The pocket base's recipe: data rules, captions, rate, Muon, resume, and the judge's figures."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.testing import assert_close
+
+from bench.judge import frechet_distance, kernel_distance, read_pictures, train_judge, withheld_cells
+from bench.pocket_data import is_kept_for_subjects, resolve
+from bench.pocket_data import withheld_cells as choose_cells
+from sfumato.errors import DataError
+from sfumato.muon import Muon, orthogonal
+from trainers.pretrain import Config, batch_indices, caption, rate_at, read_manifest, train
+
+
+def test_withheld_cells_depend_on_names_not_on_their_order():
+    names, styles = [f"thing {i}" for i in range(40)], ["a", "b", "c", "d"]
+    assert choose_cells(names, styles, 3) == choose_cells(names[::-1], styles, 3)
+    assert len(choose_cells(names, styles, 3)) == 16
+    assert choose_cells(names, styles, 3) != choose_cells(names, styles, 4)
+
+
+@pytest.mark.parametrize("name", ["kite", "teddy-bear", "bubble-tea", "llama-face"])
+def test_subjects_and_their_variants_are_kept_apart(name):
+    assert is_kept_for_subjects(name)
+
+
+@pytest.mark.parametrize("name", ["bear", "speech-bubble", "kiwi-fruit", "teacup-without-handle"])
+def test_what_only_sounds_like_a_subject_is_not_kept_apart(name):
+    assert not is_kept_for_subjects(name)
+
+
+def test_a_mirrored_alias_is_no_drawing_of_its_own():
+    icons = {"icons": {"fish": {}}, "aliases": {"a": {"parent": "fish"}, "b": {"parent": "fish", "hFlip": True}}}
+    assert [resolve(icons, name) for name in ("a", "b", "c")] == ["fish", None, None]
+
+
+@pytest.mark.parametrize(
+    ("draw", "form", "text"),
+    [
+        (0.05, 0.2, ""),
+        (0.12, 0.2, "a fruit, noto style"),
+        (0.12, 0.7, "a fruit"),
+        (0.5, 0.2, "red apple, noto style"),
+        (0.5, 0.6, "a noto style picture of a red apple"),
+        (0.5, 0.9, "red apple"),
+    ],
+)
+def test_captions(draw, form, text):
+    assert caption("red apple", "noto", "a fruit", draw, form, Config()) == text
+
+
+def test_the_rate_rises_stays_and_falls_to_nothing():
+    config = Config(steps=100, warmup_steps=10, fall_at=60)
+    assert [rate_at(step, config) for step in (0, 9, 59, 80, 100)] == [0.1, 1.0, 1.0, 0.5, 0.0]
+
+
+def test_an_epoch_shows_every_picture_once():
+    assert sorted(i for step in range(5) for i in batch_indices(step, 4, 20, seed=0)) == list(range(20))
+
+
+def test_orthogonal_brings_singular_values_near_one():
+    matrices = torch.randn(3, 8, 20, generator=torch.Generator().manual_seed(0))
+    values = torch.linalg.svdvals(orthogonal(matrices))
+    assert values.min() > 0.6
+    assert values.max() < 1.3
+
+
+def test_muon_moves_every_weight_by_a_fifth_of_its_rate():
+    weight = torch.nn.Parameter(torch.zeros(16, 4, 3, 3))
+    weight.grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+    Muon([weight], lr=0.01, momentum=0.95, weight_decay=0.0).step()
+    assert weight.square().mean().sqrt().item() == pytest.approx(0.002, rel=0.2)
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Two styles of three plain squares, one cell withheld."""
+    folder = tmp_path / "data"
+    for s, style in enumerate(("noto", "flat")):
+        for c, concept in enumerate(("red-apple", "crab", "key")):
+            (folder / style).mkdir(parents=True, exist_ok=True)
+            pixels = np.full((64, 64, 3), 255, np.uint8)
+            pixels[10 + 10 * s : 40, 10 : 20 + 15 * c, c] = 0
+            Image.fromarray(pixels).save(folder / style / f"{concept}.png")
+    concepts = {"red apple": "a fruit", "crab": "a sea animal", "key": "a tool"}
+    manifest = {"styles": ["noto", "flat"], "concepts": concepts, "withheld": [["key", "flat"]]}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "words.txt").write_text("picture\nof\n")
+    return folder
+
+
+def test_a_missing_manifest_says_how_to_make_one(tmp_path):
+    with pytest.raises(DataError, match=r"manifest\.json is missing; build the pictures with"):
+        read_manifest(tmp_path)
+
+
+def test_a_stopped_vae_run_goes_on_as_if_it_had_not_stopped(data, tmp_path):
+    def run(folder, steps):
+        settings = {
+            "steps": steps,
+            "fall_at": 4,
+            "batch": 2,
+            "checkpoint_every": 2,
+            "samples_every": 100,
+            "log_every": 1,
+        }
+        train(Config(data=data, out=tmp_path / folder, device="cpu", **settings))
+        return [json.loads(line)["loss"] for line in (tmp_path / folder / "log.jsonl").read_text().splitlines()]
+
+    whole = run("whole", 4)
+    run("halves", 2)
+    assert run("halves", 4) == whole
+
+
+def test_the_judge_tells_real_pictures_apart_and_never_sees_withheld_ones(data):
+    pictures = read_pictures(data)
+    hidden = withheld_cells(data)
+    seen = pictures.where(hidden, inside=False)
+    assert (len(pictures.pixels), len(seen.pixels)) == (6, 5)
+    first, second = (train_judge(seen, steps=3, seed=0) for _ in range(2))
+    assert_close(first.state_dict(), second.state_dict(), rtol=0, atol=0)
+
+
+def test_distances_of_a_set_from_its_copy_and_from_a_shifted_one():
+    features = torch.randn(200, 4, generator=torch.Generator().manual_seed(0))
+    assert frechet_distance(features, features) == pytest.approx(0, abs=1e-6)
+    assert frechet_distance(features, features + 2) == pytest.approx(16, abs=1e-6)
+    assert abs(kernel_distance(features[:100], features[100:])) < 0.2
+    assert kernel_distance(features[:100], features[100:] + 2) > 10
