@@ -1,0 +1,31 @@
+"""The sentences that the pocket base was taught."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def caption(
+    concept: str, style: str, group: str, *, draw: float, form: float, empty_share: float, group_share: float
+) -> str:
+    """One caption for a picture; `draw` and `form` are uniform in [0, 1).
+
+    `draw` decides between no words, the group and the concept; `form` between the ways to put it: half
+    "{concept}, {style} style", a quarter "a {style} style picture of a {concept}", a quarter "{concept}".
+    """
+    if draw < empty_share:
+        return ""
+    if draw < empty_share + group_share:
+        return f"{group}, {style} style" if form < 0.5 else group
+    if form < 0.5:
+        return f"{concept}, {style} style"
+    return f"a {style} style picture of a {concept}" if form < 0.75 else concept
+
+
+def all_captions(manifest: Mapping[str, Any], words: Sequence[str]) -> list[str]:
+    """Every caption that training can meet, and `words` besides: what the tokenizer is learned from."""
+    styles, concepts = manifest["styles"], manifest["concepts"]
+    texts = [f"{concept}, {style} style" for concept in concepts for style in styles]
+    texts += [f"a {style} style picture of {group}" for group in concepts.values() for style in styles]
+    return texts + list(words)

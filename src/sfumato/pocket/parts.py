@@ -1,0 +1,101 @@
+"""The shapes of the pocket base: what its trainer builds from nothing.
+
+The parts are SD 1.5's own classes, small: a picture of 64 px is 16 x 16 x 4 latents, text is 77 positions of width 192.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+
+def build_vae() -> AutoencoderKL:
+    """0.8 M weights, factor 4: (b, 3, 64, 64) pixels <-> (b, 4, 16, 16) latents."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(32, 48, 64),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=16,
+        sample_size=64,
+        mid_block_add_attention=False,
+    )
+
+
+def build_unet() -> UNet2DConditionModel:
+    """11.3 M weights, cross-attention at all three levels; residual branches begin at zero (Dhariwal & Nichol 2021)."""
+    unet = UNet2DConditionModel(
+        sample_size=16,
+        down_block_types=("CrossAttnDownBlock2D",) * 3,
+        up_block_types=("CrossAttnUpBlock2D",) * 3,
+        block_out_channels=(64, 128, 192),
+        layers_per_block=1,
+        attention_head_dim=(2, 4, 6),
+        cross_attention_dim=192,
+    )
+    for name, module in unet.named_modules():
+        if name.endswith(("conv2", "proj_out")) or name == "conv_out":
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+    return unet
+
+
+def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """A CLIP text model of width 192 with 3 layers."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=192,
+            intermediate_size=512,
+            projection_dim=192,
+            num_hidden_layers=3,
+            num_attention_heads=6,
+            max_position_embeddings=tokenizer.model_max_length,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def build_scheduler() -> DDIMScheduler:
+    """The betas of SD 1.5, v-prediction, trailing steps (Lin et al. 2023)."""
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+
+
+def build_tokenizer(texts: Sequence[str], *, positions: int = 77, vocabulary: int = 3000) -> CLIPTokenizer:
+    """A CLIP tokenizer (byte-level BPE, `</w>` ends a word) learned from `texts`; any text tokenizes."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>", continuing_subword_prefix=""))
+    learner.normalizer = normalizers.Lowercase()
+    learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    # CLIP's own pre-tokenizer drops spaces, so we learn from words, one text each.
+    words = [word for text in texts for word in text.lower().replace(",", " , ").split()]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    learner.train_from_iterator(
+        words,
+        trainers.BpeTrainer(
+            vocab_size=vocabulary, initial_alphabet=sorted(alphabet), end_of_word_suffix="</w>", show_progress=False
+        ),
+    )
+    model = json.loads(learner.to_str())["model"]
+    single = sorted(alphabet) + [letter + "</w>" for letter in sorted(alphabet)]
+    pieces = dict.fromkeys(single + sorted(model["vocab"], key=model["vocab"].get))
+    vocab = {piece: i for i, piece in enumerate([*pieces, "<|startoftext|>", "<|endoftext|>"])}
+    merges = [tuple(merge) for merge in model["merges"]]
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=positions)
