@@ -47,7 +47,7 @@ def export(config: Config) -> Path:
         made = Path(temporary)
         pipeline.to(torch.float16).save_pretrained(made, max_shard_size=config.shard)
         for path in made.rglob("*.json"):
-            _forget_place(path)
+            _settle(path)
         for entry in sorted(made.iterdir()):
             _replace(entry, config.out / entry.name)
     manifest = json.loads((config.data / "manifest.json").read_text(encoding="utf-8"))
@@ -57,11 +57,17 @@ def export(config: Config) -> Path:
     return config.out
 
 
-def _forget_place(path: Path) -> None:
-    """Take out of a config where on this machine the trained pipeline lay."""
+def _settle(path: Path) -> None:
+    """Take out of a config where on this machine the trained pipeline lay, and that its weights are fp16.
+
+    transformers loads a model in the dtype its config names, diffusers in fp32: the parts would not fit together.
+    """
     settings = json.loads(path.read_text(encoding="utf-8"))
-    if settings.pop("_name_or_path", None) is not None:
-        path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    settled = {name: value for name, value in settings.items() if name != "_name_or_path"}
+    if "dtype" in settled:
+        settled["dtype"] = "float32"
+    if settled != settings:
+        path.write_text(json.dumps(settled, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _replace(made: Path, place: Path) -> None:

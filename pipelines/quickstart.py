@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from sfumato.bases import Base
 
-PROMPTS = ("crab", "house", "penguin", "rocket")
+PROMPTS = ("crab", "penguin", "cat face", "bus")
 """Drawn in the style; none is among the pictures it is learned from."""
 SUBJECT = "sks flamingo"
 MIXES = ((0.5, 0.5), (0.7, 1.0), (1.0, 0.7), (1.0, 1.0))
@@ -107,7 +107,7 @@ def draw_sheet(config: Config, style: Path, subject: Path, path: Path) -> Path:
     from sfumato.sheet import contact_sheet
 
     base: Base = load_base(config.base, precision=decide(config.precision))
-    prompts = [*PROMPTS, SUBJECT, f"a picture of a {SUBJECT}"]
+    prompts = [*PROMPTS, SUBJECT, f"{SUBJECT}, blob style"]
     seeds = [config.seed + place for place in range(len(prompts))]
     weights = {"base": (0.0, 0.0), "A: style": (1.0, 0.0), "B: subject": (0.0, 1.0)}
     weights |= {f"{a:g} A + {b:g} B": (a, b) for a, b in MIXES}

@@ -13,7 +13,9 @@ from bench.pocket_data import is_kept_for_subjects, resolve
 from bench.pocket_data import withheld_cells as choose_cells
 from sfumato.errors import DataError
 from sfumato.muon import Muon, orthogonal
-from trainers.pretrain import Config, batch_indices, caption, rate_at, read_manifest, train
+from sfumato.pocket.captions import caption
+from sfumato.pocket.pictures import read_manifest
+from trainers.pretrain import Config, batch_indices, rate_at, train
 
 
 def test_withheld_cells_depend_on_names_not_on_their_order():
@@ -50,7 +52,7 @@ def test_a_mirrored_alias_is_no_drawing_of_its_own():
     ],
 )
 def test_captions(draw, form, text):
-    assert caption("red apple", "noto", "a fruit", draw, form, Config()) == text
+    assert caption("red apple", "noto", "a fruit", draw=draw, form=form, empty_share=0.1, group_share=0.06) == text
 
 
 def test_the_rate_rises_stays_and_falls_to_nothing():
@@ -131,3 +133,22 @@ def test_distances_of_a_set_from_its_copy_and_from_a_shifted_one():
     assert frechet_distance(features, features + 2) == pytest.approx(16, abs=1e-6)
     assert abs(kernel_distance(features[:100], features[100:])) < 0.2
     assert kernel_distance(features[:100], features[100:] + 2) > 10
+
+
+@pytest.mark.slow
+def test_a_unet_is_trained_into_an_ordinary_pipeline_and_resumes(data, tmp_path):
+    from diffusers import StableDiffusionPipeline
+
+    def run(stage, folder, steps, **more):
+        settings = {"fall_at": 9, "batch": 2, "checkpoint_every": 1, "samples_every": 9, "log_every": 1}
+        model = train(
+            Config(stage=stage, data=data, out=tmp_path / folder, steps=steps, device="cpu", **settings, **more)
+        )
+        return model, [json.loads(x)["loss"] for x in (tmp_path / folder / "log.jsonl").read_text().splitlines()]
+
+    vae, _ = run("vae", "vae", 1)
+    model, whole = run("unet", "whole", 2, vae=vae, optimizer="muon")
+    run("unet", "halves", 1, vae=vae, optimizer="muon")
+    _, halves = run("unet", "halves", 2, vae=vae, optimizer="muon")
+    assert halves == whole
+    assert StableDiffusionPipeline.from_pretrained(model).tokenizer.model_max_length == 77

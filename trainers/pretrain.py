@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from sfumato.config import parse
-from sfumato.errors import ConfigError, DataError, RunError
+from sfumato.errors import ConfigError, RunError
 from sfumato.files.atomic import atomic_path, write_text
 
 if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that its --help is there at once
@@ -27,6 +27,8 @@ if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that 
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from torch import Tensor, nn
     from transformers import CLIPTextModel, CLIPTokenizer
+
+    from sfumato.pocket.pictures import Pictures
 
 SHEET = ("red apple", "crab", "cat face", "house", "rocket", "tulip", "pizza", "penguin", "guitar", "bus", "owl", "key")
 """Concepts drawn on the sample sheets."""
@@ -88,67 +90,6 @@ class Config:
     """Steps between sample sheets."""
     log_every: int = 50
     """Steps between lines of progress."""
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """What is trained on: pixels (n, 3, h, w) uint8, and a (concept, style) for each; ("", "") for a nameless one."""
-
-    pixels: Tensor
-    names: list[tuple[str, str]]
-
-    def floats(self, indices: Sequence[int] | Tensor) -> Tensor:
-        """(b, 3, h, w) in [-1, 1]."""
-        return self.pixels[indices].float() / 127.5 - 1
-
-
-def read_pictures(data: Path, *, others: bool, withheld: bool = False) -> Pictures:
-    """The named pictures that may be trained on (or, if `withheld`, those that may not), and the nameless `others`."""
-    import numpy as np
-    import torch
-    from PIL import Image
-
-    manifest = read_manifest(data)
-    hidden = {tuple(cell) for cell in manifest["withheld"]}
-    cells = [(c, s) for s in manifest["styles"] for c in manifest["concepts"] if ((c, s) in hidden) == withheld]
-    paths = [data / style / f"{concept.replace(' ', '-')}.png" for concept, style in cells]
-    if others:
-        nameless = sorted((data / "other").rglob("*.png"))
-        paths, cells = paths + nameless, cells + [("", "")] * len(nameless)
-    arrays = [np.asarray(Image.open(path).convert("RGB")) for path in paths]
-    return Pictures(torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous(), cells)
-
-
-def read_manifest(data: Path) -> dict[str, Any]:
-    """The manifest of a folder that bench/pocket_data.py built; raises DataError where there is none."""
-    path = data / "manifest.json"
-    if not path.exists():
-        raise DataError(f"{path} is missing; build the pictures with python -m bench.pocket_data --out {data}.")
-    manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return manifest
-
-
-def caption(concept: str, style: str, group: str, draw: float, form: float, config: Config) -> str:
-    """One caption for a picture; `draw` and `form` are uniform in [0, 1).
-
-    `draw` decides between no words, the group and the concept; `form` between the ways to put it: half
-    "{concept}, {style} style", a quarter "a {style} style picture of a {concept}", a quarter "{concept}".
-    """
-    if draw < config.empty_share:
-        return ""
-    if draw < config.empty_share + config.group_share:
-        return f"{group}, {style} style" if form < 0.5 else group
-    if form < 0.5:
-        return f"{concept}, {style} style"
-    return f"a {style} style picture of a {concept}" if form < 0.75 else concept
-
-
-def all_captions(manifest: Mapping[str, Any], words: Sequence[str]) -> list[str]:
-    """Every caption that training can meet, and `words` besides: what the tokenizer is learned from."""
-    styles, concepts = manifest["styles"], manifest["concepts"]
-    texts = [f"{concept}, {style} style" for concept in concepts for style in styles]
-    texts += [f"a {style} style picture of {group}" for group in concepts.values() for style in styles]
-    return texts + list(words)
 
 
 def rate_at(step: int, config: Config) -> float:
@@ -315,6 +256,7 @@ def train_vae(config: Config, device: torch.device, autocast: Callable[[], Any])
 
     from sfumato import randomness
     from sfumato.pocket.parts import build_vae
+    from sfumato.pocket.pictures import read_pictures
 
     pictures = read_pictures(config.data, others=True)
     vae = build_vae()
@@ -325,8 +267,7 @@ def train_vae(config: Config, device: torch.device, autocast: Callable[[], Any])
         step = trained.step
         pixels = pictures.floats(batch_indices(step, config.batch, len(pictures.names), config.seed))
         draws = torch.rand(config.batch, generator=randomness.generator(config.seed, "flip", step))
-        flipped = draws < config.flip_share
-        pixels[flipped] = pixels[flipped].flip(3)
+        pixels = torch.where(draws.view(-1, 1, 1, 1) < config.flip_share, pixels.flip(3), pixels)
         shape = (config.batch, vae.config.latent_channels, *(side // 4 for side in pixels.shape[2:]))
         noise = randomness.normal(shape, config.seed, "noise", step)
         with autocast():
@@ -347,21 +288,19 @@ def _reconstruct(trained: Trained, pictures: Pictures, config: Config) -> None:
     """Print the PSNR over a fixed hundred pictures, and draw sixteen beside their reconstructions."""
     import torch
 
-    named = sum(name != ("", "") for name in pictures.names)
-    pixels = pictures.floats(torch.linspace(0, named - 1, 96).long()).to(trained.device)
+    named = pictures.named()
+    pixels = named.floats(torch.linspace(0, len(named.names) - 1, 96).long()).to(trained.device)
     with trained.averaged() as modules:
         vae = modules["vae"]
         drawn = vae.decode(vae.encode(pixels).latent_dist.mode()).sample.clamp(-1, 1)
     psnr = -10 * ((drawn - pixels) / 2).square().mean((1, 2, 3)).log10().mean()
     print(f"step {trained.step}: PSNR {psnr:.2f} dB", flush=True)
-    rows = torch.cat([pixels[::6], drawn[::6]])
-    save_sheet(rows, 16, config.out / "samples" / f"{trained.step:06d}.png")
+    save_sheet(torch.cat([pixels[::6], drawn[::6]]), 16, config.out / "samples" / f"{trained.step:06d}.png")
 
 
 def _scaling_factor(vae: AutoencoderKL, pictures: Pictures, device: torch.device) -> float:
     """What brings the latents of the named pictures to a standard deviation of 1."""
-    named = [i for i, name in enumerate(pictures.names) if name != ("", "")]
-    mean, deviation = encode_all(vae, Pictures(pictures.pixels[named], [pictures.names[i] for i in named]), device)
+    mean, deviation = encode_all(vae, pictures.named(), device)
     return float(1 / (mean.var() + deviation.square().mean()).sqrt())
 
 
@@ -386,7 +325,9 @@ def train_unet(config: Config, device: torch.device, autocast: Callable[[], Any]
 
     from sfumato import randomness
     from sfumato.diffusion import noise_latents, snr_weight, stratified_timesteps, target, weighted_error
+    from sfumato.pocket.captions import all_captions, caption
     from sfumato.pocket.parts import build_scheduler, build_text_encoder, build_tokenizer, build_unet
+    from sfumato.pocket.pictures import read_manifest, read_pictures
 
     if config.vae is None:
         raise ConfigError("--stage unet needs --vae, the folder of a trained VAE; train one with --stage vae.")
@@ -401,9 +342,10 @@ def train_unet(config: Config, device: torch.device, autocast: Callable[[], Any]
     unet, text_encoder = parts["unet"], parts["text_encoder"]
     pictures = read_pictures(config.data, others=False)
     # Mirrored pictures are a second half of the cache: latents cannot be mirrored themselves.
-    caches = [encode_all(vae, p, device) for p in (pictures, Pictures(pictures.pixels.flip(3), pictures.names))]
+    caches = [encode_all(vae, p, device) for p in (pictures, pictures.mirrored())]
     means, deviations = (torch.stack(pair) * vae.config.scaling_factor for pair in zip(*caches, strict=True))
     groups, n = manifest["concepts"], len(pictures.names)
+    shares = {"empty_share": config.empty_share, "group_share": config.group_share}
     trained = Trained(parts, config, device)
     trained.restore(config.out)
     progress = Progress(config, trained.step)
@@ -413,8 +355,8 @@ def train_unet(config: Config, device: torch.device, autocast: Callable[[], Any]
         draws = torch.rand(3, config.batch, generator=randomness.generator(config.seed, "captions and flips", step))
         flips = (draws[2] < config.flip_share).long()
         texts = [
-            caption(*pictures.names[i], groups[pictures.names[i][0]], float(draw), float(form), config)
-            for i, draw, form in zip(indices, draws[0], draws[1], strict=True)
+            caption(*pictures.names[i], groups[pictures.names[i][0]], draw=draw, form=form, **shares)
+            for i, draw, form in zip(indices, draws[0].tolist(), draws[1].tolist(), strict=True)
         ]
         posterior = means[flips, indices], deviations[flips, indices]
         shape = tuple(posterior[0].shape)
@@ -492,8 +434,7 @@ def train(config: Config) -> Path:
 
     device = torch.device(config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(config.seed)  # the modules' first weights; every later draw names its own stream
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(config).items()}
-    write_text(config.out / "config.json", json.dumps(settings, indent=1) + "\n")
+    write_text(config.out / "config.json", json.dumps(asdict(config), indent=1, default=str) + "\n")
 
     def autocast() -> Any:
         return torch.autocast(device.type, torch.bfloat16, enabled=config.compute == "bf16")
