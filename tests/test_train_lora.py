@@ -101,6 +101,15 @@ def test_dropout_is_the_same_on_every_run_and_does_something(train):
     assert any(not torch.equal(tensor, three[key]) for key, tensor in one.items())
 
 
+def test_bf16_on_a_cpu_learns_nearly_the_same(train):
+    """The adapter stays fp32; its losses differ from fp32's by bf16's rounding and no more."""
+    exact, rounded = train("exact"), train("rounded", "--precision", "bf16")
+    losses = [[row["loss"] for row in rows(path)] for path in (exact, rounded)]
+    assert losses[0] != losses[1]
+    assert_close(losses[1], losses[0], rtol=0.05, atol=0)
+    assert {info.dtype for info in read_header(rounded).tensors.values()} == {"F32"}
+
+
 def test_another_seed_gives_another_adapter(train):
     assert train("a").read_bytes() != train("b", "--seed", "1").read_bytes()
 
