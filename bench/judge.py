@@ -79,17 +79,21 @@ class Judge(nn.Module):
         layers: list[nn.Module] = [nn.Conv2d(3, widths[0], 5, 2, 2), nn.GroupNorm(8, widths[0]), nn.SiLU()]
         for before, after in itertools.pairwise(widths):
             layers += [nn.Conv2d(before, after, 3, 2, 1), nn.GroupNorm(8, after), nn.SiLU(), Residual(after)]
-        self.body = nn.Sequential(*layers)
+        self.near, self.far = nn.Sequential(*layers[:7]), nn.Sequential(*layers[7:])
         self.dropout = nn.Dropout(0.2)
         self.concept_head = nn.Linear(FEATURES, len(concepts))
-        self.style_head = nn.Linear(FEATURES, len(styles))
+        self.style_head = nn.Sequential(
+            nn.Linear(2 * widths[1], 128), nn.SiLU(), nn.Dropout(0.2), nn.Linear(128, len(styles))
+        )
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        # Mean and maximum: a style is everywhere in a picture, the beak that makes the bird is in one place.
-        grid = self.body(pixels)
+        # Style is judged by strokes, concept by the whole picture. A judge of style that sees the whole learns
+        # which pictures it has seen: of a bear that was withheld in one style, it says that the style is another.
+        strokes = self.near(pixels)
+        style = torch.cat([strokes.mean((2, 3)), strokes.std((2, 3))], 1)
+        grid = self.far(strokes)
         features = grid.mean((2, 3)) + grid.amax((2, 3))
-        seen = self.dropout(features)
-        return features, self.concept_head(seen), self.style_head(seen)
+        return features, self.concept_head(self.dropout(features)), self.style_head(style)
 
 
 class Residual(nn.Module):
@@ -191,8 +195,22 @@ def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
     return (moved + 0.03 * torch.randn(moved.shape, generator=generator)).clamp(-1, 1)
 
 
-def train_judge(pictures: Pictures, *, steps: int, seed: int) -> Judge:
-    """A judge trained on `pictures`: 64 a step, AdamW whose rate rises for a tenth of the steps and falls to 0."""
+def read_others(data: Path, styles: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """The pictures under DATA/other/STYLE, which have a style and no concept: pixels (n, 3, 64, 64) uint8, style (n,).
+
+    They teach the judge what a style is apart from the concepts; n is 0 where there is no such folder.
+    """
+    paths = [(path, s) for s, style in enumerate(styles) for path in sorted((data / "other" / style).glob("*.png"))]
+    arrays = [np.asarray(Image.open(path).convert("RGB").resize((64, 64))) for path, _ in paths]
+    pixels = np.stack(arrays) if arrays else np.zeros((0, 64, 64, 3), np.uint8)
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), torch.tensor([s for _, s in paths]).long()
+
+
+def train_judge(pictures: Pictures, *, steps: int, seed: int, others: tuple[Tensor, Tensor] | None = None) -> Judge:
+    """A judge trained on `pictures`: 64 a step, AdamW whose rate rises for a tenth of the steps and falls to 0.
+
+    others: pixels and styles of further pictures, from which style alone is learned, 32 a step.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         judge = Judge(pictures.concepts, pictures.styles)
@@ -201,9 +219,14 @@ def train_judge(pictures: Pictures, *, steps: int, seed: int) -> Judge:
         for step in range(steps):
             generator = randomness.generator(seed, "judge", step)
             index = torch.randint(len(floats), (64,), generator=generator)
-            _, concept, style = judge(augment(floats[index], generator))
-            loss = F.cross_entropy(concept, pictures.concept[index], label_smoothing=0.1)
-            loss = loss + 0.5 * F.cross_entropy(style, pictures.style[index], label_smoothing=0.05)
+            batch, styles = floats[index], pictures.style[index]
+            if others is not None and len(others[0]):
+                more = torch.randint(len(others[0]), (32,), generator=generator)
+                batch = torch.cat([batch, others[0][more].float() / 127.5 - 1])
+                styles = torch.cat([styles, others[1][more]])
+            _, concept, style = judge(augment(batch, generator))
+            loss = F.cross_entropy(concept[:64], pictures.concept[index], label_smoothing=0.1)
+            loss = loss + 0.5 * F.cross_entropy(style, styles, label_smoothing=0.05)
             for group in optimizer.param_groups:
                 group["lr"] = 3e-3 * min(1.0, (step + 1) / (0.1 * steps), (steps - step) / (0.9 * steps))
             loss.backward()
@@ -213,18 +236,21 @@ def train_judge(pictures: Pictures, *, steps: int, seed: int) -> Judge:
     return judge.eval()
 
 
-def cached_judge(pictures: Pictures, *, cache: Path, steps: int = 1200, seed: int = 0) -> Judge:
-    """The judge trained on `pictures`, from the cache if these pictures and settings were judged before."""
+def cached_judge(
+    pictures: Pictures, *, cache: Path, steps: int = 1200, seed: int = 0, others: tuple[Tensor, Tensor] | None = None
+) -> Judge:
+    """The judge trained on `pictures` and `others`, from the cache if they and the settings were judged before."""
     names = json.dumps([pictures.concepts, pictures.styles, steps, seed]).encode()
     labels = torch.stack([pictures.concept, pictures.style]).numpy().tobytes()
     program = Path(__file__).read_bytes()
-    key = hashlib.sha256(names + labels + pictures.pixels.numpy().tobytes() + program).hexdigest()[:16]
+    seen = pictures.pixels.numpy().tobytes() + b"".join(t.numpy().tobytes() for t in others or ())
+    key = hashlib.sha256(names + labels + seen + program).hexdigest()[:16]
     path = cache / f"judge-{key}.safetensors"
     if path.exists():
         judge = Judge(pictures.concepts, pictures.styles)
         judge.load_state_dict(load_file(path))
         return judge.eval()
-    judge = train_judge(pictures, steps=steps, seed=seed)
+    judge = train_judge(pictures, steps=steps, seed=seed, others=others)
     with atomic_path(path) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in judge.state_dict().items()}, temporary)
     return judge
@@ -268,7 +294,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     pictures = read_pictures(config.data, config.styles, config.concepts)
     hidden = withheld_cells(config.data)
     seen, withheld = pictures.where(hidden, inside=False), pictures.where(hidden, inside=True)
-    judge = cached_judge(seen, cache=config.cache, steps=config.steps, seed=config.seed)
+    others = read_others(config.data, pictures.styles)
+    judge = cached_judge(seen, cache=config.cache, steps=config.steps, seed=config.seed, others=others)
     report = {"seen": accuracies(judge, seen)}
     if len(withheld.pixels):
         report["withheld"] = accuracies(judge, withheld)

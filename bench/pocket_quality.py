@@ -7,6 +7,7 @@ The judge is a CNN trained on real pictures only, never on withheld cells. Print
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 import time
@@ -18,9 +19,21 @@ from typing import Any
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from bench.judge import Judge, Pictures, Verdict, cached_judge, kernel_distance, look, read_pictures, withheld_cells
+from bench.judge import (
+    Judge,
+    Pictures,
+    Verdict,
+    cached_judge,
+    kernel_distance,
+    look,
+    read_others,
+    read_pictures,
+    withheld_cells,
+)
 from sfumato import randomness
 from sfumato.config import parse
 from sfumato.files.atomic import atomic_path, write_text
@@ -50,6 +63,8 @@ class Config:
     """Optimizer steps of the judge."""
     pictures_per_cell: int = 1
     """Drawn pictures of each (concept, style)."""
+    drawn: Path | None = None
+    """Safetensors file that keeps the drawn pictures, to judge them again; drawn afresh if base or settings differ."""
     sampler_steps: int = 25
     """Sampler steps."""
     guidance: float = 4.0
@@ -83,6 +98,25 @@ def draw(pipeline: StableDiffusionPipeline, pictures: Pictures, config: Config) 
     return torch.cat(drawn)
 
 
+def drawn_once(pipeline: StableDiffusionPipeline, pictures: Pictures, config: Config, name: str) -> Tensor:
+    """`draw`, or what an earlier call with the same base, cells and settings drew."""
+    if config.drawn is None:
+        return draw(pipeline, pictures, config)
+    told = [pictures.concepts, pictures.styles, pictures.concept.tolist(), pictures.style.tolist(), config.seed]
+    key = hashlib.sha256(json.dumps([*told, config.sampler_steps, config.guidance]).encode())
+    for path in sorted(config.base.rglob("*.safetensors")):
+        key.update(path.read_bytes())
+    path = config.drawn.with_name(f"{config.drawn.stem}-{name}{config.drawn.suffix}")
+    if path.exists():
+        with safe_open(path, "pt") as file:
+            if file.metadata().get("key") == key.hexdigest():
+                return file.get_tensor("pictures").float() / 127.5 - 1
+    drawn = draw(pipeline, pictures, config)
+    with atomic_path(path) as temporary:
+        save_file({"pictures": ((drawn + 1) * 127.5).round().byte()}, temporary, {"key": key.hexdigest()})
+    return drawn
+
+
 def reconstruct(pipeline: StableDiffusionPipeline, pictures: Pictures) -> Tensor:
     """What the VAE makes of the real pictures, (n, 3, h, w) in [-1, 1]."""
     parts = []
@@ -110,14 +144,16 @@ def repeated(pictures: Pictures, times: int) -> Pictures:
     return Pictures(pictures.pixels.repeat(times, 1, 1, 1), concept, style, pictures.concepts, pictures.styles)
 
 
-def judged(pipeline: StableDiffusionPipeline, judge: Judge, pictures: Pictures, config: Config) -> dict[str, Any]:
+def judged(
+    pipeline: StableDiffusionPipeline, judge: Judge, pictures: Pictures, config: Config, name: str
+) -> dict[str, Any]:
     """Drawn, reconstructed and real pictures of the same cells before the judge."""
     real = look(judge, pictures.pixels)
     asked = repeated(pictures, config.pictures_per_cell)
     rebuilt = reconstruct(pipeline, pictures)
     psnr = -10 * ((rebuilt - (pictures.pixels.float() / 127.5 - 1)) / 2).square().mean((1, 2, 3)).log10().mean()
     report: dict[str, Any] = {
-        "drawn": figures(look(judge, draw(pipeline, asked, config)), asked, real.features),
+        "drawn": figures(look(judge, drawn_once(pipeline, asked, config, name)), asked, real.features),
         "reconstructed": figures(look(judge, rebuilt), pictures, real.features) | {"psnr_db": round(float(psnr), 2)},
         "real": figures(real, pictures, real.features),
     }
@@ -150,7 +186,8 @@ def measure(config: Config) -> dict[str, Any]:
     pictures = read_pictures(config.data)
     hidden = withheld_cells(config.data)
     seen, withheld = pictures.where(hidden, inside=False), pictures.where(hidden, inside=True)
-    judge = cached_judge(seen, cache=config.cache, steps=config.judge_steps, seed=config.seed)
+    others = read_others(config.data, pictures.styles)
+    judge = cached_judge(seen, cache=config.cache, steps=config.judge_steps, seed=config.seed, others=others)
     pipeline = StableDiffusionPipeline.from_pretrained(config.base, safety_checker=None, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     one = seen.where({(seen.concepts[0], seen.styles[0])}, inside=True)
@@ -161,8 +198,8 @@ def measure(config: Config) -> dict[str, Any]:
         "sampler_steps": config.sampler_steps,
         "guidance": config.guidance,
         "seconds_a_picture": round(time.perf_counter() - began, 3),
-        "seen": judged(pipeline, judge, seen, config),
-        "withheld": judged(pipeline, judge, withheld, config),
+        "seen": judged(pipeline, judge, seen, config, "seen"),
+        "withheld": judged(pipeline, judge, withheld, config, "withheld"),
     }
     if config.sheet is not None:
         draw_sheet(pipeline, pictures, config, config.sheet)

@@ -124,21 +124,14 @@ def test_accumulating_two_batches_is_one_batch_of_twice_the_size(train):
 def test_two_processes_give_the_result_of_one(train, pocket_folder, pictures, tmp_path):
     """`accelerate launch trainers/lora.py`, two CPU processes: one global batch of 4, to fp32 tolerance."""
     one = train("one", "--batch", "4")
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
+    command += ["--num_processes", "2", "--num_machines", "1"]
     command += ["--mixed_precision", "no", "--dynamo_backend", "no", str(ROOT / "trainers/lora.py")]
     command += ["--images", str(pictures), "--output", str(tmp_path / "two"), "--base", str(pocket_folder)]
     command += ["--caption", "{caption}", "--steps", "4", "--batch", "2", "--rank", "2", "--learning-rate", "1e-2"]
     command += ["--sample-every", "0", "--measure-every", "0"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    # accelerate's own --cpu starts a single process where there is no MPI
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     two = read_tensors(tmp_path / "two" / "two.safetensors")

@@ -25,6 +25,8 @@ class Processes:
         """Meet the other processes, if `accelerate launch` started any."""
         state = PartialState(cpu=device == "cpu" or (device == "auto" and not _has_accelerator()))
         found = state.device if device == "auto" else torch.device(device)
+        if found.type == "cpu":
+            found = torch.device("cpu")  # accelerate numbers it, and "cpu:1" would be another device than "cpu"
         return cls(state.process_index, state.num_processes, found)
 
     @property
