@@ -52,7 +52,7 @@ class Config:
     base: Path = Path("src/sfumato/pocket")
     """Folder of a diffusers pipeline."""
     data: Path = Path("pocket-data")
-    """The folder that trainers/pocket_data.py built."""
+    """The folder that bench/pocket_data.py built."""
     out: Path | None = None
     """File that receives the JSON besides."""
     sheet: Path | None = None
