@@ -5,6 +5,7 @@ Listing and help load no torch: a program imports what is heavy only when it run
 
 import importlib
 import importlib.util
+import json
 import os
 import signal
 import sys
@@ -16,11 +17,14 @@ import sfumato
 from sfumato.errors import ConfigError, SfumatoError
 
 TRAINERS = {
+    "dreambooth": "the whole U-Net, or a LoRA, on a subject bound to a rare word, with the class kept",
+    "textual_inversion": "one to sixteen vectors for a new word, and nothing else",
     "lora": "a LoRA on the U-Net's cross-attention, or more: a style or a subject in a file of a few megabytes",
     "pretrain": "a small base from nothing: first its VAE, then its U-Net and text encoder",
 }
 PIPELINES = {
     "generate": ("sfumato.pipelines.generate", "draw pictures with any base and any mix of adapters"),
+    "grid": ("sfumato.pipelines.grid", "an XY plot over weights, prompts, adapters, seeds: pictures to choose by"),
     "inspect": ("sfumato.pipelines.inspect_file", "what a weight file is, without loading it"),
     "quickstart": ("sfumato.pipelines.quickstart", "the main job: learn a style and a subject, mix them, draw a sheet"),
 }
@@ -36,8 +40,9 @@ def usage() -> str:
         "Usage: sfumato COMMAND [OPTIONS]          every command answers --help",
         "",
         "  train NAME    train an adapter; NAME is one of",
-        *(f"    {name:<12}{text}" for name, text in TRAINERS.items()),
+        *(f"    {name:<19}{text}" for name, text in TRAINERS.items()),
         *(f"  {name:<14}{text}" for name, (_, text) in PIPELINES.items()),
+        "  resume RUN    go on with a training that was stopped",
         "  ls            the programs and where their files are",
         "  cp NAME FILE  copy a program, to change it; the copy runs",
         "",
@@ -65,6 +70,9 @@ def guarded(program_main: Main, argv: Sequence[str]) -> int:
     # Its warnings are about parts that are not used here, such as image processors without torchvision.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
+        for word in argv:
+            if not word.isascii() and any("\ud800" <= character <= "\udfff" for character in word):
+                raise ConfigError(f"{ascii(word)} is not UTF-8; give names that are, or rename the file.")
         result = program_main(argv)
     except SfumatoError as error:
         print(f"sfumato: {error}", file=sys.stderr)
@@ -91,14 +99,29 @@ def _dispatch(words: Sequence[str]) -> object:
             print(usage())
             return 0
         return _load(find(rest[0], TRAINERS))(rest[1:])
+    if command == "resume":
+        return _resume(rest)
     if command in PIPELINES:
         return _load(PIPELINES[command][0])(rest)
     if command == "ls":
         return _list()
     if command == "cp":
         return _copy(rest)
-    known = ["train", *PIPELINES, "ls", "cp"]
+    known = ["train", "resume", *PIPELINES, "ls", "cp"]
     raise ConfigError(f"there is no command {command!r}; {_nearest(command, known)} See sfumato --help.")
+
+
+def _resume(words: list[str]) -> object:
+    """Go on with a run by what its folder says: program and config."""
+    if not words or words[0].startswith("-"):
+        raise ConfigError("resume wants the folder of a run: sfumato resume RUN [OPTIONS of its trainer].")
+    folder = Path(words[0])
+    config = folder / "config.toml"
+    try:
+        program = json.loads((folder / "run.json").read_text(encoding="utf-8"))["program"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ConfigError(f"{folder} holds no run to resume; name the folder that --output named.") from None
+    return _load(find(str(program), TRAINERS))([str(config), "--output", str(folder), "--resume", *words[1:]])
 
 
 def find(name: str, among: dict[str, str]) -> str:

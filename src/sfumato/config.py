@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
@@ -120,14 +120,15 @@ def to_toml(config: DataclassInstance) -> str:
 
 
 def fill(config: Config, defaults: object) -> tuple[Config, list[str]]:
-    """The config with its unset fields taken from `defaults` where that has an attribute of the name.
+    """The config with its unset fields taken from `defaults` where that has an entry or attribute of the name.
 
     Returns the filled config and the names that were filled, to be printed: a default that depends on the base is
     not known before the base is.
     """
+    known = defaults if isinstance(defaults, Mapping) else vars(defaults)
     filled = {
-        field.name: getattr(defaults, field.name)
+        field.name: known[field.name]
         for field in dataclasses.fields(config)
-        if getattr(config, field.name) is None and getattr(defaults, field.name, None) is not None
+        if getattr(config, field.name) is None and known.get(field.name) is not None
     }
     return dataclasses.replace(config, **filled), list(filled)

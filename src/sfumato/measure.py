@@ -1,20 +1,26 @@
-"""Two figures of a training that are the same whenever they are measured.
+"""Figures of a training that are the same whenever they are measured.
 
 Fit: the loss on fixed pictures, noise and timesteps; it falls while the training loss only jitters.
 Drift: how far the base's prediction on prompts that have nothing to do with the pictures has moved, as a share of its
 size; it says what the learning costs. Neither depends on the run's seed.
 """
 
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sfumato import diffusion, randomness
+from sfumato.objective import denoising_errors
+from sfumato.runs.samples import evaluating
 
 if TYPE_CHECKING:
-    from sfumato.adapters import Lora
-    from sfumato.bases import Base, TextEmbedding
+    from sfumato.bases import Base
     from sfumato.data import Dataset
 
 UNRELATED = ("a ball", "a dog", "a house", "a car", "a tree", "a chair", "a bird", "a cup")
@@ -25,43 +31,56 @@ _MOST = 16
 
 
 class Measures:
-    """Fit and drift of one adapter on one base, on at most 16 pictures."""
+    """Fit and drift of what is trained on one base, on at most 16 pictures.
 
-    def __init__(self, base: "Base", data: "Dataset", lora: "Lora"):
-        self.base, self.lora = base, lora
-        self.batch = data.batch(_SEED, 0, min(_MOST, len(data)), augment=False)
-        count = len(self.batch.latents)
-        shape = tuple(self.batch.latents.shape[1:])
-        self.noise = torch.stack([randomness.normal(shape, _SEED, "measure", 0, i) for i in range(count)])
-        self.noise = self.noise.to(self.batch.latents)
+    pristine: a context in which the base predicts as it did before the training; none is needed where nothing has been
+    trained yet. modules: what is set to evaluation meanwhile. watched: prompts for each drift, by the figure's name.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        data: Dataset,
+        *,
+        pristine: Callable[[], AbstractContextManager[object]] = nullcontext,
+        modules: Sequence[nn.Module] = (),
+        watched: Mapping[str, Sequence[str]] | None = None,
+    ):
+        self._base, self._modules = base, list(modules)
+        self._batch = data.batch(_SEED, 0, min(_MOST, len(data)), augment=False)
+        count = len(self._batch)
+        shape = tuple(self._batch.latents.shape[1:])
+        noise = torch.stack([randomness.normal(shape, _SEED, "measure", 0, i) for i in range(count)])
+        self._noise = noise.to(self._batch.latents)
         total = len(base.alpha_bar)
-        self.timesteps = ((torch.arange(count) + 0.5) / count * total).long().to(self.noise.device)
-        self.unrelated = [UNRELATED[i % len(UNRELATED)] for i in range(count)]
-        with lora.disabled():
-            self.before = self._predict(base.encode_text(self.unrelated))
+        self._timesteps = ((torch.arange(count) + 0.5) / count * total).long().to(noise.device)
+        self._timesteps = self._timesteps.to(self._batch.latents.device)
+        watched = {"drift": UNRELATED} if watched is None else watched
+        self._watched = {name: [prompts[i % len(prompts)] for i in range(count)] for name, prompts in watched.items()}
+        with pristine():
+            self._before = {name: self._predict(prompts) for name, prompts in self._watched.items()}
+
+    def values(self) -> dict[str, float]:
+        """All figures, by name."""
+        return {"fit": self.fit(), **{name: self.drift(name) for name in self._watched}}
 
     @torch.no_grad()
     def fit(self) -> float:
         """Mean squared error of the prediction, no weights."""
-        text = self.base.encode_text(self.batch.captions)
-        wanted = diffusion.target(self.base.prediction_type, self.batch.latents, self.noise, self._alpha_bar())
-        error = diffusion.weighted_error(self._predict(text), wanted, torch.ones(len(wanted), device=wanted.device))
-        return float(error.mean())
+        plain = dataclasses.replace(self._batch, mask=None)
+        with evaluating(self._modules):
+            text = self._base.encode_text(plain.captions)
+            return float(denoising_errors(self._base, plain, self._noise, self._timesteps, text).mean())
 
-    @torch.no_grad()
-    def drift(self) -> float:
+    def drift(self, name: str = "drift") -> float:
         """Norm of the change of the prediction over the norm of the base's prediction."""
-        change = self._predict(self.base.encode_text(self.unrelated)).float() - self.before.float()
-        return float(change.norm() / self.before.float().norm())
-
-    def _alpha_bar(self) -> Tensor:
-        return self.base.alpha_bar.to(self.noise.device)[self.timesteps]
+        before = self._before[name].float()
+        return float((self._predict(self._watched[name]).float() - before).norm() / before.norm())
 
     @torch.no_grad()
-    def _predict(self, text: "TextEmbedding") -> Tensor:
-        training = self.lora.training
-        self.lora.eval()
-        noisy = diffusion.noise_latents(self.batch.latents, self.noise, self._alpha_bar())
-        prediction = self.base.predict(noisy, self.timesteps, text, self.batch.added(self.base, text))
-        self.lora.train(training)
-        return prediction
+    def _predict(self, prompts: list[str]) -> Tensor:
+        with evaluating(self._modules):
+            text = self._base.encode_text(prompts)
+            alpha_bar = self._base.alpha_bar.to(self._noise.device)[self._timesteps]
+            noisy = diffusion.noise_latents(self._batch.latents, self._noise, alpha_bar)
+            return self._base.predict(noisy, self._timesteps, text, self._batch.added(self._base, text))

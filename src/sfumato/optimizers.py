@@ -78,9 +78,9 @@ class Schedule:
         self.peaks = [float(group["lr"]) for group in optimizer.param_groups]
         self.rate = 0.0
 
-    def set(self, step: int) -> None:
-        """Prepare the optimizer for `step`, counted from 0."""
-        factor = rate_factor(self.name, step, self.steps, self.warmup)
+    def set(self, step: int, scale: float = 1.0) -> None:
+        """Prepare the optimizer for `step`, counted from 0, with all rates multiplied by `scale`."""
+        factor = scale * rate_factor(self.name, step, self.steps, self.warmup)
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * factor
         self.rate = self.peaks[0] * factor

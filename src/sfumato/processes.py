@@ -48,6 +48,20 @@ class Processes:
         for tensor, total in zip(listed, torch.split(flat, [t.numel() for t in listed]), strict=True):
             tensor.detach().copy_(total.view_as(tensor))
 
+    def starts(self, batch: int, accumulate: int) -> tuple[int, list[int]]:
+        """The size of the global batch, and the places in it where this process's micro-batches begin."""
+        global_batch = batch * accumulate * self.count
+        first, share = self.slice(global_batch)
+        return global_batch, list(range(first, first + share, batch))
+
+    def largest(self, number: int) -> int:
+        """The largest of the processes' numbers."""
+        if self.count == 1:
+            return number
+        found = torch.tensor([number], device=self.device)
+        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+        return int(found)
+
     def wait(self) -> None:
         """Until every process is here."""
         PartialState().wait_for_everyone()

@@ -283,6 +283,25 @@ class Base:
             )
         return diffusers.StableDiffusionPipeline(**parts, safety_checker=None, requires_safety_checker=False)
 
+    def quick_fingerprint(self) -> str:
+        """As `fingerprint`, over the configs and 64 evenly spaced pages of each file.
+
+        For noticing that the base of a run has changed: a training changes every page of a file.
+        """
+        if not self.files:
+            return self.fingerprint()
+        digest = hashlib.sha256()
+        for module in (self.unet, self.vae, *self.text_encoders, self.scheduler):
+            digest.update(_public_config(module).encode())
+        for path in self.files:
+            size = path.stat().st_size
+            digest.update(str(size).encode())
+            with path.open("rb") as file:
+                for page in range(64):
+                    file.seek(size * page // 64)
+                    digest.update(file.read(4096))
+        return digest.hexdigest()
+
     def fingerprint(self) -> str:
         """sha256, in hex, over the configs and the weight files (over the weights in memory if there are no files).
 

@@ -1,0 +1,55 @@
+"""The running mean of trained weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Average:
+    """m <- decay m + (1 - decay) w after each step; with a decay of 0 it is the weights themselves and costs nothing.
+
+    device: where the mean is kept, with the weights if None; the CPU saves a copy of the model on a GPU.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], decay: float, device: torch.device | str | None = None):
+        self.decay = decay
+        self.parameters = list(parameters)
+        self.mean: list[Tensor] = []
+        if decay:
+            self.mean = [p.detach().to(device or p.device, copy=True) for p in self.parameters]
+
+    def update(self) -> None:
+        """Take a step's weights in."""
+        if self.mean:
+            now = [p.detach().to(m.device) for p, m in zip(self.parameters, self.mean, strict=True)]
+            torch._foreach_lerp_(self.mean, now, 1 - self.decay)
+
+    def apply(self) -> None:
+        """Exchange the weights and their mean."""
+        for parameter, mean in zip(self.parameters, self.mean, strict=bool(self.mean)):
+            now = parameter.detach().clone()
+            parameter.detach().copy_(mean)
+            mean.copy_(now)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Within the block the weights are the mean."""
+        self.apply()
+        try:
+            yield
+        finally:
+            self.apply()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The mean, for a checkpoint."""
+        return {"mean": list(self.mean)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint's mean."""
+        for mean, saved in zip(self.mean, state["mean"], strict=True):
+            mean.copy_(saved)

@@ -1,0 +1,275 @@
+"""Options that the trainers share, each documented once; a trainer's `Config` inherits the groups and adds its own.
+
+The text under a field is its `--help`. Each group also knows how to use itself: read the pictures, decide the
+precision, load the base, so that a trainer says these in a line each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from sfumato.config import fill
+from sfumato.errors import ConfigError
+
+if TYPE_CHECKING:  # help loads no torch
+    from sfumato.bases import Base
+    from sfumato.data import Dataset, Folder
+    from sfumato.precision import Precision
+    from sfumato.processes import Processes
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """What is learned from."""
+
+    images: Path
+    """Folder of pictures, or a dataset.toml that names several, as datasets/README.md describes."""
+    trigger: str | None = None
+    """The word that will call up what is learned; put it into the captions, or use --caption."""
+    caption: str | None = None
+    """Template for captions, such as "{caption}, {trigger} style"; {caption} is a picture's own, or its file's name."""
+    caption_dropout: float = 0.0
+    """Share of samples learned without a caption, 0 to 1."""
+    resolution: int | None = None
+    """Side in pixels of a square picture; others keep about as many pixels. Unset: the base's own."""
+    flip: bool = False
+    """Mirror half of the samples; not for faces, letters, or anything with a left and a right."""
+    mask: Literal["none", "alpha", "files"] = "none"
+    """Learn only a part of each picture: where it is opaque, or where NAME.mask.png is white."""
+    skip_bad: bool = False
+    """Go on without the pictures that cannot be read, instead of stopping."""
+
+    def read_examples(self) -> Folder:
+        """The pictures and captions, listed but not decoded."""
+        from sfumato import data
+
+        return data.read_folder(
+            self.images,
+            caption_template=self.caption,
+            trigger=self.trigger,
+            mask=self.mask,
+            skip_bad=self.skip_bad,
+        )
+
+    def prepare(self, examples: Folder, base: Base, *, embed_text: bool = True) -> Dataset:
+        """The pictures decoded, cropped and encoded, once. embed_text: the captions, too."""
+        from sfumato import data
+
+        assert self.resolution is not None, "resolve() fills it"
+        return data.prepare(
+            examples,
+            base,
+            resolution=self.resolution,
+            flip=self.flip,
+            caption_dropout=self.caption_dropout,
+            embed_text=embed_text,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseOptions:
+    """The model that learns, and how it is computed."""
+
+    base: str = "pocket"
+    """The model to teach: pocket, a hub id, a diffusers folder, or a single .safetensors checkpoint."""
+    precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
+    """Number format of the frozen base; what is trained is always fp32."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+    attention: Literal["sdpa", "xformers"] = "sdpa"
+    """Attention of the U-Net; xformers is an extra."""
+    gradient_checkpointing: bool = False
+    """Compute activations twice to keep fewer of them."""
+    clip_skip: int | None = None
+    """Take the text encoder's output this many layers before its last."""
+    vae: str | None = None
+    """Another VAE: a hub id, a folder, or a single file."""
+    prediction_type: Literal["epsilon", "v_prediction"] | None = None
+    """What the base predicts, where a single file cannot tell."""
+
+    def decide_precision(self, processes: Processes, optimizer: str = "adamw") -> Precision:
+        """The one decision on devices and number formats, put into effect."""
+        from sfumato.precision import decide
+
+        precision = decide(
+            self.precision,
+            device=self.device if processes.count == 1 else processes.device,
+            attention=self.attention,
+            gradient_checkpointing=self.gradient_checkpointing,
+            optimizer=optimizer,
+        )
+        precision.apply()
+        return precision
+
+    def load_base(self, precision: Precision) -> Base:
+        """The base, frozen."""
+        from sfumato.bases import load_base
+
+        return load_base(
+            self.base,
+            precision=precision,
+            clip_skip=self.clip_skip,
+            vae=self.vae,
+            prediction_type=self.prediction_type,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepOptions:
+    """How it is learned: steps, optimizer, loss."""
+
+    steps: int | None = None
+    """Optimizer steps. Unset: the base family's default."""
+    epochs: int | None = None
+    """Passes over the pictures, instead of --steps."""
+    batch: int | None = None
+    """Pictures at a time on each process. Unset: the base family's default."""
+    accumulate: int = 1
+    """Batches a step: gradients of that many are summed before the weights move."""
+    seed: int = 0
+    """Everything random is a function of this number: start, order, noise, timesteps, dropout of captions."""
+    learning_rate: float | None = None
+    """Peak learning rate. Unset: the default of the method and the base's family, or 1 for prodigy."""
+    optimizer: Literal["adamw", "adamw8bit", "prodigy", "lion"] = "adamw"
+    """adamw is built in; the others are extras (pip install 'sfumato[prodigy]')."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay of the optimizer."""
+    schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    """How the learning rate moves after the warm-up."""
+    warmup: int = 0
+    """Steps in which the learning rate rises from 0."""
+    clip: float = 1.0
+    """Largest norm of the whole gradient; 0 lets it be."""
+    min_snr: float | None = None
+    """Gamma of min-SNR weighting (Hang et al. 2023); 0 weighs all timesteps alike. Unset: the base family's default."""
+    noise_offset: float = 0.0
+    """Strength of a constant added to each channel's noise, for very dark or bright pictures; 0.03 to 0.1 is usual."""
+    ema: float = 0.0
+    """Decay of a running mean of what is trained, which is then what is saved; 0 saves the last weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Where it is written, what is shown meanwhile, and how it goes on after a stop."""
+
+    output: Path
+    """Folder of the run: what is learned, its card, checkpoints, samples, log and plot."""
+    name: str | None = None
+    """Name of what is learned and of its file; unset, the name of the output folder."""
+    sample_prompts: tuple[str, ...] = ()
+    """Prompts to draw while training. Unset: some captions and some prompts that were not trained."""
+    sample_every: int | None = None
+    """Steps between sample pictures, besides those at both ends; 0 draws none. Unset: a quarter of the run."""
+    measure_every: int | None = None
+    """Steps between measurements of fit and drift; 0 makes none. Unset: a quarter of the run."""
+    checkpoint_every: int | None = None
+    """Steps between checkpoints, besides those at both ends; 0 keeps only what an interruption saves. Unset: a quarter
+    of the run."""
+    keep: int = 2
+    """Checkpoints that stay, at least two."""
+    resume: bool = False
+    """Go on with the run in the output folder, from its newest whole checkpoint."""
+    force: bool = False
+    """Resume although config, pictures, base or version have changed."""
+    overwrite: bool = False
+    """Replace a run that the output folder holds."""
+    tensorboard: bool = False
+    """Write the log for TensorBoard, too (pip install 'sfumato[tensorboard]')."""
+    push_to_hub: str | None = None
+    """Upload what is learned and its card to this repository of the Hugging Face hub."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerOptions(DataOptions, BaseOptions, StepOptions, RunOptions):
+    """All of them."""
+
+
+Options = TypeVar("Options", bound=TrainerOptions)
+AnyRun = TypeVar("AnyRun", bound=RunOptions)
+
+_AT_LEAST_ONE = ("steps", "epochs", "batch", "accumulate", "rank", "resolution", "vectors")
+_POSITIVE = ("learning_rate", "text_learning_rate", "alpha")
+_SHARES = ("dropout", "caption_dropout", "ema")
+_NOT_NEGATIVE = ("warmup", "clip", "min_snr", "noise_offset", "weight_decay", "sample_every", "measure_every")
+_NOT_IN_NAMES = '/\\:*?"<>|'
+_DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in range(1, 10))}
+
+
+def check(config: TrainerOptions) -> None:
+    """Refuse numbers that make no sense before anything is loaded; fields that a trainer lacks are passed over."""
+
+    def given(names: tuple[str, ...]) -> list[tuple[str, Any]]:
+        values = [(name, getattr(config, name, None)) for name in names]
+        return [(f"--{name.replace('_', '-')}", value) for name, value in values if value is not None]
+
+    if config.steps is not None and config.epochs is not None:
+        raise ConfigError("--steps and --epochs are both given; they say the same, so give one of them.")
+    if config.resume and config.overwrite:
+        raise ConfigError("--resume and --overwrite are both given; go on with the run, or replace it.")
+    check_name(config)
+    for option, value in given(_AT_LEAST_ONE):
+        if value < 1:
+            raise ConfigError(f"{option} is {value}; it must be at least 1.")
+    for option, value in given(_POSITIVE):
+        if not 0 < value < float("inf"):
+            raise ConfigError(f"{option} is {value}; it must be a positive number.")
+    for option, value in given(_SHARES):
+        if not 0 <= value < 1:
+            raise ConfigError(f"{option} is {value}; it must be in 0 ... 1, below 1.")
+    for option, value in given((*_NOT_NEGATIVE, "checkpoint_every", "keep")):
+        if not 0 <= value < float("inf"):
+            raise ConfigError(f"{option} is {value}; it must not be negative.")
+
+
+def check_name(config: RunOptions) -> None:
+    """Refuse a --name, or an --output that gives the name, that is no plain file name on every system."""
+    if not str(config.output).isprintable():
+        raise ConfigError(
+            f"--output {ascii(str(config.output))}: holds characters that are not seen; name another folder."
+        )
+    name, option = (config.name, "--name") if config.name is not None else (config.output.resolve().name, "--output")
+    reason = ""
+    if not name.strip() or name.startswith("."):
+        reason = "is empty or begins with a dot"
+    elif any(c in _NOT_IN_NAMES or not (c.isprintable() or c == " ") for c in name):
+        reason = f"holds a character that is not for file names ({' '.join(_NOT_IN_NAMES)} or one that is not seen)"
+    elif name[-1] in ". " or name.split(".")[0].strip().upper() in _DEVICES:
+        reason = "ends in a dot or a space, or is a device on Windows"
+    elif len(name.encode("utf-8", "replace")) > 150:
+        reason = "is longer than 150 bytes"
+    elif option == "--name" and name.casefold() in ("checkpoints", "samples", "tensorboard", "model"):
+        reason = "is what a run calls a folder of its own"
+    if reason:
+        raise ConfigError(
+            f"{option} {ascii(name) if not name.isprintable() else repr(name)}: it {reason}. Give --name a "
+            "plain file name, such as otter-v1."
+        )
+
+
+def resolve(config: Options, base: Base, samples: int, processes: int, **defaults: Any) -> tuple[Options, list[str]]:
+    """The config with its unset fields filled, and the names that the base's family or the method filled.
+
+    samples: pictures an epoch, repeats included. defaults: the method's own for this family; they come before the
+    family's.
+    """
+    known = dataclasses.asdict(base.defaults) | {name: value for name, value in defaults.items() if value is not None}
+    if config.optimizer == "prodigy":
+        known["learning_rate"] = 1.0
+    if config.epochs is not None:
+        batch = (config.batch or known["batch"]) * config.accumulate * processes
+        config = dataclasses.replace(config, steps=max(1, round(config.epochs * samples / batch)), epochs=None)
+    config, filled = fill(config, known)
+    assert config.steps is not None
+    quarter = max(1, -(-config.steps // 4))
+    values: dict[str, Any] = {"name": config.name or config.output.resolve().name}
+    for name in ("sample_every", "measure_every", "checkpoint_every"):
+        values[name] = quarter if getattr(config, name) is None else getattr(config, name)
+    return dataclasses.replace(config, **values), filled
+
+
+def settled(config: AnyRun) -> AnyRun:
+    """The config without the permissions of one call, as it is written down for whoever runs it again."""
+    return dataclasses.replace(config, overwrite=False, resume=False, force=False)

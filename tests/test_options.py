@@ -1,0 +1,70 @@
+"""Options that trainers share: unset ones are filled in a known order, senseless ones refused before anything loads."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from sfumato.bases.family import FAMILIES
+from sfumato.errors import ConfigError
+from sfumato.options import TrainerOptions, check, resolve, settled
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(TrainerOptions):
+    rank: int | None = None
+
+
+CONFIG = Config(images=Path("pictures"), output=Path("runs/line"))
+BASE = SimpleNamespace(defaults=FAMILIES["sd1"].defaults)
+
+
+def test_what_is_given_wins_over_the_method_and_the_method_over_the_family():
+    config, filled = resolve(replace(CONFIG, batch=3), BASE, 16, 1, batch=7, steps=99)
+    assert (config.batch, config.steps, config.rank) == (3, 99, FAMILIES["sd1"].defaults.rank)
+    assert "batch" not in filled
+    assert {"steps", "rank"} <= set(filled)
+
+
+def test_epochs_become_steps_of_the_global_batch():
+    """10 passes over 24 samples, 2 pictures x 3 accumulated x 2 processes a step: 20 steps."""
+    config, _ = resolve(replace(CONFIG, epochs=10, batch=2, accumulate=3), BASE, 24, 2)
+    assert (config.steps, config.epochs) == (20, None)
+
+
+def test_looks_and_checkpoints_come_four_times_unless_told():
+    config, _ = resolve(replace(CONFIG, steps=10, sample_every=0), BASE, 16, 1)
+    assert (config.sample_every, config.measure_every, config.checkpoint_every) == (0, 3, 3)
+
+
+def test_prodigys_rate_is_a_factor_of_one():
+    assert resolve(replace(CONFIG, optimizer="prodigy"), BASE, 16, 1)[0].learning_rate == 1.0
+    assert resolve(replace(CONFIG, optimizer="prodigy", learning_rate=0.5), BASE, 16, 1)[0].learning_rate == 0.5
+
+
+def test_permissions_of_one_call_are_not_written_down():
+    before = replace(CONFIG, overwrite=True, force=True)
+    assert settled(before) == CONFIG
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"steps": 0}, "--steps is 0"),
+        ({"steps": 5, "epochs": 5}, "--steps and --epochs"),
+        ({"resume": True, "overwrite": True}, "--resume and --overwrite"),
+        ({"learning_rate": float("nan")}, "--learning-rate is nan"),
+        ({"ema": 1.0}, "--ema is 1.0"),
+        ({"weight_decay": -0.1}, "--weight-decay is -0.1"),
+        ({"checkpoint_every": -1}, "--checkpoint-every is -1"),
+        ({"rank": 0}, "--rank is 0"),
+    ],
+)
+def test_senseless_numbers_are_refused_by_name(changes, said):
+    with pytest.raises(ConfigError, match=said):
+        check(replace(CONFIG, **changes))
+
+
+def test_a_plain_config_passes():
+    check(CONFIG)
