@@ -11,15 +11,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-import sfumato
 from sfumato.cli import run
 from sfumato.compose.adapter import Adapter, Weight, checked_weight
 from sfumato.config import parse
 from sfumato.errors import AdapterError, ConfigError
+from sfumato.prompts import Tagged, split_tags
+from sfumato.specs import find_adapter, parse_adapter
 
 if TYPE_CHECKING:
     from sfumato.bases import Base
     from sfumato.compose import Mix
+    from sfumato.drawing import Start
 
 
 @dataclass(frozen=True)
@@ -30,10 +32,12 @@ class Config:
     """
 
     prompts: tuple[str, ...] = ()
-    """What to draw; several prompts give several pictures."""
+    """What to draw; several prompts give several pictures. <lora:name:0.8> in one adds an adapter for it alone."""
     _: KW_ONLY
     lora: tuple[str, ...] = ()
     """FILE:0.8, an adapter and its weight; FILE:0.8:0.4 for U-Net and text encoders; LABEL=FILE:0.8. Repeat to mix."""
+    lora_folder: Path = Path(".")
+    """Where the adapters of <lora:...> tags are, at any depth."""
     base: str = "pocket"
     """`pocket`, a hub id, a diffusers folder or a .safetensors checkpoint."""
     seed: tuple[int, ...] = (0,)
@@ -48,6 +52,14 @@ class Config:
     """A text file with a prompt a line; empty lines and lines that begin with # are left out."""
     sweep: str | None = None
     """LABEL=0,0.5,1: a sheet with a row for each weight of that adapter and a column for each prompt and seed."""
+    image: Path | None = None
+    """A picture to begin from instead of noise (img2img)."""
+    strength: float = 0.6
+    """How much of --image is drawn anew, above 0 to 1."""
+    mask: Path | None = None
+    """A picture that is white where --image is to be drawn anew; the rest stays to the pixel (inpainting)."""
+    prompt_syntax: Literal["plain", "a1111", "compel"] = "plain"
+    """Weighted words and prompts of any length: a1111 reads (words:1.3), compel reads (words)1.3 (extra `prompts`)."""
     negative: str = ""
     """What the pictures should not show."""
     steps: int | None = None
@@ -78,11 +90,13 @@ class Config:
 class Plan:
     """What a config asks for, checked before anything heavy is loaded.
 
-    pictures: (prompt, seed) of each. size: (width, height) in pixels or unset. files: one for each picture, or the
+    pictures: (prompt, seed) of each, prompts without their tags. tagged: the adapters' weights for each picture whose
+    prompt has tags, by label, else None. size: (width, height) in pixels or unset. files: one for each picture, or the
     sheet's alone. sweep: (label, weights).
     """
 
     pictures: tuple[tuple[str, int], ...]
+    tagged: tuple[dict[str, Weight] | None, ...]
     adapters: tuple[Adapter, ...]
     size: tuple[int, int] | None
     files: tuple[Path, ...]
@@ -104,36 +118,41 @@ def plan(config: Config) -> Plan:
 
         schedulers.find(config.sampler)
     seeds = [seed + i for seed in config.seed for i in range(config.count)]
-    pictures = tuple((prompt, seed) for prompt in prompts for seed in seeds)
-    adapters = tuple(adapter(spec) for spec in config.lora)
+    split = [split_tags(prompt) for prompt in prompts]
+    pictures = tuple((found.prompt, seed) for found in split for seed in seeds)
+    adapters = tuple(parse_adapter(spec) for spec in config.lora)
+    adapters, weights = _with_tags(adapters, split, config.lora_folder)
+    tagged = tuple(weight for weight in weights for _ in seeds)
     sweep = None if config.sweep is None else _sweep(config.sweep, [adapter.label for adapter in adapters])
-    return Plan(pictures, adapters, _size(config.size), _files(config, pictures, sweep is not None), sweep)
+    if sweep and any(tagged):
+        raise ConfigError("--sweep and <lora:...> in a prompt do not go together; name the adapter with --lora.")
+    if config.mask and not config.image:
+        raise ConfigError(f"--mask {config.mask}: a mask wants the picture that it is for; give --image, too.")
+    if not 0 < config.strength <= 1:
+        raise ConfigError(f"--strength {config.strength:g}: wanted above 0 and at most 1; 0.6 is usual.")
+    for file in (config.image, config.mask):
+        if file is not None and not file.is_file():
+            raise ConfigError(f"{file}: there is no such picture.")
+    return Plan(pictures, tagged, adapters, _size(config.size), _files(config, pictures, sweep is not None), sweep)
 
 
-def adapter(spec: str) -> Adapter:
-    """The adapter of a `--lora`: FILE, FILE:WEIGHT, FILE:UNET:TEXT, each perhaps after LABEL=.
-
-    The weights are what follows the last colons, so that a file's name may have some (C:\\line.safetensors:0.8).
-    """
-    from sfumato.files.header import read_header
-
-    splits: list[tuple[str, list[float]]] = [(spec, [])]
-    while len(splits) < 3 and (found := re.fullmatch(r"(.+):([^:]+)", splits[-1][0], re.DOTALL)):
-        try:
-            splits.append((found[1], [float(found[2]), *splits[-1][1]]))
-        except ValueError:
-            break
-    named = [(path, None, numbers) for path, numbers in splits]
-    labelled = [(path.partition("=")[2], path.partition("=")[0], numbers) for path, numbers in splits if "=" in path]
-    # What is there is meant; if nothing is, the usual reading gives the error its words.
-    path, label, numbers = next(
-        (reading for reading in [*named, *labelled] if Path(reading[0]).is_file()), [*named, *labelled][-1]
-    )
-    if not Path(path).is_file() and (wrong := re.fullmatch(r"(.+\.safetensors):([^\\/]*)", path)):
-        raise ConfigError(f"--lora {spec}: {wrong[2]!r} is no weight; wanted a number, as in {wrong[1]}:0.8.")
-    read_header(path)  # what is no weight file is said before a base is loaded
-    weight: Weight = 1.0 if not numbers else numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
-    return Adapter(path, weight, label or None)
+def _with_tags(
+    adapters: tuple[Adapter, ...], prompts: Sequence[Tagged], folder: Path
+) -> tuple[tuple[Adapter, ...], list[dict[str, Weight] | None]]:
+    """All adapters, those of the tags included, and each prompt's weights where it has tags."""
+    labels = [each.label for each in adapters]
+    if repeated := [label for label in labels if labels.count(label) > 1]:
+        raise ConfigError(f"two adapters are called {repeated[0]!r}; tell them apart with --lora NAME=FILE:0.8.")
+    named = {each.label: each for each in adapters}
+    always = {each.label: each.weight for each in adapters}
+    for tagged in prompts:
+        for name, _ in tagged.adapters:
+            if name not in named:
+                named[name] = Adapter(find_adapter(name, folder), 0.0, name)
+    return tuple(named.values()), [
+        {label: 0.0 for label in named} | always | dict(tagged.adapters) if tagged.adapters else None
+        for tagged in prompts
+    ]
 
 
 def _prompts_in(file: Path | None) -> list[str]:
@@ -208,6 +227,7 @@ def generate(config: Config) -> tuple[Path, ...]:
 
     from sfumato.bases import load_base
     from sfumato.compose import compose
+    from sfumato.drawn import sampler_label, save_drawn
     from sfumato.precision import decide
 
     base = load_base(
@@ -218,19 +238,25 @@ def generate(config: Config) -> tuple[Path, ...]:
         prediction_type=config.prediction_type,
     )
     settings = _settings(config, wanted, base)
-    sampler = _sampler_label(config.sampler, base)
+    sampler = sampler_label(config.sampler, base)
     print(_summary(settings, sampler, base), file=sys.stderr)
     with compose(base, *wanted.adapters, partial=config.partial) as mix:
         for label, count in mix.skipped.items():
             print(f"{label}: {count} modules left out (--partial).", file=sys.stderr)
         if wanted.sweep:
-            _draw_sheet(base, mix, wanted, settings, sampler)
+            _draw_sheet(config, base, mix, wanted, settings, sampler)
         else:
-            for picture, file, (prompt, seed) in zip(
-                _draw(base, wanted, settings), wanted.files, wanted.pictures, strict=True
-            ):
-                _save(picture, file, mix, settings | {"prompt": prompt, "seed": seed}, sampler)
-                print(file)
+            start = _start(config)
+            for same in _runs_of_equal(wanted.tagged):
+                if weights := wanted.tagged[same.start]:
+                    mix.set_weights(weights)
+                elif any(wanted.tagged):
+                    mix.set_weights({each.label: each.weight for each in wanted.adapters})
+                some = wanted.pictures[same.start : same.stop]
+                drawn = _draw(base, some, settings, start)
+                for picture, file, (prompt, seed) in zip(drawn, wanted.files[same.start :], some, strict=False):
+                    save_drawn(picture, file, mix, settings | {"prompt": prompt, "seed": seed}, sampler)
+                    print(file)
     return wanted.files
 
 
@@ -245,6 +271,10 @@ def _settings(config: Config, wanted: Plan, base: Base) -> dict[str, Any]:
         "width": width,
         "height": height,
         "sampler": config.sampler,
+        "prompt_syntax": config.prompt_syntax,
+        "image": config.image and config.image.name,
+        "mask": config.mask and config.mask.name,
+        "strength": config.strength if config.image else None,
         "base": base.name,
         "clip_skip": config.clip_skip,
         "vae": None if config.vae is None else re.split(r"[\\/]", config.vae.rstrip("\\/"))[-1],
@@ -259,34 +289,51 @@ def _summary(settings: Mapping[str, Any], sampler: tuple[str, str | None], base:
     )
 
 
-def _sampler_label(name: str | None, base: Base) -> tuple[str, str | None]:
-    from sfumato import schedulers
-
-    if name is None:
-        return schedulers.label(base.pipeline().scheduler)
-    sampler = schedulers.find(name)
-    return sampler.label, sampler.schedule
-
-
-def _draw(base: Base, wanted: Plan, settings: Mapping[str, Any]) -> Iterator[Any]:
+def _draw(
+    base: Base, pictures: Sequence[tuple[str, int]], settings: Mapping[str, Any], start: Start | None
+) -> Iterator[Any]:
     from sfumato.drawing import draw_each
 
     names = ("negative", "steps", "guidance", "width", "height")
-    prompts, seeds = ([picture[i] for picture in wanted.pictures] for i in (0, 1))
+    prompts, seeds = ([picture[i] for picture in pictures] for i in (0, 1))
     chosen = {name: settings[name] for name in names} | {"scheduler": settings["sampler"]}
-    return draw_each(base, prompts, seeds, **chosen)
+    return draw_each(base, prompts, seeds, start=start, syntax=settings["prompt_syntax"], **chosen)
 
 
-def _draw_sheet(base: Base, mix: Mix, wanted: Plan, settings: dict[str, Any], sampler: tuple[str, str | None]) -> None:
+def _runs_of_equal(weights: Sequence[dict[str, Weight] | None]) -> Iterator[range]:
+    """Neighbours with the same weights, which are drawn in one batch."""
+    first = 0
+    for place in range(1, len(weights) + 1):
+        if place == len(weights) or weights[place] != weights[first]:
+            yield range(first, place)
+            first = place
+
+
+def _start(config: Config) -> Start | None:
+    """The picture to begin from, read as training would read it."""
+    if config.image is None:
+        return None
+    from sfumato.data import open_image
+    from sfumato.drawing import Start
+
+    mask = None if config.mask is None else open_image(config.mask)
+    return Start(open_image(config.image), config.strength, mask)
+
+
+def _draw_sheet(
+    config: Config, base: Base, mix: Mix, wanted: Plan, settings: dict[str, Any], sampler: tuple[str, str | None]
+) -> None:
     """The sheet of a sweep: the base stays loaded, and each weight recomputes only what that adapter changes."""
+    from sfumato.drawn import save_drawn
     from sfumato.sheet import contact_sheet
 
     assert wanted.sweep is not None
     label, weights = wanted.sweep
+    start = _start(config)
     rows = []
     for weight in weights:
         mix.set_weights({label: weight})
-        rows.append(list(_draw(base, wanted, settings)))
+        rows.append(list(_draw(base, wanted.pictures, settings, start)))
         print(f"{label} {weight:g}", file=sys.stderr)
     prompts, seeds = ([picture[i] for picture in wanted.pictures] for i in (0, 1))
     sheet = contact_sheet(
@@ -295,46 +342,8 @@ def _draw_sheet(base: Base, mix: Mix, wanted: Plan, settings: dict[str, Any], sa
         column_labels=[f"{p} ({seed})" if len(set(seeds)) > 1 else p for p, seed in wanted.pictures],
     )
     grid = {"sweep": {label: list(weights)}, "prompts": prompts, "seeds": seeds}
-    _save(sheet, wanted.files[0], mix, settings | {"prompt": prompts[0], "seed": seeds[0]} | grid, sampler)
+    save_drawn(sheet, wanted.files[0], mix, settings | {"prompt": prompts[0], "seed": seeds[0]} | grid, sampler)
     print(wanted.files[0])
-
-
-def _save(picture: Any, file: Path, mix: Mix, settings: Mapping[str, Any], sampler: tuple[str, str | None]) -> None:
-    """Write the picture with its settings as A1111 has them, and beside them as our own JSON, which loses nothing."""
-    from sfumato import pnginfo
-    from sfumato.files.metadata import short_hash
-
-    hashes = {Path(adapter.path).stem: short_hash(adapter.path) for adapter in mix.adapters.values()}
-    tags = [_tag(Path(adapter.path).stem, mix.weights[label]) for label, adapter in mix.adapters.items()]
-    pairs = {
-        "Steps": settings["steps"],
-        "Sampler": sampler[0],
-        "Schedule type": sampler[1],
-        "CFG scale": f"{settings['guidance']:g}",
-        "Seed": settings["seed"],
-        "Size": f"{settings['width']}x{settings['height']}",
-        "Model": settings["base"],
-        "VAE": settings["vae"],
-        "Clip skip": settings["clip_skip"] + 1 if settings["clip_skip"] else None,  # A1111 counts the last layer as 1
-        "Lora hashes": pnginfo.lora_hashes(hashes) if hashes else None,
-        "Version": f"sfumato-{sfumato.__version__}",
-    }
-    adapters = [
-        {"label": label, "file": path.name, "hash": hashes[path.stem], "weight": mix.weights[label]}
-        for label, path in ((label, Path(adapter.path)) for label, adapter in mix.adapters.items())
-    ]
-    parameters = pnginfo.Parameters(" ".join([settings["prompt"], *tags]), settings["negative"], pairs)
-    own = {**settings, "sampler": " ".join(filter(None, sampler)), "adapters": adapters, "version": sfumato.__version__}
-    pnginfo.save_picture(picture, file, parameters, own)
-
-
-def _tag(name: str, weight: Weight) -> str:
-    """<lora:name:0.8>, or with two weights <lora:name:text:unet>, the order A1111 reads."""
-    from sfumato import pnginfo
-
-    if not isinstance(weight, tuple):
-        return pnginfo.lora_tag(name, weight)
-    return f"<lora:{pnginfo.plain_name(name)}:{weight[1]:g}:{weight[0]:g}>"
 
 
 def main(argv: Sequence[str]) -> int:

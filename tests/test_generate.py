@@ -19,7 +19,7 @@ from sfumato.files.metadata import short_hash
 from sfumato.files.write import write_lora
 from sfumato.pnginfo import read_picture_info
 from sfumato.precision import decide
-from tests.tiny import tiny_pocket_folder
+from tests.tiny import tiny_pipeline, tiny_pocket_folder, write_folder
 
 FAST = ["--steps", "2", "--device", "cpu"]
 
@@ -137,17 +137,77 @@ def test_a_sweep_is_a_sheet_of_weights_by_prompts(generate, base):
 
 
 def test_weights_are_read_from_the_end_so_that_a_path_may_hold_colons(loras, tmp_path, monkeypatch):
-    from sfumato.pipelines.generate import adapter
+    from sfumato.specs import parse_adapter
 
     monkeypatch.chdir(tmp_path)
     odd = tmp_path / "C:odd=name:0.5.safetensors"
     odd.hardlink_to(loras / "line.safetensors")
     named = tmp_path / "line:0.5"
     named.hardlink_to(loras / "line.safetensors")
-    assert adapter("C:odd=name:0.5.safetensors:0.8") == Adapter("C:odd=name:0.5.safetensors", 0.8)
-    assert adapter("C:odd=name:0.5.safetensors:-1:0.25") == Adapter("C:odd=name:0.5.safetensors", (-1.0, 0.25))
-    assert adapter("line:0.5") == Adapter("line:0.5", 1.0)
-    assert adapter("x=line:0.5:2") == Adapter("line:0.5", 2.0, "x")
+    assert parse_adapter("C:odd=name:0.5.safetensors:0.8") == Adapter("C:odd=name:0.5.safetensors", 0.8)
+    assert parse_adapter("C:odd=name:0.5.safetensors:-1:0.25") == Adapter("C:odd=name:0.5.safetensors", (-1.0, 0.25))
+    assert parse_adapter("line:0.5") == Adapter("line:0.5", 1.0)
+    assert parse_adapter("x=line:0.5:2") == Adapter("line:0.5", 2.0, "x")
+
+
+def test_tags_in_a_prompt_add_adapters_for_it_alone(generate):
+    """The tagged prompt is the mix's picture, the one without tags the base's, whatever their order in the batch."""
+    code, _, err = generate("red <lora:line:0.8>", "red", "red <lora:line:0.8>", "-o", "out")
+    assert code == 0, err
+    first, second, third = (np.asarray(Image.open(file), dtype=int) for file in sorted(Path("out").glob("*.png")))
+    assert np.array_equal(first, third)
+    assert abs(first - second).max() > 0
+    generate("red", "--lora", "line.safetensors:0.8", "-o", "mixed.png")
+    assert np.array_equal(first, np.asarray(Image.open("mixed.png"), dtype=int))
+    info = read_picture_info(sorted(Path("out").glob("*.png"))[0])
+    assert "<lora:line:0.8>" in info.parameters.prompt
+    assert info.own["prompt"] == "red"
+
+
+def test_a_picture_to_begin_from_and_a_mask_that_keeps_the_rest_to_the_pixel(generate):
+    Image.new("RGB", (64, 64), (200, 40, 40)).save("start.png")
+    mask = Image.new("L", (64, 64), 0)
+    mask.paste(255, (32, 0, 64, 64))
+    mask.save("mask.png")
+    words = ["red", "--image", "start.png", "--strength", "0.5"]
+    assert generate(*words, "-o", "whole.png")[0] == 0
+    assert generate(*words, "--mask", "mask.png", "-o", "part.png")[0] == 0
+    whole, part = (np.asarray(Image.open(name)) for name in ("whole.png", "part.png"))
+    assert (whole[:, :32] != (200, 40, 40)).any()
+    assert (part[:, :32] == (200, 40, 40)).all()
+    assert (part[:, 32:] != (200, 40, 40)).any()
+    assert read_picture_info(Path("part.png")).own["strength"] == 0.5
+
+
+def test_weighted_words_change_the_picture(generate):
+    pytest.importorskip("compel")
+    for name, prompt in (("plain", "a red square"), ("heavy", "a (red:1.6) square")):
+        code, _, err = generate(prompt, "--prompt-syntax", "a1111", "-o", f"{name}.png")
+        assert code == 0, err
+    plain, heavy = (np.asarray(Image.open(f"{name}.png")) for name in ("plain", "heavy"))
+    assert not np.array_equal(plain, heavy)
+
+
+@pytest.mark.parametrize("name", ["img2img_script", "sdxl_script"])
+def test_the_other_example_scripts_run(name, base_folder, loras, tmp_path, monkeypatch):
+    script = Path(__file__).parents[1] / "examples" / f"{name}.py"
+    files = [str(loras / f"{file}.safetensors") for file in ("line", "otter")]
+    Image.new("RGB", (80, 60), "red").save(tmp_path / "photo.png")
+    words = [str(base_folder), *files, str(tmp_path / "photo.png")]
+    if name == "sdxl_script":
+        pipe = tiny_pipeline("sdxl")
+        words = [str(write_folder(pipe, tmp_path / "sdxl")), *(_lora_for(pipe, tmp_path, file) for file in ("a", "b"))]
+    monkeypatch.setattr(sys, "argv", [name, *words, str(tmp_path / "out.png")])
+    runpy.run_path(str(script), run_name="__main__")
+    assert Image.open(tmp_path / "out.png").size[0] >= 32
+
+
+def _lora_for(pipe: Any, folder: Path, name: str) -> str:
+    path = next(path for path, _ in pipe.unet.named_modules() if path.endswith("attn2.to_k"))
+    out, inner = pipe.unet.get_submodule(path).weight.shape
+    module = LoraModule(torch.ones(1, inner), torch.ones(out, 1), 0.1)
+    write_lora(folder / f"{name}.safetensors", {("unet", path): module}, family="sdxl")
+    return str(folder / f"{name}.safetensors")
 
 
 def test_the_example_script_runs(base_folder, loras, tmp_path, monkeypatch, base):
@@ -162,6 +222,11 @@ def test_the_example_script_runs(base_folder, loras, tmp_path, monkeypatch, base
 
 
 WRONG = {
+    "a tag of no file": (["a <lora:nowhere:1>", "-o", "a.png"], "<lora:nowhere>: no file"),
+    "a mask alone": (["a", "--mask", "there.png", "-o", "a.png"], "give --image"),
+    "a picture that is none": (["a", "--image", "there.png", "-o", "a.png"], "there.png"),
+    "a strength of nothing": (["a", "--image", "there.png", "--strength", "0", "-o", "a.png"], "strength 0"),
+    "a prompt of loose brackets": (["(a", "--prompt-syntax", "a1111", "-o", "a.png"], "bracket"),
     "no prompt": ([], "no prompt"),
     "no such adapter": (["a", "--lora", "gone.safetensors:0.8"], "gone.safetensors"),
     "a near adapter": (["a", "--lora", "lime.safetensors"], "Did you mean line.safetensors?"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,9 +16,36 @@ from sfumato.errors import BaseModelError, ConfigError
 
 if TYPE_CHECKING:
     from sfumato.bases.base import Base
+    from sfumato.prompts import Syntax
 
 LATENTS_AT_ONCE = 16_384
 """Latent pixels in one batch: 64 pictures of 64 px on pocket, 4 of 512 px on SD 1.x, 1 of 1024 px on SDXL."""
+
+_STEPS = 50
+"""What diffusers' pipelines take where no number is given."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """A picture to begin from instead of noise (SDEdit, Meng et al. 2022).
+
+    strength: in (0, 1], the share of the steps that is drawn; 1 keeps nothing of the picture. mask: white is drawn
+    anew, black keeps the picture's very pixels. Both are resized to the drawing's size.
+    """
+
+    picture: Image.Image
+    strength: float = 0.6
+    mask: Image.Image | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.strength <= 1:
+            raise ConfigError(f"strength {self.strength:g}: wanted above 0 and at most 1; 0.6 is usual.")
+
+    def sized(self, width: int, height: int) -> Start:
+        """The same at this size."""
+        picture = self.picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+        mask = None if self.mask is None else self.mask.convert("L").resize((width, height), Image.Resampling.LANCZOS)
+        return Start(picture, self.strength, mask)
 
 
 def draw(source: Any, prompts: str | Sequence[str], seeds: int | Sequence[int], **settings: Any) -> list[Image.Image]:
@@ -37,12 +65,15 @@ def draw_each(
     height: int | None = None,
     scheduler: str | None = None,
     batch: int | None = None,
+    start: Start | None = None,
+    syntax: Syntax = "plain",
 ) -> Iterator[Image.Image]:
     """One picture for each prompt and its seed, in order; one prompt serves many seeds, one seed many prompts.
 
     source: a diffusers pipeline (SD 1.x, 2.x, SDXL) or a Base. Unset steps, guidance and size (pixels) are the base's
     family's, or the pipeline's own defaults; scheduler: a name from `sfumato.schedulers`, the source's own if unset.
-    batch: pictures drawn at once, chosen by their size if unset.
+    batch: pictures drawn at once, chosen by their size if unset. start: a picture to begin from, by a mask only a
+    part of it. syntax: how weighted words are written, see `sfumato.prompts`; it wants a Base.
 
     The noise of a picture is that of `torch.Generator().manual_seed(seed)` on the CPU, whatever its place and the
     device, so that plain diffusers with this generator draws the same one. What is not finite, or black all over, is
@@ -55,15 +86,21 @@ def draw_each(
         defaults = source.defaults
         steps, guidance = steps or defaults.sampling_steps, defaults.guidance if guidance is None else guidance
         width, height = width or defaults.resolution, height or defaults.resolution
+    elif syntax != "plain":
+        raise ConfigError(f"the prompt syntax {syntax} wants a Base of sfumato.load_base, not a pipeline.")
     width, height = _size(pipe, width, height)
+    if start is not None:
+        start = start.sized(width, height)
     options = {"num_inference_steps": steps, "guidance_scale": guidance, "width": width, "height": height}
     given = {name: value for name, value in options.items() if value is not None}
     batch = batch or max(1, LATENTS_AT_ONCE // (width * height // pipe.vae_scale_factor**2))
     other = None if scheduler is None else schedulers.scheduler(scheduler, pipe.scheduler.config)
-    for start in range(0, len(prompts), batch):
-        some = slice(start, start + batch)
+    for first in range(0, len(prompts), batch):
+        some = slice(first, first + batch)
         with _as_asked(pipe, other):
-            pictures = _draw_batch(pipe, source if is_base else None, prompts[some], seeds[some], negative, given)
+            pictures = _draw_batch(
+                pipe, source if is_base else None, prompts[some], seeds[some], negative, given, start, syntax
+            )
         yield from pictures
 
 
@@ -95,42 +132,86 @@ def _size(pipe: Any, width: int | None, height: int | None) -> tuple[int, int]:
 
 
 def _draw_batch(
-    pipe: Any, base: Base | None, prompts: list[str], seeds: list[int], negative: str, options: dict[str, Any]
+    pipe: Any,
+    base: Base | None,
+    prompts: list[str],
+    seeds: list[int],
+    negative: str,
+    options: dict[str, Any],
+    start: Start | None,
+    syntax: Syntax,
 ) -> list[Image.Image]:
+    def denoise() -> Tensor:
+        text = _text_of(base, prompts, negative, syntax) if base else _as_arguments(prompts, negative)
+        return _denoise(pipe, text, seeds, options, start)
+
     with base.precision.autocast() if base else nullcontext():
-        latents = _denoise(pipe, base, prompts, seeds, negative, options)
+        latents = denoise()
     in_half = pipe.unet.dtype != torch.float32 or (base is not None and base.precision.compute != torch.float32)
     if not torch.isfinite(latents).all() and in_half:
         with _in_fp32(pipe.unet, getattr(pipe, "text_encoder", None), getattr(pipe, "text_encoder_2", None)):
-            latents = _denoise(pipe, base, prompts, seeds, negative, options)
+            latents = denoise()
     _check(latents.isfinite(), seeds, "not finite, even in fp32. Draw without adapters to see what is broken.")
     pixels = _decode(pipe, latents)
     if not _is_picture(pixels).all() and pipe.vae.dtype != torch.float32:
         with _in_fp32(pipe.vae):
             pixels = _decode(pipe, latents)
     _check(_is_picture(pixels), seeds, "black or not finite, even in fp32. The VAE is broken; name another with --vae.")
-    return _safe([_image(picture) for picture in pixels], pipe, seeds)
+    pictures = [_image(picture) for picture in pixels]
+    if start is not None and start.mask is not None:
+        # The VAE's reconstruction of what was to stay is not what was to stay.
+        pictures = [Image.composite(picture, start.picture, start.mask) for picture in pictures]
+    return _safe(pictures, pipe, seeds)
 
 
 @torch.no_grad()
-def _denoise(
-    pipe: Any, base: Base | None, prompts: list[str], seeds: list[int], negative: str, options: dict[str, Any]
-) -> Tensor:
+def _denoise(pipe: Any, text: dict[str, Any], seeds: list[int], options: dict[str, Any], start: Start | None) -> Tensor:
     """Scaled latents, (batch, channels, height/f, width/f)."""
-    text = _text_of(base, prompts, negative) if base else {"prompt": prompts}
-    if not base and negative:
-        text["negative_prompt"] = [negative] * len(prompts)  # without one, SDXL takes zeros instead of an empty prompt
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    latents: Tensor = pipe(**text, **options, generator=generators, output_type="latent").images
+    options = {**text, **options, "generator": generators, "output_type": "latent"}
+    if start is not None:
+        count = len(seeds)
+        options |= {"image": [start.picture] * count, "strength": start.strength}
+        if start.mask is None:
+            pipe = _variant(pipe, "AutoPipelineForImage2Image")
+            del options["width"], options["height"]  # the picture's own
+        else:
+            pipe = _variant(pipe, "AutoPipelineForInpainting")
+            options |= {"mask_image": [start.mask] * count}
+        steps = options.setdefault("num_inference_steps", _STEPS)
+        if int(steps * start.strength) < 1:
+            raise ConfigError(f"strength {start.strength:g} of {steps} steps is no step; give more of either.")
+    latents: Tensor = pipe(**options).images
     return latents
 
 
-def _text_of(base: Base, prompts: list[str], negative: str) -> dict[str, Any]:
+def _variant(pipe: Any, name: str) -> Any:
+    """The pipeline's parts in diffusers' pipeline for another task."""
+    import diffusers
+
+    variant = getattr(diffusers, name).from_pipe(pipe)
+    variant.set_progress_bar_config(disable=True)
+    return variant
+
+
+def _as_arguments(prompts: list[str], negative: str) -> dict[str, Any]:
+    """The prompts for a pipeline that encodes them itself."""
+    if not negative:  # without one, SDXL takes zeros instead of an empty prompt
+        return {"prompt": prompts}
+    return {"prompt": prompts, "negative_prompt": [negative] * len(prompts)}
+
+
+def _text_of(base: Base, prompts: list[str], negative: str, syntax: Syntax) -> dict[str, Any]:
     """The prompts as the base's `encode_text` has them, which training saw and which knows of clip_skip."""
-    text = base.encode_text(prompts)
-    other = base.encode_text([negative] * len(prompts)) if negative else base.unconditional(len(prompts))
+    if syntax == "plain":
+        text = base.encode_text(prompts)
+        other = base.encode_text([negative] * len(prompts)) if negative else base.unconditional(len(prompts))
+    else:
+        from sfumato.prompts import encode
+
+        text, other = encode(base, prompts, negative, syntax)
     embedded: dict[str, Any] = {"prompt_embeds": text.hidden, "negative_prompt_embeds": other.hidden}
-    if text.pooled is not None:
+    if text.pooled is not None and other.pooled is not None:
         embedded |= {"pooled_prompt_embeds": text.pooled, "negative_pooled_prompt_embeds": other.pooled}
     return embedded
 

@@ -1,0 +1,22 @@
+"""An img2img script as you may have it, gaining two adapters in three lines.
+
+    python examples/img2img_script.py BASE_FOLDER line.safetensors otter.safetensors photo.png out.png
+
+BASE_FOLDER: a diffusers folder or hub id of SD 1.x or 2.x, or the folder of sfumato's pocket base.
+"""
+
+import sys
+
+import torch
+from diffusers import StableDiffusionImg2ImgPipeline
+from PIL import Image
+
+from sfumato.compose import Adapter, compose  # new
+
+base, style, subject, photo, output = sys.argv[1:]
+pipe = StableDiffusionImg2ImgPipeline.from_pretrained(base, use_safetensors=True)
+mix = compose(pipe, Adapter(style, 0.8), Adapter(subject, 0.6))  # new
+noise = torch.Generator().manual_seed(7)
+picture = Image.open(photo).convert("RGB").resize((pipe.unet.config.sample_size * pipe.vae_scale_factor,) * 2)
+pipe("a crab", image=picture, strength=0.6, num_inference_steps=25, generator=noise).images[0].save(output)
+mix.undo()  # new: the pipeline is the base again, to the byte

@@ -1,0 +1,20 @@
+"""An SDXL script as you may have it, gaining two adapters in three lines.
+
+    python examples/sdxl_script.py BASE_FOLDER line.safetensors otter.safetensors crab.png
+
+BASE_FOLDER: a diffusers folder or hub id of SDXL.
+"""
+
+import sys
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+
+from sfumato.compose import Adapter, compose  # new
+
+base, style, subject, output = sys.argv[1:]
+pipe = StableDiffusionXLPipeline.from_pretrained(base, use_safetensors=True)
+mix = compose(pipe, Adapter(style, 0.8), Adapter(subject, 0.6))  # new
+noise = torch.Generator().manual_seed(7)
+pipe("a crab", num_inference_steps=25, guidance_scale=6.0, generator=noise).images[0].save(output)
+mix.undo()  # new: the pipeline is the base again, to the byte

@@ -1,0 +1,219 @@
+"""An XY plot: pictures over two settings, to choose by. It fills coarse to fine and goes on where it was stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import Parameter
+
+from sfumato.axes import PLAIN, Axis, coarse_to_fine, parse_axis
+from sfumato.cli import run
+from sfumato.compose.adapter import Adapter, Weight
+from sfumato.config import parse
+from sfumato.errors import ConfigError
+from sfumato.specs import parse_adapter
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from sfumato.bases import Base
+    from sfumato.compose import Mix
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Draw pictures over two settings as one labelled sheet.
+
+    Example: sfumato grid --lora line.safetensors --x line=0,0.5,1 --y "prompt=a crab|an owl" -o grid
+    """
+
+    x: str
+    """What varies from left to right: prompt=a crab|an owl, seed=1,2,3, LABEL=0,0.5,1 for an adapter's weight,
+    adapter=a.safetensors,runs/*.safetensors for one adapter after another; also negative, steps, guidance, sampler."""
+    y: str
+    """What varies from top to bottom, in the same form."""
+    lora: tuple[str, ...] = ()
+    """FILE:0.8, an adapter and its weight, as for sfumato generate. Repeat to mix."""
+    adapter_weight: float = 1.0
+    """The weight of the adapters of an axis adapter=..."""
+    prompt: str | None = None
+    """What to draw, where no axis says it."""
+    seed: int = 0
+    """Where the noise comes from, where no axis says it."""
+    base: str = "pocket"
+    """`pocket`, a hub id, a diffusers folder or a .safetensors checkpoint."""
+    output: Annotated[Path, Parameter(alias="-o")] = Path("grid")
+    """A folder: grid.png, grid.json, and cells/ with each picture and its settings. Cells that are there are kept."""
+    negative: str = ""
+    """What the pictures should not show."""
+    steps: int | None = None
+    """Steps of the sampler; the family's default if unset."""
+    guidance: float | None = None
+    """How strongly the prompt is followed (CFG scale); the family's default if unset."""
+    sampler: str | None = None
+    """The sampler's name; the family's default if unset."""
+    partial: bool = False
+    """Apply what fits of an adapter of which a part does not fit."""
+    precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
+    """What the weights are computed in."""
+    device: str = "auto"
+    """`auto`, `cuda`, `cuda:1`, `mps` or `cpu`."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One picture: its settings, and the adapters' weights by label."""
+
+    settings: Mapping[str, Any]
+    weights: Mapping[str, Weight]
+
+    def key(self, base: str, files: Mapping[str, str]) -> str:
+        """What the picture depends on, so that a cell drawn earlier is known again. files: sha256 by label."""
+        used = {label: [files[label], weight] for label, weight in self.weights.items() if weight != 0.0}
+        text = json.dumps([base, dict(self.settings), used], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def plan(config: Config) -> tuple[Axis, Axis, list[Adapter], list[list[Cell]]]:
+    """The axes, all adapters, and the cells row by row. Raises ConfigError before anything heavy is loaded."""
+    adapters = [parse_adapter(spec) for spec in config.lora]
+    labels = [adapter.label for adapter in adapters]
+    x, y = parse_axis(config.x, labels), parse_axis(config.y, labels)
+    if (x.kind, x.label) == (y.kind, y.label) and x.kind != "adapter":
+        raise ConfigError(f"--x and --y both vary {x.label or x.kind}; give them different settings.")
+    if config.prompt is None and "prompt" not in (x.kind, y.kind):
+        raise ConfigError("there is no prompt; give --prompt, or an axis such as --y 'prompt=a crab|an owl'.")
+    fixed = {adapter.label: adapter.weight for adapter in adapters}
+    extra = {file: f"{axis} {place}" for axis, side in (("x", x), ("y", y)) if side.kind == "adapter"
+             for place, file in enumerate(side.values)}  # fmt: skip
+    adapters += [parse_adapter(f"{label}={file}:0") for file, label in extra.items()]
+    rows = []
+    for below in y.values:
+        row = []
+        for right in x.values:
+            settings = {name: getattr(config, name) for name in PLAIN}
+            weights: dict[str, Weight] = dict.fromkeys(extra.values(), 0.0) | fixed
+            for axis, value in ((x, right), (y, below)):
+                if axis.kind == "weight":
+                    weights[axis.label] = value
+                elif axis.kind == "adapter":
+                    weights[extra[value]] = config.adapter_weight
+                else:
+                    settings[axis.kind] = value
+            row.append(Cell(settings, weights))
+        rows.append(row)
+    return x, y, adapters, rows
+
+
+def draw_grid(config: Config) -> Path:
+    """Draw what is missing; returns the sheet's path."""
+    x, y, adapters, rows = plan(config)
+
+    from sfumato.bases import load_base
+    from sfumato.compose import compose
+    from sfumato.files.metadata import short_hash
+    from sfumato.precision import decide
+
+    base = load_base(config.base, precision=decide(config.precision, device=config.device))
+    identity = base.quick_fingerprint()
+    files = {adapter.label: short_hash(adapter.path) for adapter in adapters}
+    paths = {
+        (column, row): config.output / "cells" / f"{cell.key(identity, files)}.png"
+        for row, cells in enumerate(rows)
+        for column, cell in enumerate(cells)
+    }
+    with compose(base, *adapters, partial=config.partial) as mix:
+        for cells in coarse_to_fine(len(x.values), len(y.values)):
+            missing = [place for place in cells if not paths[place].exists()]
+            for place, picture in _draw(base, mix, rows, missing):
+                _save(picture, paths[place], base, mix, rows[place[1]][place[0]])
+            _write_sheet(config, x, y, rows, paths)
+            there = sum(path.exists() for path in paths.values())
+            print(f"{there} of {len(paths)} pictures", file=sys.stderr)
+    return config.output / "grid.png"
+
+
+def _draw(
+    base: Base, mix: Mix, rows: Sequence[Sequence[Cell]], places: Sequence[tuple[int, int]]
+) -> Iterator[tuple[tuple[int, int], Image]]:
+    """The pictures of the cells; those that differ in prompt and seed alone are drawn in one batch."""
+    from sfumato.drawing import draw
+
+    together: dict[str, list[tuple[int, int]]] = {}
+    for place in places:
+        cell = rows[place[1]][place[0]]
+        shared = {name: value for name, value in cell.settings.items() if name not in ("prompt", "seed")}
+        together.setdefault(json.dumps([shared, dict(cell.weights)], sort_keys=True), []).append(place)
+    for group in together.values():
+        cells = [rows[row][column] for column, row in group]
+        mix.set_weights(dict(cells[0].weights))
+        shared = {name: cells[0].settings[name] for name in ("negative", "steps", "guidance")}
+        pictures = draw(
+            base,
+            [cell.settings["prompt"] for cell in cells],
+            [cell.settings["seed"] for cell in cells],
+            scheduler=cells[0].settings["sampler"],
+            **shared,
+        )
+        yield from zip(group, pictures, strict=True)
+
+
+def _save(picture: Image, path: Path, base: Base, mix: Mix, cell: Cell) -> None:
+    from sfumato.drawn import sampler_label, save_drawn
+
+    defaults = base.defaults
+    settings = {
+        **cell.settings,
+        "steps": cell.settings["steps"] or defaults.sampling_steps,
+        "guidance": defaults.guidance if cell.settings["guidance"] is None else cell.settings["guidance"],
+        "width": picture.width,
+        "height": picture.height,
+        "base": base.name,
+        "vae": None,
+        "clip_skip": None,
+    }
+    save_drawn(picture, path, mix, settings, sampler_label(cell.settings["sampler"], base))
+
+
+def _write_sheet(
+    config: Config, x: Axis, y: Axis, rows: Sequence[Sequence[Cell]], paths: Mapping[tuple[int, int], Path]
+) -> None:
+    """grid.png with the cells so far, and grid.json with what each cell is."""
+    from PIL import Image
+
+    from sfumato.files.atomic import atomic_path, write_text
+    from sfumato.sheet import contact_sheet
+
+    def read(path: Path) -> Image.Image | None:
+        if not path.exists():
+            return None
+        with Image.open(path, formats=["PNG"]) as picture:
+            return picture.convert("RGB")
+
+    cells = [[read(paths[column, row]) for column in range(len(x.values))] for row in range(len(y.values))]
+    sheet = contact_sheet(cells, row_labels=y.labels, column_labels=x.labels)
+    with atomic_path(config.output / "grid.png") as temporary:
+        sheet.save(temporary)
+    listed = [
+        {"column": column, "row": row, "file": f"cells/{path.name}", "drawn": path.exists(),
+         **rows[row][column].settings, "weights": dict(rows[row][column].weights)}
+        for (column, row), path in sorted(paths.items())
+    ]  # fmt: skip
+    about = {"x": x.labels, "y": y.labels, "cells": listed}
+    write_text(config.output / "grid.json", json.dumps(about, indent=1) + "\n")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Draw the plot, print its path, return 0."""
+    print(draw_grid(parse(Config, argv, program="grid")))
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

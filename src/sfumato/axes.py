@@ -1,0 +1,121 @@
+"""The axes of an XY plot, and the order that fills it coarse to fine. Imports no torch."""
+
+from __future__ import annotations
+
+import difflib
+import glob
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sfumato.compose.adapter import checked_weight
+from sfumato.errors import AdapterError, ConfigError
+from sfumato.schedulers import find
+
+PLAIN: dict[str, Callable[[str], Any]] = {
+    "prompt": str,
+    "negative": str,
+    "seed": int,
+    "steps": int,
+    "guidance": float,
+    "sampler": str,
+}
+"""Settings that an axis may vary, and what reads each value."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What varies along a side: a name of PLAIN, "weight" of the adapter `label`, or "adapter", one file a value."""
+
+    kind: str
+    values: tuple[Any, ...]
+    label: str = ""
+
+    @property
+    def labels(self) -> list[str]:
+        """What stands beside each row or above each column."""
+        if self.kind == "prompt":
+            return [str(value) for value in self.values]
+        if self.kind == "adapter":
+            return [Path(value).stem for value in self.values]
+        if self.kind == "weight":
+            return [f"{self.label} {value:g}" for value in self.values]
+        return [
+            f"{self.kind} {value:g}" if isinstance(value, float) else f"{self.kind} {value}" for value in self.values
+        ]
+
+
+def parse_axis(text: str, labels: Sequence[str]) -> Axis:
+    """`prompt=a crab|an owl`, `seed=1,2,3`, `LABEL=0,0.5,1` (weights), `adapter=a.safetensors,runs/*.safetensors`.
+
+    labels: the adapters' names. Prompts are parted by |, everything else by commas. Raises ConfigError, one line.
+    """
+    name, equals, rest = text.partition("=")
+    parts = [part.strip() for part in rest.split("|" if name in ("prompt", "negative") else ",")]
+    parts = [part for part in parts if part or name == "negative"]
+    if not equals or not parts:
+        raise ConfigError(f"axis {text!r}: wanted NAME=VALUES, such as seed=1,2,3 or prompt=a crab|an owl.")
+    if name == "adapter":
+        return Axis("adapter", tuple(file for part in parts for file in _files(part, text)))
+    if name in labels:
+        try:
+            return Axis("weight", tuple(float(checked_weight(name, float(part))) for part in parts), name)  # type: ignore[arg-type]
+        except (ValueError, AdapterError) as error:
+            raise ConfigError(f"axis {text!r}: {error}; wanted weights such as 0,0.5,1.") from None
+    if name not in PLAIN:
+        known = [*PLAIN, "adapter", *labels]
+        near = difflib.get_close_matches(name, known, n=1)
+        raise ConfigError(
+            f"axis {text!r}: there is no {name!r} to vary; "
+            + (f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}.")
+        )
+    try:
+        values = tuple(PLAIN[name](part) for part in parts)
+    except ValueError:
+        raise ConfigError(f"axis {text!r}: {name} takes numbers, parted by commas.") from None
+    for value in values:
+        if name == "sampler":
+            find(value)
+    return Axis(name, values)
+
+
+def _files(part: str, text: str) -> list[str]:
+    found = sorted(glob.glob(part, recursive=True)) if any(sign in part for sign in "*?[") else [part]
+    if not found:
+        raise ConfigError(f"axis {text!r}: no file matches {part}.")
+    return found
+
+
+def coarse_to_fine(columns: int, rows: int) -> Iterator[list[tuple[int, int]]]:
+    """All cells (column, row) in rounds: the corners first, then what lies halfway between, and so on.
+
+    After each round the cells seen so far are as evenly spread as they can be, so that a plot says most early.
+    """
+    levels = [_levels(columns), _levels(rows)]
+    deepest = max(max(levels[0]), max(levels[1]))
+    for level in range(deepest + 1):
+        cells = [
+            (column, row)
+            for row in range(rows)
+            for column in range(columns)
+            if max(levels[0][column], levels[1][row]) == level
+        ]
+        if cells:
+            yield cells
+
+
+def _levels(count: int) -> list[int]:
+    """The round in which each of `count` places comes: 0 for the ends, then the middles of what is left."""
+    levels = [-1] * count
+    levels[0] = levels[-1] = 0
+    spans, level = [(0, count - 1)], 1
+    while spans:
+        halves = []
+        for low, high in spans:
+            if high - low > 1:
+                middle = (low + high) // 2
+                levels[middle] = level
+                halves += [(low, middle), (middle, high)]
+        spans, level = halves, level + 1
+    return levels

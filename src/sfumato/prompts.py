@@ -1,0 +1,158 @@
+"""Prompts as people write them: adapters as tags, weighted words, any length.
+
+`<lora:name:0.8>` and `<lora:name:0.4:0.8>` (text encoders, then U-Net) are A1111's. Weights and length are the library
+compel's work: `word++`, `(some words)1.3`, `("a cat", "a dog").and()`; A1111's `(some words:1.3)` is turned into it.
+Importing this loads no torch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from sfumato.compose.adapter import Weight, checked_weight
+from sfumato.errors import ConfigError
+
+if TYPE_CHECKING:
+    from sfumato.bases import Base, TextEmbedding
+
+Syntax = Literal["plain", "compel", "a1111"]
+
+_TAG = re.compile(r"<lora:([^:<>]+)((?::[^:<>]*)*)>")
+
+
+@dataclass(frozen=True)
+class Tagged:
+    """A prompt without its tags, and the adapters they name with their weights."""
+
+    prompt: str
+    adapters: tuple[tuple[str, Weight], ...]
+
+
+def split_tags(prompt: str) -> Tagged:
+    """Take the `<lora:...>` tags out of a prompt. Raises ConfigError for a tag whose weight is none."""
+    adapters: list[tuple[str, Weight]] = []
+    for found in _TAG.finditer(prompt):
+        name, numbers = found[1].strip(), [text for text in found[2].split(":")[1:] if text.strip()]
+        try:
+            weights = [float(number) for number in numbers]
+        except ValueError:
+            raise ConfigError(f"{found[0]}: a weight is a number, as in <lora:{name}:0.8>.") from None
+        if len(weights) > 2:
+            raise ConfigError(f"{found[0]}: {len(weights)} weights; wanted one, or two: text encoders, then U-Net.")
+        weight: Weight = (weights[1], weights[0]) if len(weights) == 2 else weights[0] if weights else 1.0
+        adapters.append((name, checked_weight(name, weight)))
+    plain = _TAG.sub(" ", prompt) if adapters else prompt
+    return Tagged(" ".join(plain.split()) if adapters else plain, tuple(adapters))
+
+
+def to_compel(prompt: str) -> str:
+    """A1111's emphasis as compel's: `(words:1.3)` weighs 1.3, `(words)` 1.1, `[words]` 1 / 1.1; nested ones multiply.
+
+    Escaped brackets stay escaped. Raises ConfigError for a bracket that is not closed.
+    """
+    pieces: list[list[Any]] = [["", 1.0]]
+    opened: list[tuple[str, int]] = []  # each open bracket and the first piece within it
+    for token in re.findall(r"\\.|:\s*[0-9]*\.?[0-9]+\s*\)|[()\[\]]|[^\\()\[\]:]+|[:\\]", prompt):
+        if token in "([":
+            opened.append((token, len(pieces)))
+            pieces.append(["", 1.0])
+        elif token[-1] in ")]" and not token.startswith("\\"):
+            wanted = "(" if token[-1] == ")" else "["
+            if not opened or opened[-1][0] != wanted:
+                raise _unbalanced(prompt, "closes", token[-1])
+            _, first = opened.pop()
+            factor = float(token[1:-1]) if token[0] == ":" else 1.1 if token == ")" else 1 / 1.1
+            for piece in pieces[first:]:
+                piece[1] *= factor
+            pieces.append(["", 1.0])
+        else:
+            pieces[-1][0] += token
+    if opened:
+        raise _unbalanced(prompt, "does not close", opened[-1][0])
+    return "".join(_piece(text, weight) for text, weight in pieces if text)
+
+
+def _unbalanced(prompt: str, does: str, bracket: str) -> ConfigError:
+    return ConfigError(f"the prompt {prompt[:60]!r} {does} a bracket {bracket!r}; write \\{bracket} for the character.")
+
+
+def _piece(text: str, weight: float) -> str:
+    words = text.strip()
+    if weight == 1 or not words:
+        return text
+    # compel takes punctuation beside a bracket for words, and blanks inside it away
+    before, after = text[: len(text) - len(text.lstrip())], text[len(text.rstrip()) :]
+    return f"{before}({words}){weight:.4g}{after}"
+
+
+def encode(base: Base, prompts: Sequence[str], negative: str, syntax: Syntax) -> tuple[TextEmbedding, TextEmbedding]:
+    """The embeddings of the prompts, and of the negative prompt for each: (batch, tokens, width), equal in tokens.
+
+    Raises ConfigError where compel is not installed, cannot read a prompt, or does not know the base's clip skip.
+    """
+    import torch
+
+    from sfumato.bases import TextEmbedding
+
+    encoders = _encoders(base)
+    texts = [to_compel(text) if syntax == "a1111" else text for text in (*prompts, negative)]
+    hidden, pooled = [], []
+    for encoder in encoders:
+        found = [_encoded(encoder, text) for text in texts]
+        hidden.append(torch.cat(encoder.pad_conditioning_tensors_to_same_length([first for first, _ in found])))
+        pooled = [second for _, second in found if second is not None]
+    whole = TextEmbedding(torch.cat(hidden, dim=-1), torch.cat(pooled) if pooled else None)
+    count = len(prompts)
+    other = whole[[count] * count]
+    if not negative and base.zeros_for_empty_prompt:
+        other = TextEmbedding(
+            torch.zeros_like(other.hidden), None if other.pooled is None else torch.zeros_like(other.pooled)
+        )
+    return whole[:count], other
+
+
+def _encoded(compel: Any, text: str) -> tuple[Any, Any]:
+    """(hidden, pooled or None) of one prompt, (1, tokens, width) and (1, width)."""
+    import torch
+
+    try:
+        with torch.no_grad():
+            found = compel([text])
+    except Exception as error:  # its parser raises pyparsing's errors and its own
+        reason = " ".join(str(error).split())[:120]
+        raise ConfigError(f"the prompt {text[:60]!r} is not in compel's syntax ({reason}).") from None
+    return (found[0], found[1]) if isinstance(found, tuple | list) else (found, None)
+
+
+def _encoders(base: Base) -> list[Any]:
+    """A compel for each text encoder."""
+    try:
+        from compel import Compel, ReturnedEmbeddingsType
+    except ImportError:
+        raise ConfigError(
+            "weighted words and long prompts need the package compel: pip install 'sfumato[prompts]', or use "
+            "--prompt-syntax plain."
+        ) from None
+    is_sdxl = len(base.text_encoders) > 1
+    kinds = {
+        (False, 0): ReturnedEmbeddingsType.LAST_HIDDEN_STATES_NORMALIZED,
+        (False, 1): ReturnedEmbeddingsType.PENULTIMATE_HIDDEN_STATES_NORMALIZED,
+        (True, 0): ReturnedEmbeddingsType.PENULTIMATE_HIDDEN_STATES_NON_NORMALIZED,
+    }
+    if (is_sdxl, base.clip_skip or 0) not in kinds:
+        raise ConfigError(f"--clip-skip {base.clip_skip} does not go with --prompt-syntax; leave one of them.")
+    last = len(base.text_encoders) - 1
+    return [
+        Compel(
+            tokenizer=tokenizer,
+            text_encoder=encoder,
+            returned_embeddings_type=kinds[is_sdxl, base.clip_skip or 0],
+            requires_pooled=is_sdxl and place == last,
+            truncate_long_prompts=False,
+            device=str(base.precision.device),
+        )
+        for place, (tokenizer, encoder) in enumerate(zip(base.tokenizers, base.text_encoders, strict=True))
+    ]

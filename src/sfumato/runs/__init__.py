@@ -1,0 +1,373 @@
+"""The run folder and the loop that every trainer writes as `for step in run.steps(n)`.
+
+    RUN/config.toml     the resolved config; `sfumato train NAME RUN/config.toml` runs it again
+    RUN/run.json        the program, and what the training depends on beside its config
+    RUN/log.jsonl       one line a step, one a measurement
+    RUN/plot.png        the curves of the log
+    RUN/samples.png     the growing sheet of sample pictures, RUN/samples/ each of them
+    RUN/checkpoints/    whole states; `sfumato resume RUN` goes on from the newest
+    RUN/NAME.safetensors, RUN/README.md      what was learned, and its card
+
+A trainer hands over what must survive (`run.keep`), what happens now and then (`run.every`), and asks of each step
+whether its numbers are `healthy`. Checkpoints, resuming, signals, log, progress and going back after broken numbers
+are the run's.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+import sfumato
+from sfumato import config as configs
+from sfumato.errors import RunError, SfumatoError
+from sfumato.files.atomic import write_text
+from sfumato.options import settled
+from sfumato.runs import identity, progress
+from sfumato.runs.checkpoints import Checkpoints, NotFiniteError, bytes_of, require_space
+from sfumato.runs.folder import going_on
+from sfumato.runs.health import Health, not_finite
+from sfumato.runs.lock import Lock
+from sfumato.runs.log import Log
+from sfumato.runs.progress import Progress
+from sfumato.runs.signals import Stop
+from sfumato.runs.step import Step
+
+if TYPE_CHECKING:
+    from sfumato.options import RunOptions
+    from sfumato.processes import Processes
+
+__all__ = ["Checkpoints", "Run", "Step", "now"]
+
+
+class Run:
+    """One training's folder, log, checkpoints and progress. Only the main process writes.
+
+    step: the step it begins with, 0 or that of the checkpoint it resumes from. rate_factor: what the learning rate is
+    multiplied with; a half after the run has gone back once.
+    """
+
+    def __init__(self, folder: Path, config: RunOptions, processes: Processes | None = None):
+        self.folder = folder
+        self.is_main = processes is None or processes.is_main
+        self.step, self.rate_factor = 0, 1.0
+        self.log_file = Log(folder / "log.jsonl", tensorboard=config.tensorboard and self.is_main, warn=self.say)
+        self._config, self._processes = config, processes
+        self._checkpoints = Checkpoints(folder / "checkpoints", config.keep)
+        self._lock = Lock(folder)
+        self._facts: dict[str, str] = {}
+        self._kept: dict[str, Any] = {}
+        self._looks: list[tuple[int, Callable[[int], None]]] = []
+        self._resumed_from: int | None = None
+        self._saved_at: int | None = None
+        self._health = Health()
+        self._progress = Progress(shown=self.is_main)
+
+    @classmethod
+    def start(cls, config: RunOptions, *, program: str, processes: Processes | None = None) -> Run:
+        """Open `config.output` for a training: a new folder, or with `config.resume` the one that holds it.
+
+        A folder that holds a run is refused unless `overwrite` or `resume`; one that holds other things under the names
+        that a run writes is refused always. A config that differs from the one in the folder is refused unless `force`.
+        Raises RunError, one line.
+        """
+        try:
+            if config.output.exists() and not config.output.is_dir():
+                raise RunError(f"{config.output} is a file; --output wants a folder of its own for the run.")
+            run = cls(config.output, config, processes)
+            run._open(program)
+        except OSError as error:
+            raise RunError(f"{config.output} cannot be written ({error.strerror}); give another --output.") from None
+        return run
+
+    def _open(self, program: str) -> None:
+        if not self.folder.exists() and self._config.resume:
+            raise RunError(f"there is no run to resume in {self.folder}; without --resume one begins there.")
+        try:
+            if self.is_main:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                left = self._lock.take()
+                if left:
+                    self.say(left)
+            # Looked at under the lock, so that of two that start at once the second sees what the first has begun.
+            resumes = going_on(self._config)
+            if resumes:
+                self._facts = identity.read_facts(self.folder)
+                self._refuse_changes("another config", identity.differences(self.folder, self._config, program))
+                self._find_checkpoint()
+            self._wait()  # before the main process changes what the others have looked at
+            if self.is_main:
+                self._begin(program, resumes=resumes)
+        except BaseException:
+            self.close()
+            raise
+
+    def _begin(self, program: str, *, resumes: bool) -> None:
+        self._facts = {**self._facts, "program": program}
+        identity.write_facts(self.folder, self._facts)
+        if not resumes:
+            self._checkpoints.drop_after(-1)
+            write_text(self.folder / "log.jsonl", "")
+        write_text(self.folder / "config.toml", configs.to_toml(settled(self._config)))
+
+    def _refuse_changes(self, what: str, changed: list[str]) -> None:
+        if changed and not self._config.force:
+            raise RunError(
+                f"{self.folder} was trained with {what}: {'; '.join(changed)}. Resume with the same, or with --force."
+            )
+        for line in changed:
+            self.say(f"changed by --force: {line}")
+
+    def _find_checkpoint(self) -> None:
+        step, passed = self._checkpoints.newest()
+        for line in passed:
+            self.say(line)
+        self._resumed_from = step
+        self.step = step or 0
+        if step is not None:
+            self.say(f"resuming from step {step}")
+        elif passed:
+            raise RunError(
+                f"no checkpoint in {self.folder} is whole: {passed[0]} Bring one back from a copy, or begin anew with "
+                "--overwrite."
+            )
+        else:
+            self.say("resuming: there is no checkpoint yet, so from the beginning")
+
+    def identify(self, **facts: str) -> None:
+        """Name what the training depends on beside its config, such as data="sha256 ...", base="...".
+
+        A resumed run whose facts differ from the folder's is refused unless `force`.
+        """
+        count = 1 if self._processes is None else self._processes.count
+        facts |= {"processes": str(count), "sfumato": sfumato.__version__, "torch": torch.__version__.split("+")[0]}
+        if self._resumed_from is not None:
+            try:
+                self._refuse_changes("other things than these", identity.other_facts(self._facts, facts))
+            except RunError:
+                self.close()
+                raise
+        self._facts |= facts
+        if self.is_main:
+            self._or_stop(lambda: identity.write_facts(self.folder, self._facts))
+
+    def keep(self, **parts: Any) -> None:
+        """What a checkpoint holds: modules, optimizers, anything with `state_dict` and `load_state_dict`."""
+        self._kept.update(parts)
+
+    def every(self, steps: int | None, look: Callable[[int], None]) -> None:
+        """Call `look(step)` every so many steps and at both ends; never for 0.
+
+        A look that a full disk or a broken picture stops is said and does not end a training that has begun.
+        """
+        if steps:
+            self._looks.append((steps, look))
+
+    def say(self, text: str) -> None:
+        """A line for the person, above the progress bar, once for all processes."""
+        if self.is_main:
+            progress.say(text)
+
+    def log(self, **values: float | Tensor) -> None:
+        """A line of measurements in the log; what is not finite is said instead."""
+        broken = not_finite(values)
+        if broken:
+            self.say(f"step {values.get('step', '?')}: {broken} not finite")
+        if self.is_main:
+            self.log_file.add(values)
+
+    def rows(self) -> list[dict[str, float]]:
+        """The log so far."""
+        return self.log_file.rows()
+
+    def steps(self, count: int) -> Iterator[Step]:
+        """The optimizer steps up to count - 1, with progress, loss and time left on stderr.
+
+        Resumes where the checkpoint stands. After SIGINT or SIGTERM the step is finished and saved, and SystemExit
+        (130, 143) raised. Numbers that are not finite in three steps in a row send the run back to its last checkpoint
+        with half the learning rate, once; then RunError.
+        """
+        try:
+            yield from self._steps(count)
+        except BaseException:  # GeneratorExit, too: whatever ends the loop early lets the folder go
+            self.close()
+            raise
+
+    def _steps(self, count: int) -> Iterator[Step]:
+        if self._resumed_from is not None:
+            self._restore(self._resumed_from)
+        if self.is_main:
+            self._or_stop(self._check_space)
+        with self._progress.begin(self.step, count), Stop(quiet=not self.is_main) as stop:
+            number = self.step
+            if number == 0:
+                self._look(0, count)
+                self._checkpoint(0, count)
+            while number < count:
+                step = Step(number, self.rate_factor, self)
+                yield step
+                if not self._health.broken:
+                    number += 1
+                    self._progress.step()
+                    self._look(number, count)
+                    stopped = self._agreed(stop.signal)
+                    self._checkpoint(number, count, due=stopped is not None)
+                    if stopped is not None:
+                        self._say_goodbye(number, count)
+                        raise SystemExit(128 + stopped)
+                if self._health.broken:
+                    number = self._go_back(number)
+
+    def _look(self, step: int, count: int) -> None:
+        for every, look in self._looks:
+            if step % every and step != count:
+                continue
+            try:
+                look(step)
+            except (OSError, SfumatoError) as error:
+                reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+                if step == 0:  # nothing is lost yet, and it would go on like this
+                    raise RunError(f"the first samples or measurements failed: {reason}") from None
+                self.say(f"step {step}: no sample or measurement: {reason}. The training goes on.")
+
+    def _agreed(self, signalled: int | None) -> int | None:
+        """The signal that any process got: all of them stop after the same step."""
+        if self._processes is None or self._processes.count == 1:
+            return signalled
+        return self._processes.largest(signalled or 0) or None
+
+    def _wait(self) -> None:
+        if self._processes is not None:
+            self._processes.wait()
+
+    def _or_stop(self, write: Callable[[], None]) -> None:
+        try:
+            write()
+        except OSError as error:
+            self.close()
+            raise RunError(f"{self.folder}: {error.strerror}. Make room, or give another --output.") from None
+
+    # Checkpoints
+
+    def _state(self) -> dict[str, Any]:
+        kept = {name: part.state_dict() for name, part in self._kept.items()}
+        return {"kept": kept, "rate_factor": self.rate_factor, "bad": self._health.bad}
+
+    def _check_space(self) -> None:
+        """Before the start: room for all checkpoints that will stay, and the one that is being written."""
+        optimizers = [part for part in self._kept.values() if isinstance(part, torch.optim.Optimizer)]
+        moments = sum(
+            2 * p.nbytes for o in optimizers if not o.state for group in o.param_groups for p in group["params"]
+        )
+        missing = max(1, self._checkpoints.keep + 1 - len(self._checkpoints.steps()))
+        require_space(self.folder, missing * (bytes_of(self._state()) + moments))
+
+    def _checkpoint(self, step: int, count: int, *, due: bool = False) -> None:
+        every = self._config.checkpoint_every or 0
+        wanted = due or (every > 0 and (step % every == 0 or step == count))
+        if not wanted or step == self._saved_at:
+            return
+        if self.is_main:
+            self._save(step, due=due)
+        if self._agreed(1 if self._health.broken else None) and not self._health.broken:
+            self._health.broken = f"the state of step {step} is not finite"
+
+    def _save(self, step: int, *, due: bool) -> None:
+        self.log_file.flush()
+        try:
+            self._checkpoints.save(step, self._state())
+            self._saved_at = step
+        except NotFiniteError as error:  # which only the main process, that saves, has found
+            self._health.broken = str(error)
+        except RunError as error:
+            earlier, _ = self._checkpoints.newest()
+            if earlier is None and not due:
+                raise RunError(f"{error}. The training stops before it could lose anything.") from None
+            whole = "" if earlier is None else f" That of step {earlier} is whole."
+            self.say(f"{error}.{whole}{'' if due else ' The training goes on.'}")
+
+    def _restore(self, step: int) -> None:
+        saved = self._checkpoints.load(step)
+        lacking = self._kept.keys() ^ saved["kept"].keys()
+        if lacking:
+            raise RunError(
+                f"the checkpoint of step {step} has other parts than this training ({', '.join(sorted(lacking))}); "
+                "resume it with the program that wrote it."
+            )
+        for name, part in self._kept.items():
+            try:
+                part.load_state_dict(saved["kept"][name])
+            except (RuntimeError, ValueError, KeyError) as error:
+                raise RunError(
+                    f"the checkpoint of step {step} does not fit: {name}: {' '.join(str(error).split())[:200]}"
+                ) from None
+        self.step, self._saved_at = step, step
+        self.rate_factor, self._health.bad = saved["rate_factor"], list(saved["bad"])
+        self._wait()
+        if self.is_main:
+            self._checkpoints.drop_after(step)
+            self._or_stop(lambda: self.log_file.cut(step))
+
+    def _say_goodbye(self, number: int, count: int) -> None:
+        if self._saved_at == number or not self.is_main:
+            folder = shlex.quote(str(self.folder))
+            self.say(f"stopped after step {number} of {count}, saved. Go on with: sfumato resume {folder}")
+        else:
+            self.say(f"stopped after step {number} of {count}; this step could not be saved.")
+
+    # What Step says
+
+    def _healthy(self, number: int, named: dict[str, float | Tensor]) -> bool:
+        """Whether all numbers are finite; three steps in a row in which they are not make the run go back."""
+        problem = self._health.note(number, named)
+        if problem:
+            self.say(f"{problem}; the step is skipped")
+        return not problem
+
+    def _check_weights(self, number: int) -> None:
+        self._health.check_weights(number, self._kept.values())
+
+    def _note(self, row: dict[str, float | Tensor]) -> None:
+        if not self.is_main:
+            return
+        self.log_file.add(row)
+        if "loss" in row:
+            loss = row["loss"]
+            self._progress.loss(float(loss.detach() if isinstance(loss, Tensor) else loss))
+
+    def _go_back(self, number: int) -> int:
+        """The step to go on with: that of the last checkpoint, once."""
+        reason = self._health.forget()
+        newest, _ = self._checkpoints.newest()
+        if newest is None or self.rate_factor < 1:
+            again = ", also with half the learning rate" if self.rate_factor < 1 else ""
+            raise RunError(
+                f"{reason}{again}, so the training is broken. Lower --learning-rate, use another --precision, or look "
+                f"at the pictures; {self.folder / 'log.jsonl'} has the steps before."
+            )
+        self._wait()
+        self._restore(newest)
+        self._health.forget()
+        self.rate_factor /= 2
+        self.say(f"{reason}; going back to step {newest} with half the learning rate")
+        self.log(step=newest, went_back_from=number)
+        self._progress.go_back_to(newest)
+        return newest
+
+    def close(self) -> None:
+        """Finish the log and let the folder go."""
+        if self.is_main and self._lock.is_held:
+            self.log_file.close()
+            self._lock.release()
+
+
+def now() -> float:
+    """Seconds since the epoch, or SOURCE_DATE_EPOCH where a build must be reproducible."""
+    return float(os.environ.get("SOURCE_DATE_EPOCH", time.time()))

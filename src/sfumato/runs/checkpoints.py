@@ -1,0 +1,222 @@
+"""Checkpoints: directories that exist whole or not at all.
+
+    checkpoints/000240/state.safetensors    every kept tensor
+    checkpoints/000240/state.json           everything else of the state
+    checkpoints/000240/manifest.json        step, and size and sha256 of the two; written last
+
+A checkpoint is written beside its place, brought to the disk, read back, and renamed onto its place before an older one
+is removed. So whatever is killed at whatever moment, the newest that verifies is a whole state.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sfumato.errors import FileError, RunError
+from sfumato.files import read_tensors, write_tensors
+from sfumato.files.read import is_finite
+from sfumato.files.save import header_bytes, ordered
+from sfumato.runs.state import pack, unpack
+
+_FILES = ("state.safetensors", "state.json")
+_FORMAT = 1
+_STEP = re.compile("[0-9]{6,15}")
+SPARE_BYTES = 64 * 2**20
+"""Room that is left beside what is written: for the log, the samples and everybody else."""
+
+
+class NotFiniteError(RunError):
+    """A state with NaN or Inf in it, which no checkpoint holds."""
+
+
+class Checkpoints:
+    """The checkpoints of one run. keep: how many stay, at least two."""
+
+    def __init__(self, folder: Path, keep: int = 2):
+        self.folder, self.keep = folder, max(2, keep)
+
+    def steps(self) -> list[int]:
+        """The steps that have a directory, valid or not, oldest first; what is called otherwise is none of ours."""
+        if not self.folder.is_dir():
+            return []
+        found = (int(path.name) for path in self.folder.iterdir() if _STEP.fullmatch(path.name) and path.is_dir())
+        return sorted(step for step in found if self.path(step).is_dir())
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"{step:06d}"
+
+    def save(self, step: int, state: Any) -> Path:
+        """Write, verify, then prune.
+
+        Raises NotFiniteError for a state with NaN or Inf, RunError with the reason for a disk that does not take it;
+        earlier checkpoints stay as they were.
+        """
+        tensors, rest = pack(state)
+        broken = [name for name, tensor in tensors.items() if not is_finite(tensor)]
+        if broken:
+            raise NotFiniteError(f"the state of step {step} is not finite ({broken[0]})")
+        temporary, aside = (self.folder / f".{step:06d}.{os.getpid()}.{what}" for what in ("part", "old.part"))
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._clear_leftovers()
+            require_space(self.folder, bytes_of(state))
+            temporary.mkdir()
+            # What is sealed is what was meant to be written: a disk that drops bytes in silence is found out below.
+            sealed = {"state.json": _write(temporary / "state.json", {"state": rest, "tensors": sorted(tensors)})}
+            if tensors:
+                write_tensors(temporary / "state.safetensors", tensors)
+                sealed["state.safetensors"] = _seal_of(tensors)
+            _write(temporary / "manifest.json", {"format": _FORMAT, "step": step, "files": sealed})
+            problem = _problem(temporary, step)
+            if problem:
+                raise OSError(errno.EIO, f"it does not read back as written: {problem}")
+            _sync(temporary)
+            if self.path(step).exists():  # of a run that was rolled back, or resumed from further back
+                self.path(step).rename(aside)
+            temporary.rename(self.path(step))
+            _sync(self.folder)
+        except (OSError, FileError) as error:
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            raise RunError(f"the checkpoint of step {step} could not be written: {reason.rstrip('.')}") from None
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(aside, ignore_errors=True)
+        self._prune(step)
+        return self.path(step)
+
+    def problem(self, step: int) -> str | None:
+        """What is wrong with the checkpoint of `step`; None if every byte is as it was written."""
+        return _problem(self.path(step), step)
+
+    def newest(self) -> tuple[int | None, list[str]]:
+        """The newest step that verifies, and a line on each newer one that does not."""
+        passed: list[str] = []
+        for step in reversed(self.steps()):
+            problem = self.problem(step)
+            if problem is None:
+                return step, passed
+            passed.append(f"{self.path(step)} was passed over: {problem}.")
+        return None, passed
+
+    def load(self, step: int) -> Any:
+        """The state saved at `step`, whose checkpoint has been verified."""
+        place = self.path(step)
+        try:
+            content = json.loads((place / "state.json").read_text(encoding="utf-8"))
+            file = place / "state.safetensors"
+            return unpack(read_tensors(file) if content["tensors"] else {}, content["state"])
+        except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError, FileError) as error:
+            raise RunError(f"{place} cannot be read ({error}). Remove it to resume from an earlier one.") from None
+
+    def drop_after(self, step: int) -> None:
+        """Remove checkpoints of later steps: a run that goes on from here will write its own."""
+        for later in self.steps():
+            if later > step:
+                try:
+                    shutil.rmtree(self.path(later))
+                except OSError as error:
+                    raise RunError(
+                        f"{self.path(later)} is of another course of this run and cannot be removed "
+                        f"({error.strerror}); remove it, then resume."
+                    ) from None
+
+    def _prune(self, newest: int) -> None:
+        """Remove all but the newest `keep` that verify, once that many do."""
+        valid = [step for step in reversed(self.steps()) if step == newest or self.problem(step) is None][: self.keep]
+        if len(valid) < self.keep:
+            return
+        for step in self.steps():
+            if step < min(valid):
+                shutil.rmtree(self.path(step), ignore_errors=True)
+
+    def _clear_leftovers(self) -> None:
+        """Remove what a killed process was writing; the run's lock says that nobody else writes here."""
+        for path in self.folder.glob(".*.part"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def bytes_of(state: Any) -> int:
+    """What a checkpoint of this state takes on the disk, nearly."""
+    tensors, rest = pack(state)
+    return sum(tensor.nbytes for tensor in tensors.values()) + len(json.dumps(rest)) + 200 * len(tensors)
+
+
+def require_space(folder: Path, needed: int) -> None:
+    """Raise OSError where the disk of the folder has less than `needed` bytes and a reserve."""
+    free = shutil.disk_usage(folder).free
+    if free < needed + SPARE_BYTES:
+        raise OSError(
+            errno.ENOSPC,
+            f"no space: {(needed + SPARE_BYTES) / 2**20:,.0f} MiB are needed and {free / 2**20:,.0f} MiB are free on "
+            f"the disk of {folder}",
+        )
+
+
+def _problem(place: Path, step: int) -> str | None:
+    try:
+        manifest = json.loads((place / "manifest.json").read_text(encoding="utf-8"))
+        if manifest["format"] != _FORMAT or manifest["step"] != step:
+            return f"its manifest is of format {manifest['format']!r:.20} and step {manifest['step']!r:.20}"
+        if not manifest["files"].keys() >= {"state.json"}:
+            return "its manifest is broken"
+        for name, sealed in manifest["files"].items():
+            if name not in _FILES:
+                return f"its manifest names {name!r:.60}"
+            found = _seal(place / name)
+            if found["bytes"] != sealed["bytes"]:
+                return f"{name} has {found['bytes']:,} bytes, {sealed['bytes']:,} were written"
+            if found != sealed:
+                return f"{name} has another sha256 than what was written"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except OSError as error:
+        return f"not readable ({error.strerror})"
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return "its manifest is broken"
+    return None
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
+    """Write JSON through to the disk; returns the seal of what was to be written."""
+    blob = json.dumps(content).encode("utf-8")
+    with path.open("wb") as file:
+        file.write(blob)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"bytes": len(blob), "sha256": hashlib.sha256(blob).hexdigest()}
+
+
+def _seal(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"bytes": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _seal_of(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The seal of the file that `write_tensors` makes of them, from memory."""
+    head = header_bytes(tensors, {})
+    digest = hashlib.sha256(head)
+    for name in ordered(tensors):
+        digest.update(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return {"bytes": len(head) + sum(t.nbytes for t in tensors.values()), "sha256": digest.hexdigest()}
+
+
+def _sync(folder: Path) -> None:
+    """Bring a folder's entries to the disk, where the system knows how."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

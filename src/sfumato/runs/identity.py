@@ -1,0 +1,61 @@
+"""Whether a training is the one that a run folder holds, as far as the result depends on it."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sfumato import config as configs
+from sfumato.files.atomic import write_text
+from sfumato.options import settled
+
+if TYPE_CHECKING:
+    from sfumato.options import RunOptions
+
+WITHOUT_EFFECT = frozenset(
+    ("output", "overwrite", "resume", "force", "keep", "device", "tensorboard", "push_to_hub")
+) | {f"{what}_every" for what in ("checkpoint", "sample", "measure")}
+"""Fields that change what is seen of a training, or where it runs, and nothing of what is learned."""
+
+
+def read_facts(folder: Path) -> dict[str, str]:
+    """What `run.json` says the training depends on beside its config; nothing where it is missing or broken."""
+    try:
+        found = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return {str(name): str(value) for name, value in found.items()} if isinstance(found, dict) else {}
+
+
+def write_facts(folder: Path, facts: Mapping[str, str]) -> None:
+    write_text(folder / "run.json", json.dumps(dict(facts), indent=1) + "\n")
+
+
+def other_facts(known: Mapping[str, str], facts: Mapping[str, str]) -> list[str]:
+    """One text, "base 0123 -> 4567", for each fact that has changed; digests are shown by their beginning."""
+    changed = (name for name in facts if name in known and known[name] != facts[name])
+    return [f"{name} {known[name][:24]} -> {facts[name][:24]}" for name in changed]
+
+
+def differences(folder: Path, config: RunOptions, program: str) -> list[str]:
+    """One text, "rank 8 -> 16", for each difference between the folder's config and this one."""
+    changed = []
+    saved_program = read_facts(folder).get("program")
+    if saved_program not in (None, program):
+        changed.append(f"program {saved_program} -> {program}")
+    try:
+        before = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return [*changed, "config.toml is missing or broken"]
+    now = tomllib.loads(configs.to_toml(settled(config)))
+    for name in sorted(before.keys() | now.keys()):
+        if name not in WITHOUT_EFFECT and before.get(name) != now.get(name):
+            changed.append(f"{name} {_shown(before.get(name))} -> {_shown(now.get(name))}")
+    return changed
+
+
+def _shown(value: object) -> str:
+    return "unset" if value is None else " ".join(str(value).split())[:80]

@@ -1,0 +1,119 @@
+"""The log of a run: one JSON line a step, one a measurement."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sfumato.errors import RunError
+from sfumato.files.atomic import write_text
+
+_FLUSH_EVERY = 10
+
+
+class Log:
+    """Appends rows to a file, and to TensorBoard's if asked.
+
+    Values stay on their device until the log is flushed, so that writing them down makes no step wait. A row holds
+    finite numbers only: what is not finite is left out of it. A disk that takes no more loses no row and ends no
+    training: `warn` is told once, and the rows wait for the next flush.
+    """
+
+    def __init__(self, path: Path, *, tensorboard: bool = False, warn: Callable[[str], None] = lambda _: None):
+        self.path = path
+        self._pending: list[dict[str, Any]] = []
+        self._warn, self._warned = warn, False
+        self._board = _board(path.parent) if tensorboard else None
+
+    def add(self, row: Mapping[str, float | Tensor]) -> None:
+        """A row; `step` among its values says when it was."""
+        self._pending.append({name: v.detach() if isinstance(v, Tensor) else v for name, v in row.items()})
+        if len(self._pending) >= _FLUSH_EVERY:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the pending rows down."""
+        self._settle()
+        if not self._pending:
+            return
+        text = "".join(json.dumps(row) + "\n" for row in self._pending)
+        try:
+            _append(self.path, text.encode("utf-8"))
+        except OSError as error:
+            if not self._warned:
+                self._warn(f"{self.path.name} cannot be written ({error.strerror}); it goes on as soon as it can.")
+            self._warned = True
+            return
+        rows, self._pending, self._warned = self._pending, [], False
+        if self._board is not None:
+            for row in rows:
+                for name in row.keys() - {"step"}:
+                    self._board.add_scalar(name, row[name], row["step"])
+
+    def _settle(self) -> None:
+        """The pending rows as plain finite numbers; one wait for the device for all of them."""
+        tensors = [v.float() for row in self._pending for v in row.values() if isinstance(v, Tensor)]
+        numbers = iter(torch.stack(tensors).tolist() if tensors else [])
+        settled = []
+        for row in self._pending:
+            plain = {name: next(numbers) if isinstance(v, Tensor) else v for name, v in row.items()}
+            settled.append(
+                {k: v if isinstance(v, int) else float(f"{v:.6g}") for k, v in plain.items() if math.isfinite(v)}
+            )
+        self._pending = settled
+
+    def rows(self) -> list[dict[str, float]]:
+        """The rows so far; a last line that a killed process left half written is none."""
+        self.flush()
+        found = []
+        if self.path.exists():
+            for line in self.path.read_bytes().splitlines():
+                try:
+                    row = json.loads(line)
+                except ValueError:
+                    break
+                if not isinstance(row, dict):
+                    break
+                found.append(row)
+        return [*found, *self._pending]
+
+    def cut(self, step: int) -> None:
+        """Forget the rows after `step`, which will be written again."""
+        kept = [row for row in self.rows() if row.get("step", 0) <= step]
+        self._pending = []
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+
+    def close(self) -> None:
+        """Write down what is pending."""
+        self.flush()
+        if self._board is not None:
+            self._board.flush()
+
+
+def _append(path: Path, content: bytes) -> None:
+    """Add to the file's end, all or nothing: half a line would hide all that follow it."""
+    with path.open("ab", buffering=0) as file:
+        before = file.tell()
+        left = memoryview(content)
+        try:
+            while left:
+                left = left[file.write(left) :]
+        except OSError:
+            with suppress(OSError):
+                file.truncate(before)
+            raise
+
+
+def _board(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise RunError("--tensorboard: the package is not installed; pip install 'sfumato[tensorboard]'.") from None
+    return SummaryWriter(str(folder / "tensorboard"))

@@ -1,0 +1,52 @@
+"""How far a training is, on stderr."""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import Any
+
+from tqdm import tqdm
+
+
+def say(text: str) -> None:
+    """A line for the person, above the bar."""
+    tqdm.write(text, file=sys.stderr)
+
+
+class Progress:
+    """A bar with the time left and the running mean of the loss. A terminal gets a moving one, a log file a line every
+    ten seconds, and what is no main process nothing."""
+
+    def __init__(self, *, shown: bool):
+        self._shown = shown
+        self._bar: Any = None
+        self._smooth = math.nan
+
+    def begin(self, first: int, count: int) -> Any:
+        """The bar from step `first` to `count`; a context that takes it away."""
+        pause_s = 0.2 if sys.stderr.isatty() else 10.0
+        self._bar = tqdm(
+            total=count,
+            initial=min(first, count),
+            file=sys.stderr,
+            disable=not self._shown,
+            mininterval=pause_s,
+            maxinterval=pause_s,
+            dynamic_ncols=True,
+            desc="training",
+            unit="step",
+        )
+        return self._bar
+
+    def loss(self, loss: float) -> None:
+        self._smooth = loss if math.isnan(self._smooth) else 0.9 * self._smooth + 0.1 * loss
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"loss {self._smooth:.4f}", refresh=False)
+
+    def step(self) -> None:
+        self._bar.update()
+
+    def go_back_to(self, step: int) -> None:
+        self._bar.n = step
+        self._bar.refresh()

@@ -1,0 +1,117 @@
+"""Pictures drawn while training: a sheet that grows by a row at a time, with the same prompts and seeds in each."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+from torch import nn
+
+from sfumato.files.atomic import atomic_path
+from sfumato.sheet import contact_sheet
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from sfumato.bases import Base
+    from sfumato.runs import Run
+
+Draw = Callable[[Sequence[str], Sequence[int]], list[Image.Image]]
+
+
+class Samples:
+    """The sample pictures of one run.
+
+        RUN/samples/000060/0.png    each picture, by step and prompt
+        RUN/samples.png             all of them on one sheet
+
+    modules: what is set to evaluation while drawing. draw: draws pictures for prompts and seeds, the base's own
+    drawing by default. Only the main process draws.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        base: Base,
+        prompts: Sequence[str],
+        seed: int,
+        modules: Sequence[nn.Module] = (),
+        draw: Draw | None = None,
+    ):
+        self._run, self._modules, self._seed = run, list(modules), seed
+        self._draw = draw or _drawing_of(base)
+        self._folder = run.folder / "samples"
+        self.prompts = list(prompts)
+        if run.is_main:
+            self._forget_after(run.step)
+
+    @property
+    def rows(self) -> list[list[Image.Image]]:
+        """The pictures so far: a row a point in time, a column a prompt."""
+        return [self._read(step) for step in self._steps()]
+
+    def draw(self, step: int) -> None:
+        """Draw the prompts, keep the pictures and write the sheet anew."""
+        if not self._run.is_main:
+            return
+        with evaluating(self._modules):
+            pictures = self._draw(self.prompts, [self._seed] * len(self.prompts))
+        for number, picture in enumerate(pictures):
+            with atomic_path(self._folder / f"{step:06d}" / f"{number}.png") as temporary:
+                picture.save(temporary)
+        steps = self._steps()
+        sheet = contact_sheet(
+            [self._read(s) for s in steps], row_labels=[f"step {s}" for s in steps], column_labels=self.prompts
+        )
+        with atomic_path(self._run.folder / "samples.png") as temporary:
+            sheet.save(temporary)
+
+    def _steps(self) -> list[int]:
+        """The steps whose row is whole; a killed process may have left half of one."""
+        found = (int(path.name) for path in self._folder.glob("[0-9]*") if path.name.isdigit())
+        return sorted(step for step in found if all(path.exists() for path in self._paths(step)))
+
+    def _paths(self, step: int) -> list[Path]:
+        return [self._folder / f"{step:06d}" / f"{number}.png" for number in range(len(self.prompts))]
+
+    def _read(self, step: int) -> list[Image.Image]:
+        pictures = []
+        for path in self._paths(step):
+            with Image.open(path, formats=["PNG"]) as picture:
+                pictures.append(picture.convert("RGB"))
+        return pictures
+
+    def _forget_after(self, step: int) -> None:
+        """Remove the rows that a resumed run will draw again."""
+        for path in self._folder.glob("[0-9]*"):
+            if path.name.isdigit() and (int(path.name) > step or step == 0):
+                shutil.rmtree(path)
+
+
+def _drawing_of(base: Base) -> Draw:
+    from sfumato.drawing import draw
+
+    return lambda prompts, seeds: draw(base, prompts, seeds)
+
+
+@contextmanager
+def evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Within the block the modules are in evaluation mode; afterwards in the mode that each had."""
+    with ExitStack() as stack:
+        for module in modules:
+            stack.callback(module.train, module.training)
+            module.eval()
+        yield
+
+
+def default_prompts(captions: Sequence[str], template: str | None, trigger: str | None) -> list[str]:
+    """Two captions, and two plain things put into the caption template."""
+    from sfumato.measure import UNRELATED
+
+    form: Any = template or ("{caption}, {trigger}" if trigger else "{caption}")
+    unseen = [form.format(caption=thing, trigger=trigger) for thing in UNRELATED[:2]]
+    return [*dict.fromkeys(captions[:2]), *unseen]

@@ -1,0 +1,40 @@
+"""Ctrl-C and SIGTERM end a training after its step; a second one ends it at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from types import FrameType
+from typing import Any, Self
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_HEARD = b"\nstopping after this step and saving; once more to stop now\n"
+
+
+class Stop:
+    """Within the block a first signal is only remembered, in `signal`; the second is KeyboardInterrupt or the end."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.signal: int | None = None
+        self._quiet = quiet
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        # Elsewhere signals cannot be handled, and whoever runs a training in a thread stops it by other means.
+        if threading.current_thread() is threading.main_thread():
+            for number in _SIGNALS:
+                self._before[number] = signal.signal(number, self._remember)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def _remember(self, number: int, _: FrameType | None) -> None:
+        if self.signal is not None:
+            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+        self.signal = number
+        if not self._quiet:
+            os.write(2, _HEARD)  # a print could meet the print that the signal has interrupted

@@ -1,0 +1,66 @@
+"""FILE:0.8 and its like: how a command line names adapters and weights. Imports no torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from sfumato.compose.adapter import Adapter, Weight
+from sfumato.errors import ConfigError
+from sfumato.files.header import read_header
+
+
+def parse_adapter(spec: str) -> Adapter:
+    """The adapter of FILE, FILE:WEIGHT or FILE:UNET:TEXT, each perhaps after LABEL=; the file's header is checked.
+
+    The weights are what follows the last colons, so that a file's name may have some (C:\\line.safetensors:0.8).
+    """
+    splits: list[tuple[str, list[float]]] = [(spec, [])]
+    while len(splits) < 3 and (found := re.fullmatch(r"(.+):([^:]+)", splits[-1][0], re.DOTALL)):
+        try:
+            splits.append((found[1], [float(found[2]), *splits[-1][1]]))
+        except ValueError:
+            break
+    named = [(path, None, numbers) for path, numbers in splits]
+    labelled = [(path.partition("=")[2], path.partition("=")[0], numbers) for path, numbers in splits if "=" in path]
+    # What is there is meant; if nothing is, the usual reading gives the error its words.
+    path, label, numbers = next(
+        (reading for reading in [*named, *labelled] if Path(reading[0]).exists()), [*named, *labelled][-1]
+    )
+    if not Path(path).exists() and (wrong := re.fullmatch(r"(.+\.safetensors):([^\\/]*)", path)):
+        raise ConfigError(f"--lora {spec}: {wrong[2]!r} is no weight; wanted a number, as in {wrong[1]}:0.8.")
+    if not Path(path).is_dir():  # a folder of peft's is looked into by its reader
+        read_header(path)
+    weight: Weight = 1.0 if not numbers else numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
+    return Adapter(path, weight, label or None)
+
+
+def parse_adapters(specs: Sequence[str]) -> tuple[Adapter, ...]:
+    """The adapters, each with a label of its own: of two files of one name the later ones are counted."""
+    found: list[Adapter] = []
+    for adapter in map(parse_adapter, specs):
+        label, count = adapter.label, 2
+        while label in {other.label for other in found}:
+            label, count = f"{adapter.label} {count}", count + 1
+        found.append(Adapter(adapter.path, adapter.weight, label))
+    return tuple(found)
+
+
+def find_adapter(name: str, folder: Path) -> Path:
+    """The one file of this name, without its suffix, in the folder or below it; its header is checked.
+
+    Raises ConfigError where there is none, or several of which none is in the folder itself.
+    """
+    found = [path for path in folder.rglob("*.safetensors") if path.stem == name and path.is_file()]
+    if (folder / f"{name}.safetensors") in found:
+        found = [folder / f"{name}.safetensors"]
+    if len(found) != 1:
+        what = (
+            f"{len(found)} files are called that, first {found[0]} and {found[1]}"
+            if found
+            else "no file is called that"
+        )
+        raise ConfigError(f"<lora:{name}>: {what} in {folder}; name the folder that it is in, or its file.")
+    read_header(found[0])
+    return found[0]

@@ -1,0 +1,255 @@
+"""A checkpoint exists whole or not at all: whatever is killed, full, forbidden or tampered with."""
+
+import json
+import os
+import pickle
+import shutil
+import sys
+
+import pytest
+import torch
+
+from bench.runs_kill import measure
+from sfumato.errors import RunError
+from sfumato.runs import checkpoints
+from sfumato.runs.checkpoints import Checkpoints
+from sfumato.runs.state import pack, unpack
+from tests.runs.faults import CALLS, ERRORS, failing
+from tests.runs.small import Config, train
+
+STATE = {"weights": torch.arange(6.0).view(2, 3), "count": 3, "more": [{"a": torch.ones(2)}, (1, None, "x", True)]}
+
+
+def flat(tree):
+    """A tree without its tensors' identity, to be compared."""
+    if isinstance(tree, torch.Tensor):
+        return (str(tree.dtype), tree.tolist())
+    if isinstance(tree, dict):
+        return {key: flat(value) for key, value in tree.items()}
+    return type(tree)(flat(value) for value in tree) if isinstance(tree, list | tuple) else tree
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        STATE,
+        {},
+        [],
+        (),
+        None,
+        {1: torch.ones(1), "1": torch.zeros(1)},
+        {"empty": torch.empty(0, 4), "scalar": torch.tensor(2), "truth": torch.tensor([True])},
+        {"half": torch.ones(3, dtype=torch.bfloat16), "ints": torch.tensor([2**40])},
+        {"a/b": torch.ones(1), "a": {"b": torch.zeros(1)}},
+        {"betas": (0.9, 0.99), "nested": [[[1.5]]], "nothing": None},
+    ],
+    ids=str,
+)
+def test_a_state_comes_back_as_it_was(tree, tmp_path):
+    tensors, rest = pack(tree)
+    assert flat(unpack(tensors, json.loads(json.dumps(rest)))) == flat(tree)
+    store = Checkpoints(tmp_path)
+    store.save(7, tree)
+    assert flat(store.load(7)) == flat(tree)
+
+
+def test_what_neither_format_can_hold_is_named():
+    with pytest.raises(RunError, match="/a/1 is a set"):
+        pack({"a": [0, {1, 2}]})
+
+
+def test_at_least_two_valid_ones_stay(tmp_path):
+    store = Checkpoints(tmp_path, keep=1)
+    for step in range(1, 6):
+        store.save(step, STATE)
+    assert store.steps() == [4, 5]
+    (tmp_path / "000005/state.json").write_text("")
+    store.save(6, STATE)
+    assert store.steps() == [4, 5, 6]  # 5 is broken, so that 4 is needed still
+    store.save(7, STATE)
+    assert store.steps() == [6, 7]
+
+
+@pytest.mark.parametrize("name", ["checkpoint-foo", "12", "0000012", "²00012", "000012.txt", ".000012.9.part"])
+def test_what_is_called_otherwise_is_left_alone(name, tmp_path):
+    (tmp_path / name).mkdir()
+    store = Checkpoints(tmp_path)
+    assert store.newest() == (None, [])
+    store.save(3, STATE)
+    assert store.newest() == (3, [])
+    assert (tmp_path / name).exists() is not name.endswith(".part")
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda place: (place / "manifest.json").unlink(), "manifest.json is missing"),
+        (lambda place: (place / "manifest.json").write_text("{"), "its manifest is broken"),
+        (lambda place: (place / "manifest.json").write_text("[" * 100_000), "its manifest is broken"),
+        (lambda place: (place / "manifest.json").write_text('{"format": 2, "step": 5}'), "of format 2"),
+        (lambda place: (place / "manifest.json").write_text('{"format": 1, "step": 5, "files": {}}'), "is broken"),
+        (lambda place: (place / "state.json").unlink(), "state.json is missing"),
+        (lambda place: (place / "state.safetensors").write_bytes(b""), "state.safetensors has 0 bytes"),
+        (lambda place: shutil.copy(place.parent / "000004/manifest.json", place), "step 4"),
+        (
+            lambda place: (place / "manifest.json").write_text(
+                '{"format": 1, "step": 5, "files": {"state.json": {"bytes": 1, "sha256": ""}, "../../x": {}}}'
+            ),
+            "bytes",
+        ),
+        (
+            lambda place: (place / "manifest.json").write_text(
+                '{"format": 1, "step": 5, "files": {"../../x": {}, "state.json": {}}}'
+            ),
+            "names '../../x'",
+        ),
+    ],
+)
+def test_a_damaged_one_is_passed_over_and_said(damage, said, tmp_path):
+    store = Checkpoints(tmp_path)
+    store.save(4, STATE)
+    store.save(5, STATE)
+    damage(store.path(5))
+    step, passed = store.newest()
+    assert step == 4
+    assert len(passed) == 1
+    assert said in passed[0]
+    assert flat(store.load(4)) == flat(STATE)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"state": {"tensor": "nowhere"}, "tensors": ["a"]}',
+        '{"state": {"empty": [[1125899906842624], "float32"]}, "tensors": []}',
+        '{"state": {"empty": [[0], "Tensor"]}, "tensors": []}',
+        '{"state": {"strange": 1, "two": 2}, "tensors": []}',
+        '{"state": {"dict": [1]}, "tensors": []}',
+        '{"state": ' + '{"list": [' * 5000 + "]}" * 5000 + ', "tensors": []}',
+        "[]",
+    ],
+)
+def test_one_that_was_made_up_is_refused_in_a_line(content, tmp_path):
+    store = Checkpoints(tmp_path)
+    store.save(4, STATE)
+    (tmp_path / "000004/state.json").write_text(content)
+    with pytest.raises(RunError, match="cannot be read"):
+        store.load(4)
+
+
+def test_a_canary_in_any_file_of_a_checkpoint_is_never_run(tmp_path):
+    class Canary:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "sang"),)
+
+    config = Config(output=tmp_path / "run", checkpoint_every=5)
+    train(config)
+    places = [f"checkpoints/000010/{name}" for name in ("state.safetensors", "state.json", "manifest.json")]
+    for place in [*places, "config.toml", "run.json", "log.jsonl", ".holder.json"]:
+        shutil.copytree(tmp_path / "run", tmp_path / "again")
+        (tmp_path / "again" / place).write_bytes(pickle.dumps(Canary()))
+        try:
+            train(Config(output=tmp_path / "again", checkpoint_every=5, resume=True, name="run"))
+        except RunError as error:
+            assert len(str(error).splitlines()) == 1
+        shutil.rmtree(tmp_path / "again")
+    assert not (tmp_path / "sang").exists()
+
+
+# The disk
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_every_call_of_a_save_fails_in_turn_and_the_earlier_one_stays(call, tmp_path, monkeypatch):
+    """Each open, write, fsync, rename and mkdir with each error, and each write that falls short in silence."""
+    store = Checkpoints(tmp_path)
+    store.save(1, STATE)
+    failures = 0
+    for code in ERRORS if call != "short" else ERRORS[:1]:
+        for at in range(100):
+            shutil.rmtree(store.path(2), ignore_errors=True)
+            with failing(monkeypatch, tmp_path, call, at, code) as faults:
+                try:
+                    store.save(2, STATE | {"count": at})
+                except RunError as error:
+                    failures += 1
+                    expected = "does not read back" if call == "short" else os.strerror(code)
+                    assert "the checkpoint of step 2 could not be written: " in str(error)
+                    assert expected in str(error) or call == "short"
+                    assert len(str(error).splitlines()) == 1
+                    written = False
+                else:
+                    written = True
+            assert store.problem(1) is None
+            assert flat(store.load(1)) == flat(STATE)
+            # Where bringing the rename to the disk fails, the new one is there, whole, and not promised.
+            assert store.newest()[0] in ((2,) if written else (1, 2) if call == "fsync" else (1,)), at
+            assert not any(tmp_path.glob(".*"))
+            for step in store.steps():
+                assert store.problem(step) is None
+                store.load(step)
+            if faults.count <= at:
+                assert written
+                break
+        else:
+            pytest.fail("never came to an end")
+    assert failures >= {"open": 9, "write": 9, "fsync": 9, "rename": 6, "mkdir": 3, "short": 3}[call]
+
+
+@pytest.mark.parametrize("call", ["open", "write", "fsync", "rename"])
+def test_a_training_goes_on_over_a_full_disk_and_says_so(call, tmp_path, monkeypatch, capsys):
+    whole = train(Config(output=tmp_path / "whole", checkpoint_every=2, name="m"))
+    with failing(monkeypatch, tmp_path / "run/checkpoints", call, {"rename": 2, "open": 4, "fsync": 6, "write": 8}[call], 28) as faults:
+        path = train(Config(output=tmp_path / "run", checkpoint_every=2, name="m"))
+    assert faults.count > faults.at
+    said = capsys.readouterr().err
+    assert "the checkpoint of step 2 could not be written: " in said
+    assert "No space left on device" in said
+    assert "That of step 0 is whole. The training goes on." in said
+    assert path.read_bytes() == whole.read_bytes()
+
+
+def test_the_first_checkpoint_that_cannot_be_written_stops_the_training(tmp_path, monkeypatch):
+    with (
+        failing(monkeypatch, tmp_path / "run/checkpoints", "fsync", 0, 28),
+        pytest.raises(RunError, match=r"No space left.* stops before it could lose anything"),
+    ):
+        train(Config(output=tmp_path / "run", checkpoint_every=2))
+
+
+def test_a_log_that_cannot_be_written_waits_and_loses_nothing(tmp_path, monkeypatch, capsys):
+    """Forty steps, a flush every ten rows: the second fails, the third brings its rows, too."""
+    settings = {"steps": 40, "checkpoint_every": 0}
+    train(Config(output=tmp_path / "whole", **settings))
+    with failing(monkeypatch, tmp_path / "run/log.jsonl", "write", 1, 28) as faults:
+        train(Config(output=tmp_path / "run", **settings))
+    assert faults.count > 1
+    assert "log.jsonl cannot be written (No space left on device)" in capsys.readouterr().err
+    assert (tmp_path / "run/log.jsonl").read_text() == (tmp_path / "whole/log.jsonl").read_text()
+
+
+def test_space_is_looked_at_before_the_start_and_before_each_save(tmp_path, monkeypatch, capsys):
+    class Usage:
+        free = 10**6
+
+    real = shutil.disk_usage
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda folder: Usage)
+    with pytest.raises(RunError, match=r"no space: \d+ MiB are needed and 1 MiB are free"):
+        train(Config(output=tmp_path / "run", checkpoint_every=2))
+    assert not (tmp_path / "run/checkpoints").exists()
+    calls = []
+
+    def later(folder):
+        calls.append(folder)
+        return Usage if len(calls) == 4 else real(folder)
+
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", later)
+    train(Config(output=tmp_path / "run", checkpoint_every=2, overwrite=True))
+    assert "the checkpoint of step 4 could not be written: no space" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
+def test_killed_at_random_moments_while_saving_nothing_is_lost(tmp_path):
+    """Six times here; `python bench/runs_kill.py --kills 200` for the figure."""
+    found = measure(6, tmp_path / "checkpoints", seed=1)
+    assert (found["checkpoints_lost"], found["broken_picked"], found["resumes"]) == (0, 0, 6)

@@ -1,0 +1,240 @@
+"""The run folder: one line a step, nothing overwritten unasked, one run at a time, changes shown before they count."""
+
+import json
+import multiprocessing
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from sfumato.errors import RunError
+from sfumato.files import read_tensors
+from sfumato.options import RunOptions
+from sfumato.runs import Run
+from tests.runs.small import Config, train
+
+
+class Second:
+    """A process that is not the main one."""
+
+    is_main, count = False, 1
+
+    def wait(self) -> None:
+        pass
+
+
+def equal(one: Path, other: Path) -> bool:
+    first, second = read_tensors(one), read_tensors(other)
+    return first.keys() == second.keys() and all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+def test_each_step_is_a_line_and_tensors_become_numbers(tmp_path):
+    run = Run.start(RunOptions(output=tmp_path / "run"), program="test")
+    for step in run.steps(12):
+        step.done(loss=torch.tensor(1.0 / (step.number + 1)), rate=0.5)
+    run.log(step=12, fit=0.25)
+    run.close()
+    lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert lines == run.rows()
+    assert lines[3] == {"step": 4, "loss": 0.25, "rate": 0.5}
+    assert lines[12] == {"step": 12, "fit": 0.25}
+
+
+def test_looks_happen_at_both_ends_and_between(tmp_path):
+    seen = []
+    run = Run.start(RunOptions(output=tmp_path / "run"), program="test")
+    run.every(4, seen.append)
+    run.every(0, lambda step: pytest.fail("0 is never"))
+    for step in run.steps(10):
+        step.done(loss=1.0)
+    assert seen == [0, 4, 8, 10]
+
+
+def test_a_folder_that_holds_a_run_is_left_alone(tmp_path):
+    first = train(Config(output=tmp_path / "run", width=4)).read_bytes()
+    with pytest.raises(RunError, match=r"--resume goes on with it, --overwrite replaces it"):
+        train(Config(output=tmp_path / "run"))
+    assert (tmp_path / "run/run.safetensors").read_bytes() == first
+    train(Config(output=tmp_path / "run", overwrite=True))
+    assert "width = 8" in (tmp_path / "run/config.toml").read_text()
+    assert "overwrite = false" in (tmp_path / "run/config.toml").read_text()
+
+
+@pytest.mark.parametrize("name", ["README.md", "samples", "own.safetensors", "config.toml"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_with_other_things_of_these_names_is_never_written_into(name, overwrite, tmp_path):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(RunError, match=f"{name} and no run"):
+        Run.start(RunOptions(output=tmp_path, name="own", overwrite=overwrite), program="test")
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_a_file_in_the_way_is_said(tmp_path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(RunError, match="is a file"):
+        Run.start(RunOptions(output=tmp_path / "run"), program="test")
+
+
+def test_other_processes_write_nothing(tmp_path):
+    run = Run.start(RunOptions(output=tmp_path / "run"), program="test", processes=Second())
+    for step in run.steps(2):
+        step.done(loss=torch.tensor(1.0))
+    run.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+# Resuming
+
+
+def test_resuming_a_finished_run_gives_its_result_again(tmp_path):
+    path = train(Config(output=tmp_path / "run", checkpoint_every=4))
+    before = path.read_bytes()
+    path.unlink()
+    train(Config(output=tmp_path / "run", checkpoint_every=4, resume=True))
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("last", [1, 4, 7])
+def test_from_any_checkpoint_to_the_end_is_the_whole_way(last, tmp_path):
+    whole = train(Config(output=tmp_path / "whole", checkpoint_every=1, keep=100, name="m", measure_every=3))
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    for folder in (tmp_path / "cut/checkpoints").iterdir():
+        if int(folder.name) > last:
+            shutil.rmtree(folder)
+    again = train(
+        Config(output=tmp_path / "cut", checkpoint_every=1, keep=100, name="m", measure_every=3, resume=True)
+    )
+    assert again.read_bytes() == whole.read_bytes()
+    assert (tmp_path / "cut/log.jsonl").read_text() == (tmp_path / "whole/log.jsonl").read_text()
+
+
+def test_nothing_to_resume_is_an_error_and_no_fresh_start(tmp_path):
+    with pytest.raises(RunError, match="there is no run to resume"):
+        train(Config(output=tmp_path / "run", resume=True))
+    (tmp_path / "run").mkdir()
+    with pytest.raises(RunError, match="there is no run to resume"):
+        train(Config(output=tmp_path / "run", resume=True))
+    assert not (tmp_path / "run/config.toml").exists()
+
+
+def test_a_run_of_which_no_checkpoint_is_whole_does_not_begin_anew_in_silence(tmp_path):
+    train(Config(output=tmp_path / "run", checkpoint_every=4))
+    for file in (tmp_path / "run/checkpoints").glob("*/state.json"):
+        file.write_text("{}")
+    with pytest.raises(RunError, match=r"no checkpoint in .* is whole: .*state\.json has 2 bytes, .* were written"):
+        train(Config(output=tmp_path / "run", checkpoint_every=4, resume=True))
+
+
+def test_what_was_passed_over_is_said(tmp_path, capsys):
+    path = train(Config(output=tmp_path / "run", checkpoint_every=4))
+    before = path.read_bytes()
+    with (tmp_path / "run/checkpoints/000010/state.safetensors").open("rb+") as file:
+        file.seek(-1, 2)
+        file.write(b"\x7f")
+    capsys.readouterr()
+    train(Config(output=tmp_path / "run", checkpoint_every=4, resume=True))
+    said = capsys.readouterr().err
+    assert "000010 was passed over: state.safetensors has another sha256" in said
+    assert "resuming from step 8" in said
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("changed", "shown"),
+    [
+        ({"width": 4}, "width 8 -> 4"),
+        ({"seed": 1}, "seed 0 -> 1"),
+        ({"steps": 20}, "steps 10 -> 20"),
+        ({"data": "others"}, "data numbers -> others"),
+    ],
+)
+def test_what_has_changed_is_shown_and_refused_until_forced(changed, shown, tmp_path, capsys):
+    config = Config(output=tmp_path / "run", checkpoint_every=5)
+    train(config)
+    before = (tmp_path / "run/config.toml").read_text()
+    other = replace(config, resume=True, **changed)
+    if "data" in changed:  # a fact beside the config, such as the bytes of the pictures
+        text = before.replace('"numbers"', '"others"')
+        (tmp_path / "run/config.toml").write_text(text)
+        before = text
+    with pytest.raises(RunError, match=f"{shown}.*--force"):
+        train(other)
+    assert (tmp_path / "run/config.toml").read_text() == before
+    if "width" not in changed:
+        train(replace(other, force=True))
+        assert f"changed by --force: {shown}" in capsys.readouterr().err
+
+
+def test_what_is_only_seen_of_a_training_may_change(tmp_path):
+    config = Config(output=tmp_path / "run", checkpoint_every=5)
+    train(config)
+    train(replace(config, resume=True, checkpoint_every=3, measure_every=2, keep=5))
+
+
+@pytest.mark.parametrize("name", ["sfumato", "torch", "processes"])
+def test_another_version_is_a_change(name, tmp_path):
+    config = Config(output=tmp_path / "run", checkpoint_every=5)
+    train(config)
+    facts = json.loads((tmp_path / "run/run.json").read_text())
+    (tmp_path / "run/run.json").write_text(json.dumps(facts | {name: "0.0.9"}))
+    with pytest.raises(RunError, match=rf"{name} 0\.0\.9 -> "):
+        train(replace(config, resume=True))
+
+
+def test_another_program_is_a_change(tmp_path):
+    config = Config(output=tmp_path / "run", checkpoint_every=5)
+    train(config)
+    with pytest.raises(RunError, match="program small -> other"):
+        Run.start(replace(config, resume=True), program="other")
+
+
+# One at a time
+
+
+def _run_in(folder: str, start: "multiprocessing.synchronize.Barrier", results: "multiprocessing.Queue") -> None:
+    start.wait()
+    try:
+        train(Config(output=Path(folder), steps=30, pause_s=0.02))
+        results.put("done")
+    except RunError as error:
+        results.put(str(error))
+
+
+def test_of_two_at_once_one_goes_on_and_the_other_says_who_it_is(tmp_path):
+    context = multiprocessing.get_context("fork")
+    for turn in range(5):
+        barrier, results = context.Barrier(2), context.Queue()
+        arguments = (str(tmp_path / str(turn)), barrier, results)
+        children = [context.Process(target=_run_in, args=arguments) for _ in range(2)]
+        for child in children:
+            child.start()
+        found = sorted(results.get(timeout=60) for _ in children)
+        for child in children:
+            child.join()
+        assert found.count("done") == 1, found
+        pids = [child.pid for child in children]
+        assert any(f"is in use by process {pid} on " in text for text in found for pid in pids), found
+
+
+def test_a_killed_holder_is_explained_and_does_not_stand_in_the_way(tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    holder = {"pid": 12345, "host": "elsewhere", "since": "2026-01-01 00:00:00"}
+    (tmp_path / "run/.holder.json").write_text(json.dumps(holder))
+    (tmp_path / "run/.lock").touch()
+    train(Config(output=tmp_path / "run"))
+    assert (
+        "process 12345 on elsewhere (since 2026-01-01 00:00:00) used this folder and ended without finishing; "
+        "its lock is void."
+    ) in capsys.readouterr().err
+    assert not (tmp_path / "run/.holder.json").exists()
+
+
+def test_a_trainer_that_fails_lets_the_folder_go(tmp_path):
+    def fail(step, model):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        train(Config(output=tmp_path / "run"), before=fail)
+    train(Config(output=tmp_path / "run", overwrite=True))

@@ -1,0 +1,63 @@
+"""`DiffusionPipeline.from_pretrained(..., custom_pipeline=FILE)`: an existing script whose prompts name adapters."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+from sfumato import cli
+from sfumato.errors import AdapterError, ConfigError
+from sfumato.files.lora_file import LoraModule
+from sfumato.files.write import write_lora
+from tests.tiny import tiny_pipeline, write_folder
+
+FILES = cli.source("sfumato.pipelines.custom").parent
+
+
+@pytest.fixture(scope="module", params=["sd1", "sdxl"])
+def pipe(request, tmp_path_factory):
+    """A pipeline of the family, loaded as a script would, with line.safetensors in its folder of adapters."""
+    family = request.param
+    folder = write_folder(tiny_pipeline(family), tmp_path_factory.mktemp(family))
+    file = FILES / ("stable_diffusion_xl.py" if family == "sdxl" else "stable_diffusion.py")
+    loaded = DiffusionPipeline.from_pretrained(folder, custom_pipeline=str(file), trust_remote_code=True)
+    loaded.set_progress_bar_config(disable=True)
+    loaded.lora_folder = tmp_path_factory.mktemp("loras")
+    generator = torch.Generator().manual_seed(0)
+    for name, layer in loaded.unet.named_modules():
+        if name.endswith("attn2.to_v"):
+            out, inner = layer.weight.shape
+            down, up = torch.randn(2, inner, generator=generator), torch.randn(out, 2, generator=generator)
+            write_lora(
+                loaded.lora_folder / "line.safetensors", {("unet", name): LoraModule(down, up, 20.0)}, family=family
+            )
+            break
+    return loaded
+
+
+def drawn(pipe, prompt, **options):
+    noise = torch.Generator().manual_seed(3)
+    return np.asarray(pipe(prompt, num_inference_steps=2, generator=noise, **options).images[0], dtype=int)
+
+
+def test_a_tag_applies_an_adapter_for_one_call(pipe):
+    before = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
+    plain = drawn(pipe, "a crab")
+    tagged = drawn(pipe, "a crab <lora:line:1>")
+    assert abs(plain - tagged).max() > 0
+    assert np.array_equal(tagged, drawn(pipe, "a crab", adapters={"line": 1.0}))
+    assert all(torch.equal(value, before[name]) for name, value in pipe.unet.state_dict().items())
+
+
+def test_without_tags_it_is_the_pipeline_it_was(pipe):
+    assert np.array_equal(drawn(pipe, "a crab"), drawn(pipe, ["a crab"]))
+
+
+def test_prompts_that_name_different_adapters_want_calls_of_their_own(pipe):
+    with pytest.raises(AdapterError, match="different adapters"):
+        pipe(["a crab <lora:line:1>", "an owl"], num_inference_steps=1)
+
+
+def test_an_adapter_that_is_not_there_is_said(pipe):
+    with pytest.raises(ConfigError, match="<lora:otter>"):
+        pipe("a crab <lora:otter:1>", num_inference_steps=1)

@@ -1,0 +1,90 @@
+"""Prompts as people write them: tags, weights, any length."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from sfumato.bases import load_base
+from sfumato.errors import ConfigError
+from sfumato.precision import decide
+from sfumato.prompts import encode, split_tags, to_compel
+from tests.tiny import tiny_pipeline, tiny_pocket_folder, write_folder
+
+
+def test_tags_are_taken_out_with_their_weights():
+    """One weight is for both; two are text encoders, then U-Net, as A1111 has them; ours are U-Net, then text."""
+    tagged = split_tags("a crab <lora:line:0.8>, <lora:my otter:0.4:0.6> at sea <lora:plain>")
+    assert tagged.prompt == "a crab , at sea"
+    assert tagged.adapters == (("line", 0.8), ("my otter", (0.6, 0.4)), ("plain", 1.0))
+
+
+def test_a_prompt_without_tags_keeps_its_very_blanks():
+    assert split_tags("a  crab <3 ").prompt == "a  crab <3 "
+
+
+@pytest.mark.parametrize("prompt", ["<lora:a:strong>", "<lora:a:1:2:3>"])
+def test_a_tag_whose_weight_is_none_is_refused(prompt):
+    with pytest.raises(ConfigError, match=r"<lora:a"):
+        split_tags(prompt)
+
+
+@pytest.mark.parametrize(
+    ("a1111", "compel"),
+    [
+        ("a (crab:1.4), at sea", "a (crab)1.4, at sea"),
+        ("a (crab) [at sea]", "a (crab)1.1 (at sea)0.9091"),
+        ("((crab))", "(crab)1.21"),
+        ("(a (crab:2) there:0.5)", "(a)0.5 crab (there)0.5"),
+        ("no brackets: none", "no brackets: none"),
+        (r"a \(crab\)", r"a \(crab\)"),
+    ],
+)
+def test_emphasis_of_a1111_becomes_compels(a1111, compel):
+    assert to_compel(a1111) == compel
+
+
+@pytest.mark.parametrize("prompt", ["(crab", "crab)", "[crab)"])
+def test_brackets_that_do_not_pair_are_refused(prompt):
+    with pytest.raises(ConfigError, match="bracket"):
+        to_compel(prompt)
+
+
+@pytest.fixture(scope="module")
+def pocket(tmp_path_factory):
+    return load_base(tiny_pocket_folder(tmp_path_factory.mktemp("pocket")), precision=decide("fp32", device="cpu"))
+
+
+@pytest.fixture(scope="module")
+def sdxl(tmp_path_factory):
+    folder = write_folder(tiny_pipeline("sdxl"), tmp_path_factory.mktemp("sdxl"))
+    return load_base(folder, precision=decide("fp32", device="cpu"))
+
+
+@pytest.mark.parametrize("name", ["pocket", "sdxl"])
+def test_without_weights_compel_encodes_as_the_base_does(name, request):
+    pytest.importorskip("compel")
+    base = request.getfixturevalue(name)
+    prompts = ["red square", "blue circle"]
+    text, negative = encode(base, prompts, "", "compel")
+    ours, nothing = base.encode_text(prompts), base.unconditional(2)
+    assert_close(text.hidden, ours.hidden)
+    assert_close(negative.hidden, nothing.hidden)
+    if text.pooled is not None:
+        assert_close(text.pooled, ours.pooled)
+        assert_close(negative.pooled, nothing.pooled)
+
+
+def test_a_weight_changes_the_embedding_and_a_long_prompt_is_seen_to_its_end(pocket):
+    pytest.importorskip("compel")
+    plain, _ = encode(pocket, ["a red square"], "", "a1111")
+    heavy, _ = encode(pocket, ["a (red:1.5) square"], "", "a1111")
+    assert not torch.equal(plain.hidden, heavy.hidden)
+    long, negative = encode(pocket, ["red square, " * 60], "", "compel")
+    assert long.hidden.shape[1] > 77
+    assert long.hidden.shape == negative.hidden.shape
+
+
+def test_what_compel_cannot_read_is_one_line(pocket):
+    pytest.importorskip("compel")
+    with pytest.raises(ConfigError, match="compel"):
+        encode(pocket, ['("a", "b").blend(1, nothing)'], "", "compel")
