@@ -1,0 +1,140 @@
+"""Weights that differ by block: `Blocks(0.8, {"down": 0, "up.1": 1.2})`, the web interfaces' lists, B-LoRA's presets.
+
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from sfumato.errors import AdapterError
+from sfumato.merging.blocks import PRESETS, SHORT
+
+LISTS: Mapping[int, tuple[str, ...]] = MappingProxyType(
+    {
+        # sd-webui-lora-block-weight's README: LoRA and LyCORIS on SD 1.x and 2.x, then both on SDXL.
+        17: ("BASE", *(f"IN{n:02}" for n in (1, 2, 4, 5, 7, 8)), "M00", *(f"OUT{n:02}" for n in range(3, 12))),
+        26: ("BASE", *(f"IN{n:02}" for n in range(12)), "M00", *(f"OUT{n:02}" for n in range(12))),
+        12: ("BASE", *(f"IN{n:02}" for n in (4, 5, 7, 8)), "M00", *(f"OUT{n:02}" for n in range(6))),
+        20: ("BASE", *(f"IN{n:02}" for n in range(9)), "M00", *(f"OUT{n:02}" for n in range(9))),
+    }
+)
+"""What the numbers of a block-weight list of each length are for; BASE is the text encoders."""
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A weight with a factor for each block.
+
+    weight: as of an adapter without blocks. factors: by name: `down`, `mid`, `up`, `te`; `down.1`, `up.0.attentions.1`,
+    any run of a module path's parts; `IN04`, `M00`, `OUT07`, `BASE` as the web interfaces count. Of several names that
+    fit a module the longest counts. rest: the factor of modules that none names. Raises AdapterError for a factor that
+    is no number.
+    """
+
+    weight: float | tuple[float, float] = 1.0
+    factors: tuple[tuple[str, float], ...] = ()
+    rest: float = 1.0
+
+    def __init__(
+        self,
+        weight: float | tuple[float, float] = 1.0,
+        factors: Mapping[str, float] | Sequence[tuple[str, float]] = (),
+        rest: float = 1.0,
+    ) -> None:
+        pairs = tuple(sorted(factors.items() if isinstance(factors, Mapping) else factors))
+        for name, factor in (*pairs, ("the rest", rest)):
+            if isinstance(factor, bool) or not isinstance(factor, int | float) or not math.isfinite(factor):
+                raise AdapterError(f"blocks: the factor of {name} is {factor!r:.40}; wanted a number, usually 0 to 1.")
+        object.__setattr__(self, "weight", weight)
+        object.__setattr__(self, "factors", tuple((name, float(factor)) for name, factor in pairs))
+        object.__setattr__(self, "rest", float(rest))
+
+    @classmethod
+    def parse(cls, weight: float | tuple[float, float], text: str) -> Blocks:
+        """`down:0,up.1:1.2`, `rest:0,mid:1`, a preset (`b-lora-style`), or a list of 12, 17, 20 or 26 numbers.
+
+        Raises AdapterError, one line, for anything else.
+        """
+        words = [word.strip() for word in text.split(",") if word.strip()]
+        if len(words) == 1 and words[0] in PRESETS:
+            return cls(weight, {PRESETS[words[0]]: 1.0}, rest=0.0)
+        if words and all(_is_number(word) for word in words):
+            names = LISTS.get(len(words))
+            if names is None:
+                raise AdapterError(
+                    f"blocks {text[:60]!r}: a block-weight list has 17 or 26 numbers (SD, the second with "
+                    f"convolutions), 12 or 20 (SDXL); this has {len(words)}."
+                )
+            return cls(weight, dict(zip(names, map(float, words), strict=True)), rest=0.0)
+        factors: dict[str, float] = {}
+        for word in words:
+            name, colon, number = word.rpartition(":")
+            if not colon or not name or not _is_number(number):
+                raise AdapterError(
+                    f"blocks {word!r}: wanted NAME:FACTOR such as up.1:0.5, numbers alone, or {', '.join(PRESETS)}."
+                )
+            factors[name] = float(number)
+        if not factors:
+            raise AdapterError("blocks: nothing is named; wanted NAME:FACTOR such as down:0,up:1.")
+        return cls(weight, factors, rest=factors.pop("rest", 1.0))
+
+    def factor_at(self, part: str, path: str) -> float:
+        """The factor of one module; part and path as in `weight_at`."""
+        known = dict(self.factors)
+        found = [name for name in known if _names(name, part, path)]
+        return known[max(found, key=_precision)] if found else self.rest
+
+    def unnamed(self, modules: Sequence[tuple[str, str]]) -> list[str]:
+        """The names that fit none of these (part, path), misspelt perhaps; those of a list are never misspelt."""
+        listed = {name for names in LISTS.values() for name in names}
+        return [name for name, _ in self.factors if name not in listed and not any(_names(name, *at) for at in modules)]
+
+    def __str__(self) -> str:
+        weight = f"{self.weight[0]:g}:{self.weight[1]:g}" if isinstance(self.weight, tuple) else f"{self.weight:g}"
+        each = ",".join(f"{name}:{factor:g}" for name, factor in self.factors)
+        return f"{weight} on {each}" + (f",rest:{self.rest:g}" if self.rest != 1 else "")
+
+
+def web_block(part: str, path: str) -> str | None:
+    """The block of a module as the web interfaces count: IN00 ..., M00, OUT00 ..., BASE; None for time and output.
+
+    Stable Diffusion's first code counts what diffusers nests: a level's two layers and its downsampler are three input
+    blocks, and three output blocks are a level, whose last holds the upsampler.
+    """
+    if part != "unet":
+        return "BASE"
+    if path.startswith("conv_in"):
+        return "IN00"
+    if path.startswith("mid_block"):
+        return "M00"
+    found = re.match(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)", path)
+    if found is None:
+        return None
+    level, kind, place = int(found[2]), found[3], int(found[4])
+    if found[1] == "down":
+        return f"IN{3 * level + (3 if kind == 'downsamplers' else 1 + place):02}"
+    return f"OUT{3 * level + (2 if kind == 'upsamplers' else place):02}"
+
+
+def _names(name: str, part: str, path: str) -> bool:
+    if re.fullmatch(r"(IN|OUT)\d\d|M00|BASE", name):
+        return web_block(part, path) == name
+    parts = PRESETS.get(name, name).split(".")
+    parts[0] = SHORT.get(parts[0], parts[0])
+    return f".{'.'.join(parts)}." in f".{part}.{path}."
+
+
+def _precision(name: str) -> tuple[int, int]:
+    return len(name.split(".")), len(name)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False

@@ -1,0 +1,210 @@
+"""Adapters of its own for every picture of one batch, the U-Net called once a step.
+
+    with per_picture(pipe, [[Adapter("line.safetensors", 0.8)], [Adapter("otter.safetensors")], []]):
+        pipe(["a crab", "an otter", "a boat"])
+
+Beside each layer stands one batched low-rank product, up_b (down_b x_b) for picture b (S-LoRA's and Punica's gathering,
+Sheng et al. 2023, Chen et al. 2023), so that the cost is that of one adapter, however many different ones there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import conv2d
+
+from sfumato.compose import tensors
+from sfumato.compose.adapter import Adapter, weight_at
+from sfumato.compose.live import can_be_live
+from sfumato.compose.match import Modules, match, parts_of
+from sfumato.errors import AdapterError
+from sfumato.files.adapter_file import AdapterFile, read_adapter
+from sfumato.files.lora_file import LoraModule
+
+Index = Callable[[int], Tensor]
+"""From the number of rows in a call to the picture of each row."""
+
+Terms = list[list[tuple[float, LoraModule]]]
+"""For each picture the adapters of one layer, each with its weight."""
+
+
+@contextmanager
+def per_picture(pipe: Any, adapters: Sequence[Sequence[Adapter]], *, partial: bool = False) -> Iterator[None]:
+    """Within the block picture i of every call has the adapters `adapters[i]`; an empty list is the base's picture.
+
+    pipe: a diffusers pipeline (SD 1.x, 2.x, SDXL) or a Base; called with as many prompts as there are lists, one
+    picture each. Text encoders are adapted by picture, too. Equal to single runs but for rounding. Raises AdapterError
+    for adapters without a low-rank form, and within the block for a call with another number of pictures.
+    """
+    count = len(adapters)
+    if not count:
+        raise AdapterError("there are no pictures; give a list of adapters for each, an empty one for the base.")
+
+    def index(rows: int) -> Tensor:
+        # Guidance puts the pictures without prompt in front of those with, and so twice the same order.
+        if rows % count:
+            raise AdapterError(
+                f"the call has {rows} rows and the adapters are for {count} pictures; give each prompt its list, and "
+                "draw one picture of each."
+            )
+        return torch.arange(rows) % count
+
+    with _hooked(pipe, adapters, index, partial=partial):
+        yield
+
+
+@contextmanager
+def composite(pipe: Any, *adapters: Adapter, partial: bool = False) -> Iterator[None]:
+    """LoRA-Composite (Zhong et al. 2024, arXiv 2402.16843): each adapter predicts for itself, and the mean is followed.
+
+    One call of the U-Net predicts for all of them. Each adapter is applied at its own weight. Raises AdapterError for
+    an adapter that changes the text encoders, which see one prompt for all: give it a weight (0.8, 0).
+    """
+    if not adapters:
+        raise AdapterError("a composite wants at least one adapter.")
+    unet, count = parts_of(pipe)["unet"], len(adapters)
+
+    def index(rows: int) -> Tensor:
+        return torch.arange(rows) // (rows // count)
+
+    def repeat(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.ndim:
+            return value.repeat(count, *[1] * (value.ndim - 1))
+        if isinstance(value, dict):
+            return {name: repeat(each) for name, each in value.items()}
+        return value
+
+    def before(_: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, Any]:
+        return tuple(repeat(value) for value in args), {name: repeat(value) for name, value in options.items()}
+
+    def after(_: nn.Module, __: Any, output: Any) -> Any:
+        sample = output[0]
+        mean = sample.view(count, -1, *sample.shape[1:]).mean(0)
+        return (mean,) if isinstance(output, tuple) else type(output)(sample=mean)
+
+    with _hooked(pipe, [[adapter] for adapter in adapters], index, partial=partial, unet_only=True):
+        handles = [
+            unet.register_forward_pre_hook(before, with_kwargs=True),
+            unet.register_forward_hook(after),
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+@contextmanager
+def _hooked(
+    pipe: Any, adapters: Sequence[Sequence[Adapter]], index: Index, *, partial: bool, unet_only: bool = False
+) -> Iterator[None]:
+    """Everything is read and matched before the first hook is set, and all hooks are gone at the end."""
+    layers = _layers(pipe, adapters, partial=partial)
+    for part, path in layers:
+        if unet_only and part != "unet":
+            raise AdapterError(
+                f"an adapter changes {part}.{path}, and one text is encoded for all. Give it a weight (0.8, 0), which "
+                "is for the U-Net alone."
+            )
+    handles = []
+    try:
+        for module, terms in layers.values():
+            handles.append(module.register_forward_hook(_Gathered(module, terms, index)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _layers(
+    pipe: Any, adapters: Sequence[Sequence[Adapter]], *, partial: bool
+) -> dict[tuple[str, str], tuple[nn.Module, Terms]]:
+    """By (part, path): the layer, and what each picture has there."""
+    modules = Modules(parts_of(pipe))
+    files: dict[str, AdapterFile] = {}
+    layers: dict[tuple[str, str], tuple[nn.Module, Terms]] = {}
+    for picture, each in enumerate(adapters):
+        for adapter in each:
+            key = str(adapter.path)
+            if key not in files:
+                files[key] = read_adapter(adapter.path, partial=partial)
+            for found in match(files[key], adapter.label, modules, partial=partial, way="live"):
+                number = weight_at(adapter.weight, found.part, found.path)
+                if not number:
+                    continue
+                low = found.effect.low_rank
+                if low is None or found.name != "weight" or not can_be_live(found.module):
+                    raise AdapterError(
+                        f"{adapter.label}: {found.part}.{found.path} is changed by a {found.effect.change.kind}, which "
+                        "has no low-rank form. Draw this picture by itself, or resize the adapter to a LoRA."
+                    )
+                place = (found.part, found.path)
+                _, terms = layers.setdefault(place, (found.module, [[] for _ in adapters]))
+                terms[picture].append((number, low))
+    return layers
+
+
+class _Gathered:
+    """The hook of one layer. down: (pictures, rank, in, ...), up: (pictures, out, rank), padded to the largest rank."""
+
+    def __init__(self, module: nn.Module, terms: Terms, index: Index) -> None:
+        shape = tensors.shape(module)
+        assert shape is not None
+        rank = max(sum(low.rank for _, low in each) for each in terms)
+        self._index = index
+        self._down = torch.zeros(len(terms), rank, *shape[1:])
+        self._up = torch.zeros(len(terms), shape[0], rank)
+        for picture, each in enumerate(terms):
+            start = 0
+            for number, low in each:
+                end = start + low.rank
+                self._down[picture, start:end] = low.down.float().reshape(low.rank, *shape[1:])
+                self._up[picture, :, start:end] = low.up.float().flatten(1) * (number * low.scale)
+                start = end
+        self._ready: dict[tuple[int, torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
+
+    def _factors(self, rows: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """down and up of every row, gathered once for each size of call."""
+        key = (rows, like.dtype, like.device)
+        if key not in self._ready:
+            index = self._index(rows)
+            self._ready[key] = (
+                self._down[index].to(like.device, like.dtype),
+                self._up[index].to(like.device, like.dtype),
+            )
+        return self._ready[key]
+
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        x = inputs[0]
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))
+        down, up = self._factors(len(x), x)
+        if isinstance(module, nn.Conv2d):
+            return output + _convolved(module, x, down, up).to(output.dtype)
+        tokens = x.reshape(len(x), -1, x.shape[-1])
+        narrow = torch.bmm(tokens, down.transpose(1, 2))
+        if torch.is_grad_enabled() or output.dtype != narrow.dtype or not output.is_contiguous():
+            return output + torch.bmm(narrow, up.transpose(1, 2)).view(output.shape).to(output.dtype)
+        output.view(len(x), -1, output.shape[-1]).baddbmm_(narrow, up.transpose(1, 2))
+        return output
+
+
+def _convolved(layer: nn.Conv2d, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    """up_b (down_b * x_b) of every picture b, as one grouped convolution."""
+    rows, rank = down.shape[:2]
+    narrow = conv2d(
+        x.reshape(1, -1, *x.shape[2:]),
+        down.flatten(0, 1),
+        None,
+        layer.stride,
+        layer.padding,
+        layer.dilation,
+        groups=rows,
+    )
+    size = narrow.shape[2:]
+    return torch.bmm(up, narrow.view(rows, rank, -1)).view(rows, -1, *size)

@@ -1,0 +1,334 @@
+"""Adapters in regions of the picture: a mask or a box for each, and a prompt of its own if wanted.
+
+    with regions(pipe, Region((0, 0, 0.5, 1), Adapter("otter.safetensors"), prompt="an otter"),
+                       Region((0.5, 0, 1, 1), Adapter("crab.safetensors"), prompt="a crab")):
+        pipe("two animals on the beach")
+
+A layer on pixels adds each adapter's change under its mask, at that layer's resolution. Keys and values of the
+cross-attention come from the text, which has no pixels: there each region attends by itself, and the outputs are
+blended by the mask at the querying pixel. What the time step adds to a channel is added under the mask, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool2d, conv2d, linear, scaled_dot_product_attention
+
+from sfumato.compose import tensors
+from sfumato.compose.adapter import Adapter, weight_at
+from sfumato.compose.live import can_be_live
+from sfumato.compose.match import Found, Modules, match, parts_of
+from sfumato.errors import AdapterError
+from sfumato.files.adapter_file import read_adapter
+
+Box = tuple[float, float, float, float]
+"""left, top, right, bottom, each a share of the picture's side, 0 to 1."""
+
+_GRID = 512
+"""Pixels on a side of a box's mask, before it is averaged down to each layer's own resolution."""
+
+
+@dataclass(frozen=True, init=False)
+class Region:
+    """A part of the picture, its adapters, and what is drawn there.
+
+    where: a picture that is white where the adapters count (grey counts in part), or a box. prompt: of this region's
+    cross-attention; None for the call's own. An adapter that changes the text encoders wants a prompt here.
+    """
+
+    where: Image.Image | Box
+    adapters: tuple[Adapter, ...]
+    prompt: str | None = None
+
+    def __init__(self, where: Image.Image | Box, *adapters: Adapter, prompt: str | None = None) -> None:
+        object.__setattr__(self, "where", where)
+        object.__setattr__(self, "adapters", adapters)
+        object.__setattr__(self, "prompt", prompt)
+
+    def mask(self) -> Tensor:
+        """(1, 1, height, width) in [0, 1]. Raises AdapterError for a region that is empty."""
+        if isinstance(self.where, Image.Image):
+            grey = self.where.convert("L")
+            values = torch.frombuffer(bytearray(grey.tobytes()), dtype=torch.uint8).view(1, 1, grey.height, grey.width)
+            mask = values.float() / 255
+        else:
+            left, top, right, bottom = self.where
+            if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
+                raise AdapterError(f"a box is (left, top, right, bottom) as shares of the side, got {self.where}.")
+            mask = torch.zeros(1, 1, _GRID, _GRID)
+            rows, columns = (slice(round(a * _GRID), round(b * _GRID)) for a, b in ((top, bottom), (left, right)))
+            mask[..., rows, columns] = 1
+        if not mask.any():
+            raise AdapterError("a region is black all over; its mask is white where the adapters count.")
+        return mask
+
+
+@contextmanager
+def regions(pipe: Any, *parts: Region, guided: bool = True, partial: bool = False) -> Iterator[None]:
+    """Within the block each region has its adapters and prompt; the rest is the base's picture of the call's prompt.
+
+    pipe: a diffusers pipeline (SD 1.x, 2.x, SDXL) or a Base. guided: whether a call's first half of rows are those
+    without the prompt, as classifier-free guidance has them. Where regions overlap, changes on pixels add up and
+    attentions share. Raises AdapterError for adapters without a low-rank form, and for one that changes the text
+    encoders in a region without a prompt.
+    """
+    if not parts:
+        raise AdapterError("there is no region; give at least one.")
+    unet = parts_of(pipe)["unet"]
+    masks = _Masks([region.mask() for region in parts])
+    texts = [None if region.prompt is None else _encode(pipe, region, partial=partial) for region in parts]
+    layers = _layers(pipe, parts, partial=partial)
+    handles = [unet.register_forward_pre_hook(masks.see, with_kwargs=True)]
+    processors: list[tuple[Any, Any]] = []
+    try:
+        for path, module in unet.named_modules():
+            if path.endswith("attn2"):
+                keys, values = (layers.pop(f"{path}.{name}", None) for name in ("to_k", "to_v"))
+                if keys or values or any(text is not None for text in texts):
+                    processors.append((module, module.processor))
+                    module.set_processor(_Attention(masks, texts, keys, values, guided))
+        for path, paths in layers.items():
+            handles += _hooks(unet, path, paths, masks)
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, processor in processors:
+            module.set_processor(processor)
+
+
+@dataclass
+class _Path:
+    """One region's change of one layer. down: (rank, in, ...), up: (out, rank), the weights within it."""
+
+    down: Tensor
+    up: Tensor
+
+    def narrow(self, module: nn.Module, x: Tensor) -> Tensor:
+        """down x: (rows, tokens, rank), or (rows, rank, height, width) of a convolution."""
+        down = self.down.to(x.device, x.dtype)
+        if isinstance(module, nn.Conv2d):
+            return conv2d(x, down, None, module.stride, module.padding, module.dilation)
+        return linear(x, down)
+
+    def widen(self, narrow: Tensor) -> Tensor:
+        """up of what `narrow` gave."""
+        up = self.up.to(narrow.device, narrow.dtype)
+        return conv2d(narrow, up[..., None, None]) if narrow.ndim == 4 else linear(narrow, up)
+
+
+Paths = list[_Path | None]
+"""By region."""
+
+
+@dataclass
+class _Masks:
+    """The masks at every resolution of the current call."""
+
+    full: list[Tensor]
+    _latents: tuple[int, int] = (0, 0)
+    _known: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+
+    def see(self, _: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        """Note the size of a call's latents."""
+        sample = options.get("sample", args[0] if args else None)
+        self._latents = (sample.shape[-2], sample.shape[-1])
+
+    def at(self, height: int, width: int, like: Tensor) -> Tensor:
+        """(regions, height, width), on the device and in the dtype of `like`."""
+        if (height, width) not in self._known:
+            pooled = [adaptive_avg_pool2d(mask, (height, width))[0, 0] for mask in self.full]
+            self._known[height, width] = torch.stack(pooled)
+        return self._known[height, width].to(like.device, like.dtype)
+
+    def on_tokens(self, count: int, like: Tensor) -> Tensor:
+        """(regions, count): the masks on the tokens of a level, whose size follows from their number."""
+        height, width = self._latents
+        while height * width > count:
+            height, width = -(-height // 2), -(-width // 2)
+        if height * width != count:
+            raise AdapterError(f"{count} tokens are no level of {self._latents[0]}x{self._latents[1]} latents.")
+        return self.at(height, width, like).flatten(1)
+
+
+def _hooks(unet: nn.Module, path: str, paths: Paths, masks: _Masks) -> list[Any]:
+    """The hooks that add the regions' changes of one layer under their masks."""
+    module = unet.get_submodule(path)
+    if path.startswith(("time_embedding", "add_embedding")):
+        raise AdapterError(
+            f"{path} has no pixels, so its change cannot be kept to a region. Use an adapter without it."
+        )
+    if path.endswith("time_emb_proj"):
+        return _time_hooks(unet, path, module, paths, masks)
+
+    def add(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        for place, change in enumerate(paths):
+            if change is None:
+                continue
+            narrow = change.narrow(layer, inputs[0])
+            if narrow.ndim == 4:
+                narrow = narrow * masks.at(narrow.shape[-2], narrow.shape[-1], narrow)[place]
+            else:
+                narrow = narrow * masks.on_tokens(narrow.shape[1], narrow)[place, :, None]
+            output = output + change.widen(narrow).to(output.dtype)
+        return output
+
+    return [module.register_forward_hook(add)]
+
+
+def _time_hooks(unet: nn.Module, path: str, module: nn.Module, paths: Paths, masks: _Masks) -> list[Any]:
+    """What the time step adds to each channel has no pixels yet: its change is kept, and added where it gets them."""
+    block = unet.get_submodule(path.rpartition(".")[0])
+    if getattr(block, "time_embedding_norm", "default") != "default":
+        raise AdapterError(f"{path}: a scale by time cannot be kept to a region. Use an adapter without it.")
+    kept: list[Tensor | None] = []
+
+    def keep(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        kept[:] = [None if change is None else change.widen(change.narrow(layer, inputs[0])) for change in paths]
+
+    def add(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden = inputs[0]
+        under = masks.at(hidden.shape[-2], hidden.shape[-1], hidden)
+        for place, change in enumerate(kept):
+            if change is not None:
+                hidden = hidden + change.to(hidden.dtype)[:, :, None, None] * under[place]
+        return (hidden, *inputs[1:])
+
+    return [module.register_forward_hook(keep), block.get_submodule("norm2").register_forward_pre_hook(add)]
+
+
+class _Attention:
+    """The processor of a cross-attention in which every region attends to keys and values of its own."""
+
+    def __init__(
+        self, masks: _Masks, texts: Sequence[Tensor | None], keys: Paths | None, values: Paths | None, guided: bool
+    ) -> None:
+        self._masks, self._texts, self._guided = masks, texts, guided
+        self._keys = keys or [None] * len(texts)
+        self._values = values or [None] * len(texts)
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        *_: Any,
+        **__: Any,
+    ) -> Tensor:
+        if attention_mask is not None or encoder_hidden_states is None:
+            raise AdapterError("regions want cross-attention without a mask, as Stable Diffusion has it.")
+        text = encoder_hidden_states
+        query = self._heads(attn, attn.to_q(hidden_states))
+        outputs = self._attend(attn, query, attn.to_k(text), attn.to_v(text))
+        under = self._masks.on_tokens(hidden_states.shape[1], outputs)
+        shares = under / under.sum(0).clamp(min=1)
+        base = outputs
+        for place, own in enumerate(self._texts):
+            key_change, value_change = self._keys[place], self._values[place]
+            if own is None and key_change is None and value_change is None:
+                continue
+            here = text if own is None else self._with_own(text, own)
+            keys = self._changed(attn.to_k, here, key_change)
+            values = self._changed(attn.to_v, here, value_change)
+            outputs = outputs + shares[place, :, None] * (self._attend(attn, query, keys, values) - base)
+        projected: Tensor = attn.to_out[0](outputs)
+        projected = attn.to_out[1](projected)
+        if attn.residual_connection:
+            projected = projected + hidden_states
+        rescaled: Tensor = projected / attn.rescale_output_factor
+        return rescaled
+
+    def _with_own(self, text: Tensor, own: Tensor) -> Tensor:
+        """The region's text in the rows with a prompt; (rows, tokens, width), its tokens as many as the call's."""
+        rows, tokens = text.shape[0], text.shape[1]
+        if own.shape[1] != tokens:
+            raise AdapterError(f"a region's prompt has {own.shape[1]} tokens, the call's {tokens}; use plain prompts.")
+        first = rows // 2 if self._guided and rows > 1 else 0
+        own = own.to(text.device, text.dtype).expand(rows - first, -1, -1)
+        return torch.cat([text[:first], own])
+
+    @staticmethod
+    def _changed(layer: nn.Module, text: Tensor, change: _Path | None) -> Tensor:
+        output: Tensor = layer(text)
+        return output if change is None else output + change.widen(change.narrow(layer, text)).to(output.dtype)
+
+    @staticmethod
+    def _heads(attn: Any, x: Tensor) -> Tensor:
+        return x.view(x.shape[0], x.shape[1], attn.heads, -1).transpose(1, 2)
+
+    def _attend(self, attn: Any, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        found = scaled_dot_product_attention(query, self._heads(attn, keys), self._heads(attn, values))
+        return found.transpose(1, 2).flatten(2).to(query.dtype)
+
+
+def _found(pipe: Any, adapter: Adapter, modules: Modules, *, partial: bool) -> Iterator[tuple[float, Found]]:
+    """What an adapter changes, with its weight there."""
+    file = read_adapter(adapter.path, partial=partial)
+    for found in match(file, adapter.label, modules, partial=partial, way="live"):
+        number = weight_at(adapter.weight, found.part, found.path)
+        if number:
+            yield number, found
+
+
+def _layers(pipe: Any, parts: Sequence[Region], *, partial: bool) -> dict[str, Paths]:
+    """By the path of a layer of the U-Net: what each region changes there."""
+    modules = Modules(parts_of(pipe))
+    layers: dict[str, Paths] = {}
+    for place, region in enumerate(parts):
+        for adapter in region.adapters:
+            for number, found in _found(pipe, adapter, modules, partial=partial):
+                if found.part != "unet":
+                    if region.prompt is None:
+                        raise AdapterError(
+                            f"{adapter.label} changes {found.part}, and its region has no prompt of its own. Give the "
+                            "Region a prompt, or the adapter a weight (0.8, 0)."
+                        )
+                    continue
+                low = found.effect.low_rank
+                if low is None or found.name != "weight" or not can_be_live(found.module):
+                    raise AdapterError(
+                        f"{adapter.label}: {found.path} is changed by a {found.effect.change.kind}, which has no "
+                        "low-rank form to keep to a region. Resize it to a LoRA."
+                    )
+                shape = tensors.shape(found.module)
+                assert shape is not None
+                down = low.down.float().reshape(low.rank, *shape[1:])
+                up = low.up.float().flatten(1) * (number * low.scale)
+                paths = layers.setdefault(found.path, [None] * len(parts))
+                before = paths[place]
+                if before is not None:
+                    down, up = torch.cat([before.down, down]), torch.cat([before.up, up], dim=1)
+                paths[place] = _Path(down, up)
+    return layers
+
+
+@torch.no_grad()
+def _encode(pipe: Any, region: Region, *, partial: bool) -> Tensor:
+    """The region's prompt as its adapters' text encoders read it, (1, tokens, width)."""
+    from sfumato.compose.mix import Mix
+
+    prompt = region.prompt
+    assert prompt is not None
+    in_text = [Adapter(each.path, (0.0, _text_weight(each)), each.label) for each in region.adapters]
+    with Mix(pipe).add(*in_text, partial=partial) if in_text else nullcontext():
+        if hasattr(pipe, "encode_text"):
+            hidden: Tensor = pipe.encode_text([prompt]).hidden
+        else:
+            encoded = pipe.encode_prompt(
+                prompt, device=pipe.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+            )
+            hidden = encoded[0]
+    return hidden.clone()
+
+
+def _text_weight(adapter: Adapter) -> float:
+    return weight_at(adapter.weight, "text_encoder", "")

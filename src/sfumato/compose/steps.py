@@ -1,0 +1,157 @@
+"""Weights that change over the steps of a picture: ramps, and LoRA-Switch.
+
+    with over_steps(mix, line=Ramp((0, 1), (1, 0)), otter=lambda progress: 0.6):
+        pipe("a crab")
+
+Before each call of the U-Net the mix gets the weights of that step. Between two steps whose weights are equal nothing
+is done. A step's change is cheapest where the mix is live; a baked one is summed anew, from the base.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sfumato.compose.adapter import Weight, checked_weight
+from sfumato.compose.blocks import Blocks
+from sfumato.compose.match import parts_of
+from sfumato.errors import AdapterError
+
+if TYPE_CHECKING:
+    from sfumato.compose.mix import Mix
+
+Progress = Callable[[float], float]
+"""From progress, 0 at pure noise and 1 at the finished picture, to a weight of the U-Net."""
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """A weight by points (progress, weight), straight between them and level beyond the first and the last."""
+
+    points: tuple[tuple[float, float], ...]
+
+    def __init__(self, *points: tuple[float, float]) -> None:
+        if not points or any(len(point) != 2 or not 0 <= point[0] <= 1 for point in points):
+            raise AdapterError(f"a ramp is points (progress, weight) with progress in 0 to 1, got {points!r:.60}.")
+        object.__setattr__(self, "points", _in_order(points))
+
+    @classmethod
+    def parse(cls, text: str) -> Ramp:
+        """`0:1,0.5:0.2,1:0`: progress and weight of each point."""
+        try:
+            points = [tuple(float(number) for number in point.split(":")) for point in text.split(",")]
+        except ValueError:
+            points = []
+        if not points or any(len(point) != 2 for point in points):
+            raise AdapterError(f"ramp {text!r:.60}: wanted PROGRESS:WEIGHT,... such as 0:1,1:0.")
+        return cls(*((point[0], point[1]) for point in points))
+
+    def __call__(self, progress: float) -> float:
+        (before, low), *later = self.points
+        if progress <= before:
+            return low
+        for after, high in later:
+            if progress <= after:
+                share = (progress - before) / (after - before) if after > before else 1.0
+                return low + share * (high - low)
+            before, low = after, high
+        return low
+
+
+def _in_order(points: Sequence[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
+    """By progress; two points of one progress are a jump, in the order in which they were given."""
+    return tuple(sorted(((float(at), float(weight)) for at, weight in points), key=lambda point: point[0]))
+
+
+@dataclass(frozen=True)
+class Switch:
+    """LoRA-Switch (Zhong et al. 2024, arXiv 2402.16843): one adapter at a time, in turn, each for `every` steps.
+
+    labels: the adapters in their order; each has its weight in the mix while it is on, and 0 otherwise.
+    """
+
+    labels: tuple[str, ...]
+    every: int = 5
+
+    def __post_init__(self) -> None:
+        if not self.labels or self.every < 1:
+            raise AdapterError("a switch wants at least one label, and each for at least one step.")
+
+    def on(self, step: int) -> str:
+        """The label whose turn it is at `step`, counted from 0."""
+        return self.labels[step // self.every % len(self.labels)]
+
+
+@contextmanager
+def over_steps(mix: Mix, switch: Switch | None = None, /, **weights: Progress) -> Iterator[Mix]:
+    """Within the block the weights follow the steps of each picture; afterwards they are what they were.
+
+    weights: by label, a Ramp or any function of the progress. The text is encoded before the first step, so that the
+    text encoders' weights stay the mix's; a weight by blocks keeps its factors. Raises AdapterError for a label that
+    the mix does not have.
+    """
+    with over_steps_of(mix, weights, switch):
+        yield mix
+
+
+@contextmanager
+def over_steps_of(mix: Mix, weights: Mapping[str, Progress], switch: Switch | None = None) -> Iterator[None]:
+    """As `over_steps`, for labels that are no Python names."""
+    unknown = [label for label in (*weights, *(switch.labels if switch else ())) if label not in mix.weights]
+    if unknown:
+        known = ", ".join(map(repr, mix.weights)) or "nothing"
+        raise AdapterError(f"no adapter of this mix is called {unknown[0]!r}; it holds {known}.")
+    before = dict(mix.weights)
+    clock = _Clock(int(mix.pipe.scheduler.config.num_train_timesteps))
+
+    def follow(module: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        timestep = options["timestep"] if "timestep" in options else args[1]
+        progress, step = clock.read(timestep)
+        wanted = {label: _at(before[label], function(progress)) for label, function in weights.items()}
+        if switch is not None:
+            on = switch.on(step)
+            wanted |= {label: before[label] if label == on else _at(before[label], 0.0) for label in switch.labels}
+        mix.set_weights(wanted)
+
+    handle = parts_of(mix.pipe)["unet"].register_forward_pre_hook(follow, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+        mix.set_weights(before)
+
+
+class _Clock:
+    """Progress and number of a step, from the timestep that the U-Net is asked for.
+
+    Schedulers ask for falling timesteps; one that rises begins a new picture. Second-order ones ask for some twice.
+    """
+
+    def __init__(self, total: int) -> None:
+        self._total, self._last, self._step = total, -math.inf, -1
+
+    def read(self, timestep: Tensor | float) -> tuple[float, int]:
+        now = float(timestep.flatten()[0]) if isinstance(timestep, torch.Tensor) else float(timestep)
+        if now > self._last:
+            self._step = 0
+        elif now < self._last:
+            self._step += 1
+        self._last = now
+        return min(1.0, max(0.0, 1 - now / max(1, self._total - 1))), self._step
+
+
+def _at(weight: Weight, number: float) -> Weight:
+    """The weight with another number for the U-Net; text encoders and blocks as they were."""
+    number = float(checked_weight("a step's weight", number))  # type: ignore[arg-type]
+    if isinstance(weight, Blocks):
+        plain = _at(weight.weight, number)
+        assert not isinstance(plain, Blocks)
+        return Blocks(plain, weight.factors, weight.rest)
+    text = weight[1] if isinstance(weight, tuple) else weight
+    return (number, text)

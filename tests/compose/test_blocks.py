@@ -1,0 +1,87 @@
+"""Weights by block: which module is in which block, in three spellings, and what the mix makes of it."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from sfumato.compose import Adapter, compose
+from sfumato.compose.adapter import weight_at
+from sfumato.compose.blocks import LISTS, Blocks, web_block
+from sfumato.errors import AdapterError
+from tests.compose.conftest import weights_sha
+
+
+@pytest.mark.parametrize(
+    ("path", "block"),
+    [
+        # sgm's input_blocks.4.1, middle_block.1, output_blocks.5.1 and output_blocks.5.2 (an upsampler), SD 1.x
+        ("conv_in", "IN00"),
+        ("down_blocks.0.attentions.1.transformer_blocks.0.attn1.to_q", "IN02"),
+        ("down_blocks.0.downsamplers.0.conv", "IN03"),
+        ("down_blocks.1.attentions.0.proj_in", "IN04"),
+        ("down_blocks.2.resnets.1.conv1", "IN08"),
+        ("down_blocks.3.resnets.1.conv2", "IN11"),
+        ("mid_block.attentions.0.proj_out", "M00"),
+        ("up_blocks.1.attentions.2.proj_in", "OUT05"),
+        ("up_blocks.1.upsamplers.0.conv", "OUT05"),
+        ("up_blocks.3.attentions.2.proj_in", "OUT11"),
+        ("time_embedding.linear_1", None),
+    ],
+)
+def test_web_interfaces_count_a_level_as_three_blocks(path, block):
+    assert web_block("unet", path) == block
+
+
+def test_the_text_encoders_are_the_base():
+    assert web_block("text_encoder", "text_model.encoder.layers.0.mlp.fc1") == "BASE"
+
+
+def test_lists_have_the_lengths_that_name_them():
+    assert all(len(names) == len(set(names)) == length for length, names in LISTS.items())
+
+
+def test_the_longest_name_counts_and_the_rest_has_its_own_factor():
+    blocks = Blocks(0.5, {"up": 0.0, "up.1": 2.0, "te": 0.4}, rest=1.0)
+    assert weight_at(blocks, "unet", "up_blocks.0.resnets.0.conv1") == 0.0
+    assert weight_at(blocks, "unet", "up_blocks.1.resnets.0.conv1") == 1.0
+    assert weight_at(blocks, "unet", "up_blocks.11.resnets.0.conv1") == 0.0
+    assert weight_at(blocks, "unet", "mid_block.resnets.0.conv1") == 0.5
+    assert weight_at(blocks, "text_encoder", "encoder.layers.0.mlp.fc1") == 0.2
+
+
+def test_a_list_of_seventeen_numbers_is_sd_15s():
+    """The published preset of the outputs alone: INS and MID nothing, OUTS all, and the text encoders."""
+    outs = Blocks.parse(1.0, "1,0,0,0,0,0,0,0,1,1,1,1,1,1,1,1,1")
+    assert weight_at(outs, "unet", "up_blocks.1.attentions.0.proj_in") == 1.0
+    assert weight_at(outs, "unet", "down_blocks.1.attentions.0.proj_in") == 0.0
+    assert weight_at(outs, "text_encoder", "encoder.layers.0.mlp.fc1") == 1.0
+    assert weight_at(outs, "unet", "time_embedding.linear_1") == 0.0
+
+
+def test_b_loras_style_is_one_block_of_sdxl():
+    style = Blocks.parse(0.7, "b-lora-style")
+    assert weight_at(style, "unet", "up_blocks.0.attentions.1.transformer_blocks.3.attn2.to_k") == 0.7
+    assert weight_at(style, "unet", "up_blocks.0.attentions.0.transformer_blocks.3.attn2.to_k") == 0.0
+
+
+@pytest.mark.parametrize("text", ["", "up", "up:strong", "1,0,1", "up:nan"])
+def test_what_names_no_blocks_is_refused(text):
+    with pytest.raises(AdapterError, match="blocks"):
+        Blocks.parse(1.0, text)
+
+
+def test_a_mix_takes_each_block_at_its_weight_and_undoes_it(sd1, write):
+    """down at 0 keeps the base's bytes; up at 2 has twice the delta of the plain mix at 1."""
+    before = weights_sha(sd1)
+    original = {name: value.clone() for name, value in sd1.unet.state_dict().items()}
+    path = write("a", sd1)
+    with compose(sd1, Adapter(path, 1.0)):
+        whole = {name: value.clone() for name, value in sd1.unet.state_dict().items()}
+    with compose(sd1, Adapter(path, Blocks(1.0, {"down": 0.0, "up": 2.0}))) as mix:
+        state = sd1.unet.state_dict()
+        for name, value in state.items():
+            times = 0.0 if name.startswith("down_blocks") else 2.0 if name.startswith("up_blocks") else 1.0
+            assert_close(value - original[name], times * (whole[name] - original[name]), atol=1e-6, rtol=1e-4)
+        mix.set(a=0.0)
+        assert all(torch.equal(value, original[name]) for name, value in sd1.unet.state_dict().items())
+    assert weights_sha(sd1) == before

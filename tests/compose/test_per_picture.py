@@ -1,0 +1,92 @@
+"""Adapters by picture: one batch equals the single runs, and a composite the mean of its adapters' predictions."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from sfumato.compose import Adapter, compose
+from sfumato.compose.blocks import Blocks
+from sfumato.compose.per_picture import composite, per_picture
+from sfumato.errors import AdapterError
+from tests.compose.conftest import weights_sha
+
+
+def predict(pipe, rows, seed=0):
+    """The U-Net's prediction for the first `rows` of fixed latents, timesteps and texts."""
+    generator = torch.Generator().manual_seed(seed)
+    config = pipe.unet.config
+    latents = torch.randn(8, config.in_channels, 16, 16, generator=generator)[rows]
+    text = torch.randn(8, 7, config.cross_attention_dim, generator=generator)[rows]
+    added = None
+    if config.addition_embed_type == "text_time":
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        added = {"time_ids": torch.ones(len(latents), 6), "text_embeds": torch.ones(len(latents), pooled)}
+    with torch.no_grad():
+        return pipe.unet(latents, torch.tensor(500), text, added_cond_kwargs=added, return_dict=False)[0]
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_each_picture_of_a_batch_is_its_single_run(family, request, write):
+    """Convolutions and text encoders in the file; two adapters, one, none; each row twice, as guidance has it."""
+    pipe = request.getfixturevalue(family)
+    a, b = (write(name, pipe, seed=seed, rank=seed + 1, family=family) for seed, name in enumerate("ab"))
+    sets = [[Adapter(a, 0.8), Adapter(b, 0.5)], [Adapter(b, -1.0)], []]
+    before = weights_sha(pipe)
+    single = []
+    for row, adapters in enumerate(sets):
+        with compose(pipe, *adapters):
+            single.append(predict(pipe, [row]))
+    with per_picture(pipe, sets):
+        together = predict(pipe, [0, 1, 2, 0, 1, 2])
+    assert_close(together, torch.cat([*single, *single]), atol=1e-5, rtol=1e-5)
+    assert weights_sha(pipe) == before
+    assert not torch.allclose(single[0], predict(pipe, [0]))
+    assert_close(single[2], predict(pipe, [2]), atol=1e-6, rtol=1e-6)
+
+
+def test_text_encoders_are_adapted_by_picture(sd1, write):
+    ids = torch.tensor([[1, 5, 9, 2], [1, 7, 3, 2]])
+    a = write("a", sd1, "q_proj", "fc1")
+    with compose(sd1, Adapter(a)), torch.no_grad():
+        wanted = sd1.text_encoder(ids[:1]).last_hidden_state
+    with per_picture(sd1, [[Adapter(a)], []]), torch.no_grad():
+        found = sd1.text_encoder(ids).last_hidden_state
+    with torch.no_grad():
+        plain = sd1.text_encoder(ids).last_hidden_state
+    assert_close(found, torch.cat([wanted, plain[1:]]), atol=1e-5, rtol=1e-5)
+
+
+def test_weights_by_block_count(sd1, write):
+    a = write("a", sd1, "to_q", "conv1")
+    weight = Blocks(1.0, {"up": 0.5, "down": 0.0})
+    with compose(sd1, Adapter(a, weight)):
+        wanted = predict(sd1, [0])
+    with per_picture(sd1, [[Adapter(a, weight)]]):
+        assert_close(predict(sd1, [0]), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_a_call_with_another_number_of_pictures_is_refused_and_leaves_no_hook(sd1, write):
+    a = write("a", sd1, "to_q")
+    with pytest.raises(AdapterError, match="5 rows and the adapters are for 2"), per_picture(sd1, [[Adapter(a)], []]):
+        predict(sd1, [0, 1, 2, 3, 4])
+    predict(sd1, [0, 1, 2, 3, 4])
+    assert not any(module._forward_hooks for module in sd1.unet.modules())
+
+
+def test_a_composite_is_the_mean_of_what_each_predicts(sd1, write):
+    a, b = (write(name, sd1, "to_q", "conv1", seed=seed) for seed, name in enumerate("ab"))
+    each = []
+    for path in (a, b):
+        with compose(sd1, Adapter(path, 0.7)):
+            each.append(predict(sd1, [0, 1]))
+    with composite(sd1, Adapter(a, 0.7), Adapter(b, 0.7)):
+        found = predict(sd1, [0, 1])
+    assert_close(found, sum(each) / 2, atol=1e-5, rtol=1e-5)
+
+
+def test_a_composite_refuses_changed_text_encoders_unless_they_are_left_out(sd1, write):
+    a = write("a", sd1, "to_q", "fc1")
+    with pytest.raises(AdapterError, match="text_encoder"), composite(sd1, Adapter(a)):
+        pass
+    with composite(sd1, Adapter(a, (1.0, 0.0))):
+        predict(sd1, [0])

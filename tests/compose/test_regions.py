@@ -1,0 +1,115 @@
+"""Adapters in regions: the whole picture is the plain mix, and outside its mask an adapter changes nothing."""
+
+import pytest
+import torch
+from PIL import Image
+from torch.testing import assert_close
+
+from sfumato.bases import load_base
+from sfumato.compose import Adapter, compose
+from sfumato.compose.regions import Region, regions
+from sfumato.drawing import draw
+from sfumato.errors import AdapterError
+from sfumato.precision import decide
+from tests.compose.conftest import weights_sha
+from tests.compose.test_per_picture import predict
+
+U_NET = (
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out.0",
+    "proj_in",
+    "conv1",
+    "conv_shortcut",
+    "downsamplers.0.conv",
+    "time_emb_proj",
+)
+WHOLE = (0, 0, 1, 1)
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_the_whole_picture_as_region_is_the_plain_mix(family, request, write):
+    """Every kind of layer: convolutions, self- and cross-attention, what the time step adds."""
+    pipe = request.getfixturevalue(family)
+    a, b = (write(name, pipe, *U_NET, seed=seed, family=family) for seed, name in enumerate("ab"))
+    before = weights_sha(pipe)
+    with compose(pipe, Adapter(a, 0.8), Adapter(b, -0.5)):
+        wanted = predict(pipe, [0, 1])
+    with regions(pipe, Region(WHOLE, Adapter(a, 0.8), Adapter(b, -0.5))):
+        found = predict(pipe, [0, 1])
+    assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(found, predict(pipe, [0, 1]), atol=1e-4)
+    assert weights_sha(pipe) == before
+
+
+def test_two_halves_with_one_adapter_are_the_plain_mix(sd1, write):
+    a = write("a", sd1, *U_NET)
+    with compose(sd1, Adapter(a)):
+        wanted = predict(sd1, [0])
+    with regions(sd1, Region((0, 0, 0.5, 1), Adapter(a)), Region((0.5, 0, 1, 1), Adapter(a))):
+        assert_close(predict(sd1, [0]), wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("ending", ["proj_in", "attn2.to_v", "time_emb_proj"])
+def test_outside_its_mask_an_adapter_changes_nothing(sd1, write, ending):
+    """The first block that an adapter touches, before convolutions and self-attention carry it on."""
+    a = write("a", sd1, f"down_blocks.0.{_first(ending)}")
+    mask = Image.new("L", (64, 64), 0)
+    mask.paste(255, (0, 0, 32, 64))
+    watched = sd1.unet.get_submodule(
+        "down_blocks.0." + {"time_emb_proj": "resnets.0.norm2"}.get(ending, _first(ending))
+    )
+    if ending == "attn2.to_v":
+        watched = sd1.unet.get_submodule("down_blocks.0.attentions.0.transformer_blocks.0.attn2")
+    seen = []
+    with regions(sd1, Region(mask, Adapter(a, 5.0))):
+        handle = watched.register_forward_hook(lambda m, x, y: seen.append(x[0] if ending == "time_emb_proj" else y))
+        predict(sd1, [0])
+        handle.remove()
+    handle = watched.register_forward_hook(lambda m, x, y: seen.append(x[0] if ending == "time_emb_proj" else y))
+    predict(sd1, [0])
+    handle.remove()
+    change = (seen[0] - seen[1]).abs()
+    change = change.sum(-1).view(1, 16, 16) if change.ndim == 3 else change.sum(1)
+    assert change[..., :8].min() > 0
+    assert change[..., 8:].max() < 1e-5
+
+
+def _first(ending):
+    return {
+        "proj_in": "attentions.0.proj_in",
+        "attn2.to_v": "attentions.0.transformer_blocks.0.attn2.to_v",
+        "time_emb_proj": "resnets.0.time_emb_proj",
+    }[ending]
+
+
+@pytest.fixture
+def base(pocket_folder):
+    return load_base(str(pocket_folder), precision=decide("fp32", device="cpu"))
+
+
+def test_a_region_with_the_calls_own_prompt_is_no_region(base):
+    plain = draw(base, "red square", 0, steps=2)[0]
+    with regions(base, Region((0, 0, 0.5, 1), prompt="red square")):
+        same = draw(base, "red square", 0, steps=2)[0]
+    with regions(base, Region((0, 0, 0.5, 1), prompt="blue circle")):
+        other = draw(base, "red square", 0, steps=2)[0]
+    near = max(abs(a - b) for a, b in zip(plain.tobytes(), same.tobytes(), strict=True))
+    assert near <= 1
+    assert other.tobytes() != plain.tobytes()
+
+
+def test_a_text_encoders_part_wants_a_prompt_of_the_region(sd1, write):
+    a = write("a", sd1, "to_q", "fc1")
+    with pytest.raises(AdapterError, match="no prompt of its own"), regions(sd1, Region(WHOLE, Adapter(a))):
+        pass
+    with regions(sd1, Region(WHOLE, Adapter(a, (1.0, 0.0)))):
+        predict(sd1, [0])
+
+
+@pytest.mark.parametrize("where", [(0, 0, 0, 1), (0.5, 0, 1.5, 1), Image.new("L", (8, 8), 0)])
+def test_a_region_that_is_none_is_refused_and_leaves_no_hook(sd1, where):
+    with pytest.raises(AdapterError), regions(sd1, Region(where, prompt=None)):
+        pass
+    assert not any(module._forward_hooks for module in sd1.unet.modules())

@@ -1,0 +1,98 @@
+"""Weights over the steps of a picture: what each call of the U-Net sees."""
+
+import pytest
+import torch
+
+from sfumato.bases import load_base
+from sfumato.compose import Adapter, compose
+from sfumato.compose.steps import Ramp, Switch, over_steps
+from sfumato.drawing import draw
+from sfumato.errors import AdapterError
+from sfumato.files.lora_file import LoraModule
+from sfumato.files.write import write_lora
+from sfumato.precision import decide
+
+
+def test_a_ramp_is_straight_between_points_and_level_beyond():
+    ramp = Ramp((0.25, 1.0), (0.75, 0.0))
+    assert [ramp(progress) for progress in (0.0, 0.25, 0.5, 0.75, 1.0)] == [1.0, 1.0, 0.5, 0.0, 0.0]
+    assert Ramp.parse("0:1,1:0")(0.25) == 0.75
+    assert Ramp((0.5, 1.0), (0.5, 0.2))(0.6) == 0.2
+
+
+@pytest.mark.parametrize("text", ["", "1", "0:1,x:2", "2:1"])
+def test_a_ramp_that_is_none_is_refused(text):
+    with pytest.raises(AdapterError, match="ramp"):
+        Ramp.parse(text)
+
+
+def test_a_switch_takes_turns():
+    switch = Switch(("a", "b"), every=2)
+    assert [switch.on(step) for step in range(6)] == ["a", "a", "b", "b", "a", "a"]
+
+
+@pytest.fixture
+def base(pocket_folder):
+    return load_base(str(pocket_folder), precision=decide("fp32", device="cpu"))
+
+
+@pytest.fixture
+def loras(base, tmp_path):
+    """a and b: two strong adapters of the base's first cross-attention."""
+    paths = []
+    for seed, name in enumerate("ab"):
+        generator = torch.Generator().manual_seed(seed)
+        path, layer = next((p, m) for p, m in base.unet.named_modules() if p.endswith("attn2.to_v"))
+        out, inner = layer.weight.shape
+        module = LoraModule(torch.randn(2, inner, generator=generator), torch.randn(out, 2, generator=generator), 8.0)
+        paths.append(write_lora(tmp_path / f"{name}.safetensors", {("unet", path): module}, family="pocket"))
+    return paths
+
+
+def weights_seen(base, mix):
+    """The mix's weight of "a" at each call of the U-Net."""
+    seen = []
+    handle = base.unet.register_forward_hook(lambda *_: seen.append(mix.weights["a"]))
+    return seen, handle
+
+
+@pytest.mark.parametrize("way", ["baked", "live"])
+def test_each_step_has_its_weight_and_the_next_picture_begins_again(base, loras, way):
+    """4 DDIM steps of 1000 ask for 751, 501, 251, 1 and each weighs 1 - its progress."""
+    with compose(base, Adapter(loras[0], 1.0), way=way) as mix, over_steps(mix, a=Ramp((0, 1), (1, 0))):
+        seen, handle = weights_seen(base, mix)
+        draw(base, "red square", 0, steps=4, scheduler="ddim")
+        draw(base, "red square", 0, steps=4, scheduler="ddim")
+        handle.remove()
+    numbers = [weight[0] if isinstance(weight, tuple) else weight for weight in seen]
+    assert numbers[:4] == sorted(numbers[:4], reverse=True)
+    assert numbers[:4] == numbers[4:]
+    assert len(set(numbers[:4])) == 4
+    assert all(weight[1] == 1.0 for weight in seen if isinstance(weight, tuple))
+
+
+def test_a_constant_ramp_is_the_plain_mix_and_the_weights_come_back(base, loras):
+    with compose(base, Adapter(loras[0], 0.5)) as mix:
+        plain = draw(base, "red square", 0, steps=3)[0]
+        with over_steps(mix, a=lambda progress: 0.5):
+            ramped = draw(base, "red square", 0, steps=3)[0]
+        with over_steps(mix, a=lambda progress: 2.0):
+            other = draw(base, "red square", 0, steps=3)[0]
+        assert mix.weights["a"] == 0.5
+    assert plain.tobytes() == ramped.tobytes() != other.tobytes()
+
+
+def test_switching_shows_one_adapter_at_a_time(base, loras):
+    with compose(base, Adapter(loras[0], 1.0), Adapter(loras[1], 0.7)) as mix:
+        with over_steps(mix, Switch(("a", "b"), every=1)):
+            seen, handle = weights_seen(base, mix)
+            draw(base, "red square", 0, steps=4)
+            handle.remove()
+        assert seen == [1.0, (0.0, 1.0), 1.0, (0.0, 1.0)]
+        assert dict(mix.weights) == {"a": 1.0, "b": 0.7}
+
+
+def test_a_label_that_is_not_in_the_mix_is_refused(base, loras):
+    with compose(base, Adapter(loras[0])) as mix, pytest.raises(AdapterError, match="'c'"):  # noqa: SIM117
+        with over_steps(mix, c=Ramp((0, 1))):
+            pass
