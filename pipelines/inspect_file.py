@@ -1,4 +1,4 @@
-"""What an adapter file holds: family, kind, targets, ranks, norms per block, trigger words, hashes."""
+"""What an adapter file of any kind holds: family, kinds, targets, ranks, norms per block, trigger words, hashes."""
 
 from __future__ import annotations
 
@@ -14,13 +14,16 @@ from sfumato.files.inspect import inspect_file, render
 
 @dataclass(frozen=True)
 class Config:
-    """Look into an adapter file: family, kind, targets, ranks, alphas, norms per block, trigger words, hashes.
+    """Look into an adapter file: family, kinds, targets, ranks, alphas, norms per block, trigger words, hashes.
+
+    LoRA, LoCon, DoRA, LoHa, LoKr, IA3, OFT, BOFT, GLoRA and full differences, in the spellings of kohya, LyCORIS,
+    diffusers, peft, OneTrainer and ai-toolkit.
 
     Example: sfumato inspect line.safetensors
     """
 
     file: Path
-    """The .safetensors file. Anything else is refused with a word on what it really is."""
+    """The .safetensors file, or peft's folder. Anything else is refused with a word on what it really is."""
     json: bool = False
     """Print JSON, metadata included, for other programs."""
 

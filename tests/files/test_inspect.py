@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from sfumato.files.adapter_file import read_adapter
 from sfumato.files.inspect import inspect_file, render
 from sfumato.files.lora_file import LoraModule
 from sfumato.files.metadata import Description, describe
@@ -116,3 +117,102 @@ def test_a_wrong_file_is_one_line_on_stderr_and_code_2(tmp_path):
     assert done.stdout == ""
     assert done.stderr.startswith("sfumato: page.safetensors: this is a web page saved under a weight file's name")
     assert done.stderr.count("\n") == 1
+
+
+def one_of_each_kind():
+    g = torch.Generator().manual_seed(0)
+
+    def noise(*shape):
+        return torch.randn(*shape, generator=g)
+
+    pair = {"lora_down.weight": noise(2, 8), "lora_up.weight": noise(6, 2)}
+    return {
+        "LoRA": pair | {"alpha": torch.tensor(3.0)},
+        "LoHa": {"hada_w1_a": noise(6, 2), "hada_w1_b": noise(2, 8), "hada_w2_a": noise(6, 2), "hada_w2_b": noise(2, 8)}
+        | {"alpha": torch.tensor(3.0)},
+        "LoKr": {
+            "lokr_w1": noise(2, 2),
+            "lokr_w2_a": noise(3, 1),
+            "lokr_w2_b": noise(1, 4),
+            "alpha": torch.tensor(3.0),
+        },
+        "difference": {"diff": noise(6, 8), "diff_b": noise(6)},
+        "DoRA": pair | {"dora_scale": noise(6, 1)},
+        "OFT": {"oft_blocks": noise(2, 3, 3), "alpha": torch.tensor(0.1)},
+        "BOFT": {"oft_blocks": noise(1, 3, 2, 2), "alpha": torch.tensor(0.1)},
+        "IA3": {"weight": noise(6), "on_input": torch.tensor(0)},
+        "GLoRA": {
+            "a1.weight": noise(8, 2),
+            "a2.weight": noise(2, 8),
+            "b1.weight": noise(6, 2),
+            "b2.weight": noise(2, 8),
+        },
+    }
+
+
+@pytest.mark.parametrize("kind", one_of_each_kind())
+def test_every_kind_is_named_and_measured(kind, tmp_path):
+    name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    tensors = {f"{name}.{key}": value.contiguous() for key, value in one_of_each_kind()[kind].items()}
+    save_file(tensors, tmp_path / "a.safetensors")
+    found = inspect_file(tmp_path / "a.safetensors")
+    assert (found.kind, found.modules, found.incomplete) == (kind, 1, [])
+    if kind in ("LoRA", "LoHa", "LoKr", "difference"):
+        (change,) = read_adapter(tmp_path / "a.safetensors").changes.values()
+        assert found.norm == pytest.approx(float(change.delta(torch.zeros(6, 8)).norm()), rel=1e-5)
+        assert found.stored == []
+    else:
+        assert found.norm > 0
+        assert found.stored == [kind]
+        assert f"({kind}: of what is stored, the update depends on the base)" in render(found)
+
+
+def test_tucker_norms_of_loha_and_lokr_are_those_of_their_updates(tmp_path):
+    g = torch.Generator().manual_seed(0)
+    shapes = {f"hada_w{n}_{x}": (2, 6 if x == "a" else 8) for n in (1, 2) for x in "ab"}
+    shapes |= {"hada_t1": (2, 2, 3, 3), "hada_t2": (2, 2, 3, 3)}
+    lokr = {"lokr_w1": (2, 2), "lokr_w2_a": (2, 3), "lokr_w2_b": (2, 4), "lokr_t2": (2, 2, 3, 3)}
+    for parts in (shapes, lokr):
+        name = "lora_unet_down_blocks_0_resnets_0_conv1"
+        save_file({f"{name}.{k}": torch.randn(*s, generator=g) for k, s in parts.items()}, tmp_path / "a.safetensors")
+        (change,) = read_adapter(tmp_path / "a.safetensors").changes.values()
+        wanted = float(change.delta(torch.zeros(6, 8, 3, 3)).norm())
+        assert inspect_file(tmp_path / "a.safetensors").norm == pytest.approx(wanted, rel=1e-5)
+
+
+def test_a_textual_inversion_shows_its_tokens(tmp_path):
+    save_file({"<cat>": torch.ones(3, 768)}, tmp_path / "a.safetensors")
+    found = inspect_file(tmp_path / "a.safetensors")
+    assert (found.kind, found.embeddings) == ("a textual inversion", {"<cat>": 3})
+    assert "tokens     <cat> (3 vectors)" in render(found)
+
+
+def test_lines_stay_narrow_however_many_targets_there_are(tiny, lora, tmp_path):
+    path = write_lora(tmp_path / "a.safetensors", lora(tiny("sdxl").layers(), ranks=(1,)), family="sdxl")
+    assert max(len(line) for line in render(inspect_file(path)).splitlines()) <= 100
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_folder_of_pefts_is_described_with_its_config(tiny, tmp_path):
+    import copy
+
+    import peft
+
+    config = peft.LoraConfig(r=2, lora_alpha=8, target_modules=["attn1.to_q"], init_lora_weights=False)
+    peft.get_peft_model(copy.deepcopy(tiny("pocket").parts["unet"]), config).save_pretrained(tmp_path / "a")
+    found = inspect_file(tmp_path / "a")
+    assert (found.kind, found.ranks, list(found.alphas)) == ("LoRA", {"2": found.modules}, ["8"])
+
+
+def test_inspecting_any_kind_or_folder_loads_no_torch(tmp_path):
+    name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    for kind, parts in one_of_each_kind().items():
+        save_file({f"{name}.{k}": v.contiguous() for k, v in parts.items()}, tmp_path / f"{kind}.safetensors")
+    code = f"""for path in pathlib.Path({str(tmp_path)!r}).glob("*.safetensors"):
+    assert main(["inspect", str(path)]) == 0
+    assert main(["inspect", str(path), "--json"]) == 0
+assert "torch" not in sys.modules
+assert "safetensors" not in sys.modules"""
+    program = f"import sys, pathlib\nfrom sfumato.cli import main\n{code}"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.count("kind       ") == len(one_of_each_kind())

@@ -59,18 +59,19 @@ def test_a_part_is_accepted_on_request_and_says_what_was_left_out(tensors, tmp_p
 
 def test_a_part_of_nothing_is_refused_even_on_request(tmp_path):
     half = {f"{KEY}.lora_down.weight": torch.ones(2, 768)}
-    assert refusal(half, tmp_path, partial=True).startswith("none of 1 modules is whole.")
+    message = refusal(half, tmp_path, partial=True)
+    assert message.startswith(f"lora_up is missing for 1 of 1 modules, first beside {KEY}.lora_down.weight, so nothing")
 
 
 FOREIGN = {
-    "model.diffusion_model.input_blocks.0.0.weight": "this is a full checkpoint (1 tensors), not a LoRA.",
-    "decoder.conv_in.weight": "this is a VAE (1 tensors), not a LoRA.",
-    "text_model.embeddings.token_embedding.weight": "this is a whole text encoder (1 tensors), not a LoRA.",
+    "model.diffusion_model.input_blocks.0.0.weight": "this is a full checkpoint (1 tensors), not an adapter.",
+    "decoder.conv_in.weight": "this is a VAE (1 tensors), not an adapter.",
+    "text_model.embeddings.token_embedding.weight": "this is a whole text encoder (1 tensors), not an adapter.",
     "transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight": "this is an adapter for a transformer model",
     "lora_unet_double_blocks_0_img_attn_proj.lora_down.weight": "this is an adapter for a transformer model",
-    "emb_params": "this is a textual inversion (1 tensors), not a LoRA.",
-    "<my-cat>": "this is a textual inversion (1 tensors), not a LoRA.",
-    "layers.0.weight": "0 of 1 keys are a LoRA's for SD or SDXL, first layers.0.weight.",
+    "emb_params": "this is a textual inversion (1 tensors), not an adapter.",
+    "<my-cat>": "this is a textual inversion (1 tensors), not an adapter.",
+    "layers.0.weight": "0 of 1 keys are an adapter's for SD or SDXL, first layers.0.weight.",
 }
 
 
@@ -80,23 +81,23 @@ def test_what_is_no_lora_is_named(name, tmp_path):
 
 
 KINDS = {
-    "DoRA": ["lora_down.weight", "lora_up.weight", "alpha", "dora_scale"],
-    "LoHa": ["hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "alpha"],
-    "LoKr": ["lokr_w1", "lokr_w2_a", "lokr_w2_b", "alpha"],
-    "OFT": ["oft_blocks", "alpha"],
-    "IA3": ["weight", "on_input"],
-    "GLoRA": ["a1.weight", "a2.weight", "b1.weight", "b2.weight", "alpha"],
-    "full difference": ["diff", "diff_b"],
-    "norm difference": ["w_norm", "b_norm"],
-    "LoRA with a bias": ["lora_A.weight", "lora_B.weight", "lora_B.bias"],
+    "DoRA": dict(zip(("lora_down.weight", "lora_up.weight", "dora_scale"), ((2, 768), (4, 2), (4, 1)), strict=True)),
+    "LoHa": {f"hada_w{n}_{x}": (4, 2) if x == "a" else (2, 768) for n in (1, 2) for x in "ab"},
+    "LoKr": {"lokr_w1": (2, 2), "lokr_w2_a": (2, 1), "lokr_w2_b": (1, 384)},
+    "OFT": {"oft_blocks": (2, 2, 2)},
+    "difference": {"diff": (4, 768), "diff_b": (4,)},
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_kind_that_cannot_be_applied_yet_is_named_and_counted(kind, tmp_path):
-    parts = {f"{module}.{part}": torch.ones(2, 2) for module in (KEY, VALUE) for part in KINDS[kind]}
-    assert refusal(parts, tmp_path).startswith(
-        f"the file holds {kind} in 2 modules of 2; only LoRA can be applied yet."
+def test_a_kind_that_is_no_lora_is_named_and_counted(kind, tmp_path):
+    parts = {f"{module}.{part}": torch.ones(shape) for module in (KEY, VALUE) for part, shape in KINDS[kind].items()}
+    assert refusal(parts, tmp_path).startswith(f"the file holds {kind} in 2 modules of 2; wanted a LoRA.")
+
+
+def test_a_lora_that_changes_a_bias_is_no_lora_alone(tensors, tmp_path):
+    assert refusal(tensors | {f"{KEY}.diff_b": torch.ones(4)}, tmp_path).startswith(
+        "the file holds 1 changes of a bias"
     )
 
 

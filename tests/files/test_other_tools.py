@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from sfumato.errors import AdapterError
 from sfumato.files.lora_file import LoraModule, read_lora
 from sfumato.files.write import write_lora
 
@@ -199,12 +200,16 @@ def test_a_tucker_convolution_is_written_as_the_plain_one_it_equals(tmp_path):
     torch.testing.assert_close(read_lora(path).modules[target].delta(), wanted)
 
 
-def test_an_alpha_pattern_of_a_file_is_never_run_as_a_regular_expression(tmp_path):
+def test_alpha_patterns_are_names_and_never_run_as_regular_expressions(tmp_path):
     down, up = ONE_MODULE["diffusers"]
-    metadata = {"unet.lora_alpha": 2, "unet.alpha_pattern": {"(a+)+$": 9, "^attn2.to_q": 9, "attn2.to_q": 4}}
-    save_file(
-        {down: torch.ones(2, 4), up: torch.ones(4, 2)},
-        tmp_path / "a.safetensors",
-        {"lora_adapter_metadata": json.dumps(metadata)},
-    )
-    assert read_lora(tmp_path / "a.safetensors").modules["unet", f"{CROSS}.to_q"].alpha == 4.0
+    tensors = {down: torch.ones(2, 4), up: torch.ones(4, 2)}
+
+    def write(pattern):
+        metadata = {"unet.lora_alpha": 2, "unet.alpha_pattern": pattern}
+        save_file(tensors, tmp_path / "a.safetensors", {"lora_adapter_metadata": json.dumps(metadata)})
+        return tmp_path / "a.safetensors"
+
+    found = read_lora(write({"^attn2.to_q": 9, "n2.to_q": 9, "attn2\\.to_q$": 4})).modules
+    assert found["unet", f"{CROSS}.to_q"].alpha == 4.0
+    with pytest.raises(AdapterError, match="which is not run"):
+        read_lora(write({"(a+)+$": 9}))

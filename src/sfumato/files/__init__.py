@@ -8,6 +8,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sfumato.files.adapter_file import AdapterFile, read_adapter
+    from sfumato.files.changes import Change
+    from sfumato.files.embedding_file import EmbeddingFile, read_embedding
     from sfumato.files.header import Header, read_header
     from sfumato.files.inspect import Inspection, inspect_file
     from sfumato.files.lora_file import LoraFile, LoraModule, read_lora
@@ -17,13 +20,18 @@ if TYPE_CHECKING:
     from sfumato.files.write import write_lora
 
 _HOME = {
+    "AdapterFile": "adapter_file",
+    "Change": "changes",
     "Description": "metadata",
+    "EmbeddingFile": "embedding_file",
     "Header": "header",
     "Inspection": "inspect",
     "LoraFile": "lora_file",
     "LoraModule": "lora_file",
     "describe": "metadata",
     "inspect_file": "inspect",
+    "read_adapter": "adapter_file",
+    "read_embedding": "embedding_file",
     "read_header": "header",
     "read_lora": "lora_file",
     "read_tensors": "read",
@@ -33,13 +41,18 @@ _HOME = {
 }
 
 __all__ = [
+    "AdapterFile",
+    "Change",
     "Description",
+    "EmbeddingFile",
     "Header",
     "Inspection",
     "LoraFile",
     "LoraModule",
     "describe",
     "inspect_file",
+    "read_adapter",
+    "read_embedding",
     "read_header",
     "read_lora",
     "read_tensors",

@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import json
+import math
 import mmap
 import os
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sfumato.errors import FileError
+from sfumato.files.embedding_keys import embedding_key
 from sfumato.files.family import FAMILIES, family_from_metadata
-from sfumato.files.header import Header, TensorInfo, read_header
-from sfumato.files.keys import Layout, ModuleKeys, describe_foreign, guess_family, read_layout
+from sfumato.files.header import Header, TensorInfo
+from sfumato.files.keys import Layout, ModuleKeys, describe_foreign, guess_family, read_layout, shapes_of
+from sfumato.files.kinds import base_kind, rank_of
 from sfumato.files.kohya import Target
 from sfumato.files.metadata import data_sha256, short_hash
+from sfumato.files.norms import is_update, square_norm
+from sfumato.files.peft_folder import Source, adapter_sources
 
 Array = NDArray[np.float32]
+_Settings = Callable[[int], float]
 BAR_WIDTH = 24
 
 
@@ -37,8 +47,10 @@ class Inspection:
     """What `sfumato inspect` prints. Counts are by value: {"16": 128} is rank 16 in 128 modules.
 
     says: the family by the metadata, where it differs from `family`, which goes by the shapes. nonfinite: tensors with
-    NaN or Inf. hash: the first 12 digits of the sha256 by which A1111 names the file; hash_holds: whether the sha256
-    that the file states is that of its bytes, None where it states none.
+    NaN or Inf. stored: the kinds whose norm is that of what the file stores, because their update depends on the
+    base's weight. embeddings: the number of vectors of each token that is bundled in the file. hash: the first 12
+    digits of the sha256 by which A1111 names the file; hash_holds: whether the sha256 that the file states is that of
+    its bytes, None where it states none.
     """
 
     file: str
@@ -54,12 +66,14 @@ class Inspection:
     ranks: dict[str, int]
     alphas: dict[str, int]
     norm: float | None
+    stored: list[str]
     blocks: list[Block]
     trigger: list[str]
     base: str | None
     hash: str
     hash_holds: bool | None
     nonfinite: list[str]
+    embeddings: dict[str, int]
     unknown: list[str]
     incomplete: list[str]
     metadata: dict[str, str]
@@ -70,12 +84,13 @@ class Inspection:
 
 
 def inspect_file(path: str | os.PathLike[str]) -> Inspection:
-    """Look into a weight file without judging it: kinds that cannot be applied and non-finite values are reported.
+    """Look into a weight file, or peft's folder of one, without judging it: what cannot be applied is reported.
 
     Raises FileError for what is no safetensors file.
     """
-    header = read_header(path)
-    layout = read_layout(header.tensors)
+    source = _source(Path(path))
+    header = source.header
+    layout = read_layout(header, source.part)
     with header.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
 
         def value(name: str) -> Array | None:
@@ -83,12 +98,16 @@ def inspect_file(path: str | os.PathLike[str]) -> Inspection:
 
         foreign = None if layout.modules else (describe_foreign(header.tensors) or "no adapter that is known")
         nonfinite = [name for name in header.tensors if not _is_finite(mapped, header.tensors[name])]
-        alphas = {target: _alpha(keys, header, value) for target, keys in layout.modules.items()}
-        squares = {
-            target: square
+        alphas = {
+            target: _alpha(keys, header, value, partial(source.settings.alpha, target))
             for target, keys in layout.modules.items()
-            if (square := _square_norm(keys, alphas[target], value)) is not None
         }
+        squares: dict[Target, float] = {}
+        for target, keys in layout.modules.items():
+            arrays = {role: array for role, name in keys.names.items() if (array := value(name)) is not None}
+            square = square_norm(keys.kind, arrays, alphas[target])
+            if square is not None:
+                squares[target] = square
         stated = header.metadata.get("sshs_model_hash")
         by_shapes, by_words = guess_family(layout, header), family_from_metadata(header.metadata)
         return Inspection(
@@ -102,19 +121,29 @@ def inspect_file(path: str | os.PathLike[str]) -> Inspection:
             spelling=list(layout.spellings),
             modules=len(layout.modules),
             targets=_counts(_target_name(target) for target in layout.modules),
-            ranks=_counts(_rank(keys, header) for keys in layout.modules.values()),
+            ranks=_counts(rank_of(shapes_of(keys, header)) for keys in layout.modules.values()),
             alphas=_counts(None if alpha is None else f"{alpha:g}" for alpha in alphas.values()),
             norm=float(np.sqrt(sum(squares.values()))) if squares else None,
+            stored=[kind for kind in layout.kinds if not is_update(kind)],
             blocks=_blocks(squares),
             trigger=_trigger(header.metadata),
             base=header.metadata.get("ss_sd_model_name") or None,
             hash=short_hash(header),
             hash_holds=None if stated is None else stated == data_sha256(header),
             nonfinite=nonfinite,
+            embeddings=_tokens(layout, header),
             unknown=list(layout.unknown) if layout.modules else [],
-            incomplete=_incomplete(layout),
+            incomplete=[".".join(target) for target in layout.partial],
             metadata=dict(sorted(header.metadata.items())),
         )
+
+
+def _source(path: Path) -> Source:
+    sources = adapter_sources(path)
+    if len(sources) > 1:
+        parts = ", ".join(str(source.part) for source in sources)
+        raise FileError(f"{path.name}: the folder holds an adapter of each of {parts}. Name one of these folders.")
+    return sources[0]
 
 
 def _counts(values: Any) -> dict[str, int]:
@@ -146,38 +175,30 @@ def _is_finite(mapped: mmap.mmap, info: TensorInfo) -> bool:
     return True
 
 
-def _rank(keys: ModuleKeys, header: Header) -> int | None:
-    return header.tensors[keys.names["down"]].shape[0] if "down" in keys.names else None
-
-
-def _alpha(keys: ModuleKeys, header: Header, value: Callable[[str], Array | None]) -> float | None:
+def _alpha(keys: ModuleKeys, header: Header, value: Callable[[str], Array | None], settings: _Settings) -> float | None:
+    """The module's own alpha, else the one of peft's config, else its rank; None where neither is said."""
     if "alpha" in keys.names:
         alpha = value(keys.names["alpha"])
         return None if alpha is None or alpha.size != 1 else float(alpha.reshape(-1)[0])
-    rank = _rank(keys, header)
-    return None if rank is None else float(rank)
+    rank = rank_of(shapes_of(keys, header))
+    return None if rank is None or base_kind(keys.kind) not in _SCALED else settings(rank)
 
 
-def _square_norm(keys: ModuleKeys, alpha: float | None, value: Callable[[str], Array | None]) -> float | None:
-    """The squared Frobenius norm of a LoRA's update: ||B A||^2 = sum((B'B) * (A A')), two rank-sized products.
+_SCALED = ("LoRA", "LoHa", "LoKr", "GLoRA")
+"""The kinds whose alpha is over a rank; OFT's is a constraint."""
 
-    None for other kinds, half pairs and shapes that do not fit.
-    """
-    if keys.kind != "LoRA" or not keys.names.keys() >= {"down", "up"} or alpha is None:
-        return None
-    down, up = value(keys.names["down"]), value(keys.names["up"])
-    mid = value(keys.names["mid"]) if "mid" in keys.names else None
-    if down is None or up is None or down.ndim < 2 or up.ndim < 2:
-        return None
-    rank = down.shape[0]
-    a, b = down.reshape(rank, -1).astype(np.float64), up.reshape(up.shape[0], -1).astype(np.float64)
-    if mid is not None:
-        if mid.shape[:2] != (rank, rank):
-            return None
-        a = np.einsum("pqk,qi->pik", mid.reshape(rank, rank, -1).astype(np.float64), a).reshape(rank, -1)
-    if b.shape[1] != rank:
-        return None
-    return float((alpha / rank) ** 2 * max(np.sum((b.T @ b) * (a @ a.T)), 0.0))
+
+def _tokens(layout: Layout, header: Header) -> dict[str, int]:
+    """The number of vectors of each token that the file brings along, or of a textual inversion's own."""
+    keys = dict(layout.embeddings)
+    if not layout.modules and describe_foreign(header.tensors) == "a textual inversion":
+        keys = {name: key for name in header.tensors if (key := embedding_key(name, bundled=False))}
+    unnamed = header.metadata.get("sfumato.token") or header.path.stem
+    return {
+        key.token or unnamed: math.prod(header.tensors[name].shape[:-1])
+        for name, key in keys.items()
+        if key.part is not None
+    }
 
 
 def _block_name(target: Target) -> str:
@@ -226,14 +247,6 @@ def _trigger(metadata: Mapping[str, str]) -> list[str]:
     return [word.strip() for word in metadata.get("modelspec.trigger_phrase", "").split(",") if word.strip()]
 
 
-def _incomplete(layout: Layout) -> list[str]:
-    return [
-        ".".join(target)
-        for target, keys in layout.modules.items()
-        if keys.kind == "LoRA" and not keys.names.keys() >= {"down", "up"}
-    ]
-
-
 def render(found: Inspection) -> str:
     """The inspection as lines of text, at most about 100 wide."""
 
@@ -259,11 +272,20 @@ def render(found: Inspection) -> str:
         ("hash", found.hash + holds),
     ]
     if found.norm is not None:
-        rows.append(("norm", f"{found.norm:.4g}"))
+        stored = (
+            f" ({', '.join(found.stored)}: of what is stored, the update depends on the base)" if found.stored else ""
+        )
+        rows.append(("norm", f"{found.norm:.4g}{stored}"))
+    if found.embeddings:
+        rows.append(("tokens", ", ".join(f"{_plain(name)} ({n} vectors)" for name, n in found.embeddings.items())))
     for name, keys in (("NaN or Inf", found.nonfinite), ("unknown", found.unknown), ("incomplete", found.incomplete)):
         if keys:
             rows.append((name, f"{len(keys)}, first {', '.join(map(_plain, keys[:3]))}"))
-    lines = [f"{name:<11}{value}" for name, value in rows]
+    lines = []
+    for name, value in rows:
+        wide = name in ("targets", "ranks", "alphas", "tokens")
+        folded = textwrap.wrap(value, 88, break_long_words=False, break_on_hyphens=False) if wide else [value]
+        lines += [f"{name:<11}{folded[0]}", *(" " * 11 + line for line in folded[1:])]
     peak = max((block.norm for block in found.blocks if np.isfinite(block.norm)), default=0.0)
     width = max((len(block.name) for block in found.blocks), default=0)
     if found.blocks:

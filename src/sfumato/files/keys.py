@@ -2,7 +2,8 @@
 
 Two grammars: kohya's `lora_unet_down_blocks_0_..._to_q.lora_down.weight`, and dotted ones, `unet.down_blocks.0....to_q.
 lora_A.weight` as diffusers and peft write today and `....to_q.lora.down.weight`, `....processor.to_q_lora.down.weight`
-as diffusers once wrote. Kinds other than LoRA are recognised, so that a reader can name what it cannot apply.
+as diffusers once wrote. OneTrainer's dotted names begin with `clip_l.`, `lora_te1.` and the like, LyCORIS's own wrapper
+and SimpleTuner write `lycoris_` for kohya's `lora_unet_`. What follows the module's name is in `sfumato.files.kinds`.
 """
 
 from __future__ import annotations
@@ -10,58 +11,22 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from types import MappingProxyType
 
+from sfumato.files.embedding_keys import EmbeddingKey, embedding_key
 from sfumato.files.family import family_from_metadata, family_from_widths
 from sfumato.files.header import Header
+from sfumato.files.kinds import ROLES, Shape, is_whole, kind_of, weight_shape
 from sfumato.files.kohya import Target, is_sgm, kohya_target, text_path, unet_path
 
-# What follows the module's name -> (role of the tensor, kind of adapter it makes); "" is every kind.
-_ROLES: Mapping[str, tuple[str, str]] = MappingProxyType(
-    {
-        "lora_down.weight": ("down", "LoRA"),
-        "lora_up.weight": ("up", "LoRA"),
-        "lora_mid.weight": ("mid", "LoRA"),
-        "lora_A.weight": ("down", "LoRA"),
-        "lora_B.weight": ("up", "LoRA"),
-        "lora.down.weight": ("down", "LoRA"),
-        "lora.up.weight": ("up", "LoRA"),
-        "lora_linear_layer.down.weight": ("down", "LoRA"),
-        "lora_linear_layer.up.weight": ("up", "LoRA"),
-        "alpha": ("alpha", ""),
-        "lora_B.bias": ("up_bias", "LoRA with a bias"),
-        "dora_scale": ("dora_scale", "DoRA"),
-        "lora_magnitude_vector": ("dora_scale", "DoRA"),
-        "lora_magnitude_vector.weight": ("dora_scale", "DoRA"),
-        **{f"hada_{x}": (f"hada_{x}", "LoHa") for x in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
-        **{f"lokr_{x}": (f"lokr_{x}", "LoKr") for x in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
-        "oft_blocks": ("oft_blocks", "OFT"),
-        "oft_diag": ("oft_diag", "OFT"),
-        "rescale": ("rescale", "OFT"),
-        "on_input": ("on_input", "IA3"),
-        "weight": ("weight", "IA3"),
-        **{f"{x}.weight": (x, "GLoRA") for x in ("a1", "a2", "b1", "b2", "bm")},
-        **{x: (x, "full difference") for x in ("diff", "diff_b", "set_weight")},
-        **{x: (x, "norm difference") for x in ("w_norm", "b_norm")},
-    }
-)
-# A file of one kind may hold the roles of another (DoRA is a LoRA with one more tensor); the later one names it.
-_RANKED = (
-    *("LoRA", "LoRA with a bias", "DoRA", "LoHa", "LoKr", "OFT", "IA3", "GLoRA"),
-    *("full difference", "norm difference"),
-)
-
-_DOTTED = re.compile(
-    r"(?P<module>.+?)\.(?P<role>lora_[AB](?:\.(?!weight$|bias$)\w+)?\.(?:weight|bias)|lora\.(?:down|up)\.weight|"
-    r"lora_linear_layer\.(?:down|up)\.weight|lora_(?:down|up|mid)\.weight|lora_magnitude_vector(?:\.\w+)?(?:\.weight)?|"
-    r"alpha|dora_scale|(?:hada|lokr)_\w+|oft_blocks|oft_diag)"
-)
+_FLAT_ONLY = ("weight", "on_input", "rescale")
+"""Suffixes of kohya's grammar only: after a dotted path `weight` is any checkpoint's."""
 _PROCESSOR = re.compile(r"(?P<module>.+?)(?:\.processor)?\.to_(?P<which>q|k|v|out)_lora\.(?P<role>down|up)\.weight")
 _PARTS = {
-    "unet.": "unet",
-    "text_encoder_2.": "text_encoder_2",
-    "text_encoder.": "text_encoder",
-    "diffusion_model.": "unet",
+    **{prefix: "unet" for prefix in ("unet.", "diffusion_model.", "lora_unet.")},
+    **{prefix: "text_encoder_2" for prefix in ("text_encoder_2.", "clip_g.", "lora_te2.")},
+    **{prefix: "text_encoder" for prefix in ("text_encoder.", "clip_l.", "lora_te1.", "lora_te.")},
 }
 _TEXT_PROJECTIONS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "out": "out_proj"}
 
@@ -76,7 +41,7 @@ class ModuleKeys:
 
 @dataclass(frozen=True)
 class Layout:
-    """Every key of the file: by module, or `unknown`.
+    """Every key of the file: by module, of a bundled textual inversion, or `unknown`.
 
     spellings: which grammars were met, of "kohya", "kohya sgm", "diffusers". repeated: modules named twice, in
     different spellings, so that the file does not say which is meant.
@@ -86,6 +51,7 @@ class Layout:
     unknown: tuple[str, ...]
     spellings: tuple[str, ...]
     repeated: tuple[str, ...]
+    embeddings: Mapping[str, EmbeddingKey]
 
     @property
     def kinds(self) -> dict[str, int]:
@@ -95,61 +61,97 @@ class Layout:
             counts[module.kind] = counts.get(module.kind, 0) + 1
         return counts
 
+    @property
+    def partial(self) -> dict[Target, ModuleKeys]:
+        """The modules of which tensors are missing."""
+        return {target: keys for target, keys in self.modules.items() if not is_whole(keys.kind, keys.names)}
 
-def read_layout(names: Iterable[str]) -> Layout:
-    """The modules that a file's tensor names speak of."""
+
+def read_layout(names: Iterable[str] | Header, part: str | None = None) -> Layout:
+    """The modules that a file's tensor names speak of.
+
+    names: a header says more, as BOFT is told from OFT by its dimensions. part: the one that dotted names without a
+    part's name belong to, where the file beside says so.
+    """
+    header = names if isinstance(names, Header) else None
     roles: dict[Target, dict[str, str]] = {}
-    kinds: dict[Target, set[str]] = {}
     unknown: list[str] = []
     repeated: list[str] = []
     spellings: set[str] = set()
-    for name in names:
-        parsed = _split(name)
+    embeddings: dict[str, EmbeddingKey] = {}
+    for name in names.tensors if isinstance(names, Header) else names:
+        parsed = _split(name, part)
         if parsed is None:
-            unknown.append(name)
+            found = embedding_key(name, bundled=True)
+            if found is None:
+                unknown.append(name)
+            else:
+                embeddings[name] = found
             continue
-        target, role, kind, spelling = parsed
+        target, role, spelling = parsed
         spellings.add(spelling)
         if role in roles.setdefault(target, {}):
             repeated.append(name)
         roles[target][role] = name
-        kinds.setdefault(target, set()).add(kind)
     modules: dict[Target, ModuleKeys] = {}
-    for target, found in roles.items():
-        named = [kind for kind in _RANKED if kind in kinds[target]]
-        if not named:  # an alpha and nothing that it could scale
-            unknown.extend(found.values())
+    for target, found_roles in roles.items():
+        blocks = found_roles.get("oft_blocks")
+        kind = kind_of(found_roles, len(header.tensors[blocks].shape) if header and blocks else None)
+        if not kind:  # an alpha and nothing that it could scale
+            unknown.extend(found_roles.values())
             continue
-        modules[target] = ModuleKeys(named[-1], MappingProxyType(found))
-    return Layout(MappingProxyType(modules), tuple(unknown), tuple(sorted(spellings)), tuple(repeated))
+        modules[target] = ModuleKeys(kind, MappingProxyType(found_roles))
+    return Layout(
+        MappingProxyType(modules),
+        tuple(unknown),
+        tuple(sorted(spellings)),
+        tuple(repeated),
+        MappingProxyType(embeddings),
+    )
 
 
-def _split(name: str) -> tuple[Target, str, str, str] | None:
-    """(module, role, kind, spelling) of a tensor's name, None if it is not an adapter's."""
+def _split(name: str, part: str | None) -> tuple[Target, str, str] | None:
+    """(module, role, spelling) of a tensor's name, None if it is not a module's."""
     flat, _, suffix = name.partition(".")
-    if flat.startswith(("lora_", "oft_")) and suffix in _ROLES:
-        target = kohya_target("lora_" + flat.removeprefix("oft_").removeprefix("lora_"))
-        if target is None:
-            return None
-        sgm = target[0] == "unet" and is_sgm(flat.removeprefix("lora_unet_"))
-        return target, *_ROLES[suffix], "kohya sgm" if sgm else "kohya"
-    if found := _PROCESSOR.fullmatch(name):
-        role = found["role"]
-        target = _dotted_target(found["module"], found["which"])
-        return None if target is None else (target, role, "LoRA", "diffusers")
-    if found := _DOTTED.fullmatch(name):
-        suffix = re.sub(r"^(lora_[AB])\.\w+\.(weight|bias)$", r"\1.\2", found["role"])  # peft's adapter name between
-        suffix = re.sub(r"^lora_magnitude_vector.*$", "lora_magnitude_vector", suffix)
-        target = _dotted_target(found["module"])
-        return None if target is None or suffix not in _ROLES else (target, *_ROLES[suffix], "diffusers")
+    if suffix in ROLES and flat.startswith(("lora_", "oft_", "lycoris_")):
+        found = _flat_target(flat)
+        return None if found is None else (found[0], ROLES[suffix], found[1])
+    if old := _PROCESSOR.fullmatch(name):
+        target = _dotted_target(old["module"], part, old["which"])
+        return None if target is None else (target, old["role"], "diffusers")
+    words = name.split(".")
+    if words[-1] in ("weight", "bias") and len(words) > 3 and words[-3] in ("lora_A", "lora_B"):
+        del words[-2]  # peft's name of the adapter
+    elif len(words) > 2 and "lora_magnitude_vector" in words[-3:-1]:
+        del words[words.index("lora_magnitude_vector", len(words) - 3) + 1 :]
+    for count in (3, 2, 1):
+        suffix = ".".join(words[-count:])
+        if suffix in ROLES and suffix not in _FLAT_ONLY and len(words) > count:
+            target = _dotted_target(".".join(words[:-count]), part)
+            return None if target is None else (target, ROLES[suffix], "diffusers")
     return None
 
 
-def _dotted_target(module: str, attention: str | None = None) -> Target | None:
-    """The module of a dotted path; attention: which projection, where old names leave it to the suffix."""
+@lru_cache(maxsize=8192)  # a module's name comes three times a file, and again with the next file
+def _flat_target(flat: str) -> tuple[Target, str] | None:
+    """The module and the spelling of a name in kohya's grammar."""
+    if flat.startswith("lycoris_"):
+        flat = "lora_unet_" + flat.removeprefix("lycoris_")
+    elif flat.startswith("oft_"):
+        flat = "lora_" + flat.removeprefix("oft_")
+    target = kohya_target(flat)
+    if target is None:
+        return None
+    return target, "kohya sgm" if target[0] == "unet" and is_sgm(flat.removeprefix("lora_unet_")) else "kohya"
+
+
+@lru_cache(maxsize=8192)
+def _dotted_target(module: str, said: str | None, attention: str | None = None) -> Target | None:
+    """The module of a dotted path. said: its part, if the path has none. attention: which projection, where old names
+    leave it to the suffix."""
     module = module.removeprefix("base_model.model.")
     prefix = next((prefix for prefix in _PARTS if module.startswith(prefix)), "")
-    part = _PARTS.get(prefix)
+    part = _PARTS.get(prefix, said)
     flat = module.removeprefix(prefix).removeprefix("base_model.model.").replace(".", "_")
     if part in (None, "unet"):
         projection = {None: "", "out": "_to_out_0"}.get(attention, f"_to_{attention}")
@@ -193,18 +195,24 @@ def describe_foreign(names: Iterable[str]) -> str | None:
     return None
 
 
+def shapes_of(keys: ModuleKeys, header: Header) -> dict[str, Shape]:
+    """The shape of each of a module's tensors, by role."""
+    return {role: header.tensors[name].shape for role, name in keys.names.items()}
+
+
 def text_widths(layout: Layout, header: Header) -> set[int]:
     """The input widths of the cross-attention's keys and values that the file changes."""
-    return {
-        header.tensors[keys.names["down"]].shape[1]
+    widths = (
+        weight_shape(shapes_of(keys, header))[1]
         for (part, path), keys in layout.modules.items()
-        if part == "unet" and path.endswith((".attn2.to_k", ".attn2.to_v")) and "down" in keys.names
-        if len(header.tensors[keys.names["down"]].shape) > 1
-    }
+        if part == "unet" and path.endswith((".attn2.to_k", ".attn2.to_v"))
+    )
+    return {width for width in widths if width is not None}
 
 
 def guess_family(layout: Layout, header: Header) -> str | None:
     """The family by the shapes, which cannot be wrong, else by the metadata; None where neither tells."""
     second = any(part == "text_encoder_2" for part, _ in layout.modules)
+    second = second or any(key.part == "text_encoder_2" for key in layout.embeddings.values())
     by_shapes = family_from_widths(text_widths(layout, header), second_encoder=second)
     return by_shapes or family_from_metadata(header.metadata)

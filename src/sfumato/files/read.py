@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -57,4 +58,4 @@ def is_finite(tensor: Tensor) -> bool:
     if tensor.dtype.itemsize == 1:  # the 8-bit floats have no minimum of their own
         tensor = tensor.float()
     low, high = torch.aminmax(tensor)  # NaN spreads into both
-    return bool(torch.isfinite(low) & torch.isfinite(high))
+    return math.isfinite(low.item()) and math.isfinite(high.item())

@@ -1,0 +1,166 @@
+"""Adapter files of any kind and dialect, read strictly into one form: {(part, path): Change}."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+from torch import Tensor
+
+from sfumato.errors import AdapterError
+from sfumato.files.changes import Change, Parts, read_change
+from sfumato.files.embedding_file import Vectors, vectors
+from sfumato.files.keys import Layout, describe_foreign, guess_family, read_layout, text_widths
+from sfumato.files.kohya import Target
+from sfumato.files.peft_folder import Source, adapter_sources
+from sfumato.files.read import read_tensors
+
+_FLAGS = ("on_input", "oft_scaled")
+_PARTIAL = "partial=True (--partial)"
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """An adapter as read. changes: by (part, path), paths as in `named_modules()` of transformers >= 5.6.
+
+    embeddings: textual inversions bundled in the file, {token: {"text_encoder" | "text_encoder_2": (vectors, width)}}.
+    family: "sd1", "sd2", "sdxl", "pocket" or None where neither shapes nor metadata tell. text_width: the input width
+    of the cross-attention's keys, None without such modules. skipped: keys left out because `partial` allowed it.
+    """
+
+    path: Path
+    changes: Mapping[Target, Change]
+    embeddings: Vectors
+    metadata: Mapping[str, str]
+    family: str | None
+    text_width: int | None
+    spellings: tuple[str, ...]
+    skipped: tuple[str, ...] = ()
+
+    @property
+    def kinds(self) -> dict[str, int]:
+        """The number of modules of each kind, the most frequent first."""
+        return dict(Counter(change.kind for change in self.changes.values()).most_common())
+
+
+def read_adapter(path: str | os.PathLike[str], *, partial: bool = False) -> AdapterFile:
+    """The adapter at `path`, a file of any tool's or a folder of peft's, with every key accounted for.
+
+    partial: leave out keys that are not understood and modules that are not whole, and list them in `skipped`; without
+    it they are errors. Raises FileError for a broken file and AdapterError for one that is no adapter or not whole.
+    """
+    path = Path(path)
+    files = [_read(source, partial) for source in adapter_sources(path)]
+    changes = {target: change for file in files for target, change in file.changes.items()}
+    if len(changes) < sum(len(file.changes) for file in files):
+        raise AdapterError(f"{path.name}: its folders change the same modules, so that which is meant is not said.")
+    return AdapterFile(
+        path,
+        MappingProxyType(changes),
+        MappingProxyType({token: value for file in files for token, value in file.embeddings.items()}),
+        MappingProxyType({key: text for file in files for key, text in file.metadata.items()}),
+        next((file.family for file in files if file.family), None),
+        next((file.text_width for file in files if file.text_width), None),
+        tuple(sorted({spelling for file in files for spelling in file.spellings})),
+        tuple(key for file in files for key in file.skipped),
+    )
+
+
+def _read(source: Source, partial: bool) -> AdapterFile:
+    header = source.header
+    layout = read_layout(header, source.part)
+    _check_layout(layout, header.path.name, len(header.tensors), partial)
+    tensors = read_tensors(header.path, header=header)
+    unusable = layout.partial
+    changes: dict[Target, Change] = {}
+    for target, keys in layout.modules.items():
+        if target in unusable:
+            continue
+        roles = {role: tensors[name] for role, name in keys.names.items()}
+        _check_dtypes(
+            header.path.name, {keys.names[role]: value for role, value in roles.items() if role not in _FLAGS}
+        )
+        changes[target] = read_change(Parts(header.path.name, target, keys.kind, keys.names, roles, source.settings))
+    left_out = [name for keys in unusable.values() for name in keys.names.values()]
+    return AdapterFile(
+        header.path,
+        changes,
+        vectors(layout.embeddings, tensors, header),
+        header.metadata,
+        guess_family(layout, header),
+        next(iter(text_widths(layout, header)), None),
+        layout.spellings,
+        (*layout.unknown, *left_out),
+    )
+
+
+def _check_dtypes(file: str, tensors: Mapping[str, Tensor]) -> None:
+    for name, value in tensors.items():
+        if not value.is_floating_point() and not (value.numel() == 1 and name.endswith("alpha")):
+            raise AdapterError(
+                f"{file}: {name} is {str(value.dtype).removeprefix('torch.')}; wanted floating point. Quantised "
+                "adapters are not read; take the file in half or single precision."
+            )
+
+
+def _check_layout(layout: Layout, file: str, total: int, partial: bool) -> None:
+    """Raise AdapterError for a file that is no adapter, says a thing twice, or is not whole."""
+    count = len(layout.modules)
+    if not layout.modules:
+        what = "a textual inversion" if layout.embeddings else describe_foreign([*layout.unknown])
+        if what == "a textual inversion":
+            raise AdapterError(
+                f"{file}: this is {what} ({total:,} tensors), not an adapter. Read it with read_embedding."
+            )
+        if what:
+            raise AdapterError(f"{file}: this is {what} ({total:,} tensors), not an adapter. Name an adapter's file.")
+        raise AdapterError(
+            f"{file}: 0 of {total:,} keys are an adapter's for SD or SDXL, first {_first(layout.unknown)}. "
+            "Name an adapter's file."
+        )
+    if layout.repeated:
+        raise AdapterError(
+            f"{file}: {len(layout.repeated)} of {total:,} keys name a module that another spelling names too, first "
+            f"{_first(layout.repeated)}. Which is meant is not said; take the file from its source again."
+        )
+    unusable = layout.partial
+    if len(unusable) == count:
+        raise AdapterError(
+            f"{file}: {_broken(layout)}, so nothing can be applied. Take the file from its source again."
+        )
+    if partial:
+        return
+    if layout.unknown:
+        raise AdapterError(
+            f"{file}: {len(layout.unknown)} of {total:,} keys are not understood, first {_first(layout.unknown)}. "
+            f"Accept the rest with {_PARTIAL}, or take another file."
+        )
+    if unusable:
+        raise AdapterError(
+            f"{file}: {_broken(layout)}. Take the file from its source again, or accept the rest with {_PARTIAL}."
+        )
+
+
+def _broken(layout: Layout) -> str:
+    """How many modules lack what, and the first of them by its key."""
+    unusable = layout.partial
+    for half, other in (("up", "down"), ("down", "up")):
+        halves = [keys for keys in unusable.values() if other in keys.names and half not in keys.names]
+        if halves:
+            return (
+                f"lora_{half} is missing for {len(halves)} of {len(layout.modules)} modules, first beside "
+                f"{halves[0].names[other]}"
+            )
+    first = next(iter(unusable.values()))
+    return (
+        f"{len(unusable)} of {len(layout.modules)} modules are not whole, first {next(iter(first.names.values()))}, of "
+        f"whose {first.kind} there are {len(first.names)} tensors"
+    )
+
+
+def _first(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:3])

@@ -1,0 +1,49 @@
+"""The kinds of adapter: what each does to a weight. One small class a kind, each with its own tool's arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+from sfumato.files.changes.boft import InputBoft, OutputBoft
+from sfumato.files.changes.change import Change
+from sfumato.files.changes.difference import Difference
+from sfumato.files.changes.dora import Dora
+from sfumato.files.changes.glora import Glora
+from sfumato.files.changes.ia3 import Ia3
+from sfumato.files.changes.loha import Loha
+from sfumato.files.changes.lokr import Lokr
+from sfumato.files.changes.lora import LoraModule
+from sfumato.files.changes.oft import InputOft, OutputOft
+from sfumato.files.changes.parts import Parts
+from sfumato.files.kinds import base_kind
+
+__all__ = ["KINDS", "Change", "LoraModule", "Parts", "read_change"]
+
+KINDS: Mapping[str, Callable[[Parts], Change]] = MappingProxyType(
+    {
+        "LoRA": LoraModule.from_parts,
+        "LoHa": Loha.from_parts,
+        "LoKr": Lokr.from_parts,
+        "OFT": lambda parts: (OutputOft if "oft_blocks" in parts.names else InputOft).from_parts(parts),
+        "BOFT": lambda parts: (OutputBoft if "oft_blocks" in parts.names else InputBoft).from_parts(parts),
+        "IA3": Ia3.from_parts,
+        "GLoRA": Glora.from_parts,
+        "difference": Difference.from_parts,
+    }
+)
+"""The class of each kind; what files call its tensors is in `sfumato.files.kinds.KIND_KEYS`."""
+
+_DORA_OF = ("LoRA", "LoHa", "LoKr")
+
+
+def read_change(parts: Parts) -> Change:
+    """The change that a module's tensors make.
+
+    Raises AdapterError for tensors of two kinds, or ones that do not fit together.
+    """
+    base = base_kind(parts.kind)
+    if base not in KINDS or (base != parts.kind and base not in _DORA_OF):
+        raise parts.refused(f"its tensors are of {parts.kind}, which no tool defines; wanted those of one kind")
+    change = KINDS[base](parts)
+    return change if base == parts.kind else Dora.from_parts(parts, change)

@@ -1,0 +1,109 @@
+"""LoKr (LyCORIS): a Kronecker product of a small and a large factor, either of them perhaps a low-rank product."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from sfumato.files.changes.change import check_fits
+from sfumato.files.changes.parts import Parts
+
+if TYPE_CHECKING:
+    from sfumato.files.changes.lora import LoraModule
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A factor of the product: whole (rows, columns[, height, width]), or left (rows, rank) right (rank, columns).
+
+    With core (rank, rank, height, width), left is (rank, rows): einsum("ijhw,ip,jr->prhw", core, left, right).
+    """
+
+    whole: Tensor | None = None
+    left: Tensor | None = None
+    right: Tensor | None = None
+    core: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        if self.whole is not None:
+            return tuple(self.whole.shape)
+        assert self.left is not None
+        assert self.right is not None
+        if self.core is None:
+            return self.left.shape[0], self.right.shape[1]
+        return (self.left.shape[1], self.right.shape[1], *self.core.shape[2:])
+
+    def value(self, device: torch.device) -> Tensor:
+        """The factor in fp32, (rows, columns * height * width)."""
+        if self.whole is not None:
+            return self.whole.to(device).float().flatten(1)
+        assert self.left is not None
+        assert self.right is not None
+        left, right = self.left.to(device).float(), self.right.to(device).float()
+        if self.core is None:
+            return left @ right
+        return torch.einsum("ijhw,ip,jr->prhw", self.core.to(device).float(), left, right).flatten(1)
+
+
+@dataclass(frozen=True)
+class Lokr:
+    """scale * kron(first, second).
+
+    scale: alpha / rank, the rank that of the factored half. With both factors whole LyCORIS and all who follow it
+    take 1 and ignore alpha; peft takes alpha / r of its config then too.
+    """
+
+    first: Factor
+    second: Factor
+    scale: float
+    bias_delta: Tensor | None = None
+
+    kind: ClassVar[str] = "LoKr"
+    needs_weight: ClassVar[bool] = False
+
+    @classmethod
+    def from_parts(cls, parts: Parts) -> Lokr:
+        first, rank = _factor(parts, "lokr_w1")
+        second, own = _factor(parts, "lokr_w2", parts.get("lokr_t2") is not None)
+        rank = rank or own
+        if len(first.shape) != 2 or prod(first.shape[2:]) != 1:
+            raise parts.misshapen("lokr_w1", "(rows, columns)")
+        if parts.settings.folder:
+            rank = parts.settings.rank(parts.target, rank or 1)
+        scale = parts.alpha(rank) / rank if rank else 1.0
+        return cls(first, second, scale, parts.vector("bias"))
+
+    def fits(self, shape: Sequence[int]) -> bool:
+        first, second = self.first.shape, self.second.shape
+        if len(shape) < 2 or shape[0] != first[0] * second[0] or prod(shape[1:]) != first[1] * prod(second[1:]):
+            return False
+        flat = len(second) == 2  # the kernel may be in its columns
+        return shape[1] % first[1] == 0 if flat else tuple(shape[1:]) == (first[1] * second[1], *second[2:])
+
+    def low_rank(self) -> LoraModule | None:
+        return None
+
+    def delta(self, weight: Tensor) -> Tensor:
+        check_fits(self, weight.shape)
+        first, second = self.first.value(weight.device), self.second.value(weight.device)
+        return torch.kron(first * self.scale, second).view(weight.shape)
+
+
+def _factor(parts: Parts, name: str, tucker: bool = False) -> tuple[Factor, int | None]:
+    """The factor and, where it is a product, its rank."""
+    whole = parts.get(name)
+    if whole is not None:
+        if whole.ndim not in (2, 4) or parts.get(f"{name}_a") is not None or tucker:
+            raise parts.misshapen(name, "(rows, columns[, height, width]), alone")
+        return Factor(whole), None
+    left, right = parts.matrix(f"{name}_a"), parts.matrix(f"{name}_b")
+    rank = right.shape[0]
+    if left.shape[0 if tucker else 1] != rank:
+        raise parts.refused(f"{name}_a {list(left.shape)} and {name}_b {list(right.shape)} do not fit")
+    return Factor(left=left, right=right, core=parts.core("lokr_t2", rank) if tucker else None), rank

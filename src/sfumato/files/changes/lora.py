@@ -1,0 +1,99 @@
+"""LoRA and LoCon: alpha / rank * up down (Hu et al. 2021), for convolutions also with a Tucker core (LyCORIS)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from sfumato.files.changes.change import check_fits, trim
+from sfumato.files.changes.parts import Parts
+
+
+@dataclass(frozen=True)
+class LoraModule:
+    """One module's update, alpha / rank * up down (Hu et al. 2021).
+
+    down: (rank, in) or for a convolution (rank, in, height, width). up: (out, rank) or (out, rank, 1, 1).
+    mid: (rank, rank, height, width) of a Tucker convolution, whose down is (rank, in, 1, 1).
+    bias_delta: (out,), what peft's lora_bias or a `diff_b` adds to the module's bias, its scale included.
+    """
+
+    down: Tensor
+    up: Tensor
+    alpha: float
+    mid: Tensor | None = None
+    bias_delta: Tensor | None = None
+
+    kind: ClassVar[str] = "LoRA"
+    needs_weight: ClassVar[bool] = False
+
+    @classmethod
+    def from_scale(cls, down: Tensor, up: Tensor, scale: float) -> LoraModule:
+        """The module whose update is scale * up down: whatever a trainer's scaling rule is, this is its effect."""
+        return cls(down, up, scale * down.shape[0])
+
+    @classmethod
+    def from_parts(cls, parts: Parts) -> LoraModule:
+        down, up = parts["down"], parts["up"]
+        rank = down.shape[0] if down.ndim else 0
+        fits = down.ndim in (2, 4) and up.ndim in (2, 4)
+        if not fits or up.shape[1] != rank or up.shape[1:].numel() != rank:
+            raise parts.refused(
+                f"the halves do not fit: lora_down {list(down.shape)}, lora_up {list(up.shape)}; wanted (rank, in) "
+                "and (out, rank)"
+            )
+        mid = parts.core("mid", rank)
+        if mid is not None and down.shape[1:].numel() != down.shape[1]:
+            raise parts.misshapen("down", "(rank, in, 1, 1) beside lora_mid")
+        alpha = parts.alpha(rank)
+        bias, up_bias = parts.vector("bias"), parts.vector("up_bias")
+        if bias is not None and up_bias is not None:
+            raise parts.refused("there are two changes of the bias, lora_B.bias and diff_b")
+        if up_bias is not None:
+            bias = up_bias.float() * (alpha / rank)
+        if bias is not None and bias.numel() != up.shape[0]:
+            raise parts.refused(f"the bias has {bias.numel()} values; wanted {up.shape[0]}, as lora_up has rows")
+        return cls(down, up, alpha, mid, bias)
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The update's shape: (out, in) or (out, in, height, width)."""
+        kernel = self.down.shape[2:] if self.mid is None else self.mid.shape[2:]
+        return (self.up.shape[0], self.down.shape[1], *kernel)
+
+    def fits(self, shape: Sequence[int]) -> bool:
+        return trim(self.shape) == trim(shape)
+
+    def plain(self) -> LoraModule:
+        """The same update without `mid`, exactly: a Tucker convolution is a convolution of the same rank."""
+        if self.mid is None:
+            return self
+        down = torch.einsum("pqhw,qi->pihw", self.mid.float(), self.down.float().flatten(1))
+        return LoraModule(down.to(self.down.dtype), self.up, self.alpha, bias_delta=self.bias_delta)
+
+    def low_rank(self) -> LoraModule:
+        return self.plain()
+
+    def delta(self, weight: Tensor | None = None) -> Tensor:
+        """The update in fp32, in `weight`'s shape and on its device; without a weight in its own shape."""
+        if weight is not None:
+            check_fits(self, weight.shape)
+        down, up = self.down.float(), self.up.float()
+        if weight is not None:
+            down, up = down.to(weight.device), up.to(weight.device)
+        if self.mid is not None:
+            down = torch.einsum("pqhw,qi->pihw", self.mid.to(down), down.flatten(1))
+        shape = self.shape if weight is None else weight.shape
+        return self.scale * (up.flatten(1) @ down.flatten(1)).view(shape)

@@ -1,0 +1,137 @@
+"""How large an adapter's change of a module is, from its factors, through numpy alone. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sfumato.files.kinds import base_kind
+
+Array = NDArray[np.float32]
+DENSE_LIMIT = 1 << 26
+"""Values of an update that is formed, a few rows at a time, to be measured. SDXL's largest layer has 13 million."""
+_ROWS = 64
+
+
+def is_update(kind: str) -> bool:
+    """Whether `square_norm` is that of the update itself; the other kinds' update depends on the base's weight."""
+    return kind in ("LoRA", "LoHa", "LoKr", "difference")
+
+
+def square_norm(kind: str, values: Mapping[str, Array], alpha: float | None) -> float | None:
+    """The squared Frobenius norm of a module's update, or for kinds that need the base of what the file stores.
+
+    values: by role. alpha: the module's, None where it is not said. None for tensors that do not fit.
+    A DoRA's is that of its inner update, OFT's and BOFT's that of the skew matrices, IA3's that of the gains, GLoRA's
+    that of its LoRA half.
+    """
+    try:
+        square = _SQUARES[base_kind(kind)](values, alpha)
+    except (KeyError, ValueError, IndexError, ZeroDivisionError):  # a half pair, or shapes that do not fit
+        return None
+    return None if square is None else float(square)
+
+
+def _lora(values: Mapping[str, Array], alpha: float | None, down: str = "down", up: str = "up") -> float | None:
+    """||B A||^2 = sum((B'B) * (A A')), two products of the rank's size."""
+    first, second = values[down], values[up]
+    rank = first.shape[0]
+    core = values.get("mid")
+    a, b = _flat(first), _flat(second)
+    if b.shape[1] != rank:
+        return None
+    if core is not None and core.shape[:2] != (rank, rank):
+        return None
+    if core is not None:
+        a = np.einsum("pqk,qi->pik", core.reshape(rank, rank, -1).astype(np.float64), a).reshape(rank, -1)
+    scale = 1.0 if alpha is None else alpha / rank
+    return float(scale**2 * max(np.sum((b.T @ b) * (a @ a.T)), 0.0))
+
+
+def _loha(values: Mapping[str, Array], alpha: float | None) -> float | None:
+    """Of the Hadamard product, formed a few rows at a time."""
+    halves = []
+    for n in (1, 2):
+        a, b = _flat(values[f"hada_w{n}_a"]), _flat(values[f"hada_w{n}_b"])
+        core = values.get(f"hada_t{n}")
+        if core is not None:  # (rank, out) and (rank, in)
+            kernel = core.reshape(*core.shape[:2], -1).astype(np.float64)
+            a, b = a.T, np.einsum("pqk,qi->pik", kernel, b).reshape(a.shape[0], -1)
+        halves.append((a, b))
+    (a, b), (c, d) = halves
+    if len(a) != len(c) or b.shape[1] != d.shape[1] or len(a) * b.shape[1] > DENSE_LIMIT:
+        return None
+    total = 0.0
+    for start in range(0, len(a), _ROWS):
+        rows = slice(start, start + _ROWS)
+        total += float(np.sum(np.square((a[rows] @ b) * (c[rows] @ d))))
+    scale = 1.0 if alpha is None else alpha / values["hada_w1_b"].shape[0]
+    return scale**2 * total
+
+
+def _lokr(values: Mapping[str, Array], alpha: float | None) -> float | None:
+    """||kron(A, B)|| = ||A|| ||B||; the scale is 1 where neither factor is a product."""
+    total, rank = 1.0, None
+    for n in (1, 2):
+        if f"lokr_w{n}" in values:
+            total *= _square(values[f"lokr_w{n}"])
+            continue
+        left, right = values[f"lokr_w{n}_a"], values[f"lokr_w{n}_b"]
+        core = values.get("lokr_t2") if n == 2 else None
+        factor = {"down": right, "up": left if core is None else left.T} | ({} if core is None else {"mid": core})
+        square = _lora(factor, None)
+        if square is None:
+            return None
+        total *= square
+        rank = rank or right.shape[0]
+    scale = 1.0 if alpha is None or rank is None else alpha / rank
+    return scale**2 * total
+
+
+def _difference(values: Mapping[str, Array], alpha: float | None) -> float | None:
+    if "set_weight" in values:
+        return None
+    return _square(values["diff"]) if "diff" in values else 0.0
+
+
+def _oft(values: Mapping[str, Array], alpha: float | None) -> float | None:
+    if "oft_r" in values:
+        return 2 * _square(values["oft_r"])
+    blocks = values["oft_blocks"] if "oft_blocks" in values else values["boft_r"]
+    square = _square(blocks - np.swapaxes(blocks, -1, -2))
+    return square if "oft_blocks" in values else square / 4  # peft halves them
+
+
+def _ia3(values: Mapping[str, Array], alpha: float | None) -> float | None:
+    return _square(values["ia3_weight"]) if "ia3_weight" in values else _square(values["ia3_l"] - 1)
+
+
+def _glora(values: Mapping[str, Array], alpha: float | None) -> float | None:
+    new = values["b1"].shape[1] == values["b2"].shape[0]
+    names = ("b2", "b1") if new else ("b1", "b2")
+    return _lora({key: value for key, value in values.items() if key != "bm"}, alpha, *names)
+
+
+_SQUARES = {
+    "LoRA": _lora,
+    "LoHa": _loha,
+    "LoKr": _lokr,
+    "OFT": _oft,
+    "BOFT": _oft,
+    "IA3": _ia3,
+    "GLoRA": _glora,
+    "difference": _difference,
+}
+
+
+def _flat(value: Array) -> NDArray[np.float64]:
+    if value.ndim < 2:
+        raise ValueError("a factor has two dimensions")
+    return value.reshape(value.shape[0], prod(value.shape[1:])).astype(np.float64)
+
+
+def _square(value: Array) -> float:
+    return float(np.sum(np.square(value.astype(np.float64))))

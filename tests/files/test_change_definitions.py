@@ -1,0 +1,264 @@
+"""Each kind of adapter against its definition, written out in float64; what does not fit is refused beforehand."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from sfumato.errors import AdapterError
+from sfumato.files import read_adapter
+from sfumato.files.changes import KINDS, Change
+from sfumato.files.kinds import KIND_KEYS
+
+OUT, IN, RANK = 6, 8, 2
+LINEAR, CONV = (OUT, IN), (OUT, IN, 3, 3)
+PATHS = {2: "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q", 4: "down_blocks.0.resnets.0.conv1"}
+
+
+def noise(seed, *shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def skew(blocks):
+    return blocks - blocks.transpose(-1, -2)
+
+
+def cayley(q):
+    eye = torch.eye(q.shape[-1], dtype=q.dtype)
+    return (eye + q) @ torch.linalg.inv(eye - q)
+
+
+def lora(w, down, up):
+    return 1.5 * torch.einsum("or,r...->o...", up.flatten(1), down.flatten(1)).view(w.shape)
+
+
+def decomposed(w, update, magnitude, axes):
+    changed = w + update
+    return changed * magnitude / changed.pow(2).sum(axes, keepdim=True).sqrt() - w
+
+
+A, B = noise(1, RANK, IN), noise(2, OUT, RANK)
+A33, CORE = noise(3, RANK, IN, 3, 3), noise(4, RANK, RANK, 3, 3)
+BLOCKS = 0.3 * noise(5, 2, 3, 3)
+ALPHA = torch.tensor(3.0)  # 1.5 times the rank
+PAIR = {"lora_down.weight": A, "lora_up.weight": B, "alpha": ALPHA}
+HADA = {f"hada_w{n}_{x}": noise(10 * n + (x == "b"), *((OUT, RANK) if x == "a" else (RANK, IN)))
+        for n in (1, 2) for x in "ab"}  # fmt: skip
+GLORA = [noise(20, IN, RANK), noise(21, RANK, IN), noise(22, OUT, RANK), noise(23, RANK, IN)]
+
+
+def glora(w):
+    a_up, a_down, b_up, b_down = GLORA
+    return 1.5 * (w @ a_up @ a_down + b_up @ b_down)
+
+
+def named(names, values):
+    return {f"{name}.weight": value for name, value in zip(names, values, strict=True)} | {"alpha": ALPHA}
+
+
+def kohya_oft(w):
+    """networks/oft.py of sd-scripts: the constraint clamps always; the blocks multiply from the left, transposed."""
+    q = skew(BLOCKS)
+    norm = q.norm()
+    q = q * ((norm.clamp(max=0.01 * OUT) + 1e-8) / (norm + 1e-8))
+    turned = torch.einsum("knm,knp->kmp", cayley(q), w.view(2, 3, -1))
+    return turned.reshape(w.shape) - w
+
+
+DEFINITIONS = {
+    "LoRA": (LINEAR, PAIR, lambda w: lora(w, A, B)),
+    "LoRA without alpha": (
+        LINEAR,
+        {"lora_down.weight": A, "lora_up.weight": B},
+        lambda w: B @ A,
+    ),
+    "LoCon": (CONV, PAIR | {"lora_down.weight": A33}, lambda w: lora(w, A33, B)),
+    "LoCon, up of 1x1": (
+        CONV,
+        PAIR | {"lora_down.weight": A33, "lora_up.weight": B[..., None, None]},
+        lambda w: lora(w, A33, B),
+    ),
+    "LoCon, Tucker": (
+        CONV,
+        PAIR | {"lora_down.weight": A[..., None, None], "lora_mid.weight": CORE, "lora_up.weight": B[..., None, None]},
+        lambda w: 1.5 * torch.einsum("op,pqhw,qi->oihw", B, CORE, A),
+    ),
+    "DoRA, LyCORIS out": (
+        LINEAR,
+        PAIR | {"dora_scale": noise(6, OUT, 1)},
+        lambda w: decomposed(w, lora(w, A, B), noise(6, OUT, 1), 1),
+    ),
+    "DoRA, LyCORIS in": (
+        CONV,
+        PAIR | {"lora_down.weight": A33, "dora_scale": noise(6, 1, IN, 1, 1)},
+        lambda w: decomposed(w, lora(w, A33, B), noise(6, 1, IN, 1, 1), (0, 2, 3)),
+    ),
+    "DoRA, flat": (
+        LINEAR,
+        PAIR | {"dora_scale": noise(6, OUT)},
+        lambda w: decomposed(w, lora(w, A, B), noise(6, OUT)[:, None], 1),
+    ),
+    "DoRA, ai-toolkit": (
+        LINEAR,
+        {"lora_down.weight": A, "lora_up.weight": B, "magnitude": noise(6, OUT)},
+        lambda w: decomposed(w, B @ A, noise(6, OUT)[:, None], 1),
+    ),
+    "DoRA, peft": (
+        CONV,  # [1, out, 1, 1]: peft's magnitude of a convolution is of its outputs
+        PAIR | {"lora_down.weight": A33, "lora_magnitude_vector": noise(6, 1, OUT, 1, 1)},
+        lambda w: decomposed(w, lora(w, A33, B), noise(6, 1, OUT, 1, 1).transpose(0, 1), (1, 2, 3)),
+    ),
+    "LoHa": (
+        LINEAR,
+        HADA | {"alpha": ALPHA},
+        lambda w: 1.5 * (HADA["hada_w1_a"] @ HADA["hada_w1_b"]) * (HADA["hada_w2_a"] @ HADA["hada_w2_b"]),
+    ),
+    "LoKr, whole": (
+        LINEAR,
+        {"lokr_w1": noise(30, 2, 4), "lokr_w2": noise(31, 3, 2), "alpha": torch.tensor(77.0)},
+        lambda w: torch.kron(noise(30, 2, 4), noise(31, 3, 2)),
+    ),
+    "LoKr, of a kernel": (
+        CONV,
+        {"lokr_w1": noise(30, 2, 4), "lokr_w2": noise(31, 3, 2, 3, 3)},
+        lambda w: torch.kron(noise(30, 2, 4)[..., None, None], noise(31, 3, 2, 3, 3)),
+    ),
+    "LoKr, second factored": (
+        LINEAR,
+        {"lokr_w1": noise(30, 2, 4), "lokr_w2_a": noise(32, 3, 2), "lokr_w2_b": noise(33, 2, 2), "alpha": ALPHA},
+        lambda w: 1.5 * torch.kron(noise(30, 2, 4), noise(32, 3, 2) @ noise(33, 2, 2)),
+    ),
+    "IA3, out": (
+        CONV,
+        {"weight": noise(40, 1, OUT, 1, 1), "on_input": torch.tensor(0)},
+        lambda w: w * noise(40, OUT, 1, 1, 1),
+    ),
+    "IA3, in": (LINEAR, {"weight": noise(40, IN), "on_input": torch.tensor(1)}, lambda w: w * noise(40, IN)),
+    "OFT, LyCORIS": (
+        LINEAR,
+        {"oft_blocks": BLOCKS},
+        lambda w: torch.block_diag(*cayley(skew(BLOCKS))).T @ w - w,
+    ),
+    "GLoRA": (LINEAR, named(("a1", "a2", "b1", "b2"), GLORA), glora),
+    "GLoRA, its first version": (LINEAR, named(("a2", "a1", "b2", "b1"), GLORA), glora),
+    "difference": (CONV, {"diff": noise(50, *CONV)}, lambda w: noise(50, *CONV)),
+    "a weight to set": (LINEAR, {"set_weight": noise(50, *LINEAR)}, lambda w: noise(50, *LINEAR) - w),
+}
+
+
+def change_of(tensors, shape, tmp_path, prefix="lora_unet_") -> Change:
+    flat = prefix + PATHS[len(shape)].replace(".", "_")
+    tensors = {f"{flat}.{key}": (t.float() if t.is_floating_point() else t).contiguous() for key, t in tensors.items()}
+    save_file(tensors, tmp_path / "a.safetensors")
+    return read_adapter(tmp_path / "a.safetensors").changes["unet", PATHS[len(shape)]]
+
+
+@pytest.mark.parametrize("name", DEFINITIONS)
+def test_the_delta_is_the_definition(name, tmp_path):
+    shape, tensors, definition = DEFINITIONS[name]
+    weight = noise(0, *shape)
+    change = change_of(tensors, shape, tmp_path)
+    delta = change.delta(weight.float())
+    assert isinstance(change, Change)
+    assert (delta.dtype, delta.shape) == (torch.float32, weight.shape)
+    torch.testing.assert_close(delta.double(), definition(weight), rtol=1e-5, atol=1e-5)
+    other = change.delta(2 * weight.float())
+    assert change.needs_weight == (not torch.allclose(other, delta))
+    if (low := change.low_rank()) is not None:
+        torch.testing.assert_close(low.delta(weight), delta)
+
+
+def test_kohyas_oft_is_told_by_its_prefix_and_always_constrained(tmp_path):
+    weight = noise(0, *LINEAR)
+    change = change_of({"oft_blocks": BLOCKS, "alpha": torch.tensor(0.01)}, LINEAR, tmp_path, prefix="oft_unet_")
+    torch.testing.assert_close(change.delta(weight.float()).double(), kohya_oft(weight), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", DEFINITIONS)
+def test_a_weight_that_does_not_fit_is_refused(name, tmp_path):
+    shape, tensors, _ = DEFINITIONS[name]
+    change = change_of(tensors, shape, tmp_path)
+    for other in ((OUT + 1, IN + 1, *shape[2:]), (OUT,), ()):
+        assert not change.fits(other)
+    with pytest.raises(AdapterError, match=f"this {change.kind} does not fit a weight of shape"):
+        change.delta(torch.zeros(OUT + 1, IN + 1, *shape[2:]))
+
+
+def packed_rotation(packed, terms):
+    """OneTrainer's and peft's `_cayley_batch`: I + 2 Q + 2 Q^2 + ... + Q^(terms - 1)."""
+    size = 4
+    q = torch.zeros(len(packed), size, size, dtype=torch.float64)
+    rows, columns = torch.triu_indices(size, size, 1)
+    q[:, rows, columns] = packed
+    q = q - q.transpose(1, 2)
+    powers = [torch.linalg.matrix_power(q, exponent) for exponent in range(terms)]
+    return powers[0] + 2 * sum(powers[1:-1]) + powers[-1]
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("shape", [LINEAR, CONV])
+def test_onetrainers_oft_rotates_inputs_and_a_convolution_the_other_way(shape, scaled, tmp_path):
+    """oft_utils.py and LoRAModule.py: x R for a linear layer, so W R'; W R for a convolution."""
+    weight = noise(0, *shape)
+    packed = 0.2 * noise(7, weight[0].numel() // 4, 6)
+    tensors = {"oft_R.weight": packed} | ({"oft_R.scaled_oft": torch.tensor(True)} if scaled else {})
+    change = change_of(tensors, shape, tmp_path)
+    packed = packed / (2 * 3**0.5) if scaled else packed
+    turn = torch.block_diag(*packed_rotation(packed, 5))
+    wanted = (weight.flatten(1) @ (turn if len(shape) == 4 else turn.T)).view(shape) - weight
+    torch.testing.assert_close(change.delta(weight.float()).double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_bias_alone_is_a_difference(tmp_path):
+    change = change_of({"diff_b": torch.ones(OUT)}, LINEAR, tmp_path)
+    assert change.fits(LINEAR)
+    assert change.delta(torch.ones(LINEAR)).count_nonzero() == 0
+    assert change.bias_delta.tolist() == [1.0] * OUT
+
+
+def test_every_kind_of_the_table_has_its_class():
+    assert KINDS.keys() == KIND_KEYS.keys()
+
+
+TUCKER = {"lora_down.weight": (2, 8, 1, 1), "lora_up.weight": (6, 2)}
+BROKEN = {
+    "halves of other ranks": {"lora_down.weight": (2, 8), "lora_up.weight": (6, 3)},
+    "a Tucker core of another rank": TUCKER | {"lora_mid.weight": (3, 2, 3, 3)},
+    "a kernel of a million": TUCKER | {"lora_mid.weight": (2, 2, 999, 999)},
+    "one core of two": {k: tuple(v.shape) for k, v in HADA.items()} | {"hada_t1": (2, 2, 3, 3)},
+    "LoHa of two widths": {k: tuple(v.shape) for k, v in HADA.items()} | {"hada_w2_b": (2, 9)},
+    "a factor twice": {"lokr_w1": (2, 2), "lokr_w1_a": (2, 1), "lokr_w2": (3, 4)},
+    "blocks that are not square": {"oft_blocks": (2, 3, 4)},
+    "stages of odd blocks": {"oft_blocks": (2, 2, 3, 3)},
+    "magnitudes of both axes": {"lora_down.weight": (2, 8), "lora_up.weight": (6, 2), "dora_scale": (6, 8)},
+    "two kinds": {"lora_down.weight": (2, 8), "lora_up.weight": (6, 2), "oft_blocks": (2, 3, 3)},
+    "DoRA of OFT": {"oft_blocks": (2, 3, 3), "dora_scale": (6, 1)},
+    "two alphas": {"lora_down.weight": (2, 8), "lora_up.weight": (6, 2), "alpha": (2,)},
+    "on_input of two": {"weight": (8,), "on_input": (2,)},
+    "GLoRA of other ranks": {"a1.weight": (8, 2), "a2.weight": (2, 8), "b1.weight": (6, 2), "b2.weight": (3, 8)},
+    "alpha beside a difference": {"diff": (6, 8), "alpha": ()},
+    "a bias of another length": {"lora_down.weight": (2, 8), "lora_up.weight": (6, 2), "diff_b": (5,)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_tensors_that_make_no_change_are_refused_by_module(name, tmp_path):
+    with pytest.raises(AdapterError) as error:
+        change_of({key: torch.ones(shape) for key, shape in BROKEN[name].items()}, LINEAR, tmp_path)
+    message = str(error.value)
+    assert message.startswith(f"a.safetensors: unet.{PATHS[2]}: ")
+    assert "\n" not in message
+
+
+def test_a_small_file_never_costs_much_memory(tmp_path):
+    """Factors of 4 MB whose product takes 4 TB, which no machine has: reading and comparing shapes forms nothing."""
+    size = 1 << 20
+    for tensors in (
+        {"lora_down.weight": torch.ones(1, size), "lora_up.weight": torch.ones(size, 1)},
+        {f"hada_w{n}_{x}": torch.ones((size, 1) if x == "a" else (1, size)) for n in (1, 2) for x in "ab"},
+        {"lokr_w1": torch.ones(1024, 1024), "lokr_w2": torch.ones(1024, 1024)},
+        {f"{x}1.weight": torch.ones(size, 1) for x in "ab"} | {f"{x}2.weight": torch.ones(1, size) for x in "ab"},
+    ):
+        change = change_of(tensors, LINEAR, tmp_path)
+        assert not change.fits(LINEAR)
+        with pytest.raises(AdapterError):
+            change.delta(torch.ones(LINEAR))
