@@ -158,7 +158,7 @@ def _programs() -> dict[str, str]:
 
 def _list() -> int:
     for name, module in _programs().items():
-        print(f"{name:<12}{source(module)}")
+        print(f"{name:<19}{source(module)}")
     return 0
 
 
