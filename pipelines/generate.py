@@ -13,6 +13,7 @@ from cyclopts import Parameter
 
 from sfumato.cli import run
 from sfumato.compose.adapter import Adapter, Weight, checked_weight
+from sfumato.compose.blocks import Blocks
 from sfumato.config import parse
 from sfumato.errors import AdapterError, ConfigError
 from sfumato.prompts import Tagged, split_tags
@@ -36,6 +37,9 @@ class Config:
     _: KW_ONLY
     lora: tuple[str, ...] = ()
     """FILE:0.8, an adapter and its weight; FILE:0.8:0.4 for U-Net and text encoders; LABEL=FILE:0.8. Repeat to mix."""
+    blocks: tuple[str, ...] = ()
+    """LABEL=down:0,up.1:1.2, factors on an adapter's weight by block; or a preset of B-LoRA (b-lora-style,
+    b-lora-content), or a block-weight list of the web interfaces. Repeat for several adapters."""
     lora_folder: Path = Path(".")
     """Where the adapters of <lora:...> tags are, at any depth."""
     base: str = "pocket"
@@ -52,6 +56,8 @@ class Config:
     """A text file with a prompt a line; empty lines and lines that begin with # are left out."""
     sweep: str | None = None
     """LABEL=0,0.5,1: a sheet with a row for each weight of that adapter and a column for each prompt and seed."""
+    embedding: tuple[str, ...] = ()
+    """FILE or TOKEN=FILE, a textual inversion: a new word that prompts may use. Repeat for several."""
     image: Path | None = None
     """A picture to begin from instead of noise (img2img)."""
     strength: float = 0.6
@@ -91,13 +97,14 @@ class Plan:
     """What a config asks for, checked before anything heavy is loaded.
 
     pictures: (prompt, seed) of each, prompts without their tags. tagged: the adapters' weights for each picture whose
-    prompt has tags, by label, else None. size: (width, height) in pixels or unset. files: one for each picture, or the
-    sheet's alone. sweep: (label, weights).
+    prompt has tags, by label, else None. embeddings: (token, file) of new words. size: (width, height) in pixels or
+    unset. files: one for each picture, or the sheet's alone. sweep: (label, weights).
     """
 
     pictures: tuple[tuple[str, int], ...]
     tagged: tuple[dict[str, Weight] | None, ...]
     adapters: tuple[Adapter, ...]
+    embeddings: tuple[tuple[str | None, Path], ...]
     size: tuple[int, int] | None
     files: tuple[Path, ...]
     sweep: tuple[str, tuple[float, ...]] | None
@@ -120,7 +127,7 @@ def plan(config: Config) -> Plan:
     seeds = [seed + i for seed in config.seed for i in range(config.count)]
     split = [split_tags(prompt) for prompt in prompts]
     pictures = tuple((found.prompt, seed) for found in split for seed in seeds)
-    adapters = tuple(parse_adapter(spec) for spec in config.lora)
+    adapters = _in_blocks([parse_adapter(spec) for spec in config.lora], config.blocks)
     adapters, weights = _with_tags(adapters, split, config.lora_folder)
     tagged = tuple(weight for weight in weights for _ in seeds)
     sweep = None if config.sweep is None else _sweep(config.sweep, [adapter.label for adapter in adapters])
@@ -133,7 +140,36 @@ def plan(config: Config) -> Plan:
     for file in (config.image, config.mask):
         if file is not None and not file.is_file():
             raise ConfigError(f"{file}: there is no such picture.")
-    return Plan(pictures, tagged, adapters, _size(config.size), _files(config, pictures, sweep is not None), sweep)
+    embeddings = tuple(_embedding(spec) for spec in config.embedding)
+    return Plan(
+        pictures, tagged, adapters, embeddings, _size(config.size), _files(config, pictures, sweep is not None), sweep
+    )
+
+
+def _embedding(spec: str) -> tuple[str | None, Path]:
+    """The token, if it is given, and the file of an `--embedding`."""
+    from sfumato.files.header import read_header
+
+    token, equals, path = spec.partition("=")
+    if not equals or Path(spec).is_file():
+        token, path = "", spec
+    read_header(path)
+    return token or None, Path(path)
+
+
+def _in_blocks(adapters: Sequence[Adapter], blocks: Sequence[str]) -> tuple[Adapter, ...]:
+    """The adapters with the weights by block that `--blocks` gives them."""
+    found = {each.label: each for each in adapters}
+    for text in blocks:
+        label, equals, factors = text.partition("=")
+        if not equals or label not in found:
+            known = ", ".join(found) or "none are given"
+            raise ConfigError(f"--blocks {text}: wanted LABEL=BLOCKS, with the label of a --lora ({known}).")
+        weight = found[label].weight
+        if isinstance(weight, Blocks):
+            raise ConfigError(f"--blocks {text}: {label} has blocks already; name them in one.")
+        found[label] = Adapter(found[label].path, Blocks.parse(weight, factors), found[label].name)
+    return tuple(found.get(each.label, each) for each in adapters)
 
 
 def _with_tags(
@@ -225,6 +261,9 @@ def generate(config: Config) -> tuple[Path, ...]:
     """Draw what the config asks for; returns the files, each whole and with its settings inside."""
     wanted = plan(config)
 
+    from contextlib import ExitStack
+
+    from sfumato import embedding
     from sfumato.bases import load_base
     from sfumato.compose import compose
     from sfumato.drawn import sampler_label, save_drawn
@@ -240,7 +279,13 @@ def generate(config: Config) -> tuple[Path, ...]:
     settings = _settings(config, wanted, base)
     sampler = sampler_label(config.sampler, base)
     print(_summary(settings, sampler, base), file=sys.stderr)
-    with compose(base, *wanted.adapters, partial=config.partial) as mix:
+    with ExitStack() as stack:
+        for token, file in wanted.embeddings:
+            stack.enter_context(embedding.load(base, file, token)).check([prompt for prompt, _ in wanted.pictures])
+        mix = stack.enter_context(compose(base, *wanted.adapters, partial=config.partial))
+        for label, vectors in mix.embeddings.items():  # the weight of a bundle is the LoRA's; its words are there
+            words = embedding.Words(base, embedding.fitting(base, vectors, label)).requires_grad_(False)
+            stack.enter_context(words).check([prompt for prompt, _ in wanted.pictures])
         for label, count in mix.skipped.items():
             print(f"{label}: {count} modules left out (--partial).", file=sys.stderr)
         if wanted.sweep:
@@ -272,6 +317,7 @@ def _settings(config: Config, wanted: Plan, base: Base) -> dict[str, Any]:
         "height": height,
         "sampler": config.sampler,
         "prompt_syntax": config.prompt_syntax,
+        "embeddings": [Path(spec).name for spec in config.embedding],
         "image": config.image and config.image.name,
         "mask": config.mask and config.mask.name,
         "strength": config.strength if config.image else None,

@@ -179,6 +179,20 @@ def test_a_picture_to_begin_from_and_a_mask_that_keeps_the_rest_to_the_pixel(gen
     assert read_picture_info(Path("part.png")).own["strength"] == 0.5
 
 
+def test_a_new_word_is_known_for_the_call(generate, base):
+    from sfumato.files.write_embedding import write_embedding
+
+    rows = torch.full((2, base.text_encoders[0].config.hidden_size), 0.5)
+    write_embedding(Path("word.safetensors"), "<new>", {"text_encoder": rows})
+    assert generate("red <new>", "-o", "without.png")[0] == 0
+    code, _, err = generate("red <new>", "--embedding", "word.safetensors", "-o", "with.png")
+    assert code == 0, err
+    assert generate("red <other>", "--embedding", "<other>=word.safetensors", "-o", "renamed.png")[0] == 0
+    without, word, renamed = (np.asarray(Image.open(f"{name}.png")) for name in ("without", "with", "renamed"))
+    assert np.array_equal(word, renamed)
+    assert not np.array_equal(word, without)
+
+
 def test_weighted_words_change_the_picture(generate):
     pytest.importorskip("compel")
     for name, prompt in (("plain", "a red square"), ("heavy", "a (red:1.6) square")):

@@ -23,9 +23,21 @@ TRAINERS = {
     "pretrain": "a small base from nothing: first its VAE, then its U-Net and text encoder",
 }
 PIPELINES = {
+    "check": (
+        "sfumato.pipelines.check",
+        "look at a folder of pictures before training: what will be seen, what is wrong",
+    ),
+    "caption": ("sfumato.pipelines.caption", "write captions for pictures that have none"),
+    "dataset": ("sfumato.pipelines.dataset_config", "a data set config of sd-scripts or ai-toolkit as a dataset.toml"),
     "generate": ("sfumato.pipelines.generate", "draw pictures with any base and any mix of adapters"),
     "grid": ("sfumato.pipelines.grid", "an XY plot over weights, prompts, adapters, seeds: pictures to choose by"),
     "inspect": ("sfumato.pipelines.inspect_file", "what a weight file is, without loading it"),
+    "verify": ("sfumato.pipelines.verify", "whether a file is whole, and the same adapter as another"),
+    "convert": ("sfumato.pipelines.convert", "an adapter in another tool's grammar"),
+    "merge": ("sfumato.pipelines.merge", "adapters into one file, or into a checkpoint"),
+    "clash": ("sfumato.pipelines.clash", "where adapters clash, told from their files"),
+    "extract": ("sfumato.pipelines.extract", "an adapter out of a fine-tuned model and its base"),
+    "resize": ("sfumato.pipelines.resize", "a LoRA of another rank"),
     "quickstart": ("sfumato.pipelines.quickstart", "the main job: learn a style and a subject, mix them, draw a sheet"),
 }
 
@@ -72,7 +84,7 @@ def guarded(program_main: Main, argv: Sequence[str]) -> int:
     try:
         for word in argv:
             if not word.isascii() and any("\ud800" <= character <= "\udfff" for character in word):
-                raise ConfigError(f"{ascii(word)} is not UTF-8; give names that are, or rename the file.")
+                raise ConfigError(f"{word!a} is not UTF-8; give names that are, or rename the file.")
         result = program_main(argv)
     except SfumatoError as error:
         print(f"sfumato: {error}", file=sys.stderr)
