@@ -1,10 +1,11 @@
 """The product behind every mix, on matrices small enough to check by hand."""
 
+import pytest
 import torch
 from torch import tensor
 from torch.testing import assert_close
 
-from sfumato.compose.lowrank import Scratch, fits, weighted_sum
+from sfumato.compose.lowrank import Scratch, weighted_sum, write_sum
 from sfumato.files.lora_file import LoraModule
 
 LEFT = LoraModule(down=tensor([[1.0, 0.0]]), up=tensor([[2.0], [0.0]]), alpha=1.0)  # adds 2 at (0, 0)
@@ -29,14 +30,14 @@ def test_a_convolution_changes_as_its_own_delta():
 
 def test_a_linear_change_fits_a_1x1_convolution():
     weight = torch.zeros(2, 2, 1, 1)
-    assert fits(LEFT, weight.shape)
+    assert LEFT.fits(weight.shape)
     assert_close(weighted_sum(weight, [(1.0, LEFT)]), tensor([[2.0, 0.0], [0.0, 0.0]]).view(2, 2, 1, 1))
 
 
 def test_a_change_of_another_shape_does_not_fit():
-    assert not fits(LEFT, (2, 3))
-    assert not fits(LEFT, (3, 2))
-    assert not fits(LEFT, (2, 2, 3, 3))
+    assert not LEFT.fits((2, 3))
+    assert not LEFT.fits((3, 2))
+    assert not LEFT.fits((2, 2, 3, 3))
 
 
 def test_half_precision_is_rounded_once():
@@ -65,7 +66,40 @@ def test_autocast_and_tf32_do_not_reach_the_product():
         torch.set_float32_matmul_precision("highest")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [0.08, 3.0])
+def test_one_rounding_is_the_whole_error(dtype, size):
+    """Large enough for the bf16 product of split factors, fp16 files, changes smaller and larger than the weight."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(256, 192, generator=generator).to(dtype)
+    changes = [
+        LoraModule(
+            torch.randn(16, 192, generator=generator).half(),
+            (torch.randn(256, 16, generator=generator) * size / 8).half(),
+            4.0,
+        )
+        for _ in range(8)
+    ]
+    exact = weight.double() + sum(0.6 * c.scale * c.up.double() @ c.down.double() for c in changes)
+    merged = torch.empty_like(weight)
+    assert write_sum(merged, weight, [(0.6, change) for change in changes], None, Scratch())
+    assert (merged.double() - exact).norm() <= 1.001 * (exact.to(dtype).double() - exact).norm()
+
+
 def test_scratch_that_was_used_before_changes_nothing():
-    scratch = Scratch()
-    weighted_sum(torch.randn(8, 8), [(1.0, LoraModule(torch.randn(3, 8), torch.randn(8, 3), 3.0))], scratch)
-    assert_close(weighted_sum(torch.ones(2, 2), [(0.5, LEFT)], scratch), tensor([[2.0, 1.0], [1.0, 1.0]]))
+    scratch, merged = Scratch(), torch.empty(2, 2)
+    big = LoraModule(torch.randn(3, 8), torch.randn(8, 3), 3.0)
+    write_sum(torch.empty(8, 8), torch.randn(8, 8), [(1.0, big)], None, scratch)
+    write_sum(merged, torch.ones(2, 2), [(0.5, LEFT)], None, scratch)
+    assert_close(merged, tensor([[2.0, 1.0], [1.0, 1.0]]))
+
+
+def test_what_has_no_low_rank_form_is_added_before_the_rounding():
+    merged = weighted_sum(torch.ones(2, 2), [(0.5, LEFT)], tensor([[0.0, 1.0], [2.0, 3.0]]))
+    assert_close(merged, tensor([[2.0, 2.0], [3.0, 4.0]]))
+
+
+def test_a_sum_beyond_the_dtype_is_told():
+    merged = torch.empty(2, 2, dtype=torch.float16)
+    assert not write_sum(merged, torch.ones(2, 2).half(), [(1e6, LEFT)], None, Scratch())
+    assert write_sum(merged, torch.ones(2, 2).half(), [(1e4, LEFT)], None, Scratch())

@@ -246,7 +246,8 @@ mix.set(a=0.25).undo()
 print(sorted({"diffusers", "transformers", "peft", "accelerate"} & set(sys.modules)))
 """
     result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
-    assert (result.stdout, result.stderr) == ("[]\n", "")
+    assert (result.stdout, result.stderr.count("\n")) == ("[]\n", 1)
+    assert "baked in place" in result.stderr
 
 
 # Refusals: each is one line and leaves every byte of the pipeline as it was.
@@ -254,19 +255,19 @@ print(sorted({"diffusers", "transformers", "peft", "accelerate"} & set(sys.modul
 
 def test_half_applied_is_not_applied(sd1, write, monkeypatch):
     """A failure at the fifth weight takes back the first four."""
-    from sfumato.compose import site
+    from sfumato.compose import baked
 
     before = weights_sha(sd1)
-    real, calls = site.weighted_sum, []
+    real, calls = baked.write_sum, []
 
-    def fails_late(*arguments):
+    def fails_late(*arguments, **options):
         calls.append(1)
         if len(calls) == 5:
             raise MemoryError
-        return real(*arguments)
+        return real(*arguments, **options)
 
     a, b = write("a", sd1, seed=1), write("b", sd1, seed=2)
-    monkeypatch.setattr(site, "weighted_sum", fails_late)
+    monkeypatch.setattr(baked, "write_sum", fails_late)
     with pytest.raises(MemoryError):
         compose(sd1, Adapter(a, 0.8))
     assert weights_sha(sd1) == before
@@ -389,7 +390,7 @@ def test_what_is_no_pipeline_is_refused():
 def test_quantised_weights_are_refused_by_name(sd1, write):
     path = write("a", sd1, "attn1.to_q")
     sd1.unet.get_submodule(QUERY[1]).weight = torch.nn.Parameter(query(sd1).to(torch.int8), requires_grad=False)
-    refused(lambda: compose(sd1, Adapter(path)), QUERY[1], "quantised")
+    refused(lambda: compose(sd1, Adapter(path), way="baked"), QUERY[1], "quantised", "way='live'")
 
 
 def test_a_file_that_is_not_there_is_refused(sd1):

@@ -8,21 +8,22 @@ from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
 
+from sfumato.compose.blocks import Blocks
 from sfumato.errors import AdapterError
 
 WEIGHT_LIMIT = 10.0
 """Weights people use are within -2 to 2; one beyond this is a slip of the finger (08 for 0.8)."""
 
-Weight = float | tuple[float, float]
-"""One weight for the whole adapter, or (U-Net, text encoders)."""
+Weight = float | tuple[float, float] | Blocks
+"""One weight for the whole adapter, (U-Net, text encoders), or one with factors by block."""
 
 
 @dataclass(frozen=True)
 class Adapter:
     """An adapter file, how strongly it is applied, and what it is called in the mix.
 
-    weight: within -10 to 10; or two, for the U-Net and for the text encoders. name: the label, any characters; the
-    file's name without its suffix by default. Raises AdapterError for a weight that is none.
+    weight: within -10 to 10; or two, for the U-Net and for the text encoders; or Blocks, by block. name: the label, any
+    characters; the file's name without its suffix by default. Raises AdapterError for a weight that is none.
     """
 
     path: str | os.PathLike[str]
@@ -43,7 +44,11 @@ class Adapter:
 
 
 def checked_weight(label: str, weight: object) -> Weight:
-    """The weight as a float or two; raises AdapterError, one line, for anything that cannot be meant."""
+    """The weight as a float, two, or Blocks; raises AdapterError, one line, for anything that cannot be meant."""
+    if isinstance(weight, Blocks):
+        plain = checked_weight(label, weight.weight)
+        assert not isinstance(plain, Blocks)
+        return Blocks(plain, weight.factors, weight.rest)
     if isinstance(weight, tuple | list):
         if len(weight) != 2:
             raise AdapterError(f"{label}: two weights are (U-Net, text encoders), got {len(weight)}.")
@@ -67,8 +72,21 @@ def _short(value: object) -> str:
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
-def part_weight(weight: Weight, part: str) -> float:
-    """The weight for one part of the pipeline: "unet", "text_encoder" or "text_encoder_2"."""
+def weight_at(weight: Weight, part: str, path: str) -> float:
+    """The weight of an adapter at one module of the pipeline.
+
+    part: "unet", "text_encoder" or "text_encoder_2". path: the module's name in it. The one place that knows what a
+    `Weight` says of a module.
+    """
+    if isinstance(weight, Blocks):
+        return weight_at(weight.weight, part, path) * weight.factor_at(part, path)
     if isinstance(weight, tuple):
         return weight[0] if part == "unet" else weight[1]
     return weight
+
+
+def weight_text(weight: Weight) -> str:
+    """The weight as people write it: "0.8", or "0.8:0.4" for U-Net and text encoders."""
+    if isinstance(weight, Blocks):
+        return str(weight)
+    return f"{weight[0]:g}:{weight[1]:g}" if isinstance(weight, tuple) else f"{weight:g}"

@@ -1,62 +1,187 @@
 """W + sum of w_i (alpha_i / r_i) up_i down_i, as one product. Pure functions on plain tensors."""
 
+from __future__ import annotations
+
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from sfumato.files.lora_file import LoraModule
 
+Terms = Sequence[tuple[float, LoraModule]]
+"""(weight, change) of each adapter; no change has a `mid` (`LoraModule.plain`)."""
 
-def fits(change: LoraModule, shape: Sequence[int]) -> bool:
-    """Whether `change` is one to a weight of this shape; a 1x1 convolution counts as a linear layer."""
-    rank, *inner = _trim(change.down.shape)
-    return list(_trim(change.up.shape)) == [shape[0], rank] and inner == list(_trim(shape)[1:])
-
-
-def _trim(shape: Sequence[int]) -> Sequence[int]:
-    return shape[:2] if len(shape) == 4 and tuple(shape[2:]) == (1, 1) else shape
+_BLOCK = 1 << 18
+"""fp32 numbers of a block of rows, 1 MiB: it stays in a core's cache between the sum and the rounding."""
+_SPLIT_SIDE = 128
+"""Smaller matrices take no bf16 product: their library call costs more than the product."""
+_SAFE = {torch.float32: 1e30, torch.bfloat16: 1e35, torch.float16: 15.0}
+"""Less than half of the last place at the dtype's largest number: adding it cannot overflow a finite weight."""
 
 
 @dataclass
 class Scratch:
-    """fp32 memory that is used again for every weight: fresh pages would cost as much as the product itself."""
+    """Memory that is used again for every weight: fresh pages would cost as much as the product itself."""
 
-    _blocks: dict[tuple[str, torch.device], Tensor] = field(default_factory=dict)
+    _blocks: dict[tuple[str, torch.dtype, torch.device], Tensor] = field(default_factory=dict)
+    _scales: dict[object, Tensor] = field(default_factory=dict)
 
-    def take(self, purpose: str, rows: int, columns: int, device: torch.device) -> Tensor:
-        """A contiguous (rows, columns) fp32 view with arbitrary content, valid until the next call for the purpose."""
+    def take(
+        self, purpose: str, rows: int, columns: int, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """A contiguous (rows, columns) view with arbitrary content, valid until the next call for the purpose."""
         size = rows * columns
-        block = self._blocks.get((purpose, device))
+        block = self._blocks.get((purpose, dtype, device))
         if block is None or block.numel() < size:
-            block = self._blocks[purpose, device] = torch.empty(size, dtype=torch.float32, device=device)
+            block = self._blocks[purpose, dtype, device] = torch.empty(size, dtype=dtype, device=device)
         return block[:size].view(rows, columns)
 
+    def scales(self, terms: Terms, device: torch.device) -> Tensor:
+        """(rank,) fp32: weight * alpha / r of the term that each row of the stack belongs to."""
+        key = (device, *((weight * change.scale, change.rank) for weight, change in terms))
+        found = self._scales.get(key)
+        if found is None:
+            values = [weight * change.scale for weight, change in terms for _ in range(change.rank)]
+            found = self._scales[key] = torch.tensor(values, dtype=torch.float32, device=device)
+        return found
 
-def weighted_sum(original: Tensor, terms: Sequence[tuple[float, LoraModule]], scratch: Scratch | None = None) -> Tensor:
-    """original + sum of weight * change over `terms`, in fp32 and in original's shape; round it once, at the end.
 
-    original: (out, in) or (out, in, k, k), of any float dtype. The ranks of all terms are stacked, so that the sum is a
-    single product. The result lives in `scratch` until its next use.
+def stack(terms: Terms, rows: int, columns: int, device: torch.device, scratch: Scratch) -> tuple[Tensor, Tensor]:
+    """(up, down), (rows, rank) and (rank, columns) in fp32: all ranks side by side, the weights within up.
+
+    Both live in `scratch`.
     """
-    scratch = scratch or Scratch()
-    device, rows, columns = original.device, original.shape[0], original[0].numel()
     rank = sum(change.rank for _, change in terms)
+    ups = [change.up.reshape(rows, -1) for _, change in terms]
+    downs = [change.down.reshape(-1, columns) for _, change in terms]
     up = scratch.take("up", rows, rank, device)
     down = scratch.take("down", rank, columns, device)
-    start = 0
-    for weight, change in terms:
-        end = start + change.rank
-        up[:, start:end].copy_(change.up.reshape(rows, -1)).mul_(weight * change.scale)
-        down[start:end].copy_(change.down.reshape(-1, columns))
-        start = end
-    total = scratch.take("total", rows, columns, device)
-    total.view(original.shape).copy_(original)
+    # Halves are put side by side first: one conversion instead of one for each adapter.
+    torch.mul(_joined(ups, 1, device), scratch.scales(terms, device), out=up)
+    down.copy_(_joined(downs, 0, device))
+    return up, down
+
+
+def _joined(parts: list[Tensor], dim: int, device: torch.device) -> Tensor:
+    joined = parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+    return joined if joined.device == device else joined.to(device)
+
+
+def write_sum(
+    weight: Tensor, original: Tensor, terms: Terms, dense: Tensor | None, scratch: Scratch, *, pristine: bool = False
+) -> bool:
+    """Write original + sum of the terms + dense into `weight`, summed in fp32 and rounded once; whether it is finite.
+
+    weight, original: of one shape, on one device, of any float dtype. dense: fp32 of this shape, what has no low-rank
+    form. pristine: whether `weight` already holds the original's bytes.
+    """
+    rows = weight.shape[0]
+    columns = weight.numel() // rows
+    limit = _SAFE.get(weight.dtype, 0.0)
+    if not terms:
+        _write_blocks(weight, original, None, None, dense, scratch)
+        return finite(weight)
+    up, down = stack(terms, rows, columns, weight.device, scratch)
+    safe = dense is None and _bound(up, down) < limit
+    if dense is None and _split_pays(weight, original, rows, columns):
+        left, right = _split(up, down, scratch)
+        if not pristine:
+            weight.copy_(original)
+        weight.view(rows, columns).addmm_(left, right)
+    else:
+        _write_blocks(weight, original, up, down, dense, scratch)
+    return safe or finite(weight)
+
+
+def weighted_sum(original: Tensor, terms: Terms, dense: Tensor | None = None) -> Tensor:
+    """original + the sum of the terms + dense, unrounded: fp32, in the original's shape."""
+    total = torch.empty_like(original, dtype=torch.float32, memory_format=torch.contiguous_format)
     with exact_products():
-        total.addmm_(up, down)  # in place, which autocast leaves alone
-    return total.view(original.shape)
+        write_sum(total, original, terms, dense, Scratch())
+    return total
+
+
+def _bound(up: Tensor, down: Tensor) -> float:
+    """No element of up @ down is larger than this (Cauchy-Schwarz on the whole matrices)."""
+    up, down = up.view(-1), down.view(-1)
+    return math.sqrt(float(torch.dot(up, up) * torch.dot(down, down)))  # NaN compares as false
+
+
+def finite(weight: Tensor) -> bool:
+    """Whether every value is finite, without a mask of the tensor's size."""
+    low, high = torch.aminmax(weight.detach())  # NaN spreads into both
+    return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+def _write_blocks(
+    weight: Tensor,
+    original: Tensor,
+    up: Tensor | None,
+    down: Tensor | None,
+    dense: Tensor | None,
+    scratch: Scratch,
+) -> None:
+    rows = weight.shape[0]
+    columns = weight.numel() // rows
+    in_place = weight.dtype == torch.float32 and weight.is_contiguous()
+    step = rows if in_place or weight.device.type != "cpu" else max(1, min(rows, _BLOCK // columns))
+    for start in range(0, rows, step):
+        block = slice(start, start + step)
+        count = min(step, rows - start)
+        total = weight.view(rows, columns) if in_place else scratch.take("total", count, columns, weight.device)
+        shaped = total.view(weight[block].shape)
+        shaped.copy_(original[block])
+        if up is not None and down is not None:
+            total.addmm_(up[block], down)  # in place, which autocast leaves alone
+        if dense is not None:
+            shaped.add_(dense[block])
+        if not in_place:
+            weight[block].copy_(shaped)
+
+
+@cache
+def _has_bf16_products() -> bool:
+    """Whether the CPU multiplies bf16 at more than the speed of fp32, with sums in fp32."""
+    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+
+
+def _split_pays(weight: Tensor, original: Tensor, rows: int, columns: int) -> bool:
+    return (
+        weight.dtype == original.dtype == torch.bfloat16
+        and weight.device.type == "cpu"
+        and weight.is_contiguous()
+        and min(rows, columns) >= _SPLIT_SIDE
+        and bool(torch.backends.mkldnn.enabled)
+        and _has_bf16_products()
+    )
+
+
+def _split(up: Tensor, down: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor]:
+    """bf16 factors whose product is up @ down to 16 bits: with x = high + low, high high + high low + low high.
+
+    The low parts are what rounding to bf16 leaves; low low is beyond the last bit that is kept. Products of bf16 are
+    exact in fp32, in which they are summed, so the one rounding of the weight is the error that counts. Uses up and
+    down as its own memory.
+    """
+    rows, rank = up.shape
+    columns = down.shape[1]
+    left = scratch.take("left", rows, 3 * rank, up.device, torch.bfloat16)
+    right = scratch.take("right", 3 * rank, columns, down.device, torch.bfloat16)
+    high = left[:, :rank]
+    high.copy_(up)
+    left[:, rank : 2 * rank].copy_(high)
+    left[:, 2 * rank :].copy_(up.sub_(high))
+    high = right[:rank]
+    high.copy_(down)
+    right[2 * rank :].copy_(high)
+    right[rank : 2 * rank].copy_(down.sub_(high))
+    return left, right
 
 
 @contextmanager

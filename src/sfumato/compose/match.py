@@ -1,19 +1,25 @@
-"""Which weights of a pipeline an adapter's file speaks of. Nothing is changed here."""
+"""Which weights of a pipeline an adapter's file speaks of, and how each can take it. Nothing is changed here."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from sfumato.bases.family import recognise
-from sfumato.compose.lowrank import fits
+from sfumato.compose import tensors
+from sfumato.compose.baked import BiasChange, Effect
+from sfumato.compose.live import can_be_live
 from sfumato.errors import AdapterError
+from sfumato.files.adapter_file import AdapterFile
+from sfumato.files.changes import Change
+from sfumato.files.changes.ia3 import Ia3
 from sfumato.files.family import FAMILIES
 from sfumato.files.kohya import Target
-from sfumato.files.lora_file import LoraFile, LoraModule
 
+Way = Literal["auto", "baked", "live"]
 PARTS = ("unet", "text_encoder", "text_encoder_2")
 _TEXT_LEVEL = "text_model."
 
@@ -23,10 +29,7 @@ def parts_of(pipe: Any) -> dict[str, nn.Module]:
 
     Raises AdapterError for an object that has no U-Net, and for weights that are another library's to change.
     """
-    found = {name: getattr(pipe, name, None) for name in PARTS}
-    for name, encoder in zip(PARTS[1:], getattr(pipe, "text_encoders", ()), strict=False):
-        found[name] = encoder
-    parts = {name: getattr(part, "_orig_mod", part) for name, part in found.items() if isinstance(part, nn.Module)}
+    parts = {name: getattr(part, "_orig_mod", part) for name, part in _wrapped_parts(pipe).items()}
     if "unet" not in parts:
         raise AdapterError(f"compose wants a diffusers pipeline with a U-Net, got {type(pipe).__name__}.")
     for name, part in parts.items():
@@ -38,11 +41,28 @@ def parts_of(pipe: Any) -> dict[str, nn.Module]:
     return parts
 
 
+def _wrapped_parts(pipe: Any) -> dict[str, nn.Module]:
+    found = {name: getattr(pipe, name, None) for name in PARTS}
+    for name, encoder in zip(PARTS[1:], getattr(pipe, "text_encoders", ()), strict=False):
+        found[name] = encoder
+    return {name: part for name, part in found.items() if isinstance(part, nn.Module)}
+
+
+def compiled_parts(pipe: Any) -> set[str]:
+    """The parts that torch.compile has taken, as a whole, in place or block by block."""
+    found = set()
+    for name, part in _wrapped_parts(pipe).items():
+        modules = (part, *part.modules())
+        if any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None for m in modules):
+            found.add(name)
+    return found
+
+
 class Modules:
     """The modules of a pipeline by (part, path), whichever transformers version spells the paths."""
 
     def __init__(self, parts: Mapping[str, nn.Module]) -> None:
-        self._parts = {name: dict(part.named_modules()) for name, part in parts.items()}
+        self._parts = dict(parts)
         config: Mapping[str, Any] = getattr(parts["unet"], "config", {})
         self.family = recognise(config).name
         self.text_width: int | None = config.get("cross_attention_dim")
@@ -50,53 +70,104 @@ class Modules:
     def find(self, target: Target) -> tuple[Target, nn.Module] | None:
         """The module and the path it really has; None if the pipeline lacks it."""
         part, path = target
-        modules = self._parts.get(part, {})
-        for spelling in (path, _TEXT_LEVEL + path, path.removeprefix(_TEXT_LEVEL)):
-            if spelling in modules:
-                return (part, spelling), modules[spelling]
+        if part in self._parts:
+            for spelling in dict.fromkeys((path, _TEXT_LEVEL + path, path.removeprefix(_TEXT_LEVEL))):
+                if (module := _walk(self._parts[part], spelling)) is not None:
+                    return (part, spelling), module
         return None
 
 
-def match(file: LoraFile, label: str, modules: Modules, *, partial: bool) -> dict[Target, tuple[nn.Module, LoraModule]]:
-    """The modules of the pipeline that the file changes, each with its change, by their real paths.
+def _walk(module: nn.Module, path: str) -> nn.Module | None:
+    """The module at a path, None if there is none."""
+    for name in path.split("."):
+        child = module._modules.get(name)
+        if child is None:
+            return None
+        module = child
+    return module
+
+
+@dataclass(frozen=True)
+class Found:
+    """A weight or bias of the pipeline that a file changes. live: whether beside the layer, not within the weight."""
+
+    part: str
+    path: str
+    name: str
+    module: nn.Module
+    effect: Effect
+    live: bool
+
+
+def match(file: AdapterFile, label: str, modules: Modules, *, partial: bool, way: Way) -> list[Found]:
+    """The weights and biases that the file changes.
 
     partial: leave out what does not fit. Raises AdapterError, one line with counts, for a file of another family, one
-    of which a part does not fit, and one of which nothing does.
+    of which a part does not fit, one of which nothing does, and for a layer that can take it in neither way.
     """
-    fitting: dict[Target, tuple[nn.Module, LoraModule]] = {}
+    found: list[Found] = []
     lacking: list[str] = []
     misshapen: list[str] = []
-    for target, change in file.modules.items():
-        found = modules.find(target)
-        if found is None:
+    for target, change in file.changes.items():
+        place = modules.find(target)
+        shape = None if place is None else tensors.shape(place[1])
+        if place is None or shape is None:
             lacking.append(".".join(target))
             continue
-        real, module = found
-        weight = getattr(module, "weight", None)
-        if not isinstance(weight, Tensor) or weight.ndim not in (2, 4):
-            lacking.append(".".join(target))
-        elif not weight.is_floating_point() or weight.dtype.itemsize == 1:
-            raise AdapterError(
-                f"{'.'.join(real)} is quantised ({weight.dtype}), so nothing can be merged into it. "
-                "Load the base in bf16."
-            )
-        elif not fits(change, weight.shape):
-            misshapen.append(f"{'.'.join(target)} {_shape(change)} on {list(weight.shape)}")
+        (part, path), module = place
+        bias = _bias_change(change)
+        if not change.fits(shape):
+            misshapen.append(f"{'.'.join(target)} {_shape(change)} on {list(shape)}")
+        elif bias is not None and bias.value is not None and not bias.fits(_bias_shape(module)):
+            misshapen.append(f"{'.'.join(target)} with a change of a bias of {list(bias.value.shape)} it does not have")
         else:
-            fitting[real] = module, change.plain()
+            if getattr(change, "value", change) is not None:  # a difference of the bias alone has no value
+                live = _is_live(module, f"{part}.{path}", change, way)
+                found.append(Found(part, path, "weight", module, Effect.of(change), live))
+            if bias is not None and _bias_shape(module):
+                found.append(Found(part, path, "bias", module, Effect(bias, None), False))
+    fitting = len(file.changes) - len(lacking) - len(misshapen)
     if (lacking or misshapen) and not (partial and fitting):
-        raise AdapterError(_misfit(file, label, modules, len(fitting), lacking, misshapen))
-    return fitting
+        raise AdapterError(_misfit(file, label, modules, fitting, lacking, misshapen))
+    return found
 
 
-def _shape(change: LoraModule) -> list[int]:
-    return [change.up.shape[0], *change.down.shape[1:]]
+def _bias_change(change: Change) -> BiasChange | None:
+    gain = change.gain if isinstance(change, Ia3) and change.scales_bias else None
+    return None if gain is None and change.bias_delta is None else BiasChange(change.kind, change.bias_delta, gain)
+
+
+def _bias_shape(module: nn.Module) -> tuple[int, ...]:
+    bias = tensors.stored(module, "bias")
+    return tuple(bias.shape) if bias is not None and tensors.is_plain(bias) else ()
+
+
+def _is_live(module: nn.Module, title: str, change: Change, way: Way) -> bool:
+    """Whether the layer takes its adapters beside it. Raises AdapterError for one that cannot take this one at all."""
+    if tensors.is_plain(tensors.stored(module, "weight")):
+        return way == "live" and can_be_live(module)  # norms and embeddings have no layer to stand beside
+    weight = getattr(module, "weight", None)
+    what = f"quantised ({tensors.dtype_name(weight.dtype) if isinstance(weight, Tensor) else type(module).__name__})"
+    if way == "baked":
+        raise AdapterError(
+            f"{title} is {what}, so nothing can be merged into it. Say way='live', or load the base in bf16."
+        )
+    if not can_be_live(module) or (change.needs_weight and isinstance(module, nn.Conv2d)):
+        raise AdapterError(
+            f"{title} is {what}, and a {change.kind} there has no path beside the layer. Load the base in bf16."
+        )
+    return True
+
+
+def _shape(change: Change) -> str:
+    shape = getattr(change, "shape", None)
+    return str(list(shape)) if shape is not None else f"({change.kind})"
 
 
 def _misfit(
-    file: LoraFile, label: str, modules: Modules, fitting: int, lacking: list[str], misshapen: list[str]
+    file: AdapterFile, label: str, modules: Modules, fitting: int, lacking: list[str], misshapen: list[str]
 ) -> str:
-    total = len(file.modules)
+    total = len(file.changes)
     name = file.path.name if file.path.stem == label else f"{file.path.name} ({label})"
     some = f"the {fitting} of {total} modules that fit"
     partial = f", or pass partial=True (--partial) to apply {some}" if fitting else ""

@@ -1,34 +1,47 @@
-"""Adapters merged into the weights of a live pipeline: W + sum of w_i (alpha_i / r_i) up_i down_i.
+"""Adapters mixed into a live pipeline: W + the sum of w_i times each adapter's own change of W.
 
-No modules are created. The original of every touched weight is kept, so that new weights are computed from the base
-and not from the last mix, and undoing puts back the base's very bytes.
+Where a weight can be summed into, the sum is baked into it: no modules are created, the original bytes are kept, new
+weights are computed from them and not from the last mix, and undoing puts them back. Quantised layers, and all layers
+on request, get one path for all adapters beside them instead.
 """
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Any, Self
+from typing import Any, Self, get_args
 
-from sfumato.compose.adapter import Adapter, Weight, checked_weight, part_weight
-from sfumato.compose.lowrank import Scratch
-from sfumato.compose.match import Modules, match, parts_of
-from sfumato.compose.site import Applied, Site
+import torch
+from torch import Tensor
+
+from sfumato.compose import saving, table
+from sfumato.compose.adapter import Adapter, Weight, checked_weight, weight_at, weight_text
+from sfumato.compose.baked import Applied, Baked
+from sfumato.compose.live import Live
+from sfumato.compose.lowrank import Scratch, exact_products
+from sfumato.compose.match import Found, Modules, Way, compiled_parts, match, parts_of
+from sfumato.compose.originals import Originals, Place
 from sfumato.errors import AdapterError
-from sfumato.files.kohya import Target
-from sfumato.files.lora_file import read_lora
+from sfumato.files.adapter_file import AdapterFile, read_adapter
 
 _MARK = "_sfumato_mix"
 """Attribute of each mixed part, so that a second mix over the first is noticed whatever pipeline object it comes by."""
 
+Site = Baked | Live
 
-def compose(pipe: Any, *adapters: Adapter, partial: bool = False) -> Mix:
-    """Merge the weighted sum of the adapters' changes into a diffusers pipeline, in place.
+
+def compose(pipe: Any, *adapters: Adapter, partial: bool = False, way: Way = "auto") -> Mix:
+    """Mix the adapters into a diffusers pipeline, in place, and say on stderr in which way.
 
     pipe: a diffusers pipeline (SD 1.x, 2.x, SDXL), or a Base. partial: apply what fits of a file of which a part does
-    not fit; `mix.skipped` counts the rest. Everything is read and matched before the pipeline is touched, and a failed
-    call leaves it as it was. Raises AdapterError or FileError, one line; so for a pipeline that carries a mix already
-    (`current(pipe)` is that mix).
+    not fit; `mix.skipped` counts the rest. way: "baked" sums into the weights; "live" adds one low-rank path for all
+    adapters beside each linear layer and convolution, so that new weights cost almost nothing and each call a little;
+    "auto" bakes, except beside quantised weights. Everything is read and matched before the pipeline is touched, and a
+    failed call leaves it as it was.
+    Raises AdapterError or FileError, one line; so for a pipeline that carries a mix already (`current(pipe)` is it).
     """
     earlier = current(pipe)
     if earlier is not None:
@@ -36,8 +49,12 @@ def compose(pipe: Any, *adapters: Adapter, partial: bool = False) -> Mix:
             f"this pipeline carries a mix already ({earlier.describe() or 'empty'}). "
             "Add to it with sfumato.compose.current(pipe).add(...), or undo() it first."
         )
-    mix = Mix(pipe)
+    if way not in get_args(Way):
+        raise AdapterError(f"there is no way {way!r} to mix; there are {', '.join(get_args(Way))}.")
+    mix = Mix(pipe, way)
     mix.add(*adapters, partial=partial)
+    if adapters:
+        print(f"{', '.join(map(repr, mix.weights))}: {mix.reason}", file=sys.stderr)
     return mix
 
 
@@ -56,19 +73,34 @@ class Mix:
     As a context manager it undoes itself at the end. Every method changes all it should or, when it raises, nothing.
     """
 
-    def __init__(self, pipe: Any) -> None:
+    def __init__(self, pipe: Any, way: Way = "auto") -> None:
+        self._pipe = pipe
+        self._way: Way = way
         self._parts = parts_of(pipe)
         self._modules = Modules(self._parts)
-        self._sites: dict[Target, Site] = {}
+        self._originals = Originals(self._parts, tuple(getattr(pipe, "files", ()) or ()))
+        self._sites: dict[Place, Site] = {}
         self._adapters: dict[str, Adapter] = {}
         self._weights: dict[str, Weight] = {}
+        self._muted: frozenset[str] = frozenset()
+        self._files: dict[str, AdapterFile] = {}
         self._skipped: dict[str, int] = {}
         self._undone = False
 
     @property
+    def pipe(self) -> Any:
+        """The pipeline or Base that it is mixed into."""
+        return self._pipe
+
+    @property
     def weights(self) -> Mapping[str, Weight]:
-        """The weight of each adapter by its label, in the order in which they were added."""
+        """The weight of each adapter by its label, in the order in which they were added; a muted one keeps its."""
         return MappingProxyType(dict(self._weights))
+
+    @property
+    def muted(self) -> frozenset[str]:
+        """The labels of the adapters that are muted."""
+        return self._muted
 
     @property
     def adapters(self) -> Mapping[str, Adapter]:
@@ -80,9 +112,45 @@ class Mix:
         """How many modules of each file were left out because `partial` allowed it; without those that have none."""
         return MappingProxyType({label: count for label, count in self._skipped.items() if count})
 
+    @property
+    def embeddings(self) -> Mapping[str, Mapping[str, Mapping[str, Tensor]]]:
+        """New words that the files bring with them: {label: {token: {text encoder: (vectors, width)}}}.
+
+        A mix changes weights and leaves the tokenizer alone: give these to the pipeline as textual inversions.
+        """
+        return MappingProxyType({label: file.embeddings for label, file in self._files.items() if file.embeddings})
+
+    @property
+    def family(self) -> str:
+        """The pipeline's family: "sd1", "sd2", "sdxl" or "pocket"."""
+        return self._modules.family
+
+    @property
+    def reason(self) -> str:
+        """In which way the adapters are applied, and why."""
+        baked = sum(site.way == "baked" for site in self._sites.values())
+        live = len(self._sites) - baked
+        if not live:
+            why = (
+                "as asked" if self._way == "baked" else "none is quantised, so this is exact and costs no call a thing"
+            )
+            why = why if self._way != "live" else "there is no layer that a path could stand beside"
+            return f"{baked} weights baked in place ({why})"
+        why = "as asked" if self._way == "live" else "quantised, so nothing can be summed into their weights"
+        rest = f"; {baked} weights baked in place" if baked else ""
+        return f"{live} layers live, one path for all adapters beside each ({why}){rest}"
+
     def describe(self) -> str:
-        """The mix in one line: "line 0.8, otter 0.6"."""
-        return ", ".join(f"{label} {_text(weight)}" for label, weight in self._weights.items())
+        """The mix in one line: "line 0.8, otter 0.6 (muted)"."""
+        return ", ".join(
+            f"{label} {weight_text(weight)}{' (muted)' if label in self._muted else ''}"
+            for label, weight in self._weights.items()
+        )
+
+    def show(self) -> str:
+        """The mix as a table: a line for each adapter, and the way it is applied."""
+        sites = [(label, site) for site in self._sites.values() for label in site.effects]
+        return table.show(self._weights, self._muted, self._files, sites, self.reason)
 
     def __repr__(self) -> str:
         return f"Mix({'undone' if self._undone else self.describe()})"
@@ -99,27 +167,47 @@ class Mix:
                     f"two adapters are called {adapter.label!r}. Tell them apart with Adapter(file, weight, name=...)."
                 )
             labels.append(adapter.label)
-        files = {adapter.label: read_lora(adapter.path, partial=partial) for adapter in adapters}
-        fitting = {label: match(file, label, self._modules, partial=partial) for label, file in files.items()}
-        sites = dict(self._sites)
-        for label, matched in fitting.items():
-            for target, (module, change) in matched.items():
-                sites.setdefault(target, Site(*target, module)).changes[label] = change
+        files = {adapter.label: read_adapter(adapter.path, partial=partial) for adapter in adapters}
+        matched = {
+            label: match(file, label, self._modules, partial=partial, way=self._way) for label, file in files.items()
+        }
         weights = self._weights | {adapter.label: adapter.weight for adapter in adapters}
+        sites = dict(self._sites)
         try:
-            self._apply(weights, [site for site in sites.values() if any(label in site.changes for label in files)])
+            for label, found in matched.items():
+                for one in found:
+                    place = (one.part, one.path, one.name)
+                    site = sites.get(place)
+                    if site is None:
+                        site = sites[place] = self._site(one)
+                    site.effects[label] = one.effect
+            self._apply(
+                weights, self._muted, [site for site in sites.values() if not files.keys().isdisjoint(site.effects)]
+            )
         except BaseException:
             for site in sites.values():
                 site.forget(files)
             raise
         self._sites, self._weights = sites, weights
         self._adapters |= {adapter.label: adapter for adapter in adapters}
+        self._files |= files
         self._skipped |= {
-            label: len(file.modules) - len(fitting[label]) + len(file.skipped) for label, file in files.items()
+            label: len(file.changes) - len({(one.part, one.path) for one in matched[label]}) + len(file.skipped)
+            for label, file in files.items()
         }
         for part in self._parts.values():
             part.__dict__[_MARK] = self
         return self
+
+    def _site(self, found: Found) -> Site:
+        if not found.live:
+            return Baked(found.part, found.path, found.module, found.name)
+        whole = next(
+            (p for p in self._parts[found.part].parameters() if p.is_floating_point() and p.itemsize > 1), None
+        )
+        dtype, device = (torch.float32, torch.device("cpu")) if whole is None else (whole.dtype, whole.device)
+        device = torch.device("cpu") if device.type == "meta" else device
+        return Live(found.part, found.path, found.module, dtype, device)
 
     def set(self, /, **weights: Weight) -> Self:
         """New weights by label: `mix.set(line=0.3)`. Only modules whose sum changes are computed, from the base."""
@@ -130,36 +218,66 @@ class Mix:
         self._check_open()
         self._check_labels(weights)
         wanted = self._weights | {label: checked_weight(label, weight) for label, weight in weights.items()}
-        changed = [label for label in weights if wanted[label] != self._weights[label]]
-        self._apply(wanted, [site for site in self._sites.values() if any(label in site.changes for label in changed)])
-        self._weights = wanted
+        self._change(wanted, self._muted, [label for label in weights if wanted[label] != self._weights[label]])
+        return self
+
+    def mute(self, *labels: str) -> Self:
+        """Leave out these adapters (all, if none is named) as if their weights were 0, and remember the weights."""
+        return self._mute(self._muted | frozenset(labels or self._weights), labels)
+
+    def unmute(self, *labels: str) -> Self:
+        """Bring muted adapters back (all, if none is named) with the weights they have."""
+        return self._mute(self._muted - frozenset(labels or self._weights), labels)
+
+    def _mute(self, muted: frozenset[str], labels: Iterable[str]) -> Self:
+        self._check_open()
+        self._check_labels(labels)
+        self._change(self._weights, muted, muted ^ self._muted)
         return self
 
     def remove(self, *labels: str) -> Self:
         """Take adapters out of the mix; a weight that no adapter changes any more has the base's very bytes again."""
         self._check_open()
         self._check_labels(labels)
+        self._check_compiled(
+            site
+            for site in self._sites.values()
+            if isinstance(site, Live) and not site.effects.keys().isdisjoint(labels)
+        )
         weights = {label: weight for label, weight in self._weights.items() if label not in labels}
-        self._apply(weights, [site for site in self._sites.values() if any(label in site.changes for label in labels)])
-        for site in self._sites.values():
+        self._change(weights, self._muted - frozenset(labels), labels)
+        for place, site in list(self._sites.items()):
             site.forget(labels)
-        self._sites = {target: site for target, site in self._sites.items() if site.changes}
-        self._weights = weights
-        for label in labels:
-            del self._adapters[label], self._skipped[label]
+            if not site.effects:
+                site.restore()
+                del self._sites[place]
+        for label in set(labels):
+            del self._adapters[label], self._skipped[label], self._files[label]
         return self
 
     def undo(self) -> None:
         """Put back the base's very bytes and let go of the pipeline. A second call does nothing."""
         if self._undone:
             return
-        scratch = Scratch()
         for site in self._sites.values():
-            site.apply((), scratch)
+            site.restore()
         for part in self._parts.values():
             if part.__dict__.get(_MARK) is self:
                 del part.__dict__[_MARK]
         self._sites, self._weights, self._adapters, self._skipped, self._undone = {}, {}, {}, {}, True
+        self._files, self._muted = {}, frozenset()
+
+    def save(
+        self, path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32, title: str | None = None
+    ) -> Path:
+        """Write the mix as one LoRA file that every tool reads, with the weights within it; returns the path.
+
+        The ranks stand side by side (their sum is the file's rank), so that in fp32 nothing is lost; muted adapters and
+        those at 0 are left out. Raises AdapterError for a mix of kinds that have no low-rank form.
+        """
+        self._check_open()
+        numbers = {label: self._at(label) for label in self._weights}
+        return saving.save(Path(path), self.family, self._sites.values(), numbers, self._files, dtype, title)
 
     def __enter__(self) -> Self:
         return self
@@ -169,22 +287,57 @@ class Mix:
     ) -> None:
         self.undo()
 
-    def _apply(self, weights: Mapping[str, Weight], sites: Iterable[Site]) -> None:
+    def _at(self, label: str) -> Weight:
+        return 0.0 if label in self._muted else self._weights[label]
+
+    def _change(self, weights: Mapping[str, Weight], muted: frozenset[str], labels: Iterable[str]) -> None:
+        """Bring the sites of these adapters to the weights, then take over the weights."""
+        touched = set(labels)
+        self._apply(weights, muted, [site for site in self._sites.values() if not touched.isdisjoint(site.effects)])
+        self._weights, self._muted = dict(weights), muted
+
+    def _apply(self, weights: Mapping[str, Weight], muted: frozenset[str], sites: Iterable[Site]) -> None:
         """Bring the sites to the weights; all of them, or none when it raises."""
-        wanted = [(site, _wanted(site, weights)) for site in sites]
+        heard = {label: weight for label, weight in weights.items() if label not in muted}
+        wanted = [(site, _wanted(site, heard)) for site in sites]
         todo = [(site, applied) for site, applied in wanted if applied != site.applied]
+        live = [(site, applied) for site, applied in todo if isinstance(site, Live)]
+        self._check_compiled(site for site, applied in live if site.rebuilds(applied))
         for site, _ in todo:
             site.check_untouched()
+        new = [site for site, applied in todo if isinstance(site, Baked) and site.original is None and applied]
+        originals = self._originals.of({site.place: site.weight for site in new})
+        for site in new:
+            found = originals[site.place]
+            site.original, site.candidates = (found, ()) if isinstance(found, Tensor) else (None, found)
         scratch = Scratch()
         done: list[tuple[Site, Applied]] = []
-        try:
-            for site, applied in todo:
-                done.append((site, site.applied))
-                site.apply(applied, scratch)
-        except BaseException:
-            for site, before in done:
-                site.apply(before, scratch)
-            raise
+        with exact_products():
+            try:
+                for site, applied in todo:
+                    done.append((site, site.applied))
+                    site.apply(applied, scratch)
+            except BaseException:
+                for site, before in reversed(done):
+                    site.apply(before, scratch)
+                for site in new:
+                    site.restore()
+                raise
+        idle = [site for site, applied in live if not applied]
+        compiled = compiled_parts(self._pipe) if idle else set()
+        for site in idle:
+            if site.part not in compiled:
+                site.rest()
+
+    def _check_compiled(self, sites: Iterable[Live]) -> None:
+        changed = list(sites)
+        compiled = compiled_parts(self._pipe) if changed else set()
+        for site in changed:
+            if site.part in compiled:
+                raise AdapterError(
+                    f"the {site.part} is compiled already, and a compiled layer does not notice a new path beside it. "
+                    "Compose the live way before torch.compile, or say way='baked'."
+                )
 
     def _check_open(self) -> None:
         if self._undone:
@@ -198,9 +351,7 @@ class Mix:
 
 
 def _wanted(site: Site, weights: Mapping[str, Weight]) -> Applied:
-    numbers = {label: part_weight(weights[label], site.part) for label in sorted(site.changes) if label in weights}
+    numbers = {
+        label: weight_at(weights[label], site.part, site.path) for label in sorted(site.effects) if label in weights
+    }
     return tuple((label, number) for label, number in numbers.items() if number != 0)
-
-
-def _text(weight: Weight) -> str:
-    return f"{weight[0]:g}:{weight[1]:g}" if isinstance(weight, tuple) else f"{weight:g}"

@@ -1,0 +1,176 @@
+"""One weight of a pipeline into which adapters are summed: its original bytes, and what is applied to it now."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sfumato.compose import tensors
+from sfumato.compose.lowrank import Scratch, write_sum
+from sfumato.compose.originals import kept
+from sfumato.errors import AdapterError
+from sfumato.files.changes import Change, LoraModule
+
+Applied = tuple[tuple[str, float], ...]
+"""(label, weight) of every adapter with a weight other than 0, sorted by label."""
+
+_PROBES = 32
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What one adapter does to one weight: in its low-rank form where there is one."""
+
+    change: Change
+    low_rank: LoraModule | None
+
+    @classmethod
+    def of(cls, change: Change) -> Effect:
+        if isinstance(change, LoraModule) and change.mid is not None:
+            # In fp32: rounded to the file's fp16, the product of the Tucker core would be another change.
+            down = torch.einsum("pqhw,qi->pihw", change.mid.float(), change.down.float().flatten(1))
+            return cls(change, LoraModule(down, change.up, change.alpha))
+        return cls(change, change.low_rank())
+
+
+@dataclass(frozen=True)
+class BiasChange:
+    """The change of a bias, as one of a weight: value + gain * bias."""
+
+    kind: str
+    value: Tensor | None
+    gain: Tensor | None = None
+    bias_delta: None = None
+
+    @property
+    def needs_weight(self) -> bool:
+        return self.gain is not None
+
+    def fits(self, shape: Iterable[int]) -> bool:
+        return all(tuple(shape) == tuple(each.shape) for each in (self.value, self.gain) if each is not None)
+
+    def delta(self, weight: Tensor) -> Tensor:
+        total = torch.zeros(weight.shape, device=weight.device)
+        if self.gain is not None:
+            total.addcmul_(weight.float(), self.gain.to(weight.device, torch.float32))
+        return total if self.value is None else total.add_(self.value.to(weight.device))
+
+    def low_rank(self) -> None:
+        return None
+
+
+class Baked:
+    """A weight or bias of one module, with the adapters' changes within it.
+
+    The original is kept from the first change on until no adapter of the mix speaks of the weight. Low-rank changes are
+    stacked in the order of their labels and the others follow in that order, so that the same weights give the same
+    bytes whatever happened before. Changes that depend on the weight are taken on the original.
+    """
+
+    way = "baked"
+
+    def __init__(self, part: str, path: str, module: nn.Module, name: str = "weight") -> None:
+        self.part = part
+        self.path = path
+        self.module = module
+        self.name = name
+        self.effects: dict[str, Effect] = {}
+        self.applied: Applied = ()
+        self.original: Tensor | None = None
+        self.candidates: Sequence[Tensor] = ()
+        self._written: Tensor | None = None
+
+    @property
+    def place(self) -> tuple[str, str, str]:
+        return self.part, self.path, self.name
+
+    @property
+    def title(self) -> str:
+        return f"{self.part} module {self.path}" + ("" if self.name == "weight" else f" ({self.name})")
+
+    @property
+    def weight(self) -> Tensor:
+        """The tensor as it is now; moving the module may have replaced it."""
+        weight = tensors.stored(self.module, self.name)
+        if weight is None or weight.device.type == "meta":
+            raise AdapterError(
+                f"{self.title} is not in memory (offloaded to disk, or an empty shell). Compose before it is offloaded."
+            )
+        return weight
+
+    def check_untouched(self) -> None:
+        """Raise AdapterError if the weight is not what was last written; moved or cast by the user is fine."""
+        if self._written is None:
+            return
+        now = _probe(self.weight)
+        written = self._written
+        if written.device != now.device or written.dtype != now.dtype:
+            written = written.to(now.device, now.dtype)
+        if not torch.equal(now, written):
+            raise AdapterError(
+                f"{self.title} was changed by something else since it was mixed. "
+                "mix.undo() restores the base as it was; then compose again."
+            )
+
+    def forget(self, labels: Iterable[str]) -> None:
+        """Drop the changes of these adapters, of which none is applied."""
+        for label in labels:
+            self.effects.pop(label, None)
+
+    @torch.no_grad()
+    def apply(self, wanted: Applied, scratch: Scratch) -> None:
+        """Write original + the sum of the wanted changes, rounded once; the original itself for none.
+
+        Raises AdapterError after a sum that is not finite was written: apply the earlier state again.
+        """
+        weight = self.weight
+        if self.original is None:
+            if not wanted:
+                return
+            self.original, self.candidates = kept(weight, self.candidates), ()
+        pristine, self.applied = not self.applied, wanted
+        original = self.original if self.original.device == weight.device else self.original.to(weight.device)
+        if not wanted:
+            if not pristine:
+                weight.copy_(original)
+        else:
+            terms, dense = self._split(wanted, original)
+            if not write_sum(weight, original, terms, dense, scratch, pristine=pristine):
+                raise AdapterError(
+                    f"{self.title} would overflow {tensors.dtype_name(weight.dtype)} with "
+                    f"{', '.join(f'{label}={number:g}' for label, number in wanted)}. Use smaller weights, or fp32."
+                )
+        self._written = _probe(weight)
+
+    def _split(self, wanted: Applied, original: Tensor) -> tuple[list[tuple[float, LoraModule]], Tensor | None]:
+        """(the terms with a low-rank form, the weighted sum of the others' deltas in fp32)."""
+        terms: list[tuple[float, LoraModule]] = []
+        dense: Tensor | None = None
+        for label, number in wanted:
+            effect = self.effects[label]
+            if effect.low_rank is not None:
+                terms.append((number, effect.low_rank))
+                continue
+            delta = effect.change.delta(original)
+            dense = delta * number if dense is None else dense.add_(delta, alpha=number)
+        return terms, dense
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put back the original's very bytes, whatever was done to the weight since, and give it up."""
+        if self.original is not None and self._written is not None:
+            self.weight.copy_(self.original)
+        self.applied, self.original, self._written, self.candidates = (), None, None, ()
+
+
+def _probe(weight: Tensor) -> Tensor:
+    """A few values of the weight, enough to notice that another program has written to it."""
+    values = weight.detach()
+    if values.ndim == 4:
+        values = values[:, :, 0, 0]
+    if values.ndim == 2:
+        values = values.diagonal()
+    return values[:: max(1, len(values) // _PROBES)].clone()

@@ -1,0 +1,243 @@
+"""Adapters beside a layer instead of within its weight: y = base(x) + up (down x), all adapters in one stack.
+
+The way on a quantised base, whose weights cannot be summed into. What a layer costs does not grow with the number of
+adapters, and new weights scale `up` in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import conv2d, linear
+
+from sfumato.compose import tensors
+from sfumato.compose.baked import Applied, Effect
+from sfumato.compose.lowrank import Scratch, exact_products
+from sfumato.errors import AdapterError
+
+
+class Live:
+    """One linear layer or convolution with a low-rank path for all its adapters, and a dense one for what has no such.
+
+    The layer and its weight stay as they are; a forward hook adds the path. It computes in the dtype of the layer's
+    input, as the layer itself. Adapters at weight 0 stay in the stack; where all are at 0 the path is taken away.
+    """
+
+    way = "live"
+    name = "weight"
+
+    def __init__(self, part: str, path: str, module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+        self.part = part
+        self.path = path
+        self.module = module
+        self.effects: dict[str, Effect] = {}
+        self.applied: Applied = ()
+        self.place = (part, path, "weight")
+        self._dtype = dtype
+        self._device = device
+        self._path: _Path | None = None
+        self._handle: Any = None
+
+    @property
+    def title(self) -> str:
+        return f"{self.part} module {self.path}"
+
+    def check_untouched(self) -> None:
+        """Nothing of the base is written, so nothing can have been changed beneath."""
+
+    def forget(self, labels: Iterable[str]) -> None:
+        """Drop the changes of these adapters, of which none is applied."""
+        for label in labels:
+            self.effects.pop(label, None)
+        if self._path is not None and self.effects and self._stale:
+            self._path = self._stacked()
+            self._path.weigh(dict(self.applied))
+
+    def rebuilds(self, wanted: Applied) -> bool:
+        """Whether these weights take another hook or path, not only other numbers in the one that is there."""
+        return bool(wanted) and (self._stale or self._handle is None)
+
+    @property
+    def _stale(self) -> bool:
+        return self._path is None or self._path.labels != tuple(sorted(self.effects))
+
+    def _stacked(self) -> _Path:
+        return _Path(self.module, dict(sorted(self.effects.items())), self._dtype, self._device)
+
+    @torch.no_grad()
+    def apply(self, wanted: Applied, scratch: Scratch) -> None:
+        """Bring the path to these weights. Raises AdapterError for one whose numbers the dtype cannot hold."""
+        self.applied = wanted
+        if not wanted:
+            self._silence()
+            return
+        if self._path is None or self._stale:
+            self._path = self._stacked()
+        self._path.weigh(dict(wanted))
+        if not self._path.is_finite():
+            raise AdapterError(
+                f"{self.title} would overflow {tensors.dtype_name(self._path.dtype)} with "
+                f"{', '.join(f'{label}={number:g}' for label, number in wanted)}. Use smaller weights, or fp32."
+            )
+        if self._handle is None:
+            self._handle = self.module.register_forward_hook(self._add)
+
+    def restore(self) -> None:
+        """Take the path away."""
+        self._silence()
+        self.rest()
+        self.applied, self._path = (), None
+
+    def rest(self) -> None:
+        """Take the hook away, so that a layer at weight 0 costs nothing; not where it is compiled into the layer."""
+        if self._handle is not None:
+            self._handle.remove()
+        self._handle = None
+
+    @torch.no_grad()
+    def _silence(self) -> None:
+        if self._path is not None:
+            self._path.weigh({})  # a compiled layer has the hook within it for good, so the path itself adds 0
+
+    def _add(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        path = self._path
+        if path is None:
+            return output
+        x = inputs[0]
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        if path.dtype != dtype or path.device != x.device:  # the part was moved or cast since
+            path.move(dtype, x.device)
+        return path(x, output)
+
+
+class _Path:
+    """The stacked factors of one layer. labels: of the adapters within, sorted."""
+
+    def __init__(self, module: nn.Module, effects: dict[str, Effect], dtype: torch.dtype, device: torch.device) -> None:
+        self.labels = tuple(effects)
+        self.dtype = dtype
+        self.device = device
+        self._effects = effects
+        self._module = module
+        self._convolution = module if isinstance(module, nn.Conv2d) else None
+        self._numbers: dict[str, float] = {}
+        self._low = {label: effect.low_rank for label, effect in effects.items() if effect.low_rank is not None}
+        self._dense_labels = [label for label, effect in effects.items() if effect.low_rank is None]
+        self._down: Tensor | None = None
+        self._up: Tensor | None = None
+        self._dense: Tensor | None = None
+        self._stack()
+
+    def _stack(self) -> None:
+        """down: (rank, in) or (rank, in, height, width); up: (rank, out), or (out, rank, 1, 1) of a convolution."""
+        if not self._low:
+            return
+        shape = tensors.shape(self._module)
+        assert shape is not None
+        rank = sum(low.rank for low in self._low.values())
+        down = torch.cat([low.down.reshape(low.rank, *shape[1:]).float() for low in self._low.values()])
+        self._down = down.to(self.device, self.dtype)
+        self._up = torch.empty(shape[0], rank, dtype=self.dtype, device=self.device)
+
+    def weigh(self, numbers: dict[str, float]) -> None:
+        """New weights by label, 0 where there is none; the factors' memory stays where it is."""
+        self._numbers = numbers
+        if self._up is not None:
+            start = 0
+            for label, low in self._low.items():
+                up = low.up.reshape(len(self._up), low.rank).float() * (numbers.get(label, 0.0) * low.scale)
+                self._up[:, start : start + low.rank].copy_(up)
+                start += low.rank
+        self._weigh_dense(numbers)
+
+    def _weigh_dense(self, numbers: dict[str, float]) -> None:
+        used = [label for label in self._dense_labels if numbers.get(label, 0.0) != 0]
+        if not used:
+            self._dense = None
+            return
+        weight = base_weight(self._module, needed=any(self._effects[label].change.needs_weight for label in used))
+        total = torch.zeros_like(weight, dtype=torch.float32)
+        with exact_products():
+            for label in used:
+                total.add_(self._effects[label].change.delta(weight), alpha=numbers[label])
+        self._dense = total.to(self.device, self.dtype)
+
+    def is_finite(self) -> bool:
+        held = [tensor for tensor in (self._down, self._up, self._dense) if tensor is not None]
+        return all(bool(torch.isfinite(tensor).all()) for tensor in held)
+
+    def move(self, dtype: torch.dtype, device: torch.device) -> None:
+        """The path in another dtype or on another device, from the file's own numbers."""
+        self.dtype, self.device = dtype, device
+        with torch.no_grad():
+            self._stack()
+            self.weigh(self._numbers)
+
+    def __call__(self, x: Tensor, output: Tensor) -> Tensor:
+        if self._convolution is not None:
+            return self._convolve(self._convolution, x, output)
+        if self._dense is not None:
+            output = output + linear(x, self._dense)
+        if self._down is None or self._up is None:
+            return output
+        narrow = torch.mm(x.flatten(0, -2), self._down.t())
+        if output.dtype != narrow.dtype:  # a layer that answers in another dtype than it is asked in
+            return output + linear(narrow, self._up).view(output.shape).to(output.dtype)
+        if torch.is_grad_enabled():
+            return torch.addmm(output.flatten(0, -2), narrow, self._up.t()).view(output.shape)
+        output.view(-1, output.shape[-1]).addmm_(narrow, self._up.t())
+        return output
+
+    def _convolve(self, layer: nn.Conv2d, x: Tensor, output: Tensor) -> Tensor:
+        if self._dense is not None:
+            output = output + conv2d(x, self._dense, None, layer.stride, layer.padding, layer.dilation)
+        if self._down is None or self._up is None:
+            return output
+        narrow = conv2d(x, self._down, None, layer.stride, layer.padding, layer.dilation)
+        return output + conv2d(narrow, self._up[..., None, None]).to(output.dtype)
+
+
+def can_be_live(module: nn.Module) -> bool:
+    """Whether the module is a layer that a path can stand beside: y = W x + b, or a convolution with zeros around."""
+    if isinstance(module, nn.Conv2d):
+        return module.groups == 1 and module.padding_mode == "zeros"
+    return isinstance(getattr(module, "in_features", None), int)
+
+
+@torch.no_grad()
+def base_weight(module: nn.Module, *, needed: bool) -> Tensor:
+    """The weight of a layer in fp32; of a quantised linear layer as it computes with it, asked by unit vectors.
+
+    needed: whether its values matter; otherwise a tensor of its shape will do. Raises AdapterError where they matter
+    and cannot be had.
+    """
+    weight, shape = tensors.stored(module, "weight"), tensors.shape(module)
+    assert shape is not None
+    if weight is not None and tensors.is_plain(weight) and weight.device.type != "meta":
+        return weight.float()
+    parameter = next(module.parameters(), None)
+    device = torch.device("cpu") if parameter is None else parameter.device
+    if not needed:
+        return torch.empty(shape, dtype=torch.float32, device=device)
+    if len(shape) != 2:
+        raise AdapterError("a change that depends on the weight cannot stand beside a quantised convolution.")
+    hooks, module._forward_hooks = module._forward_hooks, type(module._forward_hooks)()
+    try:
+        units = torch.eye(shape[1], dtype=compute_dtype(module), device=device)
+        bias = module(torch.zeros_like(units[:1]))
+        answers: Tensor = module(units).float() - bias.float()
+        return answers.t().contiguous()
+    finally:
+        module._forward_hooks = hooks
+
+
+def compute_dtype(module: nn.Module) -> torch.dtype:
+    """What a quantised layer is fed with: what it says itself, else its bias' dtype, else fp32."""
+    said = getattr(module, "compute_dtype", None)
+    if isinstance(said, torch.dtype):
+        return said
+    bias = getattr(module, "bias", None)
+    return bias.dtype if isinstance(bias, Tensor) and bias.is_floating_point() else torch.float32

@@ -1,0 +1,71 @@
+"""A mix as one LoRA file: sum of w_i s_i up_i down_i is the product of the factors side by side, exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+
+from sfumato.compose.adapter import Weight, weight_at, weight_text
+from sfumato.compose.baked import Baked
+from sfumato.compose.live import Live
+from sfumato.errors import AdapterError
+from sfumato.files.adapter_file import AdapterFile
+from sfumato.files.changes import LoraModule
+from sfumato.files.kohya import Target
+from sfumato.files.metadata import Description, describe, short_hash
+from sfumato.files.write import write_lora
+
+
+def save(
+    path: Path,
+    family: str,
+    sites: Iterable[Baked | Live],
+    weights: Mapping[str, Weight],
+    files: Mapping[str, AdapterFile],
+    dtype: torch.dtype,
+    title: str | None,
+) -> Path:
+    """Write the weighted sum of the adapters as one LoRA; returns the path.
+
+    weights: by label, 0 for what is left out. Raises AdapterError for changes that have no low-rank form, FileError for
+    a file that cannot be written.
+    """
+    modules: dict[Target, LoraModule] = {}
+    for site in sites:
+        numbers = {label: weight_at(weights[label], site.part, site.path) for label in sorted(site.effects)}
+        terms = []
+        for label, number in numbers.items():
+            if number == 0:
+                continue
+            effect = site.effects[label]
+            if effect.low_rank is None:
+                what = effect.change.kind if site.name == "weight" else f"{effect.change.kind} with biases"
+                raise AdapterError(
+                    f"{label} is a {what}, which has no low-rank form at {site.part} {site.path}, so the mix is no "
+                    "LoRA. Mute or remove it, or bake the mix into a checkpoint."
+                )
+            terms.append((number, effect.low_rank))
+        if terms:
+            modules[site.part, site.path] = concatenated(terms)
+    if not modules:
+        raise AdapterError(f"{path.name}: nothing is applied, so there is nothing to save. Give an adapter a weight.")
+    used = {label: weight for label, weight in weights.items() if weight != 0}
+    parents = [
+        {"name": source.name, "hash": short_hash(source) if source.is_file() else "", "weight": weight_text(weight)}
+        for source, weight in ((files[label].path, weight) for label, weight in used.items())
+    ]
+    description = Description(title or path.stem, family, parents=parents)
+    return write_lora(path, modules, family=family, metadata=describe(description), dtype=dtype)
+
+
+def concatenated(terms: Iterable[tuple[float, LoraModule]]) -> LoraModule:
+    """The LoRA of scale 1 whose update is the sum of weight * update over the terms; its rank is the sum of theirs."""
+    terms = list(terms)
+    ups = [low.up.flatten(1).float() * (number * low.scale) for number, low in terms]
+    # One may be written for a linear layer and one for the 1x1 convolution that it is.
+    kernel = next((low.down for _, low in terms if low.down.ndim == 4), terms[0][1].down)
+    downs = [low.down.float().reshape(low.rank, *kernel.shape[1:]) for _, low in terms]
+    down, up = torch.cat(downs), torch.cat(ups, dim=1)
+    return LoraModule(down, up[..., None, None] if down.ndim == 4 else up, float(len(down)))

@@ -1,0 +1,52 @@
+"""The mix as a table for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from sfumato.compose.adapter import Weight, weight_text
+from sfumato.compose.baked import Baked
+from sfumato.compose.live import Live
+from sfumato.files.adapter_file import AdapterFile
+
+_HEAD = ("adapter", "weight", "file", "kind", "rank", "U-Net", "text", "way")
+
+
+def show(
+    weights: Mapping[str, Weight],
+    muted: frozenset[str],
+    files: Mapping[str, AdapterFile],
+    sites: Iterable[tuple[str, Baked | Live]],
+    reason: str,
+) -> str:
+    """A line for each adapter: its weight, file, kinds, ranks, how many modules of each part it changes, and the way.
+
+    weights: by label. sites: (label, weight or bias that it changes).
+    """
+    if not weights:
+        return "an empty mix"
+    by_label: dict[str, list[Baked | Live]] = {label: [] for label in weights}
+    for label, site in sites:
+        if site.name == "weight":
+            by_label[label].append(site)
+    rows = [_HEAD]
+    for label, weight in weights.items():
+        found = by_label[label]
+        unet = sum(site.part == "unet" for site in found)
+        low = [form.rank for site in found if (form := site.effects[label].low_rank) is not None]
+        ranks = "" if not low else str(min(low)) if min(low) == max(low) else f"{min(low)}-{max(low)}"
+        rows.append(
+            (
+                " ".join(label.split()),
+                weight_text(weight) + (" (muted)" if label in muted else ""),
+                files[label].path.name,
+                "+".join(files[label].kinds),
+                ranks,
+                str(unet),
+                str(len(found) - unet),
+                "+".join(sorted({site.way for site in found})),
+            )
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(_HEAD))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([*lines, reason])

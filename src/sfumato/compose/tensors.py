@@ -1,0 +1,56 @@
+"""The tensor behind a module's weight or bias, wherever offloading and quantisation have put it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def stored(module: nn.Module, name: str) -> Tensor | None:
+    """The module's tensor of this name, to be read and written; None if it has none.
+
+    Where accelerate has switched on sequential offload, the module itself is empty (on the device `meta`) between its
+    calls, and each call takes the weight from a map in main memory: then that one is meant.
+    """
+    tensor = getattr(module, name, None)
+    if not isinstance(tensor, Tensor):
+        return None
+    if tensor.device.type != "meta":
+        return tensor
+    for hook in _hooks(getattr(module, "_hf_hook", None)):
+        weights = getattr(hook, "weights_map", None)
+        try:
+            found = None if weights is None else weights[name]
+        except KeyError:
+            continue
+        if isinstance(found, Tensor) and found.device.type != "meta":
+            return found
+    return tensor
+
+
+def _hooks(hook: Any) -> tuple[Any, ...]:
+    return tuple(getattr(hook, "hooks", (hook,)))
+
+
+def is_plain(tensor: Tensor | None) -> bool:
+    """Whether the tensor holds its numbers in a float dtype of 16 bits or more, so that it can be summed into."""
+    if tensor is None or not tensor.is_floating_point() or tensor.dtype.itemsize == 1:
+        return False
+    # A quantised weight of torchao and the like says it were bf16; it is a class of its own.
+    return type(tensor) in (Tensor, nn.Parameter)
+
+
+def shape(module: nn.Module) -> tuple[int, ...] | None:
+    """The shape of the module's weight as a change sees it, also where quantisation packs it into another."""
+    if isinstance(getattr(module, "in_features", None), int):
+        return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
+    if isinstance(module, nn.Conv2d):
+        return module.out_channels, module.in_channels // module.groups, *module.kernel_size
+    weight = getattr(module, "weight", None)
+    return tuple(weight.shape) if isinstance(weight, Tensor) else None
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,39 @@
+"""Every Python example of docs/mixing.md runs, on a small pipeline of SD 1.x."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from sfumato.adapters import attach, select
+from sfumato.files import LoraModule, write_lora
+from tests.tiny import tiny_pipeline, write_folder
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "docs/mixing.md").read_text(encoding="utf-8")
+EXAMPLES = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return tiny_pipeline("sd1")
+
+
+def test_the_examples_run_one_after_another(pipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate(("line", "otter")):
+        lora = attach({"unet": select(pipe.unet, "everything")}, rank=2, alpha=2.0, seed=seed)
+        modules = {key: LoraModule.from_scale(x.down, x.up + 0.1, x.scale) for key, x in lora.layers.items()}
+        lora.detach()
+        write_lora(tmp_path / f"{name}.safetensors", modules, family="sd1")
+    pipe.set_progress_bar_config(disable=True)
+    call = type(pipe).__call__
+    monkeypatch.setattr(type(pipe), "__call__", lambda self, *a, **o: call(self, *a, **{"num_inference_steps": 2, **o}))
+    before = {name: tensor.clone() for name, tensor in pipe.unet.state_dict().items()}
+    names = {"pipe": pipe, "BASE": str(write_folder(pipe, tmp_path / "base"))}
+    assert len(EXAMPLES) == 6
+    for example in EXAMPLES:
+        code = example.replace('"pipelines/custom/', f'"{ROOT}/pipelines/custom/')
+        exec(compile(code, "docs/mixing.md", "exec"), names)
+    assert all((tensor == before[name]).all() for name, tensor in pipe.unet.state_dict().items())
+    assert (tmp_path / "mix.safetensors").is_file()
