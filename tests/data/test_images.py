@@ -12,7 +12,7 @@ from PIL import Image, ImageCms, ImageFile
 from PIL.PngImagePlugin import PngInfo
 
 import sfumato.data
-from sfumato.data.images import open_image, open_picture, read_size
+from sfumato.data.images import open_image, open_picture, read_size, upright_size
 from sfumato.errors import DataError
 
 
@@ -25,8 +25,9 @@ def test_importing_leaves_truncated_files_refused():
     assert ImageFile.LOAD_TRUNCATED_IMAGES is False
 
 
+@pytest.mark.parametrize("suffix", ["png", "webp", "tiff"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_every_exif_orientation_gives_the_same_pixels(tmp_path, orientation):
+def test_every_exif_orientation_gives_the_same_pixels(tmp_path, orientation, suffix):
     upright = noise_picture(64, 48)
     undo = {
         2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -40,8 +41,9 @@ def test_every_exif_orientation_gives_the_same_pixels(tmp_path, orientation):
     stored = upright if orientation == 1 else upright.transpose(undo[orientation])
     exif = Image.Exif()
     exif[0x0112] = orientation
-    stored.save(tmp_path / "a.png", exif=exif)
-    assert largest_difference(open_image(tmp_path / "a.png"), upright) == 0
+    stored.save(tmp_path / f"a.{suffix}", exif=exif, **({"lossless": True} if suffix == "webp" else {}))
+    assert largest_difference(open_image(tmp_path / f"a.{suffix}"), upright) == 0
+    assert upright_size(tmp_path / f"a.{suffix}") == (64, 48)
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
@@ -81,6 +83,21 @@ def test_a_colour_profile_is_applied(tmp_path):
     swapped = swapped.replace("sRGB".encode("utf-16-be"), "zRGB".encode("utf-16-be"))
     Image.new("RGB", (16, 16), (255, 0, 0)).save(tmp_path / "a.png", icc_profile=swapped)
     assert largest_difference(open_image(tmp_path / "a.png"), Image.new("RGB", (16, 16), (0, 0, 255))) <= 3
+
+
+def test_a_colour_profile_is_applied_below_transparency_too(tmp_path):
+    data = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    swapped = data.replace(b"rXYZ", b"....").replace(b"bXYZ", b"rXYZ").replace(b"....", b"bXYZ")
+    swapped = swapped.replace("sRGB".encode("utf-16-be"), "zRGB".encode("utf-16-be"))
+    image = Image.new("RGBA", (16, 16), (255, 0, 0, 255))
+    image.paste((255, 0, 0, 0), (0, 0, 8, 16))
+    for name, options in (("a.png", {}), ("b.png", {"palette": True})):
+        stored = image.quantize(4) if options else image
+        stored.save(tmp_path / name, icc_profile=swapped)
+        picture = open_picture(tmp_path / name)
+        assert largest_difference(picture.image.crop((8, 0, 16, 16)), Image.new("RGB", (8, 16), (0, 0, 255))) <= 3
+        assert picture.image.getpixel((0, 0)) == (255, 255, 255)
+        assert picture.alpha.getpixel((0, 0)) == 0
 
 
 def test_the_profile_of_srgb_moves_no_pixel(tmp_path):

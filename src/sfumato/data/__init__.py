@@ -1,17 +1,44 @@
 """From a folder of pictures to batches of latents: what every trainer shares.
 
-    examples = read_folder(Path("pictures"), caption_template="{caption}, zwx style")
+    examples = read_folder(Path("pictures"), caption_template="{caption}, zwx style")   # or a dataset.toml
     dataset = prepare(examples, base, resolution=base.resolution)
     batch = dataset.batch(seed, step, global_batch)
 
-datasets/README.md describes the folder's format. Decoding, cropping, latents and text embeddings are done once, in
-`prepare`; a batch only looks them up and samples the posterior.
+datasets/README.md describes both formats. Decoding, cropping, latents and text embeddings are done once, in `prepare`;
+a batch only looks them up and samples the posterior. Importing this package, and reading folders, loads no torch.
 """
 
-from sfumato.data.buckets import Crop, bucket_sizes, fit_crop
-from sfumato.data.dataset import Batch, Dataset, prepare
-from sfumato.data.folder import Example, Folder, Ignored, read_folder
-from sfumato.data.images import Picture, open_image, open_picture
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sfumato.data.batches import Batch, join
+    from sfumato.data.buckets import Crop, bucket_sizes, fit_crop
+    from sfumato.data.dataset import Dataset
+    from sfumato.data.folder import Example, Folder, Ignored, read_folder
+    from sfumato.data.images import Picture, open_image, open_picture
+    from sfumato.data.options import Options
+    from sfumato.data.preparing import prepare
+    from sfumato.data.source import read_source
+
+_HOME = {
+    "Batch": "batches",
+    "Crop": "buckets",
+    "Dataset": "dataset",
+    "Example": "folder",
+    "Folder": "folder",
+    "Ignored": "folder",
+    "Options": "options",
+    "Picture": "images",
+    "bucket_sizes": "buckets",
+    "fit_crop": "buckets",
+    "join": "batches",
+    "open_image": "images",
+    "open_picture": "images",
+    "prepare": "preparing",
+    "read_folder": "folder",
+    "read_source": "source",
+}
 
 __all__ = [
     "Batch",
@@ -20,11 +47,22 @@ __all__ = [
     "Example",
     "Folder",
     "Ignored",
+    "Options",
     "Picture",
     "bucket_sizes",
     "fit_crop",
+    "join",
     "open_image",
     "open_picture",
     "prepare",
     "read_folder",
+    "read_source",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'sfumato.data' has no attribute {name!r}")
+    value = getattr(import_module(f"sfumato.data.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value

@@ -7,30 +7,69 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from sfumato.data.options import CropMode
+
 Size = tuple[int, int]
+Box = tuple[float, float, float, float]
+
+MOST_POSITIONS = 8
+"""Places that a random crop is taken from: each is encoded once, and more teach nothing new."""
 
 
 @dataclass(frozen=True)
 class Crop:
     """The part of a picture that is learned from, and the size it gets.
 
-    box: (left, top, right, bottom) in the picture's own pixels, centred, with the proportions of `size`.
-    offset: (left, top) of the crop in pixels of the resized picture, as SDXL's condition counts it.
+    box: (left, top, right, bottom) in the picture's own pixels; it takes the place `inside` of the result (all of it if
+    that is None; the rest is white). offset: (left, top) of the crop in pixels of the resized picture, as SDXL's
+    condition counts it. With `positions` above 1 the box is longer than the result along one side, by (positions - 1)
+    times `stride` pixels of the result, and a crop starts at a multiple of `stride` in it.
     """
 
     original: Size
-    box: tuple[float, float, float, float]
+    box: Box
     size: Size
     offset: Size
+    inside: tuple[int, int, int, int] | None = None
+    positions: int = 1
+    stride: int = 0
+
+    @property
+    def resized(self) -> Size:
+        """Size of the box in the result's pixels: what every position lies in."""
+        spare = (self.positions - 1) * self.stride
+        return (self.size[0] + spare, self.size[1]) if self.is_wide else (self.size[0], self.size[1] + spare)
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether it is the width that is longer than the bucket's."""
+        return self.original[0] * self.size[1] >= self.original[1] * self.size[0]
+
+    def at(self, position: int) -> Size:
+        """(left, top) of the crop at a position, as `offset`."""
+        shift = position * self.stride
+        return (self.offset[0] + shift, self.offset[1]) if self.is_wide else (self.offset[0], self.offset[1] + shift)
+
+    def window(self, position: int) -> tuple[slice, slice]:
+        """The rows and columns of `resized` that the crop at a position holds."""
+        shift = position * self.stride
+        left, top = (shift, 0) if self.is_wide else (0, shift)
+        return slice(top, top + self.size[1]), slice(left, left + self.size[0])
+
+    @property
+    def middle(self) -> int:
+        """The position nearest to the centre."""
+        return (self.positions - 1) // 2
 
     @property
     def scale(self) -> float:
         """Side in the result over side in the picture; above 1 the picture is enlarged."""
-        return self.size[0] / (self.box[2] - self.box[0])
+        left, _, right, _ = self.inside or (0, 0, *self.resized)
+        return (right - left) / (self.box[2] - self.box[0])
 
     @property
     def kept(self) -> float:
-        """Share of the picture that is seen."""
+        """Share of the picture that is seen, at one time or another."""
         left, top, right, bottom = self.box
         return (right - left) * (bottom - top) / (self.original[0] * self.original[1])
 
@@ -51,6 +90,12 @@ def bucket_sizes(resolution: int, step: int, *, largest_ratio: float = 2.0) -> l
     return sorted(largest, key=lambda size: (size[0] / size[1], size))
 
 
+def side_step(vae_factor: int, unet_levels: int, resolution: int) -> int:
+    """Pixels that a side must be a multiple of: the U-Net halves the latents at each level but the last."""
+    halved: int = vae_factor * 2 ** (unet_levels - 1)
+    return max(halved, resolution // 16 // halved * halved)
+
+
 def nearest_bucket(size: Size, sizes: Sequence[Size]) -> Size:
     """The bucket whose proportions are nearest, by ratio; of equals the one with more pixels."""
 
@@ -61,9 +106,28 @@ def nearest_bucket(size: Size, sizes: Sequence[Size]) -> Size:
     return min(sizes, key=distance)
 
 
-def fit_crop(original: Size, size: Size) -> Crop:
-    """The largest centred part of a picture with the proportions of `size`."""
+def fit_crop(original: Size, size: Size, mode: CropMode = "center", factor: int = 8) -> Crop:
+    """How a picture becomes one of `size`.
+
+    center: its largest centred part of that shape. random: the same at up to eight positions, a multiple of `factor`
+    pixels of the result apart. pad: the whole picture, centred, with white beside it.
+    """
+    if mode == "pad":
+        return _padded(original, size)
     scale = max(size[0] / original[0], size[1] / original[1])
-    width, height = min(size[0] / scale, original[0]), min(size[1] / scale, original[1])
+    spare = max(round(original[0] * scale) - size[0], round(original[1] * scale) - size[1])
+    stride = factor * max(1, math.ceil(spare / (factor * (MOST_POSITIONS - 1))))
+    positions = spare // stride + 1 if mode == "random" else 1
+    crop = Crop(original, (0, 0, 0, 0), size, (0, 0), None, positions, stride if positions > 1 else 0)
+    wide, high = crop.resized
+    width, height = min(wide / scale, original[0]), min(high / scale, original[1])
     left, top = (original[0] - width) / 2, (original[1] - height) / 2
-    return Crop(original, (left, top, left + width, top + height), size, (round(left * scale), round(top * scale)))
+    box, offset = (left, top, left + width, top + height), (round(left * scale), round(top * scale))
+    return Crop(original, box, size, offset, None, crop.positions, crop.stride)
+
+
+def _padded(original: Size, size: Size) -> Crop:
+    scale = min(size[0] / original[0], size[1] / original[1])
+    width, height = (max(1, min(side, round(own * scale))) for own, side in zip(original, size, strict=True))
+    left, top = (size[0] - width) // 2, (size[1] - height) // 2
+    return Crop(original, (0, 0, *original), size, (0, 0), (left, top, left + width, top + height))

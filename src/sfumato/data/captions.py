@@ -3,7 +3,7 @@
 import codecs
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
@@ -16,6 +16,7 @@ CAPTION_SUFFIXES = (".txt", ".caption")
 
 METADATA = "metadata.jsonl"
 _FIELDS = ("caption", "trigger")
+_LARGEST_CAPTION = 1_000_000
 _WIDE_BOMS = MappingProxyType(
     {
         codecs.BOM_UTF32_LE: "utf-32",
@@ -26,24 +27,60 @@ _WIDE_BOMS = MappingProxyType(
 )
 
 
-def read_text(path: Path) -> tuple[str, str | None]:
+_LIKELY = ["cp1252", "cp932", "cp1251", "gb18030", "euc_kr", "big5"]
+"""What captions are written in that are not UTF-8; a caption is too short to tell a hundred encodings apart, or western
+European letters (cp1252) from central European ones (cp1250), of which the former are far more frequent."""
+
+
+def read_text(path: Path, likely: str | None = None) -> tuple[str, str | None]:
     """(text on one line, the encoding that had to be guessed or None).
 
-    UTF-8 with or without a byte order mark, UTF-16 and UTF-32 with one, else charset-normalizer's guess. Raises
-    DataError if the file cannot be read or nothing fits.
+    UTF-8 with or without a byte order mark, UTF-16 and UTF-32 with one, else `likely` (what the captions around it are
+    in, see `guess_encoding`), else charset-normalizer's guess. Raises DataError if the file cannot be read or nothing
+    fits.
     """
+    data = _bytes(path)
+    if (text := _unicode(data)) is not None:
+        return _one_line(text), None
+    for encoding in (likely, guess_encoding([data])):
+        if encoding is None:
+            continue
+        try:
+            return _one_line(data.decode(encoding)), encoding
+        except (UnicodeDecodeError, LookupError):
+            continue
+    raise DataError(f"{path.name}: not text in any encoding that could be told. Save it as UTF-8.")
+
+
+def guess_encoding(texts: Iterable[bytes]) -> str | None:
+    """The one encoding that most likely holds for all of these; None if nothing fits."""
+    data = b"\n".join(texts)
+    best = from_bytes(data, cp_isolation=_LIKELY).best() or from_bytes(data).best()
+    return best.encoding if best else None
+
+
+def guess_from(paths: Sequence[Path]) -> str | None:
+    """The encoding of those of the files that are not Unicode, guessed from all of them together."""
+    contents = [_bytes(path) for path in paths[:1000]]
+    return guess_encoding(data for data in contents if _unicode(data) is None)
+
+
+def _bytes(path: Path) -> bytes:
     try:
-        data = path.read_bytes()
+        if path.stat().st_size > _LARGEST_CAPTION:
+            raise DataError(f"{path.name}: {path.stat().st_size:,} bytes; no caption is that long. Remove it.")
+        return path.read_bytes()
     except OSError as error:
         raise DataError(f"{path.name}: cannot be read ({error.strerror}).") from None
+
+
+def _unicode(data: bytes) -> str | None:
+    """The text, if the bytes say that they are Unicode."""
     try:
         wide = next((name for bom, name in _WIDE_BOMS.items() if data.startswith(bom)), None)
-        return _one_line(data.decode(wide or "utf-8-sig")), None
+        return data.decode(wide or "utf-8-sig")
     except UnicodeDecodeError:
-        guess = from_bytes(data).best()
-    if guess is None:
-        raise DataError(f"{path.name}: not text in any encoding that could be told. Save it as UTF-8.")
-    return _one_line(str(guess)), guess.encoding
+        return None
 
 
 def read_metadata(path: Path) -> dict[str, str]:

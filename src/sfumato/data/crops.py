@@ -1,21 +1,24 @@
-"""One example -> the pixels and the mask that training sees."""
+"""One example -> the pixels and the mask that training sees. Imports no torch."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
 from sfumato.data.buckets import Crop, Size, fit_crop, nearest_bucket
 from sfumato.data.folder import Example
 from sfumato.data.images import Picture, open_picture
+from sfumato.data.options import CropMode
 from sfumato.errors import DataError
+
+Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 @dataclass(frozen=True)
 class Cropped:
-    """image: RGB of the bucket's size. mask: L, that size over the VAE's factor, or None. notes: for the person."""
+    """image: RGB of `crop.resized` (the bucket's size, if the crop has one position). mask: L, that size over the VAE's
+    factor, or None. notes: for the person."""
 
     image: Image.Image
     mask: Image.Image | None
@@ -23,18 +26,42 @@ class Cropped:
     notes: tuple[str, ...]
 
 
-def crop_example(example: Example, sizes: list[Size], vae_factor: int) -> Cropped:
+def crop_example(example: Example, sizes: list[Size], vae_factor: int, mode: CropMode = "center") -> Cropped:
     """Decode an example and bring it to the nearest of `sizes`, resampled once. Raises DataError naming the file."""
     picture = open_picture(example.path)
-    crop = fit_crop(picture.image.size, nearest_bucket(picture.image.size, sizes))
-    image = picture.image.resize(crop.size, Image.Resampling.LANCZOS, box=crop.box)
+    crop = fit_crop(picture.image.size, nearest_bucket(picture.image.size, sizes), mode, vae_factor)
     mask = _mask(example, picture)
+    small = (crop.resized[0] // vae_factor, crop.resized[1] // vae_factor)
+    if crop.inside is not None:
+        return Cropped(_padded(picture.image, crop), _padded_mask(mask, crop, small), crop, picture.notes)
+    image = picture.image.resize(crop.resized, Image.Resampling.LANCZOS, box=crop.box)
     if mask is not None:
-        small = (crop.size[0] // vae_factor, crop.size[1] // vae_factor)
         mask = mask.resize(small, Image.Resampling.BOX, box=crop.box)
         if mask.getextrema() == (0, 0):
             raise DataError(f"{example.path.name}: its mask is black all over, so nothing is left to learn. Mend it.")
     return Cropped(image, mask, crop, picture.notes)
+
+
+def _padded(image: Image.Image, crop: Crop) -> Image.Image:
+    assert crop.inside is not None
+    left, top, right, bottom = crop.inside
+    sheet = Image.new("RGB", crop.size, "white")
+    sheet.paste(image.resize((right - left, bottom - top), Image.Resampling.LANCZOS), (left, top))
+    return sheet
+
+
+def _padded_mask(mask: Image.Image | None, crop: Crop, small: Size) -> Image.Image:
+    """Black where a latent sees any of the white beside the picture."""
+    assert crop.inside is not None
+    left, top, right, bottom = crop.inside
+    seen = (mask or Image.new("L", crop.original, 255)).resize((right - left, bottom - top), Image.Resampling.BOX)
+    whole = Image.new("L", crop.size, 0)
+    whole.paste(seen, (left, top))
+    values = np.asarray(whole.resize(small, Image.Resampling.BOX))
+    inside = np.zeros(crop.size[::-1], dtype=np.uint8)
+    inside[top:bottom, left:right] = 255
+    whole_cells = np.asarray(Image.fromarray(inside).resize(small, Image.Resampling.BOX)) == 255
+    return Image.fromarray((values * whole_cells).astype(np.uint8))
 
 
 def _mask(example: Example, picture: Picture) -> Image.Image | None:
@@ -50,14 +77,6 @@ def _mask(example: Example, picture: Picture) -> Image.Image | None:
     return picture.alpha if example.alpha_mask else None
 
 
-def to_pixels(image: Image.Image) -> Tensor:
-    """(3, height, width) fp32 in [-1, 1]."""
-    values = torch.from_numpy(np.array(image, dtype=np.float32))
-    return values.permute(2, 0, 1) / 127.5 - 1
-
-
-def to_mask(image: Image.Image | None, size: Size) -> Tensor:
-    """(1, height, width) fp32 in [0, 1]; ones of `size` where there is no mask."""
-    if image is None:
-        return torch.ones(1, size[1], size[0])
-    return torch.from_numpy(np.array(image, dtype=np.float32))[None] / 255
+def to_array(image: Image.Image) -> Pixels:
+    """(3, height, width), 0 to 255."""
+    return np.array(image, dtype=np.uint8).transpose(2, 0, 1)

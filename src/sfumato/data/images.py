@@ -7,6 +7,7 @@ refused: Pillow's LOAD_TRUNCATED_IMAGES would fill what is missing with grey.
 import io
 import threading
 import warnings
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from sfumato.errors import DataError
 
@@ -57,6 +58,8 @@ def open_picture(path: Path) -> Picture:
     """
     with _decoding(path), _open(path) as file:
         check_size(path, file.size)
+        if file.format == "PNG":
+            _check_png(path)
         notes = [f"{path.name}: an animation; its first frame is taken"] if _animated(file) else []
         try:
             file.load()
@@ -72,6 +75,19 @@ def read_size(path: Path) -> tuple[int, int]:
     with _decoding(path), _open(path) as file:
         check_size(path, file.size)
         return file.size
+
+
+def upright_size(path: Path) -> tuple[int, int]:
+    """(width, height) once turned as its EXIF data says, from the header alone. Raises DataError as `open_picture`."""
+    with _decoding(path), _open(path) as file:
+        check_size(path, file.size)
+        if file.format == "TIFF":  # Pillow turns these itself
+            return file.size
+        try:
+            turned = file.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        except Exception:  # a broken EXIF block says nothing about the pixels
+            turned = False
+        return (file.size[1], file.size[0]) if turned else file.size
 
 
 def check_size(path: Path, size: tuple[int, int]) -> None:
@@ -161,18 +177,22 @@ def _reopened_without_text(path: Path) -> Image.Image:
 
 
 def _picture(file: Image.Image, path: Path, notes: list[str]) -> Picture:
-    image = _upright(file, path, notes)
-    image = _eight_bits(image, path)
-    if image.mode in ("CMYK", "LAB", "RGB"):
-        image = _srgb(image, path, notes)
-    if not image.has_transparency_data:
-        return Picture(image.convert("RGB"), None, tuple(notes))
-    rgba = image.convert("RGBA")
-    alpha = rgba.getchannel("A")
-    if alpha.getextrema() == (255, 255):
-        return Picture(rgba.convert("RGB"), None, tuple(notes))
-    white = Image.new("RGBA", rgba.size, "white")
-    return Picture(Image.alpha_composite(white, rgba).convert("RGB"), alpha, tuple(notes))
+    profile = file.info.get("icc_profile")
+    image = _eight_bits(_upright(file, path, notes), path)
+    alpha = None
+    if image.has_transparency_data or image.mode in ("RGBa", "La"):
+        rgba = image.convert("LA" if image.mode == "La" else "RGBA").convert("RGBA")
+        image, alpha = rgba.convert("RGB"), rgba.getchannel("A")
+        if alpha.getextrema() == (255, 255):
+            alpha = None
+    elif image.mode not in ("L", "CMYK", "LAB"):
+        image = image.convert("RGB")
+    image = _srgb(image, profile, path, notes).convert("RGB")
+    if alpha is None:
+        return Picture(image, None, tuple(notes))
+    image.putalpha(alpha)
+    white = Image.new("RGBA", image.size, "white")
+    return Picture(Image.alpha_composite(white, image).convert("RGB"), alpha, tuple(notes))
 
 
 def _upright(file: Image.Image, path: Path, notes: list[str]) -> Image.Image:
@@ -195,9 +215,8 @@ def _eight_bits(image: Image.Image, path: Path) -> Image.Image:
     return Image.fromarray(((values + 128) // 257).astype(np.uint8))
 
 
-def _srgb(image: Image.Image, path: Path, notes: list[str]) -> Image.Image:
-    """Through the file's colour profile, if it has one that says anything but sRGB."""
-    embedded = image.info.get("icc_profile")
+def _srgb(image: Image.Image, embedded: bytes | None, path: Path, notes: list[str]) -> Image.Image:
+    """An L, RGB, CMYK or LAB picture through the file's colour profile, if that says anything but sRGB."""
     if image.mode == "LAB":
         return _through(image, ImageCms.createProfile("LAB"))
     if not embedded:
@@ -206,8 +225,10 @@ def _srgb(image: Image.Image, path: Path, notes: list[str]) -> Image.Image:
         return image
     try:
         profile = ImageCms.getOpenProfile(io.BytesIO(embedded))
-        if image.mode == "RGB" and "srgb" in ImageCms.getProfileDescription(profile).lower():
-            return image
+        if profile.profile.xcolor_space.strip() == "RGB":
+            image = image.convert("RGB") if image.mode == "L" else image
+            if "srgb" in ImageCms.getProfileDescription(profile).lower():
+                return image
         return _through(image, profile)
     except (ImageCms.PyCMSError, OSError, ValueError):
         notes.append(f"{path.name}: its colour profile cannot be used; its colours are a guess")
@@ -217,6 +238,21 @@ def _srgb(image: Image.Image, path: Path, notes: list[str]) -> Image.Image:
 def _through(image: Image.Image, profile: Any) -> Image.Image:
     converted = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
     assert converted is not None  # None only for in-place conversions
-    if "transparency" in image.info:
-        converted.putalpha(image.convert("RGBA").getchannel("A"))
     return converted
+
+
+def _check_png(path: Path) -> None:
+    """Refuse a PNG whose pixels' checksums are wrong, which Pillow shows as other pixels."""
+    data = memoryview(path.read_bytes())
+    place = 8
+    while place + 8 <= len(data):
+        length, kind = int.from_bytes(data[place : place + 4], "big"), bytes(data[place + 4 : place + 8])
+        body, end = data[place + 4 : place + 8 + length], place + 12 + length
+        if kind in (b"IHDR", b"PLTE", b"tRNS", b"IDAT"):
+            if end > len(data):
+                raise DataError(f"{path.name}: cut short; {end - len(data):,} bytes are missing. Copy it anew.")
+            if zlib.crc32(body) != int.from_bytes(data[end - 4 : end], "big"):
+                raise DataError(f"{path.name}: damaged; a checksum of its pixels is wrong. Copy it anew, or remove it.")
+        if kind == b"IEND":
+            return
+        place = end

@@ -1,0 +1,170 @@
+"""Write captions for pictures that have none, with BLIP, Florence-2 or a WD tagger. Never over existing ones."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from sfumato.cli import run
+from sfumato.config import parse
+from sfumato.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from sfumato.data.captioners import Captioner
+    from sfumato.data.listing import Found
+
+
+@dataclass(frozen=True)
+class Config:
+    """Caption the pictures of a folder that have no caption. Shows some; --write writes NAME.txt beside each.
+
+    Existing captions are never changed. Example: sfumato caption pictures --model models/blip --write
+    """
+
+    images: Path
+    """The folder, or a dataset.toml."""
+    model: str
+    """A folder or hub id: BLIP, Florence-2 (florence-community/Florence-2-base), or a WD tagger (model.onnx)."""
+    _: KW_ONLY
+    write: bool = False
+    """Write the captions; otherwise some are only shown."""
+    preview: int = 4
+    """How many to show, without --write."""
+    prefix: str = ""
+    """Put before each caption, such as "zwx, "."""
+    suffix: str = ""
+    """Put after each caption, such as ", zwx style"."""
+    detail: Literal["short", "detailed", "paragraph"] = "detailed"
+    """How much Florence-2 says."""
+    longest: int = 75
+    """Tokens of a caption at most; Stable Diffusion sees 75."""
+    threshold: float = 0.35
+    """Probability from which a tagger's tag counts."""
+    character_threshold: float = 0.85
+    """The same for the names of characters."""
+    without: tuple[str, ...] = ()
+    """A tag to leave out; repeat for several."""
+    batch: int = 4
+    """Pictures at a time."""
+    precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
+    """What the model is computed in."""
+    device: str = "auto"
+    """auto, cpu, cuda, mps."""
+    json: bool = False
+    """Print JSON for other programs."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Show or write the captions; 0 unless a picture could not be opened, then 1."""
+    for stream in (sys.stdout, sys.stderr):  # a console that lacks a caption's letters shows their numbers
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    # A first word that ends in .toml is the data set, not a config of this program (--config names one).
+    config = parse(Config, ["--images", *argv] if argv and argv[0].endswith(".toml") else argv, program="caption")
+    check(config)
+    wanted, captioned = pictures_without(config.images)
+    if not wanted:
+        print(f"{config.images}: all {captioned} pictures have captions; nothing to do.", file=sys.stderr)
+        return 0
+    some = wanted if config.write else wanted[: config.preview]
+    from sfumato.data.captioners import Wishes, load_captioner
+    from sfumato.precision import decide
+
+    wishes = Wishes(config.detail, config.longest, config.threshold, config.character_threshold, tuple(config.without))
+    captioner = load_captioner(config.model, decide(config.precision, device=config.device), wishes)
+    done: dict[str, str] = {}
+    failed: list[str] = []
+    for found, caption in captions(some, captioner, config, failed):
+        if config.write:
+            write_new(found.path.with_suffix(".txt"), caption)
+        done[found.path.as_posix()] = caption
+        if not config.json:
+            print(f"{found.path.name}: {caption}")
+    for reason in failed:
+        print(reason, file=sys.stderr)
+    if config.json:
+        print(json.dumps({"written": config.write, "captions": done, "failed": failed}, indent=2, ensure_ascii=True))
+    verb = "written" if config.write else "shown; --write writes them"
+    print(
+        f"{len(done)} of {len(wanted)} captions {verb}; {captioned} pictures had one already and keep it.",
+        file=sys.stderr,
+    )
+    return 1 if failed else 0
+
+
+def check(config: Config) -> None:
+    """Refuse what makes no sense before anything is loaded."""
+    for name in ("preview", "longest", "batch"):
+        if getattr(config, name) < 1:
+            raise ConfigError(f"--{name} is {getattr(config, name)}; it must be at least 1.")
+    for name in ("threshold", "character_threshold"):
+        if not 0 < getattr(config, name) <= 1:
+            raise ConfigError(f"--{name.replace('_', '-')} is {getattr(config, name)}; it must be in 0 ... 1.")
+
+
+def pictures_without(images: Path) -> tuple[list[Found], int]:
+    """(the pictures that have no caption, how many have one). An empty or unreadable caption file counts as one."""
+    from sfumato.data.captions import CAPTION_SUFFIXES
+    from sfumato.data.source import sources_of
+
+    wanted, captioned = [], 0
+    for source in sources_of(images):
+        suffixes = dict.fromkeys((*source.suffixes, *CAPTION_SUFFIXES))
+        for found in source.list().pictures:
+            exists = any(os.path.lexists(found.path.with_suffix(suffix)) for suffix in suffixes)
+            named = bool(found.caption.text) and found.caption.origin != "folder name"
+            if exists or named:
+                captioned += 1
+            else:
+                wanted.append(found)
+    if not wanted and not captioned:
+        raise DataError(f"{images}: no pictures in it. Put PNG or JPEG files there.")
+    return wanted, captioned
+
+
+def captions(
+    wanted: Sequence[Found], captioner: Captioner, config: Config, failed: list[str]
+) -> Iterator[tuple[Found, str]]:
+    """Each picture and its caption; what cannot be opened goes to `failed`, with its reason."""
+    from sfumato.data.images import open_image
+
+    for start in range(0, len(wanted), config.batch):
+        good, images = [], []
+        for found in wanted[start : start + config.batch]:
+            try:
+                images.append(open_image(found.path))
+                good.append(found)
+            except DataError as error:
+                failed.append(str(error))
+        if not good:
+            continue
+        for found, caption in zip(good, captioner(images), strict=True):
+            if caption:
+                yield found, f"{config.prefix}{caption}{config.suffix}"
+            else:
+                failed.append(f"{found.path.name}: the model said nothing about it.")
+
+
+def write_new(path: Path, caption: str) -> None:
+    """A new caption file, whole or not at all. Raises DataError if there is one by now."""
+    try:
+        file = path.open("x", encoding="utf-8")  # fails where something is, even a broken link
+    except FileExistsError:
+        raise DataError(f"{path.name}: a caption appeared meanwhile; it is not written over. Start again.") from None
+    except OSError as error:
+        raise DataError(f"{path}: the caption cannot be written ({error.strerror}).") from None
+    try:
+        with file:
+            file.write(caption + "\n")
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise DataError(f"{path}: the caption cannot be written ({error.strerror}).") from None
+
+
+if __name__ == "__main__":
+    run(main)

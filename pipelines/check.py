@@ -1,0 +1,179 @@
+"""Look at a folder of pictures before training: what will be seen of it, and what is wrong. Loads no model."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from sfumato.cli import run
+from sfumato.config import parse
+from sfumato.errors import ConfigError
+
+if TYPE_CHECKING:
+    from sfumato.data.mending import Mended
+    from sfumato.data.report import Report
+
+
+@dataclass(frozen=True)
+class Config:
+    """Look at a folder of pictures before training: what will be seen of it, and what is wrong. Loads no model.
+
+    Exits with 1 if training on it would stop. Example: sfumato check pictures --trigger zwx --sheet crops.png
+    """
+
+    images: Path
+    """The folder, or a dataset.toml."""
+    _: KW_ONLY
+    base: str = "pocket"
+    """The model to be taught: pocket, a diffusers folder, a checkpoint, a hub id; or a family: sd1, sd2, sdxl."""
+    resolution: int | None = None
+    """Side in pixels of a square picture. Unset: the base's own."""
+    batch: int = 1
+    """Pictures of a step, to say which shapes are too few for one."""
+    caption: str | None = None
+    """Template for captions, as training has it."""
+    trigger: str | None = None
+    """The trigger word, to say how it tokenizes and whether captions hold it."""
+    mask: Literal["none", "alpha", "files"] = "none"
+    """Learn only a part of each picture, as training has it."""
+    crop: Literal["center", "random", "pad"] = "center"
+    """How pictures are cropped, as training has it."""
+    sheet: Path | None = None
+    """A picture file to draw every crop on; more than 200 go on FILE-2 and so on."""
+    json: bool = False
+    """Print JSON for other programs."""
+    fix: Path | None = None
+    """A new folder for a mended copy: no broken files, no duplicates, pictures upright in sRGB, captions in UTF-8."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print what was found; 1 if training would stop, else 0."""
+    for stream in (sys.stdout, sys.stderr):  # a console that lacks a caption's letters shows their numbers
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    # A first word that ends in .toml is the data set, not a config of this program (--config names one).
+    config = parse(Config, ["--images", *argv] if argv and argv[0].endswith(".toml") else argv, program="check")
+    from sfumato.data.report import check
+    from sfumato.data.target import target_of
+
+    _refuse(config)
+    report = check(
+        config.images,
+        target_of(config.base),
+        resolution=config.resolution,
+        batch=config.batch,
+        caption_template=config.caption,
+        trigger=config.trigger,
+        mask=config.mask,
+        crop=config.crop,
+        thumbnails=config.sheet is not None,
+        progress=_progress if sys.stderr.isatty() else None,
+    )
+    mended = _mend(report, config) if config.fix else None
+    sheets = _sheets(report, config.sheet) if config.sheet else []
+    if config.json:
+        found = report.to_dict()
+        if mended:
+            found["fixed"] = {
+                "folder": str(config.fix),
+                "copied": list(mended.copied),
+                "rewritten": dict(mended.rewritten),
+                "left_out": dict(mended.left_out),
+            }
+        print(json.dumps(found, indent=2))
+    else:
+        print(render(report))
+        if mended:
+            print("\n".join(_mended_lines(mended, config)))
+        for sheet in sheets:
+            print(f"crops drawn on {sheet}")
+    return 1 if report.stops else 0
+
+
+def _refuse(config: Config) -> None:
+    for name in ("resolution", "batch"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name} is {value}; it must be at least 1.")
+    if config.sheet and config.sheet.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise ConfigError(f"--sheet {config.sheet}: wanted a file that ends in .png, .jpg or .webp.")
+
+
+def _progress(done: int, total: int) -> None:
+    if done % 50 == 0 or done == total:
+        print(f"\r{done:,} of {total:,} pictures", end="" if done < total else "\n", file=sys.stderr, flush=True)
+
+
+def render(report: Report) -> str:
+    """The report as text: what will be seen, what stops training, what to look at."""
+    good = sum(1 for look in report.looks if not look.error)
+    lines = [
+        f"{report.path}: {good:,} of {len(report.looks):,} pictures can be learned from, {report.samples:,} samples an "
+        f"epoch, for {report.target.name} at {report.resolution} px",
+    ]
+    shapes = ", ".join(f"{width} x {height}: {count:,}" for (width, height), count in report.buckets.items())
+    if shapes:
+        lines.append(f"  shapes   {shapes}")
+    captions = list(dict.fromkeys(example.caption for example in report.examples if example.caption))
+    if captions:
+        lines.append(f"  captions {len(captions):,} different, such as {captions[0]!r}")
+    if report.ignored:
+        lines.append(f"  ignored  {len(report.ignored):,} files")
+        lines += [f"    {entry.name}: {entry.reason}" for entry in report.ignored[:20]]
+        if len(report.ignored) > 20:
+            lines.append(f"    ... and {len(report.ignored) - 20:,} more (--json has them all)")
+    for title, stops in (("stops training", True), ("to look at", False)):
+        found = [line for line in report.lines if line.stops == stops]
+        if found:
+            lines.append(title)
+            lines += [f"  {line.text}" for line in found[:50]]
+            if len(found) > 50:
+                lines.append(f"  ... and {len(found) - 50:,} more (--json has them all)")
+    if not report.lines:
+        lines.append("nothing is wrong with them")
+    return "\n".join(lines)
+
+
+def _mend(report: Report, config: Config) -> Mended:
+    """The mended copy, without bad files and all but one of equal pictures."""
+    from sfumato.data.duplicates import duplicates
+    from sfumato.data.mending import mend
+    from sfumato.data.source import sources_of
+
+    assert config.fix is not None
+    leave_out = {look.path: look.error.removeprefix(f"{look.path.name}: ") for look in report.looks if look.error}
+    for places in duplicates(report.looks)[0]:
+        first, *others = [report.looks[place].path for place in places]
+        leave_out |= {path: f"the same picture as {first.name}" for path in others}
+    return mend(config.images, sources_of(config.images, trigger=config.trigger), config.fix, leave_out=leave_out)
+
+
+def _mended_lines(mended: Mended, config: Config) -> list[str]:
+    lines = [
+        f"mended copy in {config.fix}: {len(mended.copied)} copied, {len(mended.rewritten)} written anew, "
+        f"{len(mended.left_out)} left out"
+    ]
+    lines += [f"  {name}: {why}" for name, why in mended.rewritten[:20]]
+    return lines + [f"  {name} is left out: {why}" for name, why in mended.left_out[:20]]
+
+
+def _sheets(report: Report, file: Path) -> list[Path]:
+    """Every crop with its name, its caption and what is wrong, on sheets of 200."""
+    from sfumato.data.crop_sheet import crop_sheets
+    from sfumato.files.atomic import atomic_path
+
+    written = []
+    for number, sheet in enumerate(crop_sheets(report.looks, [example.caption for example in report.examples]), 1):
+        path = file if number == 1 else file.with_name(f"{file.stem}-{number}{file.suffix}")
+        with atomic_path(path) as temporary:
+            sheet.save(temporary)
+        written.append(path)
+    return written
+
+
+if __name__ == "__main__":
+    run(main)

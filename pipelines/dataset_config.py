@@ -1,0 +1,55 @@
+"""Turn a data set config of kohya's sd-scripts or of ai-toolkit into a dataset.toml."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from sfumato.cli import run
+from sfumato.config import parse
+from sfumato.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Config:
+    """Turn a data set config of kohya's sd-scripts (.toml, .json) or ai-toolkit (.yaml, .json) into a dataset.toml.
+
+    What has no counterpart is named. Example: sfumato dataset --file kohya.toml -o dataset.toml
+    """
+
+    file: Path
+    """The other tool's config."""
+    _: KW_ONLY
+    output: Annotated[Path | None, Parameter(alias="-o")] = None
+    """The dataset.toml to write, which must not exist. Unset: it is printed."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print or write the dataset.toml; what could not be carried over is said on stderr."""
+    # A first word that ends in .toml would be taken for a config of this program, as it is for every other one.
+    config = parse(Config, ["--file", *argv] if argv and not argv[0].startswith("-") else argv, program="dataset")
+    from sfumato.data.foreign import convert
+    from sfumato.files.atomic import write_text
+
+    if config.output is not None and config.output.exists():
+        raise ConfigError(f"--output {config.output}: exists and is not written over. Name another file.")
+    if config.output is not None and config.output.suffix.lower() != ".toml":
+        raise ConfigError(f"--output {config.output}: wanted a name that ends in .toml.")
+    converted = convert(config.file, config.output)
+    for note in converted.notes:
+        print(note, file=sys.stderr)
+    if config.output is None:
+        print(converted.text, end="")
+    else:
+        write_text(config.output, converted.text)
+        print(f"{config.output}: {converted.sources} sources from {converted.tool}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,128 @@
+"""Latents and text embeddings on disk, each in a file named by the hash of everything it depends on.
+
+Whatever changes a result changes its name, so nothing in the folder is ever stale, several data sets, bases and runs
+may share it, and it may be deleted at any time. A file that is broken counts as missing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import PIL
+import torch
+from torch import Tensor
+
+from sfumato.data.buckets import Crop
+from sfumato.errors import DataError, FileError
+from sfumato.files.header import read_header
+from sfumato.files.read import read_tensors
+from sfumato.files.save import write_tensors
+
+FORMAT = 1
+"""To be raised whenever what is computed here changes: cropping, resampling, what is stored."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file of the cache. metadata: as it was written."""
+
+    path: Path
+    metadata: Mapping[str, str]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Views of the mapped file; memory is taken only for what is used, and given back."""
+        try:
+            return read_tensors(self.path)
+        except FileError as error:
+            raise DataError(f"{self.path}: the cache was changed while it was in use ({error}) Start again.") from None
+
+
+class Cache:
+    """A folder of such files. Several processes may use it at once: files appear whole, and equal names are equal."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        if folder.exists() and not folder.is_dir():
+            raise DataError(f"{folder} is a file; the cache wants a folder.")
+
+    def _path(self, kind: str, key: str) -> Path:
+        return self.folder / kind / key[:2] / f"{key}.safetensors"
+
+    def find(self, kind: str, key: str) -> Entry | None:
+        """The entry, if it is there and whole."""
+        path = self._path(kind, key)
+        if not path.is_file():
+            return None
+        try:
+            header = read_header(path)
+            read_tensors(path, header=header)
+        except FileError:
+            return None
+        return Entry(path, header.metadata) if header.metadata.get("sfumato.cache") == key else None
+
+    def write(
+        self, kind: str, key: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+    ) -> Entry:
+        """Keep `tensors` under `key`. Raises DataError if the disk does not take them."""
+        described = {**(metadata or {}), "sfumato.cache": key}
+        try:
+            return Entry(write_tensors(self._path(kind, key), tensors, described), described)
+        except (FileError, OSError) as error:
+            raise DataError(f"{self.folder}: the cache cannot be written ({error}) Make room, or go without.") from None
+
+
+def key_of(**parts: Any) -> str:
+    """The name of a result: a hash of everything that it depends on, in hex."""
+    text = json.dumps({"format": FORMAT, **parts}, sort_keys=True, ensure_ascii=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def decoders() -> str:
+    """Versions of what turns files into pixels."""
+    try:
+        import pillow_heif
+
+        heif = f", pillow-heif {pillow_heif.__version__}"
+    except ImportError:
+        heif = ""
+    return f"Pillow {PIL.__version__}{heif}"
+
+
+def weights_digest(modules: Iterable[Any]) -> str:
+    """sha256 over the modules' configs and weights, in their present dtype, in hex."""
+    digest = hashlib.sha256()
+    for module in modules:
+        config = getattr(module, "config", {})
+        items = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+        kept = {name: value for name, value in items.items() if not name.startswith("_") and "version" not in name}
+        digest.update(json.dumps(kept, sort_keys=True, default=str).encode())
+        for name, tensor in module.state_dict().items():
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file's bytes, in hex. Raises DataError if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"{path.name}: cannot be read ({error.strerror}).") from None
+
+
+def crop_to_text(crop: Crop) -> str:
+    """A crop as the metadata of an entry holds it."""
+    return json.dumps(asdict(crop))
+
+
+def crop_from_text(text: str) -> Crop:
+    """The crop that `crop_to_text` wrote."""
+    values = json.loads(text)
+    fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+    return Crop(**fields)

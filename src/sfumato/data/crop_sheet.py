@@ -1,0 +1,61 @@
+"""Every crop that training will see, on sheets, with its name and what is wrong with it. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from PIL import Image, ImageDraw, ImageFont
+
+from sfumato.data.survey import Look
+
+_CELL_PX, _LINE_PX, _GAP_PX, _COLUMNS = 192, 16, 8, 8
+_INK, _WARNING, _EMPTY = (25, 25, 25), (190, 30, 20), (235, 235, 235)
+
+
+def crop_sheets(looks: Sequence[Look], labels: Sequence[str], *, page: int = 200) -> list[Image.Image]:
+    """RGB sheets of at most `page` crops. looks: made with thumbnails. labels: a second line for each."""
+    pairs = list(zip(looks, labels, strict=True))
+    return [_sheet(pairs[start : start + page]) for start in range(0, len(pairs), page)]
+
+
+def _sheet(pairs: Sequence[tuple[Look, str]]) -> Image.Image:
+    columns = min(_COLUMNS, len(pairs))
+    rows = -(-len(pairs) // columns)
+    high = _CELL_PX + 3 * _LINE_PX + _GAP_PX
+    sheet = Image.new("RGB", (columns * (_CELL_PX + _GAP_PX) + _GAP_PX, rows * high + _GAP_PX), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+    for number, (look, label) in enumerate(pairs):
+        left, top = _GAP_PX + number % columns * (_CELL_PX + _GAP_PX), _GAP_PX + number // columns * high
+        if look.thumbnail is None:
+            draw.rectangle((left, top, left + _CELL_PX, top + _CELL_PX), fill=_EMPTY)
+        else:
+            picture = _fitted(look.thumbnail)
+            corner = (left + (_CELL_PX - picture.width) // 2, top + (_CELL_PX - picture.height) // 2)
+            sheet.paste(picture, corner)
+        wrong = look.error.removeprefix(f"{look.path.name}: ") or ", ".join(_flaws(look))
+        for line, (text, ink) in enumerate(((look.path.name, _INK), (label, _INK), (wrong, _WARNING))):
+            draw.text((left, top + _CELL_PX + line * _LINE_PX), _short(text, font), fill=ink, font=font)
+    return sheet
+
+
+def _flaws(look: Look) -> list[str]:
+    found = list(look.flaws)
+    if look.crop is not None and look.crop.scale > 1:
+        found.append(f"enlarged x {look.crop.scale:.1f}")
+    if look.crop is not None and look.crop.kept < 0.75:
+        found.append(f"{look.crop.kept:.0%} kept")
+    return found
+
+
+def _fitted(image: Image.Image) -> Image.Image:
+    """Small pictures are enlarged by whole numbers, so that their pixels show."""
+    times = max(1, _CELL_PX // max(image.size))
+    return image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST) if times > 1 else image
+
+
+def _short(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    if font.getlength(text) <= _CELL_PX:
+        return text
+    while text and font.getlength(f"{text} ...") > _CELL_PX:
+        text = text[:-1]
+    return f"{text} ..."

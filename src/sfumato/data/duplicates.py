@@ -1,0 +1,74 @@
+"""Pictures that are there twice, exactly or nearly. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from sfumato.data.survey import Look
+
+NEAR_BITS = 20
+"""Of the 128 gradient signs, how many may differ."""
+NEAR_VALUES = 6.0
+"""Mean difference, of 255, that two pictures of 16 x 16 may have."""
+_BLOCK = 512
+
+
+def duplicates(looks: Sequence[Look]) -> tuple[list[list[int]], list[list[int]]]:
+    """(groups of equal crops, groups of nearly equal ones), as places in `looks`; those that failed are passed over.
+
+    Near groups hold one of each group of equals. Gradients find them (dHash, rows and columns), small pictures confirm.
+    """
+    equal: dict[bytes, list[int]] = {}
+    for place, look in enumerate(looks):
+        if not look.error:
+            equal.setdefault(look.content, []).append(place)
+    exact = [places for places in equal.values() if len(places) > 1]
+    # Black ones and empty ones are alike, which is said of them already.
+    alone = [places[0] for places in equal.values() if not looks[places[0]].flaws]
+    return exact, _near(looks, alone)
+
+
+def _near(looks: Sequence[Look], places: Sequence[int]) -> list[list[int]]:
+    if len(places) < 2:
+        return []
+    signs = np.frombuffer(b"".join(looks[place].gradients for place in places), dtype=np.uint64).reshape(-1, 2)
+    small = np.frombuffer(b"".join(looks[place].small for place in places), dtype=np.uint8).reshape(-1, 256)
+    parents = list(range(len(places)))
+
+    def root(node: int) -> int:
+        while parents[node] != node:
+            parents[node] = parents[parents[node]]
+            node = parents[node]
+        return node
+
+    for start in range(0, len(places), _BLOCK):
+        rows = signs[start : start + _BLOCK]
+        differing = sum(_bits(rows[:, None, word] ^ signs[None, start:, word]) for word in range(2))
+        for i, j in np.argwhere(differing <= NEAR_BITS):
+            first, second = start + int(i), start + int(j)
+            if first < second and _difference(small[first], small[second]) <= NEAR_VALUES:
+                parents[root(second)] = root(first)
+    groups: dict[int, list[int]] = {}
+    for node in range(len(places)):
+        groups.setdefault(root(node), []).append(places[node])
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _bits(words: np.ndarray[tuple[int, ...], np.dtype[np.uint64]]) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+    """How many bits of each word are set; numpy has a function for it from version 2 on."""
+    if hasattr(np, "bitwise_count"):
+        counts: np.ndarray[tuple[int, ...], np.dtype[np.uint8]] = np.bitwise_count(words)
+        return counts
+    table = np.array([bin(byte).count("1") for byte in range(256)], dtype=np.uint8)
+    summed: np.ndarray[tuple[int, ...], np.dtype[np.uint8]] = table[words[..., None].view(np.uint8)].sum(
+        axis=-1, dtype=np.uint8
+    )
+    return summed
+
+
+def _difference(
+    first: np.ndarray[tuple[int, ...], np.dtype[np.uint8]], second: np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
+) -> float:
+    return float(np.abs(first.astype(np.int16) - second.astype(np.int16)).mean())

@@ -1,0 +1,163 @@
+"""Crops -> latents, for every variant of a picture that training may draw, or pixels to be encoded in the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sfumato.data.buckets import Crop, Size
+from sfumato.data.cache import Entry
+from sfumato.data.crops import Cropped, to_array
+from sfumato.data.options import Options
+from sfumato.errors import DataError
+
+Encoder = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Pixels (batch, 3, height, width) in [-1, 1] -> (mean, deviation), as `Base.encode_pixels`."""
+
+Noise = Callable[[int, tuple[int, ...]], Tensor]
+"""(row of the batch, shape) -> standard normal numbers of that shape."""
+
+_ENCODED_AT_A_TIME_PX = 2**20
+
+
+@dataclass
+class Item:
+    """One picture's share of the data set. options: none unset. flip: whether it has mirrored variants.
+
+    tensors, or the entry of the cache that holds them: mean and deviation, (variants, channels, height/f, width/f), or
+    `pixels`, (3, height, width) uint8 of all positions, where they are encoded in the loop; mask: (1, height/f,
+    width/f) of all positions, uint8, if there is one. Variant p is the crop at position p; with flip, 2 p and 2 p + 1
+    are the crop and its mirror image.
+    """
+
+    name: str
+    caption: str
+    options: Options
+    crop: Crop
+    flip: bool
+    tensors: Mapping[str, Tensor] | None
+    entry: Entry | None = None
+
+    def load(self) -> Mapping[str, Tensor]:
+        """The tensors, from memory or from the mapped file."""
+        if self.tensors is not None:
+            return self.tensors
+        assert self.entry is not None
+        return self.entry.tensors()
+
+    @property
+    def variants(self) -> int:
+        return self.crop.positions * (2 if self.flip else 1)
+
+    def place_of(self, variant: int) -> tuple[int, bool]:
+        """(position of the crop, whether it is mirrored)."""
+        return (variant // 2, bool(variant % 2)) if self.flip else (variant, False)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (self.tensors or {}).values())
+
+
+def view(pixels: Tensor, crop: Crop, position: int, mirrored: bool, factor: int = 1) -> Tensor:
+    """One variant of (channels, height, width) over all positions. factor: pixels to one element of `pixels`."""
+    rows, columns = crop.window(position)
+    part = pixels[..., _over(rows, factor), _over(columns, factor)]
+    return part.flip(-1) if mirrored else part
+
+
+def _over(part: slice, factor: int) -> slice:
+    return slice(part.start // factor, part.stop // factor)
+
+
+def to_floats(pixels: Tensor) -> Tensor:
+    """uint8 -> fp32 in [-1, 1]."""
+    return pixels.float() / 127.5 - 1
+
+
+def encode(
+    cropped: Sequence[Cropped], names: Sequence[str], flips: Sequence[bool], encoder: Encoder
+) -> list[dict[str, Tensor]]:
+    """Each crop's mean, deviation and mask, fp32 on the CPU. Raises DataError, with names, for what is not finite."""
+    pixels = [torch.from_numpy(to_array(result.image)) for result in cropped]
+    jobs: dict[Size, list[tuple[int, int, bool]]] = {}
+    for place, result in enumerate(cropped):
+        for position in range(result.crop.positions):
+            for mirrored in (False, True) if flips[place] else (False,):
+                jobs.setdefault(result.crop.size, []).append((place, position, mirrored))
+    means: list[list[Tensor]] = [[] for _ in cropped]
+    deviations: list[list[Tensor]] = [[] for _ in cropped]
+    for (width, height), wanted in jobs.items():
+        most = max(1, _ENCODED_AT_A_TIME_PX // (width * height))
+        for start in range(0, len(wanted), most):
+            chunk = wanted[start : start + most]
+            views = [view(pixels[i], cropped[i].crop, position, mirrored) for i, position, mirrored in chunk]
+            mean, deviation = encoder(to_floats(torch.stack(views)))
+            check_finite(mean, deviation, [names[i] for i, _, _ in chunk])
+            for row, (i, _, _) in enumerate(chunk):
+                means[i].append(mean[row].float().cpu())
+                deviations[i].append(deviation[row].float().cpu())
+    return [
+        {"mean": torch.stack(mean), "deviation": torch.stack(deviation), **mask_of(result)}
+        for result, mean, deviation in zip(cropped, means, deviations, strict=True)
+    ]
+
+
+def keep_pixels(cropped: Cropped) -> dict[str, Tensor]:
+    """A crop's pixels over all positions and its mask, to be encoded in the loop."""
+    return {"pixels": torch.from_numpy(to_array(cropped.image)), **mask_of(cropped)}
+
+
+def check_finite(mean: Tensor, deviation: Tensor, names: Sequence[str]) -> None:
+    """Raises DataError that names the pictures."""
+    if not torch.isfinite(mean).all() or not torch.isfinite(deviation).all():
+        shown = ", ".join(list(dict.fromkeys(names))[:3])
+        raise DataError(f"{shown}: the VAE's latents are not finite. Use --precision fp32, or another --vae.")
+
+
+def mask_of(cropped: Cropped) -> dict[str, Tensor]:
+    """{"mask": (1, height/f, width/f) uint8} where there is a mask."""
+    if cropped.mask is None:
+        return {}
+    return {"mask": torch.from_numpy(np.array(cropped.mask, dtype=np.uint8))[None]}
+
+
+def sampled(
+    items: Sequence[Item], variants: Sequence[int], noise: Noise | None, encoder: Encoder
+) -> tuple[Tensor, Tensor | None]:
+    """(latents of the items' variants, masks or None), on the CPU; without noise the means."""
+    loaded = [item.load() for item in items]
+    in_loop = [row for row, tensors in enumerate(loaded) if "pixels" in tensors]
+    means: dict[int, tuple[Tensor, Tensor]] = {}
+    if in_loop:
+        places = [items[row].place_of(variants[row]) for row in in_loop]
+        views = [
+            view(loaded[row]["pixels"], items[row].crop, position, mirrored)
+            for row, (position, mirrored) in zip(in_loop, places, strict=True)
+        ]
+        mean, deviation = encoder(to_floats(torch.stack(views)))
+        check_finite(mean, deviation, [items[row].name for row in in_loop])
+        means = {row: (mean[i].float().cpu(), deviation[i].float().cpu()) for i, row in enumerate(in_loop)}
+    for row, tensors in enumerate(loaded):
+        if row not in means:
+            means[row] = (tensors["mean"][variants[row]], tensors["deviation"][variants[row]])
+    rows = range(len(items))
+    latents = torch.stack([_sample(row, *means[row], noise) for row in rows])
+    if all("mask" not in tensors for tensors in loaded):
+        return latents, None
+    return latents, torch.stack([_mask(items[row], loaded[row], variants[row], latents) for row in rows])
+
+
+def _sample(row: int, mean: Tensor, deviation: Tensor, noise: Noise | None) -> Tensor:
+    return mean if noise is None else mean + deviation * noise(row, tuple(mean.shape))
+
+
+def _mask(item: Item, tensors: Mapping[str, Tensor], variant: int, latents: Tensor) -> Tensor:
+    if "mask" not in tensors:
+        return torch.ones(1, *latents.shape[-2:])
+    position, mirrored = item.place_of(variant)
+    factor = item.crop.size[0] // latents.shape[-1]
+    return view(tensors["mask"].float() / 255, item.crop, position, mirrored, factor)

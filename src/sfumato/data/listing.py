@@ -1,0 +1,187 @@
+"""What lies in a folder: pictures with their companions, and what is ignored and why. Opens captions, no picture."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sfumato.data.captions import CAPTION_SUFFIXES, METADATA, guess_from, read_metadata, read_text, words_of
+from sfumato.data.images import SUFFIXES
+from sfumato.errors import DataError
+
+REPEATS = re.compile(r"(\d{1,5})_(.*)")
+"""kohya's folders: "10_sks dog" holds pictures that come ten times in an epoch, and their caption."""
+
+
+@dataclass(frozen=True)
+class Caption:
+    """A picture's caption as it was found. text: on one line, empty if there is none. origin: a file's name, "folder
+    name" or "". encoding: what was guessed, if it had to be. error: why the caption's file cannot be read."""
+
+    text: str = ""
+    origin: str = ""
+    encoding: str | None = None
+    error: str = ""
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Found:
+    """A file that is taken for a picture, by its name. repeats: how often an epoch holds it. mask: its mask's file."""
+
+    path: Path
+    caption: Caption
+    repeats: int = 1
+    mask: Path | None = None
+
+
+@dataclass(frozen=True)
+class Ignored:
+    """A file or folder that is not learned from. name: relative to the folder."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A folder's pictures, sorted by name within each folder; what is left out; lines for the person."""
+
+    root: Path
+    pictures: tuple[Found, ...]
+    ignored: tuple[Ignored, ...]
+    notes: tuple[str, ...]
+
+
+def list_folder(path: Path, *, words: str = "", suffixes: Sequence[str] = CAPTION_SUFFIXES) -> Listing:
+    """What lies in `path`. words: the caption of pictures that have none. suffixes: endings of caption files.
+
+    Nothing outside the folder is followed, nothing that could block is opened. Raises DataError for what is no folder.
+    """
+    if not path.exists():
+        raise DataError(f"{path}: there is no such folder. --images wants a folder of pictures, or a dataset.toml.")
+    if not path.is_dir():
+        raise DataError(f"{path} is a file; --images wants the folder that the pictures are in, or a dataset.toml.")
+    reader = _Reader(path, words, tuple(suffixes))
+    reader.read()
+    return Listing(path, tuple(reader.pictures), tuple(reader.ignored), tuple(reader.notes))
+
+
+class _Reader:
+    """Sorts a folder's files into pictures, their companions, and what is ignored."""
+
+    def __init__(self, root: Path, words: str, suffixes: tuple[str, ...]):
+        self.root, self.words, self.suffixes = root, words, suffixes
+        self.real_root = root.resolve()
+        self.pictures: list[Found] = []
+        self.ignored: list[Ignored] = []
+        self.notes: list[str] = []
+        self.captions: list[Path] = []
+        self.likely: str | None = None
+
+    def read(self) -> None:
+        entries = self._entries(self.root)
+        kohya = [entry for entry in entries if REPEATS.fullmatch(entry.name) and entry.is_dir()]
+        if not kohya:
+            self._folder(self.root, entries, 1, self.words)
+            return
+        for entry in entries:
+            if entry not in kohya:
+                self._ignore(entry, "beside folders with repeats, such as " + kohya[0].name)
+        for folder in kohya:
+            match = REPEATS.fullmatch(folder.name)
+            assert match
+            if int(match[1]) == 0:
+                self._ignore(folder, "0 repeats")
+                continue
+            if not folder.resolve().is_relative_to(self.real_root):
+                self._ignore(folder, "leads out of the folder")
+                continue
+            self._folder(folder, self._entries(folder), int(match[1]), words_of(match[2]) or self.words)
+
+    def _entries(self, folder: Path) -> list[Path]:
+        try:
+            return sorted(folder.iterdir(), key=lambda entry: entry.name)
+        except OSError as error:
+            raise DataError(f"{folder}: the folder cannot be read ({error.strerror}).") from None
+
+    def _folder(self, folder: Path, entries: list[Path], repeats: int, words: str) -> None:
+        listed = read_metadata(folder / METADATA) if (folder / METADATA).is_file() else {}
+        below = [folder / name for name in listed if "/" in name]
+        for name in listed:
+            if not (folder / name).is_file():
+                self.notes.append(f"{METADATA}: there is no picture {name}")
+        self.captions = [e for e in entries if e.suffix.lower() in self.suffixes and self._is_inside(e)]
+        self.likely = None
+        # A set, since ten thousand pictures would otherwise be looked for ten thousand times.
+        names = {entry.name for entry in entries}
+        pictures = [entry for entry in sorted({*entries, *below}) if self._is_picture(entry)]
+        for path in pictures:
+            metadata = listed.get(path.relative_to(folder).as_posix(), "")
+            caption = self._caption(path, names if path.parent == folder else None, metadata, words)
+            self.pictures.append(Found(path, caption, repeats, _mask_of(path)))
+        companions = {path.with_suffix(suffix) for path in pictures for suffix in self.suffixes}
+        for entry in entries:
+            if entry.suffix.lower() in self.suffixes and entry not in companions and not entry.name.startswith("."):
+                self._ignore(entry, "a caption without a picture")
+
+    def _is_picture(self, entry: Path) -> bool:
+        """Whether to learn from it; if not, and it is no companion of a picture, why not."""
+        if entry.name.startswith("."):
+            self._ignore(entry, "hidden")
+        elif entry.is_dir():
+            if entry.name != "masks":
+                self._ignore(entry, "a folder")
+        elif not entry.is_file():
+            self._ignore(entry, "a broken link" if entry.is_symlink() else "not a plain file")
+        elif entry.is_symlink() and not entry.resolve().is_relative_to(self.real_root):
+            self._ignore(entry, "leads out of the folder")
+        elif entry.suffix.lower() in self.suffixes or entry.name == METADATA or _is_document(entry):
+            pass
+        elif entry.suffix.lower() not in SUFFIXES:
+            self._ignore(entry, "not a picture by its name")
+        elif not entry.stem.endswith(".mask"):
+            return True
+        return False
+
+    def _is_inside(self, file: Path) -> bool:
+        """Whether it is a plain file that no link leads out of the folder for."""
+        return file.is_file() and (not file.is_symlink() or file.resolve().is_relative_to(self.real_root))
+
+    def _ignore(self, entry: Path, reason: str) -> None:
+        self.ignored.append(Ignored(entry.relative_to(self.root).as_posix(), reason))
+
+    def _caption(self, picture: Path, names: set[str] | None, metadata: str, words: str) -> Caption:
+        notes: list[str] = []
+        for suffix in self.suffixes:
+            path = picture.with_suffix(suffix)
+            if (names is not None and path.name not in names) or not path.is_file():
+                continue  # a pipe by that name would never end
+            if not self._is_inside(path):
+                notes.append(f"{path.name}: leads out of the folder, so it is not read")
+                continue
+            try:
+                text, guessed = read_text(path)
+                if guessed:  # one caption is short; all of the folder's together tell more
+                    self.likely = self.likely or guess_from(self.captions)
+                    text, guessed = read_text(path, self.likely)
+            except DataError as error:
+                return Caption(origin=path.name, error=str(error))
+            if guessed:
+                notes.append(f"{path.name}: not UTF-8; read as {guessed}: {text[:60]!r}")
+            if text:
+                return Caption(text, path.name, guessed, notes=tuple(notes))
+            notes.append(f"{path.name}: empty, so taken for missing")
+        if metadata:
+            return Caption(metadata, METADATA, notes=tuple(notes))
+        return Caption(words, "folder name" if words else "", notes=tuple(notes))
+
+
+def _is_document(entry: Path) -> bool:
+    """A read-me or a licence, which nobody takes for a picture that was forgotten."""
+    return entry.suffix.lower() == ".md" or entry.stem.upper() in ("LICENSE", "LICENCE")
+
+
+def _mask_of(picture: Path) -> Path | None:
+    candidates = (picture.with_name(f"{picture.stem}.mask.png"), picture.parent / "masks" / f"{picture.stem}.png")
+    return next((path for path in candidates if path.is_file()), None)

@@ -1,0 +1,140 @@
+"""A copy of a folder as it should be: whole pictures, upright, 8-bit sRGB, captions in UTF-8. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import ExifTags, Image
+
+from sfumato.data.captions import METADATA
+from sfumato.data.images import open_picture
+from sfumato.data.listing import Found, Listing
+from sfumato.data.source import Source
+from sfumato.errors import ConfigError, DataError
+
+_KEPT = ("PNG", "JPEG", "WEBP")
+
+
+@dataclass(frozen=True)
+class Mended:
+    """copied, rewritten, left_out: (file, why) of each picture."""
+
+    copied: tuple[str, ...]
+    rewritten: tuple[tuple[str, str], ...]
+    left_out: tuple[tuple[str, str], ...]
+
+
+def mend(path: Path, sources: Sequence[Source], target: Path, *, leave_out: dict[Path, str]) -> Mended:
+    """Write the sources' pictures, captions and masks into `target`, which must be new or empty.
+
+    leave_out: picture -> why it is not taken (bad ones, duplicates). The originals are only read. With a dataset.toml a
+    new one is written that names the copies. Whole or not at all. Raises ConfigError for a target that holds something.
+    """
+    originals = [source.path.resolve() for source in sources]
+    place = target.resolve()
+    if any(place == folder or folder in place.parents or place in folder.parents for folder in originals):
+        raise ConfigError(f"--fix {target}: is, holds or lies in the folder of the originals. Name another place.")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"--fix {target}: exists and is not empty, and nothing is written over. Name a new folder.")
+    part = place.with_name(f".{place.name}.{os.getpid()}.part")
+    part.mkdir(parents=True)
+    try:
+        copier = _Copier(leave_out)
+        folders = [part] if len(sources) == 1 and path.is_dir() else _folders(part, sources)
+        for source, folder in zip(sources, folders, strict=True):
+            copier.copy(source.list(), folder)
+        if not path.is_dir():
+            _write_toml(path, part, folders)
+        if place.exists():
+            place.rmdir()
+        os.replace(part, place)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return Mended(tuple(copier.copied), tuple(copier.rewritten), tuple(copier.left_out))
+
+
+class _Copier:
+    def __init__(self, leave_out: dict[Path, str]):
+        self.leave_out = leave_out
+        self.copied: list[str] = []
+        self.rewritten: list[tuple[str, str]] = []
+        self.left_out: list[tuple[str, str]] = []
+
+    def copy(self, listing: Listing, folder: Path) -> None:
+        taken: set[Path] = set()
+        folder.mkdir(exist_ok=True)
+        for found in listing.pictures:
+            relative = found.path.relative_to(listing.root)
+            if found.path in self.leave_out:
+                self.left_out.append((relative.as_posix(), self.leave_out[found.path]))
+                continue
+            try:
+                self._one(found, relative, folder, taken)
+            except DataError as error:
+                self.left_out.append((relative.as_posix(), str(error).removeprefix(f"{found.path.name}: ")))
+
+    def _one(self, found: Found, relative: Path, folder: Path, taken: set[Path]) -> None:
+        why = _why_rewritten(found.path)
+        place = folder / (relative.with_suffix(".png") if why else relative)
+        number = 2
+        while place.with_suffix("") in taken:  # a.jpg and a.heic are one name from now on
+            place = place.with_name(f"{relative.stem}-{number}{place.suffix}")
+            number += 1
+        taken.add(place.with_suffix(""))
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if why:
+            picture = open_picture(found.path)
+            image = picture.image
+            if picture.alpha is not None:
+                image = image.copy()
+                image.putalpha(picture.alpha)
+            image.save(place)
+            self.rewritten.append((relative.as_posix(), why))
+        else:
+            shutil.copyfile(found.path, place)
+            self.copied.append(relative.as_posix())
+        if found.caption.text and found.caption.origin != "folder name":
+            suffix = Path(found.caption.origin).suffix if found.caption.origin != METADATA else ".txt"
+            place.with_suffix(suffix).write_text(found.caption.text + "\n", encoding="utf-8")
+        if found.mask is not None:
+            open_picture(found.mask).image.convert("L").save(place.with_name(f"{place.stem}.mask.png"))
+
+
+def _why_rewritten(path: Path) -> str:
+    """Why a picture is written anew; empty if its file may stay as it is. Raises DataError for one that is broken."""
+    picture = open_picture(path)
+    with Image.open(path) as file:
+        if file.format not in _KEPT:
+            return f"{file.format} becomes PNG"
+        if file.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+            return "turned upright"
+        if picture.notes:
+            return picture.notes[0].partition(": ")[2]
+        if file.mode not in ("RGB", "RGBA", "L", "LA"):
+            return f"{file.mode} becomes RGB"
+        if file.info.get("icc_profile") and picture.image.tobytes() != file.convert("RGB").tobytes():
+            return "its colour profile is applied"
+    return ""
+
+
+def _folders(part: Path, sources: Sequence[Source]) -> list[Path]:
+    folders: list[Path] = []
+    for source in sources:
+        name, number = source.path.name, 2
+        while part / name in folders:
+            name, number = f"{source.path.name}-{number}", number + 1
+        folders.append(part / name)
+    return folders
+
+
+def _write_toml(path: Path, part: Path, folders: Sequence[Path]) -> None:
+    import tomlkit
+
+    document = tomlkit.parse(path.read_text(encoding="utf-8-sig"))
+    for entry, folder in zip(document["source"], folders, strict=True):
+        entry["path"] = folder.name
+    (part / path.name).write_text(tomlkit.dumps(document), encoding="utf-8")

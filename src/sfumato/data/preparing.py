@@ -1,0 +1,328 @@
+"""Examples -> a data set: everything decoded, cropped and encoded once, before the loop."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from sfumato.data.buckets import Crop, Size, bucket_sizes, fit_crop, nearest_bucket, side_step
+from sfumato.data.cache import (
+    Cache,
+    Entry,
+    crop_from_text,
+    crop_to_text,
+    decoders,
+    file_digest,
+    key_of,
+    weights_digest,
+)
+from sfumato.data.crops import Cropped, crop_example
+from sfumato.data.dataset import Dataset
+from sfumato.data.folder import Example, Folder, refuse_bad
+from sfumato.data.images import upright_size
+from sfumato.data.latents import Item, encode, keep_pixels
+from sfumato.data.options import CropMode, Options
+from sfumato.data.tags import count_forms, forms
+from sfumato.data.texts import Texts
+from sfumato.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from sfumato.bases import Base
+
+_WINDOW = 32
+MOST_VARIANTS = 2048
+"""Random crops, mirrored or not, that are encoded beforehand; beyond that, pixels are kept and encoded in the loop."""
+MOST_FORMS = 512
+"""Forms of all captions that are embedded where the steps to come are unknown."""
+KEPT_BYTES = 2**28
+"""Of latents in memory if there is a cache; with more, all stay in its mapped files."""
+
+
+@dataclass(frozen=True)
+class _Done:
+    """One example, decoded or found in the cache. digest: of its file and mask."""
+
+    example: Example
+    digest: str
+    key: str
+    result: Cropped | Entry
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How pictures become tensors; what the keys of the cache depend on, besides the files.
+
+    in_loop: whether random crops are left to the loop. weights, dtype: of the VAE.
+    """
+
+    sizes: list[Size]
+    vae_factor: int
+    in_loop: bool
+    weights: str
+    dtype: str
+
+
+def prepare(
+    examples: Sequence[Example],
+    base: Base,
+    *,
+    resolution: int,
+    flip: bool = False,
+    crop: CropMode = "center",
+    buckets: bool = True,
+    bucket_step: int | None = None,
+    caption_dropout: float = 0.0,
+    shuffle_tags: bool = False,
+    keep_tags: int = 0,
+    tag_dropout: float = 0.0,
+    embed_text: bool = True,
+    will_draw: tuple[int, int, int] | None = None,
+    cache: Path | None = None,
+    skip_bad: bool | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Dataset:
+    """Decode, crop and encode every example once.
+
+    resolution: side in pixels of a square picture; with `buckets` others get a shape with about as many pixels, in
+    multiples of `bucket_step` (unset: what the U-Net can halve, at least a sixteenth of the side). flip, crop,
+    caption_dropout, shuffle_tags, keep_tags, tag_dropout: for the examples whose `Options` do not say it themselves.
+    embed_text: keep the embeddings of the captions. will_draw: (seed, steps, global batch) of the run to come, so that
+    exactly the captions it will draw are embedded, however many forms they have. cache: a folder for latents and
+    embeddings, where they are found again. skip_bad: leave out what cannot be decoded (unset: as `read_folder` was
+    told). progress: called with (pictures done, pictures in all).
+
+    Raises DataError that names the bad files, ConfigError for a resolution that the base cannot take.
+    """
+    if not examples:
+        raise DataError("no pictures to learn from.")
+    defaults = Options(flip, crop, caption_dropout, shuffle_tags, keep_tags, tag_dropout)
+    defaults.check()
+    notes = list(examples.notes) if isinstance(examples, Folder) else []
+    if skip_bad is None:
+        skip_bad = isinstance(examples, Folder) and examples.skip_bad
+    examples = [replace(example, options=example.options.over(defaults)) for example in examples]
+    step = bucket_step or _bucket_step(base, resolution)
+    if resolution < step:
+        raise ConfigError(f"--resolution {resolution}: this base takes multiples of {step} px. Give {step} or more.")
+    sizes = bucket_sizes(resolution, step, largest_ratio=2.0 if buckets else 1.0)
+    store = None if cache is None else Cache(cache)
+    plan = _Plan(
+        sizes,
+        base.vae_factor,
+        _too_many(examples, sizes, base.vae_factor),
+        weights_digest([base.vae]) if store and hasattr(base, "vae") else "",
+        str(getattr(getattr(base, "vae", None), "dtype", None)),
+    )
+
+    items: list[Item] = []
+    kept: list[Example] = []
+    bad: list[str] = []
+    digest = hashlib.sha256()
+    bytes_kept = 0
+    for window in _ahead(examples, lambda example: _read(example, plan, store)):
+        bad.extend(str(done) for done in window if isinstance(done, DataError))
+        good = [done for done in window if isinstance(done, _Done)]
+        if bad and not skip_bad:
+            continue  # the rest is only decoded, so that all bad files are named at once
+        fresh, words = _items(good, plan, store, base)
+        notes.extend(words)
+        for done, item in zip(good, fresh, strict=True):
+            digest.update(_described(done, item.crop).encode())
+        kept.extend(done.example for done in good)
+        items.extend(fresh)
+        bytes_kept += sum(item.nbytes for item in fresh)
+        if store and bytes_kept > KEPT_BYTES:
+            for item in items:
+                item.tensors = None
+        if progress:
+            progress(len(items) + len(bad), len(examples))
+    refuse_bad(bad, len(examples), skip_bad)
+    notes.extend(f"left out: {reason}" for reason in bad)
+    notes.extend(_crop_notes(items))
+    notes.extend(_kept_notes(plan.in_loop, store, bytes_kept))
+    notes.extend(_cut_notes(base, [item.caption for item in items]))
+    device = base.precision.device if hasattr(base, "precision") else torch.device("cpu")
+    repeats = [example.repeats for example in kept]
+    dataset = Dataset(items, repeats, device, base.encode_pixels, fingerprint=digest.hexdigest(), notes=notes)
+    if embed_text:
+        texts = Texts(base, store)
+        dataset.notes.extend(_embed(texts, dataset, items, will_draw))
+        dataset.embed(texts)
+    return dataset
+
+
+def _bucket_step(base: Base, resolution: int) -> int:
+    return side_step(base.vae_factor, len(base.unet.config.block_out_channels), resolution)
+
+
+def _too_many(examples: Sequence[Example], sizes: list[Size], vae_factor: int) -> bool:
+    """Whether the random crops are too many to be encoded beforehand."""
+    variants = 0
+    for example in examples:
+        if example.options.crop != "random":
+            continue
+        try:
+            size = upright_size(example.path)
+        except DataError:
+            continue  # said when it is decoded
+        crop = fit_crop(size, nearest_bucket(size, sizes), "random", vae_factor)
+        variants += crop.positions * (2 if example.options.flip else 1)
+        if variants > MOST_VARIANTS:
+            return True
+    return False
+
+
+def _ahead(
+    examples: Sequence[Example], read: Callable[[Example], _Done | DataError]
+) -> Iterator[list[_Done | DataError]]:
+    """What `read` makes of the examples, a few dozen at a time, while the next dozens are read on the other cores.
+
+    Pillow lets go of the interpreter while it decodes. Memory does not grow with the folder.
+    """
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        waiting: deque[Future[_Done | DataError]] = deque()
+        for example in examples:
+            waiting.append(pool.submit(read, example))
+            if len(waiting) == 2 * _WINDOW:
+                yield [waiting.popleft().result() for _ in range(_WINDOW)]
+        while waiting:
+            yield [waiting.popleft().result() for _ in range(min(_WINDOW, len(waiting)))]
+
+
+def _read(example: Example, plan: _Plan, store: Cache | None) -> _Done | DataError:
+    """The example's crop, from the cache if it is there, or what is wrong with it."""
+    try:
+        files = [path for path in (example.path, example.mask) if path is not None]
+        before = [_stamp(path) for path in files]
+        content = [file_digest(path) for path in files]
+        key = key_of(
+            kind="latents",
+            files=content,
+            alpha=example.alpha_mask,
+            crop=example.options.crop,
+            flip=example.options.flip,
+            decoders=decoders(),
+            torch=torch.__version__,
+            **asdict(plan),
+        )
+        result: Cropped | Entry | None = store.find("latents", key) if store else None
+        if result is None:
+            result = crop_example(example, plan.sizes, plan.vae_factor, example.options.crop or "center")
+            if [_stamp(path) for path in files] != before:
+                raise DataError(f"{example.path.name}: the file changed while it was read. Start again.")
+        return _Done(example, "".join(content), key, result)
+    except DataError as error:
+        return error
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_mtime_ns, status.st_size
+
+
+def _items(good: Sequence[_Done], plan: _Plan, store: Cache | None, base: Base) -> tuple[list[Item], list[str]]:
+    """The items of some examples, in their order, and what was said while they were decoded."""
+    missing = [done for done in good if isinstance(done.result, Cropped)]
+    computed = dict(zip((id(done) for done in missing), _tensors(missing, plan, base), strict=True))
+    items: list[Item] = []
+    notes: list[str] = []
+    for done in good:
+        options = done.example.options
+        if isinstance(done.result, Entry):
+            entry: Entry | None = done.result
+            tensors = done.result.tensors()
+            crop = crop_from_text(done.result.metadata["crop"])
+            words = json.loads(done.result.metadata["notes"])
+        else:
+            tensors, crop, words = computed[id(done)], done.result.crop, list(done.result.notes)
+            described = {"crop": crop_to_text(crop), "notes": json.dumps(words)}
+            entry = store.write("latents", done.key, tensors, described) if store else None
+        # The notes name the file, and the cache knows contents only.
+        notes.extend(f"{done.example.path.name}: {word.partition(': ')[2]}" for word in words)
+        items.append(
+            Item(done.example.path.name, done.example.caption, options, crop, bool(options.flip), tensors, entry)
+        )
+    return items, notes
+
+
+def _tensors(missing: Sequence[_Done], plan: _Plan, base: Base) -> list[dict[str, torch.Tensor]]:
+    cropped = [done.result for done in missing if isinstance(done.result, Cropped)]
+    late = [plan.in_loop and result.crop.positions > 1 for result in cropped]
+    now = [place for place, is_late in enumerate(late) if not is_late]
+    encoded = encode(
+        [cropped[place] for place in now],
+        [missing[place].example.path.name for place in now],
+        [bool(missing[place].example.options.flip) for place in now],
+        base.encode_pixels,
+    )
+    found = dict(zip(now, encoded, strict=True))
+    return [found[place] if place in found else keep_pixels(cropped[place]) for place in range(len(cropped))]
+
+
+def _described(done: _Done, crop: Crop) -> str:
+    example = done.example
+    return repr((done.digest, example.caption, example.repeats, example.alpha_mask, example.options, crop))
+
+
+def _embed(
+    texts: Texts, dataset: Dataset, items: Sequence[Item], will_draw: tuple[int, int, int] | None
+) -> Iterator[str]:
+    """Embed what will be drawn, if that can be known and kept; lines for the person."""
+    plain = [item.caption for item in items]
+    if not any(item.options.varies_caption for item in items):
+        if not texts.fits(len(set(plain))):
+            yield f"{len(set(plain)):,} captions are too many to keep in memory; they are encoded in the loop"
+            return
+        texts.compute(plain)
+        return
+    count = sum(count_forms(item.caption, item.options) for item in items)
+    if will_draw is not None:
+        wanted: set[str] = dataset.drawn_captions(*will_draw)
+    elif count <= MOST_FORMS:
+        wanted = {form for item in items for form in forms(item.caption, item.options)}
+    else:
+        wanted = set()
+        yield f"tags vary in {count:,} ways, more than are embedded beforehand; captions are encoded in the loop"
+    if wanted and not texts.fits(len(wanted)):
+        yield f"{len(wanted):,} captions will be drawn, too many to keep in memory; they are encoded in the loop"
+        wanted = set()
+    # Sorted, so that equal runs encode in equal batches.
+    texts.compute([*plain, *sorted(wanted)] if texts.fits(len(plain) + len(wanted)) else sorted(wanted))
+
+
+def _cut_notes(base: Base, captions: Sequence[str]) -> Iterator[str]:
+    for caption in dict.fromkeys(captions):
+        if cut := base.cut_off(caption):
+            yield f"caption longer than {base.token_limit} tokens; its end is not seen: ... {cut!r}"
+
+
+def _crop_notes(items: Sequence[Item]) -> Iterator[str]:
+    small = [item.name for item in items if item.crop.scale > 1]
+    cut = [item.name for item in items if item.crop.kept < 0.75]
+    if small:
+        yield f"{len(small)} of {len(items)} pictures are smaller than is learned, so they are enlarged: {some(small)}"
+    if cut:
+        yield f"{len(cut)} of {len(items)} pictures lose more than a quarter to the crop: {some(cut)}"
+
+
+def _kept_notes(in_loop: bool, store: Cache | None, bytes_kept: int) -> Iterator[str]:
+    if in_loop:
+        yield "random crops are too many to be encoded beforehand; pixels are kept and encoded in the loop"
+    if bytes_kept > KEPT_BYTES and store is None:
+        yield f"latents take {bytes_kept / 2**20:,.0f} MiB of memory; --cache DIR keeps them on disk"
+    elif bytes_kept > KEPT_BYTES:
+        yield f"latents take {bytes_kept / 2**20:,.0f} MiB and stay on disk, memory-mapped"
+
+
+def some(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,176 @@
+"""What `--images` names -> examples: a folder, or a dataset.toml that names several with their options.
+
+    caption = "{caption}, {trigger} style"     # keys before the first [[source]] hold for all of them
+    trigger = "zwx"
+
+    [[source]]
+    path = "drawings"                          # from the file's own folder on
+    repeats = 4
+
+datasets/README.md lists the keys. Imports no torch.
+"""
+
+import difflib
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, get_args
+
+from sfumato.data.captions import CAPTION_SUFFIXES, check_template
+from sfumato.data.folder import Example, Folder, Group, MaskSource, examples_of
+from sfumato.data.listing import Ignored, Listing, list_folder
+from sfumato.data.options import Options
+from sfumato.errors import ConfigError, DataError
+
+_OPTION_KEYS = tuple(option.name for option in fields(Options))
+_KEYS: Mapping[str, type | tuple[type, ...]] = {
+    "path": str,
+    "repeats": int,
+    "class": bool,
+    "caption": str,
+    "trigger": str,
+    "words": str,
+    "caption_suffix": str,
+    "mask": str,
+    "flip": bool,
+    "crop": str,
+    "caption_dropout": (int, float),
+    "shuffle_tags": bool,
+    "keep_tags": int,
+    "tag_dropout": (int, float),
+    "separator": str,
+    "weight": (int, float),
+}
+_NAMES = {str: "a text", int: "a whole number", bool: "true or false", (int, float): "a number"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """One folder of a data set. template: what captions are put into. words: the caption of pictures without one."""
+
+    path: Path
+    repeats: int = 1
+    group: Group = "instance"
+    template: str | None = None
+    trigger: str | None = None
+    words: str = ""
+    suffixes: tuple[str, ...] = CAPTION_SUFFIXES
+    mask: MaskSource = "none"
+    options: Options = field(default_factory=Options)
+
+    def list(self) -> Listing:
+        """The folder's files. Raises DataError as `list_folder` does."""
+        listing = list_folder(self.path, words=self.words, suffixes=self.suffixes)
+        pictures = tuple(replace(found, repeats=found.repeats * self.repeats) for found in listing.pictures)
+        return replace(listing, pictures=pictures)
+
+
+def read_source(
+    path: Path,
+    *,
+    caption_template: str | None = None,
+    trigger: str | None = None,
+    skip_bad: bool = False,
+    mask: MaskSource = "none",
+) -> Folder:
+    """The examples of a folder or of a dataset.toml; `sfumato.data.read_folder` says what each means.
+
+    caption_template, trigger, mask: for the sources that do not say it themselves. Raises DataError and ConfigError.
+    """
+    sources = sources_of(path, caption_template=caption_template, trigger=trigger, mask=mask)
+    parts = [_read(source, skip_bad) for source in sources]
+    if len(parts) == 1:
+        return parts[0]
+    named = list(zip(sources, parts, strict=True))
+    return Folder(
+        tuple(example for part in parts for example in part.examples),
+        tuple(Ignored(f"{s.path.name}/{entry.name}", entry.reason) for s, part in named for entry in part.ignored),
+        tuple(dict.fromkeys(note for part in parts for note in part.notes)),
+        skip_bad,
+    )
+
+
+def _read(source: Source, skip_bad: bool) -> Folder:
+    part = examples_of(
+        source.list(), template=source.template, trigger=source.trigger, mask=source.mask, skip_bad=skip_bad
+    )
+    examples = tuple(_with(example, source) for example in part.examples)
+    return replace(part, examples=examples)
+
+
+def _with(example: Example, source: Source) -> Example:
+    return replace(example, options=source.options, group=source.group)
+
+
+def sources_of(
+    path: Path, *, caption_template: str | None = None, trigger: str | None = None, mask: MaskSource = "none"
+) -> list[Source]:
+    """The folder itself, or what the dataset.toml names. Raises DataError and ConfigError."""
+    if path.suffix.lower() != ".toml" or path.is_dir():
+        if caption_template is not None:
+            check_template(caption_template, trigger)
+        return [Source(path, template=caption_template, trigger=trigger, mask=mask)]
+    given = {"caption": caption_template, "trigger": trigger, "mask": None if mask == "none" else mask}
+    values = _load(path)
+    entries = values.pop("source", None)
+    if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
+        raise ConfigError(f'{path.name}: no sources in it; write [[source]] and path = "DIR" for each folder.')
+    _check_keys(values, f"{path.name}: ", known=[key for key in _KEYS if key != "path"] + ["source"])
+    defaults = {key: value for key, value in given.items() if value is not None} | values
+    return [_source(entry, defaults, path, number) for number, entry in enumerate(entries, start=1)]
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise DataError(
+            f"{path}: there is no such file. --images wants a folder of pictures, or a dataset.toml."
+        ) from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path}: not readable as TOML ({' '.join(str(error).split())}); mend that line.") from None
+
+
+def _check_keys(values: Mapping[str, Any], where: str, known: list[str]) -> None:
+    for key, value in values.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}."
+            raise ConfigError(f"{where}unknown key {key!r}; {hint}")
+        kind = _KEYS[key]
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise ConfigError(f"{where}{key} is {value!r}; wanted {_NAMES[kind]}.")
+
+
+def _source(entry: Mapping[str, Any], defaults: Mapping[str, Any], file: Path, number: int) -> Source:
+    where = f"{file.name}, source {number}: "
+    _check_keys(entry, where, known=list(_KEYS))
+    # A class picture is not of the subject, so it has no trigger unless its own source says so.
+    shared = {k: v for k, v in defaults.items() if not entry.get("class") or k not in ("caption", "trigger")}
+    values = {**shared, **entry}
+    if "path" not in entry:
+        raise ConfigError(f'{where}no path; write path = "DIR", from the folder of {file.name} on.')
+    if not 1 <= values.get("repeats", 1) <= 99_999:
+        raise ConfigError(f"{where}repeats is {values['repeats']}; it must be 1 to 99,999.")
+    if values.get("mask", "none") not in get_args(MaskSource):
+        raise ConfigError(f"{where}mask is {values['mask']!r}; wanted one of {', '.join(get_args(MaskSource))}.")
+    options = Options(**{key: values[key] for key in _OPTION_KEYS if key in values})
+    options.check(where)
+    template, trigger = values.get("caption"), values.get("trigger")
+    if template is not None:
+        check_template(template, trigger)
+    suffix = values.get("caption_suffix")
+    if suffix is not None and not suffix.startswith("."):
+        raise ConfigError(f'{where}caption_suffix is {suffix!r}; wanted an ending such as ".wd14".')
+    return Source(
+        file.parent / values["path"],
+        repeats=values.get("repeats", 1),
+        group="class" if values.get("class") else "instance",
+        template=template,
+        trigger=trigger,
+        words=values.get("words", ""),
+        suffixes=CAPTION_SUFFIXES if suffix is None else (suffix.lower(),),
+        mask=values.get("mask", "none"),
+        options=options,
+    )

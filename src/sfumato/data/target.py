@@ -1,0 +1,119 @@
+"""What a base wants of its pictures and captions, read from its configs: no weight is loaded, nor torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import sfumato
+from sfumato.bases.family import FAMILIES
+from sfumato.data.buckets import side_step
+from sfumato.errors import BaseModelError
+
+_PACKAGE = Path(sfumato.__file__).parent
+
+
+@dataclass(frozen=True)
+class Target:
+    """name: of the base. folder: with the configs. vae_factor: pixels to a latent. levels: of the U-Net. resolution:
+    side in pixels of what it was trained on. token_limit: tokens of a caption that are seen, both ends not counted."""
+
+    name: str
+    folder: Path
+    vae_factor: int
+    levels: int
+    resolution: int
+    token_limit: int
+
+    def step(self, resolution: int) -> int:
+        """Pixels that a side must be a multiple of."""
+        return side_step(self.vae_factor, self.levels, resolution)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The base's own tokenizer; that of CLIP's vocabulary where its files are not here."""
+        from transformers import CLIPTokenizer
+
+        from sfumato.bases.vocabulary import clip_tokenizer
+
+        folder = self.folder / "tokenizer"
+        if any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+            return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+        return clip_tokenizer(positions=self.token_limit + 2)
+
+    def ids(self, text: str) -> list[int]:
+        """The tokens of a text, both ends not counted."""
+        return list(self.tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids)
+
+    def cut_off(self, caption: str) -> str:
+        """The end of a caption that the text encoder will not see; empty if it sees all."""
+        ids = self.ids(caption)
+        return str(self.tokenizer.decode(ids[self.token_limit :])).strip()
+
+    def pieces(self, word: str) -> list[tuple[str, int]]:
+        """(piece, its id) of each token of a word; a lower id is a more frequent piece, "</w>" ends a word."""
+        ids = self.ids(word)
+        return list(zip(self.tokenizer.convert_ids_to_tokens(ids), ids, strict=True))
+
+
+def target_of(base: str) -> Target:
+    """What `base` wants: pocket, sd1, sd2, sdxl, a diffusers folder, a checkpoint, or a hub id in the local cache.
+
+    Raises BaseModelError where its configs are not on this machine.
+    """
+    folder = _folder(base)
+    unet, vae = _config(folder, "unet"), _config(folder, "vae")
+    text = _config(folder, "text_encoder")
+    factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    return Target(
+        Path(base).name if Path(base).exists() else base,
+        folder,
+        factor,
+        len(unet["block_out_channels"]),
+        int(unet["sample_size"]) * factor,
+        int(text.get("max_position_embeddings", 77)) - 2,
+    )
+
+
+def _folder(base: str) -> Path:
+    path = Path(base)
+    if base == "pocket":
+        return _PACKAGE / "pocket"
+    if base in FAMILIES and base != "pocket":
+        return _PACKAGE / "bases" / "configs" / base
+    if path.is_dir():
+        return path
+    if path.is_file():
+        from sfumato.bases.recognise import family_of_names
+        from sfumato.files.header import read_header
+
+        return _folder(family_of_names(read_header(path).tensors, path.name).name)
+    if (cached := _cached(base)) is not None:
+        return cached
+    families = ", ".join(name for name in FAMILIES)
+    raise BaseModelError(f"{base}: not on this machine, so what it wants is not known. Name its family: {families}.")
+
+
+def _cached(hub_id: str) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(hub_id, "unet/config.json")
+    except HFValidationError:
+        return None
+    return Path(found).parents[1] if isinstance(found, str) else None
+
+
+def _config(folder: Path, part: str) -> Mapping[str, Any]:
+    try:
+        config = json.loads((folder / part / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise BaseModelError(f"{folder.name}/{part}/config.json: missing or broken. Name a whole base.") from None
+    if not isinstance(config, dict):
+        raise BaseModelError(f"{folder.name}/{part}/config.json: no JSON object. Download it again.")
+    return config

@@ -1,0 +1,111 @@
+"""Captions -> embeddings, computed once: in memory or in the cache, or in the loop for what could not be foreseen."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sfumato.data.cache import Cache, Entry, key_of, weights_digest
+
+if TYPE_CHECKING:
+    from sfumato.bases import Base, TextEmbedding
+
+MOST_BYTES = 2**31
+"""Of embeddings in memory; with a cache they stay on disk."""
+_AT_A_TIME = 32
+_REMEMBERED = 256
+
+
+class Texts:
+    """The embeddings of some captions; "" is what guidance calls no prompt, which is not the same for every family.
+
+    Embeddings that were not computed beforehand are computed when they are asked for, and the latest are remembered.
+    """
+
+    def __init__(self, base: Base, cache: Cache | None):
+        self._base, self._cache = base, cache
+        self._empty = base.unconditional(1).to("cpu")
+        self._rows: dict[str, TextEmbedding | Entry] = {"": self._empty}
+        self._late: dict[str, TextEmbedding] = {}
+        self._digest: str | None = None
+
+    def fits(self, count: int) -> bool:
+        """Whether so many can be kept."""
+        return self._cache is not None or count * self._row_bytes <= MOST_BYTES
+
+    @property
+    def _row_bytes(self) -> int:
+        pooled = self._empty.pooled
+        return self._empty.hidden.nbytes + (0 if pooled is None else pooled.nbytes)
+
+    def compute(self, prompts: Iterable[str]) -> None:
+        """Embed what is not embedded yet, and keep it."""
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._rows]
+        for start in range(0, len(missing), _AT_A_TIME):
+            for prompt, row in self._stored(missing[start : start + _AT_A_TIME]):
+                self._rows[prompt] = row
+
+    def _stored(self, prompts: Sequence[str]) -> Iterable[tuple[str, TextEmbedding | Entry]]:
+        if self._cache is None:
+            yield from zip(prompts, self._encoded(prompts), strict=True)
+            return
+        keys = {prompt: self._key(prompt) for prompt in prompts}
+        found = {prompt: self._cache.find("text", key) for prompt, key in keys.items()}
+        missing = [prompt for prompt in prompts if found[prompt] is None]
+        if missing:
+            for prompt, row in zip(missing, self._encoded(missing), strict=True):
+                found[prompt] = self._cache.write("text", keys[prompt], _tensors(row))
+        for prompt in prompts:
+            entry = found[prompt]
+            assert entry is not None
+            yield prompt, entry
+
+    def _encoded(self, prompts: Sequence[str]) -> list[TextEmbedding]:
+        with torch.no_grad(), warnings.catch_warnings():
+            # What is cut is said in the notes, before training.
+            warnings.filterwarnings("ignore", message="prompt of")
+            embedding = self._base.encode_text(prompts).to("cpu")
+        # Rows of their own, so that none keeps the others' memory.
+        return [_copied(embedding[[row]]) for row in range(len(prompts))]
+
+    def _key(self, prompt: str) -> str:
+        base: Any = self._base
+        if self._digest is None:
+            self._digest = weights_digest(getattr(base, "text_encoders", ()))
+        tokenizers = getattr(base, "tokenizers", ())
+        ids = [list(tokenizer(prompt, truncation=False, verbose=False).input_ids) for tokenizer in tokenizers]
+        limit, skip = base.token_limit, getattr(base, "clip_skip", None)
+        return key_of(
+            kind="text", prompt=prompt, ids=ids, weights=self._digest, limit=limit, skip=skip, torch=torch.__version__
+        )
+
+    def __getitem__(self, prompts: Sequence[str]) -> TextEmbedding:
+        """The prompts' embeddings, on the CPU."""
+        late = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._rows and prompt not in self._late]
+        if late:
+            self._late |= dict(zip(late, self._encoded(late), strict=True))
+        rows = [self._row(prompt) for prompt in prompts]
+        while len(self._late) > _REMEMBERED:
+            self._late.pop(next(iter(self._late)))
+        return type(self._empty).cat(rows)
+
+    def _row(self, prompt: str) -> TextEmbedding:
+        row = self._rows.get(prompt)
+        if row is None:
+            return self._late[prompt]
+        if isinstance(row, Entry):
+            tensors = row.tensors()
+            return type(self._empty)(tensors["hidden"], tensors.get("pooled"))
+        return row
+
+
+def _tensors(row: TextEmbedding) -> dict[str, Tensor]:
+    return {"hidden": row.hidden} | ({} if row.pooled is None else {"pooled": row.pooled})
+
+
+def _copied(row: TextEmbedding) -> TextEmbedding:
+    return type(row)(row.hidden.clone(), None if row.pooled is None else row.pooled.clone())

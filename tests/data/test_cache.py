@@ -1,0 +1,177 @@
+"""Latents and embeddings on disk: found again, never stale, whole or not at all."""
+
+import numpy as np
+import pytest
+import torch
+from made_up import FakeBase, noise_picture
+from PIL import Image
+from torch import nn
+
+from sfumato.data import Example, Options, preparing
+from sfumato.data.cache import Cache, key_of
+from sfumato.data.preparing import prepare
+from sfumato.errors import DataError
+
+
+class CountingBase(FakeBase):
+    """With weights, so that the cache has something to hash."""
+
+    def __init__(self, deviation=0.5):
+        super().__init__(deviation)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.vae, self.text = nn.Linear(2, 2), nn.Linear(2, 2)
+        self.vae.dtype = torch.float32
+        self.text_encoders = (self.text,)
+
+
+@pytest.fixture
+def examples(tmp_path):
+    for number in range(4):
+        noise_picture(100 if number == 3 else 64, 64, seed=number).save(tmp_path / f"{number}.png")
+    return [Example(tmp_path / f"{number}.png", f"picture {number}") for number in range(4)]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "cache"
+
+
+def prepared(examples, folder, base=None, **options):
+    base = base or CountingBase()
+    data = prepare(examples, base, **{"resolution": 64, "cache": folder} | options)
+    return data, base.encoded, len(base.prompts)
+
+
+def same(one, other):
+    return torch.equal(one.latents, other.latents) and torch.equal(one.text.hidden, other.text.hidden)
+
+
+def test_a_second_run_encodes_nothing_and_sees_the_same(examples, folder):
+    without, _, _ = prepared(examples, None, flip=True)
+    first, encoded, prompts = prepared(examples, folder, flip=True)
+    second, *again = prepared(examples, folder, flip=True)
+    assert (encoded, prompts) == (8, 4)
+    assert again == [0, 0]
+    assert first.fingerprint == second.fingerprint == without.fingerprint
+    for step in range(5):
+        assert same(first.batch(0, step, 3), second.batch(0, step, 3))
+        assert same(without.batch(0, step, 3), second.batch(0, step, 3))
+
+
+def test_notes_come_from_the_cache_as_from_the_file(examples, folder, tmp_path):
+    Image.new("CMYK", (64, 64)).save(tmp_path / "c.jpg")
+    examples = [*examples, Example(tmp_path / "c.jpg", "x")]
+    assert prepared(examples, folder)[0].notes == prepared(examples, folder)[0].notes
+    assert any("c.jpg: CMYK" in note for note in prepared(examples, folder)[0].notes)
+
+
+def test_one_pixel_is_enough_for_a_new_key(examples, folder):
+    prepared(examples, folder)
+    pixels = np.array(Image.open(examples[0].path))
+    pixels[0, 0, 0] ^= 1
+    Image.fromarray(pixels).save(examples[0].path)
+    assert prepared(examples, folder)[1:] == (1, 0)
+
+
+def test_a_renamed_picture_is_found_again(examples, folder):
+    prepared(examples, folder)
+    moved = examples[0].path.rename(examples[0].path.with_name("moved.png"))
+    assert prepared([Example(moved, "picture 0"), *examples[1:]], folder)[1:] == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "encoded"),
+    [({"resolution": 48}, 4), ({"buckets": False}, 4), ({"crop": "pad"}, 4), ({"flip": True}, 8)],
+)
+def test_another_crop_is_another_key(examples, folder, change, encoded):
+    prepared(examples, folder)
+    assert prepared(examples, folder, **change)[1:] == (encoded, 0)
+
+
+def test_one_option_of_one_source_changes_its_pictures_only(examples, folder):
+    prepared(examples, folder)
+    changed = [Example(examples[0].path, "picture 0", options=Options(crop="pad")), *examples[1:]]
+    assert prepared(changed, folder)[1] == 1
+
+
+def test_another_weight_of_the_vae_or_its_dtype_is_another_key(examples, folder):
+    prepared(examples, folder)
+    base = CountingBase()
+    with torch.no_grad():
+        base.vae.weight[0, 0] += 1e-3
+    assert prepared(examples, folder, base)[1:] == (4, 0)
+    base = CountingBase()
+    base.vae = base.vae.half()
+    base.vae.dtype = torch.float16
+    assert prepared(examples, folder, base)[1:] == (4, 0)
+
+
+def test_another_weight_of_the_text_encoder_or_another_word_is_another_key(examples, folder):
+    prepared(examples, folder)
+    base = CountingBase()
+    with torch.no_grad():
+        base.text.bias[0] += 1e-3
+    assert prepared(examples, folder, base)[1:] == (0, 4)
+    assert prepared([Example(examples[0].path, "other words"), *examples[1:]], folder)[1:] == (0, 1)
+
+
+def test_a_changed_mask_is_another_key(examples, folder, tmp_path):
+    mask = tmp_path / "0.mask.png"
+    for colour in (255, 128):
+        Image.new("L", (64, 64), colour).save(mask)
+        data, encoded, _ = prepared([Example(examples[0].path, "x", mask=mask)], folder)
+        assert encoded == 1
+        assert data.batch(0, 0, 1).mask.mean().item() == pytest.approx(colour / 255)
+
+
+def test_a_broken_file_counts_as_missing_and_is_made_anew(examples, folder):
+    first, _, _ = prepared(examples, folder)
+    files = sorted(folder.rglob("*.safetensors"))
+    files[0].write_bytes(files[0].read_bytes()[:-8])
+    files[1].write_bytes(b"")
+    files[2].write_bytes(files[3].read_bytes())
+    again, encoded, prompts = prepared(examples, folder)
+    assert encoded + prompts == 3
+    assert same(first.batch(0, 0, 3), again.batch(0, 0, 3))
+
+
+def test_nothing_half_written_is_left(examples, folder):
+    prepared(examples, folder)
+    assert {path.suffix for path in folder.rglob("*") if path.is_file()} == {".safetensors"}
+    assert not [path for path in folder.rglob("*") if ".part" in path.name]
+
+
+def test_many_latents_stay_on_disk(examples, folder, monkeypatch):
+    kept, _, _ = prepared(examples, None)
+    monkeypatch.setattr(preparing, "KEPT_BYTES", 100)
+    mapped, _, _ = prepared(examples, folder)
+    assert all(item.tensors is None for item in mapped._items)
+    assert any("memory-mapped" in note for note in mapped.notes)
+    assert same(kept.batch(0, 0, 4), mapped.batch(0, 0, 4))
+    for path in (folder / "latents").rglob("*.safetensors"):
+        path.unlink()
+    with pytest.raises(DataError, match="the cache was changed while it was in use"):
+        mapped.batch(0, 1, 4)
+
+
+def test_pixels_for_the_loop_are_cached_too(tmp_path, folder, monkeypatch):
+    monkeypatch.setattr(preparing, "MOST_VARIANTS", 2)
+    noise_picture(128, 64).save(tmp_path / "a.png")
+    options = {"crop": "random", "buckets": False}
+    one, _, _ = prepared([Example(tmp_path / "a.png", "x")], folder, **options)
+    monkeypatch.setattr(preparing, "crop_example", None)  # nothing may be decoded again
+    other, encoded, _ = prepared([Example(tmp_path / "a.png", "x")], folder, **options)
+    assert encoded == 0
+    assert same(one.batch(0, 0, 2), other.batch(0, 0, 2))
+
+
+def test_a_cache_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(DataError, match="is a file; the cache wants a folder"):
+        Cache(tmp_path / "file")
+
+
+def test_a_key_is_a_function_of_all_its_parts():
+    assert key_of(a=1, b="x") == key_of(b="x", a=1)
+    assert len({key_of(a=1), key_of(a=2), key_of(a="1"), key_of(b=1)}) == 4

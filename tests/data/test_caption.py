@@ -1,0 +1,197 @@
+"""`sfumato caption` with tiny models of random weights, built from their configs."""
+
+import json
+import string
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from made_up import noise_picture
+from PIL import Image
+from sfumato.pipelines.caption import main, write_new
+
+from sfumato.data.captioners import Wishes, clean, load_captioner
+from sfumato.errors import ConfigError, DataError, FileError
+from sfumato.precision import decide
+
+CPU = decide("fp32", device="cpu")
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "crab", "on", "beach", "the", "house", "picture"]
+
+
+@pytest.fixture(scope="module")
+def blip(tmp_path_factory) -> Path:
+    from transformers import BertTokenizer, BlipConfig, BlipForConditionalGeneration, BlipProcessor
+    from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+
+    folder = tmp_path_factory.mktemp("models") / "blip"
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {"vocab_size": len(WORDS), "encoder_hidden_size": 32, "max_position_embeddings": 64, "projection_dim": 32}
+    ends = {"bos_token_id": 2, "eos_token_id": 3, "sep_token_id": 3, "pad_token_id": 0}
+    vision = {"image_size": 32, "patch_size": 16, "projection_dim": 32}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = BlipConfig(text_config=text | sizes | ends, vision_config=vision | sizes, image_text_hidden_size=32)
+        BlipForConditionalGeneration(config).save_pretrained(folder)
+    tokenizer = BertTokenizer(vocab={word: place for place, word in enumerate(WORDS)})
+    BlipProcessor(BlipImageProcessorPil(size={"height": 32, "width": 32}), tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def florence(tmp_path_factory) -> Path:
+    from transformers import Florence2Config, Florence2ForConditionalGeneration, Florence2Processor, RobertaTokenizer
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    folder = tmp_path_factory.mktemp("models") / "florence"
+    # Letters only, since random weights would say bytes that nobody can print.
+    tokens = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", "<image>", *string.ascii_letters]
+    vocabulary = {token: place for place, token in enumerate(tokens)}
+    tokenizer = RobertaTokenizer(vocab=vocabulary, merges=[], extra_special_tokens={"image_token": "<image>"})
+    text = {"model_type": "bart", "vocab_size": len(vocabulary), "d_model": 32, "max_position_embeddings": 128}
+    text |= {f"{half}_{what}": n for half in ("encoder", "decoder") for what, n in (("layers", 1), ("ffn_dim", 64))}
+    text |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "bos_token_id": 0, "pad_token_id": 1}
+    text |= {"eos_token_id": 2, "decoder_start_token_id": 2, "forced_eos_token_id": 2}
+    vision = {"depths": (1, 1, 1, 1), "embed_dim": (8, 16, 16, 32), "num_heads": (2,) * 4, "num_groups": (2,) * 4}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = Florence2Config(
+            text_config=text, vision_config=vision | {"window_size": 2, "projection_dim": 32}, image_token_id=5
+        )
+        Florence2ForConditionalGeneration(config).save_pretrained(folder)
+    pictures = CLIPImageProcessorPil(size={"height": 64, "width": 64}, do_center_crop=False, resample=3)
+    pictures.image_seq_length = 5
+    Florence2Processor(pictures, tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tagger(tmp_path_factory) -> Path:
+    """Gives each of six tags the mean of one colour, of 0 to 1: blue, green, red, and the same again."""
+    pytest.importorskip("onnxruntime")
+    onnx = pytest.importorskip("onnx")
+    folder = tmp_path_factory.mktemp("models") / "tagger"
+    folder.mkdir()
+    helper, kind = onnx.helper, onnx.TensorProto.FLOAT
+    nodes = [
+        helper.make_node("ReduceMean", ["pixels", "axes"], ["means"], keepdims=0),
+        helper.make_node("Div", ["means", "white"], ["shares"]),
+        helper.make_node("Concat", ["shares", "shares"], ["tags"], axis=1),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "tagger",
+        [helper.make_tensor_value_info("pixels", kind, [1, 8, 8, 3])],
+        [helper.make_tensor_value_info("tags", kind, [1, 6])],
+        [
+            helper.make_tensor("axes", onnx.TensorProto.INT64, [2], [1, 2]),
+            helper.make_tensor("white", kind, [1], [255.0]),
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    rows = ["1,general,9,0", "2,green_hair,0,0", "3,>_<,0,0", "4,blue_man,4,0", "5,grass,0,0", "6,red_man,4,0"]
+    (folder / "selected_tags.csv").write_text("tag_id,name,category,count\n" + "\n".join(rows))
+    return folder
+
+
+@pytest.fixture
+def bare(tmp_path) -> Path:
+    folder = tmp_path / "bare"
+    folder.mkdir()
+    for number in range(3):
+        noise_picture(seed=number).save(folder / f"{number}.png")
+    (folder / "0.txt").write_text("mine")
+    return folder
+
+
+def files(folder):
+    return {path.name: path.read_text() for path in folder.glob("*.txt")}
+
+
+@pytest.mark.parametrize("model", ["blip", "florence"])
+def test_a_model_says_something_printable_of_each_picture(model, request, bare):
+    captioner = load_captioner(str(request.getfixturevalue(model)), CPU, Wishes(longest=8))
+    captions = captioner([noise_picture(seed=number) for number in range(3)])
+    assert len(captions) == 3
+    assert all(caption and caption.isprintable() for caption in captions)
+    assert captions == captioner([noise_picture(seed=number) for number in range(3)])
+
+
+def test_nothing_is_written_unless_asked(blip, bare, capsys):
+    assert main([str(bare), str(blip), "--longest", "6"]) == 0
+    assert files(bare) == {"0.txt": "mine"}
+    shown = capsys.readouterr()
+    assert [line.partition(":")[0] for line in shown.out.splitlines()] == ["1.png", "2.png"]
+    assert "--write writes them; 1 pictures had one already" in shown.err
+
+
+def test_captions_are_written_beside_and_never_over_existing_ones(blip, bare):
+    assert main([str(bare), str(blip), "--longest", "6", "--write", "--prefix", "zwx, "]) == 0
+    written = files(bare)
+    assert written.keys() == {"0.txt", "1.txt", "2.txt"}
+    assert written["0.txt"] == "mine"
+    assert written["1.txt"].startswith("zwx, ")
+    assert main([str(bare), str(blip), "--write"]) == 0
+    assert files(bare) == written
+
+
+@pytest.mark.parametrize("name", ["1.caption", "1.txt"])
+def test_an_empty_or_other_caption_file_counts_as_one(blip, bare, name):
+    (bare / name).write_text("")
+    main([str(bare), str(blip), "--longest", "6", "--write"])
+    assert (bare / name).read_text() == ""
+    assert "2.txt" in files(bare)
+
+
+def test_a_bad_picture_is_named_and_the_others_are_done(blip, bare, capsys):
+    (bare / "1.png").write_bytes(b"nothing")
+    assert main([str(bare), str(blip), "--longest", "6", "--write", "--json"]) == 1
+    printed = json.loads(capsys.readouterr().out)
+    assert [Path(name).name for name in printed["captions"]] == ["2.png"]
+    assert printed["failed"][0].startswith("1.png: ")
+
+
+def test_a_caption_that_appeared_meanwhile_is_kept(bare):
+    with pytest.raises(DataError, match=r"0\.txt: a caption appeared meanwhile"):
+        write_new(bare / "0.txt", "new")
+    assert files(bare) == {"0.txt": "mine"}
+
+
+def test_a_tagger_lists_characters_then_tags_by_certainty(tagger):
+    green, red = (Image.new("RGB", (30, 20), colour) for colour in ((0, 255, 0), (255, 200, 100)))
+    captioner = load_captioner(str(tagger), CPU, Wishes())
+    # A picture of 30 x 20 is a third white, as the tagger pads it.
+    assert captioner([green])[0].split(", ") == ["green hair", "grass"]
+    assert captioner([red]) == ["red man, >_<, green hair, grass"]
+    assert load_captioner(str(tagger), CPU, Wishes(without=("grass",)))([green]) == ["green hair"]
+    assert load_captioner(str(tagger), CPU, Wishes(threshold=0.9))([red]) == ["red man, >_<"]
+
+
+def test_a_tagger_pads_to_a_white_square_in_bgr(tagger):
+    captioner = load_captioner(str(tagger), CPU, Wishes())
+    pixels = captioner._pixels(Image.new("RGB", (16, 8), (255, 0, 0)))
+    assert pixels.shape == (1, 8, 8, 3)
+    assert pixels[0, 0, 0].tolist() == [255, 255, 255]
+    assert pixels[0, 4, 4].tolist() == [0, 0, 255]
+    assert pixels.dtype == np.float32
+
+
+def test_what_is_no_known_model_is_one_line(tmp_path, blip):
+    with pytest.raises(ConfigError, match="neither a folder here nor a hub id"):
+        load_captioner("no such place at all", CPU, Wishes())
+    with pytest.raises(ConfigError, match="hf download somebody/something"):
+        load_captioner("somebody/something", CPU, Wishes())
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(FileError, match="'llama'; blip, florence2 and WD taggers"):
+        load_captioner(str(tmp_path), CPU, Wishes())
+    (tmp_path / "config.json").write_text((blip / "config.json").read_text())
+    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
+    with pytest.raises(FileError, match="pickled weights are never opened"):
+        load_captioner(str(tmp_path), CPU, Wishes())
+
+
+def test_a_sentence_becomes_a_caption():
+    assert clean("A crab  on\na beach.</s>") == "A crab on a beach"
+    assert clean("One. Two.") == "One. Two."
+    assert clean("\x03\x00 ") == ""

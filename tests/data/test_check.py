@@ -1,0 +1,215 @@
+"""`sfumato check`: what is found, what is drawn, what is mended."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from made_up import noise_picture
+from PIL import Image, ImageFilter
+from sfumato.pipelines.check import main, render
+
+from sfumato.data import open_image, read_folder
+from sfumato.data.report import check
+from sfumato.data.target import target_of
+from sfumato.errors import BaseModelError, ConfigError, DataError
+
+
+def smooth_noise(seed, side=256):
+    """A picture with detail at every scale, as photographs have it."""
+    tiles = [noise_picture(side, side, seed=seed).resize((n, n)).resize((side, side)) for n in (8, 64)]
+    return Image.blend(*tiles, 0.5)
+
+
+@pytest.fixture
+def messy(tmp_path) -> Path:
+    """Pictures with one flaw each, and some without."""
+    folder = tmp_path / "messy"
+    folder.mkdir()
+    for number in range(3):
+        smooth_noise(number).save(folder / f"good-{number}.png")
+    smooth_noise(0).save(folder / "twin.png")
+    smooth_noise(1).resize((240, 240)).save(folder / "near.jpg", quality=60)
+    smooth_noise(5).filter(ImageFilter.GaussianBlur(24)).save(folder / "soft.png")
+    Image.new("RGB", (64, 64)).save(folder / "black.png")
+    Image.new("RGB", (64, 64), "teal").save(folder / "teal.png")
+    noise_picture(20, 20, seed=9).save(folder / "tiny.png")
+    noise_picture(200, 64, seed=10).save(folder / "wide.png")
+    (folder / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 not much")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    noise_picture(96, 64, seed=11).save(folder / "turned.jpg", exif=exif)
+    (folder / "notes.doc").write_text("x")
+    for path in folder.glob("*.*g"):
+        path.with_suffix(".txt").write_text(f"a picture of {path.stem}")
+    (folder / "tiny.txt").write_bytes("café élégant, déjà vu".encode("cp1252"))
+    (folder / "good-2.txt").unlink()
+    return folder
+
+
+def found(report, kind):
+    return sorted(name for line in report.lines if line.kind == kind for name in line.names)
+
+
+@pytest.fixture
+def report(messy):
+    return check(messy, target_of("pocket"), resolution=64, batch=4)
+
+
+def test_each_flaw_is_found_in_its_picture_and_in_no_other(report):
+    assert found(report, "bad") == ["broken.jpg"]
+    assert found(report, "black") == ["black.png"]
+    assert found(report, "one colour") == ["teal.png"]
+    assert found(report, "blurred") == ["soft.png"]
+    assert found(report, "too small") == ["tiny.png"]
+    assert found(report, "cropped") == ["wide.png"]
+    assert found(report, "duplicate") == ["good-0.png", "twin.png"]
+    assert found(report, "near duplicate") == ["good-1.png", "near.jpg"]
+    assert found(report, "caption missing") == ["good-2.png"]
+    assert found(report, "caption encoding") == ["tiny.png"]
+    assert [(entry.name, entry.reason) for entry in report.ignored] == [("notes.doc", "not a picture by its name")]
+
+
+def test_what_training_will_see_is_counted(report):
+    assert len(report.looks) == 12
+    assert report.samples == 11
+    assert sum(report.buckets.values()) == 11
+    assert report.buckets[64, 64] == 9
+    assert found(report, "small bucket") == []
+    assert any("fewer than a batch of 4" in line.text for line in report.lines)
+    assert report.stops
+
+
+def test_the_text_names_what_stops_training_first(report):
+    text = render(report)
+    assert "11 of 12 pictures can be learned from" in text
+    assert text.index("stops training") < text.index("broken.jpg") < text.index("to look at") < text.index("black.png")
+
+
+def test_what_the_check_calls_fine_training_takes(pictures):
+    report = check(pictures, target_of("pocket"), caption_template="{caption}")
+    assert not report.stops
+    assert [e.caption for e in report.examples] == [
+        e.caption for e in read_folder(pictures, caption_template="{caption}")
+    ]
+
+
+def test_the_end_of_a_long_caption_is_shown(pictures):
+    (pictures / "crab.txt").write_text("crab, " + "very " * 90 + "end of it")
+    report = check(pictures, target_of("sd1"), caption_template="{caption}")
+    cut = [line for line in report.lines if line.kind == "caption cut"]
+    assert cut[0].names == ("crab.png",)
+    assert cut[0].text.endswith("end of it'")
+    assert "75 tokens" in cut[0].text
+
+
+@pytest.mark.parametrize(
+    ("word", "kind", "text"),
+    [
+        ("dog", "trigger ordinary", "'dog' is one token, number 1,929: an ordinary word"),
+        ("sks", "trigger", "'sks' is one rare token, number 48,136"),
+        ("zwxq", "trigger", "tokens: "),
+    ],
+)
+def test_a_trigger_is_shown_as_it_tokenizes(pictures, word, kind, text):
+    report = check(pictures, target_of("sd1"), caption_template="{caption}, {trigger}", trigger=word)
+    assert any(text in line.text for line in report.lines if line.kind == kind)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("pocket", (4, 64, 16)), ("sd1", (8, 512, 64)), ("sdxl", (8, 1024, 64)), ("sd2", (8, 768, 64))],
+)
+def test_what_a_base_wants_is_known_without_its_weights(name, expected):
+    target = target_of(name)
+    assert (target.vae_factor, target.resolution, target.step(target.resolution)) == expected
+    assert target.token_limit == 75
+
+
+def test_a_folder_tells_the_same_as_the_loaded_base(pocket_folder):
+    from sfumato.bases import load_base
+    from tests.tiny import CPU
+
+    base, target = load_base(str(pocket_folder), precision=CPU), target_of(str(pocket_folder))
+    assert (target.vae_factor, target.resolution) == (base.vae_factor, base.resolution)
+    assert target.token_limit == base.token_limit
+    caption = "a red cat " * 40
+    assert target.cut_off(caption) == base.cut_off(caption) != ""
+
+
+def test_a_base_that_is_not_here_names_the_families():
+    with pytest.raises(BaseModelError, match=r"somebody/something: not on this machine.*sd1, sd2, sdxl"):
+        target_of("somebody/something")
+
+
+def test_json_holds_every_picture_and_finding_and_the_exit_code_is_1(messy, capsys):
+    assert main([str(messy), "--json"]) == 1
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["pictures"] == 12
+    assert {"bad", "duplicate", "blurred"} <= {finding["kind"] for finding in printed["findings"]}
+    assert [entry["file"] for entry in printed["files"] if entry["error"]] == [(messy / "broken.jpg").as_posix()]
+
+
+def test_a_sheet_shows_every_crop(messy, tmp_path):
+    main([str(messy), "--sheet", str(tmp_path / "sheet.png")])
+    sheet = Image.open(tmp_path / "sheet.png")
+    assert sheet.width > 8 * 192
+    assert sheet.height > 2 * 192
+
+
+def test_the_mended_copy_is_fine_and_the_originals_are_untouched(messy, tmp_path):
+    before = {path.name: path.read_bytes() for path in messy.iterdir()}
+    target = tmp_path / "mended"
+    main([str(messy), "--fix", str(target)])
+    assert {path.name: path.read_bytes() for path in messy.iterdir()} == before
+    names = {path.name for path in target.iterdir()}
+    assert not {"broken.jpg", "twin.png", "turned.jpg"} & names
+    assert {"turned.png", "near.jpg", "good-0.png"} <= names
+    assert Image.open(target / "turned.png").size == (64, 96)
+    assert open_image(target / "turned.png").tobytes() == open_image(messy / "turned.jpg").tobytes()
+    assert (target / "tiny.txt").read_text(encoding="utf-8") == "café élégant, déjà vu\n"
+    assert not found(check(target, target_of("pocket")), "bad")
+
+
+def test_a_mended_data_set_names_its_copies(messy, tmp_path):
+    (tmp_path / "dataset.toml").write_text('[[source]]\npath = "messy"\nrepeats = 3\nwords = "x"\n')
+    main([str(tmp_path / "dataset.toml"), "--fix", str(tmp_path / "mended")])
+    folder = read_folder(tmp_path / "mended" / "dataset.toml")
+    assert {example.repeats for example in folder} == {3}
+    assert all(example.path.parent == tmp_path / "mended" / "messy" for example in folder)
+
+
+@pytest.mark.parametrize("place", [".", "inside", "..", "full"])
+def test_nothing_is_mended_over_or_into_the_originals(messy, tmp_path, place):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("x")
+    target = tmp_path / "full" if place == "full" else messy / place
+    before = sorted(path.name for path in messy.iterdir())
+    with pytest.raises(ConfigError, match="--fix"):
+        main([str(messy), "--fix", str(target)])
+    assert sorted(path.name for path in messy.iterdir()) == before
+
+
+def test_a_folder_without_pictures_is_one_line(tmp_path):
+    with pytest.raises(DataError, match="no pictures in it"):
+        main([str(tmp_path)])
+
+
+def test_a_console_without_a_caption_s_letters_shows_their_numbers(pictures):
+    (pictures / "crab.txt").write_text("краб на пляже", encoding="utf-8")
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
+    command = [sys.executable, "-m", "sfumato.pipelines.check", str(pictures), "--caption", "{caption}"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert (done.returncode, "\\u043a\\u0440\\u0430\\u0431" in done.stdout) == (0, True), done.stderr
+
+
+def test_checking_loads_no_torch(messy):
+    program = (
+        "import sys; from sfumato.pipelines.check import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(messy), "--trigger", "zwx"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,151 @@
+"""kohya's and ai-toolkit's configs as a dataset.toml."""
+
+import tomllib
+
+import pytest
+from made_up import noise_picture
+from sfumato.pipelines.dataset_config import main
+
+from sfumato.data import read_folder
+from sfumato.data.foreign import convert
+from sfumato.errors import ConfigError
+
+KOHYA = """
+[general]
+enable_bucket = true
+shuffle_caption = true
+keep_tokens = 1
+caption_extension = ".txt"
+
+[[datasets]]
+resolution = 768
+batch_size = 2
+keep_tokens = 2
+
+  [[datasets.subsets]]
+  image_dir = "dogs"
+  num_repeats = 10
+  class_tokens = "sks dog"
+  flip_aug = true
+  color_aug = true
+  caption_prefix = "best, "
+
+  [[datasets.subsets]]
+  image_dir = "/elsewhere/dogs"
+  is_reg = true
+  keep_tokens = 0
+  shuffle_caption = false
+  caption_extension = ".wd14"
+  caption_dropout_rate = 0.1
+  caption_tag_dropout_rate = 0.2
+  random_crop = true
+  alpha_mask = true
+"""
+TOOLKIT = """
+job: extension
+config:
+  name: x
+  process:
+    - type: sd_trainer
+      trigger_word: p3r5on
+      datasets:
+        - folder_path: "dogs"
+          caption_ext: "txt"
+          caption_dropout_rate: 0.05
+          shuffle_tokens: true
+          cache_latents_to_disk: true
+          resolution: [512, 768]
+          num_repeats: 2
+          flip_x: true
+          mask_path: "masks"
+          flip_y: true
+"""
+
+
+@pytest.fixture
+def home(tmp_path):
+    (tmp_path / "dogs").mkdir()
+    noise_picture().save(tmp_path / "dogs" / "a.png")
+    (tmp_path / "kohya.toml").write_text(KOHYA)
+    (tmp_path / "toolkit.yaml").write_text(TOOLKIT)
+    return tmp_path
+
+
+def test_kohya_s_subsets_become_sources_with_what_they_inherit(home):
+    first, second = tomllib.loads(convert(home / "kohya.toml").text)["source"]
+    assert first == {
+        "path": "dogs",
+        "repeats": 10,
+        "words": "sks dog",
+        "caption": "best,  {caption}",
+        "shuffle_tags": True,
+        "keep_tags": 2,
+        "flip": True,
+    }
+    assert second == {
+        "path": "/elsewhere/dogs",
+        "class": True,
+        "caption_suffix": ".wd14",
+        "caption_dropout": 0.1,
+        "tag_dropout": 0.2,
+        "crop": "random",
+        "mask": "alpha",
+    }
+
+
+def test_ai_toolkit_s_data_sets_become_sources(home):
+    (source,) = tomllib.loads(convert(home / "toolkit.yaml").text)["source"]
+    assert source == {
+        "path": "dogs",
+        "repeats": 2,
+        "caption": "{trigger}, {caption}",
+        "trigger": "p3r5on",
+        "shuffle_tags": True,
+        "keep_tags": 1,
+        "caption_dropout": 0.05,
+        "flip": True,
+    }
+
+
+def test_what_is_not_carried_over_is_named(home):
+    kohya, toolkit = "\n".join(convert(home / "kohya.toml").notes), "\n".join(convert(home / "toolkit.yaml").notes)
+    assert "color_aug = True: has no counterpart" in kohya
+    assert "resolution = 768: --resolution" in kohya
+    assert "flip_y = True: has no counterpart" in toolkit
+    assert "mask_path: move the masks" in toolkit
+    assert "cache_latents_to_disk = True: --cache" in toolkit
+
+
+def test_the_written_file_is_read(home, capsys):
+    assert main([str(home / "toolkit.yaml"), "-o", str(home / "new" / "dataset.toml")]) == 0
+    assert "1 sources from ai-toolkit" in capsys.readouterr().err
+    # The new file lies elsewhere, and still names the same folder.
+    example = read_folder(home / "new" / "dataset.toml")[0]
+    assert (example.path.resolve(), example.caption) == (home / "dogs" / "a.png", "p3r5on, a")
+
+
+def test_a_toml_may_be_the_first_word_and_is_printed(home, capsys):
+    assert main([str(home / "kohya.toml")]) == 0
+    assert tomllib.loads(capsys.readouterr().out)["source"][0]["path"] == "dogs"
+
+
+def test_nothing_is_written_over(home):
+    with pytest.raises(ConfigError, match="not written over"):
+        main([str(home / "toolkit.yaml"), "-o", str(home / "kohya.toml")])
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("a.toml", "x = 1", "neither kohya's"),
+        ("a.yaml", "- 1", "wanted a table"),
+        ("a.yaml", "a: [", "cannot be parsed"),
+        ("a.json", '{"datasets": []}', "is empty"),
+        ("a.toml", "[[datasets]]\n[[datasets.subsets]]\nnum_repeats = 1", "no image_dir"),
+        ("a.txt", "", "wanted .toml"),
+    ],
+)
+def test_what_is_neither_is_one_line(tmp_path, name, text, words):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        convert(tmp_path / name)
