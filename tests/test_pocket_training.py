@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
-from bench.judge import frechet_distance, kernel_distance, read_pictures, train_judge, withheld_cells
+from bench.judge import kernel_distance, train_judge
+from bench.judge_pictures import read_pictures, withheld_cells
 from bench.pocket_data import is_kept_for_subjects, resolve
 from bench.pocket_data import withheld_cells as choose_cells
 from sfumato.errors import DataError
@@ -101,21 +102,20 @@ def test_a_missing_manifest_says_how_to_make_one(tmp_path):
 
 
 def test_a_stopped_vae_run_goes_on_as_if_it_had_not_stopped(data, tmp_path):
-    def run(folder, steps):
+    def run(folder, steps, **more):
         settings = {
             "steps": steps,
             "fall_at": 4,
             "batch": 2,
             "checkpoint_every": 2,
-            "samples_every": 100,
-            "log_every": 1,
+            "sample_every": 0,
         }
-        train(Config(data=data, out=tmp_path / folder, device="cpu", **settings))
+        train(Config(data=data, output=tmp_path / folder, device="cpu", **settings, **more))
         return [json.loads(line)["loss"] for line in (tmp_path / folder / "log.jsonl").read_text().splitlines()]
 
     whole = run("whole", 4)
     run("halves", 2)
-    assert run("halves", 4) == whole
+    assert run("halves", 4, resume=True, force=True) == whole
 
 
 def test_the_judge_tells_real_pictures_apart_and_never_sees_withheld_ones(data):
@@ -129,8 +129,6 @@ def test_the_judge_tells_real_pictures_apart_and_never_sees_withheld_ones(data):
 
 def test_distances_of_a_set_from_its_copy_and_from_a_shifted_one():
     features = torch.randn(200, 4, generator=torch.Generator().manual_seed(0))
-    assert frechet_distance(features, features) == pytest.approx(0, abs=1e-6)
-    assert frechet_distance(features, features + 2) == pytest.approx(16, abs=1e-6)
     assert abs(kernel_distance(features[:100], features[100:])) < 0.2
     assert kernel_distance(features[:100], features[100:] + 2) > 10
 
@@ -140,15 +138,16 @@ def test_a_unet_is_trained_into_an_ordinary_pipeline_and_resumes(data, tmp_path)
     from diffusers import StableDiffusionPipeline
 
     def run(stage, folder, steps, **more):
-        settings = {"fall_at": 9, "batch": 2, "checkpoint_every": 1, "samples_every": 9, "log_every": 1}
+        settings = {"fall_at": 9, "batch": 2, "checkpoint_every": 1, "sample_every": 9}
         model = train(
-            Config(stage=stage, data=data, out=tmp_path / folder, steps=steps, device="cpu", **settings, **more)
+            Config(stage=stage, data=data, output=tmp_path / folder, steps=steps, device="cpu", **settings, **more)
         )
-        return model, [json.loads(x)["loss"] for x in (tmp_path / folder / "log.jsonl").read_text().splitlines()]
+        lines = (tmp_path / folder / "log.jsonl").read_text().splitlines()
+        return model, [row["loss"] for row in map(json.loads, lines) if "loss" in row]
 
     vae, _ = run("vae", "vae", 1)
     model, whole = run("unet", "whole", 2, vae=vae, optimizer="muon")
     run("unet", "halves", 1, vae=vae, optimizer="muon")
-    _, halves = run("unet", "halves", 2, vae=vae, optimizer="muon")
+    _, halves = run("unet", "halves", 2, vae=vae, optimizer="muon", resume=True, force=True)
     assert halves == whole
     assert StableDiffusionPipeline.from_pretrained(model).tokenizer.model_max_length == 77

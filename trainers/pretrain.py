@@ -1,7 +1,7 @@
 """Pre-train a small Stable Diffusion from nothing, in two stages: the VAE, then the U-Net with its text encoder.
 
-Made for the pocket base, whose pictures `bench/pocket_data.py` builds. Each stage resumes from its own
-checkpoint; `steps` and `fall_at` may be changed at a resume, so that the fall of the rate can be timed by the clock.
+Made for the pocket base, whose pictures `bench/pocket_data.py` builds. Each stage is a run of its own; `--steps` and
+`--fall-at` may be changed at a resume with `--force`, so that the fall of the rate can be timed by the clock.
 
     python trainers/pretrain.py trainers/configs/pocket-vae-cpu.toml
     python trainers/pretrain.py trainers/configs/pocket-unet-cpu.toml
@@ -9,18 +9,20 @@ checkpoint; `steps` and `fall_at` may be changed at a resume, so that the fall o
 
 from __future__ import annotations
 
-import contextlib
-import json
-import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+import dataclasses
+import hashlib
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from sfumato import options
 from sfumato.config import parse
-from sfumato.errors import ConfigError, RunError
-from sfumato.files.atomic import atomic_path, write_text
+from sfumato.errors import ConfigError
+from sfumato.files.atomic import atomic_path
+from sfumato.options import FolderOptions
 
 if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that its --help is there at once
     import torch
@@ -29,21 +31,23 @@ if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that 
     from transformers import CLIPTextModel, CLIPTokenizer
 
     from sfumato.pocket.pictures import Pictures
+    from sfumato.precision import Precision
+    from sfumato.runs import Run
 
 SHEET = ("red apple", "crab", "cat face", "house", "rocket", "tulip", "pizza", "penguin", "guitar", "bus", "owl", "key")
 """Concepts drawn on the sample sheets."""
 
 
-@dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True, kw_only=True)
+class Config(FolderOptions):
     """Pre-train the VAE, or the U-Net with its text encoder, from nothing."""
 
     stage: Literal["vae", "unet"] = "vae"
     """What to train. The U-Net needs a trained VAE."""
     data: Path = Path("pocket-data")
     """The folder that bench/pocket_data.py built."""
-    out: Path = Path("runs/pocket-vae")
-    """The run's folder: checkpoint, log, samples, and at the end `model/`."""
+    output: Path = Path("runs/pocket-vae")
+    """Folder of the run: checkpoints, log, samples, and at the end `model/`."""
     vae: Path | None = None
     """Folder of the trained VAE, for the U-Net's stage."""
     steps: int = 2400
@@ -82,14 +86,12 @@ class Config:
     """Seed of weights and of every draw."""
     device: str = "auto"
     """cpu, cuda, or auto: cuda where there is one."""
-    compute: Literal["bf16", "fp32"] = "bf16"
-    """Type of the arithmetic in the forward pass; weights are kept in fp32."""
-    checkpoint_every: int = 400
-    """Steps between checkpoints."""
-    samples_every: int = 400
-    """Steps between sample sheets."""
-    log_every: int = 50
-    """Steps between lines of progress."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Number format of the forward pass; weights are kept in fp32."""
+    checkpoint_every: int | None = 400
+    """Steps between checkpoints, besides those at both ends; 0 keeps only what an interruption saves."""
+    sample_every: int = 400
+    """Steps between sample sheets, besides those at both ends; 0 draws none."""
 
 
 def rate_at(step: int, config: Config) -> float:
@@ -100,134 +102,66 @@ def rate_at(step: int, config: Config) -> float:
 
 
 class Trained:
-    """Modules being trained, with their optimizer and the moving average of their weights.
-
-    Knows how to become a checkpoint (safetensors for tensors, JSON for the step) and to be restored from one.
-    """
+    """Modules being trained, with their optimizers and the moving average of their weights."""
 
     def __init__(self, modules: Mapping[str, nn.Module], config: Config, device: torch.device) -> None:
         import torch
 
+        from sfumato.ema import Average
         from sfumato.muon import Muon
 
+        self.config, self.device, self.rate = config, device, 0.0
         self.modules = {name: module.to(device).train() for name, module in modules.items()}
-        self.config, self.device, self.step = config, device, 0
-        self.parameters = {
-            f"{part}.{name}": p for part, module in self.modules.items() for name, p in module.named_parameters()
-        }
-        self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
+        named = {f"{part}.{name}": p for part, module in modules.items() for name, p in module.named_parameters()}
+        self.parameters = list(named.values())
+        self.average = Average(self.parameters, config.ema)
         ends = ("conv_in.", "conv_out.", "embedding", "time_emb")
-        inner = [p for name, p in self.parameters.items() if p.ndim > 1 and not any(word in name for word in ends)]
+        inner = [p for name, p in named.items() if p.ndim > 1 and not any(word in name for word in ends)]
         orthogonal = inner if config.optimizer == "muon" else []
-        rest = [p for p in self.parameters.values() if not any(p is q for q in orthogonal)]
+        rest = [p for p in self.parameters if not any(p is q for q in orthogonal)]
         groups = [
             {"params": [p for p in rest if p.ndim > 1], "weight_decay": config.weight_decay},
             {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
         ]
-        self.optimizers = [torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.99), fused=True)]
+        self.optimizers: dict[str, torch.optim.Optimizer] = {
+            "adamw": torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.99), fused=True)
+        }
         if orthogonal:
             decay = config.weight_decay
-            self.optimizers.append(Muon(orthogonal, lr=config.learning_rate, momentum=0.95, weight_decay=decay))
+            self.optimizers["muon"] = Muon(orthogonal, lr=config.learning_rate, momentum=0.95, weight_decay=decay)
 
-    def update(self, loss: Tensor) -> None:
-        """One optimizer step down `loss`, and one step of the moving average."""
-        import torch
-        from torch import nn
+    def parts(self) -> dict[str, Any]:
+        """What a checkpoint holds."""
+        return {**self.modules, **self.optimizers, "average": self.average}
 
-        for group in [group for optimizer in self.optimizers for group in optimizer.param_groups]:
-            group["lr"] = self.config.learning_rate * rate_at(self.step, self.config)
-        loss.backward()
-        weights = list(self.parameters.values())
-        nn.utils.clip_grad_norm_(weights, self.config.clip)
-        for optimizer in self.optimizers:
+    def set_rate(self, step: int, factor: float) -> None:
+        """Prepare the optimizers for a step."""
+        self.rate = self.config.learning_rate * rate_at(step, self.config) * factor
+        for group in [group for optimizer in self.optimizers.values() for group in optimizer.param_groups]:
+            group["lr"] = self.rate
+
+    def update(self, step: int) -> None:
+        """One step of the optimizers, and one of the moving average."""
+        for optimizer in self.optimizers.values():
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
         # The average of a young run must not remember its random start.
-        decay = min(self.config.ema, (1 + self.step) / (10 + self.step))
-        torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in weights], 1 - decay)
-        self.step += 1
+        self.average.decay = min(self.config.ema, (1 + step) / (10 + step))
+        self.average.update()
 
-    @contextlib.contextmanager
-    def averaged(self) -> Iterator[Mapping[str, nn.Module]]:
-        """The modules holding their averaged weights, in eval mode, for as long as the block lasts."""
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The modules hold their averaged weights, in evaluation mode, for as long as the block lasts."""
         import torch
 
-        kept = {name: p.detach().clone() for name, p in self.parameters.items()}
-        self._load(self.average)
-        for module in self.modules.values():
-            module.eval()
-        try:
-            with torch.no_grad():
-                yield self.modules
-        finally:
-            self._load(kept)
-            for module in self.modules.values():
-                module.train()
+        from sfumato.runs.samples import evaluating
 
-    def save(self, folder: Path) -> None:
-        """The checkpoint: one safetensors file whose header carries the step, so that both change at once."""
-        from safetensors.torch import save_file
-
-        tensors = {f"weight.{name}": p.detach() for name, p in self.parameters.items()}
-        tensors |= {f"average.{name}": p for name, p in self.average.items()}
-        for name, p in self.parameters.items():
-            for optimizer in self.optimizers:
-                tensors |= {f"{key}.{name}": value for key, value in optimizer.state.get(p, {}).items()}
-        with atomic_path(folder / "checkpoint.safetensors") as path:
-            save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, path, {"step": str(self.step)})
-
-    def restore(self, folder: Path) -> None:
-        """Continue from the folder's checkpoint, if it has one."""
-        from safetensors import safe_open
-        from safetensors.torch import load_file
-
-        path = folder / "checkpoint.safetensors"
-        if not path.exists():
-            return
-        with safe_open(path, "pt") as file:
-            self.step = int(file.metadata()["step"])
-        tensors = load_file(path, str(self.device))
-        if {f"weight.{name}" for name in self.parameters} - tensors.keys():
-            raise RunError(f"{path} is a checkpoint of other modules; give another --out, or remove it.")
-        self._load({name: tensors[f"weight.{name}"] for name in self.parameters})
-        for name, p in self.parameters.items():
-            self.average[name].copy_(tensors[f"average.{name}"])
-            keys = [key for key in ("step", "exp_avg", "exp_avg_sq", "momentum") if f"{key}.{name}" in tensors]
-            owner = self.optimizers[-1 if "momentum" in keys else 0]
-            owner.state[p] = {key: tensors[f"{key}.{name}"] for key in keys}
-
-    def _load(self, weights: Mapping[str, Tensor]) -> None:
-        import torch
-
-        with torch.no_grad():
-            for name, p in self.parameters.items():
-                p.copy_(weights[name])
-
-
-class Progress:
-    """Prints and logs the loss and the time left."""
-
-    def __init__(self, config: Config, first: int) -> None:
-        self.config, self.began, self.first, self.losses = config, time.monotonic(), first, list[float]()
-
-    def note(self, step: int, loss: Tensor) -> None:
-        """Remember a step's loss; every `log_every` steps, a line."""
-        self.losses.append(loss.item())
-        if step % self.config.log_every and step != self.config.steps:
-            return
-        pace_s = (time.monotonic() - self.began) / max(step - self.first, 1)
-        line = {
-            "step": step,
-            "loss": round(sum(self.losses) / len(self.losses), 5),
-            "rate": self.config.learning_rate * rate_at(step, self.config),
-            "pictures_per_s": round(self.config.batch / pace_s, 1),
-            "left_s": round(pace_s * (self.config.steps - step)),
-            "clock_s": round(time.time()),
-        }
-        self.losses = []
-        print(json.dumps(line), flush=True)
-        with (self.config.out / "log.jsonl").open("a", encoding="utf-8") as log:
-            log.write(json.dumps(line) + "\n")
+        with self.average.applied(), evaluating(list(self.modules.values())), torch.no_grad():
+            yield
 
 
 def batch_indices(step: int, batch: int, n: int, seed: int) -> list[int]:
@@ -250,52 +184,87 @@ def vae_loss(vae: AutoencoderKL, pixels: Tensor, noise: Tensor, config: Config) 
     return error.abs().mean() + error.square().mean() + config.gradient_difference * edges + config.kl * kl
 
 
-def train_vae(config: Config, device: torch.device, autocast: Callable[[], Any]) -> Path:
+def train_vae(config: Config, precision: Precision) -> Path:
     """Train the VAE on every picture that may be seen; returns the folder of its averaged weights, fp32."""
     import torch
 
     from sfumato import randomness
+    from sfumato.optimizers import clip
     from sfumato.pocket.parts import build_vae
     from sfumato.pocket.pictures import read_pictures
+    from sfumato.runs import Run
 
     pictures = read_pictures(config.data, others=True)
-    vae = build_vae()
-    trained = Trained({"vae": vae}, config, device)
-    trained.restore(config.out)
-    progress = Progress(config, trained.step)
-    while trained.step < config.steps:
-        step = trained.step
-        pixels = pictures.floats(batch_indices(step, config.batch, len(pictures.names), config.seed))
-        draws = torch.rand(config.batch, generator=randomness.generator(config.seed, "flip", step))
+    run = Run.start(config, program="pretrain", writes=["model"])
+    run.say(precision.table())
+    with first_weights(config.seed):
+        vae = build_vae()
+    trained = Trained({"vae": vae}, config, precision.device)
+    run.keep(**trained.parts())
+    run.identify(data=fingerprint(pictures))
+    run.every(config.sample_every, lambda step: _reconstruct(trained, pictures, run, step))
+    for step in run.steps(config.steps):
+        trained.set_rate(step.number, step.rate_factor)
+        pixels = pictures.floats(batch_indices(step.number, config.batch, len(pictures.names), config.seed))
+        draws = torch.rand(config.batch, generator=randomness.generator(config.seed, "flip", step.number))
         pixels = torch.where(draws.view(-1, 1, 1, 1) < config.flip_share, pixels.flip(3), pixels)
         shape = (config.batch, vae.config.latent_channels, *(side // 4 for side in pixels.shape[2:]))
-        noise = randomness.normal(shape, config.seed, "noise", step)
-        with autocast():
-            loss = vae_loss(vae, pixels.to(device), noise.to(device), config)
-        trained.update(loss)
-        progress.note(trained.step, loss)
-        if trained.step % config.samples_every == 0 or trained.step == config.steps:
-            _reconstruct(trained, pictures, config)
-        if trained.step % config.checkpoint_every == 0 or trained.step == config.steps:
-            trained.save(config.out)
+        noise = randomness.normal(shape, config.seed, "noise", step.number)
+        with precision.autocast():
+            loss = vae_loss(vae, pixels.to(precision.device), noise.to(precision.device), config)
+        loss.backward()
+        norm = clip(trained.parameters, config.clip)
+        if step.healthy(loss=loss, gradient_norm=norm):
+            trained.update(step.number)
+        trained.zero_grad()
+        step.done(loss=loss, rate=trained.rate, gradient_norm=norm)
     with trained.averaged():
-        vae.register_to_config(scaling_factor=_scaling_factor(vae, pictures, device))
-        vae.save_pretrained(config.out / "model")
-    return config.out / "model"
+        vae.register_to_config(scaling_factor=_scaling_factor(vae, pictures, precision.device))
+        path = save_model(vae, config.output / "model")
+    run.close()
+    return path
 
 
-def _reconstruct(trained: Trained, pictures: Pictures, config: Config) -> None:
-    """Print the PSNR over a fixed hundred pictures, and draw sixteen beside their reconstructions."""
+@contextmanager
+def first_weights(seed: int) -> Iterator[None]:
+    """Within the block modules are built with first weights that depend on the seed alone."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def fingerprint(pictures: Pictures) -> str:
+    """Changes with any pixel or name."""
+    digest = hashlib.sha256(repr((tuple(pictures.pixels.shape), pictures.names)).encode())
+    digest.update(pictures.pixels.numpy().data)
+    return digest.hexdigest()
+
+
+def save_model(model: Any, path: Path) -> Path:
+    """A diffusers folder, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.part")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    shutil.rmtree(path, ignore_errors=True)
+    temporary.rename(path)
+    return path
+
+
+def _reconstruct(trained: Trained, pictures: Pictures, run: Run, step: int) -> None:
+    """Log the PSNR over a fixed hundred pictures, and draw sixteen beside their reconstructions."""
     import torch
 
     named = pictures.named()
     pixels = named.floats(torch.linspace(0, len(named.names) - 1, 96).long()).to(trained.device)
-    with trained.averaged() as modules:
-        vae = modules["vae"]
+    vae: Any = trained.modules["vae"]
+    with trained.averaged():
         drawn = vae.decode(vae.encode(pixels).latent_dist.mode()).sample.clamp(-1, 1)
     psnr = -10 * ((drawn - pixels) / 2).square().mean((1, 2, 3)).log10().mean()
-    print(f"step {trained.step}: PSNR {psnr:.2f} dB", flush=True)
-    save_sheet(torch.cat([pixels[::6], drawn[::6]]), 16, config.out / "samples" / f"{trained.step:06d}.png")
+    run.say(f"step {step}: PSNR {psnr:.2f} dB")
+    run.log(step=step, psnr=psnr)
+    save_sheet(torch.cat([pixels[::6], drawn[::6]]), 16, run.folder / "samples" / f"{step:06d}.png")
 
 
 def _scaling_factor(vae: AutoencoderKL, pictures: Pictures, device: torch.device) -> float:
@@ -317,7 +286,7 @@ def encode_all(vae: AutoencoderKL, pictures: Pictures, device: torch.device) -> 
     return torch.cat(means), torch.cat(deviations)
 
 
-def train_unet(config: Config, device: torch.device, autocast: Callable[[], Any]) -> Path:
+def train_unet(config: Config, precision: Precision) -> Path:
     """Train U-Net and text encoder on cached latents; returns the folder of a pipeline, averaged weights, fp32."""
     import torch
     from diffusers import AutoencoderKL
@@ -325,34 +294,45 @@ def train_unet(config: Config, device: torch.device, autocast: Callable[[], Any]
 
     from sfumato import randomness
     from sfumato.diffusion import noise_latents, snr_weight, stratified_timesteps, target, weighted_error
+    from sfumato.optimizers import clip
     from sfumato.pocket.captions import all_captions, caption
     from sfumato.pocket.parts import build_scheduler, build_text_encoder, build_tokenizer, build_unet
     from sfumato.pocket.pictures import read_manifest, read_pictures
+    from sfumato.runs import Run
 
-    if config.vae is None:
-        raise ConfigError("--stage unet needs --vae, the folder of a trained VAE; train one with --stage vae.")
+    device = precision.device
     manifest = read_manifest(config.data)
-    words = (config.data / "words.txt").read_text(encoding="utf-8").split()
-    if not (config.out / "tokenizer").exists():
-        build_tokenizer(all_captions(manifest, words)).save_pretrained(config.out / "tokenizer")
-    tokenizer = CLIPTokenizer.from_pretrained(config.out / "tokenizer")
-    scheduler = build_scheduler()
-    vae = AutoencoderKL.from_pretrained(config.vae).to(device).eval()
-    parts = {"unet": build_unet(), "text_encoder": build_text_encoder(tokenizer)}
-    unet, text_encoder = parts["unet"], parts["text_encoder"]
+    words = read_words(config.data)
     pictures = read_pictures(config.data, others=False)
+    run = Run.start(config, program="pretrain", writes=["model", "tokenizer"])
+    run.say(precision.table())
+    if not (config.output / "tokenizer").exists():
+        save_model(build_tokenizer(all_captions(manifest, words)), config.output / "tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(config.output / "tokenizer")
+    scheduler = build_scheduler()
+    with first_weights(config.seed):
+        vae = AutoencoderKL.from_pretrained(config.vae).to(device).eval()
+        unet, text_encoder = build_unet(), build_text_encoder(tokenizer)
     # Mirrored pictures are a second half of the cache: latents cannot be mirrored themselves.
     caches = [encode_all(vae, p, device) for p in (pictures, pictures.mirrored())]
     means, deviations = (torch.stack(pair) * vae.config.scaling_factor for pair in zip(*caches, strict=True))
     groups, n = manifest["concepts"], len(pictures.names)
     shares = {"empty_share": config.empty_share, "group_share": config.group_share}
-    trained = Trained(parts, config, device)
-    trained.restore(config.out)
-    progress = Progress(config, trained.step)
-    while trained.step < config.steps:
-        step = trained.step
-        indices = batch_indices(step, config.batch, n, config.seed)
-        draws = torch.rand(3, config.batch, generator=randomness.generator(config.seed, "captions and flips", step))
+    trained = Trained({"unet": unet, "text_encoder": text_encoder}, config, device)
+    run.keep(**trained.parts())
+    run.identify(data=fingerprint(pictures), vae=hashlib.sha256(means.cpu().numpy().data).hexdigest())
+
+    def sample(step: int) -> None:
+        with trained.averaged(), precision.autocast():
+            pipeline = assemble(vae, unet, text_encoder, tokenizer, scheduler)
+            sheet(pipeline, manifest["styles"], run.folder / "samples" / f"{step:06d}.png")
+
+    run.every(config.sample_every, sample)
+    for step in run.steps(config.steps):
+        number = step.number
+        trained.set_rate(number, step.rate_factor)
+        indices = batch_indices(number, config.batch, n, config.seed)
+        draws = torch.rand(3, config.batch, generator=randomness.generator(config.seed, "captions and flips", number))
         flips = (draws[2] < config.flip_share).long()
         texts = [
             caption(*pictures.names[i], groups[pictures.names[i][0]], draw=draw, form=form, **shares)
@@ -360,26 +340,38 @@ def train_unet(config: Config, device: torch.device, autocast: Callable[[], Any]
         ]
         posterior = means[flips, indices], deviations[flips, indices]
         shape = tuple(posterior[0].shape)
-        latents = posterior[0] + posterior[1] * randomness.normal(shape, config.seed, "posterior", step).to(device)
-        noise = randomness.normal(shape, config.seed, "noise", step).to(device)
-        timesteps = stratified_timesteps(config.batch, scheduler.config.num_train_timesteps, config.seed, step)
+        latents = posterior[0] + posterior[1] * randomness.normal(shape, config.seed, "posterior", number).to(device)
+        noise = randomness.normal(shape, config.seed, "noise", number).to(device)
+        timesteps = stratified_timesteps(config.batch, scheduler.config.num_train_timesteps, config.seed, number)
         alpha_bar = scheduler.alphas_cumprod[timesteps].to(device)
         weight = 2 * snr_weight("v_prediction", alpha_bar, config.snr_gamma) + config.flat_weight
-        with autocast():
+        with precision.autocast():
             hidden = encode_text(text_encoder, tokenizer, texts, device)
             drawn = unet(noise_latents(latents, noise, alpha_bar), timesteps.to(device), hidden).sample
         loss = weighted_error(drawn, target("v_prediction", latents, noise, alpha_bar), weight).mean()
-        trained.update(loss)
-        progress.note(trained.step, loss)
-        if trained.step % config.samples_every == 0 or trained.step == config.steps:
-            with trained.averaged(), autocast():
-                pipeline = assemble(vae, unet, text_encoder, tokenizer, scheduler)
-                sheet(pipeline, manifest["styles"], config.out / "samples" / f"{trained.step:06d}.png")
-        if trained.step % config.checkpoint_every == 0 or trained.step == config.steps:
-            trained.save(config.out)
+        loss.backward()
+        norm = clip(trained.parameters, config.clip)
+        if step.healthy(loss=loss, gradient_norm=norm):
+            trained.update(number)
+        trained.zero_grad()
+        step.done(loss=loss, rate=trained.rate, gradient_norm=norm)
     with trained.averaged():
-        assemble(vae, unet, text_encoder, tokenizer, scheduler).save_pretrained(config.out / "model")
-    return config.out / "model"
+        path = save_model(assemble(vae, unet, text_encoder, tokenizer, scheduler), config.output / "model")
+    run.close()
+    return path
+
+
+def read_words(data: Path) -> list[str]:
+    """The plain words that the tokenizer learns besides those of the captions."""
+    from sfumato.errors import DataError
+
+    try:
+        return (data / "words.txt").read_text(encoding="utf-8").split()
+    except OSError as error:
+        raise DataError(
+            f"{data / 'words.txt'} cannot be read ({error.strerror}); build the pictures with python -m "
+            f"bench.pocket_data --out {data}."
+        ) from None
 
 
 def encode_text(encoder: CLIPTextModel, tokenizer: CLIPTokenizer, texts: Sequence[str], device: torch.device) -> Tensor:
@@ -428,24 +420,41 @@ def save_sheet(pictures: Tensor, columns: int, path: Path) -> None:
         Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(temporary)
 
 
+def check(config: Config) -> None:
+    """Refuse what makes no sense before anything is loaded."""
+    options.check_run(config)
+    for name in ("flip_share", "group_share", "empty_share"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise ConfigError(f"--{name.replace('_', '-')} is {getattr(config, name)}; it must be in 0 ... 1.")
+    for name in ("warmup_steps", "fall_at", "kl", "gradient_difference", "snr_gamma", "flat_weight"):
+        if not 0 <= getattr(config, name) < float("inf"):
+            raise ConfigError(f"--{name.replace('_', '-')} is {getattr(config, name)}; it must not be negative.")
+    if config.stage == "unet" and config.vae is None:
+        raise ConfigError("--stage unet needs --vae, the folder of a trained VAE; train one with --stage vae.")
+    if config.stage == "unet" and config.vae is not None and not (config.vae / "config.json").is_file():
+        raise ConfigError(f"--vae {config.vae}: holds no trained VAE; train one with --stage vae.")
+
+
 def train(config: Config) -> Path:
     """Run the stage that `config` names; returns the folder of what was trained."""
-    import torch
+    from sfumato.precision import decide
 
-    device = torch.device(config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-    torch.manual_seed(config.seed)  # the modules' first weights; every later draw names its own stream
-    write_text(config.out / "config.json", json.dumps(asdict(config), indent=1, default=str) + "\n")
+    check(config)
+    config = dataclasses.replace(
+        config, checkpoint_every=400 if config.checkpoint_every is None else config.checkpoint_every
+    )
+    precision = decide(config.precision, device=config.device)
+    precision.apply()
+    return {"vae": train_vae, "unet": train_unet}[config.stage](config, precision)
 
-    def autocast() -> Any:
-        return torch.autocast(device.type, torch.bfloat16, enabled=config.compute == "bf16")
 
-    return {"vae": train_vae, "unet": train_unet}[config.stage](config, device, autocast)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str]) -> int:
     """Run the program; prints the folder of what was trained."""
-    print(train(parse(Config, sys.argv[1:] if argv is None else argv, program="pretrain")))
+    print(train(parse(Config, argv, program="train pretrain")))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    from sfumato.cli import run
+
+    run(main)

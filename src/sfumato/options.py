@@ -7,6 +7,7 @@ precision, load the base, so that a trainer says these in a line each.
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -152,19 +153,11 @@ class StepOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOptions:
-    """Where it is written, what is shown meanwhile, and how it goes on after a stop."""
+class FolderOptions:
+    """Where a run is kept, and how it goes on after a stop."""
 
     output: Path
     """Folder of the run: what is learned, its card, checkpoints, samples, log and plot."""
-    name: str | None = None
-    """Name of what is learned and of its file; unset, the name of the output folder."""
-    sample_prompts: tuple[str, ...] = ()
-    """Prompts to draw while training. Unset: some captions and some prompts that were not trained."""
-    sample_every: int | None = None
-    """Steps between sample pictures, besides those at both ends; 0 draws none. Unset: a quarter of the run."""
-    measure_every: int | None = None
-    """Steps between measurements of fit and drift; 0 makes none. Unset: a quarter of the run."""
     checkpoint_every: int | None = None
     """Steps between checkpoints, besides those at both ends; 0 keeps only what an interruption saves. Unset: a quarter
     of the run."""
@@ -178,6 +171,20 @@ class RunOptions:
     """Replace a run that the output folder holds."""
     tensorboard: bool = False
     """Write the log for TensorBoard, too (pip install 'sfumato[tensorboard]')."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(FolderOptions):
+    """What an adapter is called, what is shown of its training, and where it is published."""
+
+    name: str | None = None
+    """Name of what is learned and of its file; unset, the name of the output folder."""
+    sample_prompts: tuple[str, ...] = ()
+    """Prompts to draw while training. Unset: some captions and some prompts that were not trained."""
+    sample_every: int | None = None
+    """Steps between sample pictures, besides those at both ends; 0 draws none. Unset: a quarter of the run."""
+    measure_every: int | None = None
+    """Steps between measurements of fit and drift; 0 makes none. Unset: a quarter of the run."""
     push_to_hub: str | None = None
     """Upload what is learned and its card to this repository of the Hugging Face hub."""
 
@@ -188,7 +195,7 @@ class TrainerOptions(DataOptions, BaseOptions, StepOptions, RunOptions):
 
 
 Options = TypeVar("Options", bound=TrainerOptions)
-AnyRun = TypeVar("AnyRun", bound=RunOptions)
+AnyRun = TypeVar("AnyRun", bound=FolderOptions)
 
 _AT_LEAST_ONE = ("steps", "epochs", "batch", "accumulate", "rank", "resolution", "vectors")
 _POSITIVE = ("learning_rate", "text_learning_rate", "alpha")
@@ -199,17 +206,25 @@ _DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT"
 
 
 def check(config: TrainerOptions) -> None:
-    """Refuse numbers that make no sense before anything is loaded; fields that a trainer lacks are passed over."""
+    """Refuse what makes no sense before anything is loaded; fields that a trainer lacks are passed over."""
+    if config.steps is not None and config.epochs is not None:
+        raise ConfigError("--steps and --epochs are both given; they say the same, so give one of them.")
+    check_run(config)
+
+
+def check_run(config: FolderOptions) -> None:
+    """Of any trainer's config: its name, its numbers, and what excludes one another."""
 
     def given(names: tuple[str, ...]) -> list[tuple[str, Any]]:
         values = [(name, getattr(config, name, None)) for name in names]
         return [(f"--{name.replace('_', '-')}", value) for name, value in values if value is not None]
 
-    if config.steps is not None and config.epochs is not None:
-        raise ConfigError("--steps and --epochs are both given; they say the same, so give one of them.")
     if config.resume and config.overwrite:
         raise ConfigError("--resume and --overwrite are both given; go on with the run, or replace it.")
     check_name(config)
+    device = getattr(config, "device", "auto")
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", device):
+        raise ConfigError(f"--device {device!r:.60}: unknown; wanted auto, cuda, cuda:0, mps or cpu.")
     for option, value in given(_AT_LEAST_ONE):
         if value < 1:
             raise ConfigError(f"{option} is {value}; it must be at least 1.")
@@ -224,13 +239,12 @@ def check(config: TrainerOptions) -> None:
             raise ConfigError(f"{option} is {value}; it must not be negative.")
 
 
-def check_name(config: RunOptions) -> None:
+def check_name(config: FolderOptions) -> None:
     """Refuse a --name, or an --output that gives the name, that is no plain file name on every system."""
     if not str(config.output).isprintable():
-        raise ConfigError(
-            f"--output {ascii(str(config.output))}: holds characters that are not seen; name another folder."
-        )
-    name, option = (config.name, "--name") if config.name is not None else (config.output.resolve().name, "--output")
+        raise ConfigError(f"--output {str(config.output)!a}: holds characters that are not seen; name another folder.")
+    named = getattr(config, "name", None)
+    name, option = (config.output.resolve().name, "--output") if named is None else (named, "--name")
     reason = ""
     if not name.strip() or name.startswith("."):
         reason = "is empty or begins with a dot"

@@ -1,4 +1,4 @@
-"""Makes one system call of a block fail: the n-th open, write, fsync or rename, or a write that falls short in silence."""
+"""Makes one call of a block fail: the n-th open, write, fsync, rename or mkdir, or a write that falls short unsaid."""
 
 from __future__ import annotations
 

@@ -17,8 +17,8 @@ from sfumato import randomness
 from sfumato.config import parse
 from sfumato.ema import Average
 from sfumato.files import write_tensors
-from sfumato.options import RunOptions
 from sfumato.optimizers import Schedule, build, clip
+from sfumato.options import RunOptions
 from sfumato.runs import Run, Step
 
 
@@ -42,7 +42,11 @@ Hook = Callable[[Step, nn.Module], None]
 
 
 def train(
-    config: Config, *, before: Hook | None = None, after: Hook | None = None, loss_of: Callable[[int], float] | None = None
+    config: Config,
+    *,
+    before: Hook | None = None,
+    after: Hook | None = None,
+    loss_of: Callable[[int], float] | None = None,
 ) -> Path:
     """before, after: called in each step before the optimizer and after it. loss_of: a factor of step n's loss."""
     import time

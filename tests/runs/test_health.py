@@ -76,7 +76,8 @@ def test_three_broken_steps_in_a_row_go_back_with_half_the_rate(tmp_path, capsys
         return math.nan if number + 1 in broken and broken.pop(0) else 1.0
 
     train(Config(output=tmp_path / "run", checkpoint_every=5), loss_of=loss_of)
-    assert "step 8: loss, gradient_norm not finite, in 3 steps in a row; going back to step 5" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "step 8: loss, gradient_norm not finite, in 3 steps in a row; going back to step 5" in said
     found = {row["step"]: row for row in rows(tmp_path / "run") if "rate" in row}
     assert found[8]["rate"] == pytest.approx(0.5 * 1e-2 * 0.5 * (1 + math.cos(math.pi * 5 / 8)), rel=1e-5)
     assert [row for row in rows(tmp_path / "run") if "went_back_from" in row] == [{"step": 5, "went_back_from": 7}]

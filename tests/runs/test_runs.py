@@ -103,9 +103,7 @@ def test_from_any_checkpoint_to_the_end_is_the_whole_way(last, tmp_path):
     for folder in (tmp_path / "cut/checkpoints").iterdir():
         if int(folder.name) > last:
             shutil.rmtree(folder)
-    again = train(
-        Config(output=tmp_path / "cut", checkpoint_every=1, keep=100, name="m", measure_every=3, resume=True)
-    )
+    again = train(Config(output=tmp_path / "cut", checkpoint_every=1, keep=100, name="m", measure_every=3, resume=True))
     assert again.read_bytes() == whole.read_bytes()
     assert (tmp_path / "cut/log.jsonl").read_text() == (tmp_path / "whole/log.jsonl").read_text()
 
@@ -171,6 +169,16 @@ def test_what_is_only_seen_of_a_training_may_change(tmp_path):
     config = Config(output=tmp_path / "run", checkpoint_every=5)
     train(config)
     train(replace(config, resume=True, checkpoint_every=3, measure_every=2, keep=5))
+
+
+def test_an_option_that_the_folder_does_not_know_yet_counts_as_its_default(tmp_path):
+    config = Config(output=tmp_path / "run", checkpoint_every=5)
+    train(config)
+    file = tmp_path / "run/config.toml"
+    file.write_text("".join(line for line in file.read_text().splitlines(True) if not line.startswith("width")))
+    train(replace(config, resume=True))
+    with pytest.raises(RunError, match="width 8 -> 4"):
+        train(replace(config, resume=True, width=4))
 
 
 @pytest.mark.parametrize("name", ["sfumato", "torch", "processes"])

@@ -18,7 +18,7 @@ from __future__ import annotations
 import os
 import shlex
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +41,7 @@ from sfumato.runs.signals import Stop
 from sfumato.runs.step import Step
 
 if TYPE_CHECKING:
-    from sfumato.options import RunOptions
+    from sfumato.options import FolderOptions
     from sfumato.processes import Processes
 
 __all__ = ["Checkpoints", "Run", "Step", "now"]
@@ -54,11 +54,12 @@ class Run:
     multiplied with; a half after the run has gone back once.
     """
 
-    def __init__(self, folder: Path, config: RunOptions, processes: Processes | None = None):
+    def __init__(self, folder: Path, config: FolderOptions, processes: Processes | None = None):
         self.folder = folder
         self.is_main = processes is None or processes.is_main
         self.step, self.rate_factor = 0, 1.0
-        self.log_file = Log(folder / "log.jsonl", tensorboard=config.tensorboard and self.is_main, warn=self.say)
+        # Not self.say: a run that refers to itself would hold its lock until it is collected.
+        self.log_file = Log(folder / "log.jsonl", tensorboard=config.tensorboard and self.is_main, warn=progress.say)
         self._config, self._processes = config, processes
         self._checkpoints = Checkpoints(folder / "checkpoints", config.keep)
         self._lock = Lock(folder)
@@ -71,23 +72,30 @@ class Run:
         self._progress = Progress(shown=self.is_main)
 
     @classmethod
-    def start(cls, config: RunOptions, *, program: str, processes: Processes | None = None) -> Run:
+    def start(
+        cls,
+        config: FolderOptions,
+        *,
+        program: str,
+        processes: Processes | None = None,
+        writes: Sequence[str] = (),
+    ) -> Run:
         """Open `config.output` for a training: a new folder, or with `config.resume` the one that holds it.
 
         A folder that holds a run is refused unless `overwrite` or `resume`; one that holds other things under the names
         that a run writes is refused always. A config that differs from the one in the folder is refused unless `force`.
-        Raises RunError, one line.
+        writes: names in the folder that the program writes beside those of every run. Raises RunError, one line.
         """
         try:
             if config.output.exists() and not config.output.is_dir():
                 raise RunError(f"{config.output} is a file; --output wants a folder of its own for the run.")
             run = cls(config.output, config, processes)
-            run._open(program)
+            run._open(program, writes)
         except OSError as error:
             raise RunError(f"{config.output} cannot be written ({error.strerror}); give another --output.") from None
         return run
 
-    def _open(self, program: str) -> None:
+    def _open(self, program: str, writes: Sequence[str]) -> None:
         if not self.folder.exists() and self._config.resume:
             raise RunError(f"there is no run to resume in {self.folder}; without --resume one begins there.")
         try:
@@ -97,7 +105,7 @@ class Run:
                 if left:
                     self.say(left)
             # Looked at under the lock, so that of two that start at once the second sees what the first has begun.
-            resumes = going_on(self._config)
+            resumes = going_on(self._config, writes)
             if resumes:
                 self._facts = identity.read_facts(self.folder)
                 self._refuse_changes("another config", identity.differences(self.folder, self._config, program))
@@ -363,7 +371,7 @@ class Run:
 
     def close(self) -> None:
         """Finish the log and let the folder go."""
-        if self.is_main and self._lock.is_held:
+        if self.is_main:
             self.log_file.close()
             self._lock.release()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import tomllib
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from sfumato.files.atomic import write_text
 from sfumato.options import settled
 
 if TYPE_CHECKING:
-    from sfumato.options import RunOptions
+    from sfumato.options import FolderOptions
 
 WITHOUT_EFFECT = frozenset(
     ("output", "overwrite", "resume", "force", "keep", "device", "tensorboard", "push_to_hub")
@@ -40,7 +41,7 @@ def other_facts(known: Mapping[str, str], facts: Mapping[str, str]) -> list[str]
     return [f"{name} {known[name][:24]} -> {facts[name][:24]}" for name in changed]
 
 
-def differences(folder: Path, config: RunOptions, program: str) -> list[str]:
+def differences(folder: Path, config: FolderOptions, program: str) -> list[str]:
     """One text, "rank 8 -> 16", for each difference between the folder's config and this one."""
     changed = []
     saved_program = read_facts(folder).get("program")
@@ -51,10 +52,19 @@ def differences(folder: Path, config: RunOptions, program: str) -> list[str]:
     except (OSError, ValueError):
         return [*changed, "config.toml is missing or broken"]
     now = tomllib.loads(configs.to_toml(settled(config)))
+    before = _defaults(config) | before  # of a field that is newer than the folder
     for name in sorted(before.keys() | now.keys()):
         if name not in WITHOUT_EFFECT and before.get(name) != now.get(name):
             changed.append(f"{name} {_shown(before.get(name))} -> {_shown(now.get(name))}")
     return changed
+
+
+def _defaults(config: FolderOptions) -> dict[str, object]:
+    """The fields' defaults, as a TOML file has them."""
+    known = {f.name: f.default for f in dataclasses.fields(config) if f.default is not dataclasses.MISSING}
+    return {
+        name: value for name, value in configs.to_dict(dataclasses.replace(config, **known)).items() if name in known
+    }
 
 
 def _shown(value: object) -> str:

@@ -51,9 +51,10 @@ def unpack(tensors: Mapping[str, Tensor], skeleton: Any) -> Any:
         return tensors[content].clone()
     if kind == "empty":
         shape, dtype = content
-        if 0 not in shape:
-            raise ValueError("an empty tensor that is not empty")
-        return torch.empty(shape, dtype=getattr(torch, dtype))
+        kind = getattr(torch, dtype)
+        if 0 not in shape or not isinstance(kind, torch.dtype):
+            raise ValueError("an empty tensor that is none")
+        return torch.empty(shape, dtype=kind)
     if kind == "dict":
         return {unpack(tensors, key): unpack(tensors, value) for key, value in content}
     values = [unpack(tensors, value) for value in content]

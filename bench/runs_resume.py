@@ -1,0 +1,201 @@
+"""Is a training that was killed and resumed the training that was not? Every trainer, random cut points.
+
+    python bench/runs_resume.py --cuts 50 [--only lora,pretrain] [--seed 0]
+
+Each cut: N steps at once, and the same with SIGKILL in the middle of a random step, a resume that is killed as well,
+and a resume to the end; the tensors that come out must be equal to the bit. Small bases with random weights, fp32, CPU.
+Prints JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+STEPS = 5
+_SHARED = ["--steps", str(STEPS), "--batch", "2", "--resolution", "64", "--precision", "fp32"]
+_SHARED += ["--sample-every", "0", "--measure-every", "0", "--device", "cpu"]
+_PRETRAIN = ["--steps", str(STEPS), "--fall-at", "3", "--warmup-steps", "2", "--batch", "2", "--precision", "fp32"]
+_PRETRAIN += ["--sample-every", "0", "--device", "cpu"]
+CASES: Mapping[str, Sequence[str]] = {
+    "lora": [*_SHARED, "--rank", "2"],
+    "lora accumulated, averaged, dropped out": [
+        *_SHARED, "--rank", "2", "--accumulate", "2", "--ema", "0.9", "--dropout", "0.3", "--caption-dropout", "0.4",
+        "--flip", "--noise-offset", "0.1", "--warmup", "2",
+    ],
+    "lora with text encoder": [*_SHARED, "--rank", "2", "--train-text-encoder"],
+    "lora prodigy": [*_SHARED, "--rank", "2", "--optimizer", "prodigy"],
+    "lora lion": [*_SHARED, "--rank", "2", "--optimizer", "lion"],
+    "dreambooth": [*_SHARED, "--class-name", "square", "--prior", "none", "--ema", "0.9"],
+    "dreambooth lora": [
+        *_SHARED, "--class-name", "square", "--prior", "none", "--method", "lora", "--rank", "2", "--accumulate", "2",
+    ],
+    "dreambooth fused, prior": [*_SHARED, "--class-name", "square", "--prior", "base", "--fused", "--clip", "0"],
+    "textual_inversion": [
+        *_SHARED, "--placeholder", "<sq>", "--initial-words", "red", "--vectors", "2", "--ema", "0.9",
+        "--accumulate", "2", "--caption", "{trigger}, {caption}",
+    ],
+    "pretrain vae": [*_PRETRAIN, "--stage", "vae"],
+    "pretrain unet muon": [*_PRETRAIN, "--stage", "unet", "--optimizer", "muon"],
+}  # fmt: skip
+
+
+def make_inputs(folder: Path) -> dict[str, list[str]]:
+    """Tiny bases and pictures; returns the options that name them, by program."""
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    from sfumato.pocket.parts import build_vae
+    from tests.tiny import tiny_pocket_folder
+
+    base = tiny_pocket_folder(folder / "pocket")
+    (folder / "pictures").mkdir()
+    for number, colour in enumerate(["red", "green", "blue", "gold"]):
+        picture = Image.new("RGB", (64, 64), "white")
+        picture.paste(colour, (8 + number, 8, 40, 48))
+        picture.save(folder / "pictures" / f"{colour}-square.png")
+    for s, style in enumerate(("noto", "flat")):
+        (folder / "data" / style).mkdir(parents=True)
+        for c, concept in enumerate(("red-apple", "crab", "key")):
+            pixels = np.full((64, 64, 3), 255, np.uint8)
+            pixels[10 + 10 * s : 40, 10 : 20 + 15 * c, c] = 0
+            Image.fromarray(pixels).save(folder / "data" / style / f"{concept}.png")
+    concepts = {"red apple": "a fruit", "crab": "a sea animal", "key": "a tool"}
+    manifest = {"styles": ["noto", "flat"], "concepts": concepts, "withheld": [["key", "flat"]]}
+    (folder / "data/manifest.json").write_text(json.dumps(manifest))
+    (folder / "data/words.txt").write_text("picture\nof\n")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        build_vae().save_pretrained(folder / "vae")
+    adapters = ["--base", str(base), "--images", str(folder / "pictures")]
+    return {
+        "lora": adapters,
+        "dreambooth": adapters,
+        "textual_inversion": adapters,
+        "pretrain": ["--data", str(folder / "data")],
+        "vae": ["--vae", str(folder / "vae")],
+    }
+
+
+def command(case: str, inputs: Mapping[str, list[str]], output: Path, *more: str) -> list[str]:
+    """The words after `sfumato` that train this case. more: options that win over the case's."""
+    program = case.split()[0]
+    words = list(CASES[case])
+    for option in more:
+        if option in words:
+            at = words.index(option)
+            del words[at : at + 2]
+    vae = inputs["vae"] if "unet" in case.split() else []
+    name = [] if program == "pretrain" else ["--name", "out"]
+    if program != "pretrain" and "--caption" not in words:
+        name += ["--caption", "{caption}"]
+    return ["train", program, *words, *inputs[program], *vae, "--output", str(output), *name, *more]
+
+
+def _child(words: list[str], kill_at: int | None, log: str) -> None:
+    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+    from sfumato import cli
+    from sfumato.runs import Step
+
+    done = Step.done
+
+    def killed(step: Step, **values: object) -> None:
+        if step.number == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        done(step, **values)  # type: ignore[arg-type]
+
+    Step.done = killed  # type: ignore[assignment,method-assign]
+    code = cli.main(words)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def run(words: list[str], *, log: Path, kill_at: int | None = None) -> int:
+    """The exit code of the training in a process of its own; -9 if step `kill_at` (from 0) killed it."""
+    child = multiprocessing.get_context("fork").Process(target=_child, args=(words, kill_at, str(log)))
+    child.start()
+    child.join()
+    return int(child.exitcode or 0)
+
+
+def results(output: Path) -> dict[str, object]:
+    """Every tensor that came out, by file and name."""
+    from sfumato.files import read_tensors
+
+    files = [f for f in sorted(output.rglob("*.safetensors")) if "checkpoints" not in f.relative_to(output).parts]
+    return {f"{f.relative_to(output)}:{name}": t for f in files for name, t in read_tensors(f).items()}
+
+
+def cut(case: str, inputs: Mapping[str, list[str]], whole: Path, output: Path, kills: list[int], every: int) -> str:
+    """Empty if the training that was killed in the steps `kills` gives what the whole one gave, else what is wrong."""
+    import torch
+
+    log = output.with_suffix(".log")
+    more = ["--checkpoint-every", str(every)]
+    for number, step in enumerate(kills):
+        code = run(command(case, inputs, output, *more, *(["--resume"] if number else [])), log=log, kill_at=step)
+        if code != -signal.SIGKILL:
+            return f"exit code {code} instead of the kill in step {step}: {log.read_text()[-2000:]}"
+    code = run(["resume", str(output)], log=log)
+    if code:
+        return f"the resume ended with {code}: {log.read_text()[-2000:]}"
+    expected, found = results(whole), results(output)
+    if expected.keys() != found.keys() or not expected:
+        return f"other tensors: {sorted(expected.keys() ^ found.keys())[:5]}"
+    different = [name for name, tensor in expected.items() if not torch.equal(tensor, found[name])]  # type: ignore[arg-type]
+    return f"{len(different)} of {len(expected)} tensors differ, first {different[0]}" if different else ""
+
+
+def main() -> None:
+    """Print the figures; exit code 1 unless every cut was equal."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cuts", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default="", help="programs, by comma")
+    options = parser.parse_args()
+    only = [name for name in options.only.split(",") if name]
+    cases = [case for case in CASES if not only or case.split()[0] in only]
+    rng = random.Random(options.seed)
+    began, equal, wrong = time.monotonic(), 0, {}
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        inputs = make_inputs(folder)
+        for case in cases:
+            code = run(command(case, inputs, folder / case / "whole"), log=folder / f"{case}.log")
+            if code:
+                wrong[case] = f"the whole run ended with {code}: {(folder / f'{case}.log').read_text()[-2000:]}"
+        for number in range(options.cuts):
+            case = cases[number % len(cases)]
+            first = rng.randrange(STEPS)
+            kills = [first, rng.randrange(first, STEPS)]
+            if case in wrong:
+                continue
+            problem = cut(case, inputs, folder / case / "whole", folder / case / str(number), kills, rng.randint(1, 3))
+            equal += not problem
+            if problem:
+                wrong[f"{case}, cut {number} in steps {kills}"] = problem
+    figures = {"cuts": options.cuts, "equal": equal, "cases": cases, "wrong": wrong}
+    print(json.dumps({**figures, "seconds": round(time.monotonic() - began, 1)}, indent=1))
+    sys.exit(equal != options.cuts)
+
+
+if __name__ == "__main__":
+    main()

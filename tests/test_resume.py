@@ -1,0 +1,90 @@
+"""Every trainer: killed in the middle of a step, twice in a row, and resumed, it gives what it would have given."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from bench.runs_resume import CASES, ROOT, STEPS, command, cut, make_inputs, run
+from sfumato import cli
+from sfumato.files import read_tensors
+from sfumato.runs.checkpoints import Checkpoints
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL and no fork")
+QUICK = ("lora accumulated, averaged, dropped out", "dreambooth lora", "textual_inversion")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def test_every_trainer_has_its_cases():
+    assert {case.split()[0] for case in CASES} == cli.TRAINERS.keys()
+
+
+@pytest.mark.parametrize(
+    "case", [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
+)
+def test_killed_twice_and_resumed_is_the_same_to_the_bit(case, inputs, tmp_path):
+    log = tmp_path / "whole.log"
+    assert run(command(case, inputs, tmp_path / "whole"), log=log) == 0, log.read_text()[-2000:]
+    rng = random.Random(case)
+    kills = sorted(rng.choices(range(STEPS), k=2))
+    assert cut(case, inputs, tmp_path / "whole", tmp_path / "cut", kills, every=rng.randint(1, 2)) == ""
+
+
+def _launch(inputs, output, *more):
+    words = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    words += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    words += [str(ROOT / "trainers/lora.py"), *command("lora", inputs, output, *more)[2:]]
+    # accelerate's own --cpu starts a single process where there is no MPI
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, text=True)
+
+
+@pytest.mark.slow
+def test_two_processes_killed_and_resumed_give_what_two_give(inputs, tmp_path):
+    settings = ("--steps", "40", "--checkpoint-every", "3")
+    whole = _launch(inputs, tmp_path / "whole", *settings)
+    said, _ = whole.communicate(timeout=300)
+    assert whole.returncode == 0, said[-2000:]
+    child = _launch(inputs, tmp_path / "cut", *settings)
+    store = Checkpoints(tmp_path / "cut/checkpoints")
+    until = time.monotonic() + 200
+    while max(store.steps(), default=0) < 6 and time.monotonic() < until:
+        time.sleep(0.05)
+    children = subprocess.run(["pgrep", "-P", str(child.pid)], capture_output=True, text=True).stdout.split()
+    for pid in [*children, child.pid]:
+        os.kill(int(pid), signal.SIGKILL)
+    child.wait()
+    assert not (tmp_path / "cut/out.safetensors").exists()
+    again = _launch(inputs, tmp_path / "cut", *settings, "--resume")
+    said, _ = again.communicate(timeout=300)
+    assert again.returncode == 0, said[-2000:]
+    assert "resuming from step" in said
+    one, two = (read_tensors(tmp_path / name / "out.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(tensor, two[key]) for key, tensor in one.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("start", ["script", "command"])
+def test_a_signal_ends_a_real_training_in_order(start, number, code, inputs, tmp_path):
+    words = command("lora", inputs, tmp_path / "run", "--steps", "400", "--checkpoint-every", "400")
+    program = [str(ROOT / "trainers/lora.py"), *words[2:]] if start == "script" else ["-m", "sfumato", *words]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    child = subprocess.Popen([sys.executable, *program], stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT)
+    while not (tmp_path / "run/checkpoints/000000").exists() and child.poll() is None:
+        time.sleep(0.05)
+    time.sleep(1)
+    child.send_signal(number)
+    _, said = child.communicate(timeout=60)
+    assert child.returncode == code, said[-2000:]
+    assert "sfumato resume " in said
+    assert max(Checkpoints(tmp_path / "run/checkpoints").steps()) > 0
