@@ -29,7 +29,7 @@ def parse_adapter(spec: str) -> Adapter:
         (reading for reading in [*named, *labelled] if Path(reading[0]).exists()), [*named, *labelled][-1]
     )
     if not Path(path).exists() and (wrong := re.fullmatch(r"(.+\.safetensors):([^\\/]*)", path)):
-        raise ConfigError(f"--lora {spec}: {wrong[2]!r} is no weight; wanted a number, as in {wrong[1]}:0.8.")
+        raise ConfigError(f"{spec}: {wrong[2]!r} is no weight; wanted a number, as in {wrong[1]}:0.8.")
     if not Path(path).is_dir():  # a folder of peft's is looked into by its reader
         read_header(path)
     weight: Weight = 1.0 if not numbers else numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])

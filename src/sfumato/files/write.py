@@ -15,11 +15,15 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import AdapterError, FileError
+from sfumato.files.changes import LoraModule
+from sfumato.files.fingerprint import KEY, fingerprint
 from sfumato.files.kohya import Target, kohya_name
-from sfumato.files.lora_file import LoraModule
 from sfumato.files.metadata import METADATA_LIMIT
 from sfumato.files.read import is_finite
 from sfumato.files.save import hashes, write_tensors
+
+DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+"""What an adapter's file may be written in, by the names that options have."""
 
 
 def write_lora(
@@ -32,13 +36,20 @@ def write_lora(
 ) -> Path:
     """Write `modules` as a LoRA for `family`; whole or not at all, and equal bytes for equal content.
 
-    metadata: what `sfumato.files.metadata.describe` returns; rank, alpha and hashes are taken from the tensors here.
+    metadata: what `sfumato.files.metadata.describe` returns; rank, alpha, hashes and the fingerprint of the deltas are
+    taken from the tensors here.
     dtype: of down and up. fp32 by default because it is exact: another tool draws our very picture, where in fp16 an
     update of an early step, B near zero, underflows. fp16 halves the file, which is worth it from SD 1.5 on.
     Raises AdapterError for modules that other tools have no name for, FileError for values the file cannot hold.
     """
     if not modules:
         raise AdapterError(f"{path.name}: there are no modules to write; the adapter is attached to nothing.")
+    biased = [target for target, module in modules.items() if module.bias_delta is not None]
+    if biased:
+        raise AdapterError(
+            f"{path.name}: {len(biased)} of {len(modules)} modules change a bias, first {'.'.join(biased[0])}, which "
+            "this grammar cannot hold. Write them for diffusers or peft, or bake them into a checkpoint."
+        )
     alpha, modules = one_alpha({target: module.plain() for target, module in modules.items()})
     tensors: dict[str, Tensor] = {}
     for (part, module_path), module in modules.items():
@@ -48,7 +59,7 @@ def write_lora(
         convolution = module.down.ndim == 4
         up = module.up.reshape(*module.up.shape[:2], *(1, 1)) if convolution else module.up.flatten(1)
         for half, value in (("lora_down", module.down), ("lora_up", up)):
-            tensors[f"{name}.{half}.weight"] = _cast(value, dtype, f"{name}.{half}", path)
+            tensors[f"{name}.{half}.weight"] = cast(value, dtype, f"{name}.{half}", path)
         # fp32 whatever the dtype: a half would round sqrt(rank) and the like.
         tensors[f"{name}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
     ranks = sorted({module.rank for module in modules.values()})
@@ -56,17 +67,12 @@ def write_lora(
         "ss_network_module": "networks.lora",
         "ss_network_args": "{}",
         **(metadata or {}),
+        KEY: fingerprint(modules),  # of what was handed in, not of what `dtype` makes of it
         "ss_network_dim": str(ranks[0]) if len(ranks) == 1 else "Dynamic",
         "ss_network_alpha": f"{alpha:g}" if float(f"{alpha:g}") == alpha else repr(alpha),
     }
     described.update(hashes(tensors, described))
-    size = sum(len(key.encode()) + len(value.encode()) for key, value in described.items())
-    if size > METADATA_LIMIT:
-        largest = max(described, key=lambda key: len(described[key]))
-        raise FileError(
-            f"{path.name}: the metadata takes {size:,} bytes, at most {METADATA_LIMIT:,} are written; "
-            f"shorten {largest}."
-        )
+    check_metadata(described, path)
     return write_tensors(path, tensors, described)
 
 
@@ -86,7 +92,19 @@ def one_alpha(modules: Mapping[Target, LoraModule]) -> tuple[float, dict[Target,
     return alpha, folded
 
 
-def _cast(value: Tensor, dtype: torch.dtype, name: str, path: Path) -> Tensor:
+def check_metadata(described: Mapping[str, str], path: Path) -> None:
+    """Raise FileError for more metadata than the pages that show models fetch."""
+    size = sum(len(key.encode()) + len(value.encode()) for key, value in described.items())
+    if size > METADATA_LIMIT:
+        largest = max(described, key=lambda key: len(described[key]))
+        raise FileError(
+            f"{path.name}: the metadata takes {size:,} bytes, at most {METADATA_LIMIT:,} are written; "
+            f"shorten {largest}."
+        )
+
+
+def cast(value: Tensor, dtype: torch.dtype, name: str, path: Path) -> Tensor:
+    """A copy of the value in `dtype` on the CPU. Raises FileError, naming it, for one that is not finite there."""
     if not is_finite(value):
         raise FileError(
             f"{path.name}: {name} holds NaN or Inf, so the file was not written. "

@@ -1,0 +1,128 @@
+"""An adapter in another tool's grammar."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from cyclopts import Parameter
+
+from sfumato.cli import run
+from sfumato.compose.adapter import Adapter
+from sfumato.config import parse, to_dict
+from sfumato.errors import AdapterError, ConfigError
+
+if TYPE_CHECKING:
+    from sfumato.merging.merge import Source
+
+
+@dataclass(frozen=True)
+class Config:
+    """Write an adapter, from any tool, in the grammar that another one reads.
+
+    Example: sfumato convert from-peft/ --to kohya -o line.safetensors
+    """
+
+    file: Path
+    """A .safetensors file of any tool's, or a folder of peft's."""
+    _: KW_ONLY
+    output: Annotated[Path, Parameter(alias="-o")]
+    """The .safetensors file to write; with --to peft, a folder."""
+    to: Literal["kohya", "diffusers", "peft"] = "kohya"
+    """kohya: read by diffusers, ComfyUI, A1111/Forge, InvokeAI and sd-scripts; the others by diffusers or peft only."""
+    bake: Literal["lora", "diff"] | None = None
+    """Kinds that are no LoRA, written as one (within --rank or --keep-energy, error told) or as full differences."""
+    rank: int | None = None
+    """With --bake lora: at most so many directions a module."""
+    keep_energy: float | None = None
+    """With --bake lora: as many directions as hold this share of each delta's squared norm, such as 0.99."""
+    base: str | None = None
+    """With --bake: the base that the adapter was made for; the deltas of most kinds are taken on it."""
+    dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """Of the written file."""
+    family: Literal["pocket", "sd1", "sd2", "sdxl"] | None = None
+    """Where neither shapes nor metadata of the file tell it."""
+    partial: bool = False
+    """Take what is understood of a file of which a part is not."""
+    overwrite: bool = False
+    """Replace a file that exists."""
+
+
+def convert(config: Config) -> Path:
+    """Write the adapter as the config says; returns the written file or folder."""
+    if config.output.exists() and not config.overwrite:
+        raise ConfigError(f"--output {config.output}: exists already; name another place, or say --overwrite.")
+    if (config.output.suffix == ".safetensors") != (config.to != "peft"):
+        raise ConfigError(
+            f"--output {config.output}: wanted a {'folder' if config.to == 'peft' else '.safetensors file'}."
+        )
+    if config.bake is None and (config.rank, config.keep_energy) != (None, None):
+        raise ConfigError("--rank and --keep-energy belong to --bake lora; `sfumato resize` makes a LoRA smaller.")
+
+    from sfumato.files.write import DTYPES
+    from sfumato.merging.convert import as_lora, write
+    from sfumato.merging.factors import Budget
+    from sfumato.merging.lineage import common_family
+    from sfumato.merging.sources import read_source
+    from sfumato.merging.stored import stored
+
+    source, parent = read_source(Adapter(config.file), partial=config.partial)
+    family = config.family or common_family([parent])
+    metadata = dict(parent.metadata) | {"sfumato.converted": str(to_dict(config, public=True)["to"])}
+    metadata.pop("lora_adapter_metadata", None)  # of the modules as they were scaled
+    if not any(key.startswith(("ss_", "modelspec.")) for key in metadata):
+        from sfumato.files.metadata import Description, describe
+
+        metadata = describe(Description(config.output.stem, family)) | metadata
+    if config.bake == "diff":
+        return _differences(config, source, family, metadata)
+    others = {change.kind for change in source.changes.values() if change.low_rank() is None}
+    if others and config.bake is None:
+        raise AdapterError(
+            f"{config.file.name}: holds {', '.join(sorted(others))}, which {_readers(config.to)} cannot all read. "
+            "Bake it: --bake lora --rank 32, or --bake diff, and --base."
+        )
+    base = None if config.base is None else stored(config.base).weight
+    budget = Budget(config.rank, config.keep_energy)
+    made = as_lora(source, budget, base)
+    write(config.to, config.output, made.modules, family=family, metadata=metadata, dtype=DTYPES[config.dtype])
+    exact = made.share > 1 - 1e-10
+    outcome = "exact" if exact else f"keeps {made.share:.2%} of the energy, relative error {made.error:.3g}"
+    print(f"{config.output.name}: {len(made.modules)} modules for {config.to}; {outcome}", file=sys.stderr)
+    return config.output
+
+
+def _readers(to: str) -> str:
+    return {"kohya": "the readers of kohya's names", "diffusers": "diffusers", "peft": "peft"}[to]
+
+
+def _differences(config: Config, source: Source, family: str, metadata: Mapping[str, str]) -> Path:
+    from sfumato.files.write import DTYPES
+    from sfumato.files.write_difference import write_difference
+    from sfumato.merging.convert import as_difference
+    from sfumato.merging.stored import stored
+
+    if config.to != "kohya" or config.base is None:
+        raise ConfigError("--bake diff wants --base, the weights that differ, and --to kohya: nobody else reads it.")
+    deltas = as_difference(source, stored(config.base).weight)
+    write_difference(config.output, deltas, family=family, metadata=metadata, dtype=DTYPES[config.dtype])
+    size = config.output.stat().st_size / 1e6
+    print(
+        f"{config.output.name}: {len(deltas)} full differences, {size:.1f} MB, exact; read by ComfyUI, A1111/Forge and "
+        "InvokeAI",
+        file=sys.stderr,
+    )
+    return config.output
+
+
+def main(argv: Sequence[str]) -> int:
+    """Convert as the arguments say; 0 if the file was written."""
+    print(convert(parse(Config, argv, program="convert")))
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

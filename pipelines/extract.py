@@ -1,0 +1,106 @@
+"""An adapter out of a fine-tuned model and its base."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import Parameter
+
+from sfumato.cli import run
+from sfumato.config import parse, to_dict
+from sfumato.errors import AdapterError, ConfigError
+
+if TYPE_CHECKING:
+    from sfumato.files.changes import LoraModule
+    from sfumato.files.kohya import Target
+    from sfumato.merging.stored import Stored
+
+
+@dataclass(frozen=True)
+class Config:
+    """Take what a fine-tuned model differs from its base by, and write it as a LoRA; the kept energy is told.
+
+    Example: sfumato extract tuned.safetensors --base base.safetensors --rank 32 -o tuned-lora.safetensors
+    """
+
+    tuned: str
+    """The fine-tuned model: a diffusers folder, a hub id or a .safetensors checkpoint."""
+    _: KW_ONLY
+    base: str
+    """What it was trained from, in either form."""
+    output: Annotated[Path, Parameter(alias="-o")]
+    """The .safetensors file to write."""
+    rank: int | None = None
+    """At most so many directions a module."""
+    keep_energy: float | None = None
+    """As many directions as hold this share of each delta's squared norm, such as 0.99."""
+    parts: tuple[Literal["unet", "text_encoder", "text_encoder_2"], ...] = ()
+    """Which parts; all that differ if unset. Repeat."""
+    dtype: Literal["fp32", "fp16", "bf16"] = "fp16"
+    """Of the written file."""
+    trigger: tuple[str, ...] = ()
+    """Words that call up what the model learned. Repeat."""
+    overwrite: bool = False
+    """Replace a file that exists."""
+
+
+def extract_file(config: Config) -> Path:
+    """Write the adapter; returns its file."""
+    if config.rank is None and config.keep_energy is None:
+        raise ConfigError("say how much to keep: --rank 32 or --keep-energy 0.99.")
+    if config.output.suffix != ".safetensors":
+        raise ConfigError(f"--output {config.output}: wanted a .safetensors file.")
+    if config.output.exists() and not config.overwrite:
+        raise ConfigError(f"--output {config.output}: exists already; name another place, or say --overwrite.")
+
+    from sfumato.files.metadata import Description, describe
+    from sfumato.files.write import DTYPES, write_lora
+    from sfumato.merging.extract import extract
+    from sfumato.merging.factors import Budget
+    from sfumato.merging.stored import stored
+
+    tuned, base = stored(config.tuned), stored(config.base)
+    if tuned.family != base.family or tuned.places.keys() != base.places.keys():
+        raise AdapterError(
+            f"{tuned.name} is {tuned.family.title}, {base.name} is {base.family.title}, and their weights are not the "
+            "same ones. Name the base that it was trained from."
+        )
+    found, kept = extract(_pairs(tuned, base, config.parts), Budget(config.rank, config.keep_energy))
+    modules: dict[Target, LoraModule] = {}
+    for name, module in found.items():
+        part, _, path = name.partition("/")
+        modules[part, path] = module
+    description = Description(
+        title=config.output.stem,
+        family=base.family.name,
+        base=base.name,
+        trigger=config.trigger,
+        config=to_dict(config, public=True),
+        extra={"sfumato.kept_energy": f"{kept.share:.6f}"},
+    )
+    write_lora(
+        config.output, modules, family=base.family.name, metadata=describe(description), dtype=DTYPES[config.dtype]
+    )
+    size = config.output.stat().st_size / 1e6
+    print(f"{config.output.name}: {len(modules)} modules, {size:.2f} MB; {kept}", file=sys.stderr)
+    return config.output
+
+
+def _pairs(tuned: Stored, base: Stored, parts: Sequence[str]) -> Iterator[tuple[str, Any, Any]]:
+    for parameter in base.places:
+        if not parts or parameter[0] in parts:
+            yield "/".join(parameter), base.read(parameter), tuned.read(parameter)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Extract as the arguments say; 0 if the file was written."""
+    print(extract_file(parse(Config, argv, program="extract")))
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,153 @@
+"""Merge adapters into one file, or into a checkpoint."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from cyclopts import Parameter
+
+from sfumato.cli import run
+from sfumato.config import parse, to_dict
+from sfumato.errors import ConfigError
+from sfumato.specs import parse_adapters
+
+if TYPE_CHECKING:
+    from sfumato.merging.lineage import Parent
+    from sfumato.merging.merge import Source
+
+
+@dataclass(frozen=True)
+class Config:
+    """Merge adapters into one file, exactly or within a rank, by any of the known methods; or into a checkpoint.
+
+    Example: sfumato merge line.safetensors:0.8 otter.safetensors:0.6 -o mix.safetensors
+    """
+
+    adapters: tuple[str, ...] = ()
+    """FILE:0.8, an adapter and its weight; FILE:0.8:0.4 for U-Net and text encoders; LABEL=FILE:0.8."""
+    _: KW_ONLY
+    output: Annotated[Path, Parameter(alias="-o")] = Path("mix.safetensors")
+    """The .safetensors file to write; with --into a diffusers folder, a folder."""
+    method: Literal["linear", "ties", "dare", "dare-ties", "magnitude", "knots", "core-space", "np-lora"] = "linear"
+    """linear is the weighted sum, exactly what mixing at drawing time gives; the others are told in the guide."""
+    rank: int | None = None
+    """At most so many directions a module; unset, ranks add up and nothing is lost where nothing must be."""
+    keep_energy: float | None = None
+    """Keep as many directions as hold this share of each delta's squared norm, such as 0.99."""
+    density: float = 0.5
+    """Share of the entries that ties, dare, dare-ties and magnitude keep."""
+    inside: Literal["linear", "ties", "dare", "dare-ties", "magnitude"] = "ties"
+    """What knots and core-space do in the joint basis."""
+    null_energy: float = 0.99
+    """np-lora: share of each earlier adapter's energy whose directions later ones give up; the first is the style."""
+    null_strength: float | None = None
+    """np-lora: how strongly they give them up (mu of the soft form); unset, wholly."""
+    seed: int = 0
+    """Where dare's draws come from."""
+    blocks: tuple[str, ...] = ()
+    """Modules to take: up, down.1, mid, attn2, te, !up.0, ..., comma-separated; LABEL=... for one adapter. Repeat."""
+    base: str | None = None
+    """The base that DoRA, OFT and other kinds without a low-rank form take their delta on."""
+    into: str | None = None
+    """Bake the weighted sum into this checkpoint or diffusers folder and write the result to --output."""
+    dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """Of the written file; fp16 halves it at a relative error of 0.0003."""
+    title: str = ""
+    """The file's title in its metadata; its name if unset."""
+    family: Literal["pocket", "sd1", "sd2", "sdxl"] | None = None
+    """Where neither shapes nor metadata of the files tell it."""
+    partial: bool = False
+    """Take what is understood of a file of which a part is not."""
+    overwrite: bool = False
+    """Replace a file that exists."""
+
+
+def merge_files(config: Config) -> Path:
+    """Merge what the config names; returns the written file or folder."""
+    if not config.adapters:
+        raise ConfigError("there is no adapter; wanted such as: sfumato merge a.safetensors:0.8 b.safetensors:0.6.")
+    if config.output.exists() and not config.overwrite:
+        raise ConfigError(f"--output {config.output}: exists already; name another place, or say --overwrite.")
+    adapters = parse_adapters(config.adapters)
+
+    from sfumato.merging.sources import choose_blocks, read_sources
+
+    sources, parents = read_sources(adapters, partial=config.partial)
+    sources = choose_blocks(sources, config.blocks)
+    if config.into is not None:
+        return _bake(config, sources, parents)
+    return _merge(config, sources, parents)
+
+
+def _merge(config: Config, sources: Sequence[Source], parents: Sequence[Parent]) -> Path:
+    from sfumato.files.write import DTYPES, write_lora
+    from sfumato.merging.factors import Budget
+    from sfumato.merging.lineage import common_family, inherit
+    from sfumato.merging.merge import merge
+    from sfumato.merging.methods import Settings
+    from sfumato.merging.stored import stored
+
+    if config.output.suffix != ".safetensors":
+        raise ConfigError(f"--output {config.output}: wanted a .safetensors file.")
+    family = config.family or common_family(parents)
+    merged = merge(
+        sources,
+        method=config.method,
+        settings=Settings(config.density, config.inside, config.null_energy, config.null_strength),
+        budget=Budget(config.rank, config.keep_energy),
+        seed=config.seed,
+        base=None if config.base is None else stored(config.base).weight,
+    )
+    exact = merged.share > 1 - 1e-10
+    metadata = inherit(
+        parents,
+        title=config.title or config.output.stem,
+        family=family,
+        config=to_dict(config, public=True),
+        extra={} if exact else {"sfumato.kept_energy": f"{merged.share:.6f}"},
+    )
+    write_lora(config.output, merged.modules, family=family, metadata=metadata, dtype=DTYPES[config.dtype])
+    ranks = sorted({module.rank for module in merged.modules.values()})
+    print(
+        f"{config.output.name}: {len(merged.modules)} modules of rank {ranks[0]}"
+        + (f" to {ranks[-1]}" if len(ranks) > 1 else "")
+        + f", {config.output.stat().st_size / 1e6:.2f} MB; "
+        + ("exact" if exact else f"keeps {merged.share:.2%} of the energy, relative error {merged.error:.3g}"),
+        file=sys.stderr,
+    )
+    return config.output
+
+
+def _bake(config: Config, sources: Sequence[Source], parents: Sequence[Parent]) -> Path:
+    from sfumato.merging.bake import bake
+    from sfumato.merging.lineage import baked, common_family
+    from sfumato.merging.stored import stored
+
+    assert config.into is not None
+    if config.method != "linear" or config.rank is not None or config.keep_energy is not None:
+        raise ConfigError(
+            "--into bakes the weighted sum, whole: leave out --method, --rank and --keep-energy, or merge to a file "
+            "first and bake that."
+        )
+    base = stored(config.into)
+    family = config.family or common_family(parents, default=base.family.name)
+    if family != base.family.name:
+        raise ConfigError(f"--into {base.name}: is {base.family.title}, the adapters are for {family}.")
+    metadata = baked(parents, title=config.title or config.output.stem, config=to_dict(config, public=True))
+    bake(base, sources, config.output, metadata)
+    print(f"{config.output.name}: {base.name} with {len(parents)} adapters baked in", file=sys.stderr)
+    return config.output
+
+
+def main(argv: Sequence[str]) -> int:
+    """Merge as the arguments say; 0 if the file was written."""
+    print(merge_files(parse(Config, argv, program="merge")))
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

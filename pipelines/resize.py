@@ -1,0 +1,91 @@
+"""A LoRA of another rank."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from sfumato.cli import run
+from sfumato.compose.adapter import Adapter
+from sfumato.config import parse, to_dict
+from sfumato.errors import AdapterError, ConfigError
+
+
+@dataclass(frozen=True)
+class Config:
+    """Make a LoRA smaller: of each module the leading directions, by the SVD of its factors.
+
+    Example: sfumato resize line.safetensors --keep-energy 0.99 -o small.safetensors
+    """
+
+    file: Path
+    """The LoRA: a .safetensors file of any tool's, or a folder of peft's."""
+    _: KW_ONLY
+    output: Annotated[Path, Parameter(alias="-o")]
+    """The .safetensors file to write."""
+    rank: int | None = None
+    """At most so many directions a module."""
+    keep_energy: float | None = None
+    """As many directions as hold this share of each delta's squared norm, such as 0.99."""
+    dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """Of the written file."""
+    family: Literal["pocket", "sd1", "sd2", "sdxl"] | None = None
+    """Where neither shapes nor metadata of the file tell it."""
+    overwrite: bool = False
+    """Replace a file that exists."""
+
+
+def resize_file(config: Config) -> Path:
+    """Write the smaller LoRA; returns its file."""
+    if config.rank is None and config.keep_energy is None:
+        raise ConfigError("say how much to keep: --rank 8 or --keep-energy 0.99.")
+    if config.output.suffix != ".safetensors":
+        raise ConfigError(f"--output {config.output}: wanted a .safetensors file.")
+    if config.output.exists() and not config.overwrite:
+        raise ConfigError(f"--output {config.output}: exists already; name another place, or say --overwrite.")
+
+    from sfumato.files.write import DTYPES, write_lora
+    from sfumato.merging.extract import resize
+    from sfumato.merging.factors import Budget
+    from sfumato.merging.lineage import common_family, inherit
+    from sfumato.merging.sources import read_source
+
+    source, parent = read_source(Adapter(config.file))
+    modules = {target: low for target, change in source.changes.items() if (low := change.low_rank()) is not None}
+    if len(modules) < len(source.changes):
+        raise AdapterError(
+            f"{config.file.name}: {len(source.changes) - len(modules)} of {len(source.changes)} modules are no LoRA. "
+            "Make it one first: sfumato convert --bake lora."
+        )
+    smaller, share = resize(modules, Budget(config.rank, config.keep_energy))
+    family = config.family or common_family([parent])
+    metadata = inherit(
+        [parent],
+        title=config.output.stem,
+        family=family,
+        config=to_dict(config, public=True),
+        extra={"sfumato.kept_energy": f"{share:.6f}"},
+    )
+    write_lora(config.output, smaller, family=family, metadata=metadata, dtype=DTYPES[config.dtype])
+    before, after = (sum(module.rank for module in these.values()) for these in (modules, smaller))
+    print(
+        f"{config.output.name}: mean rank {before / len(modules):.1f} -> {after / len(smaller):.1f}, "
+        f"{config.output.stat().st_size / 1e6:.2f} MB; keeps {share:.2%} of the energy",
+        file=sys.stderr,
+    )
+    return config.output
+
+
+def main(argv: Sequence[str]) -> int:
+    """Resize as the arguments say; 0 if the file was written."""
+    print(resize_file(parse(Config, argv, program="resize")))
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

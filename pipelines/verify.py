@@ -1,0 +1,114 @@
+"""Whether a file is whole, is what it says it is, and is the same adapter as another."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sfumato.cli import run
+from sfumato.config import parse
+from sfumato.errors import ConfigError, FileError
+
+if TYPE_CHECKING:
+    from sfumato.files.fingerprint import Row
+
+
+@dataclass(frozen=True)
+class Config:
+    """Check an adapter: every key and value, the hashes that it states, and that its deltas are the trained ones.
+
+    Exits with 0 if all holds, 1 if something differs, 2 if it cannot be read.
+    Example: sfumato verify line-fp16.safetensors --against line.safetensors
+    """
+
+    file: Path
+    """The adapter: a .safetensors file of any tool's, or a folder of peft's."""
+    against: Path | None = None
+    """Another adapter, in any dialect and dtype, that has to be the same; unset, the file's fingerprint is checked."""
+    base: str | None = None
+    """The base on which kinds without a low-rank form are compared."""
+    tolerance: float = 0.01
+    """Relative error over all modules that still counts as rounding; bf16 makes 0.0025, fp16 0.0003."""
+    json: bool = False
+    """Print JSON."""
+
+
+def verify(config: Config) -> tuple[bool, dict[str, object]]:
+    """(whether all holds, figures and a `reason`, one line). Raises FileError or AdapterError for unreadable ones."""
+    if not config.tolerance > 0:
+        raise ConfigError(f"--tolerance {config.tolerance:g}: wanted above 0.")
+
+    from sfumato.files.adapter_file import read_adapter
+    from sfumato.files.fingerprint import KEY, check_rows, compare
+
+    file = read_adapter(config.file)  # which checks header, keys, halves and finiteness
+    found: dict[str, object] = {"file": config.file.name, "modules": len(file.changes), "kinds": file.kinds}
+    broken = _broken_hash(config.file)
+    if broken:
+        return False, found | {"reason": broken}
+    if config.against is not None:
+        ours, theirs = (_rows(path, config.base) for path in (config.file, config.against))
+        comparison = compare(theirs, ours)
+        where = f"against {config.against.name}"
+    elif KEY in file.metadata:
+        try:
+            comparison = check_rows(file.metadata[KEY], _rows(config.file, config.base), config.file.name)
+        except FileError as error:
+            return False, found | {"reason": str(error)}
+        where = "against its own fingerprint"
+    else:
+        return True, found | {"reason": "whole and finite; it states no fingerprint, so nothing more can be told"}
+    same = comparison.same(config.tolerance)
+    reason = f"{'the same' if same else 'differs'} {where}: {comparison.reason(config.tolerance)}"
+    return same, found | asdict(comparison) | {"reason": reason}
+
+
+def _broken_hash(path: Path) -> str | None:
+    """What is wrong with the sha256 that the file states of its bytes; None for a folder, and where it states none."""
+    from sfumato.files.header import read_header
+    from sfumato.files.metadata import data_sha256
+
+    if path.is_dir():
+        return None
+    header = read_header(path)
+    stated = header.metadata.get("sshs_model_hash") or header.metadata.get("modelspec.hash_sha256", "")
+    stated = stated.removeprefix("0x")
+    if stated and stated != (real := data_sha256(header)):
+        return f"its bytes have the sha256 {real[:12]}, it states {stated[:12]}: they were changed after it was written"
+    return None
+
+
+def _rows(path: Path, base: str | None) -> dict[str, Row]:
+    from sfumato.compose.adapter import Adapter
+    from sfumato.files.fingerprint import rows
+    from sfumato.merging.merge import dense_delta
+    from sfumato.merging.sources import read_source
+    from sfumato.merging.stored import stored
+
+    source, _ = read_source(Adapter(path), partial=True)
+    weights = None if base is None else stored(base).weight
+    return rows(
+        {
+            target: dense_delta(change, target, source.name, weights) if (low := change.low_rank()) is None else low
+            for target, change in source.changes.items()
+        }
+    )
+
+
+def main(argv: Sequence[str]) -> int:
+    """Check as the arguments say; 0 if all holds, 1 if something differs."""
+    config = parse(Config, argv, program="verify")
+    holds, found = verify(config)
+    if config.json:
+        print(json.dumps(found, indent=2))
+    else:
+        print(f"{config.file.name}: {found['reason']}", file=sys.stdout if holds else sys.stderr)
+    return 0 if holds else 1
+
+
+if __name__ == "__main__":
+    run(main)

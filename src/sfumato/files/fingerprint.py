@@ -1,0 +1,150 @@
+"""What an adapter does to the weights, in a few numbers a module: whether two files are the same adapter.
+
+A hash is of bytes and changes with every dtype and dialect. A fingerprint is of the deltas: for each module its norm
+and y' delta x for a few random x and y that depend on nothing but the module's name. Of an error E of the delta the
+probes see y' E x, whose mean square is the squared norm of E; so what rounding does to a delta, and what another delta
+is, can be told apart from a few kilobytes in the metadata.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sfumato import randomness
+from sfumato.errors import FileError
+from sfumato.files.changes import LoraModule
+from sfumato.files.kohya import Target
+
+KEY = "sfumato.fingerprint"
+"""Where it stands in a file's metadata."""
+PROBES = 3
+TOLERANCE = 0.01
+"""Root mean square of the relative errors of all modules; saving in bf16, the coarsest dtype in use, makes 0.0025."""
+WORST = 10
+"""A single module may be off by so many tolerances: of 1,000 modules some probe sees several times its mean."""
+_VERSION = "1"
+_NEGLIGIBLE = 1e-3
+"""Modules far below the mean norm are compared with this share of it: a half's rounding is all of them."""
+
+Row = tuple[float, ...]
+"""(norm, probe, probe, probe) of one module."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How far two adapters are apart. rms: of the modules' relative errors; worst: the largest, and its module.
+
+    missing, extra: modules that only the first, only the second has.
+    """
+
+    rms: float
+    worst: float
+    module: str
+    missing: tuple[str, ...] = ()
+    extra: tuple[str, ...] = ()
+
+    def same(self, tolerance: float = TOLERANCE) -> bool:
+        """Whether it is one adapter, but for rounding."""
+        return not self.missing and not self.extra and self.rms <= tolerance and self.worst <= WORST * tolerance
+
+    def reason(self, tolerance: float = TOLERANCE) -> str:
+        """One line on the difference, or on the lack of one."""
+        if self.missing or self.extra:
+            first = (self.missing or self.extra)[0]
+            return f"{len(self.missing)} modules are missing and {len(self.extra)} are new, first {first}"
+        figures = f"relative error {self.rms:.2g} over all modules, {self.worst:.2g} in {self.module}"
+        return f"{figures}; at most {tolerance:g} and {WORST * tolerance:g} are rounding"
+
+
+def module_name(target: Target) -> str:
+    """The module's name whichever transformers version spells it: `text_model.` is no part of it."""
+    part, path = target
+    return f"{part}.{path.removeprefix('text_model.')}"
+
+
+def rows(modules: Mapping[Target, LoraModule | Tensor]) -> dict[str, Row]:
+    """The numbers of each module by its name. A module is a LoRA, or a delta (out, in) or (out, in, h, w) itself."""
+    return {module_name(target): _row(module_name(target), module) for target, module in modules.items()}
+
+
+def _row(name: str, module: LoraModule | Tensor) -> Row:
+    if isinstance(module, LoraModule):
+        plain = module.plain()
+        up, down = plain.up.detach().double().cpu().flatten(1), plain.down.detach().double().cpu().flatten(1)
+        left, right = up * plain.scale, down
+        norm = math.sqrt(max(float(((left.T @ left) * (right @ right.T)).sum()), 0.0))
+    else:
+        left = module.detach().double().cpu().reshape(module.shape[0], -1)
+        right = torch.eye(0)
+        norm = float(left.norm())
+    columns = left.shape[1] if isinstance(module, Tensor) else right.shape[1]
+    draws = randomness.generator(0, f"fingerprint/{name}")
+    ys = torch.randn(PROBES, left.shape[0], generator=draws).double()
+    xs = torch.randn(PROBES, columns, generator=draws).double()
+    seen = xs if isinstance(module, Tensor) else xs @ right.T
+    return (norm, *((ys @ left) * seen).sum(1).tolist())
+
+
+def fingerprint(modules: Mapping[Target, LoraModule | Tensor]) -> str:
+    """The text for the metadata: 16 bytes a module, in the order of the names, and a digest of the names."""
+    found = rows(modules)
+    names = sorted(found)
+    values = np.array([found[name] for name in names], "<f4")
+    return f"{_VERSION}:{_digest(names)}:{base64.b64encode(values.tobytes()).decode()}"
+
+
+def _digest(names: list[str]) -> str:
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
+
+
+def check(stated: str, modules: Mapping[Target, LoraModule | Tensor], file: str) -> Comparison:
+    """The modules beside the fingerprint that a file states.
+
+    Raises FileError for a fingerprint that is not readable, or is one of other modules.
+    """
+    return check_rows(stated, rows(modules), file)
+
+
+def check_rows(stated: str, found: Mapping[str, Row], file: str) -> Comparison:
+    """The same for what `rows` gave."""
+    names = sorted(found)
+    version, _, rest = stated.partition(":")
+    digest, _, text = rest.partition(":")
+    try:
+        values = np.frombuffer(base64.b64decode(text, validate=True), "<f4").reshape(-1, 1 + PROBES)
+    except ValueError:
+        values = np.empty((0, 1 + PROBES), "<f4")
+    if version != _VERSION or not len(values) or not np.isfinite(values).all():
+        raise FileError(f"{file}: its fingerprint is not readable by this version; compare with --against the source.")
+    if digest != _digest(names):
+        raise FileError(
+            f"{file}: its fingerprint is of {len(values)} modules, the file has {len(names)}, not the same ones. "
+            "Modules were added or taken out after it was written."
+        )
+    return compare(dict(zip(names, (tuple(map(float, row)) for row in values), strict=True)), found)
+
+
+def compare(first: Mapping[str, Row], second: Mapping[str, Row]) -> Comparison:
+    """How far the second adapter is from the first; both as `rows` gives them."""
+    missing, extra = sorted(first.keys() - second.keys()), sorted(second.keys() - first.keys())
+    shared = sorted(first.keys() & second.keys())
+    if not shared:
+        return Comparison(math.inf, math.inf, "", tuple(missing), tuple(extra))
+    floor = _NEGLIGIBLE * math.sqrt(sum(first[name][0] ** 2 for name in shared) / len(shared))
+    squares = {}
+    for name in shared:
+        scale = max(first[name][0], second[name][0], floor)
+        apart = sum((a - b) ** 2 for a, b in zip(first[name][1:], second[name][1:], strict=True)) / PROBES
+        norms = (first[name][0] - second[name][0]) ** 2
+        squares[name] = max(apart, norms) / scale**2 if scale > 0 else 0.0
+    worst = max(shared, key=lambda name: squares[name])
+    rms = math.sqrt(sum(squares.values()) / len(squares))
+    return Comparison(rms, math.sqrt(squares[worst]), worst, tuple(missing), tuple(extra))

@@ -1,0 +1,87 @@
+"""Textual inversions in the two forms that other tools read: one key, named as the word, or SDXL's two encoders."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sfumato.errors import AdapterError, FileError
+from sfumato.files.header import read_header
+from sfumato.files.metadata import METADATA_LIMIT
+from sfumato.files.read import is_finite, read_tensors
+from sfumato.files.save import hashes, write_tensors
+
+SDXL_KEYS: Mapping[str, str] = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
+
+
+def write_embedding(
+    path: Path,
+    token: str,
+    vectors: Mapping[str, Tensor],
+    *,
+    metadata: Mapping[str, str] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
+    """Write one word's vectors; whole or not at all, and equal bytes for equal content.
+
+    vectors: "text_encoder" and, for SDXL, "text_encoder_2" -> (vectors, width). With one encoder the file has one key,
+    the token, which diffusers' `load_textual_inversion`, A1111, ComfyUI and InvokeAI read alike; with two it has clip_l
+    and clip_g, as all but diffusers read them, and the token in its metadata.
+    metadata: as `sfumato.files.describe` returns; what it says of a LoRA is put right here. dtype: fp32 is exact, and a
+    vector takes 3 KiB.
+    Raises AdapterError for vectors that are none, FileError for values the file cannot hold.
+    """
+    widths = {part: list(rows.shape) for part, rows in vectors.items()}
+    fitting = {len(rows) for rows in vectors.values()}
+    if not vectors or len(fitting) != 1 or any(rows.ndim != 2 for rows in vectors.values()):
+        raise AdapterError(f"{path.name}: {token} has {widths}; wanted (vectors, width), as many for each encoder.")
+    if vectors.keys() - SDXL_KEYS.keys() or "text_encoder" not in vectors:
+        raise AdapterError(f"{path.name}: vectors for {', '.join(vectors)}; wanted text_encoder, or both of SDXL's.")
+    names = {"text_encoder": token} if len(vectors) == 1 else SDXL_KEYS
+    tensors = {names[part]: _cast(rows, dtype, path) for part, rows in vectors.items()}
+    described = {
+        **_of_an_embedding(metadata or {}),
+        "sfumato.token": token,
+        "sfumato.vectors": str(fitting.pop()),
+    }
+    described.update(hashes(tensors, described))
+    size = sum(len(key.encode()) + len(value.encode()) for key, value in described.items())
+    if size > METADATA_LIMIT:
+        raise FileError(f"{path.name}: the metadata takes {size:,} bytes, at most {METADATA_LIMIT:,} are written.")
+    return write_tensors(path, tensors, described)
+
+
+def add_words(path: Path, words: Mapping[str, Mapping[str, Tensor]], *, dtype: torch.dtype = torch.float32) -> Path:
+    """Put new words into the adapter's file at `path`, under the names that A1111 and ComfyUI read; it is replaced.
+
+    words: by token, as `write_embedding` takes them. diffusers refuses an adapter's file with words in it.
+    Raises AdapterError for a token with a dot in it, which these names cannot hold.
+    """
+    header = read_header(path)
+    tensors = dict(read_tensors(path, header=header))
+    for token, parts in words.items():
+        if "." in token:
+            raise AdapterError(
+                f"{path.name}: {token} has a dot, with which it cannot be bundled. Write it into its own file."
+            )
+        names = {"text_encoder": "string_to_param.*"} if len(parts) == 1 else SDXL_KEYS
+        tensors |= {f"bundle_emb.{token}.{names[part]}": _cast(rows, dtype, path) for part, rows in parts.items()}
+    return write_tensors(path, tensors, {**header.metadata, **hashes(tensors, header.metadata)})
+
+
+def _of_an_embedding(metadata: Mapping[str, str]) -> dict[str, str]:
+    """The metadata without what holds of a LoRA alone."""
+    kept = {key: value for key, value in metadata.items() if not key.startswith("ss_network_")}
+    if "modelspec.architecture" in kept:
+        kept["modelspec.architecture"] = kept["modelspec.architecture"].replace("/lora", "/textual-inversion")
+    return kept
+
+
+def _cast(rows: Tensor, dtype: torch.dtype, path: Path) -> Tensor:
+    cast = rows.detach().to("cpu", dtype, copy=True).contiguous()
+    if not is_finite(cast):
+        raise FileError(f"{path.name}: vectors hold NaN or Inf, so the file was not written. Use an earlier save.")
+    return cast

@@ -1,0 +1,147 @@
+"""LoRA files in the spelling of diffusers and of peft, which these two read and hardly anybody else does.
+
+Both scale a module by alpha / rank with alpha equal to rank where nothing else is said; so every other scale is folded
+into lora_B, and files of mixed ranks need nothing beside the tensors (in diffusers from 0.42.1 on).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sfumato.errors import AdapterError, FileError
+from sfumato.files.changes import LoraModule
+from sfumato.files.fingerprint import KEY, fingerprint
+from sfumato.files.kohya import Target, kohya_name
+from sfumato.files.peft_folder import CONFIG, MODEL
+from sfumato.files.save import hashes, write_tensors
+from sfumato.files.write import cast, check_metadata
+
+_CLASSES = {
+    "unet": ("UNet2DConditionModel", "diffusers.models.unets.unet_2d_condition"),
+    "text_encoder": ("CLIPTextModel", "transformers.models.clip.modeling_clip"),
+    "text_encoder_2": ("CLIPTextModelWithProjection", "transformers.models.clip.modeling_clip"),
+}
+
+
+def write_diffusers(
+    path: Path,
+    modules: Mapping[Target, LoraModule],
+    *,
+    family: str,
+    metadata: Mapping[str, str] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
+    """Write `modules` as `load_lora_weights` of diffusers saves them; as `write_lora` otherwise.
+
+    Biases are kept (`lora_B.bias`). ComfyUI loads none of the attention of such a file, A1111 and sd-scripts nothing.
+    """
+    _check(modules, path.name, family)
+    tensors = _tensors({_dotted(target): module for target, module in modules.items()}, dtype, path)
+    described = {**(metadata or {}), KEY: fingerprint(modules)}
+    for key in [key for key in described if key.startswith("ss_network_")]:
+        del described[key]  # kohya's, which this file is not
+    described.update(hashes(tensors, described))
+    check_metadata(described, path)
+    return write_tensors(path, tensors, described)
+
+
+def write_peft(
+    folder: Path,
+    modules: Mapping[Target, LoraModule],
+    *,
+    family: str,
+    metadata: Mapping[str, str] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
+    """Write `modules` as peft's folder, for `PeftModel.from_pretrained`; whole or not at all.
+
+    An adapter of one part is the folder itself, one of several a folder of one such a part: unet, text_encoder, ...
+    Module names are those of this transformers and diffusers. Raises FileError for a folder that exists.
+    """
+    _check(modules, folder.name, family)
+    if folder.exists():
+        raise FileError(f"{folder.name}: exists already, and folders are not written over. Name another one.")
+    parts, whole = list(dict.fromkeys(part for part, _ in modules)), fingerprint(modules)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    try:
+        for part in parts:
+            place = temporary / part if len(parts) > 1 else temporary
+            place.mkdir(parents=True)
+            own = {target: module for target, module in modules.items() if target[0] == part}
+            named = {f"base_model.model.{path}": module for (_, path), module in own.items()}
+            described = {**(metadata or {}), KEY: whole}
+            check_metadata(described, folder)
+            write_tensors(place / MODEL, _tensors(named, dtype, folder), described)
+            text = json.dumps(_config(part, own), indent=2, sort_keys=True) + "\n"
+            (place / CONFIG).write_text(text, encoding="utf-8")
+        os.replace(temporary, folder)
+    except OSError as error:
+        raise FileError(f"{folder.name}: the folder could not be written ({error.strerror}). Make room.") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def _check(modules: Mapping[Target, LoraModule], name: str, family: str) -> None:
+    if not modules:
+        raise AdapterError(f"{name}: there are no modules to write; the adapter is attached to nothing.")
+    for target in modules:
+        kohya_name(family, *target)  # refuses a part that the family lacks, and what is no module of its models
+
+
+def _dotted(target: Target) -> str:
+    part, path = target
+    inner = path.removeprefix("text_model.")
+    # Files have the level that CLIPTextModel lost in transformers 5.6, so that older ones read them too.
+    return f"{part}.{inner}" if part == "unet" or inner == "text_projection" else f"{part}.text_model.{inner}"
+
+
+def _tensors(named: Mapping[str, LoraModule], dtype: torch.dtype, path: Path) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for name, given in named.items():
+        module = given.plain()
+        up = module.up if module.scale == 1 else module.up.float() * module.scale
+        convolution = module.down.ndim == 4
+        tensors[f"{name}.lora_A.weight"] = cast(module.down, dtype, f"{name}.lora_A", path)
+        shaped = up.reshape(*up.shape[:2], 1, 1) if convolution else up.flatten(1)
+        tensors[f"{name}.lora_B.weight"] = cast(shaped, dtype, f"{name}.lora_B", path)
+        if module.bias_delta is not None:
+            tensors[f"{name}.lora_B.bias"] = cast(module.bias_delta, dtype, f"{name}.lora_B.bias", path)
+    biased = sum(name.endswith(".bias") for name in tensors)
+    if 0 < biased < len(named):  # peft and diffusers give every module of a config a bias, or none
+        for name, module in named.items():
+            tensors.setdefault(f"{name}.lora_B.bias", torch.zeros(module.up.shape[0], dtype=dtype))
+    return tensors
+
+
+def _config(part: str, modules: Mapping[Target, LoraModule]) -> dict[str, Any]:
+    """peft's config; patterns are anchored, because peft matches them on the ends of names."""
+    rank = Counter(module.rank for module in modules.values()).most_common(1)[0][0]
+    others = {f"^{path}": module.rank for (_, path), module in modules.items() if module.rank != rank}
+    class_name, library = _CLASSES[part]
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "auto_mapping": {"base_model_class": class_name, "parent_library": library},
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": others,
+        "alpha_pattern": others,
+        "target_modules": sorted(path for _, path in modules),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "lora_bias": any(module.bias_delta is not None for module in modules.values()),
+        "use_rslora": False,
+        "use_dora": False,
+    }

@@ -1,0 +1,17 @@
+"""Merging adapters into one: plain functions on deltas and on low-rank factors, and what they say of files.
+
+    factors       up down: concatenation, truncation through QR, factoring a dense delta
+    arithmetic    the weighted sum
+    sparse        magnitude pruning, DARE
+    sign          TIES, DARE-TIES
+    joint         KnOTS, core space: another method in the adapters' joint basis
+    projection    NP-LoRA: one adapter out of another's directions
+    methods       all of them by name, for one module
+    blocks        which modules a mix takes from which file
+    merge         whole adapters
+    bake          into a checkpoint or a diffusers folder
+    extract       an adapter out of two models; a smaller adapter out of a larger
+    overlap       what clashes, before anything is drawn
+
+Randomness is handed in as a generator. Importing this package loads no torch.
+"""

@@ -1,0 +1,159 @@
+"""Adapters into the weights of a checkpoint or a diffusers folder, written as a new one of the same form."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sfumato.compose.adapter import weight_at
+from sfumato.errors import AdapterError, FileError
+from sfumato.files.changes import Change
+from sfumato.files.header import read_header
+from sfumato.files.read import read_tensors
+from sfumato.files.save import hashes, write_tensors
+from sfumato.merging.merge import Source, refuse_scaled_bias
+from sfumato.merging.stored import Parameter, Stored
+
+KEPT_SUFFIXES = (".json", ".txt", ".model")
+"""What a new diffusers folder takes over beside the weights: configs and vocabularies."""
+
+
+def bake(base: Stored, sources: Sequence[Source], output: Path, metadata: Mapping[str, str] | None = None) -> Path:
+    """Write W + sum of w_i delta_i, every delta taken on the pristine W, each weight rounded once to its dtype.
+
+    output: a .safetensors file for a checkpoint, a folder that does not exist for a diffusers folder. Whole or not at
+    all. metadata: added to a checkpoint's own. Raises AdapterError for modules that the base lacks or that do not fit.
+    """
+    wanted = _by_parameter(base, sources)
+    if base.root.is_file():
+        return _write_file(base, wanted, output, metadata or {})
+    return _write_folder(base, wanted, output)
+
+
+Terms = dict[Parameter, list[tuple[float, Change, str]]]
+
+
+def _by_parameter(base: Stored, sources: Sequence[Source]) -> Terms:
+    found: Terms = {}
+    for source in sources:
+        lacking = [target for target in source.changes if base.parameter(target) is None]
+        if lacking:
+            raise AdapterError(
+                f"{source.name}: {len(lacking)} of {len(source.changes)} modules are not in {base.name}, first "
+                f"{'.'.join(lacking[0])}. Name the base it was trained on."
+            )
+        for target, change in source.changes.items():
+            weight = weight_at(source.weight, *target)
+            if weight == 0:
+                continue
+            refuse_scaled_bias(change, target, source.name)
+            for which in ("weight", "bias") if change.bias_delta is not None else ("weight",):
+                parameter = base.parameter(target, which)
+                if parameter is None:
+                    raise AdapterError(
+                        f"{source.name}: changes the bias of {'.'.join(target)}, which has none in {base.name}. "
+                        "Name the base it was trained on."
+                    )
+                found.setdefault(parameter, []).append((weight, change, source.name))
+    if not found:
+        raise AdapterError("nothing is left to bake: every adapter has the weight 0, or no block was chosen.")
+    return found
+
+
+def _changed(base: Stored, parameter: Parameter, terms: Iterable[tuple[float, Change, str]]) -> Tensor:
+    """The parameter with its changes, fp32."""
+    original = base.read(parameter).float()
+    total = original.clone()
+    for weight, change, name in terms:
+        if parameter[1].endswith(".bias"):
+            delta = change.bias_delta
+            assert delta is not None
+        else:
+            delta = change.delta(original)
+        if delta.numel() != original.numel() or delta.shape[:1] != original.shape[:1]:
+            raise AdapterError(
+                f"{name}: {'.'.join(parameter)} is {list(delta.shape)} in the adapter, {list(original.shape)} in "
+                f"{base.name}. Name the base it was trained on."
+            )
+        total += weight * delta.float().reshape(original.shape)
+    return total
+
+
+def _files(base: Stored, wanted: Terms) -> dict[Path, dict[str, list[Parameter]]]:
+    """Of each file the tensors that change, and the parameters that lie in each."""
+    found: dict[Path, dict[str, list[Parameter]]] = {}
+    for parameter in wanted:
+        place = base.places[parameter]
+        found.setdefault(place.file, {}).setdefault(place.tensor, []).append(parameter)
+    return found
+
+
+def _tensors(base: Stored, file: Path, wanted: Terms, changed: Mapping[str, Sequence[Parameter]]) -> dict[str, Tensor]:
+    """All tensors of a file, those of `changed` with their changes, in the file's dtypes."""
+    tensors = read_tensors(file)
+    for name, parameters in changed.items():
+        new = tensors[name].clone()
+        for parameter in parameters:
+            total = _changed(base, parameter, wanted[parameter])
+            if not bool((total.abs() <= torch.finfo(new.dtype).max).all()):
+                raise AdapterError(
+                    f"{'.'.join(parameter)} would overflow {str(new.dtype).removeprefix('torch.')}. "
+                    "Use smaller weights."
+                )
+            base.places[parameter].view(new).copy_(total)
+        tensors[name] = new
+    return tensors
+
+
+def _write_file(base: Stored, wanted: Terms, output: Path, metadata: Mapping[str, str]) -> Path:
+    if output.suffix != ".safetensors":
+        raise FileError(f"{output.name}: {base.name} is a single file; name a .safetensors file to write.")
+    if output.exists() and output.samefile(base.root):
+        raise FileError(f"{output.name}: this is the base itself, which is not written over. Name another file.")
+    tensors = _tensors(base, base.root, wanted, _files(base, wanted)[base.root])
+    described = {**read_header(base.root).metadata, **metadata}
+    described.update(hashes(tensors, described))
+    return write_tensors(output, tensors, described)
+
+
+def _write_folder(base: Stored, wanted: Terms, output: Path) -> Path:
+    if output.exists():
+        raise FileError(f"{output.name}: exists already, and folders are not written over. Name another one.")
+    if output.suffix == ".safetensors":
+        raise FileError(f"{output.name}: {base.name} is a diffusers folder; name a folder to write.")
+    temporary = output.with_name(f".{output.name}.{os.getpid()}.part")
+    touched = _files(base, wanted)
+    try:
+        for path in sorted(base.root.rglob("*")):
+            inside = path.relative_to(base.root)
+            if not path.is_file() or any(name.startswith(".") for name in inside.parts):
+                continue
+            target = temporary / inside
+            if path in touched:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                write_tensors(target, _tensors(base, path, wanted, touched[path]), read_header(path).metadata)
+            elif path.suffix in KEPT_SUFFIXES or _is_read(path, base):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, target)
+        os.replace(temporary, output)
+    except OSError as error:
+        raise FileError(f"{output.name}: the folder could not be written ({error.strerror}). Make room.") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return output
+
+
+def _is_read(path: Path, base: Stored) -> bool:
+    """Whether a weight file is one that a reader of the folder opens: not a variant beside the plain one, no pickle."""
+    if path.suffix != ".safetensors":
+        return False
+    if path.parent == base.root:
+        return False
+    from sfumato.bases.folder import weight_files
+
+    return path in weight_files(path.parent)

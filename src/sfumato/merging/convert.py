@@ -1,0 +1,70 @@
+"""One adapter into another grammar, or baked into a kind that the readers of that grammar know."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from sfumato.errors import AdapterError
+from sfumato.files.changes import LoraModule
+from sfumato.files.kohya import Target
+from sfumato.files.write import write_lora
+from sfumato.files.write_peft import write_diffusers, write_peft
+from sfumato.merging.factors import Budget, from_module
+from sfumato.merging.merge import Base, Merged, Source, merge, refuse_scaled_bias
+
+WRITERS: Mapping[str, Callable[..., Path]] = MappingProxyType(
+    {"kohya": write_lora, "diffusers": write_diffusers, "peft": write_peft}
+)
+
+
+def as_lora(source: Source, budget: Budget, base: Base | None, *, seed: int = 0) -> Merged:
+    """The adapter as LoRA modules: exact where it has that form; else its delta on the base within the budget.
+
+    Modules that have the form are not cut down to the budget. Raises AdapterError for a delta that needs a base or a
+    budget and has none, and for what a LoRA cannot hold.
+    """
+    modules: dict[Target, LoraModule] = {}
+    rest = {}
+    for target, change in source.changes.items():
+        low = change.low_rank()
+        if low is None:
+            rest[target] = change
+        else:
+            modules[target] = low
+    if not rest:
+        return Merged(modules)
+    baked = merge([Source(source.name, rest)], budget=budget, base=base, seed=seed)
+    energy = {target: from_module(module).energy() for target, module in modules.items()}
+    return Merged(
+        modules | dict(baked.modules), dict.fromkeys(modules, 1.0) | dict(baked.kept), energy | dict(baked.energy)
+    )
+
+
+def as_difference(source: Source, base: Base) -> dict[Target, tuple[Tensor, Tensor | None]]:
+    """The adapter's delta of every weight, and of every bias that it changes, on the base. Exact, and large."""
+    found = {}
+    for target, change in source.changes.items():
+        refuse_scaled_bias(change, target, source.name)
+        try:
+            found[target] = change.delta(base(target)), change.bias_delta
+        except AdapterError as error:
+            raise AdapterError(f"{source.name}, {'.'.join(target)}: {error}") from None
+    return found
+
+
+def write(
+    to: str,
+    path: Path,
+    modules: Mapping[Target, LoraModule],
+    *,
+    family: str,
+    metadata: Mapping[str, str],
+    dtype: torch.dtype,
+) -> Path:
+    """Write LoRA modules in the grammar `to`, a name of `WRITERS`."""
+    return WRITERS[to](path, modules, family=family, metadata=metadata, dtype=dtype)

@@ -1,0 +1,109 @@
+"""What a file made of other files says of itself: its parents, their trigger words, their base. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sfumato import __version__
+from sfumato.compose.adapter import Weight
+from sfumato.errors import AdapterError
+from sfumato.files.family import FAMILIES
+from sfumato.files.metadata import Description, describe
+
+
+@dataclass(frozen=True)
+class Parent:
+    """A file that another is made of. hash: as `short_hash` gives it. weight: None where it was not weighted."""
+
+    name: str
+    hash: str
+    metadata: Mapping[str, str]
+    family: str | None
+    weight: Weight | None = None
+
+
+def inherit(
+    parents: Sequence[Parent],
+    *,
+    title: str,
+    family: str,
+    text: str = "",
+    config: Mapping[str, Any] | None = None,
+    extra: Mapping[str, str] | None = None,
+) -> dict[str, str]:
+    """The metadata of a file made of `parents`; `write_lora` adds what it takes from the tensors.
+
+    Trigger words are united in the order of the parents. The base is named where all parents name the same.
+    """
+    bases = {parent.metadata.get("ss_sd_model_name", "") for parent in parents}
+    predictions = {parent.metadata.get("modelspec.prediction_type", "") for parent in parents}
+    description = Description(
+        title=title,
+        family=family,
+        base=bases.pop() if len(bases) == 1 else "",
+        prediction_type="v_prediction" if predictions & {"v", "v_prediction"} else "epsilon",
+        trigger=list(dict.fromkeys(word for parent in parents for word in trigger_words(parent.metadata))),
+        text=text,
+        config=config,
+        parents=[_parent(parent) for parent in parents],
+        extra=extra or {},
+    )
+    return describe(description)
+
+
+def baked(parents: Sequence[Parent], *, title: str, config: Mapping[str, Any] | None = None) -> dict[str, str]:
+    """The metadata that a checkpoint gets in addition to its own when `parents` are baked into it."""
+    found = {
+        "modelspec.title": title,
+        "modelspec.merged_from": ", ".join(parent.name for parent in parents),
+        "modelspec.trigger_phrase": ", ".join(
+            dict.fromkeys(word for parent in parents for word in trigger_words(parent.metadata))
+        ),
+        "sfumato.version": __version__,
+        "sfumato.parents": json.dumps([_parent(parent) for parent in parents], ensure_ascii=False),
+        "sfumato.config": json.dumps(config, ensure_ascii=False) if config else "",
+    }
+    return {key: value for key, value in found.items() if value}
+
+
+def _parent(parent: Parent) -> dict[str, Any]:
+    found: dict[str, Any] = {"name": parent.name, "hash": parent.hash}
+    if parent.weight is not None:
+        found["weight"] = list(parent.weight) if isinstance(parent.weight, tuple) else parent.weight
+    return found
+
+
+def common_family(parents: Sequence[Parent], default: str | None = None) -> str:
+    """The family of all parents that tell one; the default where none does.
+
+    Raises AdapterError for parents of different families, and where none tells its family.
+    """
+    told = {parent.family: parent.name for parent in parents if parent.family is not None}
+    if len(told) > 1:
+        (first, a), (second, b) = list(told.items())[:2]
+        raise AdapterError(
+            f"{a} is for {FAMILIES[str(first)].title}, {b} for {FAMILIES[str(second)].title}; "
+            "only adapters of one family can be merged."
+        )
+    if not told and default is not None:
+        return default
+    if not told:
+        raise AdapterError(
+            f"{parents[0].name}: neither its shapes nor its metadata tell its family. Say --family "
+            f"{'|'.join(FAMILIES)}."
+        )
+    return str(next(iter(told)))
+
+
+def trigger_words(metadata: Mapping[str, str]) -> list[str]:
+    """The words that call the adapter up: our own list, else ModelSpec's trigger phrase, split at its commas."""
+    try:
+        words = json.loads(metadata.get("sfumato.trigger", ""))
+    except (ValueError, RecursionError):
+        words = None
+    if isinstance(words, list) and all(isinstance(word, str) for word in words):
+        return words
+    return [word.strip() for word in metadata.get("modelspec.trigger_phrase", "").split(",") if word.strip()]

@@ -1,0 +1,199 @@
+"""Whole adapters into one, module by module."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from sfumato import randomness
+from sfumato.compose.adapter import Weight, weight_at
+from sfumato.errors import AdapterError
+from sfumato.files.changes import Change, LoraModule
+from sfumato.files.kohya import Target
+from sfumato.merging.arithmetic import linear
+from sfumato.merging.factors import ALL, Budget, factorise, from_module, to_module, truncate
+from sfumato.merging.methods import DENSE, LOW_RANK, METHODS, Settings
+
+Base = Callable[[Target], Tensor]
+"""The pristine weight of a module, for the kinds of adapter whose delta depends on it."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One adapter of a merge. name: for messages. weight: for all of it, or (U-Net, text encoders)."""
+
+    name: str
+    changes: Mapping[Target, Change]
+    weight: Weight = 1.0
+
+
+@dataclass(frozen=True)
+class Merged:
+    """The result. kept: for each module the share of the energy of the wanted delta that its factors hold.
+
+    energy: the squared norm of each wanted delta.
+    """
+
+    modules: Mapping[Target, LoraModule]
+    kept: Mapping[Target, float] = field(default_factory=dict)
+    energy: Mapping[Target, float] = field(default_factory=dict)
+
+    @property
+    def share(self) -> float:
+        """The share of the whole energy that is kept."""
+        total = sum(self.energy.values())
+        return sum(self.kept[target] * energy for target, energy in self.energy.items()) / total if total else 1.0
+
+    @property
+    def error(self) -> float:
+        """The relative error of the whole delta, the root of what is not kept."""
+        return math.sqrt(max(0.0, 1.0 - self.share))
+
+
+def merge(
+    sources: Sequence[Source],
+    *,
+    method: str = "linear",
+    settings: Settings = Settings(),  # noqa: B008 - frozen
+    budget: Budget = ALL,
+    seed: int = 0,
+    base: Base | None = None,
+) -> Merged:
+    """The sources as one LoRA.
+
+    method: a name of `METHODS`. budget: how much of the result is kept; with none, what has a low rank is exact (ranks
+    add up), and a method without one gets the sum of the ranks. base: gives the weight that DoRA, OFT and their like
+    depend on. Sources of weight 0 are as if they were not there.
+    Raises AdapterError for sources that do not belong together, and for what a LoRA cannot hold.
+    """
+    if method not in METHODS:
+        raise AdapterError(f"there is no method {method!r}; known are {', '.join(METHODS)}.")
+    modules: dict[Target, LoraModule] = {}
+    kept: dict[Target, float] = {}
+    energy: dict[Target, float] = {}
+    for target in dict.fromkeys(target for source in sources for target in source.changes):
+        there = [source for source in sources if target in source.changes]
+        weights = [weight_at(source.weight, *target) for source in there]
+        terms = [
+            _Term(source.name, target, source.changes[target], weight)
+            for source, weight in zip(there, weights, strict=True)
+            if weight != 0
+        ]
+        if not terms:
+            continue
+        draws = randomness.generator(seed, f"merge/{'/'.join(target)}")
+        found = _merge_module(terms, method, settings, budget, draws, base)
+        modules[target], kept[target], energy[target] = found
+    if not modules:
+        raise AdapterError("nothing is left to merge: every adapter has the weight 0, or no block was chosen.")
+    return Merged(modules, kept, energy)
+
+
+@dataclass(frozen=True)
+class _Term:
+    source: str
+    target: Target
+    change: Change
+    weight: float
+
+    def low_rank(self) -> LoraModule | None:
+        refuse_scaled_bias(self.change, self.target, self.source)
+        if self.change.bias_delta is not None:
+            raise AdapterError(
+                f"{self.source}: {'.'.join(self.target)} changes a bias, which a LoRA cannot. "
+                "Bake it into a checkpoint with --into, or leave the module out with --blocks."
+            )
+        return self.change.low_rank()
+
+    def dense(self, base: Base | None) -> Tensor:
+        return dense_delta(self.change, self.target, self.source, base)
+
+
+def refuse_scaled_bias(change: Change, target: Target, source: str) -> None:
+    """Raise AdapterError for peft's IA3 on outputs, whose change of the bias depends on the bias."""
+    if getattr(change, "scales_bias", False):
+        raise AdapterError(
+            f"{source}: {change.kind} in {'.'.join(target)} multiplies the bias too, which is applied to pipelines "
+            "only. Mix it with sfumato generate --lora, or leave the module out with --blocks."
+        )
+
+
+def dense_delta(change: Change, target: Target, source: str, base: Base | None) -> Tensor:
+    """The change's delta, fp32 in the weight's shape. Raises AdapterError where it needs a base and none is given."""
+    if base is not None:
+        delta = change.delta(base(target))
+    elif not change.needs_weight and (shape := getattr(change, "shape", None)) is not None:
+        delta = change.delta(torch.zeros(1).expand(tuple(shape)))
+    else:
+        raise AdapterError(
+            f"{source}: the delta of {change.kind} in {'.'.join(target)} depends on the weight that it changes. "
+            "Name the base it was made for with --base."
+        )
+    if delta.ndim < 2:
+        raise AdapterError(
+            f"{source}: {'.'.join(target)} is a vector ({change.kind}), which a LoRA cannot change. "
+            "Bake it into a checkpoint with --into, or leave the module out with --blocks."
+        )
+    return delta
+
+
+def _merge_module(
+    terms: Sequence[_Term],
+    method: str,
+    settings: Settings,
+    budget: Budget,
+    draws: torch.Generator,
+    base: Base | None,
+) -> tuple[LoraModule, float, float]:
+    """(module, share of the energy that it keeps, that energy)."""
+    low = [term.low_rank() for term in terms]
+    dense = [None if module is not None else term.dense(base) for term, module in zip(terms, low, strict=True)]
+    shape = _one_shape(terms, [m.shape if m is not None else d for m, d in zip(low, dense, strict=True)])
+    weights = [term.weight for term in terms]
+    if any(delta is not None for delta in dense) and budget == ALL:
+        kinds = sorted({term.change.kind for term, m in zip(terms, low, strict=True) if m is None})
+        raise AdapterError(
+            f"{terms[0].source}: {', '.join(kinds)} in {'.'.join(terms[0].target)} has no exact low-rank form. "
+            "Say how much to keep: --rank 32 or --keep-energy 0.99."
+        )
+    if method in DENSE or (method == "linear" and any(delta is not None for delta in dense)):
+        deltas = [(from_module(m).delta() if m is not None else _flat(d)) for m, d in zip(low, dense, strict=True)]
+        merged = DENSE[method](settings, draws)(deltas, weights) if method in DENSE else linear(deltas, weights)
+        if budget == ALL:
+            budget = Budget(rank=min(sum(m.rank for m in low if m is not None), *merged.shape))
+        energy = float(merged.square().sum())
+        factors, share = factorise(merged, budget, draws)
+        return to_module(factors, shape), share, energy
+    factors_of = [
+        (from_module(m), 1.0) if m is not None else factorise(_flat(d), budget, draws)
+        for m, d in zip(low, dense, strict=True)
+    ]
+    merged_factors = LOW_RANK[method](settings, draws)([factors for factors, _ in factors_of], weights)
+    energy = merged_factors.energy()
+    first = min(share for _, share in factors_of)
+    if budget == ALL:
+        return to_module(merged_factors, shape), first, energy
+    factors, share = truncate(merged_factors, budget)
+    return to_module(factors, shape), first * share, energy
+
+
+def _flat(delta: Tensor | None) -> Tensor:
+    assert delta is not None
+    return delta.double().reshape(delta.shape[0], -1)
+
+
+def _one_shape(terms: Sequence[_Term], shapes: Sequence[tuple[int, ...] | Tensor | None]) -> tuple[int, ...]:
+    """The shape of the weight that all terms change; a 1x1 convolution may be spelt as a matrix."""
+    found = [tuple(shape.shape) if isinstance(shape, Tensor) else tuple(shape or ()) for shape in shapes]
+    trimmed = [shape[:2] if shape[2:] == (1, 1) else shape for shape in found]
+    for term, shape in zip(terms, trimmed, strict=True):
+        if shape != trimmed[0]:
+            raise AdapterError(
+                f"{term.source}: {'.'.join(term.target)} is {list(shape)}, in {terms[0].source} it is "
+                f"{list(trimmed[0])}. They were trained for different bases; merge adapters of one."
+            )
+    return max(found, key=len)

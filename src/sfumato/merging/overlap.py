@@ -1,0 +1,179 @@
+"""What clashes: how much of their inputs and outputs two adapters share, and where they pull apart, from factors alone.
+
+Measured per block, before anything is drawn. All figures are of deltas with their weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from sfumato.compose.adapter import weight_at
+from sfumato.errors import AdapterError
+from sfumato.files.kohya import Target
+from sfumato.merging.factors import Factors, from_module, product_energy, singular
+from sfumato.merging.merge import Source
+
+_NOISE = 1e-6
+"""Singular values below this share of the first are rounding; a half's own is larger, but weighs by its energy."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two adapters in one block.
+
+    modules: that both change. cosine: of the two deltas, 1 where they push alike, -1 where they cancel. rows, columns:
+    overlap of the input and output directions, 0 for none shared to 1 for the same ones; each direction counts by the
+    energy that it has. row_angle, column_angle: the smallest angle between the two spaces, in degrees, of the module
+    where it is least. conflict: the share of both energies that the sum loses to cancellation.
+    """
+
+    first: str
+    second: str
+    block: str
+    modules: int
+    cosine: float
+    rows: float
+    columns: float
+    row_angle: float
+    column_angle: float
+    conflict: float
+
+
+def clashes(sources: Sequence[Source]) -> list[Pair]:
+    """Every pair of the adapters in every block that both change; blocks in the order of the model.
+
+    Raises AdapterError for kinds without a low-rank form, and where no two adapters share a module.
+    """
+    factors = {source.name: _factors(source) for source in sources}
+    pairs = []
+    for i, first in enumerate(sources):
+        for second in sources[i + 1 :]:
+            blocks: dict[str, list[tuple[_Decomposed, _Decomposed]]] = {}
+            for target, one in factors[first.name].items():
+                if (other := factors[second.name].get(target)) is not None:
+                    _check_shapes(target, first.name, one, second.name, other)
+                    blocks.setdefault(block_of(target), []).append((one, other))
+            for block in sorted(blocks, key=_place):
+                pairs.append(_pair(first.name, second.name, block, blocks[block]))
+    if not pairs:
+        raise AdapterError("no two of the adapters change the same module, so nothing can clash.")
+    return pairs
+
+
+def whole(pairs: Sequence[Pair]) -> dict[tuple[str, str], float]:
+    """The mean conflict of each pair of adapters over its modules."""
+    found: dict[tuple[str, str], list[Pair]] = {}
+    for pair in pairs:
+        found.setdefault((pair.first, pair.second), []).append(pair)
+    return {
+        names: sum(pair.conflict * pair.modules for pair in of) / sum(pair.modules for pair in of)
+        for names, of in found.items()
+    }
+
+
+@dataclass(frozen=True)
+class _Decomposed:
+    """A delta's SVD, without what is rounding. left: (out, k), values: (k,), right: (k, in)."""
+
+    left: torch.Tensor
+    values: torch.Tensor
+    right: torch.Tensor
+
+    @property
+    def energy(self) -> float:
+        return float(self.values.square().sum())
+
+    def factors(self) -> Factors:
+        return Factors(self.left * self.values, self.right)
+
+
+def _factors(source: Source) -> dict[Target, _Decomposed]:
+    found = {}
+    for target, change in source.changes.items():
+        module = change.low_rank()
+        if module is None:
+            raise AdapterError(
+                f"{source.name}: {change.kind} in {'.'.join(target)} has no low-rank form, from which clashes are "
+                "read. Write it as a LoRA first: sfumato convert --bake lora."
+            )
+        u, s, vh = singular(from_module(module, weight_at(source.weight, *target)))
+        count = int((s > _NOISE * s[0]).sum()) if len(s) else 0
+        if count:
+            found[target] = _Decomposed(u[:, :count], s[:count], vh[:count])
+    return found
+
+
+def _check_shapes(target: Target, first: str, one: _Decomposed, second: str, other: _Decomposed) -> None:
+    shapes = [(len(d.left), d.right.shape[1]) for d in (one, other)]
+    if shapes[0] != shapes[1]:
+        raise AdapterError(
+            f"{'.'.join(target)} is {list(shapes[0])} in {first}, {list(shapes[1])} in {second}. "
+            "They were trained for different bases."
+        )
+
+
+def _pair(first: str, second: str, block: str, modules: Sequence[tuple[_Decomposed, _Decomposed]]) -> Pair:
+    inner = energy = product = conflict = rows = columns = 0.0
+    row_angle = column_angle = 90.0
+    energies = [0.0, 0.0]
+    for one, other in modules:
+        dot = product_energy(one.factors(), other.factors())
+        inner += dot
+        energies[0] += one.energy
+        energies[1] += other.energy
+        size = math.sqrt(one.energy * other.energy)
+        product += size
+        energy += one.energy + other.energy
+        conflict += max(0.0, -2 * dot)
+        for_rows, for_columns = one.right @ other.right.T, one.left.T @ other.left
+        rows += size * _overlap(one, other, for_rows)
+        columns += size * _overlap(one, other, for_columns)
+        row_angle = min(row_angle, _angle(for_rows))
+        column_angle = min(column_angle, _angle(for_columns))
+    return Pair(
+        first,
+        second,
+        block,
+        len(modules),
+        inner / math.sqrt(energies[0] * energies[1]),
+        rows / product,
+        columns / product,
+        row_angle,
+        column_angle,
+        conflict / energy,
+    )
+
+
+def _overlap(one: _Decomposed, other: _Decomposed, cosines: torch.Tensor) -> float:
+    """sum p_i q_j cos^2 over its largest possible value, p and q the shares of the energy of the directions.
+
+    The largest is sqrt(sum p^2 sum q^2), by Cauchy and Schwarz: the normalised inner product of the two Gram matrices.
+    """
+    p, q = one.values.square() / one.energy, other.values.square() / other.energy
+    return float(p @ cosines.square() @ q / (p.norm() * q.norm()))
+
+
+def _angle(cosines: torch.Tensor) -> float:
+    """The smallest principal angle in degrees (Bjorck and Golub 1973): the largest singular value is its cosine."""
+    return math.degrees(math.acos(min(1.0, float(torch.linalg.matrix_norm(cosines, 2)))))
+
+
+def block_of(target: Target) -> str:
+    """The attention, resnet or text layer that a module is in."""
+    part, path = target
+    names = path.removeprefix("text_model.").split(".")
+    if part != "unet":
+        return f"{part}.{names[2]}" if names[:2] == ["encoder", "layers"] else f"{part}.{names[0]}"
+    if names[0] in ("down_blocks", "up_blocks"):
+        return ".".join(names[:4])
+    return ".".join(names[:3]) if names[0] == "mid_block" else names[0]
+
+
+def _place(block: str) -> tuple[int, list[tuple[bool, int, str]]]:
+    starts = ("text_encoder.", "text_encoder_2.", "conv_in", "time_", "add_", "down_blocks", "mid_block", "up_blocks")
+    place = next((i for i, start in enumerate(starts) if block.startswith(start)), len(starts))
+    return place, [(not word.isdigit(), int(word) if word.isdigit() else 0, word) for word in block.split(".")]

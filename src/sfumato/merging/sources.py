@@ -1,0 +1,69 @@
+"""The adapters of a merge out of their files."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from sfumato.compose.adapter import Adapter
+from sfumato.errors import AdapterError
+from sfumato.files.adapter_file import read_adapter
+from sfumato.files.kohya import Target
+from sfumato.files.metadata import data_sha256, short_hash
+from sfumato.files.peft_folder import adapter_sources
+from sfumato.merging.blocks import select
+from sfumato.merging.lineage import Parent
+from sfumato.merging.merge import Source
+
+
+def read_source(adapter: Adapter, *, partial: bool = False) -> tuple[Source, Parent]:
+    """What an adapter changes, and what a file made of it will say of it.
+
+    Raises AdapterError, or FileError; also for textual inversions bundled with it, which a LoRA cannot hold.
+    """
+    file = read_adapter(adapter.path, partial=partial)
+    if file.embeddings and not partial:
+        words = ", ".join(map(repr, file.embeddings))
+        raise AdapterError(
+            f"{file.path.name}: has textual inversions bundled with it ({words}), which would be lost. "
+            "Accept that with partial=True (--partial)."
+        )
+    source = Source(adapter.label, file.changes, adapter.weight)
+    name = Path(adapter.path).name
+    return source, Parent(name, identity(Path(adapter.path)), file.metadata, file.family, adapter.weight)
+
+
+def read_sources(adapters: Sequence[Adapter], *, partial: bool = False) -> tuple[list[Source], list[Parent]]:
+    """The same of several adapters."""
+    found = [read_source(adapter, partial=partial) for adapter in adapters]
+    return [source for source, _ in found], [parent for _, parent in found]
+
+
+def identity(path: Path) -> str:
+    """The 12 hex digits by which an adapter is named; of peft's folder, of its weight files together."""
+    if not path.is_dir():
+        return short_hash(path)
+    digest = hashlib.sha256()
+    for source in adapter_sources(path):
+        digest.update(data_sha256(source.header).encode())
+    return digest.hexdigest()[:12]
+
+
+def choose_blocks(sources: Sequence[Source], rules: Sequence[str]) -> list[Source]:
+    """The sources with only the modules that the rules leave: WORDS for all of them, LABEL=WORDS for one.
+
+    Raises AdapterError for a label or words that name nothing.
+    """
+    chosen = list(sources)
+    for rule in rules:
+        label, equals, words = rule.rpartition("=")
+        if equals and label not in {source.name for source in sources}:
+            known = ", ".join(source.name for source in sources)
+            raise AdapterError(f"blocks {rule!r}: no adapter is called {label!r}; there are {known}.")
+        for place, source in enumerate(chosen):
+            if not equals or source.name == label:
+                kept: set[Target] = select(source.changes, words)
+                chosen[place] = replace(source, changes={t: c for t, c in source.changes.items() if t in kept})
+    return chosen

@@ -1,0 +1,163 @@
+"""`sfumato convert` and `sfumato verify`: other grammars, and whether it is still the same adapter."""
+
+import itertools
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from sfumato.pipelines import convert, verify
+from torch.testing import assert_close
+
+from sfumato.cli import guarded
+from sfumato.files.adapter_file import read_adapter
+from sfumato.files.header import read_header
+from sfumato.files.save import write_tensors
+
+FORMS = {"kohya": "k.safetensors", "diffusers": "d.safetensors", "peft": "p"}
+
+
+def run(program, *words):
+    return guarded(program.main, [str(word) for word in words])
+
+
+@pytest.mark.parametrize("family", ["pocket", "sdxl"])
+def test_any_form_into_any_other_is_the_same_adapter(family, adapter_file, tmp_path, capsys):
+    paths = {"kohya": adapter_file("a", family)}
+    for to in ("diffusers", "peft"):
+        paths[to] = tmp_path / FORMS[to]
+        assert run(convert, paths["kohya"], "--to", to, "-o", paths[to]) == 0
+    for (origin, path), to in itertools.product(paths.items(), FORMS):
+        out = tmp_path / f"{origin}-{FORMS[to]}"
+        assert run(convert, path, "--to", to, "-o", out, "--family", family) == 0
+        assert run(verify, out, "--against", paths["kohya"]) == 0
+        assert run(verify, out) == 0
+    assert capsys.readouterr().err.count("; exact") == 11
+
+
+def test_a_converted_file_keeps_what_the_file_said(adapter_file, tmp_path):
+    a = adapter_file("a")
+    run(convert, a, "--to", "diffusers", "-o", tmp_path / "d.safetensors")
+    run(convert, tmp_path / "d.safetensors", "-o", tmp_path / "k.safetensors")
+    before, after = (read_header(path).metadata for path in (a, tmp_path / "k.safetensors"))
+    for key in ("modelspec.title", "modelspec.trigger_phrase", "ss_base_model_version", "sfumato.trigger"):
+        assert after[key] == before[key]
+    assert after["sfumato.fingerprint"] == before["sfumato.fingerprint"]
+
+
+def test_a_half_is_the_same_adapter_and_half_of_one_is_not(adapter_file, tmp_path, capsys):
+    a = adapter_file("a")
+    assert run(convert, a, "-o", tmp_path / "half.safetensors", "--dtype", "bf16") == 0
+    assert run(verify, tmp_path / "half.safetensors", "--against", a) == 0
+    assert run(verify, tmp_path / "half.safetensors", "--against", a, "--tolerance", 1e-5) == 1
+    error = capsys.readouterr().err
+    assert "half.safetensors: differs against a.safetensors: relative error 0.00" in error
+
+
+def rewrite(path, out, change):
+    """The file with its tensors changed by somebody who leaves the metadata."""
+    tensors = {name: change(name, tensor) for name, tensor in load_file(path).items()}
+    save_file(tensors, out, dict(read_header(path).metadata))
+    return out
+
+
+def test_changed_bytes_do_not_pass(adapter_file, tmp_path, capsys):
+    a = adapter_file("a")
+    out = rewrite(a, tmp_path / "b.safetensors", lambda name, t: t * 1.5 if name.endswith("lora_up.weight") else t)
+    assert run(verify, out) == 1
+    assert "they were changed after it was written" in capsys.readouterr().err
+    tensors = load_file(out)
+    metadata = {key: text for key, text in read_header(out).metadata.items() if "hash" not in key}
+    write_tensors(tmp_path / "c.safetensors", tensors, metadata)
+    assert run(verify, tmp_path / "c.safetensors") == 1
+    assert "differs against its own fingerprint: relative error 0." in capsys.readouterr().err
+
+
+def test_a_file_without_a_fingerprint_is_checked_for_what_it_has(adapter_file, tmp_path, capsys):
+    a = adapter_file("a")
+    save_file(load_file(a), tmp_path / "b.safetensors")
+    assert run(verify, tmp_path / "b.safetensors") == 0
+    assert "whole and finite; it states no fingerprint" in capsys.readouterr().out
+
+
+def test_what_is_not_finite_or_no_adapter_is_an_error(adapter_file, tmp_path, capsys):
+    a = adapter_file("a")
+    rewrite(a, tmp_path / "b.safetensors", lambda _, t: t * float("nan"))
+    assert run(verify, tmp_path / "b.safetensors") == 2
+    assert "hold NaN or Inf" in capsys.readouterr().err
+
+
+def test_json_tells_the_figures(adapter_file, capsys):
+    a = adapter_file("a")
+    assert run(verify, a, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["kinds"] == {"LoRA": found["modules"]}
+    assert found["rms"] < 1e-6
+
+
+@pytest.fixture
+def loha(tiny_base, tmp_path):
+    """A LoHa of pocket's cross-attention keys, as LyCORIS names it."""
+    draws = torch.Generator().manual_seed(0)
+    tensors = {}
+    for (part, path), weight in tiny_base("pocket").weights().items():
+        if part == "unet" and path.endswith("attn2.to_k"):
+            name = f"lora_unet_{path.replace('.', '_')}"
+            for half in ("w1", "w2"):
+                tensors[f"{name}.hada_{half}_a"] = torch.randn(weight.shape[0], 2, generator=draws)
+                tensors[f"{name}.hada_{half}_b"] = torch.randn(2, weight.shape[1], generator=draws)
+            tensors[f"{name}.alpha"] = torch.tensor(1.0)
+    return write_tensors(tmp_path / "loha.safetensors", tensors, {"ss_base_model_version": "sfumato_pocket"})
+
+
+def test_another_kind_is_refused_until_baking_is_asked_for(loha, tmp_path, capsys):
+    assert run(convert, loha, "-o", tmp_path / "k.safetensors") == 2
+    assert "holds LoHa, which the readers of kohya's names cannot all read. Bake it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("to", ["kohya", "diffusers", "peft"])
+def test_another_kind_is_baked_into_a_lora_with_the_error_told(to, loha, tiny_base, tmp_path, capsys):
+    base, out = tiny_base("pocket"), tmp_path / FORMS[to]
+    words = ("--to", to, "-o", out, "--bake", "lora", "--base", base.folder)
+    assert run(convert, loha, *words, "--rank", 2) == 0
+    told = float(capsys.readouterr().err.split("relative error ")[1])
+    weights, made = base.weights(), read_adapter(out).changes
+    lost = total = 0.0
+    for target, change in read_adapter(loha).changes.items():
+        wanted = change.delta(weights[target])
+        lost += float((made[target].low_rank().delta() - wanted).square().sum())
+        total += float(wanted.square().sum())
+    assert told == pytest.approx((lost / total) ** 0.5, rel=0.01)
+
+
+def test_a_rank_that_suffices_bakes_exactly(loha, tiny_base, tmp_path, capsys):
+    base, out = tiny_base("pocket"), tmp_path / "k.safetensors"
+    assert run(convert, loha, "-o", out, "--bake", "lora", "--keep-energy", 1, "--base", base.folder) == 0
+    assert "; exact" in capsys.readouterr().err
+    assert run(verify, out, "--against", loha, "--base", base.folder) == 0
+    assert max(change.rank for change in read_adapter(out).changes.values()) == 4  # the product of the two ranks
+
+
+def test_full_differences_are_exact(loha, tiny_base, tmp_path):
+    base, out = tiny_base("pocket"), tmp_path / "diff.safetensors"
+    assert run(convert, loha, "-o", out, "--bake", "diff", "--base", base.folder) == 0
+    weights, wanted = base.weights(), read_adapter(loha).changes
+    for target, change in read_adapter(out).changes.items():
+        assert_close(change.delta(weights[target]), wanted[target].delta(weights[target]))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["-o", "x"], "wanted a .safetensors file"),
+        (["-o", "x.safetensors", "--to", "peft"], "wanted a folder"),
+        (["-o", "x.safetensors", "--rank", "2"], "belong to --bake lora"),
+        (["-o", "x.safetensors", "--bake", "lora", "--rank", "2"], "Name the base it was made for with --base"),
+        (["-o", "x.safetensors", "--bake", "diff"], "--bake diff wants --base"),
+    ],
+)
+def test_what_cannot_be_converted_is_one_line(words, message, loha, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run(convert, loha, *words) == 2
+    assert message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["loha.safetensors"]

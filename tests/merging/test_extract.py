@@ -1,0 +1,124 @@
+"""`sfumato extract` and `sfumato resize`: an adapter out of two models, a smaller one out of a larger."""
+
+import pytest
+import torch
+from sfumato.pipelines import extract, merge, resize
+from torch.testing import assert_close
+
+from sfumato.cli import guarded
+from sfumato.errors import AdapterError
+from sfumato.files.header import read_header
+from sfumato.files.lora_file import read_lora
+from sfumato.merging.extract import extract_lora
+
+
+def run(program, *words):
+    return guarded(program.main, [str(word) for word in words])
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def low_rank(out, inner, rank, seed=0):
+    return random(out, rank, seed=seed) @ random(rank, inner, seed=seed + 1)
+
+
+def test_a_change_of_low_rank_is_found_whole_and_what_did_not_change_is_left_out():
+    before = {"a.weight": random(8, 6), "b.weight": random(4, 4), "c.weight": random(6, 5, 3, 3)}
+    after = before | {
+        "a.weight": before["a.weight"] + low_rank(8, 6, 2),
+        "c.weight": before["c.weight"] + low_rank(6, 45, 3).view(6, 5, 3, 3),
+    }
+    modules, kept = extract_lora(before, after, keep_energy=1 - 1e-9)
+    assert {path: module.rank for path, module in modules.items()} == {"a": 2, "c": 3}
+    assert kept.share == pytest.approx(1)
+    for path, module in modules.items():
+        assert_close(module.delta(), after[f"{path}.weight"] - before[f"{path}.weight"], rtol=1e-4, atol=1e-5)
+
+
+def test_the_kept_share_is_that_of_all_that_changed():
+    before = {"a.weight": torch.zeros(3, 3), "norm.weight": torch.zeros(2), "a.bias": torch.zeros(1)}
+    after = {
+        "a.weight": torch.diag(torch.tensor([3.0, 2.0, 1.0])),
+        "norm.weight": torch.tensor([1.0, 0.0]),
+        "a.bias": torch.tensor([1.0]),
+    }
+    modules, kept = extract_lora(before, after, rank=1)
+    assert modules["a"].rank == 1
+    assert kept.share == pytest.approx(9 / 16)
+    assert kept.modules == {"a": pytest.approx(9 / 14)}
+    assert kept.left_out == {"norm.weight": pytest.approx(1 / 16), "a.bias": pytest.approx(1 / 16)}
+    assert "12.50% are in 2 tensors that no LoRA can hold" in str(kept)
+
+
+def test_equal_and_different_models_are_refused():
+    before = {"a.weight": random(3, 3)}
+    with pytest.raises(AdapterError, match="there is no adapter to extract"):
+        extract_lora(before, dict(before), rank=1)
+    with pytest.raises(AdapterError, match="1 tensors are in one of the two models only, first b"):
+        extract_lora(before, before | {"b": random(1)}, rank=1)
+    with pytest.raises(AdapterError, match=r"is \[3, 3\] before and \[4, 3\] after"):
+        extract_lora(before, {"a.weight": random(4, 3)}, rank=1)
+
+
+def everything(weights):
+    return weights
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl", "pocket"])
+def test_what_was_baked_in_is_extracted_whichever_form_either_model_has(family, tiny_base, adapter_file, tmp_path):
+    base, a = tiny_base(family), adapter_file("a", family, choose=everything)
+    source, other = (base.folder, base.folder) if family == "pocket" else (base.file, base.folder)
+    tuned = tmp_path / ("tuned.safetensors" if source == base.file else "tuned")
+    assert run(merge, a, "--into", source, "-o", tuned) == 0
+    out = tmp_path / "out.safetensors"
+    assert run(extract, tuned, "--base", other, "--rank", 2, "-o", out, "--dtype", "fp32", "--trigger", "sks a") == 0
+    wanted, found = read_lora(a).modules, read_lora(out).modules
+    assert found.keys() == wanted.keys()
+    for target, module in wanted.items():
+        assert_close(found[target].delta(), module.delta(), rtol=1e-3, atol=1e-5)
+    assert float(read_header(out).metadata["sfumato.kept_energy"]) > 0.99999
+    assert read_header(out).metadata["modelspec.trigger_phrase"] == "sks a"
+
+
+def test_parts_are_chosen(tiny_base, adapter_file, tmp_path):
+    base, a = tiny_base("pocket"), adapter_file("a")
+    run(merge, a, "--into", base.folder, "-o", tmp_path / "tuned")
+    out = tmp_path / "out.safetensors"
+    assert run(extract, tmp_path / "tuned", "--base", base.folder, "--rank", 2, "-o", out, "--parts", "unet") == 0
+    assert {part for part, _ in read_lora(out).modules} == {"unet"}
+
+
+def test_another_base_is_refused(tiny_base, tmp_path, capsys):
+    words = (tiny_base("sd1").folder, "--base", tiny_base("sd2").folder, "--rank", 2, "-o", tmp_path / "o.safetensors")
+    assert run(extract, *words) == 2
+    assert "is SD 1.x, base is SD 2.x" in capsys.readouterr().err
+
+
+def test_resize_keeps_the_leading_part_and_says_how_much(adapter_file, tmp_path, capsys):
+    a, out = adapter_file("a", rank=4), tmp_path / "small.safetensors"
+    assert run(resize, a, "--rank", 2, "-o", out) == 0
+    share = float(capsys.readouterr().err.split("keeps ")[1].split("%")[0]) / 100
+    small, large = read_lora(out).modules, read_lora(a).modules
+    assert {module.rank for module in small.values()} == {2}
+    lost = sum(float((small[t].delta() - large[t].delta()).square().sum()) for t in large)
+    assert share == pytest.approx(1 - lost / sum(float(m.delta().square().sum()) for m in large.values()), abs=1e-4)
+
+
+def test_resize_by_energy_and_to_a_larger_rank_changes_nothing_that_matters(adapter_file, tmp_path):
+    a, out = adapter_file("a", rank=3), tmp_path / "small.safetensors"
+    assert run(resize, a, "--rank", 64, "-o", out) == 0
+    small, large = read_lora(out).modules, read_lora(a).modules
+    assert {module.rank for module in small.values()} == {3}
+    for target, module in large.items():
+        assert_close(small[target].delta(), module.delta(), rtol=1e-4, atol=1e-6)
+    assert run(resize, a, "--keep-energy", 0.9, "-o", tmp_path / "smaller.safetensors") == 0
+    assert {module.rank for module in read_lora(tmp_path / "smaller.safetensors").modules.values()} <= {2, 3}
+
+
+@pytest.mark.parametrize("program", [extract, resize])
+def test_how_much_to_keep_has_to_be_said(program, adapter_file, tmp_path, capsys):
+    words = ["--base", "pocket"] if program is extract else []
+    assert run(program, adapter_file("a"), *words, "-o", tmp_path / "o.safetensors") == 2
+    assert "say how much to keep" in capsys.readouterr().err

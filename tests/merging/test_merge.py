@@ -1,0 +1,295 @@
+"""`sfumato merge`: adapters into one file, and into a base."""
+
+import json
+from dataclasses import replace
+
+import diffusers
+import pytest
+import torch
+from safetensors.torch import load_file
+from sfumato.pipelines.merge import main
+from torch.testing import assert_close
+
+from sfumato.cli import guarded
+from sfumato.errors import AdapterError
+from sfumato.files.header import read_header
+from sfumato.files.lora_file import read_lora
+from sfumato.files.metadata import data_sha256
+from sfumato.merging.factors import Budget
+from sfumato.merging.merge import Source, merge
+from sfumato.merging.stored import stored
+from sfumato.specs import parse_adapters
+from tests.merging.conftest import random_modules
+from tests.tiny import CPU
+
+
+def deltas(path):
+    return {target: module.delta() for target, module in read_lora(path).modules.items()}
+
+
+def run(*words):
+    return guarded(main, [str(word) for word in words])
+
+
+def test_the_default_is_the_exact_weighted_sum(adapter_file, tmp_path):
+    a, b = adapter_file("a", seed=1), adapter_file("b", seed=2, rank=3)
+    assert run(f"{a}:0.8", f"{b}:0.6", "-o", tmp_path / "mix.safetensors") == 0
+    found, first, second = (deltas(path) for path in (tmp_path / "mix.safetensors", a, b))
+    assert found.keys() == first.keys()
+    for target, delta in found.items():
+        assert_close(delta, 0.8 * first[target] + 0.6 * second[target], rtol=1e-6, atol=1e-7)
+    assert {module.rank for module in read_lora(tmp_path / "mix.safetensors").modules.values()} == {5}
+
+
+def test_unet_and_text_encoders_have_weights_of_their_own(adapter_file, tmp_path):
+    a = adapter_file("a")
+    assert run(f"{a}:0.5:0.25", "-o", tmp_path / "mix.safetensors") == 0
+    found, first = deltas(tmp_path / "mix.safetensors"), deltas(a)
+    for target, delta in found.items():
+        assert_close(delta, (0.5 if target[0] == "unet" else 0.25) * first[target])
+
+
+def test_weight_0_is_the_other_file(adapter_file, tmp_path):
+    a, b = adapter_file("a", seed=1), adapter_file("b", seed=2)
+    other = deltas(b)
+    for method in ("linear", "ties", "np-lora"):
+        for files in ((f"{a}:0", f"{b}:1"), (f"{b}:1", f"{a}:0"), (f"{b}:1",)):
+            out = tmp_path / f"{method}.safetensors"
+            assert run(*files, "-o", out, "--method", method, "--density", 1, "--overwrite") == 0
+            for target, delta in deltas(out).items():
+                assert_close(delta, other[target], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "method", ["linear", "ties", "dare", "dare-ties", "magnitude", "knots", "core-space", "np-lora"]
+)
+def test_every_method_writes_a_file_of_the_asked_rank_and_the_same_one_twice(method, adapter_file, tmp_path):
+    a, b = adapter_file("a", seed=1), adapter_file("b", seed=2)
+    files = [tmp_path / f"{number}" / "mix.safetensors" for number in range(2)]
+    for file in files:
+        assert run(f"{a}:0.8", f"{b}:0.6", "-o", file, "--method", method, "--rank", 3, "--seed", 4) == 0
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert {module.rank for module in read_lora(files[0]).modules.values()} == {3}
+
+
+def test_dare_depends_on_the_seed(adapter_file, tmp_path):
+    a = adapter_file("a")
+    files = [tmp_path / f"{seed}.safetensors" for seed in range(2)]
+    for seed, file in enumerate(files):
+        assert run(a, "-o", file, "--method", "dare", "--seed", seed, "--rank", 2) == 0
+    first, second = map(deltas, files)
+    assert all(not torch.equal(first[target], second[target]) for target in first)
+
+
+def test_a_rank_keeps_the_leading_part_and_says_how_much(adapter_file, tmp_path, capsys):
+    a, b = adapter_file("a", seed=1), adapter_file("b", seed=2)
+    out = tmp_path / "mix.safetensors"
+    assert run(a, b, "-o", out, "--rank", 2) == 0
+    kept = float(read_header(out).metadata["sfumato.kept_energy"])
+    found, first, second = deltas(out), deltas(a), deltas(b)
+    wanted = {target: first[target] + second[target] for target in first}
+    lost = sum(float((found[t] - d).square().sum()) for t, d in wanted.items())
+    assert kept == pytest.approx(1 - lost / sum(float(d.square().sum()) for d in wanted.values()), abs=1e-5)
+    assert f"keeps {kept:.2%} of the energy" in capsys.readouterr().err
+
+
+def test_the_file_tells_its_parents_its_triggers_and_true_hashes(adapter_file, tmp_path):
+    a, b = adapter_file("a", seed=1), adapter_file("b", seed=2)
+    out = tmp_path / "mix.safetensors"
+    assert run(f"{a}:0.8", f"{b}:0.6:0.3", "-o", out, "--dtype", "fp16", "--title", "Both") == 0
+    metadata = read_header(out).metadata
+    assert json.loads(metadata["sfumato.parents"]) == [
+        {"name": "a.safetensors", "hash": data_sha256(read_header(a))[:12], "weight": 0.8},
+        {"name": "b.safetensors", "hash": data_sha256(read_header(b))[:12], "weight": [0.6, 0.3]},
+    ]
+    assert metadata["modelspec.trigger_phrase"] == "sks a, sks b"
+    assert metadata["modelspec.merged_from"] == "a.safetensors, b.safetensors"
+    assert metadata["modelspec.title"] == metadata["ss_output_name"] == "Both"
+    assert metadata["ss_sd_model_name"] == "tiny"
+    assert metadata["sshs_model_hash"] == data_sha256(read_header(out))
+    assert metadata["ss_network_dim"] == "4"
+    assert {info.dtype for name, info in read_header(out).tensors.items() if "lora_" in name[9:]} >= {"F16"}
+    assert str(tmp_path) not in str(dict(metadata))
+
+
+def test_blocks_are_chosen_for_all_or_for_one(adapter_file, tmp_path):
+    a, b = adapter_file("a", seed=1), adapter_file("b", seed=2)
+    out = tmp_path / "mix.safetensors"
+    assert run(a, b, "-o", out, "--blocks", "unet", "--blocks", "a=down", "--blocks", "b=up,mid") == 0
+    found, first, second = (deltas(path) for path in (out, a, b))
+    for target in found:
+        source = first if target[1].startswith("down") else second
+        assert_close(found[target], source[target])
+    assert {target for target in first if target[0] == "unet"} == found.keys()
+
+
+def test_one_file_twice_is_twice_the_file(adapter_file, tmp_path):
+    a = adapter_file("a")
+    assert [adapter.label for adapter in parse_adapters([str(a), f"{a}:0.5"])] == ["a", "a 2"]
+    assert run(a, f"{a}:0.5", "-o", tmp_path / "mix.safetensors") == 0
+    found, first = deltas(tmp_path / "mix.safetensors"), deltas(a)
+    for target, delta in found.items():
+        assert_close(delta, 1.5 * first[target])
+
+
+def test_families_are_not_mixed(adapter_file, tmp_path, capsys):
+    a, b = adapter_file("a", "sd1"), adapter_file("b", "sdxl")
+    assert run(a, b, "-o", tmp_path / "mix.safetensors") == 2
+    assert "a.safetensors is for SD 1.x, b.safetensors for SDXL; only adapters of one family" in capsys.readouterr().err
+    assert not (tmp_path / "mix.safetensors").exists()
+
+
+def test_shapes_are_not_mixed(tiny_base):
+    weights = tiny_base("pocket").weights()
+    target = next(iter(weights))
+    small, large = ({target: w} for w in (weights[target], torch.cat([weights[target]] * 2)))
+    with pytest.raises(AdapterError, match=r"They were trained for different bases"):
+        merge([Source("a", random_modules(small, 1)), Source("b", random_modules(large, 2))])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "there is no adapter"),
+        (["A:0"], "every adapter has the weight 0"),
+        (["A", "--blocks", "x=up"], "no adapter is called 'x'; there are a"),
+        (["A", "--blocks", "nothing"], "names none of the"),
+        (["A", "--rank", "0"], "rank 0: wanted at least 1"),
+        (["A", "--method", "ties", "--density", "0"], "density 0"),
+        (["A:strong"], "'strong' is no weight"),
+        (["A:0.5", "-o", "A"], "exists already"),
+    ],
+)
+def test_what_cannot_be_is_one_line(words, message, adapter_file, tmp_path, capsys):
+    a = adapter_file("a")
+    words = [word.replace("A", str(a)) if word[0] == "A" else word for word in words]
+    output = [] if "-o" in words else ["-o", tmp_path / "mix.safetensors"]
+    assert run(*words, *output) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "mix.safetensors").exists()
+
+
+class Nudge:
+    """A change that depends on the weight: w times it."""
+
+    kind, needs_weight, bias_delta = "OFT", True, None
+
+    def __init__(self, factor):
+        self.factor = factor
+
+    def fits(self, shape):
+        return True
+
+    def delta(self, weight):
+        return self.factor * weight.float()
+
+    def low_rank(self):
+        return None
+
+
+def test_a_kind_without_low_rank_is_factored_from_its_delta_on_the_base(tiny_base):
+    base = tiny_base("pocket")
+    weights = base.weights()
+    target = next(t for t in weights if t[1].endswith("attn2.to_q"))
+    lora = random_modules({target: weights[target]}, 1)
+    sources = [Source("nudge", {target: Nudge(0.1)}, 0.5), Source("lora", lora, 2.0)]
+    with pytest.raises(AdapterError, match=r"nudge: the delta of OFT .* Name the base it was made for with --base"):
+        merge(sources, budget=Budget(rank=4))
+    at = stored(base.folder).weight
+    with pytest.raises(AdapterError, match=r"OFT .* has no exact low-rank form. Say how much to keep"):
+        merge(sources, base=at)
+    wanted = 0.05 * weights[target] + 2 * lora[target].delta()
+    merged = merge(sources, budget=Budget(keep_energy=1.0), base=at)
+    assert_close(merged.modules[target].delta(), wanted, rtol=1e-5, atol=1e-6)
+    cut = merge(sources, budget=Budget(rank=4), base=at)
+    lost = (cut.modules[target].delta() - wanted).norm() / wanted.norm()
+    assert cut.error == pytest.approx(float(lost), rel=1e-4)
+
+
+def test_a_changed_bias_is_not_lost_in_silence(tiny_base):
+    weights = tiny_base("pocket").weights()
+    target = next(iter(weights))
+    module = replace(random_modules({target: weights[target]}, 1)[target], bias_delta=torch.ones(len(weights[target])))
+    with pytest.raises(AdapterError, match=r"a: .* changes a bias, which a LoRA cannot"):
+        merge([Source("a", {target: module})])
+
+
+def everything(weights):
+    return weights
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl", "pocket"])
+@pytest.mark.parametrize("form", ["folder", "file"])
+def test_into_a_base_is_what_the_mixer_makes(family, form, tiny_base, adapter_file, tmp_path):
+    base = tiny_base(family)
+    if (source := getattr(base, form)) is None:
+        pytest.skip("pocket is a folder")
+    a, b = (adapter_file(name, family, seed, choose=everything) for name, seed in (("a", 1), ("b", 2)))
+    out = tmp_path / ("baked.safetensors" if form == "file" else "baked")
+    assert run(f"{a}:0.8", f"{b}:0.6:0.2", "--into", source, "-o", out) == 0
+
+    from sfumato.bases import load_base
+
+    baked = load_base(out, precision=CPU, prediction_type="epsilon" if family == "sd2" else None)
+    parts = dict(zip(("text_encoder", "text_encoder_2"), baked.text_encoders, strict=False)) | {"unet": baked.unet}
+    first, second = deltas(a), deltas(b)
+    for (part, path), weight in base.weights().items():
+        want = weight + 0.8 * first[part, path] + (0.6 if part == "unet" else 0.2) * second[part, path]
+        assert_close(parts[part].get_submodule(path).weight, want, rtol=1e-5, atol=1e-5)
+    for part, module in base.parts().items():
+        for name, value in module.state_dict().items():
+            if (part, name.removesuffix(".weight")) not in first:
+                assert torch.equal(parts[part].state_dict()[name], value), name
+
+
+def test_a_baked_folder_is_read_by_diffusers_and_keeps_its_dtype(tiny_base, adapter_file, tmp_path):
+    base = tiny_base("sd1")
+    half = tmp_path / "half"
+    import copy
+
+    copy.deepcopy(base.pipe).to(torch.bfloat16).save_pretrained(str(half))
+    a = adapter_file("a", "sd1")
+    assert run(a, "--into", half, "-o", tmp_path / "baked") == 0
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(str(tmp_path / "baked"))
+    target = next(t for t in deltas(a) if t[0] == "unet")
+    exact = base.weights()[target].bfloat16().float() + deltas(a)[target]
+    assert torch.equal(pipe.unet.get_submodule(target[1]).weight, exact.bfloat16().float())
+    tensors = load_file(tmp_path / "baked/unet/diffusion_pytorch_model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+
+
+def test_a_baked_checkpoint_tells_its_parents_and_its_own_hash(tiny_base, adapter_file, tmp_path):
+    base, a = tiny_base("sd1"), adapter_file("a", "sd1")
+    out = tmp_path / "baked.safetensors"
+    assert run(a, "--into", base.file, "-o", out) == 0
+    metadata = read_header(out).metadata
+    assert json.loads(metadata["sfumato.parents"])[0]["name"] == "a.safetensors"
+    assert metadata["modelspec.hash_sha256"] == f"0x{data_sha256(read_header(out))}"
+    assert metadata["modelspec.prediction_type"] == "epsilon"
+
+
+def test_baking_what_does_not_fit_writes_nothing(tiny_base, adapter_file, tmp_path, capsys):
+    a = adapter_file("a", "sdxl")
+    assert run(a, "--into", tiny_base("sd1").folder, "-o", tmp_path / "baked") == 2
+    assert "is SD 1.x, the adapters are for sdxl" in capsys.readouterr().err
+    assert not (tmp_path / "baked").exists()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_into_takes_the_plain_sum_only(tiny_base, adapter_file, tmp_path, capsys):
+    a = adapter_file("a")
+    assert run(a, "--into", tiny_base("pocket").folder, "-o", tmp_path / "b", "--method", "ties") == 2
+    assert "--into bakes the weighted sum" in capsys.readouterr().err
+
+
+def test_help_loads_no_torch():
+    import subprocess
+    import sys
+
+    code = (
+        "import sys; from sfumato.pipelines.merge import main\n"
+        "try: main(['--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

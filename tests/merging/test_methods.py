@@ -1,0 +1,174 @@
+"""Merging methods on matrices small enough to write the answer out, and beside peft where peft is right."""
+
+from functools import partial
+
+import pytest
+import torch
+from peft.utils import merge_utils as peft
+from torch import tensor
+from torch.testing import assert_close
+
+from sfumato import randomness
+from sfumato.errors import AdapterError
+from sfumato.merging.arithmetic import linear, linear_factors
+from sfumato.merging.factors import Factors
+from sfumato.merging.joint import core_space, knots
+from sfumato.merging.methods import DENSE, LOW_RANK, Settings
+from sfumato.merging.projection import np_lora
+from sfumato.merging.sign import dare_ties, ties
+from sfumato.merging.sparse import dare, drop_and_rescale, keep_largest, magnitude
+
+
+def draws(seed=0):
+    return randomness.generator(seed, "test")
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=draws(seed), dtype=torch.float64)
+
+
+def random_factors(seed, out=6, inner=5, rank=2):
+    return Factors(random(out, rank, seed=seed), random(rank, inner, seed=seed + 100))
+
+
+A, B = tensor([[4.0, -1.0], [0.5, -2.0]]), tensor([[-2.0, -3.0], [1.0, 0.25]])
+
+
+def test_half_of_each_is_the_mean():
+    merged = linear([tensor([[2.0, 0.0]]), tensor([[0.0, 4.0]])], [0.5, 0.5])
+    assert_close(merged, tensor([[1.0, 2.0]]))
+
+
+def test_the_weighted_sum_of_factors_is_that_of_the_deltas():
+    terms = [random_factors(1), random_factors(2, rank=3)]
+    merged = linear_factors(terms, [0.8, -0.6])
+    assert merged.rank == 5
+    assert_close(merged.delta(), linear([term.delta() for term in terms], [0.8, -0.6]))
+
+
+def test_the_largest_entries_are_kept():
+    assert_close(keep_largest(A, 0.5), tensor([[4.0, 0.0], [0.0, -2.0]]))
+    assert_close(keep_largest(A, 0.1), tensor([[4.0, 0.0], [0.0, 0.0]]))
+    assert keep_largest(A, 1.0) is A
+
+
+@pytest.mark.parametrize("density", [0.0, -0.5, 1.5])
+def test_a_density_that_is_none_is_refused(density):
+    with pytest.raises(AdapterError, match="density"):
+        keep_largest(A, density)
+
+
+def test_magnitude_sums_what_is_kept():
+    # kept: A 4, -2; B -2, -3
+    assert_close(magnitude([A, B], [1.0, 0.5], density=0.5), tensor([[3.0, -1.5], [0.0, -2.0]]))
+
+
+def test_ties_is_the_mean_of_those_that_agree_with_the_elected_sign():
+    # trimmed: A [[4, 0], [0, -2]], B [[-2, -3], [0, 0]]; elected: + - + -
+    assert_close(ties([A, B], [1.0, 1.0], density=0.5), tensor([[4.0, -3.0], [0.0, -2.0]]))
+
+
+def test_ties_takes_the_mean_where_all_agree():
+    assert_close(ties([tensor([[2.0]]), tensor([[4.0]])], [1.0, 0.5], density=1.0), tensor([[2.0]]))
+
+
+def test_a_delta_of_weight_0_neither_votes_nor_counts_in_ties():
+    assert_close(ties([A, 100 * B], [0.7, 0.0], density=1.0), 0.7 * A)
+
+
+def test_a_negative_weight_turns_the_vote_in_ties():
+    # weighted entries 1 and -3: minus is elected
+    assert_close(ties([tensor([[1.0]]), tensor([[3.0]])], [1.0, -1.0], density=1.0), tensor([[-3.0]]))
+
+
+def test_dare_keeps_the_mean_and_drops_the_share():
+    ones = torch.ones(200, 200)
+    thinned = drop_and_rescale(ones, 0.25, draws())
+    assert set(thinned.unique().tolist()) == {0.0, 4.0}
+    assert abs(float(thinned.mean()) - 1) < 0.03
+
+
+def test_dare_depends_on_its_draws_alone():
+    first, second = (dare([A, B], [1.0, 1.0], density=0.5, generator=draws(3)) for _ in range(2))
+    assert torch.equal(first, second)
+    big = random(50, 50)
+    assert not torch.equal(drop_and_rescale(big, 0.5, draws(3)), drop_and_rescale(big, 0.5, draws(4)))
+
+
+@pytest.mark.parametrize("name", ["ties", "dare_linear", "dare_ties", "magnitude_prune"])
+def test_as_peft_for_equal_positive_weights(name):
+    deltas, weights, density = [random(12, 9, seed=i).float() for i in range(3)], [0.7] * 3, 0.4
+    ours = {
+        "ties": partial(ties, density=density),
+        "magnitude_prune": partial(magnitude, density=density),
+        "dare_linear": partial(dare, density=density, generator=torch.Generator().manual_seed(5)),
+        "dare_ties": partial(dare_ties, density=density, generator=torch.Generator().manual_seed(5)),
+    }[name]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)  # peft draws from the global generator
+        theirs = getattr(peft, name)(deltas, torch.tensor(weights), density)
+    assert_close(ours(deltas, weights), theirs)
+
+
+@pytest.mark.parametrize("method", [knots, core_space])
+def test_a_joint_basis_loses_nothing(method):
+    terms = [random_factors(1), random_factors(2, rank=3), random_factors(3, rank=1)]
+    merged = method(terms, [0.8, 0.5, -1.0], linear)
+    assert merged.rank <= 6
+    assert_close(merged.delta(), linear([term.delta() for term in terms], [0.8, 0.5, -1.0]))
+
+
+@pytest.mark.parametrize("method", [knots, core_space])
+def test_a_joint_basis_takes_what_two_share_once(method):
+    term = random_factors(1, out=8, inner=8)
+    assert method([term, term], [0.5, 0.5], linear).rank == 2
+
+
+def test_knots_merges_the_right_components_of_one_svd():
+    terms = [random_factors(1), random_factors(2)]
+    u, s, vh = torch.linalg.svd(torch.cat([term.delta() for term in terms], 1), full_matrices=False)
+    u, s, vh = u[:, :4], s[:4], vh[:4]
+    inner = partial(ties, density=1.0)
+    wanted = u @ torch.diag(s) @ inner([vh[:, :5], vh[:, 5:]], [1.0, 1.0])
+    assert_close(knots(terms, [1.0, 1.0], inner).delta(), wanted)
+
+
+def test_core_space_merges_coordinates():
+    # disjoint input and output directions: the cores have one entry each, so ties changes nothing
+    first = Factors(tensor([[1.0], [0.0]]).double(), tensor([[2.0, 0.0]]).double())
+    second = Factors(tensor([[0.0], [1.0]]).double(), tensor([[0.0, 3.0]]).double())
+    merged = core_space([first, second], [1.0, 1.0], partial(ties, density=1.0))
+    assert_close(merged.delta(), tensor([[2.0, 0.0], [0.0, 3.0]]).double())
+
+
+def test_np_lora_takes_the_style_out_of_the_subject():
+    style = Factors(tensor([[1.0], [0.0]]).double(), tensor([[1.0, 0.0, 0.0]]).double())
+    subject = Factors(tensor([[0.0], [1.0]]).double(), tensor([[2.0, 3.0, 0.0]]).double())
+    merged = np_lora([style, subject], [1.0, 0.5])
+    assert_close(merged.delta(), tensor([[1.0, 0.0, 0.0], [0.0, 1.5, 0.0]]).double())
+    soft = np_lora([style, subject], [1.0, 0.5], strength=1.0)
+    assert_close(soft.delta(), tensor([[1.0, 0.0, 0.0], [0.5, 1.5, 0.0]]).double())
+
+
+def test_np_lora_leaves_the_style_as_it_was_on_its_own_inputs():
+    style, subject = random_factors(1), random_factors(2)
+    merged = np_lora([style, subject], [0.9, 0.7], keep_energy=1.0).delta()
+    own = style.down.T
+    assert_close(merged @ own, 0.9 * style.delta() @ own)
+
+
+def test_np_lora_projects_off_shared_directions_once():
+    style, other = random_factors(1, inner=8), random_factors(2, inner=8)
+    twice = Factors(style.up, style.down)
+    merged = np_lora([style, twice, other], [0.0, 1.0, 1.0], keep_energy=1.0).delta()
+    assert_close(merged, np_lora([style, other], [1.0, 1.0], keep_energy=1.0).delta())
+
+
+@pytest.mark.parametrize("name", [*DENSE, *LOW_RANK])
+def test_one_adapter_at_density_1_is_itself_in_every_method(name):
+    term, settings = random_factors(4), Settings(density=1.0)
+    if name in DENSE:
+        merged = DENSE[name](settings, draws())([term.delta()], [0.8])
+    else:
+        merged = LOW_RANK[name](settings, draws())([term], [0.8]).delta()
+    assert_close(merged, 0.8 * term.delta())
