@@ -20,11 +20,14 @@ from sfumato import options
 from sfumato.config import parse, to_dict
 from sfumato.errors import ConfigError
 from sfumato.options import TrainerOptions
+from sfumato.placeholders import RATES, VECTORS
 
 if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that its --help is there at once
     from sfumato.adapters import Lora
     from sfumato.bases import Base
-    from sfumato.data import Dataset
+    from sfumato.data import Dataset, Folder
+    from sfumato.embedding import Words
+    from sfumato.files import Description
     from sfumato.runs import Run
     from sfumato.runs.samples import Samples
 
@@ -53,6 +56,21 @@ class Config(TrainerOptions):
     """Adapt the text encoders, too; captions are then encoded at each step."""
     text_learning_rate: float | None = None
     """Peak learning rate of the text encoders. Unset: a tenth of the U-Net's."""
+    train_words: tuple[str, ...] = ()
+    """Learn new words, too, such as "<otter>", which the captions hold (pivotal tuning). Repeat it for several."""
+    stands_for: tuple[str, ...] = ()
+    """Words of the captions whose place each new word takes, such as "sks otter"."""
+    initial_words: tuple[str, ...] = ()
+    """Words that new ones start from: once for all, or once for each. Unset: the mean of all the base's words."""
+    word_vectors: int | None = None
+    """Vectors of each new word, 1 to 16. Unset: 4."""
+    word_learning_rate: float | None = None
+    """Peak learning rate of new words. Unset: the base family's default."""
+    words_first: int = 0
+    """Steps in which the words learn alone, before the LoRA learns alone; 0: both learn all the time."""
+    bundle: bool = False
+    """Write new words into the adapter's file, as A1111 and ComfyUI read them and diffusers does not, instead of beside
+    it."""
     init_from: Path | None = None
     """Start from this adapter instead of from nothing; same targets and rank."""
     save_precision: Literal["fp32", "fp16", "bf16"] | None = None
@@ -63,7 +81,7 @@ def train(config: Config) -> Path:
     """Train, and return the adapter's path."""
     import torch
 
-    from sfumato import diffusion, optimizers, randomness
+    from sfumato import diffusion, embedding, optimizers, randomness
     from sfumato.adapters import attach
     from sfumato.ema import Average
     from sfumato.measure import Measures
@@ -74,15 +92,16 @@ def train(config: Config) -> Path:
 
     check(config)
     processes = Processes.join(config.device)
-    examples = config.read_examples()
+    examples = read_examples(config)
     precision = config.decide_precision(processes, config.optimizer)
     base = config.load_base(precision)
     config, filled = resolve(config, base, examples.samples, processes.count)
+    words = new_words(base, config, examples) if config.train_words else None
     run = Run.start(config, program="lora", processes=processes)
     run.say(precision.table())
     run.say(f"{base.family.title} defaults: " + ", ".join(f"{name} {getattr(config, name)}" for name in filled))
 
-    dataset = config.prepare(examples, base, embed_text=not config.train_text_encoder)
+    dataset = config.prepare(examples, base, embed_text=not config.train_text_encoder and words is None)
     for note in dataset.notes:
         run.say(note)
     lora = attach(
@@ -98,12 +117,14 @@ def train(config: Config) -> Path:
     run.identify(data=dataset.fingerprint, base=base.quick_fingerprint())
     run.say(f"{len(dataset)} pictures, {len(lora.layers)} adapted layers, {lora.count():,} trained numbers")
 
-    parameters = list(lora.parameters())
-    optimizer = optimizers.build(config.optimizer, groups(lora, config), weight_decay=config.weight_decay)
-    schedule = optimizers.Schedule(optimizer, config.schedule, config.steps, config.warmup)
+    parameters = [*lora.parameters(), *(words.parameters() if words else ())]
+    optimizer = optimizers.build(config.optimizer, groups(lora, words, config), weight_decay=config.weight_decay)
+    schedule = optimizers.Schedule(optimizer, config.schedule, config.steps - config.words_first, config.warmup)
+    if config.words_first:  # its own turn, with its own rise and fall of the rate
+        word_schedule = optimizers.Schedule(optimizer, config.schedule, config.words_first, config.warmup)
     scaler = precision.scaler()
     average = Average(parameters, config.ema)
-    run.keep(lora=lora, optimizer=optimizer, scaler=scaler, average=average)
+    run.keep(lora=lora, optimizer=optimizer, scaler=scaler, average=average, **({"words": words} if words else {}))
     measures = Measures(base, dataset, pristine=lora.disabled, modules=[lora])
     prompts = config.sample_prompts or default_prompts(dataset.captions, config.caption, config.trigger)
     samples = Samples(run, base, prompts, config.seed, modules=[lora])
@@ -121,7 +142,13 @@ def train(config: Config) -> Path:
     global_batch, starts = processes.starts(config.batch, config.accumulate)
     lora.train()
     for step in run.steps(config.steps):
-        schedule.set(step.number, step.rate_factor)
+        if step.number < config.words_first:
+            word_schedule.set(step.number, step.rate_factor)
+        else:
+            schedule.set(step.number - config.words_first, step.rate_factor)
+        if words:
+            lora.requires_grad_(step.number >= config.words_first)
+            words.requires_grad_(step.number < config.words_first or not config.words_first)
         # Timesteps cover the schedule once in a global batch; each process takes its own part of them.
         timesteps = diffusion.stratified_timesteps(global_batch, len(base.alpha_bar), config.seed, step.number)
         timesteps = timesteps.to(precision.device)
@@ -131,17 +158,25 @@ def train(config: Config) -> Path:
             noise = draw_noise(batch, config.seed, step.number, start, offset=config.noise_offset)
             mine = timesteps[start : start + config.batch]
             with precision.autocast(), randomness.seeded(precision.device, config.seed, "dropout", step.number, start):
-                text = base.encode_text(batch.captions, grad=True) if config.train_text_encoder else batch.text
+                if words:
+                    text = embedding.encode(base, batch.captions, grad=True)
+                else:
+                    text = base.encode_text(batch.captions, grad=True) if config.train_text_encoder else batch.text
                 errors = denoising_errors(base, batch, noise, mine, text, min_snr=config.min_snr)
                 part = errors.sum() / global_batch
-            scaler.scale(part).backward()
+            if part.requires_grad:  # not where words learn alone and no caption of the batch holds one
+                scaler.scale(part).backward()
             loss += part.detach()
+        if words:
+            words.settle_gradients()
         # Before unscaling, so that all processes find the same overflow and skip the same steps.
         processes.sum([loss, *(p.grad for p in parameters if p.grad is not None)])
         scaler.unscale_(optimizer)
         norm = optimizers.clip(parameters, config.clip)
         if step.healthy(scaler, loss=loss, gradient_norm=norm):
             scaler.step(optimizer)
+            if words:
+                words.keep_scale()
             average.update()
         scaler.update()
         optimizer.zero_grad()
@@ -150,7 +185,9 @@ def train(config: Config) -> Path:
     average.apply()
     path = config.output / f"{config.name}.safetensors"
     if processes.is_main:
-        save(path, lora, base, config, dataset, run, samples)
+        save(path, lora, words, base, config, dataset, run, samples)
+    if words:
+        words.remove()
     run.close()
     processes.wait()
     return path
@@ -161,6 +198,14 @@ def check(config: Config) -> None:
     options.check(config)
     if config.init_from and not config.init_from.exists():
         raise ConfigError(f"--init-from {config.init_from}: there is no such file.")
+    count = len(config.train_words)
+    for option in ("stands_for", "initial_words", "word_vectors", "word_learning_rate", "words_first", "bundle"):
+        if getattr(config, option) and not count:
+            raise ConfigError(f"--{option.replace('_', '-')} is for new words; name them with --train-words.")
+    if config.stands_for and len(config.stands_for) != count:
+        raise ConfigError(f"--stands-for is given {len(config.stands_for)} times for {count} words; give it for each.")
+    if config.words_first < 0 or (config.steps is not None and config.words_first >= config.steps):
+        raise ConfigError(f"--words-first {config.words_first}: wanted 0, or fewer than the {config.steps} steps.")
 
 
 def resolve(config: Config, base: Base, samples: int, processes: int) -> tuple[Config, list[str]]:
@@ -171,7 +216,37 @@ def resolve(config: Config, base: Base, samples: int, processes: int) -> tuple[C
         "text_learning_rate": config.text_learning_rate or config.learning_rate / 10,
         "save_precision": config.save_precision or ("fp32" if base.family.name == "pocket" else "fp16"),
     }
+    if config.train_words:
+        rate = 1.0 if config.optimizer == "prodigy" else RATES[base.family.name]
+        values["word_vectors"] = VECTORS if config.word_vectors is None else config.word_vectors
+        values["word_learning_rate"] = config.word_learning_rate or rate
+        if config.words_first >= config.steps:
+            raise ConfigError(f"--words-first {config.words_first}: the run has {config.steps} steps; make it fewer.")
     return dataclasses.replace(config, **values), filled
+
+
+def read_examples(config: Config) -> Folder:
+    """The pictures and captions; new words are in the captions, or DataError says in which they are not."""
+    from sfumato.placeholders import put_into_captions
+
+    examples = config.read_examples()
+    return put_into_captions(examples, config.train_words, config.stands_for) if config.train_words else examples
+
+
+def new_words(base: Base, config: Config, examples: Folder) -> Words:
+    """The words to be learned, in use by the base."""
+    from sfumato import embedding
+
+    words = embedding.new_words(
+        base,
+        config.train_words,
+        vectors=config.word_vectors,
+        start="words" if config.initial_words else "mean",
+        initial=config.initial_words,
+        seed=config.seed,
+    )
+    words.check([*config.sample_prompts, *(example.caption for example in examples)])
+    return words
 
 
 def hosts(base: Base, config: Config) -> dict[str, Any]:
@@ -185,11 +260,13 @@ def hosts(base: Base, config: Config) -> dict[str, Any]:
     return parts
 
 
-def groups(lora: Lora, config: Config) -> list[dict[str, Any]]:
-    """Parameter groups: the U-Net's, and the text encoders' with their own rate."""
+def groups(lora: Lora, words: Words | None, config: Config) -> list[dict[str, Any]]:
+    """Parameter groups: the U-Net's, and the text encoders' and the new words' with their own rates."""
     unet = [p for (part, _), layer in lora.layers.items() if part == "unet" for p in layer.parameters()]
     text = [p for (part, _), layer in lora.layers.items() if part != "unet" for p in layer.parameters()]
     found = [{"params": unet, "lr": config.learning_rate}, {"params": text, "lr": config.text_learning_rate}]
+    if words:
+        found.append({"params": list(words.parameters()), "lr": config.word_learning_rate})
     return [group for group in found if group["params"]]
 
 
@@ -201,8 +278,17 @@ def start_from(lora: Lora, path: Path) -> None:
     lora.load({key: (m.down, m.up, m.alpha) for key, m in modules.items()}, path.name)
 
 
-def save(path: Path, lora: Lora, base: Base, config: Config, dataset: Dataset, run: Run, samples: Samples) -> None:
-    """Write the adapter, its card and the plot; upload them if asked."""
+def save(
+    path: Path,
+    lora: Lora,
+    words: Words | None,
+    base: Base,
+    config: Config,
+    dataset: Dataset,
+    run: Run,
+    samples: Samples,
+) -> None:
+    """Write the adapter and new words, the card and the plot; upload them if asked."""
     from sfumato.card import write_card
     from sfumato.files import Description, LoraModule, describe, write_lora
     from sfumato.plot import plot_log
@@ -221,7 +307,7 @@ def save(path: Path, lora: Lora, base: Base, config: Config, dataset: Dataset, r
         seed=config.seed,
         learning_rate=config.learning_rate,
         optimizer=config.optimizer,
-        trigger=[config.trigger] if config.trigger else [],
+        trigger=[*([config.trigger] if config.trigger else []), *config.train_words],
         captions=dataset.captions,
         thumbnail=rows[-1][-1] if rows else None,
         config=to_dict(options.settled(config), public=True),
@@ -238,12 +324,38 @@ def save(path: Path, lora: Lora, base: Base, config: Config, dataset: Dataset, r
     plot_log(run.folder / "log.jsonl", run.folder / "plot.png")
     card = write_card(run.folder, path, description, samples.prompts if rows else [], rows)
     run.say(f"\nadapter  {path}\ncard     {card}\nplot     {run.folder / 'plot.png'}")
+    paths = [path]
+    if words:
+        paths += save_words(path, card, words, base, config, description, run)
     if rows:
         run.say(f"samples  {run.folder / 'samples.png'}")
     if config.push_to_hub:
         from sfumato.card import push
 
-        run.say(f"uploaded to {push(run.folder, path, config.push_to_hub)}")
+        for each in paths:
+            run.say(f"uploaded to {push(run.folder, each, config.push_to_hub)}")
+
+
+def save_words(
+    path: Path, card: Path, words: Words, base: Base, config: Config, description: Description, run: Run
+) -> list[Path]:
+    """Write each new word's file beside the adapter's, or into it, and a section of the card; returns the new files."""
+    from sfumato.embedding_card import add_words_section
+    from sfumato.files import describe
+    from sfumato.files.write_embedding import add_words, write_embedding
+    from sfumato.placeholders import files
+
+    paths = files(path.parent, path.stem, config.train_words, alone=False)
+    if config.bundle:
+        add_words(path, words.vectors())
+    else:
+        for token, vectors in words.vectors().items():
+            metadata = describe(dataclasses.replace(description, trigger=[token]))
+            write_embedding(paths[token], token, vectors, metadata=metadata)
+            run.say(f"word     {token}  {paths[token]}")
+    add_words_section(card, paths, base.family.name, bundled=config.bundle)
+    run.say("nearest of the base's words, by cosine:\n" + "\n".join(words.report()))
+    return [] if config.bundle else list(paths.values())
 
 
 def main(argv: Sequence[str]) -> int:

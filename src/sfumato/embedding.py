@@ -1,0 +1,385 @@
+"""New words: vectors that a text encoder takes for a placeholder, beside its table, which stays as it is.
+
+    with embedding.load(pipe, "otter.safetensors", token="<otter>"):
+        pipe("a <otter> in the snow")
+
+Textual Inversion (Gal et al. 2022) learns such vectors; `trainers/textual_inversion.py` trains what `new_words` makes.
+
+A word's vectors are rows of their own, put in where the token embedding meets the word's ids. The tokenizer is replaced
+by a copy that knows the word and writes it out as one token a vector. Removing a word puts the tokenizer back and takes
+the hooks away; no weight was touched.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import torch
+from tokenizers import AddedToken, Regex, normalizers
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sfumato import randomness
+from sfumato.errors import AdapterError, ConfigError
+from sfumato.placeholders import check_placeholder, shown
+
+if TYPE_CHECKING:
+    from os import PathLike
+
+    from torch.utils.hooks import RemovableHandle
+
+    from sfumato.bases import Base, TextEmbedding
+
+Start = Literal["words", "random", "mean"]
+Vectors = Mapping[str, Mapping[str, Tensor]]
+"""By placeholder, then by part ("text_encoder", "text_encoder_2"): (vectors, width)."""
+
+MOST_VECTORS = 16
+PARTS = ("text_encoder", "text_encoder_2")
+_SHORTEST, _LONGEST = 0.05, 0.95
+
+
+@dataclass
+class _Site:
+    """One text encoder of a pipeline or a base, and its tokenizer."""
+
+    source: Any
+    number: int
+
+    @property
+    def encoder(self) -> Any:
+        if hasattr(self.source, "text_encoders"):
+            return self.source.text_encoders[self.number]
+        return getattr(self.source, PARTS[self.number])
+
+    @property
+    def tokenizer(self) -> Any:
+        if hasattr(self.source, "tokenizers"):
+            return self.source.tokenizers[self.number]
+        return getattr(self.source, "tokenizer_2" if self.number else "tokenizer")
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Any) -> None:
+        if hasattr(self.source, "tokenizers"):
+            now = list(self.source.tokenizers)
+            now[self.number] = tokenizer
+            self.source.tokenizers = tuple(now)
+        else:
+            setattr(self.source, "tokenizer_2" if self.number else "tokenizer", tokenizer)
+
+    @property
+    def table(self) -> nn.Embedding:
+        """The token embedding."""
+        return cast(nn.Embedding, self.encoder.get_input_embeddings())
+
+    def know(self, words: Sequence[Words]) -> None:
+        """Give the encoder a tokenizer that knows exactly these words besides its own."""
+        plain, eos = getattr(self.tokenizer, "_sfumato_plain", (self.tokenizer, None))
+        text = getattr(self.encoder, "text_model", self.encoder)
+        if not words:
+            self.tokenizer = plain
+            if eos is not None:
+                text.eos_token_id = eos
+            return
+        if eos is None and getattr(text, "eos_token_id", None) == 2 != plain.eos_token_id:
+            # The published configs say 2, on which transformers pools at the highest id: that would be a new word's.
+            eos, text.eos_token_id = 2, plain.eos_token_id
+        extended = copy.deepcopy(plain)
+        for each in words:
+            each.first[self.number] = _extend(extended, each.tokens)
+        extended._sfumato_plain, extended._sfumato_words = (plain, eos), tuple(words)
+        self.tokenizer = extended
+
+    @property
+    def words(self) -> tuple[Words, ...]:
+        """The words that the tokenizer knows besides its own."""
+        return getattr(self.tokenizer, "_sfumato_words", ())
+
+
+def _extend(tokenizer: Any, tokens: Mapping[str, int]) -> int:
+    """Let a tokenizer know new tokens, of so many vectors each; returns the first new id."""
+    first = len(tokenizer)
+    for token, count in tokens.items():
+        alone = re.fullmatch(r"\w+", token) is not None
+        spelt = token.lower()  # as the tokenizer's own normalizer spells it
+        names = [spelt] if count == 1 else [f"{spelt}_{i}" for i in range(count)]
+        tokenizer.add_tokens([AddedToken(name, normalized=True, single_word=alone, special=False) for name in names])
+        if count > 1:
+            end = r"(?!\w)" if alone else r"(?!_\d)"
+            pattern = (r"(?<!\w)" if alone else "") + re.escape(spelt) + end
+            written = normalizers.Replace(Regex(pattern), " ".join(names))
+            backend = tokenizer.backend_tokenizer
+            backend.normalizer = normalizers.Sequence([backend.normalizer, written])
+    return first
+
+
+class Words(nn.Module):
+    """New words in use by a base or a diffusers pipeline; a context manager that takes them out again.
+
+    rows: one parameter an encoder, (all vectors, width) fp32, the words' vectors in the order of `tokens`.
+    tokens: the placeholders and how many vectors each has. first: each encoder's first new token id.
+    """
+
+    def __init__(self, source: Any, vectors: Vectors):
+        super().__init__()
+        self._sites = _sites(source)
+        self._handles: list[RemovableHandle] = []
+        self.tokens = {token: len(next(iter(parts.values()))) for token, parts in vectors.items()}
+        self.first = [0] * len(self._sites)
+        self.rows = nn.ParameterList()
+        for site, part in zip(self._sites, PARTS, strict=False):
+            values = torch.cat([parts[part] for parts in vectors.values()])
+            self.rows.append(nn.Parameter(values.to(site.table.weight.device, torch.float32, copy=True)))
+        self.attach()
+
+    def attach(self) -> None:
+        """Bring the words into use; `Words` does so when it is made."""
+        if self._handles:
+            return
+        for site in self._sites:
+            for token in self.tokens:
+                check_placeholder(token, site.tokenizer)
+        for number, site in enumerate(self._sites):
+            site.know([*site.words, self])
+            self._handles += self._hook(site.table, number)
+
+    def remove(self) -> None:
+        """Take the words out: tokenizer and text encoder are what they were. The vectors stay, and can be attached."""
+        for handle in self._handles:
+            handle.remove()
+        if self._handles:
+            for site in self._sites:
+                site.know([words for words in site.words if words is not self])
+        self._handles = []
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Within the block nothing knows the words."""
+        in_use = bool(self._handles)
+        self.remove()
+        try:
+            yield
+        finally:
+            if in_use:
+                self.attach()
+
+    def __enter__(self) -> Words:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def _hook(self, table: nn.Embedding, number: int) -> list[RemovableHandle]:
+        places: list[Tensor] = []
+
+        def before(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            place = inputs[0] - self.first[number]
+            new = (place >= 0) & (place < len(self.rows[number]))
+            places.append(torch.where(new, place, -1))
+            return (torch.where(new, 0, inputs[0]), *inputs[1:])
+
+        def after(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            place = places.pop()
+            rows = self.rows[number].to(output.device, output.dtype)
+            return torch.where((place >= 0).unsqueeze(-1), F.embedding(place.clamp(min=0), rows), output)
+
+        return [table.register_forward_pre_hook(before), table.register_forward_hook(after)]
+
+    def check(self, prompts: Sequence[str]) -> None:
+        """Raises ConfigError, with the count, for a prompt with a word in it that has more tokens than positions."""
+        for prompt in dict.fromkeys(prompts):
+            inside = [token for token in self.tokens if token.lower() in prompt.lower()]
+            for site in self._sites if inside else []:
+                count = len(site.tokenizer(prompt, add_special_tokens=False, truncation=False, verbose=False).input_ids)
+                limit = int(site.encoder.config.max_position_embeddings) - 2
+                if count > limit:
+                    of = ", ".join(f"{token} has {self.tokens[token]}" for token in inside)
+                    raise ConfigError(
+                        f"{prompt[:60]!r}: {count} tokens ({of}), and the text encoder has {limit} positions. "
+                        "Shorten the prompt, or learn fewer vectors."
+                    )
+
+    def vectors(self) -> dict[str, dict[str, Tensor]]:
+        """The words' vectors, copied to the CPU: by placeholder, then by part."""
+        found: dict[str, dict[str, Tensor]] = {token: {} for token in self.tokens}
+        for rows, part in zip(self.rows, PARTS, strict=False):
+            pieces = torch.split(rows.detach().cpu().clone(), list(self.tokens.values()))
+            for token, piece in zip(self.tokens, pieces, strict=True):
+                found[token][part] = piece
+        return found
+
+    def settle_gradients(self) -> None:
+        """Zeros where no caption held a word: processes that met other captions sum the same tensors."""
+        for rows in self.rows:
+            if rows.requires_grad and rows.grad is None:
+                rows.grad = torch.zeros_like(rows)
+
+    @torch.no_grad()
+    def keep_scale(self) -> None:
+        """Bring vectors that are longer or shorter than nearly all of the table's back to where its 5 % or 95 % lie.
+
+        A vector far outside drowns the rest of the prompt.
+        """
+        for rows, (low, high) in zip(self.rows, self._lengths(), strict=True):
+            norm = rows.norm(dim=1, keepdim=True)
+            rows.mul_(norm.clamp(low, high) / norm.clamp(min=1e-12))
+
+    def _lengths(self) -> list[tuple[float, float]]:
+        if not hasattr(self, "_quantiles"):
+            self._quantiles = [_quantiles(site.table.weight) for site in self._sites]
+        return self._quantiles
+
+    @torch.no_grad()
+    def nearest(self, count: int = 3) -> dict[str, list[list[tuple[str, float]]]]:
+        """The table's words nearest to each vector of the first encoder, with the cosines, by placeholder."""
+        site, found = self._sites[0], {}
+        table = F.normalize(site.table.weight.float(), dim=1)
+        cosines = F.normalize(self.rows[0].detach().to(table.device), dim=1) @ table.T
+        best = cosines.topk(count, dim=1)
+        lines = [
+            [(shown(site.tokenizer, index), value) for index, value in zip(indices, values, strict=True)]
+            for indices, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        ]
+        for token, vectors in self.tokens.items():
+            found[token], lines = lines[:vectors], lines[vectors:]
+        return found
+
+    def count(self) -> int:
+        """How many numbers are trained."""
+        return sum(rows.numel() for rows in self.rows)
+
+    def report(self) -> list[str]:
+        """`nearest` in a line a vector, and how long the vector is beside the table's mean."""
+        mean = float(self._sites[0].table.weight.float().norm(dim=1).mean())
+        lengths = iter((self.rows[0].detach().norm(dim=1) / mean).tolist())
+        return [
+            f"{token} {number} of {len(vectors)}: {', '.join(f'{word} {cosine:.2f}' for word, cosine in words)}; "
+            f"{next(lengths):.2f} of the mean length"
+            for token, vectors in self.nearest().items()
+            for number, words in enumerate(vectors, start=1)
+        ]
+
+
+def new_words(
+    source: Any,
+    placeholders: Sequence[str],
+    *,
+    vectors: int = 1,
+    start: Start = "mean",
+    initial: Sequence[str] = (),
+    seed: int = 0,
+) -> Words:
+    """Words to be learned, in use by `source` (a Base, or a diffusers pipeline of SD 1.x, 2.x or SDXL).
+
+    vectors: of each placeholder, 1 to 16. start: "words" copies the rows of the words in `initial`, one entry for all
+    placeholders or one for each, from its first token on and over again where it has fewer tokens than vectors;
+    "random" copies rows drawn from the table; "mean" is the mean of all rows, at their mean length.
+    Raises ConfigError for a placeholder that is a token already.
+    """
+    sites = _sites(source)
+    if not placeholders or len({token.lower() for token in placeholders}) < len(placeholders):
+        raise ConfigError(f"placeholders {', '.join(placeholders) or 'none'}: wanted one or more, each of its own.")
+    for token in placeholders:
+        inside = [other for other in placeholders if other != token and other.lower() in token.lower()]
+        if inside:
+            raise ConfigError(f"placeholder {token} has {inside[0]} within it; give each a spelling of its own.")
+        for site in sites:
+            check_placeholder(token, site.tokenizer)
+    if not 1 <= vectors <= MOST_VECTORS:
+        raise ConfigError(f"{vectors} vectors for a placeholder; wanted 1 to {MOST_VECTORS}.")
+    if start == "words" and len(initial) not in (1, len(placeholders)):
+        raise ConfigError(
+            f"{len(initial)} initial words for {len(placeholders)} placeholders; give one for all, or one for each."
+        )
+    made: dict[str, dict[str, Tensor]] = {}
+    for place, token in enumerate(placeholders):
+        made[token] = {}
+        for site, part in zip(sites, PARTS, strict=False):
+            rows = site.table.weight.detach().float().cpu()
+            if start == "words":
+                words = initial[place if len(initial) > 1 else 0]
+                ids = site.tokenizer(words, add_special_tokens=False).input_ids
+                if not ids:
+                    raise ConfigError(f"initial words {words!r} are none; name something like it, such as 'toy'.")
+                made[token][part] = rows[[ids[i % len(ids)] for i in range(vectors)]]
+            elif start == "random":
+                chosen = randomness.permutation(len(rows), seed, f"words/{token}/{part}")
+                made[token][part] = rows[chosen[:vectors]]
+            else:
+                mean = F.normalize(rows.mean(0), dim=0) * rows.norm(dim=1).mean()
+                made[token][part] = mean.expand(vectors, -1)
+    return Words(source, made)
+
+
+def load(source: Any, path: str | PathLike[str], token: str | None = None) -> Words:
+    """The words of an embedding's file, in use by `source` until `remove()` or the end of a `with` block.
+
+    source: a Base, or a diffusers pipeline of SD 1.x, 2.x or SDXL. path: a safetensors file, as this package, diffusers
+    or a web interface writes it. token: the placeholder, for a file with one word; the file's own by default, or the
+    file's name where it has none. Raises FileError for a file that is no safetensors file (a .pt is a pickle, which can
+    run programs) and AdapterError for one that does not fit this base.
+    """
+    words = Words(source, fitting(source, read(path, token), Path(path).name))
+    return words.requires_grad_(False)
+
+
+def read(path: str | PathLike[str], token: str | None = None) -> dict[str, dict[str, Tensor]]:
+    """{token: {"text_encoder" | "text_encoder_2": (vectors, width)}} of an embedding's file. token: renames its word.
+
+    A file that does not name its word has it in our metadata, else the file's name is the word.
+    """
+    from sfumato.files import read_embedding
+
+    file = read_embedding(path)
+    found = {key: dict(parts) for key, parts in file.embeddings.items()}
+    own = token or (file.metadata.get("sfumato.token") if list(found) == [file.path.stem] else None)
+    if token is not None and len(found) != 1:
+        raise AdapterError(f"{file.path.name}: holds {len(found)} words ({', '.join(found)}), so it cannot be {token}.")
+    return {own: next(iter(found.values()))} if own else found
+
+
+def fitting(source: Any, vectors: Vectors, name: str) -> dict[str, dict[str, Tensor]]:
+    """The vectors by the parts that `source` has. Raises AdapterError where they are not all of its encoders' width."""
+    widths = {part: site.table.embedding_dim for part, site in zip(PARTS, _sites(source), strict=False)}
+    for token, parts in vectors.items():
+        found = {part: rows.shape[1] for part, rows in parts.items()}
+        if found != widths:
+            shown = " and ".join(str(width) for width in found.values())
+            wanted = " and ".join(str(width) for width in widths.values())
+            raise AdapterError(
+                f"{name}: {token} has vectors of width {shown}, and this base's text encoder takes {wanted}. "
+                "Use an embedding that was trained for this family."
+            )
+    return {token: dict(parts) for token, parts in vectors.items()}
+
+
+def encode(base: Base, captions: Sequence[str], *, grad: bool = False) -> TextEmbedding:
+    """The captions' embeddings, each distinct one encoded once; "" as the base has "no prompt"."""
+    distinct = list(dict.fromkeys(captions))
+    named = [caption for caption in distinct if caption]
+    parts = [] if not named else [base.encode_text(named, grad=grad)]
+    if "" in distinct:
+        parts.append(base.unconditional(1))
+    places = {caption: place for place, caption in enumerate([*named, ""])}
+    return type(parts[0]).cat(parts)[[places[caption] for caption in captions]]
+
+
+def _sites(source: Any) -> list[_Site]:
+    count = len(source.text_encoders) if hasattr(source, "text_encoders") else 1
+    if getattr(source, "text_encoder_2", None) is not None:
+        count = 2
+    if not hasattr(source, "text_encoders") and getattr(source, "text_encoder", None) is None:
+        raise ConfigError("new words want a Base, or a diffusers pipeline of SD 1.x, 2.x or SDXL with text encoders.")
+    return [_Site(source, number) for number in range(count)]
+
+
+def _quantiles(table: Tensor) -> tuple[float, float]:
+    norms = table.detach().float().norm(dim=1).sort().values
+    last = len(norms) - 1
+    return float(norms[round(_SHORTEST * last)]), float(norms[round(_LONGEST * last)])

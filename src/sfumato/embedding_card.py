@@ -1,0 +1,139 @@
+"""The model card of new words: a README.md beside their files, in the form the Hugging Face hub shows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sfumato.files.atomic import atomic_path, write_text
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from sfumato.files import Description
+
+_SHOWN = ("vectors", "initial_words", "start", "templates", "steps", "batch", "learning_rate", "schedule", "min_snr")
+
+
+def write_embedding_card(
+    folder: Path,
+    files: Mapping[str, Path],
+    about: Description,
+    nearest: Sequence[str],
+    prompts: Sequence[str],
+    rows: Sequence[Sequence[Image]],
+) -> Path:
+    """Write README.md and its pictures into `folder`; returns the card's path.
+
+    files: by placeholder. nearest: a line a vector, which words of the base it is like. rows: sample pictures, one row
+    a point in time, one picture a prompt; the first row and the last are shown.
+    """
+    from huggingface_hub import ModelCardData
+
+    from sfumato.sheet import contact_sheet
+
+    pictures = []
+    for number, (prompt, picture) in enumerate(zip(prompts, rows[-1] if rows else [], strict=False)):
+        with atomic_path(folder / "images" / f"image_{number}.png") as temporary:
+            picture.save(temporary)
+        pictures.append({"text": prompt, "output": {"url": f"images/image_{number}.png"}})
+    before_after = ""
+    if rows:
+        sheet = contact_sheet([rows[0], rows[-1]], row_labels=["before", "after"], column_labels=list(prompts))
+        with atomic_path(folder / "images" / "before_after.png") as temporary:
+            sheet.save(temporary)
+        before_after = "\n![before and after](images/before_after.png)\n"
+    head = ModelCardData(
+        library_name="diffusers",
+        base_model=about.base,
+        license=about.license or None,
+        instance_prompt=", ".join(files),
+        tags=["text-to-image", "diffusers", "textual_inversion", "sfumato"],
+        widget=pictures or None,
+    )
+    config = about.config or {}
+    table = "\n".join(f"| {name} | {config[name]} |" for name in (*_SHOWN, "seed", "resolution") if name in config)
+    listed = "\n".join(f"- `{token}` in `{path.name}`" for token, path in files.items())
+    report = "\n".join(f"    {line}" for line in nearest)
+    what = f"{len(files)} words" if len(files) > 1 else "A word"
+    text = f"""---
+{head.to_yaml()}
+---
+
+# {about.title}
+
+<Gallery />
+
+{what} for `{about.base}` ({about.family}), learned from {about.images} pictures by Textual Inversion:
+
+{listed}
+{before_after}
+## Use
+
+{_use(files, about.family)}
+## What was learned
+
+The base's own words nearest to each vector, by cosine:
+
+{report}
+
+## Training
+
+| setting | value |
+|---|---|
+{table}
+| pictures | {about.images} |
+| data set sha256 | `{about.dataset_sha256}` |
+"""
+    path = folder / "README.md"
+    write_text(path, text)
+    return path
+
+
+def add_words_section(card: Path, files: Mapping[str, Path], family: str, *, bundled: bool) -> None:
+    """Say in an adapter's card which new words belong to it, and how they are used."""
+    listed = "\n".join(f"- `{token}`" + ("" if bundled else f" in `{path.name}`") for token, path in files.items())
+    if bundled:
+        use = (
+            "They are inside the adapter's file, where ComfyUI and AUTOMATIC1111 find them. diffusers refuses a file "
+            "with words in it; train without `--bundle` for that.\n"
+        )
+    else:
+        use = _use(files, family)
+    text = card.read_text(encoding="utf-8")
+    write_text(card, f"{text}\n## New words\n\nLearned together with the adapter:\n\n{listed}\n\n{use}")
+
+
+def _use(files: Mapping[str, Path], family: str) -> str:
+    token, path = next(iter(files.items()))
+    if family == "sdxl":
+        code = f"""from safetensors.torch import load_file
+
+vectors = load_file("{path.name}")
+pipe.load_textual_inversion(
+    vectors["clip_l"], token="{token}", text_encoder=pipe.text_encoder, tokenizer=pipe.tokenizer
+)
+pipe.load_textual_inversion(
+    vectors["clip_g"], token="{token}", text_encoder=pipe.text_encoder_2, tokenizer=pipe.tokenizer_2
+)"""
+    else:
+        code = f'pipe.load_textual_inversion("{path.name}")'
+    return f"""With [diffusers](https://github.com/huggingface/diffusers):
+
+```python
+{code}
+image = pipe("a {token}").images[0]
+```
+
+With sfumato, on a pipeline or on its own base, and out again without a trace:
+
+```python
+from sfumato import embedding
+
+with embedding.load(pipe, "{path.name}"):
+    image = pipe("a {token}").images[0]
+```
+
+In ComfyUI, AUTOMATIC1111, Forge and InvokeAI the file's name is the word: `{path.stem}`.
+"""

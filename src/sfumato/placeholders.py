@@ -1,0 +1,90 @@
+"""Placeholders of new words: how they may be spelt, and how they come into captions."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from sfumato.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from sfumato.data import Folder
+
+RATES: Mapping[str, float] = MappingProxyType({"pocket": 2e-2, "sd1": 2e-3, "sd2": 2e-3, "sdxl": 1e-3})
+"""Peak learning rates of new words, by family; an entry of a CLIP table's row is about 0.014 in size."""
+VECTORS = 4
+"""Of a placeholder, where nothing else is asked for."""
+
+
+def put_into_captions(folder: Folder, placeholders: Sequence[str], stands_for: Sequence[str] = ()) -> Folder:
+    """The folder with each placeholder in place of what it stands for, if that is given.
+
+    Raises DataError where a caption holds no placeholder, or a placeholder is in no caption. Class pictures need none.
+    """
+
+    def renamed(caption: str) -> str:
+        for words, placeholder in zip(stands_for, placeholders, strict=False):
+            caption = caption.replace(words, placeholder)
+        return caption
+
+    examples = tuple(dataclasses.replace(e, caption=renamed(e.caption)) for e in folder.examples)
+    ours = [e for e in examples if e.group == "instance"]
+    without = [e.caption for e in ours if not any(token in e.caption for token in placeholders)]
+    unused = [token for token in placeholders if not any(token in e.caption for e in examples)]
+    if without:
+        raise DataError(
+            f"{len(without)} of {len(ours)} captions hold no placeholder, first {without[0]!r}. Write it there, "
+            'name the words it --stands-for, or give --caption "{trigger}, {caption}".'
+        )
+    if unused:
+        raise DataError(f"{unused[0]} is in no caption, so it would learn nothing. Write it into some.")
+    return dataclasses.replace(folder, examples=examples)
+
+
+def files(folder: Path, name: str, placeholders: Sequence[str], *, alone: bool) -> dict[str, Path]:
+    """The file of each placeholder's vectors: NAME.safetensors for one that is alone, else NAME-WORD.safetensors."""
+    if alone and len(placeholders) == 1:
+        return {placeholders[0]: folder / f"{name}.safetensors"}
+    slugs = ["".join(c if c.isalnum() else "-" for c in token).strip("-") or "word" for token in placeholders]
+    names = [slug if slugs.count(slug) == 1 else f"{slug}-{place}" for place, slug in enumerate(slugs, start=1)]
+    return {token: folder / f"{name}-{slug}.safetensors" for token, slug in zip(placeholders, names, strict=True)}
+
+
+def pieces(token: str, tokenizer: Any) -> list[str]:
+    """How a tokenizer cuts a word that it does not know as one."""
+    ids = tokenizer(token, add_special_tokens=False).input_ids
+    return [shown(tokenizer, index) for index in ids]
+
+
+def warnings_of(placeholders: Sequence[str], tokenizer: Any) -> list[str]:
+    """A line for each placeholder that is spelt like a word, with how the tokenizer cut it so far."""
+    plain = getattr(tokenizer, "_sfumato_plain", (tokenizer,))[0]
+    return [
+        f"{token} is spelt like a word, which the tokenizer cuts into {' '.join(pieces(token, plain))}: prompts that "
+        f"mean that word get the new vectors. <{token}> would be nobody's word."
+        for token in placeholders
+        if re.fullmatch(r"[^\W\d_]+", token)
+    ]
+
+
+def check_placeholder(token: str, tokenizer: Any) -> None:
+    """Raises ConfigError for a placeholder that cannot be one: empty, with spaces, or a token already."""
+    if not token or token != "".join(token.split()) or not token.isprintable():
+        raise ConfigError(f"placeholder {token!r}: wanted a word without spaces that nobody writes, such as <otter>.")
+    ids = tokenizer(token, add_special_tokens=False).input_ids
+    if len(ids) == 1 or token.lower() in tokenizer.get_added_vocab() or f"{token.lower()}_0" in tokenizer.get_vocab():
+        number = f" (token {ids[0]})" if len(ids) == 1 else ""
+        bare = token.strip("<>")
+        raise ConfigError(
+            f"placeholder {token} is a word already{number}, and prompts need its meaning; write <{bare}-1> or so."
+        )
+
+
+def shown(tokenizer: Any, index: int) -> str:
+    """A token as people read it; the part of a word that goes on ends in a hyphen."""
+    text = str(tokenizer.convert_ids_to_tokens(index))
+    return text.removesuffix("</w>") if text.endswith("</w>") else f"{text}-"

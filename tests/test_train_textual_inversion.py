@@ -1,0 +1,341 @@
+"""Textual Inversion: equal to a plain loop over the whole table, exact to resume, and the base stays as it was."""
+
+import json
+import shutil
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+from sfumato import cli, data, diffusion, embedding, randomness
+from sfumato.bases import load_base
+from sfumato.drawing import draw
+from sfumato.files import read_adapter, read_embedding, read_header, read_tensors
+from sfumato.precision import decide
+from tests.tiny import tiny_pipeline, write_folder
+
+
+@pytest.fixture
+def train(pocket_folder, pictures, tmp_path):
+    """Train with these options on the tiny base; returns the embedding's path."""
+
+    def run(name="run", *options, base=pocket_folder, placeholder=("<x>",), code=0, **flags):
+        words = {"--images": str(pictures), "--output": str(tmp_path / name), "--base": str(base)}
+        words |= {"--steps": "4", "--batch": "2", "--vectors": "2", "--learning-rate": "1e-2"}
+        words |= {"--sample-every": "0", "--measure-every": "0"}
+        words |= dict(zip(options[::2], options[1::2], strict=True))
+        argv = [word for pair in words.items() for word in pair]
+        argv += [word for token in placeholder for word in ("--placeholder", token)]
+        argv += [f"--{flag}" for flag in flags]
+        assert cli.main(["train", "textual_inversion", *argv]) == code
+        return tmp_path / name / f"{name}.safetensors"
+
+    return run
+
+
+def rows(path):
+    return [json.loads(line) for line in (path.parent / "log.jsonl").read_text().splitlines()]
+
+
+def test_equal_to_a_plain_loop_over_the_whole_table(train, pocket_folder, pictures):
+    """Gal et al. 2022: the table grows by the new rows, all of it gets gradients, AdamW steps on the new rows alone."""
+    path = train("run", "--caption", "a {caption}, {trigger}", "--seed", "3", "--clip", "0.5", "--start", "random")
+
+    base = load_base(str(pocket_folder), precision=decide("fp32", device="cpu"))
+    folder = data.read_folder(pictures, caption_template="a {caption}, {trigger}", trigger="<x>")
+    dataset = data.prepare(folder, base, resolution=64, embed_text=False)
+    encoder, tokenizer = base.text_encoders[0], base.tokenizers[0]
+    with embedding.new_words(base, ["<x>"], vectors=2, start="random", seed=3) as words:
+        start = words.rows[0].detach().clone()
+
+    tokenizer.add_tokens(["<x>", "<y>"])
+    encoder.resize_token_embeddings(len(tokenizer))
+    table = encoder.get_input_embeddings().weight.requires_grad_()
+    norms = table.detach()[:-2].norm(dim=1).sort().values
+    low, high = (norms[round(share * (len(norms) - 1))] for share in (0.05, 0.95))
+    with torch.no_grad():
+        table[-2:] = start
+    new = torch.nn.Parameter(start.clone())
+    optimizer = torch.optim.AdamW([new], lr=1e-2, betas=(0.9, 0.99), weight_decay=0.01)
+    losses = []
+    for step in range(4):
+        batch = dataset.batch(3, step, 2)
+        prompts = [caption.replace("<x>", "<x> <y>") for caption in batch.captions]
+        ids = tokenizer(prompts, padding="max_length", max_length=77, return_tensors="pt").input_ids
+        noise = torch.stack([randomness.normal(tuple(batch.latents.shape[1:]), 3, "noise", step, i) for i in range(2)])
+        timesteps = diffusion.stratified_timesteps(2, 1000, 3, step)
+        a = base.alpha_bar[timesteps].view(-1, 1, 1, 1)
+        noisy = a.sqrt() * batch.latents + (1 - a).sqrt() * noise
+        velocity = a.sqrt() * noise - (1 - a).sqrt() * batch.latents
+        hidden = encoder(ids).last_hidden_state
+        loss = (base.unet(noisy, timesteps, encoder_hidden_states=hidden).sample - velocity).square().mean()
+        (gradient,) = torch.autograd.grad(loss, table)
+        new.grad = gradient[-2:] * min(1.0, 0.5 / (float(gradient[-2:].norm()) + 1e-6))
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 * 0.5 * (1 + np.cos(np.pi * step / 4))
+        optimizer.step()
+        with torch.no_grad():
+            norm = new.norm(dim=1, keepdim=True)
+            new *= norm.clamp(low, high) / norm
+            table[-2:] = new
+        losses.append(float(loss.detach()))
+    assert_close([row["loss"] for row in rows(path)], losses, rtol=1e-4, atol=1e-6)
+    assert_close(read_tensors(path)["<x>"], new.detach(), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(new.detach(), start, atol=1e-3)
+
+
+def test_the_same_run_gives_the_same_file(train):
+    first, second = train("a", "--name", "x"), train("b", "--name", "x")
+    tensors = [read_tensors(path.parent / "x.safetensors")["<x>"] for path in (first, second)]
+    assert torch.equal(*tensors)
+
+
+def test_accumulating_is_a_larger_batch(train):
+    whole, parts = train("whole"), train("parts", "--batch", "1", "--accumulate", "2")
+    assert_close(read_tensors(whole)["<x>"], read_tensors(parts)["<x>"], rtol=1e-4, atol=1e-5)
+
+
+def test_stopped_and_resumed_is_not_stopped(train):
+    """From the checkpoint of step 2, by --resume and a changed clock, the very bytes of the run that went through."""
+    options = ["--start", "random", "--checkpoint-every", "2", "--ema", "0.5", "--measure-every", "1"]
+    path = train("run", *options)
+    whole, log = read_tensors(path)["<x>"].clone(), rows(path)
+    shutil.rmtree(path.parent / "checkpoints" / "000004")
+    path.unlink()
+    train("run", *options, resume=True)
+    assert torch.equal(read_tensors(path)["<x>"], whole)
+    assert rows(path) == log
+
+
+def test_a_checkpoint_holds_the_new_rows_alone(train):
+    """Rows and two moments: 3 x 4 bytes for each of 2 x 32 numbers, and a kilobyte or two of names."""
+    path = train("run", "--checkpoint-every", "2")
+    newest = path.parent / "checkpoints" / "000004"
+    numbers = sum(tensor.numel() for tensor in read_tensors(newest / "state.safetensors").values())
+    assert numbers <= 3 * 2 * 32 + 8
+    assert sum(file.stat().st_size for file in newest.iterdir()) < 8_000
+
+
+def test_the_base_is_bit_for_bit_what_it_was(train, monkeypatch):
+    import sfumato.bases
+
+    kept = []
+
+    def remember(*args, **kwargs):
+        base = load_base(*args, **kwargs)
+        kept.append((base, base.tokenizers, [t.clone() for t in tensors(base)]))
+        return base
+
+    def tensors(base):
+        return [t for module in (base.unet, base.vae, *base.text_encoders) for t in module.state_dict().values()]
+
+    monkeypatch.setattr(sfumato.bases, "load_base", remember)
+    train("run", "--sample-every", "2", "--measure-every", "2")
+    ((base, tokenizers, before),) = kept
+    assert all(torch.equal(a, b) for a, b in zip(before, tensors(base), strict=True))
+    assert base.tokenizers == tokenizers
+    assert "<x>" not in tokenizers[0].get_vocab()
+    assert not any(p.grad is not None for p in base.unet.parameters())
+
+
+def test_diffusers_draws_our_picture(train, pocket_folder):
+    path = train("run", "--learning-rate", "0.1")
+    base = load_base(str(pocket_folder), precision=decide("fp32", device="cpu"))
+    settings = {"steps": 4, "guidance": 3.0}
+    without = np.asarray(draw(base, "a <x>", 5, **settings)[0], dtype=int)
+    with embedding.load(base, path):
+        ours = np.asarray(draw(base, "a <x>", 5, **settings)[0], dtype=int)
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(pocket_folder, safety_checker=None)
+    pipe.load_textual_inversion(str(path))
+    theirs = pipe(
+        "a <x>",
+        num_inference_steps=4,
+        guidance_scale=3.0,
+        width=64,
+        height=64,
+        generator=torch.Generator().manual_seed(5),
+    ).images[0]
+    assert abs(np.asarray(theirs, dtype=int) - ours).max() <= 1
+    assert abs(without - ours).max() > 5
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+def test_every_family_learns(family, train, tmp_path):
+    base = write_folder(tiny_pipeline(family), tmp_path / f"{family}-base")
+    path = train(family, "--resolution", "64", "--initial-words", "red square", "--templates", "object", base=base)
+    file = read_embedding(path)
+    (parts,) = file.embeddings.values()
+    assert parts.keys() == {"text_encoder"} | ({"text_encoder_2"} if family == "sdxl" else set())
+    assert file.family == family
+    plain = load_base(str(base), precision=decide("fp32", device="cpu"))
+    with embedding.new_words(plain, ["<x>"], vectors=2, start="words", initial=["red square"]) as start:
+        for part, learned in parts.items():
+            assert (start.vectors()["<x>"][part] - learned).abs().amax() > 1e-3
+    with embedding.load(plain, path) as words:
+        assert list(words.tokens) == ["<x>"]
+
+
+def test_several_words_in_one_run_have_a_file_each(train, tmp_path):
+    train("run", "--caption", "<a> {caption} <b>", placeholder=("<a>", "<b>"))
+    tensors = {token: read_tensors(tmp_path / "run" / f"run-{token[1]}.safetensors") for token in ("<a>", "<b>")}
+    assert {token: list(found) for token, found in tensors.items()} == {"<a>": ["<a>"], "<b>": ["<b>"]}
+    assert not torch.equal(tensors["<a>"]["<a>"], tensors["<b>"]["<b>"])
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "run-a.safetensors" in card
+    assert "run-b.safetensors" in card
+
+
+def test_a_placeholder_takes_the_place_of_words(train, pictures):
+    path = train("run", "--caption", "one {caption}", "--stands-for", "square")
+    tags = json.loads(read_header(path).metadata["ss_tag_frequency"])["run"]
+    assert set(tags) == {f"one {colour} <x>" for colour in ("red", "green", "blue", "gold", "black", "pink")}
+
+
+def test_measuring_and_drawing_do_not_change_the_training(train):
+    quiet, watched = train("quiet"), train("watched", "--measure-every", "1", "--sample-every", "2")
+    assert torch.equal(read_tensors(quiet)["<x>"], read_tensors(watched)["<x>"])
+    assert len([row for row in rows(watched) if "fit" in row]) == 5
+
+
+def test_a_batch_without_captions_teaches_nothing_and_breaks_nothing(train):
+    path = train("run", "--caption-dropout", "0.999", "--weight-decay", "0", "--start", "random")
+    assert all(np.isfinite(row["loss"]) for row in rows(path))
+
+
+def test_the_run_folder_tells_everything_and_no_path(train, tmp_path, pictures):
+    path = train("run", "--sample-every", "2", "--measure-every", "2")
+    names = {file.name for file in path.parent.iterdir()}
+    assert {"config.toml", "log.jsonl", "plot.png", "samples.png", "README.md", "run.safetensors"} <= names
+    metadata = read_header(path).metadata
+    assert metadata["modelspec.trigger_phrase"] == metadata["sfumato.token"] == "<x>"
+    assert metadata["modelspec.architecture"].endswith("/textual-inversion")
+    assert len(metadata["sfumato.nearest_words"].splitlines()) == 2
+    card = (path.parent / "README.md").read_text()
+    text = json.dumps(dict(metadata)) + card
+    assert str(tmp_path) not in text
+    assert str(pictures) not in text
+    assert 'load_textual_inversion("run.safetensors")' in card
+    assert path.stat().st_size < 50_000
+
+
+def test_the_config_of_a_run_runs_again(train, tmp_path):
+    first = train("run", "--seed", "5")
+    words = [str(tmp_path / "run/config.toml"), "--output", str(tmp_path / "again")]
+    assert cli.main(["train", "textual_inversion", *words]) == 0
+    assert torch.equal(read_tensors(first)["<x>"], read_tensors(tmp_path / "again" / "run.safetensors")["<x>"])
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--vectors", "17"], "--vectors is 17"),
+        (["--vectors", "0"], "--vectors is 0"),
+        (["--caption", "{caption}"], "hold no placeholder"),
+        (["--trigger", "zwx"], "--trigger zwx"),
+        (["--placeholder", "red"], "is a word already"),
+        (["--initial-words", " "], "are none"),
+        (["--vectors", "16", "--caption", "{trigger}" + " {trigger}" * 4], "80 tokens"),
+        (["--sample-prompts", "<x> " * 40], "80 tokens"),
+        (["--learning-rate", "-1"], "--learning-rate is -1"),
+    ],
+)
+def test_wrong_use_is_one_line_and_leaves_no_run(options, said, train, tmp_path, capsys):
+    capsys.readouterr()
+    placeholder = (options[1],) if options[0] == "--placeholder" else ("<x>",)
+    train("run", *(options if options[0] != "--placeholder" else []), placeholder=placeholder, code=2)
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sfumato: ")]
+    assert len(error) == 1
+    assert said in error[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_words_that_are_in_no_caption_are_refused(train, capsys):
+    train("run", "--caption", "<a> {caption}", placeholder=("<a>", "<b>"), code=2)
+    assert "<b> is in no caption" in capsys.readouterr().err
+    train(
+        "run", "--caption", "<a> <b>", "--initial-words", "red", "--stands-for", "a", placeholder=("<a>", "<b>"), code=2
+    )
+    assert "--stands-for is given 1 times for 2 placeholders" in capsys.readouterr().err
+
+
+# Pivotal tuning: trainers/lora.py --train-words
+
+
+@pytest.fixture
+def pivotal(pocket_folder, pictures, tmp_path):
+    """Train a LoRA and the word <x> with these options on the tiny base; returns the two files."""
+
+    def run(name="run", *options, base=pocket_folder, code=0):
+        words = {"--images": str(pictures), "--output": str(tmp_path / name), "--base": str(base), "--rank": "2"}
+        words |= {"--caption": "a {caption}, <x>", "--train-words": "<x>", "--word-vectors": "2", "--seed": "3"}
+        words |= {"--steps": "4", "--batch": "2", "--learning-rate": "1e-2", "--word-learning-rate": "1e-2"}
+        words |= {"--sample-every": "0", "--measure-every": "0"}
+        given = [option for option in options if option not in ("--bundle", "--resume")]
+        words |= dict(zip(given[::2], given[1::2], strict=True))
+        flags = [option for option in options if option in ("--bundle", "--resume")]
+        assert cli.main(["train", "lora", *(word for pair in words.items() for word in pair), *flags]) == code
+        return tmp_path / name / f"{name}.safetensors", tmp_path / name / f"{name}-x.safetensors"
+
+    return run
+
+
+def test_in_turn_the_words_are_those_of_textual_inversion(pivotal, train):
+    """Words first for 2 of 4 steps: the vectors of 2 steps of Textual Inversion, to the bit, and then a LoRA."""
+    adapter, word = pivotal("run", "--words-first", "2")
+    alone = train("alone", "--caption", "a {caption}, {trigger}", "--seed", "3", "--steps", "2")
+    assert torch.equal(read_tensors(word)["<x>"], read_tensors(alone)["<x>"])
+    assert [row["loss"] for row in rows(word)][:2] == [row["loss"] for row in rows(alone)]
+    ups = [tensor for key, tensor in read_tensors(adapter).items() if key.endswith("lora_up.weight")]
+    assert all(up.abs().sum() > 0 for up in ups)
+
+
+def test_together_both_learn_from_the_first_step(pivotal, train):
+    adapter, word = pivotal("run")
+    alone = train("alone", "--caption", "a {caption}, {trigger}", "--seed", "3")
+    ours, theirs = ([row["loss"] for row in rows(path)] for path in (word, alone))
+    assert ours[0] == theirs[0]
+    assert ours[1:] != theirs[1:]
+    assert not torch.equal(read_tensors(word)["<x>"], read_tensors(alone)["<x>"])
+    assert read_header(adapter).metadata["modelspec.trigger_phrase"] == "<x>"
+    assert "load_textual_inversion" in (adapter.parent / "README.md").read_text()
+
+
+@pytest.mark.parametrize("turns", [(), ("--words-first", "3")])
+def test_pivotal_tuning_stopped_and_resumed_is_not_stopped(turns, pivotal):
+    options = [*turns, "--checkpoint-every", "2"]
+    paths = pivotal("run", *options)
+    whole = [{key: tensor.clone() for key, tensor in read_tensors(path).items()} for path in paths]
+    shutil.rmtree(paths[0].parent / "checkpoints" / "000004")
+    pivotal("run", *options, "--resume")
+    for path, before in zip(paths, whole, strict=True):
+        after = read_tensors(path)
+        assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
+
+
+def test_one_bundle_on_request(pivotal):
+    beside, word = pivotal("beside")
+    bundle, none = pivotal("bundle", "--bundle")
+    assert not none.exists()
+    assert torch.equal(read_adapter(bundle).embeddings["<x>"]["text_encoder"], read_tensors(word)["<x>"])
+    assert read_adapter(bundle).changes.keys() == read_adapter(beside).changes.keys()
+    assert "bundle_emb.<x>.string_to_param.*" in read_header(bundle).tensors
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--words-first", "4"], "--words-first 4"),
+        (["--caption", "{caption}"], "hold no placeholder"),
+        (["--word-vectors", "17"], "17 vectors"),
+        (["--sample-prompts", "<x> " * 40], "80 tokens"),
+    ],
+)
+def test_wrong_use_of_words_is_one_line(options, said, pivotal, capsys, tmp_path):
+    capsys.readouterr()
+    pivotal("run", *options, code=2)
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sfumato: ")]
+    assert len(error) == 1
+    assert said in error[0]
+    assert not (tmp_path / "run").exists()

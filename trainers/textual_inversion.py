@@ -1,0 +1,269 @@
+"""Textual Inversion: teach a base a new word, and nothing else. A file of a few kilobytes.
+
+    python trainers/textual_inversion.py --images DIR --placeholder "<otter>" --output DIR
+    accelerate launch trainers/textual_inversion.py ...
+    sfumato train textual_inversion ...
+
+are one program. v* = argmin E |noise - unet(x_t, t, text("... <otter> ..."; v))|^2 over the vectors v of the new word
+(Gal et al. 2022, eq. 2); U-Net, VAE and text encoders are frozen and stay bit for bit what they were. `train` is the
+whole method; what it calls is the library.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal
+
+from sfumato import options
+from sfumato.config import parse
+from sfumato.errors import ConfigError
+from sfumato.options import TrainerOptions
+from sfumato.placeholders import RATES, VECTORS
+
+if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that its --help is there at once
+    from sfumato.bases import Base
+    from sfumato.data import Dataset, Folder
+    from sfumato.embedding import Words
+    from sfumato.runs import Run
+    from sfumato.runs.samples import Samples
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(TrainerOptions):
+    """Learn one to sixteen vectors for a new word, and nothing else: a file of a few kilobytes.
+
+    Example: `sfumato train textual_inversion --images datasets/flamingo --placeholder "<flamingo>"
+    --stands-for "sks flamingo" --initial-words flamingo --output runs/word`
+    """
+
+    placeholder: tuple[str, ...]
+    """The new word, spelt as nobody writes, such as "<otter>". Repeat it for several words in one run."""
+    vectors: int | None = None
+    """Vectors of each placeholder, 1 to 16. More hold more of the pictures and leave a prompt less say. Unset: the
+    base family's default."""
+    initial_words: tuple[str, ...] = ()
+    """Words that are like it, to start from: once for all placeholders, or once for each."""
+    start: Literal["mean", "random"] = "mean"
+    """Where vectors start without --initial-words: the mean of all the base's words, or some of its words at random."""
+    stands_for: tuple[str, ...] = ()
+    """Words of the captions whose place the placeholder takes: with "sks flamingo", the caption "sks flamingo, flat
+    style" is learned as "<flamingo>, flat style". Once for each placeholder. Unset, and without --caption, the caption
+    is the placeholder alone."""
+    templates: Literal["none", "object", "style"] | None = None
+    """Sentences around the captions, another for each sample: CLIP's "a photo of a ...", or "a painting in the style of
+    ...". Unset: object, where captions are the placeholder alone and the base is not pocket."""
+    keep_scale: bool = True
+    """After each step, bring vectors longer or shorter than 95 % of the base's own back to that length."""
+    save_precision: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """Number format of the file."""
+
+
+DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "pocket": {"steps": 300, "batch": 8},
+        # diffusers' guide: a rate of 5e-4 times an effective batch of 4, for 3,000 steps.
+        "sd1": {"steps": 3000, "batch": 4},
+        "sd2": {"steps": 3000, "batch": 4},
+        "sdxl": {"steps": 3000, "batch": 2},
+    }
+)
+"""Of this method, by family, where a config leaves them unset."""
+
+
+def train(config: Config) -> Path:
+    """Train, and return the path of the embedding; of the first one, if there are several."""
+    import torch
+
+    from sfumato import diffusion, embedding, optimizers
+    from sfumato.ema import Average
+    from sfumato.measure import Measures
+    from sfumato.objective import denoising_errors, draw_noise
+    from sfumato.placeholders import files, warnings_of
+    from sfumato.processes import Processes
+    from sfumato.runs import Run
+    from sfumato.runs.samples import Samples
+    from sfumato.templates import TEMPLATES, put_into
+
+    check(config)
+    processes = Processes.join(config.device)
+    examples = read_examples(config)
+    precision = config.decide_precision(processes, config.optimizer)
+    base = config.load_base(precision)
+    config, filled = resolve(config, base, examples.samples, processes.count)
+    words = embedding.new_words(
+        base,
+        config.placeholder,
+        vectors=config.vectors,
+        start="words" if config.initial_words else config.start,
+        initial=config.initial_words,
+        seed=config.seed,
+    )
+    templates = TEMPLATES[config.templates]
+    prompts = config.sample_prompts or default_prompts(examples, config.placeholder)
+    words.check([*prompts, *(t.format(e.caption) for t in templates for e in examples)])
+    run = Run.start(config, program="textual_inversion", processes=processes)
+    run.say(precision.table())
+    run.say(f"{base.family.title} defaults: " + ", ".join(f"{name} {getattr(config, name)}" for name in filled))
+    for line in warnings_of(config.placeholder, base.tokenizers[0]):
+        run.say(line)
+
+    # Encoded in the loop, each distinct caption once: what they mean is what is learned.
+    dataset = config.prepare(examples, base, embed_text=False)
+    for note in dataset.notes:
+        run.say(note)
+    run.identify(data=dataset.fingerprint, base=base.quick_fingerprint())
+    run.say(f"{len(dataset)} pictures, {words.count():,} trained numbers; captions such as {dataset.captions[0]!r}")
+
+    parameters = list(words.parameters())
+    optimizer = optimizers.build(
+        config.optimizer, [{"params": parameters, "lr": config.learning_rate}], weight_decay=config.weight_decay
+    )
+    schedule = optimizers.Schedule(optimizer, config.schedule, config.steps, config.warmup)
+    scaler = precision.scaler()
+    average = Average(parameters, config.ema)
+    run.keep(words=words, optimizer=optimizer, scaler=scaler, average=average)
+    # No drift: nothing that draws other prompts changes.
+    measures = Measures(base, dataset, watched={})
+    samples = Samples(run, base, prompts, config.seed)
+
+    def measure(step: int) -> None:
+        with average.applied():
+            run.log(step=step, **measures.values())
+
+    def sample(step: int) -> None:
+        with average.applied():
+            samples.draw(step)
+
+    run.every(config.measure_every, measure)
+    run.every(config.sample_every, sample)
+    global_batch, starts = processes.starts(config.batch, config.accumulate)
+    for step in run.steps(config.steps):
+        schedule.set(step.number, step.rate_factor)
+        # Timesteps cover the schedule once in a global batch; each process takes its own part of them.
+        timesteps = diffusion.stratified_timesteps(global_batch, len(base.alpha_bar), config.seed, step.number)
+        timesteps = timesteps.to(precision.device)
+        loss = torch.zeros((), device=precision.device)
+        for start in starts:
+            batch = dataset.batch(config.seed, step.number, global_batch, start, config.batch)
+            noise = draw_noise(batch, config.seed, step.number, start, offset=config.noise_offset)
+            captions = put_into(batch.captions, templates, config.seed, step.number, start)
+            mine = timesteps[start : start + config.batch]
+            with precision.autocast():
+                text = embedding.encode(base, captions, grad=True)
+                errors = denoising_errors(base, batch, noise, mine, text, min_snr=config.min_snr)
+                part = errors.sum() / global_batch
+            if part.requires_grad:  # not where every caption of the batch was dropped
+                scaler.scale(part).backward()
+            loss += part.detach()
+        words.settle_gradients()
+        # Before unscaling, so that all processes find the same overflow and skip the same steps.
+        processes.sum([loss, *(p.grad for p in parameters if p.grad is not None)])
+        scaler.unscale_(optimizer)
+        norm = optimizers.clip(parameters, config.clip)
+        if step.healthy(scaler, loss=loss, gradient_norm=norm):
+            scaler.step(optimizer)
+            if config.keep_scale:
+                words.keep_scale()
+            average.update()
+        scaler.update()
+        optimizer.zero_grad()
+        step.done(loss=loss, rate=schedule.rate, gradient_norm=norm)
+
+    average.apply()
+    paths = files(config.output, config.name, config.placeholder, alone=True)
+    if processes.is_main:
+        save(paths, words, base, config, dataset, run, samples)
+    words.remove()
+    run.close()
+    processes.wait()
+    return next(iter(paths.values()))
+
+
+def check(config: Config) -> None:
+    """Refuse what makes no sense before anything is loaded."""
+    options.check(config)
+    count = len(config.placeholder)
+    if config.trigger is not None and config.trigger not in config.placeholder:
+        raise ConfigError(f"--trigger {config.trigger}: the new word is its own trigger; leave --trigger out.")
+    for option, given in (("--initial-words", len(config.initial_words)), ("--stands-for", len(config.stands_for))):
+        if given not in (0, count, *([1] if option == "--initial-words" else [])):
+            raise ConfigError(f"{option} is given {given} times for {count} placeholders; give it once for each.")
+    if config.vectors is not None and config.vectors > 16:
+        raise ConfigError(f"--vectors is {config.vectors}; it must be 1 to 16.")
+
+
+def read_examples(config: Config) -> Folder:
+    """The pictures, with captions that hold the placeholders. Raises DataError for captions that do not."""
+    from sfumato.placeholders import put_into_captions
+
+    alone = config.caption is None and not config.stands_for and len(config.placeholder) == 1
+    template = "{trigger}" if alone else config.caption
+    trigger = " ".join(config.placeholder) if template and "{trigger}" in template else None
+    named = dataclasses.replace(config, caption=template, trigger=trigger)
+    return put_into_captions(named.read_examples().of("instance"), config.placeholder, config.stands_for)
+
+
+def resolve(config: Config, base: Base, samples: int, processes: int) -> tuple[Config, list[str]]:
+    """The config with every unset field filled, and the names that the base's family or the method filled."""
+    name = base.family.name
+    defaults = {"vectors": VECTORS, "learning_rate": RATES[name], **DEFAULTS[name]}
+    config, filled = options.resolve(config, base, samples, processes, **defaults)
+    alone = config.caption is None and not config.stands_for and len(config.placeholder) == 1
+    templates = config.templates or ("object" if alone and name != "pocket" else "none")
+    return dataclasses.replace(config, templates=templates), filled
+
+
+def default_prompts(examples: Folder, placeholders: Sequence[str]) -> list[str]:
+    """Two captions, and the first word in two places where it was not learned."""
+    captions = [e.caption for e in examples]
+    return [*dict.fromkeys(captions), f"a drawing of a {placeholders[0]}", f"{placeholders[0]} on a table"][:4]
+
+
+def save(
+    paths: dict[str, Path], words: Words, base: Base, config: Config, dataset: Dataset, run: Run, samples: Samples
+) -> None:
+    """Write each word's file, the card and the plot; upload them if asked."""
+    from sfumato.embedding_card import write_embedding_card
+    from sfumato.files import describe
+    from sfumato.files.write_embedding import write_embedding
+    from sfumato.finish import describe_run
+    from sfumato.plot import plot_log
+    from sfumato.precision import DTYPES
+
+    rows = samples.rows
+    report = words.report()
+    nearest = {"sfumato.nearest_words": "\n".join(report)}
+    description = describe_run(config, base, dataset, samples, trigger=config.placeholder, extra=nearest)
+    for token, vectors in words.vectors().items():
+        one = dataclasses.replace(description, trigger=[token])
+        write_embedding(paths[token], token, vectors, metadata=describe(one), dtype=DTYPES[config.save_precision])
+    run.log_file.flush()
+    plot_log(run.folder / "log.jsonl", run.folder / "plot.png")
+    card = write_embedding_card(run.folder, paths, description, report, samples.prompts if rows else [], rows)
+    run.say("\nnearest of the base's words, by cosine:\n" + "\n".join(report))
+    for token, path in paths.items():
+        run.say(f"word     {token}  {path}")
+    run.say(f"card     {card}\nplot     {run.folder / 'plot.png'}")
+    if rows:
+        run.say(f"samples  {run.folder / 'samples.png'}")
+    if config.push_to_hub:
+        from sfumato.card import push
+
+        for path in paths.values():
+            run.say(f"uploaded to {push(run.folder, path, config.push_to_hub)}")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the program with these arguments."""
+    train(parse(Config, argv, program="train textual_inversion"))
+    return 0
+
+
+if __name__ == "__main__":
+    from sfumato.cli import run
+
+    run(main)
