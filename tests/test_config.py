@@ -95,9 +95,17 @@ def test_a_public_config_tells_no_path():
 
 
 def test_unset_fields_are_filled_and_named():
-    class Defaults:
-        rank = 16
-        mode = "b"
-
-    config, filled = fill(Config(images=Path("d")), Defaults())
+    config, filled = fill(Config(images=Path("d")), {"rank": 16, "mode": "b", "other": 1})
     assert (config.rank, config.mode, filled) == (16, "a", ["rank"])
+
+
+@pytest.mark.parametrize("words", [["--rank", "1.5"], ["--rank=2.0"]])
+def test_a_whole_number_with_a_fraction_is_refused_and_not_rounded(words):
+    with pytest.raises(ConfigError, match=r"--rank .*whole number"):
+        read("--images", "d", *words)
+
+
+def test_a_fraction_in_a_file_is_refused_too(tmp_path):
+    (tmp_path / "c.toml").write_text("rank = 1.5\n")
+    with pytest.raises(ConfigError, match=r"rank is 1.5; wanted a whole number"):
+        read(str(tmp_path / "c.toml"), "--images", "d")

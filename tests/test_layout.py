@@ -36,7 +36,7 @@ def test_the_package_map_is_the_tree():
         for p in (ROOT / "src/sfumato").rglob("__init__.py")
         if p.parent != ROOT / "src/sfumato"
     }
-    assert listed == folders | {"sfumato.trainers", "sfumato.pipelines"}
+    assert listed == folders | {"sfumato.trainers", "sfumato.pipelines", "sfumato.pipelines.custom"}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "src/sfumato").rglob("*.py")), ids=lambda p: p.stem)

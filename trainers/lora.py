@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from sfumato import options
-from sfumato.config import parse, to_dict
+from sfumato.config import parse
 from sfumato.errors import ConfigError
 from sfumato.options import TrainerOptions
 from sfumato.placeholders import RATES, VECTORS
@@ -73,6 +73,8 @@ class Config(TrainerOptions):
     it."""
     init_from: Path | None = None
     """Start from this adapter instead of from nothing; same targets and rank."""
+    save_every: int = 0
+    """Steps between adapters that are kept beside the last, in OUTPUT/adapters, to choose from; 0 keeps none."""
     save_precision: Literal["fp32", "fp16", "bf16"] | None = None
     """Number format of the adapter's file. Unset: fp32 on pocket, fp16 elsewhere."""
 
@@ -101,7 +103,13 @@ def train(config: Config) -> Path:
     run.say(precision.table())
     run.say(f"{base.family.title} defaults: " + ", ".join(f"{name} {getattr(config, name)}" for name in filled))
 
-    dataset = config.prepare(examples, base, embed_text=not config.train_text_encoder and words is None)
+    global_batch, starts = processes.starts(config.batch, config.accumulate)
+    dataset = config.prepare(
+        examples,
+        base,
+        embed_text=not config.train_text_encoder and words is None,
+        will_draw=(config.seed, config.steps, global_batch),
+    )
     for note in dataset.notes:
         run.say(note)
     lora = attach(
@@ -137,9 +145,15 @@ def train(config: Config) -> Path:
         with average.applied():
             samples.draw(step)
 
+    def export(step: int) -> None:
+        if step and processes.is_main:
+            with average.applied():
+                path = config.output / "adapters" / f"{config.name}-{step:06d}.safetensors"
+                write_adapter(path, lora, base, config, dataset, samples)
+
     run.every(config.measure_every, measure)
     run.every(config.sample_every, sample)
-    global_batch, starts = processes.starts(config.batch, config.accumulate)
+    run.every(config.save_every, export)
     lora.train()
     for step in run.steps(config.steps):
         if step.number < config.words_first:
@@ -289,51 +303,37 @@ def save(
     samples: Samples,
 ) -> None:
     """Write the adapter and new words, the card and the plot; upload them if asked."""
-    from sfumato.card import write_card
-    from sfumato.files import Description, LoraModule, describe, write_lora
-    from sfumato.plot import plot_log
-    from sfumato.precision import DTYPES
+    from sfumato.finish import finish
 
-    rows = samples.rows
-    description = Description(
-        title=config.name,
-        family=base.family.name,
-        base=base.name,
-        prediction_type=base.prediction_type,
-        resolution=(config.resolution, config.resolution),
-        images=len(dataset),
-        steps=config.steps,
-        batch=config.batch * config.accumulate,
-        seed=config.seed,
-        learning_rate=config.learning_rate,
-        optimizer=config.optimizer,
-        trigger=[*([config.trigger] if config.trigger else []), *config.train_words],
-        captions=dataset.captions,
-        thumbnail=rows[-1][-1] if rows else None,
-        config=to_dict(options.settled(config), public=True),
-        dataset_sha256=dataset.fingerprint,
-    )
-    modules = {
-        key: LoraModule.from_scale(layer.down.detach(), layer.up.detach(), layer.scale)
-        for key, layer in lora.layers.items()
-    }
-    write_lora(
-        path, modules, family=base.family.name, metadata=describe(description), dtype=DTYPES[config.save_precision]
-    )
-    run.log_file.flush()
-    plot_log(run.folder / "log.jsonl", run.folder / "plot.png")
-    card = write_card(run.folder, path, description, samples.prompts if rows else [], rows)
-    run.say(f"\nadapter  {path}\ncard     {card}\nplot     {run.folder / 'plot.png'}")
+    description = write_adapter(path, lora, base, config, dataset, samples)
+    finish(run, path, description, samples, kind="lora", push=None)
     paths = [path]
     if words:
-        paths += save_words(path, card, words, base, config, description, run)
-    if rows:
-        run.say(f"samples  {run.folder / 'samples.png'}")
+        paths += save_words(path, path.with_name("README.md"), words, base, config, description, run)
     if config.push_to_hub:
         from sfumato.card import push
 
         for each in paths:
             run.say(f"uploaded to {push(run.folder, each, config.push_to_hub)}")
+
+
+def write_adapter(
+    path: Path, lora: Lora, base: Base, config: Config, dataset: Dataset, samples: Samples
+) -> Description:
+    """Write the adapter as it is now; returns what its file says of itself."""
+    from sfumato.files import LoraModule, describe, write_lora
+    from sfumato.finish import describe_run
+    from sfumato.precision import DTYPES
+
+    trigger = [*([config.trigger] if config.trigger else []), *config.train_words]
+    description = describe_run(config, base, dataset, samples, trigger=trigger)
+    modules = {
+        key: LoraModule.from_scale(layer.down.detach(), layer.up.detach(), layer.scale)
+        for key, layer in lora.layers.items()
+    }
+    dtype = DTYPES[config.save_precision]
+    write_lora(path, modules, family=base.family.name, metadata=describe(description), dtype=dtype)
+    return description
 
 
 def save_words(

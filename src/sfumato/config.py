@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import tomllib
+import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
@@ -40,6 +42,8 @@ def parse(config_type: type[Config], argv: Sequence[str], *, program: str) -> Co
         config=[] if file is None else [cyclopts.config.Dict(_read(config_type, file), use_commands_as_keys=False)],
     )
 
+    _refuse_fractions(config_type, rest, program)
+
     def entry(config: Any) -> Any:
         return config
 
@@ -56,6 +60,28 @@ def parse(config_type: type[Config], argv: Sequence[str], *, program: str) -> Co
     if config is None:
         raise SystemExit(0)
     return cast(Config, config)
+
+
+def _refuse_fractions(config_type: type[DataclassInstance], words: Sequence[str], program: str) -> None:
+    """Whole numbers with a fraction are an error: the parser would round `--steps 1.5` and say nothing."""
+    whole = {f"--{name.replace('_', '-')}" for name in _whole_numbers(config_type)}
+    for place, word in enumerate(words):
+        option, equals, value = word.partition("=")
+        if option in whole:
+            value = value if equals else (words[place + 1] if place + 1 < len(words) else "")
+            if re.fullmatch(r"[+-]?\d*\.\d*", value):
+                raise ConfigError(f"{option} {value}: wanted a whole number. See sfumato {program} --help.")
+
+
+def _whole_numbers(config_type: type[DataclassInstance]) -> set[str]:
+    """The fields that are whole numbers, set or unset, one or several."""
+    hints = typing.get_type_hints(config_type)
+    return {field.name for field in dataclasses.fields(config_type) if _is_whole(hints[field.name])}
+
+
+def _is_whole(hint: Any) -> bool:
+    inner = [kind for kind in typing.get_args(hint) if kind not in (type(None), ...)]
+    return hint is int or (bool(inner) and all(_is_whole(kind) for kind in inner))
 
 
 def _has_default(field: dataclasses.Field[Any]) -> bool:
@@ -89,6 +115,10 @@ def _read(config_type: type[DataclassInstance], path: Path) -> dict[str, Any]:
             near = difflib.get_close_matches(key.replace("-", "_"), known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}."
             raise ConfigError(f"{path}: unknown key {key!r}; {hint}")
+    for name in _whole_numbers(config_type):
+        given = values.get(name, values.get(name.replace("_", "-")))
+        if any(isinstance(number, float) for number in (given if isinstance(given, list) else [given])):
+            raise ConfigError(f"{path}: {name} is {given}; wanted a whole number.")
     return {key.replace("_", "-"): value for key, value in values.items()}
 
 
@@ -119,16 +149,15 @@ def to_toml(config: DataclassInstance) -> str:
     return tomlkit.dumps(to_dict(config))
 
 
-def fill(config: Config, defaults: object) -> tuple[Config, list[str]]:
-    """The config with its unset fields taken from `defaults` where that has an entry or attribute of the name.
+def fill(config: Config, defaults: Mapping[str, Any]) -> tuple[Config, list[str]]:
+    """The config with its unset fields taken from `defaults` where that has an entry of the name.
 
     Returns the filled config and the names that were filled, to be printed: a default that depends on the base is
     not known before the base is.
     """
-    known = defaults if isinstance(defaults, Mapping) else vars(defaults)
     filled = {
-        field.name: known[field.name]
+        field.name: defaults[field.name]
         for field in dataclasses.fields(config)
-        if getattr(config, field.name) is None and known.get(field.name) is not None
+        if getattr(config, field.name) is None and defaults.get(field.name) is not None
     }
     return dataclasses.replace(config, **filled), list(filled)

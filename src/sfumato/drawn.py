@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import sfumato
 from sfumato import pnginfo
 from sfumato.compose.adapter import Weight
+from sfumato.compose.blocks import Blocks
 from sfumato.files.metadata import short_hash
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def save_drawn(
         "Version": f"sfumato-{sfumato.__version__}",
     }
     adapters = [
-        {"label": label, "file": path.name, "hash": hashes[path.stem], "weight": mix.weights[label]}
+        {"label": label, "file": path.name, "hash": hashes[path.stem], "weight": _plain(mix.weights[label])}
         for label, path in ((label, Path(adapter.path)) for label, adapter in mix.adapters.items())
     ]
     parameters = pnginfo.Parameters(" ".join([settings["prompt"], *tags]), settings["negative"], pairs)
@@ -53,9 +54,18 @@ def save_drawn(
 
 def _tag(name: str, weight: Weight) -> str:
     """<lora:name:0.8>, or with two weights <lora:name:text:unet>, the order A1111 reads."""
+    if isinstance(weight, Blocks):
+        weight = weight.weight  # the tag has no form for blocks that all its readers know
     if not isinstance(weight, tuple):
         return pnginfo.lora_tag(name, weight)
     return f"<lora:{pnginfo.plain_name(name)}:{weight[1]:g}:{weight[0]:g}>"
+
+
+def _plain(weight: Weight) -> Any:
+    """The weight as JSON has it."""
+    if not isinstance(weight, Blocks):
+        return weight
+    return {"weight": weight.weight, "blocks": dict(weight.factors), "rest": weight.rest}
 
 
 def sampler_label(name: str | None, base: Base) -> tuple[str, str | None]:

@@ -38,6 +38,16 @@ class DataOptions:
     """Side in pixels of a square picture; others keep about as many pixels. Unset: the base's own."""
     flip: bool = False
     """Mirror half of the samples; not for faces, letters, or anything with a left and a right."""
+    crop: Literal["center", "random", "pad"] = "center"
+    """Where a picture is cut that does not fit: in the middle, at places that change, or nowhere, with white around."""
+    shuffle_tags: bool = False
+    """Captions are tags, parted by commas, and come in another order for each sample."""
+    keep_tags: int = 0
+    """Tags at the front of a caption that are neither shuffled nor dropped."""
+    tag_dropout: float = 0.0
+    """Share of the other tags that is dropped from each sample, 0 to 1."""
+    cache: Path | None = None
+    """Folder that keeps latents and text embeddings for other runs, by content. Unset: they are in memory alone."""
     mask: Literal["none", "alpha", "files"] = "none"
     """Learn only a part of each picture: where it is opaque, or where NAME.mask.png is white."""
     skip_bad: bool = False
@@ -55,18 +65,39 @@ class DataOptions:
             skip_bad=self.skip_bad,
         )
 
-    def prepare(self, examples: Folder, base: Base, *, embed_text: bool = True) -> Dataset:
-        """The pictures decoded, cropped and encoded, once. embed_text: the captions, too."""
+    def prepare(
+        self,
+        examples: Folder,
+        base: Base,
+        *,
+        embed_text: bool = True,
+        will_draw: tuple[int, int, int] | None = None,
+        **other: Any,
+    ) -> Dataset:
+        """The pictures decoded, cropped and encoded, once. embed_text: the captions, too.
+
+        will_draw: (seed, steps, global batch), so that just the captions that come are embedded. other: what differs
+        from the options, as `data.prepare` takes it.
+        """
         from sfumato import data
 
         assert self.resolution is not None, "resolve() fills it"
         return data.prepare(
             examples,
             base,
-            resolution=self.resolution,
-            flip=self.flip,
-            caption_dropout=self.caption_dropout,
+            **{
+                "resolution": self.resolution,
+                "flip": self.flip,
+                "crop": self.crop,
+                "caption_dropout": self.caption_dropout,
+                "shuffle_tags": self.shuffle_tags,
+                "keep_tags": self.keep_tags,
+                "tag_dropout": self.tag_dropout,
+                "cache": self.cache,
+            }
+            | other,
             embed_text=embed_text,
+            will_draw=will_draw,
         )
 
 
@@ -199,8 +230,11 @@ AnyRun = TypeVar("AnyRun", bound=FolderOptions)
 
 _AT_LEAST_ONE = ("steps", "epochs", "batch", "accumulate", "rank", "resolution", "vectors")
 _POSITIVE = ("learning_rate", "text_learning_rate", "alpha")
-_SHARES = ("dropout", "caption_dropout", "ema")
-_NOT_NEGATIVE = ("warmup", "clip", "min_snr", "noise_offset", "weight_decay", "sample_every", "measure_every")
+_SHARES = ("dropout", "caption_dropout", "tag_dropout", "ema")
+_NOT_NEGATIVE = (
+    *("warmup", "clip", "min_snr", "noise_offset", "weight_decay", "keep_tags"),
+    *("sample_every", "measure_every", "save_every"),
+)
 _NOT_IN_NAMES = '/\\:*?"<>|'
 _DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in range(1, 10))}
 

@@ -50,7 +50,12 @@ def files(folder: Path, name: str, placeholders: Sequence[str], *, alone: bool) 
     if alone and len(placeholders) == 1:
         return {placeholders[0]: folder / f"{name}.safetensors"}
     slugs = ["".join(c if c.isalnum() else "-" for c in token).strip("-") or "word" for token in placeholders]
-    names = [slug if slugs.count(slug) == 1 else f"{slug}-{place}" for place, slug in enumerate(slugs, start=1)]
+    names: list[str] = []
+    for slug in slugs:
+        word, number, equal = slug, 1, [other.casefold() for other in slugs].count(slug.casefold())
+        while word.casefold() in {taken.casefold() for taken in names} or (equal > 1 and word == slug):
+            word, number = f"{slug}-{number}", number + 1  # a disk may not tell upper from lower case
+        names.append(word)
     return {token: folder / f"{name}-{slug}.safetensors" for token, slug in zip(placeholders, names, strict=True)}
 
 

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from sfumato.options import FolderOptions
 
 WITHOUT_EFFECT = frozenset(
-    ("output", "overwrite", "resume", "force", "keep", "device", "tensorboard", "push_to_hub")
-) | {f"{what}_every" for what in ("checkpoint", "sample", "measure")}
+    ("output", "overwrite", "resume", "force", "keep", "device", "tensorboard", "push_to_hub", "cache")
+) | {f"{what}_every" for what in ("checkpoint", "sample", "measure", "save")}
 """Fields that change what is seen of a training, or where it runs, and nothing of what is learned."""
 
 

@@ -1,0 +1,82 @@
+"""Peak memory of DreamBooth on a full-size SD 1.5 with random weights, each combination in its own process.
+
+    python -m bench.dreambooth_memory --work /somewhere/with/5/GB [--only full,fused] [--resolution 256]
+
+Prints JSON: the most that was resident from the program's first line to the end of the last step (the imports are in it
+and beside it), and CPU seconds of a step. The 8-bit optimizer needs CUDA: its rows say so where there is none, and with
+CUDA `peak_cuda_gib` stands beside.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.full_size import build, options, photographs, run
+from sfumato.config import parse
+
+FUSED: dict[str, Any] = {"fused": True, "clip": 0}
+CHECKPOINTED: dict[str, Any] = {"gradient-checkpointing": True}
+COMBINATIONS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "full, checkpointing": CHECKPOINTED,
+    "full, fused": FUSED,
+    "full, fused, checkpointing": FUSED | CHECKPOINTED,
+    "full, fused, checkpointing, prior of the base": FUSED | CHECKPOINTED | {"prior": "base"},
+    "full, fused, checkpointing, EMA on the CPU": FUSED | CHECKPOINTED | {"ema": 0.99, "ema-on-cpu": True},
+    "full, fused, checkpointing, 8-bit": FUSED | CHECKPOINTED | {"optimizer": "adamw8bit"},
+    "full, 8-bit": {"optimizer": "adamw8bit"},
+    "lora": {"method": "lora"},
+    "lora, checkpointing": {"method": "lora"} | CHECKPOINTED,
+    "lora, prior of the base": {"method": "lora", "prior": "base"},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Measure the memory of each way to train."""
+
+    work: Path
+    """Folder for the base (4.3 GB, made once) and the runs."""
+    only: tuple[str, ...] = ()
+    """Combinations to measure, such as "full, fused". Unset: all."""
+    resolution: int = 256
+    """Side of the pictures in pixels."""
+    steps: int = 2
+    """Optimizer steps."""
+    limit_s: int = 3600
+    """Seconds after which a combination is given up."""
+
+
+def measure(config: Config) -> dict[str, Any]:
+    """The whole report."""
+    base = build(config.work / "sd15-random")
+    pictures = photographs(config.work / "photographs", 4, 2 * config.resolution)
+    shared = {"images": pictures, "base": base, "class-name": "thing", "prior": "none", "resolution": config.resolution}
+    shared |= {"steps": config.steps, "batch": 1, "sample-every": 0, "measure-every": 0, "checkpoint-every": 0}
+    rows = []
+    for name, chosen in COMBINATIONS.items():
+        if config.only and name not in config.only:
+            continue
+        output = config.work / "runs" / name.replace(", ", "-").replace(" ", "-")
+        words = options({**shared, "output": output, "overwrite": True, **chosen})
+        rows.append(run(name, "dreambooth", words, config.limit_s))
+        print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+    return {"resolution_px": config.resolution, "batch": 1, "steps": config.steps, "rows": rows}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the program; prints JSON."""
+    print(
+        json.dumps(
+            measure(parse(Config, sys.argv[1:] if argv is None else argv, program="dreambooth_memory")), indent=1
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

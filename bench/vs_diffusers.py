@@ -1,0 +1,149 @@
+"""The diffusers example script of the same method beside ours, each in its own process, in turns, on one base.
+
+    git clone --depth 1 https://github.com/huggingface/diffusers CHECKOUT     # of the installed version
+    python -m bench.vs_diffusers --checkout CHECKOUT --work /somewhere/with/5/GB [--methods dreambooth,lora]
+
+Same weights (SD 1.5 of full size, random, fp32; or --base pocket), pictures, batch, precision and steps. Prints JSON:
+CPU seconds to the end of the first step and of a step (the least of each side's rounds), peak resident memory of the
+steps over what was resident after the imports, and the ratios ours / theirs. The scripts want torchvision, and
+the LoRA one `datasets`. A step of theirs ends where torch's AdamW returns, as ours does. Ours writes no
+result, theirs does after its last step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.full_size import build, options, photographs, run
+from sfumato.bases.loading import find
+from sfumato.config import parse
+from sfumato.errors import ConfigError
+
+SCRIPTS = {
+    "dreambooth": "examples/dreambooth/train_dreambooth.py",
+    "textual_inversion": "examples/textual_inversion/textual_inversion.py",
+    "lora": "examples/text_to_image/train_text_to_image_lora.py",
+}
+GOALS = {"dreambooth": (0.75, 0.75), "textual_inversion": (0.68, 0.78), "lora": (0.7, 0.85)}
+"""Ours over theirs at most: (a step, memory)."""
+FLOORS = {"dreambooth": 537 / (537 + 280 + 13), "textual_inversion": 358 / (358 + 280), "lora": 359 / (363 + 280 + 13)}
+"""FLOPs of ours over theirs at 256 px, GFLOP: U-Net / (U-Net + VAE + text); a ratio of times below it is a mistake."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Measure ours beside the diffusers example scripts."""
+
+    checkout: Path
+    """Checkout of huggingface/diffusers."""
+    work: Path
+    """Folder for the base (4.3 GB, made once) and the runs."""
+    methods: tuple[str, ...] = ("dreambooth", "textual_inversion", "lora")
+    """Which of dreambooth, textual_inversion, lora."""
+    base: str = "full"
+    """full: SD 1.5 with random weights. pocket: the embedded base."""
+    resolution: int | None = None
+    """Side of the pictures in pixels. Unset: 256, on pocket 64."""
+    steps: int = 3
+    """Optimizer steps of a round; the first is the warm-up."""
+    rounds: int = 1
+    """Rounds of both sides in turns."""
+    limit_s: int = 3600
+    """Seconds after which a process is given up."""
+
+
+def theirs(method: str, base: Path, pictures: Path, output: Path, px: int, steps: int) -> list[str]:
+    """The options of their script."""
+    shared: dict[str, Any] = {
+        "pretrained_model_name_or_path": base, "output_dir": output, "resolution": px, "train_batch_size": 1,
+        "max_train_steps": steps, "checkpointing_steps": 10_000, "mixed_precision": "no", "learning_rate": 1e-5,
+        "lr_scheduler": "constant", "lr_warmup_steps": 0, "seed": 0, "gradient_accumulation_steps": 1,
+    }  # fmt: skip
+    own: dict[str, dict[str, Any]] = {
+        "dreambooth": {"instance_data_dir": pictures, "instance_prompt": "sks thing"},
+        "textual_inversion": {
+            "train_data_dir": pictures, "placeholder_token": "<thing>", "initializer_token": "dog",
+            "learnable_property": "object", "save_steps": 10_000, "num_vectors": 1,
+        },
+        "lora": {"train_data_dir": pictures, "rank": 16, "caption_column": "text"},
+    }  # fmt: skip
+    return options(shared | own[method])
+
+
+def ours(method: str, base: str, pictures: Path, output: Path, px: int, steps: int) -> list[str]:
+    """The options of our trainer for the same."""
+    shared: dict[str, Any] = {
+        "base": base, "images": pictures, "output": output, "resolution": px, "batch": 1, "steps": steps,
+        "learning-rate": 1e-5, "schedule": "constant", "seed": 0, "precision": "fp32", "sample-every": 0,
+        "measure-every": 0, "checkpoint-every": 0, "overwrite": True,
+    }  # fmt: skip
+    own: dict[str, dict[str, Any]] = {
+        # Their step clips the gradients' norm, which a fused one cannot; both are optional there and here.
+        "dreambooth": {"class-name": "thing", "prior": "none", "fused": True, "clip": 0},
+        "textual_inversion": {"placeholder": "<thing>", "initial-words": "dog", "vectors": 1},
+        "lora": {"rank": 16, "targets": "attention", "caption": "a thing"},
+    }
+    return options(shared | own[method])
+
+
+def measure(config: Config) -> dict[str, Any]:
+    """The whole report."""
+    unknown = [method for method in config.methods if method not in SCRIPTS]
+    if unknown:
+        raise ConfigError(f"--methods {unknown[0]}: wanted {', '.join(SCRIPTS)}.")
+    full = config.base == "full"
+    px = config.resolution or (256 if full else 64)
+    folder = build(config.work / "sd15-random") if full else find(config.base)[0]
+    pictures = photographs(config.work / "photographs", 4, 2 * px)
+    captions = [{"file_name": file.name, "text": "a thing"} for file in sorted(pictures.glob("*.jpg"))]
+    (pictures / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in captions), encoding="utf-8")
+    report: dict[str, Any] = {
+        "base": config.base,
+        "resolution_px": px,
+        "threads": os.environ.get("OMP_NUM_THREADS", "1"),
+    }
+    for method in config.methods:
+        rows: dict[str, list[dict[str, Any]]] = {"diffusers": [], "sfumato": []}
+        for number in range(config.rounds):
+            output = config.work / "runs"
+            given = (folder, pictures, output / f"{method}-theirs-{number}", px, config.steps)
+            script = str((config.checkout / SCRIPTS[method]).resolve())
+            rows["diffusers"].append(run("diffusers", script, theirs(method, *given), config.limit_s))
+            words = ours(method, str(folder), pictures, output / f"{method}-ours-{number}", px, config.steps)
+            rows["sfumato"].append(run("sfumato", method, words, config.limit_s))
+            print(json.dumps({method: [rows[side][-1] for side in rows]}), file=sys.stderr, flush=True)
+        report[method] = {**rows, **ratios(rows, method, full=full and px == 256)}
+    return report
+
+
+def ratios(rows: dict[str, list[dict[str, Any]]], method: str, *, full: bool) -> dict[str, Any]:
+    """Ours over theirs, by the least of each side; goals and the floor where they were set, for the full size."""
+    found: dict[str, Any] = {}
+    for key in ("first_step_cpu_s", "step_cpu_s", "over_imports_gib"):
+        least = {side: [row[key] for row in rows[side] if row.get(key)] for side in rows}
+        if all(least.values()):
+            found[key] = round(min(least["sfumato"]) / min(least["diffusers"]), 3)
+    judged: dict[str, Any] = {"ratio": found}
+    if full and "step_cpu_s" in found:
+        step, memory = GOALS[method]
+        judged["goal_step"] = {"at_most": step, "met": found["step_cpu_s"] <= step}
+        judged["goal_memory"] = {"at_most": memory, "met": found["over_imports_gib"] <= memory}
+        judged["flop_floor"] = round(FLOORS[method], 3)
+        if found["step_cpu_s"] < FLOORS[method]:
+            judged["mistake"] = "a step is under the floor of its FLOPs: the bench or the measurement is wrong"
+    return judged
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the program; prints JSON."""
+    print(json.dumps(measure(parse(Config, sys.argv[1:] if argv is None else argv, program="vs_diffusers")), indent=1))
+
+
+if __name__ == "__main__":
+    main()

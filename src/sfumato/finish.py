@@ -1,0 +1,78 @@
+"""The end of a run: what its file says of itself, plot, card, upload. What every trainer does after its loop."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from sfumato import options
+from sfumato.config import to_dict
+
+if TYPE_CHECKING:
+    from sfumato.bases import Base
+    from sfumato.data import Dataset
+    from sfumato.files import Description
+    from sfumato.options import TrainerOptions
+    from sfumato.runs import Run
+    from sfumato.runs.samples import Samples
+
+Kind = Literal["lora", "difference", "folder"]
+
+
+def describe_run(config: TrainerOptions, base: Base, dataset: Dataset, samples: Samples, **more: Any) -> Description:
+    """What the run's file tells of how it came to be. config: resolved. more: further fields of the Description."""
+    from sfumato.files import Description
+
+    assert config.name is not None
+    assert config.resolution is not None
+    assert config.batch is not None
+    rows = samples.rows
+    description = Description(
+        title=config.name,
+        family=base.family.name,
+        base=base.name,
+        prediction_type=base.prediction_type,
+        resolution=(config.resolution, config.resolution),
+        images=len(dataset),
+        steps=config.steps,
+        batch=config.batch * config.accumulate,
+        seed=config.seed,
+        learning_rate=config.learning_rate,
+        optimizer=config.optimizer,
+        trigger=[config.trigger] if config.trigger else [],
+        captions=dataset.captions,
+        thumbnail=rows[-1][-1] if rows else None,
+        config=to_dict(options.settled(config), public=True),
+        dataset_sha256=dataset.fingerprint,
+    )
+    return dataclasses.replace(description, **more)
+
+
+def finish(run: Run, path: Path, about: Description, samples: Samples, *, kind: Kind, push: str | None) -> None:
+    """The plot and the card beside what was learned, a line for each, and the upload if `push` names a repository."""
+    from sfumato.card import push as upload
+    from sfumato.card import write_card
+    from sfumato.plot import plot_log
+
+    run.log_file.flush()
+    plot_log(run.folder / "log.jsonl", run.folder / "plot.png")
+    rows = samples.rows
+    prompts: Sequence[str] = samples.prompts if rows else []
+    if kind == "lora":
+        card = write_card(run.folder, path, about, prompts, rows)
+    else:
+        from sfumato.model_card import write_model_card
+
+        card = write_model_card(run.folder, path, about, prompts, rows)
+    run.say(f"\n{_WHAT[kind]:<9}{path}\ncard     {card}\nplot     {run.folder / 'plot.png'}")
+    if rows:
+        run.say(f"samples  {run.folder / 'samples.png'}")
+    if push:
+        # The hub takes patterns, in which "*" also stands for "/": all of the folder.
+        named = path.with_name(f"{path.name}*") if kind == "folder" else path
+        run.say(f"uploaded to {upload(run.folder, named, push)}")
+
+
+_WHAT = {"lora": "adapter", "difference": "change", "folder": "model"}

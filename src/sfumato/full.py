@@ -1,0 +1,172 @@
+"""Training a base's own weights, and what is written of it: a whole folder, the difference, or an extracted LoRA."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from sfumato.errors import AdapterError, FileError
+from sfumato.files import write_tensors
+from sfumato.files.kohya import Target, kohya_name
+from sfumato.files.read import is_finite
+
+if TYPE_CHECKING:
+    from sfumato.bases import Base
+    from sfumato.precision import Precision
+
+
+_LEAVES = {
+    ("weight", False): "diff",
+    ("bias", False): "diff_b",
+    ("weight", True): "w_norm",
+    ("bias", True): "b_norm",
+}
+"""(parameter's name, whether its module is a normalisation) -> LyCORIS' name for its change."""
+
+
+def full_precision(precision: Precision) -> Precision:
+    """The same decision for a base whose own weights are trained: they are read and kept in fp32, and still computed
+    with in `compute`. A start rounded to half precision would be a change of the base that nobody asked for."""
+    reasons = {**precision.reasons, "frozen weights": "the base's own weights are trained, so they are read in fp32"}
+    return dataclasses.replace(precision, storage=torch.float32, reasons=MappingProxyType(reasons))
+
+
+def parts_of(base: Base, *, text: bool) -> dict[str, nn.Module]:
+    """The models of a base by the names that files give them: "unet", "text_encoder", "text_encoder_2"."""
+    parts: dict[str, nn.Module] = {"unet": base.unet}
+    if text:
+        names = [encoder.folder for encoder in base.family.encoders]
+        parts |= dict(zip(names, base.text_encoders, strict=True))
+    return parts
+
+
+def unfreeze(base: Base, *, text: bool) -> nn.ModuleDict:
+    """The base's own U-Net, and with `text` its text encoders, to be trained; their weights must be fp32."""
+    parts = parts_of(base, text=text)
+    for name, module in parts.items():
+        halves = [parameter.dtype for parameter in module.parameters() if parameter.dtype != torch.float32]
+        if halves:
+            raise AdapterError(f"{name} is held in {halves[0]}; load the base with full_precision() to train it.")
+        module.requires_grad_(True)
+    return nn.ModuleDict(parts)
+
+
+def write_folder(base: Base, path: Path, dtype: torch.dtype) -> Path:
+    """The base as a complete diffusers folder, whole or not at all. Its models are cast to `dtype` for good.
+
+    Raises FileError for weights that are not finite in `dtype`, and for a disk that does not take them.
+    """
+    pipe = base.pipeline()
+    pipe.scheduler = base.scheduler  # the base's own, not what sfumato draws with
+    for part in (base.unet, base.vae, *base.text_encoders):
+        nn.Module.to(part, dtype)
+        _check_finite(part, dtype, path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        pipe.save_pretrained(str(temporary), safe_serialization=True)
+        if path.exists():
+            shutil.rmtree(path)
+        temporary.rename(path)
+    except OSError as error:
+        raise FileError(f"{path}: the folder could not be written ({error.strerror}). Make room.") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return path
+
+
+def _check_finite(module: nn.Module, dtype: torch.dtype, path: Path) -> None:
+    broken = [name for name, tensor in module.state_dict().items() if not is_finite(tensor)]
+    if broken:
+        raise FileError(
+            f"{path.name}: {len(broken)} weights are not finite in {str(dtype).removeprefix('torch.')}, first "
+            f"{broken[0]}, so nothing was written. Save in fp32, or use an earlier checkpoint."
+        )
+
+
+def changed_weights(after: Mapping[str, nn.Module], before: Mapping[str, nn.Module]) -> Iterator[tuple[Target, str]]:
+    """((part, module path), "weight" or "bias") of every weight that is not what it was."""
+    for part, module in after.items():
+        old = dict(before[part].named_parameters())
+        for name, tensor in module.named_parameters():
+            if not torch.equal(tensor.detach(), old[name].detach().to(tensor)):
+                path, _, leaf = name.rpartition(".")
+                yield (part, path), leaf
+
+
+def write_difference(
+    path: Path,
+    after: Mapping[str, nn.Module],
+    before: Mapping[str, nn.Module],
+    *,
+    family: str,
+    metadata: Mapping[str, str],
+    dtype: torch.dtype,
+) -> int:
+    """What training changed, as one safetensors in LyCORIS' names (`.diff`, `.diff_b`, `.w_norm`); how many modules.
+
+    A mix adds it to the base at any weight. after, before: models by part. Raises AdapterError where nothing changed
+    or a module has no name in the grammar, FileError for values that are not finite in `dtype`.
+    """
+    tensors: dict[str, Tensor] = {}
+    modules: set[str] = set()
+    for (part, place), leaf in changed_weights(after, before):
+        name = kohya_name(family, part, place)
+        modules.add(name)
+        now, then = (models[part].get_parameter(f"{place}.{leaf}").detach() for models in (after, before))
+        is_norm = after[part].get_parameter(f"{place}.weight").ndim == 1
+        tensors[f"{name}.{_LEAVES[leaf, is_norm]}"] = (now.float().cpu() - then.float().cpu()).to(dtype)
+    if not tensors:
+        raise AdapterError(f"{path.name}: no weight differs from the base's, so there is nothing to write.")
+    from sfumato.files.save import hashes
+
+    described = {**metadata, "ss_network_module": "lycoris.kohya", "ss_network_args": '{"algo":"full"}'}
+    described |= {"ss_network_dim": "", "ss_network_alpha": ""}
+    described = {key: value for key, value in described.items() if value != ""}
+    write_tensors(path, tensors, described | hashes(tensors, described))
+    return len(modules)
+
+
+def write_extracted(
+    path: Path,
+    after: Mapping[str, nn.Module],
+    before: Mapping[str, nn.Module],
+    *,
+    rank: int | None,
+    keep_energy: float | None,
+    family: str,
+    metadata: Mapping[str, str],
+    dtype: torch.dtype,
+) -> str:
+    """The best LoRA of what training changed, layer by layer (Eckart & Young 1936); a line on what it keeps.
+
+    rank, keep_energy: how much of each layer's change is kept, see `sfumato.merging.factors.Budget`. Biases and norms
+    have no low-rank form; the line says how much they hold. Raises as `write_lora` and `extract` do.
+    """
+    from sfumato.files import write_lora
+    from sfumato.merging.extract import extract
+    from sfumato.merging.factors import Budget
+
+    pairs = (
+        (f"{part}/{name}", before[part].get_parameter(name), tensor)
+        for part, module in after.items()
+        for name, tensor in module.named_parameters()
+    )
+    modules, kept = extract(pairs, Budget(rank, keep_energy))
+    named = {_target(name): module for name, module in modules.items()}
+    described = {**metadata, "sfumato.kept_energy": f"{kept.share:.4f}"}
+    write_lora(path, named, family=family, metadata=described, dtype=dtype)
+    ranks = sorted(module.rank for module in modules.values())
+    return f"the LoRA of rank {ranks[0]} to {ranks[-1]} in {len(ranks)} layers {kept}"
+
+
+def _target(name: str) -> Target:
+    part, _, path = name.partition("/")
+    return part, path

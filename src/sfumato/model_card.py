@@ -1,0 +1,111 @@
+"""The card of a whole model, or of the difference from its base: as the adapter's, with what loads these instead."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sfumato.files.atomic import atomic_path, write_text
+from sfumato.sheet import contact_sheet
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from sfumato.files import Description
+
+_SHOWN = (
+    "method",
+    "steps",
+    "batch",
+    "learning_rate",
+    "schedule",
+    "prior",
+    "prior_weight",
+    "min_snr",
+    "seed",
+    "resolution",
+)
+
+
+def write_model_card(
+    folder: Path, made: Path, about: Description, prompts: Sequence[str], rows: Sequence[Sequence[Image]]
+) -> Path:
+    """Write README.md and its pictures into `folder`; returns the card's path.
+
+    made: the diffusers folder, or the safetensors of the difference. rows: as for `sfumato.card.write_card`.
+    """
+    from huggingface_hub import ModelCardData
+
+    gallery = []
+    for number, (prompt, picture) in enumerate(zip(prompts, rows[-1] if rows else [], strict=False)):
+        with atomic_path(folder / "images" / f"image_{number}.png") as temporary:
+            picture.save(temporary)
+        gallery.append({"text": prompt, "output": {"url": f"images/image_{number}.png"}})
+    head = ModelCardData(
+        library_name="diffusers",
+        base_model=about.base,
+        license=about.license or None,
+        instance_prompt=", ".join(about.trigger) or None,
+        tags=["text-to-image", "diffusers", "dreambooth", "sfumato"],
+        widget=gallery or None,
+    )
+    before_after = ""
+    if rows:
+        with atomic_path(folder / "images" / "before_after.png") as temporary:
+            sheet = contact_sheet([rows[0], rows[-1]], row_labels=["before", "after"], column_labels=list(prompts))
+            sheet.save(temporary)
+        before_after = "\n## Before and after\n\n![before and after](images/before_after.png)\n"
+    example = prompts[0] if prompts else ", ".join(about.trigger)
+    config = about.config or {}
+    table = "\n".join(f"| {name} | {config[name]} |" for name in _SHOWN if name in config)
+    whole = made.suffix != ".safetensors"
+    what = f"`{about.base}` ({about.family}) fine-tuned" if whole else f"The change of a fine-tune of `{about.base}`"
+    text = f"""---
+{head.to_yaml()}
+---
+
+# {about.title}
+
+<Gallery />
+
+{what} with DreamBooth on {about.images} pictures.
+{before_after}
+## Trigger words
+
+{f"Write `{', '.join(about.trigger)}` in the prompt." if about.trigger else "None; the captions had none."}
+
+## Use
+
+{_use_folder(made, example) if whole else _use_difference(made, example, about.base)}
+## Training
+
+| setting | value |
+|---|---|
+{table}
+| pictures | {about.images} |
+| data set sha256 | `{about.dataset_sha256}` |
+"""
+    path = folder / "README.md"
+    write_text(path, text)
+    return path
+
+
+def _use_folder(made: Path, example: str) -> str:
+    return f"""With [diffusers](https://github.com/huggingface/diffusers):
+
+```python
+pipe = DiffusionPipeline.from_pretrained("{made.name}")
+image = pipe({example!r}).images[0]
+```
+
+With sfumato: `sfumato generate {example!r} --base {made.name}`
+"""
+
+
+def _use_difference(made: Path, example: str, base: str) -> str:
+    return f"""With sfumato, at any weight and beside other adapters:
+`sfumato generate {example!r} --base {base} --lora {made.name}:1.0`
+
+ComfyUI and LyCORIS read the file as a LoRA of the kind "diff".
+"""

@@ -1,0 +1,204 @@
+"""Prior preservation: the half of each batch that keeps a class what it was while a subject is learned.
+
+Ruiz et al. 2023, section 3.3: beside "sks otter" with the subject's pictures the model sees "otter" with pictures that
+it drew itself, and the loss is the sum of both errors, the second times a weight. What the class half is to predict is
+either the noise of such a picture, or the prediction of the frozen base itself, which needs no pictures.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from sfumato import diffusion, randomness
+from sfumato.data import join
+from sfumato.objective import draw_noise
+
+if TYPE_CHECKING:
+    from sfumato.bases import Base
+    from sfumato.data import Batch, Dataset
+    from sfumato.processes import Processes
+
+KEPT_BYTES = 2**30
+"""Predictions of the base that are kept in memory for a run; the draws of a longer run repeat."""
+
+
+@dataclass(frozen=True)
+class Half:
+    """Samples with all that their error depends on. noise, target: as batch.latents. timesteps: (batch,)."""
+
+    batch: Batch
+    noise: Tensor
+    timesteps: Tensor
+    target: Tensor
+
+    def beside(self, other: Half) -> Half:
+        """Both as one batch, these first."""
+        return Half(
+            join(self.batch, other.batch),
+            torch.cat([self.noise, other.noise]),
+            torch.cat([self.timesteps, other.timesteps]),
+            torch.cat([self.target, other.target]),
+        )
+
+
+def draw_half(
+    base: Base,
+    data: Dataset,
+    seed: int,
+    step: int,
+    global_batch: int,
+    first: int,
+    count: int,
+    *,
+    offset: float = 0.0,
+) -> Half:
+    """Samples `first` to `first + count` of a step's global batch, with noise, stratified timesteps and target."""
+    batch = data.batch(seed, step, global_batch, first, count)
+    noise = draw_noise(batch, seed, step, first, offset=offset)
+    timesteps = diffusion.stratified_timesteps(global_batch, len(base.alpha_bar), seed, step)[first : first + count]
+    timesteps = timesteps.to(noise.device)
+    alpha_bar = base.alpha_bar.to(noise.device)[timesteps]
+    return Half(batch, noise, timesteps, diffusion.target(base.prediction_type, batch.latents, noise, alpha_bar))
+
+
+class ClassPictures:
+    """The class half as in the paper: pictures of the class, and the noise in them is what is to be predicted.
+
+    data: the class pictures with their own captions. Randomness is that of the run's seed, in streams of its own.
+    """
+
+    def __init__(self, base: Base, data: Dataset, seed: int, *, offset: float = 0.0):
+        self._base, self._data, self._offset = base, data, offset
+        self._seed = class_seed(seed)
+
+    def draw(self, step: int, global_batch: int, first: int, count: int) -> Half:
+        """The class's share of a step: as many samples as the subject's, drawn independently of them."""
+        return draw_half(self._base, self._data, self._seed, step, global_batch, first, count, offset=self._offset)
+
+
+class BasePrediction:
+    """The class half whose target is what the frozen base predicts for the class prompts (Li & Hoiem 2017).
+
+    data: pictures to be noised; those of the subject serve, because the target is a prediction and not the picture.
+    prompts: taken in turns. Targets are computed in `pristine`, a context in which the base predicts as it did before
+    the training; where there is none, because its own weights are trained, `remember` computes them all beforehand:
+    every draw is a function of (seed, step), so no second copy of the base is needed.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        data: Dataset,
+        prompts: Sequence[str],
+        seed: int,
+        *,
+        pristine: Callable[[], AbstractContextManager[object]] | None = None,
+        offset: float = 0.0,
+    ):
+        self._base, self._data, self._offset = base, data, offset
+        self._prompts, self._seed, self._pristine = list(prompts), class_seed(seed), pristine
+        with torch.no_grad():
+            self._text = base.encode_text(self._prompts)
+        self._period = 0
+        self._kept: dict[tuple[int, int], Tensor] = {}
+
+    def remember(
+        self,
+        steps: range,
+        global_batch: int,
+        starts: Sequence[int],
+        count: int,
+        *,
+        shown: bool = True,
+    ) -> str:
+        """Compute the targets of these steps while the base is the base; a line for the person. shown: with progress.
+
+        They are kept in the dtype they are computed in. Where all would take more than KEPT_BYTES, the draws repeat
+        after as many steps as fit.
+        """
+        size = self._bare(0, global_batch, starts[0], count).batch.latents.numel() * self._dtype.itemsize
+        self._period = max(1, KEPT_BYTES // (size * len(starts)))
+        wanted = sorted({step % self._period for step in steps})
+        for step in tqdm(wanted, desc="asking the base", unit="step", file=sys.stderr, disable=not shown):
+            for first in starts:
+                half = self._bare(step, global_batch, first, count)
+                self._kept[step, first] = self._predict(half).to("cpu", self._dtype)
+        mib = size * len(starts) * len(wanted) / 2**20
+        again = f", which repeat after {self._period} steps" if len(steps) > self._period else ""
+        return f"the base's predictions for {len(wanted)} steps{again}: {mib:,.0f} MiB"
+
+    def draw(self, step: int, global_batch: int, first: int, count: int) -> Half:
+        """The class's share of a step: as many samples as the subject's, drawn independently of them."""
+        if self._period:
+            step %= self._period
+        half = self._bare(step, global_batch, first, count)
+        if self._period:
+            return dataclasses.replace(half, target=self._kept[step, first].to(half.noise))
+        assert self._pristine is not None, "without a context, remember() comes first"
+        with self._pristine():
+            return dataclasses.replace(half, target=self._predict(half))
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return self._base.precision.compute
+
+    def _bare(self, step: int, global_batch: int, first: int, count: int) -> Half:
+        """The draw with the class prompts as its captions; its target is not the base's prediction yet."""
+        half = draw_half(self._base, self._data, self._seed, step, global_batch, first, count, offset=self._offset)
+        rows = [(step * global_batch + first + place) % len(self._prompts) for place in range(len(half.batch))]
+        batch = dataclasses.replace(
+            half.batch,
+            text=None if half.batch.text is None else self._text[rows],
+            captions=[self._prompts[row] for row in rows],
+            mask=None,
+            weights=torch.ones_like(half.batch.weights),
+        )
+        return dataclasses.replace(half, batch=batch)
+
+    @torch.no_grad()
+    def _predict(self, half: Half) -> Tensor:
+        text = self._text[[self._prompts.index(caption) for caption in half.batch.captions]]
+        alpha_bar = self._base.alpha_bar.to(half.noise.device)[half.timesteps]
+        noisy = diffusion.noise_latents(half.batch.latents, half.noise, alpha_bar)
+        return self._base.predict(noisy, half.timesteps, text, half.batch.added(self._base, text))
+
+
+def class_seed(seed: int) -> int:
+    """The seed of the class half, so that its pictures, noise and timesteps are not the subject's."""
+    return randomness.generator(seed, "class").initial_seed()
+
+
+class DriftLimit:
+    """Says when the base has moved further than `limit` allows; without a limit never.
+
+    reached: the figure that did, such as "class_drift 0.312", empty before. rows: the log of a run that goes on.
+    """
+
+    def __init__(self, limit: float | None, rows: Sequence[Mapping[str, float]] = ()):
+        self.limit = limit
+        self.reached = ""
+        measured = [row for row in rows if any(name in row for name in _DRIFTS)]
+        if measured:
+            self._take(measured[-1])
+
+    def look(self, figures: Mapping[str, float], processes: Processes) -> None:
+        """Take a measurement in; all processes agree."""
+        self._take(figures)
+        if self.limit is not None and processes.largest(int(bool(self.reached))):
+            self.reached = self.reached or "the drift of another process"
+
+    def _take(self, figures: Mapping[str, float]) -> None:
+        over = [name for name in _DRIFTS if self.limit is not None and figures.get(name, 0.0) > self.limit]
+        self.reached = f"{over[0]} {figures[over[0]]:.3f}" if over else ""
+
+
+_DRIFTS = ("class_drift", "drift")

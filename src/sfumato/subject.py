@@ -1,0 +1,64 @@
+"""A subject and its class in words: captions of its pictures, and the prompts of what must stay as it is.
+
+DreamBooth's instance prompt is "IDENTIFIER CLASS", its class prompt "CLASS" (Ruiz et al. 2023, section 3.2). Pictures
+that have captions of their own, such as "sks otter, flat style", keep them, and the class then has "otter, flat style".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sfumato.data import Folder
+    from sfumato.data.folder import MaskSource
+
+
+@dataclass(frozen=True)
+class Subject:
+    """prompt: what calls the subject up, such as "sks otter". of_class: the same of any one of its class: "otter"."""
+
+    prompt: str
+    of_class: str
+
+    def class_prompts(self, captions: Sequence[str], further: Sequence[str] = ()) -> list[str]:
+        """The class prompt, each caption with the class in the subject's place, and `further` ones; none twice."""
+        said = [caption.replace(self.prompt, self.of_class) for caption in captions if self.prompt in caption]
+        return list(dict.fromkeys([self.of_class, *said, *further]))
+
+    def sample_prompts(self, captions: Sequence[str], unrelated: str) -> list[str]:
+        """Two captions of the subject, the class, and something else: what to look at while training."""
+        return list(dict.fromkeys([*list(dict.fromkeys(captions))[:2], self.of_class, unrelated]))
+
+
+def read_pictures(
+    path: Path,
+    words: str,
+    *,
+    template: str | None = None,
+    trigger: str | None = None,
+    mask: MaskSource = "none",
+    skip_bad: bool = False,
+) -> Folder:
+    """The examples of a folder in which pictures without a caption have the caption `words`, or of a dataset.toml.
+
+    Raises as `sfumato.data.read_folder` does.
+    """
+    from sfumato.data import read_folder
+    from sfumato.data.folder import examples_of, list_folder
+
+    if path.suffix.lower() == ".toml" and not path.is_dir():
+        return read_folder(path, caption_template=template, trigger=trigger, mask=mask, skip_bad=skip_bad)
+    listing = list_folder(path, words=words)
+    return examples_of(listing, template=template, trigger=trigger, mask=mask, skip_bad=skip_bad)
+
+
+def with_caption(folder: Folder, caption: str) -> Folder:
+    """The same pictures of the subject with this caption, whatever theirs were; those of the class as they are."""
+    examples = tuple(
+        dataclasses.replace(example, caption=caption) if example.group == "instance" else example for example in folder
+    )
+    return dataclasses.replace(folder, examples=examples)

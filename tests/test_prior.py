@@ -1,0 +1,184 @@
+"""What keeps a class: pictures that are drawn once, the base's own predictions, and the words for both."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+from torch.testing import assert_close
+
+from sfumato import data, prior
+from sfumato.bases import load_base
+from sfumato.bases.vocabulary import clip_tokenizer
+from sfumato.class_pictures import about, class_folder, draw_class, read_class, shares
+from sfumato.errors import DataError
+from sfumato.identifier import examine, is_ordinary
+from sfumato.prior import BasePrediction, ClassPictures, DriftLimit, draw_half
+from sfumato.subject import Subject
+from tests.tiny import CPU
+
+COUNT = 2
+
+
+@pytest.fixture(scope="module")
+def base(pocket_folder):
+    return load_base(str(pocket_folder), precision=CPU)
+
+
+@pytest.fixture(scope="module")
+def dataset(base, pictures):
+    return data.prepare(data.read_folder(pictures, caption_template="sks square"), base, resolution=64, buckets=False)
+
+
+@pytest.fixture
+def draw(base, tmp_path, monkeypatch):
+    """Draw so many class pictures in few steps; returns how many were drawn now."""
+    quick = dataclasses.replace(base.family, defaults=dataclasses.replace(base.family.defaults, sampling_steps=2))
+    monkeypatch.setattr(base, "family", quick)
+
+    def run(count, *prompts, **options):
+        return draw_class(base, prompts or ["cat"], count, resolution=64, folder=tmp_path, shown=False, **options)
+
+    return run
+
+
+def folder_of(base, tmp_path, prompt="cat", resolution=64):
+    return class_folder(base, prompt, resolution=resolution, folder=tmp_path)
+
+
+def test_pictures_are_drawn_once_and_a_larger_count_adds_to_them(draw, base, tmp_path):
+    assert draw(2) == 2
+    before = {file.name: file.read_bytes() for file in folder_of(base, tmp_path).glob("*.png")}
+    assert draw(2) == 0
+    assert draw(3) == 1
+    assert draw(1) == 0
+    assert all((folder_of(base, tmp_path) / name).read_bytes() == content for name, content in before.items())
+
+
+def test_a_picture_depends_on_its_number_and_not_on_who_draws_it(draw, base, tmp_path):
+    draw(3)
+    whole = {file.name: Image.open(file).tobytes() for file in folder_of(base, tmp_path).glob("*.png")}
+    for file in folder_of(base, tmp_path).glob("*.png"):
+        file.unlink()
+    assert [draw(3, rank=rank, processes=2) for rank in (0, 1)] == [2, 1]
+    assert len(set(whole.values())) == 3
+    for name, content in whole.items():
+        again = Image.open(folder_of(base, tmp_path) / name).tobytes()
+        assert max(abs(a - b) for a, b in zip(content, again, strict=True)) <= 1
+
+
+def test_what_was_cut_off_is_drawn_again(draw, base, tmp_path):
+    draw(2)
+    broken = folder_of(base, tmp_path) / "00001.png"
+    broken.write_bytes(broken.read_bytes()[:100])
+    assert draw(2) == 1
+    Image.open(broken).load()
+
+
+def test_the_cache_knows_base_prompt_sampler_and_size(base, tmp_path, monkeypatch):
+    places = [folder_of(base, tmp_path), folder_of(base, tmp_path, "dog"), folder_of(base, tmp_path, resolution=32)]
+    other = dataclasses.replace(base.family, defaults=dataclasses.replace(base.family.defaults, sampler="euler"))
+    monkeypatch.setattr(base, "family", other)
+    places.append(folder_of(base, tmp_path))
+    monkeypatch.setattr(base, "quick_fingerprint", lambda: "another")
+    places.append(folder_of(base, tmp_path))
+    assert len(set(places)) == 5
+    assert about(base, "cat", 64)["fingerprint"] == "another"
+
+
+def test_drawn_pictures_are_read_with_their_prompts(draw, base, tmp_path):
+    draw(3, "cat", "red cat")
+    folder = read_class(base, ["cat", "red cat"], 3, resolution=64, folder=tmp_path)
+    assert [example.caption for example in folder] == ["cat", "cat", "red cat"]
+    assert {example.group for example in folder} == {"class"}
+    assert shares(7, 3) == [3, 2, 2]
+    with pytest.raises(DataError, match="2 of 5 class pictures are missing"):
+        read_class(base, ["cat", "red cat"], 5, resolution=64, folder=tmp_path)
+
+
+def test_the_class_half_is_drawn_independently_of_the_subjects(base, dataset):
+    of_subject = draw_half(base, dataset, 0, 0, COUNT, 0, COUNT)
+    of_class = ClassPictures(base, dataset, 0).draw(0, COUNT, 0, COUNT)
+    assert not torch.equal(of_subject.noise, of_class.noise)
+    assert not torch.equal(of_subject.timesteps, of_class.timesteps)
+    both = of_subject.beside(of_class)
+    assert torch.equal(both.noise[COUNT:], of_class.noise)
+    assert torch.equal(both.batch.latents[:COUNT], of_subject.batch.latents)
+    assert len(both.batch.captions) == len(both.target) == 2 * COUNT
+
+
+def test_the_target_is_the_base_as_it_was_whatever_becomes_of_it(pocket_folder, dataset):
+    """Remembered before the training, the targets are those of a base that is still there."""
+    base = load_base(str(pocket_folder), precision=CPU)
+    kept = BasePrediction(base, dataset, ["cat", "red"], 5)
+    kept.remember(range(3), 2 * COUNT, [0, COUNT], COUNT, shown=False)
+    live = BasePrediction(base, dataset, ["cat", "red"], 5, pristine=torch.no_grad)
+    places = [(step, first) for step in range(3) for first in (0, COUNT)]
+    asked = [live.draw(step, 2 * COUNT, first, COUNT) for step, first in places]
+    with torch.no_grad():
+        for parameter in base.unet.parameters():
+            parameter.mul_(1.5)
+    for (step, first), half in zip(places, asked, strict=True):
+        again = kept.draw(step, 2 * COUNT, first, COUNT)
+        assert torch.equal(again.target, half.target)
+        assert torch.equal(again.noise, half.noise)
+        assert again.batch.captions == half.batch.captions
+    assert {caption for half in asked for caption in half.batch.captions} == {"cat", "red"}
+
+
+def test_one_process_asks_what_two_ask(base, dataset):
+    both = BasePrediction(base, dataset, ["cat", "red", "re"], 0, pristine=torch.no_grad).draw(1, 4, 0, 4)
+    parts = [
+        BasePrediction(base, dataset, ["cat", "red", "re"], 0, pristine=torch.no_grad).draw(1, 4, f, 2) for f in (0, 2)
+    ]
+    assert both.batch.captions == [caption for part in parts for caption in part.batch.captions]
+    assert_close(both.target, torch.cat([part.target for part in parts]), rtol=1e-4, atol=1e-5)
+
+
+def test_draws_of_a_long_run_repeat_where_memory_ends(base, dataset, monkeypatch):
+    latents = dataset.batch(0, 0, COUNT).latents
+    monkeypatch.setattr(prior, "KEPT_BYTES", 2 * latents.nbytes)
+    kept = BasePrediction(base, dataset, ["cat"], 0)
+    said = kept.remember(range(5), COUNT, [0], COUNT, shown=False)
+    assert "repeat after 2 steps" in said
+    assert torch.equal(kept.draw(4, COUNT, 0, COUNT).noise, kept.draw(0, COUNT, 0, COUNT).noise)
+    assert not torch.equal(kept.draw(1, COUNT, 0, COUNT).noise, kept.draw(0, COUNT, 0, COUNT).noise)
+
+
+def test_the_drift_limit_takes_the_larger_drift_and_remembers_the_log():
+    alone = SimpleNamespace(largest=lambda number: number)
+    limit = DriftLimit(0.3)
+    limit.look({"drift": 0.1, "class_drift": 0.2}, alone)
+    assert not limit.reached
+    limit.look({"drift": 0.4, "class_drift": 0.2}, alone)
+    assert limit.reached == "drift 0.400"
+    assert DriftLimit(0.3, [{"step": 0, "drift": 0.0, "class_drift": 0.0}, {"step": 9, "drift": 0.4}]).reached
+    never = DriftLimit(None)
+    never.look({"drift": 9.0}, alone)
+    assert not never.reached
+
+
+def test_class_prompts_are_the_captions_without_the_identifier():
+    subject = Subject("sks otter", "otter")
+    captions = ["sks otter, flat style", "sks otter", "a picture", "sks otter, flat style"]
+    assert subject.class_prompts(captions, ["dog"]) == ["otter", "otter, flat style", "dog"]
+    assert subject.sample_prompts(captions, "a ball") == ["sks otter, flat style", "sks otter", "otter", "a ball"]
+
+
+@pytest.mark.parametrize("word", ["dog", "Photo", "corgi", "zendaya", "otter"])
+def test_ordinary_words_are_known(word):
+    assert is_ordinary(word)
+
+
+@pytest.mark.parametrize("word", ["sks", "ohwx", "zwx", "ukj", "x"])
+def test_rare_words_are_not(word):
+    assert not is_ordinary(word)
+
+
+def test_an_identifier_is_shown_as_the_tokenizers_cut_it():
+    base = SimpleNamespace(tokenizers=[clip_tokenizer(positions=77), clip_tokenizer(pad_token="!", positions=77)])
+    assert examine("zwx", base).lines() == ["identifier 'zwx': 2 pieces (z + wx)"]
+    one, warning = examine("sks dog", base).lines()
+    assert one == "identifier 'sks dog': 2 pieces (sks + dog)"
+    assert "'dog' is an ordinary word" in warning

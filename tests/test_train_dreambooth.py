@@ -1,0 +1,346 @@
+"""The DreamBooth trainer: equal to a loop written from the paper, exact when it goes on, and each of its outputs."""
+
+import copy
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from sfumato import Adapter, cli, compose, data, diffusion, randomness
+from sfumato.bases import load_base
+from sfumato.class_pictures import read_class
+from sfumato.files import read_adapter, read_header, read_lora, read_tensors
+from sfumato.prior import class_seed
+from tests.tiny import CPU, tiny_pipeline, write_folder
+
+STEPS = 4
+PROMPT, CLASS = "sks square", "square"
+
+
+@pytest.fixture
+def train(pocket_folder, pictures, tmp_path):
+    """Train with these options on the tiny base; returns what was learned."""
+
+    def run(name="run", *options, base=pocket_folder, status=0):
+        words = {"--images": pictures, "--output": tmp_path / name, "--base": base, "--class-name": CLASS}
+        words |= {"--instance-prompt": PROMPT, "--steps": STEPS, "--batch": 2, "--learning-rate": "1e-3", "--rank": 2}
+        words |= {"--sample-every": 0, "--measure-every": 0, "--class-count": 3, "--class-cache": tmp_path / "class"}
+        given = list(options)
+        known = (
+            "--train-text-encoder",
+            "--overwrite",
+            "--resume",
+            "--fused",
+            "--ema-on-cpu",
+            "--gradient-checkpointing",
+        )
+        flags = [given.pop(given.index(flag)) for flag in known if flag in given]
+        words |= dict(zip(given[::2], given[1::2], strict=True))
+        shown = [str(word) for pair in words.items() if pair[1] is not None for word in pair]
+        assert cli.main(["train", "dreambooth", *shown, *flags]) == status
+        folder = tmp_path / name / name
+        return folder if folder.is_dir() else folder.with_suffix(".safetensors")
+
+    return run
+
+
+def rows(path):
+    return [json.loads(line) for line in (path.parent / "log.jsonl").read_text().splitlines()]
+
+
+def unet_of(folder):
+    return read_tensors(folder / "unet/diffusion_pytorch_model.safetensors")
+
+
+def papers_loop(base, dataset, class_set, *, seed, weight, steps=STEPS, count=2):
+    """Eq. 2 of Ruiz et al. 2023: E w |x - x_hat(x_t, c)|^2 + lambda w' |x_pr - x_hat(x_t', c_pr)|^2, as it is written.
+
+    class_set: pictures of the class, or a frozen copy of the U-Net whose prediction for the class is the target.
+    """
+    unet = base.unet.requires_grad_(True)
+    subject, of_class = base.encode_text([PROMPT]).hidden, base.encode_text([CLASS]).hidden
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01)
+    losses = []
+
+    def draw(data_set, seed, step):
+        batch = data_set.batch(seed, step, count)
+        shape = tuple(batch.latents.shape[1:])
+        noise = torch.stack([randomness.normal(shape, seed, "noise", step, place) for place in range(count)])
+        timesteps = diffusion.stratified_timesteps(count, 1000, seed, step)
+        noisy = base.scheduler.add_noise(batch.latents, noise, timesteps)
+        return noisy, timesteps, base.scheduler.get_velocity(batch.latents, noise, timesteps)
+
+    for step in range(steps):
+        noisy, timesteps, wanted = draw(dataset, seed, step)
+        prediction = unet(noisy, timesteps, subject.expand(count, -1, -1)).sample
+        loss = (prediction - wanted).square().mean()
+        if class_set is not None:
+            frozen = class_set if isinstance(class_set, torch.nn.Module) else None
+            noisy, timesteps, wanted = draw(dataset if frozen else class_set, class_seed(seed), step)
+            words = of_class.expand(count, -1, -1)
+            if frozen:
+                with torch.no_grad():
+                    wanted = frozen(noisy, timesteps, words).sample
+            loss = loss + weight * (unet(noisy, timesteps, words).sample - wanted).square().mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(unet.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses, dict(unet.state_dict())
+
+
+@pytest.mark.parametrize("prior", ["none", "pictures", "base"])
+def test_equal_to_a_plain_loop_from_the_paper(prior, train, pocket_folder, pictures, tmp_path):
+    """Same start, noise, timesteps and batches: the same losses and final weights."""
+    options = ["--schedule", "constant", "--clip", "0.5", "--seed", "3", "--prior-weight", "0.7", "--prior", prior]
+    path = train("run", *options)
+
+    base = load_base(str(pocket_folder), precision=CPU)
+    words = {"words": PROMPT} if False else {"caption_template": PROMPT}
+    dataset = data.prepare(data.read_folder(pictures, **words), base, resolution=64, buckets=False)
+    class_set = copy.deepcopy(base.unet) if prior == "base" else None
+    if prior == "pictures":
+        drawn = read_class(base, [CLASS], 3, resolution=64, folder=tmp_path / "class")
+        class_set = data.prepare(drawn, base, resolution=64, buckets=False)
+    losses, weights = papers_loop(base, dataset, class_set, seed=3, weight=0.7)
+
+    assert_close([row["loss"] for row in rows(path)], losses, rtol=1e-4, atol=1e-6)
+    assert len({row["class_loss"] for row in rows(path)}) == (1 if prior == "none" else STEPS)
+    for name, tensor in unet_of(path).items():
+        assert_close(tensor, weights[name], rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("prior", ["pictures", "base"])
+def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(method, prior, train):
+    options = ["--method", method, "--prior", prior, "--checkpoint-every", "2", "--ema", "0.5", "--steps", "4"]
+    whole = train("whole", *options)
+    half = train("half", *options)  # then forget what came after step 2, as if it had been killed there
+    shutil.rmtree(half.parent / "checkpoints/000004")
+    before = {row["step"]: row["loss"] for row in rows(half) if "loss" in row}
+    if half.is_dir():
+        shutil.rmtree(half)
+    else:
+        half.unlink()
+    again = train("half", *options, "--resume")
+    after = {row["step"]: row["loss"] for row in rows(again) if "loss" in row}
+    assert after == before
+    load = unet_of if whole.is_dir() else read_tensors
+    for name, tensor in load(whole).items():
+        assert torch.equal(tensor, load(again)[name])
+
+
+def test_fused_weights_are_those_of_the_plain_run(train):
+    plain, fused = train("plain", "--clip", "0"), train("fused", "--clip", "0", "--fused")
+    for name, tensor in unet_of(plain).items():
+        assert torch.equal(tensor, unet_of(fused)[name])
+    assert_close(
+        [row["gradient_norm"] for row in rows(plain)], [row["gradient_norm"] for row in rows(fused)], rtol=1e-4, atol=0
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--fused"], "--clip 1"),
+        (["--fused", "--clip", "0", "--accumulate", "2"], "--accumulate 2"),
+        (["--class-name", None], "--class-name is unset"),
+        (["--method", "lora", "--save", "folder"], "--save folder"),
+        (["--keep-energy", "0.9"], "--keep-energy belongs"),
+        (["--prior-weight", "-1"], "--prior-weight is -1"),
+        (["--drift-limit", "0.1"], "--measure-every 0"),
+        (["--identifier", " "], "--identifier is empty"),
+        (["--caption", "{caption}"], "--instance-prompt and --caption"),
+        (["--class-images", "nowhere"], "nowhere"),
+    ],
+)
+def test_wrong_use_is_one_line(options, said, train, capsys, tmp_path):
+    train("run", *options, status=2)
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sfumato: ")]
+    assert len(error) == 1
+    assert said in error[0]
+    assert not (tmp_path / "run/run.safetensors").exists()
+
+
+def test_checkpointing_accumulating_and_the_mean_on_the_cpu_change_no_weight(train, pocket_folder):
+    """To rounding, which AdamW blows up where a gradient is almost 0: measured against how far the weights moved."""
+    plain, start = unet_of(train("plain", "--batch", "4", "--ema", "0.5")), unet_of(pocket_folder)
+    moved = sum((tensor - start[key]).square().sum() for key, tensor in plain.items()).sqrt()
+    for name, *options in (("checkpointed", "--batch", "4", "--gradient-checkpointing", "--ema-on-cpu"),
+                           ("parts", "--accumulate", "2")):  # fmt: skip
+        other = unet_of(train(name, "--ema", "0.5", *options))
+        assert sum((other[key] - tensor).square().sum() for key, tensor in plain.items()).sqrt() < 0.01 * moved
+
+
+def test_the_folder_is_whole_and_plain_diffusers_loads_it(train, pocket_folder):
+    """Everything but the U-Net is the base's, the scheduler included, and nothing half-written stays."""
+    from diffusers import DiffusionPipeline
+
+    path = train("run")
+    pipe = DiffusionPipeline.from_pretrained(path)
+    before = DiffusionPipeline.from_pretrained(pocket_folder)
+    assert dict(pipe.scheduler.config) == dict(before.scheduler.config)
+    for part in ("vae", "text_encoder"):
+        for name, tensor in getattr(before, part).state_dict().items():
+            assert torch.equal(tensor, getattr(pipe, part).state_dict()[name])
+    assert any(not torch.equal(t, pipe.unet.state_dict()[n]) for n, t in before.unet.state_dict().items())
+    assert not [file for file in path.parent.iterdir() if file.name.startswith(".run")]
+    assert load_base(str(path), precision=CPU).family.name == "pocket"
+
+
+def test_base_and_difference_are_the_trained_weights(train, pocket_folder):
+    whole = train("whole", "--train-text-encoder")
+    change = train("change", "--train-text-encoder", "--save", "difference")
+    file = read_adapter(change)
+    assert set(file.kinds) == {"difference"}
+    assert file.family == "pocket"
+    assert json.loads(file.metadata["sfumato.config"])["method"] == "full"
+    base, trained = (load_base(str(folder), precision=CPU) for folder in (pocket_folder, whole))
+    parts = {"unet": "unet", "text_encoder": "text_encoders"}
+    seen = set()
+    for (part, place), one in file.changes.items():
+        old, new = (getattr(b, parts[part]) for b in (base, trained))
+        old, new = ((m[0] if isinstance(m, tuple) else m).get_submodule(place) for m in (old, new))
+        assert_close(old.weight + one.delta(old.weight), new.weight, rtol=0, atol=1e-6)
+        if one.bias_delta is not None:
+            assert_close(old.bias + one.bias_delta, new.bias, rtol=0, atol=1e-6)
+        seen.add(part)
+    assert seen == set(parts)
+    with compose(base, Adapter(change)):
+        for name, tensor in trained.unet.state_dict().items():
+            assert_close(base.unet.state_dict()[name], tensor, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_every_family_learns_text_encoders_and_all(family, method, train, tmp_path):
+    folder = write_folder(tiny_pipeline(family), tmp_path / family)
+    options = ["--train-text-encoder", "--resolution", "64", "--method", method, "--steps", "2", "--prior", "base"]
+    made = train("run", *options, *(["--save", "difference"] if method == "full" else []), base=folder)
+    file = read_adapter(made)
+    wanted = {"unet", "text_encoder"} | ({"text_encoder_2"} if family == "sdxl" else set())
+    assert {part for part, _ in file.changes} == wanted
+    assert file.family == family
+
+
+def test_drift_of_class_and_unrelated_prompts_is_logged_from_nothing_on(train):
+    measured = [row for row in rows(train("run", "--measure-every", "2")) if "drift" in row]
+    assert len(measured) == 3
+    assert measured[0]["drift"] == measured[0]["class_drift"] == 0
+    assert measured[-1]["drift"] > 0
+    assert measured[-1]["class_drift"] > 0
+
+
+@pytest.mark.parametrize("prior", ["none", "base"])
+def test_a_stronger_prior_moves_the_class_less(prior, train):
+    options = ["--measure-every", "20", "--steps", "20", "--prior-weight", "5"]
+    drift = [row["class_drift"] for row in rows(train(prior, "--prior", prior, *options)) if "class_drift" in row]
+    without = [
+        row["class_drift"] for row in rows(train("without", "--prior", "none", *options)) if "class_drift" in row
+    ]
+    assert drift[-1] == without[-1] if prior == "none" else drift[-1] < without[-1]
+
+
+def test_the_drift_limit_stops_saves_and_holds_when_it_goes_on(train, capsys):
+    path = train("run", "--measure-every", "1", "--drift-limit", "1e-6", "--checkpoint-every", "1")
+    assert path.is_dir()
+    assert max(row["step"] for row in rows(path)) == 1
+    assert "--drift-limit" in capsys.readouterr().err
+    again = train("run", "--measure-every", "1", "--drift-limit", "1e-6", "--checkpoint-every", "1", "--resume")
+    assert max(row["step"] for row in rows(again)) == 1
+
+
+def test_pictures_with_captions_keep_them_and_the_class_has_their_form(train, pictures, tmp_path, capsys):
+    folder = tmp_path / "captioned"
+    shutil.copytree(pictures, folder)
+    for place, file in enumerate(sorted(folder.glob("*.png"))):
+        if place:
+            file.with_suffix(".txt").write_text("zwx square, flat style")
+    train("run", "--images", folder, "--instance-prompt", None, "--identifier", "zwx")
+    said = capsys.readouterr().err
+    assert "class pictures: 3 of square, square, flat style" in said
+    about = sorted(json.loads(file.read_text())["prompt"] for file in (tmp_path / "class").glob("*/about.json"))
+    assert about == ["square", "square, flat style"]
+
+
+def test_the_run_tells_how_the_identifier_is_cut_and_warns_of_a_word(train, capsys):
+    train("run", "--instance-prompt", None, "--identifier", "dog", "--steps", "1")
+    said = capsys.readouterr().err
+    assert "identifier 'dog': 3 pieces (d + o + g)" in said
+    assert "'dog' is an ordinary word" in said
+    train("other", "--instance-prompt", None, "--steps", "1")
+    assert "ordinary" not in capsys.readouterr().err
+
+
+def test_a_lora_describes_itself_and_no_file_tells_a_path(train, tmp_path, pictures):
+    path = train("run", "--method", "lora", "--sample-every", "4", "--measure-every", "4")
+    metadata = read_header(path).metadata
+    assert metadata["modelspec.trigger_phrase"] == PROMPT
+    assert json.loads(metadata["sfumato.config"])["prior"] == "pictures"
+    assert read_lora(path).family == "pocket"
+    text = json.dumps(dict(metadata)) + (path.parent / "README.md").read_text()
+    assert str(tmp_path) not in text
+    assert str(pictures) not in text
+    names = {file.name for file in path.parent.iterdir()}
+    assert {"config.toml", "log.jsonl", "plot.png", "samples.png", "README.md"} <= names
+
+
+def test_the_card_of_a_folder_says_how_it_is_loaded(train):
+    path = train("run", "--sample-every", "4")
+    card = (path.parent / "README.md").read_text()
+    assert 'DiffusionPipeline.from_pretrained("run")' in card
+    assert (path.parent / "images/before_after.png").is_file()
+
+
+def test_a_copy_of_the_program_runs(pocket_folder, pictures, tmp_path):
+    assert cli.main(["cp", "dreambooth", str(tmp_path / "mine.py")]) == 0
+    command = [sys.executable, str(tmp_path / "mine.py"), "--images", str(pictures), "--base", str(pocket_folder)]
+    command += ["--output", str(tmp_path / "run"), "--class-name", "square", "--prior", "base", "--method", "lora"]
+    command += ["--steps", "1", "--sample-every", "0", "--measure-every", "0"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run/run.safetensors").is_file()
+
+
+def test_the_extracted_lora_is_the_change_and_says_what_it_keeps(train, pocket_folder, capsys):
+    """At full rank the layers' very change; at rank 1 less, and both report it."""
+    trained = load_base(str(train("whole")), precision=CPU).unet
+    base = load_base(str(pocket_folder), precision=CPU).unet
+    capsys.readouterr()
+    file = read_lora(train("all", "--save", "lora", "--keep-energy", "1", "--rank", None))
+    said = capsys.readouterr().err
+    assert "of the energy" in said
+    for (_, place), module in file.modules.items():
+        old, new = (model.get_submodule(place).weight.detach() for model in (base, trained))
+        assert_close(module.delta(old), new - old, rtol=1e-2, atol=1e-5)
+    one = read_lora(train("one", "--save", "lora", "--rank", "1"))
+    assert {module.rank for module in one.modules.values()} == {1}
+    kept = [float(f.metadata["sfumato.kept_energy"]) for f in (file, one)]
+    assert kept[1] < kept[0] <= 1
+
+
+@pytest.mark.slow
+def test_two_processes_draw_one_class_and_give_the_result_of_one(train, pocket_folder, pictures, tmp_path):
+    """`accelerate launch trainers/dreambooth.py`, two CPU processes: one global batch of 4, to rounding."""
+    one = train("one", "--batch", "4", "--method", "lora", "--save", "lora")
+    root = cli.source("sfumato.trainers.dreambooth").parents[1]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    command += [str(root / "trainers/dreambooth.py"), "--images", str(pictures), "--output", str(tmp_path / "two")]
+    command += ["--base", str(pocket_folder), "--class-name", CLASS, "--instance-prompt", PROMPT, "--steps", str(STEPS)]
+    command += ["--batch", "2", "--learning-rate", "1e-3", "--rank", "2", "--method", "lora", "--class-count", "3"]
+    command += ["--sample-every", "0", "--measure-every", "2"]  # a cache of its own: both processes draw
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(list((tmp_path / "two/class").glob("*/*.png"))) == 3
+    whole, parts = read_tensors(one), read_tensors(tmp_path / "two" / "two.safetensors")
+    ups = [key for key in whole if key.endswith("lora_up.weight")]  # which began at 0
+    off = sum((parts[key] - whole[key]).square().sum() for key in ups).sqrt()
+    assert off < 0.01 * sum(whole[key].square().sum() for key in ups).sqrt()

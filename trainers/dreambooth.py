@@ -1,0 +1,414 @@
+"""DreamBooth: bind a subject to a word, from a few pictures of it, and keep the class that it belongs to.
+
+    python trainers/dreambooth.py --images DIR --output DIR --class-name otter
+    accelerate launch trainers/dreambooth.py ...
+    sfumato train dreambooth ...
+
+are one program. The loss is the subject's denoising error and the weighted error of the class beside it (Ruiz et al.
+2023, eq. 2). `train` is the whole method; what it calls is the library.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal
+
+from sfumato import options
+from sfumato.config import parse
+from sfumato.errors import ConfigError
+from sfumato.options import TrainerOptions
+from sfumato.subject import Subject, read_pictures, with_caption
+
+if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that its --help is there at once
+    from torch import nn
+
+    from sfumato.adapters import Lora
+    from sfumato.bases import Base
+    from sfumato.data import Dataset, Folder
+    from sfumato.processes import Processes
+    from sfumato.runs import Run
+    from sfumato.runs.samples import Samples
+
+DEFAULTS: Mapping[tuple[str, str], Mapping[str, Any]] = MappingProxyType(
+    {
+        # (method, family): what differs from the family's own defaults.
+        ("full", "pocket"): {"learning_rate": 1e-4, "steps": 240, "batch": 4, "class_count": 64},
+        ("lora", "pocket"): {"learning_rate": 6e-4, "steps": 240, "batch": 4, "class_count": 64},
+        # diffusers' guide: 5e-6 without and 800 steps with the prior, 200 pictures of the class, one picture a step.
+        ("full", "sd1"): {"learning_rate": 5e-6, "steps": 800, "batch": 1, "class_count": 200},
+        ("full", "sd2"): {"learning_rate": 5e-6, "steps": 800, "batch": 1, "class_count": 200},
+        ("full", "sdxl"): {"learning_rate": 5e-6, "steps": 800, "batch": 1, "class_count": 200},
+        ("lora", "sd1"): {"steps": 500, "batch": 1, "class_count": 200},
+        ("lora", "sd2"): {"steps": 500, "batch": 1, "class_count": 200},
+        ("lora", "sdxl"): {"steps": 500, "batch": 1, "class_count": 200},
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(TrainerOptions):
+    """Bind a subject to a word by fine-tuning the whole U-Net, or a LoRA on it.
+
+    Example: `sfumato train dreambooth --images datasets/flamingo --class-name flamingo --output runs/flamingo`
+    """
+
+    method: Literal["full", "lora"] = "full"
+    """full trains the U-Net's own weights, lora an adapter beside them."""
+    identifier: str = "sks"
+    """The word that will mean this one subject: rare, so that there is no meaning to unlearn."""
+    class_name: str | None = None
+    """What the subject is, such as otter. Pictures without a caption of their own get "IDENTIFIER CLASS"."""
+    instance_prompt: str | None = None
+    """Caption of all the subject's pictures, instead of their own."""
+    class_prompt: str | None = None
+    """Prompt of the class. Unset: the class name; captions that say more than "IDENTIFIER CLASS" have a form for the
+    class, too."""
+    prior: Literal["none", "pictures", "base"] = "pictures"
+    """What keeps the class: pictures of it that the base has drawn, or the frozen base's own predictions."""
+    prior_weight: float = 1.0
+    """Weight of the class in the loss, beside 1 for the subject; with 0 it is drawn and measured, and not learned."""
+    prior_prompts: tuple[str, ...] = ()
+    """Further prompts that shall draw as before, beside the class prompt."""
+    class_images: Path | None = None
+    """Folder of pictures of the class. Unset: the base draws them."""
+    class_count: int | None = None
+    """How many the base draws. Unset: the base family's default."""
+    class_cache: Path | None = None
+    """Folder that keeps drawn class pictures for other runs, too. Unset: the run's own folder."""
+    drift_limit: float | None = None
+    """Stop, and save, when the base's prediction on class or unrelated prompts has moved by more than this share."""
+    rank: int | None = None
+    """Inner dimension of each update of a LoRA, also of one that --save lora extracts. Unset: the family's default."""
+    alpha: float | None = None
+    """With --method lora the update is scaled by alpha / rank. Unset: the rank, for a scale of 1."""
+    targets: str = "everything"
+    """What a LoRA adapts: cross-attention, attention, attention+mlp, everything (in the U-Net's blocks), or a regular
+    expression over module names."""
+    train_text_encoder: bool = False
+    """Train the text encoders, too; captions are then encoded at each step."""
+    text_learning_rate: float | None = None
+    """Peak learning rate of the text encoders. Unset: a tenth of the U-Net's."""
+    fused: bool = False
+    """Step each weight during the backward pass, so that never all gradients are in memory; with --clip 0."""
+    ema_on_cpu: bool = False
+    """Keep the mean of --ema in the CPU's memory."""
+    save: Literal["folder", "difference", "lora"] | None = None
+    """folder writes the whole model for diffusers, difference only what changed, for the mixer, lora the best LoRA of
+    the change. Unset: folder with --method full, lora with --method lora."""
+    keep_energy: float | None = None
+    """With --method full --save lora: each layer's rank is the smallest that keeps this share of its change's energy,
+    and at most --rank, if that is given."""
+    save_precision: Literal["fp32", "fp16", "bf16"] | None = None
+    """Number format of what is written. Unset: fp32 on pocket, fp16 elsewhere."""
+
+
+def train(config: Config) -> Path:
+    """Train, and return the path of what was learned: a folder or a file."""
+    from contextlib import nullcontext
+
+    import torch
+
+    from sfumato import fused as fusing
+    from sfumato import identifier, optimizers, randomness
+    from sfumato.ema import Average
+    from sfumato.full import full_precision
+    from sfumato.measure import UNRELATED, Measures
+    from sfumato.objective import denoising_errors
+    from sfumato.prior import BasePrediction, ClassPictures, DriftLimit, draw_half
+    from sfumato.processes import Processes
+    from sfumato.runs import Run
+    from sfumato.runs.samples import Samples
+
+    check(config)
+    processes = Processes.join(config.device)
+    subject = Subject(
+        config.instance_prompt or f"{config.identifier} {config.class_name}", config.class_prompt or config.class_name
+    )
+    examples = read_examples(config, subject)
+    precision = config.decide_precision(processes, config.optimizer)
+    if config.method == "full":
+        precision = full_precision(precision)
+    scaler = precision.scaler()
+    if config.fused:
+        fusing.check(
+            clip=config.clip,
+            accumulate=config.accumulate,
+            processes=processes.count,
+            optimizer=config.optimizer,
+            scaled=scaler.is_enabled(),
+        )
+    base = config.load_base(precision)
+    config, filled = resolve(config, base, examples.samples, processes.count)
+    run = Run.start(config, program="dreambooth", processes=processes)
+    run.say(precision.table())
+    run.say(f"{base.family.title} defaults: " + ", ".join(f"{name} {getattr(config, name)}" for name in filled))
+    if config.identifier in subject.prompt:
+        for line in identifier.examine(config.identifier, base).lines():
+            run.say(line)
+
+    prompts = subject.class_prompts([e.caption for e in examples.of("instance")], config.prior_prompts)
+    pictures = class_pictures(config, base, examples, prompts, run, processes)
+    embedded = {"embed_text": not config.train_text_encoder}
+    dataset = config.prepare(examples.of("instance"), base, buckets=pictures is None, **embedded)
+    class_set = None
+    if pictures is not None:  # squares, so that both fit into one batch
+        class_set = config.prepare(pictures, base, buckets=False, caption_dropout=0.0, **embedded)
+    for note in dict.fromkeys([*dataset.notes, *(class_set.notes if class_set else [])]):
+        run.say(note)
+    trained = trainable(base, config)
+    facts = {"class": class_set.fingerprint} if class_set else {}
+    run.identify(data=dataset.fingerprint, base=base.quick_fingerprint(), **facts)
+    parameters = [p for group in groups(trained, config) for p in group["params"]]
+    count = sum(p.numel() for p in parameters)
+    run.say(f"{len(dataset)} pictures, {len(class_set or [])} of the class, {count:,} trained numbers")
+
+    optimizer = optimizers.build(config.optimizer, groups(trained, config), weight_decay=config.weight_decay)
+    schedule = optimizers.Schedule(optimizer, config.schedule, config.steps, config.warmup)
+    fused = fusing.FusedStep(optimizer) if config.fused else None
+    average = Average(parameters, config.ema, device="cpu" if config.ema_on_cpu else None)
+    run.keep(trained=trained, optimizer=optimizer, scaler=scaler, average=average)
+    pristine = trained.disabled if config.method == "lora" else nullcontext  # nothing has been trained yet
+    watched = {"drift": UNRELATED, "class_drift": prompts}
+    measures = Measures(base, dataset, pristine=pristine, modules=[trained], watched=watched)
+    shown = config.sample_prompts or subject.sample_prompts(dataset.captions, UNRELATED[0])
+    samples = Samples(run, base, shown, config.seed, modules=[trained])
+    limit = DriftLimit(config.drift_limit, [row for row in run.rows() if row["step"] <= run.step])
+
+    def measure(step: int) -> None:
+        with average.applied():
+            figures = measures.values()
+        run.log(step=step, **figures)
+        limit.look(figures, processes)
+
+    def sample(step: int) -> None:
+        with average.applied():
+            samples.draw(step)
+
+    run.every(config.measure_every, measure)
+    run.every(config.sample_every, sample)
+    global_batch, starts = processes.starts(config.batch, config.accumulate)
+    prior = None
+    if config.prior == "pictures":
+        prior = ClassPictures(base, class_set, config.seed, offset=config.noise_offset)
+    if config.prior == "base":
+        noised = dataset if class_set is None else class_set
+        prior = BasePrediction(base, noised, prompts, config.seed, pristine=pristine, offset=config.noise_offset)
+        if config.method == "full":
+            steps = range(run.step, config.steps)
+            run.say(prior.remember(steps, global_batch, starts, config.batch, shown=processes.is_main))
+    trained.train()
+    for step in run.steps(config.steps):
+        if limit.reached:
+            run.say(f"stopped after step {step.number}: {limit.reached} is over --drift-limit {config.drift_limit}")
+            sample(step.number)
+            break
+        schedule.set(step.number, step.rate_factor)
+        loss, class_loss = torch.zeros(2, device=precision.device)
+        for start in starts:
+            half = draw_half(
+                base, dataset, config.seed, step.number, global_batch, start, config.batch, offset=config.noise_offset
+            )
+            subjects = len(half.batch)
+            if prior is not None:
+                half = half.beside(prior.draw(step.number, global_batch, start, config.batch))
+            batch = half.batch
+            with precision.autocast(), randomness.seeded(precision.device, config.seed, "dropout", step.number, start):
+                text = base.encode_text(batch.captions, grad=True) if config.train_text_encoder else batch.text
+                errors = denoising_errors(
+                    base, batch, half.noise, half.timesteps, text, min_snr=config.min_snr, target=half.target
+                )
+                of_subject = errors[:subjects].sum() / global_batch
+                of_class = errors[subjects:].sum() / global_batch
+                part = of_subject + config.prior_weight * of_class
+            # A fused backward pass changes the weights, so it must not begin with a broken loss.
+            if fused is None or step.healthy(loss=part):
+                scaler.scale(part).backward()
+            loss += part.detach()
+            class_loss += of_class.detach()
+        if fused is None:
+            # Before unscaling, so that all processes find the same overflow and skip the same steps.
+            processes.sum([loss, class_loss, *(p.grad for p in parameters if p.grad is not None)])
+            scaler.unscale_(optimizer)
+            norm = optimizers.clip(parameters, config.clip)
+            if step.healthy(scaler, loss=loss, gradient_norm=norm):
+                scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        else:
+            norm = fused.norm()
+        if not step.skipped:
+            average.update()
+        step.done(loss=loss, class_loss=class_loss, rate=schedule.rate, gradient_norm=norm)
+
+    average.apply()
+    path = config.output / f"{config.name}{'' if config.save == 'folder' else '.safetensors'}"
+    if processes.is_main:
+        save(path, trained, base, config, dataset, run, samples, subject)
+    run.close()
+    processes.wait()
+    return path
+
+
+def check(config: Config) -> None:
+    """Refuse what makes no sense before anything is loaded."""
+    options.check(config)
+    if not config.class_name and not (config.instance_prompt and config.class_prompt):
+        raise ConfigError("--class-name is unset; say what the subject is, such as --class-name otter.")
+    if not config.identifier.strip():
+        raise ConfigError("--identifier is empty; give a rare word, such as sks.")
+    if config.instance_prompt and config.caption:
+        raise ConfigError("--instance-prompt and --caption are both given; each decides all captions, so give one.")
+    if config.save is not None and config.method == "lora" and config.save != "lora":
+        raise ConfigError(f"--save {config.save} wants --method full; a LoRA is written as a LoRA.")
+    if config.keep_energy is not None and not 0 < config.keep_energy <= 1:
+        raise ConfigError(f"--keep-energy is {config.keep_energy}; it must be above 0 and at most 1.")
+    if config.keep_energy is not None and (config.method, config.save) != ("full", "lora"):
+        raise ConfigError("--keep-energy belongs to --method full --save lora; leave it out, or give both.")
+    for option, value in (("--prior-weight", config.prior_weight), ("--drift-limit", config.drift_limit)):
+        if value is not None and not 0 <= value < float("inf"):
+            raise ConfigError(f"{option} is {value}; it must not be negative.")
+    if config.class_count is not None and config.class_count < 1:
+        raise ConfigError(f"--class-count is {config.class_count}; it must be at least 1.")
+    if config.drift_limit is not None and config.measure_every == 0:
+        raise ConfigError("--drift-limit looks at the measurements, and --measure-every 0 makes none; leave one out.")
+
+
+def resolve(config: Config, base: Base, samples: int, processes: int) -> tuple[Config, list[str]]:
+    """The config with every unset field filled, and the names that the method or the base's family filled."""
+    defaults = DEFAULTS[config.method, base.family.name]
+    rank = config.rank
+    config, filled = options.resolve(config, base, samples, processes, **defaults)
+    values: dict[str, Any] = {
+        "rank": config.rank if config.keep_energy is None else rank,
+        "alpha": config.alpha or float(config.rank),
+        "text_learning_rate": config.text_learning_rate or config.learning_rate / 10,
+        "save": config.save or ("folder" if config.method == "full" else "lora"),
+        "save_precision": config.save_precision or ("fp32" if base.family.name == "pocket" else "fp16"),
+    }
+    return dataclasses.replace(config, **values), filled
+
+
+def read_examples(config: Config, subject: Subject) -> Folder:
+    """The subject's pictures with their captions, and those of the class that a dataset.toml may hold."""
+    trigger = config.trigger or (None if config.instance_prompt else config.identifier)
+    folder = read_pictures(
+        config.images,
+        subject.prompt,
+        template=config.caption,
+        trigger=trigger,
+        mask=config.mask,
+        skip_bad=config.skip_bad,
+    )
+    return with_caption(folder, config.instance_prompt) if config.instance_prompt else folder
+
+
+def class_pictures(
+    config: Config, base: Base, examples: Folder, prompts: Sequence[str], run: Run, processes: Processes
+) -> Folder | None:
+    """Pictures of the class: from a folder, from the dataset.toml, or drawn by the base, once; None for none."""
+    from sfumato.class_pictures import draw_class, read_class
+
+    if config.prior == "none":
+        return None
+    if config.class_images is not None:
+        return read_pictures(config.class_images, prompts[0], skip_bad=config.skip_bad)
+    if examples.of("class") or config.prior == "base":
+        return examples.of("class") or None
+    prompts = prompts[: config.class_count]
+    where: dict[str, Any] = {
+        "resolution": config.resolution,
+        "folder": config.class_cache or config.output / "class",
+    }
+    drawn = draw_class(
+        base,
+        prompts,
+        config.class_count,
+        rank=processes.rank,
+        processes=processes.count,
+        shown=processes.is_main,
+        **where,
+    )
+    processes.wait()
+    run.say(f"class pictures: {config.class_count} of {', '.join(prompts)} ({drawn} drawn now)")
+    return read_class(base, prompts, config.class_count, **where)
+
+
+def trainable(base: Base, config: Config) -> Lora | nn.ModuleDict:
+    """The base's own weights, or with --method lora a new adapter, which changes nothing yet."""
+    from sfumato.adapters import attach
+    from sfumato.adapters.lora import TEXT_TARGETS, select
+    from sfumato.full import parts_of, unfreeze
+
+    if config.method == "full":
+        return unfreeze(base, text=config.train_text_encoder)
+    parts = parts_of(base, text=config.train_text_encoder)
+    hosts = {name: select(part, config.targets if name == "unet" else TEXT_TARGETS) for name, part in parts.items()}
+    return attach(hosts, rank=config.rank, alpha=config.alpha, seed=config.seed)
+
+
+def groups(trained: Lora | nn.ModuleDict, config: Config) -> list[dict[str, Any]]:
+    """Parameter groups: the U-Net's, and the text encoders' with their own rate."""
+    if config.method == "lora":
+        parts = [(part, layer) for (part, _), layer in trained.layers.items()]
+    else:
+        parts = list(trained.items())
+    unet = [p for part, module in parts if part == "unet" for p in module.parameters()]
+    text = [p for part, module in parts if part != "unet" for p in module.parameters()]
+    # For whole models torch's fused AdamW, which makes no copies of all weights at once as its foreach does.
+    whole = {"fused": True, "foreach": False} if config.method == "full" and config.optimizer == "adamw" else {}
+    found = [{"params": unet, "lr": config.learning_rate}, {"params": text, "lr": config.text_learning_rate}]
+    return [{**group, **whole} for group in found if group["params"]]
+
+
+def save(
+    path: Path,
+    trained: Lora | nn.ModuleDict,
+    base: Base,
+    config: Config,
+    dataset: Dataset,
+    run: Run,
+    samples: Samples,
+    subject: Subject,
+) -> None:
+    """Write what was learned in the form that was asked for, its card and the plot; upload them if asked."""
+    from sfumato.files import LoraModule, describe, write_lora
+    from sfumato.finish import describe_run, finish
+    from sfumato.full import parts_of, write_difference, write_extracted, write_folder
+    from sfumato.precision import DTYPES
+
+    about = describe_run(config, base, dataset, samples, trigger=[config.trigger or subject.prompt])
+    dtype = DTYPES[config.save_precision]
+    as_file: dict[str, Any] = {"family": base.family.name, "metadata": describe(about), "dtype": dtype}
+    if config.method == "lora":
+        modules = {
+            key: LoraModule.from_scale(layer.down.detach(), layer.up.detach(), layer.scale)
+            for key, layer in trained.layers.items()
+        }
+        write_lora(path, modules, **as_file)
+    elif config.save == "folder":
+        write_folder(base, path, dtype)
+    else:
+        original = config.load_base(base.precision)
+        after, before = (parts_of(one, text=config.train_text_encoder) for one in (base, original))
+        if config.save == "difference":
+            count = write_difference(path, after, before, **as_file)
+            run.say(f"{count} modules differ from the base's")
+        else:
+            run.say(write_extracted(path, after, before, rank=config.rank, keep_energy=config.keep_energy, **as_file))
+    finish(run, path, about, samples, kind=config.save, push=config.push_to_hub)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the program with these arguments."""
+    train(parse(Config, argv, program="train dreambooth"))
+    return 0
+
+
+if __name__ == "__main__":
+    from sfumato.cli import run
+
+    run(main)
