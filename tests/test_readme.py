@@ -67,12 +67,13 @@ def test_the_main_job_outside_a_clone_says_what_it_wants(tmp_path, monkeypatch, 
 
 
 @pytest.mark.slow
-def test_the_commands_under_use(clone):
-    (block,) = blocks("sh", "Use")
+@pytest.mark.parametrize("heading", ["Use", "Trainers"])
+def test_the_commands_of_a_section(heading, clone):
+    (block,) = blocks("sh", heading)
     for line in block.splitlines():
         run(line)
-    assert Path("flamingo.png").is_file()
-    assert Path("sweep.png").is_file()
+    wanted = {"Use": ("flamingo.png", "grid/grid.png"), "Trainers": ("runs/booth", "runs/word/word.safetensors")}
+    assert all(Path(path).exists() for path in wanted[heading])
 
 
 def test_the_example_in_python(tmp_path, monkeypatch):
