@@ -1,0 +1,58 @@
+"""Figures over all runs of bench/style_fidelity.py: intervals by the paired bootstrap, and the goals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sfumato import randomness
+
+DRAWS = 2000
+
+
+def interval(value: Callable[[Tensor], Tensor], count: int) -> list[float]:
+    """95 % interval of a figure over resamples of its `count` things; value: places (count,) -> the figure."""
+    generator = randomness.generator(0, "bootstrap")
+    drawn = torch.stack([value(torch.randint(count, (count,), generator=generator)) for _ in range(DRAWS)])
+    low, high = drawn.quantile(torch.tensor([0.025, 0.975])).tolist()
+    return [round(low, 4), round(high, 4)]
+
+
+def summary(scores: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
+    """Over all pictures of all runs. scores: for each run, outcome of each picture before and after, (n,) of 0 and 1,
+    and "closed", the share of the distance that is closed, (1,)."""
+    joined = {name: torch.cat([score[name] for score in scores]) for name in scores[0]}
+    count = len(joined["style_after"])
+    found: dict[str, Any] = {"pictures": count, "runs": len(scores)}
+    for kind in ("style", "top5"):
+        before, after = joined[f"{kind}_before"], joined[f"{kind}_after"]
+        found[kind] = {
+            "before": round(float(before.mean()), 4),
+            "after": round(float(after.mean()), 4),
+            "after_95": interval(lambda i, a=after: a[i].mean(), count),  # type: ignore[misc]
+            "change_95": interval(lambda i, b=before, a=after: (a[i] - b[i]).mean(), count),  # type: ignore[misc]
+        }
+    closed = joined["closed"]
+    found["distance_closed"] = {
+        "mean": round(float(closed.mean()), 3),
+        "mean_95": interval(lambda i: closed[i].mean(), len(closed)),
+    }
+    found["goals"] = {
+        "style at least 0.90": bool(found["style"]["after"] >= 0.9),
+        "concept top-5 at most 0.10 under the base": bool(found["top5"]["before"] - found["top5"]["after"] <= 0.1),
+        "half the distance closed": bool(found["distance_closed"]["mean"] >= 0.5),
+    }
+    return found
+
+
+def mix_summary(runs: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Means over the runs, and what the mix keeps of each solo score."""
+    mean = {name: sum(run[name] for run in runs) / len(runs) for name in runs[0]}
+    kept = {
+        "style_kept": mean["style_mixed"] / max(mean["style_alone"], 1e-9),
+        "subject_kept": mean["subject_mixed"] / max(mean["subject_alone"], 1e-9),
+    }
+    return {name: round(value, 4) for name, value in (mean | kept).items()}
