@@ -138,7 +138,7 @@ class _Masks:
 
     def see(self, _: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
         """Note the size of a call's latents."""
-        sample = options.get("sample", args[0] if args else None)
+        sample = options["sample"] if "sample" in options else args[0]
         self._latents = (sample.shape[-2], sample.shape[-1])
 
     def at(self, height: int, width: int, like: Tensor) -> Tensor:
