@@ -54,7 +54,9 @@ def compose(pipe: Any, *adapters: Adapter, partial: bool = False, way: Way = "au
     mix = Mix(pipe, way)
     mix.add(*adapters, partial=partial)
     if adapters:
-        print(f"{', '.join(map(repr, mix.weights))}: {mix.reason}", file=sys.stderr)
+        labels = list(mix.weights)
+        more = f" and {len(labels) - 4} more" if len(labels) > 4 else ""
+        print(f"{', '.join(labels[:4])}{more}: {mix.reason}", file=sys.stderr)
     return mix
 
 
