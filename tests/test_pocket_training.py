@@ -1,6 +1,7 @@
 """The pocket base's recipe: data rules, captions, rate, Muon, resume, and the judge's figures."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,10 +13,12 @@ from bench.judge import kernel_distance, train_judge
 from bench.judge_pictures import read_pictures, withheld_cells
 from bench.pocket_data import is_kept_for_subjects, resolve
 from bench.pocket_data import withheld_cells as choose_cells
-from sfumato.errors import DataError
+from sfumato import load_base
+from sfumato.errors import ConfigError, DataError
 from sfumato.muon import Muon, orthogonal
 from sfumato.pocket.captions import caption
 from sfumato.pocket.pictures import read_manifest
+from sfumato.precision import decide
 from trainers.pretrain import Config, batch_indices, rate_at, train
 
 
@@ -131,6 +134,20 @@ def test_distances_of_a_set_from_its_copy_and_from_a_shifted_one():
     features = torch.randn(200, 4, generator=torch.Generator().manual_seed(0))
     assert abs(kernel_distance(features[:100], features[100:])) < 0.2
     assert kernel_distance(features[:100], features[100:] + 2) > 10
+
+
+def test_a_unet_goes_on_from_a_base_with_its_vae_and_words(data, tmp_path):
+    settings = {"steps": 1, "batch": 2, "learning_rate": 1e-9, "sample_every": 0, "device": "cpu", "precision": "fp32"}
+    model = train(Config(stage="unet", init=Path("pocket"), data=data, output=tmp_path / "on", **settings))
+    after, before = (load_base(base, precision=decide("fp32", device="cpu")) for base in (model, "pocket"))
+    for part in ("unet", "vae"):
+        assert_close(getattr(after, part).state_dict(), getattr(before, part).state_dict(), rtol=0, atol=1e-6)
+    assert after.tokenizers[0].get_vocab() == before.tokenizers[0].get_vocab()
+
+
+def test_a_base_to_go_on_from_brings_its_own_vae(data, tmp_path):
+    with pytest.raises(ConfigError, match="--init is a whole base"):
+        train(Config(stage="unet", init=Path("pocket"), vae=tmp_path, data=data, output=tmp_path / "on"))
 
 
 @pytest.mark.slow

@@ -50,6 +50,8 @@ class Config(FolderOptions):
     """Folder of the run: checkpoints, log, samples, and at the end `model/`."""
     vae: Path | None = None
     """Folder of the trained VAE, for the U-Net's stage."""
+    init: Path | None = None
+    """U-Net: go on from this base, instead of from a trained VAE and nothing."""
     steps: int = 2400
     """Optimizer steps in all."""
     batch: int = 16
@@ -88,6 +90,8 @@ class Config(FolderOptions):
     """cpu, cuda, or auto: cuda where there is one."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Number format of the forward pass; weights are kept in fp32."""
+    compile: bool = False
+    """Compile the U-Net with torch.compile, which takes a C++ compiler and a minute, and saves a fifth of each step."""
     checkpoint_every: int | None = 400
     """Steps between checkpoints, besides those at both ends; 0 keeps only what an interruption saves."""
     sample_every: int = 400
@@ -292,12 +296,13 @@ def train_unet(config: Config, precision: Precision) -> Path:
     from diffusers import AutoencoderKL
     from transformers import CLIPTokenizer
 
-    from sfumato import randomness
+    from sfumato import load_base, randomness
     from sfumato.diffusion import noise_latents, snr_weight, stratified_timesteps, target, weighted_error
     from sfumato.optimizers import clip
     from sfumato.pocket.captions import all_captions, caption
     from sfumato.pocket.parts import build_scheduler, build_text_encoder, build_tokenizer, build_unet
     from sfumato.pocket.pictures import read_manifest, read_pictures
+    from sfumato.precision import decide
     from sfumato.runs import Run
 
     device = precision.device
@@ -306,13 +311,21 @@ def train_unet(config: Config, precision: Precision) -> Path:
     pictures = read_pictures(config.data, others=False)
     run = Run.start(config, program="pretrain", writes=["model", "tokenizer"])
     run.say(precision.table())
-    if not (config.output / "tokenizer").exists():
-        save_model(build_tokenizer(all_captions(manifest, words)), config.output / "tokenizer")
-    tokenizer = CLIPTokenizer.from_pretrained(config.output / "tokenizer")
     scheduler = build_scheduler()
-    with first_weights(config.seed):
-        vae = AutoencoderKL.from_pretrained(config.vae).to(device).eval()
-        unet, text_encoder = build_unet(), build_text_encoder(tokenizer)
+    if config.init:
+        base = load_base(config.init, precision=decide("fp32", device=config.device))
+        unet, vae, text_encoder, tokenizer = base.unet, base.vae, base.text_encoders[0], base.tokenizers[0]
+        unet.requires_grad_(True)
+        text_encoder.requires_grad_(True)
+    else:
+        if not (config.output / "tokenizer").exists():
+            save_model(build_tokenizer(all_captions(manifest, words)), config.output / "tokenizer")
+        tokenizer = CLIPTokenizer.from_pretrained(config.output / "tokenizer")
+        with first_weights(config.seed):
+            vae = AutoencoderKL.from_pretrained(config.vae).to(device).eval()
+            unet, text_encoder = build_unet(), build_text_encoder(tokenizer)
+    precision.learn(unet)
+    run_unet = torch.compile(unet) if config.compile else unet
     # Mirrored pictures are a second half of the cache: latents cannot be mirrored themselves.
     caches = [encode_all(vae, p, device) for p in (pictures, pictures.mirrored())]
     means, deviations = (torch.stack(pair) * vae.config.scaling_factor for pair in zip(*caches, strict=True))
@@ -347,7 +360,7 @@ def train_unet(config: Config, precision: Precision) -> Path:
         weight = 2 * snr_weight("v_prediction", alpha_bar, config.snr_gamma) + config.flat_weight
         with precision.autocast():
             hidden = encode_text(text_encoder, tokenizer, texts, device)
-            drawn = unet(noise_latents(latents, noise, alpha_bar), timesteps.to(device), hidden).sample
+            drawn = run_unet(noise_latents(latents, noise, alpha_bar), timesteps.to(device), hidden).sample
         loss = weighted_error(drawn, target("v_prediction", latents, noise, alpha_bar), weight).mean()
         loss.backward()
         norm = clip(trained.parameters, config.clip)
@@ -429,7 +442,9 @@ def check(config: Config) -> None:
     for name in ("warmup_steps", "fall_at", "kl", "gradient_difference", "snr_gamma", "flat_weight"):
         if not 0 <= getattr(config, name) < float("inf"):
             raise ConfigError(f"--{name.replace('_', '-')} is {getattr(config, name)}; it must not be negative.")
-    if config.stage == "unet" and config.vae is None:
+    if config.init is not None and (config.stage == "vae" or config.vae is not None):
+        raise ConfigError("--init is a whole base to go on from, for --stage unet alone; it brings its own VAE.")
+    if config.stage == "unet" and config.vae is None and config.init is None:
         raise ConfigError("--stage unet needs --vae, the folder of a trained VAE; train one with --stage vae.")
     if config.stage == "unet" and config.vae is not None and not (config.vae / "config.json").is_file():
         raise ConfigError(f"--vae {config.vae}: holds no trained VAE; train one with --stage vae.")

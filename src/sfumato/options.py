@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -72,33 +73,31 @@ class DataOptions:
         *,
         embed_text: bool = True,
         will_draw: tuple[int, int, int] | None = None,
+        processes: Processes | None = None,
         **other: Any,
     ) -> Dataset:
         """The pictures decoded, cropped and encoded, once. embed_text: the captions, too.
 
-        will_draw: (seed, steps, global batch), so that just the captions that come are embedded. other: what differs
-        from the options, as `data.prepare` takes it.
+        will_draw: (seed, steps, global batch) of the draws from this very set, so that just the captions that come are
+        embedded. processes: with a cache the main one of them prepares, and the others read what it has written.
+        other: what differs from the options, as `data.prepare` takes it.
         """
         from sfumato import data
 
         assert self.resolution is not None, "resolve() fills it"
-        return data.prepare(
-            examples,
-            base,
-            **{
-                "resolution": self.resolution,
-                "flip": self.flip,
-                "crop": self.crop,
-                "caption_dropout": self.caption_dropout,
-                "shuffle_tags": self.shuffle_tags,
-                "keep_tags": self.keep_tags,
-                "tag_dropout": self.tag_dropout,
-                "cache": self.cache,
-            }
-            | other,
-            embed_text=embed_text,
-            will_draw=will_draw,
-        )
+        chosen: dict[str, Any] = {
+            "resolution": self.resolution,
+            "flip": self.flip,
+            "crop": self.crop,
+            "caption_dropout": self.caption_dropout,
+            "shuffle_tags": self.shuffle_tags,
+            "keep_tags": self.keep_tags,
+            "tag_dropout": self.tag_dropout,
+            "cache": self.cache,
+        }
+        chosen |= other
+        with processes.main_first() if processes and chosen["cache"] else nullcontext():
+            return data.prepare(examples, base, **chosen, embed_text=embed_text, will_draw=will_draw)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,16 +136,18 @@ class BaseOptions:
         return precision
 
     def load_base(self, precision: Precision) -> Base:
-        """The base, frozen."""
+        """The base, frozen, its U-Net ready to be trained."""
         from sfumato.bases import load_base
 
-        return load_base(
+        base = load_base(
             self.base,
             precision=precision,
             clip_skip=self.clip_skip,
             vae=self.vae,
             prediction_type=self.prediction_type,
         )
+        precision.learn(base.unet)
+        return base
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,99 @@
+"""A training step of pocket's U-Net on a CPU: torch's fused attention and glibc's defaults, against what we set.
+
+    python -m bench.cpu_training
+
+Each side has a process of its own, in turns: AdamW on all weights of the U-Net, the captions' hidden states given.
+Prints JSON: CPU milliseconds of a step (the least of each side's rounds), peak resident memory, and the ratios ours /
+theirs.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from sfumato.config import parse
+from sfumato.precision import Precision, decide
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Time a training step with and without what `Precision.learn` and `Precision.apply` do on a CPU."""
+
+    batch: int = 24
+    """Pictures in a step."""
+    steps: int = 8
+    """Steps of a round, after two to warm up."""
+    rounds: int = 3
+    """Rounds of both sides in turns."""
+    threads: int = 2
+    """Threads of torch."""
+    side: Literal["", "theirs", "ours"] = ""
+    """Run one side only, in this process. Unset: both, each in its own."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """The number format of that one side."""
+
+
+def step_times(config: Config) -> dict[str, float]:
+    """One side in this process: CPU milliseconds of a step, and peak resident MB."""
+    from diffusers import UNet2DConditionModel
+
+    from sfumato.bases.loading import find
+
+    precision: Precision = decide(config.precision, device="cpu")
+    torch.set_num_threads(config.threads)
+    unet = UNet2DConditionModel.from_pretrained(find("pocket")[0], subfolder="unet").float()
+    if config.side == "ours":
+        precision.apply()
+        precision.learn(unet)
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-5, fused=True)
+    latents, text = torch.randn(config.batch, 4, 16, 16), torch.randn(config.batch, 77, 192)
+    timesteps = torch.arange(config.batch) * 10
+    times = []
+    for _ in range(2 + config.steps):
+        begin = time.process_time()
+        with precision.autocast():
+            drawn = unet(latents, timesteps, text).sample
+        drawn.float().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        times.append(time.process_time() - begin)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {"cpu_ms": sorted(times[2:])[config.steps // 2] * 1e3, "peak_mb": peak}
+
+
+def measure(config: Config) -> dict[str, Any]:
+    """Both sides in turns, in each precision."""
+    report: dict[str, Any] = {}
+    for precision in ("fp32", "bf16"):
+        best: dict[str, dict[str, float]] = {}
+        for side in ("theirs", "ours") * config.rounds:
+            command = [sys.executable, "-m", "bench.cpu_training", "--side", side, "--precision", precision]
+            for name in ("batch", "steps", "threads"):
+                command += [f"--{name}", str(getattr(config, name))]
+            found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            best[side] = {name: min(value, best.get(side, found)[name]) for name, value in found.items()}
+        ratios = {name: round(best["ours"][name] / best["theirs"][name], 3) for name in best["ours"]}
+        report[precision] = {**best, "ours_over_theirs": ratios}
+    return report
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the report as JSON."""
+    config = parse(Config, argv, program="bench.cpu_training")
+    print(json.dumps(step_times(config) if config.side else measure(config), indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    from sfumato.cli import run
+
+    run(main)
