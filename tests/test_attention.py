@@ -69,3 +69,9 @@ def test_another_processor_is_left_alone(base: Base) -> None:
     base.unet.set_attn_processor(Own())
     learn_on_cpu(base.unet)
     assert {type(processor) for processor in base.unet.attn_processors.values()} == {Own}
+
+
+@pytest.mark.parametrize(("precision", "processor"), [("fp32", AttnProcessor2_0), ("bf16", ProductAttention)])
+def test_training_in_bf16_alone_takes_products(base: Base, precision: str, processor: type) -> None:
+    decide(precision, device="cpu").learn(base.unet)
+    assert {type(used) for used in base.unet.attn_processors.values()} == {processor}

@@ -109,8 +109,11 @@ class Precision:
         return module
 
     def learn(self, unet: nn.Module) -> None:
-        """Prepare a placed U-Net for training: on a CPU with the attention whose backward pass is faster there."""
-        if self.device.type == "cpu" and self.attention == "sdpa":
+        """Prepare a placed U-Net for training: on a CPU in bf16 with the attention whose backward pass is faster there.
+
+        In fp32 torch's own is as fast (`bench/cpu_training.py`), and stays.
+        """
+        if self.device.type == "cpu" and self.compute == torch.bfloat16 and self.attention == "sdpa":
             from sfumato.attention import learn_on_cpu
 
             learn_on_cpu(unet)
