@@ -48,6 +48,9 @@ class Config:
     """Print JSON for other programs."""
     fix: Path | None = None
     """A new folder for a mended copy: no broken files, no duplicates, pictures upright in sRGB, captions in UTF-8."""
+    checksums: bool = False
+    """If nothing stops training, write SHA256SUMS into the folder: check and training then refuse files that were
+    damaged or changed since, in every format."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -74,6 +77,7 @@ def main(argv: Sequence[str]) -> int:
         progress=_progress if sys.stderr.isatty() else None,
     )
     mended = _mend(report, config) if config.fix else None
+    sums = _write_checksums(report, config) if config.checksums and not report.stops else None
     sheets = _sheets(report, config.sheet) if config.sheet else []
     if config.json:
         found = report.to_dict()
@@ -91,6 +95,10 @@ def main(argv: Sequence[str]) -> int:
             print("\n".join(_mended_lines(mended, config)))
         for sheet in sheets:
             print(f"crops drawn on {sheet}")
+        if sums:
+            print(f"checksums written to {sums}")
+        elif config.checksums:
+            print("no checksums written: mend what stops training first")
     return 1 if report.stops else 0
 
 
@@ -99,8 +107,20 @@ def _refuse(config: Config) -> None:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name} is {value}; it must be at least 1.")
+    if config.checksums and not config.images.is_dir():
+        raise ConfigError(f"--checksums: {config.images} is no folder; write them for each of its folders.")
     if config.sheet and config.sheet.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise ConfigError(f"--sheet {config.sheet}: wanted a file that ends in .png, .jpg or .webp.")
+
+
+def _write_checksums(report: Report, config: Config) -> Path:
+    from sfumato.data.captions import CAPTION_SUFFIXES, METADATA
+    from sfumato.data.checksums import write_sums
+
+    files = {file for example in report.examples for file in example.files}
+    captions = {file.with_suffix(suffix) for file in files for suffix in CAPTION_SUFFIXES}
+    captions |= {folder / METADATA for folder in {config.images, *(file.parent for file in files)}}
+    return write_sums(config.images, [*files, *(file for file in captions if file.is_file())])
 
 
 def _progress(done: int, total: int) -> None:

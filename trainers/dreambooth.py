@@ -152,11 +152,8 @@ def train(config: Config) -> Path:
 
     prompts = subject.class_prompts([e.caption for e in examples.of("instance")], config.prior_prompts)
     pictures = class_pictures(config, base, examples, prompts, run, processes)
-    embedded = {"embed_text": not config.train_text_encoder}
-    dataset = config.prepare(examples.of("instance"), base, buckets=pictures is None, **embedded)
-    class_set = None
-    if pictures is not None:  # squares, so that both fit into one batch
-        class_set = config.prepare(pictures, base, buckets=False, caption_dropout=0.0, **embedded)
+    global_batch, starts = processes.starts(config.batch, config.accumulate)
+    dataset, class_set = prepare(config, base, examples.of("instance"), pictures, global_batch, processes)
     for note in dict.fromkeys([*dataset.notes, *(class_set.notes if class_set else [])]):
         run.say(note)
     trained = trainable(base, config)
@@ -190,13 +187,20 @@ def train(config: Config) -> Path:
 
     run.every(config.measure_every, measure)
     run.every(config.sample_every, sample)
-    global_batch, starts = processes.starts(config.batch, config.accumulate)
     prior = None
     if config.prior == "pictures":
         prior = ClassPictures(base, class_set, config.seed, offset=config.noise_offset)
     if config.prior == "base":
         noised = dataset if class_set is None else class_set
-        prior = BasePrediction(base, noised, prompts, config.seed, pristine=pristine, offset=config.noise_offset)
+        prior = BasePrediction(
+            base,
+            noised,
+            prompts,
+            config.seed,
+            pristine=pristine,
+            offset=config.noise_offset,
+            embed_text=not config.train_text_encoder,
+        )
         if config.method == "full":
             steps = range(run.step, config.steps)
             run.say(prior.remember(steps, global_batch, starts, config.batch, shown=processes.is_main))
@@ -335,6 +339,40 @@ def class_pictures(
     processes.wait()
     run.say(f"class pictures: {config.class_count} of {', '.join(prompts)} ({drawn} drawn now)")
     return read_class(base, prompts, config.class_count, **where)
+
+
+def prepare(
+    config: Config,
+    base: Base,
+    subjects: Folder,
+    pictures: Folder | None,
+    global_batch: int,
+    processes: Processes,
+) -> tuple[Dataset, Dataset | None]:
+    """The subject's set and that of the class, with the embeddings of just the captions that each will give."""
+    from sfumato.prior import class_seed
+
+    embed, together = not config.train_text_encoder, pictures is not None
+    dataset = config.prepare(
+        subjects,
+        base,
+        buckets=not together,  # squares, where both must fit into one batch
+        embed_text=embed,
+        will_draw=(config.seed, config.steps, global_batch),
+        processes=processes,
+    )
+    if pictures is None:
+        return dataset, None
+    class_set = config.prepare(
+        pictures,
+        base,
+        buckets=False,
+        caption_dropout=0.0,
+        embed_text=embed and config.prior == "pictures",  # what the base predicts, it predicts for the class prompts
+        will_draw=(class_seed(config.seed), config.steps, global_batch),
+        processes=processes,
+    )
+    return dataset, class_set
 
 
 def trainable(base: Base, config: Config) -> Lora | nn.ModuleDict:

@@ -109,6 +109,7 @@ def train(config: Config) -> Path:
         base,
         embed_text=not config.train_text_encoder and words is None,
         will_draw=(config.seed, config.steps, global_batch),
+        processes=processes,
     )
     for note in dataset.notes:
         run.say(note)

@@ -112,7 +112,7 @@ def train(config: Config) -> Path:
         run.say(line)
 
     # Encoded in the loop, each distinct caption once: what they mean is what is learned.
-    dataset = config.prepare(examples, base, embed_text=False)
+    dataset = config.prepare(examples, base, embed_text=False, processes=processes)
     for note in dataset.notes:
         run.say(note)
     run.identify(data=dataset.fingerprint, base=base.quick_fingerprint())

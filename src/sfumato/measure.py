@@ -47,7 +47,7 @@ class Measures:
         watched: Mapping[str, Sequence[str]] | None = None,
     ):
         self._base, self._modules = base, list(modules)
-        self._batch = data.batch(_SEED, 0, min(_MOST, len(data)), augment=False)
+        self._batch = data.batch(_SEED, 0, min(_MOST, len(data)), augment=False, embed_text=False)
         count = len(self._batch)
         shape = tuple(self._batch.latents.shape[1:])
         noise = torch.stack([randomness.normal(shape, _SEED, "measure", 0, i) for i in range(count)])

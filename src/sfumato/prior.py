@@ -60,9 +60,13 @@ def draw_half(
     count: int,
     *,
     offset: float = 0.0,
+    embed_text: bool = True,
 ) -> Half:
-    """Samples `first` to `first + count` of a step's global batch, with noise, stratified timesteps and target."""
-    batch = data.batch(seed, step, global_batch, first, count)
+    """Samples `first` to `first + count` of a step's global batch, with noise, stratified timesteps and target.
+
+    Without `embed_text` the captions come without their embeddings.
+    """
+    batch = data.batch(seed, step, global_batch, first, count, embed_text=embed_text)
     noise = draw_noise(batch, seed, step, first, offset=offset)
     timesteps = diffusion.stratified_timesteps(global_batch, len(base.alpha_bar), seed, step)[first : first + count]
     timesteps = timesteps.to(noise.device)
@@ -89,9 +93,12 @@ class BasePrediction:
     """The class half whose target is what the frozen base predicts for the class prompts (Li & Hoiem 2017).
 
     data: pictures to be noised; those of the subject serve, because the target is a prediction and not the picture.
-    prompts: taken in turns. Targets are computed in `pristine`, a context in which the base predicts as it did before
-    the training; where there is none, because its own weights are trained, `remember` computes them all beforehand:
-    every draw is a function of (seed, step), so no second copy of the base is needed.
+    Their captions are not used, so `data` needs no embeddings of them. prompts: taken in turns. embed_text: whether the
+    halves hold the prompts' embeddings, as those beside them hold their captions'.
+
+    Targets are computed in `pristine`, a context in which the base predicts as it did before the training; where there
+    is none, because its own weights are trained, `remember` computes them all beforehand: every draw is a function of
+    (seed, step), so no second copy of the base is needed.
     """
 
     def __init__(
@@ -103,7 +110,9 @@ class BasePrediction:
         *,
         pristine: Callable[[], AbstractContextManager[object]] | None = None,
         offset: float = 0.0,
+        embed_text: bool = True,
     ):
+        self._embed_text = embed_text
         self._base, self._data, self._offset = base, data, offset
         self._prompts, self._seed, self._pristine = list(prompts), class_seed(seed), pristine
         with torch.no_grad():
@@ -153,11 +162,12 @@ class BasePrediction:
 
     def _bare(self, step: int, global_batch: int, first: int, count: int) -> Half:
         """The draw with the class prompts as its captions; its target is not the base's prediction yet."""
-        half = draw_half(self._base, self._data, self._seed, step, global_batch, first, count, offset=self._offset)
+        place_in_run = (self._seed, step, global_batch, first, count)
+        half = draw_half(self._base, self._data, *place_in_run, offset=self._offset, embed_text=False)
         rows = [(step * global_batch + first + place) % len(self._prompts) for place in range(len(half.batch))]
         batch = dataclasses.replace(
             half.batch,
-            text=None if half.batch.text is None else self._text[rows],
+            text=self._text[rows] if self._embed_text else None,
             captions=[self._prompts[row] for row in rows],
             mask=None,
             weights=torch.ones_like(half.batch.weights),

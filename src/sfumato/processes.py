@@ -4,12 +4,18 @@ Started by `accelerate launch`, a run has several; otherwise one. A sample's ran
 global batch, so each process takes its slice of that batch and the gradients are summed.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 from accelerate import PartialState
 from torch import Tensor
+
+from sfumato.errors import RunError
+
+_AS_LONG_AS_IT_TAKES = timedelta(days=30)
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,42 @@ class Processes:
         found = torch.tensor([number], device=self.device)
         torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
         return int(found)
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """The block is run by the main process, and then by the others, which find what it has written.
+
+        However long that takes: the other barriers give up after minutes. Where the block fails in the main process, it
+        is run by no other; they raise RunError.
+        """
+        if self.count == 1:
+            yield
+            return
+        # Met before the block, so that a process that never came is noticed as everywhere else.
+        agree = self._patient()
+        if not self.is_main:
+            if agree(False):
+                raise RunError("the main process could not prepare the pictures; its own line says why.")
+            yield
+            return
+        failed = True
+        try:
+            yield
+            failed = False
+        finally:
+            agree(failed)
+
+    def _patient(self) -> Callable[[bool], bool]:
+        """A function that waits, as long as it takes, for all to call it: whether any of them said yes."""
+        self.wait()
+        group = torch.distributed.new_group(backend="gloo", timeout=_AS_LONG_AS_IT_TAKES)
+
+        def any_of_all(mine: bool) -> bool:
+            found = torch.tensor([int(mine)])
+            torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, group=group)
+            return bool(found)
+
+        return any_of_all
 
     def wait(self) -> None:
         """Until every process is here."""

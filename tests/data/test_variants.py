@@ -70,8 +70,22 @@ def test_exactly_the_captions_that_will_be_drawn_are_embedded(wide):
     before = len(base.prompts)
     drawn = {caption for step in range(30) for caption in data.batch(5, step, 4).captions}
     assert len(base.prompts) == before
-    assert set(base.prompts) == drawn | {TAGS}
+    assert set(base.prompts) == drawn
     assert data.notes[1:] == []
+
+
+def test_of_many_captions_only_those_that_a_short_run_draws_are_embedded(wide):
+    """Also where captions do not vary; another seed's are encoded when they come."""
+    examples = [Example(wide[0].path, f"picture {number}") for number in range(40)]
+    base = FakeBase()
+    data = prepare(examples, base, resolution=64, caption_dropout=0.4, will_draw=(5, 3, 4))
+    drawn = {caption for step in range(3) for caption in data.batch(5, step, 4).captions}
+    assert "" in drawn
+    assert sorted(base.prompts) == sorted(drawn - {""})
+    other = data.batch(6, 0, 4)
+    assert set(other.captions) <= set(base.prompts) | {""}
+    assert data.batch(7, 0, 4, embed_text=False).text is None
+    assert set(base.prompts) == (drawn | set(other.captions)) - {""}
 
 
 def test_captions_that_cannot_be_foreseen_are_encoded_in_the_loop_with_a_word(wide):

@@ -107,15 +107,6 @@ def weights_digest(modules: Iterable[Any]) -> str:
     return digest.hexdigest()
 
 
-def file_digest(path: Path) -> str:
-    """sha256 of a file's bytes, in hex. Raises DataError if it cannot be read."""
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise DataError(f"{path.name}: cannot be read ({error.strerror}).") from None
-
-
 def crop_to_text(crop: Crop) -> str:
     """A crop as the metadata of an entry holds it."""
     return json.dumps(asdict(crop))

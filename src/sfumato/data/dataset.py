@@ -87,11 +87,12 @@ class Dataset:
         count: int | None = None,
         *,
         augment: bool = True,
+        embed_text: bool = True,
     ) -> Batch:
         """Samples `first` to `first + count` of a step's global batch of `batch_size`.
 
         Without `augment` crops are central, nothing is mirrored, captions are whole and the latents are the posterior's
-        mean.
+        mean. Without `embed_text` the captions come without their embeddings.
         """
         places = range(batch_size)[first : None if count is None else first + count]
         order = self.order(seed, step, batch_size)
@@ -112,7 +113,7 @@ class Dataset:
         positions = [item.place_of(variant)[0] for item, variant in zip(items, variants, strict=True)]
         return Batch(
             latents.to(self._device),
-            None if self._texts is None else self._texts[captions].to(self._device),
+            self._texts[captions].to(self._device) if self._texts is not None and embed_text else None,
             captions,
             None if mask is None else mask.to(self._device),
             pairs([item.crop.original for item in items]),
@@ -130,6 +131,7 @@ class Dataset:
         return 2 * position + mirrored if item.flip else position
 
     def _caption(self, item: Item, seed: int, step: int, place: int) -> str:
-        if randomness.uniform(seed, "caption dropout", step, place) < (item.options.caption_dropout or 0):
+        dropout = item.options.caption_dropout
+        if dropout and randomness.uniform(seed, "caption dropout", step, place) < dropout:
             return ""
         return vary(item.caption, item.options, seed, step, place)

@@ -24,7 +24,8 @@ class Example:
     """One picture to learn from.
 
     repeats: how often an epoch holds it. mask: a picture, white where it is to be learned. alpha_mask: learn where
-    it is opaque. group: "class" for pictures of the class that a subject belongs to (prior preservation).
+    it is opaque. group: "class" for pictures of the class that a subject belongs to (prior preservation). sums: sha256
+    of the picture and its mask, in hex, that their files must have; "" for any.
     """
 
     path: Path
@@ -34,6 +35,12 @@ class Example:
     alpha_mask: bool = False
     options: Options = field(default_factory=Options)
     group: Group = "instance"
+    sums: tuple[str, str] = ("", "")
+
+    @property
+    def files(self) -> list[Path]:
+        """The picture, and its mask if there is one."""
+        return [self.path] if self.mask is None else [self.path, self.mask]
 
 
 @dataclass(frozen=True)
@@ -110,6 +117,7 @@ def examples_of(
             found.repeats,
             found.mask if mask == "files" else None,
             mask == "alpha",
+            sums=found.sums,
         )
         for found in listing.pictures
         if found.path not in bad

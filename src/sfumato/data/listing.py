@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sfumato.data.captions import CAPTION_SUFFIXES, METADATA, guess_from, read_metadata, read_text, words_of
+from sfumato.data.checksums import NAME, check_files, read_sums
 from sfumato.data.images import SUFFIXES
 from sfumato.errors import DataError
 
@@ -27,12 +28,22 @@ class Caption:
 
 @dataclass(frozen=True)
 class Found:
-    """A file that is taken for a picture, by its name. repeats: how often an epoch holds it. mask: its mask's file."""
+    """A file that is taken for a picture, by its name.
+
+    repeats: how often an epoch holds it. mask: its mask's file. sums: sha256 of both as SHA256SUMS lists them, in hex,
+    "" where it does not.
+    """
 
     path: Path
     caption: Caption
     repeats: int = 1
     mask: Path | None = None
+    sums: tuple[str, str] = ("", "")
+
+    @property
+    def files(self) -> list[Path]:
+        """The picture, and its mask if there is one."""
+        return [self.path] if self.mask is None else [self.path, self.mask]
 
 
 @dataclass(frozen=True)
@@ -78,15 +89,35 @@ class _Reader:
         self.notes: list[str] = []
         self.captions: list[Path] = []
         self.likely: str | None = None
+        self.sums: dict[Path, str] = {}
 
     def read(self) -> None:
         entries = self._entries(self.root)
+        self._read_sums(self.root)
+        self._folders(entries)
+        self._compare_sums()
+
+    def _read_sums(self, folder: Path) -> None:
+        self.sums |= {folder / name: digest for name, digest in read_sums(folder).items()}
+
+    def _compare_sums(self) -> None:
+        """Say what is listed and not there, and what is there and not listed."""
+        absent = [path.relative_to(self.root).as_posix() for path in self.sums if not path.is_file()]
+        if absent:
+            self.notes.append(f"{NAME} lists {len(absent)} files that are not there: {_some(absent)}")
+        unlisted = [found.path.name for found in self.pictures if not found.sums[0]]
+        if self.sums and unlisted:
+            self.notes.append(
+                f"{NAME} does not list {len(unlisted)} pictures, so they are not checked: {_some(unlisted)}"
+            )
+
+    def _folders(self, entries: list[Path]) -> None:
         kohya = [entry for entry in entries if REPEATS.fullmatch(entry.name) and entry.is_dir()]
         if not kohya:
             self._folder(self.root, entries, 1, self.words)
             return
         for entry in entries:
-            if entry not in kohya:
+            if entry not in kohya and entry.name != NAME:
                 self._ignore(entry, "beside folders with repeats, such as " + kohya[0].name)
         for folder in kohya:
             match = REPEATS.fullmatch(folder.name)
@@ -97,6 +128,7 @@ class _Reader:
             if not folder.resolve().is_relative_to(self.real_root):
                 self._ignore(folder, "leads out of the folder")
                 continue
+            self._read_sums(folder)
             self._folder(folder, self._entries(folder), int(match[1]), words_of(match[2]) or self.words)
 
     def _entries(self, folder: Path) -> list[Path]:
@@ -106,7 +138,10 @@ class _Reader:
             raise DataError(f"{folder}: the folder cannot be read ({error.strerror}).") from None
 
     def _folder(self, folder: Path, entries: list[Path], repeats: int, words: str) -> None:
-        listed = read_metadata(folder / METADATA) if (folder / METADATA).is_file() else {}
+        listed: dict[str, str] = {}
+        if (folder / METADATA).is_file():
+            self._check(folder / METADATA)
+            listed = read_metadata(folder / METADATA)
         below = [folder / name for name in listed if "/" in name]
         for name in listed:
             if not (folder / name).is_file():
@@ -119,7 +154,9 @@ class _Reader:
         for path in pictures:
             metadata = listed.get(path.relative_to(folder).as_posix(), "")
             caption = self._caption(path, names if path.parent == folder else None, metadata, words)
-            self.pictures.append(Found(path, caption, repeats, _mask_of(path)))
+            mask = _mask_of(path)
+            sums = (self.sums.get(path, ""), self.sums.get(mask, "") if mask else "")
+            self.pictures.append(Found(path, caption, repeats, mask, sums))
         companions = {path.with_suffix(suffix) for path in pictures for suffix in self.suffixes}
         for entry in entries:
             if entry.suffix.lower() in self.suffixes and entry not in companions and not entry.name.startswith("."):
@@ -136,7 +173,7 @@ class _Reader:
             self._ignore(entry, "a broken link" if entry.is_symlink() else "not a plain file")
         elif entry.is_symlink() and not entry.resolve().is_relative_to(self.real_root):
             self._ignore(entry, "leads out of the folder")
-        elif entry.suffix.lower() in self.suffixes or entry.name == METADATA or _is_document(entry):
+        elif entry.suffix.lower() in self.suffixes or entry.name in (METADATA, NAME) or _is_document(entry):
             pass
         elif entry.suffix.lower() not in SUFFIXES:
             self._ignore(entry, "not a picture by its name")
@@ -147,6 +184,9 @@ class _Reader:
     def _is_inside(self, file: Path) -> bool:
         """Whether it is a plain file that no link leads out of the folder for."""
         return file.is_file() and (not file.is_symlink() or file.resolve().is_relative_to(self.real_root))
+
+    def _check(self, file: Path) -> None:
+        check_files([file], [self.sums.get(file, "")])
 
     def _ignore(self, entry: Path, reason: str) -> None:
         self.ignored.append(Ignored(entry.relative_to(self.root).as_posix(), reason))
@@ -161,6 +201,7 @@ class _Reader:
                 notes.append(f"{path.name}: leads out of the folder, so it is not read")
                 continue
             try:
+                self._check(path)
                 text, guessed = read_text(path)
                 if guessed:  # one caption is short; all of the folder's together tell more
                     self.likely = self.likely or guess_from(self.captions)
@@ -180,6 +221,10 @@ class _Reader:
 def _is_document(entry: Path) -> bool:
     """A read-me or a licence, which nobody takes for a picture that was forgotten."""
     return entry.suffix.lower() == ".md" or entry.stem.upper() in ("LICENSE", "LICENCE")
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _mask_of(picture: Path) -> Path | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from PIL import ExifTags, Image
 
 from sfumato.data.captions import METADATA
+from sfumato.data.checksums import check_files, write_sums
 from sfumato.data.images import open_picture
 from sfumato.data.listing import Found, Listing
 from sfumato.data.source import Source
@@ -76,8 +77,11 @@ class _Copier:
                 self._one(found, relative, folder, taken)
             except DataError as error:
                 self.left_out.append((relative.as_posix(), str(error).removeprefix(f"{found.path.name}: ")))
+        if any(any(found.sums) for found in listing.pictures):
+            write_sums(folder, [path for path in folder.rglob("*") if path.is_file()])
 
     def _one(self, found: Found, relative: Path, folder: Path, taken: set[Path]) -> None:
+        check_files(found.files, found.sums)
         why = _why_rewritten(found.path)
         place = folder / (relative.with_suffix(".png") if why else relative)
         number = 2

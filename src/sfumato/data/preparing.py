@@ -21,10 +21,10 @@ from sfumato.data.cache import (
     crop_from_text,
     crop_to_text,
     decoders,
-    file_digest,
     key_of,
     weights_digest,
 )
+from sfumato.data.checksums import file_digest, refuse_changed
 from sfumato.data.crops import Cropped, crop_example
 from sfumato.data.dataset import Dataset
 from sfumato.data.folder import Example, Folder, refuse_bad
@@ -96,9 +96,9 @@ def prepare(
     multiples of `bucket_step` (unset: what the U-Net can halve, at least a sixteenth of the side). flip, crop,
     caption_dropout, shuffle_tags, keep_tags, tag_dropout: for the examples whose `Options` do not say it themselves.
     embed_text: keep the embeddings of the captions. will_draw: (seed, steps, global batch) of the run to come, so that
-    exactly the captions it will draw are embedded, however many forms they have. cache: a folder for latents and
-    embeddings, where they are found again. skip_bad: leave out what cannot be decoded (unset: as `read_folder` was
-    told). progress: called with (pictures done, pictures in all).
+    exactly the captions it will draw are embedded, however many forms they have; others are encoded when a batch asks
+    for them. cache: a folder for latents and embeddings, where they are found again. skip_bad: leave out what cannot be
+    decoded (unset: as `read_folder` was told). progress: called with (pictures done, pictures in all).
 
     Raises DataError that names the bad files, ConfigError for a resolution that the base cannot take.
     """
@@ -201,9 +201,11 @@ def _ahead(
 def _read(example: Example, plan: _Plan, store: Cache | None) -> _Done | DataError:
     """The example's crop, from the cache if it is there, or what is wrong with it."""
     try:
-        files = [path for path in (example.path, example.mask) if path is not None]
+        files = example.files
         before = [_stamp(path) for path in files]
         content = [file_digest(path) for path in files]
+        for path, wanted, found in zip(files, example.sums, content, strict=False):
+            refuse_changed(path, wanted, found)
         key = key_of(
             kind="latents",
             files=content,
@@ -277,26 +279,20 @@ def _embed(
     texts: Texts, dataset: Dataset, items: Sequence[Item], will_draw: tuple[int, int, int] | None
 ) -> Iterator[str]:
     """Embed what will be drawn, if that can be known and kept; lines for the person."""
-    plain = [item.caption for item in items]
-    if not any(item.options.varies_caption for item in items):
-        if not texts.fits(len(set(plain))):
-            yield f"{len(set(plain)):,} captions are too many to keep in memory; they are encoded in the loop"
-            return
-        texts.compute(plain)
-        return
-    count = sum(count_forms(item.caption, item.options) for item in items)
     if will_draw is not None:
-        wanted: set[str] = dataset.drawn_captions(*will_draw)
-    elif count <= MOST_FORMS:
-        wanted = {form for item in items for form in forms(item.caption, item.options)}
+        wanted = dataset.drawn_captions(*will_draw)
     else:
-        wanted = set()
-        yield f"tags vary in {count:,} ways, more than are embedded beforehand; captions are encoded in the loop"
-    if wanted and not texts.fits(len(wanted)):
-        yield f"{len(wanted):,} captions will be drawn, too many to keep in memory; they are encoded in the loop"
-        wanted = set()
+        wanted = {item.caption for item in items}
+        count = sum(count_forms(item.caption, item.options) for item in items)
+        if count <= MOST_FORMS:
+            wanted |= {form for item in items for form in forms(item.caption, item.options)}
+        elif any(item.options.varies_caption for item in items):
+            yield f"tags vary in {count:,} ways, more than are embedded beforehand; captions are encoded in the loop"
+    if not texts.fits(len(wanted)):
+        yield f"{len(wanted):,} captions are too many to keep in memory; they are encoded in the loop"
+        return
     # Sorted, so that equal runs encode in equal batches.
-    texts.compute([*plain, *sorted(wanted)] if texts.fits(len(plain) + len(wanted)) else sorted(wanted))
+    texts.compute(sorted(wanted))
 
 
 def _cut_notes(base: Base, captions: Sequence[str]) -> Iterator[str]:

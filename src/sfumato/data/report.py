@@ -156,6 +156,7 @@ def _example(found: Found, source: Source, defaults: Options) -> Example:
         source.mask == "alpha",
         source.options.over(defaults),
         source.group,
+        found.sums,
     )
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from sfumato.data.buckets import Crop, Size
+from sfumato.data.checksums import check_files
 from sfumato.data.crops import crop_example
 from sfumato.data.folder import Example
 from sfumato.errors import DataError
@@ -91,6 +92,7 @@ def survey(
 def look_at(example: Example, sizes: list[Size], vae_factor: int, *, thumbnail: bool = False) -> Look:
     """Decode one example as training does."""
     try:
+        check_files(example.files, example.sums)
         cropped = crop_example(example, sizes, vae_factor, example.options.crop or "center")
     except DataError as error:
         return Look(example.path, str(error))

@@ -1,0 +1,81 @@
+"""SHA256SUMS beside the pictures: what each file was, so that a damaged copy of it is named, whatever its format.
+
+PNG files carry checksums of their own. A JPEG, WebP, BMP, TIFF, GIF or AVIF in which a byte has changed may decode to
+other pixels, and nothing in the file tells. A folder that holds SHA256SUMS, as `sha256sum * > SHA256SUMS` or
+`shasum -a 256 * > SHA256SUMS` write it, tells: a listed file whose bytes are others is a bad file. Imports no torch.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from sfumato.errors import DataError
+from sfumato.files.atomic import write_text
+
+NAME = "SHA256SUMS"
+_LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](?:\./)?(.+)")
+_LARGEST_BYTES = 2**26
+
+
+def read_sums(folder: Path) -> dict[str, str]:
+    """Name, relative to the folder, -> sha256 in hex; empty where the folder has no SHA256SUMS.
+
+    Raises DataError, with the line's number, for one that cannot be read.
+    """
+    path = folder / NAME
+    if not path.is_file():
+        return {}
+    try:
+        if path.stat().st_size > _LARGEST_BYTES:
+            raise DataError(f"{NAME}: {path.stat().st_size:,} bytes; no list of checksums is that long. Write it anew.")
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{NAME}: cannot be read as UTF-8 ({type(error).__name__}). Write it anew.") from None
+    found: dict[str, str] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        match = _LINE.fullmatch(line)
+        if match is None:
+            raise DataError(
+                f"{NAME}, line {number}: wanted 64 hex digits, two spaces and a name, found {line[:60]!r}. Write it "
+                f"anew with sha256sum * > {NAME}."
+            )
+        if Path(match[2]).is_absolute() or ".." in Path(match[2]).parts:
+            raise DataError(f"{NAME}, line {number}: {match[2][:60]} is outside the folder. Name files from it on.")
+        found[match[2]] = match[1].lower()
+    return found
+
+
+def write_sums(folder: Path, files: Iterable[Path]) -> Path:
+    """Write the checksums of these files, which lie in or below the folder, into it; its own is left out."""
+    others = sorted(file for file in files if file != folder / NAME)
+    lines = [f"{file_digest(file)}  {file.relative_to(folder).as_posix()}\n" for file in others]
+    write_text(folder / NAME, "".join(lines))
+    return folder / NAME
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file's bytes, in hex. Raises DataError if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"{path.name}: cannot be read ({error.strerror}).") from None
+
+
+def check_files(files: Sequence[Path], sums: Sequence[str]) -> None:
+    """Raises DataError, naming the file, where its checksum is not the one in `sums`; "" stands for any."""
+    for path, wanted in zip(files, sums, strict=False):
+        if wanted:
+            refuse_changed(path, wanted, file_digest(path))
+
+
+def refuse_changed(path: Path, wanted: str, found: str) -> None:
+    """Raises DataError, naming the file, unless both checksums are one, or there is none that is wanted."""
+    if wanted and wanted != found:
+        raise DataError(
+            f"{path.name}: not the file that {NAME} lists; its bytes are others. Copy it anew, or write {NAME} anew if "
+            "you changed it."
+        )
