@@ -42,19 +42,23 @@ CHECKED = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 
 @dataclass(frozen=True)
 class Case:
-    """A family, the layers that the adapters change, and how their files spell them."""
+    """A family, the layers that the adapters change, how their files spell them, and the base's dtype."""
 
     family: str
     endings: tuple[str, ...]
     spelling: str
+    dtype: torch.dtype = torch.bfloat16
 
 
 CASES = {
     "sd1-attention": Case("sd1", ATTENTION, "kohya"),
     "sd1-attention-diffusers-keys": Case("sd1", ATTENTION, "diffusers"),
+    "sd1-attention-fp16-base": Case("sd1", ATTENTION, "kohya", torch.float16),
     "sd1-attention-mlp": Case("sd1", ATTENTION + MLP, "kohya"),
+    "sd1-attention-mlp-diffusers-keys": Case("sd1", ATTENTION + MLP, "diffusers"),
     "sdxl-attention": Case("sdxl", ATTENTION, "kohya"),
     "sdxl-attention-diffusers-keys": Case("sdxl", ATTENTION, "diffusers"),
+    "sdxl-attention-fp16-base": Case("sdxl", ATTENTION, "kohya", torch.float16),
 }
 
 
@@ -230,8 +234,13 @@ def added_memory(unet: Any, files: list[Path], base_files: tuple[Path, ...]) -> 
 
 
 def measure(case: Case, counts: list[int], rounds: int) -> dict[str, Any]:
-    pipe = build(case.family)
-    report: dict[str, Any] = {"modules": len(touched(pipe.unet, case)), "spelling": case.spelling, "files": {}}
+    pipe = build(case.family, case.dtype)
+    report: dict[str, Any] = {
+        "modules": len(touched(pipe.unet, case)),
+        "spelling": case.spelling,
+        "base": str(case.dtype).removeprefix("torch."),
+        "files": {},
+    }
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         base = write_base(pipe.unet, case, folder)
@@ -364,7 +373,7 @@ def main() -> None:
     torch.set_grad_enabled(False)
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
-    report: dict[str, Any] = {"torch": torch.__version__, "threads": options.threads, "rank": RANK, "dtype": "bfloat16"}
+    report: dict[str, Any] = {"torch": torch.__version__, "threads": options.threads, "rank": RANK}
     for name in options.cases:
         report[name] = EXTRAS[name]() if name in EXTRAS else measure(CASES[name], options.counts, options.rounds)
         print(name, json.dumps(report[name]), file=sys.stderr, flush=True)

@@ -2,11 +2,11 @@
 
     python bench/files_malformed.py --generated 20000
 
-60 crafted files, each read in a process of its own whose peak memory is taken, and generated ones: a valid file with
-its bytes, its header's JSON or its length changed. Each goes through read_header and read_tensors. Refused means one
-line as FileError. What is accepted is looked at by rules of its own here: the header as JSON without duplicate keys,
-tensors end to end over exactly the file's bytes, sizes that follow from dtype and shape, finite values, and the
-safetensors library must agree. Prints JSON.
+Crafted files, each read in a process of its own whose peak memory is taken, and files that hypothesis generates: a
+valid one with its bytes, its header's JSON or its length changed; one that goes wrong is shrunk. Each goes through
+read_header and read_tensors. Refused means one line as FileError. What is accepted is looked at by rules of its own
+here: the header as JSON without duplicate keys, tensors end to end over exactly the file's bytes, sizes that follow
+from dtype and shape, finite values, and the safetensors library must agree. Prints JSON.
 """
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ import copy
 import json
 import math
 import multiprocessing
-import random
 import resource
 import struct
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
+from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import strategies as st
 
 from sfumato.errors import FileError
 from sfumato.files import read_header, read_tensors
@@ -52,7 +53,7 @@ GOOD = pack({"__metadata__": {"a": "b"}, "w": tensor(), "v": tensor(8, 16)}, ONE
 
 
 def crafted() -> dict[str, bytes]:
-    """Sixty files, none of which may be taken."""
+    """Files none of which may be taken."""
     w = json.dumps(tensor())
     found: dict[str, bytes] = {
         "empty": b"",
@@ -134,71 +135,92 @@ def crafted() -> dict[str, bytes]:
     return found
 
 
-def generated(rng: random.Random) -> Iterator[bytes]:
-    """Endless changes of a valid file."""
-    header = json.loads(GOOD[8 : 8 + int.from_bytes(GOOD[:8], "little")])
-    odd: list[Any] = [
-        None,
-        True,
-        -1,
-        0,
-        1,
-        2**31,
-        2**63,
-        2**64,
-        1e308,
-        0.5,
-        "",
-        "F32",
-        "w",
-        [],
-        [0],
-        [0, 8],
-        {},
-        {"a": 1},
-    ]
-    while True:
-        way = rng.randrange(6)
-        blob = bytearray(GOOD)
-        if way == 0:  # bytes anywhere
-            for _ in range(rng.randint(1, 4)):
-                blob[rng.randrange(len(blob))] = rng.randrange(256)
-        elif way == 1:  # cut, doubled, put in
-            at = rng.randrange(len(blob) + 1)
-            piece = bytes(blob[at : at + rng.randint(0, 20)])
-            blob[at : at + rng.randint(0, 20)] = piece * rng.randint(0, 3)
-        elif way == 2:  # the length
-            blob[:8] = struct.pack("<Q", rng.choice([rng.randrange(400), rng.getrandbits(64), 2 ** rng.randrange(64)]))
-        elif way == 3:  # values of the header
-            changed = json.loads(json.dumps(header))
-            for _ in range(rng.randint(1, 3)):
-                name = rng.choice(list(changed))
-                if isinstance(changed[name], dict) and changed[name] and rng.random() < 0.8:
-                    changed[name][rng.choice([*changed[name], "more"])] = copy.deepcopy(rng.choice(odd))
-                else:
-                    changed[rng.choice([name, "x", "w" * 600, "é\n"])] = copy.deepcopy(
-                        rng.choice([*odd, tensor(), tensor(16, 24)])
-                    )
-            blob = bytearray(pack(changed, ONES * rng.randint(0, 3)))
-        elif way == 4:  # shapes, dtypes and offsets that may fit
-            dtype, shape = (
-                rng.choice([*BYTES, "F4", "C64"]),
-                [rng.choice([0, 1, 1, 2, 3]) for _ in range(rng.randint(0, 9))],
-            )
-            size = BYTES.get(dtype, 1) * math.prod(shape)
-            start = rng.choice([0, 0, 0, 1, 8])
-            data = rng.randbytes(size + rng.choice([0, 0, 0, 1, -1])) if size else b""
-            blob = bytearray(pack({"w": tensor(start, start + size, shape, dtype)}, data))
-        else:  # the header's text
-            text = json.dumps(header)
-            at = rng.randrange(len(text))
-            text = (
-                text[:at]
-                + rng.choice(['"', "{", "}", "[", "]", ",", ":", "\\u0000", "\\ud800", " ", "\0", "1e999", "NaN"])
-                + text[at:]
-            )
-            blob = bytearray(pack(text, ONES + ONES))
-        yield bytes(blob)
+ODD: tuple[Any, ...] = (
+    *(None, True, -1, 0, 1, 2**31, 2**63, 2**64, 1e308, 0.5, "", "F32", "w"),
+    *([], [0], [0, 8], {}, {"a": 1}, tensor(), tensor(8, 16), tensor(16, 24)),
+)
+"""Values that a header's entry, or a part of one, may be replaced by."""
+PIECES = ('"', "{", "}", "[", "]", ",", ":", "\\u0000", "\\ud800", " ", "\0", "1e999", "NaN")
+HEADER = json.loads(GOOD[8 : 8 + int.from_bytes(GOOD[:8], "little")])
+
+
+@st.composite
+def bytes_changed(draw: st.DrawFn) -> bytes:
+    """A few bytes anywhere are others."""
+    blob = bytearray(GOOD)
+    for place in draw(st.lists(st.integers(0, len(GOOD) - 1), min_size=1, max_size=4)):
+        blob[place] = draw(st.integers(0, 255))
+    return bytes(blob)
+
+
+@st.composite
+def blocks_moved(draw: st.DrawFn) -> bytes:
+    """A block is lost, doubled, or written over another."""
+    at, length, lost, times = draw(st.tuples(st.integers(0, len(GOOD)), *[st.integers(0, 20)] * 2, st.integers(0, 3)))
+    return GOOD[:at] + GOOD[at : at + length] * times + GOOD[at + lost :]
+
+
+@st.composite
+def length_changed(draw: st.DrawFn) -> bytes:
+    """The first eight bytes say another length."""
+    powers = st.integers(0, 63).map(lambda power: 2**power)
+    return struct.pack("<Q", draw(st.one_of(st.integers(0, 400), st.integers(0, 2**64 - 1), powers))) + GOOD[8:]
+
+
+@st.composite
+def values_changed(draw: st.DrawFn) -> bytes:
+    """Entries of the header, or parts of them, are of other kinds, or there are more of them."""
+    header = copy.deepcopy(HEADER)
+    json_values = st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(max_size=5), _containers, max_leaves=4
+    )
+    for _ in range(draw(st.integers(1, 3))):
+        name = draw(st.sampled_from([*header, "x", "w" * 600, "\xe9\n"]))
+        value = copy.deepcopy(draw(st.one_of(st.sampled_from(ODD), json_values)))
+        entry = header.get(name)
+        if isinstance(entry, dict) and entry and draw(st.booleans()):
+            entry[draw(st.sampled_from([*entry, "more"]))] = value
+        else:
+            header[name] = value
+    return pack(header, ONES * draw(st.integers(0, 3)))
+
+
+def _containers(inside: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    return st.lists(inside, max_size=3) | st.dictionaries(st.text(max_size=3), inside, max_size=3)
+
+
+@st.composite
+def sizes_that_may_fit(draw: st.DrawFn) -> bytes:
+    """A tensor of any dtype and shape, whose offsets and data are right or off by a little."""
+    dtype = draw(st.sampled_from([*BYTES, "F4", "C64"]))
+    shape = draw(st.lists(st.integers(0, 3), max_size=9).filter(lambda sizes: math.prod(sizes) < 2000))
+    size = BYTES.get(dtype, 1) * math.prod(shape)
+    start, spare = draw(st.sampled_from([0, 0, 0, 1, 8])), draw(st.sampled_from([0, 0, 0, 1, -1]))
+    data = (draw(st.binary(max_size=64)) or b"\0") * size
+    return pack({"w": tensor(start, start + size, shape, dtype)}, data[: max(0, size + spare)])
+
+
+@st.composite
+def text_changed(draw: st.DrawFn) -> bytes:
+    """Something is put into the header's JSON."""
+    text = json.dumps(HEADER)
+    at = draw(st.integers(0, len(text)))
+    return pack(text[:at] + draw(st.sampled_from(PIECES)) + text[at:], ONES + ONES)
+
+
+malformed: st.SearchStrategy[bytes] = st.one_of(
+    bytes_changed(), blocks_moved(), length_changed(), values_changed(), sizes_that_may_fit(), text_changed()
+)
+"""Valid files with something changed; a few of them are valid still. Hypothesis shrinks the one that goes wrong."""
+
+
+def outcome_of(blob: bytes, path: Path) -> tuple[str, float]:
+    """`look` at these bytes in a new file at `path`. Raises AssertionError for what is neither refused nor valid."""
+    path.unlink(missing_ok=True)  # a mapped file must not change
+    path.write_bytes(blob)
+    outcome, seconds = look(path)
+    assert outcome in ("refused", "accepted"), f"{outcome}: {blob!r}"
+    return outcome, seconds
 
 
 def look(path: Path) -> tuple[str, float]:
@@ -266,6 +288,29 @@ def _alone(path: str, results: Any) -> None:
     results.put((outcome, seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024))
 
 
+def _generated(count: int, number: int, folder: Path, wrong: dict[str, str]) -> tuple[Counter[str], float]:
+    """(how many were refused and accepted, the slowest one's seconds); what went wrong, shrunk, joins `wrong`."""
+    counts: Counter[str] = Counter()
+    slowest = 0.0
+
+    @seed(number)
+    @settings(max_examples=count, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(blob=malformed)
+    def each(blob: bytes) -> None:
+        nonlocal slowest
+        outcome, seconds = outcome_of(blob, folder / "generated.safetensors")
+        counts[outcome] += 1
+        slowest = max(slowest, seconds)
+
+    try:
+        each()
+    except AssertionError as error:
+        wrong["generated"] = " ".join(str(error).split())[:500]
+    if slowest > 1:
+        wrong["generated, slow"] = f"{slowest:.2f} s"
+    return counts, slowest
+
+
 def main() -> None:
     """Print the figures; exit code 1 unless all are as demanded."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -273,7 +318,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     wrong: dict[str, str] = {}
-    slowest, most_memory, refused, accepted = 0.0, 0.0, 0, 0
+    slowest, most_memory = 0.0, 0.0
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -295,21 +340,13 @@ def main() -> None:
             slowest, most_memory = max(slowest, seconds), max(most_memory, over)
             if outcome != "refused" or seconds > 1 or over > MEMORY_SPARE:
                 wrong[name] = f"{outcome}, {seconds:.2f} s, {over / 2**20:.0f} MB over twice the file"
-        changes = generated(random.Random(options.seed))
-        for number in range(options.generated):
-            path = folder / f"{number % 7}.safetensors"
-            path.unlink(missing_ok=True)
-            path.write_bytes(next(changes))
-            outcome, seconds = look(path)
-            slowest = max(slowest, seconds)
-            refused, accepted = refused + (outcome == "refused"), accepted + (outcome == "accepted")
-            if outcome not in ("refused", "accepted") or seconds > 1:
-                wrong[f"generated {number}"] = f"{outcome}, {seconds:.2f} s"
+        counts, slow = _generated(options.generated, options.seed, folder, wrong)
+        slowest = max(slowest, slow)
     figures = {
         "crafted": len(crafted()),
-        "generated": options.generated,
-        "generated_refused": refused,
-        "generated_valid_and_accepted": accepted,
+        "generated": counts.total(),
+        "generated_refused": counts["refused"],
+        "generated_valid_and_accepted": counts["accepted"],
         "slowest_s": round(slowest, 3),
         "most_memory_over_twice_the_file_mb": round(most_memory / 2**20, 1),
         "wrong_count": len(wrong),

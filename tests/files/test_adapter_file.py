@@ -63,7 +63,7 @@ def test_quantised_factors_are_refused_by_name(path):
     write(path, {"attn1_to_q": LORA})
     tensors = {f"{STEM}attn1_to_q.lora_down.weight": torch.ones(2, 8, dtype=torch.int8)}
     save_file(tensors | {f"{STEM}attn1_to_q.lora_up.weight": torch.ones(6, 2)}, path)
-    with pytest.raises(AdapterError, match=r"attn1_to_q\.lora_down\.weight is int8; wanted floating point"):
+    with pytest.raises(AdapterError, match=r"attn1_to_q\.lora_down\.weight is I8; wanted floating point"):
         read_adapter(path)
 
 

@@ -11,7 +11,7 @@ from sfumato.files.fingerprint import KEY, PROBES, check, compare, fingerprint, 
 from sfumato.files.header import read_header
 from sfumato.files.lora_file import read_lora
 from sfumato.files.write import write_lora
-from sfumato.files.write_peft import write_diffusers
+from sfumato.files.write_dotted import write_diffusers
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from sfumato.errors import AdapterError, FileError
 from sfumato.files.adapter_file import read_adapter
 from sfumato.files.write_difference import write_difference
-from sfumato.files.write_peft import write_diffusers, write_peft
+from sfumato.files.write_dotted import write_diffusers, write_peft
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl", "pocket"])

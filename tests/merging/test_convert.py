@@ -138,6 +138,13 @@ def test_a_rank_that_suffices_bakes_exactly(loha, tiny_base, tmp_path, capsys):
     assert max(change.rank for change in read_adapter(out).changes.values()) == 4  # the product of the two ranks
 
 
+def test_a_kind_that_tells_its_shape_needs_no_base(loha, tmp_path, capsys):
+    out = tmp_path / "k.safetensors"
+    assert run(convert, loha, "-o", out, "--bake", "lora", "--keep-energy", 1) == 0
+    assert "; exact" in capsys.readouterr().err
+    assert run(verify, out, "--against", loha) == 0
+
+
 def test_full_differences_are_exact(loha, tiny_base, tmp_path):
     base, out = tiny_base("pocket"), tmp_path / "diff.safetensors"
     assert run(convert, loha, "-o", out, "--bake", "diff", "--base", base.folder) == 0
@@ -152,7 +159,6 @@ def test_full_differences_are_exact(loha, tiny_base, tmp_path):
         (["-o", "x"], "wanted a .safetensors file"),
         (["-o", "x.safetensors", "--to", "peft"], "wanted a folder"),
         (["-o", "x.safetensors", "--rank", "2"], "belong to --bake lora"),
-        (["-o", "x.safetensors", "--bake", "lora", "--rank", "2"], "Name the base it was made for with --base"),
         (["-o", "x.safetensors", "--bake", "diff"], "--bake diff wants --base"),
     ],
 )

@@ -29,10 +29,6 @@ class Effect:
 
     @classmethod
     def of(cls, change: Change) -> Effect:
-        if isinstance(change, LoraModule) and change.mid is not None:
-            # In fp32: rounded to the file's fp16, the product of the Tucker core would be another change.
-            down = torch.einsum("pqhw,qi->pihw", change.mid.float(), change.down.float().flatten(1))
-            return cls(change, LoraModule(down, change.up, change.alpha))
         return cls(change, change.low_rank())
 
 
@@ -120,24 +116,22 @@ class Baked:
         for label in labels:
             self.effects.pop(label, None)
 
-    @torch.no_grad()
     def apply(self, wanted: Applied, scratch: Scratch) -> None:
         """Write original + the sum of the wanted changes, rounded once; the original itself for none.
 
-        Raises AdapterError after a sum that is not finite was written: apply the earlier state again.
+        Called without gradients. Raises AdapterError after a sum that is not finite was written: apply the earlier
+        state again.
         """
         weight = self.weight
-        if self.original is None:
-            if not wanted:
-                return
-            self.original, self.candidates = kept(weight, self.candidates), ()
         pristine, self.applied = not self.applied, wanted
-        original = self.original if self.original.device == weight.device else self.original.to(weight.device)
         if not wanted:
+            if self.original is None:
+                return
             if not pristine:
-                weight.copy_(original)
+                weight.copy_(self.original)
         else:
-            terms, dense = self._split(wanted, original)
+            terms, dense = self._split(wanted, weight)
+            original = (lambda: self._kept(weight)) if self.original is None else self._kept(weight)
             if not write_sum(weight, original, terms, dense, scratch, pristine=pristine):
                 raise AdapterError(
                     f"{self.title} would overflow {tensors.dtype_name(weight.dtype)} with "
@@ -145,7 +139,13 @@ class Baked:
                 )
         self._written = _probe(weight)
 
-    def _split(self, wanted: Applied, original: Tensor) -> tuple[list[tuple[float, LoraModule]], Tensor | None]:
+    def _kept(self, weight: Tensor) -> Tensor:
+        """The original on the weight's device; from the first call on something holds it."""
+        if self.original is None:
+            self.original, self.candidates = kept(weight, self.candidates), ()
+        return self.original if self.original.device == weight.device else self.original.to(weight.device)
+
+    def _split(self, wanted: Applied, weight: Tensor) -> tuple[list[tuple[float, LoraModule]], Tensor | None]:
         """(the terms with a low-rank form, the weighted sum of the others' deltas in fp32)."""
         terms: list[tuple[float, LoraModule]] = []
         dense: Tensor | None = None
@@ -154,7 +154,7 @@ class Baked:
             if effect.low_rank is not None:
                 terms.append((number, effect.low_rank))
                 continue
-            delta = effect.change.delta(original)
+            delta = effect.change.delta(self._kept(weight))
             dense = delta * number if dense is None else dense.add_(delta, alpha=number)
         return terms, dense
 
@@ -168,9 +168,7 @@ class Baked:
 
 def _probe(weight: Tensor) -> Tensor:
     """A few values of the weight, enough to notice that another program has written to it."""
-    values = weight.detach()
-    if values.ndim == 4:
-        values = values[:, :, 0, 0]
-    if values.ndim == 2:
-        values = values.diagonal()
-    return values[:: max(1, len(values) // _PROBES)].clone()
+    count = min(weight.shape[:2])
+    step = max(1, count // _PROBES)
+    diagonal = sum(weight.stride()[:2]) * step
+    return weight.detach().as_strided((-(-count // step),), (diagonal,)).clone()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,22 +24,67 @@ _SAFE = {torch.float32: 1e30, torch.bfloat16: 1e35, torch.float16: 15.0}
 """Less than half of the last place at the dtype's largest number: adding it cannot overflow a finite weight."""
 
 
+@cache
+def _has_bf16_products() -> bool:
+    """Whether the CPU multiplies bf16 at more than the speed of fp32, with sums in fp32."""
+    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+
+
+class Pair(NamedTuple):
+    """Two factors in one piece of memory. whole: all their numbers; up: (rows, rank); down: (rank, columns)."""
+
+    whole: Tensor
+    up: Tensor
+    down: Tensor
+
+
 @dataclass
 class Scratch:
-    """Memory that is used again for every weight: fresh pages would cost as much as the product itself."""
+    """Memory that is used again for every weight: fresh pages would cost as much as the product itself.
+
+    Views of it are kept too. Between two large weights nothing is in a core's cache, and each call saved counts.
+    """
 
     _blocks: dict[tuple[str, torch.dtype, torch.device], Tensor] = field(default_factory=dict)
+    _views: dict[object, Tensor] = field(default_factory=dict)
+    _pairs: dict[object, Pair] = field(default_factory=dict)
     _scales: dict[object, Tensor] = field(default_factory=dict)
+    bf16_products: bool = field(default_factory=lambda: bool(torch.backends.mkldnn.enabled) and _has_bf16_products())
 
     def take(
         self, purpose: str, rows: int, columns: int, device: torch.device, dtype: torch.dtype = torch.float32
     ) -> Tensor:
         """A contiguous (rows, columns) view with arbitrary content, valid until the next call for the purpose."""
-        size = rows * columns
-        block = self._blocks.get((purpose, dtype, device))
-        if block is None or block.numel() < size:
-            block = self._blocks[purpose, dtype, device] = torch.empty(size, dtype=dtype, device=device)
-        return block[:size].view(rows, columns)
+        key = (purpose, rows, columns, dtype, device)
+        view = self._views.get(key)
+        if view is None:
+            size = rows * columns
+            block = self._blocks.get((purpose, dtype, device))
+            if block is None or block.numel() < size:
+                self._views.clear()  # which would keep the smaller block alive
+                self._pairs.clear()
+                block = self._blocks[purpose, dtype, device] = torch.empty(size, dtype=dtype, device=device)
+            view = self._views[key] = block[:size].view(rows, columns)
+        return view
+
+    def pair(
+        self,
+        purpose: str,
+        rows: int,
+        rank: int,
+        columns: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+    ) -> Pair:
+        """Room for two factors, as `take`."""
+        key = (purpose, rows, rank, columns, dtype, device)
+        pair = self._pairs.get(key)
+        if pair is None:
+            whole = self.take(purpose, 1, (rows + columns) * rank, device, dtype)[0]
+            up, down = whole[: rows * rank].view(rows, rank), whole[rows * rank :].view(rank, columns)
+            pair = self._pairs[key] = Pair(whole, up, down)
+        return pair
 
     def scales(self, terms: Terms, device: torch.device) -> Tensor:
         """(rank,) fp32: weight * alpha / r of the term that each row of the stack belongs to."""
@@ -51,20 +96,16 @@ class Scratch:
         return found
 
 
-def stack(terms: Terms, rows: int, columns: int, device: torch.device, scratch: Scratch) -> tuple[Tensor, Tensor]:
-    """(up, down), (rows, rank) and (rank, columns) in fp32: all ranks side by side, the weights within up.
-
-    Both live in `scratch`.
-    """
+def stack(terms: Terms, rows: int, columns: int, device: torch.device, scratch: Scratch) -> Pair:
+    """The factors in fp32, all ranks side by side, the weights within up; in `scratch`."""
     rank = sum(change.rank for _, change in terms)
     ups = [change.up.reshape(rows, -1) for _, change in terms]
     downs = [change.down.reshape(-1, columns) for _, change in terms]
-    up = scratch.take("up", rows, rank, device)
-    down = scratch.take("down", rank, columns, device)
+    stacked = scratch.pair("factors", rows, rank, columns, device)
     # Halves are put side by side first: one conversion instead of one for each adapter.
-    torch.mul(_joined(ups, 1, device), scratch.scales(terms, device), out=up)
-    down.copy_(_joined(downs, 0, device))
-    return up, down
+    torch.mul(_joined(ups, 1, device), scratch.scales(terms, device), out=stacked.up)
+    stacked.down.copy_(_joined(downs, 0, device))
+    return stacked
 
 
 def _joined(parts: list[Tensor], dim: int, device: torch.device) -> Tensor:
@@ -73,28 +114,39 @@ def _joined(parts: list[Tensor], dim: int, device: torch.device) -> Tensor:
 
 
 def write_sum(
-    weight: Tensor, original: Tensor, terms: Terms, dense: Tensor | None, scratch: Scratch, *, pristine: bool = False
+    weight: Tensor,
+    original: Tensor | Callable[[], Tensor],
+    terms: Terms,
+    dense: Tensor | None,
+    scratch: Scratch,
+    *,
+    pristine: bool = False,
 ) -> bool:
     """Write original + sum of the terms + dense into `weight`, summed in fp32 and rounded once; whether it is finite.
 
     weight, original: of one shape, on one device, of any float dtype. dense: fp32 of this shape, what has no low-rank
-    form. pristine: whether `weight` already holds the original's bytes.
+    form. pristine: whether `weight` already holds the original's bytes. original: perhaps a function that gives it, in
+    the weight's dtype then: it is called last, as comparing the weight with its file brings it into the cache.
     """
     rows = weight.shape[0]
     columns = weight.numel() // rows
     limit = _SAFE.get(weight.dtype, 0.0)
     if not terms:
+        original = original() if callable(original) else original
         _write_blocks(weight, original, None, None, dense, scratch)
         return finite(weight)
-    up, down = stack(terms, rows, columns, weight.device, scratch)
-    safe = dense is None and _bound(up, down) < limit
-    if dense is None and _split_pays(weight, original, rows, columns):
-        left, right = _split(up, down, scratch)
+    stacked = stack(terms, rows, columns, weight.device, scratch)
+    safe = dense is None and _bound(stacked) < limit
+    same = callable(original) or original.dtype == weight.dtype
+    halves = _split(stacked, scratch) if dense is None and same and _split_pays(weight, scratch) else None
+    original = original() if callable(original) else original
+    if halves is not None:
+        left, right = halves
         if not pristine:
             weight.copy_(original)
         weight.view(rows, columns).addmm_(left, right)
     else:
-        _write_blocks(weight, original, up, down, dense, scratch)
+        _write_blocks(weight, original, stacked.up, stacked.down, dense, scratch)
     return safe or finite(weight)
 
 
@@ -106,10 +158,9 @@ def weighted_sum(original: Tensor, terms: Terms, dense: Tensor | None = None) ->
     return total
 
 
-def _bound(up: Tensor, down: Tensor) -> float:
-    """No element of up @ down is larger than this (Cauchy-Schwarz on the whole matrices)."""
-    up, down = up.view(-1), down.view(-1)
-    return math.sqrt(float(torch.dot(up, up) * torch.dot(down, down)))  # NaN compares as false
+def _bound(stacked: Pair) -> float:
+    """No element of up @ down is larger than this: |up_i down_j| <= (|up_i|^2 + |down_j|^2) / 2."""
+    return float(torch.dot(stacked.whole, stacked.whole)) / 2  # NaN compares as false
 
 
 def finite(weight: Tensor) -> bool:
@@ -144,43 +195,33 @@ def _write_blocks(
             weight[block].copy_(shaped)
 
 
-@cache
-def _has_bf16_products() -> bool:
-    """Whether the CPU multiplies bf16 at more than the speed of fp32, with sums in fp32."""
-    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
-
-
-def _split_pays(weight: Tensor, original: Tensor, rows: int, columns: int) -> bool:
+def _split_pays(weight: Tensor, scratch: Scratch) -> bool:
     return (
-        weight.dtype == original.dtype == torch.bfloat16
+        weight.dtype == torch.bfloat16
         and weight.device.type == "cpu"
         and weight.is_contiguous()
-        and min(rows, columns) >= _SPLIT_SIDE
-        and bool(torch.backends.mkldnn.enabled)
-        and _has_bf16_products()
+        and weight.shape[0] >= _SPLIT_SIDE
+        and weight.numel() // weight.shape[0] >= _SPLIT_SIDE
+        and scratch.bf16_products
     )
 
 
-def _split(up: Tensor, down: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor]:
+def _split(stacked: Pair, scratch: Scratch) -> tuple[Tensor, Tensor]:
     """bf16 factors whose product is up @ down to 16 bits: with x = high + low, high high + high low + low high.
 
     The low parts are what rounding to bf16 leaves; low low is beyond the last bit that is kept. Products of bf16 are
-    exact in fp32, in which they are summed, so the one rounding of the weight is the error that counts. Uses up and
-    down as its own memory.
+    exact in fp32, in which they are summed, so the one rounding of the weight is the error that counts. Uses `stacked`
+    as its own memory.
     """
-    rows, rank = up.shape
-    columns = down.shape[1]
-    left = scratch.take("left", rows, 3 * rank, up.device, torch.bfloat16)
-    right = scratch.take("right", 3 * rank, columns, down.device, torch.bfloat16)
-    high = left[:, :rank]
-    high.copy_(up)
-    left[:, rank : 2 * rank].copy_(high)
-    left[:, 2 * rank :].copy_(up.sub_(high))
-    high = right[:rank]
-    high.copy_(down)
-    right[2 * rank :].copy_(high)
-    right[rank : 2 * rank].copy_(down.sub_(high))
+    (rows, rank), columns, device = stacked.up.shape, stacked.down.shape[1], stacked.whole.device
+    high = scratch.pair("high", rows, rank, columns, device, torch.bfloat16)
+    low = scratch.pair("low", rows, rank, columns, device, torch.bfloat16)
+    high.whole.copy_(stacked.whole)
+    low.whole.copy_(stacked.whole.sub_(high.whole))
+    left = scratch.take("left", rows, 3 * rank, device, torch.bfloat16)
+    right = scratch.take("right", 3 * rank, columns, device, torch.bfloat16)
+    torch.cat((high.up, high.up, low.up), 1, out=left)
+    torch.cat((high.down, low.down, high.down), 0, out=right)
     return left, right
 
 

@@ -26,6 +26,7 @@ from sfumato.compose.match import Found, Modules, Way, compiled_parts, match, pa
 from sfumato.compose.originals import Originals, Place
 from sfumato.errors import AdapterError
 from sfumato.files.adapter_file import AdapterFile, read_adapter
+from sfumato.files.fingerprint import verify as verify_deltas
 
 _MARK = "_sfumato_mix"
 """Attribute of each mixed part, so that a second mix over the first is noticed whatever pipeline object it comes by."""
@@ -33,14 +34,15 @@ _MARK = "_sfumato_mix"
 Site = Baked | Live
 
 
-def compose(pipe: Any, *adapters: Adapter, partial: bool = False, way: Way = "auto") -> Mix:
+def compose(pipe: Any, *adapters: Adapter, partial: bool = False, way: Way = "auto", verify: bool = False) -> Mix:
     """Mix the adapters into a diffusers pipeline, in place, and say on stderr in which way.
 
     pipe: a diffusers pipeline (SD 1.x, 2.x, SDXL), or a Base. partial: apply what fits of a file of which a part does
     not fit; `mix.skipped` counts the rest. way: "baked" sums into the weights; "live" adds one low-rank path for all
     adapters beside each linear layer and convolution, so that new weights cost almost nothing and each call a little;
-    "auto" bakes, except beside quantised weights. Everything is read and matched before the pipeline is touched, and a
-    failed call leaves it as it was.
+    "auto" bakes, except beside quantised weights. verify: refuse files whose deltas are not those that the fingerprint
+    in their metadata was taken of, or that have none. Everything is read and matched before the pipeline is touched,
+    and a failed call leaves it as it was.
     Raises AdapterError or FileError, one line; so for a pipeline that carries a mix already (`current(pipe)` is it).
     """
     earlier = current(pipe)
@@ -52,7 +54,7 @@ def compose(pipe: Any, *adapters: Adapter, partial: bool = False, way: Way = "au
     if way not in get_args(Way):
         raise AdapterError(f"there is no way {way!r} to mix; there are {', '.join(get_args(Way))}.")
     mix = Mix(pipe, way)
-    mix.add(*adapters, partial=partial)
+    mix.add(*adapters, partial=partial, verify=verify)
     if adapters:
         labels = list(mix.weights)
         more = f" and {len(labels) - 4} more" if len(labels) > 4 else ""
@@ -157,7 +159,7 @@ class Mix:
     def __repr__(self) -> str:
         return f"Mix({'undone' if self._undone else self.describe()})"
 
-    def add(self, *adapters: Adapter, partial: bool = False) -> Self:
+    def add(self, *adapters: Adapter, partial: bool = False, verify: bool = False) -> Self:
         """Mix in more adapters; as `compose`."""
         self._check_open()
         labels = list(self._weights)
@@ -170,6 +172,8 @@ class Mix:
                 )
             labels.append(adapter.label)
         files = {adapter.label: read_adapter(adapter.path, partial=partial) for adapter in adapters}
+        for file in files.values() if verify else ():
+            verify_deltas(file.metadata, file.changes, file.path.name)
         matched = {
             label: match(file, label, self._modules, partial=partial, way=self._way) for label, file in files.items()
         }
@@ -314,7 +318,7 @@ class Mix:
             site.original, site.candidates = (found, ()) if isinstance(found, Tensor) else (None, found)
         scratch = Scratch()
         done: list[tuple[Site, Applied]] = []
-        with exact_products():
+        with torch.no_grad(), exact_products():
             try:
                 for site, applied in todo:
                     done.append((site, site.applied))

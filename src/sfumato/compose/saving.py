@@ -6,16 +6,18 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from sfumato.compose.adapter import Weight, weight_at, weight_text
+from sfumato.compose.adapter import Weight, weight_at
 from sfumato.compose.baked import Baked
 from sfumato.compose.live import Live
 from sfumato.errors import AdapterError
 from sfumato.files.adapter_file import AdapterFile
 from sfumato.files.changes import LoraModule
 from sfumato.files.kohya import Target
-from sfumato.files.metadata import Description, describe, short_hash
 from sfumato.files.write import write_lora
+from sfumato.merging.lineage import Parent, inherit
+from sfumato.merging.sources import identity
 
 
 def save(
@@ -29,8 +31,9 @@ def save(
 ) -> Path:
     """Write the weighted sum of the adapters as one LoRA; returns the path.
 
-    weights: by label, 0 for what is left out. Raises AdapterError for changes that have no low-rank form, FileError for
-    a file that cannot be written.
+    weights: by label, 0 for what is left out. New words that come with the adapters are bundled with it.
+    Raises AdapterError for changes that have no low-rank form and for words that contradict, FileError for a file that
+    cannot be written.
     """
     modules: dict[Target, LoraModule] = {}
     for site in sites:
@@ -53,11 +56,26 @@ def save(
         raise AdapterError(f"{path.name}: nothing is applied, so there is nothing to save. Give an adapter a weight.")
     used = {label: weight for label, weight in weights.items() if weight != 0}
     parents = [
-        {"name": source.name, "hash": short_hash(source) if source.is_file() else "", "weight": weight_text(weight)}
-        for source, weight in ((files[label].path, weight) for label, weight in used.items())
+        Parent(file.path.name, identity(file.path), file.metadata, file.family, weight)
+        for file, weight in ((files[label], weight) for label, weight in used.items())
     ]
-    description = Description(title or path.stem, family, parents=parents)
-    return write_lora(path, modules, family=family, metadata=describe(description), dtype=dtype)
+    metadata = inherit(parents, title=title or path.stem, family=family)
+    words = _words({label: files[label] for label in used}, path)
+    return write_lora(path, modules, family=family, metadata=metadata, dtype=dtype, words=words)
+
+
+def _words(files: Mapping[str, AdapterFile], path: Path) -> dict[str, Mapping[str, Tensor]]:
+    """The new words of all files. Raises AdapterError where two mean different things by one."""
+    found: dict[str, tuple[str, Mapping[str, Tensor]]] = {}
+    for label, file in files.items():
+        for token, parts in file.embeddings.items():
+            first, known = found.setdefault(token, (label, parts))
+            if known.keys() != parts.keys() or not all(torch.equal(known[part], parts[part]) for part in parts):
+                raise AdapterError(
+                    f"{path.name}: {first} and {label} bring different vectors for {token!r}, and a file has room for "
+                    "one. Mute or remove one of them."
+                )
+    return {token: parts for token, (_, parts) in found.items()}
 
 
 def concatenated(terms: Iterable[tuple[float, LoraModule]]) -> LoraModule:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from sfumato.files.read import read_tensors
     from sfumato.files.save import write_tensors
     from sfumato.files.write import write_lora
+    from sfumato.files.write_dotted import write_diffusers, write_peft
 
 _HOME = {
     "AdapterFile": "adapter_file",
@@ -36,7 +37,9 @@ _HOME = {
     "read_lora": "lora_file",
     "read_tensors": "read",
     "short_hash": "metadata",
+    "write_diffusers": "write_dotted",
     "write_lora": "write",
+    "write_peft": "write_dotted",
     "write_tensors": "save",
 }
 
@@ -57,7 +60,9 @@ __all__ = [
     "read_lora",
     "read_tensors",
     "short_hash",
+    "write_diffusers",
     "write_lora",
+    "write_peft",
     "write_tensors",
 ]
 

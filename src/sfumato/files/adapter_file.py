@@ -6,14 +6,14 @@ import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from types import MappingProxyType
-
-from torch import Tensor
 
 from sfumato.errors import AdapterError
 from sfumato.files.changes import Change, Parts, read_change
 from sfumato.files.embedding_file import Vectors, vectors
+from sfumato.files.header import FLOATS, Header
 from sfumato.files.keys import Layout, describe_foreign, guess_family, read_layout, text_widths
 from sfumato.files.kohya import Target
 from sfumato.files.peft_folder import Source, adapter_sources
@@ -76,14 +76,12 @@ def _read(source: Source, partial: bool) -> AdapterFile:
     _check_layout(layout, header.path.name, len(header.tensors), partial)
     tensors = read_tensors(header.path, header=header)
     unusable = layout.partial
+    _check_dtypes(header, layout)
     changes: dict[Target, Change] = {}
     for target, keys in layout.modules.items():
         if target in unusable:
             continue
         roles = {role: tensors[name] for role, name in keys.names.items()}
-        _check_dtypes(
-            header.path.name, {keys.names[role]: value for role, value in roles.items() if role not in _FLAGS}
-        )
         changes[target] = read_change(Parts(header.path.name, target, keys.kind, keys.names, roles, source.settings))
     left_out = [name for keys in unusable.values() for name in keys.names.values()]
     return AdapterFile(
@@ -98,12 +96,24 @@ def _read(source: Source, partial: bool) -> AdapterFile:
     )
 
 
-def _check_dtypes(file: str, tensors: Mapping[str, Tensor]) -> None:
-    for name, value in tensors.items():
-        if not value.is_floating_point() and not (value.numel() == 1 and name.endswith("alpha")):
+def _check_dtypes(header: Header, layout: Layout) -> None:
+    whole = [name for name, info in header.tensors.items() if info.dtype not in FLOATS]
+    if not whole:
+        return
+    unusable = layout.partial
+    used = {
+        name: role
+        for target, keys in layout.modules.items()
+        if target not in unusable
+        for role, name in keys.names.items()
+    }
+    for name in whole:
+        info, role = header.tensors[name], used.get(name)
+        one_alpha = role == "alpha" and prod(info.shape) == 1
+        if role is not None and role not in _FLAGS and not one_alpha:
             raise AdapterError(
-                f"{file}: {name} is {str(value.dtype).removeprefix('torch.')}; wanted floating point. Quantised "
-                "adapters are not read; take the file in half or single precision."
+                f"{header.path.name}: {name} is {info.dtype}; wanted floating point. Quantised adapters are not read; "
+                "take the file in half or single precision."
             )
 
 

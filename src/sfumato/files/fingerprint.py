@@ -20,7 +20,8 @@ from torch import Tensor
 
 from sfumato import randomness
 from sfumato.errors import FileError
-from sfumato.files.changes import LoraModule
+from sfumato.files.changes import Change, LoraModule
+from sfumato.files.changes.difference import Difference
 from sfumato.files.kohya import Target
 
 KEY = "sfumato.fingerprint"
@@ -111,6 +112,28 @@ def check(stated: str, modules: Mapping[Target, LoraModule | Tensor], file: str)
     Raises FileError for a fingerprint that is not readable, or is one of other modules.
     """
     return check_rows(stated, rows(modules), file)
+
+
+def verify(metadata: Mapping[str, str], changes: Mapping[Target, Change], file: str) -> None:
+    """Raise FileError unless a file's changes are those that the fingerprint in its metadata was taken of.
+
+    Also for a file without one, and for kinds whose delta cannot be told without a base.
+    """
+    if KEY not in metadata:
+        raise FileError(f"{file}: it states no fingerprint, so it cannot be verified. Leave verify out for it.")
+    deltas: dict[Target, LoraModule | Tensor] = {}
+    for target, change in changes.items():
+        delta = change.low_rank() if not isinstance(change, Difference) or change.replaces else change.value
+        if delta is None and change.needs_weight:
+            raise FileError(
+                f"{file}: {change.kind} in {'.'.join(target)} cannot be verified without its base. "
+                "Use sfumato verify --base."
+            )
+        if delta is not None and not (isinstance(delta, Tensor) and delta.ndim < 2):  # norms are not in it
+            deltas[target] = delta
+    found = check(metadata[KEY], deltas, file)
+    if not found.same():
+        raise FileError(f"{file}: it is not the adapter that was written: {found.reason()}. Take it from its source.")
 
 
 def check_rows(stated: str, found: Mapping[str, Row], file: str) -> Comparison:

@@ -21,6 +21,7 @@ from sfumato.files.kohya import Target, kohya_name
 from sfumato.files.metadata import METADATA_LIMIT
 from sfumato.files.read import is_finite
 from sfumato.files.save import hashes, write_tensors
+from sfumato.files.write_embedding import bundled
 
 DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 """What an adapter's file may be written in, by the names that options have."""
@@ -33,6 +34,7 @@ def write_lora(
     family: str,
     metadata: Mapping[str, str] | None = None,
     dtype: torch.dtype = torch.float32,
+    words: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> Path:
     """Write `modules` as a LoRA for `family`; whole or not at all, and equal bytes for equal content.
 
@@ -40,6 +42,7 @@ def write_lora(
     taken from the tensors here.
     dtype: of down and up. fp32 by default because it is exact: another tool draws our very picture, where in fp16 an
     update of an early step, B near zero, underflows. fp16 halves the file, which is worth it from SD 1.5 on.
+    words: new words bundled with it, as `write_embedding.add_words` takes them, in fp32.
     Raises AdapterError for modules that other tools have no name for, FileError for values the file cannot hold.
     """
     if not modules:
@@ -62,6 +65,7 @@ def write_lora(
             tensors[f"{name}.{half}.weight"] = cast(value, dtype, f"{name}.{half}", path)
         # fp32 whatever the dtype: a half would round sqrt(rank) and the like.
         tensors[f"{name}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
+    tensors |= bundled(path, words or {}, torch.float32)
     ranks = sorted({module.rank for module in modules.values()})
     described = {
         "ss_network_module": "networks.lora",

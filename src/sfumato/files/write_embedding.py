@@ -61,7 +61,13 @@ def add_words(path: Path, words: Mapping[str, Mapping[str, Tensor]], *, dtype: t
     Raises AdapterError for a token with a dot in it, which these names cannot hold.
     """
     header = read_header(path)
-    tensors = dict(read_tensors(path, header=header))
+    tensors = dict(read_tensors(path, header=header)) | bundled(path, words, dtype)
+    return write_tensors(path, tensors, {**header.metadata, **hashes(tensors, header.metadata)})
+
+
+def bundled(path: Path, words: Mapping[str, Mapping[str, Tensor]], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of words within an adapter's file at `path`; as `add_words`."""
+    tensors: dict[str, Tensor] = {}
     for token, parts in words.items():
         if "." in token:
             raise AdapterError(
@@ -69,7 +75,7 @@ def add_words(path: Path, words: Mapping[str, Mapping[str, Tensor]], *, dtype: t
             )
         names = {"text_encoder": "string_to_param.*"} if len(parts) == 1 else SDXL_KEYS
         tensors |= {f"bundle_emb.{token}.{names[part]}": _cast(rows, dtype, path) for part, rows in parts.items()}
-    return write_tensors(path, tensors, {**header.metadata, **hashes(tensors, header.metadata)})
+    return tensors
 
 
 def _of_an_embedding(metadata: Mapping[str, str]) -> dict[str, str]:

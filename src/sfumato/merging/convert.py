@@ -13,7 +13,7 @@ from sfumato.errors import AdapterError
 from sfumato.files.changes import LoraModule
 from sfumato.files.kohya import Target
 from sfumato.files.write import write_lora
-from sfumato.files.write_peft import write_diffusers, write_peft
+from sfumato.files.write_dotted import write_diffusers, write_peft
 from sfumato.merging.factors import Budget, from_module
 from sfumato.merging.merge import Base, Merged, Source, merge, refuse_scaled_bias
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from sfumato import __version__
 from sfumato.compose.adapter import Weight
+from sfumato.compose.blocks import Blocks
 from sfumato.errors import AdapterError
 from sfumato.files.family import FAMILIES
 from sfumato.files.metadata import Description, describe
@@ -71,7 +72,9 @@ def baked(parents: Sequence[Parent], *, title: str, config: Mapping[str, Any] | 
 
 def _parent(parent: Parent) -> dict[str, Any]:
     found: dict[str, Any] = {"name": parent.name, "hash": parent.hash}
-    if parent.weight is not None:
+    if isinstance(parent.weight, Blocks):
+        found["weight"] = str(parent.weight)
+    elif parent.weight is not None:
         found["weight"] = list(parent.weight) if isinstance(parent.weight, tuple) else parent.weight
     return found
 

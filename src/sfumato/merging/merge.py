@@ -22,6 +22,10 @@ Base = Callable[[Target], Tensor]
 """The pristine weight of a module, for the kinds of adapter whose delta depends on it."""
 
 
+_CONVOLUTIONS = frozenset({"conv", "conv1", "conv2", "conv_in", "conv_out", "conv_shortcut", "proj_in", "proj_out"})
+"""Last words of the paths of layers that are convolutions, in some family at least."""
+
+
 @dataclass(frozen=True)
 class Source:
     """One adapter of a merge. name: for messages. weight: for all of it, or (U-Net, text encoders)."""
@@ -127,6 +131,11 @@ def dense_delta(change: Change, target: Target, source: str, base: Base | None) 
     if base is not None:
         delta = change.delta(base(target))
     elif not change.needs_weight and (shape := getattr(change, "shape", None)) is not None:
+        if len(shape) == 2 and target[1].rpartition(".")[2] in _CONVOLUTIONS:
+            raise AdapterError(
+                f"{source}: {change.kind} in {'.'.join(target)} is {list(shape)}, which does not tell the kernel of a "
+                "convolution. Name the base it was made for with --base."
+            )
         delta = change.delta(torch.zeros(1).expand(tuple(shape)))
     else:
         raise AdapterError(

@@ -51,6 +51,12 @@ class Loha:
         cores = None if first is None or second is None else (first, second)
         return cls(halves[0], halves[1], parts.alpha(rank) / rank, cores, parts.vector("bias"))
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The update's shape; a convolution without cores has its kernel within the columns."""
+        a, b = self.first
+        return (a.shape[0], b.shape[1]) if self.cores is None else (a.shape[1], b.shape[1], *self.cores[0].shape[2:])
+
     def fits(self, shape: Sequence[int]) -> bool:
         a, b = self.first
         if self.cores is None:

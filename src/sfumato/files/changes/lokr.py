@@ -79,6 +79,12 @@ class Lokr:
         scale = parts.alpha(rank) / rank if rank else 1.0
         return cls(first, second, scale, parts.vector("bias"))
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The update's shape; where the second factor is a matrix, a convolution has its kernel within the columns."""
+        first, second = self.first.shape, self.second.shape
+        return (first[0] * second[0], first[1] * second[1], *second[2:])
+
     def fits(self, shape: Sequence[int]) -> bool:
         first, second = self.first.shape, self.second.shape
         if len(shape) < 2 or shape[0] != first[0] * second[0] or prod(shape[1:]) != first[1] * prod(second[1:]):

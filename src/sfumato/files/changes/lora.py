@@ -77,11 +77,12 @@ class LoraModule:
         return trim(self.shape) == trim(shape)
 
     def plain(self) -> LoraModule:
-        """The same update without `mid`, exactly: a Tucker convolution is a convolution of the same rank."""
+        """The same update without `mid`: a Tucker convolution is a convolution of the same rank, its down in fp32."""
         if self.mid is None:
             return self
         down = torch.einsum("pqhw,qi->pihw", self.mid.float(), self.down.float().flatten(1))
-        return LoraModule(down.to(self.down.dtype), self.up, self.alpha, bias_delta=self.bias_delta)
+        # Rounded to the file's dtype, the product of the core would be another change.
+        return LoraModule(down, self.up, self.alpha, bias_delta=self.bias_delta)
 
     def low_rank(self) -> LoraModule:
         return self.plain()
