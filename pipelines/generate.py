@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -12,16 +12,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from sfumato.cli import run
-from sfumato.compose.adapter import Adapter, Weight, checked_weight
-from sfumato.compose.blocks import Blocks
+from sfumato.compose.adapter import Adapter, Weight
 from sfumato.config import parse
-from sfumato.errors import AdapterError, ConfigError
-from sfumato.prompts import Tagged, split_tags
-from sfumato.specs import find_adapter, parse_adapter
+from sfumato.errors import ConfigError
+from sfumato.prompts import split_tags
+from sfumato.specs import in_blocks, parse_adapter, parse_sweep, with_tags
+from sfumato.where_when import Spot, WhereWhen, parse_region, parse_steps
 
 if TYPE_CHECKING:
     from sfumato.bases import Base
-    from sfumato.compose import Mix
     from sfumato.drawing import Start
 
 
@@ -33,15 +32,24 @@ class Config:
     """
 
     prompts: tuple[str, ...] = ()
-    """What to draw; several prompts give several pictures. <lora:name:0.8> in one adds an adapter for it alone."""
+    """What to draw; several prompts give several pictures. `<lora:name:0.8>` in one adds an adapter for it alone."""
     _: KW_ONLY
     lora: tuple[str, ...] = ()
     """FILE:0.8, an adapter and its weight; FILE:0.8:0.4 for U-Net and text encoders; LABEL=FILE:0.8. Repeat to mix."""
     blocks: tuple[str, ...] = ()
     """LABEL=down:0,up.1:1.2, factors on an adapter's weight by block; or a preset of B-LoRA (b-lora-style,
     b-lora-content), or a block-weight list of the web interfaces. Repeat for several adapters."""
+    over_steps: tuple[str, ...] = ()
+    """LABEL=0:0,0.4:1, an adapter's weights by points PROGRESS:WEIGHT (0 is noise, 1 the finished picture), straight
+    between them; or LABEL=0-0.5, its own weight in those steps and none in the others. Repeat for several adapters."""
+    switch: int | None = None
+    """The adapters take turns, each for so many steps (LoRA-Switch)."""
+    region: tuple[str, ...] = ()
+    """LABEL=left, where in the picture an adapter counts: left, right, top, bottom, a box left,top,right,bottom in
+    shares of the side, or a picture that is white there. LABEL=left:an otter draws its own prompt there, and
+    LABEL+LABEL=left puts two adapters in one place. Repeat for several places."""
     lora_folder: Path = Path(".")
-    """Where the adapters of <lora:...> tags are, at any depth."""
+    """Where the adapters of `<lora:...>` tags are, at any depth."""
     base: str = "pocket"
     """`pocket`, a hub id, a diffusers folder or a .safetensors checkpoint."""
     seed: tuple[int, ...] = (0,)
@@ -56,6 +64,8 @@ class Config:
     """A text file with a prompt a line; empty lines and lines that begin with # are left out."""
     sweep: str | None = None
     """LABEL=0,0.5,1: a sheet with a row for each weight of that adapter and a column for each prompt and seed."""
+    before_after: bool = False
+    """A sheet with a row for each prompt and seed: without the adapters, and with them from the same noise."""
     embedding: tuple[str, ...] = ()
     """FILE or TOKEN=FILE, a textual inversion: a new word that prompts may use. Repeat for several."""
     image: Path | None = None
@@ -76,6 +86,8 @@ class Config:
     """Pixels, WIDTHxHEIGHT or one number for a square; what the base was trained on if unset."""
     sampler: str | None = None
     """ddim, euler, euler a, dpm++ 2m, dpm++ 2m karras, unipc, heun, lms, pndm, ...; the family's default if unset."""
+    verify: bool = False
+    """Refuse adapters whose changes are not those that their file's fingerprint was taken of, or that have none."""
     partial: bool = False
     """Apply what fits of an adapter of which a part does not fit."""
     precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
@@ -98,7 +110,8 @@ class Plan:
 
     pictures: (prompt, seed) of each, prompts without their tags. tagged: the adapters' weights for each picture whose
     prompt has tags, by label, else None. embeddings: (token, file) of new words. size: (width, height) in pixels or
-    unset. files: one for each picture, or the sheet's alone. sweep: (label, weights).
+    unset. files: one for each picture, or the sheet's alone. sweep: (label, weights). where_when: regions, whose
+    adapters are not in `adapters`, and weights by step.
     """
 
     pictures: tuple[tuple[str, int], ...]
@@ -108,6 +121,7 @@ class Plan:
     size: tuple[int, int] | None
     files: tuple[Path, ...]
     sweep: tuple[str, tuple[float, ...]] | None
+    where_when: WhereWhen
 
 
 def plan(config: Config) -> Plan:
@@ -127,12 +141,24 @@ def plan(config: Config) -> Plan:
     seeds = [seed + i for seed in config.seed for i in range(config.count)]
     split = [split_tags(prompt) for prompt in prompts]
     pictures = tuple((found.prompt, seed) for found in split for seed in seeds)
-    adapters = _in_blocks([parse_adapter(spec) for spec in config.lora], config.blocks)
-    adapters, weights = _with_tags(adapters, split, config.lora_folder)
+    given = in_blocks([parse_adapter(spec) for spec in config.lora], config.blocks)
+    spots = tuple(parse_region(text, given) for text in config.region)
+    regional = {each.label for spot in spots for each in spot.adapters}
+    if twice := [name for found in split for name, _ in found.adapters if name in regional]:
+        raise ConfigError(f"<lora:{twice[0]}:...>: this adapter has a --region; name it with --lora alone.")
+    everywhere = [each for each in given if each.label not in regional]
+    where_when = _where_when(config, spots, [each.label for each in everywhere])
+    adapters, weights = with_tags(everywhere, split, config.lora_folder)
     tagged = tuple(weight for weight in weights for _ in seeds)
-    sweep = None if config.sweep is None else _sweep(config.sweep, [adapter.label for adapter in adapters])
+    sweep = None if config.sweep is None else parse_sweep(config.sweep, [adapter.label for adapter in adapters])
     if sweep and any(tagged):
         raise ConfigError("--sweep and <lora:...> in a prompt do not go together; name the adapter with --lora.")
+    if sweep and sweep[0] in where_when.ramps:
+        raise ConfigError(f"--sweep {config.sweep}: --over-steps sets the weight of {sweep[0]} at every step.")
+    if config.before_after and sweep:
+        raise ConfigError("--before-after and --sweep are two sheets; ask for one of them.")
+    if config.before_after and not (adapters or spots):
+        raise ConfigError("--before-after: there is no adapter to draw with; give --lora, or <lora:...> in a prompt.")
     if config.mask and not config.image:
         raise ConfigError(f"--mask {config.mask}: a mask wants the picture that it is for; give --image, too.")
     if not 0 < config.strength <= 1:
@@ -141,9 +167,23 @@ def plan(config: Config) -> Plan:
         if file is not None and not file.is_file():
             raise ConfigError(f"{file}: there is no such picture.")
     embeddings = tuple(_embedding(spec) for spec in config.embedding)
-    return Plan(
-        pictures, tagged, adapters, embeddings, _size(config.size), _files(config, pictures, sweep is not None), sweep
-    )
+    files = _files(config, pictures, sweep is not None or config.before_after)
+    return Plan(pictures, tagged, adapters, embeddings, _size(config.size), files, sweep, where_when)
+
+
+def _where_when(config: Config, spots: tuple[Spot, ...], labels: Sequence[str]) -> WhereWhen:
+    """What --region, --over-steps and --switch say; labels: of the adapters that count everywhere."""
+    by_step = [parse_steps(text, labels) for text in config.over_steps]
+    names = [label for label, _ in by_step]
+    if repeated := [label for label in names if names.count(label) > 1]:
+        raise ConfigError(f"--over-steps names {repeated[0]} twice; give all its points in one.")
+    turns = tuple(label for label in labels if label not in names) if config.switch is not None else ()
+    if config.switch is not None and (config.switch < 1 or len(turns) < 2):
+        raise ConfigError(
+            f"--switch {config.switch}: wanted steps, 1 or more, and two --lora or more that take turns; {len(turns)} "
+            "are without --region and --over-steps."
+        )
+    return WhereWhen(spots, dict(by_step), turns, config.switch)
 
 
 def _embedding(spec: str) -> tuple[str | None, Path]:
@@ -155,40 +195,6 @@ def _embedding(spec: str) -> tuple[str | None, Path]:
         token, path = "", spec
     read_header(path)
     return token or None, Path(path)
-
-
-def _in_blocks(adapters: Sequence[Adapter], blocks: Sequence[str]) -> tuple[Adapter, ...]:
-    """The adapters with the weights by block that `--blocks` gives them."""
-    found = {each.label: each for each in adapters}
-    for text in blocks:
-        label, equals, factors = text.partition("=")
-        if not equals or label not in found:
-            known = ", ".join(found) or "none are given"
-            raise ConfigError(f"--blocks {text}: wanted LABEL=BLOCKS, with the label of a --lora ({known}).")
-        weight = found[label].weight
-        if isinstance(weight, Blocks):
-            raise ConfigError(f"--blocks {text}: {label} has blocks already; name them in one.")
-        found[label] = Adapter(found[label].path, Blocks.parse(weight, factors), found[label].name)
-    return tuple(found.get(each.label, each) for each in adapters)
-
-
-def _with_tags(
-    adapters: tuple[Adapter, ...], prompts: Sequence[Tagged], folder: Path
-) -> tuple[tuple[Adapter, ...], list[dict[str, Weight] | None]]:
-    """All adapters, those of the tags included, and each prompt's weights where it has tags."""
-    labels = [each.label for each in adapters]
-    if repeated := [label for label in labels if labels.count(label) > 1]:
-        raise ConfigError(f"two adapters are called {repeated[0]!r}; tell them apart with --lora NAME=FILE:0.8.")
-    named = {each.label: each for each in adapters}
-    always = {each.label: each.weight for each in adapters}
-    for tagged in prompts:
-        for name, _ in tagged.adapters:
-            if name not in named:
-                named[name] = Adapter(find_adapter(name, folder), 0.0, name)
-    return tuple(named.values()), [
-        {label: 0.0 for label in named} | always | dict(tagged.adapters) if tagged.adapters else None
-        for tagged in prompts
-    ]
 
 
 def _prompts_in(file: Path | None) -> list[str]:
@@ -213,22 +219,6 @@ def _size(text: str | None) -> tuple[int, int] | None:
         near = "x".join(str(max(8, round(side / 8) * 8)) for side in (width, height))
         raise ConfigError(f"--size {text}: both sides are multiples of 8; the nearest is {near}.")
     return width, height
-
-
-def _sweep(text: str, labels: Sequence[str]) -> tuple[str, tuple[float, ...]]:
-    label, equals, weights = text.rpartition("=")
-    if not equals or not label:
-        raise ConfigError(f"--sweep {text}: wanted LABEL=WEIGHTS, such as line=0,0.5,1.")
-    if label not in labels:
-        known = ", ".join(labels) or "none are given"
-        raise ConfigError(f"--sweep {text}: no --lora is called {label!r} ({known}).")
-    try:
-        numbers = tuple(float(number) for number in weights.split(","))
-        for number in numbers:
-            checked_weight(label, number)
-    except (ValueError, AdapterError) as error:
-        raise ConfigError(f"--sweep {text}: {error}; wanted numbers such as 0,0.5,1.") from None
-    return label, numbers
 
 
 def _files(config: Config, pictures: Sequence[tuple[str, int]], is_sheet: bool) -> tuple[Path, ...]:
@@ -266,6 +256,7 @@ def generate(config: Config) -> tuple[Path, ...]:
     from sfumato import embedding
     from sfumato.bases import load_base
     from sfumato.compose import compose
+    from sfumato.desk import Desk
     from sfumato.drawn import sampler_label, save_drawn
     from sfumato.precision import decide
 
@@ -282,26 +273,28 @@ def generate(config: Config) -> tuple[Path, ...]:
     with ExitStack() as stack:
         for token, file in wanted.embeddings:
             stack.enter_context(embedding.load(base, file, token)).check([prompt for prompt, _ in wanted.pictures])
-        mix = stack.enter_context(compose(base, *wanted.adapters, partial=config.partial))
+        # A new weight at every step costs least in a path beside the layers.
+        way = "live" if wanted.where_when.follows_steps else "auto"
+        allowed = {"partial": config.partial, "verify": config.verify}
+        mix = stack.enter_context(compose(base, *wanted.adapters, way=way, **allowed))
         for label, vectors in mix.embeddings.items():  # the weight of a bundle is the LoRA's; its words are there
             words = embedding.Words(base, embedding.fitting(base, vectors, label)).requires_grad_(False)
             stack.enter_context(words).check([prompt for prompt, _ in wanted.pictures])
         for label, count in mix.skipped.items():
             print(f"{label}: {count} modules left out (--partial).", file=sys.stderr)
+        start, pictures = _start(config), wanted.pictures
+        desk = Desk(base, mix, pictures, wanted.tagged, settings, start, wanted.where_when, config.partial)
         if wanted.sweep:
-            _draw_sheet(config, base, mix, wanted, settings, sampler)
+            save_drawn(*desk.sweep(*wanted.sweep), wanted.files[0], sampler)
+        elif config.before_after:
+            save_drawn(*desk.before_after(), wanted.files[0], sampler)
         else:
-            start = _start(config)
-            for same in _runs_of_equal(wanted.tagged):
-                if weights := wanted.tagged[same.start]:
-                    mix.set_weights(weights)
-                elif any(wanted.tagged):
-                    mix.set_weights({each.label: each.weight for each in wanted.adapters})
-                some = wanted.pictures[same.start : same.stop]
-                drawn = _draw(base, some, settings, start)
-                for picture, file, (prompt, seed) in zip(drawn, wanted.files[same.start :], some, strict=False):
-                    save_drawn(picture, file, mix, settings | {"prompt": prompt, "seed": seed}, sampler)
-                    print(file)
+            about = [settings | {"prompt": prompt, "seed": seed} for prompt, seed in wanted.pictures]
+            for (picture, used), file, each in zip(desk.with_adapters(), wanted.files, about, strict=True):
+                save_drawn(picture, used, each, file, sampler)
+                print(file)
+            return wanted.files
+    print(wanted.files[0])
     return wanted.files
 
 
@@ -318,6 +311,7 @@ def _settings(config: Config, wanted: Plan, base: Base) -> dict[str, Any]:
         "sampler": config.sampler,
         "prompt_syntax": config.prompt_syntax,
         "embeddings": [Path(spec).name for spec in config.embedding],
+        **wanted.where_when.told(),
         "image": config.image and config.image.name,
         "mask": config.mask and config.mask.name,
         "strength": config.strength if config.image else None,
@@ -335,26 +329,6 @@ def _summary(settings: Mapping[str, Any], sampler: tuple[str, str | None], base:
     )
 
 
-def _draw(
-    base: Base, pictures: Sequence[tuple[str, int]], settings: Mapping[str, Any], start: Start | None
-) -> Iterator[Any]:
-    from sfumato.drawing import draw_each
-
-    names = ("negative", "steps", "guidance", "width", "height")
-    prompts, seeds = ([picture[i] for picture in pictures] for i in (0, 1))
-    chosen = {name: settings[name] for name in names} | {"scheduler": settings["sampler"]}
-    return draw_each(base, prompts, seeds, start=start, syntax=settings["prompt_syntax"], **chosen)
-
-
-def _runs_of_equal(weights: Sequence[dict[str, Weight] | None]) -> Iterator[range]:
-    """Neighbours with the same weights, which are drawn in one batch."""
-    first = 0
-    for place in range(1, len(weights) + 1):
-        if place == len(weights) or weights[place] != weights[first]:
-            yield range(first, place)
-            first = place
-
-
 def _start(config: Config) -> Start | None:
     """The picture to begin from, read as training would read it."""
     if config.image is None:
@@ -364,32 +338,6 @@ def _start(config: Config) -> Start | None:
 
     mask = None if config.mask is None else open_image(config.mask)
     return Start(open_image(config.image), config.strength, mask)
-
-
-def _draw_sheet(
-    config: Config, base: Base, mix: Mix, wanted: Plan, settings: dict[str, Any], sampler: tuple[str, str | None]
-) -> None:
-    """The sheet of a sweep: the base stays loaded, and each weight recomputes only what that adapter changes."""
-    from sfumato.drawn import save_drawn
-    from sfumato.sheet import contact_sheet
-
-    assert wanted.sweep is not None
-    label, weights = wanted.sweep
-    start = _start(config)
-    rows = []
-    for weight in weights:
-        mix.set_weights({label: weight})
-        rows.append(list(_draw(base, wanted.pictures, settings, start)))
-        print(f"{label} {weight:g}", file=sys.stderr)
-    prompts, seeds = ([picture[i] for picture in wanted.pictures] for i in (0, 1))
-    sheet = contact_sheet(
-        rows,
-        row_labels=[f"{label} {weight:g}" for weight in weights],
-        column_labels=[f"{p} ({seed})" if len(set(seeds)) > 1 else p for p, seed in wanted.pictures],
-    )
-    grid = {"sweep": {label: list(weights)}, "prompts": prompts, "seeds": seeds}
-    save_drawn(sheet, wanted.files[0], mix, settings | {"prompt": prompts[0], "seed": seeds[0]} | grid, sampler)
-    print(wanted.files[0])
 
 
 def main(argv: Sequence[str]) -> int:

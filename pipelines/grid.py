@@ -6,13 +6,14 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from sfumato.axes import PLAIN, Axis, coarse_to_fine, parse_axis
+from sfumato.axes import PLAIN, Axis, checked_method, checked_share, coarse_to_fine, parse_axis
 from sfumato.cli import run
 from sfumato.compose.adapter import Adapter, Weight
 from sfumato.config import parse
@@ -26,20 +27,35 @@ if TYPE_CHECKING:
     from sfumato.compose import Mix
 
 
+WITHOUT_DENSITY = {"linear", "np-lora"}
+"""Methods that drop no entries."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Draw pictures over two settings as one labelled sheet.
 
     Example: sfumato grid --lora line.safetensors --x line=0,0.5,1 --y "prompt=a crab|an owl" -o grid
+
+    Methods: sfumato grid --lora line.safetensors --lora otter.safetensors --x otter=0.5,0.75,1 --y method=linear,ties
+    --prompt "an otter"
     """
 
     x: str
     """What varies from left to right: prompt=a crab|an owl, seed=1,2,3, LABEL=0,0.5,1 for an adapter's weight,
-    adapter=a.safetensors,runs/*.safetensors for one adapter after another; also negative, steps, guidance, sampler."""
+    adapter=a.safetensors,runs/*.safetensors for one adapter after another, method=linear,ties,np-lora for the adapters
+    merged by each method as sfumato merge does it; also density (of a method), negative, steps, guidance, sampler."""
     y: str
     """What varies from top to bottom, in the same form."""
     lora: tuple[str, ...] = ()
     """FILE:0.8, an adapter and its weight, as for sfumato generate. Repeat to mix."""
+    method: str | None = None
+    """How sfumato merge puts the adapters into one, where no axis says it: linear, ties, dare, magnitude, np-lora, ...;
+    unset, they are summed. For np-lora the first --lora is the style."""
+    density: float | None = None
+    """Share of the entries that ties, dare, dare-ties, magnitude, knots and core-space keep; 0.5 if unset."""
+    rank: int | None = None
+    """At most so many directions a module of what a method merges; unset, as many as the adapters have together."""
     adapter_weight: float = 1.0
     """The weight of the adapters of an axis adapter=..."""
     prompt: str | None = None
@@ -68,7 +84,7 @@ class Config:
 
 @dataclass(frozen=True)
 class Cell:
-    """One picture: its settings, and the adapters' weights by label."""
+    """One picture: its settings, and the adapters' weights by label. Those of a method are in `settings` if one is."""
 
     settings: Mapping[str, Any]
     weights: Mapping[str, Weight]
@@ -76,7 +92,10 @@ class Cell:
     def key(self, base: str, files: Mapping[str, str]) -> str:
         """What the picture depends on, so that a cell drawn earlier is known again. files: sha256 by label."""
         used = {label: [files[label], weight] for label, weight in self.weights.items() if weight != 0.0}
-        text = json.dumps([base, dict(self.settings), used], sort_keys=True)
+        told = [base, dict(self.settings), used]
+        if self.settings.get("method"):
+            told.append(list(used))  # the order counts: np-lora keeps the first whole
+        text = json.dumps(told, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -89,6 +108,7 @@ def plan(config: Config) -> tuple[Axis, Axis, list[Adapter], list[list[Cell]]]:
         raise ConfigError(f"--x and --y both vary {x.label or x.kind}; give them different settings.")
     if config.prompt is None and "prompt" not in (x.kind, y.kind):
         raise ConfigError("there is no prompt; give --prompt, or an axis such as --y 'prompt=a crab|an owl'.")
+    _check_method(config, x, y, adapters)
     fixed = {adapter.label: adapter.weight for adapter in adapters}
     extra = {file: f"{axis} {place}" for axis, side in (("x", x), ("y", y)) if side.kind == "adapter"
              for place, file in enumerate(side.values)}  # fmt: skip
@@ -98,7 +118,7 @@ def plan(config: Config) -> tuple[Axis, Axis, list[Adapter], list[list[Cell]]]:
         row = []
         for right in x.values:
             settings = {name: getattr(config, name) for name in PLAIN}
-            weights: dict[str, Weight] = dict.fromkeys(extra.values(), 0.0) | fixed
+            weights: dict[str, Weight] = fixed | dict.fromkeys(extra.values(), 0.0)
             for axis, value in ((x, right), (y, below)):
                 if axis.kind == "weight":
                     weights[axis.label] = value
@@ -106,9 +126,39 @@ def plan(config: Config) -> tuple[Axis, Axis, list[Adapter], list[list[Cell]]]:
                     weights[extra[value]] = config.adapter_weight
                 else:
                     settings[axis.kind] = value
-            row.append(Cell(settings, weights))
+            row.append(Cell(_with_method(settings, config.rank), weights))
         rows.append(row)
     return x, y, adapters, rows
+
+
+def _check_method(config: Config, x: Axis, y: Axis, adapters: Sequence[Adapter]) -> None:
+    if config.density is not None:
+        checked_share(config.density)
+    if config.rank is not None and config.rank < 1:
+        raise ConfigError(f"--rank {config.rank}: wanted at least 1.")
+    kinds = (x.kind, y.kind)
+    if config.method is not None:
+        checked_method(config.method)
+    methods = next((set(axis.values) for axis in (x, y) if axis.kind == "method"), {config.method} - {None})
+    if config.rank is not None and not methods:
+        raise ConfigError("--rank is of a merging method; give --method ties, or --x method=ties,dare.")
+    if (config.density is not None or "density" in kinds) and methods <= WITHOUT_DENSITY:
+        raise ConfigError(
+            "--density is of a merging method that thins out; give --method ties, or --x method=ties,dare."
+        )
+    if not methods:
+        return
+    if not adapters and "adapter" not in kinds:
+        raise ConfigError("a method wants adapters to merge; give --lora FILE:0.8, twice or more.")
+
+
+def _with_method(settings: dict[str, Any], rank: int | None) -> dict[str, Any]:
+    """The settings of a cell, those of its method only where it has one that takes them."""
+    method, density = settings.pop("method"), settings.pop("density")
+    if method is None:
+        return settings
+    settings |= {"method": method, "rank": rank}
+    return settings if method in WITHOUT_DENSITY else settings | {"density": 0.5 if density is None else density}
 
 
 def draw_grid(config: Config) -> Path:
@@ -128,11 +178,12 @@ def draw_grid(config: Config) -> Path:
         for row, cells in enumerate(rows)
         for column, cell in enumerate(cells)
     }
-    with compose(base, *adapters, partial=config.partial) as mix:
+    is_merged = "method" in rows[0][0].settings  # then all cells have one
+    with nullcontext() if is_merged else compose(base, *adapters, partial=config.partial) as mix:
         for cells in coarse_to_fine(len(x.values), len(y.values)):
             missing = [place for place in cells if not paths[place].exists()]
-            for place, picture in _draw(base, mix, rows, missing):
-                _save(picture, paths[place], base, mix, rows[place[1]][place[0]])
+            for place, picture in _draw(base, mix, adapters, rows, missing, partial=config.partial):
+                _save(picture, paths[place], base, adapters, rows[place[1]][place[0]])
             _write_sheet(config, x, y, rows, paths)
             there = sum(path.exists() for path in paths.values())
             print(f"{there} of {len(paths)} pictures", file=sys.stderr)
@@ -140,9 +191,18 @@ def draw_grid(config: Config) -> Path:
 
 
 def _draw(
-    base: Base, mix: Mix, rows: Sequence[Sequence[Cell]], places: Sequence[tuple[int, int]]
+    base: Base,
+    mix: Mix | None,
+    adapters: Sequence[Adapter],
+    rows: Sequence[Sequence[Cell]],
+    places: Sequence[tuple[int, int]],
+    *,
+    partial: bool,
 ) -> Iterator[tuple[tuple[int, int], Image]]:
-    """The pictures of the cells; those that differ in prompt and seed alone are drawn in one batch."""
+    """The pictures of the cells; those that differ in prompt and seed alone are drawn in one batch.
+
+    mix: of all adapters; None where the cells have a method, which merges them for each batch.
+    """
     from sfumato.drawing import draw
 
     together: dict[str, list[tuple[int, int]]] = {}
@@ -152,19 +212,40 @@ def _draw(
         together.setdefault(json.dumps([shared, dict(cell.weights)], sort_keys=True), []).append(place)
     for group in together.values():
         cells = [rows[row][column] for column, row in group]
-        mix.set_weights(dict(cells[0].weights))
-        shared = {name: cells[0].settings[name] for name in ("negative", "steps", "guidance")}
-        pictures = draw(
-            base,
-            [cell.settings["prompt"] for cell in cells],
-            [cell.settings["seed"] for cell in cells],
-            scheduler=cells[0].settings["sampler"],
-            **shared,
-        )
+        with _applied(base, mix, adapters, cells[0], partial=partial):
+            pictures = draw(
+                base,
+                [cell.settings["prompt"] for cell in cells],
+                [cell.settings["seed"] for cell in cells],
+                scheduler=cells[0].settings["sampler"],
+                **{name: cells[0].settings[name] for name in ("negative", "steps", "guidance")},
+            )
         yield from zip(group, pictures, strict=True)
 
 
-def _save(picture: Image, path: Path, base: Base, mix: Mix, cell: Cell) -> None:
+def _applied(base: Base, mix: Mix | None, adapters: Sequence[Adapter], cell: Cell, *, partial: bool) -> Any:
+    """A context in which the adapters are as the cell has them."""
+    if mix is not None:
+        mix.set_weights(dict(cell.weights))
+        return nullcontext()
+    from sfumato.compose.by_method import by_method
+    from sfumato.merging.factors import Budget
+    from sfumato.merging.methods import Settings
+
+    to = cell.settings
+    settings = Settings(density=to.get("density", Settings.density))
+    used = _used(adapters, cell)
+    return by_method(
+        base, *used, method=to["method"], settings=settings, budget=Budget(rank=to["rank"]), partial=partial
+    )
+
+
+def _used(adapters: Sequence[Adapter], cell: Cell) -> tuple[Adapter, ...]:
+    """The adapters with the weights that the cell gives them."""
+    return tuple(Adapter(each.path, cell.weights[each.label], each.label) for each in adapters)
+
+
+def _save(picture: Image, path: Path, base: Base, adapters: Sequence[Adapter], cell: Cell) -> None:
     from sfumato.drawn import sampler_label, save_drawn
 
     defaults = base.defaults
@@ -178,7 +259,7 @@ def _save(picture: Image, path: Path, base: Base, mix: Mix, cell: Cell) -> None:
         "vae": None,
         "clip_skip": None,
     }
-    save_drawn(picture, path, mix, settings, sampler_label(cell.settings["sampler"], base))
+    save_drawn(picture, _used(adapters, cell), settings, path, sampler_label(cell.settings["sampler"], base))
 
 
 def _write_sheet(

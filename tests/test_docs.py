@@ -1,16 +1,23 @@
-"""Every Python example of docs/mixing.md runs, on a small pipeline of SD 1.x."""
+"""Every example of docs/mixing.md runs: Python on a small pipeline of SD 1.x, commands on a small pocket."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
+from sfumato import cli
 from sfumato.adapters import attach, select
 from sfumato.files import LoraModule, write_lora
 from tests.tiny import tiny_pipeline, write_folder
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs/mixing.md").read_text(encoding="utf-8")
+COMMANDS = [
+    line
+    for block in re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL)
+    for line in block.replace("\\\n", " ").splitlines()
+]
 EXAMPLES = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 
 
@@ -31,9 +38,31 @@ def test_the_examples_run_one_after_another(pipe, tmp_path, monkeypatch):
     monkeypatch.setattr(type(pipe), "__call__", lambda self, *a, **o: call(self, *a, **{"num_inference_steps": 2, **o}))
     before = {name: tensor.clone() for name, tensor in pipe.unet.state_dict().items()}
     names = {"pipe": pipe, "BASE": str(write_folder(pipe, tmp_path / "base"))}
-    assert len(EXAMPLES) == 6
+    assert len(EXAMPLES) == 7
     for example in EXAMPLES:
         code = example.replace('"pipelines/custom/', f'"{ROOT}/pipelines/custom/')
         exec(compile(code, "docs/mixing.md", "exec"), names)
     assert all((tensor == before[name]).all() for name, tensor in pipe.unet.state_dict().items())
     assert (tmp_path / "mix.safetensors").is_file()
+
+
+def test_the_commands_run_one_after_another(pocket_folder, tmp_path, monkeypatch):
+    from sfumato.bases import load_base
+    from sfumato.precision import decide
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SFUMATO_POCKET", str(pocket_folder))
+    unet = load_base("pocket", precision=decide("fp32", device="cpu")).unet
+    for seed, name in enumerate(("line", "otter")):
+        lora = attach({"unet": select(unet, "cross-attention")}, rank=2, alpha=2.0, seed=seed)
+        modules = {key: LoraModule.from_scale(x.down, x.up + 0.1, x.scale) for key, x in lora.layers.items()}
+        lora.detach()
+        write_lora(tmp_path / f"{name}.safetensors", modules, family="pocket")
+    assert len(COMMANDS) == 9
+    for command in COMMANDS:
+        program, *words = shlex.split(command)
+        assert program == "sfumato"
+        drawing = ["--steps", "2", "--device", "cpu"] if words[0] != "merge" else ["--family", "pocket"]
+        assert cli.main([*words, *drawing]) == 0, command
+    made = ("blocks.png", "ramp.png", "late.png", "turns.png", "regions.png", "mix.safetensors", "pairs.png")
+    assert all((tmp_path / name).is_file() for name in (*made, "grid/grid.png", "methods/grid.png"))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from sfumato import cli
 from sfumato.bases import load_base
@@ -202,6 +203,106 @@ def test_weighted_words_change_the_picture(generate):
     assert not np.array_equal(plain, heavy)
 
 
+def pixels(name: str) -> np.ndarray:
+    return np.asarray(Image.open(name).convert("RGB"), dtype=int)
+
+
+TWO = ["--lora", "line.safetensors:0.8", "--lora", "otter.safetensors:0.6"]
+
+
+def test_weights_by_step_are_those_of_the_library(generate, base, loras):
+    from sfumato.compose.steps import Ramp, Switch, over_steps
+
+    words = ["a cat", *TWO, "--seed", "7"]
+    assert generate(*words, "--over-steps", "line=0:1,0.9:0", "-o", "ramp.png")[0] == 0
+    assert generate(*words, "--over-steps", "line=0-0.4", "-o", "span.png")[0] == 0
+    assert generate(*words, "--switch", "1", "-o", "turns.png")[0] == 0
+    line, otter = Adapter(loras / "line.safetensors", 0.8), Adapter(loras / "otter.safetensors", 0.6)
+    with compose(base, line, otter, way="live") as mix:
+        plain = np.asarray(draw(base, "a cat", 7, steps=2)[0], dtype=int)
+        with over_steps(mix, line=Ramp((0, 1), (0.9, 0))):
+            ramp = np.asarray(draw(base, "a cat", 7, steps=2)[0], dtype=int)
+        with over_steps(mix, line=lambda progress: 0.8 if progress <= 0.4 else 0.0):
+            span = np.asarray(draw(base, "a cat", 7, steps=2)[0], dtype=int)
+        with over_steps(mix, Switch(("line", "otter"), every=1)):
+            turns = np.asarray(draw(base, "a cat", 7, steps=2)[0], dtype=int)
+    for name, wanted in (("ramp.png", ramp), ("span.png", span), ("turns.png", turns)):
+        assert np.array_equal(pixels(name), wanted), name
+        assert not np.array_equal(wanted, plain), name
+    own = read_picture_info(Path("span.png")).own
+    assert own["over_steps"] == {"line": {"span": [0.0, 0.4]}}
+    assert own["adapters"][0]["weight"] == 0.8
+    assert read_picture_info(Path("turns.png")).own["switch"] == {"labels": ["line", "otter"], "every": 1}
+
+
+@pytest.mark.parametrize("guidance", ["4", "1"])
+def test_a_region_is_that_of_the_library_beside_what_counts_everywhere(generate, base, loras, guidance):
+    from sfumato.compose.regions import Region, regions
+
+    mask = Image.new("L", (64, 64), 0)
+    mask.paste(255, (32, 0, 64, 64))
+    mask.save("mask.png")
+    words = ["a cat", *TWO, "--seed", "7", "--guidance", guidance]
+    assert generate(*words, "--region", "otter=right:red", "-o", "half.png")[0] == 0
+    assert generate(*words, "--region", "otter=mask.png:red", "-o", "mask-drawn.png")[0] == 0
+    assert generate(*words, "--region", "otter=0.5,0,1,1", "-o", "no-prompt.png")[0] == 0
+    line, otter = Adapter(loras / "line.safetensors", 0.8), Adapter(loras / "otter.safetensors", 0.6)
+    box = (0.5, 0.0, 1.0, 1.0)
+    with compose(base, line), regions(base, Region(box, otter, prompt="red"), guided=guidance != "1"):
+        wanted = np.asarray(draw(base, "a cat", 7, steps=2, guidance=float(guidance))[0], dtype=int)
+    assert np.array_equal(pixels("half.png"), wanted)
+    assert np.abs(pixels("mask-drawn.png") - wanted).max() <= 1
+    assert not np.array_equal(pixels("no-prompt.png"), wanted)
+    own = read_picture_info(Path("half.png")).own
+    assert [each["label"] for each in own["adapters"]] == ["line"]
+    assert (own["regions"][0]["where"], own["regions"][0]["prompt"]) == (list(box), "red")
+    assert own["regions"][0]["adapters"][0]["weight"] == 0.6
+
+
+def cell(sheet: str, column: int, row: int, columns: int, rows: int) -> np.ndarray:
+    """The picture of a sheet, halved to the 64 px it was drawn in; the last cells end 10 px before the sheet's end."""
+    image = Image.open(sheet).convert("RGB")
+    left = image.width - (columns - column) * 138
+    top = image.height - (rows - row) * 138
+    return np.asarray(image.crop((left, top, left + 128, top + 128)).resize((64, 64), Image.Resampling.BOX), dtype=int)
+
+
+def close(one: np.ndarray, other: np.ndarray) -> bool:
+    """Of one picture, but for the sheet's enlarging."""
+    return float(np.abs(one - other).mean()) < 4
+
+
+def test_pairs_show_each_picture_without_and_with_the_adapters(generate):
+    Image.linear_gradient("L").resize((64, 64)).convert("RGB").save("start.png")
+    rows = ["a cat", "red", "--seed", "7", "--seed", "8"]
+    for extra, kind in (([], "plain"), (["--image", "start.png", "--strength", "0.9"], "from a picture")):
+        assert generate(*rows, *extra, "-o", f"{kind} without")[0] == 0
+        assert generate(*rows, *extra, *TWO, "-o", f"{kind} with")[0] == 0
+        code, out, _ = generate(*rows, *extra, *TWO, "--before-after", "-o", f"{kind}.png")
+        assert (code, out) == (0, f"{kind}.png\n")
+        for column, folder in enumerate((f"{kind} without", f"{kind} with")):
+            for row, file in enumerate(sorted(Path(folder).iterdir())):
+                assert close(cell(f"{kind}.png", column, row, 2, 4), pixels(str(file))), (kind, column, row)
+        assert not close(cell(f"{kind}.png", 0, 0, 2, 4), cell(f"{kind}.png", 1, 0, 2, 4))
+    own = read_picture_info(Path("plain.png")).own
+    assert own["before_after"] is True
+    assert (own["prompts"][2], own["seeds"][3]) == ("red", 8)
+
+
+def test_pairs_leave_out_tags_regions_and_steps_on_the_side_without(generate):
+    generate("a cat", "-o", "plain.png")
+    generate("a cat <lora:line:0.9>", "-o", "tagged.png")
+    assert generate("a cat <lora:line:0.9>", "--before-after", "-o", "tags.png")[0] == 0
+    assert close(cell("tags.png", 0, 0, 2, 1), pixels("plain.png"))
+    assert close(cell("tags.png", 1, 0, 2, 1), pixels("tagged.png"))
+    words = ["a cat", *TWO, "--region", "otter=left", "--over-steps", "line=0-0.4"]
+    assert generate(*words, "-o", "both.png")[0] == 0
+    assert generate(*words, "--before-after", "-o", "pair.png")[0] == 0
+    assert close(cell("pair.png", 0, 0, 2, 1), pixels("plain.png"))
+    assert close(cell("pair.png", 1, 0, 2, 1), pixels("both.png"))
+    assert not close(pixels("both.png"), pixels("plain.png"))
+
+
 @pytest.mark.parametrize("name", ["img2img_script", "sdxl_script"])
 def test_the_other_example_scripts_run(name, base_folder, loras, tmp_path, monkeypatch):
     script = Path(__file__).parents[1] / "examples" / f"{name}.py"
@@ -259,6 +360,37 @@ WRONG = {
     "a sweep of nothing": (["a", "--sweep", "line=0,1"], "no --lora is called 'line'"),
     "a sweep of words": (["a", "--lora", "line.safetensors", "--sweep", "line=0,one"], "'one'"),
     "a sweep too far": (["a", "--lora", "line.safetensors", "--sweep", "line=0,50"], "outside -10 to 10"),
+    "pairs of nothing": (["a", "--before-after"], "no adapter to draw with"),
+    "two sheets at once": (
+        ["a", "--lora", "line.safetensors", "--sweep", "line=0,1", "--before-after"],
+        "ask for one of them",
+    ),
+    "a region of nothing": (["a", "--region", "line=left"], "none are given"),
+    "a region nowhere": (["a", "--lora", "line.safetensors", "--region", "line=lefft"], "'lefft' is no place"),
+    "a box of no size": (["a", "--lora", "line.safetensors", "--region", "line=0,0,0,1"], "a box is left,top"),
+    "a box of three": (["a", "--lora", "line.safetensors", "--region", "line=0,0,1"], "a box is left,top"),
+    "a tag of a region's": (
+        ["a <lora:line:1>", "--lora", "line.safetensors", "--region", "line=left"],
+        "has a --region",
+    ),
+    "steps of nothing": (["a", "--over-steps", "line=0-0.5"], "none are given"),
+    "steps of a region's": (
+        ["a", "--lora", "line.safetensors", "--region", "line=left", "--over-steps", "line=0-0.5"],
+        "none are given",
+    ),
+    "steps backwards": (["a", "--lora", "line.safetensors", "--over-steps", "line=0.5-0.2"], "START-END"),
+    "steps in words": (["a", "--lora", "line.safetensors", "--over-steps", "line=early"], "PROGRESS:WEIGHT"),
+    "a step too far": (["a", "--lora", "line.safetensors", "--over-steps", "line=0:1,1:50"], "outside -10 to 10"),
+    "steps twice": (
+        ["a", "--lora", "line.safetensors", "--over-steps", "line=0-0.5", "--over-steps", "line=0:1"],
+        "names line twice",
+    ),
+    "steps under a sweep": (
+        ["a", "--lora", "line.safetensors", "--over-steps", "line=0:1,1:0", "--sweep", "line=0,1"],
+        "sets the weight of line at every step",
+    ),
+    "turns of one": (["a", "--lora", "line.safetensors", "--switch", "5"], "two --lora or more"),
+    "turns of no step": (["a", *TWO, "--switch", "0"], "--switch 0"),
     "no such prompts": (["--prompts-file", "gone.txt"], "gone.txt"),
     "an unknown option": (["a", "--sede", "3"], "--seed"),
     "a seed too long": (["a", "--seed", str(2**64)], "64 bits"),
@@ -280,3 +412,12 @@ def test_wrong_use_is_one_line_and_leaves_no_file(generate, words, said):
     assert said in message[0]
     assert {path: path.stat().st_mtime_ns for path in Path().rglob("*")} == before
     assert Path("there.png").read_bytes() == b"mine"
+
+
+def test_verify_refuses_an_adapter_without_a_fingerprint(generate, tmp_path):
+    save_file(load_file(tmp_path / "line.safetensors"), tmp_path / "bare.safetensors")
+    assert generate("a crab", "--lora", "line.safetensors", "--verify", "-o", "line.png")[0] == 0
+    code, _, said = generate("a crab", "--lora", "bare.safetensors", "--verify", "-o", "bare.png")
+    assert code == 2
+    assert "fingerprint" in said
+    assert not (tmp_path / "bare.png").exists()

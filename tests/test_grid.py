@@ -36,6 +36,8 @@ def test_every_shape_is_covered_once(shape):
         ("seed=1, 2", Axis("seed", (1, 2))),
         ("line=0,0.5", Axis("weight", (0.0, 0.5), "line")),
         ("guidance=3,7.5", Axis("guidance", (3.0, 7.5))),
+        ("method=linear, np-lora", Axis("method", ("linear", "np-lora"))),
+        ("density=0.2,1", Axis("density", (0.2, 1.0))),
     ],
 )
 def test_axes_are_read_as_written(text, axis):
@@ -53,6 +55,8 @@ def test_axes_are_read_as_written(text, axis):
         ("line=99", "weight 99"),
         ("sampler=eular", "euler"),
         ("adapter=nowhere/*.safetensors", "no file matches"),
+        ("method=linear,tie", "no method 'tie'; known are linear, knots, core-space, np-lora, ties, dare"),
+        ("density=0", "density 0: wanted the share"),
     ],
 )
 def test_an_axis_that_makes_no_sense_is_one_line(text, said):
@@ -116,9 +120,90 @@ def test_one_adapter_after_another(grid, tmp_path):
     assert abs(first - second).max() > 0
 
 
+BOTH = ["--lora", "line.safetensors:0.8", "--lora", "otter.safetensors"]
+
+
+def test_methods_by_weights_are_what_merged_files_draw(grid, tmp_path, pocket_folder):
+    words = [*BOTH, "--x", "otter=0,0.5,1", "--y", "method=linear,ties,np-lora", "--prompt", "red", "--seed", "3"]
+    assert grid(*words, "--density", "0.3") == 0
+    about = json.loads((tmp_path / "out/grid.json").read_text())
+    assert about["y"] == ["linear", "ties", "np-lora"]
+    cells = {(cell["method"], cell["weights"]["otter"]): cell for cell in about["cells"]}
+    assert len(cells) == 9
+    drawing = ["--base", str(pocket_folder), "--steps", "2", "--device", "cpu", "--seed", "3"]
+    pictures = {}
+    for method, options in (("linear", []), ("ties", ["--density", "0.3"]), ("np-lora", [])):
+        merge = ["merge", *BOTH[1::2], "--method", method, *options, "--family", "pocket"]
+        assert cli.main([*merge, "-o", f"{method}.safetensors"]) == 0
+        assert cli.main(["generate", "red", "--lora", f"{method}.safetensors", *drawing, "-o", f"{method}.png"]) == 0
+        pictures[method] = _pixels(tmp_path / f"{method}.png")
+        cell = cells[method, 1.0]
+        assert abs(_pixels(tmp_path / "out" / cell["file"]) - pictures[method]).max() <= 1
+        assert cell.get("density") == (0.3 if method == "ties" else None)
+    assert abs(pictures["linear"] - pictures["ties"]).max() > 1
+    own = read_picture_info(tmp_path / "out" / cells["ties", 0.5]["file"])
+    assert (own.own["method"], own.own["density"], own.own["adapters"][1]["weight"]) == ("ties", 0.3, 0.5)
+    assert dict(own.parameters.settings)["Merge method"] == "ties"
+    assert "<lora" not in own.parameters.prompt
+    linear = read_picture_info(tmp_path / "out" / cells["linear", 0.5]["file"])
+    assert linear.parameters.prompt == "red <lora:line:0.8> <lora:otter:0.5>"
+
+
+def test_a_grid_of_methods_goes_on_where_it_stopped(grid, tmp_path):
+    words = ["--x", "otter=0,1", "--y", "method=linear,ties", "--prompt", "red"]
+    assert grid(*BOTH, *words) == 0
+    files = sorted((tmp_path / "out/cells").iterdir())
+    before = {file: file.stat().st_mtime_ns for file in files}
+    files[0].unlink()
+    assert grid(*BOTH, *words[:3], "method=linear,dare,ties", *words[4:]) == 0
+    changed = [file for file in files if file.stat().st_mtime_ns != before[file]]
+    assert changed == files[:1]
+    assert len(list((tmp_path / "out/cells").iterdir())) == 6
+    about = json.loads((tmp_path / "out/grid.json").read_text())
+    assert all(cell["drawn"] for cell in about["cells"])
+
+
+def test_the_first_adapter_of_np_lora_is_the_style_and_another_order_another_picture(grid, tmp_path):
+    words = ["--x", "seed=3", "--y", "method=np-lora", "--prompt", "red"]
+    assert grid(*BOTH, *words) == 0
+    assert grid(*BOTH[2:], *BOTH[:2], *words) == 0
+    first, second = (_pixels(file) for file in (tmp_path / "out/cells").iterdir())
+    assert abs(first - second).max() > 0
+
+
+def test_all_weights_0_are_the_base_whatever_the_method(grid, tmp_path, pocket_folder):
+    assert grid("--lora", "line.safetensors", "--x", "line=0,1", "--y", "method=ties", "--prompt", "red") == 0
+    about = json.loads((tmp_path / "out/grid.json").read_text())
+    plain = ["generate", "red", "--base", str(pocket_folder), "--steps", "2", "--device", "cpu", "-o", "plain.png"]
+    assert cli.main(plain) == 0
+    none, one = (_pixels(tmp_path / "out" / cell["file"]) for cell in about["cells"])
+    assert np.array_equal(none, _pixels(tmp_path / "plain.png"))
+    assert abs(one - none).max() > 1
+
+
+def test_density_by_weight_of_one_method(grid, tmp_path):
+    words = ["--x", "line=0.5,1", "--y", "density=0.2,1", "--method", "magnitude", "--prompt", "red"]
+    assert grid(*BOTH, *words) == 0
+    about = json.loads((tmp_path / "out/grid.json").read_text())
+    thin, whole = (_pixels(tmp_path / "out" / cell["file"]) for cell in about["cells"] if cell["weights"]["line"] == 1)
+    assert abs(thin - whole).max() > 1
+
+
+def _pixels(path):
+    return np.asarray(Image.open(path).convert("RGB"), dtype=int)
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        ([*BOTH, "--x", "method=ties,tise", "--y", "seed=2", "--prompt", "a"], "known are linear, knots"),
+        ([*BOTH, "--x", "seed=1", "--y", "steps=2", "--prompt", "a", "--method", "x"], "no method 'x'"),
+        ([*BOTH, "--x", "seed=1", "--y", "density=0.2", "--prompt", "a"], "--density is of a merging method"),
+        ([*BOTH, "--x", "method=np-lora,linear", "--y", "density=0.2", "--prompt", "a"], "that thins out"),
+        ([*BOTH, "--x", "seed=1", "--y", "steps=2", "--prompt", "a", "--rank", "4"], "--rank is of a merging method"),
+        ([*BOTH, "--x", "seed=1", "--y", "method=ties", "--prompt", "a", "--rank", "0"], "--rank 0"),
+        ([*BOTH, "--x", "seed=1", "--y", "method=ties", "--prompt", "a", "--density", "2"], "density 2"),
+        (["--x", "seed=1", "--y", "method=ties", "--prompt", "a"], "wants adapters to merge"),
         (["--x", "seed=1", "--y", "seed=2", "--prompt", "a"], "both vary seed"),
         (["--x", "seed=1", "--y", "steps=2"], "no prompt"),
         (["--x", "adapter=nowhere.safetensors", "--y", "seed=1", "--prompt", "a"], "nowhere.safetensors"),
@@ -126,4 +211,6 @@ def test_one_adapter_after_another(grid, tmp_path):
 )
 def test_wrong_use_is_one_line(grid, words, said, capsys):
     assert grid(*words) == 2
-    assert said in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert said in shown
+    assert len([line for line in shown.splitlines() if line.startswith("sfumato: ")]) == 1

@@ -20,8 +20,34 @@ PLAIN: dict[str, Callable[[str], Any]] = {
     "steps": int,
     "guidance": float,
     "sampler": str,
+    "method": str,
+    "density": float,
 }
 """Settings that an axis may vary, and what reads each value."""
+
+
+def checked_method(name: str) -> str:
+    """The name of a merging method. Raises ConfigError, one line, for one that there is not."""
+    from sfumato.merging.methods import METHODS
+
+    if name not in METHODS:
+        raise ConfigError(f"there is no method {name!r}; known are {', '.join(METHODS)}.")
+    return name
+
+
+def checked_share(density: float) -> float:
+    """The density. Raises ConfigError for one that is no share."""
+    if not 0 < density <= 1:
+        raise ConfigError(f"density {density:g}: wanted the share of entries to keep, above 0 and at most 1.")
+    return density
+
+
+CHECKS: dict[str, Callable[[Any], object]] = {
+    "sampler": find,
+    "method": checked_method,
+    "density": checked_share,
+}
+"""What refuses a value that was read but cannot be meant."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +65,8 @@ class Axis:
             return [str(value) for value in self.values]
         if self.kind == "adapter":
             return [Path(value).stem for value in self.values]
+        if self.kind == "method":
+            return list(self.values)
         if self.kind == "weight":
             return [f"{self.label} {value:g}" for value in self.values]
         return [
@@ -75,8 +103,8 @@ def parse_axis(text: str, labels: Sequence[str]) -> Axis:
     except ValueError:
         raise ConfigError(f"axis {text!r}: {name} takes numbers, parted by commas.") from None
     for value in values:
-        if name == "sampler":
-            find(value)
+        if name in CHECKS:
+            CHECKS[name](value)
     return Axis(name, values)
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import sfumato
 from sfumato import pnginfo
-from sfumato.compose.adapter import Weight
+from sfumato.compose.adapter import Adapter, Weight
 from sfumato.compose.blocks import Blocks
 from sfumato.files.metadata import short_hash
 
@@ -19,16 +19,28 @@ if TYPE_CHECKING:
     from sfumato.compose import Mix
 
 
+def used_in(mix: Mix) -> tuple[Adapter, ...]:
+    """The adapters of a mix with the weights they have now."""
+    return tuple(Adapter(adapter.path, mix.weights[label], label) for label, adapter in mix.adapters.items())
+
+
 def save_drawn(
-    picture: Image, file: Path, mix: Mix, settings: Mapping[str, Any], sampler: tuple[str, str | None]
+    picture: Image,
+    used: Sequence[Adapter],
+    settings: Mapping[str, Any],
+    file: Path,
+    sampler: tuple[str, str | None],
 ) -> None:
     """Write the picture with its settings as A1111 has them, and beside them as our own JSON, which loses nothing.
 
-    settings: prompt, negative, seed, steps, guidance, width, height, base, vae, clip_skip, strength and what else there
-    is. sampler: A1111's "Sampler" and "Schedule type".
+    used: the adapters with their weights. settings: prompt, negative, seed, steps, guidance, width, height, base, vae,
+    clip_skip, strength and what else there is. sampler: A1111's "Sampler" and "Schedule type".
     """
-    hashes = {Path(adapter.path).stem: short_hash(adapter.path) for adapter in mix.adapters.values()}
-    tags = [_tag(Path(adapter.path).stem, mix.weights[label]) for label, adapter in mix.adapters.items()]
+    method = settings.get("method")
+    hashes = {Path(adapter.path).stem: short_hash(adapter.path) for adapter in used}
+    # What is merged by another method than the sum, tags would draw otherwise.
+    tagged = used if method in (None, "linear") else ()
+    tags = [_tag(Path(adapter.path).stem, adapter.weight) for adapter in tagged]
     pairs = {
         "Steps": settings["steps"],
         "Sampler": sampler[0],
@@ -40,16 +52,21 @@ def save_drawn(
         "VAE": settings["vae"],
         "Denoising strength": settings.get("strength"),
         "Clip skip": settings["clip_skip"] + 1 if settings["clip_skip"] else None,  # A1111 counts the last layer as 1
+        "Merge method": method,
         "Lora hashes": pnginfo.lora_hashes(hashes) if hashes else None,
         "Version": f"sfumato-{sfumato.__version__}",
     }
-    adapters = [
-        {"label": label, "file": path.name, "hash": hashes[path.stem], "weight": _plain(mix.weights[label])}
-        for label, path in ((label, Path(adapter.path)) for label, adapter in mix.adapters.items())
-    ]
+    adapters = [described(adapter) for adapter in used]
     parameters = pnginfo.Parameters(" ".join([settings["prompt"], *tags]), settings["negative"], pairs)
     own = {**settings, "sampler": " ".join(filter(None, sampler)), "adapters": adapters, "version": sfumato.__version__}
     pnginfo.save_picture(picture, file, parameters, own)
+
+
+def described(adapter: Adapter) -> dict[str, Any]:
+    """An adapter as JSON has it."""
+    path = Path(adapter.path)
+    weight = _plain(adapter.weight)
+    return {"label": adapter.label, "file": path.name, "hash": short_hash(path), "weight": weight}
 
 
 def _tag(name: str, weight: Weight) -> str:

@@ -6,9 +6,11 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from sfumato.compose.adapter import Adapter, Weight
-from sfumato.errors import ConfigError
+from sfumato.compose.adapter import Adapter, Weight, checked_weight
+from sfumato.compose.blocks import Blocks
+from sfumato.errors import AdapterError, ConfigError
 from sfumato.files.header import read_header
+from sfumato.prompts import Tagged
 
 
 def parse_adapter(spec: str) -> Adapter:
@@ -64,3 +66,54 @@ def find_adapter(name: str, folder: Path) -> Path:
         raise ConfigError(f"<lora:{name}>: {what} in {folder}; name the folder that it is in, or its file.")
     read_header(found[0])
     return found[0]
+
+
+def in_blocks(adapters: Sequence[Adapter], blocks: Sequence[str]) -> tuple[Adapter, ...]:
+    """The adapters with the weights by block that `--blocks` gives them. Raises ConfigError also for a label twice."""
+    labels = [each.label for each in adapters]
+    if repeated := [label for label in labels if labels.count(label) > 1]:
+        raise ConfigError(f"two adapters are called {repeated[0]!r}; tell them apart with --lora NAME=FILE:0.8.")
+    found = {each.label: each for each in adapters}
+    for text in blocks:
+        label, equals, factors = text.partition("=")
+        if not equals or label not in found:
+            known = ", ".join(found) or "none are given"
+            raise ConfigError(f"--blocks {text}: wanted LABEL=BLOCKS, with the label of a --lora ({known}).")
+        weight = found[label].weight
+        if isinstance(weight, Blocks):
+            raise ConfigError(f"--blocks {text}: {label} has blocks already; name them in one.")
+        found[label] = Adapter(found[label].path, Blocks.parse(weight, factors), found[label].name)
+    return tuple(found.get(each.label, each) for each in adapters)
+
+
+def with_tags(
+    adapters: Sequence[Adapter], prompts: Sequence[Tagged], folder: Path
+) -> tuple[tuple[Adapter, ...], list[dict[str, Weight] | None]]:
+    """All adapters, those of the tags included, and each prompt's weights where it has tags."""
+    named = {each.label: each for each in adapters}
+    always = {each.label: each.weight for each in adapters}
+    for tagged in prompts:
+        for name, _ in tagged.adapters:
+            if name not in named:
+                named[name] = Adapter(find_adapter(name, folder), 0.0, name)
+    return tuple(named.values()), [
+        {label: 0.0 for label in named} | always | dict(tagged.adapters) if tagged.adapters else None
+        for tagged in prompts
+    ]
+
+
+def parse_sweep(text: str, labels: Sequence[str]) -> tuple[str, tuple[float, ...]]:
+    """(label, weights) of LABEL=0,0.5,1. Raises ConfigError, one line."""
+    label, equals, weights = text.rpartition("=")
+    if not equals or not label:
+        raise ConfigError(f"--sweep {text}: wanted LABEL=WEIGHTS, such as line=0,0.5,1.")
+    if label not in labels:
+        known = ", ".join(labels) or "none are given"
+        raise ConfigError(f"--sweep {text}: no --lora is called {label!r} ({known}).")
+    try:
+        numbers = tuple(float(number) for number in weights.split(","))
+        for number in numbers:
+            checked_weight(label, number)
+    except (ValueError, AdapterError) as error:
+        raise ConfigError(f"--sweep {text}: {error}; wanted numbers such as 0,0.5,1.") from None
+    return label, numbers

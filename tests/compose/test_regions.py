@@ -1,12 +1,15 @@
 """Adapters in regions: the whole picture is the plain mix, and outside its mask an adapter changes nothing."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch.testing import assert_close
 
 from sfumato.bases import load_base
-from sfumato.compose import Adapter, compose
+from sfumato.compose import Adapter, compose, current
 from sfumato.compose.regions import Region, regions
 from sfumato.drawing import draw
 from sfumato.errors import AdapterError
@@ -113,3 +116,21 @@ def test_a_region_that_is_none_is_refused_and_leaves_no_hook(sd1, where):
     with pytest.raises(AdapterError), regions(sd1, Region(where, prompt=None)):
         pass
     assert not any(module._forward_hooks for module in sd1.unet.modules())
+
+
+@pytest.mark.parametrize("way", ["baked", "live"])
+def test_a_regions_prompt_is_read_with_the_mix_that_the_pipeline_carries(base, write, way):
+    """A region of the whole picture, whose text part stands beside that of a mix, is the plain mix of both."""
+    parts = SimpleNamespace(unet=base.unet, text_encoder=base.text_encoders[0])
+    a, b = (write(n, parts, "to_v", "fc1", "q_proj", seed=s, family="pocket") for s, n in enumerate("ab"))
+    unguided = {"steps": 2, "guidance": 1.0}  # the rows without a prompt are read by the mix alone
+    with compose(base, Adapter(a, 3.0), Adapter(b, 3.0)):
+        wanted = np.asarray(draw(base, "red square", 0, **unguided)[0], dtype=int)
+    with compose(base, Adapter(a, 3.0), way=way) as mix:
+        with regions(base, Region(WHOLE, Adapter(b, 3.0), prompt="red square"), guided=False):
+            found = np.asarray(draw(base, "blue circle", 0, **unguided)[0], dtype=int)
+        assert current(base) is mix
+        assert list(mix.weights) == ["a"]
+        alone = np.asarray(draw(base, "red square", 0, **unguided)[0], dtype=int)
+    assert abs(found - wanted).max() <= 1
+    assert abs(found - alone).max() > 1

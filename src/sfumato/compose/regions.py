@@ -314,12 +314,10 @@ def _layers(pipe: Any, parts: Sequence[Region], *, partial: bool) -> dict[str, P
 @torch.no_grad()
 def _encode(pipe: Any, region: Region, *, partial: bool) -> Tensor:
     """The region's prompt as its adapters' text encoders read it, (1, tokens, width)."""
-    from sfumato.compose.mix import Mix
-
     prompt = region.prompt
     assert prompt is not None
-    in_text = [Adapter(each.path, (0.0, _text_weight(each)), each.label) for each in region.adapters]
-    with Mix(pipe).add(*in_text, partial=partial) if in_text else nullcontext():
+    in_text = [Adapter(each.path, (0.0, _text_weight(each)), f"{each.label} in its region") for each in region.adapters]
+    with _added(pipe, in_text, partial=partial) if in_text else nullcontext():
         if hasattr(pipe, "encode_text"):
             hidden: Tensor = pipe.encode_text([prompt]).hidden
         else:
@@ -328,6 +326,23 @@ def _encode(pipe: Any, region: Region, *, partial: bool) -> Tensor:
             )
             hidden = encoded[0]
     return hidden.clone()
+
+
+@contextmanager
+def _added(pipe: Any, adapters: Sequence[Adapter], *, partial: bool) -> Iterator[None]:
+    """Within the block the pipeline has these too, beside the mix that it carries."""
+    from sfumato.compose.mix import Mix, current
+
+    mix = current(pipe)
+    if mix is None:
+        with Mix(pipe).add(*adapters, partial=partial):
+            yield
+        return
+    mix.add(*adapters, partial=partial)
+    try:
+        yield
+    finally:
+        mix.remove(*(each.label for each in adapters))
 
 
 def _text_weight(adapter: Adapter) -> float:

@@ -52,6 +52,12 @@ class Ramp:
             raise AdapterError(f"ramp {text!r:.60}: wanted PROGRESS:WEIGHT,... such as 0:1,1:0.")
         return cls(*((point[0], point[1]) for point in points))
 
+    @classmethod
+    def within(cls, start: float, end: float, weight: float) -> Ramp:
+        """The weight after progress `start` (from the first step on, if that is 0) and up to `end`, 0 elsewhere."""
+        before = [(start, 0.0)] if start > 0 else []
+        return cls(*before, (start, weight), (end, weight), (end, 0.0))
+
     def __call__(self, progress: float) -> float:
         (before, low), *later = self.points
         if progress <= before:

@@ -1,0 +1,70 @@
+"""Adapters merged by a method, for as long as a block lasts: what `sfumato merge --method` would write, drawn at once.
+
+with by_method(pipe, Adapter("line.safetensors", 0.7), Adapter("otter.safetensors"), method="ties"):
+    pipe("an otter")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from torch import Tensor
+
+from sfumato.compose import tensors
+from sfumato.compose.adapter import Adapter
+from sfumato.compose.match import Modules, parts_of
+from sfumato.compose.mix import Mix, current
+from sfumato.errors import AdapterError
+from sfumato.files.kohya import Target
+from sfumato.files.write import write_lora
+from sfumato.merging.factors import ALL, Budget
+from sfumato.merging.merge import merge
+from sfumato.merging.methods import Settings
+from sfumato.merging.sources import read_sources
+
+
+@contextmanager
+def by_method(
+    pipe: Any,
+    *adapters: Adapter,
+    method: str,
+    settings: Settings = Settings(),  # noqa: B008 - frozen
+    budget: Budget = ALL,
+    seed: int = 0,
+    partial: bool = False,
+) -> Iterator[Mix]:
+    """Within the block the pipeline carries what these adapters are when merged by `method`; yields that mix.
+
+    pipe: a diffusers pipeline (SD 1.x, 2.x, SDXL) or a Base without a mix. method, settings, budget, seed: as of
+    `sfumato.merging.merge.merge`. Adapters of weight 0 are as if they were not there; with none left it is the base.
+    Raises AdapterError for a method that there is not, and for what cannot be merged.
+    """
+    earlier = current(pipe)
+    if earlier is not None:
+        raise AdapterError(
+            f"this pipeline carries a mix already ({earlier.describe() or 'empty'}); undo() it before merging."
+        )
+    some = [adapter for adapter in adapters if adapter.weight != 0]
+    with TemporaryDirectory(ignore_cleanup_errors=True) as folder, Mix(pipe) as mix:
+        if some:
+            modules = Modules(parts_of(pipe))
+
+            def weight(target: Target) -> Tensor:
+                found = modules.find(target)
+                stored = None if found is None else tensors.stored(found[1], "weight")
+                if stored is None or not tensors.is_plain(stored):
+                    raise AdapterError(
+                        f"{'.'.join(target)} is {'quantised' if found else 'not'} in this pipeline, so no adapter that "
+                        "depends on its weight can be merged. Load the base they were made for, unquantised."
+                    )
+                return stored.detach().to("cpu").float()
+
+            sources, _ = read_sources(some, partial=partial)
+            merged = merge(sources, method=method, settings=settings, budget=budget, seed=seed, base=weight)
+            file = write_lora(Path(folder) / "merged.safetensors", merged.modules, family=modules.family)
+            mix.add(Adapter(file, 1.0, f"{method} of {', '.join(each.label for each in some)}"), partial=partial)
+        yield mix
