@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -26,9 +25,9 @@ from torch import Tensor
 from bench.distances import paired_kernel_distance
 from bench.judge import Judge, Verdict, cached_judge, look
 from bench.judge_pictures import Pictures, read_others, read_pictures, withheld_cells
+from bench.real import print_report
 from sfumato import randomness
-from sfumato.config import parse
-from sfumato.files.atomic import atomic_path, write_text
+from sfumato.files.atomic import atomic_path
 
 SHEET = (
     "red apple", "crab", "cat face", "house", "rocket", "tulip", "pizza", "penguin", "guitar", "bus", "owl", "key",
@@ -231,11 +230,7 @@ def measure(config: Config) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the program; prints JSON."""
-    config = parse(Config, sys.argv[1:] if argv is None else argv, program="pocket_quality")
-    report = json.dumps(measure(config), indent=1)
-    print(report)
-    if config.out is not None:
-        write_text(config.out, report + "\n")
+    print_report(Config, measure, argv, "pocket_quality")
 
 
 if __name__ == "__main__":

@@ -6,36 +6,33 @@ drawn by the base and by both runs, which differ in --prior-weight alone, from t
 concept top-5 on both kinds of prompt, with intervals of the paired bootstrap over pictures.
 
     python -m bench.prior --data emoji [--method full] [--sheet docs/prior.png]
+
+What is learned and drawn stays in the folder --work: run the command again after an interruption, and it goes on.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from bench.judge import Judge, cached_judge, look
 from bench.judge_pictures import read_named
+from bench.real import Cells, cells_of, known_concepts, print_report, styles_of
+from bench.style_runs import DREAMBOOTH, Learned, Workshop, to_image
 from bench.style_summary import interval
-from sfumato import Adapter, cli, compose, load_base, randomness
-from sfumato.config import parse
-from sfumato.drawing import draw
-from sfumato.errors import DataError, RunError
-from sfumato.files.atomic import atomic_path, write_text
+from sfumato import load_base, randomness
+from sfumato.errors import DataError
+from sfumato.files.atomic import atomic_path
 from sfumato.precision import decide
 from sfumato.sheet import contact_sheet
 
-BASE_CONCEPTS = Path(__file__).parents[1] / "src/sfumato/pocket/concepts.json"
 WEIGHTS = {"with": "1", "without": "0"}
 
 
@@ -63,6 +60,8 @@ class Config:
     """Pictures of each prompt."""
     base: str = "pocket"
     """The base that learns."""
+    work: Path = Path(".cache/prior")
+    """Folder that keeps what is learned and drawn."""
     judge_steps: int = 800
     """Optimizer steps of the judge."""
     cache: Path = Path(".cache/judge")
@@ -75,51 +74,46 @@ class Config:
 
 def measure(config: Config) -> dict[str, Any]:
     """The whole report."""
-    styles = (*config.styles, *config.hands)
-    files = {(f.stem.replace("-", " "), s): f for s in styles for f in sorted((config.data / s).glob("*.png"))}
-    listed = json.loads(BASE_CONCEPTS.read_text(encoding="utf-8"))
-    known = [name for name in listed if all((name, style) in files for style in styles)]
+    files = cells_of(config.data, (*config.styles, *config.hands))
+    known = known_concepts(files)
     if len(known) < config.subjects + config.unrelated:
-        raise DataError(f"{config.data}: {len(known)} concepts have a picture in all of {', '.join(styles)}; too few.")
-    cells = {(name, style): files[name, style] for style in styles for name in known}
-    judge = cached_judge(read_named(cells, known, styles), cache=config.cache, steps=config.judge_steps, seed=0)
+        raise DataError(f"{config.data}: {len(known)} concepts have a picture in all of its styles; too few.")
+    cells = {cell: file for cell, file in files.items() if cell[0] in known}
+    judge = cached_judge(
+        read_named(cells, known, styles_of(files)), cache=config.cache, steps=config.judge_steps, seed=0
+    )
     order = [known[place] for place in randomness.permutation(len(known), 0, "prior subjects")]
+    workshop = Workshop(config.work, config.base, load_base(config.base, precision=decide("fp32")))
     rows, scores = [], []
-    with tempfile.TemporaryDirectory() as folder:
-        for number, subject in enumerate(order[: config.subjects]):
-            others = order[config.subjects :][: config.unrelated]
-            right, drawn = one_subject(config, judge, subject, others, files, Path(folder))
-            scores.append(right)
-            means = {name: {kind: round(float(t.mean()), 4) for kind, t in r.items()} for name, r in right.items()}
-            rows.append({"subject": subject, **means})
-            print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-            if number == 0 and config.sheet:
-                save_sheet(config.sheet, drawn, prompts_of(config, subject, others), config.seeds)
+    for number, subject in enumerate(order[: config.subjects]):
+        others = order[config.subjects :][: config.unrelated]
+        right, drawn = one_subject(config, workshop, judge, subject, others, files)
+        scores.append(right)
+        means = {name: {kind: round(float(t.mean()), 4) for kind, t in r.items()} for name, r in right.items()}
+        rows.append({"subject": subject, **means})
+        print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+        if number == 0 and config.sheet:
+            save_sheet(config.sheet, drawn, prompts_of(config, subject, others), config.seeds)
     return {"method": config.method, "prior": config.prior, "options": config.options, "runs": rows, **summary(scores)}
 
 
 def one_subject(
-    config: Config, judge: Judge, subject: str, others: Sequence[str], files: dict[tuple[str, str], Path], work: Path
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, list[Image.Image]]]:
-    """{base, with, without} -> {class, unrelated} -> (pictures,) 1 where the concept is in the judge's top 5."""
-    images = work / f"{subject.replace(' ', '-')}-images"
-    images.mkdir()
-    for hand in config.hands:
-        shutil.copy(files[subject, hand], images / f"{hand}.png")
+    config: Config, workshop: Workshop, judge: Judge, subject: str, others: Sequence[str], files: Cells
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """Twice {base, with, without} -> something: {class, unrelated} -> (pictures,) 1 where the concept is in the judge's
+    top 5; and the pictures, uint8, the subject's own before them."""
     prompts = prompts_of(config, subject, others)
-    asked = [prompt for prompt in prompts for _ in range(config.seeds)]
-    seeds = [place for _ in prompts for place in range(config.seeds)]
+    asked = [f"sks {subject}", *(prompt for prompt in prompts for _ in range(config.seeds))]
+    seeds = [0, *(place for _ in prompts for place in range(config.seeds))]
     named = [subject] * (1 + len(config.styles)) + list(others)
     concept = torch.tensor([judge.concepts.index(name) for name in named for _ in range(config.seeds)])
     of_class = config.seeds * (1 + len(config.styles))
     right: dict[str, dict[str, Tensor]] = {}
-    drawn: dict[str, list[Image.Image]] = {}
+    drawn: dict[str, Tensor] = {}
     for name in ("base", *WEIGHTS):
-        made = None if name == "base" else learn(config, subject, images, work / f"{images.name}-{name}", name)
-        with loaded(config, made) as source:
-            drawn[name] = [picture.convert("RGB") for picture in draw(source, asked, seeds)]
-            drawn[f"sks, {name}"] = [picture.convert("RGB") for picture in draw(source, f"sks {subject}", 0)]
-        found = look(judge, pixels(drawn[name])).right_concept(concept, 5)
+        weights = {} if name == "base" else {file: 1.0 for file in learn(config, workshop, subject, files, name).files}
+        drawn[name] = workshop.drawn(f"{subject}-{name}-drawn", asked, seeds, weights)
+        found = look(judge, drawn[name][1:]).right_concept(concept, 5)
         right[name] = {"class": found[:of_class], "unrelated": found[of_class:]}
     return right, drawn
 
@@ -129,34 +123,13 @@ def prompts_of(config: Config, subject: str, others: Sequence[str]) -> list[str]
     return [subject, *(f"{subject}, {style} style" for style in config.styles), *others]
 
 
-def learn(config: Config, subject: str, images: Path, folder: Path, name: str) -> Path:
-    """Train with the prior's weight of this name; returns what was written."""
-    words = ["train", "dreambooth", "--images", str(images), "--output", str(folder), "--class-name", subject]
-    words += ["--method", config.method, "--prior", config.prior, "--prior-weight", WEIGHTS[name]]
-    words += ["--class-cache", str(folder.parent / "class"), "--base", config.base, "--checkpoint-every", "0"]
-    words += ["--sample-every", "0", "--measure-every", "0", *(f"--{option}" for option in config.options)]
-    if cli.main(words):
-        raise RunError(f"{subject}: the training failed; the lines above say why.")
-    return folder / folder.name if config.method == "full" else folder / f"{folder.name}.safetensors"
-
-
-@contextmanager
-def loaded(config: Config, made: Path | None) -> Iterator[Any]:
-    """The base, with what was learned if anything was."""
-    whole = made is not None and made.is_dir()
-    base = load_base(str(made) if whole else config.base, precision=decide("fp32"))
-    if made is None or whole:
-        yield base
-        return
-    with compose(base, Adapter(made)):
-        yield base
-
-
-def pixels(pictures: Sequence[Image.Image]) -> Tensor:
-    """(n, 3, h, w) uint8."""
-    import numpy as np
-
-    return torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).permute(0, 3, 1, 2).contiguous()
+def learn(config: Config, workshop: Workshop, subject: str, files: Cells, name: str) -> Learned:
+    """Train with the prior's weight of this name, from the subject's pictures by both hands, without captions."""
+    options = ["--class-name", subject, "--prior", config.prior, "--prior-weight", WEIGHTS[name]]
+    options += ["--save", "difference"] if config.method == "full" else []
+    options += [f"--{option}" for option in config.options]
+    pictures = {f"{hand}.png": files[subject, hand] for hand in config.hands}
+    return workshop.learn(f"{subject}-{name}", "dreambooth", DREAMBOOTH[config.method], pictures, {}, options)
 
 
 def summary(scores: Sequence[dict[str, dict[str, Tensor]]]) -> dict[str, Any]:
@@ -181,10 +154,11 @@ def summary(scores: Sequence[dict[str, dict[str, Tensor]]]) -> dict[str, Any]:
     return found
 
 
-def save_sheet(path: Path, drawn: dict[str, list[Image.Image]], prompts: Sequence[str], seeds: int) -> None:
+def save_sheet(path: Path, drawn: dict[str, Tensor], prompts: Sequence[str], seeds: int) -> None:
     """A row each for the base and both runs: the subject, its class in each style, and unrelated things."""
     names = {"base": "base", "with": "with the prior", "without": "without"}
-    rows = [[*drawn[f"sks, {name}"], *drawn[name][::seeds]] for name in names]
+    chosen = [0, *range(1, 1 + len(prompts) * seeds, seeds)]
+    rows = [[to_image(picture) for picture in drawn[name][chosen]] for name in names]
     labels = [f"sks {prompts[0]}", *prompts]
     with atomic_path(path) as temporary:
         contact_sheet(rows, row_labels=list(names.values()), column_labels=labels).save(temporary)
@@ -192,11 +166,7 @@ def save_sheet(path: Path, drawn: dict[str, list[Image.Image]], prompts: Sequenc
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the program; prints JSON."""
-    config = parse(Config, sys.argv[1:] if argv is None else argv, program="prior")
-    report = json.dumps(measure(config), indent=1)
-    print(report)
-    if config.out is not None:
-        write_text(config.out, report + "\n")
+    print_report(Config, measure, argv, "prior")
 
 
 if __name__ == "__main__":

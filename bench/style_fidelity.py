@@ -25,15 +25,12 @@ from torch import Tensor
 from bench.distances import paired_kernel_distance
 from bench.judge import Judge, Verdict, accuracies, cached_judge, look
 from bench.judge_pictures import Pictures, read_named
-from bench.style_runs import Workshop
+from bench.real import cells_of, known_concepts, print_report, styles_of
+from bench.style_runs import Learned, Workshop, reconstruct
 from bench.style_summary import mix_summary, summary
 from sfumato import load_base, randomness
 from sfumato.bases import Base
-from sfumato.config import parse
-from sfumato.files.atomic import write_text
 from sfumato.precision import decide
-
-BASE_CONCEPTS = Path(__file__).parents[1] / "src/sfumato/pocket/concepts.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,13 +118,12 @@ def measure(config: Config) -> dict[str, Any]:
 
 def read_real(config: Config) -> tuple[Pictures, Pictures]:
     """The real pictures of the concepts that the base knows, and those of all other concepts and of the subjects."""
-    styles = sorted(folder.name for folder in config.data.iterdir() if folder.is_dir())
-    files = {(f.stem.replace("-", " "), s): f for s in styles for f in sorted((config.data / s).glob("*.png"))}
-    known = [n for n in json.loads(BASE_CONCEPTS.read_text("utf-8")) if all((n, s) in files for s in styles)]
+    files = cells_of(config.data)
+    known, styles = known_concepts(files), styles_of(files)
+    cells = {cell: file for cell, file in files.items() if cell[0] in known}
     more = {cell: file for cell, file in files.items() if cell[0] not in known}
     for folder in sorted(config.subjects.iterdir()) if config.subjects else ():
         more |= {(folder.name, f.stem): f for f in sorted(folder.glob("*.png")) if f.stem in styles}
-    cells = {(name, style): files[name, style] for style in styles for name in known}
     return read_named(cells, known, styles), read_named(more, sorted({name for name, _ in more}), styles)
 
 
@@ -147,13 +143,15 @@ def draw_run(
     order = [pictures.concepts[i] for i in randomness.permutation(len(pictures.concepts), seed, "split")]
     taught, asked = order[: config.images], order[config.images : config.images + config.concepts]
     files = [f"{concept.replace(' ', '-')}.png" for concept in taught]
-    adapter = workshop.learn(
+    learned = workshop.learn(
         f"{style}-{seed}",
+        "lora",
         "lora-style.toml",
         {file: config.data / style / file for file in files},
         {},
         ["--seed", str(seed), *words(config.style_options)],
     )
+    adapter = adapter_of(learned)
     seeds = [1000 * seed + place for place in range(len(asked))]
     before = workshop.drawn(f"base-{seed}", asked, seeds, {})
     after = workshop.drawn(f"{style}-{seed}-drawn", asked, seeds, {adapter: 1.0})
@@ -175,7 +173,13 @@ def learn_subject(config: Config, workshop: Workshop) -> Path:
     files = {file.name: file for file in found if file.stem not in config.styles}
     captions = {name: f"sks {config.subject}, {file.stem} style" for name, file in files.items()}
     options = ["--seed", "0", "--trigger", f"sks {config.subject}", *words(config.subject_options)]
-    return workshop.learn(config.subject, "lora-subject.toml", files, captions, options)
+    return adapter_of(workshop.learn(config.subject, "lora", "lora-subject.toml", files, captions, options))
+
+
+def adapter_of(learned: Learned) -> Path:
+    """The adapter's file, which the LoRA trainer always leaves."""
+    assert learned.adapter is not None
+    return learned.adapter
 
 
 def words(options: Sequence[str]) -> list[str]:
@@ -230,13 +234,6 @@ def judge_mix(config: Config, judge: Judge, run: Drawn) -> dict[str, float]:
     }
 
 
-@torch.no_grad()
-def reconstruct(base: Base, pixels: Tensor) -> Tensor:
-    """What the VAE makes of uint8 pictures, (n, 3, h, w) in [-1, 1]."""
-    parts = [base.decode(base.encode_pixels(chunk.float() / 127.5 - 1)[0]).float() for chunk in pixels.split(64)]
-    return torch.cat(parts).clamp(-1, 1)
-
-
 def figures(verdict: Verdict, true: Pictures, distance: float | None) -> dict[str, float]:
     found = {
         "style": round(verdict.style_accuracy(true.style), 4),
@@ -248,11 +245,7 @@ def figures(verdict: Verdict, true: Pictures, distance: float | None) -> dict[st
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the program; prints JSON."""
-    config = parse(Config, sys.argv[1:] if argv is None else argv, program="style_fidelity")
-    report = json.dumps(measure(config), indent=1)
-    print(report)
-    if config.out is not None:
-        write_text(config.out, report + "\n")
+    print_report(Config, measure, argv, "style_fidelity")
 
 
 if __name__ == "__main__":

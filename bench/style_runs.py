@@ -1,7 +1,8 @@
-"""Adapters learned by the shipped recipes and the pictures they draw, kept on disk, for bench/style_fidelity.py.
+"""Adapters and words that the shipped recipes learn, and the pictures they draw, kept on disk for the benches.
 
-Each thing's file is named by a hash of what it was made from, so an interrupted bench takes up where it was. The
-trainer's own code is not in the hash: after changing it, give another folder.
+Each thing's file is named by a hash of what it was made from, so an interrupted bench takes up where it was; the
+training that was cut short begins anew. The trainers' own code is not in the hash: after changing it, give another
+folder.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,14 +23,34 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sfumato import Adapter, cli, compose
+from sfumato import Adapter, cli, compose, embedding
 from sfumato.bases import Base
 from sfumato.drawing import draw
 from sfumato.errors import RunError
-from sfumato.files.atomic import atomic_path
+from sfumato.files.atomic import atomic_path, write_text
 
 CONFIGS = Path(__file__).parents[1] / "trainers/configs"
+DREAMBOOTH = {"lora": "dreambooth-subject.toml", "full": "dreambooth-subject-full.toml"}
+"""The recipes of the DreamBooth trainer by --method."""
 POCKET = Path(__file__).parents[1] / "src/sfumato/pocket"
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What a training left: the adapter, new words, or both; in how many minutes, by the clock and of the processor."""
+
+    adapter: Path | None
+    words: tuple[Path, ...]
+    minutes: float
+    cpu_minutes: float
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return (*([self.adapter] if self.adapter else []), *self.words)
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(file.stat().st_size for file in self.files)
 
 
 @dataclass(frozen=True)
@@ -39,42 +62,65 @@ class Workshop:
     base: Base
 
     def learn(
-        self, name: str, recipe: str, pictures: Mapping[str, Path], captions: Mapping[str, str], options: Sequence[str]
-    ) -> Path:
-        """Train by the shipped config as a person would, and return the adapter's path.
+        self,
+        name: str,
+        program: str,
+        recipe: str,
+        pictures: Mapping[str, Path],
+        captions: Mapping[str, str],
+        options: Sequence[str],
+    ) -> Learned:
+        """Train by the program and its shipped config as a person would.
 
         pictures: file name -> picture. captions: file name -> caption; those without one are named by their file.
-        options: further words of the command line.
+        options: further words of the command line. Class pictures are shared by all trainings of the folder.
         """
-        told = [recipe, (CONFIGS / recipe).read_text("utf-8"), self._base_bytes(), list(captions.items()), *options]
+        text = (CONFIGS / recipe).read_text("utf-8")
+        told = [program, recipe, text, self._base_bytes(), list(captions.items()), *options]
         told += [[file, hashlib.sha256(path.read_bytes()).hexdigest()] for file, path in pictures.items()]
         folder = self.folder / f"{name}-{_hash(told)}"
-        adapter = folder / "run" / "run.safetensors"
-        if adapter.exists():
-            return adapter
-        shutil.rmtree(folder, ignore_errors=True)
-        images = folder / "images"
-        images.mkdir(parents=True)
-        for file, path in pictures.items():
-            shutil.copy(path, images / file)
-            if file in captions:
-                (images / file).with_suffix(".txt").write_text(captions[file], encoding="utf-8")
-        words = ["train", "lora", str(CONFIGS / recipe), "--images", str(images), "--output", str(folder / "run")]
-        words += ["--base", self.base_name, "--sample-every", "0", "--measure-every", "0", *options]
-        if cli.main(words):
-            raise RunError(f"{name}: the training failed; the lines above say why.")
-        return adapter
+        if not (folder / "learned.json").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            images = folder / "images"
+            images.mkdir(parents=True)
+            for file, path in pictures.items():
+                shutil.copy(path, images / file)
+                if file in captions:
+                    (images / file).with_suffix(".txt").write_text(captions[file], encoding="utf-8")
+            words = ["train", program, str(CONFIGS / recipe), "--images", str(images), "--output", str(folder / "run")]
+            words += ["--base", self.base_name, "--sample-every", "0", "--measure-every", "0"]
+            words += ["--class-cache", str(self.folder / "class")] if program == "dreambooth" else []
+            began, began_cpu = time.perf_counter(), time.process_time()
+            if cli.main([*words, "--checkpoint-every", "0", *options]):
+                raise RunError(f"{name}: the training failed; the lines above say why.")
+            took = {"minutes": time.perf_counter() - began, "cpu_minutes": time.process_time() - began_cpu}
+            took = {unit: round(seconds / 60, 3) for unit, seconds in took.items()}
+            write_text(folder / "learned.json", json.dumps(took) + "\n")
+        files = sorted((folder / "run").glob("*.safetensors"))
+        adapter = None if program == "textual_inversion" else folder / "run" / "run.safetensors"
+        took = json.loads((folder / "learned.json").read_text("utf-8"))
+        return Learned(adapter, tuple(file for file in files if file != adapter), **took)
 
-    def drawn(self, name: str, prompts: Sequence[str], seeds: Sequence[int], weights: Mapping[Path, float]) -> Tensor:
-        """(n, 3, h, w) uint8 pictures by `sfumato generate`'s settings, with adapters at these weights."""
+    def drawn(
+        self,
+        name: str,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        weights: Mapping[Path, float],
+        words: Sequence[Path] = (),
+    ) -> Tensor:
+        """(n, 3, h, w) uint8 pictures by `sfumato generate`'s settings, with these adapters, weights and words."""
         told = [list(prompts), list(seeds), self._base_bytes()]
         told += [[hashlib.sha256(path.read_bytes()).hexdigest(), weight] for path, weight in weights.items()]
+        told += [hashlib.sha256(path.read_bytes()).hexdigest() for path in words]
 
         def make() -> Tensor:
             adapters = [Adapter(path, weight, f"a{i}") for i, (path, weight) in enumerate(weights.items())]
-            if not adapters:
-                return self._draw(prompts, seeds)
-            with compose(self.base, *adapters):
+            with ExitStack() as stack:
+                for path in words:
+                    stack.enter_context(embedding.load(self.base, path))
+                if adapters:
+                    stack.enter_context(compose(self.base, *adapters))
                 return self._draw(prompts, seeds)
 
         return self._kept(f"{name}-{_hash(told)}", make)
@@ -105,3 +151,15 @@ def _hash(told: Any) -> str:
 def to_tensor(picture: Image.Image) -> Tensor:
     """(3, h, w) uint8."""
     return torch.from_numpy(np.asarray(picture.convert("RGB")).copy()).permute(2, 0, 1)
+
+
+def to_image(picture: Tensor) -> Image.Image:
+    """From (3, h, w) uint8."""
+    return Image.fromarray(picture.permute(1, 2, 0).numpy())
+
+
+@torch.no_grad()
+def reconstruct(base: Base, pixels: Tensor) -> Tensor:
+    """What the VAE makes of uint8 pictures, (n, 3, h, w) in [-1, 1]."""
+    parts = [base.decode(base.encode_pixels(chunk.float() / 127.5 - 1)[0]).float() for chunk in pixels.split(64)]
+    return torch.cat(parts).clamp(-1, 1)

@@ -1,4 +1,4 @@
-"""Figures over all runs of bench/style_fidelity.py: intervals by the paired bootstrap, and the goals."""
+"""Figures over all runs of a bench, with intervals by the paired bootstrap; and bench/style_fidelity.py's goals."""
 
 from __future__ import annotations
 
@@ -21,6 +21,19 @@ def interval(value: Callable[[Tensor], Tensor], count: int) -> list[float]:
     return [round(low, 4), round(high, 4)]
 
 
+def paired(before: Tensor, after: Tensor) -> dict[str, Any]:
+    """The means before and after, and 95 % intervals of the mean after and of the change, drawn with the same things.
+
+    before, after: (things,), or (things, pictures of each): pictures of one thing are alike, so things are resampled.
+    """
+    return {
+        "before": round(float(before.mean()), 4),
+        "after": round(float(after.mean()), 4),
+        "after_95": interval(lambda i: after[i].mean(), len(after)),
+        "change_95": interval(lambda i: (after[i] - before[i]).mean(), len(after)),
+    }
+
+
 def summary(scores: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
     """Over all pictures of all runs. scores: for each run, outcome of each picture before and after, (n,) of 0 and 1,
     and "closed", the share of the distance that is closed, (1,)."""
@@ -28,13 +41,7 @@ def summary(scores: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
     count = len(joined["style_after"])
     found: dict[str, Any] = {"pictures": count, "runs": len(scores)}
     for kind in ("style", "top5"):
-        before, after = joined[f"{kind}_before"], joined[f"{kind}_after"]
-        found[kind] = {
-            "before": round(float(before.mean()), 4),
-            "after": round(float(after.mean()), 4),
-            "after_95": interval(lambda i, a=after: a[i].mean(), count),  # type: ignore[misc]
-            "change_95": interval(lambda i, b=before, a=after: (a[i] - b[i]).mean(), count),  # type: ignore[misc]
-        }
+        found[kind] = paired(joined[f"{kind}_before"], joined[f"{kind}_after"])
     closed = joined["closed"]
     found["distance_closed"] = {
         "mean": round(float(closed.mean()), 3),

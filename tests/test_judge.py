@@ -97,8 +97,9 @@ def test_an_adapter_is_learned_once_for_each_setting(monkeypatch, tmp_path):
     _grey(8).save(picture)
     workshop = Workshop(tmp_path / "work", "pocket", None)
     for options in ([], [], ["--steps=3"]):
-        path = workshop.learn("line", "lora-style.toml", {"crab.png": picture}, {"crab.png": "a crab"}, options)
-        assert (path.parent.parent / "images" / "crab.txt").read_text() == "a crab"
+        pictures, captions = {"crab.png": picture}, {"crab.png": "a crab"}
+        learned = workshop.learn("line", "lora", "lora-style.toml", pictures, captions, options)
+        assert (learned.adapter.parents[1] / "images" / "crab.txt").read_text() == "a crab"
     assert len(runs) == 2
     assert "--steps=3" in runs[1]
 

@@ -304,15 +304,3 @@ def test_a_run_is_not_overwritten_unasked(train, pocket_folder, pictures, tmp_pa
     assert cli.main(["train", "lora", *words, "--caption", "{caption}", "--steps", "1"]) == 2
     assert "holds a run already" in capsys.readouterr().err
     assert (tmp_path / "run/run.safetensors").read_bytes() == before
-
-
-def test_every_shipped_config_is_read_by_its_program():
-    from sfumato.trainers import lora, pretrain
-
-    from sfumato.config import parse
-
-    for file in (ROOT / "trainers/configs").glob("*.toml"):
-        if file.stem.startswith("lora"):
-            parse(lora.Config, [str(file), "--images", "a", "--output", "b"], program="train lora")
-        else:
-            parse(pretrain.Config, [str(file)], program="train pretrain")

@@ -1,0 +1,190 @@
+"""What a run does around its steps: space, checkpoints, starting anew, going on, letting go."""
+
+import json
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from sfumato import runs
+from sfumato.errors import RunError
+from sfumato.options import RunOptions
+from sfumato.runs import Run, checkpoints
+from sfumato.runs.checkpoints import SPARE_BYTES, Checkpoints, bytes_of, require_space
+from sfumato.runs.health import Health
+from sfumato.runs.state import pack, unpack
+from sfumato.runs.step import Step
+from tests.runs.small import Config, train
+
+
+def start(tmp_path, **options):
+    return Run.start(RunOptions(output=tmp_path / "run", **options), program="test")
+
+
+# Space
+
+
+def test_the_reserve_is_beside_what_is_needed(monkeypatch, tmp_path):
+    free = SimpleNamespace(free=SPARE_BYTES + 1000)
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda folder: free)
+    require_space(tmp_path, 1000)
+    with pytest.raises(OSError, match="no space"):
+        require_space(tmp_path, 1001)
+
+
+def test_before_the_start_there_is_room_for_all_that_stay_one_more_and_the_moments(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(runs, "require_space", lambda folder, needed: asked.append(needed))
+    run = start(tmp_path, keep=3, checkpoint_every=2)
+    layer = nn.Linear(64, 64)
+    run.keep(layer=layer, optimizer=torch.optim.AdamW(layer.parameters()))
+    state = bytes_of(run._state()) + 2 * sum(p.nbytes for p in layer.parameters())
+    for step in run.steps(1):
+        step.done(loss=1.0)
+    assert asked == [4 * state]
+    run.close()
+
+
+# Checkpoints
+
+
+def test_the_folders_of_a_checkpoint_are_brought_to_the_disk_before_and_after_the_rename(tmp_path, monkeypatch):
+    seen = []
+    real = checkpoints._sync
+    monkeypatch.setattr(checkpoints, "_sync", lambda folder: seen.append(folder.name) or real(folder))
+    Checkpoints(tmp_path / "c").save(1, {"a": torch.ones(1)})
+    assert [name.endswith(".part") for name in seen] == [True, False]
+
+
+def test_what_is_dropped_is_all_that_is_later(tmp_path):
+    store = Checkpoints(tmp_path, keep=9)
+    for step in range(1, 5):
+        store.save(step, {"a": torch.ones(1)})
+    store.drop_after(2)
+    assert store.steps() == [1, 2]
+    store.drop_after(-1)
+    assert store.steps() == []
+
+
+def test_what_is_unpacked_is_a_copy():
+    tensors, rest = pack({"a": torch.ones(2)})
+    again = unpack(tensors, rest)
+    again["a"].zero_()
+    assert tensors["/a"].tolist() == [1, 1]
+
+
+def test_the_log_is_on_the_disk_up_to_each_checkpoint(tmp_path):
+    run = start(tmp_path, checkpoint_every=3)
+    for step in run.steps(5):
+        if step.number == 3:
+            lines = (tmp_path / "run/log.jsonl").read_text().splitlines()
+            assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
+        step.done(loss=1.0)
+    run.close()
+
+
+def test_a_state_that_is_there_is_not_written_twice(tmp_path, monkeypatch):
+    config = Config(output=tmp_path / "run", checkpoint_every=100, steps=3)
+    train(config)
+    Checkpoints(tmp_path / "run/checkpoints").drop_after(0)
+    saved = []
+    real = Checkpoints.save
+    monkeypatch.setattr(Checkpoints, "save", lambda store, step, state: saved.append(step) or real(store, step, state))
+    train(replace(config, resume=True))
+    assert saved == [3]
+
+
+# Starting anew, and going on
+
+
+def test_replacing_a_run_forgets_its_checkpoints_and_its_log(tmp_path):
+    config = Config(output=tmp_path / "run", checkpoint_every=4)
+    train(config)
+    run = Run.start(replace(config, overwrite=True), program="small")
+    assert Checkpoints(tmp_path / "run/checkpoints").steps() == []
+    assert run.rows() == []
+    run.close()
+
+
+def test_a_run_that_goes_on_from_further_back_forgets_what_came_later(tmp_path):
+    config = Config(output=tmp_path / "run", checkpoint_every=2, keep=9)
+    train(config)
+    (tmp_path / "run/checkpoints/000010/state.json").write_text("")
+    seen = []
+    train(replace(config, resume=True), before=lambda step, model: seen.append(step.run._checkpoints.steps()))
+    assert seen[0] == [0, 2, 4, 6, 8]
+
+
+def test_a_run_that_has_gone_back_once_remembers_it_when_it_goes_on(tmp_path):
+    """Half the rate, and no second way back."""
+    config = Config(output=tmp_path / "run", checkpoint_every=4, steps=14)
+    broken = [1, 1, 1]
+
+    def stop(step, model):
+        if step.number == 8 and step.rate_factor < 1:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        train(config, before=stop, loss_of=lambda n: math.nan if n >= 5 and broken and broken.pop() else 1.0)
+    with pytest.raises(RunError, match="also with half the learning rate"):
+        train(replace(config, resume=True), loss_of=lambda n: math.nan)
+    rates = []
+    train(replace(config, resume=True), before=lambda step, model: rates.append(step.rate_factor))
+    assert set(rates) == {0.5}
+
+
+def test_a_run_of_other_data_lets_the_folder_go_at_once(tmp_path):
+    config = Config(output=tmp_path / "run", checkpoint_every=5)
+    train(config)
+    run = Run.start(replace(config, resume=True), program="small")
+    with pytest.raises(RunError, match="data numbers -> others"):
+        run.identify(data="others")
+    assert not run._lock.is_held
+
+
+def test_the_main_process_changes_nothing_before_all_have_looked(tmp_path):
+    class Several:
+        is_main, count, met = True, 2, 0
+
+        def wait(self):
+            self.met += 1
+            assert not (tmp_path / "run/run.json").exists()
+
+    processes = Several()
+    run = Run.start(RunOptions(output=tmp_path / "run"), program="test", processes=processes)
+    assert processes.met == 1
+    assert (tmp_path / "run/run.json").exists()
+    run.close()
+
+
+# Health
+
+
+def test_forgetting_begins_to_count_anew():
+    health = Health()
+    for number in range(3):
+        health.note(number, {"loss": math.nan})
+    assert health.forget() == "step 3: loss not finite, in 3 steps in a row"
+    assert (health.bad, health.broken) == ([], "")
+
+
+@pytest.mark.parametrize(
+    ("scale", "numbers", "healthy"),
+    [
+        (65536.0, {"gradient_norm": math.inf}, True),
+        (1.0, {"gradient_norm": math.inf}, True),
+        (0.5, {"gradient_norm": math.inf}, False),
+        (65536.0, {"loss": math.nan, "gradient_norm": 1.0}, False),
+        (None, {"gradient_norm": math.inf}, False),
+    ],
+)
+def test_gradients_that_overflow_are_the_scaler_s_until_it_has_nothing_to_lower(scale, numbers, healthy):
+    """scale None: a scaler that is switched off, as in fp32."""
+    scaler = SimpleNamespace(is_enabled=lambda: scale is not None, get_scale=lambda: scale or 1.0)
+    run = SimpleNamespace(_healthy=lambda number, named: all(math.isfinite(value) for value in named.values()))
+    step = Step(0, 1.0, run)
+    assert step.healthy(scaler, **numbers) is healthy
+    assert step.skipped is not healthy

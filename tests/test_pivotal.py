@@ -1,0 +1,94 @@
+"""Pivotal tuning, a word and a LoRA learned together: equal to a plain loop."""
+
+import json
+
+import numpy as np
+import torch
+from torch.testing import assert_close
+
+from sfumato import cli, data, diffusion, embedding, randomness
+from sfumato.adapters import attach, select
+from sfumato.bases import load_base
+from sfumato.files import read_lora, read_tensors
+from tests.tiny import CPU
+
+STEPS, SEED = 4, 3
+RATE, WORD_RATE, CLIP = 1e-2, 3e-2, 0.5
+
+
+def test_equal_to_a_plain_loop_over_peft_and_the_whole_table(pocket_folder, pictures, tmp_path):
+    """One loss, |v - unet(x_t, t, text(c; v*); W + B A)|^2, whose gradient moves B, A (Hu et al. 2021) and the word's
+    rows v* of the whole table (Gal et al. 2022) in the same step, each at its own rate."""
+    words = ["--images", str(pictures), "--output", str(tmp_path / "run"), "--base", str(pocket_folder), "--rank", "2"]
+    words += ["--caption", "a {caption}, <x>", "--train-words", "<x>", "--word-vectors", "2", "--batch", "2"]
+    words += ["--steps", str(STEPS), "--seed", str(SEED), "--clip", str(CLIP), "--learning-rate", str(RATE)]
+    words += ["--word-learning-rate", str(WORD_RATE), "--sample-every", "0", "--measure-every", "0"]
+    assert cli.main(["train", "lora", *words]) == 0
+
+    base = load_base(str(pocket_folder), precision=CPU)
+    folder = data.read_folder(pictures, caption_template="a {caption}, <x>")
+    dataset = data.prepare(folder, base, resolution=64, embed_text=False)
+    encoder, tokenizer = base.text_encoders[0], base.tokenizers[0]
+    with embedding.new_words(base, ["<x>"], vectors=2, start="mean", seed=SEED) as new:
+        start = new.rows[0].detach().clone()
+    layers = layers_of_peft(base.unet)
+    adapted = [p for p in base.unet.parameters() if p.requires_grad]
+
+    tokenizer.add_tokens(["<x>", "<y>"])
+    encoder.resize_token_embeddings(len(tokenizer))
+    table = encoder.get_input_embeddings().weight.requires_grad_()
+    norms = table.detach()[:-2].norm(dim=1).sort().values
+    low, high = (norms[round(share * (len(norms) - 1))] for share in (0.05, 0.95))
+    rows = torch.nn.Parameter(start.clone())
+    groups = [{"params": adapted, "lr": RATE}, {"params": [rows], "lr": WORD_RATE}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.01)
+    losses = []
+    for step in range(STEPS):
+        with torch.no_grad():
+            table[-2:] = rows
+        batch = dataset.batch(SEED, step, 2)
+        prompts = [caption.replace("<x>", "<x> <y>") for caption in batch.captions]
+        ids = tokenizer(prompts, padding="max_length", max_length=77, return_tensors="pt").input_ids
+        shape = tuple(batch.latents.shape[1:])
+        noise = torch.stack([randomness.normal(shape, SEED, "noise", step, place) for place in range(2)])
+        timesteps = diffusion.stratified_timesteps(2, 1000, SEED, step)
+        a = base.alpha_bar[timesteps].view(-1, 1, 1, 1)
+        noisy = a.sqrt() * batch.latents + (1 - a).sqrt() * noise
+        velocity = a.sqrt() * noise - (1 - a).sqrt() * batch.latents
+        hidden = encoder(ids).last_hidden_state
+        loss = (base.unet(noisy, timesteps, encoder_hidden_states=hidden).sample - velocity).square().mean()
+        loss.backward()
+        rows.grad, table.grad = table.grad[-2:].clone(), None
+        torch.nn.utils.clip_grad_norm_([*adapted, rows], CLIP)
+        for group, rate in zip(optimizer.param_groups, (RATE, WORD_RATE), strict=True):
+            group["lr"] = rate * 0.5 * (1 + np.cos(np.pi * step / STEPS))
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            norm = rows.norm(dim=1, keepdim=True)
+            rows *= norm.clamp(low, high) / norm
+        losses.append(loss.item())
+
+    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert_close([row["loss"] for row in log], losses, rtol=1e-4, atol=1e-6)
+    assert_close(read_tensors(tmp_path / "run/run-x.safetensors")["<x>"], rows.detach(), rtol=1e-3, atol=1e-5)
+    modules = read_lora(tmp_path / "run/run.safetensors").modules
+    assert {name for _, name in modules} == layers.keys()
+    for (_, name), module in modules.items():
+        assert_close(module.delta(), layers[name].get_delta_weight("default").detach(), rtol=1e-3, atol=1e-6)
+    assert not torch.allclose(rows.detach(), start, atol=1e-3)
+    assert max(module.delta().abs().max() for module in modules.values()) > 1e-3
+
+
+def layers_of_peft(unet):
+    """peft's layers in the cross-attention, by name, that begin where ours do."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    start = attach({"unet": select(unet, "cross-attention")}, rank=2, alpha=2.0, seed=SEED)
+    start.detach()
+    names = sorted({name for _, name in start.layers})
+    inject_adapter_in_model(LoraConfig(r=2, lora_alpha=2, target_modules=names), unet)
+    layers = {name: unet.get_submodule(name) for name in names}
+    for name, layer in layers.items():
+        layer.lora_A["default"].weight.data.copy_(start.layers["unet", name].down.data)
+    return layers

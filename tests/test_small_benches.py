@@ -1,0 +1,88 @@
+"""The benches that learn and draw, whole, on a tiny base and plain squares: their figures mean nothing, they add up."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from bench import prior, style_fidelity, style_runs
+from bench.real import BASE_CONCEPTS, cells_of, known_concepts, print_report, styles_of
+from sfumato.errors import DataError
+
+CONCEPTS = list(json.loads(BASE_CONCEPTS.read_text()))[:6]
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Six of the base's concepts and one that it does not know, in three styles."""
+    for s, style in enumerate(("flat", "noto", "twemoji")):
+        (tmp_path / "data" / style).mkdir(parents=True)
+        for c, concept in enumerate([*CONCEPTS, "zither"]):
+            picture = Image.new("RGB", (64, 64), "white")
+            picture.paste((s * 40, c * 30, 99), (10, 10, 50, 50))
+            picture.save(tmp_path / "data" / style / f"{concept.replace(' ', '-')}.png")
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """Forbids learning and drawing, once it is called."""
+
+    def forbid():
+        def fail(*args, **kwargs):
+            raise AssertionError("made again")
+
+        monkeypatch.setattr(style_runs.cli, "main", fail)
+        monkeypatch.setattr(style_runs, "draw", fail)
+
+    return forbid
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_the_prior_bench_runs_and_makes_nothing_twice(method, data, pocket_folder, made, tmp_path):
+    config = prior.Config(
+        data=data, method=method, options=("steps=1", "batch=1", "class-count=1"), subjects=1, styles=("flat",),
+        hands=("noto", "twemoji"), unrelated=2, seeds=1, base=str(pocket_folder), work=tmp_path / "work", judge_steps=1,
+        cache=tmp_path / "judge", sheet=tmp_path / "sheet.png",
+    )  # fmt: skip
+    report = prior.measure(config)
+    assert (report["class"]["pictures"], report["unrelated"]["pictures"]) == (2, 2)
+    assert report["runs"][0].keys() == {"subject", "base", "with", "without"}
+    assert config.sheet.exists()
+    made()
+    assert prior.measure(config) == report
+
+
+def test_the_style_bench_runs_and_makes_nothing_twice(data, pocket_folder, made, tmp_path):
+    config = style_fidelity.Config(
+        data=data, styles=("flat",), seeds=1, concepts=2, images=2, base=str(pocket_folder), judge_steps=1,
+        style_options=("steps=1", "batch=1"), cache=tmp_path / "judge", work=tmp_path / "work",
+    )  # fmt: skip
+    report = style_fidelity.measure(config)
+    assert report["concepts"] == len(CONCEPTS)
+    assert report["all"]["pictures"] == 2
+    made()
+    assert style_fidelity.measure(config) == report
+
+
+def test_cells_are_all_pictures_or_those_of_the_named_styles(data):
+    (data / "other" / "flat").mkdir(parents=True)
+    assert styles_of(cells_of(data)) == ("flat", "noto", "twemoji")
+    assert styles_of(cells_of(data, ("noto",))) == ("noto",)
+    assert known_concepts(cells_of(data)) == CONCEPTS
+    (data / "noto" / f"{CONCEPTS[0].replace(' ', '-')}.png").unlink()
+    assert known_concepts(cells_of(data)) == CONCEPTS[1:]
+
+
+def test_a_style_without_pictures_is_named(data, tmp_path):
+    with pytest.raises(DataError, match="blob holds no"):
+        cells_of(data, ("noto", "blob"))
+    with pytest.raises(DataError, match="holds no folder of pictures"):
+        cells_of(tmp_path / "nowhere")
+
+
+def test_the_report_is_printed_and_written(tmp_path, capsys, data):
+    words = ["--data", str(data), "--out", str(tmp_path / "report.json")]
+    print_report(prior.Config, lambda config: {"data": config.data.name}, words, "prior")
+    assert json.loads(capsys.readouterr().out) == {"data": "data"}
+    assert json.loads((tmp_path / "report.json").read_text()) == {"data": "data"}
