@@ -60,7 +60,7 @@ class Config:
     """Folder that keeps the drawn pictures: an interrupted run goes on, and another judge judges the same ones."""
     sampler_steps: int = 25
     """Sampler steps."""
-    guidance: float = 4.0
+    guidance: float = 3.0
     """Scale of classifier-free guidance."""
     batch: int = 16
     """Pictures drawn at a time."""

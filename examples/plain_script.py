@@ -16,4 +16,4 @@ base, style, subject, output = sys.argv[1:]
 pipe = StableDiffusionPipeline.from_pretrained(base, use_safetensors=True)
 compose(pipe, Adapter(style, 0.8), Adapter(subject, 0.6))  # new
 noise = torch.Generator().manual_seed(7)
-pipe("a crab", num_inference_steps=25, guidance_scale=4.0, generator=noise).images[0].save(output)
+pipe("a crab", num_inference_steps=25, guidance_scale=3.0, generator=noise).images[0].save(output)

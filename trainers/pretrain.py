@@ -413,12 +413,12 @@ def assemble(
 
 
 def sheet(pipeline: StableDiffusionPipeline, styles: Sequence[str], path: Path) -> None:
-    """One row for each style, one column for each of SHEET; 25 steps, guidance 4, the seed is the column."""
+    """One row for each style, one column for each of SHEET; 25 steps, guidance 3, the seed is the column."""
     from sfumato import randomness
 
     prompts = [f"{concept}, {style} style" for style in styles for concept in SHEET]
     generators = [randomness.generator(0, "sheet", 0, column) for _ in styles for column in range(len(SHEET))]
-    drawn = pipeline(prompts, num_inference_steps=25, guidance_scale=4.0, generator=generators, output_type="pt").images
+    drawn = pipeline(prompts, num_inference_steps=25, guidance_scale=3.0, generator=generators, output_type="pt").images
     save_sheet(drawn.float() * 2 - 1, len(SHEET), path)
 
 
