@@ -50,7 +50,7 @@ class Config:
     """PNG that receives one row of drawn pictures for each style, each above the real ones."""
     cache: Path = Path(".cache/judge")
     """Folder of trained judges."""
-    judge_steps: int = 800
+    judge_steps: int = 1500
     """Optimizer steps of the judge."""
     pictures_per_cell: int = 1
     """Drawn pictures of each (concept, style)."""
