@@ -128,7 +128,7 @@ class Precision:
 
 
 def _keep_freed_memory() -> None:
-    """Ask glibc to keep what is freed: each step's tensors come and go, and fresh pages cost an eighth of its time.
+    """Ask glibc to keep what is freed: tensors come and go with each step, and fresh pages cost time.
 
     Arrays over 32 MB, the most that glibc lets one ask for, still go back to the system at once. Without glibc nothing
     happens.
