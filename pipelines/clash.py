@@ -14,6 +14,7 @@ from cyclopts import Parameter
 from sfumato.cli import run
 from sfumato.config import parse
 from sfumato.errors import ConfigError
+from sfumato.files.atomic import check_free
 from sfumato.specs import parse_adapters
 
 if TYPE_CHECKING:
@@ -46,8 +47,8 @@ def clash(config: Config) -> list[Pair]:
         raise ConfigError("wanted two adapters or more: sfumato clash a.safetensors b.safetensors.")
     if config.output is not None and config.output.suffix.lower() != ".png":
         raise ConfigError(f"--output {config.output}: wanted a .png.")
-    if config.output is not None and config.output.exists() and not config.overwrite:
-        raise ConfigError(f"--output {config.output}: exists already; name another place, or say --overwrite.")
+    if config.output is not None:
+        check_free(config.output, config.overwrite)
     adapters = parse_adapters(config.adapters)
 
     from sfumato.merging.lineage import common_family

@@ -14,6 +14,7 @@ from sfumato.cli import run
 from sfumato.compose.adapter import Adapter
 from sfumato.config import parse, to_dict
 from sfumato.errors import AdapterError, ConfigError
+from sfumato.files.atomic import check_free
 
 if TYPE_CHECKING:
     from sfumato.merging.merge import Source
@@ -53,8 +54,7 @@ class Config:
 
 def convert(config: Config) -> Path:
     """Write the adapter as the config says; returns the written file or folder."""
-    if config.output.exists() and not config.overwrite:
-        raise ConfigError(f"--output {config.output}: exists already; name another place, or say --overwrite.")
+    check_free(config.output, config.overwrite)
     if (config.output.suffix == ".safetensors") != (config.to != "peft"):
         raise ConfigError(
             f"--output {config.output}: wanted a {'folder' if config.to == 'peft' else '.safetensors file'}."

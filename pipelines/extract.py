@@ -13,6 +13,7 @@ from cyclopts import Parameter
 from sfumato.cli import run
 from sfumato.config import parse, to_dict
 from sfumato.errors import AdapterError, ConfigError
+from sfumato.files.atomic import check_free
 
 if TYPE_CHECKING:
     from sfumato.files.changes import LoraModule
@@ -54,8 +55,7 @@ def extract_file(config: Config) -> Path:
         raise ConfigError("say how much to keep: --rank 32 or --keep-energy 0.99.")
     if config.output.suffix != ".safetensors":
         raise ConfigError(f"--output {config.output}: wanted a .safetensors file.")
-    if config.output.exists() and not config.overwrite:
-        raise ConfigError(f"--output {config.output}: exists already; name another place, or say --overwrite.")
+    check_free(config.output, config.overwrite)
 
     from sfumato.files.metadata import Description, describe
     from sfumato.files.write import DTYPES, write_lora

@@ -13,6 +13,7 @@ from cyclopts import Parameter
 from sfumato.cli import run
 from sfumato.config import parse, to_dict
 from sfumato.errors import ConfigError
+from sfumato.files.atomic import check_free
 from sfumato.specs import parse_adapters
 
 if TYPE_CHECKING:
@@ -70,8 +71,7 @@ def merge_files(config: Config) -> Path:
     """Merge what the config names; returns the written file or folder."""
     if not config.adapters:
         raise ConfigError("there is no adapter; wanted such as: sfumato merge a.safetensors:0.8 b.safetensors:0.6.")
-    if config.output.exists() and not config.overwrite:
-        raise ConfigError(f"--output {config.output}: exists already; name another place, or say --overwrite.")
+    check_free(config.output, config.overwrite)
     adapters = parse_adapters(config.adapters)
 
     from sfumato.merging.sources import choose_blocks, read_sources

@@ -14,6 +14,7 @@ from sfumato.cli import run
 from sfumato.compose.adapter import Adapter
 from sfumato.config import parse, to_dict
 from sfumato.errors import AdapterError, ConfigError
+from sfumato.files.atomic import check_free
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,7 @@ def resize_file(config: Config) -> Path:
         raise ConfigError("say how much to keep: --rank 8 or --keep-energy 0.99.")
     if config.output.suffix != ".safetensors":
         raise ConfigError(f"--output {config.output}: wanted a .safetensors file.")
-    if config.output.exists() and not config.overwrite:
-        raise ConfigError(f"--output {config.output}: exists already; name another place, or say --overwrite.")
+    check_free(config.output, config.overwrite)
 
     from sfumato.files.write import DTYPES, write_lora
     from sfumato.merging.extract import resize

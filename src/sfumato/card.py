@@ -43,9 +43,7 @@ def write_card(
         widget=pictures or None,
     )
     example = prompts[-1] if prompts else trigger
-    config = about.config or {}
     shown = ("rank", "alpha", "targets", "steps", "batch", "learning_rate", "schedule", "min_snr", "seed", "resolution")
-    table = "\n".join(f"| {name} | {config[name]} |" for name in shown if name in config)
     before_after = ""
     if rows:
         for name, row in (("before", rows[0]), ("after", rows[-1])):
@@ -79,7 +77,17 @@ With sfumato: `sfumato generate {example!r} --base {about.base} --lora {adapter.
 
 ComfyUI, AUTOMATIC1111, Forge, InvokeAI and sd-scripts read the file as it is.
 
-## Training
+{training_table(about, shown)}"""
+    path = folder / "README.md"
+    write_text(path, text)
+    return path
+
+
+def training_table(about: Description, shown: Sequence[str]) -> str:
+    """The section of a card that says what it was trained with; `shown`: the settings, where the config has them."""
+    config = about.config or {}
+    table = "\n".join(f"| {name} | {config[name]} |" for name in shown if name in config)
+    return f"""## Training
 
 | setting | value |
 |---|---|
@@ -87,9 +95,6 @@ ComfyUI, AUTOMATIC1111, Forge, InvokeAI and sd-scripts read the file as it is.
 | pictures | {about.images} |
 | data set sha256 | `{about.dataset_sha256}` |
 """
-    path = folder / "README.md"
-    write_text(path, text)
-    return path
 
 
 def _strip(row: Sequence[Image]) -> Image:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sfumato.card import training_table
 from sfumato.files.atomic import atomic_path, write_text
 
 if TYPE_CHECKING:
@@ -52,8 +53,6 @@ def write_embedding_card(
         tags=["text-to-image", "diffusers", "textual_inversion", "sfumato"],
         widget=pictures or None,
     )
-    config = about.config or {}
-    table = "\n".join(f"| {name} | {config[name]} |" for name in (*_SHOWN, "seed", "resolution") if name in config)
     listed = "\n".join(f"- `{token}` in `{path.name}`" for token, path in files.items())
     report = "\n".join(f"    {line}" for line in nearest)
     what = f"{len(files)} words" if len(files) > 1 else "A word"
@@ -78,14 +77,7 @@ The base's own words nearest to each vector, by cosine:
 
 {report}
 
-## Training
-
-| setting | value |
-|---|---|
-{table}
-| pictures | {about.images} |
-| data set sha256 | `{about.dataset_sha256}` |
-"""
+{training_table(about, (*_SHOWN, "seed", "resolution"))}"""
     path = folder / "README.md"
     write_text(path, text)
     return path

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sfumato.card import training_table
 from sfumato.files.atomic import atomic_path, write_text
 from sfumato.sheet import contact_sheet
 
@@ -57,8 +58,6 @@ def write_model_card(
             sheet.save(temporary)
         before_after = "\n## Before and after\n\n![before and after](images/before_after.png)\n"
     example = prompts[0] if prompts else ", ".join(about.trigger)
-    config = about.config or {}
-    table = "\n".join(f"| {name} | {config[name]} |" for name in _SHOWN if name in config)
     whole = made.suffix != ".safetensors"
     what = f"`{about.base}` ({about.family}) fine-tuned" if whole else f"The change of a fine-tune of `{about.base}`"
     text = f"""---
@@ -78,14 +77,7 @@ def write_model_card(
 ## Use
 
 {_use_folder(made, example) if whole else _use_difference(made, example, about.base)}
-## Training
-
-| setting | value |
-|---|---|
-{table}
-| pictures | {about.images} |
-| data set sha256 | `{about.dataset_sha256}` |
-"""
+{training_table(about, _SHOWN)}"""
     path = folder / "README.md"
     write_text(path, text)
     return path

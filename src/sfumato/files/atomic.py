@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from sfumato.errors import ConfigError
+
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
@@ -22,6 +24,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_free(output: Path, overwrite: bool) -> None:
+    """Raises ConfigError, naming the option, where an --output exists and --overwrite was not said."""
+    if output.exists() and not overwrite:
+        raise ConfigError(f"--output {output}: exists already; name another place, or say --overwrite.")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import mmap
 import os
@@ -24,7 +23,7 @@ from sfumato.files.header import Header, TensorInfo
 from sfumato.files.keys import Layout, ModuleKeys, describe_foreign, guess_family, read_layout, shapes_of
 from sfumato.files.kinds import base_kind, rank_of
 from sfumato.files.kohya import Target
-from sfumato.files.metadata import data_sha256, short_hash
+from sfumato.files.metadata import data_sha256, short_hash, trigger_words
 from sfumato.files.norms import is_update, square_norm
 from sfumato.files.peft_folder import Source, adapter_sources
 
@@ -126,7 +125,7 @@ def inspect_file(path: str | os.PathLike[str]) -> Inspection:
             norm=float(np.sqrt(sum(squares.values()))) if squares else None,
             stored=[kind for kind in layout.kinds if not is_update(kind)],
             blocks=_blocks(squares),
-            trigger=_trigger(header.metadata),
+            trigger=trigger_words(header.metadata),
             base=header.metadata.get("ss_sd_model_name") or None,
             hash=short_hash(header),
             hash_holds=None if stated is None else stated == data_sha256(header),
@@ -201,7 +200,8 @@ def _tokens(layout: Layout, header: Header) -> dict[str, int]:
     }
 
 
-def _block_name(target: Target) -> str:
+def block_of(target: Target) -> str:
+    """The attention, resnet or text layer that a module is in."""
     part, path = target
     names = path.removeprefix("text_model.").split(".")
     if part != "unet":
@@ -231,20 +231,10 @@ def _blocks(squares: Mapping[Target, float]) -> list[Block]:
     sums: dict[str, float] = {}
     counts: Counter[str] = Counter()
     for target, square in squares.items():
-        name = _block_name(target)
+        name = block_of(target)
         sums[name] = sums.get(name, 0.0) + square
         counts[name] += 1
     return [Block(name, counts[name], float(np.sqrt(sums[name]))) for name in sorted(sums, key=_block_order)]
-
-
-def _trigger(metadata: Mapping[str, str]) -> list[str]:
-    try:
-        words = json.loads(metadata.get("sfumato.trigger", ""))
-    except (ValueError, RecursionError):
-        words = None
-    if isinstance(words, list) and all(isinstance(word, str) for word in words):
-        return words
-    return [word.strip() for word in metadata.get("modelspec.trigger_phrase", "").split(",") if word.strip()]
 
 
 def render(found: Inspection) -> str:

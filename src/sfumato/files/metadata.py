@@ -194,3 +194,14 @@ def _text(value: object) -> str:
 
 def _json(value: object) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def trigger_words(metadata: Mapping[str, str]) -> list[str]:
+    """The words that call the adapter up: our own list, else ModelSpec's trigger phrase, split at its commas."""
+    try:
+        words = json.loads(metadata.get("sfumato.trigger", ""))
+    except (ValueError, RecursionError):
+        words = None
+    if isinstance(words, list) and all(isinstance(word, str) for word in words):
+        return words
+    return [word.strip() for word in metadata.get("modelspec.trigger_phrase", "").split(",") if word.strip()]

@@ -12,7 +12,7 @@ from sfumato.compose.adapter import Weight
 from sfumato.compose.blocks import Blocks
 from sfumato.errors import AdapterError
 from sfumato.files.family import FAMILIES
-from sfumato.files.metadata import Description, describe
+from sfumato.files.metadata import Description, describe, trigger_words
 
 
 @dataclass(frozen=True)
@@ -99,14 +99,3 @@ def common_family(parents: Sequence[Parent], default: str | None = None) -> str:
             f"{'|'.join(FAMILIES)}."
         )
     return str(next(iter(told)))
-
-
-def trigger_words(metadata: Mapping[str, str]) -> list[str]:
-    """The words that call the adapter up: our own list, else ModelSpec's trigger phrase, split at its commas."""
-    try:
-        words = json.loads(metadata.get("sfumato.trigger", ""))
-    except (ValueError, RecursionError):
-        words = None
-    if isinstance(words, list) and all(isinstance(word, str) for word in words):
-        return words
-    return [word.strip() for word in metadata.get("modelspec.trigger_phrase", "").split(",") if word.strip()]

@@ -13,6 +13,7 @@ import torch
 
 from sfumato.compose.adapter import weight_at
 from sfumato.errors import AdapterError
+from sfumato.files.inspect import block_of
 from sfumato.files.kohya import Target
 from sfumato.merging.factors import Factors, from_module, product_energy, singular
 from sfumato.merging.merge import Source
@@ -160,17 +161,6 @@ def _overlap(one: _Decomposed, other: _Decomposed, cosines: torch.Tensor) -> flo
 def _angle(cosines: torch.Tensor) -> float:
     """The smallest principal angle in degrees (Bjorck and Golub 1973): the largest singular value is its cosine."""
     return math.degrees(math.acos(min(1.0, float(torch.linalg.matrix_norm(cosines, 2)))))
-
-
-def block_of(target: Target) -> str:
-    """The attention, resnet or text layer that a module is in."""
-    part, path = target
-    names = path.removeprefix("text_model.").split(".")
-    if part != "unet":
-        return f"{part}.{names[2]}" if names[:2] == ["encoder", "layers"] else f"{part}.{names[0]}"
-    if names[0] in ("down_blocks", "up_blocks"):
-        return ".".join(names[:4])
-    return ".".join(names[:3]) if names[0] == "mid_block" else names[0]
 
 
 def _place(block: str) -> tuple[int, list[tuple[bool, int, str]]]:
