@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 from torch.testing import assert_close
 
@@ -16,10 +17,10 @@ from bench.pocket_data import withheld_cells as choose_cells
 from sfumato import load_base
 from sfumato.errors import ConfigError, DataError
 from sfumato.muon import Muon, orthogonal
-from sfumato.pocket.captions import caption
-from sfumato.pocket.pictures import read_manifest
+from sfumato.pocket.captions import caption, other_caption
+from sfumato.pocket.pictures import batch_indices, read_manifest, read_others
 from sfumato.precision import decide
-from trainers.pretrain import Config, batch_indices, rate_at, train
+from trainers.pretrain import Config, rate_at, train
 
 
 def test_withheld_cells_depend_on_names_not_on_their_order():
@@ -57,6 +58,13 @@ def test_a_mirrored_alias_is_no_drawing_of_its_own():
 )
 def test_captions(draw, form, text):
     assert caption("red apple", "noto", "a fruit", draw=draw, form=form, empty_share=0.1, group_share=0.06) == text
+
+
+@pytest.mark.parametrize(
+    ("draw", "form", "text"), [(0.05, 0.2, ""), (0.5, 0.2, "noto style"), (0.5, 0.6, "red heart, noto style")]
+)
+def test_captions_of_what_the_base_is_not_asked_for(draw, form, text):
+    assert other_caption("red heart", "noto", draw=draw, form=form, empty_share=0.1) == text
 
 
 def test_the_rate_rises_stays_and_falls_to_nothing():
@@ -145,9 +153,39 @@ def test_a_unet_goes_on_from_a_base_with_its_vae_and_words(data, tmp_path):
     assert after.tokenizers[0].get_vocab() == before.tokenizers[0].get_vocab()
 
 
-def test_a_base_to_go_on_from_brings_its_own_vae(data, tmp_path):
-    with pytest.raises(ConfigError, match="--init is a whole base"):
-        train(Config(stage="unet", init=Path("pocket"), vae=tmp_path, data=data, output=tmp_path / "on"))
+def test_a_decoder_learns_while_encoder_and_latents_stay(data, tmp_path):
+    settings = {"steps": 1, "batch": 2, "sample_every": 0, "device": "cpu", "precision": "fp32", "warmup_steps": 0}
+    made = train(Config(init=Path("pocket"), decoder_only=True, data=data, output=tmp_path / "on", **settings))
+    after = AutoencoderKL.from_pretrained(made)
+    before = load_base("pocket", precision=decide("fp32", device="cpu")).vae
+    assert after.config.scaling_factor == before.config.scaling_factor
+    same = {name for name, weight in after.state_dict().items() if torch.equal(weight, before.state_dict()[name])}
+    assert {name.split(".")[0] for name in same} == {"encoder", "quant_conv"}
+    assert len(same) == sum(name.startswith(("encoder.", "quant_conv.")) for name in after.state_dict())
+
+
+def test_only_a_vae_with_a_base_has_a_decoder_to_go_on_with(data, tmp_path):
+    for wrong in ({"stage": "vae"}, {"stage": "unet", "init": Path("pocket")}):
+        with pytest.raises(ConfigError, match="--decoder-only goes on with the VAE of a base"):
+            train(Config(decoder_only=True, data=data, output=tmp_path / "on", **wrong))
+
+
+def test_other_drawings_take_their_share_of_a_batch(data, tmp_path):
+    (data / "other/noto").mkdir(parents=True)
+    Image.new("RGB", (64, 64), "red").save(data / "other/noto/red-heart.png")
+    assert read_others(data).names == [("red heart", "noto")]
+    settings = {"steps": 1, "batch": 4, "sample_every": 0, "device": "cpu", "precision": "fp32"}
+
+    def loss(folder, share):
+        train(Config(stage="unet", init=Path("pocket"), data=data, output=folder, others_share=share, **settings))
+        return json.loads((folder / "log.jsonl").read_text().splitlines()[0])["loss"]
+
+    assert loss(tmp_path / "with", 0.5) != loss(tmp_path / "without", 0.0)
+
+
+def test_a_share_of_others_needs_them(data, tmp_path):
+    with pytest.raises(DataError, match="other drawings"):
+        train(Config(stage="unet", init=Path("pocket"), data=data, output=tmp_path / "on", others_share=0.5))
 
 
 @pytest.mark.slow

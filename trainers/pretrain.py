@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,22 +19,18 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from sfumato import options
 from sfumato.config import parse
-from sfumato.errors import ConfigError
-from sfumato.files.atomic import atomic_path
+from sfumato.errors import ConfigError, DataError
 from sfumato.options import FolderOptions
 
 if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that its --help is there at once
     import torch
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers import AutoencoderKL
     from torch import Tensor, nn
     from transformers import CLIPTextModel, CLIPTokenizer
 
     from sfumato.pocket.pictures import Pictures
     from sfumato.precision import Precision
     from sfumato.runs import Run
-
-SHEET = ("red apple", "crab", "cat face", "house", "rocket", "tulip", "pizza", "penguin", "guitar", "bus", "owl", "key")
-"""Concepts drawn on the sample sheets."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +46,9 @@ class Config(FolderOptions):
     vae: Path | None = None
     """Folder of the trained VAE, for the U-Net's stage."""
     init: Path | None = None
-    """U-Net: go on from this base, instead of from a trained VAE and nothing."""
+    """Go on from this base, instead of from nothing. With --vae beside it the U-Net gets another VAE."""
+    decoder_only: bool = False
+    """VAE: leave the encoder as it is, so that the latents that a U-Net has learned stay what they are."""
     steps: int = 2400
     """Optimizer steps in all."""
     batch: int = 16
@@ -84,6 +81,8 @@ class Config(FolderOptions):
     """U-Net: share of captions that name the concept's group in place of the concept."""
     empty_share: float = 0.1
     """U-Net: share of empty captions, for classifier-free guidance."""
+    others_share: float = 0.0
+    """U-Net: share of each batch that shows the sets' other drawings, which teach the styles beyond the concepts."""
     seed: int = 0
     """Seed of weights and of every draw."""
     device: str = "auto"
@@ -117,6 +116,7 @@ class Trained:
         self.config, self.device, self.rate = config, device, 0.0
         self.modules = {name: module.to(device).train() for name, module in modules.items()}
         named = {f"{part}.{name}": p for part, module in modules.items() for name, p in module.named_parameters()}
+        named = {name: p for name, p in named.items() if p.requires_grad}
         self.parameters = list(named.values())
         self.average = Average(self.parameters, config.ema)
         ends = ("conv_in.", "conv_out.", "embedding", "time_emb")
@@ -168,15 +168,6 @@ class Trained:
             yield
 
 
-def batch_indices(step: int, batch: int, n: int, seed: int) -> list[int]:
-    """Which pictures step `step` sees: every picture once an epoch, each epoch in an order of its own."""
-    from sfumato import randomness
-
-    places = range(step * batch, (step + 1) * batch)
-    orders = {epoch: randomness.permutation(n, seed, "order", epoch) for epoch in {place // n for place in places}}
-    return [orders[place // n][place % n] for place in places]
-
-
 def vae_loss(vae: AutoencoderKL, pixels: Tensor, noise: Tensor, config: Config) -> Tensor:
     """L1 + MSE + weighted differences of neighbouring pixels + KL, of (b, 3, h, w) in [-1, 1]."""
     posterior = vae.encode(pixels).latent_dist
@@ -192,21 +183,30 @@ def train_vae(config: Config, precision: Precision) -> Path:
     """Train the VAE on every picture that may be seen; returns the folder of its averaged weights, fp32."""
     import torch
 
-    from sfumato import randomness
+    from sfumato import load_base, randomness
     from sfumato.optimizers import clip
     from sfumato.pocket.parts import build_vae
-    from sfumato.pocket.pictures import read_pictures
+    from sfumato.pocket.pictures import batch_indices, read_others, read_pictures
+    from sfumato.pocket.shown import save_model
+    from sfumato.precision import decide
     from sfumato.runs import Run
 
-    pictures = read_pictures(config.data, others=True)
+    named = read_pictures(config.data)
+    pictures = named.and_others(read_others(config.data))
     run = Run.start(config, program="pretrain", writes=["model"])
     run.say(precision.table())
-    with first_weights(config.seed):
-        vae = build_vae()
+    if config.init:
+        vae = load_base(config.init, precision=decide("fp32", device=config.device)).vae.requires_grad_(True)
+    else:
+        with first_weights(config.seed):
+            vae = build_vae()
+    if config.decoder_only:
+        vae.encoder.requires_grad_(False)
+        vae.quant_conv.requires_grad_(False)
     trained = Trained({"vae": vae}, config, precision.device)
     run.keep(**trained.parts())
-    run.identify(data=fingerprint(pictures))
-    run.every(config.sample_every, lambda step: _reconstruct(trained, pictures, run, step))
+    run.identify(data=pictures.fingerprint())
+    run.every(config.sample_every, lambda step: _reconstruct(trained, named, run, step))
     for step in run.steps(config.steps):
         trained.set_rate(step.number, step.rate_factor)
         pixels = pictures.floats(batch_indices(step.number, config.batch, len(pictures.names), config.seed))
@@ -223,7 +223,8 @@ def train_vae(config: Config, precision: Precision) -> Path:
         trained.zero_grad()
         step.done(loss=loss, rate=trained.rate, gradient_norm=norm)
     with trained.averaged():
-        vae.register_to_config(scaling_factor=_scaling_factor(vae, pictures, precision.device))
+        if not config.decoder_only:
+            vae.register_to_config(scaling_factor=_scaling_factor(vae, named, precision.device))
         path = save_model(vae, config.output / "model")
     run.close()
     return path
@@ -239,29 +240,13 @@ def first_weights(seed: int) -> Iterator[None]:
         yield
 
 
-def fingerprint(pictures: Pictures) -> str:
-    """Changes with any pixel or name."""
-    digest = hashlib.sha256(repr((tuple(pictures.pixels.shape), pictures.names)).encode())
-    digest.update(pictures.pixels.numpy().data)
-    return digest.hexdigest()
-
-
-def save_model(model: Any, path: Path) -> Path:
-    """A diffusers folder, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.part")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    shutil.rmtree(path, ignore_errors=True)
-    temporary.rename(path)
-    return path
-
-
 def _reconstruct(trained: Trained, pictures: Pictures, run: Run, step: int) -> None:
     """Log the PSNR over a fixed hundred pictures, and draw sixteen beside their reconstructions."""
     import torch
 
-    named = pictures.named()
-    pixels = named.floats(torch.linspace(0, len(named.names) - 1, 96).long()).to(trained.device)
+    from sfumato.pocket.shown import save_sheet
+
+    pixels = pictures.floats(torch.linspace(0, len(pictures.names) - 1, 96).long()).to(trained.device)
     vae: Any = trained.modules["vae"]
     with trained.averaged():
         drawn = vae.decode(vae.encode(pixels).latent_dist.mode()).sample.clamp(-1, 1)
@@ -273,7 +258,7 @@ def _reconstruct(trained: Trained, pictures: Pictures, run: Run, step: int) -> N
 
 def _scaling_factor(vae: AutoencoderKL, pictures: Pictures, device: torch.device) -> float:
     """What brings the latents of the named pictures to a standard deviation of 1."""
-    mean, deviation = encode_all(vae, pictures.named(), device)
+    mean, deviation = encode_all(vae, pictures, device)
     return float(1 / (mean.var() + deviation.square().mean()).sqrt())
 
 
@@ -299,22 +284,33 @@ def train_unet(config: Config, precision: Precision) -> Path:
     from sfumato import load_base, randomness
     from sfumato.diffusion import noise_latents, snr_weight, stratified_timesteps, target, weighted_error
     from sfumato.optimizers import clip
-    from sfumato.pocket.captions import all_captions, caption
+    from sfumato.pocket.captions import all_captions, caption, other_caption, read_words
     from sfumato.pocket.parts import build_scheduler, build_text_encoder, build_tokenizer, build_unet
-    from sfumato.pocket.pictures import read_manifest, read_pictures
+    from sfumato.pocket.pictures import batch_indices, read_manifest, read_others, read_pictures
+    from sfumato.pocket.shown import assemble, save_model, sheet
     from sfumato.precision import decide
     from sfumato.runs import Run
 
     device = precision.device
     manifest = read_manifest(config.data)
     words = read_words(config.data)
-    pictures = read_pictures(config.data, others=False)
+    pictures = read_pictures(config.data)
+    n = len(pictures.names)
+    n_others = round(config.batch * config.others_share)
+    if n_others:
+        pictures = pictures.and_others(read_others(config.data))
+        if len(pictures.names) == n:
+            raise DataError(
+                f"{config.data} holds no other drawings, --others-share is {config.others_share}; build the pictures "
+                "with --others, or leave the share at 0."
+            )
     run = Run.start(config, program="pretrain", writes=["model", "tokenizer"])
     run.say(precision.table())
     scheduler = build_scheduler()
     if config.init:
         base = load_base(config.init, precision=decide("fp32", device=config.device))
-        unet, vae, text_encoder, tokenizer = base.unet, base.vae, base.text_encoders[0], base.tokenizers[0]
+        unet, text_encoder, tokenizer = base.unet, base.text_encoders[0], base.tokenizers[0]
+        vae = base.vae if config.vae is None else AutoencoderKL.from_pretrained(config.vae).to(device).eval()
         unet.requires_grad_(True)
         text_encoder.requires_grad_(True)
     else:
@@ -329,11 +325,10 @@ def train_unet(config: Config, precision: Precision) -> Path:
     # Mirrored pictures are a second half of the cache: latents cannot be mirrored themselves.
     caches = [encode_all(vae, p, device) for p in (pictures, pictures.mirrored())]
     means, deviations = (torch.stack(pair) * vae.config.scaling_factor for pair in zip(*caches, strict=True))
-    groups, n = manifest["concepts"], len(pictures.names)
-    shares = {"empty_share": config.empty_share, "group_share": config.group_share}
+    groups = manifest["concepts"]
     trained = Trained({"unet": unet, "text_encoder": text_encoder}, config, device)
     run.keep(**trained.parts())
-    run.identify(data=fingerprint(pictures), vae=hashlib.sha256(means.cpu().numpy().data).hexdigest())
+    run.identify(data=pictures.fingerprint(), vae=hashlib.sha256(means.cpu().numpy().data).hexdigest())
 
     def sample(step: int) -> None:
         with trained.averaged(), precision.autocast():
@@ -344,13 +339,19 @@ def train_unet(config: Config, precision: Precision) -> Path:
     for step in run.steps(config.steps):
         number = step.number
         trained.set_rate(number, step.rate_factor)
-        indices = batch_indices(number, config.batch, n, config.seed)
+        indices = batch_indices(number, config.batch - n_others, n, config.seed)
+        if n_others:
+            indices += [n + i for i in batch_indices(number, n_others, len(pictures.names) - n, config.seed + 1)]
         draws = torch.rand(3, config.batch, generator=randomness.generator(config.seed, "captions and flips", number))
         flips = (draws[2] < config.flip_share).long()
-        texts = [
-            caption(*pictures.names[i], groups[pictures.names[i][0]], draw=draw, form=form, **shares)
-            for i, draw, form in zip(indices, draws[0].tolist(), draws[1].tolist(), strict=True)
-        ]
+        texts = []
+        for i, draw, form in zip(indices, draws[0].tolist(), draws[1].tolist(), strict=True):
+            what, style = pictures.names[i]
+            shares = {"draw": draw, "form": form, "empty_share": config.empty_share}
+            if i < n:
+                texts.append(caption(what, style, groups[what], group_share=config.group_share, **shares))
+            else:
+                texts.append(other_caption(what, style, **shares))
         posterior = means[flips, indices], deviations[flips, indices]
         shape = tuple(posterior[0].shape)
         latents = posterior[0] + posterior[1] * randomness.normal(shape, config.seed, "posterior", number).to(device)
@@ -374,19 +375,6 @@ def train_unet(config: Config, precision: Precision) -> Path:
     return path
 
 
-def read_words(data: Path) -> list[str]:
-    """The plain words that the tokenizer learns besides those of the captions."""
-    from sfumato.errors import DataError
-
-    try:
-        return (data / "words.txt").read_text(encoding="utf-8").split()
-    except OSError as error:
-        raise DataError(
-            f"{data / 'words.txt'} cannot be read ({error.strerror}); build the pictures with python -m "
-            f"bench.pocket_data --out {data}."
-        ) from None
-
-
 def encode_text(encoder: CLIPTextModel, tokenizer: CLIPTokenizer, texts: Sequence[str], device: torch.device) -> Tensor:
     """(len(texts), positions, width) hidden states; each distinct text is encoded once."""
     distinct = sorted(set(texts))
@@ -395,55 +383,17 @@ def encode_text(encoder: CLIPTextModel, tokenizer: CLIPTokenizer, texts: Sequenc
     return hidden[[distinct.index(text) for text in texts]]
 
 
-def assemble(
-    vae: AutoencoderKL,
-    unet: UNet2DConditionModel,
-    text_encoder: CLIPTextModel,
-    tokenizer: CLIPTokenizer,
-    scheduler: DDIMScheduler,
-) -> StableDiffusionPipeline:
-    """The parts as an ordinary Stable Diffusion pipeline."""
-    from diffusers import StableDiffusionPipeline
-
-    pipeline = StableDiffusionPipeline(
-        vae, text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def sheet(pipeline: StableDiffusionPipeline, styles: Sequence[str], path: Path) -> None:
-    """One row for each style, one column for each of SHEET; 25 steps, guidance 3, the seed is the column."""
-    from sfumato import randomness
-
-    prompts = [f"{concept}, {style} style" for style in styles for concept in SHEET]
-    generators = [randomness.generator(0, "sheet", 0, column) for _ in styles for column in range(len(SHEET))]
-    drawn = pipeline(prompts, num_inference_steps=25, guidance_scale=3.0, generator=generators, output_type="pt").images
-    save_sheet(drawn.float() * 2 - 1, len(SHEET), path)
-
-
-def save_sheet(pictures: Tensor, columns: int, path: Path) -> None:
-    """(n, 3, h, w) in [-1, 1] as one PNG, `columns` in a row."""
-    import torch
-    from PIL import Image
-
-    rows = [torch.cat(list(row), dim=2) for row in pictures.split(columns)]
-    pixels = ((torch.cat(rows, dim=1).clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
-    with atomic_path(path) as temporary:
-        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(temporary)
-
-
 def check(config: Config) -> None:
     """Refuse what makes no sense before anything is loaded."""
     options.check_run(config)
-    for name in ("flip_share", "group_share", "empty_share"):
+    for name in ("flip_share", "group_share", "empty_share", "others_share"):
         if not 0 <= getattr(config, name) <= 1:
             raise ConfigError(f"--{name.replace('_', '-')} is {getattr(config, name)}; it must be in 0 ... 1.")
     for name in ("warmup_steps", "fall_at", "kl", "gradient_difference", "snr_gamma", "flat_weight"):
         if not 0 <= getattr(config, name) < float("inf"):
             raise ConfigError(f"--{name.replace('_', '-')} is {getattr(config, name)}; it must not be negative.")
-    if config.init is not None and (config.stage == "vae" or config.vae is not None):
-        raise ConfigError("--init is a whole base to go on from, for --stage unet alone; it brings its own VAE.")
+    if config.decoder_only and (config.stage != "vae" or config.init is None):
+        raise ConfigError("--decoder-only goes on with the VAE of a base: it needs --stage vae and --init BASE.")
     if config.stage == "unet" and config.vae is None and config.init is None:
         raise ConfigError("--stage unet needs --vae, the folder of a trained VAE; train one with --stage vae.")
     if config.stage == "unet" and config.vae is not None and not (config.vae / "config.json").is_file():

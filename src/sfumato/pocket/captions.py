@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+from sfumato.errors import DataError
 
 
 def caption(
@@ -23,9 +26,30 @@ def caption(
     return f"a {style} style picture of a {concept}" if form < 0.75 else concept
 
 
+def other_caption(name: str, style: str, *, draw: float, form: float, empty_share: float) -> str:
+    """One caption for a picture of something that the base is not asked for; `draw` and `form` as for `caption`.
+
+    A third name the style alone: what its hand is, whatever it draws.
+    """
+    if draw < empty_share:
+        return ""
+    return f"{style} style" if form < 1 / 3 else f"{name}, {style} style"
+
+
 def all_captions(manifest: Mapping[str, Any], words: Sequence[str]) -> list[str]:
     """Every caption that training can meet, and `words` besides: what the tokenizer is learned from."""
     styles, concepts = manifest["styles"], manifest["concepts"]
     texts = [f"{concept}, {style} style" for concept in concepts for style in styles]
     texts += [f"a {style} style picture of {group}" for group in concepts.values() for style in styles]
     return texts + list(words)
+
+
+def read_words(data: Path) -> list[str]:
+    """The plain words that the tokenizer learns besides those of the captions."""
+    try:
+        return (data / "words.txt").read_text(encoding="utf-8").split()
+    except OSError as error:
+        raise DataError(
+            f"{data / 'words.txt'} cannot be read ({error.strerror}); build the pictures with python -m "
+            f"bench.pocket_data --out {data}."
+        ) from None

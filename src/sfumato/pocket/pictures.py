@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,12 +14,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from sfumato import randomness
 from sfumato.errors import DataError
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """What is trained on: pixels (n, 3, h, w) uint8, and a (concept, style) for each; ("", "") for a nameless one."""
+    """What is trained on: pixels (n, 3, h, w) uint8, and for each what it shows and in which style."""
 
     pixels: Tensor
     names: list[tuple[str, str]]
@@ -27,27 +29,39 @@ class Pictures:
         """(b, 3, h, w) in [-1, 1]."""
         return self.pixels[indices].float() / 127.5 - 1
 
-    def named(self) -> Pictures:
-        """Those that have a name."""
-        places = [i for i, name in enumerate(self.names) if name != ("", "")]
-        return Pictures(self.pixels[places], [self.names[i] for i in places])
+    def and_others(self, others: Pictures) -> Pictures:
+        """These, and those after them."""
+        return Pictures(torch.cat([self.pixels, others.pixels]), self.names + others.names)
+
+    def fingerprint(self) -> str:
+        """Changes with any pixel or name."""
+        digest = hashlib.sha256(repr((tuple(self.pixels.shape), self.names)).encode())
+        digest.update(self.pixels.numpy().data)
+        return digest.hexdigest()
 
     def mirrored(self) -> Pictures:
         """The same, left for right."""
         return Pictures(self.pixels.flip(3), self.names)
 
 
-def read_pictures(data: Path, *, others: bool, withheld: bool = False) -> Pictures:
-    """The named pictures that may be trained on (or, if `withheld`, those that may not), and the nameless `others`."""
+def read_pictures(data: Path) -> Pictures:
+    """The pictures of the concepts that the base draws, without the withheld ones."""
     manifest = read_manifest(data)
     hidden = {tuple(cell) for cell in manifest["withheld"]}
-    cells = [(c, s) for s in manifest["styles"] for c in manifest["concepts"] if ((c, s) in hidden) == withheld]
-    paths = [data / style / f"{concept.replace(' ', '-')}.png" for concept, style in cells]
-    if others:
-        nameless = sorted((data / "other").rglob("*.png"))
-        paths, cells = paths + nameless, cells + [("", "")] * len(nameless)
+    cells = [(c, s) for s in manifest["styles"] for c in manifest["concepts"] if (c, s) not in hidden]
+    return _read([data / style / f"{concept.replace(' ', '-')}.png" for concept, style in cells], cells)
+
+
+def read_others(data: Path) -> Pictures:
+    """The sets' other pictures, named as their files are; none where the data was built without them."""
+    paths = [path for style in read_manifest(data)["styles"] for path in sorted((data / "other" / style).glob("*.png"))]
+    return _read(paths, [(path.stem.replace("-", " "), path.parent.name) for path in paths])
+
+
+def _read(paths: Sequence[Path], names: list[tuple[str, str]]) -> Pictures:
     arrays = [np.asarray(Image.open(path).convert("RGB")) for path in paths]
-    return Pictures(torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous(), cells)
+    pixels = np.stack(arrays) if arrays else np.empty((0, 64, 64, 3), np.uint8)
+    return Pictures(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), names)
 
 
 def read_manifest(data: Path) -> dict[str, Any]:
@@ -57,3 +71,10 @@ def read_manifest(data: Path) -> dict[str, Any]:
         raise DataError(f"{path} is missing; build the pictures with python -m bench.pocket_data --out {data}.")
     manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return manifest
+
+
+def batch_indices(step: int, batch: int, n: int, seed: int) -> list[int]:
+    """Which pictures step `step` sees: every picture once an epoch, each epoch in an order of its own."""
+    places = range(step * batch, (step + 1) * batch)
+    orders = {epoch: randomness.permutation(n, seed, "order", epoch) for epoch in {place // n for place in places}}
+    return [orders[place // n][place % n] for place in places]

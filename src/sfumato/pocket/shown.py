@@ -1,0 +1,61 @@
+"""What a pre-training leaves: model folders, whole or not at all, and sheets of what is drawn."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from sfumato import randomness
+from sfumato.files.atomic import atomic_path
+
+SHEET = ("red apple", "crab", "cat face", "house", "rocket", "tulip", "pizza", "penguin", "guitar", "bus", "owl", "key")
+"""Concepts drawn on the sample sheets."""
+
+
+def save_model(model: Any, path: Path) -> Path:
+    """A diffusers folder, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.part")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    shutil.rmtree(path, ignore_errors=True)
+    temporary.rename(path)
+    return path
+
+
+def assemble(
+    vae: AutoencoderKL,
+    unet: UNet2DConditionModel,
+    text_encoder: CLIPTextModel,
+    tokenizer: CLIPTokenizer,
+    scheduler: DDIMScheduler,
+) -> StableDiffusionPipeline:
+    """The parts as an ordinary Stable Diffusion pipeline."""
+    pipeline = StableDiffusionPipeline(
+        vae, text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def sheet(pipeline: StableDiffusionPipeline, styles: Sequence[str], path: Path) -> None:
+    """One row for each style, one column for each of SHEET; 25 steps, guidance 3, the seed is the column."""
+    prompts = [f"{concept}, {style} style" for style in styles for concept in SHEET]
+    generators = [randomness.generator(0, "sheet", 0, column) for _ in styles for column in range(len(SHEET))]
+    drawn = pipeline(prompts, num_inference_steps=25, guidance_scale=3.0, generator=generators, output_type="pt").images
+    save_sheet(drawn.float() * 2 - 1, len(SHEET), path)
+
+
+def save_sheet(pictures: Tensor, columns: int, path: Path) -> None:
+    """(n, 3, h, w) in [-1, 1] as one PNG, `columns` in a row."""
+    rows = [torch.cat(list(row), dim=2) for row in pictures.split(columns)]
+    pixels = ((torch.cat(rows, dim=1).clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
+    with atomic_path(path) as temporary:
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(temporary)
