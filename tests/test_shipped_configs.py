@@ -60,6 +60,8 @@ def test_a_recipe_of_the_base_takes_a_step(name, tmp_path):
             picture = Image.new("RGB", (64, 64), "white")
             picture.paste(colour, (left, 10, 50, 40))
             picture.save(data / style / f"{concept}.png")
+        (data / "other" / style).mkdir(parents=True)
+        picture.save(data / "other" / style / "hammer.png")
     manifest = {"styles": ["noto", "flat"], "concepts": {"crab": "a sea animal", "key": "a tool"}, "withheld": []}
     (data / "manifest.json").write_text(json.dumps(manifest))
     (data / "words.txt").write_text("picture\nof\n")

@@ -55,7 +55,7 @@ def sheet(pipeline: StableDiffusionPipeline, styles: Sequence[str], path: Path) 
 
 def save_sheet(pictures: Tensor, columns: int, path: Path) -> None:
     """(n, 3, h, w) in [-1, 1] as one PNG, `columns` in a row."""
-    rows = [torch.cat(list(row), dim=2) for row in pictures.split(columns)]
+    rows = [torch.cat(list(row), dim=2) for row in torch.split(pictures, columns)]
     pixels = ((torch.cat(rows, dim=1).clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
     with atomic_path(path) as temporary:
         Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(temporary)
