@@ -89,7 +89,7 @@ class Config:
     seed: int = 0
     """Decides which cells are withheld."""
     others: bool = True
-    """Also draw the sets' other pictures, on which the VAE alone is trained."""
+    """Also draw the sets' other pictures, from which the VAE and, by --others-share, the U-Net learn the styles."""
 
 
 def withheld_cells(concepts: Sequence[str], styles: Sequence[str], seed: int) -> set[tuple[str, str]]:
@@ -210,7 +210,7 @@ def words(sets: Mapping[str, Mapping[str, Any]]) -> list[str]:
 def _others(
     config: Config, sets: Mapping[str, Mapping[str, Any]], names: Mapping[str, str], hidden: set[str]
 ) -> dict[str, str]:
-    """Every other plain drawing, for the VAE: no subject, no withheld picture under a second name, no skin tones."""
+    """Every other plain drawing: no subject, no withheld picture under a second name, no skin tones."""
     written: dict[str, str] = {}
     for style, icons in sets.items():
         for name in sorted(icons["icons"]):

@@ -78,7 +78,8 @@ def _replace(made: Path, place: Path) -> None:
 
 
 def seen(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """The data's manifest without the concepts, which have a file of their own, and with one hash for the VAE's extras.
+    """The data's manifest without the concepts, which have a file of their own, and with one hash for
+    the other drawings.
 
     Those are thousands; their names and hashes, one "NAME HASH" a line in order, are hashed together.
     """
