@@ -138,6 +138,8 @@ def render(report: Report) -> str:
     shapes = ", ".join(f"{width} x {height}: {count:,}" for (width, height), count in report.buckets.items())
     if shapes:
         lines.append(f"  shapes   {shapes}")
+    if len(report.folders) > 1:
+        lines += [f"  folder   {folder}" for folder in report.folders]
     captions = list(dict.fromkeys(example.caption for example in report.examples if example.caption))
     if captions:
         lines.append(f"  captions {len(captions):,} different, such as {captions[0]!r}")
@@ -167,8 +169,10 @@ def _mend(report: Report, config: Config) -> Mended:
     assert config.fix is not None
     leave_out = {look.path: look.error.removeprefix(f"{look.path.name}: ") for look in report.looks if look.error}
     for places in duplicates(report.looks)[0]:
-        first, *others = [report.looks[place].path for place in places]
-        leave_out |= {path: f"the same picture as {first.name}" for path in others}
+        # The first that somebody wrote a caption for, or the first.
+        first = next((place for place in places if report.captioned[place]), places[0])
+        reason = f"the same picture as {report.labels[first]}"
+        leave_out |= {report.looks[place].path: reason for place in places if place != first}
     return mend(config.images, sources_of(config.images, trigger=config.trigger), config.fix, leave_out=leave_out)
 
 
@@ -187,7 +191,8 @@ def _sheets(report: Report, file: Path) -> list[Path]:
     from sfumato.files.atomic import atomic_path
 
     written = []
-    for number, sheet in enumerate(crop_sheets(report.looks, [example.caption for example in report.examples]), 1):
+    captions = [example.caption for example in report.examples]
+    for number, sheet in enumerate(crop_sheets(report.looks, report.labels, captions), 1):
         path = file if number == 1 else file.with_name(f"{file.stem}-{number}{file.suffix}")
         with atomic_path(path) as temporary:
             sheet.save(temporary)

@@ -8,6 +8,7 @@ size; it says what the learning costs. Neither depends on the run's seed.
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
@@ -69,7 +70,9 @@ class Measures:
         """Mean squared error of the prediction, no weights."""
         plain = dataclasses.replace(self._batch, mask=None)
         with evaluating(self._modules):
-            text = self._base.encode_text(plain.captions)
+            with warnings.catch_warnings():  # what is cut from a caption was said before training
+                warnings.filterwarnings("ignore", message="prompt of")
+                text = self._base.encode_text(plain.captions)
             return float(denoising_errors(self._base, plain, self._noise, self._timesteps, text).mean())
 
     def drift(self, name: str = "drift") -> float:

@@ -13,6 +13,13 @@ _SMALLEST_CELL_PX = 128
 _LARGEST_CELL_PX = 512
 
 
+def label_font(size_px: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """DejaVu Sans, which matplotlib brings: Latin, Greek, Cyrillic, Arabic and more, where Pillow's own has ASCII."""
+    from matplotlib import get_data_path
+
+    return ImageFont.truetype(f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf", size_px)
+
+
 def contact_sheet(
     cells: Cells,
     *,
@@ -37,7 +44,7 @@ def contact_sheet(
         round(max(picture.height for picture in pictures) * scale),
     )
     size_px = min(28, max(14, cell[0] // 10))
-    font = ImageFont.load_default(size_px)
+    font = label_font(size_px)
     gap = max(10, cell[0] // 20)
 
     heads = [_wrap(label, font, cell[0]) for label in column_labels[:columns]]

@@ -11,7 +11,7 @@ from made_up import noise_picture
 from PIL import Image, ImageFilter
 from sfumato.pipelines.check import main, render
 
-from sfumato.data import open_image, read_folder
+from sfumato.data import open_image, prepare, read_folder
 from sfumato.data.report import check
 from sfumato.data.target import target_of
 from sfumato.errors import BaseModelError, ConfigError, DataError
@@ -72,6 +72,54 @@ def test_each_flaw_is_found_in_its_picture_and_in_no_other(report):
     assert [(entry.name, entry.reason) for entry in report.ignored] == [("notes.doc", "not a picture by its name")]
 
 
+def test_a_name_with_brackets_stays_whole(tmp_path):
+    noise_picture(20, 20).save(tmp_path / "photo (1).png")
+    noise_picture(200, 64, seed=1).save(tmp_path / "wide (2).png")
+    report = check(tmp_path, target_of("pocket"), caption_template="x")
+    assert found(report, "too small") == ["photo (1).png"]
+    assert found(report, "cropped") == ["wide (2).png"]
+
+
+@pytest.fixture
+def two_folders(tmp_path) -> Path:
+    """A data set of two folders with files of the same names, one of which is broken; the second is of the class."""
+    for number, folder in enumerate(["dogs/a", "dogs/b"]):
+        (tmp_path / folder).mkdir(parents=True)
+        noise_picture(seed=number).save(tmp_path / folder / "00.png")
+        noise_picture(seed=9).save(tmp_path / folder / "01.png")
+    cut = (tmp_path / "dogs/b/00.png").read_bytes()[:-40]
+    (tmp_path / "dogs/b/00.png").write_bytes(cut)
+    (tmp_path / "dataset.toml").write_text(
+        '[[source]]\npath = "dogs/a"\nwords = "x"\nrepeats = 3\n'
+        '[[source]]\npath = "dogs/b"\nwords = "y"\nclass = true\n'
+    )
+    return tmp_path / "dataset.toml"
+
+
+def test_files_of_one_name_are_told_apart(two_folders, base):
+    report = check(two_folders, target_of("pocket"))
+    assert found(report, "bad") == ["b/00.png"]
+    assert next(line.text for line in report.lines if line.kind == "bad").startswith("b/00.png: ")
+    assert found(report, "duplicate") == ["a/01.png", "b/01.png"]
+    with pytest.raises(DataError, match=r"1 of 4 pictures cannot be learned from: b/00\.png: "):
+        prepare(read_folder(two_folders), base, resolution=64)
+
+
+def test_what_each_folder_gives_is_said(two_folders):
+    report = check(two_folders, target_of("pocket"))
+    assert report.folders == ["a: 2 pictures x 3", "b: 2 pictures of the class"]
+    assert "folder   a: 2 pictures x 3" in render(report)
+    assert report.to_dict()["folders"] == report.folders
+
+
+def test_a_finding_about_several_pictures_comes_once(tmp_path):
+    for suffix in ("png", "webp"):
+        noise_picture(seed=len(suffix)).save(tmp_path / f"a.{suffix}")
+    (tmp_path / "a.txt").write_text("")
+    report = check(tmp_path, target_of("pocket"), caption_template="x")
+    assert [line.names for line in report.lines if line.kind == "caption"] == [("a.png", "a.webp")]
+
+
 def test_what_training_will_see_is_counted(report):
     assert len(report.looks) == 12
     assert report.samples == 11
@@ -118,6 +166,12 @@ def test_a_trigger_is_shown_as_it_tokenizes(pictures, word, kind, text):
     assert any(text in line.text for line in report.lines if line.kind == kind)
 
 
+def test_the_class_beside_a_rare_word_is_no_flaw(pictures):
+    report = check(pictures, target_of("sd1"), caption_template="{trigger}", trigger="sks dog")
+    assert not [line for line in report.lines if line.kind == "trigger ordinary"]
+    assert any("'dog' is an ordinary word, as the class" in line.text for line in report.lines)
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [("pocket", (4, 64, 16)), ("sd1", (8, 512, 64)), ("sdxl", (8, 1024, 64)), ("sd2", (8, 768, 64))],
@@ -159,6 +213,15 @@ def test_a_sheet_shows_every_crop(messy, tmp_path):
     assert sheet.height > 2 * 192
 
 
+def test_of_equal_pictures_the_mended_copy_keeps_the_captioned_one(tmp_path):
+    (tmp_path / "dogs").mkdir()
+    for name in ("copy of dog.png", "dog.png", "zoo.png"):
+        noise_picture().save(tmp_path / "dogs" / name)
+    (tmp_path / "dogs" / "dog.txt").write_text("a dog on grass")
+    main([str(tmp_path / "dogs"), "--fix", str(tmp_path / "mended")])
+    assert sorted(path.name for path in (tmp_path / "mended").iterdir()) == ["dog.png", "dog.txt"]
+
+
 def test_the_mended_copy_is_fine_and_the_originals_are_untouched(messy, tmp_path):
     before = {path.name: path.read_bytes() for path in messy.iterdir()}
     target = tmp_path / "mended"
@@ -194,6 +257,10 @@ def test_nothing_is_mended_over_or_into_the_originals(messy, tmp_path, place):
 
 def test_a_folder_without_pictures_is_one_line(tmp_path):
     with pytest.raises(DataError, match="no pictures in it"):
+        main([str(tmp_path)])
+    (tmp_path / "dogs").mkdir()
+    noise_picture().save(tmp_path / "dogs" / "a.png")
+    with pytest.raises(DataError, match=r"no pictures in it, but in its folders dogs\. Name one"):
         main([str(tmp_path)])
 
 

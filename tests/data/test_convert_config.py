@@ -107,6 +107,31 @@ def test_ai_toolkit_s_data_sets_become_sources(home):
     }
 
 
+@pytest.mark.parametrize("in_sections", [False, True])
+def test_a_whole_training_s_folders_become_sources(tmp_path, in_sections):
+    folders = 'train_data_dir = "img"\nreg_data_dir = "reg"\n'
+    rest = 'caption_extension = ".txt"\nshuffle_caption = true\nkeep_tokens = "1"\nprior_loss_weight = 0.5\n'
+    sections = ("[dataset]\n", "[model]\n") if in_sections else ("", "")
+    (tmp_path / "kohya.toml").write_text(
+        sections[0] + folders + rest + "color_aug = true\n" + sections[1] + 'network_dim = 16\nresolution = "512,512"\n'
+    )
+    for folder in ("img/10_sks dog", "reg/1_dog"):
+        (tmp_path / folder).mkdir(parents=True)
+        noise_picture().save(tmp_path / folder / "a.png")
+    converted = convert(tmp_path / "kohya.toml")
+    assert tomllib.loads(converted.text)["source"] == [
+        {"path": "img", "shuffle_tags": True, "keep_tags": 1},
+        {"path": "reg", "class": True, "shuffle_tags": True, "keep_tags": 1, "weight": 0.5},
+    ]
+    notes = "\n".join(converted.notes)
+    assert "color_aug = True: has no counterpart" in notes
+    assert "resolution = 512,512: --resolution" in notes
+    assert "network_dim" not in notes
+    (tmp_path / "dataset.toml").write_text(converted.text)
+    examples = read_folder(tmp_path / "dataset.toml")
+    assert [(e.caption, e.repeats, e.group) for e in examples] == [("sks dog", 10, "instance"), ("dog", 1, "class")]
+
+
 def test_what_is_not_carried_over_is_named(home):
     kohya, toolkit = "\n".join(convert(home / "kohya.toml").notes), "\n".join(convert(home / "toolkit.yaml").notes)
     assert "color_aug = True: has no counterpart" in kohya
@@ -142,6 +167,7 @@ def test_nothing_is_written_over(home):
         ("a.yaml", "a: [", "cannot be parsed"),
         ("a.json", '{"datasets": []}', "is empty"),
         ("a.toml", "[[datasets]]\n[[datasets.subsets]]\nnum_repeats = 1", "no image_dir"),
+        ("a.toml", 'dataset_config = "data.toml"', "convert that file"),
         ("a.txt", "", "wanted .toml"),
     ],
 )

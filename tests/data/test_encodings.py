@@ -34,6 +34,16 @@ def test_five_captions_in_one_encoding_are_read_exactly(tmp_path, encoding, text
     assert all(("not UTF-8" in caption.notes[0]) if caption.encoding else not caption.notes for caption in found)
 
 
+def test_captions_of_one_folder_may_be_in_several_encodings(tmp_path):
+    written = {"cp932": JAPANESE[1], "cp1252": "un chien très mignon, élégant et fidèle", "utf-16-le": "ein süßer Hund"}
+    for encoding, text in written.items():
+        noise_picture(16, 16).save(tmp_path / f"{encoding}.png")
+        (tmp_path / f"{encoding}.txt").write_bytes(text.encode(encoding))
+    found = {picture.path.stem: picture.caption for picture in list_folder(tmp_path).pictures}
+    assert {name: caption.text for name, caption in found.items()} == written
+    assert all("not UTF-8" in caption.notes[0] for caption in found.values())
+
+
 def test_what_is_no_text_is_named_and_stops_nothing_else(tmp_path):
     for name in ("a", "b"):
         noise_picture(16, 16).save(tmp_path / f"{name}.png")

@@ -8,6 +8,7 @@ from made_up import noise_picture
 from PIL import Image
 
 from sfumato.data import read_folder
+from sfumato.data.listing import list_folder
 from sfumato.errors import DataError
 
 SETS = Path(__file__).parents[2] / "datasets"
@@ -90,11 +91,30 @@ def test_what_is_ignored_is_listed_with_its_reason(pictures):
 def test_bad_pictures_stop_by_name_or_are_skipped(pictures):
     (pictures / "bad.png").write_bytes(b"")
     (pictures / "page.jpg").write_text("<html>")
-    with pytest.raises(DataError, match=r"2 of 8 pictures cannot be learned from: bad\.png: .*page\.jpg: .*--skip-bad"):
+    with pytest.raises(
+        DataError, match=r"2 of 8 pictures in pictures cannot be learned from: bad\.png: .*page\.jpg: .*--skip-bad"
+    ):
         read_folder(pictures, caption_template="{caption}")
     folder = read_folder(pictures, caption_template="{caption}", skip_bad=True)
     assert len(folder) == 6
     assert {entry.name for entry in folder.ignored} == {"bad.png", "page.jpg"}
+    for name in ("bad.png", "page.jpg"):  # each by name, however many other files are ignored
+        assert any(note.startswith(f"left out: {name}: ") for note in folder.notes)
+
+
+def test_a_folder_that_metadata_leads_into_is_not_ignored(pictures):
+    (pictures / "deep").mkdir()
+    noise_picture(seed=9).save(pictures / "deep" / "a.png")
+    assert [entry.reason for entry in list_folder(pictures).ignored] == ["a folder; its pictures are not read"]
+    (pictures / "metadata.jsonl").write_text('{"file_name": "deep/a.png", "text": "a"}\n')
+    listing = list_folder(pictures)
+    assert (len(listing.pictures), listing.ignored) == (7, ())
+
+
+def test_ai_toolkit_s_placeholder_becomes_the_trigger(pictures):
+    (pictures / "crab.txt").write_text("[trigger] on a beach")
+    folder = read_folder(pictures, caption_template="{caption}", trigger="zwx")
+    assert "zwx on a beach" in [example.caption for example in folder]
 
 
 def test_skipping_all_is_refused(tmp_path):

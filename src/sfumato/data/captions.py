@@ -36,13 +36,14 @@ def read_text(path: Path, likely: str | None = None) -> tuple[str, str | None]:
     """(text on one line, the encoding that had to be guessed or None).
 
     UTF-8 with or without a byte order mark, UTF-16 and UTF-32 with one, else `likely` (what the captions around it are
-    in, see `guess_encoding`), else charset-normalizer's guess. Raises DataError if the file cannot be read or nothing
-    fits.
+    in, see `guess_encoding`) where that makes sense of it, else charset-normalizer's guess. Raises DataError if the
+    file cannot be read or nothing fits.
     """
     data = _bytes(path)
     if (text := _unicode(data)) is not None:
         return _one_line(text), None
-    for encoding in (likely, guess_encoding([data])):
+    own = _sensible(data)
+    for encoding in [likely, *own] if likely in own else [*own, likely]:
         if encoding is None:
             continue
         try:
@@ -54,9 +55,23 @@ def read_text(path: Path, likely: str | None = None) -> tuple[str, str | None]:
 
 def guess_encoding(texts: Iterable[bytes]) -> str | None:
     """The one encoding that most likely holds for all of these; None if nothing fits."""
-    data = b"\n".join(texts)
-    best = from_bytes(data, cp_isolation=_LIKELY).best() or from_bytes(data).best()
-    return best.encoding if best else None
+    return next(iter(_sensible(b"\n".join(texts))), None)
+
+
+def _sensible(data: bytes) -> list[str]:
+    """The encodings in which the bytes are text that somebody may have written, the most likely first."""
+    if wide := _wide_without_mark(data):
+        return [wide]
+    found = from_bytes(data, cp_isolation=_LIKELY) or from_bytes(data)
+    return [name for match in found for name in match.could_be_from_charset]
+
+
+def _wide_without_mark(data: bytes) -> str | None:
+    """UTF-16 without a byte order mark, if every other byte of most letters is 0, as in no other text."""
+    even, odd = data[::2].count(0), data[1::2].count(0)
+    if not data or len(data) % 2 or max(even, odd) < len(data) / 4 or min(even, odd):
+        return None
+    return "utf-16-le" if odd else "utf-16-be"
 
 
 def guess_from(paths: Sequence[Path]) -> str | None:
@@ -78,6 +93,8 @@ def _unicode(data: bytes) -> str | None:
     """The text, if the bytes say that they are Unicode."""
     try:
         wide = next((name for bom, name in _WIDE_BOMS.items() if data.startswith(bom)), None)
+        if wide is None and _wide_without_mark(data):
+            return None
         return data.decode(wide or "utf-8-sig")
     except UnicodeDecodeError:
         return None

@@ -7,24 +7,27 @@ from collections.abc import Sequence
 from PIL import Image, ImageDraw, ImageFont
 
 from sfumato.data.survey import Look
+from sfumato.sheet import label_font
 
 _CELL_PX, _LINE_PX, _GAP_PX, _COLUMNS = 192, 16, 8, 8
 _INK, _WARNING, _EMPTY = (25, 25, 25), (190, 30, 20), (235, 235, 235)
 
 
-def crop_sheets(looks: Sequence[Look], labels: Sequence[str], *, page: int = 200) -> list[Image.Image]:
-    """RGB sheets of at most `page` crops. looks: made with thumbnails. labels: a second line for each."""
-    pairs = list(zip(looks, labels, strict=True))
-    return [_sheet(pairs[start : start + page]) for start in range(0, len(pairs), page)]
+def crop_sheets(
+    looks: Sequence[Look], names: Sequence[str], captions: Sequence[str], *, page: int = 200
+) -> list[Image.Image]:
+    """RGB sheets of at most `page` crops. looks: made with thumbnails. names, captions: the lines below each."""
+    cells = list(zip(looks, names, captions, strict=True))
+    return [_sheet(cells[start : start + page]) for start in range(0, len(cells), page)]
 
 
-def _sheet(pairs: Sequence[tuple[Look, str]]) -> Image.Image:
-    columns = min(_COLUMNS, len(pairs))
-    rows = -(-len(pairs) // columns)
+def _sheet(cells: Sequence[tuple[Look, str, str]]) -> Image.Image:
+    columns = min(_COLUMNS, len(cells))
+    rows = -(-len(cells) // columns)
     high = _CELL_PX + 3 * _LINE_PX + _GAP_PX
     sheet = Image.new("RGB", (columns * (_CELL_PX + _GAP_PX) + _GAP_PX, rows * high + _GAP_PX), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
-    for number, (look, label) in enumerate(pairs):
+    draw, font = ImageDraw.Draw(sheet), label_font(12)
+    for number, (look, name, caption) in enumerate(cells):
         left, top = _GAP_PX + number % columns * (_CELL_PX + _GAP_PX), _GAP_PX + number // columns * high
         if look.thumbnail is None:
             draw.rectangle((left, top, left + _CELL_PX, top + _CELL_PX), fill=_EMPTY)
@@ -33,7 +36,7 @@ def _sheet(pairs: Sequence[tuple[Look, str]]) -> Image.Image:
             corner = (left + (_CELL_PX - picture.width) // 2, top + (_CELL_PX - picture.height) // 2)
             sheet.paste(picture, corner)
         wrong = look.error.removeprefix(f"{look.path.name}: ") or ", ".join(_flaws(look))
-        for line, (text, ink) in enumerate(((look.path.name, _INK), (label, _INK), (wrong, _WARNING))):
+        for line, (text, ink) in enumerate(((name, _INK), (caption, _INK), (wrong, _WARNING))):
             draw.text((left, top + _CELL_PX + line * _LINE_PX), _short(text, font), fill=ink, font=font)
     return sheet
 

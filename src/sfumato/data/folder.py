@@ -4,6 +4,8 @@ datasets/README.md has the format on one page. Nothing is decoded here; headers 
 learned from is refused before a base is loaded. Imports no torch.
 """
 
+import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Literal, overload
 
 from sfumato.data.captions import METADATA, check_template, fill_template, words_of
 from sfumato.data.images import read_size
-from sfumato.data.listing import Found, Ignored, Listing, list_folder
+from sfumato.data.listing import FOLDER_OF_PICTURES, Found, Ignored, Listing, list_folder
 from sfumato.data.options import Options
 from sfumato.errors import DataError
 
@@ -103,9 +105,9 @@ def examples_of(
         check_template(template, trigger)
     path = listing.root
     if not listing.pictures:
-        raise DataError(f"{path}: no pictures in it{ignored_words(listing.ignored)}. Put PNG or JPEG files there.")
+        raise no_pictures(path, listing.ignored)
     bad = bad_headers(listing.pictures)
-    refuse_bad(list(bad.values()), len(listing.pictures), skip_bad)
+    refuse_bad(list(bad.values()), len(listing.pictures), skip_bad, f" in {path.name}")
     for found in listing.pictures:
         if found.caption.error:
             raise DataError(found.caption.error)
@@ -124,39 +126,65 @@ def examples_of(
     ]
     _check_captions(examples, template)
     notes = [*listing.notes, *_caption_notes(listing, bad), *_mask_notes(path, examples, mask)]
+    notes[:0] = [f"left out: {reason}" for reason in bad.values()]
     if ignored:
-        notes.insert(0, f"{len(examples)} pictures in {path.name}{ignored_words(ignored)}")
+        notes.insert(0, f"{len(examples)} pictures in {path.name}{ignored_words(listing.ignored)}")
     if trigger and not any(trigger.casefold() in example.caption.casefold() for example in examples):
         notes.append(f'no caption holds the trigger {trigger!r}; pass --caption "{{caption}}, {{trigger}}" to add it')
-    return Folder(tuple(examples), tuple(ignored), tuple(notes), skip_bad)
+    return Folder(tuple(examples), tuple(ignored), tuple(dict.fromkeys(notes)), skip_bad)
+
+
+def no_pictures(path: Path, ignored: Sequence[Ignored]) -> DataError:
+    """What to say of a folder without pictures; of those below it that hold some, to name one of them."""
+    if below := [entry.name for entry in ignored if entry.reason == FOLDER_OF_PICTURES]:
+        return DataError(
+            f"{path}: no pictures in it, but in its folders {_some(below)}. Name one of them, list them in a "
+            'dataset.toml, or call them "10_sks dog", whose pictures come 10 times an epoch as "sks dog".'
+        )
+    return DataError(f"{path}: no pictures in it{ignored_words(ignored)}. Put PNG or JPEG files there.")
 
 
 def bad_headers(pictures: Sequence[Found]) -> dict[Path, str]:
     """The pictures whose header tells that they cannot be learned from, and the whole reason."""
     bad: dict[Path, str] = {}
-    for picture in pictures:
+    for picture, label in zip(pictures, labels_of([picture.path for picture in pictures]), strict=True):
         try:
             read_size(picture.path)
         except DataError as error:
-            bad[picture.path] = str(error)
+            bad[picture.path] = labelled(str(error), picture.path, label)
     return bad
 
 
+def labels_of(paths: Sequence[Path]) -> list[str]:
+    """Each file's name; of several with one name, the path from the folder on that holds all the files."""
+    counts = Counter(path.name for path in paths)
+    if len(counts) == len(paths):
+        return [path.name for path in paths]
+    shared = os.path.commonpath([path.parent for path in paths])
+    return [path.relative_to(shared).as_posix() if counts[path.name] > 1 else path.name for path in paths]
+
+
+def labelled(text: str, path: Path, label: str) -> str:
+    """A line that begins with a file's name, with its label instead."""
+    return f"{label}{text.removeprefix(path.name)}" if text.startswith(f"{path.name}: ") else text
+
+
 def caption_of(found: Found, template: str | None, trigger: str | None) -> str:
-    """The picture's caption; empty if it has none."""
+    """The picture's caption; empty if it has none. [trigger] in it, as ai-toolkit has it, becomes the trigger."""
+    text = found.caption.text.replace("[trigger]", trigger) if trigger else found.caption.text
     if template is None:
-        return found.caption.text
-    return fill_template(template, found.caption.text or words_of(found.path.stem), trigger)
+        return text
+    return fill_template(template, text or words_of(found.path.stem), trigger)
 
 
-def refuse_bad(reasons: Sequence[str], total: int, skip: bool) -> None:
+def refuse_bad(reasons: Sequence[str], total: int, skip: bool, where: str = "") -> None:
     """End with the bad pictures' names and reasons, unless they may be skipped and some are left."""
     if not reasons or (skip and len(reasons) < total):
         return
     shown = "; ".join(reason.rstrip(".") for reason in reasons[:3])
     more = f"; and {len(reasons) - 3} more" if len(reasons) > 3 else ""
     advice = "None is left to learn from." if skip else "Mend or remove them, or pass --skip-bad to go on without them."
-    raise DataError(f"{len(reasons)} of {total} pictures cannot be learned from: {shown}{more}. {advice}")
+    raise DataError(f"{len(reasons)} of {total} pictures{where} cannot be learned from: {shown}{more}. {advice}")
 
 
 def _ignored(listing: Listing, path: Path, reason: str) -> Ignored:
@@ -167,7 +195,7 @@ def _check_captions(examples: Sequence[Example], template: str | None) -> None:
     missing = [example.path.name for example in examples if not example.caption]
     if not missing:
         return
-    shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+    shown = _some(missing)
     if template is not None:
         raise DataError(f"{shown}: the caption is empty once put into {template!r}. Put words into the template.")
     raise DataError(
@@ -190,6 +218,10 @@ def _mask_notes(root: Path, examples: Sequence[Example], mask: MaskSource) -> It
         raise DataError(f"{root}: no masks in it. Put NAME.mask.png beside NAME.png, or masks/NAME.png.")
     if without:
         yield f"{len(without)} pictures have no mask and are learned whole: {', '.join(without[:3])}"
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def ignored_words(ignored: Sequence[Ignored]) -> str:

@@ -1,7 +1,8 @@
 """Other tools' data set configs -> a dataset.toml: kohya's sd-scripts (TOML, JSON) and ai-toolkit (YAML, JSON).
 
-What has a meaning here is converted; every other setting that is not at its neutral value is named in a note, never
-dropped in silence.
+Of kohya's there are two: one that lists data sets, and one of a whole training (sd-scripts' --config_file, kohya_ss's
+saved settings), whose folder holds folders with repeats. What has a meaning here is converted; every other setting
+that is not at its neutral value is named in a note, never dropped in silence.
 """
 
 from __future__ import annotations
@@ -47,6 +48,25 @@ _KOHYA_USED = frozenset(
         "prior_loss_weight",
     ]
 )
+_TRAINING_ELSEWHERE = _KOHYA_ELSEWHERE | {
+    "max_resolution": "--resolution",
+    "train_batch_size": "--batch",
+    "cache_latents": "latents are always computed once",
+    "cache_latents_to_disk": "--cache DIR",
+}
+_TRAINING_ONLY = (
+    "color_aug",
+    "face_crop_aug_range",
+    "caption_dropout_every_n_epochs",
+    "token_warmup_min",
+    "token_warmup_step",
+    "weighted_captions",
+    "keep_tokens_separator",
+    "secondary_separator",
+    "enable_wildcard",
+    "bucket_no_upscale",
+)
+"""Settings of a training that change what is seen of its pictures and have no counterpart."""
 _TOOLKIT_ELSEWHERE = {
     "resolution": "--resolution",
     "batch_size": "--batch",
@@ -99,12 +119,14 @@ def convert(path: Path, target: Path | None = None) -> Converted:
     tool: Tool
     if isinstance(values.get("datasets"), list):
         tool, entries = "kohya", list(_kohya(values, notes))
+    elif (training := _training(values)) is not None:
+        tool, entries = "kohya", list(_kohya_training(training, notes))
     elif (datasets := _toolkit_datasets(values)) is not None:
         tool, entries = "ai-toolkit", list(_toolkit(datasets, notes))
     else:
         raise ConfigError(
-            f"{path.name}: neither kohya's [[datasets]] nor ai-toolkit's config.process[].datasets is in it. "
-            "Name such a config."
+            f"{path.name}: neither kohya's [[datasets]] or train_data_dir nor ai-toolkit's config.process[].datasets "
+            "is in it. Name such a config."
         )
     if not entries:
         raise ConfigError(f"{path.name}: its list of data sets is empty; there is nothing to convert.")
@@ -148,24 +170,49 @@ def _kohya(values: Mapping[str, Any], notes: list[str]) -> Iterator[dict[str, An
                 notes.append("metadata_file: list the captions in metadata.jsonl or .txt files instead")
             if "image_dir" not in own:
                 raise ConfigError("a subset has no image_dir, so there is nothing to read; give it one.")
-            yield _plain(
-                path=own["image_dir"],
-                repeats=own.get("num_repeats", 1),
-                **{"class": bool(own.get("is_reg"))},
-                words=own.get("class_tokens", ""),
-                caption=_affixes(own.get("caption_prefix"), own.get("caption_suffix")),
-                caption_suffix=_suffix(own.get("caption_extension")),
-                shuffle_tags=own.get("shuffle_caption", False),
-                keep_tags=own.get("keep_tokens", 0),
-                separator=own.get("caption_separator", ","),
-                caption_dropout=own.get("caption_dropout_rate", 0.0),
-                tag_dropout=own.get("caption_tag_dropout_rate", 0.0),
-                flip=own.get("flip_aug", False),
-                crop="random" if own.get("random_crop") else "center",
-                mask="alpha" if own.get("alpha_mask") else "none",
-                weight=own.get("prior_loss_weight", 1.0) if own.get("is_reg") else 1.0,
-            )
+            yield _kohya_source(own)
             notes.extend(_left_over(own, _KOHYA_USED | {"metadata_file"}, _KOHYA_ELSEWHERE))
+
+
+def _kohya_source(own: Mapping[str, Any]) -> dict[str, Any]:
+    return _plain(
+        path=own["image_dir"],
+        repeats=own.get("num_repeats", 1),
+        **{"class": bool(own.get("is_reg"))},
+        words=own.get("class_tokens", ""),
+        caption=_affixes(own.get("caption_prefix"), own.get("caption_suffix")),
+        caption_suffix=_suffix(own.get("caption_extension")),
+        shuffle_tags=own.get("shuffle_caption", False),
+        keep_tags=int(own.get("keep_tokens") or 0),
+        separator=own.get("caption_separator") or ",",
+        caption_dropout=own.get("caption_dropout_rate", 0.0),
+        tag_dropout=own.get("caption_tag_dropout_rate", 0.0),
+        flip=own.get("flip_aug", False),
+        crop="random" if own.get("random_crop") else "center",
+        mask="alpha" if own.get("alpha_mask") else "none",
+        weight=own.get("prior_loss_weight", 1.0) if own.get("is_reg") else 1.0,
+    )
+
+
+def _training(values: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The settings of a whole training, those in sections too, if it names folders of pictures."""
+    flat = {key: value for key, value in values.items() if not isinstance(value, dict)}
+    flat |= {key: value for section in values.values() if isinstance(section, dict) for key, value in section.items()}
+    if other := flat.get("dataset_config"):
+        raise ConfigError(f"its data sets are in {other}; convert that file.")
+    return flat if flat.get("train_data_dir") else None
+
+
+def _kohya_training(own: Mapping[str, Any], notes: list[str]) -> Iterator[dict[str, Any]]:
+    """Folders that hold folders with repeats: of the subject, and of the class (reg_data_dir)."""
+    if own.get("in_json"):
+        notes.append("in_json: list the captions in metadata.jsonl or .txt files instead")
+    for key, is_class in (("train_data_dir", False), ("reg_data_dir", True)):
+        if own.get(key):
+            yield _kohya_source({**own, "image_dir": own[key], "is_reg": is_class, "num_repeats": 1})
+    data = {key: own[key] for key in (*_TRAINING_ELSEWHERE, *_TRAINING_ONLY) if key in own}
+    notes.extend(_left_over(data, frozenset(), _TRAINING_ELSEWHERE))
+    notes.append("settings of the training itself are not converted; sfumato train lora --help lists its own")
 
 
 def _toolkit_datasets(values: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], str]] | None:
@@ -189,7 +236,10 @@ def _toolkit(datasets: list[tuple[Mapping[str, Any], str]], notes: list[str]) ->
             raise ConfigError("a data set has no folder_path, so there is nothing to read; give it one.")
         word = own.get("trigger_word") or trigger
         if word:
-            notes.append(f"trigger_word {word!r}: written as a template; [trigger] inside captions is not replaced")
+            notes.append(
+                f"trigger_word {word!r}: put before each caption by a template, also before those that hold it; where "
+                'captions say [trigger] themselves, set caption = "{caption}"'
+            )
         if own.get("mask_path"):
             notes.append('mask_path: move the masks to masks/ in the picture folder, then set mask = "files"')
         yield _plain(

@@ -8,10 +8,11 @@ import io
 import threading
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,27 @@ LARGEST_MEGAPIXELS = 50.0
 LARGEST_RATIO = 4.0
 
 _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+_OTHERS: Mapping[bytes, str] = MappingProxyType(
+    {
+        b"version https://git-lfs": "a Git-LFS pointer; the picture was not downloaded. Run `git lfs pull`.",
+        b"<?xml": "a drawing in SVG or another XML file. Export it as PNG.",
+        b"<svg": "a drawing in SVG. Export it as PNG.",
+        b"<": "a web page saved under a picture's name. Download the picture itself.",
+        b"{": "text in JSON, perhaps a server's error message. Download the picture itself.",
+        b"%PDF": "a PDF. Export its pictures as PNG.",
+        b"%!PS": "PostScript, which is a program. Export it as PNG.",
+        b"8BPS": "a Photoshop file. Export it as PNG.",
+        b"\xff\x0a": "JPEG XL, which is not read here. Convert it to PNG.",
+        b"\0\0\0\x0cJXL ": "JPEG XL, which is not read here. Convert it to PNG.",
+        b"\0\0\0\x0cjP  ": "JPEG 2000, which is not read here. Convert it to PNG.",
+        b"v/1\x01": "OpenEXR, whose white is unknown. Save it with 8 or 16 bits.",
+        b"PK\x03\x04": "a zip archive, or a document. Unpack it.",
+        b"Rar!": "a RAR archive. Unpack it.",
+        b"\x1aE\xdf\xa3": "a film. Export frames of it as PNG.",
+    }
+)
+"""What else is found under a picture's name, by how it begins, and what to do."""
+_FILM = "a film. Export frames of it as PNG."
 # Pillow warns of large pictures; we refuse them. Filters of warnings belong to the process, so one thread at a time.
 _WARNINGS = threading.Lock()
 
@@ -143,8 +165,7 @@ def _decoding(path: Path) -> Iterator[None]:
     except DataError:
         raise
     except UnidentifiedImageError:
-        allowed = ", ".join(FORMATS)
-        raise DataError(f"{path.name}: not a picture that is opened here ({allowed}). Convert or remove it.") from None
+        raise DataError(f"{path.name}: {_what_else(path)}") from None
     except Image.DecompressionBombError:
         raise DataError(
             f"{path.name}: far more than {LARGEST_MEGAPIXELS:.0f} megapixels by its header. Make it smaller."
@@ -155,6 +176,20 @@ def _decoding(path: Path) -> Iterator[None]:
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"{path.name}: cannot be decoded ({reason}). Copy it anew, or remove it.") from None
+
+
+def _what_else(path: Path) -> str:
+    """What a file is that no decoder knows, and what to do."""
+    with path.open("rb") as file:
+        head = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
+    is_film = head[4:8] == b"ftyp" and head[8:12] not in (b"avif", b"avis", *_HEIC_BRANDS)
+    if is_film or (head[:4] == b"RIFF" and head[8:12] == b"AVI "):
+        return f"this is {_FILM}"
+    known = next((words for start, words in _OTHERS.items() if head.startswith(start)), None)
+    if known is not None:
+        return f"this is {known}"
+    allowed = ", ".join(FORMATS)
+    return f"not a picture that is opened here ({allowed}), or its beginning is lost. Convert it, or remove it."
 
 
 def _animated(file: Image.Image) -> bool:
@@ -179,10 +214,13 @@ def _reopened_without_text(path: Path) -> Image.Image:
 def _picture(file: Image.Image, path: Path, notes: list[str]) -> Picture:
     profile = file.info.get("icc_profile")
     image = _eight_bits(_upright(file, path, notes), path)
-    alpha = None
+    if image.mode == "1":
+        image = image.convert("L")
+    is_grey, alpha = image.mode in ("L", "LA", "La"), None
     if image.has_transparency_data or image.mode in ("RGBa", "La"):
         rgba = image.convert("LA" if image.mode == "La" else "RGBA").convert("RGBA")
-        image, alpha = rgba.convert("RGB"), rgba.getchannel("A")
+        # A profile of greys wants greys.
+        image, alpha = rgba.convert("RGB").convert("L" if is_grey else "RGB"), rgba.getchannel("A")
         if alpha.getextrema() == (255, 255):
             alpha = None
     elif image.mode not in ("L", "CMYK", "LAB"):

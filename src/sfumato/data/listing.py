@@ -14,6 +14,9 @@ REPEATS = re.compile(r"(\d{1,5})_(.*)")
 """kohya's folders: "10_sks dog" holds pictures that come ten times in an epoch, and their caption."""
 
 
+FOLDER_OF_PICTURES = "a folder; its pictures are not read"
+
+
 @dataclass(frozen=True)
 class Caption:
     """A picture's caption as it was found. text: on one line, empty if there is none. origin: a file's name, "folder
@@ -89,6 +92,7 @@ class _Reader:
         self.notes: list[str] = []
         self.captions: list[Path] = []
         self.likely: str | None = None
+        self.read_below: set[Path] = set()
         self.sums: dict[Path, str] = {}
 
     def read(self) -> None:
@@ -150,6 +154,7 @@ class _Reader:
         self.likely = None
         # A set, since ten thousand pictures would otherwise be looked for ten thousand times.
         names = {entry.name for entry in entries}
+        self.read_below = {parent for path in below for parent in path.parents}
         pictures = [entry for entry in sorted({*entries, *below}) if self._is_picture(entry)]
         for path in pictures:
             metadata = listed.get(path.relative_to(folder).as_posix(), "")
@@ -167,8 +172,8 @@ class _Reader:
         if entry.name.startswith("."):
             self._ignore(entry, "hidden")
         elif entry.is_dir():
-            if entry.name != "masks":
-                self._ignore(entry, "a folder")
+            if entry.name != "masks" and entry not in self.read_below:
+                self._ignore(entry, FOLDER_OF_PICTURES if _holds_pictures(entry) else "a folder")
         elif not entry.is_file():
             self._ignore(entry, "a broken link" if entry.is_symlink() else "not a plain file")
         elif entry.is_symlink() and not entry.resolve().is_relative_to(self.real_root):
@@ -221,6 +226,13 @@ class _Reader:
 def _is_document(entry: Path) -> bool:
     """A read-me or a licence, which nobody takes for a picture that was forgotten."""
     return entry.suffix.lower() == ".md" or entry.stem.upper() in ("LICENSE", "LICENCE")
+
+
+def _holds_pictures(folder: Path) -> bool:
+    try:
+        return any(entry.suffix.lower() in SUFFIXES for entry in folder.iterdir())
+    except OSError:
+        return False
 
 
 def _some(names: Sequence[str]) -> str:

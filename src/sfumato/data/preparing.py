@@ -27,7 +27,7 @@ from sfumato.data.cache import (
 from sfumato.data.checksums import file_digest, refuse_changed
 from sfumato.data.crops import Cropped, crop_example
 from sfumato.data.dataset import Dataset
-from sfumato.data.folder import Example, Folder, refuse_bad
+from sfumato.data.folder import Example, Folder, labelled, labels_of, refuse_bad
 from sfumato.data.images import upright_size
 from sfumato.data.latents import Item, encode, keep_pixels
 from sfumato.data.options import CropMode, Options
@@ -49,9 +49,10 @@ KEPT_BYTES = 2**28
 
 @dataclass(frozen=True)
 class _Done:
-    """One example, decoded or found in the cache. digest: of its file and mask."""
+    """One example, decoded or found in the cache. label: its name, unlike the others'. digest: of its file and mask."""
 
     example: Example
+    label: str
     digest: str
     key: str
     result: Cropped | Entry
@@ -128,7 +129,8 @@ def prepare(
     bad: list[str] = []
     digest = hashlib.sha256()
     bytes_kept = 0
-    for window in _ahead(examples, lambda example: _read(example, plan, store)):
+    labels = labels_of([example.path for example in examples])
+    for window in _ahead(list(zip(examples, labels, strict=True)), lambda named: _read(*named, plan, store)):
         bad.extend(str(done) for done in window if isinstance(done, DataError))
         good = [done for done in window if isinstance(done, _Done)]
         if bad and not skip_bad:
@@ -182,7 +184,7 @@ def _too_many(examples: Sequence[Example], sizes: list[Size], vae_factor: int) -
 
 
 def _ahead(
-    examples: Sequence[Example], read: Callable[[Example], _Done | DataError]
+    examples: Sequence[tuple[Example, str]], read: Callable[[tuple[Example, str]], _Done | DataError]
 ) -> Iterator[list[_Done | DataError]]:
     """What `read` makes of the examples, a few dozen at a time, while the next dozens are read on the other cores.
 
@@ -198,7 +200,7 @@ def _ahead(
             yield [waiting.popleft().result() for _ in range(min(_WINDOW, len(waiting)))]
 
 
-def _read(example: Example, plan: _Plan, store: Cache | None) -> _Done | DataError:
+def _read(example: Example, label: str, plan: _Plan, store: Cache | None) -> _Done | DataError:
     """The example's crop, from the cache if it is there, or what is wrong with it."""
     try:
         files = example.files
@@ -221,9 +223,9 @@ def _read(example: Example, plan: _Plan, store: Cache | None) -> _Done | DataErr
             result = crop_example(example, plan.sizes, plan.vae_factor, example.options.crop or "center")
             if [_stamp(path) for path in files] != before:
                 raise DataError(f"{example.path.name}: the file changed while it was read. Start again.")
-        return _Done(example, "".join(content), key, result)
+        return _Done(example, label, "".join(content), key, result)
     except DataError as error:
-        return error
+        return DataError(labelled(str(error), example.path, label))
 
 
 def _stamp(path: Path) -> tuple[int, int]:
@@ -249,10 +251,8 @@ def _items(good: Sequence[_Done], plan: _Plan, store: Cache | None, base: Base) 
             described = {"crop": crop_to_text(crop), "notes": json.dumps(words)}
             entry = store.write("latents", done.key, tensors, described) if store else None
         # The notes name the file, and the cache knows contents only.
-        notes.extend(f"{done.example.path.name}: {word.partition(': ')[2]}" for word in words)
-        items.append(
-            Item(done.example.path.name, done.example.caption, options, crop, bool(options.flip), tensors, entry)
-        )
+        notes.extend(f"{done.label}: {word.partition(': ')[2]}" for word in words)
+        items.append(Item(done.label, done.example.caption, options, crop, bool(options.flip), tensors, entry))
     return items, notes
 
 
@@ -262,7 +262,7 @@ def _tensors(missing: Sequence[_Done], plan: _Plan, base: Base) -> list[dict[str
     now = [place for place, is_late in enumerate(late) if not is_late]
     encoded = encode(
         [cropped[place] for place in now],
-        [missing[place].example.path.name for place in now],
+        [missing[place].label for place in now],
         [bool(missing[place].example.options.flip) for place in now],
         base.encode_pixels,
     )

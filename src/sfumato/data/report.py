@@ -10,13 +10,13 @@ from typing import Any
 
 from sfumato.data.buckets import Size, bucket_sizes
 from sfumato.data.duplicates import duplicates
-from sfumato.data.folder import Example, MaskSource, caption_of
+from sfumato.data.folder import Example, MaskSource, caption_of, labelled, labels_of, no_pictures
 from sfumato.data.listing import Found, Ignored
 from sfumato.data.options import CropMode, Options
 from sfumato.data.source import Source, sources_of
 from sfumato.data.survey import Look, survey
 from sfumato.data.target import Target
-from sfumato.errors import ConfigError, DataError
+from sfumato.errors import ConfigError
 
 COMMON_ID = 40_000
 """CLIP's tokens are numbered by frequency, 49,408 in all; words of one token below this are ordinary ones."""
@@ -34,7 +34,8 @@ class Line:
 
 @dataclass(frozen=True)
 class Report:
-    """What `check` found. buckets: size -> samples of an epoch in it. captions: by file."""
+    """What `check` found. buckets: size -> samples of an epoch in it. labels: of each picture, unlike the others'.
+    captioned: whether somebody wrote its caption, rather than a folder's name or a template."""
 
     path: Path
     target: Target
@@ -44,6 +45,8 @@ class Report:
     looks: tuple[Look, ...]
     ignored: tuple[Ignored, ...]
     buckets: dict[Size, int]
+    labels: tuple[str, ...]
+    captioned: tuple[bool, ...]
     lines: tuple[Line, ...] = field(default=())
 
     @property
@@ -55,6 +58,18 @@ class Report:
     def stops(self) -> bool:
         """Whether training on these pictures would end with an error."""
         return any(line.stops for line in self.lines)
+
+    @property
+    def folders(self) -> list[str]:
+        """What each folder gives: its pictures, how often an epoch holds them, whether they are of the class."""
+        counts = Counter((example.path.parent, example.repeats, example.group) for example in self.examples)
+        names = labels_of([folder for folder, _, _ in counts])
+        return [
+            f"{name}: {count:,} {'picture' if count == 1 else 'pictures'}"
+            + (f" x {repeats}" if repeats > 1 else "")
+            + (" of the class" * (of == "class"))
+            for name, ((_, repeats, of), count) in zip(names, counts.items(), strict=True)
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON knows it."""
@@ -81,6 +96,7 @@ class Report:
             "samples": self.samples,
             "stops": self.stops,
             "buckets": [{"size": list(size), "samples": count} for size, count in self.buckets.items()],
+            "folders": self.folders,
             "ignored": [{"file": entry.name, "reason": entry.reason} for entry in self.ignored],
             "findings": [
                 {"kind": line.kind, "text": line.text, "files": list(line.names), "stops": line.stops}
@@ -125,14 +141,24 @@ def check(
         lines.extend(Line("listing", note) for note in listing.notes)
         examples.extend(_example(found, source, Options(crop=crop)) for found in listing.pictures)
     if not examples:
-        raise DataError(f"{path}: no pictures in it ({len(ignored)} files ignored). Put PNG or JPEG files there.")
+        raise no_pictures(path, ignored)
+    labels = labels_of([example.path for example in examples])
     looks = tuple(survey(examples, sizes, target.vae_factor, thumbnails=thumbnails, progress=progress))
     counts: Counter[Size] = Counter()
     for example, look in zip(examples, looks, strict=True):
         if look.crop is not None:
             counts[look.crop.size] += example.repeats
     report = Report(
-        path, target, side, batch, tuple(examples), looks, tuple(ignored), {s: counts[s] for s in sizes if counts[s]}
+        path,
+        target,
+        side,
+        batch,
+        tuple(examples),
+        looks,
+        tuple(ignored),
+        {s: counts[s] for s in sizes if counts[s]},
+        tuple(labels),
+        tuple(bool(found.caption.text) and found.caption.origin != "folder name" for found in founds),
     )
     found_lines = [
         *_bad(report),
@@ -144,7 +170,7 @@ def check(
         *_buckets(report),
         *(line for word in dict.fromkeys(s.trigger for s in sources if s.trigger) for line in _trigger(report, word)),
     ]
-    return replace(report, lines=tuple(found_lines))
+    return replace(report, lines=tuple(dict.fromkeys(found_lines)))
 
 
 def _example(found: Found, source: Source, defaults: Options) -> Example:
@@ -161,19 +187,22 @@ def _example(found: Found, source: Source, defaults: Options) -> Example:
 
 
 def _bad(report: Report) -> Iterator[Line]:
-    for look in report.looks:
+    for look, label in zip(report.looks, report.labels, strict=True):
         if look.error:
-            yield Line("bad", look.error, (look.path.name,), stops=True)
+            yield Line("bad", labelled(look.error, look.path, label), (label,), stops=True)
 
 
 def _captions(report: Report, founds: Sequence[Found]) -> Iterator[Line]:
-    named = list(zip(report.examples, founds, strict=True))
-    for _, found in named:
+    named = list(zip(report.examples, founds, report.labels, strict=True))
+    notes: dict[str, list[str]] = {}
+    for _, found, label in named:
         if found.caption.error:
-            yield Line("caption unreadable", found.caption.error, (found.path.name,), stops=True)
+            yield Line("caption unreadable", found.caption.error, (label,), stops=True)
         for note in found.caption.notes:
-            yield Line("caption encoding" if "not UTF-8" in note else "caption", note, (found.path.name,))
-    missing = [e.path.name for e, found in named if not e.caption and not found.caption.error]
+            notes.setdefault(note, []).append(label)
+    for note, names in notes.items():
+        yield Line("caption encoding" if "not UTF-8" in note else "caption", note, tuple(names))
+    missing = [label for e, found, label in named if not e.caption and not found.caption.error]
     if missing:
         advice = 'Write NAME.txt beside each, run `sfumato caption`, or pass --caption "{caption}".'
         yield Line("caption missing", f"{_count(missing)} no caption: {_some(missing)}. {advice}", tuple(missing), True)
@@ -186,53 +215,47 @@ def _captions(report: Report, founds: Sequence[Found]) -> Iterator[Line]:
 
 def _by_caption(report: Report) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
-    for example in report.examples:
+    for example, label in zip(report.examples, report.labels, strict=True):
         if example.caption:
-            found.setdefault(example.caption, []).append(example.path.name)
+            found.setdefault(example.caption, []).append(label)
     return found
 
 
 def _masks(report: Report, sources: Sequence[Source]) -> Iterator[Line]:
     if any(source.mask == "files" for source in sources):
-        without = [e.path.name for e in report.examples if e.mask is None and not e.alpha_mask]
+        pairs = zip(report.examples, report.labels, strict=True)
+        without = [label for e, label in pairs if e.mask is None and not e.alpha_mask]
         if without:
             yield Line("mask missing", f"{_count(without)} no mask, learned whole: {_some(without)}", tuple(without))
 
 
 def _flaws(report: Report) -> Iterator[Line]:
-    good = [look for look in report.looks if look.crop is not None]
-    for look in good:
+    good = [(look, look.crop, label) for look, label in zip(report.looks, report.labels, strict=True) if look.crop]
+    for look, _, label in good:
         for note in look.notes:
-            yield Line("note", note, (look.path.name,))
-    small = [
-        f"{look.path.name} ({look.crop.original[0]} x {look.crop.original[1]} px, x {look.crop.scale:.1f})"
-        for look in good
-        if look.crop is not None and look.crop.scale > 1
-    ]
+            yield Line("note", labelled(note, look.path, label), (label,))
+    small = {
+        label: f"{label} ({crop.original[0]} x {crop.original[1]} px, x {crop.scale:.1f})"
+        for _, crop, label in good
+        if crop.scale > 1
+    }
     if small:
-        yield Line("too small", f"smaller than is learned, so enlarged: {_some(small)}", _names(small))
-    cut = [
-        f"{look.path.name} ({1 - look.crop.kept:.0%})"
-        for look in good
-        if look.crop is not None and look.crop.kept < 0.75
-    ]
+        text = f"smaller than is learned, so enlarged: {_some(list(small.values()))}"
+        yield Line("too small", text, tuple(small))
+    cut = {label: f"{label} ({1 - crop.kept:.0%})" for _, crop, label in good if crop.kept < 0.75}
     if cut:
-        yield Line("cropped", f"the crop takes more than a quarter of: {_some(cut)}", _names(cut))
+        yield Line("cropped", f"the crop takes more than a quarter of: {_some(list(cut.values()))}", tuple(cut))
     for flaw, words in (("black", "black"), ("one colour", "one colour only"), ("blurred", "blurred")):
-        names = [look.path.name for look in good if flaw in look.flaws]
+        names = [label for look, _, label in good if flaw in look.flaws]
         if names:
             yield Line(flaw, f"{words}: {_some(names)}", tuple(names))
-
-
-def _names(shown: Sequence[str]) -> tuple[str, ...]:
-    return tuple(text.rpartition(" (")[0] if text.count(" (") == 1 else text.split(" (")[0] for text in shown)
 
 
 def _twice(report: Report) -> Iterator[Line]:
     exact, near = duplicates(report.looks)
     for kind, groups, words in (("duplicate", exact, "the same picture"), ("near duplicate", near, "nearly the same")):
         for places in groups:
-            names = [report.looks[place].path.name for place in places]
+            names = [report.labels[place] for place in places]
             yield Line(kind, f"{words}: {', '.join(names[:6])}{' ...' if len(names) > 6 else ''}", tuple(names))
     spare = sum(len(places) - 1 for places in [*exact, *near])
     if spare > 0.3 * len(report.looks):
@@ -256,16 +279,22 @@ def _trigger(report: Report, trigger: str) -> Iterator[Line]:
         yield Line(
             "trigger unused", f'no caption holds the trigger {trigger!r}; pass --caption "{{caption}}, {{trigger}}"'
         )
-    for word in trigger.split():
-        pieces = report.target.pieces(word)
+    words = {word: report.target.pieces(word) for word in trigger.split()}
+    vocabulary = len(report.target.tokenizer)
+    ordinary = {
+        word: len(pieces) == 1 and (pieces[0][1] < COMMON_ID or vocabulary < COMMON_ID)
+        for word, pieces in words.items()
+    }
+    for word, pieces in words.items():
         shown = " + ".join(piece.removesuffix("</w>") for piece, _ in pieces)
-        whole = len(pieces) == 1
-        if whole and (pieces[0][1] < COMMON_ID or len(report.target.tokenizer) < COMMON_ID):
+        if ordinary[word] and not all(ordinary.values()):
+            yield Line("trigger", f"trigger {word!r} is an ordinary word, as the class beside a rare word should be")
+        elif ordinary[word]:
             text = (
                 f"trigger {word!r} is one token, number {pieces[0][1]:,}: an ordinary word, whose meaning is in the way"
             )
             yield Line("trigger ordinary", f"{text}. Take a rare one, such as zwx.")
-        elif whole:
+        elif len(pieces) == 1:
             yield Line("trigger", f"trigger {word!r} is one rare token, number {pieces[0][1]:,}")
         else:
             yield Line("trigger", f"trigger {word!r} is {len(pieces)} tokens: {shown}")
