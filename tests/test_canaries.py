@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import json
 import os
 import pickle
 import tarfile
@@ -10,6 +11,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from sfumato import cli
 
@@ -32,7 +34,7 @@ ENTRY_POINTS = {
     "train lora --base": (BASE, ["train", "lora", "{train}", "--base", "{file}"]),
     "train lora --vae": (VAE, ["train", "lora", "{train}", "--base", "{base}", "--vae", "{file}"]),
     "train lora --images": (PICTURE, ["train", "lora", "--images", "{folder}", "--output", "run", "--base", "{base}"]),
-    "train pretrain --vae": (VAE, ["train", "pretrain", "--stage", "unet", "--vae", "{folder}", "--output", "run"]),
+    "train pretrain --vae": (VAE, ["train", "pretrain", "--stage", "unet", "--vae", "{folder}", "--data", "{data}"]),
 }
 BASE_FOLDERS = ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model")
 
@@ -125,8 +127,20 @@ def lora_file(tmp_path_factory, pocket_folder):
     return write_lora(tmp_path_factory.mktemp("lora") / "lora.safetensors", modules, family="pocket")
 
 
+@pytest.fixture(scope="module")
+def drawings(tmp_path_factory):
+    """What bench/pocket_data.py builds, of one style and one concept."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "noto").mkdir()
+    Image.new("RGB", (64, 64), "red").save(folder / "noto/crab.png")
+    manifest = {"styles": ["noto"], "concepts": {"crab": "a sea animal"}, "withheld": []}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "words.txt").write_text("picture\n")
+    return folder
+
+
 @pytest.mark.parametrize("entry", ENTRY_POINTS)
-def test_no_entry_point_runs_any(entry, tmp_path, pocket_folder, pictures, lora_file, monkeypatch, capsys):
+def test_no_entry_point_runs_any(entry, tmp_path, pocket_folder, pictures, lora_file, drawings, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     _, words = ENTRY_POINTS[entry]
     program = words[0] if words[0] != "train" else words[1]
@@ -143,11 +157,14 @@ def test_no_entry_point_runs_any(entry, tmp_path, pocket_folder, pictures, lora_
         if "{base}" not in words and "--base" not in words:
             train += ["--base", str(pocket_folder)]
         given = {"file": str(folder / name), "folder": str(folder), "base": str(pocket_folder), "lora": str(lora_file)}
+        given["data"] = str(drawings)
         filled = [part for word in words for part in (train if word == "{train}" else [word.format(**given)])]
         code = cli.main(filled)
         said = capsys.readouterr().err
         assert not (tmp_path / "sang").exists(), (entry, name)
         assert code == 2, (entry, name, said)
+        if entry == "train pretrain --vae":
+            assert "only pickled weights (diffusion_pytorch_model.bin)" in said
         assert "Traceback" not in said
 
 

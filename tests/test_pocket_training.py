@@ -15,12 +15,15 @@ from bench.judge_pictures import read_pictures, withheld_cells
 from bench.pocket_data import is_kept_for_subjects, resolve
 from bench.pocket_data import withheld_cells as choose_cells
 from sfumato import load_base
-from sfumato.errors import ConfigError, DataError
+from sfumato.errors import BaseModelError, ConfigError, DataError
 from sfumato.muon import Muon, orthogonal
 from sfumato.pocket.captions import caption, other_caption
+from sfumato.pocket.parts import build_vae
 from sfumato.pocket.pictures import batch_indices, read_manifest, read_others
+from sfumato.pocket.pictures import read_pictures as read_drawings
+from sfumato.pocket.shown import save_sheet
 from sfumato.precision import decide
-from trainers.pretrain import Config, rate_at, train
+from trainers.pretrain import Config, encode_all, rate_at, train
 
 
 def test_withheld_cells_depend_on_names_not_on_their_order():
@@ -206,3 +209,23 @@ def test_a_unet_is_trained_into_an_ordinary_pipeline_and_resumes(data, tmp_path)
     _, halves = run("unet", "halves", 2, vae=vae, optimizer="muon", resume=True, force=True)
     assert halves == whole
     assert StableDiffusionPipeline.from_pretrained(model).tokenizer.model_max_length == 77
+
+
+def test_a_sheet_with_a_black_or_broken_picture_is_not_written(tmp_path):
+    grey = torch.zeros(2, 3, 8, 8)
+    for value in (-1.0, float("nan"), float("inf")):
+        broken = grey.clone()
+        broken[1] = value
+        with pytest.raises(BaseModelError, match="black or not finite"):
+            save_sheet(broken, 2, tmp_path / "sheet.png")
+        assert list(tmp_path.iterdir()) == []
+    save_sheet(grey, 2, tmp_path / "sheet.png")
+    assert Image.open(tmp_path / "sheet.png").size == (16, 8)
+
+
+def test_latents_that_are_not_finite_name_the_pictures(data):
+    vae = build_vae()
+    with torch.no_grad():
+        vae.encoder.conv_in.bias[0] = float("nan")
+    with pytest.raises(DataError, match=r"crab noto, .*: the VAE's latents are not finite"):
+        encode_all(vae, read_drawings(data), torch.device("cpu"))

@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+from PIL import Image
 
 from bench.runs_resume import CASES, ROOT, STEPS, command, cut, make_inputs, run
 from sfumato import cli
@@ -39,22 +40,24 @@ def test_killed_twice_and_resumed_is_the_same_to_the_bit(case, inputs, tmp_path)
     assert cut(case, inputs, tmp_path / "whole", tmp_path / "cut", kills, every=rng.randint(1, 2)) == ""
 
 
-def _launch(inputs, output, *more):
+def _launch(*program):
     words = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     words += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    words += [str(ROOT / "trainers/lora.py"), *command("lora", inputs, output, *more)[2:]]
+    words += ["-m", "sfumato", *program]
     # accelerate's own --cpu starts a single process where there is no MPI
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, text=True)
 
 
 @pytest.mark.slow
-def test_two_processes_killed_and_resumed_give_what_two_give(inputs, tmp_path):
+@pytest.mark.parametrize("case", ["lora", "dreambooth lora", "textual_inversion"])
+def test_two_processes_killed_and_resumed_give_what_two_give(case, inputs, tmp_path):
+    """The second and the third sum the gradients of two batches, too; pretrain runs in one process."""
     settings = ("--steps", "40", "--checkpoint-every", "3")
-    whole = _launch(inputs, tmp_path / "whole", *settings)
+    whole = _launch(*command(case, inputs, tmp_path / "whole", *settings))
     said, _ = whole.communicate(timeout=300)
     assert whole.returncode == 0, said[-2000:]
-    child = _launch(inputs, tmp_path / "cut", *settings)
+    child = _launch(*command(case, inputs, tmp_path / "cut", *settings))
     store = Checkpoints(tmp_path / "cut/checkpoints")
     until = time.monotonic() + 200
     while max(store.steps(), default=0) < 6 and time.monotonic() < until:
@@ -64,7 +67,7 @@ def test_two_processes_killed_and_resumed_give_what_two_give(inputs, tmp_path):
         os.kill(int(pid), signal.SIGKILL)
     child.wait()
     assert not (tmp_path / "cut/out.safetensors").exists()
-    again = _launch(inputs, tmp_path / "cut", *settings, "--resume")
+    again = _launch("resume", str(tmp_path / "cut"))
     said, _ = again.communicate(timeout=300)
     assert again.returncode == 0, said[-2000:]
     assert "resuming from step" in said
@@ -88,3 +91,32 @@ def test_a_signal_ends_a_real_training_in_order(start, number, code, inputs, tmp
     assert child.returncode == code, said[-2000:]
     assert "sfumato resume " in said
     assert max(Checkpoints(tmp_path / "run/checkpoints").steps()) > 0
+
+
+def test_one_weight_one_pixel_or_one_caption_that_changed_is_refused(tmp_path, capsys):
+    """And said; what is put back goes on."""
+    inputs = make_inputs(tmp_path)
+    words = command("lora", inputs, tmp_path / "run", "--steps", "1")
+    assert cli.main(words) == 0
+    unet = tmp_path / "pocket/unet/diffusion_pytorch_model.safetensors"
+    picture, caption = tmp_path / "pictures/red-square.png", tmp_path / "pictures/red-square.txt"
+    whole, pixels = unet.read_bytes(), picture.read_bytes()
+
+    def refused(said):
+        assert cli.main([*words, "--resume"]) == 2
+        assert f"was trained with other things than these: {said} " in capsys.readouterr().err
+
+    place = len(whole) * 10 // 64 + 4200  # between the pages that a quick look reads
+    assert place < len(whole) * 11 // 64
+    unet.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    refused("base")
+    unet.write_bytes(whole)
+    with Image.open(picture) as opened:
+        opened.putpixel((3, 3), (255, 255, 254))
+        opened.save(picture)
+    refused("data")
+    picture.write_bytes(pixels)
+    caption.write_text("a red square")
+    refused("data")
+    caption.unlink()
+    assert cli.main([*words, "--resume"]) == 0

@@ -14,7 +14,9 @@ from torch.testing import assert_close
 from sfumato import Adapter, cli, compose, data, diffusion, randomness
 from sfumato.bases import load_base
 from sfumato.class_pictures import read_class
+from sfumato.errors import FileError
 from sfumato.files import read_adapter, read_header, read_lora, read_tensors
+from sfumato.full import write_folder as full_writer
 from sfumato.prior import class_seed
 from tests.tiny import CPU, tiny_pipeline, write_folder
 
@@ -344,3 +346,14 @@ def test_two_processes_draw_one_class_and_give_the_result_of_one(train, pocket_f
     ups = [key for key in whole if key.endswith("lora_up.weight")]  # which began at 0
     off = sum((parts[key] - whole[key]).square().sum() for key in ups).sqrt()
     assert off < 0.01 * sum(whole[key].square().sum() for key in ups).sqrt()
+
+
+def test_a_folder_of_one_s_own_is_never_taken_for_an_earlier_base(train, tmp_path, capsys):
+    mine = tmp_path / "run/run/mine.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    train("run", status=2)
+    assert "run holds run and no run; a run would write over that" in capsys.readouterr().err
+    with pytest.raises(FileError, match="holds something that is no base, so it was not replaced"):
+        full_writer(None, mine.parent, torch.float32)
+    assert mine.read_text() == "mine"

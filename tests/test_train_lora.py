@@ -1,5 +1,6 @@
 """The LoRA trainer: equal to a plain loop with peft, the same result every time, files that diffusers draws from."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -304,3 +305,13 @@ def test_a_run_is_not_overwritten_unasked(train, pocket_folder, pictures, tmp_pa
     assert cli.main(["train", "lora", *words, "--caption", "{caption}", "--steps", "1"]) == 2
     assert "holds a run already" in capsys.readouterr().err
     assert (tmp_path / "run/run.safetensors").read_bytes() == before
+
+
+def test_what_lies_beside_the_adapter_is_known_before_it_is_written(tmp_path):
+    from trainers.lora import Config, written
+
+    plain = Config(images=tmp_path, output=tmp_path, name="n")
+    assert written(plain) == []
+    words = dataclasses.replace(plain, train_words=("<otter>", "<hat>"), save_every=5)
+    assert written(words) == ["adapters", "n-otter.safetensors", "n-hat.safetensors"]
+    assert written(dataclasses.replace(words, bundle=True)) == ["adapters"]

@@ -339,3 +339,12 @@ def test_wrong_use_of_words_is_one_line(options, said, pivotal, capsys, tmp_path
     assert len(error) == 1
     assert said in error[0]
     assert not (tmp_path / "run").exists()
+
+
+def test_a_file_of_one_s_own_under_a_word_s_name_is_left_alone(train, tmp_path, capsys):
+    mine = tmp_path / "run/run-x.safetensors"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    train("run", "--caption", "{caption} <x> <y>", placeholder=("<x>", "<y>"), code=2)
+    assert "holds run-x.safetensors and no run" in capsys.readouterr().err
+    assert mine.read_text() == "mine"

@@ -143,7 +143,8 @@ def train(config: Config) -> Path:
         )
     base = config.load_base(precision)
     config, filled = resolve(config, base, examples.samples, processes.count)
-    run = Run.start(config, program="dreambooth", processes=processes)
+    writes = [config.name] if config.save == "folder" else []
+    run = Run.start(config, program="dreambooth", processes=processes, writes=writes)
     run.say(precision.table())
     run.say(f"{base.family.title} defaults: " + ", ".join(f"{name} {getattr(config, name)}" for name in filled))
     if config.identifier in subject.prompt:
@@ -158,7 +159,7 @@ def train(config: Config) -> Path:
         run.say(note)
     trained = trainable(base, config)
     facts = {"class": class_set.fingerprint} if class_set else {}
-    run.identify(data=dataset.fingerprint, base=base.quick_fingerprint(), **facts)
+    run.identify(data=dataset.fingerprint, base=base.fingerprint(), **facts)
     parameters = [p for group in groups(trained, config) for p in group["params"]]
     count = sum(p.numel() for p in parameters)
     run.say(f"{len(dataset)} pictures, {len(class_set or [])} of the class, {count:,} trained numbers")

@@ -99,7 +99,7 @@ def train(config: Config) -> Path:
     base = config.load_base(precision)
     config, filled = resolve(config, base, examples.samples, processes.count)
     words = new_words(base, config, examples) if config.train_words else None
-    run = Run.start(config, program="lora", processes=processes)
+    run = Run.start(config, program="lora", processes=processes, writes=written(config))
     run.say(precision.table())
     run.say(f"{base.family.title} defaults: " + ", ".join(f"{name} {getattr(config, name)}" for name in filled))
 
@@ -123,7 +123,7 @@ def train(config: Config) -> Path:
     )
     if config.init_from:
         start_from(lora, config.init_from)
-    run.identify(data=dataset.fingerprint, base=base.quick_fingerprint())
+    run.identify(data=dataset.fingerprint, base=base.fingerprint())
     run.say(f"{len(dataset)} pictures, {len(lora.layers)} adapted layers, {lora.count():,} trained numbers")
 
     parameters = [*lora.parameters(), *(words.parameters() if words else ())]
@@ -238,6 +238,14 @@ def resolve(config: Config, base: Base, samples: int, processes: int) -> tuple[C
         if config.words_first >= config.steps:
             raise ConfigError(f"--words-first {config.words_first}: the run has {config.steps} steps; make it fewer.")
     return dataclasses.replace(config, **values), filled
+
+
+def written(config: Config) -> list[str]:
+    """What is written into the run's folder beside what every run writes."""
+    from sfumato.placeholders import files
+
+    words = {} if config.bundle else files(config.output, config.name, config.train_words, alone=False)
+    return [*(["adapters"] if config.save_every else []), *(path.name for path in words.values())]
 
 
 def read_examples(config: Config) -> Folder:

@@ -266,10 +266,13 @@ def encode_all(vae: AutoencoderKL, pictures: Pictures, device: torch.device) -> 
     """Mean and deviation of every picture's latents, unscaled, each (n, 4, h/4, w/4) fp32."""
     import torch
 
+    from sfumato.data.latents import check_finite
+
     means, deviations = [], []
     with torch.no_grad():
         for chunk in torch.arange(len(pictures.names)).split(64):
             posterior = vae.encode(pictures.floats(chunk).to(device)).latent_dist
+            check_finite(posterior.mean, posterior.std, [" ".join(pictures.names[i]) for i in chunk.tolist()])
             means.append(posterior.mean)
             deviations.append(posterior.std)
     return torch.cat(means), torch.cat(deviations)
@@ -278,10 +281,10 @@ def encode_all(vae: AutoencoderKL, pictures: Pictures, device: torch.device) -> 
 def train_unet(config: Config, precision: Precision) -> Path:
     """Train U-Net and text encoder on cached latents; returns the folder of a pipeline, averaged weights, fp32."""
     import torch
-    from diffusers import AutoencoderKL
     from transformers import CLIPTokenizer
 
     from sfumato import load_base, randomness
+    from sfumato.bases.folder import load_vae
     from sfumato.diffusion import noise_latents, snr_weight, stratified_timesteps, target, weighted_error
     from sfumato.optimizers import clip
     from sfumato.pocket.captions import all_captions, caption, other_caption, read_words
@@ -304,13 +307,14 @@ def train_unet(config: Config, precision: Precision) -> Path:
                 f"{config.data} holds no other drawings, --others-share is {config.others_share}; build the pictures "
                 "with --others, or leave the share at 0."
             )
+    vae: Any = load_vae(config.vae, torch.float32)[0].to(device) if config.vae else None
     run = Run.start(config, program="pretrain", writes=["model", "tokenizer"])
     run.say(precision.table())
     scheduler = build_scheduler()
     if config.init:
         base = load_base(config.init, precision=decide("fp32", device=config.device))
         unet, text_encoder, tokenizer = base.unet, base.text_encoders[0], base.tokenizers[0]
-        vae = base.vae if config.vae is None else AutoencoderKL.from_pretrained(config.vae).to(device).eval()
+        vae = vae or base.vae
         unet.requires_grad_(True)
         text_encoder.requires_grad_(True)
     else:
@@ -318,7 +322,6 @@ def train_unet(config: Config, precision: Precision) -> Path:
             save_model(build_tokenizer(all_captions(manifest, words)), config.output / "tokenizer")
         tokenizer = CLIPTokenizer.from_pretrained(config.output / "tokenizer")
         with first_weights(config.seed):
-            vae = AutoencoderKL.from_pretrained(config.vae).to(device).eval()
             unet, text_encoder = build_unet(), build_text_encoder(tokenizer)
     precision.learn(unet)
     run_unet = torch.compile(unet) if config.compile else unet

@@ -105,7 +105,9 @@ def train(config: Config) -> Path:
     templates = TEMPLATES[config.templates]
     prompts = config.sample_prompts or default_prompts(examples, config.placeholder)
     words.check([*prompts, *(t.format(e.caption) for t in templates for e in examples)])
-    run = Run.start(config, program="textual_inversion", processes=processes)
+    paths = files(config.output, config.name, config.placeholder, alone=True)
+    names = [path.name for path in paths.values()]
+    run = Run.start(config, program="textual_inversion", processes=processes, writes=names)
     run.say(precision.table())
     run.say(f"{base.family.title} defaults: " + ", ".join(f"{name} {getattr(config, name)}" for name in filled))
     for line in warnings_of(config.placeholder, base.tokenizers[0]):
@@ -115,7 +117,7 @@ def train(config: Config) -> Path:
     dataset = config.prepare(examples, base, embed_text=False, processes=processes)
     for note in dataset.notes:
         run.say(note)
-    run.identify(data=dataset.fingerprint, base=base.quick_fingerprint())
+    run.identify(data=dataset.fingerprint, base=base.fingerprint())
     run.say(f"{len(dataset)} pictures, {words.count():,} trained numbers; captions such as {dataset.captions[0]!r}")
 
     parameters = list(words.parameters())
@@ -174,7 +176,6 @@ def train(config: Config) -> Path:
         step.done(loss=loss, rate=schedule.rate, gradient_norm=norm)
 
     average.apply()
-    paths = files(config.output, config.name, config.placeholder, alone=True)
     if processes.is_main:
         save(paths, words, base, config, dataset, run, samples)
     words.remove()

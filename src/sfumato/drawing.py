@@ -153,10 +153,10 @@ def _draw_batch(
             latents = denoise()
     _check(latents.isfinite(), seeds, "not finite, even in fp32. Draw without adapters to see what is broken.")
     pixels = _decode(pipe, latents)
-    if not _is_picture(pixels).all() and pipe.vae.dtype != torch.float32:
+    if not is_picture(pixels).all() and pipe.vae.dtype != torch.float32:
         with _in_fp32(pipe.vae):
             pixels = _decode(pipe, latents)
-    _check(_is_picture(pixels), seeds, "black or not finite, even in fp32. The VAE is broken; name another with --vae.")
+    _check(is_picture(pixels), seeds, "black or not finite, even in fp32. The VAE is broken; name another with --vae.")
     pictures = [_image(picture) for picture in pixels]
     if start is not None and start.mask is not None:
         # The VAE's reconstruction of what was to stay is not what was to stay.
@@ -231,8 +231,8 @@ def _decode(pipe: Any, latents: Tensor) -> Tensor:
     return pixels.float()
 
 
-def _is_picture(pixels: Tensor) -> Tensor:
-    """(batch, 1): finite, and not black in every pixel."""
+def is_picture(pixels: Tensor) -> Tensor:
+    """(batch, 1), of pixels in [-1, 1]: finite, and not black in every pixel."""
     flat = pixels.flatten(1)
     return (flat.isfinite().all(1) & (flat.amax(1) > -1 + 1 / 255)).unsqueeze(1)
 

@@ -62,8 +62,11 @@ def unfreeze(base: Base, *, text: bool) -> nn.ModuleDict:
 def write_folder(base: Base, path: Path, dtype: torch.dtype) -> Path:
     """The base as a complete diffusers folder, whole or not at all. Its models are cast to `dtype` for good.
 
-    Raises FileError for weights that are not finite in `dtype`, and for a disk that does not take them.
+    An earlier base of that name is replaced. Raises FileError for another folder of the name, for weights that are not
+    finite in `dtype`, and for a disk that does not take them.
     """
+    if path.exists() and not (path / "model_index.json").is_file():
+        raise FileError(f"{path}: holds something that is no base, so it was not replaced. Move it, or give --name.")
     pipe = base.pipeline()
     pipe.scheduler = base.scheduler  # the base's own, not what sfumato draws with
     for part in (base.unet, base.vae, *base.text_encoders):

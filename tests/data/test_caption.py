@@ -1,6 +1,7 @@
 """`sfumato caption` with tiny models of random weights, built from their configs."""
 
 import json
+import shutil
 import string
 from pathlib import Path
 
@@ -195,3 +196,11 @@ def test_a_sentence_becomes_a_caption():
     assert clean("A crab  on\na beach.</s>") == "A crab on a beach"
     assert clean("One. Two.") == "One. Two."
     assert clean("\x03\x00 ") == ""
+
+
+def test_a_folder_with_an_adapter_beside_the_model_is_refused(tmp_path, blip):
+    """transformers would load the adapter, too, and from adapter_model.bin, a pickle, where there is nothing else."""
+    shutil.copytree(blip, tmp_path / "blip")
+    (tmp_path / "blip/adapter_config.json").write_text("{}")
+    with pytest.raises(FileError, match=r"blip: holds a peft adapter \(adapter_config\.json\); name a folder without"):
+        load_captioner(str(tmp_path / "blip"), CPU, Wishes())

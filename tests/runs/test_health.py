@@ -185,3 +185,19 @@ def test_no_weight_file_takes_or_gives_what_is_not_finite(value, tmp_path):
     save_file(broken, tmp_path / "theirs.safetensors")
     with pytest.raises(FileError, match="NaN or Inf"):
         read_tensors(tmp_path / "theirs.safetensors")
+
+
+def test_what_is_passed_over_on_the_way_back_is_said(tmp_path, capsys):
+    def damage(step, model):
+        if step.number == 6:
+            (tmp_path / "run/checkpoints/000006/state.json").write_text("")
+
+    broken = [4, 5, 6]
+    train(
+        Config(output=tmp_path / "run", checkpoint_every=2),
+        before=damage,
+        loss_of=lambda number: math.nan if number in broken and not broken.remove(number) else 1.0,
+    )
+    said = capsys.readouterr().err
+    assert "checkpoints/000006 was passed over: state.json has 0 bytes" in said
+    assert "going back to step 4 with half the learning rate" in said

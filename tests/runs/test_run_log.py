@@ -8,8 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
+from sfumato.options import RunOptions
+from sfumato.runs import Run, signals
 from sfumato.runs import log as logs
-from sfumato.runs import signals
 from sfumato.runs.log import Log
 from sfumato.runs.progress import Progress
 from sfumato.runs.samples import Samples
@@ -208,3 +209,24 @@ def test_other_processes_draw_nothing(samples, tmp_path):
     samples(is_main=False).draw(0)
     assert samples.drawn == []
     assert not (tmp_path / "samples").exists()
+
+
+def test_several_processes_are_told_to_go_on_as_several(tmp_path, capsys):
+    class Two:
+        is_main, count = True, 2
+
+        def wait(self):
+            pass
+
+        def largest(self, number):
+            return number
+
+    run = Run.start(RunOptions(output=tmp_path / "my run"), program="test", processes=Two())
+    steps = run.steps(5)
+    next(steps)
+    signal.raise_signal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended:
+        next(steps)
+    assert ended.value.code == 143
+    again = f"accelerate launch --num_processes 2 -m sfumato resume '{tmp_path / 'my run'}'"
+    assert f"stopped after step 1 of 5, saved. Go on with: {again}\n" in capsys.readouterr().err

@@ -181,7 +181,7 @@ def test_an_option_that_the_folder_does_not_know_yet_counts_as_its_default(tmp_p
         train(replace(config, resume=True, width=4))
 
 
-@pytest.mark.parametrize("name", ["sfumato", "torch", "processes"])
+@pytest.mark.parametrize("name", ["sfumato", "torch", "diffusers", "transformers", "processes"])
 def test_another_version_is_a_change(name, tmp_path):
     config = Config(output=tmp_path / "run", checkpoint_every=5)
     train(config)

@@ -128,6 +128,8 @@ class _Describer:
             raise FileError(f"{folder.name}: no .safetensors in it, and pickled weights are never opened. Get another.")
         for path in weights:
             read_header(path)
+        if (folder / "adapter_config.json").exists():  # of which transformers would load adapter_model.bin, too
+            raise FileError(f"{folder.name}: holds a peft adapter (adapter_config.json); name a folder without one.")
         logging.disable_progress_bar()
         self.kind, self.wishes, self.precision = kind, wishes, precision
         try:

@@ -19,6 +19,7 @@ import os
 import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +58,7 @@ class Run:
     def __init__(self, folder: Path, config: FolderOptions, processes: Processes | None = None):
         self.folder = folder
         self.is_main = processes is None or processes.is_main
+        self._count = 1 if processes is None else processes.count
         self.step, self.rate_factor = 0, 1.0
         # Not self.say: a run that refers to itself would hold its lock until it is collected.
         self.log_file = Log(folder / "log.jsonl", tensorboard=config.tensorboard and self.is_main, warn=progress.say)
@@ -105,22 +107,21 @@ class Run:
                 if left:
                     self.say(left)
             # Looked at under the lock, so that of two that start at once the second sees what the first has begun.
-            resumes = going_on(self._config, writes)
-            if resumes:
+            if going_on(self._config, writes):
                 self._facts = identity.read_facts(self.folder)
                 self._refuse_changes("another config", identity.differences(self.folder, self._config, program))
                 self._find_checkpoint()
             self._wait()  # before the main process changes what the others have looked at
             if self.is_main:
-                self._begin(program, resumes=resumes)
+                self._begin(program)
         except BaseException:
             self.close()
             raise
 
-    def _begin(self, program: str, *, resumes: bool) -> None:
+    def _begin(self, program: str) -> None:
         self._facts = {**self._facts, "program": program}
         identity.write_facts(self.folder, self._facts)
-        if not resumes:
+        if self._resumed_from is None:  # a new run, or one that was stopped before its first checkpoint
             self._checkpoints.drop_after(-1)
             write_text(self.folder / "log.jsonl", "")
         write_text(self.folder / "config.toml", configs.to_toml(settled(self._config)))
@@ -154,8 +155,9 @@ class Run:
 
         A resumed run whose facts differ from the folder's is refused unless `force`.
         """
-        count = 1 if self._processes is None else self._processes.count
-        facts |= {"processes": str(count), "sfumato": sfumato.__version__, "torch": torch.__version__.split("+")[0]}
+        facts |= {"processes": str(self._count), "sfumato": sfumato.__version__}
+        facts |= {"torch": torch.__version__.split("+")[0]}
+        facts |= {name: version(name) for name in ("diffusers", "transformers")}
         if self._resumed_from is not None:
             try:
                 self._refuse_changes("other things than these", identity.other_facts(self._facts, facts))
@@ -247,7 +249,7 @@ class Run:
 
     def _agreed(self, signalled: int | None) -> int | None:
         """The signal that any process got: all of them stop after the same step."""
-        if self._processes is None or self._processes.count == 1:
+        if self._processes is None or self._count == 1:
             return signalled
         return self._processes.largest(signalled or 0) or None
 
@@ -325,8 +327,9 @@ class Run:
 
     def _say_goodbye(self, number: int, count: int) -> None:
         if self._saved_at == number or not self.is_main:
-            folder = shlex.quote(str(self.folder))
-            self.say(f"stopped after step {number} of {count}, saved. Go on with: sfumato resume {folder}")
+            launcher = f"accelerate launch --num_processes {self._count} -m " if self._count > 1 else ""
+            command = f"{launcher}sfumato resume {shlex.quote(str(self.folder))}"
+            self.say(f"stopped after step {number} of {count}, saved. Go on with: {command}")
         else:
             self.say(f"stopped after step {number} of {count}; this step could not be saved.")
 
@@ -353,7 +356,9 @@ class Run:
     def _go_back(self, number: int) -> int:
         """The step to go on with: that of the last checkpoint, once."""
         reason = self._health.forget()
-        newest, _ = self._checkpoints.newest()
+        newest, passed = self._checkpoints.newest()
+        for line in passed:
+            self.say(line)
         if newest is None or self.rate_factor < 1:
             again = ", also with half the learning rate" if self.rate_factor < 1 else ""
             raise RunError(

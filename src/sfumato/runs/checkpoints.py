@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ class Checkpoints:
             _write(temporary / "manifest.json", {"format": _FORMAT, "step": step, "files": sealed})
             problem = _problem(temporary, step)
             if problem:
-                raise OSError(errno.EIO, f"it does not read back as written: {problem}")
+                raise FileError(f"it does not read back as written: {problem}")
             _sync(temporary)
             if self.path(step).exists():  # of a run that was rolled back, or resumed from further back
                 self.path(step).rename(aside)
@@ -90,6 +91,9 @@ class Checkpoints:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             raise RunError(f"the checkpoint of step {step} could not be written: {reason.rstrip('.')}") from None
         finally:
+            if aside.exists() and not self.path(step).exists():  # the second of the two renames failed
+                with suppress(OSError):
+                    aside.rename(self.path(step))
             shutil.rmtree(temporary, ignore_errors=True)
             shutil.rmtree(aside, ignore_errors=True)
         self._prune(step)
@@ -113,7 +117,7 @@ class Checkpoints:
         """The state saved at `step`, whose checkpoint has been verified."""
         place = self.path(step)
         try:
-            content = json.loads((place / "state.json").read_text(encoding="utf-8"))
+            content = json.loads((place / "state.json").read_bytes())
             file = place / "state.safetensors"
             return unpack(read_tensors(file) if content["tensors"] else {}, content["state"])
         except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError, FileError) as error:
@@ -165,7 +169,7 @@ def require_space(folder: Path, needed: int) -> None:
 
 def _problem(place: Path, step: int) -> str | None:
     try:
-        manifest = json.loads((place / "manifest.json").read_text(encoding="utf-8"))
+        manifest = json.loads((place / "manifest.json").read_bytes())
         if manifest["format"] != _FORMAT or manifest["step"] != step:
             return f"its manifest is of format {manifest['format']!r:.20} and step {manifest['step']!r:.20}"
         if not manifest["files"].keys() >= {"state.json"}:
@@ -189,7 +193,7 @@ def _problem(place: Path, step: int) -> str | None:
 
 def _write(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
     """Write JSON through to the disk; returns the seal of what was to be written."""
-    blob = json.dumps(content).encode("utf-8")
+    blob = json.dumps(content).encode()
     with path.open("wb") as file:
         file.write(blob)
         file.flush()

@@ -25,7 +25,7 @@ WITHOUT_EFFECT = frozenset(
 def read_facts(folder: Path) -> dict[str, str]:
     """What `run.json` says the training depends on beside its config; nothing where it is missing or broken."""
     try:
-        found = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        found = json.loads((folder / "run.json").read_bytes())
     except (OSError, ValueError, RecursionError):
         return {}
     return {str(name): str(value) for name, value in found.items()} if isinstance(found, dict) else {}
@@ -48,7 +48,7 @@ def differences(folder: Path, config: FolderOptions, program: str) -> list[str]:
     if saved_program not in (None, program):
         changed.append(f"program {saved_program} -> {program}")
     try:
-        before = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
+        before = tomllib.loads((folder / "config.toml").read_bytes().decode())
     except (OSError, ValueError):
         return [*changed, "config.toml is missing or broken"]
     now = tomllib.loads(configs.to_toml(settled(config)))

@@ -65,7 +65,7 @@ class Lock:
 
     def _read(self) -> dict[str, Any]:
         try:
-            found = json.loads(self._holder.read_text(encoding="utf-8"))
+            found = json.loads(self._holder.read_bytes())
         except (OSError, ValueError, RecursionError):
             return {}
         return found if isinstance(found, dict) else {}

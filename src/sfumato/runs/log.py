@@ -45,7 +45,7 @@ class Log:
             return
         text = "".join(json.dumps(row) + "\n" for row in self._pending)
         try:
-            _append(self.path, text.encode("utf-8"))
+            _append(self.path, text.encode())
         except OSError as error:
             if not self._warned:
                 self._warn(f"{self.path.name} cannot be written ({error.strerror}); it goes on as soon as it can.")
