@@ -1,11 +1,11 @@
 """Different adapters for every picture of one batch: what it costs, and against diffusers loading one after another.
 
-    python -m bench.mixed_batch [--pictures 8] [--rounds 3] [--size 64] [--resident 100]
+    python -m bench.mixed_batch [--pictures 8] [--rounds 3] [--size 64] [--resident 100] [--ours-only]
 
 SD 1.5's U-Net at full size with random weights in bf16, rank-16 adapters on all attention. Prints JSON: seconds of a
 U-Net call for a batch without adapters, with one set for each picture (ours), and for diffusers loading, calling and
 unloading for each picture; and of many adapters that one mix holds, the seconds to load and to switch to each, and the
-memory.
+memory. Ratios are medians over the rounds, of the clock and of CPU seconds.
 """
 
 from __future__ import annotations
@@ -27,9 +27,14 @@ from sfumato.compose.per_picture import per_picture
 
 
 def seconds(work: Callable[[], Any]) -> float:
-    began = time.perf_counter()
+    return costs(work)[0]
+
+
+def costs(work: Callable[[], Any]) -> tuple[float, float]:
+    """Seconds of the clock and of the CPU, all threads; the latter are those that other programs hardly disturb."""
+    began, used = time.perf_counter(), time.process_time()
     work()
-    return time.perf_counter() - began
+    return time.perf_counter() - began, time.process_time() - used
 
 
 def _resident(pipe: Any, files: list[Path], count: int, call: Callable[[slice], Any]) -> dict[str, Any]:
@@ -55,6 +60,14 @@ def _resident(pipe: Any, files: list[Path], count: int, call: Callable[[slice], 
     }
 
 
+def _median(costs: list[tuple[float, float]]) -> float:
+    return round(median(clock for clock, _ in costs), 3)
+
+
+def _ratio(ours: list[tuple[float, float]], theirs: list[tuple[float, float]], *, of_cpu: bool = False) -> float:
+    return round(median(a[of_cpu] / b[of_cpu] for a, b in zip(ours, theirs, strict=True)), 3)
+
+
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -62,6 +75,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--size", type=int, default=32, help="latent pixels on a side; 64 is a picture of 512 px")
     parser.add_argument("--resident", type=int, default=100)
+    parser.add_argument("--ours-only", action="store_true", help="without diffusers, which takes the longest")
     chosen = parser.parse_args()
 
     case = CASES["sd1-attention"]
@@ -84,22 +98,31 @@ def main() -> None:
         call()
         plain, mixed, theirs = [], [], []
         for _ in range(chosen.rounds):
-            plain.append(seconds(call))
+            plain.append(costs(call))
             with per_picture(pipe, [[Adapter(file)] for file in files]):
                 call()  # gathers the factors
-                mixed.append(seconds(call))
-            theirs.append(seconds(one_after_another))
+                mixed.append(costs(call))
+            if not chosen.ours_only:
+                theirs.append(costs(one_after_another))
 
-        resident = _resident(pipe, files, chosen.resident, call)
+        resident = _resident(pipe, files, chosen.resident, call) if chosen.resident else {}
+    peer = {}
+    if theirs:
+        peer = {
+            "diffusers_one_after_another_s": _median(theirs),
+            "diffusers_over_ours": _ratio(theirs, mixed),
+            "diffusers_over_ours_cpu": _ratio(theirs, mixed, of_cpu=True),
+        }
     print(
         json.dumps(
             {
                 "what": f"SD 1.5 U-Net, bf16, {count} pictures of {chosen.size * 8} px, rank 16 on all attention",
-                "call_without_adapters_s": round(median(plain), 3),
-                "call_with_one_adapter_a_picture_s": round(median(mixed), 3),
-                "ratio": round(median(m / p for m, p in zip(mixed, plain, strict=True)), 3),
-                "diffusers_one_after_another_s": round(median(theirs), 3),
-                "diffusers_over_ours": round(median(t / m for t, m in zip(theirs, mixed, strict=True)), 2),
+                "rounds": chosen.rounds,
+                "call_without_adapters_s": _median(plain),
+                "call_with_one_adapter_a_picture_s": _median(mixed),
+                "ratio": _ratio(mixed, plain),
+                "ratio_cpu": _ratio(mixed, plain, of_cpu=True),
+                **peer,
                 **resident,
             },
             indent=1,

@@ -37,15 +37,28 @@ SECOND_TEXT = {
 VAE_WIDTHS = {"block_out_channels": [32, 32, 64, 64]}
 
 
-def tiny_pipeline(family: str, seed: int = 0, **scheduler: Any) -> Any:
+SHALLOW: dict[str, Any] = {
+    "block_out_channels": [32, 64],
+    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+    "layers_per_block": 1,
+}
+"""SD 1.x's U-Net with a block of each kind once, for tests to which its depth says nothing: a quarter of the layers."""
+
+
+def tiny_pipeline(family: str, seed: int = 0, *, shallow: bool = False, **scheduler: Any) -> Any:
     """A diffusers pipeline of `sd1`, `sd2` or `sdxl`, from the published configs with few channels.
 
-    scheduler: keys of the scheduler's config to change, such as prediction_type.
+    shallow: with two levels of the U-Net (`sd1`). scheduler: keys of the scheduler's config to change, such as
+    prediction_type.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         unet = diffusers.UNet2DConditionModel.from_config(
-            shipped(family, "unet/config.json") | WIDTHS[family] | {"sample_size": SAMPLE_SIZE}
+            shipped(family, "unet/config.json")
+            | WIDTHS[family]
+            | (SHALLOW if shallow else {})
+            | {"sample_size": SAMPLE_SIZE}
         )
         vae = diffusers.AutoencoderKL.from_config(shipped(family, "vae/config.json") | VAE_WIDTHS)
         text = CLIPTextModel(_text_config(family, "text_encoder", FIRST_TEXT))

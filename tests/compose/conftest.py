@@ -26,7 +26,7 @@ Write = Callable[..., Path]
 
 @pytest.fixture(scope="session")
 def originals() -> dict[str, Any]:
-    return {family: tiny_pipeline(family) for family in ("sd1", "sdxl")}
+    return {"sd1": tiny_pipeline("sd1", shallow=True), "sdxl": tiny_pipeline("sdxl")}
 
 
 @pytest.fixture

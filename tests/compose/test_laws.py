@@ -107,16 +107,16 @@ def test_the_table_names_file_weight_kind_rank_modules_and_way(sd1, write):
     a = write("a", sd1, "attn1.to_q", "q_proj")
     text = compose(sd1, Adapter(a, (0.8, 0.2), name="line"), Adapter(a, 0.3, name="other")).mute("other").show()
     _, line, other, reason = text.splitlines()
-    assert line.split() == ["line", "0.8:0.2", "a.safetensors", "LoRA", "3", "16", "4", "baked"]
+    assert line.split() == ["line", "0.8:0.2", "a.safetensors", "LoRA", "3", "4", "4", "baked"]
     assert other.split()[:3] == ["other", "0.3", "(muted)"]
-    assert reason == "20 weights baked in place (none is quantised, so this is exact and costs no call a thing)"
+    assert reason == "8 weights baked in place (none is quantised, so this is exact and costs no call a thing)"
 
 
 def test_the_reason_for_the_way_is_printed(sd1, write, capsys):
     compose(sd1, Adapter(write("a", sd1, "attn1.to_q"))).undo()
-    assert "16 weights baked in place" in capsys.readouterr().err
+    assert "4 weights baked in place" in capsys.readouterr().err
     compose(sd1, Adapter(write("a", sd1, "attn1.to_q")), way="live")
-    assert "16 layers live" in capsys.readouterr().err
+    assert "4 layers live" in capsys.readouterr().err
 
 
 def test_a_way_that_is_none_is_refused(sd1):

@@ -220,11 +220,14 @@ def test_sfumato_compose_can_be_called_whatever_was_imported():
 
 
 def test_mixing_imports_neither_diffusers_nor_peft_nor_accelerate(tmp_path: Path):
-    """In a process of its own: everything but the pipeline, which here is a plain torch module."""
+    """In a process of its own: everything but the pipeline, which here is a plain torch module; and few modules beside
+    torch's, so that importing takes at most 1.15 times as long, which the bench measures."""
     code = """
 import sys, torch
 from types import SimpleNamespace
+before = len(sys.modules)
 from sfumato.compose import Adapter, compose
+print(len(sys.modules) - before)
 from sfumato.files.lora_file import LoraModule
 from sfumato.files.write import write_lora
 block = torch.nn.Module()
@@ -246,7 +249,9 @@ mix.set(a=0.25).undo()
 print(sorted({"diffusers", "transformers", "peft", "accelerate"} & set(sys.modules)))
 """
     result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
-    assert (result.stdout, result.stderr.count("\n")) == ("[]\n", 1)
+    count, heavy = result.stdout.splitlines()
+    assert int(count) < 150
+    assert (heavy, result.stderr.count("\n")) == ("[]", 1)
     assert "baked in place" in result.stderr
 
 

@@ -1,7 +1,5 @@
 """The states that real pipelines are in: offloaded, compiled, quantised, touched by peft, loaded from a file."""
 
-import subprocess
-import sys
 import warnings
 
 import pytest
@@ -21,10 +19,10 @@ LAYER = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 
 
 def predict(unet):
-    """The U-Net's output for fixed inputs; at 32 x 32, so that no norm of these few channels is over two numbers."""
+    """The U-Net's output for fixed inputs; at 16 x 16, so that no norm of these few channels is over two numbers."""
     g = torch.Generator().manual_seed(0)
     dtype = next(p.dtype for p in unet.parameters() if p.is_floating_point())
-    x, text = torch.randn(2, 4, 32, 32, generator=g).to(dtype), torch.randn(2, 7, 64, generator=g).to(dtype)
+    x, text = torch.randn(2, 4, 16, 16, generator=g).to(dtype), torch.randn(2, 7, 64, generator=g).to(dtype)
     with torch.no_grad():
         return unet(x, 500, encoder_hidden_states=text, return_dict=False)[0].clone()
 
@@ -81,7 +79,7 @@ def test_eight_live_adapters_add_two_operations_a_layer(sd1, write):
     compose(sd1, *(Adapter(file, 0.1) for file in files), way="live")
     with Operations() as live:
         predict(sd1.unet)
-    assert live.count - without.count == 2 * 128
+    assert live.count - without.count == 2 * 32
     assert live.count <= 1.4 * without.count
 
 
@@ -299,7 +297,7 @@ def test_an_empty_shell_is_refused(sd1, write):
 
 def test_what_was_fused_before_is_the_base(originals, write):
     """Refused while peft's layers are in; after unload_lora_weights the fused weights are the base."""
-    pipe = tiny_pipeline("sd1")
+    pipe = tiny_pipeline("sd1", shallow=True)
     first, second = write("first", pipe, *ATTENTION), write("second", pipe, *ATTENTION, seed=2)
     pipe.load_lora_weights(str(first.parent), weight_name=first.name, adapter_name="first")
     pipe.fuse_lora(components=["unet"])
@@ -319,7 +317,7 @@ def test_what_was_fused_before_is_the_base(originals, write):
 def from_folder(path, dtype=torch.float32):
     import diffusers
 
-    tiny_pipeline("sd1").to(torch.float32).save_pretrained(str(path))
+    tiny_pipeline("sd1", shallow=True).to(torch.float32).save_pretrained(str(path))
     return diffusers.StableDiffusionPipeline.from_pretrained(str(path), torch_dtype=dtype, safety_checker=None)
 
 
@@ -355,14 +353,15 @@ def test_weights_that_their_file_does_not_hold_are_copied(tmp_path, write, copie
     pipe.unet.to(torch.bfloat16)
     before = weights_sha(pipe)
     compose(pipe, Adapter(file)).undo()
-    assert len(copied) == 1 + 128
+    assert len(copied) == 1 + 32
     assert weights_sha(pipe) == before
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
-def test_a_single_file_is_a_source_too(originals, tmp_path, family):
-    pipe = fresh(originals[family])
-    file = write_single_file(originals[family], tmp_path / "model.safetensors")
+def test_a_single_file_is_a_source_too(tmp_path, family):
+    # A checkpoint's names count the levels, so it takes them all.
+    pipe = tiny_pipeline(family)
+    file = write_single_file(pipe, tmp_path / "model.safetensors")
     weights = {
         ("unet", path, "weight"): module.weight
         for path, module in pipe.unet.named_modules()
@@ -373,16 +372,3 @@ def test_a_single_file_is_a_source_too(originals, tmp_path, family):
     assert len(found) == len(weights)
     assert all(torch.equal(found[place], weight) for place, weight in weights.items())
     assert len(mapped) == len(weights)  # each a view of the file, no common arena
-
-
-def test_the_composition_path_imports_torch_and_little_more():
-    """No diffusers, transformers, peft, accelerate: at most 1.15 times torch, which the bench measures."""
-    code = """
-import torch, sys
-before = len(sys.modules)
-from sfumato.compose import Adapter, Mix, compose
-print(len(sys.modules) - before, sorted({"diffusers", "transformers", "peft", "accelerate"} & set(sys.modules)))
-"""
-    count, *heavy = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split()
-    assert heavy == ["[]"]
-    assert int(count) < 150
