@@ -1,5 +1,7 @@
 """`DiffusionPipeline.from_pretrained(..., custom_pipeline=FILE)`: an existing script whose prompts name adapters."""
 
+import importlib
+
 import numpy as np
 import pytest
 import torch
@@ -22,6 +24,7 @@ def pipe(request, tmp_path_factory):
     file = FILES / ("stable_diffusion_xl.py" if family == "sdxl" else "stable_diffusion.py")
     loaded = DiffusionPipeline.from_pretrained(folder, custom_pipeline=str(file), trust_remote_code=True)
     loaded.set_progress_bar_config(disable=True)
+    loaded.came_from = folder
     loaded.lora_folder = tmp_path_factory.mktemp("loras")
     generator = torch.Generator().manual_seed(0)
     for name, layer in loaded.unet.named_modules():
@@ -53,9 +56,24 @@ def test_without_tags_it_is_the_pipeline_it_was(pipe):
     assert np.array_equal(drawn(pipe, "a crab"), drawn(pipe, ["a crab"]))
 
 
-def test_prompts_that_name_different_adapters_want_calls_of_their_own(pipe):
-    with pytest.raises(AdapterError, match="different adapters"):
-        pipe(["a crab <lora:line:1>", "an owl"], num_inference_steps=1)
+def test_prompts_of_one_call_may_name_different_adapters(pipe):
+    prompts = ["a crab <lora:line:1>", "an owl", "a crab <lora:line:0.5>"]
+    noise = [torch.Generator().manual_seed(3) for _ in prompts]
+    together = pipe(prompts, num_inference_steps=2, generator=noise).images
+    for prompt, picture in zip(prompts, together, strict=True):
+        assert abs(np.asarray(picture, dtype=int) - drawn(pipe, prompt)).max() <= 1
+    with pytest.raises(AdapterError, match="one picture each"):
+        pipe(prompts, num_inference_steps=1, num_images_per_prompt=2, generator=noise[0])
+
+
+def test_the_class_itself_takes_no_argument_more(pipe):
+    """For those who would not write trust_remote_code=True: an import, and the class's own from_pretrained."""
+    suffix = "_xl" if "XL" in type(pipe).__name__ else ""
+    module = importlib.import_module(f"sfumato.pipelines.custom.stable_diffusion{suffix}")
+    own = getattr(module, type(pipe).__name__).from_pretrained(pipe.came_from)
+    own.set_progress_bar_config(disable=True)
+    own.lora_folder = pipe.lora_folder
+    assert np.array_equal(drawn(own, "a crab <lora:line:1>"), drawn(pipe, "a crab <lora:line:1>"))
 
 
 def test_an_adapter_that_is_not_there_is_said(pipe):

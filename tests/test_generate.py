@@ -165,6 +165,18 @@ def test_tags_in_a_prompt_add_adapters_for_it_alone(generate):
     assert info.own["prompt"] == "red"
 
 
+def test_a_tag_with_weights_by_block_is_the_command_lines_and_comes_back(generate):
+    """What the picture says of itself draws it again."""
+    code, _, err = generate("red", "--lora", "line.safetensors:0.8", "--blocks", "line=MIDD", "-o", "blocks.png")
+    assert code == 0, err
+    prompt = read_picture_info(Path("blocks.png")).parameters.prompt
+    assert prompt == "red <lora:line:0.8:lbw=1,0,0,0,1,1,1,1,1,1,1,1,0,0,0,0,0>"
+    assert generate(prompt, "-o", "again.png")[0] == 0
+    assert np.array_equal(pixels("again.png"), pixels("blocks.png"))
+    generate("red", "--lora", "line.safetensors:0.8", "-o", "whole.png")
+    assert not np.array_equal(pixels("whole.png"), pixels("blocks.png"))
+
+
 def test_a_picture_to_begin_from_and_a_mask_that_keeps_the_rest_to_the_pixel(generate):
     Image.new("RGB", (64, 64), (200, 40, 40)).save("start.png")
     mask = Image.new("L", (64, 64), 0)
@@ -342,6 +354,8 @@ WRONG = {
     "a picture that is none": (["a", "--image", "there.png", "-o", "a.png"], "there.png"),
     "a strength of nothing": (["a", "--image", "there.png", "--strength", "0", "-o", "a.png"], "strength 0"),
     "a prompt of loose brackets": (["(a", "--prompt-syntax", "a1111", "-o", "a.png"], "bracket"),
+    "a block that is none": (["a", "--lora", "line.safetensors", "--blocks", "line=upp:0"], "blocks upp: no module"),
+    "a tag of no block": (["a <lora:line:1:lbw=UPS>"], "<lora:line:1:lbw=UPS>: blocks 'UPS'"),
     "no prompt": ([], "no prompt"),
     "no such adapter": (["a", "--lora", "gone.safetensors:0.8"], "gone.safetensors"),
     "a near adapter": (["a", "--lora", "lime.safetensors"], "Did you mean line.safetensors?"),

@@ -1,6 +1,7 @@
 """XY plots: the cells in an order that says most early, each drawn once, each with its settings."""
 
 import json
+from functools import cache
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 from sfumato import cli
 from sfumato.axes import Axis, coarse_to_fine, parse_axis
 from sfumato.errors import ConfigError
+from sfumato.files.header import read_header
 from sfumato.files.lora_file import LoraModule
 from sfumato.files.write import write_lora
 from sfumato.pnginfo import read_picture_info
@@ -69,24 +71,23 @@ def test_an_axis_that_makes_no_sense_is_one_line(text, said):
 def grid(pocket_folder, tmp_path, monkeypatch):
     """grid(*words): the exit code, in a folder with line.safetensors and otter.safetensors."""
     monkeypatch.chdir(tmp_path)
+    path = _first_of_width_64(pocket_folder)
     for seed, name in enumerate(("line", "otter")):
         generator = torch.Generator().manual_seed(seed)
         down, up = torch.randn(2, 64, generator=generator), torch.randn(64, 2, generator=generator)
         module = LoraModule(down, up, 2.0)
-        path = _first_of_width_64(pocket_folder)
         write_lora(tmp_path / f"{name}.safetensors", {("unet", path): module}, family="pocket")
     fixed = ["--base", str(pocket_folder), "--steps", "2", "--device", "cpu", "-o", "out"]
     return lambda *words: cli.main(["grid", *words, *fixed])
 
 
+@cache
 def _first_of_width_64(folder):
-    from sfumato.bases import load_base
-    from sfumato.precision import decide
-
-    unet = load_base(str(folder), precision=decide("fp32", device="cpu")).unet
-    for name, module in unet.named_modules():
-        if name.endswith("attn1.to_q") and module.weight.shape == (64, 64):
-            return name
+    """Read from the header, since a base takes long to load."""
+    (file,) = (folder / "unet").glob("*.safetensors")
+    for name, tensor in read_header(file).tensors.items():
+        if name.endswith("attn1.to_q.weight") and tensor.shape == (64, 64):
+            return name.removesuffix(".weight")
     raise AssertionError("the tiny base has no attention of width 64")
 
 
@@ -124,12 +125,12 @@ BOTH = ["--lora", "line.safetensors:0.8", "--lora", "otter.safetensors"]
 
 
 def test_methods_by_weights_are_what_merged_files_draw(grid, tmp_path, pocket_folder):
-    words = [*BOTH, "--x", "otter=0,0.5,1", "--y", "method=linear,ties,np-lora", "--prompt", "red", "--seed", "3"]
+    words = [*BOTH, "--x", "otter=0.5,1", "--y", "method=linear,ties,np-lora", "--prompt", "red", "--seed", "3"]
     assert grid(*words, "--density", "0.3") == 0
     about = json.loads((tmp_path / "out/grid.json").read_text())
     assert about["y"] == ["linear", "ties", "np-lora"]
     cells = {(cell["method"], cell["weights"]["otter"]): cell for cell in about["cells"]}
-    assert len(cells) == 9
+    assert len(cells) == 6
     drawing = ["--base", str(pocket_folder), "--steps", "2", "--device", "cpu", "--seed", "3"]
     pictures = {}
     for method, options in (("linear", []), ("ties", ["--density", "0.3"]), ("np-lora", [])):

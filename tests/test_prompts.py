@@ -5,6 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from sfumato.bases import load_base
+from sfumato.compose.blocks import Blocks
 from sfumato.errors import ConfigError
 from sfumato.precision import decide
 from sfumato.prompts import encode, split_tags, to_compel
@@ -22,7 +23,28 @@ def test_a_prompt_without_tags_keeps_its_very_blanks():
     assert split_tags("a  crab <3 ").prompt == "a  crab <3 "
 
 
-@pytest.mark.parametrize("prompt", ["<lora:a:strong>", "<lora:a:1:2:3>"])
+@pytest.mark.parametrize(
+    ("tag", "weight"),
+    [
+        ("<lora:a:te=0.2:unet=0.7>", (0.7, 0.2)),
+        ("<lora:a:0.5:unet=0.7>", (0.7, 0.5)),
+        ("<lora:a:0.8:lbw=MIDD>", Blocks.parse(0.8, "1,0,0,0,1,1,1,1,1,1,1,1,0,0,0,0,0")),
+        ("<lora:a:0.8:OUTALL>", Blocks.parse(0.8, "1,0,0,0,0,0,0,0,1,1,1,1,1,1,1,1,1")),
+        ("<lora:a:1:0.5,0,0,0,0,0,0,0,0,0,0,1>", Blocks.parse(1.0, "0.5,0,0,0,0,0,0,0,0,0,0,1")),
+        ("<lora:a:0.2:0.7:lbw=b-lora-style>", Blocks.parse((0.7, 0.2), "b-lora-style")),
+        ("<lora:a:0.8:lbw=down:0,up.1:1.2>", Blocks(0.8, {"down": 0.0, "up.1": 1.2})),
+        ("<lora:a:0.5:te=0.2>", 0.2),
+        ("<lora:a:lbw=up:0.5,rest:0:te=0:unet=1>", Blocks((1.0, 0.0), {"up": 0.5}, rest=0.0)),
+    ],
+)
+def test_a_tag_may_have_names_and_weights_by_block(tag, weight):
+    assert split_tags(f"a crab {tag}").adapters == (("a", weight),)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["<lora:a:strong>", "<lora:a:1:2:3>", "<lora:a:1:lbw=1,0,1>", "<lora:a:1:lbw=UPS>", "<lora:a:1:start=5>"],
+)
 def test_a_tag_whose_weight_is_none_is_refused(prompt):
     with pytest.raises(ConfigError, match=r"<lora:a"):
         split_tags(prompt)

@@ -70,9 +70,10 @@ def described(adapter: Adapter) -> dict[str, Any]:
 
 
 def _tag(name: str, weight: Weight) -> str:
-    """<lora:name:0.8>, or with two weights <lora:name:text:unet>, the order A1111 reads."""
+    """<lora:name:0.8>, with two weights <lora:name:text:unet>, the order A1111 reads, by block <lora:name:0.8:lbw=...>,
+    as its extension for them reads it."""
     if isinstance(weight, Blocks):
-        weight = weight.weight  # the tag has no form for blocks that all its readers know
+        return f"{_tag(name, weight.weight)[:-1]}:lbw={weight.factors_text()}>"
     if not isinstance(weight, tuple):
         return pnginfo.lora_tag(name, weight)
     return f"<lora:{pnginfo.plain_name(name)}:{weight[1]:g}:{weight[0]:g}>"

@@ -1,7 +1,9 @@
 """Prompts as people write them: adapters as tags, weighted words, any length.
 
-`<lora:name:0.8>` and `<lora:name:0.4:0.8>` (text encoders, then U-Net) are A1111's. Weights and length are the library
-compel's work: `word++`, `(some words)1.3`, `("a cat", "a dog").and()`; A1111's `(some words:1.3)` is turned into it.
+`<lora:name:0.8>` and `<lora:name:0.4:0.8>` (text encoders, then U-Net) are A1111's, as are `te=` and `unet=` in them;
+`<lora:name:0.8:lbw=MIDD>` (or a list of numbers, or `lbw=down:0,up.1:1.2`) is that of its extension for weights by
+block. Weights and length are the library compel's work: `word++`, `(some words)1.3`, `("a cat", "a dog").and()`;
+A1111's `(some words:1.3)` is turned into it.
 Importing this loads no torch.
 """
 
@@ -13,7 +15,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from sfumato.compose.adapter import Weight, checked_weight
-from sfumato.errors import ConfigError
+from sfumato.compose.blocks import WEB_PRESETS, Blocks
+from sfumato.errors import AdapterError, ConfigError
 
 if TYPE_CHECKING:
     from sfumato.bases import Base, TextEmbedding
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
 Syntax = Literal["plain", "compel", "a1111"]
 
 _TAG = re.compile(r"<lora:([^:<>]+)((?::[^:<>]*)*)>")
+_NAMED = re.compile(r"([A-Za-z_]\w*)\s*=\s*(.*)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -35,17 +39,40 @@ def split_tags(prompt: str) -> Tagged:
     """Take the `<lora:...>` tags out of a prompt. Raises ConfigError for a tag whose weight is none."""
     adapters: list[tuple[str, Weight]] = []
     for found in _TAG.finditer(prompt):
-        name, numbers = found[1].strip(), [text for text in found[2].split(":")[1:] if text.strip()]
+        name = found[1].strip()
         try:
-            weights = [float(number) for number in numbers]
+            adapters.append((name, checked_weight(name, _weight(found[2].split(":")[1:]))))
         except ValueError:
             raise ConfigError(f"{found[0]}: a weight is a number, as in <lora:{name}:0.8>.") from None
-        if len(weights) > 2:
-            raise ConfigError(f"{found[0]}: {len(weights)} weights; wanted one, or two: text encoders, then U-Net.")
-        weight: Weight = (weights[1], weights[0]) if len(weights) == 2 else weights[0] if weights else 1.0
-        adapters.append((name, checked_weight(name, weight)))
+        except (AdapterError, ConfigError) as error:
+            raise ConfigError(f"{found[0]}: {error}") from None
     plain = _TAG.sub(" ", prompt) if adapters else prompt
     return Tagged(" ".join(plain.split()) if adapters else plain, tuple(adapters))
+
+
+def _weight(words: Sequence[str]) -> Weight:
+    """What follows a tag's name between colons, as a weight. Raises ValueError for a word that is no number."""
+    numbers: list[float] = []
+    named: dict[str, str] = {}
+    key = ""
+    for word in (word.strip() for word in words):
+        if found := _NAMED.fullmatch(word):
+            key = found[1].lower()
+            if key not in ("te", "unet", "lbw"):
+                raise ConfigError(f"{key}= is not read here; te=, unet= and lbw= (weights by block) are.")
+            named[key] = found[2]
+        elif key == "lbw":  # of lbw=down:0,up.1:1.2
+            named[key] += f":{word}"
+        elif word in WEB_PRESETS or "," in word:  # the extension's older form, without lbw=
+            named["lbw"] = word
+        elif word:
+            numbers.append(float(word))
+    if len(numbers) > 2:
+        raise ConfigError(f"{len(numbers)} weights; wanted one, or two: text encoders, then U-Net.")
+    te = float(named.get("te", numbers[0] if numbers else 1.0))
+    unet = float(named.get("unet", numbers[1] if len(numbers) > 1 else te))  # as A1111 has it
+    weight = unet if unet == te else (unet, te)
+    return Blocks.parse(weight, named["lbw"]) if "lbw" in named else weight
 
 
 def to_compel(prompt: str) -> str:

@@ -6,7 +6,7 @@ Diffusion's and SDXL's, in the form that `DiffusionPipeline.from_pretrained(...,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from sfumato.specs import find_adapter
 class TaggedPrompts:
     """What a pipeline class gains: tags in `prompt`, `adapters=` in a call, and the folder that their files are in.
 
+    Prompts of one call may name different adapters: each picture has its own, in one batch.
+
     lora_folder: where the files of tags are, at any depth; the working folder by default. A call's adapters are applied
     for that call and leave the weights as they were; a mix that `compose` made stays, and they are added to it.
     """
@@ -31,37 +33,44 @@ class TaggedPrompts:
     ) -> Any:
         """As the pipeline's own call. adapters: weight by file, or by name in `lora_folder`."""
         plain, tagged = self._without_tags(prompt)
-        wanted = {**(adapters or {}), **tagged}
-        with self._mixed(wanted):
+        wanted = [{**(adapters or {}), **each} for each in tagged]
+        differ = any(each != wanted[0] for each in wanted)
+        if differ and options.get("num_images_per_prompt", 1) != 1:
+            raise AdapterError("prompts with different adapters give one picture each; repeat a prompt for several.")
+        with self._by_picture(wanted) if differ else self._mixed(wanted[0]):
             return super().__call__(plain, *arguments, **options)  # type: ignore[misc]
 
-    def _without_tags(self, prompt: Any) -> tuple[Any, dict[str, Weight]]:
-        """The prompt or prompts without tags, and the adapters that all of them name."""
+    def _without_tags(self, prompt: Any) -> tuple[Any, list[dict[str, Weight]]]:
+        """The prompt or prompts without tags, and the adapters that each of them names."""
         if isinstance(prompt, str):
             found = split_tags(prompt)
-            return found.prompt, dict(found.adapters)
-        if not isinstance(prompt, list | tuple):
-            return prompt, {}
+            return found.prompt, [dict(found.adapters)]
+        if not isinstance(prompt, list | tuple) or not prompt:
+            return prompt, [{}]
         each = [split_tags(text) if isinstance(text, str) else Tagged(text, ()) for text in prompt]
-        if any(set(found.adapters) != set(each[0].adapters) for found in each):
-            raise AdapterError(
-                "the prompts of one call name different adapters; call the pipeline once for each set, or give "
-                "sfumato.compose weights per picture."
-            )
-        return [found.prompt for found in each], dict(each[0].adapters) if each else {}
+        return [found.prompt for found in each], [dict(found.adapters) for found in each]
+
+    def _adapters(self, wanted: Mapping[str, Weight]) -> list[Adapter]:
+        files = {
+            name: Path(name) if Path(name).is_file() else find_adapter(name, Path(self.lora_folder)) for name in wanted
+        }
+        return [Adapter(files[name], weight, name) for name, weight in wanted.items()]
+
+    def _by_picture(self, wanted: Sequence[Mapping[str, Weight]]) -> Any:
+        """A context in which each picture has its own adapters."""
+        from sfumato.compose.per_picture import per_picture
+
+        return per_picture(self, [self._adapters(each) for each in wanted])
 
     def _mixed(self, wanted: Mapping[str, Weight]) -> Any:
-        """A context in which the adapters are applied."""
+        """A context in which the adapters are applied to all pictures."""
         if not wanted:
             return nullcontext()
         from contextlib import ExitStack
 
         from sfumato.compose import compose, current
 
-        files = {
-            name: Path(name) if Path(name).is_file() else find_adapter(name, Path(self.lora_folder)) for name in wanted
-        }
-        added = [Adapter(files[name], weight, name) for name, weight in wanted.items()]
+        added = self._adapters(wanted)
         mix = current(self)
         if mix is None:
             return compose(self, *added)

@@ -64,10 +64,33 @@ def test_b_loras_style_is_one_block_of_sdxl():
     assert weight_at(style, "unet", "up_blocks.0.attentions.0.transformer_blocks.3.attn2.to_k") == 0.0
 
 
+@pytest.mark.parametrize(
+    "text", ["MIDD", "ALL0.5", "b-lora-content", "down:0,up.1:1.2", "rest:0,mid:1", ",".join(["0.25"] * 26)]
+)
+def test_factors_are_written_as_they_are_read(text):
+    blocks = Blocks.parse(0.8, text)
+    assert Blocks.parse(0.8, blocks.factors_text()) == blocks
+    assert blocks.factors_text().count(",") == {"MIDD": 16, "ALL0.5": 16}.get(text, text.count(",") or 1)
+
+
 @pytest.mark.parametrize("text", ["", "up", "up:strong", "1,0,1", "up:nan"])
 def test_what_names_no_blocks_is_refused(text):
     with pytest.raises(AdapterError, match="blocks"):
         Blocks.parse(1.0, text)
+
+
+def test_a_block_that_the_pipeline_lacks_is_refused_and_changes_nothing(sd1, write):
+    before = weights_sha(sd1)
+    path = write("a", sd1)
+    for blocks in (Blocks(1.0, {"upp": 0.0}), Blocks.parse(1.0, "b-lora-style")):  # SD 1.x has no attention there
+        with pytest.raises(AdapterError, match=r"^a: blocks up.*: no module of this pipeline"):
+            compose(sd1, Adapter(path, blocks))
+    assert weights_sha(sd1) == before
+    with compose(sd1, Adapter(path, Blocks.parse(1.0, "MIDD"))) as mix:
+        mixed = weights_sha(sd1)
+        with pytest.raises(AdapterError, match="blocks dwon"):
+            mix.set(a=Blocks(1.0, {"dwon": 0.0}))
+        assert weights_sha(sd1) == mixed
 
 
 def test_a_mix_takes_each_block_at_its_weight_and_undoes_it(sd1, write):

@@ -25,6 +25,23 @@ LISTS: Mapping[int, tuple[str, ...]] = MappingProxyType(
 )
 """What the numbers of a block-weight list of each length are for; BASE is the text encoders."""
 
+WEB_PRESETS: Mapping[str, str] = MappingProxyType(
+    {
+        # sd-webui-lora-block-weight's own; each is a list of 17.
+        "NONE": "0,0,0,0,0,0,0,0,0,0,0,0,0,0,0,0,0",
+        "ALL": "1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1",
+        "INS": "1,1,1,1,0,0,0,0,0,0,0,0,0,0,0,0,0",
+        "IND": "1,0,0,0,1,1,1,0,0,0,0,0,0,0,0,0,0",
+        "INALL": "1,1,1,1,1,1,1,0,0,0,0,0,0,0,0,0,0",
+        "MIDD": "1,0,0,0,1,1,1,1,1,1,1,1,0,0,0,0,0",
+        "OUTD": "1,0,0,0,0,0,0,0,1,1,1,1,0,0,0,0,0",
+        "OUTS": "1,0,0,0,0,0,0,0,0,0,0,0,1,1,1,1,1",
+        "OUTALL": "1,0,0,0,0,0,0,0,1,1,1,1,1,1,1,1,1",
+        "ALL0.5": "0.5,0.5,0.5,0.5,0.5,0.5,0.5,0.5,0.5,0.5,0.5,0.5,0.5,0.5,0.5,0.5,0.5",
+    }
+)
+"""The web interfaces' names of lists."""
+
 
 @dataclass(frozen=True)
 class Blocks:
@@ -56,10 +73,11 @@ class Blocks:
 
     @classmethod
     def parse(cls, weight: float | tuple[float, float], text: str) -> Blocks:
-        """`down:0,up.1:1.2`, `rest:0,mid:1`, a preset (`b-lora-style`), or a list of 12, 17, 20 or 26 numbers.
+        """`down:0,up.1:1.2`, `rest:0,mid:1`, a preset (`b-lora-style`, `MIDD`), or a list of 12, 17, 20 or 26 numbers.
 
         Raises AdapterError, one line, for anything else.
         """
+        text = WEB_PRESETS.get(text.strip(), text)
         words = [word.strip() for word in text.split(",") if word.strip()]
         if len(words) == 1 and words[0] in PRESETS:
             return cls(weight, {PRESETS[words[0]]: 1.0}, rest=0.0)
@@ -76,12 +94,22 @@ class Blocks:
             name, colon, number = word.rpartition(":")
             if not colon or not name or not _is_number(number):
                 raise AdapterError(
-                    f"blocks {word!r}: wanted NAME:FACTOR such as up.1:0.5, numbers alone, or {', '.join(PRESETS)}."
+                    f"blocks {word!r}: wanted NAME:FACTOR such as up.1:0.5, numbers alone, or one of "
+                    f"{', '.join([*PRESETS, *WEB_PRESETS])}."
                 )
             factors[name] = float(number)
         if not factors:
             raise AdapterError("blocks: nothing is named; wanted NAME:FACTOR such as down:0,up:1.")
         return cls(weight, factors, rest=factors.pop("rest", 1.0))
+
+    def factors_text(self) -> str:
+        """The factors as `parse` reads them: as a list where they are one, else by name."""
+        known = dict(self.factors)
+        for names in LISTS.values():
+            if set(names) == set(known) and self.rest == 0:
+                return ",".join(f"{known[name]:g}" for name in names)
+        each = ",".join(f"{name}:{factor:g}" for name, factor in self.factors)
+        return each if self.rest == 1 else f"{each},rest:{self.rest:g}".lstrip(",")
 
     def factor_at(self, part: str, path: str) -> float:
         """The factor of one module; part and path as in `weight_at`."""
@@ -96,8 +124,7 @@ class Blocks:
 
     def __str__(self) -> str:
         weight = f"{self.weight[0]:g}:{self.weight[1]:g}" if isinstance(self.weight, tuple) else f"{self.weight:g}"
-        each = ",".join(f"{name}:{factor:g}" for name, factor in self.factors)
-        return f"{weight} on {each}" + (f",rest:{self.rest:g}" if self.rest != 1 else "")
+        return f"{weight} on {self.factors_text()}"
 
 
 def web_block(part: str, path: str) -> str | None:

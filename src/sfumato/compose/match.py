@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from sfumato.bases.family import recognise
 from sfumato.compose import tensors
+from sfumato.compose.adapter import Weight
 from sfumato.compose.baked import BiasChange, Effect
+from sfumato.compose.blocks import Blocks
 from sfumato.compose.live import can_be_live
 from sfumato.errors import AdapterError
 from sfumato.files.adapter_file import AdapterFile
@@ -66,6 +68,19 @@ class Modules:
         config: Mapping[str, Any] = getattr(parts["unet"], "config", {})
         self.family = recognise(config).name
         self.text_width: int | None = config.get("cross_attention_dim")
+
+    def check_blocks(self, weights: Mapping[str, Weight]) -> None:
+        """Refuse weights, by label, for a block that the pipeline does not have, and so would count for nothing."""
+        by_block = {label: weight for label, weight in weights.items() if isinstance(weight, Blocks)}
+        if not by_block:
+            return
+        known = [(part, path) for part, module in self._parts.items() for path, _ in module.named_modules()]
+        for label, weight in by_block.items():
+            if unknown := weight.unnamed(known):
+                raise AdapterError(
+                    f"{label}: blocks {', '.join(unknown)}: no module of this pipeline is called that. Wanted such as "
+                    "down, mid, up.1, te, attn2, or IN04, M00, OUT07, BASE."
+                )
 
     def find(self, target: Target) -> tuple[Target, nn.Module] | None:
         """The module and the path it really has; None if the pipeline lacks it."""

@@ -171,6 +171,7 @@ class Mix:
                     f"two adapters are called {adapter.label!r}. Tell them apart with Adapter(file, weight, name=...)."
                 )
             labels.append(adapter.label)
+        self._modules.check_blocks({adapter.label: adapter.weight for adapter in adapters})
         files = {adapter.label: read_adapter(adapter.path, partial=partial) for adapter in adapters}
         for file in files.values() if verify else ():
             verify_deltas(file.metadata, file.changes, file.path.name)
@@ -224,6 +225,7 @@ class Mix:
         self._check_open()
         self._check_labels(weights)
         wanted = self._weights | {label: checked_weight(label, weight) for label, weight in weights.items()}
+        self._modules.check_blocks({label: wanted[label] for label in weights})
         self._change(wanted, self._muted, [label for label in weights if wanted[label] != self._weights[label]])
         return self
 

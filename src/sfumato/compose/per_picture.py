@@ -45,8 +45,9 @@ def per_picture(pipe: Any, adapters: Sequence[Sequence[Adapter]], *, partial: bo
         raise AdapterError("there are no pictures; give a list of adapters for each, an empty one for the base.")
 
     def index(rows: int) -> Tensor:
-        # Guidance puts the pictures without prompt in front of those with, and so twice the same order.
-        if rows % count:
+        # Guidance puts the pictures without prompt in front of those with, and so twice (a perturbed one, three times)
+        # the same order; several pictures of a prompt would be another order.
+        if rows % count or rows > 3 * count:
             raise AdapterError(
                 f"the call has {rows} rows and the adapters are for {count} pictures; give each prompt its list, and "
                 "draw one picture of each."
@@ -130,6 +131,7 @@ def _layers(
     for picture, each in enumerate(adapters):
         for adapter in each:
             key = str(adapter.path)
+            modules.check_blocks({adapter.label: adapter.weight})
             if key not in files:
                 files[key] = read_adapter(adapter.path, partial=partial)
             for found in match(files[key], adapter.label, modules, partial=partial, way="live"):

@@ -273,6 +273,7 @@ class _Attention:
 def _found(pipe: Any, adapter: Adapter, modules: Modules, *, partial: bool) -> Iterator[tuple[float, Found]]:
     """What an adapter changes, with its weight there."""
     file = read_adapter(adapter.path, partial=partial)
+    modules.check_blocks({adapter.label: adapter.weight})
     for found in match(file, adapter.label, modules, partial=partial, way="live"):
         number = weight_at(adapter.weight, found.part, found.path)
         if number:
