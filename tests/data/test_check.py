@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,10 +25,14 @@ def smooth_noise(seed, side=256):
 
 
 @pytest.fixture
-def messy(tmp_path) -> Path:
-    """Pictures with one flaw each, and some without."""
-    folder = tmp_path / "messy"
-    folder.mkdir()
+def messy(messy_once, tmp_path) -> Path:
+    """Pictures with one flaw each, and some without; a copy for each test."""
+    return Path(shutil.copytree(messy_once, tmp_path / "messy"))
+
+
+@pytest.fixture(scope="module")
+def messy_once(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("messy")
     for number in range(3):
         smooth_noise(number).save(folder / f"good-{number}.png")
     smooth_noise(0).save(folder / "twin.png")
@@ -53,9 +58,9 @@ def found(report, kind):
     return sorted(name for line in report.lines if line.kind == kind for name in line.names)
 
 
-@pytest.fixture
-def report(messy):
-    return check(messy, target_of("pocket"), resolution=64, batch=4)
+@pytest.fixture(scope="module")
+def report(messy_once):
+    return check(messy_once, target_of("pocket"), resolution=64, batch=4)
 
 
 def test_each_flaw_is_found_in_its_picture_and_in_no_other(report):
@@ -264,19 +269,18 @@ def test_a_folder_without_pictures_is_one_line(tmp_path):
         main([str(tmp_path)])
 
 
-def test_a_console_without_a_caption_s_letters_shows_their_numbers(pictures):
+def test_a_console_without_letters_shows_their_numbers_and_nothing_loads_torch(pictures, tmp_path):
+    """Both of one process, since starting one takes longest."""
     (pictures / "crab.txt").write_text("краб на пляже", encoding="utf-8")
-    environment = os.environ | {"PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
-    command = [sys.executable, "-m", "sfumato.pipelines.check", str(pictures), "--caption", "{caption}"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert (done.returncode, "\\u043a\\u0440\\u0430\\u0431" in done.stdout) == (0, True), done.stderr
-
-
-def test_checking_loads_no_torch(messy):
     program = (
         "import sys; from sfumato.pipelines.check import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
     )
+    words = [str(pictures), "--caption", "{caption}", "--trigger", "zwx", "--sheet", str(tmp_path / "sheet.png")]
     done = subprocess.run(
-        [sys.executable, "-c", program, str(messy), "--trigger", "zwx"], capture_output=True, text=True
+        [sys.executable, "-c", program, *words],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONIOENCODING": "ascii", "LC_ALL": "C"},
     )
-    assert done.returncode == 0, done.stderr
+    assert (done.returncode, "\\u043a\\u0440\\u0430\\u0431" in done.stdout) == (0, True), done.stderr
+    assert (tmp_path / "sheet.png").is_file()

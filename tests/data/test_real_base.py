@@ -70,12 +70,16 @@ def test_real_embeddings_are_joined(real, pictures):
     assert both.text.hidden.shape[0] == both.latents.shape[0] == 4
 
 
-def test_two_processes_and_one_give_the_same_global_batches(pictures):
+def test_two_processes_and_one_give_the_same_global_batches(pictures, monkeypatch, capsys):
     here = str(Path(__file__).parent)
 
-    def lines(first, count, hash_seed):
+    def start(first, count, hash_seed):
         command = [sys.executable, "-c", PROGRAM, here, str(pictures), str(first), str(count)]
-        done = subprocess.run(command, capture_output=True, text=True, env={"PYTHONHASHSEED": hash_seed}, check=True)
-        return done.stdout.splitlines()
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={"PYTHONHASHSEED": hash_seed})
 
-    assert sorted(lines(0, 8, "1")) == sorted(lines(0, 4, "2") + lines(4, 4, "3"))
+    halves = [start(0, 4, "2"), start(4, 4, "3")]
+    monkeypatch.setattr(sys, "argv", ["-c", here, str(pictures), "0", "8"])
+    exec(compile(PROGRAM, "PROGRAM", "exec"), {})
+    whole = capsys.readouterr().out.splitlines()
+    assert len(whole) == 32
+    assert sorted(whole) == sorted("".join(half.communicate(timeout=600)[0] for half in halves).splitlines())
