@@ -7,8 +7,8 @@
 
 is an existing script and one argument more (new versions of diffusers ask for the second before they run a local file;
 MixingStableDiffusionPipeline.from_pretrained(BASE), imported from sfumato.pipelines.custom.stable_diffusion, asks for
-none). Prompts of one call may name different adapters. `pipe.lora_folder` says where the adapters are; a call takes `adapters={FILE: 0.8}`, too, and leaves the weights as they
-were.
+none). Prompts of one call may name different adapters. `pipe.lora_folder` says where the adapters are; a call takes
+`adapters={FILE: 0.8}`, too, and leaves the weights as they were.
 """
 
 from diffusers import StableDiffusionPipeline

@@ -117,6 +117,17 @@ def test_what_each_folder_gives_is_said(two_folders):
     assert report.to_dict()["folders"] == report.folders
 
 
+def test_files_are_told_apart_wherever_their_folders_are_named_from(two_folders, monkeypatch):
+    monkeypatch.chdir(two_folders.parent)
+    text = two_folders.read_text().replace('"dogs/b"', f'"{two_folders.parent}/dogs/b"')
+    Path("dataset.toml").write_text(text)
+    assert found(check(Path("dataset.toml"), target_of("pocket")), "bad") == ["b/00.png"]
+    monkeypatch.chdir("dogs/b")
+    Path("01.png").write_bytes(b"")
+    with pytest.raises(DataError, match="1 of 2 pictures in b cannot be learned from"):
+        read_folder(Path("."), caption_template="x")
+
+
 def test_a_finding_about_several_pictures_comes_once(tmp_path):
     for suffix in ("png", "webp"):
         noise_picture(seed=len(suffix)).save(tmp_path / f"a.{suffix}")

@@ -107,7 +107,8 @@ def examples_of(
     if not listing.pictures:
         raise no_pictures(path, listing.ignored)
     bad = bad_headers(listing.pictures)
-    refuse_bad(list(bad.values()), len(listing.pictures), skip_bad, f" in {path.name}")
+    (name,) = labels_of([path])
+    refuse_bad(list(bad.values()), len(listing.pictures), skip_bad, f" in {name}")
     for found in listing.pictures:
         if found.caption.error:
             raise DataError(found.caption.error)
@@ -128,7 +129,7 @@ def examples_of(
     notes = [*listing.notes, *_caption_notes(listing, bad), *_mask_notes(path, examples, mask)]
     notes[:0] = [f"left out: {reason}" for reason in bad.values()]
     if ignored:
-        notes.insert(0, f"{len(examples)} pictures in {path.name}{ignored_words(listing.ignored)}")
+        notes.insert(0, f"{len(examples)} pictures in {name}{ignored_words(listing.ignored)}")
     if trigger and not any(trigger.casefold() in example.caption.casefold() for example in examples):
         notes.append(f'no caption holds the trigger {trigger!r}; pass --caption "{{caption}}, {{trigger}}" to add it')
     return Folder(tuple(examples), tuple(ignored), tuple(dict.fromkeys(notes)), skip_bad)
@@ -157,11 +158,20 @@ def bad_headers(pictures: Sequence[Found]) -> dict[Path, str]:
 
 def labels_of(paths: Sequence[Path]) -> list[str]:
     """Each file's name; of several with one name, the path from the folder on that holds all the files."""
-    counts = Counter(path.name for path in paths)
-    if len(counts) == len(paths):
-        return [path.name for path in paths]
-    shared = os.path.commonpath([path.parent for path in paths])
-    return [path.relative_to(shared).as_posix() if counts[path.name] > 1 else path.name for path in paths]
+    names = [path.name or path.resolve().name for path in paths]
+    counts = Counter(names)
+    if len(counts) == len(names):
+        return names
+    # Sources may be named from here on and from the root on.
+    whole = [Path(os.path.abspath(path)) for path in paths]
+    try:
+        shared = os.path.commonpath([path.parent for path in whole])
+    except ValueError:  # two drives
+        return [path.as_posix() for path in whole]
+    return [
+        path.relative_to(shared).as_posix() if counts[name] > 1 else name
+        for path, name in zip(whole, names, strict=True)
+    ]
 
 
 def labelled(text: str, path: Path, label: str) -> str:
