@@ -220,33 +220,146 @@ def test_every_kind_of_the_table_has_its_class():
 
 
 TUCKER = {"lora_down.weight": (2, 8, 1, 1), "lora_up.weight": (6, 2)}
+HALVES = {"lora_down.weight": (2, 8), "lora_up.weight": (6, 2)}
+SHAPES = {key: tuple(value.shape) for key, value in HADA.items()}
+GLORA_SHAPES = {"a1.weight": (8, 2), "a2.weight": (2, 8), "b1.weight": (6, 2), "b2.weight": (2, 8)}
+NO_KIND = "which no tool defines; wanted those of one kind"
 BROKEN = {
-    "halves of other ranks": {"lora_down.weight": (2, 8), "lora_up.weight": (6, 3)},
-    "a Tucker core of another rank": TUCKER | {"lora_mid.weight": (3, 2, 3, 3)},
-    "a kernel of a million": TUCKER | {"lora_mid.weight": (2, 2, 999, 999)},
-    "one core of two": {k: tuple(v.shape) for k, v in HADA.items()} | {"hada_t1": (2, 2, 3, 3)},
-    "LoHa of two widths": {k: tuple(v.shape) for k, v in HADA.items()} | {"hada_w2_b": (2, 9)},
-    "a factor twice": {"lokr_w1": (2, 2), "lokr_w1_a": (2, 1), "lokr_w2": (3, 4)},
-    "blocks that are not square": {"oft_blocks": (2, 3, 4)},
-    "stages of odd blocks": {"oft_blocks": (2, 2, 3, 3)},
-    "magnitudes of both axes": {"lora_down.weight": (2, 8), "lora_up.weight": (6, 2), "dora_scale": (6, 8)},
-    "two kinds": {"lora_down.weight": (2, 8), "lora_up.weight": (6, 2), "oft_blocks": (2, 3, 3)},
-    "DoRA of OFT": {"oft_blocks": (2, 3, 3), "dora_scale": (6, 1)},
-    "two alphas": {"lora_down.weight": (2, 8), "lora_up.weight": (6, 2), "alpha": (2,)},
-    "on_input of two": {"weight": (8,), "on_input": (2,)},
-    "GLoRA of other ranks": {"a1.weight": (8, 2), "a2.weight": (2, 8), "b1.weight": (6, 2), "b2.weight": (3, 8)},
-    "alpha beside a difference": {"diff": (6, 8), "alpha": ()},
-    "a bias of another length": {"lora_down.weight": (2, 8), "lora_up.weight": (6, 2), "diff_b": (5,)},
-}  # fmt: skip
+    "halves of other ranks": (
+        {"lora_down.weight": (2, 8), "lora_up.weight": (6, 3)},
+        "the halves do not fit: lora_down [2, 8], lora_up [6, 3]; wanted (rank, in) and (out, rank)",
+    ),
+    "halves of three dimensions": (
+        {"lora_down.weight": (2, 8, 1), "lora_up.weight": (6, 2)},
+        "the halves do not fit: lora_down [2, 8, 1], lora_up [6, 2]; wanted (rank, in) and (out, rank)",
+    ),
+    "a Tucker core of another rank": (
+        TUCKER | {"lora_mid.weight": (3, 2, 3, 3)},
+        "weight (mid) is [3, 2, 3, 3]; wanted (2, 2, height, width)",
+    ),
+    "a kernel of a million": (
+        TUCKER | {"lora_mid.weight": (2, 2, 999, 999)},
+        "weight (mid) is [2, 2, 999, 999]; wanted a kernel of at most 1,024 values",
+    ),
+    "a kernel of one value more than the limit": (
+        TUCKER | {"lora_mid.weight": (2, 2, 1025, 1)},
+        "weight (mid) is [2, 2, 1025, 1]; wanted a kernel of at most 1,024 values",
+    ),
+    "a Tucker core beside a kernel": (
+        {"lora_down.weight": (2, 8, 3, 3), "lora_up.weight": (6, 2), "lora_mid.weight": (2, 2, 3, 3)},
+        "weight (down) is [2, 8, 3, 3]; wanted (rank, in, 1, 1) beside lora_mid",
+    ),
+    "two biases": (
+        HALVES | {"lora_B.bias": (6,), "diff_b": (6,)},
+        "there are two changes of the bias, lora_B.bias and diff_b",
+    ),
+    "a bias of another length": (HALVES | {"diff_b": (5,)}, "the bias has 5 values; wanted 6, as lora_up has rows"),
+    "a bias of two axes": (HALVES | {"diff_b": (2, 3)}, "diff_b (bias) is [2, 3]; wanted one value a channel"),
+    "two alphas": (HALVES | {"alpha": (2,)}, "alpha (alpha) is [2]; wanted one number"),
+    "one core of two": (
+        SHAPES | {"hada_t1": (2, 2, 3, 3)},
+        "hada_t1 and hada_t2 do not go together; wanted both, with one kernel, or neither",
+    ),
+    "LoHa of two widths": (
+        SHAPES | {"hada_w2_b": (2, 9)},
+        "the factors of LoHa do not fit ([6, 2] and [2, 8], [6, 2] and [2, 9]); "
+        "wanted (out, rank) and (rank, in) twice",
+    ),
+    "LoHa of other ranks": (
+        SHAPES | {"hada_w2_b": (3, 8)},
+        "the factors of LoHa do not fit ([6, 2] and [2, 8], [6, 2] and [3, 8]); "
+        "wanted (out, rank) and (rank, in) twice",
+    ),
+    "a matrix with a kernel": (
+        SHAPES | {"hada_w1_a": (6, 2, 3, 3)},
+        "hada_w1_a (hada_w1_a) is [6, 2, 3, 3]; wanted (rows, columns)",
+    ),
+    "a factor twice": (
+        {"lokr_w1": (2, 2), "lokr_w1_a": (2, 1), "lokr_w2": (3, 4)},
+        "lokr_w1 (lokr_w1) is [2, 2]; wanted (rows, columns[, height, width]), alone",
+    ),
+    "a factor of three dimensions": (
+        {"lokr_w1": (2, 2, 2), "lokr_w2": (3, 4)},
+        "lokr_w1 (lokr_w1) is [2, 2, 2]; wanted (rows, columns[, height, width]), alone",
+    ),
+    "a small factor with a kernel": (
+        {"lokr_w1": (2, 2, 3, 3), "lokr_w2": (3, 4)},
+        "lokr_w1 (lokr_w1) is [2, 2, 3, 3]; wanted (rows, columns)",
+    ),
+    "LoKr of other ranks": (
+        {"lokr_w1": (2, 2), "lokr_w2_a": (3, 1), "lokr_w2_b": (2, 4)},
+        "lokr_w2_a [3, 1] and lokr_w2_b [2, 4] do not fit",
+    ),
+    "blocks that are not square": (
+        {"oft_blocks": (2, 3, 4)},
+        "oft_blocks (oft_blocks) is [2, 3, 4]; wanted (blocks, size, size)",
+    ),
+    "packed blocks of no size": (
+        {"oft_R.weight": (2, 5)},
+        "weight (oft_r) is [2, 5]; wanted (blocks, size * (size - 1) / 2)",
+    ),
+    "stages of odd blocks": (
+        {"oft_blocks": (2, 2, 3, 3)},
+        "oft_blocks (oft_blocks) is [2, 2, 3, 3]; wanted (stages, blocks, size, size), size even",
+    ),
+    "peft's stages of odd blocks": (
+        {"boft_R": (2, 2, 3, 3), "boft_s": (6,)},
+        "boft_R (boft_r) is [2, 2, 3, 3]; wanted (stages, blocks, size, size), size even where there are stages",
+    ),
+    "magnitudes of both axes": (
+        HALVES | {"dora_scale": (6, 8)},
+        "dora_scale (magnitude) is [6, 8]; wanted one value a channel",
+    ),
+    "magnitudes along neither axis": (
+        HALVES | {"dora_scale": (1, 1, 6)},
+        "dora_scale (magnitude) is [1, 1, 6]; wanted (out, 1) or (1, in)",
+    ),
+    "two magnitudes": (
+        HALVES | {"dora_scale": (6, 1), "magnitude": (6,)},
+        "there are two magnitudes, dora_scale and lora_magnitude_vector",
+    ),
+    "a DoRA with a bias": (
+        HALVES | {"dora_scale": (6, 1), "diff_b": (6,)},
+        "a DoRA with a bias, which no tool defines",
+    ),
+    "two kinds": (HALVES | {"oft_blocks": (2, 3, 3)}, f"its tensors are of LoRA + OFT, {NO_KIND}"),
+    "DoRA of OFT": ({"oft_blocks": (2, 3, 3), "dora_scale": (6, 1)}, f"its tensors are of DoRA of OFT, {NO_KIND}"),
+    "on_input of two": ({"weight": (8,), "on_input": (2,)}, "on_input (on_input) is [2]; wanted one number"),
+    "a factor on no axis": ({"ia3_l": (6,)}, "ia3_l (ia3_l) is [6]; wanted (out, 1) or (1, in)"),
+    "a convolution's factor": (
+        {"ia3_l": (1, 8, 1, 1)},
+        "ia3_l of a convolution, whose axis only peft's config tells; wanted peft's folder",
+    ),
+    "GLoRA of other ranks": (
+        GLORA_SHAPES | {"b2.weight": (3, 8)},
+        "a1 [8, 2], a2 [2, 8], b1 [6, 2], b2 [3, 8] do not fit; wanted (in, rank), (rank, in), (out, rank), (rank, in)",
+    ),
+    "GLoRA's core beside a kernel": (
+        GLORA_SHAPES | {"b2.weight": (2, 8, 3, 3), "bm.weight": (2, 2, 3, 3)},
+        "weight (b2) is [2, 8, 3, 3]; wanted (rank, in, 1, 1) beside bm",
+    ),
+    "alpha beside a difference": (
+        {"diff": (6, 8), "alpha": ()},
+        "an alpha beside a difference, which no tool scales",
+    ),
+    "a difference and a weight": (
+        {"diff": (6, 8), "set_weight": (6, 8)},
+        "a difference and a weight to set; wanted one of them",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_tensors_that_make_no_change_are_refused_by_module(name, tmp_path):
+    shapes, what = BROKEN[name]
     with pytest.raises(AdapterError) as error:
-        change_of({key: torch.ones(shape) for key, shape in BROKEN[name].items()}, LINEAR, tmp_path)
-    message = str(error.value)
-    assert message.startswith(f"a.safetensors: unet.{PATHS[2]}: ")
-    assert "\n" not in message
+        change_of({key: torch.ones(shape) for key, shape in shapes.items()}, LINEAR, tmp_path)
+    assert str(error.value) == f"a.safetensors: unet.{PATHS[2]}: {what}. Take the file from its source again."
+
+
+def test_kohyas_oft_wants_its_constraint(tmp_path):
+    with pytest.raises(AdapterError, match="there is no alpha, by which kohya's OFT is constrained"):
+        change_of({"oft_blocks": torch.ones(2, 3, 3)}, LINEAR, tmp_path, prefix="oft_unet_")
 
 
 def test_a_small_file_never_costs_much_memory(tmp_path):
