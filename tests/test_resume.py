@@ -1,5 +1,6 @@
 """Every trainer: killed in the middle of a step, twice in a row, and resumed, it gives what it would have given."""
 
+import errno
 import os
 import random
 import signal
@@ -15,6 +16,7 @@ from bench.runs_resume import CASES, ROOT, STEPS, command, cut, make_inputs, run
 from sfumato import cli
 from sfumato.files import read_tensors
 from sfumato.runs.checkpoints import Checkpoints
+from tests.runs.faults import failing
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL and no fork")
 QUICK = ("lora accumulated, averaged, dropped out", "dreambooth lora", "textual_inversion")
@@ -91,6 +93,17 @@ def test_a_signal_ends_a_real_training_in_order(start, number, code, inputs, tmp
     assert child.returncode == code, said[-2000:]
     assert "sfumato resume " in said
     assert max(Checkpoints(tmp_path / "run/checkpoints").steps()) > 0
+
+
+def test_a_disk_that_is_full_at_the_end_is_one_line_and_nothing_is_lost(inputs, tmp_path, monkeypatch, capsys):
+    words = command("lora", inputs, tmp_path / "run", "--steps", "1")
+    card = tmp_path / "run/README.md"
+    with failing(monkeypatch, card, "rename", 0, errno.ENOSPC):
+        assert cli.main(words) == 2
+    line = f"sfumato: {card}: No space left on device. Make room or see to its permissions.\n"
+    assert capsys.readouterr().err.endswith(line)
+    assert cli.main(["resume", str(tmp_path / "run")]) == 0
+    assert card.is_file()
 
 
 def test_one_weight_one_pixel_or_one_caption_that_changed_is_refused(tmp_path, capsys):

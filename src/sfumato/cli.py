@@ -95,6 +95,11 @@ def guarded(program_main: Main, argv: Sequence[str]) -> int:
     except BrokenPipeError:  # `sfumato ls | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # a disk that fills while a card or a plot is written
+        place = error.filename2 or error.filename
+        where = f"{place}: " if place is not None else ""
+        print(f"sfumato: {where}{error.strerror or error}. Make room or see to its permissions.", file=sys.stderr)
+        return 2
     return result if isinstance(result, int) else 0
 
 
