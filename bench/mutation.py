@@ -3,9 +3,12 @@
     pip install -e '.[test,mutation]'
     python bench/mutation.py --sample 120 --seed 1 [--packages runs,files]
 
-mutmut writes the mutants and switches between them; this program draws the sample and runs, in a process forked for
-each mutant, the tests of the package that ever call the mutated function, quickest first, until one fails. A mutant
-that no test calls has survived; one that does not end in several times its tests' time is killed, as mutmut counts it.
+mutmut writes the mutants. This program draws the sample and tries each mutant in a forked process, where the function's
+code is replaced by the mutant's and the tests of the package that ever call the function are run, quickest first, until
+one fails: torch is imported once, and nothing is slower than it is without mutants. A mutant that no test calls has
+survived; one that does not end in several times its tests' time is killed, as mutmut counts it. Processes that tests
+start run the code as it is, so that what only they would notice counts as survived.
+
 Prints JSON: the score of each package with its 95 % Wilson interval, both together weighted by their numbers of
 mutants, and the survivors.
 """
@@ -14,19 +17,21 @@ from __future__ import annotations
 
 import argparse
 import ast
+import difflib
+import importlib
 import json
 import math
 import os
 import random
 import resource
-import shutil
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from types import CodeType, FrameType, FunctionType
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -35,83 +40,108 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("runs", "files")
-NEEDED = ("src", "tests", "bench", "pyproject.toml")
-"""What the tests of these packages read."""
-POLL_S = 0.02
+LOOK_S = 0.05
 
 
-def mutate(tree: Path, package: str) -> dict[str, tuple[str, str]]:
-    """Write the package's files with all their mutants into `tree`; (file, function) of each by its full name."""
+@dataclass(frozen=True)
+class Mutant:
+    """function: what is changed. original, changed: its definition before and after."""
+
+    name: str
+    function: FunctionType
+    original: ast.FunctionDef
+    changed: ast.FunctionDef
+
+    def put_in_place(self) -> None:
+        """Make the function the mutant, wherever it has been imported already."""
+        self.changed.decorator_list = []
+        future = ast.parse("from __future__ import annotations").body
+        scope = dict(self.function.__globals__)
+        exec(compile(ast.Module([*future, self.changed], []), self.function.__code__.co_filename, "exec"), scope)
+        made = scope[self.changed.name]
+        self.function.__code__ = made.__code__
+        self.function.__defaults__, self.function.__kwdefaults__ = made.__defaults__, made.__kwdefaults__
+
+    def lines(self) -> list[str]:
+        """What the mutant says instead of the original, as `ast` prints both."""
+        before, after = (
+            [ast.unparse(node.args), *ast.unparse(node.body).splitlines()] for node in (self.original, self.changed)
+        )
+        lines = difflib.unified_diff(before, after, n=0, lineterm="")
+        return [line for line in lines if line[:1] in "+-" and line[:3] not in ("---", "+++")]
+
+
+def mutants_of(package: str) -> list[Mutant]:
+    """Every mutant that mutmut makes of the package, by file and place."""
     from mutmut.mutation.file_mutation import mutate_file_contents
-    from mutmut.utils.format_utils import get_mutant_name
+    from mutmut.utils.format_utils import get_mutant_name, orig_function_and_class_names_from_key
 
-    found = {}
+    found = []
     for path in sorted((ROOT / "src/sfumato" / package).rglob("*.py")):
         place = path.relative_to(ROOT)
         mutated = mutate_file_contents(str(place), path.read_text(encoding="utf-8"))
-        (tree / place).write_text(mutated.code, encoding="utf-8")
-        found |= {get_mutant_name(place, name): (str(place), name) for name in mutated.mutant_names}
+        module = importlib.import_module(".".join(place.with_suffix("").parts[1:]).removesuffix(".__init__"))
+        versions = {node.name: node for node in ast.walk(ast.parse(mutated.code)) if isinstance(node, ast.FunctionDef)}
+        for version in mutated.mutant_names:
+            name = get_mutant_name(place, version)
+            function_name, class_name = orig_function_and_class_names_from_key(name)
+            held = vars(getattr(module, class_name) if class_name else module)[function_name]
+            function = getattr(held, "__func__", None) or getattr(held, "fget", None) or held
+            original = versions[f"{version.partition('__mutmut_')[0]}__mutmut_orig"]
+            found.append(Mutant(name, function, original, versions[version]))
     return found
 
 
-def wilson(killed: int, of: int) -> list[float]:
+def wilson(noticed: int, of: int) -> list[float]:
     """The 95 % interval of a share (Wilson 1927)."""
     if of == 0:
         return [0.0, 1.0]
-    z, share = 1.96, killed / of
+    z, share = 1.96, noticed / of
     middle, width = share + z * z / (2 * of), z * math.sqrt(share * (1 - share) / of + z * z / (4 * of * of))
     return [round((middle + sign * width) / (1 + z * z / of), 3) for sign in (-1, 1)]
 
 
-def difference(tree: Path, file: str, name: str) -> list[str]:
-    """The lines that a mutant has instead of the original's, both as `ast` prints them."""
-    import difflib
-
-    functions = {
-        node.name: ast.unparse(node.body).splitlines()
-        for node in ast.walk(ast.parse((tree / file).read_text(encoding="utf-8")))
-        if isinstance(node, ast.FunctionDef)
-    }
-    before, after = functions[f"{name.partition('__mutmut_')[0]}__mutmut_orig"], functions[name]
-    lines = difflib.unified_diff(before, after, n=0, lineterm="")
-    return [line for line in lines if line[:1] in "+-" and line[:3] not in ("---", "+++")]
-
-
 class Loop:
-    """pytest's plugin that, instead of running the tests, runs them for each mutant of the sample."""
+    """pytest's plugin that runs the tests once as they are, to learn what each one calls, and then for each mutant."""
 
-    def __init__(self, sample: Sequence[str]):
-        self.sample = sample
+    def __init__(self, package: str, sample: int, seed: int):
+        self.mutants = mutants_of(package)
+        self.sample = random.Random(f"{seed} {package}").sample(self.mutants, min(sample, len(self.mutants)))
         self.results: dict[str, str] = {}
         self.broken: list[str] = []
-        self._calls: dict[str, list[tuple[float, Any]]] = {}
+        self._calls: dict[CodeType, list[tuple[float, Any]]] = {}
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
-        """The tests once as they are, to learn which function each one calls; then the mutants."""
+        """Instead of pytest's own loop."""
         self._run_clean(session.items)
         for number, mutant in enumerate(self.sample if not self.broken else ()):
-            self.results[mutant] = self._try(mutant)
-            _say(f"{number + 1}/{len(self.sample)} {self.results[mutant]}: {mutant}")
+            self.results[mutant.name] = self._try(mutant)
+            _say(f"{number + 1}/{len(self.sample)} {self.results[mutant.name]}: {mutant.name}")
         return True
 
     def _run_clean(self, items: Sequence[Any]) -> None:
-        from mutmut.mutation.trampoline import set_mutant_under_test
-        from mutmut.state import state
+        watched = {mutant.function.__code__ for mutant in self.sample}
+        called: set[CodeType] = set()
 
-        set_mutant_under_test("stats")
-        for item, following in _in_turn(items):
+        def watch(frame: FrameType, *_: Any) -> None:
+            if frame.f_code in watched:
+                called.add(frame.f_code)
+
+        for number, (item, following) in enumerate(_in_turn(items)):
             begun = time.perf_counter()
-            if not _passes(item, following):
+            sys.settrace(watch)
+            passed = _passes(item, following)
+            sys.settrace(None)
+            if not passed:
                 self.broken.append(item.nodeid)
-            seconds = time.perf_counter() - begun
-            for function in state()._stats:
-                self._calls.setdefault(function, []).append((seconds, item))
-            state()._stats.clear()
-        set_mutant_under_test("")
-        _say(f"{len(items)} tests call {len(self._calls)} functions")
+            for code in called:
+                self._calls.setdefault(code, []).append((time.perf_counter() - begun, item))
+            called.clear()
+            if number % 50 == 49:
+                _say(f"{number + 1} of {len(items)} tests are run as they are")
 
-    def _try(self, mutant: str) -> str:
-        calls = sorted(self._calls.get(mutant.partition("__mutmut_")[0], []), key=lambda call: call[0])
+    def _try(self, mutant: Mutant) -> str:
+        calls = sorted(self._calls.get(mutant.function.__code__, []), key=lambda call: call[0])
         if not calls:
             return "not tested"
         seconds = sum(spent for spent, _ in calls)
@@ -119,32 +149,29 @@ class Loop:
         if child == 0:
             _run_mutant(mutant, [item for _, item in calls], int(10 + 5 * seconds))
         # Counted in looks and not by the clock: a machine that sleeps between two of them is no endless loop.
-        for _ in range(int((30 + 10 * seconds) / POLL_S)):
+        for _ in range(int((30 + 10 * seconds) / LOOK_S)):
             done, status = os.waitpid(child, os.WNOHANG)
             if done:
                 break
-            time.sleep(POLL_S)
+            time.sleep(LOOK_S)
         else:
             os.kill(child, signal.SIGKILL)
             status = os.waitpid(child, 0)[1]
         with suppress(ProcessLookupError):  # what its tests have started and left
             os.killpg(child, signal.SIGKILL)
-        code = os.waitstatus_to_exitcode(status)
-        return {0: "survived", 1: "killed"}.get(code, "timeout")
+        return {0: "survived", 1: "killed"}.get(os.waitstatus_to_exitcode(status), "timeout")
 
 
-def _run_mutant(mutant: str, items: Sequence[Any], seconds: int) -> None:
+def _run_mutant(mutant: Mutant, items: Sequence[Any], seconds: int) -> None:
     """Never returns: exit code 1 as soon as a test fails, 0 if none does."""
-    from mutmut.mutation.trampoline import set_mutant_under_test
-
-    os.setsid()
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
-    silent = os.open(os.devnull, os.O_RDWR)
-    for stream in range(3):
-        os.dup2(silent, stream)
-    set_mutant_under_test(mutant)
     code = 1
     try:
+        os.setsid()
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
+        silent = os.open(os.devnull, os.O_RDWR)
+        for stream in range(3):
+            os.dup2(silent, stream)
+        mutant.put_in_place()
         code = 0 if all(_passes(item, following) for item, following in _in_turn(items)) else 1
     finally:
         os._exit(code)
@@ -168,38 +195,23 @@ _STDERR = os.dup(2)  # pytest takes the first one away
 
 
 def run_package(package: str, sample: int, seed: int) -> dict[str, Any]:
-    """The figures of one package. Called once a process, since what is imported stays."""
-    with tempfile.TemporaryDirectory(prefix="mutation-") as temporary:
-        tree = Path(temporary)
-        for name in NEEDED:
-            if (ROOT / name).is_dir():
-                shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
-            else:
-                shutil.copy(ROOT / name, tree / name)
-        mutants = mutate(tree, package)
-        os.chdir(tree)
-        sys.path[:0] = [str(tree / "src"), str(tree)]
-        os.environ["PYTHONPATH"] = os.pathsep.join(sys.path[:2])  # for the processes that tests start
-        loop = Loop(random.Random(f"{seed} {package}").sample(sorted(mutants), min(sample, len(mutants))))
-        options = ["-q", "-p", "no:cacheprovider", "-p", "no:randomly", "-p", "no:xdist"]
-        pytest.main([*options, "-o", "tmp_path_retention_policy=none", f"tests/{package}"], plugins=[loop])
-        if loop.broken:
-            raise SystemExit(f"{len(loop.broken)} tests fail without any mutant, first {loop.broken[0]}; mend them.")
-        counts = {result: list(loop.results.values()).count(result) for result in sorted(set(loop.results.values()))}
-        noticed = counts.get("killed", 0) + counts.get("timeout", 0)
-        survivors = {
-            mutant: {"file": mutants[mutant][0], "result": result, "lines": difference(tree, *mutants[mutant])}
-            for mutant, result in loop.results.items()
-            if result in ("survived", "not tested")
-        }
-        return {
-            "mutants": len(mutants),
-            "sampled": len(loop.results),
-            **counts,
-            "score": round(noticed / max(1, len(loop.results)), 3),
-            "interval": wilson(noticed, len(loop.results)),
-            "survivors": survivors,
-        }
+    """The figures of one package."""
+    loop = Loop(package, sample, seed)
+    options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "tmp_path_retention_policy=none"]
+    pytest.main([*options, f"tests/{package}"], plugins=[loop])
+    if loop.broken:
+        raise SystemExit(f"{len(loop.broken)} tests fail without any mutant, first {loop.broken[0]}; mend them.")
+    results = list(loop.results.values())
+    noticed = results.count("killed") + results.count("timeout")
+    left = [mutant for mutant in loop.sample if loop.results[mutant.name] in ("survived", "not tested")]
+    return {
+        "mutants": len(loop.mutants),
+        "sampled": len(results),
+        **{result: results.count(result) for result in sorted(set(results))},
+        "score": round(noticed / max(1, len(results)), 3),
+        "interval": wilson(noticed, len(results)),
+        "survivors": {mutant.name: [loop.results[mutant.name], *mutant.lines()] for mutant in left},
+    }
 
 
 def together(figures: Mapping[str, Mapping[str, Any]]) -> float:
@@ -215,10 +227,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--packages", default=",".join(PACKAGES))
     options = parser.parse_args()
+    os.chdir(ROOT)
+    sys.path.insert(0, str(ROOT))
     begun, figures = time.monotonic(), {}
     for package in options.packages.split(","):
         receiver, sender = os.pipe()
-        child = os.fork()
+        child = os.fork()  # what is imported for one package is no part of the other's measurement
         if child == 0:
             os.close(receiver)
             os.dup2(2, 1)  # what pytest prints is not the figures

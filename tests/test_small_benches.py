@@ -1,11 +1,13 @@
 """The benches that learn and draw, whole, on a tiny base and plain squares: their figures mean nothing, they add up."""
 
+import ast
 import json
 
 import pytest
 from PIL import Image
 
 from bench import prior, style_fidelity, style_runs
+from bench.mutation import Mutant, together, wilson
 from bench.real import BASE_CONCEPTS, cells_of, known_concepts, print_report, styles_of
 from sfumato.errors import DataError
 
@@ -86,3 +88,30 @@ def test_the_report_is_printed_and_written(tmp_path, capsys, data):
     print_report(prior.Config, lambda config: {"data": config.data.name}, words, "prior")
     assert json.loads(capsys.readouterr().out) == {"data": "data"}
     assert json.loads((tmp_path / "report.json").read_text()) == {"data": "data"}
+
+
+def test_a_mutant_stands_in_the_function_s_place_and_shows_its_lines():
+    def original(a, b=1):
+        return a + b
+
+    before, after = (
+        ast.parse(text).body[0]
+        for text in ("def f(a, b=1):\n return a + b", "def x_f__mutmut_1(a, b=2):\n return a - b")
+    )
+    mutant = Mutant("f", original, before, after)
+    assert original(5) == 6
+    mutant.put_in_place()
+    assert original(5) == 3
+    assert mutant.lines() == ["-a, b=1", "-return a + b", "+a, b=2", "+return a - b"]
+
+
+def test_wilson_s_interval_is_the_published_one():
+    """Newcombe 1998, table I: 81 of 263 is 0.2553 to 0.3662, 15 of 148 is 0.0624 to 0.1605, 0 of 20 to 0.1611."""
+    assert wilson(81, 263) == pytest.approx([0.2553, 0.3662], abs=6e-4)
+    assert wilson(15, 148) == pytest.approx([0.0624, 0.1605], abs=6e-4)
+    assert wilson(0, 20) == pytest.approx([0.0, 0.1611], abs=6e-4)
+    assert wilson(0, 0) == [0, 1]
+
+
+def test_packages_weigh_as_much_as_they_have_mutants():
+    assert together({"a": {"score": 1.0, "mutants": 300}, "b": {"score": 0.6, "mutants": 100}}) == 0.9
