@@ -5,6 +5,7 @@ import torch
 from torch import tensor
 from torch.testing import assert_close
 
+from sfumato.compose import lowrank
 from sfumato.compose.lowrank import Scratch, weighted_sum, write_sum
 from sfumato.files.lora_file import LoraModule
 
@@ -66,10 +67,36 @@ def test_autocast_and_tf32_do_not_reach_the_product():
         torch.set_float32_matmul_precision("highest")
 
 
+def test_a_precision_set_by_torchs_new_settings_neither_reaches_the_product_nor_is_lost():
+    """With one backend's set, torch.get_float32_matmul_precision() itself raises."""
+    weight = torch.randn(32, 32)
+    change = LoraModule(torch.randn(4, 32), torch.randn(32, 4), 4.0)
+    plain = weighted_sum(weight, [(1.0, change)])
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    try:
+        assert torch.equal(weighted_sum(weight, [(1.0, change)]), plain)
+        assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_without_onednns_product_the_sum_is_the_same(monkeypatch):
+    weight, change = torch.randn(32, 48), LoraModule(torch.randn(4, 48), torch.randn(32, 4), 4.0)
+    plain = weighted_sum(weight, [(0.5, change)])
+    monkeypatch.setattr(lowrank, "_onednn_product", lambda: None)
+    assert_close(weighted_sum(weight, [(0.5, change)]), plain)
+
+
+BF16_PRODUCTS = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
+
+
+@pytest.mark.parametrize(
+    "bf16_ranks", [0, pytest.param(999, marks=pytest.mark.skipif(not BF16_PRODUCTS, reason="the CPU has none"))]
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("size", [0.08, 3.0])
-def test_one_rounding_is_the_whole_error(dtype, size):
-    """Large enough for the bf16 product of split factors, fp16 files, changes smaller and larger than the weight."""
+def test_one_rounding_is_the_whole_error(dtype, size, bf16_ranks):
+    """Split bf16 factors and fp32 ones, fp16 files, changes smaller and larger than the weight."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(256, 192, generator=generator).to(dtype)
     changes = [
@@ -82,7 +109,7 @@ def test_one_rounding_is_the_whole_error(dtype, size):
     ]
     exact = weight.double() + sum(0.6 * c.scale * c.up.double() @ c.down.double() for c in changes)
     merged = torch.empty_like(weight)
-    assert write_sum(merged, weight, [(0.6, change) for change in changes], None, Scratch())
+    assert write_sum(merged, weight, [(0.6, change) for change in changes], None, Scratch(bf16_ranks=bf16_ranks))
     assert (merged.double() - exact).norm() <= 1.001 * (exact.to(dtype).double() - exact).norm()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +19,8 @@ Terms = Sequence[tuple[float, LoraModule]]
 
 _BLOCK = 1 << 18
 """fp32 numbers of a block of rows, 1 MiB: it stays in a core's cache between the sum and the rounding."""
+_SPLIT_RANK = 32
+"""Above it one product of fp32 costs less, unless the CPU multiplies whole tiles of bf16 (AMX)."""
 _SPLIT_SIDE = 128
 """Smaller matrices take no bf16 product: their library call costs more than the product."""
 _SAFE = {torch.float32: 1e30, torch.bfloat16: 1e35, torch.float16: 15.0}
@@ -25,10 +28,26 @@ _SAFE = {torch.float32: 1e30, torch.bfloat16: 1e35, torch.float16: 15.0}
 
 
 @cache
-def _has_bf16_products() -> bool:
-    """Whether the CPU multiplies bf16 at more than the speed of fp32, with sums in fp32."""
+def _bf16_product_ranks() -> int:
+    """Up to which rank three products of bf16, with sums in fp32, cost less than one of fp32 and a rounding."""
     capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+    if capabilities.get("amx_bf16"):
+        return sys.maxsize
+    return _SPLIT_RANK if capabilities.get("avx512_bf16") else 0
+
+
+@cache
+def _onednn_product() -> Callable[..., Tensor] | None:
+    """oneDNN's fp32 product x @ weight', if torch has it: on AMD's CPUs half the time of torch.mm, which is MKL's."""
+    product: Callable[..., Tensor] | None = getattr(getattr(torch.ops, "mkldnn", None), "_linear_pointwise", None)
+    if product is None or not torch.backends.mkldnn.is_available():
+        return None
+    up, down = torch.arange(6.0).view(3, 2), torch.arange(8.0).view(2, 4)
+    try:  # it is torch's own, not promised to anyone: another signature in another version is no reason to fail
+        good = torch.equal(product(up, down.t(), None, "none", [], ""), up @ down)
+    except (RuntimeError, TypeError):
+        return None
+    return product if good else None
 
 
 class Pair(NamedTuple):
@@ -50,7 +69,7 @@ class Scratch:
     _views: dict[object, Tensor] = field(default_factory=dict)
     _pairs: dict[object, Pair] = field(default_factory=dict)
     _scales: dict[object, Tensor] = field(default_factory=dict)
-    bf16_products: bool = field(default_factory=lambda: bool(torch.backends.mkldnn.enabled) and _has_bf16_products())
+    bf16_ranks: int = field(default_factory=lambda: _bf16_product_ranks() if torch.backends.mkldnn.enabled else 0)
 
     def take(
         self, purpose: str, rows: int, columns: int, device: torch.device, dtype: torch.dtype = torch.float32
@@ -138,7 +157,8 @@ def write_sum(
     stacked = stack(terms, rows, columns, weight.device, scratch)
     safe = dense is None and _bound(stacked) < limit
     same = callable(original) or original.dtype == weight.dtype
-    halves = _split(stacked, scratch) if dense is None and same and _split_pays(weight, scratch) else None
+    splits = dense is None and same and _split_pays(weight, stacked.up.shape[1], scratch)
+    halves = _split(stacked, scratch) if splits else None
     original = original() if callable(original) else original
     if halves is not None:
         left, right = halves
@@ -179,30 +199,29 @@ def _write_blocks(
 ) -> None:
     rows = weight.shape[0]
     columns = weight.numel() // rows
-    in_place = weight.dtype == torch.float32 and weight.is_contiguous()
-    step = rows if in_place or weight.device.type != "cpu" else max(1, min(rows, _BLOCK // columns))
+    on_cpu = weight.device.type == "cpu"
+    product = _onednn_product() if on_cpu and torch.backends.mkldnn.enabled else None
+    step = max(1, min(rows, _BLOCK // columns)) if on_cpu else rows
     for start in range(0, rows, step):
         block = slice(start, start + step)
-        count = min(step, rows - start)
-        total = weight.view(rows, columns) if in_place else scratch.take("total", count, columns, weight.device)
-        shaped = total.view(weight[block].shape)
-        shaped.copy_(original[block])
-        if up is not None and down is not None:
-            total.addmm_(up[block], down)  # in place, which autocast leaves alone
-        if dense is not None:
-            shaped.add_(dense[block])
-        if not in_place:
-            weight[block].copy_(shaped)
+        before, after = original[block], weight[block]
+        if up is not None and down is not None and product is not None:
+            total = product(up[block], down.t(), None, "none", [], "").view(after.shape).add_(before)
+        else:
+            total = scratch.take("total", len(after), columns, weight.device).view(after.shape).copy_(before)
+            if up is not None and down is not None:
+                total.view(-1, columns).addmm_(up[block], down)  # in place, which autocast leaves alone
+        after.copy_(total if dense is None else total.add_(dense[block]))
 
 
-def _split_pays(weight: Tensor, scratch: Scratch) -> bool:
+def _split_pays(weight: Tensor, rank: int, scratch: Scratch) -> bool:
     return (
         weight.dtype == torch.bfloat16
         and weight.device.type == "cpu"
         and weight.is_contiguous()
         and weight.shape[0] >= _SPLIT_SIDE
         and weight.numel() // weight.shape[0] >= _SPLIT_SIDE
-        and scratch.bf16_products
+        and rank <= scratch.bf16_ranks
     )
 
 
@@ -227,12 +246,13 @@ def _split(stacked: Pair, scratch: Scratch) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def exact_products() -> Iterator[None]:
-    """fp32 products in fp32, not in TF32 or bf16, whatever the caller has switched on."""
-    before = torch.get_float32_matmul_precision()
-    if before != "highest":
-        torch.set_float32_matmul_precision("highest")
+    """fp32 products in fp32, not TF32 or bf16, whatever the caller has switched on, by torch's old settings or new."""
+    places = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul
+    before = [place.fp32_precision for place in places]
+    for place in places:
+        place.fp32_precision = "ieee"
     try:
         yield
     finally:
-        if before != "highest":
-            torch.set_float32_matmul_precision(before)
+        for place, precision in zip(places, before, strict=True):
+            place.fp32_precision = precision
