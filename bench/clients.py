@@ -391,7 +391,6 @@ def a1111(checkout: Path) -> Client:
     modules.textual_inversion = sys.modules["modules.textual_inversion"]
     modules.textual_inversion.textual_inversion = stand_in("modules.textual_inversion.textual_inversion")
     stand_in("gradio")
-    stand_in("einops")
     stand_in("lora_logger", logger=logging.getLogger("a1111"))
     sys.path.insert(0, str(checkout / "extensions-builtin/Lora"))
     import networks
@@ -613,6 +612,7 @@ def main() -> int:
     parser.add_argument("checkout", type=Path)
     parser.add_argument("--families", nargs="+", default=["sd1", "sd2", "sdxl"], choices=list(CHANNELS))
     options = parser.parse_args()
+    stand_in("einops")  # which they import, and none of what is called here uses
     client = CLIENTS[options.client](options.checkout.resolve())
     rows = [row for family in options.families for row in report(options.client, client, family)]
     print(json.dumps({"client": options.client, "files": rows}, indent=2))

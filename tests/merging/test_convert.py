@@ -110,9 +110,59 @@ def loha(tiny_base, tmp_path):
     return write_tensors(tmp_path / "loha.safetensors", tensors, {"ss_base_model_version": "sfumato_pocket"})
 
 
-def test_another_kind_is_refused_until_baking_is_asked_for(loha, tmp_path, capsys):
-    assert run(convert, loha, "-o", tmp_path / "k.safetensors") == 2
-    assert "holds LoHa, which the readers of kohya's names cannot all read. Bake it" in capsys.readouterr().err
+READERS = {"kohya": "the readers of kohya's names", "diffusers": "diffusers", "peft": "peft"}
+HALVES = {"lora_down.weight": (2, 8), "lora_up.weight": (8, 2)}
+OTHER_KINDS = {
+    "DoRA": HALVES | {"dora_scale": (8, 1)},
+    "LoHa": {"hada_w1_a": (8, 2), "hada_w1_b": (2, 8), "hada_w2_a": (8, 2), "hada_w2_b": (2, 8)},
+    "LoKr": {"lokr_w1": (2, 2), "lokr_w2": (4, 4)},
+    "IA3": {"weight": (8,), "on_input": ()},
+    "OFT": {"oft_blocks": (2, 4, 4), "alpha": ()},
+    "BOFT": {"oft_blocks": (1, 2, 4, 4), "alpha": ()},
+    "GLoRA": {"a1.weight": (8, 2), "a2.weight": (2, 8), "b1.weight": (8, 2), "b2.weight": (2, 8), "alpha": ()},
+    "difference": {"diff": (8, 8)},
+}
+QUERY = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+
+
+@pytest.mark.parametrize("to", FORMS)
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+def test_another_kind_is_refused_until_baking_is_asked_for(kind, to, tmp_path, capsys):
+    tensors = {f"{QUERY}.{name}": torch.ones(shape) for name, shape in OTHER_KINDS[kind].items()}
+    file = write_tensors(tmp_path / "a.safetensors", tensors, {"ss_base_model_version": "sd_v1"})
+    assert run(convert, file, "--to", to, "-o", tmp_path / FORMS[to]) == 2
+    assert f"holds {kind}, which {READERS[to]} cannot all read. Bake it" in capsys.readouterr().err
+    assert not (tmp_path / FORMS[to]).exists()
+
+
+def test_a_bias_goes_to_diffusers_and_peft_and_is_refused_to_the_others(tmp_path, capsys):
+    tensors = {f"{QUERY}.{name}": torch.ones(shape) for name, shape in (HALVES | {"diff_b": (8,)}).items()}
+    file = write_tensors(tmp_path / "a.safetensors", tensors, {"ss_base_model_version": "sd_v1"})
+    for to in ("diffusers", "peft"):
+        assert run(convert, file, "--to", to, "-o", tmp_path / FORMS[to]) == 0
+        (change,) = read_adapter(tmp_path / FORMS[to]).changes.values()
+        assert torch.equal(change.bias_delta, torch.ones(8))
+    assert run(convert, file, "-o", tmp_path / "k.safetensors") == 2
+    assert "bias" in capsys.readouterr().err
+    assert not (tmp_path / "k.safetensors").exists()
+
+
+@pytest.mark.parametrize("to", FORMS)
+def test_a_difference_of_a_norm_is_refused_as_a_lora_and_exact_as_a_difference(to, tiny_base, tmp_path, capsys):
+    base, name = tiny_base("sd1"), "lora_unet_mid_block_resnets_0_norm1"
+    norm = base.parts()["unet"].get_submodule("mid_block.resnets.0.norm1")
+    value = torch.arange(float(len(norm.weight)))
+    tensors = {f"{name}.w_norm": value, f"{name}.b_norm": -value}
+    file = write_tensors(tmp_path / "a.safetensors", tensors, {"ss_base_model_version": "sd_v1"})
+    words = ("--bake", "lora", "--rank", 4, "--base", base.folder)
+    assert run(convert, file, "--to", to, "-o", tmp_path / FORMS[to], *words) == 2
+    assert "which a LoRA cannot" in capsys.readouterr().err
+    if to == "kohya":
+        out = tmp_path / "diff.safetensors"
+        assert run(convert, file, "-o", out, "--bake", "diff", "--base", base.folder) == 0
+        (change,) = read_adapter(out).changes.values()
+        assert torch.equal(change.value, value)
+        assert torch.equal(change.bias_delta, -value)
 
 
 @pytest.mark.parametrize("to", ["kohya", "diffusers", "peft"])

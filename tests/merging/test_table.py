@@ -9,11 +9,14 @@ from peft import PeftModel
 from torch.testing import assert_close
 
 from sfumato.files.changes import LoraModule
+from sfumato.files.changes.boft import OutputBoft
 from sfumato.files.changes.difference import Difference
 from sfumato.files.changes.dora import Dora
+from sfumato.files.changes.glora import Glora
 from sfumato.files.changes.ia3 import Ia3
 from sfumato.files.changes.loha import Loha
 from sfumato.files.changes.lokr import Factor, Lokr
+from sfumato.files.changes.oft import OutputOft
 from sfumato.merging.convert import as_lora, write
 from sfumato.merging.factors import Budget
 from sfumato.merging.merge import Source
@@ -38,11 +41,16 @@ KINDS = {
     "LoKr": lambda weight: Lokr(Factor(random(2, 2)), Factor(random(weight.shape[0] // 2, weight.shape[1] // 2)), 1.0),
     "IA3": lambda weight: Ia3(random(weight.shape[0]), on_input=False),
     "difference": lambda weight: Difference(random(*weight.shape)),
+    "OFT": lambda weight: OutputOft(random(4, weight.shape[0] // 4, weight.shape[0] // 4) / 10, 0.0, kohya=False),
+    "BOFT": lambda weight: OutputBoft(random(2, weight.shape[0] // 4, 4, 4) / 10, None),
+    "GLoRA": lambda weight: Glora(random(weight.shape[1], 2), random(2, weight.shape[1]), lora(weight)),
 }
+CASES = [(kind, family) for kind in KINDS for family in ("pocket", "sd1", "sd2", "sdxl")]
 
 
-@pytest.mark.parametrize("family", ["pocket", "sd1", "sd2", "sdxl"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "family"), [case for case in CASES if case[0] not in ("OFT", "BOFT", "GLoRA") or case[1] == "sd1"]
+)
 @pytest.mark.parametrize("to", ["kohya", "diffusers", "peft"])
 def test_every_kind_reaches_diffusers_and_peft_with_the_error_told(to, kind, family, tiny_base, tmp_path):
     base = tiny_base(family)
