@@ -17,6 +17,7 @@ import logging
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -53,9 +54,12 @@ LIMITS = {torch.float32: 1e-5, torch.float16: 1e-3}
 RANK = 4
 TENTH = 0.1
 EXPECTED = {
-    "sd-scripts": ("unet conv_in", "unet conv_out", "unet time_embedding", "unet add_embedding"),
+    "a1111": ("unet conv_norm_out", "text_encoder*layer_norm*"),
+    "comfyui": ("text_encoder*layer_norm*",),
+    "forge": ("text_encoder*layer_norm*",),
+    "sd-scripts": ("unet conv_in", "unet conv_out", "unet time_embedding*", "unet add_embedding*"),
 }
-"""Beginnings of the modules that a client has no place for, whoever wrote the file."""
+"""Modules that a client has no place for, whoever wrote the file, as patterns of "part path"."""
 
 
 def build(family: str) -> dict[str, nn.Module]:
@@ -575,7 +579,7 @@ def report(name: str, client: Client, family: str) -> Iterator[dict[str, Any]]:
         for part, model in parts.items()
         for path, layer in model.named_modules()
         if getattr(layer, "weight", None) is not None
-        and f"{part} {path.removeprefix('text_model.')}".startswith(EXPECTED.get(name, ("-",)))
+        and any(fnmatch(f"{part} {path}", pattern) for pattern in EXPECTED.get(name, ()))
     }
     for what, dtype, write, error in files(name, family, parts):
         with tempfile.TemporaryDirectory() as folder, torch.no_grad():

@@ -115,6 +115,15 @@ def _differences(config: Config, source: Source, family: str, metadata: Mapping[
         "InvokeAI",
         file=sys.stderr,
     )
+    some = sum(
+        weight.ndim == 1 and (part != "unet" or path == "conv_norm_out") for (part, path), (weight, _) in deltas.items()
+    )
+    if some:
+        print(
+            f"{some} of them are norms of text encoders or the U-Net's last: InvokeAI applies them, ComfyUI, Forge and "
+            "A1111 leave some or all of them out",
+            file=sys.stderr,
+        )
     return config.output
 
 

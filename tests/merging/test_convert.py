@@ -122,6 +122,7 @@ OTHER_KINDS = {
     "GLoRA": {"a1.weight": (8, 2), "a2.weight": (2, 8), "b1.weight": (8, 2), "b2.weight": (2, 8), "alpha": ()},
     "difference": {"diff": (8, 8)},
 }
+QUERY_PATH = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 QUERY = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
 
 
@@ -163,6 +164,18 @@ def test_a_difference_of_a_norm_is_refused_as_a_lora_and_exact_as_a_difference(t
         (change,) = read_adapter(out).changes.values()
         assert torch.equal(change.value, value)
         assert torch.equal(change.bias_delta, -value)
+
+
+@pytest.mark.parametrize(("name", "told"), [("lora_te_text_model_encoder_layers_0_layer_norm1", True), (QUERY, False)])
+def test_norms_that_some_clients_leave_out_are_told(name, told, tiny_base, tmp_path, capsys):
+    base = tiny_base("sd1")
+    part, path = ("text_encoder", "encoder.layers.0.layer_norm1") if told else ("unet", QUERY_PATH)
+    shape = base.parts()[part].get_submodule(path).weight.shape
+    tensors = {f"{name}.diff": torch.ones(shape)}
+    file = write_tensors(tmp_path / "a.safetensors", tensors, {"ss_base_model_version": "sd_v1"})
+    words = ("-o", tmp_path / "k.safetensors", "--bake", "diff", "--base", base.folder)
+    assert run(convert, file, *words) == 0
+    assert ("1 of them are norms of text encoders" in capsys.readouterr().err) == told
 
 
 @pytest.mark.parametrize("to", ["kohya", "diffusers", "peft"])
