@@ -6,8 +6,7 @@
 Same weights (SD 1.5 of full size, random, fp32; or --base pocket), pictures, batch, precision and steps. Prints JSON:
 CPU seconds to the end of the first step and of a step (the least of each side's rounds), peak resident memory of the
 steps over what was resident after the imports, and the ratios ours / theirs. The scripts want torchvision, and
-the LoRA one `datasets`. A step of theirs ends where torch's AdamW returns, as ours does. Ours writes no
-result, theirs does after its last step.
+the LoRA one `datasets`. A step of theirs ends where torch's AdamW returns, as ours does. No side writes a model.
 """
 
 from __future__ import annotations
@@ -100,9 +99,10 @@ def measure(config: Config) -> dict[str, Any]:
     full = config.base == "full"
     px = config.resolution or (256 if full else 64)
     folder = build(config.work / "sd15-random") if full else find(config.base)[0]
-    pictures = photographs(config.work / "photographs", 4, 2 * px)
-    captions = [{"file_name": file.name, "text": "a thing"} for file in sorted(pictures.glob("*.jpg"))]
-    (pictures / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in captions), encoding="utf-8")
+    bare, captioned = (photographs(config.work / name, 4, 2 * px) for name in ("photographs", "captioned"))
+    # What only the LoRA script reads; the others would take it for a picture.
+    captions = [{"file_name": file.name, "text": "a thing"} for file in sorted(captioned.glob("*.jpg"))]
+    (captioned / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in captions), encoding="utf-8")
     report: dict[str, Any] = {
         "base": config.base,
         "resolution_px": px,
@@ -111,13 +111,14 @@ def measure(config: Config) -> dict[str, Any]:
     for method in config.methods:
         rows: dict[str, list[dict[str, Any]]] = {"diffusers": [], "sfumato": []}
         for number in range(config.rounds):
-            output = config.work / "runs"
+            output, pictures = config.work / "runs", captioned if method == "lora" else bare
             given = (folder, pictures, output / f"{method}-theirs-{number}", px, config.steps)
             script = str((config.checkout / SCRIPTS[method]).resolve())
-            rows["diffusers"].append(run("diffusers", script, theirs(method, *given), config.limit_s))
             words = ours(method, str(folder), pictures, output / f"{method}-ours-{number}", px, config.steps)
-            rows["sfumato"].append(run("sfumato", method, words, config.limit_s))
-            print(json.dumps({method: [rows[side][-1] for side in rows]}), file=sys.stderr, flush=True)
+            sides = {"diffusers": (script, theirs(method, *given)), "sfumato": (method, words)}
+            for side, (program, words) in sides.items():
+                rows[side].append(run(side, program, words, config.limit_s))
+                print(json.dumps({method: rows[side][-1]}), file=sys.stderr, flush=True)
         report[method] = {**rows, **ratios(rows, method, full=full and px == 256)}
     return report
 

@@ -11,7 +11,8 @@ are one program. The loss is the subject's denoising error and the weighted erro
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -29,6 +30,7 @@ if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that 
     from sfumato.adapters import Lora
     from sfumato.bases import Base
     from sfumato.data import Dataset, Folder
+    from sfumato.prior import BasePrediction, ClassPictures
     from sfumato.processes import Processes
     from sfumato.runs import Run
     from sfumato.runs.samples import Samples
@@ -118,7 +120,7 @@ def train(config: Config) -> Path:
     from sfumato.full import full_precision
     from sfumato.measure import UNRELATED, Measures
     from sfumato.objective import denoising_errors
-    from sfumato.prior import BasePrediction, ClassPictures, DriftLimit, draw_half
+    from sfumato.prior import BasePrediction, DriftLimit, draw_half
     from sfumato.processes import Processes
     from sfumato.runs import Run
     from sfumato.runs.samples import Samples
@@ -157,10 +159,12 @@ def train(config: Config) -> Path:
     dataset, class_set = prepare(config, base, examples.of("instance"), pictures, global_batch, processes)
     for note in dict.fromkeys([*dataset.notes, *(class_set.notes if class_set else [])]):
         run.say(note)
+    # The VAE has given its latents; it rests until something is drawn.
+    base.resting.keep("unet", *(["text"] if config.train_text_encoder else []))
     trained = trainable(base, config)
     facts = {"class": class_set.fingerprint} if class_set else {}
     run.identify(data=dataset.fingerprint, base=base.fingerprint(), **facts)
-    parameters = [p for group in groups(trained, config) for p in group["params"]]
+    parameters = list(trained.parameters())
     count = sum(p.numel() for p in parameters)
     run.say(f"{len(dataset)} pictures, {len(class_set or [])} of the class, {count:,} trained numbers")
 
@@ -171,45 +175,27 @@ def train(config: Config) -> Path:
     run.keep(trained=trained, optimizer=optimizer, scaler=scaler, average=average)
     pristine = trained.disabled if config.method == "lora" else nullcontext  # nothing has been trained yet
     watched = {"drift": UNRELATED, "class_drift": prompts}
-    measures = Measures(base, dataset, pristine=pristine, modules=[trained], watched=watched)
+    measures = Measures(base, dataset, pristine=pristine, within=average.applied, modules=[trained], watched=watched)
     shown = config.sample_prompts or subject.sample_prompts(dataset.captions, UNRELATED[0])
-    samples = Samples(run, base, shown, config.seed, modules=[trained])
+    samples = Samples(run, base, shown, config.seed, modules=[trained], within=average.applied)
     limit = DriftLimit(config.drift_limit, [row for row in run.rows() if row["step"] <= run.step])
 
     def measure(step: int) -> None:
-        with average.applied():
-            figures = measures.values()
+        figures = measures.values()
         run.log(step=step, **figures)
         limit.look(figures, processes)
 
-    def sample(step: int) -> None:
-        with average.applied():
-            samples.draw(step)
-
     run.every(config.measure_every, measure)
-    run.every(config.sample_every, sample)
-    prior = None
-    if config.prior == "pictures":
-        prior = ClassPictures(base, class_set, config.seed, offset=config.noise_offset)
-    if config.prior == "base":
-        noised = dataset if class_set is None else class_set
-        prior = BasePrediction(
-            base,
-            noised,
-            prompts,
-            config.seed,
-            pristine=pristine,
-            offset=config.noise_offset,
-            embed_text=not config.train_text_encoder,
-        )
-        if config.method == "full":
-            steps = range(run.step, config.steps)
-            run.say(prior.remember(steps, global_batch, starts, config.batch, shown=processes.is_main))
+    run.every(config.sample_every, samples.draw)
+    prior = prior_of(config, base, dataset, class_set, prompts, pristine)
+    if isinstance(prior, BasePrediction) and config.method == "full":
+        steps = range(run.step, config.steps)
+        run.say(prior.remember(steps, global_batch, starts, config.batch, shown=processes.is_main))
     trained.train()
     for step in run.steps(config.steps):
         if limit.reached:
             run.say(f"stopped after step {step.number}: {limit.reached} is over --drift-limit {config.drift_limit}")
-            sample(step.number)
+            samples.draw(step.number)
             break
         schedule.set(step.number, step.rate_factor)
         loss, class_loss = torch.zeros(2, device=precision.device)
@@ -315,7 +301,7 @@ def class_pictures(
     config: Config, base: Base, examples: Folder, prompts: Sequence[str], run: Run, processes: Processes
 ) -> Folder | None:
     """Pictures of the class: from a folder, from the dataset.toml, or drawn by the base, once; None for none."""
-    from sfumato.class_pictures import draw_class, read_class
+    from sfumato.class_pictures import pictures_of_class
 
     if config.prior == "none":
         return None
@@ -323,23 +309,13 @@ def class_pictures(
         return read_pictures(config.class_images, prompts[0], skip_bad=config.skip_bad)
     if examples.of("class") or config.prior == "base":
         return examples.of("class") or None
-    prompts = prompts[: config.class_count]
-    where: dict[str, Any] = {
-        "resolution": config.resolution,
-        "folder": config.class_cache or config.output / "class",
-    }
-    drawn = draw_class(
-        base,
-        prompts,
-        config.class_count,
-        rank=processes.rank,
-        processes=processes.count,
-        shown=processes.is_main,
-        **where,
+    prompts, count = prompts[: config.class_count], config.class_count
+    folder = config.class_cache or config.output / "class"
+    pictures, drawn = pictures_of_class(
+        base, prompts, count, resolution=config.resolution, folder=folder, processes=processes
     )
-    processes.wait()
-    run.say(f"class pictures: {config.class_count} of {', '.join(prompts)} ({drawn} drawn now)")
-    return read_class(base, prompts, config.class_count, **where)
+    run.say(f"class pictures: {count} of {', '.join(prompts)} ({drawn} drawn now)")
+    return pictures
 
 
 def prepare(
@@ -376,31 +352,51 @@ def prepare(
     return dataset, class_set
 
 
+def prior_of(
+    config: Config,
+    base: Base,
+    dataset: Dataset,
+    class_set: Dataset | None,
+    prompts: Sequence[str],
+    pristine: Callable[[], AbstractContextManager[object]],
+) -> ClassPictures | BasePrediction | None:
+    """What gives the class half of each batch; None where there is none. pristine: see `BasePrediction`."""
+    from sfumato.prior import BasePrediction, ClassPictures
+
+    if config.prior == "pictures":
+        return ClassPictures(base, class_set, config.seed, offset=config.noise_offset)
+    if config.prior == "none":
+        return None
+    return BasePrediction(
+        base,
+        dataset if class_set is None else class_set,
+        prompts,
+        config.seed,
+        pristine=pristine,
+        offset=config.noise_offset,
+        embed_text=not config.train_text_encoder,
+    )
+
+
 def trainable(base: Base, config: Config) -> Lora | nn.ModuleDict:
     """The base's own weights, or with --method lora a new adapter, which changes nothing yet."""
-    from sfumato.adapters import attach
-    from sfumato.adapters.lora import TEXT_TARGETS, select
+    from sfumato.adapters import attach, hosts
     from sfumato.full import parts_of, unfreeze
 
     if config.method == "full":
         return unfreeze(base, text=config.train_text_encoder)
     parts = parts_of(base, text=config.train_text_encoder)
-    hosts = {name: select(part, config.targets if name == "unet" else TEXT_TARGETS) for name, part in parts.items()}
-    return attach(hosts, rank=config.rank, alpha=config.alpha, seed=config.seed)
+    return attach(hosts(parts, config.targets), rank=config.rank, alpha=config.alpha, seed=config.seed)
 
 
 def groups(trained: Lora | nn.ModuleDict, config: Config) -> list[dict[str, Any]]:
     """Parameter groups: the U-Net's, and the text encoders' with their own rate."""
+    from sfumato import full, optimizers
+
+    rates = config.learning_rate, config.text_learning_rate
     if config.method == "lora":
-        parts = [(part, layer) for (part, _), layer in trained.layers.items()]
-    else:
-        parts = list(trained.items())
-    unet = [p for part, module in parts if part == "unet" for p in module.parameters()]
-    text = [p for part, module in parts if part != "unet" for p in module.parameters()]
-    # For whole models torch's fused AdamW, which makes no copies of all weights at once as its foreach does.
-    whole = {"fused": True, "foreach": False} if config.method == "full" and config.optimizer == "adamw" else {}
-    found = [{"params": unet, "lr": config.learning_rate}, {"params": text, "lr": config.text_learning_rate}]
-    return [{**group, **whole} for group in found if group["params"]]
+        return optimizers.groups(trained.by_part(), *rates)
+    return full.groups_of_whole(trained, *rates, adamw=config.optimizer == "adamw")
 
 
 def save(
@@ -414,7 +410,7 @@ def save(
     subject: Subject,
 ) -> None:
     """Write what was learned in the form that was asked for, its card and the plot; upload them if asked."""
-    from sfumato.files import LoraModule, describe, write_lora
+    from sfumato.files import describe, write_lora
     from sfumato.finish import describe_run, finish
     from sfumato.full import parts_of, write_difference, write_extracted, write_folder
     from sfumato.precision import DTYPES
@@ -423,15 +419,12 @@ def save(
     dtype = DTYPES[config.save_precision]
     as_file: dict[str, Any] = {"family": base.family.name, "metadata": describe(about), "dtype": dtype}
     if config.method == "lora":
-        modules = {
-            key: LoraModule.from_scale(layer.down.detach(), layer.up.detach(), layer.scale)
-            for key, layer in trained.layers.items()
-        }
-        write_lora(path, modules, **as_file)
+        write_lora(path, trained.modules_by_target(), **as_file)
     elif config.save == "folder":
         write_folder(base, path, dtype)
     else:
         original = config.load_base(base.precision)
+        original.resting.keep("unet", *(["text"] if config.train_text_encoder else []))
         after, before = (parts_of(one, text=config.train_text_encoder) for one in (base, original))
         if config.save == "difference":
             count = write_difference(path, after, before, **as_file)

@@ -84,8 +84,9 @@ def train(config: Config) -> Path:
     import torch
 
     from sfumato import diffusion, embedding, optimizers, randomness
-    from sfumato.adapters import attach
+    from sfumato.adapters import attach, hosts
     from sfumato.ema import Average
+    from sfumato.full import parts_of
     from sfumato.measure import Measures
     from sfumato.objective import denoising_errors, draw_noise
     from sfumato.processes import Processes
@@ -113,8 +114,10 @@ def train(config: Config) -> Path:
     )
     for note in dataset.notes:
         run.say(note)
+    # The VAE has given its latents; it rests until something is drawn.
+    base.resting.keep("unet", *(["text"] if config.train_text_encoder or words else []))
     lora = attach(
-        hosts(base, config),
+        hosts(parts_of(base, text=config.train_text_encoder), config.targets, conv=config.conv),
         rank=config.rank,
         alpha=config.alpha,
         dropout=config.dropout,
@@ -127,24 +130,19 @@ def train(config: Config) -> Path:
     run.say(f"{len(dataset)} pictures, {len(lora.layers)} adapted layers, {lora.count():,} trained numbers")
 
     parameters = [*lora.parameters(), *(words.parameters() if words else ())]
-    optimizer = optimizers.build(config.optimizer, groups(lora, words, config), weight_decay=config.weight_decay)
+    groups = optimizers.groups(lora.by_part(), config.learning_rate, config.text_learning_rate)
+    if words:
+        groups.append({"params": list(words.parameters()), "lr": config.word_learning_rate})
+    optimizer = optimizers.build(config.optimizer, groups, weight_decay=config.weight_decay)
     schedule = optimizers.Schedule(optimizer, config.schedule, config.steps - config.words_first, config.warmup)
     if config.words_first:  # its own turn, with its own rise and fall of the rate
         word_schedule = optimizers.Schedule(optimizer, config.schedule, config.words_first, config.warmup)
     scaler = precision.scaler()
     average = Average(parameters, config.ema)
     run.keep(lora=lora, optimizer=optimizer, scaler=scaler, average=average, **({"words": words} if words else {}))
-    measures = Measures(base, dataset, pristine=lora.disabled, modules=[lora])
+    measures = Measures(base, dataset, pristine=lora.disabled, within=average.applied, modules=[lora])
     prompts = config.sample_prompts or default_prompts(dataset.captions, config.caption, config.trigger)
-    samples = Samples(run, base, prompts, config.seed, modules=[lora])
-
-    def measure(step: int) -> None:
-        with average.applied():
-            run.log(step=step, **measures.values())
-
-    def sample(step: int) -> None:
-        with average.applied():
-            samples.draw(step)
+    samples = Samples(run, base, prompts, config.seed, modules=[lora], within=average.applied)
 
     def export(step: int) -> None:
         if step and processes.is_main:
@@ -152,8 +150,8 @@ def train(config: Config) -> Path:
                 path = config.output / "adapters" / f"{config.name}-{step:06d}.safetensors"
                 write_adapter(path, lora, base, config, dataset, samples)
 
-    run.every(config.measure_every, measure)
-    run.every(config.sample_every, sample)
+    run.every(config.measure_every, lambda step: run.log(step=step, **measures.values()))
+    run.every(config.sample_every, samples.draw)
     run.every(config.save_every, export)
     lora.train()
     for step in run.steps(config.steps):
@@ -272,27 +270,6 @@ def new_words(base: Base, config: Config, examples: Folder) -> Words:
     return words
 
 
-def hosts(base: Base, config: Config) -> dict[str, Any]:
-    """The layers to adapt, by part."""
-    from sfumato.adapters.lora import TEXT_TARGETS, select
-
-    parts = {"unet": select(base.unet, config.targets, conv=config.conv)}
-    if config.train_text_encoder:
-        for number, encoder in enumerate(base.text_encoders, start=1):
-            parts["text_encoder" if number == 1 else f"text_encoder_{number}"] = select(encoder, TEXT_TARGETS)
-    return parts
-
-
-def groups(lora: Lora, words: Words | None, config: Config) -> list[dict[str, Any]]:
-    """Parameter groups: the U-Net's, and the text encoders' and the new words' with their own rates."""
-    unet = [p for (part, _), layer in lora.layers.items() if part == "unet" for p in layer.parameters()]
-    text = [p for (part, _), layer in lora.layers.items() if part != "unet" for p in layer.parameters()]
-    found = [{"params": unet, "lr": config.learning_rate}, {"params": text, "lr": config.text_learning_rate}]
-    if words:
-        found.append({"params": list(words.parameters()), "lr": config.word_learning_rate})
-    return [group for group in found if group["params"]]
-
-
 def start_from(lora: Lora, path: Path) -> None:
     """Copy another adapter's values into this one."""
     from sfumato.files import read_lora
@@ -330,18 +307,14 @@ def write_adapter(
     path: Path, lora: Lora, base: Base, config: Config, dataset: Dataset, samples: Samples
 ) -> Description:
     """Write the adapter as it is now; returns what its file says of itself."""
-    from sfumato.files import LoraModule, describe, write_lora
+    from sfumato.files import describe, write_lora
     from sfumato.finish import describe_run
     from sfumato.precision import DTYPES
 
     trigger = [*([config.trigger] if config.trigger else []), *config.train_words]
     description = describe_run(config, base, dataset, samples, trigger=trigger)
-    modules = {
-        key: LoraModule.from_scale(layer.down.detach(), layer.up.detach(), layer.scale)
-        for key, layer in lora.layers.items()
-    }
     dtype = DTYPES[config.save_precision]
-    write_lora(path, modules, family=base.family.name, metadata=describe(description), dtype=dtype)
+    write_lora(path, lora.modules_by_target(), family=base.family.name, metadata=describe(description), dtype=dtype)
     return description
 
 

@@ -117,6 +117,7 @@ def train(config: Config) -> Path:
     dataset = config.prepare(examples, base, embed_text=False, processes=processes)
     for note in dataset.notes:
         run.say(note)
+    base.resting.keep("unet", "text")  # the VAE has given its latents; it rests until something is drawn
     run.identify(data=dataset.fingerprint, base=base.fingerprint())
     run.say(f"{len(dataset)} pictures, {words.count():,} trained numbers; captions such as {dataset.captions[0]!r}")
 
@@ -129,19 +130,10 @@ def train(config: Config) -> Path:
     average = Average(parameters, config.ema)
     run.keep(words=words, optimizer=optimizer, scaler=scaler, average=average)
     # No drift: nothing that draws other prompts changes.
-    measures = Measures(base, dataset, watched={})
-    samples = Samples(run, base, prompts, config.seed)
-
-    def measure(step: int) -> None:
-        with average.applied():
-            run.log(step=step, **measures.values())
-
-    def sample(step: int) -> None:
-        with average.applied():
-            samples.draw(step)
-
-    run.every(config.measure_every, measure)
-    run.every(config.sample_every, sample)
+    measures = Measures(base, dataset, within=average.applied, watched={})
+    samples = Samples(run, base, prompts, config.seed, within=average.applied)
+    run.every(config.measure_every, lambda step: run.log(step=step, **measures.values()))
+    run.every(config.sample_every, samples.draw)
     global_batch, starts = processes.starts(config.batch, config.accumulate)
     for step in run.steps(config.steps):
         schedule.set(step.number, step.rate_factor)

@@ -26,6 +26,7 @@ from sfumato.files.atomic import atomic_path, write_text
 if TYPE_CHECKING:
     from sfumato.bases import Base
     from sfumato.data import Folder
+    from sfumato.processes import Processes
 
 FORMAT = 1
 """To be raised when the same key would give other pictures."""
@@ -51,6 +52,21 @@ def about(base: Base, prompt: str, resolution: int) -> dict[str, Any]:
         "prediction_type": base.prediction_type,
         "compute": str(base.precision.compute).removeprefix("torch."),
     }
+
+
+def pictures_of_class(
+    base: Base, prompts: Sequence[str], count: int, *, resolution: int, folder: Path, processes: Processes
+) -> tuple[Folder, int]:
+    """`count` pictures of the class, each with its prompt as caption, and how many of them had to be drawn.
+
+    All processes draw, each its share.
+    """
+    where: dict[str, Any] = {"resolution": resolution, "folder": folder}
+    drawn = draw_class(
+        base, prompts, count, rank=processes.rank, processes=processes.count, shown=processes.is_main, **where
+    )
+    processes.wait()
+    return read_class(base, prompts, count, **where), drawn
 
 
 def draw_class(

@@ -30,7 +30,7 @@ class FusedStep:
 
     def __init__(self, optimizer: torch.optim.Optimizer):
         self.optimizer = optimizer
-        self._squares: list[Tensor] = []
+        self._norms: list[Tensor] = []
         self._handles: list[RemovableHandle] = []
         for place, group in enumerate(optimizer.param_groups):
             for parameter in group["params"]:
@@ -39,7 +39,8 @@ class FusedStep:
     def _hook(self, place: int) -> Any:
         def step(parameter: Tensor) -> None:
             assert parameter.grad is not None
-            self._squares.append(parameter.grad.detach().float().square().sum())
+            # Not the sum of squares, which would be another tensor of the weight's size.
+            self._norms.append(torch.linalg.vector_norm(parameter.grad.detach(), dtype=torch.float32))
             groups = self.optimizer.param_groups
             # The group as it is now: a schedule changes its rate between steps.
             self.optimizer.param_groups = [{**groups[place], "params": [parameter]}]
@@ -53,8 +54,8 @@ class FusedStep:
 
     def norm(self) -> Tensor:
         """The global norm of the gradients that came since the last call, on their device."""
-        squares, self._squares = self._squares, []
-        return torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
+        norms, self._norms = self._norms, []
+        return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
 
     def remove(self) -> None:
         """Leave the optimizer as it was."""

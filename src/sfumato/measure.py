@@ -35,7 +35,8 @@ class Measures:
     """Fit and drift of what is trained on one base, on at most 16 pictures.
 
     pristine: a context in which the base predicts as it did before the training; none is needed where nothing has been
-    trained yet. modules: what is set to evaluation meanwhile. watched: prompts for each drift, by the figure's name.
+    trained yet. within: a context for all later figures, such as a running mean's `applied`. modules: what is set to
+    evaluation meanwhile. watched: prompts for each drift, by the figure's name.
     """
 
     def __init__(
@@ -44,10 +45,11 @@ class Measures:
         data: Dataset,
         *,
         pristine: Callable[[], AbstractContextManager[object]] = nullcontext,
+        within: Callable[[], AbstractContextManager[object]] = nullcontext,
         modules: Sequence[nn.Module] = (),
         watched: Mapping[str, Sequence[str]] | None = None,
     ):
-        self._base, self._modules = base, list(modules)
+        self._base, self._modules, self._within = base, list(modules), within
         self._batch = data.batch(_SEED, 0, min(_MOST, len(data)), augment=False, embed_text=False)
         count = len(self._batch)
         shape = tuple(self._batch.latents.shape[1:])
@@ -63,13 +65,14 @@ class Measures:
 
     def values(self) -> dict[str, float]:
         """All figures, by name."""
-        return {"fit": self.fit(), **{name: self.drift(name) for name in self._watched}}
+        with self._within():
+            return {"fit": self.fit(), **{name: self.drift(name) for name in self._watched}}
 
     @torch.no_grad()
     def fit(self) -> float:
         """Mean squared error of the prediction, no weights."""
         plain = dataclasses.replace(self._batch, mask=None)
-        with evaluating(self._modules):
+        with evaluating(self._modules), self._base.resting.interrupted():
             with warnings.catch_warnings():  # what is cut from a caption was said before training
                 warnings.filterwarnings("ignore", message="prompt of")
                 text = self._base.encode_text(plain.captions)
@@ -82,7 +85,7 @@ class Measures:
 
     @torch.no_grad()
     def _predict(self, prompts: list[str]) -> Tensor:
-        with evaluating(self._modules):
+        with evaluating(self._modules), self._base.resting.interrupted():
             text = self._base.encode_text(prompts)
             alpha_bar = self._base.alpha_bar.to(self._noise.device)[self._timesteps]
             noisy = diffusion.noise_latents(self._batch.latents, self._noise, alpha_bar)

@@ -5,7 +5,7 @@ AdamW is torch's. The others are extras that are asked for by name; what is not 
 
 import importlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -53,6 +53,17 @@ def build(
         return optimizer
     other: torch.optim.Optimizer = optimizer_type(groups, betas=betas, weight_decay=weight_decay)
     return other
+
+
+def groups(parts: Mapping[str, Iterable[nn.Parameter]], rate: float, text_rate: float) -> list[dict[str, Any]]:
+    """Parameter groups for `build`: the U-Net's at `rate`, and the text encoders', if any, at theirs.
+
+    parts: what is trained of each of "unet", "text_encoder", "text_encoder_2".
+    """
+    unet = list(parts["unet"])
+    text = [parameter for part, trained in parts.items() if part != "unet" for parameter in trained]
+    found = [{"params": unet, "lr": rate}, {"params": text, "lr": text_rate}]
+    return [group for group in found if group["params"]]
 
 
 def rate_factor(schedule: ScheduleName, step: int, steps: int, warmup: int) -> float:

@@ -136,7 +136,7 @@ class BaseOptions:
         return precision
 
     def load_base(self, precision: Precision) -> Base:
-        """The base, frozen, its U-Net ready to be trained."""
+        """The base, frozen; its U-Net's weights come when they are needed, or `base.resting.keep` asks for them."""
         from sfumato.bases import load_base
 
         base = load_base(
@@ -145,6 +145,7 @@ class BaseOptions:
             clip_skip=self.clip_skip,
             vae=self.vae,
             prediction_type=self.prediction_type,
+            unet=False,
         )
         precision.learn(base.unet)
         return base

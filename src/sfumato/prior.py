@@ -115,7 +115,7 @@ class BasePrediction:
         self._embed_text = embed_text
         self._base, self._data, self._offset = base, data, offset
         self._prompts, self._seed, self._pristine = list(prompts), class_seed(seed), pristine
-        with torch.no_grad():
+        with torch.no_grad(), base.resting.interrupted():
             self._text = base.encode_text(self._prompts)
         self._period = 0
         self._kept: dict[tuple[int, int], Tensor] = {}

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save
 from sfumato.errors import FileError
 from sfumato.files import read_header, read_tensors
 from sfumato.files.header import DTYPE_BYTES, FLOATS
-from sfumato.files.read import DTYPES
+from sfumato.files.read import DTYPES, read_copies
 
 
 def test_every_dtype_of_the_header_is_torchs_of_that_size():
@@ -79,3 +79,31 @@ def test_a_file_replaced_after_its_header_was_read_is_refused(other, said, tmp_p
     (tmp_path / "a").write_bytes(other)
     with pytest.raises(FileError, match=said):
         read_tensors(tmp_path / "a", header=header)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_copies_are_the_same_in_one_dtype_and_outlive_the_file(dtype, tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(
+        save({"h": torch.randn(2, 3).half(), "f": torch.randn(4), "ids": torch.arange(3), "x": torch.ones(1)})
+    )
+    wanted = {n: (t.to(dtype) if t.is_floating_point() else t).clone() for n, t in read_tensors(path).items()}
+    found = read_copies(read_header(path), ["f", "ids", "h"], dtype)
+    path.write_bytes(bytes(path.stat().st_size))
+    assert found.keys() == {"h", "f", "ids"}
+    assert all(t.dtype == wanted[name].dtype and torch.equal(t, wanted[name]) for name, t in found.items())
+
+
+def test_copies_of_a_file_that_changed_or_holds_what_is_not_finite_are_refused(tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(save({"w": torch.ones(3), "v": torch.full((2,), float("nan"))}))
+    header = read_header(path)
+    assert read_copies(header, ["w"], torch.float32)["w"].tolist() == [1.0] * 3
+    with pytest.raises(FileError, match=r"a: 1 of 2 tensors hold NaN or Inf, first v\."):
+        read_copies(header, ["w", "v"], torch.float32)
+    path.write_bytes(save({"w": torch.ones(3), "u": torch.ones(2)}))
+    with pytest.raises(FileError, match="the file changed while it was read"):
+        read_copies(header, ["w"], torch.float32)
+    path.unlink()
+    with pytest.raises(FileError, match=r"could not be read \(No such file"):
+        read_copies(header, ["w"], torch.float32)

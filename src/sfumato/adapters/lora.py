@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from sfumato import randomness
 from sfumato.errors import AdapterError
+from sfumato.files.changes import LoraModule
 
 _ATTENTION = r"\.attn[12]\.to_(q|k|v|out\.0)$"
 _MLP = r"\.ff\.net\.(0\.proj|2)$"
@@ -99,6 +100,20 @@ class Lora(nn.Module):
         """How many numbers are trained."""
         return sum(p.numel() for p in self.parameters())
 
+    def by_part(self) -> dict[str, list[nn.Parameter]]:
+        """What is trained, by the part that it changes."""
+        found: dict[str, list[nn.Parameter]] = {}
+        for (part, _), layer in self.layers.items():
+            found.setdefault(part, []).extend(layer.parameters())
+        return found
+
+    def modules_by_target(self) -> dict[tuple[str, str], LoraModule]:
+        """The updates as `sfumato.files.write_lora` takes them; they share the layers' memory."""
+        return {
+            key: LoraModule.from_scale(layer.down.detach(), layer.up.detach(), layer.scale)
+            for key, layer in self.layers.items()
+        }
+
     def deltas(self) -> dict[tuple[str, str], Tensor]:
         """The change of every adapted weight."""
         return {key: layer.delta() for key, layer in self.layers.items()}
@@ -167,6 +182,16 @@ def select(model: nn.Module, pattern: str, *, conv: bool = False) -> dict[str, n
     return chosen
 
 
+def hosts(
+    parts: Mapping[str, nn.Module], targets: str, *, conv: bool = False
+) -> dict[str, dict[str, nn.Linear | nn.Conv2d]]:
+    """What `attach` adapts of each part: by `targets` and `conv` of the U-Net, all of the text encoders' blocks."""
+    return {
+        part: select(model, targets, conv=conv) if part == "unet" else select(model, TEXT_TARGETS)
+        for part, model in parts.items()
+    }
+
+
 def attach(
     parts: Mapping[str, Mapping[str, nn.Linear | nn.Conv2d]],
     *,
@@ -185,8 +210,8 @@ def attach(
     lora = Lora()
     lora.alpha = alpha
     scale = alpha / (math.sqrt(rank) if rank_stabilised else rank)
-    for part, hosts in parts.items():
-        for path, host in hosts.items():
+    for part, chosen in parts.items():
+        for path, host in chosen.items():
             layer = LoraLayer(host, rank, scale, dropout, randomness.generator(seed, f"lora/{part}/{path}"))
             lora.add(part, path, host, layer.to(host.weight.device))
     return lora

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.bases.family import Defaults, Family
+from sfumato.bases.resting import Resting
 from sfumato.diffusion import PredictionType
 from sfumato.errors import BaseModelError
 from sfumato.precision import Precision
@@ -56,6 +57,7 @@ class Base:
     name: what may be shown to others: `pocket`, a hub id, or the last part of a path.
     alpha_bar: (T,) fp32, the cumulative product of 1 - beta; the last is 0 where the base has zero terminal SNR.
     clip_skip: layers of the text encoder skipped from its end, as diffusers counts (A1111's "Clip skip: 2" is 1 here).
+    resting: which parts have given their memory back; the methods below wake what they use.
     """
 
     family: Family
@@ -70,6 +72,7 @@ class Base:
     clip_skip: int | None = None
     zeros_for_empty_prompt: bool = False
     files: tuple[Path, ...] = field(default=(), repr=False)
+    resting: Resting = field(default_factory=lambda: Resting({}, lambda *_: None), repr=False)
     _digest: str | None = field(default=None, init=False, repr=False)
 
     @property
@@ -148,6 +151,7 @@ class Base:
                     f"prompt of {count} tokens, {self.token_limit} are seen; cut: {self.cut_off(prompt)!r}",
                     stacklevel=2,
                 )
+        self.resting.wake("text")
         with torch.set_grad_enabled(grad):
             outputs = [
                 self._encode(tokenizer, encoder, prompts)
@@ -198,6 +202,7 @@ class Base:
 
         f is `vae_factor`. pixels: (batch, 3, height, width) in [-1, 1], height and width multiples of f.
         """
+        self.resting.wake("vae")
         with self._outside_autocast():
             encoded = self.vae.encode(pixels.to(self.precision.device, self.vae.dtype)).latent_dist
         shift, scale = self._latent_scale
@@ -211,6 +216,7 @@ class Base:
         """
         shift, scale = self._latent_scale
         encoded = latents.to(self.precision.device).float() / scale + shift
+        self.resting.wake("vae")
         dtype = self.vae.dtype
         with self._outside_autocast():
             pixels = self.vae.decode(encoded.to(dtype)).sample.float()
@@ -252,6 +258,7 @@ class Base:
 
         latents: (batch, channels, height/f, width/f) noised. timesteps: (batch,) integers below T.
         """
+        self.resting.wake("unet")
         with self.precision.autocast():
             output = self.unet(
                 latents, timesteps, encoder_hidden_states=text.hidden, added_cond_kwargs=added, return_dict=False
@@ -266,6 +273,7 @@ class Base:
         With clip_skip, hand the pipeline prompts from `encode_text`, or `clip_skip=` as well. Where VAE and U-Net have
         different dtypes (fp16), ask it for latents and `decode` them.
         """
+        self.resting.wake("unet", "vae", "text")
         parts: dict[str, Any] = {
             "vae": self.vae,
             "unet": self.unet,

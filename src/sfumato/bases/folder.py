@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import CLIPTokenizer
 
 from sfumato.bases.family import Encoder
-from sfumato.bases.weights import fill, text_skeleton, unet_skeleton, vae_skeleton
+from sfumato.bases.weights import Shell, Stored, text_skeleton, unet_skeleton, vae_skeleton
 from sfumato.errors import BaseModelError
-from sfumato.files.read import read_tensors
+from sfumato.files.header import read_header
 
 STEMS = ("diffusion_pytorch_model", "model")
 PICKLED = (".bin", ".ckpt", ".pt", ".pth")
@@ -65,32 +64,25 @@ def _shards(folder: Path, index: str) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _tensors(files: list[Path]) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
-    for file in files:
-        found |= read_tensors(file)
-    return found
+def _stored(files: list[Path]) -> dict[str, Stored]:
+    headers = [read_header(file) for file in files]
+    return {name: Stored(header, name) for header in headers for name in header.tensors}
 
 
-def load_unet(folder: Path, dtype: torch.dtype, *, weights: bool = True) -> tuple[Any, list[Path]]:
-    """The U-Net in `folder/unet` in `dtype`, and its files; without weights a shell on the device `meta`."""
+def load_unet(folder: Path, dtype: torch.dtype) -> Shell:
+    """The U-Net in `folder/unet`, to be read in `dtype`."""
     files = weight_files(folder / "unet")
     model = unet_skeleton(read_config(folder, "unet/config.json"))
-    if weights:
-        fill(model, _tensors(files), dtype, f"{folder.name}/unet")
-    return model, files
+    return Shell(model, _stored(files), dtype, f"{folder.name}/unet")
 
 
-def load_vae(folder: Path, dtype: torch.dtype) -> tuple[Any, list[Path]]:
-    """The VAE whose config.json is in `folder`, in `dtype`, and its files."""
+def load_vae(folder: Path, dtype: torch.dtype) -> Shell:
+    """The VAE whose config.json is in `folder`, to be read in `dtype`."""
     config = read_config(folder, "config.json")
     if config.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
         raise BaseModelError(f"{folder.name}: a {config['_class_name']}, wanted an AutoencoderKL. Name another VAE.")
-    files = weight_files(folder)
-    model = vae_skeleton(config)
-    tensors = {_current_vae_name(name): tensor for name, tensor in _tensors(files).items()}
-    fill(model, tensors, dtype, folder.name)
-    return model, files
+    stored = {_current_vae_name(name): tensor for name, tensor in _stored(weight_files(folder)).items()}
+    return Shell(vae_skeleton(config), stored, dtype, folder.name)
 
 
 def _current_vae_name(name: str) -> str:
@@ -99,19 +91,18 @@ def _current_vae_name(name: str) -> str:
     return name
 
 
-def load_text_encoder(folder: Path, encoder: Encoder, dtype: torch.dtype) -> tuple[Any, list[Path]]:
-    """One text encoder of the folder in `dtype`, and its files."""
+def load_text_encoder(folder: Path, encoder: Encoder, dtype: torch.dtype) -> Shell:
+    """One text encoder of the folder, to be read in `dtype`."""
     files = weight_files(folder / encoder.folder)
     model = text_skeleton(encoder.class_name, read_config(folder, f"{encoder.folder}/config.json"))
-    tensors = _as_named_here(_tensors(files), set(model.state_dict()))
-    fill(model, tensors, dtype, f"{folder.name}/{encoder.folder}")
-    return model, files
+    stored = _as_named_here(_stored(files), set(model.state_dict()))
+    return Shell(model, stored, dtype, f"{folder.name}/{encoder.folder}")
 
 
-def _as_named_here(tensors: Mapping[str, Tensor], wanted: set[str]) -> dict[str, Tensor]:
+def _as_named_here(stored: Mapping[str, Stored], wanted: set[str]) -> dict[str, Stored]:
     """The tensors under the names this transformers gives them: 5.6 dropped the level `text_model` of CLIPTextModel."""
     named = {}
-    for name, tensor in tensors.items():
+    for name, tensor in stored.items():
         bare = name.removeprefix("text_model.")
         if bare == "embeddings.position_ids" or (bare.startswith("text_projection") and bare not in wanted):
             continue

@@ -18,10 +18,12 @@ from sfumato.bases.base import Base
 from sfumato.bases.family import FAMILIES, Family, recognise
 from sfumato.bases.hub import HUB_ID, hub_folder
 from sfumato.bases.recognise import family_of_names
+from sfumato.bases.resting import Resting
 from sfumato.bases.vocabulary import clip_tokenizer
+from sfumato.bases.weights import Shell
 from sfumato.errors import BaseModelError
 from sfumato.files.header import read_header
-from sfumato.precision import Precision
+from sfumato.precision import Part, Precision
 
 POCKET_VARIABLE = "SFUMATO_POCKET"
 """Names a diffusers folder to use for `pocket` instead of the one in the package."""
@@ -32,16 +34,15 @@ PREDICTION_TYPES = ("epsilon", "v_prediction")
 
 @dataclass
 class _Parts:
-    """A base's parts on the CPU, in their dtypes, not yet frozen or placed."""
+    """A base's parts, whose weights have not been read yet."""
 
     family: Family
-    unet: Any
-    vae: Any
-    text_encoders: list[Any]
+    unet: Shell
+    vae: Shell
+    text_encoders: list[Shell]
     tokenizers: list[Any]
     scheduler: dict[str, Any]
     zeros_for_empty_prompt: bool
-    files: list[Path]
 
 
 def load_base(
@@ -60,7 +61,7 @@ def load_base(
     a network). clip_skip: layers of the text encoder to skip from its end, as diffusers counts (A1111's 2 is 1).
     vae: a folder, hub id or file whose VAE replaces the base's. prediction_type: `epsilon` or `v_prediction`, where the
     base does not say it or says it wrongly. family: a name from `FAMILIES`, where it would be recognised wrongly.
-    unet: whether the U-Net's weights are read; without, `base.unet` is an empty shell that only knows its config.
+    unet: whether the U-Net's weights are read now; without, `base.unet` only knows its config until it is needed.
 
     Raises BaseModelError, or FileError for a broken file: one line.
     """
@@ -70,28 +71,32 @@ def load_base(
         raise BaseModelError(f"--family {family}: unknown; wanted {', '.join(FAMILIES)}.")
     path, name = find(source)
     if path.is_file():
-        parts = _from_file(path, precision, prediction_type, unet)
+        parts = _from_file(path, precision, prediction_type)
     else:
         forced = family or ("pocket" if name == "pocket" else None)
-        parts = _from_folder(path, precision, prediction_type, unet, forced)
+        parts = _from_folder(path, precision, prediction_type, forced)
     if vae is not None:
-        _replace_vae(parts, vae, precision)
+        parts.vae = _load_vae(vae, parts.family, precision.dtype("vae"))
     _check(parts, name, clip_skip)
     precision.apply()
-    return Base(
+    shells: dict[Part, list[Shell]] = {"unet": [parts.unet], "vae": [parts.vae], "text": parts.text_encoders}
+    base = Base(
         family=FAMILIES[family] if family else parts.family,
         name=name,
-        unet=precision.place(parts.unet, "unet") if unet else parts.unet,
-        vae=precision.place(parts.vae, "vae"),
-        text_encoders=tuple(precision.place(encoder, "text") for encoder in parts.text_encoders),
+        unet=parts.unet.model,
+        vae=parts.vae.model,
+        text_encoders=tuple(shell.model for shell in parts.text_encoders),
         tokenizers=tuple(parts.tokenizers),
         scheduler=_scheduler(parts.scheduler, name),
         precision=precision,
         alpha_bar=alpha_bar(parts.scheduler, name).to(precision.device),
         clip_skip=clip_skip,
         zeros_for_empty_prompt=parts.zeros_for_empty_prompt,
-        files=tuple(parts.files),
+        files=tuple(dict.fromkeys(file for each in shells.values() for shell in each for file in shell.files)),
+        resting=Resting(shells, precision.place),
     )
+    base.resting.wake("vae", "text", *(("unet",) if unet else ()))
+    return base
 
 
 def find(source: str | os.PathLike[str]) -> tuple[Path, str]:
@@ -133,7 +138,7 @@ def _pocket_folder() -> Path:
     return POCKET_FOLDER
 
 
-def _from_file(path: Path, precision: Precision, prediction_type: str | None, unet: bool) -> _Parts:
+def _from_file(path: Path, precision: Precision, prediction_type: str | None) -> _Parts:
     header = read_header(path)
     family = family_of_names(header.tensors, path.name)
     scheduler = single_file.scheduler_config(family, header, prediction_type)
@@ -146,13 +151,12 @@ def _from_file(path: Path, precision: Precision, prediction_type: str | None, un
     ]
     return _Parts(
         family=family,
-        unet=single_file.load_unet(header, config, precision.dtype("unet"), weights=unet),
+        unet=single_file.load_unet(header, config, precision.dtype("unet")),
         vae=single_file.load_vae(header, family, precision.dtype("vae")),
         text_encoders=text_encoders,
-        tokenizers=[_shipped_tokenizer(family, index, text_encoders[index]) for index in range(len(family.encoders))],
+        tokenizers=[_shipped_tokenizer(family, index, shell.model) for index, shell in enumerate(text_encoders)],
         scheduler=scheduler,
         zeros_for_empty_prompt=_wants_zeros(single_file.shipped(family.name, "model_index.json")),
-        files=[path],
     )
 
 
@@ -162,9 +166,7 @@ def _shipped_tokenizer(family: Family, index: int, text_encoder: Any) -> Any:
     return clip_tokenizer(pad_token=config["pad_token"], positions=positions)
 
 
-def _from_folder(
-    folder: Path, precision: Precision, prediction_type: str | None, unet: bool, forced: str | None
-) -> _Parts:
+def _from_folder(folder: Path, precision: Precision, prediction_type: str | None, forced: str | None) -> _Parts:
     if not (folder / "model_index.json").is_file():
         inside = sorted(path.name for path in folder.glob("*.safetensors"))
         hint = f"Name {inside[0]} in it, or pass that with --lora if it is an adapter." if inside else "Check the path."
@@ -180,16 +182,15 @@ def _from_folder(
         raise BaseModelError(f"{folder.name}: a {kind} without {lacking[0]}. Name a whole {family.title}.")
     scheduler = folders.read_config(folder, "scheduler/scheduler_config.json")
     scheduler["prediction_type"] = prediction_type or scheduler.get("prediction_type", "epsilon")
-    unet_model, files = folders.load_unet(folder, precision.dtype("unet"), weights=unet)
-    vae_model, vae_files = folders.load_vae(folder / "vae", precision.dtype("vae"))
-    files += vae_files
+    unet = folders.load_unet(folder, precision.dtype("unet"))
+    vae = folders.load_vae(folder / "vae", precision.dtype("vae"))
     text_encoders, tokenizers = [], []
     for encoder in family.encoders:
-        model, text_files = folders.load_text_encoder(folder, encoder, precision.dtype("text"))
-        files += text_files
-        text_encoders.append(model)
-        tokenizers.append(folders.load_tokenizer(folder, encoder.tokenizer, model.config.max_position_embeddings))
-    return _Parts(family, unet_model, vae_model, text_encoders, tokenizers, scheduler, _wants_zeros(index), files)
+        shell = folders.load_text_encoder(folder, encoder, precision.dtype("text"))
+        text_encoders.append(shell)
+        positions = shell.model.config.max_position_embeddings
+        tokenizers.append(folders.load_tokenizer(folder, encoder.tokenizer, positions))
+    return _Parts(family, unet, vae, text_encoders, tokenizers, scheduler, _wants_zeros(index))
 
 
 def _wants_zeros(index: Mapping[str, Any]) -> bool:
@@ -198,15 +199,9 @@ def _wants_zeros(index: Mapping[str, Any]) -> bool:
     return bool(index.get("force_zeros_for_empty_prompt", is_xl))
 
 
-def _replace_vae(parts: _Parts, source: str | os.PathLike[str], precision: Precision) -> None:
-    old = {str(path) for path in parts.files if path.parent.name == "vae"}
+def _load_vae(source: str | os.PathLike[str], family: Family, dtype: torch.dtype) -> Shell:
     path, _ = find_vae(source)
-    dtype = precision.dtype("vae")
-    if path.is_file():
-        parts.vae, files = single_file.load_vae(read_header(path), parts.family, dtype), [path]
-    else:
-        parts.vae, files = folders.load_vae(path, dtype)
-    parts.files = [file for file in parts.files if str(file) not in old] + files
+    return single_file.load_vae(read_header(path), family, dtype) if path.is_file() else folders.load_vae(path, dtype)
 
 
 def find_vae(source: str | os.PathLike[str]) -> tuple[Path, str]:
@@ -219,20 +214,21 @@ def find_vae(source: str | os.PathLike[str]) -> tuple[Path, str]:
 
 def _check(parts: _Parts, name: str, clip_skip: int | None) -> None:
     """Raises BaseModelError where the parts do not belong together."""
-    unet, vae = parts.unet.config, parts.vae.config
+    unet, vae = parts.unet.model.config, parts.vae.model.config
+    texts = [shell.model.config for shell in parts.text_encoders]
     if unet.in_channels != vae.latent_channels:
         what = " (9 is an inpainting model, 8 an editing one)" if unet.in_channels in (8, 9) else ""
         raise BaseModelError(
             f"{name}: the U-Net takes {unet.in_channels} channels{what}, the VAE gives {vae.latent_channels}. "
             "Name another base or VAE."
         )
-    width = sum(encoder.config.hidden_size for encoder in parts.text_encoders)
+    width = sum(text.hidden_size for text in texts)
     if unet.cross_attention_dim != width:
         raise BaseModelError(
             f"{name}: the U-Net takes text of width {unet.cross_attention_dim}, the text encoder gives {width}. "
             "Name another base."
         )
-    layers = min(encoder.config.num_hidden_layers for encoder in parts.text_encoders)
+    layers = min(text.num_hidden_layers for text in texts)
     if clip_skip is not None and not 0 <= clip_skip < layers - 1:
         raise BaseModelError(f"--clip-skip {clip_skip}: of {layers} layers, 0 to {layers - 2} can be skipped.")
 

@@ -6,6 +6,7 @@ travel with the package.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Mapping
@@ -13,15 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from sfumato.bases.family import Family
 from sfumato.bases.names import clip_name, open_clip_name, unet_name, vae_name
 from sfumato.bases.recognise import CLIP, OPEN_CLIP, TEXT_PREFIXES, UNET, VAE, XL_CLIP, XL_OPEN_CLIP
-from sfumato.bases.weights import fill, text_skeleton, unet_skeleton, vae_skeleton
+from sfumato.bases.weights import Shell, Stored, text_skeleton, unet_skeleton, vae_skeleton
 from sfumato.errors import BaseModelError
 from sfumato.files.header import Header
-from sfumato.files.read import read_tensors
 
 CONFIGS = Path(__file__).parent / "configs"
 UNUSED = ("position_ids", "logit_scale", "text_projection", "text_projection.weight")
@@ -154,73 +153,66 @@ def text_config(header: Header, family: Family, index: int) -> dict[str, Any]:
     return config
 
 
-def load_unet(header: Header, config: Mapping[str, Any], dtype: torch.dtype, *, weights: bool = True) -> Any:
-    """The checkpoint's U-Net in `dtype`; without weights a shell on the device `meta`. config: see `unet_config`."""
+def load_unet(header: Header, config: Mapping[str, Any], dtype: torch.dtype) -> Shell:
+    """The checkpoint's U-Net, to be read in `dtype`. config: see `unet_config`."""
     model = unet_skeleton(config)
-    if weights:
-        tensors = _rename(_take(header, UNET), {name: unet_name(name, config) for name in model.state_dict()})
-        fill(model, tensors, dtype, f"{header.path.name}, U-Net")
-    return model
+    stored = _rename(_take(header, UNET), {name: unet_name(name, config) for name in model.state_dict()})
+    return Shell(model, stored, dtype, f"{header.path.name}, U-Net")
 
 
-def load_vae(header: Header, family: Family, dtype: torch.dtype) -> Any:
-    """The VAE of a checkpoint, or of a file that holds a VAE alone, in `dtype`."""
+def load_vae(header: Header, family: Family, dtype: torch.dtype) -> Shell:
+    """The VAE of a checkpoint, or of a file that holds a VAE alone, to be read in `dtype`."""
     prefix = VAE if any(name.startswith(VAE) for name in header.tensors) else ""
     config = vae_config(header, family, prefix)
     model = vae_skeleton(config)
-    source = {name: tensor for name, tensor in _take(header, prefix).items() if name.startswith(VAE_WEIGHTS)}
-    tensors = _rename(source, {name: vae_name(name, config) for name in model.state_dict()})
-    fill(model, tensors, dtype, f"{header.path.name}, VAE")
-    return model
+    source = {name: stored for name, stored in _take(header, prefix).items() if name.startswith(VAE_WEIGHTS)}
+    stored = _rename(source, {name: vae_name(name, config) for name in model.state_dict()})
+    return Shell(model, stored, dtype, f"{header.path.name}, VAE")
 
 
-def load_text_encoder(header: Header, family: Family, index: int, dtype: torch.dtype) -> Any:
-    """The checkpoint's text encoder `index` in `dtype`."""
+def load_text_encoder(header: Header, family: Family, index: int, dtype: torch.dtype) -> Shell:
+    """The checkpoint's text encoder `index`, to be read in `dtype`."""
     prefix = TEXT_PREFIXES[family.name][index]
     config = text_config(header, family, index)
     model = text_skeleton(family.encoders[index].class_name, config)
-    source = {clip_name(name): tensor for name, tensor in _take(header, prefix).items()}
+    source = {clip_name(name): stored for name, stored in _take(header, prefix).items()}
     wanted = list(model.state_dict())
     where = f"{header.path.name}, {family.encoders[index].folder}"
     if prefix in (CLIP, XL_CLIP):
         names = {name: clip_name(name) for name in wanted}
-        tensors = _rename(_used(source, set(names.values()), config), names)
+        stored = _rename(_used(source, set(names.values()), config), names)
     else:
         names = {name: open_clip_name(name)[0] for name in wanted}
-        tensors = {}
+        stored = {}
         for name in wanted:
             old, third, transposed = open_clip_name(name)
-            if (tensor := source.get(old)) is not None:
-                rows = tensor.shape[0] // 3
-                tensor = tensor if third is None else tensor[third.start * rows : third.stop * rows]
-                tensors[name] = tensor.T if transposed else tensor
+            if old in source:
+                stored[name] = dataclasses.replace(source[old], third=third, transposed=transposed)
         used = _used(source, set(names.values()), config)
-        tensors |= {old: tensor for old, tensor in used.items() if old not in names.values()}
-    fill(model, tensors, dtype, where)
-    return model
+        stored |= {old: each for old, each in used.items() if old not in names.values()}
+    return Shell(model, stored, dtype, where)
 
 
-def _used(source: Mapping[str, Tensor], wanted: set[str], config: Mapping[str, Any]) -> dict[str, Tensor]:
+def _used(source: Mapping[str, Stored], wanted: set[str], config: Mapping[str, Any]) -> dict[str, Stored]:
     """The tensors of a text encoder without those that are known to have no use."""
     unused_layer = re.compile(rf"transformer\.resblocks\.{config['num_hidden_layers']}\.")
     return {
-        name: tensor
-        for name, tensor in source.items()
+        name: stored
+        for name, stored in source.items()
         if name in wanted or not (name.endswith(UNUSED) or unused_layer.match(name))
     }
 
 
-def _rename(source: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
+def _rename(source: Mapping[str, Stored], names: Mapping[str, str]) -> dict[str, Stored]:
     """{new: tensor} for names = {new: old}; a tensor no new name asks for keeps its own, to be found unknown."""
     renamed = {new: source[old] for new, old in names.items() if old in source}
     old_names = set(names.values())
-    return renamed | {old: tensor for old, tensor in source.items() if old not in old_names}
+    return renamed | {old: stored for old, stored in source.items() if old not in old_names}
 
 
-def _take(header: Header, prefix: str) -> dict[str, Tensor]:
+def _take(header: Header, prefix: str) -> dict[str, Stored]:
     names = [name for name in header.tensors if name.startswith(prefix)]
-    tensors = read_tensors(header.path, names, header=header)
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return {name.removeprefix(prefix): Stored(header, name) for name in names}
 
 
 def _shapes(header: Header, prefix: str) -> dict[str, tuple[int, ...]]:

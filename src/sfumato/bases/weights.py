@@ -1,8 +1,10 @@
-"""Models from a config and tensors, with every weight accounted for."""
+"""Models from a config and files, with every weight accounted for before any is read."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -11,6 +13,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from sfumato.errors import BaseModelError
+from sfumato.files.header import Header
+from sfumato.files.read import read_copies
 
 TEXT_CLASSES = {"CLIPTextModel": CLIPTextModel, "CLIPTextModelWithProjection": CLIPTextModelWithProjection}
 
@@ -34,34 +38,88 @@ def text_skeleton(class_name: str, config: Mapping[str, Any]) -> Any:
         return TEXT_CLASSES[class_name](CLIPTextConfig(**settings))
 
 
-def fill(model: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype, where: str) -> None:
-    """Give a skeleton its weights, copied in `dtype`; frozen, in evaluation mode.
+@dataclass(frozen=True)
+class Stored:
+    """Where a weight lies: a tensor of a file, a third of its rows (in thirds), or its transpose."""
 
-    tensors: one for each weight of the model, by its name. A 1x1 convolution may be stored as a matrix, and the other
+    header: Header
+    name: str
+    third: slice | None = None
+    transposed: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight."""
+        shape = self.header.tensors[self.name].shape
+        if self.third is not None:
+            shape = (shape[0] // 3, *shape[1:])
+        return shape[::-1] if self.transposed else shape
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The weight, out of the file's tensor."""
+        if self.third is not None:
+            rows = tensor.shape[0] // 3
+            return tensor[self.third.start * rows : self.third.stop * rows].clone()
+        return tensor.T if self.transposed else tensor
+
+
+class Shell:
+    """A model on the device `meta`, and how its weights are read.
+
+    stored: where each weight of the model lies, by its name. A 1x1 convolution may be stored as a matrix, and the other
     way round. Raises BaseModelError that counts what is missing, unknown or of another shape.
     """
+
+    def __init__(self, model: Any, stored: Mapping[str, Stored], dtype: torch.dtype, where: str):
+        self.model, self._stored, self._dtype, self._where = model, stored, dtype, where
+        _compare(model, stored, where)
+        model.eval().requires_grad_(False)
+
+    @property
+    def files(self) -> list[Path]:
+        """All that are read, each once."""
+        return list(dict.fromkeys(stored.header.path for stored in self._stored.values()))
+
+    def read(self) -> None:
+        """Give the model its weights: copied from their files in `dtype`, frozen.
+
+        Raises FileError for a file that changed since its header was read, and for weights that are not finite.
+        """
+        headers = {stored.header.path: stored.header for stored in self._stored.values()}
+        tensors = {
+            (path, name): tensor
+            for path, header in headers.items()
+            for name, tensor in read_copies(
+                header, {s.name for s in self._stored.values() if s.header is header}, self._dtype
+            ).items()
+        }
+        values = {}
+        for name, place in self.model.state_dict().items():
+            stored = self._stored[name]
+            tensor = stored.of(tensors[stored.header.path, stored.name]).to(self._dtype)
+            values[name] = tensor.contiguous().reshape(place.shape)
+        self.model.load_state_dict(values, strict=True, assign=True)
+        _restore_buffers(self.model, self._where)
+        self.model.requires_grad_(False)
+
+
+def _compare(model: nn.Module, stored: Mapping[str, Stored], where: str) -> None:
     wanted = model.state_dict()
-    missing = [name for name in wanted if name not in tensors]
-    unknown = [name for name in tensors if name not in wanted]
+    missing = [name for name in wanted if name not in stored]
+    unknown = [name for name in stored if name not in wanted]
     if missing or unknown:
         first = (missing or unknown)[0]
         raise BaseModelError(
             f"{where}: {len(missing)} of {len(wanted)} weights are missing, {len(unknown)} are unknown, first {first}. "
             "The file is incomplete or of another architecture; download it again or name another base."
         )
-    values = {}
     for name, place in wanted.items():
-        tensor = tensors[name]
-        if tensor.squeeze().shape != place.squeeze().shape:
+        shape = stored[name].shape
+        if [side for side in shape if side != 1] != [side for side in place.shape if side != 1]:
             raise BaseModelError(
-                f"{where}: {name} has the shape {list(tensor.shape)}, its config wants {list(place.shape)}. "
+                f"{where}: {name} has the shape {list(shape)}, its config wants {list(place.shape)}. "
                 "Config and weights belong to different models; name another base."
             )
-        # A copy, so that nothing depends on the mapped file any more.
-        values[name] = tensor.to(dtype, copy=True, memory_format=torch.contiguous_format).reshape(place.shape)
-    model.load_state_dict(values, strict=True, assign=True)
-    _restore_buffers(model, where)
-    model.eval().requires_grad_(False)
 
 
 def _restore_buffers(model: nn.Module, where: str) -> None:

@@ -57,12 +57,51 @@ def read_tensors(
     header = header or read_header(path)
     tensors = _mapped(path, header, header.tensors if names is None else names)
     if not allow_nonfinite and not _all_finite(tensors.values()):
-        broken = [name for name, tensor in tensors.items() if not is_finite(tensor)]
+        _refuse_broken(path, [name for name, tensor in tensors.items() if not is_finite(tensor)], len(tensors))
+    return tensors
+
+
+def read_copies(header: Header, names: Iterable[str], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The named tensors in memory of their own, those of numbers with a fraction in `dtype`; the file is not mapped.
+
+    So no page of the file counts as the process's memory beside the copies, and never more than one tensor has two
+    dtypes. Raises FileError as `read_tensors` does.
+    """
+    path, wanted = header.path, set(names)
+    tensors: dict[str, Tensor] = {}
+    broken: list[str] = []
+    try:
+        with path.open("rb") as file:
+            _check_unchanged(header, os.fstat(file.fileno()).st_size, file.read(header.data_start))
+            for name, info in header.tensors.items():  # in the order of their bytes
+                if name not in wanted:
+                    continue
+                tensor = torch.empty(info.shape, dtype=DTYPES[info.dtype])
+                file.seek(info.start)
+                if file.readinto(tensor.reshape(-1).view(torch.uint8).numpy().data) != tensor.nbytes:
+                    raise OSError("it is shorter than it was")
+                if not is_finite(tensor):
+                    broken.append(name)
+                tensors[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise FileError(f"{path.name}: the file could not be read ({reason}). Download it again.") from None
+    _refuse_broken(path, broken, len(tensors))
+    return tensors
+
+
+def _refuse_broken(path: Path, broken: list[str], count: int) -> None:
+    if broken:
         raise FileError(
-            f"{path.name}: {len(broken)} of {len(tensors)} tensors hold NaN or Inf, first {broken[0]}. "
+            f"{path.name}: {len(broken)} of {count} tensors hold NaN or Inf, first {broken[0]}. "
             "The training that wrote it diverged; use an earlier save."
         )
-    return tensors
+
+
+def _check_unchanged(header: Header, size: int, start: bytes | memoryview) -> None:
+    """start: the file's bytes before its tensors, as they are now."""
+    if size != header.size or zlib.crc32(start) != header.checksum:
+        raise FileError(f"{header.path.name}: the file changed while it was read. Try again.")
 
 
 def _mapped(path: Path, header: Header, names: Iterable[str]) -> dict[str, Tensor]:
@@ -74,8 +113,7 @@ def _mapped(path: Path, header: Header, names: Iterable[str]) -> dict[str, Tenso
         reason = " ".join(str(error).split())
         raise FileError(f"{path.name}: the file could not be mapped ({reason}). Download it again.") from None
     start = torch.empty(0, dtype=torch.uint8).set_(memory[: header.data_start])
-    if size != header.size or zlib.crc32(start.numpy().data) != header.checksum:
-        raise FileError(f"{path.name}: the file changed while it was read. Try again.")
+    _check_unchanged(header, size, start.numpy().data)
     tensors = {}
     for name in names:
         info = header.tensors[name]

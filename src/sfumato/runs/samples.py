@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +29,8 @@ class Samples:
         RUN/samples/000060/0.png    each picture, by step and prompt
         RUN/samples.png             all of them on one sheet
 
-    modules: what is set to evaluation while drawing. draw: draws pictures for prompts and seeds, the base's own
-    drawing by default. Only the main process draws.
+    modules: what is set to evaluation while drawing. within: a context to draw in, such as a running mean's `applied`.
+    draw: draws pictures for prompts and seeds, the base's own drawing by default. Only the main process draws.
     """
 
     def __init__(
@@ -40,9 +40,10 @@ class Samples:
         prompts: Sequence[str],
         seed: int,
         modules: Sequence[nn.Module] = (),
+        within: Callable[[], AbstractContextManager[object]] = nullcontext,
         draw: Draw | None = None,
     ):
-        self._run, self._modules, self._seed = run, list(modules), seed
+        self._run, self._modules, self._within, self._seed = run, list(modules), within, seed
         self._draw = draw or _drawing_of(base)
         self._folder = run.folder / "samples"
         self.prompts = list(prompts)
@@ -58,7 +59,7 @@ class Samples:
         """Draw the prompts, keep the pictures and write the sheet anew."""
         if not self._run.is_main:
             return
-        with evaluating(self._modules):
+        with self._within(), evaluating(self._modules):
             pictures = self._draw(self.prompts, [self._seed] * len(self.prompts))
         for number, picture in enumerate(pictures):
             with atomic_path(self._folder / f"{step:06d}" / f"{number}.png") as temporary:
@@ -95,7 +96,11 @@ class Samples:
 def _drawing_of(base: Base) -> Draw:
     from sfumato.drawing import draw
 
-    return lambda prompts, seeds: draw(base, prompts, seeds)
+    def drawing(prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
+        with base.resting.interrupted():
+            return draw(base, prompts, seeds)
+
+    return drawing
 
 
 @contextmanager

@@ -1,0 +1,63 @@
+"""Parts of a base that give their memory back while nothing needs them, and are read from their files again.
+
+A training computes latents and embeddings before its loop, where U-Net and optimizer need the memory, and draws and
+measures now and then. So VAE and text encoders need not stay: SD 1.5's take 0.8 GiB in fp32, SDXL's 3.4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from sfumato.bases.weights import Shell
+    from sfumato.precision import Part
+
+
+class Resting:
+    """Which parts rest: their modules stay what they are, hooks and all, and their weights are on the device `meta`.
+
+    shells: by part; all of them rest at first. place: puts a module that was read where it belongs. A part that is
+    trained must not rest: it would come back as it was.
+    """
+
+    def __init__(self, shells: Mapping[Part, Sequence[Shell]], place: Callable[[nn.Module, Part], object]):
+        self._shells, self._place = shells, place
+        self._parts = set(shells)
+
+    def wake(self, *parts: Part) -> None:
+        """Read and place the weights of those of the parts that rest."""
+        for part in self._parts.intersection(parts):
+            for shell in self._shells[part]:
+                shell.read()
+                self._place(shell.model, part)
+            self._parts.discard(part)
+
+    def keep(self, *parts: Part) -> None:
+        """Wake these parts, and let the others rest until something wakes them."""
+        self._rest(self._shells.keys() - set(parts))
+        self.wake(*parts)
+
+    @contextmanager
+    def interrupted(self) -> Iterator[None]:
+        """What rests before the block rests after it, whatever the block wakes."""
+        before = set(self._parts)
+        try:
+            yield
+        finally:
+            self._rest(before)
+
+    def _rest(self, parts: Set[Part]) -> None:
+        for part in parts - self._parts:
+            for shell in self._shells[part]:
+                _empty(shell.model)
+            self._parts.add(part)
+
+
+def _empty(model: nn.Module) -> None:
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(parameter.detach().to("meta"), requires_grad=False))

@@ -1,0 +1,80 @@
+"""Parts of a base that rest: no memory, and the same results when something needs them again."""
+
+import pytest
+import torch
+
+from sfumato.bases import load_base
+from sfumato.errors import FileError
+from tests.tiny import CPU, tiny_pocket_folder, write_single_file
+
+
+@pytest.fixture(params=["folder", "file"])
+def base(request, sd1):
+    return load_base(sd1.folder if request.param == "folder" else sd1.file, precision=CPU)
+
+
+def meta(module):
+    return {parameter.is_meta for parameter in module.parameters()}
+
+
+def predict(base):
+    text = base.encode_text(["a cat"])
+    latents = base.encode_pixels(torch.linspace(-1, 1, 3 * 64 * 64).view(1, 3, 64, 64))[0]
+    return base.predict(latents, torch.tensor([5]), text), base.decode(latents)
+
+
+def test_what_rests_has_no_memory_and_comes_back_as_it_was(base):
+    before = predict(base)
+    base.resting.keep()
+    assert meta(base.unet) == meta(base.vae) == meta(base.text_encoders[0]) == {True}
+    assert all(torch.equal(a, b) for a, b in zip(predict(base), before, strict=True))
+    assert not any(p.requires_grad for module in (base.unet, base.vae) for p in module.parameters())
+
+
+def test_a_base_without_its_unet_reads_it_for_the_first_prediction(base, sd1):
+    shell = load_base(sd1.folder, precision=CPU, unet=False)
+    assert (meta(shell.unet), meta(shell.vae)) == ({True}, {False})
+    assert all(torch.equal(a, b) for a, b in zip(predict(shell), predict(base), strict=True))
+
+
+def test_the_others_stay_and_hooks_too(base):
+    seen = []
+    base.text_encoders[0].get_input_embeddings().register_forward_hook(lambda *_: seen.append(1))
+    base.resting.keep("unet")
+    assert (meta(base.unet), meta(base.text_encoders[0])) == ({False}, {True})
+    base.encode_text(["a cat"])
+    assert (seen, meta(base.text_encoders[0]), meta(base.vae)) == ([1], {False}, {True})
+
+
+def test_an_interrupted_rest_goes_on(base):
+    base.resting.keep("unet")
+    with base.resting.interrupted():
+        base.encode_text(["a cat"])
+        assert meta(base.text_encoders[0]) == {False}
+    assert (meta(base.text_encoders[0]), meta(base.unet)) == ({True}, {False})
+
+
+def test_a_pipeline_has_all_parts(base):
+    base.resting.keep()
+    pipe = base.pipeline()
+    assert meta(pipe.unet) == meta(pipe.vae) == meta(pipe.text_encoder) == {False}
+
+
+def test_a_base_of_loose_modules_never_rests(tmp_path):
+    import dataclasses
+
+    from sfumato.bases.resting import Resting
+
+    whole = load_base(tiny_pocket_folder(tmp_path / "pocket"), precision=CPU)
+    loose = dataclasses.replace(whole, files=(), resting=Resting({}, lambda *_: None))
+    loose.resting.keep()
+    assert meta(loose.vae) == {False}
+
+
+def test_a_file_that_changed_meanwhile_is_refused(sd1, tmp_path):
+    file = write_single_file(sd1.pipe, tmp_path / "a.safetensors")
+    base = load_base(file, precision=CPU)
+    base.resting.keep("unet")
+    write_single_file(sd1.pipe, file, metadata={"another": "training"})
+    with pytest.raises(FileError, match="the file changed while it was read"):
+        base.encode_text(["a cat"])
