@@ -174,8 +174,8 @@ def train(config: Config) -> Path:
     average = Average(parameters, config.ema, device="cpu" if config.ema_on_cpu else None)
     run.keep(trained=trained, optimizer=optimizer, scaler=scaler, average=average)
     pristine = trained.disabled if config.method == "lora" else nullcontext  # nothing has been trained yet
-    watched = {"drift": UNRELATED, "class_drift": prompts}
-    measures = Measures(base, dataset, pristine=pristine, within=average.applied, modules=[trained], watched=watched)
+    watched = {"drift": UNRELATED, "class_drift": prompts} if config.measure_every else {}
+    measures = Measures(base, dataset, watched, pristine=pristine, within=average.applied, modules=[trained])
     shown = config.sample_prompts or subject.sample_prompts(dataset.captions, UNRELATED[0])
     samples = Samples(run, base, shown, config.seed, modules=[trained], within=average.applied)
     limit = DriftLimit(config.drift_limit, [row for row in run.rows() if row["step"] <= run.step])

@@ -87,7 +87,7 @@ def train(config: Config) -> Path:
     from sfumato.adapters import attach, hosts
     from sfumato.ema import Average
     from sfumato.full import parts_of
-    from sfumato.measure import Measures
+    from sfumato.measure import UNRELATED, Measures
     from sfumato.objective import denoising_errors, draw_noise
     from sfumato.processes import Processes
     from sfumato.runs import Run
@@ -140,7 +140,8 @@ def train(config: Config) -> Path:
     scaler = precision.scaler()
     average = Average(parameters, config.ema)
     run.keep(lora=lora, optimizer=optimizer, scaler=scaler, average=average, **({"words": words} if words else {}))
-    measures = Measures(base, dataset, pristine=lora.disabled, within=average.applied, modules=[lora])
+    watched = {"drift": UNRELATED} if config.measure_every else {}
+    measures = Measures(base, dataset, watched, pristine=lora.disabled, within=average.applied, modules=[lora])
     prompts = config.sample_prompts or default_prompts(dataset.captions, config.caption, config.trigger)
     samples = Samples(run, base, prompts, config.seed, modules=[lora], within=average.applied)
 

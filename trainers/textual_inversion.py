@@ -130,7 +130,7 @@ def train(config: Config) -> Path:
     average = Average(parameters, config.ema)
     run.keep(words=words, optimizer=optimizer, scaler=scaler, average=average)
     # No drift: nothing that draws other prompts changes.
-    measures = Measures(base, dataset, within=average.applied, watched={})
+    measures = Measures(base, dataset, {}, within=average.applied)
     samples = Samples(run, base, prompts, config.seed, within=average.applied)
     run.every(config.measure_every, lambda step: run.log(step=step, **measures.values()))
     run.every(config.sample_every, samples.draw)

@@ -34,20 +34,21 @@ _MOST = 16
 class Measures:
     """Fit and drift of what is trained on one base, on at most 16 pictures.
 
-    pristine: a context in which the base predicts as it did before the training; none is needed where nothing has been
-    trained yet. within: a context for all later figures, such as a running mean's `applied`. modules: what is set to
-    evaluation meanwhile. watched: prompts for each drift, by the figure's name.
+    watched: prompts for each drift, by the figure's name; what the base says of them is computed at once. pristine: a
+    context in which the base predicts as it did before the training; none is needed where nothing has been trained yet.
+    within: a context for all later figures, such as a running mean's `applied`. modules: what is set to evaluation
+    meanwhile.
     """
 
     def __init__(
         self,
         base: Base,
         data: Dataset,
+        watched: Mapping[str, Sequence[str]],
         *,
         pristine: Callable[[], AbstractContextManager[object]] = nullcontext,
         within: Callable[[], AbstractContextManager[object]] = nullcontext,
         modules: Sequence[nn.Module] = (),
-        watched: Mapping[str, Sequence[str]] | None = None,
     ):
         self._base, self._modules, self._within = base, list(modules), within
         self._batch = data.batch(_SEED, 0, min(_MOST, len(data)), augment=False, embed_text=False)
@@ -58,7 +59,6 @@ class Measures:
         total = len(base.alpha_bar)
         self._timesteps = ((torch.arange(count) + 0.5) / count * total).long().to(noise.device)
         self._timesteps = self._timesteps.to(self._batch.latents.device)
-        watched = {"drift": UNRELATED} if watched is None else watched
         self._watched = {name: [prompts[i % len(prompts)] for i in range(count)] for name, prompts in watched.items()}
         with pristine():
             self._before = {name: self._predict(prompts) for name, prompts in self._watched.items()}

@@ -138,6 +138,7 @@ class BaseOptions:
     def load_base(self, precision: Precision) -> Base:
         """The base, frozen; its U-Net's weights come when they are needed, or `base.resting.keep` asks for them."""
         from sfumato.bases import load_base
+        from sfumato.lean import keep_less
 
         base = load_base(
             self.base,
@@ -148,6 +149,8 @@ class BaseOptions:
             unet=False,
         )
         precision.learn(base.unet)
+        if precision.device.type == "cpu":  # its kernels were never run elsewhere
+            keep_less(base.unet)
         return base
 
 

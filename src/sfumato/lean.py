@@ -1,0 +1,121 @@
+"""A U-Net that keeps less between its forward and backward pass, at the same values and the same gradients.
+
+torch keeps a convolution's input even where its weight is frozen, and then only the input's shape is used; the output
+of a normalisation for the SiLU after it, although the normalisation's input, which is kept too, gives it again; and the
+gate of a gated GELU beside what both came from. `bench/lean.py` measures what is left of it.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers.models.activations import GEGLU
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+aten = torch.ops.aten
+
+
+class _FrozenConvolution(torch.autograd.Function):
+    """Keeps the weight, in the dtype it is stored in, and not the input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.shape, ctx.dtype, ctx.geometry = x.shape, x.dtype, geometry
+        return F.conv2d(x, weight, bias, *geometry)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (grad,), (weight,) = grads, ctx.saved_tensors
+        stride, padding, dilation, groups = ctx.geometry
+        shape_only = grad.new_empty(1).expand(ctx.shape)
+        found, _, _ = aten.convolution_backward(
+            grad, shape_only, weight.to(grad.dtype), None, stride, padding, dilation, False, [0, 0], groups,
+            [True, False, False],
+        )  # fmt: skip
+        return found.to(ctx.dtype), None, None, None, None, None, None
+
+
+class _NormThenSilu(torch.autograd.Function):
+    """silu(group_norm(x)) that keeps x and each group's mean and deviation."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
+        size = (len(x), x.shape[1], x[0, 0].numel(), groups)
+        normal, mean, deviation = aten.native_group_norm(x, weight, bias, *size, eps)
+        ctx.save_for_backward(x, weight, bias, mean, deviation)
+        ctx.size, ctx.eps = size, eps
+        return F.silu(normal, inplace=True)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, weight, bias, mean, deviation = ctx.saved_tensors
+        normal = aten.native_group_norm(x, weight, bias, *ctx.size, ctx.eps)[0]
+        grad = aten.silu_backward(grads[0], normal)
+        wanted = list(ctx.needs_input_grad[:3])
+        found = aten.native_group_norm_backward(grad, x, mean, deviation, weight, *ctx.size, wanted)
+        return *found, None, None
+
+
+class _GatedGelu(torch.autograd.Function):
+    """a gelu(b) that keeps the tensor whose halves a and b are."""
+
+    @staticmethod
+    def forward(ctx: Any, both: Tensor) -> Tensor:
+        ctx.save_for_backward(both)
+        hidden, gate = both.chunk(2, dim=-1)
+        return hidden * F.gelu(gate)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (grad,), (both,) = grads, ctx.saved_tensors
+        hidden, gate = both.chunk(2, dim=-1)
+        return torch.cat([grad * F.gelu(gate), aten.gelu_backward(grad * hidden, gate)], dim=-1)
+
+
+def _convolve(geometry: tuple[Any, ...], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if torch.is_grad_enabled() and x.requires_grad and not weight.requires_grad:
+        result: Tensor = _FrozenConvolution.apply(x, weight, bias, *geometry)  # type: ignore[no-untyped-call]
+        return result
+    return F.conv2d(x, weight, bias, *geometry)
+
+
+def _norm_then_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    plain = torch.is_autocast_enabled(x.device.type) or not x.is_contiguous() or norm.weight is None
+    if plain or not (torch.is_grad_enabled() and x.requires_grad):
+        return F.silu(F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps))
+    result: Tensor = _NormThenSilu.apply(x, norm.weight, norm.bias, norm.num_groups, norm.eps)  # type: ignore[no-untyped-call]
+    return result
+
+
+def _silu_of_time(x: Tensor) -> Tensor:
+    """A block's activation where its normalisations have it already: only the time embedding is left."""
+    return F.silu(x) if x.ndim == 2 else x
+
+
+def _gated_gelu(proj: nn.Module, x: Tensor) -> Tensor:
+    result: Tensor = _GatedGelu.apply(proj(x))  # type: ignore[no-untyped-call]
+    return result
+
+
+def keep_less(unet: nn.Module) -> None:
+    """Let a U-Net's layers keep less; its modules, their names and their weights are what they were."""
+    for module in unet.modules():
+        if isinstance(module, nn.Conv2d) and module.padding_mode == "zeros":
+            geometry = (module.stride, module.padding, module.dilation, module.groups)
+            module._conv_forward = partial(_convolve, geometry)  # type: ignore[method-assign]
+        elif isinstance(module, GEGLU):
+            module.forward = partial(_gated_gelu, module.proj)
+        elif isinstance(module, ResnetBlock2D) and _is_usual(module):
+            for norm in (module.norm1, module.norm2):
+                norm.forward = partial(_norm_then_silu, norm)
+            module.nonlinearity.forward = _silu_of_time
+
+
+def _is_usual(block: Any) -> bool:
+    norms = all(type(norm) is nn.GroupNorm for norm in (block.norm1, block.norm2))
+    return norms and type(block.nonlinearity) is nn.SiLU and block.time_embedding_norm == "default"
