@@ -54,7 +54,7 @@ class Config:
 
 
 def methods_of(subject: str, others: Path | None) -> dict[str, tuple[str, dict[str, Any]]]:
-    """method -> (program, its options). others: photographs of another of the class, for the prior; without, none."""
+    """method -> (program, its options). others: photographs in place of the class; without, no prior."""
     said = f"sks {subject}"
     prior: dict[str, Any] = {"prior": "none"} if others is None else {"class-images": others}
     booth = {"class-name": subject, "identifier": "sks"} | prior

@@ -85,8 +85,8 @@ def _convolve(geometry: tuple[Any, ...], x: Tensor, weight: Tensor, bias: Tensor
 
 
 def _norm_then_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-    plain = torch.is_autocast_enabled(x.device.type) or not x.is_contiguous() or norm.weight is None
-    if plain or not (torch.is_grad_enabled() and x.requires_grad):
+    usual = x.device.type in ("cpu", "meta") and not torch.is_autocast_enabled("cpu") and x.is_contiguous()
+    if not (usual and torch.is_grad_enabled() and x.requires_grad):
         return F.silu(F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps))
     result: Tensor = _NormThenSilu.apply(x, norm.weight, norm.bias, norm.num_groups, norm.eps)  # type: ignore[no-untyped-call]
     return result

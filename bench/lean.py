@@ -1,0 +1,85 @@
+"""Bytes that a U-Net of full size keeps between forward and backward pass, with torch's own layers and with ours.
+
+    python -m bench.lean [--family sdxl --resolution 1024]
+
+Counted in one forward pass of a U-Net whose weights are all 0: what autograd saves beside the weights, in GiB, batch 1.
+Prints JSON. That values and gradients stay the same is in tests/test_lean.py, time and memory in bench/vs_diffusers.py.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from sfumato.adapters import attach, select
+from sfumato.bases.single_file import shipped
+from sfumato.bases.weights import unet_skeleton
+from sfumato.config import parse
+from sfumato.lean import keep_less
+
+TRAINED = ("cross-attention", "attention", "attention+mlp", "everything", "whole")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Count what is kept."""
+
+    family: Literal["sd1", "sd2", "sdxl"] = "sd1"
+    """Whose U-Net."""
+    resolution: int = 256
+    """Side of the picture in pixels."""
+    trained: tuple[str, ...] = TRAINED
+    """What is trained: the targets of a LoRA, or whole for the U-Net's own weights."""
+
+
+def kept(config: Config, trained: str, *, lean: bool) -> float:
+    """GiB that autograd saves beside the weights."""
+    unet = unet_skeleton(shipped(config.family, "unet/config.json")).to_empty(device="cpu")
+    for parameter in unet.parameters():
+        parameter.data = torch.zeros(parameter.shape)  # pages that are never written take no memory
+    unet.requires_grad_(trained == "whole")
+    if lean:
+        keep_less(unet)
+    if trained != "whole":
+        attach({"unet": select(unet, trained)}, rank=16, alpha=16.0)
+    weights = {parameter.data_ptr() for parameter in unet.parameters()}
+    seen: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights and not tensor.is_leaf:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    side = config.resolution // 8
+    text = torch.zeros(1, 77, unet.config.cross_attention_dim)
+    width = (unet.config.projection_class_embeddings_input_dim or 0) - 6 * (unet.config.addition_time_embed_dim or 0)
+    added = {"time_ids": torch.zeros(1, 6), "text_embeds": torch.zeros(1, max(0, width))}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = unet(torch.zeros(1, 4, side, side), torch.zeros(1), text, added_cond_kwargs=added)
+    del output  # alive until here, so that no two tensors had one address
+    return sum(seen.values()) / 2**30
+
+
+def measure(config: Config) -> dict[str, Any]:
+    """The whole report."""
+    rows = {}
+    for trained in config.trained:
+        plain, lean = (kept(config, trained, lean=lean) for lean in (False, True))
+        rows[trained] = {"torch_gib": round(plain, 3), "ours_gib": round(lean, 3), "ratio": round(lean / plain, 3)}
+    return {"family": config.family, "resolution_px": config.resolution, **rows}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the program; prints JSON."""
+    print(json.dumps(measure(parse(Config, sys.argv[1:] if argv is None else argv, program="lean")), indent=1))
+
+
+if __name__ == "__main__":
+    main()
