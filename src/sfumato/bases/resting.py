@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from sfumato.precision import give_back_freed_memory
+
 if TYPE_CHECKING:
     from sfumato.bases.weights import Shell
     from sfumato.precision import Part
@@ -51,10 +53,13 @@ class Resting:
             self._rest(before)
 
     def _rest(self, parts: Set[Part]) -> None:
-        for part in parts - self._parts:
+        awake = parts - self._parts
+        for part in awake:
             for shell in self._shells[part]:
                 _empty(shell.model)
             self._parts.add(part)
+        if awake:
+            give_back_freed_memory()
 
 
 def _empty(model: nn.Module) -> None:
