@@ -110,12 +110,14 @@ def test_equal_to_a_plain_loop_from_the_paper(prior, train, pocket_folder, pictu
     if prior == "pictures":
         drawn = read_class(base, [CLASS], 3, resolution=64, folder=tmp_path / "class")
         class_set = data.prepare(drawn, base, resolution=64, buckets=False)
+    start = {name: tensor.clone() for name, tensor in base.unet.state_dict().items()}
     losses, weights = papers_loop(base, dataset, class_set, seed=3, weight=0.7)
 
     assert_close([row["loss"] for row in rows(path)], losses, rtol=1e-4, atol=1e-6)
     assert len({row["class_loss"] for row in rows(path)}) == (1 if prior == "none" else STEPS)
     for name, tensor in unet_of(path).items():
-        assert_close(tensor, weights[name], rtol=1e-3, atol=2e-5)
+        # Of the whole change: a weight with almost no gradient goes where rounding tells AdamW's first steps to.
+        assert (tensor - weights[name]).norm() <= 1e-3 * (weights[name] - start[name]).norm() + 2e-5, name
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])

@@ -95,7 +95,9 @@ def load_base(
         files=tuple(dict.fromkeys(file for each in shells.values() for shell in each for file in shell.files)),
         resting=Resting(shells, precision.place),
     )
-    base.resting.wake("vae", "text", *(("unet",) if unet else ()))
+    base.resting.wake("vae", "text")
+    if unet:
+        base.resting.wake("unet")
     return base
 
 
