@@ -64,6 +64,37 @@ def kohya_oft(w):
     return turned.reshape(w.shape) - w
 
 
+WIDE = (8, 5)
+STAGES = 0.3 * noise(60, 2, 2, 4, 4)
+RESCALE = noise(61, 8)
+
+
+def shortened(q, limit):
+    return q * min(1.0, float(limit / q.norm()))
+
+
+def lycoris_boft(w, limit=float("inf"), rescale=None):
+    """Stage i takes outputs (c, 2, k) as (c, k, 2), k = 2^i size / 2, and turns blocks of `size` neighbours."""
+    turned = w.clone()
+    for stage, turns in enumerate(cayley(shortened(skew(STAGES), limit))):
+        places = torch.arange(8).view(-1, 2, 2**stage * 2).transpose(1, 2).reshape(-1)
+        turned[places] = torch.block_diag(*turns) @ turned[places]
+    return (turned if rescale is None else rescale[:, None] * turned) - w
+
+
+def lycoris_oft(w, limit=float("inf"), rescale=None):
+    turned = torch.block_diag(*cayley(shortened(skew(BLOCKS), limit))).T @ w
+    return (turned if rescale is None else rescale[:, None] * turned) - w
+
+
+def tucker(core, a, b):
+    return torch.einsum("ijhw,ip,jr->prhw", core, a, b)
+
+
+CORES = noise(62, RANK, RANK, 3, 3), noise(63, RANK, RANK, 3, 3)
+TURNED = {name: value if name.endswith("b") else value.T for name, value in HADA.items()}
+FIRST, SECOND_A, SECOND_B = noise(30, 2, 4), noise(64, RANK, 3), noise(65, RANK, 2)
+
 DEFINITIONS = {
     "LoRA": (LINEAR, PAIR, lambda w: lora(w, A, B)),
     "LoRA without alpha": (
@@ -137,6 +168,47 @@ DEFINITIONS = {
         LINEAR,
         {"oft_blocks": BLOCKS},
         lambda w: torch.block_diag(*cayley(skew(BLOCKS))).T @ w - w,
+    ),
+    "OFT, LyCORIS, constrained": (
+        LINEAR,
+        {"oft_blocks": BLOCKS, "alpha": torch.tensor(0.05)},
+        lambda w: lycoris_oft(w, 0.05 * OUT),
+    ),
+    "OFT, LyCORIS, constrained by nothing": (LINEAR, {"oft_blocks": BLOCKS, "alpha": torch.tensor(0.0)}, lycoris_oft),
+    "OFT, LyCORIS, rescaled": (
+        LINEAR,
+        {"oft_blocks": BLOCKS, "rescale": noise(66, OUT, 1)},
+        lambda w: lycoris_oft(w, rescale=noise(66, OUT)),
+    ),
+    "BOFT, LyCORIS": (WIDE, {"oft_blocks": STAGES}, lycoris_boft),
+    "BOFT, LyCORIS, constrained": (
+        WIDE,
+        {"oft_blocks": STAGES, "alpha": torch.tensor(0.05)},
+        lambda w: lycoris_boft(w, 0.05 * 8),
+    ),
+    "BOFT, LyCORIS, rescaled": (
+        WIDE,
+        {"oft_blocks": STAGES, "rescale": RESCALE[:, None]},
+        lambda w: lycoris_boft(w, rescale=RESCALE),
+    ),
+    "LoHa, Tucker": (
+        CONV,
+        TURNED | {"hada_t1": CORES[0], "hada_t2": CORES[1], "alpha": ALPHA},
+        lambda w: (
+            1.5
+            * tucker(CORES[0], TURNED["hada_w1_a"], TURNED["hada_w1_b"])
+            * tucker(CORES[1], TURNED["hada_w2_a"], TURNED["hada_w2_b"])
+        ),
+    ),
+    "LoKr, Tucker": (
+        CONV,
+        {"lokr_w1": FIRST, "lokr_w2_a": SECOND_A, "lokr_w2_b": SECOND_B, "lokr_t2": CORES[0], "alpha": ALPHA},
+        lambda w: 1.5 * torch.kron(FIRST[..., None, None], tucker(CORES[0], SECOND_A, SECOND_B)),
+    ),
+    "LoKr, both factored": (
+        LINEAR,
+        {"lokr_w1_a": B[:2], "lokr_w1_b": A[:, :4], "lokr_w2_a": B[:3, :1], "lokr_w2_b": A[:1, :2], "alpha": ALPHA},
+        lambda w: 1.5 * torch.kron(B[:2] @ A[:, :4], B[:3, :1] @ A[:1, :2]),
     ),
     "GLoRA": (LINEAR, named(("a1", "a2", "b1", "b2"), GLORA), glora),
     "GLoRA, its first version": (LINEAR, named(("a2", "a1", "b2", "b1"), GLORA), glora),
@@ -355,6 +427,39 @@ def test_tensors_that_make_no_change_are_refused_by_module(name, tmp_path):
     with pytest.raises(AdapterError) as error:
         change_of({key: torch.ones(shape) for key, shape in shapes.items()}, LINEAR, tmp_path)
     assert str(error.value) == f"a.safetensors: unet.{PATHS[2]}: {what}. Take the file from its source again."
+
+
+BIASED = (
+    "LoRA",
+    "LoHa",
+    "LoHa, Tucker",
+    "LoKr, whole",
+    "OFT, LyCORIS",
+    "BOFT, LyCORIS",
+    "IA3, in",
+    "IA3, out",
+    "GLoRA",
+)
+
+
+@pytest.mark.parametrize("name", BIASED)
+def test_a_bias_comes_with_any_kind(name, tmp_path):
+    shape, tensors, _ = DEFINITIONS[name]
+    bias = noise(70, shape[0])
+    assert change_of(tensors, shape, tmp_path).bias_delta is None
+    change = change_of(tensors | {"diff_b": bias}, shape, tmp_path)
+    torch.testing.assert_close(change.bias_delta, bias.float())
+    assert change.fits(shape)
+
+
+@pytest.mark.parametrize("name", DEFINITIONS)
+def test_another_shape_does_not_fit(name, tmp_path):
+    shape, tensors, _ = DEFINITIONS[name]
+    change = change_of(tensors, shape, tmp_path)
+    wrong = [(shape[0] + 1, *shape[1:]), shape[:1], (2 * shape[0], *shape[1:])]
+    assert not any(change.fits(other) for other in wrong if not name.startswith("IA3, in"))
+    if "OFT" not in name and name not in ("IA3, out",):  # those turn or scale outputs, whatever the inputs are
+        assert not change.fits((shape[0], shape[1] + 1, *shape[2:])) or "DoRA" in name
 
 
 def test_kohyas_oft_wants_its_constraint(tmp_path):
