@@ -70,8 +70,8 @@ class OutputOft:
         return cls(blocks, alpha, kohya, rescale, parts.vector("bias"))
 
     def fits(self, shape: Sequence[int]) -> bool:
-        rescaled = self.rescale is None or self.rescale.numel() == shape[0]
-        return len(shape) > 1 and prod(self.blocks.shape[:2]) == shape[0] and rescaled
+        whole = len(shape) > 1 and prod(self.blocks.shape[:2]) == shape[0]
+        return whole and (self.rescale is None or self.rescale.numel() == shape[0])
 
     def low_rank(self) -> LoraModule | None:
         return None
