@@ -307,7 +307,11 @@ def train_unet(config: Config, precision: Precision) -> Path:
                 f"{config.data} holds no other drawings, --others-share is {config.others_share}; build the pictures "
                 "with --others, or leave the share at 0."
             )
-    vae: Any = load_vae(config.vae, torch.float32)[0].to(device) if config.vae else None
+    vae: Any = None
+    if config.vae:
+        shell = load_vae(config.vae, torch.float32)
+        shell.read()
+        vae = shell.model.to(device)
     run = Run.start(config, program="pretrain", writes=["model", "tokenizer"])
     run.say(precision.table())
     scheduler = build_scheduler()

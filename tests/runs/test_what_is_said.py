@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -644,8 +645,9 @@ def test_samples_are_drawn_by_the_base_in_evaluation(tmp_path, monkeypatch):
 
     monkeypatch.setattr(drawing, "draw", draw)
     run = SimpleNamespace(folder=tmp_path, is_main=True, step=0)
-    sheets.Samples(run, "base", ["a"], 5, modules=[layer]).draw(0)
-    assert given == [("base", ["a"], [5], False)]
+    base = SimpleNamespace(resting=SimpleNamespace(interrupted=nullcontext))
+    sheets.Samples(run, base, ["a"], 5, modules=[layer]).draw(0)
+    assert given == [(base, ["a"], [5], False)]
     assert layer.training
 
 
