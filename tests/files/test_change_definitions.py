@@ -396,6 +396,10 @@ BROKEN = {
     ),
     "two kinds": (HALVES | {"oft_blocks": (2, 3, 3)}, f"its tensors are of LoRA + OFT, {NO_KIND}"),
     "DoRA of OFT": ({"oft_blocks": (2, 3, 3), "dora_scale": (6, 1)}, f"its tensors are of DoRA of OFT, {NO_KIND}"),
+    "stages of blocks that are not square": (
+        {"oft_blocks": (2, 2, 4, 3)},
+        "oft_blocks (oft_blocks) is [2, 2, 4, 3]; wanted (stages, blocks, size, size), size even",
+    ),
     "on_input of two": ({"weight": (8,), "on_input": (2,)}, "on_input (on_input) is [2]; wanted one number"),
     "a factor on no axis": ({"ia3_l": (6,)}, "ia3_l (ia3_l) is [6]; wanted (out, 1) or (1, in)"),
     "a convolution's factor": (
@@ -450,6 +454,16 @@ def test_another_shape_does_not_fit(name, tmp_path):
     assert not any(change.fits(other) for other in wrong if not name.startswith("IA3, in"))
     if "OFT" not in name and name not in ("IA3, out",):  # those turn or scale outputs, whatever the inputs are
         assert not change.fits((shape[0], shape[1] + 1, *shape[2:])) or "DoRA" in name
+
+
+def test_on_input_is_a_truth_value(tmp_path):
+    with pytest.raises(AdapterError, match=r"on_input \(on_input\) is \[\]; wanted 0 or 1\."):
+        change_of({"weight": torch.ones(8), "on_input": torch.tensor(2.0)}, LINEAR, tmp_path)
+
+
+def test_an_alpha_may_be_a_whole_number(tmp_path):
+    change = change_of(PAIR | {"alpha": torch.tensor(3)}, LINEAR, tmp_path)
+    assert change.alpha == 3.0
 
 
 def test_kohyas_oft_wants_its_constraint(tmp_path):

@@ -213,6 +213,11 @@ def test_a_lora_that_is_not_written(two_modules, tmp_path):
     assert said(write_lora, path, twice, family="sd1") == (
         f"a.safetensors: two modules are both called {one} in the file; give each module once."
     )
+    whole = write_difference(path, {TO_K: (torch.ones(2, 2), None)}, family="sd1", metadata={"ss_seed": "1"})
+    kept = {key: text for key, text in read_header(whole).metadata.items() if "hash" not in key}
+    assert kept.pop("sfumato.fingerprint")
+    assert kept == {"ss_seed": "1", "ss_network_module": "lycoris.kohya", "ss_network_args": '{"algo":"full"}'}
+    whole.unlink()
     deltas = {target: (torch.ones(2, 2), None) for target in twice}
     assert said(write_difference, path, deltas, family="sd1") == (
         f"a.safetensors: two modules are both called {one} in the file; give each module once."
@@ -561,6 +566,7 @@ def test_four_dimensions_make_oft_boft():
     [
         ({"down": (2, 8), "up": (6, 2)}, (6, 8), 2),
         ({"up": (6, 2)}, (6, None), None),
+        ({"down": (2, 8)}, (None, 8), 2),
         ({"hada_w1_a": (6, 2), "hada_w1_b": (2, 8)}, (6, 8), 2),
         ({"hada_w1_a": (2, 6), "hada_w1_b": (2, 8), "hada_t1": (2, 2, 3, 3)}, (6, 8), 2),
         ({"lokr_w1": (2, 4), "lokr_w2": (3, 5)}, (6, 20), None),
@@ -860,6 +866,8 @@ def test_settings_that_make_sense():
 
     assert alpha() == 4
     assert alpha(lora_alpha=8) == 8
+    assert alpha(lora_alpha=999_999_999) == 999_999_999
+    assert "wanted a number" in said(alpha, lora_alpha=10**9)
     assert alpha(alpha=2, lora_alpha=8) == 2
     assert alpha(lora_alpha=8, use_rslora=True) == 16
     assert alpha(lora_alpha=8, use_rslora="yes") == 8
