@@ -4,8 +4,10 @@ import errno
 import io
 import json
 import math
+import os
 import re
 import signal
+import socket
 import sys
 import threading
 import time
@@ -328,6 +330,14 @@ def test_where_no_checkpoint_is_whole(tmp_path):
     )
 
 
+def test_now_is_the_source_date_or_now(monkeypatch):
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "5")
+    assert runs.now() == 5.0
+    monkeypatch.delenv("SOURCE_DATE_EPOCH")
+    monkeypatch.setattr("time.time", lambda: 7.5)
+    assert runs.now() == 7.5
+
+
 # The lock
 
 
@@ -336,7 +346,8 @@ def test_a_holder_signs_with_process_host_and_time(tmp_path):
     assert held.take() is None
     said = problem(Lock(tmp_path).take)
     assert re.fullmatch(
-        rf"{re.escape(str(tmp_path))} is in use by process \d+ on \S+ \(since 20\d\d-\d\d-\d\d \d\d:\d\d:\d\d\)\. "
+        rf"{re.escape(str(tmp_path))} is in use by process {os.getpid()} on "
+        rf"{re.escape(socket.gethostname())} \(since 20\d\d-\d\d-\d\d \d\d:\d\d:\d\d\)\. "
         r"Wait for it, or give another --output\.",
         said,
     )
