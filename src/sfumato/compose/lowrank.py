@@ -40,8 +40,7 @@ def _bf16_product_ranks() -> int:
 def _onednn_product() -> Callable[..., Tensor] | None:
     """oneDNN's fp32 product x @ weight', if torch has it: on AMD's CPUs half the time of torch.mm, which is MKL's."""
     product: Callable[..., Tensor] | None = getattr(getattr(torch.ops, "mkldnn", None), "_linear_pointwise", None)
-    mkldnn: Any = torch.backends.mkldnn
-    if product is None or not mkldnn.is_available():
+    if product is None:
         return None
     up, down = torch.arange(6.0).view(3, 2), torch.arange(8.0).view(2, 4)
     try:  # it is torch's own, not promised to anyone: another signature in another version is no reason to fail
@@ -248,8 +247,8 @@ def _split(stacked: Pair, scratch: Scratch) -> tuple[Tensor, Tensor]:
 @contextmanager
 def exact_products() -> Iterator[None]:
     """fp32 products in fp32, not TF32 or bf16, whatever the caller has switched on, by torch's old settings or new."""
-    mkldnn: Any = torch.backends.mkldnn
-    places = mkldnn.matmul, torch.backends.cuda.matmul
+    backends: Any = torch.backends  # whose stubs lack these
+    places = backends.mkldnn.matmul, backends.cuda.matmul
     before = [place.fp32_precision for place in places]
     for place in places:
         place.fp32_precision = "ieee"
