@@ -55,7 +55,7 @@ def kept(config: Config, trained: str, *, lean: bool) -> float:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights and not tensor.is_leaf:
             seen[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # an output that its own node kept would never be freed
 
     side = config.resolution // 8
     text = torch.zeros(1, 77, unet.config.cross_attention_dim)
