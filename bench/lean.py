@@ -22,6 +22,7 @@ from sfumato.bases.single_file import shipped
 from sfumato.bases.weights import unet_skeleton
 from sfumato.config import parse
 from sfumato.lean import keep_less
+from sfumato.products import quicken
 
 TRAINED = ("cross-attention", "attention", "attention+mlp", "everything", "whole")
 
@@ -45,6 +46,7 @@ def kept(config: Config, trained: str, *, lean: bool) -> float:
         parameter.data = torch.zeros(parameter.shape)  # pages that are never written take no memory
     unet.requires_grad_(trained == "whole")
     if lean:
+        quicken(unet)
         keep_less(unet)
     if trained != "whole":
         attach({"unet": select(unet, trained)}, rank=16, alpha=16.0)

@@ -7,12 +7,15 @@ import torch
 
 from sfumato.adapters import attach, select
 from sfumato.lean import keep_less
+from sfumato.products import quicken
 from tests.tiny import tiny_pipeline
 
 
 @pytest.fixture(scope="module")
 def unet():
-    return tiny_pipeline("sd1").unet.requires_grad_(False)
+    unet = tiny_pipeline("sd1").unet.requires_grad_(False)
+    quicken(unet)  # as every base's is
+    return unet
 
 
 def learn(unet, trained, autocast=False):
@@ -47,7 +50,9 @@ def adapter(unet, targets="attention", conv=False):
 @pytest.mark.parametrize("trained", ["attention", "everything", "whole", "checkpointed", "SDXL"])
 def test_values_and_gradients_are_equal_to_the_bit(unet, trained):
     found = []
-    unet = tiny_pipeline("sdxl").unet.requires_grad_(False) if trained == "SDXL" else unet
+    if trained == "SDXL":
+        unet = tiny_pipeline("sdxl").unet.requires_grad_(False)
+        quicken(unet)
     for lean in (False, True):
         one = copy.deepcopy(unet)
         if lean:

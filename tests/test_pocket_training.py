@@ -48,6 +48,9 @@ def test_a_mirrored_alias_is_no_drawing_of_its_own():
     assert [resolve(icons, name) for name in ("a", "b", "c")] == ["fish", None, None]
 
 
+SHARES = {"empty_share": 0.1, "group_share": 0.06, "plain_share": 0.25}
+
+
 @pytest.mark.parametrize(
     ("draw", "form", "text"),
     [
@@ -60,7 +63,14 @@ def test_a_mirrored_alias_is_no_drawing_of_its_own():
     ],
 )
 def test_captions(draw, form, text):
-    assert caption("red apple", "noto", "a fruit", draw=draw, form=form, empty_share=0.1, group_share=0.06) == text
+    assert caption("red apple", "noto", "a fruit", draw=draw, form=form, **SHARES) == text
+
+
+def test_fewer_captions_are_plain_on_request():
+    told = {"draw": 0.5, **SHARES, "plain_share": 0.1}
+    forms = {form: caption("crab", "flat", "an animal", form=form, **told) for form in (0.55, 0.65, 0.89, 0.91)}
+    styled = "a flat style picture of a crab"
+    assert forms == {0.55: "crab, flat style", 0.65: styled, 0.89: styled, 0.91: "crab"}
 
 
 @pytest.mark.parametrize(

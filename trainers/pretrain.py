@@ -79,6 +79,8 @@ class Config(FolderOptions):
     """Share of the pictures that are mirrored."""
     group_share: float = 0.06
     """U-Net: share of captions that name the concept's group in place of the concept."""
+    plain_share: float = 0.25
+    """U-Net: share of captions that name the concept without the style; of those that name a group, twice as many."""
     empty_share: float = 0.1
     """U-Net: share of empty captions, for classifier-free guidance."""
     others_share: float = 0.0
@@ -356,7 +358,8 @@ def train_unet(config: Config, precision: Precision) -> Path:
             what, style = pictures.names[i]
             shares = {"draw": draw, "form": form, "empty_share": config.empty_share}
             if i < n:
-                texts.append(caption(what, style, groups[what], group_share=config.group_share, **shares))
+                named = {"group_share": config.group_share, "plain_share": config.plain_share}
+                texts.append(caption(what, style, groups[what], **named, **shares))
             else:
                 texts.append(other_caption(what, style, **shares))
         posterior = means[flips, indices], deviations[flips, indices]
@@ -396,6 +399,8 @@ def check(config: Config) -> None:
     for name in ("flip_share", "group_share", "empty_share", "others_share"):
         if not 0 <= getattr(config, name) <= 1:
             raise ConfigError(f"--{name.replace('_', '-')} is {getattr(config, name)}; it must be in 0 ... 1.")
+    if not 0 <= config.plain_share <= 0.5:
+        raise ConfigError(f"--plain-share is {config.plain_share}; it must be in 0 ... 0.5.")
     for name in ("warmup_steps", "fall_at", "kl", "gradient_difference", "snr_gamma", "flat_weight"):
         if not 0 <= getattr(config, name) < float("inf"):
             raise ConfigError(f"--{name.replace('_', '-')} is {getattr(config, name)}; it must not be negative.")

@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import nn
 
+from sfumato import products
 from sfumato.errors import PrecisionError
 
 Requested = Literal["auto", "fp32", "fp16", "bf16"]
@@ -46,6 +47,7 @@ class Precision:
     vae: torch.dtype
     attention: Attention
     tf32: bool
+    products: str
     channels_last: bool
     gradient_checkpointing: bool
     optimizer_state: str
@@ -68,6 +70,7 @@ class Precision:
             "optimizer state": self.optimizer_state,
             "attention": self.attention,
             "TF32": onoff[self.tf32],
+            "fp32 products": self.products,
             "channels last": onoff[self.channels_last],
             "checkpointing": onoff[self.gradient_checkpointing],
         }
@@ -106,6 +109,8 @@ class Precision:
             module.enable_gradient_checkpointing()  # type: ignore[operator]
         if part != "text" and self.attention == "xformers":
             module.enable_xformers_memory_efficient_attention()  # type: ignore[operator]
+        if self.device.type == "cpu":
+            products.quicken(module)
         return module
 
     def learn(self, unet: nn.Module) -> None:
@@ -177,6 +182,7 @@ def decide(
     reasons["attention"] = _check_attention(attention, place)
     state, reasons["optimizer state"] = _optimizer_state(optimizer, place)
     tf32, reasons["TF32"] = _tf32(requested, place)
+    by, reasons["fp32 products"] = _products(place)
     channels_last = place.type == "cuda" and compute != torch.float32
     reasons["channels last"] = _channels_last_reason(channels_last, place)
     reasons["checkpointing"] = "asked for: less memory, more time" if gradient_checkpointing else "not asked for"
@@ -187,6 +193,7 @@ def decide(
         vae=vae,
         attention=attention,
         tf32=tf32,
+        products=by,
         channels_last=channels_last,
         gradient_checkpointing=gradient_checkpointing,
         optimizer_state=state,
@@ -292,6 +299,12 @@ def _tf32(requested: Requested, device: torch.device) -> tuple[bool, str]:
     if requested == "fp32":
         return False, "fp32 was asked for, and TF32 keeps 10 of its 23 bits"
     return True, "for what stays in fp32 beside autocast"
+
+
+def _products(device: torch.device) -> tuple[str, str]:
+    if device.type == "cpu" and products.mkl_is_slow() and products.onednn() is not None:
+        return "oneDNN", "on AMD's processors MKL takes twice the time"
+    return "torch", "torch's own choice"
 
 
 def _channels_last_reason(used: bool, device: torch.device) -> str:

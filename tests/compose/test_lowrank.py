@@ -83,7 +83,7 @@ def test_a_precision_set_by_torchs_new_settings_neither_reaches_the_product_nor_
 def test_without_onednns_product_the_sum_is_the_same(monkeypatch):
     weight, change = torch.randn(32, 48), LoraModule(torch.randn(4, 48), torch.randn(32, 4), 4.0)
     plain = weighted_sum(weight, [(0.5, change)])
-    monkeypatch.setattr(lowrank, "_onednn_product", lambda: None)
+    monkeypatch.setattr(lowrank, "onednn", lambda: None)
     assert_close(weighted_sum(weight, [(0.5, change)]), plain)
 
 

@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from sfumato import randomness
 from sfumato.errors import AdapterError
 from sfumato.files.changes import LoraModule
+from sfumato.products import linear
 
 _ATTENTION = r"\.attn[12]\.to_(q|k|v|out\.0)$"
 _MLP = r"\.ff\.net\.(0\.proj|2)$"
@@ -66,7 +67,7 @@ class LoraLayer(nn.Module):
         """The update's share of the host's output, for the host's input x."""
         x = F.dropout(x, self.dropout, self.training)
         if self.host_geometry is None:
-            return F.linear(F.linear(x, self.down), self.up) * self.scale
+            return linear(linear(x, self.down), self.up) * self.scale
         return F.conv2d(F.conv2d(x, self.down, None, *self.host_geometry), self.up) * self.scale  # type: ignore[arg-type]
 
     def delta(self) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sfumato.files.lora_file import LoraModule
+from sfumato.products import onednn
 
 Terms = Sequence[tuple[float, LoraModule]]
 """(weight, change) of each adapter; no change has a `mid` (`LoraModule.plain`)."""
@@ -34,20 +35,6 @@ def _bf16_product_ranks() -> int:
     if capabilities.get("amx_bf16"):
         return sys.maxsize
     return _SPLIT_RANK if capabilities.get("avx512_bf16") else 0
-
-
-@cache
-def _onednn_product() -> Callable[..., Tensor] | None:
-    """oneDNN's fp32 product x @ weight', if torch has it: on AMD's CPUs half the time of torch.mm, which is MKL's."""
-    product: Callable[..., Tensor] | None = getattr(getattr(torch.ops, "mkldnn", None), "_linear_pointwise", None)
-    if product is None:
-        return None
-    up, down = torch.arange(6.0).view(3, 2), torch.arange(8.0).view(2, 4)
-    try:  # it is torch's own, not promised to anyone: another signature in another version is no reason to fail
-        good = torch.equal(product(up, down.t(), None, "none", [], ""), up @ down)
-    except (RuntimeError, TypeError):
-        return None
-    return product if good else None
 
 
 class Pair(NamedTuple):
@@ -200,7 +187,7 @@ def _write_blocks(
     rows = weight.shape[0]
     columns = weight.numel() // rows
     on_cpu = weight.device.type == "cpu"
-    product = _onednn_product() if on_cpu and torch.backends.mkldnn.enabled else None
+    product = onednn() if on_cpu and torch.backends.mkldnn.enabled else None
     step = max(1, min(rows, _BLOCK // columns)) if on_cpu else rows
     for start in range(0, rows, step):
         block = slice(start, start + step)

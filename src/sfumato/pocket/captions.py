@@ -10,20 +10,30 @@ from sfumato.errors import DataError
 
 
 def caption(
-    concept: str, style: str, group: str, *, draw: float, form: float, empty_share: float, group_share: float
+    concept: str,
+    style: str,
+    group: str,
+    *,
+    draw: float,
+    form: float,
+    empty_share: float,
+    group_share: float,
+    plain_share: float,
 ) -> str:
     """One caption for a picture; `draw` and `form` are uniform in [0, 1).
 
-    `draw` decides between no words, the group and the concept; `form` between the ways to put it: half
-    "{concept}, {style} style", a quarter "a {style} style picture of a {concept}", a quarter "{concept}".
+    `draw` decides between no words, the group and the concept; `form` between the ways to put it: `plain_share`
+    "{concept}", a third of the rest "a {style} style picture of a {concept}", the others "{concept}, {style} style".
+    Of the groups twice that share is plain.
     """
     if draw < empty_share:
         return ""
     if draw < empty_share + group_share:
-        return f"{group}, {style} style" if form < 0.5 else group
-    if form < 0.5:
-        return f"{concept}, {style} style"
-    return f"a {style} style picture of a {concept}" if form < 0.75 else concept
+        return f"{group}, {style} style" if form < 1 - 2 * plain_share else group
+    if form >= 1 - plain_share:
+        return concept
+    first = form < (1 - plain_share) * 2 / 3
+    return f"{concept}, {style} style" if first else f"a {style} style picture of a {concept}"
 
 
 def other_caption(name: str, style: str, *, draw: float, form: float, empty_share: float) -> str:
