@@ -31,7 +31,7 @@ _LEAST = 1 << 20
 def onednn() -> Callable[..., Tensor] | None:
     """oneDNN's fp32 product (x, weight, bias, "none", [], "") -> x weight' + bias, if torch has it."""
     product: Callable[..., Tensor] | None = getattr(getattr(torch.ops, "mkldnn", None), "_linear_pointwise", None)
-    if product is None or not torch.backends.mkldnn.is_available():
+    if product is None:
         return None
     up, down = torch.arange(6.0).view(3, 2), torch.arange(8.0).view(2, 4)
     try:  # it is torch's own, not promised to anyone: another signature in another version is no reason to fail
@@ -47,7 +47,8 @@ def mkl_is_slow() -> bool:
 
     Told by the maker's name and not by the clock, so that a run gives the same bits each time.
     """
-    return torch.backends.mkl.is_available() and "AuthenticAMD" in _maker()
+    mkl: Any = torch.backends.mkl  # whose functions have no types
+    return mkl.is_available() and "AuthenticAMD" in _maker()
 
 
 def _maker() -> str:
@@ -160,7 +161,7 @@ class _Convolution(torch.autograd.Function):
 def _unfold(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """(in kernel, pictures pixels): what each output pixel is made of."""
     stride, padding, dilation = geometry
-    columns = F.unfold(x, weight.shape[2:], dilation, padding, stride)  # type: ignore[arg-type]
+    columns = F.unfold(x, weight.shape[2:], dilation, padding, stride)
     return columns[0] if len(columns) == 1 else columns.transpose(0, 1).flatten(1)
 
 
@@ -168,7 +169,7 @@ def _fold(rows: Tensor, weight: Tensor, shape: torch.Size, geometry: Geometry) -
     """The gradient of the input, (pictures, in, height, width), from that of each output pixel: (pixels, out)."""
     stride, padding, dilation = geometry
     columns = _times(rows, weight.flatten(1).t()).view(shape[0], -1, weight[0].numel()).transpose(1, 2)
-    return F.fold(columns, shape[2:], weight.shape[2:], dilation, padding, stride)  # type: ignore[arg-type]
+    return F.fold(columns, shape[2:], weight.shape[2:], dilation, padding, stride)
 
 
 def _linear_forward(module: nn.Linear, x: Tensor) -> Tensor:
@@ -176,10 +177,12 @@ def _linear_forward(module: nn.Linear, x: Tensor) -> Tensor:
 
 
 def _conv_forward(module: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    geometry: Any = (module.stride, module.padding, module.dilation)
-    if is_small(x, weight, geometry, module.groups):
-        return convolve_small(x, weight, bias, geometry)
-    return F.conv2d(x, weight, bias, *geometry, module.groups)
+    stride: Any = module.stride
+    padding: Any = module.padding
+    dilation: Any = module.dilation
+    if is_small(x, weight, (stride, padding, dilation), module.groups):
+        return convolve_small(x, weight, bias, (stride, padding, dilation))
+    return F.conv2d(x, weight, bias, stride, padding, dilation, module.groups)
 
 
 def quicken(model: nn.Module) -> None:

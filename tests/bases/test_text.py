@@ -46,17 +46,17 @@ def test_the_first_tokenizer_pads_with_its_end_and_openclips_with_zero():
 def test_embeddings_equal_the_pipelines(tiny):
     hidden, pooled = reference(tiny.pipe, PROMPTS)
     text = tiny.base.encode_text(PROMPTS)
-    assert torch.equal(text.hidden, hidden)
+    torch.testing.assert_close(text.hidden, hidden)  # products are another library's on some CPUs (sfumato.products)
     assert (text.pooled is None) == (pooled is None)
     if pooled is not None:
-        assert torch.equal(text.pooled, pooled)
+        torch.testing.assert_close(text.pooled, pooled)
 
 
 def test_clip_skip_on_sdxl_equals_the_pipelines(sdxl):
     hidden, pooled = reference(sdxl.pipe, PROMPTS, clip_skip=2)
     text = dataclasses.replace(sdxl.base, clip_skip=2).encode_text(PROMPTS)
-    assert torch.equal(text.hidden, hidden)
-    assert torch.equal(text.pooled, pooled)
+    torch.testing.assert_close(text.hidden, hidden)
+    torch.testing.assert_close(text.pooled, pooled)
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd2"])

@@ -113,6 +113,23 @@ def test_one_rounding_is_the_whole_error(dtype, size, bf16_ranks):
     assert (merged.double() - exact).norm() <= 1.001 * (exact.to(dtype).double() - exact).norm()
 
 
+@pytest.mark.skipif(not BF16_PRODUCTS, reason="the CPU has none")
+@pytest.mark.parametrize(("share", "least", "most"), [(0.02, 1.0, 1.002), (0.14, 1.005, 1.022), (0.2, 0.999, 1.001)])
+def test_the_factors_of_a_slight_change_are_rounded_and_of_a_larger_one_split(share, least, most):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(512, 512, generator=generator).bfloat16()
+    down, up = torch.randn(16, 512, generator=generator), torch.randn(512, 16, generator=generator)
+    change = LoraModule(down, up * (share * weight.float().norm() / (up @ down).norm()), 16.0)
+    exact = weight.double() + change.up.double() @ change.down.double()
+    merged = weight.clone()
+    assert write_sum(merged, lambda: weight, [(1.0, change)], None, Scratch(), pristine=True)
+    error = (merged.double() - exact).norm() / (exact.bfloat16().double() - exact).norm()
+    assert least <= error <= most
+    again = torch.zeros_like(weight)  # from anything else the same bytes, as the original decides
+    write_sum(again, weight, [(1.0, change)], None, Scratch())
+    assert torch.equal(again, merged)
+
+
 def test_scratch_that_was_used_before_changes_nothing():
     scratch, merged = Scratch(), torch.empty(2, 2)
     big = LoraModule(torch.randn(3, 8), torch.randn(8, 3), 3.0)

@@ -22,6 +22,11 @@ _BLOCK = 1 << 18
 """fp32 numbers of a block of rows, 1 MiB: it stays in a core's cache between the sum and the rounding."""
 _SPLIT_RANK = 32
 """Above it one product of fp32 costs less, unless the CPU multiplies whole tiles of bf16 (AMX)."""
+_SLIGHT = 0.15
+"""Share of the weight's norm up to which a change's factors are rounded to bf16: each rounding is as large, relative to
+what it rounds, as the sum's own, so that all three make sqrt(1 + 2 x 0.15^2) = 1.022 of that one."""
+_ROWS = 16
+"""Of so many rows one is looked at to tell the weight's norm."""
 _SPLIT_SIDE = 128
 """Smaller matrices take no bf16 product: their library call costs more than the product."""
 _SAFE = {torch.float32: 1e30, torch.bfloat16: 1e35, torch.float16: 15.0}
@@ -144,8 +149,13 @@ def write_sum(
     stacked = stack(terms, rows, columns, weight.device, scratch)
     safe = dense is None and _bound(stacked) < limit
     same = callable(original) or original.dtype == weight.dtype
-    splits = dense is None and same and _split_pays(weight, stacked.up.shape[1], scratch)
-    halves = _split(stacked, scratch) if splits else None
+    halves = None
+    if dense is None and same and scratch.bf16_ranks and _takes_bf16(weight):
+        rank = stacked.up.shape[1]
+        if rank <= _SPLIT_RANK and _is_slight(stacked, weight if callable(original) else original):
+            halves = _rounded(stacked, scratch)
+        elif rank <= scratch.bf16_ranks:
+            halves = _split(stacked, scratch)
     original = original() if callable(original) else original
     if halves is not None:
         left, right = halves
@@ -201,15 +211,32 @@ def _write_blocks(
         after.copy_(total if dense is None else total.add_(dense[block]))
 
 
-def _split_pays(weight: Tensor, rank: int, scratch: Scratch) -> bool:
+def _takes_bf16(weight: Tensor) -> bool:
     return (
         weight.dtype == torch.bfloat16
         and weight.device.type == "cpu"
         and weight.is_contiguous()
         and weight.shape[0] >= _SPLIT_SIDE
         and weight.numel() // weight.shape[0] >= _SPLIT_SIDE
-        and rank <= scratch.bf16_ranks
     )
+
+
+def _is_slight(stacked: Pair, original: Tensor) -> bool:
+    """Whether |up down| is so small a share of |original| that its factors' rounding is lost in the sum's.
+
+    Frobenius norms: of the product exactly, from the factors' r x r products; of the original from every 16th row.
+    """
+    gram = torch.mm(stacked.up.t(), stacked.up)
+    change = torch.dot(gram.view(-1), torch.mm(stacked.down, stacked.down.t()).view(-1))
+    some = original[::_ROWS].float()
+    return bool(change < _SLIGHT**2 * _ROWS * some.square_().sum())  # NaN compares as false
+
+
+def _rounded(stacked: Pair, scratch: Scratch) -> tuple[Tensor, Tensor]:
+    (rows, rank), columns = stacked.up.shape, stacked.down.shape[1]
+    high = scratch.pair("high", rows, rank, columns, stacked.whole.device, torch.bfloat16)
+    high.whole.copy_(stacked.whole)
+    return high.up, high.down
 
 
 def _split(stacked: Pair, scratch: Scratch) -> tuple[Tensor, Tensor]:
