@@ -97,6 +97,29 @@ def test_a_convolution_is_a_product_where_its_weight_outweighs_the_picture():
     assert not products.is_small(torch.zeros(1, 1280, 8, 8).bfloat16(), weight.bfloat16(), taps, 1)
 
 
+@pytest.mark.parametrize("wanted", [(True, False, False), (True, True, True)])
+@pytest.mark.parametrize("pictures", [1, 3])
+def test_a_pointwise_convolution_gives_torchs_values_and_gradients(maker, pictures, wanted):
+    inputs = drawn(pictures, 24, 5, 6), drawn(16, 24, 1, 1, seed=1), drawn(16, seed=2)
+    taps = ((1, 1), (0, 0), (1, 1))
+
+    def ours(*given):
+        quick = products.convolve(*given, taps, 1)
+        assert (quick is not None) == products.mkl_is_slow()
+        return F.conv2d(*given) if quick is None else quick
+
+    torch.testing.assert_close(learn(ours, inputs, wanted), learn(F.conv2d, inputs, wanted))
+    assert ours(*inputs).is_contiguous()
+
+
+def test_other_convolutions_stay_torchs(by_onednn):
+    x, weight = drawn(1, 24, 5, 6), drawn(16, 24, 1, 1)
+    for stride, padding, groups in (((2, 2), (0, 0), 1), ((1, 1), (1, 1), 1), ((1, 1), (0, 0), 2)):
+        assert products.convolve(x, weight, None, (stride, padding, (1, 1)), groups) is None
+    assert products.convolve(drawn(1, 24, 46, 46), weight, None, ((1, 1), (0, 0), (1, 1)), 1) is None
+    assert products.convolve(x, drawn(16, 24, 3, 3), None, ((1, 1), (1, 1), (1, 1)), 1) is None
+
+
 class Small(nn.Module):
     def __init__(self):
         super().__init__()

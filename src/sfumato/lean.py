@@ -99,8 +99,9 @@ class _ProjectedGelu(torch.autograd.Function):
 
 def _convolve(geometry: tuple[Any, ...], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     *taps, groups = geometry
-    if products.is_small(x, weight, tuple(taps), groups):
-        return products.convolve_small(x, weight, bias, tuple(taps))
+    quick = products.convolve(x, weight, bias, (taps[0], taps[1], taps[2]), groups)
+    if quick is not None:
+        return quick
     if torch.is_grad_enabled() and x.requires_grad and not weight.requires_grad:
         result: Tensor = _FrozenConvolution.apply(x, weight, bias, *geometry)  # type: ignore[no-untyped-call]
         return result
