@@ -165,3 +165,15 @@ def test_without_the_product_or_with_another_nothing_breaks(monkeypatch):
         assert products.onednn() is None
     monkeypatch.undo()
     products.onednn.cache_clear()
+
+
+@pytest.mark.slow
+def test_a_compiled_model_is_one_graph_and_stays_torchs(by_onednn):
+    quick = Small()
+    products.quicken(quick)
+    x = drawn(1, 512, 4, 4)
+    wanted = quick(x)
+    assert by_onednn
+    by_onednn.clear()
+    torch.testing.assert_close(torch.compile(quick, fullgraph=True)(x), wanted)
+    assert not by_onednn

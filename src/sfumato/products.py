@@ -71,20 +71,24 @@ def _times(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _is_plain(x: Tensor, weight: Tensor) -> bool:
-    """Whether both are ordinary fp32 tensors on the CPU, to be multiplied now."""
+    """Whether both are ordinary fp32 tensors on the CPU."""
     return (
         x.dtype == weight.dtype == torch.float32
         and x.device.type == weight.device.type == "cpu"
         and type(weight) in (nn.Parameter, Tensor)
         and x.numel() > 0
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
     )
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x weight' + bias, as torch.nn.functional.linear; (..., in), (out, in), (out,)."""
-    if _product() is None or x.numel() * len(weight) < _LEAST or not _is_plain(x, weight):
+    if (
+        torch.compiler.is_compiling()
+        or x.numel() * len(weight) < _LEAST
+        or _product() is None
+        or not _is_plain(x, weight)
+    ):
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         learned: Tensor = _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
@@ -135,6 +139,8 @@ def is_pointwise(x: Tensor, weight: Tensor, geometry: Geometry, groups: int) -> 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, groups: int) -> Tensor | None:
     """As torch.nn.functional.conv2d where a product takes less time; None where it does not."""
+    if torch.compiler.is_compiling():  # which makes kernels of its own, and cannot look into these
+        return None
     if is_small(x, weight, geometry, groups):
         return convolve_small(x, weight, bias, geometry)
     if is_pointwise(x, weight, geometry, groups):
