@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -96,7 +97,7 @@ def on_full_size(config: Config, work: Path, subject: Path) -> dict[str, Any]:
         images = Path(folder) / "images"
         images.mkdir()
         for file in sorted(subject.glob("*.jpg"))[: config.pictures]:
-            (images / file.name).symlink_to(file.resolve())
+            shutil.copy(file, images)  # a link out of the folder is not read
         shared = {"base": base, "images": images, "resolution": config.resolution, "steps": config.steps, "batch": 1}
         shared |= {"precision": config.precision, **QUIET}
         for method, (program, chosen) in methods_of(subject.name.replace("_", " "), None).items():
