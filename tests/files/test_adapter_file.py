@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 
 from sfumato.errors import AdapterError, FileError
 from sfumato.files import read_adapter
+from tests.files.said import TO_K, said
 
 STEM = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_"
 LORA = {"lora_down.weight": (2, 8), "lora_up.weight": (6, 2), "alpha": ()}
@@ -106,3 +107,49 @@ def test_reading_twice_gives_the_same_and_changes_nothing(path):
         assert torch.equal(change.delta(weight), change.delta(weight))
     assert weight.unique().tolist() == [1.0]
     assert path.read_bytes() == before
+
+
+def test_what_is_no_adapter_of_ours(tmp_path):
+    def of(names, **kwargs):
+        save_file({name: torch.ones(2, 2) for name in names}, tmp_path / "a.safetensors")
+        return said(read_adapter, tmp_path / "a.safetensors", **kwargs)
+
+    flat = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
+    dotted = f"unet.{TO_K[1]}"
+    assert of(["emb_params"]) == (
+        "a.safetensors: this is a textual inversion (1 tensors), not an adapter. Read it with read_embedding."
+    )
+    assert of(["first_stage_model.a", "b.c"]) == (
+        "a.safetensors: this is a full checkpoint (2 tensors), not an adapter. Name an adapter's file."
+    )
+    assert of([f"a{n}.b.c" for n in range(5)]) == (
+        "a.safetensors: 0 of 5 keys are an adapter's for SD or SDXL, first a0.b.c, a1.b.c, a2.b.c. Name an adapter's "
+        "file."
+    )
+    pair = [f"{flat}.lora_down.weight", f"{flat}.lora_up.weight"]
+    assert of([*pair, f"{dotted}.lora_A.weight"]) == (
+        f"a.safetensors: 1 of 3 keys name a module that another spelling names too, first {dotted}.lora_A.weight. "
+        "Which is meant is not said; take the file from its source again."
+    )
+    assert of([f"{flat}.lora_up.weight"], partial=True) == (
+        f"a.safetensors: lora_down is missing for 1 of 1 modules, first beside {flat}.lora_up.weight, so nothing can "
+        "be applied. Take the file from its source again."
+    )
+    assert of([*pair, "odd.a.b"]) == (
+        "a.safetensors: 1 of 3 keys are not understood, first odd.a.b. Accept the rest with partial=True (--partial), "
+        "or take another file."
+    )
+    half = flat.replace("to_k", "to_v")
+    assert of([*pair, f"{half}.lora_down.weight"]) == (
+        f"a.safetensors: lora_up is missing for 1 of 2 modules, first beside {half}.lora_down.weight. Take the file "
+        "from its source again, or accept the rest with partial=True (--partial)."
+    )
+    assert of([*pair, f"{half}.hada_w1_a"]) == (
+        f"a.safetensors: 1 of 2 modules are not whole, first {half}.hada_w1_a, of whose LoHa there are 1 tensors. Take "
+        "the file from its source again, or accept the rest with partial=True (--partial)."
+    )
+    save_file({name: torch.ones(2, 2, dtype=torch.int8) for name in pair}, tmp_path / "a.safetensors")
+    assert said(read_adapter, tmp_path / "a.safetensors") == (
+        f"a.safetensors: {pair[0]} is I8; wanted floating point. Quantised adapters are not read; take the file in "
+        "half or single precision."
+    )

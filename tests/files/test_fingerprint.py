@@ -7,11 +7,12 @@ import torch
 
 from sfumato.errors import FileError
 from sfumato.files.changes import LoraModule
-from sfumato.files.fingerprint import KEY, PROBES, check, compare, fingerprint, rows
+from sfumato.files.fingerprint import KEY, PROBES, Comparison, check, compare, fingerprint, rows, verify
 from sfumato.files.header import read_header
 from sfumato.files.lora_file import read_lora
 from sfumato.files.write import write_lora
 from sfumato.files.write_dotted import write_diffusers
+from tests.files.said import TO_K, said
 
 
 @pytest.fixture
@@ -99,3 +100,60 @@ def test_a_module_of_nothing_is_the_same_as_itself(two_modules):
 def test_it_is_of_what_was_trained_and_not_of_the_rounded_file(two_modules, tmp_path):
     path = write_lora(tmp_path / "a.safetensors", two_modules, family="sd1", dtype=torch.bfloat16)
     assert read_header(path).metadata[KEY] == fingerprint(two_modules)
+
+
+def test_what_a_fingerprint_says(two_modules):
+    metadata = {"sfumato.fingerprint": fingerprint(two_modules)}
+    verify(metadata, two_modules, "a")
+    assert said(verify, {}, two_modules, "a") == (
+        "a: it states no fingerprint, so it cannot be verified. Leave verify out for it."
+    )
+    half = {TO_K: two_modules[TO_K]}
+    assert said(verify, metadata, half, "a") == (
+        "a: its fingerprint is of 2 modules, the file has 1, not the same ones. Modules were added or taken out after "
+        "it was written."
+    )
+    for text in ("", "1", "2" + metadata["sfumato.fingerprint"][1:], "1:x:AAAA", "1:x:" + "/" * 64):
+        assert said(check, text, two_modules, "a") == (
+            "a: its fingerprint is not readable by this version; compare with --against the source."
+        )
+    twice = {target: replace(module, alpha=2 * module.alpha) for target, module in two_modules.items()}
+    assert said(verify, metadata, twice, "a").startswith("a: it is not the adapter that was written: relative error 0.")
+
+
+def test_how_far_apart_two_are():
+    first = {"a": (3.0, 1.0, 0.0, 2.0), "b": (4.0, 0.0, 1.0, 0.0)}
+    assert compare(first, first) == Comparison(0.0, 0.0, "a")
+    second = {"a": (3.0, 1.0, 0.0, 2.0), "b": (4.0, 0.0, 1.0, 3.0)}
+    apart = (9 / 3) / 16
+    found = compare(first, second)
+    assert (found.rms, found.worst, found.module) == pytest.approx((apart**0.5 / 2**0.5, apart**0.5, found.module))
+    assert found.module == "b"
+    assert compare({"a": (3.0, 0, 0, 0)}, {"a": (5.0, 0, 0, 0)}).rms == pytest.approx(2 / 5)
+    gone = compare({"a": first["a"], "c": first["b"]}, {"a": first["a"], "d": first["b"]})
+    assert (gone.missing, gone.extra, gone.rms) == (("c",), ("d",), 0.0)
+    assert compare({"a": first["a"]}, {}) == Comparison(float("inf"), float("inf"), "", ("a",), ())
+    tiny = compare({"a": (1e-9, 0, 0, 0), "b": (1.0, 0, 0, 0)}, {"a": (2e-9, 0, 0, 0), "b": (1.0, 0, 0, 0)})
+    assert tiny.worst == pytest.approx(1e-9 / (1e-3 * 0.5**0.5), rel=1e-6)
+    assert compare({"a": (0.0, 0, 0, 0)}, {"a": (0.0, 0, 0, 0)}).same()
+
+
+def test_what_is_the_same_and_why_it_is_not():
+    assert Comparison(0.01, 0.1, "m").same()
+    assert not Comparison(0.0101, 0.1, "m").same()
+    assert not Comparison(0.01, 0.101, "m").same()
+    assert not Comparison(0.0, 0.0, "m", ("x",)).same()
+    assert not Comparison(0.0, 0.0, "m", (), ("x",)).same()
+    assert Comparison(0.05, 0.1, "m").same(0.05)
+    assert Comparison(0.0123, 0.456, "m").reason() == (
+        "relative error 0.012 over all modules, 0.46 in m; at most 0.01 and 0.1 are rounding"
+    )
+    assert Comparison(0.0, 0.0, "m", (), ("x", "y")).reason() == "0 modules are missing and 2 are new, first x"
+    assert Comparison(0.0, 0.0, "m", ("z",), ("x",)).reason() == "1 modules are missing and 1 are new, first z"
+
+
+def test_a_fingerprint_is_of_names_in_order(two_modules):
+    text = fingerprint(two_modules)
+    version, digest, numbers = text.split(":")
+    assert (version, len(digest), len(numbers)) == ("1", 16, 44)  # two modules of four fp32 in base64
+    assert fingerprint(dict(reversed(two_modules.items()))) == text

@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sfumato.files.adapter_file import read_adapter
-from sfumato.files.inspect import inspect_file, render
+from sfumato.files.inspect import Block, Inspection, block_of, inspect_file, render
 from sfumato.files.lora_file import LoraModule
-from sfumato.files.metadata import Description, describe
+from sfumato.files.metadata import Description, describe, short_hash
 from sfumato.files.write import write_lora
+from tests.files.said import TO_K
 
 
 def test_a_lora_is_described_by_its_shapes_ranks_and_words(tiny, lora, tmp_path):
@@ -216,3 +217,105 @@ assert "safetensors" not in sys.modules"""
     program = f"import sys, pathlib\nfrom sfumato.cli import main\n{code}"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.count("kind       ") == len(one_of_each_kind())
+
+
+LOOKED_AT = Inspection(
+    file="a\x07.safetensors", bytes=1_250_000, tensors=1234, dtypes={"F16": 1200, "F32": 34}, kind="LoRA + DoRA",
+    family="sd1", says="sdxl", spelling=["kohya", "diffusers"], modules=3, targets={"unet attn1.to_k": 2, "unet ff": 1},
+    ranks={"4": 2, "8": 1}, alphas={}, norm=12.3456, stored=["DoRA"],
+    blocks=[Block("down_blocks.0", 2, 6.0), Block("mid_block", 1, 3.0), Block("up", 10, float("inf"))],
+    trigger=["zwx", "b" * 300], base=None, hash="0123456789ab", hash_holds=False, nonfinite=["x", "y", "z", "w"],
+    embeddings={"<a>": 2}, unknown=["odd"], incomplete=["half"], metadata={},
+)  # fmt: skip
+
+
+def test_the_whole_of_what_is_shown():
+    assert render(LOOKED_AT) == (
+        "file       a .safetensors, 1.25 MB\n"
+        "tensors    1,234: F16 (1200), F32 (34)\n"
+        "kind       LoRA + DoRA\n"
+        "family     SD 1.x, but its metadata says SDXL\n"
+        "base       -\n"
+        f"trigger    zwx, {'b' * 197}...\n"
+        "spelling   kohya, diffusers\n"
+        "modules    3\n"
+        "targets    unet attn1.to_k (2), unet ff (1)\n"
+        "ranks      4 (2), 8 (1)\n"
+        "alphas     -\n"
+        "hash       0123456789ab, the bytes differ from the stated one\n"
+        "norm       12.35 (DoRA: of what is stored, the update depends on the base)\n"
+        "tokens     <a> (2 vectors)\n"
+        "NaN or Inf 4, first x, y, z\n"
+        "unknown    1, first odd\n"
+        "incomplete 1, first half\n"
+        "\n"
+        "block          modules      norm\n"
+        f"down_blocks.0        2         6  {'█' * 24}\n"
+        f"mid_block            1         3  {'█' * 12}\n"
+        "up                  10       inf"
+    )
+    plain = replace(LOOKED_AT, family=None, says=None, hash_holds=None, norm=None, blocks=[], embeddings={})
+    lines = render(replace(plain, nonfinite=[], unknown=[], incomplete=[], trigger=[], spelling=[])).splitlines()
+    assert lines[3:7] == ["family     unknown", "base       -", "trigger    -", "spelling   -"]
+    assert lines[-1] == "hash       0123456789ab"
+    assert render(replace(plain, hash_holds=True, unknown=[], incomplete=[], nonfinite=[])).endswith("ab, holds")
+
+
+def test_a_small_file_looked_into(tmp_path):
+    def ones(down, up):
+        return LoraModule(torch.ones(*down), torch.ones(*up), float(down[0]))
+
+    modules = {
+        TO_K: ones((1, 768), (4, 1)),
+        ("unet", "conv_in"): ones((2, 4, 3, 3), (4, 2, 1, 1)),
+        ("unet", "mid_block.resnets.0.time_emb_proj"): ones((1, 4), (2, 1)),
+        ("text_encoder", "text_model.encoder.layers.3.mlp.fc1"): ones((1, 4), (2, 1)),
+        ("unet", "up_blocks.10.resnets.0.conv1"): ones((1, 4, 3, 3), (2, 1, 1, 1)),
+        ("unet", "up_blocks.2.resnets.0.conv1"): ones((1, 4, 3, 3), (2, 1, 1, 1)),
+    }
+    words = {"<cat>": {"text_encoder": torch.ones(2, 768)}}
+    path = write_lora(tmp_path / "a.safetensors", modules, family="sd1", metadata={"b": "2", "a": "1"}, words=words)
+    found = inspect_file(path)
+    assert (found.bytes, found.tensors, found.dtypes) == (path.stat().st_size, 19, {"F32": 19})
+    assert list(found.targets.items()) == [
+        ("unet conv1", 2),
+        *((f"{name}", 1) for name in ("text_encoder mlp.fc1", "unet attn2.to_k", "unet conv_in", "unet time_emb_proj")),
+    ]
+    assert (found.ranks, found.alphas) == ({"1": 5, "2": 1}, {"1": 6})
+    assert [(block.name, block.modules, round(block.norm, 4)) for block in found.blocks] == [
+        ("text_encoder.3", 1, 2.8284),
+        ("conv_in", 1, 24.0),
+        ("down_blocks.0.attentions.0", 1, 55.4256),
+        ("mid_block.resnets.0", 1, 2.8284),
+        ("up_blocks.2.resnets.0", 1, 8.4853),
+        ("up_blocks.10.resnets.0", 1, 8.4853),
+    ]
+    assert found.norm == pytest.approx((2 * 8 + 576 + 3072 + 2 * 72) ** 0.5, rel=1e-5)
+    assert (found.embeddings, found.says, found.base, found.stored) == ({"<cat>": 2}, None, None, [])
+    assert (found.hash, found.hash_holds) == (short_hash(path), True)
+    assert list(found.metadata)[:2] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("target", "block"),
+    [
+        (TO_K, "down_blocks.0.attentions.0"),
+        (("unet", "up_blocks.1.upsamplers.0.conv"), "up_blocks.1.upsamplers.0"),
+        (("unet", "mid_block.attentions.0.proj_in"), "mid_block.attentions.0"),
+        (("unet", "conv_in"), "conv_in"),
+        (("unet", "time_embedding.linear_1"), "time_embedding"),
+        (("text_encoder_2", "text_model.encoder.layers.11.mlp.fc1"), "text_encoder_2.11"),
+        (("text_encoder_2", "text_projection"), "text_encoder_2.text_projection"),
+    ],
+)
+def test_the_block_that_a_module_is_in(target, block):
+    assert block_of(target) == block
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_each_value_that_is_not_finite_is_seen_without_torch(dtype, tmp_path):
+    largest = torch.finfo(dtype).max
+    values = {"a": [1.0, float("nan")], "b": [float("-inf"), 1.0], "c": [1.0, 2.0], "d": [largest, -largest]}
+    tensors = {name: torch.tensor(pair, dtype=dtype) for name, pair in values.items()}
+    save_file(tensors | {"e": torch.tensor([-1])}, tmp_path / "a")
+    assert inspect_file(tmp_path / "a").nonfinite == ["a", "b"]

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sfumato.files.embedding_keys import embedding_key
-from sfumato.files.keys import read_layout
+from sfumato.files.embedding_keys import EmbeddingKey, embedding_key
+from sfumato.files.keys import describe_foreign, read_layout
 from sfumato.files.kinds import KIND_KEYS, ROLES, is_whole, kind_of, rank_of, weight_shape
 from sfumato.files.kohya import kohya_name, kohya_target
 
@@ -77,6 +77,58 @@ def test_a_checkpoints_own_weights_are_never_an_adapters():
     """`weight` after a dotted path is a U-Net's own tensor; after kohya's flat name it is IA3's."""
     assert not read_layout([f"unet.{PATH}.weight", f"{PATH}.bias", f"model.diffusion_model.{PATH}.weight"]).modules
     assert read_layout([f"lora_unet_{PATH.replace('.', '_')}.weight"]).kinds == {"IA3": 1}
+
+
+@pytest.mark.parametrize(
+    ("names", "what"),
+    [
+        (["model.diffusion_model.x"], "a full checkpoint"),
+        (["cond_stage_model.x", "a.b"], "a full checkpoint"),
+        (["conditioner.embedders.0"], "a full checkpoint"),
+        (["transformer.x.y"], "an adapter for a transformer model (Flux, SD 3 and the like)"),
+        (["lora_unet_joint_blocks_0"], "an adapter for a transformer model (Flux, SD 3 and the like)"),
+        (["lora_te3_x"], "an adapter for a transformer model (Flux, SD 3 and the like)"),
+        (["diffusion_model.layers.0.x"], "an adapter for a transformer model (Flux, SD 3 and the like)"),
+        (["conv_in.weight", "time_embedding.linear_1.weight"], "a whole U-Net"),
+        (["conv_in.weight", "a.b"], None),
+        (["decoder.conv_in.weight", "a.b"], "a VAE"),
+        (["text_model.embeddings.token_embedding.weight"], "a whole text encoder"),
+        (["clip_l", "clip_g"], "a textual inversion"),
+        (["emb_params"], "a textual inversion"),
+        (["a", "b", "c", "<d.e>"], "a textual inversion"),
+        (["a", "b", "c", "d", "e"], None),
+        (["a.b.c"], None),
+    ],
+)
+def test_what_is_no_adapter_is_named(names, what):
+    assert describe_foreign(names) == what
+
+
+@pytest.mark.parametrize(
+    ("name", "bundled", "key"),
+    [
+        ("clip_g", False, ("", "text_encoder_2")),
+        ("clip_l", True, ("", "text_encoder")),
+        ("string_to_token.*", False, ("", None)),
+        ("string_to_token.*", True, None),
+        ("<cat>", False, ("<cat>", "")),
+        ("<cat>", True, None),
+        ("easynegative-v1.1", False, ("easynegative-v1.1", "")),
+        ("a.b.c", False, None),
+        ("<a.b.c>", False, ("<a.b.c>", "")),
+        ("a.weight", False, None),
+        ("clip_l_out", False, None),
+        ("bundle_emb.cat", True, ("cat", "")),
+        ("bundle_emb.cat.clip_g", True, ("cat", "text_encoder_2")),
+        ("bundle_emb.cat.string_to_param.*", True, ("cat", "text_encoder")),
+        ("bundle_emb.cat.string_to_token.*", True, ("cat", None)),
+        ("bundle_emb.", True, None),
+        ("bundle_emb..clip_g", True, None),
+        ("bundle_emb.cat.other", True, None),
+    ],
+)
+def test_whose_vectors_a_name_says_they_are(name, bundled, key):
+    assert embedding_key(name, bundled=bundled) == (None if key is None else EmbeddingKey(*key))
 
 
 @given(st.sets(st.sampled_from(sorted(set(ROLES.values())))))

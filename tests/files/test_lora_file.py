@@ -7,6 +7,7 @@ from safetensors.torch import load_file, save_file
 from sfumato.errors import AdapterError
 from sfumato.files.lora_file import LoraModule, read_lora
 from sfumato.files.write import write_lora
+from tests.files.said import said
 
 KEY = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
 VALUE = KEY.replace("to_k", "to_v")
@@ -159,3 +160,21 @@ def test_from_scale_is_the_update_at_that_scale():
     module = LoraModule.from_scale(torch.ones(4, 2), torch.ones(3, 4), 0.25)
     assert module.alpha == 1.0
     assert module.delta().tolist() == [[1.0, 1.0]] * 3
+
+
+def test_what_is_no_lora_alone(tmp_path):
+    flat = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_"
+    pair = {f"{flat}k.lora_down.weight": torch.ones(2, 8), f"{flat}k.lora_up.weight": torch.ones(6, 2)}
+    path = tmp_path / "a.safetensors"
+    save_file(pair | {f"{flat}v.diff": torch.ones(6, 8)}, path)
+    assert said(read_lora, path) == (
+        "a.safetensors: the file holds difference in 1 modules of 2; wanted a LoRA. Convert it to a LoRA."
+    )
+    save_file(pair | {f"{flat}k.diff_b": torch.ones(6)}, path)
+    assert said(read_lora, path) == (
+        "a.safetensors: the file holds 1 changes of a bias as well; wanted a LoRA alone. Take another file."
+    )
+    save_file(pair | {"bundle_emb.<x>.clip_l": torch.ones(1, 768)}, path)
+    assert said(read_lora, path) == (
+        "a.safetensors: the file holds the vectors of 1 tokens as well; wanted a LoRA alone. Take another file."
+    )

@@ -2,12 +2,15 @@
 
 import copy
 import json
+import shutil
 
 import pytest
 import torch
 
 from sfumato.errors import AdapterError, FileError
-from sfumato.files import read_adapter
+from sfumato.files import inspect_file, read_adapter
+from sfumato.files.write_dotted import write_peft
+from tests.files.said import said
 
 TARGETS = ["attn1.to_q", "attn2.to_k", "to_out.0", "conv1", "proj_in", "conv_shortcut"]
 KINDS = {
@@ -173,3 +176,35 @@ def test_a_rotation_without_its_config_is_refused(tiny, tmp_path):
     save(tiny("pocket").parts["unet"], "OFT, exact", tmp_path / "a")
     with pytest.raises(AdapterError, match="wanted peft's folder"):
         read_adapter(tmp_path / "a" / "adapter_model.safetensors")
+
+
+def test_folders_of_peft_to_the_letter(two_modules, tmp_path):
+    place = write_peft(tmp_path / "a", two_modules, family="sd1")
+    config, weights = place / "adapter_config.json", place / "adapter_model.safetensors"
+    whole = config.read_text()
+    config.write_text(whole.replace("LORA", "VERA"))
+    assert said(read_adapter, place) == (
+        "a/adapter_config.json: peft_type is 'VERA'; read are LORA, LOHA, LOKR, OFT, BOFT, IA3. Merge it with peft "
+        "itself."
+    )
+    config.write_bytes(b"\xff")
+    assert said(read_adapter, place) == (
+        "a/adapter_config.json: the file cannot be read as text ('utf-8' codec can't decode byte 0xff in position 0: "
+        "invalid start byte). Save the adapter again."
+    )
+    config.write_text(" " * 1_000_001)
+    assert said(read_adapter, place) == (
+        "a/adapter_config.json: the file has more than 1,000,000 bytes. No config needs that; do not trust it."
+    )
+    config.write_text(whole + " " * (1_000_000 - len(whole)))
+    assert len(read_adapter(place).changes) == 2
+    weights.rename(place / "b.safetensors")
+    assert said(read_adapter, place) == (
+        "a: there is no adapter_model.safetensors beside adapter_config.json. Save with safe_serialization=True."
+    )
+    (place / "b.safetensors").rename(weights)
+    for part in ("unet", "text_encoder"):
+        shutil.copytree(place, tmp_path / "two" / part)
+    assert said(inspect_file, tmp_path / "two") == (
+        "two: the folder holds an adapter of each of unet, text_encoder. Name one of these folders."
+    )

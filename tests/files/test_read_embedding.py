@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 
 from sfumato.errors import AdapterError, FileError
 from sfumato.files import inspect_file, read_adapter, read_embedding
+from tests.files.said import said
 
 KEY = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
 LORA = {f"{KEY}.lora_down.weight": torch.ones(2, 8), f"{KEY}.lora_up.weight": torch.ones(6, 2)}
@@ -105,6 +106,32 @@ def test_what_is_no_textual_inversion_is_refused_in_one_line(tensors, what, tmp_
         read_embedding(write(tmp_path / "file.safetensors", tensors))
     assert str(error.value).startswith("file.safetensors: ")
     assert "\n" not in str(error.value)
+
+
+def test_what_is_no_textual_inversion(tmp_path):
+    def of(**tensors):
+        save_file(tensors, tmp_path / "a.safetensors")
+        return said(read_embedding, tmp_path / "a.safetensors")
+
+    name = " Name the .safetensors file of a textual inversion."
+    assert of(**{"first_stage_model.a.b": torch.ones(1)}) == f"a.safetensors: this is a full checkpoint.{name}"
+    assert of(**{"a.b.c": torch.ones(1), "x": torch.ones(1)}) == (
+        f"a.safetensors: this is not a textual inversion: 1 of 2 keys are not understood, first a.b.c.{name}"
+    )
+    limits = "wanted the vectors of a token, at most 75 of at most 4,096 values. Take the file from its source again."
+    assert of(x=torch.ones(76, 4)) == f"a.safetensors: x is [76, 4] in torch.float32; {limits}"
+    assert of(x=torch.ones(4097)) == f"a.safetensors: x is [4097] in torch.float32; {limits}"
+    assert of(x=torch.ones(1, 4, dtype=torch.int32)) == f"a.safetensors: x is [1, 4] in torch.int32; {limits}"
+    assert of(emb_params=torch.ones(1, 4), clip_l=torch.ones(1, 4)) == (
+        "a.safetensors: two tensors are vectors of a for text_encoder, the second emb_params. Take the file from its "
+        "source again."
+    )
+    assert of(clip_l=torch.ones(1, 768), clip_g=torch.ones(2, 1280)) == (
+        "a.safetensors: a token has 1 and 2 vectors; wanted as many for either encoder."
+    )
+    for shape, width in (((75, 4096), 4096), ((4096,), 4096)):
+        save_file({"x": torch.ones(*shape)}, tmp_path / "a.safetensors")
+        assert read_embedding(tmp_path / "a.safetensors").embeddings["x"]["text_encoder"].shape[1] == width
 
 
 def test_a_pickle_and_nan_are_refused(tmp_path):

@@ -5,12 +5,13 @@ import struct
 
 import pytest
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save, save_file
 
 from sfumato.errors import FileError
-from sfumato.files import read_header, read_tensors
+from sfumato.files import read_header, read_tensors, write_tensors
 from sfumato.files.header import DTYPE_BYTES, FLOATS
 from sfumato.files.read import DTYPES, read_copies
+from tests.files.said import said
 
 
 def test_every_dtype_of_the_header_is_torchs_of_that_size():
@@ -107,3 +108,16 @@ def test_copies_of_a_file_that_changed_or_holds_what_is_not_finite_are_refused(t
     path.unlink()
     with pytest.raises(FileError, match=r"could not be read \(No such file"):
         read_copies(header, ["w"], torch.float32)
+
+
+def test_what_cannot_be_mapped_or_has_no_numbers(tmp_path):
+    path = write_tensors(tmp_path / "a.safetensors", {"w": torch.ones(2)})
+    header = read_header(path)
+    path.unlink()
+    assert said(read_tensors, path, header=header).startswith("a.safetensors: the file could not be mapped (")
+    save_file({"v": torch.ones(1), "w": torch.tensor([1.0, float("nan")])}, path)
+    assert said(read_tensors, path) == (
+        "a.safetensors: 1 of 2 tensors hold NaN or Inf, first w. The training that wrote it diverged; use an earlier "
+        "save."
+    )
+    assert read_tensors(path, ["v"])["v"].tolist() == [1.0]

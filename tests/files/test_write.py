@@ -1,7 +1,9 @@
 """The one grammar: kohya names, one alpha, equal bytes, and metadata that other tools read."""
 
+import errno
 import hashlib
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -15,6 +17,11 @@ from sfumato.files.lora_file import LoraModule, read_lora
 from sfumato.files.metadata import METADATA_LIMIT, Description, describe, short_hash
 from sfumato.files.save import hashes, ordered, write_tensors
 from sfumato.files.write import one_alpha, write_lora
+from sfumato.files.write_difference import write_difference
+from sfumato.files.write_dotted import write_diffusers, write_peft
+from tests.files.said import TO_K, said
+
+NOTHING = "there are no modules to write; the adapter is attached to nothing."
 
 
 @pytest.fixture(autouse=True)
@@ -129,6 +136,71 @@ def test_a_failed_write_leaves_the_earlier_file(two_modules, tmp_path, monkeypat
         write_lora(path, two_modules, family="sd1", metadata={"a": "b"})
     assert path.read_bytes() == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_what_is_not_written(tmp_path, monkeypatch):
+    path = tmp_path / "a.safetensors"
+    assert said(write_tensors, path, {"w": torch.tensor(float("inf"))}) == (
+        "a.safetensors: w holds NaN or Inf, so the file was not written. Use an earlier save."
+    )
+    for value in (torch.ones(2, 0), torch.ones(1, dtype=torch.complex64)):
+        assert said(write_tensors, path, {"n" * 90: value}) == (
+            f"a.safetensors: {'n' * 80!r} ({value.dtype}, {list(value.shape)}) cannot be written; wanted a tensor that "
+            "is not empty, of a common dtype."
+        )
+    assert said(write_tensors, path, {}) == "a.safetensors: there are no tensors to write."
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert said(write_tensors, path, {"w": torch.ones(1)}) == (
+        "a.safetensors: the file could not be written (No space left on device). Make room or name another folder; an "
+        "earlier file of the name is untouched."
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lora_that_is_not_written(two_modules, tmp_path):
+    path, module = tmp_path / "a.safetensors", next(iter(two_modules.values()))
+    dotted = ".".join(TO_K)
+    for write in (write_lora, write_diffusers):
+        assert said(write, path, {}, family="sd1") == f"a.safetensors: {NOTHING}"
+    assert said(write_peft, tmp_path / "a", {}, family="sd1") == f"a: {NOTHING}"
+    assert said(write_difference, path, {}, family="sd1") == f"a.safetensors: {NOTHING}"
+    biased = {**two_modules, TO_K: replace(module, bias_delta=torch.ones(4))}
+    assert said(write_lora, path, biased, family="sd1") == (
+        f"a.safetensors: 1 of 2 modules change a bias, first {dotted}, which this grammar cannot hold. Write them for "
+        "diffusers or peft, or bake them into a checkpoint."
+    )
+    name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
+    broken = {TO_K: replace(module, up=module.up * float("nan"))}
+    assert said(write_lora, path, broken, family="sd1") == (
+        f"a.safetensors: {name}.lora_up holds NaN or Inf, so the file was not written. The training diverged; use an "
+        "earlier save."
+    )
+    large = {TO_K: replace(module, down=torch.full((2, 768), -7e4))}
+    assert said(write_lora, path, large, family="sd1", dtype=torch.float16) == (
+        f"a.safetensors: {name}.lora_down overflows float16 (largest value 7e+04). Save in fp32 or bf16."
+    )
+    assert said(write_lora, path, two_modules, family="sd1", metadata={"note": "x" * 100_000}).endswith(
+        " bytes, at most 100,000 are written; shorten note."
+    )
+    twice = {("text_encoder", f"{level}encoder.layers.0.mlp.fc1"): module for level in ("", "text_model.")}
+    one = "lora_te_text_model_encoder_layers_0_mlp_fc1"
+    assert said(write_lora, path, twice, family="sd1") == (
+        f"a.safetensors: two modules are both called {one} in the file; give each module once."
+    )
+    whole = write_difference(path, {TO_K: (torch.ones(2, 2), None)}, family="sd1", metadata={"ss_seed": "1"})
+    kept = {key: text for key, text in read_header(whole).metadata.items() if "hash" not in key}
+    assert kept.pop("sfumato.fingerprint")
+    assert kept == {"ss_seed": "1", "ss_network_module": "lycoris.kohya", "ss_network_args": '{"algo":"full"}'}
+    whole.unlink()
+    deltas = {target: (torch.ones(2, 2), None) for target in twice}
+    assert said(write_difference, path, deltas, family="sd1") == (
+        f"a.safetensors: two modules are both called {one} in the file; give each module once."
+    )
+    assert list(tmp_path.iterdir()) == []
 
 
 TENSORS = {

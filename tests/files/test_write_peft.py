@@ -1,5 +1,8 @@
 """diffusers' and peft's spellings, read back by ourselves, by diffusers and by peft."""
 
+import errno
+import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -10,8 +13,11 @@ from torch.testing import assert_close
 
 from sfumato.errors import AdapterError, FileError
 from sfumato.files.adapter_file import read_adapter
+from sfumato.files.header import read_header
+from sfumato.files.lora_file import LoraModule
 from sfumato.files.write_difference import write_difference
 from sfumato.files.write_dotted import write_diffusers, write_peft
+from tests.files.said import said
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl", "pocket"])
@@ -70,6 +76,63 @@ def test_a_folder_is_not_written_over_and_a_failure_leaves_none(two_modules, tmp
     next(iter(two_modules.values())).down[0, 0] = float("nan")
     with pytest.raises(FileError, match="holds NaN or Inf"):
         write_peft(tmp_path / "b", two_modules, family="sd1")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_peft_s_folder_to_the_letter(two_modules, tmp_path, monkeypatch):
+    (first, module), (second, other) = two_modules.items()
+    wider = replace(other, down=torch.ones(3, 768), up=torch.ones(4, 3), alpha=3.0, bias_delta=torch.ones(4))
+    third = ("unet", "down_blocks.0.resnets.0.conv1")
+    more = LoraModule(torch.ones(2, 4, 3, 3), torch.ones(8, 2, 1, 1), 2.0)
+    place = write_peft(tmp_path / "a", {first: module, second: wider, third: more}, family="sd1", metadata={"k": "v"})
+    text = (place / "adapter_config.json").read_text()
+    assert json.loads(text) == {
+        "peft_type": "LORA",
+        "task_type": None,
+        "auto_mapping": {
+            "base_model_class": "UNet2DConditionModel",
+            "parent_library": "diffusers.models.unets.unet_2d_condition",
+        },
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "r": 2,
+        "lora_alpha": 2,
+        "rank_pattern": {f"^{second[1]}": 3},
+        "alpha_pattern": {f"^{second[1]}": 3},
+        "target_modules": sorted([first[1], second[1], third[1]]),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "lora_bias": True,
+        "use_rslora": False,
+        "use_dora": False,
+    }
+    assert text == json.dumps(json.loads(text), indent=2, sort_keys=True) + "\n"
+    header = read_header(place / "adapter_model.safetensors")
+    assert set(header.metadata) == {"k", "sfumato.fingerprint"}
+    shapes = {name.removeprefix("base_model.model."): info.shape for name, info in header.tensors.items()}
+    assert shapes == {
+        f"{first[1]}.lora_A.weight": (2, 768),
+        f"{first[1]}.lora_B.weight": (4, 2),
+        f"{first[1]}.lora_B.bias": (4,),
+        f"{second[1]}.lora_A.weight": (3, 768),
+        f"{second[1]}.lora_B.weight": (4, 3),
+        f"{second[1]}.lora_B.bias": (4,),
+        f"{third[1]}.lora_A.weight": (2, 4, 3, 3),
+        f"{third[1]}.lora_B.weight": (8, 2, 1, 1),
+        f"{third[1]}.lora_B.bias": (8,),
+    }
+    assert said(write_peft, place, two_modules, family="sd1") == (
+        "a: exists already, and folders are not written over. Name another one."
+    )
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    assert said(write_peft, tmp_path / "b", two_modules, family="sd1") == (
+        "adapter_model.safetensors: the file could not be written (No space left on device). Make room or name another "
+        "folder; an earlier file of the name is untouched."
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 

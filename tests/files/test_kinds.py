@@ -1,0 +1,61 @@
+"""The tables of kinds: what roles and shapes tell of an adapter."""
+
+import pytest
+
+from sfumato.files.kinds import base_kind, is_whole, kind_of, rank_of, weight_shape
+
+
+@pytest.mark.parametrize(
+    ("roles", "kind", "whole"),
+    [
+        ("down up alpha", "LoRA", True),
+        ("down", "LoRA", False),
+        ("down up magnitude", "DoRA", True),
+        ("magnitude", "DoRA", False),
+        ("hada_w1_a peft_magnitude", "DoRA of LoHa", False),
+        ("oft_blocks", "OFT", True),
+        ("oft_r down", "LoRA + OFT", True),
+        ("bias", "difference", True),
+        ("alpha", "", True),
+    ],
+)
+def test_roles_make_a_kind(roles, kind, whole):
+    assert kind_of(roles.split()) == kind
+    assert is_whole(kind, roles.split()) is whole
+
+
+def test_four_dimensions_make_oft_boft():
+    assert [kind_of(["oft_blocks"], dimensions) for dimensions in (None, 3, 4)] == ["OFT", "OFT", "BOFT"]
+    assert is_whole("BOFT", ["oft_blocks"])
+    assert not is_whole("BOFT", ["boft_r"])
+    assert [base_kind(kind) for kind in ("DoRA", "DoRA of LoKr", "OFT")] == ["LoRA", "LoKr", "OFT"]
+
+
+@pytest.mark.parametrize(
+    ("shapes", "weight", "rank"),
+    [
+        ({"down": (2, 8), "up": (6, 2)}, (6, 8), 2),
+        ({"up": (6, 2)}, (6, None), None),
+        ({"down": (2, 8)}, (None, 8), 2),
+        ({"hada_w1_a": (6, 2), "hada_w1_b": (2, 8)}, (6, 8), 2),
+        ({"hada_w1_a": (2, 6), "hada_w1_b": (2, 8), "hada_t1": (2, 2, 3, 3)}, (6, 8), 2),
+        ({"lokr_w1": (2, 4), "lokr_w2": (3, 5)}, (6, 20), None),
+        ({"lokr_w1_a": (2, 1), "lokr_w1_b": (1, 4), "lokr_w2_a": (3, 7), "lokr_w2_b": (7, 5)}, (6, 20), 7),
+        ({"lokr_w1": (2, 4), "lokr_w2_a": (7, 3), "lokr_w2_b": (7, 5), "lokr_t2": (7, 7, 3, 3)}, (6, 20), 7),
+        ({"lokr_w1_a": (2, 1), "lokr_w1_b": (1, 4), "lokr_w2": (3, 5)}, (6, 20), 1),
+        ({"lokr_w1": (2, 4)}, (None, None), None),
+        ({"diff": (6, 8)}, (6, 8), None),
+        ({"set_weight": (6, 8, 3, 3)}, (6, 8), None),
+        ({"diff": (6,)}, (6, None), None),
+        ({"a1": (8, 2), "a2": (2, 8), "b1": (6, 2), "b2": (2, 8)}, (6, 8), 2),
+        ({"a1": (2, 8), "a2": (8, 2), "b1": (2, 8), "b2": (6, 2)}, (6, 8), 2),
+        ({"oft_blocks": (2, 3, 3)}, (6, None), 3),
+        ({"oft_blocks": (5, 2, 3, 3)}, (6, None), 3),
+        ({"oft_r": (2, 6)}, (None, None), 4),
+        ({"boft_r": (1, 2, 5, 5), "boft_s": (6,)}, (None, None), 5),
+        ({"down": (), "up": ()}, (None, None), None),
+    ],
+)
+def test_what_the_shapes_tell(shapes, weight, rank):
+    assert weight_shape(shapes) == weight
+    assert rank_of(shapes) == rank

@@ -1,0 +1,120 @@
+"""What a file says of itself: all that can be said of it, to the letter, and what is taken from it."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import sfumato
+from sfumato.files import read_header, write_tensors
+from sfumato.files.metadata import Description, count_tags, describe, moment, short_hash, trigger_words
+from tests.files.said import said
+
+
+def test_all_that_can_be_said_is_said(monkeypatch):
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+    description = Description(
+        **{"title": "line", "family": "sd2", "base": "base-2", "prediction_type": "v_prediction"},
+        **{"resolution": (512, 768), "images": 16, "steps": 400, "epochs": 25, "batch": 4, "seed": 7},
+        **{"learning_rate": 1e-4, "optimizer": "adamw", "trigger": ["zwx style", "b"], "started": 5.0},
+        **{"captions": ["a crab, ink", "ink, a crab ,"], "text": "of lines", "author": "somebody", "license": "cc0"},
+        **{"tags": ["line", "ink"], "usage_hint": "0.8", "config": {"rank": 4, "ä": None}, "dataset_sha256": "ab"},
+        parents=[{"name": "one", "weight": 0.5}, {"name": "two", "weight": 1}],
+        extra={"more": "x", "ss_seed": "8"},
+    )
+    assert describe(description) == {
+        "ss_v2": "True",
+        "ss_base_model_version": "sd_v2_v",
+        "ss_network_module": "networks.lora",
+        "ss_network_args": "{}",
+        "ss_output_name": "line",
+        "ss_sd_model_name": "base-2",
+        "ss_resolution": "(512, 768)",
+        "ss_num_train_images": "16",
+        "ss_steps": "400",
+        "ss_max_train_steps": "400",
+        "ss_num_epochs": "25",
+        "ss_total_batch_size": "4",
+        "ss_seed": "8",
+        "ss_learning_rate": "0.0001",
+        "ss_optimizer": "adamw",
+        "ss_training_started_at": "1700000000.0",
+        "ss_tag_frequency": '{"line":{"a crab":2,"ink":2}}',
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": "stable-diffusion-v2-768-v/lora",
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": "line",
+        "modelspec.resolution": "512x768",
+        "modelspec.description": "of lines",
+        "modelspec.author": "somebody",
+        "modelspec.date": "2023-11-14T22:13:20Z",
+        "modelspec.license": "cc0",
+        "modelspec.usage_hint": "0.8",
+        "modelspec.tags": "line, ink",
+        "modelspec.trigger_phrase": "zwx style, b",
+        "modelspec.prediction_type": "v",
+        "modelspec.merged_from": "one, two",
+        "sfumato.version": sfumato.__version__,
+        "sfumato.config": '{"rank":4,"ä":null}',
+        "sfumato.dataset_sha256": "ab",
+        "sfumato.trigger": '["zwx style","b"]',
+        "sfumato.parents": '[{"name":"one","weight":0.5},{"name":"two","weight":1}]',
+        "more": "x",
+    }
+    assert said(describe, replace(description, family="flux")) == (
+        "unknown family 'flux'; known are pocket, sd1, sd2, sdxl."
+    )
+    assert said(describe, replace(description, prediction_type="sample")) == (
+        "unknown prediction type 'sample'; known are epsilon, v_prediction."
+    )
+
+
+def test_little_that_can_be_said_is_said(monkeypatch):
+    monkeypatch.delenv("SOURCE_DATE_EPOCH", raising=False)
+    assert describe(Description("n", "sd1", started=86_400.5)) == {
+        "ss_v2": "False",
+        "ss_base_model_version": "sd_v1",
+        "ss_network_module": "networks.lora",
+        "ss_network_args": "{}",
+        "ss_output_name": "n",
+        "ss_training_started_at": "86400.5",
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": "stable-diffusion-v1/lora",
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": "n",
+        "modelspec.date": "1970-01-02T00:00:00Z",
+        "modelspec.prediction_type": "epsilon",
+        "sfumato.version": sfumato.__version__,
+    }
+    assert moment(5.0) == 5.0
+    monkeypatch.setattr("time.time", lambda: 7.0)
+    assert moment() == 7.0
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "x")
+    assert said(moment) == "SOURCE_DATE_EPOCH is 'x'; wanted whole seconds since 1970."
+
+
+def test_the_most_frequent_tags_first():
+    assert list(count_tags(["b, a", "b,,c ", "a,b"]).items()) == [("b", 3), ("a", 2), ("c", 1)]
+    assert len(count_tags([f"tag {n}" for n in range(300)])) == 200
+
+
+@pytest.mark.parametrize(
+    ("metadata", "words"),
+    [
+        ({}, []),
+        ({"sfumato.trigger": '["a, b"]', "modelspec.trigger_phrase": "c"}, ["a, b"]),
+        ({"sfumato.trigger": "[1]", "modelspec.trigger_phrase": "c , ,d"}, ["c", "d"]),
+        ({"sfumato.trigger": "{}", "modelspec.trigger_phrase": "c"}, ["c"]),
+        ({"sfumato.trigger": "[" * 100_000, "modelspec.trigger_phrase": "c"}, ["c"]),
+    ],
+)
+def test_words_that_call_it_up(metadata, words):
+    assert trigger_words(metadata) == words
+
+
+def test_a_stated_hash_is_taken_if_it_is_one(tmp_path):
+    stated = "0123456789abcdef" * 4
+    for text, taken in ((stated, True), (stated[:-1], False), (stated.upper(), False), (stated + "0", False)):
+        path = write_tensors(tmp_path / "a", {"w": torch.ones(1)}, {"sshs_model_hash": text})
+        assert (short_hash(path) == stated[:12]) is taken
+        assert (short_hash(str(path)) == short_hash(read_header(path))) is True

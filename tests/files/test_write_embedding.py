@@ -1,0 +1,54 @@
+"""Textual inversions as they are written, alone and bundled with an adapter, to the letter."""
+
+import torch
+from safetensors.torch import load_file
+
+from sfumato.files import read_header, write_tensors
+from sfumato.files.metadata import short_hash
+from sfumato.files.write import write_lora
+from sfumato.files.write_embedding import add_words, write_embedding
+from tests.files.said import said
+
+
+def test_words_to_the_letter(two_modules, tmp_path):
+    path = tmp_path / "a.safetensors"
+    one = {"text_encoder": torch.ones(2, 4)}
+    two = one | {"text_encoder_2": torch.ones(1, 6)}
+    assert said(write_embedding, path, "<x>", two) == (
+        "a.safetensors: <x> has {'text_encoder': [2, 4], 'text_encoder_2': [1, 6]}; wanted (vectors, width), as many "
+        "for each encoder."
+    )
+    assert said(write_embedding, path, "<x>", {"text_encoder_2": torch.ones(1, 6)}) == (
+        "a.safetensors: vectors for text_encoder_2; wanted text_encoder, or both of SDXL's."
+    )
+    assert said(write_embedding, path, "<x>", one, metadata={"note": "x" * 100_000}).endswith(
+        " bytes, at most 100,000 are written."
+    )
+    assert said(write_embedding, path, "<x>", {"text_encoder": torch.full((1, 4), float("nan"))}) == (
+        "a.safetensors: vectors hold NaN or Inf, so the file was not written. Use an earlier save."
+    )
+    metadata = {"ss_network_dim": "4", "ss_seed": "1", "modelspec.architecture": "stable-diffusion-v1/lora"}
+    header = read_header(write_embedding(path, "<x>", one, metadata=metadata))
+    assert list(header.tensors) == ["<x>"]
+    kept = {name: text for name, text in header.metadata.items() if "hash" not in name}
+    assert kept == {
+        "ss_seed": "1",
+        "modelspec.architecture": "stable-diffusion-v1/textual-inversion",
+        "sfumato.token": "<x>",
+        "sfumato.vectors": "2",
+    }
+    both = {"text_encoder": torch.ones(1, 4), "text_encoder_2": torch.ones(1, 6)}
+    assert set(read_header(write_embedding(path, "<x>", both)).tensors) == {"clip_l", "clip_g"}
+    assert said(add_words, write_lora(path, two_modules, family="sd1"), {"v1.5": one}) == (
+        "a.safetensors: v1.5 has a dot, with which it cannot be bundled. Write it into its own file."
+    )
+    add_words(path, {"<x>": one, "<y>": both})
+    names = {name for name in read_header(path).tensors if name.startswith("bundle_emb")}
+    assert names == {
+        "bundle_emb.<x>.string_to_param.*",
+        "bundle_emb.<y>.clip_l",
+        "bundle_emb.<y>.clip_g",
+    }
+    assert read_header(path).metadata["sshs_model_hash"][:12] == short_hash(
+        write_tensors(tmp_path / "b", load_file(path))
+    )
