@@ -1,5 +1,6 @@
 """A checkpoint exists whole or not at all: whatever is killed, full, forbidden or tampered with."""
 
+import errno
 import json
 import os
 import pickle
@@ -16,6 +17,7 @@ from sfumato.runs import checkpoints
 from sfumato.runs.checkpoints import Checkpoints
 from sfumato.runs.state import pack, unpack
 from tests.runs.faults import CALLS, ERRORS, failing
+from tests.runs.said import ONE, problem
 from tests.runs.small import Config, train
 
 STATE = {"weights": torch.arange(6.0).view(2, 3), "count": 3, "more": [{"a": torch.ones(2)}, (1, None, "x", True)]}
@@ -155,6 +157,59 @@ def test_a_canary_in_any_file_of_a_checkpoint_is_never_run(tmp_path):
     assert not (tmp_path / "sang").exists()
 
 
+def test_a_checkpoint_is_made_with_all_folders_above_it(tmp_path):
+    assert Checkpoints(tmp_path / "a/b/c").save(1, ONE) == tmp_path / "a/b/c/000001"
+
+
+def test_only_as_many_are_read_again_as_stay(tmp_path, monkeypatch):
+    """The one that was written has just been verified."""
+    store = Checkpoints(tmp_path, keep=2)
+    store.save(1, ONE)
+    store.save(2, ONE)
+    read = []
+    real = Checkpoints.problem
+    monkeypatch.setattr(Checkpoints, "problem", lambda store, step: read.append(step) or real(store, step))
+    store.save(3, ONE)
+    assert 3 not in read
+    assert store.steps() == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{", "its manifest is broken"),
+        ('{"format": 1, "step": 5, "files": {}}', "its manifest is broken"),
+        ('{"format": 3, "step": 5}', "its manifest is of format 3 and step 5"),
+        ('{"format": 1, "step": "' + "x" * 99 + '"}', f"its manifest is of format 1 and step '{'x' * 19}"),
+    ],
+)
+def test_why_one_is_passed_over(content, said, tmp_path):
+    store = Checkpoints(tmp_path)
+    store.save(5, ONE)
+    (tmp_path / "000005/manifest.json").write_text(content)
+    assert store.newest() == (None, [f"{tmp_path / '000005'} was passed over: {said}."])
+
+
+def test_a_changed_byte_and_a_lost_file_are_told_apart(tmp_path):
+    store = Checkpoints(tmp_path)
+    place = store.save(5, ONE)
+    state = (place / "state.json").read_text()
+    (place / "state.json").write_text(state.replace("a", "b"))
+    assert store.problem(5) == "state.json has another sha256 than what was written"
+    (place / "state.json").unlink()
+    assert store.problem(5) == "state.json is missing"
+    (place / "state.json").mkdir()
+    assert store.problem(5) == "not readable (Is a directory)"
+
+
+def test_a_made_up_state_says_what_is_wrong(tmp_path):
+    place = Checkpoints(tmp_path).save(4, {})
+    (place / "state.json").write_text('{"state": {"empty": [[2], "float32"]}, "tensors": []}')
+    assert problem(lambda: Checkpoints(tmp_path).load(4)) == (
+        f"{place} cannot be read (an empty tensor that is none). Remove it to resume from an earlier one."
+    )
+
+
 # The disk
 
 
@@ -198,6 +253,59 @@ def test_every_call_of_a_save_fails_in_turn_and_the_earlier_one_stays(call, tmp_
         else:
             pytest.fail("never came to an end")
     assert failures >= {"open": 9, "write": 9, "fsync": 9, "rename": 6, "mkdir": 3, "short": 3}[call]
+
+
+def test_why_a_checkpoint_could_not_be_written(tmp_path, monkeypatch):
+    store = Checkpoints(tmp_path)
+    size = (store.save(1, ONE) / "state.json").stat().st_size
+    with failing(monkeypatch, tmp_path, "short", 0):
+        assert problem(lambda: store.save(2, ONE)) == (
+            "the checkpoint of step 2 could not be written: it does not read back as written: "
+            f"state.json has {size // 2} bytes, {size} were written"
+        )
+    with failing(monkeypatch, tmp_path, "write", 1, errno.ENOSPC):
+        assert problem(lambda: store.save(2, ONE)) == (
+            "the checkpoint of step 2 could not be written: state.safetensors: the file could not be written (No space "
+            "left on device). Make room or name another folder; an earlier file of the name is untouched"
+        )
+    with failing(monkeypatch, tmp_path, "mkdir", 1, errno.EACCES):
+        assert problem(lambda: store.save(2, ONE)) == "the checkpoint of step 2 could not be written: Permission denied"
+    assert store.newest() == (1, [])
+
+
+@pytest.mark.parametrize("at", [0, 1, 2, 3])
+def test_a_step_that_is_saved_anew_is_the_old_one_or_the_new_one(at, tmp_path, monkeypatch):
+    """Whichever of the renames fails; the file inside has one of its own."""
+    store = Checkpoints(tmp_path)
+    store.save(1, ONE)
+    store.save(2, {"a": torch.zeros(3)})
+    with failing(monkeypatch, tmp_path, "rename", at) as faults:
+        try:
+            store.save(2, {"a": torch.full((3,), 2.0)})
+            value = 2
+        except RunError:
+            value = 0
+    assert (value == 2) is (faults.count <= at) is (at == 3)
+    assert store.newest() == (2, [])
+    assert store.load(2)["a"].tolist() == [value] * 3
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_what_cannot_be_removed_ends_no_save(tmp_path, monkeypatch):
+    def stuck(path, ignore_errors=False):
+        if ignore_errors is not True:
+            raise OSError(errno.EACCES, "Permission denied")
+
+    store = Checkpoints(tmp_path)
+    (tmp_path / ".000001.9.part").mkdir()
+    monkeypatch.setattr(checkpoints.shutil, "rmtree", stuck)
+    for step in (1, 2, 3):
+        store.save(step, ONE)
+    assert store.steps() == [1, 2, 3]
+    assert problem(lambda: store.drop_after(2)) == (
+        f"{tmp_path / '000003'} is of another course of this run and cannot be removed (Permission denied); remove it, "
+        "then resume."
+    )
 
 
 @pytest.mark.parametrize("call", ["open", "write", "fsync", "rename"])

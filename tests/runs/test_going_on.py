@@ -1,5 +1,6 @@
 """What a run does around its steps: space, checkpoints, starting anew, going on, letting go."""
 
+import errno
 import json
 import math
 from dataclasses import replace
@@ -17,12 +18,8 @@ from sfumato.runs.checkpoints import SPARE_BYTES, Checkpoints, bytes_of, require
 from sfumato.runs.health import Health
 from sfumato.runs.state import pack, unpack
 from sfumato.runs.step import Step
+from tests.runs.said import ONE, problem, start
 from tests.runs.small import Config, train
-
-
-def start(tmp_path, **options):
-    return Run.start(RunOptions(output=tmp_path / "run", **options), program="test")
-
 
 # Space
 
@@ -33,6 +30,30 @@ def test_the_reserve_is_beside_what_is_needed(monkeypatch, tmp_path):
     require_space(tmp_path, 1000)
     with pytest.raises(OSError, match="no space"):
         require_space(tmp_path, 1001)
+
+
+def test_too_little_room_is_said_in_mib(tmp_path, monkeypatch):
+    free = SimpleNamespace(free=SPARE_BYTES - 2**20)
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda folder: free if folder == tmp_path else None)
+    with pytest.raises(OSError, match="no space") as ended:
+        require_space(tmp_path, 3 * 2**20)
+    assert ended.value.errno == errno.ENOSPC
+    assert ended.value.strerror == f"no space: 67 MiB are needed and 63 MiB are free on the disk of {tmp_path}"
+
+
+def test_room_is_asked_for_in_the_folder_and_for_the_state(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(checkpoints, "require_space", lambda *given: asked.append(given))
+    Checkpoints(tmp_path / "c").save(1, ONE)
+    assert asked == [(tmp_path / "c", bytes_of(ONE))]
+
+
+@pytest.mark.parametrize("count", [1, 60])
+def test_the_room_is_what_is_taken(count, tmp_path):
+    state = {"optimizer": {number: {"exp_avg": torch.ones(200), "step": 5} for number in range(count)}}
+    place = Checkpoints(tmp_path).save(1, state)
+    taken = sum(file.stat().st_size for file in place.iterdir())
+    assert 0.75 * taken < bytes_of(state) < 1.25 * taken
 
 
 def test_before_the_start_there_is_room_for_all_that_stay_one_more_and_the_moments(tmp_path, monkeypatch):
@@ -46,6 +67,18 @@ def test_before_the_start_there_is_room_for_all_that_stay_one_more_and_the_momen
         step.done(loss=1.0)
     assert asked == [4 * state]
     run.close()
+
+
+def test_before_going_on_there_is_room_for_one_more(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(runs, "require_space", lambda *given: asked.append(given))
+    for resume in (False, True):
+        run = start(tmp_path, checkpoint_every=1, resume=resume)
+        for step in run.steps(3):
+            step.done(loss=1.0)
+        run.close()
+    size = bytes_of(run._state())
+    assert asked == [(tmp_path / "run", 3 * size), (tmp_path / "run", size)]
 
 
 # Checkpoints
@@ -97,6 +130,15 @@ def test_a_state_that_is_there_is_not_written_twice(tmp_path, monkeypatch):
     assert saved == [3]
 
 
+def test_each_step_may_be_a_checkpoint_and_none_need_be(tmp_path):
+    for every, steps in ((1, [0, 1, 2, 3]), (2, [0, 2, 3]), (0, []), (None, [])):
+        run = Run.start(RunOptions(output=tmp_path / str(every), checkpoint_every=every, keep=9), program="test")
+        for step in run.steps(3):
+            step.done(loss=1.0)
+        run.close()
+        assert Checkpoints(tmp_path / str(every) / "checkpoints").steps() == steps
+
+
 # Starting anew, and going on
 
 
@@ -134,6 +176,48 @@ def test_a_run_that_has_gone_back_once_remembers_it_when_it_goes_on(tmp_path):
     rates = []
     train(replace(config, resume=True), before=lambda step, model: rates.append(step.rate_factor))
     assert set(rates) == {0.5}
+
+
+def test_where_no_checkpoint_is_whole(tmp_path):
+    train(Config(output=tmp_path / "run", steps=2, checkpoint_every=1))
+    for step in (1, 2):
+        (tmp_path / f"run/checkpoints/00000{step}/state.json").write_text("")
+    size = json.loads((tmp_path / "run/checkpoints/000002/manifest.json").read_text())["files"]["state.json"]["bytes"]
+    assert problem(lambda: train(Config(output=tmp_path / "run", steps=2, checkpoint_every=1, resume=True))) == (
+        f"no checkpoint in {tmp_path / 'run'} is whole: {tmp_path / 'run/checkpoints/000002'} was passed over: "
+        f"state.json has 0 bytes, {size:,} were written. Bring one back from a copy, or begin anew with --overwrite."
+    )
+
+
+def test_a_checkpoint_of_another_program_s_parts(tmp_path):
+    run = start(tmp_path, checkpoint_every=1)
+    run.keep(a=nn.Linear(1, 1), b=nn.Linear(1, 1))
+    list(run.steps(1))
+    run.close()
+    run = start(tmp_path, checkpoint_every=1, resume=True)
+    run.keep(a=nn.Linear(1, 1), c=nn.Linear(1, 1))
+    assert problem(lambda: list(run.steps(2))) == (
+        "the checkpoint of step 1 has other parts than this training (b, c); resume it with the program that wrote it."
+    )
+
+
+def test_a_part_that_does_not_take_its_state(tmp_path):
+    class Part:
+        def state_dict(self):
+            return {}
+
+        def load_state_dict(self, state):
+            raise ValueError("no\n" * 300)
+
+    run = start(tmp_path, checkpoint_every=1)
+    run.keep(part=Part())
+    list(run.steps(1))
+    run.close()
+    run = start(tmp_path, checkpoint_every=1, resume=True)
+    run.keep(part=Part())
+    assert problem(lambda: list(run.steps(2))) == (
+        f"the checkpoint of step 1 does not fit: part: {('no ' * 300)[:200]}"
+    )
 
 
 def test_a_run_of_other_data_lets_the_folder_go_at_once(tmp_path):

@@ -6,10 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 from sfumato.errors import BaseModelError, FileError, RunError
 from sfumato.files import read_tensors
 from sfumato.runs.checkpoints import Checkpoints
+from tests.runs.said import Processes, lines, problem, start
 from tests.runs.small import Config, train
 
 BROKEN = [math.nan, math.inf, -math.inf]
@@ -102,6 +104,15 @@ def test_what_breaks_again_ends_with_a_diagnosis_and_without_a_file(tmp_path, ca
     assert steps == [1, 2, 3, 4, 5]
 
 
+def test_after_the_second_time_the_diagnosis_says_so(tmp_path):
+    config = Config(output=tmp_path / "run", checkpoint_every=4)
+    assert problem(lambda: train(config, loss_of=lambda number: math.nan if number >= 5 else 1.0)) == (
+        "step 8: loss, gradient_norm not finite, in 3 steps in a row, also with half the learning rate, so the "
+        "training is broken. Lower --learning-rate, use another --precision, or look at the pictures; "
+        f"{tmp_path / 'run/log.jsonl'} has the steps before."
+    )
+
+
 def test_without_a_checkpoint_to_go_back_to_it_ends(tmp_path):
     with pytest.raises(RunError, match=r"step 3: loss, gradient_norm not finite, in 3 steps in a row, so the training"):
         train(Config(output=tmp_path / "run", checkpoint_every=0), loss_of=lambda number: math.nan)
@@ -125,6 +136,23 @@ def test_a_state_that_is_not_finite_is_no_checkpoint(tmp_path):
         with pytest.raises(RunError, match="the state of step 2 is not finite"):
             store.save(2, {"a": torch.ones(3), "b": [torch.tensor([1.0, value])]})
     assert store.newest() == (1, [])
+
+
+def test_a_state_that_only_the_main_process_finds_broken_is_broken_for_all(tmp_path):
+    layer = nn.Linear(2, 2)
+    end = (
+        ", so the training is broken. Lower --learning-rate, use another --precision, or look at the pictures; "
+        f"{tmp_path / 'run/log.jsonl'} has the steps before."
+    )
+    other = Processes(main=False, others=1)
+    run = start(tmp_path, other, checkpoint_every=1)
+    assert problem(lambda: list(run.steps(3))) == f"the state of step 0 is not finite{end}"
+    main = Processes(main=True)
+    run = start(tmp_path, main, checkpoint_every=1)
+    run.keep(layer=layer)
+    layer.weight.data[0] = math.nan
+    assert problem(lambda: list(run.steps(3))) == f"the state of step 0 is not finite (/kept/layer/weight){end}"
+    assert main.asked == [1]
 
 
 def test_moments_that_overflow_send_the_run_back(tmp_path, capsys):
@@ -170,6 +198,14 @@ def test_a_measurement_that_is_not_finite_is_said_and_not_logged(value, tmp_path
     run.close()
     assert "step 3: fit not finite" in capsys.readouterr().err
     assert rows(tmp_path / "run") == [{"step": 3, "drift": 0.5}]
+
+
+def test_a_measurement_that_is_broken_is_said_with_its_step_if_there_is_one(tmp_path, capsys):
+    run = start(tmp_path)
+    run.log(step=3, fit=math.nan, drift=torch.tensor(math.inf))
+    run.log(fit=math.nan)
+    run.close()
+    assert lines(capsys) == ["step 3: fit, drift not finite", "step ?: fit not finite"]
 
 
 @pytest.mark.parametrize("value", BROKEN)

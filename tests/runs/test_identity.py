@@ -1,17 +1,24 @@
 """What makes a training another one, whose a folder is, and how both are said."""
 
+import errno
+import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+import sfumato
 from sfumato.config import to_toml
 from sfumato.errors import RunError
-from sfumato.options import RunOptions, TrainerOptions
+from sfumato.options import FolderOptions, RunOptions, TrainerOptions
+from sfumato.runs import Run, identity
 from sfumato.runs.folder import going_on
 from sfumato.runs.identity import differences, other_facts, read_facts, write_facts
 from sfumato.runs.lock import Lock
-from tests.runs.small import Config
+from tests.runs.said import lines, problem, start
+from tests.runs.small import Config, train
 
 # Facts
 
@@ -35,6 +42,32 @@ def test_facts_come_back(tmp_path):
     assert read_facts(tmp_path) == {}
     write_facts(tmp_path, {"data": "ä", "base": "b"})
     assert read_facts(tmp_path) == {"data": "ä", "base": "b"}
+
+
+def test_the_facts_of_a_run(tmp_path):
+    run = start(tmp_path)
+    run.identify(data="d")
+    run.close()
+    text = (tmp_path / "run/run.json").read_text()
+    found = json.loads(text)
+    assert found["sfumato"] == sfumato.__version__
+    assert found["torch"] == re.match(r"[\d.]+", torch.__version__)[0]
+    assert list(found) == ["program", "data", "processes", "sfumato", "torch", "diffusers", "transformers"]
+    assert text.startswith('{\n "program": "test",\n "data": "d",\n "processes": "1",\n ')
+    assert text.endswith('"\n}\n')
+
+
+def test_a_fact_that_cannot_be_written_stops_and_lets_the_folder_go(tmp_path, monkeypatch):
+    run = start(tmp_path)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(identity, "write_facts", full)
+    assert problem(lambda: run.identify(data="d")) == (
+        f"{tmp_path / 'run'}: No space left on device. Make room, or give another --output."
+    )
+    assert not run._lock.is_held
 
 
 # Config
@@ -64,6 +97,37 @@ def test_a_long_value_is_cut_and_comes_on_one_line(tmp_path):
     config = Config(output=Path("run"), data="a\n" * 100)
     folder_of(replace(config, data="b"), tmp_path)
     assert differences(tmp_path, config, "small") == [f"data b -> {('a ' * 100)[:80]}"]
+
+
+def test_every_change_is_shown_and_with_force_said(tmp_path, capsys):
+    config = Config(output=tmp_path / "run", steps=2)
+    train(config)
+    other = replace(config, resume=True, width=4, seed=1)
+    assert problem(lambda: train(other)) == (
+        f"{tmp_path / 'run'} was trained with another config: seed 0 -> 1; width 8 -> 4. Resume with the same, or with "
+        "--force."
+    )
+    (tmp_path / "run/config.toml").unlink()
+    assert problem(lambda: train(replace(config, resume=True))) == (
+        f"{tmp_path / 'run'} was trained with another config: config.toml is missing or broken. Resume with the same, "
+        "or with --force."
+    )
+    capsys.readouterr()
+    train(replace(config, resume=True, force=True))
+    assert lines(capsys)[:2] == [
+        "changed by --force: config.toml is missing or broken",
+        "resuming: there is no checkpoint yet, so from the beginning",
+    ]
+    assert [row["step"] for row in map(json.loads, (tmp_path / "run/log.jsonl").read_text().splitlines())] == [1, 2]
+
+
+def test_an_unset_value_is_shown_as_that(tmp_path):
+    config = Config(output=tmp_path / "run", steps=2)
+    train(config)
+    other = replace(config, resume=True, sample_prompts=("a\n" * 99,), name="n")
+    assert problem(lambda: train(other)).startswith(
+        f"{tmp_path / 'run'} was trained with another config: name unset -> n; sample_prompts [] -> ['a\\na\\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -116,3 +180,46 @@ def test_who_does_not_hold_a_folder_cannot_let_it_go(tmp_path):
     first.release()
     assert second.take() is None
     second.release()
+
+
+def test_a_folder_is_made_with_all_above_it(tmp_path):
+    Run.start(RunOptions(output=tmp_path / "a/b/run"), program="test").close()
+    assert (tmp_path / "a/b/run/config.toml").is_file()
+
+
+def test_where_no_folder_can_be(tmp_path):
+    (tmp_path / "file").write_text("")
+    place = tmp_path / "file/run"
+    assert problem(lambda: Run.start(RunOptions(output=place), program="test")) == (
+        f"{place} cannot be written (Not a directory); give another --output."
+    )
+    assert problem(lambda: Run.start(RunOptions(output=tmp_path / "file"), program="test")) == (
+        f"{tmp_path / 'file'} is a file; --output wants a folder of its own for the run."
+    )
+
+
+def test_what_the_folder_holds_decides(tmp_path):
+    assert going_on(FolderOptions(output=tmp_path)) is False
+    assert problem(lambda: going_on(FolderOptions(output=tmp_path, resume=True))) == (
+        f"there is no run to resume in {tmp_path}; without --resume one begins there."
+    )
+    (tmp_path / "samples").mkdir()
+    (tmp_path / f"{tmp_path.name}.safetensors").write_text("")
+    assert problem(lambda: going_on(FolderOptions(output=tmp_path))) == (
+        f"{tmp_path} holds samples, {tmp_path.name}.safetensors and no run; a run would write over that. Give an "
+        "--output of its own."
+    )
+    (tmp_path / "run.json").write_text("{}")
+    assert going_on(FolderOptions(output=tmp_path)) is False  # nothing to lose yet
+    (tmp_path / "log.jsonl").write_text("1")
+    assert problem(lambda: going_on(FolderOptions(output=tmp_path))) == (
+        f"{tmp_path} holds a run already; --resume goes on with it, --overwrite replaces it, or give another --output."
+    )
+    assert going_on(FolderOptions(output=tmp_path, overwrite=True)) is False
+    assert going_on(FolderOptions(output=tmp_path, resume=True)) is True
+
+
+def test_the_file_that_a_name_will_have_is_looked_at(tmp_path):
+    (tmp_path / "n.safetensors").write_text("")
+    assert going_on(RunOptions(output=tmp_path)) is False
+    assert "holds n.safetensors and no run" in problem(lambda: going_on(RunOptions(output=tmp_path, name="n")))

@@ -1,21 +1,28 @@
 """The log, the bar and the sheet of samples: what is shown of a training."""
 
+import io
 import json
+import re
 import signal
+import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from sfumato.options import RunOptions
-from sfumato.runs import Run, signals
+from sfumato.runs import Run, progress, signals
 from sfumato.runs import log as logs
+from sfumato.runs import samples as sheets
 from sfumato.runs.log import Log
 from sfumato.runs.progress import Progress
 from sfumato.runs.samples import Samples
 from sfumato.runs.signals import Stop
 from tests.runs.faults import failing
+from tests.runs.said import Processes, problem, start
 
 # Log
 
@@ -123,6 +130,40 @@ def test_cutting_keeps_the_step_and_forgets_what_came_after(log, monkeypatch):
     assert written(log) == wanted
 
 
+def test_rows_without_a_step_are_of_the_beginning(tmp_path):
+    log = Log(tmp_path / "log.jsonl")
+    for row in ({"note": 1}, {"step": 0, "a": 2}, {"step": 1, "a": 3}):
+        log.add(row)
+    log.cut(0)
+    assert log.rows() == [{"note": 1}, {"step": 0, "a": 2}]
+
+
+def test_what_is_no_row_ends_the_rows(tmp_path):
+    log = Log(tmp_path / "log.jsonl")
+    (tmp_path / "log.jsonl").write_text('{"step": 1}\n[2]\n{"step": 3}\n')
+    assert log.rows() == [{"step": 1}]
+
+
+def test_the_board_gets_each_number_at_its_step(tmp_path, monkeypatch):
+    given = []
+    board = SimpleNamespace(add_scalar=lambda *row: given.append(row), flush=lambda: given.append("flushed"))
+    monkeypatch.setattr(logs, "_board", lambda folder: board if folder == tmp_path else None)
+    log = Log(tmp_path / "log.jsonl", tensorboard=True)
+    log.add({"step": 3, "loss": torch.tensor(0.5), "rate": 0.1})
+    log.close()
+    assert sorted(map(str, given)) == ["('loss', 0.5, 3)", "('rate', 0.1, 3)", "flushed"]
+
+
+def test_tensorboard_is_opened_beside_the_log_or_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=lambda place: [place]))
+    assert logs._board(tmp_path) == [str(tmp_path / "tensorboard")]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert problem(lambda: start(tmp_path, tensorboard=True)) == (
+        "--tensorboard: the package is not installed; pip install 'sfumato[tensorboard]'."
+    )
+    start(tmp_path, Processes(main=False), tensorboard=True).close()
+
+
 # Progress
 
 
@@ -155,6 +196,46 @@ def test_of_several_processes_one_says_that_it_stops(quiet, monkeypatch):
         signal.raise_signal(signal.SIGTERM)
         assert stop.signal == signal.SIGTERM
     assert said == ([] if quiet else [2])
+
+
+def test_the_whole_bar_of_a_run_that_is_shown(tmp_path, capsys):
+    run = start(tmp_path)
+    for step in run.steps(2):
+        step.done(loss=torch.tensor(0.25, requires_grad=True))
+    run.close()
+    assert re.search(r"training: 100%.* 2/2 .*loss 0\.2500\]", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(("terminal", "pause_s"), [(True, 0.2), (False, 10.0)])
+def test_the_bar_is_one_of_a_terminal_or_of_a_log_file(terminal, pause_s, monkeypatch):
+    made = []
+    stream = io.StringIO()
+    stream.isatty = lambda: terminal
+    monkeypatch.setattr(progress, "sys", SimpleNamespace(stderr=stream))
+    monkeypatch.setattr(progress, "tqdm", lambda **options: made.append(options) or "bar")
+    assert Progress(shown=True).begin(7, 5) == "bar"
+    assert made == [
+        {
+            **{"total": 5, "initial": 5, "file": stream, "disable": False, "mininterval": pause_s},
+            **{"maxinterval": pause_s, "dynamic_ncols": True, "desc": "training", "unit": "step"},
+        }
+    ]
+    Progress(shown=False).begin(1, 5)
+    assert (made[1]["disable"], made[1]["initial"]) == (True, 1)
+
+
+def test_the_loss_is_written_without_drawing_the_bar_anew():
+    given = []
+    bar = Progress(shown=True)
+    bar.loss(4.0)  # before the loop there is no bar
+    bar._bar = SimpleNamespace(set_postfix_str=lambda *text, **how: given.append((text, how)))
+    bar.loss(2.0)
+    assert given == [(("loss 3.8000",), {"refresh": False})]
+
+
+def test_a_line_goes_to_stderr(capsys):
+    progress.say("a line")
+    assert capsys.readouterr() == ("", "a line\n")
 
 
 # Samples
@@ -209,6 +290,56 @@ def test_other_processes_draw_nothing(samples, tmp_path):
     samples(is_main=False).draw(0)
     assert samples.drawn == []
     assert not (tmp_path / "samples").exists()
+
+
+def test_the_sheet_has_a_row_a_step_and_a_column_a_prompt(tmp_path, monkeypatch):
+    made = []
+
+    def sheet(rows, **labels):
+        made.append(([[picture.mode for picture in row] for row in rows], labels))
+        return Image.new("RGB", (4, 4))
+
+    monkeypatch.setattr(sheets, "contact_sheet", sheet)
+    run = SimpleNamespace(folder=tmp_path, is_main=True, step=0)
+    drawn = sheets.Samples(run, None, ("a", "b"), 5, draw=lambda prompts, seeds: [Image.new("L", (4, 4))] * 2)
+    drawn.draw(0)
+    drawn.draw(60)
+    labels = {"row_labels": ["step 0", "step 60"], "column_labels": ["a", "b"]}
+    assert made[1] == ([["RGB", "RGB"], ["RGB", "RGB"]], labels)
+    assert (tmp_path / "samples.png").is_file()
+
+
+def test_samples_are_drawn_by_the_base_in_evaluation(tmp_path, monkeypatch):
+    from sfumato import drawing
+
+    layer, given = nn.Linear(1, 1), []
+
+    def draw(base, prompts, seeds):
+        given.append((base, prompts, seeds, layer.training))
+        return [Image.new("RGB", (4, 4), "red")]
+
+    monkeypatch.setattr(drawing, "draw", draw)
+    run = SimpleNamespace(folder=tmp_path, is_main=True, step=0)
+    base = SimpleNamespace(resting=SimpleNamespace(interrupted=nullcontext))
+    sheets.Samples(run, base, ["a"], 5, modules=[layer]).draw(0)
+    assert given == [(base, ["a"], [5], False)]
+    assert layer.training
+
+
+@pytest.mark.parametrize(
+    ("template", "trigger", "prompts"),
+    [
+        (None, None, ["one", "two", "{}", "{}"]),
+        (None, "zwx", ["one", "two", "{}, zwx", "{}, zwx"]),
+        ("{caption} in {trigger}", "zwx", ["one", "two", "{} in zwx", "{} in zwx"]),
+    ],
+)
+def test_samples_show_what_was_learned_and_what_was_not(template, trigger, prompts):
+    from sfumato.measure import UNRELATED
+
+    expected = [*prompts[:2], *(form.format(thing) for form, thing in zip(prompts[2:], UNRELATED, strict=False))]
+    assert sheets.default_prompts(["one", "two", "three"], template, trigger) == expected
+    assert sheets.default_prompts(["one", "one", "three"], template, trigger) == [expected[0], *expected[2:]]
 
 
 def test_several_processes_are_told_to_go_on_as_several(tmp_path, capsys):

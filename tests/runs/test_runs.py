@@ -1,5 +1,6 @@
 """The run folder: one line a step, nothing overwritten unasked, one run at a time, changes shown before they count."""
 
+import errno
 import json
 import multiprocessing
 import shutil
@@ -9,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from sfumato import runs
 from sfumato.errors import RunError
 from sfumato.files import read_tensors
 from sfumato.options import RunOptions
 from sfumato.runs import Run
+from tests.runs.said import lines, problem, start
 from tests.runs.small import Config, train
 
 
@@ -52,6 +55,34 @@ def test_looks_happen_at_both_ends_and_between(tmp_path):
     assert seen == [0, 4, 8, 10]
 
 
+def test_every_look_has_its_own_time_and_its_own_trouble(tmp_path, capsys):
+    seen = []
+
+    def odd(step):
+        if step:
+            raise OSError("odd")
+
+    run = start(tmp_path)
+    run.every(3, odd)
+    run.every(2, seen.append)
+    run.every(0, seen.append)
+    for step in run.steps(5):
+        step.done(loss=1.0)
+    run.close()
+    assert seen == [0, 2, 4, 5]
+    said = "no sample or measurement: odd. The training goes on."
+    assert [line for line in lines(capsys) if "sample" in line] == [f"step 3: {said}", f"step 5: {said}"]
+
+
+def test_a_first_look_that_fails_says_why(tmp_path):
+    def full(step):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    run = start(tmp_path)
+    run.every(3, full)
+    assert problem(lambda: list(run.steps(3))) == ("the first samples or measurements failed: No space left on device")
+
+
 def test_a_folder_that_holds_a_run_is_left_alone(tmp_path):
     first = train(Config(output=tmp_path / "run", width=4)).read_bytes()
     with pytest.raises(RunError, match=r"--resume goes on with it, --overwrite replaces it"):
@@ -83,6 +114,14 @@ def test_other_processes_write_nothing(tmp_path):
         step.done(loss=torch.tensor(1.0))
     run.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_now_is_the_source_date_or_now(monkeypatch):
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "5")
+    assert runs.now() == 5.0
+    monkeypatch.delenv("SOURCE_DATE_EPOCH")
+    monkeypatch.setattr("time.time", lambda: 7.5)
+    assert runs.now() == 7.5
 
 
 # Resuming

@@ -1,5 +1,6 @@
 """Ctrl-C and SIGTERM: the step is finished and saved, the way on is said; a second one stops now."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -11,6 +12,9 @@ import pytest
 
 from sfumato.files import read_tensors
 from sfumato.runs.checkpoints import Checkpoints
+from sfumato.runs.signals import Stop
+from tests.runs.faults import failing
+from tests.runs.said import Processes, lines, start
 from tests.runs.small import Config, train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -65,3 +69,53 @@ def test_handlers_are_what_they_were_when_the_loop_is_over(tmp_path):
     before = [signal.getsignal(number) for number, _ in CODES]
     train(Config(output=tmp_path / "run"))
     assert [signal.getsignal(number) for number, _ in CODES] == before
+
+
+def test_a_first_signal_is_remembered_and_a_second_ends():
+    with Stop(quiet=True) as stop:
+        stop._remember(signal.SIGTERM, None)
+        assert stop.signal == signal.SIGTERM
+        with pytest.raises(KeyboardInterrupt):
+            stop._remember(signal.SIGINT, None)
+        with pytest.raises(SystemExit) as ended:
+            stop._remember(signal.SIGTERM, None)
+        assert ended.value.code == 143
+    before = signal.getsignal(signal.SIGTERM)
+    with stop:
+        assert signal.getsignal(signal.SIGTERM) == stop._remember
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize("main", [True, False])
+def test_only_the_main_process_says_that_it_stops(main, tmp_path, capfd):
+    steps = start(tmp_path, Processes(main=main)).steps(3)
+    next(steps)
+    signal.raise_signal(signal.SIGINT)
+    with pytest.raises(SystemExit) as ended:
+        next(steps)
+    assert ended.value.code == 130
+    said = capfd.readouterr().err
+    assert ("\nstopping after this step and saving; once more to stop now\n" in said) is main
+    assert ("stopped after step 1 of 3, saved. Go on with: accelerate" in said) is main
+
+
+def test_one_process_is_told_to_go_on_as_one(tmp_path, capsys):
+    steps = start(tmp_path).steps(3)
+    next(steps)
+    signal.raise_signal(signal.SIGINT)
+    with pytest.raises(SystemExit):
+        next(steps)
+    assert lines(capsys)[-1] == (f"stopped after step 1 of 3, saved. Go on with: sfumato resume {tmp_path / 'run'}")
+
+
+def test_stopped_on_a_full_disk(tmp_path, monkeypatch, capsys):
+    run = start(tmp_path, checkpoint_every=0)
+    steps = run.steps(3)
+    next(steps)
+    signal.raise_signal(signal.SIGTERM)
+    with failing(monkeypatch, tmp_path / "run/checkpoints", "fsync", 0, errno.ENOSPC), pytest.raises(SystemExit):
+        next(steps)
+    assert lines(capsys)[-2:] == [
+        "the checkpoint of step 1 could not be written: No space left on device.",
+        "stopped after step 1 of 3; this step could not be saved.",
+    ]
