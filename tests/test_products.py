@@ -41,7 +41,9 @@ def learn(function, inputs, wanted):
     return y.detach(), found
 
 
-@pytest.mark.parametrize("wanted", [(True, False, False), (True, True, True), (False, True, False)])
+@pytest.mark.parametrize(
+    "wanted", [(True, False, False), (True, True, True), (False, True, False), (False, False, True)]
+)
 @pytest.mark.parametrize("shape", [(7, 24), (2, 5, 24), (2, 3, 4, 24)])
 def test_linear_layers_give_torchs_values_and_gradients(maker, shape, wanted):
     inputs = drawn(*shape), drawn(17, 24, seed=1), drawn(17, seed=2)

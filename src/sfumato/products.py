@@ -90,7 +90,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         or not _is_plain(x, weight)
     ):
         return F.linear(x, weight, bias)
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+    if torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in (x, weight, bias)):
         learned: Tensor = _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
         return learned
     return _times(x, weight, bias)
