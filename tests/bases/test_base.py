@@ -87,8 +87,8 @@ def test_encoding_is_the_vaes_scaled(sd1):
         encoded = sd1.pipe.vae.encode(pixels).latent_dist
     mean, deviation = sd1.base.encode_pixels(pixels)
     assert mean.shape == (1, 4, 8, 6)
-    assert torch.equal(mean, encoded.mean * 0.18215)
-    assert torch.equal(deviation, encoded.std * 0.18215)
+    torch.testing.assert_close(mean, encoded.mean * 0.18215)
+    torch.testing.assert_close(deviation, encoded.std * 0.18215)
 
 
 def test_a_shift_is_subtracted_from_the_mean_and_added_before_decoding(sd1):

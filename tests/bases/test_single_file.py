@@ -197,7 +197,7 @@ def test_a_vae_is_replaced_from_a_file_or_a_folder(sd1, tmp_path):
     digests = {sd1.base.fingerprint()}
     for source in ("whole.safetensors", "vae.safetensors", "vae"):
         base = load(sd1.folder, vae=tmp_path / source)
-        assert torch.equal(base.decode(latents), wanted)
+        torch.testing.assert_close(base.decode(latents), wanted)  # to rounding, as products are sfumato's
         assert torch.equal(prediction(base), prediction(sd1.base))
         digests.add(base.fingerprint())
     assert len(digests) == 4
