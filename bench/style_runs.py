@@ -25,6 +25,7 @@ from torch import Tensor
 
 from sfumato import Adapter, cli, compose, embedding
 from sfumato.bases import Base
+from sfumato.compose import adapter_guidance
 from sfumato.drawing import draw
 from sfumato.errors import RunError
 from sfumato.files.atomic import atomic_path, write_text
@@ -110,7 +111,7 @@ class Workshop:
         words: Sequence[Path] = (),
     ) -> Tensor:
         """(n, 3, h, w) uint8 pictures by `sfumato generate`'s settings, with these adapters, weights and words."""
-        told = [list(prompts), list(seeds), self._base_bytes()]
+        told = [list(prompts), list(seeds), self._base_bytes(), self.base.defaults.adapter_guidance]
         told += [[hashlib.sha256(path.read_bytes()).hexdigest(), weight] for path, weight in weights.items()]
         told += [hashlib.sha256(path.read_bytes()).hexdigest() for path in words]
 
@@ -120,7 +121,9 @@ class Workshop:
                 for path in words:
                     stack.enter_context(embedding.load(self.base, path))
                 if adapters:
-                    stack.enter_context(compose(self.base, *adapters))
+                    mix = stack.enter_context(compose(self.base, *adapters))
+                    to = self.base.defaults
+                    stack.enter_context(adapter_guidance(mix, to.adapter_guidance, guidance=to.guidance))
                 return self._draw(prompts, seeds)
 
         return self._kept(f"{name}-{_hash(told)}", make)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -44,7 +44,8 @@ class Config:
     x: str
     """What varies from left to right: prompt=a crab|an owl, seed=1,2,3, LABEL=0,0.5,1 for an adapter's weight,
     adapter=a.safetensors,runs/*.safetensors for one adapter after another, method=linear,ties,np-lora for the adapters
-    merged by each method as sfumato merge does it; also density (of a method), negative, steps, guidance, sampler."""
+    merged by each method as sfumato merge does it; also density (of a method), negative, steps, guidance,
+    adapter_guidance, sampler."""
     y: str
     """What varies from top to bottom, in the same form."""
     lora: tuple[str, ...] = ()
@@ -72,6 +73,8 @@ class Config:
     """Steps of the sampler; the family's default if unset."""
     guidance: float | None = None
     """How strongly the prompt is followed (CFG scale); the family's default if unset."""
+    adapter_guidance: float | None = None
+    """How often the adapters count, as for sfumato generate; the family's default if unset."""
     sampler: str | None = None
     """The sampler's name; the family's default if unset."""
     partial: bool = False
@@ -203,6 +206,7 @@ def _draw(
 
     mix: of all adapters; None where the cells have a method, which merges them for each batch.
     """
+    from sfumato.compose import adapter_guidance
     from sfumato.drawing import draw
 
     together: dict[str, list[tuple[int, int]]] = {}
@@ -212,22 +216,38 @@ def _draw(
         together.setdefault(json.dumps([shared, dict(cell.weights)], sort_keys=True), []).append(place)
     for group in together.values():
         cells = [rows[row][column] for column, row in group]
-        with _applied(base, mix, adapters, cells[0], partial=partial):
+        to = _filled(base, cells[0])
+        with (
+            _applied(base, mix, adapters, cells[0], partial=partial) as applied,
+            adapter_guidance(applied, to["adapter_guidance"], guidance=to["guidance"]),
+        ):
             pictures = draw(
                 base,
                 [cell.settings["prompt"] for cell in cells],
                 [cell.settings["seed"] for cell in cells],
-                scheduler=cells[0].settings["sampler"],
-                **{name: cells[0].settings[name] for name in ("negative", "steps", "guidance")},
+                scheduler=to["sampler"],
+                **{name: to[name] for name in ("negative", "steps", "guidance")},
             )
         yield from zip(group, pictures, strict=True)
 
 
-def _applied(base: Base, mix: Mix | None, adapters: Sequence[Adapter], cell: Cell, *, partial: bool) -> Any:
-    """A context in which the adapters are as the cell has them."""
+def _filled(base: Base, cell: Cell) -> dict[str, Any]:
+    """The cell's settings, with the family's defaults for those that are unset."""
+    defaults = {
+        "steps": base.defaults.sampling_steps,
+        "guidance": base.defaults.guidance,
+        "adapter_guidance": base.defaults.adapter_guidance,
+    }
+    return {**cell.settings, **{name: defaults[name] for name in defaults if cell.settings[name] is None}}
+
+
+def _applied(
+    base: Base, mix: Mix | None, adapters: Sequence[Adapter], cell: Cell, *, partial: bool
+) -> AbstractContextManager[Mix]:
+    """A context that gives the mix, with the adapters as the cell has them."""
     if mix is not None:
         mix.set_weights(dict(cell.weights))
-        return nullcontext()
+        return nullcontext(mix)
     from sfumato.compose.by_method import by_method
     from sfumato.merging.factors import Budget
     from sfumato.merging.methods import Settings
@@ -248,11 +268,8 @@ def _used(adapters: Sequence[Adapter], cell: Cell) -> tuple[Adapter, ...]:
 def _save(picture: Image, path: Path, base: Base, adapters: Sequence[Adapter], cell: Cell) -> None:
     from sfumato.drawn import sampler_label, save_drawn
 
-    defaults = base.defaults
     settings = {
-        **cell.settings,
-        "steps": cell.settings["steps"] or defaults.sampling_steps,
-        "guidance": defaults.guidance if cell.settings["guidance"] is None else cell.settings["guidance"],
+        **_filled(base, cell),
         "width": picture.width,
         "height": picture.height,
         "base": base.name,

@@ -143,7 +143,7 @@ def train(config: Config) -> Path:
     watched = {"drift": UNRELATED} if config.measure_every else {}
     measures = Measures(base, dataset, watched, pristine=lora.disabled, within=average.applied, modules=[lora])
     prompts = config.sample_prompts or default_prompts(dataset.captions, config.caption, config.trigger)
-    samples = Samples(run, base, prompts, config.seed, modules=[lora], within=average.applied)
+    samples = Samples(run, base, prompts, config.seed, modules=[lora], within=average.applied, adapters=lora)
 
     def export(step: int) -> None:
         if step and processes.is_main:

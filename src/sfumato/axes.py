@@ -19,6 +19,7 @@ PLAIN: dict[str, Callable[[str], Any]] = {
     "seed": int,
     "steps": int,
     "guidance": float,
+    "adapter_guidance": float,
     "sampler": str,
     "method": str,
     "density": float,
@@ -42,7 +43,15 @@ def checked_share(density: float) -> float:
     return density
 
 
+def checked_adapter_guidance(strength: float) -> float:
+    """How often adapters count. Raises ConfigError for what cannot be meant."""
+    if not 0 <= strength <= 20:
+        raise ConfigError(f"adapter guidance {strength:g}: wanted 0 to 20; 2 is usual, 0 is in both predictions.")
+    return strength
+
+
 CHECKS: dict[str, Callable[[Any], object]] = {
+    "adapter_guidance": checked_adapter_guidance,
     "sampler": find,
     "method": checked_method,
     "density": checked_share,

@@ -12,6 +12,7 @@ from PIL.Image import Image
 from sfumato.bases import Base
 from sfumato.compose import Mix
 from sfumato.compose.adapter import Adapter, Weight, weight_text
+from sfumato.compose.guided import adapter_guidance
 from sfumato.drawing import Start, draw_each
 from sfumato.drawn import used_in
 from sfumato.sheet import contact_sheet
@@ -44,8 +45,11 @@ class Desk:
         chosen = {name: self.settings[name] for name in names} | {"scheduler": self.settings["sampler"]}
         prompts, seeds = [prompt for prompt, _ in pictures], [seed for _, seed in pictures]
         asked = WhereWhen() if plain else self.where_when
-        guided = self.settings["guidance"] > 1  # as diffusers decides it
-        with applied(self.base, self.mix, asked, guided=guided, partial=self.partial):
+        guidance = self.settings["guidance"]
+        with (
+            adapter_guidance(self.mix, self.settings["adapter_guidance"], guidance=guidance),
+            applied(self.base, self.mix, asked, guided=guidance > 1, partial=self.partial),  # as diffusers decides it
+        ):
             yield from draw_each(
                 self.base, prompts, seeds, start=self.start, syntax=self.settings["prompt_syntax"], **chosen
             )

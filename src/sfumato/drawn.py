@@ -33,8 +33,8 @@ def save_drawn(
 ) -> None:
     """Write the picture with its settings as A1111 has them, and beside them as our own JSON, which loses nothing.
 
-    used: the adapters with their weights. settings: prompt, negative, seed, steps, guidance, width, height, base, vae,
-    clip_skip, strength and what else there is. sampler: A1111's "Sampler" and "Schedule type".
+    used: the adapters with their weights. settings: prompt, negative, seed, steps, guidance, adapter_guidance, width,
+    height, base, vae, clip_skip, strength and what else there is. sampler: A1111's "Sampler" and "Schedule type".
     """
     method = settings.get("method")
     hashes = {Path(adapter.path).stem: short_hash(adapter.path) for adapter in used}
@@ -53,6 +53,7 @@ def save_drawn(
         "Denoising strength": settings.get("strength"),
         "Clip skip": settings["clip_skip"] + 1 if settings["clip_skip"] else None,  # A1111 counts the last layer as 1
         "Merge method": method,
+        "Adapter guidance": f"{settings['adapter_guidance']:g}" if hashes and settings["adapter_guidance"] else None,
         "Lora hashes": pnginfo.lora_hashes(hashes) if hashes else None,
         "Version": f"sfumato-{sfumato.__version__}",
     }

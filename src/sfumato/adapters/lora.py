@@ -128,6 +128,21 @@ class Lora(nn.Module):
         finally:
             self._enabled = before
 
+    absent = disabled
+
+    @contextmanager
+    def counted(self, factor: float) -> Iterator[None]:
+        """Within the block the U-Net's updates are `factor` times what they are."""
+        layers = [layer for (part, _), layer in self.layers.items() if part == "unet"]
+        before = [layer.scale for layer in layers]
+        try:
+            for layer in layers:
+                layer.scale *= factor
+            yield
+        finally:
+            for layer, scale in zip(layers, before, strict=True):
+                layer.scale = scale
+
     def detach(self) -> None:
         """Take the hooks away; the model is the base for good."""
         for handle in self._handles:

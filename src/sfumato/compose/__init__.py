@@ -15,15 +15,17 @@ from typing import TYPE_CHECKING, Any
 from sfumato.compose.adapter import Adapter
 
 if TYPE_CHECKING:
+    from sfumato.compose.guided import adapter_guidance
     from sfumato.compose.mix import Mix, compose, current
 
-__all__ = ["Adapter", "Mix", "compose", "current"]
+__all__ = ["Adapter", "Mix", "adapter_guidance", "compose", "current"]
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'sfumato.compose' has no attribute {name!r}")
-    value = getattr(import_module("sfumato.compose.mix"), name)
+    module = "guided" if name == "adapter_guidance" else "mix"
+    value = getattr(import_module(f"sfumato.compose.{module}"), name)
     globals()[name] = value
     return value
 

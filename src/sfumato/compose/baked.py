@@ -78,6 +78,7 @@ class Baked:
         self.original: Tensor | None = None
         self.candidates: Sequence[Tensor] = ()
         self._written: Tensor | None = None
+        self._aside: Tensor | None = None
 
     @property
     def place(self) -> tuple[str, str, str]:
@@ -139,6 +140,22 @@ class Baked:
                 )
         self._written = _probe(weight)
 
+    @torch.no_grad()
+    def exchange(self) -> None:
+        """The original in the weight's place, which is put aside; at the next call the other way around.
+
+        Nothing is copied where the original has the weight's device and layout.
+        """
+        if not self.applied:
+            return
+        weight = self.weight
+        other = self._aside
+        if other is None or other.device != weight.device or other.dtype != weight.dtype:
+            other = self._kept(weight)
+            if other.stride() != weight.stride() or other.dtype != weight.dtype:
+                other = torch.empty_like(weight).copy_(other)
+        self._aside, weight.data = weight.data, other
+
     def _kept(self, weight: Tensor) -> Tensor:
         """The original on the weight's device; from the first call on something holds it."""
         if self.original is None:
@@ -164,6 +181,7 @@ class Baked:
         if self.original is not None and self._written is not None:
             self.weight.copy_(self.original)
         self.applied, self.original, self._written, self.candidates = (), None, None, ()
+        self._aside = None
 
 
 def _probe(weight: Tensor) -> Tensor:

@@ -40,6 +40,7 @@ class Live:
         self._device = device
         self._path: _Path | None = None
         self._handle: Any = None
+        self._absent = False
         # Keys and values of a caption are the same at every step, so what the adapters make of them is, too.
         self._of_caption = part == "unet" and path.endswith(("attn2.to_k", "attn2.to_v"))
         self._last: tuple[Tensor, int, Tensor] | None = None
@@ -88,6 +89,10 @@ class Live:
         if self._handle is None:
             self._handle = self.module.register_forward_hook(self._add)
 
+    def exchange(self) -> None:
+        """The layer without its path; at the next call with it again."""
+        self._absent = not self._absent
+
     def restore(self) -> None:
         """Take the path away."""
         self._silence()
@@ -107,7 +112,7 @@ class Live:
 
     def _add(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         path = self._path
-        if path is None:
+        if path is None or self._absent:
             return output
         x = inputs[0]
         keeps = self._of_caption and not (torch.is_grad_enabled() or torch.compiler.is_compiling() or x.is_inference())

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any, Self, get_args
@@ -87,6 +88,7 @@ class Mix:
         self._adapters: dict[str, Adapter] = {}
         self._weights: dict[str, Weight] = {}
         self._muted: frozenset[str] = frozenset()
+        self._factor = 1.0
         self._files: dict[str, AdapterFile] = {}
         self._skipped: dict[str, int] = {}
         self._undone = False
@@ -243,6 +245,40 @@ class Mix:
         self._change(self._weights, muted, muted ^ self._muted)
         return self
 
+    @contextmanager
+    def counted(self, factor: float) -> Iterator[Self]:
+        """Within the block the U-Net's weights are `factor` times what they are set to."""
+        before = self._factor
+        try:
+            self._count(factor)
+            yield self
+        finally:
+            self._count(before)
+
+    def _count(self, factor: float) -> None:
+        before, self._factor = self._factor, factor
+        try:
+            self._apply(self._weights, self._muted, self._of_unet())
+        except BaseException:
+            self._factor = before
+            raise
+
+    @contextmanager
+    def absent(self) -> Iterator[None]:
+        """Within the block the U-Net is the base's. Weights change places with their originals; nothing is computed."""
+        done: list[Site] = []
+        try:
+            for site in self._of_unet():
+                site.exchange()
+                done.append(site)
+            yield
+        finally:
+            for site in done:
+                site.exchange()
+
+    def _of_unet(self) -> list[Site]:
+        return [site for site in self._sites.values() if site.part == "unet"]
+
     def remove(self, *labels: str) -> Self:
         """Take adapters out of the mix; a weight that no adapter changes any more has the base's very bytes again."""
         self._check_open()
@@ -307,7 +343,7 @@ class Mix:
     def _apply(self, weights: Mapping[str, Weight], muted: frozenset[str], sites: Iterable[Site]) -> None:
         """Bring the sites to the weights; all of them, or none when it raises."""
         heard = {label: weight for label, weight in weights.items() if label not in muted}
-        wanted = [(site, _wanted(site, heard)) for site in sites]
+        wanted = [(site, _wanted(site, heard, self._factor)) for site in sites]
         todo = [(site, applied) for site, applied in wanted if applied != site.applied]
         live = [(site, applied) for site, applied in todo if isinstance(site, Live)]
         self._check_compiled(site for site, applied in live if site.rebuilds(applied))
@@ -358,8 +394,12 @@ class Mix:
                 raise AdapterError(f"no adapter of this mix is called {label!r}; it holds {known}.")
 
 
-def _wanted(site: Site, weights: Mapping[str, Weight]) -> Applied:
+def _wanted(site: Site, weights: Mapping[str, Weight], factor: float) -> Applied:
+    """factor: of all weights in the U-Net."""
+    factor = factor if site.part == "unet" else 1.0
     numbers = {
-        label: weight_at(weights[label], site.part, site.path) for label in sorted(site.effects) if label in weights
+        label: weight_at(weights[label], site.part, site.path) * factor
+        for label in sorted(site.effects)
+        if label in weights
     }
     return tuple((label, number) for label, number in numbers.items() if number != 0)

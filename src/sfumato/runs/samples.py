@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from sfumato.bases import Base
+    from sfumato.compose.guided import Adapters
     from sfumato.runs import Run
 
 Draw = Callable[[Sequence[str], Sequence[int]], list[Image.Image]]
@@ -30,7 +31,8 @@ class Samples:
         RUN/samples.png             all of them on one sheet
 
     modules: what is set to evaluation while drawing. within: a context to draw in, such as a running mean's `applied`.
-    draw: draws pictures for prompts and seeds, the base's own drawing by default. Only the main process draws.
+    adapters: what is drawn with the base's adapter guidance, as `sfumato generate` will draw with it. draw: draws
+    pictures for prompts and seeds, the base's own drawing by default. Only the main process draws.
     """
 
     def __init__(
@@ -41,10 +43,11 @@ class Samples:
         seed: int,
         modules: Sequence[nn.Module] = (),
         within: Callable[[], AbstractContextManager[object]] = nullcontext,
+        adapters: Adapters | None = None,
         draw: Draw | None = None,
     ):
         self._run, self._modules, self._within, self._seed = run, list(modules), within, seed
-        self._draw = draw or _drawing_of(base)
+        self._draw = draw or _drawing_of(base, adapters)
         self._folder = run.folder / "samples"
         self.prompts = list(prompts)
         if run.is_main:
@@ -93,11 +96,16 @@ class Samples:
                 shutil.rmtree(path)
 
 
-def _drawing_of(base: Base) -> Draw:
+def _drawing_of(base: Base, adapters: Adapters | None) -> Draw:
+    from sfumato.compose.guided import guided_by_base
     from sfumato.drawing import draw
 
     def drawing(prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
-        with base.resting.interrupted():
+        with base.resting.interrupted(), ExitStack() as stack:
+            if adapters is not None:
+                to = base.defaults
+                guided = guided_by_base(base.unet, adapters, to.adapter_guidance, guidance=to.guidance)
+                stack.enter_context(guided)
             return draw(base, prompts, seeds)
 
     return drawing

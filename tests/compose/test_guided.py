@@ -1,0 +1,136 @@
+"""Adapter guidance: the first half of a call is the base's, the second the mix's, and it all comes back."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from sfumato.bases import load_base
+from sfumato.compose import Adapter, adapter_guidance, compose
+from sfumato.compose.guided import first_half
+from sfumato.compose.steps import Ramp, over_steps
+from sfumato.drawing import draw
+from sfumato.errors import AdapterError
+from sfumato.precision import decide
+from tests.compose.conftest import weights_sha
+from tests.compose.test_per_picture import predict
+
+ROWS = [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("way", ["baked", "live"])
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_the_first_half_is_the_bases_and_the_second_counts_strength_by_guidance(family, way, request, write):
+    """2 / 4 of the weight 0.8 is 0.4; SDXL's further conditions are halved with the rest."""
+    pipe = request.getfixturevalue(family)
+    file = write("a", pipe, family=family)
+    without = predict(pipe, [0, 1])
+    with compose(pipe, Adapter(file, 0.4), way=way):
+        wanted = predict(pipe, [2, 3])
+    before = weights_sha(pipe)
+    with compose(pipe, Adapter(file, 0.8), way=way) as mix:
+        plain = predict(pipe, ROWS)
+        with adapter_guidance(mix, 2.0, guidance=4.0):
+            assert mix.weights["a"] == 0.8
+            assert torch.equal(predict(pipe, ROWS), torch.cat([without, wanted]))
+            assert torch.equal(predict(pipe, ROWS), torch.cat([without, wanted]))
+        assert torch.equal(predict(pipe, ROWS), plain)
+        assert not torch.allclose(plain[2:], wanted)
+    assert weights_sha(pipe) == before
+    assert "forward" not in vars(pipe.unet)
+
+
+@pytest.mark.parametrize(("strength", "guidance"), [(0.0, 3.0), (2.0, 1.0), (2.0, 0.0)])
+def test_without_strength_or_guidance_the_mix_stays_as_it_is(sd1, write, strength, guidance):
+    with compose(sd1, Adapter(write("a", sd1))) as mix:
+        plain = predict(sd1, ROWS)
+        with adapter_guidance(mix, strength, guidance=guidance):
+            assert torch.equal(predict(sd1, ROWS), plain)
+            predict(sd1, [0])  # one row a picture, as it is drawn without guidance
+
+
+def test_text_encoders_keep_their_weight(sd1, write):
+    """The text is encoded before there are halves."""
+    ids = torch.tensor([[1, 5, 9, 2]])
+    with compose(sd1, Adapter(write("a", sd1, "q_proj", "to_q"), 0.8)) as mix, torch.no_grad():
+        plain = sd1.text_encoder(ids)[0]
+        with adapter_guidance(mix, 2.0, guidance=4.0):
+            assert torch.equal(sd1.text_encoder(ids)[0], plain)
+
+
+def test_weights_may_change_within(sd1, write):
+    """A new weight within the block counts as the others do; a muted adapter leaves both halves to the base."""
+    file = write("a", sd1)
+    without = predict(sd1, ROWS)
+    with compose(sd1, Adapter(file, 0.3)):
+        wanted = predict(sd1, [2, 3])
+    with compose(sd1, Adapter(file, 0.8)) as mix, adapter_guidance(mix, 2.0, guidance=4.0):
+        mix.set(a=0.6)
+        assert_close(predict(sd1, ROWS), torch.cat([without[:2], wanted]), rtol=1e-5, atol=1e-6)
+        mix.mute()
+        assert_close(predict(sd1, ROWS), without, rtol=1e-5, atol=1e-6)
+        mix.unmute()
+        assert_close(predict(sd1, ROWS)[2:], wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_nothing_is_left_after_an_error_within(sd1, write):
+    before = weights_sha(sd1)
+    with compose(sd1, Adapter(write("a", sd1))) as mix:
+        plain = predict(sd1, ROWS)
+        with pytest.raises(AdapterError, match="3 rows, which are no two halves"), adapter_guidance(mix, 2, guidance=3):
+            predict(sd1, [0, 1, 2])
+        assert torch.equal(predict(sd1, ROWS), plain)
+        with pytest.raises(RuntimeError), adapter_guidance(mix, 2, guidance=3):
+            sd1.unet(torch.zeros(2, 1, 8, 8), torch.tensor(1), torch.zeros(2, 7, 5))
+        assert torch.equal(predict(sd1, ROWS), plain)
+    assert weights_sha(sd1) == before
+
+
+def test_what_cannot_be_meant_is_refused(sd1, write):
+    with compose(sd1, Adapter(write("a", sd1))) as mix:
+        with pytest.raises(AdapterError, match="wanted 0 or more"), adapter_guidance(mix, -1, guidance=3):
+            pass
+        sd1.unet.compile()
+        with pytest.raises(AdapterError, match="the unet is compiled"), adapter_guidance(mix, 2, guidance=3):
+            pass
+
+
+def test_a_forward_that_another_library_put_there_comes_back(sd1):
+    """As accelerate's, which moves weights to the device and away."""
+    own = sd1.unet.forward
+
+    def moving(*args, **options):
+        return own(*args, **options)
+
+    sd1.unet.forward = moving
+    plain = predict(sd1, ROWS)
+    with first_half(sd1.unet, nullcontext):
+        assert_close(predict(sd1, ROWS), plain, rtol=1e-5, atol=1e-6)
+    assert sd1.unet.forward is moving
+
+
+def test_pictures_are_those_of_two_unets(pocket_folder, write):
+    """A plain DDIM loop with the base's U-Net for the empty prompt and the mixed one for the prompt."""
+    base = load_base(str(pocket_folder), precision=decide("fp32", device="cpu"))
+    file = write("strong", base, "attn2.to_v", alpha=60.0, family="pocket")
+    pipe, text, empty = base.pipeline(), base.encode_text(["red square"]).hidden, base.unconditional(1).hidden
+    latents = torch.randn(
+        1, base.latent_channels, *[base.unet.config.sample_size] * 2, generator=torch.Generator().manual_seed(3)
+    )
+    pipe.scheduler.set_timesteps(3)
+    for timestep in pipe.scheduler.timesteps:
+        with torch.no_grad():
+            without = base.unet(latents, timestep, empty).sample
+            with compose(base, Adapter(file, 0.5)):
+                with_it = base.unet(latents, timestep, text).sample
+        latents = pipe.scheduler.step(without + 4 * (with_it - without), timestep, latents).prev_sample
+    with compose(base, Adapter(file, 1.0)) as mix, adapter_guidance(mix, 2.0, guidance=4.0):
+        drawn = pipe(
+            prompt_embeds=text, negative_prompt_embeds=empty, num_inference_steps=3, guidance_scale=4.0,
+            generator=torch.Generator().manual_seed(3), output_type="latent",
+        ).images  # fmt: skip
+        ramped = draw(base, "red square", 3, steps=3, guidance=4.0)[0]
+        with over_steps(mix, strong=Ramp((0, 1), (1, 1))):
+            assert draw(base, "red square", 3, steps=3, guidance=4.0)[0].tobytes() == ramped.tobytes()
+    assert_close(drawn, latents, rtol=1e-4, atol=1e-4)
