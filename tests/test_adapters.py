@@ -70,6 +70,19 @@ def test_disabled_and_detached_are_the_base_bit_for_bit(block):
     assert torch.equal(block.attn2["to_q"](x), before)
 
 
+def test_within_counted_the_updates_of_the_unet_are_so_many_times_what_they_are(block):
+    other = Block()
+    options = {"rank": 2, "alpha": 2.0}
+    lora = attach({"unet": select(block, r"to_q"), "text_encoder": select(other, r"to_q")}, **options).eval()
+    for layer in lora.layers.values():
+        nn.init.normal_(layer.up)
+    full = {key: delta.clone() for key, delta in lora.deltas().items()}
+    with lora.counted(0.25):
+        assert_close(lora.deltas()["unet", "attn2.to_q"], full["unet", "attn2.to_q"] * 0.25)
+        assert torch.equal(lora.deltas()["text_encoder", "attn2.to_q"], full["text_encoder", "attn2.to_q"])
+    assert all(torch.equal(delta, full[key]) for key, delta in lora.deltas().items())
+
+
 def test_a_layer_starts_alike_whatever_else_is_adapted(block):
     one = attach({"unet": select(block, "conv1")}, rank=2, alpha=2.0, seed=5)
     two = attach({"unet": select(block, "conv1|to_q")}, rank=2, alpha=2.0, seed=5)

@@ -5,7 +5,7 @@ import json
 import re
 import signal
 import sys
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -324,6 +324,44 @@ def test_samples_are_drawn_by_the_base_in_evaluation(tmp_path, monkeypatch):
     sheets.Samples(run, base, ["a"], 5, modules=[layer]).draw(0)
     assert given == [(base, ["a"], [5], False)]
     assert layer.training
+
+
+def test_samples_of_adapters_are_drawn_with_the_bases_adapter_guidance(tmp_path, monkeypatch):
+    """3 of guidance and 2 of strength: two thirds of the weight, in the second half of rows."""
+    from sfumato import drawing
+
+    seen = []
+
+    class Unet(nn.Module):
+        def forward(self, sample):
+            seen.append((sample.tolist(), told["factor"], told["absent"]))
+            return (sample,)
+
+    told = {"factor": 1.0, "absent": False}
+
+    @contextmanager
+    def now(**changes):
+        before = dict(told)
+        told.update(changes)
+        yield
+        told.update(before)
+
+    adapters = SimpleNamespace(counted=lambda factor: now(factor=factor), absent=lambda: now(absent=True))
+
+    def draw(base, prompts, seeds):
+        base.unet(torch.tensor([1.0, 2.0]))
+        return [Image.new("RGB", (4, 4), "red")]
+
+    monkeypatch.setattr(drawing, "draw", draw)
+    run = SimpleNamespace(folder=tmp_path, is_main=True, step=0)
+    base = SimpleNamespace(
+        resting=SimpleNamespace(interrupted=nullcontext),
+        unet=Unet(),
+        defaults=SimpleNamespace(adapter_guidance=2.0, guidance=3.0),
+    )
+    sheets.Samples(run, base, ["a"], 5, adapters=adapters).draw(0)
+    assert seen == [([1.0], 2 / 3, True), ([2.0], 2 / 3, False)]
+    assert told == {"factor": 1.0, "absent": False}
 
 
 @pytest.mark.parametrize(
