@@ -111,7 +111,7 @@ class Workshop:
         words: Sequence[Path] = (),
     ) -> Tensor:
         """(n, 3, h, w) uint8 pictures by `sfumato generate`'s settings, with these adapters, weights and words."""
-        told = [list(prompts), list(seeds), self._base_bytes(), self.base.defaults.adapter_guidance]
+        told = [list(prompts), list(seeds), self._base_bytes()]
         told += [[hashlib.sha256(path.read_bytes()).hexdigest(), weight] for path, weight in weights.items()]
         told += [hashlib.sha256(path.read_bytes()).hexdigest() for path in words]
 
@@ -122,8 +122,7 @@ class Workshop:
                     stack.enter_context(embedding.load(self.base, path))
                 if adapters:
                     mix = stack.enter_context(compose(self.base, *adapters))
-                    to = self.base.defaults
-                    stack.enter_context(adapter_guidance(mix, to.adapter_guidance, guidance=to.guidance))
+                    stack.enter_context(adapter_guidance(mix, guidance=self.base.defaults.guidance))
                 return self._draw(prompts, seeds)
 
         return self._kept(f"{name}-{_hash(told)}", make)

@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from sfumato.axes import checked_adapter_guidance
 from sfumato.cli import run
 from sfumato.compose.adapter import Adapter, Weight
 from sfumato.config import parse
 from sfumato.errors import ConfigError
 from sfumato.prompts import split_tags
-from sfumato.specs import in_blocks, parse_adapter, parse_sweep, with_tags
+from sfumato.specs import in_blocks, parse_adapter, parse_strengths, parse_sweep, with_tags
 from sfumato.where_when import Spot, WhereWhen, parse_region, parse_steps
 
 if TYPE_CHECKING:
@@ -83,11 +82,10 @@ class Config:
     """Steps of the sampler; the family's default if unset."""
     guidance: float | None = None
     """How strongly the prompt is followed (CFG scale); the family's default if unset."""
-    adapter_guidance: float | None = None
-    """How often the adapters' change of the U-Net counts: they are in the prediction for the prompt alone, and guidance
-    multiplies what they change there, so that less of their weight draws more of a style and fewer mistakes. 0: in both
-    predictions, as other programs have them. Unset: the family's default, 2 for pocket and 0 for the others, and with
-    --region."""
+    adapter_guidance: tuple[str, ...] = ()
+    """2, or LABEL=2 for one adapter: how often its change of the U-Net counts. It is in the prediction for the prompt
+    alone, and guidance multiplies what it changes there, so that less weight draws more of a style and fewer mistakes.
+    0: in both predictions, as other programs have it. Unset: what the file asks for (ours of styles: 2), else 0."""
     size: str | None = None
     """Pixels, WIDTHxHEIGHT or one number for a square; what the base was trained on if unset."""
     sampler: str | None = None
@@ -115,14 +113,15 @@ class Plan:
     """What a config asks for, checked before anything heavy is loaded.
 
     pictures: (prompt, seed) of each, prompts without their tags. tagged: the adapters' weights for each picture whose
-    prompt has tags, by label, else None. embeddings: (token, file) of new words. size: (width, height) in pixels or
-    unset. files: one for each picture, or the sheet's alone. sweep: (label, weights). where_when: regions, whose
-    adapters are not in `adapters`, and weights by step.
+    prompt has tags, by label, else None. strengths: adapter guidance that was asked for, by label. embeddings: (token,
+    file) of new words. size: (width, height) in pixels or unset. files: one for each picture, or the sheet's alone.
+    sweep: (label, weights). where_when: regions, whose adapters are not in `adapters`, and weights by step.
     """
 
     pictures: tuple[tuple[str, int], ...]
     tagged: tuple[dict[str, Weight] | None, ...]
     adapters: tuple[Adapter, ...]
+    strengths: Mapping[str, float]
     embeddings: tuple[tuple[str | None, Path], ...]
     size: tuple[int, int] | None
     files: tuple[Path, ...]
@@ -140,8 +139,6 @@ def plan(config: Config) -> Plan:
             raise ConfigError(f"--{name} {value}: wanted at least 1.")
     if config.guidance is not None and not 0 <= config.guidance <= 100:
         raise ConfigError(f"--guidance {config.guidance:g}: wanted 0 to 100; 3 to 9 is usual.")
-    if config.adapter_guidance is not None:
-        checked_adapter_guidance(config.adapter_guidance)
     if config.sampler is not None:
         from sfumato import schedulers
 
@@ -153,12 +150,13 @@ def plan(config: Config) -> Plan:
     spots = tuple(parse_region(text, given) for text in config.region)
     regional = {each.label for spot in spots for each in spot.adapters}
     if spots and config.adapter_guidance:
-        raise ConfigError("--adapter-guidance and --region do not go together: in a place adapters are in both halves.")
+        raise ConfigError("--adapter-guidance and --region do not go together: regions are in both predictions.")
     if twice := [name for found in split for name, _ in found.adapters if name in regional]:
         raise ConfigError(f"<lora:{twice[0]}:...>: this adapter has a --region; name it with --lora alone.")
     everywhere = [each for each in given if each.label not in regional]
     where_when = _where_when(config, spots, [each.label for each in everywhere])
     adapters, weights = with_tags(everywhere, split, config.lora_folder)
+    strengths = parse_strengths(config.adapter_guidance, [adapter.label for adapter in adapters])
     tagged = tuple(weight for weight in weights for _ in seeds)
     sweep = None if config.sweep is None else parse_sweep(config.sweep, [adapter.label for adapter in adapters])
     if sweep and any(tagged):
@@ -178,7 +176,7 @@ def plan(config: Config) -> Plan:
             raise ConfigError(f"{file}: there is no such picture.")
     embeddings = tuple(_embedding(spec) for spec in config.embedding)
     files = _files(config, pictures, sweep is not None or config.before_after)
-    return Plan(pictures, tagged, adapters, embeddings, _size(config.size), files, sweep, where_when)
+    return Plan(pictures, tagged, adapters, strengths, embeddings, _size(config.size), files, sweep, where_when)
 
 
 def _where_when(config: Config, spots: tuple[Spot, ...], labels: Sequence[str]) -> WhereWhen:
@@ -292,6 +290,8 @@ def generate(config: Config) -> tuple[Path, ...]:
             stack.enter_context(words).check([prompt for prompt, _ in wanted.pictures])
         for label, count in mix.skipped.items():
             print(f"{label}: {count} modules left out (--partial).", file=sys.stderr)
+        strengths = {} if wanted.where_when.spots else {**mix.strengths, **wanted.strengths}
+        settings["adapter_guidance"] = {label: strength for label, strength in strengths.items() if strength}
         start, pictures = _start(config), wanted.pictures
         desk = Desk(base, mix, pictures, wanted.tagged, settings, start, wanted.where_when, config.partial)
         if wanted.sweep:
@@ -312,12 +312,10 @@ def _settings(config: Config, wanted: Plan, base: Base) -> dict[str, Any]:
     """What every picture of this call shares, defaults filled in."""
     defaults = base.defaults
     width, height = wanted.size or (defaults.resolution, defaults.resolution)
-    strength = defaults.adapter_guidance if config.adapter_guidance is None else config.adapter_guidance
     return {
         "negative": config.negative,
         "steps": config.steps or defaults.sampling_steps,
         "guidance": defaults.guidance if config.guidance is None else config.guidance,
-        "adapter_guidance": 0.0 if wanted.where_when.spots else strength,
         "width": width,
         "height": height,
         "sampler": config.sampler,

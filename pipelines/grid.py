@@ -74,7 +74,7 @@ class Config:
     guidance: float | None = None
     """How strongly the prompt is followed (CFG scale); the family's default if unset."""
     adapter_guidance: float | None = None
-    """How often the adapters count, as for sfumato generate; the family's default if unset."""
+    """How often the adapters count, as for sfumato generate; what each file asks for if unset."""
     sampler: str | None = None
     """The sampler's name; the family's default if unset."""
     partial: bool = False
@@ -185,8 +185,8 @@ def draw_grid(config: Config) -> Path:
     with nullcontext() if is_merged else compose(base, *adapters, partial=config.partial) as mix:
         for cells in coarse_to_fine(len(x.values), len(y.values)):
             missing = [place for place in cells if not paths[place].exists()]
-            for place, picture in _draw(base, mix, adapters, rows, missing, partial=config.partial):
-                _save(picture, paths[place], base, adapters, rows[place[1]][place[0]])
+            for place, picture, strengths in _draw(base, mix, adapters, rows, missing, partial=config.partial):
+                _save(picture, paths[place], base, adapters, rows[place[1]][place[0]], strengths)
             _write_sheet(config, x, y, rows, paths)
             there = sum(path.exists() for path in paths.values())
             print(f"{there} of {len(paths)} pictures", file=sys.stderr)
@@ -201,12 +201,12 @@ def _draw(
     places: Sequence[tuple[int, int]],
     *,
     partial: bool,
-) -> Iterator[tuple[tuple[int, int], Image]]:
-    """The pictures of the cells; those that differ in prompt and seed alone are drawn in one batch.
+) -> Iterator[tuple[tuple[int, int], Image, Mapping[str, float]]]:
+    """The pictures of the cells, and their adapter guidance; those that differ in prompt and seed alone in one batch.
 
     mix: of all adapters; None where the cells have a method, which merges them for each batch.
     """
-    from sfumato.compose import adapter_guidance
+    from sfumato.compose.guided import adapter_guidance, strengths_of
     from sfumato.drawing import draw
 
     together: dict[str, list[tuple[int, int]]] = {}
@@ -228,16 +228,14 @@ def _draw(
                 scheduler=to["sampler"],
                 **{name: to[name] for name in ("negative", "steps", "guidance")},
             )
-        yield from zip(group, pictures, strict=True)
+            strengths = strengths_of(applied, to["adapter_guidance"])
+        for place, picture in zip(group, pictures, strict=True):
+            yield place, picture, strengths
 
 
 def _filled(base: Base, cell: Cell) -> dict[str, Any]:
     """The cell's settings, with the family's defaults for those that are unset."""
-    defaults = {
-        "steps": base.defaults.sampling_steps,
-        "guidance": base.defaults.guidance,
-        "adapter_guidance": base.defaults.adapter_guidance,
-    }
+    defaults = {"steps": base.defaults.sampling_steps, "guidance": base.defaults.guidance}
     return {**cell.settings, **{name: defaults[name] for name in defaults if cell.settings[name] is None}}
 
 
@@ -265,11 +263,14 @@ def _used(adapters: Sequence[Adapter], cell: Cell) -> tuple[Adapter, ...]:
     return tuple(Adapter(each.path, cell.weights[each.label], each.label) for each in adapters)
 
 
-def _save(picture: Image, path: Path, base: Base, adapters: Sequence[Adapter], cell: Cell) -> None:
+def _save(
+    picture: Image, path: Path, base: Base, adapters: Sequence[Adapter], cell: Cell, strengths: Mapping[str, float]
+) -> None:
     from sfumato.drawn import sampler_label, save_drawn
 
     settings = {
         **_filled(base, cell),
+        "adapter_guidance": strengths,
         "width": picture.width,
         "height": picture.height,
         "base": base.name,

@@ -116,7 +116,7 @@ def draw_sheet(config: Config, style: Path, subject: Path, path: Path) -> Path:
     with compose(base, Adapter(style, name="A"), Adapter(subject, name="B")) as mix:
         for a, b in weights.values():
             mix.set(A=a, B=b)
-            with adapter_guidance(mix, base.defaults.adapter_guidance, guidance=base.defaults.guidance):
+            with adapter_guidance(mix, guidance=base.defaults.guidance):
                 rows.append(draw(base, prompts, seeds))
     sheet = contact_sheet(rows, row_labels=list(weights), column_labels=prompts)
     with atomic_path(path) as temporary:

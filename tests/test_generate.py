@@ -68,19 +68,20 @@ def generate(base_folder, loras, tmp_path, monkeypatch, capsys):
 
 
 def test_two_adapters_and_a_seed_make_the_picture_that_the_library_makes(generate, base, loras):
-    words = ["a cat", "--lora", "line.safetensors:0.8", "--lora", "otter.safetensors:0.6", "--seed", "7"]
+    words = ["a cat", "--lora", "line.safetensors:0.8", "--lora", "o=otter.safetensors:0.6", "--seed", "7"]
     code, out, _ = generate(*words, "-o", "cat.png")
     assert (code, out) == (0, "cat.png\n")
-    assert generate(*words, "--adapter-guidance", "0", "-o", "plain.png")[0] == 0
+    assert generate(*words, "--adapter-guidance", "2", "--adapter-guidance", "o=0", "-o", "guided.png")[0] == 0
     with compose(base, Adapter(loras / "line.safetensors", 0.8), Adapter(loras / "otter.safetensors", 0.6)) as mix:
-        plain = draw(base, "a cat", 7, steps=2)[0]
-        with adapter_guidance(mix, 2.0, guidance=3.0):  # the family's defaults
-            expected = draw(base, "a cat", 7, steps=2)[0]
+        expected = draw(base, "a cat", 7, steps=2)[0]
+        with adapter_guidance(mix, {"line": 2.0}, guidance=3.0):
+            guided = draw(base, "a cat", 7, steps=2)[0]
     assert np.array_equal(pixels("cat.png"), np.asarray(expected))
-    assert np.array_equal(pixels("plain.png"), np.asarray(plain))
-    assert not np.array_equal(np.asarray(expected), np.asarray(plain))
-    assert read_picture_info(Path("cat.png")).own["adapter_guidance"] == 2.0
-    assert "Adapter guidance" not in dict(read_picture_info(Path("plain.png")).parameters.settings)
+    assert np.array_equal(pixels("guided.png"), np.asarray(guided))
+    assert not np.array_equal(np.asarray(expected), np.asarray(guided))
+    assert read_picture_info(Path("guided.png")).own["adapter_guidance"] == {"line": 2.0}
+    assert dict(read_picture_info(Path("guided.png")).parameters.settings)["Adapter guidance"] == "line: 2"
+    assert "Adapter guidance" not in dict(read_picture_info(Path("cat.png")).parameters.settings)
     assert not np.array_equal(np.asarray(expected), np.asarray(draw(base, "a cat", 7, steps=2)[0]))
 
 
@@ -101,7 +102,6 @@ def test_the_settings_come_back_out_of_the_picture(generate):
         "CFG scale": "2.5",
         "Seed": "7",
         "Size": "64x64",
-        "Adapter guidance": "2",
         "Lora hashes": f"line: {hashes['line']}, otter: {hashes['otter']}",
     }
     own = info.own
@@ -238,7 +238,7 @@ def test_weights_by_step_are_those_of_the_library(generate, base, loras):
     assert generate(*words, "--over-steps", "line=0-0.4", "-o", "span.png")[0] == 0
     assert generate(*words, "--switch", "1", "-o", "turns.png")[0] == 0
     line, otter = Adapter(loras / "line.safetensors", 0.8), Adapter(loras / "otter.safetensors", 0.6)
-    with compose(base, line, otter, way="live") as mix, adapter_guidance(mix, 2.0, guidance=3.0):
+    with compose(base, line, otter, way="live") as mix:
         plain = np.asarray(draw(base, "a cat", 7, steps=2)[0], dtype=int)
         with over_steps(mix, line=Ramp((0, 1), (0.9, 0))):
             ramp = np.asarray(draw(base, "a cat", 7, steps=2)[0], dtype=int)
@@ -407,6 +407,8 @@ WRONG = {
     ),
     "steps of nothing": (["a", "--over-steps", "line=0-0.5"], "none are given"),
     "an adapter guidance below 0": (["a", "--adapter-guidance", "-1"], "adapter guidance -1: wanted 0 to 20"),
+    "an adapter guidance of words": (["a", "--adapter-guidance", "much"], "much: wanted a number, or LABEL=2"),
+    "an adapter guidance of nobody": (["a", "--adapter-guidance", "x=2"], "no --lora is called 'x'"),
     "an adapter guidance of a region": (
         ["a", "--lora", "line.safetensors", "--region", "line=left", "--adapter-guidance", "2"],
         "do not go together",

@@ -116,7 +116,6 @@ def train(config: Config) -> Path:
 
     from sfumato import fused as fusing
     from sfumato import identifier, optimizers, randomness
-    from sfumato.adapters import Lora
     from sfumato.ema import Average
     from sfumato.full import full_precision
     from sfumato.measure import UNRELATED, Measures
@@ -178,8 +177,7 @@ def train(config: Config) -> Path:
     watched = {"drift": UNRELATED, "class_drift": prompts} if config.measure_every else {}
     measures = Measures(base, dataset, watched, pristine=pristine, within=average.applied, modules=[trained])
     shown = config.sample_prompts or subject.sample_prompts(dataset.captions, UNRELATED[0])
-    adapters = trained if isinstance(trained, Lora) else None
-    samples = Samples(run, base, shown, config.seed, modules=[trained], within=average.applied, adapters=adapters)
+    samples = Samples(run, base, shown, config.seed, modules=[trained], within=average.applied)
     limit = DriftLimit(config.drift_limit, [row for row in run.rows() if row["step"] <= run.step])
 
     def measure(step: int) -> None:

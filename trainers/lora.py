@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from sfumato import options
+from sfumato.axes import checked_adapter_guidance
 from sfumato.config import parse
 from sfumato.errors import ConfigError
 from sfumato.options import TrainerOptions
@@ -73,6 +74,9 @@ class Config(TrainerOptions):
     it."""
     init_from: Path | None = None
     """Start from this adapter instead of from nothing; same targets and rank."""
+    adapter_guidance: float = 0.0
+    """How often the adapter's change of the U-Net counts when it is drawn with: samples are drawn so, and its file asks
+    for it, see sfumato generate --adapter-guidance. A style gains by 2; 0 suits a subject."""
     save_every: int = 0
     """Steps between adapters that are kept beside the last, in OUTPUT/adapters, to choose from; 0 keeps none."""
     save_precision: Literal["fp32", "fp16", "bf16"] | None = None
@@ -91,7 +95,7 @@ def train(config: Config) -> Path:
     from sfumato.objective import denoising_errors, draw_noise
     from sfumato.processes import Processes
     from sfumato.runs import Run
-    from sfumato.runs.samples import Samples, default_prompts
+    from sfumato.runs.samples import Samples, default_prompts, drawing_of
 
     check(config)
     processes = Processes.join(config.device)
@@ -143,7 +147,8 @@ def train(config: Config) -> Path:
     watched = {"drift": UNRELATED} if config.measure_every else {}
     measures = Measures(base, dataset, watched, pristine=lora.disabled, within=average.applied, modules=[lora])
     prompts = config.sample_prompts or default_prompts(dataset.captions, config.caption, config.trigger)
-    samples = Samples(run, base, prompts, config.seed, modules=[lora], within=average.applied, adapters=lora)
+    draw = drawing_of(base, lora, config.adapter_guidance)
+    samples = Samples(run, base, prompts, config.seed, modules=[lora], within=average.applied, draw=draw)
 
     def export(step: int) -> None:
         if step and processes.is_main:
@@ -212,6 +217,7 @@ def check(config: Config) -> None:
     options.check(config)
     if config.init_from and not config.init_from.exists():
         raise ConfigError(f"--init-from {config.init_from}: there is no such file.")
+    checked_adapter_guidance(config.adapter_guidance)
     count = len(config.train_words)
     for option in ("stands_for", "initial_words", "word_vectors", "word_learning_rate", "words_first", "bundle"):
         if getattr(config, option) and not count:
@@ -313,7 +319,8 @@ def write_adapter(
     from sfumato.precision import DTYPES
 
     trigger = [*([config.trigger] if config.trigger else []), *config.train_words]
-    description = describe_run(config, base, dataset, samples, trigger=trigger)
+    about = {"trigger": trigger, "adapter_guidance": config.adapter_guidance}
+    description = describe_run(config, base, dataset, samples, **about)
     dtype = DTYPES[config.save_precision]
     write_lora(path, lora.modules_by_target(), family=base.family.name, metadata=describe(description), dtype=dtype)
     return description

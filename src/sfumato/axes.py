@@ -45,8 +45,10 @@ def checked_share(density: float) -> float:
 
 def checked_adapter_guidance(strength: float) -> float:
     """How often adapters count. Raises ConfigError for what cannot be meant."""
-    if not 0 <= strength <= 20:
-        raise ConfigError(f"adapter guidance {strength:g}: wanted 0 to 20; 2 is usual, 0 is in both predictions.")
+    from sfumato.files.metadata import MOST_ADAPTER_GUIDANCE as MOST
+
+    if not 0 <= strength <= MOST:
+        raise ConfigError(f"adapter guidance {strength:g}: wanted 0 to {MOST:g}; 2 is usual, 0 is in both predictions.")
     return strength
 
 

@@ -33,14 +33,16 @@ def save_drawn(
 ) -> None:
     """Write the picture with its settings as A1111 has them, and beside them as our own JSON, which loses nothing.
 
-    used: the adapters with their weights. settings: prompt, negative, seed, steps, guidance, adapter_guidance, width,
-    height, base, vae, clip_skip, strength and what else there is. sampler: A1111's "Sampler" and "Schedule type".
+    used: the adapters with their weights. settings: prompt, negative, seed, steps, guidance, adapter_guidance by label,
+    width, height, base, vae, clip_skip, strength and what else there is. sampler: A1111's "Sampler" and "Schedule
+    type".
     """
     method = settings.get("method")
     hashes = {Path(adapter.path).stem: short_hash(adapter.path) for adapter in used}
     # What is merged by another method than the sum, tags would draw otherwise.
     tagged = used if method in (None, "linear") else ()
     tags = [_tag(Path(adapter.path).stem, adapter.weight) for adapter in tagged]
+    strengths = ", ".join(f"{label}: {strength:g}" for label, strength in settings["adapter_guidance"].items())
     pairs = {
         "Steps": settings["steps"],
         "Sampler": sampler[0],
@@ -53,7 +55,7 @@ def save_drawn(
         "Denoising strength": settings.get("strength"),
         "Clip skip": settings["clip_skip"] + 1 if settings["clip_skip"] else None,  # A1111 counts the last layer as 1
         "Merge method": method,
-        "Adapter guidance": f"{settings['adapter_guidance']:g}" if hashes and settings["adapter_guidance"] else None,
+        "Adapter guidance": strengths or None,
         "Lora hashes": pnginfo.lora_hashes(hashes) if hashes else None,
         "Version": f"sfumato-{sfumato.__version__}",
     }

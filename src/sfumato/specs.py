@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from sfumato.axes import checked_adapter_guidance
 from sfumato.compose.adapter import Adapter, Weight, checked_weight
 from sfumato.compose.blocks import Blocks
 from sfumato.errors import AdapterError, ConfigError
@@ -100,6 +101,22 @@ def with_tags(
         {label: 0.0 for label in named} | always | dict(tagged.adapters) if tagged.adapters else None
         for tagged in prompts
     ]
+
+
+def parse_strengths(texts: Sequence[str], labels: Sequence[str]) -> dict[str, float]:
+    """By label, of 2 for all and LABEL=2 for one, which goes before. Raises ConfigError, one line."""
+    found: dict[str, float] = {}
+    for text in sorted(texts, key=lambda text: "=" in text):
+        label, equals, number = text.rpartition("=")
+        if equals and label not in labels:
+            known = ", ".join(labels) or "none are given"
+            raise ConfigError(f"--adapter-guidance {text}: no --lora is called {label!r} ({known}).")
+        try:
+            strength = float(number)
+        except ValueError:
+            raise ConfigError(f"--adapter-guidance {text}: wanted a number, or LABEL=2.") from None
+        found |= dict.fromkeys([label] if equals else labels, checked_adapter_guidance(strength))
+    return found
 
 
 def parse_sweep(text: str, labels: Sequence[str]) -> tuple[str, tuple[float, ...]]:

@@ -41,6 +41,73 @@ def test_the_first_half_is_the_bases_and_the_second_counts_strength_by_guidance(
     assert "forward" not in vars(pipe.unet)
 
 
+@pytest.mark.parametrize("way", ["baked", "live"])
+def test_adapters_without_a_strength_are_in_both_halves(sd1, write, way):
+    """a counts in the second half alone; b, which has its own layers and some of a's, in both."""
+    a, b = write("a", sd1, "to_q", "conv1"), write("b", sd1, "to_q", "to_v", seed=2)
+    with compose(sd1, Adapter(b, 0.5), way=way) as mix:
+        first = predict(sd1, [0, 1])
+        mix.set(b=0.7)
+        first_after = predict(sd1, [0, 1])
+    with compose(sd1, Adapter(a, 0.4), Adapter(b, 0.5), way=way) as mix:
+        second = predict(sd1, [2, 3])
+        mix.set(b=0.7)
+        second_after = predict(sd1, [2, 3])
+    before = weights_sha(sd1)
+    with compose(sd1, Adapter(a, 0.8), Adapter(b, 0.5), way=way) as mix:
+        plain = predict(sd1, ROWS)
+        with adapter_guidance(mix, {"a": 2.0, "b": 0.0}, guidance=4.0):
+            assert_close(predict(sd1, ROWS), torch.cat([first, second]), rtol=1e-5, atol=1e-6)
+            with pytest.raises(AdapterError):
+                mix.set(b=float("inf"))
+            with pytest.raises(AdapterError):
+                mix.set(c=1.0)
+            assert_close(predict(sd1, ROWS), torch.cat([first, second]), rtol=1e-5, atol=1e-6)
+            mix.set(b=0.7)
+            assert_close(predict(sd1, ROWS), torch.cat([first_after, second_after]), rtol=1e-5, atol=1e-6)
+            mix.set(b=0.5)
+        assert torch.equal(predict(sd1, ROWS), plain)
+    assert weights_sha(sd1) == before
+
+
+def test_an_overflow_within_leaves_both_halves_as_they_were(sd1, write):
+    """fp16 holds no 65,536: the sum with b is refused, and a's two halves are still there."""
+    sd1.unet.half()
+    a, b = write("a", sd1, "to_q"), write("b", sd1, "to_q", seed=2, alpha=1e8)
+    layer = next(module for path, module in sd1.unet.named_modules() if path.endswith("to_q"))
+
+    def weight():
+        return layer.weight.detach().clone()
+
+    with compose(sd1, Adapter(a, 0.8), Adapter(b, 1e-6)) as mix, adapter_guidance(mix, {"a": 2.0}, guidance=4.0):
+        with mix.without():
+            first = weight()
+        second = weight()
+        with pytest.raises(AdapterError, match="overflow"):
+            mix.set(b=10)
+        assert torch.equal(weight(), second)
+        with mix.without():
+            assert torch.equal(weight(), first)
+        assert not torch.equal(first, second)
+
+
+def test_files_say_what_they_ask_for(sd1, write, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    def asking(name, strength):
+        file = write(name, sd1)
+        save_file(load_file(file), file, {"sfumato.adapter_guidance": strength})
+        return file
+
+    files = [Adapter(asking(name, text)) for name, text in (("a", "2"), ("b", "0"), ("c", "-1"), ("d", "much"))]
+    with compose(sd1, *files) as mix:
+        assert mix.strengths == {"a": 2.0}
+        with adapter_guidance(mix, {"a": 2.0}, guidance=4.0):
+            wanted = predict(sd1, ROWS)
+        with adapter_guidance(mix, guidance=4.0):
+            assert torch.equal(predict(sd1, ROWS), wanted)
+
+
 @pytest.mark.parametrize(("strength", "guidance"), [(0.0, 3.0), (2.0, 1.0), (2.0, 0.0)])
 def test_without_strength_or_guidance_the_mix_stays_as_it_is(sd1, write, strength, guidance):
     with compose(sd1, Adapter(write("a", sd1))) as mix:

@@ -326,18 +326,16 @@ def test_samples_are_drawn_by_the_base_in_evaluation(tmp_path, monkeypatch):
     assert layer.training
 
 
-def test_samples_of_adapters_are_drawn_with_the_bases_adapter_guidance(tmp_path, monkeypatch):
-    """3 of guidance and 2 of strength: two thirds of the weight, in the second half of rows."""
+def test_samples_of_a_lora_are_drawn_with_its_adapter_guidance(monkeypatch):
+    """3 of guidance and 2 of strength: two thirds of the weight, in the second half of rows; with 0 as it is."""
     from sfumato import drawing
 
-    seen = []
+    seen, told = [], {"factor": 1.0, "off": False}
 
     class Unet(nn.Module):
         def forward(self, sample):
-            seen.append((sample.tolist(), told["factor"], told["absent"]))
+            seen.append((sample.tolist(), told["factor"], told["off"]))
             return (sample,)
-
-    told = {"factor": 1.0, "absent": False}
 
     @contextmanager
     def now(**changes):
@@ -346,22 +344,20 @@ def test_samples_of_adapters_are_drawn_with_the_bases_adapter_guidance(tmp_path,
         yield
         told.update(before)
 
-    adapters = SimpleNamespace(counted=lambda factor: now(factor=factor), absent=lambda: now(absent=True))
-
     def draw(base, prompts, seeds):
         base.unet(torch.tensor([1.0, 2.0]))
-        return [Image.new("RGB", (4, 4), "red")]
 
     monkeypatch.setattr(drawing, "draw", draw)
-    run = SimpleNamespace(folder=tmp_path, is_main=True, step=0)
     base = SimpleNamespace(
-        resting=SimpleNamespace(interrupted=nullcontext),
-        unet=Unet(),
-        defaults=SimpleNamespace(adapter_guidance=2.0, guidance=3.0),
+        resting=SimpleNamespace(interrupted=nullcontext), unet=Unet(), defaults=SimpleNamespace(guidance=3.0)
     )
-    sheets.Samples(run, base, ["a"], 5, adapters=adapters).draw(0)
-    assert seen == [([1.0], 2 / 3, True), ([2.0], 2 / 3, False)]
-    assert told == {"factor": 1.0, "absent": False}
+    lora = SimpleNamespace(counted=lambda factor: now(factor=factor), disabled=lambda: now(off=True))
+    sheets.drawing_of(base, lora, 2.0)(["a"], [5])
+    sheets.drawing_of(base, lora, 0.0)(["a"], [5])
+    sheets.drawing_of(base)(["a"], [5])
+    plain = ([1.0, 2.0], 1.0, False)
+    assert seen == [([1.0], 2 / 3, True), ([2.0], 2 / 3, False), plain, plain]
+    assert told == {"factor": 1.0, "off": False}
 
 
 @pytest.mark.parametrize(

@@ -128,8 +128,6 @@ class Lora(nn.Module):
         finally:
             self._enabled = before
 
-    absent = disabled
-
     @contextmanager
     def counted(self, factor: float) -> Iterator[None]:
         """Within the block the U-Net's updates are `factor` times what they are."""

@@ -32,8 +32,6 @@ class Defaults:
     """A name from `sfumato.schedulers`."""
     min_snr: float
     """Gamma of min-SNR weighting; 0 for none."""
-    adapter_guidance: float = 0.0
-    """How often adapters count when drawing, see `sfumato.compose.guided`; 0 where it has not been measured."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,6 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             defaults=Defaults(
                 resolution=64, batch=8, learning_rate=6e-4, steps=240, rank=16,
                 guidance=3.0, sampling_steps=25, sampler="ddim", min_snr=0.0,
-                adapter_guidance=2.0,
             ),
             encoders=(_FIRST,),
             pipeline="StableDiffusionPipeline",

@@ -78,6 +78,7 @@ class Baked:
         self.original: Tensor | None = None
         self.candidates: Sequence[Tensor] = ()
         self._written: Tensor | None = None
+        self.other: Applied | None = None
         self._aside: Tensor | None = None
 
     @property
@@ -140,21 +141,34 @@ class Baked:
                 )
         self._written = _probe(weight)
 
-    @torch.no_grad()
-    def exchange(self) -> None:
-        """The original in the weight's place, which is put aside; at the next call the other way around.
+    def set_aside(self, other: Applied | None, scratch: Scratch) -> None:
+        """Hold what the weight is with these changes alone, for `exchange`; None for nothing. Called without gradients.
 
-        Nothing is copied where the original has the weight's device and layout.
+        The original itself serves for no changes, where it has the weight's layout.
         """
-        if not self.applied:
+        self.other = other
+        if other is None or other == self.applied:
+            self._aside = None
+            return
+        if other:
+            wanted = self.applied
+            self.apply(other, scratch)
+            self._aside = self.weight.detach().clone(memory_format=torch.preserve_format)
+            self.apply(wanted, scratch)
             return
         weight = self.weight
-        other = self._aside
-        if other is None or other.device != weight.device or other.dtype != weight.dtype:
-            other = self._kept(weight)
-            if other.stride() != weight.stride() or other.dtype != weight.dtype:
-                other = torch.empty_like(weight).copy_(other)
-        self._aside, weight.data = weight.data, other
+        original = self._kept(weight)
+        same = original.stride() == weight.stride() and original.dtype == weight.dtype
+        self._aside = original if same else torch.empty_like(weight).copy_(original)
+
+    @torch.no_grad()
+    def exchange(self) -> None:
+        """What was set aside in the weight's place, and that aside; at the next call the other way around."""
+        if self._aside is None:
+            return
+        weight = self.weight
+        aside = self._aside.to(weight.device, weight.dtype)
+        self._aside, weight.data = weight.data, aside
 
     def _kept(self, weight: Tensor) -> Tensor:
         """The original on the weight's device; from the first call on something holds it."""
@@ -181,7 +195,7 @@ class Baked:
         if self.original is not None and self._written is not None:
             self.weight.copy_(self.original)
         self.applied, self.original, self._written, self.candidates = (), None, None, ()
-        self._aside = None
+        self.other, self._aside = None, None
 
 
 def _probe(weight: Tensor) -> Tensor:

@@ -1,20 +1,21 @@
 """Adapters that guidance multiplies: in the prediction for the prompt, and not in that for the empty one.
 
-    with adapter_guidance(mix, 2, guidance=3):
-        pipe("a crab", guidance_scale=3)
+    with adapter_guidance(mix, 2, guidance=7.5):
+        pipe("a crab", guidance_scale=7.5)
 
 Classifier-free guidance (Ho & Salimans 2022, eq. 6) draws by e(empty) + g (e(prompt) - e(empty)). Where an adapter is
 in both predictions, what it changes in both alike counts once, and what it changes in one of them by mistake counts g
 times. Where it is in the prompt's alone, all that it changes counts g times: the base without it is what guidance leads
 away from, as in autoguidance (Karras et al. 2024, arXiv 2406.02507). So a smaller weight draws more of a style and less
-of its mistakes, and costs nothing: both predictions are made anyway.
+of its mistakes, and costs nothing: both predictions are made anyway. A subject that was learned from pictures in a
+style or two is better in both, where guidance leads away from what is common to them: their style.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -26,41 +27,36 @@ if TYPE_CHECKING:
     from sfumato.compose.mix import Mix
 
 
-class Adapters(Protocol):
-    """What adapts a U-Net: a mix, or a LoRA in training."""
-
-    def counted(self, factor: float) -> AbstractContextManager[object]:
-        """Within the block their weights in the U-Net are `factor` times what they are."""
-
-    def absent(self) -> AbstractContextManager[object]:
-        """Within the block the U-Net is the base's."""
-
-
 @contextmanager
-def adapter_guidance(mix: Mix, strength: float, *, guidance: float) -> Iterator[None]:
-    """Within the block the mix is in the prompt's half of each call of the U-Net alone, and counts `strength` times.
+def adapter_guidance(
+    mix: Mix, strength: float | Mapping[str, float] | None = None, *, guidance: float
+) -> Iterator[None]:
+    """Within the block adapters are in the prompt's half of each call of the U-Net alone, and count `strength` times.
 
-    strength: how often the adapters' change counts in what is drawn: their weights in the U-Net are strength / guidance
-    of what they are. 0, and any at a guidance of at most 1, which draws by the prompt's prediction alone, leave the mix
-    as it is. guidance: the scale that pictures are drawn with. Text encoders are adapted as without it. Raises
-    AdapterError for a compiled U-Net, and within the block for a call whose rows are no two halves.
+    strength: how often an adapter's change counts in what is drawn, of all of them, or by label; its weight in the
+    U-Net is strength / guidance of what it is. None: what the files ask for. Adapters at 0, or without a label, are in
+    both halves as always; and so are all at a guidance of at most 1, which draws by the prompt's prediction alone.
+    guidance: the scale that pictures are drawn with. Text encoders are adapted as without it. Raises AdapterError for a
+    compiled U-Net, and within the block for a call whose rows are no two halves.
     """
-    if strength < 0:
-        raise AdapterError(f"adapter guidance {strength:g}: wanted 0 or more; 2 is usual.")
-    if strength and guidance > 1 and "unet" in compiled_parts(mix.pipe):
-        raise AdapterError("the unet is compiled, and cannot be the base's and the mix's in turn. Use strength 0.")
-    with guided_by_base(parts_of(mix.pipe)["unet"], mix, strength, guidance=guidance):
-        yield
-
-
-@contextmanager
-def guided_by_base(unet: nn.Module, adapters: Adapters, strength: float, *, guidance: float) -> Iterator[None]:
-    """As `adapter_guidance`, for whatever adapts the U-Net."""
-    if not strength or guidance <= 1:
+    wanted = strengths_of(mix, strength)
+    if wrong := [each for each in wanted.values() if each < 0]:
+        raise AdapterError(f"adapter guidance {wrong[0]:g}: wanted 0 or more; 2 is usual.")
+    if not wanted or guidance <= 1:
         yield
         return
-    with adapters.counted(strength / guidance), first_half(unet, adapters.absent):
+    if "unet" in compiled_parts(mix.pipe):
+        raise AdapterError("the unet is compiled, and cannot have adapters in one half of a call. Use strength 0.")
+    factors = {label: each / guidance for label, each in wanted.items()}
+    with mix.parted(factors), first_half(parts_of(mix.pipe)["unet"], mix.without):
         yield
+
+
+def strengths_of(mix: Mix, strength: float | Mapping[str, float] | None) -> dict[str, float]:
+    """By label what `adapter_guidance` takes this for; without those that are 0."""
+    if isinstance(strength, int | float):
+        strength = dict.fromkeys(mix.weights, float(strength))
+    return {label: each for label, each in (mix.strengths if strength is None else strength).items() if each}
 
 
 @contextmanager

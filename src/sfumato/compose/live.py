@@ -40,7 +40,8 @@ class Live:
         self._device = device
         self._path: _Path | None = None
         self._handle: Any = None
-        self._absent = False
+        self.other: Applied | None = None
+        self._exchanged = False
         # Keys and values of a caption are the same at every step, so what the adapters make of them is, too.
         self._of_caption = part == "unet" and path.endswith(("attn2.to_k", "attn2.to_v"))
         self._last: tuple[Tensor, int, Tensor] | None = None
@@ -89,15 +90,24 @@ class Live:
         if self._handle is None:
             self._handle = self.module.register_forward_hook(self._add)
 
+    def set_aside(self, other: Applied | None, scratch: Scratch) -> None:
+        """The weights that `exchange` brings the path to; None for nothing."""
+        self.other = other
+
+    @torch.no_grad()
     def exchange(self) -> None:
-        """The layer without its path; at the next call with it again."""
-        self._absent = not self._absent
+        """The path at the weights that were set aside; at the next call as it was."""
+        if self.other is None:
+            return
+        self._exchanged, self._last = not self._exchanged, None
+        if self._path is not None and self.other:
+            self._path.weigh(dict(self.other if self._exchanged else self.applied))
 
     def restore(self) -> None:
         """Take the path away."""
         self._silence()
         self.rest()
-        self.applied, self._path, self._last = (), None, None
+        self.applied, self._path, self._last, self.other = (), None, None, None
 
     def rest(self) -> None:
         """Take the hook away, so that a layer at weight 0 costs nothing; not where it is compiled into the layer."""
@@ -112,7 +122,7 @@ class Live:
 
     def _add(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         path = self._path
-        if path is None or self._absent:
+        if path is None or (self._exchanged and not self.other):
             return output
         x = inputs[0]
         keeps = self._of_caption and not (torch.is_grad_enabled() or torch.compiler.is_compiling() or x.is_inference())

@@ -28,6 +28,7 @@ from sfumato.compose.originals import Originals, Place
 from sfumato.errors import AdapterError
 from sfumato.files.adapter_file import AdapterFile, read_adapter
 from sfumato.files.fingerprint import verify as verify_deltas
+from sfumato.files.metadata import adapter_guidance_of
 
 _MARK = "_sfumato_mix"
 """Attribute of each mixed part, so that a second mix over the first is noticed whatever pipeline object it comes by."""
@@ -88,7 +89,7 @@ class Mix:
         self._adapters: dict[str, Adapter] = {}
         self._weights: dict[str, Weight] = {}
         self._muted: frozenset[str] = frozenset()
-        self._factor = 1.0
+        self._factors: Mapping[str, float] = {}
         self._files: dict[str, AdapterFile] = {}
         self._skipped: dict[str, int] = {}
         self._undone = False
@@ -117,6 +118,12 @@ class Mix:
     def skipped(self) -> Mapping[str, int]:
         """How many modules of each file were left out because `partial` allowed it; without those that have none."""
         return MappingProxyType({label: count for label, count in self._skipped.items() if count})
+
+    @property
+    def strengths(self) -> Mapping[str, float]:
+        """The adapter guidance that files ask for, by label; without those that ask for none."""
+        found = {label: adapter_guidance_of(file.metadata) for label, file in self._files.items()}
+        return MappingProxyType({label: strength for label, strength in found.items() if strength})
 
     @property
     def embeddings(self) -> Mapping[str, Mapping[str, Mapping[str, Tensor]]]:
@@ -246,26 +253,31 @@ class Mix:
         return self
 
     @contextmanager
-    def counted(self, factor: float) -> Iterator[Self]:
-        """Within the block the U-Net's weights are `factor` times what they are set to."""
-        before = self._factor
-        try:
-            self._count(factor)
-            yield self
-        finally:
-            self._count(before)
+    def parted(self, factors: Mapping[str, float]) -> Iterator[None]:
+        """Within the block these adapters' weights in the U-Net are so many times what they are, and `without` them.
 
-    def _count(self, factor: float) -> None:
-        before, self._factor = self._factor, factor
+        factors: by label. Weights may change within the block.
+        """
+        self._check_open()
+        self._check_labels(factors)
+        before = self._factors
+        try:
+            self._part(factors)
+            yield
+        finally:
+            self._part(before)
+
+    def _part(self, factors: Mapping[str, float]) -> None:
+        before, self._factors = self._factors, dict(factors)
         try:
             self._apply(self._weights, self._muted, self._of_unet())
         except BaseException:
-            self._factor = before
+            self._factors = before
             raise
 
     @contextmanager
-    def absent(self) -> Iterator[None]:
-        """Within the block the U-Net is the base's. Weights change places with their originals; nothing is computed."""
+    def without(self) -> Iterator[None]:
+        """Within the block, and that of `parted`, the U-Net has all but those adapters; nothing is computed."""
         done: list[Site] = []
         try:
             for site in self._of_unet():
@@ -343,8 +355,13 @@ class Mix:
     def _apply(self, weights: Mapping[str, Weight], muted: frozenset[str], sites: Iterable[Site]) -> None:
         """Bring the sites to the weights; all of them, or none when it raises."""
         heard = {label: weight for label, weight in weights.items() if label not in muted}
-        wanted = [(site, _wanted(site, heard, self._factor)) for site in sites]
-        todo = [(site, applied) for site, applied in wanted if applied != site.applied]
+        wanted = [(site, _wanted(site, heard, self._factors), self._aside(site, heard)) for site in sites]
+        todo = [(site, applied) for site, applied, _ in wanted if applied != site.applied]
+        aside = [
+            (site, other, site.other)
+            for site, applied, other in wanted
+            if (applied, other) != (site.applied, site.other)
+        ]
         live = [(site, applied) for site, applied in todo if isinstance(site, Live)]
         self._check_compiled(site for site, applied in live if site.rebuilds(applied))
         for site, _ in todo:
@@ -361,9 +378,13 @@ class Mix:
                 for site, applied in todo:
                     done.append((site, site.applied))
                     site.apply(applied, scratch)
+                for site, other, _ in aside:
+                    site.set_aside(other, scratch)
             except BaseException:
                 for site, before in reversed(done):
                     site.apply(before, scratch)
+                for site, _, earlier in aside:
+                    site.set_aside(earlier, scratch)
                 for site in new:
                     site.restore()
                 raise
@@ -372,6 +393,12 @@ class Mix:
         for site in idle:
             if site.part not in compiled:
                 site.rest()
+
+    def _aside(self, site: Site, weights: Mapping[str, Weight]) -> Applied | None:
+        """What the site has without the parted adapters, if it has any of them."""
+        if site.part != "unet" or self._factors.keys().isdisjoint(site.effects):
+            return None
+        return _wanted(site, {label: weight for label, weight in weights.items() if label not in self._factors}, {})
 
     def _check_compiled(self, sites: Iterable[Live]) -> None:
         changed = list(sites)
@@ -394,11 +421,10 @@ class Mix:
                 raise AdapterError(f"no adapter of this mix is called {label!r}; it holds {known}.")
 
 
-def _wanted(site: Site, weights: Mapping[str, Weight], factor: float) -> Applied:
-    """factor: of all weights in the U-Net."""
-    factor = factor if site.part == "unet" else 1.0
+def _wanted(site: Site, weights: Mapping[str, Weight], factors: Mapping[str, float]) -> Applied:
+    """factors: of the weights in the U-Net, by label."""
     numbers = {
-        label: weight_at(weights[label], site.part, site.path) * factor
+        label: weight_at(weights[label], site.part, site.path) * (factors.get(label, 1.0) if site.part == "unet" else 1)
         for label in sorted(site.effects)
         if label in weights
     }

@@ -27,6 +27,7 @@ METADATA_LIMIT = 100_000
 THUMBNAIL_PX = 256
 THUMBNAIL_LIMIT = 40_000
 TAG_LIMIT = 200
+MOST_ADAPTER_GUIDANCE = 20.0
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ class Description:
     trigger: the words that call it up. captions: of the training pictures, of which the words are counted.
     config: the program's resolved config, without private paths (`sfumato.config.to_dict(config, public=True)`).
     started: Unix time in seconds, now if unset; SOURCE_DATE_EPOCH overrides it.
-    parents: for a mix, one {"name", "hash", "weight"} a file.
+    parents: for a mix, one {"name", "hash", "weight"} a file. adapter_guidance: how often the adapter's change counts
+    where nothing else is asked for, see `sfumato.compose.guided`.
     """
 
     title: str
@@ -63,6 +65,7 @@ class Description:
     thumbnail: Image | None = None
     config: Mapping[str, Any] | None = None
     dataset_sha256: str = ""
+    adapter_guidance: float = 0.0
     parents: Sequence[Mapping[str, Any]] = ()
     extra: Mapping[str, str] = field(default_factory=dict)
 
@@ -133,9 +136,19 @@ def _own(description: Description) -> dict[str, str]:
         "sfumato.version": __version__,
         "sfumato.config": "" if description.config is None else _json(description.config),
         "sfumato.dataset_sha256": description.dataset_sha256,
+        "sfumato.adapter_guidance": f"{description.adapter_guidance:g}" if description.adapter_guidance else "",
         "sfumato.trigger": _json(list(description.trigger)) if description.trigger else "",
         "sfumato.parents": _json(list(description.parents)) if description.parents else "",
     }
+
+
+def adapter_guidance_of(metadata: Mapping[str, str]) -> float:
+    """What the file says of it; 0 where it says nothing that can be meant."""
+    try:
+        strength = float(metadata.get("sfumato.adapter_guidance", "0"))
+    except ValueError:
+        return 0.0
+    return strength if 0 <= strength <= MOST_ADAPTER_GUIDANCE else 0.0
 
 
 def moment(started: float | None = None) -> float:

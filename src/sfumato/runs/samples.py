@@ -17,8 +17,8 @@ from sfumato.sheet import contact_sheet
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from sfumato.adapters import Lora
     from sfumato.bases import Base
-    from sfumato.compose.guided import Adapters
     from sfumato.runs import Run
 
 Draw = Callable[[Sequence[str], Sequence[int]], list[Image.Image]]
@@ -31,8 +31,7 @@ class Samples:
         RUN/samples.png             all of them on one sheet
 
     modules: what is set to evaluation while drawing. within: a context to draw in, such as a running mean's `applied`.
-    adapters: what is drawn with the base's adapter guidance, as `sfumato generate` will draw with it. draw: draws
-    pictures for prompts and seeds, the base's own drawing by default. Only the main process draws.
+    draw: draws pictures for prompts and seeds, the base's own drawing by default. Only the main process draws.
     """
 
     def __init__(
@@ -43,11 +42,10 @@ class Samples:
         seed: int,
         modules: Sequence[nn.Module] = (),
         within: Callable[[], AbstractContextManager[object]] = nullcontext,
-        adapters: Adapters | None = None,
         draw: Draw | None = None,
     ):
         self._run, self._modules, self._within, self._seed = run, list(modules), within, seed
-        self._draw = draw or _drawing_of(base, adapters)
+        self._draw = draw or drawing_of(base)
         self._folder = run.folder / "samples"
         self.prompts = list(prompts)
         if run.is_main:
@@ -96,16 +94,16 @@ class Samples:
                 shutil.rmtree(path)
 
 
-def _drawing_of(base: Base, adapters: Adapters | None) -> Draw:
-    from sfumato.compose.guided import guided_by_base
+def drawing_of(base: Base, lora: Lora | None = None, strength: float = 0.0) -> Draw:
+    """The base's own drawing. lora: what is attached to its U-Net, drawn with this adapter guidance, as it will be."""
+    from sfumato.compose.guided import first_half
     from sfumato.drawing import draw
 
     def drawing(prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
         with base.resting.interrupted(), ExitStack() as stack:
-            if adapters is not None:
-                to = base.defaults
-                guided = guided_by_base(base.unet, adapters, to.adapter_guidance, guidance=to.guidance)
-                stack.enter_context(guided)
+            if lora is not None and strength and (guidance := base.defaults.guidance) > 1:
+                stack.enter_context(lora.counted(strength / guidance))
+                stack.enter_context(first_half(base.unet, lora.disabled))
             return draw(base, prompts, seeds)
 
     return drawing
