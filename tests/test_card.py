@@ -1,5 +1,7 @@
 """The model card is read back by huggingface_hub, and uploading says what went wrong."""
 
+from dataclasses import replace
+
 import pytest
 from PIL import Image
 
@@ -32,6 +34,13 @@ def test_the_head_is_what_the_hub_reads(card):
     assert {"text-to-image", "diffusers", "lora", "template:sd-lora"} <= set(data.tags)
     assert data.instance_prompt == "zwx"
     assert [entry["output"]["url"] for entry in data.widget] == ["images/image_0.png", "images/image_1.png"]
+
+
+def test_adapter_guidance_is_told_where_the_file_asks_for_it(card, tmp_path):
+    assert "adapter guidance" not in card.read_text(encoding="utf-8")
+    about = replace(ABOUT, adapter_guidance=2.0)
+    text = write_card(tmp_path, tmp_path / "line.safetensors", about, [], []).read_text(encoding="utf-8")
+    assert "line.safetensors:1.0`, under the adapter guidance 2 that its file asks for\n" in text
 
 
 def test_every_picture_of_the_card_is_there(card):

@@ -42,6 +42,8 @@ def write_card(
         tags=["text-to-image", "diffusers", "lora", "template:sd-lora", "sfumato"],
         widget=pictures or None,
     )
+    strength = about.adapter_guidance
+    guided = f", under the adapter guidance {strength:g} that its file asks for" if strength else ""
     example = prompts[-1] if prompts else trigger
     shown = ("rank", "alpha", "targets", "steps", "batch", "learning_rate", "schedule", "min_snr", "seed", "resolution")
     before_after = ""
@@ -73,7 +75,7 @@ pipe.load_lora_weights("{adapter.name}")
 image = pipe({example!r}).images[0]
 ```
 
-With sfumato: `sfumato generate {example!r} --base {about.base} --lora {adapter.name}:1.0`
+With sfumato: `sfumato generate {example!r} --base {about.base} --lora {adapter.name}:1.0`{guided}
 
 ComfyUI, AUTOMATIC1111, Forge, InvokeAI and sd-scripts read the file as it is.
 

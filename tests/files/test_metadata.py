@@ -7,8 +7,37 @@ import torch
 
 import sfumato
 from sfumato.files import read_header, write_tensors
-from sfumato.files.metadata import Description, count_tags, describe, moment, short_hash, trigger_words
+from sfumato.files.metadata import (
+    Description,
+    adapter_guidance_of,
+    count_tags,
+    describe,
+    moment,
+    short_hash,
+    trigger_words,
+)
 from tests.files.said import said
+
+
+@pytest.mark.parametrize(("strength", "text"), [(2.0, "2"), (0.5, "0.5"), (0.0, None)])
+def test_adapter_guidance_is_written_where_there_is_any(strength, text):
+    found = describe(Description("line", "sd1", adapter_guidance=strength))
+    assert found.get("sfumato.adapter_guidance") == text
+    assert adapter_guidance_of(found) == strength
+
+
+@pytest.mark.parametrize(("parents", "child"), [((2.0,), 2.0), ((2.0, 2.0), 2.0), ((2.0, 0.0), 0.0), ((2.0, 3.0), 0.0)])
+def test_what_is_made_of_files_that_ask_for_one_adapter_guidance_asks_for_it(parents, child):
+    from sfumato.merging.lineage import Parent, inherit
+
+    told = [describe(Description("line", "sd1", adapter_guidance=strength)) for strength in parents]
+    files = [Parent(f"{place}.safetensors", "ab", metadata, "sd1", 1.0) for place, metadata in enumerate(told)]
+    assert adapter_guidance_of(inherit(files, title="mix", family="sd1")) == child
+
+
+@pytest.mark.parametrize("text", ["", "much", "-1", "nan", "inf", "21"])
+def test_what_a_file_says_wrongly_of_adapter_guidance_is_none(text):
+    assert adapter_guidance_of({"sfumato.adapter_guidance": text}) == 0.0
 
 
 def test_all_that_can_be_said_is_said(monkeypatch):

@@ -23,7 +23,7 @@ from sfumato.files.header import Header, TensorInfo
 from sfumato.files.keys import Layout, ModuleKeys, describe_foreign, guess_family, read_layout, shapes_of
 from sfumato.files.kinds import base_kind, rank_of
 from sfumato.files.kohya import Target
-from sfumato.files.metadata import data_sha256, short_hash, trigger_words
+from sfumato.files.metadata import adapter_guidance_of, data_sha256, short_hash, trigger_words
 from sfumato.files.norms import is_update, square_norm
 from sfumato.files.peft_folder import Source, adapter_sources
 
@@ -68,6 +68,7 @@ class Inspection:
     stored: list[str]
     blocks: list[Block]
     trigger: list[str]
+    adapter_guidance: float
     base: str | None
     hash: str
     hash_holds: bool | None
@@ -126,6 +127,7 @@ def inspect_file(path: str | os.PathLike[str]) -> Inspection:
             stored=[kind for kind in layout.kinds if not is_update(kind)],
             blocks=_blocks(squares),
             trigger=trigger_words(header.metadata),
+            adapter_guidance=adapter_guidance_of(header.metadata),
             base=header.metadata.get("ss_sd_model_name") or None,
             hash=short_hash(header),
             hash_holds=None if stated is None else stated == data_sha256(header),
@@ -254,6 +256,7 @@ def render(found: Inspection) -> str:
         ("family", family),
         ("base", _plain(found.base or "-")),
         ("trigger", ", ".join(map(_plain, found.trigger)) or "-"),
+        *([("guidance", f"{found.adapter_guidance:g}, of the adapter")] if found.adapter_guidance else []),
         ("spelling", ", ".join(found.spelling) or "-"),
         ("modules", str(found.modules)),
         ("targets", counts(found.targets)),

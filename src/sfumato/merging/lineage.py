@@ -12,7 +12,7 @@ from sfumato.compose.adapter import Weight
 from sfumato.compose.blocks import Blocks
 from sfumato.errors import AdapterError
 from sfumato.files.family import FAMILIES
-from sfumato.files.metadata import Description, describe, trigger_words
+from sfumato.files.metadata import Description, adapter_guidance_of, describe, trigger_words
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,11 @@ def inherit(
 ) -> dict[str, str]:
     """The metadata of a file made of `parents`; `write_lora` adds what it takes from the tensors.
 
-    Trigger words are united in the order of the parents. The base is named where all parents name the same.
+    Trigger words are united in the order of the parents. Base and adapter guidance are those that all parents name.
     """
     bases = {parent.metadata.get("ss_sd_model_name", "") for parent in parents}
     predictions = {parent.metadata.get("modelspec.prediction_type", "") for parent in parents}
+    strengths = {adapter_guidance_of(parent.metadata) for parent in parents}
     description = Description(
         title=title,
         family=family,
@@ -49,6 +50,7 @@ def inherit(
         trigger=list(dict.fromkeys(word for parent in parents for word in trigger_words(parent.metadata))),
         text=text,
         config=config,
+        adapter_guidance=strengths.pop() if len(strengths) == 1 else 0.0,
         parents=[_parent(parent) for parent in parents],
         extra=extra or {},
     )
