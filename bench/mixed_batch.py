@@ -4,8 +4,9 @@
 
 SD 1.5's U-Net at full size with random weights in bf16, rank-16 adapters on all attention. Prints JSON: seconds of a
 U-Net call for a batch without adapters, with one set for each picture (ours), and for diffusers loading, calling and
-unloading for each picture; and of many adapters that one mix holds, the seconds to load and to switch to each, and the
-memory. Ratios are medians over the rounds, of the clock and of CPU seconds.
+unloading for each picture; with one adapter in all rows, and under adapter guidance in half of them; and of many
+adapters that one mix holds, the seconds to load and to switch to each, and the memory. Ratios are medians over the
+rounds, of the clock and of CPU seconds.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 
 from bench.compose_vs_diffusers import CASES, anonymous_mib, build, write_adapters
-from sfumato.compose import Adapter, current
+from sfumato.compose import Adapter, adapter_guidance, compose, current
 from sfumato.compose.per_picture import per_picture
 
 
@@ -39,8 +40,6 @@ def costs(work: Callable[[], Any]) -> tuple[float, float]:
 
 def _resident(pipe: Any, files: list[Path], count: int, call: Callable[[slice], Any]) -> dict[str, Any]:
     """Many adapters held by one mix, each in turn the only one with a weight."""
-    from sfumato.compose import compose
-
     adapters = [Adapter(files[n % len(files)], 0.0, f"adapter {n}") for n in range(count)]
     before = anonymous_mib()
     loading_s = seconds(lambda: compose(pipe, *adapters))
@@ -60,6 +59,23 @@ def _resident(pipe: Any, files: list[Path], count: int, call: Callable[[slice], 
     }
 
 
+def _guided(pipe: Any, file: Path, rounds: int, call: Callable[[], Any]) -> dict[str, Any]:
+    """A call with the adapter in all rows, and with it in the second half of them."""
+    everywhere, guided = [], []
+    with compose(pipe, Adapter(file)) as mix:
+        for _ in range(rounds):
+            everywhere.append(costs(call))
+            with adapter_guidance(mix, 2.0, guidance=7.5):
+                call()  # reads the originals
+                guided.append(costs(call))
+    return {
+        "call_with_one_adapter_s": _median(everywhere),
+        "call_under_adapter_guidance_s": _median(guided),
+        "guided_ratio": _ratio(guided, everywhere),
+        "guided_ratio_cpu": _ratio(guided, everywhere, of_cpu=True),
+    }
+
+
 def _median(costs: list[tuple[float, float]]) -> float:
     return round(median(clock for clock, _ in costs), 3)
 
@@ -71,7 +87,7 @@ def _ratio(ours: list[tuple[float, float]], theirs: list[tuple[float, float]], *
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=int, default=8)
+    parser.add_argument("--pictures", type=int, default=8, help="an even number")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--size", type=int, default=32, help="latent pixels on a side; 64 is a picture of 512 px")
     parser.add_argument("--resident", type=int, default=100)
@@ -105,6 +121,7 @@ def main() -> None:
             if not chosen.ours_only:
                 theirs.append(costs(one_after_another))
 
+        guided = _guided(pipe, files[0], chosen.rounds, call)
         resident = _resident(pipe, files, chosen.resident, call) if chosen.resident else {}
     peer = {}
     if theirs:
@@ -123,6 +140,7 @@ def main() -> None:
                 "ratio": _ratio(mixed, plain),
                 "ratio_cpu": _ratio(mixed, plain, of_cpu=True),
                 **peer,
+                **guided,
                 **resident,
             },
             indent=1,
