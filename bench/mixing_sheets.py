@@ -15,9 +15,9 @@ import json
 import multiprocessing
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -31,6 +31,7 @@ from sfumato import Adapter, compose, load_base
 from sfumato.bases import Base
 from sfumato.compose.blocks import Blocks
 from sfumato.compose.by_method import by_method
+from sfumato.compose.guided import adapter_guidance
 from sfumato.compose.per_picture import composite
 from sfumato.compose.regions import Region, regions
 from sfumato.compose.steps import Ramp, Switch, over_steps
@@ -48,6 +49,10 @@ COLOURS = (256, 192, 128, 96, 64, 48, 32)
 """Sizes of the palette that are tried until a sheet is small enough."""
 ELSE = "crab"
 """A thing that neither adapter was taught: the style should reach it, the subject should not."""
+
+
+STRENGTH = 2.0
+"""Of the adapter guidance in the rows that have one, the style recipe's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +123,8 @@ def rows_of(pair: Pair) -> list[Row]:
         _summed(pair, f"sum {a:g} A + {b:g} B", a, b),
         _summed(pair, "sum 1 A + 1 B", 1.0, 1.0),
         _summed(pair, "sum 0.5 A + 0.5 B", 0.5, 0.5),
+        _guided(pair, "A alone, guided", 1.0, 0.0),
+        _guided(pair, f"{a:g} A guided + {b:g} B", a, b),
     ]
     early, late = {"down": 0.2, "mid": 0.2}, {"up": 0.5}
     told = {"A": {"weight": 1.0, "blocks": early}, "B": {"weight": b, "blocks": late}}
@@ -148,6 +155,21 @@ def rows_of(pair: Pair) -> list[Row]:
 
 def _summed(pair: Pair, label: str, a: float, b: float) -> Row:
     return Row(label, {"A": a, "B": b}, lambda: compose(pair.base, *pair.adapters(a, b)))
+
+
+def _guided(pair: Pair, label: str, a: float, b: float) -> Row:
+    """The style under adapter guidance, the subject in both predictions, as `sfumato generate` draws their files."""
+
+    @contextmanager
+    def applied() -> Iterator[None]:
+        guidance = pair.base.defaults.guidance
+        with (
+            compose(pair.base, *pair.adapters(a, b)) as mix,
+            adapter_guidance(mix, {"A": STRENGTH}, guidance=guidance),
+        ):
+            yield
+
+    return Row(label, {"A": {"weight": a, "adapter_guidance": STRENGTH}, "B": b}, applied)
 
 
 def _merged(pair: Pair, method: str) -> Row:
