@@ -38,7 +38,7 @@ def test_the_examples_run_one_after_another(pipe, tmp_path, monkeypatch):
     monkeypatch.setattr(type(pipe), "__call__", lambda self, *a, **o: call(self, *a, **{"num_inference_steps": 2, **o}))
     before = {name: tensor.clone() for name, tensor in pipe.unet.state_dict().items()}
     names = {"pipe": pipe, "BASE": str(write_folder(pipe, tmp_path / "base"))}
-    assert len(EXAMPLES) == 7
+    assert len(EXAMPLES) == 8
     for example in EXAMPLES:
         code = example.replace('"pipelines/custom/', f'"{ROOT}/pipelines/custom/')
         exec(compile(code, "docs/mixing.md", "exec"), names)
@@ -58,11 +58,20 @@ def test_the_commands_run_one_after_another(pocket_folder, tmp_path, monkeypatch
         modules = {key: LoraModule.from_scale(x.down, x.up + 0.1, x.scale) for key, x in lora.layers.items()}
         lora.detach()
         write_lora(tmp_path / f"{name}.safetensors", modules, family="pocket")
-    assert len(COMMANDS) == 9
+    assert len(COMMANDS) == 10
     for command in COMMANDS:
         program, *words = shlex.split(command)
         assert program == "sfumato"
         drawing = ["--steps", "2", "--device", "cpu"] if words[0] != "merge" else ["--family", "pocket"]
         assert cli.main([*words, *drawing]) == 0, command
-    made = ("blocks.png", "ramp.png", "late.png", "turns.png", "regions.png", "mix.safetensors", "pairs.png")
+    made = (
+        "guided.png",
+        "blocks.png",
+        "ramp.png",
+        "late.png",
+        "turns.png",
+        "regions.png",
+        "mix.safetensors",
+        "pairs.png",
+    )
     assert all((tmp_path / name).is_file() for name in (*made, "grid/grid.png", "methods/grid.png"))
