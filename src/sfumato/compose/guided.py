@@ -7,8 +7,8 @@ Classifier-free guidance (Ho & Salimans 2022, eq. 6) draws by e(empty) + g (e(pr
 in both predictions, what it changes in both alike counts once, and what it changes in one of them by mistake counts g
 times. Where it is in the prompt's alone, all that it changes counts g times: the base without it is what guidance leads
 away from, as in autoguidance (Karras et al. 2024, arXiv 2406.02507). So a smaller weight draws more of a style and less
-of its mistakes, and costs nothing: both predictions are made anyway. A subject that was learned from pictures in a
-style or two is better in both, where guidance leads away from what is common to them: their style.
+of its mistakes, by the two predictions that are made anyway, now one after the other. A subject that was learned from
+pictures in a style or two is better in both, where guidance leads away from what is common to them: their style.
 """
 
 from __future__ import annotations
