@@ -264,6 +264,7 @@ def generate(config: Config) -> tuple[Path, ...]:
     from sfumato import embedding
     from sfumato.bases import load_base
     from sfumato.compose import compose
+    from sfumato.compose.guided import strengths_of
     from sfumato.desk import Desk
     from sfumato.drawn import sampler_label, save_drawn
     from sfumato.precision import decide
@@ -291,7 +292,7 @@ def generate(config: Config) -> tuple[Path, ...]:
         for label, count in mix.skipped.items():
             print(f"{label}: {count} modules left out (--partial).", file=sys.stderr)
         strengths = {} if wanted.where_when.spots else {**mix.strengths, **wanted.strengths}
-        settings["adapter_guidance"] = {label: strength for label, strength in strengths.items() if strength}
+        settings["adapter_guidance"] = strengths_of(mix, strengths, guidance=settings["guidance"])
         start, pictures = _start(config), wanted.pictures
         desk = Desk(base, mix, pictures, wanted.tagged, settings, start, wanted.where_when, config.partial)
         if wanted.sweep:

@@ -228,15 +228,16 @@ def _draw(
                 scheduler=to["sampler"],
                 **{name: to[name] for name in ("negative", "steps", "guidance")},
             )
-            strengths = strengths_of(applied, to["adapter_guidance"])
+            strengths = strengths_of(applied, to["adapter_guidance"], guidance=to["guidance"])
         for place, picture in zip(group, pictures, strict=True):
             yield place, picture, strengths
 
 
 def _filled(base: Base, cell: Cell) -> dict[str, Any]:
     """The cell's settings, with the family's defaults for those that are unset."""
-    defaults = {"steps": base.defaults.sampling_steps, "guidance": base.defaults.guidance}
-    return {**cell.settings, **{name: defaults[name] for name in defaults if cell.settings[name] is None}}
+    to = cell.settings
+    guidance = base.defaults.guidance if to["guidance"] is None else to["guidance"]
+    return {**to, "steps": to["steps"] or base.defaults.sampling_steps, "guidance": guidance}
 
 
 def _applied(

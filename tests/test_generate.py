@@ -82,6 +82,8 @@ def test_two_adapters_and_a_seed_make_the_picture_that_the_library_makes(generat
     assert read_picture_info(Path("guided.png")).own["adapter_guidance"] == {"line": 2.0}
     assert dict(read_picture_info(Path("guided.png")).parameters.settings)["Adapter guidance"] == "line: 2"
     assert "Adapter guidance" not in dict(read_picture_info(Path("cat.png")).parameters.settings)
+    assert generate(*words, "--adapter-guidance", "2", "--guidance", "1", "-o", "one.png")[0] == 0
+    assert read_picture_info(Path("one.png")).own["adapter_guidance"] == {}  # there is nothing to lead away from
     assert not np.array_equal(np.asarray(expected), np.asarray(draw(base, "a cat", 7, steps=2)[0]))
 
 

@@ -39,10 +39,10 @@ def adapter_guidance(
     guidance: the scale that pictures are drawn with. Text encoders are adapted as without it. Raises AdapterError for a
     compiled U-Net, and within the block for a call whose rows are no two halves.
     """
-    wanted = strengths_of(mix, strength)
+    wanted = strengths_of(mix, strength, guidance=guidance)
     if wrong := [each for each in wanted.values() if each < 0]:
         raise AdapterError(f"adapter guidance {wrong[0]:g}: wanted 0 or more; 2 is usual.")
-    if not wanted or guidance <= 1:
+    if not wanted:
         yield
         return
     if "unet" in compiled_parts(mix.pipe):
@@ -52,8 +52,10 @@ def adapter_guidance(
         yield
 
 
-def strengths_of(mix: Mix, strength: float | Mapping[str, float] | None) -> dict[str, float]:
-    """By label what `adapter_guidance` takes this for; without those that are 0."""
+def strengths_of(mix: Mix, strength: float | Mapping[str, float] | None, *, guidance: float) -> dict[str, float]:
+    """By label what `adapter_guidance` takes this for, which is what pictures say of it; without those that are 0."""
+    if guidance <= 1:
+        return {}
     if isinstance(strength, int | float):
         strength = dict.fromkeys(mix.weights, float(strength))
     return {label: each for label, each in (mix.strengths if strength is None else strength).items() if each}
