@@ -3,7 +3,7 @@
 For styles that the base has never seen, and for several training seeds: draws concepts outside the 16 with the base and
 with the adapter, from the same seeds, and puts both before a judge that has learned from real pictures only. The
 judge's own accuracy on real pictures it did not see, and the same figures of the VAE's reconstructions of the true
-pictures, stand beside. A subject is learned too, and mixed with each style. Prints JSON.
+pictures, stand beside. Subjects are learned too, and mixed with each style. Prints JSON.
 
     python -m bench.style_fidelity --data emoji --subjects emoji-subjects
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ class Config:
     data: Path
     """Folder of STYLE/CONCEPT.png, with the base's styles and others."""
     subjects: Path | None = None
-    """Folder of SUBJECT/STYLE.png; one is mixed with each style. Unset: no mix is judged."""
+    """Folder of SUBJECT/STYLE.png; some are mixed with each style. Unset: no mix is judged."""
     styles: tuple[str, ...] = ("openmoji", "joypixels", "glossy")
     """The styles to learn."""
     seeds: int = 3
@@ -51,14 +51,14 @@ class Config:
     """Concepts drawn for each style and seed."""
     images: int = 16
     """Pictures to learn from."""
-    weights: tuple[float, float] = (0.7, 1.0)
+    weights: tuple[float, float] = (1.0, 0.7)
     """Weights of style and subject in the mix: the README's."""
-    mixed: int = 32
-    """Pictures of the subject for each style and seed: style alone, subject alone, both."""
+    mixed: int = 8
+    """Pictures of each subject for each style and seed: style alone, subject alone, both."""
     base: str = "pocket"
     """The base that learns."""
-    subject: str = "flamingo"
-    """The subject of the mix."""
+    mix_with: tuple[str, ...] = ()
+    """The subjects of the mixes. Unset: four of the folder's, drawn by lot."""
     style_options: tuple[str, ...] = ()
     """Other settings of the style's recipe, such as steps=480, to try them."""
     subject_options: tuple[str, ...] = ()
@@ -77,7 +77,7 @@ class Config:
 class Drawn:
     """What one adapter drew: the true pictures, and for each of them one by the base and one with the adapter.
 
-    mix: name of a mixture -> pictures of the subject, all uint8.
+    mix: subject -> name of a mixture -> its pictures, all uint8.
     """
 
     style: str
@@ -85,7 +85,7 @@ class Drawn:
     true: Pictures
     before: Tensor
     after: Tensor
-    mix: dict[str, Tensor]
+    mix: dict[str, dict[str, Tensor]]
 
 
 def measure(config: Config) -> dict[str, Any]:
@@ -93,9 +93,9 @@ def measure(config: Config) -> dict[str, Any]:
     pictures, others = read_real(config)
     base = load_base(config.base, precision=decide("fp32"))
     workshop = Workshop(config.work, config.base, base)
-    subject = learn_subject(config, workshop) if config.subjects else None
+    subjects = {name: learn_subject(config, workshop, name) for name in chosen_subjects(config)}
     seeds = range(config.first_seed, config.first_seed + config.seeds)
-    runs = [draw_run(config, workshop, pictures, style, seed, subject) for seed in seeds for style in config.styles]
+    runs = [draw_run(config, workshop, pictures, style, seed, subjects) for seed in seeds for style in config.styles]
 
     hidden = withheld(pictures)
     seen = pictures.where(hidden, inside=False)
@@ -111,8 +111,10 @@ def measure(config: Config) -> dict[str, Any]:
         report["styles"][run.style].append({"seed": run.seed, **result})
         scores.append(score)
     report["all"] = summary(scores)
-    if subject:
-        report["mix"] = mix_summary([run["mix"] for of_style in report["styles"].values() for run in of_style])
+    if subjects:
+        mixes = [run["mix"] for of_style in report["styles"].values() for run in of_style]
+        report["mix"] = mix_summary([mix[name] for mix in mixes for name in subjects])
+        report["mix_of"] = {name: mix_summary([mix[name] for mix in mixes]) for name in subjects}
     return report
 
 
@@ -134,7 +136,7 @@ def withheld(pictures: Pictures) -> set[tuple[str, str]]:
 
 
 def draw_run(
-    config: Config, workshop: Workshop, pictures: Pictures, style: str, seed: int, subject: Path | None
+    config: Config, workshop: Workshop, pictures: Pictures, style: str, seed: int, subjects: Mapping[str, Path]
 ) -> Drawn:
     """Learn one style with one seed, and draw what is to be judged.
 
@@ -155,25 +157,34 @@ def draw_run(
     seeds = [1000 * seed + place for place in range(len(asked))]
     before = workshop.drawn(f"base-{seed}", asked, seeds, {})
     after = workshop.drawn(f"{style}-{seed}-drawn", asked, seeds, {adapter: 1.0})
+    few, (a, b) = seeds[: config.mixed], config.weights
     mix = {}
-    if subject:
-        few, (a, b) = seeds[: config.mixed], config.weights
-        prompts = [f"sks {config.subject}"] * len(few)
-        mix["style_alone"] = workshop.drawn(f"{style}-{seed}-alone", prompts, few, {adapter: 1.0})
-        mix["subject_alone"] = workshop.drawn(f"subject-{seed}-alone", prompts, few, {subject: 1.0})
-        mix["mixed"] = workshop.drawn(f"{style}-{seed}-mixed", prompts, few, {adapter: a, subject: b})
+    for name, subject in subjects.items():
+        mixtures = {"style_alone": {adapter: 1.0}, "subject_alone": {subject: 1.0}, "mixed": {adapter: a, subject: b}}
+        mix[name] = {
+            what: workshop.drawn(f"mix-{name}-{seed}-{what}", [f"sks {name}"] * len(few), few, weights)
+            for what, weights in mixtures.items()
+        }
     print(json.dumps({"drawn": style, "seed": seed}), file=sys.stderr, flush=True)
     return Drawn(style, seed, pictures.cells([(concept, style) for concept in asked]), before, after, mix)
 
 
-def learn_subject(config: Config, workshop: Workshop) -> Path:
-    """The subject, from its pictures in styles that are not judged, with captions that name their style."""
+def chosen_subjects(config: Config) -> tuple[str, ...]:
+    """The subjects of the mixes; none without their folder."""
+    if not config.subjects:
+        return ()
+    names = sorted(folder.name for folder in config.subjects.iterdir() if folder.is_dir())
+    return config.mix_with or tuple(names[i] for i in randomness.permutation(len(names), 0, "subjects")[:4])
+
+
+def learn_subject(config: Config, workshop: Workshop, subject: str) -> Path:
+    """A subject, from its pictures in styles that are not judged, with captions that name their style."""
     assert config.subjects is not None
-    found = sorted((config.subjects / config.subject).glob("*.png"))
+    found = sorted((config.subjects / subject).glob("*.png"))
     files = {file.name: file for file in found if file.stem not in config.styles}
-    captions = {name: f"sks {config.subject}, {file.stem} style" for name, file in files.items()}
-    options = ["--seed", "0", "--trigger", f"sks {config.subject}", *words(config.subject_options)]
-    return adapter_of(workshop.learn(config.subject, "lora", "lora-subject.toml", files, captions, options))
+    captions = {name: f"sks {subject}, {file.stem} style" for name, file in files.items()}
+    options = ["--seed", "0", "--trigger", f"sks {subject}", *words(config.subject_options)]
+    return adapter_of(workshop.learn(subject, "lora", "lora-subject.toml", files, captions, options))
 
 
 def adapter_of(learned: Learned) -> Path:
@@ -205,11 +216,13 @@ def judge_run(config: Config, base: Base, judge: Judge, run: Drawn) -> tuple[dic
     result: dict[str, Any] = {name: figures(verdict, true, distances[name]) for name, verdict in named.items()}
     result |= {"real": figures(real, true, None), "distance_closed": round(closed, 3)}
     if run.mix:
-        result["mix"] = judge_mix(config, judge, run)
+        result["mix"] = {name: judge_mix(config, judge, run.style, name, drawn) for name, drawn in run.mix.items()}
     return result, outcome
 
 
-def judge_mix(config: Config, judge: Judge, run: Drawn) -> dict[str, float]:
+def judge_mix(
+    config: Config, judge: Judge, style: str, subject: str, mixtures: Mapping[str, Tensor]
+) -> dict[str, float]:
     """Style and subject alone and together. A picture shows the subject if, of all subjects, the judge names it."""
     assert config.subjects is not None
     names = sorted(folder.name for folder in config.subjects.iterdir() if folder.is_dir())
@@ -217,13 +230,13 @@ def judge_mix(config: Config, judge: Judge, run: Drawn) -> dict[str, float]:
 
     def shares(pictures: Tensor) -> tuple[float, float]:
         verdict = look(judge, pictures)
-        named = verdict.class_logits[:, places].argmax(1) == names.index(config.subject)
-        styled = verdict.style_logits.argmax(1) == judge.styles.index(run.style)
+        named = verdict.class_logits[:, places].argmax(1) == names.index(subject)
+        styled = verdict.style_logits.argmax(1) == judge.styles.index(style)
         return float(styled.float().mean()), float(named.float().mean())
 
-    style_alone, subject_in_style = shares(run.mix["style_alone"])
-    style_in_subject, subject_alone = shares(run.mix["subject_alone"])
-    style_mixed, subject_mixed = shares(run.mix["mixed"])
+    style_alone, subject_in_style = shares(mixtures["style_alone"])
+    style_in_subject, subject_alone = shares(mixtures["subject_alone"])
+    style_mixed, subject_mixed = shares(mixtures["mixed"])
     return {
         "style_alone": round(style_alone, 4),
         "subject_alone": round(subject_alone, 4),

@@ -126,7 +126,7 @@ def draw_sheet(config: Config, style: Path, subject: Path, path: Path) -> Path:
 
 def next_commands(style: Path, subject: Path) -> list[str]:
     """Three commands that work as they stand."""
-    both = f"--lora {style}:0.7 --lora {subject}:1"
+    both = f"--lora {style} --lora {subject}"
     return [
         f'sfumato generate "{SUBJECT}" {both} --seed 3 -o flamingo.png',
         f"sfumato generate guitar tulip owl --lora {style} --sweep style=0,0.5,1 -o sweep.png",

@@ -15,11 +15,13 @@ from bench.judge_pictures import read_pictures, withheld_cells
 from bench.pocket_data import is_kept_for_subjects, resolve
 from bench.pocket_data import withheld_cells as choose_cells
 from sfumato import load_base
+from sfumato.diffusion import crossing_noise, noise_latents, target
 from sfumato.errors import BaseModelError, ConfigError, DataError
 from sfumato.muon import Muon, orthogonal
 from sfumato.pocket.captions import caption, other_caption
+from sfumato.pocket.lessons import Lessons, Shares
 from sfumato.pocket.parts import build_vae
-from sfumato.pocket.pictures import batch_indices, read_manifest, read_others
+from sfumato.pocket.pictures import VARIANTS, batch_indices, read_manifest, read_others
 from sfumato.pocket.pictures import read_pictures as read_drawings
 from sfumato.pocket.shown import save_sheet
 from sfumato.precision import decide
@@ -194,6 +196,74 @@ def test_other_drawings_take_their_share_of_a_batch(data, tmp_path):
         return json.loads((folder / "log.jsonl").read_text().splitlines()[0])["loss"]
 
     assert loss(tmp_path / "with", 0.5) != loss(tmp_path / "without", 0.0)
+
+
+NAMES = [("crab", "noto"), ("crab", "flat"), ("key", "noto"), ("heart", "flat"), ("heart", "noto")]
+
+
+def lessons(**given):
+    usual = dict.fromkeys(("flip", "group", "plain", "empty", "others", "varied", "crossed"), 0.0)
+    shares = Shares(**{**usual, "crossed_from": 300, **given})
+    return Lessons(NAMES, 3, {"crab": "an animal", "key": "a tool"}, shares, seed=0)
+
+
+def test_a_crossed_picture_is_asked_for_where_another_style_shows_the_thing():
+    steps = [lessons(crossed=1.0, others=0.4).at(step, torch.tensor([999, 999, 300, 299, 999])) for step in range(20)]
+    texts = set()
+    for step in steps:
+        for place, (asked, seen, text) in enumerate(zip(step.asked, step.seen, step.captions, strict=True)):
+            (what, style), (there, other) = NAMES[asked], NAMES[seen]
+            if place == 3 or what == "key":  # too little noise, and a thing in one style alone
+                assert seen == asked
+            else:
+                assert there == what
+                assert other != style
+                texts.add(text.replace(what, "THING").replace(style, "STYLE"))
+    assert texts == {"THING, STYLE style", "STYLE style"}
+
+
+def test_a_varied_picture_says_so_and_a_plain_one_says_nothing():
+    lesson = lessons(varied=0.5).at(0, torch.zeros(64))
+    said = {text.removeprefix("crab, ").removeprefix("key, ") for text in lesson.captions}
+    assert len(set(lesson.variants)) > 6
+    for variant, text in zip(lesson.variants, lesson.captions, strict=True):
+        words = VARIANTS[variant].words
+        assert text.endswith(words) if words else not text.endswith(("colors", "mirrored"))
+    assert any("bgr colors, mirrored" in text for text in said)
+    assert {*lessons(varied=1.0, empty=1.0).at(0, torch.zeros(64)).captions} <= {v.words for v in VARIANTS[1:]}
+
+
+def test_variants_are_the_picture_and_eleven_lossless_changes_of_it(data):
+    drawn = read_drawings(data)
+    twelve = [drawn.varied(variant).pixels for variant in VARIANTS]
+    assert torch.equal(twelve[0], drawn.pixels)
+    assert torch.equal(twelve[1], drawn.pixels.flip(3))
+    assert len({pixels.numpy().tobytes() for pixels in twelve}) == 12
+    assert [variant.words for variant in VARIANTS[:3]] == ["", "mirrored", "rbg colors"]
+
+
+def test_crossing_noise_makes_others_of_what_is_asked_for():
+    generator = torch.Generator().manual_seed(0)
+    asked, seen, noise = (torch.randn(3, 4, 8, 8, generator=generator) for _ in range(3))
+    alpha_bar = torch.tensor([0.1, 0.5, 0.9])
+    crossing = crossing_noise(asked, seen, noise, alpha_bar)
+    noisy = noise_latents(asked, crossing, alpha_bar)
+    assert_close(noisy, noise_latents(seen, noise, alpha_bar))
+    # Whoever predicts the target, of either type, has predicted what is asked for.
+    a = alpha_bar.view(-1, 1, 1, 1)
+    assert_close(a.sqrt() * noisy - (1 - a).sqrt() * target("v_prediction", asked, crossing, alpha_bar), asked)
+    assert_close((noisy - (1 - a).sqrt() * target("epsilon", asked, crossing, alpha_bar)) / a.sqrt(), asked)
+
+
+def test_crossed_and_varied_pictures_are_learned_from(data, tmp_path):
+    settings = {"steps": 1, "batch": 4, "sample_every": 0, "device": "cpu", "precision": "fp32"}
+
+    def loss(name, **shares):
+        train(Config(stage="unet", init=Path("pocket"), data=data, output=tmp_path / name, **settings, **shares))
+        return json.loads((tmp_path / name / "log.jsonl").read_text().splitlines()[0])["loss"]
+
+    losses = [loss("as it was"), loss("crossed", crossed_share=1.0), loss("varied", varied_share=1.0)]
+    assert len({*losses}) == 3
 
 
 def test_a_share_of_others_needs_them(data, tmp_path):

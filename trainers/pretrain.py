@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that 
     from torch import Tensor, nn
     from transformers import CLIPTextModel, CLIPTokenizer
 
+    from sfumato.pocket.lessons import Shares
     from sfumato.pocket.pictures import Pictures
     from sfumato.precision import Precision
     from sfumato.runs import Run
@@ -85,6 +86,14 @@ class Config(FolderOptions):
     """U-Net: share of empty captions, for classifier-free guidance."""
     others_share: float = 0.0
     """U-Net: share of each batch that shows the sets' other drawings, which teach the styles beyond the concepts."""
+    varied_share: float = 0.0
+    """U-Net: share of the pictures that are mirrored, have their color channels in another order, or both. Their
+    captions say so, so that they show more of a style's hand and nobody draws them unasked."""
+    crossed_share: float = 0.0
+    """U-Net: share of the pictures whose noise is laid over the same thing in another style, so that the words decide
+    the style, whatever is already there; half of them name the style alone."""
+    crossed_from: int = 300
+    """U-Net: the timestep from which on pictures are crossed; below it the thing's outline is settled."""
     seed: int = 0
     """Seed of weights and of every draw."""
     device: str = "auto"
@@ -97,6 +106,14 @@ class Config(FolderOptions):
     """Steps between checkpoints, besides those at both ends; 0 keeps only what an interruption saves."""
     sample_every: int = 400
     """Steps between sample sheets, besides those at both ends; 0 draws none."""
+
+    def shares(self) -> Shares:
+        """U-Net: how often what is done with a picture and its caption."""
+        from sfumato.pocket.lessons import Shares
+
+        names = ("flip", "group", "plain", "empty", "others", "varied", "crossed")
+        values = {name: getattr(self, f"{name}_share") for name in names}
+        return Shares(**values, crossed_from=self.crossed_from)
 
 
 def rate_at(step: int, config: Config) -> float:
@@ -285,13 +302,13 @@ def train_unet(config: Config, precision: Precision) -> Path:
     import torch
     from transformers import CLIPTokenizer
 
-    from sfumato import load_base, randomness
+    from sfumato import diffusion, load_base, randomness
     from sfumato.bases.folder import load_vae
-    from sfumato.diffusion import noise_latents, snr_weight, stratified_timesteps, target, weighted_error
     from sfumato.optimizers import clip
-    from sfumato.pocket.captions import all_captions, caption, other_caption, read_words
+    from sfumato.pocket.captions import all_captions, read_words
+    from sfumato.pocket.lessons import Lessons
     from sfumato.pocket.parts import build_scheduler, build_text_encoder, build_tokenizer, build_unet
-    from sfumato.pocket.pictures import batch_indices, read_manifest, read_others, read_pictures
+    from sfumato.pocket.pictures import VARIANTS, read_manifest, read_others, read_pictures
     from sfumato.pocket.shown import assemble, save_model, sheet
     from sfumato.precision import decide
     from sfumato.runs import Run
@@ -301,8 +318,7 @@ def train_unet(config: Config, precision: Precision) -> Path:
     words = read_words(config.data)
     pictures = read_pictures(config.data)
     n = len(pictures.names)
-    n_others = round(config.batch * config.others_share)
-    if n_others:
+    if config.others_share:
         pictures = pictures.and_others(read_others(config.data))
         if len(pictures.names) == n:
             raise DataError(
@@ -331,10 +347,11 @@ def train_unet(config: Config, precision: Precision) -> Path:
             unet, text_encoder = build_unet(), build_text_encoder(tokenizer)
     precision.learn(unet)
     run_unet = torch.compile(unet) if config.compile else unet
-    # Mirrored pictures are a second half of the cache: latents cannot be mirrored themselves.
-    caches = [encode_all(vae, p, device) for p in (pictures, pictures.mirrored())]
+    # Latents can neither be mirrored nor recolored themselves, so each variant is a part of the cache.
+    used = VARIANTS if config.varied_share else VARIANTS[:2]
+    caches = [encode_all(vae, pictures.varied(variant), device) for variant in used]
     means, deviations = (torch.stack(pair) * vae.config.scaling_factor for pair in zip(*caches, strict=True))
-    groups = manifest["concepts"]
+    lessons = Lessons(pictures.names, n, manifest["concepts"], config.shares(), config.seed)
     trained = Trained({"unet": unet, "text_encoder": text_encoder}, config, device)
     run.keep(**trained.parts())
     run.identify(data=pictures.fingerprint(), vae=hashlib.sha256(means.cpu().numpy().data).hexdigest())
@@ -348,31 +365,24 @@ def train_unet(config: Config, precision: Precision) -> Path:
     for step in run.steps(config.steps):
         number = step.number
         trained.set_rate(number, step.rate_factor)
-        indices = batch_indices(number, config.batch - n_others, n, config.seed)
-        if n_others:
-            indices += [n + i for i in batch_indices(number, n_others, len(pictures.names) - n, config.seed + 1)]
-        draws = torch.rand(3, config.batch, generator=randomness.generator(config.seed, "captions and flips", number))
-        flips = (draws[2] < config.flip_share).long()
-        texts = []
-        for i, draw, form in zip(indices, draws[0].tolist(), draws[1].tolist(), strict=True):
-            what, style = pictures.names[i]
-            shares = {"draw": draw, "form": form, "empty_share": config.empty_share}
-            if i < n:
-                named = {"group_share": config.group_share, "plain_share": config.plain_share}
-                texts.append(caption(what, style, groups[what], **named, **shares))
-            else:
-                texts.append(other_caption(what, style, **shares))
-        posterior = means[flips, indices], deviations[flips, indices]
+        timesteps = diffusion.stratified_timesteps(
+            config.batch, scheduler.config.num_train_timesteps, config.seed, number
+        )
+        lesson = lessons.at(number, timesteps)
+        posterior = means[lesson.variants, lesson.asked], deviations[lesson.variants, lesson.asked]
         shape = tuple(posterior[0].shape)
         latents = posterior[0] + posterior[1] * randomness.normal(shape, config.seed, "posterior", number).to(device)
         noise = randomness.normal(shape, config.seed, "noise", number).to(device)
-        timesteps = stratified_timesteps(config.batch, scheduler.config.num_train_timesteps, config.seed, number)
         alpha_bar = scheduler.alphas_cumprod[timesteps].to(device)
-        weight = 2 * snr_weight("v_prediction", alpha_bar, config.snr_gamma) + config.flat_weight
+        if lesson.seen != lesson.asked:
+            noise = diffusion.crossing_noise(latents, means[lesson.variants, lesson.seen], noise, alpha_bar)
+        weight = 2 * diffusion.snr_weight("v_prediction", alpha_bar, config.snr_gamma) + config.flat_weight
         with precision.autocast():
-            hidden = encode_text(text_encoder, tokenizer, texts, device)
-            drawn = run_unet(noise_latents(latents, noise, alpha_bar), timesteps.to(device), hidden).sample
-        loss = weighted_error(drawn, target("v_prediction", latents, noise, alpha_bar), weight).mean()
+            hidden = encode_text(text_encoder, tokenizer, lesson.captions, device)
+            drawn = run_unet(diffusion.noise_latents(latents, noise, alpha_bar), timesteps.to(device), hidden).sample
+        loss = diffusion.weighted_error(
+            drawn, diffusion.target("v_prediction", latents, noise, alpha_bar), weight
+        ).mean()
         loss.backward()
         norm = clip(trained.parameters, config.clip)
         if step.healthy(loss=loss, gradient_norm=norm):
@@ -396,12 +406,12 @@ def encode_text(encoder: CLIPTextModel, tokenizer: CLIPTokenizer, texts: Sequenc
 def check(config: Config) -> None:
     """Refuse what makes no sense before anything is loaded."""
     options.check_run(config)
-    for name in ("flip_share", "group_share", "empty_share", "others_share"):
+    for name in ("flip_share", "group_share", "empty_share", "others_share", "varied_share", "crossed_share"):
         if not 0 <= getattr(config, name) <= 1:
             raise ConfigError(f"--{name.replace('_', '-')} is {getattr(config, name)}; it must be in 0 ... 1.")
     if not 0 <= config.plain_share <= 0.5:
         raise ConfigError(f"--plain-share is {config.plain_share}; it must be in 0 ... 0.5.")
-    for name in ("warmup_steps", "fall_at", "kl", "gradient_difference", "snr_gamma", "flat_weight"):
+    for name in ("warmup_steps", "fall_at", "crossed_from", "kl", "gradient_difference", "snr_gamma", "flat_weight"):
         if not 0 <= getattr(config, name) < float("inf"):
             raise ConfigError(f"--{name.replace('_', '-')} is {getattr(config, name)}; it must not be negative.")
     if config.decoder_only and (config.stage != "vae" or config.init is None):

@@ -28,6 +28,16 @@ def target(prediction_type: PredictionType, latents: Tensor, noise: Tensor, alph
     return a.sqrt() * noise - (1 - a).sqrt() * latents
 
 
+def crossing_noise(latents: Tensor, others: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
+    """The noise e' by which `noise_latents(latents, e')` is what `others` become by `noise`.
+
+    A step on it asks for `latents` where `others` are seen: the target of either prediction type is computed from e'.
+    It lies off the unit normal by sqrt(a / (1 - a)) times the difference, so it is for noisy timesteps.
+    """
+    a = alpha_bar.view(-1, 1, 1, 1)
+    return noise + (a / (1 - a)).sqrt() * (others - latents)
+
+
 def offset_noise(noise: Tensor, offset: Tensor, strength: float) -> Tensor:
     """Noise whose mean a picture may shift (Guttenberg 2023), so that very dark and very bright pictures are learned.
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,24 @@ from torch import Tensor
 
 from sfumato import randomness
 from sfumato.errors import DataError
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A lossless change of a picture: its colour channels in another order, left for right, or both."""
+
+    channels: tuple[int, ...] = (0, 1, 2)
+    mirrored: bool = False
+
+    @property
+    def words(self) -> str:
+        """What a caption says of it: "bgr colors, mirrored"; nothing of a picture as it is."""
+        order = "".join("rgb"[channel] for channel in self.channels)
+        return ", ".join([*([] if order == "rgb" else [f"{order} colors"]), *(["mirrored"] if self.mirrored else [])])
+
+
+VARIANTS = [Variant(order, mirrored) for order in permutations((0, 1, 2)) for mirrored in (False, True)]
+"""All twelve; the first is the picture as it is, the second its mirror image."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +58,10 @@ class Pictures:
         digest.update(self.pixels.numpy().data)
         return digest.hexdigest()
 
-    def mirrored(self) -> Pictures:
-        """The same, left for right."""
-        return Pictures(self.pixels.flip(3), self.names)
+    def varied(self, variant: Variant) -> Pictures:
+        """The same, in this variant."""
+        pixels = self.pixels[:, list(variant.channels)]
+        return Pictures(pixels.flip(3) if variant.mirrored else pixels, self.names)
 
 
 def read_pictures(data: Path) -> Pictures:

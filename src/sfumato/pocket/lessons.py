@@ -1,0 +1,95 @@
+"""What each step of the pocket base's training shows, and what it says of it: a pure function of seed and step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sfumato import randomness
+from sfumato.pocket.captions import caption, other_caption
+from sfumato.pocket.pictures import VARIANTS, batch_indices
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shares:
+    """How often something is done, each in [0, 1]; `sfumato train pretrain --help` says what each is.
+
+    crossed_from: the first timestep at which pictures are crossed.
+    """
+
+    flip: float
+    group: float
+    plain: float
+    empty: float
+    others: float
+    varied: float
+    crossed: float
+    crossed_from: int
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A step's batch. asked: the pictures that are to be drawn. seen: those that the noise is laid over, which are
+    others where a picture is crossed. variants: which of VARIANTS of either. captions: what is said.
+    """
+
+    asked: list[int]
+    seen: list[int]
+    variants: list[int]
+    captions: list[str]
+
+
+class Lessons:
+    """The lessons on pictures of which the first `named` are of the concepts, and those after them others.
+
+    names: what each shows and in which style. groups: concept -> its group.
+    """
+
+    def __init__(
+        self, names: Sequence[tuple[str, str]], named: int, groups: Mapping[str, str], shares: Shares, seed: int
+    ) -> None:
+        self.names, self.named, self.groups, self.shares, self.seed = names, named, groups, shares, seed
+        same: dict[str, list[int]] = {}
+        for index, (what, _) in enumerate(names):
+            same.setdefault(what, []).append(index)
+        self.partners = [[i for i in same[what] if i != index] for index, (what, _) in enumerate(names)]
+        """For each picture those of the same thing in other styles."""
+
+    def at(self, step: int, timesteps: Tensor) -> Lesson:
+        """The lesson of a step. timesteps: (batch,), that of each picture."""
+        shares, batch = self.shares, len(timesteps)
+        others = round(batch * shares.others)
+        asked = batch_indices(step, batch - others, self.named, self.seed)
+        if others:
+            more = batch_indices(step, others, len(self.names) - self.named, self.seed + 1)
+            asked += [self.named + i for i in more]
+        draw = torch.rand(3, batch, generator=randomness.generator(self.seed, "captions and flips", step))
+        cross = torch.rand(4, batch, generator=randomness.generator(self.seed, "crossing", step))
+        lesson = Lesson(asked, list(asked), (draw[2] < shares.flip).long().tolist(), [])
+        for place, index in enumerate(asked):
+            words, form, _ = draw[:, place].tolist()
+            crossed, which, varied, variant = cross[:, place].tolist()
+            partners = self.partners[index]
+            if partners and crossed < shares.crossed and timesteps[place] >= shares.crossed_from:
+                what, style = self.names[index]
+                lesson.seen[place] = partners[int(which * len(partners))]
+                text = f"{what}, {style} style" if form < 0.5 else f"{style} style"
+            else:
+                text = self._caption(index, words, form)
+            if varied < shares.varied:
+                lesson.variants[place] = 1 + int(variant * (len(VARIANTS) - 1))
+                said = VARIANTS[lesson.variants[place]].words
+                text = f"{text}, {said}" if text else said
+            lesson.captions.append(text)
+        return lesson
+
+    def _caption(self, index: int, draw: float, form: float) -> str:
+        what, style = self.names[index]
+        empty = self.shares.empty
+        if index >= self.named:
+            return other_caption(what, style, draw=draw, form=form, empty_share=empty)
+        shares = {"empty_share": empty, "group_share": self.shares.group, "plain_share": self.shares.plain}
+        return caption(what, style, self.groups[what], draw=draw, form=form, **shares)
