@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 from torch.testing import assert_close
 
 from sfumato import Adapter, cli, compose, data, diffusion, randomness
@@ -69,8 +70,8 @@ def papers_loop(base, dataset, class_set, *, seed, weight, steps=STEPS, count=2)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01)
     losses = []
 
-    def draw(data_set, seed, step):
-        batch = data_set.batch(seed, step, count)
+    def draw(data_set, order, seed, step):
+        batch = data_set.batch(order, step, count)
         shape = tuple(batch.latents.shape[1:])
         noise = torch.stack([randomness.normal(shape, seed, "noise", step, place) for place in range(count)])
         timesteps = diffusion.stratified_timesteps(count, 1000, seed, step)
@@ -78,12 +79,14 @@ def papers_loop(base, dataset, class_set, *, seed, weight, steps=STEPS, count=2)
         return noisy, timesteps, base.scheduler.get_velocity(batch.latents, noise, timesteps)
 
     for step in range(steps):
-        noisy, timesteps, wanted = draw(dataset, seed, step)
+        noisy, timesteps, wanted = draw(dataset, seed, seed, step)
         prediction = unet(noisy, timesteps, subject.expand(count, -1, -1)).sample
         loss = (prediction - wanted).square().mean()
         if class_set is not None:
             frozen = class_set if isinstance(class_set, torch.nn.Module) else None
-            noisy, timesteps, wanted = draw(dataset if frozen else class_set, class_seed(seed), step)
+            own = class_seed(seed)  # of noise and timesteps; the frozen base is asked about the subject's own pictures
+            order, of_prior = (seed, dataset) if frozen else (own, class_set)
+            noisy, timesteps, wanted = draw(of_prior, order, own, step)
             words = of_class.expand(count, -1, -1)
             if frozen:
                 with torch.no_grad():
@@ -104,8 +107,7 @@ def test_equal_to_a_plain_loop_from_the_paper(prior, train, pocket_folder, pictu
     path = train("run", *options)
 
     base = load_base(str(pocket_folder), precision=CPU)
-    words = {"words": PROMPT} if False else {"caption_template": PROMPT}
-    dataset = data.prepare(data.read_folder(pictures, **words), base, resolution=64, buckets=False)
+    dataset = data.prepare(data.read_folder(pictures, caption_template=PROMPT), base, resolution=64, buckets=False)
     class_set = copy.deepcopy(base.unet) if prior == "base" else None
     if prior == "pictures":
         drawn = read_class(base, [CLASS], 3, resolution=64, folder=tmp_path / "class")
@@ -118,6 +120,16 @@ def test_equal_to_a_plain_loop_from_the_paper(prior, train, pocket_folder, pictu
     for name, tensor in unet_of(path).items():
         # Of the whole change: a weight with almost no gradient goes where rounding tells AdamW's first steps to.
         assert (tensor - weights[name]).norm() <= 1e-3 * (weights[name] - start[name]).norm() + 2e-5, name
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_pictures_of_several_shapes_learn_beside_the_bases_predictions(method, train, tmp_path):
+    folder = tmp_path / "shapes"
+    folder.mkdir()
+    for place, size in enumerate([(64, 64), (128, 64), (64, 128), (128, 64)]):
+        Image.new("RGB", size, (40 * place, 200, 30)).save(folder / f"{place}.png")
+    path = train("run", "--prior", "base", "--method", method, "--images", folder, "--steps", "6")
+    assert len(rows(path)) == 6
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])

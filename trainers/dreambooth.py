@@ -74,7 +74,7 @@ class Config(TrainerOptions):
     prior_weight: float = 1.0
     """Weight of the class in the loss, beside 1 for the subject; with 0 it is drawn and measured, and not learned."""
     prior_prompts: tuple[str, ...] = ()
-    """Further prompts that shall draw as before, beside the class prompt."""
+    """Further prompts that shall draw as before, beside the class prompt. Repeat it for several."""
     class_images: Path | None = None
     """Folder of pictures of the class. Unset: the base draws them."""
     class_count: int | None = None
@@ -329,7 +329,9 @@ def prepare(
     """The subject's set and that of the class, with the embeddings of just the captions that each will give."""
     from sfumato.prior import class_seed
 
-    embed, together = not config.train_text_encoder, pictures is not None
+    embed = not config.train_text_encoder
+    # Predictions that are remembered may repeat, and must fit whichever batch they come beside.
+    together = pictures is not None or (config.prior == "base" and config.method == "full")
     dataset = config.prepare(
         subjects,
         base,
@@ -372,6 +374,7 @@ def prior_of(
         dataset if class_set is None else class_set,
         prompts,
         config.seed,
+        order=config.seed if class_set is None else None,
         pristine=pristine,
         offset=config.noise_offset,
         embed_text=not config.train_text_encoder,

@@ -61,12 +61,14 @@ def draw_half(
     *,
     offset: float = 0.0,
     embed_text: bool = True,
+    order: int | None = None,
 ) -> Half:
     """Samples `first` to `first + count` of a step's global batch, with noise, stratified timesteps and target.
 
-    Without `embed_text` the captions come without their embeddings.
+    order: seed of which pictures they are, the other one if None. Without `embed_text` the captions come without their
+    embeddings.
     """
-    batch = data.batch(seed, step, global_batch, first, count, embed_text=embed_text)
+    batch = data.batch(seed if order is None else order, step, global_batch, first, count, embed_text=embed_text)
     noise = draw_noise(batch, seed, step, first, offset=offset)
     timesteps = diffusion.stratified_timesteps(global_batch, len(base.alpha_bar), seed, step)[first : first + count]
     timesteps = timesteps.to(noise.device)
@@ -93,8 +95,10 @@ class BasePrediction:
     """The class half whose target is what the frozen base predicts for the class prompts (Li & Hoiem 2017).
 
     data: pictures to be noised; those of the subject serve, because the target is a prediction and not the picture.
-    Their captions are not used, so `data` needs no embeddings of them. prompts: taken in turns. embed_text: whether the
-    halves hold the prompts' embeddings, as those beside them hold their captions'.
+    Their captions are not used, so `data` needs no embeddings of them. prompts: taken in turns. order: the seed by which
+    pictures are taken; that of the subject's half, where `data` is the subject's, gives each step the pictures, and so
+    the shapes, of that half. embed_text: whether the halves hold the prompts' embeddings, as those beside them hold
+    their captions'.
 
     Targets are computed in `pristine`, a context in which the base predicts as it did before the training; where there
     is none, because its own weights are trained, `remember` computes them all beforehand: every draw is a function of
@@ -108,11 +112,12 @@ class BasePrediction:
         prompts: Sequence[str],
         seed: int,
         *,
+        order: int | None = None,
         pristine: Callable[[], AbstractContextManager[object]] | None = None,
         offset: float = 0.0,
         embed_text: bool = True,
     ):
-        self._embed_text = embed_text
+        self._order, self._embed_text = order, embed_text
         self._base, self._data, self._offset = base, data, offset
         self._prompts, self._seed, self._pristine = list(prompts), class_seed(seed), pristine
         with torch.no_grad(), base.resting.interrupted():
@@ -163,7 +168,9 @@ class BasePrediction:
     def _bare(self, step: int, global_batch: int, first: int, count: int) -> Half:
         """The draw with the class prompts as its captions; its target is not the base's prediction yet."""
         place_in_run = (self._seed, step, global_batch, first, count)
-        half = draw_half(self._base, self._data, *place_in_run, offset=self._offset, embed_text=False)
+        half = draw_half(
+            self._base, self._data, *place_in_run, offset=self._offset, embed_text=False, order=self._order
+        )
         rows = [(step * global_batch + first + place) % len(self._prompts) for place in range(len(half.batch))]
         batch = dataclasses.replace(
             half.batch,
