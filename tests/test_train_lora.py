@@ -1,5 +1,6 @@
 """The LoRA trainer: equal to a plain loop with peft, the same result every time, files that diffusers draws from."""
 
+import copy
 import dataclasses
 import json
 import os
@@ -16,6 +17,7 @@ from sfumato.bases import load_base
 from sfumato.drawing import draw
 from sfumato.files import read_header, read_lora, read_tensors
 from sfumato.precision import decide
+from sfumato.prior import class_seed
 from tests.tiny import tiny_pipeline, write_folder, write_single_file
 
 ROOT = cli.source("sfumato.trainers.lora").parents[1]
@@ -31,8 +33,8 @@ def train(pocket_folder, pictures, tmp_path):
         words |= {"--sample-every": "0", "--measure-every": "0"}
         given = list(options)
         flags = [given.pop(given.index(flag)) for flag in ("--train-text-encoder", "--overwrite") if flag in given]
-        words |= dict(zip(given[::2], given[1::2], strict=True))
-        assert cli.main(["train", "lora", *(word for pair in words.items() for word in pair), *flags]) == 0
+        unsaid = [word for pair in words.items() if pair[0] not in given for word in pair]
+        assert cli.main(["train", "lora", *unsaid, *given, *flags]) == 0
         return tmp_path / name / f"{name}.safetensors"
 
     return run
@@ -42,20 +44,25 @@ def rows(path):
     return [json.loads(line) for line in (path.parent / "log.jsonl").read_text().splitlines()]
 
 
-def test_equal_to_a_plain_loop_with_peft(train, pocket_folder, pictures):
-    """Same start, noise, timesteps and batches: the losses and the delta of peft's layers under torch's AdamW."""
+@pytest.mark.parametrize("prompts", [(), ("cat", "a red house")])
+def test_equal_to_a_plain_loop_with_peft(prompts, train, pocket_folder, pictures):
+    """Same start, noise, timesteps and batches: the losses and the delta of peft's layers under torch's AdamW; and with
+    the prior of Li & Hoiem 2017, |unet(x_t', t', c_pr; W + B A) - unet(x_t', t', c_pr; W)|^2 for the same pictures."""
     from peft import LoraConfig, inject_adapter_in_model
 
     from sfumato import data
     from sfumato.adapters import attach, select
 
-    path = train("run", "--schedule", "constant", "--clip", "0.5", "--min-snr", "5", "--seed", "3")
+    prior = [word for prompt in prompts for word in ("--prior-prompts", prompt)]
+    weighted = [*prior, "--prior-weight", "0.7"] if prior else []
+    path = train("run", "--schedule", "constant", "--clip", "0.5", "--min-snr", "5", "--seed", "3", *weighted)
 
     base = load_base(str(pocket_folder), precision=decide("fp32", device="cpu"))
     dataset = data.prepare(data.read_folder(pictures, caption_template="{caption}"), base, resolution=64)
     start = attach({"unet": select(base.unet, "cross-attention")}, rank=2, alpha=2.0, seed=3)
     start.detach()
     names = sorted({name for _, name in start.layers})
+    frozen = copy.deepcopy(base.unet)
     inject_adapter_in_model(LoraConfig(r=2, lora_alpha=2, target_modules=names), base.unet)
     layers = {name: base.unet.get_submodule(name) for name in names}
     for name, layer in layers.items():
@@ -63,19 +70,30 @@ def test_equal_to_a_plain_loop_with_peft(train, pocket_folder, pictures):
     parameters = [p for p in base.unet.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-2, betas=(0.9, 0.99), weight_decay=0.01)
     losses = []
-    for step in range(4):
+
+    def error(step, seed, text, asked=None):
+        """min(SNR, 5)-weighted, of what `asked` predicts or of noise or v; the pictures are those of seed 3."""
         batch = dataset.batch(3, step, 2)
-        noise = torch.stack([randomness.normal(tuple(batch.latents.shape[1:]), 3, "noise", step, i) for i in range(2)])
-        timesteps = diffusion.stratified_timesteps(2, 1000, 3, step)
+        shape = tuple(batch.latents.shape[1:])
+        noise = torch.stack([randomness.normal(shape, seed, "noise", step, i) for i in range(2)])
+        timesteps = diffusion.stratified_timesteps(2, 1000, seed, step)
         a = base.scheduler.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
         noisy = base.scheduler.add_noise(batch.latents, noise, timesteps)
-        prediction = base.unet(noisy, timesteps, batch.text.hidden).sample
+        text = batch.text.hidden if text is None else text
+        prediction = base.unet(noisy, timesteps, text).sample
         snr = (a / (1 - a)).flatten()
         if base.prediction_type == "v_prediction":
             wanted, weight = base.scheduler.get_velocity(batch.latents, noise, timesteps), snr.clamp(max=5) / (snr + 1)
         else:
             wanted, weight = noise, snr.clamp(max=5) / snr
-        loss = ((prediction - wanted).square().mean((1, 2, 3)) * weight).mean()
+        if asked:
+            wanted = asked(noisy, timesteps, text).sample.detach()
+        return ((prediction - wanted).square().mean((1, 2, 3)) * weight).mean()
+
+    for step in range(4):
+        loss = error(step, 3, None)
+        if prompts:
+            loss = loss + 0.7 * error(step, class_seed(3), base.encode_text(prompts).hidden, frozen)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 0.5)
         optimizer.step()
@@ -203,6 +221,16 @@ def test_a_copy_of_the_program_runs(pocket_folder, pictures, tmp_path):
     assert (tmp_path / "run/run.safetensors").is_file()
 
 
+@pytest.mark.parametrize("options", [(), ("--train-text-encoder",), ("--caption", "<x>", "--train-words", "<x>")])
+def test_with_a_prior_other_prompts_move_less(options, train):
+    def drift(name, *more):
+        rising = rows(train(name, "--steps", "24", "--measure-every", "24", *options, *more))
+        return [row["drift"] for row in rising if "drift" in row][-1]
+
+    held = ("--prior-prompts", "a ball", "--prior-prompts", "a dog", "--prior-weight", "5")
+    assert drift("held", *held) < drift("free")
+
+
 def test_starting_from_an_adapter_goes_on_where_it_stopped(train):
     first = train("first", "--measure-every", "4")
     second = train("second", "--init-from", str(first), "--measure-every", "4")
@@ -285,6 +313,9 @@ def test_the_run_folder_tells_everything_and_no_path(train, tmp_path, pictures):
         (["--attention", "xformers"], "xformers"),
         (["--precision", "fp16", "--device", "cpu"], "fp16"),
         (["--warmup", "50"], "--warmup 50"),
+        (["--prior-weight", "2"], "--prior-weight is for"),
+        (["--prior-prompts", "a cat", "--prior-weight", "-1"], "--prior-weight is -1"),
+        (["--prior-prompts", "an <x>", "--caption", "<x>", "--train-words", "<x>"], "holds <x>"),
     ],
 )
 def test_wrong_use_is_one_line_and_leaves_no_adapter(options, said, pocket_folder, pictures, tmp_path, capsys):

@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that 
     from sfumato.data import Dataset, Folder
     from sfumato.embedding import Words
     from sfumato.files import Description
+    from sfumato.prior import BasePrediction
     from sfumato.runs import Run
     from sfumato.runs.samples import Samples
 
@@ -72,6 +73,11 @@ class Config(TrainerOptions):
     bundle: bool = False
     """Write new words into the adapter's file, as A1111 and ComfyUI read them and diffusers does not, instead of beside
     it."""
+    prior_prompts: tuple[str, ...] = ()
+    """Prompts that shall draw as the base draws them: beside each batch goes one as large whose target is what the
+    frozen base predicts for them, as in DreamBooth. Repeat it for several. A subject gains by it, a style does not."""
+    prior_weight: float | None = None
+    """Weight of those samples in the loss, beside 1 for the pictures. Unset: 1."""
     init_from: Path | None = None
     """Start from this adapter instead of from nothing; same targets and rank."""
     adapter_guidance: float = 0.0
@@ -87,12 +93,13 @@ def train(config: Config) -> Path:
     """Train, and return the adapter's path."""
     import torch
 
-    from sfumato import diffusion, embedding, optimizers, randomness
+    from sfumato import embedding, optimizers, randomness
     from sfumato.adapters import attach, hosts
     from sfumato.ema import Average
     from sfumato.full import parts_of
     from sfumato.measure import UNRELATED, Measures
-    from sfumato.objective import denoising_errors, draw_noise
+    from sfumato.objective import denoising_errors
+    from sfumato.prior import draw_half
     from sfumato.processes import Processes
     from sfumato.runs import Run
     from sfumato.runs.samples import Samples, default_prompts, drawing_of
@@ -159,6 +166,7 @@ def train(config: Config) -> Path:
     run.every(config.measure_every, lambda step: run.log(step=step, **measures.values()))
     run.every(config.sample_every, samples.draw)
     run.every(config.save_every, export)
+    prior = prior_of(config, base, dataset, lora) if config.prior_prompts else None
     lora.train()
     for step in run.steps(config.steps):
         if step.number < config.words_first:
@@ -168,28 +176,35 @@ def train(config: Config) -> Path:
         if words:
             lora.requires_grad_(step.number >= config.words_first)
             words.requires_grad_(step.number < config.words_first or not config.words_first)
-        # Timesteps cover the schedule once in a global batch; each process takes its own part of them.
-        timesteps = diffusion.stratified_timesteps(global_batch, len(base.alpha_bar), config.seed, step.number)
-        timesteps = timesteps.to(precision.device)
-        loss = torch.zeros((), device=precision.device)
+        loss, prior_loss = torch.zeros(2, device=precision.device)
         for start in starts:
-            batch = dataset.batch(config.seed, step.number, global_batch, start, config.batch)
-            noise = draw_noise(batch, config.seed, step.number, start, offset=config.noise_offset)
-            mine = timesteps[start : start + config.batch]
+            half = draw_half(
+                base, dataset, config.seed, step.number, global_batch, start, config.batch, offset=config.noise_offset
+            )
+            learned = len(half.batch)
+            if prior:
+                half = half.beside(prior.draw(step.number, global_batch, start, config.batch))
+            batch = half.batch
             with precision.autocast(), randomness.seeded(precision.device, config.seed, "dropout", step.number, start):
                 if words:
                     text = embedding.encode(base, batch.captions, grad=True)
                 else:
                     text = base.encode_text(batch.captions, grad=True) if config.train_text_encoder else batch.text
-                errors = denoising_errors(base, batch, noise, mine, text, min_snr=config.min_snr)
-                part = errors.sum() / global_batch
+                errors = denoising_errors(
+                    base, batch, half.noise, half.timesteps, text, min_snr=config.min_snr, target=half.target
+                )
+                part = errors[:learned].sum() / global_batch
+                if prior:
+                    of_prior = errors[learned:].sum() / global_batch
+                    part = part + config.prior_weight * of_prior
+                    prior_loss += of_prior.detach()
             if part.requires_grad:  # not where words learn alone and no caption of the batch holds one
                 scaler.scale(part).backward()
             loss += part.detach()
         if words:
             words.settle_gradients()
         # Before unscaling, so that all processes find the same overflow and skip the same steps.
-        processes.sum([loss, *(p.grad for p in parameters if p.grad is not None)])
+        processes.sum([loss, prior_loss, *(p.grad for p in parameters if p.grad is not None)])
         scaler.unscale_(optimizer)
         norm = optimizers.clip(parameters, config.clip)
         if step.healthy(scaler, loss=loss, gradient_norm=norm):
@@ -199,7 +214,8 @@ def train(config: Config) -> Path:
             average.update()
         scaler.update()
         optimizer.zero_grad()
-        step.done(loss=loss, rate=schedule.rate, gradient_norm=norm)
+        further = {"prior_loss": prior_loss} if prior else {}
+        step.done(loss=loss, rate=schedule.rate, gradient_norm=norm, **further)
 
     average.apply()
     path = config.output / f"{config.name}.safetensors"
@@ -218,6 +234,14 @@ def check(config: Config) -> None:
     if config.init_from and not config.init_from.exists():
         raise ConfigError(f"--init-from {config.init_from}: there is no such file.")
     checked_adapter_guidance(config.adapter_guidance)
+    if config.prior_weight is not None:
+        if not config.prior_prompts:
+            raise ConfigError("--prior-weight is for what shall draw as before; name it with --prior-prompts.")
+        if not 0 <= config.prior_weight < float("inf"):
+            raise ConfigError(f"--prior-weight is {config.prior_weight}; it must not be negative.")
+    for prompt in config.prior_prompts:
+        if new := [word for word in config.train_words if word in prompt]:
+            raise ConfigError(f"--prior-prompts {prompt!r} holds {new[0]}, which the base does not know; leave it out.")
     count = len(config.train_words)
     for option in ("stands_for", "initial_words", "word_vectors", "word_learning_rate", "words_first", "bundle"):
         if getattr(config, option) and not count:
@@ -236,6 +260,8 @@ def resolve(config: Config, base: Base, samples: int, processes: int) -> tuple[C
         "text_learning_rate": config.text_learning_rate or config.learning_rate / 10,
         "save_precision": config.save_precision or ("fp32" if base.family.name == "pocket" else "fp16"),
     }
+    if config.prior_prompts:
+        values["prior_weight"] = 1.0 if config.prior_weight is None else config.prior_weight
     if config.train_words:
         rate = 1.0 if config.optimizer == "prodigy" else RATES[base.family.name]
         values["word_vectors"] = VECTORS if config.word_vectors is None else config.word_vectors
@@ -275,6 +301,23 @@ def new_words(base: Base, config: Config, examples: Folder) -> Words:
     )
     words.check([*config.sample_prompts, *(example.caption for example in examples)])
     return words
+
+
+def prior_of(config: Config, base: Base, dataset: Dataset, lora: Lora) -> BasePrediction:
+    """What gives the samples of the prior's prompts, from the pictures of the batch that they come beside."""
+    from sfumato.prior import BasePrediction
+
+    with lora.disabled():
+        return BasePrediction(
+            base,
+            dataset,
+            config.prior_prompts,
+            config.seed,
+            order=config.seed,
+            pristine=lora.disabled,
+            offset=config.noise_offset,
+            embed_text=not config.train_text_encoder and not config.train_words,
+        )
 
 
 def start_from(lora: Lora, path: Path) -> None:

@@ -95,10 +95,10 @@ class BasePrediction:
     """The class half whose target is what the frozen base predicts for the class prompts (Li & Hoiem 2017).
 
     data: pictures to be noised; those of the subject serve, because the target is a prediction and not the picture.
-    Their captions are not used, so `data` needs no embeddings of them. prompts: taken in turns. order: the seed by which
-    pictures are taken; that of the subject's half, where `data` is the subject's, gives each step the pictures, and so
-    the shapes, of that half. embed_text: whether the halves hold the prompts' embeddings, as those beside them hold
-    their captions'.
+    Their captions are not used, so `data` needs no embeddings of them. prompts: taken in turns. order: the seed of
+    which pictures are taken; where `data` is the subject's, that of its half gives each step the pictures, and so the
+    shapes, of that half. embed_text: whether the halves hold the prompts' embeddings, as those beside them hold their
+    captions'.
 
     Targets are computed in `pristine`, a context in which the base predicts as it did before the training; where there
     is none, because its own weights are trained, `remember` computes them all beforehand: every draw is a function of
