@@ -231,6 +231,14 @@ def test_with_a_prior_other_prompts_move_less(options, train):
     assert drift("held", *held) < drift("free")
 
 
+def test_the_priors_samples_take_half_of_the_default_batch(pocket_folder, pictures, tmp_path, capsys):
+    words = ["--images", str(pictures), "--output", str(tmp_path / "run"), "--base", str(pocket_folder), "--steps", "1"]
+    assert cli.main(["train", "lora", *words, "--caption", "{caption}", "--prior-prompts", "a cat"]) == 0
+    assert "batch 4," in capsys.readouterr().err
+    assert cli.main(["train", "lora", *words, "--caption", "{caption}", "--overwrite"]) == 0
+    assert "batch 8," in capsys.readouterr().err
+
+
 def test_starting_from_an_adapter_goes_on_where_it_stopped(train):
     first = train("first", "--measure-every", "4")
     second = train("second", "--init-from", str(first), "--measure-every", "4")

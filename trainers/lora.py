@@ -75,7 +75,8 @@ class Config(TrainerOptions):
     it."""
     prior_prompts: tuple[str, ...] = ()
     """Prompts that shall draw as the base draws them: beside each batch goes one as large whose target is what the
-    frozen base predicts for them, as in DreamBooth. Repeat it for several. A subject gains by it, a style does not."""
+    frozen base predicts for them, as in DreamBooth. Repeat it for several. Unset, --batch is then half of the default.
+    A subject gains by it, a style does not."""
     prior_weight: float | None = None
     """Weight of those samples in the loss, beside 1 for the pictures. Unset: 1."""
     init_from: Path | None = None
@@ -254,7 +255,8 @@ def check(config: Config) -> None:
 
 def resolve(config: Config, base: Base, samples: int, processes: int) -> tuple[Config, list[str]]:
     """The config with every unset field filled, and the names that the base's family filled."""
-    config, filled = options.resolve(config, base, samples, processes)
+    half = {"batch": max(1, base.defaults.batch // 2)} if config.prior_prompts else {}  # the other is the prior's
+    config, filled = options.resolve(config, base, samples, processes, **half)
     values: dict[str, Any] = {
         "alpha": config.alpha or float(config.rank),
         "text_learning_rate": config.text_learning_rate or config.learning_rate / 10,
