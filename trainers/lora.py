@@ -239,7 +239,7 @@ def check(config: Config) -> None:
         if not config.prior_prompts:
             raise ConfigError("--prior-weight is for what shall draw as before; name it with --prior-prompts.")
         if not 0 <= config.prior_weight < float("inf"):
-            raise ConfigError(f"--prior-weight is {config.prior_weight}; it must not be negative.")
+            raise ConfigError(f"--prior-weight is {config.prior_weight}; wanted a number of at least 0.")
     for prompt in config.prior_prompts:
         if new := [word for word in config.train_words if word in prompt]:
             raise ConfigError(f"--prior-prompts {prompt!r} holds {new[0]}, which the base does not know; leave it out.")
