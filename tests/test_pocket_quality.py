@@ -1,5 +1,6 @@
-"""What bench/pocket_quality.py draws, keeps and leaves out."""
+"""What bench/pocket_quality.py draws, keeps and leaves out; what bench/pocket_memory.py compares."""
 
+import json
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -8,8 +9,11 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
+from bench import pocket_memory
 from bench.judge_pictures import Pictures
 from bench.pocket_quality import Config, draw, every_other_style, repeated
+from sfumato import load_base
+from tests.tiny import CPU
 
 
 @pytest.fixture
@@ -62,3 +66,33 @@ def test_what_is_kept_is_not_drawn_again(pictures, config):
     assert pipeline.drawn == 6
     draw(pipeline, pictures, config)
     assert pipeline.drawn == 12
+
+
+def test_the_error_of_a_prediction_is_each_picture_s_own(pictures, pocket_folder):
+    base = load_base(str(pocket_folder), precision=CPU)
+    four = pictures.cells(pictures.names()[::3])
+    together, apart = (pocket_memory.error(base, four, four.pixels, 450, batch) for batch in (3, 1))
+    assert together == pytest.approx(apart, abs=2e-4)
+    assert together > 0.1
+
+
+def test_moved_pictures_are_turned_and_always_in_the_same_way():
+    pixels = torch.full((8, 3, 64, 64), 255, dtype=torch.uint8)
+    pixels[:, :, 20:44, 31:33] = 0
+    moved = pocket_memory.moved(pixels)
+    assert torch.equal(moved, pocket_memory.moved(pixels))
+    assert all(int(picture.eq(0).sum()) == 3 * 48 for picture in moved)
+    assert not any(torch.equal(picture, pixels[0]) for picture in moved)
+
+
+def test_as_many_seen_cells_as_withheld_ones_are_compared(pocket_folder, tmp_path):
+    for place, concept in enumerate(("bus", "crab", "key")):
+        (tmp_path / "data/noto").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (64, 64), (place * 90, 9, 9)).save(tmp_path / f"data/noto/{concept}.png")
+    manifest = {"styles": ["noto"], "withheld": [["bus", "noto"]]}
+    (tmp_path / "data/manifest.json").write_text(json.dumps(manifest))
+    config = pocket_memory.Config(base=str(pocket_folder), data=tmp_path / "data", timesteps=(50, 850))
+    report = pocket_memory.measure(config)
+    assert report.pop("pictures") == 1
+    assert report.keys() == {"seen", "seen_moved", "withheld", "withheld_moved"}
+    assert all(list(errors) == [50, 850] for errors in report.values())

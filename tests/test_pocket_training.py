@@ -19,13 +19,23 @@ from sfumato.diffusion import crossing_noise, noise_latents, target
 from sfumato.errors import BaseModelError, ConfigError, DataError
 from sfumato.muon import Muon, orthogonal
 from sfumato.pocket.captions import caption, other_caption
-from sfumato.pocket.lessons import Lessons, Shares
+from sfumato.pocket.latents import Latents, encode, encode_all
+from sfumato.pocket.lessons import FARTHEST, Lesson, Lessons, Shares
 from sfumato.pocket.parts import build_vae
-from sfumato.pocket.pictures import VARIANTS, batch_indices, read_manifest, read_others
+from sfumato.pocket.pictures import (
+    VARIANTS,
+    Move,
+    Pictures,
+    as_floats,
+    batch_indices,
+    partners_of,
+    read_manifest,
+    read_others,
+)
 from sfumato.pocket.pictures import read_pictures as read_drawings
 from sfumato.pocket.shown import save_sheet
 from sfumato.precision import decide
-from trainers.pretrain import Config, encode_all, rate_at, train
+from trainers.pretrain import Config, rate_at, train
 
 
 def test_withheld_cells_depend_on_names_not_on_their_order():
@@ -202,9 +212,20 @@ NAMES = [("crab", "noto"), ("crab", "flat"), ("key", "noto"), ("heart", "flat"),
 
 
 def lessons(**given):
-    usual = dict.fromkeys(("flip", "group", "plain", "empty", "others", "varied", "crossed"), 0.0)
-    shares = Shares(**{**usual, "crossed_from": 300, **given})
-    return Lessons(NAMES, 3, {"crab": "an animal", "key": "a tool"}, shares, seed=0)
+    usual = dict.fromkeys(("flip", "group", "plain", "empty", "others", "varied", "crossed", "moved"), 0.0)
+    shares = Shares(**{**usual, "crossed_from": 300, "moved_below": 600, **given})
+    partners = partners_of(Pictures(torch.zeros(5, 3, 8, 8, dtype=torch.uint8), NAMES))
+    return Lessons(NAMES, 3, {"crab": "an animal", "key": "a tool"}, shares, 0, partners)
+
+
+def test_partners_show_the_thing_in_another_style_where_it_lies():
+    pixels = torch.full((5, 3, 8, 8), 255, dtype=torch.uint8)
+    for index, (first, last) in enumerate([(0, 4), (0, 5), (0, 4), (0, 3), (4, 8)]):
+        pixels[index, index % 3, first:last] = 200
+    pictures = Pictures(pixels, NAMES)
+    assert partners_of(pictures) == [[1], [0], [], [4], [3]]
+    assert partners_of(pictures, 0.8) == [[1], [0], [], [], []]
+    assert partners_of(pictures, 0.81) == [[], [], [], [], []]
 
 
 def test_a_crossed_picture_is_asked_for_where_another_style_shows_the_thing():
@@ -233,6 +254,38 @@ def test_a_varied_picture_says_so_and_a_plain_one_says_nothing():
     assert {*lessons(varied=1.0, empty=1.0).at(0, torch.zeros(64)).captions} <= {v.words for v in VARIANTS[1:]}
 
 
+def test_pictures_are_moved_at_little_noise_alone_and_captions_do_not_tell():
+    timesteps = torch.tensor([0, 599, 600, 999] * 16)
+    still, moved = (lessons(moved=share).at(0, timesteps) for share in (0.0, 1.0))
+    assert still.moves == {}
+    assert sorted(moved.moves) == [place for place in range(64) if place % 4 < 2]
+    assert (moved.asked, moved.captions) == (still.asked, still.captions)
+    assert {move.turns for move in moved.moves.values()} == {0, 1, 2, 3}
+    assert max(abs(move.down) for move in moved.moves.values()) <= FARTHEST
+    assert lessons(moved=0.5).at(0, timesteps).moves.keys() < moved.moves.keys()
+
+
+def test_a_move_turns_and_shifts_and_fills_with_white():
+    picture = torch.arange(12, dtype=torch.uint8).view(1, 3, 4).expand(3, 3, 4)
+    assert torch.equal(Move(0, 0, 0).of(picture), picture)
+    assert Move(0, 1, -2).of(picture)[0].tolist() == [[255] * 4, [2, 3, 255, 255], [6, 7, 255, 255]]
+    assert Move(1, 0, 0).of(picture)[0].tolist() == [[3, 7, 11], [2, 6, 10], [1, 5, 9], [0, 4, 8]]
+    assert Move(2, 0, 9).of(picture).eq(255).all()
+
+
+def test_latents_of_moved_and_crossed_pictures_are_those_of_the_pictures_as_they_come_to_lie(data):
+    drawn = read_drawings(data)
+    vae = load_base("pocket", precision=decide("fp32", device="cpu")).vae
+    cache = Latents(vae, drawn, VARIANTS[:2], torch.device("cpu"))
+    move = Move(3, -5, 7)
+    lesson = Lesson(asked=[0, 1, 2], seen=[0, 3, 4], variants=[1, 0, 0], moves={0: move, 1: move}, captions=[])
+    lying = [move.of(drawn.pixels[0].flip(2)), move.of(drawn.pixels[1]), drawn.pixels[2]]
+    shown = [lying[0], move.of(drawn.pixels[3]), drawn.pixels[4]]
+    (mean, deviation), (seen, _) = (encode(vae, as_floats(torch.stack(pixels))) for pixels in (lying, shown))
+    scaled = [vae.config.scaling_factor * part for part in (mean, deviation, seen)]
+    assert_close(list(cache.of(lesson)), scaled, rtol=1e-4, atol=1e-4)
+
+
 def test_variants_are_the_picture_and_eleven_lossless_changes_of_it(data):
     drawn = read_drawings(data)
     twelve = [drawn.varied(variant).pixels for variant in VARIANTS]
@@ -255,7 +308,7 @@ def test_crossing_noise_makes_others_of_what_is_asked_for():
     assert_close((noisy - (1 - a).sqrt() * target("epsilon", asked, crossing, alpha_bar)) / a.sqrt(), asked)
 
 
-def test_crossed_and_varied_pictures_are_learned_from(data, tmp_path):
+def test_crossed_varied_and_moved_pictures_are_learned_from(data, tmp_path):
     settings = {"steps": 1, "batch": 4, "sample_every": 0, "device": "cpu", "precision": "fp32"}
 
     def loss(name, **shares):
@@ -263,7 +316,9 @@ def test_crossed_and_varied_pictures_are_learned_from(data, tmp_path):
         return json.loads((tmp_path / name / "log.jsonl").read_text().splitlines()[0])["loss"]
 
     losses = [loss("as it was"), loss("crossed", crossed_share=1.0), loss("varied", varied_share=1.0)]
-    assert len({*losses}) == 3
+    losses += [loss("moved", moved_share=1.0), loss("not so noisy", moved_share=1.0, moved_below=1)]
+    assert len({*losses}) == 4
+    assert losses[-1] == losses[0]
 
 
 def test_a_share_of_others_needs_them(data, tmp_path):

@@ -10,7 +10,6 @@ Made for the pocket base, whose pictures `bench/pocket_data.py` builds. Each sta
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -94,6 +93,14 @@ class Config(FolderOptions):
     the style, whatever is already there; half of them name the style alone."""
     crossed_from: int = 300
     """U-Net: the timestep from which on pictures are crossed; below it the thing's outline is settled."""
+    crossed_overlap: float = 0.0
+    """U-Net: how much of their ink two drawings of a thing must share to be crossed, 0 to 1 (intersection over union):
+    of two that lie alike it is the style that differs, and not the thing's shape."""
+    moved_share: float = 0.0
+    """U-Net: share of the pictures at little noise that are turned and shifted, so that what refines a drawing learns
+    strokes and edges wherever they are, and not the pictures by heart."""
+    moved_below: int = 600
+    """U-Net: the timestep below which pictures are moved: the noisier ones decide where things are."""
     seed: int = 0
     """Seed of weights and of every draw."""
     device: str = "auto"
@@ -111,9 +118,9 @@ class Config(FolderOptions):
         """U-Net: how often what is done with a picture and its caption."""
         from sfumato.pocket.lessons import Shares
 
-        names = ("flip", "group", "plain", "empty", "others", "varied", "crossed")
+        names = ("flip", "group", "plain", "empty", "others", "varied", "crossed", "moved")
         values = {name: getattr(self, f"{name}_share") for name in names}
-        return Shares(**values, crossed_from=self.crossed_from)
+        return Shares(**values, crossed_from=self.crossed_from, moved_below=self.moved_below)
 
 
 def rate_at(step: int, config: Config) -> float:
@@ -277,24 +284,10 @@ def _reconstruct(trained: Trained, pictures: Pictures, run: Run, step: int) -> N
 
 def _scaling_factor(vae: AutoencoderKL, pictures: Pictures, device: torch.device) -> float:
     """What brings the latents of the named pictures to a standard deviation of 1."""
+    from sfumato.pocket.latents import encode_all
+
     mean, deviation = encode_all(vae, pictures, device)
     return float(1 / (mean.var() + deviation.square().mean()).sqrt())
-
-
-def encode_all(vae: AutoencoderKL, pictures: Pictures, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of every picture's latents, unscaled, each (n, 4, h/4, w/4) fp32."""
-    import torch
-
-    from sfumato.data.latents import check_finite
-
-    means, deviations = [], []
-    with torch.no_grad():
-        for chunk in torch.arange(len(pictures.names)).split(64):
-            posterior = vae.encode(pictures.floats(chunk).to(device)).latent_dist
-            check_finite(posterior.mean, posterior.std, [" ".join(pictures.names[i]) for i in chunk.tolist()])
-            means.append(posterior.mean)
-            deviations.append(posterior.std)
-    return torch.cat(means), torch.cat(deviations)
 
 
 def train_unet(config: Config, precision: Precision) -> Path:
@@ -306,9 +299,10 @@ def train_unet(config: Config, precision: Precision) -> Path:
     from sfumato.bases.folder import load_vae
     from sfumato.optimizers import clip
     from sfumato.pocket.captions import all_captions, read_words
+    from sfumato.pocket.latents import Latents
     from sfumato.pocket.lessons import Lessons
     from sfumato.pocket.parts import build_scheduler, build_text_encoder, build_tokenizer, build_unet
-    from sfumato.pocket.pictures import VARIANTS, read_manifest, read_others, read_pictures
+    from sfumato.pocket.pictures import VARIANTS, partners_of, read_manifest, read_others, read_pictures
     from sfumato.pocket.shown import assemble, save_model, sheet
     from sfumato.precision import decide
     from sfumato.runs import Run
@@ -347,14 +341,12 @@ def train_unet(config: Config, precision: Precision) -> Path:
             unet, text_encoder = build_unet(), build_text_encoder(tokenizer)
     precision.learn(unet)
     run_unet = torch.compile(unet) if config.compile else unet
-    # Latents can neither be mirrored nor recolored themselves, so each variant is a part of the cache.
-    used = VARIANTS if config.varied_share else VARIANTS[:2]
-    caches = [encode_all(vae, pictures.varied(variant), device) for variant in used]
-    means, deviations = (torch.stack(pair) * vae.config.scaling_factor for pair in zip(*caches, strict=True))
-    lessons = Lessons(pictures.names, n, manifest["concepts"], config.shares(), config.seed)
+    cache = Latents(vae, pictures, VARIANTS if config.varied_share else VARIANTS[:2], device)
+    partners = partners_of(pictures, config.crossed_overlap)
+    lessons = Lessons(pictures.names, n, manifest["concepts"], config.shares(), config.seed, partners)
     trained = Trained({"unet": unet, "text_encoder": text_encoder}, config, device)
     run.keep(**trained.parts())
-    run.identify(data=pictures.fingerprint(), vae=hashlib.sha256(means.cpu().numpy().data).hexdigest())
+    run.identify(data=pictures.fingerprint(), vae=cache.fingerprint())
 
     def sample(step: int) -> None:
         with trained.averaged(), precision.autocast():
@@ -369,13 +361,13 @@ def train_unet(config: Config, precision: Precision) -> Path:
             config.batch, scheduler.config.num_train_timesteps, config.seed, number
         )
         lesson = lessons.at(number, timesteps)
-        posterior = means[lesson.variants, lesson.asked], deviations[lesson.variants, lesson.asked]
-        shape = tuple(posterior[0].shape)
-        latents = posterior[0] + posterior[1] * randomness.normal(shape, config.seed, "posterior", number).to(device)
+        mean, deviation, seen = cache.of(lesson)
+        shape = tuple(mean.shape)
+        latents = mean + deviation * randomness.normal(shape, config.seed, "posterior", number).to(device)
         noise = randomness.normal(shape, config.seed, "noise", number).to(device)
         alpha_bar = scheduler.alphas_cumprod[timesteps].to(device)
         if lesson.seen != lesson.asked:
-            noise = diffusion.crossing_noise(latents, means[lesson.variants, lesson.seen], noise, alpha_bar)
+            noise = diffusion.crossing_noise(latents, seen, noise, alpha_bar)
         weight = 2 * diffusion.snr_weight("v_prediction", alpha_bar, config.snr_gamma) + config.flat_weight
         with precision.autocast():
             hidden = encode_text(text_encoder, tokenizer, lesson.captions, device)
@@ -406,12 +398,16 @@ def encode_text(encoder: CLIPTextModel, tokenizer: CLIPTokenizer, texts: Sequenc
 def check(config: Config) -> None:
     """Refuse what makes no sense before anything is loaded."""
     options.check_run(config)
-    for name in ("flip_share", "group_share", "empty_share", "others_share", "varied_share", "crossed_share"):
-        if not 0 <= getattr(config, name) <= 1:
-            raise ConfigError(f"--{name.replace('_', '-')} is {getattr(config, name)}; it must be in 0 ... 1.")
+    for name in ("flip", "group", "empty", "others", "varied", "crossed", "moved"):
+        share = getattr(config, f"{name}_share")
+        if not 0 <= share <= 1:
+            raise ConfigError(f"--{name}-share is {share}; it must be in 0 ... 1.")
+    if not 0 <= config.crossed_overlap <= 1:
+        raise ConfigError(f"--crossed-overlap is {config.crossed_overlap}; it must be in 0 ... 1.")
     if not 0 <= config.plain_share <= 0.5:
         raise ConfigError(f"--plain-share is {config.plain_share}; it must be in 0 ... 0.5.")
-    for name in ("warmup_steps", "fall_at", "crossed_from", "kl", "gradient_difference", "snr_gamma", "flat_weight"):
+    timesteps = ("crossed_from", "moved_below")
+    for name in (*timesteps, "warmup_steps", "fall_at", "kl", "gradient_difference", "snr_gamma", "flat_weight"):
         if not 0 <= getattr(config, name) < float("inf"):
             raise ConfigError(f"--{name.replace('_', '-')} is {getattr(config, name)}; it must not be negative.")
     if config.decoder_only and (config.stage != "vae" or config.init is None):

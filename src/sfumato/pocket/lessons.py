@@ -10,14 +10,17 @@ from torch import Tensor
 
 from sfumato import randomness
 from sfumato.pocket.captions import caption, other_caption
-from sfumato.pocket.pictures import VARIANTS, batch_indices
+from sfumato.pocket.pictures import VARIANTS, Move, batch_indices
+
+FARTHEST = 12
+"""Pixels by which a moved picture is shifted at most, either way."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shares:
     """How often something is done, each in [0, 1]; `sfumato train pretrain --help` says what each is.
 
-    crossed_from: the first timestep at which pictures are crossed.
+    crossed_from: the first timestep at which pictures are crossed. moved_below: the first at which none is moved.
     """
 
     flip: float
@@ -28,35 +31,42 @@ class Shares:
     varied: float
     crossed: float
     crossed_from: int
+    moved: float
+    moved_below: int
 
 
 @dataclass(frozen=True)
 class Lesson:
     """A step's batch. asked: the pictures that are to be drawn. seen: those that the noise is laid over, which are
-    others where a picture is crossed. variants: which of VARIANTS of either. captions: what is said.
+    others where a picture is crossed. variants: which of VARIANTS of either. moves: how either is moved, place in the
+    batch -> move. captions: what is said.
     """
 
     asked: list[int]
     seen: list[int]
     variants: list[int]
+    moves: dict[int, Move]
     captions: list[str]
 
 
 class Lessons:
     """The lessons on pictures of which the first `named` are of the concepts, and those after them others.
 
-    names: what each shows and in which style. groups: concept -> its group.
+    names: what each shows and in which style. groups: concept -> its group. partners: for each those that it is crossed
+    with.
     """
 
     def __init__(
-        self, names: Sequence[tuple[str, str]], named: int, groups: Mapping[str, str], shares: Shares, seed: int
+        self,
+        names: Sequence[tuple[str, str]],
+        named: int,
+        groups: Mapping[str, str],
+        shares: Shares,
+        seed: int,
+        partners: Sequence[Sequence[int]],
     ) -> None:
         self.names, self.named, self.groups, self.shares, self.seed = names, named, groups, shares, seed
-        same: dict[str, list[int]] = {}
-        for index, (what, _) in enumerate(names):
-            same.setdefault(what, []).append(index)
-        self.partners = [[i for i in same[what] if i != index] for index, (what, _) in enumerate(names)]
-        """For each picture those of the same thing in other styles."""
+        self.partners = partners
 
     def at(self, step: int, timesteps: Tensor) -> Lesson:
         """The lesson of a step. timesteps: (batch,), that of each picture."""
@@ -68,7 +78,7 @@ class Lessons:
             asked += [self.named + i for i in more]
         draw = torch.rand(3, batch, generator=randomness.generator(self.seed, "captions and flips", step))
         cross = torch.rand(4, batch, generator=randomness.generator(self.seed, "crossing", step))
-        lesson = Lesson(asked, list(asked), (draw[2] < shares.flip).long().tolist(), [])
+        lesson = Lesson(asked, list(asked), (draw[2] < shares.flip).long().tolist(), self._moves(step, timesteps), [])
         for place, index in enumerate(asked):
             words, form, _ = draw[:, place].tolist()
             crossed, which, varied, variant = cross[:, place].tolist()
@@ -85,6 +95,18 @@ class Lessons:
                 text = f"{text}, {said}" if text else said
             lesson.captions.append(text)
         return lesson
+
+    def _moves(self, step: int, timesteps: Tensor) -> dict[int, Move]:
+        """At little noise, where what is there shows how it lies and no caption need say so."""
+        generator = randomness.generator(self.seed, "moving", step)
+        draw = torch.rand(4, len(timesteps), generator=generator)
+        moved = (draw[0] < self.shares.moved) & (timesteps < self.shares.moved_below)
+        turns = (draw[1] * 4).long()
+        down, right = ((draw[2:] * 2 - 1) * FARTHEST).round().long()
+        return {
+            place: Move(int(turns[place]), int(down[place]), int(right[place]))
+            for place in moved.nonzero().flatten().tolist()
+        }
 
     def _caption(self, index: int, draw: float, form: float) -> str:
         what, style = self.names[index]

@@ -32,9 +32,42 @@ class Variant:
         order = "".join("rgb"[channel] for channel in self.channels)
         return ", ".join([*([] if order == "rgb" else [f"{order} colors"]), *(["mirrored"] if self.mirrored else [])])
 
+    def of(self, pixels: Tensor) -> Tensor:
+        """(..., 3, h, w) of (..., 3, h, w)."""
+        ordered = pixels[..., list(self.channels), :, :]
+        return ordered.flip(-1) if self.mirrored else ordered
+
+
+_WHITE = 235
+"""A pixel with a channel below this is ink."""
 
 VARIANTS = [Variant(order, mirrored) for order in permutations((0, 1, 2)) for mirrored in (False, True)]
 """All twelve; the first is the picture as it is, the second its mirror image."""
+
+
+@dataclass(frozen=True)
+class Move:
+    """A lossless change of where things lie: quarter turns, then a shift in pixels; what comes in is white."""
+
+    turns: int
+    down: int
+    right: int
+
+    def of(self, pixels: Tensor) -> Tensor:
+        """(3, h, w) of (3, h, w), both uint8; a picture that is not square keeps its sides in even turns alone."""
+        turned = pixels.rot90(self.turns, (1, 2))
+        height, width = turned.shape[1:]
+        moved = torch.full_like(turned, 255)
+        rows, columns = _overlap(self.down, height), _overlap(self.right, width)
+        moved[:, rows[0], columns[0]] = turned[:, rows[1], columns[1]]
+        return moved
+
+
+def _overlap(shift: int, side: int) -> tuple[slice, slice]:
+    """Where the shifted lines go, and whence they come."""
+    kept = max(side - abs(shift), 0)
+    to, of = max(shift, 0), max(-shift, 0)
+    return slice(to, to + kept), slice(of, of + kept)
 
 
 @dataclass(frozen=True)
@@ -46,7 +79,7 @@ class Pictures:
 
     def floats(self, indices: Sequence[int] | Tensor) -> Tensor:
         """(b, 3, h, w) in [-1, 1]."""
-        return self.pixels[indices].float() / 127.5 - 1
+        return as_floats(self.pixels[indices])
 
     def and_others(self, others: Pictures) -> Pictures:
         """These, and those after them."""
@@ -60,8 +93,32 @@ class Pictures:
 
     def varied(self, variant: Variant) -> Pictures:
         """The same, in this variant."""
-        pixels = self.pixels[:, list(variant.channels)]
-        return Pictures(pixels.flip(3) if variant.mirrored else pixels, self.names)
+        return Pictures(variant.of(self.pixels), self.names)
+
+
+def partners_of(pictures: Pictures, least_overlap: float = 0.0) -> list[list[int]]:
+    """For each picture those of the same thing in other styles that lie where it lies.
+
+    least_overlap: of the pixels that are ink (darker than white) in either, the share that is ink in both, at least.
+    """
+    ink = pictures.pixels.amin(1).lt(_WHITE).flatten(1)
+    same: dict[str, list[int]] = {}
+    for index, (what, _) in enumerate(pictures.names):
+        same.setdefault(what, []).append(index)
+
+    def alike(one: int, other: int) -> bool:
+        both, either = ink[one] & ink[other], ink[one] | ink[other]
+        return int(both.sum()) >= least_overlap * int(either.sum())
+
+    return [
+        [other for other in same[what] if other != index and alike(index, other)]
+        for index, (what, _) in enumerate(pictures.names)
+    ]
+
+
+def as_floats(pixels: Tensor) -> Tensor:
+    """uint8 as numbers in [-1, 1]."""
+    return pixels.float() / 127.5 - 1
 
 
 def read_pictures(data: Path) -> Pictures:
