@@ -316,9 +316,28 @@ def test_crossed_varied_and_moved_pictures_are_learned_from(data, tmp_path):
         return json.loads((tmp_path / name / "log.jsonl").read_text().splitlines()[0])["loss"]
 
     losses = [loss("as it was"), loss("crossed", crossed_share=1.0), loss("varied", varied_share=1.0)]
-    losses += [loss("moved", moved_share=1.0), loss("not so noisy", moved_share=1.0, moved_below=1)]
+    losses.append(loss("moved", moved_share=1.0, moved_below=1000))
     assert len({*losses}) == 4
-    assert losses[-1] == losses[0]
+
+
+def test_the_shares_are_the_options(data):
+    given = {"moved_share": 0.1, "moved_below": 2, "crossed_share": 0.3, "crossed_from": 4, "varied_share": 0.5}
+    shares = Config(data=data, **given).shares()
+    assert (shares.moved, shares.moved_below, shares.crossed, shares.crossed_from, shares.varied) == (
+        0.1,
+        2,
+        0.3,
+        4,
+        0.5,
+    )
+
+
+@pytest.mark.parametrize("wrong", [{"moved_share": 1.5}, {"crossed_overlap": -0.1}, {"moved_below": -1}])
+def test_shares_and_timesteps_out_of_range_are_refused_by_name(wrong, data, tmp_path):
+    option = "--" + next(iter(wrong)).replace("_", "-")
+    with pytest.raises(ConfigError, match=option):
+        train(Config(stage="unet", init=Path("pocket"), data=data, output=tmp_path / "on", **wrong))
+    assert not (tmp_path / "on").exists()
 
 
 def test_a_share_of_others_needs_them(data, tmp_path):
