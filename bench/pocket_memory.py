@@ -21,7 +21,8 @@ from bench.judge_pictures import Pictures, read_pictures, withheld_cells
 from bench.real import print_report
 from sfumato import diffusion, load_base, randomness
 from sfumato.bases import Base
-from sfumato.pocket.pictures import Move, as_floats
+from sfumato.data.latents import to_floats
+from sfumato.pocket.pictures import Move
 from sfumato.precision import decide
 
 
@@ -67,7 +68,7 @@ def error(base: Base, pictures: Pictures, pixels: Tensor, timestep: int, batch: 
     """The mean squared error of the base's prediction of v for `pixels`, told what `pictures` show."""
     errors = []
     for places in torch.split(torch.arange(len(pixels)), batch):
-        latents = base.encode_pixels(as_floats(pixels[places]))[0].float()
+        latents = base.encode_pixels(to_floats(pixels[places]))[0].float()
         noise = torch.stack(
             [randomness.normal(tuple(latents.shape[1:]), 0, "noise", timestep, i) for i in places.tolist()]
         )

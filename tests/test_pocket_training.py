@@ -15,6 +15,7 @@ from bench.judge_pictures import read_pictures, withheld_cells
 from bench.pocket_data import is_kept_for_subjects, resolve
 from bench.pocket_data import withheld_cells as choose_cells
 from sfumato import load_base
+from sfumato.data.latents import to_floats
 from sfumato.diffusion import crossing_noise, noise_latents, target
 from sfumato.errors import BaseModelError, ConfigError, DataError
 from sfumato.muon import Muon, orthogonal
@@ -26,7 +27,6 @@ from sfumato.pocket.pictures import (
     VARIANTS,
     Move,
     Pictures,
-    as_floats,
     batch_indices,
     partners_of,
     read_manifest,
@@ -281,7 +281,7 @@ def test_latents_of_moved_and_crossed_pictures_are_those_of_the_pictures_as_they
     lesson = Lesson(asked=[0, 1, 2], seen=[0, 3, 4], variants=[1, 0, 0], moves={0: move, 1: move}, captions=[])
     lying = [move.of(drawn.pixels[0].flip(2)), move.of(drawn.pixels[1]), drawn.pixels[2]]
     shown = [lying[0], move.of(drawn.pixels[3]), drawn.pixels[4]]
-    (mean, deviation), (seen, _) = (encode(vae, as_floats(torch.stack(pixels))) for pixels in (lying, shown))
+    (mean, deviation), (seen, _) = (encode(vae, to_floats(torch.stack(pixels))) for pixels in (lying, shown))
     scaled = [vae.config.scaling_factor * part for part in (mean, deviation, seen)]
     assert_close(list(cache.of(lesson)), scaled, rtol=1e-4, atol=1e-4)
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sfumato.data.latents import check_finite
+from sfumato.data.latents import check_finite, to_floats
 from sfumato.pocket.lessons import Lesson
-from sfumato.pocket.pictures import VARIANTS, Pictures, Variant, as_floats
+from sfumato.pocket.pictures import VARIANTS, Pictures, Variant
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -50,7 +50,7 @@ class Latents:
     def _moved(self, places: Sequence[int], indices: Sequence[int], lesson: Lesson) -> tuple[Tensor, Tensor]:
         pixels = [VARIANTS[lesson.variants[p]].of(self.pictures.pixels[indices[p]]) for p in places]
         moved = torch.stack([lesson.moves[p].of(picture) for p, picture in zip(places, pixels, strict=True)])
-        mean, deviation = encode(self.vae, as_floats(moved).to(self.device))
+        mean, deviation = encode(self.vae, to_floats(moved).to(self.device))
         return mean * self.scale, deviation * self.scale
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from sfumato import randomness
+from sfumato.data.latents import to_floats
 from sfumato.errors import DataError
 
 
@@ -79,7 +80,7 @@ class Pictures:
 
     def floats(self, indices: Sequence[int] | Tensor) -> Tensor:
         """(b, 3, h, w) in [-1, 1]."""
-        return as_floats(self.pixels[indices])
+        return to_floats(self.pixels[indices])
 
     def and_others(self, others: Pictures) -> Pictures:
         """These, and those after them."""
@@ -114,11 +115,6 @@ def partners_of(pictures: Pictures, least_overlap: float = 0.0) -> list[list[int
         [other for other in same[what] if other != index and alike(index, other)]
         for index, (what, _) in enumerate(pictures.names)
     ]
-
-
-def as_floats(pixels: Tensor) -> Tensor:
-    """uint8 as numbers in [-1, 1]."""
-    return pixels.float() / 127.5 - 1
 
 
 def read_pictures(data: Path) -> Pictures:
