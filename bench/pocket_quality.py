@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from bench.distances import paired_kernel_distance
-from bench.judge import Judge, Verdict, cached_judge, look
+from bench.judge import Judge, Verdict, cached_judge, kernel_distance, look
 from bench.judge_pictures import Pictures, read_others, read_pictures, withheld_cells
 from bench.real import print_report
 from sfumato import randomness
@@ -69,17 +69,18 @@ class Config:
 
 
 Cell = tuple[str, str, int]
-"""Concept, style, and a number that tells several pictures of both apart."""
+"""Concept, style or "" for none, and a number that tells several pictures of both apart."""
 
 
-def draw(pipeline: StableDiffusionPipeline, pictures: Pictures, config: Config) -> Tensor:
-    """One picture for each of `pictures`, asked for by name: (n, 3, h, w) in [-1, 1]; what is kept is not drawn again.
+def draw(pipeline: StableDiffusionPipeline, names: Sequence[tuple[str, str]], config: Config) -> Tensor:
+    """One picture for each (concept, style), or by the concept's name alone where the style is "": (n, 3, h, w) in
+    [-1, 1]; what is kept is not drawn again.
 
     The seed of a picture depends on its concept, its style and how often they came before, not on its batch.
     """
     came: Counter[tuple[str, str]] = Counter()
     asked: list[Cell] = []
-    for name in pictures.names():
+    for name in names:
         asked.append((*name, came[name]))
         came[name] += 1
     if config.drawn is None:
@@ -87,7 +88,7 @@ def draw(pipeline: StableDiffusionPipeline, pictures: Pictures, config: Config) 
             [image for chunk in batched(asked, config.batch) for image in draw_some(pipeline, chunk, config)]
         )
     folder = config.drawn / settings_of(config)
-    files = {cell: folder / cell[1] / f"{cell[0].replace(' ', '-')}-{cell[2]}.png" for cell in asked}
+    files = {cell: folder / (cell[1] or "plain") / f"{cell[0].replace(' ', '-')}-{cell[2]}.png" for cell in asked}
     for chunk in batched([cell for cell in asked if not files[cell].exists()], config.batch):
         for cell, image in zip(chunk, draw_some(pipeline, chunk, config), strict=True):
             with atomic_path(files[cell]) as temporary:
@@ -98,7 +99,7 @@ def draw(pipeline: StableDiffusionPipeline, pictures: Pictures, config: Config) 
 def draw_some(pipeline: StableDiffusionPipeline, cells: Sequence[Cell], config: Config) -> list[Image.Image]:
     """One batch."""
     images: list[Image.Image] = pipeline(
-        [f"{concept}, {style} style" for concept, style, _ in cells],
+        [f"{concept}, {style} style" if style else concept for concept, style, _ in cells],
         num_inference_steps=config.sampler_steps,
         guidance_scale=config.guidance,
         generator=[randomness.generator(config.seed, f"{cell[0]}/{cell[1]}", 0, cell[2]) for cell in cells],
@@ -175,7 +176,7 @@ def judged(pipeline: StableDiffusionPipeline, judge: Judge, pictures: Pictures, 
     rebuilt = reconstruct(pipeline, pictures)
     psnr = -10 * ((rebuilt - (pictures.pixels.float() / 127.5 - 1)) / 2).square().mean((1, 2, 3)).log10().mean()
     report: dict[str, Any] = {
-        "drawn": figures(look(judge, draw(pipeline, asked, config)), asked, real.features),
+        "drawn": figures(look(judge, draw(pipeline, asked.names(), config)), asked, real.features),
         "reconstructed": figures(look(judge, rebuilt), pictures, real.features) | {"psnr_db": round(float(psnr), 2)},
         "real": figures(real, pictures, real.features),
     }
@@ -183,6 +184,28 @@ def judged(pipeline: StableDiffusionPipeline, judge: Judge, pictures: Pictures, 
     for name in ("style", "concept_top1"):
         report[f"{name}_of_real"] = round(report["drawn"][name] / report["real"][name], 4)
     return report
+
+
+def judged_plain(pipeline: StableDiffusionPipeline, judge: Judge, pictures: Pictures, config: Config) -> dict[str, Any]:
+    """Pictures that were asked for by the concept's name alone: named rightly, in which styles, how far from each.
+
+    A base that draws them in one style is near to that one's real pictures, one that draws all is near to all.
+    """
+    drawn = look(judge, draw(pipeline, [(concept, "") for concept in pictures.concepts], config))
+    real = look(judge, pictures.pixels).features
+    concept = torch.arange(len(pictures.concepts))
+    taken = drawn.style_logits.argmax(1).bincount(minlength=len(pictures.styles)) / len(concept)
+    apart = {style: kernel_distance(drawn.features, real[pictures.style == s]) for s, style in enumerate(judge.styles)}
+    return {
+        "pictures": len(concept),
+        "concept_top1": round(drawn.concept_accuracy(concept), 4),
+        "concept_top5": round(drawn.concept_accuracy(concept, 5), 4),
+        "taken_for": {style: round(float(share), 4) for style, share in zip(judge.styles, taken, strict=True)},
+        "kid_x1000": {
+            style: round(1000 * value, 3)
+            for style, value in {**apart, "all": kernel_distance(drawn.features, real)}.items()
+        },
+    }
 
 
 def draw_sheet(pipeline: StableDiffusionPipeline, pictures: Pictures, config: Config, path: Path) -> None:
@@ -197,7 +220,7 @@ def draw_sheet(pipeline: StableDiffusionPipeline, pictures: Pictures, config: Co
             pictures.pixels[cells], pictures.concept[cells], pictures.style[cells], pictures.concepts, pictures.styles
         )
         assert style == pictures.styles[int(row.style[0])]
-        drawn = ((draw(pipeline, row, config) + 1) * 127.5).round().byte()
+        drawn = ((draw(pipeline, row.names(), config) + 1) * 127.5).round().byte()
         rows += [torch.cat(list(drawn), 2), torch.cat(list(row.pixels), 2)]
     with atomic_path(path) as temporary:
         Image.fromarray(torch.cat(rows, 1).permute(1, 2, 0).numpy()).save(temporary, optimize=True)
@@ -222,6 +245,7 @@ def measure(config: Config) -> dict[str, Any]:
         "seconds_a_picture": round(time.perf_counter() - began, 3),
         "seen": judged(pipeline, judge, every_other_style(seen) if config.half else seen, config),
         "withheld": judged(pipeline, judge, withheld, config),
+        "plain": judged_plain(pipeline, judge, seen, config),
     }
     if config.sheet is not None:
         draw_sheet(pipeline, pictures, config, config.sheet)

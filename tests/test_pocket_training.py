@@ -218,6 +218,14 @@ def lessons(**given):
     return Lessons(NAMES, 3, {"crab": "an animal", "key": "a tool"}, shares, 0, partners)
 
 
+def test_a_name_alone_is_said_of_the_drawing_in_the_plain_style_or_of_the_first_where_that_is_withheld():
+    steps = [lessons(plain=0.5, plain_style="flat", others=0.4).at(step, torch.zeros(5)) for step in range(20)]
+    shown = {(text, asked) for step in steps for text, asked in zip(step.captions, step.asked, strict=True)}
+    assert {(text, asked) for text, asked in shown if text in ("crab", "key")} == {("crab", 1), ("key", 2)}
+    assert {("crab, noto style", 0), ("crab, flat style", 1), ("heart, flat style", 3)} <= shown
+    assert all(step.seen == step.asked for step in steps)
+
+
 def test_partners_show_the_thing_in_another_style_where_it_lies():
     pixels = torch.full((5, 3, 8, 8), 255, dtype=torch.uint8)
     for index, (first, last) in enumerate([(0, 4), (0, 5), (0, 4), (0, 3), (4, 8)]):
@@ -330,6 +338,12 @@ def test_the_shares_are_the_options(data):
         4,
         0.5,
     )
+
+
+def test_a_plain_style_that_the_pictures_lack_is_refused(data, tmp_path):
+    with pytest.raises(ConfigError, match="--plain-style oil"):
+        train(Config(stage="unet", init=Path("pocket"), data=data, output=tmp_path / "on", plain_style="oil"))
+    assert not (tmp_path / "on").exists()
 
 
 @pytest.mark.parametrize("wrong", [{"moved_share": 1.5}, {"crossed_overlap": -0.1}, {"moved_below": -1}])

@@ -81,6 +81,8 @@ class Config(FolderOptions):
     """U-Net: share of captions that name the concept's group in place of the concept."""
     plain_share: float = 0.25
     """U-Net: share of captions that name the concept without the style; of those that name a group, twice as many."""
+    plain_style: str | None = None
+    """U-Net: the style of what a concept's name alone draws. Unset: of all, which a small model draws as a blend."""
     empty_share: float = 0.1
     """U-Net: share of empty captions, for classifier-free guidance."""
     others_share: float = 0.0
@@ -120,7 +122,9 @@ class Config(FolderOptions):
 
         names = ("flip", "group", "plain", "empty", "others", "varied", "crossed", "moved")
         values = {name: getattr(self, f"{name}_share") for name in names}
-        return Shares(**values, crossed_from=self.crossed_from, moved_below=self.moved_below)
+        return Shares(
+            **values, crossed_from=self.crossed_from, moved_below=self.moved_below, plain_style=self.plain_style
+        )
 
 
 def rate_at(step: int, config: Config) -> float:
@@ -309,6 +313,9 @@ def train_unet(config: Config, precision: Precision) -> Path:
 
     device = precision.device
     manifest = read_manifest(config.data)
+    if config.plain_style not in (None, *manifest["styles"]):
+        known = ", ".join(manifest["styles"])
+        raise ConfigError(f"--plain-style {config.plain_style}: {config.data} has no such style; it has {known}.")
     words = read_words(config.data)
     pictures = read_pictures(config.data)
     n = len(pictures.names)

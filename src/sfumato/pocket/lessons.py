@@ -21,6 +21,7 @@ class Shares:
     """How often something is done, each in [0, 1]; `sfumato train pretrain --help` says what each is.
 
     crossed_from: the first timestep at which pictures are crossed. moved_below: the first at which none is moved.
+    plain_style: the style in which a concept is drawn when its name alone is said; None: each as often.
     """
 
     flip: float
@@ -33,6 +34,7 @@ class Shares:
     crossed_from: int
     moved: float
     moved_below: int
+    plain_style: str | None = None
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ class Lessons:
     ) -> None:
         self.names, self.named, self.groups, self.shares, self.seed = names, named, groups, shares, seed
         self.partners = partners
+        self.plain = plain_drawings(names[:named], shares.plain_style) if shares.plain_style else {}
 
     def at(self, step: int, timesteps: Tensor) -> Lesson:
         """The lesson of a step. timesteps: (batch,), that of each picture."""
@@ -89,6 +92,8 @@ class Lessons:
                 text = f"{what}, {style} style" if form < 0.5 else f"{style} style"
             else:
                 text = self._caption(index, words, form)
+                if text in self.plain:
+                    lesson.asked[place] = lesson.seen[place] = self.plain[text]
             if varied < shares.varied:
                 lesson.variants[place] = 1 + int(variant * (len(VARIANTS) - 1))
                 said = VARIANTS[lesson.variants[place]].words
@@ -115,3 +120,12 @@ class Lessons:
             return other_caption(what, style, draw=draw, form=form, empty_share=empty)
         shares = {"empty_share": empty, "group_share": self.shares.group, "plain_share": self.shares.plain}
         return caption(what, style, self.groups[what], draw=draw, form=form, **shares)
+
+
+def plain_drawings(names: Sequence[tuple[str, str]], style: str) -> dict[str, int]:
+    """Concept -> the place in `names` of its drawing in the style; of its first where that one is withheld."""
+    first: dict[str, int] = {}
+    for place, (concept, drawn) in enumerate(names):
+        if concept not in first or drawn == style:
+            first[concept] = place
+    return first
