@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from bench.distances import paired_kernel_distance
-from bench.judge import Judge, Verdict, cached_judge, kernel_distance, look
+from bench.judge import Judge, Verdict, cached_judge, look
 from bench.judge_pictures import Pictures, read_others, read_pictures, withheld_cells
 from bench.real import print_report
 from sfumato import randomness
@@ -186,25 +186,18 @@ def judged(pipeline: StableDiffusionPipeline, judge: Judge, pictures: Pictures, 
     return report
 
 
-def judged_plain(pipeline: StableDiffusionPipeline, judge: Judge, pictures: Pictures, config: Config) -> dict[str, Any]:
-    """Pictures that were asked for by the concept's name alone: named rightly, in which styles, how far from each.
-
-    A base that draws them in one style is near to that one's real pictures, one that draws all is near to all.
-    """
-    drawn = look(judge, draw(pipeline, [(concept, "") for concept in pictures.concepts], config))
-    real = look(judge, pictures.pixels).features
-    concept = torch.arange(len(pictures.concepts))
-    taken = drawn.style_logits.argmax(1).bincount(minlength=len(pictures.styles)) / len(concept)
-    apart = {style: kernel_distance(drawn.features, real[pictures.style == s]) for s, style in enumerate(judge.styles)}
+def judged_plain(
+    pipeline: StableDiffusionPipeline, judge: Judge, concepts: Sequence[str], config: Config
+) -> dict[str, Any]:
+    """Pictures that were asked for by name alone: how many show the concept, and which style they have."""
+    drawn = look(judge, draw(pipeline, [(concept, "") for concept in concepts], config))
+    concept = torch.arange(len(concepts))
+    taken = drawn.style_logits.argmax(1).bincount(minlength=len(judge.styles)) / len(concepts)
     return {
-        "pictures": len(concept),
+        "pictures": len(concepts),
         "concept_top1": round(drawn.concept_accuracy(concept), 4),
         "concept_top5": round(drawn.concept_accuracy(concept, 5), 4),
         "taken_for": {style: round(float(share), 4) for style, share in zip(judge.styles, taken, strict=True)},
-        "kid_x1000": {
-            style: round(1000 * value, 3)
-            for style, value in {**apart, "all": kernel_distance(drawn.features, real)}.items()
-        },
     }
 
 
@@ -245,7 +238,7 @@ def measure(config: Config) -> dict[str, Any]:
         "seconds_a_picture": round(time.perf_counter() - began, 3),
         "seen": judged(pipeline, judge, every_other_style(seen) if config.half else seen, config),
         "withheld": judged(pipeline, judge, withheld, config),
-        "plain": judged_plain(pipeline, judge, seen, config),
+        "plain": judged_plain(pipeline, judge, seen.concepts, config),
     }
     if config.sheet is not None:
         draw_sheet(pipeline, pictures, config, config.sheet)

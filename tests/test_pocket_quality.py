@@ -10,8 +10,9 @@ from PIL import Image
 from torch.testing import assert_close
 
 from bench import pocket_memory
+from bench.judge import Judge
 from bench.judge_pictures import Pictures
-from bench.pocket_quality import Config, draw, every_other_style, repeated
+from bench.pocket_quality import Config, draw, every_other_style, judged_plain, repeated
 from sfumato import load_base
 from tests.tiny import CPU
 
@@ -58,6 +59,22 @@ def test_a_picture_depends_on_its_cell_and_not_on_its_company(pictures, config):
 def test_several_pictures_of_a_cell_differ(pictures, config):
     twice = draw(Pipeline(), repeated(pictures, 2).names(), config)
     assert not torch.equal(twice[:12], twice[12:])
+
+
+def test_a_name_alone_is_all_that_is_asked_and_every_picture_is_taken_for_one_style(pictures, config):
+    asked = []
+
+    class Listening(Pipeline):
+        def __call__(self, prompts, **settings):
+            asked.extend(prompts)
+            return super().__call__(prompts, **settings)
+
+    names = ("bus", "crab", "key", "owl", "tulip")
+    found = judged_plain(Listening(), Judge(names, pictures.styles), names, config)
+    assert asked == list(names)
+    assert found["pictures"] == 5
+    assert found["concept_top5"] == 1
+    assert sum(found["taken_for"].values()) == pytest.approx(1, abs=1e-3)
 
 
 def test_what_is_kept_is_not_drawn_again(pictures, config):
