@@ -53,6 +53,25 @@ def test_bf16_on_a_cpu_is_autocast_over_fp32_weights(bare):
         assert layer(torch.ones(1, 4)).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("has_bf16", [False, True])
+def test_beside_frozen_weights_a_cpu_learns_in_bf16_where_it_multiplies_that(monkeypatch, bare, has_bf16):
+    monkeypatch.setattr(precision, "cpu_has_bf16", lambda: has_bf16)
+    wanted = torch.bfloat16 if has_bf16 else torch.float32
+    decision = decide(adapting=True)
+    assert (decision.storage, decision.compute, decision.vae) == (wanted, wanted, torch.float32)
+    assert decide().compute == decide("fp32", adapting=True).compute == torch.float32
+
+
+def test_whether_a_cpu_multiplies_bf16_is_read_from_its_flags(monkeypatch):
+    def said(flags):
+        monkeypatch.setattr(precision.Path, "read_text", lambda *_, **__: f"vendor_id : a maker\nflags : {flags}\n")
+        precision.cpu_has_bf16.cache_clear()
+        return precision.cpu_has_bf16()
+
+    assert [said("avx512f avx512_bf16"), said("amx_bf16 sse2"), said("avx512f avx2")] == [True, True, False]
+    precision.cpu_has_bf16.cache_clear()
+
+
 def test_fp32_opens_no_autocast(bare):
     with decide("fp32").autocast():
         assert not torch.is_autocast_enabled("cpu")

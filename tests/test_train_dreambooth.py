@@ -238,6 +238,7 @@ def test_base_and_difference_are_the_trained_weights(train, pocket_folder):
 def test_every_family_learns_text_encoders_and_all(family, method, train, tmp_path):
     folder = write_folder(tiny_pipeline(family), tmp_path / family)
     options = ["--train-text-encoder", "--resolution", "64", "--method", method, "--steps", "2", "--prior", "base"]
+    options += ["--precision", "bf16"] if method == "lora" else []
     made = train("run", *options, *(["--save", "difference"] if method == "full" else []), base=folder)
     file = read_adapter(made)
     wanted = {"unet", "text_encoder"} | ({"text_encoder_2"} if family == "sdxl" else set())
@@ -344,14 +345,21 @@ def test_the_extracted_lora_is_the_change_and_says_what_it_keeps(train, pocket_f
 @pytest.mark.slow
 def test_two_processes_draw_one_class_and_give_the_result_of_one(train, pocket_folder, pictures, tmp_path):
     """`accelerate launch trainers/dreambooth.py`, two CPU processes: one global batch of 4, to rounding."""
-    one = train("one", "--batch", "4", "--method", "lora", "--save", "lora")
+    one = train("one", "--batch", "4", "--method", "lora", "--save", "lora", "--precision", "fp32")
     root = cli.source("sfumato.trainers.dreambooth").parents[1]
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     command += [str(root / "trainers/dreambooth.py"), "--images", str(pictures), "--output", str(tmp_path / "two")]
     command += ["--base", str(pocket_folder), "--class-name", CLASS, "--instance-prompt", PROMPT, "--steps", str(STEPS)]
     command += ["--batch", "2", "--learning-rate", "1e-3", "--rank", "2", "--method", "lora", "--class-count", "3"]
-    command += ["--sample-every", "0", "--measure-every", "2"]  # a cache of its own: both processes draw
+    command += [
+        "--sample-every",
+        "0",
+        "--measure-every",
+        "2",
+        "--precision",
+        "fp32",
+    ]  # a cache of its own: both processes draw
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -131,7 +131,7 @@ def train(config: Config) -> Path:
         config.instance_prompt or f"{config.identifier} {config.class_name}", config.class_prompt or config.class_name
     )
     examples = read_examples(config, subject)
-    precision = config.decide_precision(processes, config.optimizer)
+    precision = config.decide_precision(processes, config.optimizer, adapting=config.method == "lora")
     if config.method == "full":
         precision = full_precision(precision)
     scaler = precision.scaler()

@@ -121,8 +121,11 @@ class BaseOptions:
     prediction_type: Literal["epsilon", "v_prediction"] | None = None
     """What the base predicts, where a single file cannot tell."""
 
-    def decide_precision(self, processes: Processes, optimizer: str = "adamw") -> Precision:
-        """The one decision on devices and number formats, put into effect."""
+    def decide_precision(self, processes: Processes, optimizer: str = "adamw", *, adapting: bool = True) -> Precision:
+        """The one decision on devices and number formats, put into effect.
+
+        adapting: the base's weights stay frozen.
+        """
         from sfumato.precision import decide
 
         precision = decide(
@@ -131,6 +134,7 @@ class BaseOptions:
             attention=self.attention,
             gradient_checkpointing=self.gradient_checkpointing,
             optimizer=optimizer,
+            adapting=adapting,
         )
         precision.apply()
         return precision

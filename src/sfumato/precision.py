@@ -13,6 +13,8 @@ import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
@@ -166,18 +168,20 @@ def decide(
     attention: Attention = "sdpa",
     gradient_checkpointing: bool = False,
     optimizer: str = "adamw",
+    adapting: bool = False,
 ) -> Precision:
     """The precision for this machine.
 
     requested: `--precision`. device: `auto` takes CUDA, then MPS, then the CPU. optimizer: its name, which decides the
-    optimizer's state. Raises PrecisionError, one line, for what this machine cannot do.
+    optimizer's state. adapting: whether something small is trained beside weights that stay frozen, which many CPUs do
+    faster in bf16. Raises PrecisionError, one line, for what this machine cannot do.
     """
     if requested not in ("auto", *DTYPES):
         raise PrecisionError(f"--precision {requested}: unknown; wanted auto, fp32, fp16 or bf16.")
     reasons: dict[str, str] = {"trained weights": "bf16 would lose most of the optimizer's small updates"}
     place, reasons["device"] = _device(device)
-    compute, reasons["compute"] = _compute(requested, place)
-    storage, reasons["frozen weights"] = _storage(compute, place)
+    compute, reasons["compute"] = _compute(requested, place, adapting)
+    storage, reasons["frozen weights"] = _storage(compute, place, adapting)
     vae, reasons["VAE"] = _vae(compute, place)
     reasons["attention"] = _check_attention(attention, place)
     state, reasons["optimizer state"] = _optimizer_state(optimizer, place)
@@ -230,10 +234,26 @@ def _has_bf16(device: torch.device) -> bool:
     return torch.version.hip is not None or torch.cuda.get_device_properties(device).major >= 8
 
 
-def _compute(requested: Requested, device: torch.device) -> tuple[torch.dtype, str]:
+@cache
+def cpu_has_bf16() -> bool:
+    """Whether this x86 processor multiplies bf16 in hardware; others emulate it, more slowly than fp32."""
+    try:
+        told = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    flags = next((line for line in told.splitlines() if line.startswith("flags")), "").split()
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def _compute(requested: Requested, device: torch.device, adapting: bool) -> tuple[torch.dtype, str]:
     if requested == "auto":
+        if device.type == "cpu" and adapting and cpu_has_bf16():
+            return torch.bfloat16, "this CPU multiplies bf16: a step takes two thirds of the time that fp32 takes"
         if device.type == "cpu":
-            return torch.float32, "exact, the same on every run; bf16 gains only on CPUs built for it"
+            gain = (
+                "bf16 gains where an adapter is trained" if cpu_has_bf16() else "bf16 gains only on CPUs built for it"
+            )
+            return torch.float32, f"exact; {gain}"
         if device.type == "mps":
             return torch.float32, "on MPS: fp16 and bf16 were never measured here; ask for them to try"
         if _has_bf16(device):
@@ -246,8 +266,8 @@ def _compute(requested: Requested, device: torch.device) -> tuple[torch.dtype, s
     return DTYPES[requested], "asked for"
 
 
-def _storage(compute: torch.dtype, device: torch.device) -> tuple[torch.dtype, str]:
-    if device.type == "cpu" and compute != torch.float32:
+def _storage(compute: torch.dtype, device: torch.device, adapting: bool) -> tuple[torch.dtype, str]:
+    if device.type == "cpu" and compute != torch.float32 and not adapting:
         return torch.float32, "cast for each product; exact weights to merge into"
     if compute == torch.float32:
         return compute, "as computed"

@@ -65,6 +65,8 @@ class LoraLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The update's share of the host's output, for the host's input x."""
+        if not torch.is_autocast_enabled(x.device.type):  # a frozen text encoder in half precision is called so
+            x = x.to(self.down.dtype)
         x = F.dropout(x, self.dropout, self.training)
         if self.host_geometry is None:
             return linear(linear(x, self.down), self.up) * self.scale
@@ -93,7 +95,7 @@ class Lora(nn.Module):
         self._store.append(layer)
 
         def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            return output + layer(inputs[0]) if self._enabled else None
+            return output + layer(inputs[0]).to(output.dtype) if self._enabled else None
 
         self._handles.append(host.register_forward_hook(hook))
 
