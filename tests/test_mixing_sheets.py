@@ -27,6 +27,7 @@ def config(pocket_folder, pictures, tmp_path):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_each_pair_has_a_sheet_with_every_method_and_a_second_run_learns_nothing(config, monkeypatch):
     config = replace(config, blueprint=False)
     report = make_sheets(config)

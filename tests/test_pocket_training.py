@@ -316,6 +316,7 @@ def test_crossing_noise_makes_others_of_what_is_asked_for():
     assert_close((noisy - (1 - a).sqrt() * target("epsilon", asked, crossing, alpha_bar)) / a.sqrt(), asked)
 
 
+@pytest.mark.slow
 def test_crossed_varied_and_moved_pictures_are_learned_from(data, tmp_path):
     settings = {"steps": 1, "batch": 4, "sample_every": 0, "device": "cpu", "precision": "fp32"}
 

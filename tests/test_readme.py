@@ -41,6 +41,7 @@ def test_the_two_commands_are_one_line_each():
         assert block.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_the_main_job_and_the_commands_it_prints(clone, capsys):
     from PIL import Image
 

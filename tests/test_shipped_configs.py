@@ -26,6 +26,7 @@ def test_the_first_word_of_a_config_names_its_program():
     assert {first_word(name) for name in FILES} == PROGRAMS.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in FILES if first_word(name) != "pocket"])
 def test_a_recipe_learns_from_pictures(name, pocket_folder, tmp_path):
     images = tmp_path / "images"
