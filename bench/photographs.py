@@ -5,7 +5,8 @@
 PHOTOGRAPHS is laid out as SUBJECT/*.jpg, as google/dreambooth is. Prints JSON. On pocket each training runs a few steps
 to its end, and what it wrote is read again. The full-size one has random weights: each method runs in its own process,
 and its row says the most that was resident, the most over what was resident after the imports, and CPU seconds of a
-step. A training that fails is in `failed` with its line.
+step; with `--precision both` one after the other in fp32 and in bf16, and the ratios. A training that fails is in
+`failed` with its line.
 """
 
 from __future__ import annotations
@@ -48,8 +49,8 @@ class Config:
     """Photographs that the full-size base learns from; its VAE takes half a minute of a core for each."""
     resolution: int = 512
     """Side of the pictures for the full-size base, in pixels."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the full-size trainings."""
+    precision: Literal["fp32", "bf16", "both"] = "fp32"
+    """Of the full-size trainings; both: of each in turns."""
     limit_s: int = 3600
     """Seconds after which a full-size training is given up."""
 
@@ -99,19 +100,27 @@ def on_full_size(config: Config, work: Path, subject: Path) -> dict[str, Any]:
         for file in sorted(subject.glob("*.jpg"))[: config.pictures]:
             shutil.copy(file, images)  # a link out of the folder is not read
         shared = {"base": base, "images": images, "resolution": config.resolution, "steps": config.steps, "batch": 1}
-        shared |= {"precision": config.precision, **QUIET}
+        shared |= QUIET
+        formats = ("fp32", "bf16") if config.precision == "both" else (config.precision,)
         for method, (program, chosen) in methods_of(subject.name.replace("_", " "), None).items():
             if method not in config.methods:
                 continue
-            row = run(method, program, options({**shared, "output": f"{folder}/{method}", **chosen}), config.limit_s)
-            print(json.dumps(row), file=sys.stderr, flush=True)
-            if "error" in row or "stopped" in row:
-                failed.append(row)
-            else:
-                kept = ("imports_gib", "peak_of_steps_gib", "over_imports_gib", "step_cpu_s", "first_step_cpu_s")
-                rows[method] = {name: row[name] for name in kept}
+            for precision in formats:
+                given = {**shared, "output": f"{folder}/{method}", "precision": precision, **chosen}
+                row = run(method, program, options(given), config.limit_s) | {"precision": precision}
+                print(json.dumps(row), file=sys.stderr, flush=True)
+                if "error" in row or "stopped" in row:
+                    failed.append(row)
+                else:
+                    kept = ("imports_gib", "peak_of_steps_gib", "over_imports_gib", "step_cpu_s", "first_step_cpu_s")
+                    rows.setdefault(method, {})[precision] = {name: row[name] for name in kept}
+            if len(of_method := rows.get(method, {})) == 2:
+                of_method["bf16_over_fp32"] = {
+                    name: round(of_method["bf16"][name] / of_method["fp32"][name], 3)
+                    for name in ("over_imports_gib", "step_cpu_s")
+                }
     about = {"subject": subject.name, "resolution_px": config.resolution, "steps": config.steps, "batch": 1}
-    return about | {"pictures": config.pictures, "precision": config.precision, "rows": rows, "failed": failed}
+    return about | {"pictures": config.pictures, "rows": rows, "failed": failed}
 
 
 def measure(config: Config) -> dict[str, Any]:

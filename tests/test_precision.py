@@ -62,14 +62,12 @@ def test_beside_frozen_weights_a_cpu_learns_in_bf16_where_it_multiplies_that(mon
     assert decide().compute == decide("fp32", adapting=True).compute == torch.float32
 
 
-def test_whether_a_cpu_multiplies_bf16_is_read_from_its_flags(monkeypatch):
-    def said(flags):
-        monkeypatch.setattr(precision.Path, "read_text", lambda *_, **__: f"vendor_id : a maker\nflags : {flags}\n")
-        precision.cpu_has_bf16.cache_clear()
-        return precision.cpu_has_bf16()
-
-    assert [said("avx512f avx512_bf16"), said("amx_bf16 sse2"), said("avx512f avx2")] == [True, True, False]
-    precision.cpu_has_bf16.cache_clear()
+@pytest.mark.parametrize(
+    ("flags", "has_bf16"), [("avx512f avx512_bf16", True), ("amx_bf16 sse2", True), ("avx512f avx2", False)]
+)
+def test_whether_a_cpu_multiplies_bf16_is_read_from_its_flags(monkeypatch, flags, has_bf16):
+    monkeypatch.setattr(precision.products, "processor", lambda: f"vendor_id\t: a maker\nflags\t\t: {flags}")
+    assert precision.cpu_has_bf16() is has_bf16
 
 
 def test_fp32_opens_no_autocast(bare):

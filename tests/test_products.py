@@ -153,7 +153,7 @@ def test_a_quickened_model_is_the_same_model(maker):
 )
 def test_the_makers_name_decides(monkeypatch, maker, slow):
     products.mkl_is_slow.cache_clear()
-    monkeypatch.setattr(products, "_maker", lambda: maker)
+    monkeypatch.setattr(products, "processor", lambda: maker)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     assert products.mkl_is_slow() is slow
     monkeypatch.undo()

@@ -352,14 +352,8 @@ def test_two_processes_draw_one_class_and_give_the_result_of_one(train, pocket_f
     command += [str(root / "trainers/dreambooth.py"), "--images", str(pictures), "--output", str(tmp_path / "two")]
     command += ["--base", str(pocket_folder), "--class-name", CLASS, "--instance-prompt", PROMPT, "--steps", str(STEPS)]
     command += ["--batch", "2", "--learning-rate", "1e-3", "--rank", "2", "--method", "lora", "--class-count", "3"]
-    command += [
-        "--sample-every",
-        "0",
-        "--measure-every",
-        "2",
-        "--precision",
-        "fp32",
-    ]  # a cache of its own: both processes draw
+    command += ["--sample-every", "0", "--measure-every", "2", "--precision", "fp32"]
+    # A cache of its own: both processes draw.
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -41,19 +41,8 @@ def rows(path):
 
 def test_equal_to_a_plain_loop_over_the_whole_table(train, pocket_folder, pictures):
     """Gal et al. 2022: the table grows by the new rows, all of it gets gradients, AdamW steps on the new rows alone."""
-    path = train(
-        "run",
-        "--caption",
-        "a {caption}, {trigger}",
-        "--seed",
-        "3",
-        "--clip",
-        "0.5",
-        "--start",
-        "random",
-        "--precision",
-        "fp32",
-    )
+    options = ["--seed", "3", "--clip", "0.5", "--start", "random", "--precision", "fp32"]
+    path = train("run", "--caption", "a {caption}, {trigger}", *options)
 
     base = load_base(str(pocket_folder), precision=decide("fp32", device="cpu"))
     folder = data.read_folder(pictures, caption_template="a {caption}, {trigger}", trigger="<x>")

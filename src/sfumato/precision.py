@@ -13,8 +13,6 @@ import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
@@ -234,15 +232,9 @@ def _has_bf16(device: torch.device) -> bool:
     return torch.version.hip is not None or torch.cuda.get_device_properties(device).major >= 8
 
 
-@cache
 def cpu_has_bf16() -> bool:
-    """Whether this x86 processor multiplies bf16 in hardware; others emulate it, more slowly than fp32."""
-    try:
-        told = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return False
-    flags = next((line for line in told.splitlines() if line.startswith("flags")), "").split()
-    return "avx512_bf16" in flags or "amx_bf16" in flags
+    """Whether this is an x86 processor that multiplies bf16 in hardware; others emulate it, more slowly than fp32."""
+    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(products.processor().split())
 
 
 def _compute(requested: Requested, device: torch.device, adapting: bool) -> tuple[torch.dtype, str]:
@@ -250,10 +242,8 @@ def _compute(requested: Requested, device: torch.device, adapting: bool) -> tupl
         if device.type == "cpu" and adapting and cpu_has_bf16():
             return torch.bfloat16, "this CPU multiplies bf16: a step takes two thirds of the time that fp32 takes"
         if device.type == "cpu":
-            gain = (
-                "bf16 gains where an adapter is trained" if cpu_has_bf16() else "bf16 gains only on CPUs built for it"
-            )
-            return torch.float32, f"exact; {gain}"
+            where = "where an adapter is trained" if cpu_has_bf16() else "on CPUs built for it"
+            return torch.float32, f"exact; bf16 gains only {where}"
         if device.type == "mps":
             return torch.float32, "on MPS: fp16 and bf16 were never measured here; ask for them to try"
         if _has_bf16(device):

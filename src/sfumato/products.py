@@ -50,12 +50,14 @@ def mkl_is_slow() -> bool:
     Told by the maker's name and not by the clock, so that a run gives the same bits each time.
     """
     mkl: Any = torch.backends.mkl  # whose functions have no types
-    return mkl.is_available() and "AuthenticAMD" in _maker()
+    return mkl.is_available() and "AuthenticAMD" in processor()
 
 
-def _maker() -> str:
+@cache
+def processor() -> str:
+    """What Linux tells of the first processor, its maker and flags among it; elsewhere its name."""
     try:
-        return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")[:4096]
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").partition("\n\n")[0]
     except OSError:
         return platform.processor()
 
