@@ -20,7 +20,8 @@ from typing import Any, Literal
 
 import torch
 
-from sfumato.config import parse
+from bench.real import print_report
+from sfumato import cli
 from sfumato.precision import Precision, decide
 
 
@@ -71,7 +72,9 @@ def step_times(config: Config) -> dict[str, float]:
 
 
 def measure(config: Config) -> dict[str, Any]:
-    """Both sides in turns, in each precision."""
+    """Both sides in turns, in each precision; or the one side that is asked for."""
+    if config.side:
+        return step_times(config)
     report: dict[str, Any] = {}
     for precision in ("fp32", "bf16"):
         best: dict[str, dict[str, float]] = {}
@@ -86,14 +89,10 @@ def measure(config: Config) -> dict[str, Any]:
     return report
 
 
-def main(argv: Sequence[str]) -> int:
-    """Print the report as JSON."""
-    config = parse(Config, argv, program="bench.cpu_training")
-    print(json.dumps(step_times(config) if config.side else measure(config), indent=2))
-    return 0
+def main(argv: Sequence[str]) -> None:
+    """Run the program; prints JSON."""
+    print_report(Config, measure, argv, "bench.cpu_training")
 
 
 if __name__ == "__main__":
-    from sfumato.cli import run
-
-    run(main)
+    cli.run(main)

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.full_size import build, options, photographs, run
-from sfumato.config import parse
+from bench.real import print_report
+from sfumato import cli
 
 FUSED: dict[str, Any] = {"fused": True, "clip": 0}
 CHECKPOINTED: dict[str, Any] = {"gradient-checkpointing": True}
@@ -69,14 +70,10 @@ def measure(config: Config) -> dict[str, Any]:
     return {"resolution_px": config.resolution, "batch": 1, "steps": config.steps, "rows": rows}
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str]) -> None:
     """Run the program; prints JSON."""
-    print(
-        json.dumps(
-            measure(parse(Config, sys.argv[1:] if argv is None else argv, program="dreambooth_memory")), indent=1
-        )
-    )
+    print_report(Config, measure, argv, "bench.dreambooth_memory")
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -18,6 +18,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +26,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from bench.judge_pictures import Pictures, augment, read_others, read_pictures, recolour, withheld_cells
-from sfumato import randomness
-from sfumato.config import parse
+from bench.real import print_report
+from sfumato import cli, randomness
 from sfumato.files.atomic import atomic_path
 
 BATCH, RATE = 64, 3e-3
@@ -251,9 +252,8 @@ def accuracies(judge: Judge, pictures: Pictures) -> dict[str, float | int]:
     }
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the program; prints JSON."""
-    config = parse(Config, sys.argv[1:] if argv is None else argv, program="judge")
+def measure(config: Config) -> dict[str, Any]:
+    """The judge's own figures on the cells that it learned from and on those that are withheld."""
     pictures = read_pictures(config.data, config.styles, config.concepts)
     hidden = withheld_cells(config.data)
     seen, withheld = pictures.where(hidden, inside=False), pictures.where(hidden, inside=True)
@@ -262,8 +262,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     report = {"seen": accuracies(judge, seen)}
     if len(withheld.pixels):
         report["withheld"] = accuracies(judge, withheld)
-    print(json.dumps(report, indent=1))
+    return report
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the program; prints JSON."""
+    print_report(Config, measure, argv, "bench.judge")
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

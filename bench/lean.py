@@ -8,8 +8,6 @@ Prints JSON. That values and gradients stay the same is in tests/test_lean.py, t
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,10 +15,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from bench.real import print_report
+from sfumato import cli
 from sfumato.adapters import attach, select
 from sfumato.bases.single_file import shipped
 from sfumato.bases.weights import unet_skeleton
-from sfumato.config import parse
 from sfumato.lean import keep_less
 from sfumato.products import quicken
 
@@ -78,10 +77,10 @@ def measure(config: Config) -> dict[str, Any]:
     return {"family": config.family, "resolution_px": config.resolution, **rows}
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str]) -> None:
     """Run the program; prints JSON."""
-    print(json.dumps(measure(parse(Config, sys.argv[1:] if argv is None else argv, program="lean")), indent=1))
+    print_report(Config, measure, argv, "bench.lean")
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -26,8 +26,9 @@ from typing import Any
 import torch
 from PIL import Image, ImageOps
 
+from bench.real import print_report
 from bench.style_runs import Workshop
-from sfumato import Adapter, compose, load_base
+from sfumato import Adapter, cli, compose, load_base
 from sfumato.bases import Base
 from sfumato.compose.blocks import Blocks
 from sfumato.compose.by_method import by_method
@@ -35,7 +36,6 @@ from sfumato.compose.guided import adapter_guidance
 from sfumato.compose.per_picture import composite
 from sfumato.compose.regions import Region, regions
 from sfumato.compose.steps import Ramp, Switch, over_steps
-from sfumato.config import parse
 from sfumato.data import open_image
 from sfumato.drawing import draw
 from sfumato.errors import ConfigError
@@ -326,11 +326,10 @@ def save_small(sheet: Image.Image, path: Path, limit: int) -> int:
     raise ConfigError(f"{path.name}: {held.tell()} bytes in {COLOURS[-1]} colours; give a --limit-kib above that.")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str]) -> None:
     """Run the program; prints JSON."""
-    config = parse(Config, sys.argv[1:] if argv is None else argv, program="mixing_sheets")
-    print(json.dumps(make_sheets(config), indent=1))
+    print_report(Config, make_sheets, argv, "bench.mixing_sheets")
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bench.full_size import build, options, run
+from bench.real import print_report
 from sfumato import cli
-from sfumato.config import parse
 from sfumato.errors import ConfigError, DataError
 from sfumato.files import read_tensors
 
@@ -139,10 +139,10 @@ def measure(config: Config) -> dict[str, Any]:
     return report
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str]) -> None:
     """Run the program; prints JSON."""
-    print(json.dumps(measure(parse(Config, sys.argv[1:] if argv is None else argv, program="photographs")), indent=1))
+    print_report(Config, measure, argv, "bench.photographs")
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

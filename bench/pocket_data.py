@@ -12,7 +12,6 @@ import hashlib
 import io
 import json
 import subprocess
-import sys
 import tarfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from typing import Any
 
 from PIL import Image
 
+from sfumato import cli
 from sfumato.config import parse
 from sfumato.errors import DataError
 
@@ -231,11 +231,11 @@ def _write(path: Path, data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str]) -> None:
     """Run the program; prints the folder and how many pictures it holds."""
-    folder = build(parse(Config, sys.argv[1:] if argv is None else argv, program="pocket_data"))
+    folder = build(parse(Config, argv, program="bench.pocket_data"))
     print(f"{folder}: {sum(1 for _ in folder.rglob('*.png'))} pictures")
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

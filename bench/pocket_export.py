@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from diffusers import StableDiffusionPipeline
 
+from sfumato import cli
 from sfumato.config import parse
 from sfumato.files.atomic import write_text
 
@@ -123,12 +123,12 @@ def attribution(sources: Mapping[str, Mapping[str, str]]) -> str:
     )
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str]) -> None:
     """Run the program; prints the folder and its size."""
-    folder = export(parse(Config, sys.argv[1:] if argv is None else argv, program="pocket_export"))
+    folder = export(parse(Config, argv, program="bench.pocket_export"))
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     print(f"{folder}: {size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bench.judge_pictures import Pictures, read_pictures, withheld_cells
 from bench.real import print_report
-from sfumato import diffusion, load_base, randomness
+from sfumato import cli, diffusion, load_base, randomness
 from sfumato.bases import Base
 from sfumato.data.latents import to_floats
 from sfumato.pocket.pictures import Move
@@ -83,10 +83,10 @@ def error(base: Base, pictures: Pictures, pixels: Tensor, timestep: int, batch: 
     return round(float(torch.cat(errors).mean()), 4)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str]) -> None:
     """Run the program; prints JSON."""
-    print_report(Config, measure, argv, "pocket_memory")
+    print_report(Config, measure, argv, "bench.pocket_memory")
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -26,7 +26,7 @@ from bench.distances import paired_kernel_distance
 from bench.judge import Judge, Verdict, cached_judge, look
 from bench.judge_pictures import Pictures, read_others, read_pictures, withheld_cells
 from bench.real import print_report
-from sfumato import randomness
+from sfumato import cli, randomness
 from sfumato.files.atomic import atomic_path
 
 SHEET = (
@@ -245,10 +245,10 @@ def measure(config: Config) -> dict[str, Any]:
     return report
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str]) -> None:
     """Run the program; prints JSON."""
-    print_report(Config, measure, argv, "pocket_quality")
+    print_report(Config, measure, argv, "bench.pocket_quality")
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -27,7 +27,7 @@ from bench.judge_pictures import read_named
 from bench.real import Cells, cells_of, known_concepts, print_report, styles_of
 from bench.style_runs import DREAMBOOTH, Learned, Workshop, to_image
 from bench.style_summary import interval
-from sfumato import load_base, randomness
+from sfumato import cli, load_base, randomness
 from sfumato.errors import DataError
 from sfumato.files.atomic import atomic_path
 from sfumato.precision import decide
@@ -164,10 +164,10 @@ def save_sheet(path: Path, drawn: dict[str, Tensor], prompts: Sequence[str], see
         contact_sheet(rows, row_labels=list(names.values()), column_labels=labels).save(temporary)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str]) -> None:
     """Run the program; prints JSON."""
-    print_report(Config, measure, argv, "prior")
+    print_report(Config, measure, argv, "bench.prior")
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

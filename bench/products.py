@@ -8,8 +8,6 @@ values and gradients are the same is in tests/test_products.py.
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sfumato import products
+from bench.real import print_report
+from sfumato import cli, products
 from sfumato.bases.single_file import shipped
 from sfumato.bases.weights import unet_skeleton
-from sfumato.config import parse
 
 LINEAR = ((1024, 320, 2560), (256, 640, 640), (64, 1280, 10240), (64, 5120, 1280), (77, 768, 320), (1024, 320, 16))
 """Rows, in, out: of SD 1.5 at 256 px."""
@@ -135,10 +133,10 @@ def measure(config: Config) -> dict[str, Any]:
     }
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str]) -> None:
     """Run the program; prints JSON."""
-    print(json.dumps(measure(parse(Config, sys.argv[1:] if argv is None else argv, program="products")), indent=1))
+    print_report(Config, measure, argv, "bench.products")
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -49,10 +48,10 @@ def known_concepts(cells: Mapping[tuple[str, str], Path]) -> list[str]:
 
 
 def print_report(
-    config_type: type[Config], measure: Callable[[Config], dict[str, Any]], argv: Sequence[str] | None, program: str
+    config_type: type[Config], measure: Callable[[Config], dict[str, Any]], argv: Sequence[str], program: str
 ) -> None:
     """Measure what the command line asks for, print the report as JSON, and write it to --out besides."""
-    config = parse(config_type, sys.argv[1:] if argv is None else argv, program=program)
+    config = parse(config_type, argv, program=program)
     report = json.dumps(measure(config), indent=1)
     print(report)
     out: Path | None = getattr(config, "out", None)

@@ -28,7 +28,7 @@ from bench.judge_pictures import Pictures, read_named
 from bench.real import cells_of, known_concepts, print_report, styles_of
 from bench.style_runs import Learned, Workshop, reconstruct
 from bench.style_summary import mix_summary, summary
-from sfumato import load_base, randomness
+from sfumato import cli, load_base, randomness
 from sfumato.bases import Base
 from sfumato.precision import decide
 
@@ -256,10 +256,10 @@ def figures(verdict: Verdict, true: Pictures, distance: float | None) -> dict[st
     return found if distance is None else found | {"kid_x1000": round(1000 * distance, 2)}
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str]) -> None:
     """Run the program; prints JSON."""
-    print_report(Config, measure, argv, "style_fidelity")
+    print_report(Config, measure, argv, "bench.style_fidelity")
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

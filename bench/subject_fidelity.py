@@ -37,7 +37,7 @@ from bench.judge_pictures import read_named
 from bench.real import Cells, cells_of, known_concepts, print_report, styles_of
 from bench.style_runs import DREAMBOOTH, Learned, Workshop, reconstruct, to_image
 from bench.style_summary import paired
-from sfumato import load_base, randomness
+from sfumato import cli, load_base, randomness
 from sfumato.errors import ConfigError, DataError
 from sfumato.files.atomic import atomic_path
 from sfumato.precision import decide
@@ -390,10 +390,10 @@ def save_sheet(
         contact_sheet(rows, row_labels=subjects, column_labels=labels).save(temporary)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str]) -> None:
     """Run the program; prints JSON."""
-    print_report(Config, measure, argv, "subject_fidelity")
+    print_report(Config, measure, argv, "bench.subject_fidelity")
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -21,8 +21,9 @@ from typing import Any
 
 from bench.full_size import build, options, photographs, run
 from bench.products import unet
+from bench.real import print_report
+from sfumato import cli
 from sfumato.bases.loading import find
-from sfumato.config import parse
 from sfumato.errors import ConfigError
 
 SCRIPTS = {
@@ -149,10 +150,10 @@ def ratios(rows: dict[str, list[dict[str, Any]]], method: str, rate: float | Non
     return judged
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str]) -> None:
     """Run the program; prints JSON."""
-    print(json.dumps(measure(parse(Config, sys.argv[1:] if argv is None else argv, program="vs_diffusers")), indent=1))
+    print_report(Config, measure, argv, "bench.vs_diffusers")
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -26,23 +26,25 @@ Config = TypeVar("Config", bound="DataclassInstance")
 def parse(config_type: type[Config], argv: Sequence[str], *, program: str) -> Config:
     """The config that `argv` asks for: options, or a TOML file as first argument or after `--config`, or both.
 
+    program: the words after `sfumato`; or a module, told by the dot in its name, which is run by `python -m`.
     `--help` prints the fields and raises SystemExit(0). Raises ConfigError, one line, for anything that does not fit.
     """
     import cyclopts
 
     file, rest = split_off_file(list(argv))
+    called = f"python -m {program}" if "." in program else f"sfumato {program}"
     app = cyclopts.App(
-        name=f"sfumato {program}",
+        name=called,
         help=config_type.__doc__,
         help_format="markdown",
         version_flags=[],
         default_parameter=cyclopts.Parameter(negative_iterable=()),
         result_action="return_value",
-        usage=f"Usage: sfumato {program} [CONFIG.toml] [OPTIONS]",
+        usage=f"Usage: {called} [CONFIG.toml] [OPTIONS]",
         config=[] if file is None else [cyclopts.config.Dict(_read(config_type, file), use_commands_as_keys=False)],
     )
 
-    _refuse_fractions(config_type, rest, program)
+    _refuse_fractions(config_type, rest, called)
 
     def entry(config: Any) -> Any:
         return config
@@ -56,13 +58,13 @@ def parse(config_type: type[Config], argv: Sequence[str], *, program: str) -> Co
         config = app(rest, exit_on_error=False, print_error=False)
     except cyclopts.CycloptsError as error:
         what = " ".join(str(error).split())
-        raise ConfigError(f"{what} See sfumato {program} --help.") from None
+        raise ConfigError(f"{what} See {called} --help.") from None
     if config is None:
         raise SystemExit(0)
     return cast(Config, config)
 
 
-def _refuse_fractions(config_type: type[DataclassInstance], words: Sequence[str], program: str) -> None:
+def _refuse_fractions(config_type: type[DataclassInstance], words: Sequence[str], called: str) -> None:
     """Whole numbers with a fraction are an error: the parser would round `--steps 1.5` and say nothing."""
     whole = {f"--{name.replace('_', '-')}" for name in _whole_numbers(config_type)}
     for place, word in enumerate(words):
@@ -70,7 +72,7 @@ def _refuse_fractions(config_type: type[DataclassInstance], words: Sequence[str]
         if option in whole:
             value = value if equals else (words[place + 1] if place + 1 < len(words) else "")
             if re.fullmatch(r"[+-]?\d*\.\d*", value):
-                raise ConfigError(f"{option} {value}: wanted a whole number. See sfumato {program} --help.")
+                raise ConfigError(f"{option} {value}: wanted a whole number. See {called} --help.")
 
 
 def _whole_numbers(config_type: type[DataclassInstance]) -> set[str]:
