@@ -16,7 +16,7 @@ from sfumato.compose.adapter import Adapter, Weight
 from sfumato.config import parse
 from sfumato.errors import ConfigError
 from sfumato.prompts import split_tags
-from sfumato.specs import in_blocks, parse_adapter, parse_strengths, parse_sweep, with_tags
+from sfumato.specs import in_blocks, parse_adapter, parse_strengths, parse_sweep, with_tags, without_tags
 from sfumato.where_when import Spot, WhereWhen, parse_region, parse_steps
 
 if TYPE_CHECKING:
@@ -143,6 +143,7 @@ def plan(config: Config) -> Plan:
         from sfumato import schedulers
 
         schedulers.find(config.sampler)
+    without_tags(config.negative, "--negative")
     seeds = [seed + i for seed in config.seed for i in range(config.count)]
     split = [split_tags(prompt) for prompt in prompts]
     pictures = tuple((found.prompt, seed) for found in split for seed in seeds)
@@ -267,6 +268,7 @@ def generate(config: Config) -> tuple[Path, ...]:
     from sfumato.compose.guided import strengths_of
     from sfumato.desk import Desk
     from sfumato.drawn import sampler_label, save_drawn
+    from sfumato.files.adapter_file import read_adapter
     from sfumato.precision import decide
 
     base = load_base(
@@ -280,21 +282,28 @@ def generate(config: Config) -> tuple[Path, ...]:
     sampler = sampler_label(config.sampler, base)
     print(_summary(settings, sampler, base), file=sys.stderr)
     with ExitStack() as stack:
-        for token, file in wanted.embeddings:
-            stack.enter_context(embedding.load(base, file, token)).check([prompt for prompt, _ in wanted.pictures])
+        words = [stack.enter_context(embedding.load(base, file, token)) for token, file in wanted.embeddings]
         # A new weight at every step costs least in a path beside the layers.
         way = "live" if wanted.where_when.follows_steps else "auto"
         allowed = {"partial": config.partial, "verify": config.verify}
         mix = stack.enter_context(compose(base, *wanted.adapters, way=way, **allowed))
-        for label, vectors in mix.embeddings.items():  # the weight of a bundle is the LoRA's; its words are there
-            words = embedding.Words(base, embedding.fitting(base, vectors, label)).requires_grad_(False)
-            stack.enter_context(words).check([prompt for prompt, _ in wanted.pictures])
+        # The weight of a bundle is the LoRA's; its words are there.
+        regional = {
+            each.label: read_adapter(each.path, partial=config.partial).embeddings
+            for each in wanted.where_when.regional
+        }
+        if brought := stack.enter_context(embedding.bundled(base, {**mix.embeddings, **regional})):
+            words.append(brought)
+        if config.prompt_syntax == "plain":  # the others take prompts of any length
+            of_spots = [spot.prompt for spot in wanted.where_when.spots if spot.prompt is not None]
+            for each in words:
+                each.check([*(prompt for prompt, _ in wanted.pictures), *of_spots])
         for label, count in mix.skipped.items():
             print(f"{label}: {count} modules left out (--partial).", file=sys.stderr)
         strengths = {} if wanted.where_when.spots else {**mix.strengths, **wanted.strengths}
         settings["adapter_guidance"] = strengths_of(mix, strengths, guidance=settings["guidance"])
         start, pictures = _start(config), wanted.pictures
-        desk = Desk(base, mix, pictures, wanted.tagged, settings, start, wanted.where_when, config.partial)
+        desk = Desk(base, mix, pictures, wanted.tagged, settings, start, wanted.where_when, allowed)
         if wanted.sweep:
             save_drawn(*desk.sweep(*wanted.sweep), wanted.files[0], sampler)
         elif config.before_after:

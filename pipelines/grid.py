@@ -18,7 +18,7 @@ from sfumato.cli import run
 from sfumato.compose.adapter import Adapter, Weight
 from sfumato.config import parse
 from sfumato.errors import ConfigError
-from sfumato.specs import parse_adapter
+from sfumato.specs import parse_adapter, parse_adapters, without_tags
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -58,7 +58,7 @@ class Config:
     rank: int | None = None
     """At most so many directions a module of what a method merges; unset, as many as the adapters have together."""
     adapter_weight: float = 1.0
-    """The weight of the adapters of an axis adapter=..."""
+    """The weight of the adapters of an axis adapter=..., of those that have none of their own (FILE:0.8)."""
     prompt: str | None = None
     """What to draw, where no axis says it."""
     seed: int = 0
@@ -104,7 +104,7 @@ class Cell:
 
 def plan(config: Config) -> tuple[Axis, Axis, list[Adapter], list[list[Cell]]]:
     """The axes, all adapters, and the cells row by row. Raises ConfigError before anything heavy is loaded."""
-    adapters = [parse_adapter(spec) for spec in config.lora]
+    adapters = list(parse_adapters(config.lora))
     labels = [adapter.label for adapter in adapters]
     x, y = parse_axis(config.x, labels), parse_axis(config.y, labels)
     if (x.kind, x.label) == (y.kind, y.label) and x.kind != "adapter":
@@ -112,26 +112,39 @@ def plan(config: Config) -> tuple[Axis, Axis, list[Adapter], list[list[Cell]]]:
     if config.prompt is None and "prompt" not in (x.kind, y.kind):
         raise ConfigError("there is no prompt; give --prompt, or an axis such as --y 'prompt=a crab|an owl'.")
     _check_method(config, x, y, adapters)
+    for where, texts in _prompts(config, x, y):
+        for text in texts:
+            without_tags(text, where)
     fixed = {adapter.label: adapter.weight for adapter in adapters}
-    extra = {file: f"{axis} {place}" for axis, side in (("x", x), ("y", y)) if side.kind == "adapter"
-             for place, file in enumerate(side.values)}  # fmt: skip
-    adapters += [parse_adapter(f"{label}={file}:0") for file, label in extra.items()]
+    extra = {spec: parse_adapter(f"{axis} {place}={spec}") for axis, side in (("x", x), ("y", y))
+             if side.kind == "adapter" for place, spec in enumerate(side.values)}  # fmt: skip
+    adapters += [Adapter(each.path, 0.0, each.label) for each in extra.values()]
     rows = []
     for below in y.values:
         row = []
         for right in x.values:
             settings = {name: getattr(config, name) for name in PLAIN}
-            weights: dict[str, Weight] = fixed | dict.fromkeys(extra.values(), 0.0)
+            weights: dict[str, Weight] = fixed | {each.label: 0.0 for each in extra.values()}
             for axis, value in ((x, right), (y, below)):
                 if axis.kind == "weight":
                     weights[axis.label] = value
                 elif axis.kind == "adapter":
-                    weights[extra[value]] = config.adapter_weight
+                    own = extra[value]
+                    weights[own.label] = config.adapter_weight if str(own.path) == value else own.weight
                 else:
                     settings[axis.kind] = value
             row.append(Cell(_with_method(settings, config.rank), weights))
         rows.append(row)
     return x, y, adapters, rows
+
+
+def _prompts(config: Config, x: Axis, y: Axis) -> Iterator[tuple[str, Sequence[str]]]:
+    """Where a prompt stands, and the prompts there."""
+    yield "--prompt", [config.prompt] if config.prompt is not None else []
+    yield "--negative", [config.negative]
+    for name, axis in (("--x", x), ("--y", y)):
+        if axis.kind in ("prompt", "negative"):
+            yield name, axis.values
 
 
 def _check_method(config: Config, x: Axis, y: Axis, adapters: Sequence[Adapter]) -> None:
@@ -170,19 +183,25 @@ def draw_grid(config: Config) -> Path:
 
     from sfumato.bases import load_base
     from sfumato.compose import compose
-    from sfumato.files.metadata import short_hash
+    from sfumato.embedding import bundled
+    from sfumato.merging.sources import identity
     from sfumato.precision import decide
 
     base = load_base(config.base, precision=decide(config.precision, device=config.device))
-    identity = base.quick_fingerprint()
-    files = {adapter.label: short_hash(adapter.path) for adapter in adapters}
+    fingerprint = base.quick_fingerprint()
+    files = {adapter.label: identity(Path(adapter.path)) for adapter in adapters}
     paths = {
-        (column, row): config.output / "cells" / f"{cell.key(identity, files)}.png"
+        (column, row): config.output / "cells" / f"{cell.key(fingerprint, files)}.png"
         for row, cells in enumerate(rows)
         for column, cell in enumerate(cells)
     }
     is_merged = "method" in rows[0][0].settings  # then all cells have one
-    with nullcontext() if is_merged else compose(base, *adapters, partial=config.partial) as mix:
+    with (
+        nullcontext() if is_merged else compose(base, *adapters, partial=config.partial) as mix,
+        bundled(base, mix.embeddings if mix is not None else {}) as words,
+    ):
+        if words is not None:
+            words.check([cell.settings["prompt"] for cells in rows for cell in cells])
         for cells in coarse_to_fine(len(x.values), len(y.values)):
             missing = [place for place in cells if not paths[place].exists()]
             for place, picture, strengths in _draw(base, mix, adapters, rows, missing, partial=config.partial):

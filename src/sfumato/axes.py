@@ -75,7 +75,7 @@ class Axis:
         if self.kind == "prompt":
             return [str(value) for value in self.values]
         if self.kind == "adapter":
-            return [Path(value).stem for value in self.values]
+            return [Path(value).name.replace(".safetensors", "").replace(":", " ") for value in self.values]
         if self.kind == "method":
             return list(self.values)
         if self.kind == "weight":

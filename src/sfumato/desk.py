@@ -27,7 +27,8 @@ class Desk:
     """What the pictures of one call are drawn from and with.
 
     pictures: (prompt, seed) of each. tagged: the adapters' weights by label for each picture whose prompt has tags,
-    else None. settings: what all pictures share, defaults filled in. start: a picture to begin from.
+    else None. settings: what all pictures share, defaults filled in. start: a picture to begin from. allowed: partial
+    and verify, as of `compose`, for the adapters of regions.
     """
 
     base: Base
@@ -37,7 +38,7 @@ class Desk:
     settings: Mapping[str, Any]
     start: Start | None
     where_when: WhereWhen
-    partial: bool
+    allowed: Mapping[str, bool]
 
     def draw(self, pictures: Sequence[tuple[str, int]], *, plain: bool = False) -> Iterator[Image]:
         """The pictures with the mix as it is. plain: without regions and weights by step."""
@@ -48,7 +49,15 @@ class Desk:
         guidance = self.settings["guidance"]
         with (
             adapter_guidance(self.mix, self.settings["adapter_guidance"], guidance=guidance),
-            applied(self.base, self.mix, asked, guided=guidance > 1, partial=self.partial),  # as diffusers decides it
+            applied(
+                self.base,
+                self.mix,
+                asked,
+                guided=guidance > 1,  # as diffusers decides it
+                sampler=self.settings["sampler"],
+                syntax=self.settings["prompt_syntax"],
+                **self.allowed,
+            ),
         ):
             yield from draw_each(
                 self.base, prompts, seeds, start=self.start, syntax=self.settings["prompt_syntax"], **chosen
@@ -95,10 +104,8 @@ class Desk:
         self.mix.unmute()
         after = [picture for picture, _ in self.with_adapters()]
         everywhere = [each for each in used if each.weight != 0]
-        regional = [each for spot in self.where_when.spots for each in spot.adapters]
-        of_all = ", ".join(
-            f"{each.label} {weight_text(each.weight)}" for each in dict.fromkeys([*everywhere, *regional])
-        )
+        shown = dict.fromkeys([*everywhere, *self.where_when.regional])
+        of_all = ", ".join(f"{each.label} {weight_text(each.weight)}" for each in shown)
         rows = [f"{label}\n{_tags(own)}".strip() for label, own in zip(self.labels(), self.tagged, strict=True)]
         sheet = contact_sheet(
             list(zip(before, after, strict=True)), row_labels=rows, column_labels=["without", f"with {of_all}".strip()]

@@ -95,6 +95,9 @@ def draw_each(
     given = {name: value for name, value in options.items() if value is not None}
     batch = batch or max(1, LATENTS_AT_ONCE // (width * height // pipe.vae_scale_factor**2))
     other = None if scheduler is None else schedulers.scheduler(scheduler, pipe.scheduler.config)
+    most = int((other or pipe.scheduler).config.num_train_timesteps)
+    if steps is not None and not 1 <= steps <= most:
+        raise ConfigError(f"{steps} steps; wanted 1 to {most}, the timesteps that the base was trained on.")
     for first in range(0, len(prompts), batch):
         some = slice(first, first + batch)
         with _as_asked(pipe, other):

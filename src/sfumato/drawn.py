@@ -10,7 +10,7 @@ import sfumato
 from sfumato import pnginfo
 from sfumato.compose.adapter import Adapter, Weight
 from sfumato.compose.blocks import Blocks
-from sfumato.files.metadata import short_hash
+from sfumato.merging.sources import identity
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -38,7 +38,7 @@ def save_drawn(
     type".
     """
     method = settings.get("method")
-    hashes = {Path(adapter.path).stem: short_hash(adapter.path) for adapter in used}
+    hashes = {Path(adapter.path).stem: identity(Path(adapter.path)) for adapter in used}
     # What is merged by another method than the sum, tags would draw otherwise.
     tagged = used if method in (None, "linear") else ()
     tags = [_tag(Path(adapter.path).stem, adapter.weight) for adapter in tagged]
@@ -69,7 +69,7 @@ def described(adapter: Adapter) -> dict[str, Any]:
     """An adapter as JSON has it."""
     path = Path(adapter.path)
     weight = _plain(adapter.weight)
-    return {"label": adapter.label, "file": path.name, "hash": short_hash(path), "weight": weight}
+    return {"label": adapter.label, "file": path.name, "hash": identity(path), "weight": weight}
 
 
 def _tag(name: str, weight: Weight) -> str:

@@ -329,6 +329,35 @@ def load(source: Any, path: str | PathLike[str], token: str | None = None) -> Wo
     return words.requires_grad_(False)
 
 
+@contextmanager
+def bundled(source: Any, found: Mapping[str, Vectors]) -> Iterator[Words | None]:
+    """Within the block the words are in use that adapters bring with them; None where they bring none.
+
+    found: by the adapters' labels. Two may bring one word, if its vectors are equal. Raises AdapterError where they are
+    not, and for words that do not fit this base.
+    """
+    words: dict[str, Mapping[str, Tensor]] = {}
+    owners: dict[str, str] = {}
+    for label, vectors in found.items():
+        for token, parts in fitting(source, vectors, label).items():
+            if (key := token.lower()) not in owners:
+                words[token], owners[key] = parts, label
+            elif not _equal(parts, next(own for other, own in words.items() if other.lower() == key)):
+                raise AdapterError(
+                    f"{owners[key]} and {label} bring a word {token}, and not the same one. Leave one of them out, or "
+                    "take its word out: sfumato convert FILE."
+                )
+    if not words:
+        yield None
+        return
+    with Words(source, words).requires_grad_(False) as made:
+        yield made
+
+
+def _equal(some: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
+    return some.keys() == others.keys() and all(torch.equal(some[part], others[part]) for part in some)
+
+
 def read(path: str | PathLike[str], token: str | None = None) -> dict[str, dict[str, Tensor]]:
     """{token: {"text_encoder" | "text_encoder_2": (vectors, width)}} of an embedding's file. token: renames its word.
 

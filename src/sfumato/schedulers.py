@@ -58,6 +58,8 @@ _WITH_KARRAS = ("euler", "heun", "lms", "dpm2", "dpm2 a", "dpm++ 2m", "dpm++ 2m 
 SAMPLERS: Mapping[str, Sampler] = MappingProxyType(
     _PLAIN | {f"{name} karras": _karras(_PLAIN[name]) for name in _WITH_KARRAS}
 )
+ASK_BETWEEN = ("KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler")
+"""Classes that ask the U-Net for a timestep of their own between two steps."""
 _OTHER_NAMES = {
     "dpm++": "dpm++ 2m",
     "euler ancestral": "euler a",

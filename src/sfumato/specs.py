@@ -11,7 +11,7 @@ from sfumato.compose.adapter import Adapter, Weight, checked_weight
 from sfumato.compose.blocks import Blocks
 from sfumato.errors import AdapterError, ConfigError
 from sfumato.files.header import read_header
-from sfumato.prompts import Tagged
+from sfumato.prompts import Tagged, split_tags
 
 
 def parse_adapter(spec: str) -> Adapter:
@@ -101,6 +101,13 @@ def with_tags(
         {label: 0.0 for label in named} | always | dict(tagged.adapters) if tagged.adapters else None
         for tagged in prompts
     ]
+
+
+def without_tags(prompt: str, where: str) -> str:
+    """The prompt. Raises ConfigError where it names an adapter, which is read in the prompts of `generate` alone."""
+    if found := split_tags(prompt).adapters:
+        raise ConfigError(f"{where}: <lora:{found[0][0]}:...> is not read here; name the adapter with --lora.")
+    return prompt
 
 
 def parse_strengths(texts: Sequence[str], labels: Sequence[str]) -> dict[str, float]:

@@ -22,11 +22,13 @@ from typing import TYPE_CHECKING, Any
 from sfumato.compose.adapter import Adapter, Weight
 from sfumato.compose.blocks import Blocks
 from sfumato.errors import AdapterError, ConfigError
+from sfumato.specs import without_tags
 
 if TYPE_CHECKING:
     from sfumato.compose import Mix
     from sfumato.compose.regions import Box
     from sfumato.compose.steps import Ramp
+    from sfumato.prompts import Syntax
 
 HALVES: Mapping[str, Box] = {
     "left": (0.0, 0.0, 0.5, 1.0),
@@ -71,6 +73,11 @@ class WhereWhen:
         return bool(self.by_step) or self.turn is not None
 
     @property
+    def regional(self) -> tuple[Adapter, ...]:
+        """The adapters of the spots, each once."""
+        return tuple(dict.fromkeys(each for spot in self.spots for each in spot.adapters))
+
+    @property
     def ramps(self) -> frozenset[str]:
         """The labels whose weight at every step is given, whatever the mix says."""
         return frozenset(label for label, way in self.by_step.items() if not isinstance(way, Span))
@@ -111,7 +118,8 @@ def parse_region(text: str, adapters: Sequence[Adapter]) -> Spot:
     splits = [(rest, None), *((rest[: at.start()], rest[at.end() :]) for at in re.finditer(":", rest))]
     for place, prompt in splits:
         if (where := _where(place, text)) is not None:
-            return Spot(tuple(known[label] for label in labels), where, None if prompt is None else prompt.strip())
+            own = None if prompt is None else without_tags(prompt.strip(), f"--region {text}")
+            return Spot(tuple(known[label] for label in labels), where, own)
     raise ConfigError(
         f"--region {text}: {splits[min(1, len(splits) - 1)][0]!r} is no place; wanted {', '.join(HALVES)}, a box such "
         "as 0,0,0.5,1, or a picture that exists; a prompt follows a colon."
@@ -157,17 +165,28 @@ def parse_steps(text: str, labels: Sequence[str]) -> tuple[str, Ramp | Span]:
 
 
 @contextmanager
-def applied(pipe: Any, mix: Mix, wanted: WhereWhen, *, guided: bool, partial: bool = False) -> Iterator[None]:
+def applied(
+    pipe: Any,
+    mix: Mix,
+    wanted: WhereWhen,
+    *,
+    guided: bool,
+    sampler: str | None = None,
+    syntax: Syntax = "plain",
+    partial: bool = False,
+    verify: bool = False,
+) -> Iterator[None]:
     """Within the block spots have their adapters, and the mix's weights follow the steps of each picture.
 
-    pipe: what the mix is mixed into. guided: whether calls draw with guidance, and so in two halves.
+    pipe: what the mix is mixed into. guided: whether calls draw with guidance, and so in two halves. sampler: the name
+    of the one that draws, if it is not the pipe's own. syntax: of the spots' prompts.
     """
     with ExitStack() as stack:
         if wanted.spots:
             from sfumato.compose.regions import Region, regions
 
             parts = [Region(_opened(each.where), *each.adapters, prompt=each.prompt) for each in wanted.spots]
-            stack.enter_context(regions(pipe, *parts, guided=guided, partial=partial))
+            stack.enter_context(regions(pipe, *parts, guided=guided, syntax=syntax, partial=partial, verify=verify))
         if wanted.follows_steps:
             from sfumato.compose.steps import Ramp, Switch, over_steps_of
 
@@ -176,7 +195,7 @@ def applied(pipe: Any, mix: Mix, wanted: WhereWhen, *, guided: bool, partial: bo
                 for label, way in wanted.by_step.items()
             }
             switch = None if wanted.turn is None else Switch(wanted.turn_labels, wanted.turn)
-            stack.enter_context(over_steps_of(mix, ways, switch))
+            stack.enter_context(over_steps_of(mix, ways, switch, sampler=sampler))
         yield
 
 

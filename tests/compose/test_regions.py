@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 from sfumato.bases import load_base
 from sfumato.compose import Adapter, compose, current
+from sfumato.compose.blocks import Blocks
 from sfumato.compose.regions import Region, regions
 from sfumato.drawing import draw
 from sfumato.errors import AdapterError
@@ -134,3 +135,27 @@ def test_a_regions_prompt_is_read_with_the_mix_that_the_pipeline_carries(base, w
         alone = np.asarray(draw(base, "red square", 0, **unguided)[0], dtype=int)
     assert abs(found - wanted).max() <= 1
     assert abs(found - alone).max() > 1
+
+
+@pytest.mark.parametrize("factors", [{"te": 0.0}, {"encoder.layers.0": 0.0}, {"encoder.layers.0.self_attn": 3.0}])
+def test_blocks_of_a_text_encoder_count_in_a_region(base, write, factors):
+    parts = SimpleNamespace(unet=base.unet, text_encoder=base.text_encoders[0])
+    a = write("a", parts, "to_v", "fc1", "q_proj", family="pocket")
+    adapter, unguided = Adapter(a, Blocks(3.0, factors)), {"steps": 2, "guidance": 1.0}
+    with compose(base, adapter):
+        wanted = np.asarray(draw(base, "red square", 0, **unguided)[0], dtype=int)
+    with regions(base, Region(WHOLE, adapter, prompt="red square"), guided=False):
+        found = np.asarray(draw(base, "red square", 0, **unguided)[0], dtype=int)
+    assert abs(found - wanted).max() <= 1
+
+
+def test_texts_of_different_lengths_stand_side_by_side(base):
+    """A region of the whole picture is the picture of its prompt, however long that and the call's are."""
+    pytest.importorskip("compel")
+    drawn = {"steps": 2, "syntax": "a1111"}
+    long, short = "red square, " * 40, "a (blue:1.4) cat"
+    for own, other in ((long, short), (short, long)):
+        wanted = np.asarray(draw(base, own, 0, **drawn)[0], dtype=int)
+        with regions(base, Region(WHOLE, prompt=own), syntax="a1111"):
+            found = np.asarray(draw(base, other, 0, **drawn)[0], dtype=int)
+        assert abs(found - wanted).max() <= 1

@@ -1,11 +1,14 @@
 """Weights over the steps of a picture: what each call of the U-Net sees."""
 
+from contextlib import ExitStack
+from itertools import groupby
+
 import pytest
 import torch
 
 from sfumato.bases import load_base
 from sfumato.compose import Adapter, compose
-from sfumato.compose.steps import Ramp, Switch, over_steps
+from sfumato.compose.steps import Ramp, Switch, over_steps, over_steps_of
 from sfumato.drawing import draw
 from sfumato.errors import AdapterError
 from sfumato.files.lora_file import LoraModule
@@ -90,6 +93,23 @@ def test_switching_shows_one_adapter_at_a_time(base, loras):
             handle.remove()
         assert seen == [1.0, (0.0, 1.0), 1.0, (0.0, 1.0)]
         assert dict(mix.weights) == {"a": 1.0, "b": 0.7}
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "euler", "heun", "dpm2", "dpm2 a", "dpm2 a karras", "unipc"])
+def test_a_step_is_a_step_whatever_the_sampler_asks_between(base, loras, sampler):
+    """Six steps in turns of two: a, b, a; every other call of DPM2's lies between two steps. Then once more."""
+    with compose(base, Adapter(loras[0], 1.0), Adapter(loras[1], 1.0)) as mix, ExitStack() as stack:
+        stack.enter_context(over_steps_of(mix, {}, Switch(("a", "b"), every=2), sampler=sampler))
+        seen, handle = weights_seen(base, mix)
+        for _ in range(2):
+            draw(base, "red square", 0, steps=6, scheduler=sampler)
+        handle.remove()
+    on = ["a" if weight == 1.0 else "b" for weight in seen]
+    assert on[: len(on) // 2] == on[len(on) // 2 :]
+    turns = [(name, len(list(calls))) for name, calls in groupby(on[: len(on) // 2])]
+    assert [name for name, _ in turns] == ["a", "b", "a"]
+    most = 2 if len(on) == 12 else 4
+    assert all(most - 1 <= count <= most for _, count in turns)
 
 
 def test_a_label_that_is_not_in_the_mix_is_refused(base, loras):

@@ -85,6 +85,15 @@ def weight_at(weight: Weight, part: str, path: str) -> float:
     return weight
 
 
+def with_unet(weight: Weight, number: float) -> Weight:
+    """The weight with another number for the U-Net; text encoders and blocks as they were."""
+    if isinstance(weight, Blocks):
+        plain = with_unet(weight.weight, number)
+        assert not isinstance(plain, Blocks)
+        return Blocks(plain, weight.factors, weight.rest)
+    return (number, weight[1] if isinstance(weight, tuple) else weight)
+
+
 def weight_text(weight: Weight) -> str:
     """The weight as people write it: "0.8", or "0.8:0.4" for U-Net and text encoders."""
     if isinstance(weight, Blocks):

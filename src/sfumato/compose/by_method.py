@@ -22,6 +22,7 @@ from sfumato.errors import AdapterError
 from sfumato.files.kohya import Target
 from sfumato.files.write import write_lora
 from sfumato.merging.factors import ALL, Budget
+from sfumato.merging.lineage import inherit
 from sfumato.merging.merge import merge
 from sfumato.merging.methods import Settings
 from sfumato.merging.sources import read_sources
@@ -63,8 +64,12 @@ def by_method(
                     )
                 return stored.detach().to("cpu").float()
 
-            sources, _ = read_sources(some, partial=partial)
+            sources, parents = read_sources(some, partial=partial)
             merged = merge(sources, method=method, settings=settings, budget=budget, seed=seed, base=weight)
-            file = write_lora(Path(folder) / "merged.safetensors", merged.modules, family=modules.family)
-            mix.add(Adapter(file, 1.0, f"{method} of {', '.join(each.label for each in some)}"), partial=partial)
+            title = f"{method} of {', '.join(each.label for each in some)}"
+            about = inherit(parents, title=title, family=modules.family)  # with the adapter guidance that all ask for
+            file = write_lora(
+                Path(folder) / "merged.safetensors", merged.modules, family=modules.family, metadata=about
+            )
+            mix.add(Adapter(file, 1.0, title), partial=partial)
         yield mix

@@ -142,7 +142,8 @@ def _layers(
                 if low is None or found.name != "weight" or not can_be_live(found.module):
                     raise AdapterError(
                         f"{adapter.label}: {found.part}.{found.path} is changed by a {found.effect.change.kind}, which "
-                        "has no low-rank form. Draw this picture by itself, or resize the adapter to a LoRA."
+                        "has no low-rank form. Draw this picture by itself, or make it a LoRA: sfumato convert FILE "
+                        "--bake lora."
                     )
                 place = (found.part, found.path)
                 _, terms = layers.setdefault(place, (found.module, [[] for _ in adapters]))

@@ -11,10 +11,11 @@ blended by the mask at the querying pixel. What the time step adds to a channel 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -22,11 +23,15 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, conv2d, linear, scaled_dot_product_attention
 
 from sfumato.compose import tensors
-from sfumato.compose.adapter import Adapter, weight_at
+from sfumato.compose.adapter import Adapter, weight_at, with_unet
 from sfumato.compose.live import can_be_live
 from sfumato.compose.match import Found, Modules, match, parts_of
 from sfumato.errors import AdapterError
-from sfumato.files.adapter_file import read_adapter
+from sfumato.files.adapter_file import AdapterFile, read_adapter
+from sfumato.files.fingerprint import verify as verify_deltas
+
+if TYPE_CHECKING:
+    from sfumato.prompts import Syntax
 
 Box = tuple[float, float, float, float]
 """left, top, right, bottom, each a share of the picture's side, 0 to 1."""
@@ -71,20 +76,29 @@ class Region:
 
 
 @contextmanager
-def regions(pipe: Any, *parts: Region, guided: bool = True, partial: bool = False) -> Iterator[None]:
+def regions(
+    pipe: Any,
+    *parts: Region,
+    guided: bool = True,
+    syntax: Syntax = "plain",
+    partial: bool = False,
+    verify: bool = False,
+) -> Iterator[None]:
     """Within the block each region has its adapters and prompt; the rest is the base's picture of the call's prompt.
 
     pipe: a diffusers pipeline (SD 1.x, 2.x, SDXL) or a Base. guided: whether a call's first half of rows are those
-    without the prompt, as classifier-free guidance has them. Where regions overlap, changes on pixels add up and
-    attentions share. Raises AdapterError for adapters without a low-rank form, and for one that changes the text
-    encoders in a region without a prompt.
+    without the prompt, as classifier-free guidance has them. syntax: how weighted words of the regions' prompts are
+    written, see `sfumato.prompts`; it wants a Base. partial, verify: as of `compose`. Where regions overlap, changes on
+    pixels add up and attentions share. Raises AdapterError for adapters without a low-rank form, and for one that
+    changes the text encoders in a region without a prompt.
     """
     if not parts:
         raise AdapterError("there is no region; give at least one.")
     unet = parts_of(pipe)["unet"]
     masks = _Masks([region.mask() for region in parts])
-    texts = [None if region.prompt is None else _encode(pipe, region, partial=partial) for region in parts]
-    layers = _layers(pipe, parts, partial=partial)
+    files = _read(parts, partial=partial, verify=verify)
+    texts = [None if region.prompt is None else _encode(pipe, region, syntax, partial=partial) for region in parts]
+    layers = _layers(pipe, parts, files, partial=partial)
     handles = [unet.register_forward_pre_hook(masks.see, with_kwargs=True)]
     processors: list[tuple[Any, Any]] = []
     try:
@@ -248,10 +262,13 @@ class _Attention:
         return rescaled
 
     def _with_own(self, text: Tensor, own: Tensor) -> Tensor:
-        """The region's text in the rows with a prompt; (rows, tokens, width), its tokens as many as the call's."""
-        rows, tokens = text.shape[0], text.shape[1]
-        if own.shape[1] != tokens:
-            raise AdapterError(f"a region's prompt has {own.shape[1]} tokens, the call's {tokens}; use plain prompts.")
+        """The region's text in the rows with a prompt, (rows, tokens, width).
+
+        Texts of different lengths are repeated to one: attention over the same keys twice is the same mean of values.
+        """
+        tokens = math.lcm(text.shape[1], own.shape[1])
+        text, own = (some.repeat(1, tokens // some.shape[1], 1) for some in (text, own))
+        rows = text.shape[0]
         first = rows // 2 if self._guided and rows > 1 else 0
         own = own.to(text.device, text.dtype).expand(rows - first, -1, -1)
         return torch.cat([text[:first], own])
@@ -270,9 +287,18 @@ class _Attention:
         return found.transpose(1, 2).flatten(2).to(query.dtype)
 
 
-def _found(pipe: Any, adapter: Adapter, modules: Modules, *, partial: bool) -> Iterator[tuple[float, Found]]:
+def _read(parts: Sequence[Region], *, partial: bool, verify: bool) -> dict[Adapter, AdapterFile]:
+    """The files of all regions' adapters, each once."""
+    found = {}
+    for adapter in dict.fromkeys(each for region in parts for each in region.adapters):
+        file = found[adapter] = read_adapter(adapter.path, partial=partial)
+        if verify:
+            verify_deltas(file.metadata, file.changes, file.path.name)
+    return found
+
+
+def _found(adapter: Adapter, file: AdapterFile, modules: Modules, *, partial: bool) -> Iterator[tuple[float, Found]]:
     """What an adapter changes, with its weight there."""
-    file = read_adapter(adapter.path, partial=partial)
     modules.check_blocks({adapter.label: adapter.weight})
     for found in match(file, adapter.label, modules, partial=partial, way="live"):
         number = weight_at(adapter.weight, found.part, found.path)
@@ -280,13 +306,15 @@ def _found(pipe: Any, adapter: Adapter, modules: Modules, *, partial: bool) -> I
             yield number, found
 
 
-def _layers(pipe: Any, parts: Sequence[Region], *, partial: bool) -> dict[str, Paths]:
+def _layers(
+    pipe: Any, parts: Sequence[Region], files: Mapping[Adapter, AdapterFile], *, partial: bool
+) -> dict[str, Paths]:
     """By the path of a layer of the U-Net: what each region changes there."""
     modules = Modules(parts_of(pipe))
     layers: dict[str, Paths] = {}
     for place, region in enumerate(parts):
         for adapter in region.adapters:
-            for number, found in _found(pipe, adapter, modules, partial=partial):
+            for number, found in _found(adapter, files[adapter], modules, partial=partial):
                 if found.part != "unet":
                     if region.prompt is None:
                         raise AdapterError(
@@ -298,7 +326,7 @@ def _layers(pipe: Any, parts: Sequence[Region], *, partial: bool) -> dict[str, P
                 if low is None or found.name != "weight" or not can_be_live(found.module):
                     raise AdapterError(
                         f"{adapter.label}: {found.path} is changed by a {found.effect.change.kind}, which has no "
-                        "low-rank form to keep to a region. Resize it to a LoRA."
+                        "low-rank form to keep to a region. Make it a LoRA: sfumato convert FILE --bake lora."
                     )
                 shape = tensors.shape(found.module)
                 assert shape is not None
@@ -313,14 +341,20 @@ def _layers(pipe: Any, parts: Sequence[Region], *, partial: bool) -> dict[str, P
 
 
 @torch.no_grad()
-def _encode(pipe: Any, region: Region, *, partial: bool) -> Tensor:
+def _encode(pipe: Any, region: Region, syntax: Syntax, *, partial: bool) -> Tensor:
     """The region's prompt as its adapters' text encoders read it, (1, tokens, width)."""
     prompt = region.prompt
     assert prompt is not None
-    in_text = [Adapter(each.path, (0.0, _text_weight(each)), f"{each.label} in its region") for each in region.adapters]
+    in_text = [
+        Adapter(each.path, with_unet(each.weight, 0.0), f"{each.label} in its region") for each in region.adapters
+    ]
     with _added(pipe, in_text, partial=partial) if in_text else nullcontext():
-        if hasattr(pipe, "encode_text"):
-            hidden: Tensor = pipe.encode_text([prompt]).hidden
+        if syntax != "plain":
+            from sfumato import prompts
+
+            hidden: Tensor = prompts.encode(pipe, [prompt], "", syntax)[0].hidden
+        elif hasattr(pipe, "encode_text"):
+            hidden = pipe.encode_text([prompt]).hidden
         else:
             encoded = pipe.encode_prompt(
                 prompt, device=pipe.device, num_images_per_prompt=1, do_classifier_free_guidance=False
@@ -344,7 +378,3 @@ def _added(pipe: Any, adapters: Sequence[Adapter], *, partial: bool) -> Iterator
         yield
     finally:
         mix.remove(*(each.label for each in adapters))
-
-
-def _text_weight(adapter: Adapter) -> float:
-    return weight_at(adapter.weight, "text_encoder", "")

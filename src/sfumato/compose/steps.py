@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sfumato.compose.adapter import Weight, checked_weight
-from sfumato.compose.blocks import Blocks
+from sfumato import schedulers
+from sfumato.compose.adapter import Weight, checked_weight, with_unet
 from sfumato.compose.match import parts_of
 from sfumato.errors import AdapterError
 
@@ -107,18 +107,25 @@ def over_steps(mix: Mix, switch: Switch | None = None, /, **weights: Progress) -
 
 
 @contextmanager
-def over_steps_of(mix: Mix, weights: Mapping[str, Progress], switch: Switch | None = None) -> Iterator[None]:
-    """As `over_steps`, for labels that are no Python names."""
+def over_steps_of(
+    mix: Mix, weights: Mapping[str, Progress], switch: Switch | None = None, *, sampler: str | None = None
+) -> Iterator[None]:
+    """As `over_steps`, for labels that are no Python names.
+
+    sampler: the name of the one that draws, as of `sfumato.schedulers`; None: the scheduler that the pipeline has.
+    """
     unknown = [label for label in (*weights, *(switch.labels if switch else ())) if label not in mix.weights]
     if unknown:
         known = ", ".join(map(repr, mix.weights)) or "nothing"
         raise AdapterError(f"no adapter of this mix is called {unknown[0]!r}; it holds {known}.")
     before = dict(mix.weights)
     clock = _Clock(int(mix.pipe.scheduler.config.num_train_timesteps))
+    asked = None if sampler is None else schedulers.find(sampler).class_name
 
     def follow(module: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
         timestep = options["timestep"] if "timestep" in options else args[1]
-        progress, step = clock.read(timestep)
+        drawn_by = asked or type(mix.pipe.scheduler).__name__
+        progress, step = clock.read(timestep, between=drawn_by in schedulers.ASK_BETWEEN)
         wanted = {label: _at(before[label], function(progress)) for label, function in weights.items()}
         if switch is not None:
             on = switch.on(step)
@@ -136,28 +143,23 @@ def over_steps_of(mix: Mix, weights: Mapping[str, Progress], switch: Switch | No
 class _Clock:
     """Progress and number of a step, from the timestep that the U-Net is asked for.
 
-    Schedulers ask for falling timesteps; one that rises begins a new picture. Second-order ones ask for some twice.
+    Schedulers ask for falling timesteps; one that rises begins a new picture. Second-order ones ask for some twice, or
+    for one between two steps: an ancestral one even at the next step's or below it, and rises again in mid-picture.
     """
 
     def __init__(self, total: int) -> None:
-        self._total, self._last, self._step = total, -math.inf, -1
+        self._total, self._first, self._last, self._asked = total, -math.inf, -math.inf, -1
 
-    def read(self, timestep: Tensor | float) -> tuple[float, int]:
+    def read(self, timestep: Tensor | float, *, between: bool = False) -> tuple[float, int]:
+        """Progress, and the step counted from 0. between: whether every other call lies between two steps."""
         now = float(timestep.flatten()[0]) if isinstance(timestep, torch.Tensor) else float(timestep)
-        if now > self._last:
-            self._step = 0
-        elif now < self._last:
-            self._step += 1
+        if now >= self._first if between else now > self._last:
+            self._first, self._asked = now, 0
+        elif between or now < self._last:
+            self._asked += 1
         self._last = now
-        return min(1.0, max(0.0, 1 - now / max(1, self._total - 1))), self._step
+        return min(1.0, max(0.0, 1 - now / max(1, self._total - 1))), self._asked // (2 if between else 1)
 
 
 def _at(weight: Weight, number: float) -> Weight:
-    """The weight with another number for the U-Net; text encoders and blocks as they were."""
-    number = float(checked_weight("a step's weight", number))  # type: ignore[arg-type]
-    if isinstance(weight, Blocks):
-        plain = _at(weight.weight, number)
-        assert not isinstance(plain, Blocks)
-        return Blocks(plain, weight.factors, weight.rest)
-    text = weight[1] if isinstance(weight, tuple) else weight
-    return (number, text)
+    return with_unet(weight, float(checked_weight("a step's weight", number)))  # type: ignore[arg-type]

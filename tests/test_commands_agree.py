@@ -1,0 +1,163 @@
+"""`generate` and `grid` read the same files in the same way: bundles, peft's folders, tags, weights, what to refuse."""
+
+import json
+from pathlib import Path
+from unittest.mock import ANY
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from sfumato import cli
+from sfumato.bases import load_base
+from sfumato.files.lora_file import LoraModule
+from sfumato.files.write import write_lora
+from sfumato.files.write_dotted import write_peft
+from sfumato.pnginfo import read_picture_info
+from sfumato.precision import decide
+
+
+@pytest.fixture(scope="module")
+def modules(pocket_folder):
+    """A strong change of every cross-attention of the tiny base."""
+    base = load_base(str(pocket_folder), precision=decide("fp32", device="cpu"))
+    generator = torch.Generator().manual_seed(0)
+    found = {}
+    for path, layer in base.unet.named_modules():
+        if path.endswith(("attn2.to_v", "attn2.to_out.0")):
+            out, inner = layer.weight.shape
+            up = torch.randn(out, 2, generator=generator)
+            found["unet", path] = LoraModule(torch.randn(2, inner, generator=generator), up, 2.0)
+    return found
+
+
+@pytest.fixture
+def run(pocket_folder, modules, tmp_path, monkeypatch, capsys):
+    """run(command, *words): (exit code, stderr), in a folder with line.safetensors and, with a word, fox.safetensors.
+
+    Two steps, where the words say no other number.
+    """
+    monkeypatch.chdir(tmp_path)
+    write_lora(Path("line.safetensors"), modules, family="pocket")
+    write_fox("fox", modules, 0.5)
+
+    def call(command: str, *words: str) -> tuple[int, str]:
+        steps = [] if "--steps" in words else ["--steps", "2"]
+        code = cli.main([command, *words, "--base", str(pocket_folder), "--device", "cpu", *steps])
+        return code, capsys.readouterr().err
+
+    return call
+
+
+def write_fox(name, modules, value):
+    rows = {"text_encoder": torch.full((2, 32), value)}
+    write_lora(Path(f"{name}.safetensors"), modules, family="pocket", words={"<fox>": rows})
+
+
+def pixels(path):
+    return np.asarray(Image.open(path).convert("RGB"), dtype=int)
+
+
+def only_cell(folder):
+    (cell,) = (Path(folder) / "cells").iterdir()
+    return cell
+
+
+def test_a_word_in_an_adapters_file_is_known_everywhere(run):
+    draw = ["a <fox>", "--seed", "0"]
+    assert run("generate", *draw, "--lora", "fox.safetensors", "-o", "fox.png") == (0, ANY)
+    assert run("generate", *draw, "--lora", "line.safetensors", "-o", "line.png") == (0, ANY)
+    assert run("grid", "--lora", "fox.safetensors", "--x", "seed=0", "--y", "prompt=a <fox>", "-o", "g") == (0, ANY)
+    assert np.array_equal(pixels(only_cell("g")), pixels("fox.png"))
+    assert not np.array_equal(pixels("line.png"), pixels("fox.png"))  # the same change, but no word
+    for name in ("fox", "line"):
+        words = ["a cat", "--lora", f"{name}.safetensors", "--region", f"{name}=left:a <fox>", "-o", f"{name}-left.png"]
+        assert run("generate", *words) == (0, ANY)
+    assert not np.array_equal(pixels("fox-left.png"), pixels("line-left.png"))
+
+
+def test_one_word_in_two_files_must_be_the_same(run, modules):
+    write_fox("same", modules, 0.5)
+    write_fox("other", modules, 0.25)
+    assert run("generate", "a <fox>", "--lora", "fox.safetensors", "--lora", "same.safetensors", "-o", "a.png")[0] == 0
+    code, said = run("generate", "a <fox>", "--lora", "fox.safetensors", "--lora", "other.safetensors", "-o", "b.png")
+    assert (code, "fox and other bring a word <fox>, and not the same one" in said) == (2, True)
+
+
+def test_a_word_in_a_prompt_of_any_length(run):
+    pytest.importorskip("compel")
+    words = ["a " * 90 + "<fox>", "--lora", "fox.safetensors"]
+    assert run("generate", *words, "--prompt-syntax", "a1111", "-o", "long.png") == (0, ANY)
+    code, said = run("generate", *words, "-o", "plain.png")
+    assert (code, "92 tokens (<fox> has 2)" in said) == (2, True)
+
+
+def test_pefts_folders_are_drawn_with(run, modules):
+    write_peft(Path("folder"), modules, family="pocket")
+    assert run("generate", "a cat", "--lora", "folder:0.8", "-o", "folder.png") == (0, ANY)
+    assert run("generate", "a cat", "--lora", "line.safetensors:0.8", "-o", "line.png") == (0, ANY)
+    assert run("grid", "--lora", "folder:0.8", "--x", "seed=0", "--y", "prompt=a cat", "-o", "g") == (0, ANY)
+    assert np.array_equal(pixels("folder.png"), pixels("line.png"))
+    assert np.array_equal(pixels(only_cell("g")), pixels("line.png"))
+    assert len(read_picture_info(Path("folder.png")).own["adapters"][0]["hash"]) == 12
+
+
+def test_two_files_of_one_name_keep_their_weights_in_a_grid(run, modules):
+    Path("y").mkdir()
+    write_lora(Path("y/line.safetensors"), modules, family="pocket")
+    both = ["--lora", "line.safetensors:0.7", "--lora", "y/line.safetensors:0.2"]
+    assert run("grid", *both, "--x", "method=linear", "--y", "prompt=a cat", "-o", "g") == (0, ANY)
+    (cell,) = json.loads(Path("g/grid.json").read_text())["cells"]
+    assert cell["weights"] == {"line": 0.7, "line 2": 0.2}
+
+
+def test_a_weight_on_an_axis_of_adapters_is_that_adapters(run):
+    words = ["--x", "adapter=line.safetensors:0.2,line.safetensors", "--y", "seed=0", "--prompt", "a cat"]
+    assert run("grid", *words, "--adapter-weight", "0.9", "-o", "g") == (0, ANY)
+    about = json.loads(Path("g/grid.json").read_text())
+    assert about["x"] == ["line 0.2", "line"]
+    assert [max(cell["weights"].values()) for cell in about["cells"]] == [0.2, 0.9]
+
+
+def test_a_method_keeps_the_adapter_guidance_that_all_files_ask_for(run, modules):
+    asks = {"sfumato.adapter_guidance": "2"}
+    write_lora(Path("style.safetensors"), modules, family="pocket", metadata=asks)
+    grid = ["--lora", "style.safetensors", "--x", "seed=0", "--y", "prompt=a cat"]
+    assert run("grid", *grid, "-o", "plain") == (0, ANY)
+    assert run("grid", *grid, "--method", "linear", "-o", "merged") == (0, ANY)
+    assert run("grid", *grid, "--adapter-guidance", "0", "-o", "without") == (0, ANY)
+    plain, merged, without = (pixels(only_cell(folder)) for folder in ("plain", "merged", "without"))
+    assert abs(merged - plain).max() <= 1
+    assert abs(plain - without).max() > 1
+
+
+TAGS = {
+    "a region's prompt": ("generate", ["a", "--lora", "line.safetensors", "--region", "line=left:b <lora:fox:1>"]),
+    "the negative prompt": ("generate", ["a", "--negative", "b <lora:fox:1>"]),
+    "an axis": ("grid", ["--x", "seed=1", "--y", "prompt=a <lora:fox:1>|b"]),
+    "a grid's prompt": ("grid", ["--x", "seed=1", "--y", "steps=2", "--prompt", "a <lora:fox:1>"]),
+}
+
+
+@pytest.mark.parametrize(("command", "words"), TAGS.values(), ids=TAGS.keys())
+def test_a_tag_where_none_is_read_is_refused(run, command, words):
+    code, said = run(command, *words, "-o", "out")
+    assert (code, "<lora:fox:...> is not read here" in said) == (2, True)
+    assert not Path("out").exists()
+
+
+def test_verify_looks_at_the_adapters_of_regions(run):
+    words = ["a cat", "--lora", "bad.safetensors", "--region", "bad=left", "-o", "out.png"]
+    save_file({name: tensor * 3 for name, tensor in load_file("line.safetensors").items()}, "bad.safetensors")
+    code, said = run("generate", *words, "--verify")
+    assert (code, "fingerprint" in said) == (2, True)
+    assert not Path("out.png").exists()
+    assert run("generate", *words) == (0, ANY)
+
+
+@pytest.mark.parametrize("command", [["generate", "a"], ["grid", "--x", "seed=1", "--y", "prompt=a"]])
+def test_more_steps_than_the_base_has_timesteps_are_refused(run, command):
+    code, said = run(*command, "-o", "out", "--steps", "1001")
+    assert (code, "1001 steps; wanted 1 to 1000" in said) == (2, True)
