@@ -55,7 +55,7 @@ def clash(config: Config) -> list[Pair]:
     from sfumato.merging.overlap import clashes
     from sfumato.merging.sources import choose_blocks, read_sources
 
-    sources, parents = read_sources(adapters, partial=False)
+    sources, parents = read_sources(adapters, words=True)
     common_family(parents, default="")
     pairs = clashes(choose_blocks(sources, config.blocks))
     if config.output is not None:

@@ -59,8 +59,10 @@ def convert(config: Config) -> Path:
         raise ConfigError(
             f"--output {config.output}: wanted a {'folder' if config.to == 'peft' else '.safetensors file'}."
         )
-    if config.bake is None and (config.rank, config.keep_energy) != (None, None):
+    if config.bake != "lora" and (config.rank, config.keep_energy) != (None, None):
         raise ConfigError("--rank and --keep-energy belong to --bake lora; `sfumato resize` makes a LoRA smaller.")
+    if config.bake is None and config.base is not None:
+        raise ConfigError(f"--base {config.base}: nothing is taken on it without --bake; add --bake or leave it out.")
 
     from sfumato.files.write import DTYPES
     from sfumato.merging.convert import as_lora, write
@@ -69,8 +71,9 @@ def convert(config: Config) -> Path:
     from sfumato.merging.sources import read_source
     from sfumato.merging.stored import stored
 
-    source, parent = read_source(Adapter(config.file), partial=config.partial)
-    family = config.family or common_family([parent])
+    keeps_words = config.to == "kohya" and config.bake != "diff"
+    source, parent = read_source(Adapter(config.file), partial=config.partial, words=keeps_words)
+    family = common_family([parent], said=config.family)
     metadata = dict(parent.metadata) | {"sfumato.converted": str(to_dict(config, public=True)["to"])}
     metadata.pop("lora_adapter_metadata", None)  # of the modules as they were scaled
     if not any(key.startswith(("ss_", "modelspec.")) for key in metadata):
@@ -88,11 +91,28 @@ def convert(config: Config) -> Path:
     base = None if config.base is None else stored(config.base).weight
     budget = Budget(config.rank, config.keep_energy)
     made = as_lora(source, budget, base)
-    write(config.to, config.output, made.modules, family=family, metadata=metadata, dtype=DTYPES[config.dtype])
+    metadata, dtype = _fitted(config, metadata, len(made.modules)), DTYPES[config.dtype]
+    words = source.words if keeps_words else None
+    write(config.to, config.output, made.modules, family=family, metadata=metadata, dtype=dtype, words=words)
     exact = made.share > 1 - 1e-10
     outcome = "exact" if exact else f"keeps {made.share:.2%} of the energy, relative error {made.error:.3g}"
     print(f"{config.output.name}: {len(made.modules)} modules for {config.to}; {outcome}", file=sys.stderr)
     return config.output
+
+
+def _fitted(config: Config, metadata: Mapping[str, str], modules: int) -> dict[str, str]:
+    """The metadata that there is room for; what is left out is told."""
+    from sfumato.files.metadata import METADATA_LIMIT
+    from sfumato.files.write import fitted
+
+    kept, left_out = fitted(metadata, modules)
+    if left_out:
+        print(
+            f"{config.output.name}: {', '.join(left_out)} left out of its metadata, of which at most "
+            f"{METADATA_LIMIT:,} bytes are written",
+            file=sys.stderr,
+        )
+    return kept
 
 
 def _readers(to: str) -> str:
@@ -108,6 +128,7 @@ def _differences(config: Config, source: Source, family: str, metadata: Mapping[
     if config.to != "kohya" or config.base is None:
         raise ConfigError("--bake diff wants --base, the weights that differ, and --to kohya: nobody else reads it.")
     deltas = as_difference(source, stored(config.base).weight)
+    metadata = _fitted(config, metadata, len(deltas))
     write_difference(config.output, deltas, family=family, metadata=metadata, dtype=DTYPES[config.dtype])
     size = config.output.stat().st_size / 1e6
     print(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -55,8 +55,8 @@ class Config:
     """The base that DoRA, OFT and other kinds without a low-rank form take their delta on."""
     into: str | None = None
     """Bake the weighted sum into this checkpoint or diffusers folder and write the result to --output."""
-    dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
-    """Of the written file; fp16 halves it at a relative error of 0.0003."""
+    dtype: Literal["fp32", "fp16", "bf16"] | None = None
+    """Of the written file, fp32 if unset; fp16 halves it at a relative error of 0.0003. --into keeps the base's."""
     title: str = ""
     """The file's title in its metadata; its name if unset."""
     family: Literal["pocket", "sd1", "sd2", "sdxl"] | None = None
@@ -67,16 +67,27 @@ class Config:
     """Replace a file that exists."""
 
 
+_OF_INTO = {"adapters", "output", "blocks", "into", "title", "family", "partial", "overwrite"}
+"""Options that --into has a use for."""
+
+
 def merge_files(config: Config) -> Path:
     """Merge what the config names; returns the written file or folder."""
     if not config.adapters:
         raise ConfigError("there is no adapter; wanted such as: sfumato merge a.safetensors:0.8 b.safetensors:0.6.")
     check_free(config.output, config.overwrite)
+    chosen = [each.name for each in fields(config) if getattr(config, each.name) != each.default]
+    idle = [f"--{name.replace('_', '-')}" for name in chosen if name not in _OF_INTO]
+    if config.into is not None and idle:
+        raise ConfigError(
+            "--into bakes the weighted sum, whole and in the base's own dtype: leave out "
+            f"{', '.join(idle)}, or merge to a file first and bake that."
+        )
     adapters = parse_adapters(config.adapters)
 
     from sfumato.merging.sources import choose_blocks, read_sources
 
-    sources, parents = read_sources(adapters, partial=config.partial)
+    sources, parents = read_sources(adapters, partial=config.partial, words=config.into is None)
     sources = choose_blocks(sources, config.blocks)
     if config.into is not None:
         return _bake(config, sources, parents)
@@ -84,6 +95,7 @@ def merge_files(config: Config) -> Path:
 
 
 def _merge(config: Config, sources: Sequence[Source], parents: Sequence[Parent]) -> Path:
+    from sfumato.files.embedding_file import united
     from sfumato.files.write import DTYPES, write_lora
     from sfumato.merging.factors import Budget
     from sfumato.merging.lineage import common_family, inherit
@@ -93,7 +105,8 @@ def _merge(config: Config, sources: Sequence[Source], parents: Sequence[Parent])
 
     if config.output.suffix != ".safetensors":
         raise ConfigError(f"--output {config.output}: wanted a .safetensors file.")
-    family = config.family or common_family(parents)
+    family = common_family(parents, said=config.family)
+    words = united({source.name: source.words for source in sources if source.weight != 0})
     merged = merge(
         sources,
         method=config.method,
@@ -110,7 +123,8 @@ def _merge(config: Config, sources: Sequence[Source], parents: Sequence[Parent])
         config=to_dict(config, public=True),
         extra={} if exact else {"sfumato.kept_energy": f"{merged.share:.6f}"},
     )
-    write_lora(config.output, merged.modules, family=family, metadata=metadata, dtype=DTYPES[config.dtype])
+    dtype = DTYPES[config.dtype or "fp32"]
+    write_lora(config.output, merged.modules, family=family, metadata=metadata, dtype=dtype, words=words)
     ranks = sorted({module.rank for module in merged.modules.values()})
     print(
         f"{config.output.name}: {len(merged.modules)} modules of rank {ranks[0]}"
@@ -128,13 +142,10 @@ def _bake(config: Config, sources: Sequence[Source], parents: Sequence[Parent]) 
     from sfumato.merging.stored import stored
 
     assert config.into is not None
-    if config.method != "linear" or config.rank is not None or config.keep_energy is not None:
-        raise ConfigError(
-            "--into bakes the weighted sum, whole: leave out --method, --rank and --keep-energy, or merge to a file "
-            "first and bake that."
-        )
     base = stored(config.into)
-    family = config.family or common_family(parents, default=base.family.name)
+    if config.title and base.root.is_dir():
+        raise ConfigError(f"--title {config.title}: {base.name} is a folder, which has no metadata. Leave it out.")
+    family = common_family(parents, default=base.family.name, said=config.family)
     if family != base.family.name:
         raise ConfigError(f"--into {base.name}: is {base.family.title}, the adapters are for {family}.")
     metadata = baked(parents, title=config.title or config.output.stem, config=to_dict(config, public=True))

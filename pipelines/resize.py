@@ -55,7 +55,7 @@ def resize_file(config: Config) -> Path:
     from sfumato.merging.lineage import common_family, inherit
     from sfumato.merging.sources import read_source
 
-    source, parent = read_source(Adapter(config.file))
+    source, parent = read_source(Adapter(config.file), words=True)
     modules = {target: low for target, change in source.changes.items() if (low := change.low_rank()) is not None}
     if len(modules) < len(source.changes):
         raise AdapterError(
@@ -63,7 +63,7 @@ def resize_file(config: Config) -> Path:
             "Make it one first: sfumato convert --bake lora."
         )
     smaller, share = resize(modules, Budget(config.rank, config.keep_energy))
-    family = config.family or common_family([parent])
+    family = common_family([parent], said=config.family)
     metadata = inherit(
         [parent],
         title=config.output.stem,
@@ -71,7 +71,8 @@ def resize_file(config: Config) -> Path:
         config=to_dict(config, public=True),
         extra={"sfumato.kept_energy": f"{share:.6f}"},
     )
-    write_lora(config.output, smaller, family=family, metadata=metadata, dtype=DTYPES[config.dtype])
+    dtype = DTYPES[config.dtype]
+    write_lora(config.output, smaller, family=family, metadata=metadata, dtype=dtype, words=source.words)
     before, after = (sum(module.rank for module in these.values()) for these in (modules, smaller))
     print(
         f"{config.output.name}: mean rank {before / len(modules):.1f} -> {after / len(smaller):.1f}, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -14,7 +15,11 @@ from sfumato.config import parse
 from sfumato.errors import ConfigError, FileError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sfumato.files.changes import LoraModule
     from sfumato.files.fingerprint import Row
+    from sfumato.files.kohya import Target
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ def verify(config: Config) -> tuple[bool, dict[str, object]]:
     if broken:
         return False, found | {"reason": broken}
     if config.against is not None:
-        ours, theirs = (_rows(path, config.base) for path in (config.file, config.against))
+        ours, theirs = (_rows(path, config.base, vectors=True) for path in (config.file, config.against))
         comparison = compare(theirs, ours)
         where = f"against {config.against.name}"
     elif KEY in file.metadata:
@@ -64,7 +69,9 @@ def verify(config: Config) -> tuple[bool, dict[str, object]]:
         return True, found | {"reason": "whole and finite; it states no fingerprint, so nothing more can be told"}
     same = comparison.same(config.tolerance)
     reason = f"{'the same' if same else 'differs'} {where}: {comparison.reason(config.tolerance)}"
-    return same, found | asdict(comparison) | {"reason": reason}
+    # JSON has no inf
+    figures = {key: None if value == math.inf else value for key, value in asdict(comparison).items()}
+    return same, found | figures | {"reason": reason}
 
 
 def _broken_hash(path: Path) -> str | None:
@@ -82,8 +89,10 @@ def _broken_hash(path: Path) -> str | None:
     return None
 
 
-def _rows(path: Path, base: str | None) -> dict[str, Row]:
+def _rows(path: Path, base: str | None, *, vectors: bool = False) -> dict[str, Row]:
+    """vectors: with the changes of norms and biases, which are in no fingerprint."""
     from sfumato.compose.adapter import Adapter
+    from sfumato.files.changes.difference import Difference
     from sfumato.files.fingerprint import rows
     from sfumato.merging.merge import dense_delta
     from sfumato.merging.sources import read_source
@@ -91,12 +100,19 @@ def _rows(path: Path, base: str | None) -> dict[str, Row]:
 
     source, _ = read_source(Adapter(path), partial=True)
     weights = None if base is None else stored(base).weight
-    return rows(
-        {
-            target: dense_delta(change, target, source.name, weights) if (low := change.low_rank()) is None else low
-            for target, change in source.changes.items()
-        }
-    )
+    deltas: dict[Target, LoraModule | Tensor] = {}
+    for (part, name), change in source.changes.items():
+        value = change.value if isinstance(change, Difference) else None
+        if not isinstance(change, Difference) or (value is not None and value.ndim > 1):
+            low = change.low_rank()
+            deltas[part, name] = dense_delta(change, (part, name), source.name, weights) if low is None else low
+        elif vectors and value is not None:
+            deltas[part, name] = value
+        bias = change.bias_delta
+        # Zeros are left out: diffusers gives every module a bias where one has it.
+        if vectors and bias is not None and bool(bias.float().any()):
+            deltas[part, f"{name}.bias"] = bias
+    return rows(deltas)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -8,7 +8,7 @@ from sfumato.bases import load_base
 from sfumato.compose.blocks import Blocks
 from sfumato.errors import ConfigError
 from sfumato.precision import decide
-from sfumato.prompts import encode, split_tags, to_compel
+from sfumato.prompts import emphasised, encode, split_tags
 from tests.tiny import tiny_pipeline, tiny_pocket_folder, write_folder
 
 
@@ -51,24 +51,41 @@ def test_a_tag_whose_weight_is_none_is_refused(prompt):
 
 
 @pytest.mark.parametrize(
-    ("a1111", "compel"),
+    ("prompt", "pieces"),
     [
-        ("a (crab:1.4), at sea", "a (crab)1.4, at sea"),
-        ("a (crab) [at sea]", "a (crab)1.1 (at sea)0.9091"),
-        ("((crab))", "(crab)1.21"),
-        ("(a (crab:2) there:0.5)", "(a)0.5 crab (there)0.5"),
-        ("no brackets: none", "no brackets: none"),
-        (r"a \(crab\)", r"a \(crab\)"),
+        ("a (crab:1.4), at sea", [("a ", 1), ("crab", 1.4), (", at sea", 1)]),
+        ("a (crab) [at sea]", [("a ", 1), ("crab", 1.1), ("at sea", 1 / 1.1)]),
+        ("((crab))", [("crab", 1.21)]),
+        ("(a (crab:2) there:0.5)", [("a ", 0.5), ("crab", 1), (" there", 0.5)]),
+        ("(crab:-0.5)(crab:1.)( crab : +1.2 )", [("crab", -0.5), ("crab", 1), (" crab ", 1.2)]),
+        ("(masterpiece:1.2)1girl", [("masterpiece", 1.2), ("1girl", 1)]),
+        ("no brackets: none", [("no brackets: none", 1)]),
+        ("[a:b]", [("a:b", 1 / 1.1)]),
+        (r"a \(crab\) \[at sea\] \\", [("a (crab) [at sea] \\", 1)]),
+        (" ", []),
     ],
 )
-def test_emphasis_of_a1111_becomes_compels(a1111, compel):
-    assert to_compel(a1111) == compel
+def test_emphasis_of_a1111_is_texts_and_weights(prompt, pieces):
+    found = emphasised(prompt)
+    assert [text for text, _ in found] == [text for text, _ in pieces]
+    assert [weight for _, weight in found] == pytest.approx([weight for _, weight in pieces])
 
 
-@pytest.mark.parametrize("prompt", ["(crab", "crab)", "[crab)"])
+@pytest.mark.parametrize("prompt", ["(crab", "crab)", "[crab)", "crab:1.2)"])
 def test_brackets_that_do_not_pair_are_refused(prompt):
-    with pytest.raises(ConfigError, match="bracket"):
-        to_compel(prompt)
+    with pytest.raises(ConfigError, match=r"bracket '(.)'; write \\\1 for the character"):
+        emphasised(prompt)
+
+
+@pytest.mark.parametrize("prompt", ["a [crab:lobster:0.5]", "[crab:10]", "[crab|lobster]", "[(crab:1.2)|lobster]"])
+def test_words_that_change_between_the_steps_are_refused(prompt):
+    with pytest.raises(ConfigError, match="changes words between the steps"):
+        emphasised(prompt)
+
+
+def test_a_weight_of_two_points_is_none():
+    with pytest.raises(ConfigError, match=r"1\.2\.3.*a weight is a number"):
+        emphasised("(crab:1.2.3)")
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +111,30 @@ def test_without_weights_compel_encodes_as_the_base_does(name, request):
     if text.pooled is not None:
         assert_close(text.pooled, ours.pooled)
         assert_close(negative.pooled, nothing.pooled)
+
+
+@pytest.mark.parametrize("prompt", ["c++ code", "crab-, house", 'a sign "open"', "a.swap\\(b\\)", "(red:1.0)"])
+@pytest.mark.parametrize("name", ["pocket", "sdxl"])
+def test_what_compel_would_take_for_its_own_is_text_in_a1111(name, prompt, request):
+    pytest.importorskip("compel")
+    base = request.getfixturevalue(name)
+    text, _ = encode(base, [prompt], "", "a1111")
+    ours = base.encode_text([prompt.replace("\\", "") if prompt[0] != "(" else "red"])
+    assert_close(text.hidden, ours.hidden)
+    if text.pooled is not None:
+        assert_close(text.pooled, ours.pooled)
+
+
+def test_one_syntax_weighs_as_the_other(pocket):
+    pytest.importorskip("compel")
+    (ours, _), (theirs, _) = (
+        encode(pocket, [prompt], "", syntax)
+        for prompt, syntax in (
+            ("a (red:1.5) square [there]", "a1111"),
+            ("a (red)1.5 square (there)0.9090909", "compel"),
+        )
+    )
+    assert_close(ours.hidden, theirs.hidden)
 
 
 def test_a_weight_changes_the_embedding_and_a_long_prompt_is_seen_to_its_end(pocket):

@@ -3,7 +3,7 @@
 `<lora:name:0.8>` and `<lora:name:0.4:0.8>` (text encoders, then U-Net) are A1111's, as are `te=` and `unet=` in them;
 `<lora:name:0.8:lbw=MIDD>` (or a list of numbers, or `lbw=down:0,up.1:1.2`) is that of its extension for weights by
 block. Weights and length are the library compel's work: `word++`, `(some words)1.3`, `("a cat", "a dog").and()`;
-A1111's `(some words:1.3)` is turned into it.
+A1111's `(some words:1.3)` is read here and handed to it as texts and their weights.
 Importing this loads no torch.
 """
 
@@ -75,44 +75,58 @@ def _weight(words: Sequence[str]) -> Weight:
     return Blocks.parse(weight, named["lbw"]) if "lbw" in named else weight
 
 
-def to_compel(prompt: str) -> str:
-    """A1111's emphasis as compel's: `(words:1.3)` weighs 1.3, `(words)` 1.1, `[words]` 1 / 1.1; nested ones multiply.
+def emphasised(prompt: str) -> list[tuple[str, float]]:
+    """A1111's emphasis: the texts of the prompt and their weights, in order.
 
-    Escaped brackets stay escaped. Raises ConfigError for a bracket that is not closed.
+    `(words:1.3)` weighs 1.3, `(words)` 1.1, `[words]` 1 / 1.1; nested ones multiply, and `\\(` is the character.
+    Raises ConfigError for a bracket that is not closed, for a weight that is none, and for words that change between
+    the steps.
     """
     pieces: list[list[Any]] = [["", 1.0]]
     opened: list[tuple[str, int]] = []  # each open bracket and the first piece within it
-    for token in re.findall(r"\\.|:\s*[0-9]*\.?[0-9]+\s*\)|[()\[\]]|[^\\()\[\]:]+|[:\\]", prompt):
+    for token in _EMPHASIS.findall(prompt):
         if token in "([":
             opened.append((token, len(pieces)))
             pieces.append(["", 1.0])
-        elif token[-1] in ")]" and not token.startswith("\\"):
+        elif token[-1] in ")]" and token[0] != "\\":
             wanted = "(" if token[-1] == ")" else "["
             if not opened or opened[-1][0] != wanted:
                 raise _unbalanced(prompt, "closes", token[-1])
+            if token[0] == ":" and wanted == "[":
+                raise _scheduled(prompt, "[a:b:0.5]")
             _, first = opened.pop()
-            factor = float(token[1:-1]) if token[0] == ":" else 1.1 if token == ")" else 1 / 1.1
+            factor = _factor(token[1:-1]) if token[0] == ":" else 1.1 if token == ")" else 1 / 1.1
             for piece in pieces[first:]:
                 piece[1] *= factor
             pieces.append(["", 1.0])
         else:
-            pieces[-1][0] += token
+            if "|" in token and token[0] != "\\" and opened and opened[-1][0] == "[":
+                raise _scheduled(prompt, "[a|b]")
+            pieces[-1][0] += token.removeprefix("\\")
     if opened:
         raise _unbalanced(prompt, "does not close", opened[-1][0])
-    return "".join(_piece(text, weight) for text, weight in pieces if text)
+    return [(text, weight) for text, weight in pieces if text.strip()]
+
+
+_EMPHASIS = re.compile(r"\\.|:\s*[+-]?[.\d]+\s*[)\]]|[()\[\]]|[^\\()\[\]:]+|[:\\]", re.DOTALL)
+
+
+def _factor(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ConfigError(f"({text.strip()}): a weight is a number, as in (words:1.3).") from None
 
 
 def _unbalanced(prompt: str, does: str, bracket: str) -> ConfigError:
     return ConfigError(f"the prompt {prompt[:60]!r} {does} a bracket {bracket!r}; write \\{bracket} for the character.")
 
 
-def _piece(text: str, weight: float) -> str:
-    words = text.strip()
-    if weight == 1 or not words:
-        return text
-    # compel takes punctuation beside a bracket for words, and blanks inside it away
-    before, after = text[: len(text) - len(text.lstrip())], text[len(text.rstrip()) :]
-    return f"{before}({words}){weight:.4g}{after}"
+def _scheduled(prompt: str, form: str) -> ConfigError:
+    return ConfigError(
+        f"the prompt {prompt[:60]!r} changes words between the steps, as {form} does in A1111, which is not read here. "
+        "Leave one of the words, or write \\[ and \\] for the characters."
+    )
 
 
 def encode(base: Base, prompts: Sequence[str], negative: str, syntax: Syntax) -> tuple[TextEmbedding, TextEmbedding]:
@@ -125,7 +139,7 @@ def encode(base: Base, prompts: Sequence[str], negative: str, syntax: Syntax) ->
     from sfumato.bases import TextEmbedding
 
     encoders = _encoders(base)
-    texts = [to_compel(text) if syntax == "a1111" else text for text in (*prompts, negative)]
+    texts = [emphasised(text) if syntax == "a1111" else text for text in (*prompts, negative)]
     hidden, pooled = [], []
     for encoder in encoders:
         found = [_encoded(encoder, text) for text in texts]
@@ -141,17 +155,31 @@ def encode(base: Base, prompts: Sequence[str], negative: str, syntax: Syntax) ->
     return whole[:count], other
 
 
-def _encoded(compel: Any, text: str) -> tuple[Any, Any]:
-    """(hidden, pooled or None) of one prompt, (1, tokens, width) and (1, width)."""
+def _encoded(compel: Any, text: str | list[tuple[str, float]]) -> tuple[Any, Any]:
+    """(hidden, pooled or None) of one prompt, (1, tokens, width) and (1, width). A list is texts and their weights."""
     import torch
 
     try:
         with torch.no_grad():
-            found = compel([text])
+            found = compel([text]) if isinstance(text, str) else _of_pieces(compel, text)
     except Exception as error:  # its parser raises pyparsing's errors and its own
         reason = " ".join(str(error).split())[:120]
-        raise ConfigError(f"the prompt {text[:60]!r} is not in compel's syntax ({reason}).") from None
+        if isinstance(text, str):
+            raise ConfigError(f"the prompt {text[:60]!r} is not in compel's syntax ({reason}).") from None
+        whole = "".join(words for words, _ in text)
+        raise ConfigError(f"the prompt {whole[:60]!r} cannot be encoded by compel ({reason}). Shorten it.") from None
     return (found[0], found[1]) if isinstance(found, tuple | list) else (found, None)
+
+
+def _of_pieces(compel: Any, pieces: list[tuple[str, float]]) -> tuple[Any, Any]:
+    """The same past compel's parser, to which `c++`, quotes and `.swap(` would say more than they do in A1111."""
+    from compel.prompt_parser import Conjunction, FlattenedPrompt
+
+    hidden, _ = compel.build_conditioning_tensor_for_conjunction(Conjunction([FlattenedPrompt(pieces or [("", 1.0)])]))
+    if not compel.requires_pooled:
+        return hidden, None
+    whole = "".join(text for text, _ in pieces)
+    return hidden, compel.conditioning_provider.get_pooled_embeddings([whole], device=compel.device)
 
 
 def _encoders(base: Base) -> list[Any]:

@@ -137,6 +137,15 @@ def test_biases_and_norms_change_too(sd1, tmp_path, way):
     assert weights_sha(sd1) == before
 
 
+def test_a_bias_in_float8_is_added_in_fp32(sd1, tmp_path):
+    norm = sd1.unet.get_submodule(NORM)
+    was = norm.bias.detach().clone()
+    name = "lora_unet_" + NORM.replace(".", "_")
+    change = torch.full(norm.bias.shape, 0.5).to(torch.float8_e4m3fn)
+    compose(sd1, Adapter(write_tensors(tmp_path / "b.safetensors", {f"{name}.diff_b": change})))
+    assert_close(norm.bias.detach(), was + 0.5)
+
+
 def test_a_bias_that_the_layer_does_not_have_is_refused(sd1, tmp_path):
     flat = "lora_unet_" + LINEAR.replace(".", "_")
     file = write_tensors(

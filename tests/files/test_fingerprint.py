@@ -35,6 +35,12 @@ def test_it_takes_little_of_the_metadata(family, tiny, lora):
     assert len(fingerprint(modules)) < 20 + 4 / 3 * 4 * (1 + PROBES) * len(modules) + 4 < 25_000
 
 
+def test_a_change_that_fp32_cannot_hold_has_none():
+    module = LoraModule(torch.full((1, 2), 1e38), torch.full((2, 1), 1e38), 1.0)
+    with pytest.raises(FileError, match=r"unet\.conv_in: its change has the norm 2e\+76, more than fp32 holds"):
+        fingerprint({("unet", "conv_in"): module})
+
+
 def test_one_module_in_a_thousand_that_differs_is_named(modules):
     target = list(modules)[100]
     changed = modules | {target: replace(modules[target], up=-modules[target].up)}

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from sfumato.pipelines.inspect_file import main
 
 from sfumato.files.adapter_file import read_adapter
 from sfumato.files.inspect import Block, Inspection, block_of, inspect_file, render
@@ -110,6 +111,15 @@ def test_inspecting_loads_no_torch_and_prints_json_alone(two_modules, tmp_path):
     done = run(["inspect", str(path), "--json"], "assert 'torch' not in sys.modules; sys.exit(code)")
     assert json.loads(done.stdout)["ranks"] == {"2": 2}
     assert done.stderr == ""
+
+
+def test_json_has_null_for_a_norm_that_is_no_number(two_modules, tmp_path, capsys):
+    tensors = dict(load_file(write_lora(tmp_path / "a.safetensors", two_modules, family="sd1")))
+    tensors[max(tensors)].fill_(float("nan"))
+    save_file(tensors, tmp_path / "b.safetensors")
+    assert main([str(tmp_path / "b.safetensors"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert (found["norm"], found["blocks"][0]["norm"]) == (None, None)
 
 
 def test_a_wrong_file_is_one_line_on_stderr_and_code_2(tmp_path):

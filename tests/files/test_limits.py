@@ -75,6 +75,16 @@ def test_a_header_has_as_many_parts_as_the_limit_and_no_more(refusal):
         assert bool(found) is bool(said)
 
 
+def test_parts_within_a_text_are_none(refusal):
+    """kohya counts every tag of a data set in one text, and a hostile name cannot pass for such."""
+    tags = json.dumps({f"{{[{number}": 1 for number in range(PART_LIMIT)})
+    assert refusal(raw({"__metadata__": {"ss_tag_frequency": tags}, "w": entry()}, FOUR)) == ""
+    keys = ",".join(f'"{number}\\\\" :""' for number in range(PART_LIMIT))
+    said = refusal(raw(f'{{"__metadata__":{{{keys}}},{ONE[1:]}', FOUR))
+    assert f"has {PART_LIMIT + 10:,} parts" in said
+    assert "parts" in refusal(raw('{"a":' + "[" * (PART_LIMIT + 1) + '"' + '\\"' * 1_000_000))
+
+
 @pytest.mark.parametrize(("name", "taken"), [("w" * NAME_LIMIT, True), ("w" * (NAME_LIMIT + 1), False), ("", False)])
 def test_a_name_has_1_to_512_characters(name, taken, refusal, tmp_path):
     assert (refusal(raw({name: entry()}, FOUR)) == "") is taken

@@ -148,6 +148,13 @@ TEXT_MODULE = {
     ),
     "kohya": ("lora_te_text_model_encoder_layers_0_self_attn_out_proj.lora_down.weight", "text_encoder", TEXT),
     "kohya, of two": ("lora_te1_text_model_encoder_layers_0_self_attn_out_proj.lora_down.weight", "text_encoder", TEXT),
+    "ComfyUI": (f"text_encoders.clip_l.transformer.text_model.{TEXT}.lora_down.weight", "text_encoder", TEXT),
+    "ComfyUI, SD 2": (f"text_encoders.clip_h.transformer.text_model.{TEXT}.lora_down.weight", "text_encoder", TEXT),
+    "ComfyUI, second": (
+        f"text_encoders.clip_g.transformer.text_model.{TEXT}.lora_down.weight",
+        "text_encoder_2",
+        f"text_model.{TEXT}",
+    ),
     "kohya, second": (
         "lora_te2_text_model_encoder_layers_0_self_attn_out_proj.lora_down.weight",
         "text_encoder_2",

@@ -12,11 +12,12 @@ from PIL import Image
 from safetensors.torch import load_file, save
 
 from sfumato.errors import AdapterError, ConfigError, FileError
+from sfumato.files.fingerprint import KEY
 from sfumato.files.header import read_header
 from sfumato.files.lora_file import LoraModule, read_lora
 from sfumato.files.metadata import METADATA_LIMIT, Description, describe, short_hash
 from sfumato.files.save import hashes, ordered, write_tensors
-from sfumato.files.write import one_alpha, write_lora
+from sfumato.files.write import fitted, one_alpha, write_lora
 from sfumato.files.write_difference import write_difference
 from sfumato.files.write_dotted import write_diffusers, write_peft
 from tests.files.said import TO_K, said
@@ -110,6 +111,23 @@ def test_modules_that_no_tool_has_a_name_for_are_not_written(two_modules, tmp_pa
     ):
         with pytest.raises(AdapterError, match=message):
             write_lora(tmp_path / "a.safetensors", {target: module}, family="sd1")
+
+
+@pytest.mark.parametrize(
+    ("module", "args", "kept"),
+    [("lycoris.kohya", '{"algo":"loha"}', "{}"), ("networks.lora", '{"conv_dim":"4"}', '{"conv_dim":"4"}')],
+)
+def test_a_lora_is_called_one_whatever_it_was_made_of(module, args, kept, two_modules, tmp_path):
+    was = {"ss_network_module": module, "ss_network_args": args}
+    found = read_header(write_lora(tmp_path / "a.safetensors", two_modules, family="sd1", metadata=was)).metadata
+    assert (found["ss_network_module"], found["ss_network_args"]) == ("networks.lora", kept)
+
+
+def test_the_largest_metadata_give_way_to_what_there_is_room_for():
+    found = {"ss_tag_frequency": "t" * 60_000, "ss_datasets": "d" * 50_000, "ss_seed": "1", KEY: "f" * 100_000}
+    assert fitted(found, modules=100) == ({"ss_datasets": "d" * 50_000, "ss_seed": "1"}, ["ss_tag_frequency"])
+    assert fitted(found, modules=3_000)[1] == ["ss_tag_frequency", "ss_datasets"]
+    assert fitted({"ss_seed": "1"}, modules=100) == ({"ss_seed": "1"}, [])
 
 
 def test_one_module_under_two_paths_is_not_written(two_modules, tmp_path):

@@ -10,6 +10,7 @@ from sfumato.pipelines.clash import main
 from sfumato.cli import guarded
 from sfumato.errors import AdapterError
 from sfumato.files.changes import LoraModule
+from sfumato.files.write_embedding import add_words
 from sfumato.merging.merge import Source
 from sfumato.merging.overlap import clashes
 
@@ -114,6 +115,12 @@ def test_json_has_a_row_for_each_pair_and_block(adapter_file, capsys):
     found = json.loads(capsys.readouterr().out)
     assert {row["first"] for row in found} == {"a"}
     assert all(row["block"].startswith("up_blocks") and 0 <= row["conflict"] <= 1 for row in found)
+
+
+def test_new_words_are_no_obstacle(adapter_file, capsys):
+    a = add_words(adapter_file("a", seed=1), {"<cat>": {"text_encoder": torch.ones(2, 8)}})
+    assert run(a, adapter_file("b", seed=2)) == 0
+    assert "a and b: " in capsys.readouterr().out
 
 
 def test_one_adapter_or_two_families_are_refused(adapter_file, capsys):

@@ -13,6 +13,7 @@ from sfumato.cli import guarded
 from sfumato.files.adapter_file import read_adapter
 from sfumato.files.header import read_header
 from sfumato.files.save import write_tensors
+from sfumato.files.write_embedding import add_words
 
 FORMS = {"kohya": "k.safetensors", "diffusers": "d.safetensors", "peft": "p"}
 
@@ -216,9 +217,40 @@ def test_full_differences_are_exact(loha, tiny_base, tmp_path):
         assert_close(change.delta(weights[target]), wanted[target].delta(weights[target]))
 
 
+def test_new_words_go_to_kohya_and_are_refused_to_the_others(adapter_file, tmp_path, capsys):
+    a = add_words(adapter_file("a"), {"<cat>": {"text_encoder": torch.ones(2, 8)}})
+    assert run(convert, a, "-o", tmp_path / FORMS["kohya"]) == 0
+    assert torch.equal(read_adapter(tmp_path / FORMS["kohya"]).embeddings["<cat>"]["text_encoder"], torch.ones(2, 8))
+    for to in ("diffusers", "peft"):
+        assert run(convert, a, "--to", to, "-o", tmp_path / FORMS[to]) == 2
+        assert "'<cat>'), which would be lost" in capsys.readouterr().err
+        assert run(convert, a, "--to", to, "-o", tmp_path / FORMS[to], "--partial") == 0
+
+
+@pytest.mark.parametrize("to", FORMS)
+def test_more_metadata_than_are_written_are_left_out_and_told(to, adapter_file, tmp_path, capsys):
+    a, out = adapter_file("a"), tmp_path / FORMS[to]
+    told = {**read_header(a).metadata, "ss_tag_frequency": "x" * 200_000, "modelspec.thumbnail": "y" * 40_000}
+    file = write_tensors(tmp_path / "big.safetensors", load_file(a), told)
+    assert run(convert, file, "--to", to, "-o", out) == 0
+    assert f"{out.name}: ss_tag_frequency left out of its metadata" in capsys.readouterr().err
+    assert run(verify, out, "--against", a) == 0
+    written = next(out.rglob("*.safetensors")) if to == "peft" else out
+    assert read_header(written).metadata.keys() >= {"modelspec.thumbnail", "sfumato.trigger"}
+
+
+def test_a_family_that_the_file_denies_is_refused(adapter_file, tmp_path, capsys):
+    a = adapter_file("a", "sd1")
+    assert run(convert, a, "-o", tmp_path / "k.safetensors", "--family", "sdxl") == 2
+    assert "a.safetensors: is for SD 1.x, --family says SDXL. Leave --family out." in capsys.readouterr().err
+    assert run(convert, a, "-o", tmp_path / "k.safetensors", "--family", "sd1") == 0
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["-o", "x.safetensors", "--base", "pocket"], "nothing is taken on it without --bake"),
+        (["-o", "x.safetensors", "--bake", "diff", "--base", "pocket", "--rank", "2"], "belong to --bake lora"),
         (["-o", "x"], "wanted a .safetensors file"),
         (["-o", "x.safetensors", "--to", "peft"], "wanted a folder"),
         (["-o", "x.safetensors", "--rank", "2"], "belong to --bake lora"),

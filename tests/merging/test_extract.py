@@ -7,8 +7,10 @@ from torch.testing import assert_close
 
 from sfumato.cli import guarded
 from sfumato.errors import AdapterError
+from sfumato.files.adapter_file import read_adapter
 from sfumato.files.header import read_header
 from sfumato.files.lora_file import read_lora
+from sfumato.files.write_embedding import add_words
 from sfumato.merging.extract import extract_lora
 
 
@@ -115,6 +117,12 @@ def test_resize_by_energy_and_to_a_larger_rank_changes_nothing_that_matters(adap
         assert_close(small[target].delta(), module.delta(), rtol=1e-4, atol=1e-6)
     assert run(resize, a, "--keep-energy", 0.9, "-o", tmp_path / "smaller.safetensors") == 0
     assert {module.rank for module in read_lora(tmp_path / "smaller.safetensors").modules.values()} <= {2, 3}
+
+
+def test_resize_keeps_new_words(adapter_file, tmp_path):
+    a = add_words(adapter_file("a"), {"<cat>": {"text_encoder": torch.ones(2, 8)}})
+    assert run(resize, a, "--rank", 1, "-o", tmp_path / "small.safetensors") == 0
+    assert list(read_adapter(tmp_path / "small.safetensors").embeddings) == ["<cat>"]
 
 
 @pytest.mark.parametrize("program", [extract, resize])

@@ -12,9 +12,12 @@ from torch.testing import assert_close
 
 from sfumato.cli import guarded
 from sfumato.errors import AdapterError
+from sfumato.files.adapter_file import read_adapter
 from sfumato.files.header import read_header
 from sfumato.files.lora_file import read_lora
 from sfumato.files.metadata import data_sha256
+from sfumato.files.save import write_tensors
+from sfumato.files.write_embedding import add_words
 from sfumato.merging.factors import Budget
 from sfumato.merging.merge import Source, merge
 from sfumato.merging.stored import stored
@@ -278,10 +281,43 @@ def test_baking_what_does_not_fit_writes_nothing(tiny_base, adapter_file, tmp_pa
     assert not list(tmp_path.glob(".*"))
 
 
-def test_into_takes_the_plain_sum_only(tiny_base, adapter_file, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "option", ["--method ties", "--dtype fp32", "--seed 1", "--density 0.2", "--base pocket", "--null-energy 0.5"]
+)
+def test_into_takes_the_plain_sum_only(option, tiny_base, adapter_file, tmp_path, capsys):
     a = adapter_file("a")
-    assert run(a, "--into", tiny_base("pocket").folder, "-o", tmp_path / "b", "--method", "ties") == 2
-    assert "--into bakes the weighted sum" in capsys.readouterr().err
+    assert run(a, "--into", tiny_base("pocket").folder, "-o", tmp_path / "b", *option.split()) == 2
+    assert f"in the base's own dtype: leave out {option.split()[0]}, or" in capsys.readouterr().err
+
+
+def test_a_folder_is_given_no_title(tiny_base, adapter_file, tmp_path, capsys):
+    assert run(adapter_file("a"), "--into", tiny_base("pocket").folder, "-o", tmp_path / "b", "--title", "T") == 2
+    assert "is a folder, which has no metadata" in capsys.readouterr().err
+
+
+CAT = {"<cat>": {"text_encoder": torch.ones(2, 8)}}
+
+
+def test_words_are_kept_and_two_meanings_of_one_refused(tiny_base, adapter_file, tmp_path, capsys):
+    a, b = add_words(adapter_file("a"), CAT), adapter_file("b", seed=2)
+    out = tmp_path / "mix.safetensors"
+    assert run(f"{a}:0.5", b, "-o", out) == 0
+    assert torch.equal(read_adapter(out).embeddings["<cat>"]["text_encoder"], torch.ones(2, 8))
+    add_words(b, {"<cat>": {"text_encoder": torch.zeros(2, 8)}})
+    assert run(a, b, "-o", out, "--overwrite") == 2
+    assert "a and b bring different vectors for '<cat>'" in capsys.readouterr().err
+    assert run(a, "--into", tiny_base("pocket").folder, "-o", tmp_path / "baked") == 2
+    assert "which would be lost" in capsys.readouterr().err
+
+
+def test_values_at_the_end_of_fp32_are_one_line(tmp_path, capsys):
+    name = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    tensors = {f"{name}.lora_A.weight": torch.full((1, 8), 1e38), f"{name}.lora_B.weight": torch.ones(8, 1)}
+    file = write_tensors(tmp_path / "a.safetensors", tensors, {"ss_base_model_version": "sfumato_pocket"})
+    assert run(file, "-o", tmp_path / "mix.safetensors") == 2
+    error = capsys.readouterr().err
+    assert "more than fp32 holds, so the file was not written" in error
+    assert error.count("\n") == 1
 
 
 def test_help_loads_no_torch():

@@ -52,7 +52,7 @@ class BiasChange:
         total = torch.zeros(weight.shape, device=weight.device)
         if self.gain is not None:
             total.addcmul_(weight.float(), self.gain.to(weight.device, torch.float32))
-        return total if self.value is None else total.add_(self.value.to(weight.device))
+        return total if self.value is None else total.add_(self.value.to(weight.device, torch.float32))
 
     def low_rank(self) -> None:
         return None

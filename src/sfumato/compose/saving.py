@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from sfumato.compose.adapter import Weight, weight_at
 from sfumato.compose.baked import Baked
@@ -14,6 +13,7 @@ from sfumato.compose.live import Live
 from sfumato.errors import AdapterError
 from sfumato.files.adapter_file import AdapterFile
 from sfumato.files.changes import LoraModule
+from sfumato.files.embedding_file import united
 from sfumato.files.kohya import Target
 from sfumato.files.write import write_lora
 from sfumato.merging.lineage import Parent, inherit
@@ -60,22 +60,8 @@ def save(
         for file, weight in ((files[label], weight) for label, weight in used.items())
     ]
     metadata = inherit(parents, title=title or path.stem, family=family)
-    words = _words({label: files[label] for label in used}, path)
+    words = united({label: files[label].embeddings for label in used})
     return write_lora(path, modules, family=family, metadata=metadata, dtype=dtype, words=words)
-
-
-def _words(files: Mapping[str, AdapterFile], path: Path) -> dict[str, Mapping[str, Tensor]]:
-    """The new words of all files. Raises AdapterError where two mean different things by one."""
-    found: dict[str, tuple[str, Mapping[str, Tensor]]] = {}
-    for label, file in files.items():
-        for token, parts in file.embeddings.items():
-            first, known = found.setdefault(token, (label, parts))
-            if known.keys() != parts.keys() or not all(torch.equal(known[part], parts[part]) for part in parts):
-                raise AdapterError(
-                    f"{path.name}: {first} and {label} bring different vectors for {token!r}, and a file has room for "
-                    "one. Mute or remove one of them."
-                )
-    return {token: parts for token, (_, parts) in found.items()}
 
 
 def concatenated(terms: Iterable[tuple[float, LoraModule]]) -> LoraModule:

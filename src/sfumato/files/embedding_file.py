@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
+import torch
 from torch import Tensor
 
 from sfumato.errors import AdapterError
@@ -58,6 +59,20 @@ def read_embedding(path: str | os.PathLike[str]) -> EmbeddingFile:
         raise AdapterError(f"{header.path.name}: this is {what}. Name the .safetensors file of a textual inversion.")
     embeddings = vectors(known, read_tensors(header.path, header=header), header)
     return EmbeddingFile(header.path, embeddings, header.metadata, _family(embeddings, header))
+
+
+def united(words: Mapping[str, Vectors]) -> Vectors:
+    """The words of several adapters, by their labels. Raises AdapterError where two mean different things by one."""
+    found: dict[str, tuple[str, Mapping[str, Tensor]]] = {}
+    for label, own in words.items():
+        for token, parts in own.items():
+            first, known = found.setdefault(token, (label, parts))
+            if known.keys() != parts.keys() or not all(torch.equal(known[part], parts[part]) for part in parts):
+                raise AdapterError(
+                    f"{first} and {label} bring different vectors for {token!r}, and there is room for one. Leave out "
+                    "or mute one of them."
+                )
+    return {token: parts for token, (_, parts) in found.items()}
 
 
 def vectors(keys: Mapping[str, EmbeddingKey], tensors: Mapping[str, Tensor], header: Header) -> Vectors:

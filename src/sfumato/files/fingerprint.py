@@ -72,7 +72,7 @@ def module_name(target: Target) -> str:
 
 
 def rows(modules: Mapping[Target, LoraModule | Tensor]) -> dict[str, Row]:
-    """The numbers of each module by its name. A module is a LoRA, or a delta (out, in) or (out, in, h, w) itself."""
+    """The numbers of each module by its name. A module is a LoRA, or a delta (out,), (out, in), (out, in, h, w)."""
     return {module_name(target): _row(module_name(target), module) for target, module in modules.items()}
 
 
@@ -95,9 +95,19 @@ def _row(name: str, module: LoraModule | Tensor) -> Row:
 
 
 def fingerprint(modules: Mapping[Target, LoraModule | Tensor]) -> str:
-    """The text for the metadata: 16 bytes a module, in the order of the names, and a digest of the names."""
+    """The text for the metadata: 16 bytes a module, in the order of the names, and a digest of the names.
+
+    Raises FileError for a change that is larger than fp32, in which it would be applied, can hold.
+    """
     found = rows(modules)
     names = sorted(found)
+    limit = torch.finfo(torch.float32).max
+    for name in names:
+        if any(abs(value) > limit for value in found[name]):
+            raise FileError(
+                f"{name}: its change has the norm {found[name][0]:.3g}, more than fp32 holds, so the file was not "
+                "written. Use smaller weights, or an earlier save."
+            )
     values = np.array([found[name] for name in names], "<f4")
     return f"{_VERSION}:{_digest(names)}:{base64.b64encode(values.tobytes()).decode()}"
 

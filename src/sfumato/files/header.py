@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 import stat
 import zlib
 from collections.abc import Mapping
@@ -27,7 +28,8 @@ HEADER_LIMIT = 8_000_000
 TENSOR_LIMIT = 20_000
 """Tensors. A full SDXL checkpoint has 2,515, a LoRA of every layer with alphas about 3,200."""
 PART_LIMIT = 250_000
-"""Keys, objects and lists. A file of 20,000 tensors has 140,000; what has more would take the parser long."""
+"""Keys, objects and lists, what stands within texts left out. A file of 20,000 tensors has 140,000; what has more would
+take the parser long."""
 NAME_LIMIT = 512
 RANK_LIMIT = 8
 DIM_LIMIT = 2**31
@@ -146,7 +148,9 @@ def _parse(text: bytes, file: str) -> tuple[dict[str, TensorInfo], dict[str, str
     """The tensors, offsets counted from the data's start, and the metadata."""
     if text.count(b'"data_offsets"') > TENSOR_LIMIT:  # before the parser pays for them
         raise _too_many(file, text.count(b'"data_offsets"'))
-    parts = text.count(b'":') + text.count(b"{") + text.count(b"[")
+    parts = _parts(text)
+    if parts > PART_LIMIT:  # some may stand within a text, such as the tags that kohya counts
+        parts = _parts(_TEXT.sub(b"", text))
     if parts > PART_LIMIT:
         raise FileError(
             f"{file}: the header has {parts:,} parts, at most {PART_LIMIT:,} are read. Do not trust this file."
@@ -171,6 +175,14 @@ def _parse(text: bytes, file: str) -> tuple[dict[str, TensorInfo], dict[str, str
     if not content:
         raise FileError(f"{file}: the file holds no tensors. Download it again, or ask its author.")
     return {name: _tensor(name, value, file) for name, value in content.items()}, metadata
+
+
+_TEXT = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
+"""A text of JSON, without backtracking; one that is not closed is all of the rest."""
+
+
+def _parts(text: bytes) -> int:
+    return text.count(b":") + text.count(b"{") + text.count(b"[")
 
 
 def _too_many(file: str, count: int) -> FileError:

@@ -79,8 +79,11 @@ class Inspection:
     metadata: dict[str, str]
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as JSON knows it."""
-        return asdict(self)
+        """The same as JSON knows it, which has no NaN and no Inf: None."""
+        found = asdict(self)
+        for each in (found, *found["blocks"]):
+            each["norm"] = each["norm"] if each["norm"] is None or math.isfinite(each["norm"]) else None
+        return found
 
 
 def inspect_file(path: str | os.PathLike[str]) -> Inspection:

@@ -2,8 +2,9 @@
 
 Two grammars: kohya's `lora_unet_down_blocks_0_..._to_q.lora_down.weight`, and dotted ones, `unet.down_blocks.0....to_q.
 lora_A.weight` as diffusers and peft write today and `....to_q.lora.down.weight`, `....processor.to_q_lora.down.weight`
-as diffusers once wrote. OneTrainer's dotted names begin with `clip_l.`, `lora_te1.` and the like, LyCORIS's own wrapper
-and SimpleTuner write `lycoris_` for kohya's `lora_unet_`. What follows the module's name is in `sfumato.files.kinds`.
+as diffusers once wrote. OneTrainer's dotted names begin with `clip_l.`, `lora_te1.` and the like, those of ComfyUI's
+text encoders with `text_encoders.clip_l.transformer.`; LyCORIS's own wrapper and SimpleTuner write `lycoris_` for
+kohya's `lora_unet_`. What follows the module's name is in `sfumato.files.kinds`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,11 @@ from sfumato.files.kohya import Target, is_sgm, kohya_target, text_path, unet_pa
 _FLAT_ONLY = ("weight", "on_input", "rescale")
 """Suffixes of kohya's grammar only: after a dotted path `weight` is any checkpoint's."""
 _PROCESSOR = re.compile(r"(?P<module>.+?)(?:\.processor)?\.to_(?P<which>q|k|v|out)_lora\.(?P<role>down|up)\.weight")
+_COMFYUI = "text_encoders.{}.transformer."
+"""What ComfyUI's LoraSave writes before the path within a text encoder; clip_h is SD 2's."""
 _PARTS = {
+    **{_COMFYUI.format(name): "text_encoder" for name in ("clip_l", "clip_h")},
+    _COMFYUI.format("clip_g"): "text_encoder_2",
     **{prefix: "unet" for prefix in ("unet.", "diffusion_model.", "lora_unet.")},
     **{prefix: "text_encoder_2" for prefix in ("text_encoder_2.", "clip_g.", "lora_te2.")},
     **{prefix: "text_encoder" for prefix in ("text_encoder.", "clip_l.", "lora_te1.", "lora_te.")},

@@ -25,6 +25,8 @@ from sfumato.files.write_embedding import bundled
 
 DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 """What an adapter's file may be written in, by the names that options have."""
+_OF_THE_TENSORS, _OF_A_MODULE = 1_000, 22
+"""Bytes of metadata that the writers add: hashes, rank and alpha at most; a row of the fingerprint in base64."""
 
 
 def write_lora(
@@ -68,9 +70,8 @@ def write_lora(
     tensors |= bundled(path, words or {}, torch.float32)
     ranks = sorted({module.rank for module in modules.values()})
     described = {
-        "ss_network_module": "networks.lora",
-        "ss_network_args": "{}",
         **(metadata or {}),
+        **_network(metadata or {}),
         KEY: fingerprint(modules),  # of what was handed in, not of what `dtype` makes of it
         "ss_network_dim": str(ranks[0]) if len(ranks) == 1 else "Dynamic",
         "ss_network_alpha": f"{alpha:g}" if float(f"{alpha:g}") == alpha else repr(alpha),
@@ -78,6 +79,13 @@ def write_lora(
     described.update(hashes(tensors, described))
     check_metadata(described, path)
     return write_tensors(path, tensors, described)
+
+
+def _network(metadata: Mapping[str, str]) -> dict[str, str]:
+    """kohya's two keys on the kind of network; arguments of another kind, such as LyCORIS's algo, are not ours."""
+    module = "networks.lora"
+    same = metadata.get("ss_network_module", module) == module
+    return {"ss_network_module": module, "ss_network_args": metadata.get("ss_network_args", "{}") if same else "{}"}
 
 
 def one_alpha(modules: Mapping[Target, LoraModule]) -> tuple[float, dict[Target, LoraModule]]:
@@ -105,6 +113,24 @@ def check_metadata(described: Mapping[str, str], path: Path) -> None:
             f"{path.name}: the metadata takes {size:,} bytes, at most {METADATA_LIMIT:,} are written; "
             f"shorten {largest}."
         )
+
+
+def fitted(metadata: Mapping[str, str], modules: int) -> tuple[dict[str, str], list[str]]:
+    """The metadata without its largest texts, as many as make it fit beside what is written of the tensors.
+
+    modules: how many the fingerprint has. Also the keys left out: tags, data sets, thumbnails of other tools.
+    """
+    kept = {key: text for key, text in metadata.items() if key != KEY}
+    sizes = {key: len(key.encode()) + len(text.encode()) for key, text in kept.items()}
+    excess = sum(sizes.values()) + _OF_THE_TENSORS + _OF_A_MODULE * modules - METADATA_LIMIT
+    left_out: list[str] = []
+    for key in sorted(sizes, key=lambda key: -sizes[key]):
+        if excess <= 0:
+            break
+        del kept[key]
+        left_out.append(key)
+        excess -= sizes[key]
+    return kept, left_out
 
 
 def cast(value: Tensor, dtype: torch.dtype, name: str, path: Path) -> Tensor:

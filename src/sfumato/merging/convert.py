@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sfumato.errors import AdapterError
 from sfumato.files.changes import LoraModule
+from sfumato.files.embedding_file import Vectors
 from sfumato.files.kohya import Target
 from sfumato.files.write import write_lora
 from sfumato.files.write_dotted import write_diffusers, write_peft
@@ -65,6 +66,8 @@ def write(
     family: str,
     metadata: Mapping[str, str],
     dtype: torch.dtype,
+    words: Vectors | None = None,
 ) -> Path:
-    """Write LoRA modules in the grammar `to`, a name of `WRITERS`."""
-    return WRITERS[to](path, modules, family=family, metadata=metadata, dtype=dtype)
+    """Write LoRA modules in the grammar `to`, a name of `WRITERS`; new words, which only kohya's has names for."""
+    bundled = {"words": words} if words else {}
+    return WRITERS[to](path, modules, family=family, metadata=metadata, dtype=dtype, **bundled)

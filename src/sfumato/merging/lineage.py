@@ -81,10 +81,10 @@ def _parent(parent: Parent) -> dict[str, Any]:
     return found
 
 
-def common_family(parents: Sequence[Parent], default: str | None = None) -> str:
-    """The family of all parents that tell one; the default where none does.
+def common_family(parents: Sequence[Parent], default: str | None = None, *, said: str | None = None) -> str:
+    """The family of all parents that tell one; where none does, the one that is said, else the default.
 
-    Raises AdapterError for parents of different families, and where none tells its family.
+    Raises AdapterError for parents of different families, or of another than is said, and where none is known.
     """
     told = {parent.family: parent.name for parent in parents if parent.family is not None}
     if len(told) > 1:
@@ -93,11 +93,17 @@ def common_family(parents: Sequence[Parent], default: str | None = None) -> str:
             f"{a} is for {FAMILIES[str(first)].title}, {b} for {FAMILIES[str(second)].title}; "
             "only adapters of one family can be merged."
         )
-    if not told and default is not None:
-        return default
-    if not told:
+    for family, name in told.items():
+        if said not in (None, family):
+            raise AdapterError(
+                f"{name}: is for {FAMILIES[str(family)].title}, --family says {FAMILIES[str(said)].title}. "
+                "Leave --family out."
+            )
+        return str(family)
+    known = default if said is None else said
+    if known is None:
         raise AdapterError(
             f"{parents[0].name}: neither its shapes nor its metadata tell its family. Say --family "
             f"{'|'.join(FAMILIES)}."
         )
-    return str(next(iter(told)))
+    return known

@@ -13,6 +13,8 @@ from sfumato import randomness
 from sfumato.compose.adapter import Weight, weight_at
 from sfumato.errors import AdapterError
 from sfumato.files.changes import Change, LoraModule
+from sfumato.files.changes.difference import Difference
+from sfumato.files.embedding_file import Vectors
 from sfumato.files.kohya import Target
 from sfumato.merging.arithmetic import linear
 from sfumato.merging.factors import ALL, Budget, factorise, from_module, to_module, truncate
@@ -28,11 +30,15 @@ _CONVOLUTIONS = frozenset({"conv", "conv1", "conv2", "conv_in", "conv_out", "con
 
 @dataclass(frozen=True)
 class Source:
-    """One adapter of a merge. name: for messages. weight: for all of it, or (U-Net, text encoders)."""
+    """One adapter of a merge. name: for messages. weight: for all of it, or (U-Net, text encoders).
+
+    words: the textual inversions bundled with it, which no weight scales.
+    """
 
     name: str
     changes: Mapping[Target, Change]
     weight: Weight = 1.0
+    words: Vectors = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -131,7 +137,8 @@ def dense_delta(change: Change, target: Target, source: str, base: Base | None) 
     if base is not None:
         delta = change.delta(base(target))
     elif not change.needs_weight and (shape := getattr(change, "shape", None)) is not None:
-        if len(shape) == 2 and target[1].rpartition(".")[2] in _CONVOLUTIONS:
+        whole = isinstance(change, Difference)  # has the weight's own shape
+        if not whole and len(shape) == 2 and target[1].rpartition(".")[2] in _CONVOLUTIONS:
             raise AdapterError(
                 f"{source}: {change.kind} in {'.'.join(target)} is {list(shape)}, which does not tell the kernel of a "
                 "convolution. Name the base it was made for with --base."

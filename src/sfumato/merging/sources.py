@@ -18,26 +18,29 @@ from sfumato.merging.lineage import Parent
 from sfumato.merging.merge import Source
 
 
-def read_source(adapter: Adapter, *, partial: bool = False) -> tuple[Source, Parent]:
+def read_source(adapter: Adapter, *, partial: bool = False, words: bool = False) -> tuple[Source, Parent]:
     """What an adapter changes, and what a file made of it will say of it.
 
-    Raises AdapterError, or FileError; also for textual inversions bundled with it, which a LoRA cannot hold.
+    words: whether the caller hands on the textual inversions bundled with it, or loses nothing without them.
+    Raises AdapterError, or FileError; also for textual inversions that would be lost, unless `partial` accepts that.
     """
     file = read_adapter(adapter.path, partial=partial)
-    if file.embeddings and not partial:
-        words = ", ".join(map(repr, file.embeddings))
+    if file.embeddings and not partial and not words:
+        tokens = ", ".join(map(repr, file.embeddings))
         raise AdapterError(
-            f"{file.path.name}: has textual inversions bundled with it ({words}), which would be lost. "
+            f"{file.path.name}: has textual inversions bundled with it ({tokens}), which would be lost. "
             "Accept that with partial=True (--partial)."
         )
-    source = Source(adapter.label, file.changes, adapter.weight)
+    source = Source(adapter.label, file.changes, adapter.weight, file.embeddings)
     name = Path(adapter.path).name
     return source, Parent(name, identity(Path(adapter.path)), file.metadata, file.family, adapter.weight)
 
 
-def read_sources(adapters: Sequence[Adapter], *, partial: bool = False) -> tuple[list[Source], list[Parent]]:
+def read_sources(
+    adapters: Sequence[Adapter], *, partial: bool = False, words: bool = False
+) -> tuple[list[Source], list[Parent]]:
     """The same of several adapters."""
-    found = [read_source(adapter, partial=partial) for adapter in adapters]
+    found = [read_source(adapter, partial=partial, words=words) for adapter in adapters]
     return [source for source, _ in found], [parent for _, parent in found]
 
 

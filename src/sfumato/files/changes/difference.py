@@ -43,6 +43,11 @@ class Difference:
     def needs_weight(self) -> bool:
         return self.replaces
 
+    @property
+    def shape(self) -> tuple[int, ...] | None:
+        """The weight's; None where what is added to it is not known without it."""
+        return None if self.value is None or self.replaces else tuple(self.value.shape)
+
     def fits(self, shape: Sequence[int]) -> bool:
         if self.bias_delta is not None and (not shape or self.bias_delta.numel() != shape[0]):
             return False

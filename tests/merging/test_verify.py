@@ -1,0 +1,56 @@
+"""`sfumato verify` of full differences: weights, norms and biases, with a base and without one."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from sfumato.pipelines import verify
+
+from sfumato.cli import guarded
+from sfumato.files.fingerprint import KEY
+from sfumato.files.header import read_header
+from sfumato.files.save import write_tensors
+from sfumato.files.write_difference import write_difference
+
+LINEAR = ("unet", "mid_block.attentions.0.transformer_blocks.0.attn1.to_q")
+CONVOLUTION = ("unet", "mid_block.resnets.0.conv1")
+NORM = ("unet", "mid_block.resnets.0.norm1")
+
+
+def run(*words):
+    return guarded(verify.main, [str(word) for word in words])
+
+
+@pytest.fixture
+def deltas(tiny_base):
+    parts, draws = tiny_base("pocket").parts(), torch.Generator().manual_seed(0)
+    layers = {target: parts["unet"].get_submodule(target[1]) for target in (LINEAR, CONVOLUTION, NORM)}
+    return {
+        target: tuple(
+            None if value is None else torch.randn(value.shape, generator=draws) for value in (layer.weight, layer.bias)
+        )
+        for target, layer in layers.items()
+    }
+
+
+@pytest.mark.parametrize("with_base", [False, True])
+def test_a_full_difference_is_what_its_fingerprint_says(with_base, deltas, tiny_base, tmp_path, capsys):
+    file = write_difference(tmp_path / "a.safetensors", deltas, family="pocket")
+    base = ("--base", tiny_base("pocket").folder) if with_base else ()
+    assert run(file, *base) == 0
+    assert "the same against its own fingerprint" in capsys.readouterr().out
+    other = write_difference(tmp_path / "b.safetensors", deltas | {LINEAR: (-deltas[LINEAR][0], None)}, family="pocket")
+    stated = {KEY: read_header(file).metadata[KEY]}
+    assert run(write_tensors(tmp_path / "c.safetensors", load_file(other), stated), *base) == 1
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["weight", "bias"])
+@pytest.mark.parametrize("target", [LINEAR, CONVOLUTION, NORM], ids=["linear", "convolution", "norm"])
+def test_against_another_every_change_counts(target, which, deltas, tmp_path, capsys):
+    a = write_difference(tmp_path / "a.safetensors", deltas, family="pocket")
+    same = write_difference(tmp_path / "b.safetensors", deltas, family="pocket", dtype=torch.bfloat16)
+    assert run(same, "--against", a) == 0
+    pair = list(deltas[target])
+    pair[which] = torch.ones(len(pair[0])) if pair[which] is None else -pair[which]
+    other = write_difference(tmp_path / "c.safetensors", deltas | {target: tuple(pair)}, family="pocket")
+    assert run(other, "--against", a) == 1
+    assert "differs against a.safetensors" in capsys.readouterr().err
