@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     # A first word that ends in .toml is the data set, not a config of this program (--config names one).
-    config = parse(Config, ["--images", *argv] if argv and argv[0].endswith(".toml") else argv, program="check")
+    config = parse(Config, ["--images", *argv] if argv and argv[0].lower().endswith(".toml") else argv, program="check")
     from sfumato.data.report import check
     from sfumato.data.target import target_of
 
@@ -76,6 +76,8 @@ def main(argv: Sequence[str]) -> int:
         thumbnails=config.sheet is not None,
         progress=_progress if sys.stderr.isatty() else None,
     )
+    if not config.json:
+        print(render(report))  # before anything is written, which a full disk would stop
     mended = _mend(report, config) if config.fix else None
     sums = _write_checksums(report, config) if config.checksums and not report.stops else None
     sheets = _sheets(report, config.sheet) if config.sheet else []
@@ -90,7 +92,6 @@ def main(argv: Sequence[str]) -> int:
             }
         print(json.dumps(found, indent=2))
     else:
-        print(render(report))
         if mended:
             print("\n".join(_mended_lines(mended, config)))
         for sheet in sheets:

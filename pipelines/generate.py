@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -246,6 +247,9 @@ def _files(config: Config, pictures: Sequence[tuple[str, int]], is_sheet: bool) 
     for folder in (output.parent if is_file else output, *output.parents):
         if folder.exists() and not folder.is_dir():
             raise ConfigError(f"--output {output}: {folder} is a file, not a folder; name another place.")
+    nearest = next(folder for folder in files[0].absolute().parents if folder.exists())
+    if not os.access(nearest, os.W_OK):
+        raise ConfigError(f"--output {output}: nothing can be written to {nearest}; see to its permissions.")
     there = [file for file in files if file.exists()]
     if there and not config.overwrite:
         raise ConfigError(f"--output {output}: {there[0]} exists already; name another place, or say --overwrite.")

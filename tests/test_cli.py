@@ -55,6 +55,12 @@ def test_cp_copies_a_program_and_never_over_a_file(tmp_path, capsys):
     assert "not overwritten" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["resume", "ls", "cp"])
+def test_the_short_commands_answer_help_too(command, capsys):
+    assert cli.main([command, "--help"]) == 0
+    assert capsys.readouterr().out.startswith(f"Usage: sfumato {command} ")
+
+
 def test_ls_names_files_that_exist(capsys):
     from pathlib import Path
 

@@ -161,3 +161,9 @@ def test_verify_looks_at_the_adapters_of_regions(run):
 def test_more_steps_than_the_base_has_timesteps_are_refused(run, command):
     code, said = run(*command, "-o", "out", "--steps", "1001")
     assert (code, "1001 steps; wanted 1 to 1000" in said) == (2, True)
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_anything_is_drawn(run, monkeypatch):
+    monkeypatch.setattr("os.access", lambda *_: False)  # a superuser may write everywhere
+    code, said = run("generate", "a cat", "-o", "new/out.png")
+    assert (code, "nothing can be written to" in said) == (2, True)

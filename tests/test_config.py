@@ -109,3 +109,36 @@ def test_a_fraction_in_a_file_is_refused_too(tmp_path):
     (tmp_path / "c.toml").write_text("rank = 1.5\n")
     with pytest.raises(ConfigError, match=r"rank is 1.5; wanted a whole number"):
         read(str(tmp_path / "c.toml"), "--images", "d")
+
+
+def test_a_fraction_is_refused_however_the_option_is_spelt():
+    @dataclass(frozen=True)
+    class Every:
+        """Save."""
+
+        save_every: int = 1
+
+    with pytest.raises(ConfigError, match=r"--save_every 1\.5: wanted a whole number"):
+        parse(Every, ["--save_every", "1.5"], program="train test")
+
+
+def test_a_file_of_windows_notepad_is_read(tmp_path):
+    (tmp_path / "C.TOML").write_bytes(b'\xef\xbb\xbfimages = "d"\r\nrank = 3\r\n')
+    assert read(str(tmp_path / "C.TOML")) == Config(images=Path("d"), rank=3)
+
+
+@pytest.mark.parametrize(
+    ("text", "argv", "said"),
+    [
+        ("", [], "--images is needed. See sfumato train test --help."),
+        ("", ["--images"], "--images wants a value. See sfumato train test --help."),
+        ('rank = "much"', ["--images", "d"], "from {file}: "),
+        ('[[source]]\npath = "d"', [], "{file}: this is a dataset.toml; pass it with --images."),
+    ],
+)
+def test_what_is_wrong_is_said_where_it_stands(tmp_path, text, argv, said):
+    file = tmp_path / "c.toml"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        read(str(file), *argv)
+    assert said.format(file=file) in str(error.value)

@@ -42,6 +42,12 @@ PIPELINES = {
 }
 
 Main = Callable[[Sequence[str]], object]
+_SHORT = {
+    "resume": "RUN [OPTIONS]     RUN is the folder of a training; its trainer's options may follow",
+    "ls": "               the programs and where their files are",
+    "cp": "NAME FILE      copy a program, to change it; sfumato ls shows the names",
+}
+"""The commands that are no program of their own, and how each is called."""
 
 
 def usage() -> str:
@@ -116,6 +122,9 @@ def _dispatch(words: Sequence[str]) -> object:
             print(usage())
             return 0
         return _load(find(rest[0], TRAINERS))(rest[1:])
+    if command in _SHORT and rest[:1] in (["--help"], ["-h"]):
+        print(f"Usage: sfumato {command} {_SHORT[command]}")
+        return 0
     if command == "resume":
         return _resume(rest)
     if command in PIPELINES:

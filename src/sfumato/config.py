@@ -56,8 +56,12 @@ def parse(config_type: type[Config], argv: Sequence[str], *, program: str) -> Co
     app.default(entry)
     try:
         config = app(rest, exit_on_error=False, print_error=False)
+    except cyclopts.MissingArgumentError as error:
+        name = error.argument.name if error.argument is not None else "an option"
+        what = f"{name} is needed." if error.keyword is None else f"{name} wants a value."
+        raise ConfigError(f"{what} See {called} --help.") from None
     except cyclopts.CycloptsError as error:
-        what = " ".join(str(error).split())
+        what = " ".join(str(error).split()).replace(" from dict:", f" from {file}:")
         raise ConfigError(f"{what} See {called} --help.") from None
     if config is None:
         raise SystemExit(0)
@@ -69,7 +73,7 @@ def _refuse_fractions(config_type: type[DataclassInstance], words: Sequence[str]
     whole = {f"--{name.replace('_', '-')}" for name in _whole_numbers(config_type)}
     for place, word in enumerate(words):
         option, equals, value = word.partition("=")
-        if option in whole:
+        if option.replace("_", "-") in whole:
             value = value if equals else (words[place + 1] if place + 1 < len(words) else "")
             if re.fullmatch(r"[+-]?\d*\.\d*", value):
                 raise ConfigError(f"{option} {value}: wanted a whole number. See {called} --help.")
@@ -92,7 +96,7 @@ def _has_default(field: dataclasses.Field[Any]) -> bool:
 
 def split_off_file(argv: list[str]) -> tuple[Path | None, list[str]]:
     """The TOML file among the arguments, if there is one, and the other arguments."""
-    if argv and argv[0].endswith(".toml"):
+    if argv and argv[0].lower().endswith(".toml"):
         return Path(argv[0]), argv[1:]
     for i, word in enumerate(argv):
         if word == "--config" and i + 1 < len(argv):
@@ -104,14 +108,18 @@ def split_off_file(argv: list[str]) -> tuple[Path | None, list[str]]:
 
 def _read(config_type: type[DataclassInstance], path: Path) -> dict[str, Any]:
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(
             f"{path}: there is no such config file; name an existing one, or give options alone."
         ) from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}).") from None
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path}: not readable as TOML ({' '.join(str(error).split())}); mend that line.") from None
     known = [field.name for field in dataclasses.fields(config_type)]
+    if "source" in values and "source" not in known and "images" in known:
+        raise ConfigError(f"{path}: this is a dataset.toml; pass it with --images.")
     for key in values:
         if key.replace("-", "_") not in known:
             near = difflib.get_close_matches(key.replace("-", "_"), known, n=1)

@@ -237,3 +237,34 @@ def test_a_folder_of_shards_or_of_half_precision_is_read(sd1, tmp_path):
     base = load(half)
     assert base.unet.dtype == torch.float32
     torch.testing.assert_close(prediction(base), prediction(sd1.base), atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("form", ["file", "folder"])
+def test_a_base_without_its_vae_takes_another(sd1, form, tmp_path):
+    sd1.pipe.vae.save_pretrained(tmp_path / "vae")
+    if form == "file":
+        lacking = tmp_path / "novae.safetensors"
+        weights = {name: value for name, value in load_file(sd1.file).items() if "first_stage_model" not in name}
+        save_file(weights, lacking)
+        with pytest.raises(BaseModelError, match=r"without its VAE\. Give one with --vae, or name a whole checkpoint"):
+            load(lacking)
+    else:
+        lacking = shutil.copytree(sd1.folder, tmp_path / "novae")
+        shutil.rmtree(lacking / "vae")
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(load(lacking, vae=tmp_path / "vae").decode(latents), sd1.base.decode(latents))
+
+
+@pytest.mark.parametrize("form", ["file", "folder"])
+def test_a_vae_of_other_latents_is_refused(sd1, form, tmp_path):
+    base = getattr(sd1, form)
+    other = tiny_pipeline("sd1", seed=1).vae
+    other.register_to_config(scaling_factor=0.13025)
+    other.save_pretrained(tmp_path / "xl")
+    with pytest.raises(BaseModelError, match=r"whose scaling factor is 0\.13025, and this base's is 0\.18215"):
+        load(base, vae=tmp_path / "xl")
+    levels = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    config = dict(sd1.pipe.vae.config) | levels | {"block_out_channels": (32, 32)}
+    diffusers.AutoencoderKL.from_config(config).save_pretrained(tmp_path / "small")
+    with pytest.raises(BaseModelError, match="number of pixels for one of latents is 2, and this base's is 8"):
+        load(base, vae=tmp_path / "small")

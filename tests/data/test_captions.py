@@ -44,6 +44,12 @@ def test_metadata_is_read_by_file_name(tmp_path):
     assert read_metadata(tmp_path / "metadata.jsonl") == {"a.png": "a crab", "b.png": ""}
 
 
+def test_names_in_metadata_are_paths_however_they_are_written(tmp_path):
+    rows = ['{"file_name": "./a.png", "text": "a"}', '{"file_name": "below\\\\b.png", "text": "b"}']
+    (tmp_path / "metadata.jsonl").write_text("\n".join(rows))
+    assert read_metadata(tmp_path / "metadata.jsonl") == {"a.png": "a", "below/b.png": "b"}
+
+
 @pytest.mark.parametrize(
     "line", ["{", "[]", '{"text": "x"}', '{"file_name": "../a.png"}', '{"file_name": "a", "text": 1}']
 )

@@ -238,6 +238,19 @@ def test_of_equal_pictures_the_mended_copy_keeps_the_captioned_one(tmp_path):
     assert sorted(path.name for path in (tmp_path / "mended").iterdir()) == ["dog.png", "dog.txt"]
 
 
+def test_pictures_of_one_stem_keep_their_names_unless_their_captions_differ(tmp_path):
+    (tmp_path / "dogs").mkdir()
+    for seed, name in enumerate(("a.jpg", "a.png", "b.png", "b.webp", "c.png", "c.tif")):
+        noise_picture(seed=seed).save(tmp_path / "dogs" / name)
+    rows = [{"file_name": name, "text": f"the text of {name}"} for name in ("b.png", "b.webp")]
+    (tmp_path / "dogs" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    main([str(tmp_path / "dogs"), "--fix", str(tmp_path / "mended")])
+    texts = {path.name: path.read_text().strip() for path in (tmp_path / "mended").glob("*.txt")}
+    names = sorted(path.name for path in (tmp_path / "mended").iterdir() if path.suffix != ".txt")
+    assert names == ["a.jpg", "a.png", "b-2.webp", "b.png", "c-2.png", "c.png"]  # the TIFF becomes a PNG
+    assert texts == {"b.txt": "the text of b.png", "b-2.txt": "the text of b.webp"}
+
+
 def test_the_mended_copy_is_fine_and_the_originals_are_untouched(messy, tmp_path):
     before = {path.name: path.read_bytes() for path in messy.iterdir()}
     target = tmp_path / "mended"

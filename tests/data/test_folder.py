@@ -159,3 +159,24 @@ def test_the_sample_sets_read_without_a_word(name, count, template):
     folder = read_folder(SETS / name, caption_template=template)
     assert (len(folder), folder.notes) == (count, ())
     assert (SETS / name / "ATTRIBUTION.md").is_file()
+
+
+def test_companions_may_have_their_suffix_in_capitals(pictures):
+    (pictures / "crab.TXT").write_text("from TXT")
+    Image.new("L", (64, 64), 255).save(pictures / "house.mask.PNG")
+    folder = read_folder(pictures, caption_template="{caption}", mask="files")
+    assert captions(folder)[0] == "from TXT"
+    assert [example.mask and example.mask.name for example in folder][:2] == [None, "house.mask.PNG"]
+    assert folder.ignored == ()
+
+
+def test_masks_that_are_not_read_are_listed(pictures):
+    (pictures / "masks").mkdir()
+    for name in ("masks/crab.jpg", "masks/nobody.png", "house.mask.jpg"):
+        Image.new("L", (64, 64), 255).save(pictures / name)
+    ignored = {entry.name: entry.reason for entry in list_folder(pictures).ignored}
+    assert ignored == {
+        "masks/crab.jpg": "masks are read from .png",
+        "masks/nobody.png": "a mask that no picture takes",
+        "house.mask.jpg": "masks are read from .png",
+    }

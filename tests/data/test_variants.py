@@ -152,6 +152,14 @@ def test_slices_of_a_batch_with_everything_random_are_the_batch(wide):
         assert torch.equal(torch.cat([part.crops for part in parts]), whole.crops)
 
 
+@pytest.mark.parametrize("crop", ["center", "pad"])
+def test_a_mask_that_is_black_all_over_is_refused(wide, tmp_path, crop):
+    Image.new("L", (128, 64), 0).save(tmp_path / "0.mask.png")
+    black = Example(wide[0].path, "a crab", mask=tmp_path / "0.mask.png")
+    with pytest.raises(DataError, match=r"0\.png: its mask is black all over"):
+        prepare([black], FakeBase(), resolution=64, crop=crop, buckets=False)
+
+
 def test_a_padded_picture_is_seen_whole_and_the_white_is_not_learned(wide):
     batch = prepare(wide[:1], FakeBase(), resolution=64, crop="pad", buckets=False).batch(0, 0, 1)
     assert batch.mask[0, 0].mean(dim=1).tolist() == [0] * 4 + [1] * 8 + [0] * 4

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,12 +71,10 @@ def load_base(
         raise BaseModelError(f"--family {family}: unknown; wanted {', '.join(FAMILIES)}.")
     path, name = find(source)
     if path.is_file():
-        parts = _from_file(path, precision, prediction_type)
+        parts = _from_file(path, precision, prediction_type, vae)
     else:
         forced = family or ("pocket" if name == "pocket" else None)
-        parts = _from_folder(path, precision, prediction_type, forced)
-    if vae is not None:
-        parts.vae = _load_vae(vae, parts.family, precision.dtype("vae"))
+        parts = _from_folder(path, precision, prediction_type, forced, vae)
     _check(parts, name, clip_skip)
     precision.apply()
     shells: dict[Part, list[Shell]] = {"unet": [parts.unet], "vae": [parts.vae], "text": parts.text_encoders}
@@ -140,9 +138,16 @@ def _pocket_folder() -> Path:
     return POCKET_FOLDER
 
 
-def _from_file(path: Path, precision: Precision, prediction_type: str | None) -> _Parts:
+def _from_file(
+    path: Path, precision: Precision, prediction_type: str | None, vae: str | os.PathLike[str] | None
+) -> _Parts:
     header = read_header(path)
-    family = family_of_names(header.tensors, path.name)
+    family = family_of_names(header.tensors, path.name, needs_vae=vae is None)
+    dtype = precision.dtype("vae")
+    if vae is None:
+        own = single_file.load_vae(header, family, dtype)
+    else:
+        own = _load_vae(vae, family, dtype, single_file.shipped(family.name, "vae/config.json"))
     scheduler = single_file.scheduler_config(family, header, prediction_type)
     config = single_file.unet_config(header, family)
     if family.name == "sd2" and scheduler["prediction_type"] == "epsilon":
@@ -154,7 +159,7 @@ def _from_file(path: Path, precision: Precision, prediction_type: str | None) ->
     return _Parts(
         family=family,
         unet=single_file.load_unet(header, config, precision.dtype("unet")),
-        vae=single_file.load_vae(header, family, precision.dtype("vae")),
+        vae=own,
         text_encoders=text_encoders,
         tokenizers=[_shipped_tokenizer(family, index, shell.model) for index, shell in enumerate(text_encoders)],
         scheduler=scheduler,
@@ -168,10 +173,18 @@ def _shipped_tokenizer(family: Family, index: int, text_encoder: Any) -> Any:
     return clip_tokenizer(pad_token=config["pad_token"], positions=positions)
 
 
-def _from_folder(folder: Path, precision: Precision, prediction_type: str | None, forced: str | None) -> _Parts:
+def _from_folder(
+    folder: Path,
+    precision: Precision,
+    prediction_type: str | None,
+    forced: str | None,
+    vae: str | os.PathLike[str] | None,
+) -> _Parts:
     if not (folder / "model_index.json").is_file():
         inside = sorted(path.name for path in folder.glob("*.safetensors"))
         hint = f"Name {inside[0]} in it, or pass that with --lora if it is an adapter." if inside else "Check the path."
+        if (folder.resolve().parent / "model_index.json").is_file():
+            hint = f"It is a part of one: name the folder above it, {folder.resolve().parent.name}."
         raise BaseModelError(f"{folder.name}: no model_index.json, so it is no diffusers folder. {hint}")
     index = folders.read_config(folder, "model_index.json")
     kind = index.get("_class_name")
@@ -185,14 +198,19 @@ def _from_folder(folder: Path, precision: Precision, prediction_type: str | None
     scheduler = folders.read_config(folder, "scheduler/scheduler_config.json")
     scheduler["prediction_type"] = prediction_type or scheduler.get("prediction_type", "epsilon")
     unet = folders.load_unet(folder, precision.dtype("unet"))
-    vae = folders.load_vae(folder / "vae", precision.dtype("vae"))
+    dtype = precision.dtype("vae")
+    if vae is None:
+        own = folders.load_vae(folder / "vae", dtype)
+    else:
+        has_one = (folder / "vae/config.json").is_file()
+        own = _load_vae(vae, family, dtype, folders.read_config(folder, "vae/config.json") if has_one else None)
     text_encoders, tokenizers = [], []
     for encoder in family.encoders:
         shell = folders.load_text_encoder(folder, encoder, precision.dtype("text"))
         text_encoders.append(shell)
         positions = shell.model.config.max_position_embeddings
         tokenizers.append(folders.load_tokenizer(folder, encoder.tokenizer, positions))
-    return _Parts(family, unet, vae, text_encoders, tokenizers, scheduler, _wants_zeros(index))
+    return _Parts(family, unet, own, text_encoders, tokenizers, scheduler, _wants_zeros(index))
 
 
 def _wants_zeros(index: Mapping[str, Any]) -> bool:
@@ -201,9 +219,26 @@ def _wants_zeros(index: Mapping[str, Any]) -> bool:
     return bool(index.get("force_zeros_for_empty_prompt", is_xl))
 
 
-def _load_vae(source: str | os.PathLike[str], family: Family, dtype: torch.dtype) -> Shell:
-    path, _ = find_vae(source)
-    return single_file.load_vae(read_header(path), family, dtype) if path.is_file() else folders.load_vae(path, dtype)
+def _load_vae(
+    source: str | os.PathLike[str], family: Family, dtype: torch.dtype, own: Mapping[str, Any] | None
+) -> Shell:
+    """A VAE in place of the base's, whose config is `own`, if it has one. Raises BaseModelError for other latents."""
+    path, name = find_vae(source)
+    found = single_file.load_vae(read_header(path), family, dtype) if path.is_file() else folders.load_vae(path, dtype)
+    for what, value in _LATENTS.items():
+        here, there = value(found.model.config), None if own is None else value(own)
+        if there is not None and here != there:
+            raise BaseModelError(
+                f"{name}: a VAE whose {what} is {here:g}, and this base's is {there:g}. Name a VAE for {family.title}."
+            )
+    return found
+
+
+_LATENTS: Mapping[str, Callable[[Mapping[str, Any]], float]] = {
+    "number of pixels for one of latents": lambda config: 2 ** (len(config["block_out_channels"]) - 1),
+    "scaling factor": lambda config: config.get("scaling_factor", 0.18215),
+}
+"""What latents of one space have in common, by a VAE's config; a file of its own is read with the family's."""
 
 
 def find_vae(source: str | os.PathLike[str]) -> tuple[Path, str]:

@@ -36,18 +36,19 @@ PARTS: tuple[tuple[str, str, str], ...] = (
 )
 
 
-def family_of_names(names: Iterable[str], file: str) -> Family:
-    """The family of a checkpoint. Raises BaseModelError that says what the file is instead."""
+def family_of_names(names: Iterable[str], file: str, *, needs_vae: bool = True) -> Family:
+    """The family of a checkpoint. Raises BaseModelError that says what the file is instead, or what it lacks."""
     names = set(names)
     _refuse(names, OTHERS, file)
     has_unet, has_vae = _has(names, UNET), _has(names, VAE)
-    if has_unet and has_vae:
+    if has_unet and (has_vae or not needs_vae):
         for family, prefixes in TEXT_PREFIXES.items():
             if all(_has(names, prefix) for prefix in prefixes):
                 return FAMILIES[family]
     if has_unet:
-        lacking = "text encoder" if has_vae else "VAE"
-        raise BaseModelError(f"{file}: a checkpoint without its {lacking}. {WHOLE}")
+        if not has_vae and needs_vae:
+            raise BaseModelError(f"{file}: a checkpoint without its VAE. Give one with --vae, or n{WHOLE[1:]}")
+        raise BaseModelError(f"{file}: a checkpoint without its text encoder. {WHOLE}")
     _refuse(names, PARTS, file)
     raise BaseModelError(f"{file}: none of its {len(names)} weights belongs to a known base. {WHOLE}")
 

@@ -4,7 +4,7 @@ import codecs
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 
 from charset_normalizer import from_bytes
@@ -125,7 +125,8 @@ def read_metadata(path: Path) -> dict[str, str]:
         text = row.get("text", row.get("caption"))
         if text is not None and not isinstance(text, str):
             raise DataError(f"{wanted}, found a text that is no string.")
-        found[row["file_name"]] = _one_line(text or "")
+        name = PurePosixPath(row["file_name"].replace("\\", "/")).as_posix()  # ./a.png, and Windows' a\\b.png
+        found[name] = _one_line(text or "")
     return found
 
 

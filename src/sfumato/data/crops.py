@@ -33,12 +33,12 @@ def crop_example(example: Example, sizes: list[Size], vae_factor: int, mode: Cro
     mask = _mask(example, picture)
     small = (crop.resized[0] // vae_factor, crop.resized[1] // vae_factor)
     if crop.inside is not None:
-        return Cropped(_padded(picture.image, crop), _padded_mask(mask, crop, small), crop, picture.notes)
-    image = picture.image.resize(crop.resized, Image.Resampling.LANCZOS, box=crop.box)
-    if mask is not None:
-        mask = mask.resize(small, Image.Resampling.BOX, box=crop.box)
-        if mask.getextrema() == (0, 0):
-            raise DataError(f"{example.path.name}: its mask is black all over, so nothing is left to learn. Mend it.")
+        image, mask = _padded(picture.image, crop), _padded_mask(mask, crop, small)
+    else:
+        image = picture.image.resize(crop.resized, Image.Resampling.LANCZOS, box=crop.box)
+        mask = None if mask is None else mask.resize(small, Image.Resampling.BOX, box=crop.box)
+    if mask is not None and mask.getextrema() == (0, 0):
+        raise DataError(f"{example.path.name}: its mask is black all over, so nothing is left to learn. Mend it.")
     return Cropped(image, mask, crop, picture.notes)
 
 

@@ -174,6 +174,8 @@ def _decoding(path: Path) -> Iterator[None]:
         raise DataError(f"{path.name}: there is not enough memory to decode it. Make it smaller.") from None
     # Broken files make decoders raise nearly anything: OSError, SyntaxError, struct.error, IndexError, zlib.error ...
     except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the system's, not a decoder's
+            raise DataError(f"{path.name}: cannot be read ({error.strerror}). See to its permissions.") from None
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"{path.name}: cannot be decoded ({reason}). Copy it anew, or remove it.") from None
 

@@ -93,6 +93,7 @@ class _Reader:
         self.captions: list[Path] = []
         self.likely: str | None = None
         self.read_below: set[Path] = set()
+        self.spelt: dict[Path, dict[str, Path]] = {}
         self.sums: dict[Path, str] = {}
 
     def read(self) -> None:
@@ -152,20 +153,37 @@ class _Reader:
                 self.notes.append(f"{METADATA}: there is no picture {name}")
         self.captions = [e for e in entries if e.suffix.lower() in self.suffixes and self._is_inside(e)]
         self.likely = None
-        # A set, since ten thousand pictures would otherwise be looked for ten thousand times.
-        names = {entry.name for entry in entries}
         self.read_below = {parent for path in below for parent in path.parents}
         pictures = [entry for entry in sorted({*entries, *below}) if self._is_picture(entry)]
         for path in pictures:
             metadata = listed.get(path.relative_to(folder).as_posix(), "")
-            caption = self._caption(path, names if path.parent == folder else None, metadata, words)
-            mask = _mask_of(path)
+            caption = self._caption(path, metadata, words)
+            mask = self._mask_of(path)
             sums = (self.sums.get(path, ""), self.sums.get(mask, "") if mask else "")
             self.pictures.append(Found(path, caption, repeats, mask, sums))
-        companions = {path.with_suffix(suffix) for path in pictures for suffix in self.suffixes}
-        for entry in entries:
-            if entry.suffix.lower() in self.suffixes and entry not in companions and not entry.name.startswith("."):
+        companions = {f"{path.stem}{suffix}" for path in pictures for suffix in self.suffixes if path.parent == folder}
+        masks = {found.mask for found in self.pictures}
+        for entry in (each for each in entries if not each.name.startswith(".")):
+            if entry.suffix.lower() in self.suffixes and _spelt(entry) not in companions:
                 self._ignore(entry, "a caption without a picture")
+            elif entry.suffix.lower() in SUFFIXES and entry.stem.endswith(".mask") and entry not in masks:
+                self._ignore(entry, _idle_mask(entry))
+        for entry in self._entries(folder / "masks") if (folder / "masks").is_dir() else []:
+            if entry.suffix.lower() in SUFFIXES and entry not in masks:
+                self._ignore(entry, _idle_mask(entry))
+
+    def _companion(self, folder: Path, name: str) -> Path | None:
+        """The plain file of this name in the folder, whose suffix may be in capitals."""
+        if folder not in self.spelt:  # once, since ten thousand pictures would be looked for ten thousand times
+            there = self._entries(folder) if folder.is_dir() else []
+            self.spelt[folder] = {_spelt(entry): entry for entry in sorted(there, key=_is_plain)}
+        path = self.spelt[folder].get(name)
+        return path if path is not None and path.is_file() else None  # a pipe by that name would never end
+
+    def _mask_of(self, picture: Path) -> Path | None:
+        name = f"{picture.stem}.png"
+        beside = self._companion(picture.parent, f"{picture.stem}.mask.png")
+        return beside or self._companion(picture.parent / "masks", name)
 
     def _is_picture(self, entry: Path) -> bool:
         """Whether to learn from it; if not, and it is no companion of a picture, why not."""
@@ -180,6 +198,8 @@ class _Reader:
             self._ignore(entry, "leads out of the folder")
         elif entry.suffix.lower() in self.suffixes or entry.name in (METADATA, NAME) or _is_document(entry):
             pass
+        elif entry.name == "metadata.csv":
+            self._ignore(entry, f"captions are read from {METADATA}")
         elif entry.suffix.lower() not in SUFFIXES:
             self._ignore(entry, "not a picture by its name")
         elif not entry.stem.endswith(".mask"):
@@ -196,12 +216,12 @@ class _Reader:
     def _ignore(self, entry: Path, reason: str) -> None:
         self.ignored.append(Ignored(entry.relative_to(self.root).as_posix(), reason))
 
-    def _caption(self, picture: Path, names: set[str] | None, metadata: str, words: str) -> Caption:
+    def _caption(self, picture: Path, metadata: str, words: str) -> Caption:
         notes: list[str] = []
         for suffix in self.suffixes:
-            path = picture.with_suffix(suffix)
-            if (names is not None and path.name not in names) or not path.is_file():
-                continue  # a pipe by that name would never end
+            path = self._companion(picture.parent, f"{picture.stem}{suffix}")
+            if path is None:
+                continue
             if not self._is_inside(path):
                 notes.append(f"{path.name}: leads out of the folder, so it is not read")
                 continue
@@ -239,6 +259,14 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _mask_of(picture: Path) -> Path | None:
-    candidates = (picture.with_name(f"{picture.stem}.mask.png"), picture.parent / "masks" / f"{picture.stem}.png")
-    return next((path for path in candidates if path.is_file()), None)
+def _spelt(entry: Path) -> str:
+    """Its name with the suffix in small letters."""
+    return entry.stem + entry.suffix.lower()
+
+
+def _idle_mask(entry: Path) -> str:
+    return "a mask that no picture takes" if entry.suffix.lower() == ".png" else "masks are read from .png"
+
+
+def _is_plain(entry: Path) -> bool:
+    return entry.name == _spelt(entry)

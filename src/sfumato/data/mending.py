@@ -66,7 +66,7 @@ class _Copier:
         self.left_out: list[tuple[str, str]] = []
 
     def copy(self, listing: Listing, folder: Path) -> None:
-        taken: set[Path] = set()
+        taken: dict[Path, Found] = {}
         folder.mkdir(exist_ok=True)
         for found in listing.pictures:
             relative = found.path.relative_to(listing.root)
@@ -80,15 +80,19 @@ class _Copier:
         if any(any(found.sums) for found in listing.pictures):
             write_sums(folder, [path for path in folder.rglob("*") if path.is_file()])
 
-    def _one(self, found: Found, relative: Path, folder: Path, taken: set[Path]) -> None:
+    def _one(self, found: Found, relative: Path, folder: Path, taken: dict[Path, Found]) -> None:
         check_files(found.files, found.sums)
         why = _why_rewritten(found.path)
         place = folder / (relative.with_suffix(".png") if why else relative)
         number = 2
-        while place.with_suffix("") in taken:  # a.jpg and a.heic are one name from now on
+        while place in taken or any(  # a.png, and a.heic that becomes one; or a caption's file for two captions
+            other.caption.text != found.caption.text or other.mask != found.mask
+            for path, other in taken.items()
+            if path.with_suffix("") == place.with_suffix("")
+        ):
             place = place.with_name(f"{relative.stem}-{number}{place.suffix}")
             number += 1
-        taken.add(place.with_suffix(""))
+        taken[place] = found
         place.parent.mkdir(parents=True, exist_ok=True)
         if why:
             picture = open_picture(found.path)

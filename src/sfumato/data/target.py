@@ -91,7 +91,7 @@ def _folder(base: str) -> Path:
         from sfumato.bases.recognise import family_of_names
         from sfumato.files.header import read_header
 
-        return _folder(family_of_names(read_header(path).tensors, path.name).name)
+        return _folder(family_of_names(read_header(path).tensors, path.name, needs_vae=False).name)
     if (cached := _cached(base)) is not None:
         return cached
     families = ", ".join(name for name in FAMILIES)

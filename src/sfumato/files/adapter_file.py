@@ -124,7 +124,8 @@ def _check_layout(layout: Layout, file: str, total: int, partial: bool) -> None:
         what = "a textual inversion" if layout.embeddings else describe_foreign([*layout.unknown])
         if what == "a textual inversion":
             raise AdapterError(
-                f"{file}: this is {what} ({total:,} tensors), not an adapter. Read it with read_embedding."
+                f"{file}: this is {what} ({total:,} tensors), not an adapter. It is a new word: name it "
+                "with --embedding, or read it with read_embedding."
             )
         if what:
             raise AdapterError(f"{file}: this is {what} ({total:,} tensors), not an adapter. Name an adapter's file.")
