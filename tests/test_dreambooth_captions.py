@@ -1,5 +1,6 @@
 """What of its captions DreamBooth embeds before the loop: exactly those that the loop will draw, for every prior."""
 
+import json
 import shutil
 from dataclasses import dataclass, field
 
@@ -11,7 +12,7 @@ from sfumato.bases import load_base
 from sfumato.data import Dataset
 from sfumato.data.texts import Texts
 from sfumato.prior import BasePrediction
-from tests.tiny import CPU
+from tests.tiny import CPU, tiny_pipeline, write_folder
 
 STEPS, BATCH = 5, 2
 TAGS = "red, large, old, wet"
@@ -110,7 +111,8 @@ def test_pictures_that_are_only_noised_need_no_captions(train, seen, tmp_path):
 
 @pytest.mark.parametrize("prior", ["none", "pictures", "base"])
 def test_captions_that_an_encoder_learns_from_are_not_embedded(prior, train, seen, tmp_path):
-    train("--prior", prior, "--train-text-encoder", "--class-images", tmp_path / "class")
+    given = () if prior == "none" else ("--class-images", tmp_path / "class")
+    train("--prior", prior, "--train-text-encoder", *given)
     assert all(not one.embedded and not one.given for one in seen.values())
 
 
@@ -123,3 +125,17 @@ def test_the_class_half_holds_its_prompts_embeddings_if_asked(pocket_folder, pic
     again = without.draw(0, 2, 0, 2)
     assert again.batch.text is None
     assert torch.equal(again.target, half.target)
+
+
+def test_sdxls_zeros_for_no_prompt_are_learned_with_and_without_the_text_encoders(pictures, tmp_path):
+    """Nothing has been learned before the first step, so that its loss says what a dropped caption was encoded as."""
+    folder = write_folder(tiny_pipeline("sdxl"), tmp_path / "sdxl")
+    losses = []
+    for name, more in (("cached", []), ("encoded", ["--train-text-encoder"])):
+        words = ["--images", pictures, "--output", tmp_path / name, "--base", folder, "--class-name", "square"]
+        words += ["--prior", "none", "--method", "lora", "--rank", "1", "--targets", "cross-attention", "--steps", "1"]
+        words += ["--batch", "2", "--resolution", "64", "--caption-dropout", "0.99", "--sample-every", "0"]
+        words += ["--measure-every", "0", "--checkpoint-every", "0", "--precision", "fp32", *more]
+        assert cli.main(["train", "dreambooth", *map(str, words)]) == 0
+        losses.append(json.loads((tmp_path / name / "log.jsonl").read_text().splitlines()[0])["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)

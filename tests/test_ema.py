@@ -1,5 +1,6 @@
 """The running mean of weights: its formula, and that showing it changes nothing."""
 
+import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
@@ -8,15 +9,15 @@ from sfumato.ema import Average
 
 
 def test_the_mean_of_two_steps_written_out():
-    """From 0 with decay 0.75: w = 4, then 8 gives 1, then 0.75 + 2 = 2.75."""
+    """From 0 with decay 0.15: at first 1/10, then 0.15, which is below 2/11. w = 4, then 8 gives 3.6, then 7.34."""
     weight = nn.Parameter(torch.zeros(1))
-    average = Average([weight], 0.75)
+    average = Average([weight], 0.15)
     for value in (4.0, 8.0):
         weight.data.fill_(value)
         average.update()
-    assert average.mean[0].item() == 2.75
+    assert average.mean[0].item() == pytest.approx(7.34)
     with average.applied():
-        assert weight.item() == 2.75
+        assert weight.item() == pytest.approx(7.34)
     assert weight.item() == 8.0
 
 
@@ -35,7 +36,32 @@ def test_a_checkpoint_of_it_goes_on_where_it_was():
     weight.data.fill_(3.0)
     first.update()
     second.load_state_dict(first.state_dict())
-    assert_close(second.mean[0], torch.full((2,), 2.0))
+    assert_close(second.mean[0], torch.full((2,), 2.8))
+    for average in (first, second):
+        average.parameters[0].data.fill_(7.0)
+        average.update()
+    assert_close(second.mean[0], first.mean[0])
+
+
+def test_a_young_mean_forgets_its_start():
+    """After n steps at most (1 + n) / (10 + n): of ten steps from 0 to 1 nearly all of the way, with any decay."""
+    weight = nn.Parameter(torch.zeros(1))
+    average = Average([weight], 0.999)
+    weight.data.fill_(1.0)
+    left = 1.0
+    for n in range(10):
+        average.update()
+        left *= (1 + n) / (10 + n)
+    assert average.mean[0].item() == pytest.approx(1 - left)
+    assert left < 1e-4
+
+
+def test_a_checkpoint_that_does_not_count_goes_on_at_the_whole_decay():
+    weight = nn.Parameter(torch.zeros(1))
+    average = Average([weight], 0.5)
+    average.load_state_dict({"mean": [torch.ones(1)]})
+    average.update()
+    assert average.mean[0].item() == 0.5
 
 
 def test_the_weights_come_back_when_the_block_fails():

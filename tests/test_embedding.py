@@ -1,5 +1,7 @@
 """New words: rows beside the table that mean what they were made from, and leave no trace."""
 
+from pathlib import Path
+
 import diffusers
 import pytest
 import torch
@@ -8,10 +10,11 @@ from torch.testing import assert_close
 
 from sfumato import embedding
 from sfumato.bases import load_base
+from sfumato.data.folder import Example, Folder
 from sfumato.errors import AdapterError, ConfigError, FileError
 from sfumato.files import read_embedding, read_header, write_tensors
 from sfumato.files.write_embedding import write_embedding
-from sfumato.placeholders import pieces, warnings_of
+from sfumato.placeholders import pieces, put_into_captions, warnings_of
 from sfumato.precision import decide
 from tests.tiny import CPU, tiny_pipeline, write_folder
 
@@ -180,6 +183,14 @@ def test_a_placeholder_spelt_like_a_word_is_warned_of(base):
     assert " ".join(pieces("zyxo", base.tokenizers[0])) in line
 
 
+@pytest.mark.parametrize("stands_for", [("otter", "sks otter"), ("sks otter", "<a>")])
+def test_of_two_phrases_each_takes_its_own_place(stands_for):
+    """The longer one first, and what one has become is not taken by another."""
+    folder = Folder((Example(Path("a.png"), f"{stands_for[1]} and {stands_for[0]}"),))
+    (example,) = put_into_captions(folder, ["<a>", "<b>"], stands_for)
+    assert example.caption == "<b> and <a>"
+
+
 def test_each_caption_is_encoded_once_and_comes_in_its_place(base, monkeypatch):
     captions = ["a crab", "", "a house", "a crab"]
     wanted = torch.cat([base.encode_text([caption]).hidden for caption in captions])
@@ -188,6 +199,24 @@ def test_each_caption_is_encoded_once_and_comes_in_its_place(base, monkeypatch):
     monkeypatch.setattr(base, "encode_text", lambda prompts, **kw: seen.extend(prompts) or encode(prompts, **kw))
     assert_close(embedding.encode(base, captions).hidden, wanted)
     assert sorted(seen) == ["", "a crab", "a house"]
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_no_prompt_is_learned_where_it_is_encoded_and_is_zeros_where_it_is_zeros(family, bases):
+    base = bases[family]
+    encoder = base.text_encoders[0]
+    encoder.requires_grad_(True)
+    try:
+        text = embedding.encode(base, ["", "a crab", ""], grad=True)
+        empty = text.hidden[[0, 2]]
+        assert_close(empty, base.unconditional(2).hidden)
+        empty.square().sum().backward()
+        norms = [p.grad.norm() for p in encoder.parameters() if p.grad is not None]
+        assert bool(sum(norms)) is (family == "sd1")
+    finally:
+        encoder.requires_grad_(False)
+        for parameter in encoder.parameters():
+            parameter.grad = None
 
 
 def test_what_is_written_is_what_is_read(base, tmp_path):

@@ -8,6 +8,7 @@ from torch.testing import assert_close
 
 from sfumato import data
 from sfumato.bases import load_base
+from sfumato.measure import Measures
 from sfumato.objective import denoising_errors, draw_noise
 from sfumato.precision import decide
 
@@ -56,6 +57,16 @@ def test_a_target_of_ones_own_replaces_the_noise(base, batch):
         own = base.unet(noisy, timesteps, batch.text.hidden).sample
         errors = denoising_errors(base, batch, noise, timesteps, batch.text, target=own)
     assert_close(errors, torch.zeros(4), atol=1e-9, rtol=0)
+
+
+def test_the_fit_knows_no_weights(base, tmp_path, pictures):
+    fits = []
+    for weight in (1.0, 0.25):
+        config = tmp_path / f"{weight}.toml"
+        config.write_text(f'[[source]]\npath = "{pictures.as_posix()}"\ncaption = "{{caption}}"\nweight = {weight}\n')
+        dataset = data.prepare(data.read_folder(config), base, resolution=64, embed_text=False)
+        fits.append(Measures(base, dataset, {}).fit())
+    assert fits[0] == fits[1]
 
 
 def test_a_pictures_weight_multiplies_its_error(base, batch):

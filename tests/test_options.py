@@ -8,12 +8,13 @@ import pytest
 
 from sfumato.bases.family import FAMILIES
 from sfumato.errors import ConfigError
-from sfumato.options import TrainerOptions, check, resolve, settled
+from sfumato.options import TrainerOptions, check, check_name, only_with, resolve, second_rate, settled
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(TrainerOptions):
     rank: int | None = None
+    word_learning_rate: float | None = None
 
 
 CONFIG = Config(images=Path("pictures"), output=Path("runs/line"))
@@ -43,6 +44,36 @@ def test_prodigys_rate_is_a_factor_of_one():
     assert resolve(replace(CONFIG, optimizer="prodigy", learning_rate=0.5), BASE, 16, 1)[0].learning_rate == 0.5
 
 
+def test_with_prodigy_all_that_learns_has_one_rate():
+    config = replace(CONFIG, optimizer="prodigy", learning_rate=0.5)
+    assert second_rate(config, "word_learning_rate", 0.02) == 0.5
+    assert second_rate(replace(config, word_learning_rate=0.5), "word_learning_rate", 0.02) == 0.5
+    with pytest.raises(ConfigError, match=r"--word-learning-rate 0.1 beside --learning-rate 0.5: prodigy"):
+        second_rate(replace(config, word_learning_rate=0.1), "word_learning_rate", 0.02)
+    others = replace(config, optimizer="adamw")
+    assert second_rate(others, "word_learning_rate", 0.02) == 0.02
+    assert second_rate(replace(others, word_learning_rate=0.1), "word_learning_rate", 0.02) == 0.1
+
+
+@pytest.mark.parametrize("name", ["class", "Images", "adapters", "checkpoints", "config.toml"])
+def test_a_folder_of_a_run_s_own_is_no_name_for_a_folder_that_is_learned(name):
+    """Wherever the name is from; a file of the name would be NAME.safetensors, and lies beside it."""
+    by_name, by_output = replace(CONFIG, name=name), replace(CONFIG, output=Path("runs") / name)
+    for config, option in ((by_name, "--name"), (by_output, "--output")):
+        with pytest.raises(ConfigError, match=f"{option} '{name}': it is what a run calls"):
+            check_name(config, folder=True)
+    check_name(by_output)
+    check_name(replace(CONFIG, output=Path("runs/class-1")), folder=True)
+
+
+def test_what_has_no_effect_is_refused_where_it_is_given_and_a_run_begins():
+    only_with(CONFIG, "--words", "word_learning_rate")
+    given = replace(CONFIG, word_learning_rate=0.1)
+    with pytest.raises(ConfigError, match="--word-learning-rate has no effect without --words"):
+        only_with(given, "--words", "word_learning_rate")
+    only_with(replace(given, resume=True), "--words", "word_learning_rate")
+
+
 def test_permissions_of_one_call_are_not_written_down():
     before = replace(CONFIG, overwrite=True, force=True)
     assert settled(before) == CONFIG
@@ -59,6 +90,7 @@ def test_permissions_of_one_call_are_not_written_down():
         ({"weight_decay": -0.1}, "--weight-decay is -0.1"),
         ({"checkpoint_every": -1}, "--checkpoint-every is -1"),
         ({"rank": 0}, "--rank is 0"),
+        *[({"word_learning_rate": rate}, f"--word-learning-rate is {rate}") for rate in (-1.0, 0.0, float("nan"))],
     ],
 )
 def test_senseless_numbers_are_refused_by_name(changes, said):

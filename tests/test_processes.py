@@ -41,6 +41,19 @@ class Threads(Processes):
         return agree
 
 
+class Adding(Threads):
+    """Threads that add their tensors up, as one message of so many numbers from each."""
+
+    def sum(self, tensors):
+        listed = list(tensors)
+        self.said.append(torch.cat([t.reshape(-1) for t in listed]))
+        self.barrier.wait(20)
+        total = torch.stack(self.said).sum(0)
+        self.barrier.wait(20)
+        for tensor, part in zip(listed, torch.split(total, [t.numel() for t in listed]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+
 def run_all(processes, work):
     """What `work(process)` returned, or the error it ended with, by rank."""
     found = {}
@@ -94,6 +107,22 @@ def test_a_process_alone_waits_for_nobody():
         pass
     with pytest.raises(ValueError, match="mine"), Processes(0, 1, CPU).main_first():
         raise ValueError("mine")
+
+
+def test_a_gradient_that_one_process_lacks_is_the_others_and_one_that_all_lack_is_none():
+    """As in one process with the whole batch: what nothing flows into is not stepped, and does not decay."""
+    gradients = {0: [torch.ones(2), None, None], 1: [torch.ones(2), torch.full((3,), 2.0), None]}
+
+    def work(process):
+        trained = [torch.nn.Parameter(torch.zeros(size)) for size in (2, 3, 4)]
+        for parameter, gradient in zip(trained, gradients[process.rank], strict=True):
+            parameter.grad = None if gradient is None else gradient.clone()
+        loss = torch.tensor(process.rank + 1.0)
+        process.sum_gradients([*trained, torch.nn.Parameter(torch.zeros(9), requires_grad=False)], loss)
+        return float(loss), [None if p.grad is None else p.grad.tolist() for p in trained]
+
+    found = run_all(Adding.several(2), work)
+    assert found[0] == found[1] == (3.0, [[2.0, 2.0], [2.0, 2.0, 2.0], None])
 
 
 @pytest.mark.parametrize("cached", [True, False])

@@ -3,10 +3,12 @@
 import errno
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -40,6 +42,26 @@ def test_killed_twice_and_resumed_is_the_same_to_the_bit(case, inputs, tmp_path)
     rng = random.Random(case)
     kills = sorted(rng.choices(range(STEPS), k=2))
     assert cut(case, inputs, tmp_path / "whole", tmp_path / "cut", kills, every=rng.randint(1, 2)) == ""
+
+
+def test_a_run_goes_on_from_elsewhere_and_with_pictures_that_were_moved(inputs, tmp_path, monkeypatch, capsys):
+    base = Path(inputs["lora"][inputs["lora"].index("--base") + 1])
+    pictures = Path(inputs["lora"][inputs["lora"].index("--images") + 1])
+    shutil.copytree(pictures, tmp_path / "a/pictures")
+    shutil.copytree(base, tmp_path / "a/base")
+    (tmp_path / "b").mkdir()
+    monkeypatch.chdir(tmp_path / "a")
+    words = ["--images", "pictures", "--base", "base", "--caption", "{caption}", "--steps", "1", "--device", "cpu"]
+    quiet = ["--sample-every", "0", "--measure-every", "0", "--checkpoint-every", "1"]
+    assert cli.main(["train", "lora", *words, *quiet, "--output", "run"]) == 0
+    monkeypatch.chdir(tmp_path / "b")
+    assert cli.main(["resume", "../a/run"]) == 0
+    (tmp_path / "a/pictures").rename(tmp_path / "b/moved")
+    assert cli.main(["resume", "../a/run", "--images", "moved"]) == 0
+    (tmp_path / "b/moved/red-square.png").unlink()
+    capsys.readouterr()
+    assert cli.main(["resume", "../a/run", "--images", "moved"]) == 2
+    assert "was trained with other things than these: data " in capsys.readouterr().err
 
 
 def _launch(*program):

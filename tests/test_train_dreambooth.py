@@ -43,7 +43,12 @@ def train(pocket_folder, pictures, tmp_path):
             "--gradient-checkpointing",
         )
         flags = [given.pop(given.index(flag)) for flag in known if flag in given]
-        words |= dict(zip(given[::2], given[1::2], strict=True))
+        asked = dict(zip(given[::2], given[1::2], strict=True))
+        if "lora" not in (asked.get("--method"), asked.get("--save")):
+            words.pop("--rank")
+        if asked.get("--prior") == "none":
+            words.pop("--class-count")
+        words |= asked
         shown = [str(word) for pair in words.items() if pair[1] is not None for word in pair]
         assert cli.main(["train", "dreambooth", *shown, *flags]) == status
         folder = tmp_path / name / name

@@ -21,6 +21,7 @@ from sfumato.prior import class_seed
 from tests.tiny import tiny_pipeline, write_folder, write_single_file
 
 ROOT = cli.source("sfumato.trainers.lora").parents[1]
+DROPPED = ("--train-text-encoder", "--caption-dropout", "0.6", "--caption", "<x> {caption}", "--train-words", "<x>")
 
 
 @pytest.fixture
@@ -145,22 +146,26 @@ def test_accumulating_two_batches_is_one_batch_of_twice_the_size(train):
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_result_of_one(train, pocket_folder, pictures, tmp_path):
+@pytest.mark.parametrize("further", [(), DROPPED])
+def test_two_processes_give_the_result_of_one(further, train, pocket_folder, pictures, tmp_path):
     """`accelerate launch trainers/lora.py`, two CPU processes: one global batch of 4, to fp32 tolerance."""
-    one = train("one", "--batch", "4", "--precision", "fp32")
+    one = train("one", "--batch", "4", "--precision", "fp32", *further)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
     command += ["--num_processes", "2", "--num_machines", "1"]
     command += ["--mixed_precision", "no", "--dynamo_backend", "no", str(ROOT / "trainers/lora.py")]
     command += ["--images", str(pictures), "--output", str(tmp_path / "two"), "--base", str(pocket_folder)]
-    command += ["--caption", "{caption}", "--steps", "4", "--batch", "2", "--rank", "2", "--learning-rate", "1e-2"]
+    command += ["--steps", "4", "--batch", "2", "--rank", "2", "--learning-rate", "1e-2"]
     command += ["--sample-every", "0", "--measure-every", "0", "--precision", "fp32"]
+    command += further or ["--caption", "{caption}"]
     # accelerate's own --cpu starts a single process where there is no MPI
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     two = read_tensors(tmp_path / "two" / "two.safetensors")
+    # AdamW blows rounding up where a gradient is almost 0, as of a caption's words in a batch of dropped ones.
+    apart = 1e-4 if further else 1e-6
     for key, tensor in read_tensors(one).items():
-        assert_close(two[key], tensor, rtol=1e-3, atol=1e-6)
+        assert_close(two[key], tensor, rtol=1e-3, atol=apart)
 
 
 def test_plain_diffusers_draws_the_same_picture(train, pocket_folder):
@@ -266,14 +271,14 @@ def test_measuring_and_drawing_do_not_change_the_training(train):
 
 
 def test_the_mean_of_the_weights_is_what_is_saved(train):
-    """With a decay of 0.5: m <- (m + w) / 2 from m = the start, so the saved `up` lies between start and end."""
+    """m <- d m + (1 - d) w from m = the start, so the saved `up` lies between start and end; d is 1/10 at first."""
     plain, mean = read_tensors(train("plain")), read_tensors(train("mean", "--ema", "0.5"))
     ups = [key for key in plain if key.endswith("lora_up.weight")]
     assert sum(mean[key].norm() for key in ups) < sum(plain[key].norm() for key in ups)
     one = read_tensors(train("one", "--steps", "1", "--ema", "0.75"))
     whole = read_tensors(train("wholly", "--steps", "1"))
     for key in ups:
-        assert_close(one[key], 0.25 * whole[key])
+        assert_close(one[key], 0.9 * whole[key])
 
 
 def test_a_mask_keeps_what_is_outside_out_of_the_loss(train, pictures):
@@ -327,6 +332,7 @@ def test_the_run_folder_tells_everything_and_no_path(train, tmp_path, pictures):
         (["--precision", "fp16", "--device", "cpu"], "fp16"),
         (["--warmup", "50"], "--warmup 50"),
         (["--prior-weight", "2"], "--prior-weight is for"),
+        (["--text-learning-rate", "1e-4"], "--text-learning-rate has no effect without --train-text-encoder"),
         (["--prior-prompts", "a cat", "--prior-weight", "-1"], "--prior-weight is -1"),
         (["--prior-prompts", "an <x>", "--caption", "<x>", "--train-words", "<x>"], "holds <x>"),
     ],
@@ -341,6 +347,14 @@ def test_wrong_use_is_one_line_and_leaves_no_adapter(options, said, pocket_folde
     assert len(error) == 1
     assert said in error[0]
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_prodigy_finds_one_step_for_text_encoders_and_words_too(train):
+    options = ("--learning-rate", "1", "--train-text-encoder", "--caption", "<x>", "--train-words", "<x>")
+    path = train("run", "--optimizer", "prodigy", *options)
+    assert len(rows(path)) == 4
+    config = json.loads(read_header(path).metadata["sfumato.config"])
+    assert config["text_learning_rate"] == config["word_learning_rate"] == 1.0
 
 
 def test_a_run_is_not_overwritten_unasked(train, pocket_folder, pictures, tmp_path, capsys):

@@ -243,6 +243,7 @@ def test_the_config_of_a_run_runs_again(train, tmp_path):
         (["--vectors", "16", "--caption", "{trigger}" + " {trigger}" * 4], "80 tokens"),
         (["--sample-prompts", "<x> " * 40], "80 tokens"),
         (["--learning-rate", "-1"], "--learning-rate is -1"),
+        (["--initial-words", "red", "--start", "random"], "--initial-words and --start random"),
     ],
 )
 def test_wrong_use_is_one_line_and_leaves_no_run(options, said, train, tmp_path, capsys):
@@ -327,12 +328,35 @@ def test_one_bundle_on_request(pivotal):
     assert "bundle_emb.<x>.string_to_param.*" in read_header(bundle).tensors
 
 
+def test_each_adapter_on_the_way_has_its_words_and_its_step(pivotal):
+    """Those of step 2 are those of a run that ends there, beside them or bundled."""
+    steady = ("--schedule", "constant")
+    adapter, _ = pivotal("run", "--save-every", "2", *steady)
+    ended, word = pivotal("ended", "--steps", "2", *steady)
+    kept = adapter.parent / "adapters/run-000002.safetensors"
+    assert read_header(kept).metadata["ss_steps"] == "2"
+    beside = kept.with_name("run-000002-x.safetensors")
+    assert torch.equal(read_tensors(beside)["<x>"], read_tensors(word)["<x>"])
+    bundle, _ = pivotal("bundle", "--save-every", "2", "--bundle", *steady)
+    inside = read_adapter(bundle.parent / "adapters/bundle-000002.safetensors")
+    assert torch.equal(inside.embeddings["<x>"]["text_encoder"], read_tensors(word)["<x>"])
+    assert inside.changes.keys() == read_adapter(ended).changes.keys()
+
+
+def test_the_rate_is_that_of_what_learns(pivotal):
+    _, word = pivotal("run", "--words-first", "2", "--word-learning-rate", "0.5", "--schedule", "constant")
+    assert [row["rate"] for row in rows(word)] == [0.5, 0.5, 0.01, 0.01]
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         (["--words-first", "4"], "--words-first 4"),
         (["--caption", "{caption}"], "hold no placeholder"),
         (["--word-vectors", "17"], "17 vectors"),
+        (["--prior-prompts", "an <X>"], "holds <x>"),
+        (["--train-words", "<x.1>", "--caption", "<x.1>", "--bundle"], "<x.1> has a dot"),
+        (["--optimizer", "prodigy", "--learning-rate", "1"], "--word-learning-rate 0.01 beside --learning-rate 1.0"),
         (["--sample-prompts", "<x> " * 40], "80 tokens"),
     ],
 )

@@ -63,7 +63,8 @@ class Config(TrainerOptions):
     identifier: str = "sks"
     """The word that will mean this one subject: rare, so that there is no meaning to unlearn."""
     class_name: str | None = None
-    """What the subject is, such as otter. Pictures without a caption of their own get "IDENTIFIER CLASS"."""
+    """What the subject is, such as otter. Pictures of a folder without a caption of their own get "IDENTIFIER CLASS";
+    in a dataset.toml the `words` of each source say it."""
     instance_prompt: str | None = None
     """Caption of all the subject's pictures, instead of their own."""
     class_prompt: str | None = None
@@ -74,7 +75,8 @@ class Config(TrainerOptions):
     prior_weight: float = 1.0
     """Weight of the class in the loss, beside 1 for the subject; with 0 it is drawn and measured, and not learned."""
     prior_prompts: tuple[str, ...] = ()
-    """Further prompts that shall draw as before, beside the class prompt. Repeat it for several."""
+    """Further prompts that shall draw as before, beside the class prompt. Repeat it for several. Beside given pictures
+    of the class the base draws --class-count pictures of these."""
     class_images: Path | None = None
     """Folder of pictures of the class. Unset: the base draws them."""
     class_count: int | None = None
@@ -93,7 +95,7 @@ class Config(TrainerOptions):
     train_text_encoder: bool = False
     """Train the text encoders, too; captions are then encoded at each step."""
     text_learning_rate: float | None = None
-    """Peak learning rate of the text encoders. Unset: a tenth of the U-Net's."""
+    """Peak learning rate of the text encoders. Unset: a tenth of the U-Net's, or that of the U-Net for prodigy."""
     fused: bool = False
     """Step each weight during the backward pass, so that never all gradients are in memory; with --clip 0."""
     ema_on_cpu: bool = False
@@ -114,8 +116,8 @@ def train(config: Config) -> Path:
 
     import torch
 
+    from sfumato import embedding, identifier, optimizers, randomness
     from sfumato import fused as fusing
-    from sfumato import identifier, optimizers, randomness
     from sfumato.ema import Average
     from sfumato.full import full_precision
     from sfumato.measure import UNRELATED, Measures
@@ -144,7 +146,7 @@ def train(config: Config) -> Path:
             scaled=scaler.is_enabled(),
         )
     base = config.load_base(precision)
-    config, filled = resolve(config, base, examples.samples, processes.count)
+    config, filled = resolve(config, base, examples.of("instance").samples, processes.count)
     writes = [config.name] if config.save == "folder" else []
     run = Run.start(config, program="dreambooth", processes=processes, writes=writes)
     run.say(precision.table())
@@ -192,10 +194,12 @@ def train(config: Config) -> Path:
         steps = range(run.step, config.steps)
         run.say(prior.remember(steps, global_batch, starts, config.batch, shown=processes.is_main))
     trained.train()
+    made = config.steps
     for step in run.steps(config.steps):
         if limit.reached:
             run.say(f"stopped after step {step.number}: {limit.reached} is over --drift-limit {config.drift_limit}")
             samples.draw(step.number)
+            made = step.number
             break
         schedule.set(step.number, step.rate_factor)
         loss, class_loss = torch.zeros(2, device=precision.device)
@@ -208,7 +212,8 @@ def train(config: Config) -> Path:
                 half = half.beside(prior.draw(step.number, global_batch, start, config.batch))
             batch = half.batch
             with precision.autocast(), randomness.seeded(precision.device, config.seed, "dropout", step.number, start):
-                text = base.encode_text(batch.captions, grad=True) if config.train_text_encoder else batch.text
+                in_loop = config.train_text_encoder
+                text = embedding.encode(base, batch.captions, grad=True) if in_loop else batch.text
                 errors = denoising_errors(
                     base, batch, half.noise, half.timesteps, text, min_snr=config.min_snr, target=half.target
                 )
@@ -222,7 +227,7 @@ def train(config: Config) -> Path:
             class_loss += of_class.detach()
         if fused is None:
             # Before unscaling, so that all processes find the same overflow and skip the same steps.
-            processes.sum([loss, class_loss, *(p.grad for p in parameters if p.grad is not None)])
+            processes.sum_gradients(parameters, loss, class_loss)
             scaler.unscale_(optimizer)
             norm = optimizers.clip(parameters, config.clip)
             if step.healthy(scaler, loss=loss, gradient_norm=norm):
@@ -238,7 +243,7 @@ def train(config: Config) -> Path:
     average.apply()
     path = config.output / f"{config.name}{'' if config.save == 'folder' else '.safetensors'}"
     if processes.is_main:
-        save(path, trained, base, config, dataset, run, samples, subject)
+        save(path, trained, base, config, dataset, run, samples, subject, made)
     run.close()
     processes.wait()
     return path
@@ -247,6 +252,18 @@ def train(config: Config) -> Path:
 def check(config: Config) -> None:
     """Refuse what makes no sense before anything is loaded."""
     options.check(config)
+    if config.method == "full" and config.save in (None, "folder"):
+        options.check_name(config, folder=True)
+    if not config.train_text_encoder:
+        options.only_with(config, "--train-text-encoder", "text_learning_rate")
+    if not config.ema:
+        options.only_with(config, "--ema", "ema_on_cpu")
+    if config.prior == "none":
+        options.only_with(config, "--prior pictures or --prior base", "class_images", "class_count")
+    if config.method == "full":
+        options.only_with(config, "--method lora", "alpha", "targets")
+        if config.save != "lora":
+            options.only_with(config, "--method lora or --save lora", "rank")
     if not config.class_name and not (config.instance_prompt and config.class_prompt):
         raise ConfigError("--class-name is unset; say what the subject is, such as --class-name otter.")
     if not config.identifier.strip():
@@ -271,16 +288,21 @@ def check(config: Config) -> None:
 def resolve(config: Config, base: Base, samples: int, processes: int) -> tuple[Config, list[str]]:
     """The config with every unset field filled, and the names that the method or the base's family filled."""
     defaults = DEFAULTS[config.method, base.family.name]
-    rank = config.rank
+    unused = {"class_count"} if config.prior == "none" else set()
+    if config.method == "full" and (config.save != "lora" or config.keep_energy is not None):
+        unused.add("rank")
+    given = {name: getattr(config, name) for name in unused}
     config, filled = options.resolve(config, base, samples, processes, **defaults)
-    values: dict[str, Any] = {
-        "rank": config.rank if config.keep_energy is None else rank,
-        "alpha": config.alpha or float(config.rank),
-        "text_learning_rate": config.text_learning_rate or config.learning_rate / 10,
+    values: dict[str, Any] = given | {
         "save": config.save or ("folder" if config.method == "full" else "lora"),
         "save_precision": config.save_precision or ("fp32" if base.family.name == "pocket" else "fp16"),
     }
-    return dataclasses.replace(config, **values), filled
+    if config.method == "lora":
+        values["alpha"] = config.alpha or float(config.rank)
+    if config.train_text_encoder:
+        tenth = config.learning_rate / 10
+        values["text_learning_rate"] = options.second_rate(config, "text_learning_rate", tenth)
+    return dataclasses.replace(config, **values), [name for name in filled if name not in unused]
 
 
 def read_examples(config: Config, subject: Subject) -> Folder:
@@ -300,22 +322,26 @@ def read_examples(config: Config, subject: Subject) -> Folder:
 def class_pictures(
     config: Config, base: Base, examples: Folder, prompts: Sequence[str], run: Run, processes: Processes
 ) -> Folder | None:
-    """Pictures of the class: from a folder, from the dataset.toml, or drawn by the base, once; None for none."""
+    """Pictures of the class from a folder or the dataset.toml, with the further prompts' beside them, which the base
+    draws, once; or of the class drawn, too; None for none."""
     from sfumato.class_pictures import pictures_of_class
 
     if config.prior == "none":
         return None
+    given = examples.of("class")
     if config.class_images is not None:
-        return read_pictures(config.class_images, prompts[0], skip_bad=config.skip_bad)
-    if examples.of("class") or config.prior == "base":
-        return examples.of("class") or None
+        given = read_pictures(config.class_images, prompts[0], skip_bad=config.skip_bad)
+    if given:  # they show the class, and the captions' forms of it
+        prompts = list(dict.fromkeys(config.prior_prompts))
+    if config.prior == "base" or not prompts:
+        return given or None
     prompts, count = prompts[: config.class_count], config.class_count
     folder = config.class_cache or config.output / "class"
     pictures, drawn = pictures_of_class(
         base, prompts, count, resolution=config.resolution, folder=folder, processes=processes
     )
     run.say(f"class pictures: {count} of {', '.join(prompts)} ({drawn} drawn now)")
-    return pictures
+    return dataclasses.replace(given, examples=(*given, *pictures)) if given else pictures
 
 
 def prepare(
@@ -411,14 +437,16 @@ def save(
     run: Run,
     samples: Samples,
     subject: Subject,
+    steps: int,
 ) -> None:
-    """Write what was learned in the form that was asked for, its card and the plot; upload them if asked."""
+    """Write what so many steps have learned in the form that was asked for, its card and the plot; upload if asked."""
     from sfumato.files import describe, write_lora
     from sfumato.finish import describe_run, finish
     from sfumato.full import parts_of, write_difference, write_extracted, write_folder
     from sfumato.precision import DTYPES
 
-    about = describe_run(config, base, dataset, samples, trigger=[config.trigger or subject.prompt])
+    trigger = [config.trigger or subject.prompt]
+    about = describe_run(config, base, dataset, samples, trigger=trigger, steps=steps)
     dtype = DTYPES[config.save_precision]
     as_file: dict[str, Any] = {"family": base.family.name, "metadata": describe(about), "dtype": dtype}
     if config.method == "lora":

@@ -57,7 +57,7 @@ class Config(TrainerOptions):
     train_text_encoder: bool = False
     """Adapt the text encoders, too; captions are then encoded at each step."""
     text_learning_rate: float | None = None
-    """Peak learning rate of the text encoders. Unset: a tenth of the U-Net's."""
+    """Peak learning rate of the text encoders. Unset: a tenth of the U-Net's, or that of the U-Net for prodigy."""
     train_words: tuple[str, ...] = ()
     """Learn new words, too, such as "<otter>", which the captions hold (pivotal tuning). Repeat it for several."""
     stands_for: tuple[str, ...] = ()
@@ -67,7 +67,7 @@ class Config(TrainerOptions):
     word_vectors: int | None = None
     """Vectors of each new word, 1 to 16. Unset: 4."""
     word_learning_rate: float | None = None
-    """Peak learning rate of new words. Unset: the base family's default."""
+    """Peak learning rate of new words. Unset: the base family's default, or that of the U-Net for prodigy."""
     words_first: int = 0
     """Steps in which the words learn alone, before the LoRA learns alone; 0: both learn all the time."""
     bundle: bool = False
@@ -85,7 +85,8 @@ class Config(TrainerOptions):
     """How often the adapter's change of the U-Net counts when it is drawn with: samples are drawn so, and its file asks
     for it, see sfumato generate --adapter-guidance. A style gains by 2; 0 suits a subject."""
     save_every: int = 0
-    """Steps between adapters that are kept beside the last, in OUTPUT/adapters, to choose from; 0 keeps none."""
+    """Steps between adapters that are kept beside the last, in OUTPUT/adapters, to choose from, each with its new
+    words; 0 keeps none."""
     save_precision: Literal["fp32", "fp16", "bf16"] | None = None
     """Number format of the adapter's file. Unset: fp32 on pocket, fp16 elsewhere."""
 
@@ -162,7 +163,9 @@ def train(config: Config) -> Path:
         if step and processes.is_main:
             with average.applied():
                 path = config.output / "adapters" / f"{config.name}-{step:06d}.safetensors"
-                write_adapter(path, lora, base, config, dataset, samples)
+                description = write_adapter(path, lora, base, config, dataset, samples, step)
+                if words:
+                    write_words(path, words, config, description)
 
     run.every(config.measure_every, lambda step: run.log(step=step, **measures.values()))
     run.every(config.sample_every, samples.draw)
@@ -170,13 +173,14 @@ def train(config: Config) -> Path:
     prior = prior_of(config, base, dataset, lora) if config.prior_prompts else None
     lora.train()
     for step in run.steps(config.steps):
-        if step.number < config.words_first:
+        words_alone = step.number < config.words_first
+        if words_alone:
             word_schedule.set(step.number, step.rate_factor)
         else:
             schedule.set(step.number - config.words_first, step.rate_factor)
         if words:
-            lora.requires_grad_(step.number >= config.words_first)
-            words.requires_grad_(step.number < config.words_first or not config.words_first)
+            lora.requires_grad_(not words_alone)
+            words.requires_grad_(words_alone or not config.words_first)
         loss, prior_loss = torch.zeros(2, device=precision.device)
         for start in starts:
             half = draw_half(
@@ -187,10 +191,8 @@ def train(config: Config) -> Path:
                 half = half.beside(prior.draw(step.number, global_batch, start, config.batch))
             batch = half.batch
             with precision.autocast(), randomness.seeded(precision.device, config.seed, "dropout", step.number, start):
-                if words:
-                    text = embedding.encode(base, batch.captions, grad=True)
-                else:
-                    text = base.encode_text(batch.captions, grad=True) if config.train_text_encoder else batch.text
+                in_loop = config.train_text_encoder or words
+                text = embedding.encode(base, batch.captions, grad=True) if in_loop else batch.text
                 errors = denoising_errors(
                     base, batch, half.noise, half.timesteps, text, min_snr=config.min_snr, target=half.target
                 )
@@ -199,13 +201,13 @@ def train(config: Config) -> Path:
                     of_prior = errors[learned:].sum() / global_batch
                     part = part + config.prior_weight * of_prior
                     prior_loss += of_prior.detach()
-            if part.requires_grad:  # not where words learn alone and no caption of the batch holds one
+            if part.requires_grad:  # not where words learn alone and SDXL has zeros for all of the batch's captions
                 scaler.scale(part).backward()
             loss += part.detach()
         if words:
             words.settle_gradients()
         # Before unscaling, so that all processes find the same overflow and skip the same steps.
-        processes.sum([loss, prior_loss, *(p.grad for p in parameters if p.grad is not None)])
+        processes.sum_gradients(parameters, loss, prior_loss)
         scaler.unscale_(optimizer)
         norm = optimizers.clip(parameters, config.clip)
         if step.healthy(scaler, loss=loss, gradient_norm=norm):
@@ -216,7 +218,8 @@ def train(config: Config) -> Path:
         scaler.update()
         optimizer.zero_grad()
         further = {"prior_loss": prior_loss} if prior else {}
-        step.done(loss=loss, rate=schedule.rate, gradient_norm=norm, **further)
+        rate = optimizer.param_groups[-1]["lr"] if words_alone else schedule.rate  # the words' group is the last
+        step.done(loss=loss, rate=rate, gradient_norm=norm, **further)
 
     average.apply()
     path = config.output / f"{config.name}.safetensors"
@@ -232,6 +235,8 @@ def train(config: Config) -> Path:
 def check(config: Config) -> None:
     """Refuse what makes no sense before anything is loaded."""
     options.check(config)
+    if not config.train_text_encoder:
+        options.only_with(config, "--train-text-encoder", "text_learning_rate")
     if config.init_from and not config.init_from.exists():
         raise ConfigError(f"--init-from {config.init_from}: there is no such file.")
     checked_adapter_guidance(config.adapter_guidance)
@@ -241,7 +246,7 @@ def check(config: Config) -> None:
         if not 0 <= config.prior_weight < float("inf"):
             raise ConfigError(f"--prior-weight is {config.prior_weight}; wanted a number of at least 0.")
     for prompt in config.prior_prompts:
-        if new := [word for word in config.train_words if word in prompt]:
+        if new := [word for word in config.train_words if word.lower() in prompt.lower()]:
             raise ConfigError(f"--prior-prompts {prompt!r} holds {new[0]}, which the base does not know; leave it out.")
     count = len(config.train_words)
     for option in ("stands_for", "initial_words", "word_vectors", "word_learning_rate", "words_first", "bundle"):
@@ -249,6 +254,8 @@ def check(config: Config) -> None:
             raise ConfigError(f"--{option.replace('_', '-')} is for new words; name them with --train-words.")
     if config.stands_for and len(config.stands_for) != count:
         raise ConfigError(f"--stands-for is given {len(config.stands_for)} times for {count} words; give it for each.")
+    if config.bundle and (dotted := [word for word in config.train_words if "." in word]):
+        raise ConfigError(f"--bundle: {dotted[0]} has a dot, with which it cannot be bundled; spell it without.")
     if config.words_first < 0 or (config.steps is not None and config.words_first >= config.steps):
         raise ConfigError(f"--words-first {config.words_first}: wanted 0, or fewer than the {config.steps} steps.")
 
@@ -259,15 +266,17 @@ def resolve(config: Config, base: Base, samples: int, processes: int) -> tuple[C
     config, filled = options.resolve(config, base, samples, processes, **half)
     values: dict[str, Any] = {
         "alpha": config.alpha or float(config.rank),
-        "text_learning_rate": config.text_learning_rate or config.learning_rate / 10,
         "save_precision": config.save_precision or ("fp32" if base.family.name == "pocket" else "fp16"),
     }
+    if config.train_text_encoder:
+        tenth = config.learning_rate / 10
+        values["text_learning_rate"] = options.second_rate(config, "text_learning_rate", tenth)
     if config.prior_prompts:
         values["prior_weight"] = 1.0 if config.prior_weight is None else config.prior_weight
     if config.train_words:
-        rate = 1.0 if config.optimizer == "prodigy" else RATES[base.family.name]
+        rate = RATES[base.family.name]
         values["word_vectors"] = VECTORS if config.word_vectors is None else config.word_vectors
-        values["word_learning_rate"] = config.word_learning_rate or rate
+        values["word_learning_rate"] = options.second_rate(config, "word_learning_rate", rate)
         if config.words_first >= config.steps:
             raise ConfigError(f"--words-first {config.words_first}: the run has {config.steps} steps; make it fewer.")
     return dataclasses.replace(config, **values), filled
@@ -343,7 +352,7 @@ def save(
     """Write the adapter and new words, the card and the plot; upload them if asked."""
     from sfumato.finish import finish
 
-    description = write_adapter(path, lora, base, config, dataset, samples)
+    description = write_adapter(path, lora, base, config, dataset, samples, config.steps)
     finish(run, path, description, samples, kind="lora", push=None)
     paths = [path]
     if words:
@@ -356,26 +365,23 @@ def save(
 
 
 def write_adapter(
-    path: Path, lora: Lora, base: Base, config: Config, dataset: Dataset, samples: Samples
+    path: Path, lora: Lora, base: Base, config: Config, dataset: Dataset, samples: Samples, steps: int
 ) -> Description:
-    """Write the adapter as it is now; returns what its file says of itself."""
+    """Write the adapter as it is now, after so many steps; returns what its file says of itself."""
     from sfumato.files import describe, write_lora
     from sfumato.finish import describe_run
     from sfumato.precision import DTYPES
 
     trigger = [*([config.trigger] if config.trigger else []), *config.train_words]
-    about = {"trigger": trigger, "adapter_guidance": config.adapter_guidance}
+    about = {"trigger": trigger, "steps": steps, "adapter_guidance": config.adapter_guidance}
     description = describe_run(config, base, dataset, samples, **about)
     dtype = DTYPES[config.save_precision]
     write_lora(path, lora.modules_by_target(), family=base.family.name, metadata=describe(description), dtype=dtype)
     return description
 
 
-def save_words(
-    path: Path, card: Path, words: Words, base: Base, config: Config, description: Description, run: Run
-) -> list[Path]:
-    """Write each new word's file beside the adapter's, or into it, and a section of the card; returns the new files."""
-    from sfumato.embedding_card import add_words_section
+def write_words(path: Path, words: Words, config: Config, description: Description) -> dict[str, Path]:
+    """Write each new word as it is now beside the adapter's file, or into it; returns the files, by word."""
     from sfumato.files import describe
     from sfumato.files.write_embedding import add_words, write_embedding
     from sfumato.placeholders import files
@@ -383,11 +389,23 @@ def save_words(
     paths = files(path.parent, path.stem, config.train_words, alone=False)
     if config.bundle:
         add_words(path, words.vectors())
-    else:
-        for token, vectors in words.vectors().items():
-            metadata = describe(dataclasses.replace(description, trigger=[token]))
-            write_embedding(paths[token], token, vectors, metadata=metadata)
-            run.say(f"word     {token}  {paths[token]}")
+        return paths
+    for token, vectors in words.vectors().items():
+        metadata = describe(dataclasses.replace(description, trigger=[token]))
+        write_embedding(paths[token], token, vectors, metadata=metadata)
+    return paths
+
+
+def save_words(
+    path: Path, card: Path, words: Words, base: Base, config: Config, description: Description, run: Run
+) -> list[Path]:
+    """`write_words`, a line on each, and a section of the card; returns the new files."""
+    from sfumato.embedding_card import add_words_section
+
+    paths = write_words(path, words, config, description)
+    if not config.bundle:
+        for token, file in paths.items():
+            run.say(f"word     {token}  {file}")
     add_words_section(card, paths, base.family.name, bundled=config.bundle)
     run.say("nearest of the base's words, by cosine:\n" + "\n".join(words.report()))
     return [] if config.bundle else list(paths.values())

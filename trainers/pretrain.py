@@ -66,7 +66,7 @@ class Config(FolderOptions):
     clip: float = 1.0
     """Largest norm of the gradient."""
     ema: float = 0.999
-    """Decay of the moving average of the weights, which is what is sampled from and exported."""
+    """Decay of the moving average of the weights, which is sampled from and exported; less in the first steps."""
     kl: float = 1e-3
     """VAE: weight of the mean KL divergence of a latent number from a standard normal one."""
     gradient_difference: float = 0.5
@@ -174,12 +174,10 @@ class Trained:
         for group in [group for optimizer in self.optimizers.values() for group in optimizer.param_groups]:
             group["lr"] = self.rate
 
-    def update(self, step: int) -> None:
+    def update(self) -> None:
         """One step of the optimizers, and one of the moving average."""
         for optimizer in self.optimizers.values():
             optimizer.step()
-        # The average of a young run must not remember its random start.
-        self.average.decay = min(self.config.ema, (1 + step) / (10 + step))
         self.average.update()
 
     def zero_grad(self) -> None:
@@ -249,7 +247,7 @@ def train_vae(config: Config, precision: Precision) -> Path:
         loss.backward()
         norm = clip(trained.parameters, config.clip)
         if step.healthy(loss=loss, gradient_norm=norm):
-            trained.update(step.number)
+            trained.update()
         trained.zero_grad()
         step.done(loss=loss, rate=trained.rate, gradient_norm=norm)
     with trained.averaged():
@@ -341,7 +339,8 @@ def train_unet(config: Config, precision: Precision) -> Path:
         unet.requires_grad_(True)
         text_encoder.requires_grad_(True)
     else:
-        if not (config.output / "tokenizer").exists():
+        if not (config.resume and (config.output / "tokenizer").exists()):
+            run.begin()
             save_model(build_tokenizer(all_captions(manifest, words)), config.output / "tokenizer")
         tokenizer = CLIPTokenizer.from_pretrained(config.output / "tokenizer")
         with first_weights(config.seed):
@@ -385,7 +384,7 @@ def train_unet(config: Config, precision: Precision) -> Path:
         loss.backward()
         norm = clip(trained.parameters, config.clip)
         if step.healthy(loss=loss, gradient_norm=norm):
-            trained.update(number)
+            trained.update()
         trained.zero_grad()
         step.done(loss=loss, rate=trained.rate, gradient_norm=norm)
     with trained.averaged():

@@ -150,7 +150,7 @@ def train(config: Config) -> Path:
                 text = embedding.encode(base, captions, grad=True)
                 errors = denoising_errors(base, batch, noise, mine, text, min_snr=config.min_snr)
                 part = errors.sum() / global_batch
-            if part.requires_grad:  # not where every caption of the batch was dropped
+            if part.requires_grad:  # not where all captions of the batch were dropped and SDXL has zeros for them
                 scaler.scale(part).backward()
             loss += part.detach()
         words.settle_gradients()
@@ -185,6 +185,8 @@ def check(config: Config) -> None:
     for option, given in (("--initial-words", len(config.initial_words)), ("--stands-for", len(config.stands_for))):
         if given not in (0, count, *([1] if option == "--initial-words" else [])):
             raise ConfigError(f"{option} is given {given} times for {count} placeholders; give it once for each.")
+    if config.initial_words and config.start != "mean" and not config.resume:
+        raise ConfigError("--initial-words and --start random are both given; each says where to start, so give one.")
     if config.vectors is not None and config.vectors > 16:
         raise ConfigError(f"--vectors is {config.vectors}; it must be 1 to 16.")
 

@@ -87,7 +87,9 @@ ComfyUI, AUTOMATIC1111, Forge, InvokeAI and sd-scripts read the file as it is.
 
 def training_table(about: Description, shown: Sequence[str]) -> str:
     """The section of a card that says what it was trained with; `shown`: the settings, where the config has them."""
-    config = about.config or {}
+    config = dict(about.config or {})
+    if about.steps is not None and "steps" in config:
+        config["steps"] = about.steps  # those that were made, of a run that stopped before its end
     table = "\n".join(f"| {name} | {config[name]} |" for name in shown if name in config)
     return f"""## Training
 

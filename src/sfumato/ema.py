@@ -9,15 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_MANY = 10**9
+
 
 class Average:
-    """m <- decay m + (1 - decay) w after each step; with a decay of 0 it is the weights themselves and costs nothing.
+    """m <- d m + (1 - d) w after each step; with a decay of 0 it is the weights themselves and costs nothing.
 
+    d = min(decay, (1 + n) / (10 + n)) after n steps: the mean of a young run must not remember its untrained start.
     device: where the mean is kept, with the weights if None; the CPU saves a copy of the model on a GPU.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], decay: float, device: torch.device | str | None = None):
-        self.decay = decay
+        self.decay, self.updates = decay, 0
         self.parameters = list(parameters)
         self.mean: list[Tensor] = []
         if decay:
@@ -27,7 +30,8 @@ class Average:
         """Take a step's weights in."""
         if self.mean:
             now = [p.detach().to(m.device) for p, m in zip(self.parameters, self.mean, strict=True)]
-            torch._foreach_lerp_(self.mean, now, 1 - self.decay)
+            torch._foreach_lerp_(self.mean, now, 1 - min(self.decay, (1 + self.updates) / (10 + self.updates)))
+            self.updates += 1
 
     def apply(self) -> None:
         """Exchange the weights and their mean."""
@@ -46,10 +50,11 @@ class Average:
             self.apply()
 
     def state_dict(self) -> dict[str, Any]:
-        """The mean, for a checkpoint."""
-        return {"mean": list(self.mean)}
+        """The mean and how many steps it has taken in, for a checkpoint."""
+        return {"mean": list(self.mean), "updates": self.updates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint's mean."""
         for mean, saved in zip(self.mean, state["mean"], strict=True):
             mean.copy_(saved)
+        self.updates = state.get("updates", _MANY)  # older checkpoints do not count: they go on at the whole decay

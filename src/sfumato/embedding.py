@@ -333,29 +333,17 @@ def load(source: Any, path: str | PathLike[str], token: str | None = None) -> Wo
 def bundled(source: Any, found: Mapping[str, Vectors]) -> Iterator[Words | None]:
     """Within the block the words are in use that adapters bring with them; None where they bring none.
 
-    found: by the adapters' labels. Two may bring one word, if its vectors are equal. Raises AdapterError where they are
-    not, and for words that do not fit this base.
+    found: by the adapters' labels. Raises AdapterError where two mean different things by one word, and for words that
+    do not fit this base.
     """
-    words: dict[str, Mapping[str, Tensor]] = {}
-    owners: dict[str, str] = {}
-    for label, vectors in found.items():
-        for token, parts in fitting(source, vectors, label).items():
-            if (key := token.lower()) not in owners:
-                words[token], owners[key] = parts, label
-            elif not _equal(parts, next(own for other, own in words.items() if other.lower() == key)):
-                raise AdapterError(
-                    f"{owners[key]} and {label} bring a word {token}, and not the same one. Leave one of them out, or "
-                    "take its word out: sfumato convert FILE."
-                )
+    from sfumato.files.embedding_file import united
+
+    words = united({label: fitting(source, vectors, label) for label, vectors in found.items()})
     if not words:
         yield None
         return
     with Words(source, words).requires_grad_(False) as made:
         yield made
-
-
-def _equal(some: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
-    return some.keys() == others.keys() and all(torch.equal(some[part], others[part]) for part in some)
 
 
 def read(path: str | PathLike[str], token: str | None = None) -> dict[str, dict[str, Tensor]]:
@@ -389,14 +377,17 @@ def fitting(source: Any, vectors: Vectors, name: str) -> dict[str, dict[str, Ten
 
 
 def encode(base: Base, captions: Sequence[str], *, grad: bool = False) -> TextEmbedding:
-    """The captions' embeddings, each distinct one encoded once; "" as the base has "no prompt"."""
+    """The captions' embeddings, each distinct one encoded once; "" as the base has "no prompt".
+
+    grad: whether gradients flow into what is trained of the text encoders. Zeros, which are SDXL's "", pass none on.
+    """
     distinct = list(dict.fromkeys(captions))
-    named = [caption for caption in distinct if caption]
-    parts = [] if not named else [base.encode_text(named, grad=grad)]
-    if "" in distinct:
+    encoded = [caption for caption in distinct if caption or not base.zeros_for_empty_prompt]
+    parts = [base.encode_text(encoded, grad=grad)] if encoded else []
+    if len(encoded) < len(distinct):
         parts.append(base.unconditional(1))
-    places = {caption: place for place, caption in enumerate([*named, ""])}
-    return type(parts[0]).cat(parts)[[places[caption] for caption in captions]]
+    places = {caption: place for place, caption in enumerate(encoded)}
+    return type(parts[0]).cat(parts)[[places.get(caption, len(encoded)) for caption in captions]]
 
 
 def _sites(source: Any) -> list[_Site]:

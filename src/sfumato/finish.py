@@ -22,7 +22,8 @@ Kind = Literal["lora", "difference", "folder"]
 
 
 def describe_run(config: TrainerOptions, base: Base, dataset: Dataset, samples: Samples, **more: Any) -> Description:
-    """What the run's file tells of how it came to be. config: resolved. more: further fields of the Description."""
+    """What the run's file tells of how it came to be. config: resolved. more: further fields of the Description, or
+    others, such as the `steps` of a file that is not from the run's end."""
     from sfumato.files import Description
 
     assert config.name is not None

@@ -71,7 +71,7 @@ class Measures:
     @torch.no_grad()
     def fit(self) -> float:
         """Mean squared error of the prediction, no weights."""
-        plain = dataclasses.replace(self._batch, mask=None)
+        plain = dataclasses.replace(self._batch, mask=None, weights=torch.ones_like(self._batch.weights))
         with evaluating(self._modules), self._base.resting.interrupted():
             with warnings.catch_warnings():  # what is cut from a caption was said before training
                 warnings.filterwarnings("ignore", message="prompt of")

@@ -55,14 +55,14 @@ def build(
     return other
 
 
-def groups(parts: Mapping[str, Iterable[nn.Parameter]], rate: float, text_rate: float) -> list[dict[str, Any]]:
+def groups(parts: Mapping[str, Iterable[nn.Parameter]], rate: float, text_rate: float | None) -> list[dict[str, Any]]:
     """Parameter groups for `build`: the U-Net's at `rate`, and the text encoders', if any, at theirs.
 
     parts: what is trained of each of "unet", "text_encoder", "text_encoder_2".
     """
     unet = list(parts["unet"])
     text = [parameter for part, trained in parts.items() if part != "unet" for parameter in trained]
-    found = [{"params": unet, "lr": rate}, {"params": text, "lr": text_rate}]
+    found: list[dict[str, Any]] = [{"params": unet, "lr": rate}, {"params": text, "lr": text_rate}]
     return [group for group in found if group["params"]]
 
 

@@ -189,7 +189,8 @@ class StepOptions:
     noise_offset: float = 0.0
     """Strength of a constant added to each channel's noise, for very dark or bright pictures; 0.03 to 0.1 is usual."""
     ema: float = 0.0
-    """Decay of a running mean of what is trained, which is then what is saved; 0 saves the last weights."""
+    """Decay of a running mean of what is trained, which is then what is saved; 0 saves the last weights. After n steps
+    it is (1 + n) / (10 + n) at most, so that the mean of a short run does not remember the untrained start."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,7 +209,7 @@ class FolderOptions:
     force: bool = False
     """Resume although config, pictures, base or version have changed."""
     overwrite: bool = False
-    """Replace a run that the output folder holds."""
+    """Replace a run that the output folder holds; it is there until the first step."""
     tensorboard: bool = False
     """Write the log for TensorBoard, too (pip install 'sfumato[tensorboard]')."""
 
@@ -238,12 +239,16 @@ Options = TypeVar("Options", bound=TrainerOptions)
 AnyRun = TypeVar("AnyRun", bound=FolderOptions)
 
 _AT_LEAST_ONE = ("steps", "epochs", "batch", "accumulate", "rank", "resolution", "vectors")
-_POSITIVE = ("learning_rate", "text_learning_rate", "alpha")
+_POSITIVE = ("learning_rate", "text_learning_rate", "word_learning_rate", "alpha")
 _SHARES = ("dropout", "caption_dropout", "tag_dropout", "ema")
 _NOT_NEGATIVE = (
     *("warmup", "clip", "min_snr", "noise_offset", "weight_decay", "keep_tags"),
     *("sample_every", "measure_every", "save_every"),
 )
+_FOLDERS_OF_A_RUN = frozenset(("checkpoints", "samples", "tensorboard", "model"))
+_WRITTEN_BY_A_RUN = _FOLDERS_OF_A_RUN | {
+    *("adapters", "class", "images", "config.toml", "run.json", "log.jsonl", "readme.md", "plot.png", "samples.png")
+}
 _NOT_IN_NAMES = '/\\:*?"<>|'
 _DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in range(1, 10))}
 
@@ -282,8 +287,11 @@ def check_run(config: FolderOptions) -> None:
             raise ConfigError(f"{option} is {value}; it must not be negative.")
 
 
-def check_name(config: FolderOptions) -> None:
-    """Refuse a --name, or an --output that gives the name, that is no plain file name on every system."""
+def check_name(config: FolderOptions, *, folder: bool = False) -> None:
+    """Refuse a --name, or an --output that gives the name, that is no plain file name on every system.
+
+    folder: what is learned is a folder of that name, which a run must not have for itself.
+    """
     if not str(config.output).isprintable():
         raise ConfigError(f"--output {str(config.output)!a}: holds characters that are not seen; name another folder.")
     named = getattr(config, "name", None)
@@ -297,13 +305,26 @@ def check_name(config: FolderOptions) -> None:
         reason = "ends in a dot or a space, or is a device on Windows"
     elif len(name.encode("utf-8", "replace")) > 150:
         reason = "is longer than 150 bytes"
-    elif option == "--name" and name.casefold() in ("checkpoints", "samples", "tensorboard", "model"):
+    elif option == "--name" and name.casefold() in _FOLDERS_OF_A_RUN:
         reason = "is what a run calls a folder of its own"
+    elif folder and name.casefold() in _WRITTEN_BY_A_RUN:
+        reason = "is what a run calls a file or folder of its own, beside which the model would lie"
     if reason:
         raise ConfigError(
             f"{option} {ascii(name) if not name.isprintable() else repr(name)}: it {reason}. Give --name a "
             "plain file name, such as otter-v1."
         )
+
+
+def only_with(config: FolderOptions, needed: str, *names: str) -> None:
+    """Refuse what is given under these names, which has no effect without `needed`.
+
+    Not where a run goes on: earlier versions filled these fields in, and so they stand in its config.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    given = [name for name in names if getattr(config, name) != defaults[name]]
+    if given and not config.resume:
+        raise ConfigError(f"--{given[0].replace('_', '-')} has no effect without {needed}; leave it out, or give both.")
 
 
 def resolve(config: Options, base: Base, samples: int, processes: int, **defaults: Any) -> tuple[Options, list[str]]:
@@ -325,6 +346,23 @@ def resolve(config: Options, base: Base, samples: int, processes: int, **default
     for name in ("sample_every", "measure_every", "checkpoint_every"):
         values[name] = quarter if getattr(config, name) is None else getattr(config, name)
     return dataclasses.replace(config, **values), filled
+
+
+def second_rate(config: TrainerOptions, name: str, otherwise: float) -> float:
+    """The rate of what learns beside the U-Net: what the config has under `name`, or `otherwise`. config: resolved.
+
+    Prodigy finds one step for all that learns, so that there it is the U-Net's. Raises ConfigError for another.
+    """
+    given: float | None = getattr(config, name)
+    if config.optimizer != "prodigy":
+        return otherwise if given is None else given
+    assert config.learning_rate is not None
+    if given not in (None, config.learning_rate):
+        raise ConfigError(
+            f"--{name.replace('_', '-')} {given} beside --learning-rate {config.learning_rate}: prodigy finds one step "
+            "for all that learns. Leave it out, or use --optimizer adamw."
+        )
+    return config.learning_rate
 
 
 def settled(config: AnyRun) -> AnyRun:

@@ -26,10 +26,12 @@ def put_into_captions(folder: Folder, placeholders: Sequence[str], stands_for: S
     Raises DataError where a caption holds no placeholder, or a placeholder is in no caption. Class pictures need none.
     """
 
+    names = dict(zip(stands_for, placeholders, strict=False))
+    # Longest first, and all at once: of "sks otter" and "otter" each takes its own place.
+    phrases = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
+
     def renamed(caption: str) -> str:
-        for words, placeholder in zip(stands_for, placeholders, strict=False):
-            caption = caption.replace(words, placeholder)
-        return caption
+        return phrases.sub(lambda found: names[found[0]], caption) if names else caption
 
     examples = tuple(dataclasses.replace(e, caption=renamed(e.caption)) for e in folder.examples)
     ours = [e for e in examples if e.group == "instance"]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sfumato import diffusion, randomness
+from sfumato import diffusion, embedding, randomness
 from sfumato.data import join
 from sfumato.objective import draw_noise
 
@@ -121,7 +121,7 @@ class BasePrediction:
         self._base, self._data, self._offset = base, data, offset
         self._prompts, self._seed, self._pristine = list(prompts), class_seed(seed), pristine
         with torch.no_grad(), base.resting.interrupted():
-            self._text = base.encode_text(self._prompts)
+            self._text = embedding.encode(base, self._prompts)
         self._period = 0
         self._kept: dict[tuple[int, int], Tensor] = {}
 

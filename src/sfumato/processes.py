@@ -11,7 +11,7 @@ from datetime import timedelta
 
 import torch
 from accelerate import PartialState
-from torch import Tensor
+from torch import Tensor, nn
 
 from sfumato.errors import RunError
 
@@ -53,6 +53,26 @@ class Processes:
         torch.distributed.all_reduce(flat)
         for tensor, total in zip(listed, torch.split(flat, [t.numel() for t in listed]), strict=True):
             tensor.detach().copy_(total.view_as(tensor))
+
+    def sum_gradients(self, parameters: Iterable[nn.Parameter], *figures: Tensor) -> None:
+        """Replace each gradient, and each of the figures, by its sum over the processes; one message for all of them.
+
+        Where a parameter has a gradient in some processes only, as a text encoder's where one of them met no caption,
+        the others count as zeros. Where it has none in any, as a layer's whose output is not used, it keeps none: an
+        optimizer would let it decay.
+        """
+        if self.count == 1:
+            return
+        trained = [p for p in parameters if p.requires_grad]
+        lacking = [place for place, p in enumerate(trained) if p.grad is None]
+        has = torch.ones(len(trained), device=self.device)
+        has[lacking] = 0
+        for place in lacking:
+            trained[place].grad = torch.zeros_like(trained[place])
+        self.sum([*figures, has, *(p.grad for p in trained if p.grad is not None)])
+        for place in lacking:
+            if not has[place]:
+                trained[place].grad = None
 
     def starts(self, batch: int, accumulate: int) -> tuple[int, list[int]]:
         """The size of the global batch, and the places in it where this process's micro-batches begin."""

@@ -145,7 +145,9 @@ def test_each_step_may_be_a_checkpoint_and_none_need_be(tmp_path):
 def test_replacing_a_run_forgets_its_checkpoints_and_its_log(tmp_path):
     config = Config(output=tmp_path / "run", checkpoint_every=4)
     train(config)
-    run = Run.start(replace(config, overwrite=True), program="small")
+    run = Run.start(replace(config, overwrite=True, checkpoint_every=0), program="small")
+    assert run.rows() == []
+    next(run.steps(1))
     assert Checkpoints(tmp_path / "run/checkpoints").steps() == []
     assert run.rows() == []
     run.close()
@@ -218,6 +220,22 @@ def test_a_part_that_does_not_take_its_state(tmp_path):
     assert problem(lambda: list(run.steps(2))) == (
         f"the checkpoint of step 1 does not fit: part: {('no ' * 300)[:200]}"
     )
+
+
+def test_a_weight_decay_that_was_changed_by_force_counts(tmp_path):
+    """Rates are set at each step; all else of the optimizer is what it was."""
+    decays = []
+    for decay, resume in ((0.1, False), (0.5, True)):
+        layer = nn.Linear(1, 1)
+        optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-3 / decay, betas=(0.9, decay), weight_decay=decay)
+        run = start(tmp_path, checkpoint_every=1, resume=resume)
+        run.keep(optimizer=optimizer)
+        for step in run.steps(1 if not resume else 2):
+            decays.append(optimizer.param_groups[0])
+            step.done(loss=1.0)
+        run.close()
+    assert decays[1]["weight_decay"] == 0.5
+    assert decays[1]["betas"] == (0.9, 0.1)
 
 
 def test_a_run_of_other_data_lets_the_folder_go_at_once(tmp_path):

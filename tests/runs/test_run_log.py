@@ -17,6 +17,7 @@ from sfumato.options import RunOptions
 from sfumato.runs import Run, progress, signals
 from sfumato.runs import log as logs
 from sfumato.runs import samples as sheets
+from sfumato.runs.folder import forget_samples
 from sfumato.runs.log import Log
 from sfumato.runs.progress import Progress
 from sfumato.runs.samples import Samples
@@ -147,7 +148,7 @@ def test_what_is_no_row_ends_the_rows(tmp_path):
 def test_the_board_gets_each_number_at_its_step(tmp_path, monkeypatch):
     given = []
     board = SimpleNamespace(add_scalar=lambda *row: given.append(row), flush=lambda: given.append("flushed"))
-    monkeypatch.setattr(logs, "_board", lambda folder: board if folder == tmp_path else None)
+    monkeypatch.setattr(logs, "_board", lambda folder: lambda: board if folder == tmp_path else None)
     log = Log(tmp_path / "log.jsonl", tensorboard=True)
     log.add({"step": 3, "loss": torch.tensor(0.5), "rate": 0.1})
     log.close()
@@ -156,7 +157,7 @@ def test_the_board_gets_each_number_at_its_step(tmp_path, monkeypatch):
 
 def test_tensorboard_is_opened_beside_the_log_or_asked_for(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=lambda place: [place]))
-    assert logs._board(tmp_path) == [str(tmp_path / "tensorboard")]
+    assert logs._board(tmp_path)() == [str(tmp_path / "tensorboard")]
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     assert problem(lambda: start(tmp_path, tensorboard=True)) == (
         "--tensorboard: the package is not installed; pip install 'sfumato[tensorboard]'."
@@ -280,9 +281,9 @@ def test_a_resumed_run_forgets_the_rows_that_it_will_draw_again(step, left, samp
     for drawn in (0, 4, 8):
         sheet.draw(drawn)
     (tmp_path / "samples/mine").mkdir()
-    samples(step=step, is_main=False)
-    assert len(list((tmp_path / "samples").iterdir())) == 4
     samples(step=step)
+    assert len(list((tmp_path / "samples").iterdir())) == 4
+    forget_samples(tmp_path, step)
     assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == [*left, "mine"]
 
 

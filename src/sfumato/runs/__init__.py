@@ -30,10 +30,9 @@ import sfumato
 from sfumato import config as configs
 from sfumato.errors import RunError, SfumatoError
 from sfumato.files.atomic import write_text
-from sfumato.options import settled
 from sfumato.runs import identity, progress
 from sfumato.runs.checkpoints import Checkpoints, NotFiniteError, bytes_of, require_space
-from sfumato.runs.folder import going_on
+from sfumato.runs.folder import also_written, clear, forget_samples, going_on, has_begun, is_run
 from sfumato.runs.health import Health, not_finite
 from sfumato.runs.lock import Lock
 from sfumato.runs.log import Log
@@ -69,6 +68,7 @@ class Run:
         self._kept: dict[str, Any] = {}
         self._looks: list[tuple[int, Callable[[int], None]]] = []
         self._resumed_from: int | None = None
+        self._replaces = False
         self._saved_at: int | None = None
         self._health = Health()
         self._progress = Progress(shown=self.is_main)
@@ -86,6 +86,7 @@ class Run:
 
         A folder that holds a run is refused unless `overwrite` or `resume`; one that holds other things under the names
         that a run writes is refused always. A config that differs from the one in the folder is refused unless `force`.
+        A run that is replaced is there until `begin`: what stops the new one before its first step costs nothing.
         writes: names in the folder that the program writes beside those of every run. Raises RunError, one line.
         """
         try:
@@ -111,20 +112,33 @@ class Run:
                 self._facts = identity.read_facts(self.folder)
                 self._refuse_changes("another config", identity.differences(self.folder, self._config, program))
                 self._find_checkpoint()
+            else:
+                self._replaces = has_begun(self.folder)
             self._wait()  # before the main process changes what the others have looked at
-            if self.is_main:
-                self._begin(program)
+            names = dict.fromkeys([*also_written(self._facts), *writes])
+            self._facts = {**self._facts, "program": program, **({"writes": "/".join(names)} if names else {})}
+            if self.is_main and not self._replaces:
+                self._take_over()
         except BaseException:
             self.close()
             raise
 
-    def _begin(self, program: str) -> None:
-        self._facts = {**self._facts, "program": program}
-        identity.write_facts(self.folder, self._facts)
+    def begin(self) -> None:
+        """Remove what a run that is replaced has left in the folder. `steps` does so where the program did not."""
+        if self._replaces and self.is_main:
+            self._or_stop(self._take_over)
+        self._replaces = False
+
+    def _take_over(self) -> None:
         if self._resumed_from is None:  # a new run, or one that was stopped before its first checkpoint
-            self._checkpoints.drop_after(-1)
+            self._checkpoints.drop_after(-1)  # first, so that no other config ever stands beside them
+            if self._config.resume:
+                forget_samples(self.folder, 0)
+            elif is_run(self.folder):
+                clear(self._config)
             write_text(self.folder / "log.jsonl", "")
-        write_text(self.folder / "config.toml", configs.to_toml(settled(self._config)))
+        identity.write_facts(self.folder, self._facts)
+        write_text(self.folder / "config.toml", configs.to_toml(identity.anchored(self._config)))
 
     def _refuse_changes(self, what: str, changed: list[str]) -> None:
         if changed and not self._config.force:
@@ -165,7 +179,7 @@ class Run:
                 self.close()
                 raise
         self._facts |= facts
-        if self.is_main:
+        if self.is_main and not self._replaces:
             self._or_stop(lambda: identity.write_facts(self.folder, self._facts))
 
     def keep(self, **parts: Any) -> None:
@@ -195,7 +209,7 @@ class Run:
 
     def rows(self) -> list[dict[str, float]]:
         """The log so far."""
-        return self.log_file.rows()
+        return [] if self._replaces else self.log_file.rows()
 
     def steps(self, count: int) -> Iterator[Step]:
         """The optimizer steps up to count - 1, with progress, loss and time left on stderr.
@@ -215,6 +229,7 @@ class Run:
             self._restore(self._resumed_from)
         if self.is_main:
             self._or_stop(self._check_space)
+        self.begin()
         with self._progress.begin(self.step, count), Stop(quiet=not self.is_main) as stop:
             number = self.step
             if number == 0:
@@ -313,7 +328,7 @@ class Run:
             )
         for name, part in self._kept.items():
             try:
-                part.load_state_dict(saved["kept"][name])
+                _load(part, saved["kept"][name])
             except (RuntimeError, ValueError, KeyError) as error:
                 raise RunError(
                     f"the checkpoint of step {step} does not fit: {name}: {' '.join(str(error).split())[:200]}"
@@ -324,6 +339,7 @@ class Run:
         if self.is_main:
             self._checkpoints.drop_after(step)
             self._or_stop(lambda: self.log_file.cut(step))
+            self._or_stop(lambda: forget_samples(self.folder, step))
 
     def _say_goodbye(self, number: int, count: int) -> None:
         if self._saved_at == number or not self.is_main:
@@ -379,6 +395,15 @@ class Run:
         if self.is_main:
             self.log_file.close()
             self._lock.release()
+
+
+def _load(part: Any, state: Any) -> None:
+    """Give a part its state; an optimizer keeps the weight decay it was built with, which --force may have changed."""
+    groups = part.param_groups if isinstance(part, torch.optim.Optimizer) else []
+    decays = [group.get("weight_decay") for group in groups]
+    part.load_state_dict(state)
+    for group, decay in zip(part.param_groups if groups else [], decays, strict=True):
+        group["weight_decay"] = decay
 
 
 def now() -> float:

@@ -1,12 +1,18 @@
-"""Whose a run's folder is: nobody's, a run's, or somebody else's."""
+"""Whose a run's folder is: nobody's, a run's, or somebody else's; and what is removed of a run that is replaced."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import re
+import shutil
+import tomllib
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sfumato.errors import RunError
+from sfumato.runs import identity
 
 if TYPE_CHECKING:
     from sfumato.options import FolderOptions
@@ -23,8 +29,8 @@ def going_on(config: FolderOptions, also: Sequence[str] = ()) -> bool:
     that this one writes.
     """
     folder = config.output
-    holds_run = (folder / "run.json").exists() or (folder / "log.jsonl").exists()
-    if holds_run and _has_begun(folder) and not (config.overwrite or config.resume):
+    holds_run = is_run(folder)
+    if holds_run and has_begun(folder) and not (config.overwrite or config.resume):
         raise RunError(
             f"{folder} holds a run already; --resume goes on with it, --overwrite replaces it, or give another "
             "--output."
@@ -40,7 +46,70 @@ def going_on(config: FolderOptions, also: Sequence[str] = ()) -> bool:
     return holds_run and config.resume
 
 
-def _has_begun(folder: Path) -> bool:
+def is_run(folder: Path) -> bool:
+    """Whether the folder holds a run."""
+    return (folder / "run.json").exists() or (folder / "log.jsonl").exists()
+
+
+def has_begun(folder: Path) -> bool:
     """Whether there is anything to lose; what an error stopped before its first step may simply be started again."""
     log = folder / "log.jsonl"
     return (log.exists() and log.stat().st_size > 0) or any((folder / "checkpoints").glob("[0-9]*"))
+
+
+def also_written(facts: Mapping[str, str]) -> list[str]:
+    """The names in its folder that a run's program writes beside those of every run, by the run's facts."""
+    names = facts.get("writes", "").split("/")
+    return [name for name in names if name and not name.startswith(".") and Path(name).name == name]
+
+
+def clear(config: FolderOptions) -> None:
+    """Remove what the run in the output folder has made: samples, plot, card and its pictures, and what was learned.
+
+    What it did not write stays, what the config names, to learn from it, and pictures of a class, which lie under names
+    that know all they depend on.
+    """
+    folder = config.output
+    used = [Path(os.path.abspath(each)) for each in vars(config).values() if each and isinstance(each, str | Path)]
+    name = _name_of(folder)
+    forget_samples(folder, 0)
+    card = folder / "README.md"
+    text = card.read_text("utf-8", "replace") if card.is_file() else ""
+    for picture in re.findall(r"images/((?:image_\d+|before|after|before_after)\.png)", text):
+        _remove(folder / "images" / picture)
+    for adapter in (folder / "adapters").glob("*.safetensors"):
+        if re.match(r"-\d{6,}[-.]", adapter.name.removeprefix(name)) and adapter.absolute() not in used:
+            _remove(adapter)
+    for events in (folder / "tensorboard").glob("events.out.tfevents.*"):
+        _remove(events)
+    for emptied in ("images", "adapters", "samples", "tensorboard"):
+        with suppress(OSError):  # somebody keeps something there, or there is none
+            (folder / emptied).rmdir()
+    learned = [f"{name}.safetensors", *also_written(identity.read_facts(folder))]
+    for made in ("samples.png", "plot.png", "README.md", *(each for each in learned if each != "adapters")):
+        place = Path(os.path.abspath(folder / made))
+        if not any(one.is_relative_to(place) for one in used):
+            _remove(place)
+
+
+def forget_samples(folder: Path, step: int) -> None:
+    """Remove the samples that a run which goes on from this step will draw again."""
+    for path in (folder / "samples").glob("[0-9]*"):
+        if path.stem.isdigit() and (int(path.stem) > step or step == 0):
+            _remove(path)
+
+
+def _name_of(folder: Path) -> str:
+    """What the run in the folder calls what it learns."""
+    try:
+        name = tomllib.loads((folder / "config.toml").read_text("utf-8")).get("name")
+    except (OSError, ValueError):
+        name = None
+    return name if isinstance(name, str) and name and Path(name).name == name else folder.resolve().name
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -7,11 +7,11 @@ import json
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sfumato import config as configs
 from sfumato.files.atomic import write_text
-from sfumato.options import settled
+from sfumato.options import AnyRun, settled
 
 if TYPE_CHECKING:
     from sfumato.options import FolderOptions
@@ -20,6 +20,14 @@ WITHOUT_EFFECT = frozenset(
     ("output", "overwrite", "resume", "force", "keep", "device", "tensorboard", "push_to_hub", "cache")
 ) | {f"{what}_every" for what in ("checkpoint", "sample", "measure", "save")}
 """Fields that change what is seen of a training, or where it runs, and nothing of what is learned."""
+BY_CONTENT: Mapping[str, tuple[str, ...]] = {
+    "images": ("data",),
+    "data": ("data",),
+    "class_images": ("class",),
+    "base": ("base",),
+    "vae": ("base", "vae"),
+}
+"""Fields that name what lies elsewhere, and the facts that tell its content: what was moved is the same."""
 
 
 def read_facts(folder: Path) -> dict[str, str]:
@@ -44,19 +52,35 @@ def other_facts(known: Mapping[str, str], facts: Mapping[str, str]) -> list[str]
 def differences(folder: Path, config: FolderOptions, program: str) -> list[str]:
     """One text, "rank 8 -> 16", for each difference between the folder's config and this one."""
     changed = []
-    saved_program = read_facts(folder).get("program")
+    facts = read_facts(folder)
+    saved_program = facts.get("program")
     if saved_program not in (None, program):
         changed.append(f"program {saved_program} -> {program}")
     try:
         before = tomllib.loads((folder / "config.toml").read_bytes().decode())
     except (OSError, ValueError):
         return [*changed, "config.toml is missing or broken"]
-    now = tomllib.loads(configs.to_toml(settled(config)))
+    now = tomllib.loads(configs.to_toml(anchored(config)))
     before = _defaults(config) | before  # of a field that is newer than the folder
-    for name in sorted(before.keys() | now.keys()):
-        if name not in WITHOUT_EFFECT and before.get(name) != now.get(name):
+    for name, value in before.items():
+        if isinstance(value, str) and isinstance(getattr(config, name, None), Path):  # older runs kept them as given
+            before[name] = Path(value).absolute().as_posix()
+    told_by_content = {name for name, by in BY_CONTENT.items() if not facts.keys().isdisjoint(by)}
+    for name in sorted((before.keys() | now.keys()) - WITHOUT_EFFECT - told_by_content):
+        if before.get(name) != now.get(name):
             changed.append(f"{name} {_shown(before.get(name))} -> {_shown(now.get(name))}")
     return changed
+
+
+def anchored(config: AnyRun) -> AnyRun:
+    """The settled config with whole paths, so that a run may be resumed from wherever one is."""
+    config = settled(config)
+    given = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    whole: dict[str, Any] = {name: value.absolute() for name, value in given.items() if isinstance(value, Path)}
+    for name in ("base", "vae"):  # a folder, a file, a hub id, or our own
+        if isinstance(value := given.get(name), str) and value != "pocket" and Path(value).exists():
+            whole[name] = Path(value).absolute().as_posix()
+    return dataclasses.replace(config, **whole)
 
 
 def _defaults(config: FolderOptions) -> dict[str, object]:

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ class Log:
         self.path = path
         self._pending: list[dict[str, Any]] = []
         self._warn, self._warned = warn, False
-        self._board = _board(path.parent) if tensorboard else None
+        self._open_board = _board(path.parent) if tensorboard else None
+        self._board: Any = None
 
     def add(self, row: Mapping[str, float | Tensor]) -> None:
         """A row; `step` among its values says when it was."""
@@ -52,7 +54,8 @@ class Log:
             self._warned = True
             return
         rows, self._pending, self._warned = self._pending, [], False
-        if self._board is not None:
+        if self._open_board is not None:
+            self._board = self._board or self._open_board()
             for row in rows:
                 for name in row.keys() - {"step"}:
                     self._board.add_scalar(name, row[name], row["step"])
@@ -111,9 +114,10 @@ def _append(path: Path, content: bytes) -> None:
             raise
 
 
-def _board(folder: Path) -> Any:
+def _board(folder: Path) -> Callable[[], Any]:
+    """What opens TensorBoard's file, with the first row: until then the folder may be another run's."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise RunError("--tensorboard: the package is not installed; pip install 'sfumato[tensorboard]'.") from None
-    return SummaryWriter(str(folder / "tensorboard"))
+    return partial(SummaryWriter, str(folder / "tensorboard"))

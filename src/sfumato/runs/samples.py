@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -48,8 +47,6 @@ class Samples:
         self._draw = draw or drawing_of(base)
         self._folder = run.folder / "samples"
         self.prompts = list(prompts)
-        if run.is_main:
-            self._forget_after(run.step)
 
     @property
     def rows(self) -> list[list[Image.Image]]:
@@ -86,12 +83,6 @@ class Samples:
             with Image.open(path, formats=["PNG"]) as picture:
                 pictures.append(picture.convert("RGB"))
         return pictures
-
-    def _forget_after(self, step: int) -> None:
-        """Remove the rows that a resumed run will draw again."""
-        for path in self._folder.glob("[0-9]*"):
-            if path.name.isdigit() and (int(path.name) > step or step == 0):
-                shutil.rmtree(path)
 
 
 def drawing_of(base: Base, lora: Lora | None = None, strength: float = 0.0) -> Draw:

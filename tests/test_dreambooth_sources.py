@@ -1,0 +1,93 @@
+"""DreamBooth's sources: whose pictures make an epoch, what the base draws beside given ones, and what is refused."""
+
+import json
+
+import pytest
+
+from sfumato import cli
+from sfumato.files import read_header
+
+QUIET = ("--sample-every", "0", "--measure-every", "0", "--checkpoint-every", "0")
+
+
+@pytest.fixture
+def train(pocket_folder, pictures, tmp_path):
+    """Train a LoRA with these options on the tiny base; returns the run's folder."""
+
+    def run(*options, images=pictures, status=0, quiet=QUIET):
+        words = ["--images", images, "--output", tmp_path / "run", "--base", pocket_folder, "--class-name", "square"]
+        words += ["--batch", "2", *quiet, *options]
+        assert cli.main(["train", "dreambooth", *map(str, words)]) == status
+        return tmp_path / "run"
+
+    return run
+
+
+@pytest.fixture
+def both(pictures, tmp_path):
+    """A dataset.toml of six pictures of the subject and, twice an epoch each, six of its class."""
+    path = tmp_path / "dataset.toml"
+    source = f'[[source]]\npath = "{pictures.as_posix()}"\n'
+    path.write_text(f'{source}words = "sks square"\n{source}words = "square"\nclass = true\nrepeats = 2\n')
+    return path
+
+
+def test_an_epoch_is_of_the_subjects_pictures(train, both):
+    """Six of them by two: three steps, whatever there is of the class."""
+    run = train("--method", "lora", "--rank", "1", "--epochs", "1", images=both)
+    assert len((run / "log.jsonl").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize("source", ["folder", "dataset.toml"])
+def test_further_prompts_are_drawn_beside_given_pictures(source, train, pictures, both, capsys):
+    given = ["--class-images", pictures] if source == "folder" else []
+    further = ["--prior-prompts", "red", "--prior-prompts", "cat", "--class-count", "3"]
+    images = pictures if source == "folder" else both
+    run = train("--method", "lora", "--rank", "1", "--steps", "1", *given, *further, images=images)
+    said = capsys.readouterr().err
+    assert "class pictures: 3 of red, cat (3 drawn now)" in said
+    assert "6 pictures, 9 of the class" in said
+    drawn = {json.loads(file.read_text())["prompt"] for file in run.glob("class/*/about.json")}
+    assert drawn == {"red", "cat"}
+
+
+def test_a_file_says_how_many_steps_made_it(train):
+    quiet = ("--sample-every", "0", "--measure-every", "1", "--checkpoint-every", "0")
+    options = ("--method", "lora", "--rank", "1", "--prior", "none", "--steps", "9", "--learning-rate", "1e-2")
+    run = train(*options, "--drift-limit", "1e-6", quiet=quiet)
+    made = max(json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines())
+    assert made < 9
+    assert read_header(run / "run.safetensors").metadata["ss_steps"] == str(made)
+    assert f"| steps | {made} |" in (run / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--name", "class"], "--name 'class': it is what a run calls"),
+        (["--name", "Images"], "--name 'Images': it is what a run calls"),
+        (["--text-learning-rate", "1e-5"], "--text-learning-rate has no effect without --train-text-encoder"),
+        (["--rank", "4"], "--rank has no effect without --method lora or --save lora"),
+        (["--alpha", "4"], "--alpha has no effect without --method lora"),
+        (["--targets", "attention"], "--targets has no effect without --method lora"),
+        (["--prior", "none", "--class-images", "."], "--class-images has no effect without --prior pictures"),
+        (["--prior", "none", "--class-count", "3"], "--class-count has no effect without --prior pictures"),
+        (["--ema-on-cpu"], "--ema-on-cpu has no effect without --ema"),
+        (["--optimizer", "prodigy", "--train-text-encoder", "--text-learning-rate", "0.1"], "beside --learning-rate 1"),
+    ],
+)
+def test_what_has_no_effect_is_one_line(options, said, train, capsys, tmp_path):
+    train(*options, status=2)
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sfumato: ")]
+    assert len(error) == 1
+    assert said in error[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_has_no_effect_is_not_filled_in(train, tmp_path):
+    """So the config of a run, which runs it again, holds nothing that is refused."""
+    train("--prior", "none", "--steps", "1", "--save", "difference")
+    config = tmp_path / "run/config.toml"
+    text = config.read_text()
+    assert not [name for name in ("rank", "alpha", "class_count", "text_learning_rate") if f"\n{name} =" in text]
+    assert cli.main(["train", "dreambooth", str(config), "--output", str(tmp_path / "again")]) == 0
