@@ -87,10 +87,17 @@ def build_tokenizer(texts: Sequence[str], *, positions: int = 77, vocabulary: in
     # CLIP's own pre-tokenizer drops spaces, so we learn from words, one text each.
     words = [word for text in texts for word in text.lower().replace(",", " , ").split()]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
+    # The learner numbers the letters that end words as it meets them, in no fixed order, and of pairs that are equally
+    # frequent takes the one of lower numbers: so they get their numbers here.
+    ends = {piece[-1] for word in set(words) for piece, _ in learner.pre_tokenizer.pre_tokenize_str(word)}
     learner.train_from_iterator(
         words,
         trainers.BpeTrainer(
-            vocab_size=vocabulary, initial_alphabet=sorted(alphabet), end_of_word_suffix="</w>", show_progress=False
+            vocab_size=vocabulary,
+            initial_alphabet=sorted(alphabet),
+            special_tokens=[f"{letter}</w>" for letter in sorted(ends)],
+            end_of_word_suffix="</w>",
+            show_progress=False,
         ),
     )
     model = json.loads(learner.to_str())["model"]
