@@ -55,6 +55,12 @@ def test_with_prodigy_all_that_learns_has_one_rate():
     assert second_rate(replace(others, word_learning_rate=0.1), "word_learning_rate", 0.02) == 0.1
 
 
+@pytest.mark.parametrize("rank", [0, 2**31, 10**23])
+def test_a_number_that_cannot_be_counted_out_is_refused(rank):
+    with pytest.raises(ConfigError, match=f"--rank is {rank}; it must be "):
+        check(replace(CONFIG, rank=rank))
+
+
 @pytest.mark.parametrize("name", ["class", "Images", "adapters", "checkpoints", "config.toml"])
 def test_a_folder_of_a_run_s_own_is_no_name_for_a_folder_that_is_learned(name):
     """Wherever the name is from; a file of the name would be NAME.safetensors, and lies beside it."""

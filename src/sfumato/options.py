@@ -276,6 +276,8 @@ def check_run(config: FolderOptions) -> None:
     for option, value in given(_AT_LEAST_ONE):
         if value < 1:
             raise ConfigError(f"{option} is {value}; it must be at least 1.")
+        if value >= 2**31:  # torch would end in a trace of its C++
+            raise ConfigError(f"{option} is {value}; it must be below {2**31:,}.")
     for option, value in given(_POSITIVE):
         if not 0 < value < float("inf"):
             raise ConfigError(f"{option} is {value}; it must be a positive number.")
