@@ -271,7 +271,7 @@ def generate(config: Config) -> tuple[Path, ...]:
     from sfumato.compose import compose
     from sfumato.compose.guided import strengths_of
     from sfumato.desk import Desk
-    from sfumato.drawn import sampler_label, save_drawn
+    from sfumato.drawn import learned_otherwise, sampler_label, save_drawn
     from sfumato.files.adapter_file import read_adapter
     from sfumato.precision import decide
 
@@ -304,6 +304,8 @@ def generate(config: Config) -> tuple[Path, ...]:
                 each.check([*(prompt for prompt, _ in wanted.pictures), *of_spots])
         for label, count in mix.skipped.items():
             print(f"{label}: {count} modules left out (--partial).", file=sys.stderr)
+        for line in learned_otherwise(mix, base):
+            print(line, file=sys.stderr)
         strengths = {} if wanted.where_when.spots else {**mix.strengths, **wanted.strengths}
         settings["adapter_guidance"] = strengths_of(mix, strengths, guidance=settings["guidance"])
         start, pictures = _start(config), wanted.pictures

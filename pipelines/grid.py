@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from sfumato.compose import Mix
 
 
+FORMAT = 2
+"""Of the cells' names; another where the same settings draw another picture than an earlier version's."""
 WITHOUT_DENSITY = {"linear", "np-lora"}
 """Methods that drop no entries."""
 
@@ -79,6 +82,12 @@ class Config:
     """The sampler's name; the family's default if unset."""
     partial: bool = False
     """Apply what fits of an adapter of which a part does not fit."""
+    clip_skip: int | None = None
+    """Layers of the text encoder to leave out, from its end (A1111 counts one more)."""
+    vae: str | None = None
+    """A folder, hub id or file whose VAE replaces the base's."""
+    prediction_type: Literal["epsilon", "v_prediction"] | None = None
+    """What the base predicts, where its file does not say."""
     precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
     """What the weights are computed in."""
     device: str = "auto"
@@ -92,10 +101,11 @@ class Cell:
     settings: Mapping[str, Any]
     weights: Mapping[str, Weight]
 
-    def key(self, base: str, files: Mapping[str, str]) -> str:
-        """What the picture depends on, so that a cell drawn earlier is known again. files: sha256 by label."""
+    def key(self, base: Sequence[str], files: Mapping[str, str]) -> str:
+        """What the picture depends on, so that a cell drawn earlier is known again. base: which, and how it is loaded.
+        files: sha256 by label."""
         used = {label: [files[label], weight] for label, weight in self.weights.items() if weight != 0.0}
-        told = [base, dict(self.settings), used]
+        told = [FORMAT, list(base), dict(self.settings), used]
         if self.settings.get("method"):
             told.append(list(used))  # the order counts: np-lora keeps the first whole
         text = json.dumps(told, sort_keys=True)
@@ -183,15 +193,21 @@ def draw_grid(config: Config) -> Path:
 
     from sfumato.bases import load_base
     from sfumato.compose import compose
+    from sfumato.drawn import learned_otherwise
     from sfumato.embedding import bundled
-    from sfumato.merging.sources import identity
     from sfumato.precision import decide
 
-    base = load_base(config.base, precision=decide(config.precision, device=config.device))
-    fingerprint = base.quick_fingerprint()
-    files = {adapter.label: identity(Path(adapter.path)) for adapter in adapters}
+    base = load_base(
+        config.base,
+        precision=decide(config.precision, device=config.device),
+        clip_skip=config.clip_skip,
+        vae=config.vae,
+        prediction_type=config.prediction_type,
+    )
+    loaded = [base.quick_fingerprint(), str(base.precision.compute), str(base.clip_skip), str(config.partial)]
+    files = {adapter.label: _digest(Path(adapter.path)) for adapter in adapters}
     paths = {
-        (column, row): config.output / "cells" / f"{cell.key(fingerprint, files)}.png"
+        (column, row): config.output / "cells" / f"{cell.key(loaded, files)}.png"
         for row, cells in enumerate(rows)
         for column, cell in enumerate(cells)
     }
@@ -202,10 +218,12 @@ def draw_grid(config: Config) -> Path:
     ):
         if words is not None:
             words.check([cell.settings["prompt"] for cells in rows for cell in cells])
+        for line in learned_otherwise(mix, base) if mix is not None else ():
+            print(line, file=sys.stderr)
         for cells in coarse_to_fine(len(x.values), len(y.values)):
             missing = [place for place in cells if not paths[place].exists()]
             for place, picture, strengths in _draw(base, mix, adapters, rows, missing, partial=config.partial):
-                _save(picture, paths[place], base, adapters, rows[place[1]][place[0]], strengths)
+                _save(config, picture, paths[place], base, adapters, rows[place[1]][place[0]], strengths)
             _write_sheet(config, x, y, rows, paths)
             there = sum(path.exists() for path in paths.values())
             print(f"{there} of {len(paths)} pictures", file=sys.stderr)
@@ -283,8 +301,24 @@ def _used(adapters: Sequence[Adapter], cell: Cell) -> tuple[Adapter, ...]:
     return tuple(Adapter(each.path, cell.weights[each.label], each.label) for each in adapters)
 
 
+def _digest(path: Path) -> str:
+    """sha256 of a file as it is, metadata included, which say how it is drawn with; of peft's folder, of all in it."""
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()
+
+
 def _save(
-    picture: Image, path: Path, base: Base, adapters: Sequence[Adapter], cell: Cell, strengths: Mapping[str, float]
+    config: Config,
+    picture: Image,
+    path: Path,
+    base: Base,
+    adapters: Sequence[Adapter],
+    cell: Cell,
+    strengths: Mapping[str, float],
 ) -> None:
     from sfumato.drawn import sampler_label, save_drawn
 
@@ -294,8 +328,9 @@ def _save(
         "width": picture.width,
         "height": picture.height,
         "base": base.name,
-        "vae": None,
-        "clip_skip": None,
+        "vae": None if config.vae is None else re.split(r"[\\/]", config.vae.rstrip("\\/"))[-1],
+        "clip_skip": config.clip_skip,
+        "prediction_type": base.prediction_type,
     }
     save_drawn(picture, _used(adapters, cell), settings, path, sampler_label(cell.settings["sampler"], base))
 

@@ -43,6 +43,12 @@ def test_adapter_guidance_is_told_where_the_file_asks_for_it(card, tmp_path):
     assert "line.safetensors:1.0`, under the adapter guidance 2 that its file asks for\n" in text
 
 
+def test_the_line_to_draw_with_has_what_the_base_was_loaded_with(tmp_path):
+    about = replace(ABOUT, config={"rank": 16, "clip_skip": 1, "prediction_type": "epsilon", "vae": None})
+    text = write_card(tmp_path, tmp_path / "line.safetensors", about, [], []).read_text(encoding="utf-8")
+    assert "--base some/base --prediction-type epsilon --clip-skip 1 --lora line.safetensors:1.0`" in text
+
+
 def test_every_picture_of_the_card_is_there(card):
     import re
 

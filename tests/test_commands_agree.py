@@ -133,6 +133,30 @@ def test_a_method_keeps_the_adapter_guidance_that_all_files_ask_for(run, modules
     assert abs(plain - without).max() > 1
 
 
+def test_a_cell_is_drawn_anew_where_anything_changed_that_it_depends_on(run, modules):
+    grid = ["--lora", "style.safetensors", "--x", "seed=0", "--y", "prompt=a cat", "-o", "g"]
+    for count, (strength, more) in enumerate(
+        ((0, []), (2, []), (2, ["--precision", "bf16"]), (2, ["--clip-skip", "1"])), 1
+    ):
+        asks = {"sfumato.adapter_guidance": str(strength)}  # the tensors' hash is the same
+        write_lora(Path("style.safetensors"), modules, family="pocket", metadata=asks)
+        assert run("grid", *grid, *more) == (0, ANY)
+        assert run("grid", *grid, *more) == (0, ANY)
+        assert len(list(Path("g/cells").iterdir())) == count
+
+
+@pytest.mark.parametrize("command", [["generate", "a"], ["grid", "--x", "seed=1", "--y", "prompt=a"]])
+def test_an_adapter_that_was_learned_otherwise_is_told_of(run, modules, command):
+    about = {"modelspec.prediction_type": "epsilon", "sfumato.config": '{"clip_skip": 1}'}
+    write_lora(Path("other.safetensors"), modules, family="pocket", metadata=about)
+    _, said = run(*command, "--lora", "other.safetensors", "-o", "out", "--prediction-type", "v_prediction")
+    assert "other: learned where the base predicts epsilon, and this one predicts v_prediction; " in said
+    assert "other: learned with --clip-skip 1, and drawn with 0." in said
+    as_learned = ["--prediction-type", "epsilon", "--clip-skip", "1", "-o", "as-learned"]
+    _, said = run(*command, "--lora", "other.safetensors", *as_learned)
+    assert "learned" not in said.replace("as-learned", "")
+
+
 TAGS = {
     "a region's prompt": ("generate", ["a", "--lora", "line.safetensors", "--region", "line=left:b <lora:fox:1>"]),
     "the negative prompt": ("generate", ["a", "--negative", "b <lora:fox:1>"]),

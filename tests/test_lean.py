@@ -1,12 +1,14 @@
 """Layers that keep less: the values and gradients of torch's own to the bit, and fewer bytes between the passes."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from sfumato.adapters import attach, select
 from sfumato.lean import keep_less
+from sfumato.options import BaseOptions
 from sfumato.products import quicken
 from tests.tiny import tiny_pipeline
 
@@ -72,6 +74,17 @@ def test_values_and_gradients_are_equal_to_the_bit(unet, trained):
         assert lean_kept < 0.8 * kept
     if trained == "whole":
         assert lean_kept < 0.9 * kept
+
+
+def test_weights_that_come_later_are_kept_as_little_of(pocket_folder, tmp_path):
+    """As trainers have it: layers keep less before the U-Net's weights are read, and a wake places them again."""
+    options = BaseOptions(base=str(pocket_folder), device="cpu", precision="fp32")
+    base = options.load_base(options.decide_precision(SimpleNamespace(count=1)))
+    made = [base.unet.conv_in._conv_forward]
+    base.resting.keep("unet")
+    made.append(base.unet.conv_in._conv_forward)
+    assert made[0] is made[1]
+    assert made[1].func.__module__ == "sfumato.lean"
 
 
 def test_in_half_precision_frozen_weights_are_not_kept_twice(unet):

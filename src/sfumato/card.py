@@ -75,7 +75,7 @@ pipe.load_lora_weights("{adapter.name}")
 image = pipe({example!r}).images[0]
 ```
 
-With sfumato: `sfumato generate {example!r} --base {about.base} --lora {adapter.name}:1.0`{guided}
+With sfumato: `sfumato generate {example!r} --base {about.base}{base_options(about)} --lora {adapter.name}:1.0`{guided}
 
 ComfyUI, AUTOMATIC1111, Forge, InvokeAI and sd-scripts read the file as it is.
 
@@ -83,6 +83,14 @@ ComfyUI, AUTOMATIC1111, Forge, InvokeAI and sd-scripts read the file as it is.
     path = folder / "README.md"
     write_text(path, text)
     return path
+
+
+def base_options(about: Description, *names: str) -> str:
+    """What `sfumato generate` must be told, to draw with the base as it was while it was learned on. names: by default
+    all that a base may be loaded with."""
+    config = about.config or {}
+    given = {name: config.get(name) for name in names or ("prediction_type", "clip_skip", "vae")}
+    return "".join(f" --{name.replace('_', '-')} {value}" for name, value in given.items() if value is not None)
 
 
 def training_table(about: Description, shown: Sequence[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,31 @@ if TYPE_CHECKING:
 def used_in(mix: Mix) -> tuple[Adapter, ...]:
     """The adapters of a mix with the weights they have now."""
     return tuple(Adapter(adapter.path, mix.weights[label], label) for label, adapter in mix.adapters.items())
+
+
+def learned_otherwise(mix: Mix, base: Base) -> list[str]:
+    """A line on each adapter that was learned on a base which predicts otherwise, or with another --clip-skip."""
+    lines = []
+    for label, metadata in mix.metadata.items():
+        kind = {"v": "v_prediction"}.get(found := metadata.get("modelspec.prediction_type", ""), found)
+        if kind in ("epsilon", "v_prediction") and kind != base.prediction_type:
+            lines.append(
+                f"{label}: learned where the base predicts {kind}, and this one predicts {base.prediction_type}; "
+                f"--prediction-type {kind} draws as it was learned."
+            )
+        skipped = _config_in(metadata).get("clip_skip") or 0
+        if "sfumato.config" in metadata and skipped != (base.clip_skip or 0):
+            lines.append(f"{label}: learned with --clip-skip {skipped}, and drawn with {base.clip_skip or 0}.")
+    return lines
+
+
+def _config_in(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The program's config in our own file's metadata; nothing in a file that has none."""
+    try:
+        found = json.loads(metadata.get("sfumato.config", "{}"))
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def save_drawn(

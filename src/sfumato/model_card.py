@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sfumato.card import training_table
+from sfumato.card import base_options, training_table
 from sfumato.files.atomic import atomic_path, write_text
 from sfumato.sheet import contact_sheet
 
@@ -76,14 +76,14 @@ def write_model_card(
 
 ## Use
 
-{_use_folder(made, example) if whole else _use_difference(made, example, about.base)}
+{_use_folder(made, example, about) if whole else _use_difference(made, example, about)}
 {training_table(about, _SHOWN)}"""
     path = folder / "README.md"
     write_text(path, text)
     return path
 
 
-def _use_folder(made: Path, example: str) -> str:
+def _use_folder(made: Path, example: str, about: Description) -> str:
     return f"""With [diffusers](https://github.com/huggingface/diffusers):
 
 ```python
@@ -91,13 +91,13 @@ pipe = DiffusionPipeline.from_pretrained("{made.name}")
 image = pipe({example!r}).images[0]
 ```
 
-With sfumato: `sfumato generate {example!r} --base {made.name}`
+With sfumato: `sfumato generate {example!r} --base {made.name}{base_options(about, "clip_skip")}`
 """
 
 
-def _use_difference(made: Path, example: str, base: str) -> str:
+def _use_difference(made: Path, example: str, about: Description) -> str:
     return f"""With sfumato, at any weight and beside other adapters:
-`sfumato generate {example!r} --base {base} --lora {made.name}:1.0`
+`sfumato generate {example!r} --base {about.base}{base_options(about)} --lora {made.name}:1.0`
 
 ComfyUI and LyCORIS read the file as a LoRA of the kind "diff".
 """

@@ -218,8 +218,14 @@ def _conv_forward(module: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | N
 
 
 def quicken(model: nn.Module) -> None:
-    """Let a model's linear layers and convolutions compute so; its modules, their names and weights stay."""
+    """Let a model's linear layers and convolutions compute so; its modules, their names and weights stay.
+
+    What computes in a way of its own already keeps it, such as what `sfumato.lean.keep_less` made of a convolution
+    before its weights were there.
+    """
     for module in model.modules():
+        if {"forward", "_conv_forward"} & vars(module).keys():
+            continue
         if type(module) is nn.Linear:
             module.forward = partial(_linear_forward, module)  # type: ignore[method-assign]
         elif type(module) is nn.Conv2d and module.padding_mode == "zeros" and not isinstance(module.padding, str):

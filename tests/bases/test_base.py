@@ -42,6 +42,7 @@ def test_zero_terminal_snr_ends_in_zero_as_ddim_has_it():
         (BETAS | {"rescale_betas_zero_snr": True}, "zero terminal SNR"),
         (BETAS | {"prediction_type": "sample"}, "predicts 'sample'"),
         ({"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000}, "has no betas"),
+        ({"_class_name": "EDMEulerScheduler", "num_train_timesteps": 1000, "sigma_data": 0.5}, "has no betas"),
     ],
 )
 def test_schedules_that_cannot_be_trained_are_refused(config, message):

@@ -224,6 +224,8 @@ def _load_vae(
 ) -> Shell:
     """A VAE in place of the base's, whose config is `own`, if it has one. Raises BaseModelError for other latents."""
     path, name = find_vae(source)
+    if path.is_file() and family.name == "pocket":
+        raise BaseModelError(f"{name}: a single file does not tell the shape of a VAE for pocket. Name its folder.")
     found = single_file.load_vae(read_header(path), family, dtype) if path.is_file() else folders.load_vae(path, dtype)
     for what, value in _LATENTS.items():
         here, there = value(found.model.config), None if own is None else value(own)
@@ -285,7 +287,8 @@ def alpha_bar(config: Mapping[str, Any], name: str) -> torch.Tensor:
     Zero terminal SNR (Lin et al. 2023, algorithm 1) makes the last one exactly 0, where epsilon says nothing about the
     picture. Raises BaseModelError for that, and for schedules without betas.
     """
-    if "num_train_timesteps" not in config or "FlowMatch" in str(config.get("_class_name", "")):
+    without = str(config.get("_class_name", "")).startswith("EDM") or "FlowMatch" in str(config.get("_class_name", ""))
+    if without or "sigma_data" in config or "num_train_timesteps" not in config:
         raise BaseModelError(f"{name}: {config.get('_class_name')} has no betas. Name SD 1.x, SD 2.x or SDXL.")
     kind = config.get("prediction_type", "epsilon")
     if kind not in PREDICTION_TYPES:

@@ -126,6 +126,11 @@ class Mix:
         return MappingProxyType({label: strength for label, strength in found.items() if strength})
 
     @property
+    def metadata(self) -> Mapping[str, Mapping[str, str]]:
+        """What each file says of itself, by label."""
+        return MappingProxyType({label: file.metadata for label, file in self._files.items()})
+
+    @property
     def embeddings(self) -> Mapping[str, Mapping[str, Mapping[str, Tensor]]]:
         """New words that the files bring with them: {label: {token: {text encoder: (vectors, width)}}}.
 

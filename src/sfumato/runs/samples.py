@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from PIL import Image
 from torch import nn
 
+from sfumato.data.captions import fill_template
 from sfumato.files.atomic import atomic_path
 from sfumato.sheet import contact_sheet
 
@@ -114,6 +115,6 @@ def default_prompts(captions: Sequence[str], template: str | None, trigger: str 
     """Two captions, and two plain things put into the caption template."""
     from sfumato.measure import UNRELATED
 
-    form: Any = template or ("{caption}, {trigger}" if trigger else "{caption}")
-    unseen = [form.format(caption=thing, trigger=trigger) for thing in UNRELATED[:2]]
+    form = template or ("{caption}, {trigger}" if trigger else "{caption}")
+    unseen = [fill_template(form, thing, trigger) for thing in UNRELATED[:2]]
     return [*dict.fromkeys(captions[:2]), *unseen]
