@@ -294,6 +294,20 @@ def test_a_pipeline_of_diffusers_is_put_back(tmp_path):
     assert isinstance(pipe, diffusers.StableDiffusionXLPipeline)
 
 
+def test_two_pipelines_that_share_a_text_encoder_do_not_draw_each_others_words(tmp_path):
+    pipe = tiny_pipeline("sd1")
+    other = diffusers.StableDiffusionImg2ImgPipeline.from_pipe(pipe)
+    paths = [write_tensors(tmp_path / f"{name}.safetensors", {name: torch.randn(1, 64)}) for name in ("<one>", "<two>")]
+    with embedding.load(pipe, paths[0]):
+        with pytest.raises(ConfigError, match="another pipeline that shares it"):
+            embedding.load(other, paths[1])
+        later = diffusers.StableDiffusionImg2ImgPipeline.from_pipe(pipe)  # it has the tokenizer that knows the word
+        with embedding.load(later, paths[1]):
+            pass
+    with embedding.load(other, paths[1]):
+        pass
+
+
 def test_half_precision_encoders_take_fp32_rows(tmp_path):
     base = load_base(str(write_folder(tiny_pipeline("sd1"), tmp_path / "sd1")), precision=decide("bf16", device="cpu"))
     base.text_encoders[0].to(torch.bfloat16)

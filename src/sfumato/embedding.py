@@ -97,6 +97,12 @@ class _Site:
         self.tokenizer = extended
 
     @property
+    def in_use(self) -> list[Words]:
+        """The words that the table answers for, whichever tokenizer knows them."""
+        found: list[Words] = self.table.__dict__.setdefault("_sfumato_words", [])
+        return found
+
+    @property
     def words(self) -> tuple[Words, ...]:
         """The words that the tokenizer knows besides its own."""
         return getattr(self.tokenizer, "_sfumato_words", ())
@@ -145,7 +151,13 @@ class Words(nn.Module):
         for site in self._sites:
             for token in self.tokens:
                 check_placeholder(token, site.tokenizer)
+            if any(words not in site.words for words in site.in_use):
+                raise ConfigError(
+                    "the text encoder has new words of another pipeline that shares it, with a tokenizer of its own. "
+                    "Load all words into one of them before the other is made of it."
+                )
         for number, site in enumerate(self._sites):
+            site.in_use.append(self)
             site.know([*site.words, self])
             self._handles += self._hook(site.table, number)
 
@@ -155,6 +167,7 @@ class Words(nn.Module):
             handle.remove()
         if self._handles:
             for site in self._sites:
+                site.in_use.remove(self)
                 site.know([words for words in site.words if words is not self])
         self._handles = []
 

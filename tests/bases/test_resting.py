@@ -5,7 +5,7 @@ import torch
 
 from sfumato.bases import load_base
 from sfumato.errors import FileError
-from tests.tiny import CPU, tiny_pocket_folder, write_single_file
+from tests.tiny import CPU, tiny_pipeline, tiny_pocket_folder, write_single_file
 
 
 @pytest.fixture(params=["folder", "file"])
@@ -76,5 +76,17 @@ def test_a_file_that_changed_meanwhile_is_refused(sd1, tmp_path):
     base = load_base(file, precision=CPU)
     base.resting.keep("unet")
     write_single_file(sd1.pipe, file, metadata={"another": "training"})
-    with pytest.raises(FileError, match="the file changed while it was read"):
+    with pytest.raises(FileError, match="the file was replaced or written over while it was in use"):
+        base.encode_text(["a cat"])
+
+
+def test_another_fine_tune_with_the_same_header_is_refused(sd1, tmp_path):
+    file = write_single_file(sd1.pipe, tmp_path / "a.safetensors")
+    base = load_base(file, precision=CPU)
+    base.resting.keep("unet")
+    other = write_single_file(tiny_pipeline("sd1", seed=1), tmp_path / "b.safetensors")
+    assert file.read_bytes()[:1000] == other.read_bytes()[:1000]
+    assert file.stat().st_size == other.stat().st_size
+    other.replace(file)
+    with pytest.raises(FileError, match=r"a\.safetensors: the file was replaced or written over while it was in use"):
         base.encode_text(["a cat"])

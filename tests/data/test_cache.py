@@ -11,6 +11,7 @@ from sfumato.data import Example, Options, preparing
 from sfumato.data.cache import Cache, key_of
 from sfumato.data.preparing import prepare
 from sfumato.errors import DataError
+from sfumato.files import read_tensors
 
 
 class CountingBase(FakeBase):
@@ -134,6 +135,18 @@ def test_a_broken_file_counts_as_missing_and_is_made_anew(examples, folder):
     again, encoded, prompts = prepared(examples, folder)
     assert encoded + prompts == 3
     assert same(first.batch(0, 0, 3), again.batch(0, 0, 3))
+
+
+@pytest.mark.parametrize("place", [-2, b"picture", b"sfumato.crc32"], ids=["data", "metadata", "without"])
+def test_an_entry_with_one_other_bit_or_without_its_checksum_counts_as_missing(tmp_path, place):
+    cache = Cache(tmp_path)
+    path = cache.write("text", "a" * 64, {"hidden": torch.ones(3)}, {"notes": "picture"}).path
+    assert cache.find("text", "a" * 64) is not None
+    content = bytearray(path.read_bytes())
+    content[place if isinstance(place, int) else content.index(place)] ^= 1
+    path.write_bytes(content)
+    assert torch.isfinite(read_tensors(path)["hidden"]).all()
+    assert cache.find("text", "a" * 64) is None
 
 
 def test_nothing_half_written_is_left(examples, folder):

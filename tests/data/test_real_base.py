@@ -1,5 +1,6 @@
 """The same with a real base's classes, and in other processes."""
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from sfumato import embedding
 from sfumato.data import join, prepare, read_folder
+from sfumato.data.cache import Cache
+from sfumato.data.texts import Texts
 
 PROGRAM = """
 import hashlib, sys
@@ -61,6 +65,29 @@ def test_a_changed_weight_of_a_real_text_encoder_is_seen(real, pictures, tmp_pat
         weight -= 0.1
     assert torch.equal(before.latents, after.latents)
     assert not torch.equal(before.text.hidden, after.text.hidden)
+
+
+def test_a_cache_tells_another_pad_token_and_another_word_of_one_name(real, tmp_path):
+    cache, plain = Cache(tmp_path), real.tokenizers
+    width = real.text_encoders[0].get_input_embeddings().weight.shape[1]
+
+    def is_direct(prompt):
+        texts = Texts(real, cache)
+        texts.compute([prompt])
+        return torch.equal(texts[[prompt]].hidden, real.encode_text([prompt]).hidden)
+
+    assert is_direct("a cat")
+    real.tokenizers = (copy.deepcopy(plain[0]),)
+    real.tokenizers[0].pad_token = "!"
+    try:
+        assert is_direct("a cat")
+    finally:
+        real.tokenizers = plain
+    for value in (0.1, 0.2):
+        with embedding.Words(real, {"<otter>": {"text_encoder": torch.full((2, width), value)}}), torch.no_grad():
+            assert is_direct("a <otter>")
+            assert is_direct("a cat")
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 4
 
 
 def test_real_embeddings_are_joined(real, pictures):

@@ -115,6 +115,23 @@ def test_a_random_crop_is_one_of_eight_places_each_a_part_of_the_picture(wide):
     assert min(places.values()) > 5
 
 
+@pytest.mark.parametrize("size", [(128, 64), (64, 128), (135, 66)])
+def test_a_mirrored_crop_lies_where_it_lies_in_the_mirrored_picture(size, tmp_path):
+    picture = noise_picture(*size)
+    crops = {}  # by what is seen
+    for name, image in (("a", picture), ("b", picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT))):
+        image.save(tmp_path / f"{name}.png")
+        example = Example(tmp_path / f"{name}.png", "x")
+        data = prepare([example], FakeBase(), resolution=64, crop="random", buckets=False, flip=name == "a")
+        batches = [data.batch(0, step, 8) for step in range(20)]
+        crops[name] = [pair for batch in batches for pair in zip(batch.latents, batch.crops.tolist(), strict=True)]
+    same = [
+        (one, other) for seen, one in crops["a"] for also, other in crops["b"] if torch.allclose(seen, also, atol=0.05)
+    ]
+    assert {tuple(one) for one, _ in same} == {tuple(one) for _, one in crops["b"]}
+    assert all(one == other for one, other in same)
+
+
 def test_without_augmentation_the_crop_is_the_middle_one(wide):
     data = prepare(wide[:1], FakeBase(), resolution=64, crop="random", buckets=False, flip=True)
     batch = data.batch(0, 3, 1, augment=False)

@@ -164,10 +164,15 @@ class Base:
         return TextEmbedding(hidden, outputs[-1].text_embeds)
 
     def _encode(self, tokenizer: Any, encoder: nn.Module, prompts: Sequence[str]) -> Any:
-        limit = self.token_limit + 2
-        ids = tokenizer(list(prompts), padding="max_length", max_length=limit, truncation=True, return_tensors="pt")
+        ids = torch.tensor(self.padded_ids(tokenizer, prompts), device=self.precision.device)
         # Padding is not masked: no Stable Diffusion was trained with a mask.
-        return encoder(ids.input_ids.to(self.precision.device), output_hidden_states=True)
+        return encoder(ids, output_hidden_states=True)
+
+    def padded_ids(self, tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
+        """What a text encoder is given: `token_limit` + 2 ids a prompt, start, end and padding among them."""
+        limit = self.token_limit + 2
+        ids = tokenizer(list(prompts), padding="max_length", max_length=limit, truncation=True).input_ids
+        return cast(list[list[int]], ids)
 
     def _last_state(self, encoder: Any, output: Any) -> Tensor:
         if not self.clip_skip:

@@ -23,7 +23,7 @@ from sfumato.bases.vocabulary import clip_tokenizer
 from sfumato.bases.weights import Shell
 from sfumato.errors import BaseModelError
 from sfumato.files.header import read_header
-from sfumato.precision import Part, Precision
+from sfumato.precision import Part, Precision, decide
 
 POCKET_VARIABLE = "SFUMATO_POCKET"
 """Names a diffusers folder to use for `pocket` instead of the one in the package."""
@@ -48,14 +48,14 @@ class _Parts:
 def load_base(
     source: str | os.PathLike[str] = "pocket",
     *,
-    precision: Precision,
+    precision: Precision | None = None,
     clip_skip: int | None = None,
     vae: str | os.PathLike[str] | None = None,
     prediction_type: str | None = None,
     family: str | None = None,
     unet: bool = True,
 ) -> Base:
-    """The base of this name, frozen and placed on the precision's device.
+    """The base of this name, frozen and placed on the precision's device; precision: `decide("auto")` if unset.
 
     source: `pocket`, a diffusers folder, a hub id, or a .safetensors checkpoint of SD 1.x, SD 2.x or SDXL (read without
     a network). clip_skip: layers of the text encoder to skip from its end, as diffusers counts (A1111's 2 is 1).
@@ -65,6 +65,7 @@ def load_base(
 
     Raises BaseModelError, or FileError for a broken file: one line.
     """
+    precision = precision or decide("auto")
     if prediction_type not in (None, *PREDICTION_TYPES):
         raise BaseModelError(f"--prediction-type {prediction_type}: unknown; wanted epsilon or v_prediction.")
     if family is not None and family not in FAMILIES:

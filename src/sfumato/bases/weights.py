@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from sfumato.errors import BaseModelError
+from sfumato.errors import BaseModelError, FileError
 from sfumato.files.header import Header
-from sfumato.files.read import read_copies
+from sfumato.files.read import Stamp, read_copies, stamp
 
 TEXT_CLASSES = {"CLIPTextModel": CLIPTextModel, "CLIPTextModelWithProjection": CLIPTextModelWithProjection}
 
@@ -73,6 +73,8 @@ class Shell:
     def __init__(self, model: Any, stored: Mapping[str, Stored], dtype: torch.dtype, where: str):
         self.model, self._stored, self._dtype, self._where = model, stored, dtype, where
         _compare(model, stored, where)
+        # Kept from now on: a part that rests may be read again hours later.
+        self._stamps = {path: _stamp(path) for path in self.files}
         model.eval().requires_grad_(False)
 
     @property
@@ -83,14 +85,17 @@ class Shell:
     def read(self) -> None:
         """Give the model its weights: copied from their files in `dtype`, frozen.
 
-        Raises FileError for a file that changed since its header was read, and for weights that are not finite.
+        Raises FileError for a file that changed since this was made, and for weights that are not finite.
         """
         headers = {stored.header.path: stored.header for stored in self._stored.values()}
         tensors = {
             (path, name): tensor
             for path, header in headers.items()
             for name, tensor in read_copies(
-                header, {s.name for s in self._stored.values() if s.header is header}, self._dtype
+                header,
+                {s.name for s in self._stored.values() if s.header is header},
+                self._dtype,
+                wanted_stamp=self._stamps[path],
             ).items()
         }
         values = {}
@@ -101,6 +106,13 @@ class Shell:
         self.model.load_state_dict(values, strict=True, assign=True)
         _restore_buffers(self.model, self._where)
         self.model.requires_grad_(False)
+
+
+def _stamp(path: Path) -> Stamp:
+    try:
+        return stamp(path.stat())
+    except OSError as error:
+        raise FileError(f"{path.name}: the file cannot be read ({error.strerror}). Check it and try again.") from None
 
 
 def _compare(model: nn.Module, stored: Mapping[str, Stored], where: str) -> None:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sfumato.compose.match import compiled_parts, parts_of
+from sfumato.compose.match import compiled_parts, halved, parts_of
 from sfumato.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -48,7 +48,12 @@ def adapter_guidance(
     if "unet" in compiled_parts(mix.pipe):
         raise AdapterError("the unet is compiled, and cannot have adapters in one half of a call. Use strength 0.")
     factors = {label: each / guidance for label, each in wanted.items()}
-    with mix.parted(factors), first_half(parts_of(mix.pipe)["unet"], mix.without):
+
+    def is_guided() -> bool:
+        return getattr(mix.pipe, "do_classifier_free_guidance", True) is not False
+
+    unet = parts_of(mix.pipe)["unet"]
+    with halved(unet), mix.parted(factors), first_half(unet, mix.without, is_guided):
         yield
 
 
@@ -62,14 +67,20 @@ def strengths_of(mix: Mix, strength: float | Mapping[str, float] | None, *, guid
 
 
 @contextmanager
-def first_half(unet: nn.Module, within: Callable[[], AbstractContextManager[object]]) -> Iterator[None]:
+def first_half(
+    unet: nn.Module,
+    within: Callable[[], AbstractContextManager[object]],
+    is_guided: Callable[[], bool] = lambda: True,
+) -> Iterator[None]:
     """In the block each call of the U-Net predicts for its first half of rows, which have no prompt, in `within`."""
-    forward = unet.forward
+    # Where accelerate moves the weights to and fro, it calls what it found; and puts that back after every picture.
+    name = "_old_forward" if "_old_forward" in unet.__dict__ else "forward"
+    forward = getattr(unet, name)
     halves = _Halves()
 
     def in_turn(*args: Any, **options: Any) -> Any:
         sample = args[0] if args else options["sample"]
-        if len(sample) % 2:
+        if len(sample) % 2 or not is_guided():
             raise AdapterError(f"the call has {len(sample)} rows, which are no two halves; draw with guidance above 1.")
         first, second = halves.of((args, options), len(sample))
         with within():
@@ -78,15 +89,15 @@ def first_half(unet: nn.Module, within: Callable[[], AbstractContextManager[obje
         both = torch.cat([without[0], output[0]])
         return (both,) if isinstance(output, tuple) else type(output)(sample=both)
 
-    before = unet.__dict__.get("forward")  # accelerate's, where it moves the weights to and fro
-    unet.forward = in_turn
+    setattr(unet, name, in_turn)
     try:
         yield
     finally:
-        if before is None:
-            del unet.forward
-        else:
-            unet.forward = before
+        for place in [place for place in ("_old_forward", "forward") if unet.__dict__.get(place) is in_turn]:
+            if place == "forward" and getattr(forward, "__func__", None) is type(unet).forward:
+                del unet.forward
+            else:
+                setattr(unet, place, forward)
 
 
 class _Halves:
@@ -108,7 +119,7 @@ class _Halves:
         return value, value
 
     def _of_tensor(self, value: Tensor) -> tuple[Tensor, Tensor]:
-        if value.ndim != 3:  # neither latents nor times come twice
+        if value.ndim != 3 or value.is_inference():  # neither latents nor times come twice; no version tells a change
             return value[: len(value) // 2], value[len(value) // 2 :]
         held, version, halves = self._known.get(id(value), (None, 0, None))
         if held is not value or version != value._version or halves is None:

@@ -105,8 +105,8 @@ class Live:
 
     def restore(self) -> None:
         """Take the path away."""
+        self.rest()  # first, so that nothing is added any more whatever the path says
         self._silence()
-        self.rest()
         self.applied, self._path, self._last, self.other = (), None, None, None
 
     def rest(self) -> None:
@@ -162,9 +162,11 @@ class _Path:
         shape = tensors.shape(self._module)
         assert shape is not None
         rank = sum(low.rank for low in self._low.values())
-        down = torch.cat([low.down.reshape(low.rank, *shape[1:]).float() for low in self._low.values()])
-        self._down = down.to(self.device, self.dtype)
-        self._up = torch.empty(shape[0], rank, dtype=self.dtype, device=self.device)
+        # Made in inference mode, they could not be given other numbers outside it.
+        with torch.inference_mode(False), torch.no_grad():
+            down = torch.cat([low.down.reshape(low.rank, *shape[1:]).float() for low in self._low.values()])
+            self._down = down.to(self.device, self.dtype)
+            self._up = torch.empty(shape[0], rank, dtype=self.dtype, device=self.device)
 
     def weigh(self, numbers: dict[str, float]) -> None:
         """New weights by label, 0 where there is none; the factors' memory stays where it is."""

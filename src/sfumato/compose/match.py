@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
+from weakref import WeakSet
 
 from torch import Tensor, nn
 
@@ -60,11 +62,33 @@ def compiled_parts(pipe: Any) -> set[str]:
     return found
 
 
+_HALVED: WeakSet[nn.Module] = WeakSet()
+
+
+@contextmanager
+def halved(unet: nn.Module) -> Iterator[None]:
+    """For a block that tells a call's rows without a prompt from those with; another one within would misread them."""
+    if unet in _HALVED:
+        raise AdapterError(
+            "adapter guidance and regions each divide a call of the U-Net, and once only. Give all adapters or regions "
+            "in one block, and not one in the other."
+        )
+    _HALVED.add(unet)
+    try:
+        yield
+    finally:
+        _HALVED.discard(unet)
+
+
 class Modules:
     """The modules of a pipeline by (part, path), whichever transformers version spells the paths."""
 
     def __init__(self, parts: Mapping[str, nn.Module]) -> None:
         self._parts = dict(parts)
+        if any(getattr(module, "fused_projections", False) for module in parts["unet"].modules()):
+            raise AdapterError(
+                "the U-Net's projections are fused, so it has no to_q. Call unfuse_qkv_projections() first."
+            )
         config: Mapping[str, Any] = getattr(parts["unet"], "config", {})
         self.family = recognise(config).name
         self.text_width: int | None = config.get("cross_attention_dim")

@@ -65,12 +65,9 @@ def compose(pipe: Any, *adapters: Adapter, partial: bool = False, way: Way = "au
 
 
 def current(pipe: Any) -> Mix | None:
-    """The mix that the pipeline's U-Net or a text encoder carries, whoever made it; None if there is none."""
-    for part in parts_of(pipe).values():
-        mix = part.__dict__.get(_MARK)
-        if isinstance(mix, Mix):
-            return mix
-    return None
+    """The mix that the pipeline's U-Net carries, whoever made it; None if there is none."""
+    mix = parts_of(pipe)["unet"].__dict__.get(_MARK)
+    return mix if isinstance(mix, Mix) else None
 
 
 class Mix:
@@ -192,6 +189,12 @@ class Mix:
         matched = {
             label: match(file, label, self._modules, partial=partial, way=self._way) for label, file in files.items()
         }
+        for part in {one.part for found in matched.values() for one in found}:
+            if self._parts[part].__dict__.get(_MARK) not in (None, self):
+                raise AdapterError(
+                    f"this {part} carries the mix of another pipeline that shares it. Undo that first, or give the "
+                    "weights (0.8, 0), which are for the U-Net alone."
+                )
         weights = self._weights | {adapter.label: adapter.weight for adapter in adapters}
         sites = dict(self._sites)
         try:
@@ -216,8 +219,8 @@ class Mix:
             label: len(file.changes) - len({(one.part, one.path) for one in matched[label]}) + len(file.skipped)
             for label, file in files.items()
         }
-        for part in self._parts.values():
-            part.__dict__[_MARK] = self
+        for part in {"unet", *(site.part for site in sites.values())}:
+            self._parts[part].__dict__[_MARK] = self
         return self
 
     def _site(self, found: Found) -> Site:
@@ -339,6 +342,10 @@ class Mix:
         self._check_open()
         numbers = {label: self._at(label) for label in self._weights}
         return saving.save(Path(path), self.family, self._sites.values(), numbers, self._files, dtype, title)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copied or pickled model has no mix: its weights are what they are, and nothing of it can be undone."""
+        return type(None), ()
 
     def __enter__(self) -> Self:
         return self

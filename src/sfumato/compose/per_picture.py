@@ -47,7 +47,8 @@ def per_picture(pipe: Any, adapters: Sequence[Sequence[Adapter]], *, partial: bo
     def index(rows: int) -> Tensor:
         # Guidance puts the pictures without prompt in front of those with, and so twice (a perturbed one, three times)
         # the same order; several pictures of a prompt would be another order.
-        if rows % count or rows > 3 * count:
+        unguided = getattr(pipe, "do_classifier_free_guidance", None) is False
+        if rows % count or rows > 3 * count or (unguided and rows != count):
             raise AdapterError(
                 f"the call has {rows} rows and the adapters are for {count} pictures; give each prompt its list, and "
                 "draw one picture of each."
@@ -70,13 +71,16 @@ def composite(pipe: Any, *adapters: Adapter, partial: bool = False) -> Iterator[
     unet, count = parts_of(pipe)["unet"], len(adapters)
 
     def index(rows: int) -> Tensor:
-        return torch.arange(rows) // (rows // count)
+        return torch.arange(rows) % count
 
     def repeat(value: Any) -> Any:
+        """Each row for every adapter; so the rows without prompt stay the first half, as others read them."""
         if isinstance(value, Tensor) and value.ndim:
-            return value.repeat(count, *[1] * (value.ndim - 1))
+            return value.repeat_interleave(count, 0)
         if isinstance(value, dict):
             return {name: repeat(each) for name, each in value.items()}
+        if type(value) in (tuple, list):  # a ControlNet's, a level each
+            return type(value)(repeat(each) for each in value)
         return value
 
     def before(_: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, Any]:
@@ -84,7 +88,7 @@ def composite(pipe: Any, *adapters: Adapter, partial: bool = False) -> Iterator[
 
     def after(_: nn.Module, __: Any, output: Any) -> Any:
         sample = output[0]
-        mean = sample.view(count, -1, *sample.shape[1:]).mean(0)
+        mean = sample.view(-1, count, *sample.shape[1:]).mean(1)
         return (mean,) if isinstance(output, tuple) else type(output)(sample=mean)
 
     with _hooked(pipe, [[adapter] for adapter in adapters], index, partial=partial, unet_only=True):
@@ -193,8 +197,9 @@ class _Gathered:
         narrow = torch.bmm(tokens, down.transpose(1, 2))
         if torch.is_grad_enabled() or output.dtype != narrow.dtype or not output.is_contiguous():
             return output + torch.bmm(narrow, up.transpose(1, 2)).view(output.shape).to(output.dtype)
-        output.view(len(x), -1, output.shape[-1]).baddbmm_(narrow, up.transpose(1, 2))
-        return output
+        # Not in place: a live mix keeps what it answered for a caption.
+        added = torch.baddbmm(output.view(len(x), -1, output.shape[-1]), narrow, up.transpose(1, 2))
+        return added.view(output.shape)
 
 
 def _convolved(layer: nn.Conv2d, x: Tensor, down: Tensor, up: Tensor) -> Tensor:

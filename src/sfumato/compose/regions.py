@@ -12,7 +12,7 @@ blended by the mask at the querying pixel. What the time step adds to a channel 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ from torch.nn.functional import adaptive_avg_pool2d, conv2d, linear, scaled_dot_
 from sfumato.compose import tensors
 from sfumato.compose.adapter import Adapter, weight_at, with_unet
 from sfumato.compose.live import can_be_live
-from sfumato.compose.match import Found, Modules, match, parts_of
+from sfumato.compose.match import Found, Modules, halved, match, parts_of
 from sfumato.errors import AdapterError
 from sfumato.files.adapter_file import AdapterFile, read_adapter
 from sfumato.files.fingerprint import verify as verify_deltas
@@ -99,23 +99,29 @@ def regions(
     files = _read(parts, partial=partial, verify=verify)
     texts = [None if region.prompt is None else _encode(pipe, region, syntax, partial=partial) for region in parts]
     layers = _layers(pipe, parts, files, partial=partial)
-    handles = [unet.register_forward_pre_hook(masks.see, with_kwargs=True)]
-    processors: list[tuple[Any, Any]] = []
-    try:
-        for path, module in unet.named_modules():
-            if path.endswith("attn2"):
-                keys, values = (layers.pop(f"{path}.{name}", None) for name in ("to_k", "to_v"))
-                if keys or values or any(text is not None for text in texts):
-                    processors.append((module, module.processor))
-                    module.set_processor(_Attention(masks, texts, keys, values, guided))
-        for path, paths in layers.items():
-            handles += _hooks(unet, path, paths, masks)
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, processor in processors:
-            module.set_processor(processor)
+
+    def is_guided() -> bool:
+        """As the pipeline says of its call; a Base leaves it to the caller."""
+        return bool(getattr(pipe, "do_classifier_free_guidance", guided))
+
+    with halved(unet):
+        handles = [unet.register_forward_pre_hook(masks.see, with_kwargs=True)]
+        processors: list[tuple[Any, Any]] = []
+        try:
+            for path, module in unet.named_modules():
+                if path.endswith("attn2"):
+                    keys, values = (layers.pop(f"{path}.{name}", None) for name in ("to_k", "to_v"))
+                    if keys or values or any(text is not None for text in texts):
+                        processors.append((module, module.processor))
+                        module.set_processor(_Attention(masks, texts, keys, values, is_guided))
+            for path, paths in layers.items():
+                handles += _hooks(unet, path, paths, masks)
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for module, processor in processors:
+                module.set_processor(processor)
 
 
 @dataclass
@@ -222,9 +228,14 @@ class _Attention:
     """The processor of a cross-attention in which every region attends to keys and values of its own."""
 
     def __init__(
-        self, masks: _Masks, texts: Sequence[Tensor | None], keys: Paths | None, values: Paths | None, guided: bool
+        self,
+        masks: _Masks,
+        texts: Sequence[Tensor | None],
+        keys: Paths | None,
+        values: Paths | None,
+        is_guided: Callable[[], bool],
     ) -> None:
-        self._masks, self._texts, self._guided = masks, texts, guided
+        self._masks, self._texts, self._is_guided = masks, texts, is_guided
         self._keys = keys or [None] * len(texts)
         self._values = values or [None] * len(texts)
 
@@ -269,7 +280,7 @@ class _Attention:
         tokens = math.lcm(text.shape[1], own.shape[1])
         text, own = (some.repeat(1, tokens // some.shape[1], 1) for some in (text, own))
         rows = text.shape[0]
-        first = rows // 2 if self._guided and rows > 1 else 0
+        first = rows // 2 if rows > 1 and self._is_guided() else 0
         own = own.to(text.device, text.dtype).expand(rows - first, -1, -1)
         return torch.cat([text[:first], own])
 

@@ -45,8 +45,10 @@ class Crop:
         """Whether it is the width that is longer than the bucket's."""
         return self.original[0] * self.size[1] >= self.original[1] * self.size[0]
 
-    def at(self, position: int) -> Size:
-        """(left, top) of the crop at a position, as `offset`."""
+    def at(self, position: int, mirrored: bool = False) -> Size:
+        """(left, top) of the crop at a position, as `offset`; mirrored, of what it shows in the mirrored picture."""
+        if mirrored and self.is_wide:  # the box is centred, so the positions count from its other end
+            position = self.positions - 1 - position
         shift = position * self.stride
         return (self.offset[0] + shift, self.offset[1]) if self.is_wide else (self.offset[0], self.offset[1] + shift)
 

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import PIL
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sfumato.data.buckets import Crop
@@ -23,8 +26,9 @@ from sfumato.files.header import read_header
 from sfumato.files.read import read_tensors
 from sfumato.files.save import write_tensors
 
-FORMAT = 1
+FORMAT = 2
 """To be raised whenever what is computed here changes: cropping, resampling, what is stored."""
+_CHECKSUM = "sfumato.crc32"
 
 
 @dataclass(frozen=True)
@@ -60,20 +64,38 @@ class Cache:
             return None
         try:
             header = read_header(path)
-            read_tensors(path, header=header)
+            # What is whole is finite: nothing else is written.
+            tensors = read_tensors(path, header=header, allow_nonfinite=True)
         except FileError:
             return None
-        return Entry(path, header.metadata) if header.metadata.get("sfumato.cache") == key else None
+        described = dict(header.metadata)
+        is_whole = described.pop(_CHECKSUM, None) == _checksum(tensors, described)
+        return Entry(path, header.metadata) if is_whole and described.get("sfumato.cache") == key else None
 
     def write(
         self, kind: str, key: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
     ) -> Entry:
         """Keep `tensors` under `key`. Raises DataError if the disk does not take them."""
         described = {**(metadata or {}), "sfumato.cache": key}
+        described[_CHECKSUM] = _checksum(tensors, described)
         try:
             return Entry(write_tensors(self._path(kind, key), tensors, described), described)
         except (FileError, OSError) as error:
             raise DataError(f"{self.folder}: the cache cannot be written ({error}) Make room, or go without.") from None
+
+
+def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """zlib's crc32 over an entry's bytes, their names, dtypes and shapes, and its other metadata, in hex."""
+    described = [(name, str(tensor.dtype), list(tensor.shape)) for name, tensor in sorted(tensors.items())]
+    found = zlib.crc32(json.dumps([described, sorted(metadata.items())]).encode())
+    for _, tensor in sorted(tensors.items()):
+        found = zlib.crc32(_bytes(tensor), found)
+    return f"{found:08x}"
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    array: NDArray[np.uint8] = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return array.data
 
 
 def key_of(**parts: Any) -> str:
@@ -103,7 +125,7 @@ def weights_digest(modules: Iterable[Any]) -> str:
         digest.update(json.dumps(kept, sort_keys=True, default=str).encode())
         for name, tensor in module.state_dict().items():
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            digest.update(_bytes(tensor))
     return digest.hexdigest()
 
 

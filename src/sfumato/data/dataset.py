@@ -110,14 +110,14 @@ class Dataset:
             return randomness.normal(shape, seed, "posterior", step, places[row])
 
         latents, mask = sampled(items, variants, noise if augment else None, self._encoder)
-        positions = [item.place_of(variant)[0] for item, variant in zip(items, variants, strict=True)]
+        crops = [item.crop.at(*item.place_of(variant)) for item, variant in zip(items, variants, strict=True)]
         return Batch(
             latents.to(self._device),
             self._texts[captions].to(self._device) if self._texts is not None and embed_text else None,
             captions,
             None if mask is None else mask.to(self._device),
             pairs([item.crop.original for item in items]),
-            pairs([item.crop.at(position) for item, position in zip(items, positions, strict=True)]),
+            pairs(crops),
             pairs([item.crop.size for item in items]),
             indices,
             torch.tensor([item.options.weight for item in items], device=self._device),

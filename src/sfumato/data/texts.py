@@ -77,10 +77,17 @@ class Texts:
         if self._digest is None:
             self._digest = weights_digest(getattr(base, "text_encoders", ()))
         tokenizers = getattr(base, "tokenizers", ())
-        ids = [list(tokenizer(prompt, truncation=False, verbose=False).input_ids) for tokenizer in tokenizers]
-        limit, skip = base.token_limit, getattr(base, "clip_skip", None)
+        # With their padding, which is not masked.
+        ids = [base.padded_ids(tokenizer, [prompt])[0] for tokenizer in tokenizers]
         return key_of(
-            kind="text", prompt=prompt, ids=ids, weights=self._digest, limit=limit, skip=skip, torch=torch.__version__
+            kind="text",
+            prompt=prompt,
+            ids=ids,
+            words=[_word_rows(tokenizer, number, ids[number]) for number, tokenizer in enumerate(tokenizers)],
+            weights=self._digest,
+            limit=base.token_limit,
+            skip=getattr(base, "clip_skip", None),
+            torch=torch.__version__,
         )
 
     def __getitem__(self, prompts: Sequence[str]) -> TextEmbedding:
@@ -101,6 +108,16 @@ class Texts:
             tensors = row.tensors()
             return type(self._empty)(tensors["hidden"], tensors.get("pooled"))
         return row
+
+
+def _word_rows(tokenizer: Any, number: int, ids: Sequence[int]) -> list[list[float]]:
+    """The vectors of the ids that are new words' (`sfumato.embedding.Words`), in their order: no weight holds them."""
+    return [
+        words.rows[number][token - words.first[number]].tolist()
+        for token in ids
+        for words in getattr(tokenizer, "_sfumato_words", ())
+        if 0 <= token - words.first[number] < len(words.rows[number])
+    ]
 
 
 def _tensors(row: TextEmbedding) -> dict[str, Tensor]:

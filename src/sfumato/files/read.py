@@ -61,18 +61,35 @@ def read_tensors(
     return tensors
 
 
-def read_copies(header: Header, names: Iterable[str], dtype: torch.dtype) -> dict[str, Tensor]:
+Stamp = tuple[int, int]
+
+
+def stamp(status: os.stat_result) -> Stamp:
+    """(mtime in ns, bytes): a file that was replaced or written over has another. Mounts may renumber inodes."""
+    return status.st_mtime_ns, status.st_size
+
+
+def read_copies(
+    header: Header, names: Iterable[str], dtype: torch.dtype, *, wanted_stamp: Stamp | None = None
+) -> dict[str, Tensor]:
     """The named tensors in memory of their own, those of numbers with a fraction in `dtype`; the file is not mapped.
 
     So no page of the file counts as the process's memory beside the copies, and never more than one tensor has two
-    dtypes. Raises FileError as `read_tensors` does.
+    dtypes. Raises FileError as `read_tensors` does, and for a file whose stamp is not `wanted_stamp`, if one is given:
+    two fine-tunes of one architecture may have the same header.
     """
     path, wanted = header.path, set(names)
     tensors: dict[str, Tensor] = {}
     broken: list[str] = []
     try:
         with path.open("rb") as file:
-            _check_unchanged(header, os.fstat(file.fileno()).st_size, file.read(header.data_start))
+            status = os.fstat(file.fileno())
+            if wanted_stamp is not None and stamp(status) != wanted_stamp:
+                raise FileError(
+                    f"{path.name}: the file was replaced or written over while it was in use. Leave the files of a "
+                    "base as they are during a run, and start again."
+                )
+            _check_unchanged(header, status.st_size, file.read(header.data_start))
             for name, info in header.tensors.items():  # in the order of their bytes
                 if name not in wanted:
                     continue

@@ -1,0 +1,137 @@
+"""Mixes as people use them: in inference mode, with offloading, copied, beside each other, in calls of several rows."""
+
+import copy
+import pickle
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from sfumato.compose import Adapter, adapter_guidance, compose, current
+from sfumato.compose.per_picture import composite, per_picture
+from sfumato.compose.regions import Region, regions
+from sfumato.errors import AdapterError
+from tests.compose.conftest import weights_sha
+from tests.compose.test_per_picture import predict
+
+
+@pytest.fixture
+def a(sd1, write):
+    return Adapter(write("a", sd1, "to_q", "to_k", "to_v"), 0.8)
+
+
+@pytest.mark.parametrize("way", ["baked", "live"])
+def test_in_inference_mode_all_is_as_outside_and_is_undone_there(sd1, a, way):
+    before = weights_sha(sd1)
+    with compose(sd1, a, way=way) as mix:
+        plain = predict(sd1, [0, 0])
+        with adapter_guidance(mix, 2, guidance=5.0):
+            wanted = predict(sd1, [0, 0])
+    with torch.inference_mode():
+        mix = compose(sd1, a, way=way)
+        with adapter_guidance(mix, 2, guidance=5.0):
+            assert_close(predict(sd1, [0, 0]), wanted)
+    mix.set(a=0.4)
+    mix.set(a=0.8)
+    assert_close(predict(sd1, [0, 0]), plain)
+    mix.undo()
+    assert weights_sha(sd1) == before
+    assert not any(module._forward_hooks for module in sd1.unet.modules())
+
+
+def test_adapter_guidance_outlives_what_offloading_does_after_a_picture(sd1, a):
+    """accelerate's hooks are taken away after each picture and set again."""
+    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+
+    add_hook_to_module(sd1.unet, ModelHook())
+    with compose(sd1, a) as mix:
+        with adapter_guidance(mix, 2, guidance=5.0):
+            first = predict(sd1, [0, 0])
+            remove_hook_from_module(sd1.unet)
+            add_hook_to_module(sd1.unet, ModelHook())
+            assert torch.equal(predict(sd1, [0, 0]), first)
+        assert not torch.equal(predict(sd1, [0, 0]), first)
+    remove_hook_from_module(sd1.unet)
+    assert sd1.unet.forward.__func__ is type(sd1.unet).forward
+
+
+def test_a_mixed_model_can_be_copied_and_pickled(sd1, a):
+    with compose(sd1, a):
+        wanted = predict(sd1, [0])
+        copied, pickled = copy.deepcopy(sd1), copy.copy(sd1)
+        pickled.unet = pickle.loads(pickle.dumps(sd1.unet))
+    assert torch.equal(predict(copied, [0]), wanted)
+    assert torch.equal(predict(pickled, [0]), wanted)
+    with compose(copied, a):  # it carries no mix
+        pass
+
+
+def test_what_divides_a_call_is_not_nested(sd1, a):
+    whole = Region((0, 0, 1, 1), a)
+    with compose(sd1, a) as mix:
+        for outer in (adapter_guidance(mix, 2, guidance=5.0), regions(sd1, whole)):
+            with outer:
+                for inner in (adapter_guidance(mix, 2, guidance=5.0), regions(sd1, whole)):
+                    with pytest.raises(AdapterError, match="and once only"), inner:
+                        pass
+        with regions(sd1, whole):
+            pass
+
+
+def test_a_call_without_guidance_is_not_divided(sd1, a):
+    sd1.do_classifier_free_guidance = False
+    with regions(sd1, Region((0, 0, 1, 1), a)):
+        with_region = predict(sd1, [0, 1])
+    with compose(sd1, a) as mix:
+        assert_close(with_region, predict(sd1, [0, 1]), atol=1e-5, rtol=1e-5)
+        with adapter_guidance(mix, 2, guidance=5.0), pytest.raises(AdapterError, match="no two halves"):
+            predict(sd1, [0, 1])
+    with per_picture(sd1, [[a], []]), pytest.raises(AdapterError, match="draw one picture of each"):
+        predict(sd1, [0, 0, 1, 1])
+
+
+@pytest.mark.parametrize("way", ["baked", "live"])
+def test_pictures_with_adapters_of_their_own_beside_a_mix_are_the_same_at_every_step(sd1, a, write, way):
+    """The text is one tensor at all steps, by which a live mix knows what it has answered before."""
+    b = Adapter(write("b", sd1, "to_k", "to_v", seed=2), 0.8)
+    text = torch.randn(2, 7, sd1.unet.config.cross_attention_dim, generator=torch.Generator().manual_seed(3))
+    with compose(sd1, a, way=way), per_picture(sd1, [[b], []]), torch.no_grad():
+        steps = [sd1.unet(torch.ones(2, 4, 16, 16), torch.tensor(500), text).sample for _ in range(3)]
+    assert torch.equal(steps[1], steps[0])
+    assert torch.equal(steps[2], steps[0])
+
+
+def test_a_composite_under_adapter_guidance_is_the_mean_of_single_ones(sd1, a, write):
+    b, c = (Adapter(write(name, sd1, "to_q", "to_v", seed=s), 0.8) for s, name in enumerate("bc", start=2))
+    with compose(sd1, a) as mix, adapter_guidance(mix, 2, guidance=5.0):
+        singles = []
+        for one in (b, c):
+            with composite(sd1, one):
+                singles.append(predict(sd1, [0, 1]))
+        with composite(sd1, b, c):
+            assert_close(predict(sd1, [0, 1]), (singles[0] + singles[1]) / 2, atol=1e-5, rtol=1e-5)
+
+
+def test_fused_projections_are_refused(sd1, a):
+    sd1.unet.fuse_qkv_projections()
+    with pytest.raises(AdapterError, match="unfuse_qkv_projections"):
+        compose(sd1, a)
+
+
+def test_a_text_encoder_that_two_pipelines_share_has_the_mix_of_one(sd1, write):
+    other = SimpleNamespace(unet=copy.deepcopy(sd1.unet), text_encoder=sd1.text_encoder)
+    of_unet, of_both = write("u", sd1, "to_q"), write("b", sd1, "to_q", "fc1")
+    before = weights_sha(other)
+    with compose(sd1, Adapter(of_unet)) as mix:
+        assert current(sd1) is mix
+        assert current(other) is None
+        with compose(other, Adapter(of_both)):
+            pass
+    with compose(sd1, Adapter(of_both)):
+        with pytest.raises(AdapterError, match="carries the mix of another pipeline"):
+            compose(other, Adapter(of_both))
+        assert current(other) is None
+        with compose(other, Adapter(of_unet)):
+            pass
+    assert weights_sha(other) == before
