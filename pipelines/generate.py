@@ -326,6 +326,8 @@ def generate(config: Config) -> tuple[Path, ...]:
 
 def _settings(config: Config, wanted: Plan, base: Base) -> dict[str, Any]:
     """What every picture of this call shares, defaults filled in."""
+    from sfumato.drawn import of_base
+
     defaults = base.defaults
     width, height = wanted.size or (defaults.resolution, defaults.resolution)
     return {
@@ -341,10 +343,7 @@ def _settings(config: Config, wanted: Plan, base: Base) -> dict[str, Any]:
         "image": config.image and config.image.name,
         "mask": config.mask and config.mask.name,
         "strength": config.strength if config.image else None,
-        "base": base.name,
-        "clip_skip": config.clip_skip,
-        "vae": None if config.vae is None else re.split(r"[\\/]", config.vae.rstrip("\\/"))[-1],
-        "prediction_type": base.prediction_type,
+        **of_base(base, config.vae),
     }
 
 

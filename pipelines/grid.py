@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -320,17 +319,14 @@ def _save(
     cell: Cell,
     strengths: Mapping[str, float],
 ) -> None:
-    from sfumato.drawn import sampler_label, save_drawn
+    from sfumato.drawn import of_base, sampler_label, save_drawn
 
     settings = {
         **_filled(base, cell),
         "adapter_guidance": strengths,
         "width": picture.width,
         "height": picture.height,
-        "base": base.name,
-        "vae": None if config.vae is None else re.split(r"[\\/]", config.vae.rstrip("\\/"))[-1],
-        "clip_skip": config.clip_skip,
-        "prediction_type": base.prediction_type,
+        **of_base(base, config.vae),
     }
     save_drawn(picture, _used(adapters, cell), settings, path, sampler_label(cell.settings["sampler"], base))
 

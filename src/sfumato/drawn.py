@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,16 @@ if TYPE_CHECKING:
 def used_in(mix: Mix) -> tuple[Adapter, ...]:
     """The adapters of a mix with the weights they have now."""
     return tuple(Adapter(adapter.path, mix.weights[label], label) for label, adapter in mix.adapters.items())
+
+
+def of_base(base: Base, vae: str | None) -> dict[str, Any]:
+    """What a picture's settings say of its base. vae: as it was named; of a path, which is private, its last part."""
+    return {
+        "base": base.name,
+        "clip_skip": base.clip_skip,
+        "vae": None if vae is None else re.split(r"[\\/]", vae.rstrip("\\/"))[-1],
+        "prediction_type": base.prediction_type,
+    }
 
 
 def learned_otherwise(mix: Mix, base: Base) -> list[str]:
