@@ -78,7 +78,7 @@ class Config:
     seed: int = 7
     """Of the training and of the pictures."""
     work: Path = Path(".cache/mixing_sheets")
-    """Folder that keeps the adapters; what it holds is not learned again."""
+    """Folder that keeps the adapters; what it holds is not learned again, and refused if other code learned it."""
     out: Path = Path("docs")
     """Folder for mixing-STYLE-SUBJECT.png."""
     jobs: int = 2

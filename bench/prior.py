@@ -61,7 +61,7 @@ class Config:
     base: str = "pocket"
     """The base that learns."""
     work: Path = Path(".cache/prior")
-    """Folder that keeps what is learned and drawn."""
+    """Folder that keeps what is learned and drawn; refused if other code made it."""
     judge_steps: int = 800
     """Optimizer steps of the judge."""
     cache: Path = Path(".cache/judge")

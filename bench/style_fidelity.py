@@ -68,7 +68,7 @@ class Config:
     cache: Path = Path(".cache/judge")
     """Folder of trained judges."""
     work: Path = Path(".cache/style_fidelity")
-    """Folder that keeps the adapters and their pictures; what it holds is not made again."""
+    """Folder that keeps the adapters and their pictures; not made again, and refused if other code made them."""
     out: Path | None = None
     """File that receives the JSON besides."""
 

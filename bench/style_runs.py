@@ -1,12 +1,13 @@
 """Adapters and words that the shipped recipes learn, and the pictures they draw, kept on disk for the benches.
 
 Each thing's file is named by a hash of what it was made from, so an interrupted bench takes up where it was; the
-training that was cut short begins anew. The trainers' own code is not in the hash: after changing it, give another
-folder.
+training that was cut short begins anew. The folder says which code made it, and is refused once the library or the
+trainers do otherwise: what other code drew would stand beside what this draws.
 """
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import shutil
@@ -23,17 +24,18 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import sfumato
 from sfumato import Adapter, cli, compose, embedding
 from sfumato.bases import Base
 from sfumato.compose import adapter_guidance
 from sfumato.drawing import draw
-from sfumato.errors import RunError
+from sfumato.errors import ConfigError, RunError
 from sfumato.files.atomic import atomic_path, write_text
 
-CONFIGS = Path(__file__).parents[1] / "trainers/configs"
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "trainers/configs"
 DREAMBOOTH = {"lora": "dreambooth-subject.toml", "full": "dreambooth-subject-full.toml"}
 """The recipes of the DreamBooth trainer by --method."""
-POCKET = Path(__file__).parents[1] / "src/sfumato/pocket"
 
 
 @dataclass(frozen=True)
@@ -56,11 +58,24 @@ class Learned:
 
 @dataclass(frozen=True)
 class Workshop:
-    """Learns and draws with one base; whatever is in `folder` already is not made again."""
+    """Learns and draws with one base; whatever is in `folder` already is not made again.
+
+    Raises ConfigError where other code made that.
+    """
 
     folder: Path
     base_name: str
     base: Base
+
+    def __post_init__(self) -> None:
+        record, code = self.folder / "code.txt", f"sfumato {sfumato.__version__}, code {code_hash()}"
+        found = record.read_text("utf-8").strip() if record.exists() else code
+        if found != code:
+            raise ConfigError(
+                f"{self.folder}: made by {found}; this is {code}. Give another folder with --work, or delete {record} "
+                "if what has changed since makes no difference to what is kept."
+            )
+        write_text(record, code + "\n")
 
     def learn(
         self,
@@ -77,7 +92,7 @@ class Workshop:
         options: further words of the command line. Class pictures are shared by all trainings of the folder.
         """
         text = (CONFIGS / recipe).read_text("utf-8")
-        told = [program, recipe, text, self._base_bytes(), list(captions.items()), *options]
+        told = [program, recipe, text, self.base.fingerprint(), list(captions.items()), *options]
         told += [[file, hashlib.sha256(path.read_bytes()).hexdigest()] for file, path in pictures.items()]
         folder = self.folder / f"{name}-{_hash(told)}"
         if not (folder / "learned.json").exists():
@@ -111,7 +126,7 @@ class Workshop:
         words: Sequence[Path] = (),
     ) -> Tensor:
         """(n, 3, h, w) uint8 pictures by `sfumato generate`'s settings, with these adapters, weights and words."""
-        told = [list(prompts), list(seeds), self._base_bytes()]
+        told = [list(prompts), list(seeds), self.base.fingerprint()]
         told += [[hashlib.sha256(path.read_bytes()).hexdigest(), weight] for path, weight in weights.items()]
         told += [hashlib.sha256(path.read_bytes()).hexdigest() for path in words]
 
@@ -138,12 +153,24 @@ class Workshop:
                 save_file({"pictures": pictures}, temporary)
         return load_file(path)["pictures"]
 
-    def _base_bytes(self) -> str:
-        folder = POCKET if self.base_name == "pocket" else Path(self.base_name)
-        if not folder.exists():
-            return self.base_name
-        files = sorted(folder.rglob("*.safetensors")) if folder.is_dir() else [folder]
-        return _hash([hashlib.sha256(file.read_bytes()).hexdigest() for file in files])
+
+def code_hash() -> str:
+    """Of the library's and the trainers' code as Python runs it: comments, docstrings and layout are not in it."""
+    files = sorted([*(ROOT / "src/sfumato").rglob("*.py"), *(ROOT / "trainers").rglob("*.py")])
+    return _hash([[str(file.relative_to(ROOT)), code_of(file.read_text("utf-8"))] for file in files])
+
+
+def code_of(text: str) -> str:
+    """Python's own reading of a file, without comments, docstrings and layout."""
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        if isinstance(body := getattr(node, "body", None), list):
+            node.body = [each for each in body if not _is_docstring(each)]  # type: ignore[attr-defined]
+    return ast.dump(tree)
+
+
+def _is_docstring(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
 
 
 def _hash(told: Any) -> str:

@@ -117,7 +117,7 @@ class Config:
     cache: Path = Path(".cache/judge")
     """Folder of trained judges."""
     work: Path = Path(".cache/subject_fidelity")
-    """Folder that keeps what is learned and drawn; what it holds is not made again."""
+    """Folder that keeps what is learned and drawn; not made again, and refused if other code made it."""
     sheet: Path | None = None
     """File that receives a row for each subject: the taught drawings, the base's, each method's, and the true one."""
     out: Path | None = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,12 +11,21 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
+from sfumato.axes import CHECKS
 from sfumato.cli import run
 from sfumato.compose.adapter import Adapter, Weight
 from sfumato.config import parse
 from sfumato.errors import ConfigError
 from sfumato.prompts import split_tags
-from sfumato.specs import in_blocks, parse_adapter, parse_strengths, parse_sweep, with_tags, without_tags
+from sfumato.specs import (
+    checked_folder,
+    in_blocks,
+    parse_adapter,
+    parse_strengths,
+    parse_sweep,
+    with_tags,
+    without_tags,
+)
 from sfumato.where_when import Spot, WhereWhen, parse_region, parse_steps
 
 if TYPE_CHECKING:
@@ -71,8 +79,8 @@ class Config:
     """FILE or TOKEN=FILE, a textual inversion: a new word that prompts may use. Repeat for several."""
     image: Path | None = None
     """A picture to begin from instead of noise (img2img)."""
-    strength: float = 0.6
-    """How much of --image is drawn anew, above 0 to 1."""
+    strength: float | None = None
+    """How much of --image is drawn anew, above 0 to 1; 0.6 if unset."""
     mask: Path | None = None
     """A picture that is white where --image is to be drawn anew; the rest stays to the pixel (inpainting)."""
     prompt_syntax: Literal["plain", "a1111", "compel"] = "plain"
@@ -135,15 +143,11 @@ def plan(config: Config) -> Plan:
     prompts = [*config.prompts, *_prompts_in(config.prompts_file)]
     if not prompts:
         raise ConfigError('there is no prompt; say what to draw: sfumato generate "a crab" -o crab.png')
-    for name in ("count", "steps"):
-        if (value := getattr(config, name)) is not None and value < 1:
-            raise ConfigError(f"--{name} {value}: wanted at least 1.")
-    if config.guidance is not None and not 0 <= config.guidance <= 100:
-        raise ConfigError(f"--guidance {config.guidance:g}: wanted 0 to 100; 3 to 9 is usual.")
-    if config.sampler is not None:
-        from sfumato import schedulers
-
-        schedulers.find(config.sampler)
+    if config.count < 1:
+        raise ConfigError(f"--count {config.count}: wanted at least 1.")
+    for name in ("steps", "guidance", "sampler"):
+        if (value := getattr(config, name)) is not None:
+            CHECKS[name](value)
     without_tags(config.negative, "--negative")
     seeds = [seed + i for seed in config.seed for i in range(config.count)]
     split = [split_tags(prompt) for prompt in prompts]
@@ -171,7 +175,11 @@ def plan(config: Config) -> Plan:
         raise ConfigError("--before-after: there is no adapter to draw with; give --lora, or <lora:...> in a prompt.")
     if config.mask and not config.image:
         raise ConfigError(f"--mask {config.mask}: a mask wants the picture that it is for; give --image, too.")
-    if not 0 < config.strength <= 1:
+    if config.strength is not None and not config.image:
+        raise ConfigError(
+            f"--strength {config.strength:g}: says how much of a picture is drawn anew; give --image, too."
+        )
+    if config.strength is not None and not 0 < config.strength <= 1:
         raise ConfigError(f"--strength {config.strength:g}: wanted above 0 and at most 1; 0.6 is usual.")
     for file in (config.image, config.mask):
         if file is not None and not file.is_file():
@@ -244,12 +252,7 @@ def _files(config: Config, pictures: Sequence[tuple[str, int]], is_sheet: bool) 
     else:
         names = [f"{i:03}-{_slug(prompt)}-{seed}" for i, (prompt, seed) in enumerate(pictures, start=1)]
         files = tuple(output / f"{name}.png" for name in (["sheet"] if is_sheet else names))
-    for folder in (output.parent if is_file else output, *output.parents):
-        if folder.exists() and not folder.is_dir():
-            raise ConfigError(f"--output {output}: {folder} is a file, not a folder; name another place.")
-    nearest = next(folder for folder in files[0].absolute().parents if folder.exists())
-    if not os.access(nearest, os.W_OK):
-        raise ConfigError(f"--output {output}: nothing can be written to {nearest}; see to its permissions.")
+    checked_folder(output.parent if is_file else output, f"--output {output}")
     there = [file for file in files if file.exists()]
     if there and not config.overwrite:
         raise ConfigError(f"--output {output}: {there[0]} exists already; name another place, or say --overwrite.")
@@ -275,6 +278,7 @@ def generate(config: Config) -> tuple[Path, ...]:
     from sfumato.files.adapter_file import read_adapter
     from sfumato.precision import decide
 
+    start = _start(config)
     base = load_base(
         config.base,
         precision=decide(config.precision, device=config.device, attention=config.attention),
@@ -282,7 +286,7 @@ def generate(config: Config) -> tuple[Path, ...]:
         vae=config.vae,
         prediction_type=config.prediction_type,
     )
-    settings = _settings(config, wanted, base)
+    settings = _settings(config, wanted, start, base)
     sampler = sampler_label(config.sampler, base)
     print(_summary(settings, sampler, base), file=sys.stderr)
     with ExitStack() as stack:
@@ -308,8 +312,7 @@ def generate(config: Config) -> tuple[Path, ...]:
             print(line, file=sys.stderr)
         strengths = {} if wanted.where_when.spots else {**mix.strengths, **wanted.strengths}
         settings["adapter_guidance"] = strengths_of(mix, strengths, guidance=settings["guidance"])
-        start, pictures = _start(config), wanted.pictures
-        desk = Desk(base, mix, pictures, wanted.tagged, settings, start, wanted.where_when, allowed)
+        desk = Desk(base, mix, wanted.pictures, wanted.tagged, settings, start, wanted.where_when, allowed)
         if wanted.sweep:
             save_drawn(*desk.sweep(*wanted.sweep), wanted.files[0], sampler)
         elif config.before_after:
@@ -324,7 +327,7 @@ def generate(config: Config) -> tuple[Path, ...]:
     return wanted.files
 
 
-def _settings(config: Config, wanted: Plan, base: Base) -> dict[str, Any]:
+def _settings(config: Config, wanted: Plan, start: Start | None, base: Base) -> dict[str, Any]:
     """What every picture of this call shares, defaults filled in."""
     from sfumato.drawn import of_base
 
@@ -342,7 +345,7 @@ def _settings(config: Config, wanted: Plan, base: Base) -> dict[str, Any]:
         **wanted.where_when.told(),
         "image": config.image and config.image.name,
         "mask": config.mask and config.mask.name,
-        "strength": config.strength if config.image else None,
+        "strength": start and start.strength,
         **of_base(base, config.vae),
     }
 
@@ -361,8 +364,8 @@ def _start(config: Config) -> Start | None:
     from sfumato.data import open_image
     from sfumato.drawing import Start
 
-    mask = None if config.mask is None else open_image(config.mask)
-    return Start(open_image(config.image), config.strength, mask)
+    strength = Start.strength if config.strength is None else config.strength
+    return Start(open_image(config.image), strength, None if config.mask is None else open_image(config.mask))
 
 
 def main(argv: Sequence[str]) -> int:

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from sfumato.axes import PLAIN, Axis, checked_method, checked_share, coarse_to_fine, parse_axis
+from sfumato.axes import CHECKS, PLAIN, Axis, coarse_to_fine, parse_axis
 from sfumato.cli import run
-from sfumato.compose.adapter import Adapter, Weight
+from sfumato.compose.adapter import Adapter, Weight, checked_weight
 from sfumato.config import parse
 from sfumato.errors import ConfigError
-from sfumato.specs import parse_adapter, parse_adapters, without_tags
+from sfumato.specs import checked_folder, parse_adapter, parse_adapters, without_tags
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -113,6 +113,11 @@ class Cell:
 
 def plan(config: Config) -> tuple[Axis, Axis, list[Adapter], list[list[Cell]]]:
     """The axes, all adapters, and the cells row by row. Raises ConfigError before anything heavy is loaded."""
+    for name, check in CHECKS.items():
+        if (value := getattr(config, name)) is not None:
+            check(value)
+    checked_weight("--adapter-weight", config.adapter_weight)
+    checked_folder(config.output, f"--output {config.output}")
     adapters = list(parse_adapters(config.lora))
     labels = [adapter.label for adapter in adapters]
     x, y = parse_axis(config.x, labels), parse_axis(config.y, labels)
@@ -157,13 +162,9 @@ def _prompts(config: Config, x: Axis, y: Axis) -> Iterator[tuple[str, Sequence[s
 
 
 def _check_method(config: Config, x: Axis, y: Axis, adapters: Sequence[Adapter]) -> None:
-    if config.density is not None:
-        checked_share(config.density)
     if config.rank is not None and config.rank < 1:
         raise ConfigError(f"--rank {config.rank}: wanted at least 1.")
     kinds = (x.kind, y.kind)
-    if config.method is not None:
-        checked_method(config.method)
     methods = next((set(axis.values) for axis in (x, y) if axis.kind == "method"), {config.method} - {None})
     if config.rank is not None and not methods:
         raise ConfigError("--rank is of a merging method; give --method ties, or --x method=ties,dare.")

@@ -107,8 +107,42 @@ def test_starting_from_an_adapter_gives_its_delta(block):
 
 def test_starting_from_another_shape_is_refused(block):
     lora = trained(block)
-    with pytest.raises(AdapterError, match="has 0 modules, this run trains 2; 2 missing"):
+    with pytest.raises(AdapterError, match=r"has 0 modules, this run trains 2; 2 missing .* --conv and --train"):
         lora.load({}, "other")
+
+
+def test_what_is_dropped_of_a_sample_depends_on_its_place_and_not_on_the_batch(block):
+    """Four samples and a prior's four beside them: at once, or two and two."""
+    lora = trained(block, dropout=0.4).train()
+    host, x = block.attn2["to_q"], torch.ones(8, 6)
+
+    def draw(step, places):
+        lora.drop_by(3, step, places)
+        return host(x[: 2 * len(places)])
+
+    whole = draw(7, range(4))
+    halves = [draw(7, range(first, first + 2)) for first in (0, 2)]
+    assert torch.equal(whole, torch.cat([half[rows] for rows in (slice(2), slice(2, 4)) for half in halves]))
+    assert len({tuple(row) for row in whole.tolist()}) > 4
+    assert not torch.equal(draw(8, range(4)), whole)
+    lora.eval()
+    assert len({tuple(row) for row in host(x).tolist()}) == 1
+
+
+def test_dropout_is_of_a_share_and_keeps_the_mean(block):
+    """Captions are encoded once, however many samples have them: of all of them the same numbers are dropped."""
+    lora = attach({"text_encoder": select(block, "to_q")}, rank=2, alpha=2.0, dropout=0.25).train()
+    lora.drop_by(0, 0, range(3))
+    dropped = lora._dropped(torch.ones(5, 10_000), "text_encoder", "attn2.to_q")
+    assert all(torch.equal(row, dropped[0]) for row in dropped)
+    assert dropped.unique().tolist() == pytest.approx([0.0, 4 / 3])
+    assert dropped.mean().item() == pytest.approx(1, abs=0.02)
+
+
+def test_dropout_without_places_is_refused(block):
+    attach({"unet": select(block, "to_q")}, rank=2, alpha=2.0, dropout=0.5).train()
+    with pytest.raises(AdapterError, match="call drop_by"):
+        block.attn2["to_q"](torch.ones(1, 6))
 
 
 @pytest.mark.parametrize(("pattern", "said"), [("nothing", "matches none"), ("(", "nor a regular expression")])

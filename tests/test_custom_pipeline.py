@@ -5,9 +5,11 @@ import importlib
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import AutoPipelineForImage2Image, DiffusionPipeline
+from PIL import Image
 
-from sfumato import cli
+from sfumato import Adapter, cli, compose
+from sfumato.drawing import Start, draw
 from sfumato.errors import AdapterError, ConfigError
 from sfumato.files.lora_file import LoraModule
 from sfumato.files.write import write_lora
@@ -68,12 +70,39 @@ def test_prompts_of_one_call_may_name_different_adapters(pipe):
 
 def test_the_class_itself_takes_no_argument_more(pipe):
     """For those who would not write trust_remote_code=True: an import, and the class's own from_pretrained."""
-    suffix = "_xl" if "XL" in type(pipe).__name__ else ""
+    xl, suffix = ("XL", "_xl") if "XL" in type(pipe).__name__ else ("", "")
     module = importlib.import_module(f"sfumato.pipelines.custom.stable_diffusion{suffix}")
-    own = getattr(module, type(pipe).__name__).from_pretrained(pipe.came_from)
+    own = getattr(module, f"MixingStableDiffusion{xl}Pipeline").from_pretrained(pipe.came_from)
     own.set_progress_bar_config(disable=True)
     own.lora_folder = pipe.lora_folder
     assert np.array_equal(drawn(own, "a crab <lora:line:1>"), drawn(pipe, "a crab <lora:line:1>"))
+
+
+@pytest.mark.parametrize("mask", [None, Image.new("L", (64, 64), 255)])
+def test_tags_are_read_where_a_picture_is_begun_from_too(pipe, mask):
+    """The tagged prompt draws what the adapter composed into the same weights draws."""
+    start = Start(Image.new("RGB", (64, 64), "red"), 0.8, mask)
+    plain, tagged = draw(pipe, ["a crab", "a crab <lora:line:1>"], 3, steps=2, start=start)
+    with compose(pipe, Adapter(pipe.lora_folder / "line.safetensors", 1.0)):
+        composed = draw(pipe, "a crab", 3, steps=2, start=start)[0]
+    assert abs(np.asarray(tagged, dtype=int) - np.asarray(composed, dtype=int)).max() <= 1
+    assert plain.tobytes() != tagged.tobytes()
+
+
+def test_a_saved_one_is_plain_diffusers_own_pipeline(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    plain = DiffusionPipeline.from_pretrained(tmp_path)
+    plain.set_progress_bar_config(disable=True)
+    assert type(plain).__module__.startswith("diffusers.pipelines.")
+    assert np.array_equal(drawn(plain, "a crab"), drawn(pipe, "a crab"))
+    assert "Img2Img" in type(AutoPipelineForImage2Image.from_pipe(pipe)).__name__
+
+
+@pytest.mark.parametrize("negative", ["blurry <lora:line:1>", ["blurry <lora:line:1>"]])
+def test_a_tag_in_another_text_than_the_prompt_is_refused(pipe, negative):
+    prompt = "a crab" if isinstance(negative, str) else ["a crab"]
+    with pytest.raises(ConfigError, match=r"<lora:line:\.\.\.> is read in `prompt` alone"):
+        pipe(prompt, negative_prompt=negative, num_inference_steps=1)
 
 
 def test_an_adapter_that_is_not_there_is_said(pipe):

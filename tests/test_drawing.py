@@ -7,10 +7,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import (
+    AutoPipelineForImage2Image,
+    ControlNetModel,
+    EDMEulerScheduler,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionPipeline,
+)
+from PIL import Image
 
 from sfumato import schedulers
 from sfumato.bases import load_base
-from sfumato.drawing import draw
+from sfumato.drawing import Start, draw
 from sfumato.errors import BaseModelError, ConfigError
 from sfumato.precision import decide
 from tests.tiny import tiny_pipeline, tiny_pocket_folder
@@ -155,6 +163,12 @@ def test_an_overflow_in_half_precision_is_drawn_again_in_fp32():
     [
         ({"prompts": ["a", "b"], "seeds": [1, 2, 3]}, "2 prompts and 3 seeds"),
         ({"prompts": "a", "seeds": 1, "width": 60}, "width 60"),
+        ({"prompts": "a", "seeds": 1, "height": 0}, "height 0"),
+        ({"prompts": "a", "seeds": 1, "steps": 0}, "0 steps"),
+        ({"prompts": "a", "seeds": 1, "batch": -1}, "batch -1"),
+        ({"prompts": "a", "seeds": 1, "syntax": "a111"}, "'a111': wanted one of plain, compel, a1111"),
+        ({"prompts": ["a", "b"], "seeds": 1, "negative": ["c", "d"]}, "one text for all pictures"),
+        ({"prompts": "a", "seeds": 1, "guidance": float("nan")}, "guidance nan"),
         ({"prompts": "a", "seeds": 2**64}, "64 bits"),
         ({"prompts": [], "seeds": []}, "0 prompts"),
     ],
@@ -164,3 +178,55 @@ def test_a_call_that_makes_no_sense_is_one_line(pocket, call, words):
         draw(pocket, **call)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_pipeline_that_wants_a_picture_says_so(pipe):
+    with pytest.raises(ConfigError, match=r"StableDiffusionImg2ImgPipeline draws from a picture; give start="):
+        draw(AutoPipelineForImage2Image.from_pipe(pipe), "a cat", 1, steps=1)
+
+
+def test_a_pipeline_that_follows_another_picture_is_refused(pipe):
+    control = ControlNetModel.from_unet(pipe.unet)
+    led = StableDiffusionControlNetPipeline(**pipe.components, controlnet=control, requires_safety_checker=False)
+    with pytest.raises(ConfigError, match="StableDiffusionControlNetPipeline follows a picture"):
+        draw(led, "a cat", 1, steps=1, start=Start(Image.new("RGB", (64, 64))))
+
+
+def test_a_start_on_a_pipeline_that_diffusers_has_no_other_of_is_one_line(pipe):
+    class Own(StableDiffusionPipeline):
+        pass
+
+    own = Own(**pipe.components, requires_safety_checker=False)
+    with pytest.raises(ConfigError, match="no Image2Image pipeline for a Own"):
+        draw(own, "a cat", 1, steps=2, start=Start(Image.new("RGB", (64, 64))))
+
+
+def test_a_sampler_for_a_schedule_without_betas_is_refused(pipe):
+    own = pipe.scheduler
+    pipe.scheduler = EDMEulerScheduler()
+    try:
+        with pytest.raises(ConfigError, match="--sampler ddim: this base's schedule has no betas"):
+            draw(pipe, "a cat", 1, steps=1, scheduler="ddim")
+    finally:
+        pipe.scheduler = own
+
+
+def test_black_of_a_mask_stays_black_beside_an_edge():
+    mask = Image.new("L", (100, 50), 0)
+    mask.paste(255, (0, 0, 50, 50))
+    resized = np.asarray(Start(mask, mask=mask).sized(64, 64).mask)
+    assert (resized[:, 34:] == 0).all()
+    assert (resized[:, :30] == 255).all()
+
+
+@pytest.mark.parametrize("seeds", [np.int64(3), np.array([3]), torch.tensor([3])])
+def test_seeds_may_be_numbers_of_numpy_and_torch(pocket, seeds):
+    assert draw(pocket, "a cat", seeds, steps=1)[0].tobytes() == draw(pocket, "a cat", 3, steps=1)[0].tobytes()
+
+
+@pytest.mark.parametrize("source", ["pocket", torch.nn.Linear(1, 1)])
+def test_what_is_no_pipeline_is_one_line(source):
+    with pytest.raises(
+        ConfigError, match=r"draw wants a Base or a diffusers pipeline with a U-Net, got a (str|Linear)"
+    ):
+        draw(source, "a cat", 1)

@@ -372,6 +372,8 @@ WRONG = {
     "a tag of no file": (["a <lora:nowhere:1>", "-o", "a.png"], "<lora:nowhere>: no file"),
     "a mask alone": (["a", "--mask", "there.png", "-o", "a.png"], "give --image"),
     "a picture that is none": (["a", "--image", "there.png", "-o", "a.png"], "there.png"),
+    "a strength alone": (["a", "--strength", "0.3", "-o", "a.png"], "--strength 0.3: says how much of a picture"),
+    "a tag without a name": (["a <lora::1>", "-o", "a.png"], "<lora::1>: names no adapter"),
     "a strength of nothing": (["a", "--image", "there.png", "--strength", "0", "-o", "a.png"], "strength 0"),
     "a prompt of loose brackets": (["(a", "--prompt-syntax", "a1111", "-o", "a.png"], "bracket"),
     "a block that is none": (["a", "--lora", "line.safetensors", "--blocks", "line=upp:0"], "blocks upp: no module"),

@@ -59,6 +59,8 @@ def test_axes_are_read_as_written(text, axis):
         ("adapter=nowhere/*.safetensors", "no file matches"),
         ("method=linear,tie", "no method 'tie'; known are linear, knots, core-space, np-lora, ties, dare"),
         ("density=0", "density 0: wanted the share"),
+        ("steps=0,4", "0 steps; wanted at least 1"),
+        ("guidance=3,nan", "guidance nan: wanted 0 to 100"),
     ],
 )
 def test_an_axis_that_makes_no_sense_is_one_line(text, said):
@@ -204,6 +206,9 @@ def _pixels(path):
         ([*BOTH, "--x", "seed=1", "--y", "steps=2", "--prompt", "a", "--rank", "4"], "--rank is of a merging method"),
         ([*BOTH, "--x", "seed=1", "--y", "method=ties", "--prompt", "a", "--rank", "0"], "--rank 0"),
         ([*BOTH, "--x", "seed=1", "--y", "method=ties", "--prompt", "a", "--density", "2"], "density 2"),
+        ([*BOTH, "--x", "seed=1", "--y", "line=1", "--prompt", "a", "--guidance", "nan"], "guidance nan"),
+        ([*BOTH, "--x", "seed=1", "--y", "line=1", "--prompt", "a", "--adapter-guidance", "nan"], "guidance nan"),
+        ([*BOTH, "--x", "seed=1", "--y", "line=1", "--prompt", "a", "--adapter-weight", "nan"], "nan is outside"),
         (["--x", "seed=1", "--y", "method=ties", "--prompt", "a"], "wants adapters to merge"),
         (["--x", "seed=1", "--y", "seed=2", "--prompt", "a"], "both vary seed"),
         (["--x", "seed=1", "--y", "steps=2"], "no prompt"),
@@ -215,3 +220,15 @@ def test_wrong_use_is_one_line(grid, words, said, capsys):
     shown = capsys.readouterr().err
     assert said in shown
     assert len([line for line in shown.splitlines() if line.startswith("sfumato: ")]) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--steps", "0"], "0 steps; wanted at least 1"),
+        (["-o", __file__], "is a file, not a folder; name another place"),
+    ],
+)
+def test_a_grid_that_cannot_be_is_refused_before_a_base_is_read(words, said, capsys):
+    assert cli.main(["grid", "--x", "seed=1", "--y", "guidance=2", "--prompt", "a", "--base", "nowhere", *words]) == 2
+    assert said in capsys.readouterr().err

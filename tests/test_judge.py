@@ -1,6 +1,7 @@
 """The benches' judge of concept and style, and what the style bench keeps and sums up."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,9 @@ from bench.judge import Judge, cached_judge, look
 from bench.judge_pictures import Pictures, augment, recolour
 from bench.style_runs import Workshop
 from bench.style_summary import interval, mix_summary, summary
+from sfumato.errors import ConfigError
+
+BASE = SimpleNamespace(fingerprint=lambda: "base")
 
 
 @pytest.fixture
@@ -74,12 +78,28 @@ def test_what_was_drawn_is_not_drawn_again(monkeypatch, tmp_path):
         return [_grey(64) for _ in prompts]
 
     monkeypatch.setattr(style_runs, "draw", draw)
-    workshop = Workshop(tmp_path, "pocket", None)
+    workshop = Workshop(tmp_path, "pocket", BASE)
     first = workshop.drawn("crabs", ["crab", "key"], [1, 2], {})
     assert_close(workshop.drawn("crabs", ["crab", "key"], [1, 2], {}), first)
     assert len(asked) == 1
     workshop.drawn("crabs", ["crab", "key"], [1, 3], {})
     assert len(asked) == 2
+
+
+def test_what_other_code_made_is_refused_until_it_is_said_to_be_the_same(monkeypatch, tmp_path):
+    workshop = Workshop(tmp_path, "pocket", None)
+    monkeypatch.setattr(style_runs, "code_hash", lambda: "other")
+    with pytest.raises(ConfigError, match=r"made by sfumato .*, code [0-9a-f]{12}; .* --work, or delete") as caught:
+        Workshop(tmp_path, "pocket", None)
+    assert "\n" not in str(caught.value)
+    (tmp_path / "code.txt").unlink()
+    assert Workshop(tmp_path, "pocket", None) == workshop
+
+
+def test_words_about_code_are_no_code():
+    code = 'def f(a):\n    """Of a."""\n    return a + 1\n'
+    assert style_runs.code_of(code) == style_runs.code_of("def f(a):  # more\n    return (a + 1)\n")
+    assert style_runs.code_of(code) != style_runs.code_of(code.replace("1", "2"))
 
 
 def test_an_adapter_is_learned_once_for_each_setting(monkeypatch, tmp_path):
@@ -95,7 +115,7 @@ def test_an_adapter_is_learned_once_for_each_setting(monkeypatch, tmp_path):
     monkeypatch.setattr(style_runs.cli, "main", train)
     picture = tmp_path / "crab.png"
     _grey(8).save(picture)
-    workshop = Workshop(tmp_path / "work", "pocket", None)
+    workshop = Workshop(tmp_path / "work", "pocket", BASE)
     for options in ([], [], ["--steps=3"]):
         pictures, captions = {"crab.png": picture}, {"crab.png": "a crab"}
         learned = workshop.learn("line", "lora", "lora-style.toml", pictures, captions, options)

@@ -146,6 +146,17 @@ def test_draws_of_a_long_run_repeat_where_memory_ends(base, dataset, monkeypatch
     assert not torch.equal(kept.draw(1, COUNT, 0, COUNT).noise, kept.draw(0, COUNT, 0, COUNT).noise)
 
 
+@pytest.mark.parametrize(("places", "count"), [([0], 4), ([0, 2], 2), ([0], 2), ([2], 2)])
+def test_when_draws_repeat_does_not_depend_on_who_computes_which_part(places, count, base, dataset, monkeypatch):
+    """One process, two micro-batches, either of two processes: a global batch of 4, two of which fit."""
+    monkeypatch.setattr(prior, "KEPT_BYTES", 8 * dataset.batch(0, 0, 1).latents.nbytes)
+    kept = BasePrediction(base, dataset, ["cat"], 0)
+    assert "for 2 steps, which repeat after 2 steps" in kept.remember(range(5), 4, places, count, shown=False)
+    first = kept.draw(0, 4, places[-1], count)
+    assert torch.equal(kept.draw(2, 4, places[-1], count).noise, first.noise)
+    assert not torch.equal(kept.draw(1, 4, places[-1], count).noise, first.noise)
+
+
 def test_the_drift_limit_takes_the_larger_drift_and_remembers_the_log():
     alone = SimpleNamespace(largest=lambda number: number)
     limit = DriftLimit(0.3)

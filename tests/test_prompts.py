@@ -19,6 +19,10 @@ def test_tags_are_taken_out_with_their_weights():
     assert tagged.adapters == (("line", 0.8), ("my otter", (0.6, 0.4)), ("plain", 1.0))
 
 
+def test_capitals_and_the_older_name_of_a_tag_are_read_too():
+    assert split_tags("a crab <LoRA:line:0.8> <lyco:otter>").adapters == (("line", 0.8), ("otter", 1.0))
+
+
 def test_a_prompt_without_tags_keeps_its_very_blanks():
     assert split_tags("a  crab <3 ").prompt == "a  crab <3 "
 
@@ -111,6 +115,14 @@ def test_without_weights_compel_encodes_as_the_base_does(name, request):
     if text.pooled is not None:
         assert_close(text.pooled, ours.pooled)
         assert_close(negative.pooled, nothing.pooled)
+
+
+@pytest.mark.parametrize("syntax", ["compel", "a1111"])
+def test_a_layer_is_skipped_as_the_base_skips_it(tmp_path, syntax):
+    pytest.importorskip("compel")
+    base = load_base(tiny_pocket_folder(tmp_path), precision=decide("fp32", device="cpu"), clip_skip=1)
+    text, _ = encode(base, ["red square"], "", syntax)
+    assert_close(text.hidden, base.encode_text(["red square"]).hidden)
 
 
 @pytest.mark.parametrize("prompt", ["c++ code", "crab-, house", 'a sign "open"', "a.swap\\(b\\)", "(red:1.0)"])

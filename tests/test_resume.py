@@ -1,6 +1,7 @@
 """Every trainer: killed in the middle of a step, twice in a row, and resumed, it gives what it would have given."""
 
 import errno
+import json
 import os
 import random
 import shutil
@@ -128,7 +129,7 @@ def test_a_disk_that_is_full_at_the_end_is_one_line_and_nothing_is_lost(inputs, 
     assert card.is_file()
 
 
-def test_one_weight_one_pixel_or_one_caption_that_changed_is_refused(tmp_path, capsys):
+def test_one_weight_pixel_caption_or_merge_that_changed_is_refused(tmp_path, capsys):
     """And said; what is put back goes on."""
     inputs = make_inputs(tmp_path)
     words = command("lora", inputs, tmp_path / "run", "--steps", "1")
@@ -154,4 +155,10 @@ def test_one_weight_one_pixel_or_one_caption_that_changed_is_refused(tmp_path, c
     caption.write_text("a red square")
     refused("data")
     caption.unlink()
+    tokenizer = tmp_path / "pocket/tokenizer/tokenizer.json"
+    vocabulary = json.loads(tokenizer.read_text())
+    merges = vocabulary["model"]["merges"]
+    tokenizer.write_text(json.dumps(vocabulary | {"model": vocabulary["model"] | {"merges": merges[:-1]}}))
+    refused("base")
+    tokenizer.write_text(json.dumps(vocabulary))
     assert cli.main([*words, "--resume"]) == 0

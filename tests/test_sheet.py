@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
+from matplotlib import font_manager, get_data_path
 from PIL import Image
 
-from sfumato.sheet import contact_sheet
+from sfumato.sheet import contact_sheet, label_font
 
 
 def plain(colour, size=64):
@@ -63,3 +64,15 @@ def test_a_missing_cell_is_white():
 def test_no_picture_at_all_is_an_error():
     with pytest.raises(ValueError, match="at least one"):
         contact_sheet([[None]])
+
+
+def test_signs_that_the_usual_font_lacks_are_written_in_another_of_the_machine(monkeypatch):
+    """U+1D81 is in STIX and not in DejaVu; what no font has changes nothing, nor does a font that has all as boxes."""
+    fonts = [f"{get_data_path()}/fonts/ttf/{name}.ttf" for name in ("LastResortHE-Regular", "cmr10", "STIXGeneral")]
+    monkeypatch.setattr(font_manager, "findSystemFonts", lambda: [*fonts, "/there/is/no.ttf"])
+    assert label_font(12, "a crab").getname()[0] == "DejaVu Sans"
+    assert label_font(12, "a \u1d81").getname()[0] == "STIXGeneral"
+    assert label_font(12, "\u732b").getname()[0] == "DejaVu Sans"
+    sheet = contact_sheet([[plain((255, 0, 0))]], column_labels=["\u1d81"])
+    monkeypatch.setattr(font_manager, "findSystemFonts", list)
+    assert sheet.tobytes() != contact_sheet([[plain((255, 0, 0))]], column_labels=["\u1d81"]).tobytes()

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from sfumato.errors import ConfigError, DataError
 
 STYLES = ("flat", "noto", "twemoji")
 CONCEPTS = list(json.loads(BASE_CONCEPTS.read_text()))
+
+BASE = SimpleNamespace(fingerprint=lambda: "base")
 
 
 @pytest.fixture
@@ -99,7 +102,7 @@ def test_each_method_is_told_the_subject_in_its_own_words(method, config, monkey
 
     monkeypatch.setattr(style_runs.cli, "main", train)
     real = {("otter", style): config.subjects / "otter" / f"{style}.png" for style in STYLES}
-    learned = learn(config, Workshop(tmp_path / "work", "pocket", None), method, "otter", 5, real)
+    learned = learn(config, Workshop(tmp_path / "work", "pocket", BASE), method, "otter", 5, real)
     images = Path(told[told.index("--images") + 1])
     assert sorted(file.name for file in images.glob("*.png")) == ["noto.png", "twemoji.png"]
     assert (images / "noto.txt").read_text() == "sks chipmunk, noto style"
@@ -122,7 +125,7 @@ def test_a_setting_can_be_tried_on_one_method_or_on_all(config, monkeypatch, tmp
     tried = Config(data=config.data, subjects=config.subjects, options=("steps=3", "pivotal:rank=4"))
     real = {("otter", style): Path(style) for style in STYLES}
     for method in ("pivotal", "dreambooth-lora"):
-        learn(tried, Workshop(tmp_path, "pocket", None), method, "otter", 0, real)
+        learn(tried, Workshop(tmp_path, "pocket", BASE), method, "otter", 0, real)
     assert told[0][-2:] == ["--steps=3", "--rank=4"]
     assert told[1][-1] == "--steps=3"
 
@@ -156,8 +159,6 @@ def test_the_whole_bench_runs_and_makes_nothing_twice(config, pocket_folder, mon
 def test_outcomes_are_ordered_as_the_pictures_are(monkeypatch):
     """Two subjects of two pictures each: the second subject's first picture alone is its true drawing and flat, though
     the judge would say glossy if that were asked about."""
-    from types import SimpleNamespace
-
     features = torch.tensor([[0.0, 1.0], [0.0, 1.0], [0.0, 1.0], [1.0, 0.0]])
     styles = torch.tensor([[0.0, 1.0, 0.0], [0.0, 1.0, 0.0], [1.0, 0.0, 9.0], [0.0, 1.0, 0.0]])
     verdict = SimpleNamespace(features=features, style_logits=styles)

@@ -17,6 +17,7 @@ from sfumato.bases import load_base
 from sfumato.class_pictures import read_class
 from sfumato.errors import FileError
 from sfumato.files import read_adapter, read_header, read_lora, read_tensors
+from sfumato.files.fingerprint import verify
 from sfumato.full import write_folder as full_writer
 from sfumato.prior import class_seed
 from tests.tiny import CPU, tiny_pipeline, write_folder
@@ -246,6 +247,7 @@ def test_every_family_learns_text_encoders_and_all(family, method, train, tmp_pa
     options += ["--precision", "bf16"] if method == "lora" else []
     made = train("run", *options, *(["--save", "difference"] if method == "full" else []), base=folder)
     file = read_adapter(made)
+    verify(file.metadata, file.changes, made.name)
     wanted = {"unet", "text_encoder"} | ({"text_encoder_2"} if family == "sdxl" else set())
     assert {part for part, _ in file.changes} == wanted
     assert file.family == family

@@ -33,7 +33,8 @@ def train(pocket_folder, pictures, tmp_path):
         words |= {"--caption": "{caption}", "--steps": "4", "--batch": "2", "--rank": "2", "--learning-rate": "1e-2"}
         words |= {"--sample-every": "0", "--measure-every": "0"}
         given = list(options)
-        flags = [given.pop(given.index(flag)) for flag in ("--train-text-encoder", "--overwrite") if flag in given]
+        known = ("--train-text-encoder", "--overwrite", "--gradient-checkpointing")
+        flags = [given.pop(given.index(flag)) for flag in known if flag in given]
         unsaid = [word for pair in words.items() if pair[0] not in given for word in pair]
         assert cli.main(["train", "lora", *unsaid, *given, *flags]) == 0
         return tmp_path / name / f"{name}.safetensors"
@@ -138,15 +139,23 @@ def test_another_seed_gives_another_adapter(train):
     assert train("a").read_bytes() != train("b", "--seed", "1").read_bytes()
 
 
-def test_accumulating_two_batches_is_one_batch_of_twice_the_size(train):
-    exact = ["--precision", "fp32"]
+@pytest.mark.parametrize("further", [(), ("--dropout", "0.5", "--prior-prompts", "cat", "--train-text-encoder")])
+def test_accumulating_two_batches_is_one_batch_of_twice_the_size(further, train):
+    exact = ["--precision", "fp32", *further]
     whole, parts = train("whole", *exact, "--batch", "4"), train("parts", *exact, "--batch", "2", "--accumulate", "2")
     for key, tensor in read_tensors(whole).items():
-        assert_close(tensor, read_tensors(parts)[key], rtol=1e-3, atol=1e-6)
+        # Adam makes a step of a gradient that is nearly 0, whose sign is rounding.
+        assert_close(tensor, read_tensors(parts)[key], rtol=1e-3, atol=5e-5)
+
+
+def test_what_is_dropped_is_the_same_where_activations_are_computed_twice(train):
+    once, twice = train("once", "--dropout", "0.5"), train("twice", "--dropout", "0.5", "--gradient-checkpointing")
+    for key, tensor in read_tensors(once).items():
+        assert_close(tensor, read_tensors(twice)[key], rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("further", [(), DROPPED])
+@pytest.mark.parametrize("further", [(), DROPPED, ("--dropout", "0.3", "--caption", "{caption}")])
 def test_two_processes_give_the_result_of_one(further, train, pocket_folder, pictures, tmp_path):
     """`accelerate launch trainers/lora.py`, two CPU processes: one global batch of 4, to fp32 tolerance."""
     one = train("one", "--batch", "4", "--precision", "fp32", *further)
@@ -331,7 +340,7 @@ def test_the_run_folder_tells_everything_and_no_path(train, tmp_path, pictures):
         (["--attention", "xformers"], "xformers"),
         (["--precision", "fp16", "--device", "cpu"], "fp16"),
         (["--warmup", "50"], "--warmup 50"),
-        (["--prior-weight", "2"], "--prior-weight is for"),
+        (["--prior-weight", "2"], "--prior-weight is for what shall draw as before; name it with --prior-prompts, or"),
         (["--text-learning-rate", "1e-4"], "--text-learning-rate has no effect without --train-text-encoder"),
         (["--prior-prompts", "a cat", "--prior-weight", "-1"], "--prior-weight is -1"),
         (["--prior-prompts", "an <x>", "--caption", "<x>", "--train-words", "<x>"], "holds <x>"),

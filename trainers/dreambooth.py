@@ -164,8 +164,8 @@ def train(config: Config) -> Path:
     # The VAE has given its latents; it rests until something is drawn.
     base.resting.keep("unet", *(["text"] if config.train_text_encoder else []))
     trained = trainable(base, config)
-    facts = {"class": class_set.fingerprint} if class_set else {}
-    run.identify(data=dataset.fingerprint, base=base.fingerprint(), **facts)
+    facts = {"data": dataset.fingerprint, "class": class_set.fingerprint if class_set else "none"}
+    run.identify(**facts, base=base.fingerprint())
     parameters = list(trained.parameters())
     count = sum(p.numel() for p in parameters)
     run.say(f"{len(dataset)} pictures, {len(class_set or [])} of the class, {count:,} trained numbers")
@@ -243,7 +243,8 @@ def train(config: Config) -> Path:
     average.apply()
     path = config.output / f"{config.name}{'' if config.save == 'folder' else '.safetensors'}"
     if processes.is_main:
-        save(path, trained, base, config, dataset, run, samples, subject, made)
+        trigger = triggers(config, subject, examples.of("instance"))
+        save(path, trained, base, config, dataset, run, samples, trigger, made)
     run.close()
     processes.wait()
     return path
@@ -316,7 +317,23 @@ def read_examples(config: Config, subject: Subject) -> Folder:
         mask=config.mask,
         skip_bad=config.skip_bad,
     )
+    config.check_subject(folder)
+    if config.class_images and folder.of("class") and not config.resume:
+        raise ConfigError(
+            f"--class-images and the sources of {config.images} with class = true are both pictures of the class; give "
+            "one of them."
+        )
     return with_caption(folder, config.instance_prompt) if config.instance_prompt else folder
+
+
+def triggers(config: Config, subject: Subject, subjects: Folder) -> list[str]:
+    """What calls the subject up: the words that its captions were made with, beside the class where that is the
+    identifier."""
+    if config.instance_prompt:
+        return [config.trigger or subject.prompt]
+    if config.trigger is None:
+        return list(dict.fromkeys(subject.prompt if t == config.identifier else t for t in subjects.triggers))
+    return subjects.triggers
 
 
 def class_pictures(
@@ -353,7 +370,7 @@ def prepare(
     processes: Processes,
 ) -> tuple[Dataset, Dataset | None]:
     """The subject's set and that of the class, with the embeddings of just the captions that each will give."""
-    from sfumato.prior import class_seed
+    from sfumato.prior import prepare_class
 
     embed = not config.train_text_encoder
     # Predictions that are remembered may repeat, and must fit whichever batch they come beside.
@@ -368,16 +385,9 @@ def prepare(
     )
     if pictures is None:
         return dataset, None
-    class_set = config.prepare(
-        pictures,
-        base,
-        buckets=False,
-        caption_dropout=0.0,
-        embed_text=embed and config.prior == "pictures",  # what the base predicts, it predicts for the class prompts
-        will_draw=(class_seed(config.seed), config.steps, global_batch),
-        processes=processes,
-    )
-    return dataset, class_set
+    # What the base predicts, it predicts for the class prompts.
+    embed_class = embed and config.prior == "pictures"
+    return dataset, prepare_class(config, base, pictures, global_batch, processes, embed_text=embed_class)
 
 
 def prior_of(
@@ -436,7 +446,7 @@ def save(
     dataset: Dataset,
     run: Run,
     samples: Samples,
-    subject: Subject,
+    trigger: Sequence[str],
     steps: int,
 ) -> None:
     """Write what so many steps have learned in the form that was asked for, its card and the plot; upload if asked."""
@@ -445,7 +455,6 @@ def save(
     from sfumato.full import parts_of, write_difference, write_extracted, write_folder
     from sfumato.precision import DTYPES
 
-    trigger = [config.trigger or subject.prompt]
     about = describe_run(config, base, dataset, samples, trigger=trigger, steps=steps)
     dtype = DTYPES[config.save_precision]
     as_file: dict[str, Any] = {"family": base.family.name, "metadata": describe(about), "dtype": dtype}

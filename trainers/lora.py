@@ -29,7 +29,8 @@ if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that 
     from sfumato.data import Dataset, Folder
     from sfumato.embedding import Words
     from sfumato.files import Description
-    from sfumato.prior import BasePrediction
+    from sfumato.prior import BasePrediction, ClassPictures
+    from sfumato.processes import Processes
     from sfumato.runs import Run
     from sfumato.runs.samples import Samples
 
@@ -76,9 +77,9 @@ class Config(TrainerOptions):
     prior_prompts: tuple[str, ...] = ()
     """Prompts that shall draw as the base draws them: beside each batch goes one as large whose target is what the
     frozen base predicts for them, as in DreamBooth. Repeat it for several. Unset, --batch is then half of the default.
-    A subject gains by it, a style does not."""
+    A subject gains by it, a style does not. Pictures with `class = true` in a dataset.toml come beside it, too."""
     prior_weight: float | None = None
-    """Weight of those samples in the loss, beside 1 for the pictures. Unset: 1."""
+    """Weight of those samples in the loss, beside 1 for the pictures that are learned. Unset: 1."""
     init_from: Path | None = None
     """Start from this adapter instead of from nothing; same targets and rank."""
     adapter_guidance: float = 0.0
@@ -95,7 +96,7 @@ def train(config: Config) -> Path:
     """Train, and return the adapter's path."""
     import torch
 
-    from sfumato import embedding, optimizers, randomness
+    from sfumato import embedding, optimizers
     from sfumato.adapters import attach, hosts
     from sfumato.ema import Average
     from sfumato.full import parts_of
@@ -111,21 +112,17 @@ def train(config: Config) -> Path:
     examples = read_examples(config)
     precision = config.decide_precision(processes, config.optimizer)
     base = config.load_base(precision)
-    config, filled = resolve(config, base, examples.samples, processes.count)
+    subjects, of_class = examples.of("instance"), examples.of("class")
+    has_prior = bool(config.prior_prompts or of_class)
+    config, filled = resolve(config, base, subjects.samples, processes.count, has_prior=has_prior)
     words = new_words(base, config, examples) if config.train_words else None
     run = Run.start(config, program="lora", processes=processes, writes=written(config))
     run.say(precision.table())
     run.say(f"{base.family.title} defaults: " + ", ".join(f"{name} {getattr(config, name)}" for name in filled))
 
     global_batch, starts = processes.starts(config.batch, config.accumulate)
-    dataset = config.prepare(
-        examples,
-        base,
-        embed_text=not config.train_text_encoder and words is None,
-        will_draw=(config.seed, config.steps, global_batch),
-        processes=processes,
-    )
-    for note in dataset.notes:
+    dataset, class_set = prepare(config, base, subjects, of_class, global_batch, processes)
+    for note in dict.fromkeys([*dataset.notes, *(class_set.notes if class_set else [])]):
         run.say(note)
     # The VAE has given its latents; it rests until something is drawn.
     base.resting.keep("unet", *(["text"] if config.train_text_encoder or words else []))
@@ -139,8 +136,10 @@ def train(config: Config) -> Path:
     )
     if config.init_from:
         start_from(lora, config.init_from)
-    run.identify(data=dataset.fingerprint, base=base.fingerprint())
-    run.say(f"{len(dataset)} pictures, {len(lora.layers)} adapted layers, {lora.count():,} trained numbers")
+    facts = {"data": dataset.fingerprint, "class": class_set.fingerprint if class_set else "none"}
+    run.identify(**facts, base=base.fingerprint())
+    beside = f"{len(class_set)} of the class, " if class_set else ""
+    run.say(f"{len(dataset)} pictures, {beside}{len(lora.layers)} adapted layers, {lora.count():,} trained numbers")
 
     parameters = [*lora.parameters(), *(words.parameters() if words else ())]
     groups = optimizers.groups(lora.by_part(), config.learning_rate, config.text_learning_rate)
@@ -155,22 +154,24 @@ def train(config: Config) -> Path:
     run.keep(lora=lora, optimizer=optimizer, scaler=scaler, average=average, **({"words": words} if words else {}))
     watched = {"drift": UNRELATED} if config.measure_every else {}
     measures = Measures(base, dataset, watched, pristine=lora.disabled, within=average.applied, modules=[lora])
-    prompts = config.sample_prompts or default_prompts(dataset.captions, config.caption, config.trigger)
+    first = subjects[0]  # sources may have templates and triggers of their own
+    prompts = config.sample_prompts or default_prompts(dataset.captions, first.template, first.trigger)
     draw = drawing_of(base, lora, config.adapter_guidance)
     samples = Samples(run, base, prompts, config.seed, modules=[lora], within=average.applied, draw=draw)
+    trigger = list(dict.fromkeys([*subjects.triggers, *config.train_words]))
 
     def export(step: int) -> None:
         if step and processes.is_main:
             with average.applied():
                 path = config.output / "adapters" / f"{config.name}-{step:06d}.safetensors"
-                description = write_adapter(path, lora, base, config, dataset, samples, step)
+                description = write_adapter(path, lora, base, config, dataset, samples, trigger, step)
                 if words:
                     write_words(path, words, config, description)
 
     run.every(config.measure_every, lambda step: run.log(step=step, **measures.values()))
     run.every(config.sample_every, samples.draw)
     run.every(config.save_every, export)
-    prior = prior_of(config, base, dataset, lora) if config.prior_prompts else None
+    priors = priors_of(config, base, dataset, class_set, lora)
     lora.train()
     for step in run.steps(config.steps):
         words_alone = step.number < config.words_first
@@ -187,17 +188,18 @@ def train(config: Config) -> Path:
                 base, dataset, config.seed, step.number, global_batch, start, config.batch, offset=config.noise_offset
             )
             learned = len(half.batch)
-            if prior:
+            for prior in priors:
                 half = half.beside(prior.draw(step.number, global_batch, start, config.batch))
             batch = half.batch
-            with precision.autocast(), randomness.seeded(precision.device, config.seed, "dropout", step.number, start):
+            lora.drop_by(config.seed, step.number, range(start, start + learned))
+            with precision.autocast():
                 in_loop = config.train_text_encoder or words
                 text = embedding.encode(base, batch.captions, grad=True) if in_loop else batch.text
                 errors = denoising_errors(
                     base, batch, half.noise, half.timesteps, text, min_snr=config.min_snr, target=half.target
                 )
                 part = errors[:learned].sum() / global_batch
-                if prior:
+                if priors:
                     of_prior = errors[learned:].sum() / global_batch
                     part = part + config.prior_weight * of_prior
                     prior_loss += of_prior.detach()
@@ -217,14 +219,14 @@ def train(config: Config) -> Path:
             average.update()
         scaler.update()
         optimizer.zero_grad()
-        further = {"prior_loss": prior_loss} if prior else {}
+        further = {"prior_loss": prior_loss} if priors else {}
         rate = optimizer.param_groups[-1]["lr"] if words_alone else schedule.rate  # the words' group is the last
         step.done(loss=loss, rate=rate, gradient_norm=norm, **further)
 
     average.apply()
     path = config.output / f"{config.name}.safetensors"
     if processes.is_main:
-        save(path, lora, words, base, config, dataset, run, samples)
+        save(path, lora, words, base, config, dataset, run, samples, trigger)
     if words:
         words.remove()
     run.close()
@@ -240,11 +242,8 @@ def check(config: Config) -> None:
     if config.init_from and not config.init_from.exists():
         raise ConfigError(f"--init-from {config.init_from}: there is no such file.")
     checked_adapter_guidance(config.adapter_guidance)
-    if config.prior_weight is not None:
-        if not config.prior_prompts:
-            raise ConfigError("--prior-weight is for what shall draw as before; name it with --prior-prompts.")
-        if not 0 <= config.prior_weight < float("inf"):
-            raise ConfigError(f"--prior-weight is {config.prior_weight}; wanted a number of at least 0.")
+    if config.prior_weight is not None and not 0 <= config.prior_weight < float("inf"):
+        raise ConfigError(f"--prior-weight is {config.prior_weight}; wanted a number of at least 0.")
     for prompt in config.prior_prompts:
         if new := [word for word in config.train_words if word.lower() in prompt.lower()]:
             raise ConfigError(f"--prior-prompts {prompt!r} holds {new[0]}, which the base does not know; leave it out.")
@@ -260,9 +259,9 @@ def check(config: Config) -> None:
         raise ConfigError(f"--words-first {config.words_first}: wanted 0, or fewer than the {config.steps} steps.")
 
 
-def resolve(config: Config, base: Base, samples: int, processes: int) -> tuple[Config, list[str]]:
+def resolve(config: Config, base: Base, samples: int, processes: int, *, has_prior: bool) -> tuple[Config, list[str]]:
     """The config with every unset field filled, and the names that the base's family filled."""
-    half = {"batch": max(1, base.defaults.batch // 2)} if config.prior_prompts else {}  # the other is the prior's
+    half = {"batch": max(1, base.defaults.batch // 2)} if has_prior else {}  # the other is the prior's
     config, filled = options.resolve(config, base, samples, processes, **half)
     values: dict[str, Any] = {
         "alpha": config.alpha or float(config.rank),
@@ -271,7 +270,7 @@ def resolve(config: Config, base: Base, samples: int, processes: int) -> tuple[C
     if config.train_text_encoder:
         tenth = config.learning_rate / 10
         values["text_learning_rate"] = options.second_rate(config, "text_learning_rate", tenth)
-    if config.prior_prompts:
+    if has_prior:
         values["prior_weight"] = 1.0 if config.prior_weight is None else config.prior_weight
     if config.train_words:
         rate = RATES[base.family.name]
@@ -295,6 +294,11 @@ def read_examples(config: Config) -> Folder:
     from sfumato.placeholders import put_into_captions
 
     examples = config.read_examples()
+    if config.prior_weight is not None and not (config.prior_prompts or examples.of("class")):
+        raise ConfigError(
+            "--prior-weight is for what shall draw as before; name it with --prior-prompts, or give pictures of it in "
+            "a dataset.toml, with class = true."
+        )
     return put_into_captions(examples, config.train_words, config.stands_for) if config.train_words else examples
 
 
@@ -314,21 +318,54 @@ def new_words(base: Base, config: Config, examples: Folder) -> Words:
     return words
 
 
-def prior_of(config: Config, base: Base, dataset: Dataset, lora: Lora) -> BasePrediction:
-    """What gives the samples of the prior's prompts, from the pictures of the batch that they come beside."""
-    from sfumato.prior import BasePrediction
+def prepare(
+    config: Config, base: Base, subjects: Folder, of_class: Folder, global_batch: int, processes: Processes
+) -> tuple[Dataset, Dataset | None]:
+    """What is learned, and the class's pictures, if there are any, with the embeddings that each will give."""
+    from sfumato.prior import prepare_class
 
-    with lora.disabled():
-        return BasePrediction(
-            base,
-            dataset,
-            config.prior_prompts,
-            config.seed,
-            order=config.seed,
-            pristine=lora.disabled,
-            offset=config.noise_offset,
-            embed_text=not config.train_text_encoder and not config.train_words,
-        )
+    embed = embeds_beforehand(config)
+    dataset = config.prepare(
+        subjects,
+        base,
+        buckets=not of_class,  # squares, where both must fit into one batch
+        embed_text=embed,
+        will_draw=(config.seed, config.steps, global_batch),
+        processes=processes,
+    )
+    if not of_class:
+        return dataset, None
+    return dataset, prepare_class(config, base, of_class, global_batch, processes, embed_text=embed)
+
+
+def embeds_beforehand(config: Config) -> bool:
+    """Whether captions are embedded once, before the loop: nothing of what they mean is learned."""
+    return not config.train_text_encoder and not config.train_words
+
+
+def priors_of(
+    config: Config, base: Base, dataset: Dataset, class_set: Dataset | None, lora: Lora
+) -> list[ClassPictures | BasePrediction]:
+    """What comes beside each batch: the class's pictures, and the prior's prompts with the pictures of that batch."""
+    from sfumato.prior import BasePrediction, ClassPictures
+
+    priors: list[ClassPictures | BasePrediction] = []
+    if class_set:
+        priors.append(ClassPictures(base, class_set, config.seed, offset=config.noise_offset))
+    if config.prior_prompts:
+        with lora.disabled():
+            predicted = BasePrediction(
+                base,
+                dataset,
+                config.prior_prompts,
+                config.seed,
+                order=config.seed,
+                pristine=lora.disabled,
+                offset=config.noise_offset,
+                embed_text=embeds_beforehand(config),
+            )
+        priors.append(predicted)
+    return priors
 
 
 def start_from(lora: Lora, path: Path) -> None:
@@ -348,11 +385,12 @@ def save(
     dataset: Dataset,
     run: Run,
     samples: Samples,
+    trigger: Sequence[str],
 ) -> None:
     """Write the adapter and new words, the card and the plot; upload them if asked."""
     from sfumato.finish import finish
 
-    description = write_adapter(path, lora, base, config, dataset, samples, config.steps)
+    description = write_adapter(path, lora, base, config, dataset, samples, trigger, config.steps)
     finish(run, path, description, samples, kind="lora", push=None)
     paths = [path]
     if words:
@@ -365,14 +403,20 @@ def save(
 
 
 def write_adapter(
-    path: Path, lora: Lora, base: Base, config: Config, dataset: Dataset, samples: Samples, steps: int
+    path: Path,
+    lora: Lora,
+    base: Base,
+    config: Config,
+    dataset: Dataset,
+    samples: Samples,
+    trigger: Sequence[str],
+    steps: int,
 ) -> Description:
     """Write the adapter as it is now, after so many steps; returns what its file says of itself."""
     from sfumato.files import describe, write_lora
     from sfumato.finish import describe_run
     from sfumato.precision import DTYPES
 
-    trigger = [*([config.trigger] if config.trigger else []), *config.train_words]
     about = {"trigger": trigger, "steps": steps, "adapter_guidance": config.adapter_guidance}
     description = describe_run(config, base, dataset, samples, **about)
     dtype = DTYPES[config.save_precision]

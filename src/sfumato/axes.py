@@ -43,6 +43,20 @@ def checked_share(density: float) -> float:
     return density
 
 
+def checked_steps(steps: int) -> int:
+    """Steps of a sampler. Raises ConfigError for none; how many the base takes is its own to say."""
+    if steps < 1:
+        raise ConfigError(f"{steps} steps; wanted at least 1.")
+    return steps
+
+
+def checked_guidance(guidance: float) -> float:
+    """The CFG scale. Raises ConfigError for what cannot be meant."""
+    if not 0 <= guidance <= 100:
+        raise ConfigError(f"guidance {guidance:g}: wanted 0 to 100; 3 to 9 is usual.")
+    return guidance
+
+
 def checked_adapter_guidance(strength: float) -> float:
     """How often adapters count. Raises ConfigError for what cannot be meant."""
     from sfumato.files.metadata import MOST_ADAPTER_GUIDANCE as MOST
@@ -53,12 +67,14 @@ def checked_adapter_guidance(strength: float) -> float:
 
 
 CHECKS: dict[str, Callable[[Any], object]] = {
+    "steps": checked_steps,
+    "guidance": checked_guidance,
     "adapter_guidance": checked_adapter_guidance,
     "sampler": find,
     "method": checked_method,
     "density": checked_share,
 }
-"""What refuses a value that was read but cannot be meant."""
+"""What refuses a value that was read but cannot be meant, of an axis or of the option of that name."""
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,6 @@ class Desk:
                 self.mix,
                 asked,
                 guided=guidance > 1,  # as diffusers decides it
-                sampler=self.settings["sampler"],
                 syntax=self.settings["prompt_syntax"],
                 **self.allowed,
             ),

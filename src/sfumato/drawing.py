@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from numbers import Integral
+from operator import index
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from sfumato import schedulers
+from sfumato.axes import checked_guidance
 from sfumato.errors import BaseModelError, ConfigError
+from sfumato.prompts import Syntax
 
 if TYPE_CHECKING:
     from sfumato.bases.base import Base
-    from sfumato.prompts import Syntax
 
 LATENTS_AT_ONCE = 16_384
 """Latent pixels in one batch: 64 pictures of 64 px on pocket, 4 of 512 px on SD 1.x, 1 of 1024 px on SDXL."""
@@ -44,7 +48,8 @@ class Start:
     def sized(self, width: int, height: int) -> Start:
         """The same at this size."""
         picture = self.picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
-        mask = None if self.mask is None else self.mask.convert("L").resize((width, height), Image.Resampling.LANCZOS)
+        # Lanczos rings: black beside a white edge would be grey.
+        mask = None if self.mask is None else self.mask.convert("L").resize((width, height), Image.Resampling.BILINEAR)
         return Start(picture, self.strength, mask)
 
 
@@ -77,15 +82,23 @@ def draw_each(
 
     The noise of a picture is that of `torch.Generator().manual_seed(seed)` on the CPU, whatever its place and the
     device, so that plain diffusers with this generator draws the same one. What is not finite, or black all over, is
-    tried once more in fp32; BaseModelError if that does not help.
+    tried once more in fp32; BaseModelError if that does not help. Raises ConfigError for what cannot be drawn, such as
+    a pipeline that begins from a picture where there is no start.
     """
     prompts, seeds = _pairs(prompts, seeds)
+    if not isinstance(negative, str):
+        raise ConfigError(f"a negative prompt that is a {type(negative).__name__}; wanted one text for all pictures.")
+    if syntax not in get_args(Syntax):
+        raise ConfigError(f"the prompt syntax {syntax!r}: wanted one of {', '.join(get_args(Syntax))}.")
     is_base = hasattr(source, "encode_text")
     pipe = source.pipeline() if is_base else source
+    _check_kind(pipe, start)
     if is_base:
         defaults = source.defaults
-        steps, guidance = steps or defaults.sampling_steps, defaults.guidance if guidance is None else guidance
-        width, height = width or defaults.resolution, height or defaults.resolution
+        steps = defaults.sampling_steps if steps is None else steps
+        guidance = defaults.guidance if guidance is None else guidance
+        width = defaults.resolution if width is None else width
+        height = defaults.resolution if height is None else height
     elif syntax != "plain":
         raise ConfigError(f"the prompt syntax {syntax} wants a Base of sfumato.load_base, not a pipeline.")
     width, height = _size(pipe, width, height)
@@ -93,7 +106,12 @@ def draw_each(
         start = start.sized(width, height)
     options = {"num_inference_steps": steps, "guidance_scale": guidance, "width": width, "height": height}
     given = {name: value for name, value in options.items() if value is not None}
-    batch = batch or max(1, LATENTS_AT_ONCE // (width * height // pipe.vae_scale_factor**2))
+    if batch is None:
+        batch = max(1, LATENTS_AT_ONCE // (width * height // pipe.vae_scale_factor**2))
+    elif batch < 1:
+        raise ConfigError(f"batch {batch}: wanted at least 1 picture at once.")
+    if guidance is not None:
+        checked_guidance(guidance)
     other = None if scheduler is None else schedulers.scheduler(scheduler, pipe.scheduler.config)
     most = int((other or pipe.scheduler).config.num_train_timesteps)
     if steps is not None and not 1 <= steps <= most:
@@ -107,9 +125,24 @@ def draw_each(
         yield from pictures
 
 
+def _check_kind(pipe: Any, start: Start | None) -> None:
+    """Raises ConfigError for what draw cannot call as it should be called."""
+    if not (hasattr(pipe, "unet") and hasattr(pipe, "components")):
+        raise ConfigError(f"draw wants a Base or a diffusers pipeline with a U-Net, got a {type(pipe).__name__}.")
+    if "controlnet" in pipe.components:
+        raise ConfigError(
+            f"a {type(pipe).__name__} follows a picture that draw does not hand on; call it yourself, or draw with a "
+            "pipeline that has no controlnet."
+        )
+    if start is None and "image" in inspect.signature(type(pipe).__call__).parameters:
+        raise ConfigError(
+            f"a {type(pipe).__name__} draws from a picture; give start=Start(picture), or a pipeline that needs none."
+        )
+
+
 def _pairs(prompts: str | Sequence[str], seeds: int | Sequence[int]) -> tuple[list[str], list[int]]:
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    numbers = [seeds] if isinstance(seeds, int) else list(seeds)
+    numbers = [index(seeds)] if isinstance(seeds, int | Integral) else [index(seed) for seed in seeds]  # numpy's, too
     if len(texts) == 1:
         texts = texts * len(numbers)
     if len(numbers) == 1:
@@ -127,7 +160,8 @@ def _size(pipe: Any, width: int | None, height: int | None) -> tuple[int, int]:
     own = pipe.unet.config.sample_size
     if width is None or height is None:
         sides = (own, own) if isinstance(own, int) else (own[0], own[1])
-        height, width = height or sides[0] * pipe.vae_scale_factor, width or sides[1] * pipe.vae_scale_factor
+        height = sides[0] * pipe.vae_scale_factor if height is None else height
+        width = sides[1] * pipe.vae_scale_factor if width is None else width
     for name, side in (("width", width), ("height", height)):
         if side <= 0 or side % 8:  # what diffusers' pipelines ask for, whatever the VAE's factor
             raise ConfigError(f"{name} {side}: wanted a multiple of 8 pixels, such as {max(8, round(side / 8) * 8)}.")
@@ -189,10 +223,20 @@ def _denoise(pipe: Any, text: dict[str, Any], seeds: list[int], options: dict[st
 
 
 def _variant(pipe: Any, name: str) -> Any:
-    """The pipeline's parts in diffusers' pipeline for another task."""
+    """The pipeline's parts in diffusers' pipeline for another task; where the one reads tags, the other does."""
     import diffusers
 
-    variant = getattr(diffusers, name).from_pipe(pipe)
+    from sfumato.tagged import TaggedPrompts, reading_tags
+
+    try:
+        variant = getattr(diffusers, name).from_pipe(pipe)
+    except ValueError:
+        raise ConfigError(
+            f"diffusers has no {name.removeprefix('AutoPipelineFor')} pipeline for a {type(pipe).__name__}, which a "
+            "start wants. Draw with a StableDiffusionPipeline or StableDiffusionXLPipeline."
+        ) from None
+    if isinstance(pipe, TaggedPrompts):
+        variant = reading_tags(variant, pipe)
     variant.set_progress_bar_config(disable=True)
     return variant
 
@@ -282,7 +326,9 @@ def _as_asked(pipe: Any, scheduler: Any | None) -> Iterator[None]:
     own, bar = pipe.scheduler, getattr(pipe, "_progress_bar_config", {})
     pipe.scheduler = scheduler or own
     pipe.set_progress_bar_config(disable=True)
+    drawing = schedulers.DRAWING.set(pipe.scheduler)
     try:
         yield
     finally:
+        schedulers.DRAWING.reset(drawing)
         pipe.scheduler, pipe._progress_bar_config = own, bar

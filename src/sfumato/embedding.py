@@ -5,27 +5,33 @@
 
 Textual Inversion (Gal et al. 2022) learns such vectors; `trainers/textual_inversion.py` trains what `new_words` makes.
 
-A word's vectors are rows of their own, put in where the token embedding meets the word's ids. The tokenizer is replaced
-by a copy that knows the word and writes it out as one token a vector. Removing a word puts the tokenizer back and takes
-the hooks away; no weight was touched.
+A word's vectors are rows of their own, put in where the token embedding meets the word's ids. The tokenizer learns the
+word, which it writes out as one token a vector, for every pipeline that shares it. Removing a word takes it and the
+hooks away again; no weight was touched.
+
+A pipeline that is saved while words are in use is saved without them. Words that diffusers' `load_textual_inversion`
+adds meanwhile stay: their rows move up into ours' place.
 """
 
 from __future__ import annotations
 
 import copy
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
-from tokenizers import AddedToken, Regex, normalizers
+from tokenizers import AddedToken, Regex, Tokenizer, normalizers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sfumato import randomness
+from sfumato.compose import tensors
 from sfumato.errors import AdapterError, ConfigError
 from sfumato.placeholders import check_placeholder, shown
 
@@ -64,42 +70,83 @@ class _Site:
             return self.source.tokenizers[self.number]
         return getattr(self.source, "tokenizer_2" if self.number else "tokenizer")
 
-    @tokenizer.setter
-    def tokenizer(self, tokenizer: Any) -> None:
-        if hasattr(self.source, "tokenizers"):
-            now = list(self.source.tokenizers)
-            now[self.number] = tokenizer
-            self.source.tokenizers = tuple(now)
-        else:
-            setattr(self.source, "tokenizer_2" if self.number else "tokenizer", tokenizer)
-
     @property
     def table(self) -> nn.Embedding:
         """The token embedding."""
         return cast(nn.Embedding, self.encoder.get_input_embeddings())
 
+    @property
+    def weight(self) -> Tensor:
+        """The table's numbers, (tokens, width), wherever offloading has put them."""
+        weight = tensors.stored(self.table, "weight")
+        if weight is None or weight.is_meta:
+            raise ConfigError(
+                "the text encoder's token embedding is not in memory (an empty shell). Load its weights first."
+            )
+        return weight.detach()
+
     def know(self, words: Sequence[Words]) -> None:
-        """Give the encoder a tokenizer that knows exactly these words besides its own."""
-        plain, eos = getattr(self.tokenizer, "_sfumato_plain", (self.tokenizer, None))
-        text = getattr(self.encoder, "text_model", self.encoder)
+        """Let the tokenizer know exactly these words besides its own."""
+        tokenizer = self.tokenizer
+        self._pool_at_the_end()
+        if self.words:
+            self._forget()
         if not words:
-            self.tokenizer = plain
-            if eos is not None:
-                text.eos_token_id = eos
             return
-        if eos is None and getattr(text, "eos_token_id", None) == 2 != plain.eos_token_id:
-            # The published configs say 2, on which transformers pools at the highest id: that would be a new word's.
-            eos, text.eos_token_id = 2, plain.eos_token_id
-        extended = copy.deepcopy(plain)
+        plain = copy.copy(tokenizer)
+        tokenizer._tokenizer = copy.deepcopy(plain.backend_tokenizer)
         for each in words:
-            each.first[self.number] = _extend(extended, each.tokens)
-        extended._sfumato_plain, extended._sfumato_words = (plain, eos), tuple(words)
-        self.tokenizer = extended
+            each.first[self.number] = _extend(tokenizer, each.tokens)
+        tokenizer._sfumato_plain, tokenizer._sfumato_words = (plain,), tuple(words)
+        tokenizer.save_pretrained = partial(_save_without_words, tokenizer)
+
+    def _pool_at_the_end(self) -> None:
+        """While words are in use, pool at the end token by its number.
+
+        The published configs say 2, on which transformers pools at the highest id: that would be a new word's.
+        """
+        text = getattr(self.encoder, "text_model", self.encoder)
+        if not self.in_use and hasattr(text, "_sfumato_eos"):
+            text.eos_token_id = text.__dict__.pop("_sfumato_eos")
+        elif self.in_use and getattr(text, "eos_token_id", None) == 2 != self.tokenizer.eos_token_id:
+            text._sfumato_eos, text.eos_token_id = 2, self.tokenizer.eos_token_id
+
+    def _forget(self) -> None:
+        """Put the tokenizer back as it was, but for other words that diffusers has loaded or unloaded since."""
+        tokenizer = self.tokenizer
+        extended, others, changed = tokenizer.backend_tokenizer, list(_others(tokenizer)), _others_changed(tokenizer)
+        tokenizer._tokenizer = tokenizer._sfumato_plain[0].backend_tokenizer
+        for name in ("_sfumato_plain", "_sfumato_words", "save_pretrained"):
+            delattr(tokenizer, name)
+        if changed:
+            self._close_ranks(extended, others)
+
+    @torch.no_grad()
+    def _close_ranks(self, extended: Tokenizer, others: Sequence[int]) -> None:
+        """Number other words from the end of the vocabulary on, as a tokenizer does, and bring their rows there.
+
+        others: the ids of the added tokens in `extended`, and in the table so far.
+        """
+        plain = self.tokenizer.backend_tokenizer
+        vocabulary = plain.get_vocab_size(with_added_tokens=False)
+        ids = [*range(vocabulary), *(index for index in others if index >= vocabulary)]
+        places = {index: place for place, index in enumerate(ids)}
+        described = json.loads(plain.to_str())
+        described["added_tokens"] = [
+            token | {"id": places[token["id"]]}
+            for token in json.loads(extended.to_str())["added_tokens"]
+            if token["id"] in places
+        ]
+        self.tokenizer._tokenizer = Tokenizer.from_str(json.dumps(described))
+        rows = self.weight[ids]
+        self.weight[: len(ids)] = rows
+        if not self.table.weight.is_meta:
+            self.encoder.resize_token_embeddings(len(ids))
 
     @property
     def in_use(self) -> list[Words]:
-        """The words that the table answers for, whichever tokenizer knows them."""
-        found: list[Words] = self.table.__dict__.setdefault("_sfumato_words", [])
+        """The words that the encoder answers for, whichever tokenizer knows them."""
+        found: list[Words] = self.encoder.__dict__.setdefault("_sfumato_words", [])
         return found
 
     @property
@@ -113,8 +160,7 @@ def _extend(tokenizer: Any, tokens: Mapping[str, int]) -> int:
     first = len(tokenizer)
     for token, count in tokens.items():
         alone = re.fullmatch(r"\w+", token) is not None
-        spelt = token.lower()  # as the tokenizer's own normalizer spells it
-        names = [spelt] if count == 1 else [f"{spelt}_{i}" for i in range(count)]
+        spelt, names = token.lower(), _names(token, count)
         tokenizer.add_tokens([AddedToken(name, normalized=True, single_word=alone, special=False) for name in names])
         if count > 1:
             end = r"(?!\w)" if alone else r"(?!_\d)"
@@ -123,6 +169,34 @@ def _extend(tokenizer: Any, tokens: Mapping[str, int]) -> int:
             backend = tokenizer.backend_tokenizer
             backend.normalizer = normalizers.Sequence([backend.normalizer, written])
     return first
+
+
+def _names(token: str, count: int) -> list[str]:
+    """The tokens of a placeholder of so many vectors, as the tokenizer's own normalizer spells them."""
+    return [token.lower()] if count == 1 else [f"{token.lower()}_{i}" for i in range(count)]
+
+
+def _others(tokenizer: Any) -> dict[int, str]:
+    """The tokens by their ids that were added to a tokenizer, without the words' that it knows."""
+    words = getattr(tokenizer, "_sfumato_words", ())
+    ours = {name for each in words for token, count in each.tokens.items() for name in _names(token, count)}
+    added = {index: str(token) for index, token in sorted(tokenizer.added_tokens_decoder.items())}
+    return {index: name for index, name in added.items() if name not in ours}
+
+
+def _others_changed(tokenizer: Any) -> bool:
+    """Whether diffusers has loaded or unloaded words of its own since the tokenizer knows ours."""
+    return list(_others(tokenizer).values()) != list(_others(tokenizer._sfumato_plain[0]).values())
+
+
+def _save_without_words(tokenizer: Any, *args: Any, **options: Any) -> Any:
+    """As `save_pretrained` of the tokenizer, without the words: their rows are not in the encoder's table either."""
+    if _others_changed(tokenizer):
+        raise ConfigError(
+            "words that diffusers loaded stand behind new words in use, which are not saved. Take the new ones out by "
+            "remove(), or end their with block, and save then."
+        )
+    return tokenizer._sfumato_plain[0].save_pretrained(*args, **options)
 
 
 class Words(nn.Module):
@@ -141,7 +215,7 @@ class Words(nn.Module):
         self.rows = nn.ParameterList()
         for site, part in zip(self._sites, PARTS, strict=False):
             values = torch.cat([parts[part] for parts in vectors.values()])
-            self.rows.append(nn.Parameter(values.to(site.table.weight.device, torch.float32, copy=True)))
+            self.rows.append(nn.Parameter(values.to(site.weight.device, torch.float32, copy=True)))
         self.attach()
 
     def attach(self) -> None:
@@ -158,11 +232,14 @@ class Words(nn.Module):
                 )
         for number, site in enumerate(self._sites):
             site.in_use.append(self)
-            site.know([*site.words, self])
+            site.know([*(words for words in site.words if words is not self), self])
             self._handles += self._hook(site.table, number)
 
     def remove(self) -> None:
-        """Take the words out: tokenizer and text encoder are what they were. The vectors stay, and can be attached."""
+        """Take the words out: tokenizer and text encoder are what they were. The vectors stay, and can be attached.
+
+        Words that diffusers loaded meanwhile stay, too.
+        """
         for handle in self._handles:
             handle.remove()
         if self._handles:
@@ -198,7 +275,7 @@ class Words(nn.Module):
             return (torch.where(new, 0, inputs[0]), *inputs[1:])
 
         def after(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            place = places.pop()
+            place = places.pop().to(output.device)
             rows = self.rows[number].to(output.device, output.dtype)
             return torch.where((place >= 0).unsqueeze(-1), F.embedding(place.clamp(min=0), rows), output)
 
@@ -245,14 +322,14 @@ class Words(nn.Module):
 
     def _lengths(self) -> list[tuple[float, float]]:
         if not hasattr(self, "_quantiles"):
-            self._quantiles = [_quantiles(site.table.weight) for site in self._sites]
+            self._quantiles = [_quantiles(site.weight) for site in self._sites]
         return self._quantiles
 
     @torch.no_grad()
     def nearest(self, count: int = 3) -> dict[str, list[list[tuple[str, float]]]]:
         """The table's words nearest to each vector of the first encoder, with the cosines, by placeholder."""
         site, found = self._sites[0], {}
-        table = F.normalize(site.table.weight.float(), dim=1)
+        table = F.normalize(site.weight.float(), dim=1)
         cosines = F.normalize(self.rows[0].detach().to(table.device), dim=1) @ table.T
         best = cosines.topk(count, dim=1)
         lines = [
@@ -269,7 +346,7 @@ class Words(nn.Module):
 
     def report(self) -> list[str]:
         """`nearest` in a line a vector, and how long the vector is beside the table's mean."""
-        mean = float(self._sites[0].table.weight.float().norm(dim=1).mean())
+        mean = float(self._sites[0].weight.float().norm(dim=1).mean())
         lengths = iter((self.rows[0].detach().norm(dim=1) / mean).tolist())
         return [
             f"{token} {number} of {len(vectors)}: {', '.join(f'{word} {cosine:.2f}' for word, cosine in words)}; "
@@ -314,7 +391,7 @@ def new_words(
     for place, token in enumerate(placeholders):
         made[token] = {}
         for site, part in zip(sites, PARTS, strict=False):
-            rows = site.table.weight.detach().float().cpu()
+            rows = site.weight.float().cpu()
             if start == "words":
                 words = initial[place if len(initial) > 1 else 0]
                 ids = site.tokenizer(words, add_special_tokens=False).input_ids
@@ -413,6 +490,6 @@ def _sites(source: Any) -> list[_Site]:
 
 
 def _quantiles(table: Tensor) -> tuple[float, float]:
-    norms = table.detach().float().norm(dim=1).sort().values
+    norms = table.float().norm(dim=1).sort().values
     last = len(norms) - 1
     return float(norms[round(_SHORTEST * last)]), float(norms[round(_LONGEST * last)])

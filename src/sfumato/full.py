@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,6 +15,8 @@ from torch import Tensor, nn
 from sfumato import optimizers
 from sfumato.errors import AdapterError, FileError
 from sfumato.files import write_tensors
+from sfumato.files.atomic import beside
+from sfumato.files.fingerprint import KEY, fingerprint
 from sfumato.files.kohya import Target, kohya_name
 from sfumato.files.read import is_finite
 
@@ -83,7 +84,7 @@ def write_folder(base: Base, path: Path, dtype: torch.dtype) -> Path:
     for part in (base.unet, base.vae, *base.text_encoders):
         nn.Module.to(part, dtype)
         _check_finite(part, dtype, path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = beside(path)
     try:
         pipe.save_pretrained(str(temporary), safe_serialization=True)
         if path.exists():
@@ -130,13 +131,17 @@ def write_difference(
     or a module has no name in the grammar, FileError for values that are not finite in `dtype`.
     """
     tensors: dict[str, Tensor] = {}
+    matrices: dict[Target, Tensor] = {}
     modules: set[str] = set()
     for (part, place), leaf in changed_weights(after, before):
         name = kohya_name(family, part, place)
         modules.add(name)
         now, then = (models[part].get_parameter(f"{place}.{leaf}").detach() for models in (after, before))
         is_norm = after[part].get_parameter(f"{place}.weight").ndim == 1
-        tensors[f"{name}.{_LEAVES[leaf, is_norm]}"] = (now.float().cpu() - then.float().cpu()).to(dtype)
+        delta = (now.float().cpu() - then.float().cpu()).to(dtype)
+        tensors[f"{name}.{_LEAVES[leaf, is_norm]}"] = delta
+        if delta.ndim > 1:
+            matrices[part, place] = delta
     if not tensors:
         raise AdapterError(f"{path.name}: no weight differs from the base's, so there is nothing to write.")
     from sfumato.files.save import hashes
@@ -144,6 +149,8 @@ def write_difference(
     described = {**metadata, "ss_network_module": "lycoris.kohya", "ss_network_args": '{"algo":"full"}'}
     described |= {"ss_network_dim": "", "ss_network_alpha": ""}
     described = {key: value for key, value in described.items() if value != ""}
+    # Of what is written: the change of a small rate may be near the least that fp16 holds.
+    described[KEY] = fingerprint(matrices)
     write_tensors(path, tensors, described | hashes(tensors, described))
     return len(modules)
 

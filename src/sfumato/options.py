@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from sfumato.config import fill
-from sfumato.errors import ConfigError
+from sfumato.errors import ConfigError, DataError
 
 if TYPE_CHECKING:  # help loads no torch
     from sfumato.bases import Base
@@ -58,13 +58,20 @@ class DataOptions:
         """The pictures and captions, listed but not decoded."""
         from sfumato import data
 
-        return data.read_folder(
+        examples = data.read_folder(
             self.images,
             caption_template=self.caption,
             trigger=self.trigger,
             mask=self.mask,
             skip_bad=self.skip_bad,
         )
+        self.check_subject(examples)
+        return examples
+
+    def check_subject(self, examples: Folder) -> None:
+        """Raises DataError for pictures of a class alone."""
+        if not examples.of("instance"):
+            raise DataError(f"{self.images}: has pictures of a class only. Name a source without class = true.")
 
     def prepare(
         self,

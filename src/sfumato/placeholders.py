@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from sfumato.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from sfumato.data import Folder
+    from sfumato.data import Example, Folder
 
 RATES: Mapping[str, float] = MappingProxyType({"pocket": 2e-2, "sd1": 2e-3, "sd2": 2e-3, "sdxl": 1e-3})
 """Peak learning rates of new words, by family; an entry of a CLIP table's row is about 0.014 in size."""
@@ -23,9 +23,9 @@ VECTORS = 4
 def put_into_captions(folder: Folder, placeholders: Sequence[str], stands_for: Sequence[str] = ()) -> Folder:
     """The folder with each placeholder in place of what it stands for, if that is given.
 
-    Raises DataError where a caption holds no placeholder, or a placeholder is in no caption. Class pictures need none.
+    So it is in the template; a trigger whose place is taken is none any more. Captions of the class stay as they are.
+    Raises DataError where a caption holds no placeholder, or one of the class does, or a placeholder is in no caption.
     """
-
     names = dict(zip(stands_for, placeholders, strict=False))
     # Longest first, and all at once: of "sks otter" and "otter" each takes its own place.
     phrases = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
@@ -33,10 +33,20 @@ def put_into_captions(folder: Folder, placeholders: Sequence[str], stands_for: S
     def renamed(caption: str) -> str:
         return phrases.sub(lambda found: names[found[0]], caption) if names else caption
 
-    examples = tuple(dataclasses.replace(e, caption=renamed(e.caption)) for e in folder.examples)
+    def with_words(example: Example) -> Example:
+        if example.group == "class":
+            return example
+        caption, template, trigger = renamed(example.caption), example.template, example.trigger
+        if template is not None:
+            template = renamed(template.replace("{trigger}", trigger or ""))
+        if trigger and trigger in example.caption and trigger not in caption:
+            trigger = None
+        return dataclasses.replace(example, caption=caption, template=template, trigger=trigger)
+
+    examples = tuple(map(with_words, folder.examples))
     ours = [e for e in examples if e.group == "instance"]
     without = [e.caption for e in ours if not any(token in e.caption for token in placeholders)]
-    unused = [token for token in placeholders if not any(token in e.caption for e in examples)]
+    unused = [token for token in placeholders if not any(token in e.caption for e in ours)]
     if without:
         raise DataError(
             f"{len(without)} of {len(ours)} captions hold no placeholder, first {without[0]!r}. Write it there, "
@@ -44,6 +54,12 @@ def put_into_captions(folder: Folder, placeholders: Sequence[str], stands_for: S
         )
     if unused:
         raise DataError(f"{unused[0]} is in no caption, so it would learn nothing. Write it into some.")
+    for caption in (e.caption for e in examples if e.group == "class"):
+        if held := [token for token in placeholders if token.lower() in caption.lower()]:
+            raise DataError(
+                f"the caption {caption!r} of a picture of the class holds {held[0]}, which is learned for the subject "
+                "alone. Leave it out there."
+            )
     return dataclasses.replace(folder, examples=examples)
 
 

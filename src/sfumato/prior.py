@@ -24,11 +24,12 @@ from sfumato.objective import draw_noise
 
 if TYPE_CHECKING:
     from sfumato.bases import Base
-    from sfumato.data import Batch, Dataset
+    from sfumato.data import Batch, Dataset, Folder
+    from sfumato.options import TrainerOptions
     from sfumato.processes import Processes
 
 KEPT_BYTES = 2**30
-"""Predictions of the base that are kept in memory for a run; the draws of a longer run repeat."""
+"""Predictions of the base that all processes together keep in memory for a run; the draws of a longer run repeat."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,25 @@ def draw_half(
     timesteps = timesteps.to(noise.device)
     alpha_bar = base.alpha_bar.to(noise.device)[timesteps]
     return Half(batch, noise, timesteps, diffusion.target(base.prediction_type, batch.latents, noise, alpha_bar))
+
+
+def prepare_class(
+    config: TrainerOptions, base: Base, pictures: Folder, global_batch: int, processes: Processes, *, embed_text: bool
+) -> Dataset:
+    """Pictures of the class with the embeddings of just the captions that `ClassPictures` gives; none are dropped.
+
+    They are squares: where a subject's set is prepared with buckets=False, both fit into one batch. config: resolved.
+    """
+    assert config.steps is not None
+    return config.prepare(
+        pictures,
+        base,
+        buckets=False,
+        caption_dropout=0.0,
+        embed_text=embed_text,
+        will_draw=(class_seed(config.seed), config.steps, global_batch),
+        processes=processes,
+    )
 
 
 class ClassPictures:
@@ -137,16 +157,16 @@ class BasePrediction:
         """Compute the targets of these steps while the base is the base; a line for the person. shown: with progress.
 
         They are kept in the dtype they are computed in. Where all would take more than KEPT_BYTES, the draws repeat
-        after as many steps as fit.
+        after as many steps as fit: as many global batches, so that they do not depend on who computes which part.
         """
-        size = self._bare(0, global_batch, starts[0], count).batch.latents.numel() * self._dtype.itemsize
-        self._period = max(1, KEPT_BYTES // (size * len(starts)))
+        sample = self._bare(0, global_batch, starts[0], 1).batch.latents.numel() * self._dtype.itemsize
+        self._period = max(1, KEPT_BYTES // (sample * global_batch))
         wanted = sorted({step % self._period for step in steps})
         for step in tqdm(wanted, desc="asking the base", unit="step", file=sys.stderr, disable=not shown):
             for first in starts:
                 half = self._bare(step, global_batch, first, count)
                 self._kept[step, first] = self._predict(half).to("cpu", self._dtype)
-        mib = size * len(starts) * len(wanted) / 2**20
+        mib = sample * count * len(starts) * len(wanted) / 2**20
         again = f", which repeat after {self._period} steps" if len(steps) > self._period else ""
         return f"the base's predictions for {len(wanted)} steps{again}: {mib:,.0f} MiB"
 

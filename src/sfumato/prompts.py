@@ -2,8 +2,8 @@
 
 `<lora:name:0.8>` and `<lora:name:0.4:0.8>` (text encoders, then U-Net) are A1111's, as are `te=` and `unet=` in them;
 `<lora:name:0.8:lbw=MIDD>` (or a list of numbers, or `lbw=down:0,up.1:1.2`) is that of its extension for weights by
-block. Weights and length are the library compel's work: `word++`, `(some words)1.3`, `("a cat", "a dog").and()`;
-A1111's `(some words:1.3)` is read here and handed to it as texts and their weights.
+block; `<lyco:...>` is the same. Weights and length are the library compel's work: `word++`, `(some words)1.3`,
+`("a cat", "a dog").and()`; A1111's `(some words:1.3)` is read here and handed to it as texts and their weights.
 Importing this loads no torch.
 """
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 Syntax = Literal["plain", "compel", "a1111"]
 
-_TAG = re.compile(r"<lora:([^:<>]+)((?::[^:<>]*)*)>")
+_TAG = re.compile(r"<(?:lora|lyco):([^:<>]*)((?::[^:<>]*)*)>", re.IGNORECASE)
 _NAMED = re.compile(r"([A-Za-z_]\w*)\s*=\s*(.*)", re.DOTALL)
 
 
@@ -36,10 +36,11 @@ class Tagged:
 
 
 def split_tags(prompt: str) -> Tagged:
-    """Take the `<lora:...>` tags out of a prompt. Raises ConfigError for a tag whose weight is none."""
+    """Take the `<lora:...>` tags out of a prompt. Raises ConfigError for one without a name or whose weight is none."""
     adapters: list[tuple[str, Weight]] = []
     for found in _TAG.finditer(prompt):
-        name = found[1].strip()
+        if not (name := found[1].strip()):
+            raise ConfigError(f"{found[0]}: names no adapter; wanted such as <lora:line:0.8>.")
         try:
             adapters.append((name, checked_weight(name, _weight(found[2].split(":")[1:]))))
         except ValueError:
@@ -182,6 +183,19 @@ def _of_pieces(compel: Any, pieces: list[tuple[str, float]]) -> tuple[Any, Any]:
     return hidden, compel.conditioning_provider.get_pooled_embeddings([whole], device=compel.device)
 
 
+class _WithTextModel:
+    """A text encoder with the level `text_model`, which transformers 5.6 dropped and compel still looks for."""
+
+    def __init__(self, encoder: Any) -> None:
+        self._encoder, self.text_model = encoder, getattr(encoder, "text_model", encoder)
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        return self._encoder(*arguments, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._encoder, name)
+
+
 def _encoders(base: Base) -> list[Any]:
     """A compel for each text encoder."""
     try:
@@ -203,7 +217,7 @@ def _encoders(base: Base) -> list[Any]:
     return [
         Compel(
             tokenizer=tokenizer,
-            text_encoder=encoder,
+            text_encoder=_WithTextModel(encoder),
             returned_embeddings_type=kinds[is_sdxl, base.clip_skip or 0],
             requires_pooled=is_sdxl and place == last,
             truncate_long_prompts=False,

@@ -9,6 +9,7 @@ import difflib
 import importlib.util
 import inspect
 from collections.abc import Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -58,14 +59,15 @@ _WITH_KARRAS = ("euler", "heun", "lms", "dpm2", "dpm2 a", "dpm++ 2m", "dpm++ 2m 
 SAMPLERS: Mapping[str, Sampler] = MappingProxyType(
     _PLAIN | {f"{name} karras": _karras(_PLAIN[name]) for name in _WITH_KARRAS}
 )
-ASK_BETWEEN = ("KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler")
-"""Classes that ask the U-Net for a timestep of their own between two steps."""
 _OTHER_NAMES = {
     "dpm++": "dpm++ 2m",
     "euler ancestral": "euler a",
     "dpm2 ancestral": "dpm2 a",
     "plms": "pndm",
 }
+
+DRAWING: ContextVar[Any] = ContextVar("DRAWING", default=None)
+"""The diffusers scheduler by which `sfumato.draw` is drawing; what follows the steps of a picture asks for it."""
 
 _SCHEDULE = (
     "num_train_timesteps",
@@ -95,10 +97,14 @@ def find(name: str) -> Sampler:
 def scheduler(name: str, schedule: Mapping[str, Any]) -> Any:
     """A fresh diffusers scheduler with the betas and the prediction type of `schedule`, a base scheduler's config.
 
-    Raises ConfigError for an unknown name, a package that is missing, or a base that ends in pure noise (zero terminal
-    SNR) where the sampler cannot begin there.
+    Raises ConfigError for an unknown name, a package that is missing, a schedule without betas, or a base that ends in
+    pure noise (zero terminal SNR) where the sampler cannot begin there.
     """
     chosen = find(name)
+    if counts_sigmas(schedule) or not {"beta_start", "trained_betas"} & set(schedule):
+        raise ConfigError(
+            f"--sampler {name}: this base's schedule has no betas to draw by. Leave a pipeline its own scheduler."
+        )
     if chosen.needs and importlib.util.find_spec(chosen.needs) is None:
         raise ConfigError(f"--sampler {name}: needs {chosen.needs}, which is not installed. pip install {chosen.needs}")
     import diffusers
@@ -111,6 +117,12 @@ def scheduler(name: str, schedule: Mapping[str, Any]) -> Any:
         shared["timestep_spacing"] = "trailing"  # starts at the last timestep, pure noise, as training saw it
     known = inspect.signature(kind.__init__).parameters
     return kind.from_config({key: value for key, value in {**shared, **chosen.settings}.items() if key in known})
+
+
+def counts_sigmas(schedule: Mapping[str, Any]) -> bool:
+    """Whether a scheduler of this config tells the U-Net the logarithm of sigma, as EDM's do, and not a timestep."""
+    continuous = schedule.get("timestep_type") == "continuous" and schedule.get("prediction_type") == "v_prediction"
+    return "sigma_data" in schedule or continuous
 
 
 def label(scheduler: Any) -> tuple[str, str | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -13,11 +14,35 @@ _SMALLEST_CELL_PX = 128
 _LARGEST_CELL_PX = 512
 
 
-def label_font(size_px: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """DejaVu Sans, which matplotlib brings: Latin, Greek, Cyrillic, Arabic and more, where Pillow's own has ASCII."""
-    from matplotlib import get_data_path
+def label_font(size_px: int, text: str = "") -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """DejaVu Sans, which matplotlib brings: Latin, Greek, Cyrillic, Arabic and more, where Pillow's own has ASCII.
 
-    return ImageFont.truetype(f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf", size_px)
+    text: what is to be written. If it has signs that DejaVu lacks (Chinese, Japanese, Thai), the font of this machine
+    that has most of it; a sign that none has is a box.
+    """
+    from matplotlib import get_data_path
+    from matplotlib.font_manager import findSystemFonts
+
+    path = f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf"
+    wanted = {ord(sign) for sign in text if not sign.isspace()}
+    if not wanted <= _signs_in(path):
+        upright_first = sorted(findSystemFonts(), key=lambda found: ("Regular" not in found, found))
+        path = max([path, *upright_first], key=lambda found: len(wanted & _signs_in(found)))
+    return ImageFont.truetype(path, size_px)
+
+
+@cache
+def _signs_in(path: str) -> frozenset[int]:
+    """The code points that a font has; none of one whose signs are pictures, or that stands in for missing ones."""
+    from matplotlib.ft2font import FT2Font
+
+    try:
+        font = FT2Font(path)
+    except (OSError, RuntimeError):
+        return frozenset()
+    if not font.scalable or "Resort" in font.family_name:
+        return frozenset()
+    return frozenset(font.get_charmap())
 
 
 def contact_sheet(
@@ -44,7 +69,7 @@ def contact_sheet(
         round(max(picture.height for picture in pictures) * scale),
     )
     size_px = min(28, max(14, cell[0] // 10))
-    font = label_font(size_px)
+    font = label_font(size_px, "".join([title, *column_labels, *row_labels]))
     gap = max(10, cell[0] // 20)
 
     heads = [_wrap(label, font, cell[0]) for label in column_labels[:columns]]

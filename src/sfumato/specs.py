@@ -1,7 +1,8 @@
-"""FILE:0.8 and its like: how a command line names adapters and weights. Imports no torch."""
+"""FILE:0.8 and its like: how a command line names adapters, weights and where to write. Imports no torch."""
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -141,3 +142,14 @@ def parse_sweep(text: str, labels: Sequence[str]) -> tuple[str, tuple[float, ...
     except (ValueError, AdapterError) as error:
         raise ConfigError(f"--sweep {text}: {error}; wanted numbers such as 0,0.5,1.") from None
     return label, numbers
+
+
+def checked_folder(folder: Path, where: str) -> Path:
+    """The folder, which there need not be yet. Raises ConfigError where it can be neither made nor written to."""
+    for part in (folder, *folder.parents):
+        if part.exists() and not part.is_dir():
+            raise ConfigError(f"{where}: {part} is a file, not a folder; name another place.")
+    nearest = next(part for part in (folder.absolute(), *folder.absolute().parents) if part.exists())
+    if not os.access(nearest, os.W_OK):
+        raise ConfigError(f"{where}: nothing can be written to {nearest}; see to its permissions.")
+    return folder

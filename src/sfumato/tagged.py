@@ -6,13 +6,13 @@ Diffusion's and SDXL's, in the form that `DiffusionPipeline.from_pretrained(...,
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from sfumato.compose.adapter import Adapter, Weight
-from sfumato.errors import AdapterError
+from sfumato.errors import AdapterError, ConfigError
 from sfumato.prompts import Tagged, split_tags
 from sfumato.specs import find_adapter
 
@@ -28,10 +28,24 @@ class TaggedPrompts:
 
     lora_folder: str | Path = "."
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        """The class goes by the name of diffusers' own, by which diffusers finds the pipelines for other tasks, and
+        which it writes into a saved folder for whoever loads that without this package."""
+        super().__init_subclass__(**options)
+        cls.__name__ = cls.__bases__[-1].__name__
+
     def __call__(
         self, prompt: Any = None, *arguments: Any, adapters: Mapping[str, Weight] | None = None, **options: Any
     ) -> Any:
-        """As the pipeline's own call. adapters: weight by file, or by name in `lora_folder`."""
+        """As the pipeline's own call. adapters: weight by file, or by name in `lora_folder`.
+
+        Raises ConfigError for a tag in another text, such as the negative prompt.
+        """
+        for text in _texts([*arguments, *options.values()]):
+            if found := split_tags(text).adapters:
+                raise ConfigError(
+                    f"<lora:{found[0][0]}:...> is read in `prompt` alone, not in {text[:60]!r}; move it there."
+                )
         plain, tagged = self._without_tags(prompt)
         wanted = [{**(adapters or {}), **each} for each in tagged]
         differ = any(each != wanted[0] for each in wanted)
@@ -78,3 +92,16 @@ class TaggedPrompts:
         mix.add(*added)
         stack.callback(mix.remove, *wanted)
         return stack
+
+
+def reading_tags(variant: Any, pipe: TaggedPrompts) -> Any:
+    """A pipeline made of `pipe` for another task, which now reads tags as that does."""
+    kind = type(variant)
+    variant.__class__ = type(kind.__name__, (TaggedPrompts, kind), {"lora_folder": pipe.lora_folder})
+    return variant
+
+
+def _texts(values: Iterable[Any]) -> Iterator[str]:
+    """The texts among a call's arguments, those in lists included."""
+    for value in values:
+        yield from (each for each in (value if isinstance(value, list | tuple) else [value]) if isinstance(each, str))

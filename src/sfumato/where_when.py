@@ -171,15 +171,14 @@ def applied(
     wanted: WhereWhen,
     *,
     guided: bool,
-    sampler: str | None = None,
     syntax: Syntax = "plain",
     partial: bool = False,
     verify: bool = False,
 ) -> Iterator[None]:
     """Within the block spots have their adapters, and the mix's weights follow the steps of each picture.
 
-    pipe: what the mix is mixed into. guided: whether calls draw with guidance, and so in two halves. sampler: the name
-    of the one that draws, if it is not the pipe's own. syntax: of the spots' prompts.
+    pipe: what the mix is mixed into. guided: whether calls draw with guidance, and so in two halves. syntax: of the
+    spots' prompts.
     """
     with ExitStack() as stack:
         if wanted.spots:
@@ -195,7 +194,7 @@ def applied(
                 for label, way in wanted.by_step.items()
             }
             switch = None if wanted.turn is None else Switch(wanted.turn_labels, wanted.turn)
-            stack.enter_context(over_steps_of(mix, ways, switch, sampler=sampler))
+            stack.enter_context(over_steps_of(mix, ways, switch))
         yield
 
 

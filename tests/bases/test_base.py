@@ -8,10 +8,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from sfumato import embedding
 from sfumato.bases import load_base
 from sfumato.bases.family import FAMILIES, recognise
 from sfumato.bases.loading import alpha_bar
 from sfumato.bases.single_file import shipped
+from sfumato.bases.vocabulary import byte_pair_tokenizer, clip_merges, clip_tokenizer
 from sfumato.errors import BaseModelError, ConfigError, FileError
 from tests.tiny import CPU, tiny_pipeline, write_folder
 
@@ -173,6 +175,35 @@ def test_the_fingerprint_follows_the_weights_not_the_place(sd1, tmp_path):
 def test_the_fingerprint_follows_the_prediction_type(sd1):
     other = load_base(sd1.folder, precision=CPU, prediction_type="v_prediction", unet=False)
     assert other.fingerprint() != sd1.base.fingerprint()
+
+
+@pytest.mark.parametrize("which", ["fingerprint", "quick_fingerprint"])
+def test_the_fingerprint_follows_tokenizer_schedule_and_empty_prompt(which, sd1):
+    def changed(**parts):
+        return getattr(dataclasses.replace(sd1.base, **parts), which)()
+
+    same = clip_tokenizer(positions=77)
+    same(["a call", "of two"], padding=True, truncation=True, max_length=5)
+    spoken = dataclasses.replace(sd1.base, tokenizers=(same,))
+    with embedding.new_words(spoken, ["<otter>"], vectors=2):
+        assert getattr(spoken, which)() == changed() == getattr(sd1.base, which)()
+    schedule = sd1.base.scheduler
+    others = [
+        changed(tokenizers=(clip_tokenizer(pad_token="!", positions=77),)),
+        changed(tokenizers=(byte_pair_tokenizer(clip_merges()[:-1], positions=77),)),
+        changed(zeros_for_empty_prompt=True),
+        changed(scheduler=type(schedule).from_config({**schedule.config, "rescale_betas_zero_snr": True})),
+    ]
+    assert len({*others, changed()}) == 5
+
+
+def test_a_file_that_was_replaced_has_no_fingerprint(sd1, tmp_path):
+    """It would be of another base than the one in memory."""
+    folder = write_folder(sd1.pipe, tmp_path / "replaced")
+    base = load_base(folder, precision=CPU)
+    write_folder(tiny_pipeline("sd1", seed=1), folder)
+    with pytest.raises(FileError, match="was replaced or written over while it was in use"):
+        base.fingerprint()
 
 
 def test_everything_is_frozen(tiny):

@@ -11,9 +11,21 @@ from torch.testing import assert_close
 from sfumato.compose import Adapter, adapter_guidance, compose, current
 from sfumato.compose.per_picture import composite, per_picture
 from sfumato.compose.regions import Region, regions
+from sfumato.compose.steps import Ramp, Switch, over_steps
 from sfumato.errors import AdapterError
+from sfumato.files import read_header, write_tensors
+from sfumato.files.read import read_tensors
 from tests.compose.conftest import weights_sha
 from tests.compose.test_per_picture import predict
+from tests.tiny import tiny_pipeline
+
+WHOLE = (0, 0, 1, 1)
+
+
+def drawn(pipe, prompt="a cat", steps=2, **options):
+    """The latents of a picture, without guidance if none is given."""
+    options = {"guidance_scale": 1.0, "generator": torch.Generator().manual_seed(0), "output_type": "latent"} | options
+    return pipe(prompt, num_inference_steps=steps, **options).images
 
 
 @pytest.fixture
@@ -135,3 +147,118 @@ def test_a_text_encoder_that_two_pipelines_share_has_the_mix_of_one(sd1, write):
         with compose(other, Adapter(of_unet)):
             pass
     assert weights_sha(other) == before
+
+
+@pytest.fixture
+def pipe():
+    return tiny_pipeline("sd1", shallow=True)
+
+
+@pytest.mark.parametrize("way", ["baked", "live"])
+def test_a_mix_stays_and_goes_beside_a_lora_of_diffusers(pipe, write, way):
+    line, otter = write("line", pipe, "to_q", "to_k"), write("otter", pipe, "to_q", "to_v", seed=2)
+    before = weights_sha(pipe)
+    mix = compose(pipe, Adapter(line, 0.8), way=way)
+    pipe.load_lora_weights(str(otter.parent), weight_name=otter.name, adapter_name="otter")
+    assert current(pipe) is mix
+    with pytest.raises(AdapterError, match="unload_lora_weights"):
+        mix.add(Adapter(otter))
+    both = drawn(pipe)
+    mix.set(line=0.3).set(line=0.8)
+    assert_close(drawn(pipe), both)
+    mix.undo()
+    alone = drawn(pipe)
+    pipe.unload_lora_weights()
+    assert weights_sha(pipe) == before
+    with compose(pipe, Adapter(otter)):
+        assert_close(drawn(pipe), alone, atol=1e-4, rtol=1e-4)
+    with compose(pipe, Adapter(line, 0.8), Adapter(otter)):
+        assert_close(drawn(pipe), both, atol=1e-4, rtol=1e-4)
+
+
+def test_a_mix_that_was_cast_to_fewer_bits_and_back_says_what_to_do(sd1, a):
+    with compose(sd1, a) as mix:
+        sd1.unet.half().float()
+        with pytest.raises(AdapterError, match=r"cast to fewer bits and back\. mix\.undo\(\)"):
+            mix.set(a=0.5)
+
+
+@pytest.mark.parametrize("block", [lambda mix: over_steps(mix, a=Ramp((0, 1), (1, 0.2)), b=Ramp((0, 0.3))),
+                                   lambda mix: over_steps(mix, Switch(("a", "b"), every=1)),
+                                   lambda mix: adapter_guidance(mix, 2, guidance=5.0)])  # fmt: skip
+def test_what_is_removed_within_a_block_stays_away_and_the_rest_comes_back(pipe, write, block):
+    a, b = (Adapter(write(name, pipe, "to_q", "to_v", seed=s), 0.8) for s, name in enumerate("ab"))
+    before, plain = weights_sha(pipe), drawn(pipe, guidance_scale=5.0)
+    with compose(pipe, b):
+        of_b = weights_sha(pipe)
+    mix = compose(pipe, a, b)
+    with block(mix):
+        drawn(pipe, guidance_scale=5.0)
+        mix.remove("a")
+        drawn(pipe, guidance_scale=5.0)
+    assert mix.weights == {"b": 0.8}
+    assert weights_sha(pipe) == of_b
+    with block(mix.add(a)):
+        mix.undo()
+        assert_close(drawn(pipe, guidance_scale=5.0), plain, atol=1e-4, rtol=1e-4)
+    assert weights_sha(pipe) == before
+
+
+def test_what_partial_leaves_out_is_counted_in_modules(sd1, a):
+    tensors, header = dict(read_tensors(a.path)), read_header(a.path)
+    half, other, *_ = (key.removesuffix(".lora_up.weight") for key in tensors if key.endswith(".lora_up.weight"))
+    del tensors[f"{half}.lora_up.weight"]
+    for role in ("lora_up.weight", "lora_down.weight", "alpha"):
+        tensors[f"lora_unet_nowhere.{role}"] = tensors[f"{other}.{role}"]
+    file = write_tensors(a.path.with_name("some.safetensors"), tensors, header.metadata)
+    with compose(sd1, Adapter(file), partial=True) as mix:
+        assert mix.skipped == {"some": 2}
+
+
+def test_a_regions_prompt_is_read_with_the_calls_clip_skip():
+    """SDXL, as diffusers 0.42 fails at the clip_skip of SD 1.x with the transformers of today."""
+    pipe = tiny_pipeline("sdxl")
+    plain, skipped = drawn(pipe, steps=1), drawn(pipe, steps=1, clip_skip=1)
+    assert not torch.allclose(plain, skipped)
+    with regions(pipe, Region(WHOLE, prompt="a cat")):
+        assert_close(drawn(pipe, steps=1, clip_skip=1), skipped)
+        assert_close(drawn(pipe, steps=1), plain)
+
+
+def test_regions_of_an_offloaded_pipeline_are_those_of_another(pipe, write):
+    from accelerate import cpu_offload
+
+    one = Region((0, 0, 0.5, 1), Adapter(write("b", pipe, "to_q", "to_k", "conv1", "fc1")), prompt="a house")
+    with regions(pipe, one):
+        wanted = drawn(pipe)
+    for part in (pipe.unet, pipe.text_encoder, pipe.vae):
+        cpu_offload(part, execution_device=torch.device("cpu"))
+    assert pipe.device.type == "meta"
+    with regions(pipe, one):
+        assert_close(drawn(pipe), wanted)
+
+
+def ip_adapter(unet):
+    """A random IP-Adapter as diffusers reads its file."""
+    width, layers = unet.config.cross_attention_dim, {}
+    for number, name in enumerate(unet.attn_processors):
+        if name.endswith("attn2.processor"):
+            out = unet.get_submodule(name.removesuffix(".processor")).to_k.out_features
+            layers |= {f"{number}.to_{which}_ip.weight": torch.randn(out, width) for which in "kv"}
+    norm = {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width)}
+    proj = {"proj.weight": torch.randn(4 * width, 8), "proj.bias": torch.zeros(4 * width)}
+    return {"image_proj": proj | norm, "ip_adapter": layers}
+
+
+def test_regions_beside_an_ip_adapter_are_refused_and_leave_it_as_it_is(pipe):
+    weights, picture = ip_adapter(pipe.unet), [torch.randn(1, 1, 8)]
+    with regions(pipe, Region(WHOLE, prompt="a cat")):
+        pipe.unet._load_ip_adapter_weights([weights])
+        with pytest.raises(AdapterError, match="unload_ip_adapter"):
+            drawn(pipe, ip_adapter_image_embeds=picture)
+    drawn(pipe, ip_adapter_image_embeds=picture)
+    with pytest.raises(AdapterError, match="unload_ip_adapter"), regions(pipe, Region(WHOLE, prompt="a cat")):
+        pass
+    pipe.unload_ip_adapter()
+    with regions(pipe, Region(WHOLE, prompt="a cat")):
+        drawn(pipe)

@@ -1,14 +1,12 @@
 """Weights over the steps of a picture: what each call of the U-Net sees."""
 
-from contextlib import ExitStack
-from itertools import groupby
-
 import pytest
 import torch
+from diffusers import EDMEulerScheduler, PNDMScheduler
 
 from sfumato.bases import load_base
 from sfumato.compose import Adapter, compose
-from sfumato.compose.steps import Ramp, Switch, over_steps, over_steps_of
+from sfumato.compose.steps import Ramp, Switch, over_steps
 from sfumato.drawing import draw
 from sfumato.errors import AdapterError
 from sfumato.files.lora_file import LoraModule
@@ -95,21 +93,57 @@ def test_switching_shows_one_adapter_at_a_time(base, loras):
         assert dict(mix.weights) == {"a": 1.0, "b": 0.7}
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "euler", "heun", "dpm2", "dpm2 a", "dpm2 a karras", "unipc"])
-def test_a_step_is_a_step_whatever_the_sampler_asks_between(base, loras, sampler):
-    """Six steps in turns of two: a, b, a; every other call of DPM2's lies between two steps. Then once more."""
-    with compose(base, Adapter(loras[0], 1.0), Adapter(loras[1], 1.0)) as mix, ExitStack() as stack:
-        stack.enter_context(over_steps_of(mix, {}, Switch(("a", "b"), every=2), sampler=sampler))
+SIX_STEPS_IN_TURNS = {
+    "ddim": "aabbaa",
+    "euler": "aabbaa",
+    "unipc": "aabbaa",
+    "pndm": "aaabbaa",  # it asks for the second timestep twice
+    "heun": "aaaabbbbaaa",
+    "dpm2": "aaaabbbbaaa",
+    "dpm2 a": "aaaabbbbaaa",
+    "dpm2 a karras": "aaaabbbbaaa",
+}
+
+
+@pytest.mark.parametrize("sampler", SIX_STEPS_IN_TURNS)
+@pytest.mark.parametrize("by", ["base", "pipeline", "a pipeline of its own"])
+def test_a_step_is_a_step_whatever_the_sampler_asks_between(base, loras, sampler, by):
+    """Six steps in turns of two, at each call of the U-Net, whichever way the sampler is chosen. Then once more."""
+    source = base if by == "base" else base.pipeline(sampler if by == "a pipeline of its own" else None)
+    chosen = None if by == "a pipeline of its own" else sampler
+    with compose(source, Adapter(loras[0], 1.0), Adapter(loras[1], 1.0)) as mix:
         seen, handle = weights_seen(base, mix)
-        for _ in range(2):
-            draw(base, "red square", 0, steps=6, scheduler=sampler)
+        with over_steps(mix, Switch(("a", "b"), every=2)):
+            for _ in range(2):
+                draw(source, "red square", 0, steps=6, scheduler=chosen, guidance=1.0)
         handle.remove()
-    on = ["a" if weight == 1.0 else "b" for weight in seen]
-    assert on[: len(on) // 2] == on[len(on) // 2 :]
-    turns = [(name, len(list(calls))) for name, calls in groupby(on[: len(on) // 2])]
-    assert [name for name, _ in turns] == ["a", "b", "a"]
-    most = 2 if len(on) == 12 else 4
-    assert all(most - 1 <= count <= most for _, count in turns)
+    on = "".join("a" if weight == 1.0 else "b" for weight in seen)
+    assert on == SIX_STEPS_IN_TURNS[sampler] * 2
+
+
+def test_turns_are_refused_where_the_scheduler_is_not_known(base, loras):
+    pipe = base.pipeline("dpm2")
+    with compose(base, Adapter(loras[0]), Adapter(loras[1])) as mix, over_steps(mix, Switch(("a", "b"))):  # noqa: SIM117
+        with pytest.raises(AdapterError, match="which a Base does not know"):
+            pipe("red square", num_inference_steps=2, output_type="latent")
+
+
+def test_turns_of_runge_kutta_steps_and_progress_without_timesteps_are_refused(base, loras):
+    pipe = base.pipeline()
+    schedule = base.scheduler.config
+    with compose(pipe, Adapter(loras[0]), Adapter(loras[1])) as mix:
+        pipe.scheduler = PNDMScheduler.from_config(schedule, skip_prk_steps=False)
+        with over_steps(mix, Switch(("a", "b"))), pytest.raises(AdapterError, match="skip_prk_steps"):
+            draw(pipe, "red square", 0, steps=6)
+        with over_steps(mix, a=Ramp((0, 1), (1, 0))):
+            seen, handle = weights_seen(base, mix)
+            draw(pipe, "red square", 0, steps=6)
+            handle.remove()
+        numbers = [weight if isinstance(weight, float) else weight[0] for weight in seen]
+        assert numbers == sorted(numbers, reverse=True)
+        pipe.scheduler = EDMEulerScheduler(prediction_type="epsilon")
+        with over_steps(mix, a=Ramp((0, 1), (1, 0))), pytest.raises(AdapterError, match="EDMEulerScheduler tells"):
+            draw(pipe, "red square", 0, steps=6)
 
 
 def test_a_label_that_is_not_in_the_mix_is_refused(base, loras):

@@ -117,6 +117,21 @@ def test_what_each_folder_gives_is_said(two_folders):
     assert report.to_dict()["folders"] == report.folders
 
 
+def test_pictures_of_a_class_are_in_no_epoch_and_make_squares_of_all(two_folders):
+    """As `lora` and `dreambooth` learn from them."""
+    noise_picture(96, 48).save(two_folders.parent / "dogs/a/00.png")
+    report = check(two_folders, target_of("pocket"))
+    assert (report.samples, report.buckets) == (6, {(64, 64): 6})
+    two_folders.write_text(two_folders.read_text().replace("class = true", ""))
+    assert check(two_folders, target_of("pocket")).buckets == {(64, 64): 4, (80, 48): 3}
+
+
+def test_masks_are_missed_only_where_a_source_has_them(two_folders):
+    noise_picture().save(two_folders.parent / "dogs/a/00.mask.png")
+    two_folders.write_text(two_folders.read_text().replace("repeats = 3", 'mask = "files"'))
+    assert found(check(two_folders, target_of("pocket")), "mask missing") == ["a/01.png"]
+
+
 def test_files_are_told_apart_wherever_their_folders_are_named_from(two_folders, monkeypatch):
     monkeypatch.chdir(two_folders.parent)
     text = two_folders.read_text().replace('"dogs/b"', f'"{two_folders.parent}/dogs/b"')

@@ -1,6 +1,7 @@
 """What is no weight file, by its name, its first bytes and its header, to the letter: `sniff` and `header`."""
 
 import os
+import re
 
 import pytest
 
@@ -71,8 +72,10 @@ def test_a_name_that_is_none(tmp_path):
     assert said(read_header, tmp_path / "pipe") == (
         "pipe: this is a device or a pipe, not a file. Name a .safetensors file."
     )
-    assert said(read_header, "a\0b") == (
-        "'a\\x00b': the file cannot be read (embedded null byte). Check its name and permissions."
+    # Python's versions name the null byte in other words.
+    assert re.fullmatch(
+        r"'a\\x00b': the file cannot be read \(.*embedded null .*\)\. Check its name and permissions\.",
+        said(read_header, "a\0b"),
     )
     assert said(read_header, tmp_path / ("x" * 300)) == (
         f"{'x' * 300!r}: the file cannot be read (File name too long). Check its name and permissions."

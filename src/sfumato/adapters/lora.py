@@ -7,7 +7,7 @@ leaves no trace.
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -44,10 +44,9 @@ class LoraLayer(nn.Module):
     Linear: down (rank, in), up (out, rank). Convolution: down (rank, in, k, k), up (out, rank, 1, 1).
     """
 
-    def __init__(self, host: nn.Linear | nn.Conv2d, rank: int, scale: float, dropout: float, seed: torch.Generator):
+    def __init__(self, host: nn.Linear | nn.Conv2d, rank: int, scale: float, seed: torch.Generator):
         super().__init__()
         self.scale = scale
-        self.dropout = dropout
         if isinstance(host, nn.Conv2d):
             down_shape: tuple[int, ...] = (rank, host.in_channels // host.groups, *host.kernel_size)
             up_shape: tuple[int, ...] = (host.out_channels, rank, 1, 1)
@@ -67,7 +66,6 @@ class LoraLayer(nn.Module):
         """The update's share of the host's output, for the host's input x."""
         if not torch.is_autocast_enabled(x.device.type):  # a frozen text encoder in half precision is called so
             x = x.to(self.down.dtype)
-        x = F.dropout(x, self.dropout, self.training)
         if self.host_geometry is None:
             return linear(linear(x, self.down), self.up) * self.scale
         return F.conv2d(F.conv2d(x, self.down, None, *self.host_geometry), self.up) * self.scale  # type: ignore[arg-type]
@@ -79,12 +77,17 @@ class LoraLayer(nn.Module):
 
 
 class Lora(nn.Module):
-    """All updates of one adapter, by (part, module path); parts are "unet", "text_encoder", "text_encoder_2"."""
+    """All updates of one adapter, by (part, module path); parts are "unet", "text_encoder", "text_encoder_2".
 
-    def __init__(self) -> None:
+    dropout: share of each update's inputs that is dropped while training, see `drop_by`.
+    """
+
+    def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()
         self.layers: dict[tuple[str, str], LoraLayer] = {}
         self.alpha = 0.0
+        self.dropout = dropout
+        self._samples: tuple[int, int, Sequence[int]] | None = None
         self._store = nn.ModuleList()
         self._handles: list[RemovableHandle] = []
         self._enabled = True
@@ -95,9 +98,39 @@ class Lora(nn.Module):
         self._store.append(layer)
 
         def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            return output + layer(inputs[0]).to(output.dtype) if self._enabled else None
+            if not self._enabled:
+                return None
+            x = self._dropped(inputs[0], part, path) if self.dropout and self.training else inputs[0]
+            update: Tensor = layer(x)
+            return output + update.to(output.dtype)
 
         self._handles.append(host.register_forward_hook(hook))
+
+    def drop_by(self, seed: int, step: int, places: Sequence[int]) -> None:
+        """Say which samples come next: what is dropped of each is a function of (seed, layer, step, its place).
+
+        places: of the batch's samples in the global batch, so that the same is dropped however that is split, and again
+        where activations are computed twice. A batch of several times as many samples has others at the same places
+        after them, such as a prior's. Text encoders are given distinct captions and not samples: of all captions of a
+        step the same numbers are dropped.
+        """
+        self._samples = (seed, step, places)
+
+    def _dropped(self, x: Tensor, part: str, path: str) -> Tensor:
+        """A layer's input (rows, ...) with a share of its numbers 0 and the others larger by as much."""
+        if self._samples is None:
+            raise AdapterError("dropout wants to know which samples these are; call drop_by() before each batch.")
+        seed, step, places = self._samples
+        count = len(places)
+        rows = [(row // count, places[row % count]) for row in range(len(x))] if part == "unet" else [(0, 0)]
+
+        def kept(again: int, place: int) -> Tensor:
+            start = randomness.generator(seed, f"dropout {again}/{part}/{path}", step, place).initial_seed()
+            drawn = torch.Generator(x.device).manual_seed(start)
+            return torch.rand(x.shape[1:], generator=drawn, device=x.device) >= self.dropout
+
+        mask = torch.stack([kept(*row) for row in rows])
+        return (x / (1 - self.dropout)).masked_fill(~mask, 0)
 
     def count(self) -> int:
         """How many numbers are trained."""
@@ -159,7 +192,8 @@ class Lora(nn.Module):
             first = sorted(missing or extra)[0]
             raise AdapterError(
                 f"{name}: has {len(values)} modules, this run trains {len(self.layers)}; {len(missing)} missing and "
-                f"{len(extra)} extra, first {'.'.join(first)}. Give the --targets that it was trained with."
+                f"{len(extra)} extra, first {'.'.join(first)}. Give the --targets, --conv and --train-text-encoder it "
+                "was trained with."
             )
         for key, (down, up, alpha) in values.items():
             layer = self.layers[key]
@@ -223,11 +257,11 @@ def attach(
     when rank-stabilised (Kalajdzievski 2023). Each layer's start is a function of (seed, part, path): adding a target
     does not change how the others start.
     """
-    lora = Lora()
+    lora = Lora(dropout)
     lora.alpha = alpha
     scale = alpha / (math.sqrt(rank) if rank_stabilised else rank)
     for part, chosen in parts.items():
         for path, host in chosen.items():
-            layer = LoraLayer(host, rank, scale, dropout, randomness.generator(seed, f"lora/{part}/{path}"))
+            layer = LoraLayer(host, rank, scale, randomness.generator(seed, f"lora/{part}/{path}"))
             lora.add(part, path, host, layer.to(host.weight.device))
     return lora

@@ -74,6 +74,7 @@ class Base:
     files: tuple[Path, ...] = field(default=(), repr=False)
     resting: Resting = field(default_factory=lambda: Resting({}, lambda *_: None), repr=False)
     _digest: str | None = field(default=None, init=False, repr=False)
+    _vocabularies: list[str] = field(default_factory=list, init=False, repr=False)
 
     @property
     def prediction_type(self) -> PredictionType:
@@ -297,16 +298,14 @@ class Base:
         return diffusers.StableDiffusionPipeline(**parts, safety_checker=None, requires_safety_checker=False)
 
     def quick_fingerprint(self) -> str:
-        """As `fingerprint`, over the configs and 64 evenly spaced pages of each file.
+        """As `fingerprint`, over configs, tokenizers and 64 evenly spaced pages of each file.
 
         For what is kept under a name of its own and can be made again, such as pictures of a class: nearly every change
         of a base is noticed, in milliseconds.
         """
         if not self.files:
             return self.fingerprint()
-        digest = hashlib.sha256()
-        for module in (self.unet, self.vae, *self.text_encoders, self.scheduler):
-            digest.update(_public_config(module).encode())
+        digest = self._settings_digest()
         for path in self.files:
             size = path.stat().st_size
             digest.update(str(size).encode())
@@ -317,14 +316,13 @@ class Base:
         return digest.hexdigest()
 
     def fingerprint(self) -> str:
-        """sha256, in hex, over the configs and the weight files (over the weights in memory if there are no files).
+        """sha256, in hex, over configs, tokenizers and weight files (over the weights in memory if there are no files).
 
-        The same for every precision and device. Read once, then remembered.
+        The same for every precision and device, and whatever new words are in use. Read once, then remembered. Raises
+        FileError for files that are no longer those that the base is read from.
         """
         if self._digest is None:
-            digest = hashlib.sha256()
-            for module in (self.unet, self.vae, *self.text_encoders, self.scheduler):
-                digest.update(_public_config(module).encode())
+            digest = self._settings_digest()
             for path in self.files:
                 with path.open("rb") as file:
                     digest.update(hashlib.file_digest(file, "sha256").digest())
@@ -333,8 +331,28 @@ class Base:
                     for name, tensor in module.state_dict().items():
                         digest.update(name.encode())
                         digest.update(tensor.cpu().flatten().contiguous().view(torch.uint8).numpy().tobytes())
+            self.resting.check_files()
             self._digest = digest.hexdigest()
         return self._digest
+
+    def _settings_digest(self) -> hashlib._Hash:
+        """A sha256 over all of the base that is no weight, to go on with."""
+        digest = hashlib.sha256()
+        for module in (self.unet, self.vae, *self.text_encoders, self.scheduler):
+            digest.update(_public_config(module).encode())
+        self._vocabularies = self._vocabularies or [_vocabulary(tokenizer) for tokenizer in self.tokenizers]
+        digest.update(json.dumps([self._vocabularies, self.zeros_for_empty_prompt]).encode())
+        return digest
+
+
+def _vocabulary(tokenizer: Any) -> str:
+    """sha256 over all that decides what a tokenizer makes of a text; without new words, which come from elsewhere."""
+    plain = getattr(tokenizer, "_sfumato_plain", (tokenizer,))[0]
+    found = json.loads(plain.backend_tokenizer.to_str())
+    for name in ("padding", "truncation"):  # of the latest call
+        found.pop(name, None)
+    described = json.dumps([found, plain.special_tokens_map, plain.padding_side], sort_keys=True, default=str)
+    return hashlib.sha256(described.encode()).hexdigest()
 
 
 def _public_config(module: Any) -> str:

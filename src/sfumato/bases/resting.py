@@ -38,6 +38,12 @@ class Resting:
                 self._place(shell.model, part)
             self._parts.discard(part)
 
+    def check_files(self) -> None:
+        """Raises FileError for a file of any part that changed since the base was loaded."""
+        for shells in self._shells.values():
+            for shell in shells:
+                shell.check_files()
+
     def keep(self, *parts: Part) -> None:
         """Wake these parts, and let the others rest until something wakes them."""
         self._rest(self._shells.keys() - set(parts))

@@ -14,7 +14,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from sfumato.errors import BaseModelError, FileError
 from sfumato.files.header import Header
-from sfumato.files.read import Stamp, read_copies, stamp
+from sfumato.files.read import Stamp, check_stamp, read_copies, stamp
 
 TEXT_CLASSES = {"CLIPTextModel": CLIPTextModel, "CLIPTextModelWithProjection": CLIPTextModelWithProjection}
 
@@ -81,6 +81,11 @@ class Shell:
     def files(self) -> list[Path]:
         """All that are read, each once."""
         return list(dict.fromkeys(stored.header.path for stored in self._stored.values()))
+
+    def check_files(self) -> None:
+        """Raises FileError for a file that changed since this was made."""
+        for path, wanted in self._stamps.items():
+            check_stamp(path, _stamp(path), wanted)
 
     def read(self) -> None:
         """Give the model its weights: copied from their files in `dtype`, frozen.

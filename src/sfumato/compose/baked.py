@@ -109,8 +109,8 @@ class Baked:
             written = written.to(now.device, now.dtype)
         if not torch.equal(now, written):
             raise AdapterError(
-                f"{self.title} was changed by something else since it was mixed. "
-                "mix.undo() restores the base as it was; then compose again."
+                f"{self.title} is not what was mixed: something else wrote to it, or it was cast to fewer bits and "
+                "back. mix.undo() restores the base as it was; then compose again."
             )
 
     def forget(self, labels: Iterable[str]) -> None:

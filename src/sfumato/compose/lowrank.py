@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sfumato.files.lora_file import LoraModule
-from sfumato.products import onednn
+from sfumato.products import onednn, processor
 
 Terms = Sequence[tuple[float, LoraModule]]
 """(weight, change) of each adapter; no change has a `mid` (`LoraModule.plain`)."""
@@ -36,10 +36,10 @@ _SAFE = {torch.float32: 1e30, torch.bfloat16: 1e35, torch.float16: 15.0}
 @cache
 def _bf16_product_ranks() -> int:
     """Up to which rank three products of bf16, with sums in fp32, cost less than one of fp32 and a rounding."""
-    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
-    if capabilities.get("amx_bf16"):
+    flags = processor().split()
+    if "amx_bf16" in flags:
         return sys.maxsize
-    return _SPLIT_RANK if capabilities.get("avx512_bf16") else 0
+    return _SPLIT_RANK if "avx512_bf16" in flags else 0
 
 
 class Pair(NamedTuple):

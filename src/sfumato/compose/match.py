@@ -33,15 +33,21 @@ def parts_of(pipe: Any) -> dict[str, nn.Module]:
 
     Raises AdapterError for an object that has no U-Net, and for weights that are another library's to change.
     """
-    parts = {name: getattr(part, "_orig_mod", part) for name, part in _wrapped_parts(pipe).items()}
-    if "unet" not in parts:
-        raise AdapterError(f"compose wants a diffusers pipeline with a U-Net, got {type(pipe).__name__}.")
+    parts = unwrapped_parts(pipe)
     for name, part in parts.items():
         if getattr(part, "peft_config", None):
             raise AdapterError(
                 f"the {name} carries adapters that diffusers or peft loaded. "
                 "Call pipe.unload_lora_weights() first, and give those files to compose as well."
             )
+    return parts
+
+
+def unwrapped_parts(pipe: Any) -> dict[str, nn.Module]:
+    """As `parts_of`, whatever the parts carry."""
+    parts = {name: getattr(part, "_orig_mod", part) for name, part in _wrapped_parts(pipe).items()}
+    if "unet" not in parts:
+        raise AdapterError(f"compose wants a diffusers pipeline with a U-Net, got {type(pipe).__name__}.")
     return parts
 
 

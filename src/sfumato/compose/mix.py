@@ -23,11 +23,12 @@ from sfumato.compose.adapter import Adapter, Weight, checked_weight, weight_at, 
 from sfumato.compose.baked import Applied, Baked
 from sfumato.compose.live import Live
 from sfumato.compose.lowrank import Scratch, exact_products
-from sfumato.compose.match import Found, Modules, Way, compiled_parts, match, parts_of
+from sfumato.compose.match import Found, Modules, Way, compiled_parts, match, parts_of, unwrapped_parts
 from sfumato.compose.originals import Originals, Place
 from sfumato.errors import AdapterError
 from sfumato.files.adapter_file import AdapterFile, read_adapter
 from sfumato.files.fingerprint import verify as verify_deltas
+from sfumato.files.kinds import ROLES
 from sfumato.files.metadata import adapter_guidance_of
 
 _MARK = "_sfumato_mix"
@@ -66,7 +67,7 @@ def compose(pipe: Any, *adapters: Adapter, partial: bool = False, way: Way = "au
 
 def current(pipe: Any) -> Mix | None:
     """The mix that the pipeline's U-Net carries, whoever made it; None if there is none."""
-    mix = parts_of(pipe)["unet"].__dict__.get(_MARK)
+    mix = unwrapped_parts(pipe)["unet"].__dict__.get(_MARK)
     return mix if isinstance(mix, Mix) else None
 
 
@@ -173,6 +174,7 @@ class Mix:
     def add(self, *adapters: Adapter, partial: bool = False, verify: bool = False) -> Self:
         """Mix in more adapters; as `compose`."""
         self._check_open()
+        parts_of(self._pipe)  # refuses what diffusers or peft has loaded since
         labels = list(self._weights)
         for adapter in adapters:
             if not isinstance(adapter, Adapter):
@@ -216,7 +218,9 @@ class Mix:
         self._adapters |= {adapter.label: adapter for adapter in adapters}
         self._files |= files
         self._skipped |= {
-            label: len(file.changes) - len({(one.part, one.path) for one in matched[label]}) + len(file.skipped)
+            label: len(file.changes)
+            - len({(one.part, one.path) for one in matched[label]})
+            + len({_module_of(key) for key in file.skipped})
             for label, file in files.items()
         }
         for part in {"unet", *(site.part for site in sites.values())}:
@@ -431,6 +435,13 @@ class Mix:
             if label not in self._weights:
                 known = ", ".join(map(repr, self._weights)) or "nothing"
                 raise AdapterError(f"no adapter of this mix is called {label!r}; it holds {known}.")
+
+
+def _module_of(key: str) -> str:
+    """The module that a key of an adapter's file names: what stands before the tensor's role; else the key itself."""
+    words = key.split(".")
+    ends = (end for end in range(1, len(words)) if ".".join(words[end:]) in ROLES)
+    return ".".join(words[: next(ends, len(words))])
 
 
 def _wanted(site: Site, weights: Mapping[str, Weight], factors: Mapping[str, float]) -> Applied:

@@ -45,7 +45,8 @@ class Region:
     """A part of the picture, its adapters, and what is drawn there.
 
     where: a picture that is white where the adapters count (grey counts in part), or a box. prompt: of this region's
-    cross-attention; None for the call's own. An adapter that changes the text encoders wants a prompt here.
+    cross-attention, read with the call's `clip_skip`; None for the call's own. An adapter that changes the text
+    encoders wants a prompt here.
     """
 
     where: Image.Image | Box
@@ -90,14 +91,22 @@ def regions(
     without the prompt, as classifier-free guidance has them. syntax: how weighted words of the regions' prompts are
     written, see `sfumato.prompts`; it wants a Base. partial, verify: as of `compose`. Where regions overlap, changes on
     pixels add up and attentions share. Raises AdapterError for adapters without a low-rank form, and for one that
-    changes the text encoders in a region without a prompt.
+    changes the text encoders in a region without a prompt, and for a pipeline with an IP-Adapter.
     """
     if not parts:
         raise AdapterError("there is no region; give at least one.")
     unet = parts_of(pipe)["unet"]
+    _check_no_picture_prompt(unet)
     masks = _Masks([region.mask() for region in parts])
     files = _read(parts, partial=partial, verify=verify)
-    texts = [None if region.prompt is None else _encode(pipe, region, syntax, partial=partial) for region in parts]
+
+    def encoded(clip_skip: int | None) -> list[Tensor | None]:
+        return [
+            None if region.prompt is None else _encode(pipe, region, syntax, clip_skip, partial=partial)
+            for region in parts
+        ]
+
+    texts = _Texts(pipe, encoded)
     layers = _layers(pipe, parts, files, partial=partial)
 
     def is_guided() -> bool:
@@ -105,13 +114,14 @@ def regions(
         return bool(getattr(pipe, "do_classifier_free_guidance", guided))
 
     with halved(unet):
-        handles = [unet.register_forward_pre_hook(masks.see, with_kwargs=True)]
+        seen = (lambda unet, *_: _check_no_picture_prompt(unet), masks.see, texts.see)
+        handles = [unet.register_forward_pre_hook(see, with_kwargs=True) for see in seen]
         processors: list[tuple[Any, Any]] = []
         try:
             for path, module in unet.named_modules():
                 if path.endswith("attn2"):
                     keys, values = (layers.pop(f"{path}.{name}", None) for name in ("to_k", "to_v"))
-                    if keys or values or any(text is not None for text in texts):
+                    if keys or values or any(text is not None for text in texts.now):
                         processors.append((module, module.processor))
                         module.set_processor(_Attention(masks, texts, keys, values, is_guided))
             for path, paths in layers.items():
@@ -121,7 +131,8 @@ def regions(
             for handle in handles:
                 handle.remove()
             for module, processor in processors:
-                module.set_processor(processor)
+                if isinstance(module.processor, _Attention):  # another may have been set meanwhile
+                    module.set_processor(processor)
 
 
 @dataclass
@@ -178,6 +189,36 @@ class _Masks:
         return self.at(height, width, like).flatten(1)
 
 
+class _Texts:
+    """The regions' texts, encoded anew where a call's `clip_skip` is another.
+
+    encode: from `clip_skip` to (1, tokens, width) for each region, None for one without a prompt.
+    """
+
+    def __init__(self, pipe: Any, encode: Callable[[int | None], list[Tensor | None]]) -> None:
+        self._pipe, self._encode = pipe, encode
+        self._clip_skip: int | None = self._asked()
+        self.now = encode(self._clip_skip)
+
+    def _asked(self) -> int | None:
+        """What a Base has, or the pipeline's call under way or last made."""
+        return getattr(self._pipe, "clip_skip", None)
+
+    def see(self, *_: Any) -> None:
+        """Note the call's `clip_skip`."""
+        if self._asked() != self._clip_skip:
+            self._clip_skip = self._asked()
+            self.now = self._encode(self._clip_skip)
+
+
+def _check_no_picture_prompt(unet: Any) -> None:
+    if getattr(unet.config, "encoder_hid_dim_type", None) == "ip_image_proj":
+        raise AdapterError(
+            "the U-Net has an IP-Adapter, whose picture is attended to where regions are told apart. Call "
+            "pipe.unload_ip_adapter() first, or draw without regions."
+        )
+
+
 def _hooks(unet: nn.Module, path: str, paths: Paths, masks: _Masks) -> list[Any]:
     """The hooks that add the regions' changes of one layer under their masks."""
     module = unet.get_submodule(path)
@@ -230,14 +271,14 @@ class _Attention:
     def __init__(
         self,
         masks: _Masks,
-        texts: Sequence[Tensor | None],
+        texts: _Texts,
         keys: Paths | None,
         values: Paths | None,
         is_guided: Callable[[], bool],
     ) -> None:
         self._masks, self._texts, self._is_guided = masks, texts, is_guided
-        self._keys = keys or [None] * len(texts)
-        self._values = values or [None] * len(texts)
+        self._keys = keys or [None] * len(texts.now)
+        self._values = values or [None] * len(texts.now)
 
     def __call__(
         self,
@@ -257,7 +298,7 @@ class _Attention:
         under = self._masks.on_tokens(hidden_states.shape[1], outputs)
         shares = under / under.sum(0).clamp(min=1)
         base = outputs
-        for place, own in enumerate(self._texts):
+        for place, own in enumerate(self._texts.now):
             key_change, value_change = self._keys[place], self._values[place]
             if own is None and key_change is None and value_change is None:
                 continue
@@ -352,8 +393,11 @@ def _layers(
 
 
 @torch.no_grad()
-def _encode(pipe: Any, region: Region, syntax: Syntax, *, partial: bool) -> Tensor:
-    """The region's prompt as its adapters' text encoders read it, (1, tokens, width)."""
+def _encode(pipe: Any, region: Region, syntax: Syntax, clip_skip: int | None, *, partial: bool) -> Tensor:
+    """The region's prompt as its adapters' text encoders read it, (1, tokens, width).
+
+    clip_skip: of a pipeline; a Base has its own.
+    """
     prompt = region.prompt
     assert prompt is not None
     in_text = [
@@ -368,7 +412,11 @@ def _encode(pipe: Any, region: Region, syntax: Syntax, *, partial: bool) -> Tens
             hidden = pipe.encode_text([prompt]).hidden
         else:
             encoded = pipe.encode_prompt(
-                prompt, device=pipe.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+                prompt,
+                device=pipe._execution_device,  # an offloaded pipeline's own is none to compute on
+                num_images_per_prompt=1,
+                do_classifier_free_guidance=False,
+                clip_skip=clip_skip,
             )
             hidden = encoded[0]
     return hidden.clone()

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from sfumato import schedulers
 from sfumato.compose.adapter import Weight, checked_weight, with_unet
@@ -99,66 +98,91 @@ def over_steps(mix: Mix, switch: Switch | None = None, /, **weights: Progress) -
     """Within the block the weights follow the steps of each picture; afterwards they are what they were.
 
     weights: by label, a Ramp or any function of the progress. The text is encoded before the first step, so that the
-    text encoders' weights stay the mix's; a weight by blocks keeps its factors. Raises AdapterError for a label that
-    the mix does not have.
+    text encoders' weights stay the mix's; a weight by blocks keeps its factors. An adapter that the mix loses within
+    the block is no longer followed. Raises AdapterError for a label that the mix does not have, and while drawing for a
+    scheduler whose steps cannot be followed.
     """
     with over_steps_of(mix, weights, switch):
         yield mix
 
 
 @contextmanager
-def over_steps_of(
-    mix: Mix, weights: Mapping[str, Progress], switch: Switch | None = None, *, sampler: str | None = None
-) -> Iterator[None]:
-    """As `over_steps`, for labels that are no Python names.
-
-    sampler: the name of the one that draws, as of `sfumato.schedulers`; None: the scheduler that the pipeline has.
-    """
+def over_steps_of(mix: Mix, weights: Mapping[str, Progress], switch: Switch | None = None) -> Iterator[None]:
+    """As `over_steps`, for labels that are no Python names."""
     unknown = [label for label in (*weights, *(switch.labels if switch else ())) if label not in mix.weights]
     if unknown:
         known = ", ".join(map(repr, mix.weights)) or "nothing"
         raise AdapterError(f"no adapter of this mix is called {unknown[0]!r}; it holds {known}.")
     before = dict(mix.weights)
-    clock = _Clock(int(mix.pipe.scheduler.config.num_train_timesteps))
-    asked = None if sampler is None else schedulers.find(sampler).class_name
+    clock = _Clock()
 
     def follow(module: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
         timestep = options["timestep"] if "timestep" in options else args[1]
-        drawn_by = asked or type(mix.pipe.scheduler).__name__
-        progress, step = clock.read(timestep, between=drawn_by in schedulers.ASK_BETWEEN)
+        now = float(timestep.flatten()[0]) if isinstance(timestep, torch.Tensor) else float(timestep)
+        drawn_by = schedulers.DRAWING.get() or mix.pipe.scheduler
+        progress = _progress(now, drawn_by)
         wanted = {label: _at(before[label], function(progress)) for label, function in weights.items()}
         if switch is not None:
-            on = switch.on(step)
+            if schedulers.DRAWING.get() is None and hasattr(mix.pipe, "encode_text"):
+                raise AdapterError(
+                    "turns are counted by the scheduler that draws, which a Base does not know of a pipeline that is "
+                    "called by itself. Draw with sfumato.draw, or give that pipeline to compose."
+                )
+            on = switch.on(clock.step(now, drawn_by))
             wanted |= {label: before[label] if label == on else _at(before[label], 0.0) for label in switch.labels}
-        mix.set_weights(wanted)
+        _set(mix, wanted)
 
     handle = parts_of(mix.pipe)["unet"].register_forward_pre_hook(follow, with_kwargs=True)
     try:
         yield
     finally:
         handle.remove()
-        mix.set_weights(before)
+        _set(mix, before)
+
+
+def _progress(timestep: float, scheduler: Any) -> float:
+    """0 at pure noise and 1 at the finished picture. Raises AdapterError for a scheduler that has no timesteps."""
+    if schedulers.counts_sigmas(scheduler.config):
+        raise AdapterError(
+            f"{type(scheduler).__name__} tells the U-Net sigmas instead of timesteps, which weights by step follow. "
+            "Give the adapters one weight each."
+        )
+    return min(1.0, max(0.0, 1 - timestep / max(1, int(scheduler.config.num_train_timesteps) - 1)))
 
 
 class _Clock:
-    """Progress and number of a step, from the timestep that the U-Net is asked for.
+    """Number of a step, counted from 0, from the timestep that the U-Net is asked for.
 
-    Schedulers ask for falling timesteps; one that rises begins a new picture. Second-order ones ask for some twice, or
-    for one between two steps: an ancestral one even at the next step's or below it, and rises again in mid-picture.
+    Timesteps fall; one that rises begins a new picture. Second-order schedulers ask twice a step, an ancestral one for
+    timesteps that rise in mid-picture, and count their calls themselves.
     """
 
-    def __init__(self, total: int) -> None:
-        self._total, self._first, self._last, self._asked = total, -math.inf, -math.inf, -1
+    def __init__(self) -> None:
+        self._last, self._step = -math.inf, 0
 
-    def read(self, timestep: Tensor | float, *, between: bool = False) -> tuple[float, int]:
-        """Progress, and the step counted from 0. between: whether every other call lies between two steps."""
-        now = float(timestep.flatten()[0]) if isinstance(timestep, torch.Tensor) else float(timestep)
-        if now >= self._first if between else now > self._last:
-            self._first, self._asked = now, 0
-        elif between or now < self._last:
-            self._asked += 1
-        self._last = now
-        return min(1.0, max(0.0, 1 - now / max(1, self._total - 1))), self._asked // (2 if between else 1)
+    def step(self, timestep: float, scheduler: Any) -> int:
+        """Raises AdapterError for PNDM with Runge-Kutta steps, which asks for some timesteps of the next step."""
+        if not scheduler.config.get("skip_prk_steps", True):
+            raise AdapterError(
+                "PNDM's Runge-Kutta steps ask four times each, so that turns cannot be told apart. Set skip_prk_steps "
+                "in the scheduler's config, as Stable Diffusion has it, or take another scheduler."
+            )
+        if scheduler.order > 1:
+            first = scheduler.begin_index or 0
+            return int(((scheduler.step_index or first) - first) // scheduler.order)
+        if timestep > self._last:
+            self._step = 0
+        elif timestep < self._last:
+            self._step += 1
+        self._last = timestep
+        return self._step
+
+
+def _set(mix: Mix, weights: Mapping[str, Weight]) -> None:
+    """New weights of the adapters that the mix still holds: within the block some may be removed, or all undone."""
+    held = {label: weight for label, weight in weights.items() if label in mix.weights}
+    if held:
+        mix.set_weights(held)
 
 
 def _at(weight: Weight, number: float) -> Weight:

@@ -135,13 +135,15 @@ def words_of(name: str) -> str:
     return _one_line(re.sub(r"[-_]+", " ", name))
 
 
-def check_template(template: str, trigger: str | None) -> None:
-    """Refuse a template that cannot be filled. Raises ConfigError."""
+def check_template(
+    template: str, trigger: str | None, *, said: str = "--caption", do: str = "pass --trigger WORD"
+) -> None:
+    """Refuse a template that cannot be filled. Raises ConfigError. said: what gave it. do: how a trigger is named."""
     for name in re.findall(r"\{([^{}]*)\}", template):
         if name not in _FIELDS:
-            raise ConfigError(f"--caption {template!r}: {{{name}}} is unknown; {{caption}} and {{trigger}} are filled.")
+            raise ConfigError(f"{said} {template!r}: {{{name}}} is unknown; {{caption}} and {{trigger}} are filled.")
     if "{trigger}" in template and not trigger:
-        raise ConfigError(f"--caption {template!r} has {{trigger}}, and there is none; pass --trigger WORD.")
+        raise ConfigError(f"{said} {template!r} has {{trigger}}, and there is none; {do}.")
 
 
 def fill_template(template: str, caption: str, trigger: str | None) -> str:

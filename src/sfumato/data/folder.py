@@ -27,7 +27,8 @@ class Example:
 
     repeats: how often an epoch holds it. mask: a picture, white where it is to be learned. alpha_mask: learn where
     it is opaque. group: "class" for pictures of the class that a subject belongs to (prior preservation). sums: sha256
-    of the picture and its mask, in hex, that their files must have; "" for any.
+    of the picture and its mask, in hex, that their files must have; "" for any. template, trigger: what the caption was
+    made with, None for nothing.
     """
 
     path: Path
@@ -38,6 +39,8 @@ class Example:
     options: Options = field(default_factory=Options)
     group: Group = "instance"
     sums: tuple[str, str] = ("", "")
+    template: str | None = None
+    trigger: str | None = None
 
     @property
     def files(self) -> list[Path]:
@@ -68,6 +71,11 @@ class Folder(Sequence[Example]):
     def samples(self) -> int:
         """Pictures of one epoch, repeats counted."""
         return sum(example.repeats for example in self.examples)
+
+    @property
+    def triggers(self) -> list[str]:
+        """The words that captions were made with to call up what is learned, each once."""
+        return list(dict.fromkeys(example.trigger for example in self.examples if example.trigger))
 
     def of(self, group: Group) -> "Folder":
         """The examples of one group only; may be empty."""
@@ -121,6 +129,8 @@ def examples_of(
             found.mask if mask == "files" else None,
             mask == "alpha",
             sums=found.sums,
+            template=template,
+            trigger=trigger,
         )
         for found in listing.pictures
         if found.path not in bad
@@ -210,7 +220,8 @@ def _check_captions(examples: Sequence[Example], template: str | None) -> None:
         raise DataError(f"{shown}: the caption is empty once put into {template!r}. Put words into the template.")
     raise DataError(
         f"{len(missing)} of {len(examples)} pictures have no caption: {shown}. Write NAME.txt beside each, list them "
-        f'in {METADATA}, or pass --caption "{{caption}}" to take the words of the file names.'
+        f'in {METADATA}, give their source words = "a dog", or pass --caption "{{caption}}" to take the words of the '
+        "file names."
     )
 
 

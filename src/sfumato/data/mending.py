@@ -16,6 +16,7 @@ from sfumato.data.images import open_picture
 from sfumato.data.listing import Found, Listing
 from sfumato.data.source import Source
 from sfumato.errors import ConfigError, DataError
+from sfumato.files.atomic import beside
 
 _KEPT = ("PNG", "JPEG", "WEBP")
 
@@ -41,7 +42,7 @@ def mend(path: Path, sources: Sequence[Source], target: Path, *, leave_out: dict
         raise ConfigError(f"--fix {target}: is, holds or lies in the folder of the originals. Name another place.")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"--fix {target}: exists and is not empty, and nothing is written over. Name a new folder.")
-    part = place.with_name(f".{place.name}.{os.getpid()}.part")
+    part = beside(place)
     part.mkdir(parents=True)
     try:
         copier = _Copier(leave_out)

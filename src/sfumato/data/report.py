@@ -34,8 +34,8 @@ class Line:
 
 @dataclass(frozen=True)
 class Report:
-    """What `check` found. buckets: size -> samples of an epoch in it. labels: of each picture, unlike the others'.
-    captioned: whether somebody wrote its caption, rather than a folder's name or a template."""
+    """What `check` found. buckets: size -> samples of an epoch in it, none of the class. labels: of each, unlike
+    the others'. captioned: whether somebody wrote its caption, rather than a folder's name or a template."""
 
     path: Path
     target: Target
@@ -51,7 +51,7 @@ class Report:
 
     @property
     def samples(self) -> int:
-        """Pictures of an epoch, repeats counted, the bad ones left out."""
+        """Pictures of an epoch, repeats counted, the bad ones and those of the class left out."""
         return sum(self.buckets.values())
 
     @property
@@ -128,8 +128,9 @@ def check(
     step = target.step(side)
     if side < step:
         raise ConfigError(f"--resolution {side}: this base takes multiples of {step} px. Give {step} or more.")
-    sizes = bucket_sizes(side, step, largest_ratio=2.0 if buckets else 1.0)
     sources = sources_of(path, caption_template=caption_template, trigger=trigger, mask=mask)
+    buckets = buckets and not any(source.group == "class" for source in sources)  # both fit into one batch
+    sizes = bucket_sizes(side, step, largest_ratio=2.0 if buckets else 1.0)
     examples: list[Example] = []
     founds: list[Found] = []
     ignored: list[Ignored] = []
@@ -146,7 +147,7 @@ def check(
     looks = tuple(survey(examples, sizes, target.vae_factor, thumbnails=thumbnails, progress=progress))
     counts: Counter[Size] = Counter()
     for example, look in zip(examples, looks, strict=True):
-        if look.crop is not None:
+        if look.crop is not None and example.group == "instance":
             counts[look.crop.size] += example.repeats
     report = Report(
         path,
@@ -222,11 +223,11 @@ def _by_caption(report: Report) -> dict[str, list[str]]:
 
 
 def _masks(report: Report, sources: Sequence[Source]) -> Iterator[Line]:
-    if any(source.mask == "files" for source in sources):
-        pairs = zip(report.examples, report.labels, strict=True)
-        without = [label for e, label in pairs if e.mask is None and not e.alpha_mask]
-        if without:
-            yield Line("mask missing", f"{_count(without)} no mask, learned whole: {_some(without)}", tuple(without))
+    masked = {source.path for source in sources if source.mask == "files"}
+    pairs = zip(report.examples, report.labels, strict=True)
+    without = [label for e, label in pairs if e.mask is None and not masked.isdisjoint(e.path.parents)]
+    if without:
+        yield Line("mask missing", f"{_count(without)} no mask, learned whole: {_some(without)}", tuple(without))
 
 
 def _flaws(report: Report) -> Iterator[Line]:

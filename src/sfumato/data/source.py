@@ -42,6 +42,8 @@ _KEYS: Mapping[str, type | tuple[type, ...]] = {
     "separator": str,
     "weight": (int, float),
 }
+_OF_THE_SUBJECT = ("caption", "trigger", "words", "caption_dropout")
+"""Keys before the first source that do not hold for pictures of a class."""
 _NAMES = {str: "a text", int: "a whole number", bool: "true or false", (int, float): "a number"}
 
 
@@ -146,8 +148,7 @@ def _check_keys(values: Mapping[str, Any], where: str, known: list[str]) -> None
 def _source(entry: Mapping[str, Any], defaults: Mapping[str, Any], file: Path, number: int) -> Source:
     where = f"{file.name}, source {number}: "
     _check_keys(entry, where, known=list(_KEYS))
-    # A class picture is not of the subject, so it has no trigger unless its own source says so.
-    shared = {k: v for k, v in defaults.items() if not entry.get("class") or k not in ("caption", "trigger")}
+    shared = {k: v for k, v in defaults.items() if not entry.get("class") or k not in _OF_THE_SUBJECT}
     values = {**shared, **entry}
     if "path" not in entry:
         raise ConfigError(f'{where}no path; write path = "DIR", from the folder of {file.name} on.')
@@ -159,7 +160,7 @@ def _source(entry: Mapping[str, Any], defaults: Mapping[str, Any], file: Path, n
     options.check(where)
     template, trigger = values.get("caption"), values.get("trigger")
     if template is not None:
-        check_template(template, trigger)
+        check_template(template, trigger, said=f"{where}caption", do='write trigger = "WORD" beside it')
     suffix = values.get("caption_suffix")
     if suffix is not None and not suffix.startswith("."):
         raise ConfigError(f'{where}caption_suffix is {suffix!r}; wanted an ending such as ".wd14".')

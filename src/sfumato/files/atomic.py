@@ -1,6 +1,7 @@
 """Writing a file so that nobody ever sees half of it."""
 
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     the disk before the rename, so that a power cut leaves the old file or the new one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
+    temporary = beside(path, path.suffix)
     try:
         yield temporary
         with temporary.open("rb+") as written:
@@ -24,6 +25,14 @@ def atomic_path(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def beside(path: Path, suffix: str = "") -> Path:
+    """A hidden path beside `path` that nobody else writes at: no thread, process or machine that shares the folder.
+
+    It ends in ".part", and in `suffix` after that.
+    """
+    return path.with_name(f".{path.name.removesuffix(suffix)}.{secrets.token_hex(6)}.part{suffix}")
 
 
 def check_free(output: Path, overwrite: bool) -> None:

@@ -69,6 +69,15 @@ def stamp(status: os.stat_result) -> Stamp:
     return status.st_mtime_ns, status.st_size
 
 
+def check_stamp(path: Path, found: Stamp, wanted: Stamp) -> None:
+    """Raises FileError where the stamp of a file in use is no longer what it was."""
+    if found != wanted:
+        raise FileError(
+            f"{path.name}: the file was replaced or written over while it was in use. Leave the files of a base as "
+            "they are during a run, and start again."
+        )
+
+
 def read_copies(
     header: Header, names: Iterable[str], dtype: torch.dtype, *, wanted_stamp: Stamp | None = None
 ) -> dict[str, Tensor]:
@@ -84,11 +93,8 @@ def read_copies(
     try:
         with path.open("rb") as file:
             status = os.fstat(file.fileno())
-            if wanted_stamp is not None and stamp(status) != wanted_stamp:
-                raise FileError(
-                    f"{path.name}: the file was replaced or written over while it was in use. Leave the files of a "
-                    "base as they are during a run, and start again."
-                )
+            if wanted_stamp is not None:
+                check_stamp(path, stamp(status), wanted_stamp)
             _check_unchanged(header, status.st_size, file.read(header.data_start))
             for name, info in header.tensors.items():  # in the order of their bytes
                 if name not in wanted:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import AdapterError, FileError
+from sfumato.files.atomic import beside
 from sfumato.files.changes import LoraModule
 from sfumato.files.fingerprint import KEY, fingerprint
 from sfumato.files.kohya import Target, kohya_name
@@ -71,7 +72,7 @@ def write_peft(
     if folder.exists():
         raise FileError(f"{folder.name}: exists already, and folders are not written over. Name another one.")
     parts, whole = list(dict.fromkeys(part for part, _ in modules)), fingerprint(modules)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    temporary = beside(folder)
     try:
         for part in parts:
             place = temporary / part if len(parts) > 1 else temporary

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sfumato.compose.adapter import weight_at
 from sfumato.errors import AdapterError, FileError
+from sfumato.files.atomic import beside
 from sfumato.files.changes import Change
 from sfumato.files.header import read_header
 from sfumato.files.read import read_tensors
@@ -126,7 +127,7 @@ def _write_folder(base: Stored, wanted: Terms, output: Path) -> Path:
         raise FileError(f"{output.name}: exists already, and folders are not written over. Name another one.")
     if output.suffix == ".safetensors":
         raise FileError(f"{output.name}: {base.name} is a diffusers folder; name a folder to write.")
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.part")
+    temporary = beside(output)
     touched = _files(base, wanted)
     try:
         for path in sorted(base.root.rglob("*")):

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from sfumato.errors import FileError, RunError
 from sfumato.files import read_tensors, write_tensors
+from sfumato.files.atomic import beside
 from sfumato.files.read import is_finite
 from sfumato.files.save import header_bytes, ordered
 from sfumato.runs.state import pack, unpack
@@ -67,7 +68,7 @@ class Checkpoints:
         broken = [name for name, tensor in tensors.items() if not is_finite(tensor)]
         if broken:
             raise NotFiniteError(f"the state of step {step} is not finite ({broken[0]})")
-        temporary, aside = (self.folder / f".{step:06d}.{os.getpid()}.{what}" for what in ("part", "old.part"))
+        temporary, aside = beside(self.path(step)), beside(self.path(step))
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._clear_leftovers()

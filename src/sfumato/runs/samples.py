@@ -112,9 +112,9 @@ def evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 
 def default_prompts(captions: Sequence[str], template: str | None, trigger: str | None) -> list[str]:
-    """Two captions, and two plain things put into the caption template."""
+    """Two captions, and two plain things put into the caption template; none twice."""
     from sfumato.measure import UNRELATED
 
     form = template or ("{caption}, {trigger}" if trigger else "{caption}")
     unseen = [fill_template(form, thing, trigger) for thing in UNRELATED[:2]]
-    return [*dict.fromkeys(captions[:2]), *unseen]
+    return list(dict.fromkeys([*captions[:2], *unseen]))

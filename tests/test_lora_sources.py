@@ -1,0 +1,184 @@
+"""The LoRA trainer and a dataset.toml: pictures of a class beside the subject's, and triggers that only it names."""
+
+import json
+
+import pytest
+import torch
+
+from sfumato import cli
+from sfumato.data import read_folder
+from sfumato.errors import ConfigError, DataError
+from sfumato.files import read_header, read_tensors
+from sfumato.placeholders import put_into_captions
+
+QUIET = ("--sample-every", "0", "--measure-every", "0", "--checkpoint-every", "0")
+
+
+@pytest.fixture
+def train(pocket_folder, tmp_path):
+    """Train on a dataset.toml with these sources, by default with the LoRA trainer; returns the adapter's path."""
+
+    def run(name, toml, *options, program="lora", status=0, quiet=QUIET):
+        path = tmp_path / f"{name}.toml"
+        path.write_text(toml)
+        words = ["--images", path, "--output", tmp_path / name, "--base", pocket_folder, "--batch", "2"]
+        words += [] if program == "textual_inversion" else ["--rank", "2"]
+        assert cli.main(["train", program, *map(str, [*words, *quiet, *options])]) == status
+        return tmp_path / name / f"{name}.safetensors"
+
+    return run
+
+
+@pytest.fixture
+def source(pictures):
+    """A source of all six pictures, with further lines."""
+
+    def write(*lines):
+        return "\n".join(["[[source]]", f'path = "{pictures.as_posix()}"', *lines, ""])
+
+    return write
+
+
+def rows(path):
+    return [json.loads(line) for line in (path.parent / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("further", [(), ("--train-text-encoder",)])
+def test_pictures_of_a_class_come_beside_each_batch_as_in_dreambooth(further, train, source):
+    """At the weight of the prior, drawn on their own, and no part of an epoch."""
+    both = source('words = "sks square"') + source('words = "square"', "class = true", "repeats = 2")
+    same = ["--epochs", "1", "--learning-rate", "1e-2", "--prior-weight", "0.4", "--targets", "attention", *further]
+    one = train("one", both, *same)
+    other = train("other", both, *same, "--method", "lora", "--class-name", "square", program="dreambooth")
+    assert [row["loss"] for row in rows(one)] == [row["loss"] for row in rows(other)]
+    assert len(rows(one)) == 3
+    assert all(row["prior_loss"] > 0 for row in rows(one))
+    for key, tensor in read_tensors(other).items():
+        assert torch.equal(read_tensors(one)[key], tensor)
+
+
+def test_with_weight_0_a_class_is_measured_and_not_learned(train, source):
+    both = source('words = "sks square"') + source('words = "square"', "class = true")
+    alone = train("alone", source('words = "sks square"'), "--steps", "3", "--precision", "fp32")
+    beside = train("beside", both, "--steps", "3", "--prior-weight", "0", "--precision", "fp32")
+    for key, tensor in read_tensors(alone).items():
+        torch.testing.assert_close(read_tensors(beside)[key], tensor, rtol=1e-3, atol=1e-6)
+
+
+def test_a_class_comes_beside_prompts_that_shall_draw_as_before(train, source):
+    """And has neither the subject's template nor a share in what its file says of the pictures."""
+    both = source() + source("class = true", 'words = "square"')
+    said = 'caption = "{caption}, {trigger} style"\ntrigger = "zwx"\n' + both
+    metadata = read_header(train("run", said, "--steps", "1", "--prior-prompts", "a cat")).metadata
+    assert metadata["ss_num_train_images"] == "6"
+    assert json.loads(metadata["ss_tag_frequency"])["run"]["zwx style"] == 6
+    assert "square" not in json.loads(metadata["ss_tag_frequency"])["run"]
+
+
+def test_the_trigger_that_the_captions_were_made_with_is_told(train, source):
+    """Whoever names it: each source its own, or the option where they name none."""
+    template = 'caption = "{caption} by {trigger}"'
+    toml = source(template, 'trigger = "abc"') + source(template) + source(template, 'trigger = "abc"')
+    quiet = ("--measure-every", "0", "--checkpoint-every", "0")
+    path = train("run", toml, "--steps", "1", "--trigger", "zwx", quiet=quiet)
+    metadata = read_header(path).metadata
+    assert json.loads(metadata["sfumato.trigger"]) == ["abc", "zwx"]
+    assert metadata["modelspec.trigger_phrase"] == "abc, zwx"
+    card = (path.parent / "README.md").read_text()
+    assert "Write `abc, zwx` in the prompt." in card
+    assert "a ball by abc" in card
+
+
+def test_a_trigger_that_no_source_uses_is_not_told(train, source):
+    path = train("run", source('words = "a abc"', 'trigger = "abc"'), "--steps", "1", "--trigger", "zwx")
+    assert json.loads(read_header(path).metadata["sfumato.trigger"]) == ["abc"]
+
+
+@pytest.mark.parametrize(
+    ("line", "options", "told"),
+    [
+        ("", (), ["sks square"]),
+        ('trigger = "abc"\ncaption = "{trigger} square"', (), ["abc"]),
+        ("", ("--trigger", "zwx"), ["zwx"]),
+        ('trigger = "abc"', ("--instance-prompt", "a zwx square"), ["a zwx square"]),
+    ],
+)
+def test_dreambooth_tells_the_trigger_of_its_captions(line, options, told, train, source):
+    options = ("--method", "lora", "--class-name", "square", "--prior", "none", "--steps", "1", *options)
+    path = train("run", source('words = "sks square"', line), *options, program="dreambooth")
+    assert json.loads(read_header(path).metadata["sfumato.trigger"]) == told
+
+
+@pytest.mark.parametrize(
+    ("program", "options"),
+    [
+        ("lora", ()),
+        ("dreambooth", ("--method", "lora", "--class-name", "square")),
+        ("textual_inversion", ("--placeholder", "<w>")),
+    ],
+)
+def test_pictures_of_a_class_alone_leave_nothing_behind(program, options, train, source, capsys):
+    path = train("run", source('words = "a"', "class = true"), *options, program=program, status=2)
+    assert "run.toml: has pictures of a class only. Name a source without class = true." in capsys.readouterr().err
+    assert not path.parent.exists()
+
+
+def test_what_is_said_of_the_subject_above_is_not_for_a_class(source, tmp_path):
+    above = 'words = "sks square"\ncaption_dropout = 0.5\n'
+    (tmp_path / "a.toml").write_text(above + source() + source("class = true", 'words = "a square"'))
+    subject, of_class = (read_folder(tmp_path / "a.toml").of(group)[0] for group in ("instance", "class"))
+    assert (subject.caption, subject.options.caption_dropout) == ("sks square", 0.5)
+    assert (of_class.caption, of_class.options.caption_dropout) == ("a square", None)
+    (tmp_path / "b.toml").write_text(above + source() + source("class = true"))
+    with pytest.raises(DataError, match=r'have no caption.*give their source words = "a dog"'):
+        read_folder(tmp_path / "b.toml")
+
+
+def test_a_template_without_its_trigger_names_the_source(source, tmp_path):
+    (tmp_path / "a.toml").write_text(source("class = true", 'caption = "{trigger} square"'))
+    with pytest.raises(ConfigError, match=r'a\.toml, source 1: caption .*; write trigger = "WORD" beside it'):
+        read_folder(tmp_path / "a.toml", trigger="zwx")
+
+
+def test_new_words_take_no_place_in_captions_of_a_class(source, tmp_path):
+    (tmp_path / "a.toml").write_text(source('words = "a square"') + source("class = true", 'words = "a square"'))
+    folder = put_into_captions(read_folder(tmp_path / "a.toml"), ["<w>"], ["square"])
+    assert {(e.group, e.caption) for e in folder} == {("instance", "a <w>"), ("class", "a square")}
+
+
+@pytest.mark.parametrize(("subject", "said"), [("<v> <w>", "holds <w>"), ("<v>", "<w> is in no caption")])
+def test_a_new_word_is_the_subjects(subject, said, source, tmp_path):
+    (tmp_path / "a.toml").write_text(source(f'words = "{subject}"') + source("class = true", 'words = "a <w>"'))
+    with pytest.raises(DataError, match=said):
+        put_into_captions(read_folder(tmp_path / "a.toml"), ["<v>", "<w>"])
+
+
+def test_a_trigger_whose_place_a_new_word_takes_is_not_told(train, pictures):
+    """Nor drawn: what is shown of the training holds the word."""
+    toml = f'caption = "{{caption}}, {{trigger}} square"\ntrigger = "sks"\n[[source]]\npath = "{pictures.as_posix()}"\n'
+    words = ("--train-words", "<w>", "--stands-for", "sks square", "--steps", "1")
+    path = train("run", toml, *words, quiet=("--measure-every", "0", "--checkpoint-every", "0"))
+    assert json.loads(read_header(path).metadata["sfumato.trigger"]) == ["<w>"]
+    card = (path.parent / "README.md").read_text()
+    assert "a ball, <w>" in card
+    assert "sks" not in card
+
+
+def test_a_class_that_came_or_went_is_another_training(train, source, capsys):
+    """Also where prompts give the prior's weight an effect, and the rest is as it was."""
+    first, both = source('words = "sks"'), source('words = "sks"') + source('words = "a"', "class = true")
+    options = ("--steps", "1", "--prior-prompts", "a cat")
+    quiet = (*QUIET[:4], "--checkpoint-every", "1")
+    for name, before, after in (("came", first, both), ("went", both, first)):
+        train(name, before, *options, quiet=quiet)
+        capsys.readouterr()
+        train(name, after, *options, "--resume", quiet=quiet, status=2)
+        assert "was trained with other things than these: class " in capsys.readouterr().err
+
+
+def test_pictures_of_a_class_are_given_in_one_place(train, source, pictures, capsys):
+    both = source('words = "sks"') + source('words = "a"', "class = true")
+    options = ("--method", "lora", "--class-name", "square", "--class-images", pictures)
+    path = train("run", both, *options, program="dreambooth", status=2)
+    assert "--class-images and the sources of" in capsys.readouterr().err
+    assert not path.parent.exists()
