@@ -93,6 +93,8 @@ def guarded(program_main: Main, argv: Sequence[str]) -> int:
                 raise ConfigError(f"{word!a} is not UTF-8; give names that are, or rename the file.")
         result = program_main(argv)
     except SfumatoError as error:
+        if runs := sys.modules.get("sfumato.runs"):
+            runs.withdraw()
         print(f"sfumato: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -18,7 +18,9 @@ from __future__ import annotations
 import os
 import shlex
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +34,7 @@ from sfumato.errors import RunError, SfumatoError
 from sfumato.files.atomic import write_text
 from sfumato.runs import identity, progress
 from sfumato.runs.checkpoints import Checkpoints, NotFiniteError, bytes_of, require_space
-from sfumato.runs.folder import also_written, clear, forget_samples, going_on, has_begun, is_run
+from sfumato.runs.folder import also_written, clear, forget_new, forget_samples, going_on, has_begun, is_run
 from sfumato.runs.health import Health, not_finite
 from sfumato.runs.lock import Lock
 from sfumato.runs.log import Log
@@ -45,6 +47,9 @@ if TYPE_CHECKING:
     from sfumato.processes import Processes
 
 __all__ = ["Checkpoints", "Run", "Step", "now"]
+
+
+_not_begun: weakref.WeakSet[Run] = weakref.WeakSet()
 
 
 class Run:
@@ -69,6 +74,7 @@ class Run:
         self._looks: list[tuple[int, Callable[[int], None]]] = []
         self._resumed_from: int | None = None
         self._replaces = False
+        self._before: set[str] | None = None  # what was in the folder, where it held no run
         self._saved_at: int | None = None
         self._health = Health()
         self._progress = Progress(shown=self.is_main)
@@ -103,6 +109,8 @@ class Run:
             raise RunError(f"there is no run to resume in {self.folder}; without --resume one begins there.")
         try:
             if self.is_main:
+                if not is_run(self.folder):
+                    self._before = {path.name for path in self.folder.iterdir()} if self.folder.exists() else set()
                 self.folder.mkdir(parents=True, exist_ok=True)
                 left = self._lock.take()
                 if left:
@@ -122,12 +130,14 @@ class Run:
         except BaseException:
             self.close()
             raise
+        _not_begun.add(self)
 
     def begin(self) -> None:
         """Remove what a run that is replaced has left in the folder. `steps` does so where the program did not."""
         if self._replaces and self.is_main:
             self._or_stop(self._take_over)
         self._replaces = False
+        _not_begun.discard(self)
 
     def _take_over(self) -> None:
         if self._resumed_from is None:  # a new run, or one that was stopped before its first checkpoint
@@ -395,6 +405,21 @@ class Run:
         if self.is_main:
             self.log_file.close()
             self._lock.release()
+
+    def _withdraw(self) -> None:
+        is_gone = self._lock.is_held and self._before is not None and forget_new(self.folder, self._before)
+        self.log_file.close()
+        self._lock.release(trace=not is_gone)
+        if is_gone:
+            with suppress(OSError):  # something of somebody else's is in it
+                self.folder.rmdir()
+
+
+def withdraw() -> None:
+    """Let go of the folders of runs that an error stopped before their first step; new ones leave nothing in them."""
+    for run in list(_not_begun):
+        run._withdraw()
+        _not_begun.discard(run)
 
 
 def _load(part: Any, state: Any) -> None:

@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +17,8 @@ from sfumato.runs import identity
 if TYPE_CHECKING:
     from sfumato.options import FolderOptions
 
+_OPENED = ("config.toml", "run.json", "log.jsonl")
+_OF_THE_LOCK = (".lock", ".holder.json")
 WRITTEN = ("config.toml", "README.md", "plot.png", "samples.png", "samples", "checkpoints")
 """What a run writes into its folder under a name of its own; NAME.safetensors comes beside them."""
 
@@ -90,6 +92,20 @@ def clear(config: FolderOptions) -> None:
         place = Path(os.path.abspath(folder / made))
         if not any(one.is_relative_to(place) for one in used):
             _remove(place)
+
+
+def forget_new(folder: Path, before: Collection[str]) -> bool:
+    """Remove what opening a run has written into its folder.
+
+    before: the names that were in it. False, and nothing is removed, where the run has made more than that since, such
+    as pictures of a class.
+    """
+    made = {path.name for path in folder.iterdir()} - set(before) - set(_OF_THE_LOCK)
+    if made - set(_OPENED):
+        return False
+    for name in made:
+        (folder / name).unlink()
+    return True
 
 
 def forget_samples(folder: Path, step: int) -> None:

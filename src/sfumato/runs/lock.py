@@ -50,10 +50,12 @@ class Lock:
         """Whether this object holds the folder."""
         return bool(self._lock.is_locked)
 
-    def release(self) -> None:
-        """Let the folder go; without effect if it is not held."""
+    def release(self, *, trace: bool = True) -> None:
+        """Let the folder go; without effect if it is not held. trace: leave the file that the system locks."""
         if self.is_held:
             self._holder.unlink(missing_ok=True)
+            if not trace:  # while it is held, so that nobody gets a lock on a file that is gone
+                (self._folder / ".lock").unlink(missing_ok=True)
             self._lock.release()
 
     def _wait_for_holder(self) -> dict[str, Any]:

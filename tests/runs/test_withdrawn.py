@@ -1,0 +1,86 @@
+"""What is left of a run that an error stops before its first step: nothing of a new one, all of an earlier one."""
+
+import pytest
+
+from sfumato import cli, runs
+from sfumato.errors import DataError
+from tests.runs.said import start
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Where `start(tmp_path)` has its run."""
+    return tmp_path / "run"
+
+
+def left(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_new_folder_is_gone(folder, tmp_path):
+    run = start(tmp_path)
+    assert "config.toml" in left(folder)
+    runs.withdraw()
+    assert left(tmp_path) == []
+    run.close()  # as whatever holds it may do later
+
+
+def test_what_was_in_the_folder_stays(folder, tmp_path):
+    folder.mkdir()
+    (folder / "note.txt").write_text("mine")
+    run = start(tmp_path)
+    runs.withdraw()
+    assert left(folder) == ["note.txt"]
+    assert start(tmp_path) is not run  # nobody holds it
+
+
+def test_what_took_time_to_make_stays_with_the_run_that_made_it(folder, tmp_path):
+    run = start(tmp_path)
+    (folder / "class").mkdir()
+    runs.withdraw()
+    assert left(folder) == [".lock", "class", "config.toml", "log.jsonl", "run.json"]
+    assert start(tmp_path) is not run
+
+
+def test_a_run_that_has_begun_stays(folder, tmp_path):
+    run = start(tmp_path)
+    next(run.steps(2))
+    before = left(folder)
+    runs.withdraw()
+    assert left(folder) == before
+    run.close()
+
+
+def test_a_run_that_was_to_be_replaced_stays_and_is_nobodys(folder, tmp_path):
+    first = start(tmp_path)
+    next(first.steps(2)).done(loss=1.0)
+    first.close()
+    before = left(folder)
+    second = start(tmp_path, overwrite=True)
+    runs.withdraw()
+    assert left(folder) == before
+    assert start(tmp_path, overwrite=True) is not second
+
+
+def test_an_error_of_a_program_withdraws_and_is_one_line(tmp_path, capsys):
+    kept = []
+
+    def program(argv):
+        kept.append(start(tmp_path))
+        raise DataError("no.png: broken.")
+
+    assert cli.guarded(program, []) == 2
+    assert left(tmp_path) == []
+    assert capsys.readouterr().err == "sfumato: no.png: broken.\n"
+
+
+def test_an_interruption_leaves_what_can_be_resumed(tmp_path):
+    kept = []
+
+    def program(argv):
+        kept.append(start(tmp_path))
+        raise KeyboardInterrupt
+
+    assert cli.guarded(program, []) == 130
+    kept[0].close()
+    assert start(tmp_path, resume=True).step == 0
