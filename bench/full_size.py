@@ -73,6 +73,14 @@ def photographs(folder: Path, count: int, side_px: int) -> Path:
     return folder
 
 
+def added_conditions(config: Any) -> dict[str, Any]:
+    """What SDXL's U-Net with this config is told besides, zeros for one picture; the other families' ask for none."""
+    import torch
+
+    width = (config.projection_class_embeddings_input_dim or 0) - 6 * (config.addition_time_embed_dim or 0)
+    return {"time_ids": torch.zeros(1, 6), "text_embeds": torch.zeros(1, max(0, width))}
+
+
 def run(name: str, script: str, words: Sequence[str], limit_s: int) -> dict[str, Any]:
     """Train in a process of its own, and what it saw; {"error": ...} where it did not come to an end.
 
@@ -108,27 +116,25 @@ def watch(script: str, *words: str) -> None:
     baseline = resident()
     _forget_peak()
     steps: list[tuple[float, float, float]] = []
-    count = {"weights": 0}
+    stepped, trained = 0, 0  # weights since the last step's end, and of the optimizer
     plain = torch.optim.AdamW.step
 
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal stepped
         result = plain(self, *args, **kwargs)
         # A fused step comes once for every weight: only the last one ends a step.
-        count["weights"] += sum(len(group["params"]) for group in self.param_groups)
-        if count["weights"] >= total():
-            count["weights"] = 0
+        stepped += sum(len(group["params"]) for group in self.param_groups)
+        if stepped >= trained:
+            stepped = 0
             steps.append((time.monotonic() - began_wall, time.process_time() - began_cpu, peak()))
         return result
 
-    optimizers: list[Any] = []
     built = torch.optim.AdamW.__init__
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        nonlocal trained
         built(self, *args, **kwargs)
-        optimizers.append(sum(len(group["params"]) for group in self.param_groups))
-
-    def total() -> int:
-        return int(optimizers[-1])
+        trained = sum(len(group["params"]) for group in self.param_groups)
 
     torch.optim.AdamW.step, torch.optim.AdamW.__init__ = step, init  # type: ignore[method-assign]
     stopped = ""

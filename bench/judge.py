@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from bench.judge_pictures import Pictures, augment, read_others, read_pictures, recolour, withheld_cells
 from bench.real import print_report
 from sfumato import cli, randomness
+from sfumato.data.latents import to_floats
 from sfumato.files.atomic import atomic_path
 
 BATCH, RATE = 64, 3e-3
@@ -141,6 +142,14 @@ class Verdict:
         """Share of pictures whose true style is the judge's first."""
         return float(self.right_style(style).mean())
 
+    def accuracies(self, true: Pictures) -> dict[str, float]:
+        """Style accuracy, and concept top-1 and top-5, of pictures that ought to be the true ones."""
+        return {
+            "style": round(self.style_accuracy(true.style), 4),
+            "concept_top1": round(self.concept_accuracy(true.concept), 4),
+            "concept_top5": round(self.concept_accuracy(true.concept, 5), 4),
+        }
+
 
 @torch.no_grad()
 def look(judge: Judge, pixels: Tensor) -> Verdict:
@@ -148,7 +157,7 @@ def look(judge: Judge, pixels: Tensor) -> Verdict:
 
     Other sizes than 64 px are resized to it.
     """
-    floats = pixels.float() / 127.5 - 1 if pixels.dtype == torch.uint8 else pixels.float()
+    floats = to_floats(pixels) if pixels.dtype == torch.uint8 else pixels.float()
     if floats.shape[-2:] != (64, 64):
         floats = F.interpolate(floats, size=(64, 64), mode="bilinear", antialias=True, align_corners=False)
     judge.eval()
@@ -180,7 +189,7 @@ def train_judge(pictures: Pictures, *, steps: int, seed: int, others: Pictures |
         for step in range(steps):
             generator = randomness.generator(seed, "judge", step)
             index = torch.multinomial(chance, BATCH, replacement=True, generator=generator)
-            plain = augment(both.pixels[index].float() / 127.5 - 1, generator)
+            plain = augment(to_floats(both.pixels[index]), generator)
             coloured = recolour(plain, generator).contiguous(memory_format=torch.channels_last)
             with torch.autocast("cpu", torch.bfloat16):
                 concept = judge.concept_head(judge.see_concept(coloured))
@@ -220,43 +229,15 @@ def cached_judge(
     return judge
 
 
-def kernel_distance(a: Tensor, b: Tensor) -> float:
-    """KID of features (n, d) and (m, d): the unbiased squared MMD with kernel (x.y/d + 1)^3, Binkowski et al. 2018."""
-    a, b = a.double(), b.double()
-    n, m, d = len(a), len(b), a.shape[1]
-    within_a, within_b, across = (a @ a.T / d + 1) ** 3, (b @ b.T / d + 1) ** 3, (a @ b.T / d + 1) ** 3
-    first = (within_a.sum() - within_a.trace()) / (n * (n - 1))
-    second = (within_b.sum() - within_b.trace()) / (m * (m - 1))
-    return float(first + second - 2 * across.mean())
-
-
-def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """Frechet distance of two Gaussians fitted to features (n, d) and (m, d), Heusel et al. 2017, eq. 6."""
-    a, b = a.double(), b.double()
-    first, second = torch.cov(a.T), torch.cov(b.T)
-    # trace((AB)^1/2) is the sum of the roots of AB's eigenvalues, and AB's are those of the symmetric A^1/2 B A^1/2.
-    values, vectors = torch.linalg.eigh(first)
-    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    crossed = torch.linalg.eigvalsh(root @ second @ root).clamp(min=0).sqrt().sum()
-    return float((a.mean(0) - b.mean(0)).square().sum() + first.trace() + second.trace() - 2 * crossed)
-
-
 def accuracies(judge: Judge, pictures: Pictures) -> dict[str, float | int]:
     """The judge's own figures on real pictures: how many, style accuracy, concept top-1 and top-5."""
-    verdict = look(judge, pictures.pixels)
-    return {
-        "pictures": len(pictures.pixels),
-        "style": round(verdict.style_accuracy(pictures.style), 4),
-        "concept_top1": round(verdict.concept_accuracy(pictures.concept), 4),
-        "concept_top5": round(verdict.concept_accuracy(pictures.concept, 5), 4),
-    }
+    return {"pictures": len(pictures.pixels), **look(judge, pictures.pixels).accuracies(pictures)}
 
 
 def measure(config: Config) -> dict[str, Any]:
     """The judge's own figures on the cells that it learned from and on those that are withheld."""
     pictures = read_pictures(config.data, config.styles, config.concepts)
-    hidden = withheld_cells(config.data)
-    seen, withheld = pictures.where(hidden, inside=False), pictures.where(hidden, inside=True)
+    seen, withheld = pictures.apart(withheld_cells(config.data))
     others = read_others(config.data, pictures.styles)
     judge = cached_judge(seen, cache=config.cache, steps=config.steps, seed=config.seed, others=others)
     report = {"seen": accuracies(judge, seen)}

@@ -32,9 +32,11 @@ class Pictures:
         pairs = zip(self.concept.tolist(), self.style.tolist(), strict=True)
         return [(self.concepts[c], self.styles[s]) for c, s in pairs]
 
-    def where(self, cells: Collection[tuple[str, str]], inside: bool) -> Pictures:
-        """Those whose (concept, style) is among `cells`, or is not."""
-        return self._at([i for i, name in enumerate(self.names()) if (name in cells) == inside])
+    def apart(self, cells: Collection[tuple[str, str]]) -> tuple[Pictures, Pictures]:
+        """Those whose (concept, style) is not among `cells`, and those whose is."""
+        inside = [name in cells for name in self.names()]
+        others, these = ([i for i, is_inside in enumerate(inside) if is_inside == wanted] for wanted in (False, True))
+        return self._at(others), self._at(these)
 
     def cells(self, cells: Sequence[tuple[str, str]]) -> Pictures:
         """One picture for each of `cells`, in their order."""

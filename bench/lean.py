@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from bench.full_size import added_conditions
 from bench.real import print_report
 from sfumato import cli
 from sfumato.adapters import attach, select
@@ -60,8 +61,7 @@ def kept(config: Config, trained: str, *, lean: bool) -> float:
 
     side = config.resolution // 8
     text = torch.zeros(1, 77, unet.config.cross_attention_dim)
-    width = (unet.config.projection_class_embeddings_input_dim or 0) - 6 * (unet.config.addition_time_embed_dim or 0)
-    added = {"time_ids": torch.zeros(1, 6), "text_embeds": torch.zeros(1, max(0, width))}
+    added = added_conditions(unet.config)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = unet(torch.zeros(1, 4, side, side), torch.zeros(1), text, added_cond_kwargs=added)
     del output  # alive until here, so that no two tensors had one address

@@ -38,7 +38,7 @@ def costs(work: Callable[[], Any]) -> tuple[float, float]:
     return time.perf_counter() - began, time.process_time() - used
 
 
-def _resident(pipe: Any, files: list[Path], count: int, call: Callable[[slice], Any]) -> dict[str, Any]:
+def _resident(pipe: Any, files: list[Path], count: int) -> dict[str, Any]:
     """Many adapters held by one mix, each in turn the only one with a weight."""
     adapters = [Adapter(files[n % len(files)], 0.0, f"adapter {n}") for n in range(count)]
     before = anonymous_mib()
@@ -122,7 +122,7 @@ def main() -> None:
                 theirs.append(costs(one_after_another))
 
         guided = _guided(pipe, files[0], chosen.rounds, call)
-        resident = _resident(pipe, files, chosen.resident, call) if chosen.resident else {}
+        resident = _resident(pipe, files, chosen.resident) if chosen.resident else {}
     peer = {}
     if theirs:
         peer = {

@@ -49,8 +49,6 @@ COLOURS = (256, 192, 128, 96, 64, 48, 32)
 """Sizes of the palette that are tried until a sheet is small enough."""
 ELSE = "crab"
 """A thing that neither adapter was taught: the style should reach it, the subject should not."""
-
-
 STRENGTH = 2.0
 """Of the adapter guidance in the rows that have one, the style recipe's."""
 

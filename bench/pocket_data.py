@@ -20,11 +20,10 @@ from typing import Any
 
 from PIL import Image
 
+from bench.real import BASE_CONCEPTS
 from sfumato import cli
 from sfumato.config import parse
 from sfumato.errors import DataError
-
-CONCEPTS = Path(__file__).resolve().parent.parent / "src" / "sfumato" / "pocket" / "concepts.json"
 
 
 @dataclass(frozen=True)
@@ -168,7 +167,7 @@ def build(config: Config) -> Path:
     from the icons' names, are what the tokenizer is learned from besides captions.
     Raises DataError for a concept that a set lacks.
     """
-    groups: dict[str, str] = json.loads(CONCEPTS.read_text(encoding="utf-8"))
+    groups: dict[str, str] = json.loads(BASE_CONCEPTS.read_text(encoding="utf-8"))
     names = {concept: concept.replace(" ", "-") for concept in groups}
     withheld = withheld_cells(list(groups), list(SOURCES), config.seed)
     sets = {style: fetch(source, config.packages or config.out / "npm") for style, source in SOURCES.items()}
@@ -179,7 +178,7 @@ def build(config: Config) -> Path:
             icon = resolve(icons, name)
             if icon is None:
                 package = SOURCES[style].package
-                raise DataError(f"{package} has no drawing named {name}; take {concept!r} off {CONCEPTS.name}.")
+                raise DataError(f"{package} has no drawing named {name}; take {concept!r} off {BASE_CONCEPTS.name}.")
             picture = render(icons, icon, config.size_px)
             hashes[f"{style}/{name}.png"] = _write(config.out / style / f"{name}.png", picture)
             if (concept, style) in withheld:

@@ -44,8 +44,7 @@ class Config:
 
 def measure(config: Config) -> dict[str, Any]:
     """The whole report."""
-    pictures, hidden = read_pictures(config.data), withheld_cells(config.data)
-    withheld, seen = pictures.where(hidden, inside=True), pictures.where(hidden, inside=False)
+    seen, withheld = read_pictures(config.data).apart(withheld_cells(config.data))
     chosen = [seen.names()[i] for i in randomness.permutation(len(seen.pixels), 0, "seen")[: len(withheld.pixels)]]
     base = load_base(config.base, precision=decide("fp32"))
     report: dict[str, Any] = {"pictures": len(chosen)}

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
@@ -26,7 +25,9 @@ from bench.distances import paired_kernel_distance
 from bench.judge import Judge, Verdict, cached_judge, look
 from bench.judge_pictures import Pictures, read_others, read_pictures, withheld_cells
 from bench.real import print_report
+from bench.style_runs import to_tensor
 from sfumato import cli, randomness
+from sfumato.data.latents import to_floats
 from sfumato.files.atomic import atomic_path
 
 SHEET = (
@@ -122,9 +123,7 @@ def batched(cells: Sequence[Cell], size: int) -> list[Sequence[Cell]]:
 
 def as_floats(images: Sequence[Image.Image]) -> Tensor:
     """(n, 3, h, w) in [-1, 1]."""
-    return (
-        torch.stack([torch.from_numpy(np.array(i.convert("RGB"))).permute(2, 0, 1) for i in images]).float() / 127.5 - 1
-    )
+    return to_floats(torch.stack([to_tensor(image) for image in images]))
 
 
 def reconstruct(pipeline: StableDiffusionPipeline, pictures: Pictures) -> Tensor:
@@ -132,7 +131,7 @@ def reconstruct(pipeline: StableDiffusionPipeline, pictures: Pictures) -> Tensor
     parts = []
     with torch.no_grad():
         for chunk in pictures.pixels.split(64):
-            latents = pipeline.vae.encode(chunk.float() / 127.5 - 1).latent_dist.mode()
+            latents = pipeline.vae.encode(to_floats(chunk)).latent_dist.mode()
             parts.append(pipeline.vae.decode(latents).sample.clamp(-1, 1))
     return torch.cat(parts)
 
@@ -145,17 +144,9 @@ def figures(verdict: Verdict, pictures: Pictures, real: Tensor) -> dict[str, flo
     distances = [paired_kernel_distance(some, real) for some in verdict.features.split(len(real))]
     return {
         "pictures": len(verdict.features),
-        "style": round(verdict.style_accuracy(pictures.style), 4),
-        "concept_top1": round(verdict.concept_accuracy(pictures.concept), 4),
-        "concept_top5": round(verdict.concept_accuracy(pictures.concept, 5), 4),
+        **verdict.accuracies(pictures),
         "kid_x1000": round(1000 * sum(distances) / len(distances), 3),
     }
-
-
-def repeated(pictures: Pictures, times: int) -> Pictures:
-    """Every cell `times` over."""
-    concept, style = pictures.concept.repeat(times), pictures.style.repeat(times)
-    return Pictures(pictures.pixels.repeat(times, 1, 1, 1), concept, style, pictures.concepts, pictures.styles)
 
 
 def every_other_style(pictures: Pictures) -> Pictures:
@@ -172,9 +163,9 @@ def every_other_style(pictures: Pictures) -> Pictures:
 def judged(pipeline: StableDiffusionPipeline, judge: Judge, pictures: Pictures, config: Config) -> dict[str, Any]:
     """Drawn, reconstructed and real pictures of the same cells before the judge."""
     real = look(judge, pictures.pixels)
-    asked = repeated(pictures, config.pictures_per_cell)
+    asked = pictures.cells(pictures.names() * config.pictures_per_cell)
     rebuilt = reconstruct(pipeline, pictures)
-    psnr = -10 * ((rebuilt - (pictures.pixels.float() / 127.5 - 1)) / 2).square().mean((1, 2, 3)).log10().mean()
+    psnr = -10 * ((rebuilt - to_floats(pictures.pixels)) / 2).square().mean((1, 2, 3)).log10().mean()
     report: dict[str, Any] = {
         "drawn": figures(look(judge, draw(pipeline, asked.names(), config)), asked, real.features),
         "reconstructed": figures(look(judge, rebuilt), pictures, real.features) | {"psnr_db": round(float(psnr), 2)},
@@ -205,14 +196,8 @@ def draw_sheet(pipeline: StableDiffusionPipeline, pictures: Pictures, config: Co
     """For each style a row drawn and below it the real pictures, the columns SHEET."""
     chosen = [concept for concept in SHEET if concept in pictures.concepts]
     rows = []
-    for s, style in enumerate(pictures.styles):
-        cells = [
-            int(((pictures.concept == pictures.concepts.index(c)) & (pictures.style == s)).nonzero()[0]) for c in chosen
-        ]
-        row = Pictures(
-            pictures.pixels[cells], pictures.concept[cells], pictures.style[cells], pictures.concepts, pictures.styles
-        )
-        assert style == pictures.styles[int(row.style[0])]
+    for style in pictures.styles:
+        row = pictures.cells([(concept, style) for concept in chosen])
         drawn = ((draw(pipeline, row.names(), config) + 1) * 127.5).round().byte()
         rows += [torch.cat(list(drawn), 2), torch.cat(list(row.pixels), 2)]
     with atomic_path(path) as temporary:
@@ -222,8 +207,7 @@ def draw_sheet(pipeline: StableDiffusionPipeline, pictures: Pictures, config: Co
 def measure(config: Config) -> dict[str, Any]:
     """The whole report."""
     pictures = read_pictures(config.data)
-    hidden = withheld_cells(config.data)
-    seen, withheld = pictures.where(hidden, inside=False), pictures.where(hidden, inside=True)
+    seen, withheld = pictures.apart(withheld_cells(config.data))
     others = read_others(config.data, pictures.styles)
     judge = cached_judge(seen, cache=config.cache, steps=config.judge_steps, seed=config.seed, others=others)
     pipeline = StableDiffusionPipeline.from_pretrained(config.base, safety_checker=None, local_files_only=True)

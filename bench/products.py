@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bench.full_size import added_conditions
 from bench.real import print_report
 from sfumato import cli, products
 from sfumato.bases.single_file import shipped
@@ -88,8 +89,7 @@ def unet(family: str, px: int, rounds: int = 2) -> dict[str, Any]:
         nn.init.constant_(parameter, 1e-3)
     side = px // 8
     x, text = torch.randn(1, 4, side, side), torch.randn(1, 77, model.config.cross_attention_dim, requires_grad=True)
-    width = (model.config.projection_class_embeddings_input_dim or 0) - 6 * (model.config.addition_time_embed_dim or 0)
-    added = {"time_ids": torch.zeros(1, 6), "text_embeds": torch.zeros(1, max(0, width))}
+    added = added_conditions(model.config)
 
     def forward() -> Tensor:
         drawn: Tensor = model(x, torch.zeros(1), text, added_cond_kwargs=added).sample

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from bench.distances import paired_kernel_distance
-from bench.judge import Judge, Verdict, accuracies, cached_judge, look
+from bench.judge import Judge, accuracies, cached_judge, look
 from bench.judge_pictures import Pictures, read_named
 from bench.real import cells_of, known_concepts, print_report, styles_of
 from bench.style_runs import Learned, Workshop, reconstruct
@@ -97,11 +97,10 @@ def measure(config: Config) -> dict[str, Any]:
     seeds = range(config.first_seed, config.first_seed + config.seeds)
     runs = [draw_run(config, workshop, pictures, style, seed, subjects) for seed in seeds for style in config.styles]
 
-    hidden = withheld(pictures)
-    seen = pictures.where(hidden, inside=False)
+    seen, hidden = pictures.apart(withheld(pictures))
     judge = cached_judge(seen, cache=config.cache, steps=config.judge_steps, seed=0, others=others)
     report: dict[str, Any] = {
-        "judge_on_withheld_real": accuracies(judge, pictures.where(hidden, inside=True)),
+        "judge_on_withheld_real": accuracies(judge, hidden),
         "concepts": len(pictures.concepts),
         "styles": {style: [] for style in config.styles},
     }
@@ -213,8 +212,11 @@ def judge_run(config: Config, base: Base, judge: Judge, run: Drawn) -> tuple[dic
         "top5_after": after.right_concept(true.concept, 5),
         "closed": torch.tensor([closed]),
     }
-    result: dict[str, Any] = {name: figures(verdict, true, distances[name]) for name, verdict in named.items()}
-    result |= {"real": figures(real, true, None), "distance_closed": round(closed, 3)}
+    result: dict[str, Any] = {
+        name: verdict.accuracies(true) | {"kid_x1000": round(1000 * distances[name], 2)}
+        for name, verdict in named.items()
+    }
+    result |= {"real": real.accuracies(true), "distance_closed": round(closed, 3)}
     if run.mix:
         result["mix"] = {name: judge_mix(config, judge, run.style, name, drawn) for name, drawn in run.mix.items()}
     return result, outcome
@@ -245,15 +247,6 @@ def judge_mix(
         "style_without_its_adapter": round(style_in_subject, 4),
         "subject_without_its_adapter": round(subject_in_style, 4),
     }
-
-
-def figures(verdict: Verdict, true: Pictures, distance: float | None) -> dict[str, float]:
-    found = {
-        "style": round(verdict.style_accuracy(true.style), 4),
-        "concept_top1": round(verdict.concept_accuracy(true.concept), 4),
-        "concept_top5": round(verdict.concept_accuracy(true.concept, 5), 4),
-    }
-    return found if distance is None else found | {"kid_x1000": round(1000 * distance, 2)}
 
 
 def main(argv: Sequence[str]) -> None:

@@ -28,6 +28,7 @@ import sfumato
 from sfumato import Adapter, cli, compose, embedding
 from sfumato.bases import Base
 from sfumato.compose import adapter_guidance
+from sfumato.data.latents import to_floats
 from sfumato.drawing import draw
 from sfumato.errors import ConfigError, RunError
 from sfumato.files.atomic import atomic_path, write_text
@@ -190,5 +191,5 @@ def to_image(picture: Tensor) -> Image.Image:
 @torch.no_grad()
 def reconstruct(base: Base, pixels: Tensor) -> Tensor:
     """What the VAE makes of uint8 pictures, (n, 3, h, w) in [-1, 1]."""
-    parts = [base.decode(base.encode_pixels(chunk.float() / 127.5 - 1)[0]).float() for chunk in pixels.split(64)]
+    parts = [base.decode(base.encode_pixels(to_floats(chunk))[0]).float() for chunk in pixels.split(64)]
     return torch.cat(parts).clamp(-1, 1)

@@ -61,9 +61,6 @@ class Config:
 
 def main(argv: Sequence[str]) -> int:
     """Show or write the captions; 0 unless a picture could not be opened, then 1."""
-    for stream in (sys.stdout, sys.stderr):  # a console that lacks a caption's letters shows their numbers
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
     # A first word that ends in .toml is the data set, not a config of this program (--config names one).
     config = parse(Config, ["--images", *argv] if argv and argv[0].endswith(".toml") else argv, program="caption")
     check(config)

@@ -55,9 +55,6 @@ class Config:
 
 def main(argv: Sequence[str]) -> int:
     """Print what was found; 1 if training would stop, else 0."""
-    for stream in (sys.stdout, sys.stderr):  # a console that lacks a caption's letters shows their numbers
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
     # A first word that ends in .toml is the data set, not a config of this program (--config names one).
     config = parse(Config, ["--images", *argv] if argv and argv[0].lower().endswith(".toml") else argv, program="check")
     from sfumato.data.report import check

@@ -64,6 +64,7 @@ def convert(config: Config) -> Path:
     if config.bake is None and config.base is not None:
         raise ConfigError(f"--base {config.base}: nothing is taken on it without --bake; add --bake or leave it out.")
 
+    from sfumato.files.metadata import Description, describe
     from sfumato.files.write import DTYPES
     from sfumato.merging.convert import as_lora, write
     from sfumato.merging.factors import Budget
@@ -76,10 +77,10 @@ def convert(config: Config) -> Path:
     family = common_family([parent], said=config.family)
     metadata = dict(parent.metadata) | {"sfumato.converted": str(to_dict(config, public=True)["to"])}
     metadata.pop("lora_adapter_metadata", None)  # of the modules as they were scaled
-    if not any(key.startswith(("ss_", "modelspec.")) for key in metadata):
-        from sfumato.files.metadata import Description, describe
-
-        metadata = describe(Description(config.output.stem, family)) | metadata
+    told = describe(Description(config.output.stem, family))
+    if any(key.startswith(("ss_", "modelspec.")) for key in metadata):  # by these two A1111 and Forge tell the family
+        told = {key: told[key] for key in ("ss_base_model_version", "ss_v2")}
+    metadata = told | metadata
     if config.bake == "diff":
         return _differences(config, source, family, metadata)
     others = {change.kind for change in source.changes.values() if change.low_rank() is None}

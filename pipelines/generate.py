@@ -219,7 +219,7 @@ def _prompts_in(file: Path | None) -> list[str]:
     if file is None:
         return []
     try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
+        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").split("\n")]
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8"
         raise ConfigError(f"--prompts-file {file}: not readable as text ({reason}).") from None

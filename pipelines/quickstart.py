@@ -126,11 +126,11 @@ def draw_sheet(config: Config, style: Path, subject: Path, path: Path) -> Path:
 
 def next_commands(style: Path, subject: Path) -> list[str]:
     """Three commands that work as they stand."""
-    both = f"--lora {style} --lora {subject}"
+    a, b = shlex.quote(str(style)), shlex.quote(str(subject))
     return [
-        f'sfumato generate "{SUBJECT}" {both} --seed 3 -o flamingo.png',
-        f"sfumato generate guitar tulip owl --lora {style} --sweep style=0,0.5,1 -o sweep.png",
-        f"sfumato inspect {style}",
+        f'sfumato generate "{SUBJECT}" --lora {a} --lora {b} --seed 3 -o flamingo.png',
+        f"sfumato generate guitar tulip owl --lora {a} --sweep style=0,0.5,1 -o sweep.png",
+        f"sfumato inspect {a}",
     ]
 
 

@@ -10,11 +10,12 @@ from sfumato import load_base
 from sfumato.attention import LARGEST_SCORES, ProductAttention, learn_on_cpu
 from sfumato.bases import Base
 from sfumato.precision import decide
+from tests.tiny import CPU
 
 
 @pytest.fixture
 def base() -> Base:
-    return load_base("pocket", precision=decide("fp32", device="cpu"))
+    return load_base("pocket", precision=CPU)
 
 
 def outputs(base: Base, processor: AttnProcessor2_0) -> tuple[torch.Tensor, list[torch.Tensor]]:

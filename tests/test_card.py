@@ -1,5 +1,7 @@
 """The model card is read back by huggingface_hub, and uploading says what went wrong."""
 
+import re
+import shlex
 from dataclasses import replace
 
 import pytest
@@ -8,6 +10,7 @@ from PIL import Image
 from sfumato.card import push, write_card
 from sfumato.errors import ConfigError
 from sfumato.files import Description
+from sfumato.model_card import write_model_card
 
 ABOUT = Description(
     title="line",
@@ -50,8 +53,6 @@ def test_the_line_to_draw_with_has_what_the_base_was_loaded_with(tmp_path):
 
 
 def test_every_picture_of_the_card_is_there(card):
-    import re
-
     text = card.read_text(encoding="utf-8")
     linked = re.findall(r"images/\w+\.png", text)
     assert {"images/before.png", "images/after.png"} <= set(linked)
@@ -82,6 +83,36 @@ def test_pushing_uploads_adapter_card_and_pictures_and_nothing_else(card, monkey
     assert push(card.parent, card.parent / "line.safetensors", "me/line") == "address"
     assert asked["repository"] == asked["repo_id"] == "me/line"
     assert asked["allow_patterns"] == ["line.safetensors", "README.md", "images/*"]
+
+
+def test_a_name_with_brackets_is_uploaded(tmp_path, monkeypatch):
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    asked = {}
+
+    class Api:
+        def create_repo(self, repository, exist_ok):
+            pass
+
+        def upload_folder(self, **options):
+            asked.update(options)
+            return type("Commit", (), {"commit_url": "address"})
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    push(tmp_path, tmp_path / "line [v2].safetensors", "me/line")
+    names = ["line [v2].safetensors", "line v.safetensors", "log.jsonl"]
+    assert list(filter_repo_objects(names, allow_patterns=asked["allow_patterns"])) == names[:1]
+
+
+@pytest.mark.parametrize("kind", ["line v2.safetensors", "line v2"])
+def test_the_line_to_draw_with_is_what_a_shell_reads(kind, tmp_path):
+    about, prompt = replace(ABOUT, base="my base"), 'a dog\'s "bone" at $5'
+    write = write_card if kind.endswith(".safetensors") else write_model_card
+    text = write(tmp_path, tmp_path / kind, about, [prompt], []).read_text(encoding="utf-8")
+    words = shlex.split(re.search("`(sfumato generate .*)`", text)[1])
+    assert words[2] == prompt
+    assert words[3:] == (["--base", "my base", "--lora", f"{kind}:1.0"] if write is write_card else ["--base", kind])
 
 
 def test_a_failed_push_says_that_nothing_is_lost(card, monkeypatch):

@@ -1,5 +1,6 @@
 """Commands are found, helped and copied without torch; wrong use is one line and exit code 2."""
 
+import io
 import subprocess
 import sys
 
@@ -45,6 +46,41 @@ def test_wrong_use_is_one_line_and_exit_code_2(argv, said, capsys):
     assert said.lower() in shown.err.lower()
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has a total capacity of 8 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: ..."),
+        MemoryError(),
+    ],
+)
+def test_full_memory_is_one_line_that_says_what_to_do(error, capsys):
+    def program(argv):
+        raise error
+
+    assert cli.guarded(program, []) == 2
+    shown = capsys.readouterr().err
+    assert shown.count("\n") == 1
+    assert "not enough memory" in shown
+    assert "--gradient-checkpointing" in shown
+
+
+def test_a_console_without_a_letter_shows_its_number(monkeypatch):
+    console = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", console)
+    assert cli.guarded(lambda argv: print("é, 赤, █"), []) == 0
+    console.flush()
+    assert console.buffer.getvalue().decode("cp1252").strip() == "é, \\u8d64, \\u2588"
+
+
+def test_another_error_of_the_program_stays_one():
+    def program(argv):
+        raise RuntimeError("a defect")
+
+    with pytest.raises(RuntimeError, match="a defect"):
+        cli.guarded(program, [])
+
+
 def test_cp_copies_a_program_and_never_over_a_file(tmp_path, capsys):
     target = tmp_path / "mine.py"
     assert cli.main(["cp", "lora", str(target)]) == 0
@@ -68,3 +104,16 @@ def test_ls_names_files_that_exist(capsys):
     rows = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
     assert {name for name, _ in rows} == {*cli.TRAINERS, *cli.PIPELINES}
     assert all(Path(path).is_file() for _, path in rows)
+
+
+def test_the_commands_that_quickstart_names_hold_folders_with_spaces():
+    import shlex
+    from pathlib import Path
+
+    from sfumato.pipelines.quickstart import next_commands
+
+    a, b = Path("my runs/style.safetensors"), Path("my runs/subject.safetensors")
+    first, second, third = map(shlex.split, next_commands(a, b))
+    assert first[3:7] == ["--lora", str(a), "--lora", str(b)]
+    assert str(a) in second
+    assert third == ["sfumato", "inspect", str(a)]

@@ -16,13 +16,13 @@ from sfumato.files.lora_file import LoraModule
 from sfumato.files.write import write_lora
 from sfumato.files.write_dotted import write_peft
 from sfumato.pnginfo import read_picture_info
-from sfumato.precision import decide
+from tests.tiny import CPU
 
 
 @pytest.fixture(scope="module")
 def modules(pocket_folder):
     """A strong change of every cross-attention of the tiny base."""
-    base = load_base(str(pocket_folder), precision=decide("fp32", device="cpu"))
+    base = load_base(str(pocket_folder), precision=CPU)
     generator = torch.Generator().manual_seed(0)
     found = {}
     for path, layer in base.unet.named_modules():
@@ -155,6 +155,13 @@ def test_an_adapter_that_was_learned_otherwise_is_told_of(run, modules, command)
     as_learned = ["--prediction-type", "epsilon", "--clip-skip", "1", "-o", "as-learned"]
     _, said = run(*command, "--lora", "other.safetensors", *as_learned)
     assert "learned" not in said.replace("as-learned", "")
+
+
+def test_a_merged_adapter_does_not_say_how_its_parents_were_learned(run, modules):
+    about = {"sfumato.config": '{"adapters": ["a.safetensors"], "method": "linear"}'}
+    write_lora(Path("merged.safetensors"), modules, family="pocket", metadata=about)
+    _, said = run("generate", "a", "--lora", "merged.safetensors", "-o", "out.png", "--clip-skip", "1")
+    assert "learned with" not in said
 
 
 TAGS = {

@@ -94,6 +94,23 @@ def test_a_public_config_tells_no_path():
     assert to_dict(Config(images=Path("/home/someone/pictures")), public=True)["images"] == "pictures"
 
 
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("/home/someone/a.safetensors:0.8", "a.safetensors:0.8"),
+        ("LINE=/home/someone/a.safetensors:0.8:0.4", "LINE=a.safetensors:0.8:0.4"),
+        ("../secret/a.safetensors", "a.safetensors"),
+        ("secret\\a.safetensors:1", "a.safetensors:1"),
+        ("../models/sd15/", "sd15"),
+        ("stable-diffusion-v1-5/stable-diffusion-v1-5", "stable-diffusion-v1-5/stable-diffusion-v1-5"),
+        ("line=down:0,up.1:1.2", "line=down:0,up.1:1.2"),
+        ("a cat / a dog", "a cat / a dog"),
+    ],
+)
+def test_a_public_config_tells_no_folder_within_a_text(text, told):
+    assert to_dict(Config(images=Path("d"), prompts=(text,)), public=True)["prompts"] == [told]
+
+
 def test_unset_fields_are_filled_and_named():
     config, filled = fill(Config(images=Path("d")), {"rank": 16, "mode": "b", "other": 1})
     assert (config.rank, config.mode, filled) == (16, "a", ["rank"])

@@ -20,8 +20,7 @@ from sfumato import schedulers
 from sfumato.bases import load_base
 from sfumato.drawing import Start, draw
 from sfumato.errors import BaseModelError, ConfigError
-from sfumato.precision import decide
-from tests.tiny import tiny_pipeline, tiny_pocket_folder
+from tests.tiny import CPU, tiny_pipeline, tiny_pocket_folder
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +30,7 @@ def pipe() -> Any:
 
 @pytest.fixture(scope="module")
 def pocket(tmp_path_factory) -> Any:
-    return load_base(tiny_pocket_folder(tmp_path_factory.mktemp("pocket")), precision=decide("fp32", device="cpu"))
+    return load_base(tiny_pocket_folder(tmp_path_factory.mktemp("pocket")), precision=CPU)
 
 
 def difference(one: Any, other: Any) -> int:

@@ -10,12 +10,12 @@ from sfumato import data
 from sfumato.bases import load_base
 from sfumato.measure import Measures
 from sfumato.objective import denoising_errors, draw_noise
-from sfumato.precision import decide
+from tests.tiny import CPU
 
 
 @pytest.fixture(scope="module")
 def base(pocket_folder):
-    return load_base(str(pocket_folder), precision=decide("fp32", device="cpu"))
+    return load_base(str(pocket_folder), precision=CPU)
 
 
 @pytest.fixture(scope="module")

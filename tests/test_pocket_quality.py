@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from bench import pocket_memory
 from bench.judge import Judge
 from bench.judge_pictures import Pictures
-from bench.pocket_quality import Config, draw, every_other_style, judged_plain, repeated
+from bench.pocket_quality import Config, draw, every_other_style, judged_plain
 from sfumato import load_base
 from tests.tiny import CPU
 
@@ -57,7 +57,7 @@ def test_a_picture_depends_on_its_cell_and_not_on_its_company(pictures, config):
 
 
 def test_several_pictures_of_a_cell_differ(pictures, config):
-    twice = draw(Pipeline(), repeated(pictures, 2).names(), config)
+    twice = draw(Pipeline(), pictures.names() * 2, config)
     assert not torch.equal(twice[:12], twice[12:])
 
 

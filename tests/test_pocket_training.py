@@ -10,7 +10,8 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch.testing import assert_close
 
-from bench.judge import kernel_distance, train_judge
+from bench.distances import paired_kernel_distance
+from bench.judge import train_judge
 from bench.judge_pictures import read_pictures, withheld_cells
 from bench.pocket_data import is_kept_for_subjects, resolve
 from bench.pocket_data import withheld_cells as choose_cells
@@ -34,7 +35,7 @@ from sfumato.pocket.pictures import (
 )
 from sfumato.pocket.pictures import read_pictures as read_drawings
 from sfumato.pocket.shown import save_sheet
-from sfumato.precision import decide
+from tests.tiny import CPU
 from trainers.pretrain import Config, rate_at, train
 
 
@@ -156,23 +157,22 @@ def test_a_stopped_vae_run_goes_on_as_if_it_had_not_stopped(data, tmp_path):
 
 def test_the_judge_tells_real_pictures_apart_and_never_sees_withheld_ones(data):
     pictures = read_pictures(data)
-    hidden = withheld_cells(data)
-    seen = pictures.where(hidden, inside=False)
+    seen, _ = pictures.apart(withheld_cells(data))
     assert (len(pictures.pixels), len(seen.pixels)) == (6, 5)
     first, second = (train_judge(seen, steps=3, seed=0) for _ in range(2))
     assert_close(first.state_dict(), second.state_dict(), rtol=0, atol=0)
 
 
-def test_distances_of_a_set_from_its_copy_and_from_a_shifted_one():
+def test_distances_of_a_set_from_another_of_its_kind_and_from_a_shifted_one():
     features = torch.randn(200, 4, generator=torch.Generator().manual_seed(0))
-    assert abs(kernel_distance(features[:100], features[100:])) < 0.2
-    assert kernel_distance(features[:100], features[100:] + 2) > 10
+    assert abs(paired_kernel_distance(features[:100], features[100:])) < 0.2
+    assert paired_kernel_distance(features[:100], features[100:] + 2) > 10
 
 
 def test_a_unet_goes_on_from_a_base_with_its_vae_and_words(data, tmp_path):
     settings = {"steps": 1, "batch": 2, "learning_rate": 1e-9, "sample_every": 0, "device": "cpu", "precision": "fp32"}
     model = train(Config(stage="unet", init=Path("pocket"), data=data, output=tmp_path / "on", **settings))
-    after, before = (load_base(base, precision=decide("fp32", device="cpu")) for base in (model, "pocket"))
+    after, before = (load_base(base, precision=CPU) for base in (model, "pocket"))
     for part in ("unet", "vae"):
         assert_close(getattr(after, part).state_dict(), getattr(before, part).state_dict(), rtol=0, atol=1e-6)
     assert after.tokenizers[0].get_vocab() == before.tokenizers[0].get_vocab()
@@ -182,7 +182,7 @@ def test_a_decoder_learns_while_encoder_and_latents_stay(data, tmp_path):
     settings = {"steps": 1, "batch": 2, "sample_every": 0, "device": "cpu", "precision": "fp32", "warmup_steps": 0}
     made = train(Config(init=Path("pocket"), decoder_only=True, data=data, output=tmp_path / "on", **settings))
     after = AutoencoderKL.from_pretrained(made)
-    before = load_base("pocket", precision=decide("fp32", device="cpu")).vae
+    before = load_base("pocket", precision=CPU).vae
     assert after.config.scaling_factor == before.config.scaling_factor
     same = {name for name, weight in after.state_dict().items() if torch.equal(weight, before.state_dict()[name])}
     assert {name.split(".")[0] for name in same} == {"encoder", "quant_conv"}
@@ -283,7 +283,7 @@ def test_a_move_turns_and_shifts_and_fills_with_white():
 
 def test_latents_of_moved_and_crossed_pictures_are_those_of_the_pictures_as_they_come_to_lie(data):
     drawn = read_drawings(data)
-    vae = load_base("pocket", precision=decide("fp32", device="cpu")).vae
+    vae = load_base("pocket", precision=CPU).vae
     cache = Latents(vae, drawn, VARIANTS[:2], torch.device("cpu"))
     move = Move(3, -5, 7)
     lesson = Lesson(asked=[0, 1, 2], seen=[0, 3, 4], variants=[1, 0, 0], moves={0: move, 1: move}, captions=[])

@@ -40,7 +40,6 @@ def test_a_cpu_stores_and_computes_in_fp32(bare):
     decision = decide()
     assert decision.device.type == "cpu"
     assert {decision.storage, decision.compute, decision.vae} == {torch.float32}
-    assert decision.mixed_precision == "no"
     assert not decision.scaler().is_enabled()
 
 
@@ -79,14 +78,14 @@ def test_a_new_gpu_gets_bf16_and_tf32(monkeypatch):
     fake_cuda(monkeypatch, major=9)
     decision = decide()
     assert (decision.storage, decision.compute, decision.vae) == (torch.bfloat16,) * 3
-    assert (decision.tf32, decision.channels_last, decision.mixed_precision) == (True, True, "bf16")
+    assert (decision.tf32, decision.channels_last) == (True, True)
 
 
 def test_an_old_gpu_gets_fp16_with_its_vae_in_fp32(monkeypatch):
     fake_cuda(monkeypatch, major=7)
     decision = decide()
     assert (decision.storage, decision.compute, decision.vae) == (torch.float16, torch.float16, torch.float32)
-    assert (decision.tf32, decision.mixed_precision) == (False, "fp16")
+    assert not decision.tf32
     assert rows(decision)["VAE"] == ("fp32", "SDXL's VAE overflows in fp16")
 
 

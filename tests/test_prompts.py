@@ -7,9 +7,8 @@ from torch.testing import assert_close
 from sfumato.bases import load_base
 from sfumato.compose.blocks import Blocks
 from sfumato.errors import ConfigError
-from sfumato.precision import decide
 from sfumato.prompts import emphasised, encode, split_tags
-from tests.tiny import tiny_pipeline, tiny_pocket_folder, write_folder
+from tests.tiny import CPU, tiny_pipeline, tiny_pocket_folder, write_folder
 
 
 def test_tags_are_taken_out_with_their_weights():
@@ -94,13 +93,13 @@ def test_a_weight_of_two_points_is_none():
 
 @pytest.fixture(scope="module")
 def pocket(tmp_path_factory):
-    return load_base(tiny_pocket_folder(tmp_path_factory.mktemp("pocket")), precision=decide("fp32", device="cpu"))
+    return load_base(tiny_pocket_folder(tmp_path_factory.mktemp("pocket")), precision=CPU)
 
 
 @pytest.fixture(scope="module")
 def sdxl(tmp_path_factory):
     folder = write_folder(tiny_pipeline("sdxl"), tmp_path_factory.mktemp("sdxl"))
-    return load_base(folder, precision=decide("fp32", device="cpu"))
+    return load_base(folder, precision=CPU)
 
 
 @pytest.mark.parametrize("name", ["pocket", "sdxl"])
@@ -120,7 +119,7 @@ def test_without_weights_compel_encodes_as_the_base_does(name, request):
 @pytest.mark.parametrize("syntax", ["compel", "a1111"])
 def test_a_layer_is_skipped_as_the_base_skips_it(tmp_path, syntax):
     pytest.importorskip("compel")
-    base = load_base(tiny_pocket_folder(tmp_path), precision=decide("fp32", device="cpu"), clip_skip=1)
+    base = load_base(tiny_pocket_folder(tmp_path), precision=CPU, clip_skip=1)
     text, _ = encode(base, ["red square"], "", syntax)
     assert_close(text.hidden, base.encode_text(["red square"]).hidden)
 

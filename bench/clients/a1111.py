@@ -3,7 +3,7 @@
 import logging
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -50,7 +50,7 @@ def a1111(checkout: Path) -> Client:
         unet = _tree(
             {
                 unet_name(f"{path}.weight", config).removesuffix(".weight"): layer
-                for path, layer in models["unet"].named_modules()
+                for path, layer in _with_weights(models["unet"])
             }
         )
         encoders = [
@@ -82,32 +82,33 @@ def a1111(checkout: Path) -> Client:
     return client
 
 
+def _with_weights(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The layers with weights of their own, by their paths."""
+    return ((path, layer) for path, layer in model.named_modules() if getattr(layer, "weight", None) is not None)
+
+
 def _tree(layers: Mapping[str, nn.Module]) -> nn.Module:
-    """A module that holds the layers with weights of their own under these paths."""
+    """A module that holds the layers under these paths."""
     root = nn.Module()
     for path, layer in layers.items():
-        if path and getattr(layer, "weight", None) is not None:
-            *above, last = path.split(".")
-            place = root
-            for name in above:
-                if name not in place._modules:
-                    place.add_module(name, nn.Module())
-                place = place._modules[name]  # type: ignore[assignment]
-            place.add_module(last, layer)
+        *above, last = path.split(".")
+        place = root
+        for name in above:
+            if name not in place._modules:
+                place.add_module(name, nn.Module())
+            place = place._modules[name]  # type: ignore[assignment]
+        place.add_module(last, layer)
     return root
 
 
 def _clip(encoder: nn.Module) -> nn.Module:
     """FrozenCLIPEmbedder: transformer.text_model...."""
-    return _tree(
-        {f"transformer.text_model.{p.removeprefix('text_model.')}": m for p, m in encoder.named_modules() if p}
-    )
+    return _tree({f"transformer.text_model.{p.removeprefix('text_model.')}": m for p, m in _with_weights(encoder)})
 
 
 def _open_clip(encoder: nn.Module) -> nn.Module:
     """FrozenOpenCLIPEmbedder: model.transformer.resblocks.N, whose attention has q, k and v in one matrix."""
-    root = nn.Module()
-    root.sources = []  # type: ignore[assignment]
+    sources: list[tuple[nn.Module, nn.Module]] = []
     layers: dict[str, nn.Module] = {}
     for path, layer in encoder.named_modules():
         path = path.removeprefix("text_model.")
@@ -117,18 +118,13 @@ def _open_clip(encoder: nn.Module) -> nn.Module:
             nn.init.zeros_(attention.in_proj_weight)
             nn.init.zeros_(attention.out_proj.weight)
             layers[block.replace("self_attn", "attn")] = attention
-            root.sources.append((attention, layer))  # type: ignore[union-attr,operator]
+            sources.append((attention, layer))
         names = {"mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj", "layer_norm1": "ln_1", "layer_norm2": "ln_2"}
         for ours, theirs in names.items():
             if path.endswith(ours) and path.startswith("encoder.layers."):
                 layers[block.replace(ours, theirs)] = layer
-    for path, layer in layers.items():
-        place = root
-        for name in path.split(".")[:-1]:
-            if name not in place._modules:
-                place.add_module(name, nn.Module())
-            place = place._modules[name]  # type: ignore[assignment]
-        place.add_module(path.split(".")[-1], layer)
+    root = _tree(layers)
+    root.sources = sources  # type: ignore[assignment]
     return root
 
 

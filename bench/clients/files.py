@@ -27,10 +27,10 @@ def lora_file(path: Path, family: str, modules: Mapping[Target, LoraModule], dty
 
 
 def difference_file(
-    path: Path, family: str, parts: Mapping[str, nn.Module], changes: Mapping[Target, Change], dtype: torch.dtype
+    path: Path, family: str, parts: Mapping[str, nn.Module], changes: Mapping[Target, Change]
 ) -> Wanted:
     deltas = as_difference(Source("a", changes), lambda target: weight_of(parts, target))
-    write_difference(path, deltas, family=family, dtype=dtype)
+    write_difference(path, deltas, family=family, dtype=torch.float32)
     found: Wanted = {}
     for target, (weight, bias) in deltas.items():
         found[kohya_name(family, *target)] = weight
@@ -68,7 +68,7 @@ def files(
             yield (
                 f"{kind} as differences",
                 torch.float32,
-                lambda p, c=changes: difference_file(p, family, parts, c, torch.float32),
+                lambda p, c=changes: difference_file(p, family, parts, c),
                 0.0,
             )
     if name != "sd-scripts":
@@ -76,6 +76,6 @@ def files(
         yield (
             "norms as differences",
             torch.float32,
-            lambda p: difference_file(p, family, parts, norms, torch.float32),
+            lambda p: difference_file(p, family, parts, norms),
             0.0,
         )

@@ -36,7 +36,7 @@ def checked_method(name: str) -> str:
     return name
 
 
-def checked_share(density: float) -> float:
+def checked_density(density: float) -> float:
     """The density. Raises ConfigError for one that is no share."""
     if not 0 < density <= 1:
         raise ConfigError(f"density {density:g}: wanted the share of entries to keep, above 0 and at most 1.")
@@ -72,7 +72,7 @@ CHECKS: dict[str, Callable[[Any], object]] = {
     "adapter_guidance": checked_adapter_guidance,
     "sampler": find,
     "method": checked_method,
-    "density": checked_share,
+    "density": checked_density,
 }
 """What refuses a value that was read but cannot be meant, of an axis or of the option of that name."""
 

@@ -5,6 +5,7 @@ YAML head, gallery, trigger words, how to use it, and the training in a table; w
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -75,7 +76,7 @@ pipe.load_lora_weights("{adapter.name}")
 image = pipe({example!r}).images[0]
 ```
 
-With sfumato: `sfumato generate {example!r} --base {about.base}{base_options(about)} --lora {adapter.name}:1.0`{guided}
+With sfumato: `{generate_line(example, about.base, about, lora=adapter.name)}`{guided}
 
 ComfyUI, AUTOMATIC1111, Forge, InvokeAI and sd-scripts read the file as it is.
 
@@ -85,12 +86,19 @@ ComfyUI, AUTOMATIC1111, Forge, InvokeAI and sd-scripts read the file as it is.
     return path
 
 
+def generate_line(prompt: str, base: str, about: Description, *options: str, lora: str = "") -> str:
+    """`sfumato generate`, as a shell reads it. options: as for `base_options`."""
+    adapter = f" --lora {shlex.quote(f'{lora}:1.0')}" if lora else ""
+    return f"sfumato generate {shlex.quote(prompt)} --base {shlex.quote(base)}{base_options(about, *options)}{adapter}"
+
+
 def base_options(about: Description, *names: str) -> str:
     """What `sfumato generate` must be told, to draw with the base as it was while it was learned on. names: by default
     all that a base may be loaded with."""
     config = about.config or {}
     given = {name: config.get(name) for name in names or ("prediction_type", "clip_skip", "vae")}
-    return "".join(f" --{name.replace('_', '-')} {value}" for name, value in given.items() if value is not None)
+    shown = {name.replace("_", "-"): shlex.quote(str(value)) for name, value in given.items() if value is not None}
+    return "".join(f" --{name} {value}" for name, value in shown.items())
 
 
 def training_table(about: Description, shown: Sequence[str]) -> str:
@@ -126,12 +134,13 @@ def push(folder: Path, adapter: Path, repository: str) -> str:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     api = HfApi()
+    pattern = adapter.name.replace("[", "[[]")  # "[v2]" is one of two letters to the hub; "*" is meant
     try:
         api.create_repo(repository, exist_ok=True)
         commit = api.upload_folder(
             repo_id=repository,
             folder_path=folder,
-            allow_patterns=[adapter.name, "README.md", "images/*"],
+            allow_patterns=[pattern, "README.md", "images/*"],
             commit_message=f"Upload {adapter.stem}",
         )
     except (HfHubHTTPError, HFValidationError, OSError) as error:

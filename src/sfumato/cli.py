@@ -5,6 +5,7 @@ Listing and help load no torch: a program imports what is heavy only when it run
 
 import importlib
 import importlib.util
+import io
 import json
 import os
 import signal
@@ -83,10 +84,17 @@ def run(program_main: Main) -> NoReturn:
     sys.exit(guarded(program_main, sys.argv[1:]))
 
 
+_MEMORY_IS_FULL = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+"""What torch says for GPUs, for CPUs and for cuBLAS, each as a RuntimeError."""
+
+
 def guarded(program_main: Main, argv: Sequence[str]) -> int:
     """Call `program_main(argv)`; what a user can mend becomes one line on stderr and exit code 2."""
     # Its warnings are about parts that are not used here, such as image processors without torchvision.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for stream in (sys.stdout, sys.stderr):  # a console that lacks a letter shows its number
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         for word in argv:
             if not word.isascii() and any("\ud800" <= character <= "\udfff" for character in word):
@@ -103,6 +111,19 @@ def guarded(program_main: Main, argv: Sequence[str]) -> int:
     except BrokenPipeError:  # `sfumato ls | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except (MemoryError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        if not isinstance(error, MemoryError) and not any(words in reason for words in _MEMORY_IS_FULL):
+            raise
+        if runs := sys.modules.get("sfumato.runs"):
+            runs.withdraw()
+        print(
+            f"sfumato: there is not enough memory ({reason[:100] or 'of this machine'}). Train with "
+            "--gradient-checkpointing, a smaller --batch and more --accumulate, or a smaller --resolution; draw fewer "
+            "or smaller pictures.",
+            file=sys.stderr,
+        )
+        return 2
     except OSError as error:  # a disk that fills while a card or a plot is written
         place = error.filename2 or error.filename
         where = f"{place}: " if place is not None else ""

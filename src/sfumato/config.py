@@ -142,14 +142,21 @@ def to_dict(config: DataclassInstance, *, public: bool = False) -> dict[str, Any
     def plain(value: Any) -> Any:
         if isinstance(value, Path):
             return value.name if public else value.as_posix()
-        if isinstance(value, str) and public and ("/" in value or "\\" in value) and Path(value).is_absolute():
-            return Path(value).name
+        if isinstance(value, str) and public:
+            return _without_folders(value)
         if isinstance(value, tuple | list):
             return [plain(item) for item in value]
         return value
 
     values = {field.name: plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
     return {name: value for name, value in values.items() if value is not None}
+
+
+def _without_folders(text: str) -> str:
+    """Of a path, such as LABEL=FILE:0.8, the last part; what may be a hub id, and other texts, as they are."""
+    label, equals, path = text.rpartition("=")
+    is_path = Path(path).is_absolute() or re.match(r"(~|\.\.?)[\\/]", path) or ".safetensors" in path
+    return label + equals + re.split(r"[\\/]", path.rstrip("\\/"))[-1] if is_path else text
 
 
 def to_toml(config: DataclassInstance) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 from sfumato import schedulers
 from sfumato.axes import checked_guidance
 from sfumato.errors import BaseModelError, ConfigError
-from sfumato.prompts import Syntax
+from sfumato.prompts import Syntax, encode
 
 if TYPE_CHECKING:
     from sfumato.bases.base import Base
@@ -254,8 +254,6 @@ def _text_of(base: Base, prompts: list[str], negative: str, syntax: Syntax) -> d
         text = base.encode_text(prompts)
         other = base.encode_text([negative] * len(prompts)) if negative else base.unconditional(len(prompts))
     else:
-        from sfumato.prompts import encode
-
         text, other = encode(base, prompts, negative, syntax)
     embedded: dict[str, Any] = {"prompt_embeds": text.hidden, "negative_prompt_embeds": other.hidden}
     if text.pooled is not None and other.pooled is not None:

@@ -46,8 +46,10 @@ def learned_otherwise(mix: Mix, base: Base) -> list[str]:
                 f"{label}: learned where the base predicts {kind}, and this one predicts {base.prediction_type}; "
                 f"--prediction-type {kind} draws as it was learned."
             )
-        skipped = _config_in(metadata).get("clip_skip") or 0
-        if "sfumato.config" in metadata and skipped != (base.clip_skip or 0):
+        config = _config_in(metadata)
+        skipped = config.get("clip_skip") or 0
+        is_trainers = config.keys() & {"clip_skip", "steps"}  # not that of a merge, which knows nothing of it
+        if is_trainers and skipped != (base.clip_skip or 0):
             lines.append(f"{label}: learned with --clip-skip {skipped}, and drawn with {base.clip_skip or 0}.")
     return lines
 

@@ -21,7 +21,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -316,14 +316,13 @@ class Words(nn.Module):
 
         A vector far outside drowns the rest of the prompt.
         """
-        for rows, (low, high) in zip(self.rows, self._lengths(), strict=True):
+        for rows, (low, high) in zip(self.rows, self._lengths, strict=True):
             norm = rows.norm(dim=1, keepdim=True)
             rows.mul_(norm.clamp(low, high) / norm.clamp(min=1e-12))
 
+    @cached_property
     def _lengths(self) -> list[tuple[float, float]]:
-        if not hasattr(self, "_quantiles"):
-            self._quantiles = [_quantiles(site.weight) for site in self._sites]
-        return self._quantiles
+        return [_quantiles(site.weight) for site in self._sites]
 
     @torch.no_grad()
     def nearest(self, count: int = 3) -> dict[str, list[list[tuple[str, float]]]]:
@@ -457,10 +456,9 @@ def fitting(source: Any, vectors: Vectors, name: str) -> dict[str, dict[str, Ten
     for token, parts in vectors.items():
         found = {part: rows.shape[1] for part, rows in parts.items()}
         if found != widths:
-            shown = " and ".join(str(width) for width in found.values())
-            wanted = " and ".join(str(width) for width in widths.values())
+            theirs, ours = (" and ".join(map(str, each.values())) for each in (found, widths))
             raise AdapterError(
-                f"{name}: {token} has vectors of width {shown}, and this base's text encoder takes {wanted}. "
+                f"{name}: {token} has vectors of width {theirs}, and this base's text encoder takes {ours}. "
                 "Use an embedding that was trained for this family."
             )
     return {token: dict(parts) for token, parts in vectors.items()}

@@ -19,6 +19,7 @@ from sfumato.files.atomic import beside
 from sfumato.files.fingerprint import KEY, fingerprint
 from sfumato.files.kohya import Target, kohya_name
 from sfumato.files.read import is_finite
+from sfumato.files.save import hashes
 
 if TYPE_CHECKING:
     from sfumato.bases import Base
@@ -144,8 +145,6 @@ def write_difference(
             matrices[part, place] = delta
     if not tensors:
         raise AdapterError(f"{path.name}: no weight differs from the base's, so there is nothing to write.")
-    from sfumato.files.save import hashes
-
     described = {**metadata, "ss_network_module": "lycoris.kohya", "ss_network_args": '{"algo":"full"}'}
     described |= {"ss_network_dim": "", "ss_network_alpha": ""}
     described = {key: value for key, value in described.items() if value != ""}

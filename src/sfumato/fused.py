@@ -7,15 +7,12 @@ backward pass", PyTorch tutorials).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sfumato.errors import ConfigError
-
-if TYPE_CHECKING:
-    from torch.utils.hooks import RemovableHandle
 
 WHOLE = ("prodigy",)
 """Optimizers that look at all gradients at once, and so cannot step weight by weight."""
@@ -31,10 +28,9 @@ class FusedStep:
     def __init__(self, optimizer: torch.optim.Optimizer):
         self.optimizer = optimizer
         self._norms: list[Tensor] = []
-        self._handles: list[RemovableHandle] = []
         for place, group in enumerate(optimizer.param_groups):
             for parameter in group["params"]:
-                self._handles.append(parameter.register_post_accumulate_grad_hook(self._hook(place)))
+                parameter.register_post_accumulate_grad_hook(self._hook(place))
 
     def _hook(self, place: int) -> Any:
         def step(parameter: Tensor) -> None:
@@ -56,12 +52,6 @@ class FusedStep:
         """The global norm of the gradients that came since the last call, on their device."""
         norms, self._norms = self._norms, []
         return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
-
-    def remove(self) -> None:
-        """Leave the optimizer as it was."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
 
 
 def check(*, clip: float, accumulate: int, processes: int, optimizer: str, scaled: bool = False) -> None:

@@ -64,20 +64,30 @@ class _NormThenSilu(torch.autograd.Function):
         return *found, None, None
 
 
+def _gated(both: Tensor) -> Tensor:
+    """a gelu(b) of the halves of the last side."""
+    hidden, gate = both.chunk(2, dim=-1)
+    return hidden * F.gelu(gate)
+
+
+def _gated_gradient(grad: Tensor, both: Tensor) -> Tensor:
+    """The gradient of both halves, from that of `_gated`."""
+    hidden, gate = both.chunk(2, dim=-1)
+    return torch.cat([grad * F.gelu(gate), aten.gelu_backward(grad * hidden, gate)], dim=-1)
+
+
 class _GatedGelu(torch.autograd.Function):
     """a gelu(b) that keeps the tensor whose halves a and b are."""
 
     @staticmethod
     def forward(ctx: Any, both: Tensor) -> Tensor:
         ctx.save_for_backward(both)
-        hidden, gate = both.chunk(2, dim=-1)
-        return hidden * F.gelu(gate)
+        return _gated(both)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        (grad,), (both,) = grads, ctx.saved_tensors
-        hidden, gate = both.chunk(2, dim=-1)
-        return torch.cat([grad * F.gelu(gate), aten.gelu_backward(grad * hidden, gate)], dim=-1)
+        (both,) = ctx.saved_tensors
+        return _gated_gradient(grads[0], both)
 
 
 class _ProjectedGelu(torch.autograd.Function):
@@ -86,15 +96,13 @@ class _ProjectedGelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight, bias)
-        hidden, gate = products.linear(x, weight, bias).chunk(2, dim=-1)
-        return hidden * F.gelu(gate)
+        return _gated(products.linear(x, weight, bias))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        (grad,), (x, weight, bias) = grads, ctx.saved_tensors
-        hidden, gate = products.linear(x, weight, bias).chunk(2, dim=-1)
-        both = torch.cat([grad * F.gelu(gate), aten.gelu_backward(grad * hidden, gate)], dim=-1)
-        return products.linear(both, weight.t()), None, None
+        x, weight, bias = ctx.saved_tensors
+        gradient = _gated_gradient(grads[0], products.linear(x, weight, bias))
+        return products.linear(gradient, weight.t()), None, None
 
 
 def _convolve(geometry: tuple[Any, ...], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

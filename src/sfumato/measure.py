@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from sfumato import diffusion, randomness
-from sfumato.objective import denoising_errors
+from sfumato import randomness
+from sfumato.objective import denoising_errors, predict
 from sfumato.runs.samples import evaluating
 
 if TYPE_CHECKING:
@@ -57,8 +57,7 @@ class Measures:
         noise = torch.stack([randomness.normal(shape, _SEED, "measure", 0, i) for i in range(count)])
         self._noise = noise.to(self._batch.latents)
         total = len(base.alpha_bar)
-        self._timesteps = ((torch.arange(count) + 0.5) / count * total).long().to(noise.device)
-        self._timesteps = self._timesteps.to(self._batch.latents.device)
+        self._timesteps = ((torch.arange(count) + 0.5) / count * total).long().to(self._batch.latents.device)
         self._watched = {name: [prompts[i % len(prompts)] for i in range(count)] for name, prompts in watched.items()}
         with pristine():
             self._before = {name: self._predict(prompts) for name, prompts in self._watched.items()}
@@ -87,6 +86,4 @@ class Measures:
     def _predict(self, prompts: list[str]) -> Tensor:
         with evaluating(self._modules), self._base.resting.interrupted():
             text = self._base.encode_text(prompts)
-            alpha_bar = self._base.alpha_bar.to(self._noise.device)[self._timesteps]
-            noisy = diffusion.noise_latents(self._batch.latents, self._noise, alpha_bar)
-            return self._base.predict(noisy, self._timesteps, text, self._batch.added(self._base, text))
+            return predict(self._base, self._batch, self._noise, self._timesteps, text)

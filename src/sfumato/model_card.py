@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sfumato.card import base_options, training_table
+from sfumato.card import generate_line, training_table
 from sfumato.files.atomic import atomic_path, write_text
 from sfumato.sheet import contact_sheet
 
@@ -91,13 +91,13 @@ pipe = DiffusionPipeline.from_pretrained("{made.name}")
 image = pipe({example!r}).images[0]
 ```
 
-With sfumato: `sfumato generate {example!r} --base {made.name}{base_options(about, "clip_skip")}`
+With sfumato: `{generate_line(example, made.name, about, "clip_skip")}`
 """
 
 
 def _use_difference(made: Path, example: str, about: Description) -> str:
     return f"""With sfumato, at any weight and beside other adapters:
-`sfumato generate {example!r} --base {about.base}{base_options(about)} --lora {made.name}:1.0`
+`{generate_line(example, about.base, about, lora=made.name)}`
 
 ComfyUI and LyCORIS read the file as a LoRA of the kind "diff".
 """

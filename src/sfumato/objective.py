@@ -29,6 +29,13 @@ def draw_noise(batch: Batch, seed: int, step: int, first: int, *, offset: float 
     return noise.to(batch.latents)
 
 
+def predict(base: Base, batch: Batch, noise: Tensor, timesteps: Tensor, text: TextEmbedding) -> Tensor:
+    """What the base predicts of the batch's latents with this noise; arguments as of `denoising_errors`."""
+    alpha_bar = base.alpha_bar.to(batch.latents.device)[timesteps]
+    noisy = diffusion.noise_latents(batch.latents, noise, alpha_bar)
+    return base.predict(noisy, timesteps, text, batch.added(base, text))
+
+
 def denoising_errors(
     base: Base,
     batch: Batch,
@@ -45,9 +52,8 @@ def denoising_errors(
     min_snr: gamma of Hang et al. 2023, 0 or None for none. target: what is to be predicted, noise or v of the latents
     if None. The batch's mask and its pictures' weights count.
     """
+    prediction = predict(base, batch, noise, timesteps, text)
     alpha_bar = base.alpha_bar.to(batch.latents.device)[timesteps]
-    noisy = diffusion.noise_latents(batch.latents, noise, alpha_bar)
-    prediction = base.predict(noisy, timesteps, text, batch.added(base, text))
     wanted = diffusion.target(base.prediction_type, batch.latents, noise, alpha_bar) if target is None else target
     weight = torch.ones_like(alpha_bar)
     if min_snr:

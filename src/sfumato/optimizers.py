@@ -24,21 +24,16 @@ _EXTRAS = {
 }
 
 
-def build(
-    name: OptimizerName,
-    groups: Iterable[dict[str, Any]],
-    *,
-    weight_decay: float,
-    betas: tuple[float, float] = (0.9, 0.99),
-) -> torch.optim.Optimizer:
+def build(name: OptimizerName, groups: Iterable[dict[str, Any]], *, weight_decay: float) -> torch.optim.Optimizer:
     """The optimizer called `name` over parameter groups, each with its own `lr`.
 
     Prodigy finds its own step size: its `lr` is a factor, 1 by custom (Mishchenko & Defazio 2023).
     """
     groups = list(groups)
+    shared: dict[str, Any] = {"betas": (0.9, 0.99), "weight_decay": weight_decay}
     if name == "adamw":
         # One fused or foreach launch for all tensors instead of one each: an adapter has hundreds of small ones.
-        return torch.optim.AdamW(groups, betas=betas, weight_decay=weight_decay, foreach=True)
+        return torch.optim.AdamW(groups, **shared, foreach=True)
     module, kind, extra = _EXTRAS[name]
     try:
         optimizer_type = getattr(importlib.import_module(module), kind)
@@ -46,13 +41,9 @@ def build(
         raise PrecisionError(
             f"--optimizer {name} needs a package that is not installed: pip install 'sfumato[{extra}]', or use adamw."
         ) from None
-    if name == "prodigy":
-        optimizer: torch.optim.Optimizer = optimizer_type(
-            groups, betas=betas, weight_decay=weight_decay, safeguard_warmup=True, use_bias_correction=True
-        )
-        return optimizer
-    other: torch.optim.Optimizer = optimizer_type(groups, betas=betas, weight_decay=weight_decay)
-    return other
+    own = {"safeguard_warmup": True, "use_bias_correction": True} if name == "prodigy" else {}
+    optimizer: torch.optim.Optimizer = optimizer_type(groups, **shared, **own)
+    return optimizer
 
 
 def groups(parts: Mapping[str, Iterable[nn.Parameter]], rate: float, text_rate: float | None) -> list[dict[str, Any]]:

@@ -53,11 +53,6 @@ class Precision:
     optimizer_state: str
     reasons: Mapping[str, str]
 
-    @property
-    def mixed_precision(self) -> Literal["no", "fp16", "bf16"]:
-        """The word accelerate's `Accelerator(mixed_precision=...)` wants."""
-        return {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(self.compute, "no")  # type: ignore[return-value]
-
     def rows(self) -> list[tuple[str, str, str]]:
         """(what, decision, reason) for each part of the decision."""
         onoff = {True: "on", False: "off"}

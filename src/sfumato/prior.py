@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from sfumato import diffusion, embedding, randomness
 from sfumato.data import join
-from sfumato.objective import draw_noise
+from sfumato.objective import draw_noise, predict
 
 if TYPE_CHECKING:
     from sfumato.bases import Base
@@ -204,9 +204,7 @@ class BasePrediction:
     @torch.no_grad()
     def _predict(self, half: Half) -> Tensor:
         text = self._text[[self._prompts.index(caption) for caption in half.batch.captions]]
-        alpha_bar = self._base.alpha_bar.to(half.noise.device)[half.timesteps]
-        noisy = diffusion.noise_latents(half.batch.latents, half.noise, alpha_bar)
-        return self._base.predict(noisy, half.timesteps, text, half.batch.added(self._base, text))
+        return predict(self._base, half.batch, half.noise, half.timesteps, text)
 
 
 def class_seed(seed: int) -> int:

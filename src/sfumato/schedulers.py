@@ -110,12 +110,12 @@ def scheduler(name: str, schedule: Mapping[str, Any]) -> Any:
     import diffusers
 
     kind = getattr(diffusers, chosen.class_name)
+    known = inspect.signature(kind.__init__).parameters
     shared = {key: schedule[key] for key in _SCHEDULE if key in schedule}
     if shared.get("rescale_betas_zero_snr"):
-        if "rescale_betas_zero_snr" not in inspect.signature(kind.__init__).parameters:
+        if "rescale_betas_zero_snr" not in known:
             raise ConfigError(f"--sampler {name}: cannot draw on a base with zero terminal SNR. Take ddim or euler.")
         shared["timestep_spacing"] = "trailing"  # starts at the last timestep, pure noise, as training saw it
-    known = inspect.signature(kind.__init__).parameters
     return kind.from_config({key: value for key, value in {**shared, **chosen.settings}.items() if key in known})
 
 

@@ -8,13 +8,14 @@ from functools import cache
 from PIL import Image, ImageDraw, ImageFont
 
 Cells = Sequence[Sequence[Image.Image | None]]
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 _INK = (25, 25, 25)
 _SMALLEST_CELL_PX = 128
 _LARGEST_CELL_PX = 512
 
 
-def label_font(size_px: int, text: str = "") -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+def label_font(size_px: int, text: str = "") -> Font:
     """DejaVu Sans, which matplotlib brings: Latin, Greek, Cyrillic, Arabic and more, where Pillow's own has ASCII.
 
     text: what is to be written. If it has signs that DejaVu lacks (Chinese, Japanese, Thai), the font of this machine
@@ -51,18 +52,16 @@ def contact_sheet(
     row_labels: Sequence[str] = (),
     column_labels: Sequence[str] = (),
     title: str = "",
-    scale: float | None = None,
 ) -> Image.Image:
     """An RGB sheet of the pictures, each row one list; None leaves a cell white, and rows may differ in length.
 
-    scale: pixels of the sheet to a picture's pixel; unset, small pictures are enlarged by whole numbers to 128 px and
-    large ones reduced to 512 px. Labels are wrapped to the cells' width. Raises ValueError without any picture.
+    Small pictures are enlarged by whole numbers to 128 px and large ones reduced to 512 px. Labels are wrapped to the
+    cells' width. Raises ValueError without any picture.
     """
     pictures = [picture for row in cells for picture in row if picture is not None]
     if not pictures:
         raise ValueError("a contact sheet needs at least one picture")
-    if scale is None:
-        scale = _scale(max(max(picture.size) for picture in pictures))
+    scale = _scale(max(max(picture.size) for picture in pictures))
     columns = max(len(row) for row in cells)
     cell = (
         round(max(picture.width for picture in pictures) * scale),
@@ -99,6 +98,7 @@ def contact_sheet(
 
 
 def _scale(side: int) -> float:
+    """Pixels of the sheet to a pixel of a picture with this longest side."""
     if side < _SMALLEST_CELL_PX:
         return -(-_SMALLEST_CELL_PX // side)
     return min(1.0, _LARGEST_CELL_PX / side)
@@ -111,7 +111,7 @@ def _resized(picture: Image.Image, scale: float) -> Image.Image:
     return rgb.resize((round(rgb.width * scale), round(rgb.height * scale)), Image.Resampling.LANCZOS)
 
 
-def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+def _wrap(text: str, font: Font, width: int) -> list[str]:
     """The text in lines of at most `width` pixels, broken between words, or within one that is longer."""
     lines: list[str] = []
     for paragraph in text.splitlines():
@@ -131,7 +131,7 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: 
     return lines
 
 
-def _width(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> int:
+def _width(text: str, font: Font) -> int:
     return int(-(-font.getlength(text) // 1))
 
 
@@ -140,7 +140,7 @@ def _write(
     lines: Sequence[str],
     corner: tuple[int, int],
     line_px: int,
-    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
+    font: Font,
 ) -> None:
     for number, line in enumerate(lines):
         draw.text((corner[0], corner[1] + number * line_px), line, fill=_INK, font=font)

@@ -7,7 +7,7 @@ Diffusion's and SDXL's, in the form that `DiffusionPipeline.from_pretrained(...,
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +80,6 @@ class TaggedPrompts:
         """A context in which the adapters are applied to all pictures."""
         if not wanted:
             return nullcontext()
-        from contextlib import ExitStack
-
         from sfumato.compose import compose, current
 
         added = self._adapters(wanted)

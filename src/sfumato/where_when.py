@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sfumato.compose.adapter import Adapter, Weight
+from sfumato.compose.adapter import Adapter, Weight, checked_weight
 from sfumato.compose.blocks import Blocks
 from sfumato.errors import AdapterError, ConfigError
 from sfumato.specs import without_tags
@@ -152,7 +152,6 @@ def parse_steps(text: str, labels: Sequence[str]) -> tuple[str, Ramp | Span]:
         if not 0 <= start < end <= 1:
             raise ConfigError(f"--over-steps {text}: wanted START-END, progress from 0 to 1, such as {label}=0-0.5.")
         return label, Span(start, end)
-    from sfumato.compose.adapter import checked_weight
     from sfumato.compose.steps import Ramp
 
     try:

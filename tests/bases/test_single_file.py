@@ -15,6 +15,7 @@ from sfumato.bases.names import clip_name, open_clip_name, unet_name, vae_name
 from sfumato.bases.single_file import shipped, text_config, unet_config, vae_config
 from sfumato.bases.weights import text_skeleton, unet_skeleton, vae_skeleton
 from sfumato.errors import BaseModelError
+from sfumato.files.family import FAMILIES as LABELS
 from sfumato.files.header import Header, TensorInfo
 from tests.tiny import CPU, tiny_pipeline, write_single_file
 
@@ -105,7 +106,7 @@ def test_sizes_read_from_a_published_checkpoint_are_the_published_ones(family):
 
 
 def test_the_family_table_is_the_published_one():
-    assert [FAMILIES[name].text_width for name in FAMILY_NAMES] == [
+    assert [LABELS[name].text_width for name in FAMILY_NAMES] == [
         shipped(name, "unet/config.json")["cross_attention_dim"] for name in FAMILY_NAMES
     ]
 
@@ -149,7 +150,7 @@ def test_sd2_as_diffusers_writes_it_has_no_unused_layer(tmp_path):
 def test_without_its_unet_a_base_only_knows_the_config(sd1):
     base = load(sd1.file, unet=False)
     assert all(parameter.is_meta for parameter in base.unet.parameters())
-    assert base.text_width == 64
+    assert base.unet.config.cross_attention_dim == 64
     assert torch.equal(base.encode_text(["a cat"]).hidden, sd1.base.encode_text(["a cat"]).hidden)
 
 

@@ -12,9 +12,9 @@ from sfumato.compose.guided import first_half
 from sfumato.compose.steps import Ramp, over_steps
 from sfumato.drawing import draw
 from sfumato.errors import AdapterError
-from sfumato.precision import decide
 from tests.compose.conftest import weights_sha
 from tests.compose.test_per_picture import predict
+from tests.tiny import CPU
 
 ROWS = [0, 1, 2, 3]
 
@@ -179,12 +179,11 @@ def test_a_forward_that_another_library_put_there_comes_back(sd1):
 
 def test_pictures_are_those_of_two_unets(pocket_folder, write):
     """A plain DDIM loop with the base's U-Net for the empty prompt and the mixed one for the prompt."""
-    base = load_base(str(pocket_folder), precision=decide("fp32", device="cpu"))
+    base = load_base(str(pocket_folder), precision=CPU)
     file = write("strong", base, "attn2.to_v", alpha=60.0, family="pocket")
     pipe, text, empty = base.pipeline(), base.encode_text(["red square"]).hidden, base.unconditional(1).hidden
-    latents = torch.randn(
-        1, base.latent_channels, *[base.unet.config.sample_size] * 2, generator=torch.Generator().manual_seed(3)
-    )
+    size = base.unet.config.sample_size
+    latents = torch.randn(1, 4, size, size, generator=torch.Generator().manual_seed(3))
     pipe.scheduler.set_timesteps(3)
     for timestep in pipe.scheduler.timesteps:
         with torch.no_grad():

@@ -6,12 +6,20 @@ from torch import tensor
 from torch.testing import assert_close
 
 from sfumato.compose import lowrank
-from sfumato.compose.lowrank import Scratch, weighted_sum, write_sum
+from sfumato.compose.lowrank import Scratch, exact_products, write_sum
 from sfumato.files.lora_file import LoraModule
 from sfumato.products import processor
 
 LEFT = LoraModule(down=tensor([[1.0, 0.0]]), up=tensor([[2.0], [0.0]]), alpha=1.0)  # adds 2 at (0, 0)
 RIGHT = LoraModule(down=tensor([[0.0, 1.0]]), up=tensor([[0.0], [4.0]]), alpha=1.0)  # adds 4 at (1, 1)
+
+
+def weighted_sum(original, terms, dense=None):
+    """original + the sum of the terms + dense, unrounded: fp32, in the original's shape."""
+    total = torch.empty_like(original, dtype=torch.float32, memory_format=torch.contiguous_format)
+    with exact_products():
+        write_sum(total, original, terms, dense, Scratch())
+    return total
 
 
 def test_the_weighted_sum_written_out():

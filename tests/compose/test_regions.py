@@ -14,9 +14,9 @@ from sfumato.compose.blocks import Blocks
 from sfumato.compose.regions import Region, regions
 from sfumato.drawing import draw
 from sfumato.errors import AdapterError
-from sfumato.precision import decide
 from tests.compose.conftest import weights_sha
 from tests.compose.test_per_picture import predict
+from tests.tiny import CPU
 
 U_NET = (
     "to_q",
@@ -90,7 +90,7 @@ def _first(ending):
 
 @pytest.fixture
 def base(pocket_folder):
-    return load_base(str(pocket_folder), precision=decide("fp32", device="cpu"))
+    return load_base(str(pocket_folder), precision=CPU)
 
 
 def test_a_region_with_the_calls_own_prompt_is_no_region(base):

@@ -11,7 +11,7 @@ from sfumato.drawing import draw
 from sfumato.errors import AdapterError
 from sfumato.files.lora_file import LoraModule
 from sfumato.files.write import write_lora
-from sfumato.precision import decide
+from tests.tiny import CPU
 
 
 def test_a_ramp_is_straight_between_points_and_level_beyond():
@@ -34,7 +34,7 @@ def test_a_switch_takes_turns():
 
 @pytest.fixture
 def base(pocket_folder):
-    return load_base(str(pocket_folder), precision=decide("fp32", device="cpu"))
+    return load_base(str(pocket_folder), precision=CPU)
 
 
 @pytest.fixture

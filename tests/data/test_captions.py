@@ -59,6 +59,18 @@ def test_a_bad_line_of_metadata_is_named_by_its_number(tmp_path, line):
         read_metadata(tmp_path / "metadata.jsonl")
 
 
+def test_only_the_end_of_a_line_ends_a_line_of_metadata(tmp_path):
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a\u2028crab\x85"}\r\n', encoding="utf-8")
+    assert read_metadata(tmp_path / "metadata.jsonl") == {"a.png": "a crab"}
+
+
+def test_two_texts_for_one_picture_are_refused(tmp_path):
+    rows = ['{"file_name": "a.png", "text": "a crab"}', '{"file_name": "./a.png", "text": "a house"}']
+    (tmp_path / "metadata.jsonl").write_text("\n".join(rows))
+    with pytest.raises(DataError, match=r"line 2: another text for a\.png"):
+        read_metadata(tmp_path / "metadata.jsonl")
+
+
 def test_a_file_name_gives_its_words():
     assert [words_of("red-apple"), words_of("cat_face--2"), words_of("crab")] == ["red apple", "cat face 2", "crab"]
 

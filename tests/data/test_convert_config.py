@@ -175,3 +175,8 @@ def test_what_is_neither_is_one_line(tmp_path, name, text, words):
     (tmp_path / name).write_text(text)
     with pytest.raises(ConfigError, match=words):
         convert(tmp_path / name)
+
+
+def test_a_config_that_is_not_there_is_said_to_be_so(tmp_path):
+    with pytest.raises(ConfigError, match=r"kohya\.toml: not readable as text \(No such file or directory\)"):
+        convert(tmp_path / "kohya.toml")

@@ -170,6 +170,29 @@ def test_companions_may_have_their_suffix_in_capitals(pictures):
     assert folder.ignored == ()
 
 
+def test_names_are_one_however_their_accents_are_composed(tmp_path):
+    """A Mac's files have "é" as two characters, what is written on other systems has it as one."""
+    (tmp_path / "masks").mkdir()
+    for name in ("cafe\u0301", "u\u0308"):
+        Image.new("RGB", (64, 64)).save(tmp_path / f"{name}.png")
+    Image.new("L", (64, 64), 255).save(tmp_path / "masks/caf\u00e9.png")
+    (tmp_path / "caf\u00e9.txt").write_text("from txt")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "\u00fc.png", "text": "from metadata"}', encoding="utf-8")
+    folder = read_folder(tmp_path, mask="files")
+    assert captions(folder) == ["from txt", "from metadata"]
+    assert [example.mask is None for example in folder] == [False, True]
+    assert (folder.ignored, list_folder(tmp_path).notes) == ((), ())
+
+
+def test_captions_under_another_key_of_metadata_are_told(tmp_path):
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "prompt": "a crab"}')
+    with pytest.raises(DataError, match=r'no caption: a\.png\..* as "text" in metadata\.jsonl'):
+        read_folder(tmp_path)
+    (tmp_path / "a.txt").write_text("a crab")
+    assert read_folder(tmp_path).notes == ('metadata.jsonl: no line of it has a "text", so it holds no caption',)
+
+
 def test_masks_that_are_not_read_are_listed(pictures):
     (pictures / "masks").mkdir()
     for name in ("masks/crab.jpg", "masks/nobody.png", "house.mask.jpg"):

@@ -261,8 +261,8 @@ def test_the_whole_of_what_is_shown():
         "incomplete 1, first half\n"
         "\n"
         "block          modules      norm\n"
-        f"down_blocks.0        2         6  {'█' * 24}\n"
-        f"mid_block            1         3  {'█' * 12}\n"
+        f"down_blocks.0        2         6  {'#' * 24}\n"
+        f"mid_block            1         3  {'#' * 12}\n"
         "up                  10       inf"
     )
     plain = replace(LOOKED_AT, family=None, says=None, hash_holds=None, norm=None, blocks=[], embeddings={})

@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sfumato.errors import AdapterError
+from sfumato.files.inspect import inspect_file
 from sfumato.files.lora_file import LoraModule, read_lora
 from sfumato.files.write import write_lora
 from tests.files.said import said
@@ -79,6 +80,23 @@ FOREIGN = {
 @pytest.mark.parametrize("name", FOREIGN)
 def test_what_is_no_lora_is_named(name, tmp_path):
     assert refusal({name: torch.ones(2, 2)}, tmp_path).startswith(FOREIGN[name])
+
+
+@pytest.mark.parametrize(
+    "name", ["lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight", "transformer.x.attn.to_q.lora_A.weight"]
+)
+def test_a_transformers_adapter_is_none_of_ours_because_it_changes_clip(name, tmp_path):
+    text = "lora_te1_text_model_encoder_layers_0_self_attn_q_proj"
+    both = {
+        name: torch.ones(2, 2),
+        f"{text}.lora_down.weight": torch.ones(2, 8),
+        f"{text}.lora_up.weight": torch.ones(8, 2),
+    }
+    wanted = (
+        "this is an adapter for a transformer model (Flux, SD 3 and the like). Take one for SD 1.x, SD 2.x or SDXL."
+    )
+    assert [refusal(both, tmp_path, partial=partial) for partial in (False, True)] == [wanted, wanted]
+    assert inspect_file(tmp_path / "a.safetensors").kind in wanted
 
 
 KINDS = {

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 
 import sfumato
 from sfumato.files import read_header, write_tensors
@@ -16,6 +17,7 @@ from sfumato.files.metadata import (
     short_hash,
     trigger_words,
 )
+from sfumato.files.write import fitted
 from tests.files.said import said
 
 
@@ -112,7 +114,6 @@ def test_little_that_can_be_said_is_said(monkeypatch):
         "modelspec.implementation": "diffusers",
         "modelspec.title": "n",
         "modelspec.date": "1970-01-02T00:00:00Z",
-        "modelspec.prediction_type": "epsilon",
         "sfumato.version": sfumato.__version__,
     }
     assert moment(5.0) == 5.0
@@ -125,6 +126,17 @@ def test_little_that_can_be_said_is_said(monkeypatch):
 def test_the_most_frequent_tags_first():
     assert list(count_tags(["b, a", "b,,c ", "a,b"]).items()) == [("b", 3), ("a", 2), ("c", 1)]
     assert len(count_tags([f"tag {n}" for n in range(300)])) == 200
+
+
+def test_long_captions_and_settings_leave_room_for_all_else_that_a_file_says():
+    """Captions such as a model writes once ended a training of 200 pictures without its adapter."""
+    captions = [f"{n} " + "ein langer Satz über ein Bild " * 20 for n in range(250)]
+    noise = Image.effect_noise((512, 512), 100)
+    config = {"steps": 3, "sample_prompts": captions}
+    metadata = describe(Description("n", "sdxl", captions=captions, config=config, thumbnail=noise))
+    assert fitted(metadata, modules=1058) == (metadata, [])
+    assert len(metadata["ss_tag_frequency"]) > 10_000
+    assert metadata["sfumato.config"] == '{"steps":3}'
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 
 from sfumato.errors import AdapterError, FileError
 from sfumato.files import inspect_file, read_adapter, read_embedding
+from sfumato.files.write_embedding import write_embedding
 from tests.files.said import said
 
 KEY = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
@@ -146,6 +147,13 @@ def test_a_pickle_and_nan_are_refused(tmp_path):
 def test_our_own_metadata_names_the_token(tmp_path):
     path = write(tmp_path / "file.safetensors", {"clip_l": (1, 768), "clip_g": (1, 1280)}, {"sfumato.token": "<cat>"})
     assert list(read_embedding(path).embeddings) == ["<cat>"]
+
+
+@pytest.mark.parametrize("token", ["fade_out", "dog-v1.2.3", "a.weight", "emb_params", "clip_g"])
+def test_a_token_of_ours_is_read_however_it_is_spelt(token, tmp_path):
+    path = write_embedding(tmp_path / "a.safetensors", token, {"text_encoder": torch.ones(2, 768)})
+    assert {name: list(parts) for name, parts in read_embedding(path).embeddings.items()} == {token: ["text_encoder"]}
+    assert (inspect_file(path).kind, inspect_file(path).embeddings) == ("a textual inversion", {token: 2})
 
 
 def test_diffusers_finds_the_same_vectors(tmp_path):

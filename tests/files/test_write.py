@@ -265,7 +265,7 @@ def test_a_file_without_a_stated_hash_has_the_same_short_hash(two_modules, tmp_p
 
 
 def described(**fields):
-    return describe(Description("line", **{"family": "sd1", **fields}))
+    return describe(Description("line", **{"family": "sd1", "prediction_type": "epsilon", **fields}))
 
 
 def test_the_minimum_that_other_tools_look_for_is_there(two_modules, tmp_path):

@@ -46,6 +46,16 @@ def test_a_converted_file_keeps_what_the_file_said(adapter_file, tmp_path):
     assert after["sfumato.fingerprint"] == before["sfumato.fingerprint"]
 
 
+def test_a_file_that_tells_its_family_otherwise_tells_a1111_as_well(adapter_file, tmp_path):
+    """OneTrainer's have ModelSpec's keys alone; without kohya's, A1111 takes an adapter for one of SD 1."""
+    a, other = adapter_file("a", "sdxl"), tmp_path / "other.safetensors"
+    save_file(load_file(a), other, {"modelspec.architecture": "stable-diffusion-xl-v1-base/lora"})
+    assert run(convert, other, "-o", tmp_path / "k.safetensors") == 0
+    found = read_header(tmp_path / "k.safetensors").metadata
+    assert found["ss_base_model_version"].startswith("sdxl_")
+    assert "modelspec.title" not in found
+
+
 def test_a_half_is_the_same_adapter_and_half_of_one_is_not(adapter_file, tmp_path, capsys):
     a = adapter_file("a")
     assert run(convert, a, "-o", tmp_path / "half.safetensors", "--dtype", "bf16") == 0

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from sfumato.pipelines import extract, merge, resize
+from safetensors.torch import load_file, save_file
+from sfumato.pipelines import convert, extract, merge, resize
 from torch.testing import assert_close
 
 from sfumato.cli import guarded
@@ -82,6 +83,25 @@ def test_what_was_baked_in_is_extracted_whichever_form_either_model_has(family, 
         assert_close(found[target].delta(), module.delta(), rtol=1e-3, atol=1e-5)
     assert float(read_header(out).metadata["sfumato.kept_energy"]) > 0.99999
     assert read_header(out).metadata["modelspec.trigger_phrase"] == "sks a"
+
+
+@pytest.mark.parametrize("kind", [None, "v", "epsilon"])
+def test_what_a_base_predicts_is_said_where_the_files_say_it_and_not_made_up(kind, adapter_file, tmp_path):
+    """`generate` names the option to draw with by it."""
+    file = tmp_path / "a2.safetensors"
+    metadata = {"modelspec.prediction_type": kind} if kind else None
+    save_file(load_file(adapter_file("a")), file, metadata)
+    for program, words in ((merge, []), (resize, ["--rank", 1]), (convert, [])):
+        out = tmp_path / f"{program.__name__}.safetensors"
+        assert run(program, file, *words, "--family", "pocket", "-o", out) == 0
+        assert read_header(out).metadata.get("modelspec.prediction_type") == kind
+
+
+def test_an_extracted_adapter_does_not_make_up_what_the_base_predicts(tiny_base, adapter_file, tmp_path):
+    base = tiny_base("pocket").folder
+    assert run(merge, adapter_file("a"), "--into", base, "-o", tmp_path / "tuned") == 0
+    assert run(extract, tmp_path / "tuned", "--base", base, "--rank", 2, "-o", tmp_path / "e.safetensors") == 0
+    assert "modelspec.prediction_type" not in read_header(tmp_path / "e.safetensors").metadata
 
 
 def test_parts_are_chosen(tiny_base, adapter_file, tmp_path):

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from sfumato import runs
 from sfumato.errors import RunError
 from sfumato.files import read_tensors
 from sfumato.options import RunOptions
@@ -114,14 +113,6 @@ def test_other_processes_write_nothing(tmp_path):
         step.done(loss=torch.tensor(1.0))
     run.close()
     assert list(tmp_path.iterdir()) == []
-
-
-def test_now_is_the_source_date_or_now(monkeypatch):
-    monkeypatch.setenv("SOURCE_DATE_EPOCH", "5")
-    assert runs.now() == 5.0
-    monkeypatch.delenv("SOURCE_DATE_EPOCH")
-    monkeypatch.setattr("time.time", lambda: 7.5)
-    assert runs.now() == 7.5
 
 
 # Resuming

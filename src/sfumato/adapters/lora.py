@@ -70,11 +70,6 @@ class LoraLayer(nn.Module):
             return linear(linear(x, self.down), self.up) * self.scale
         return F.conv2d(F.conv2d(x, self.down, None, *self.host_geometry), self.up) * self.scale  # type: ignore[arg-type]
 
-    def delta(self) -> Tensor:
-        """The change of the host's weight, in the host's shape, fp32."""
-        product = self.up.flatten(1) @ self.down.flatten(1)
-        return (product * self.scale).reshape(self.up.shape[0], *self.down.shape[1:])
-
 
 class Lora(nn.Module):
     """All updates of one adapter, by (part, module path); parts are "unet", "text_encoder", "text_encoder_2".
@@ -85,7 +80,6 @@ class Lora(nn.Module):
     def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()
         self.layers: dict[tuple[str, str], LoraLayer] = {}
-        self.alpha = 0.0
         self.dropout = dropout
         self._samples: tuple[int, int, Sequence[int]] | None = None
         self._store = nn.ModuleList()
@@ -149,10 +143,6 @@ class Lora(nn.Module):
             key: LoraModule.from_scale(layer.down.detach(), layer.up.detach(), layer.scale)
             for key, layer in self.layers.items()
         }
-
-    def deltas(self) -> dict[tuple[str, str], Tensor]:
-        """The change of every adapted weight."""
-        return {key: layer.delta() for key, layer in self.layers.items()}
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -258,7 +248,6 @@ def attach(
     does not change how the others start.
     """
     lora = Lora(dropout)
-    lora.alpha = alpha
     scale = alpha / (math.sqrt(rank) if rank_stabilised else rank)
     for part, chosen in parts.items():
         for path, host in chosen.items():

@@ -87,15 +87,6 @@ class Base:
         return int(2 ** (len(self.vae.config.block_out_channels) - 1))
 
     @property
-    def latent_channels(self) -> int:
-        return int(self.vae.config.latent_channels)
-
-    @property
-    def text_width(self) -> int:
-        """Width of the text embedding that the U-Net's cross-attention takes."""
-        return int(self.unet.config.cross_attention_dim)
-
-    @property
     def resolution(self) -> int:
         """Pixels on a side of the pictures this base was trained on."""
         size = self.unet.config.sample_size
@@ -105,19 +96,6 @@ class Base:
     def defaults(self) -> Defaults:
         """The family's defaults, with this base's own resolution."""
         return replace(self.family.defaults, resolution=self.resolution)
-
-    @property
-    def architecture(self) -> str:
-        """ModelSpec's name of the architecture."""
-        return self._by_prediction(self.family.architecture, self.family.v_architecture)
-
-    @property
-    def base_model_version(self) -> str:
-        """sd-scripts' name of it, `ss_base_model_version`."""
-        return self._by_prediction(self.family.base_model_version, self.family.v_base_model_version)
-
-    def _by_prediction(self, epsilon: str, v_prediction: str) -> str:
-        return v_prediction if self.prediction_type == "v_prediction" else epsilon
 
     # Text
 

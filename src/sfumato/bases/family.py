@@ -1,4 +1,4 @@
-"""The families of base models: what each is called in files, and its defaults. Imports no torch.
+"""The families of base models: what each consists of, and its defaults. Imports no torch.
 
 What differs between families and can be read from a model (widths, factors, prediction type) is read from the model;
 this table holds the rest.
@@ -45,27 +45,22 @@ class Encoder:
 
 @dataclass(frozen=True)
 class Family:
-    """One family of base models.
-
-    text_width: the U-Net's cross-attention width in the published models; None where it is not fixed.
-    architecture: ModelSpec 1.0.1's name. base_model_version: sd-scripts' `ss_base_model_version`. Both have a second
-    form for models that predict v.
-    """
+    """One family of base models; how files spell it is in `sfumato.files.family`."""
 
     name: FamilyName
     title: str
     defaults: Defaults
     encoders: tuple[Encoder, ...]
-    pipeline: str
-    text_width: int | None
-    architecture: str
-    v_architecture: str
-    base_model_version: str
-    v_base_model_version: str
 
 
 _FIRST = Encoder("text_encoder", "tokenizer", "CLIPTextModel")
 _SECOND = Encoder("text_encoder_2", "tokenizer_2", "CLIPTextModelWithProjection")
+
+# diffusers' and sd-scripts' LoRA guides agree on 1e-4; 800 steps of 4 pass over 16 pictures 200 times.
+_SD = Defaults(
+    resolution=512, batch=4, learning_rate=1e-4, steps=800, rank=16,
+    guidance=7.5, sampling_steps=30, sampler="dpm++", min_snr=5.0,
+)  # fmt: skip
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
@@ -79,43 +74,18 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 guidance=3.0, sampling_steps=25, sampler="ddim", min_snr=0.0,
             ),
             encoders=(_FIRST,),
-            pipeline="StableDiffusionPipeline",
-            text_width=None,
-            architecture="sfumato-pocket",
-            v_architecture="sfumato-pocket",
-            base_model_version="sfumato_pocket",
-            v_base_model_version="sfumato_pocket",
         ),
         "sd1": Family(
             name="sd1",
             title="SD 1.x",
-            # diffusers' and sd-scripts' LoRA guides agree on 1e-4; 800 steps of 4 pass over 16 pictures 200 times.
-            defaults=Defaults(
-                resolution=512, batch=4, learning_rate=1e-4, steps=800, rank=16,
-                guidance=7.5, sampling_steps=30, sampler="dpm++", min_snr=5.0,
-            ),
+            defaults=_SD,
             encoders=(_FIRST,),
-            pipeline="StableDiffusionPipeline",
-            text_width=768,
-            architecture="stable-diffusion-v1",
-            v_architecture="stable-diffusion-v1",
-            base_model_version="sd_v1",
-            v_base_model_version="sd_v1_v",
         ),
         "sd2": Family(
             name="sd2",
             title="SD 2.x",
-            defaults=Defaults(
-                resolution=512, batch=4, learning_rate=1e-4, steps=800, rank=16,
-                guidance=7.5, sampling_steps=30, sampler="dpm++", min_snr=5.0,
-            ),
+            defaults=_SD,
             encoders=(_FIRST,),
-            pipeline="StableDiffusionPipeline",
-            text_width=1024,
-            architecture="stable-diffusion-v2-512",
-            v_architecture="stable-diffusion-v2-768-v",
-            base_model_version="sd_v2",
-            v_base_model_version="sd_v2_v",
         ),
         "sdxl": Family(
             name="sdxl",
@@ -125,12 +95,6 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 guidance=6.0, sampling_steps=30, sampler="euler", min_snr=5.0,
             ),
             encoders=(_FIRST, _SECOND),
-            pipeline="StableDiffusionXLPipeline",
-            text_width=2048,
-            architecture="stable-diffusion-xl-v1-base",
-            v_architecture="stable-diffusion-xl-v1-base",
-            base_model_version="sdxl_base_v1-0",
-            v_base_model_version="sdxl_base_v1-0",
         ),
     }
 )  # fmt: skip

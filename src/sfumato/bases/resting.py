@@ -28,15 +28,15 @@ class Resting:
 
     def __init__(self, shells: Mapping[Part, Sequence[Shell]], place: Callable[[nn.Module, Part], object]):
         self._shells, self._place = shells, place
-        self._parts = set(shells)
+        self._at_rest = set(shells)
 
     def wake(self, *parts: Part) -> None:
         """Read and place the weights of those of the parts that rest."""
-        for part in self._parts.intersection(parts):
+        for part in self._at_rest.intersection(parts):
             for shell in self._shells[part]:
                 shell.read()
                 self._place(shell.model, part)
-            self._parts.discard(part)
+            self._at_rest.discard(part)
 
     def check_files(self) -> None:
         """Raises FileError for a file of any part that changed since the base was loaded."""
@@ -52,18 +52,18 @@ class Resting:
     @contextmanager
     def interrupted(self) -> Iterator[None]:
         """What rests before the block rests after it, whatever the block wakes."""
-        before = set(self._parts)
+        before = set(self._at_rest)
         try:
             yield
         finally:
             self._rest(before)
 
     def _rest(self, parts: Set[Part]) -> None:
-        awake = parts - self._parts
+        awake = parts - self._at_rest
         for part in awake:
             for shell in self._shells[part]:
                 _empty(shell.model)
-            self._parts.add(part)
+            self._at_rest.add(part)
         if awake:
             give_back_freed_memory()
 

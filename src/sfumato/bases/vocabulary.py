@@ -19,8 +19,7 @@ def clip_tokenizer(*, pad_token: str = END, positions: int) -> CLIPTokenizer:
     pad_token: CLIP ViT-L pads with its end token; OpenCLIP (SD 2, SDXL's second encoder) with token 0, "!".
     positions: tokens a text encoder takes, both ends included.
     """
-    merges = clip_merges()
-    return byte_pair_tokenizer(merges, pad_token=pad_token, positions=positions)
+    return byte_pair_tokenizer(clip_merges(), pad_token=pad_token, positions=positions)
 
 
 def byte_pair_tokenizer(merges: list[tuple[str, str]], *, pad_token: str = END, positions: int) -> CLIPTokenizer:

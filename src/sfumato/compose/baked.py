@@ -135,10 +135,7 @@ class Baked:
             terms, dense = self._split(wanted, weight)
             original = (lambda: self._kept(weight)) if self.original is None else self._kept(weight)
             if not write_sum(weight, original, terms, dense, scratch, pristine=pristine):
-                raise AdapterError(
-                    f"{self.title} would overflow {tensors.dtype_name(weight.dtype)} with "
-                    f"{', '.join(f'{label}={number:g}' for label, number in wanted)}. Use smaller weights, or fp32."
-                )
+                raise overflow(self.title, weight.dtype, wanted)
         self._written = _probe(weight)
 
     def set_aside(self, other: Applied | None, scratch: Scratch) -> None:
@@ -196,6 +193,14 @@ class Baked:
             self.weight.copy_(self.original)
         self.applied, self.original, self._written, self.candidates = (), None, None, ()
         self.other, self._aside = None, None
+
+
+def overflow(title: str, dtype: torch.dtype, applied: Applied) -> AdapterError:
+    """What is said of weights whose sum the dtype cannot hold."""
+    numbers = ", ".join(f"{label}={number:g}" for label, number in applied)
+    return AdapterError(
+        f"{title} would overflow {tensors.dtype_name(dtype)} with {numbers}. Use smaller weights, or fp32."
+    )
 
 
 def _probe(weight: Tensor) -> Tensor:

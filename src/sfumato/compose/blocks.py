@@ -115,7 +115,7 @@ class Blocks:
         """The factor of one module; part and path as in `weight_at`."""
         known = dict(self.factors)
         found = [name for name in known if _names(name, part, path)]
-        return known[max(found, key=_precision)] if found else self.rest
+        return known[max(found, key=_exactness)] if found else self.rest
 
     def unnamed(self, modules: Sequence[tuple[str, str]]) -> list[str]:
         """The names that fit none of these (part, path), misspelt perhaps; those of a list are never misspelt."""
@@ -156,7 +156,7 @@ def _names(name: str, part: str, path: str) -> bool:
     return f".{'.'.join(parts)}." in f".{part}.{path}."
 
 
-def _precision(name: str) -> tuple[int, int]:
+def _exactness(name: str) -> tuple[int, int]:
     return len(name.split(".")), len(name)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear
 
 from sfumato.compose import tensors
-from sfumato.compose.baked import Applied, Effect
+from sfumato.compose.baked import Applied, Effect, overflow
 from sfumato.compose.lowrank import Scratch, exact_products
 from sfumato.errors import AdapterError
 
@@ -83,10 +83,7 @@ class Live:
             self._path = self._stacked()
         self._path.weigh(dict(wanted))
         if not self._path.is_finite():
-            raise AdapterError(
-                f"{self.title} would overflow {tensors.dtype_name(self._path.dtype)} with "
-                f"{', '.join(f'{label}={number:g}' for label, number in wanted)}. Use smaller weights, or fp32."
-            )
+            raise overflow(self.title, self._path.dtype, wanted)
         if self._handle is None:
             self._handle = self.module.register_forward_hook(self._add)
 

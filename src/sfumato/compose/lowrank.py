@@ -167,14 +167,6 @@ def write_sum(
     return safe or finite(weight)
 
 
-def weighted_sum(original: Tensor, terms: Terms, dense: Tensor | None = None) -> Tensor:
-    """original + the sum of the terms + dense, unrounded: fp32, in the original's shape."""
-    total = torch.empty_like(original, dtype=torch.float32, memory_format=torch.contiguous_format)
-    with exact_products():
-        write_sum(total, original, terms, dense, Scratch())
-    return total
-
-
 def _bound(stacked: Pair) -> float:
     """No element of up @ down is larger than this: |up_i down_j| <= (|up_i|^2 + |down_j|^2) / 2."""
     return float(torch.dot(stacked.whole, stacked.whole)) / 2  # NaN compares as false

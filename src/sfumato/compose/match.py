@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from sfumato.bases.family import recognise
 from sfumato.compose import tensors
-from sfumato.compose.adapter import Weight
+from sfumato.compose.adapter import Adapter, Weight, weight_at
 from sfumato.compose.baked import BiasChange, Effect
 from sfumato.compose.blocks import Blocks
 from sfumato.compose.live import can_be_live
 from sfumato.errors import AdapterError
 from sfumato.files.adapter_file import AdapterFile
-from sfumato.files.changes import Change
+from sfumato.files.changes import Change, LoraModule
 from sfumato.files.changes.ia3 import Ia3
 from sfumato.files.family import FAMILIES
 from sfumato.files.kohya import Target
@@ -143,6 +143,11 @@ class Found:
     effect: Effect
     live: bool
 
+    @property
+    def beside(self) -> LoraModule | None:
+        """The low-rank form in which it can stand beside the layer, if there is one."""
+        return self.effect.low_rank if self.name == "weight" and can_be_live(self.module) else None
+
 
 def match(file: AdapterFile, label: str, modules: Modules, *, partial: bool, way: Way) -> list[Found]:
     """The weights and biases that the file changes.
@@ -175,6 +180,15 @@ def match(file: AdapterFile, label: str, modules: Modules, *, partial: bool, way
     if (lacking or misshapen) and not (partial and fitting):
         raise AdapterError(_misfit(file, label, modules, fitting, lacking, misshapen))
     return found
+
+
+def weighed(adapter: Adapter, file: AdapterFile, modules: Modules, *, partial: bool) -> Iterator[tuple[float, Found]]:
+    """What an adapter changes, with its weight there, for what stands beside layers; without what has a weight of 0."""
+    modules.check_blocks({adapter.label: adapter.weight})
+    for found in match(file, adapter.label, modules, partial=partial, way="live"):
+        number = weight_at(adapter.weight, found.part, found.path)
+        if number:
+            yield number, found
 
 
 def _bias_change(change: Change) -> BiasChange | None:

@@ -147,11 +147,12 @@ class Mix:
         baked = sum(site.way == "baked" for site in self._sites.values())
         live = len(self._sites) - baked
         if not live:
-            why = (
-                "as asked" if self._way == "baked" else "none is quantised, so this is exact and costs no call a thing"
-            )
-            why = why if self._way != "live" else "there is no layer that a path could stand beside"
-            return f"{baked} weights baked in place ({why})"
+            whys = {
+                "auto": "none is quantised, so this is exact and costs no call a thing",
+                "baked": "as asked",
+                "live": "there is no layer that a path could stand beside",
+            }
+            return f"{baked} weights baked in place ({whys[self._way]})"
         why = "as asked" if self._way == "live" else "quantised, so nothing can be summed into their weights"
         rest = f"; {baked} weights baked in place" if baked else ""
         return f"{live} layers live, one path for all adapters beside each ({why}){rest}"
@@ -175,15 +176,7 @@ class Mix:
         """Mix in more adapters; as `compose`."""
         self._check_open()
         parts_of(self._pipe)  # refuses what diffusers or peft has loaded since
-        labels = list(self._weights)
-        for adapter in adapters:
-            if not isinstance(adapter, Adapter):
-                raise AdapterError(f"an adapter is given as Adapter(file, weight), got {adapter!r:.60}.")
-            if adapter.label in labels:
-                raise AdapterError(
-                    f"two adapters are called {adapter.label!r}. Tell them apart with Adapter(file, weight, name=...)."
-                )
-            labels.append(adapter.label)
+        self._check_new(adapters)
         self._modules.check_blocks({adapter.label: adapter.weight for adapter in adapters})
         files = {adapter.label: read_adapter(adapter.path, partial=partial) for adapter in adapters}
         for file in files.values() if verify else ():
@@ -429,6 +422,17 @@ class Mix:
     def _check_open(self) -> None:
         if self._undone:
             raise AdapterError("this mix was undone. Call compose again.")
+
+    def _check_new(self, adapters: Iterable[Adapter]) -> None:
+        labels = list(self._weights)
+        for adapter in adapters:
+            if not isinstance(adapter, Adapter):
+                raise AdapterError(f"an adapter is given as Adapter(file, weight), got {adapter!r:.60}.")
+            if adapter.label in labels:
+                raise AdapterError(
+                    f"two adapters are called {adapter.label!r}. Tell them apart with Adapter(file, weight, name=...)."
+                )
+            labels.append(adapter.label)
 
     def _check_labels(self, labels: Iterable[str]) -> None:
         for label in labels:

@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
 from sfumato.compose import tensors
-from sfumato.compose.adapter import Adapter, weight_at
-from sfumato.compose.live import can_be_live
-from sfumato.compose.match import Modules, match, parts_of
+from sfumato.compose.adapter import Adapter
+from sfumato.compose.match import Modules, parts_of, weighed
 from sfumato.errors import AdapterError
 from sfumato.files.adapter_file import AdapterFile, read_adapter
 from sfumato.files.lora_file import LoraModule
@@ -135,15 +134,11 @@ def _layers(
     for picture, each in enumerate(adapters):
         for adapter in each:
             key = str(adapter.path)
-            modules.check_blocks({adapter.label: adapter.weight})
             if key not in files:
                 files[key] = read_adapter(adapter.path, partial=partial)
-            for found in match(files[key], adapter.label, modules, partial=partial, way="live"):
-                number = weight_at(adapter.weight, found.part, found.path)
-                if not number:
-                    continue
-                low = found.effect.low_rank
-                if low is None or found.name != "weight" or not can_be_live(found.module):
+            for number, found in weighed(adapter, files[key], modules, partial=partial):
+                low = found.beside
+                if low is None:
                     raise AdapterError(
                         f"{adapter.label}: {found.part}.{found.path} is changed by a {found.effect.change.kind}, which "
                         "has no low-rank form. Draw this picture by itself, or make it a LoRA: sfumato convert FILE "

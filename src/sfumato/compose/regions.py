@@ -15,23 +15,21 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, conv2d, linear, scaled_dot_product_attention
 
+from sfumato import prompts
 from sfumato.compose import tensors
-from sfumato.compose.adapter import Adapter, weight_at, with_unet
-from sfumato.compose.live import can_be_live
-from sfumato.compose.match import Found, Modules, halved, match, parts_of
+from sfumato.compose.adapter import Adapter, with_unet
+from sfumato.compose.match import Modules, halved, parts_of, weighed
 from sfumato.errors import AdapterError
 from sfumato.files.adapter_file import AdapterFile, read_adapter
 from sfumato.files.fingerprint import verify as verify_deltas
-
-if TYPE_CHECKING:
-    from sfumato.prompts import Syntax
+from sfumato.prompts import Syntax
 
 Box = tuple[float, float, float, float]
 """left, top, right, bottom, each a share of the picture's side, 0 to 1."""
@@ -349,15 +347,6 @@ def _read(parts: Sequence[Region], *, partial: bool, verify: bool) -> dict[Adapt
     return found
 
 
-def _found(adapter: Adapter, file: AdapterFile, modules: Modules, *, partial: bool) -> Iterator[tuple[float, Found]]:
-    """What an adapter changes, with its weight there."""
-    modules.check_blocks({adapter.label: adapter.weight})
-    for found in match(file, adapter.label, modules, partial=partial, way="live"):
-        number = weight_at(adapter.weight, found.part, found.path)
-        if number:
-            yield number, found
-
-
 def _layers(
     pipe: Any, parts: Sequence[Region], files: Mapping[Adapter, AdapterFile], *, partial: bool
 ) -> dict[str, Paths]:
@@ -366,7 +355,7 @@ def _layers(
     layers: dict[str, Paths] = {}
     for place, region in enumerate(parts):
         for adapter in region.adapters:
-            for number, found in _found(adapter, files[adapter], modules, partial=partial):
+            for number, found in weighed(adapter, files[adapter], modules, partial=partial):
                 if found.part != "unet":
                     if region.prompt is None:
                         raise AdapterError(
@@ -374,8 +363,8 @@ def _layers(
                             "Region a prompt, or the adapter a weight (0.8, 0)."
                         )
                     continue
-                low = found.effect.low_rank
-                if low is None or found.name != "weight" or not can_be_live(found.module):
+                low = found.beside
+                if low is None:
                     raise AdapterError(
                         f"{adapter.label}: {found.path} is changed by a {found.effect.change.kind}, which has no "
                         "low-rank form to keep to a region. Make it a LoRA: sfumato convert FILE --bake lora."
@@ -405,8 +394,6 @@ def _encode(pipe: Any, region: Region, syntax: Syntax, clip_skip: int | None, *,
     ]
     with _added(pipe, in_text, partial=partial) if in_text else nullcontext():
         if syntax != "plain":
-            from sfumato import prompts
-
             hidden: Tensor = prompts.encode(pipe, [prompt], "", syntax)[0].hidden
         elif hasattr(pipe, "encode_text"):
             hidden = pipe.encode_text([prompt]).hidden

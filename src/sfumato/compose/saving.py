@@ -56,8 +56,8 @@ def save(
         raise AdapterError(f"{path.name}: nothing is applied, so there is nothing to save. Give an adapter a weight.")
     used = {label: weight for label, weight in weights.items() if weight != 0}
     parents = [
-        Parent(file.path.name, identity(file.path), file.metadata, file.family, weight)
-        for file, weight in ((files[label], weight) for label, weight in used.items())
+        Parent(files[label].path.name, identity(files[label].path), files[label].metadata, files[label].family, weight)
+        for label, weight in used.items()
     ]
     metadata = inherit(parents, title=title or path.stem, family=family)
     words = united({label: files[label].embeddings for label in used})

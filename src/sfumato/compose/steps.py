@@ -10,7 +10,7 @@ is done. A step's change is cheapest where the mix is live; a baked one is summe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -38,7 +38,9 @@ class Ramp:
     def __init__(self, *points: tuple[float, float]) -> None:
         if not points or any(len(point) != 2 or not 0 <= point[0] <= 1 for point in points):
             raise AdapterError(f"a ramp is points (progress, weight) with progress in 0 to 1, got {points!r:.60}.")
-        object.__setattr__(self, "points", _in_order(points))
+        # By progress; two points of one progress are a jump, in the order in which they were given.
+        ordered = sorted(((float(at), float(weight)) for at, weight in points), key=lambda point: point[0])
+        object.__setattr__(self, "points", tuple(ordered))
 
     @classmethod
     def parse(cls, text: str) -> Ramp:
@@ -67,11 +69,6 @@ class Ramp:
                 return low + share * (high - low)
             before, low = after, high
         return low
-
-
-def _in_order(points: Sequence[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
-    """By progress; two points of one progress are a jump, in the order in which they were given."""
-    return tuple(sorted(((float(at), float(weight)) for at, weight in points), key=lambda point: point[0]))
 
 
 @dataclass(frozen=True)
@@ -109,10 +106,7 @@ def over_steps(mix: Mix, switch: Switch | None = None, /, **weights: Progress) -
 @contextmanager
 def over_steps_of(mix: Mix, weights: Mapping[str, Progress], switch: Switch | None = None) -> Iterator[None]:
     """As `over_steps`, for labels that are no Python names."""
-    unknown = [label for label in (*weights, *(switch.labels if switch else ())) if label not in mix.weights]
-    if unknown:
-        known = ", ".join(map(repr, mix.weights)) or "nothing"
-        raise AdapterError(f"no adapter of this mix is called {unknown[0]!r}; it holds {known}.")
+    mix._check_labels([*weights, *(switch.labels if switch else ())])
     before = dict(mix.weights)
     clock = _Clock()
 

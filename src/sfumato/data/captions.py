@@ -106,7 +106,7 @@ def read_metadata(path: Path) -> dict[str, str]:
     That is Hugging Face's imagefolder; `caption` does for `text`. Raises DataError with the line's number.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # a text may hold other ends of lines, U+2028 say
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path.name}: cannot be read as UTF-8 ({type(error).__name__}).") from None
     found: dict[str, str] = {}
@@ -126,7 +126,8 @@ def read_metadata(path: Path) -> dict[str, str]:
         if text is not None and not isinstance(text, str):
             raise DataError(f"{wanted}, found a text that is no string.")
         name = PurePosixPath(row["file_name"].replace("\\", "/")).as_posix()  # ./a.png, and Windows' a\\b.png
-        found[name] = _one_line(text or "")
+        if found.setdefault(name, _one_line(text or "")) != _one_line(text or ""):
+            raise DataError(f"{path.name}, line {number}: another text for {name}. Leave one of them.")
     return found
 
 

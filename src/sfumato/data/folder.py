@@ -220,8 +220,8 @@ def _check_captions(examples: Sequence[Example], template: str | None) -> None:
         raise DataError(f"{shown}: the caption is empty once put into {template!r}. Put words into the template.")
     raise DataError(
         f"{len(missing)} of {len(examples)} pictures have no caption: {shown}. Write NAME.txt beside each, list them "
-        f'in {METADATA}, give their source words = "a dog", or pass --caption "{{caption}}" to take the words of the '
-        "file names."
+        f'as "text" in {METADATA}, give their source words = "a dog", or pass --caption "{{caption}}" to take the '
+        "words of the file names."
     )
 
 

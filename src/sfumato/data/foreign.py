@@ -139,7 +139,8 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as UTF-8 text ({type(error).__name__}).") from None
+        reason = getattr(error, "strerror", None) or "not UTF-8"
+        raise ConfigError(f"{path}: not readable as text ({reason}). Name the config of the other tool.") from None
     try:
         if path.suffix.lower() == ".toml":
             values: Any = tomllib.loads(text)

@@ -1,6 +1,7 @@
 """What lies in a folder: pictures with their companions, and what is ignored and why. Opens captions, no picture."""
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,21 +148,24 @@ class _Reader:
         if (folder / METADATA).is_file():
             self._check(folder / METADATA)
             listed = read_metadata(folder / METADATA)
-        below = [folder / name for name in listed if "/" in name]
-        for name in listed:
-            if not (folder / name).is_file():
-                self.notes.append(f"{METADATA}: there is no picture {name}")
+        described = {self._listed(folder / name): text for name, text in listed.items()}
+        below = [path for path in described if path.parent != folder]
+        if listed and not any(listed.values()):
+            self.notes.append(f'{METADATA}: no line of it has a "text", so it holds no caption')
+        for path in described:
+            if not path.is_file():
+                self.notes.append(f"{METADATA}: there is no picture {path.relative_to(folder).as_posix()}")
         self.captions = [e for e in entries if e.suffix.lower() in self.suffixes and self._is_inside(e)]
         self.likely = None
         self.read_below = {parent for path in below for parent in path.parents}
         pictures = [entry for entry in sorted({*entries, *below}) if self._is_picture(entry)]
         for path in pictures:
-            metadata = listed.get(path.relative_to(folder).as_posix(), "")
-            caption = self._caption(path, metadata, words)
+            caption = self._caption(path, described.get(path, ""), words)
             mask = self._mask_of(path)
             sums = (self.sums.get(path, ""), self.sums.get(mask, "") if mask else "")
             self.pictures.append(Found(path, caption, repeats, mask, sums))
-        companions = {f"{path.stem}{suffix}" for path in pictures for suffix in self.suffixes if path.parent == folder}
+        beside = [path.stem for path in pictures if path.parent == folder]
+        companions = {_composed(f"{stem}{suffix}") for stem in beside for suffix in self.suffixes}
         masks = {found.mask for found in self.pictures}
         for entry in (each for each in entries if not each.name.startswith(".")):
             if entry.suffix.lower() in self.suffixes and _spelt(entry) not in companions:
@@ -172,12 +176,16 @@ class _Reader:
             if entry.suffix.lower() in SUFFIXES and entry not in masks:
                 self._ignore(entry, _idle_mask(entry))
 
+    def _listed(self, path: Path) -> Path:
+        """The picture that a line of metadata.jsonl means by this path."""
+        return path if path.is_file() else self._companion(path.parent, _spelt(path)) or path
+
     def _companion(self, folder: Path, name: str) -> Path | None:
         """The plain file of this name in the folder, whose suffix may be in capitals."""
         if folder not in self.spelt:  # once, since ten thousand pictures would be looked for ten thousand times
             there = self._entries(folder) if folder.is_dir() else []
-            self.spelt[folder] = {_spelt(entry): entry for entry in sorted(there, key=_is_plain)}
-        path = self.spelt[folder].get(name)
+            self.spelt[folder] = {_spelt(entry): entry for entry in there} | {entry.name: entry for entry in there}
+        path = self.spelt[folder].get(name) or self.spelt[folder].get(_composed(name))
         return path if path is not None and path.is_file() else None  # a pipe by that name would never end
 
     def _mask_of(self, picture: Path) -> Path | None:
@@ -260,13 +268,14 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _spelt(entry: Path) -> str:
-    """Its name with the suffix in small letters."""
-    return entry.stem + entry.suffix.lower()
+    """Its name with the suffix in small letters, composed."""
+    return _composed(entry.stem + entry.suffix.lower())
+
+
+def _composed(name: str) -> str:
+    """The name with each accent in its letter; files from a Mac have them apart, so that "é" is not "é"."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _idle_mask(entry: Path) -> str:
     return "a mask that no picture takes" if entry.suffix.lower() == ".png" else "masks are read from .png"
-
-
-def _is_plain(entry: Path) -> bool:
-    return entry.name == _spelt(entry)

@@ -14,7 +14,7 @@ from sfumato.errors import AdapterError
 from sfumato.files.changes import Change, Parts, read_change
 from sfumato.files.embedding_file import Vectors, vectors
 from sfumato.files.header import FLOATS, Header
-from sfumato.files.keys import Layout, describe_foreign, guess_family, read_layout, text_widths
+from sfumato.files.keys import TRANSFORMER, Layout, describe_foreign, guess_family, read_layout, text_widths
 from sfumato.files.kohya import Target
 from sfumato.files.peft_folder import Source, adapter_sources
 from sfumato.files.read import read_tensors
@@ -120,11 +120,13 @@ def _check_dtypes(header: Header, layout: Layout) -> None:
 def _check_layout(layout: Layout, file: str, total: int, partial: bool) -> None:
     """Raise AdapterError for a file that is no adapter, says a thing twice, or is not whole."""
     count = len(layout.modules)
+    what = describe_foreign(layout.unknown) if layout.unknown else None
+    if what == TRANSFORMER:  # such a file may change CLIP as well, which the base has, too
+        raise AdapterError(f"{file}: this is {what}. Take one for SD 1.x, SD 2.x or SDXL.")
     if not layout.modules:
-        what = "a textual inversion" if layout.embeddings else describe_foreign([*layout.unknown])
-        if what == "a textual inversion":
+        if layout.embeddings or what == "a textual inversion":
             raise AdapterError(
-                f"{file}: this is {what} ({total:,} tensors), not an adapter. It is a new word: name it "
+                f"{file}: this is a textual inversion ({total:,} tensors), not an adapter. It is a new word: name it "
                 "with --embedding, or read it with read_embedding."
             )
         if what:

@@ -47,7 +47,8 @@ def read_embedding(path: str | os.PathLike[str]) -> EmbeddingFile:
     Raises FileError for a broken file and AdapterError for one that is no textual inversion.
     """
     header = read_header(path)
-    keys = {name: embedding_key(name, bundled=False) for name in header.tensors}
+    token = header.metadata.get("sfumato.token")
+    keys = {name: embedding_key(name, bundled=False, token=token) for name in header.tensors}
     known = {name: key for name, key in keys.items() if key is not None}
     unknown = [name for name in keys if name not in known]
     if unknown or not known:

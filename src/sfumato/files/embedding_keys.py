@@ -14,6 +14,8 @@ _ENCODERS = {
 }
 _IGNORED = ("string_to_token.*",)
 """A1111's own number of the token."""
+_OUTPUTS = ("clip_l_out", "clip_g_out")
+"""OneTrainer's vectors of a token beyond the encoder, which a prompt cannot hold."""
 SECOND_WIDTH = 1280
 """The width of SDXL's second encoder, by which a vector under its token's name goes to that."""
 
@@ -26,8 +28,12 @@ class EmbeddingKey:
     part: str | None
 
 
-def embedding_key(name: str, *, bundled: bool) -> EmbeddingKey | None:
-    """Whose vectors a tensor holds, None if no one's. bundled: in an adapter's file, where other names tell nothing."""
+def embedding_key(name: str, *, bundled: bool, token: str | None = None) -> EmbeddingKey | None:
+    """Whose vectors a tensor holds, None if no one's. bundled: in an adapter's file, where other names tell nothing.
+    token: the file's, where it says so; then the name may look like anything.
+    """
+    if name == token:
+        return EmbeddingKey(name, "")
     prefix = "bundle_emb."
     rest = name.removeprefix(prefix)
     if name in _ENCODERS:
@@ -40,5 +46,5 @@ def embedding_key(name: str, *, bundled: bool) -> EmbeddingKey | None:
     if bundled or name in _IGNORED:
         return None if bundled else EmbeddingKey("", None)
     # Whatever is not a path is a token: "<my-cat>", "my-cat", "easynegative-v1.1".
-    path = name.endswith((".weight", ".bias", ".alpha", "_out")) or name.count(".") > 1
+    path = name.endswith((".weight", ".bias", ".alpha")) or name.count(".") > 1 or name in _OUTPUTS
     return None if path and not name.startswith("<") else EmbeddingKey(name, "")

@@ -20,7 +20,15 @@ from sfumato.errors import FileError
 from sfumato.files.embedding_keys import embedding_key
 from sfumato.files.family import FAMILIES, family_from_metadata
 from sfumato.files.header import Header, TensorInfo
-from sfumato.files.keys import Layout, ModuleKeys, describe_foreign, guess_family, read_layout, shapes_of
+from sfumato.files.keys import (
+    TRANSFORMER,
+    Layout,
+    ModuleKeys,
+    describe_foreign,
+    guess_family,
+    read_layout,
+    shapes_of,
+)
 from sfumato.files.kinds import base_kind, rank_of
 from sfumato.files.kohya import Target
 from sfumato.files.metadata import adapter_guidance_of, data_sha256, short_hash, trigger_words
@@ -99,7 +107,11 @@ def inspect_file(path: str | os.PathLike[str]) -> Inspection:
         def value(name: str) -> Array | None:
             return _array(mapped, header.tensors[name])
 
-        foreign = None if layout.modules else (describe_foreign(header.tensors) or "no adapter that is known")
+        foreign = describe_foreign(layout.unknown if layout.modules else header.tensors)
+        if header.metadata.get("sfumato.token") in header.tensors:
+            foreign = "a textual inversion"
+        elif layout.modules and foreign != TRANSFORMER:  # whose files may change CLIP as well, which SD has, too
+            foreign = None
         nonfinite = [name for name in header.tensors if not _is_finite(mapped, header.tensors[name])]
         alphas = {
             target: _alpha(keys, header, value, partial(source.settings.alpha, target))
@@ -118,7 +130,7 @@ def inspect_file(path: str | os.PathLike[str]) -> Inspection:
             bytes=header.size,
             tensors=len(header.tensors),
             dtypes=_counts(info.dtype for info in header.tensors.values()),
-            kind=foreign or " + ".join(layout.kinds),
+            kind=foreign or " + ".join(layout.kinds) or "no adapter that is known",
             family=by_shapes,
             says=by_words if by_words != by_shapes else None,
             spelling=list(layout.spellings),
@@ -195,9 +207,10 @@ _SCALED = ("LoRA", "LoHa", "LoKr", "GLoRA")
 def _tokens(layout: Layout, header: Header) -> dict[str, int]:
     """The number of vectors of each token that the file brings along, or of a textual inversion's own."""
     keys = dict(layout.embeddings)
-    if not layout.modules and describe_foreign(header.tensors) == "a textual inversion":
-        keys = {name: key for name in header.tensors if (key := embedding_key(name, bundled=False))}
-    unnamed = header.metadata.get("sfumato.token") or header.path.stem
+    token = header.metadata.get("sfumato.token")
+    if not layout.modules and (token in header.tensors or describe_foreign(header.tensors) == "a textual inversion"):
+        keys = {name: key for name in header.tensors if (key := embedding_key(name, bundled=False, token=token))}
+    unnamed = token or header.path.stem
     return {
         key.token or unnamed: math.prod(header.tensors[name].shape[:-1])
         for name, key in keys.items()
@@ -288,7 +301,7 @@ def render(found: Inspection) -> str:
         lines += ["", f"{'block':<{width}}  modules      norm"]
     for block in found.blocks:
         filled = round(BAR_WIDTH * block.norm / peak) if peak > 0 and np.isfinite(block.norm) else 0
-        lines.append(f"{block.name:<{width}}  {block.modules:>7}  {block.norm:>8.4g}  {'█' * filled}".rstrip())
+        lines.append(f"{block.name:<{width}}  {block.modules:>7}  {block.norm:>8.4g}  {'#' * filled}".rstrip())
     return "\n".join(lines)
 
 

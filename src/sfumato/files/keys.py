@@ -33,6 +33,7 @@ _PARTS = {
     **{prefix: "text_encoder_2" for prefix in ("text_encoder_2.", "clip_g.", "lora_te2.")},
     **{prefix: "text_encoder" for prefix in ("text_encoder.", "clip_l.", "lora_te1.", "lora_te.")},
 }
+TRANSFORMER = "an adapter for a transformer model (Flux, SD 3 and the like)"
 _TEXT_PROJECTIONS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "out": "out_proj"}
 
 
@@ -184,9 +185,9 @@ def describe_foreign(names: Iterable[str]) -> str | None:
     if any_starts("model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "conditioner.embedders."):
         return "a full checkpoint"
     if any_starts("transformer.", "lora_unet_double_blocks", "lora_unet_single_blocks", "lora_unet_joint_blocks"):
-        return "an adapter for a transformer model (Flux, SD 3 and the like)"
+        return TRANSFORMER
     if any_starts("lora_transformer_", "lora_te3_", "diffusion_model.double_blocks", "diffusion_model.layers"):
-        return "an adapter for a transformer model (Flux, SD 3 and the like)"
+        return TRANSFORMER
     if {"conv_in.weight", "time_embedding.linear_1.weight"} <= known:
         return "a whole U-Net"
     if {"encoder.conv_in.weight", "decoder.conv_in.weight"} & known:

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,10 @@ METADATA_LIMIT = 100_000
 """Bytes of metadata in a file; web pages that show models fetch about this much."""
 THUMBNAIL_PX = 256
 THUMBNAIL_LIMIT = 40_000
-TAG_LIMIT = 200
+TAG_LIMIT, TAG_BYTES = 200, 15_000
+"""Of the tags in a file; a caption without a comma is one tag, and may be long."""
+SETTING_BYTES = 5_000
+"""Of a setting in a file's config; lists of prompts may be longer, and are in the run's config.toml."""
 MOST_ADAPTER_GUIDANCE = 20.0
 
 
@@ -36,7 +40,8 @@ class Description:
 
     base: the base's public name. resolution: (width, height) in pixels. images: how many it learned from.
     trigger: the words that call it up. captions: of the training pictures, of which the words are counted.
-    config: the program's resolved config, without private paths (`sfumato.config.to_dict(config, public=True)`).
+    config: the program's resolved config, without private paths (`sfumato.config.to_dict(config, public=True)`); of it
+    the settings of at most SETTING_BYTES are kept.
     started: Unix time in seconds, now if unset; SOURCE_DATE_EPOCH overrides it.
     parents: for a mix, one {"name", "hash", "weight"} a file. adapter_guidance: how often the adapter's change counts
     where nothing else is asked for, see `sfumato.compose.guided`.
@@ -45,7 +50,7 @@ class Description:
     title: str
     family: str
     base: str = ""
-    prediction_type: str = "epsilon"
+    prediction_type: str = ""
     resolution: tuple[int, int] | None = None
     images: int | None = None
     steps: int | None = None
@@ -74,7 +79,7 @@ def describe(description: Description) -> dict[str, str]:
     """The metadata of an adapter's file, texts by key; `write_lora` adds rank, alpha and hashes from the tensors."""
     if description.family not in FAMILIES:
         raise ConfigError(f"unknown family {description.family!r}; known are {', '.join(FAMILIES)}.")
-    if description.prediction_type not in ("epsilon", "v_prediction"):
+    if description.prediction_type not in ("", "epsilon", "v_prediction"):
         raise ConfigError(f"unknown prediction type {description.prediction_type!r}; known are epsilon, v_prediction.")
     started = moment(description.started)
     found = _training(description, started) | _model_spec(description, started) | _own(description)
@@ -124,7 +129,7 @@ def _model_spec(description: Description, started: float) -> dict[str, str]:
         "usage_hint": description.usage_hint,
         "tags": ", ".join(description.tags),
         "trigger_phrase": ", ".join(description.trigger),
-        "prediction_type": "v" if v else "epsilon",
+        "prediction_type": "v" if v else description.prediction_type,
         "thumbnail": "" if description.thumbnail is None else thumbnail_uri(description.thumbnail),
         "merged_from": ", ".join(str(parent["name"]) for parent in description.parents),
     }
@@ -132,9 +137,10 @@ def _model_spec(description: Description, started: float) -> dict[str, str]:
 
 
 def _own(description: Description) -> dict[str, str]:
+    config = {key: value for key, value in (description.config or {}).items() if _size(value) <= SETTING_BYTES}
     return {
         "sfumato.version": __version__,
-        "sfumato.config": "" if description.config is None else _json(description.config),
+        "sfumato.config": "" if description.config is None else _json(config),
         "sfumato.dataset_sha256": description.dataset_sha256,
         "sfumato.adapter_guidance": f"{description.adapter_guidance:g}" if description.adapter_guidance else "",
         "sfumato.trigger": _json(list(description.trigger)) if description.trigger else "",
@@ -162,9 +168,12 @@ def moment(started: float | None = None) -> float:
 
 
 def count_tags(captions: Sequence[str]) -> dict[str, int]:
-    """How often each comma-separated tag stands in the captions, the TAG_LIMIT most frequent, most frequent first."""
+    """How often each comma-separated tag stands in the captions, the most frequent first: at most TAG_LIMIT of them,
+    and what fits into TAG_BYTES."""
     counts = Counter(tag.strip() for caption in captions for tag in caption.split(",") if tag.strip())
-    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:TAG_LIMIT])
+    most = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:TAG_LIMIT]
+    ends = accumulate(_size({tag: count}) for tag, count in most)
+    return {tag: count for (tag, count), end in zip(most, ends, strict=True) if end <= TAG_BYTES}
 
 
 def thumbnail_uri(image: Image) -> str:
@@ -207,6 +216,10 @@ def _text(value: object) -> str:
 
 def _json(value: object) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def _size(value: object) -> int:
+    return len(_json(value).encode())
 
 
 def trigger_words(metadata: Mapping[str, str]) -> list[str]:

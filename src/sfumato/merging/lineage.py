@@ -40,13 +40,13 @@ def inherit(
     Trigger words are united in the order of the parents. Base and adapter guidance are those that all parents name.
     """
     bases = {parent.metadata.get("ss_sd_model_name", "") for parent in parents}
-    predictions = {parent.metadata.get("modelspec.prediction_type", "") for parent in parents}
+    said = {parent.metadata.get("modelspec.prediction_type", "").removesuffix("_prediction") for parent in parents}
     strengths = {adapter_guidance_of(parent.metadata) for parent in parents}
     description = Description(
         title=title,
         family=family,
         base=bases.pop() if len(bases) == 1 else "",
-        prediction_type="v_prediction" if predictions & {"v", "v_prediction"} else "epsilon",
+        prediction_type="v_prediction" if "v" in said else "epsilon" if "epsilon" in said else "",
         trigger=list(dict.fromkeys(word for parent in parents for word in trigger_words(parent.metadata))),
         text=text,
         config=config,

@@ -15,9 +15,7 @@ are the run's.
 
 from __future__ import annotations
 
-import os
 import shlex
-import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -46,7 +44,7 @@ if TYPE_CHECKING:
     from sfumato.options import FolderOptions
     from sfumato.processes import Processes
 
-__all__ = ["Checkpoints", "Run", "Step", "now"]
+__all__ = ["Run", "Step"]
 
 
 _not_begun: weakref.WeakSet[Run] = weakref.WeakSet()
@@ -429,8 +427,3 @@ def _load(part: Any, state: Any) -> None:
     part.load_state_dict(state)
     for group, decay in zip(part.param_groups if groups else [], decays, strict=True):
         group["weight_decay"] = decay
-
-
-def now() -> float:
-    """Seconds since the epoch, or SOURCE_DATE_EPOCH where a build must be reproducible."""
-    return float(os.environ.get("SOURCE_DATE_EPOCH", time.time()))
