@@ -3,6 +3,7 @@
 import io
 import subprocess
 import sys
+import warnings
 
 import pytest
 
@@ -71,6 +72,18 @@ def test_a_console_without_a_letter_shows_its_number(monkeypatch):
     assert cli.guarded(lambda argv: print("é, 赤, █"), []) == 0
     console.flush()
     assert console.buffer.getvalue().decode("cp1252").strip() == "é, \\u8d64, \\u2588"
+
+
+def test_a_warning_is_a_line_without_its_place_in_the_code(monkeypatch):
+    said = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", said)
+    before = warnings.formatwarning
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = lambda *what, **_: said.write(warnings.formatwarning(*what))
+        assert cli.guarded(lambda argv: warnings.warn("cut.", stacklevel=1), []) == 0
+    assert said.getvalue() == "sfumato: cut.\n"
+    assert warnings.formatwarning is before
 
 
 def test_another_error_of_the_program_stays_one():

@@ -1,6 +1,7 @@
 """`DiffusionPipeline.from_pretrained(..., custom_pipeline=FILE)`: an existing script whose prompts name adapters."""
 
 import importlib
+import shutil
 
 import numpy as np
 import pytest
@@ -52,6 +53,14 @@ def test_a_tag_applies_an_adapter_for_one_call(pipe):
     assert abs(plain - tagged).max() > 0
     assert np.array_equal(tagged, drawn(pipe, "a crab", adapters={"line": 1.0}))
     assert all(torch.equal(value, before[name]) for name, value in pipe.unet.state_dict().items())
+
+
+def test_a_file_from_a_mac_is_found_by_its_name(pipe):
+    apart = pipe.lora_folder / "cafe\u0301.safetensors"
+    shutil.copy(pipe.lora_folder / "line.safetensors", apart)
+    composed = drawn(pipe, "a crab <lora:caf\u00e9:1>")
+    apart.unlink()
+    assert np.array_equal(composed, drawn(pipe, "a crab <lora:line:1>"))
 
 
 def test_without_tags_it_is_the_pipeline_it_was(pipe):

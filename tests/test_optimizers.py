@@ -1,6 +1,7 @@
 """Rates, clipping and what is said of an optimizer that is not there."""
 
 import importlib.util
+import sys
 
 import pytest
 import torch
@@ -53,6 +54,14 @@ def test_a_warm_up_longer_than_the_run_is_refused():
     optimizer = optimizers.build("adamw", [{"params": [p], "lr": 1.0}], weight_decay=0.0)
     with pytest.raises(ConfigError, match="--warmup 20 is longer than the 10 steps"):
         optimizers.Schedule(optimizer, "cosine", 10, 20)
+
+
+def test_a_package_that_is_broken_is_not_called_missing(monkeypatch, tmp_path):
+    (tmp_path / "prodigyopt.py").write_text("raise OSError('libcudart.so.12: no such file')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "prodigyopt", raising=False)
+    with pytest.raises(PrecisionError, match=r"cannot be loaded \(libcudart\.so\.12: no such file\): pip"):
+        optimizers.build("prodigy", [{"params": [nn.Parameter(torch.ones(1))], "lr": 1.0}], weight_decay=0.0)
 
 
 @pytest.mark.parametrize(

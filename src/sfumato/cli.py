@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -90,6 +91,19 @@ _MEMORY_IS_FULL = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
 
 def guarded(program_main: Main, argv: Sequence[str]) -> int:
     """Call `program_main(argv)`; what a user can mend becomes one line on stderr and exit code 2."""
+    shown, warnings.formatwarning = warnings.formatwarning, _warning_line
+    try:
+        return _guarded(program_main, argv)
+    finally:
+        warnings.formatwarning = shown
+
+
+def _warning_line(message: Warning | str, *_: object, **__: object) -> str:
+    """A warning as a person reads it, without the place in the code that it comes from."""
+    return f"sfumato: {message}\n"
+
+
+def _guarded(program_main: Main, argv: Sequence[str]) -> int:
     # Its warnings are about parts that are not used here, such as image processors without torchvision.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     for stream in (sys.stdout, sys.stderr):  # a console that lacks a letter shows its number

@@ -4,6 +4,7 @@ AdamW is torch's. The others are extras that are asked for by name; what is not 
 """
 
 import importlib
+import importlib.util
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
@@ -37,9 +38,11 @@ def build(name: OptimizerName, groups: Iterable[dict[str, Any]], *, weight_decay
     module, kind, extra = _EXTRAS[name]
     try:
         optimizer_type = getattr(importlib.import_module(module), kind)
-    except ImportError:
+    except Exception as error:  # bitsandbytes raises what it likes where its own library cannot be loaded
+        is_there = importlib.util.find_spec(module.partition(".")[0]) is not None
+        what = f"cannot be loaded ({' '.join(str(error).split())[:100]})" if is_there else "is not installed"
         raise PrecisionError(
-            f"--optimizer {name} needs a package that is not installed: pip install 'sfumato[{extra}]', or use adamw."
+            f"--optimizer {name} needs a package that {what}: pip install 'sfumato[{extra}]', or use adamw."
         ) from None
     own = {"safeguard_warmup": True, "use_bias_correction": True} if name == "prodigy" else {}
     optimizer: torch.optim.Optimizer = optimizer_type(groups, **shared, **own)

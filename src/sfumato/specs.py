@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -56,9 +57,10 @@ def find_adapter(name: str, folder: Path) -> Path:
 
     Raises ConfigError where there is none, or several of which none is in the folder itself.
     """
-    found = [path for path in folder.rglob("*.safetensors") if path.stem == name and path.is_file()]
-    if (folder / f"{name}.safetensors") in found:
-        found = [folder / f"{name}.safetensors"]
+    composed = unicodedata.normalize("NFC", name)  # a Mac's files have accents apart
+    found = [path for path in folder.rglob("*.safetensors") if unicodedata.normalize("NFC", path.stem) == composed]
+    found = [path for path in found if path.is_file()]
+    found = [path for path in found if path.parent == folder] or found
     if len(found) != 1:
         what = (
             f"{len(found)} files are called that, first {found[0]} and {found[1]}"

@@ -87,6 +87,8 @@ def test_a_long_prompt_is_counted_and_its_end_is_named(sd1):
     assert sd1.base.cut_off("a cat") == ""
     with pytest.warns(UserWarning, match="prompt of 77 tokens, 75 are seen; cut: 'red dog'"):
         sd1.base.encode_text([prompt])
+    with pytest.warns(UserWarning, match=r"cut: '(dog ){14}d\.\.\.'$"):
+        sd1.base.encode_text(["cat " * 75 + "dog " * 500])
 
 
 def test_embeddings_can_be_taken_apart_and_put_together(sdxl):

@@ -126,8 +126,10 @@ class Base:
         """
         for prompt in prompts:
             if (count := self.token_count(prompt)) > self.token_limit:
+                cut = self.cut_off(prompt)
+                cut = cut if len(cut) <= 60 else f"{cut[:57]}..."
                 warnings.warn(
-                    f"prompt of {count} tokens, {self.token_limit} are seen; cut: {self.cut_off(prompt)!r}",
+                    f"prompt of {count} tokens, {self.token_limit} are seen; cut: {cut!r}",
                     stacklevel=2,
                 )
         self.resting.wake("text")
