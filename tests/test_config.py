@@ -148,6 +148,7 @@ def test_a_file_of_windows_notepad_is_read(tmp_path):
     ("text", "argv", "said"),
     [
         ("", [], "--images is needed. See sfumato train test --help."),
+        ("", ["--imges=x"], "--images is needed, and --imges is no option. See sfumato train test --help."),
         ("", ["--images"], "--images wants a value. See sfumato train test --help."),
         ('rank = "much"', ["--images", "d"], "from {file}: "),
         ('[[source]]\npath = "d"', [], "{file}: this is a dataset.toml; pass it with --images."),

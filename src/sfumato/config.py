@@ -58,7 +58,11 @@ def parse(config_type: type[Config], argv: Sequence[str], *, program: str) -> Co
         config = app(rest, exit_on_error=False, print_error=False)
     except cyclopts.MissingArgumentError as error:
         name = error.argument.name if error.argument is not None else "an option"
-        what = f"{name} is needed." if error.keyword is None else f"{name} wants a value."
+        unknown = [word.partition("=")[0] for word in error.unused_tokens or () if word.startswith("--")]
+        if error.keyword is not None:
+            what = f"{name} wants a value."
+        else:  # misspelt, perhaps
+            what = f"{name} is needed{f', and {unknown[0]} is no option' if unknown else ''}."
         raise ConfigError(f"{what} See {called} --help.") from None
     except cyclopts.CycloptsError as error:
         what = " ".join(str(error).split()).replace(" from dict:", f" from {file}:")
