@@ -15,24 +15,19 @@ adds meanwhile stay: their rows move up into ours' place.
 
 from __future__ import annotations
 
-import copy
-import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from tokenizers import AddedToken, Regex, Tokenizer, normalizers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sfumato import randomness
-from sfumato.compose import tensors
 from sfumato.errors import AdapterError, ConfigError
+from sfumato.known_words import PARTS, sites_of
 from sfumato.placeholders import check_placeholder, shown
 
 if TYPE_CHECKING:
@@ -47,156 +42,7 @@ Vectors = Mapping[str, Mapping[str, Tensor]]
 """By placeholder, then by part ("text_encoder", "text_encoder_2"): (vectors, width)."""
 
 MOST_VECTORS = 16
-PARTS = ("text_encoder", "text_encoder_2")
 _SHORTEST, _LONGEST = 0.05, 0.95
-
-
-@dataclass
-class _Site:
-    """One text encoder of a pipeline or a base, and its tokenizer."""
-
-    source: Any
-    number: int
-
-    @property
-    def encoder(self) -> Any:
-        if hasattr(self.source, "text_encoders"):
-            return self.source.text_encoders[self.number]
-        return getattr(self.source, PARTS[self.number])
-
-    @property
-    def tokenizer(self) -> Any:
-        if hasattr(self.source, "tokenizers"):
-            return self.source.tokenizers[self.number]
-        return getattr(self.source, "tokenizer_2" if self.number else "tokenizer")
-
-    @property
-    def table(self) -> nn.Embedding:
-        """The token embedding."""
-        return cast(nn.Embedding, self.encoder.get_input_embeddings())
-
-    @property
-    def weight(self) -> Tensor:
-        """The table's numbers, (tokens, width), wherever offloading has put them."""
-        weight = tensors.stored(self.table, "weight")
-        if weight is None or weight.is_meta:
-            raise ConfigError(
-                "the text encoder's token embedding is not in memory (an empty shell). Load its weights first."
-            )
-        return weight.detach()
-
-    def know(self, words: Sequence[Words]) -> None:
-        """Let the tokenizer know exactly these words besides its own."""
-        tokenizer = self.tokenizer
-        self._pool_at_the_end()
-        if self.words:
-            self._forget()
-        if not words:
-            return
-        plain = copy.copy(tokenizer)
-        tokenizer._tokenizer = copy.deepcopy(plain.backend_tokenizer)
-        for each in words:
-            each.first[self.number] = _extend(tokenizer, each.tokens)
-        tokenizer._sfumato_plain, tokenizer._sfumato_words = (plain,), tuple(words)
-        tokenizer.save_pretrained = partial(_save_without_words, tokenizer)
-
-    def _pool_at_the_end(self) -> None:
-        """While words are in use, pool at the end token by its number.
-
-        The published configs say 2, on which transformers pools at the highest id: that would be a new word's.
-        """
-        text = getattr(self.encoder, "text_model", self.encoder)
-        if not self.in_use and hasattr(text, "_sfumato_eos"):
-            text.eos_token_id = text.__dict__.pop("_sfumato_eos")
-        elif self.in_use and getattr(text, "eos_token_id", None) == 2 != self.tokenizer.eos_token_id:
-            text._sfumato_eos, text.eos_token_id = 2, self.tokenizer.eos_token_id
-
-    def _forget(self) -> None:
-        """Put the tokenizer back as it was, but for other words that diffusers has loaded or unloaded since."""
-        tokenizer = self.tokenizer
-        extended, others, changed = tokenizer.backend_tokenizer, list(_others(tokenizer)), _others_changed(tokenizer)
-        tokenizer._tokenizer = tokenizer._sfumato_plain[0].backend_tokenizer
-        for name in ("_sfumato_plain", "_sfumato_words", "save_pretrained"):
-            delattr(tokenizer, name)
-        if changed:
-            self._close_ranks(extended, others)
-
-    @torch.no_grad()
-    def _close_ranks(self, extended: Tokenizer, others: Sequence[int]) -> None:
-        """Number other words from the end of the vocabulary on, as a tokenizer does, and bring their rows there.
-
-        others: the ids of the added tokens in `extended`, and in the table so far.
-        """
-        plain = self.tokenizer.backend_tokenizer
-        vocabulary = plain.get_vocab_size(with_added_tokens=False)
-        ids = [*range(vocabulary), *(index for index in others if index >= vocabulary)]
-        places = {index: place for place, index in enumerate(ids)}
-        described = json.loads(plain.to_str())
-        described["added_tokens"] = [
-            token | {"id": places[token["id"]]}
-            for token in json.loads(extended.to_str())["added_tokens"]
-            if token["id"] in places
-        ]
-        self.tokenizer._tokenizer = Tokenizer.from_str(json.dumps(described))
-        rows = self.weight[ids]
-        self.weight[: len(ids)] = rows
-        if not self.table.weight.is_meta:
-            self.encoder.resize_token_embeddings(len(ids))
-
-    @property
-    def in_use(self) -> list[Words]:
-        """The words that the encoder answers for, whichever tokenizer knows them."""
-        found: list[Words] = self.encoder.__dict__.setdefault("_sfumato_words", [])
-        return found
-
-    @property
-    def words(self) -> tuple[Words, ...]:
-        """The words that the tokenizer knows besides its own."""
-        return getattr(self.tokenizer, "_sfumato_words", ())
-
-
-def _extend(tokenizer: Any, tokens: Mapping[str, int]) -> int:
-    """Let a tokenizer know new tokens, of so many vectors each; returns the first new id."""
-    first = len(tokenizer)
-    for token, count in tokens.items():
-        alone = re.fullmatch(r"\w+", token) is not None
-        spelt, names = token.lower(), _names(token, count)
-        tokenizer.add_tokens([AddedToken(name, normalized=True, single_word=alone, special=False) for name in names])
-        if count > 1:
-            end = r"(?!\w)" if alone else r"(?!_\d)"
-            pattern = (r"(?<!\w)" if alone else "") + re.escape(spelt) + end
-            written = normalizers.Replace(Regex(pattern), " ".join(names))
-            backend = tokenizer.backend_tokenizer
-            backend.normalizer = normalizers.Sequence([backend.normalizer, written])
-    return first
-
-
-def _names(token: str, count: int) -> list[str]:
-    """The tokens of a placeholder of so many vectors, as the tokenizer's own normalizer spells them."""
-    return [token.lower()] if count == 1 else [f"{token.lower()}_{i}" for i in range(count)]
-
-
-def _others(tokenizer: Any) -> dict[int, str]:
-    """The tokens by their ids that were added to a tokenizer, without the words' that it knows."""
-    words = getattr(tokenizer, "_sfumato_words", ())
-    ours = {name for each in words for token, count in each.tokens.items() for name in _names(token, count)}
-    added = {index: str(token) for index, token in sorted(tokenizer.added_tokens_decoder.items())}
-    return {index: name for index, name in added.items() if name not in ours}
-
-
-def _others_changed(tokenizer: Any) -> bool:
-    """Whether diffusers has loaded or unloaded words of its own since the tokenizer knows ours."""
-    return list(_others(tokenizer).values()) != list(_others(tokenizer._sfumato_plain[0]).values())
-
-
-def _save_without_words(tokenizer: Any, *args: Any, **options: Any) -> Any:
-    """As `save_pretrained` of the tokenizer, without the words: their rows are not in the encoder's table either."""
-    if _others_changed(tokenizer):
-        raise ConfigError(
-            "words that diffusers loaded stand behind new words in use, which are not saved. Take the new ones out by "
-            "remove(), or end their with block, and save then."
-        )
-    return tokenizer._sfumato_plain[0].save_pretrained(*args, **options)
 
 
 class Words(nn.Module):
@@ -208,7 +54,7 @@ class Words(nn.Module):
 
     def __init__(self, source: Any, vectors: Vectors):
         super().__init__()
-        self._sites = _sites(source)
+        self._sites = sites_of(source)
         self._handles: list[RemovableHandle] = []
         self.tokens = {token: len(next(iter(parts.values()))) for token, parts in vectors.items()}
         self.first = [0] * len(self._sites)
@@ -371,7 +217,7 @@ def new_words(
     "random" copies rows drawn from the table; "mean" is the mean of all rows, at their mean length.
     Raises ConfigError for a placeholder that is a token already.
     """
-    sites = _sites(source)
+    sites = sites_of(source)
     if not placeholders or len({token.lower() for token in placeholders}) < len(placeholders):
         raise ConfigError(f"placeholders {', '.join(placeholders) or 'none'}: wanted one or more, each of its own.")
     for token in placeholders:
@@ -452,7 +298,7 @@ def read(path: str | PathLike[str], token: str | None = None) -> dict[str, dict[
 
 def fitting(source: Any, vectors: Vectors, name: str) -> dict[str, dict[str, Tensor]]:
     """The vectors by the parts that `source` has. Raises AdapterError where they are not all of its encoders' width."""
-    widths = {part: site.table.embedding_dim for part, site in zip(PARTS, _sites(source), strict=False)}
+    widths = {part: site.table.embedding_dim for part, site in zip(PARTS, sites_of(source), strict=False)}
     for token, parts in vectors.items():
         found = {part: rows.shape[1] for part, rows in parts.items()}
         if found != widths:
@@ -476,15 +322,6 @@ def encode(base: Base, captions: Sequence[str], *, grad: bool = False) -> TextEm
         parts.append(base.unconditional(1))
     places = {caption: place for place, caption in enumerate(encoded)}
     return type(parts[0]).cat(parts)[[places.get(caption, len(encoded)) for caption in captions]]
-
-
-def _sites(source: Any) -> list[_Site]:
-    count = len(source.text_encoders) if hasattr(source, "text_encoders") else 1
-    if getattr(source, "text_encoder_2", None) is not None:
-        count = 2
-    if not hasattr(source, "text_encoders") and getattr(source, "text_encoder", None) is None:
-        raise ConfigError("new words want a Base, or a diffusers pipeline of SD 1.x, 2.x or SDXL with text encoders.")
-    return [_Site(source, number) for number in range(count)]
 
 
 def _quantiles(table: Tensor) -> tuple[float, float]:

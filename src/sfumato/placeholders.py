@@ -83,9 +83,14 @@ def pieces(token: str, tokenizer: Any) -> list[str]:
     return [shown(tokenizer, index) for index in ids]
 
 
+def plain_tokenizer(tokenizer: Any) -> Any:
+    """The tokenizer without the new words that it knows at present (`sfumato.known_words`)."""
+    return getattr(tokenizer, "_sfumato_plain", (tokenizer,))[0]
+
+
 def warnings_of(placeholders: Sequence[str], tokenizer: Any) -> list[str]:
     """A line for each placeholder that is spelt like a word, with how the tokenizer cut it so far."""
-    plain = getattr(tokenizer, "_sfumato_plain", (tokenizer,))[0]
+    plain = plain_tokenizer(tokenizer)
     return [
         f"{token} is spelt like a word, which the tokenizer cuts into {' '.join(pieces(token, plain))}: prompts that "
         f"mean that word get the new vectors. <{token}> would be nobody's word."

@@ -18,6 +18,7 @@ from sfumato.bases.family import Defaults, Family
 from sfumato.bases.resting import Resting
 from sfumato.diffusion import PredictionType
 from sfumato.errors import BaseModelError
+from sfumato.placeholders import plain_tokenizer
 from sfumato.precision import Precision
 from sfumato.schedulers import scheduler
 
@@ -327,7 +328,7 @@ class Base:
 
 def _vocabulary(tokenizer: Any) -> str:
     """sha256 over all that decides what a tokenizer makes of a text; without new words, which come from elsewhere."""
-    plain = getattr(tokenizer, "_sfumato_plain", (tokenizer,))[0]
+    plain = plain_tokenizer(tokenizer)
     found = json.loads(plain.backend_tokenizer.to_str())
     for name in ("padding", "truncation"):  # of the latest call
         found.pop(name, None)
