@@ -16,7 +16,7 @@ from sfumato.cli import run
 from sfumato.compose.adapter import Adapter, Weight
 from sfumato.config import parse
 from sfumato.errors import ConfigError
-from sfumato.prompts import split_tags
+from sfumato.prompts import split_flags, split_tags
 from sfumato.specs import (
     checked_folder,
     in_blocks,
@@ -41,7 +41,8 @@ class Config:
     """
 
     prompts: tuple[str, ...] = ()
-    """What to draw; several prompts give several pictures. `<lora:name:0.8>` in one adds an adapter for it alone."""
+    """What to draw; several prompts give several pictures. `<lora:name:0.8>` in one adds an adapter for it alone, and
+    sd-scripts' `--n blurry --w 512 --h 768 --d 7 --s 20 --l 7` after one are its own settings."""
     _: KW_ONLY
     lora: tuple[str, ...] = ()
     """FILE:0.8, an adapter and its weight; FILE:0.8:0.4 for U-Net and text encoders; LABEL=FILE:0.8. Repeat to mix."""
@@ -122,13 +123,15 @@ class Plan:
     """What a config asks for, checked before anything heavy is loaded.
 
     pictures: (prompt, seed) of each, prompts without their tags. tagged: the adapters' weights for each picture whose
-    prompt has tags, by label, else None. strengths: adapter guidance that was asked for, by label. embeddings: (token,
-    file) of new words. size: (width, height) in pixels or unset. files: one for each picture, or the sheet's alone.
-    sweep: (label, weights). where_when: regions, whose adapters are not in `adapters`, and weights by step.
+    prompt has tags, by label, else None. own: settings that a prompt has of its own, for each picture. strengths:
+    adapter guidance that was asked for, by label. embeddings: (token, file) of new words. size: (width, height) in
+    pixels or unset. files: one for each picture, or the sheet's alone. sweep: (label, weights). where_when: regions,
+    whose adapters are not in `adapters`, and weights by step.
     """
 
     pictures: tuple[tuple[str, int], ...]
     tagged: tuple[dict[str, Weight] | None, ...]
+    own: tuple[dict[str, Any], ...]
     adapters: tuple[Adapter, ...]
     strengths: Mapping[str, float]
     embeddings: tuple[tuple[str | None, Path], ...]
@@ -149,9 +152,12 @@ def plan(config: Config) -> Plan:
         if (value := getattr(config, name)) is not None:
             CHECKS[name](value)
     without_tags(config.negative, "--negative")
-    seeds = [seed + i for seed in config.seed for i in range(config.count)]
-    split = [split_tags(prompt) for prompt in prompts]
-    pictures = tuple((found.prompt, seed) for found in split for seed in seeds)
+    flagged = [split_flags(prompt) for prompt in prompts]
+    split = [split_tags(prompt) for prompt, _ in flagged]
+    own = [_checked_flags(flags, sheet=config.sweep is not None or config.before_after) for _, flags in flagged]
+    firsts = [(flags.pop("seed"),) if "seed" in flags else config.seed for flags in own]
+    seeds = [[seed + i for seed in first for i in range(config.count)] for first in firsts]
+    pictures = tuple((found.prompt, seed) for found, each in zip(split, seeds, strict=True) for seed in each)
     given = in_blocks([parse_adapter(spec) for spec in config.lora], config.blocks)
     spots = tuple(parse_region(text, given) for text in config.region)
     regional = {each.label for spot in spots for each in spot.adapters}
@@ -163,7 +169,8 @@ def plan(config: Config) -> Plan:
     where_when = _where_when(config, spots, [each.label for each in everywhere])
     adapters, weights = with_tags(everywhere, split, config.lora_folder)
     strengths = parse_strengths(config.adapter_guidance, [adapter.label for adapter in adapters])
-    tagged = tuple(weight for weight in weights for _ in seeds)
+    tagged = tuple(weight for weight, each in zip(weights, seeds, strict=True) for _ in each)
+    by_picture = tuple(flags for flags, each in zip(own, seeds, strict=True) for _ in each)
     sweep = None if config.sweep is None else parse_sweep(config.sweep, [adapter.label for adapter in adapters])
     if sweep and any(tagged):
         raise ConfigError("--sweep and <lora:...> in a prompt do not go together; name the adapter with --lora.")
@@ -186,7 +193,25 @@ def plan(config: Config) -> Plan:
             raise ConfigError(f"{file}: there is no such picture.")
     embeddings = tuple(_embedding(spec) for spec in config.embedding)
     files = _files(config, pictures, sweep is not None or config.before_after)
-    return Plan(pictures, tagged, adapters, strengths, embeddings, _size(config.size), files, sweep, where_when)
+    size = _size(config.size)
+    return Plan(pictures, tagged, by_picture, adapters, strengths, embeddings, size, files, sweep, where_when)
+
+
+def _checked_flags(flags: Mapping[str, Any], *, sheet: bool) -> dict[str, Any]:
+    """What a prompt's own options set. sheet: whether the pictures are for one. Raises ConfigError, one line."""
+    for name in CHECKS.keys() & flags.keys():
+        CHECKS[name](flags[name])
+    without_tags(flags.get("negative", ""), "--n")
+    for letter, name in (("w", "width"), ("h", "height")):
+        if name in flags and (flags[name] <= 0 or flags[name] % 8):
+            near = max(8, round(flags[name] / 8) * 8)
+            raise ConfigError(f"--{letter} {flags[name]} in a prompt: wanted a multiple of 8; the nearest is {near}.")
+    if sheet and flags.keys() - {"seed"}:
+        raise ConfigError(
+            "a sheet has one setting for all: instead of options in a prompt give --negative, --size, --steps or "
+            "--guidance."
+        )
+    return dict(flags)
 
 
 def _where_when(config: Config, spots: tuple[Spot, ...], labels: Sequence[str]) -> WhereWhen:
@@ -276,6 +301,7 @@ def generate(config: Config) -> tuple[Path, ...]:
     from sfumato.desk import Desk
     from sfumato.drawn import learned_otherwise, sampler_label, save_drawn
     from sfumato.files.adapter_file import read_adapter
+    from sfumato.files.header import read_header
     from sfumato.precision import decide
 
     start = _start(config)
@@ -296,11 +322,9 @@ def generate(config: Config) -> tuple[Path, ...]:
         allowed = {"partial": config.partial, "verify": config.verify}
         mix = stack.enter_context(compose(base, *wanted.adapters, way=way, **allowed))
         # The weight of a bundle is the LoRA's; its words are there.
-        regional = {
-            each.label: read_adapter(each.path, partial=config.partial).embeddings
-            for each in wanted.where_when.regional
-        }
-        if brought := stack.enter_context(embedding.bundled(base, {**mix.embeddings, **regional})):
+        regional = {each.label: read_adapter(each.path, partial=config.partial) for each in wanted.where_when.regional}
+        bundled = {**mix.embeddings, **{label: file.embeddings for label, file in regional.items()}}
+        if brought := stack.enter_context(embedding.bundled(base, bundled)):
             words.append(brought)
         if config.prompt_syntax == "plain":  # the others take prompts of any length
             of_spots = [spot.prompt for spot in wanted.where_when.spots if spot.prompt is not None]
@@ -308,17 +332,28 @@ def generate(config: Config) -> tuple[Path, ...]:
                 each.check([*(prompt for prompt, _ in wanted.pictures), *of_spots])
         for label, count in mix.skipped.items():
             print(f"{label}: {count} modules left out (--partial).", file=sys.stderr)
-        for line in learned_otherwise(mix, base):
+        told = {**mix.metadata, **{label: file.metadata for label, file in regional.items()}}
+        told |= {token or file.stem: read_header(file).metadata for token, file in wanted.embeddings}
+        for line in learned_otherwise(told, base):
             print(line, file=sys.stderr)
         strengths = {} if wanted.where_when.spots else {**mix.strengths, **wanted.strengths}
         settings["adapter_guidance"] = strengths_of(mix, strengths, guidance=settings["guidance"])
-        desk = Desk(base, mix, wanted.pictures, wanted.tagged, settings, start, wanted.where_when, allowed)
+        own = [
+            flags | {"adapter_guidance": strengths_of(mix, strengths, guidance=flags["guidance"])}
+            if "guidance" in flags
+            else flags
+            for flags in wanted.own
+        ]
+        desk = Desk(base, mix, wanted.pictures, wanted.tagged, settings, own, start, wanted.where_when, allowed)
         if wanted.sweep:
             save_drawn(*desk.sweep(*wanted.sweep), wanted.files[0], sampler)
         elif config.before_after:
             save_drawn(*desk.before_after(), wanted.files[0], sampler)
         else:
-            about = [settings | {"prompt": prompt, "seed": seed} for prompt, seed in wanted.pictures]
+            about = [
+                settings | flags | {"prompt": prompt, "seed": seed}
+                for (prompt, seed), flags in zip(wanted.pictures, own, strict=True)
+            ]
             for (picture, used), file, each in zip(desk.with_adapters(), wanted.files, about, strict=True):
                 save_drawn(picture, used, each, file, sampler)
                 print(file)

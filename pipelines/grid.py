@@ -195,6 +195,7 @@ def draw_grid(config: Config) -> Path:
     from sfumato.compose import compose
     from sfumato.drawn import learned_otherwise
     from sfumato.embedding import bundled
+    from sfumato.files.adapter_file import read_adapter
     from sfumato.precision import decide
 
     base = load_base(
@@ -218,7 +219,12 @@ def draw_grid(config: Config) -> Path:
     ):
         if words is not None:
             words.check([cell.settings["prompt"] for cells in rows for cell in cells])
-        for line in learned_otherwise(mix, base) if mix is not None else ():
+        told = (
+            mix.metadata
+            if mix is not None
+            else {each.label: read_adapter(each.path, partial=config.partial).metadata for each in adapters}
+        )
+        for line in learned_otherwise(told, base):
             print(line, file=sys.stderr)
         for cells in coarse_to_fine(len(x.values), len(y.values)):
             missing = [place for place in cells if not paths[place].exists()]

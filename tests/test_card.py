@@ -46,6 +46,21 @@ def test_adapter_guidance_is_told_where_the_file_asks_for_it(card, tmp_path):
     assert "line.safetensors:1.0`, under the adapter guidance 2 that its file asks for\n" in text
 
 
+@pytest.mark.parametrize("name", ["line.safetensors", "line"])
+def test_each_of_several_triggers_has_a_line_and_an_example(tmp_path, name):
+    from huggingface_hub import ModelCard
+
+    captions = ["a crab, zwx style", "a scrabs otter", "an abs otter"]
+    about = replace(ABOUT, trigger=["zwx", "abs", "none"], captions=captions)
+    write = write_model_card if name == "line" else write_card
+    path = write(tmp_path, tmp_path / name, about, ["abs on a table"], [])
+    lines = ["- `zwx`, as in `a crab, zwx style`", "- `abs`, as in `abs on a table`", "- `none`, as in `none`"]
+    assert "\n".join(["", *lines, ""]) in path.read_text(encoding="utf-8")
+    assert "instance_prompt" not in ModelCard.load(path).data.to_dict()  # the hub would tell to write all of it
+    write(tmp_path, tmp_path / name, about, [], [])
+    assert "sfumato generate 'a crab, zwx style'" in path.read_text(encoding="utf-8")
+
+
 def test_the_line_to_draw_with_has_what_the_base_was_loaded_with(tmp_path):
     about = replace(ABOUT, config={"rank": 16, "clip_skip": 1, "prediction_type": "epsilon", "vae": None})
     text = write_card(tmp_path, tmp_path / "line.safetensors", about, [], []).read_text(encoding="utf-8")

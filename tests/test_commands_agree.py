@@ -145,6 +145,23 @@ def test_a_cell_is_drawn_anew_where_anything_changed_that_it_depends_on(run, mod
         assert len(list(Path("g/cells").iterdir())) == count
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["generate", "a"],
+        ["generate", "a", "--region", "old=left"],
+        ["grid", "--x", "seed=1", "--y", "prompt=a"],
+        ["grid", "--x", "seed=1", "--y", "prompt=a", "--method", "ties"],
+    ],
+)
+def test_an_adapter_of_another_release_of_pocket_is_told_of(run, modules, command):
+    about = {"ss_sd_model_name": "pocket", "sfumato.base_fingerprint": "another"}
+    write_lora(Path("old.safetensors"), modules, family="pocket", metadata=about)
+    code, said = run(*command, "--lora", "old.safetensors", "--lora", "line.safetensors", "-o", "out")
+    line = "old: learned on another release of pocket; on this one it draws something else. Train it anew."
+    assert (code, said.count("another release"), line in said) == (0, 1, True)
+
+
 @pytest.mark.parametrize("command", [["generate", "a"], ["grid", "--x", "seed=1", "--y", "prompt=a"]])
 def test_an_adapter_that_was_learned_otherwise_is_told_of(run, modules, command):
     about = {"modelspec.prediction_type": "epsilon", "sfumato.config": '{"clip_skip": 1}'}

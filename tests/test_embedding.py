@@ -1,7 +1,10 @@
 """New words: rows beside the table that mean what they were made from, and leave no trace."""
 
 import copy
+import pickle
+import weakref
 from pathlib import Path
+from threading import Event, Thread
 
 import diffusers
 import pytest
@@ -190,6 +193,11 @@ def test_of_two_phrases_each_takes_its_own_place(stands_for):
     folder = Folder((Example(Path("a.png"), f"{stands_for[1]} and {stands_for[0]}"),))
     (example,) = put_into_captions(folder, ["<a>", "<b>"], stands_for)
     assert example.caption == "<b> and <a>"
+
+
+def test_a_caption_may_spell_its_placeholder_in_capitals():
+    folder = Folder((Example(Path("a.png"), "an <Otter>"),))
+    assert put_into_captions(folder, ["<otter>"]) == folder
 
 
 def test_each_caption_is_encoded_once_and_comes_in_its_place(base, monkeypatch):
@@ -427,6 +435,159 @@ def test_a_pipeline_is_saved_without_the_words_in_use(files, tmp_path):
     assert torch.equal(encoded(other, "<two>"), encoded(pipe, "<two>"))
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda pipe: pickle.loads(pickle.dumps(pipe))])
+def test_a_copied_pipeline_has_copies_of_its_words(copied, files):
+    pipe = tiny_pipeline("sd1", shallow=True)
+    with embedding.load(pipe, files[0]) as words:
+        one = encoded(pipe, "<one>")
+        other = copied(pipe)
+        with embedding.load(other, files[1]), torch.no_grad():
+            words.rows[0].zero_()
+            assert not torch.equal(encoded(pipe, "<one>"), one)
+            assert torch.equal(encoded(other, "<one>"), one)
+    assert torch.equal(encoded(other, "<one>"), one)
+
+
+def test_words_that_are_held_hold_no_pipeline_and_come_back_in_a_with_block(files):
+    pipe = tiny_pipeline("sd1", shallow=True)
+    words, unet, text_encoder = embedding.load(pipe, files[0]), weakref.ref(pipe.unet), pipe.text_encoder
+    one = encoded(pipe, "<one>")
+    words.remove()
+    with words:
+        assert torch.equal(encoded(pipe, "<one>"), one)
+    assert not torch.equal(encoded(pipe, "<one>"), one)
+    del pipe
+    assert unet() is None
+    assert text_encoder is not None
+
+
+@pytest.mark.parametrize("become", [lambda encoder: None, lambda encoder: torch.compile(encoder, backend="eager")])
+def test_words_go_whatever_becomes_of_the_pipeline(become, files):
+    pipe = tiny_pipeline("sd1", shallow=True)
+    tokenizer, encoder, plain = pipe.tokenizer, pipe.text_encoder, encoded(pipe, "<one>")
+    with embedding.load(pipe, files[0]):
+        pipe.text_encoder = become(encoder)
+        pipe.tokenizer = copy.deepcopy(tokenizer)
+    pipe.text_encoder, pipe.tokenizer = encoder, tokenizer
+    assert torch.equal(encoded(pipe, "<one>"), plain)
+
+
+def test_a_compiled_text_encoder_takes_words(files):
+    pipe = tiny_pipeline("sd1", shallow=True)
+    plain = encoded(pipe, "<one>")
+    with embedding.load(pipe, files[0]):
+        one = encoded(pipe, "<one>")
+    pipe.text_encoder = torch.compile(pipe.text_encoder, backend="eager", fullgraph=True)
+    with embedding.load(pipe, files[0]):
+        assert_close(encoded(pipe, "<one>"), one)
+    assert_close(encoded(pipe, "<one>"), plain)
+
+
+def test_a_table_that_diffusers_replaces_is_said(files):
+    pipe = tiny_pipeline("sd1", shallow=True)
+    with embedding.load(pipe, files[0]) as words:
+        one = encoded(pipe, "<one>")
+        pipe.load_textual_inversion(str(files[1]))
+        pipe.unload_textual_inversion("<two>")
+        with pytest.raises(ConfigError, match="was replaced, as unload_textual_inversion"):
+            encoded(pipe, "<one>")
+        words.remove()
+        words.attach()
+        assert torch.equal(encoded(pipe, "<one>"), one)
+    assert len(pipe.tokenizer) == len(pipe.text_encoder.get_input_embeddings().weight) == 49408
+
+
+def test_tokens_without_rows_are_no_obstacle(files):
+    pipe = tiny_pipeline("sd1", shallow=True)
+    with embedding.load(pipe, files[0]):
+        pipe.tokenizer.add_tokens(["<bare>"])
+    assert pipe.tokenizer.get_added_vocab()["<bare>"] == 49408
+    assert len(pipe.text_encoder.get_input_embeddings().weight) == 49408
+
+
+def test_threads_encode_prompts_of_their_own(files):
+    """One begins in the midst of the other's call, and ends after it."""
+    pipe, texts = tiny_pipeline("sd1", shallow=True), ["<one> a", "a <one>"]
+    table = pipe.text_encoder.get_input_embeddings()
+    with embedding.load(pipe, files[0]):
+        wanted = [encoded(pipe, text) for text in texts]
+        found = list(wanted)
+
+        def second() -> None:
+            found[1] = encoded(pipe, texts[1])
+
+        thread, own, is_in, may_end = Thread(target=second), table.forward, Event(), Event()
+
+        def of_first(ids):
+            table.forward = of_second
+            thread.start()
+            assert is_in.wait(60)
+            return own(ids)
+
+        def of_second(ids):
+            is_in.set()
+            assert may_end.wait(60)
+            return own(ids)
+
+        table.forward = of_first
+        found[0] = encoded(pipe, texts[0])
+        may_end.set()
+        thread.join()
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("loaded", "refused"),
+    [
+        ({"style-a": 2}, {"style-a-b": 2}),  # one within the other
+        ({"style-a-b": 1}, {"style-a": 2}),
+        ({"zyx_1": 1}, {"zyx": 2}),  # of which it would be a vector
+        ({"zyx_1": 1}, {"zyx": 1}),  # as diffusers reads it
+        ({"zyx": 1}, {"zyx_1": 1}),
+        ({}, {"<Q>": 1, "<q>": 1}),
+    ],
+)
+def test_words_that_are_not_told_apart_are_refused(loaded, refused, base, tmp_path):
+    tensors = [{token: torch.randn(n, 64) for token, n in words.items()} for words in (loaded, refused)]
+    size = len(base.tokenizers[0])
+    if loaded:
+        words = embedding.load(base, write_tensors(tmp_path / "loaded.safetensors", tensors[0]))
+    with pytest.raises(ConfigError, match=r"refused.safetensors: .* is not told from"):
+        embedding.load(base, write_tensors(tmp_path / "refused.safetensors", tensors[1]))
+    if loaded:
+        words.remove()
+    assert len(base.tokenizers[0]) == size
+
+
+def test_words_within_those_that_diffusers_loaded_are_refused(files):
+    pipe = tiny_pipeline("sd1", shallow=True)
+    pipe.load_textual_inversion(torch.randn(1, 64), token="my<one>")
+    with pytest.raises(ConfigError, match="<one> is not told from my<one>"):
+        embedding.load(pipe, files[0])
+
+
+def test_words_beside_each_other_are_told_apart(base, tmp_path):
+    sizes = {"zyxo": 2, "zyxoo": 2, "bad-1": 1, "bad-12": 1}
+    path = write_tensors(tmp_path / "a.safetensors", {token: torch.randn(n, 64) for token, n in sizes.items()})
+    with embedding.load(base, path):
+        assert {token: base.token_count(token) for token in sizes} == sizes
+
+
+@pytest.mark.parametrize("vectors", [1, 2])
+def test_accents_may_be_composed_or_not(vectors, base, tmp_path):
+    """A Mac's file names have them apart."""
+    path = write_tensors(tmp_path / "a.safetensors", {"emb_params": torch.randn(vectors, 64)})
+    with embedding.load(base, path, token="e\u0301tudo"):
+        assert [base.token_count(text) for text in ("\u00e9tudo", "e\u0301tudo", "\u00c9TUDO")] == [vectors] * 3
+
+
+def test_a_files_name_that_is_no_placeholder_is_refused_with_the_way_out(base, tmp_path):
+    for name, said in (("my style", "without spaces"), ("crab", "a word already")):
+        path = write_tensors(tmp_path / f"{name}.safetensors", {"emb_params": torch.randn(1, 64)})
+        with pytest.raises(ConfigError, match=rf"^{name}.safetensors: .*{said}.*TOKEN=FILE"):
+            embedding.load(base, path)
+
+
 def test_words_in_an_offloaded_text_encoder(files):
     from accelerate import cpu_offload
 
@@ -444,6 +605,13 @@ def test_words_in_an_offloaded_text_encoder(files):
         assert torch.equal(encoded(pipe, "a <x>"), x)
         assert words.report() == lines
         words.keep_scale()
+
+
+def test_a_pipeline_without_a_tokenizer_is_refused(files):
+    pipe = tiny_pipeline("sd1", shallow=True)
+    pipe.tokenizer = None
+    with pytest.raises(ConfigError, match="no tokenizer"):
+        embedding.load(pipe, files[0])
 
 
 def test_words_for_an_empty_shell_are_refused(files):

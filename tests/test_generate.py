@@ -131,6 +131,31 @@ def test_prompts_and_seeds_are_multiplied_into_a_folder(generate):
     assert read_picture_info(Path("pictures/004-a-re-d-cat-8.png")).own["seed"] == 8
 
 
+def test_options_in_a_prompt_are_its_own(generate, base):
+    """As sd-scripts writes them, in a file and on the command line."""
+    Path("list.txt").write_text("a cat <lora:line:0.8> --n red, blue --w 64 --h 32 --d 7 --s 3 --l 5.5\n", "utf-8")
+    code, _, _ = generate("red", "--prompts-file", "list.txt", "--seed", "1", "--guidance", "2", "-o", "pictures")
+    assert code == 0
+    assert sorted(path.stem for path in Path("pictures").iterdir()) == ["001-red-1", "002-a-cat-7"]
+    with compose(base, Adapter("line.safetensors", 0.8)):
+        expected = draw(base, "a cat", 7, negative="red, blue", steps=3, guidance=5.5, width=64, height=32)[0]
+    assert np.array_equal(pixels("pictures/002-a-cat-7.png"), np.asarray(expected))
+    own = read_picture_info(Path("pictures/002-a-cat-7.png")).own
+    said = {
+        "prompt": "a cat",
+        "negative": "red, blue",
+        "seed": 7,
+        "steps": 3,
+        "guidance": 5.5,
+        "width": 64,
+        "height": 32,
+    }
+    assert own | said == own
+    other = read_picture_info(Path("pictures/001-red-1.png")).own
+    assert (other["negative"], other["steps"], other["guidance"], other["height"]) == ("", 2, 2, 64)
+    assert generate("red --d 3", "red", "--before-after", "--lora", "line.safetensors", "-o", "pairs.png")[0] == 0
+
+
 def test_a_sweep_is_a_sheet_of_weights_by_prompts(generate, base):
     weights = ["line=0,0.5,1.5", "line=0,0.5"]
     for words, name in zip(weights, ("three.png", "two.png"), strict=True):
@@ -435,6 +460,15 @@ WRONG = {
     "turns of one": (["a", "--lora", "line.safetensors", "--switch", "5"], "two --lora or more"),
     "turns of no step": (["a", *TWO, "--switch", "0"], "--switch 0"),
     "no such prompts": (["--prompts-file", "gone.txt"], "gone.txt"),
+    "an option in a prompt that is none": (["a cat --ar 3:2"], "--ar is not read there"),
+    "an option in a prompt without a number": (["a cat --w wide"], "no number"),
+    "an odd size in a prompt": (["a cat --w 500"], "the nearest is 496"),
+    "no steps in a prompt": (["a cat --s 0"], "0 steps"),
+    "an option for a picture of a sheet": (
+        ["a --s 3", "--lora", "line.safetensors", "--sweep", "line=0,1"],
+        "one setting",
+    ),
+    "an option in a negative prompt": (["a cat", "--negative", "red --w 64"], "--negative: options such as '--w 64'"),
     "an unknown option": (["a", "--sede", "3"], "--seed"),
     "a seed too long": (["a", "--seed", str(2**64)], "64 bits"),
     "no such base": (["a", "--base", "gone.safetensors"], "gone.safetensors"),

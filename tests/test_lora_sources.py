@@ -1,6 +1,7 @@
 """The LoRA trainer and a dataset.toml: pictures of a class beside the subject's, and triggers that only it names."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -85,7 +86,7 @@ def test_the_trigger_that_the_captions_were_made_with_is_told(train, source):
     assert json.loads(metadata["sfumato.trigger"]) == ["abc", "zwx"]
     assert metadata["modelspec.trigger_phrase"] == "abc, zwx"
     card = (path.parent / "README.md").read_text()
-    assert "Write `abc, zwx` in the prompt." in card
+    assert re.search(r"\n- `abc`, as in `[a-z ]+ by abc`\n- `zwx`, as in `[a-z ]+ by zwx`\n", card)
     assert "a ball by abc" in card
 
 

@@ -106,3 +106,9 @@ def test_senseless_numbers_are_refused_by_name(changes, said):
 
 def test_a_plain_config_passes():
     check(CONFIG)
+
+
+def test_options_in_a_sample_prompt_are_refused():
+    check(replace(CONFIG, sample_prompts=("a crab -- at the sea",)))
+    with pytest.raises(ConfigError, match=r"--sample-prompts: options such as '--w 512 --d 7' are not read here"):
+        check(replace(CONFIG, sample_prompts=("a crab --w 512 --d 7",)))

@@ -3,8 +3,12 @@
 import re
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
+from sfumato.compose.adapter import Adapter
+from sfumato.drawn import save_drawn
 from sfumato.errors import ConfigError, DataError
 from sfumato.pnginfo import (
     Parameters,
@@ -38,6 +42,22 @@ def test_the_text_is_a1111_s_to_the_letter():
     assert format_parameters(Parameters("a crab " + lora_tag("a", 0.8), "blurry, grey", SETTINGS)) == TEXT
 
 
+def test_numbers_are_written_as_they_are(tmp_path):
+    assert lora_tag("a", 0.1234567) == "<lora:a:0.1234567>"
+    assert lora_tag("a", 1.0) == "<lora:a:1>"
+    settings = {"guidance": 7.1234567, "strength": 1.0, "adapter_guidance": {"a": 1.2345678}, "seed": 2**53 + 1}
+    rest = {"prompt": "a", "negative": "", "steps": 20, "width": 8, "height": 8, "base": "b", "vae": None}
+    whole = rest | settings | {"clip_skip": None}
+    weights = (0.1234567, 1e-7)
+    used = [Adapter(tmp_path / "a.safetensors", weights)]
+    save_file({"x": torch.zeros(1)}, tmp_path / "a.safetensors")
+    save_drawn(Image.new("RGB", (8, 8)), used, whole, tmp_path / "a.png", ("Euler", None))
+    found = read_picture_info(tmp_path / "a.png").parameters
+    assert found.prompt == "a <lora:a:1e-07:0.1234567>"
+    told = [found.settings[name] for name in ("CFG scale", "Denoising strength", "Adapter guidance", "Seed")]
+    assert told == ["7.1234567", "1", "a: 1.2345678", "9007199254740993"]
+
+
 def test_no_negative_prompt_has_no_line():
     assert format_parameters(Parameters("a crab", "", {"Steps": 1})) == "a crab\nSteps: 1"
 
@@ -69,6 +89,28 @@ def test_a_picture_keeps_its_parameters(tmp_path, suffix):
     info = read_picture_info(save_picture(Image.new("RGB", (64, 64)), tmp_path / f"a.{suffix}", wanted, own))
     assert info.parameters == wanted
     assert info.own == (own if suffix == "png" else None)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "negative"), [("red " * 20_000, "grey"), ("赤🦀" * 20_000, "赤🦀" * 20_000), ("a crab", "b " * 20_000)]
+)
+def test_a_jpeg_keeps_the_settings_and_as_much_of_the_prompts_as_it_holds(tmp_path, prompt, negative):
+    wanted = Parameters(prompt.strip(), negative.strip(), {"Steps": "20", "Seed": "7", "Size": "64x64"})
+    with pytest.warns(UserWarning, match=r"^a\.jpg: \d+,\d+ characters of prompt .* a JPEG holds 32,700"):
+        info = read_picture_info(save_picture(Image.new("RGB", (8, 8)), tmp_path / "a.jpg", wanted))
+    assert info.parameters.settings == wanted.settings
+    kept = 0
+    for found, whole in ((info.parameters.prompt, wanted.prompt), (info.parameters.negative, wanted.negative)):
+        assert found == whole or (found.endswith(" ...") and whole.startswith(found[:-4].strip()))
+        kept += len(found.encode("utf-16-be")) // 2
+    assert 32_500 < kept < 32_700
+    assert read_picture_info(save_picture(Image.new("RGB", (8, 8)), tmp_path / "a.webp", wanted)).parameters == wanted
+
+
+def test_a_picture_with_too_many_settings_is_kept_without_them(tmp_path):
+    with pytest.warns(UserWarning, match="a JPEG holds"):
+        path = save_picture(Image.new("RGB", (8, 8)), tmp_path / "a.jpg", Parameters("a", "", {"Note": "x" * 40_000}))
+    assert read_picture_info(path).parameters is None
 
 
 def test_png_text_is_latin_text_where_it_can_be(tmp_path):

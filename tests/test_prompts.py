@@ -7,7 +7,7 @@ from torch.testing import assert_close
 from sfumato.bases import load_base
 from sfumato.compose.blocks import Blocks
 from sfumato.errors import ConfigError
-from sfumato.prompts import emphasised, encode, split_tags
+from sfumato.prompts import emphasised, encode, split_flags, split_tags
 from tests.tiny import CPU, tiny_pipeline, tiny_pocket_folder, write_folder
 
 
@@ -162,3 +162,18 @@ def test_what_compel_cannot_read_is_one_line(pocket):
     pytest.importorskip("compel")
     with pytest.raises(ConfigError, match="compel"):
         encode(pocket, ['("a", "b").blend(1, nothing)'], "", "compel")
+
+
+def test_sd_scripts_options_are_taken_out_of_a_prompt():
+    plain, settings = split_flags("a crab --n blurry, a --- b  --w 512 --H 768 --d 7 --s 20 --l 7.5")
+    assert plain == "a crab"
+    assert settings == {
+        "negative": "blurry, a --- b", "width": 512, "height": 768, "seed": 7, "steps": 20, "guidance": 7.5,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "prompt", ["a crab", "a crab -- at sea", "a low--key crab--", "--", "a --3 b --no-hat", "(a)--"]
+)
+def test_dashes_that_are_no_options_stay(prompt):
+    assert split_flags(prompt) == (prompt, {})

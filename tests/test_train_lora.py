@@ -18,7 +18,7 @@ from sfumato.drawing import draw
 from sfumato.files import read_header, read_lora, read_tensors
 from sfumato.precision import decide
 from sfumato.prior import class_seed
-from tests.tiny import tiny_pipeline, write_folder, write_single_file
+from tests.tiny import CPU, tiny_pipeline, write_folder, write_single_file
 
 ROOT = cli.source("sfumato.trainers.lora").parents[1]
 DROPPED = ("--train-text-encoder", "--caption-dropout", "0.6", "--caption", "<x> {caption}", "--train-words", "<x>")
@@ -310,13 +310,15 @@ def test_a_mask_keeps_what_is_outside_out_of_the_loss(train, pictures):
     assert losses["corner"] != losses["all"]
 
 
-def test_the_run_folder_tells_everything_and_no_path(train, tmp_path, pictures):
+def test_the_run_folder_tells_everything_and_no_path(train, tmp_path, pictures, pocket_folder):
     path = train("run", "--trigger", "zwx", "--sample-every", "2", "--measure-every", "2")
     names = {file.name for file in path.parent.iterdir()}
     assert {"config.toml", "log.jsonl", "plot.png", "samples.png", "README.md", "run.safetensors"} <= names
     metadata = read_header(path).metadata
     assert metadata["modelspec.trigger_phrase"] == "zwx"
     assert json.loads(metadata["sfumato.config"])["rank"] == 2
+    base = load_base(pocket_folder, precision=CPU, unet=False)
+    assert metadata["sfumato.base_fingerprint"] == base.adapted_fingerprint()
     text = json.dumps(dict(metadata)) + (path.parent / "README.md").read_text()
     assert str(tmp_path) not in text
     assert str(pictures) not in text

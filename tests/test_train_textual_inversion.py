@@ -333,12 +333,12 @@ def test_each_adapter_on_the_way_has_its_words_and_its_step(pivotal):
     steady = ("--schedule", "constant")
     adapter, _ = pivotal("run", "--save-every", "2", *steady)
     ended, word = pivotal("ended", "--steps", "2", *steady)
-    kept = adapter.parent / "adapters/run-000002.safetensors"
+    kept = adapter.parent / "adapters/run-step00000002.safetensors"
     assert read_header(kept).metadata["ss_steps"] == "2"
-    beside = kept.with_name("run-000002-x.safetensors")
+    beside = kept.with_name("run-step00000002-x.safetensors")
     assert torch.equal(read_tensors(beside)["<x>"], read_tensors(word)["<x>"])
     bundle, _ = pivotal("bundle", "--save-every", "2", "--bundle", *steady)
-    inside = read_adapter(bundle.parent / "adapters/bundle-000002.safetensors")
+    inside = read_adapter(bundle.parent / "adapters/bundle-step00000002.safetensors")
     assert torch.equal(inside.embeddings["<x>"]["text_encoder"], read_tensors(word)["<x>"])
     assert inside.changes.keys() == read_adapter(ended).changes.keys()
 

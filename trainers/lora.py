@@ -86,8 +86,8 @@ class Config(TrainerOptions):
     """How often the adapter's change of the U-Net counts when it is drawn with: samples are drawn so, and its file asks
     for it, see sfumato generate --adapter-guidance. A style gains by 2; 0 suits a subject."""
     save_every: int = 0
-    """Steps between adapters that are kept beside the last, in OUTPUT/adapters, to choose from, each with its new
-    words; 0 keeps none."""
+    """Steps between adapters that are kept beside the last, as OUTPUT/adapters/NAME-step00000500.safetensors, to choose
+    from, each with its new words; 0 keeps none."""
     save_precision: Literal["fp32", "fp16", "bf16"] | None = None
     """Number format of the adapter's file. Unset: fp32 on pocket, fp16 elsewhere."""
 
@@ -163,7 +163,7 @@ def train(config: Config) -> Path:
     def export(step: int) -> None:
         if step and processes.is_main:
             with average.applied():
-                path = config.output / "adapters" / f"{config.name}-{step:06d}.safetensors"
+                path = config.output / "adapters" / f"{config.name}-step{step:08d}.safetensors"
                 description = write_adapter(path, lora, base, config, dataset, samples, trigger, step)
                 if words:
                     write_words(path, words, config, description)

@@ -5,6 +5,7 @@ YAML head, gallery, trigger words, how to use it, and the training in a table; w
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,18 +35,17 @@ def write_card(
         with atomic_path(folder / "images" / f"image_{number}.png") as temporary:
             picture.save(temporary)
         pictures.append({"text": prompt, "output": {"url": f"images/image_{number}.png"}})
-    trigger = ", ".join(about.trigger)
     head = ModelCardData(
         library_name="diffusers",
         base_model=about.base,
         license=about.license or None,
-        instance_prompt=trigger or None,
+        instance_prompt=instance_prompt(about),
         tags=["text-to-image", "diffusers", "lora", "template:sd-lora", "sfumato"],
         widget=pictures or None,
     )
     strength = about.adapter_guidance
     guided = f", under the adapter guidance {strength:g} that its file asks for" if strength else ""
-    example = prompts[-1] if prompts else trigger
+    example = prompts[-1] if prompts else example_of(about)
     shown = ("rank", "alpha", "targets", "steps", "batch", "learning_rate", "schedule", "min_snr", "seed", "resolution")
     before_after = ""
     if rows:
@@ -65,7 +65,7 @@ A LoRA for `{about.base}` ({about.family}), learned from {about.images} pictures
 {before_after}
 ## Trigger words
 
-{f"Write `{trigger}` in the prompt." if trigger else "None; the captions had none."}
+{trigger_words(about, prompts)}
 
 ## Use
 
@@ -84,6 +84,28 @@ ComfyUI, AUTOMATIC1111, Forge, InvokeAI and sd-scripts read the file as it is.
     path = folder / "README.md"
     write_text(path, text)
     return path
+
+
+def instance_prompt(about: Description) -> str | None:
+    """What the hub tells everybody to write: the trigger, where there is one alone."""
+    return about.trigger[0] if len(about.trigger) == 1 else None
+
+
+def example_of(about: Description, trigger: str | None = None, prompts: Sequence[str] = ()) -> str:
+    """A prompt or caption with the trigger, the first if unset; the trigger alone where none has it."""
+    trigger = trigger or next(iter(about.trigger), "")
+    within = re.compile(rf"(?<!\w){re.escape(trigger)}(?!\w)", re.IGNORECASE)
+    return next((text for text in (*prompts, *about.captions) if within.search(text)), trigger)
+
+
+def trigger_words(about: Description, prompts: Sequence[str]) -> str:
+    """What the card says of them. Several are of several sources or words, so each has a line and an example."""
+    if not about.trigger:
+        return "None; the captions had none."
+    if len(about.trigger) == 1:
+        return f"Write `{about.trigger[0]}` in the prompt."
+    lines = (f"- `{each}`, as in `{example_of(about, each, prompts)}`" for each in about.trigger)
+    return "\n".join(["Each calls up what its own pictures showed:\n", *lines])
 
 
 def generate_line(prompt: str, base: str, about: Description, *options: str, lora: str = "") -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from PIL.Image import Image
@@ -22,13 +23,16 @@ Sheet = tuple[Image, tuple[Adapter, ...], dict[str, Any]]
 """A sheet, the adapters in it with their weights, and its settings."""
 
 
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
 @dataclass(frozen=True)
 class Desk:
     """What the pictures of one call are drawn from and with.
 
     pictures: (prompt, seed) of each. tagged: the adapters' weights by label for each picture whose prompt has tags,
-    else None. settings: what all pictures share, defaults filled in. start: a picture to begin from. allowed: partial
-    and verify, as of `compose`, for the adapters of regions.
+    else None. settings: what all pictures share, defaults filled in. own: what each picture has otherwise. start: a
+    picture to begin from. allowed: partial and verify, as of `compose`, for the adapters of regions.
     """
 
     base: Base
@@ -36,41 +40,45 @@ class Desk:
     pictures: Sequence[tuple[str, int]]
     tagged: Sequence[dict[str, Weight] | None]
     settings: Mapping[str, Any]
+    own: Sequence[Mapping[str, Any]]
     start: Start | None
     where_when: WhereWhen
     allowed: Mapping[str, bool]
 
-    def draw(self, pictures: Sequence[tuple[str, int]], *, plain: bool = False) -> Iterator[Image]:
-        """The pictures with the mix as it is. plain: without regions and weights by step."""
+    def draw(
+        self, pictures: Sequence[tuple[str, int]], own: Mapping[str, Any] = _NOTHING, *, plain: bool = False
+    ) -> Iterator[Image]:
+        """The pictures with the mix as it is. own: settings besides. plain: without regions and weights by step."""
+        settings = {**self.settings, **own}
         names = ("negative", "steps", "guidance", "width", "height")
-        chosen = {name: self.settings[name] for name in names} | {"scheduler": self.settings["sampler"]}
+        chosen = {name: settings[name] for name in names} | {"scheduler": settings["sampler"]}
         prompts, seeds = [prompt for prompt, _ in pictures], [seed for _, seed in pictures]
         asked = WhereWhen() if plain else self.where_when
-        guidance = self.settings["guidance"]
+        guidance = settings["guidance"]
         with (
-            adapter_guidance(self.mix, self.settings["adapter_guidance"], guidance=guidance),
+            adapter_guidance(self.mix, settings["adapter_guidance"], guidance=guidance),
             applied(
                 self.base,
                 self.mix,
                 asked,
                 guided=guidance > 1,  # as diffusers decides it
-                syntax=self.settings["prompt_syntax"],
+                syntax=settings["prompt_syntax"],
                 **self.allowed,
             ),
         ):
             yield from draw_each(
-                self.base, prompts, seeds, start=self.start, syntax=self.settings["prompt_syntax"], **chosen
+                self.base, prompts, seeds, start=self.start, syntax=settings["prompt_syntax"], **chosen
             )
 
     def with_adapters(self) -> Iterator[tuple[Image, tuple[Adapter, ...]]]:
         """Each picture, and the adapters of the mix as they were for it; the weights that a prompt's tags give it."""
-        for same in _runs_of_equal(self.tagged):
+        for same in _runs_of_equal(list(zip(self.tagged, self.own, strict=True))):
             if weights := self.tagged[same.start]:
                 self.mix.set_weights(weights)
             elif any(self.tagged):
                 self.mix.set_weights({each.label: each.weight for each in self.mix.adapters.values()})
             used = used_in(self.mix)
-            for picture in self.draw(self.pictures[same.start : same.stop]):
+            for picture in self.draw(self.pictures[same.start : same.stop], self.own[same.start]):
                 yield picture, used
 
     def labels(self) -> list[str]:
@@ -112,8 +120,8 @@ class Desk:
         return sheet, used, self.sheet_settings(before_after=True)
 
 
-def _runs_of_equal(weights: Sequence[dict[str, Weight] | None]) -> Iterator[range]:
-    """Neighbours with the same weights, which are drawn in one batch."""
+def _runs_of_equal(weights: Sequence[object]) -> Iterator[range]:
+    """Neighbours with the same weights and settings, which are drawn in one batch."""
     first = 0
     for place in range(1, len(weights) + 1):
         if place == len(weights) or weights[place] != weights[first]:

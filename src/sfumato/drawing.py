@@ -264,14 +264,10 @@ def _text_of(base: Base, prompts: list[str], negative: str, syntax: Syntax) -> d
 @torch.no_grad()
 def _decode(pipe: Any, latents: Tensor) -> Tensor:
     """Pixels, fp32, (batch, 3, height, width); -1 is black, 1 is white."""
-    config = pipe.vae.config
-    mean, deviation = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
-    encoded = latents.float()
-    if mean is not None and deviation is not None:
-        mean, deviation = (latents.new_tensor(v, dtype=torch.float32).view(1, -1, 1, 1) for v in (mean, deviation))
-        encoded = encoded * deviation / config.scaling_factor + mean
-    else:
-        encoded = encoded / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
+    from sfumato.bases.base import latent_scale
+
+    shift, scale = latent_scale(pipe.vae, latents.device)
+    encoded = latents.float() / scale + shift
     pixels: Tensor = pipe.vae.decode(encoded.to(pipe.vae.device, pipe.vae.dtype), return_dict=False)[0]
     return pixels.float()
 

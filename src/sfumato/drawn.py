@@ -36,10 +36,16 @@ def of_base(base: Base, vae: str | None) -> dict[str, Any]:
     }
 
 
-def learned_otherwise(mix: Mix, base: Base) -> list[str]:
-    """A line on each adapter that was learned on a base which predicts otherwise, or with another --clip-skip."""
+def learned_otherwise(told: Mapping[str, Mapping[str, str]], base: Base) -> list[str]:
+    """A line on each adapter that was learned on another release of the base or one which predicts otherwise, or with
+    another --clip-skip. told: the files' metadata, by label."""
     lines = []
-    for label, metadata in mix.metadata.items():
+    for label, metadata in told.items():
+        if base.is_another_release(metadata):
+            lines.append(
+                f"{label}: learned on another release of {base.name}; on this one it draws something else. Train it "
+                "anew."
+            )
         kind = {"v": "v_prediction"}.get(found := metadata.get("modelspec.prediction_type", ""), found)
         if kind in ("epsilon", "v_prediction") and kind != base.prediction_type:
             lines.append(
@@ -81,12 +87,14 @@ def save_drawn(
     # What is merged by another method than the sum, tags would draw otherwise.
     tagged = used if method in (None, "linear") else ()
     tags = [_tag(Path(adapter.path).stem, adapter.weight) for adapter in tagged]
-    strengths = ", ".join(f"{label}: {strength:g}" for label, strength in settings["adapter_guidance"].items())
+    strengths = ", ".join(
+        f"{label}: {pnginfo.exact(strength)}" for label, strength in settings["adapter_guidance"].items()
+    )
     pairs = {
         "Steps": settings["steps"],
         "Sampler": sampler[0],
         "Schedule type": sampler[1],
-        "CFG scale": f"{settings['guidance']:g}",
+        "CFG scale": float(settings["guidance"]),
         "Seed": settings["seed"],
         "Size": f"{settings['width']}x{settings['height']}",
         "Model": settings["base"],
@@ -118,7 +126,7 @@ def _tag(name: str, weight: Weight) -> str:
         return f"{_tag(name, weight.weight)[:-1]}:lbw={weight.factors_text()}>"
     if not isinstance(weight, tuple):
         return pnginfo.lora_tag(name, weight)
-    return f"<lora:{pnginfo.plain_name(name)}:{weight[1]:g}:{weight[0]:g}>"
+    return f"<lora:{pnginfo.plain_name(name)}:{pnginfo.exact(weight[1])}:{pnginfo.exact(weight[0])}>"
 
 
 def _plain(weight: Weight) -> Any:

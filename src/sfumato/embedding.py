@@ -9,6 +9,9 @@ A word's vectors are rows of their own, put in where the token embedding meets t
 word, which it writes out as one token a vector, for every pipeline that shares it. Removing a word takes it and the
 hooks away again; no weight was touched.
 
+A pipeline that shares the tokenizer and not the text encoder has no rows for them: give it a tokenizer of its own
+(`copy.deepcopy(pipe.tokenizer)`) before. A copied or pickled pipeline has copies of its words, for good.
+
 A pipeline that is saved while words are in use is saved without them. Words that diffusers' `load_textual_inversion`
 adds meanwhile stay: their rows move up into ours' place.
 """
@@ -17,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,7 +30,7 @@ from torch.nn import functional as F
 
 from sfumato import randomness
 from sfumato.errors import AdapterError, ConfigError
-from sfumato.known_words import PARTS, sites_of
+from sfumato.known_words import PARTS, Site, sites_of
 from sfumato.placeholders import check_placeholder, shown
 
 if TYPE_CHECKING:
@@ -42,6 +45,8 @@ Vectors = Mapping[str, Mapping[str, Tensor]]
 """By placeholder, then by part ("text_encoder", "text_encoder_2"): (vectors, width)."""
 
 MOST_VECTORS = 16
+_ASKED = "_sfumato_ids"
+"""Attribute of the ids that the table is given: the ids that it was asked for, new words' among them."""
 _SHORTEST, _LONGEST = 0.05, 0.95
 
 
@@ -69,8 +74,7 @@ class Words(nn.Module):
         if self._handles:
             return
         for site in self._sites:
-            for token in self.tokens:
-                check_placeholder(token, site.tokenizer)
+            site.check(self.tokens)
             if any(words not in site.words for words in site.in_use):
                 raise ConfigError(
                     "the text encoder has new words of another pipeline that shares it, with a tokenizer of its own. "
@@ -79,7 +83,7 @@ class Words(nn.Module):
         for number, site in enumerate(self._sites):
             site.in_use.append(self)
             site.know([*(words for words in site.words if words is not self), self])
-            self._handles += self._hook(site.table, number)
+            self._handles += self._hook(site, number)
 
     def remove(self) -> None:
         """Take the words out: tokenizer and text encoder are what they were. The vectors stay, and can be attached.
@@ -106,26 +110,38 @@ class Words(nn.Module):
                 self.attach()
 
     def __enter__(self) -> Words:
+        self.attach()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.remove()
 
-    def _hook(self, table: nn.Embedding, number: int) -> list[RemovableHandle]:
-        places: list[Tensor] = []
+    def _hook(self, site: Site, number: int) -> list[RemovableHandle]:
+        table = site.table
+        return [
+            site.encoder.register_forward_pre_hook(partial(_check_table, table)),
+            table.register_forward_pre_hook(partial(self._before, number)),
+            table.register_forward_hook(partial(self._after, number)),
+        ]
 
-        def before(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            place = inputs[0] - self.first[number]
-            new = (place >= 0) & (place < len(self.rows[number]))
-            places.append(torch.where(new, place, -1))
-            return (torch.where(new, 0, inputs[0]), *inputs[1:])
+    def _before(self, number: int, _: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        known = torch.where(self._places(number, inputs[0]) >= 0, 0, inputs[0])
+        setattr(known, _ASKED, getattr(inputs[0], _ASKED, inputs[0]))
+        return (known, *inputs[1:])
 
-        def after(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            place = places.pop().to(output.device)
-            rows = self.rows[number].to(output.device, output.dtype)
-            return torch.where((place >= 0).unsqueeze(-1), F.embedding(place.clamp(min=0), rows), output)
+    def _after(self, number: int, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        place = self._places(number, getattr(inputs[0], _ASKED)).to(output.device)
+        rows = self.rows[number].to(output.device, output.dtype)
+        return torch.where((place >= 0).unsqueeze(-1), F.embedding(place.clamp(min=0), rows), output)
 
-        return [table.register_forward_pre_hook(before), table.register_forward_hook(after)]
+    def _places(self, number: int, ids: Tensor) -> Tensor:
+        """Which of the rows each id is, -1 for one that is none of theirs."""
+        place = ids - self.first[number]
+        return torch.where((place >= 0) & (place < len(self.rows[number])), place, -1)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copied or pickled pipeline has copies of its words, for good, and nothing of the first pipeline."""
+        return {**self.__dict__, "_sites": [], "_handles": []}
 
     def check(self, prompts: Sequence[str]) -> None:
         """Raises ConfigError, with the count, for a prompt with a word in it that has more tokens than positions."""
@@ -201,6 +217,14 @@ class Words(nn.Module):
         ]
 
 
+def _check_table(table: nn.Embedding, encoder: Any, _: Any) -> None:
+    if encoder.get_input_embeddings() is not table:
+        raise ConfigError(
+            "the text encoder's token embedding was replaced, as unload_textual_inversion() of diffusers does, while "
+            "new words are in use. Take them out by remove(), or end their with block, and bring them back by attach()."
+        )
+
+
 def new_words(
     source: Any,
     placeholders: Sequence[str],
@@ -260,7 +284,11 @@ def load(source: Any, path: str | PathLike[str], token: str | None = None) -> Wo
     file's name where it has none. Raises FileError for a file that is no safetensors file (a .pt is a pickle, which can
     run programs) and AdapterError for one that does not fit this base.
     """
-    words = Words(source, fitting(source, read(path, token), Path(path).name))
+    vectors = fitting(source, read(path, token), Path(path).name)
+    try:
+        words = Words(source, vectors)
+    except ConfigError as error:
+        raise ConfigError(f"{Path(path).name}: {error} A file's word is named by token= (TOKEN=FILE).") from None
     return words.requires_grad_(False)
 
 

@@ -34,6 +34,7 @@ def describe_run(config: TrainerOptions, base: Base, dataset: Dataset, samples: 
         title=config.name,
         family=base.family.name,
         base=base.name,
+        base_fingerprint=base.adapted_fingerprint(),
         prediction_type=base.prediction_type,
         resolution=(config.resolution, config.resolution),
         images=len(dataset),

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from sfumato.compose import tensors
 from sfumato.errors import ConfigError
+from sfumato.placeholders import check_placeholder, spelling
 
 if TYPE_CHECKING:
     from sfumato.embedding import Words
@@ -29,22 +30,11 @@ PARTS = ("text_encoder", "text_encoder_2")
 
 @dataclass
 class Site:
-    """One text encoder of a pipeline or a base, and its tokenizer."""
+    """One text encoder of a pipeline or a base, without torch.compile's wrapper, and its tokenizer."""
 
-    source: Any
+    encoder: Any
+    tokenizer: Any
     number: int
-
-    @property
-    def encoder(self) -> Any:
-        if hasattr(self.source, "text_encoders"):
-            return self.source.text_encoders[self.number]
-        return getattr(self.source, PARTS[self.number])
-
-    @property
-    def tokenizer(self) -> Any:
-        if hasattr(self.source, "tokenizers"):
-            return self.source.tokenizers[self.number]
-        return getattr(self.source, "tokenizer_2" if self.number else "tokenizer")
 
     @property
     def table(self) -> nn.Embedding:
@@ -71,9 +61,10 @@ class Site:
             return
         plain = copy.copy(tokenizer)
         tokenizer._tokenizer = copy.deepcopy(plain.backend_tokenizer)
+        tokenizer._sfumato_plain, tokenizer._sfumato_words = (plain,), tuple(words)
+        tokenizer._sfumato_rows = self.table.num_embeddings
         for each in words:
             each.first[self.number] = _extend(tokenizer, each.tokens)
-        tokenizer._sfumato_plain, tokenizer._sfumato_words = (plain,), tuple(words)
         tokenizer.save_pretrained = partial(_save_without_words, tokenizer)
 
     def _pool_at_the_end(self) -> None:
@@ -90,9 +81,10 @@ class Site:
     def _forget(self) -> None:
         """Put the tokenizer back as it was, but for other words that diffusers has loaded or unloaded since."""
         tokenizer = self.tokenizer
-        extended, others, changed = tokenizer.backend_tokenizer, list(_others(tokenizer)), _others_changed(tokenizer)
+        extended, others = tokenizer.backend_tokenizer, list(_others(tokenizer))
+        changed = _others_changed(tokenizer) or tokenizer._sfumato_rows != self.table.num_embeddings
         tokenizer._tokenizer = tokenizer._sfumato_plain[0].backend_tokenizer
-        for name in ("_sfumato_plain", "_sfumato_words", "save_pretrained"):
+        for name in ("_sfumato_plain", "_sfumato_words", "_sfumato_rows", "save_pretrained"):
             delattr(tokenizer, name)
         if changed:
             self._close_ranks(extended, others)
@@ -114,10 +106,10 @@ class Site:
             if token["id"] in places
         ]
         self.tokenizer._tokenizer = Tokenizer.from_str(json.dumps(described))
-        rows = self.weight[ids]
-        self.weight[: len(ids)] = rows
+        rows = self.weight[[index for index in ids if index < len(self.weight)]]  # tokens may be added without rows
+        self.weight[: len(rows)] = rows
         if not self.table.weight.is_meta:
-            self.encoder.resize_token_embeddings(len(ids))
+            self.encoder.resize_token_embeddings(len(rows))
 
     @property
     def in_use(self) -> list[Words]:
@@ -130,32 +122,61 @@ class Site:
         """The words that the tokenizer knows besides its own."""
         return getattr(self.tokenizer, "_sfumato_words", ())
 
+    def check(self, tokens: Mapping[str, int]) -> None:
+        """Raises ConfigError for new words, of so many vectors each, that cannot be or are not told from others."""
+        in_use = [(token, count) for words in self.words for token, count in words.tokens.items()]
+        written_out = {token: _pattern(spelling(token, self.tokenizer)) for token, count in in_use if count > 1}
+        added = set(self.tokenizer.get_added_vocab())
+        for token, count in tokens.items():
+            check_placeholder(token, self.tokenizer)
+            spelt = spelling(token, self.tokenizer)
+            names = _names(spelt, count)
+            # diffusers reads "word" and "word_1" as two vectors of one word.
+            alike = {form for name in names for form in (name, f"{name}_1", name.removesuffix("_1"))} & added
+            alike |= {other for other, pattern in written_out.items() if re.search(pattern, spelt)}
+            if count > 1:
+                written_out[token] = _pattern(spelt)
+                alike |= {other for other in added if re.search(_pattern(spelt), other)}
+            if alike:
+                raise ConfigError(
+                    f"placeholder {token} is not told from {min(alike)}, a word already; spell one of them otherwise."
+                )
+            added.update(names)
+
 
 def _extend(tokenizer: Any, tokens: Mapping[str, int]) -> int:
     """Let a tokenizer know new tokens, of so many vectors each; returns the first new id."""
     first = len(tokenizer)
     for token, count in tokens.items():
-        alone = re.fullmatch(r"\w+", token) is not None
-        spelt, names = token.lower(), _names(token, count)
+        spelt = spelling(token, tokenizer)
+        alone, names = _is_alone(spelt), _names(spelt, count)
         tokenizer.add_tokens([AddedToken(name, normalized=True, single_word=alone, special=False) for name in names])
         if count > 1:
-            end = r"(?!\w)" if alone else r"(?!_\d)"
-            pattern = (r"(?<!\w)" if alone else "") + re.escape(spelt) + end
-            written = normalizers.Replace(Regex(pattern), " ".join(names))
+            written = normalizers.Replace(Regex(_pattern(spelt)), " ".join(names))
             backend = tokenizer.backend_tokenizer
             backend.normalizer = normalizers.Sequence([backend.normalizer, written])
     return first
 
 
-def _names(token: str, count: int) -> list[str]:
-    """The tokens of a placeholder of so many vectors, as the tokenizer's own normalizer spells them."""
-    return [token.lower()] if count == 1 else [f"{token.lower()}_{i}" for i in range(count)]
+def _is_alone(spelt: str) -> bool:
+    """Whether a word is one only where no letter or digit is beside it."""
+    return re.fullmatch(r"\w+", spelt) is not None
+
+
+def _pattern(spelt: str) -> str:
+    """Where a word of several vectors stands in a text."""
+    return rf"(?<!\w){re.escape(spelt)}(?!\w)" if _is_alone(spelt) else rf"{re.escape(spelt)}(?!_\d)"
+
+
+def _names(spelt: str, count: int) -> list[str]:
+    """The tokens of a placeholder of so many vectors."""
+    return [spelt] if count == 1 else [f"{spelt}_{i}" for i in range(count)]
 
 
 def _others(tokenizer: Any) -> dict[int, str]:
     """The tokens by their ids that were added to a tokenizer, without the words' that it knows."""
-    words = getattr(tokenizer, "_sfumato_words", ())
-    ours = {name for each in words for token, count in each.tokens.items() for name in _names(token, count)}
+    tokens = [pair for words in getattr(tokenizer, "_sfumato_words", ()) for pair in words.tokens.items()]
+    ours = {name for token, count in tokens for name in _names(spelling(token, tokenizer), count)}
     added = {index: str(token) for index, token in sorted(tokenizer.added_tokens_decoder.items())}
     return {index: name for index, name in added.items() if name not in ours}
 
@@ -177,9 +198,19 @@ def _save_without_words(tokenizer: Any, *args: Any, **options: Any) -> Any:
 
 def sites_of(source: Any) -> list[Site]:
     """The text encoders of a Base or a diffusers pipeline. Raises ConfigError for what has none."""
-    count = len(source.text_encoders) if hasattr(source, "text_encoders") else 1
-    if getattr(source, "text_encoder_2", None) is not None:
-        count = 2
-    if not hasattr(source, "text_encoders") and getattr(source, "text_encoder", None) is None:
+    if hasattr(source, "text_encoders"):
+        encoders, tokenizers = source.text_encoders, source.tokenizers
+    else:
+        count = 1 if getattr(source, "text_encoder_2", None) is None else 2
+        encoders = [getattr(source, part, None) for part in PARTS[:count]]
+        tokenizers = [getattr(source, part, None) for part in ("tokenizer", "tokenizer_2")[:count]]
+    if None in encoders:
         raise ConfigError("new words want a Base, or a diffusers pipeline of SD 1.x, 2.x or SDXL with text encoders.")
-    return [Site(source, number) for number in range(count)]
+    if None in tokenizers:
+        raise ConfigError(
+            "the pipeline has no tokenizer, which new words are to be told to. Load it with its tokenizers."
+        )
+    return [
+        Site(getattr(encoder, "_orig_mod", encoder), tokenizer, number)
+        for number, (encoder, tokenizer) in enumerate(zip(encoders, tokenizers, strict=True))
+    ]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sfumato.card import generate_line, training_table
+from sfumato.card import example_of, generate_line, instance_prompt, training_table, trigger_words
 from sfumato.files.atomic import atomic_path, write_text
 from sfumato.sheet import contact_sheet
 
@@ -47,7 +47,7 @@ def write_model_card(
         library_name="diffusers",
         base_model=about.base,
         license=about.license or None,
-        instance_prompt=", ".join(about.trigger) or None,
+        instance_prompt=instance_prompt(about),
         tags=["text-to-image", "diffusers", "dreambooth", "sfumato"],
         widget=gallery or None,
     )
@@ -57,7 +57,7 @@ def write_model_card(
             sheet = contact_sheet([rows[0], rows[-1]], row_labels=["before", "after"], column_labels=list(prompts))
             sheet.save(temporary)
         before_after = "\n## Before and after\n\n![before and after](images/before_after.png)\n"
-    example = prompts[0] if prompts else ", ".join(about.trigger)
+    example = prompts[0] if prompts else example_of(about)
     whole = made.suffix != ".safetensors"
     what = f"`{about.base}` ({about.family}) fine-tuned" if whole else f"The change of a fine-tune of `{about.base}`"
     text = f"""---
@@ -72,7 +72,7 @@ def write_model_card(
 {before_after}
 ## Trigger words
 
-{f"Write `{', '.join(about.trigger)}` in the prompt." if about.trigger else "None; the captions had none."}
+{trigger_words(about, prompts)}
 
 ## Use
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from sfumato.config import fill
 from sfumato.errors import ConfigError, DataError
+from sfumato.prompts import without_flags
 
 if TYPE_CHECKING:  # help loads no torch
     from sfumato.bases import Base
@@ -277,6 +278,8 @@ def check_run(config: FolderOptions) -> None:
     if config.resume and config.overwrite:
         raise ConfigError("--resume and --overwrite are both given; go on with the run, or replace it.")
     check_name(config)
+    for prompt in () if config.resume else getattr(config, "sample_prompts", ()):
+        without_flags(prompt, "--sample-prompts")
     device = getattr(config, "device", "auto")
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", device):
         raise ConfigError(f"--device {device!r:.60}: unknown; wanted auto, cuda, cuda:0, mps or cpu.")

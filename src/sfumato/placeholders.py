@@ -45,8 +45,11 @@ def put_into_captions(folder: Folder, placeholders: Sequence[str], stands_for: S
 
     examples = tuple(map(with_words, folder.examples))
     ours = [e for e in examples if e.group == "instance"]
-    without = [e.caption for e in ours if not any(token in e.caption for token in placeholders)]
-    unused = [token for token in placeholders if not any(token in e.caption for e in ours)]
+    lowered = [e.caption.lower() for e in ours]  # as the tokenizer reads it
+    without = [
+        e.caption for e, text in zip(ours, lowered, strict=True) if not any(t.lower() in text for t in placeholders)
+    ]
+    unused = [token for token in placeholders if not any(token.lower() in text for text in lowered)]
     if without:
         raise DataError(
             f"{len(without)} of {len(ours)} captions hold no placeholder, first {without[0]!r}. Write it there, "
@@ -88,6 +91,12 @@ def plain_tokenizer(tokenizer: Any) -> Any:
     return getattr(tokenizer, "_sfumato_plain", (tokenizer,))[0]
 
 
+def spelling(token: str, tokenizer: Any) -> str:
+    """A word as the tokenizer's own normalizer spells it: CLIP's in small letters, with accents that are composed."""
+    normalizer = plain_tokenizer(tokenizer).backend_tokenizer.normalizer
+    return token if normalizer is None else str(normalizer.normalize_str(token))
+
+
 def warnings_of(placeholders: Sequence[str], tokenizer: Any) -> list[str]:
     """A line for each placeholder that is spelt like a word, with how the tokenizer cut it so far."""
     plain = plain_tokenizer(tokenizer)
@@ -104,7 +113,8 @@ def check_placeholder(token: str, tokenizer: Any) -> None:
     if not token or token != "".join(token.split()) or not token.isprintable():
         raise ConfigError(f"placeholder {token!r}: wanted a word without spaces that nobody writes, such as <otter>.")
     ids = tokenizer(token, add_special_tokens=False).input_ids
-    if len(ids) == 1 or token.lower() in tokenizer.get_added_vocab() or f"{token.lower()}_0" in tokenizer.get_vocab():
+    spelt = spelling(token, tokenizer)
+    if len(ids) == 1 or spelt in tokenizer.get_added_vocab() or f"{spelt}_0" in tokenizer.get_vocab():
         number = f" (token {ids[0]})" if len(ids) == 1 else ""
         bare = token.strip("<>")
         raise ConfigError(

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ _PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 _FEWEST_PAIRS = 3
 _NEGATIVE = "Negative prompt: "
 _USER_COMMENT, _EXIF = 0x9286, 0x8769
+_JPEG_CHARACTERS = 32_700
+"""Of UTF-16: a segment of a JPEG has at most 65,533 bytes, of which EXIF's own take less than 100."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,12 @@ def parse_parameters(text: str) -> Parameters:
 
 def lora_tag(name: str, weight: float) -> str:
     """<lora:name:0.8>, as it stands in a prompt."""
-    return f"<lora:{plain_name(name)}:{weight:g}>"
+    return f"<lora:{plain_name(name)}:{exact(weight)}>"
+
+
+def exact(number: float) -> str:
+    """The shortest text that is read back as this number: 7, 0.8, 0.1234567."""
+    return repr(float(number)).removesuffix(".0")
 
 
 def lora_hashes(hashes: Mapping[str, str]) -> str:
@@ -93,10 +101,13 @@ def save_picture(
 ) -> Path:
     """Write a .png, .jpg or .webp with its parameters, whole or not at all. `own` is kept in PNG alone.
 
-    Raises ConfigError for another ending.
+    Warns of prompts that are longer than a JPEG can hold, whose ends are cut in the file. Raises ConfigError for
+    another ending.
     """
-    text = format_parameters(parameters) if parameters else ""
     suffix = path.suffix.lower()
+    if parameters and suffix in (".jpg", ".jpeg"):
+        parameters = _cut_for_jpeg(parameters, path)
+    text = format_parameters(parameters) if parameters else ""
     options: dict[str, Any]
     if suffix == ".png":
         options = {"format": "PNG", "pnginfo": _chunks(text, own)}
@@ -131,8 +142,34 @@ def read_picture_info(path: Path) -> PictureInfo:
     )
 
 
+def _cut_for_jpeg(parameters: Parameters, path: Path) -> Parameters | None:
+    """The parameters with prompts that fit; None where the settings alone do not."""
+    if (length := _length(format_parameters(parameters))) <= _JPEG_CHARACTERS:
+        return parameters
+    warnings.warn(
+        f"{path.name}: {length:,} characters of prompt and settings, and a JPEG holds {_JPEG_CHARACTERS:,}; the "
+        "prompt's end is left out of the file. A .png keeps it.",
+        stacklevel=3,
+    )
+    room = _JPEG_CHARACTERS - _length(format_parameters(replace(parameters, prompt="", negative=""))) - len(_NEGATIVE)
+    negative = _cut(parameters.negative, max(room // 2, room - _length(parameters.prompt)))
+    shorter = replace(parameters, prompt=_cut(parameters.prompt, room - _length(negative)), negative=negative)
+    return shorter if room > 0 else None
+
+
+def _cut(text: str, length: int) -> str:
+    end = " ..."
+    if _length(text) <= length:
+        return text
+    return text.encode("utf-16-be")[: 2 * max(0, length - len(end))].decode("utf-16-be", "ignore") + end
+
+
+def _length(text: str) -> int:
+    return len(text.encode("utf-16-be")) // 2
+
+
 def _quoted(value: Value) -> str:
-    text = str(value)
+    text = exact(value) if isinstance(value, float) else str(value)
     return json.dumps(text, ensure_ascii=False) if re.search(r'[,:\n]|^"', text) else text
 
 

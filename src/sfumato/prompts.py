@@ -4,13 +4,14 @@
 `<lora:name:0.8:lbw=MIDD>` (or a list of numbers, or `lbw=down:0,up.1:1.2`) is that of its extension for weights by
 block; `<lyco:...>` is the same. Weights and length are the library compel's work: `word++`, `(some words)1.3`,
 `("a cat", "a dog").and()`; A1111's `(some words:1.3)` is read here and handed to it as texts and their weights.
+`--n blurry --w 512 --h 768 --d 7 --s 20 --l 7` after a prompt are sd-scripts' options.
 Importing this loads no torch.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -74,6 +75,47 @@ def _weight(words: Sequence[str]) -> Weight:
     unet = float(named.get("unet", numbers[1] if len(numbers) > 1 else te))  # as A1111 has it
     weight = unet if unet == te else (unet, te)
     return Blocks.parse(weight, named["lbw"]) if "lbw" in named else weight
+
+
+_FLAGS: Mapping[str, tuple[str, Callable[[str], Any]]] = {
+    "n": ("negative", str),
+    "w": ("width", int),
+    "h": ("height", int),
+    "d": ("seed", int),
+    "s": ("steps", int),
+    "l": ("guidance", float),
+}
+"""sd-scripts' options in a prompt, by our names."""
+
+
+def split_flags(prompt: str) -> tuple[str, dict[str, Any]]:
+    """A prompt without sd-scripts' options in it, and what they set: negative, width, height, seed, steps, guidance.
+
+    Raises ConfigError for an option that is none of these, such as `--ar 3:2`, and for a value that is no number.
+    """
+    plain, *flags = re.split(r"(?:^|\s+)--(?=[A-Za-z]+(?:\s|$))", prompt)
+    settings: dict[str, Any] = {}
+    for name, _, value in (flag.partition(" ") for flag in flags):
+        if name.lower() not in _FLAGS:
+            raise ConfigError(
+                f"the prompt {plain[:60]!r}: --{name} is not read there; --n, --w, --h, --d, --s, --l are."
+            )
+        key, read = _FLAGS[name.lower()]
+        try:
+            settings[key] = read(value.strip())
+        except ValueError:
+            raise ConfigError(f"the prompt {plain[:60]!r}: --{name} {value!r:.20} is no number that fits.") from None
+    return plain, settings
+
+
+def without_flags(prompt: str, where: str) -> str:
+    """The prompt. Raises ConfigError where it holds options, which are read in the prompts of `generate` alone."""
+    plain, settings = split_flags(prompt)
+    if settings:
+        raise ConfigError(
+            f"{where}: options such as {prompt[len(plain) :].strip()[:40]!r} are not read here; leave them out."
+        )
+    return prompt
 
 
 def emphasised(prompt: str) -> list[tuple[str, float]]:

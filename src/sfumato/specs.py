@@ -13,7 +13,7 @@ from sfumato.compose.adapter import Adapter, Weight, checked_weight
 from sfumato.compose.blocks import Blocks
 from sfumato.errors import AdapterError, ConfigError
 from sfumato.files.header import read_header
-from sfumato.prompts import Tagged, split_tags
+from sfumato.prompts import Tagged, split_tags, without_flags
 
 
 def parse_adapter(spec: str) -> Adapter:
@@ -107,10 +107,10 @@ def with_tags(
 
 
 def without_tags(prompt: str, where: str) -> str:
-    """The prompt. Raises ConfigError where it names an adapter, which is read in the prompts of `generate` alone."""
+    """The prompt. Raises ConfigError where it names an adapter or holds options, as `generate` alone reads them."""
     if found := split_tags(prompt).adapters:
         raise ConfigError(f"{where}: <lora:{found[0][0]}:...> is not read here; name the adapter with --lora.")
-    return prompt
+    return without_flags(prompt, where)
 
 
 def parse_strengths(texts: Sequence[str], labels: Sequence[str]) -> dict[str, float]:

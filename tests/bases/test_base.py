@@ -164,12 +164,32 @@ def test_every_familys_own_sampler_exists(sd1, family):
 
 def test_the_fingerprint_follows_the_weights_not_the_place(sd1, tmp_path):
     folder = write_folder(sd1.pipe, tmp_path / "elsewhere")
-    assert load_base(folder, precision=CPU).fingerprint() == sd1.base.fingerprint()
+    moved = load_base(folder, precision=CPU)
+    assert moved.fingerprint() == sd1.base.fingerprint()
+    assert moved.adapted_fingerprint() == sd1.base.adapted_fingerprint()
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(weights)
     tensors["conv_in.bias"][0] += 1
     save_file(tensors, weights)
-    assert load_base(folder, precision=CPU).fingerprint() != sd1.base.fingerprint()
+    other = load_base(folder, precision=CPU)
+    assert other.fingerprint() != sd1.base.fingerprint()
+    assert other.adapted_fingerprint() != sd1.base.adapted_fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("name", "about", "told"),
+    [
+        ("pocket", {"ss_sd_model_name": "pocket", "sfumato.base_fingerprint": "another"}, True),
+        ("pocket", {"ss_sd_model_name": "pocket", "sfumato.base_fingerprint": "its own"}, False),
+        ("pocket", {"ss_sd_model_name": "pocket"}, False),
+        ("pocket", {"ss_sd_model_name": "my pocket", "sfumato.base_fingerprint": "another"}, False),
+        ("sd1", {"ss_sd_model_name": "sd1", "sfumato.base_fingerprint": "another"}, False),
+    ],
+)
+def test_only_another_release_of_pocket_is_told_of(sd1, name, about, told):
+    base = dataclasses.replace(sd1.base, name=name)
+    about = {key: base.adapted_fingerprint() if text == "its own" else text for key, text in about.items()}
+    assert base.is_another_release(about) is told
 
 
 def test_the_fingerprint_follows_the_prediction_type(sd1):

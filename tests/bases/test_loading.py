@@ -163,7 +163,7 @@ def test_a_unet_of_nine_channels_is_called_inpainting(sd1, tmp_path):
     ("options", "message"),
     [
         ({"prediction_type": "v"}, "--prediction-type v: unknown; wanted epsilon or v_prediction."),
-        ({"family": "sd3"}, "--family sd3: unknown; wanted pocket, sd1, sd2, sdxl."),
+        ({"family": "sd3"}, "family 'sd3': unknown; wanted pocket, sd1, sd2, sdxl."),
         ({"clip_skip": 2}, "--clip-skip 2: of 3 layers, 0 to 1 can be skipped."),
         ({"clip_skip": -1}, "--clip-skip -1: of 3 layers, 0 to 1 can be skipped."),
     ],

@@ -201,6 +201,7 @@ def test_a_vae_is_replaced_from_a_file_or_a_folder(sd1, tmp_path):
         torch.testing.assert_close(base.decode(latents), wanted)  # to rounding, as products are sfumato's
         assert torch.equal(prediction(base), prediction(sd1.base))
         digests.add(base.fingerprint())
+        assert base.adapted_fingerprint() == sd1.base.adapted_fingerprint()
     assert len(digests) == 4
 
 

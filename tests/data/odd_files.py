@@ -90,6 +90,15 @@ def kinds() -> dict[str, Kind]:  # one line each, so that they can be counted
         "png alpha": Kind(saved(alpha, "PNG"), "png", seen(alpha)),
         "png grey and alpha": Kind(saved(alpha.convert("LA"), "PNG"), "png", seen(alpha.convert("LA"))),
         "png grey of 16 bits": Kind(saved(Image.fromarray(GREY), "PNG"), "png", seen16(GREY), 1),
+        "png grey of 16 bits with a clear one": Kind(
+            png(64, 48, 16, 0, rows(GREY.astype(">u2")), chunk(b"tRNS", struct.pack(">H", GREY[24, 32]))),
+            "png",
+            np.where((GREY[24, 32] == GREY)[..., None], np.uint8(255), seen16(GREY)),
+            1,
+        ),
+        "png RGB of 16 bits with a clear one": Kind(
+            png(64, 48, 16, 2, rows(deep.astype(">u2")), chunk(b"tRNS", struct.pack(">3H", 0, 0, 0))), "png", None
+        ),
         "png RGB of 16 bits": Kind(png(64, 48, 16, 2, rows(deep.astype(">u2"))), "png", seen16(GREY), 1),
         "png RGBA of 16 bits": Kind(
             png(64, 48, 16, 6, rows(wide.astype(">u2"))), "png", seen(Image.fromarray((wide >> 8).astype(np.uint8))), 2

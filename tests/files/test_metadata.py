@@ -18,6 +18,7 @@ from sfumato.files.metadata import (
     trigger_words,
 )
 from sfumato.files.write import fitted
+from sfumato.merging.lineage import Parent, inherit
 from tests.files.said import said
 
 
@@ -30,11 +31,16 @@ def test_adapter_guidance_is_written_where_there_is_any(strength, text):
 
 @pytest.mark.parametrize(("parents", "child"), [((2.0,), 2.0), ((2.0, 2.0), 2.0), ((2.0, 0.0), 0.0), ((2.0, 3.0), 0.0)])
 def test_what_is_made_of_files_that_ask_for_one_adapter_guidance_asks_for_it(parents, child):
-    from sfumato.merging.lineage import Parent, inherit
-
     told = [describe(Description("line", "sd1", adapter_guidance=strength)) for strength in parents]
     files = [Parent(f"{place}.safetensors", "ab", metadata, "sd1", 1.0) for place, metadata in enumerate(told)]
     assert adapter_guidance_of(inherit(files, title="mix", family="sd1")) == child
+
+
+@pytest.mark.parametrize(("parents", "child"), [("ab", ""), ("aa", "a"), (["a", ""], "")])
+def test_what_is_made_of_files_of_one_release_is_of_that_release(parents, child):
+    told = [describe(Description("line", "sd1", base_fingerprint=each)) for each in parents]
+    files = [Parent(f"{place}.safetensors", "ab", metadata, "sd1", 1.0) for place, metadata in enumerate(told)]
+    assert inherit(files, title="mix", family="sd1").get("sfumato.base_fingerprint", "") == child
 
 
 @pytest.mark.parametrize("text", ["", "much", "-1", "nan", "inf", "21"])

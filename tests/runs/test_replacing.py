@@ -40,7 +40,9 @@ def test_a_wrong_use_costs_nothing_of_the_run_that_it_would_replace(learn, capsy
 def test_nothing_of_the_old_run_lies_beside_the_new_one_and_what_is_nobodys_stays(learn):
     words = ("--caption", "<x> {caption}", "--train-words", "<x>", "--sample-prompts", "red")
     run = learn(*words, "--name", "old", "--save-every", "1")
-    assert (run / "adapters/old-000001-x.safetensors").is_file()
+    assert (run / "adapters/old-step00000001-x.safetensors").is_file()
+    for earlier in ("old-000001", "old-000001-x"):  # as versions before 0.4.0 called them
+        (run / f"adapters/{earlier}.safetensors").write_text("learned")
     mine = [run / "notes.txt", run / "adapters/best.safetensors", run / "images/mine.png"]
     for path in mine:
         path.write_text("mine")

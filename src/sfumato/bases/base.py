@@ -51,6 +51,16 @@ class TextEmbedding:
         return TextEmbedding(torch.cat([part.hidden for part in parts]), torch.cat(pooled) if pooled else None)
 
 
+def latent_scale(vae: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(shift, scale), fp32, each (1, channels or 1, 1, 1): latents = (encoded - shift) * scale."""
+    config = vae.config
+    shift, scale = getattr(config, "shift_factor", None) or 0.0, config.scaling_factor
+    if getattr(config, "latents_mean", None) is not None and getattr(config, "latents_std", None) is not None:
+        shift, scale = config.latents_mean, [scale / deviation for deviation in config.latents_std]
+    as_tensor = [torch.tensor(value, device=device).view(1, -1, 1, 1) for value in (shift, scale)]
+    return as_tensor[0], as_tensor[1]
+
+
 @dataclass(eq=False)
 class Base:
     """A base model, frozen. Made by `sfumato.load_base`.
@@ -75,6 +85,7 @@ class Base:
     files: tuple[Path, ...] = field(default=(), repr=False)
     resting: Resting = field(default_factory=lambda: Resting({}, lambda *_: None), repr=False)
     _digest: str | None = field(default=None, init=False, repr=False)
+    _adapted: str | None = field(default=None, init=False, repr=False)
     _vocabularies: list[str] = field(default_factory=list, init=False, repr=False)
 
     @property
@@ -173,16 +184,6 @@ class Base:
 
     # Pixels
 
-    @property
-    def _latent_scale(self) -> tuple[Tensor, Tensor]:
-        """(shift, scale), each (1, channels or 1, 1, 1): latents = (encoded - shift) * scale."""
-        config = self.vae.config
-        shift, scale = getattr(config, "shift_factor", None) or 0.0, config.scaling_factor
-        if getattr(config, "latents_mean", None) is not None and getattr(config, "latents_std", None) is not None:
-            shift, scale = config.latents_mean, [scale / deviation for deviation in config.latents_std]
-        as_tensor = [torch.tensor(value, device=self.precision.device).view(1, -1, 1, 1) for value in (shift, scale)]
-        return as_tensor[0], as_tensor[1]
-
     @torch.no_grad()
     def encode_pixels(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """(mean, deviation) of the scaled latents, fp32, each (batch, channels, height/f, width/f).
@@ -192,7 +193,7 @@ class Base:
         self.resting.wake("vae")
         with self._outside_autocast():
             encoded = self.vae.encode(pixels.to(self.precision.device, self.vae.dtype)).latent_dist
-        shift, scale = self._latent_scale
+        shift, scale = latent_scale(self.vae, self.precision.device)
         return (encoded.mean.float() - shift) * scale, encoded.std.float() * scale
 
     @torch.no_grad()
@@ -201,7 +202,7 @@ class Base:
 
         A decoding that is not finite is tried once more in fp32. Raises BaseModelError if that is not finite either.
         """
-        shift, scale = self._latent_scale
+        shift, scale = latent_scale(self.vae, self.precision.device)
         encoded = latents.to(self.precision.device).float() / scale + shift
         self.resting.wake("vae")
         dtype = self.vae.dtype
@@ -312,9 +313,33 @@ class Base:
                     for name, tensor in module.state_dict().items():
                         digest.update(name.encode())
                         digest.update(tensor.cpu().flatten().contiguous().view(torch.uint8).numpy().tobytes())
+            self.adapted_fingerprint()  # now, while the files are those that the base is read from
             self.resting.check_files()
             self._digest = digest.hexdigest()
         return self._digest
+
+    def adapted_fingerprint(self) -> str:
+        """sha256, in hex, over what adapters change, a page of each weight: U-Net and text encoders, whichever the VAE.
+
+        For the file of an adapter, to tell releases of a base apart, in milliseconds. Empty if there are no files. Read
+        once, then remembered.
+        """
+        if self._adapted is None:
+            digest = hashlib.sha256()
+            for page in self.resting.first_pages("unet", "text"):
+                digest.update(page)
+            self._adapted = digest.hexdigest() if self.files else ""
+        return self._adapted
+
+    def is_another_release(self, metadata: Mapping[str, str]) -> bool:
+        """Whether an adapter was learned on another release of pocket than this one, by its file's metadata.
+
+        False where they do not say, and for the other bases: adapters of SD 1.5 are meant for its fine-tunes, too.
+        """
+        stated = metadata.get("sfumato.base_fingerprint", "")
+        if not stated or not self.name == metadata.get("ss_sd_model_name") == "pocket":
+            return False
+        return self.adapted_fingerprint() not in ("", stated)
 
     def _settings_digest(self) -> hashlib._Hash:
         """A sha256 over all of the base that is no weight, to go on with."""

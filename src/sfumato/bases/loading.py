@@ -69,7 +69,7 @@ def load_base(
     if prediction_type not in (None, *PREDICTION_TYPES):
         raise BaseModelError(f"--prediction-type {prediction_type}: unknown; wanted epsilon or v_prediction.")
     if family is not None and family not in FAMILIES:
-        raise BaseModelError(f"--family {family}: unknown; wanted {', '.join(FAMILIES)}.")
+        raise BaseModelError(f"family {family!r}: unknown; wanted {', '.join(FAMILIES)}.")
     path, name = find(source)
     if path.is_file():
         parts = _from_file(path, precision, prediction_type, vae)

@@ -44,6 +44,11 @@ class Resting:
             for shell in shells:
                 shell.check_files()
 
+    def first_pages(self, *parts: Part) -> Iterator[bytes]:
+        """As of each part's `Shell`, awake or not."""
+        for shell in (shell for part in parts for shell in self._shells.get(part, ())):
+            yield from shell.first_pages()
+
     def keep(self, *parts: Part) -> None:
         """Wake these parts, and let the others rest until something wakes them."""
         self._rest(self._shells.keys() - set(parts))

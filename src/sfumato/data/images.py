@@ -244,7 +244,8 @@ def _upright(file: Image.Image, path: Path, notes: list[str]) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image, path: Path) -> Image.Image:
-    """16-bit grey scaled by 257; Pillow itself would clip it to white."""
+    """16-bit grey scaled by 257, with the one grey that a PNG may call transparent; Pillow itself would clip it to
+    white."""
     if image.mode == "F":
         raise DataError(f"{path.name}: floating-point pixels, whose white is unknown. Save it with 8 or 16 bits.")
     if not image.mode.startswith("I"):
@@ -252,7 +253,12 @@ def _eight_bits(image: Image.Image, path: Path) -> Image.Image:
     values = np.asarray(image).astype(np.int64)
     if values.min() < 0 or values.max() > 65535:
         raise DataError(f"{path.name}: 32-bit pixels, whose white is unknown. Save it with 8 or 16 bits.")
-    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    grey = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    clear = image.info.get("transparency")
+    if not isinstance(clear, int):
+        return grey
+    # Compared in 16 bits: in 8 its neighbours would be transparent, too.
+    return Image.merge("LA", (grey, Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8))))
 
 
 def _srgb(image: Image.Image, embedded: bytes | None, path: Path, notes: list[str]) -> Image.Image:
@@ -282,7 +288,8 @@ def _through(image: Image.Image, profile: Any) -> Image.Image:
 
 
 def _check_png(path: Path) -> None:
-    """Refuse a PNG whose pixels' checksums are wrong, which Pillow shows as other pixels."""
+    """Refuse a PNG whose pixels' checksums are wrong, or of whose 16-bit colours one is transparent, which Pillow shows
+    as other pixels."""
     data = memoryview(path.read_bytes())
     place = 8
     while place + 8 <= len(data):
@@ -293,6 +300,11 @@ def _check_png(path: Path) -> None:
                 raise DataError(f"{path.name}: cut short; {end - len(data):,} bytes are missing. Copy it anew.")
             if zlib.crc32(body) != int.from_bytes(data[end - 4 : end], "big"):
                 raise DataError(f"{path.name}: damaged; a checksum of its pixels is wrong. Copy it anew, or remove it.")
+        if kind == b"tRNS" and bytes(data[24:26]) == b"\x10\x02":  # bits, and RGB
+            raise DataError(
+                f"{path.name}: one of its 16-bit colours is transparent, which is lost in 8 bits. Save it with an "
+                "alpha channel, or with 8 bits."
+            )
         if kind == b"IEND":
             return
         place = end

@@ -38,8 +38,9 @@ MOST_ADAPTER_GUIDANCE = 20.0
 class Description:
     """All that an adapter's file tells about how it came to be. Unset fields are left out of the file.
 
-    base: the base's public name. resolution: (width, height) in pixels. images: how many it learned from.
-    trigger: the words that call it up. captions: of the training pictures, of which the words are counted.
+    base: the base's public name. base_fingerprint: as `Base.adapted_fingerprint` gives it. resolution: (width, height)
+    in pixels. images: how many it learned from. trigger: the words that call it up. captions: of the training pictures,
+    of which the words are counted.
     config: the program's resolved config, without private paths (`sfumato.config.to_dict(config, public=True)`); of it
     the settings of at most SETTING_BYTES are kept.
     started: Unix time in seconds, now if unset; SOURCE_DATE_EPOCH overrides it.
@@ -50,6 +51,7 @@ class Description:
     title: str
     family: str
     base: str = ""
+    base_fingerprint: str = ""
     prediction_type: str = ""
     resolution: tuple[int, int] | None = None
     images: int | None = None
@@ -141,6 +143,7 @@ def _own(description: Description) -> dict[str, str]:
     return {
         "sfumato.version": __version__,
         "sfumato.config": "" if description.config is None else _json(config),
+        "sfumato.base_fingerprint": description.base_fingerprint,
         "sfumato.dataset_sha256": description.dataset_sha256,
         "sfumato.adapter_guidance": f"{description.adapter_guidance:g}" if description.adapter_guidance else "",
         "sfumato.trigger": _json(list(description.trigger)) if description.trigger else "",

@@ -37,15 +37,18 @@ def inherit(
 ) -> dict[str, str]:
     """The metadata of a file made of `parents`; `write_lora` adds what it takes from the tensors.
 
-    Trigger words are united in the order of the parents. Base and adapter guidance are those that all parents name.
+    Trigger words are united in the order of the parents. Base, its fingerprint and adapter guidance are those that all
+    parents name.
     """
     bases = {parent.metadata.get("ss_sd_model_name", "") for parent in parents}
+    fingerprints = {parent.metadata.get("sfumato.base_fingerprint", "") for parent in parents}
     said = {parent.metadata.get("modelspec.prediction_type", "").removesuffix("_prediction") for parent in parents}
     strengths = {adapter_guidance_of(parent.metadata) for parent in parents}
     description = Description(
         title=title,
         family=family,
         base=bases.pop() if len(bases) == 1 else "",
+        base_fingerprint=fingerprints.pop() if len(fingerprints) == 1 else "",
         prediction_type="v_prediction" if "v" in said else "epsilon" if "epsilon" in said else "",
         trigger=list(dict.fromkeys(word for parent in parents for word in trigger_words(parent.metadata))),
         text=text,

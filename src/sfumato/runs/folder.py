@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 _OPENED = ("config.toml", "run.json", "log.jsonl")
 _OF_THE_LOCK = (".lock", ".holder.json")
+_KEPT = re.compile(r"-(?:step\d{8,}|\d{6,})[-.]")
+"""What follows a run's name in those of adapters kept on the way: sd-scripts' form, or that of runs before 0.4.0."""
 WRITTEN = ("config.toml", "README.md", "plot.png", "samples.png", "samples", "checkpoints")
 """What a run writes into its folder under a name of its own; NAME.safetensors comes beside them."""
 
@@ -80,7 +82,7 @@ def clear(config: FolderOptions) -> None:
     for picture in re.findall(r"images/((?:image_\d+|before|after|before_after)\.png)", text):
         _remove(folder / "images" / picture)
     for adapter in (folder / "adapters").glob("*.safetensors"):
-        if re.match(r"-\d{6,}[-.]", adapter.name.removeprefix(name)) and adapter.absolute() not in used:
+        if _KEPT.match(adapter.name.removeprefix(name)) and adapter.absolute() not in used:
             _remove(adapter)
     for events in (folder / "tensorboard").glob("events.out.tfevents.*"):
         _remove(events)
