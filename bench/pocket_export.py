@@ -1,6 +1,6 @@
 """The trained pipeline as the package ships it: fp16, files under 16 MB, with manifest, concepts and attribution.
 
-python -m bench.pocket_export --model runs/pocket-unet/model --data pocket-data
+python -m bench.pocket_export --model runs/pocket-unet/model [--vae runs/pocket-vae/model] --data pocket-data
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 
 from sfumato import cli
 from sfumato.config import parse
@@ -31,6 +31,8 @@ class Config:
 
     model: Path = Path("runs/pocket-unet/model")
     """Folder of the trained pipeline, fp32."""
+    vae: Path | None = None
+    """Folder of a VAE to ship in place of the pipeline's own, such as one whose decoder has learned on."""
     data: Path = Path("pocket-data")
     """The folder that bench/pocket_data.py built, for its manifest."""
     out: Path = Path("src/sfumato/pocket")
@@ -41,7 +43,8 @@ class Config:
 
 def export(config: Config) -> Path:
     """Write the base; returns its folder. The parts are written whole beside it and moved in."""
-    pipeline = StableDiffusionPipeline.from_pretrained(config.model, safety_checker=None, local_files_only=True)
+    vae = {} if config.vae is None else {"vae": AutoencoderKL.from_pretrained(config.vae, local_files_only=True)}
+    pipeline = StableDiffusionPipeline.from_pretrained(config.model, safety_checker=None, local_files_only=True, **vae)
     config.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=config.out.parent, prefix=".pocket-") as temporary:
         made = Path(temporary)

@@ -189,6 +189,20 @@ def test_a_decoder_learns_while_encoder_and_latents_stay(data, tmp_path):
     assert len(same) == sum(name.startswith(("encoder.", "quant_conv.")) for name in after.state_dict())
 
 
+def test_a_share_of_the_first_weights_stays(data, tmp_path):
+    settings = {"steps": 1, "batch": 2, "sample_every": 0, "device": "cpu", "precision": "fp32", "warmup_steps": 0}
+    settings |= {"init": Path("pocket"), "decoder_only": True, "data": data, "hands_share": 1.0}
+    folders = {
+        share: train(Config(init_share=share, output=tmp_path / f"{share}", **settings)) for share in (0.0, 0.25)
+    }
+    learned, mixed = (AutoencoderKL.from_pretrained(folder).state_dict() for folder in folders.values())
+    before = load_base("pocket", precision=CPU).vae.state_dict()
+    assert_close(mixed, {name: torch.lerp(learned[name], before[name], 0.25) for name in before}, rtol=0, atol=1e-6)
+    assert not torch.equal(mixed["decoder.conv_in.weight"], learned["decoder.conv_in.weight"])
+    with pytest.raises(ConfigError, match="--init-share keeps weights of a base's VAE"):
+        train(Config(init_share=0.5, output=tmp_path / "on"))
+
+
 def test_only_a_vae_with_a_base_has_a_decoder_to_go_on_with(data, tmp_path):
     for wrong in ({"stage": "vae"}, {"stage": "unet", "init": Path("pocket")}):
         with pytest.raises(ConfigError, match="--decoder-only goes on with the VAE of a base"):

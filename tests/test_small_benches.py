@@ -6,10 +6,11 @@ import json
 import pytest
 from PIL import Image
 
-from bench import prior, style_fidelity, style_runs
+from bench import prior, reconstruction, style_fidelity, style_runs
 from bench.mutation import Mutant, together, wilson
 from bench.real import BASE_CONCEPTS, cells_of, known_concepts, print_report, styles_of
-from sfumato.errors import DataError
+from sfumato.bases.loading import POCKET_FOLDER
+from sfumato.errors import ConfigError, DataError
 
 CONCEPTS = list(json.loads(BASE_CONCEPTS.read_text()))[:6]
 
@@ -116,3 +117,21 @@ def test_wilson_s_interval_is_the_published_one():
 
 def test_packages_weigh_as_much_as_they_have_mutants():
     assert together({"a": {"score": 1.0, "mutants": 300}, "b": {"score": 0.6, "mutants": 100}}) == 0.9
+
+
+def test_the_reconstruction_bench_measures_every_set_with_every_vae(data, tmp_path):
+    vaes = (POCKET_FOLDER / "vae",) * 2
+    config = reconstruction.Config(folders=(data, data / "flat"), vaes=vaes, pictures=8)
+    of_all, of_flat = reconstruction.measure(config)["sets"].values()
+    assert (of_all["pictures"], of_flat["pictures"]) == (8, 7)
+    assert of_flat["psnr_db"][0] == of_flat["psnr_db"][1] > 15
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="empty holds no picture; give --folders"):
+        reconstruction.measure(reconstruction.Config(folders=(tmp_path / "empty",), vaes=vaes))
+    with pytest.raises(ConfigError, match="nothing to reconstruct; give --folders or --packages"):
+        reconstruction.measure(reconstruction.Config())
+
+
+def test_so_many_pictures_are_taken_evenly():
+    assert reconstruction.spread(range(10), 5) == [0, 2, 4, 6, 8]
+    assert reconstruction.spread(range(3), 5) == [0, 1, 2]

@@ -71,6 +71,12 @@ class Config(FolderOptions):
     """VAE: weight of the mean KL divergence of a latent number from a standard normal one."""
     gradient_difference: float = 0.5
     """VAE: weight of the error in the differences of neighbouring pixels, which keeps edges sharp."""
+    hands_share: float = 0.0
+    """VAE: share of the pictures that are changed as other hands might have drawn them, with outlines, hatching, other
+    palettes and grounds, so that styles which it has not seen are rebuilt better."""
+    init_share: float = 0.0
+    """VAE: share of the weights of --init in the result beside the learned ones (Wortsman et al. 2022), which keeps
+    more of what it did well before."""
     snr_gamma: float = 5.0
     """U-Net: gamma of the min-SNR weights; a sample weighs 2 min(SNR, gamma) / (SNR + 1) + flat_weight."""
     flat_weight: float = 0.2
@@ -213,6 +219,7 @@ def train_vae(config: Config, precision: Precision) -> Path:
 
     from sfumato import load_base, randomness
     from sfumato.optimizers import clip
+    from sfumato.pocket.hands import as_by_other_hands
     from sfumato.pocket.parts import build_vae
     from sfumato.pocket.pictures import batch_indices, read_others, read_pictures
     from sfumato.pocket.shown import save_model
@@ -232,6 +239,7 @@ def train_vae(config: Config, precision: Precision) -> Path:
         vae.encoder.requires_grad_(False)
         vae.quant_conv.requires_grad_(False)
     trained = Trained({"vae": vae}, config, precision.device)
+    first = [weight.detach().clone() for weight in trained.parameters]
     run.keep(**trained.parts())
     run.identify(data=pictures.fingerprint())
     run.every(config.sample_every, lambda step: _reconstruct(trained, named, run, step))
@@ -240,6 +248,9 @@ def train_vae(config: Config, precision: Precision) -> Path:
         pixels = pictures.floats(batch_indices(step.number, config.batch, len(pictures.names), config.seed))
         draws = torch.rand(config.batch, generator=randomness.generator(config.seed, "flip", step.number))
         pixels = torch.where(draws.view(-1, 1, 1, 1) < config.flip_share, pixels.flip(3), pixels)
+        if config.hands_share:
+            lots = randomness.generator(config.seed, "hands", step.number)
+            pixels = as_by_other_hands(pixels, config.hands_share, lots)
         shape = (config.batch, vae.config.latent_channels, *(side // 4 for side in pixels.shape[2:]))
         noise = randomness.normal(shape, config.seed, "noise", step.number)
         with precision.autocast():
@@ -251,6 +262,8 @@ def train_vae(config: Config, precision: Precision) -> Path:
         trained.zero_grad()
         step.done(loss=loss, rate=trained.rate, gradient_norm=norm)
     with trained.averaged():
+        for weight, before in zip(trained.parameters, first, strict=True):
+            weight.lerp_(before, config.init_share)
         if not config.decoder_only:
             vae.register_to_config(scaling_factor=_scaling_factor(vae, named, precision.device))
         path = save_model(vae, config.output / "model")
@@ -404,7 +417,7 @@ def encode_text(encoder: CLIPTextModel, tokenizer: CLIPTokenizer, texts: Sequenc
 def check(config: Config) -> None:
     """Refuse what makes no sense before anything is loaded."""
     options.check_run(config)
-    for name in ("flip", "group", "empty", "others", "varied", "crossed", "moved"):
+    for name in ("flip", "hands", "init", "group", "empty", "others", "varied", "crossed", "moved"):
         share = getattr(config, f"{name}_share")
         if not 0 <= share <= 1:
             raise ConfigError(f"--{name}-share is {share}; it must be in 0 ... 1.")
@@ -416,6 +429,8 @@ def check(config: Config) -> None:
     for name in (*timesteps, "warmup_steps", "fall_at", "kl", "gradient_difference", "snr_gamma", "flat_weight"):
         if not 0 <= getattr(config, name) < float("inf"):
             raise ConfigError(f"--{name.replace('_', '-')} is {getattr(config, name)}; it must not be negative.")
+    if config.init_share and (config.stage != "vae" or config.init is None):
+        raise ConfigError("--init-share keeps weights of a base's VAE: it needs --stage vae and --init BASE.")
     if config.decoder_only and (config.stage != "vae" or config.init is None):
         raise ConfigError("--decoder-only goes on with the VAE of a base: it needs --stage vae and --init BASE.")
     if config.stage == "unet" and config.vae is None and config.init is None:

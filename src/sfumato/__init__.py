@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from sfumato.compose import Adapter, Mix, compose
     from sfumato.errors import SfumatoError
 
-__version__ = "0.4.0"
+__version__ = "0.5.0"
 __all__ = ["Adapter", "Base", "Mix", "SfumatoError", "compose", "load_base"]
 
 _HOME = {

@@ -1,0 +1,109 @@
+"""What VAEs make of pictures by any hand: PSNR of the reconstructions over folders of pictures and over npm icon sets.
+
+    python -m bench.reconstruction --folders emoji/openmoji --packages @iconify-json/fxemoji@1.2.2 \
+        --vaes runs/pocket-unet-4/model/vae --vaes src/sfumato/pocket/vae
+
+Prints JSON: for each set the mean PSNR in dB of each VAE, in their order, over at most --pictures of its pictures,
+evenly spread over their names. Icons are drawn as `bench/pocket_data.py` draws them.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from bench.pocket_data import Source, fetch, render
+from bench.real import print_report
+from bench.style_runs import to_tensor
+from sfumato import cli
+from sfumato.data.latents import to_floats
+from sfumato.errors import ConfigError, DataError
+
+_ENDINGS = {".png", ".jpg", ".jpeg", ".webp"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Reconstruct pictures and measure what is lost."""
+
+    folders: tuple[Path, ...] = ()
+    """Folders of pictures, of folders of them, too; each is one set. What is not square is cut to its middle."""
+    packages: tuple[str, ...] = ()
+    """Icon sets of npm, NAME@VERSION with an icons.json; each is one set."""
+    vaes: tuple[Path, ...] = (Path("src/sfumato/pocket/vae"),)
+    """Folders of AutoencoderKL."""
+    pictures: int = 150
+    """The most of one set."""
+    size: int = 64
+    """Width and height, in pixels."""
+    npm: Path = Path(".cache/npm")
+    """Folder of the fetched packages."""
+    out: Path | None = None
+    """File that receives the JSON besides."""
+
+
+def measure(config: Config) -> dict[str, Any]:
+    """The whole report."""
+    if not config.folders and not config.packages:
+        raise ConfigError("nothing to reconstruct; give --folders or --packages.")
+    vaes = [
+        AutoencoderKL.from_pretrained(path, torch_dtype=torch.float32, local_files_only=True) for path in config.vaes
+    ]
+    return {
+        "vaes": [str(path) for path in config.vaes],
+        "sets": {
+            name: {"pictures": len(pixels), "psnr_db": [round(psnr(vae.eval(), pixels), 2) for vae in vaes]}
+            for name, pixels in sets(config)
+        },
+    }
+
+
+def sets(config: Config) -> Iterator[tuple[str, Tensor]]:
+    """Each set's name and pictures, (n, 3, size, size) uint8. Raises DataError for an empty folder."""
+    for folder in config.folders:
+        files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _ENDINGS)
+        if not files:
+            raise DataError(f"{folder} holds no picture; give --folders folders of .png, .jpg or .webp.")
+        side = (config.size, config.size)
+        opened = (Image.open(path).convert("RGB") for path in spread(files, config.pictures))
+        yield folder.name, torch.stack([to_tensor(ImageOps.fit(picture, side)) for picture in opened])
+    for package in config.packages:
+        name, _, version = package.rpartition("@")
+        if not name:
+            raise ConfigError(f"--packages {package}: wanted NAME@VERSION, such as @iconify-json/fxemoji@1.2.2.")
+        icons = fetch(Source(name, version, "not asked for"), config.npm)
+        chosen = spread(sorted(icons["icons"]), config.pictures)
+        drawn = [Image.open(io.BytesIO(render(icons, icon, config.size))) for icon in chosen]
+        yield name, torch.stack([to_tensor(picture) for picture in drawn])
+
+
+def spread(items: Sequence[Any], most: int) -> list[Any]:
+    """At most so many of them, evenly."""
+    return [items[place * len(items) // most] for place in range(most)] if len(items) > most else list(items)
+
+
+@torch.no_grad()
+def psnr(vae: AutoencoderKL, pixels: Tensor) -> float:
+    """Mean over the pictures, in dB."""
+    each = []
+    for chunk in to_floats(pixels).split(64):
+        drawn = vae.decode(vae.encode(chunk).latent_dist.mode()).sample.clamp(-1, 1)
+        each.append(-10 * ((drawn - chunk) / 2).square().mean((1, 2, 3)).log10())
+    return float(torch.cat(each).mean())
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the program; prints JSON."""
+    print_report(Config, measure, argv, "bench.reconstruction")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,74 @@
+"""Pictures changed as other hands might have drawn them: how many, within what range, and what each change does."""
+
+import pytest
+import torch
+
+from sfumato.pocket import hands
+from sfumato.pocket.hands import as_by_other_hands
+
+
+def lots(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def rand(*shape: int) -> torch.Tensor:
+    return torch.rand(shape, generator=lots())
+
+
+@pytest.fixture
+def squares():
+    """Eight pictures of a red square with a blue one in it, on white, in [-1, 1]."""
+    pixels = torch.ones(8, 3, 64, 64)
+    pixels[:, 1:, 12:52, 12:52] = -1
+    pixels[:, 0, 24:40, 24:40], pixels[:, 2, 24:40, 24:40] = -1, 1
+    return pixels
+
+
+def test_so_many_pictures_are_changed_as_are_asked_for(squares):
+    many = squares.repeat(50, 1, 1, 1)
+    changed = (as_by_other_hands(many, 0.4, lots()) != many).flatten(1).any(1).float().mean()
+    assert 0.25 < changed < 0.4  # one in ten of those chosen is left as it is by all changes
+    assert torch.equal(as_by_other_hands(squares, 0.0, lots()), squares)
+
+
+def test_a_seed_gives_the_same_pictures_in_the_same_range(squares):
+    first, again, other = (as_by_other_hands(squares, 1.0, lots(seed)) for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert first.shape == squares.shape
+    assert first.abs().max() <= 1
+
+
+@pytest.mark.parametrize("name", ["_recolored", "_lit", "_hatched", "_outlined"])
+def test_paper_stays_white_where_no_ground_is_laid(squares, name):
+    plain = (squares + 1) / 2
+    changed = getattr(hands, name)(plain, hands._ink_of(plain), rand)
+    assert torch.allclose(changed[..., :8, :8], torch.ones(()))
+    assert not torch.allclose(changed, plain)
+
+
+def test_a_ground_is_laid_around_what_is_drawn(squares):
+    plain = (squares + 1) / 2
+    changed = hands._on_a_ground(plain, hands._ink_of(plain), rand)
+    assert torch.equal(changed[..., 14:50, 14:50], plain[..., 14:50, 14:50])
+    assert changed[..., :8, :8].amin(1).mean() < 0.9
+
+
+def test_lines_lie_where_colors_meet(squares):
+    plain = (squares + 1) / 2
+    black_over_the_colors = 0.4
+    changed = hands._outlined(plain, hands._ink_of(plain), lambda *shape: torch.full(shape, black_over_the_colors))
+    dark = changed.amax(1) < 0.5
+    assert dark[:, 11:13, 20:40].any(1).all()
+    assert dark[:, 23:25, 28:36].any(1).all()
+    assert not dark[:, 16:20, 16:20].any()
+    assert not dark[:, 28:36, 28:36].any()
+
+
+def test_finer_pictures_are_four_of_the_batch(squares):
+    squares[1] = 0
+    plain = (squares + 1) / 2
+    changed = hands._finer(plain)
+    assert changed.shape == plain.shape
+    assert torch.equal(changed[1, :, :32, :32], torch.full((3, 32, 32), 0.5))
+    assert torch.equal(changed[0, :, :32, :32], torch.nn.functional.avg_pool2d(plain, 2)[0])
