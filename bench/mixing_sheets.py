@@ -77,7 +77,7 @@ class Config:
     """Of the training and of the pictures."""
     work: Path = Path(".cache/mixing_sheets")
     """Folder that keeps the adapters; what it holds is not learned again, and refused if other code learned it."""
-    out: Path = Path("docs")
+    sheets: Path = Path("docs")
     """Folder for mixing-STYLE-SUBJECT.png."""
     jobs: int = 2
     """Processes that learn and draw side by side, each with one thread."""
@@ -298,7 +298,7 @@ def _draw_sheet(config: Config, style: str, style_file: Path, subject: str, subj
         column_labels=prompts,
         title=f"A: {style}. B: {subject}.",
     )
-    path = config.out / f"mixing-{style}-{subject}.png"
+    path = config.sheets / f"mixing-{style}-{subject}.png"
     colours = save_small(sheet, path, config.limit_kib * 1024)
     print(json.dumps({"drawn": path.name}), file=sys.stderr, flush=True)
     return {

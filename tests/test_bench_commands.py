@@ -2,6 +2,7 @@
 
 import importlib
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
@@ -25,3 +26,9 @@ def test_a_misspelt_option_is_one_line(name, capsys):
     assert printed.err.startswith("sfumato: ")
     assert printed.err.endswith(f" See python -m bench.{name} --help.\n")
     assert printed.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", [file.stem for file in FILES if "print_report(Config" in file.read_text("utf-8")])
+def test_what_the_report_is_written_to_is_a_file_or_unset(name):
+    config = importlib.import_module(f"bench.{name}").Config
+    assert get_type_hints(config).get("out", Path | None) == Path | None

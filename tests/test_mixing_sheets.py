@@ -23,7 +23,7 @@ def config(pocket_folder, pictures, tmp_path):
         (subject / file.name).with_suffix(".txt").write_text(f"sks creature, {file.stem} style\n", encoding="utf-8")
     return Config(
         styles=(pictures,), subjects=(subject,), base=str(pocket_folder), train_steps=1, steps=1, jobs=1,
-        limit_kib=2000, work=tmp_path / "work", out=tmp_path / "docs",
+        limit_kib=2000, work=tmp_path / "work", sheets=tmp_path / "docs",
     )  # fmt: skip
 
 
@@ -34,7 +34,7 @@ def test_each_pair_has_a_sheet_with_every_method_and_a_second_run_learns_nothing
     json.dumps(report)
     assert len(report["sheets"]) == 1
     for sheet in report["sheets"]:
-        file = config.out / sheet["file"]
+        file = config.sheets / sheet["file"]
         labels = [row["label"] for row in sheet["rows"]]
         assert set(METHODS) - {"linear"} <= set(labels)
         assert {"base", "A alone", "B alone", "composite"} <= set(labels)
