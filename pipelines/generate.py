@@ -299,6 +299,7 @@ def generate(config: Config) -> tuple[Path, ...]:
     from sfumato.compose import compose
     from sfumato.compose.guided import strengths_of
     from sfumato.desk import Desk
+    from sfumato.drawing import check_steps
     from sfumato.drawn import learned_otherwise, sampler_label, save_drawn
     from sfumato.files.adapter_file import read_adapter
     from sfumato.files.header import read_header
@@ -313,6 +314,8 @@ def generate(config: Config) -> tuple[Path, ...]:
         prediction_type=config.prediction_type,
     )
     settings = _settings(config, wanted, start, base)
+    for each in (settings, *wanted.own):  # all of them before the first picture is drawn
+        check_steps(each.get("steps"), base.scheduler)
     sampler = sampler_label(config.sampler, base)
     print(_summary(settings, sampler, base), file=sys.stderr)
     with ExitStack() as stack:

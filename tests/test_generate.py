@@ -464,6 +464,7 @@ WRONG = {
     "an option in a prompt without a number": (["a cat --w wide"], "no number"),
     "an odd size in a prompt": (["a cat --w 500"], "the nearest is 496"),
     "no steps in a prompt": (["a cat --s 0"], "0 steps"),
+    "more steps in the second prompt than timesteps": (["red", "a cat --s 1001"], "1001 steps; wanted 1 to 1000"),
     "an option for a picture of a sheet": (
         ["a --s 3", "--lora", "line.safetensors", "--sweep", "line=0,1"],
         "one setting",

@@ -113,9 +113,7 @@ def draw_each(
     if guidance is not None:
         checked_guidance(guidance)
     other = None if scheduler is None else schedulers.scheduler(scheduler, pipe.scheduler.config)
-    most = int((other or pipe.scheduler).config.num_train_timesteps)
-    if steps is not None and not 1 <= steps <= most:
-        raise ConfigError(f"{steps} steps; wanted 1 to {most}, the timesteps that the base was trained on.")
+    check_steps(steps, other or pipe.scheduler)
     for first in range(0, len(prompts), batch):
         some = slice(first, first + batch)
         with _as_asked(pipe, other):
@@ -123,6 +121,13 @@ def draw_each(
                 pipe, source if is_base else None, prompts[some], seeds[some], negative, given, start, syntax
             )
         yield from pictures
+
+
+def check_steps(steps: int | None, scheduler: Any) -> None:
+    """Raises ConfigError for more steps, or fewer, than a scheduler can take; unset ones are right."""
+    most = int(scheduler.config.num_train_timesteps)
+    if steps is not None and not 1 <= steps <= most:
+        raise ConfigError(f"{steps} steps; wanted 1 to {most}, the timesteps that the base was trained on.")
 
 
 def _check_kind(pipe: Any, start: Start | None) -> None:
