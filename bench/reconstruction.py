@@ -24,6 +24,7 @@ from bench.pocket_data import Source, fetch, render
 from bench.real import print_report
 from bench.style_runs import to_tensor
 from sfumato import cli
+from sfumato.bases.folder import load_vae
 from sfumato.data.latents import to_floats
 from sfumato.errors import ConfigError, DataError
 
@@ -54,16 +55,22 @@ def measure(config: Config) -> dict[str, Any]:
     """The whole report."""
     if not config.folders and not config.packages:
         raise ConfigError("nothing to reconstruct; give --folders or --packages.")
-    vaes = [
-        AutoencoderKL.from_pretrained(path, torch_dtype=torch.float32, local_files_only=True) for path in config.vaes
-    ]
+    vaes = [read_vae(path) for path in config.vaes]
     return {
         "vaes": [str(path) for path in config.vaes],
         "sets": {
-            name: {"pictures": len(pixels), "psnr_db": [round(psnr(vae.eval(), pixels), 2) for vae in vaes]}
+            name: {"pictures": len(pixels), "psnr_db": [round(psnr(vae, pixels), 2) for vae in vaes]}
             for name, pixels in sets(config)
         },
     }
+
+
+def read_vae(path: Path) -> AutoencoderKL:
+    """A folder's VAE, fp32. Raises BaseModelError for a folder of something else."""
+    shell = load_vae(path, torch.float32)
+    shell.read()
+    vae: AutoencoderKL = shell.model.eval()
+    return vae
 
 
 def sets(config: Config) -> Iterator[tuple[str, Tensor]]:
