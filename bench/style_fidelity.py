@@ -30,6 +30,7 @@ from bench.style_runs import Learned, Workshop, reconstruct
 from bench.style_summary import mix_summary, summary
 from sfumato import cli, load_base, randomness
 from sfumato.bases import Base
+from sfumato.errors import ConfigError
 from sfumato.precision import decide
 
 
@@ -51,6 +52,8 @@ class Config:
     """Concepts drawn for each style and seed."""
     images: int = 16
     """Pictures to learn from."""
+    prompt: str = "{concept}"
+    """What is asked for, in A1111's syntax, such as "{concept}[, noto style::0.3]"; of mixes the subject's words."""
     weights: tuple[float, float] = (1.0, 0.7)
     """Weights of style and subject in the mix: the README's."""
     mixed: int = 8
@@ -90,6 +93,8 @@ class Drawn:
 
 def measure(config: Config) -> dict[str, Any]:
     """The whole report: first everything is learned and drawn, then judged."""
+    if "{concept}" not in config.prompt:
+        raise ConfigError(f"--prompt {config.prompt!r} has no {{concept}}, where what is drawn is named; add it.")
     pictures, others = read_real(config)
     base = load_base(config.base, precision=decide("fp32"))
     workshop = Workshop(config.work, config.base, base)
@@ -154,8 +159,10 @@ def draw_run(
     )
     adapter = adapter_of(learned)
     seeds = [1000 * seed + place for place in range(len(asked))]
-    before = workshop.drawn(f"base-{seed}", asked, seeds, {})
-    after = workshop.drawn(f"{style}-{seed}-drawn", asked, seeds, {adapter: 1.0})
+    prompts = [config.prompt.replace("{concept}", concept) for concept in asked]
+    syntax = "plain" if prompts == asked else "a1111"
+    before = workshop.drawn(f"base-{seed}", prompts, seeds, {}, syntax=syntax)
+    after = workshop.drawn(f"{style}-{seed}-drawn", prompts, seeds, {adapter: 1.0}, syntax=syntax)
     few, (a, b) = seeds[: config.mixed], config.weights
     mix = {}
     for name, subject in subjects.items():

@@ -32,6 +32,7 @@ from sfumato.data.latents import to_floats
 from sfumato.drawing import draw
 from sfumato.errors import ConfigError, RunError
 from sfumato.files.atomic import atomic_path, write_text
+from sfumato.prompts import Syntax
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "trainers/configs"
@@ -125,11 +126,13 @@ class Workshop:
         seeds: Sequence[int],
         weights: Mapping[Path, float],
         words: Sequence[Path] = (),
+        syntax: Syntax = "plain",
     ) -> Tensor:
         """(n, 3, h, w) uint8 pictures by `sfumato generate`'s settings, with these adapters, weights and words."""
         told = [list(prompts), list(seeds), self.base.fingerprint()]
         told += [[hashlib.sha256(path.read_bytes()).hexdigest(), weight] for path, weight in weights.items()]
         told += [hashlib.sha256(path.read_bytes()).hexdigest() for path in words]
+        told += [syntax] if syntax != "plain" else []
 
         def make() -> Tensor:
             adapters = [Adapter(path, weight, f"a{i}") for i, (path, weight) in enumerate(weights.items())]
@@ -139,12 +142,10 @@ class Workshop:
                 if adapters:
                     mix = stack.enter_context(compose(self.base, *adapters))
                     stack.enter_context(adapter_guidance(mix, guidance=self.base.defaults.guidance))
-                return self._draw(prompts, seeds)
+                pictures = draw(self.base, list(prompts), list(seeds), syntax=syntax)
+                return torch.stack([to_tensor(picture) for picture in pictures])
 
         return self._kept(f"{name}-{_hash(told)}", make)
-
-    def _draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
-        return torch.stack([to_tensor(picture) for picture in draw(self.base, list(prompts), list(seeds))])
 
     def _kept(self, name: str, make: Callable[[], Tensor]) -> Tensor:
         path = self.folder / f"{name}.safetensors"

@@ -85,7 +85,8 @@ class Config:
     mask: Path | None = None
     """A picture that is white where --image is to be drawn anew; the rest stays to the pixel (inpainting)."""
     prompt_syntax: Literal["plain", "a1111", "compel"] = "plain"
-    """Weighted words and prompts of any length: a1111 reads (words:1.3), compel reads (words)1.3 (extra `prompts`)."""
+    """Weighted words and prompts of any length: a1111 reads (words:1.3) and words that change between the steps,
+    [crab:otter:0.4] and [crab|otter]; compel reads (words)1.3 (extra `prompts`)."""
     negative: str = ""
     """What the pictures should not show."""
     steps: int | None = None

@@ -58,7 +58,7 @@ def test_the_commands_run_one_after_another(pocket_folder, tmp_path, monkeypatch
         modules = {key: LoraModule.from_scale(x.down, x.up + 0.1, x.scale) for key, x in lora.layers.items()}
         lora.detach()
         write_lora(tmp_path / f"{name}.safetensors", modules, family="pocket")
-    assert len(COMMANDS) == 10
+    assert len(COMMANDS) == 11
     for command in COMMANDS:
         program, *words = shlex.split(command)
         assert program == "sfumato"

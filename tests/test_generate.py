@@ -241,13 +241,15 @@ def test_a_new_word_is_known_for_the_call(generate, base):
     assert not np.array_equal(word, without)
 
 
-def test_weighted_words_change_the_picture(generate):
+def test_weighted_words_and_words_of_some_steps_change_the_picture(generate):
     pytest.importorskip("compel")
-    for name, prompt in (("plain", "a red square"), ("heavy", "a (red:1.6) square")):
+    prompts = {"plain": "a red square", "heavy": "a (red:1.6) square", "late": "a [red:blue:1] square"}
+    for name, prompt in prompts.items():
         code, _, err = generate(prompt, "--prompt-syntax", "a1111", "-o", f"{name}.png")
         assert code == 0, err
-    plain, heavy = (np.asarray(Image.open(f"{name}.png")) for name in ("plain", "heavy"))
+    plain, heavy, late = (np.asarray(Image.open(f"{name}.png")) for name in ("plain", "heavy", "late"))
     assert not np.array_equal(plain, heavy)
+    assert not np.array_equal(plain, late)
 
 
 def pixels(name: str) -> np.ndarray:

@@ -81,8 +81,8 @@ def test_brackets_that_do_not_pair_are_refused(prompt):
 
 
 @pytest.mark.parametrize("prompt", ["a [crab:lobster:0.5]", "[crab:10]", "[crab|lobster]", "[(crab:1.2)|lobster]"])
-def test_words_that_change_between_the_steps_are_refused(prompt):
-    with pytest.raises(ConfigError, match="changes words between the steps"):
+def test_words_that_change_are_refused_where_there_are_no_steps(prompt):
+    with pytest.raises(ConfigError, match="words that change between the steps"):
         emphasised(prompt)
 
 

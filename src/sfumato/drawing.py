@@ -17,7 +17,8 @@ from torch import Tensor
 from sfumato import schedulers
 from sfumato.axes import checked_guidance
 from sfumato.errors import BaseModelError, ConfigError
-from sfumato.prompts import Syntax, encode
+from sfumato.prompt_steps import Stage, told_by_stages
+from sfumato.prompts import Syntax, encode, encode_stages
 
 if TYPE_CHECKING:
     from sfumato.bases.base import Base
@@ -184,8 +185,12 @@ def _draw_batch(
     syntax: Syntax,
 ) -> list[Image.Image]:
     def denoise() -> Tensor:
-        text = _text_of(base, prompts, negative, syntax) if base else _as_arguments(prompts, negative)
-        return _denoise(pipe, text, seeds, options, start)
+        if not base:
+            return _denoise(pipe, _as_arguments(prompts, negative), seeds, options, start)
+        steps = options["num_inference_steps"]
+        told = _stages_of(base, prompts, negative, syntax, steps if start is None else int(steps * start.strength))
+        with told_by_stages(pipe.unet, told, pipe.scheduler) if len(told) > 1 else nullcontext():
+            return _denoise(pipe, _embedded(told[0]), seeds, options, start)
 
     with base.precision.autocast() if base else nullcontext():
         latents = denoise()
@@ -253,13 +258,21 @@ def _as_arguments(prompts: list[str], negative: str) -> dict[str, Any]:
     return {"prompt": prompts, "negative_prompt": [negative] * len(prompts)}
 
 
-def _text_of(base: Base, prompts: list[str], negative: str, syntax: Syntax) -> dict[str, Any]:
+def _stages_of(base: Base, prompts: list[str], negative: str, syntax: Syntax, steps: int) -> list[Stage]:
     """The prompts as the base's `encode_text` has them, which training saw and which knows of clip_skip."""
+    if syntax == "a1111":
+        return encode_stages(base, prompts, negative, steps)
     if syntax == "plain":
         text = base.encode_text(prompts)
         other = base.encode_text([negative] * len(prompts)) if negative else base.unconditional(len(prompts))
     else:
         text, other = encode(base, prompts, negative, syntax)
+    return [Stage(steps, text, other)]
+
+
+def _embedded(stage: Stage) -> dict[str, Any]:
+    """A stage for a pipeline's call."""
+    text, other = stage.text, stage.other
     embedded: dict[str, Any] = {"prompt_embeds": text.hidden, "negative_prompt_embeds": other.hidden}
     if text.pooled is not None and other.pooled is not None:
         embedded |= {"pooled_prompt_embeds": text.pooled, "negative_pooled_prompt_embeds": other.pooled}

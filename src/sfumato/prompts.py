@@ -21,6 +21,7 @@ from sfumato.errors import AdapterError, ConfigError
 
 if TYPE_CHECKING:
     from sfumato.bases import Base, TextEmbedding
+    from sfumato.prompt_steps import Stage
 
 Syntax = Literal["plain", "compel", "a1111"]
 
@@ -123,7 +124,7 @@ def emphasised(prompt: str) -> list[tuple[str, float]]:
 
     `(words:1.3)` weighs 1.3, `(words)` 1.1, `[words]` 1 / 1.1; nested ones multiply, and `\\(` is the character.
     Raises ConfigError for a bracket that is not closed, for a weight that is none, and for words that change between
-    the steps.
+    the steps, which `sfumato.prompt_steps` takes out first where there are steps.
     """
     pieces: list[list[Any]] = [["", 1.0]]
     opened: list[tuple[str, int]] = []  # each open bracket and the first piece within it
@@ -167,8 +168,8 @@ def _unbalanced(prompt: str, does: str, bracket: str) -> ConfigError:
 
 def _scheduled(prompt: str, form: str) -> ConfigError:
     return ConfigError(
-        f"the prompt {prompt[:60]!r} changes words between the steps, as {form} does in A1111, which is not read here. "
-        "Leave one of the words, or write \\[ and \\] for the characters."
+        f"the prompt {prompt[:60]!r}: words that change between the steps, as {form}, cannot be so here. Leave one of "
+        "the words, or write \\[ and \\] for the characters."
     )
 
 
@@ -196,6 +197,26 @@ def encode(base: Base, prompts: Sequence[str], negative: str, syntax: Syntax) ->
             torch.zeros_like(other.hidden), None if other.pooled is None else torch.zeros_like(other.pooled)
         )
     return whole[:count], other
+
+
+def encode_stages(base: Base, prompts: Sequence[str], negative: str, steps: int) -> list[Stage]:
+    """What A1111's prompts, and the negative prompt for each, tell the U-Net until which of the steps.
+
+    One stage where no words change, as of `encode`; raises what that raises.
+    """
+    from sfumato.prompt_steps import Stage, stages
+
+    by_text = [stages(text, steps) for text in (*prompts, negative)]
+    lasts = sorted({last for parts in by_text for last, _ in parts})
+    said = [[next(text for end, text in parts if last <= end) for parts in by_text] for last in lasts]
+    distinct = list(dict.fromkeys(text for texts in said for text in (texts if negative else texts[:-1])))
+    whole, other = encode(base, distinct, "", "a1111")
+    found = []
+    for last, (*texts, without) in zip(lasts, said, strict=True):
+        text = whole[[distinct.index(each) for each in texts]]
+        count = len(texts)
+        found.append(Stage(last, text, whole[[distinct.index(without)] * count] if negative else other[[0] * count]))
+    return found
 
 
 def _encoded(compel: Any, text: str | list[tuple[str, float]]) -> tuple[Any, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import inspect
+import math
 from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -123,6 +124,34 @@ def counts_sigmas(schedule: Mapping[str, Any]) -> bool:
     """Whether a scheduler of this config tells the U-Net the logarithm of sigma, as EDM's do, and not a timestep."""
     continuous = schedule.get("timestep_type") == "continuous" and schedule.get("prediction_type") == "v_prediction"
     return "sigma_data" in schedule or continuous
+
+
+class Clock:
+    """Number of a step, counted from 0, from the timestep that the U-Net is asked for.
+
+    Timesteps fall; one that rises begins a new picture. Second-order schedulers ask twice a step, an ancestral one for
+    timesteps that rise in mid-picture, and count their calls themselves.
+    """
+
+    def __init__(self) -> None:
+        self._last, self._step = -math.inf, 0
+
+    def step(self, timestep: Any, scheduler: Any) -> int:
+        """Raises ConfigError for PNDM with Runge-Kutta steps, which asks for some timesteps of the next step."""
+        if not scheduler.config.get("skip_prk_steps", True):
+            raise ConfigError(
+                "PNDM's Runge-Kutta steps ask four times each, so that they cannot be told apart. Set skip_prk_steps "
+                "in the scheduler's config, as Stable Diffusion has it, or take another scheduler."
+            )
+        if scheduler.order > 1:
+            first = scheduler.begin_index or 0
+            return int(((scheduler.step_index or first) - first) // scheduler.order)
+        if timestep > self._last:
+            self._step = 0
+        elif timestep < self._last:
+            self._step += 1
+        self._last = timestep
+        return self._step
 
 
 def label(scheduler: Any) -> tuple[str, str | None]:

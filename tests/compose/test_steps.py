@@ -8,7 +8,7 @@ from sfumato.bases import load_base
 from sfumato.compose import Adapter, compose
 from sfumato.compose.steps import Ramp, Switch, over_steps
 from sfumato.drawing import draw
-from sfumato.errors import AdapterError
+from sfumato.errors import AdapterError, ConfigError
 from sfumato.files.lora_file import LoraModule
 from sfumato.files.write import write_lora
 from tests.tiny import CPU
@@ -133,7 +133,7 @@ def test_turns_of_runge_kutta_steps_and_progress_without_timesteps_are_refused(b
     schedule = base.scheduler.config
     with compose(pipe, Adapter(loras[0]), Adapter(loras[1])) as mix:
         pipe.scheduler = PNDMScheduler.from_config(schedule, skip_prk_steps=False)
-        with over_steps(mix, Switch(("a", "b"))), pytest.raises(AdapterError, match="skip_prk_steps"):
+        with over_steps(mix, Switch(("a", "b"))), pytest.raises(ConfigError, match="skip_prk_steps"):
             draw(pipe, "red square", 0, steps=6)
         with over_steps(mix, a=Ramp((0, 1), (1, 0))):
             seen, handle = weights_seen(base, mix)

@@ -9,7 +9,6 @@ is done. A step's change is cheapest where the mix is live; a baked one is summe
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -96,8 +95,8 @@ def over_steps(mix: Mix, switch: Switch | None = None, /, **weights: Progress) -
 
     weights: by label, a Ramp or any function of the progress. The text is encoded before the first step, so that the
     text encoders' weights stay the mix's; a weight by blocks keeps its factors. An adapter that the mix loses within
-    the block is no longer followed. Raises AdapterError for a label that the mix does not have, and while drawing for a
-    scheduler whose steps cannot be followed.
+    the block is no longer followed. Raises AdapterError for a label that the mix does not have; AdapterError or
+    ConfigError while drawing, for a scheduler whose steps cannot be followed.
     """
     with over_steps_of(mix, weights, switch):
         yield mix
@@ -108,7 +107,7 @@ def over_steps_of(mix: Mix, weights: Mapping[str, Progress], switch: Switch | No
     """As `over_steps`, for labels that are no Python names."""
     mix._check_labels([*weights, *(switch.labels if switch else ())])
     before = dict(mix.weights)
-    clock = _Clock()
+    clock = schedulers.Clock()
 
     def follow(module: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
         timestep = options["timestep"] if "timestep" in options else args[1]
@@ -142,34 +141,6 @@ def _progress(timestep: float, scheduler: Any) -> float:
             "Give the adapters one weight each."
         )
     return min(1.0, max(0.0, 1 - timestep / max(1, int(scheduler.config.num_train_timesteps) - 1)))
-
-
-class _Clock:
-    """Number of a step, counted from 0, from the timestep that the U-Net is asked for.
-
-    Timesteps fall; one that rises begins a new picture. Second-order schedulers ask twice a step, an ancestral one for
-    timesteps that rise in mid-picture, and count their calls themselves.
-    """
-
-    def __init__(self) -> None:
-        self._last, self._step = -math.inf, 0
-
-    def step(self, timestep: float, scheduler: Any) -> int:
-        """Raises AdapterError for PNDM with Runge-Kutta steps, which asks for some timesteps of the next step."""
-        if not scheduler.config.get("skip_prk_steps", True):
-            raise AdapterError(
-                "PNDM's Runge-Kutta steps ask four times each, so that turns cannot be told apart. Set skip_prk_steps "
-                "in the scheduler's config, as Stable Diffusion has it, or take another scheduler."
-            )
-        if scheduler.order > 1:
-            first = scheduler.begin_index or 0
-            return int(((scheduler.step_index or first) - first) // scheduler.order)
-        if timestep > self._last:
-            self._step = 0
-        elif timestep < self._last:
-            self._step += 1
-        self._last = timestep
-        return self._step
 
 
 def _set(mix: Mix, weights: Mapping[str, Weight]) -> None:

@@ -1,0 +1,146 @@
+"""Words of a prompt that change between the steps of a picture, as A1111 writes them.
+
+`[crab:otter:0.4]` asks for a crab in the first two fifths of the steps and for an otter in the others, `[in fog:0.4]`
+says its words from then on and `[in fog::0.4]` until then. A number without a point counts steps: `[crab:otter:10]`.
+`[crab|otter]` takes turns, a step each. All of them nest. Importing this loads no torch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sfumato import schedulers
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from sfumato.bases import TextEmbedding
+
+Said = Callable[[int, int], str]
+"""(step, counted from 1, of so many) -> what a part of a prompt says then."""
+
+_TOKENS = re.compile(r"\\.|[\[\]():|]|[^\\\[\]():|]+|\\", re.DOTALL)
+_WHEN = re.compile(r"\s*\d*\.?\d+\s*|\s*\d+\.\s*")
+
+
+def stages(prompt: str, steps: int) -> list[tuple[int, str]]:
+    """(last step, counted from 1, what is said until then), in order; one for a prompt whose words do not change.
+
+    Emphasis, brackets that do not pair and characters after a backslash are left as they are.
+    """
+    said = _parsed(prompt)
+    found: list[tuple[int, str]] = []
+    for step in range(1, steps + 1):
+        text = said(step, steps)
+        if found and found[-1][1] == text:
+            found.pop()
+        found.append((step, text))
+    return found
+
+
+def _parsed(prompt: str) -> Said:
+    """The whole prompt as a function of the step."""
+    open_: list[_Bracket] = [_Bracket("")]
+    for token in _TOKENS.findall(prompt):
+        if token in "[(":
+            open_.append(_Bracket(token))
+        elif token in "])" and open_[-1].opening == "[("[token == ")"]:
+            closed = open_.pop()
+            open_[-1].parts[-1].append(closed.said())
+        elif token in ":|" and open_[-1].opening == "[":
+            open_[-1].marks.append(token)
+            open_[-1].parts.append([])
+        else:
+            open_[-1].parts[-1].append(_always(token))
+    while len(open_) > 1:  # what is not closed is text
+        left = open_.pop()
+        open_[-1].parts[-1].append(left.as_text(closing=""))
+    return _joined(open_[0].parts[0])
+
+
+class _Bracket:
+    """What stands in a bracket so far. parts: between the marks, `:` or `|`, at this bracket's own depth."""
+
+    def __init__(self, opening: str) -> None:
+        self.opening = opening
+        self.parts: list[list[Said]] = [[]]
+        self.marks: list[str] = []
+
+    def said(self) -> Said:
+        """What the closed bracket says."""
+        kinds, texts = set(self.marks), [_joined(part) for part in self.parts]
+        if kinds == {"|"}:
+            return lambda step, steps: texts[(step - 1) % len(texts)](step, steps)
+        last = texts[-1](1, 1)
+        if kinds == {":"} and len(texts) <= 3 and _WHEN.fullmatch(last):
+            before, after = texts[:-1] if len(texts) == 3 else (_always(""), texts[0])
+            return lambda step, steps: (before if step <= _end(last, steps) else after)(step, steps)
+        return self.as_text("])"[self.opening == "("])
+
+    def as_text(self, closing: str) -> Said:
+        """The bracket as it is written."""
+        said = list(self.parts[0])
+        for mark, part in zip(self.marks, self.parts[1:], strict=True):
+            said += [_always(mark), *part]
+        return _joined([_always(self.opening), *said, _always(closing)])
+
+
+def _end(when: str, steps: int) -> int:
+    """The last step before a change: a share of the steps, or a count where there is no point."""
+    return int(float(when) * steps) if "." in when else int(when)
+
+
+def _always(text: str) -> Said:
+    return lambda step, steps: text
+
+
+def _joined(parts: Sequence[Said]) -> Said:
+    return lambda step, steps: "".join(part(step, steps) for part in parts)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a batch of pictures is told until a step. last: that step, counted from 1. text, other: of the prompts and
+    of what guidance leads away from, (batch, tokens, width) each.
+    """
+
+    last: int
+    text: TextEmbedding
+    other: TextEmbedding
+
+
+@contextmanager
+def told_by_stages(unet: nn.Module, told: Sequence[Stage], scheduler: Any) -> Iterator[None]:
+    """Within the block each call of the U-Net, for one batch of pictures, hears the stage of its step.
+
+    scheduler: the one that draws, by whose timesteps the steps are told apart. A call has a row for each picture, or
+    two, the first for the other text.
+    """
+    import torch
+
+    clock = schedulers.Clock()
+    heard: dict[tuple[int, bool], TextEmbedding] = {}  # the same tensor each time, by which layers know a text again
+
+    def tell(module: Any, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        sample = args[0] if args else options["sample"]
+        timestep = options["timestep"] if "timestep" in options else args[1]
+        step = clock.step(float(torch.as_tensor(timestep).flatten()[0]), scheduler) + 1
+        stage = next((each for each in told if step <= each.last), told[-1])
+        is_guided = len(sample) == 2 * len(stage.text)
+        if (text := heard.get((stage.last, is_guided))) is None:
+            text = type(stage.text).cat([stage.other, stage.text]) if is_guided else stage.text
+            text = heard[stage.last, is_guided] = text.to(options["encoder_hidden_states"])
+        options = {**options, "encoder_hidden_states": text.hidden}
+        if text.pooled is not None:
+            options["added_cond_kwargs"] = {**options["added_cond_kwargs"], "text_embeds": text.pooled}
+        return args, options
+
+    handle = unet.register_forward_pre_hook(tell, with_kwargs=True, prepend=True)
+    try:
+        yield
+    finally:
+        handle.remove()
