@@ -13,6 +13,7 @@ from sfumato import pnginfo
 from sfumato.compose.adapter import Adapter, Weight
 from sfumato.compose.blocks import Blocks
 from sfumato.merging.sources import identity
+from sfumato.numerals import exact
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -87,9 +88,7 @@ def save_drawn(
     # What is merged by another method than the sum, tags would draw otherwise.
     tagged = used if method in (None, "linear") else ()
     tags = [_tag(Path(adapter.path).stem, adapter.weight) for adapter in tagged]
-    strengths = ", ".join(
-        f"{label}: {pnginfo.exact(strength)}" for label, strength in settings["adapter_guidance"].items()
-    )
+    strengths = ", ".join(f"{label}: {exact(strength)}" for label, strength in settings["adapter_guidance"].items())
     pairs = {
         "Steps": settings["steps"],
         "Sampler": sampler[0],
@@ -126,7 +125,7 @@ def _tag(name: str, weight: Weight) -> str:
         return f"{_tag(name, weight.weight)[:-1]}:lbw={weight.factors_text()}>"
     if not isinstance(weight, tuple):
         return pnginfo.lora_tag(name, weight)
-    return f"<lora:{pnginfo.plain_name(name)}:{pnginfo.exact(weight[1])}:{pnginfo.exact(weight[0])}>"
+    return f"<lora:{pnginfo.plain_name(name)}:{exact(weight[1])}:{exact(weight[0])}>"
 
 
 def _plain(weight: Weight) -> Any:

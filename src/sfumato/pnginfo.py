@@ -18,6 +18,7 @@ from PIL import Image, PngImagePlugin
 
 from sfumato.errors import ConfigError, DataError
 from sfumato.files.atomic import atomic_path
+from sfumato.numerals import exact
 
 Value = str | int | float
 
@@ -79,11 +80,6 @@ def parse_parameters(text: str) -> Parameters:
 def lora_tag(name: str, weight: float) -> str:
     """<lora:name:0.8>, as it stands in a prompt."""
     return f"<lora:{plain_name(name)}:{exact(weight)}>"
-
-
-def exact(number: float) -> str:
-    """The shortest text that is read back as this number: 7, 0.8, 0.1234567."""
-    return repr(float(number)).removesuffix(".0")
 
 
 def lora_hashes(hashes: Mapping[str, str]) -> str:

@@ -65,7 +65,16 @@ def test_b_loras_style_is_one_block_of_sdxl():
 
 
 @pytest.mark.parametrize(
-    "text", ["MIDD", "ALL0.5", "b-lora-content", "down:0,up.1:1.2", "rest:0,mid:1", ",".join(["0.25"] * 26)]
+    "text",
+    [
+        "MIDD",
+        "ALL0.5",
+        "b-lora-content",
+        "down:0,up.1:1.2",
+        "rest:0,mid:1",
+        "up:0.1234567,rest:-0.00000025",
+        ",".join(["0.25"] * 26),
+    ],
 )
 def test_factors_are_written_as_they_are_read(text):
     blocks = Blocks.parse(0.8, text)

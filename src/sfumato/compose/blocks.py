@@ -13,6 +13,7 @@ from types import MappingProxyType
 
 from sfumato.errors import AdapterError
 from sfumato.merging.blocks import PRESETS, SHORT
+from sfumato.numerals import exact
 
 LISTS: Mapping[int, tuple[str, ...]] = MappingProxyType(
     {
@@ -107,9 +108,9 @@ class Blocks:
         known = dict(self.factors)
         for names in LISTS.values():
             if set(names) == set(known) and self.rest == 0:
-                return ",".join(f"{known[name]:g}" for name in names)
-        each = ",".join(f"{name}:{factor:g}" for name, factor in self.factors)
-        return each if self.rest == 1 else f"{each},rest:{self.rest:g}".lstrip(",")
+                return ",".join(exact(known[name]) for name in names)
+        each = ",".join(f"{name}:{exact(factor)}" for name, factor in self.factors)
+        return each if self.rest == 1 else f"{each},rest:{exact(self.rest)}".lstrip(",")
 
     def factor_at(self, part: str, path: str) -> float:
         """The factor of one module; part and path as in `weight_at`."""

@@ -19,6 +19,7 @@ from sfumato import __version__
 from sfumato.errors import ConfigError
 from sfumato.files.family import FAMILIES
 from sfumato.files.header import Header, read_header
+from sfumato.numerals import exact
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -145,7 +146,7 @@ def _own(description: Description) -> dict[str, str]:
         "sfumato.config": "" if description.config is None else _json(config),
         "sfumato.base_fingerprint": description.base_fingerprint,
         "sfumato.dataset_sha256": description.dataset_sha256,
-        "sfumato.adapter_guidance": f"{description.adapter_guidance:g}" if description.adapter_guidance else "",
+        "sfumato.adapter_guidance": exact(description.adapter_guidance) if description.adapter_guidance else "",
         "sfumato.trigger": _json(list(description.trigger)) if description.trigger else "",
         "sfumato.parents": _json(list(description.parents)) if description.parents else "",
     }

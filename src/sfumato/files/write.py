@@ -22,6 +22,7 @@ from sfumato.files.metadata import METADATA_LIMIT
 from sfumato.files.read import is_finite
 from sfumato.files.save import hashes, write_tensors
 from sfumato.files.write_embedding import bundled
+from sfumato.numerals import exact
 
 DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 """What an adapter's file may be written in, by the names that options have."""
@@ -74,7 +75,7 @@ def write_lora(
         **_network(metadata or {}),
         KEY: fingerprint(modules),  # of what was handed in, not of what `dtype` makes of it
         "ss_network_dim": str(ranks[0]) if len(ranks) == 1 else "Dynamic",
-        "ss_network_alpha": f"{alpha:g}" if float(f"{alpha:g}") == alpha else repr(alpha),
+        "ss_network_alpha": exact(alpha),
     }
     described.update(hashes(tensors, described))
     check_metadata(described, path)
