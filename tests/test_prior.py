@@ -14,7 +14,7 @@ from sfumato.bases.vocabulary import clip_tokenizer
 from sfumato.class_pictures import about, class_folder, draw_class, read_class, shares
 from sfumato.errors import DataError
 from sfumato.identifier import examine, is_ordinary
-from sfumato.prior import BasePrediction, ClassPictures, DriftLimit, draw_half
+from sfumato.prior import BasePrediction, ClassPictures, DriftLimit, calls, draw_half
 from sfumato.subject import Subject
 from tests.tiny import CPU
 
@@ -106,6 +106,14 @@ def test_the_class_half_is_drawn_independently_of_the_subjects(base, dataset):
     assert torch.equal(both.noise[COUNT:], of_class.noise)
     assert torch.equal(both.batch.latents[:COUNT], of_subject.batch.latents)
     assert len(both.batch.captions) == len(both.target) == 2 * COUNT
+
+
+def test_halves_of_one_shape_are_one_call_and_those_of_two_are_two(base, dataset):
+    one, other = (draw_half(base, dataset, seed, 0, COUNT, 0, COUNT) for seed in (0, 1))
+    wide = dataclasses.replace(other, noise=other.noise.repeat(1, 1, 1, 2))
+    assert [len(call.noise) for call in calls([one, other, wide, one])] == [2 * COUNT, COUNT, COUNT]
+    assert torch.equal(calls([one, other])[0].target, torch.cat([one.target, other.target]))
+    assert calls([one]) == [one]
 
 
 def test_the_target_is_the_base_as_it_was_whatever_becomes_of_it(pocket_folder, dataset):

@@ -106,18 +106,31 @@ def papers_loop(base, dataset, class_set, *, seed, weight, steps=STEPS, count=2)
     return losses, dict(unet.state_dict())
 
 
-@pytest.mark.parametrize("prior", ["none", "pictures", "base"])
-def test_equal_to_a_plain_loop_from_the_paper(prior, train, pocket_folder, pictures, tmp_path):
-    """Same start, noise, timesteps and batches: the same losses and final weights."""
+@pytest.fixture
+def shapes(tmp_path):
+    """Four pictures of three shapes."""
+    folder = tmp_path / "shapes"
+    folder.mkdir()
+    for place, size in enumerate([(64, 64), (128, 64), (64, 128), (128, 64)]):
+        Image.new("RGB", size, (40 * place, 200, 30)).save(folder / f"{place}.png")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("prior", "folder"), [("none", "pictures"), ("pictures", "pictures"), ("base", "pictures"), ("pictures", "shapes")]
+)
+def test_equal_to_a_plain_loop_from_the_paper(prior, folder, train, pocket_folder, tmp_path, request):
+    """Same start, noise, timesteps and batches: the same losses and final weights, in pictures of all shapes."""
+    images = request.getfixturevalue(folder)
     options = ["--schedule", "constant", "--clip", "0.5", "--seed", "3", "--prior-weight", "0.7", "--prior", prior]
-    path = train("run", *options)
+    path = train("run", "--images", images, *options)
 
     base = load_base(str(pocket_folder), precision=CPU)
-    dataset = data.prepare(data.read_folder(pictures, caption_template=PROMPT), base, resolution=64, buckets=False)
+    dataset = data.prepare(data.read_folder(images, caption_template=PROMPT), base, resolution=64)
     class_set = copy.deepcopy(base.unet) if prior == "base" else None
     if prior == "pictures":
         drawn = read_class(base, [CLASS], 3, resolution=64, folder=tmp_path / "class")
-        class_set = data.prepare(drawn, base, resolution=64, buckets=False)
+        class_set = data.prepare(drawn, base, resolution=64)
     start = {name: tensor.clone() for name, tensor in base.unet.state_dict().items()}
     losses, weights = papers_loop(base, dataset, class_set, seed=3, weight=0.7)
 
@@ -129,12 +142,8 @@ def test_equal_to_a_plain_loop_from_the_paper(prior, train, pocket_folder, pictu
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_pictures_of_several_shapes_learn_beside_the_bases_predictions(method, train, tmp_path):
-    folder = tmp_path / "shapes"
-    folder.mkdir()
-    for place, size in enumerate([(64, 64), (128, 64), (64, 128), (128, 64)]):
-        Image.new("RGB", size, (40 * place, 200, 30)).save(folder / f"{place}.png")
-    path = train("run", "--prior", "base", "--method", method, "--images", folder, "--steps", "6")
+def test_pictures_of_several_shapes_learn_beside_the_bases_predictions(method, train, shapes):
+    path = train("run", "--prior", "base", "--method", method, "--images", shapes, "--steps", "6")
     assert len(rows(path)) == 6
 
 

@@ -122,7 +122,7 @@ def train(config: Config) -> Path:
     from sfumato.full import full_precision
     from sfumato.measure import UNRELATED, Measures
     from sfumato.objective import denoising_errors
-    from sfumato.prior import BasePrediction, DriftLimit, draw_half
+    from sfumato.prior import BasePrediction, DriftLimit, calls, draw_half
     from sfumato.processes import Processes
     from sfumato.runs import Run
     from sfumato.runs.samples import Samples
@@ -207,16 +207,19 @@ def train(config: Config) -> Path:
             half = draw_half(
                 base, dataset, config.seed, step.number, global_batch, start, config.batch, offset=config.noise_offset
             )
-            subjects = len(half.batch)
-            if prior is not None:
-                half = half.beside(prior.draw(step.number, global_batch, start, config.batch))
-            batch = half.batch
+            subjects, in_loop = len(half.batch), config.train_text_encoder
+            beside = [prior.draw(step.number, global_batch, start, config.batch)] if prior else []
             with precision.autocast(), randomness.seeded(precision.device, config.seed, "dropout", step.number, start):
-                in_loop = config.train_text_encoder
-                text = embedding.encode(base, batch.captions, grad=True) if in_loop else batch.text
-                errors = denoising_errors(
-                    base, batch, half.noise, half.timesteps, text, min_snr=config.min_snr, target=half.target
-                )
+                found = []
+                for call in calls([half, *beside]):
+                    batch = call.batch
+                    text = embedding.encode(base, batch.captions, grad=True) if in_loop else batch.text
+                    found.append(
+                        denoising_errors(
+                            base, batch, call.noise, call.timesteps, text, min_snr=config.min_snr, target=call.target
+                        )
+                    )
+                errors = torch.cat(found)
                 of_subject = errors[:subjects].sum() / global_batch
                 of_class = errors[subjects:].sum() / global_batch
                 part = of_subject + config.prior_weight * of_class
@@ -373,12 +376,9 @@ def prepare(
     from sfumato.prior import prepare_class
 
     embed = not config.train_text_encoder
-    # Predictions that are remembered may repeat, and must fit whichever batch they come beside.
-    together = pictures is not None or (config.prior == "base" and config.method == "full")
     dataset = config.prepare(
         subjects,
         base,
-        buckets=not together,  # squares, where both must fit into one batch
         embed_text=embed,
         will_draw=(config.seed, config.steps, global_batch),
         processes=processes,

@@ -102,7 +102,7 @@ def train(config: Config) -> Path:
     from sfumato.full import parts_of
     from sfumato.measure import UNRELATED, Measures
     from sfumato.objective import denoising_errors
-    from sfumato.prior import draw_half
+    from sfumato.prior import calls, draw_half
     from sfumato.processes import Processes
     from sfumato.runs import Run
     from sfumato.runs.samples import Samples, default_prompts, drawing_of
@@ -187,17 +187,20 @@ def train(config: Config) -> Path:
             half = draw_half(
                 base, dataset, config.seed, step.number, global_batch, start, config.batch, offset=config.noise_offset
             )
-            learned = len(half.batch)
-            for prior in priors:
-                half = half.beside(prior.draw(step.number, global_batch, start, config.batch))
-            batch = half.batch
+            learned, in_loop = len(half.batch), config.train_text_encoder or words
+            beside = [prior.draw(step.number, global_batch, start, config.batch) for prior in priors]
             lora.drop_by(config.seed, step.number, range(start, start + learned))
             with precision.autocast():
-                in_loop = config.train_text_encoder or words
-                text = embedding.encode(base, batch.captions, grad=True) if in_loop else batch.text
-                errors = denoising_errors(
-                    base, batch, half.noise, half.timesteps, text, min_snr=config.min_snr, target=half.target
-                )
+                found = []
+                for call in calls([half, *beside]):
+                    batch = call.batch
+                    text = embedding.encode(base, batch.captions, grad=True) if in_loop else batch.text
+                    found.append(
+                        denoising_errors(
+                            base, batch, call.noise, call.timesteps, text, min_snr=config.min_snr, target=call.target
+                        )
+                    )
+                errors = torch.cat(found)
                 part = errors[:learned].sum() / global_batch
                 if priors:
                     of_prior = errors[learned:].sum() / global_batch
@@ -328,7 +331,6 @@ def prepare(
     dataset = config.prepare(
         subjects,
         base,
-        buckets=not of_class,  # squares, where both must fit into one batch
         embed_text=embed,
         will_draw=(config.seed, config.steps, global_batch),
         processes=processes,

@@ -51,6 +51,18 @@ class Half:
         )
 
 
+def calls(halves: Sequence[Half]) -> list[Half]:
+    """The halves in their order, those beside each other whose latents are of one shape as one: a call of the U-Net
+    each."""
+    found: list[Half] = []
+    for half in halves:
+        if found and found[-1].noise.shape[1:] == half.noise.shape[1:]:
+            found[-1] = found[-1].beside(half)
+        else:
+            found.append(half)
+    return found
+
+
 def draw_half(
     base: Base,
     data: Dataset,
@@ -82,13 +94,12 @@ def prepare_class(
 ) -> Dataset:
     """Pictures of the class with the embeddings of just the captions that `ClassPictures` gives; none are dropped.
 
-    They are squares: where a subject's set is prepared with buckets=False, both fit into one batch. config: resolved.
+    config: resolved.
     """
     assert config.steps is not None
     return config.prepare(
         pictures,
         base,
-        buckets=False,
         caption_dropout=0.0,
         embed_text=embed_text,
         will_draw=(class_seed(config.seed), config.steps, global_batch),

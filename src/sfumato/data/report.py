@@ -129,7 +129,6 @@ def check(
     if side < step:
         raise ConfigError(f"--resolution {side}: this base takes multiples of {step} px. Give {step} or more.")
     sources = sources_of(path, caption_template=caption_template, trigger=trigger, mask=mask)
-    buckets = buckets and not any(source.group == "class" for source in sources)  # both fit into one batch
     sizes = bucket_sizes(side, step, largest_ratio=2.0 if buckets else 1.0)
     examples: list[Example] = []
     founds: list[Found] = []
