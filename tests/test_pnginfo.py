@@ -107,6 +107,13 @@ def test_a_jpeg_keeps_the_settings_and_as_much_of_the_prompts_as_it_holds(tmp_pa
     assert read_picture_info(save_picture(Image.new("RGB", (8, 8)), tmp_path / "a.webp", wanted)).parameters == wanted
 
 
+def test_a_cut_prompt_keeps_its_tags(tmp_path):
+    tags = " <lora:line:0.8> <lora:otter:0.4:0.6>"
+    with pytest.warns(UserWarning, match="a JPEG holds"):
+        path = save_picture(Image.new("RGB", (8, 8)), tmp_path / "a.jpg", Parameters("a crab " * 9000 + tags[1:]))
+    assert read_picture_info(path).parameters.prompt.endswith(" ..." + tags)
+
+
 def test_a_picture_with_too_many_settings_is_kept_without_them(tmp_path):
     with pytest.warns(UserWarning, match="a JPEG holds"):
         path = save_picture(Image.new("RGB", (8, 8)), tmp_path / "a.jpg", Parameters("a", "", {"Note": "x" * 40_000}))

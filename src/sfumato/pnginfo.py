@@ -139,7 +139,7 @@ def read_picture_info(path: Path) -> PictureInfo:
 
 
 def _cut_for_jpeg(parameters: Parameters, path: Path) -> Parameters | None:
-    """The parameters with prompts that fit; None where the settings alone do not."""
+    """The parameters with prompts that fit, tags at the end whole; None where the settings alone do not fit."""
     if (length := _length(format_parameters(parameters))) <= _JPEG_CHARACTERS:
         return parameters
     warnings.warn(
@@ -148,9 +148,12 @@ def _cut_for_jpeg(parameters: Parameters, path: Path) -> Parameters | None:
         stacklevel=3,
     )
     room = _JPEG_CHARACTERS - _length(format_parameters(replace(parameters, prompt="", negative=""))) - len(_NEGATIVE)
+    tags = re.search(r"(?: <lora:[^<>]*>)*$", parameters.prompt)
+    ends = tags[0] if tags and _length(tags[0]) < room // 2 else ""
+    said = parameters.prompt.removesuffix(ends)
     negative = _cut(parameters.negative, max(room // 2, room - _length(parameters.prompt)))
-    shorter = replace(parameters, prompt=_cut(parameters.prompt, room - _length(negative)), negative=negative)
-    return shorter if room > 0 else None
+    prompt = _cut(said, room - _length(negative) - _length(ends)) + ends
+    return replace(parameters, prompt=prompt, negative=negative) if room > 0 else None
 
 
 def _cut(text: str, length: int) -> str:
