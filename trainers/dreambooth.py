@@ -116,13 +116,12 @@ def train(config: Config) -> Path:
 
     import torch
 
-    from sfumato import embedding, identifier, optimizers, randomness
     from sfumato import fused as fusing
+    from sfumato import identifier, optimizers, randomness
     from sfumato.ema import Average
     from sfumato.full import full_precision
     from sfumato.measure import UNRELATED, Measures
-    from sfumato.objective import denoising_errors
-    from sfumato.prior import BasePrediction, DriftLimit, calls, draw_half
+    from sfumato.prior import BasePrediction, DriftLimit, draw_half, errors_of
     from sfumato.processes import Processes
     from sfumato.runs import Run
     from sfumato.runs.samples import Samples
@@ -207,19 +206,10 @@ def train(config: Config) -> Path:
             half = draw_half(
                 base, dataset, config.seed, step.number, global_batch, start, config.batch, offset=config.noise_offset
             )
-            subjects, in_loop = len(half.batch), config.train_text_encoder
+            subjects = len(half.batch)
             beside = [prior.draw(step.number, global_batch, start, config.batch)] if prior else []
             with precision.autocast(), randomness.seeded(precision.device, config.seed, "dropout", step.number, start):
-                found = []
-                for call in calls([half, *beside]):
-                    batch = call.batch
-                    text = embedding.encode(base, batch.captions, grad=True) if in_loop else batch.text
-                    found.append(
-                        denoising_errors(
-                            base, batch, call.noise, call.timesteps, text, min_snr=config.min_snr, target=call.target
-                        )
-                    )
-                errors = torch.cat(found)
+                errors = errors_of(base, [half, *beside], encode=config.train_text_encoder, min_snr=config.min_snr)
                 of_subject = errors[:subjects].sum() / global_batch
                 of_class = errors[subjects:].sum() / global_batch
                 part = of_subject + config.prior_weight * of_class

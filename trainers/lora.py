@@ -96,13 +96,12 @@ def train(config: Config) -> Path:
     """Train, and return the adapter's path."""
     import torch
 
-    from sfumato import embedding, optimizers
+    from sfumato import optimizers
     from sfumato.adapters import attach, hosts
     from sfumato.ema import Average
     from sfumato.full import parts_of
     from sfumato.measure import UNRELATED, Measures
-    from sfumato.objective import denoising_errors
-    from sfumato.prior import calls, draw_half
+    from sfumato.prior import draw_half, errors_of
     from sfumato.processes import Processes
     from sfumato.runs import Run
     from sfumato.runs.samples import Samples, default_prompts, drawing_of
@@ -187,20 +186,11 @@ def train(config: Config) -> Path:
             half = draw_half(
                 base, dataset, config.seed, step.number, global_batch, start, config.batch, offset=config.noise_offset
             )
-            learned, in_loop = len(half.batch), config.train_text_encoder or words
+            learned, in_loop = len(half.batch), config.train_text_encoder or bool(words)
             beside = [prior.draw(step.number, global_batch, start, config.batch) for prior in priors]
             lora.drop_by(config.seed, step.number, range(start, start + learned))
             with precision.autocast():
-                found = []
-                for call in calls([half, *beside]):
-                    batch = call.batch
-                    text = embedding.encode(base, batch.captions, grad=True) if in_loop else batch.text
-                    found.append(
-                        denoising_errors(
-                            base, batch, call.noise, call.timesteps, text, min_snr=config.min_snr, target=call.target
-                        )
-                    )
-                errors = torch.cat(found)
+                errors = errors_of(base, [half, *beside], encode=in_loop, min_snr=config.min_snr)
                 part = errors[:learned].sum() / global_batch
                 if priors:
                     of_prior = errors[learned:].sum() / global_batch

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from sfumato import diffusion, embedding, randomness
 from sfumato.data import join
-from sfumato.objective import draw_noise, predict
+from sfumato.objective import denoising_errors, draw_noise, predict
 
 if TYPE_CHECKING:
     from sfumato.bases import Base
@@ -51,9 +51,23 @@ class Half:
         )
 
 
+def errors_of(base: Base, halves: Sequence[Half], *, encode: bool, min_snr: float | None = None) -> Tensor:
+    """`denoising_errors` of all halves in their order, (samples,); those of one shape in one call of the U-Net.
+
+    encode: whether captions are encoded here, with gradients; else the batches hold their embeddings.
+    """
+    errors = []
+    for call in calls(halves):
+        batch = call.batch
+        text = embedding.encode(base, batch.captions, grad=True) if encode else batch.text
+        assert text is not None
+        given = (batch, call.noise, call.timesteps, text)
+        errors.append(denoising_errors(base, *given, min_snr=min_snr, target=call.target))
+    return torch.cat(errors)
+
+
 def calls(halves: Sequence[Half]) -> list[Half]:
-    """The halves in their order, those beside each other whose latents are of one shape as one: a call of the U-Net
-    each."""
+    """The halves in their order, those beside each other whose latents are of one shape as one."""
     found: list[Half] = []
     for half in halves:
         if found and found[-1].noise.shape[1:] == half.noise.shape[1:]:
