@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sfumato.pocket import hands
-from sfumato.pocket.hands import as_by_other_hands
+from sfumato.pocket.hands import HANDS, as_by_other_hands, by_hands, hand_name
 
 
 def lots(seed: int = 0) -> torch.Generator:
@@ -37,6 +37,20 @@ def test_a_seed_gives_the_same_pictures_in_the_same_range(squares):
     assert not torch.equal(first, other)
     assert first.shape == squares.shape
     assert first.abs().max() <= 1
+
+
+def test_a_hand_changes_every_picture_alike_whatever_is_beside_it(squares):
+    one, other, two = by_hands(squares[:3], [5, 6, 5])
+    assert torch.equal(one, two)
+    assert not torch.equal(one, other)
+    assert torch.equal(by_hands(squares[:1], [6])[0], other)
+    assert by_hands(squares, range(8)).abs().max() <= 1
+
+
+def test_every_hand_has_a_name_of_its_own_and_most_do_something(squares):
+    assert len({hand_name(hand) for hand in range(HANDS)}) == HANDS
+    changed = by_hands(squares[:1].repeat(HANDS, 1, 1, 1), range(HANDS))
+    assert len({picture.numpy().tobytes() for picture in changed}) > 0.85 * HANDS
 
 
 @pytest.mark.parametrize("name", ["_recolored", "_lit", "_hatched", "_outlined"])

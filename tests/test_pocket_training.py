@@ -21,6 +21,7 @@ from sfumato.diffusion import crossing_noise, noise_latents, target
 from sfumato.errors import BaseModelError, ConfigError, DataError
 from sfumato.muon import Muon, orthogonal
 from sfumato.pocket.captions import caption, other_caption
+from sfumato.pocket.hands import by_hands, hand_name
 from sfumato.pocket.latents import Latents, encode, encode_all
 from sfumato.pocket.lessons import FARTHEST, Lesson, Lessons, Shares
 from sfumato.pocket.parts import build_vae
@@ -226,7 +227,7 @@ NAMES = [("crab", "noto"), ("crab", "flat"), ("key", "noto"), ("heart", "flat"),
 
 
 def lessons(**given):
-    usual = dict.fromkeys(("flip", "group", "plain", "empty", "others", "varied", "crossed", "moved"), 0.0)
+    usual = dict.fromkeys(("flip", "group", "plain", "empty", "others", "varied", "crossed", "moved", "hands"), 0.0)
     shares = Shares(**{**usual, "crossed_from": 300, "moved_below": 600, **given})
     partners = partners_of(Pictures(torch.zeros(5, 3, 8, 8, dtype=torch.uint8), NAMES))
     return Lessons(NAMES, 3, {"crab": "an animal", "key": "a tool"}, shares, 0, partners)
@@ -276,6 +277,17 @@ def test_a_varied_picture_says_so_and_a_plain_one_says_nothing():
     assert {*lessons(varied=1.0, empty=1.0).at(0, torch.zeros(64)).captions} <= {v.words for v in VARIANTS[1:]}
 
 
+def test_a_picture_by_another_hand_names_it_and_shows_the_same_thing():
+    plain, by_hand = (lessons(hands=share, empty=0.2).at(0, torch.zeros(400)) for share in (0.0, 0.6))
+    assert plain.hands == {}
+    assert by_hand.asked == by_hand.seen == plain.asked
+    assert 0.5 < len(by_hand.hands) / 400 < 0.7
+    assert len(set(by_hand.hands.values())) > 60
+    for place, (before, text) in enumerate(zip(plain.captions, by_hand.captions, strict=True)):
+        name = f"hand {hand_name(by_hand.hands[place])}" if place in by_hand.hands else ""
+        assert text == ", ".join(part for part in (before, name) if part)
+
+
 def test_pictures_are_moved_at_little_noise_alone_and_captions_do_not_tell():
     timesteps = torch.tensor([0, 599, 600, 999] * 16)
     still, moved = (lessons(moved=share).at(0, timesteps) for share in (0.0, 1.0))
@@ -295,15 +307,17 @@ def test_a_move_turns_and_shifts_and_fills_with_white():
     assert Move(2, 0, 9).of(picture).eq(255).all()
 
 
-def test_latents_of_moved_and_crossed_pictures_are_those_of_the_pictures_as_they_come_to_lie(data):
+def test_latents_of_changed_and_crossed_pictures_are_those_of_the_pictures_as_they_come_to_be(data):
     drawn = read_drawings(data)
     vae = load_base("pocket", precision=CPU).vae
     cache = Latents(vae, drawn, VARIANTS[:2], torch.device("cpu"))
     move = Move(3, -5, 7)
-    lesson = Lesson(asked=[0, 1, 2], seen=[0, 3, 4], variants=[1, 0, 0], moves={0: move, 1: move}, captions=[])
-    lying = [move.of(drawn.pixels[0].flip(2)), move.of(drawn.pixels[1]), drawn.pixels[2]]
-    shown = [lying[0], move.of(drawn.pixels[3]), drawn.pixels[4]]
-    (mean, deviation), (seen, _) = (encode(vae, to_floats(torch.stack(pixels))) for pixels in (lying, shown))
+    moves, hands = {0: move, 1: move}, {1: 7, 2: 8}
+    lesson = Lesson(asked=[0, 1, 2], seen=[0, 3, 4], variants=[1, 0, 0], moves=moves, hands=hands, captions=[])
+    lying = to_floats(torch.stack([move.of(drawn.pixels[0].flip(2)), move.of(drawn.pixels[1]), drawn.pixels[2]]))
+    shown = to_floats(torch.stack([move.of(drawn.pixels[0].flip(2)), move.of(drawn.pixels[3]), drawn.pixels[4]]))
+    changed = [torch.cat([pixels[:1], by_hands(pixels[1:], [7, 8])]) for pixels in (lying, shown)]
+    (mean, deviation), (seen, _) = (encode(vae, pixels) for pixels in changed)
     scaled = [vae.config.scaling_factor * part for part in (mean, deviation, seen)]
     assert_close(list(cache.of(lesson)), scaled, rtol=1e-4, atol=1e-4)
 

@@ -72,8 +72,9 @@ class Config(FolderOptions):
     gradient_difference: float = 0.5
     """VAE: weight of the error in the differences of neighbouring pixels, which keeps edges sharp."""
     hands_share: float = 0.0
-    """VAE: share of the pictures that are changed as other hands might have drawn them, with outlines, hatching, other
-    palettes and grounds, so that styles which it has not seen are rebuilt better."""
+    """Share of the pictures that are changed as other hands might have drawn them, with outlines, hatching, other
+    palettes and grounds, so that the VAE rebuilds styles better that it has not seen, and the U-Net learns them more
+    easily. The U-Net's are by one of 96 hands, each always the same, whom the caption names."""
     init_share: float = 0.0
     """VAE: share of the weights of --init in the result beside the learned ones (Wortsman et al. 2022), which keeps
     more of what it did well before."""
@@ -126,7 +127,7 @@ class Config(FolderOptions):
         """U-Net: how often what is done with a picture and its caption."""
         from sfumato.pocket.lessons import Shares
 
-        names = ("flip", "group", "plain", "empty", "others", "varied", "crossed", "moved")
+        names = ("flip", "group", "plain", "empty", "others", "varied", "crossed", "moved", "hands")
         values = {name: getattr(self, f"{name}_share") for name in names}
         return Shares(
             **values, crossed_from=self.crossed_from, moved_below=self.moved_below, plain_style=self.plain_style

@@ -1,13 +1,14 @@
-"""Pictures as other hands might have drawn them, made from those that may be seen: what the VAE's decoder learns from.
+"""Pictures as other hands might have drawn them, made from those that may be seen.
 
-A decoder that has seen four styles rebuilds a fifth badly: a thin black outline comes out grey and soft. These changes
-are of no set in particular. They give it outlines, hatching, gloss, other palettes and grounds, and finer things.
+A decoder that has seen four styles rebuilds a fifth badly: a thin black outline comes out grey and soft. A U-Net that
+has seen a thing in four styles alone takes these for what the thing is. These changes are of no set in particular. They
+give outlines, hatching, gloss, other palettes and grounds, and to the decoder finer things.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,21 +27,46 @@ def as_by_other_hands(pixels: Tensor, share: float, generator: torch.Generator) 
     What is done with one is drawn by lot: on average about two of the changes below, in their order.
     """
 
-    def rand(*shape: int) -> Tensor:
-        return torch.rand(shape, generator=generator)
+    rand = _draws(generator)
+    drawn = _redrawn(_some(rand, 0.25, _finer, (pixels + 1) / 2), rand)
+    by_others = (rand(len(pixels)) < share).view(-1, 1, 1, 1)
+    return torch.where(by_others, drawn * 2 - 1, pixels)
 
-    def some(chance: float, change: Change, plain: Tensor, *given: Any) -> Tensor:
-        chosen = (rand(len(pixels)) < chance).view(-1, 1, 1, 1)
-        return torch.where(chosen, change(plain, *given), plain) if chosen.any() else plain
 
-    drawn = some(0.25, _finer, (pixels + 1) / 2)
+HANDS = 96
+"""How many hands have a name."""
+
+
+def hand_name(hand: int) -> str:
+    """The name of one of HANDS: two letters, such as "za"."""
+    return "zxqvwjkyhufb"[hand // 8] + "aeiouyrs"[hand % 8]
+
+
+def by_hands(pixels: Tensor, hands: Sequence[int]) -> Tensor:
+    """(b, 3, h, w) in [-1, 1] -> the same size and range; each by its hand, which changes every picture alike."""
+    shades = (pixels + 1) / 2
+    each = [torch.Generator().manual_seed(1000 + hand) for hand in hands]
+    drawn = [_redrawn(shades[i : i + 1], _draws(generator)) for i, generator in enumerate(each)]
+    return torch.cat(drawn) * 2 - 1
+
+
+def _draws(generator: torch.Generator) -> Draw:
+    return lambda *shape: torch.rand(shape, generator=generator)
+
+
+def _some(rand: Draw, chance: float, change: Change, plain: Tensor, *given: Any) -> Tensor:
+    chosen = (rand(len(plain)) < chance).view(-1, 1, 1, 1)
+    return torch.where(chosen, change(plain, *given), plain) if chosen.any() else plain
+
+
+def _redrawn(drawn: Tensor, rand: Draw) -> Tensor:
+    """(b, 3, h, w), both in [0, 1]; some of the changes, in their order."""
     ink = _ink_of(drawn)
     for chance, change in (
         (0.5, _recolored), (0.25, _lit), (0.15, _hatched), (0.35, _outlined), (0.3, _on_a_ground), (0.1, _grained),
     ):  # fmt: skip
-        drawn = some(chance, change, drawn, ink, rand)
-    by_others = (rand(len(pixels)) < share).view(-1, 1, 1, 1)
-    return torch.where(by_others, drawn.clamp(0, 1) * 2 - 1, pixels)
+        drawn = _some(rand, chance, change, drawn, ink, rand)
+    return drawn.clamp(0, 1)
 
 
 def _ink_of(plain: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The latents that the pocket base learns from: of pictures as they lie kept, of moved ones made when asked for."""
+"""The latents that the pocket base learns from: of pictures as they are kept, of changed ones made when asked for."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sfumato.data.latents import check_finite, to_floats
+from sfumato.pocket.hands import by_hands
 from sfumato.pocket.lessons import Lesson
 from sfumato.pocket.pictures import VARIANTS, Pictures, Variant
 
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 class Latents:
     """Mean and deviation of the scaled latents of pictures in some variants.
 
-    Latents can neither be mirrored nor recolored themselves, so each variant is encoded once; moves are too many.
+    Latents can neither be mirrored nor recolored themselves, so each variant is encoded once; moves and hands are too
+    many.
     """
 
     def __init__(
@@ -39,18 +41,21 @@ class Latents:
         """Mean and deviation of what the lesson asks for, and the mean of what it shows, (batch, 4, h/4, w/4) fp32."""
         mean, deviation = self.means[lesson.variants, lesson.asked], self.deviations[lesson.variants, lesson.asked]
         seen = self.means[lesson.variants, lesson.seen]
-        if lesson.moves:
-            places = list(lesson.moves)
-            mean[places], deviation[places] = self._moved(places, lesson.asked, lesson)
+        if places := sorted({*lesson.moves, *lesson.hands}):
+            mean[places], deviation[places] = self._changed(places, lesson.asked, lesson)
             seen[places] = mean[places]
             if crossed := [p for p in places if lesson.seen[p] != lesson.asked[p]]:
-                seen[crossed], _ = self._moved(crossed, lesson.seen, lesson)
+                seen[crossed], _ = self._changed(crossed, lesson.seen, lesson)
         return mean, deviation, seen
 
-    def _moved(self, places: Sequence[int], indices: Sequence[int], lesson: Lesson) -> tuple[Tensor, Tensor]:
-        pixels = [VARIANTS[lesson.variants[p]].of(self.pictures.pixels[indices[p]]) for p in places]
-        moved = torch.stack([lesson.moves[p].of(picture) for p, picture in zip(places, pixels, strict=True)])
-        mean, deviation = encode(self.vae, to_floats(moved).to(self.device))
+    def _changed(self, places: Sequence[int], indices: Sequence[int], lesson: Lesson) -> tuple[Tensor, Tensor]:
+        """Of pictures that are moved, by another hand, or both."""
+        pictures = [VARIANTS[lesson.variants[p]].of(self.pictures.pixels[indices[p]]) for p in places]
+        moved = [lesson.moves[p].of(one) if p in lesson.moves else one for p, one in zip(places, pictures, strict=True)]
+        pixels = to_floats(torch.stack(moved))
+        if by_others := [row for row, p in enumerate(places) if p in lesson.hands]:
+            pixels[by_others] = by_hands(pixels[by_others], [lesson.hands[places[row]] for row in by_others])
+        mean, deviation = encode(self.vae, pixels.to(self.device))
         return mean * self.scale, deviation * self.scale
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sfumato import randomness
 from sfumato.pocket.captions import caption, other_caption
+from sfumato.pocket.hands import HANDS, hand_name
 from sfumato.pocket.pictures import VARIANTS, Move, batch_indices
 
 FARTHEST = 12
@@ -20,7 +21,8 @@ FARTHEST = 12
 class Shares:
     """How often something is done, each in [0, 1]; `sfumato train pretrain --help` says what each is.
 
-    crossed_from: the first timestep at which pictures are crossed. moved_below: the first at which none is moved.
+    hands: of pictures by one of `sfumato.pocket.hands`, whom the caption names. crossed_from: the first timestep at
+    which pictures are crossed. moved_below: the first at which none is moved.
     plain_style: the style in which a concept is drawn when its name alone is said; None: each as often.
     """
 
@@ -34,6 +36,7 @@ class Shares:
     crossed_from: int
     moved: float
     moved_below: int
+    hands: float
     plain_style: str | None = None
 
 
@@ -41,13 +44,14 @@ class Shares:
 class Lesson:
     """A step's batch. asked: the pictures that are to be drawn. seen: those that the noise is laid over, which are
     others where a picture is crossed. variants: which of VARIANTS of either. moves: how either is moved, place in the
-    batch -> move. captions: what is said.
+    batch -> move. hands: by whose hand it is, place -> hand. captions: what is said.
     """
 
     asked: list[int]
     seen: list[int]
     variants: list[int]
     moves: dict[int, Move]
+    hands: dict[int, int]
     captions: list[str]
 
 
@@ -81,7 +85,10 @@ class Lessons:
             asked += [self.named + i for i in more]
         draw = torch.rand(3, batch, generator=randomness.generator(self.seed, "captions and flips", step))
         cross = torch.rand(4, batch, generator=randomness.generator(self.seed, "crossing", step))
-        lesson = Lesson(asked, list(asked), (draw[2] < shares.flip).long().tolist(), self._moves(step, timesteps), [])
+        lesson = Lesson(
+            asked, list(asked), (draw[2] < shares.flip).long().tolist(), self._moves(step, timesteps), {}, []
+        )
+        by_hand = torch.rand(2, batch, generator=randomness.generator(self.seed, "hands", step))
         for place, index in enumerate(asked):
             words, form, _ = draw[:, place].tolist()
             crossed, which, varied, variant = cross[:, place].tolist()
@@ -94,6 +101,11 @@ class Lessons:
                 text = self._caption(index, words, form)
                 if text in self.plain:
                     lesson.asked[place] = lesson.seen[place] = self.plain[text]
+            other, hand = by_hand[:, place].tolist()
+            if other < shares.hands:
+                lesson.hands[place] = int(hand * HANDS)
+                said = f"hand {hand_name(lesson.hands[place])}"
+                text = f"{text}, {said}" if text else said
             if varied < shares.varied:
                 lesson.variants[place] = 1 + int(variant * (len(VARIANTS) - 1))
                 said = VARIANTS[lesson.variants[place]].words
