@@ -73,7 +73,7 @@ def test_variation_is_a_function_of_its_generator(pictures):
 def test_what_was_drawn_is_not_drawn_again(monkeypatch, tmp_path):
     asked = []
 
-    def draw(base, prompts, seeds):
+    def draw(base, prompts, seeds, *, syntax):
         asked.append(prompts)
         return [_grey(64) for _ in prompts]
 
