@@ -163,6 +163,8 @@ def test_a_picture_to_begin_from_counts_the_steps_that_are_drawn(pocket):
     assert difference(ours(pocket, "[red:blue:0]", steps=8, start=start), blue) <= 1
     assert difference(half, ours(pocket, "[red:blue:2]", steps=8, start=start)) <= 1
     assert difference(half, red) > 1
+    with pytest.raises(ConfigError, match="is no step"):
+        ours(pocket, "[red:blue:0.5]", steps=1, start=start)
 
 
 def test_adapters_under_guidance_and_regions_go_with_it(pocket, tmp_path):

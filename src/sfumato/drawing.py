@@ -188,7 +188,9 @@ def _draw_batch(
         if not base:
             return _denoise(pipe, _as_arguments(prompts, negative), seeds, options, start)
         steps = options["num_inference_steps"]
-        told = _stages_of(base, prompts, negative, syntax, steps if start is None else int(steps * start.strength))
+        if start is not None:
+            steps = max(1, int(steps * start.strength))
+        told = _stages_of(base, prompts, negative, syntax, steps)
         with told_by_stages(pipe.unet, told, pipe.scheduler) if len(told) > 1 else nullcontext():
             return _denoise(pipe, _embedded(told[0]), seeds, options, start)
 
