@@ -16,7 +16,7 @@ from sfumato.cli import run
 from sfumato.compose.adapter import Adapter, Weight
 from sfumato.config import parse
 from sfumato.errors import ConfigError
-from sfumato.prompts import split_flags, split_tags
+from sfumato.prompts import checked_syntax, split_flags, split_tags
 from sfumato.specs import (
     checked_folder,
     in_blocks,
@@ -159,8 +159,13 @@ def plan(config: Config) -> Plan:
     firsts = [(flags.pop("seed"),) if "seed" in flags else config.seed for flags in own]
     seeds = [[seed + i for seed in first for i in range(config.count)] for first in firsts]
     pictures = tuple((found.prompt, seed) for found, each in zip(split, seeds, strict=True) for seed in each)
+    texts = [*(found.prompt for found in split), *(flags.get("negative", "") for flags in own), config.negative]
+    for text in texts:
+        checked_syntax(text, config.prompt_syntax)
     given = in_blocks([parse_adapter(spec) for spec in config.lora], config.blocks)
     spots = tuple(parse_region(text, given) for text in config.region)
+    for spot in spots:
+        checked_syntax(spot.prompt or "", config.prompt_syntax)
     regional = {each.label for spot in spots for each in spot.adapters}
     if spots and config.adapter_guidance:
         raise ConfigError("--adapter-guidance and --region do not go together: regions are in both predictions.")

@@ -18,6 +18,7 @@ from sfumato.cli import run
 from sfumato.compose.adapter import Adapter, Weight, checked_weight
 from sfumato.config import parse
 from sfumato.errors import ConfigError
+from sfumato.prompts import checked_syntax
 from sfumato.specs import checked_folder, parse_adapter, parse_adapters, without_tags
 
 if TYPE_CHECKING:
@@ -63,6 +64,9 @@ class Config:
     """The weight of the adapters of an axis adapter=..., of those that have none of their own (FILE:0.8)."""
     prompt: str | None = None
     """What to draw, where no axis says it."""
+    prompt_syntax: Literal["plain", "a1111", "compel"] = "plain"
+    """How all prompts are written, as for sfumato generate. With a1111 a | in brackets is the prompt's own, as in
+    prompt=a [red|blue] crab|an owl, which are two prompts; one outside them parts prompts."""
     seed: int = 0
     """Where the noise comes from, where no axis says it."""
     base: str = "pocket"
@@ -120,7 +124,7 @@ def plan(config: Config) -> tuple[Axis, Axis, list[Adapter], list[list[Cell]]]:
     checked_folder(config.output, f"--output {config.output}")
     adapters = list(parse_adapters(config.lora))
     labels = [adapter.label for adapter in adapters]
-    x, y = parse_axis(config.x, labels), parse_axis(config.y, labels)
+    x, y = (parse_axis(axis, labels, config.prompt_syntax) for axis in (config.x, config.y))
     if (x.kind, x.label) == (y.kind, y.label) and x.kind != "adapter":
         raise ConfigError(f"--x and --y both vary {x.label or x.kind}; give them different settings.")
     if config.prompt is None and "prompt" not in (x.kind, y.kind):
@@ -128,7 +132,7 @@ def plan(config: Config) -> tuple[Axis, Axis, list[Adapter], list[list[Cell]]]:
     _check_method(config, x, y, adapters)
     for where, texts in _prompts(config, x, y):
         for text in texts:
-            without_tags(text, where)
+            checked_syntax(without_tags(text, where), config.prompt_syntax)
     fixed = {adapter.label: adapter.weight for adapter in adapters}
     extra = {spec: parse_adapter(f"{axis} {place}={spec}") for axis, side in (("x", x), ("y", y))
              if side.kind == "adapter" for place, spec in enumerate(side.values)}  # fmt: skip
@@ -138,6 +142,8 @@ def plan(config: Config) -> tuple[Axis, Axis, list[Adapter], list[list[Cell]]]:
         row = []
         for right in x.values:
             settings = {name: getattr(config, name) for name in PLAIN}
+            if config.prompt_syntax != "plain":  # so that cells that were drawn without the option are known again
+                settings["prompt_syntax"] = config.prompt_syntax
             weights: dict[str, Weight] = fixed | {each.label: 0.0 for each in extra.values()}
             for axis, value in ((x, right), (y, below)):
                 if axis.kind == "weight":
@@ -217,7 +223,7 @@ def draw_grid(config: Config) -> Path:
         nullcontext() if is_merged else compose(base, *adapters, partial=config.partial) as mix,
         bundled(base, mix.embeddings if mix is not None else {}) as words,
     ):
-        if words is not None:
+        if words is not None and config.prompt_syntax == "plain":  # the others take prompts of any length
             words.check([cell.settings["prompt"] for cells in rows for cell in cells])
         told = (
             mix.metadata
@@ -269,6 +275,7 @@ def _draw(
                 [cell.settings["prompt"] for cell in cells],
                 [cell.settings["seed"] for cell in cells],
                 scheduler=to["sampler"],
+                syntax=to.get("prompt_syntax", "plain"),
                 **{name: to[name] for name in ("negative", "steps", "guidance")},
             )
             strengths = strengths_of(applied, to["adapter_guidance"], guidance=to["guidance"])
@@ -330,6 +337,7 @@ def _save(
 
     settings = {
         **_filled(base, cell),
+        "prompt_syntax": config.prompt_syntax,
         "adapter_guidance": strengths,
         "width": picture.width,
         "height": picture.height,

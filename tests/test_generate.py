@@ -243,16 +243,19 @@ def test_a_new_word_is_known_for_the_call(generate, base):
 
 def test_weighted_words_and_words_of_some_steps_change_the_picture(generate):
     pytest.importorskip("compel")
-    prompts = {"plain": "a red square", "heavy": "a (red:1.6) square", "late": "a [red:blue:1] square"}
-    for name, prompt in prompts.items():
-        code, _, err = generate(prompt, "--prompt-syntax", "a1111", "-o", f"{name}.png")
-        assert code == 0, err
-    plain, heavy, late = (np.asarray(Image.open(f"{name}.png")) for name in ("plain", "heavy", "late"))
+    prompts = ["a red square", "a (red:1.6) square", "a [red:blue:1] square"]
+    syntax = ["--prompt-syntax", "a1111", "--lora", "line.safetensors"]
+    code, _, err = generate(*prompts, *syntax, "--adapter-guidance", "0", "-o", "drawn")
+    assert code == 0, err
+    plain, heavy, late = (pixels(file) for file in sorted(Path("drawn").iterdir()))
     assert not np.array_equal(plain, heavy)
     assert not np.array_equal(plain, late)
+    code, _, err = generate("a circle", *syntax, "--region", f"line=0,0,1,1:{prompts[2]}", "-o", "whole.png")
+    assert code == 0, err
+    assert abs(pixels("whole.png") - late).max() <= 1
 
 
-def pixels(name: str) -> np.ndarray:
+def pixels(name: str | Path) -> np.ndarray:
     return np.asarray(Image.open(name).convert("RGB"), dtype=int)
 
 
@@ -403,6 +406,12 @@ WRONG = {
     "a tag without a name": (["a <lora::1>", "-o", "a.png"], "<lora::1>: names no adapter"),
     "a strength of nothing": (["a", "--image", "there.png", "--strength", "0", "-o", "a.png"], "strength 0"),
     "a prompt of loose brackets": (["(a", "--prompt-syntax", "a1111", "-o", "a.png"], "bracket"),
+    "loose brackets in a second batch": (["red", "(a --s 3", "--prompt-syntax", "a1111"], "bracket"),
+    "loose brackets in a region": (
+        ["a", "--lora", "line.safetensors", "--region", "line=left:(a", "--prompt-syntax", "a1111"],
+        "bracket",
+    ),
+    "both marks in one bracket": (["[a:b|c:0.5]", "--prompt-syntax", "a1111"], "':' and '|' do not go together"),
     "a block that is none": (["a", "--lora", "line.safetensors", "--blocks", "line=upp:0"], "blocks upp: no module"),
     "a tag of no block": (["a <lora:line:1:lbw=UPS>"], "<lora:line:1:lbw=UPS>: blocks 'UPS'"),
     "no prompt": ([], "no prompt"),

@@ -69,6 +69,20 @@ def test_an_axis_that_makes_no_sense_is_one_line(text, said):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "prompts"),
+    [
+        ("a [red|blue] crab|an owl", ("a [red|blue] crab", "an owl")),
+        ("[a|[b|c:0.5]]|(d|e:1.2)|f", ("[a|[b|c:0.5]]", "(d|e:1.2)", "f")),
+        (r"\[a|b\]|c\|d", (r"\[a", r"b\]", r"c\|d")),
+        ("a]|[b|c", ("a]", "[b|c")),
+    ],
+)
+def test_brackets_of_a1111_keep_their_own_bars_together(text, prompts):
+    assert parse_axis(f"prompt={text}", [], "a1111").values == prompts
+    assert parse_axis(f"negative={text}", []).values == tuple(text.split("|"))
+
+
 @pytest.fixture
 def grid(pocket_folder, tmp_path, monkeypatch):
     """grid(*words): the exit code, in a folder with line.safetensors and otter.safetensors."""
@@ -121,6 +135,21 @@ def test_one_adapter_after_another(grid, tmp_path):
     about = json.loads((tmp_path / "out/grid.json").read_text())
     first, second = (np.asarray(Image.open(tmp_path / "out" / cell["file"]), dtype=int) for cell in about["cells"])
     assert abs(first - second).max() > 0
+
+
+def test_a_grid_reads_prompts_as_generate_does(grid, tmp_path, pocket_folder):
+    pytest.importorskip("compel")
+    prompts = ["a (red:1.6) [square|circle]", "a [red:blue:1] square"]
+    syntax = ["--prompt-syntax", "a1111"]
+    assert grid("--x", f"prompt={'|'.join(prompts)}", "--y", "seed=3", *syntax) == 0
+    drawing = ["--seed", "3", "--base", str(pocket_folder), "--steps", "2", "--device", "cpu"]
+    assert cli.main(["generate", *prompts, *syntax, *drawing, "-o", "drawn"]) == 0
+    files = [tmp_path / "out" / cell["file"] for cell in json.loads((tmp_path / "out/grid.json").read_text())["cells"]]
+    drawn = sorted((tmp_path / "drawn").iterdir())
+    for file, other, prompt in zip(files, drawn, prompts, strict=True):
+        assert abs(_pixels(file) - _pixels(other)).max() <= 1
+        own = read_picture_info(file).own
+        assert (own["prompt"], own["prompt_syntax"]) == (prompt, "a1111")
 
 
 BOTH = ["--lora", "line.safetensors:0.8", "--lora", "otter.safetensors"]
@@ -196,6 +225,9 @@ def _pixels(path):
     return np.asarray(Image.open(path).convert("RGB"), dtype=int)
 
 
+A1111 = ["--prompt-syntax", "a1111"]
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -213,12 +245,16 @@ def _pixels(path):
         (["--x", "seed=1", "--y", "seed=2", "--prompt", "a"], "both vary seed"),
         (["--x", "seed=1", "--y", "steps=2"], "no prompt"),
         (["--x", "adapter=nowhere.safetensors", "--y", "seed=1", "--prompt", "a"], "nowhere.safetensors"),
+        ([*A1111, "--x", "seed=1", "--y", "prompt=a|[b|c"], "'[b|c' does not close a bracket '['"),
+        ([*A1111, "--x", "seed=1", "--y", "prompt=[a:b|c:0.5]"], "':' and '|' do not go together in one bracket"),
+        ([*A1111, "--x", "seed=1", "--y", "prompt=a <lora:line:1>"], "<lora:line:...> is not read here"),
     ],
 )
-def test_wrong_use_is_one_line(grid, words, said, capsys):
+def test_wrong_use_is_one_line(grid, words, said, capsys, tmp_path):
     assert grid(*words) == 2
     shown = capsys.readouterr().err
     assert said in shown
+    assert not (tmp_path / "out").exists()
     assert len([line for line in shown.splitlines() if line.startswith("sfumato: ")]) == 1
 
 

@@ -85,6 +85,19 @@ def test_a_text_encoder_whose_words_another_tokenizer_knows_is_refused(files):
         pass
 
 
+def test_a_tokenizer_whose_words_another_text_encoder_has_is_refused(files):
+    pipe, other = tiny_pipeline("sd1", shallow=True), tiny_pipeline("sd1", shallow=True)
+    other.tokenizer = pipe.tokenizer
+    with embedding.load(pipe, files[0]):
+        one = encoded(pipe, "<one>")
+        with pytest.raises(ConfigError, match=r"text encoder of its own\. Take them out.* copy\.deepcopy"):
+            embedding.load(other, files[1])
+        assert torch.equal(encoded(pipe, "<one>"), one)
+    other.tokenizer = copy.deepcopy(pipe.tokenizer)
+    with embedding.load(pipe, files[0]), embedding.load(other, files[1]):
+        assert torch.equal(encoded(pipe, "<one>"), one)
+
+
 def test_what_diffusers_loads_meanwhile_stays(files, tmp_path):
     """As if ours had never been there: ids, rows and the size of the table; of a word that was loaded before, too."""
     pipe, other = tiny_pipeline("sd1"), tiny_pipeline("sd1")

@@ -11,11 +11,11 @@ from sfumato.bases import load_base
 from sfumato.compose import Adapter, adapter_guidance, compose
 from sfumato.compose.regions import Region, regions
 from sfumato.drawing import Start, draw
-from sfumato.errors import ConfigError
+from sfumato.errors import AdapterError, ConfigError
 from sfumato.files.lora_file import LoraModule
 from sfumato.files.write import write_lora
 from sfumato.prompt_steps import stages
-from sfumato.prompts import encode, encode_stages
+from sfumato.prompts import emphasised, encode, encode_stages
 from tests.tiny import CPU, tiny_pipeline, tiny_pocket_folder, write_folder
 
 
@@ -57,6 +57,13 @@ def test_what_is_said_when_is_what_a1111_s_own_examples_say(prompt, expected):
 )  # fmt: skip
 def test_ends_marks_and_brackets(prompt, expected):
     assert stages(prompt, 10) == expected
+
+
+@pytest.mark.parametrize("prompt", ["[crab:b|c:0.5]", "[a|b:c]", "[a|b:3]"])
+def test_both_marks_in_one_bracket_are_refused_where_a1111_takes_all_for_text(prompt):
+    ((_, text),) = stages(prompt, 10)
+    with pytest.raises(ConfigError, match=r"':' and '\|' do not go together.* as in \[a:\[b\|c\]:0\.5\]"):
+        emphasised(text)
 
 
 @pytest.fixture(scope="module")
@@ -179,8 +186,25 @@ def test_adapters_under_guidance_and_regions_go_with_it(pocket, tmp_path):
     with regions(pocket, left, syntax="a1111"):
         red, changed = (ours(pocket, text, steps=4) for text in ("red", "[red:blue:0.5]"))
     assert difference(changed, red) > 1
+
+
+def test_a_regions_words_change_as_the_calls_do(pocket):
+    """A region of the whole picture is the picture of its prompt, also where a part of the steps is drawn."""
+    start = Start(Image.new("RGB", (64, 64), "orange"), strength=0.5)
+    with regions(pocket, Region((0, 0, 1, 1), prompt="[red:blue:0.5] square"), syntax="a1111"):
+        found = [ours(pocket, "a circle", steps=4, start=each) for each in (None, start)]
+        with pytest.raises(AdapterError, match=r"counted by sfumato\.draw"):
+            pocket.pipeline()("a circle", num_inference_steps=1)
+    for picture, each in zip(found, (None, start), strict=True):
+        assert difference(picture, ours(pocket, "[red:blue:0.5] square", steps=4, start=each)) <= 1
+    assert difference(found[0], ours(pocket, "red square", steps=4)) > 1
+    with regions(pocket, Region((0, 0, 1, 1), prompt="red square"), syntax="a1111"):
+        pocket.pipeline()("a circle", num_inference_steps=1)
+
+
+def test_a_regions_weighted_words_want_a_base(pocket):
     with (
-        pytest.raises(ConfigError, match="cannot be so here"),
-        regions(pocket, Region((0, 0, 0.5, 1), prompt="[a:b:0.5]"), syntax="a1111"),
+        pytest.raises(AdapterError, match="wants a Base"),
+        regions(pocket.pipeline(), Region((0, 0, 1, 1), prompt="a (red:1.2) square"), syntax="a1111"),
     ):
         pass

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import difflib
 import glob
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sfumato.compose.adapter import checked_weight
 from sfumato.errors import AdapterError, ConfigError
 from sfumato.schedulers import find
+
+if TYPE_CHECKING:
+    from sfumato.prompts import Syntax
 
 PLAIN: dict[str, Callable[[str], Any]] = {
     "prompt": str,
@@ -101,13 +105,18 @@ class Axis:
         ]
 
 
-def parse_axis(text: str, labels: Sequence[str]) -> Axis:
+def parse_axis(text: str, labels: Sequence[str], syntax: Syntax = "plain") -> Axis:
     """`prompt=a crab|an owl`, `seed=1,2,3`, `LABEL=0,0.5,1` (weights), `adapter=a.safetensors,runs/*.safetensors`.
 
-    labels: the adapters' names. Prompts are parted by |, everything else by commas. Raises ConfigError, one line.
+    labels: the adapters' names. Prompts are parted by |, everything else by commas. syntax: of the prompts; A1111's
+    brackets may hold a | of their own. Raises ConfigError, one line.
     """
     name, equals, rest = text.partition("=")
-    parts = [part.strip() for part in rest.split("|" if name in ("prompt", "negative") else ",")]
+    if name not in ("prompt", "negative"):
+        found = rest.split(",")
+    else:
+        found = _outside_brackets(rest) if syntax == "a1111" else rest.split("|")
+    parts = [part.strip() for part in found]
     parts = [part for part in parts if part or name == "negative"]
     if not equals or not parts:
         raise ConfigError(f"axis {text!r}: wanted NAME=VALUES, such as seed=1,2,3 or prompt=a crab|an owl.")
@@ -133,6 +142,18 @@ def parse_axis(text: str, labels: Sequence[str]) -> Axis:
         if name in CHECKS:
             CHECKS[name](value)
     return Axis(name, values)
+
+
+def _outside_brackets(text: str) -> list[str]:
+    """The text parted at each | that no bracket holds and no backslash precedes."""
+    parts, depth = [""], 0
+    for token in re.findall(r"\\.|.", text, re.DOTALL):
+        depth = max(0, depth + (token in "[(") - (token in "])"))
+        if token == "|" and not depth:
+            parts.append("")
+        else:
+            parts[-1] += token
+    return parts
 
 
 def _files(part: str, text: str) -> list[str]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from sfumato import schedulers
 from sfumato.axes import checked_guidance
 from sfumato.errors import BaseModelError, ConfigError
-from sfumato.prompt_steps import Stage, told_by_stages
+from sfumato.prompt_steps import Stage, counted, told_by_stages
 from sfumato.prompts import Syntax, encode, encode_stages
 
 if TYPE_CHECKING:
@@ -184,21 +184,23 @@ def _draw_batch(
     start: Start | None,
     syntax: Syntax,
 ) -> list[Image.Image]:
+    steps = options.get("num_inference_steps", _STEPS)
+    if start is not None:
+        steps = max(1, int(steps * start.strength))
+
     def denoise() -> Tensor:
         if not base:
             return _denoise(pipe, _as_arguments(prompts, negative), seeds, options, start)
-        steps = options["num_inference_steps"]
-        if start is not None:
-            steps = max(1, int(steps * start.strength))
         told = _stages_of(base, prompts, negative, syntax, steps)
         with told_by_stages(pipe.unet, told, pipe.scheduler) if len(told) > 1 else nullcontext():
             return _denoise(pipe, _embedded(told[0]), seeds, options, start)
 
-    with base.precision.autocast() if base else nullcontext():
+    with base.precision.autocast() if base else nullcontext(), counted(steps):
         latents = denoise()
     in_half = pipe.unet.dtype != torch.float32 or (base is not None and base.precision.compute != torch.float32)
     if not torch.isfinite(latents).all() and in_half:
-        with _in_fp32(pipe.unet, getattr(pipe, "text_encoder", None), getattr(pipe, "text_encoder_2", None)):
+        parts = (pipe.unet, getattr(pipe, "text_encoder", None), getattr(pipe, "text_encoder_2", None))
+        with _in_fp32(*parts), counted(steps):
             latents = denoise()
     _check(latents.isfinite(), seeds, "not finite, even in fp32. Draw without adapters to see what is broken.")
     pixels = _decode(pipe, latents)

@@ -10,7 +10,9 @@ word, which it writes out as one token a vector, for every pipeline that shares 
 hooks away again; no weight was touched.
 
 A pipeline that shares the tokenizer and not the text encoder has no rows for them: give it a tokenizer of its own
-(`copy.deepcopy(pipe.tokenizer)`) before. A copied or pickled pipeline has copies of its words, for good.
+(`copy.deepcopy(pipe.tokenizer)`) before. Without, it takes no words itself, and fails at a prompt with one of these: of
+the pipelines that share a tokenizer none knows another, so nothing can say so earlier. A copied or pickled pipeline has
+copies of its words, for good.
 
 A pipeline that is saved while words are in use is saved without them. Words that diffusers' `load_textual_inversion`
 adds meanwhile stay: their rows move up into ours' place.
@@ -79,6 +81,11 @@ class Words(nn.Module):
                 raise ConfigError(
                     "the text encoder has new words of another pipeline that shares it, with a tokenizer of its own. "
                     "Load all words into one of them before the other is made of it."
+                )
+            if any(words not in site.in_use for words in site.words):
+                raise ConfigError(
+                    "the tokenizer has new words of another pipeline that shares it, with a text encoder of its own. "
+                    "Take them out by remove(), give this one a copy.deepcopy(pipe.tokenizer), and load them again."
                 )
         for number, site in enumerate(self._sites):
             site.in_use.append(self)

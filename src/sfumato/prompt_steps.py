@@ -8,8 +8,9 @@ says its words from then on and `[in fog::0.4]` until then. A number without a p
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 Said = Callable[[int, int], str]
 """(step, counted from 1, of so many) -> what a part of a prompt says then."""
+
+STEPS: ContextVar[int | None] = ContextVar("STEPS", default=None)
+"""How many steps of each picture `sfumato.draw` is drawing, by which words that change are counted."""
 
 _TOKENS = re.compile(r"\\.|[\[\]():|]|[^\\\[\]():|]+|\\", re.DOTALL)
 _WHEN = re.compile(r"\s*\d*\.?\d+\s*|\s*\d+\.\s*")
@@ -40,6 +44,11 @@ def stages(prompt: str, steps: int) -> list[tuple[int, str]]:
             found.pop()
         found.append((step, text))
     return found
+
+
+def changes(prompt: str) -> bool:
+    """Whether its words change in pictures of any number of steps that Stable Diffusion takes."""
+    return len(stages(prompt, 1000)) > 1
 
 
 def _parsed(prompt: str) -> Said:
@@ -114,21 +123,35 @@ class Stage:
 
 
 @contextmanager
+def counted(steps: int) -> Iterator[None]:
+    """Within the block so many steps of each picture are drawn."""
+    before = STEPS.set(steps)
+    try:
+        yield
+    finally:
+        STEPS.reset(before)
+
+
+def asked_timestep(args: Sequence[Any], options: Mapping[str, Any]) -> float:
+    """The timestep of a call of the U-Net with these arguments."""
+    import torch
+
+    return float(torch.as_tensor(options["timestep"] if "timestep" in options else args[1]).flatten()[0])
+
+
+@contextmanager
 def told_by_stages(unet: nn.Module, told: Sequence[Stage], scheduler: Any) -> Iterator[None]:
     """Within the block each call of the U-Net, for one batch of pictures, hears the stage of its step.
 
     scheduler: the one that draws, by whose timesteps the steps are told apart. A call has a row for each picture, or
     two, the first for the other text.
     """
-    import torch
-
     clock = schedulers.Clock()
     heard: dict[tuple[int, bool], TextEmbedding] = {}  # the same tensor each time, by which layers know a text again
 
     def tell(module: Any, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         sample = args[0] if args else options["sample"]
-        timestep = options["timestep"] if "timestep" in options else args[1]
-        step = clock.step(float(torch.as_tensor(timestep).flatten()[0]), scheduler) + 1
+        step = clock.step(asked_timestep(args, options), scheduler) + 1
         stage = next((each for each in told if step <= each.last), told[-1])
         is_guided = len(sample) == 2 * len(stage.text)
         if (text := heard.get((stage.last, is_guided))) is None:

@@ -11,7 +11,7 @@ Importing this loads no torch.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -127,29 +127,41 @@ def emphasised(prompt: str) -> list[tuple[str, float]]:
     the steps, which `sfumato.prompt_steps` takes out first where there are steps.
     """
     pieces: list[list[Any]] = [["", 1.0]]
-    opened: list[tuple[str, int]] = []  # each open bracket and the first piece within it
+    opened: list[tuple[str, int, set[str]]] = []  # each open bracket, the first piece within it, the marks : and |
     for token in _EMPHASIS.findall(prompt):
         if token in "([":
-            opened.append((token, len(pieces)))
+            opened.append((token, len(pieces), set()))
             pieces.append(["", 1.0])
         elif token[-1] in ")]" and token[0] != "\\":
             wanted = "(" if token[-1] == ")" else "["
             if not opened or opened[-1][0] != wanted:
                 raise _unbalanced(prompt, "closes", token[-1])
-            if token[0] == ":" and wanted == "[":
-                raise _scheduled(prompt, "[a:b:0.5]")
-            _, first = opened.pop()
+            _, first, marks = opened.pop()
+            if wanted == "[":
+                _check_marks(prompt, marks, is_timed=token[0] == ":")
             factor = _factor(token[1:-1]) if token[0] == ":" else 1.1 if token == ")" else 1 / 1.1
             for piece in pieces[first:]:
                 piece[1] *= factor
             pieces.append(["", 1.0])
         else:
-            if "|" in token and token[0] != "\\" and opened and opened[-1][0] == "[":
-                raise _scheduled(prompt, "[a|b]")
+            if opened and token[0] != "\\":
+                opened[-1][2].update(mark for mark in ":|" if mark in token)
             pieces[-1][0] += token.removeprefix("\\")
     if opened:
         raise _unbalanced(prompt, "does not close", opened[-1][0])
     return [(text, weight) for text, weight in pieces if text.strip()]
+
+
+def checked_syntax(prompt: str, syntax: Syntax) -> str:
+    """The prompt. Raises ConfigError for one in A1111's syntax that cannot be read; compel reads its own when drawing.
+
+    What is said after a count of more than 50 steps is read when drawing, too.
+    """
+    from sfumato.prompt_steps import stages
+
+    for _, text in stages(prompt, 50) if syntax == "a1111" else ():
+        emphasised(text)
+    return prompt
 
 
 _EMPHASIS = re.compile(r"\\.|:\s*[+-]?[.\d]+\s*[)\]]|[()\[\]]|[^\\()\[\]:]+|[:\\]", re.DOTALL)
@@ -166,11 +178,22 @@ def _unbalanced(prompt: str, does: str, bracket: str) -> ConfigError:
     return ConfigError(f"the prompt {prompt[:60]!r} {does} a bracket {bracket!r}; write \\{bracket} for the character.")
 
 
-def _scheduled(prompt: str, form: str) -> ConfigError:
-    return ConfigError(
-        f"the prompt {prompt[:60]!r}: words that change between the steps, as {form}, cannot be so here. Leave one of "
-        "the words, or write \\[ and \\] for the characters."
-    )
+def _check_marks(prompt: str, marks: Set[str], *, is_timed: bool) -> None:
+    """Raises ConfigError for a square bracket that is more than emphasis. is_timed: whether it ends in a number.
+
+    A1111 has no reading of `:` and `|` in one: it takes the whole prompt for text then, all other brackets included.
+    """
+    if "|" in marks and (is_timed or ":" in marks):
+        raise ConfigError(
+            f"the prompt {prompt[:60]!r}: ':' and '|' do not go together in one bracket. Give one of them a bracket "
+            "of its own, as in [a:[b|c]:0.5]."
+        )
+    if is_timed or "|" in marks:
+        form = "[a:b:0.5]" if is_timed else "[a|b]"
+        raise ConfigError(
+            f"the prompt {prompt[:60]!r}: words that change between the steps, as {form}, cannot be so here. Leave one "
+            "of the words, or write \\[ and \\] for the characters."
+        )
 
 
 def encode(base: Base, prompts: Sequence[str], negative: str, syntax: Syntax) -> tuple[TextEmbedding, TextEmbedding]:

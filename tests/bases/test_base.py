@@ -1,6 +1,7 @@
 """What a loaded base computes equals what its diffusers pipeline computes."""
 
 import dataclasses
+import hashlib
 
 import diffusers
 import pytest
@@ -12,9 +13,12 @@ from sfumato import embedding
 from sfumato.bases import load_base
 from sfumato.bases.family import FAMILIES, recognise
 from sfumato.bases.loading import alpha_bar
+from sfumato.bases.resting import Resting
 from sfumato.bases.single_file import shipped
 from sfumato.bases.vocabulary import byte_pair_tokenizer, clip_merges, clip_tokenizer
+from sfumato.bases.weights import Shell, Stored
 from sfumato.errors import BaseModelError, ConfigError, FileError
+from sfumato.files.header import read_header
 from tests.tiny import CPU, tiny_pipeline, write_folder
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
@@ -192,21 +196,49 @@ def test_only_another_release_of_pocket_is_told_of(sd1, name, about, told):
     assert base.is_another_release(about) is told
 
 
+def test_an_adapter_is_of_the_same_base_in_another_dtype(sd1, tmp_path):
+    """Half precision saved anew in fp32; what fp16 rounds is another base. What earlier versions wrote stays valid."""
+
+    def stored(*dtypes):
+        tensor, file = torch.arange(1.0, 3001.0).reshape(3, 1000) / 2999, tmp_path / f"{dtypes}.safetensors"
+        for dtype in dtypes:
+            tensor = tensor.to(dtype)
+        save_file({"weight": tensor}, file)
+        places = {"weight": Stored(read_header(file), "weight")}
+        shell = Shell(nn.Linear(1000, 3, bias=False, device="meta"), places, torch.float32, "pocket")
+        resting = Resting({"unet": [shell]}, lambda *_: None)
+        before = hashlib.sha256(b"weight" + tensor.view(torch.uint8).numpy().tobytes()[:4096]).hexdigest()
+        return dataclasses.replace(sd1.base, name="pocket", resting=resting), before
+
+    def told(fingerprint):
+        return {"ss_sd_model_name": "pocket", "sfumato.base_fingerprint": fingerprint}
+
+    (fp32, first), (fp16, second), (bf16, third) = map(stored, (torch.float32, torch.float16, torch.bfloat16))
+    assert [each.adapted_fingerprint() for each in (fp32, fp16, bf16)] == [first, second, third]
+    assert fp32.is_another_release(told(second))
+    for narrow, fingerprint in ((torch.float16, second), (torch.bfloat16, third)):
+        wide, before = stored(narrow, torch.float32)
+        assert wide.adapted_fingerprint() == fingerprint != before
+        assert not wide.is_another_release(told(before))
+
+
 def test_the_fingerprint_follows_the_prediction_type(sd1):
     other = load_base(sd1.folder, precision=CPU, prediction_type="v_prediction", unet=False)
     assert other.fingerprint() != sd1.base.fingerprint()
 
 
-@pytest.mark.parametrize("which", ["fingerprint", "quick_fingerprint"])
-def test_the_fingerprint_follows_tokenizer_schedule_and_empty_prompt(which, sd1):
+def test_both_fingerprints_follow_tokenizer_schedule_and_empty_prompt(sd1):
+    def prints(base):
+        return base.fingerprint(), base.quick_fingerprint()
+
     def changed(**parts):
-        return getattr(dataclasses.replace(sd1.base, **parts), which)()
+        return prints(dataclasses.replace(sd1.base, **parts))
 
     same = clip_tokenizer(positions=77)
     same(["a call", "of two"], padding=True, truncation=True, max_length=5)
     spoken = dataclasses.replace(sd1.base, tokenizers=(same,))
     with embedding.new_words(spoken, ["<otter>"], vectors=2):
-        assert getattr(spoken, which)() == changed() == getattr(sd1.base, which)()
+        assert prints(spoken) == changed() == prints(sd1.base)
     schedule = sd1.base.scheduler
     others = [
         changed(tokenizers=(clip_tokenizer(pad_token="!", positions=77),)),
@@ -214,7 +246,8 @@ def test_the_fingerprint_follows_tokenizer_schedule_and_empty_prompt(which, sd1)
         changed(zeros_for_empty_prompt=True),
         changed(scheduler=type(schedule).from_config({**schedule.config, "rescale_betas_zero_snr": True})),
     ]
-    assert len({*others, changed()}) == 5
+    for kind in zip(*others, changed(), strict=True):
+        assert len({*kind}) == 5
 
 
 def test_a_file_that_was_replaced_has_no_fingerprint(sd1, tmp_path):

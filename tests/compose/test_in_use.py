@@ -176,6 +176,21 @@ def test_a_mix_stays_and_goes_beside_a_lora_of_diffusers(pipe, write, way):
         assert_close(drawn(pipe), both, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("way", ["baked", "live"])
+def test_weights_by_step_go_on_beside_a_lora_of_diffusers(pipe, write, way):
+    line, otter = write("line", pipe, "to_q", "to_k"), write("otter", pipe, "to_q", "to_v", seed=2)
+    by_step = {"line": Ramp((0, 1), (0.4, 1), (0.4, 0))}
+    with compose(pipe, Adapter(line), Adapter(otter)) as mix, over_steps(mix, **by_step):
+        wanted = drawn(pipe, steps=3)
+    with compose(pipe, Adapter(line), way=way) as mix:
+        pipe.load_lora_weights(str(otter.parent), weight_name=otter.name, adapter_name="otter")
+        constant = drawn(pipe, steps=3)
+        with over_steps(mix, **by_step):
+            assert_close(drawn(pipe, steps=3), wanted, atol=1e-4, rtol=1e-4)
+        assert_close(drawn(pipe, steps=3), constant)
+    assert not torch.allclose(wanted, constant, atol=1e-2)
+
+
 def test_a_mix_that_was_cast_to_fewer_bits_and_back_says_what_to_do(sd1, a):
     with compose(sd1, a) as mix:
         sd1.unet.half().float()

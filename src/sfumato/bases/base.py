@@ -85,7 +85,7 @@ class Base:
     files: tuple[Path, ...] = field(default=(), repr=False)
     resting: Resting = field(default_factory=lambda: Resting({}, lambda *_: None), repr=False)
     _digest: str | None = field(default=None, init=False, repr=False)
-    _adapted: str | None = field(default=None, init=False, repr=False)
+    _adapted: tuple[str, str] | None = field(default=None, init=False, repr=False)
     _vocabularies: list[str] = field(default_factory=list, init=False, repr=False)
 
     @property
@@ -321,14 +321,19 @@ class Base:
     def adapted_fingerprint(self) -> str:
         """sha256, in hex, over what adapters change, a page of each weight: U-Net and text encoders, whichever the VAE.
 
-        For the file of an adapter, to tell releases of a base apart, in milliseconds. Empty if there are no files. Read
-        once, then remembered.
+        For the file of an adapter, to tell releases of a base apart, in milliseconds. The same for weights that were
+        saved anew in a dtype that holds them exactly. Empty if there are no files. Read once, then remembered.
         """
+        return self._adapted_fingerprints()[0]
+
+    def _adapted_fingerprints(self) -> tuple[str, str]:
+        """That, and the one of the weights as they are stored, which sfumato before 0.5 wrote."""
         if self._adapted is None:
-            digest = hashlib.sha256()
-            for page in self.resting.first_pages("unet", "text"):
-                digest.update(page)
-            self._adapted = digest.hexdigest() if self.files else ""
+            now, before = hashlib.sha256(), hashlib.sha256()
+            for digest, as_stored in ((now, False), (before, True)):
+                for page in self.resting.first_pages("unet", "text", as_stored=as_stored):
+                    digest.update(page)
+            self._adapted = (now.hexdigest(), before.hexdigest()) if self.files else ("", "")
         return self._adapted
 
     def is_another_release(self, metadata: Mapping[str, str]) -> bool:
@@ -339,7 +344,7 @@ class Base:
         stated = metadata.get("sfumato.base_fingerprint", "")
         if not stated or not self.name == metadata.get("ss_sd_model_name") == "pocket":
             return False
-        return self.adapted_fingerprint() not in ("", stated)
+        return bool(self.adapted_fingerprint()) and stated not in self._adapted_fingerprints()
 
     def _settings_digest(self) -> hashlib._Hash:
         """A sha256 over all of the base that is no weight, to go on with."""

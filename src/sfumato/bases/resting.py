@@ -44,10 +44,10 @@ class Resting:
             for shell in shells:
                 shell.check_files()
 
-    def first_pages(self, *parts: Part) -> Iterator[bytes]:
+    def first_pages(self, *parts: Part, as_stored: bool = False) -> Iterator[bytes]:
         """As of each part's `Shell`, awake or not."""
         for shell in (shell for part in parts for shell in self._shells.get(part, ())):
-            yield from shell.first_pages()
+            yield from shell.first_pages(as_stored=as_stored)
 
     def keep(self, *parts: Part) -> None:
         """Wake these parts, and let the others rest until something wakes them."""

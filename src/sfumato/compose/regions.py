@@ -22,13 +22,14 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, conv2d, linear, scaled_dot_product_attention
 
-from sfumato import prompts
+from sfumato import prompts, schedulers
 from sfumato.compose import tensors
 from sfumato.compose.adapter import Adapter, with_unet
 from sfumato.compose.match import Modules, halved, parts_of, weighed
 from sfumato.errors import AdapterError
 from sfumato.files.adapter_file import AdapterFile, read_adapter
 from sfumato.files.fingerprint import verify as verify_deltas
+from sfumato.prompt_steps import STEPS, asked_timestep, changes
 from sfumato.prompts import Syntax
 
 Box = tuple[float, float, float, float]
@@ -43,8 +44,8 @@ class Region:
     """A part of the picture, its adapters, and what is drawn there.
 
     where: a picture that is white where the adapters count (grey counts in part), or a box. prompt: of this region's
-    cross-attention, read with the call's `clip_skip`; None for the call's own. An adapter that changes the text
-    encoders wants a prompt here.
+    cross-attention, read with the call's `clip_skip`; None for the call's own. Its words may change between the steps
+    of `sfumato.draw`, see `sfumato.prompt_steps`. An adapter that changes the text encoders wants a prompt here.
     """
 
     where: Image.Image | Box
@@ -93,18 +94,20 @@ def regions(
     """
     if not parts:
         raise AdapterError("there is no region; give at least one.")
+    if syntax != "plain" and not hasattr(pipe, "encode_text"):
+        raise AdapterError(f"the prompt syntax {syntax} wants a Base of sfumato.load_base, not a pipeline.")
     unet = parts_of(pipe)["unet"]
     _check_no_picture_prompt(unet)
     masks = _Masks([region.mask() for region in parts])
     files = _read(parts, partial=partial, verify=verify)
 
-    def encoded(clip_skip: int | None) -> list[Tensor | None]:
+    def encoded(clip_skip: int | None, steps: int) -> list[Told | None]:
         return [
-            None if region.prompt is None else _encode(pipe, region, syntax, clip_skip, partial=partial)
+            None if region.prompt is None else _encode(pipe, region, syntax, clip_skip, steps, partial=partial)
             for region in parts
         ]
 
-    texts = _Texts(pipe, encoded)
+    texts = _Texts(pipe, encoded, follows=syntax == "a1111" and any(changes(each.prompt or "") for each in parts))
     layers = _layers(pipe, parts, files, partial=partial)
 
     def is_guided() -> bool:
@@ -187,26 +190,46 @@ class _Masks:
         return self.at(height, width, like).flatten(1)
 
 
-class _Texts:
-    """The regions' texts, encoded anew where a call's `clip_skip` is another.
+Told = list[tuple[int, Tensor]]
+"""(last step, counted from 1, the text until then, (1, tokens, width)), in order."""
 
-    encode: from `clip_skip` to (1, tokens, width) for each region, None for one without a prompt.
+
+class _Texts:
+    """The regions' texts at the current step, encoded anew where a call's `clip_skip` or number of steps is another.
+
+    encode: from these two to what each region is told, None for one without a prompt. follows: whether words change
+    between the steps; otherwise all pictures are of one.
     """
 
-    def __init__(self, pipe: Any, encode: Callable[[int | None], list[Tensor | None]]) -> None:
-        self._pipe, self._encode = pipe, encode
-        self._clip_skip: int | None = self._asked()
-        self.now = encode(self._clip_skip)
+    def __init__(self, pipe: Any, encode: Callable[[int | None, int], list[Told | None]], *, follows: bool) -> None:
+        self._pipe, self._encode, self._follows = pipe, encode, follows
+        self._clock = schedulers.Clock()
+        self._asked = self._ask(steps=1)
+        self._told = encode(*self._asked)
+        self.now = self._at(1)
 
-    def _asked(self) -> int | None:
-        """What a Base has, or the pipeline's call under way or last made."""
-        return getattr(self._pipe, "clip_skip", None)
+    def _ask(self, steps: int) -> tuple[int | None, int]:
+        """`clip_skip` that a Base has, or the pipeline's call under way or last made, and the steps."""
+        return getattr(self._pipe, "clip_skip", None), steps
 
-    def see(self, *_: Any) -> None:
-        """Note the call's `clip_skip`."""
-        if self._asked() != self._clip_skip:
-            self._clip_skip = self._asked()
-            self.now = self._encode(self._clip_skip)
+    def _at(self, step: int) -> list[Tensor | None]:
+        return [
+            None if told is None else next((text for last, text in told if step <= last), told[-1][1])
+            for told in self._told
+        ]
+
+    def see(self, _: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        """Note the call's `clip_skip`, and its step."""
+        scheduler, steps = schedulers.DRAWING.get(), STEPS.get()
+        if self._follows and (scheduler is None or steps is None):
+            raise AdapterError(
+                "words of a region's prompt that change between the steps are counted by sfumato.draw, and this "
+                "pipeline is called by itself. Draw with sfumato.draw, or leave one of the words."
+            )
+        asked = self._ask(steps if self._follows and steps else 1)
+        if asked != self._asked:
+            self._asked, self._told = asked, self._encode(*asked)
+        self.now = self._at(self._clock.step(asked_timestep(args, options), scheduler) + 1 if self._follows else 1)
 
 
 def _check_no_picture_prompt(unet: Any) -> None:
@@ -382,8 +405,8 @@ def _layers(
 
 
 @torch.no_grad()
-def _encode(pipe: Any, region: Region, syntax: Syntax, clip_skip: int | None, *, partial: bool) -> Tensor:
-    """The region's prompt as its adapters' text encoders read it, (1, tokens, width).
+def _encode(pipe: Any, region: Region, syntax: Syntax, clip_skip: int | None, steps: int, *, partial: bool) -> Told:
+    """The region's prompt as its adapters' text encoders read it, in pictures of so many steps.
 
     clip_skip: of a pipeline; a Base has its own.
     """
@@ -393,7 +416,9 @@ def _encode(pipe: Any, region: Region, syntax: Syntax, clip_skip: int | None, *,
         Adapter(each.path, with_unet(each.weight, 0.0), f"{each.label} in its region") for each in region.adapters
     ]
     with _added(pipe, in_text, partial=partial) if in_text else nullcontext():
-        if syntax != "plain":
+        if syntax == "a1111":
+            return [(each.last, each.text.hidden) for each in prompts.encode_stages(pipe, [prompt], "", steps)]
+        if syntax == "compel":
             hidden: Tensor = prompts.encode(pipe, [prompt], "", syntax)[0].hidden
         elif hasattr(pipe, "encode_text"):
             hidden = pipe.encode_text([prompt]).hidden
@@ -406,7 +431,7 @@ def _encode(pipe: Any, region: Region, syntax: Syntax, clip_skip: int | None, *,
                 clip_skip=clip_skip,
             )
             hidden = encoded[0]
-    return hidden.clone()
+    return [(steps, hidden.clone())]
 
 
 @contextmanager

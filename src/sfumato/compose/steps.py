@@ -18,7 +18,7 @@ import torch
 
 from sfumato import schedulers
 from sfumato.compose.adapter import Weight, checked_weight, with_unet
-from sfumato.compose.match import parts_of
+from sfumato.compose.match import unwrapped_parts
 from sfumato.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -125,7 +125,8 @@ def over_steps_of(mix: Mix, weights: Mapping[str, Progress], switch: Switch | No
             wanted |= {label: before[label] if label == on else _at(before[label], 0.0) for label in switch.labels}
         _set(mix, wanted)
 
-    handle = parts_of(mix.pipe)["unet"].register_forward_pre_hook(follow, with_kwargs=True)
+    # A LoRA that diffusers loaded beside the mix is a layer around those that the mix changes.
+    handle = unwrapped_parts(mix.pipe)["unet"].register_forward_pre_hook(follow, with_kwargs=True)
     try:
         yield
     finally:
