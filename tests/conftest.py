@@ -1,9 +1,16 @@
-"""Shared by the tests of programs: a tiny pocket base, a folder of pictures, and no network."""
+"""Shared by the tests of programs: tiny bases, a folder of pictures, runs that take no time for looks, no network."""
 
+import dataclasses
+import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from sfumato import plot
+
+PLOT_LOG = plot.plot_log
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Small models gain nothing from threads, and the tests run in as many processes as there are cores.
@@ -29,3 +36,41 @@ def pictures(tmp_path_factory) -> Path:
         picture.paste(colour, (8 + number, 8, 40, 48))
         picture.save(folder / f"{colour}-square.png")
     return folder
+
+
+@pytest.fixture(scope="session")
+def family_folder(tmp_path_factory) -> Callable[[str], Path]:
+    """By name of a family, a base of it with random weights as a diffusers folder; written once, never changed."""
+    from tests.tiny import tiny_pipeline, write_folder
+
+    folder = tmp_path_factory.mktemp("families")
+
+    @functools.cache
+    def of(family: str) -> Path:
+        return write_folder(tiny_pipeline(family), folder / family)
+
+    return of
+
+
+@pytest.fixture
+def quick(monkeypatch) -> None:
+    """For runs that are not about their pictures: bases draw in two steps, and curves are read and not drawn.
+
+    A plot alone takes as long as a training of four steps. What the sampler's steps and the plot are in a run that
+    nobody hurried is told by tests/test_drawing.py and by the tests that ask for `plotted`.
+    """
+    from sfumato.bases import family, loading, recognise
+
+    hasty = {
+        name: dataclasses.replace(one, defaults=dataclasses.replace(one.defaults, sampling_steps=2))
+        for name, one in family.FAMILIES.items()
+    }
+    for module in (family, loading, recognise):
+        monkeypatch.setattr(module, "FAMILIES", hasty)
+    monkeypatch.setattr(plot, "plot_log", lambda log, path: plot.read_log(log))
+
+
+@pytest.fixture
+def plotted(quick, monkeypatch) -> None:
+    """Draws the curves all the same."""
+    monkeypatch.setattr(plot, "plot_log", PLOT_LOG)

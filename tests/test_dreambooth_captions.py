@@ -12,8 +12,9 @@ from sfumato.bases import load_base
 from sfumato.data import Dataset
 from sfumato.data.texts import Texts
 from sfumato.prior import BasePrediction
-from tests.tiny import CPU, tiny_pipeline, write_folder
+from tests.tiny import CPU
 
+pytestmark = pytest.mark.usefixtures("quick")
 STEPS, BATCH = 5, 2
 TAGS = "red, large, old, wet"
 
@@ -65,8 +66,8 @@ def train(pocket_folder, pictures, tmp_path):
         words = ["--images", tmp_path / "subject", "--class-name", "square"]
         words += ["--output", tmp_path / "run", "--base", pocket_folder]
         words += ["--identifier", "zwx", "--method", "lora", "--rank", "2", "--steps", STEPS, "--batch", BATCH]
-        words += ["--sample-every", "0", "--measure-every", "0", "--shuffle-tags", "--keep-tags", "1"]
-        words += ["--tag-dropout", "0.4", "--caption-dropout", "0.3", *options]
+        words += ["--sample-every", "0", "--measure-every", "0", "--checkpoint-every", "0"]
+        words += ["--shuffle-tags", "--keep-tags", "1", "--tag-dropout", "0.4", "--caption-dropout", "0.3", *options]
         assert cli.main(["train", "dreambooth", *map(str, words)]) == 0
 
     return run
@@ -127,12 +128,12 @@ def test_the_class_half_holds_its_prompts_embeddings_if_asked(pocket_folder, pic
     assert torch.equal(again.target, half.target)
 
 
-def test_sdxls_zeros_for_no_prompt_are_learned_with_and_without_the_text_encoders(pictures, tmp_path):
+def test_sdxls_zeros_for_no_prompt_are_learned_with_and_without_the_text_encoders(pictures, family_folder, tmp_path):
     """Nothing has been learned before the first step, so that its loss says what a dropped caption was encoded as."""
-    folder = write_folder(tiny_pipeline("sdxl"), tmp_path / "sdxl")
     losses = []
     for name, more in (("cached", []), ("encoded", ["--train-text-encoder"])):
-        words = ["--images", pictures, "--output", tmp_path / name, "--base", folder, "--class-name", "square"]
+        words = ["--images", pictures, "--output", tmp_path / name, "--base", family_folder("sdxl")]
+        words += ["--class-name", "square"]
         words += ["--prior", "none", "--method", "lora", "--rank", "1", "--targets", "cross-attention", "--steps", "1"]
         words += ["--batch", "2", "--resolution", "64", "--caption-dropout", "0.99", "--sample-every", "0"]
         words += ["--measure-every", "0", "--checkpoint-every", "0", "--precision", "fp32", *more]

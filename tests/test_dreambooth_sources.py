@@ -7,6 +7,7 @@ import pytest
 from sfumato import cli
 from sfumato.files import read_header
 
+pytestmark = pytest.mark.usefixtures("quick")
 QUIET = ("--sample-every", "0", "--measure-every", "0", "--checkpoint-every", "0")
 
 

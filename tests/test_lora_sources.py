@@ -12,6 +12,7 @@ from sfumato.errors import ConfigError, DataError
 from sfumato.files import read_header, read_tensors
 from sfumato.placeholders import put_into_captions
 
+pytestmark = pytest.mark.usefixtures("quick")
 QUIET = ("--sample-every", "0", "--measure-every", "0", "--checkpoint-every", "0")
 
 

@@ -160,7 +160,7 @@ def test_the_judge_tells_real_pictures_apart_and_never_sees_withheld_ones(data):
     pictures = read_pictures(data)
     seen, _ = pictures.apart(withheld_cells(data))
     assert (len(pictures.pixels), len(seen.pixels)) == (6, 5)
-    first, second = (train_judge(seen, steps=3, seed=0) for _ in range(2))
+    first, second = (train_judge(seen, steps=2, seed=0) for _ in range(2))
     assert_close(first.state_dict(), second.state_dict(), rtol=0, atol=0)
 
 
@@ -170,10 +170,10 @@ def test_distances_of_a_set_from_another_of_its_kind_and_from_a_shifted_one():
     assert paired_kernel_distance(features[:100], features[100:] + 2) > 10
 
 
-def test_a_unet_goes_on_from_a_base_with_its_vae_and_words(data, tmp_path):
+def test_a_unet_goes_on_from_a_base_with_its_vae_and_words(data, pocket_folder, tmp_path):
     settings = {"steps": 1, "batch": 2, "learning_rate": 1e-9, "sample_every": 0, "device": "cpu", "precision": "fp32"}
-    model = train(Config(stage="unet", init=Path("pocket"), data=data, output=tmp_path / "on", **settings))
-    after, before = (load_base(base, precision=CPU) for base in (model, "pocket"))
+    model = train(Config(stage="unet", init=pocket_folder, data=data, output=tmp_path / "on", **settings))
+    after, before = (load_base(base, precision=CPU) for base in (model, pocket_folder))
     for part in ("unet", "vae"):
         assert_close(getattr(after, part).state_dict(), getattr(before, part).state_dict(), rtol=0, atol=1e-6)
     assert after.tokenizers[0].get_vocab() == before.tokenizers[0].get_vocab()
@@ -210,14 +210,14 @@ def test_only_a_vae_with_a_base_has_a_decoder_to_go_on_with(data, tmp_path):
             train(Config(decoder_only=True, data=data, output=tmp_path / "on", **wrong))
 
 
-def test_other_drawings_take_their_share_of_a_batch(data, tmp_path):
+def test_other_drawings_take_their_share_of_a_batch(data, pocket_folder, tmp_path):
     (data / "other/noto").mkdir(parents=True)
     Image.new("RGB", (64, 64), "red").save(data / "other/noto/red-heart.png")
     assert read_others(data).names == [("red heart", "noto")]
     settings = {"steps": 1, "batch": 4, "sample_every": 0, "device": "cpu", "precision": "fp32"}
 
     def loss(folder, share):
-        train(Config(stage="unet", init=Path("pocket"), data=data, output=folder, others_share=share, **settings))
+        train(Config(stage="unet", init=pocket_folder, data=data, output=folder, others_share=share, **settings))
         return json.loads((folder / "log.jsonl").read_text().splitlines()[0])["loss"]
 
     assert loss(tmp_path / "with", 0.5) != loss(tmp_path / "without", 0.0)

@@ -21,7 +21,10 @@ from sfumato.files import read_tensors
 from sfumato.runs.checkpoints import Checkpoints
 from tests.runs.faults import failing
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL and no fork")
+pytestmark = [
+    pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL and no fork"),
+    pytest.mark.usefixtures("quick"),  # which forked trainings inherit
+]
 QUICK = ("lora accumulated, averaged, dropped out", "dreambooth lora", "textual_inversion")
 
 

@@ -57,6 +57,7 @@ def test_the_prior_bench_runs_and_makes_nothing_twice(method, data, pocket_folde
     assert prior.measure(config) == report
 
 
+@pytest.mark.usefixtures("quick")
 def test_the_style_bench_runs_and_makes_nothing_twice(data, pocket_folder, made, tmp_path):
     config = style_fidelity.Config(
         data=data, styles=("flat",), seeds=1, concepts=2, images=2, base=str(pocket_folder), judge_steps=1,

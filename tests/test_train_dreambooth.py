@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -20,9 +21,10 @@ from sfumato.files import read_adapter, read_header, read_lora, read_tensors
 from sfumato.files.fingerprint import verify
 from sfumato.full import write_folder as full_writer
 from sfumato.prior import class_seed
-from tests.tiny import CPU, tiny_pipeline, write_folder
+from tests.tiny import CPU
 
-STEPS = 4
+pytestmark = pytest.mark.usefixtures("quick")
+STEPS = 3
 PROMPT, CLASS = "sks square", "square"
 
 
@@ -33,7 +35,8 @@ def train(pocket_folder, pictures, tmp_path):
     def run(name="run", *options, base=pocket_folder, status=0):
         words = {"--images": pictures, "--output": tmp_path / name, "--base": base, "--class-name": CLASS}
         words |= {"--instance-prompt": PROMPT, "--steps": STEPS, "--batch": 2, "--learning-rate": "1e-3", "--rank": 2}
-        words |= {"--sample-every": 0, "--measure-every": 0, "--class-count": 3, "--class-cache": tmp_path / "class"}
+        words |= {"--sample-every": 0, "--measure-every": 0, "--checkpoint-every": 0}
+        words |= {"--class-count": 3, "--class-cache": tmp_path / "class"}
         given = list(options)
         known = (
             "--train-text-encoder",
@@ -147,30 +150,36 @@ def test_pictures_of_several_shapes_learn_beside_the_bases_predictions(method, t
     assert len(rows(path)) == 6
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
-@pytest.mark.parametrize("prior", ["pictures", "base"])
+@pytest.mark.parametrize(
+    ("method", "prior"),
+    [
+        ("full", "base"),  # which remembers the predictions of the steps to come
+        ("lora", "pictures"),
+        pytest.param("full", "pictures", marks=pytest.mark.slow),
+        pytest.param("lora", "base", marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(method, prior, train):
     options = ["--method", method, "--prior", prior, "--checkpoint-every", "2", "--ema", "0.5", "--steps", "4"]
-    whole = train("whole", *options)
-    half = train("half", *options)  # then forget what came after step 2, as if it had been killed there
-    shutil.rmtree(half.parent / "checkpoints/000004")
-    before = {row["step"]: row["loss"] for row in rows(half) if "loss" in row}
-    if half.is_dir():
-        shutil.rmtree(half)
+    path = train("run", *options)
+    load = unet_of if path.is_dir() else read_tensors
+    whole, log = {name: tensor.clone() for name, tensor in load(path).items()}, rows(path)
+    # Forget what came after step 2, as if it had been killed there.
+    shutil.rmtree(path.parent / "checkpoints/000004")
+    if path.is_dir():
+        shutil.rmtree(path)
     else:
-        half.unlink()
-    again = train("half", *options, "--resume")
-    after = {row["step"]: row["loss"] for row in rows(again) if "loss" in row}
-    assert after == before
-    load = unet_of if whole.is_dir() else read_tensors
-    for name, tensor in load(whole).items():
-        assert torch.equal(tensor, load(again)[name])
+        path.unlink()
+    again = load(train("run", *options, "--resume"))
+    assert rows(path) == log
+    assert again.keys() == whole.keys()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in whole.items())
 
 
 def test_fused_weights_are_those_of_the_plain_run(train):
     plain, fused = train("plain", "--clip", "0"), train("fused", "--clip", "0", "--fused")
-    for name, tensor in unet_of(plain).items():
-        assert torch.equal(tensor, unet_of(fused)[name])
+    weights, others = unet_of(plain), unet_of(fused)
+    assert all(torch.equal(tensor, others[name]) for name, tensor in weights.items())
     assert_close(
         [row["gradient_norm"] for row in rows(plain)], [row["gradient_norm"] for row in rows(fused)], rtol=1e-4, atol=0
     )
@@ -209,11 +218,11 @@ def test_checkpointing_accumulating_and_the_mean_on_the_cpu_change_no_weight(tra
         assert sum((other[key] - tensor).square().sum() for key, tensor in plain.items()).sqrt() < 0.01 * moved
 
 
-def test_the_folder_is_whole_and_plain_diffusers_loads_it(train, pocket_folder):
+def test_the_folder_is_whole_and_plain_diffusers_loads_it_as_its_card_says(train, pocket_folder):
     """Everything but the U-Net is the base's, the scheduler included, and nothing half-written stays."""
     from diffusers import DiffusionPipeline
 
-    path = train("run")
+    path = train("run", "--prior", "none", "--steps", "1", "--sample-every", "1")
     pipe = DiffusionPipeline.from_pretrained(path)
     before = DiffusionPipeline.from_pretrained(pocket_folder)
     assert dict(pipe.scheduler.config) == dict(before.scheduler.config)
@@ -223,11 +232,13 @@ def test_the_folder_is_whole_and_plain_diffusers_loads_it(train, pocket_folder):
     assert any(not torch.equal(t, pipe.unet.state_dict()[n]) for n, t in before.unet.state_dict().items())
     assert not [file for file in path.parent.iterdir() if file.name.startswith(".run")]
     assert load_base(str(path), precision=CPU).family.name == "pocket"
+    assert 'DiffusionPipeline.from_pretrained("run")' in (path.parent / "README.md").read_text()
+    assert (path.parent / "images/before_after.png").is_file()
 
 
 def test_base_and_difference_are_the_trained_weights(train, pocket_folder):
-    whole = train("whole", "--train-text-encoder")
-    change = train("change", "--train-text-encoder", "--save", "difference")
+    options = ("--prior", "none", "--steps", "2", "--train-text-encoder")
+    whole, change = train("whole", *options), train("change", *options, "--save", "difference")
     file = read_adapter(change)
     assert set(file.kinds) == {"difference"}
     assert file.family == "pocket"
@@ -248,13 +259,21 @@ def test_base_and_difference_are_the_trained_weights(train, pocket_folder):
             assert_close(base.unet.state_dict()[name], tensor, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
-@pytest.mark.parametrize("method", ["full", "lora"])
-def test_every_family_learns_text_encoders_and_all(family, method, train, tmp_path):
-    folder = write_folder(tiny_pipeline(family), tmp_path / family)
-    options = ["--train-text-encoder", "--resolution", "64", "--method", method, "--steps", "2", "--prior", "base"]
-    options += ["--precision", "bf16"] if method == "lora" else []
-    made = train("run", *options, *(["--save", "difference"] if method == "full" else []), base=folder)
+@pytest.mark.parametrize(
+    ("method", "family"),
+    [
+        ("full", "sdxl"),  # two text encoders, whose weights differ
+        ("lora", "sd2"),
+        pytest.param("full", "sd1", marks=pytest.mark.slow),
+        pytest.param("full", "sd2", marks=pytest.mark.slow),
+        pytest.param("lora", "sd1", marks=pytest.mark.slow),
+        pytest.param("lora", "sdxl", marks=pytest.mark.slow),
+    ],
+)
+def test_every_family_learns_text_encoders_and_all(family, method, train, family_folder):
+    options = ["--train-text-encoder", "--resolution", "64", "--method", method, "--steps", "1", "--prior", "base"]
+    options += ["--precision", "bf16"] if method == "lora" else ["--save", "difference"]
+    made = train("run", *options, base=family_folder(family))
     file = read_adapter(made)
     verify(file.metadata, file.changes, made.name)
     wanted = {"unet", "text_encoder"} | ({"text_encoder_2"} if family == "sdxl" else set())
@@ -263,29 +282,31 @@ def test_every_family_learns_text_encoders_and_all(family, method, train, tmp_pa
 
 
 def test_drift_of_class_and_unrelated_prompts_is_logged_from_nothing_on(train):
-    measured = [row for row in rows(train("run", "--measure-every", "2")) if "drift" in row]
+    path = train("run", "--prior", "none", "--steps", "4", "--measure-every", "2")
+    measured = [row for row in rows(path) if "drift" in row]
     assert len(measured) == 3
     assert measured[0]["drift"] == measured[0]["class_drift"] == 0
     assert measured[-1]["drift"] > 0
     assert measured[-1]["class_drift"] > 0
 
 
-@pytest.mark.parametrize("prior", ["none", "base"])
-def test_a_stronger_prior_moves_the_class_less(prior, train):
-    options = ["--measure-every", "20", "--steps", "20", "--prior-weight", "5"]
-    drift = [row["class_drift"] for row in rows(train(prior, "--prior", prior, *options)) if "class_drift" in row]
-    without = [
-        row["class_drift"] for row in rows(train("without", "--prior", "none", *options)) if "class_drift" in row
-    ]
-    assert drift[-1] == without[-1] if prior == "none" else drift[-1] < without[-1]
+def test_a_prior_moves_the_class_less(train):
+    options = ["--measure-every", "8", "--steps", "8", "--prior-weight", "5"]
+    held, free = (
+        [row["class_drift"] for row in rows(train(prior, "--prior", prior, *options)) if "class_drift" in row]
+        for prior in ("base", "none")
+    )
+    assert held[0] == free[0] == 0
+    assert held[-1] < 0.8 * free[-1]
 
 
 def test_the_drift_limit_stops_saves_and_holds_when_it_goes_on(train, capsys):
-    path = train("run", "--measure-every", "1", "--drift-limit", "1e-6", "--checkpoint-every", "1")
+    options = ["--prior", "none", "--measure-every", "1", "--drift-limit", "1e-6", "--checkpoint-every", "1"]
+    path = train("run", *options)
     assert path.is_dir()
     assert max(row["step"] for row in rows(path)) == 1
     assert "--drift-limit" in capsys.readouterr().err
-    again = train("run", "--measure-every", "1", "--drift-limit", "1e-6", "--checkpoint-every", "1", "--resume")
+    again = train("run", *options, "--resume")
     assert max(row["step"] for row in rows(again)) == 1
 
 
@@ -295,7 +316,8 @@ def test_pictures_with_captions_keep_them_and_the_class_has_their_form(train, pi
     for place, file in enumerate(sorted(folder.glob("*.png"))):
         if place:
             file.with_suffix(".txt").write_text("zwx square, flat style")
-    train("run", "--images", folder, "--instance-prompt", None, "--identifier", "zwx")
+    options = ("--method", "lora", "--steps", "1", "--instance-prompt", None)
+    train("run", "--images", folder, "--identifier", "zwx", *options)
     said = capsys.readouterr().err
     assert "class pictures: 3 of square, square, flat style" in said
     about = sorted(json.loads(file.read_text())["prompt"] for file in (tmp_path / "class").glob("*/about.json"))
@@ -303,16 +325,18 @@ def test_pictures_with_captions_keep_them_and_the_class_has_their_form(train, pi
 
 
 def test_the_run_tells_how_the_identifier_is_cut_and_warns_of_a_word(train, capsys):
-    train("run", "--instance-prompt", None, "--identifier", "dog", "--steps", "1")
+    options = ("--method", "lora", "--prior", "none", "--steps", "1", "--instance-prompt", None)
+    train("run", "--identifier", "dog", *options)
     said = capsys.readouterr().err
     assert "identifier 'dog': 3 pieces (d + o + g)" in said
     assert "'dog' is an ordinary word" in said
-    train("other", "--instance-prompt", None, "--steps", "1")
+    train("other", *options)
     assert "ordinary" not in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("plotted")
 def test_a_lora_describes_itself_and_no_file_tells_a_path(train, tmp_path, pictures):
-    path = train("run", "--method", "lora", "--sample-every", "4", "--measure-every", "4")
+    path = train("run", "--method", "lora", "--steps", "1", "--sample-every", "1", "--measure-every", "1")
     metadata = read_header(path).metadata
     assert metadata["modelspec.trigger_phrase"] == PROMPT
     assert json.loads(metadata["sfumato.config"])["prior"] == "pictures"
@@ -324,35 +348,32 @@ def test_a_lora_describes_itself_and_no_file_tells_a_path(train, tmp_path, pictu
     assert {"config.toml", "log.jsonl", "plot.png", "samples.png", "README.md"} <= names
 
 
-def test_the_card_of_a_folder_says_how_it_is_loaded(train):
-    path = train("run", "--sample-every", "4")
-    card = (path.parent / "README.md").read_text()
-    assert 'DiffusionPipeline.from_pretrained("run")' in card
-    assert (path.parent / "images/before_after.png").is_file()
-
-
-def test_a_copy_of_the_program_runs(pocket_folder, pictures, tmp_path):
+def test_a_copy_of_the_program_runs(pocket_folder, pictures, tmp_path, monkeypatch):
+    """As a script does; tests/test_train_lora.py has a copy run in a process of its own."""
     assert cli.main(["cp", "dreambooth", str(tmp_path / "mine.py")]) == 0
-    command = [sys.executable, str(tmp_path / "mine.py"), "--images", str(pictures), "--base", str(pocket_folder)]
-    command += ["--output", str(tmp_path / "run"), "--class-name", "square", "--prior", "base", "--method", "lora"]
-    command += ["--steps", "1", "--sample-every", "0", "--measure-every", "0"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    words = ["--images", str(pictures), "--base", str(pocket_folder), "--output", str(tmp_path / "run")]
+    words += ["--class-name", "square", "--prior", "base", "--method", "lora", "--steps", "1"]
+    words += ["--sample-every", "0", "--measure-every", "0", "--checkpoint-every", "0"]
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "mine.py"), *words])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(tmp_path / "mine.py"), run_name="__main__")
+    assert ended.value.code == 0
     assert (tmp_path / "run/run.safetensors").is_file()
 
 
 def test_the_extracted_lora_is_the_change_and_says_what_it_keeps(train, pocket_folder, capsys):
     """At full rank the layers' very change; at rank 1 less, and both report it."""
-    trained = load_base(str(train("whole")), precision=CPU).unet
+    options = ("--prior", "none", "--steps", "2")
+    trained = load_base(str(train("whole", *options)), precision=CPU).unet
     base = load_base(str(pocket_folder), precision=CPU).unet
     capsys.readouterr()
-    file = read_lora(train("all", "--save", "lora", "--keep-energy", "1", "--rank", None))
+    file = read_lora(train("all", *options, "--save", "lora", "--keep-energy", "1", "--rank", None))
     said = capsys.readouterr().err
     assert "of the energy" in said
     for (_, place), module in file.modules.items():
         old, new = (model.get_submodule(place).weight.detach() for model in (base, trained))
         assert_close(module.delta(old), new - old, rtol=1e-2, atol=1e-5)
-    one = read_lora(train("one", "--save", "lora", "--rank", "1"))
+    one = read_lora(train("one", *options, "--save", "lora", "--rank", "1"))
     assert {module.rank for module in one.modules.values()} == {1}
     kept = [float(f.metadata["sfumato.kept_energy"]) for f in (file, one)]
     assert kept[1] < kept[0] <= 1

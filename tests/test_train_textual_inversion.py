@@ -14,7 +14,8 @@ from sfumato.bases import load_base
 from sfumato.drawing import draw
 from sfumato.files import read_adapter, read_embedding, read_header, read_tensors
 from sfumato.precision import decide
-from tests.tiny import tiny_pipeline, write_folder
+
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture
@@ -24,7 +25,7 @@ def train(pocket_folder, pictures, tmp_path):
     def run(name="run", *options, base=pocket_folder, placeholder=("<x>",), code=0, **flags):
         words = {"--images": str(pictures), "--output": str(tmp_path / name), "--base": str(base)}
         words |= {"--steps": "4", "--batch": "2", "--vectors": "2", "--learning-rate": "1e-2"}
-        words |= {"--sample-every": "0", "--measure-every": "0"}
+        words |= {"--sample-every": "0", "--measure-every": "0", "--checkpoint-every": "0"}
         words |= dict(zip(options[::2], options[1::2], strict=True))
         argv = [word for pair in words.items() for word in pair]
         argv += [word for token in placeholder for word in ("--placeholder", token)]
@@ -88,7 +89,7 @@ def test_equal_to_a_plain_loop_over_the_whole_table(train, pocket_folder, pictur
 
 
 def test_the_same_run_gives_the_same_file(train):
-    first, second = train("a", "--name", "x"), train("b", "--name", "x")
+    first, second = (train(name, "--name", "x", "--steps", "2") for name in ("a", "b"))
     tensors = [read_tensors(path.parent / "x.safetensors")["<x>"] for path in (first, second)]
     assert torch.equal(*tensors)
 
@@ -165,10 +166,11 @@ def test_diffusers_draws_our_picture(train, pocket_folder):
     assert abs(without - ours).max() > 5
 
 
-@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
-def test_every_family_learns(family, train, tmp_path):
-    base = write_folder(tiny_pipeline(family), tmp_path / f"{family}-base")
-    path = train(family, "--resolution", "64", "--initial-words", "red square", "--templates", "object", base=base)
+@pytest.mark.parametrize("family", [pytest.param("sd1", marks=pytest.mark.slow), "sd2", "sdxl"])
+def test_every_family_learns(family, train, family_folder):
+    base = family_folder(family)
+    options = ("--resolution", "64", "--steps", "1", "--templates", "object")
+    path = train(family, *options, "--initial-words", "red square", base=base)
     file = read_embedding(path)
     (parts,) = file.embeddings.values()
     assert parts.keys() == {"text_encoder"} | ({"text_encoder_2"} if family == "sdxl" else set())
@@ -208,6 +210,7 @@ def test_a_batch_without_captions_teaches_nothing_and_breaks_nothing(train):
     assert all(np.isfinite(row["loss"]) for row in rows(path))
 
 
+@pytest.mark.usefixtures("plotted")
 def test_the_run_folder_tells_everything_and_no_path(train, tmp_path, pictures):
     path = train("run", "--sample-every", "2", "--measure-every", "2")
     names = {file.name for file in path.parent.iterdir()}
@@ -276,7 +279,7 @@ def pivotal(pocket_folder, pictures, tmp_path):
         words = {"--images": str(pictures), "--output": str(tmp_path / name), "--base": str(base), "--rank": "2"}
         words |= {"--caption": "a {caption}, <x>", "--train-words": "<x>", "--word-vectors": "2", "--seed": "3"}
         words |= {"--steps": "4", "--batch": "2", "--learning-rate": "1e-2", "--word-learning-rate": "1e-2"}
-        words |= {"--sample-every": "0", "--measure-every": "0"}
+        words |= {"--sample-every": "0", "--measure-every": "0", "--checkpoint-every": "0"}
         given = [option for option in options if option not in ("--bundle", "--resume")]
         words |= dict(zip(given[::2], given[1::2], strict=True))
         flags = [option for option in options if option in ("--bundle", "--resume")]

@@ -1,11 +1,7 @@
-"""The smallest trainer there is, with everything that a run must bring back: for the tests of `sfumato.runs`.
-
-python -m tests.runs.small --output RUN --steps 100 [--checkpoint-every 1] [--resume]   trains, and is killed by a test
-"""
+"""The smallest trainer there is, with everything that a run must bring back: for the tests of `sfumato.runs`."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,9 +87,3 @@ def train(
 def main(argv: Sequence[str]) -> int:
     train(parse(Config, argv, program="train small"))
     return 0
-
-
-if __name__ == "__main__":
-    from sfumato.cli import guarded
-
-    sys.exit(guarded(main, sys.argv[1:]))

@@ -17,7 +17,7 @@ def everything(folder):
 
 
 @pytest.fixture
-def learn(pocket_folder, pictures, tmp_path):
+def learn(pocket_folder, pictures, tmp_path, quick):
     def run(*options, status=0):
         words = ["--images", pictures, "--output", tmp_path / "run", "--base", pocket_folder, "--rank", "1"]
         words += ["--batch", "2", "--steps", "2", "--measure-every", "0", *options]
@@ -37,6 +37,7 @@ def test_a_wrong_use_costs_nothing_of_the_run_that_it_would_replace(learn, capsy
     assert everything(run) == before
 
 
+@pytest.mark.usefixtures("plotted")
 def test_nothing_of_the_old_run_lies_beside_the_new_one_and_what_is_nobodys_stays(learn):
     words = ("--caption", "<x> {caption}", "--train-words", "<x>", "--sample-prompts", "red")
     run = learn(*words, "--name", "old", "--save-every", "1")

@@ -234,7 +234,7 @@ def test_another_program_is_a_change(tmp_path):
 def _run_in(folder: str, start: "multiprocessing.synchronize.Barrier", results: "multiprocessing.Queue") -> None:
     start.wait()
     try:
-        train(Config(output=Path(folder), steps=30, pause_s=0.02))
+        train(Config(output=Path(folder), steps=20, pause_s=0.02))
         results.put("done")
     except RunError as error:
         results.put(str(error))
@@ -242,7 +242,7 @@ def _run_in(folder: str, start: "multiprocessing.synchronize.Barrier", results: 
 
 def test_of_two_at_once_one_goes_on_and_the_other_says_who_it_is(tmp_path):
     context = multiprocessing.get_context("fork")
-    for turn in range(5):
+    for turn in range(3):
         barrier, results = context.Barrier(2), context.Queue()
         arguments = (str(tmp_path / str(turn)), barrier, results)
         children = [context.Process(target=_run_in, args=arguments) for _ in range(2)]

@@ -1,46 +1,67 @@
 """Ctrl-C and SIGTERM: the step is finished and saved, the way on is said; a second one stops now."""
 
 import errno
+import io
+import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from sfumato.cli import guarded
 from sfumato.files import read_tensors
 from sfumato.runs.checkpoints import Checkpoints
 from sfumato.runs.signals import Stop
 from tests.runs.faults import failing
 from tests.runs.said import Processes, lines, start
-from tests.runs.small import Config, train
+from tests.runs.small import Config, main, train
 
-ROOT = Path(__file__).resolve().parents[2]
 CODES = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
 
 
-def begin(folder, *options):
-    """The small trainer in a process of its own, once its first steps are through."""
-    command = [sys.executable, "-m", "tests.runs.small", "--output", str(folder), "--name", "m", *options]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
-    until = time.monotonic() + 60
-    while not (folder / "checkpoints/000000").exists() and time.monotonic() < until and child.poll() is None:
-        time.sleep(0.02)
-    time.sleep(0.2)
-    return child
+class Child:
+    """The small trainer in a fork of this process, which saves the seconds that torch takes to be imported.
+
+    tests/test_resume.py sends signals to trainings that were started by the system.
+    """
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        """Comes back once the first checkpoint is written."""
+        self._log = folder.with_suffix(".said")
+        words = ["--output", str(folder), "--name", "m", *options]
+        self.process = multiprocessing.get_context("fork").Process(target=self._train, args=(words,), daemon=True)
+        self.process.start()
+        until = time.monotonic() + 60
+        while not (folder / "checkpoints/000000").exists() and time.monotonic() < until and self.process.is_alive():
+            time.sleep(0.02)
+        time.sleep(0.2)
+
+    def _train(self, words: list[str]) -> None:
+        os.dup2(os.open(self._log, os.O_WRONLY | os.O_CREAT), 2)
+        sys.stderr = io.TextIOWrapper(io.FileIO(2, "w", closefd=False), write_through=True)
+        sys.exit(guarded(main, words))
+
+    def send(self, number: int) -> None:
+        assert self.process.pid is not None
+        os.kill(self.process.pid, number)
+
+    def end(self, timeout_s: float) -> tuple[int | None, str]:
+        """Its exit code, None if it is still there, and what it has said."""
+        self.process.join(timeout_s)
+        return self.process.exitcode, self._log.read_text()
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX's")
+@pytest.mark.skipif(sys.platform == "win32", reason="signals and forks are POSIX's")
 @pytest.mark.parametrize(("number", "code"), CODES)
 def test_the_first_signal_finishes_the_step_saves_and_says_how_to_go_on(number, code, tmp_path):
     settings = {"steps": 30, "checkpoint_every": 0}
-    child = begin(tmp_path / "run", "--steps", "30", "--pause-s", "0.1", "--checkpoint-every", "30")
-    child.send_signal(number)
-    _, said = child.communicate(timeout=60)
-    assert child.returncode == code, said
+    child = Child(tmp_path / "run", "--steps", "30", "--pause-s", "0.1", "--checkpoint-every", "30")
+    child.send(number)
+    ended, said = child.end(timeout_s=60)
+    assert ended == code, said
     step, _ = Checkpoints(tmp_path / "run/checkpoints").newest()
     assert step is not None
     assert 0 < step < 30
@@ -48,20 +69,19 @@ def test_the_first_signal_finishes_the_step_saves_and_says_how_to_go_on(number, 
     assert f"stopped after step {step} of 30, saved. Go on with: sfumato resume {tmp_path / 'run'}" in said
     assert not (tmp_path / "run/.holder.json").exists()
     whole = train(Config(output=tmp_path / "whole", name="m", **settings))
-    again = train(Config(output=tmp_path / "run", name="m", pause_s=0.1, resume=True, force=True, **settings))
+    again = train(Config(output=tmp_path / "run", name="m", resume=True, force=True, **settings))
     assert all((tensor == read_tensors(again)[key]).all() for key, tensor in read_tensors(whole).items())
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX's")
+@pytest.mark.skipif(sys.platform == "win32", reason="signals and forks are POSIX's")
 @pytest.mark.parametrize(("number", "code"), CODES)
 def test_the_second_one_stops_now_and_leaves_what_was_whole(number, code, tmp_path):
-    child = begin(tmp_path / "run", "--steps", "30", "--pause-s", "30", "--checkpoint-every", "1")
-    child.send_signal(number)
-    time.sleep(0.3)
-    assert child.poll() is None
-    child.send_signal(number)
-    _, said = child.communicate(timeout=10)
-    assert child.returncode == code, said
+    child = Child(tmp_path / "run", "--steps", "30", "--pause-s", "30", "--checkpoint-every", "1")
+    child.send(number)
+    assert child.end(timeout_s=0.3)[0] is None
+    child.send(number)
+    ended, said = child.end(timeout_s=10)
+    assert ended == code, said
     assert Checkpoints(tmp_path / "run/checkpoints").newest() == (0, [])
 
 
