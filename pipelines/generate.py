@@ -51,7 +51,8 @@ class Config:
     b-lora-content), or a block-weight list of the web interfaces. Repeat for several adapters."""
     over_steps: tuple[str, ...] = ()
     """LABEL=0:0,0.4:1, an adapter's weights by points PROGRESS:WEIGHT (0 is noise, 1 the finished picture), straight
-    between them; or LABEL=0-0.5, its own weight in those steps and none in the others. Repeat for several adapters."""
+    between them; or LABEL=0-0.5, its own weight in those steps and none in the others. Unset: those that its file says
+    it learned (ours of subjects: 0-0.8), else all. Repeat for several adapters."""
     switch: int | None = None
     """The adapters take turns, each for so many steps (LoRA-Switch)."""
     region: tuple[str, ...] = ()
@@ -347,13 +348,15 @@ def generate(config: Config) -> tuple[Path, ...]:
             print(line, file=sys.stderr)
         strengths = {} if wanted.where_when.spots else {**mix.strengths, **wanted.strengths}
         settings["adapter_guidance"] = strengths_of(mix, strengths, guidance=settings["guidance"])
+        where_when = wanted.where_when.with_learned(mix.spans)
+        settings |= where_when.told()
         own = [
             flags | {"adapter_guidance": strengths_of(mix, strengths, guidance=flags["guidance"])}
             if "guidance" in flags
             else flags
             for flags in wanted.own
         ]
-        desk = Desk(base, mix, wanted.pictures, wanted.tagged, settings, own, start, wanted.where_when, allowed)
+        desk = Desk(base, mix, wanted.pictures, wanted.tagged, settings, own, start, where_when, allowed)
         if wanted.sweep:
             save_drawn(*desk.sweep(*wanted.sweep), wanted.files[0], sampler)
         elif config.before_after:
@@ -386,7 +389,6 @@ def _settings(config: Config, wanted: Plan, start: Start | None, base: Base) -> 
         "sampler": config.sampler,
         "prompt_syntax": config.prompt_syntax,
         "embeddings": [Path(spec).name for spec in config.embedding],
-        **wanted.where_when.told(),
         "image": config.image and config.image.name,
         "mask": config.mask and config.mask.name,
         "strength": start and start.strength,

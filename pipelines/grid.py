@@ -234,8 +234,8 @@ def draw_grid(config: Config) -> Path:
             print(line, file=sys.stderr)
         for cells in coarse_to_fine(len(x.values), len(y.values)):
             missing = [place for place in cells if not paths[place].exists()]
-            for place, picture, strengths in _draw(base, mix, adapters, rows, missing, partial=config.partial):
-                _save(config, picture, paths[place], base, adapters, rows[place[1]][place[0]], strengths)
+            for place, picture, how in _draw(base, mix, adapters, rows, missing, partial=config.partial):
+                _save(config, picture, paths[place], base, adapters, rows[place[1]][place[0]], how)
             _write_sheet(config, x, y, rows, paths)
             there = sum(path.exists() for path in paths.values())
             print(f"{there} of {len(paths)} pictures", file=sys.stderr)
@@ -250,13 +250,15 @@ def _draw(
     places: Sequence[tuple[int, int]],
     *,
     partial: bool,
-) -> Iterator[tuple[tuple[int, int], Image, Mapping[str, float]]]:
-    """The pictures of the cells, and their adapter guidance; those that differ in prompt and seed alone in one batch.
+) -> Iterator[tuple[tuple[int, int], Image, Mapping[str, Any]]]:
+    """The pictures of the cells, and how their adapters count; those that differ in prompt and seed alone in one batch.
 
     mix: of all adapters; None where the cells have a method, which merges them for each batch.
     """
     from sfumato.compose.guided import adapter_guidance, strengths_of
+    from sfumato.compose.steps import over_learned_steps
     from sfumato.drawing import draw
+    from sfumato.where_when import WhereWhen
 
     together: dict[str, list[tuple[int, int]]] = {}
     for place in places:
@@ -269,6 +271,7 @@ def _draw(
         with (
             _applied(base, mix, adapters, cells[0], partial=partial) as applied,
             adapter_guidance(applied, to["adapter_guidance"], guidance=to["guidance"]),
+            over_learned_steps(applied),
         ):
             pictures = draw(
                 base,
@@ -279,8 +282,9 @@ def _draw(
                 **{name: to[name] for name in ("negative", "steps", "guidance")},
             )
             strengths = strengths_of(applied, to["adapter_guidance"], guidance=to["guidance"])
+            how = {"adapter_guidance": strengths, **WhereWhen().with_learned(applied.spans).told()}
         for place, picture in zip(group, pictures, strict=True):
-            yield place, picture, strengths
+            yield place, picture, how
 
 
 def _filled(base: Base, cell: Cell) -> dict[str, Any]:
@@ -331,14 +335,14 @@ def _save(
     base: Base,
     adapters: Sequence[Adapter],
     cell: Cell,
-    strengths: Mapping[str, float],
+    how: Mapping[str, Any],
 ) -> None:
     from sfumato.drawn import of_base, sampler_label, save_drawn
 
     settings = {
         **_filled(base, cell),
         "prompt_syntax": config.prompt_syntax,
-        "adapter_guidance": strengths,
+        **how,
         "width": picture.width,
         "height": picture.height,
         **of_base(base, config.vae),

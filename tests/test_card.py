@@ -10,6 +10,7 @@ from PIL import Image
 from sfumato.card import push, write_card
 from sfumato.errors import ConfigError
 from sfumato.files import Description
+from sfumato.files.metadata import Learned
 from sfumato.model_card import write_model_card
 
 ABOUT = Description(
@@ -44,6 +45,13 @@ def test_adapter_guidance_is_told_where_the_file_asks_for_it(card, tmp_path):
     about = replace(ABOUT, adapter_guidance=2.0)
     text = write_card(tmp_path, tmp_path / "line.safetensors", about, [], []).read_text(encoding="utf-8")
     assert "line.safetensors:1.0`, under the adapter guidance 2 that its file asks for\n" in text
+
+
+def test_the_timesteps_that_were_learned_are_told_where_these_are_not_all(card, tmp_path):
+    assert "timesteps" not in card.read_text(encoding="utf-8")
+    about = replace(ABOUT, learned=Learned(range(200, 1000), 1000))
+    text = write_card(tmp_path, tmp_path / "otter.safetensors", about, [], []).read_text(encoding="utf-8")
+    assert "otter.safetensors:1.0`, at the timesteps 200-999 of 1000 that it learned\n" in text
 
 
 @pytest.mark.parametrize("name", ["line.safetensors", "line"])

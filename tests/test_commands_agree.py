@@ -133,6 +133,20 @@ def test_a_method_keeps_the_adapter_guidance_that_all_files_ask_for(run, modules
     assert abs(plain - without).max() > 1
 
 
+def test_a_grid_draws_with_an_adapter_at_the_steps_that_it_learned_as_generate_does(run, modules):
+    learned = {"sfumato.timesteps": "500-999 of 1000"}
+    write_lora(Path("style.safetensors"), modules, family="pocket", metadata=learned)
+    grid = ["--lora", "style.safetensors", "--x", "seed=0", "--y", "prompt=a cat"]
+    assert run("grid", *grid, "-o", "g") == (0, ANY)
+    assert run("generate", "a cat", "--lora", "style.safetensors", "-o", "said.png") == (0, ANY)
+    all_steps = ["--over-steps", "style=0-1"]
+    assert run("generate", "a cat", "--lora", "style.safetensors", *all_steps, "-o", "all.png") == (0, ANY)
+    cell, said, everywhere = (pixels(file) for file in (only_cell("g"), Path("said.png"), Path("all.png")))
+    assert abs(cell - said).max() <= 1
+    assert abs(cell - everywhere).max() > 1
+    assert read_picture_info(only_cell("g")).own["over_steps"] == read_picture_info(Path("said.png")).own["over_steps"]
+
+
 def test_a_cell_is_drawn_anew_where_anything_changed_that_it_depends_on(run, modules):
     grid = ["--lora", "style.safetensors", "--x", "seed=0", "--y", "prompt=a cat", "-o", "g"]
     for count, (strength, more) in enumerate(

@@ -45,19 +45,24 @@ def test_min_snr_at_zero_terminal_snr_is_finite():
 
 
 def test_each_slice_of_the_schedule_is_drawn_once():
-    drawn = diffusion.stratified_timesteps(10, 1000, seed=3, step=7)
+    drawn = diffusion.stratified_timesteps(10, range(1000), seed=3, step=7)
     assert sorted(t // 100 for t in drawn.tolist()) == list(range(10))
 
 
+def test_some_timesteps_alone_are_drawn_as_evenly():
+    drawn = diffusion.stratified_timesteps(10, range(300, 500), seed=3, step=7)
+    assert sorted((t - 300) // 20 for t in drawn.tolist()) == list(range(10))
+
+
 def test_timesteps_are_a_function_of_seed_and_step():
-    draws = {tuple(diffusion.stratified_timesteps(8, 1000, s, t).tolist()) for s in (0, 1) for t in (0, 1)}
-    again = tuple(diffusion.stratified_timesteps(8, 1000, 1, 1).tolist())
+    draws = {tuple(diffusion.stratified_timesteps(8, range(1000), s, t).tolist()) for s in (0, 1) for t in (0, 1)}
+    again = tuple(diffusion.stratified_timesteps(8, range(1000), 1, 1).tolist())
     assert len(draws) == 4
     assert again in draws
 
 
 def test_timesteps_are_uniform_over_many_steps():
-    drawn = torch.cat([diffusion.stratified_timesteps(4, 1000, 0, step) for step in range(500)]).float()
+    drawn = torch.cat([diffusion.stratified_timesteps(4, range(1000), 0, step) for step in range(500)]).float()
     assert abs(drawn.mean().item() - 499.5) < 5
     assert drawn.min() >= 0
     assert drawn.max() <= 999

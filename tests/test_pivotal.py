@@ -52,7 +52,7 @@ def test_equal_to_a_plain_loop_over_peft_and_the_whole_table(pocket_folder, pict
         ids = tokenizer(prompts, padding="max_length", max_length=77, return_tensors="pt").input_ids
         shape = tuple(batch.latents.shape[1:])
         noise = torch.stack([randomness.normal(shape, SEED, "noise", step, place) for place in range(2)])
-        timesteps = diffusion.stratified_timesteps(2, 1000, SEED, step)
+        timesteps = diffusion.stratified_timesteps(2, range(1000), SEED, step)
         a = base.alpha_bar[timesteps].view(-1, 1, 1, 1)
         noisy = a.sqrt() * batch.latents + (1 - a).sqrt() * noise
         velocity = a.sqrt() * noise - (1 - a).sqrt() * batch.latents

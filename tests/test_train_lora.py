@@ -48,10 +48,11 @@ def rows(path):
     return [json.loads(line) for line in (path.parent / "log.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("prompts", [(), ("cat", "a red house")])
-def test_equal_to_a_plain_loop_with_peft(prompts, train, pocket_folder, pictures):
+@pytest.mark.parametrize(("prompts", "among"), [((), range(1000)), (("cat", "a red house"), range(200, 900))])
+def test_equal_to_a_plain_loop_with_peft(prompts, among, train, pocket_folder, pictures):
     """Same start, noise, timesteps and batches: the losses and the delta of peft's layers under torch's AdamW; and with
-    the prior of Li & Hoiem 2017, |unet(x_t', t', c_pr; W + B A) - unet(x_t', t', c_pr; W)|^2 for the same pictures."""
+    the prior of Li & Hoiem 2017, |unet(x_t', t', c_pr; W + B A) - unet(x_t', t', c_pr; W)|^2 for the same pictures, at
+    some of the timesteps alone."""
     from peft import LoraConfig, inject_adapter_in_model
 
     from sfumato import data
@@ -60,7 +61,8 @@ def test_equal_to_a_plain_loop_with_peft(prompts, train, pocket_folder, pictures
     prior = [word for prompt in prompts for word in ("--prior-prompts", prompt)]
     weighted = [*prior, "--prior-weight", "0.7"] if prior else []
     options = ["--precision", "fp32", "--schedule", "constant", "--clip", "0.5", "--min-snr", "5", "--seed", "3"]
-    path = train("run", *options, *weighted)
+    ends = ["--min-timestep", str(among.start), "--max-timestep", str(among.stop)] if among != range(1000) else []
+    path = train("run", *options, *weighted, *ends)
 
     base = load_base(str(pocket_folder), precision=decide("fp32", device="cpu"))
     dataset = data.prepare(data.read_folder(pictures, caption_template="{caption}"), base, resolution=64)
@@ -81,7 +83,7 @@ def test_equal_to_a_plain_loop_with_peft(prompts, train, pocket_folder, pictures
         batch = dataset.batch(3, step, 2)
         shape = tuple(batch.latents.shape[1:])
         noise = torch.stack([randomness.normal(shape, seed, "noise", step, i) for i in range(2)])
-        timesteps = diffusion.stratified_timesteps(2, 1000, seed, step)
+        timesteps = diffusion.stratified_timesteps(2, among, seed, step)
         a = base.scheduler.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
         noisy = base.scheduler.add_noise(batch.latents, noise, timesteps)
         text = batch.text.hidden if text is None else text
@@ -371,6 +373,8 @@ def test_the_run_folder_tells_everything_and_no_path(train, tmp_path, pictures, 
         (["--attention", "xformers"], "xformers"),
         (["--precision", "fp16", "--device", "cpu"], "fp16"),
         (["--warmup", "50"], "--warmup 50"),
+        (["--min-timestep", "900", "--max-timestep", "300"], "--min-timestep 900, --max-timestep 300: the base's"),
+        (["--max-timestep", "1001"], "a larger end of at most 1000"),
         (["--prior-weight", "2"], "--prior-weight is for what shall draw as before; name it with --prior-prompts, or"),
         (["--text-learning-rate", "1e-4"], "--text-learning-rate has no effect without --train-text-encoder"),
         (["--prior-prompts", "a cat", "--prior-weight", "-1"], "--prior-weight is -1"),

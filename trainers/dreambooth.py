@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that 
     from sfumato.adapters import Lora
     from sfumato.bases import Base
     from sfumato.data import Dataset, Folder
-    from sfumato.prior import BasePrediction, ClassPictures
+    from sfumato.prior import BasePrediction, ClassPictures, Noising
     from sfumato.processes import Processes
     from sfumato.runs import Run
     from sfumato.runs.samples import Samples
@@ -124,7 +124,7 @@ def train(config: Config) -> Path:
     from sfumato.prior import BasePrediction, DriftLimit, draw_half, errors_of
     from sfumato.processes import Processes
     from sfumato.runs import Run
-    from sfumato.runs.samples import Samples
+    from sfumato.runs.samples import Samples, drawing_of
 
     check(config)
     processes = Processes.join(config.device)
@@ -177,8 +177,10 @@ def train(config: Config) -> Path:
     pristine = trained.disabled if config.method == "lora" else nullcontext  # nothing has been trained yet
     watched = {"drift": UNRELATED, "class_drift": prompts} if config.measure_every else {}
     measures = Measures(base, dataset, watched, pristine=pristine, within=average.applied, modules=[trained])
+    noising = config.noising(base)
     shown = config.sample_prompts or subject.sample_prompts(dataset.captions, UNRELATED[0])
-    samples = Samples(run, base, shown, config.seed, modules=[trained], within=average.applied)
+    draw = drawing_of(base, trained, timesteps=noising.timesteps) if config.method == "lora" else None
+    samples = Samples(run, base, shown, config.seed, modules=[trained], within=average.applied, draw=draw)
     limit = DriftLimit(config.drift_limit, [row for row in run.rows() if row["step"] <= run.step])
 
     def measure(step: int) -> None:
@@ -188,7 +190,7 @@ def train(config: Config) -> Path:
 
     run.every(config.measure_every, measure)
     run.every(config.sample_every, samples.draw)
-    prior = prior_of(config, base, dataset, class_set, prompts, pristine)
+    prior = prior_of(config, base, dataset, class_set, prompts, noising, pristine)
     if isinstance(prior, BasePrediction) and config.method == "full":
         steps = range(run.step, config.steps)
         run.say(prior.remember(steps, global_batch, starts, config.batch, shown=processes.is_main))
@@ -204,7 +206,7 @@ def train(config: Config) -> Path:
         loss, class_loss = torch.zeros(2, device=precision.device)
         for start in starts:
             half = draw_half(
-                base, dataset, config.seed, step.number, global_batch, start, config.batch, offset=config.noise_offset
+                base, dataset, config.seed, step.number, global_batch, start, config.batch, noising=noising
             )
             subjects = len(half.batch)
             beside = [prior.draw(step.number, global_batch, start, config.batch)] if prior else []
@@ -386,13 +388,14 @@ def prior_of(
     dataset: Dataset,
     class_set: Dataset | None,
     prompts: Sequence[str],
+    noising: Noising,
     pristine: Callable[[], AbstractContextManager[object]],
 ) -> ClassPictures | BasePrediction | None:
     """What gives the class half of each batch; None where there is none. pristine: see `BasePrediction`."""
     from sfumato.prior import BasePrediction, ClassPictures
 
     if config.prior == "pictures":
-        return ClassPictures(base, class_set, config.seed, offset=config.noise_offset)
+        return ClassPictures(base, class_set, config.seed, noising=noising)
     if config.prior == "none":
         return None
     return BasePrediction(
@@ -402,7 +405,7 @@ def prior_of(
         config.seed,
         order=config.seed if class_set is None else None,
         pristine=pristine,
-        offset=config.noise_offset,
+        noising=noising,
         embed_text=not config.train_text_encoder,
     )
 

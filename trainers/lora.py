@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that 
     from sfumato.data import Dataset, Folder
     from sfumato.embedding import Words
     from sfumato.files import Description
-    from sfumato.prior import BasePrediction, ClassPictures
+    from sfumato.prior import BasePrediction, ClassPictures, Noising
     from sfumato.processes import Processes
     from sfumato.runs import Run
     from sfumato.runs.samples import Samples
@@ -155,7 +155,8 @@ def train(config: Config) -> Path:
     measures = Measures(base, dataset, watched, pristine=lora.disabled, within=average.applied, modules=[lora])
     first = subjects[0]  # sources may have templates and triggers of their own
     prompts = config.sample_prompts or default_prompts(dataset.captions, first.template, first.trigger)
-    draw = drawing_of(base, lora, config.adapter_guidance)
+    noising = config.noising(base)
+    draw = drawing_of(base, lora, config.adapter_guidance, noising.timesteps)
     samples = Samples(run, base, prompts, config.seed, modules=[lora], within=average.applied, draw=draw)
     trigger = list(dict.fromkeys([*subjects.triggers, *config.train_words]))
 
@@ -170,7 +171,7 @@ def train(config: Config) -> Path:
     run.every(config.measure_every, lambda step: run.log(step=step, **measures.values()))
     run.every(config.sample_every, samples.draw)
     run.every(config.save_every, export)
-    priors = priors_of(config, base, dataset, class_set, lora)
+    priors = priors_of(config, base, dataset, class_set, noising, lora)
     lora.train()
     for step in run.steps(config.steps):
         words_alone = step.number < config.words_first
@@ -184,7 +185,7 @@ def train(config: Config) -> Path:
         loss, prior_loss = torch.zeros(2, device=precision.device)
         for start in starts:
             half = draw_half(
-                base, dataset, config.seed, step.number, global_batch, start, config.batch, offset=config.noise_offset
+                base, dataset, config.seed, step.number, global_batch, start, config.batch, noising=noising
             )
             learned, in_loop = len(half.batch), config.train_text_encoder or bool(words)
             beside = [prior.draw(step.number, global_batch, start, config.batch) for prior in priors]
@@ -336,14 +337,14 @@ def embeds_beforehand(config: Config) -> bool:
 
 
 def priors_of(
-    config: Config, base: Base, dataset: Dataset, class_set: Dataset | None, lora: Lora
+    config: Config, base: Base, dataset: Dataset, class_set: Dataset | None, noising: Noising, lora: Lora
 ) -> list[ClassPictures | BasePrediction]:
     """What comes beside each batch: the class's pictures, and the prior's prompts with the pictures of that batch."""
     from sfumato.prior import BasePrediction, ClassPictures
 
     priors: list[ClassPictures | BasePrediction] = []
     if class_set:
-        priors.append(ClassPictures(base, class_set, config.seed, offset=config.noise_offset))
+        priors.append(ClassPictures(base, class_set, config.seed, noising=noising))
     if config.prior_prompts:
         with lora.disabled():
             predicted = BasePrediction(
@@ -353,7 +354,7 @@ def priors_of(
                 config.seed,
                 order=config.seed,
                 pristine=lora.disabled,
-                offset=config.noise_offset,
+                noising=noising,
                 embed_text=embeds_beforehand(config),
             )
         priors.append(predicted)

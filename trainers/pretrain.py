@@ -378,7 +378,7 @@ def train_unet(config: Config, precision: Precision) -> Path:
         number = step.number
         trained.set_rate(number, step.rate_factor)
         timesteps = diffusion.stratified_timesteps(
-            config.batch, scheduler.config.num_train_timesteps, config.seed, number
+            config.batch, range(scheduler.config.num_train_timesteps), config.seed, number
         )
         lesson = lessons.at(number, timesteps)
         mean, deviation, seen = cache.of(lesson)

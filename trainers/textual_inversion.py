@@ -135,15 +135,16 @@ def train(config: Config) -> Path:
     run.every(config.measure_every, lambda step: run.log(step=step, **measures.values()))
     run.every(config.sample_every, samples.draw)
     global_batch, starts = processes.starts(config.batch, config.accumulate)
+    noising = config.noising(base)
     for step in run.steps(config.steps):
         schedule.set(step.number, step.rate_factor)
         # Timesteps cover the schedule once in a global batch; each process takes its own part of them.
-        timesteps = diffusion.stratified_timesteps(global_batch, len(base.alpha_bar), config.seed, step.number)
+        timesteps = diffusion.stratified_timesteps(global_batch, noising.timesteps, config.seed, step.number)
         timesteps = timesteps.to(precision.device)
         loss = torch.zeros((), device=precision.device)
         for start in starts:
             batch = dataset.batch(config.seed, step.number, global_batch, start, config.batch)
-            noise = draw_noise(batch, config.seed, step.number, start, offset=config.noise_offset)
+            noise = draw_noise(batch, config.seed, step.number, start, offset=noising.offset)
             captions = put_into(batch.captions, templates, config.seed, step.number, start)
             mine = timesteps[start : start + config.batch]
             with precision.autocast():

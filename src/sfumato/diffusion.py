@@ -59,15 +59,16 @@ def snr_weight(prediction_type: PredictionType, alpha_bar: Tensor, gamma: float)
     return torch.where(snr > 0, capped / snr.clamp(min=1e-12), torch.ones_like(snr))
 
 
-def stratified_timesteps(count: int, total: int, seed: int, step: int) -> Tensor:
-    """(count,) timesteps in 0..total-1, one from each of `count` equal slices of the schedule, in random order.
+def stratified_timesteps(count: int, timesteps: range, seed: int, step: int) -> Tensor:
+    """(count,) of these timesteps, one from each of `count` equal slices of them, in random order.
 
     The loss differs more between timesteps than between pictures; a batch that covers the schedule evenly has a
     gradient of smaller variance (Kingma et al. 2021, appendix I.1).
     """
     slices = torch.tensor(randomness.permutation(count, seed, "timestep slices", step), dtype=torch.float64)
     jitter = torch.tensor([randomness.uniform(seed, "timesteps", step, i) for i in range(count)], dtype=torch.float64)
-    return ((slices + jitter) / count * total).long().clamp(max=total - 1)
+    total = len(timesteps)
+    return timesteps.start + ((slices + jitter) / count * total).long().clamp(max=total - 1)
 
 
 def weighted_error(prediction: Tensor, wanted: Tensor, weight: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # help loads no torch
     from sfumato.bases import Base
     from sfumato.data import Dataset, Folder
     from sfumato.precision import Precision
+    from sfumato.prior import Noising
     from sfumato.processes import Processes
 
 
@@ -196,9 +197,27 @@ class StepOptions:
     """Gamma of min-SNR weighting (Hang et al. 2023); 0 weighs all timesteps alike. Unset: the base family's default."""
     noise_offset: float = 0.0
     """Strength of a constant added to each channel's noise, for very dark or bright pictures; 0.03 to 0.1 is usual."""
+    min_timestep: int = 0
+    """The first of the base's timesteps, 0 to 999 in most, that is learned. At the least noisy ones a picture's strokes
+    and colors are made, at the noisiest its layout."""
+    max_timestep: int | None = None
+    """The timestep below which all are learned, from --min-timestep on. Unset: the number of the base's timesteps."""
     ema: float = 0.0
     """Decay of a running mean of what is trained, which is then what is saved; 0 saves the last weights. After n steps
     it is (1 + n) / (10 + n) at most, so that the mean of a short run does not remember the untrained start."""
+
+    def noising(self, base: Base) -> Noising:
+        """How pictures are noised. Raises ConfigError for timesteps that the base does not have."""
+        from sfumato.prior import Noising
+
+        count = len(base.alpha_bar)
+        stop = count if self.max_timestep is None else self.max_timestep
+        if not 0 <= self.min_timestep < stop <= count:
+            raise ConfigError(
+                f"--min-timestep {self.min_timestep}, --max-timestep {stop}: the base's timesteps are 0 to "
+                f"{count - 1}; wanted a first one of these, and a larger end of at most {count}."
+            )
+        return Noising(range(self.min_timestep, stop), self.noise_offset)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -352,6 +371,7 @@ def resolve(config: Options, base: Base, samples: int, processes: int, **default
         batch = (config.batch or known["batch"]) * config.accumulate * processes
         config = dataclasses.replace(config, steps=max(1, round(config.epochs * samples / batch)), epochs=None)
     config, filled = fill(config, known)
+    config.noising(base)
     assert config.steps is not None
     quarter = max(1, -(-config.steps // 4))
     values: dict[str, Any] = {"name": config.name or config.output.resolve().name}

@@ -33,6 +33,14 @@ KEPT_BYTES = 2**30
 
 
 @dataclass(frozen=True)
+class Noising:
+    """How pictures are noised. timesteps: those of the base that are drawn. offset: as of `draw_noise`."""
+
+    timesteps: range
+    offset: float = 0.0
+
+
+@dataclass(frozen=True)
 class Half:
     """Samples with all that their error depends on. noise, target: as batch.latents. timesteps: (batch,)."""
 
@@ -86,18 +94,19 @@ def draw_half(
     first: int,
     count: int,
     *,
-    offset: float = 0.0,
+    noising: Noising | None = None,
     embed_text: bool = True,
     order: int | None = None,
 ) -> Half:
     """Samples `first` to `first + count` of a step's global batch, with noise, stratified timesteps and target.
 
-    order: seed of which pictures they are, the other one if None. Without `embed_text` the captions come without their
-    embeddings.
+    noising: at all of the base's timesteps, without an offset, if None. order: seed of which pictures they are, the
+    other one if None. Without `embed_text` the captions come without their embeddings.
     """
     batch = data.batch(seed if order is None else order, step, global_batch, first, count, embed_text=embed_text)
-    noise = draw_noise(batch, seed, step, first, offset=offset)
-    timesteps = diffusion.stratified_timesteps(global_batch, len(base.alpha_bar), seed, step)[first : first + count]
+    noising = noising or Noising(range(len(base.alpha_bar)))
+    noise = draw_noise(batch, seed, step, first, offset=noising.offset)
+    timesteps = diffusion.stratified_timesteps(global_batch, noising.timesteps, seed, step)[first : first + count]
     timesteps = timesteps.to(noise.device)
     alpha_bar = base.alpha_bar.to(noise.device)[timesteps]
     return Half(batch, noise, timesteps, diffusion.target(base.prediction_type, batch.latents, noise, alpha_bar))
@@ -127,13 +136,13 @@ class ClassPictures:
     data: the class pictures with their own captions. Randomness is that of the run's seed, in streams of its own.
     """
 
-    def __init__(self, base: Base, data: Dataset, seed: int, *, offset: float = 0.0):
-        self._base, self._data, self._offset = base, data, offset
+    def __init__(self, base: Base, data: Dataset, seed: int, *, noising: Noising | None = None):
+        self._base, self._data, self._noising = base, data, noising
         self._seed = class_seed(seed)
 
     def draw(self, step: int, global_batch: int, first: int, count: int) -> Half:
         """The class's share of a step: as many samples as the subject's, drawn independently of them."""
-        return draw_half(self._base, self._data, self._seed, step, global_batch, first, count, offset=self._offset)
+        return draw_half(self._base, self._data, self._seed, step, global_batch, first, count, noising=self._noising)
 
 
 class BasePrediction:
@@ -159,11 +168,11 @@ class BasePrediction:
         *,
         order: int | None = None,
         pristine: Callable[[], AbstractContextManager[object]] | None = None,
-        offset: float = 0.0,
+        noising: Noising | None = None,
         embed_text: bool = True,
     ):
         self._order, self._embed_text = order, embed_text
-        self._base, self._data, self._offset = base, data, offset
+        self._base, self._data, self._noising = base, data, noising
         self._prompts, self._seed, self._pristine = list(prompts), class_seed(seed), pristine
         with torch.no_grad(), base.resting.interrupted():
             self._text = embedding.encode(base, self._prompts)
@@ -214,7 +223,7 @@ class BasePrediction:
         """The draw with the class prompts as its captions; its target is not the base's prediction yet."""
         place_in_run = (self._seed, step, global_batch, first, count)
         half = draw_half(
-            self._base, self._data, *place_in_run, offset=self._offset, embed_text=False, order=self._order
+            self._base, self._data, *place_in_run, noising=self._noising, embed_text=False, order=self._order
         )
         rows = [(step * global_batch + first + place) % len(self._prompts) for place in range(len(half.batch))]
         batch = dataclasses.replace(

@@ -12,6 +12,7 @@ Progress is 0 at pure noise and 1 at the finished picture.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,8 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sfumato.compose.adapter import Adapter, Weight, checked_weight
-from sfumato.compose.blocks import Blocks
+from sfumato.compose.adapter import Adapter, checked_weight, unet_weight
 from sfumato.errors import AdapterError, ConfigError
 from sfumato.specs import without_tags
 
@@ -81,6 +81,12 @@ class WhereWhen:
     def ramps(self) -> frozenset[str]:
         """The labels whose weight at every step is given, whatever the mix says."""
         return frozenset(label for label, way in self.by_step.items() if not isinstance(way, Span))
+
+    def with_learned(self, spans: Mapping[str, tuple[float, float]]) -> WhereWhen:
+        """The same, and adapters of which nothing is said count in the steps that they learned. spans: of a mix."""
+        said = {*self.by_step, *self.turn_labels}
+        learned = {label: Span(*span) for label, span in spans.items() if label not in said}
+        return dataclasses.replace(self, by_step={**learned, **self.by_step})
 
     def told(self) -> dict[str, Any]:
         """The same as JSON, what is not used left out."""
@@ -189,7 +195,9 @@ def applied(
             from sfumato.compose.steps import Ramp, Switch, over_steps_of
 
             ways = {
-                label: way if isinstance(way, Ramp) else Ramp.within(way.start, way.end, _of_unet(mix.weights[label]))
+                label: way
+                if isinstance(way, Ramp)
+                else Ramp.within(way.start, way.end, unet_weight(mix.weights[label]))
                 for label, way in wanted.by_step.items()
             }
             switch = None if wanted.turn is None else Switch(wanted.turn_labels, wanted.turn)
@@ -203,8 +211,3 @@ def _opened(where: Box | Path) -> Any:
     from sfumato.data import open_image
 
     return open_image(where)
-
-
-def _of_unet(weight: Weight) -> float:
-    plain = weight.weight if isinstance(weight, Blocks) else weight
-    return plain[0] if isinstance(plain, tuple) else plain

@@ -361,6 +361,36 @@ def test_samples_of_a_lora_are_drawn_with_its_adapter_guidance(monkeypatch):
     assert told == {"factor": 1.0, "off": False}
 
 
+def test_samples_of_a_lora_are_drawn_with_it_at_the_timesteps_that_it_learned(monkeypatch):
+    from sfumato import drawing
+
+    seen, told = [], {"off": False}
+
+    class Unet(nn.Module):
+        def forward(self, sample, timestep):
+            seen.append((int(timestep), told["off"]))
+
+    @contextmanager
+    def disabled():
+        told["off"] = True
+        yield
+        told["off"] = False
+
+    def draw(base, prompts, seeds):
+        for timestep in (999, 200, 199):
+            base.unet(torch.zeros(1), torch.tensor(timestep))
+        base.unet(torch.zeros(1), timestep=torch.tensor([199]))
+
+    monkeypatch.setattr(drawing, "draw", draw)
+    alpha_bar = torch.ones(1000)
+    base = SimpleNamespace(resting=SimpleNamespace(interrupted=nullcontext), unet=Unet(), alpha_bar=alpha_bar)
+    sheets.drawing_of(base, SimpleNamespace(disabled=disabled), timesteps=range(200, 1000))(["a"], [5])
+    assert seen == [(999, False), (200, False), (199, True), (199, True)]
+    assert told == {"off": False}
+    base.unet(torch.zeros(1), torch.tensor(0))
+    assert seen[-1] == (0, False)
+
+
 @pytest.mark.parametrize(
     ("template", "trigger", "prompts"),
     [

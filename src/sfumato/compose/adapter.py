@@ -85,6 +85,12 @@ def weight_at(weight: Weight, part: str, path: str) -> float:
     return weight
 
 
+def unet_weight(weight: Weight) -> float:
+    """The number for the U-Net, before the blocks' factors."""
+    plain = weight.weight if isinstance(weight, Blocks) else weight
+    return plain[0] if isinstance(plain, tuple) else plain
+
+
 def with_unet(weight: Weight, number: float) -> Weight:
     """The weight with another number for the U-Net; text encoders and blocks as they were."""
     if isinstance(weight, Blocks):

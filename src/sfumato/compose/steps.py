@@ -10,16 +10,15 @@ is done. A step's change is cheapest where the mix is live; a baked one is summe
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from sfumato import schedulers
-from sfumato.compose.adapter import Weight, checked_weight, with_unet
+from sfumato.compose.adapter import Weight, checked_weight, unet_weight, with_unet
 from sfumato.compose.match import unwrapped_parts
 from sfumato.errors import AdapterError
+from sfumato.prompt_steps import asked_timestep
 
 if TYPE_CHECKING:
     from sfumato.compose.mix import Mix
@@ -103,6 +102,14 @@ def over_steps(mix: Mix, switch: Switch | None = None, /, **weights: Progress) -
 
 
 @contextmanager
+def over_learned_steps(mix: Mix) -> Iterator[None]:
+    """Within the block adapters whose files say which timesteps they learned have their weights at these alone."""
+    ways = {label: Ramp.within(*span, unet_weight(mix.weights[label])) for label, span in mix.spans.items()}
+    with over_steps_of(mix, ways) if ways else nullcontext():
+        yield
+
+
+@contextmanager
 def over_steps_of(mix: Mix, weights: Mapping[str, Progress], switch: Switch | None = None) -> Iterator[None]:
     """As `over_steps`, for labels that are no Python names."""
     mix._check_labels([*weights, *(switch.labels if switch else ())])
@@ -110,8 +117,7 @@ def over_steps_of(mix: Mix, weights: Mapping[str, Progress], switch: Switch | No
     clock = schedulers.Clock()
 
     def follow(module: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-        timestep = options["timestep"] if "timestep" in options else args[1]
-        now = float(timestep.flatten()[0]) if isinstance(timestep, torch.Tensor) else float(timestep)
+        now = asked_timestep(args, options)
         drawn_by = schedulers.DRAWING.get() or mix.pipe.scheduler
         progress = _progress(now, drawn_by)
         wanted = {label: _at(before[label], function(progress)) for label, function in weights.items()}

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import os
+import re
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -36,6 +37,24 @@ MOST_ADAPTER_GUIDANCE = 20.0
 
 
 @dataclass(frozen=True)
+class Learned:
+    """The timesteps that an adapter learned, of the `count` that its base has."""
+
+    timesteps: range
+    count: int
+
+    def __str__(self) -> str:
+        """`200-999 of 1000`."""
+        return f"{self.timesteps.start}-{self.timesteps.stop - 1} of {self.count}"
+
+    @property
+    def span(self) -> tuple[float, float]:
+        """(start, end): the same as progress, which is 0 at the last timestep and 1 at the first."""
+        last = max(1, self.count - 1)
+        return max(0.0, 1 - self.timesteps.stop / last), 1 - self.timesteps.start / last
+
+
+@dataclass(frozen=True)
 class Description:
     """All that an adapter's file tells about how it came to be. Unset fields are left out of the file.
 
@@ -46,7 +65,8 @@ class Description:
     the settings of at most SETTING_BYTES are kept.
     started: Unix time in seconds, now if unset; SOURCE_DATE_EPOCH overrides it.
     parents: for a mix, one {"name", "hash", "weight"} a file. adapter_guidance: how often the adapter's change counts
-    where nothing else is asked for, see `sfumato.compose.guided`.
+    where nothing else is asked for, see `sfumato.compose.guided`. learned: the timesteps that it learned, where these
+    are not all, and at which it is drawn with where nothing else is asked for.
     """
 
     title: str
@@ -74,6 +94,7 @@ class Description:
     config: Mapping[str, Any] | None = None
     dataset_sha256: str = ""
     adapter_guidance: float = 0.0
+    learned: Learned | None = None
     parents: Sequence[Mapping[str, Any]] = ()
     extra: Mapping[str, str] = field(default_factory=dict)
 
@@ -147,6 +168,7 @@ def _own(description: Description) -> dict[str, str]:
         "sfumato.base_fingerprint": description.base_fingerprint,
         "sfumato.dataset_sha256": description.dataset_sha256,
         "sfumato.adapter_guidance": exact(description.adapter_guidance) if description.adapter_guidance else "",
+        "sfumato.timesteps": str(description.learned or ""),
         "sfumato.trigger": _json(list(description.trigger)) if description.trigger else "",
         "sfumato.parents": _json(list(description.parents)) if description.parents else "",
     }
@@ -159,6 +181,15 @@ def adapter_guidance_of(metadata: Mapping[str, str]) -> float:
     except ValueError:
         return 0.0
     return strength if 0 <= strength <= MOST_ADAPTER_GUIDANCE else 0.0
+
+
+def learned_of(metadata: Mapping[str, str]) -> Learned | None:
+    """Which timesteps the file says it learned; None for all, or where it says nothing that can be meant."""
+    found = re.fullmatch(r"(\d{1,6})-(\d{1,6}) of (\d{1,6})", metadata.get("sfumato.timesteps", ""))
+    if not found:
+        return None
+    first, last, count = (int(number) for number in found.groups())
+    return Learned(range(first, last + 1), count) if first <= last < count else None
 
 
 def moment(started: float | None = None) -> float:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 from torch import nn
 
 from sfumato.data.captions import fill_template
 from sfumato.files.atomic import atomic_path
+from sfumato.prompt_steps import asked_timestep
 from sfumato.sheet import contact_sheet
 
 if TYPE_CHECKING:
@@ -86,19 +87,44 @@ class Samples:
         return pictures
 
 
-def drawing_of(base: Base, lora: Lora | None = None, strength: float = 0.0) -> Draw:
-    """The base's own drawing. lora: what is attached to its U-Net, drawn with this adapter guidance, as it will be."""
+def drawing_of(base: Base, lora: Lora | None = None, strength: float = 0.0, timesteps: range | None = None) -> Draw:
+    """The base's own drawing. lora: what is attached to its U-Net, drawn with as it will be, with this adapter guidance
+    and at these timesteps; None: at all."""
     from sfumato.compose.guided import first_half
     from sfumato.drawing import draw
 
     def drawing(prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
         with base.resting.interrupted(), ExitStack() as stack:
+            if lora is not None and timesteps is not None and len(timesteps) < len(base.alpha_bar):
+                stack.enter_context(only_at(timesteps, base.unet, lora.disabled))
             if lora is not None and strength and (guidance := base.defaults.guidance) > 1:
                 stack.enter_context(lora.counted(strength / guidance))
                 stack.enter_context(first_half(base.unet, lora.disabled))
             return draw(base, prompts, seeds)
 
     return drawing
+
+
+@contextmanager
+def only_at(
+    timesteps: range, unet: nn.Module, otherwise: Callable[[], AbstractContextManager[object]]
+) -> Iterator[None]:
+    """Within the block each call of the U-Net at another timestep than these is made in `otherwise`."""
+    others = ExitStack()
+
+    def begin(module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        if int(asked_timestep(args, options)) not in timesteps:
+            others.enter_context(otherwise())
+
+    hooks = [
+        unet.register_forward_pre_hook(begin, with_kwargs=True),
+        unet.register_forward_hook(lambda *_: others.close(), always_call=True),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @contextmanager
