@@ -51,8 +51,8 @@ class Config:
     b-lora-content), or a block-weight list of the web interfaces. Repeat for several adapters."""
     over_steps: tuple[str, ...] = ()
     """LABEL=0:0,0.4:1, an adapter's weights by points PROGRESS:WEIGHT (0 is noise, 1 the finished picture), straight
-    between them; or LABEL=0-0.5, its own weight in those steps and none in the others. Unset: those that its file says
-    it learned (ours of subjects: 0-0.8), else all. Repeat for several adapters."""
+    between them; or LABEL=0-0.5, its own weight in those steps and none in the others. Unset: those that its file
+    asks for (ours of subjects: 0-0.8), else all. Repeat for several adapters."""
     switch: int | None = None
     """The adapters take turns, each for so many steps (LoRA-Switch)."""
     region: tuple[str, ...] = ()
@@ -348,7 +348,7 @@ def generate(config: Config) -> tuple[Path, ...]:
             print(line, file=sys.stderr)
         strengths = {} if wanted.where_when.spots else {**mix.strengths, **wanted.strengths}
         settings["adapter_guidance"] = strengths_of(mix, strengths, guidance=settings["guidance"])
-        where_when = wanted.where_when.with_learned(mix.spans)
+        where_when = wanted.where_when.with_asked(mix.spans)
         settings |= where_when.told()
         own = [
             flags | {"adapter_guidance": strengths_of(mix, strengths, guidance=flags["guidance"])}

@@ -256,7 +256,7 @@ def _draw(
     mix: of all adapters; None where the cells have a method, which merges them for each batch.
     """
     from sfumato.compose.guided import adapter_guidance, strengths_of
-    from sfumato.compose.steps import over_learned_steps
+    from sfumato.compose.steps import over_asked_steps
     from sfumato.drawing import draw
     from sfumato.where_when import WhereWhen
 
@@ -271,7 +271,7 @@ def _draw(
         with (
             _applied(base, mix, adapters, cells[0], partial=partial) as applied,
             adapter_guidance(applied, to["adapter_guidance"], guidance=to["guidance"]),
-            over_learned_steps(applied),
+            over_asked_steps(applied),
         ):
             pictures = draw(
                 base,
@@ -282,7 +282,7 @@ def _draw(
                 **{name: to[name] for name in ("negative", "steps", "guidance")},
             )
             strengths = strengths_of(applied, to["adapter_guidance"], guidance=to["guidance"])
-            how = {"adapter_guidance": strengths, **WhereWhen().with_learned(applied.spans).told()}
+            how = {"adapter_guidance": strengths, **WhereWhen().with_asked(applied.spans).told()}
         for place, picture in zip(group, pictures, strict=True):
             yield place, picture, how
 

@@ -10,7 +10,6 @@ from PIL import Image
 from sfumato.card import push, write_card
 from sfumato.errors import ConfigError
 from sfumato.files import Description
-from sfumato.files.metadata import Learned
 from sfumato.model_card import write_model_card
 
 ABOUT = Description(
@@ -47,11 +46,11 @@ def test_adapter_guidance_is_told_where_the_file_asks_for_it(card, tmp_path):
     assert "line.safetensors:1.0`, under the adapter guidance 2 that its file asks for\n" in text
 
 
-def test_the_timesteps_that_were_learned_are_told_where_these_are_not_all(card, tmp_path):
-    assert "timesteps" not in card.read_text(encoding="utf-8")
-    about = replace(ABOUT, learned=Learned(range(200, 1000), 1000))
+def test_the_steps_are_told_that_the_file_asks_for(card, tmp_path):
+    assert "in the steps" not in card.read_text(encoding="utf-8")
+    about = replace(ABOUT, over_steps=(0.0, 0.8))
     text = write_card(tmp_path, tmp_path / "otter.safetensors", about, [], []).read_text(encoding="utf-8")
-    assert "otter.safetensors:1.0`, at the timesteps 200-999 of 1000 that it learned\n" in text
+    assert "otter.safetensors:1.0`, in the steps from 0 to 0.8 of the way from noise to picture, as" in text
 
 
 @pytest.mark.parametrize("name", ["line.safetensors", "line"])

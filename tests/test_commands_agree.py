@@ -133,9 +133,9 @@ def test_a_method_keeps_the_adapter_guidance_that_all_files_ask_for(run, modules
     assert abs(plain - without).max() > 1
 
 
-def test_a_grid_draws_with_an_adapter_at_the_steps_that_it_learned_as_generate_does(run, modules):
-    learned = {"sfumato.timesteps": "500-999 of 1000"}
-    write_lora(Path("style.safetensors"), modules, family="pocket", metadata=learned)
+def test_a_grid_draws_with_an_adapter_in_the_steps_that_its_file_asks_for_as_generate_does(run, modules):
+    asks = {"sfumato.over_steps": "0-0.4"}
+    write_lora(Path("style.safetensors"), modules, family="pocket", metadata=asks)
     grid = ["--lora", "style.safetensors", "--x", "seed=0", "--y", "prompt=a cat"]
     assert run("grid", *grid, "-o", "g") == (0, ANY)
     assert run("generate", "a cat", "--lora", "style.safetensors", "-o", "said.png") == (0, ANY)

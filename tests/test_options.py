@@ -8,17 +8,18 @@ import pytest
 
 from sfumato.bases.family import FAMILIES
 from sfumato.errors import ConfigError
-from sfumato.options import TrainerOptions, check, check_name, only_with, resolve, second_rate, settled
+from sfumato.options import TrainerOptions, check, check_name, only_with, resolve, second_rate, settled, span_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(TrainerOptions):
     rank: int | None = None
     word_learning_rate: float | None = None
+    over_steps: str | None = None
 
 
 CONFIG = Config(images=Path("pictures"), output=Path("runs/line"))
-BASE = SimpleNamespace(defaults=FAMILIES["sd1"].defaults)
+BASE = SimpleNamespace(defaults=FAMILIES["sd1"].defaults, alpha_bar=range(1000))
 
 
 def test_what_is_given_wins_over_the_method_and_the_method_over_the_family():
@@ -42,6 +43,14 @@ def test_looks_and_checkpoints_come_four_times_unless_told():
 def test_prodigys_rate_is_a_factor_of_one():
     assert resolve(replace(CONFIG, optimizer="prodigy"), BASE, 16, 1)[0].learning_rate == 1.0
     assert resolve(replace(CONFIG, optimizer="prodigy", learning_rate=0.5), BASE, 16, 1)[0].learning_rate == 0.5
+
+
+def test_an_adapter_asks_for_the_steps_that_were_given_or_learned_where_these_are_not_all():
+    assert span_of(CONFIG, BASE) is None
+    assert span_of(replace(CONFIG, over_steps="0-0.8"), BASE) == (0.0, 0.8)
+    learned = replace(CONFIG, min_timestep=200, max_timestep=900)
+    assert span_of(learned, BASE) == (1 - 900 / 999, 1 - 200 / 999)
+    assert span_of(replace(learned, over_steps="0-1"), BASE) is None
 
 
 def test_with_prodigy_all_that_learns_has_one_rate():

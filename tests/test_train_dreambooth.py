@@ -337,8 +337,10 @@ def test_the_run_tells_how_the_identifier_is_cut_and_warns_of_a_word(train, caps
 
 @pytest.mark.usefixtures("plotted")
 def test_a_lora_describes_itself_and_no_file_tells_a_path(train, tmp_path, pictures):
-    path = train("run", "--method", "lora", "--steps", "1", "--sample-every", "1", "--measure-every", "1")
+    path = train("run", "--method", "lora", "--steps", "1", "--sample-every", "1", "--measure-every", "1",
+                 "--over-steps", "0-0.8")  # fmt: skip
     metadata = read_header(path).metadata
+    assert metadata["sfumato.over_steps"] == "0-0.8"
     assert metadata["modelspec.trigger_phrase"] == PROMPT
     assert json.loads(metadata["sfumato.config"])["prior"] == "pictures"
     assert read_lora(path).family == "pocket"

@@ -342,11 +342,12 @@ def test_a_mask_keeps_what_is_outside_out_of_the_loss(train, pictures):
 
 @pytest.mark.usefixtures("plotted")
 def test_the_run_folder_tells_everything_and_no_path(train, tmp_path, pictures, pocket_folder):
-    path = train("run", "--trigger", "zwx", "--sample-every", "2", "--measure-every", "2")
+    path = train("run", "--trigger", "zwx", "--sample-every", "2", "--measure-every", "2", "--over-steps", "0-0.8")
     names = {file.name for file in path.parent.iterdir()}
     assert {"config.toml", "log.jsonl", "plot.png", "samples.png", "README.md", "run.safetensors"} <= names
     metadata = read_header(path).metadata
     assert metadata["modelspec.trigger_phrase"] == "zwx"
+    assert metadata["sfumato.over_steps"] == "0-0.8"
     assert json.loads(metadata["sfumato.config"])["rank"] == 2
     base = load_base(pocket_folder, precision=CPU, unet=False)
     assert metadata["sfumato.base_fingerprint"] == base.adapted_fingerprint()
@@ -375,6 +376,7 @@ def test_the_run_folder_tells_everything_and_no_path(train, tmp_path, pictures, 
         (["--warmup", "50"], "--warmup 50"),
         (["--min-timestep", "900", "--max-timestep", "300"], "--min-timestep 900, --max-timestep 300: the base's"),
         (["--max-timestep", "1001"], "a larger end of at most 1000"),
+        (["--over-steps", "0.8"], "--over-steps 0.8: wanted START-END, progress from 0 to 1, such as 0-0.5"),
         (["--prior-weight", "2"], "--prior-weight is for what shall draw as before; name it with --prior-prompts, or"),
         (["--text-learning-rate", "1e-4"], "--text-learning-rate has no effect without --train-text-encoder"),
         (["--prior-prompts", "a cat", "--prior-weight", "-1"], "--prior-weight is -1"),

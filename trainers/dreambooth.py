@@ -23,6 +23,7 @@ from sfumato.config import parse
 from sfumato.errors import ConfigError
 from sfumato.options import TrainerOptions
 from sfumato.subject import Subject, read_pictures, with_caption
+from sfumato.where_when import parse_span
 
 if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that its --help is there at once
     from torch import nn
@@ -30,6 +31,7 @@ if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that 
     from sfumato.adapters import Lora
     from sfumato.bases import Base
     from sfumato.data import Dataset, Folder
+    from sfumato.files import Description
     from sfumato.prior import BasePrediction, ClassPictures, Noising
     from sfumato.processes import Processes
     from sfumato.runs import Run
@@ -106,6 +108,10 @@ class Config(TrainerOptions):
     keep_energy: float | None = None
     """With --method full --save lora: each layer's rank is the smallest that keeps this share of its change's energy,
     and at most --rank, if that is given."""
+    over_steps: str | None = None
+    """START-END, the steps in which a LoRA is drawn with, 0 at noise and 1 at the finished picture: samples are drawn
+    so, and its file asks for it, see sfumato generate --over-steps. A subject gains by 0-0.8: the last steps are the
+    base's, which draws them in the style that the prompt names. Unset: those that were learned, see --min-timestep."""
     save_precision: Literal["fp32", "fp16", "bf16"] | None = None
     """Number format of what is written. Unset: fp32 on pocket, fp16 elsewhere."""
 
@@ -119,6 +125,7 @@ def train(config: Config) -> Path:
     from sfumato import fused as fusing
     from sfumato import identifier, optimizers, randomness
     from sfumato.ema import Average
+    from sfumato.finish import describe_run
     from sfumato.full import full_precision
     from sfumato.measure import UNRELATED, Measures
     from sfumato.prior import BasePrediction, DriftLimit, draw_half, errors_of
@@ -179,7 +186,8 @@ def train(config: Config) -> Path:
     measures = Measures(base, dataset, watched, pristine=pristine, within=average.applied, modules=[trained])
     noising = config.noising(base)
     shown = config.sample_prompts or subject.sample_prompts(dataset.captions, UNRELATED[0])
-    draw = drawing_of(base, trained, timesteps=noising.timesteps) if config.method == "lora" else None
+    span = options.span_of(config, base) if config.method == "lora" else None
+    draw = drawing_of(base, trained, span=span) if config.method == "lora" else None
     samples = Samples(run, base, shown, config.seed, modules=[trained], within=average.applied, draw=draw)
     limit = DriftLimit(config.drift_limit, [row for row in run.rows() if row["step"] <= run.step])
 
@@ -239,7 +247,8 @@ def train(config: Config) -> Path:
     path = config.output / f"{config.name}{'' if config.save == 'folder' else '.safetensors'}"
     if processes.is_main:
         trigger = triggers(config, subject, examples.of("instance"))
-        save(path, trained, base, config, dataset, run, samples, trigger, made)
+        about = describe_run(config, base, dataset, samples, trigger=trigger, steps=made, over_steps=span)
+        save(path, trained, base, config, run, samples, about)
     run.close()
     processes.wait()
     return path
@@ -257,7 +266,7 @@ def check(config: Config) -> None:
     if config.prior == "none":
         options.only_with(config, "--prior pictures or --prior base", "class_images", "class_count")
     if config.method == "full":
-        options.only_with(config, "--method lora", "alpha", "targets")
+        options.only_with(config, "--method lora", "alpha", "targets", "over_steps")
         if config.save != "lora":
             options.only_with(config, "--method lora or --save lora", "rank")
     if not config.class_name and not (config.instance_prompt and config.class_prompt):
@@ -272,6 +281,8 @@ def check(config: Config) -> None:
         raise ConfigError(f"--keep-energy is {config.keep_energy}; it must be above 0 and at most 1.")
     if config.keep_energy is not None and (config.method, config.save) != ("full", "lora"):
         raise ConfigError("--keep-energy belongs to --method full --save lora; leave it out, or give both.")
+    if config.over_steps is not None:
+        parse_span(config.over_steps)
     for option, value in (("--prior-weight", config.prior_weight), ("--drift-limit", config.drift_limit)):
         if value is not None and not 0 <= value < float("inf"):
             raise ConfigError(f"{option} is {value}; wanted a number of at least 0.")
@@ -436,19 +447,16 @@ def save(
     trained: Lora | nn.ModuleDict,
     base: Base,
     config: Config,
-    dataset: Dataset,
     run: Run,
     samples: Samples,
-    trigger: Sequence[str],
-    steps: int,
+    about: Description,
 ) -> None:
-    """Write what so many steps have learned in the form that was asked for, its card and the plot; upload if asked."""
+    """Write what was learned in the form that was asked for, its card and the plot; upload if asked."""
     from sfumato.files import describe, write_lora
-    from sfumato.finish import describe_run, finish
+    from sfumato.finish import finish
     from sfumato.full import parts_of, write_difference, write_extracted, write_folder
     from sfumato.precision import DTYPES
 
-    about = describe_run(config, base, dataset, samples, trigger=trigger, steps=steps)
     dtype = DTYPES[config.save_precision]
     as_file: dict[str, Any] = {"family": base.family.name, "metadata": describe(about), "dtype": dtype}
     if config.method == "lora":

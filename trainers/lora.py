@@ -22,6 +22,7 @@ from sfumato.config import parse
 from sfumato.errors import ConfigError
 from sfumato.options import TrainerOptions
 from sfumato.placeholders import RATES, VECTORS
+from sfumato.where_when import parse_span
 
 if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that its --help is there at once
     from sfumato.adapters import Lora
@@ -85,6 +86,10 @@ class Config(TrainerOptions):
     adapter_guidance: float = 0.0
     """How often the adapter's change of the U-Net counts when it is drawn with: samples are drawn so, and its file asks
     for it, see sfumato generate --adapter-guidance. A style gains by 2; 0 suits a subject."""
+    over_steps: str | None = None
+    """START-END, the steps in which it is drawn with, 0 at noise and 1 at the finished picture: samples are drawn so,
+    and its file asks for it, see sfumato generate --over-steps. A subject gains by 0-0.8: the last steps are the
+    base's, which draws them in the style that the prompt names. Unset: those that were learned, see --min-timestep."""
     save_every: int = 0
     """Steps between adapters that are kept beside the last, as OUTPUT/adapters/NAME-step00000500.safetensors, to choose
     from, each with its new words; 0 keeps none."""
@@ -156,7 +161,7 @@ def train(config: Config) -> Path:
     first = subjects[0]  # sources may have templates and triggers of their own
     prompts = config.sample_prompts or default_prompts(dataset.captions, first.template, first.trigger)
     noising = config.noising(base)
-    draw = drawing_of(base, lora, config.adapter_guidance, noising.timesteps)
+    draw = drawing_of(base, lora, config.adapter_guidance, options.span_of(config, base))
     samples = Samples(run, base, prompts, config.seed, modules=[lora], within=average.applied, draw=draw)
     trigger = list(dict.fromkeys([*subjects.triggers, *config.train_words]))
 
@@ -236,6 +241,8 @@ def check(config: Config) -> None:
     if config.init_from and not config.init_from.exists():
         raise ConfigError(f"--init-from {config.init_from}: there is no such file.")
     checked_adapter_guidance(config.adapter_guidance)
+    if config.over_steps is not None:
+        parse_span(config.over_steps)
     if config.prior_weight is not None and not 0 <= config.prior_weight < float("inf"):
         raise ConfigError(f"--prior-weight is {config.prior_weight}; wanted a number of at least 0.")
     for prompt in config.prior_prompts:
@@ -411,6 +418,7 @@ def write_adapter(
     from sfumato.precision import DTYPES
 
     about = {"trigger": trigger, "steps": steps, "adapter_guidance": config.adapter_guidance}
+    about["over_steps"] = options.span_of(config, base)
     description = describe_run(config, base, dataset, samples, **about)
     dtype = DTYPES[config.save_precision]
     write_lora(path, lora.modules_by_target(), family=base.family.name, metadata=describe(description), dtype=dtype)

@@ -45,8 +45,10 @@ def write_card(
     )
     strength = about.adapter_guidance
     guided = f", under the adapter guidance {strength:g} that its file asks for" if strength else ""
-    if about.learned:
-        guided += f", at the timesteps {about.learned} that it learned"
+    if about.over_steps:
+        guided += ", in the steps from {:g} to {:g} of the way from noise to picture, as its file asks".format(
+            *about.over_steps
+        )
     example = prompts[-1] if prompts else example_of(about)
     shown = ("rank", "alpha", "targets", "steps", "batch", "learning_rate", "schedule", "min_snr", "seed", "resolution")
     before_after = ""

@@ -25,12 +25,11 @@ def describe_run(config: TrainerOptions, base: Base, dataset: Dataset, samples: 
     """What the run's file tells of how it came to be. config: resolved. more: further fields of the Description, or
     others, such as the `steps` of a file that is not from the run's end."""
     from sfumato.files import Description
-    from sfumato.files.metadata import Learned
 
     assert config.name is not None
     assert config.resolution is not None
     assert config.batch is not None
-    rows, timesteps, count = samples.rows, config.noising(base).timesteps, len(base.alpha_bar)
+    rows = samples.rows
     description = Description(
         title=config.name,
         family=base.family.name,
@@ -49,7 +48,6 @@ def describe_run(config: TrainerOptions, base: Base, dataset: Dataset, samples: 
         thumbnail=rows[-1][-1] if rows else None,
         config=to_dict(options.settled(config), public=True),
         dataset_sha256=dataset.fingerprint,
-        learned=None if timesteps == range(count) else Learned(timesteps, count),
     )
     return dataclasses.replace(description, **more)
 

@@ -380,6 +380,21 @@ def resolve(config: Options, base: Base, samples: int, processes: int, **default
     return dataclasses.replace(config, **values), filled
 
 
+def span_of(config: TrainerOptions, base: Base) -> tuple[float, float] | None:
+    """(start, end) of progress, 0 at noise, in which an adapter is drawn with: --over-steps, or what it learned; None
+    for all steps."""
+    from sfumato.where_when import parse_span
+
+    given: str | None = getattr(config, "over_steps", None)
+    if given is not None:
+        span = parse_span(given)
+        found = span.start, span.end
+    else:
+        timesteps, last = config.noising(base).timesteps, max(1, len(base.alpha_bar) - 1)
+        found = max(0.0, 1 - timesteps.stop / last), 1 - timesteps.start / last
+    return None if found == (0.0, 1.0) else found
+
+
 def second_rate(config: TrainerOptions, name: str, otherwise: float) -> float:
     """The rate of what learns beside the U-Net: what the config has under `name`, or `otherwise`. config: resolved.
 

@@ -82,11 +82,11 @@ class WhereWhen:
         """The labels whose weight at every step is given, whatever the mix says."""
         return frozenset(label for label, way in self.by_step.items() if not isinstance(way, Span))
 
-    def with_learned(self, spans: Mapping[str, tuple[float, float]]) -> WhereWhen:
-        """The same, and adapters of which nothing is said count in the steps that they learned. spans: of a mix."""
+    def with_asked(self, spans: Mapping[str, tuple[float, float]]) -> WhereWhen:
+        """The same; adapters of which nothing is said count in the steps that their files ask for, a mix's spans."""
         said = {*self.by_step, *self.turn_labels}
-        learned = {label: Span(*span) for label, span in spans.items() if label not in said}
-        return dataclasses.replace(self, by_step={**learned, **self.by_step})
+        asked = {label: Span(*span) for label, span in spans.items() if label not in said}
+        return dataclasses.replace(self, by_step={**asked, **self.by_step})
 
     def told(self) -> dict[str, Any]:
         """The same as JSON, what is not used left out."""
@@ -144,20 +144,25 @@ def _where(place: str, text: str) -> Box | Path | None:
     return (numbers[0], numbers[1], numbers[2], numbers[3])
 
 
+def parse_span(text: str, label: str = "") -> Span:
+    """START-END, of an option --over-steps. label: what stands before it there. Raises ConfigError, one line."""
+    try:
+        start, end = (float(number) for number in text.split("-"))
+    except ValueError:
+        start = end = 0.0
+    if not 0 <= start < end <= 1:
+        raise ConfigError(f"--over-steps {label}{text}: wanted START-END, progress from 0 to 1, such as {label}0-0.5.")
+    return Span(start, end)
+
+
 def parse_steps(text: str, labels: Sequence[str]) -> tuple[str, Ramp | Span]:
     """(label, how its weight goes) of LABEL=PROGRESS:WEIGHT,... or LABEL=START-END. Raises ConfigError, one line."""
     label, equals, rest = text.rpartition("=")
     if not equals or label not in labels:
         known = ", ".join(labels) or "none are given"
         raise ConfigError(f"--over-steps {text}: wanted LABEL=WEIGHTS, with the label of a --lora ({known}).")
-    if found := re.fullmatch(r"([\d.]+)-([\d.]+)", rest):
-        try:
-            start, end = float(found[1]), float(found[2])
-        except ValueError:
-            start = end = 0.0
-        if not 0 <= start < end <= 1:
-            raise ConfigError(f"--over-steps {text}: wanted START-END, progress from 0 to 1, such as {label}=0-0.5.")
-        return label, Span(start, end)
+    if re.fullmatch(r"[\d.]+-[\d.]+", rest):
+        return label, parse_span(rest, f"{label}=")
     from sfumato.compose.steps import Ramp
 
     try:

@@ -10,12 +10,11 @@ import sfumato
 from sfumato.files import read_header, write_tensors
 from sfumato.files.metadata import (
     Description,
-    Learned,
     adapter_guidance_of,
     count_tags,
     describe,
-    learned_of,
     moment,
+    over_steps_of,
     short_hash,
     trigger_words,
 )
@@ -50,33 +49,25 @@ def test_what_a_file_says_wrongly_of_adapter_guidance_is_none(text):
     assert adapter_guidance_of({"sfumato.adapter_guidance": text}) == 0.0
 
 
-@pytest.mark.parametrize(
-    ("timesteps", "text", "span"),
-    [
-        (range(200, 1000), "200-999 of 1000", (0.0, 1 - 200 / 999)),
-        (range(900), "0-899 of 1000", (1 - 900 / 999, 1.0)),
-    ],
-)
-def test_the_timesteps_that_were_learned_are_written_where_these_are_not_all(timesteps, text, span):
-    found = describe(Description("line", "sd1", learned=Learned(timesteps, 1000)))
-    assert found["sfumato.timesteps"] == text
-    assert learned_of(found) == Learned(timesteps, 1000)
-    assert learned_of(found).span == pytest.approx(span)
-    assert learned_of(describe(Description("line", "sd1"))) is None
+@pytest.mark.parametrize(("span", "text"), [((0.0, 0.8), "0-0.8"), ((1 - 900 / 999, 1.0), None)])
+def test_the_steps_to_be_drawn_with_are_written_to_their_last_digit(span, text):
+    found = describe(Description("line", "sd1", over_steps=span))
+    assert found["sfumato.over_steps"] == (text or f"{span[0]!r}-1")
+    assert over_steps_of(found) == span
+    assert "sfumato.over_steps" not in describe(Description("line", "sd1"))
+    assert over_steps_of({}) is None
 
 
-@pytest.mark.parametrize("text", ["much", "200", "999-200 of 1000", "0-1000 of 1000", "0-9 of 0", "-1-9 of 10"])
-def test_what_a_file_says_wrongly_of_its_timesteps_is_none(text):
-    assert learned_of({"sfumato.timesteps": text}) is None
+@pytest.mark.parametrize("text", ["much", "0.8", "0.8-0.2", "0-1.5", "0-1", "-0.1-0.5", "0-nan", "0-0.8-1", "0-."])
+def test_what_a_file_says_wrongly_of_its_steps_is_none(text):
+    assert over_steps_of({"sfumato.over_steps": text}) is None
 
 
-@pytest.mark.parametrize(("firsts", "child"), [((200, 200), 200), ((200, 300), None), ((200, None), None)])
-def test_what_is_made_of_files_that_learned_the_same_timesteps_says_so(firsts, child):
-    learned = [None if first is None else Learned(range(first, 1000), 1000) for first in firsts]
-    told = [describe(Description("line", "sd1", learned=each)) for each in learned]
+@pytest.mark.parametrize(("ends", "child"), [((0.8, 0.8), (0.0, 0.8)), ((0.8, 0.7), None), ((0.8, None), None)])
+def test_what_is_made_of_files_that_ask_for_the_same_steps_asks_for_them(ends, child):
+    told = [describe(Description("line", "sd1", over_steps=end and (0.0, end))) for end in ends]
     files = [Parent(f"{place}.safetensors", "ab", metadata, "sd1", 1.0) for place, metadata in enumerate(told)]
-    found = learned_of(inherit(files, title="mix", family="sd1"))
-    assert (found and found.timesteps.start) == child
+    assert over_steps_of(inherit(files, title="mix", family="sd1")) == child
 
 
 def test_all_that_can_be_said_is_said(monkeypatch):

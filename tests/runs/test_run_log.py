@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from PIL import Image
 from torch import nn
 
@@ -361,7 +362,7 @@ def test_samples_of_a_lora_are_drawn_with_its_adapter_guidance(monkeypatch):
     assert told == {"factor": 1.0, "off": False}
 
 
-def test_samples_of_a_lora_are_drawn_with_it_at_the_timesteps_that_it_learned(monkeypatch):
+def test_samples_of_a_lora_are_drawn_with_it_in_the_steps_that_its_file_asks_for(monkeypatch):
     from sfumato import drawing
 
     seen, told = [], {"off": False}
@@ -377,14 +378,14 @@ def test_samples_of_a_lora_are_drawn_with_it_at_the_timesteps_that_it_learned(mo
         told["off"] = False
 
     def draw(base, prompts, seeds):
-        for timestep in (999, 200, 199):
+        for timestep in (999, 200, 199):  # progress 0, 0.7998, 0.8008
             base.unet(torch.zeros(1), torch.tensor(timestep))
         base.unet(torch.zeros(1), timestep=torch.tensor([199]))
 
     monkeypatch.setattr(drawing, "draw", draw)
-    alpha_bar = torch.ones(1000)
-    base = SimpleNamespace(resting=SimpleNamespace(interrupted=nullcontext), unet=Unet(), alpha_bar=alpha_bar)
-    sheets.drawing_of(base, SimpleNamespace(disabled=disabled), timesteps=range(200, 1000))(["a"], [5])
+    resting = SimpleNamespace(interrupted=nullcontext)
+    base = SimpleNamespace(resting=resting, unet=Unet(), scheduler=DDIMScheduler(num_train_timesteps=1000))
+    sheets.drawing_of(base, SimpleNamespace(disabled=disabled), span=(0.0, 0.8))(["a"], [5])
     assert seen == [(999, False), (200, False), (199, True), (199, True)]
     assert told == {"off": False}
     base.unet(torch.zeros(1), torch.tensor(0))

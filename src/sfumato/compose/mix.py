@@ -29,7 +29,7 @@ from sfumato.errors import AdapterError
 from sfumato.files.adapter_file import AdapterFile, read_adapter
 from sfumato.files.fingerprint import verify as verify_deltas
 from sfumato.files.kinds import ROLES
-from sfumato.files.metadata import adapter_guidance_of, learned_of
+from sfumato.files.metadata import adapter_guidance_of, over_steps_of
 
 _MARK = "_sfumato_mix"
 """Attribute of each mixed part, so that a second mix over the first is noticed whatever pipeline object it comes by."""
@@ -125,9 +125,9 @@ class Mix:
 
     @property
     def spans(self) -> Mapping[str, tuple[float, float]]:
-        """The steps that files say they learned, by label, as (start, end) of progress; without those that have all."""
-        found = {label: learned_of(file.metadata) for label, file in self._files.items()}
-        return MappingProxyType({label: learned.span for label, learned in found.items() if learned})
+        """The steps that files ask for, by label, as (start, end) of progress; without those that ask for none."""
+        found = {label: over_steps_of(file.metadata) for label, file in self._files.items()}
+        return MappingProxyType({label: span for label, span in found.items() if span})
 
     @property
     def metadata(self) -> Mapping[str, Mapping[str, str]]:

@@ -102,8 +102,8 @@ def over_steps(mix: Mix, switch: Switch | None = None, /, **weights: Progress) -
 
 
 @contextmanager
-def over_learned_steps(mix: Mix) -> Iterator[None]:
-    """Within the block adapters whose files say which timesteps they learned have their weights at these alone."""
+def over_asked_steps(mix: Mix) -> Iterator[None]:
+    """Within the block adapters whose files ask for some steps have their weights at these alone."""
     ways = {label: Ramp.within(*span, unet_weight(mix.weights[label])) for label, span in mix.spans.items()}
     with over_steps_of(mix, ways) if ways else nullcontext():
         yield
@@ -119,7 +119,7 @@ def over_steps_of(mix: Mix, weights: Mapping[str, Progress], switch: Switch | No
     def follow(module: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
         now = asked_timestep(args, options)
         drawn_by = schedulers.DRAWING.get() or mix.pipe.scheduler
-        progress = _progress(now, drawn_by)
+        progress = progress_of(now, drawn_by)
         wanted = {label: _at(before[label], function(progress)) for label, function in weights.items()}
         if switch is not None:
             if schedulers.DRAWING.get() is None and hasattr(mix.pipe, "encode_text"):
@@ -140,7 +140,7 @@ def over_steps_of(mix: Mix, weights: Mapping[str, Progress], switch: Switch | No
         _set(mix, before)
 
 
-def _progress(timestep: float, scheduler: Any) -> float:
+def progress_of(timestep: float, scheduler: Any) -> float:
     """0 at pure noise and 1 at the finished picture. Raises AdapterError for a scheduler that has no timesteps."""
     if schedulers.counts_sigmas(scheduler.config):
         raise AdapterError(

@@ -31,7 +31,7 @@ from sfumato.files.keys import (
 )
 from sfumato.files.kinds import base_kind, rank_of
 from sfumato.files.kohya import Target
-from sfumato.files.metadata import adapter_guidance_of, data_sha256, learned_of, short_hash, trigger_words
+from sfumato.files.metadata import adapter_guidance_of, data_sha256, over_steps_of, short_hash, trigger_words
 from sfumato.files.norms import is_update, square_norm
 from sfumato.files.peft_folder import Source, adapter_sources
 
@@ -77,7 +77,7 @@ class Inspection:
     blocks: list[Block]
     trigger: list[str]
     adapter_guidance: float
-    timesteps: str
+    over_steps: tuple[float, float] | None
     base: str | None
     hash: str
     hash_holds: bool | None
@@ -144,7 +144,7 @@ def inspect_file(path: str | os.PathLike[str]) -> Inspection:
             blocks=_blocks(squares),
             trigger=trigger_words(header.metadata),
             adapter_guidance=adapter_guidance_of(header.metadata),
-            timesteps=str(learned_of(header.metadata) or ""),
+            over_steps=over_steps_of(header.metadata),
             base=header.metadata.get("ss_sd_model_name") or None,
             hash=short_hash(header),
             hash_holds=None if stated is None else stated == data_sha256(header),
@@ -275,7 +275,11 @@ def render(found: Inspection) -> str:
         ("base", _plain(found.base or "-")),
         ("trigger", ", ".join(map(_plain, found.trigger)) or "-"),
         *([("guidance", f"{found.adapter_guidance:g}, of the adapter")] if found.adapter_guidance else []),
-        *([("timesteps", f"{found.timesteps}, which it learned")] if found.timesteps else []),
+        *(
+            [("steps", "{:g} to {:g} of the way from noise to picture".format(*found.over_steps))]
+            if found.over_steps
+            else []
+        ),
         ("spelling", ", ".join(found.spelling) or "-"),
         ("modules", str(found.modules)),
         ("targets", counts(found.targets)),

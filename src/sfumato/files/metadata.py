@@ -37,24 +37,6 @@ MOST_ADAPTER_GUIDANCE = 20.0
 
 
 @dataclass(frozen=True)
-class Learned:
-    """The timesteps that an adapter learned, of the `count` that its base has."""
-
-    timesteps: range
-    count: int
-
-    def __str__(self) -> str:
-        """`200-999 of 1000`."""
-        return f"{self.timesteps.start}-{self.timesteps.stop - 1} of {self.count}"
-
-    @property
-    def span(self) -> tuple[float, float]:
-        """(start, end): the same as progress, which is 0 at the last timestep and 1 at the first."""
-        last = max(1, self.count - 1)
-        return max(0.0, 1 - self.timesteps.stop / last), 1 - self.timesteps.start / last
-
-
-@dataclass(frozen=True)
 class Description:
     """All that an adapter's file tells about how it came to be. Unset fields are left out of the file.
 
@@ -65,8 +47,8 @@ class Description:
     the settings of at most SETTING_BYTES are kept.
     started: Unix time in seconds, now if unset; SOURCE_DATE_EPOCH overrides it.
     parents: for a mix, one {"name", "hash", "weight"} a file. adapter_guidance: how often the adapter's change counts
-    where nothing else is asked for, see `sfumato.compose.guided`. learned: the timesteps that it learned, where these
-    are not all, and at which it is drawn with where nothing else is asked for.
+    where nothing else is asked for, see `sfumato.compose.guided`. over_steps: (start, end) of progress, 0 at pure noise
+    and 1 at the finished picture, between which it is drawn with where nothing else is asked for; None: always.
     """
 
     title: str
@@ -94,7 +76,7 @@ class Description:
     config: Mapping[str, Any] | None = None
     dataset_sha256: str = ""
     adapter_guidance: float = 0.0
-    learned: Learned | None = None
+    over_steps: tuple[float, float] | None = None
     parents: Sequence[Mapping[str, Any]] = ()
     extra: Mapping[str, str] = field(default_factory=dict)
 
@@ -168,7 +150,7 @@ def _own(description: Description) -> dict[str, str]:
         "sfumato.base_fingerprint": description.base_fingerprint,
         "sfumato.dataset_sha256": description.dataset_sha256,
         "sfumato.adapter_guidance": exact(description.adapter_guidance) if description.adapter_guidance else "",
-        "sfumato.timesteps": str(description.learned or ""),
+        "sfumato.over_steps": "-".join(map(exact, description.over_steps or ())),
         "sfumato.trigger": _json(list(description.trigger)) if description.trigger else "",
         "sfumato.parents": _json(list(description.parents)) if description.parents else "",
     }
@@ -183,13 +165,11 @@ def adapter_guidance_of(metadata: Mapping[str, str]) -> float:
     return strength if 0 <= strength <= MOST_ADAPTER_GUIDANCE else 0.0
 
 
-def learned_of(metadata: Mapping[str, str]) -> Learned | None:
-    """Which timesteps the file says it learned; None for all, or where it says nothing that can be meant."""
-    found = re.fullmatch(r"(\d{1,6})-(\d{1,6}) of (\d{1,6})", metadata.get("sfumato.timesteps", ""))
-    if not found:
-        return None
-    first, last, count = (int(number) for number in found.groups())
-    return Learned(range(first, last + 1), count) if first <= last < count else None
+def over_steps_of(metadata: Mapping[str, str]) -> tuple[float, float] | None:
+    """The steps that the file asks for, as in a Description; None for all, or where what it says cannot be meant."""
+    found = re.fullmatch(r"(\d*\.?\d+)-(\d*\.?\d+)", metadata.get("sfumato.over_steps", ""))
+    start, end = (float(found[1]), float(found[2])) if found else (0.0, 1.0)
+    return (start, end) if 0 <= start < end <= 1 and (start, end) != (0.0, 1.0) else None
 
 
 def moment(started: float | None = None) -> float:

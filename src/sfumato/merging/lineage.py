@@ -12,7 +12,7 @@ from sfumato.compose.adapter import Weight
 from sfumato.compose.blocks import Blocks
 from sfumato.errors import AdapterError
 from sfumato.files.family import FAMILIES
-from sfumato.files.metadata import Description, adapter_guidance_of, describe, learned_of, trigger_words
+from sfumato.files.metadata import Description, adapter_guidance_of, describe, over_steps_of, trigger_words
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,13 @@ def inherit(
 ) -> dict[str, str]:
     """The metadata of a file made of `parents`; `write_lora` adds what it takes from the tensors.
 
-    Trigger words are united in the order of the parents. Base, its fingerprint, adapter guidance and the timesteps that
-    were learned are those that all parents name.
+    Trigger words are united in the order of the parents. Base, its fingerprint, adapter guidance and steps are those
+    that all parents name.
     """
     bases = {parent.metadata.get("ss_sd_model_name", "") for parent in parents}
     fingerprints = {parent.metadata.get("sfumato.base_fingerprint", "") for parent in parents}
     said = {parent.metadata.get("modelspec.prediction_type", "").removesuffix("_prediction") for parent in parents}
-    learned = {learned_of(parent.metadata) for parent in parents}
+    spans = {over_steps_of(parent.metadata) for parent in parents}
     strengths = {adapter_guidance_of(parent.metadata) for parent in parents}
     description = Description(
         title=title,
@@ -55,7 +55,7 @@ def inherit(
         text=text,
         config=config,
         adapter_guidance=strengths.pop() if len(strengths) == 1 else 0.0,
-        learned=learned.pop() if len(learned) == 1 else None,
+        over_steps=spans.pop() if len(spans) == 1 else None,
         parents=[_parent(parent) for parent in parents],
         extra=extra or {},
     )

@@ -87,16 +87,18 @@ class Samples:
         return pictures
 
 
-def drawing_of(base: Base, lora: Lora | None = None, strength: float = 0.0, timesteps: range | None = None) -> Draw:
-    """The base's own drawing. lora: what is attached to its U-Net, drawn with as it will be, with this adapter guidance
-    and at these timesteps; None: at all."""
+def drawing_of(
+    base: Base, lora: Lora | None = None, strength: float = 0.0, span: tuple[float, float] | None = None
+) -> Draw:
+    """The base's own drawing. lora: what is attached to its U-Net, drawn with as it will be: with this adapter
+    guidance, and in the span (start, end) of progress; None: in all steps."""
     from sfumato.compose.guided import first_half
     from sfumato.drawing import draw
 
     def drawing(prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
         with base.resting.interrupted(), ExitStack() as stack:
-            if lora is not None and timesteps is not None and len(timesteps) < len(base.alpha_bar):
-                stack.enter_context(only_at(timesteps, base.unet, lora.disabled))
+            if lora is not None and span is not None:
+                stack.enter_context(_only_within(span, base, lora.disabled))
             if lora is not None and strength and (guidance := base.defaults.guidance) > 1:
                 stack.enter_context(lora.counted(strength / guidance))
                 stack.enter_context(first_half(base.unet, lora.disabled))
@@ -106,19 +108,21 @@ def drawing_of(base: Base, lora: Lora | None = None, strength: float = 0.0, time
 
 
 @contextmanager
-def only_at(
-    timesteps: range, unet: nn.Module, otherwise: Callable[[], AbstractContextManager[object]]
+def _only_within(
+    span: tuple[float, float], base: Base, otherwise: Callable[[], AbstractContextManager[object]]
 ) -> Iterator[None]:
-    """Within the block each call of the U-Net at another timestep than these is made in `otherwise`."""
-    others = ExitStack()
+    """Within the block each call of the U-Net at a progress outside of the span is made in `otherwise`."""
+    from sfumato.compose.steps import Ramp, progress_of
+
+    counts, others = Ramp.within(*span, 1.0), ExitStack()
 
     def begin(module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-        if int(asked_timestep(args, options)) not in timesteps:
+        if not counts(progress_of(asked_timestep(args, options), base.scheduler)):
             others.enter_context(otherwise())
 
     hooks = [
-        unet.register_forward_pre_hook(begin, with_kwargs=True),
-        unet.register_forward_hook(lambda *_: others.close(), always_call=True),
+        base.unet.register_forward_pre_hook(begin, with_kwargs=True),
+        base.unet.register_forward_hook(lambda *_: others.close(), always_call=True),
     ]
     try:
         yield
