@@ -28,6 +28,7 @@ import sfumato
 from sfumato import Adapter, cli, compose, embedding
 from sfumato.bases import Base
 from sfumato.compose import adapter_guidance
+from sfumato.compose.steps import over_asked_steps
 from sfumato.data.latents import to_floats
 from sfumato.drawing import draw
 from sfumato.errors import ConfigError, RunError
@@ -142,6 +143,7 @@ class Workshop:
                 if adapters:
                     mix = stack.enter_context(compose(self.base, *adapters))
                     stack.enter_context(adapter_guidance(mix, guidance=self.base.defaults.guidance))
+                    stack.enter_context(over_asked_steps(mix))
                 pictures = draw(self.base, list(prompts), list(seeds), syntax=syntax)
                 return torch.stack([to_tensor(picture) for picture in pictures])
 

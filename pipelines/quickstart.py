@@ -102,6 +102,7 @@ def draw_sheet(config: Config, style: Path, subject: Path, path: Path) -> Path:
     """Every row draws the same prompts from the same seeds; only the weights differ."""
     from sfumato import Adapter, compose, load_base
     from sfumato.compose import adapter_guidance
+    from sfumato.compose.steps import over_asked_steps
     from sfumato.drawing import draw
     from sfumato.files.atomic import atomic_path
     from sfumato.precision import decide
@@ -116,7 +117,7 @@ def draw_sheet(config: Config, style: Path, subject: Path, path: Path) -> Path:
     with compose(base, Adapter(style, name="A"), Adapter(subject, name="B")) as mix:
         for a, b in weights.values():
             mix.set(A=a, B=b)
-            with adapter_guidance(mix, guidance=base.defaults.guidance):
+            with adapter_guidance(mix, guidance=base.defaults.guidance), over_asked_steps(mix):
                 rows.append(draw(base, prompts, seeds))
     sheet = contact_sheet(rows, row_labels=list(weights), column_labels=prompts)
     with atomic_path(path) as temporary:
