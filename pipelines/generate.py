@@ -52,7 +52,7 @@ class Config:
     over_steps: tuple[str, ...] = ()
     """LABEL=0:0,0.4:1, an adapter's weights by points PROGRESS:WEIGHT (0 is noise, 1 the finished picture), straight
     between them; or LABEL=0-0.5, its own weight in those steps and none in the others. Unset: those that its file
-    asks for (ours of subjects: 0-0.8), else all. Repeat for several adapters."""
+    asks for, else all. Repeat for several adapters."""
     switch: int | None = None
     """The adapters take turns, each for so many steps (LoRA-Switch)."""
     region: tuple[str, ...] = ()

@@ -110,8 +110,8 @@ class Config(TrainerOptions):
     and at most --rank, if that is given."""
     over_steps: str | None = None
     """START-END, the steps in which a LoRA is drawn with, 0 at noise and 1 at the finished picture: samples are drawn
-    so, and its file asks for it, see sfumato generate --over-steps. A subject gains by 0-0.8: the last steps are the
-    base's, which draws them in the style that the prompt names. Unset: those that were learned, see --min-timestep."""
+    so, and its file asks for it, see sfumato generate --over-steps. With 0-0.8 the last steps are the base's, which
+    draws them in the style that the prompt names. Unset: those that were learned, see --min-timestep."""
     save_precision: Literal["fp32", "fp16", "bf16"] | None = None
     """Number format of what is written. Unset: fp32 on pocket, fp16 elsewhere."""
 

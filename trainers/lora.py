@@ -88,8 +88,8 @@ class Config(TrainerOptions):
     for it, see sfumato generate --adapter-guidance. A style gains by 2; 0 suits a subject."""
     over_steps: str | None = None
     """START-END, the steps in which it is drawn with, 0 at noise and 1 at the finished picture: samples are drawn so,
-    and its file asks for it, see sfumato generate --over-steps. A subject gains by 0-0.8: the last steps are the
-    base's, which draws them in the style that the prompt names. Unset: those that were learned, see --min-timestep."""
+    and its file asks for it, see sfumato generate --over-steps. With 0-0.8 the last steps are the base's, which draws
+    them in the style that the prompt names. Unset: those that were learned, see --min-timestep."""
     save_every: int = 0
     """Steps between adapters that are kept beside the last, as OUTPUT/adapters/NAME-step00000500.safetensors, to choose
     from, each with its new words; 0 keeps none."""
