@@ -26,6 +26,7 @@ def pipe():
     return tiny_pipeline("sd1")
 
 
+@pytest.mark.slow
 def test_the_examples_run_one_after_another(pipe, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for seed, name in enumerate(("line", "otter")):
@@ -46,6 +47,7 @@ def test_the_examples_run_one_after_another(pipe, tmp_path, monkeypatch):
     assert (tmp_path / "mix.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_the_commands_run_one_after_another(pocket_folder, tmp_path, monkeypatch):
     from sfumato.bases import load_base
     from sfumato.precision import decide

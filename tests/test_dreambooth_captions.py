@@ -128,6 +128,7 @@ def test_the_class_half_holds_its_prompts_embeddings_if_asked(pocket_folder, pic
     assert torch.equal(again.target, half.target)
 
 
+@pytest.mark.slow
 def test_sdxls_zeros_for_no_prompt_are_learned_with_and_without_the_text_encoders(pictures, family_folder, tmp_path):
     """Nothing has been learned before the first step, so that its loss says what a dropped caption was encoded as."""
     losses = []

@@ -77,6 +77,7 @@ def test_the_commands_of_a_section(heading, clone):
     assert all(Path(path).exists() for path in wanted[heading])
 
 
+@pytest.mark.slow
 def test_the_example_in_python(tmp_path, monkeypatch):
     import diffusers
 

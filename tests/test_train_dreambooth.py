@@ -383,8 +383,9 @@ def test_the_extracted_lora_is_the_change_and_says_what_it_keeps(train, pocket_f
 
 
 @pytest.mark.slow
-def test_two_processes_draw_one_class_and_give_the_result_of_one(train, pocket_folder, pictures, tmp_path):
+def test_two_processes_draw_one_class_and_give_the_result_of_one(train, pocket_folder, pictures, tmp_path, monkeypatch):
     """`accelerate launch trainers/dreambooth.py`, two CPU processes: one global batch of 4, to rounding."""
+    monkeypatch.undo()  # `quick`: the processes draw the class in the base's own number of steps
     one = train("one", "--batch", "4", "--method", "lora", "--save", "lora", "--precision", "fp32")
     root = cli.source("sfumato.trainers.dreambooth").parents[1]
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]

@@ -22,8 +22,9 @@ from sfumato.numerals import exact
 
 Value = str | int | float
 
-# Forge's modules/infotext_utils.py; a last line with fewer than three pairs belongs to the prompt.
-_PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+# Forge's modules/infotext_utils.py; a last line with fewer than three pairs belongs to the prompt. Its names have no
+# largest length, by which a long prompt without settings is read in the square of its length.
+_PAIR = re.compile(r'(\w[\w \-/]{1,100}):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 _FEWEST_PAIRS = 3
 _NEGATIVE = "Negative prompt: "
 _USER_COMMENT, _EXIF = 0x9286, 0x8769

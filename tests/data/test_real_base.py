@@ -97,6 +97,7 @@ def test_real_embeddings_are_joined(real, pictures):
     assert both.text.hidden.shape[0] == both.latents.shape[0] == 4
 
 
+@pytest.mark.slow
 def test_two_processes_and_one_give_the_same_global_batches(pictures, monkeypatch, capsys):
     here = str(Path(__file__).parent)
 
