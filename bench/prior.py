@@ -3,7 +3,7 @@
 The subject is a thing that the base knows, drawn by hands that it has never seen: "sks dog" is learned from two
 drawings of a dog, and "dog" is its class. Then the class (in each of the base's styles) and unrelated concepts are
 drawn by the base and by both runs, which differ in --prior-weight alone, from the same seeds. Prints JSON: the judge's
-concept top-5 on both kinds of prompt, with intervals of the paired bootstrap over pictures.
+concept top-5 on each kind of prompt and on both together, with intervals of the paired bootstrap over subjects.
 
     python -m bench.prior --data emoji [--method full] [--sheet docs/prior.png]
 
@@ -26,7 +26,7 @@ from bench.judge import Judge, cached_judge, look
 from bench.judge_pictures import read_named
 from bench.real import Cells, cells_of, known_concepts, print_report, styles_of
 from bench.style_runs import DREAMBOOTH, Learned, Workshop, to_image
-from bench.style_summary import interval
+from bench.style_summary import paired
 from sfumato import cli, load_base, randomness
 from sfumato.errors import DataError
 from sfumato.files.atomic import atomic_path
@@ -48,7 +48,7 @@ class Config:
     """Which prior."""
     options: tuple[str, ...] = ()
     """Other settings of the trainer, such as steps=100, to try them."""
-    subjects: int = 6
+    subjects: int = 8
     """How many things are learned, each in its own run."""
     styles: tuple[str, ...] = ("noto", "twemoji", "flat", "blob")
     """The base's styles, in which the class is drawn."""
@@ -133,23 +133,25 @@ def learn(config: Config, workshop: Workshop, subject: str, files: Cells, name: 
 
 
 def summary(scores: Sequence[dict[str, dict[str, Tensor]]]) -> dict[str, Any]:
-    """Over all subjects: the shares, their differences with 95 % intervals, and the goals."""
+    """Over all subjects: the shares, their differences with 95 % intervals over subjects, and the goals.
+
+    "both" is the class's and the unrelated pictures together.
+    """
     found: dict[str, Any] = {}
-    good = True
-    for kind in ("class", "unrelated"):
-        all_of = {name: torch.cat([score[name][kind] for score in scores]) for name in ("base", *WEIGHTS)}
-        count = len(all_of["base"])
-        lost, kept = all_of["base"] - all_of["with"], all_of["with"] - all_of["without"]
-        found[kind] = {
-            "pictures": count,
-            **{name: round(float(values.mean()), 4) for name, values in all_of.items()},
-            "base_minus_with_95": interval(lambda i, d=lost: d[i].mean(), count),  # type: ignore[misc]
-            "with_minus_without_95": interval(lambda i, d=kept: d[i].mean(), count),  # type: ignore[misc]
+    for kind, parts in {"class": ["class"], "unrelated": ["unrelated"], "both": ["class", "unrelated"]}.items():
+        rows = {
+            name: torch.stack([torch.cat([score[name][part] for part in parts]) for score in scores])
+            for name in ("base", *WEIGHTS)
         }
-        good = good and float(lost.mean()) <= 0.05
+        found[kind] = {
+            "pictures": rows["base"].numel(),
+            **{name: round(float(values.mean()), 4) for name, values in rows.items()},
+            "base_minus_with_95": paired(rows["with"], rows["base"])["change_95"],
+            "with_minus_without_95": paired(rows["without"], rows["with"])["change_95"],
+        }
     found["goals"] = {
-        "at most 0.05 under the base": good,
-        "above the run without, beyond the interval": found["class"]["with_minus_without_95"][0] > 0,
+        "at most 0.05 under the base": all(each["base"] - each["with"] <= 0.05 for each in found.values()),
+        "above the run without, beyond the interval": found["both"]["with_minus_without_95"][0] > 0,
     }
     return found
 

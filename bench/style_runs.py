@@ -13,7 +13,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,15 @@ from torch import Tensor
 import sfumato
 from sfumato import Adapter, cli, compose, embedding
 from sfumato.bases import Base
-from sfumato.compose import adapter_guidance
-from sfumato.compose.steps import over_asked_steps
+from sfumato.compose import Mix, adapter_guidance
+from sfumato.compose.adapter import unet_weight
+from sfumato.compose.steps import Ramp, over_asked_steps, over_steps_of
 from sfumato.data.latents import to_floats
 from sfumato.drawing import draw
 from sfumato.errors import ConfigError, RunError
 from sfumato.files.atomic import atomic_path, write_text
 from sfumato.prompts import Syntax
+from sfumato.where_when import parse_span
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "trainers/configs"
@@ -128,12 +130,17 @@ class Workshop:
         weights: Mapping[Path, float],
         words: Sequence[Path] = (),
         syntax: Syntax = "plain",
+        span: str | None = None,
     ) -> Tensor:
-        """(n, 3, h, w) uint8 pictures by `sfumato generate`'s settings, with these adapters, weights and words."""
+        """(n, 3, h, w) uint8 pictures by `sfumato generate`'s settings, with these adapters, weights and words.
+
+        span: START-END, the steps in which the adapters count. None: those that their files ask for.
+        """
         told = [list(prompts), list(seeds), self.base.fingerprint()]
         told += [[hashlib.sha256(path.read_bytes()).hexdigest(), weight] for path, weight in weights.items()]
         told += [hashlib.sha256(path.read_bytes()).hexdigest() for path in words]
         told += [syntax] if syntax != "plain" else []
+        told += [["over steps", span]] if span else []
 
         def make() -> Tensor:
             adapters = [Adapter(path, weight, f"a{i}") for i, (path, weight) in enumerate(weights.items())]
@@ -143,7 +150,7 @@ class Workshop:
                 if adapters:
                     mix = stack.enter_context(compose(self.base, *adapters))
                     stack.enter_context(adapter_guidance(mix, guidance=self.base.defaults.guidance))
-                    stack.enter_context(over_asked_steps(mix))
+                    stack.enter_context(_within(mix, span) if span else over_asked_steps(mix))
                 pictures = draw(self.base, list(prompts), list(seeds), syntax=syntax)
                 return torch.stack([to_tensor(picture) for picture in pictures])
 
@@ -156,6 +163,13 @@ class Workshop:
             with atomic_path(path) as temporary:
                 save_file({"pictures": pictures}, temporary)
         return load_file(path)["pictures"]
+
+
+def _within(mix: Mix, span: str) -> AbstractContextManager[None]:
+    """All of the mix's adapters count in these steps, START-END, alone."""
+    asked = parse_span(span)
+    ways = {label: Ramp.within(asked.start, asked.end, unet_weight(weight)) for label, weight in mix.weights.items()}
+    return over_steps_of(mix, ways)
 
 
 def code_hash() -> str:

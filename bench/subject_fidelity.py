@@ -42,6 +42,7 @@ from sfumato.errors import ConfigError, DataError
 from sfumato.files.atomic import atomic_path
 from sfumato.precision import decide
 from sfumato.sheet import contact_sheet
+from sfumato.where_when import parse_span
 
 NEAREST: Mapping[str, str] = MappingProxyType(
     {
@@ -110,6 +111,8 @@ class Config:
     the bench does not know, the subject's own name."""
     options: tuple[str, ...] = ()
     """METHOD:steps=100, another setting of a method's trainer, to try it; without METHOD: of all."""
+    over_steps: str | None = None
+    """START-END: draw with each adapter in these steps alone, too, and tell the change. Unset: as its file asks."""
     base: str = "pocket"
     """The base that learns."""
     judge_steps: int = 2400
@@ -126,10 +129,14 @@ class Config:
 
 @dataclass(frozen=True)
 class Drawn:
-    """What one method gave: pictures (subjects, pictures of all seeds, 3, h, w) uint8, and its trainings."""
+    """What one method gave: pictures (subjects, pictures of all seeds, 3, h, w) uint8, and its trainings.
+
+    in_span: the same drawn with the adapters in --over-steps alone.
+    """
 
     pictures: Tensor
-    trainings: tuple[Learned, ...] = ()
+    trainings: tuple[Learned, ...]
+    in_span: Tensor | None = None
 
 
 def measure(config: Config) -> dict[str, Any]:
@@ -151,6 +158,7 @@ def measure(config: Config) -> dict[str, Any]:
     places = [names.index(subject) for subject in subjects]
     asked = (gallery, places, config.style, config.styles)
     outcome = {name: scores(judge, drawn.pictures, *asked) for name, drawn in after.items()}
+    spanned = {name: scores(judge, drawn.in_span, *asked) for name, drawn in after.items() if drawn.in_span is not None}
     first = scores(judge, before, *asked)
     return {
         "subjects": len(subjects),
@@ -159,6 +167,7 @@ def measure(config: Config) -> dict[str, Any]:
         "candidates": DISTRACTORS + 1,
         "judge": trust(config, workshop, judge, gallery, names, real),
         "methods": {name: figures(subjects, first, outcome[name], after[name].trainings) for name in after},
+        "over_steps": {name: changes(outcome[name], spanned[name]) for name in spanned},
         "goals": {name: goals(outcome[name]) for name in GOALS if name in after},
     }
 
@@ -179,6 +188,8 @@ def check(config: Config) -> None:
     for pair in config.nearest:
         if not all(pair.partition("=")):
             raise ConfigError(f"--nearest {pair}: wanted SUBJECT=NAME, such as lynx=cat.")
+    if config.over_steps is not None:
+        parse_span(config.over_steps)
     if config.style not in config.styles:
         raise ConfigError(f"--style {config.style} is not among --styles {', '.join(config.styles)}; add it there.")
     if config.style in config.hands:
@@ -247,20 +258,25 @@ def draw_before(config: Config, workshop: Workshop, subjects: Sequence[str]) -> 
 
 def learn_all(config: Config, workshop: Workshop, method: str, subjects: Sequence[str], real: Cells) -> Drawn:
     """Learn each subject with each seed, and draw it after each."""
-    rows, trainings = [], []
+    rows: dict[str | None, list[Tensor]] = {span: [] for span in (None, *filter(None, [config.over_steps]))}
+    trainings = []
     for subject in subjects:
-        parts = []
+        parts: dict[str | None, list[Tensor]] = {span: [] for span in rows}
         for seed in range(config.seeds):
             learned = learn(config, workshop, method, subject, seed, real)
             seeds = drawing_seeds(config, seed)
             called = word_for(subject) if METHODS[method].word else f"sks {nearest(config, subject)}"
             prompts = [f"{called}, {config.style} style"] * len(seeds)
             weights = {learned.adapter: 1.0} if learned.adapter else {}
-            parts.append(workshop.drawn(f"{subject}-{method}-{seed}-drawn", prompts, seeds, weights, learned.words))
+            name = f"{subject}-{method}-{seed}-drawn"
+            for span, drawn in parts.items():
+                drawn.append(workshop.drawn(name, prompts, seeds, weights, learned.words, span=span))
             trainings.append(learned)
             print(json.dumps({"method": method, "drawn": subject, "seed": seed}), file=sys.stderr, flush=True)
-        rows.append(torch.cat(parts))
-    return Drawn(torch.stack(rows), tuple(trainings))
+        for span, drawn in parts.items():
+            rows[span].append(torch.cat(drawn))
+    pictures, *in_span = (torch.stack(drawn) for drawn in rows.values())
+    return Drawn(pictures, tuple(trainings), *in_span)
 
 
 def learn(config: Config, workshop: Workshop, method: str, subject: str, seed: int, real: Cells) -> Learned:
@@ -335,13 +351,18 @@ def figures(
         "size_bytes": [training.size_bytes for training in trainings],
     }
     return {
-        **{name: paired(before[name], after[name]) for name in after},
+        **changes(before, after),
         **{name: round(sum(values) / len(values), 3) for name, values in costs.items()},
         "each": {
             subject: {name: round(float(values[place].mean()), 4) for name, values in after.items()}
             for place, subject in enumerate(subjects)
         },
     }
+
+
+def changes(before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[str, Any]:
+    """What another way of drawing the same adapters changes, with intervals over subjects."""
+    return {name: paired(before[name], after[name]) for name in after}
 
 
 def goals(after: dict[str, Tensor]) -> dict[str, bool]:

@@ -58,8 +58,7 @@ def quickstart(config: Config) -> Path:
                 f"{folder}: no such folder. Run this where datasets/ is, or name one with --style/--subject."
             )
     output = free(config.output)
-    style = learn(config, "lora-style.toml", config.style, output / "style")
-    subject = learn(config, "lora-subject.toml", config.subject, output / "subject", "--trigger", SUBJECT)
+    style, subject = learn(config, output)
     sheet = draw_sheet(config, style, subject, output / "sheet.png")
     print(f"\nDone in {time.monotonic() - began:.0f} s.\n")
     for what, path in (("sheet", sheet), ("style", style), ("subject", subject)):
@@ -79,17 +78,38 @@ def free(folder: Path) -> Path:
     raise ConfigError(f"{folder} and 998 more of that name exist; give another --output.")
 
 
-def learn(config: Config, recipe: str, images: Path, output: Path, *options: str) -> Path:
-    """Train one adapter by the very command that a person would type, and show it."""
+def learn(config: Config, output: Path) -> tuple[Path, Path]:
+    """Train both adapters by the very commands that a person would type; on a CPU side by side."""
+    import torch
+
+    from sfumato import side_by_side
+    from sfumato.precision import decide
+
+    commands = {
+        "style": command(config, "lora-style.toml", config.style, output / "style"),
+        "subject": command(config, "lora-subject.toml", config.subject, output / "subject", "--trigger", SUBJECT),
+    }
+    for words in commands.values():
+        print(f"\n$ sfumato {shlex.join(words)}", flush=True)
+    # Of a larger base two at once may be more than the memory holds.
+    if config.base == "pocket" and decide(config.precision).device.type == "cpu" and torch.get_num_threads() > 1:
+        failed = side_by_side.run(commands, threads=torch.get_num_threads())
+    else:
+        codes = ((name, cli.main(words)) for name, words in commands.items())
+        failed = next((each for each in codes if each[1]), None)
+    if failed:
+        name, code = failed
+        raise RunError(f"the training of the {name} stopped with exit code {code}; the lines above say why.")
+    style, subject = (output / name / f"{name}.safetensors" for name in commands)
+    return style, subject
+
+
+def command(config: Config, recipe: str, images: Path, output: Path, *options: str) -> list[str]:
+    """The words of one training after `sfumato`."""
     file = cli.source("sfumato.trainers.lora").parent / "configs" / recipe
     words = ["train", "lora", shown(file), "--images", str(images), "--output", str(output), *options]
     words += ["--base", config.base, "--seed", str(config.seed), "--precision", config.precision]
-    if config.steps is not None:
-        words += ["--steps", str(config.steps)]
-    print(f"\n$ sfumato {shlex.join(words)}", flush=True)
-    if code := cli.main(words):
-        raise RunError(f"the training stopped with exit code {code}; the lines above say why.")
-    return output / f"{output.name}.safetensors"
+    return words if config.steps is None else [*words, "--steps", str(config.steps)]
 
 
 def shown(file: Path) -> str:

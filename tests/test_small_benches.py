@@ -4,6 +4,7 @@ import ast
 import json
 
 import pytest
+import torch
 from PIL import Image
 
 from bench import prior, reconstruction, style_fidelity, style_runs
@@ -50,11 +51,27 @@ def test_the_prior_bench_runs_and_makes_nothing_twice(method, data, pocket_folde
         cache=tmp_path / "judge", sheet=tmp_path / "sheet.png",
     )  # fmt: skip
     report = prior.measure(config)
-    assert (report["class"]["pictures"], report["unrelated"]["pictures"]) == (2, 2)
+    assert [report[kind]["pictures"] for kind in ("class", "unrelated", "both")] == [2, 2, 4]
     assert report["runs"][0].keys() == {"subject", "base", "with", "without"}
     assert config.sheet.exists()
     made()
     assert prior.measure(config) == report
+
+
+def test_what_the_prior_keeps_is_told_of_both_kinds_together_and_over_subjects():
+    """One subject loses half of its class without the prior, the other half of what is unrelated."""
+    right, half = torch.ones(2), torch.tensor([1.0, 0.0])
+    kept = {"class": right, "unrelated": torch.ones(4)}
+    first = {"base": kept, "with": kept, "without": {**kept, "class": half}}
+    second = {"base": kept, "with": kept, "without": {**kept, "unrelated": torch.cat([half, half])}}
+    report = prior.summary([first, second])
+    assert report["class"]["with_minus_without_95"] == [0.0, 0.5]
+    assert report["both"]["without"] == 0.75
+    assert report["both"]["with_minus_without_95"] == pytest.approx([1 / 6, 1 / 3], abs=1e-4)
+    assert report["goals"] == {
+        "at most 0.05 under the base": True,
+        "above the run without, beyond the interval": True,
+    }
 
 
 @pytest.mark.usefixtures("quick")

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from bench import style_runs, subject_fidelity
@@ -137,9 +138,13 @@ def test_the_whole_bench_runs_and_makes_nothing_twice(config, pocket_folder, mon
     methods = ("textual-inversion-1", "pivotal")
     small = dataclasses.replace(
         config, methods=methods, base=str(pocket_folder), seeds=2, pictures=1, judge_steps=1, nearest=("tea-pot=cat",),
-        options=("steps=1", "batch=1"), cache=tmp_path / "judge", sheet=tmp_path / "sheet.png",
+        options=("steps=1", "batch=1", "pivotal:learning-rate=0.01"), cache=tmp_path / "judge",
+        sheet=tmp_path / "sheet.png", over_steps="0-0.5",
     )  # fmt: skip
     report = measure(small)
+    assert report["over_steps"]["pivotal"].keys() == {"top1", "top5", "style"}
+    same, less = (load_file(file)["pictures"] for file in sorted(small.work.glob("otter-pivotal-0-drawn-*")))
+    assert not torch.equal(same, less)
     assert report["subjects"] == 2
     assert report["judge"].keys() == {f"true {style}" for style in STYLES} | {"reconstructed flat"}
     assert report["judge"]["true flat"]["top1"] == 1
@@ -194,6 +199,7 @@ def test_the_goals_are_the_issues():
         ({"style": "glossy"}, "--style glossy is not among"),
         ({"nearest": ("otter",)}, "--nearest otter"),
         ({"options": ("magic:steps=1",)}, "no method magic"),
+        ({"over_steps": "0.5"}, "--over-steps 0.5"),
     ],
 )
 def test_wrong_use_is_refused_before_anything_is_learned(changed, said):

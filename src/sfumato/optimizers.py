@@ -33,8 +33,8 @@ def build(name: OptimizerName, groups: Iterable[dict[str, Any]], *, weight_decay
     groups = list(groups)
     shared: dict[str, Any] = {"betas": (0.9, 0.99), "weight_decay": weight_decay}
     if name == "adamw":
-        # One fused or foreach launch for all tensors instead of one each: an adapter has hundreds of small ones.
-        return torch.optim.AdamW(groups, **shared, foreach=True)
+        # One launch for all tensors instead of ten each: an adapter has hundreds of small ones.
+        return torch.optim.AdamW(groups, **shared, fused=True)
     module, kind, extra = _EXTRAS[name]
     try:
         optimizer_type = getattr(importlib.import_module(module), kind)

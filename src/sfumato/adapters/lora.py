@@ -67,8 +67,8 @@ class LoraLayer(nn.Module):
         if not torch.is_autocast_enabled(x.device.type):  # a frozen text encoder in half precision is called so
             x = x.to(self.down.dtype)
         if self.host_geometry is None:
-            return linear(linear(x, self.down), self.up) * self.scale
-        return F.conv2d(F.conv2d(x, self.down, None, *self.host_geometry), self.up) * self.scale  # type: ignore[arg-type]
+            return linear(linear(x, self.down) * self.scale, self.up)
+        return F.conv2d(F.conv2d(x, self.down, None, *self.host_geometry) * self.scale, self.up)  # type: ignore[arg-type]
 
 
 class Lora(nn.Module):

@@ -1,0 +1,70 @@
+"""Commands of `sfumato` at the same time, each in a process of its own with its share of the processor's cores.
+
+Two small trainings with a core each are done in two thirds of the time that they take one after the other with both:
+a small model's step is many short products, of which two cores make little more than one. `quickstart` learns so.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+
+def run(commands: Mapping[str, Sequence[str]], *, threads: int) -> tuple[str, int] | None:
+    """Run each command; returns the first that failed, by name and exit code, or None.
+
+    commands: a name for the person -> the words after `sfumato`. threads: of torch, to be shared out. What they say
+    goes to stderr, each line after the name of whose it is. Where one fails, or this process is interrupted, the others
+    are stopped as by Ctrl-C: a training finishes its step and saves it.
+    """
+    processes = {name: _start(words, max(1, threads // len(commands))) for name, words in commands.items()}
+    stopped: list[subprocess.Popen[bytes]] = []
+    failed: list[tuple[str, int]] = []
+
+    def stop() -> None:
+        for process in processes.values():
+            if process.poll() is None and process not in stopped:  # a second signal would not let it save
+                stopped.append(process)
+                process.send_signal(signal.SIGINT)
+
+    def follow(name: str) -> None:
+        process = processes[name]
+        _relay(process, name.ljust(max(map(len, processes)) + 2))
+        if code := process.wait():
+            failed.append((name, code))
+            stop()
+
+    with ThreadPoolExecutor(len(processes)) as pool:
+        try:
+            list(pool.map(follow, processes))
+        except BaseException:
+            stop()
+            raise
+    return failed[0] if failed else None
+
+
+def _start(words: Sequence[str], threads: int) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", "sfumato", *words],
+        env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,  # a terminal's Ctrl-C comes here alone, and from here once to each
+    )
+
+
+def _relay(process: subprocess.Popen[bytes], before: str) -> None:
+    """Print what the process says until it ends, a bar's states as lines."""
+    assert process.stdout is not None
+    said = b""
+    while some := os.read(process.stdout.fileno(), 1 << 16):
+        *lines, said = re.split(rb"[\r\n]+", said + some)
+        for line in lines:
+            if text := line.decode(errors="replace").strip():
+                print(before + text, file=sys.stderr, flush=True)
