@@ -90,10 +90,14 @@ def learn(config: Config, output: Path) -> tuple[Path, Path]:
         "subject": command(config, "lora-subject.toml", config.subject, output / "subject", "--trigger", SUBJECT),
     }
     for words in commands.values():
-        print(f"\n$ sfumato {shlex.join(words)}", flush=True)
+        check(words)
+    threads = torch.get_num_threads()
     # Of a larger base two at once may be more than the memory holds.
-    if config.base == "pocket" and decide(config.precision).device.type == "cpu" and torch.get_num_threads() > 1:
-        failed = side_by_side.run(commands, threads=torch.get_num_threads())
+    at_once = config.base == "pocket" and decide(config.precision).device.type == "cpu" and threads > 1
+    for words in commands.values():
+        print(f"\n$ sfumato {shlex.join(words)}", flush=True)
+    if at_once:
+        failed = side_by_side.run(commands, threads=threads)
     else:
         codes = ((name, cli.main(words)) for name, words in commands.items())
         failed = next((each for each in codes if each[1]), None)
@@ -110,6 +114,15 @@ def command(config: Config, recipe: str, images: Path, output: Path, *options: s
     words = ["train", "lora", shown(file), "--images", str(images), "--output", str(output), *options]
     words += ["--base", config.base, "--seed", str(config.seed), "--precision", config.precision]
     return words if config.steps is None else [*words, "--steps", str(config.steps)]
+
+
+def check(words: Sequence[str]) -> None:
+    """Refuse what the training would, before another one is under way beside it."""
+    from sfumato.trainers import lora
+
+    training = parse(lora.Config, words[2:], program="train lora")
+    lora.check(training)
+    lora.read_examples(training)
 
 
 def shown(file: Path) -> str:

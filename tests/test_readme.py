@@ -67,6 +67,23 @@ def test_the_main_job_outside_a_clone_says_what_it_wants(tmp_path, monkeypatch, 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("words", "said"), [((), "no pictures in it"), (("--precision", "fp16"), "a CPU cannot train in fp16")]
+)
+def test_the_main_job_begins_nothing_that_one_of_its_trainings_would_refuse(words, said, tmp_path, capsys):
+    from PIL import Image
+
+    for name in ("style", "subject"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (64, 64), "red").save(tmp_path / name / "a red thing.png")
+    if not words:
+        (tmp_path / "subject" / "a red thing.png").unlink()
+    folders = ["--style", str(tmp_path / "style"), "--subject", str(tmp_path / "subject")]
+    assert cli.main(["quickstart", *folders, "--output", str(tmp_path / "run"), *words]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("heading", ["Use", "Trainers"])
 def test_the_commands_of_a_section(heading, clone):
