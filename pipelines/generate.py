@@ -26,7 +26,7 @@ from sfumato.specs import (
     with_tags,
     without_tags,
 )
-from sfumato.where_when import Spot, WhereWhen, parse_region, parse_steps
+from sfumato.where_when import Span, Spot, WhereWhen, parse_region, parse_steps
 
 if TYPE_CHECKING:
     from sfumato.bases import Base
@@ -173,7 +173,7 @@ def plan(config: Config) -> Plan:
     if twice := [name for found in split for name, _ in found.adapters if name in regional]:
         raise ConfigError(f"<lora:{twice[0]}:...>: this adapter has a --region; name it with --lora alone.")
     everywhere = [each for each in given if each.label not in regional]
-    where_when = _where_when(config, spots, [each.label for each in everywhere])
+    where_when = _where_when(config, spots, [each.label for each in everywhere], sorted(regional))
     adapters, weights = with_tags(everywhere, split, config.lora_folder)
     strengths = parse_strengths(config.adapter_guidance, [adapter.label for adapter in adapters])
     tagged = tuple(weight for weight, each in zip(weights, seeds, strict=True) for _ in each)
@@ -221,9 +221,11 @@ def _checked_flags(flags: Mapping[str, Any], *, sheet: bool) -> dict[str, Any]:
     return dict(flags)
 
 
-def _where_when(config: Config, spots: tuple[Spot, ...], labels: Sequence[str]) -> WhereWhen:
-    """What --region, --over-steps and --switch say; labels: of the adapters that count everywhere."""
-    by_step = [parse_steps(text, labels) for text in config.over_steps]
+def _where_when(config: Config, spots: tuple[Spot, ...], labels: Sequence[str], regional: Sequence[str]) -> WhereWhen:
+    """What --region, --over-steps and --switch say; labels: of the adapters that count everywhere, and in regions."""
+    by_step = [parse_steps(text, [*labels, *regional]) for text in config.over_steps]
+    if going := [label for label, way in by_step if label in regional and not isinstance(way, Span)]:
+        raise ConfigError(f"--over-steps {going[0]}: in a region an adapter has a span, such as {going[0]}=0-0.5.")
     names = [label for label, _ in by_step]
     if repeated := [label for label in names if names.count(label) > 1]:
         raise ConfigError(f"--over-steps names {repeated[0]} twice; give all its points in one.")
@@ -310,6 +312,7 @@ def generate(config: Config) -> tuple[Path, ...]:
     from sfumato.drawn import learned_otherwise, sampler_label, save_drawn
     from sfumato.files.adapter_file import read_adapter
     from sfumato.files.header import read_header
+    from sfumato.files.metadata import over_steps_of
     from sfumato.precision import decide
 
     start = _start(config)
@@ -348,7 +351,9 @@ def generate(config: Config) -> tuple[Path, ...]:
             print(line, file=sys.stderr)
         strengths = {} if wanted.where_when.spots else {**mix.strengths, **wanted.strengths}
         settings["adapter_guidance"] = strengths_of(mix, strengths, guidance=settings["guidance"])
-        where_when = wanted.where_when.with_asked(mix.spans)
+        in_regions = {label: over_steps_of(file.metadata) for label, file in regional.items()}
+        spans = {**mix.spans, **{label: span for label, span in in_regions.items() if span}}
+        where_when = wanted.where_when.with_asked(spans)
         settings |= where_when.told()
         own = [
             flags | {"adapter_guidance": strengths_of(mix, strengths, guidance=flags["guidance"])}

@@ -107,6 +107,17 @@ def test_an_adapter_counts_in_the_steps_that_its_file_asks_for(generate):
     assert difference("all", "plain") <= 1
     assert difference("said", "plain") > 1
     assert read_picture_info(Path("said.png")).own["over_steps"] == {"o": {"span": [0.0, 0.4]}}
+    for name, more in {
+        "left said": ["--lora", "o=half.safetensors"],
+        "left asked": ["--lora", "o=otter.safetensors", "--over-steps", "o=0-0.4"],
+        "left all": ["--lora", "o=half.safetensors", "--over-steps", "o=0-1"],
+        "left plain": ["--lora", "o=otter.safetensors"],
+    }.items():
+        assert generate(*words, *more, "--region", "o=left", "-o", f"{name}.png")[0] == 0
+    assert difference("left said", "left asked") <= 1
+    assert difference("left all", "left plain") <= 1
+    assert difference("left said", "left plain") > 1
+    assert read_picture_info(Path("left said.png")).own["over_steps"] == {"o": {"span": [0.0, 0.4]}}
 
 
 def test_the_settings_come_back_out_of_the_picture(generate):
@@ -476,8 +487,8 @@ WRONG = {
         "do not go together",
     ),
     "steps of a region's": (
-        ["a", "--lora", "line.safetensors", "--region", "line=left", "--over-steps", "line=0-0.5"],
-        "none are given",
+        ["a", "--lora", "line.safetensors", "--region", "line=left", "--over-steps", "line=0:1,1:0"],
+        "line: in a region an adapter has a span, such as line=0-0.5",
     ),
     "steps backwards": (["a", "--lora", "line.safetensors", "--over-steps", "line=0.5-0.2"], "START-END"),
     "steps in words": (["a", "--lora", "line.safetensors", "--over-steps", "line=early"], "PROGRESS:WEIGHT"),

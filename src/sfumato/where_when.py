@@ -57,7 +57,8 @@ class Span:
 
 @dataclass(frozen=True)
 class WhereWhen:
-    """All of it for one drawing. spots: adapters of these are in no mix. by_step: label -> how its weight goes.
+    """All of it for one drawing. spots: adapters of these are in no mix. by_step: label -> how its weight goes; of an
+    adapter in a spot a span.
 
     turn_labels: adapters that take turns, each for `turn` steps (LoRA-Switch).
     """
@@ -83,7 +84,7 @@ class WhereWhen:
         return frozenset(label for label, way in self.by_step.items() if not isinstance(way, Span))
 
     def with_asked(self, spans: Mapping[str, tuple[float, float]]) -> WhereWhen:
-        """The same; adapters of which nothing is said count in the steps that their files ask for, a mix's spans."""
+        """The same; adapters of which nothing is said count in the steps that their files ask for, by label."""
         said = {*self.by_step, *self.turn_labels}
         asked = {label: Span(*span) for label, span in spans.items() if label not in said}
         return dataclasses.replace(self, by_step={**asked, **self.by_step})
@@ -195,7 +196,10 @@ def applied(
             from sfumato.compose.regions import Region, regions
 
             parts = [Region(_opened(each.where), *each.adapters, prompt=each.prompt) for each in wanted.spots]
-            stack.enter_context(regions(pipe, *parts, guided=guided, syntax=syntax, partial=partial, verify=verify))
+            spans = {label: (way.start, way.end) for label, way in wanted.by_step.items() if isinstance(way, Span)}
+            said: dict[str, Any] = {"guided": guided, "syntax": syntax, "partial": partial, "verify": verify}
+            own = {each.label: spans[each.label] for each in wanted.regional if each.label in spans}
+            stack.enter_context(regions(pipe, *parts, over_steps=own, **said))
         if wanted.follows_steps:
             from sfumato.compose.steps import Ramp, Switch, over_steps_of
 
@@ -204,6 +208,7 @@ def applied(
                 if isinstance(way, Ramp)
                 else Ramp.within(way.start, way.end, unet_weight(mix.weights[label]))
                 for label, way in wanted.by_step.items()
+                if label in mix.weights
             }
             switch = None if wanted.turn is None else Switch(wanted.turn_labels, wanted.turn)
             stack.enter_context(over_steps_of(mix, ways, switch))

@@ -11,7 +11,7 @@ from sfumato.errors import AdapterError
 from tests.compose.conftest import weights_sha
 
 
-def predict(pipe, rows, seed=0):
+def predict(pipe, rows, seed=0, timestep=500):
     """The U-Net's prediction for the first `rows` of fixed latents, timesteps and texts."""
     generator = torch.Generator().manual_seed(seed)
     config = pipe.unet.config
@@ -22,7 +22,7 @@ def predict(pipe, rows, seed=0):
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
         added = {"time_ids": torch.ones(len(latents), 6), "text_embeds": torch.ones(len(latents), pooled)}
     with torch.no_grad():
-        return pipe.unet(latents, torch.tensor(500), text, added_cond_kwargs=added, return_dict=False)[0]
+        return pipe.unet(latents, torch.tensor(timestep), text, added_cond_kwargs=added, return_dict=False)[0]
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])

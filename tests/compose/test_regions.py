@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from PIL import Image
 from torch.testing import assert_close
 
@@ -53,6 +54,23 @@ def test_two_halves_with_one_adapter_are_the_plain_mix(sd1, write):
         wanted = predict(sd1, [0])
     with regions(sd1, Region((0, 0, 0.5, 1), Adapter(a)), Region((0.5, 0, 1, 1), Adapter(a))):
         assert_close(predict(sd1, [0]), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_an_adapter_counts_in_its_steps_alone_as_in_a_mix(sd1, write, monkeypatch):
+    """Beside another, in every kind of layer; a timestep within its span and one after it."""
+    monkeypatch.setattr(sd1, "scheduler", DDIMScheduler(), raising=False)
+    a, b = (write(name, sd1, *U_NET, seed=seed) for seed, name in enumerate("ab"))
+    for timestep, held in ((900, 0.8), (100, 0.0)):
+        with compose(sd1, Adapter(a, held), Adapter(b, -0.5)):
+            wanted = predict(sd1, [0, 1], timestep=timestep)
+        with regions(sd1, Region(WHOLE, Adapter(a, 0.8), Adapter(b, -0.5)), over_steps={"a": (0.0, 0.5)}):
+            assert_close(predict(sd1, [0, 1], timestep=timestep), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_steps_of_an_adapter_in_no_region_are_refused(sd1, write):
+    a = write("a", sd1, *U_NET)
+    with pytest.raises(AdapterError, match="'otter', which is in no region"):
+        regions(sd1, Region(WHOLE, Adapter(a)), over_steps={"otter": (0.0, 0.5)}).__enter__()
 
 
 @pytest.mark.parametrize("ending", ["proj_in", "attn2.to_v", "time_emb_proj"])

@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from sfumato import prompts, schedulers
 from sfumato.compose import tensors
 from sfumato.compose.adapter import Adapter, with_unet
 from sfumato.compose.match import Modules, halved, parts_of, weighed
+from sfumato.compose.steps import Ramp, progress_of
 from sfumato.errors import AdapterError
 from sfumato.files.adapter_file import AdapterFile, read_adapter
 from sfumato.files.fingerprint import verify as verify_deltas
@@ -81,6 +83,7 @@ def regions(
     *parts: Region,
     guided: bool = True,
     syntax: Syntax = "plain",
+    over_steps: Mapping[str, tuple[float, float]] = MappingProxyType({}),
     partial: bool = False,
     verify: bool = False,
 ) -> Iterator[None]:
@@ -88,9 +91,11 @@ def regions(
 
     pipe: a diffusers pipeline (SD 1.x, 2.x, SDXL) or a Base. guided: whether a call's first half of rows are those
     without the prompt, as classifier-free guidance has them. syntax: how weighted words of the regions' prompts are
-    written, see `sfumato.prompts`; it wants a Base. partial, verify: as of `compose`. Where regions overlap, changes on
-    pixels add up and attentions share. Raises AdapterError for adapters without a low-rank form, and for one that
-    changes the text encoders in a region without a prompt, and for a pipeline with an IP-Adapter.
+    written, see `sfumato.prompts`; it wants a Base. over_steps: by an adapter's label the progress, from and to, in
+    which it changes the U-Net, 0 at pure noise and 1 at the finished picture. partial, verify: as of `compose`. Where
+    regions overlap, changes on pixels add up and attentions share. Raises AdapterError for adapters without a low-rank
+    form, and for one that changes the text encoders in a region without a prompt, and for a pipeline with an
+    IP-Adapter.
     """
     if not parts:
         raise AdapterError("there is no region; give at least one.")
@@ -108,14 +113,18 @@ def regions(
         ]
 
     texts = _Texts(pipe, encoded, follows=syntax == "a1111" and any(changes(each.prompt or "") for each in parts))
-    layers = _layers(pipe, parts, files, partial=partial)
+    labels = {each.label for region in parts for each in region.adapters}
+    if unknown := sorted(over_steps.keys() - labels):
+        raise AdapterError(f"over_steps names {unknown[0]!r}, which is in no region; there are {sorted(labels)}.")
+    spans = _Spans(pipe, over_steps)
+    layers = _layers(pipe, parts, files, spans, partial=partial)
 
     def is_guided() -> bool:
         """As the pipeline says of its call; a Base leaves it to the caller."""
         return bool(getattr(pipe, "do_classifier_free_guidance", guided))
 
     with halved(unet):
-        seen = (lambda unet, *_: _check_no_picture_prompt(unet), masks.see, texts.see)
+        seen = (lambda unet, *_: _check_no_picture_prompt(unet), masks.see, texts.see, spans.see)
         handles = [unet.register_forward_pre_hook(see, with_kwargs=True) for see in seen]
         processors: list[tuple[Any, Any]] = []
         try:
@@ -136,19 +145,48 @@ def regions(
                     module.set_processor(processor)
 
 
+class _Spans:
+    """Which adapters count at the current step."""
+
+    def __init__(self, pipe: Any, spans: Mapping[str, tuple[float, float]]) -> None:
+        self._pipe = pipe
+        self._ways = {label: Ramp.within(*span, 1.0) for label, span in spans.items()}
+        self._now: dict[str, float] = {}
+
+    def see(self, _: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        """Note a call's step."""
+        if self._ways:
+            progress = progress_of(asked_timestep(args, options), schedulers.DRAWING.get() or self._pipe.scheduler)
+            self._now = {label: way(progress) for label, way in self._ways.items()}
+
+    def held(self, narrow: Tensor, owners: Sequence[str]) -> Tensor:
+        """What `_Path.narrow` gave, 0 where its owner does not count at this step."""
+        if not any(owner in self._now for owner in owners):
+            return narrow
+        counts = torch.tensor([self._now.get(owner, 1.0) for owner in owners], device=narrow.device, dtype=narrow.dtype)
+        return narrow * (counts[:, None, None] if narrow.ndim == 4 else counts)
+
+
 @dataclass
 class _Path:
-    """One region's change of one layer. down: (rank, in, ...), up: (out, rank), the weights within it."""
+    """One region's change of one layer.
+
+    down: (rank, in, ...), up: (out, rank), the weights within it. owners: the label of each rank's adapter.
+    """
 
     down: Tensor
     up: Tensor
+    owners: list[str]
+    spans: _Spans
 
     def narrow(self, module: nn.Module, x: Tensor) -> Tensor:
         """down x: (rows, tokens, rank), or (rows, rank, height, width) of a convolution."""
         down = self.down.to(x.device, x.dtype)
         if isinstance(module, nn.Conv2d):
-            return conv2d(x, down, None, module.stride, module.padding, module.dilation)
-        return linear(x, down)
+            found = conv2d(x, down, None, module.stride, module.padding, module.dilation)
+        else:
+            found = linear(x, down)
+        return self.spans.held(found, self.owners)
 
     def widen(self, narrow: Tensor) -> Tensor:
         """up of what `narrow` gave."""
@@ -371,7 +409,7 @@ def _read(parts: Sequence[Region], *, partial: bool, verify: bool) -> dict[Adapt
 
 
 def _layers(
-    pipe: Any, parts: Sequence[Region], files: Mapping[Adapter, AdapterFile], *, partial: bool
+    pipe: Any, parts: Sequence[Region], files: Mapping[Adapter, AdapterFile], spans: _Spans, *, partial: bool
 ) -> dict[str, Paths]:
     """By the path of a layer of the U-Net: what each region changes there."""
     modules = Modules(parts_of(pipe))
@@ -397,10 +435,12 @@ def _layers(
                 down = low.down.float().reshape(low.rank, *shape[1:])
                 up = low.up.float().flatten(1) * (number * low.scale)
                 paths = layers.setdefault(found.path, [None] * len(parts))
+                owners = [adapter.label] * low.rank
                 before = paths[place]
                 if before is not None:
                     down, up = torch.cat([before.down, down]), torch.cat([before.up, up], dim=1)
-                paths[place] = _Path(down, up)
+                    owners = before.owners + owners
+                paths[place] = _Path(down, up, owners, spans)
     return layers
 
 
