@@ -11,8 +11,9 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 
 def run(commands: Mapping[str, Sequence[str]], *, threads: int) -> tuple[str, int] | None:
@@ -39,13 +40,23 @@ def run(commands: Mapping[str, Sequence[str]], *, threads: int) -> tuple[str, in
             failed.append((name, code))
             stop()
 
-    with ThreadPoolExecutor(len(processes)) as pool:
+    with ThreadPoolExecutor(len(processes)) as pool, _ending_by_exception():
         try:
             list(pool.map(follow, processes))
         except BaseException:
             stop()
             raise
     return failed[0] if failed else None
+
+
+@contextmanager
+def _ending_by_exception() -> Iterator[None]:
+    """Within the block SIGTERM is SystemExit, as SIGINT is KeyboardInterrupt: what is running is not left alone."""
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _start(words: Sequence[str], threads: int) -> subprocess.Popen[bytes]:
@@ -67,4 +78,4 @@ def _relay(process: subprocess.Popen[bytes], before: str) -> None:
         *lines, said = re.split(rb"[\r\n]+", said + some)
         for line in lines:
             if text := line.decode(errors="replace").strip():
-                print(before + text, file=sys.stderr, flush=True)
+                print(f"{before}{text}\n", end="", file=sys.stderr, flush=True)  # two writes could meet another's
