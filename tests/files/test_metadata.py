@@ -49,7 +49,9 @@ def test_what_a_file_says_wrongly_of_adapter_guidance_is_none(text):
     assert adapter_guidance_of({"sfumato.adapter_guidance": text}) == 0.0
 
 
-@pytest.mark.parametrize(("span", "text"), [((0.0, 0.8), "0-0.8"), ((1 - 900 / 999, 1.0), None)])
+@pytest.mark.parametrize(
+    ("span", "text"), [((0.0, 0.8), "0-0.8"), ((1 - 900 / 999, 1.0), None), ((3e-05, 0.5), "3e-05-0.5")]
+)
 def test_the_steps_to_be_drawn_with_are_written_to_their_last_digit(span, text):
     found = describe(Description("line", "sd1", over_steps=span))
     assert found["sfumato.over_steps"] == (text or f"{span[0]!r}-1")

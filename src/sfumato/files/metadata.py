@@ -167,7 +167,8 @@ def adapter_guidance_of(metadata: Mapping[str, str]) -> float:
 
 def over_steps_of(metadata: Mapping[str, str]) -> tuple[float, float] | None:
     """The steps that the file asks for, as in a Description; None for all, or where what it says cannot be meant."""
-    found = re.fullmatch(r"(\d*\.?\d+)-(\d*\.?\d+)", metadata.get("sfumato.over_steps", ""))
+    number = r"(\d*\.?\d+(?:e-\d+)?)"
+    found = re.fullmatch(f"{number}-{number}", metadata.get("sfumato.over_steps", ""))
     start, end = (float(found[1]), float(found[2])) if found else (0.0, 1.0)
     return (start, end) if 0 <= start < end <= 1 and (start, end) != (0.0, 1.0) else None
 
