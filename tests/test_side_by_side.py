@@ -12,7 +12,7 @@ import pytest
 import sfumato
 from sfumato import side_by_side
 
-ENDLESS = 'trap "echo saved; exit 130" INT; echo begun; while true; do sleep 0.05; done'
+ENDLESS = 'trap "echo saved; exit 143" TERM; echo begun; while true; do sleep 0.05; done'
 
 
 @pytest.fixture
@@ -48,8 +48,9 @@ def test_where_one_fails_the_others_save_what_they_have(shell, monkeypatch, caps
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, 143)])
 def test_an_interruption_reaches_each_once(number, code, shell):
     program = f"""
-import sys
+import signal, sys
 from sfumato import side_by_side
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background leaves it ignored
 sys.executable = {str(shell)!r}
 side_by_side.run({{"a": [{ENDLESS!r}], "b": [{ENDLESS!r}]}}, threads=2)
 """

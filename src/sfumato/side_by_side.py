@@ -21,7 +21,7 @@ def run(commands: Mapping[str, Sequence[str]], *, threads: int) -> tuple[str, in
 
     commands: a name for the person -> the words after `sfumato`. threads: of torch, to be shared out. What they say
     goes to stderr, each line after the name of whose it is. Where one fails, or this process is interrupted, the others
-    are stopped as by Ctrl-C: a training finishes its step and saves it.
+    are told to stop: a training finishes its step and saves it.
     """
     processes = {name: _start(words, max(1, threads // len(commands))) for name, words in commands.items()}
     stopped: list[subprocess.Popen[bytes]] = []
@@ -31,7 +31,7 @@ def run(commands: Mapping[str, Sequence[str]], *, threads: int) -> tuple[str, in
         for process in processes.values():
             if process.poll() is None and process not in stopped:  # a second signal would not let it save
                 stopped.append(process)
-                process.send_signal(signal.SIGINT)
+                process.terminate()  # SIGINT is not heard by what a shell began in the background
 
     def follow(name: str) -> None:
         process = processes[name]
@@ -66,7 +66,7 @@ def _start(words: Sequence[str], threads: int) -> subprocess.Popen[bytes]:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        start_new_session=True,  # a terminal's Ctrl-C comes here alone, and from here once to each
+        start_new_session=True,  # a terminal's Ctrl-C comes here alone, and from here each is told once
     )
 
 
