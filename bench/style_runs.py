@@ -13,7 +13,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,15 +27,13 @@ from torch import Tensor
 import sfumato
 from sfumato import Adapter, cli, compose, embedding
 from sfumato.bases import Base
-from sfumato.compose import Mix, adapter_guidance
-from sfumato.compose.adapter import unet_weight
-from sfumato.compose.steps import Ramp, over_asked_steps, over_steps_of
+from sfumato.compose import adapter_guidance
 from sfumato.data.latents import to_floats
 from sfumato.drawing import draw
 from sfumato.errors import ConfigError, RunError
 from sfumato.files.atomic import atomic_path, write_text
 from sfumato.prompts import Syntax
-from sfumato.where_when import parse_span
+from sfumato.where_when import WhereWhen, applied, parse_span
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "trainers/configs"
@@ -150,7 +148,9 @@ class Workshop:
                 if adapters:
                     mix = stack.enter_context(compose(self.base, *adapters))
                     stack.enter_context(adapter_guidance(mix, guidance=self.base.defaults.guidance))
-                    stack.enter_context(_within(mix, span) if span else over_asked_steps(mix))
+                    by_step = dict.fromkeys(mix.weights, parse_span(span)) if span else {}
+                    wanted = WhereWhen(by_step=by_step).with_asked(mix.spans)
+                    stack.enter_context(applied(self.base, mix, wanted, guided=True))
                 pictures = draw(self.base, list(prompts), list(seeds), syntax=syntax)
                 return torch.stack([to_tensor(picture) for picture in pictures])
 
@@ -163,13 +163,6 @@ class Workshop:
             with atomic_path(path) as temporary:
                 save_file({"pictures": pictures}, temporary)
         return load_file(path)["pictures"]
-
-
-def _within(mix: Mix, span: str) -> AbstractContextManager[None]:
-    """All of the mix's adapters count in these steps, START-END, alone."""
-    asked = parse_span(span)
-    ways = {label: Ramp.within(asked.start, asked.end, unet_weight(weight)) for label, weight in mix.weights.items()}
-    return over_steps_of(mix, ways)
 
 
 def code_hash() -> str:

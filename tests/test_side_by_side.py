@@ -33,7 +33,7 @@ def test_each_line_is_after_the_name_of_whose_it_is(capsys):
 
 def test_a_moving_bar_becomes_lines_and_threads_are_shared_out(shell, monkeypatch, capsys):
     monkeypatch.setattr(sys, "executable", str(shell))
-    bar = ["printf '\\r10%%\\r20%%\\n'"]
+    bar = ["printf '\\r10%%\\r20%%'"]
     assert side_by_side.run({"a": bar, "b": ["echo $OMP_NUM_THREADS"]}, threads=7) is None
     assert sorted(capsys.readouterr().err.splitlines()) == ["a  10%", "a  20%", "b  3"]
 

@@ -73,9 +73,10 @@ def _start(words: Sequence[str], threads: int) -> subprocess.Popen[bytes]:
 def _relay(process: subprocess.Popen[bytes], before: str) -> None:
     """Print what the process says until it ends, a bar's states as lines."""
     assert process.stdout is not None
-    said = b""
-    while some := os.read(process.stdout.fileno(), 1 << 16):
-        *lines, said = re.split(rb"[\r\n]+", said + some)
+    said, some = b"", b"\n"
+    while some:
+        some = os.read(process.stdout.fileno(), 1 << 16)
+        *lines, said = re.split(rb"[\r\n]+", said + (some or b"\n"))  # its last line may have no end
         for line in lines:
             if text := line.decode(errors="replace").strip():
                 print(f"{before}{text}\n", end="", file=sys.stderr, flush=True)  # two writes could meet another's
