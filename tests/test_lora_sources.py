@@ -166,6 +166,7 @@ def test_a_trigger_whose_place_a_new_word_takes_is_not_told(train, pictures):
     assert "sks" not in card
 
 
+@pytest.mark.slow
 def test_a_class_that_came_or_went_is_another_training(train, source, capsys):
     """Also where prompts give the prior's weight an effect, and the rest is as it was."""
     first, both = source('words = "sks"'), source('words = "sks"') + source('words = "a"', "class = true")

@@ -75,6 +75,7 @@ def test_what_the_prior_keeps_is_told_of_both_kinds_together_and_over_subjects()
 
 
 @pytest.mark.usefixtures("quick")
+@pytest.mark.slow
 def test_the_style_bench_runs_and_makes_nothing_twice(data, pocket_folder, made, tmp_path):
     config = style_fidelity.Config(
         data=data, styles=("flat",), seeds=1, concepts=2, images=2, base=str(pocket_folder), judge_steps=1,

@@ -209,6 +209,7 @@ def test_wrong_use_is_one_line(options, said, train, capsys, tmp_path):
     assert not (tmp_path / "run/run.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_checkpointing_accumulating_and_the_mean_on_the_cpu_change_no_weight(train, pocket_folder):
     """To rounding, which AdamW blows up where a gradient is almost 0: measured against how far the weights moved."""
     plain, start = unet_of(train("plain", "--batch", "4", "--ema", "0.5")), unet_of(pocket_folder)
@@ -263,8 +264,8 @@ def test_base_and_difference_are_the_trained_weights(train, pocket_folder):
 @pytest.mark.parametrize(
     ("method", "family"),
     [
-        ("full", "sdxl"),  # two text encoders, whose weights differ
         ("lora", "sd2"),
+        pytest.param("full", "sdxl", marks=pytest.mark.slow),  # two text encoders, whose weights differ
         pytest.param("full", "sd1", marks=pytest.mark.slow),
         pytest.param("full", "sd2", marks=pytest.mark.slow),
         pytest.param("lora", "sd1", marks=pytest.mark.slow),
@@ -291,6 +292,7 @@ def test_drift_of_class_and_unrelated_prompts_is_logged_from_nothing_on(train):
     assert measured[-1]["class_drift"] > 0
 
 
+@pytest.mark.slow
 def test_a_prior_moves_the_class_less(train):
     options = ["--measure-every", "8", "--steps", "8", "--prior-weight", "5"]
     held, free = (

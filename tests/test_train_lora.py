@@ -213,7 +213,9 @@ def test_plain_diffusers_draws_the_same_picture(train, pocket_folder):
     assert abs(without - ours).max() > 5
 
 
-@pytest.mark.parametrize("family", [pytest.param("sd1", marks=pytest.mark.slow), "sd2", "sdxl"])
+@pytest.mark.parametrize(
+    "family", ["sdxl", pytest.param("sd1", marks=pytest.mark.slow), pytest.param("sd2", marks=pytest.mark.slow)]
+)
 def test_every_family_trains_from_a_single_file_text_encoders_and_all(family, train, tmp_path):
     path = write_single_file(tiny_pipeline(family), tmp_path / f"{family}.safetensors")
     options = ["--train-text-encoder", "--resolution", "64", "--targets", "everything", "--steps", "1"]
@@ -265,8 +267,8 @@ def test_a_copy_of_the_program_runs(run, pocket_folder, pictures, tmp_path, monk
 @pytest.mark.parametrize(
     "options",
     [
-        (),
         ("--train-text-encoder",),
+        pytest.param((), marks=pytest.mark.slow),
         pytest.param(("--caption", "<x>", "--train-words", "<x>"), marks=pytest.mark.slow),
     ],
 )

@@ -166,7 +166,9 @@ def test_diffusers_draws_our_picture(train, pocket_folder):
     assert abs(without - ours).max() > 5
 
 
-@pytest.mark.parametrize("family", [pytest.param("sd1", marks=pytest.mark.slow), "sd2", "sdxl"])
+@pytest.mark.parametrize(
+    "family", ["sdxl", pytest.param("sd1", marks=pytest.mark.slow), pytest.param("sd2", marks=pytest.mark.slow)]
+)
 def test_every_family_learns(family, train, family_folder):
     base = family_folder(family)
     options = ("--resolution", "64", "--steps", "1", "--templates", "object")

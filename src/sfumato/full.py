@@ -37,9 +37,14 @@ _LEAVES = {
 
 def full_precision(precision: Precision) -> Precision:
     """The same decision for a base whose own weights are trained: they are read and kept in fp32, and still computed
-    with in `compute`. A start rounded to half precision would be a change of the base that nobody asked for."""
-    reasons = {**precision.reasons, "frozen weights": "the base's own weights are trained, so they are read in fp32"}
-    return dataclasses.replace(precision, storage=torch.float32, reasons=MappingProxyType(reasons))
+    with in `compute`. A start rounded to half precision would be a change of the base that nobody asked for; so would
+    be a VAE rounded so, which is written again with the whole folder."""
+    reasons = {
+        **precision.reasons,
+        "frozen weights": "the base's own weights are trained, so they are read in fp32",
+        "VAE": "written again beside the trained weights, so it is read in fp32",
+    }
+    return dataclasses.replace(precision, storage=torch.float32, vae=torch.float32, reasons=MappingProxyType(reasons))
 
 
 def parts_of(base: Base, *, text: bool) -> dict[str, nn.Module]:

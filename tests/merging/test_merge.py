@@ -223,7 +223,10 @@ def everything(weights):
     return weights
 
 
-@pytest.mark.parametrize("family", ["sd1", pytest.param("sd2", marks=pytest.mark.slow), "sdxl", "pocket"])
+@pytest.mark.parametrize(
+    "family",
+    ["sd1", "pocket", pytest.param("sd2", marks=pytest.mark.slow), pytest.param("sdxl", marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("form", ["folder", "file"])
 def test_into_a_base_is_what_the_mixer_makes(family, form, tiny_base, adapter_file, tmp_path):
     base = tiny_base(family)

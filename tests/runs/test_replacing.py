@@ -76,6 +76,7 @@ def test_the_program_may_begin_earlier_than_its_steps(tmp_path):
     assert not (tmp_path / "run/model").exists()
 
 
+@pytest.mark.slow
 def test_a_base_that_is_replaced_gives_its_tokenizer_to_nobody(tmp_path):
     inputs = make_inputs(tmp_path)
     words = command("pretrain unet muon", inputs, tmp_path / "run", "--steps", "1", "--fall-at", "0")

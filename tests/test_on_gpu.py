@@ -1,0 +1,290 @@
+"""The programs on a GPU, beside the same on the CPU: the machine's own where torch finds one, else a pretended."""
+
+import json
+import shutil
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
+from torch.testing import assert_close
+
+from bench.runs_resume import CASES, command, make_inputs, results
+from sfumato import Adapter, cli, compose
+from sfumato.compose import current
+from sfumato.compose.by_method import by_method
+from sfumato.compose.per_picture import composite, per_picture
+from sfumato.compose.regions import Region, regions
+from sfumato.compose.steps import Ramp, over_steps
+from sfumato.precision import decide
+from tests.compose.conftest import fresh, originals, write  # noqa: F401
+from tests.pretended_cuda import pretended_cuda
+
+pytestmark = pytest.mark.usefixtures("quick")
+HAS_GPU = torch.cuda.is_available()
+
+
+def gpu(major=8):
+    """The machine's GPU, or a pretended one of this compute capability."""
+    return nullcontext() if HAS_GPU and major == 8 else pretended_cuda(major)
+
+
+# The pretended device
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        lambda here, there: here + there,
+        lambda here, there: there @ here.T,
+        lambda here, there: torch.cat([there, here]),
+        lambda here, there: torch.where(there > 0, there, here),
+        lambda here, there: there.add_(here),
+        lambda here, there: F.linear(there, here),
+        lambda here, there: here[there.long()],
+        lambda here, there: there.numpy(),
+        lambda here, there: there.normal_(generator=torch.Generator()),
+        lambda here, there: torch.randn(2, generator=torch.Generator("cuda")),
+    ],
+)
+def test_what_a_gpu_refuses_is_refused(operation):
+    with pretended_cuda(), pytest.raises((RuntimeError, TypeError), match=r"two devices|numpy|for generator"):
+        operation(torch.ones(2, 3), torch.ones(2, 3, device="cuda"))
+
+
+def test_what_a_gpu_takes_of_the_cpu_is_taken():
+    with pretended_cuda():
+        there = torch.arange(6.0).to("cuda")
+        assert (there * torch.tensor(2.0))[torch.tensor([5, 0])].tolist() == [10, 0]
+        assert there.copy_(torch.ones(6)).device == torch.empty(6).copy_(there).to(there).device
+        assert there.to("cuda") is there.cuda() is there
+        assert there.cpu().numpy().sum() == there.sum().item() == 6
+        assert torch.zeros_like(there, device="cpu").device.type == "cpu"
+        assert torch.rand(3, generator=torch.Generator("cuda").manual_seed(1), device="cuda").is_cuda
+
+
+def test_gradients_go_back_over_both_moves_and_a_module_keeps_its_parameters():
+    with pretended_cuda():
+        start = torch.ones(3, requires_grad=True)
+        (start.to("cuda").square().cpu() * 2).sum().backward()
+        assert start.grad.tolist() == [4, 4, 4]
+        layer = nn.Linear(3, 2)
+        before = layer.weight
+        layer.to("cuda", torch.float16)
+        assert layer.weight is before
+        assert layer.weight.is_cuda
+        assert layer.weight.dtype == torch.float16
+
+
+def test_autocast_has_the_dtypes_of_cudas():
+    """torch's table of operations for CUDA, of which the CPU's differs."""
+    with pretended_cuda(), torch.autocast("cuda", torch.float16):
+        x = torch.ones(2, 4, 8, 8, device="cuda", dtype=torch.float16)
+        assert torch.is_autocast_enabled("cuda")
+        assert F.conv2d(x.float(), torch.ones(1, 4, 1, 1, device="cuda")).dtype == torch.float16
+        assert {f.dtype for f in (F.group_norm(x, 2), F.layer_norm(x, (8,)), x.softmax(1), x.sum(), x**2)} == {
+            torch.float32
+        }
+        assert F.silu(x).dtype == torch.float16
+
+
+# Trainers
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def learn(case, inputs, output, *more):
+    """The tensors that come out, by file and name, and the rows of the log."""
+    assert cli.main(command(case, inputs, output, *more)) == 0
+    return results(output), [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    "case", [case if case == "lora" else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
+)
+def test_each_trainer_learns_in_fp32_what_it_learns_on_the_cpu(case, inputs, tmp_path):
+    if HAS_GPU and "dropped out" in case:
+        pytest.skip("dropout draws its numbers on the device")
+    with gpu():
+        found, _ = learn(case, inputs, tmp_path / "there", "--device", "cuda")
+    wanted, _ = learn(case, inputs, tmp_path / "here")
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert (found[name] - tensor).norm() <= 0.01 * tensor.norm() + 1e-6, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("major", "dtype"), [(8, "bf16"), (7, "fp16")])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "lora accumulated, averaged, dropped out",
+        "lora with text encoder",
+        "dreambooth",
+        "dreambooth lora",
+        "textual_inversion",
+    ],
+)
+def test_in_half_precision_each_trainer_learns_nearly_the_same(case, major, dtype, inputs, tmp_path):
+    """By the losses of all steps; `auto` takes bf16 where the GPU has it, and scales the loss of fp16 elsewhere."""
+    with gpu(major):
+        assert dtype in decide("auto").table()
+        _, found = learn(case, inputs, tmp_path / "there", "--device", "auto", "--precision", "auto")
+    _, wanted = learn(case, inputs, tmp_path / "here")
+    losses = [torch.tensor([row["loss"] for row in rows if "loss" in row]) for rows in (found, wanted)]
+    assert_close(*losses, rtol=0.03, atol=0)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_goes_on_where_there_is_another_device(inputs, tmp_path):
+    wanted, _ = learn("dreambooth lora", inputs, tmp_path / "run", "--checkpoint-every", "3")
+    shutil.rmtree(tmp_path / "run/checkpoints/000005")  # as if it had been killed before its end
+    (tmp_path / "run/out.safetensors").unlink()
+    with gpu():
+        assert cli.main(["resume", str(tmp_path / "run"), "--device", "cuda"]) == 0
+    found = results(tmp_path / "run")
+    for name, tensor in wanted.items():
+        assert (found[name] - tensor).norm() <= 0.01 * tensor.norm() + 1e-6, name
+
+
+@pytest.mark.slow
+def test_a_folder_has_the_bases_very_vae_whatever_it_was_computed_in(inputs, tmp_path):
+    base = Path(inputs["dreambooth"][inputs["dreambooth"].index("--base") + 1])
+    with gpu():
+        found, _ = learn("dreambooth", inputs, tmp_path / "run", "--device", "cuda", "--precision", "bf16")
+    vae = {name.partition(":")[2]: tensor for name, tensor in found.items() if name.startswith("out/vae/")}
+    kept = load_file(base / "vae/diffusion_pytorch_model.safetensors")
+    assert vae.keys() == kept.keys()
+    assert all(torch.equal(vae[name], tensor.float()) for name, tensor in kept.items())
+
+
+# Drawing
+
+
+@pytest.fixture(scope="module")
+def files(inputs, tmp_path_factory):
+    """An adapter, another of text encoders and convolutions, a whole U-Net's difference and a word, by name."""
+    folder = tmp_path_factory.mktemp("learned")
+    fast = ("--steps", "1", "--learning-rate", "1e-2")
+    learn("lora", inputs, folder / "a", *fast)
+    learn("lora with text encoder", inputs, folder / "b", *fast)
+    learn("dreambooth", inputs, folder / "d", *fast, "--save", "difference")
+    learn("textual_inversion", inputs, folder / "w", *fast)
+    return {name: folder / name / "out.safetensors" for name in "abdw"}
+
+
+WAYS = {
+    "base": ["a crab"],
+    "mixed": ["a crab <sq>", "--lora", "a={a}:0.8", "--lora", "b={b}:-0.6", "--embedding", "{w}"],
+    "difference": ["a crab", "--lora", "{d}:0.8"],
+    "guided": ["a crab", "--lora", "{a}", "--adapter-guidance", "2"],
+    "steps": ["a crab", "--lora", "a={a}", "--over-steps", "a=0:0,1:1"],
+    "switch": ["a crab", "--lora", "a={a}", "--lora", "b={b}", "--switch", "1"],
+    "regions": [
+        "a crab",
+        "--lora",
+        "a={a}",
+        "--lora",
+        "b={b}",
+        "--region",
+        "a=left:a key",
+        "--region",
+        "b=right:a cat",
+    ],
+    "from a picture": ["a crab", "--lora", "{a}", "--image", "{picture}", "--strength", "0.9", "--mask", "{mask}"],
+    "weighted words": ["(a crab:1.3) [x:y:0.5]", "--prompt-syntax", "a1111"],
+    "compel": ["(a crab)++ x", "--prompt-syntax", "compel"],
+    "sweep": ["a crab", "--lora", "a={a}", "--sweep", "a=0,1"],
+    "pairs": ["a crab", "--lora", "{a}", "--before-after"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("way", WAYS)
+def test_each_way_of_drawing_draws_what_the_cpu_draws(way, precision, inputs, files, tmp_path):
+    base = inputs["lora"][inputs["lora"].index("--base") + 1]
+    Image.new("RGB", (64, 64), "teal").save(tmp_path / "picture.png")
+    Image.new("L", (64, 64), 255).save(tmp_path / "mask.png")
+    named = {**files, "picture": tmp_path / "picture.png", "mask": tmp_path / "mask.png"}
+    words = [word.format(**named) if "{" in word else word for word in WAYS[way]]
+    words += ["--base", base, "--seed", "3", "--steps", "3"]
+
+    def draw(name, *more):
+        assert cli.main(["generate", *words, "-o", str(tmp_path / name), *more]) == 0
+        made = sorted(tmp_path.glob(f"{name}*.png")) or sorted((tmp_path / name).glob("*.png"))
+        return np.stack([np.asarray(Image.open(file), dtype=int) for file in made])
+
+    with gpu():
+        found = draw("there", "--device", "cuda", "--precision", precision)
+    wanted = draw("here", "--device", "cpu", "--precision", "fp32")
+    assert np.abs(found - wanted).mean() <= {"fp32": 0.01, "fp16": 0.5, "bf16": 4}[precision]
+
+
+# Mixing into a pipeline that lies on the device
+
+
+def predict(pipe):
+    """The U-Net's prediction for fixed latents, timesteps and texts, on the CPU."""
+    generator, config = torch.Generator().manual_seed(0), pipe.unet.config
+    place = {"device": pipe.unet.device, "dtype": pipe.unet.dtype}
+    latents = torch.randn(2, config.in_channels, 16, 16, generator=generator).to(**place)
+    text = torch.randn(2, 7, config.cross_attention_dim, generator=generator).to(**place)
+    added = None
+    if config.addition_embed_type == "text_time":
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        added = {"time_ids": torch.ones(2, 6).to(**place), "text_embeds": torch.ones(2, pooled).to(**place)}
+    timestep = torch.tensor(500, device=pipe.unet.device)
+    with torch.no_grad():
+        return pipe.unet(latents, timestep, text, added_cond_kwargs=added, return_dict=False)[0].float().cpu()
+
+
+def state(pipe):
+    return {name: tensor.cpu().clone() for name, tensor in pipe.unet.state_dict().items()}
+
+
+LEFT, RIGHT = (0, 0, 0.5, 1), (0.5, 0, 1, 1)
+MIXES = {
+    "baked": lambda pipe, a, b: compose(pipe, a, b, way="baked"),
+    "live": lambda pipe, a, b: compose(pipe, a, b, way="live"),
+    "other weights": lambda pipe, a, b: compose(pipe, a, b).set(a=-0.3),
+    "by step": lambda pipe, a, b: over_steps(compose(pipe, a, b), a=Ramp((0, 1), (1, 0))),
+    "by picture": lambda pipe, a, b: per_picture(pipe, [[a], [b]]),
+    "composite": composite,
+    "by region": lambda pipe, a, b: regions(pipe, Region(LEFT, a), Region(RIGHT, b)),
+    "ties": lambda pipe, a, b: by_method(pipe, a, b, method="ties"),
+    "knots": lambda pipe, a, b: by_method(pipe, a, b, method="knots"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+@pytest.mark.parametrize("way", MIXES)
+def test_each_mix_predicts_what_it_predicts_on_the_cpu_and_leaves_no_trace(way, family, dtype, originals, write):  # noqa: F811
+    here = fresh(originals[family])
+    a, b = (
+        Adapter(write(name, here, "to_q", "to_v", "proj_in", "conv1", seed=seed, family=family), 0.8, name=name)
+        for seed, name in enumerate("ab")
+    )
+    there = fresh(originals[family])
+    here.scheduler = there.scheduler = originals[family].scheduler
+    with MIXES[way](here, a, b):
+        wanted = predict(here)
+    with gpu():
+        for part in (there.unet, there.text_encoder):
+            part.to("cuda", dtype)
+        before = state(there)
+        with MIXES[way](there, a, b):
+            assert (predict(there) - wanted).norm() <= (1e-4 if dtype == torch.float32 else 0.02) * wanted.norm()
+        if current(there):  # the weights by step end with their block, the mix does not
+            current(there).undo()
+        assert all(torch.equal(tensor, before[name]) for name, tensor in state(there).items())
