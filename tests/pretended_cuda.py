@@ -16,7 +16,7 @@ from unittest.mock import patch
 
 import torch
 import torch._dynamo  # which asks torch for its devices when it is first imported
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
@@ -40,22 +40,15 @@ class OnGpu(Tensor):
     is_cpu = property(lambda self: False)
 
     @staticmethod
-    def __new__(cls, held: Tensor) -> OnGpu:
+    def __new__(cls, held: Tensor, requires_grad: bool | None = None) -> OnGpu:
+        if requires_grad is not None:  # accelerate makes a parameter of any tensor by the class of the one before
+            return nn.Parameter(held, requires_grad)  # type: ignore[return-value]
         made = Tensor._make_subclass(cls, held)
         made.held = held
         return made
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"OnGpu({self.held!r})"
-
-    def _get_data(self) -> OnGpu:
-        return OnGpu(self.held)
-
-    def _set_data(self, other: OnGpu) -> None:
-        Tensor.data.__set__(self, other)  # type: ignore[attr-defined]
-        self.held = other.held
-
-    data = property(_get_data, _set_data)
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
@@ -126,12 +119,11 @@ def moved(func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     else:
         copy = kwargs.pop("copy", False)
         to, dtype, _, layout = torch._C._nn._parse_to(*tree_map(numbered, args), **tree_map(numbered, kwargs))
-    to = to or tensor.device
-    if tensor.device.type != to.type:
-        tensor = (Up if to.type == "cuda" else Down).apply(tensor)
-    return tensor.to(
-        dtype=dtype or tensor.dtype, copy=copy, memory_format=torch.preserve_format if layout is None else layout
-    )
+    to, there = to or tensor.device, isinstance(tensor, OnGpu)
+    if there != says_gpu(to):
+        tensor = (Down if there else Up).apply(tensor)
+    layout = torch.preserve_format if layout is None else layout
+    return tensor.to(None if says_gpu(to) else to, dtype or tensor.dtype, copy=copy, memory_format=layout)
 
 
 class Up(torch.autograd.Function):
@@ -179,6 +171,24 @@ class Pretending(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return compute(func, args, kwargs or {}, within=self.calls.stays)
+
+
+DATA = Tensor.data  # type: ignore[attr-defined]
+
+
+def get_data(tensor: Tensor) -> Tensor:
+    return OnGpu(tensor.held) if isinstance(tensor, OnGpu) else DATA.__get__(tensor)
+
+
+def set_data(tensor: Tensor, other: Tensor) -> None:
+    """`tensor.data = other`, which moves the very tensor where the other lies."""
+    if isinstance(tensor, OnGpu) != isinstance(other, OnGpu):
+        twin = OnGpu(other.held) if isinstance(other, OnGpu) else nn.Parameter(other, requires_grad=False)
+        torch.utils.swap_tensors(tensor, twin.requires_grad_(tensor.requires_grad))
+        return
+    DATA.__set__(tensor, other)
+    if isinstance(tensor, OnGpu) and isinstance(other, OnGpu):
+        tensor.held = other.held
 
 
 COPIES = {aten.copy_.default, aten.copy.default, aten._copy_from.default}
@@ -329,6 +339,7 @@ def pretended_cuda(major: int = 8) -> Iterator[None]:
         with (
             patch.multiple(torch.cuda, **replaced),
             patch.object(torch, "Generator", Generator),
+            patch.object(Tensor, "data", property(get_data, set_data), create=True),
             patch.object(tensors, "is_plain", lambda tensor: plain(getattr(tensor, "held", tensor))),
             autocast_of_cuda(),
             calls,
