@@ -21,18 +21,20 @@ from sfumato.compose.by_method import by_method
 from sfumato.compose.per_picture import composite, per_picture
 from sfumato.compose.regions import Region, regions
 from sfumato.compose.steps import Ramp, over_steps
+from sfumato.files.fingerprint import fingerprint
 from sfumato.precision import decide
 from tests.compose.conftest import write  # noqa: F401
-from tests.pretended_cuda import pretended_cuda
+from tests.files.test_change_definitions import DEFINITIONS, change_of
+from tests.pretended_gpu import pretended_gpu
 from tests.tiny import tiny_pipeline
 
 pytestmark = pytest.mark.usefixtures("quick")
-HAS_GPU = torch.cuda.is_available()
+REAL = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
 
 
-def gpu(major=8):
-    """The machine's GPU, or a pretended one of this compute capability."""
-    return nullcontext() if HAS_GPU and major == 8 else pretended_cuda(major)
+def gpu(kind="cuda", major=8):
+    """The machine's GPU, or a pretended one, of CUDA then with this compute capability."""
+    return nullcontext() if REAL[kind] and major == 8 else pretended_gpu(kind, major)
 
 
 # The pretended device
@@ -54,12 +56,12 @@ def gpu(major=8):
     ],
 )
 def test_what_a_gpu_refuses_is_refused(operation):
-    with pretended_cuda(), pytest.raises((RuntimeError, TypeError), match=r"two devices|numpy|for generator"):
+    with pretended_gpu(), pytest.raises((RuntimeError, TypeError), match=r"two devices|numpy|for generator"):
         operation(torch.ones(2, 3), torch.ones(2, 3, device="cuda"))
 
 
 def test_what_a_gpu_takes_of_the_cpu_is_taken():
-    with pretended_cuda():
+    with pretended_gpu():
         there = torch.arange(6.0).to("cuda")
         assert (there * torch.tensor(2.0))[torch.tensor([5, 0])].tolist() == [10, 0]
         assert there.copy_(torch.ones(6)).device == torch.empty(6).copy_(there).to(there).device
@@ -70,7 +72,7 @@ def test_what_a_gpu_takes_of_the_cpu_is_taken():
 
 
 def test_gradients_go_back_over_both_moves_and_a_module_keeps_its_parameters():
-    with pretended_cuda():
+    with pretended_gpu():
         start = torch.ones(3, requires_grad=True)
         (start.to("cuda").square().cpu() * 2).sum().backward()
         assert start.grad.tolist() == [4, 4, 4]
@@ -84,7 +86,7 @@ def test_gradients_go_back_over_both_moves_and_a_module_keeps_its_parameters():
 
 def test_autocast_has_the_dtypes_of_cudas():
     """torch's table of operations for CUDA, of which the CPU's differs."""
-    with pretended_cuda(), torch.autocast("cuda", torch.float16):
+    with pretended_gpu(), torch.autocast("cuda", torch.float16):
         x = torch.ones(2, 4, 8, 8, device="cuda", dtype=torch.float16)
         assert torch.is_autocast_enabled("cuda")
         assert F.conv2d(x.float(), torch.ones(1, 4, 1, 1, device="cuda")).dtype == torch.float16
@@ -108,14 +110,22 @@ def learn(case, inputs, output, *more):
     return results(output), [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
 
 
+ON_MPS = ("lora with text encoder", "dreambooth fused, prior", "dreambooth lora", "textual_inversion", "pretrain vae")
+
+
 @pytest.mark.parametrize(
-    "case", [case if case == "lora" else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
+    ("kind", "case"),
+    [
+        ("mps", "lora"),
+        *(pytest.param("cuda", case, marks=pytest.mark.slow) for case in CASES),
+        *(pytest.param("mps", case, marks=pytest.mark.slow) for case in ON_MPS),
+    ],
 )
-def test_each_trainer_learns_in_fp32_what_it_learns_on_the_cpu(case, inputs, tmp_path):
-    if HAS_GPU and "dropped out" in case:
+def test_each_trainer_learns_in_fp32_what_it_learns_on_the_cpu(kind, case, inputs, tmp_path):
+    if REAL[kind] and "dropped out" in case:
         pytest.skip("dropout draws its numbers on the device")
-    with gpu():
-        found, _ = learn(case, inputs, tmp_path / "there", "--device", "cuda")
+    with gpu(kind):
+        found, _ = learn(case, inputs, tmp_path / "there", "--device", kind)
     wanted, _ = learn(case, inputs, tmp_path / "here")
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
@@ -136,7 +146,7 @@ def test_each_trainer_learns_in_fp32_what_it_learns_on_the_cpu(case, inputs, tmp
 )
 def test_in_half_precision_each_trainer_learns_nearly_the_same(case, major, dtype, inputs, tmp_path):
     """By the losses of all steps; `auto` takes bf16 where the GPU has it, and scales the loss of fp16 elsewhere."""
-    with gpu(major):
+    with gpu(major=major):
         assert dtype in decide("auto").table()
         _, found = learn(case, inputs, tmp_path / "there", "--device", "auto", "--precision", "auto")
     _, wanted = learn(case, inputs, tmp_path / "here")
@@ -165,6 +175,24 @@ def test_a_folder_has_the_bases_very_vae_whatever_it_was_computed_in(inputs, tmp
     kept = load_file(base / "vae/diffusion_pytorch_model.safetensors")
     assert vae.keys() == kept.keys()
     assert all(torch.equal(vae[name], tensor.float()) for name, tensor in kept.items())
+
+
+# Each kind of adapter
+
+
+@pytest.mark.parametrize("kind", REAL)
+@pytest.mark.parametrize("name", DEFINITIONS)
+def test_each_kind_of_adapter_changes_a_weight_as_on_the_cpu(name, kind, tmp_path):
+    """On its own, and in the fingerprint of what a mix is made of."""
+    shape = DEFINITIONS[name][0]
+    change = change_of(DEFINITIONS[name][1], shape, tmp_path)
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    wanted = change.delta(weight)
+    with gpu(kind):
+        found = change.delta(weight.to(kind))
+        assert found.device.type == kind
+        assert_close(found.cpu(), wanted, rtol=1e-4, atol=1e-6)
+        assert fingerprint({("unet", "layer"): found}) == fingerprint({("unet", "layer"): found.cpu()})
 
 
 # Drawing
@@ -209,9 +237,9 @@ WAYS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(("kind", "precision"), [("cuda", "fp32"), ("cuda", "bf16"), ("cuda", "fp16"), ("mps", "fp32")])
 @pytest.mark.parametrize("way", WAYS)
-def test_each_way_of_drawing_draws_what_the_cpu_draws(way, precision, inputs, files, tmp_path):
+def test_each_way_of_drawing_draws_what_the_cpu_draws(way, kind, precision, inputs, files, tmp_path):
     base = inputs["lora"][inputs["lora"].index("--base") + 1]
     Image.new("RGB", (64, 64), "teal").save(tmp_path / "picture.png")
     Image.new("L", (64, 64), 255).save(tmp_path / "mask.png")
@@ -224,8 +252,8 @@ def test_each_way_of_drawing_draws_what_the_cpu_draws(way, precision, inputs, fi
         made = sorted(tmp_path.glob(f"{name}*.png")) or sorted((tmp_path / name).glob("*.png"))
         return np.stack([np.asarray(Image.open(file), dtype=int) for file in made])
 
-    with gpu():
-        found = draw("there", "--device", "cuda", "--precision", precision)
+    with gpu(kind):
+        found = draw("there", "--device", kind, "--precision", precision)
     wanted = draw("here", "--device", "cpu", "--precision", "fp32")
     assert np.abs(found - wanted).mean() <= {"fp32": 0.01, "fp16": 0.5, "bf16": 4}[precision]
 
@@ -252,6 +280,7 @@ PLACES = {
     "fp16": lambda pipe: pipe.to("cuda", torch.float16),
     "model offload": lambda pipe: pipe.enable_model_cpu_offload(device="cuda"),
     "sequential offload": lambda pipe: pipe.enable_sequential_cpu_offload(device="cuda"),
+    "mps": lambda pipe: pipe.to("mps"),
     "group offload": lambda pipe: (
         pipe.unet.enable_group_offload(torch.device("cuda"), offload_type="leaf_level"),
         pipe.text_encoder.to("cuda"),
@@ -286,7 +315,7 @@ def test_each_mix_draws_what_it_draws_on_the_cpu_and_leaves_no_trace(way, family
     )
     with MIXES[way](here, a, b):
         wanted = pictures_of(here)
-    with gpu():
+    with gpu("mps" if place == "mps" else "cuda"):
         there = pipeline(family)
         PLACES[place](there)
         plain = pictures_of(there)

@@ -79,11 +79,11 @@ def rows(modules: Mapping[Target, LoraModule | Tensor]) -> dict[str, Row]:
 def _row(name: str, module: LoraModule | Tensor) -> Row:
     if isinstance(module, LoraModule):
         plain = module.plain()
-        up, down = plain.up.detach().double().cpu().flatten(1), plain.down.detach().double().cpu().flatten(1)
+        up, down = plain.up.detach().cpu().double().flatten(1), plain.down.detach().cpu().double().flatten(1)
         left, right = up * plain.scale, down
         norm = math.sqrt(max(float(((left.T @ left) * (right @ right.T)).sum()), 0.0))
     else:
-        left = module.detach().double().cpu().reshape(module.shape[0], -1)
+        left = module.detach().cpu().double().reshape(module.shape[0], -1)
         right = torch.eye(0)
         norm = float(left.norm())
     columns = left.shape[1] if isinstance(module, Tensor) else right.shape[1]

@@ -52,7 +52,7 @@ class OutputBoft:
     def delta(self, weight: Tensor) -> Tensor:
         check_fits(self, weight.shape)
         constraint = None if self.alpha is None else self.alpha * weight.shape[0]
-        turns = cayley(skew(self.blocks.to(weight.device), constraint, always=False)).float()
+        turns = cayley(skew(self.blocks, constraint, always=False)).float().to(weight.device)
         size = self.blocks.shape[2]
         turned = weight.float().flatten(1)
         for stage, turn in enumerate(turns):
@@ -96,8 +96,8 @@ class InputBoft:
 
     def delta(self, weight: Tensor) -> Tensor:
         check_fits(self, weight.shape)
-        blocks = self.blocks.to(weight.device).double()
-        turns = cayley(0.5 * (blocks.transpose(2, 3) - blocks)).float()
+        blocks = self.blocks.cpu().double()  # as `skew`
+        turns = cayley(0.5 * (blocks.transpose(2, 3) - blocks)).float().to(weight.device)
         size = blocks.shape[2]
         turned = weight.float().flatten(1).T.contiguous()  # (inputs, out)
         for stage, turn in enumerate(turns):

@@ -20,11 +20,11 @@ TERM_LIMIT = 64
 
 
 def skew(blocks: Tensor, constraint: float | None, *, always: bool) -> Tensor:
-    """Q = blocks - blocks', shortened to the norm `constraint`, in fp64.
+    """Q = blocks - blocks', shortened to the norm `constraint`, in fp64 and so on the CPU: Apple's GPUs have none.
 
     always: kohya's rule, which clamps by any constraint, 0 too; LyCORIS's takes 0 for none.
     """
-    q = blocks.double()
+    q = blocks.cpu().double()
     q = q - q.transpose(-1, -2)
     if constraint is None or (constraint <= 0 and not always):
         return q
@@ -79,8 +79,8 @@ class OutputOft:
     def delta(self, weight: Tensor) -> Tensor:
         check_fits(self, weight.shape)
         constraint = None if self.alpha is None else self.alpha * weight.shape[0]
-        turn = cayley(skew(self.blocks.to(weight.device), constraint, always=self.kohya))
-        turn = (turn - torch.eye(turn.shape[-1], dtype=turn.dtype, device=turn.device)).float()
+        turn = cayley(skew(self.blocks, constraint, always=self.kohya))
+        turn = (turn - torch.eye(turn.shape[-1], dtype=turn.dtype)).float().to(weight.device)
         flat = weight.float().reshape(*self.blocks.shape[:2], -1)
         delta = (turn.transpose(1, 2) @ flat).view(weight.shape)
         return delta if self.rescale is None else rescaled(delta, weight, self.rescale)
@@ -153,17 +153,18 @@ class InputOft:
 
     def delta(self, weight: Tensor) -> Tensor:
         check_fits(self, weight.shape)
-        turn = self._rotation(weight.device)
-        turn = (turn - torch.eye(self.size, dtype=turn.dtype, device=turn.device)).float()
+        turn = self._rotation()
+        turn = (turn - torch.eye(self.size, dtype=turn.dtype)).float().to(weight.device)
         if self.onetrainer and weight.ndim == 4:
             turn = turn.transpose(1, 2)
         flat = weight.float().reshape(weight.shape[0], -1, self.size)
         return torch.einsum("obi,bji->obj", flat, turn.expand(flat.shape[1], -1, -1)).reshape(weight.shape)
 
-    def _rotation(self, device: torch.device) -> Tensor:
-        packed = self.packed.to(device).double()
+    def _rotation(self) -> Tensor:
+        """In fp64 on the CPU, as `skew`."""
+        packed = self.packed.cpu().double()
         q = packed.new_zeros(packed.shape[0], self.size, self.size)
-        rows, columns = torch.triu_indices(self.size, self.size, 1, device=device)
+        rows, columns = torch.triu_indices(self.size, self.size, 1)
         q[:, rows, columns] = packed
         q = q - q.transpose(1, 2)
         if self.limit is not None:
@@ -174,7 +175,7 @@ class InputOft:
             return cayley(-q)
         # I + 2 Q + 2 Q^2 + ... of (I + Q)(I - Q)^-1; from three terms on peft ends with one further power, taken once.
         top = max(self.terms - 1, 3) if self.terms > 2 else self.terms
-        total = torch.eye(self.size, dtype=q.dtype, device=device).expand_as(q).clone()
+        total = torch.eye(self.size, dtype=q.dtype).expand_as(q).clone()
         power = q
         for exponent in range(1, top + (self.terms > 2)):
             total += power if exponent == top and self.terms > 2 else 2 * power

@@ -1,17 +1,18 @@
-"""A CUDA device that is only pretended: its tensors lie in the CPU's memory, and meet no tensor of the CPU.
+"""A GPU that is only pretended: its tensors lie in the CPU's memory, and meet no tensor of the CPU.
 
-Within `pretended_cuda()` torch says that it has a GPU. Tensors made on it or moved to it call themselves "cuda:0"; each
-operation is computed by the CPU on what they hold, and an operation that a GPU would refuse, because one of its tensors
-is still the CPU's, is refused here in the same words. So a program that runs here has moved what it had to move, has
-the dtypes that each operation wants, and takes nothing for an array that lies on a GPU. What only a GPU can show
-(speed, memory, its kernels' rounding, what its libraries lack) is not shown.
+Within `pretended_gpu()` torch says that it has one, of CUDA or Apple's (MPS). Tensors made on it or moved to it call
+themselves "cuda:0" or "mps:0"; each operation is computed by the CPU on what they hold, and an operation that a GPU
+would refuse, because one of its tensors is still the CPU's, is refused here in the same words; on MPS so is fp64. So a
+program that runs here has moved what it had to move, has the dtypes that each operation wants, and takes nothing for an
+array that lies on a GPU. What only a GPU can show (speed, memory, its kernels' rounding, what its libraries lack) is
+not shown.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, Literal
 from unittest.mock import patch
 
 import torch
@@ -25,6 +26,7 @@ from sfumato.compose import tensors
 
 aten = torch.ops.aten
 GPU = torch.device("cuda", 0)
+"""The one that is pretended, or was last."""
 CPU = torch.device("cpu")
 
 
@@ -36,7 +38,8 @@ class OnGpu(Tensor):
 
     held: Tensor
     device = property(lambda self: GPU)
-    is_cuda = property(lambda self: True)
+    is_cuda = property(lambda self: GPU.type == "cuda")
+    is_mps = property(lambda self: GPU.type == "mps")
     is_cpu = property(lambda self: False)
 
     @staticmethod
@@ -69,7 +72,7 @@ class Generator(torch._C.Generator):
 
 
 class Calls(TorchFunctionMode):
-    """What Python asks of torch: "cuda" is "cuda:0", and whatever an operation on the GPU makes lies there.
+    """What Python asks of torch: a GPU has its number, and whatever an operation on the GPU makes lies there.
 
     running: for each call that runs, whether it stays on the GPU: it is of the GPU's tensors and asks for no other
     device.
@@ -86,7 +89,7 @@ class Calls(TorchFunctionMode):
         if func is Tensor.tolist:
             return moved(Tensor.cpu, args[0]).tolist()
         if func in (Tensor.numpy, Tensor.data_ptr) and isinstance(args[0], OnGpu):
-            raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy it first.")
+            raise TypeError("can't convert a GPU's tensor to numpy. Use Tensor.cpu() to copy it first.")
         if func in (torch.tensor, torch.as_tensor, torch.asarray) and numbered(kwargs.get("device")) == GPU:
             return moved(Tensor.to, func(*args, **{**kwargs, "device": CPU}), GPU)
         leaves = tree_leaves((args, kwargs))
@@ -159,7 +162,7 @@ def numbered(x: Any) -> Any:
 
 def says_gpu(x: Any) -> bool:
     """Whether this is a name of the GPU."""
-    return x.type == "cuda" if isinstance(x, torch.device) else isinstance(x, str) and x in ("cuda", "cuda:0")
+    return x.type == GPU.type if isinstance(x, torch.device) else isinstance(x, str) and x in (GPU.type, str(GPU))
 
 
 class Pretending(TorchDispatchMode):
@@ -223,6 +226,8 @@ def compute(func: Any, args: Any, kwargs: dict[str, Any], *, within: bool = Fals
     found = func(*held_args, **held_kwargs)
     if not goes_there:
         return args[0] if func is aten.copy_.default else found
+    if GPU.type == "mps" and any(x.dtype == torch.float64 for x in tree_leaves(found) if isinstance(x, Tensor)):
+        raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64.")
     wrapped = tree_map(lambda x: OnGpu(x) if isinstance(x, Tensor) and not isinstance(x, OnGpu) else x, found)
     return return_and_correct_aliasing(func, args, kwargs, wrapped) if there else wrapped
 
@@ -235,7 +240,7 @@ def refuse_strangers(func: Any, args: Any, given: list[Tensor]) -> None:
     if func in INDEXED and isinstance(args[0], OnGpu) and not (len(args) > 2 and any(args[2] is s for s in strangers)):
         return
     raise RuntimeError(
-        f"Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! ({func}; "
+        f"Expected all tensors to be on the same device, but found at least two devices, {GPU} and cpu! ({func}; "
         f"of shape {tuple(strangers[0].shape)})"
     )
 
@@ -249,8 +254,8 @@ IN_FP32 = (
 
 
 @contextmanager
-def autocast_of_cuda() -> Iterator[None]:
-    """Within the block torch.autocast("cuda") is the CPU's, with the operations in fp32 that CUDA's computes so."""
+def autocast_of_gpu() -> Iterator[None]:
+    """Within the block the GPU's torch.autocast is the CPU's, with the operations in fp32 that CUDA's computes so."""
     library = torch.library.Library("aten", "IMPL")
     outside = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
 
@@ -273,10 +278,10 @@ def autocast_of_cuda() -> Iterator[None]:
     begin = torch.autocast.__init__
 
     def begin_on_cpu(self: Any, device_type: str, *args: Any, **kwargs: Any) -> None:
-        begin(self, "cpu" if device_type == "cuda" else device_type, *args, **kwargs)
+        begin(self, "cpu" if says_gpu(device_type) else device_type, *args, **kwargs)
 
     def of_cpu(asks: Any) -> Any:
-        return lambda device="cuda": asks("cpu" if device == "cuda" else device)
+        return lambda device="cuda": asks("cpu" if says_gpu(device) else device)
 
     try:
         with (
@@ -298,14 +303,16 @@ class Properties:
 
 
 @contextmanager
-def pretended_cuda(major: int = 8) -> Iterator[None]:
-    """Within the block torch has a GPU of this compute capability, and only what is moved to it meets there."""
+def pretended_gpu(kind: Literal["cuda", "mps"] = "cuda", major: int = 8) -> Iterator[None]:
+    """Within the block torch has a GPU, and only what is moved to it meets there. major: CUDA's compute capability."""
+    global GPU
+    GPU = torch.device(kind, 0)
     properties = Properties(major)
 
     def nothing(*args: Any, **kwargs: Any) -> None:
         pass
 
-    replaced = {
+    cuda = {
         "is_available": lambda: True,
         "is_initialized": lambda: True,
         "_lazy_init": nothing,
@@ -330,6 +337,9 @@ def pretended_cuda(major: int = 8) -> Iterator[None]:
         "max_memory_allocated": lambda *_: 0,
         "reset_peak_memory_stats": nothing,
     }
+    if kind == "mps":
+        cuda = {"is_available": lambda: False}
+    mps = {"is_available": lambda: kind == "mps", "is_built": lambda: kind == "mps"}
     plain = tensors.is_plain
     swapping = torch.__future__.get_swap_module_params_on_conversion()
     # Module.to keeps its Parameter objects, as it does where both devices' tensors are torch's own.
@@ -337,11 +347,12 @@ def pretended_cuda(major: int = 8) -> Iterator[None]:
     calls = Calls()
     try:
         with (
-            patch.multiple(torch.cuda, **replaced),
+            patch.multiple(torch.cuda, **cuda),
+            patch.multiple(torch.backends.mps, **mps),
             patch.object(torch, "Generator", Generator),
             patch.object(Tensor, "data", property(get_data, set_data), create=True),
             patch.object(tensors, "is_plain", lambda tensor: plain(getattr(tensor, "held", tensor))),
-            autocast_of_cuda(),
+            autocast_of_gpu(),
             calls,
             Pretending(calls),
         ):
