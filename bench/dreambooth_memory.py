@@ -3,8 +3,8 @@
     python -m bench.dreambooth_memory --work /somewhere/with/5/GB [--only full,fused] [--resolution 256]
 
 Prints JSON: the most that was resident from the program's first line to the end of the last step (the imports are in it
-and beside it), and CPU seconds of a step. The 8-bit optimizer needs CUDA: its rows say so where there is none, and with
-CUDA `peak_cuda_gib` stands beside.
+and beside it), and CPU seconds of a step. The rows of the 8-bit optimizer want `pip install 'sfumato[8bit]'`; with CUDA
+`peak_cuda_gib` stands beside.
 """
 
 from __future__ import annotations

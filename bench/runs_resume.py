@@ -42,6 +42,7 @@ CASES: Mapping[str, Sequence[str]] = {
     "dreambooth lora": [
         *_SHARED, "--class-name", "square", "--prior", "none", "--method", "lora", "--rank", "2", "--accumulate", "2",
     ],
+    "dreambooth 8-bit": [*_SHARED, "--class-name", "square", "--prior", "none", "--optimizer", "adamw8bit"],
     "dreambooth fused, prior": [*_SHARED, "--class-name", "square", "--prior", "base", "--fused", "--clip", "0"],
     "textual_inversion": [
         *_SHARED, "--placeholder", "<sq>", "--initial-words", "red", "--vectors", "2", "--ema", "0.9",

@@ -69,15 +69,15 @@ def test_a_package_that_is_broken_is_not_called_missing(monkeypatch, tmp_path):
     [("prodigy", "prodigyopt", "prodigy"), ("lion", "lion_pytorch", "lion"), ("adamw8bit", "bitsandbytes", "8bit")],
 )
 def test_an_extra_steps_or_says_how_to_get_it(name, package, extra):
-    p = nn.Parameter(torch.ones(8))
+    p = nn.Parameter(torch.ones(64, 64))
     groups = [{"params": [p], "lr": 0.1}]
     if importlib.util.find_spec(package) is None:
         with pytest.raises(PrecisionError, match=rf"sfumato\[{extra}\]"):
             optimizers.build(name, groups, weight_decay=0.0)
         return
-    if name == "adamw8bit" and not torch.cuda.is_available():
-        pytest.skip("bitsandbytes steps on a GPU only")
     optimizer = optimizers.build(name, groups, weight_decay=0.0)
     p.square().sum().backward()
     optimizer.step()
     assert (p < 1).all()
+    in_8_bits = {state.dtype for state in optimizer.state[p].values() if getattr(state, "shape", None) == p.shape}
+    assert in_8_bits == ({torch.uint8} if name == "adamw8bit" else {torch.float32})

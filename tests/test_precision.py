@@ -1,5 +1,6 @@
 """The precision decision: what each machine gets, what it cannot have, and what the table says."""
 
+import importlib.metadata
 import importlib.util
 
 import diffusers
@@ -131,7 +132,6 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
         ({"device": "meta"}, "--device meta: not supported"),
         ({"attention": "flash"}, "--attention flash: unknown"),
         ({"attention": "xformers"}, "--attention xformers: "),
-        ({"optimizer": "adamw8bit"}, "--optimizer adamw8bit: needs "),
     ],
 )
 def test_impossible_wishes_are_one_line(bare, wish, message):
@@ -152,11 +152,24 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch, bare, wish, inst
     assert f"pip install '{install}'" in str(caught.value)
 
 
-@pytest.mark.parametrize("wish", [{"attention": "xformers"}, {"optimizer": "adamw8bit"}])
-def test_an_installed_package_still_needs_a_gpu(monkeypatch, bare, wish):
+def test_an_installed_package_still_needs_its_device(monkeypatch, bare):
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())
     with pytest.raises(PrecisionError, match="needs a CUDA device, this one is cpu"):
-        decide(**wish)
+        decide(attention="xformers")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    with pytest.raises(PrecisionError, match="needs a CUDA device or a CPU, this one is mps"):
+        decide(optimizer="adamw8bit", device="mps")
+
+
+@pytest.mark.parametrize(("version", "steps"), [("0.49.2", False), ("0.50.0", True), ("1.0.0.dev0", True)])
+def test_on_a_cpu_eight_bits_want_a_bitsandbytes_that_steps_there(monkeypatch, bare, version, steps):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: version)
+    if steps:
+        assert decide(optimizer="adamw8bit").optimizer_state == "8 bit"
+        return
+    with pytest.raises(PrecisionError, match=r"bitsandbytes 0\.49\.2 steps on CUDA alone. Run `pip install 'bitsandb"):
+        decide(optimizer="adamw8bit")
 
 
 def test_eight_bits_change_only_the_optimizers_row(monkeypatch):
