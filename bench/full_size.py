@@ -5,6 +5,7 @@ Values do not matter for time and memory; shapes do. Other benches share this.
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import os
@@ -117,26 +118,30 @@ def watch(script: str, *words: str) -> None:
     _forget_peak()
     steps: list[tuple[float, float, float]] = []
     stepped, trained = 0, 0  # weights since the last step's end, and of the optimizer
-    plain = torch.optim.AdamW.step
 
-    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        nonlocal stepped
-        result = plain(self, *args, **kwargs)
-        # A fused step comes once for every weight: only the last one ends a step.
-        stepped += sum(len(group["params"]) for group in self.param_groups)
-        if stepped >= trained:
-            stepped = 0
-            steps.append((time.monotonic() - began_wall, time.process_time() - began_cpu, peak()))
-        return result
+    def watch_steps_of(kind: Any) -> None:
+        built, plain = kind.__init__, kind.step
 
-    built = torch.optim.AdamW.__init__
+        def init(self: Any, *args: Any, **kwargs: Any) -> None:
+            nonlocal trained
+            built(self, *args, **kwargs)
+            trained = sum(len(group["params"]) for group in self.param_groups)
 
-    def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        nonlocal trained
-        built(self, *args, **kwargs)
-        trained = sum(len(group["params"]) for group in self.param_groups)
+        def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+            nonlocal stepped
+            result = plain(self, *args, **kwargs)
+            # A fused step comes once for every weight: only the last one ends a step.
+            stepped += sum(len(group["params"]) for group in self.param_groups)
+            if stepped >= trained:
+                stepped = 0
+                steps.append((time.monotonic() - began_wall, time.process_time() - began_cpu, peak()))
+            return result
 
-    torch.optim.AdamW.step, torch.optim.AdamW.__init__ = step, init  # type: ignore[method-assign]
+        kind.__init__, kind.step = init, step
+
+    watch_steps_of(torch.optim.AdamW)
+    if "adamw8bit" in words:
+        watch_steps_of(importlib.import_module("bitsandbytes.optim").AdamW8bit)
     stopped = ""
     try:
         program(list(words))

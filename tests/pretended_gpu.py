@@ -46,6 +46,10 @@ class OnGpu(Tensor):
     def __new__(cls, held: Tensor, requires_grad: bool | None = None) -> OnGpu:
         if requires_grad is not None:  # accelerate makes a parameter of any tensor by the class of the one before
             return nn.Parameter(held, requires_grad)  # type: ignore[return-value]
+        if GPU.type == "mps" and held.dtype == torch.float64:
+            raise TypeError(
+                "Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64."
+            )
         made = Tensor._make_subclass(cls, held)
         made.held = held
         return made
@@ -226,8 +230,6 @@ def compute(func: Any, args: Any, kwargs: dict[str, Any], *, within: bool = Fals
     found = func(*held_args, **held_kwargs)
     if not goes_there:
         return args[0] if func is aten.copy_.default else found
-    if GPU.type == "mps" and any(x.dtype == torch.float64 for x in tree_leaves(found) if isinstance(x, Tensor)):
-        raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64.")
     wrapped = tree_map(lambda x: OnGpu(x) if isinstance(x, Tensor) and not isinstance(x, OnGpu) else x, found)
     return return_and_correct_aliasing(func, args, kwargs, wrapped) if there else wrapped
 

@@ -71,6 +71,16 @@ def test_what_a_gpu_takes_of_the_cpu_is_taken():
         assert torch.rand(3, generator=torch.Generator("cuda").manual_seed(1), device="cuda").is_cuda
 
 
+def test_apples_have_no_fp64():
+    with pretended_gpu("mps"):
+        there = torch.ones(2, device="mps")
+        assert there.device.type == "mps"
+        assert there.cpu().double().sum() == 2
+        for wide in (lambda: there.double(), lambda: torch.ones(2, dtype=torch.float64).to("mps")):
+            with pytest.raises(TypeError, match="float64"):
+                wide()
+
+
 def test_gradients_go_back_over_both_moves_and_a_module_keeps_its_parameters():
     with pretended_gpu():
         start = torch.ones(3, requires_grad=True)
