@@ -250,7 +250,7 @@ WAYS = {
 @pytest.mark.parametrize(("kind", "precision"), [("cuda", "fp32"), ("cuda", "bf16"), ("cuda", "fp16"), ("mps", "fp32")])
 @pytest.mark.parametrize("way", WAYS)
 def test_each_way_of_drawing_draws_what_the_cpu_draws(way, kind, precision, inputs, files, tmp_path):
-    """In shades of 255. Without its adapters a way is 0.4 to 30 off, which fp32 and fp16 tell; bf16 alone rounds by 1."""
+    """In shades of 255. Without its adapters a way is 0.4 to 30 off, which fp32 and fp16 tell; bf16 rounds by 1."""
     base = inputs["lora"][inputs["lora"].index("--base") + 1]
     Image.new("RGB", (64, 64), "teal").save(tmp_path / "picture.png")
     Image.new("L", (64, 64), 255).save(tmp_path / "mask.png")
