@@ -11,11 +11,11 @@ from torch.testing import assert_close
 from sfumato import data, prior
 from sfumato.bases import load_base
 from sfumato.bases.vocabulary import clip_tokenizer
-from sfumato.class_pictures import about, class_folder, draw_class, read_class, shares
+from sfumato.class_pictures import about, class_folder, draw_class, read_class
 from sfumato.errors import DataError
 from sfumato.identifier import examine, is_ordinary
 from sfumato.prior import BasePrediction, ClassPictures, DriftLimit, calls, draw_half
-from sfumato.subject import Subject
+from sfumato.subject import Kept, Subject
 from tests.tiny import CPU
 
 COUNT = 2
@@ -37,8 +37,8 @@ def draw(base, tmp_path, monkeypatch):
     quick = dataclasses.replace(base.family, defaults=dataclasses.replace(base.family.defaults, sampling_steps=2))
     monkeypatch.setattr(base, "family", quick)
 
-    def run(count, *prompts, **options):
-        return draw_class(base, prompts or ["cat"], count, resolution=64, folder=tmp_path, shown=False, **options)
+    def run(count, prompt="cat", **options):
+        return draw_class(base, {prompt: count}, resolution=64, folder=tmp_path, shown=False, **options)
 
     return run
 
@@ -88,13 +88,13 @@ def test_the_cache_knows_base_prompt_sampler_and_size(base, tmp_path, monkeypatc
 
 
 def test_drawn_pictures_are_read_with_their_prompts(draw, base, tmp_path):
-    draw(3, "cat", "red cat")
-    folder = read_class(base, ["cat", "red cat"], 3, resolution=64, folder=tmp_path)
+    draw(2)
+    draw(1, "red cat")
+    folder = read_class(base, {"cat": 2, "red cat": 1}, resolution=64, folder=tmp_path)
     assert [example.caption for example in folder] == ["cat", "cat", "red cat"]
     assert {example.group for example in folder} == {"class"}
-    assert shares(7, 3) == [3, 2, 2]
     with pytest.raises(DataError, match="2 of 5 class pictures are missing"):
-        read_class(base, ["cat", "red cat"], 5, resolution=64, folder=tmp_path)
+        read_class(base, {"cat": 3, "red cat": 2}, resolution=64, folder=tmp_path)
 
 
 def test_the_class_half_is_drawn_independently_of_the_subjects(base, dataset):
@@ -181,8 +181,23 @@ def test_the_drift_limit_takes_the_larger_drift_and_remembers_the_log():
 def test_class_prompts_are_the_captions_without_the_identifier():
     subject = Subject("sks otter", "otter")
     captions = ["sks otter, flat style", "sks otter", "a picture", "sks otter, flat style"]
-    assert subject.class_prompts(captions, ["dog"]) == ["otter", "otter, flat style", "dog"]
+    assert subject.class_prompts(captions) == ["otter", "otter, flat style"]
     assert subject.sample_prompts(captions, "a ball") == ["sks otter, flat style", "sks otter", "otter", "a ball"]
+
+
+def test_the_class_keeps_half_beside_further_prompts():
+    kept = Kept.of(["otter", "otter, flat style"], ["dog", "otter", "cup", "bus", "dog"])
+    assert kept.prompts == ["otter", "otter, flat style", "dog", "cup", "bus"]
+    assert kept.counts(11) == {"otter": 3, "otter, flat style": 3, "dog": 2, "cup": 2, "bus": 1}
+    assert kept.turns() == ["otter", "dog", "otter, flat style", "cup", "otter", "bus"]
+    assert kept.counts(1) == {"otter": 1}
+
+
+@pytest.mark.parametrize(("own", "further"), [(["otter", "red otter"], []), ([], ["otter", "red otter"])])
+def test_prompts_of_one_kind_share_evenly(own, further):
+    kept = Kept.of(own, further)
+    assert kept.turns() == ["otter", "red otter"]
+    assert kept.counts(7) == {"otter": 4, "red otter": 3}
 
 
 @pytest.mark.parametrize("word", ["dog", "Photo", "corgi", "zendaya", "otter"])

@@ -133,7 +133,7 @@ def test_equal_to_a_plain_loop_from_the_paper(prior, folder, train, pocket_folde
     dataset = data.prepare(data.read_folder(images, caption_template=PROMPT), base, resolution=64)
     class_set = copy.deepcopy(base.unet) if prior == "base" else None
     if prior == "pictures":
-        drawn = read_class(base, [CLASS], 3, resolution=64, folder=tmp_path / "class")
+        drawn = read_class(base, {CLASS: 3}, resolution=64, folder=tmp_path / "class")
         class_set = data.prepare(drawn, base, resolution=64)
     start = {name: tensor.clone() for name, tensor in base.unet.state_dict().items()}
     losses, weights = papers_loop(base, dataset, class_set, seed=3, weight=0.7)

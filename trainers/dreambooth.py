@@ -22,7 +22,7 @@ from sfumato import options
 from sfumato.config import parse
 from sfumato.errors import ConfigError
 from sfumato.options import TrainerOptions
-from sfumato.subject import Subject, read_pictures, with_caption
+from sfumato.subject import Kept, Subject, read_pictures, with_caption
 from sfumato.where_when import parse_span
 
 if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that its --help is there at once
@@ -77,8 +77,8 @@ class Config(TrainerOptions):
     prior_weight: float = 1.0
     """Weight of the class in the loss, beside 1 for the subject; with 0 it is drawn and measured, and not learned."""
     prior_prompts: tuple[str, ...] = ()
-    """Further prompts that shall draw as before, beside the class prompt. Repeat it for several. Beside given pictures
-    of the class the base draws --class-count pictures of these."""
+    """Further prompts that shall draw as before, beside the class, which keeps half of --class-count. Repeat it for
+    several. Beside given pictures of the class the base draws --class-count pictures of these."""
     class_images: Path | None = None
     """Folder of pictures of the class. Unset: the base draws them."""
     class_count: int | None = None
@@ -161,8 +161,8 @@ def train(config: Config) -> Path:
         for line in identifier.examine(config.identifier, base).lines():
             run.say(line)
 
-    prompts = subject.class_prompts([e.caption for e in examples.of("instance")], config.prior_prompts)
-    pictures = class_pictures(config, base, examples, prompts, run, processes)
+    kept = Kept.of(subject.class_prompts([e.caption for e in examples.of("instance")]), config.prior_prompts)
+    pictures = class_pictures(config, base, examples, kept, run, processes)
     global_batch, starts = processes.starts(config.batch, config.accumulate)
     dataset, class_set = prepare(config, base, examples.of("instance"), pictures, global_batch, processes)
     for note in dict.fromkeys([*dataset.notes, *(class_set.notes if class_set else [])]):
@@ -182,7 +182,7 @@ def train(config: Config) -> Path:
     average = Average(parameters, config.ema, device="cpu" if config.ema_on_cpu else None)
     run.keep(trained=trained, optimizer=optimizer, scaler=scaler, average=average)
     pristine = trained.disabled if config.method == "lora" else nullcontext  # nothing has been trained yet
-    watched = {"drift": UNRELATED, "class_drift": prompts} if config.measure_every else {}
+    watched = {"drift": UNRELATED, "class_drift": kept.prompts} if config.measure_every else {}
     measures = Measures(base, dataset, watched, pristine=pristine, within=average.applied, modules=[trained])
     noising = config.noising(base)
     shown = config.sample_prompts or subject.sample_prompts(dataset.captions, UNRELATED[0])
@@ -198,7 +198,7 @@ def train(config: Config) -> Path:
 
     run.every(config.measure_every, measure)
     run.every(config.sample_every, samples.draw)
-    prior = prior_of(config, base, dataset, class_set, prompts, noising, pristine)
+    prior = prior_of(config, base, dataset, class_set, kept, noising, pristine)
     if isinstance(prior, BasePrediction) and config.method == "full":
         steps = range(run.step, config.steps)
         run.say(prior.remember(steps, global_batch, starts, config.batch, shown=processes.is_main))
@@ -343,7 +343,7 @@ def triggers(config: Config, subject: Subject, subjects: Folder) -> list[str]:
 
 
 def class_pictures(
-    config: Config, base: Base, examples: Folder, prompts: Sequence[str], run: Run, processes: Processes
+    config: Config, base: Base, examples: Folder, kept: Kept, run: Run, processes: Processes
 ) -> Folder | None:
     """Pictures of the class from a folder or the dataset.toml, with the further prompts' beside them, which the base
     draws, once; or of the class drawn, too; None for none."""
@@ -353,17 +353,15 @@ def class_pictures(
         return None
     given = examples.of("class")
     if config.class_images is not None:
-        given = read_pictures(config.class_images, prompts[0], skip_bad=config.skip_bad)
+        given = read_pictures(config.class_images, kept.of_class[0], skip_bad=config.skip_bad)
     if given:  # they show the class, and the captions' forms of it
-        prompts = list(dict.fromkeys(config.prior_prompts))
-    if config.prior == "base" or not prompts:
+        kept = Kept.of([], config.prior_prompts)
+    if config.prior == "base" or not kept.prompts:
         return given or None
-    prompts, count = prompts[: config.class_count], config.class_count
+    counts = kept.counts(config.class_count)
     folder = config.class_cache or config.output / "class"
-    pictures, drawn = pictures_of_class(
-        base, prompts, count, resolution=config.resolution, folder=folder, processes=processes
-    )
-    run.say(f"class pictures: {count} of {', '.join(prompts)} ({drawn} drawn now)")
+    pictures, drawn = pictures_of_class(base, counts, resolution=config.resolution, folder=folder, processes=processes)
+    run.say(f"class pictures: {config.class_count} of {', '.join(counts)} ({drawn} drawn now)")
     return dataclasses.replace(given, examples=(*given, *pictures)) if given else pictures
 
 
@@ -398,7 +396,7 @@ def prior_of(
     base: Base,
     dataset: Dataset,
     class_set: Dataset | None,
-    prompts: Sequence[str],
+    kept: Kept,
     noising: Noising,
     pristine: Callable[[], AbstractContextManager[object]],
 ) -> ClassPictures | BasePrediction | None:
@@ -412,7 +410,7 @@ def prior_of(
     return BasePrediction(
         base,
         dataset if class_set is None else class_set,
-        prompts,
+        kept.turns(),
         config.seed,
         order=config.seed if class_set is None else None,
         pristine=pristine,

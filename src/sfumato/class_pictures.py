@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,24 +55,21 @@ def about(base: Base, prompt: str, resolution: int) -> dict[str, Any]:
 
 
 def pictures_of_class(
-    base: Base, prompts: Sequence[str], count: int, *, resolution: int, folder: Path, processes: Processes
+    base: Base, counts: Mapping[str, int], *, resolution: int, folder: Path, processes: Processes
 ) -> tuple[Folder, int]:
-    """`count` pictures of the class, each with its prompt as caption, and how many of them had to be drawn.
+    """As many pictures of each prompt as `counts` says, with it as their caption, and how many had to be drawn.
 
     All processes draw, each its share.
     """
     where: dict[str, Any] = {"resolution": resolution, "folder": folder}
-    drawn = draw_class(
-        base, prompts, count, rank=processes.rank, processes=processes.count, shown=processes.is_main, **where
-    )
+    drawn = draw_class(base, counts, rank=processes.rank, processes=processes.count, shown=processes.is_main, **where)
     processes.wait()
-    return read_class(base, prompts, count, **where), drawn
+    return read_class(base, counts, **where), drawn
 
 
 def draw_class(
     base: Base,
-    prompts: Sequence[str],
-    count: int,
+    counts: Mapping[str, int],
     *,
     resolution: int,
     folder: Path,
@@ -80,15 +77,15 @@ def draw_class(
     processes: int = 1,
     shown: bool = True,
 ) -> int:
-    """Draw what is missing of `count` pictures, shared evenly among the prompts; returns how many were drawn.
+    """Draw what is missing of so many pictures of each prompt; returns how many were drawn.
 
     rank, processes: this process draws only its share. shown: with progress on stderr.
     Raises DataError where the folder cannot be written.
     """
     wanted: list[tuple[str, Path, int]] = []
-    for prompt, share in zip(prompts, shares(count, len(prompts)), strict=True):
+    for prompt, count in counts.items():
         place = class_folder(base, prompt, resolution=resolution, folder=folder)
-        wanted += [(prompt, _file(place, number), number) for number in range(share)]
+        wanted += [(prompt, _file(place, number), number) for number in range(count)]
     # Shared before looking what is there, which the other processes are changing.
     missing = [entry for entry in wanted[rank::processes] if not _is_whole(entry[1], resolution)]
     if not missing:
@@ -113,23 +110,20 @@ def draw_class(
     return len(missing)
 
 
-def read_class(base: Base, prompts: Sequence[str], count: int, *, resolution: int, folder: Path) -> Folder:
+def read_class(base: Base, counts: Mapping[str, int], *, resolution: int, folder: Path) -> Folder:
     """The drawn pictures as examples, each with its prompt as caption. Raises DataError if one is missing."""
     from sfumato.data import Example, Folder
 
     examples = []
-    for prompt, share in zip(prompts, shares(count, len(prompts)), strict=True):
+    for prompt, count in counts.items():
         place = class_folder(base, prompt, resolution=resolution, folder=folder)
-        examples += [Example(_file(place, number), prompt, group="class") for number in range(share)]
+        examples += [Example(_file(place, number), prompt, group="class") for number in range(count)]
     absent = [example.path for example in examples if not example.path.is_file()]
     if absent:
-        raise DataError(f"{absent[0]}: {len(absent)} of {count} class pictures are missing; start again to draw them.")
+        raise DataError(
+            f"{absent[0]}: {len(absent)} of {len(examples)} class pictures are missing; start again to draw them."
+        )
     return Folder(tuple(examples))
-
-
-def shares(count: int, parts: int) -> list[int]:
-    """`count` in `parts` shares that differ by one at most."""
-    return [count // parts + (place < count % parts) for place in range(parts)]
 
 
 def _key(values: dict[str, Any]) -> str:

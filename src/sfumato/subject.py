@@ -7,7 +7,7 @@ that have captions of their own, such as "sks otter, flat style", keep them, and
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,14 +24,55 @@ class Subject:
     prompt: str
     of_class: str
 
-    def class_prompts(self, captions: Sequence[str], further: Sequence[str] = ()) -> list[str]:
-        """The class prompt, each caption with the class in the subject's place, and `further` ones; none twice."""
+    def class_prompts(self, captions: Sequence[str]) -> list[str]:
+        """The class prompt, and each caption with the class in the subject's place; none twice."""
         said = [caption.replace(self.prompt, self.of_class) for caption in captions if self.prompt in caption]
-        return list(dict.fromkeys([self.of_class, *said, *further]))
+        return list(dict.fromkeys([self.of_class, *said]))
 
     def sample_prompts(self, captions: Sequence[str], unrelated: str) -> list[str]:
         """Two captions of the subject, the class, and something else: what to look at while training."""
         return list(dict.fromkeys([*list(dict.fromkeys(captions))[:2], self.of_class, unrelated]))
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Prompts that shall draw as before: those of the class, and further ones. `of` lets none be there twice.
+
+    Where there are both, each kind has half, however many prompts it has: beside a dozen everyday things the class
+    would else have a thirteenth.
+    """
+
+    of_class: tuple[str, ...]
+    further: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, of_class: Iterable[str], further: Iterable[str]) -> Kept:
+        own = tuple(dict.fromkeys(of_class))
+        return cls(own, tuple(prompt for prompt in dict.fromkeys(further) if prompt not in own))
+
+    @property
+    def prompts(self) -> list[str]:
+        """Each once, the class's first."""
+        return [*self.of_class, *self.further]
+
+    def turns(self) -> list[str]:
+        """As they follow each other: one of the class, a further one; those of the shorter kind come several times."""
+        if not (self.of_class and self.further):
+            return self.prompts
+        pairs = range(max(len(self.of_class), len(self.further)))
+        kinds = (self.of_class, self.further)
+        return [prompts[place % len(prompts)] for place in pairs for prompts in kinds]
+
+    def counts(self, count: int) -> dict[str, int]:
+        """Prompt -> its share of `count` pictures, of an odd one the class has more; without those that have none."""
+        further = (count // 2 if self.of_class else count) if self.further else 0
+        both = [*shares(count - further, self.of_class), *shares(further, self.further)]
+        return {prompt: share for prompt, share in both if share}
+
+
+def shares(count: int, prompts: Sequence[str]) -> list[tuple[str, int]]:
+    """`count` in a share for each prompt; they differ by one at most."""
+    return [(prompt, (count + len(prompts) - 1 - place) // len(prompts)) for place, prompt in enumerate(prompts)]
 
 
 def read_pictures(
