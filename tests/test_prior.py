@@ -13,8 +13,9 @@ from sfumato.bases import load_base
 from sfumato.bases.vocabulary import clip_tokenizer
 from sfumato.class_pictures import about, class_folder, draw_class, read_class
 from sfumato.errors import DataError
+from sfumato.halves import calls, draw_half
 from sfumato.identifier import examine, is_ordinary
-from sfumato.prior import BasePrediction, ClassPictures, DriftLimit, calls, draw_half
+from sfumato.prior import BasePrediction, ClassPictures, DriftLimit
 from sfumato.subject import Kept, Subject
 from tests.tiny import CPU
 

@@ -32,7 +32,8 @@ if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that 
     from sfumato.bases import Base
     from sfumato.data import Dataset, Folder
     from sfumato.files import Description
-    from sfumato.prior import BasePrediction, ClassPictures, Noising
+    from sfumato.halves import Noising
+    from sfumato.prior import BasePrediction, ClassPictures
     from sfumato.processes import Processes
     from sfumato.runs import Run
     from sfumato.runs.samples import Samples
@@ -127,11 +128,12 @@ def train(config: Config) -> Path:
     from sfumato.ema import Average
     from sfumato.finish import describe_run
     from sfumato.full import full_precision
-    from sfumato.measure import UNRELATED, Measures
-    from sfumato.prior import BasePrediction, DriftLimit, draw_half, errors_of
+    from sfumato.halves import draw_half, errors_of
+    from sfumato.measure import Measures
+    from sfumato.prior import BasePrediction, DriftLimit
     from sfumato.processes import Processes
     from sfumato.runs import Run
-    from sfumato.runs.samples import Samples, drawing_of
+    from sfumato.runs.samples import UNRELATED, Samples, drawing_of
 
     check(config)
     processes = Processes.join(config.device)

@@ -30,7 +30,8 @@ if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that 
     from sfumato.data import Dataset, Folder
     from sfumato.embedding import Words
     from sfumato.files import Description
-    from sfumato.prior import BasePrediction, ClassPictures, Noising
+    from sfumato.halves import Noising
+    from sfumato.prior import BasePrediction, ClassPictures
     from sfumato.processes import Processes
     from sfumato.runs import Run
     from sfumato.runs.samples import Samples
@@ -105,11 +106,11 @@ def train(config: Config) -> Path:
     from sfumato.adapters import attach, hosts
     from sfumato.ema import Average
     from sfumato.full import parts_of
-    from sfumato.measure import UNRELATED, Measures
-    from sfumato.prior import draw_half, errors_of
+    from sfumato.halves import draw_half, errors_of
+    from sfumato.measure import Measures
     from sfumato.processes import Processes
     from sfumato.runs import Run
-    from sfumato.runs.samples import Samples, default_prompts, drawing_of
+    from sfumato.runs.samples import UNRELATED, Samples, default_prompts, drawing_of
 
     check(config)
     processes = Processes.join(config.device)

@@ -24,9 +24,6 @@ if TYPE_CHECKING:
     from sfumato.bases import Base
     from sfumato.data import Dataset
 
-UNRELATED = ("a ball", "a dog", "a house", "a car", "a tree", "a chair", "a bird", "a cup")
-"""Prompts for the drift: plain things that any base can draw."""
-
 _SEED = 0
 _MOST = 16
 

@@ -20,8 +20,8 @@ from sfumato.prompts import without_flags
 if TYPE_CHECKING:  # help loads no torch
     from sfumato.bases import Base
     from sfumato.data import Dataset, Folder
+    from sfumato.halves import Noising
     from sfumato.precision import Precision
-    from sfumato.prior import Noising
     from sfumato.processes import Processes
 
 
@@ -208,7 +208,7 @@ class StepOptions:
 
     def noising(self, base: Base) -> Noising:
         """How pictures are noised. Raises ConfigError for timesteps that the base does not have."""
-        from sfumato.prior import Noising
+        from sfumato.halves import Noising
 
         count = len(base.alpha_bar)
         stop = count if self.max_timestep is None else self.max_timestep

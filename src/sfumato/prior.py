@@ -11,105 +11,25 @@ import dataclasses
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sfumato import diffusion, embedding, randomness
-from sfumato.data import join
-from sfumato.objective import denoising_errors, draw_noise, predict
+from sfumato import embedding, randomness
+from sfumato.halves import Half, draw_half
+from sfumato.objective import predict
 
 if TYPE_CHECKING:
     from sfumato.bases import Base
-    from sfumato.data import Batch, Dataset, Folder
+    from sfumato.data import Dataset, Folder
+    from sfumato.halves import Noising
     from sfumato.options import TrainerOptions
     from sfumato.processes import Processes
 
 KEPT_BYTES = 2**30
 """Predictions of the base that all processes together keep in memory for a run; the draws of a longer run repeat."""
-
-
-@dataclass(frozen=True)
-class Noising:
-    """How pictures are noised. timesteps: those of the base that are drawn. offset: as of `draw_noise`."""
-
-    timesteps: range
-    offset: float = 0.0
-
-
-@dataclass(frozen=True)
-class Half:
-    """Samples with all that their error depends on. noise, target: as batch.latents. timesteps: (batch,)."""
-
-    batch: Batch
-    noise: Tensor
-    timesteps: Tensor
-    target: Tensor
-
-    def beside(self, other: Half) -> Half:
-        """Both as one batch, these first."""
-        return Half(
-            join(self.batch, other.batch),
-            torch.cat([self.noise, other.noise]),
-            torch.cat([self.timesteps, other.timesteps]),
-            torch.cat([self.target, other.target]),
-        )
-
-
-def errors_of(base: Base, halves: Sequence[Half], *, encode: bool, min_snr: float | None = None) -> Tensor:
-    """`denoising_errors` of all halves in their order, (samples,); those of one shape in one call of the U-Net.
-
-    encode: whether captions are encoded here, with gradients; else the batches hold their embeddings.
-    """
-    errors = []
-    for call in calls(halves):
-        batch = call.batch
-        text = embedding.encode(base, batch.captions, grad=True) if encode else batch.text
-        assert text is not None
-        given = (batch, call.noise, call.timesteps, text)
-        errors.append(denoising_errors(base, *given, min_snr=min_snr, target=call.target))
-    return torch.cat(errors)
-
-
-def calls(halves: Sequence[Half]) -> list[Half]:
-    """The halves in their order, those beside each other whose latents are of one shape as one."""
-    found: list[Half] = []
-    for half in halves:
-        if found and found[-1].noise.shape[1:] == half.noise.shape[1:]:
-            found[-1] = found[-1].beside(half)
-        else:
-            found.append(half)
-    return found
-
-
-def draw_half(
-    base: Base,
-    data: Dataset,
-    seed: int,
-    step: int,
-    global_batch: int,
-    first: int,
-    count: int,
-    *,
-    noising: Noising | None = None,
-    embed_text: bool = True,
-    order: int | None = None,
-) -> Half:
-    """Samples `first` to `first + count` of a step's global batch, with noise, stratified timesteps and target.
-
-    noising: at all of the base's timesteps, without an offset, if None. order: seed of which pictures they are, the
-    other one if None. Without `embed_text` the captions come without their embeddings.
-    """
-    batch = data.batch(seed if order is None else order, step, global_batch, first, count, embed_text=embed_text)
-    noising = noising or Noising(range(len(base.alpha_bar)))
-    noise = draw_noise(batch, seed, step, first, offset=noising.offset)
-    timesteps = diffusion.stratified_timesteps(global_batch, noising.timesteps, seed, step)[first : first + count]
-    timesteps = timesteps.to(noise.device)
-    alpha_bar = base.alpha_bar.to(noise.device)[timesteps]
-    return Half(batch, noise, timesteps, diffusion.target(base.prediction_type, batch.latents, noise, alpha_bar))
 
 
 def prepare_class(

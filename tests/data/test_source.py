@@ -3,7 +3,7 @@
 import pytest
 from made_up import FakeBase, noise_picture
 
-from sfumato.data import prepare, read_folder, read_source
+from sfumato.data import prepare, read_folder
 from sfumato.errors import ConfigError, DataError
 
 
@@ -69,21 +69,21 @@ def test_the_command_line_s_template_is_for_sources_without_one_and_never_for_th
         class = true
         """,
     )
-    folder = read_source(path, caption_template="{trigger} {caption}", trigger="zwx")
+    folder = read_folder(path, caption_template="{trigger} {caption}", trigger="zwx")
     assert [e.caption for e in folder] == ["zwx red thing 0", "own", "sks dog, tag 0", "sks dog, tag 1"]
 
 
 def test_words_and_other_endings_give_captions(two):
     (two / "style" / "red-thing-0.wd14").write_text("from wd14")
     text = '[[source]]\npath = "style"\nwords = "a drawing"\n'
-    assert read_source(toml(two, text))[0].caption == "a drawing"
-    assert read_source(toml(two, text + 'caption_suffix = ".wd14"'))[0].caption == "from wd14"
+    assert read_folder(toml(two, text))[0].caption == "a drawing"
+    assert read_folder(toml(two, text + 'caption_suffix = ".wd14"'))[0].caption == "from wd14"
 
 
 def test_repeats_multiply_those_of_a_folder_s_name(tmp_path):
     (tmp_path / "10_dog").mkdir()
     noise_picture().save(tmp_path / "10_dog" / "a.png")
-    assert read_source(toml(tmp_path, '[[source]]\npath = "."\nrepeats = 3'))[0].repeats == 30
+    assert read_folder(toml(tmp_path, '[[source]]\npath = "."\nrepeats = 3'))[0].repeats == 30
 
 
 @pytest.mark.parametrize(
@@ -105,18 +105,18 @@ def test_repeats_multiply_those_of_a_folder_s_name(tmp_path):
 )
 def test_what_makes_no_sense_is_one_line(two, text, words):
     with pytest.raises(ConfigError, match=words) as caught:
-        read_source(toml(two, text))
+        read_folder(toml(two, text))
     assert "\n" not in str(caught.value)
 
 
 def test_a_source_that_is_not_there_is_named(two):
     with pytest.raises(DataError, match="nowhere: there is no such folder"):
-        read_source(toml(two, '[[source]]\npath = "nowhere"'))
+        read_folder(toml(two, '[[source]]\npath = "nowhere"'))
     with pytest.raises(DataError, match="no such file"):
-        read_source(two / "other.toml")
+        read_folder(two / "other.toml")
 
 
 def test_weights_of_sources_reach_the_batch(two):
     path = toml(two, '[[source]]\npath = "dogs"\n[[source]]\npath = "style"\nwords = "x"\nweight = 0.25')
-    batch = prepare(read_source(path), FakeBase(), resolution=64).batch(0, 0, 3)
+    batch = prepare(read_folder(path), FakeBase(), resolution=64).batch(0, 0, 3)
     assert [batch.weights[batch.indices.index(i)].item() for i in range(3)] == [1, 1, 0.25]

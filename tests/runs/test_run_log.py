@@ -401,7 +401,7 @@ def test_samples_of_a_lora_are_drawn_with_it_in_the_steps_that_its_file_asks_for
     ],
 )
 def test_samples_show_what_was_learned_and_what_was_not(template, trigger, prompts):
-    from sfumato.measure import UNRELATED
+    from sfumato.runs.samples import UNRELATED
 
     expected = [*prompts[:2], *(form.format(thing) for form, thing in zip(prompts[2:], UNRELATED, strict=False))]
     assert sheets.default_prompts(["one", "two", "three"], template, trigger) == expected

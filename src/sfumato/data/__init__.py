@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from sfumato.data.batches import Batch, join
     from sfumato.data.buckets import Crop, bucket_sizes, fit_crop
     from sfumato.data.dataset import Dataset
-    from sfumato.data.folder import Example, Folder, Ignored, read_folder
+    from sfumato.data.folder import Example, Folder, Ignored
     from sfumato.data.images import Picture, open_image, open_picture
     from sfumato.data.options import Options
     from sfumato.data.preparing import prepare
-    from sfumato.data.source import read_source
+    from sfumato.data.source import read_folder
 
 _HOME = {
     "Batch": "batches",
@@ -36,8 +36,7 @@ _HOME = {
     "open_image": "images",
     "open_picture": "images",
     "prepare": "preparing",
-    "read_folder": "folder",
-    "read_source": "source",
+    "read_folder": "source",
 }
 
 __all__ = [
@@ -56,7 +55,6 @@ __all__ = [
     "open_picture",
     "prepare",
     "read_folder",
-    "read_source",
 ]
 
 

@@ -83,28 +83,6 @@ class Folder(Sequence[Example]):
         return Folder(chosen, self.ignored, self.notes, self.skip_bad)
 
 
-def read_folder(
-    path: Path,
-    *,
-    caption_template: str | None = None,
-    trigger: str | None = None,
-    skip_bad: bool = False,
-    mask: MaskSource = "none",
-) -> Folder:
-    """The pictures of a folder, or of the sources that a dataset.toml names, with their captions.
-
-    A caption comes from NAME.txt, NAME.caption, metadata.jsonl, the words of a kohya folder ("10_sks dog": 10 repeats),
-    or, if there is a template, from the file's name; the template is then filled with it. mask: "alpha" learns the
-    opaque part, "files" what is white in NAME.mask.png or masks/NAME.png. skip_bad: leave out the pictures whose
-    header cannot be read, and (in `prepare`) those that cannot be decoded.
-
-    Raises DataError for no folder, no pictures, bad pictures and missing captions; ConfigError for a bad template.
-    """
-    from sfumato.data.source import read_source
-
-    return read_source(path, caption_template=caption_template, trigger=trigger, skip_bad=skip_bad, mask=mask)
-
-
 def examples_of(
     listing: Listing, *, template: str | None, trigger: str | None, mask: MaskSource, skip_bad: bool
 ) -> Folder:
@@ -254,4 +232,4 @@ def ignored_words(ignored: Sequence[Ignored]) -> str:
     return f", {len(ignored)} ignored: {shown}{more}"
 
 
-__all__ = ["Example", "Folder", "Found", "Ignored", "Listing", "list_folder", "read_folder", "refuse_bad"]
+__all__ = ["Example", "Folder", "Found", "Ignored", "Listing", "list_folder", "refuse_bad"]

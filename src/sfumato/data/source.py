@@ -68,7 +68,7 @@ class Source:
         return replace(listing, pictures=pictures)
 
 
-def read_source(
+def read_folder(
     path: Path,
     *,
     caption_template: str | None = None,
@@ -76,9 +76,14 @@ def read_source(
     skip_bad: bool = False,
     mask: MaskSource = "none",
 ) -> Folder:
-    """The examples of a folder or of a dataset.toml; `sfumato.data.read_folder` says what each means.
+    """The pictures of a folder, or of the sources that a dataset.toml names, with their captions.
 
-    caption_template, trigger, mask: for the sources that do not say it themselves. Raises DataError and ConfigError.
+    A caption comes from NAME.txt, NAME.caption, metadata.jsonl, the words of a kohya folder ("10_sks dog": 10 repeats),
+    or, if there is a template, from the file's name; the template is then filled with it. mask: "alpha" learns the
+    opaque part, "files" what is white in NAME.mask.png or masks/NAME.png. skip_bad: leave out the pictures whose
+    header cannot be read, and (in `prepare`) those that cannot be decoded.
+
+    Raises DataError for no folder, no pictures, bad pictures and missing captions; ConfigError for a bad template.
     """
     sources = sources_of(path, caption_template=caption_template, trigger=trigger, mask=mask)
     parts = [_read(source, skip_bad) for source in sources]

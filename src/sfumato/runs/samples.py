@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from sfumato.bases import Base
     from sfumato.runs import Run
 
+UNRELATED = ("a ball", "a dog", "a house", "a car", "a tree", "a chair", "a bird", "a cup")
+"""Plain things that any base can draw: samples show some, and all are prompts for the drift."""
+
 Draw = Callable[[Sequence[str], Sequence[int]], list[Image.Image]]
 
 
@@ -143,8 +146,6 @@ def evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 def default_prompts(captions: Sequence[str], template: str | None, trigger: str | None) -> list[str]:
     """Two captions, and two plain things put into the caption template; none twice."""
-    from sfumato.measure import UNRELATED
-
     form = template or ("{caption}, {trigger}" if trigger else "{caption}")
     unseen = [fill_template(form, thing, trigger) for thing in UNRELATED[:2]]
     return list(dict.fromkeys([*captions[:2], *unseen]))
