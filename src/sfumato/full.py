@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -15,11 +14,10 @@ from torch import Tensor, nn
 from sfumato import optimizers
 from sfumato.errors import AdapterError, FileError
 from sfumato.files import write_tensors
-from sfumato.files.atomic import beside
 from sfumato.files.fingerprint import KEY, fingerprint
 from sfumato.files.kohya import Target, kohya_name
 from sfumato.files.read import is_finite
-from sfumato.files.save import hashes
+from sfumato.files.save import hashes, model_folder
 
 if TYPE_CHECKING:
     from sfumato.bases import Base
@@ -90,16 +88,8 @@ def write_folder(base: Base, path: Path, dtype: torch.dtype) -> Path:
     for part in (base.unet, base.vae, *base.text_encoders):
         nn.Module.to(part, dtype)
         _check_finite(part, dtype, path)
-    temporary = beside(path)
-    try:
+    with model_folder(path) as temporary:
         pipe.save_pretrained(str(temporary), safe_serialization=True)
-        if path.exists():
-            shutil.rmtree(path)
-        temporary.rename(path)
-    except OSError as error:
-        raise FileError(f"{path}: the folder could not be written ({error.strerror}). Make room.") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return path
 
 

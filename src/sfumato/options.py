@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from sfumato.config import fill
-from sfumato.errors import ConfigError, DataError
+from sfumato.errors import ConfigError
 from sfumato.prompts import without_flags
 
 if TYPE_CHECKING:  # help loads no torch
@@ -72,8 +72,10 @@ class DataOptions:
 
     def check_subject(self, examples: Folder) -> None:
         """Raises DataError for pictures of a class alone."""
+        from sfumato.data.folder import no_subject
+
         if not examples.of("instance"):
-            raise DataError(f"{self.images}: has pictures of a class only. Name a source without class = true.")
+            raise no_subject(self.images)
 
     def prepare(
         self,

@@ -87,3 +87,14 @@ def test_a_template_with_an_unknown_field_is_refused():
 def test_a_template_that_wants_a_trigger_needs_one():
     with pytest.raises(ConfigError, match="--trigger"):
         check_template("{caption}, {trigger}", None)
+
+
+def test_half_a_character_is_refused_with_its_place(tmp_path):
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a \\ud83d dog"}')
+    with pytest.raises(DataError, match=r"metadata\.jsonl, line 1: half of a character \('a \\ud83d dog'\)"):
+        read_metadata(tmp_path / "metadata.jsonl")
+
+
+def test_a_name_that_is_not_utf8_makes_no_caption():
+    with pytest.raises(DataError, match="not in UTF-8"):
+        words_of("caf\udce9-au-lait")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from made_up import noise_picture
 from PIL import Image, ImageFilter
+from PIL.PngImagePlugin import PngInfo
 from sfumato.pipelines.check import main, render
 
 from sfumato.data import open_image, prepare, read_folder
@@ -286,6 +287,75 @@ def test_a_mended_data_set_names_its_copies(messy, tmp_path):
     folder = read_folder(tmp_path / "mended" / "dataset.toml")
     assert {example.repeats for example in folder} == {3}
     assert all(example.path.parent == tmp_path / "mended" / "messy" for example in folder)
+
+
+@pytest.mark.parametrize(("path", "name"), [("..", "pictures"), (".", "config"), ("../pictures", "pictures")])
+def test_a_mended_folder_is_named_as_its_source_is_whatever_way_leads_there(path, name, tmp_path, monkeypatch):
+    (tmp_path / "pictures/config").mkdir(parents=True)
+    for folder in (tmp_path / "pictures", tmp_path / "pictures/config"):
+        noise_picture().save(folder / "a.png")
+        (folder / "a.txt").write_text("a dog")
+    (tmp_path / "copies").mkdir()
+    (tmp_path / "copies/a.png").write_text("precious")
+    monkeypatch.chdir(tmp_path / "pictures/config")
+    Path("d.toml").write_text(f'[[source]]\npath = "{path if path != "../pictures" else "../../pictures"}"\n')
+    main(["d.toml", "--fix", str(tmp_path / "copies/fixed")])
+    assert (tmp_path / "copies/a.png").read_text() == "precious"
+    (example,) = read_folder(tmp_path / "copies/fixed/d.toml")
+    assert (example.path, example.caption) == (tmp_path / "copies/fixed" / name / "a.png", "a dog")
+
+
+def test_a_mended_copy_has_the_pictures_that_were_named_further_below(tmp_path):
+    for folder in ("images", "more"):
+        (tmp_path / "dogs" / folder).mkdir(parents=True)
+        noise_picture(seed=len(folder)).save(tmp_path / "dogs" / folder / "a.png")
+    rows = [{"file_name": f"{folder}/a.png", "text": f"of {folder}"} for folder in ("images", "more")]
+    (tmp_path / "dogs/metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    main([str(tmp_path / "dogs"), "--fix", str(tmp_path / "mended")])
+    found = {example.path.name: example.caption for example in read_folder(tmp_path / "mended")}
+    assert found == {"a.png": "of images", "a-2.png": "of more"}
+
+
+def test_a_mended_copy_has_its_captions_where_the_source_looks_for_them(tmp_path):
+    (tmp_path / "dogs").mkdir()
+    for name in "ab":
+        noise_picture(seed=ord(name)).save(tmp_path / "dogs" / f"{name}.png")
+    (tmp_path / "dogs/a.tags.txt").write_text("a dog")
+    (tmp_path / "dogs/metadata.jsonl").write_text('{"file_name": "b.png", "text": "a cat"}')
+    (tmp_path / "d.toml").write_text('[[source]]\npath = "dogs"\ncaption_suffix = ".tags.txt"\n')
+    main([str(tmp_path / "d.toml"), "--fix", str(tmp_path / "mended")])
+    folder = read_folder(tmp_path / "mended/d.toml")
+    assert [example.caption for example in folder] == ["a dog", "a cat"]
+    assert not folder.ignored
+
+
+def test_a_picture_with_a_text_that_is_too_large_is_mended_too(tmp_path):
+    (tmp_path / "dogs").mkdir()
+    text = PngInfo()
+    text.add_text("workflow", "x" * 2_000_000, zip=True)
+    noise_picture().save(tmp_path / "dogs/a.png", pnginfo=text)
+    (tmp_path / "dogs/a.txt").write_text("a dog")
+    assert main([str(tmp_path / "dogs"), "--fix", str(tmp_path / "mended")]) == 0
+    assert (tmp_path / "mended/a.png").read_bytes() == (tmp_path / "dogs/a.png").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("toml", "what"),
+    [
+        ('[[source]]\npath = "dogs"\nmask = "files"\n', "no masks in it"),
+        ('[[source]]\npath = "dogs"\n[[source]]\npath = "empty"\n', "no pictures in it"),
+        ('[[source]]\npath = "dogs"\nclass = true\n', "pictures of a class only"),
+    ],
+)
+def test_what_training_refuses_stops_it_in_the_report(toml, what, tmp_path):
+    for name in ("dogs", "empty"):
+        (tmp_path / name).mkdir()
+    noise_picture().save(tmp_path / "dogs/a.png")
+    (tmp_path / "dogs/a.txt").write_text("a dog")
+    (tmp_path / "d.toml").write_text(toml)
+    report = check(tmp_path / "d.toml", target_of("pocket"))
+    assert [what in line.text for line in report.lines if line.stops] == [True]
+    assert not any("learned whole" in line.text for line in report.lines)
 
 
 @pytest.mark.parametrize("place", [".", "inside", "..", "full"])

@@ -205,3 +205,11 @@ def test_check_writes_checksums_of_pictures_masks_and_captions_once_nothing_stop
 def test_checksums_want_a_folder(tmp_path):
     with pytest.raises(ConfigError, match=r"--checksums: .* is no folder"):
         main([str(tmp_path / "dataset.toml"), "--checksums"])
+
+
+@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="their names of files are Unicode")
+def test_a_name_that_is_not_utf8_has_no_checksum(tmp_path):
+    (tmp_path / "caf\udce9.png").write_bytes(b"x")
+    with pytest.raises(DataError, match="its name is not in UTF-8"):
+        write_sums(tmp_path, tmp_path.iterdir())
+    assert not (tmp_path / "SHA256SUMS").exists()

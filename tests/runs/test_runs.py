@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sfumato import randomness
 from sfumato.errors import RunError
 from sfumato.files import read_tensors
 from sfumato.options import RunOptions
@@ -124,6 +125,32 @@ def test_resuming_a_finished_run_gives_its_result_again(tmp_path):
     path.unlink()
     train(Config(output=tmp_path / "run", checkpoint_every=4, resume=True))
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_moments_lie_in_memory_as_their_weights_do(fused, tmp_path):
+    """A fused optimizer pairs numbers as they lie, and a GPU's whole U-Net is channels_last in half precision."""
+
+    def weights(folder, *, resume=False):
+        layer = torch.nn.Conv2d(3, 4, 3)
+        for number, value in enumerate(layer.parameters()):
+            value.data = randomness.normal(tuple(value.shape), 0, "weights", number)
+        layer.to(memory_format=torch.channels_last)
+        optimizer = torch.optim.AdamW(layer.parameters(), lr=0.01, fused=fused)
+        run = Run.start(RunOptions(output=folder, resume=resume, checkpoint_every=3, keep=9), program="test")
+        run.keep(layer=layer, optimizer=optimizer)
+        for step in run.steps(6):
+            pixels = randomness.normal((2, 3, 5, 5), 0, "pixels", step.number)
+            layer(pixels).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            step.done(loss=0.0)
+        run.close()
+        return layer.weight.detach().clone()
+
+    wanted = weights(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/checkpoints/000006")
+    assert torch.equal(weights(tmp_path / "run", resume=True), wanted)
 
 
 @pytest.mark.parametrize("last", [1, 4, 7])

@@ -125,6 +125,8 @@ def read_metadata(path: Path) -> dict[str, str]:
         text = row.get("text", row.get("caption"))
         if text is not None and not isinstance(text, str):
             raise DataError(f"{wanted}, found a text that is no string.")
+        if text and not is_text(text):
+            raise DataError(f"{path.name}, line {number}: half of a character ({text[:60]!r}). Write it whole.")
         name = PurePosixPath(row["file_name"].replace("\\", "/")).as_posix()  # ./a.png, and Windows' a\\b.png
         if found.setdefault(name, _one_line(text or "")) != _one_line(text or ""):
             raise DataError(f"{path.name}, line {number}: another text for {name}. Leave one of them.")
@@ -132,7 +134,12 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def words_of(name: str) -> str:
-    """The words of a file's name: "red-apple" and "red_apple" are "red apple"."""
+    """The words of a file's name: "red-apple" and "red_apple" are "red apple".
+
+    Raises DataError for a name that is not in UTF-8, as an old archive may hold it.
+    """
+    if not is_text(name):
+        raise DataError(f"{name!r}: a name that is to be a caption, and is not in UTF-8. Rename it.")
     return _one_line(re.sub(r"[-_]+", " ", name))
 
 
@@ -151,6 +158,15 @@ def fill_template(template: str, caption: str, trigger: str | None) -> str:
     """The template with caption and trigger put in, on one line."""
     values: Mapping[str, str] = {"caption": caption, "trigger": trigger or ""}
     return _one_line(re.sub(r"\{(caption|trigger)\}", lambda match: values[match[1]], template))
+
+
+def is_text(text: str) -> bool:
+    """Whether it can be written: no half of a UTF-16 pair, and no byte of a file's name that was not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _one_line(text: str) -> str:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from sfumato.data.captions import is_text
 from sfumato.errors import DataError
 from sfumato.files.atomic import write_text
 
@@ -49,8 +50,14 @@ def read_sums(folder: Path) -> dict[str, str]:
 
 
 def write_sums(folder: Path, files: Iterable[Path]) -> Path:
-    """Write the checksums of these files, which lie in or below the folder, into it; its own is left out."""
+    """Write the checksums of these files, which lie in or below the folder, into it; its own is left out.
+
+    Raises DataError for a name that cannot be written in UTF-8.
+    """
     others = sorted(file for file in files if file != folder / NAME)
+    for file in others:
+        if not is_text(file.name):
+            raise DataError(f"{file.name!r}: its name is not in UTF-8, as {NAME} is. Rename it.")
     lines = [f"{file_digest(file)}  {file.relative_to(folder).as_posix()}\n" for file in others]
     write_text(folder / NAME, "".join(lines))
     return folder / NAME

@@ -133,6 +133,16 @@ def no_pictures(path: Path, ignored: Sequence[Ignored]) -> DataError:
     return DataError(f"{path}: no pictures in it{ignored_words(ignored)}. Put PNG or JPEG files there.")
 
 
+def no_masks(path: Path) -> DataError:
+    """What to say of a folder without masks where they were asked for."""
+    return DataError(f"{path}: no masks in it. Put NAME.mask.png beside NAME.png, or masks/NAME.png.")
+
+
+def no_subject(path: Path) -> DataError:
+    """What to say of pictures of a class alone."""
+    return DataError(f"{path}: has pictures of a class only. Name a source without class = true.")
+
+
 def bad_headers(pictures: Sequence[Found]) -> dict[Path, str]:
     """The pictures whose header tells that they cannot be learned from, and the whole reason."""
     bad: dict[Path, str] = {}
@@ -214,7 +224,7 @@ def _mask_notes(root: Path, examples: Sequence[Example], mask: MaskSource) -> It
         return
     without = [example.path.name for example in examples if example.mask is None]
     if len(without) == len(examples):
-        raise DataError(f"{root}: no masks in it. Put NAME.mask.png beside NAME.png, or masks/NAME.png.")
+        raise no_masks(root)
     if without:
         yield f"{len(without)} pictures have no mask and are learned whole: {', '.join(without[:3])}"
 

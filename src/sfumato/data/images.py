@@ -83,13 +83,15 @@ def open_picture(path: Path) -> Picture:
         if file.format == "PNG":
             _check_png(path)
         notes = [f"{path.name}: an animation; its first frame is taken"] if _animated(file) else []
-        try:
-            file.load()
-        except ValueError as error:
-            if "MAX_TEXT_CHUNK" not in str(error):
-                raise
-            return _picture(_reopened_without_text(path), path, notes)
-        return _picture(file, path, notes)
+        return _picture(_loaded(file, path), path, notes)
+
+
+@contextmanager
+def as_stored(path: Path) -> Iterator[Image.Image]:
+    """The picture in its file's own format, mode, colours and orientation. Raises DataError as `open_picture`."""
+    with _decoding(path), _open(path) as file:
+        check_size(path, file.size)
+        yield _loaded(file, path)
 
 
 def read_size(path: Path) -> tuple[int, int]:
@@ -143,6 +145,17 @@ def _open(path: Path) -> Image.Image:
             if "MAX_TEXT_CHUNK" not in str(error):
                 raise
             return _reopened_without_text(path)
+
+
+def _loaded(file: Image.Image, path: Path) -> Image.Image:
+    """The picture with its pixels decoded."""
+    try:
+        file.load()
+    except ValueError as error:
+        if "MAX_TEXT_CHUNK" not in str(error):
+            raise
+        return _reopened_without_text(path)
+    return file
 
 
 def _register_heif(path: Path) -> None:

@@ -155,7 +155,7 @@ class _Reader:
         for path in described:
             if not path.is_file():
                 self.notes.append(f"{METADATA}: there is no picture {path.relative_to(folder).as_posix()}")
-        self.captions = [e for e in entries if e.suffix.lower() in self.suffixes and self._is_inside(e)]
+        self.captions = [e for e in entries if self._is_caption(e) and self._is_inside(e)]
         self.likely = None
         self.read_below = {parent for path in below for parent in path.parents}
         pictures = [entry for entry in sorted({*entries, *below}) if self._is_picture(entry)]
@@ -168,7 +168,7 @@ class _Reader:
         companions = {_composed(f"{stem}{suffix}") for stem in beside for suffix in self.suffixes}
         masks = {found.mask for found in self.pictures}
         for entry in (each for each in entries if not each.name.startswith(".")):
-            if entry.suffix.lower() in self.suffixes and _spelt(entry) not in companions:
+            if self._is_caption(entry) and _spelt(entry) not in companions:
                 self._ignore(entry, "a caption without a picture")
             elif entry.suffix.lower() in SUFFIXES and entry.stem.endswith(".mask") and entry not in masks:
                 self._ignore(entry, _idle_mask(entry))
@@ -204,7 +204,7 @@ class _Reader:
             self._ignore(entry, "a broken link" if entry.is_symlink() else "not a plain file")
         elif entry.is_symlink() and not entry.resolve().is_relative_to(self.real_root):
             self._ignore(entry, "leads out of the folder")
-        elif entry.suffix.lower() in self.suffixes or entry.name in (METADATA, NAME) or _is_document(entry):
+        elif self._is_caption(entry) or entry.name in (METADATA, NAME) or _is_document(entry):
             pass
         elif entry.name == "metadata.csv":
             self._ignore(entry, f"captions are read from {METADATA}")
@@ -213,6 +213,10 @@ class _Reader:
         elif not entry.stem.endswith(".mask"):
             return True
         return False
+
+    def _is_caption(self, entry: Path) -> bool:
+        """Whether it ends as captions do, be it in two parts, such as ".tags.txt"."""
+        return entry.name.lower().endswith(self.suffixes)
 
     def _is_inside(self, file: Path) -> bool:
         """Whether it is a plain file that no link leads out of the folder for."""

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import ExifTags, Image
+from PIL import ExifTags
 
-from sfumato.data.captions import METADATA
 from sfumato.data.checksums import check_files, write_sums
-from sfumato.data.images import open_picture
-from sfumato.data.listing import Found, Listing
+from sfumato.data.images import as_stored, open_picture
+from sfumato.data.listing import REPEATS, Found
 from sfumato.data.source import Source
 from sfumato.errors import ConfigError, DataError
-from sfumato.files.atomic import beside
+from sfumato.files.atomic import atomic_folder
 
 _KEPT = ("PNG", "JPEG", "WEBP")
 
@@ -42,20 +40,13 @@ def mend(path: Path, sources: Sequence[Source], target: Path, *, leave_out: dict
         raise ConfigError(f"--fix {target}: is, holds or lies in the folder of the originals. Name another place.")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"--fix {target}: exists and is not empty, and nothing is written over. Name a new folder.")
-    part = beside(place)
-    part.mkdir(parents=True)
-    try:
-        copier = _Copier(leave_out)
+    copier = _Copier(leave_out)
+    with atomic_folder(place) as part:
         folders = [part] if len(sources) == 1 and path.is_dir() else _folders(part, sources)
         for source, folder in zip(sources, folders, strict=True):
-            copier.copy(source.list(), folder)
+            copier.copy(source, folder)
         if not path.is_dir():
             _write_toml(path, part, folders)
-        if place.exists():
-            place.rmdir()
-        os.replace(part, place)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return Mended(tuple(copier.copied), tuple(copier.rewritten), tuple(copier.left_out))
 
 
@@ -66,7 +57,8 @@ class _Copier:
         self.rewritten: list[tuple[str, str]] = []
         self.left_out: list[tuple[str, str]] = []
 
-    def copy(self, listing: Listing, folder: Path) -> None:
+    def copy(self, source: Source, folder: Path) -> None:
+        listing = source.list()
         taken: dict[Path, Found] = {}
         folder.mkdir(exist_ok=True)
         for found in listing.pictures:
@@ -75,16 +67,21 @@ class _Copier:
                 self.left_out.append((relative.as_posix(), self.leave_out[found.path]))
                 continue
             try:
-                self._one(found, relative, folder, taken)
+                self._one(found, relative, folder, taken, source.suffixes)
             except DataError as error:
                 self.left_out.append((relative.as_posix(), str(error).removeprefix(f"{found.path.name}: ")))
         if any(any(found.sums) for found in listing.pictures):
             write_sums(folder, [path for path in folder.rglob("*") if path.is_file()])
 
-    def _one(self, found: Found, relative: Path, folder: Path, taken: dict[Path, Found]) -> None:
+    def _one(
+        self, found: Found, relative: Path, folder: Path, taken: dict[Path, Found], suffixes: Sequence[str]
+    ) -> None:
         check_files(found.files, found.sums)
         why = _why_rewritten(found.path)
-        place = folder / (relative.with_suffix(".png") if why else relative)
+        # In a folder with repeats, or in the folder itself: what metadata.jsonl named further below moves up, since the
+        # copy has captions beside its pictures and reads no other folders.
+        upper = relative.parts[0] if len(relative.parts) > 1 and REPEATS.fullmatch(relative.parts[0]) else "."
+        place = folder / upper / relative.with_suffix(".png" if why else relative.suffix).name
         number = 2
         while place in taken or any(  # a.png, and a.heic that becomes one; or a caption's file for two captions
             other.caption.text != found.caption.text or other.mask != found.mask
@@ -107,8 +104,9 @@ class _Copier:
             shutil.copyfile(found.path, place)
             self.copied.append(relative.as_posix())
         if found.caption.text and found.caption.origin != "folder name":
-            suffix = Path(found.caption.origin).suffix if found.caption.origin != METADATA else ".txt"
-            place.with_suffix(suffix).write_text(found.caption.text + "\n", encoding="utf-8")
+            kept = (suffix for suffix in suffixes if found.caption.origin.lower().endswith(suffix))
+            suffix = next(kept, suffixes[0])
+            place.with_name(f"{place.stem}{suffix}").write_text(found.caption.text + "\n", encoding="utf-8")
         if found.mask is not None:
             open_picture(found.mask).image.convert("L").save(place.with_name(f"{place.stem}.mask.png"))
 
@@ -116,7 +114,7 @@ class _Copier:
 def _why_rewritten(path: Path) -> str:
     """Why a picture is written anew; empty if its file may stay as it is. Raises DataError for one that is broken."""
     picture = open_picture(path)
-    with Image.open(path) as file:
+    with as_stored(path) as file:
         if file.format not in _KEPT:
             return f"{file.format} becomes PNG"
         if file.getexif().get(ExifTags.Base.Orientation, 1) != 1:
@@ -131,11 +129,13 @@ def _why_rewritten(path: Path) -> str:
 
 
 def _folders(part: Path, sources: Sequence[Source]) -> list[Path]:
+    """A folder of its own in `part` for each source, named as the source's is, whatever way leads there ("..")."""
     folders: list[Path] = []
     for source in sources:
-        name, number = source.path.name, 2
-        while part / name in folders:
-            name, number = f"{source.path.name}-{number}", number + 1
+        own = source.path.resolve().name or "pictures"
+        name, number = own, 2
+        while name.casefold() in {folder.name.casefold() for folder in folders}:
+            name, number = f"{own}-{number}", number + 1
         folders.append(part / name)
     return folders
 

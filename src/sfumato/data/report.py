@@ -10,7 +10,7 @@ from typing import Any
 
 from sfumato.data.buckets import Size, bucket_sizes
 from sfumato.data.duplicates import duplicates
-from sfumato.data.folder import Example, MaskSource, caption_of, labelled, labels_of, no_pictures
+from sfumato.data.folder import Example, MaskSource, caption_of, labelled, labels_of, no_masks, no_pictures, no_subject
 from sfumato.data.listing import Found, Ignored
 from sfumato.data.options import CropMode, Options
 from sfumato.data.source import Source, sources_of
@@ -139,9 +139,13 @@ def check(
         founds.extend(listing.pictures)
         ignored.extend(listing.ignored)
         lines.extend(Line("listing", note) for note in listing.notes)
+        if not listing.pictures:
+            lines.append(Line("no pictures", str(no_pictures(source.path, listing.ignored)), stops=True))
         examples.extend(_example(found, source, Options(crop=crop)) for found in listing.pictures)
     if not examples:
         raise no_pictures(path, ignored)
+    if not any(example.group == "instance" for example in examples):
+        lines.append(Line("no subject", str(no_subject(path)), stops=True))
     labels = labels_of([example.path for example in examples])
     looks = tuple(survey(examples, sizes, target.vae_factor, thumbnails=thumbnails, progress=progress))
     counts: Counter[Size] = Counter()
@@ -222,11 +226,14 @@ def _by_caption(report: Report) -> dict[str, list[str]]:
 
 
 def _masks(report: Report, sources: Sequence[Source]) -> Iterator[Line]:
-    masked = {source.path for source in sources if source.mask == "files"}
-    pairs = zip(report.examples, report.labels, strict=True)
-    without = [label for e, label in pairs if e.mask is None and not masked.isdisjoint(e.path.parents)]
-    if without:
-        yield Line("mask missing", f"{_count(without)} no mask, learned whole: {_some(without)}", tuple(without))
+    for path in dict.fromkeys(source.path for source in sources if source.mask == "files"):
+        pairs = zip(report.examples, report.labels, strict=True)
+        masks = {label: e.mask for e, label in pairs if path in e.path.parents}
+        without = [label for label, mask in masks.items() if mask is None]
+        if masks and len(without) == len(masks):
+            yield Line("no masks", str(no_masks(path)), stops=True)
+        elif without:
+            yield Line("mask missing", f"{_count(without)} no mask, learned whole: {_some(without)}", tuple(without))
 
 
 def _flaws(report: Report) -> Iterator[Line]:

@@ -1,9 +1,10 @@
-"""Writing a file so that nobody ever sees half of it."""
+"""Writing a file or a folder so that nobody ever sees half of it."""
 
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from sfumato.errors import ConfigError
@@ -25,6 +26,25 @@ def atomic_path(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """An empty temporary folder beside `path` that takes its place when the block ends well and is removed when it does
+    not. What lies at `path` is removed once the new folder is there, and comes back if it cannot be."""
+    temporary, aside = beside(path), beside(path)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        if path.exists():
+            path.rename(aside)
+        temporary.rename(path)
+    finally:
+        if aside.exists() and not path.exists():  # the second of the two renames failed
+            with suppress(OSError):
+                aside.rename(path)
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def beside(path: Path, suffix: str = "") -> Path:

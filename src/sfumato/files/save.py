@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from torch import Tensor
 
 from sfumato.errors import FileError
-from sfumato.files.atomic import atomic_path
+from sfumato.files.atomic import atomic_folder, atomic_path
 from sfumato.files.header import NAME_LIMIT
 from sfumato.files.read import is_finite
 
@@ -66,6 +68,23 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
             "earlier file of the name is untouched."
         ) from None
     return path
+
+
+@contextmanager
+def model_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder for a library's `save_pretrained`, which takes the place of `path` once it is whole.
+
+    Raises FileError for a disk that does not take it; what lies at `path` is untouched then.
+    """
+    try:
+        with atomic_folder(path) as temporary:
+            yield temporary
+    except (OSError, SafetensorError) as error:  # a full disk is the second, while tensors are written
+        reason = getattr(error, "strerror", None) or str(error)
+        raise FileError(
+            f"{path}: the folder could not be written ({reason}). Make room or name another place; an earlier one of "
+            "the name is untouched."
+        ) from None
 
 
 def ordered(tensors: Mapping[str, Tensor]) -> list[str]:

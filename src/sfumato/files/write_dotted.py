@@ -7,8 +7,6 @@ into lora_B, and files of mixed ranks need nothing beside the tensors (in diffus
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import AdapterError, FileError
-from sfumato.files.atomic import beside
+from sfumato.files.atomic import atomic_folder
 from sfumato.files.changes import LoraModule
 from sfumato.files.fingerprint import KEY, fingerprint
 from sfumato.files.kohya import Target, kohya_name
@@ -72,23 +70,20 @@ def write_peft(
     if folder.exists():
         raise FileError(f"{folder.name}: exists already, and folders are not written over. Name another one.")
     parts, whole = list(dict.fromkeys(part for part, _ in modules)), fingerprint(modules)
-    temporary = beside(folder)
     try:
-        for part in parts:
-            place = temporary / part if len(parts) > 1 else temporary
-            place.mkdir(parents=True)
-            own = {target: module for target, module in modules.items() if target[0] == part}
-            named = {f"base_model.model.{path}": module for (_, path), module in own.items()}
-            described = {**(metadata or {}), KEY: whole}
-            check_metadata(described, folder)
-            write_tensors(place / MODEL, _tensors(named, dtype, folder), described)
-            text = json.dumps(_config(part, own), indent=2, sort_keys=True) + "\n"
-            (place / CONFIG).write_text(text, encoding="utf-8")
-        os.replace(temporary, folder)
+        with atomic_folder(folder) as temporary:
+            for part in parts:
+                place = temporary / part if len(parts) > 1 else temporary
+                place.mkdir(exist_ok=True)
+                own = {target: module for target, module in modules.items() if target[0] == part}
+                named = {f"base_model.model.{path}": module for (_, path), module in own.items()}
+                described = {**(metadata or {}), KEY: whole}
+                check_metadata(described, folder)
+                write_tensors(place / MODEL, _tensors(named, dtype, folder), described)
+                text = json.dumps(_config(part, own), indent=2, sort_keys=True) + "\n"
+                (place / CONFIG).write_text(text, encoding="utf-8")
     except OSError as error:
         raise FileError(f"{folder.name}: the folder could not be written ({error.strerror}). Make room.") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from sfumato.compose.adapter import weight_at
 from sfumato.errors import AdapterError, FileError
-from sfumato.files.atomic import beside
+from sfumato.files.atomic import atomic_folder
 from sfumato.files.changes import Change
 from sfumato.files.header import read_header
 from sfumato.files.read import read_tensors
@@ -127,25 +126,22 @@ def _write_folder(base: Stored, wanted: Terms, output: Path) -> Path:
         raise FileError(f"{output.name}: exists already, and folders are not written over. Name another one.")
     if output.suffix == ".safetensors":
         raise FileError(f"{output.name}: {base.name} is a diffusers folder; name a folder to write.")
-    temporary = beside(output)
     touched = _files(base, wanted)
     try:
-        for path in sorted(base.root.rglob("*")):
-            inside = path.relative_to(base.root)
-            if not path.is_file() or any(name.startswith(".") for name in inside.parts):
-                continue
-            target = temporary / inside
-            if path in touched:
-                target.parent.mkdir(parents=True, exist_ok=True)
-                write_tensors(target, _tensors(base, path, wanted, touched[path]), read_header(path).metadata)
-            elif path.suffix in KEPT_SUFFIXES or _is_read(path, base):
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, target)
-        os.replace(temporary, output)
+        with atomic_folder(output) as temporary:
+            for path in sorted(base.root.rglob("*")):
+                inside = path.relative_to(base.root)
+                if not path.is_file() or any(name.startswith(".") for name in inside.parts):
+                    continue
+                target = temporary / inside
+                if path in touched:
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    write_tensors(target, _tensors(base, path, wanted, touched[path]), read_header(path).metadata)
+                elif path.suffix in KEPT_SUFFIXES or _is_read(path, base):
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(path, target)
     except OSError as error:
         raise FileError(f"{output.name}: the folder could not be written ({error.strerror}). Make room.") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return output
 
 

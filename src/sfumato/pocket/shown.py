@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,18 +16,16 @@ from sfumato import randomness
 from sfumato.drawing import is_picture
 from sfumato.errors import BaseModelError
 from sfumato.files.atomic import atomic_path
+from sfumato.files.save import model_folder
 
 SHEET = ("red apple", "crab", "cat face", "house", "rocket", "tulip", "pizza", "penguin", "guitar", "bus", "owl", "key")
 """Concepts drawn on the sample sheets."""
 
 
 def save_model(model: Any, path: Path) -> Path:
-    """A diffusers folder, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.part")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    shutil.rmtree(path, ignore_errors=True)
-    temporary.rename(path)
+    """A diffusers folder, whole or not at all. Raises FileError for a disk that does not take it."""
+    with model_folder(path) as temporary:
+        model.save_pretrained(temporary)
     return path
 
 

@@ -422,8 +422,16 @@ def withdraw() -> None:
 
 def _load(part: Any, state: Any) -> None:
     """Give a part its state; an optimizer keeps the weight decay it was built with, which --force may have changed."""
-    groups = part.param_groups if isinstance(part, torch.optim.Optimizer) else []
-    decays = [group.get("weight_decay") for group in groups]
+    if not isinstance(part, torch.optim.Optimizer):
+        part.load_state_dict(state)
+        return
+    decays = [group.get("weight_decay") for group in part.param_groups]
     part.load_state_dict(state)
-    for group, decay in zip(part.param_groups if groups else [], decays, strict=True):
+    for group, decay in zip(part.param_groups, decays, strict=True):
         group["weight_decay"] = decay
+    # A checkpoint holds numbers in the order of their places, and fused optimizers take those of a moment and of its
+    # weight, which may be channels_last, as they lie in memory.
+    for parameter, moments in part.state.items():
+        for name, moment in moments.items():
+            if isinstance(moment, Tensor) and moment.shape == parameter.shape and moment.stride() != parameter.stride():
+                moments[name] = torch.empty_like(parameter, dtype=moment.dtype, device=moment.device).copy_(moment)

@@ -17,7 +17,6 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from sfumato.errors import FileError, RunError
 from sfumato.files import read_tensors, write_tensors
-from sfumato.files.atomic import beside
+from sfumato.files.atomic import atomic_folder
 from sfumato.files.read import is_finite
 from sfumato.files.save import header_bytes, ordered
 from sfumato.runs.state import pack, unpack
@@ -68,35 +67,26 @@ class Checkpoints:
         broken = [name for name, tensor in tensors.items() if not is_finite(tensor)]
         if broken:
             raise NotFiniteError(f"the state of step {step} is not finite ({broken[0]})")
-        temporary, aside = beside(self.path(step)), beside(self.path(step))
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._clear_leftovers()
             require_space(self.folder, bytes_of(state))
-            temporary.mkdir()
-            # What is sealed is what was meant to be written: a disk that drops bytes in silence is found out below.
-            sealed = {"state.json": _write(temporary / "state.json", {"state": rest, "tensors": sorted(tensors)})}
-            if tensors:
-                write_tensors(temporary / "state.safetensors", tensors)
-                sealed["state.safetensors"] = _seal_of(tensors)
-            _write(temporary / "manifest.json", {"format": _FORMAT, "step": step, "files": sealed})
-            problem = _problem(temporary, step)
-            if problem:
-                raise FileError(f"it does not read back as written: {problem}")
-            _sync(temporary)
-            if self.path(step).exists():  # of a run that was rolled back, or resumed from further back
-                self.path(step).rename(aside)
-            temporary.rename(self.path(step))
+            # There is one of this step where a run was rolled back, or resumed from further back.
+            with atomic_folder(self.path(step)) as temporary:
+                # What is sealed is what was meant to be written: a disk that drops bytes in silence is found out below.
+                sealed = {"state.json": _write(temporary / "state.json", {"state": rest, "tensors": sorted(tensors)})}
+                if tensors:
+                    write_tensors(temporary / "state.safetensors", tensors)
+                    sealed["state.safetensors"] = _seal_of(tensors)
+                _write(temporary / "manifest.json", {"format": _FORMAT, "step": step, "files": sealed})
+                problem = _problem(temporary, step)
+                if problem:
+                    raise FileError(f"it does not read back as written: {problem}")
+                _sync(temporary)
             _sync(self.folder)
         except (OSError, FileError) as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             raise RunError(f"the checkpoint of step {step} could not be written: {reason.rstrip('.')}") from None
-        finally:
-            if aside.exists() and not self.path(step).exists():  # the second of the two renames failed
-                with suppress(OSError):
-                    aside.rename(self.path(step))
-            shutil.rmtree(temporary, ignore_errors=True)
-            shutil.rmtree(aside, ignore_errors=True)
         self._prune(step)
         return self.path(step)
 
