@@ -147,6 +147,22 @@ def test_the_settings_come_back_out_of_the_picture(generate):
     ]
 
 
+def test_a_picture_names_the_adapters_that_count_in_it_and_no_file_for_another(generate):
+    other = Path("other/line.safetensors")
+    other.parent.mkdir()
+    other.write_bytes(Path("otter.safetensors").read_bytes())
+    words = ["a cat", "--lora", "line.safetensors:0.8", "--lora", f"b={other}:0"]
+    generate(*words, "-o", "one.png")
+    info = read_picture_info(Path("one.png"))
+    assert info.parameters.prompt == "a cat <lora:line:0.8>"
+    assert dict(info.parameters.settings)["Lora hashes"] == f"line: {short_hash('line.safetensors')}"
+    assert [each["weight"] for each in info.own["adapters"]] == [0.8, 0.0]
+    generate(*words[:3], "--lora", f"b={other}:0.5", "-o", "two.png")
+    info = read_picture_info(Path("two.png"))
+    assert info.parameters.prompt == "a cat <lora:line:0.8> <lora:line:0.5>"
+    assert "Lora hashes" not in dict(info.parameters.settings)
+
+
 def test_the_same_command_twice_gives_equal_bytes(generate):
     words = ["a cat", "--lora", "line.safetensors:0.8", "--seed", "7"]
     generate(*words, "-o", "one.png")

@@ -66,6 +66,10 @@ def test_a_tag_whose_weight_is_none_is_refused(prompt):
         ("[a:b]", [("a:b", 1 / 1.1)]),
         (r"a \(crab\) \[at sea\] \\", [("a (crab) [at sea] \\", 1)]),
         (" ", []),
+        (
+            "a (crab BREAK sea:1.2)BREAK BREAKS",
+            [("a ", 1), ("crab", 1.2), ("BREAK", 1.2), ("sea", 1.2), ("BREAK", 1), ("BREAKS", 1)],
+        ),
     ],
 )
 def test_emphasis_of_a1111_is_texts_and_weights(prompt, pieces):
@@ -134,6 +138,17 @@ def test_what_compel_would_take_for_its_own_is_text_in_a1111(name, prompt, reque
     assert_close(text.hidden, ours.hidden)
     if text.pooled is not None:
         assert_close(text.pooled, ours.pooled)
+
+
+@pytest.mark.parametrize("name", ["pocket", "sdxl"])
+def test_what_break_parts_is_encoded_by_itself(name, request):
+    pytest.importorskip("compel")
+    base = request.getfixturevalue(name)
+    whole, _ = encode(base, ["a (red:1.3) square BREAK blue circle"], "", "a1111")
+    parts = [encode(base, [prompt], "", "a1111")[0] for prompt in ("a (red:1.3) square", "blue circle")]
+    assert_close(whole.hidden, torch.cat([part.hidden for part in parts], 1))
+    if whole.pooled is not None:
+        assert_close(whole.pooled, parts[0].pooled)
 
 
 def test_one_syntax_weighs_as_the_other(pocket):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import sfumato
 from sfumato import pnginfo
-from sfumato.compose.adapter import Adapter, Weight
+from sfumato.compose.adapter import Adapter, Weight, is_idle
 from sfumato.compose.blocks import Blocks
 from sfumato.merging.sources import identity
 from sfumato.numerals import exact
@@ -79,14 +79,18 @@ def save_drawn(
 ) -> None:
     """Write the picture with its settings as A1111 has them, and beside them as our own JSON, which loses nothing.
 
-    used: the adapters with their weights. settings: prompt, negative, seed, steps, guidance, adapter_guidance by label,
-    width, height, base, vae, clip_skip, strength and what else there is. sampler: A1111's "Sampler" and "Schedule
-    type".
+    used: the adapters with their weights; those at 0 are in our JSON alone. settings: prompt, negative, seed, steps,
+    guidance, adapter_guidance by label, width, height, base, vae, clip_skip, strength and what else there is. sampler:
+    A1111's "Sampler" and "Schedule type".
     """
     method = settings.get("method")
-    hashes = {Path(adapter.path).stem: identity(Path(adapter.path)) for adapter in used}
+    counted = [adapter for adapter in used if not is_idle(adapter.weight)]
+    hashes: dict[str, str | None] = {}
+    for adapter in counted:
+        name, digest = Path(adapter.path).stem, identity(Path(adapter.path))
+        hashes[name] = digest if hashes.get(name, digest) == digest else None  # of two files, which one is not told
     # What is merged by another method than the sum, tags would draw otherwise.
-    tagged = used if method in (None, "linear") else ()
+    tagged = counted if method in (None, "linear") else ()
     tags = [_tag(Path(adapter.path).stem, adapter.weight) for adapter in tagged]
     strengths = ", ".join(f"{label}: {exact(strength)}" for label, strength in settings["adapter_guidance"].items())
     pairs = {
@@ -102,7 +106,7 @@ def save_drawn(
         "Clip skip": settings["clip_skip"] + 1 if settings["clip_skip"] else None,  # A1111 counts the last layer as 1
         "Merge method": method,
         "Adapter guidance": strengths or None,
-        "Lora hashes": pnginfo.lora_hashes(hashes) if hashes else None,
+        "Lora hashes": pnginfo.lora_hashes({name: digest for name, digest in hashes.items() if digest}) or None,
         "Version": f"sfumato-{sfumato.__version__}",
     }
     adapters = [described(adapter) for adapter in used]

@@ -124,7 +124,7 @@ def emphasised(prompt: str) -> list[tuple[str, float]]:
 
     `(words:1.3)` weighs 1.3, `(words)` 1.1, `[words]` 1 / 1.1; nested ones multiply, and `\\(` is the character.
     Raises ConfigError for a bracket that is not closed, for a weight that is none, and for words that change between
-    the steps, which `sfumato.prompt_steps` takes out first where there are steps.
+    the steps, which `sfumato.prompt_steps` takes out first where there are steps. BREAK is a text of its own.
     """
     pieces: list[list[Any]] = [["", 1.0]]
     opened: list[tuple[str, int, set[str]]] = []  # each open bracket, the first piece within it, the marks : and |
@@ -149,7 +149,8 @@ def emphasised(prompt: str) -> list[tuple[str, float]]:
             pieces[-1][0] += token.removeprefix("\\")
     if opened:
         raise _unbalanced(prompt, "does not close", opened[-1][0])
-    return [(text, weight) for text, weight in pieces if text.strip()]
+    parted = [(part, weight) for text, weight in pieces for part in _BREAK.split(text)]
+    return [(text, weight) for text, weight in parted if text.strip()]
 
 
 def checked_syntax(prompt: str, syntax: Syntax) -> str:
@@ -164,6 +165,7 @@ def checked_syntax(prompt: str, syntax: Syntax) -> str:
     return prompt
 
 
+_BREAK = re.compile(r"\s*\b(BREAK)\b\s*")
 _EMPHASIS = re.compile(r"\\.|:\s*[+-]?[.\d]+\s*[)\]]|[()\[\]]|[^\\()\[\]:]+|[:\\]", re.DOTALL)
 
 
@@ -259,13 +261,23 @@ def _encoded(compel: Any, text: str | list[tuple[str, float]]) -> tuple[Any, Any
 
 
 def _of_pieces(compel: Any, pieces: list[tuple[str, float]]) -> tuple[Any, Any]:
-    """The same past compel's parser, to which `c++`, quotes and `.swap(` would say more than they do in A1111."""
+    """The same past compel's parser, to which `c++`, quotes and `.swap(` would say more than they do in A1111.
+
+    What BREAK parts is encoded by itself, 75 tokens or a multiple of them; the pooled embedding is of the first part.
+    """
     from compel.prompt_parser import Conjunction, FlattenedPrompt
 
-    hidden, _ = compel.build_conditioning_tensor_for_conjunction(Conjunction([FlattenedPrompt(pieces or [("", 1.0)])]))
+    chunks: list[list[tuple[str, float]]] = [[]]
+    for piece in pieces:
+        if piece[0] == "BREAK":
+            chunks.append([])
+        else:
+            chunks[-1].append(piece)
+    prompts = Conjunction([FlattenedPrompt(chunk or [("", 1.0)]) for chunk in chunks])
+    hidden, _ = compel.build_conditioning_tensor_for_conjunction(prompts)
     if not compel.requires_pooled:
         return hidden, None
-    whole = "".join(text for text, _ in pieces)
+    whole = "".join(text for text, _ in chunks[0])
     return hidden, compel.conditioning_provider.get_pooled_embeddings([whole], device=compel.device)
 
 

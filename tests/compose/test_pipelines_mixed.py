@@ -1,6 +1,7 @@
 """The states that real pipelines are in: offloaded, compiled, quantised, touched by peft, loaded from a file."""
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,10 @@ from torch import nn
 from torch.testing import assert_close
 
 from sfumato.compose import Adapter, compose, current
+from sfumato.compose.guided import adapter_guidance
 from sfumato.compose.originals import Originals, kept
+from sfumato.compose.per_picture import composite, per_picture
+from sfumato.compose.regions import Region, regions
 from sfumato.errors import AdapterError
 from sfumato.files.save import write_tensors
 from tests.compose.conftest import fresh, weights_sha
@@ -238,6 +242,88 @@ def test_a_live_mix_on_a_compiled_unet_is_refused(sd1, write, how):
     with pytest.raises(AdapterError, match=r"compiled already.*baked"):
         compose(sd1, Adapter(file), way="live")
     assert current(sd1) is None
+
+
+HOOKED = {
+    "by picture": lambda pipe, adapter: per_picture(pipe, [[adapter], []]),
+    "composite": lambda pipe, adapter: composite(pipe, adapter),
+    "by region": lambda pipe, adapter: regions(pipe, Region((0, 0, 0.5, 1), adapter)),
+}
+
+
+@pytest.mark.parametrize("how", ["whole", "in place", "blocks"])
+@pytest.mark.parametrize("way", HOOKED)
+def test_adapters_of_one_picture_or_region_are_refused_on_a_compiled_unet(way, how, originals, write):
+    """A layer that was compiled and called would not see them."""
+    sd1 = fresh(originals["sd1"])
+    adapter = Adapter(write("a", sd1, *ATTENTION))
+    with HOOKED[way](sd1, adapter):
+        pass
+    if how == "whole":
+        sd1.unet = torch.compile(sd1.unet, backend="eager")
+    else:
+        (sd1.unet if how == "in place" else sd1.unet.mid_block).compile(backend="eager")
+    with pytest.raises(AdapterError, match="the unet is compiled"), HOOKED[way](sd1, adapter):
+        pass
+
+
+# diffusers' offloading in groups
+
+
+def test_a_unet_on_disk_is_not_mixed_into_and_a_live_mix_works(originals, write, tmp_path):
+    pipe, wanted = fresh(originals["sd1"]), fresh(originals["sd1"])
+    adapter = Adapter(write("a", pipe, *ATTENTION))
+    compose(wanted, adapter)
+    before = compose(pipe, adapter)
+    where = {"offload_type": "leaf_level", "offload_to_disk_path": str(tmp_path / "disk")}
+    pipe.unet.enable_group_offload(torch.device("cpu"), **where)
+    for change in (lambda: before.set(a=0.5), before.undo):
+        with pytest.raises(AdapterError, match="the unet is offloaded to disk in groups"):
+            change()
+    other = fresh(originals["sd1"])
+    base = predict(other.unet)
+    other.unet.enable_group_offload(torch.device("cpu"), **where | {"offload_to_disk_path": str(tmp_path / "other")})
+    with pytest.raises(AdapterError, match="the unet is offloaded to disk in groups"):
+        compose(other, adapter)
+    assert current(other) is None
+    with compose(other, adapter, way="live"):
+        assert_close(predict(other.unet), predict(wanted.unet), atol=2e-5, rtol=1e-4)
+    assert torch.equal(predict(other.unet), base)
+
+
+class Streamed:
+    """A layer's tensors as diffusers' ModuleGroup with a stream has them: each call's are copies of those it holds."""
+
+    offload_to_disk_path, stream = None, "a stream"
+
+    def __init__(self, layer):
+        self.held = {parameter: parameter.data for parameter in layer.parameters(recurse=False)}
+        layer._diffusers_hook = SimpleNamespace(hooks={"group_offloading": SimpleNamespace(group=self)})
+        layer.register_forward_pre_hook(lambda *_: self.fill(torch.clone))
+        layer.register_forward_hook(lambda *_: self.fill(lambda tensor: tensor))
+
+    def fill(self, taken):
+        for parameter, tensor in self.held.items():
+            parameter.data = taken(tensor)
+
+
+def test_adapter_guidance_where_diffusers_holds_on_to_the_weights(originals, write):
+    adapter = Adapter(write("a", originals["sd1"], *ATTENTION))
+    found = []
+    for is_streamed in (False, True):
+        pipe = fresh(originals["sd1"])
+        base = predict(pipe.unet)
+        if is_streamed:
+            for layer in pipe.unet.modules():
+                if next(layer.parameters(recurse=False), None) is not None:
+                    Streamed(layer)
+        mix = compose(pipe, adapter)
+        with adapter_guidance(mix, 2, guidance=7.5):
+            found.append(predict(pipe.unet))
+        mix.undo()
+        assert torch.equal(predict(pipe.unet), base)
+    assert torch.equal(*found)
+    assert not torch.allclose(found[0], base, atol=1e-3)
 
 
 # accelerate's offloading

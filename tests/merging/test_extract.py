@@ -139,6 +139,17 @@ def test_resize_by_energy_and_to_a_larger_rank_changes_nothing_that_matters(adap
     assert {module.rank for module in read_lora(tmp_path / "smaller.safetensors").modules.values()} <= {2, 3}
 
 
+def test_resize_does_not_lose_a_bias_in_silence(adapter_file, tmp_path, capsys):
+    a = adapter_file("a", rank=2)
+    tensors = load_file(a)
+    name = next(name for name in tensors if name.endswith("lora_up.weight"))
+    tensors[name.replace("lora_up.weight", "diff_b")] = torch.ones(len(tensors[name]))
+    save_file(tensors, tmp_path / "biased.safetensors", dict(read_header(a).metadata))
+    assert run(resize, tmp_path / "biased.safetensors", "--rank", 1, "-o", tmp_path / "small.safetensors") == 2
+    assert "change a bias" in capsys.readouterr().err
+    assert not (tmp_path / "small.safetensors").exists()
+
+
 def test_resize_keeps_new_words(adapter_file, tmp_path):
     a = add_words(adapter_file("a"), {"<cat>": {"text_encoder": torch.ones(2, 8)}})
     assert run(resize, a, "--rank", 1, "-o", tmp_path / "small.safetensors") == 0

@@ -85,6 +85,13 @@ def weight_at(weight: Weight, part: str, path: str) -> float:
     return weight
 
 
+def is_idle(weight: Weight) -> bool:
+    """Whether an adapter of this weight counts nowhere."""
+    if isinstance(weight, Blocks):
+        return is_idle(weight.weight) or not (weight.rest or any(factor for _, factor in weight.factors))
+    return not any(weight) if isinstance(weight, tuple) else not weight
+
+
 def unet_weight(weight: Weight) -> float:
     """The number for the U-Net, before the blocks' factors."""
     plain = weight.weight if isinstance(weight, Blocks) else weight

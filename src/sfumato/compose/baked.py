@@ -159,11 +159,19 @@ class Baked:
         self._aside = original if same else torch.empty_like(weight).copy_(original)
 
     @torch.no_grad()
-    def exchange(self) -> None:
-        """What was set aside in the weight's place, and that aside; at the next call the other way around."""
+    def exchange(self, *, in_place: bool = False) -> None:
+        """What was set aside in the weight's place, and that aside; at the next call the other way around.
+
+        in_place: by copying, for a weight whose memory somebody else holds on to.
+        """
         if self._aside is None:
             return
         weight = self.weight
+        if in_place:
+            held = weight.detach().clone(memory_format=torch.preserve_format)
+            weight.copy_(self._aside)
+            self._aside = held
+            return
         aside = self._aside.to(weight.device, weight.dtype)
         self._aside, weight.data = weight.data, aside
 

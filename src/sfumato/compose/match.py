@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -66,6 +66,15 @@ def compiled_parts(pipe: Any) -> set[str]:
         if any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None for m in modules):
             found.add(name)
     return found
+
+
+def refuse_compiled(pipe: Any, parts: Iterable[str]) -> None:
+    """Raises AdapterError where one of the parts is compiled: its layers would not notice the hooks set on them."""
+    for name in sorted(compiled_parts(pipe).intersection(parts)):
+        raise AdapterError(
+            f"the {name} is compiled, and a compiled layer does not notice adapters of one picture or region. Draw "
+            "before torch.compile, or each picture by itself with sfumato.compose."
+        )
 
 
 _HALVED: WeakSet[nn.Module] = WeakSet()

@@ -18,7 +18,7 @@ from typing import Any, Self, get_args
 import torch
 from torch import Tensor
 
-from sfumato.compose import saving, table
+from sfumato.compose import saving, table, tensors
 from sfumato.compose.adapter import Adapter, Weight, checked_weight, weight_at, weight_text
 from sfumato.compose.baked import Applied, Baked
 from sfumato.compose.live import Live
@@ -290,14 +290,22 @@ class Mix:
     def without(self) -> Iterator[None]:
         """Within the block, and that of `parted`, the U-Net has all but those adapters; nothing is computed."""
         done: list[Site] = []
+        is_streamed = "stream" in tensors.group_offloading(self._parts["unet"])
+
+        def exchange(site: Site) -> None:
+            if isinstance(site, Baked):
+                site.exchange(in_place=is_streamed)
+            else:
+                site.exchange()
+
         try:
             for site in self._of_unet():
-                site.exchange()
+                exchange(site)
                 done.append(site)
             yield
         finally:
             for site in done:
-                site.exchange()
+                exchange(site)
 
     def _of_unet(self) -> list[Site]:
         return [site for site in self._sites.values() if site.part == "unet"]
@@ -326,6 +334,7 @@ class Mix:
         """Put back the base's very bytes and let go of the pipeline. A second call does nothing."""
         if self._undone:
             return
+        self._check_in_memory(self._sites.values())
         for site in self._sites.values():
             site.restore()
         for part in self._parts.values():
@@ -378,6 +387,7 @@ class Mix:
             if (applied, other) != (site.applied, site.other)
         ]
         live = [(site, applied) for site, applied in todo if isinstance(site, Live)]
+        self._check_in_memory([*(site for site, _ in todo), *(site for site, _, _ in aside)])
         self._check_compiled(site for site, applied in live if site.rebuilds(applied))
         for site, _ in todo:
             site.check_untouched()
@@ -423,6 +433,14 @@ class Mix:
                 raise AdapterError(
                     f"the {site.part} is compiled already, and a compiled layer does not notice a new path beside it. "
                     "Compose the live way before torch.compile, or say way='baked'."
+                )
+
+    def _check_in_memory(self, sites: Iterable[Site]) -> None:
+        for name in sorted({site.part for site in sites if isinstance(site, Baked)}):
+            if "disk" in tensors.group_offloading(self._parts[name]):
+                raise AdapterError(
+                    f"the {name} is offloaded to disk in groups, where its weights cannot be written to. Offload it "
+                    "without offload_to_disk_path, or say way='live' to compose."
                 )
 
     def _check_open(self) -> None:

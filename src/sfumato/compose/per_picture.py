@@ -19,7 +19,7 @@ from torch.nn.functional import conv2d
 
 from sfumato.compose import tensors
 from sfumato.compose.adapter import Adapter
-from sfumato.compose.match import Modules, parts_of, weighed
+from sfumato.compose.match import Modules, parts_of, refuse_compiled, weighed
 from sfumato.errors import AdapterError
 from sfumato.files.adapter_file import AdapterFile, read_adapter
 from sfumato.files.lora_file import LoraModule
@@ -37,7 +37,8 @@ def per_picture(pipe: Any, adapters: Sequence[Sequence[Adapter]], *, partial: bo
 
     pipe: a diffusers pipeline (SD 1.x, 2.x, SDXL) or a Base; called with as many prompts as there are lists, one
     picture each. Text encoders are adapted by picture, too. Equal to single runs but for rounding. Raises AdapterError
-    for adapters without a low-rank form, and within the block for a call with another number of pictures.
+    for adapters without a low-rank form, for a compiled part, and within the block for a call with another number of
+    pictures.
     """
     count = len(adapters)
     if not count:
@@ -114,6 +115,7 @@ def _hooked(
                 f"an adapter changes {part}.{path}, and one text is encoded for all. Give it a weight (0.8, 0), which "
                 "is for the U-Net alone."
             )
+    refuse_compiled(pipe, {part for part, _ in layers})
     handles = []
     try:
         for module, terms in layers.values():

@@ -26,7 +26,7 @@ from torch.nn.functional import adaptive_avg_pool2d, conv2d, linear, scaled_dot_
 from sfumato import prompts, schedulers
 from sfumato.compose import tensors
 from sfumato.compose.adapter import Adapter, with_unet
-from sfumato.compose.match import Modules, halved, parts_of, weighed
+from sfumato.compose.match import Modules, halved, parts_of, refuse_compiled, weighed
 from sfumato.compose.steps import Ramp, progress_of
 from sfumato.errors import AdapterError
 from sfumato.files.adapter_file import AdapterFile, read_adapter
@@ -94,8 +94,8 @@ def regions(
     written, see `sfumato.prompts`; it wants a Base. over_steps: by an adapter's label the progress, from and to, in
     which it changes the U-Net, 0 at pure noise and 1 at the finished picture. partial, verify: as of `compose`. Where
     regions overlap, changes on pixels add up and attentions share. Raises AdapterError for adapters without a low-rank
-    form, and for one that changes the text encoders in a region without a prompt, and for a pipeline with an
-    IP-Adapter.
+    form, for one that changes the text encoders in a region without a prompt, for a compiled U-Net, and for a pipeline
+    with an IP-Adapter.
     """
     if not parts:
         raise AdapterError("there is no region; give at least one.")
@@ -103,6 +103,7 @@ def regions(
         raise AdapterError(f"the prompt syntax {syntax} wants a Base of sfumato.load_base, not a pipeline.")
     unet = parts_of(pipe)["unet"]
     _check_no_picture_prompt(unet)
+    refuse_compiled(pipe, ["unet"])
     masks = _Masks([region.mask() for region in parts])
     files = _read(parts, partial=partial, verify=verify)
 

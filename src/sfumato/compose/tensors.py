@@ -34,6 +34,20 @@ def _hooks(hook: Any) -> tuple[Any, ...]:
     return tuple(getattr(hook, "hooks", (hook,)))
 
 
+def group_offloading(part: nn.Module) -> set[str]:
+    """How diffusers' `enable_group_offload` keeps the tensors between calls: "disk" where they are in files alone,
+    "stream" where they come back from copies that it holds; empty otherwise."""
+    found = set()
+    for module in part.modules():
+        hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+        for group in (getattr(hook, "group", None) for hook in hooks.values()):
+            if getattr(group, "offload_to_disk_path", None) is not None:
+                found.add("disk")
+            elif getattr(group, "stream", None) is not None:
+                found.add("stream")
+    return found
+
+
 def is_plain(tensor: Tensor | None) -> bool:
     """Whether the tensor holds its numbers in a float dtype of 16 bits or more, so that it can be summed into."""
     if tensor is None or not tensor.is_floating_point() or tensor.dtype.itemsize == 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -104,5 +105,5 @@ def resize(modules: Mapping[Target, LoraModule], budget: Budget) -> tuple[dict[T
         smaller, share = truncate(factors, budget)
         energy = factors.energy()
         kept, total = kept + share * energy, total + energy
-        found[target] = to_module(smaller, module.shape)
+        found[target] = dataclasses.replace(to_module(smaller, module.shape), bias_delta=module.bias_delta)
     return found, kept / total if total else 1.0
