@@ -56,6 +56,22 @@ def test_a_young_mean_forgets_its_start():
     assert left < 1e-4
 
 
+def test_what_does_not_learn_waits_and_is_young_when_its_turn_comes():
+    waiting, learning = nn.Parameter(torch.zeros(1), requires_grad=False), nn.Parameter(torch.zeros(1))
+    average, alone = Average([waiting, learning], 0.999), Average([learning], 0.999)
+    for step in range(300):
+        learning.data.fill_(step)
+        for each in (average, alone):
+            each.update()
+    assert torch.equal(average.mean[1], alone.mean[0])
+    waiting.requires_grad_(True)
+    learning.requires_grad_(False)
+    waiting.data.fill_(1.0)
+    average.update()
+    assert average.mean[0].item() == pytest.approx(0.9)  # as of a run that has just begun
+    assert torch.equal(average.mean[1], alone.mean[0])
+
+
 def test_a_checkpoint_that_does_not_count_goes_on_at_the_whole_decay():
     weight = nn.Parameter(torch.zeros(1))
     average = Average([weight], 0.5)

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 
@@ -16,7 +17,7 @@ from torch.testing import assert_close
 from sfumato import cli, diffusion, randomness
 from sfumato.bases import load_base
 from sfumato.drawing import draw
-from sfumato.files import read_header, read_lora, read_tensors
+from sfumato.files import read_header, read_lora, read_tensors, write_tensors
 from sfumato.precision import decide
 from sfumato.prior import class_seed
 from tests.tiny import CPU, tiny_pipeline, write_single_file
@@ -296,6 +297,40 @@ def test_starting_from_an_adapter_goes_on_where_it_stopped(train):
     fits = [[row["fit"] for row in rows(path) if "fit" in row] for path in (first, second)]
     assert_close(fits[1][0], fits[0][-1], rtol=1e-4, atol=0)
     assert fits[0][0] != fits[0][-1]
+
+
+def test_a_run_goes_on_without_the_adapter_that_it_started_from(train, capsys):
+    """What it says about that one is in the run's folder, where another's would be found out."""
+    first, other = train("first"), train("other", "--seed", "9")
+    whole = train("second", "--init-from", str(first), "--checkpoint-every", "2")
+    wanted = read_tensors(whole)
+    shutil.rmtree(whole.parent / "checkpoints/000004")
+    first.rename(first.with_name("moved.safetensors"))
+    assert cli.main(["resume", str(whole.parent)]) == 0
+    for name, tensor in read_tensors(whole).items():
+        assert torch.equal(tensor, wanted[name]), name
+    assert cli.main(["resume", str(whole.parent), "--init-from", str(first.with_name("moved.safetensors"))]) == 0
+    capsys.readouterr()
+    assert cli.main(["resume", str(whole.parent), "--init-from", str(other)]) == 2
+    assert "was trained with other things than these: init " in capsys.readouterr().err
+
+
+def test_an_adapter_with_a_tucker_core_is_started_from_without_it(train, tmp_path):
+    options = ("--targets", r".*mid_block.*conv1")
+    plain = train("plain", *options)
+    core = {}
+    for name, tensor in read_tensors(plain).items():
+        if name.endswith("lora_down.weight"):
+            rank, inner = tensor.shape[:2]
+            core[name] = torch.ones(rank, inner, 1, 1)
+            core[name.replace("lora_down", "lora_mid")] = torch.ones(rank, rank, 3, 3)
+        else:
+            core[name] = tensor
+    tucker = write_tensors(tmp_path / "tucker.safetensors", core, dict(read_header(plain).metadata))
+    started = train("started", *options, "--init-from", str(tucker), "--steps", "1", "--learning-rate", "1e-12")
+    found = read_lora(started).modules
+    for target, module in read_lora(tucker).modules.items():
+        assert_close(found[target].delta(), module.delta(), rtol=1e-4, atol=1e-5)
 
 
 def test_drift_starts_at_nothing_and_grows(train):

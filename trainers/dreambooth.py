@@ -266,7 +266,10 @@ def check(config: Config) -> None:
     if not config.ema:
         options.only_with(config, "--ema", "ema_on_cpu")
     if config.prior == "none":
-        options.only_with(config, "--prior pictures or --prior base", "class_images", "class_count")
+        needed = "--prior pictures or --prior base"
+        options.only_with(config, needed, "class_images", "prior_weight", "class_cache")
+    if config.prior != "pictures":
+        options.only_with(config, "--prior pictures", "class_count")
     if config.method == "full":
         options.only_with(config, "--method lora", "alpha", "targets", "over_steps")
         if config.save != "lora":
@@ -297,7 +300,7 @@ def check(config: Config) -> None:
 def resolve(config: Config, base: Base, samples: int, processes: int) -> tuple[Config, list[str]]:
     """The config with every unset field filled, and the names that the method or the base's family filled."""
     defaults = DEFAULTS[config.method, base.family.name]
-    unused = {"class_count"} if config.prior == "none" else set()
+    unused = {"class_count"} if config.prior != "pictures" else set()
     if config.method == "full" and (config.save != "lora" or config.keep_energy is not None):
         unused.add("rank")
     given = {name: getattr(config, name) for name in unused}
@@ -350,10 +353,13 @@ def class_pictures(
     """Pictures of the class from a folder or the dataset.toml, with the further prompts' beside them, which the base
     draws, once; or of the class drawn, too; None for none."""
     from sfumato.class_pictures import pictures_of_class
+    from sfumato.data.preparing import square_side
 
-    if config.prior == "none":
-        return None
     given = examples.of("class")
+    if config.prior == "none":
+        if given or config.prior_prompts:
+            run.say("--prior none: neither pictures of the class nor prompts are held, only how they drift is measured")
+        return None
     if config.class_images is not None:
         given = read_pictures(config.class_images, kept.of_class[0], skip_bad=config.skip_bad)
     if given:  # they show the class, and the captions' forms of it
@@ -362,7 +368,8 @@ def class_pictures(
         return given or None
     counts = kept.counts(config.class_count)
     folder = config.class_cache or config.output / "class"
-    pictures, drawn = pictures_of_class(base, counts, resolution=config.resolution, folder=folder, processes=processes)
+    side = square_side(base, config.resolution)
+    pictures, drawn = pictures_of_class(base, counts, resolution=side, folder=folder, processes=processes)
     run.say(f"class pictures: {config.class_count} of {', '.join(counts)} ({drawn} drawn now)")
     return dataclasses.replace(given, examples=(*given, *pictures)) if given else pictures
 
@@ -454,8 +461,8 @@ def save(
     """Write what was learned in the form that was asked for, its card and the plot; upload if asked."""
     from sfumato.files import describe, write_lora
     from sfumato.finish import finish
-    from sfumato.full import parts_of, write_difference, write_extracted, write_folder
-    from sfumato.precision import DTYPES
+    from sfumato.full import full_precision, parts_of, write_difference, write_extracted, write_folder
+    from sfumato.precision import DTYPES, decide
 
     dtype = DTYPES[config.save_precision]
     as_file: dict[str, Any] = {"family": base.family.name, "metadata": describe(about), "dtype": dtype}
@@ -464,7 +471,8 @@ def save(
     elif config.save == "folder":
         write_folder(base, path, dtype)
     else:
-        original = config.load_base(base.precision)
+        # On the CPU: beside what has learned, with its optimizer's state, a GPU may have no room for another.
+        original = config.load_base(full_precision(decide("fp32", device="cpu")))
         original.resting.keep("unet", *(["text"] if config.train_text_encoder else []))
         after, before = (parts_of(one, text=config.train_text_encoder) for one in (base, original))
         if config.save == "difference":

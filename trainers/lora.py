@@ -11,6 +11,7 @@ calls is the library.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,9 +140,9 @@ def train(config: Config) -> Path:
         rank_stabilised=config.rank_stabilised,
         seed=config.seed,
     )
-    if config.init_from:
-        start_from(lora, config.init_from)
     facts = {"data": dataset.fingerprint, "class": class_set.fingerprint if class_set else "none"}
+    if config.init_from and config.init_from.exists():  # a run that goes on has its weights from a checkpoint
+        facts["init"] = start_from(lora, config.init_from)
     run.identify(**facts, base=base.fingerprint())
     beside = f"{len(class_set)} of the class, " if class_set else ""
     run.say(f"{len(dataset)} pictures, {beside}{len(lora.layers)} adapted layers, {lora.count():,} trained numbers")
@@ -239,7 +240,7 @@ def check(config: Config) -> None:
     options.check(config)
     if not config.train_text_encoder:
         options.only_with(config, "--train-text-encoder", "text_learning_rate")
-    if config.init_from and not config.init_from.exists():
+    if config.init_from and not config.init_from.exists() and not config.resume:
         raise ConfigError(f"--init-from {config.init_from}: there is no such file.")
     checked_adapter_guidance(config.adapter_guidance)
     if config.over_steps is not None:
@@ -369,12 +370,14 @@ def priors_of(
     return priors
 
 
-def start_from(lora: Lora, path: Path) -> None:
-    """Copy another adapter's values into this one."""
+def start_from(lora: Lora, path: Path) -> str:
+    """Copy another adapter's values into this one; returns a fingerprint of what it changes."""
     from sfumato.files import read_lora
+    from sfumato.files.fingerprint import fingerprint
 
-    modules = read_lora(path).modules
+    modules = {key: module.plain() for key, module in read_lora(path).modules.items()}  # without a Tucker core
     lora.load({key: (m.down, m.up, m.alpha) for key, m in modules.items()}, path.name)
+    return hashlib.sha256(fingerprint(modules).encode()).hexdigest()
 
 
 def save(

@@ -16,22 +16,28 @@ class Average:
     """m <- d m + (1 - d) w after each step; with a decay of 0 it is the weights themselves and costs nothing.
 
     d = min(decay, (1 + n) / (10 + n)) after n steps: the mean of a young run must not remember its untrained start.
+    What does not learn at a step, by `requires_grad`, takes no part in it: its mean and its n stay.
     device: where the mean is kept, with the weights if None; the CPU saves a copy of the model on a GPU.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], decay: float, device: torch.device | str | None = None):
-        self.decay, self.updates = decay, 0
+        self.decay = decay
         self.parameters = list(parameters)
+        self.updates = [0] * len(self.parameters)
         self.mean: list[Tensor] = []
         if decay:
             self.mean = [p.detach().to(device or p.device, copy=True) for p in self.parameters]
 
     def update(self) -> None:
         """Take a step's weights in."""
-        if self.mean:
-            now = [p.detach().to(m.device) for p, m in zip(self.parameters, self.mean, strict=True)]
-            torch._foreach_lerp_(self.mean, now, 1 - min(self.decay, (1 + self.updates) / (10 + self.updates)))
-            self.updates += 1
+        learning = [place for place in range(len(self.mean)) if self.parameters[place].requires_grad]
+        for made in {self.updates[place] for place in learning}:
+            places = [place for place in learning if self.updates[place] == made]
+            means = [self.mean[place] for place in places]
+            now = [self.parameters[place].detach().to(self.mean[place].device) for place in places]
+            torch._foreach_lerp_(means, now, 1 - min(self.decay, (1 + made) / (10 + made)))
+        for place in learning:
+            self.updates[place] += 1
 
     def apply(self) -> None:
         """Exchange the weights and their mean."""
@@ -50,11 +56,12 @@ class Average:
             self.apply()
 
     def state_dict(self) -> dict[str, Any]:
-        """The mean and how many steps it has taken in, for a checkpoint."""
-        return {"mean": list(self.mean), "updates": self.updates}
+        """The mean and how many steps each part of it has taken in, for a checkpoint."""
+        return {"mean": list(self.mean), "updates": list(self.updates)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint's mean."""
         for mean, saved in zip(self.mean, state["mean"], strict=True):
             mean.copy_(saved)
-        self.updates = state.get("updates", _MANY)  # older checkpoints do not count: they go on at the whole decay
+        made = state.get("updates", _MANY)  # older checkpoints do not count: they go on at the whole decay
+        self.updates = list(made) if isinstance(made, list) else [made] * len(self.parameters)

@@ -162,6 +162,12 @@ def prepare(
     return dataset
 
 
+def square_side(base: Base, resolution: int) -> int:
+    """The side, in pixels, of the square that pictures of a `resolution` are cropped to."""
+    step = _bucket_step(base, resolution)
+    return max(step, resolution // step * step)
+
+
 def _bucket_step(base: Base, resolution: int) -> int:
     return side_step(base.vae_factor, len(base.unet.config.block_out_channels), resolution)
 

@@ -26,6 +26,7 @@ BY_CONTENT: Mapping[str, tuple[str, ...]] = {
     "class_images": ("class",),
     "base": ("base",),
     "vae": ("base", "vae"),
+    "init_from": ("init",),
 }
 """Fields that name what lies elsewhere, and the facts that tell its content: what was moved is the same."""
 
