@@ -68,7 +68,8 @@ def main(argv: Sequence[str]) -> int:
     if not wanted:
         print(f"{config.images}: all {captioned} pictures have captions; nothing to do.", file=sys.stderr)
         return 0
-    some = wanted if config.write else wanted[: config.preview]
+    some = list(wanted.values()) if config.write else list(wanted.values())[: config.preview]
+    files = {found.path: file for file, found in wanted.items()}
     from sfumato.data.captioners import Wishes, load_captioner
     from sfumato.precision import decide
 
@@ -78,7 +79,7 @@ def main(argv: Sequence[str]) -> int:
     failed: list[str] = []
     for found, caption in captions(some, captioner, config, failed):
         if config.write:
-            write_new(found.path.with_suffix(".txt"), caption)
+            write_new(files[found.path], caption)
         done[found.path.as_posix()] = caption
         if not config.json:
             print(f"{found.path.name}: {caption}")
@@ -104,21 +105,25 @@ def check(config: Config) -> None:
             raise ConfigError(f"--{name.replace('_', '-')} is {getattr(config, name)}; it must be in 0 ... 1.")
 
 
-def pictures_without(images: Path) -> tuple[list[Found], int]:
-    """(the pictures that have no caption, how many have one). An empty or unreadable caption file counts as one."""
-    from sfumato.data.captions import CAPTION_SUFFIXES
+def pictures_without(images: Path) -> tuple[dict[Path, Found], int]:
+    """(caption's file -> the picture that has none yet, how many pictures have one).
+
+    An empty or unreadable caption file counts as one. Of pictures that share a caption's file, as dog.jpg and dog.png
+    do, the first is described.
+    """
     from sfumato.data.source import sources_of
 
-    wanted, captioned = [], 0
+    wanted: dict[Path, Found] = {}
+    captioned = 0
     for source in sources_of(images):
-        suffixes = dict.fromkeys((*source.suffixes, *CAPTION_SUFFIXES))
         for found in source.list().pictures:
-            exists = any(os.path.lexists(found.path.with_suffix(suffix)) for suffix in suffixes)
+            files = [found.path.with_name(f"{found.path.stem}{suffix}") for suffix in source.suffixes]
+            exists = any(os.path.lexists(file) for file in files)
             named = bool(found.caption.text) and found.caption.origin != "folder name"
             if exists or named:
                 captioned += 1
             else:
-                wanted.append(found)
+                wanted.setdefault(files[0], found)
     if not wanted and not captioned:
         raise DataError(f"{images}: no pictures in it. Put PNG or JPEG files there.")
     return wanted, captioned

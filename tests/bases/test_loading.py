@@ -1,10 +1,14 @@
 """Where bases are looked for, and the one line that says what was found instead."""
 
+import errno
 import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
+import huggingface_hub.constants
 import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
@@ -12,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from sfumato.bases import hub, loading
 from sfumato.bases.hub import weight_files
-from sfumato.bases.loading import load_base
+from sfumato.bases.loading import find_vae, load_base
 from sfumato.bases.recognise import family_of_names
 from sfumato.errors import BaseModelError, SfumatoError
 from tests.tiny import CPU, tiny_pocket_folder
@@ -208,6 +212,69 @@ def test_of_a_repository_only_one_set_of_safetensors_is_fetched():
     assert weight_files(files, "owner/name") == [files[0], files[4], files[5], files[6]]
     with pytest.raises(BaseModelError, match=r"owner/name: unet has only pickled weights"):
         weight_files(["unet/diffusion_pytorch_model.bin"], "owner/name")
+
+
+@pytest.fixture
+def cached(tmp_path, monkeypatch):
+    """A hub's local cache; puts a folder's files into it under a hub id."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    def put(hub_id, *files):
+        home = tmp_path / "hub" / f"models--{hub_id.replace('/', '--')}"
+        (home / "refs").mkdir(parents=True)
+        (home / "refs/main").write_text("0" * 40)
+        for file, place in files:
+            target = home / "snapshots" / ("0" * 40) / place
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, target)
+        return home / "snapshots" / ("0" * 40)
+
+    return put
+
+
+@pytest.mark.parametrize("place", ["", "vae/"])
+def test_a_vae_of_the_hub_lies_in_a_repository_of_its_own_or_in_a_bases(place, cached, pocket):
+    files = ("config.json", "diffusion_pytorch_model.safetensors")
+    snapshot = cached("owner/vae", *((pocket / "vae" / name, f"{place}{name}") for name in files))
+    assert find_vae("owner/vae") == (snapshot / place, "owner/vae")
+    assert load_base(pocket, vae="owner/vae", precision=CPU).vae is not None
+    (snapshot / place / files[1]).unlink()
+    assert "not in the hub's local cache" in refusal(pocket, vae="owner/vae")
+
+
+def test_of_a_vaes_repository_the_vae_alone_is_fetched(monkeypatch):
+    asked = {}
+    own = ["README.md", "config.json", "diffusion_pytorch_model.bin", "diffusion_pytorch_model.safetensors"]
+    own += ["sdxl_vae.safetensors"]
+    base = [*(f"vae/{name}" for name in own[1:4]), "unet/config.json", "unet/diffusion_pytorch_model.safetensors"]
+    for files, wanted in ((own, [own[1], own[3]]), (base, [base[0], base[2]])):
+        monkeypatch.setattr(hub, "HfApi", lambda files=files: SimpleNamespace(list_repo_files=lambda _: files))
+        monkeypatch.setattr(hub, "_cached", lambda _: None)
+        monkeypatch.setattr(hub, "snapshot_download", lambda _, allow_patterns: asked.update(w=allow_patterns) or "x")
+        assert hub.hub_vae("owner/name") == Path("x")
+        assert asked["w"] == wanted
+    monkeypatch.setattr(hub, "HfApi", lambda: SimpleNamespace(list_repo_files=lambda _: ["unet/config.json"]))
+    with pytest.raises(BaseModelError, match="owner/name: no VAE with a config"):
+        hub.hub_vae("owner/name")
+
+
+@pytest.mark.parametrize("missing", ["unet/config.json", "text_encoder/model.safetensors", "tokenizer"])
+def test_a_base_that_is_not_whole_in_the_cache_is_asked_for_again(missing, cached, pocket):
+    files = [file for file in pocket.rglob("*") if file.is_file()]
+    snapshot = cached("owner/base", *((file, file.relative_to(pocket)) for file in files))
+    assert hub.hub_folder("owner/base") == snapshot
+    if (snapshot / missing).is_dir():
+        shutil.rmtree(snapshot / missing)
+    else:
+        (snapshot / missing).unlink()
+    assert "not in the hub's local cache" in refusal("owner/base")
+
+
+def test_a_disk_that_takes_no_download_is_told_from_a_hub_that_is_not_there(monkeypatch):
+    error = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(hub, "HfApi", lambda: Answer(error))
+    assert "owner/name: the download could not be written to " in (message := refusal("owner/name"))
+    assert "(No space left on device). Make room there" in message
 
 
 def test_importing_the_package_loads_no_torch():

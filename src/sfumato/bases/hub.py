@@ -1,12 +1,14 @@
-"""A diffusers folder from the Hugging Face hub, or from its cache."""
+"""A diffusers folder, or a VAE's, from the Hugging Face hub or from its cache."""
 
 from __future__ import annotations
 
+import errno
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
@@ -14,6 +16,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
+from sfumato.bases import folder as folders
 from sfumato.errors import BaseModelError
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -21,18 +24,41 @@ PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenize
 CONFIGS = ("model_index.json", *(f"{part}/*.{ending}" for part in PARTS for ending in ("json", "txt")))
 
 
-def hub_folder(hub_id: str) -> Path:
-    """The folder of a hub id in the local cache; downloaded first where it is not complete there.
+DISK = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS))
+"""What the system says where a download cannot be written."""
 
-    Raises BaseModelError: which of no network, no access and no such id it was, and the command that fetches it.
+
+def hub_folder(hub_id: str) -> Path:
+    """The folder of a base's hub id in the local cache; downloaded first where it is not complete there.
+
+    Raises BaseModelError: which of no network, no access, no room and no such id it was, and the command that fetches
+    it.
     """
+    return _fetched(hub_id, _is_complete, lambda files: [*CONFIGS, *weight_files(files, hub_id)])
+
+
+def hub_vae(hub_id: str) -> Path:
+    """The same for a VAE that has a repository of its own, or is part of a base's. Raises as `hub_folder`."""
+
+    def wanted(files: Sequence[str]) -> list[str]:
+        part = "" if "config.json" in files else "vae"
+        place = f"{part}/" if part else ""
+        weights = weight_files(files, hub_id, (part,))
+        if not weights or f"{place}config.json" not in files:
+            raise BaseModelError(f"{hub_id}: no VAE with a config.json and safetensors in it. Name another.")
+        return [f"{place}config.json", *weights]
+
+    return _fetched(hub_id, lambda place: any(_has_model(each) for each in (place, place / "vae")), wanted)
+
+
+def _fetched(hub_id: str, is_complete: Callable[[Path], bool], wanted: Callable[[Sequence[str]], list[str]]) -> Path:
+    """The snapshot, from the cache if it is complete there. wanted: of a repository's files those to download."""
     cached = _cached(hub_id)
-    if cached is not None and _is_complete(cached):
+    if cached is not None and is_complete(cached):
         return cached
     fetch = f"hf download {hub_id}"
     try:
-        files = HfApi().list_repo_files(hub_id)
-        return Path(snapshot_download(hub_id, allow_patterns=[*CONFIGS, *weight_files(files, hub_id)]))
+        return Path(snapshot_download(hub_id, allow_patterns=wanted(HfApi().list_repo_files(hub_id))))
     except GatedRepoError:
         raise BaseModelError(
             f"{hub_id}: gated; its owner asks for an agreement. Accept it on the model's page, run `hf auth login`, "
@@ -48,29 +74,46 @@ def hub_folder(hub_id: str) -> Path:
     except BaseModelError:
         raise
     except Exception as error:  # the hub's library has changed its network library twice; there is no common error
+        if reason := not_written(error):
+            raise BaseModelError(f"{hub_id}: {reason}") from None
         raise BaseModelError(
             f"{hub_id}: no folder here, not in the hub's local cache, and the hub cannot be reached "
             f"({type(error).__name__}). Run `{fetch}` where there is a network, or name a folder or a file."
         ) from None
 
 
-def weight_files(files: Sequence[str], where: str) -> list[str]:
+def not_written(error: Exception) -> str:
+    """What to say of a download that the disk did not take; empty where the error is another one."""
+    if not isinstance(error, OSError) or error.errno not in DISK:
+        return ""
+    return (
+        f"the download could not be written to {constants.HF_HUB_CACHE} ({error.strerror}). Make room there, or set "
+        "HF_HOME to another folder."
+    )
+
+
+def weight_files(files: Sequence[str], where: str, parts: Sequence[str] = PARTS[:4]) -> list[str]:
     """The safetensors files to take for each model of a repository: those without a variant, else those of fp16.
 
-    Raises BaseModelError for a repository without safetensors.
+    parts: the models' folders, "" for the repository's own. Raises BaseModelError for a model without safetensors.
     """
     chosen = []
-    for part in PARTS[:4]:
-        inside = [name for name in files if name.startswith(f"{part}/") and name.endswith(".safetensors")]
-        plain = [name for name in inside if re.fullmatch(r"[^.]+\.safetensors", name.rsplit("/", 1)[1])]
+    for part in parts:
+        here = [name for name in files if name.rpartition("/")[0] == part]
+        inside = [name for name in here if re.fullmatch(rf"({'|'.join(folders.STEMS)})\b.*\.safetensors", _last(name))]
+        plain = [name for name in inside if re.fullmatch(r"[^.]+\.safetensors", _last(name))]
         half = [name for name in inside if ".fp16" in name]
-        if not inside and any(name.startswith(f"{part}/") and name.endswith(".bin") for name in files):
+        if not inside and any(name.endswith(".bin") for name in here):
             raise BaseModelError(
-                f"{where}: {part} has only pickled weights (.bin), which can run programs and are never opened. "
-                "Name a base with .safetensors."
+                f"{where}: {part or 'it'} has only pickled weights (.bin), which can run programs and are never "
+                "opened. Name one with .safetensors."
             )
         chosen += plain or half
     return chosen
+
+
+def _last(name: str) -> str:
+    return name.rpartition("/")[2]
 
 
 def _cached(hub_id: str) -> Path | None:
@@ -81,7 +124,18 @@ def _cached(hub_id: str) -> Path | None:
 
 
 def _is_complete(folder: Path) -> bool:
-    """Whether the snapshot holds the index and the weights of its U-Net and VAE."""
-    return (folder / "model_index.json").is_file() and all(
-        any((folder / part).glob("*.safetensors")) for part in ("unet", "vae", "text_encoder")
-    )
+    """Whether the snapshot holds the index and what that names: models with their weights, tokenizers."""
+    try:
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        named = {part for part in PARTS if index.get(part) and index[part][0]} | {"unet", "vae", "text_encoder"}
+    except (OSError, ValueError, AttributeError, TypeError, LookupError):
+        return False
+    return all(_has_model(folder / part) if part in PARTS[:4] else any((folder / part).glob("*")) for part in named)
+
+
+def _has_model(folder: Path) -> bool:
+    """Whether it holds a model's config and all of its weights."""
+    try:
+        return (folder / "config.json").is_file() and all(file.is_file() for file in folders.weight_files(folder))
+    except BaseModelError:
+        return False

@@ -16,7 +16,7 @@ from sfumato.bases import folder as folders
 from sfumato.bases import single_file
 from sfumato.bases.base import Base
 from sfumato.bases.family import FAMILIES, Family, recognise
-from sfumato.bases.hub import HUB_ID, hub_folder
+from sfumato.bases.hub import HUB_ID, hub_folder, hub_vae
 from sfumato.bases.recognise import family_of_names
 from sfumato.bases.resting import Resting
 from sfumato.bases.vocabulary import clip_tokenizer
@@ -100,8 +100,8 @@ def load_base(
     return base
 
 
-def find(source: str | os.PathLike[str]) -> tuple[Path, str]:
-    """(folder or file, public name) of a base. A hub id is fetched into the cache.
+def find(source: str | os.PathLike[str], fetch: Callable[[str], Path] = hub_folder) -> tuple[Path, str]:
+    """(folder or file, public name) of a base. fetch: brings a hub id into the cache.
 
     Raises BaseModelError that says what the name was taken for.
     """
@@ -120,7 +120,7 @@ def find(source: str | os.PathLike[str]) -> tuple[Path, str]:
     if path.suffix.lower() in WEIGHT_SUFFIXES:
         raise BaseModelError(f"{text}: there is no such file. Check the name and the folder.")
     if HUB_ID.fullmatch(text) and not text.startswith("."):
-        return hub_folder(text), text
+        return fetch(text), text
     raise BaseModelError(
         f"{text}: there is no such folder or file. Wanted pocket, a diffusers folder, a hub id (owner/name) or a "
         ".safetensors file."
@@ -246,7 +246,7 @@ _LATENTS: Mapping[str, Callable[[Mapping[str, Any]], float]] = {
 
 def find_vae(source: str | os.PathLike[str]) -> tuple[Path, str]:
     """(folder with the VAE's config.json or single file, public name)."""
-    path, name = find(source)
+    path, name = find(source, hub_vae)
     if path.is_dir() and not (path / "config.json").is_file():
         path = path / "vae"
     return path, name

@@ -89,6 +89,8 @@ def _from_hub(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
+    from sfumato.bases.hub import not_written
+
     if Path(hub_id).exists():
         raise ConfigError(f"--model {hub_id}: is a file; name the model's folder or a hub id.")
     try:
@@ -100,6 +102,8 @@ def _from_hub(hub_id: str) -> Path:
     try:
         return Path(snapshot_download(hub_id, allow_patterns=list(_WANTED)))
     except Exception as error:  # the hub's library has changed its network library twice
+        if reason := not_written(error):
+            raise ConfigError(f"--model {hub_id}: {reason}") from None
         raise ConfigError(
             f"--model {hub_id}: no folder here, not in the hub's cache, and the hub does not give it "
             f"({type(error).__name__}). Run `hf download {hub_id}` where there is a network, or name a folder."
