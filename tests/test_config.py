@@ -116,7 +116,7 @@ def test_unset_fields_are_filled_and_named():
     assert (config.rank, config.mode, filled) == (16, "a", ["rank"])
 
 
-@pytest.mark.parametrize("words", [["--rank", "1.5"], ["--rank=2.0"]])
+@pytest.mark.parametrize("words", [["--rank", "1.5"], ["--rank=2.0"], ["--rank", "1.55E1"]])
 def test_a_whole_number_with_a_fraction_is_refused_and_not_rounded(words):
     with pytest.raises(ConfigError, match=r"--rank .*whole number"):
         read("--images", "d", *words)

@@ -79,7 +79,7 @@ def _refuse_fractions(config_type: type[DataclassInstance], words: Sequence[str]
         option, equals, value = word.partition("=")
         if option.replace("_", "-") in whole:
             value = value if equals else (words[place + 1] if place + 1 < len(words) else "")
-            if re.fullmatch(r"[+-]?\d*\.\d*", value):
+            if re.fullmatch(r"[+-]?\d*\.\d*(e[+-]?\d+)?", value, re.IGNORECASE):
                 raise ConfigError(f"{option} {value}: wanted a whole number. See {called} --help.")
 
 

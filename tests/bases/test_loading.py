@@ -277,6 +277,22 @@ def test_a_disk_that_takes_no_download_is_told_from_a_hub_that_is_not_there(monk
     assert "(No space left on device). Make room there" in message
 
 
+@pytest.mark.parametrize(
+    ("file", "change", "what"),
+    [
+        ("model_index.json", {"unet": None}, "has no U-Net of Stable Diffusion"),
+        ("model_index.json", {"text_encoder": None}, "without text_encoder"),
+        ("unet/config.json", {"block_out_channels": [32]}, "the U-Net's config.json describes none"),
+        ("text_encoder/config.json", {"hidden_size": "wide"}, "the text encoder's config.json describes none"),
+    ],
+)
+def test_a_config_that_describes_nothing_is_one_line(file, change, what, pocket, tmp_path):
+    folder = shutil.copytree(pocket, tmp_path / "base")
+    config = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps(config | change))
+    assert what in refusal(folder)
+
+
 def test_importing_the_package_loads_no_torch():
     code = "import sys, sfumato.bases, sfumato.bases.recognise; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

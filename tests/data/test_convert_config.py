@@ -1,5 +1,6 @@
 """kohya's and ai-toolkit's configs as a dataset.toml."""
 
+import json
 import tomllib
 
 import pytest
@@ -180,3 +181,43 @@ def test_what_is_neither_is_one_line(tmp_path, name, text, words):
 def test_a_config_that_is_not_there_is_said_to_be_so(tmp_path):
     with pytest.raises(ConfigError, match=r"kohya\.toml: not readable as text \(No such file or directory\)"):
         convert(tmp_path / "kohya.toml")
+
+
+def test_what_names_nothing_is_as_if_left_out(tmp_path):
+    (tmp_path / "a.yaml").write_text(
+        "config:\n  process:\n  - trigger_word: zwx\n    datasets:\n    - folder_path: dogs\n"
+        "      shuffle_tokens: true\n      keep_tokens:\n      num_repeats:\n      caption_dropout_rate: null\n"
+    )
+    (source,) = tomllib.loads(convert(tmp_path / "a.yaml").text)["source"]
+    assert source["keep_tags"] == 1
+    assert not {"repeats", "caption_dropout"} & source.keys()
+
+
+def test_texts_that_are_numbers_are_read_as_such(tmp_path):
+    """As kohya_ss saves some of its fields."""
+    own = {
+        "image_dir": "7",
+        "shuffle_caption": "true",
+        "keep_tokens": "2",
+        "caption_dropout_rate": "0.1",
+        "is_reg": "false",
+    }
+    (tmp_path / "a.json").write_text(json.dumps({"datasets": [{"subsets": [own]}]}))
+    (source,) = tomllib.loads(convert(tmp_path / "a.json").text)["source"]
+    assert source == {"path": "7", "shuffle_tags": True, "keep_tags": 2, "caption_dropout": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("values", "what"),
+    [
+        ({"datasets": ["exif"]}, "datasets holds 'exif'; wanted a table"),
+        ({"datasets": [{"subsets": [3]}]}, "subsets holds 3; wanted a table"),
+        ({"datasets": [{"subsets": [{"image_dir": "a", "num_repeats": "many"}]}]}, "repeats is 'many'; wanted a whole"),
+        ({"config": {"process": [{"datasets": [{"folder_path": "a", "keep_tokens": "x"}]}]}}, "keep_tokens is 'x'"),
+        ({"config": {"process": [{"datasets": ["a"]}]}}, "datasets holds 'a'; wanted a table"),
+    ],
+)
+def test_a_setting_of_another_kind_is_one_line(values, what, tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match=what):
+        convert(tmp_path / "a.json")

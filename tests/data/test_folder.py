@@ -203,3 +203,16 @@ def test_masks_that_are_not_read_are_listed(pictures):
         "masks/nobody.png": "a mask that no picture takes",
         "house.mask.jpg": "masks are read from .png",
     }
+
+
+def test_metadata_leads_through_no_link_out_of_the_folder(tmp_path):
+    for name in ("inside", "outside"):
+        (tmp_path / name).mkdir()
+    noise_picture().save(tmp_path / "inside/a.png")
+    noise_picture().save(tmp_path / "outside/z.png")
+    (tmp_path / "inside/sub").symlink_to(tmp_path / "outside")
+    rows = ['{"file_name": "a.png", "text": "a"}', '{"file_name": "sub/z.png", "text": "z"}']
+    (tmp_path / "inside/metadata.jsonl").write_text("\n".join(rows))
+    folder = read_folder(tmp_path / "inside")
+    assert [example.caption for example in folder] == ["a"]
+    assert ("sub/z.png", "leads out of the folder") in [(entry.name, entry.reason) for entry in folder.ignored]

@@ -189,11 +189,11 @@ def _from_folder(
         raise BaseModelError(f"{folder.name}: no model_index.json, so it is no diffusers folder. {hint}")
     index = folders.read_config(folder, "model_index.json")
     kind = index.get("_class_name")
-    if index.get("unet", [None, None])[1] != "UNet2DConditionModel":
+    if _class_of(index, "unet") != "UNet2DConditionModel":
         raise BaseModelError(f"{folder.name}: a {kind} has no U-Net of Stable Diffusion. Name SD 1.x, SD 2.x or SDXL.")
     config = folders.read_config(folder, "unet/config.json")
     family = FAMILIES[forced] if forced else recognise(config)
-    lacking = [encoder.folder for encoder in family.encoders if not index.get(encoder.folder, [None, None])[1]]
+    lacking = [encoder.folder for encoder in family.encoders if not _class_of(index, encoder.folder)]
     if lacking:
         raise BaseModelError(f"{folder.name}: a {kind} without {lacking[0]}. Name a whole {family.title}.")
     scheduler = folders.read_config(folder, "scheduler/scheduler_config.json")
@@ -242,6 +242,12 @@ _LATENTS: Mapping[str, Callable[[Mapping[str, Any]], float]] = {
     "scaling factor": lambda config: config.get("scaling_factor", 0.18215),
 }
 """What latents of one space have in common, by a VAE's config; a file of its own is read with the family's."""
+
+
+def _class_of(index: Mapping[str, Any], part: str) -> Any:
+    """The class that a model_index.json names for a part, as ["diffusers", "AutoencoderKL"]; None for none."""
+    named = index.get(part)
+    return named[1] if isinstance(named, list) and len(named) == 2 else None
 
 
 def find_vae(source: str | os.PathLike[str]) -> tuple[Path, str]:

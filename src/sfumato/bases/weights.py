@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,21 +25,34 @@ TEXT_CLASSES = {"CLIPTextModel": CLIPTextModel, "CLIPTextModelWithProjection": C
 
 def unet_skeleton(config: Mapping[str, Any]) -> Any:
     """The U-Net of a config on the device `meta`: shapes without memory."""
-    with torch.device("meta"):
+    with _made("U-Net"):
         return diffusers.UNet2DConditionModel.from_config(dict(config))
 
 
 def vae_skeleton(config: Mapping[str, Any]) -> Any:
     """The VAE of a config on the device `meta`."""
-    with torch.device("meta"):
+    with _made("VAE"):
         return diffusers.AutoencoderKL.from_config(dict(config))
 
 
 def text_skeleton(class_name: str, config: Mapping[str, Any]) -> Any:
     """The text encoder of a config on the device `meta`; class_name is one of `TEXT_CLASSES`."""
     settings = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}
-    with torch.device("meta"):
+    with _made("text encoder"):
         return TEXT_CLASSES[class_name](CLIPTextConfig(**settings))
+
+
+@contextmanager
+def _made(what: str) -> Iterator[None]:
+    """What is made within has shapes and no memory. Raises BaseModelError where a config does not describe it."""
+    try:
+        with torch.device("meta"):
+            yield
+    except Exception as error:  # the libraries check each value in a way of its own, or not at all
+        reason = " ".join(str(error).split())[:160]
+        raise BaseModelError(
+            f"the {what}'s config.json describes none ({type(error).__name__}: {reason}). Download it again."
+        ) from None
 
 
 @dataclass(frozen=True)

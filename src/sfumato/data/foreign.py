@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from sfumato.data.source import check_keys
 from sfumato.errors import ConfigError
 
 Tool = Literal["kohya", "ai-toolkit"]
@@ -130,7 +131,8 @@ def convert(path: Path, target: Path | None = None) -> Converted:
         )
     if not entries:
         raise ConfigError(f"{path.name}: its list of data sets is empty; there is nothing to convert.")
-    for entry in entries:
+    for number, entry in enumerate(entries, start=1):
+        check_keys(entry, f"{path.name}, its data set {number}: ")
         entry["path"] = _relative(entry["path"], path.resolve().parent, home)
     return Converted(_to_toml(entries, path.name, tool), len(entries), tool, tuple(dict.fromkeys(notes)))
 
@@ -158,14 +160,22 @@ def _read(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path.name}: cannot be parsed ({' '.join(str(error).split())[:120]}). Mend it.") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path.name}: wanted a table of settings, found {type(values).__name__}.")
-    return values
+    told: dict[str, Any] = _without_empty(values)
+    return told
+
+
+def _without_empty(values: Any) -> Any:
+    """The settings without those that name nothing, as a YAML file's `keep_tokens:` does: they are as if left out."""
+    if isinstance(values, dict):
+        return {key: _without_empty(value) for key, value in values.items() if value is not None}
+    return [_without_empty(value) for value in values] if isinstance(values, list) else values
 
 
 def _kohya(values: Mapping[str, Any], notes: list[str]) -> Iterator[dict[str, Any]]:
     """A subset's settings fall back to its data set's, then to [general]."""
     general = values.get("general", {})
-    for dataset in values["datasets"]:
-        for subset in dataset.get("subsets", []):
+    for dataset in _tables(values["datasets"], "datasets"):
+        for subset in _tables(dataset.get("subsets", []), "subsets"):
             own = {**general, **{key: value for key, value in dataset.items() if key != "subsets"}, **subset}
             if "metadata_file" in own:
                 notes.append("metadata_file: list the captions in metadata.jsonl or .txt files instead")
@@ -175,7 +185,36 @@ def _kohya(values: Mapping[str, Any], notes: list[str]) -> Iterator[dict[str, An
             notes.extend(_left_over(own, _KOHYA_USED | {"metadata_file"}, _KOHYA_ELSEWHERE))
 
 
+def _tables(values: Any, name: str) -> list[dict[str, Any]]:
+    """The list's entries. Raises ConfigError for one that is no table of settings."""
+    if not isinstance(values, list):
+        raise ConfigError(f"{name} is {values!r:.40}; wanted a list of tables.")
+    for value in values:
+        if not isinstance(value, dict):
+            raise ConfigError(f"{name} holds {value!r:.40}; wanted a table of settings.")
+    return values
+
+
+_TEXTS = frozenset(
+    ["image_dir", "class_tokens", "caption_extension", "caption_separator", "caption_prefix", "caption_suffix"]
+    + ["folder_path", "dataset_path", "caption_ext", "trigger_word", "default_caption"]
+)
+
+
+def _told(own: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with numbers and yes or no as such, where a program saved its fields as texts: "0.1", "true"."""
+    return {key: value if key in _TEXTS else _scalar(value) for key, value in own.items()}
+
+
+def _scalar(value: Any) -> Any:
+    try:
+        return json.loads(value.lower()) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
 def _kohya_source(own: Mapping[str, Any]) -> dict[str, Any]:
+    own = _told(own)
     return _plain(
         path=own["image_dir"],
         repeats=own.get("num_repeats", 1),
@@ -184,7 +223,7 @@ def _kohya_source(own: Mapping[str, Any]) -> dict[str, Any]:
         caption=_affixes(own.get("caption_prefix"), own.get("caption_suffix")),
         caption_suffix=_suffix(own.get("caption_extension")),
         shuffle_tags=own.get("shuffle_caption", False),
-        keep_tags=int(own.get("keep_tokens") or 0),
+        keep_tags=own.get("keep_tokens", 0),
         separator=own.get("caption_separator") or ",",
         caption_dropout=own.get("caption_dropout_rate", 0.0),
         tag_dropout=own.get("caption_tag_dropout_rate", 0.0),
@@ -226,12 +265,13 @@ def _toolkit_datasets(values: Mapping[str, Any]) -> list[tuple[Mapping[str, Any]
         (dataset, process.get("trigger_word") or "")
         for process in processes
         if isinstance(process, dict)
-        for dataset in process.get("datasets") or []
+        for dataset in _tables(process.get("datasets", []), "datasets")
     ]
 
 
 def _toolkit(datasets: list[tuple[Mapping[str, Any], str]], notes: list[str]) -> Iterator[dict[str, Any]]:
-    for own, trigger in datasets:
+    for said, trigger in datasets:
+        own = _told(said)
         path = own.get("folder_path") or own.get("dataset_path")
         if not path:
             raise ConfigError("a data set has no folder_path, so there is nothing to read; give it one.")
@@ -252,7 +292,7 @@ def _toolkit(datasets: list[tuple[Mapping[str, Any], str]], notes: list[str]) ->
             trigger=word or None,
             caption_suffix=_suffix(own.get("caption_ext", "txt")),
             shuffle_tags=own.get("shuffle_tokens", False),
-            keep_tags=own.get("keep_tokens", 0) + (1 if word and own.get("shuffle_tokens") else 0),
+            keep_tags=_number(own, "keep_tokens") + (1 if word and own.get("shuffle_tokens") else 0),
             caption_dropout=own.get("caption_dropout_rate", 0.0),
             tag_dropout=own.get("token_dropout_rate", 0.0),
             flip=own.get("flip_x", False),
@@ -261,6 +301,12 @@ def _toolkit(datasets: list[tuple[Mapping[str, Any], str]], notes: list[str]) ->
             weight=own.get("loss_multiplier", 1.0),
         )
         notes.extend(_left_over(own, _TOOLKIT_USED | {"mask_path"}, _TOOLKIT_ELSEWHERE))
+
+
+def _number(own: Mapping[str, Any], key: str) -> int:
+    if not isinstance(value := own.get(key, 0), int):
+        raise ConfigError(f"{key} is {value!r:.40}; wanted a whole number.")
+    return value
 
 
 def _left_over(own: Mapping[str, Any], used: frozenset[str], elsewhere: Mapping[str, str]) -> Iterator[str]:

@@ -94,6 +94,7 @@ class _Reader:
         self.captions: list[Path] = []
         self.likely: str | None = None
         self.read_below: set[Path] = set()
+        self.inside: dict[Path, bool] = {}
         self.spelt: dict[Path, dict[str, Path]] = {}
         self.sums: dict[Path, str] = {}
 
@@ -202,7 +203,7 @@ class _Reader:
                 self._ignore(entry, FOLDER_OF_PICTURES if _holds_pictures(entry) else "a folder")
         elif not entry.is_file():
             self._ignore(entry, "a broken link" if entry.is_symlink() else "not a plain file")
-        elif entry.is_symlink() and not entry.resolve().is_relative_to(self.real_root):
+        elif not self._is_inside(entry):
             self._ignore(entry, "leads out of the folder")
         elif self._is_caption(entry) or entry.name in (METADATA, NAME) or _is_document(entry):
             pass
@@ -220,7 +221,12 @@ class _Reader:
 
     def _is_inside(self, file: Path) -> bool:
         """Whether it is a plain file that no link leads out of the folder for."""
-        return file.is_file() and (not file.is_symlink() or file.resolve().is_relative_to(self.real_root))
+        folder = file.parent
+        if folder not in self.inside:  # a link may lead out on the way, too
+            self.inside[folder] = folder.resolve().is_relative_to(self.real_root)
+        if not file.is_file() or not self.inside[folder]:
+            return False
+        return not file.is_symlink() or file.resolve().is_relative_to(self.real_root)
 
     def _check(self, file: Path) -> None:
         check_files([file], [self.sums.get(file, "")])

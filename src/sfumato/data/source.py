@@ -12,7 +12,7 @@ datasets/README.md lists the keys. Imports no torch.
 
 import difflib
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -123,7 +123,7 @@ def sources_of(
     entries = values.pop("source", None)
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise ConfigError(f'{path.name}: no sources in it; write [[source]] and path = "DIR" for each folder.')
-    _check_keys(values, f"{path.name}: ", known=[key for key in _KEYS if key != "path"] + ["source"])
+    check_keys(values, f"{path.name}: ", known=[key for key in _KEYS if key != "path"] + ["source"])
     defaults = {key: value for key, value in given.items() if value is not None} | values
     return [_source(entry, defaults, path, number) for number, entry in enumerate(entries, start=1)]
 
@@ -139,7 +139,8 @@ def _load(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: not readable as TOML ({' '.join(str(error).split())}); mend that line.") from None
 
 
-def _check_keys(values: Mapping[str, Any], where: str, known: list[str]) -> None:
+def check_keys(values: Mapping[str, Any], where: str, known: Sequence[str] = tuple(_KEYS)) -> None:
+    """Raises ConfigError, which begins with `where`, for a key that is none of `known`, or a value of another type."""
     for key, value in values.items():
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
@@ -152,7 +153,7 @@ def _check_keys(values: Mapping[str, Any], where: str, known: list[str]) -> None
 
 def _source(entry: Mapping[str, Any], defaults: Mapping[str, Any], file: Path, number: int) -> Source:
     where = f"{file.name}, source {number}: "
-    _check_keys(entry, where, known=list(_KEYS))
+    check_keys(entry, where)
     shared = {k: v for k, v in defaults.items() if not entry.get("class") or k not in _OF_THE_SUBJECT}
     values = {**shared, **entry}
     if "path" not in entry:
