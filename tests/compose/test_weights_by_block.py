@@ -55,7 +55,8 @@ def test_a_list_of_seventeen_numbers_is_sd_15s():
     assert weight_at(outs, "unet", "up_blocks.1.attentions.0.proj_in") == 1.0
     assert weight_at(outs, "unet", "down_blocks.1.attentions.0.proj_in") == 0.0
     assert weight_at(outs, "text_encoder", "encoder.layers.0.mlp.fc1") == 1.0
-    assert weight_at(outs, "unet", "time_embedding.linear_1") == 0.0
+    assert weight_at(outs, "unet", "up_blocks.0.resnets.0.conv1") == 0.0  # OUT00, which the list leaves out
+    assert weight_at(outs, "unet", "time_embedding.linear_1") == 1.0  # in no block
 
 
 def test_b_loras_style_is_one_block_of_sdxl():

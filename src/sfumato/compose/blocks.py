@@ -26,6 +26,8 @@ LISTS: Mapping[int, tuple[str, ...]] = MappingProxyType(
 )
 """What the numbers of a block-weight list of each length are for; BASE is the text encoders."""
 
+_NO_BLOCK: Mapping[str, float] = MappingProxyType(dict.fromkeys(LISTS[26], 0.0))
+
 WEB_PRESETS: Mapping[str, str] = MappingProxyType(
     {
         # sd-webui-lora-block-weight's own; each is a list of 17.
@@ -89,7 +91,8 @@ class Blocks:
                     f"blocks {text[:60]!r}: a block-weight list has 17 or 26 numbers (SD, the second with "
                     f"convolutions), 12 or 20 (SDXL); this has {len(words)}."
                 )
-            return cls(weight, dict(zip(names, map(float, words), strict=True)), rest=0.0)
+            # Blocks that a list leaves out are off, and what is in no block, as time and output layers, counts whole.
+            return cls(weight, {**_NO_BLOCK, **dict(zip(names, map(float, words), strict=True))})
         factors: dict[str, float] = {}
         for word in words:
             name, colon, number = word.rpartition(":")
@@ -106,8 +109,9 @@ class Blocks:
     def factors_text(self) -> str:
         """The factors as `parse` reads them: as a list where they are one, else by name."""
         known = dict(self.factors)
-        for names in LISTS.values():
-            if set(names) == set(known) and self.rest == 0:
+        is_list = known.keys() == _NO_BLOCK.keys() and self.rest == 1
+        for _, names in sorted(LISTS.items()) if is_list else ():
+            if not any(known[name] for name in known.keys() - set(names)):
                 return ",".join(exact(known[name]) for name in names)
         each = ",".join(f"{name}:{exact(factor)}" for name, factor in self.factors)
         return each if self.rest == 1 else f"{each},rest:{exact(self.rest)}".lstrip(",")
