@@ -1,7 +1,15 @@
 """A file appears whole and beside its place, and on nothing that was there unless that was asked for."""
 
-from sfumato.files.atomic import atomic_path, beside, check_free, write_text
+import errno
+
+import pytest
+from safetensors import SafetensorError
+
+from sfumato.errors import FileError
+from sfumato.files.atomic import atomic_folder, atomic_path, beside, check_free, write_text
+from sfumato.files.save import model_folder
 from tests.files.said import said
+from tests.runs.faults import failing
 
 
 def test_a_file_appears_whole_and_beside_its_place(tmp_path):
@@ -34,3 +42,35 @@ def test_two_that_write_one_file_at_once_are_not_in_each_others_way(tmp_path):
     names = {beside(place, ".gz").name for _ in range(100)} | {beside(place).name}
     assert len(names) == 101
     assert all(name.startswith(".a.tar.") and name.endswith((".part", ".part.gz")) for name in names)
+
+
+def test_a_folder_takes_the_place_of_an_earlier_one_once_it_is_whole(tmp_path):
+    place = tmp_path / "new/model"
+    for content in ("1", "2"):
+        with atomic_folder(place) as temporary:
+            (temporary / "weights").write_text(content)
+            assert not place.exists() or (place / "weights").read_text() == "1"
+        assert (place / "weights").read_text() == content
+    assert list(place.parent.iterdir()) == [place]
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_an_earlier_folder_stays_where_a_rename_fails(at, tmp_path, monkeypatch):
+    """The first moves it aside, the second brings the new one in, and what failed once is tried once more."""
+    place = tmp_path / "model"
+    place.mkdir()
+    (place / "weights").write_text("1")
+    with pytest.raises(OSError, match="space"), failing(monkeypatch, tmp_path, "rename", at, errno.ENOSPC):  # noqa: SIM117
+        with atomic_folder(place) as new:
+            (new / "weights").write_text("2")
+    assert (place / "weights").read_text() == "1"
+    assert list(tmp_path.iterdir()) == [place]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("I/O error")])
+def test_a_disk_that_takes_no_model_is_one_line_and_the_earlier_one_stays(error, tmp_path):
+    place = tmp_path / "model"
+    place.mkdir()
+    with pytest.raises(FileError, match=r"could not be written \((No space|I/O).*Make room"), model_folder(place):
+        raise error
+    assert list(tmp_path.iterdir()) == [place]

@@ -196,8 +196,10 @@ def _tables(values: Any, name: str) -> list[dict[str, Any]]:
 
 
 _TEXTS = frozenset(
-    ["image_dir", "class_tokens", "caption_extension", "caption_separator", "caption_prefix", "caption_suffix"]
-    + ["folder_path", "dataset_path", "caption_ext", "trigger_word", "default_caption"]
+    (
+        *("image_dir", "class_tokens", "caption_extension", "caption_separator", "caption_prefix", "caption_suffix"),
+        *("folder_path", "dataset_path", "caption_ext", "trigger_word", "default_caption"),
+    )
 )
 
 
