@@ -78,6 +78,7 @@ def extract_file(config: Config) -> Path:
         title=config.output.stem,
         family=base.family.name,
         base=base.name,
+        prediction_type=tuned.prediction_type or base.prediction_type,
         trigger=config.trigger,
         config=to_dict(config, public=True),
         extra={"sfumato.kept_energy": f"{kept.share:.6f}"},

@@ -20,7 +20,8 @@ from sfumato import schedulers
 from sfumato.bases import load_base
 from sfumato.drawing import Start, draw
 from sfumato.errors import BaseModelError, ConfigError
-from tests.tiny import CPU, tiny_pipeline, tiny_pocket_folder
+from sfumato.precision import decide
+from tests.tiny import CPU, tiny_pipeline, tiny_pocket_folder, write_folder
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +101,21 @@ def test_a_sampler_that_cannot_begin_in_pure_noise_is_refused_on_such_a_base(poc
     schedule = {**pocket.scheduler.config, "rescale_betas_zero_snr": True}
     with pytest.raises(ConfigError, match="zero terminal SNR"):
         schedulers.scheduler("pndm", schedule)
+    for name in ("DPM++ 2M Karras", "euler_karras", "unipc karras"):
+        with pytest.raises(ConfigError, match=r"zero terminal SNR\. Take (DPM\+\+ 2M|euler|unipc)\.$"):
+            schedulers.scheduler(name, schedule)
     assert schedulers.scheduler("euler", schedule).config.timestep_spacing == "trailing"
+
+
+def test_a_picture_to_begin_from_leaves_the_vae_of_sdxl_as_it_was(tmp_path):
+    folder = write_folder(tiny_pipeline("sdxl"), tmp_path / "sdxl")
+    base = load_base(folder, precision=decide("bf16", device="cpu", adapting=True))
+    before = {name: tensor.clone() for name, tensor in base.vae.state_dict().items()}
+    assert {tensor.dtype for tensor in before.values()} == {torch.float32}
+    draw(base, "a cat", 1, steps=2, width=64, height=64, start=Start(Image.new("RGB", (64, 64)), strength=0.5))
+    for name, tensor in base.vae.state_dict().items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, before[name]), name
 
 
 def test_an_unknown_sampler_gets_a_suggestion_without_torch():

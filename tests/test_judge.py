@@ -137,6 +137,9 @@ def test_the_summary_counts_pictures_and_says_which_goals_are_met():
         "closed": torch.tensor([0.6]),
     }
     found = summary([run, run])
+    assert found["style"]["after_95"] == [1.0, 1.0]
+    other = {**run, "style_after": torch.zeros(10)}
+    assert summary([run, other])["style"]["after_95"] == [0.0, 1.0]  # two runs tell little, whatever was drawn in each
     assert (found["pictures"], found["style"]["after"], found["top5"]["after"]) == (20, 1.0, 0.8)
     assert list(found["goals"].values()) == [True, False, True]
 

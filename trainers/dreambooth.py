@@ -143,7 +143,7 @@ def train(config: Config) -> Path:
     examples = read_examples(config, subject)
     precision = config.decide_precision(processes, config.optimizer, adapting=config.method == "lora")
     if config.method == "full":
-        precision = full_precision(precision)
+        precision = full_precision(precision, eight_bit=config.optimizer == "adamw8bit")
     scaler = precision.scaler()
     if config.fused:
         fusing.check(

@@ -158,7 +158,9 @@ def to_dict(config: DataclassInstance, *, public: bool = False) -> dict[str, Any
 
 def _without_folders(text: str) -> str:
     """Of a path, such as LABEL=FILE:0.8, the last part; what may be a hub id, and other texts, as they are."""
-    label, equals, path = text.rpartition("=")
+    label, equals, path = text.partition("=")
+    if not equals or re.search(r"[\\/]", label):  # a folder's name may hold a sign, too
+        label, equals, path = "", "", text
     is_path = Path(path).is_absolute() or re.match(r"(~|\.\.?)[\\/]", path) or ".safetensors" in path
     return label + equals + re.split(r"[\\/]", path.rstrip("\\/"))[-1] if is_path else text
 

@@ -195,7 +195,7 @@ def _draw_batch(
         with told_by_stages(pipe.unet, told, pipe.scheduler) if len(told) > 1 else nullcontext():
             return _denoise(pipe, _embedded(told[0]), seeds, options, start)
 
-    with base.precision.autocast() if base else nullcontext(), counted(steps):
+    with _kept_as_it_is(pipe.vae), base.precision.autocast() if base else nullcontext(), counted(steps):
         latents = denoise()
     in_half = pipe.unet.dtype != torch.float32 or (base is not None and base.precision.compute != torch.float32)
     if not torch.isfinite(latents).all() and in_half:
@@ -213,6 +213,18 @@ def _draw_batch(
         # The VAE's reconstruction of what was to stay is not what was to stay.
         pictures = [Image.composite(picture, start.picture, start.mask) for picture in pictures]
     return _safe(pictures, pipe, seeds)
+
+
+@contextmanager
+def _kept_as_it_is(vae: torch.nn.Module) -> Iterator[None]:
+    """SDXL's pipelines that begin with a picture leave an fp32 VAE in half precision; after the block it is itself."""
+    held = {tensor: tensor.data for tensor in (*vae.parameters(), *vae.buffers())}
+    try:
+        yield
+    finally:
+        for tensor, data in held.items():
+            if tensor.dtype != data.dtype:
+                tensor.data = data
 
 
 @torch.no_grad()

@@ -33,16 +33,29 @@ _LEAVES = {
 """(parameter's name, whether its module is a normalisation) -> LyCORIS' name for its change."""
 
 
-def full_precision(precision: Precision) -> Precision:
+def full_precision(precision: Precision, *, eight_bit: bool = False) -> Precision:
     """The same decision for a base whose own weights are trained: they are read and kept in fp32, and still computed
     with in `compute`. A start rounded to half precision would be a change of the base that nobody asked for; so would
-    be a VAE rounded so, which is written again with the whole folder."""
+    be a VAE rounded so, which is written again with the whole folder.
+
+    eight_bit: whether an 8-bit optimizer trains them: bitsandbytes lays weights out anew at its first step, and its
+    moments then are where the weights were, so that they are never channels_last.
+    """
     reasons = {
         **precision.reasons,
         "frozen weights": "the base's own weights are trained, so they are read in fp32",
         "VAE": "written again beside the trained weights, so it is read in fp32",
     }
-    return dataclasses.replace(precision, storage=torch.float32, vae=torch.float32, reasons=MappingProxyType(reasons))
+    if eight_bit and precision.channels_last:
+        reasons["channels last"] = "the 8-bit optimizer undoes it"
+    channels_last = precision.channels_last and not eight_bit
+    return dataclasses.replace(
+        precision,
+        storage=torch.float32,
+        vae=torch.float32,
+        channels_last=channels_last,
+        reasons=MappingProxyType(reasons),
+    )
 
 
 def parts_of(base: Base, *, text: bool) -> dict[str, nn.Module]:

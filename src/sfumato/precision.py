@@ -145,13 +145,15 @@ def _keep_freed_memory() -> None:
 
 
 def give_back_freed_memory() -> None:
-    """Let the system have what is kept by the above and the CUDA allocator: for when a part of a model is let go."""
+    """Let the system have what is kept by the above and the GPU's allocator: for when a part of a model is let go."""
     malloc_trim = _of_glibc("malloc_trim")
     if malloc_trim is not None:
         malloc_trim(0)
     cuda: Any = torch.cuda
     if cuda.is_initialized():
         torch.cuda.empty_cache()
+    if torch.backends.mps.is_available():
+        torch.mps.empty_cache()
 
 
 def _of_glibc(name: str) -> Any:

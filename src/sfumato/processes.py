@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from sfumato.errors import RunError
 
 _AS_LONG_AS_IT_TAKES = timedelta(days=30)
+_WHILE_THE_MAIN_ONE_WRITES = timedelta(hours=3)
+"""The others wait while the main process writes tens of gigabytes, or uploads them; NCCL's default is ten minutes."""
+_MESSAGE_BYTES = 2**26
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,8 @@ class Processes:
     @classmethod
     def join(cls, device: str = "auto") -> "Processes":
         """Meet the other processes, if `accelerate launch` started any."""
-        state = PartialState(cpu=device == "cpu" or (device == "auto" and not _has_accelerator()))
+        on_cpu = device == "cpu" or (device == "auto" and not _has_accelerator())
+        state = PartialState(cpu=on_cpu, timeout=_WHILE_THE_MAIN_ONE_WRITES)
         found = state.device if device == "auto" else torch.device(device)
         if found.type == "cpu":
             found = torch.device("cpu")  # accelerate numbers it, and "cpu:1" would be another device than "cpu"
@@ -45,17 +49,17 @@ class Processes:
         return self.rank * share, share
 
     def sum(self, tensors: Iterable[Tensor]) -> None:
-        """Replace each tensor by its sum over the processes; one message for all of them."""
+        """Replace each tensor by its sum over the processes; small ones share a message, an adapter's are one."""
         if self.count == 1:
             return
-        listed = list(tensors)
-        flat = torch.cat([t.detach().reshape(-1) for t in listed])
-        torch.distributed.all_reduce(flat)
-        for tensor, total in zip(listed, torch.split(flat, [t.numel() for t in listed]), strict=True):
-            tensor.detach().copy_(total.view_as(tensor))
+        for listed in _messages(tensors):
+            flat = torch.cat([t.detach().reshape(-1) for t in listed])
+            torch.distributed.all_reduce(flat)
+            for tensor, total in zip(listed, torch.split(flat, [t.numel() for t in listed]), strict=True):
+                tensor.detach().copy_(total.view_as(tensor))
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter], *figures: Tensor) -> None:
-        """Replace each gradient, and each of the figures, by its sum over the processes; one message for all of them.
+        """Replace each gradient, and each of the figures, by its sum over the processes.
 
         Where a parameter has a gradient in some processes only, as a text encoder's where one of them met no caption,
         the others count as zeros. Where it has none in any, as a layer's whose output is not used, it keeps none: an
@@ -131,3 +135,17 @@ class Processes:
 
 def _has_accelerator() -> bool:
     return torch.cuda.is_available() or torch.backends.mps.is_available()
+
+
+def _messages(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """The tensors in their order, as many at a time as make a message: all gradients at once would be there twice."""
+    listed: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        if listed and size + tensor.nbytes > _MESSAGE_BYTES:
+            yield listed
+            listed, size = [], 0
+        listed.append(tensor)
+        size += tensor.nbytes
+    if listed:
+        yield listed

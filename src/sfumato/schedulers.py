@@ -9,6 +9,7 @@ import difflib
 import importlib.util
 import inspect
 import math
+import re
 from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -116,6 +117,12 @@ def scheduler(name: str, schedule: Mapping[str, Any]) -> Any:
     if shared.get("rescale_betas_zero_snr"):
         if "rescale_betas_zero_snr" not in known:
             raise ConfigError(f"--sampler {name}: cannot draw on a base with zero terminal SNR. Take ddim or euler.")
+        if chosen.settings.get("use_karras_sigmas"):
+            # From a sigma of thousands Karras' steps lie so close at first that their timesteps are one and the same.
+            raise ConfigError(
+                f"--sampler {name}: Karras' schedule spends its steps in pure noise on a base with zero terminal SNR. "
+                f"Take {re.sub(r'[ _-]*karras$', '', name, flags=re.IGNORECASE)}."
+            )
         shared["timestep_spacing"] = "trailing"  # starts at the last timestep, pure noise, as training saw it
     return kind.from_config({key: value for key, value in {**shared, **chosen.settings}.items() if key in known})
 

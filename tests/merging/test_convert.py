@@ -159,6 +159,25 @@ def test_a_bias_goes_to_diffusers_and_peft_and_is_refused_to_the_others(tmp_path
     assert not (tmp_path / "k.safetensors").exists()
 
 
+def test_the_zero_biases_of_diffusers_form_are_none(tmp_path):
+    """Where one module has a bias all have one there; kohya's grammar holds those that are of zeros."""
+    tensors = {f"{QUERY}.{name}": torch.ones(shape) for name, shape in (HALVES | {"diff_b": (8,)}).items()}
+    tensors["lora_unet_mid_block_attentions_0_proj_in.diff_b"] = torch.zeros(8)
+    for name, shape in HALVES.items():
+        tensors[f"lora_unet_mid_block_attentions_0_proj_in.{name}"] = torch.ones(shape)
+    file = write_tensors(tmp_path / "a.safetensors", tensors, {"ss_base_model_version": "sd_v1"})
+    changes = read_adapter(file).changes
+    assert sorted(change.bias_delta is not None for change in changes.values()) == [False, True]
+
+
+def test_peft_s_folder_does_not_state_the_hashes_of_the_file_it_was_made_of(adapter_file, tmp_path):
+    a = adapter_file("a")
+    assert "sshs_model_hash" in read_header(a).metadata
+    assert run(convert, a, "--to", "peft", "-o", tmp_path / "peft") == 0
+    for file in (tmp_path / "peft").rglob("*.safetensors"):
+        assert not [key for key in read_header(file).metadata if "hash" in key]
+
+
 @pytest.mark.parametrize("to", FORMS)
 def test_a_difference_of_a_norm_is_refused_as_a_lora_and_exact_as_a_difference(to, tiny_base, tmp_path, capsys):
     base, name = tiny_base("sd1"), "lora_unet_mid_block_resnets_0_norm1"

@@ -1,5 +1,8 @@
 """`sfumato extract` and `sfumato resize`: an adapter out of two models, a smaller one out of a larger."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -97,11 +100,28 @@ def test_what_a_base_predicts_is_said_where_the_files_say_it_and_not_made_up(kin
         assert read_header(out).metadata.get("modelspec.prediction_type") == kind
 
 
-def test_an_extracted_adapter_does_not_make_up_what_the_base_predicts(tiny_base, adapter_file, tmp_path):
-    base = tiny_base("pocket").folder
+@pytest.mark.parametrize(("told", "said"), [("v_prediction", "v"), ("epsilon", "epsilon"), (None, "epsilon")])
+def test_an_extracted_adapter_says_what_the_bases_scheduler_predicts(told, said, tiny_base, adapter_file, tmp_path):
+    """diffusers takes epsilon where a scheduler's config does not say it."""
+    base = shutil.copytree(tiny_base("pocket").folder, tmp_path / "base")
+    config = json.loads((base / "scheduler/scheduler_config.json").read_text())
+    config.pop("prediction_type", None)
+    config |= {"prediction_type": told} if told else {}
+    (base / "scheduler/scheduler_config.json").write_text(json.dumps(config))
     assert run(merge, adapter_file("a"), "--into", base, "-o", tmp_path / "tuned") == 0
     assert run(extract, tmp_path / "tuned", "--base", base, "--rank", 2, "-o", tmp_path / "e.safetensors") == 0
-    assert "modelspec.prediction_type" not in read_header(tmp_path / "e.safetensors").metadata
+    assert read_header(tmp_path / "e.safetensors").metadata["modelspec.prediction_type"] == said
+
+
+def test_a_smaller_or_merged_adapter_names_its_authors_and_licences(adapter_file, tmp_path):
+    files = [tmp_path / "one.safetensors", tmp_path / "two.safetensors"]
+    for file, author in zip(files, ("Ann", "Ben"), strict=True):
+        save_file(load_file(adapter_file("a")), file, {"modelspec.author": author, "modelspec.license": "cc-by-4.0"})
+    for program, words, author in ((resize, [files[0], "--rank", 1], "Ann"), (merge, files, "Ann, Ben")):
+        out = tmp_path / f"{program.__name__}.safetensors"
+        assert run(program, *words, "--family", "pocket", "-o", out) == 0
+        metadata = read_header(out).metadata
+        assert (metadata["modelspec.author"], metadata["modelspec.license"]) == (author, "cc-by-4.0")
 
 
 def test_parts_are_chosen(tiny_base, adapter_file, tmp_path):

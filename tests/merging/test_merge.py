@@ -58,7 +58,8 @@ def test_weight_0_is_the_other_file(adapter_file, tmp_path):
     for method in ("linear", "ties", "np-lora"):
         for files in ((f"{a}:0", f"{b}:1"), (f"{b}:1", f"{a}:0"), (f"{b}:1",)):
             out = tmp_path / f"{method}.safetensors"
-            assert run(*files, "-o", out, "--method", method, "--density", 1, "--overwrite") == 0
+            whole = ("--density", 1) if method == "ties" else ()
+            assert run(*files, "-o", out, "--method", method, *whole, "--overwrite") == 0
             for target, delta in deltas(out).items():
                 assert_close(delta, other[target], rtol=1e-5, atol=1e-6)
 
@@ -159,6 +160,10 @@ def test_shapes_are_not_mixed(tiny_base):
         (["A", "--blocks", "nothing"], "names none of the"),
         (["A", "--rank", "0"], "rank 0: wanted at least 1"),
         (["A", "--method", "ties", "--density", "0"], "density 0"),
+        (["A", "--density", "0.2"], "--density has no effect on --method linear"),
+        (["A", "--method", "ties", "--inside", "dare"], "--inside has no effect on --method ties"),
+        (["A", "--method", "knots", "--null-strength", "2"], "--null-strength has no effect on --method knots"),
+        (["A", "--method", "np-lora", "--null-energy", "5"], "--null-energy is 5"),
         (["A:strong"], "'strong' is no weight"),
         (["A:0.5", "-o", "A"], "exists already"),
     ],

@@ -45,9 +45,7 @@ def write_diffusers(
     """
     _check(modules, path.name, family)
     tensors = _tensors({_dotted(target): module for target, module in modules.items()}, dtype, path)
-    described = {**(metadata or {}), KEY: fingerprint(modules)}
-    for key in [key for key in described if key.startswith("ss_network_")]:
-        del described[key]  # kohya's, which this file is not
+    described = _described(metadata, fingerprint(modules))
     described.update(hashes(tensors, described))
     check_metadata(described, path)
     return write_tensors(path, tensors, described)
@@ -77,14 +75,23 @@ def write_peft(
                 place.mkdir(exist_ok=True)
                 own = {target: module for target, module in modules.items() if target[0] == part}
                 named = {f"base_model.model.{path}": module for (_, path), module in own.items()}
-                described = {**(metadata or {}), KEY: whole}
+                tensors = _tensors(named, dtype, folder)
+                described = _described(metadata, whole)
                 check_metadata(described, folder)
-                write_tensors(place / MODEL, _tensors(named, dtype, folder), described)
+                write_tensors(place / MODEL, tensors, described)
                 text = json.dumps(_config(part, own), indent=2, sort_keys=True) + "\n"
                 (place / CONFIG).write_text(text, encoding="utf-8")
     except OSError as error:
         raise FileError(f"{folder.name}: the folder could not be written ({error.strerror}). Make room.") from None
     return folder
+
+
+def _described(metadata: Mapping[str, str] | None, whole: str) -> dict[str, str]:
+    """The metadata without what kohya's file said of its network and of its bytes, which these are not."""
+    of_bytes = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
+    given = (metadata or {}).items()
+    kept = {key: value for key, value in given if key not in of_bytes and not key.startswith("ss_network_")}
+    return {**kept, KEY: whole}
 
 
 def _check(modules: Mapping[Target, LoraModule], name: str, family: str) -> None:

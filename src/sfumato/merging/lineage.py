@@ -38,7 +38,7 @@ def inherit(
     """The metadata of a file made of `parents`; `write_lora` adds what it takes from the tensors.
 
     Trigger words are united in the order of the parents. Base, its fingerprint, adapter guidance and steps are those
-    that all parents name.
+    that all parents name; every author and licence of theirs is named.
     """
     bases = {parent.metadata.get("ss_sd_model_name", "") for parent in parents}
     fingerprints = {parent.metadata.get("sfumato.base_fingerprint", "") for parent in parents}
@@ -57,9 +57,17 @@ def inherit(
         adapter_guidance=strengths.pop() if len(strengths) == 1 else 0.0,
         over_steps=spans.pop() if len(spans) == 1 else None,
         parents=[_parent(parent) for parent in parents],
+        author=_all(parents, "modelspec.author"),
+        license=_all(parents, "modelspec.license"),
         extra=extra or {},
     )
     return describe(description)
+
+
+def _all(parents: Sequence[Parent], key: str) -> str:
+    """What the parents say under the key, each once."""
+    said = (parent.metadata.get(key, "").strip() for parent in parents)
+    return ", ".join(dict.fromkeys(text for text in said if text))
 
 
 def baked(parents: Sequence[Parent], *, title: str, config: Mapping[str, Any] | None = None) -> dict[str, str]:

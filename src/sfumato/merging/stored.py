@@ -51,14 +51,19 @@ class Place:
         return (stored.T if self.transposed else stored).view(self.shape)
 
 
+_PREDICTIONS = MappingProxyType({"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"})
+
+
 @dataclass(frozen=True)
 class Stored:
-    """A base's parameters and where they lie. root: the folder or file. name: its public name."""
+    """A base's parameters and where they lie. root: the folder or file. name: its public name. prediction_type: where
+    the folder's scheduler or the file's metadata says it."""
 
     root: Path
     name: str
     family: Family
     places: Mapping[Parameter, Place]
+    prediction_type: str = ""
     _mapped: dict[Path, dict[str, Tensor]] = field(default_factory=dict, repr=False, compare=False)
 
     def parameter(self, target: Target, which: str = "weight") -> Parameter | None:
@@ -119,7 +124,8 @@ def _in_file(path: Path, name: str) -> Stored:
                 old, third, transposed = open_clip_name(key)
             place = Place(path, real.get(old, prefix + old), tuple(value.shape), third, transposed)
             _place(places, (encoder.folder, key), header, place)
-    return Stored(path, name, family, MappingProxyType(places))
+    said = _PREDICTIONS.get(header.metadata.get("modelspec.prediction_type", ""), "")
+    return Stored(path, name, family, MappingProxyType(places), said)
 
 
 def _place(places: dict[Parameter, Place], parameter: Parameter, header: Header, place: Place) -> None:
@@ -138,7 +144,11 @@ def _in_folder(path: Path, name: str) -> Stored:
     _collect(places, "unet", path / "unet", shapes)
     for encoder in family.encoders:
         _collect(places, encoder.folder, path / encoder.folder, _text_shapes(path, encoder))
-    return Stored(path, name, family, MappingProxyType(places))
+    said = ""
+    if (path / "scheduler/scheduler_config.json").is_file():
+        config = folders.read_config(path, "scheduler/scheduler_config.json")
+        said = _PREDICTIONS.get(config.get("prediction_type", "epsilon"), "")  # diffusers' own default
+    return Stored(path, name, family, MappingProxyType(places), said)
 
 
 def _text_shapes(path: Path, encoder: Encoder) -> dict[str, tuple[int, ...]]:

@@ -30,6 +30,7 @@ import sfumato
 from sfumato import config as configs
 from sfumato.errors import RunError, SfumatoError
 from sfumato.files.atomic import write_text
+from sfumato.precision import give_back_freed_memory
 from sfumato.runs import identity, progress
 from sfumato.runs.checkpoints import Checkpoints, NotFiniteError, bytes_of, require_space
 from sfumato.runs.folder import also_written, clear, forget_new, forget_samples, going_on, has_begun, is_run
@@ -264,8 +265,11 @@ class Run:
                 continue
             try:
                 look(step)
-            except (OSError, SfumatoError) as error:
+            except (OSError, SfumatoError, torch.OutOfMemoryError) as error:
                 reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+                if isinstance(error, torch.OutOfMemoryError):
+                    give_back_freed_memory()
+                    reason = "the GPU's memory does not hold them beside the training"
                 if step == 0:  # nothing is lost yet, and it would go on like this
                     raise RunError(f"the first samples or measurements failed: {reason}") from None
                 self.say(f"step {step}: no sample or measurement: {reason}. The training goes on.")

@@ -57,7 +57,8 @@ class LoraModule:
             bias = up_bias.float() * (alpha / rank)
         if bias is not None and bias.numel() != up.shape[0]:
             raise parts.refused(f"the bias has {bias.numel()} values; wanted {up.shape[0]}, as lora_up has rows")
-        return cls(down, up, alpha, mid, bias)
+        # Where one module changes its bias, diffusers' form has one in all of them, of zeros.
+        return cls(down, up, alpha, mid, bias if bias is not None and bool(bias.any()) else None)
 
     @property
     def rank(self) -> int:
