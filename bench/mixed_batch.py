@@ -3,10 +3,10 @@
     python -m bench.mixed_batch [--pictures 8] [--rounds 3] [--size 64] [--resident 100] [--ours-only]
 
 SD 1.5's U-Net at full size with random weights in bf16, rank-16 adapters on all attention. Prints JSON: seconds of a
-U-Net call for a batch without adapters, with one set for each picture (ours), and for diffusers loading, calling and
-unloading for each picture; with one adapter in all rows, and under adapter guidance in half of them; and of many
-adapters that one mix holds, the seconds to load and to switch to each, and the memory. Ratios are medians over the
-rounds, of the clock and of CPU seconds.
+U-Net call for a batch without adapters, and with one set for each picture (ours), and what bringing these in and out
+takes; the same of diffusers, one picture after another; and both over a drawing of 25 steps. Then with one adapter in
+all rows, and under adapter guidance in half of them; and of many adapters that one mix holds, the seconds to load and to
+switch to each, and the memory. Ratios are medians over the rounds, of the clock and of CPU seconds.
 """
 
 from __future__ import annotations
@@ -26,16 +26,41 @@ from bench.compose_vs_diffusers import CASES, anonymous_mib, build, write_adapte
 from sfumato.compose import Adapter, adapter_guidance, compose, current
 from sfumato.compose.per_picture import per_picture
 
+Cost = tuple[float, float]
+"""Seconds of the clock and of the CPU, all threads; the latter are those that other programs hardly disturb."""
+
 
 def seconds(work: Callable[[], Any]) -> float:
     return costs(work)[0]
 
 
-def costs(work: Callable[[], Any]) -> tuple[float, float]:
-    """Seconds of the clock and of the CPU, all threads; the latter are those that other programs hardly disturb."""
-    began, used = time.perf_counter(), time.process_time()
+def costs(work: Callable[[], Any]) -> Cost:
+    watch = Watch()
     work()
-    return time.perf_counter() - began, time.process_time() - used
+    return watch.cost()
+
+
+class Watch:
+    """The costs since it was made."""
+
+    def __init__(self) -> None:
+        self._began, self._used = time.perf_counter(), time.process_time()
+
+    def cost(self) -> Cost:
+        return time.perf_counter() - self._began, time.process_time() - self._used
+
+
+def plus(one: Cost, other: Cost) -> Cost:
+    return one[0] + other[0], one[1] + other[1]
+
+
+def times(cost: Cost, number: int) -> Cost:
+    return cost[0] * number, cost[1] * number
+
+
+def less(cost: Cost, part: Cost, *, times: int = 1) -> Cost:
+    """Without a part that came so often; at least nothing, since clocks are noisy."""
+    return max(cost[0] - times * part[0], 0.0), max(cost[1] - times * part[1], 0.0)
 
 
 def _resident(pipe: Any, files: list[Path], count: int) -> dict[str, Any]:
@@ -76,11 +101,11 @@ def _guided(pipe: Any, file: Path, rounds: int, call: Callable[[], Any]) -> dict
     }
 
 
-def _median(costs: list[tuple[float, float]]) -> float:
+def _median(costs: list[Cost]) -> float:
     return round(median(clock for clock, _ in costs), 3)
 
 
-def _ratio(ours: list[tuple[float, float]], theirs: list[tuple[float, float]], *, of_cpu: bool = False) -> float:
+def _ratio(ours: list[Cost], theirs: list[Cost], *, of_cpu: bool = False) -> float:
     return round(median(a[of_cpu] / b[of_cpu] for a, b in zip(ours, theirs, strict=True)), 3)
 
 
@@ -89,6 +114,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=int, default=8, help="an even number")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=25, help="calls of the U-Net in the drawing that is reckoned")
     parser.add_argument("--size", type=int, default=32, help="latent pixels on a side; 64 is a picture of 512 px")
     parser.add_argument("--resident", type=int, default=100)
     parser.add_argument("--ours-only", action="store_true", help="without diffusers, which takes the longest")
@@ -105,30 +131,50 @@ def main() -> None:
         def call(rows: slice = slice(None)) -> Any:
             return unet(latents[rows], 500, text[rows], return_dict=False)[0]
 
-        def one_after_another() -> None:
+        def mixed_once() -> tuple[Cost, Cost]:
+            """(bringing the adapters in and out, a call with them)."""
+            whole, calls = Watch(), []
+            with per_picture(pipe, [[Adapter(file)] for file in files]):
+                call()  # gathers the factors, and is taken off again
+                calls.append(costs(call))
+            return less(whole.cost(), calls[0], times=2), calls[0]
+
+        def one_after_another() -> tuple[Cost, Cost]:
+            """The same of diffusers, for all pictures."""
+            whole, calls = Watch(), []
             for place, file in enumerate(files):
                 pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name="one")
-                call(slice(place, place + 1))
+                calls.append(costs(lambda place=place: call(slice(place, place + 1))))  # type: ignore[misc]
                 pipe.unload_lora_weights()
+            called = (sum(clock for clock, _ in calls), sum(used for _, used in calls))
+            return less(whole.cost(), called), called
 
         call()
-        plain, mixed, theirs = [], [], []
+        plain, mixed, theirs, ours_in_out, theirs_in_out = [], [], [], [], []
         for _ in range(chosen.rounds):
             plain.append(costs(call))
-            with per_picture(pipe, [[Adapter(file)] for file in files]):
-                call()  # gathers the factors
-                mixed.append(costs(call))
+            in_out, called = mixed_once()
+            ours_in_out.append(in_out)
+            mixed.append(called)
             if not chosen.ours_only:
-                theirs.append(costs(one_after_another))
+                in_out, called = one_after_another()
+                theirs_in_out.append(in_out)
+                theirs.append(called)
 
         guided = _guided(pipe, files[0], chosen.rounds, call)
         resident = _resident(pipe, files, chosen.resident) if chosen.resident else {}
+    drawn = {
+        "plain": [times(cost, chosen.steps) for cost in plain],
+        "ours": [plus(a, times(b, chosen.steps)) for a, b in zip(ours_in_out, mixed, strict=True)],
+        "theirs": [plus(a, times(b, chosen.steps)) for a, b in zip(theirs_in_out, theirs, strict=True)],
+    }
     peer = {}
     if theirs:
         peer = {
-            "diffusers_one_after_another_s": _median(theirs),
-            "diffusers_over_ours": _ratio(theirs, mixed),
-            "diffusers_over_ours_cpu": _ratio(theirs, mixed, of_cpu=True),
+            "diffusers_calls_one_after_another_s": _median(theirs),
+            "diffusers_in_and_out_s": _median(theirs_in_out),
+            "diffusers_drawing_ratio_cpu": _ratio(drawn["theirs"], drawn["plain"], of_cpu=True),
+            "diffusers_over_ours_drawing_cpu": _ratio(drawn["theirs"], drawn["ours"], of_cpu=True),
         }
     print(
         json.dumps(
@@ -137,8 +183,11 @@ def main() -> None:
                 "rounds": chosen.rounds,
                 "call_without_adapters_s": _median(plain),
                 "call_with_one_adapter_a_picture_s": _median(mixed),
+                "in_and_out_s": _median(ours_in_out),
                 "ratio": _ratio(mixed, plain),
                 "ratio_cpu": _ratio(mixed, plain, of_cpu=True),
+                "steps": chosen.steps,
+                "drawing_ratio_cpu": _ratio(drawn["ours"], drawn["plain"], of_cpu=True),
                 **peer,
                 **guided,
                 **resident,
