@@ -5,8 +5,8 @@
 SD 1.5's U-Net at full size with random weights in bf16, rank-16 adapters on all attention. Prints JSON: seconds of a
 U-Net call for a batch without adapters, and with one set for each picture (ours), and what bringing these in and out
 takes; the same of diffusers, one picture after another; and both over a drawing of 25 steps. Then with one adapter in
-all rows, and under adapter guidance in half of them; and of many adapters that one mix holds, the seconds to load and to
-switch to each, and the memory. Ratios are medians over the rounds, of the clock and of CPU seconds.
+all rows, and under adapter guidance in half of them; and of many adapters that one mix holds, the seconds to load and
+to switch to each, and the memory. Ratios are medians over the rounds, of the clock and of CPU seconds.
 """
 
 from __future__ import annotations

@@ -34,13 +34,13 @@ class Config:
     output: Annotated[Path, Parameter(alias="-o")] = Path("mix.safetensors")
     """The .safetensors file to write; with --into a diffusers folder, a folder."""
     method: Literal["linear", "ties", "dare", "dare-ties", "magnitude", "knots", "core-space", "np-lora"] = "linear"
-    """linear is the weighted sum, exactly what mixing at drawing time gives; the others are told in the guide."""
+    """linear is the weighted sum, exactly what mixing at drawing time gives; docs/mixing.md tells the others."""
     rank: int | None = None
     """At most so many directions a module; unset, ranks add up and nothing is lost where nothing must be."""
     keep_energy: float | None = None
     """Keep as many directions as hold this share of each delta's squared norm, such as 0.99."""
     density: float = 0.5
-    """Share of the entries that ties, dare, dare-ties and magnitude keep."""
+    """Share of the entries that ties, dare, dare-ties and magnitude keep, in knots and core-space, too."""
     inside: Literal["linear", "ties", "dare", "dare-ties", "magnitude"] = "ties"
     """What knots and core-space do in the joint basis."""
     null_energy: float = 0.99

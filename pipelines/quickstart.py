@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shlex
+import shutil
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -159,12 +161,14 @@ def draw_sheet(config: Config, style: Path, subject: Path, path: Path) -> Path:
 
 
 def next_commands(style: Path, subject: Path) -> list[str]:
-    """Three commands that work as they stand."""
+    """Three commands that work as they stand, also where no environment is active: sfumato as it was called."""
     a, b = shlex.quote(str(style)), shlex.quote(str(subject))
+    by_path = Path(sys.argv[0]).name == "sfumato" and shutil.which("sfumato") is None
+    program = shlex.quote(sys.argv[0]) if by_path else "sfumato"
     return [
-        f'sfumato generate "{SUBJECT}" --lora {a} --lora {b} --seed 3 -o flamingo.png',
-        f"sfumato generate guitar tulip owl --lora {a} --sweep style=0,0.5,1 -o sweep.png",
-        f"sfumato inspect {a}",
+        f'{program} generate "{SUBJECT}" --lora {a} --lora {b} --seed 3 -o flamingo.png',
+        f"{program} generate guitar tulip owl --lora {a} --sweep style=0,0.5,1 -o sweep.png",
+        f"{program} inspect {a}",
     ]
 
 

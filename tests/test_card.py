@@ -147,3 +147,24 @@ def test_a_failed_push_says_that_nothing_is_lost(card, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     with pytest.raises(ConfigError, match=r"no route to host The adapter is safe in .*hf upload me/line"):
         push(card.parent, card.parent / "line.safetensors", "me/line")
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_the_use_of_words_that_were_learned_beside_it_is_told_with_it(family, tmp_path):
+    config = {**ABOUT.config, "train_words": ["<otter>"]}
+    about = replace(ABOUT, family=family, trigger=["<otter>"], config=config, captions=["<otter>, flat style"])
+    text = write_card(tmp_path, tmp_path / "line.safetensors", about, [], []).read_text(encoding="utf-8")
+    assert "--lora line.safetensors:1.0 --embedding line-otter.safetensors`" in text
+    wanted = "# and the words" if family == "sdxl" else 'pipe.load_textual_inversion("line-otter.safetensors")'
+    assert f'pipe.load_lora_weights("line.safetensors")\n{wanted}' in text
+    bundled = replace(about, config={**config, "bundle": True})
+    text = write_card(tmp_path, tmp_path / "line.safetensors", bundled, [], []).read_text(encoding="utf-8")
+    assert "load_lora_weights" not in text  # which refuses a file with words in it
+    assert "ComfyUI, AUTOMATIC1111 and Forge read the file as it is." in text
+    assert "--embedding" not in text
+
+
+def test_without_samples_and_triggers_a_caption_is_the_example(tmp_path):
+    about = replace(ABOUT, trigger=[], captions=["a red square"])
+    text = write_card(tmp_path, tmp_path / "line.safetensors", about, [], []).read_text(encoding="utf-8")
+    assert "sfumato generate 'a red square'" in text

@@ -130,3 +130,30 @@ def test_the_commands_that_quickstart_names_hold_folders_with_spaces():
     assert first[3:7] == ["--lora", str(a), "--lora", str(b)]
     assert str(a) in second
     assert third == ["sfumato", "inspect", str(a)]
+
+
+def test_the_commands_that_quickstart_names_run_where_no_environment_is_active(monkeypatch):
+    import shlex
+    from pathlib import Path
+
+    from sfumato.pipelines.quickstart import next_commands
+
+    monkeypatch.setattr("sys.argv", ["my clone/.venv/bin/sfumato", "quickstart"])
+    for where, called in (("/nowhere", "my clone/.venv/bin/sfumato"), (None, "sfumato")):
+        monkeypatch.setattr("shutil.which", lambda name, where=where: None if where else "/bin/sfumato")
+        assert {shlex.split(line)[0] for line in next_commands(Path("a"), Path("b"))} == {called}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"), [(["train"], "train wants a trainer: "), (["ls", "foo"], "ls takes nothing")]
+)
+def test_a_word_too_few_or_too_many_is_one_line(words, said, capsys):
+    assert cli.main(words) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_help_shows_new_words_as_they_are_spelt(capsys):
+    for program, wanted in (("lora", "such as <otter>"), ("textual_inversion", "such as <otter>")):
+        with pytest.raises(SystemExit):
+            cli.main(["train", program, "--help"])
+        assert wanted in " ".join(capsys.readouterr().out.replace("│", " ").split())

@@ -1,4 +1,4 @@
-"""Every example of docs/mixing.md runs: Python on a small pipeline of SD 1.x, commands on a small pocket."""
+"""Every example of docs/ runs: Python on a small pipeline of SD 1.x, commands on a small pocket."""
 
 import re
 import shlex
@@ -16,6 +16,12 @@ TEXT = (ROOT / "docs/mixing.md").read_text(encoding="utf-8")
 COMMANDS = [
     line
     for block in re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL)
+    for line in block.replace("\\\n", " ").splitlines()
+]
+METHODS = (ROOT / "docs/methods.md").read_text(encoding="utf-8")
+RECIPES = [
+    line
+    for block in re.findall(r"```sh\n(.*?)```", METHODS, re.DOTALL)
     for line in block.replace("\\\n", " ").splitlines()
 ]
 EXAMPLES = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
@@ -77,3 +83,19 @@ def test_the_commands_run_one_after_another(pocket_folder, tmp_path, monkeypatch
         "pairs.png",
     )
     assert all((tmp_path / name).is_file() for name in (*made, "grid/grid.png", "methods/grid.png"))
+
+
+@pytest.mark.slow
+def test_the_recipes_run_as_they_are_written(pocket_folder, tmp_path, monkeypatch):
+    for name in ("datasets", "trainers"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SFUMATO_POCKET", str(pocket_folder))
+    assert len(RECIPES) == 6
+    for command in RECIPES:
+        program, *words = shlex.split(command)
+        assert program == "sfumato"
+        quick = ["--steps", "1", "--sample-every", "0", "--measure-every", "0", "--device", "cpu"]
+        quick += ["--class-count", "2"] if "dreambooth" in words else []
+        assert cli.main([*words, *quick]) == 0, command
+        assert (tmp_path / words[words.index("--output") + 1] / "README.md").is_file()

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -289,6 +290,23 @@ def test_the_priors_samples_take_half_of_the_default_batch(pocket_folder, pictur
     assert "batch 4," in capsys.readouterr().err
     assert cli.main(["train", "lora", *words, "--caption", "{caption}", "--overwrite"]) == 0
     assert "batch 8," in capsys.readouterr().err
+
+
+def test_a_copys_training_is_not_gone_on_with_by_another_program(
+    pocket_folder, pictures, tmp_path, monkeypatch, capsys
+):
+    assert cli.main(["cp", "lora", str(tmp_path / "mine.py")]) == 0
+    words = ["--images", str(pictures), "--base", str(pocket_folder), "--output", str(tmp_path / "run")]
+    words += ["--caption", "{caption}", "--rank", "1", "--steps", "2", "--checkpoint-every", "1"]
+    run_here(tmp_path / "mine.py", [*words, "--sample-every", "0", "--measure-every", "0"], monkeypatch)
+    capsys.readouterr()
+    assert cli.main(["resume", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err
+    assert f"its program is {tmp_path / 'mine.py'}" in said
+    shown = shlex.split(said.partition("Go on with: python ")[2])
+    assert cli.main(["train", "lora", *shown[1:]]) == 2
+    assert f"program {tmp_path / 'mine.py'} -> its own" in capsys.readouterr().err
+    run_here(shown[0], shown[1:], monkeypatch)
 
 
 def test_starting_from_an_adapter_goes_on_where_it_stopped(train):

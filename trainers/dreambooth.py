@@ -158,7 +158,7 @@ def train(config: Config) -> Path:
     writes = [config.name] if config.save == "folder" else []
     run = Run.start(config, program="dreambooth", processes=processes, writes=writes)
     run.say(precision.table())
-    run.say(f"{base.family.title} defaults: " + ", ".join(f"{name} {getattr(config, name)}" for name in filled))
+    run.say_filled(base.family.title, filled)
     if config.identifier in subject.prompt:
         for line in identifier.examine(config.identifier, base).lines():
             run.say(line)

@@ -63,7 +63,7 @@ class Config(TrainerOptions):
     text_learning_rate: float | None = None
     """Peak learning rate of the text encoders. Unset: a tenth of the U-Net's, or that of the U-Net for prodigy."""
     train_words: tuple[str, ...] = ()
-    """Learn new words, too, such as "<otter>", which the captions hold (pivotal tuning). Repeat it for several."""
+    """Learn new words, too, such as `<otter>`, which the captions hold (pivotal tuning). Repeat it for several."""
     stands_for: tuple[str, ...] = ()
     """Words of the captions whose place each new word takes, such as "sks otter"."""
     initial_words: tuple[str, ...] = ()
@@ -79,8 +79,9 @@ class Config(TrainerOptions):
     it."""
     prior_prompts: tuple[str, ...] = ()
     """Prompts that shall draw as the base draws them: beside each batch goes one as large whose target is what the
-    frozen base predicts for them, as in DreamBooth. Repeat it for several. Unset, --batch is then half of the default.
-    A subject gains by it, a style does not. Pictures with `class = true` in a dataset.toml come beside it, too."""
+    frozen base predicts for them, as in DreamBooth. Repeat it for several. An unset --batch is half of its default
+    then, because the other half of a step is theirs. A subject gains by it, a style does not. Pictures with
+    `class = true` in a dataset.toml come beside it, too."""
     prior_weight: float | None = None
     """Weight of those samples in the loss, beside 1 for the pictures that are learned. Unset: 1."""
     init_from: Path | None = None
@@ -124,7 +125,7 @@ def train(config: Config) -> Path:
     words = new_words(base, config, examples) if config.train_words else None
     run = Run.start(config, program="lora", processes=processes, writes=written(config))
     run.say(precision.table())
-    run.say(f"{base.family.title} defaults: " + ", ".join(f"{name} {getattr(config, name)}" for name in filled))
+    run.say_filled(base.family.title, filled)
 
     global_batch, starts = processes.starts(config.batch, config.accumulate)
     dataset, class_set = prepare(config, base, subjects, of_class, global_batch, processes)

@@ -41,17 +41,16 @@ class Config(TrainerOptions):
     """
 
     placeholder: tuple[str, ...]
-    """The new word, spelt as nobody writes, such as "<otter>". Repeat it for several words in one run."""
+    """The new word, spelt as nobody writes, such as `<otter>`. Repeat it for several words in one run."""
     vectors: int | None = None
-    """Vectors of each placeholder, 1 to 16. More hold more of the pictures and leave a prompt less say. Unset: the
-    base family's default."""
+    """Vectors of each placeholder, 1 to 16. More hold more of the pictures and leave a prompt less say. Unset: 4."""
     initial_words: tuple[str, ...] = ()
     """Words that are like it, to start from: once for all placeholders, or once for each."""
     start: Literal["mean", "random"] = "mean"
     """Where vectors start without --initial-words: the mean of all the base's words, or some of its words at random."""
     stands_for: tuple[str, ...] = ()
     """Words of the captions whose place the placeholder takes: with "sks flamingo", the caption "sks flamingo, flat
-    style" is learned as "<flamingo>, flat style". Once for each placeholder. Unset, and without --caption, the caption
+    style" is learned as `<flamingo>, flat style`. Once for each placeholder. Unset, and without --caption, the caption
     is the placeholder alone."""
     templates: Literal["none", "object", "style"] | None = None
     """Sentences around the captions, another for each sample: CLIP's "a photo of a ...", or "a painting in the style of
@@ -109,7 +108,7 @@ def train(config: Config) -> Path:
     names = [path.name for path in paths.values()]
     run = Run.start(config, program="textual_inversion", processes=processes, writes=names)
     run.say(precision.table())
-    run.say(f"{base.family.title} defaults: " + ", ".join(f"{name} {getattr(config, name)}" for name in filled))
+    run.say_filled(base.family.title, filled)
     for line in warnings_of(config.placeholder, base.tokenizers[0]):
         run.say(line)
 

@@ -49,7 +49,9 @@ def write_card(
         guided += ", in the steps from {:g} to {:g} of the way from noise to picture, as its file asks".format(
             *about.over_steps
         )
-    example = prompts[-1] if prompts else example_of(about)
+    example = (prompts[-1] if prompts else example_of(about)) or next(iter(about.captions), "")
+    words = _word_files(about, adapter)
+    line = generate_line(example, about.base, about, lora=adapter.name, words=words)
     shown = ("rank", "alpha", "targets", "steps", "batch", "learning_rate", "schedule", "min_snr", "seed", "resolution")
     before_after = ""
     if rows:
@@ -73,21 +75,44 @@ A LoRA for `{about.base}` ({about.family}), learned from {about.images} pictures
 
 ## Use
 
-With [diffusers](https://github.com/huggingface/diffusers):
+{_with_diffusers(about, adapter, words, example)}With sfumato: `{line}`{guided}
 
-```python
-pipe.load_lora_weights("{adapter.name}")
-image = pipe({example!r}).images[0]
-```
-
-With sfumato: `{generate_line(example, about.base, about, lora=adapter.name)}`{guided}
-
-ComfyUI, AUTOMATIC1111, Forge, InvokeAI and sd-scripts read the file as it is.
+{"ComfyUI, AUTOMATIC1111 and Forge" if _is_bundled(about) else _CLIENTS} read the file as it is.
 
 {training_table(about, shown)}"""
     path = folder / "README.md"
     write_text(path, text)
     return path
+
+
+_CLIENTS = "ComfyUI, AUTOMATIC1111, Forge, InvokeAI and sd-scripts"
+
+
+def _is_bundled(about: Description) -> bool:
+    config = about.config or {}
+    return bool(config.get("bundle") and config.get("train_words"))
+
+
+def _word_files(about: Description, adapter: Path) -> list[str]:
+    """The files of the new words that were learned beside the adapter; none where they are within it."""
+    from sfumato.placeholders import files
+
+    tokens = (about.config or {}).get("train_words") or ()
+    found = {} if _is_bundled(about) else files(Path(), adapter.stem, tokens, alone=False)
+    return [file.name for file in found.values()]
+
+
+def _with_diffusers(about: Description, adapter: Path, words: Sequence[str], example: str) -> str:
+    """How diffusers draws with it; nothing for a file with words in it, which diffusers refuses."""
+    if _is_bundled(about):
+        return ""
+    loading = [f'pipe.load_lora_weights("{adapter.name}")']
+    if about.family == "sdxl" and words:
+        loading.append("# and the words, as told below")
+    else:
+        loading += [f'pipe.load_textual_inversion("{name}")' for name in words]
+    code = "\n".join([*loading, f"image = pipe({example!r}).images[0]"])
+    return f"With [diffusers](https://github.com/huggingface/diffusers):\n\n```python\n{code}\n```\n\n"
 
 
 def instance_prompt(about: Description) -> str | None:
@@ -112,9 +137,12 @@ def trigger_words(about: Description, prompts: Sequence[str]) -> str:
     return "\n".join(["Each calls up what its own pictures showed:\n", *lines])
 
 
-def generate_line(prompt: str, base: str, about: Description, *options: str, lora: str = "") -> str:
-    """`sfumato generate`, as a shell reads it. options: as for `base_options`."""
+def generate_line(
+    prompt: str, base: str, about: Description, *options: str, lora: str = "", words: Sequence[str] = ()
+) -> str:
+    """`sfumato generate`, as a shell reads it. options: as for `base_options`. words: files of new words."""
     adapter = f" --lora {shlex.quote(f'{lora}:1.0')}" if lora else ""
+    adapter += "".join(f" --embedding {shlex.quote(name)}" for name in words)
     return f"sfumato generate {shlex.quote(prompt)} --base {shlex.quote(base)}{base_options(about, *options)}{adapter}"
 
 

@@ -8,6 +8,7 @@ import importlib.util
 import io
 import json
 import os
+import shlex
 import signal
 import sys
 import warnings
@@ -155,7 +156,11 @@ def _dispatch(words: Sequence[str]) -> object:
         return 0
     command, rest = words[0], list(words[1:])
     if command == "train":
-        if not rest or rest[0] in ("--help", "-h"):
+        if not rest:
+            raise ConfigError(
+                f"train wants a trainer: {', '.join(TRAINERS)}. sfumato train lora --help has its options."
+            )
+        if rest[0] in ("--help", "-h"):
             print(usage())
             return 0
         return _load(find(rest[0], TRAINERS))(rest[1:])
@@ -167,6 +172,8 @@ def _dispatch(words: Sequence[str]) -> object:
     if command in PIPELINES:
         return _load(PIPELINES[command][0])(rest)
     if command == "ls":
+        if rest:
+            raise ConfigError(f"ls takes nothing; {rest[0]!r} is left over.")
         return _list()
     if command == "cp":
         return _copy(rest)
@@ -181,9 +188,15 @@ def _resume(words: list[str]) -> object:
     folder = Path(words[0])
     config = folder / "config.toml"
     try:
-        program = json.loads((folder / "run.json").read_text(encoding="utf-8"))["program"]
-    except (OSError, ValueError, KeyError, TypeError):
+        facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        program, copy = facts["program"], facts.get("copy")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise ConfigError(f"{folder} holds no run to resume; name the folder that --output named.") from None
+    if copy:
+        raise ConfigError(
+            f"{folder}: its program is {copy}, which may do otherwise than sfumato's own. Go on with: python "
+            f"{shlex.quote(copy)} {shlex.quote(str(config))} --output {shlex.quote(str(folder))} --resume"
+        )
     return _load(find(str(program), TRAINERS))([str(config), "--output", str(folder), "--resume", *words[1:]])
 
 

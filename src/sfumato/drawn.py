@@ -12,6 +12,7 @@ import sfumato
 from sfumato import pnginfo
 from sfumato.compose.adapter import Adapter, Weight, is_idle
 from sfumato.compose.blocks import Blocks
+from sfumato.files.metadata import trigger_words
 from sfumato.merging.sources import identity
 from sfumato.numerals import exact
 
@@ -39,8 +40,9 @@ def of_base(base: Base, vae: str | None) -> dict[str, Any]:
 
 def learned_otherwise(told: Mapping[str, Mapping[str, str]], base: Base) -> list[str]:
     """A line on each adapter that was learned on another release of the base or one which predicts otherwise, or with
-    another --clip-skip. told: the files' metadata, by label."""
+    another --clip-skip, or beside a word that is not loaded. told: the files' metadata, by label."""
     lines = []
+    loaded = {token.lower() for words in getattr(base.tokenizers[0], "_sfumato_words", ()) for token in words.tokens}
     for label, metadata in told.items():
         if base.is_another_release(metadata):
             lines.append(
@@ -58,6 +60,11 @@ def learned_otherwise(told: Mapping[str, Mapping[str, str]], base: Base) -> list
         is_trainers = config.keys() & {"clip_skip", "steps"}  # not that of a merge, which knows nothing of it
         if is_trainers and skipped != (base.clip_skip or 0):
             lines.append(f"{label}: learned with --clip-skip {skipped}, and drawn with {base.clip_skip or 0}.")
+        for word in trigger_words(metadata):
+            if re.fullmatch(r"<[^\s<>]+>", word) and word.lower() not in loaded:
+                lines.append(
+                    f"{label}: its word {word} is not loaded; name its file with sfumato generate --embedding."
+                )
     return lines
 
 

@@ -232,7 +232,7 @@ class FolderOptions:
     """Steps between checkpoints, besides those at both ends; 0 keeps only what an interruption saves. Unset: a quarter
     of the run."""
     keep: int = 2
-    """Checkpoints that stay, at least two."""
+    """Checkpoints that stay; fewer than two count as two."""
     resume: bool = False
     """Go on with the run in the output folder, from its newest whole checkpoint."""
     force: bool = False

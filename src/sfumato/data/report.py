@@ -208,7 +208,7 @@ def _captions(report: Report, founds: Sequence[Found]) -> Iterator[Line]:
         yield Line("caption encoding" if "not UTF-8" in note else "caption", note, tuple(names))
     missing = [label for e, found, label in named if not e.caption and not found.caption.error]
     if missing:
-        advice = 'Write NAME.txt beside each, run `sfumato caption`, or pass --caption "{caption}".'
+        advice = 'Write NAME.txt beside each, run `sfumato caption --write`, or pass --caption "{caption}".'
         yield Line("caption missing", f"{_count(missing)} no caption: {_some(missing)}. {advice}", tuple(missing), True)
     limit = report.target.token_limit
     for caption, names in _by_caption(report).items():

@@ -75,6 +75,7 @@ class Run:
         self._replaces = False
         self._before: set[str] | None = None  # what was in the folder, where it held no run
         self._saved_at: int | None = None
+        self._copy: Path | None = None
         self._health = Health()
         self._progress = Progress(shown=self.is_main)
 
@@ -124,6 +125,9 @@ class Run:
             self._wait()  # before the main process changes what the others have looked at
             names = dict.fromkeys([*also_written(self._facts), *writes])
             self._facts = {**self._facts, "program": program, **({"writes": "/".join(names)} if names else {})}
+            self._copy = identity.copied_program(program)
+            if self._copy is not None:
+                self._facts["copy"] = self._copy.as_posix()
             if self.is_main and not self._replaces:
                 self._take_over()
         except BaseException:
@@ -207,6 +211,11 @@ class Run:
         """A line for the person, above the progress bar, once for all processes."""
         if self.is_main:
             progress.say(text)
+
+    def say_filled(self, title: str, filled: Sequence[str]) -> None:
+        """Which fields of the config were filled in, and with what; nothing where none was, as when a run goes on."""
+        if filled:
+            self.say(f"{title} defaults: " + ", ".join(f"{name} {getattr(self._config, name)}" for name in filled))
 
     def log(self, **values: float | Tensor) -> None:
         """A line of measurements in the log; what is not finite is said instead."""
@@ -356,7 +365,11 @@ class Run:
     def _say_goodbye(self, number: int, count: int) -> None:
         if self._saved_at == number or not self.is_main:
             launcher = f"accelerate launch --num_processes {self._count} -m " if self._count > 1 else ""
-            command = f"{launcher}sfumato resume {shlex.quote(str(self.folder))}"
+            folder = shlex.quote(str(self.folder))
+            command = f"{launcher}sfumato resume {folder}"
+            if self._copy:
+                started = f"{launcher.removesuffix('-m ')}" or "python "
+                command = f"{started}{shlex.quote(str(self._copy))} {folder}/config.toml --output {folder} --resume"
             self.say(f"stopped after step {number} of {count}, saved. Go on with: {command}")
         else:
             self.say(f"stopped after step {number} of {count}; this step could not be saved.")

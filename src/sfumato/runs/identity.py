@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
+import sys
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,6 +31,17 @@ BY_CONTENT: Mapping[str, tuple[str, ...]] = {
     "init_from": ("init",),
 }
 """Fields that name what lies elsewhere, and the facts that tell its content: what was moved is the same."""
+
+
+def copied_program(program: str) -> Path | None:
+    """The file of the running program, where it is a copy of the trainer (`sfumato cp`) and not the trainer itself."""
+    main = sys.modules.get("__main__")
+    file = getattr(main, "__file__", None)
+    if file is None or not (hasattr(main, "Config") and hasattr(main, "train")):
+        return None
+    own = importlib.util.find_spec(f"sfumato.trainers.{program}")
+    found = Path(file).resolve()
+    return None if own is not None and own.origin is not None and found == Path(own.origin).resolve() else found
 
 
 def read_facts(folder: Path) -> dict[str, str]:
@@ -57,6 +70,9 @@ def differences(folder: Path, config: FolderOptions, program: str) -> list[str]:
     saved_program = facts.get("program")
     if saved_program not in (None, program):
         changed.append(f"program {saved_program} -> {program}")
+    copy = copied_program(program)
+    if saved_program and facts.get("copy") != (copy and copy.as_posix()):
+        changed.append(f"program {facts.get('copy') or 'its own'} -> {copy or 'its own'}")
     try:
         before = tomllib.loads((folder / "config.toml").read_bytes().decode())
     except (OSError, ValueError):
