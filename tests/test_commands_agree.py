@@ -188,6 +188,14 @@ def test_an_adapter_that_was_learned_otherwise_is_told_of(run, modules, command)
     assert "learned" not in said.replace("as-learned", "")
 
 
+@pytest.mark.parametrize("command", [["generate", "a"], ["grid", "--x", "seed=1", "--y", "prompt=a"]])
+def test_a_word_that_was_learned_beside_an_adapter_and_is_not_loaded_is_told_of(run, modules, command):
+    about = {"sfumato.config": '{"train_words": ["<cat>"]}'}
+    write_lora(Path("pivotal.safetensors"), modules, family="pocket", metadata=about)
+    _, said = run(*command, "--lora", "pivotal.safetensors", "-o", "out")
+    assert "pivotal: its word <cat> is not loaded; name its file with sfumato generate --embedding." in said
+
+
 def test_a_merged_adapter_does_not_say_how_its_parents_were_learned(run, modules):
     about = {"sfumato.config": '{"adapters": ["a.safetensors"], "method": "linear"}'}
     write_lora(Path("merged.safetensors"), modules, family="pocket", metadata=about)

@@ -12,7 +12,6 @@ import sfumato
 from sfumato import pnginfo
 from sfumato.compose.adapter import Adapter, Weight, is_idle
 from sfumato.compose.blocks import Blocks
-from sfumato.files.metadata import trigger_words
 from sfumato.merging.sources import identity
 from sfumato.numerals import exact
 
@@ -60,8 +59,8 @@ def learned_otherwise(told: Mapping[str, Mapping[str, str]], base: Base) -> list
         is_trainers = config.keys() & {"clip_skip", "steps"}  # not that of a merge, which knows nothing of it
         if is_trainers and skipped != (base.clip_skip or 0):
             lines.append(f"{label}: learned with --clip-skip {skipped}, and drawn with {base.clip_skip or 0}.")
-        for word in trigger_words(metadata):
-            if re.fullmatch(r"<[^\s<>]+>", word) and word.lower() not in loaded:
+        for word in config.get("train_words") or ():
+            if word.lower() not in loaded:
                 lines.append(
                     f"{label}: its word {word} is not loaded; name its file with sfumato generate --embedding."
                 )
