@@ -107,6 +107,7 @@ def test_a_sampler_that_cannot_begin_in_pure_noise_is_refused_on_such_a_base(poc
     assert schedulers.scheduler("euler", schedule).config.timestep_spacing == "trailing"
 
 
+@pytest.mark.slow
 def test_a_picture_to_begin_from_leaves_the_vae_of_sdxl_as_it_was(tmp_path):
     folder = write_folder(tiny_pipeline("sdxl"), tmp_path / "sdxl")
     base = load_base(folder, precision=decide("bf16", device="cpu", adapting=True))

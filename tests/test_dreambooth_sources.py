@@ -53,11 +53,13 @@ def test_further_prompts_are_drawn_beside_given_pictures(source, train, pictures
     assert drawn == {"red", "cat"}
 
 
+@pytest.mark.slow
 def test_nothing_is_held_without_a_prior_and_it_is_said(train, both, capsys):
     train("--method", "lora", "--rank", "1", "--steps", "1", "--prior", "none", "--prior-prompts", "red", images=both)
     assert "--prior none: neither pictures of the class nor prompts are held" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_class_is_drawn_at_the_size_that_is_learned(train):
     """A resolution that is no multiple of 8 is for the base's next smaller one."""
     options = ("--method", "lora", "--rank", "1", "--steps", "1", "--class-count", "1", "--resolution", "70")
@@ -89,7 +91,6 @@ def test_a_file_says_how_many_steps_made_it(train):
         (["--prior", "none", "--class-count", "3"], "--class-count has no effect without --prior pictures"),
         (["--prior", "base", "--class-count", "3"], "--class-count has no effect without --prior pictures"),
         (["--prior", "none", "--prior-weight", "3"], "--prior-weight has no effect without --prior pictures"),
-        (["--prior", "none", "--class-cache", "x"], "--class-cache has no effect without --prior pictures"),
         (["--ema-on-cpu"], "--ema-on-cpu has no effect without --ema"),
         (["--optimizer", "prodigy", "--train-text-encoder", "--text-learning-rate", "0.1"], "beside --learning-rate 1"),
     ],

@@ -50,7 +50,7 @@ def train(pocket_folder, pictures, tmp_path):
         asked = dict(zip(given[::2], given[1::2], strict=True))
         if "lora" not in (asked.get("--method"), asked.get("--save")):
             words.pop("--rank")
-        if asked.get("--prior") == "none":
+        if asked.get("--prior") in ("none", "base"):
             words.pop("--class-count")
         words |= asked
         shown = [str(word) for pair in words.items() if pair[1] is not None for word in pair]

@@ -292,6 +292,7 @@ def test_the_priors_samples_take_half_of_the_default_batch(pocket_folder, pictur
     assert "batch 8," in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_copys_training_is_not_gone_on_with_by_another_program(
     pocket_folder, pictures, tmp_path, monkeypatch, capsys
 ):
@@ -317,6 +318,7 @@ def test_starting_from_an_adapter_goes_on_where_it_stopped(train):
     assert fits[0][0] != fits[0][-1]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_without_the_adapter_that_it_started_from(train, capsys):
     """What it says about that one is in the run's folder, where another's would be found out."""
     first, other = train("first"), train("other", "--seed", "9")
@@ -333,6 +335,7 @@ def test_a_run_goes_on_without_the_adapter_that_it_started_from(train, capsys):
     assert "was trained with other things than these: init " in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_adapter_with_a_tucker_core_is_started_from_without_it(train, tmp_path):
     options = ("--targets", r".*mid_block.*conv1")
     plain = train("plain", *options)

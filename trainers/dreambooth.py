@@ -267,7 +267,7 @@ def check(config: Config) -> None:
         options.only_with(config, "--ema", "ema_on_cpu")
     if config.prior == "none":
         needed = "--prior pictures or --prior base"
-        options.only_with(config, needed, "class_images", "prior_weight", "class_cache")
+        options.only_with(config, needed, "class_images", "prior_weight")
     if config.prior != "pictures":
         options.only_with(config, "--prior pictures", "class_count")
     if config.method == "full":

@@ -251,7 +251,9 @@ HOOKED = {
 }
 
 
-@pytest.mark.parametrize("how", ["whole", "in place", "blocks"])
+@pytest.mark.parametrize(
+    "how", ["blocks", *(pytest.param(how, marks=pytest.mark.slow) for how in ("whole", "in place"))]
+)
 @pytest.mark.parametrize("way", HOOKED)
 def test_adapters_of_one_picture_or_region_are_refused_on_a_compiled_unet(way, how, originals, write):
     """A layer that was compiled and called would not see them."""

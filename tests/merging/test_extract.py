@@ -100,7 +100,9 @@ def test_what_a_base_predicts_is_said_where_the_files_say_it_and_not_made_up(kin
         assert read_header(out).metadata.get("modelspec.prediction_type") == kind
 
 
-@pytest.mark.parametrize(("told", "said"), [("v_prediction", "v"), ("epsilon", "epsilon"), (None, "epsilon")])
+@pytest.mark.parametrize(
+    ("told", "said"), [("v_prediction", "v"), pytest.param(None, "epsilon", marks=pytest.mark.slow)]
+)
 def test_an_extracted_adapter_says_what_the_bases_scheduler_predicts(told, said, tiny_base, adapter_file, tmp_path):
     """diffusers takes epsilon where a scheduler's config does not say it."""
     base = shutil.copytree(tiny_base("pocket").folder, tmp_path / "base")
@@ -113,6 +115,7 @@ def test_an_extracted_adapter_says_what_the_bases_scheduler_predicts(told, said,
     assert read_header(tmp_path / "e.safetensors").metadata["modelspec.prediction_type"] == said
 
 
+@pytest.mark.slow
 def test_a_smaller_or_merged_adapter_names_its_authors_and_licences(adapter_file, tmp_path):
     files = [tmp_path / "one.safetensors", tmp_path / "two.safetensors"]
     for file, author in zip(files, ("Ann", "Ben"), strict=True):
