@@ -295,10 +295,10 @@ def test_drift_of_class_and_unrelated_prompts_is_logged_from_nothing_on(train):
 
 @pytest.mark.slow
 def test_a_prior_moves_the_class_less(train):
-    options = ["--measure-every", "8", "--steps", "8", "--prior-weight", "5"]
+    options = ["--measure-every", "8", "--steps", "8"]
     held, free = (
-        [row["class_drift"] for row in rows(train(prior, "--prior", prior, *options)) if "class_drift" in row]
-        for prior in ("base", "none")
+        [row["class_drift"] for row in rows(train(prior[1], *prior, *options)) if "class_drift" in row]
+        for prior in (["--prior", "base", "--prior-weight", "5"], ["--prior", "none"])
     )
     assert held[0] == free[0] == 0
     assert held[-1] < 0.8 * free[-1]
