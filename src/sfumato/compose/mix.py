@@ -88,6 +88,7 @@ class Mix:
         self._weights: dict[str, Weight] = {}
         self._muted: frozenset[str] = frozenset()
         self._factors: Mapping[str, float] = {}
+        self._is_streamed = False
         self._files: dict[str, AdapterFile] = {}
         self._skipped: dict[str, int] = {}
         self._undone = False
@@ -272,6 +273,8 @@ class Mix:
         self._check_open()
         self._check_labels(factors)
         before = self._factors
+        # Asked here, since `without` is entered at each of the U-Net's calls.
+        self._is_streamed = "stream" in tensors.group_offloading(self._parts["unet"])
         try:
             self._part(factors)
             yield
@@ -290,22 +293,20 @@ class Mix:
     def without(self) -> Iterator[None]:
         """Within the block, and that of `parted`, the U-Net has all but those adapters; nothing is computed."""
         done: list[Site] = []
-        is_streamed = "stream" in tensors.group_offloading(self._parts["unet"])
-
-        def exchange(site: Site) -> None:
-            if isinstance(site, Baked):
-                site.exchange(in_place=is_streamed)
-            else:
-                site.exchange()
-
         try:
             for site in self._of_unet():
-                exchange(site)
+                self._exchange(site)
                 done.append(site)
             yield
         finally:
             for site in done:
-                exchange(site)
+                self._exchange(site)
+
+    def _exchange(self, site: Site) -> None:
+        if isinstance(site, Baked):
+            site.exchange(in_place=self._is_streamed)
+        else:
+            site.exchange()
 
     def _of_unet(self) -> list[Site]:
         return [site for site in self._sites.values() if site.part == "unet"]
