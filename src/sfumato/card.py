@@ -28,21 +28,6 @@ def write_card(
     rows: sample pictures, one row a point in time, one picture a prompt; the first row is the base, the last the
     finished adapter, and the card shows both.
     """
-    from huggingface_hub import ModelCardData
-
-    pictures = []
-    for number, (prompt, picture) in enumerate(zip(prompts, rows[-1] if rows else [], strict=False)):
-        with atomic_path(folder / "images" / f"image_{number}.png") as temporary:
-            picture.save(temporary)
-        pictures.append({"text": prompt, "output": {"url": f"images/image_{number}.png"}})
-    head = ModelCardData(
-        library_name="diffusers",
-        base_model=about.base,
-        license=about.license or None,
-        instance_prompt=instance_prompt(about),
-        tags=["text-to-image", "diffusers", "lora", "template:sd-lora", "sfumato"],
-        widget=pictures or None,
-    )
     strength = about.adapter_guidance
     guided = f", under the adapter guidance {strength:g} that its file asks for" if strength else ""
     if about.over_steps:
@@ -59,14 +44,7 @@ def write_card(
             with atomic_path(folder / "images" / f"{name}.png") as temporary:
                 _strip(row).save(temporary)
         before_after = "\n## Before and after\n\n![before](images/before.png)\n\n![after](images/after.png)\n"
-    text = f"""---
-{head.to_yaml()}
----
-
-# {about.title}
-
-<Gallery />
-
+    text = f"""{opening(folder, about, prompts, rows, tags=("lora", "template:sd-lora"))}
 A LoRA for `{about.base}` ({about.family}), learned from {about.images} pictures.
 {before_after}
 ## Trigger words
@@ -83,6 +61,49 @@ A LoRA for `{about.base}` ({about.family}), learned from {about.images} pictures
     path = folder / "README.md"
     write_text(path, text)
     return path
+
+
+def opening(
+    folder: Path,
+    about: Description,
+    prompts: Sequence[str],
+    rows: Sequence[Sequence[Image]],
+    *,
+    tags: Sequence[str],
+    words: str | None = None,
+) -> str:
+    """Head, title and gallery of a card, whose pictures, those of the last row, are written into `folder`.
+
+    tags: beside those of all cards. words: what the hub tells everybody to write, `instance_prompt` if unset.
+    """
+    from huggingface_hub import ModelCardData
+
+    pictures = []
+    for number, (prompt, picture) in enumerate(zip(prompts, rows[-1] if rows else [], strict=False)):
+        with atomic_path(folder / "images" / f"image_{number}.png") as temporary:
+            picture.save(temporary)
+        pictures.append({"text": prompt, "output": {"url": f"images/image_{number}.png"}})
+    head = ModelCardData(
+        library_name="diffusers",
+        base_model=about.base,
+        license=about.license or None,
+        instance_prompt=words or instance_prompt(about),
+        tags=["text-to-image", "diffusers", *tags, "sfumato"],
+        widget=pictures or None,
+    )
+    return f"---\n{head.to_yaml()}\n---\n\n# {about.title}\n\n<Gallery />\n"
+
+
+def before_after_sheet(folder: Path, prompts: Sequence[str], rows: Sequence[Sequence[Image]]) -> str:
+    """The line that shows the first row above the last, whose sheet is written into `folder`; empty without rows."""
+    from sfumato.sheet import contact_sheet
+
+    if not rows:
+        return ""
+    sheet = contact_sheet([rows[0], rows[-1]], row_labels=["before", "after"], column_labels=list(prompts))
+    with atomic_path(folder / "images" / "before_after.png") as temporary:
+        sheet.save(temporary)
+    return "\n![before and after](images/before_after.png)\n"
 
 
 _CLIENTS = "ComfyUI, AUTOMATIC1111, Forge, InvokeAI and sd-scripts"

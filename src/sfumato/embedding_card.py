@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sfumato.card import training_table
-from sfumato.files.atomic import atomic_path, write_text
+from sfumato.card import before_after_sheet, opening, training_table
+from sfumato.files.atomic import write_text
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -30,44 +30,14 @@ def write_embedding_card(
     files: by placeholder. nearest: a line a vector, which words of the base it is like. rows: sample pictures, one row
     a point in time, one picture a prompt; the first row and the last are shown.
     """
-    from huggingface_hub import ModelCardData
-
-    from sfumato.sheet import contact_sheet
-
-    pictures = []
-    for number, (prompt, picture) in enumerate(zip(prompts, rows[-1] if rows else [], strict=False)):
-        with atomic_path(folder / "images" / f"image_{number}.png") as temporary:
-            picture.save(temporary)
-        pictures.append({"text": prompt, "output": {"url": f"images/image_{number}.png"}})
-    before_after = ""
-    if rows:
-        sheet = contact_sheet([rows[0], rows[-1]], row_labels=["before", "after"], column_labels=list(prompts))
-        with atomic_path(folder / "images" / "before_after.png") as temporary:
-            sheet.save(temporary)
-        before_after = "\n![before and after](images/before_after.png)\n"
-    head = ModelCardData(
-        library_name="diffusers",
-        base_model=about.base,
-        license=about.license or None,
-        instance_prompt=", ".join(files),
-        tags=["text-to-image", "diffusers", "textual_inversion", "sfumato"],
-        widget=pictures or None,
-    )
     listed = "\n".join(f"- `{token}` in `{path.name}`" for token, path in files.items())
     report = "\n".join(f"    {line}" for line in nearest)
     what = f"{len(files)} words" if len(files) > 1 else "A word"
-    text = f"""---
-{head.to_yaml()}
----
-
-# {about.title}
-
-<Gallery />
-
+    text = f"""{opening(folder, about, prompts, rows, tags=["textual_inversion"], words=", ".join(files))}
 {what} for `{about.base}` ({about.family}), learned from {about.images} pictures by Textual Inversion:
 
 {listed}
-{before_after}
+{before_after_sheet(folder, prompts, rows)}
 ## Use
 
 {_use(files, about.family)}

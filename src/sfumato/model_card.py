@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sfumato.card import example_of, generate_line, instance_prompt, training_table, trigger_words
-from sfumato.files.atomic import atomic_path, write_text
-from sfumato.sheet import contact_sheet
+from sfumato.card import before_after_sheet, example_of, generate_line, opening, training_table, trigger_words
+from sfumato.files.atomic import write_text
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -36,38 +35,12 @@ def write_model_card(
 
     made: the diffusers folder, or the safetensors of the difference. rows: as for `sfumato.card.write_card`.
     """
-    from huggingface_hub import ModelCardData
-
-    gallery = []
-    for number, (prompt, picture) in enumerate(zip(prompts, rows[-1] if rows else [], strict=False)):
-        with atomic_path(folder / "images" / f"image_{number}.png") as temporary:
-            picture.save(temporary)
-        gallery.append({"text": prompt, "output": {"url": f"images/image_{number}.png"}})
-    head = ModelCardData(
-        library_name="diffusers",
-        base_model=about.base,
-        license=about.license or None,
-        instance_prompt=instance_prompt(about),
-        tags=["text-to-image", "diffusers", "dreambooth", "sfumato"],
-        widget=gallery or None,
-    )
-    before_after = ""
-    if rows:
-        with atomic_path(folder / "images" / "before_after.png") as temporary:
-            sheet = contact_sheet([rows[0], rows[-1]], row_labels=["before", "after"], column_labels=list(prompts))
-            sheet.save(temporary)
-        before_after = "\n## Before and after\n\n![before and after](images/before_after.png)\n"
     example = prompts[0] if prompts else example_of(about)
     whole = made.suffix != ".safetensors"
     what = f"`{about.base}` ({about.family}) fine-tuned" if whole else f"The change of a fine-tune of `{about.base}`"
-    text = f"""---
-{head.to_yaml()}
----
-
-# {about.title}
-
-<Gallery />
-
+    sheet = before_after_sheet(folder, prompts, rows)
+    before_after = f"\n## Before and after\n{sheet}" if sheet else ""
+    text = f"""{opening(folder, about, prompts, rows, tags=["dreambooth"])}
 {what} with DreamBooth on {about.images} pictures.
 {before_after}
 ## Trigger words
