@@ -393,18 +393,14 @@ def save(
     trigger: Sequence[str],
 ) -> None:
     """Write the adapter and new words, the card and the plot; upload them if asked."""
-    from sfumato.finish import finish
+    from sfumato.finish import finish, upload
 
     description = write_adapter(path, lora, base, config, dataset, samples, trigger, config.steps)
     finish(run, path, description, samples, kind="lora", push=None)
     paths = [path]
     if words:
         paths += save_words(path, path.with_name("README.md"), words, base, config, description, run)
-    if config.push_to_hub:
-        from sfumato.card import push
-
-        for each in paths:
-            run.say(f"uploaded to {push(run.folder, each, config.push_to_hub)}")
+    upload(run, paths, config.push_to_hub)
 
 
 def write_adapter(

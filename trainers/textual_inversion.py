@@ -225,8 +225,7 @@ def save(
     from sfumato.embedding_card import write_embedding_card
     from sfumato.files import describe
     from sfumato.files.write_embedding import write_embedding
-    from sfumato.finish import describe_run
-    from sfumato.plot import plot_log
+    from sfumato.finish import describe_run, plot_and_tell, upload
     from sfumato.precision import DTYPES
 
     rows = samples.rows
@@ -236,20 +235,10 @@ def save(
     for token, vectors in words.vectors().items():
         one = dataclasses.replace(description, trigger=[token])
         write_embedding(paths[token], token, vectors, metadata=describe(one), dtype=DTYPES[config.save_precision])
-    run.log_file.flush()
-    plot_log(run.folder / "log.jsonl", run.folder / "plot.png")
     card = write_embedding_card(run.folder, paths, description, report, samples.prompts if rows else [], rows)
-    run.say("\nnearest of the base's words, by cosine:\n" + "\n".join(report))
-    for token, path in paths.items():
-        run.say(f"word     {token}  {path}")
-    run.say(f"card     {card}\nplot     {run.folder / 'plot.png'}")
-    if rows:
-        run.say(f"samples  {run.folder / 'samples.png'}")
-    if config.push_to_hub:
-        from sfumato.card import push
-
-        for path in paths.values():
-            run.say(f"uploaded to {push(run.folder, path, config.push_to_hub)}")
+    made = ["nearest of the base's words, by cosine:", *report, *(f"word     {t}  {path}" for t, path in paths.items())]
+    plot_and_tell(run, "\n".join(made), card, has_samples=bool(rows))
+    upload(run, list(paths.values()), config.push_to_hub)
 
 
 def main(argv: Sequence[str]) -> int:

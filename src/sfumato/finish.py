@@ -54,12 +54,8 @@ def describe_run(config: TrainerOptions, base: Base, dataset: Dataset, samples: 
 
 def finish(run: Run, path: Path, about: Description, samples: Samples, *, kind: Kind, push: str | None) -> None:
     """The plot and the card beside what was learned, a line for each, and the upload if `push` names a repository."""
-    from sfumato.card import push as upload
     from sfumato.card import write_card
-    from sfumato.plot import plot_log
 
-    run.log_file.flush()
-    plot_log(run.folder / "log.jsonl", run.folder / "plot.png")
     rows = samples.rows
     prompts: Sequence[str] = samples.prompts if rows else []
     if kind == "lora":
@@ -68,13 +64,30 @@ def finish(run: Run, path: Path, about: Description, samples: Samples, *, kind: 
         from sfumato.model_card import write_model_card
 
         card = write_model_card(run.folder, path, about, prompts, rows)
-    run.say(f"\n{_WHAT[kind]:<9}{path}\ncard     {card}\nplot     {run.folder / 'plot.png'}")
-    if rows:
-        run.say(f"samples  {run.folder / 'samples.png'}")
-    if push:
-        # The hub takes patterns, in which "*" also stands for "/": all of the folder.
-        named = path.with_name(f"{path.name}*") if kind == "folder" else path
-        run.say(f"uploaded to {upload(run.folder, named, push)}")
+    plot_and_tell(run, f"{_WHAT[kind]:<9}{path}", card, has_samples=bool(rows))
+    # The hub takes patterns, in which "*" also stands for "/": all of the folder.
+    upload(run, [path.with_name(f"{path.name}*") if kind == "folder" else path], push)
 
 
 _WHAT = {"lora": "adapter", "difference": "change", "folder": "model"}
+
+
+def plot_and_tell(run: Run, made: str, card: Path, *, has_samples: bool) -> None:
+    """Draw the log, and say what there is now. made: lines on what was learned."""
+    from sfumato.plot import plot_log
+
+    run.log_file.flush()
+    plot_log(run.folder / "log.jsonl", run.folder / "plot.png")
+    run.say(f"\n{made}\ncard     {card}\nplot     {run.folder / 'plot.png'}")
+    if has_samples:
+        run.say(f"samples  {run.folder / 'samples.png'}")
+
+
+def upload(run: Run, paths: Sequence[Path], repository: str | None) -> None:
+    """Upload each file with its card, and say where it is; nothing where no repository is named."""
+    from sfumato.card import push
+
+    if not repository:
+        return
+    for path in paths:
+        run.say(f"uploaded to {push(run.folder, path, repository)}")
