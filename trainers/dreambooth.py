@@ -130,7 +130,7 @@ def train(config: Config) -> Path:
     from sfumato.full import full_precision
     from sfumato.halves import draw_half, errors_of
     from sfumato.measure import Measures
-    from sfumato.prior import BasePrediction, DriftLimit
+    from sfumato.prior import BasePrediction, DriftLimit, prepare_both
     from sfumato.processes import Processes
     from sfumato.runs import Run
     from sfumato.runs.samples import UNRELATED, Samples, drawing_of
@@ -141,6 +141,7 @@ def train(config: Config) -> Path:
         config.instance_prompt or f"{config.identifier} {config.class_name}", config.class_prompt or config.class_name
     )
     examples = read_examples(config, subject)
+    instance = examples.of("instance")
     precision = config.decide_precision(processes, config.optimizer, adapting=config.method == "lora")
     if config.method == "full":
         precision = full_precision(precision, eight_bit=config.optimizer == "adamw8bit")
@@ -154,7 +155,7 @@ def train(config: Config) -> Path:
             scaled=scaler.is_enabled(),
         )
     base = config.load_base(precision)
-    config, filled = resolve(config, base, examples.of("instance").samples, processes.count)
+    config, filled = resolve(config, base, instance.samples, processes.count)
     writes = [config.name] if config.save == "folder" else []
     run = Run.start(config, program="dreambooth", processes=processes, writes=writes)
     run.say(precision.table())
@@ -163,10 +164,14 @@ def train(config: Config) -> Path:
         for line in identifier.examine(config.identifier, base).lines():
             run.say(line)
 
-    kept = Kept.of(subject.class_prompts([e.caption for e in examples.of("instance")]), config.prior_prompts)
+    kept = Kept.of(subject.class_prompts([e.caption for e in instance]), config.prior_prompts)
     pictures = class_pictures(config, base, examples, kept, run, processes)
     global_batch, starts = processes.starts(config.batch, config.accumulate)
-    dataset, class_set = prepare(config, base, examples.of("instance"), pictures, global_batch, processes)
+    embed = not config.train_text_encoder
+    seen = embed and config.prior == "pictures"  # what the base predicts, it predicts for the class prompts
+    dataset, class_set = prepare_both(
+        config, base, instance, pictures, global_batch, processes, embed_text=embed, embed_class=seen
+    )
     for note in dict.fromkeys([*dataset.notes, *(class_set.notes if class_set else [])]):
         run.say(note)
     # The VAE has given its latents; it rests until something is drawn.
@@ -248,7 +253,7 @@ def train(config: Config) -> Path:
     average.apply()
     path = config.output / f"{config.name}{'' if config.save == 'folder' else '.safetensors'}"
     if processes.is_main:
-        trigger = triggers(config, subject, examples.of("instance"))
+        trigger = triggers(config, subject, instance)
         about = describe_run(config, base, dataset, samples, trigger=trigger, steps=made, over_steps=span)
         save(path, trained, base, config, run, samples, about)
     run.close()
@@ -372,32 +377,6 @@ def class_pictures(
     pictures, drawn = pictures_of_class(base, counts, resolution=side, folder=folder, processes=processes)
     run.say(f"class pictures: {config.class_count} of {', '.join(counts)} ({drawn} drawn now)")
     return dataclasses.replace(given, examples=(*given, *pictures)) if given else pictures
-
-
-def prepare(
-    config: Config,
-    base: Base,
-    subjects: Folder,
-    pictures: Folder | None,
-    global_batch: int,
-    processes: Processes,
-) -> tuple[Dataset, Dataset | None]:
-    """The subject's set and that of the class, with the embeddings of just the captions that each will give."""
-    from sfumato.prior import prepare_class
-
-    embed = not config.train_text_encoder
-    dataset = config.prepare(
-        subjects,
-        base,
-        embed_text=embed,
-        will_draw=(config.seed, config.steps, global_batch),
-        processes=processes,
-    )
-    if pictures is None:
-        return dataset, None
-    # What the base predicts, it predicts for the class prompts.
-    embed_class = embed and config.prior == "pictures"
-    return dataset, prepare_class(config, base, pictures, global_batch, processes, embed_text=embed_class)
 
 
 def prior_of(

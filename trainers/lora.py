@@ -33,7 +33,6 @@ if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that 
     from sfumato.files import Description
     from sfumato.halves import Noising
     from sfumato.prior import BasePrediction, ClassPictures
-    from sfumato.processes import Processes
     from sfumato.runs import Run
     from sfumato.runs.samples import Samples
 
@@ -110,6 +109,7 @@ def train(config: Config) -> Path:
     from sfumato.full import parts_of
     from sfumato.halves import draw_half, errors_of
     from sfumato.measure import Measures
+    from sfumato.prior import prepare_both
     from sfumato.processes import Processes
     from sfumato.runs import Run
     from sfumato.runs.samples import UNRELATED, Samples, default_prompts, drawing_of
@@ -128,7 +128,10 @@ def train(config: Config) -> Path:
     run.say_filled(base.family.title, filled)
 
     global_batch, starts = processes.starts(config.batch, config.accumulate)
-    dataset, class_set = prepare(config, base, subjects, of_class, global_batch, processes)
+    embed = embeds_beforehand(config)
+    dataset, class_set = prepare_both(
+        config, base, subjects, of_class, global_batch, processes, embed_text=embed, embed_class=embed
+    )
     for note in dict.fromkeys([*dataset.notes, *(class_set.notes if class_set else [])]):
         run.say(note)
     # The VAE has given its latents; it rests until something is drawn.
@@ -320,25 +323,6 @@ def new_words(base: Base, config: Config, examples: Folder) -> Words:
     )
     words.check([*config.sample_prompts, *(example.caption for example in examples)])
     return words
-
-
-def prepare(
-    config: Config, base: Base, subjects: Folder, of_class: Folder, global_batch: int, processes: Processes
-) -> tuple[Dataset, Dataset | None]:
-    """What is learned, and the class's pictures, if there are any, with the embeddings that each will give."""
-    from sfumato.prior import prepare_class
-
-    embed = embeds_beforehand(config)
-    dataset = config.prepare(
-        subjects,
-        base,
-        embed_text=embed,
-        will_draw=(config.seed, config.steps, global_batch),
-        processes=processes,
-    )
-    if not of_class:
-        return dataset, None
-    return dataset, prepare_class(config, base, of_class, global_batch, processes, embed_text=embed)
 
 
 def embeds_beforehand(config: Config) -> bool:

@@ -32,22 +32,33 @@ KEPT_BYTES = 2**30
 """Predictions of the base that all processes together keep in memory for a run; the draws of a longer run repeat."""
 
 
-def prepare_class(
-    config: TrainerOptions, base: Base, pictures: Folder, global_batch: int, processes: Processes, *, embed_text: bool
-) -> Dataset:
-    """Pictures of the class with the embeddings of just the captions that `ClassPictures` gives; none are dropped.
+def prepare_both(
+    config: TrainerOptions,
+    base: Base,
+    subjects: Folder,
+    of_class: Folder | None,
+    global_batch: int,
+    processes: Processes,
+    *,
+    embed_text: bool,
+    embed_class: bool,
+) -> tuple[Dataset, Dataset | None]:
+    """What is learned, and pictures of the class, if there are any, with the embeddings of just the captions that each
+    will give; of the class's, which `ClassPictures` gives, none are dropped.
 
-    config: resolved.
+    config: resolved. embed_text, embed_class: whether there are embeddings at all.
     """
     assert config.steps is not None
-    return config.prepare(
-        pictures,
-        base,
-        caption_dropout=0.0,
-        embed_text=embed_text,
-        will_draw=(class_seed(config.seed), config.steps, global_batch),
-        processes=processes,
+    run = config.steps, global_batch
+    will_draw = (config.seed, *run)
+    dataset = config.prepare(subjects, base, embed_text=embed_text, will_draw=will_draw, processes=processes)
+    if not of_class:
+        return dataset, None
+    will_draw = (class_seed(config.seed), *run)
+    class_set = config.prepare(
+        of_class, base, caption_dropout=0.0, embed_text=embed_class, will_draw=will_draw, processes=processes
     )
+    return dataset, class_set
 
 
 class ClassPictures:
