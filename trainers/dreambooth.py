@@ -310,15 +310,9 @@ def resolve(config: Config, base: Base, samples: int, processes: int) -> tuple[C
         unused.add("rank")
     given = {name: getattr(config, name) for name in unused}
     config, filled = options.resolve(config, base, samples, processes, **defaults)
-    values: dict[str, Any] = given | {
-        "save": config.save or ("folder" if config.method == "full" else "lora"),
-        "save_precision": config.save_precision or ("fp32" if base.family.name == "pocket" else "fp16"),
-    }
+    values = given | {"save": config.save or ("folder" if config.method == "full" else "lora")}
     if config.method == "lora":
         values["alpha"] = config.alpha or float(config.rank)
-    if config.train_text_encoder:
-        tenth = config.learning_rate / 10
-        values["text_learning_rate"] = options.second_rate(config, "text_learning_rate", tenth)
     return dataclasses.replace(config, **values), [name for name in filled if name not in unused]
 
 

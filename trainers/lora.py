@@ -270,13 +270,7 @@ def resolve(config: Config, base: Base, samples: int, processes: int, *, has_pri
     """The config with every unset field filled, and the names that the base's family filled."""
     half = {"batch": max(1, base.defaults.batch // 2)} if has_prior else {}  # the other is the prior's
     config, filled = options.resolve(config, base, samples, processes, **half)
-    values: dict[str, Any] = {
-        "alpha": config.alpha or float(config.rank),
-        "save_precision": config.save_precision or ("fp32" if base.family.name == "pocket" else "fp16"),
-    }
-    if config.train_text_encoder:
-        tenth = config.learning_rate / 10
-        values["text_learning_rate"] = options.second_rate(config, "text_learning_rate", tenth)
+    values: dict[str, Any] = {"alpha": config.alpha or float(config.rank)}
     if has_prior:
         values["prior_weight"] = 1.0 if config.prior_weight is None else config.prior_weight
     if config.train_words:

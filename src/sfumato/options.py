@@ -364,7 +364,7 @@ def resolve(config: Options, base: Base, samples: int, processes: int, **default
     """The config with its unset fields filled, and the names that the base's family or the method filled.
 
     samples: pictures an epoch, repeats included. defaults: the method's own for this family; they come before the
-    family's.
+    family's. Fields that a trainer lacks are passed over.
     """
     known = dataclasses.asdict(base.defaults) | {name: value for name, value in defaults.items() if value is not None}
     if config.optimizer == "prodigy":
@@ -379,6 +379,11 @@ def resolve(config: Options, base: Base, samples: int, processes: int, **default
     values: dict[str, Any] = {"name": config.name or config.output.resolve().name}
     for name in ("sample_every", "measure_every", "checkpoint_every"):
         values[name] = quarter if getattr(config, name) is None else getattr(config, name)
+    if getattr(config, "train_text_encoder", False):
+        assert config.learning_rate is not None
+        values["text_learning_rate"] = second_rate(config, "text_learning_rate", config.learning_rate / 10)
+    if getattr(config, "save_precision", "") is None:
+        values["save_precision"] = "fp32" if base.family.name == "pocket" else "fp16"
     return dataclasses.replace(config, **values), filled
 
 
