@@ -8,7 +8,7 @@ says its words from then on and `[in fog::0.4]` until then. A number without a p
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -132,13 +132,6 @@ def counted(steps: int) -> Iterator[None]:
         STEPS.reset(before)
 
 
-def asked_timestep(args: Sequence[Any], options: Mapping[str, Any]) -> float:
-    """The timestep of a call of the U-Net with these arguments."""
-    import torch
-
-    return float(torch.as_tensor(options["timestep"] if "timestep" in options else args[1]).flatten()[0])
-
-
 @contextmanager
 def told_by_stages(unet: nn.Module, told: Sequence[Stage], scheduler: Any) -> Iterator[None]:
     """Within the block each call of the U-Net, for one batch of pictures, hears the stage of its step.
@@ -151,7 +144,7 @@ def told_by_stages(unet: nn.Module, told: Sequence[Stage], scheduler: Any) -> It
 
     def tell(module: Any, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         sample = args[0] if args else options["sample"]
-        step = clock.step(asked_timestep(args, options), scheduler) + 1
+        step = clock.step(schedulers.asked_timestep(args, options), scheduler) + 1
         stage = next((each for each in told if step <= each.last), told[-1])
         is_guided = len(sample) == 2 * len(stage.text)
         if (text := heard.get((stage.last, is_guided))) is None:

@@ -10,7 +10,7 @@ import importlib.util
 import inspect
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -131,6 +131,13 @@ def counts_sigmas(schedule: Mapping[str, Any]) -> bool:
     """Whether a scheduler of this config tells the U-Net the logarithm of sigma, as EDM's do, and not a timestep."""
     continuous = schedule.get("timestep_type") == "continuous" and schedule.get("prediction_type") == "v_prediction"
     return "sigma_data" in schedule or continuous
+
+
+def asked_timestep(args: Sequence[Any], options: Mapping[str, Any]) -> float:
+    """The timestep of a call of the U-Net with these arguments."""
+    import torch
+
+    return float(torch.as_tensor(options["timestep"] if "timestep" in options else args[1]).flatten()[0])
 
 
 class Clock:

@@ -31,7 +31,7 @@ from sfumato.compose.steps import Ramp, progress_of
 from sfumato.errors import AdapterError
 from sfumato.files.adapter_file import AdapterFile, read_adapter
 from sfumato.files.fingerprint import verify as verify_deltas
-from sfumato.prompt_steps import STEPS, asked_timestep, changes
+from sfumato.prompt_steps import STEPS, changes
 from sfumato.prompts import Syntax
 
 Box = tuple[float, float, float, float]
@@ -157,7 +157,8 @@ class _Spans:
     def see(self, _: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
         """Note a call's step."""
         if self._ways:
-            progress = progress_of(asked_timestep(args, options), schedulers.DRAWING.get() or self._pipe.scheduler)
+            now = schedulers.asked_timestep(args, options)
+            progress = progress_of(now, schedulers.DRAWING.get() or self._pipe.scheduler)
             self._now = {label: way(progress) for label, way in self._ways.items()}
 
     def held(self, narrow: Tensor, owners: Sequence[str]) -> Tensor:
@@ -268,7 +269,8 @@ class _Texts:
         asked = self._ask(steps if self._follows and steps else 1)
         if asked != self._asked:
             self._asked, self._told = asked, self._encode(*asked)
-        self.now = self._at(self._clock.step(asked_timestep(args, options), scheduler) + 1 if self._follows else 1)
+        step = self._clock.step(schedulers.asked_timestep(args, options), scheduler) if self._follows else 0
+        self.now = self._at(step + 1)
 
 
 def _check_no_picture_prompt(unet: Any) -> None:

@@ -18,7 +18,6 @@ from sfumato import schedulers
 from sfumato.compose.adapter import Weight, checked_weight, unet_weight, with_unet
 from sfumato.compose.match import unwrapped_parts
 from sfumato.errors import AdapterError
-from sfumato.prompt_steps import asked_timestep
 
 if TYPE_CHECKING:
     from sfumato.compose.mix import Mix
@@ -117,7 +116,7 @@ def over_steps_of(mix: Mix, weights: Mapping[str, Progress], switch: Switch | No
     clock = schedulers.Clock()
 
     def follow(module: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-        now = asked_timestep(args, options)
+        now = schedulers.asked_timestep(args, options)
         drawn_by = schedulers.DRAWING.get() or mix.pipe.scheduler
         progress = progress_of(now, drawn_by)
         wanted = {label: _at(before[label], function(progress)) for label, function in weights.items()}

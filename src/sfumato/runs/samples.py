@@ -12,7 +12,7 @@ from torch import nn
 
 from sfumato.data.captions import fill_template
 from sfumato.files.atomic import atomic_path
-from sfumato.prompt_steps import asked_timestep
+from sfumato.schedulers import asked_timestep
 from sfumato.sheet import contact_sheet
 
 if TYPE_CHECKING:
