@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 
 FORMAT = 2
 """Of the cells' names; another where the same settings draw another picture than an earlier version's."""
-WITHOUT_DENSITY = {"linear", "np-lora"}
-"""Methods that drop no entries."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,10 +172,13 @@ def _check_method(config: Config, x: Axis, y: Axis, adapters: Sequence[Adapter])
     methods = next((set(axis.values) for axis in (x, y) if axis.kind == "method"), {config.method} - {None})
     if config.rank is not None and not methods:
         raise ConfigError("--rank is of a merging method; give --method ties, or --x method=ties,dare.")
-    if (config.density is not None or "density" in kinds) and methods <= WITHOUT_DENSITY:
-        raise ConfigError(
-            "--density is of a merging method that thins out; give --method ties, or --x method=ties,dare."
-        )
+    if config.density is not None or "density" in kinds:
+        from sfumato.merging.methods import TAKEN_BY
+
+        if methods.isdisjoint(TAKEN_BY["density"]):
+            raise ConfigError(
+                "--density is of a merging method that thins out; give --method ties, or --x method=ties,dare."
+            )
     if not methods:
         return
     if not adapters and "adapter" not in kinds:
@@ -189,8 +190,12 @@ def _with_method(settings: dict[str, Any], rank: int | None) -> dict[str, Any]:
     method, density = settings.pop("method"), settings.pop("density")
     if method is None:
         return settings
+    from sfumato.merging.methods import TAKEN_BY, Settings
+
     settings |= {"method": method, "rank": rank}
-    return settings if method in WITHOUT_DENSITY else settings | {"density": 0.5 if density is None else density}
+    if method not in TAKEN_BY["density"]:
+        return settings
+    return settings | {"density": Settings.density if density is None else density}
 
 
 def draw_grid(config: Config) -> Path:

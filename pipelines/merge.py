@@ -71,15 +71,6 @@ _OF_INTO = {"adapters", "output", "blocks", "into", "title", "family", "partial"
 """Options that --into has a use for."""
 
 
-_OF_METHODS = {
-    "density": {"ties", "dare", "dare-ties", "magnitude", "knots", "core-space"},
-    "inside": {"knots", "core-space"},
-    "null_energy": {"np-lora"},
-    "null_strength": {"np-lora"},
-}
-"""Options that some methods alone have a use for, and these."""
-
-
 def merge_files(config: Config) -> Path:
     """Merge what the config names; returns the written file or folder."""
     if not config.adapters:
@@ -92,18 +83,19 @@ def merge_files(config: Config) -> Path:
             "--into bakes the weighted sum, whole and in the base's own dtype: leave out "
             f"{', '.join(idle)}, or merge to a file first and bake that."
         )
-    for name, methods in _OF_METHODS.items():
+    if not 0 < config.null_energy <= 1:
+        raise ConfigError(f"--null-energy is {config.null_energy}; it must be above 0 and at most 1.")
+    adapters = parse_adapters(config.adapters)
+
+    from sfumato.merging.methods import TAKEN_BY
+    from sfumato.merging.sources import choose_blocks, read_sources
+
+    for name, methods in TAKEN_BY.items():
         if name in chosen and config.method not in methods:
             raise ConfigError(
                 f"--{name.replace('_', '-')} has no effect on --method {config.method}; leave it out, or choose one of "
                 f"{', '.join(sorted(methods))}."
             )
-    if not 0 < config.null_energy <= 1:
-        raise ConfigError(f"--null-energy is {config.null_energy}; it must be above 0 and at most 1.")
-    adapters = parse_adapters(config.adapters)
-
-    from sfumato.merging.sources import choose_blocks, read_sources
-
     sources, parents = read_sources(adapters, partial=config.partial, words=config.into is None)
     sources = choose_blocks(sources, config.blocks)
     if config.into is not None:

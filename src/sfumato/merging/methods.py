@@ -32,6 +32,16 @@ class Settings:
     null_strength: float | None = None
 
 
+TAKEN_BY: Mapping[str, frozenset[str]] = MappingProxyType(
+    {
+        "density": frozenset({"ties", "dare", "dare-ties", "magnitude", "knots", "core-space"}),
+        "inside": frozenset({"knots", "core-space"}),
+        "null_energy": frozenset({"np-lora"}),
+        "null_strength": frozenset({"np-lora"}),
+    }
+)
+"""The methods that have a use for each setting."""
+
 DENSE: Mapping[str, Callable[[Settings, torch.Generator], Dense]] = MappingProxyType(
     {
         "ties": lambda to, _: partial(sign.ties, density=to.density),
