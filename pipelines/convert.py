@@ -65,12 +65,12 @@ def convert(config: Config) -> Path:
         raise ConfigError(f"--base {config.base}: nothing is taken on it without --bake; add --bake or leave it out.")
 
     from sfumato.files.metadata import Description, describe
-    from sfumato.files.write import DTYPES
     from sfumato.merging.convert import as_lora, write
     from sfumato.merging.factors import Budget
     from sfumato.merging.lineage import common_family
     from sfumato.merging.sources import read_source
     from sfumato.merging.stored import stored
+    from sfumato.precision import DTYPES
 
     keeps_words = config.to == "kohya" and config.bake != "diff"
     source, parent = read_source(Adapter(config.file), partial=config.partial, words=keeps_words)
@@ -121,10 +121,10 @@ def _readers(to: str) -> str:
 
 
 def _differences(config: Config, source: Source, family: str, metadata: Mapping[str, str]) -> Path:
-    from sfumato.files.write import DTYPES
     from sfumato.files.write_difference import write_difference
     from sfumato.merging.convert import as_difference
     from sfumato.merging.stored import stored
+    from sfumato.precision import DTYPES
 
     if config.to != "kohya" or config.base is None:
         raise ConfigError("--bake diff wants --base, the weights that differ, and --to kohya: nobody else reads it.")

@@ -58,10 +58,11 @@ def extract_file(config: Config) -> Path:
     check_free(config.output, config.overwrite)
 
     from sfumato.files.metadata import Description, describe
-    from sfumato.files.write import DTYPES, write_lora
+    from sfumato.files.write import write_lora
     from sfumato.merging.extract import extract
     from sfumato.merging.factors import Budget
     from sfumato.merging.stored import stored
+    from sfumato.precision import DTYPES
 
     tuned, base = stored(config.tuned), stored(config.base)
     if tuned.family != base.family or tuned.places.keys() != base.places.keys():

@@ -105,12 +105,13 @@ def merge_files(config: Config) -> Path:
 
 def _merge(config: Config, sources: Sequence[Source], parents: Sequence[Parent]) -> Path:
     from sfumato.files.embedding_file import united
-    from sfumato.files.write import DTYPES, write_lora
+    from sfumato.files.write import write_lora
     from sfumato.merging.factors import Budget
     from sfumato.merging.lineage import common_family, inherit
     from sfumato.merging.merge import merge
     from sfumato.merging.methods import Settings
     from sfumato.merging.stored import stored
+    from sfumato.precision import DTYPES
 
     if config.output.suffix != ".safetensors":
         raise ConfigError(f"--output {config.output}: wanted a .safetensors file.")

@@ -49,11 +49,12 @@ def resize_file(config: Config) -> Path:
         raise ConfigError(f"--output {config.output}: wanted a .safetensors file.")
     check_free(config.output, config.overwrite)
 
-    from sfumato.files.write import DTYPES, write_lora
+    from sfumato.files.write import write_lora
     from sfumato.merging.extract import resize
     from sfumato.merging.factors import Budget
     from sfumato.merging.lineage import common_family, inherit
     from sfumato.merging.sources import read_source
+    from sfumato.precision import DTYPES
 
     source, parent = read_source(Adapter(config.file), words=True)
     modules = {target: low for target, change in source.changes.items() if (low := change.low_rank()) is not None}

@@ -31,6 +31,7 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 NAMES: Mapping[torch.dtype, str] = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 DTYPES: Mapping[str, torch.dtype] = {name: dtype for dtype, name in NAMES.items()}
+"""What weights are computed and written in, by the names that options have."""
 OPTIMIZERS_8BIT = frozenset({"adamw8bit"})
 """Optimizers that keep their state in 8 bits, by the name a config gives them."""
 BITSANDBYTES_ON_CPU = (0, 50)

@@ -24,8 +24,6 @@ from sfumato.files.save import hashes, write_tensors
 from sfumato.files.write_embedding import bundled
 from sfumato.numerals import exact
 
-DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-"""What an adapter's file may be written in, by the names that options have."""
 _OF_THE_TENSORS, _OF_A_MODULE = 1_000, 22
 """Bytes of metadata that the writers add: hashes, rank and alpha at most; a row of the fingerprint in base64."""
 
