@@ -13,7 +13,7 @@ from typing import Literal, overload
 
 from sfumato.data.captions import METADATA, check_template, fill_template, words_of
 from sfumato.data.images import read_size
-from sfumato.data.listing import FOLDER_OF_PICTURES, Found, Ignored, Listing, list_folder
+from sfumato.data.listing import FOLDER_OF_PICTURES, Found, Ignored, Listing, list_folder, some
 from sfumato.data.options import Options
 from sfumato.errors import DataError
 
@@ -127,7 +127,7 @@ def no_pictures(path: Path, ignored: Sequence[Ignored]) -> DataError:
     """What to say of a folder without pictures; of those below it that hold some, to name one of them."""
     if below := [entry.name for entry in ignored if entry.reason == FOLDER_OF_PICTURES]:
         return DataError(
-            f"{path}: no pictures in it, but in its folders {_some(below)}. Name one of them, list them in a "
+            f"{path}: no pictures in it, but in its folders {some(below)}. Name one of them, list them in a "
             'dataset.toml, or call them "10_sks dog", whose pictures come 10 times an epoch as "sks dog".'
         )
     return DataError(f"{path}: no pictures in it{ignored_words(ignored)}. Put PNG or JPEG files there.")
@@ -203,7 +203,7 @@ def _check_captions(examples: Sequence[Example], template: str | None) -> None:
     missing = [example.path.name for example in examples if not example.caption]
     if not missing:
         return
-    shown = _some(missing)
+    shown = some(missing)
     if template is not None:
         raise DataError(f"{shown}: the caption is empty once put into {template!r}. Put words into the template.")
     raise DataError(
@@ -227,10 +227,6 @@ def _mask_notes(root: Path, examples: Sequence[Example], mask: MaskSource) -> It
         raise no_masks(root)
     if without:
         yield f"{len(without)} pictures have no mask and are learned whole: {', '.join(without[:3])}"
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def ignored_words(ignored: Sequence[Ignored]) -> str:

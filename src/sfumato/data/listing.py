@@ -111,11 +111,11 @@ class _Reader:
         """Say what is listed and not there, and what is there and not listed."""
         absent = [path.relative_to(self.root).as_posix() for path in self.sums if not path.is_file()]
         if absent:
-            self.notes.append(f"{NAME} lists {len(absent)} files that are not there: {_some(absent)}")
+            self.notes.append(f"{NAME} lists {len(absent)} files that are not there: {some(absent)}")
         unlisted = [found.path.name for found in self.pictures if not found.sums[0]]
         if self.sums and unlisted:
             self.notes.append(
-                f"{NAME} does not list {len(unlisted)} pictures, so they are not checked: {_some(unlisted)}"
+                f"{NAME} does not list {len(unlisted)} pictures, so they are not checked: {some(unlisted)}"
             )
 
     def _folders(self, entries: list[Path]) -> None:
@@ -273,8 +273,9 @@ def _holds_pictures(folder: Path) -> bool:
         return False
 
 
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+def some(names: Sequence[str], most: int = 3) -> str:
+    """The first names, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _spelt(entry: Path) -> str:

@@ -30,6 +30,7 @@ from sfumato.data.dataset import Dataset
 from sfumato.data.folder import Example, Folder, labelled, labels_of, refuse_bad
 from sfumato.data.images import upright_size
 from sfumato.data.latents import Item, encode, keep_pixels
+from sfumato.data.listing import some
 from sfumato.data.options import CropMode, Options
 from sfumato.data.tags import count_forms, forms
 from sfumato.data.texts import Texts
@@ -323,8 +324,3 @@ def _kept_notes(in_loop: bool, store: Cache | None, bytes_kept: int) -> Iterator
         yield f"latents take {bytes_kept / 2**20:,.0f} MiB of memory; --cache DIR keeps them on disk"
     elif bytes_kept > KEPT_BYTES:
         yield f"latents take {bytes_kept / 2**20:,.0f} MiB and stay on disk, memory-mapped"
-
-
-def some(names: Sequence[str]) -> str:
-    """The first names, and how many more there are."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -11,7 +11,7 @@ from typing import Any
 from sfumato.data.buckets import Size, bucket_sizes
 from sfumato.data.duplicates import duplicates
 from sfumato.data.folder import Example, MaskSource, caption_of, labelled, labels_of, no_masks, no_pictures, no_subject
-from sfumato.data.listing import Found, Ignored
+from sfumato.data.listing import Found, Ignored, some
 from sfumato.data.options import CropMode, Options
 from sfumato.data.source import Source, sources_of
 from sfumato.data.survey import Look, survey
@@ -209,11 +209,12 @@ def _captions(report: Report, founds: Sequence[Found]) -> Iterator[Line]:
     missing = [label for e, found, label in named if not e.caption and not found.caption.error]
     if missing:
         advice = 'Write NAME.txt beside each, run `sfumato caption --write`, or pass --caption "{caption}".'
-        yield Line("caption missing", f"{_count(missing)} no caption: {_some(missing)}. {advice}", tuple(missing), True)
+        text = f"{_count(missing)} no caption: {some(missing, 4)}. {advice}"
+        yield Line("caption missing", text, tuple(missing), True)
     limit = report.target.token_limit
     for caption, names in _by_caption(report).items():
         if cut := report.target.cut_off(caption):
-            text = f"{_some(names)}: the caption is longer than {limit} tokens; its end is not seen: ... {cut!r}"
+            text = f"{some(names, 4)}: the caption is longer than {limit} tokens; its end is not seen: ... {cut!r}"
             yield Line("caption cut", text, tuple(names))
 
 
@@ -233,7 +234,7 @@ def _masks(report: Report, sources: Sequence[Source]) -> Iterator[Line]:
         if masks and len(without) == len(masks):
             yield Line("no masks", str(no_masks(path)), stops=True)
         elif without:
-            yield Line("mask missing", f"{_count(without)} no mask, learned whole: {_some(without)}", tuple(without))
+            yield Line("mask missing", f"{_count(without)} no mask, learned whole: {some(without, 4)}", tuple(without))
 
 
 def _flaws(report: Report) -> Iterator[Line]:
@@ -247,15 +248,15 @@ def _flaws(report: Report) -> Iterator[Line]:
         if crop.scale > 1
     }
     if small:
-        text = f"smaller than is learned, so enlarged: {_some(list(small.values()))}"
+        text = f"smaller than is learned, so enlarged: {some(list(small.values()), 4)}"
         yield Line("too small", text, tuple(small))
     cut = {label: f"{label} ({1 - crop.kept:.0%})" for _, crop, label in good if crop.kept < 0.75}
     if cut:
-        yield Line("cropped", f"the crop takes more than a quarter of: {_some(list(cut.values()))}", tuple(cut))
+        yield Line("cropped", f"the crop takes more than a quarter of: {some(list(cut.values()), 4)}", tuple(cut))
     for flaw, words in (("black", "black"), ("one colour", "one colour only"), ("blurred", "blurred")):
         names = [label for look, _, label in good if flaw in look.flaws]
         if names:
-            yield Line(flaw, f"{words}: {_some(names)}", tuple(names))
+            yield Line(flaw, f"{words}: {some(names, 4)}", tuple(names))
 
 
 def _twice(report: Report) -> Iterator[Line]:
@@ -309,7 +310,3 @@ def _trigger(report: Report, trigger: str) -> Iterator[Line]:
 
 def _count(names: Sequence[str]) -> str:
     return "1 picture has" if len(names) == 1 else f"{len(names)} pictures have"
-
-
-def _some(names: Sequence[str], most: int = 4) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
