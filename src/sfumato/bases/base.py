@@ -350,7 +350,7 @@ class Base:
         """A sha256 over all of the base that is no weight, to go on with."""
         digest = hashlib.sha256()
         for module in (self.unet, self.vae, *self.text_encoders, self.scheduler):
-            digest.update(_public_config(module).encode())
+            digest.update(public_config(module).encode())
         self._vocabularies = self._vocabularies or [_vocabulary(tokenizer) for tokenizer in self.tokenizers]
         digest.update(json.dumps([self._vocabularies, self.zeros_for_empty_prompt]).encode())
         return digest
@@ -366,9 +366,9 @@ def _vocabulary(tokenizer: Any) -> str:
     return hashlib.sha256(described.encode()).hexdigest()
 
 
-def _public_config(module: Any) -> str:
+def public_config(module: Any) -> str:
     """A module's config as JSON, without what only says where it came from."""
-    config = module.config
+    config = getattr(module, "config", {})
     items = config.to_dict() if hasattr(config, "to_dict") else dict(config)
     kept = {key: value for key, value in items.items() if not key.startswith("_") and "version" not in key}
     return json.dumps(kept, sort_keys=True, default=str)

@@ -117,12 +117,11 @@ def decoders() -> str:
 
 def weights_digest(modules: Iterable[Any]) -> str:
     """sha256 over the modules' configs and weights, in their present dtype, in hex."""
+    from sfumato.bases.base import public_config
+
     digest = hashlib.sha256()
     for module in modules:
-        config = getattr(module, "config", {})
-        items = config.to_dict() if hasattr(config, "to_dict") else dict(config)
-        kept = {name: value for name, value in items.items() if not name.startswith("_") and "version" not in name}
-        digest.update(json.dumps(kept, sort_keys=True, default=str).encode())
+        digest.update(public_config(module).encode())
         for name, tensor in module.state_dict().items():
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(_bytes(tensor))
