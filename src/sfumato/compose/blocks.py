@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from sfumato.errors import AdapterError
-from sfumato.merging.blocks import PRESETS, SHORT
+from sfumato.merging.blocks import PRESETS, fits
 from sfumato.numerals import exact
 
 LISTS: Mapping[int, tuple[str, ...]] = MappingProxyType(
@@ -156,9 +156,7 @@ def web_block(part: str, path: str) -> str | None:
 def _names(name: str, part: str, path: str) -> bool:
     if re.fullmatch(r"(IN|OUT)\d\d|M00|BASE", name):
         return web_block(part, path) == name
-    parts = PRESETS.get(name, name).split(".")
-    parts[0] = SHORT.get(parts[0], parts[0])
-    return f".{'.'.join(parts)}." in f".{part}.{path}."
+    return fits(name, (part, path))
 
 
 def _exactness(name: str) -> tuple[int, int]:

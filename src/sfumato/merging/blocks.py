@@ -31,7 +31,7 @@ def select(targets: Iterable[Target], words: str) -> set[Target]:
     wanted, unwanted = set[Target](), set[Target]()
     given = [word.strip() for word in words.split(",") if word.strip()]
     for word in given:
-        found = {target for target in known if _names(word.removeprefix("!"), target)}
+        found = {target for target in known if fits(word.removeprefix("!"), target)}
         if not found:
             raise AdapterError(
                 f"blocks {word!r}: names none of the {len(known)} modules. Wanted such as up, down.1, mid, attn2, te, "
@@ -43,7 +43,8 @@ def select(targets: Iterable[Target], words: str) -> set[Target]:
     return wanted - unwanted
 
 
-def _names(word: str, target: Target) -> bool:
+def fits(word: str, target: Target) -> bool:
+    """Whether the word names this module."""
     parts = PRESETS.get(word, word).split(".")
     parts[0] = SHORT.get(parts[0], parts[0])
     return f".{'.'.join(parts)}." in f".{target[0]}.{target[1]}."
