@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sfumato.files.lora_file import LoraModule
+from sfumato.files.read import is_finite
 from sfumato.products import onednn, processor
 
 Terms = Sequence[tuple[float, LoraModule]]
@@ -145,7 +146,7 @@ def write_sum(
     if not terms:
         original = original() if callable(original) else original
         _write_blocks(weight, original, None, None, dense, scratch)
-        return finite(weight)
+        return is_finite(weight.detach())
     stacked = stack(terms, rows, columns, weight.device, scratch)
     safe = dense is None and _bound(stacked) < limit
     same = callable(original) or original.dtype == weight.dtype
@@ -164,18 +165,12 @@ def write_sum(
         weight.view(rows, columns).addmm_(left, right)
     else:
         _write_blocks(weight, original, stacked.up, stacked.down, dense, scratch)
-    return safe or finite(weight)
+    return safe or is_finite(weight.detach())
 
 
 def _bound(stacked: Pair) -> float:
     """No element of up @ down is larger than this: |up_i down_j| <= (|up_i|^2 + |down_j|^2) / 2."""
     return float(torch.dot(stacked.whole, stacked.whole)) / 2  # NaN compares as false
-
-
-def finite(weight: Tensor) -> bool:
-    """Whether every value is finite, without a mask of the tensor's size."""
-    low, high = torch.aminmax(weight.detach())  # NaN spreads into both
-    return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
 def _write_blocks(

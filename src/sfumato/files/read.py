@@ -170,5 +170,5 @@ def is_finite(tensor: Tensor) -> bool:
         return True
     if tensor.dtype.itemsize == 1:  # the 8-bit floats have no minimum of their own
         tensor = tensor.float()
-    low, high = torch.aminmax(tensor)  # NaN spreads into both
-    return math.isfinite(low.item()) and math.isfinite(high.item())
+    # NaN spreads into both, which come from a GPU in one go.
+    return all(map(math.isfinite, torch.stack(torch.aminmax(tensor)).tolist()))
