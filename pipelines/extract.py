@@ -16,9 +16,7 @@ from sfumato.errors import AdapterError, ConfigError
 from sfumato.files.atomic import check_free
 
 if TYPE_CHECKING:
-    from sfumato.files.changes import LoraModule
-    from sfumato.files.kohya import Target
-    from sfumato.merging.stored import Stored
+    from sfumato.merging.stored import Parameter, Stored
 
 
 @dataclass(frozen=True)
@@ -70,11 +68,7 @@ def extract_file(config: Config) -> Path:
             f"{tuned.name} is {tuned.family.title}, {base.name} is {base.family.title}, and their weights are not the "
             "same ones. Name the base that it was trained from."
         )
-    found, kept = extract(_pairs(tuned, base, config.parts), Budget(config.rank, config.keep_energy))
-    modules: dict[Target, LoraModule] = {}
-    for name, module in found.items():
-        part, _, path = name.partition("/")
-        modules[part, path] = module
+    modules, kept = extract(_pairs(tuned, base, config.parts), Budget(config.rank, config.keep_energy))
     description = Description(
         title=config.output.stem,
         family=base.family.name,
@@ -92,10 +86,10 @@ def extract_file(config: Config) -> Path:
     return config.output
 
 
-def _pairs(tuned: Stored, base: Stored, parts: Sequence[str]) -> Iterator[tuple[str, Any, Any]]:
+def _pairs(tuned: Stored, base: Stored, parts: Sequence[str]) -> Iterator[tuple[Parameter, Any, Any]]:
     for parameter in base.places:
         if not parts or parameter[0] in parts:
-            yield "/".join(parameter), base.read(parameter), tuned.read(parameter)
+            yield parameter, base.read(parameter), tuned.read(parameter)
 
 
 def main(argv: Sequence[str]) -> int:

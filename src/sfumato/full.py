@@ -183,18 +183,12 @@ def write_extracted(
     from sfumato.merging.factors import Budget
 
     pairs = (
-        (f"{part}/{name}", before[part].get_parameter(name), tensor)
+        ((part, name), before[part].get_parameter(name), tensor)
         for part, module in after.items()
         for name, tensor in module.named_parameters()
     )
     modules, kept = extract(pairs, Budget(rank, keep_energy))
-    named = {_target(name): module for name, module in modules.items()}
     described = {**metadata, "sfumato.kept_energy": f"{kept.share:.4f}"}
-    write_lora(path, named, family=family, metadata=described, dtype=dtype)
+    write_lora(path, modules, family=family, metadata=described, dtype=dtype)
     ranks = sorted(module.rank for module in modules.values())
     return f"the LoRA of rank {ranks[0]} to {ranks[-1]} in {len(ranks)} layers {kept}"
-
-
-def _target(name: str) -> Target:
-    part, _, path = name.partition("/")
-    return part, path

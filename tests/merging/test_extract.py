@@ -15,7 +15,8 @@ from sfumato.files.adapter_file import read_adapter
 from sfumato.files.header import read_header
 from sfumato.files.lora_file import read_lora
 from sfumato.files.write_embedding import add_words
-from sfumato.merging.extract import extract_lora
+from sfumato.merging.extract import extract as extract_pairs
+from sfumato.merging.factors import Budget
 
 
 def run(program, *words):
@@ -30,16 +31,21 @@ def low_rank(out, inner, rank, seed=0):
     return random(out, rank, seed=seed) @ random(rank, inner, seed=seed + 1)
 
 
+def extracted(before, after, **budget):
+    pairs = ((("unet", name), before[name], after[name]) for name in before)
+    return extract_pairs(pairs, Budget(**budget))
+
+
 def test_a_change_of_low_rank_is_found_whole_and_what_did_not_change_is_left_out():
     before = {"a.weight": random(8, 6), "b.weight": random(4, 4), "c.weight": random(6, 5, 3, 3)}
     after = before | {
         "a.weight": before["a.weight"] + low_rank(8, 6, 2),
         "c.weight": before["c.weight"] + low_rank(6, 45, 3).view(6, 5, 3, 3),
     }
-    modules, kept = extract_lora(before, after, keep_energy=1 - 1e-9)
-    assert {path: module.rank for path, module in modules.items()} == {"a": 2, "c": 3}
+    modules, kept = extracted(before, after, keep_energy=1 - 1e-9)
+    assert {path: module.rank for (_, path), module in modules.items()} == {"a": 2, "c": 3}
     assert kept.share == pytest.approx(1)
-    for path, module in modules.items():
+    for (_, path), module in modules.items():
         assert_close(module.delta(), after[f"{path}.weight"] - before[f"{path}.weight"], rtol=1e-4, atol=1e-5)
 
 
@@ -50,22 +56,20 @@ def test_the_kept_share_is_that_of_all_that_changed():
         "norm.weight": torch.tensor([1.0, 0.0]),
         "a.bias": torch.tensor([1.0]),
     }
-    modules, kept = extract_lora(before, after, rank=1)
-    assert modules["a"].rank == 1
+    modules, kept = extracted(before, after, rank=1)
+    assert modules["unet", "a"].rank == 1
     assert kept.share == pytest.approx(9 / 16)
-    assert kept.modules == {"a": pytest.approx(9 / 14)}
-    assert kept.left_out == {"norm.weight": pytest.approx(1 / 16), "a.bias": pytest.approx(1 / 16)}
+    assert kept.modules == {("unet", "a"): pytest.approx(9 / 14)}
+    assert kept.left_out == dict.fromkeys([("unet", "norm.weight"), ("unet", "a.bias")], pytest.approx(1 / 16))
     assert "12.50% are in 2 tensors that no LoRA can hold" in str(kept)
 
 
 def test_equal_and_different_models_are_refused():
     before = {"a.weight": random(3, 3)}
     with pytest.raises(AdapterError, match="there is no adapter to extract"):
-        extract_lora(before, dict(before), rank=1)
-    with pytest.raises(AdapterError, match="1 tensors are in one of the two models only, first b"):
-        extract_lora(before, before | {"b": random(1)}, rank=1)
-    with pytest.raises(AdapterError, match=r"is \[3, 3\] before and \[4, 3\] after"):
-        extract_lora(before, {"a.weight": random(4, 3)}, rank=1)
+        extracted(before, dict(before), rank=1)
+    with pytest.raises(AdapterError, match=r"unet/a.weight is \[3, 3\] before and \[4, 3\] after"):
+        extracted(before, {"a.weight": random(4, 3)}, rank=1)
 
 
 def everything(weights):
