@@ -9,16 +9,14 @@ from PIL import Image, ImageDraw, ImageFont
 from sfumato.data.survey import Look
 from sfumato.sheet import label_font
 
-_CELL_PX, _LINE_PX, _GAP_PX, _COLUMNS = 192, 16, 8, 8
+_CELL_PX, _LINE_PX, _GAP_PX, _COLUMNS, _PAGE = 192, 16, 8, 8, 200
 _INK, _WARNING, _EMPTY = (25, 25, 25), (190, 30, 20), (235, 235, 235)
 
 
-def crop_sheets(
-    looks: Sequence[Look], names: Sequence[str], captions: Sequence[str], *, page: int = 200
-) -> list[Image.Image]:
-    """RGB sheets of at most `page` crops. looks: made with thumbnails. names, captions: the lines below each."""
+def crop_sheets(looks: Sequence[Look], names: Sequence[str], captions: Sequence[str]) -> list[Image.Image]:
+    """RGB sheets of at most 200 crops. looks: made with thumbnails. names, captions: the lines below each."""
     cells = list(zip(looks, names, captions, strict=True))
-    return [_sheet(cells[start : start + page]) for start in range(0, len(cells), page)]
+    return [_sheet(cells[start : start + _PAGE]) for start in range(0, len(cells), _PAGE)]
 
 
 def _sheet(cells: Sequence[tuple[Look, str, str]]) -> Image.Image:

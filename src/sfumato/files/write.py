@@ -66,7 +66,7 @@ def write_lora(
             tensors[f"{name}.{half}.weight"] = cast(value, dtype, f"{name}.{half}", path)
         # fp32 whatever the dtype: a half would round sqrt(rank) and the like.
         tensors[f"{name}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
-    tensors |= bundled(path, words or {}, torch.float32)
+    tensors |= bundled(path, words or {})
     ranks = sorted({module.rank for module in modules.values()})
     described = {
         **(metadata or {}),

@@ -54,19 +54,19 @@ def write_embedding(
     return write_tensors(path, tensors, described)
 
 
-def add_words(path: Path, words: Mapping[str, Mapping[str, Tensor]], *, dtype: torch.dtype = torch.float32) -> Path:
+def add_words(path: Path, words: Mapping[str, Mapping[str, Tensor]]) -> Path:
     """Put new words into the adapter's file at `path`, under the names that A1111 and ComfyUI read; it is replaced.
 
     words: by token, as `write_embedding` takes them. diffusers refuses an adapter's file with words in it.
     Raises AdapterError for a token with a dot in it, which these names cannot hold.
     """
     header = read_header(path)
-    tensors = dict(read_tensors(path, header=header)) | bundled(path, words, dtype)
+    tensors = dict(read_tensors(path, header=header)) | bundled(path, words)
     return write_tensors(path, tensors, {**header.metadata, **hashes(tensors, header.metadata)})
 
 
-def bundled(path: Path, words: Mapping[str, Mapping[str, Tensor]], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors of words within an adapter's file at `path`; as `add_words`."""
+def bundled(path: Path, words: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of words within an adapter's file at `path`, in fp32; as `add_words`."""
     tensors: dict[str, Tensor] = {}
     for token, parts in words.items():
         if "." in token:
@@ -74,7 +74,8 @@ def bundled(path: Path, words: Mapping[str, Mapping[str, Tensor]], dtype: torch.
                 f"{path.name}: {token} has a dot, with which it cannot be bundled. Write it into its own file."
             )
         names = {"text_encoder": "string_to_param.*"} if len(parts) == 1 else SDXL_KEYS
-        tensors |= {f"bundle_emb.{token}.{names[part]}": _cast(rows, dtype, path) for part, rows in parts.items()}
+        for part, rows in parts.items():
+            tensors[f"bundle_emb.{token}.{names[part]}"] = _cast(rows, torch.float32, path)
     return tensors
 
 

@@ -23,7 +23,7 @@ WRITERS: Mapping[str, Callable[..., Path]] = MappingProxyType(
 )
 
 
-def as_lora(source: Source, budget: Budget, base: Base | None, *, seed: int = 0) -> Merged:
+def as_lora(source: Source, budget: Budget, base: Base | None) -> Merged:
     """The adapter as LoRA modules: exact where it has that form; else its delta on the base within the budget.
 
     Modules that have the form are not cut down to the budget. Raises AdapterError for a delta that needs a base or a
@@ -39,7 +39,7 @@ def as_lora(source: Source, budget: Budget, base: Base | None, *, seed: int = 0)
             modules[target] = low
     if not rest:
         return Merged(modules)
-    baked = merge([Source(source.name, rest)], budget=budget, base=base, seed=seed)
+    baked = merge([Source(source.name, rest)], budget=budget, base=base)
     energy = {target: from_module(module).energy() for target, module in modules.items()}
     return Merged(
         modules | dict(baked.modules), dict.fromkeys(modules, 1.0) | dict(baked.kept), energy | dict(baked.energy)

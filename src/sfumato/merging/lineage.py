@@ -31,7 +31,6 @@ def inherit(
     *,
     title: str,
     family: str,
-    text: str = "",
     config: Mapping[str, Any] | None = None,
     extra: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
@@ -52,7 +51,6 @@ def inherit(
         base_fingerprint=fingerprints.pop() if len(fingerprints) == 1 else "",
         prediction_type="v_prediction" if "v" in said else "epsilon" if "epsilon" in said else "",
         trigger=list(dict.fromkeys(word for parent in parents for word in trigger_words(parent.metadata))),
-        text=text,
         config=config,
         adapter_guidance=strengths.pop() if len(strengths) == 1 else 0.0,
         over_steps=spans.pop() if len(spans) == 1 else None,

@@ -77,7 +77,7 @@ def build_scheduler() -> DDIMScheduler:
     )
 
 
-def build_tokenizer(texts: Sequence[str], *, positions: int = 77, vocabulary: int = 3000) -> CLIPTokenizer:
+def build_tokenizer(texts: Sequence[str]) -> CLIPTokenizer:
     """A CLIP tokenizer (byte-level BPE, `</w>` ends a word) learned from `texts`; any text tokenizes."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
@@ -93,7 +93,7 @@ def build_tokenizer(texts: Sequence[str], *, positions: int = 77, vocabulary: in
     learner.train_from_iterator(
         words,
         trainers.BpeTrainer(
-            vocab_size=vocabulary,
+            vocab_size=3000,
             initial_alphabet=sorted(alphabet),
             special_tokens=[f"{letter}</w>" for letter in sorted(ends)],
             end_of_word_suffix="</w>",
@@ -105,4 +105,4 @@ def build_tokenizer(texts: Sequence[str], *, positions: int = 77, vocabulary: in
     pieces = dict.fromkeys(single + sorted(model["vocab"], key=model["vocab"].get))
     vocab = {piece: i for i, piece in enumerate([*pieces, "<|startoftext|>", "<|endoftext|>"])}
     merges = [tuple(merge) for merge in model["merges"]]
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=positions)
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77)
