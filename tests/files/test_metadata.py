@@ -76,10 +76,10 @@ def test_all_that_can_be_said_is_said(monkeypatch):
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
     description = Description(
         **{"title": "line", "family": "sd2", "base": "base-2", "prediction_type": "v_prediction"},
-        **{"resolution": (512, 768), "images": 16, "steps": 400, "epochs": 25, "batch": 4, "seed": 7},
-        **{"learning_rate": 1e-4, "optimizer": "adamw", "trigger": ["zwx style", "b"], "started": 5.0},
+        **{"resolution": (512, 768), "images": 16, "steps": 400, "batch": 4, "seed": 7},
+        **{"learning_rate": 1e-4, "optimizer": "adamw", "trigger": ["zwx style", "b"]},
         **{"captions": ["a crab, ink", "ink, a crab ,"], "text": "of lines", "author": "somebody", "license": "cc0"},
-        **{"tags": ["line", "ink"], "usage_hint": "0.8", "config": {"rank": 4, "ä": None}, "dataset_sha256": "ab"},
+        **{"config": {"rank": 4, "ä": None}, "dataset_sha256": "ab"},
         parents=[{"name": "one", "weight": 0.5}, {"name": "two", "weight": 1}],
         extra={"more": "x", "ss_seed": "8"},
     )
@@ -94,7 +94,6 @@ def test_all_that_can_be_said_is_said(monkeypatch):
         "ss_num_train_images": "16",
         "ss_steps": "400",
         "ss_max_train_steps": "400",
-        "ss_num_epochs": "25",
         "ss_total_batch_size": "4",
         "ss_seed": "8",
         "ss_learning_rate": "0.0001",
@@ -110,8 +109,6 @@ def test_all_that_can_be_said_is_said(monkeypatch):
         "modelspec.author": "somebody",
         "modelspec.date": "2023-11-14T22:13:20Z",
         "modelspec.license": "cc0",
-        "modelspec.usage_hint": "0.8",
-        "modelspec.tags": "line, ink",
         "modelspec.trigger_phrase": "zwx style, b",
         "modelspec.prediction_type": "v",
         "modelspec.merged_from": "one, two",
@@ -132,7 +129,8 @@ def test_all_that_can_be_said_is_said(monkeypatch):
 
 def test_little_that_can_be_said_is_said(monkeypatch):
     monkeypatch.delenv("SOURCE_DATE_EPOCH", raising=False)
-    assert describe(Description("n", "sd1", started=86_400.5)) == {
+    monkeypatch.setattr("time.time", lambda: 86_400.5)
+    assert describe(Description("n", "sd1")) == {
         "ss_v2": "False",
         "ss_base_model_version": "sd_v1",
         "ss_network_module": "networks.lora",
@@ -146,9 +144,6 @@ def test_little_that_can_be_said_is_said(monkeypatch):
         "modelspec.date": "1970-01-02T00:00:00Z",
         "sfumato.version": sfumato.__version__,
     }
-    assert moment(5.0) == 5.0
-    monkeypatch.setattr("time.time", lambda: 7.0)
-    assert moment() == 7.0
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "x")
     assert said(moment) == "SOURCE_DATE_EPOCH is 'x'; wanted whole seconds since 1970."
 

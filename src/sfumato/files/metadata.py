@@ -45,7 +45,6 @@ class Description:
     of which the words are counted.
     config: the program's resolved config, without private paths (`sfumato.config.to_dict(config, public=True)`); of it
     the settings of at most SETTING_BYTES are kept.
-    started: Unix time in seconds, now if unset; SOURCE_DATE_EPOCH overrides it.
     parents: for a mix, one {"name", "hash", "weight"} a file. adapter_guidance: how often the adapter's change counts
     where nothing else is asked for, see `sfumato.compose.guided`. over_steps: (start, end) of progress, 0 at pure noise
     and 1 at the finished picture, between which it is drawn with where nothing else is asked for; None: always.
@@ -59,19 +58,15 @@ class Description:
     resolution: tuple[int, int] | None = None
     images: int | None = None
     steps: int | None = None
-    epochs: int | None = None
     batch: int | None = None
     seed: int | None = None
     learning_rate: float | None = None
     optimizer: str | None = None
     trigger: Sequence[str] = ()
     captions: Sequence[str] = ()
-    started: float | None = None
     text: str = ""
     author: str = ""
     license: str = ""
-    tags: Sequence[str] = ()
-    usage_hint: str = ""
     thumbnail: Image | None = None
     config: Mapping[str, Any] | None = None
     dataset_sha256: str = ""
@@ -87,12 +82,12 @@ def describe(description: Description) -> dict[str, str]:
         raise ConfigError(f"unknown family {description.family!r}; known are {', '.join(FAMILIES)}.")
     if description.prediction_type not in ("", "epsilon", "v_prediction"):
         raise ConfigError(f"unknown prediction type {description.prediction_type!r}; known are epsilon, v_prediction.")
-    started = moment(description.started)
-    found = _training(description, started) | _model_spec(description, started) | _own(description)
+    now = moment()
+    found = _training(description, now) | _model_spec(description, now) | _own(description)
     return {key: value for key, value in {**found, **description.extra}.items() if value != ""}
 
 
-def _training(description: Description, started: float) -> dict[str, str]:
+def _training(description: Description, now: float) -> dict[str, str]:
     """kohya's keys: A1111 and Forge read the family, the alias and the tags from these."""
     labels = FAMILIES[description.family]
     v = description.prediction_type == "v_prediction"
@@ -108,17 +103,16 @@ def _training(description: Description, started: float) -> dict[str, str]:
         "ss_num_train_images": _text(description.images),
         "ss_steps": _text(description.steps),
         "ss_max_train_steps": _text(description.steps),
-        "ss_num_epochs": _text(description.epochs),
         "ss_total_batch_size": _text(description.batch),
         "ss_seed": _text(description.seed),
         "ss_learning_rate": _text(description.learning_rate),
         "ss_optimizer": _text(description.optimizer),
-        "ss_training_started_at": str(started),
+        "ss_training_started_at": str(now),
         "ss_tag_frequency": _json(tags) if tags else "",
     }
 
 
-def _model_spec(description: Description, started: float) -> dict[str, str]:
+def _model_spec(description: Description, now: float) -> dict[str, str]:
     """ModelSpec 1.0.1 (Stability-AI/ModelSpec): what it says MUST, SHOULD, and of CAN what we know."""
     labels = FAMILIES[description.family]
     v = description.prediction_type == "v_prediction"
@@ -130,10 +124,8 @@ def _model_spec(description: Description, started: float) -> dict[str, str]:
         "resolution": "x".join(map(str, description.resolution)) if description.resolution else "",
         "description": description.text,
         "author": description.author,
-        "date": datetime.fromtimestamp(int(started), UTC).isoformat().replace("+00:00", "Z"),
+        "date": datetime.fromtimestamp(int(now), UTC).isoformat().replace("+00:00", "Z"),
         "license": description.license,
-        "usage_hint": description.usage_hint,
-        "tags": ", ".join(description.tags),
         "trigger_phrase": ", ".join(description.trigger),
         "prediction_type": "v" if v else description.prediction_type,
         "thumbnail": "" if description.thumbnail is None else thumbnail_uri(description.thumbnail),
@@ -173,14 +165,14 @@ def over_steps_of(metadata: Mapping[str, str]) -> tuple[float, float] | None:
     return (start, end) if 0 <= start < end <= 1 and (start, end) != (0.0, 1.0) else None
 
 
-def moment(started: float | None = None) -> float:
-    """Unix time in seconds of a date that goes into a file: SOURCE_DATE_EPOCH, else `started`, else now."""
+def moment() -> float:
+    """Unix time in seconds of a date that goes into a file: SOURCE_DATE_EPOCH, else now."""
     epoch = os.environ.get("SOURCE_DATE_EPOCH")
     if epoch:
         if not epoch.isdigit():
             raise ConfigError(f"SOURCE_DATE_EPOCH is {epoch!r}; wanted whole seconds since 1970.")
         return float(epoch)
-    return time.time() if started is None else started
+    return time.time()
 
 
 def count_tags(captions: Sequence[str]) -> dict[str, int]:
