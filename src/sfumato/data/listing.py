@@ -21,11 +21,10 @@ FOLDER_OF_PICTURES = "a folder; its pictures are not read"
 @dataclass(frozen=True)
 class Caption:
     """A picture's caption as it was found. text: on one line, empty if there is none. origin: a file's name, "folder
-    name" or "". encoding: what was guessed, if it had to be. error: why the caption's file cannot be read."""
+    name" or "". error: why the caption's file cannot be read."""
 
     text: str = ""
     origin: str = ""
-    encoding: str | None = None
     error: str = ""
     notes: tuple[str, ...] = ()
 
@@ -254,7 +253,7 @@ class _Reader:
             if guessed:
                 notes.append(f"{path.name}: not UTF-8; read as {guessed}: {text[:60]!r}")
             if text:
-                return Caption(text, path.name, guessed, notes=tuple(notes))
+                return Caption(text, path.name, notes=tuple(notes))
             notes.append(f"{path.name}: empty, so taken for missing")
         if metadata:
             return Caption(metadata, METADATA, notes=tuple(notes))
