@@ -16,6 +16,7 @@ from sfumato.files.changes import LoraModule
 from sfumato.files.embedding_file import united
 from sfumato.files.kohya import Target
 from sfumato.files.write import write_lora
+from sfumato.merging.factors import Factors, concatenate, to_module
 from sfumato.merging.lineage import Parent, inherit
 from sfumato.merging.sources import identity
 
@@ -67,9 +68,8 @@ def save(
 def concatenated(terms: Iterable[tuple[float, LoraModule]]) -> LoraModule:
     """The LoRA of scale 1 whose update is the sum of weight * update over the terms; its rank is the sum of theirs."""
     terms = list(terms)
-    ups = [low.up.flatten(1).float() * (number * low.scale) for number, low in terms]
+    factors = [
+        Factors(low.up.flatten(1).float() * (number * low.scale), low.down.flatten(1).float()) for number, low in terms
+    ]
     # One may be written for a linear layer and one for the 1x1 convolution that it is.
-    kernel = next((low.down for _, low in terms if low.down.ndim == 4), terms[0][1].down)
-    downs = [low.down.float().reshape(low.rank, *kernel.shape[1:]) for _, low in terms]
-    down, up = torch.cat(downs), torch.cat(ups, dim=1)
-    return LoraModule(down, up[..., None, None] if down.ndim == 4 else up, float(len(down)))
+    return to_module(concatenate(factors), max((low.shape for _, low in terms), key=len))
