@@ -35,7 +35,8 @@ class Config:
     to: Literal["kohya", "diffusers", "peft"] = "kohya"
     """kohya: read by diffusers, ComfyUI, A1111/Forge, InvokeAI and sd-scripts; the others by diffusers or peft only."""
     bake: Literal["lora", "diff"] | None = None
-    """Kinds that are no LoRA, written as one (within --rank or --keep-energy, error told) or as full differences."""
+    """Kinds that are no LoRA, written as one (within --rank or --keep-energy; the error is printed) or as full
+    differences."""
     rank: int | None = None
     """With --bake lora: at most so many directions a module."""
     keep_energy: float | None = None

@@ -45,9 +45,11 @@ def test_the_library_imports_no_program(path):
     assert names == []
 
 
-@pytest.mark.parametrize("path", TRAINERS, ids=lambda p: p.stem)
-def test_no_trainer_imports_a_program(path):
-    assert not [name for name in imported(path) if name.startswith(("sfumato.trainers", "trainers"))]
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda p: p.stem)
+def test_no_program_imports_another(path):
+    found = {name for name in imported(path) if name.startswith(("sfumato.trainers", "sfumato.pipelines", "trainers"))}
+    allowed = {"sfumato.trainers", "sfumato.trainers.lora"} if path.stem == "quickstart" else set()
+    assert found == allowed
 
 
 @pytest.mark.parametrize("path", TRAINERS, ids=lambda p: p.stem)
@@ -81,3 +83,10 @@ def test_no_pickle_anywhere():
     for path in (ROOT / "src").rglob("*.py"):
         assert not {"pickle", "dill", "joblib"} & imported(path)
         assert "torch.load(" not in path.read_text(encoding="utf-8")
+
+
+def test_every_public_name_is_there():
+    import sfumato
+
+    assert sorted(sfumato.__all__) == sfumato.__all__
+    assert all(hasattr(sfumato, name) for name in sfumato.__all__)

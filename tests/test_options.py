@@ -29,6 +29,25 @@ def test_what_is_given_wins_over_the_method_and_the_method_over_the_family():
     assert {"steps", "rank"} <= set(filled)
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("caption_dropout", 1.1, "--caption-dropout is 1.1; it must be 0 to 1."),
+        ("tag_dropout", -0.1, "--tag-dropout is -0.1; it must be 0 to 1."),
+        ("ema", 1.0, "--ema is 1.0; it must be at least 0 and below 1."),
+        ("learning_rate", 0.0, "--learning-rate is 0.0; it must be a positive number."),
+    ],
+)
+def test_numbers_out_of_their_range_are_refused(field, value, said):
+    with pytest.raises(ConfigError) as refused:
+        check(replace(CONFIG, **{field: value}))
+    assert str(refused.value) == said
+
+
+def test_all_captions_may_be_dropped():
+    check(replace(CONFIG, caption_dropout=1.0, tag_dropout=1.0))
+
+
 def test_epochs_become_steps_of_the_global_batch():
     """10 passes over 24 samples, 2 pictures x 3 accumulated x 2 processes a step: 20 steps."""
     config, _ = resolve(replace(CONFIG, epochs=10, batch=2, accumulate=3), BASE, 24, 2)

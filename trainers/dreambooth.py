@@ -293,11 +293,6 @@ def check(config: Config) -> None:
         raise ConfigError("--keep-energy belongs to --method full --save lora; leave it out, or give both.")
     if config.over_steps is not None:
         parse_span(config.over_steps)
-    for option, value in (("--prior-weight", config.prior_weight), ("--drift-limit", config.drift_limit)):
-        if value is not None and not 0 <= value < float("inf"):
-            raise ConfigError(f"{option} is {value}; wanted a number of at least 0.")
-    if config.class_count is not None and config.class_count < 1:
-        raise ConfigError(f"--class-count is {config.class_count}; it must be at least 1.")
     if config.drift_limit is not None and config.measure_every == 0:
         raise ConfigError("--drift-limit looks at the measurements, and --measure-every 0 makes none; leave one out.")
 

@@ -22,7 +22,7 @@ from sfumato.axes import checked_adapter_guidance
 from sfumato.config import parse
 from sfumato.errors import ConfigError
 from sfumato.options import TrainerOptions
-from sfumato.placeholders import RATES, VECTORS
+from sfumato.placeholders import MOST_VECTORS, RATES, VECTORS
 from sfumato.where_when import parse_span
 
 if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that its --help is there at once
@@ -56,7 +56,7 @@ class Config(TrainerOptions):
     """What is adapted: cross-attention, attention, attention+mlp, everything (in the U-Net's blocks), or a regular
     expression over module names."""
     conv: bool = False
-    """Adapt the 3x3 convolutions of the blocks, too."""
+    """Adapt the convolutions of the blocks, too; --targets everything does so by itself."""
     train_text_encoder: bool = False
     """Adapt the text encoders, too; captions are then encoded at each step."""
     text_learning_rate: float | None = None
@@ -79,7 +79,7 @@ class Config(TrainerOptions):
     prior_prompts: tuple[str, ...] = ()
     """Prompts that shall draw as the base draws them: beside each batch goes one as large whose target is what the
     frozen base predicts for them, as in DreamBooth. Repeat it for several. An unset --batch is half of its default
-    then, because the other half of a step is theirs. A subject gains by it, a style does not. Pictures with
+    then, because the other half of a step is theirs. It helps a subject, not a style. Pictures with
     `class = true` in a dataset.toml come beside it, too."""
     prior_weight: float | None = None
     """Weight of those samples in the loss, beside 1 for the pictures that are learned. Unset: 1."""
@@ -249,8 +249,6 @@ def check(config: Config) -> None:
     checked_adapter_guidance(config.adapter_guidance)
     if config.over_steps is not None:
         parse_span(config.over_steps)
-    if config.prior_weight is not None and not 0 <= config.prior_weight < float("inf"):
-        raise ConfigError(f"--prior-weight is {config.prior_weight}; wanted a number of at least 0.")
     for prompt in config.prior_prompts:
         if new := [word for word in config.train_words if word.lower() in prompt.lower()]:
             raise ConfigError(f"--prior-prompts {prompt!r} holds {new[0]}, which the base does not know; leave it out.")
@@ -258,6 +256,8 @@ def check(config: Config) -> None:
     for option in ("stands_for", "initial_words", "word_vectors", "word_learning_rate", "words_first", "bundle"):
         if getattr(config, option) and not count:
             raise ConfigError(f"--{option.replace('_', '-')} is for new words; name them with --train-words.")
+    if config.word_vectors is not None and config.word_vectors > MOST_VECTORS:
+        raise ConfigError(f"--word-vectors is {config.word_vectors}; it must be 1 to {MOST_VECTORS}.")
     if config.stands_for and len(config.stands_for) != count:
         raise ConfigError(f"--stands-for is given {len(config.stands_for)} times for {count} words; give it for each.")
     if config.bundle and (dotted := [word for word in config.train_words if "." in word]):

@@ -113,7 +113,7 @@ class Config(FolderOptions):
     seed: int = 0
     """Seed of weights and of every draw."""
     device: str = "auto"
-    """cpu, cuda, or auto: cuda where there is one."""
+    """auto, cpu, cuda, cuda:1 or mps; auto takes a GPU where there is one."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Number format of the forward pass; weights are kept in fp32."""
     compile: bool = False

@@ -22,7 +22,7 @@ from sfumato import options
 from sfumato.config import parse
 from sfumato.errors import ConfigError
 from sfumato.options import TrainerOptions
-from sfumato.placeholders import RATES, VECTORS
+from sfumato.placeholders import MOST_VECTORS, RATES, VECTORS
 
 if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that its --help is there at once
     from sfumato.bases import Base
@@ -187,8 +187,8 @@ def check(config: Config) -> None:
             raise ConfigError(f"{option} is given {given} times for {count} placeholders; give it once for each.")
     if config.initial_words and config.start != "mean" and not config.resume:
         raise ConfigError("--initial-words and --start random are both given; each says where to start, so give one.")
-    if config.vectors is not None and config.vectors > 16:
-        raise ConfigError(f"--vectors is {config.vectors}; it must be 1 to 16.")
+    if config.vectors is not None and config.vectors > MOST_VECTORS:
+        raise ConfigError(f"--vectors is {config.vectors}; it must be 1 to {MOST_VECTORS}.")
 
 
 def read_examples(config: Config) -> Folder:

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sfumato.bases import Base, load_base
     from sfumato.compose import Adapter, Mix, compose
+    from sfumato.drawing import draw
     from sfumato.errors import SfumatoError
 
 __version__ = "0.5.0"
-__all__ = ["Adapter", "Base", "Mix", "SfumatoError", "compose", "load_base"]
+__all__ = ["Adapter", "Base", "Mix", "SfumatoError", "compose", "draw", "load_base"]
 
 _HOME = {
     "Adapter": "sfumato.compose",
@@ -20,6 +21,7 @@ _HOME = {
     "Mix": "sfumato.compose",
     "SfumatoError": "sfumato.errors",
     "compose": "sfumato.compose",
+    "draw": "sfumato.drawing",
     "load_base": "sfumato.bases",
 }
 

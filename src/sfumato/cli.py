@@ -60,7 +60,7 @@ def usage() -> str:
         "",
         "Usage: sfumato COMMAND [OPTIONS]          every command answers --help",
         "",
-        "  train NAME    train an adapter; NAME is one of",
+        "  train NAME    train; NAME is one of",
         *(f"    {name:<19}{text}" for name, text in TRAINERS.items()),
         *(f"  {name:<14}{text}" for name, (_, text) in PIPELINES.items()),
         "  resume RUN    go on with a training that was stopped",

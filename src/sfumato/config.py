@@ -118,7 +118,7 @@ def _read(config_type: type[DataclassInstance], path: Path) -> dict[str, Any]:
             f"{path}: there is no such config file; name an existing one, or give options alone."
         ) from None
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}).") from None
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}). See to its permissions.") from None
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path}: not readable as TOML ({' '.join(str(error).split())}); mend that line.") from None
     known = [field.name for field in dataclasses.fields(config_type)]

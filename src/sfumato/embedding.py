@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from sfumato import randomness
 from sfumato.errors import AdapterError, ConfigError
 from sfumato.known_words import PARTS, Site, sites_of
-from sfumato.placeholders import check_placeholder, shown
+from sfumato.placeholders import MOST_VECTORS, check_placeholder, shown
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -46,7 +46,6 @@ Start = Literal["words", "random", "mean"]
 Vectors = Mapping[str, Mapping[str, Tensor]]
 """By placeholder, then by part ("text_encoder", "text_encoder_2"): (vectors, width)."""
 
-MOST_VECTORS = 16
 _ASKED = "_sfumato_ids"
 """Attribute of the ids that the table is given: the ids that it was asked for, new words' among them."""
 _SHORTEST, _LONGEST = 0.05, 0.95

@@ -36,7 +36,7 @@ class DataOptions:
     caption: str | None = None
     """Template for captions, such as "{caption}, {trigger} style"; {caption} is a picture's own, or its file's name."""
     caption_dropout: float = 0.0
-    """Share of samples learned without a caption, 0 to 1."""
+    """Share of samples learned without a caption, 0 to 1; at 1 all are."""
     resolution: int | None = None
     """Side in pixels of a square picture; others keep about as many pixels. Unset: the base's own."""
     flip: bool = False
@@ -194,7 +194,7 @@ class StepOptions:
     warmup: int = 0
     """Steps in which the learning rate rises from 0."""
     clip: float = 1.0
-    """Largest norm of the whole gradient; 0 lets it be."""
+    """Largest norm of the whole gradient; 0 turns clipping off."""
     min_snr: float | None = None
     """Gamma of min-SNR weighting (Hang et al. 2023); 0 weighs all timesteps alike. Unset: the base family's default."""
     noise_offset: float = 0.0
@@ -267,11 +267,15 @@ class TrainerOptions(DataOptions, BaseOptions, StepOptions, RunOptions):
 Options = TypeVar("Options", bound=TrainerOptions)
 AnyRun = TypeVar("AnyRun", bound=FolderOptions)
 
-_AT_LEAST_ONE = ("steps", "epochs", "batch", "accumulate", "rank", "resolution", "vectors")
+_AT_LEAST_ONE = (
+    *("steps", "epochs", "batch", "accumulate", "rank", "resolution"),
+    *("vectors", "word_vectors", "class_count"),
+)
 _POSITIVE = ("learning_rate", "text_learning_rate", "word_learning_rate", "alpha")
-_SHARES = ("dropout", "caption_dropout", "tag_dropout", "ema")
+_SHARES = ("caption_dropout", "tag_dropout")
+_SHARES_BELOW_ONE = ("dropout", "ema")
 _NOT_NEGATIVE = (
-    *("warmup", "clip", "min_snr", "noise_offset", "weight_decay", "keep_tags"),
+    *("warmup", "clip", "min_snr", "noise_offset", "weight_decay", "keep_tags", "prior_weight", "drift_limit"),
     *("sample_every", "measure_every", "save_every"),
 )
 _FOLDERS_OF_A_RUN = frozenset(("checkpoints", "samples", "tensorboard", "model"))
@@ -290,7 +294,7 @@ def check(config: TrainerOptions) -> None:
 
 
 def check_run(config: FolderOptions) -> None:
-    """Of any trainer's config: its name, its numbers, and what excludes one another."""
+    """Of any trainer's config: its name, its numbers, and which options exclude each other."""
 
     def given(names: tuple[str, ...]) -> list[tuple[str, Any]]:
         values = [(name, getattr(config, name, None)) for name in names]
@@ -313,8 +317,11 @@ def check_run(config: FolderOptions) -> None:
         if not 0 < value < float("inf"):
             raise ConfigError(f"{option} is {value}; it must be a positive number.")
     for option, value in given(_SHARES):
+        if not 0 <= value <= 1:
+            raise ConfigError(f"{option} is {value}; it must be 0 to 1.")
+    for option, value in given(_SHARES_BELOW_ONE):
         if not 0 <= value < 1:
-            raise ConfigError(f"{option} is {value}; it must be in 0 ... 1, below 1.")
+            raise ConfigError(f"{option} is {value}; it must be at least 0 and below 1.")
     for option, value in given((*_NOT_NEGATIVE, "checkpoint_every", "keep")):
         if not 0 <= value < float("inf"):
             raise ConfigError(f"{option} is {value}; it must not be negative.")

@@ -18,6 +18,8 @@ RATES: Mapping[str, float] = MappingProxyType({"pocket": 2e-2, "sd1": 2e-3, "sd2
 """Peak learning rates of new words, by family; an entry of a CLIP table's row is about 0.014 in size."""
 VECTORS = 4
 """Of a placeholder, where nothing else is asked for."""
+MOST_VECTORS = 16
+"""Of a placeholder: of the 77 positions that a prompt has, more would leave few."""
 
 
 def put_into_captions(folder: Folder, placeholders: Sequence[str], stands_for: Sequence[str] = ()) -> Folder:

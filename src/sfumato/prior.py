@@ -2,7 +2,7 @@
 
 Ruiz et al. 2023, section 3.3: beside "sks otter" with the subject's pictures the model sees "otter" with pictures that
 it drew itself, and the loss is the sum of both errors, the second times a weight. What the class half is to predict is
-either the noise of such a picture, or the prediction of the frozen base itself, which needs no pictures.
+either the noise of such a picture (or its v), or the prediction of the frozen base itself, which needs no pictures.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def prepare_both(
 
 
 class ClassPictures:
-    """The class half as in the paper: pictures of the class, and the noise in them is what is to be predicted.
+    """The class half as in the paper: pictures of the class, and their noise or v is what is to be predicted.
 
     data: the class pictures with their own captions. Randomness is that of the run's seed, in streams of its own.
     """
@@ -136,7 +136,7 @@ class BasePrediction:
         return f"the base's predictions for {len(wanted)} steps{again}: {mib:,.0f} MiB"
 
     def draw(self, step: int, global_batch: int, first: int, count: int) -> Half:
-        """The class's share of a step: as many samples as the subject's, drawn independently of them."""
+        """The class's share of a step: as many samples as the subject's, with noise and timesteps of their own."""
         if self._period:
             step %= self._period
         half = self._bare(step, global_batch, first, count)

@@ -219,6 +219,11 @@ def test_what_the_folder_holds_decides(tmp_path):
     assert going_on(FolderOptions(output=tmp_path, resume=True)) is True
 
 
+def test_pictures_where_the_card_has_its_own_are_looked_at(tmp_path):
+    (tmp_path / "images").mkdir()
+    assert "holds images and no run" in problem(lambda: going_on(FolderOptions(output=tmp_path)))
+
+
 def test_the_file_that_a_name_will_have_is_looked_at(tmp_path):
     (tmp_path / "n.safetensors").write_text("")
     assert going_on(RunOptions(output=tmp_path)) is False

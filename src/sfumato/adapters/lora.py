@@ -198,7 +198,8 @@ class Lora(nn.Module):
 
 
 def select(model: nn.Module, pattern: str, *, conv: bool = False) -> dict[str, nn.Linear | nn.Conv2d]:
-    """The linear layers (and with `conv` the 3x3 convolutions) of `model` whose module path matches `pattern`.
+    """The linear layers and convolutions of `model` whose module path matches `pattern`; with `conv` also its blocks'
+    convolutions, whatever the pattern.
 
     1x1 convolutions count as linear ones, which they are. An empty choice is an AdapterError.
     """

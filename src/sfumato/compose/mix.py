@@ -51,8 +51,8 @@ def compose(pipe: Any, *adapters: Adapter, partial: bool = False, way: Way = "au
     earlier = current(pipe)
     if earlier is not None:
         raise AdapterError(
-            f"this pipeline carries a mix already ({earlier.describe() or 'empty'}). "
-            "Add to it with sfumato.compose.current(pipe).add(...), or undo() it first."
+            f"this pipeline carries a mix already ({earlier.describe() or 'empty'}). Add to it, after `from "
+            "sfumato.compose import current`, with current(pipe).add(...), or undo() it first."
         )
     if way not in get_args(Way):
         raise AdapterError(f"there is no way {way!r} to mix; there are {', '.join(get_args(Way))}.")

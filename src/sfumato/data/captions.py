@@ -86,7 +86,7 @@ def _bytes(path: Path) -> bytes:
             raise DataError(f"{path.name}: {path.stat().st_size:,} bytes; no caption is that long. Remove it.")
         return path.read_bytes()
     except OSError as error:
-        raise DataError(f"{path.name}: cannot be read ({error.strerror}).") from None
+        raise DataError(f"{path.name}: cannot be read ({error.strerror}). See to its permissions.") from None
 
 
 def _unicode(data: bytes) -> str | None:

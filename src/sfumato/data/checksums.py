@@ -69,7 +69,7 @@ def file_digest(path: Path) -> str:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise DataError(f"{path.name}: cannot be read ({error.strerror}).") from None
+        raise DataError(f"{path.name}: cannot be read ({error.strerror}). See to its permissions.") from None
 
 
 def check_files(files: Sequence[Path], sums: Sequence[str]) -> None:

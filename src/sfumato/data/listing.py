@@ -141,7 +141,8 @@ class _Reader:
         try:
             return sorted(folder.iterdir(), key=lambda entry: entry.name)
         except OSError as error:
-            raise DataError(f"{folder}: the folder cannot be read ({error.strerror}).") from None
+            reason = f"the folder cannot be read ({error.strerror}). See to its permissions."
+            raise DataError(f"{folder}: {reason}") from None
 
     def _folder(self, folder: Path, entries: list[Path], repeats: int, words: str) -> None:
         listed: dict[str, str] = {}

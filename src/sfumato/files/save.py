@@ -56,7 +56,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
                 "that is not empty, of a common dtype."
             )
     if not tensors:
-        raise FileError(f"{path.name}: there are no tensors to write.")
+        raise FileError(f"{path.name}: there are no tensors to write; give one or more.")
     try:
         with atomic_path(path) as temporary, temporary.open("wb") as file:
             file.write(header_bytes(tensors, metadata or {}))

@@ -352,7 +352,8 @@ class Run:
                 _load(part, saved["kept"][name])
             except (RuntimeError, ValueError, KeyError) as error:
                 raise RunError(
-                    f"the checkpoint of step {step} does not fit: {name}: {' '.join(str(error).split())[:200]}"
+                    f"the checkpoint of step {step} does not fit: {name}: {' '.join(str(error).split())[:200]}. "
+                    "Resume with the program and version that wrote it."
                 ) from None
         self.step, self._saved_at = step, step
         self.rate_factor, self._health.bad = saved["rate_factor"], list(saved["bad"])

@@ -21,7 +21,7 @@ _OPENED = ("config.toml", "run.json", "log.jsonl")
 _OF_THE_LOCK = (".lock", ".holder.json")
 _KEPT = re.compile(r"-(?:step\d{8,}|\d{6,})[-.]")
 """What follows a run's name in those of adapters kept on the way: sd-scripts' form, or that of runs before 0.4.0."""
-WRITTEN = ("config.toml", "README.md", "plot.png", "samples.png", "samples", "checkpoints")
+WRITTEN = ("config.toml", "README.md", "plot.png", "samples.png", "samples", "images", "checkpoints")
 """What a run writes into its folder under a name of its own; NAME.safetensors comes beside them."""
 
 
