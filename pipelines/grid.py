@@ -282,9 +282,8 @@ def _draw(
                 base,
                 [cell.settings["prompt"] for cell in cells],
                 [cell.settings["seed"] for cell in cells],
-                scheduler=to["sampler"],
                 syntax=to.get("prompt_syntax", "plain"),
-                **{name: to[name] for name in ("negative", "steps", "guidance")},
+                **{name: to[name] for name in ("negative", "steps", "guidance", "sampler")},
             )
             strengths = strengths_of(applied, to["adapter_guidance"], guidance=to["guidance"])
             how = {"adapter_guidance": strengths, **WhereWhen().with_asked(applied.spans).told()}

@@ -63,8 +63,8 @@ def test_a_picture_does_not_depend_on_its_place_in_the_batch(pocket):
 
 
 def test_ancestral_noise_too_is_the_pictures_own(pocket):
-    together = draw(pocket, "a cat", [1, 2, 3], steps=3, scheduler="euler a")
-    assert difference(together[2], draw(pocket, "a cat", 3, steps=3, scheduler="euler a")[0]) <= 1
+    together = draw(pocket, "a cat", [1, 2, 3], steps=3, sampler="euler a")
+    assert difference(together[2], draw(pocket, "a cat", 3, steps=3, sampler="euler a")[0]) <= 1
 
 
 def test_the_same_call_twice_gives_equal_bytes(pocket):
@@ -88,7 +88,7 @@ def test_every_sampler_keeps_the_bases_schedule_and_leaves_the_pipelines_alone(p
         assert made.config.prediction_type == "v_prediction"
         assert (made.config.beta_start, made.config.beta_end) == (0.00085, 0.012)
         assert schedulers.label(made) == (sampler.label, sampler.schedule)
-        assert len(draw(pipe, "a cat", 1, steps=2, scheduler=name)) == 1
+        assert len(draw(pipe, "a cat", 1, steps=2, sampler=name)) == 1
         assert pipe.scheduler is own
 
 
@@ -221,7 +221,7 @@ def test_a_sampler_for_a_schedule_without_betas_is_refused(pipe):
     pipe.scheduler = EDMEulerScheduler()
     try:
         with pytest.raises(ConfigError, match="--sampler ddim: this base's schedule has no betas"):
-            draw(pipe, "a cat", 1, steps=1, scheduler="ddim")
+            draw(pipe, "a cat", 1, steps=1, sampler="ddim")
     finally:
         pipe.scheduler = own
 

@@ -50,8 +50,8 @@ class Desk:
     ) -> Iterator[Image]:
         """The pictures with the mix as it is. own: settings besides. plain: without regions and weights by step."""
         settings = {**self.settings, **own}
-        names = ("negative", "steps", "guidance", "width", "height")
-        chosen = {name: settings[name] for name in names} | {"scheduler": settings["sampler"]}
+        names = ("negative", "steps", "guidance", "width", "height", "sampler")
+        chosen = {name: settings[name] for name in names}
         prompts, seeds = [prompt for prompt, _ in pictures], [seed for _, seed in pictures]
         asked = WhereWhen() if plain else self.where_when
         guidance = settings["guidance"]

@@ -69,7 +69,7 @@ def draw_each(
     guidance: float | None = None,
     width: int | None = None,
     height: int | None = None,
-    scheduler: str | None = None,
+    sampler: str | None = None,
     batch: int | None = None,
     start: Start | None = None,
     syntax: Syntax = "plain",
@@ -77,7 +77,7 @@ def draw_each(
     """One picture for each prompt and its seed, in order; one prompt serves many seeds, one seed many prompts.
 
     source: a diffusers pipeline (SD 1.x, 2.x, SDXL) or a Base. Unset steps, guidance and size (pixels) are the base's
-    family's, or the pipeline's own defaults; scheduler: a name from `sfumato.schedulers`, the source's own if unset.
+    family's, or the pipeline's own defaults; sampler: a name from `sfumato.schedulers`, the source's own if unset.
     batch: pictures drawn at once, chosen by their size if unset. start: a picture to begin from, by a mask only a
     part of it. syntax: how weighted words are written, see `sfumato.prompts`; it wants a Base.
 
@@ -113,7 +113,7 @@ def draw_each(
         raise ConfigError(f"batch {batch}: wanted at least 1 picture at once.")
     if guidance is not None:
         checked_guidance(guidance)
-    other = None if scheduler is None else schedulers.scheduler(scheduler, pipe.scheduler.config)
+    other = None if sampler is None else schedulers.scheduler(sampler, pipe.scheduler.config)
     check_steps(steps, other or pipe.scheduler)
     for first in range(0, len(prompts), batch):
         some = slice(first, first + batch)

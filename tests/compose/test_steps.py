@@ -62,8 +62,8 @@ def test_each_step_has_its_weight_and_the_next_picture_begins_again(base, loras,
     """4 DDIM steps of 1000 ask for 751, 501, 251, 1 and each weighs 1 - its progress."""
     with compose(base, Adapter(loras[0], 1.0), way=way) as mix, over_steps(mix, a=Ramp((0, 1), (1, 0))):
         seen, handle = weights_seen(base, mix)
-        draw(base, "red square", 0, steps=4, scheduler="ddim")
-        draw(base, "red square", 0, steps=4, scheduler="ddim")
+        draw(base, "red square", 0, steps=4, sampler="ddim")
+        draw(base, "red square", 0, steps=4, sampler="ddim")
         handle.remove()
     numbers = [weight[0] if isinstance(weight, tuple) else weight for weight in seen]
     assert numbers[:4] == sorted(numbers[:4], reverse=True)
@@ -115,7 +115,7 @@ def test_a_step_is_a_step_whatever_the_sampler_asks_between(base, loras, sampler
         seen, handle = weights_seen(base, mix)
         with over_steps(mix, Switch(("a", "b"), every=2)):
             for _ in range(2):
-                draw(source, "red square", 0, steps=6, scheduler=chosen, guidance=1.0)
+                draw(source, "red square", 0, steps=6, sampler=chosen, guidance=1.0)
         handle.remove()
     on = "".join("a" if weight == 1.0 else "b" for weight in seen)
     assert on == SIX_STEPS_IN_TURNS[sampler] * 2

@@ -255,7 +255,7 @@ class Base:
 
     # Whole
 
-    def pipeline(self, sampler_name: str | None = None) -> Any:
+    def pipeline(self, sampler: str | None = None) -> Any:
         """A diffusers pipeline that shares these modules; no safety checker, no network.
 
         With clip_skip, hand the pipeline prompts from `encode_text`, or `clip_skip=` as well. Where VAE and U-Net have
@@ -265,7 +265,7 @@ class Base:
         parts: dict[str, Any] = {
             "vae": self.vae,
             "unet": self.unet,
-            "scheduler": scheduler(sampler_name or self.family.defaults.sampler, self.scheduler.config),
+            "scheduler": scheduler(sampler or self.family.defaults.sampler, self.scheduler.config),
             "feature_extractor": None,
         }
         for encoder, text_encoder, tokenizer in zip(
