@@ -101,10 +101,13 @@ def test_pushing_uploads_adapter_card_and_pictures_and_nothing_else(card, monkey
             asked.update(options)
             return type("Commit", (), {"commit_url": "address"})
 
+    (card.parent / "images/of-mine.png").write_bytes(b"")
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     assert push(card.parent, card.parent / "line.safetensors", "me/line") == "address"
     assert asked["repository"] == asked["repo_id"] == "me/line"
-    assert asked["allow_patterns"] == ["line.safetensors", "README.md", "images/*"]
+    assert asked["allow_patterns"][:2] == ["line.safetensors", "README.md"]
+    shown = set(asked["allow_patterns"][2:])
+    assert shown == {f"images/{path.name}" for path in (card.parent / "images").iterdir()} - {"images/of-mine.png"}
 
 
 def test_a_name_with_brackets_is_uploaded(tmp_path, monkeypatch):
@@ -137,16 +140,43 @@ def test_the_line_to_draw_with_is_what_a_shell_reads(kind, tmp_path):
     assert words[3:] == (["--base", "my base", "--lora", f"{kind}:1.0"] if write is write_card else ["--base", kind])
 
 
-def test_a_failed_push_says_that_nothing_is_lost(card, monkeypatch):
+def test_a_models_folder_is_uploaded_and_nothing_that_begins_like_it(tmp_path, monkeypatch):
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    asked = {}
+
+    class Api:
+        def create_repo(self, repository, exist_ok):
+            pass
+
+        def upload_folder(self, **options):
+            asked.update(options)
+            return type("Commit", (), {"commit_url": "address"})
+
+    (tmp_path / "c").mkdir()
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    push(tmp_path, tmp_path / "c", "me/line")
+    names = ["c/unet/config.json", "README.md", "config.toml", "checkpoints/000001/state.json"]
+    assert list(filter_repo_objects(names, allow_patterns=asked["allow_patterns"])) == names[:2]
+
+
+@pytest.mark.parametrize("error", [OSError("no route to host"), ValueError("no route to host")], ids=["os", "httpx"])
+def test_a_failed_push_says_that_nothing_is_lost(error, card, monkeypatch):
+    """And what it says to type uploads what the push would have uploaded."""
     import huggingface_hub
 
     class Api:
         def create_repo(self, repository, exist_ok):
-            raise OSError("no route to host")
+            raise error
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    with pytest.raises(ConfigError, match=r"no route to host The adapter is safe in .*hf upload me/line"):
+    with pytest.raises(ConfigError, match=r"no route to host What was learned is safe in ") as refused:
         push(card.parent, card.parent / "line.safetensors", "me/line")
+    words = shlex.split(re.search("`(hf upload .*)`", str(refused.value))[1])
+    assert words[2:5] == ["me/line", str(card.parent), "."]
+    assert words[5::2] == ["--include"] * len(words[5::2])
+    assert words[6:10:2] == ["line.safetensors", "README.md"]
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])

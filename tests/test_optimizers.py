@@ -9,7 +9,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from sfumato import optimizers
-from sfumato.errors import ConfigError, PrecisionError
+from sfumato.errors import PrecisionError
 
 
 def test_warm_up_rises_to_the_peak_and_cosine_falls_to_nothing():
@@ -47,13 +47,6 @@ def test_the_schedule_moves_each_group_by_its_own_peak():
     schedule = optimizers.Schedule(optimizer, "linear", 10, 0)
     schedule.set(5)
     assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.05]
-
-
-def test_a_warm_up_longer_than_the_run_is_refused():
-    p = nn.Parameter(torch.zeros(1))
-    optimizer = optimizers.build("adamw", [{"params": [p], "lr": 1.0}], weight_decay=0.0)
-    with pytest.raises(ConfigError, match="--warmup 20 is longer than the 10 steps"):
-        optimizers.Schedule(optimizer, "cosine", 10, 20)
 
 
 def test_a_package_that_is_broken_is_not_called_missing(monkeypatch, tmp_path):

@@ -48,6 +48,22 @@ def test_all_captions_may_be_dropped():
     check(replace(CONFIG, caption_dropout=1.0, tag_dropout=1.0))
 
 
+def test_a_warm_up_longer_than_the_run_is_refused():
+    with pytest.raises(ConfigError, match="--warmup 20 is longer than the 10 steps"):
+        resolve(replace(CONFIG, steps=10, warmup=20), BASE, 16, 1)
+
+
+def test_a_repository_that_the_hub_cannot_have_is_refused_before_the_training():
+    check(replace(CONFIG, push_to_hub="me/line"))
+    with pytest.raises(ConfigError, match=r"--push-to-hub not a repo!!/x/y: no repository of the hub"):
+        check(replace(CONFIG, push_to_hub="not a repo!!/x/y"))
+
+
+def test_steps_of_the_run_are_not_those_of_the_command_line():
+    with pytest.raises(ConfigError, match=r"both given \(the run has its steps already\)"):
+        check(replace(CONFIG, steps=10, epochs=3, resume=True))
+
+
 def test_epochs_become_steps_of_the_global_batch():
     """10 passes over 24 samples, 2 pictures x 3 accumulated x 2 processes a step: 20 steps."""
     config, _ = resolve(replace(CONFIG, epochs=10, batch=2, accumulate=3), BASE, 24, 2)

@@ -1,7 +1,6 @@
 """The pocket base's recipe: data rules, captions, rate, Muon, resume, and the judge's figures."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -172,7 +171,7 @@ def test_distances_of_a_set_from_another_of_its_kind_and_from_a_shifted_one():
 
 def test_a_unet_goes_on_from_a_base_with_its_vae_and_words(data, pocket_folder, tmp_path):
     settings = {"steps": 1, "batch": 2, "learning_rate": 1e-9, "sample_every": 0, "device": "cpu", "precision": "fp32"}
-    model = train(Config(stage="unet", init=pocket_folder, data=data, output=tmp_path / "on", **settings))
+    model = train(Config(stage="unet", init=str(pocket_folder), data=data, output=tmp_path / "on", **settings))
     after, before = (load_base(base, precision=CPU) for base in (model, pocket_folder))
     for part in ("unet", "vae"):
         assert_close(getattr(after, part).state_dict(), getattr(before, part).state_dict(), rtol=0, atol=1e-6)
@@ -181,7 +180,7 @@ def test_a_unet_goes_on_from_a_base_with_its_vae_and_words(data, pocket_folder, 
 
 def test_a_decoder_learns_while_encoder_and_latents_stay(data, tmp_path):
     settings = {"steps": 1, "batch": 2, "sample_every": 0, "device": "cpu", "precision": "fp32", "warmup_steps": 0}
-    made = train(Config(init=Path("pocket"), decoder_only=True, data=data, output=tmp_path / "on", **settings))
+    made = train(Config(init="pocket", decoder_only=True, data=data, output=tmp_path / "on", **settings))
     after = AutoencoderKL.from_pretrained(made)
     before = load_base("pocket", precision=CPU).vae
     assert after.config.scaling_factor == before.config.scaling_factor
@@ -192,7 +191,7 @@ def test_a_decoder_learns_while_encoder_and_latents_stay(data, tmp_path):
 
 def test_a_share_of_the_first_weights_stays(data, tmp_path):
     settings = {"steps": 1, "batch": 2, "sample_every": 0, "device": "cpu", "precision": "fp32", "warmup_steps": 0}
-    settings |= {"init": Path("pocket"), "decoder_only": True, "data": data, "hands_share": 1.0}
+    settings |= {"init": "pocket", "decoder_only": True, "data": data, "hands_share": 1.0}
     folders = {
         share: train(Config(init_share=share, output=tmp_path / f"{share}", **settings)) for share in (0.0, 0.25)
     }
@@ -205,7 +204,7 @@ def test_a_share_of_the_first_weights_stays(data, tmp_path):
 
 
 def test_only_a_vae_with_a_base_has_a_decoder_to_go_on_with(data, tmp_path):
-    for wrong in ({"stage": "vae"}, {"stage": "unet", "init": Path("pocket")}):
+    for wrong in ({"stage": "vae"}, {"stage": "unet", "init": "pocket"}):
         with pytest.raises(ConfigError, match="--decoder-only goes on with the VAE of a base"):
             train(Config(decoder_only=True, data=data, output=tmp_path / "on", **wrong))
 
@@ -217,7 +216,7 @@ def test_other_drawings_take_their_share_of_a_batch(data, pocket_folder, tmp_pat
     settings = {"steps": 1, "batch": 4, "sample_every": 0, "device": "cpu", "precision": "fp32"}
 
     def loss(folder, share):
-        train(Config(stage="unet", init=pocket_folder, data=data, output=folder, others_share=share, **settings))
+        train(Config(stage="unet", init=str(pocket_folder), data=data, output=folder, others_share=share, **settings))
         return json.loads((folder / "log.jsonl").read_text().splitlines()[0])["loss"]
 
     assert loss(tmp_path / "with", 0.5) != loss(tmp_path / "without", 0.0)
@@ -349,7 +348,7 @@ def test_crossed_varied_and_moved_pictures_are_learned_from(data, tmp_path):
     settings = {"steps": 1, "batch": 4, "sample_every": 0, "device": "cpu", "precision": "fp32"}
 
     def loss(name, **shares):
-        train(Config(stage="unet", init=Path("pocket"), data=data, output=tmp_path / name, **settings, **shares))
+        train(Config(stage="unet", init="pocket", data=data, output=tmp_path / name, **settings, **shares))
         return json.loads((tmp_path / name / "log.jsonl").read_text().splitlines()[0])["loss"]
 
     losses = [loss("as it was"), loss("crossed", crossed_share=1.0), loss("varied", varied_share=1.0)]
@@ -371,7 +370,7 @@ def test_the_shares_are_the_options(data):
 
 def test_a_plain_style_that_the_pictures_lack_is_refused(data, tmp_path):
     with pytest.raises(ConfigError, match="--plain-style oil"):
-        train(Config(stage="unet", init=Path("pocket"), data=data, output=tmp_path / "on", plain_style="oil"))
+        train(Config(stage="unet", init="pocket", data=data, output=tmp_path / "on", plain_style="oil"))
     assert not (tmp_path / "on").exists()
 
 
@@ -379,13 +378,13 @@ def test_a_plain_style_that_the_pictures_lack_is_refused(data, tmp_path):
 def test_shares_and_timesteps_out_of_range_are_refused_by_name(wrong, data, tmp_path):
     option = "--" + next(iter(wrong)).replace("_", "-")
     with pytest.raises(ConfigError, match=option):
-        train(Config(stage="unet", init=Path("pocket"), data=data, output=tmp_path / "on", **wrong))
+        train(Config(stage="unet", init="pocket", data=data, output=tmp_path / "on", **wrong))
     assert not (tmp_path / "on").exists()
 
 
 def test_a_share_of_others_needs_them(data, tmp_path):
     with pytest.raises(DataError, match="other drawings"):
-        train(Config(stage="unet", init=Path("pocket"), data=data, output=tmp_path / "on", others_share=0.5))
+        train(Config(stage="unet", init="pocket", data=data, output=tmp_path / "on", others_share=0.5))
 
 
 @pytest.mark.slow

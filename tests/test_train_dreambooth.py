@@ -199,7 +199,9 @@ def test_fused_weights_are_those_of_the_plain_run(train):
         (["--drift-limit", "0.1"], "--measure-every 0"),
         (["--identifier", " "], "--identifier is empty"),
         (["--caption", "{caption}"], "--instance-prompt and --caption"),
-        (["--class-images", "nowhere"], "nowhere"),
+        (["--class-images", "nowhere", "--class-count", None], "nowhere"),
+        (["--class-images", "nowhere"], "--class-count has no effect without --prior-prompts beside --class-images"),
+        (["--identifier", "zwx"], "--identifier has no effect without it in --instance-prompt"),
     ],
 )
 def test_wrong_use_is_one_line(options, said, train, capsys, tmp_path):

@@ -202,6 +202,8 @@ def train(config: Config) -> Path:
         figures = measures.values()
         run.log(step=step, **figures)
         limit.look(figures, processes)
+        if limit.reached:
+            run.end()
 
     run.every(config.measure_every, measure)
     run.every(config.sample_every, samples.draw)
@@ -210,13 +212,9 @@ def train(config: Config) -> Path:
         steps = range(run.step, config.steps)
         run.say(prior.remember(steps, global_batch, starts, config.batch, shown=processes.is_main))
     trained.train()
-    made = config.steps
+    if limit.reached:  # by a run that goes on with the same limit
+        run.end()
     for step in run.steps(config.steps):
-        if limit.reached:
-            run.say(f"stopped after step {step.number}: {limit.reached} is over --drift-limit {config.drift_limit}")
-            samples.draw(step.number)
-            made = step.number
-            break
         schedule.set(step.number, step.rate_factor)
         loss, class_loss = torch.zeros(2, device=precision.device)
         for start in starts:
@@ -250,11 +248,14 @@ def train(config: Config) -> Path:
             average.update()
         step.done(loss=loss, class_loss=class_loss, rate=schedule.rate, gradient_norm=norm)
 
+    if limit.reached and run.step < config.steps:
+        run.say(f"stopped after step {run.step}: {limit.reached} is over --drift-limit {config.drift_limit}")
+        samples.draw(run.step)
     average.apply()
     path = config.output / f"{config.name}{'' if config.save == 'folder' else '.safetensors'}"
     if processes.is_main:
         trigger = triggers(config, subject, instance)
-        about = describe_run(config, base, dataset, samples, trigger=trigger, steps=made, over_steps=span)
+        about = describe_run(config, base, dataset, samples, trigger=trigger, steps=run.step, over_steps=span)
         save(path, trained, base, config, run, samples, about)
     run.close()
     processes.wait()
@@ -275,6 +276,10 @@ def check(config: Config) -> None:
         options.only_with(config, needed, "class_images", "prior_weight")
     if config.prior != "pictures":
         options.only_with(config, "--prior pictures", "class_count")
+    elif config.class_images is not None and not config.prior_prompts:
+        options.only_with(config, "--prior-prompts beside --class-images", "class_count")
+    if config.instance_prompt and config.identifier not in config.instance_prompt:
+        options.only_with(config, "it in --instance-prompt", "identifier")
     if config.method == "full":
         options.only_with(config, "--method lora", "alpha", "targets", "over_steps")
         if config.save != "lora":

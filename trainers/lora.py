@@ -279,6 +279,12 @@ def resolve(config: Config, base: Base, samples: int, processes: int, *, has_pri
         values["word_learning_rate"] = options.second_rate(config, "word_learning_rate", rate)
         if config.words_first >= config.steps:
             raise ConfigError(f"--words-first {config.words_first}: the run has {config.steps} steps; make it fewer.")
+        turns = (config.words_first, config.steps - config.words_first)
+        if config.words_first and config.warmup > min(turns):
+            raise ConfigError(
+                f"--warmup {config.warmup} is longer than a turn beside --words-first: they have {turns[0]} and "
+                f"{turns[1]} steps; make it shorter."
+            )
     return dataclasses.replace(config, **values), filled
 
 

@@ -45,8 +45,9 @@ class Config(FolderOptions):
     """Folder of the run: checkpoints, log, samples, and at the end `model/`."""
     vae: Path | None = None
     """Folder of the trained VAE, for the U-Net's stage."""
-    init: Path | None = None
-    """Go on from this base, instead of from nothing. With --vae beside it the U-Net gets another VAE."""
+    init: str | None = None
+    """Go on from this base, named as --base names one elsewhere, instead of from nothing. With --vae beside it the
+    U-Net gets another VAE."""
     decoder_only: bool = False
     """VAE: leave the encoder as it is, so that the latents that a U-Net has learned stay what they are."""
     steps: int = 2400
@@ -55,10 +56,10 @@ class Config(FolderOptions):
     """Pictures in a step."""
     learning_rate: float = 1e-3
     """The rate between the warm-up and the fall."""
-    warmup_steps: int = 100
-    """Steps over which the rate rises from 0."""
-    fall_at: int = 800
-    """The step at which the rate begins to fall, linearly, to 0 at the last."""
+    warmup_steps: int | None = None
+    """Steps over which the rate rises from 0. Unset: 100, or a tenth of fewer than a thousand steps."""
+    fall_at: int | None = None
+    """The step at which the rate begins to fall, linearly, to 0 at the last. Unset: after a third of the steps."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """AdamW, or Muon for the inner weights beside AdamW for the rest."""
     weight_decay: float = 0.01
@@ -135,7 +136,9 @@ class Config(FolderOptions):
 
 
 def rate_at(step: int, config: Config) -> float:
-    """The learning rate of a step, as a share of the highest: warm-up, flat, linear fall to 0."""
+    """The learning rate of a step, as a share of the highest: warm-up, flat, linear fall to 0. config: filled."""
+    assert config.warmup_steps is not None
+    assert config.fall_at is not None
     rising = (step + 1) / max(config.warmup_steps, 1)
     falling = (config.steps - step) / max(config.steps - config.fall_at, 1)
     return max(0.0, min(1.0, rising, falling))
@@ -428,8 +431,15 @@ def check(config: Config) -> None:
         raise ConfigError(f"--plain-share is {config.plain_share}; it must be in 0 ... 0.5.")
     timesteps = ("crossed_from", "moved_below")
     for name in (*timesteps, "warmup_steps", "fall_at", "kl", "gradient_difference", "snr_gamma", "flat_weight"):
-        if not 0 <= getattr(config, name) < float("inf"):
-            raise ConfigError(f"--{name.replace('_', '-')} is {getattr(config, name)}; it must not be negative.")
+        value = getattr(config, name)
+        if value is not None and not 0 <= value < float("inf"):
+            raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must not be negative.")
+    if config.fall_at is not None and config.fall_at > config.steps:
+        raise ConfigError(f"--fall-at {config.fall_at}: the run has {config.steps} steps; let the rate fall before.")
+    if config.warmup_steps is not None and config.warmup_steps > config.steps:
+        raise ConfigError(f"--warmup-steps {config.warmup_steps}: the run has {config.steps} steps; make it shorter.")
+    if config.stage != "unet":
+        options.only_with(config, "--stage unet", "vae")
     if config.init_share and (config.stage != "vae" or config.init is None):
         raise ConfigError("--init-share keeps weights of a base's VAE: it needs --stage vae and --init BASE.")
     if config.decoder_only and (config.stage != "vae" or config.init is None):
@@ -445,9 +455,9 @@ def train(config: Config) -> Path:
     from sfumato.precision import decide
 
     check(config)
-    config = dataclasses.replace(
-        config, checkpoint_every=400 if config.checkpoint_every is None else config.checkpoint_every
-    )
+    filled = {"checkpoint_every": 400, "warmup_steps": min(100, config.steps // 10), "fall_at": config.steps // 3}
+    unset = {name: value for name, value in filled.items() if getattr(config, name) is None}
+    config = dataclasses.replace(config, **unset)
     precision = decide(config.precision, device=config.device)
     precision.apply()
     return {"vae": train_vae, "unet": train_unet}[config.stage](config, precision)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from sfumato.errors import ConfigError
 from sfumato.files.atomic import atomic_path, write_text
+from sfumato.runs.folder import card_pictures
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -203,25 +204,27 @@ def _strip(row: Sequence[Image]) -> Image:
     return strip
 
 
-def push(folder: Path, adapter: Path, repository: str) -> str:
-    """Upload the adapter, its card and pictures to the hub; returns the address. The run's log and config stay here."""
+def push(folder: Path, learned: Path, repository: str) -> str:
+    """Upload what was learned, a file or a model's folder, its card and the card's pictures to the hub; returns the
+    address. Nothing else of the run's folder leaves the machine. Raises ConfigError."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     api = HfApi()
-    pattern = adapter.name.replace("[", "[[]")  # "[v2]" is one of two letters to the hub; "*" is meant
+    name = learned.name.replace("[", "[[]")  # "[v2]" is one of two letters to the hub
+    patterns = [f"{name}/*" if learned.is_dir() else name, "README.md", *card_pictures(folder)]
     try:
         api.create_repo(repository, exist_ok=True)
         commit = api.upload_folder(
             repo_id=repository,
             folder_path=folder,
-            allow_patterns=[pattern, "README.md", "images/*"],
-            commit_message=f"Upload {adapter.stem}",
+            allow_patterns=patterns,
+            commit_message=f"Upload {learned.name if learned.is_dir() else learned.stem}",
         )
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = " ".join(str(error).split())[:300]
+    except Exception as error:  # the hub's library has changed its network library twice; there is no common error
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        words = ["hf", "upload", repository, str(folder), ".", *(w for each in patterns for w in ("--include", each))]
         raise ConfigError(
-            f"--push-to-hub {repository}: {reason} The adapter is safe in {adapter}; log in with `hf auth login` and "
-            f"upload it with `hf upload {repository} {folder}`."
+            f"--push-to-hub {repository}: {reason} What was learned is safe in {learned}; log in with `hf auth login` "
+            f"and upload it with `{shlex.join(words)}`."
         ) from None
     return str(commit.commit_url)

@@ -121,6 +121,8 @@ def _guarded(program_main: Main, argv: Sequence[str]) -> int:
         print(f"sfumato: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        if runs := sys.modules.get("sfumato.runs"):
+            runs.let_go()
         print("sfumato: interrupted.", file=sys.stderr)
         return 128 + signal.SIGINT
     except BrokenPipeError:  # `sfumato ls | head`

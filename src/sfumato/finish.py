@@ -65,8 +65,7 @@ def finish(run: Run, path: Path, about: Description, samples: Samples, *, kind: 
 
         card = write_model_card(run.folder, path, about, prompts, rows)
     plot_and_tell(run, f"{_WHAT[kind]:<9}{path}", card, has_samples=bool(rows))
-    # The hub takes patterns, in which "*" also stands for "/": all of the folder.
-    upload(run, [path.with_name(f"{path.name}*") if kind == "folder" else path], push)
+    upload(run, [path], push)
 
 
 _WHAT = {"lora": "adapter", "difference": "change", "folder": "model"}

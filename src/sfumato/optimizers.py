@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sfumato.errors import ConfigError, PrecisionError
+from sfumato.errors import PrecisionError
 
 OptimizerName = Literal["adamw", "adamw8bit", "prodigy", "lion"]
 ScheduleName = Literal["constant", "cosine", "linear"]
@@ -77,8 +77,6 @@ class Schedule:
     """Sets each group's rate to its own `lr` times `rate_factor`; a function of the step alone, nothing to restore."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, name: ScheduleName, steps: int, warmup: int):
-        if warmup > steps:
-            raise ConfigError(f"--warmup {warmup} is longer than the {steps} steps of the run; make it shorter.")
         self.optimizer, self.name, self.steps, self.warmup = optimizer, name, steps, warmup
         self.peaks = [float(group["lr"]) for group in optimizer.param_groups]
         self.rate = 0.0

@@ -289,7 +289,8 @@ _DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT"
 def check(config: TrainerOptions) -> None:
     """Refuse what makes no sense before anything is loaded; fields that a trainer lacks are passed over."""
     if config.steps is not None and config.epochs is not None:
-        raise ConfigError("--steps and --epochs are both given; they say the same, so give one of them.")
+        and_so = " (the run has its steps already)" if config.resume else ""
+        raise ConfigError(f"--steps and --epochs are both given{and_so}; they say the same, so give one of them.")
     check_run(config)
 
 
@@ -303,6 +304,8 @@ def check_run(config: FolderOptions) -> None:
     if config.resume and config.overwrite:
         raise ConfigError("--resume and --overwrite are both given; go on with the run, or replace it.")
     check_name(config)
+    if (repository := getattr(config, "push_to_hub", None)) is not None:
+        _check_repository(repository)
     for prompt in () if config.resume else getattr(config, "sample_prompts", ()):
         without_flags(prompt, "--sample-prompts")
     device = getattr(config, "device", "auto")
@@ -356,6 +359,17 @@ def check_name(config: FolderOptions, *, folder: bool = False) -> None:
         )
 
 
+def _check_repository(name: str) -> None:
+    """Refuse what the hub would refuse, before the training instead of after it."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # it is public all the same
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ConfigError(f"--push-to-hub {name}: no repository of the hub ({' '.join(str(error).split())}).") from None
+
+
 def only_with(config: FolderOptions, needed: str, *names: str) -> None:
     """Refuse what is given under these names, which has no effect without `needed`.
 
@@ -382,6 +396,10 @@ def resolve(config: Options, base: Base, samples: int, processes: int, **default
     config, filled = fill(config, known)
     config.noising(base)
     assert config.steps is not None
+    if config.warmup > config.steps:
+        raise ConfigError(
+            f"--warmup {config.warmup} is longer than the {config.steps} steps of the run; make it shorter."
+        )
     quarter = max(1, -(-config.steps // 4))
     values: dict[str, Any] = {"name": config.name or config.output.resolve().name}
     for name in ("sample_every", "measure_every", "checkpoint_every"):

@@ -218,7 +218,8 @@ def test_a_part_that_does_not_take_its_state(tmp_path):
     run = start(tmp_path, checkpoint_every=1, resume=True)
     run.keep(part=Part())
     assert problem(lambda: list(run.steps(2))) == (
-        f"the checkpoint of step 1 does not fit: part: {('no ' * 300)[:200]}"
+        f"the checkpoint of step 1 does not fit: part: {('no ' * 300)[:200]}. Resume with the program and version that "
+        "wrote it."
     )
 
 
@@ -290,3 +291,59 @@ def test_gradients_that_overflow_are_the_scaler_s_until_it_has_nothing_to_lower(
     step = Step(0, 1.0, run)
     assert step.healthy(scaler, **numbers) is healthy
     assert step.skipped is not healthy
+
+
+# What was seen at step 0
+
+
+def seen(run):
+    return [row["step"] for row in map(json.loads, (run / "log.jsonl").read_text().splitlines()) if "weight" in row]
+
+
+def test_a_run_that_goes_on_from_step_0_looks_at_it_once(tmp_path):
+    config = Config(output=tmp_path / "run", steps=3, measure_every=1, checkpoint_every=100)
+
+    def stop(step, model):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, after=stop)
+    (tmp_path / "run/samples/000000").mkdir(parents=True)
+    train(replace(config, resume=True))
+    assert seen(tmp_path / "run") == [0, 1, 2, 3]
+    assert not (tmp_path / "run/samples/000000").exists()  # the look at step 0 draws it again
+
+
+def test_a_run_that_goes_back_to_step_0_keeps_what_was_seen_there(tmp_path):
+    (tmp_path / "run/samples/000000").mkdir(parents=True)
+    (tmp_path / "run/run.json").write_text("{}")
+    broken = []
+
+    def loss_of(number):
+        broken.append(number)
+        return math.nan if len(broken) in (2, 3, 4) else 1.0
+
+    def draw(step, model):
+        (tmp_path / f"run/samples/{step.number + 1:06d}").mkdir(exist_ok=True)
+
+    def first(step, model):
+        (tmp_path / "run/samples/000000").mkdir(parents=True, exist_ok=True)
+
+    config = Config(output=tmp_path / "run", steps=6, measure_every=6, checkpoint_every=6)
+    train(config, loss_of=loss_of, before=first, after=draw)
+    assert seen(tmp_path / "run") == [0, 6]
+    assert (tmp_path / "run/samples/000000").exists()
+
+
+def test_a_run_that_is_ended_has_a_checkpoint_of_its_last_step(tmp_path):
+    run = start(tmp_path, checkpoint_every=100)
+    run.keep(model=nn.Linear(1, 1))
+    made = []
+    run.every(2, lambda step: run.end() if step == 4 else None)
+    for step in run.steps(10):
+        made.append(step.number)
+    assert made == [0, 1, 2, 3]
+    assert run.step == 4
+    assert (tmp_path / "run/checkpoints/000004").is_dir() or list((tmp_path / "run/checkpoints").glob("*4*"))
+    assert run._lock.is_held
+    run.close()

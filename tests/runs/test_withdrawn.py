@@ -74,7 +74,7 @@ def test_an_error_of_a_program_withdraws_and_is_one_line(tmp_path, capsys):
     assert capsys.readouterr().err == "sfumato: no.png: broken.\n"
 
 
-def test_an_interruption_leaves_what_can_be_resumed(tmp_path):
+def test_an_interruption_leaves_what_can_be_resumed(tmp_path, capsys):
     kept = []
 
     def program(argv):
@@ -82,5 +82,6 @@ def test_an_interruption_leaves_what_can_be_resumed(tmp_path):
         raise KeyboardInterrupt
 
     assert cli.guarded(program, []) == 130
-    kept[0].close()
+    assert not kept[0]._lock.is_held
     assert start(tmp_path, resume=True).step == 0
+    assert "ended without finishing" not in capsys.readouterr().err

@@ -72,7 +72,7 @@ class Run:
         self._kept: dict[str, Any] = {}
         self._looks: list[tuple[int, Callable[[int], None]]] = []
         self._resumed_from: int | None = None
-        self._replaces = False
+        self._replaces, self._ends = False, False
         self._before: set[str] | None = None  # what was in the folder, where it held no run
         self._saved_at: int | None = None
         self._copy: Path | None = None
@@ -146,7 +146,7 @@ class Run:
         if self._resumed_from is None:  # a new run, or one that was stopped before its first checkpoint
             self._checkpoints.drop_after(-1)  # first, so that no other config ever stands beside them
             if self._config.resume:
-                forget_samples(self.folder, 0)
+                forget_samples(self.folder, -1)
             elif is_run(self.folder):
                 clear(self._config)
             write_text(self.folder / "log.jsonl", "")
@@ -244,29 +244,33 @@ class Run:
 
     def _steps(self, count: int) -> Iterator[Step]:
         if self._resumed_from is not None:
-            self._restore(self._resumed_from)
+            # What was seen at step 0 is looked at anew before the first step.
+            self._restore(self._resumed_from, seen=self._resumed_from or -1)
         if self.is_main:
             self._or_stop(self._check_space)
         self.begin()
         with self._progress.begin(self.step, count), Stop(quiet=not self.is_main) as stop:
-            number = self.step
-            if number == 0:
+            if self.step == 0:
                 self._look(0, count)
                 self._checkpoint(0, count)
-            while number < count:
-                step = Step(number, self.rate_factor, self)
+            while self.step < count and not self._ends:
+                step = Step(self.step, self.rate_factor, self)
                 yield step
                 if not self._health.broken:
-                    number += 1
+                    self.step += 1
                     self._progress.step()
-                    self._look(number, count)
+                    self._look(self.step, count)
                     stopped = self._agreed(stop.signal)
-                    self._checkpoint(number, count, due=stopped is not None)
+                    self._checkpoint(self.step, count, due=stopped is not None or self._ends)
                     if stopped is not None:
-                        self._say_goodbye(number, count)
+                        self._say_goodbye(self.step, count)
                         raise SystemExit(128 + stopped)
                 if self._health.broken:
-                    number = self._go_back(number)
+                    self._go_back(self.step)
+
+    def end(self) -> None:
+        """Let the loop end before its next step, with a checkpoint of the last; all processes call it, or none."""
+        self._ends = True
 
     def _look(self, step: int, count: int) -> None:
         for every, look in self._looks:
@@ -339,7 +343,8 @@ class Run:
             whole = "" if earlier is None else f" That of step {earlier} is whole."
             self.say(f"{error}.{whole}{'' if due else ' The training goes on.'}")
 
-    def _restore(self, step: int) -> None:
+    def _restore(self, step: int, *, seen: int) -> None:
+        """Go on from this checkpoint. seen: the step up to which log and samples stay."""
         saved = self._checkpoints.load(step)
         lacking = self._kept.keys() ^ saved["kept"].keys()
         if lacking:
@@ -360,8 +365,8 @@ class Run:
         self._wait()
         if self.is_main:
             self._checkpoints.drop_after(step)
-            self._or_stop(lambda: self.log_file.cut(step))
-            self._or_stop(lambda: forget_samples(self.folder, step))
+            self._or_stop(lambda: self.log_file.cut(seen))
+            self._or_stop(lambda: forget_samples(self.folder, seen))
 
     def _say_goodbye(self, number: int, count: int) -> None:
         if self._saved_at == number or not self.is_main:
@@ -395,8 +400,8 @@ class Run:
             loss = row["loss"]
             self._progress.loss(float(loss.detach() if isinstance(loss, Tensor) else loss))
 
-    def _go_back(self, number: int) -> int:
-        """The step to go on with: that of the last checkpoint, once."""
+    def _go_back(self, number: int) -> None:
+        """To the step of the last checkpoint, once."""
         reason = self._health.forget()
         newest, passed = self._checkpoints.newest()
         for line in passed:
@@ -408,13 +413,12 @@ class Run:
                 f"at the pictures; {self.folder / 'log.jsonl'} has the steps before."
             )
         self._wait()
-        self._restore(newest)
+        self._restore(newest, seen=newest)
         self._health.forget()
         self.rate_factor /= 2
         self.say(f"{reason}; going back to step {newest} with half the learning rate")
         self.log(step=newest, went_back_from=number)
         self._progress.go_back_to(newest)
-        return newest
 
     def close(self) -> None:
         """Finish the log and let the folder go."""
@@ -429,6 +433,13 @@ class Run:
         if is_gone:
             with suppress(OSError):  # something of somebody else's is in it
                 self.folder.rmdir()
+
+
+def let_go() -> None:
+    """Close the runs that an interruption stopped before their first step; they can be resumed."""
+    for run in list(_not_begun):
+        run.close()
+        _not_begun.discard(run)
 
 
 def withdraw() -> None:

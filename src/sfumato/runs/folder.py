@@ -76,11 +76,9 @@ def clear(config: FolderOptions) -> None:
     folder = config.output
     used = [Path(os.path.abspath(each)) for each in vars(config).values() if each and isinstance(each, str | Path)]
     name = _name_of(folder)
-    forget_samples(folder, 0)
-    card = folder / "README.md"
-    text = card.read_text("utf-8", "replace") if card.is_file() else ""
-    for picture in re.findall(r"images/((?:image_\d+|before|after|before_after)\.png)", text):
-        _remove(folder / "images" / picture)
+    forget_samples(folder, -1)
+    for picture in card_pictures(folder):
+        _remove(folder / picture)
     for adapter in (folder / "adapters").glob("*.safetensors"):
         if _KEPT.match(adapter.name.removeprefix(name)) and adapter.absolute() not in used:
             _remove(adapter)
@@ -94,6 +92,13 @@ def clear(config: FolderOptions) -> None:
         place = Path(os.path.abspath(folder / made))
         if not any(one.is_relative_to(place) for one in used):
             _remove(place)
+
+
+def card_pictures(folder: Path) -> list[str]:
+    """The pictures that the card in the folder shows, images/..., in the names that cards give them."""
+    card = folder / "README.md"
+    text = card.read_text("utf-8", "replace") if card.is_file() else ""
+    return list(dict.fromkeys(re.findall(r"images/(?:image_\d+|before|after|before_after)\.png", text)))
 
 
 def forget_new(folder: Path, before: Collection[str]) -> bool:
@@ -111,9 +116,9 @@ def forget_new(folder: Path, before: Collection[str]) -> bool:
 
 
 def forget_samples(folder: Path, step: int) -> None:
-    """Remove the samples that a run which goes on from this step will draw again."""
+    """Remove the samples after this step, which a run that goes on from it will draw again."""
     for path in (folder / "samples").glob("[0-9]*"):
-        if path.stem.isdigit() and (int(path.stem) > step or step == 0):
+        if path.stem.isdigit() and int(path.stem) > step:
             _remove(path)
 
 

@@ -26,6 +26,7 @@ BY_CONTENT: Mapping[str, tuple[str, ...]] = {
     "images": ("data",),
     "data": ("data",),
     "class_images": ("class",),
+    "class_cache": ("class",),
     "base": ("base",),
     "vae": ("base", "vae"),
     "init_from": ("init",),
@@ -94,7 +95,7 @@ def anchored(config: AnyRun) -> AnyRun:
     config = settled(config)
     given = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     whole: dict[str, Any] = {name: value.absolute() for name, value in given.items() if isinstance(value, Path)}
-    for name in ("base", "vae"):  # a folder, a file, a hub id, or our own
+    for name in ("base", "vae", "init"):  # a folder, a file, a hub id, or our own
         if isinstance(value := given.get(name), str) and value != "pocket" and Path(value).exists():
             whole[name] = Path(value).absolute().as_posix()
     return dataclasses.replace(config, **whole)
