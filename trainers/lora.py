@@ -28,6 +28,7 @@ from sfumato.where_when import parse_span
 if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that its --help is there at once
     from sfumato.adapters import Lora
     from sfumato.bases import Base
+    from sfumato.crossed import Crossing
     from sfumato.data import Dataset, Folder
     from sfumato.embedding import Words
     from sfumato.files import Description
@@ -83,6 +84,10 @@ class Config(TrainerOptions):
     `class = true` in a dataset.toml come beside it, too."""
     prior_weight: float | None = None
     """Weight of those samples in the loss, beside 1 for the pictures that are learned. Unset: 1."""
+    crossed_share: float = 0.0
+    """Share of the samples that show the base's own drawing of a picture, in part, and ask for the picture: an adapter
+    meets such drawings where it draws what it was not shown. It helps a style. The base draws each picture once
+    before."""
     init_from: Path | None = None
     """Start from this adapter instead of from nothing; same targets and rank."""
     adapter_guidance: float = 0.0
@@ -183,6 +188,7 @@ def train(config: Config) -> Path:
     run.every(config.sample_every, samples.draw)
     run.every(config.save_every, export)
     priors = priors_of(config, base, dataset, class_set, noising, lora)
+    crossing = crossing_of(config, base, dataset, processes, lora)
     lora.train()
     for step in run.steps(config.steps):
         words_alone = step.number < config.words_first
@@ -198,6 +204,8 @@ def train(config: Config) -> Path:
             half = draw_half(
                 base, dataset, config.seed, step.number, global_batch, start, config.batch, noising=noising
             )
+            if crossing:
+                half = crossing.cross(half, step.number, start)
             learned, in_loop = len(half.batch), config.train_text_encoder or bool(words)
             beside = [prior.draw(step.number, global_batch, start, config.batch) for prior in priors]
             lora.drop_by(config.seed, step.number, range(start, start + learned))
@@ -353,6 +361,16 @@ def priors_of(
             )
         priors.append(predicted)
     return priors
+
+
+def crossing_of(config: Config, base: Base, dataset: Dataset, processes: Processes, lora: Lora) -> Crossing | None:
+    """What shows the base's drawings of the pictures, if it is asked for."""
+    if not config.crossed_share:
+        return None
+    from sfumato.crossed import Crossing
+
+    with lora.disabled():
+        return Crossing(base, dataset, config.seed, config.crossed_share, shown=processes.is_main)
 
 
 def start_from(lora: Lora, path: Path) -> str:

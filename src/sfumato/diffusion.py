@@ -28,6 +28,16 @@ def target(prediction_type: PredictionType, latents: Tensor, noise: Tensor, alph
     return a.sqrt() * noise - (1 - a).sqrt() * latents
 
 
+def denoised(
+    prediction_type: PredictionType, noisy: Tensor, prediction: Tensor, alpha_bar: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(z, noise) of which `noisy` is the mixture, by a prediction of the noise or of v; the inverse of `target`."""
+    a = alpha_bar.view(-1, 1, 1, 1)
+    if prediction_type == "epsilon":
+        return (noisy - (1 - a).sqrt() * prediction) / a.sqrt(), prediction
+    return a.sqrt() * noisy - (1 - a).sqrt() * prediction, a.sqrt() * prediction + (1 - a).sqrt() * noisy
+
+
 def crossing_noise(latents: Tensor, others: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
     """The noise e' by which `noise_latents(latents, e')` is what `others` become by `noise`.
 

@@ -272,7 +272,7 @@ _AT_LEAST_ONE = (
     *("vectors", "word_vectors", "class_count"),
 )
 _POSITIVE = ("learning_rate", "text_learning_rate", "word_learning_rate", "alpha")
-_SHARES = ("caption_dropout", "tag_dropout")
+_SHARES = ("caption_dropout", "tag_dropout", "crossed_share")
 _SHARES_BELOW_ONE = ("dropout", "ema")
 _NOT_NEGATIVE = (
     *("warmup", "clip", "min_snr", "noise_offset", "weight_decay", "keep_tags", "prior_weight", "drift_limit"),

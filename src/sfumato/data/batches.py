@@ -22,7 +22,8 @@ class Batch:
     latents: (batch, channels, height/f, width/f) fp32, sampled from the posterior. text: the captions' embeddings, None
     where they were not asked for. captions: as used, "" where dropped. mask: (batch, 1, height/f, width/f) in [0, 1],
     or None. original_sizes, target_sizes: (height, width) and crops: (top, left) in pixels, each (batch, 2). indices:
-    the pictures' places in the data set. weights: (batch,) fp32, of each sample in the loss; 1 unless a source says so.
+    the pictures' places in the data set. variants: which crop of each it is, and whether mirrored. weights: (batch,)
+    fp32, of each sample in the loss; 1 unless a source says so.
     """
 
     latents: Tensor
@@ -33,6 +34,7 @@ class Batch:
     crops: Tensor
     target_sizes: Tensor
     indices: list[int]
+    variants: list[int]
     weights: Tensor
 
     def __len__(self) -> int:
@@ -46,8 +48,8 @@ class Batch:
 def join(first: Batch, second: Batch) -> Batch:
     """Both batches as one, the first one's samples first; where only one has masks, the other is learned whole.
 
-    indices stay each batch's own. Raises DataError for latents of two shapes: prepare both data sets with one
-    resolution and buckets=False. Raises ValueError if only one has text embeddings.
+    indices and variants stay each batch's own. Raises DataError for latents of two shapes: prepare both data sets with
+    one resolution and buckets=False. Raises ValueError if only one has text embeddings.
     """
     if first.latents.shape[1:] != second.latents.shape[1:]:
         shapes = " and ".join(str(list(batch.latents.shape[1:])) for batch in (first, second))
@@ -70,6 +72,7 @@ def join(first: Batch, second: Batch) -> Batch:
         torch.cat([batch.crops for batch in both]),
         torch.cat([batch.target_sizes for batch in both]),
         [*first.indices, *second.indices],
+        [*first.variants, *second.variants],
         torch.cat([batch.weights for batch in both]),
     )
 

@@ -6,17 +6,18 @@ any number of processes, accumulated micro-batches or restarts sees the same sam
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from sfumato import randomness
 from sfumato.data.batches import Batch, pairs
 from sfumato.data.buckets import Size
-from sfumato.data.latents import Encoder, Item, sampled
+from sfumato.data.latents import Encoder, Item, Noise, sampled
 from sfumato.data.order import Order
 from sfumato.data.tags import vary
 from sfumato.data.texts import Texts
+from sfumato.errors import DataError
 
 
 class Dataset:
@@ -98,18 +99,46 @@ class Dataset:
         order = self.order(seed, step, batch_size)
         indices = [order[place] for place in places]
         drawn = list(zip((self._items[index] for index in indices), places, strict=True))
-        items = [item for item, _ in drawn]
-        if augment:
-            variants = [self._variant(item, seed, step, place) for item, place in drawn]
-            captions = [self._caption(item, seed, step, place) for item, place in drawn]
-        else:
-            variants = [item.crop.middle * (2 if item.flip else 1) for item in items]
-            captions = [item.caption for item in items]
+        if not augment:
+            return self._batch(indices, [self._middle(item) for item, _ in drawn], embed_text=embed_text)
 
         def noise(row: int, shape: tuple[int, ...]) -> torch.Tensor:
             return randomness.normal(shape, seed, "posterior", step, places[row])
 
-        latents, mask = sampled(items, variants, noise if augment else None, self._encoder)
+        variants = [self._variant(item, seed, step, place) for item, place in drawn]
+        captions = [self._caption(item, seed, step, place) for item, place in drawn]
+        return self._batch(indices, variants, captions, noise, embed_text=embed_text)
+
+    def views(self, most: int) -> Iterator[Batch]:
+        """Each picture once, and once mirrored where it may be; by sizes, at most so many at once.
+
+        The latents are the posteriors' means, the captions whole, without embeddings. Raises DataError for pictures
+        that are cut at random places.
+        """
+        if any(item.crop.positions > 1 for item in self._items):
+            raise DataError("pictures are cut at random places, of which there are too many; use --crop center or pad.")
+        of_size: dict[Size, list[tuple[int, int]]] = {}
+        for index, item in enumerate(self._items):
+            for variant in (0, 1) if item.flip else (0,):
+                of_size.setdefault(item.crop.size, []).append((index, variant))
+        for views in of_size.values():
+            for start in range(0, len(views), most):
+                indices, variants = zip(*views[start : start + most], strict=True)
+                yield self._batch(list(indices), list(variants), embed_text=False)
+
+    def _batch(
+        self,
+        indices: list[int],
+        variants: list[int],
+        captions: list[str] | None = None,
+        noise: Noise | None = None,
+        *,
+        embed_text: bool,
+    ) -> Batch:
+        """These pictures: under their own captions, and as the posteriors' means, where nothing else is given."""
+        items = [self._items[index] for index in indices]
+        captions = [item.caption for item in items] if captions is None else captions
+        latents, mask = sampled(items, variants, noise, self._encoder)
         crops = [item.crop.at(*item.place_of(variant)) for item, variant in zip(items, variants, strict=True)]
         return Batch(
             latents.to(self._device),
@@ -120,8 +149,12 @@ class Dataset:
             pairs(crops),
             pairs([item.crop.size for item in items]),
             indices,
+            variants,
             torch.tensor([item.options.weight for item in items], device=self._device),
         )
+
+    def _middle(self, item: Item) -> int:
+        return item.crop.middle * (2 if item.flip else 1)
 
     def _variant(self, item: Item, seed: int, step: int, place: int) -> int:
         mirrored = item.flip and randomness.uniform(seed, "flip", step, place) < 0.5

@@ -1,0 +1,86 @@
+"""Samples that show the base's own drawing of a picture and ask for the picture.
+
+Where an adapter draws what it was not shown, its first steps are nearly the base's, and later ones see a drawing that
+is half the base's and half of the style; in pictures that are noised there is nothing of that. So the base draws each
+picture over, from the picture itself under much noise (SDEdit, Meng et al. 2022), and in a share of the samples what is
+noised lies somewhere between the two, while the picture stays what is asked for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from sfumato import diffusion, embedding, randomness
+from sfumato.drawing import LATENTS_AT_ONCE
+
+if TYPE_CHECKING:
+    from sfumato.bases import Base
+    from sfumato.data import Batch, Dataset
+    from sfumato.halves import Half
+
+BEGINNINGS = (0.6, 0.75, 0.9)
+"""Shares of the timesteps at which the base takes up a picture; each of its views has one of them."""
+STEPS = 8
+FROM = 0.3
+"""Share of the timesteps from which on samples are crossed: with less noise the difference would be all there is."""
+
+
+class Crossing:
+    """The base's drawing of each view of the pictures, and the samples that show it.
+
+    The base is to be as it was before the training while this is made. share: of the samples that are crossed, 0 to 1.
+    All is a function of seed, step and place in the global batch. Raises DataError for crops at random places.
+    """
+
+    def __init__(self, base: Base, data: Dataset, seed: int, share: float, *, shown: bool = True):
+        self._base, self._seed, self._share = base, seed, share
+        self._first = round(FROM * len(base.alpha_bar))
+        side = base.resolution // base.vae_factor
+        batches = list(data.views(max(1, LATENTS_AT_ONCE // (2 * side * side))))  # two rows each, for guidance
+        self._drawn: dict[tuple[int, int], Tensor] = {}
+        for batch in tqdm(batches, desc="drawing over", unit="batch", file=sys.stderr, disable=not shown):
+            for index, variant, latents in zip(batch.indices, batch.variants, self._draw(batch), strict=True):
+                self._drawn[index, variant] = latents
+
+    @torch.no_grad()
+    def _draw(self, batch: Batch) -> Tensor:
+        """What the base makes of a batch: deterministic DDIM (Song et al. 2021, eq. 12) under its usual guidance."""
+        base, count = self._base, len(batch)
+        views = list(zip(batch.indices, batch.variants, strict=True))
+        with base.resting.interrupted():
+            texts = [embedding.encode(base, batch.captions), base.unconditional(count)]
+        told = [(text, batch.added(base, text)) for text in texts]
+        alpha_bar = base.alpha_bar.to(batch.latents.device)
+        first = torch.tensor([BEGINNINGS[sum(view) % len(BEGINNINGS)] for view in views]) * len(alpha_bar)
+        noise = torch.stack(
+            [randomness.normal(tuple(batch.latents.shape[1:]), self._seed, "drawing over", *view) for view in views]
+        )
+        noise, latents = noise.to(batch.latents), batch.latents
+        for step in range(STEPS):
+            timesteps = (first * (1 - step / STEPS)).long().to(latents.device)
+            now = alpha_bar[timesteps]
+            noisy = diffusion.noise_latents(latents, noise, now)
+            asked, unasked = (base.predict(noisy, timesteps, *each) for each in told)
+            prediction = unasked + base.defaults.guidance * (asked - unasked)
+            latents, noise = diffusion.denoised(base.prediction_type, noisy, prediction, now)
+        return latents
+
+    def cross(self, half: Half, step: int, first: int) -> Half:
+        """The samples of a step, from place `first` of its global batch on, a share of them crossed."""
+        latents, shown = half.batch.latents, half.batch.latents.clone()
+        for row, view in enumerate(zip(half.batch.indices, half.batch.variants, strict=True)):
+            place = first + row
+            crossed = randomness.uniform(self._seed, "crossed", step, place) < self._share
+            if crossed and half.timesteps[row] >= self._first:
+                part = randomness.uniform(self._seed, "crossed part", step, place)
+                shown[row] = torch.lerp(latents[row], self._drawn[view], part)
+        alpha_bar = self._base.alpha_bar.to(latents.device)[half.timesteps]
+        noise = diffusion.crossing_noise(latents, shown, half.noise, alpha_bar)
+        target = diffusion.target(self._base.prediction_type, latents, noise, alpha_bar)
+        return dataclasses.replace(half, noise=noise, target=target)
