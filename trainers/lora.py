@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that 
     from sfumato.files import Description
     from sfumato.halves import Noising
     from sfumato.prior import BasePrediction, ClassPictures
+    from sfumato.processes import Processes
     from sfumato.runs import Run
     from sfumato.runs.samples import Samples
 
