@@ -33,7 +33,7 @@ CASES: Mapping[str, Sequence[str]] = {
     "lora": [*_SHARED, "--rank", "2"],
     "lora accumulated, averaged, dropped out": [
         *_SHARED, "--rank", "2", "--accumulate", "2", "--ema", "0.9", "--dropout", "0.3", "--caption-dropout", "0.4",
-        "--flip", "--noise-offset", "0.1", "--warmup", "2",
+        "--flip", "--noise-offset", "0.1", "--warmup", "2", "--crossed-share", "0.5",
     ],
     "lora with text encoder": [*_SHARED, "--rank", "2", "--train-text-encoder"],
     "lora prodigy": [*_SHARED, "--rank", "2", "--optimizer", "prodigy"],

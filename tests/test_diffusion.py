@@ -1,5 +1,6 @@
 """Laws and worked values of the forward process."""
 
+import pytest
 import torch
 from torch.testing import assert_close
 
@@ -29,6 +30,15 @@ def test_latents_come_back_from_v():
     noisy = diffusion.noise_latents(latents, noise, a)
     a = a.view(-1, 1, 1, 1)
     assert_close(a.sqrt() * noisy - (1 - a).sqrt() * v, latents)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_latents_and_noise_come_back_from_what_is_predicted(kind):
+    latents, noise, a = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2), torch.tensor([0.1, 0.5, 0.99])
+    found = diffusion.denoised(
+        kind, diffusion.noise_latents(latents, noise, a), diffusion.target(kind, latents, noise, a), a
+    )
+    assert_close(found, (latents, noise))
 
 
 def test_min_snr_weights():

@@ -122,6 +122,15 @@ def test_the_same_command_twice_gives_equal_tensors_and_equal_files(train, monke
     assert first == second
 
 
+def test_crossed_samples_are_the_same_on_every_run_and_do_something(train):
+    crossed = ("--steps", "2", "--crossed-share", "1", "--flip")
+    one, two, three = (
+        read_tensors(train(name, *words)) for name, words in {"a": crossed, "b": crossed, "c": crossed[:2]}.items()
+    )
+    assert all(torch.equal(tensor, two[key]) for key, tensor in one.items())
+    assert any(not torch.equal(tensor, three[key]) for key, tensor in one.items())
+
+
 def test_dropout_is_the_same_on_every_run_and_does_something(train):
     first = train("a", "--steps", "2", "--dropout", "0.5")
     torch.manual_seed(123)
@@ -167,7 +176,10 @@ def test_what_is_dropped_is_the_same_where_activations_are_computed_twice(train)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("further", [(), DROPPED, ("--dropout", "0.3", "--caption", "{caption}")])
+@pytest.mark.parametrize(
+    "further",
+    [("--crossed-share", "0.5", "--caption", "{caption}"), DROPPED, ("--dropout", "0.3", "--caption", "{caption}")],
+)
 def test_two_processes_give_the_result_of_one(further, train, pocket_folder, pictures, tmp_path):
     """`accelerate launch trainers/lora.py`, two CPU processes: one global batch of 4, to fp32 tolerance."""
     one = train("one", "--batch", "4", "--precision", "fp32", *further)
