@@ -74,10 +74,10 @@ class Crossing:
     def cross(self, half: Half, step: int, first: int) -> Half:
         """The samples of a step, from place `first` of its global batch on, a share of them crossed."""
         latents, shown = half.batch.latents, half.batch.latents.clone()
-        for row, view in enumerate(zip(half.batch.indices, half.batch.variants, strict=True)):
+        views = zip(half.batch.indices, half.batch.variants, strict=True)
+        for row, (view, timestep) in enumerate(zip(views, half.timesteps.tolist(), strict=True)):
             place = first + row
-            crossed = randomness.uniform(self._seed, "crossed", step, place) < self._share
-            if crossed and half.timesteps[row] >= self._first:
+            if timestep >= self._first and randomness.uniform(self._seed, "crossed", step, place) < self._share:
                 part = randomness.uniform(self._seed, "crossed part", step, place)
                 shown[row] = torch.lerp(latents[row], self._drawn[view], part)
         alpha_bar = self._base.alpha_bar.to(latents.device)[half.timesteps]

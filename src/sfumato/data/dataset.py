@@ -116,7 +116,10 @@ class Dataset:
         that are cut at random places.
         """
         if any(item.crop.positions > 1 for item in self._items):
-            raise DataError("pictures are cut at random places, of which there are too many; use --crop center or pad.")
+            raise DataError(
+                "pictures are cut at random places, too many to draw them all over; use --crop center or pad, or "
+                "--crossed-share 0."
+            )
         of_size: dict[Size, list[tuple[int, int]]] = {}
         for index, item in enumerate(self._items):
             for variant in (0, 1) if item.flip else (0,):
