@@ -244,7 +244,11 @@ def _denoise(pipe: Any, text: dict[str, Any], seeds: list[int], options: dict[st
         steps = options.setdefault("num_inference_steps", _STEPS)
         if int(steps * start.strength) < 1:
             raise ConfigError(f"strength {start.strength:g} of {steps} steps is no step; give more of either.")
-    latents: Tensor = pipe(**options).images
+    called = schedulers.CALLED.set(pipe)
+    try:
+        latents: Tensor = pipe(**options).images
+    finally:
+        schedulers.CALLED.reset(called)
     return latents
 
 

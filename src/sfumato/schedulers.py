@@ -71,6 +71,10 @@ _OTHER_NAMES = {
 DRAWING: ContextVar[Any] = ContextVar("DRAWING", default=None)
 """The diffusers scheduler by which `sfumato.draw` is drawing; what follows the steps of a picture asks for it."""
 
+CALLED: ContextVar[Any] = ContextVar("CALLED", default=None)
+"""The diffusers pipeline that `sfumato.draw` is calling, which says how the call draws: a Base has no calls of its own,
+and where a drawing begins from a picture, another pipeline than the one that was handed over is called."""
+
 _SCHEDULE = (
     "num_train_timesteps",
     "beta_start",

@@ -1,14 +1,20 @@
 """Adapters by picture: one batch equals the single runs, and a composite the mean of its adapters' predictions."""
 
+from typing import Any
+
 import pytest
 import torch
+from PIL import Image
 from torch.testing import assert_close
 
-from sfumato.compose import Adapter, compose
+from sfumato.bases import load_base
+from sfumato.compose import Adapter, adapter_guidance, compose
 from sfumato.compose.blocks import Blocks
 from sfumato.compose.per_picture import composite, per_picture
+from sfumato.drawing import Start, draw
 from sfumato.errors import AdapterError
 from tests.compose.conftest import weights_sha
+from tests.tiny import CPU, tiny_pipeline, tiny_pocket_folder
 
 
 def predict(pipe, rows, seed=0, timestep=500):
@@ -90,3 +96,49 @@ def test_a_composite_refuses_changed_text_encoders_unless_they_are_left_out(sd1,
         pass
     with composite(sd1, Adapter(a, (1.0, 0.0))):
         predict(sd1, [0])
+
+
+@pytest.fixture(scope="module")
+def called() -> Any:
+    """A pipeline that is called as a whole."""
+    pipe = tiny_pipeline("sd1", shallow=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Any:
+    return load_base(tiny_pocket_folder(tmp_path_factory.mktemp("base")), precision=CPU)
+
+
+@pytest.mark.parametrize("strength", [0, 2])
+@pytest.mark.parametrize(
+    ("prompts", "guidance", "said"),
+    [
+        (["a"], 5.0, "the call draws a picture and the adapters are for 2"),
+        (["a", "b", "c"], 5.0, "the call draws 3 pictures"),
+        (["a", "b", "c", "d"], 5.0, "the call draws 4 pictures"),
+        (["a"] * 4, 1.0, "the call draws 4 pictures"),
+    ],
+)
+def test_a_pipeline_that_draws_another_number_of_pictures_is_refused(called, write, prompts, guidance, said, strength):
+    """Two pictures' rows can be one picture's with guidance; adapter guidance shows each layer half of them."""
+    a, b = (Adapter(write(name, called, "to_q", seed=seed)) for seed, name in enumerate("ab"))
+    with compose(called, a) as mix, adapter_guidance(mix, strength, guidance=guidance), per_picture(called, [[b], []]):
+        with pytest.raises(AdapterError, match=said):
+            called(prompts, num_inference_steps=1, guidance_scale=guidance, output_type="latent")
+        called(["a", "b"], num_inference_steps=1, guidance_scale=guidance, output_type="latent")
+
+
+def test_draw_draws_all_lists_in_one_batch_or_none(base, write):
+    """A Base has no calls of its own; `draw` tells of its pipeline's, also of one that begins from a picture."""
+    lists = [[Adapter(write("a", base, "to_q"))], []]
+    start = Start(Image.new("RGB", (64, 64), "red"), 1.0)
+    with per_picture(base, lists):
+        for more in ({"batch": 1}, {"batch": 1, "guidance": 1.0}, {"batch": 1, "start": start}):
+            with pytest.raises(AdapterError, match=r"draws a picture and the adapters are for 2.*batch=2"):
+                draw(base, ["a", "b"], 1, steps=1, **more)
+        with pytest.raises(AdapterError, match="draws 4 pictures"):
+            draw(base, ["a", "b", "c", "d"], 1, steps=1, guidance=1.0)
+        assert len(draw(base, ["a", "b"], 1, steps=1, start=start)) == 2
+    assert not base.unet._forward_pre_hooks

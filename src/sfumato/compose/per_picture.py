@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
+from sfumato import schedulers
 from sfumato.compose import tensors
 from sfumato.compose.adapter import Adapter
 from sfumato.compose.match import Modules, parts_of, refuse_compiled, weighed
@@ -36,9 +37,9 @@ def per_picture(pipe: Any, adapters: Sequence[Sequence[Adapter]], *, partial: bo
     """Within the block picture i of every call has the adapters `adapters[i]`; an empty list is the base's picture.
 
     pipe: a diffusers pipeline (SD 1.x, 2.x, SDXL) or a Base; called with as many prompts as there are lists, one
-    picture each. Text encoders are adapted by picture, too. Equal to single runs but for rounding. Raises AdapterError
-    for adapters without a low-rank form, for a compiled part, and within the block for a call with another number of
-    pictures.
+    picture each, and all in one batch. Text encoders are adapted by picture, too. Equal to single runs but for
+    rounding. Raises AdapterError for adapters without a low-rank form, for a compiled part, and within the block for a
+    call with another number of pictures.
     """
     count = len(adapters)
     if not count:
@@ -47,16 +48,46 @@ def per_picture(pipe: Any, adapters: Sequence[Sequence[Adapter]], *, partial: bo
     def index(rows: int) -> Tensor:
         # Guidance puts the pictures without prompt in front of those with, and so twice (a perturbed one, three times)
         # the same order; several pictures of a prompt would be another order.
-        unguided = getattr(pipe, "do_classifier_free_guidance", None) is False
-        if rows % count or rows > 3 * count or (unguided and rows != count):
-            raise AdapterError(
-                f"the call has {rows} rows and the adapters are for {count} pictures; give each prompt its list, and "
-                "draw one picture of each."
-            )
+        if rows % count or rows > 3 * count:
+            raise _other_number(rows, count, None)
         return torch.arange(rows) % count
 
-    with _hooked(pipe, adapters, index, partial=partial):
-        yield
+    def check(_: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        rows = len(args[0] if args else options["sample"])
+        each = _rows_each(schedulers.CALLED.get() or pipe)
+        if each is None:
+            index(rows)
+        elif rows != each * count:
+            raise _other_number(rows, count, each)
+
+    # Before `forward`, in which adapter guidance halves the call.
+    handle = parts_of(pipe)["unet"].register_forward_pre_hook(check, with_kwargs=True)
+    try:
+        with _hooked(pipe, adapters, index, partial=partial):
+            yield
+    finally:
+        handle.remove()
+
+
+def _rows_each(pipe: Any) -> int | None:
+    """How many rows a call of the U-Net has for each picture; None where the pipeline does not say how it draws."""
+    guided = getattr(pipe, "do_classifier_free_guidance", None)
+    if guided is None:
+        return None
+    by_picture = bool(guided) and hasattr(pipe, "image_guidance_scale")  # InstructPix2Pix has guidance by two
+    return 1 + bool(guided) + by_picture + bool(getattr(pipe, "do_perturbed_attention_guidance", False))
+
+
+def _other_number(rows: int, count: int, each: int | None) -> AdapterError:
+    """each: rows of a picture, where that is known."""
+    if each is None or rows % each:
+        found = f"the call has {rows} rows"
+    else:
+        found = "the call draws a picture" if rows == each else f"the call draws {rows // each} pictures"
+    return AdapterError(
+        f"{found} and the adapters are for {count} pictures; give each prompt its list, and draw one picture of each "
+        f"in one batch (draw(..., batch={count}))."
+    )
 
 
 @contextmanager
