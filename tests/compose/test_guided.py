@@ -14,7 +14,7 @@ from sfumato.drawing import draw
 from sfumato.errors import AdapterError
 from tests.compose.conftest import weights_sha
 from tests.compose.test_per_picture import predict
-from tests.tiny import CPU
+from tests.tiny import CPU, tiny_pipeline
 
 ROWS = [0, 1, 2, 3]
 
@@ -200,3 +200,22 @@ def test_pictures_are_those_of_two_unets(pocket_folder, write):
         with over_steps(mix, strong=Ramp((0, 1), (1, 1))):
             assert draw(base, "red square", 3, steps=3, guidance=4.0)[0].tobytes() == ramped.tobytes()
     assert_close(drawn, latents, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("told", "drawn"), [(7.5, 3.0), (1.0, 3.0), (3.0, 1.0)])
+def test_a_call_that_draws_with_another_guidance_is_refused(write, tmp_path, told, drawn):
+    """The weights are divided by the guidance that was told: drawn with another, adapters would count otherwise."""
+    pipe = tiny_pipeline("sd1", shallow=True)
+    pipe.set_progress_bar_config(disable=True)
+    once = {"num_inference_steps": 1, "output_type": "latent"}
+    words = f"draws with guidance {drawn:g}, and adapter_guidance was told {told:g}"
+    with compose(pipe, Adapter(write("a", pipe, "to_q"))) as mix:
+        with adapter_guidance(mix, 2, guidance=told):
+            with pytest.raises(AdapterError, match=words):
+                pipe("a crab", guidance_scale=drawn, **once)
+            with pytest.raises(AdapterError, match=words):
+                draw(pipe, "a crab", 1, steps=1, guidance=drawn)
+            pipe("a crab", guidance_scale=told, **once)
+        with adapter_guidance(mix, 0, guidance=told):
+            pipe("a crab", guidance_scale=drawn, **once)
+    assert not pipe.unet._forward_pre_hooks

@@ -13,14 +13,16 @@ pictures in a style or two is better in both, where guidance leads away from wha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from sfumato.compose.match import compiled_parts, halved, parts_of
+from sfumato import schedulers
+from sfumato.compose.match import compiled_parts, halved, parts_of, unwrapped_parts
 from sfumato.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -37,24 +39,47 @@ def adapter_guidance(
     U-Net is strength / guidance of what it is. None: what the files ask for. Adapters at 0, or without a label, are in
     both halves as always; and so are all at a guidance of at most 1, which draws by the prompt's prediction alone.
     guidance: the scale that pictures are drawn with. Text encoders are adapted as without it. Raises AdapterError for a
-    compiled U-Net, and within the block for a call whose rows are no two halves.
+    compiled U-Net, and within the block for a call whose rows are no two halves, or that draws with another guidance.
     """
     wanted = strengths_of(mix, strength, guidance=guidance)
     if wrong := [each for each in wanted.values() if each < 0]:
         raise AdapterError(f"adapter guidance {wrong[0]:g}: wanted 0 or more; 2 is usual.")
+    is_compiled = "unet" in compiled_parts(mix.pipe)
     if not wanted:
-        yield
+        is_asked = not is_compiled and strengths_of(mix, strength, guidance=math.inf)
+        with _compared(mix, guidance) if is_asked else nullcontext():
+            yield
         return
-    if "unet" in compiled_parts(mix.pipe):
+    if is_compiled:
         raise AdapterError("the unet is compiled, and cannot have adapters in one half of a call. Use strength 0.")
     factors = {label: each / guidance for label, each in wanted.items()}
 
     def is_guided() -> bool:
-        return getattr(mix.pipe, "do_classifier_free_guidance", True) is not False
+        return getattr(schedulers.CALLED.get() or mix.pipe, "do_classifier_free_guidance", True) is not False
 
     unet = parts_of(mix.pipe)["unet"]
-    with halved(unet), mix.parted(factors), first_half(unet, mix.without, is_guided):
+    with halved(unet), mix.parted(factors), _compared(mix, guidance), first_half(unet, mix.without, is_guided):
         yield
+
+
+@contextmanager
+def _compared(mix: Mix, guidance: float) -> Iterator[None]:
+    """Within the block a call that its pipeline draws with another guidance is an AdapterError."""
+
+    def check(*_: Any) -> None:
+        drawn_with = getattr(schedulers.CALLED.get() or mix.pipe, "guidance_scale", None)
+        if not isinstance(drawn_with, int | float) or drawn_with == guidance or max(drawn_with, guidance) <= 1:
+            return
+        raise AdapterError(
+            f"the call draws with guidance {drawn_with:g}, and adapter_guidance was told {guidance:g}. Give both the "
+            "same number."
+        )
+
+    handle = unwrapped_parts(mix.pipe)["unet"].register_forward_pre_hook(check)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def strengths_of(mix: Mix, strength: float | Mapping[str, float] | None, *, guidance: float) -> dict[str, float]:
