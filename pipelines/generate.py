@@ -74,7 +74,8 @@ class Config:
     prompts_file: Path | None = None
     """A text file with a prompt a line; empty lines and lines that begin with # are left out."""
     sweep: str | None = None
-    """LABEL=0,0.5,1: a sheet with a row for each weight of that adapter and a column for each prompt and seed."""
+    """LABEL=0,0.5,1: a sheet with a row for each weight of that adapter and a column for each prompt and seed. Where it
+    has two weights, that of the text encoders goes along in proportion."""
     before_after: bool = False
     """A sheet with a row for each prompt and seed: without the adapters, and with them from the same noise."""
     embedding: tuple[str, ...] = ()
@@ -178,7 +179,7 @@ def plan(config: Config) -> Plan:
     strengths = parse_strengths(config.adapter_guidance, [adapter.label for adapter in adapters])
     tagged = tuple(weight for weight, each in zip(weights, seeds, strict=True) for _ in each)
     by_picture = tuple(flags for flags, each in zip(own, seeds, strict=True) for _ in each)
-    sweep = None if config.sweep is None else parse_sweep(config.sweep, [adapter.label for adapter in adapters])
+    sweep = None if config.sweep is None else parse_sweep(config.sweep, adapters)
     if sweep and any(tagged):
         raise ConfigError("--sweep and <lora:...> in a prompt do not go together; name the adapter with --lora.")
     if sweep and sweep[0] in where_when.ramps:

@@ -15,7 +15,7 @@ from cyclopts import Parameter
 
 from sfumato.axes import CHECKS, PLAIN, Axis, coarse_to_fine, parse_axis
 from sfumato.cli import run
-from sfumato.compose.adapter import Adapter, Weight, checked_weight
+from sfumato.compose.adapter import Adapter, Weight, checked_weight, swept
 from sfumato.config import parse
 from sfumato.errors import ConfigError
 from sfumato.prompts import checked_syntax
@@ -145,7 +145,7 @@ def plan(config: Config) -> tuple[Axis, Axis, list[Adapter], list[list[Cell]]]:
             weights: dict[str, Weight] = fixed | {each.label: 0.0 for each in extra.values()}
             for axis, value in ((x, right), (y, below)):
                 if axis.kind == "weight":
-                    weights[axis.label] = value
+                    weights[axis.label] = swept(axis.label, fixed[axis.label], value)
                 elif axis.kind == "adapter":
                     own = extra[value]
                     weights[own.label] = config.adapter_weight if str(own.path) == value else own.weight

@@ -221,6 +221,29 @@ def test_a_sweep_is_a_sheet_of_weights_by_prompts(generate, base):
     assert read_picture_info(Path("three.png")).own["sweep"] == {"line": [0.0, 0.5, 1.5]}
 
 
+@pytest.mark.parametrize(
+    ("words", "weight"),
+    [
+        (["line.safetensors:0.8", "--blocks", "line=down:0"], {"weight": 0.5, "blocks": {"down": 0.0}, "rest": 1.0}),
+        (["line.safetensors:1:0.5"], [0.5, 0.25]),
+        (["line.safetensors:0.4:0"], [0.5, 0.0]),
+    ],
+)
+def test_a_sweep_keeps_factors_by_block_and_the_proportion_of_two_weights(generate, words, weight):
+    code, _, err = generate("red", "--lora", *words, "--sweep", "line=0,0.5", "-o", "sheet.png")
+    assert code == 0, err
+    assert read_picture_info(Path("sheet.png")).own["adapters"][0]["weight"] == weight
+
+
+def test_a_tag_keeps_the_factors_by_block_of_its_label(generate):
+    """It says another weight, and of the blocks nothing."""
+    words = ["--lora", "line.safetensors:0.8", "--blocks", "line=MIDD", "-o", "out"]
+    assert generate("red <lora:line:0.5>", "red <lora:line:0.5:lbw=up:0>", *words)[0] == 0
+    first, second = (read_picture_info(file).own["adapters"][0]["weight"] for file in sorted(Path("out").iterdir()))
+    assert first["weight"] == 0.5
+    assert (len(first["blocks"]), second["blocks"]) == (26, {"up": 0.0})
+
+
 def test_weights_are_read_from_the_end_so_that_a_path_may_hold_colons(loras, tmp_path, monkeypatch):
     from sfumato.specs import parse_adapter
 
@@ -481,6 +504,10 @@ WRONG = {
     "a sweep of nothing": (["a", "--sweep", "line=0,1"], "no --lora is called 'line'"),
     "a sweep of words": (["a", "--lora", "line.safetensors", "--sweep", "line=0,one"], "'one'"),
     "a sweep too far": (["a", "--lora", "line.safetensors", "--sweep", "line=0,50"], "outside -10 to 10"),
+    "a sweep of the text encoders' alone": (
+        ["a", "--lora", "line.safetensors:0:1", "--sweep", "line=0,1"],
+        "line: its weights 0:1 are no start for other weights",
+    ),
     "pairs of nothing": (["a", "--before-after"], "no adapter to draw with"),
     "two sheets at once": (
         ["a", "--lora", "line.safetensors", "--sweep", "line=0,1", "--before-after"],

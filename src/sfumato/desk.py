@@ -12,7 +12,7 @@ from PIL.Image import Image
 
 from sfumato.bases import Base
 from sfumato.compose import Mix
-from sfumato.compose.adapter import Adapter, Weight, weight_text
+from sfumato.compose.adapter import Adapter, Weight, swept, weight_text
 from sfumato.compose.guided import adapter_guidance
 from sfumato.drawing import Start, draw_each
 from sfumato.drawn import used_in
@@ -93,9 +93,9 @@ class Desk:
 
     def sweep(self, label: str, weights: Sequence[float]) -> Sheet:
         """A row for each weight: the base stays loaded, and each weight recomputes only what that adapter changes."""
-        rows = []
+        rows, before = [], self.mix.weights[label]
         for weight in weights:
-            self.mix.set_weights({label: weight})
+            self.mix.set_weights({label: swept(label, before, weight)})
             rows.append(list(self.draw(self.pictures)))
             print(f"{label} {weight:g}", file=sys.stderr)
         sheet = contact_sheet(

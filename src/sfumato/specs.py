@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sfumato.axes import checked_adapter_guidance
-from sfumato.compose.adapter import Adapter, Weight, checked_weight
+from sfumato.compose.adapter import Adapter, Weight, swept, with_factors_of
 from sfumato.compose.blocks import Blocks
 from sfumato.errors import AdapterError, ConfigError
 from sfumato.files.header import read_header
@@ -93,16 +93,19 @@ def in_blocks(adapters: Sequence[Adapter], blocks: Sequence[str]) -> tuple[Adapt
 def with_tags(
     adapters: Sequence[Adapter], prompts: Sequence[Tagged], folder: Path
 ) -> tuple[tuple[Adapter, ...], list[dict[str, Weight] | None]]:
-    """All adapters, those of the tags included, and each prompt's weights where it has tags."""
+    """All adapters, those of the tags included, and each prompt's weights where it has tags.
+
+    A tag's weight replaces that of the adapter of its label, whose factors by block stay where the tag has none.
+    """
     named = {each.label: each for each in adapters}
     always = {each.label: each.weight for each in adapters}
     for tagged in prompts:
         for name, _ in tagged.adapters:
             if name not in named:
                 named[name] = Adapter(find_adapter(name, folder), 0.0, name)
+    said = [{name: with_factors_of(always.get(name, 0.0), weight) for name, weight in each.adapters} for each in prompts]
     return tuple(named.values()), [
-        {label: 0.0 for label in named} | always | dict(tagged.adapters) if tagged.adapters else None
-        for tagged in prompts
+        {label: 0.0 for label in named} | always | weights if weights else None for weights in said
     ]
 
 
@@ -129,19 +132,22 @@ def parse_strengths(texts: Sequence[str], labels: Sequence[str]) -> dict[str, fl
     return found
 
 
-def parse_sweep(text: str, labels: Sequence[str]) -> tuple[str, tuple[float, ...]]:
+def parse_sweep(text: str, adapters: Sequence[Adapter]) -> tuple[str, tuple[float, ...]]:
     """(label, weights) of LABEL=0,0.5,1. Raises ConfigError, one line."""
+    own = {each.label: each.weight for each in adapters}
     label, equals, weights = text.rpartition("=")
     if not equals or not label:
         raise ConfigError(f"--sweep {text}: wanted LABEL=WEIGHTS, such as line=0,0.5,1.")
-    if label not in labels:
-        known = ", ".join(labels) or "none are given"
+    if label not in own:
+        known = ", ".join(own) or "none are given"
         raise ConfigError(f"--sweep {text}: no --lora is called {label!r} ({known}).")
     try:
         numbers = tuple(float(number) for number in weights.split(","))
         for number in numbers:
-            checked_weight(label, number)
-    except (ValueError, AdapterError) as error:
+            swept(label, own[label], number)
+    except AdapterError as error:
+        raise ConfigError(f"--sweep {text}: {error}") from None
+    except ValueError as error:
         raise ConfigError(f"--sweep {text}: {error}; wanted numbers such as 0,0.5,1.") from None
     return label, numbers
 

@@ -107,6 +107,36 @@ def with_unet(weight: Weight, number: float) -> Weight:
     return (number, weight[1] if isinstance(weight, tuple) else weight)
 
 
+def swept(label: str, weight: Weight, number: float) -> Weight:
+    """The weight at `number` of a sweep: the U-Net's; the text encoders' in proportion, the blocks' factors as they were.
+
+    Raises AdapterError for what is no weight, and for two weights of which the U-Net's is 0, which has no proportion.
+    """
+    if isinstance(weight, Blocks):
+        return with_factors_of(weight, swept(label, weight.weight, number))
+    if not isinstance(weight, tuple):
+        return checked_weight(label, number)
+    if not weight[0]:
+        raise AdapterError(
+            f"{label}: its weights {weight_text(weight)} are no start for other weights, as the first, the U-Net's, is "
+            "0. Give one weight, or two such as 1:0.5."
+        )
+    return checked_weight(label, (number, number * weight[1] / weight[0]))
+
+
+def with_factors_of(old: Weight, new: Weight) -> Weight:
+    """The new weight, with the old one's factors by block where it has none of its own."""
+    if isinstance(old, Blocks) and not isinstance(new, Blocks):
+        return Blocks(new, old.factors, old.rest)
+    return new
+
+
+def added(weight: float | tuple[float, float], other: float | tuple[float, float]) -> tuple[float, float]:
+    """Both weights, one or two each, as one (U-Net, text encoders)."""
+    (unet, text), more = (each if isinstance(each, tuple) else (each, each) for each in (weight, other))
+    return unet + more[0], text + more[1]
+
+
 def weight_text(weight: Weight) -> str:
     """The weight as people write it: "0.8", or "0.8:0.4" for U-Net and text encoders."""
     if isinstance(weight, Blocks):
