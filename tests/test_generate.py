@@ -258,6 +258,15 @@ def test_weights_are_read_from_the_end_so_that_a_path_may_hold_colons(loras, tmp
     assert parse_adapter("x=line:0.5:2") == Adapter("line:0.5", 2.0, "x")
 
 
+def test_one_file_twice_comes_back_from_its_tags(generate):
+    words = ["red", "--lora", "a=line.safetensors:0.5", "--lora", "b=line.safetensors:0.3"]
+    assert generate(*words, "-o", "a.png")[0] == 0
+    prompt = read_picture_info(Path("a.png")).parameters.prompt
+    assert prompt == "red <lora:line:0.5> <lora:line:0.3>"
+    assert generate(prompt, "-o", "again.png")[0] == 0
+    assert close(pixels("again.png"), pixels("a.png"))
+
+
 def test_tags_in_a_prompt_add_adapters_for_it_alone(generate):
     """The tagged prompt is the mix's picture, the one without tags the base's, whatever their order in the batch."""
     code, _, err = generate("red <lora:line:0.8>", "red", "red <lora:line:0.8>", "-o", "out")

@@ -45,8 +45,30 @@ def test_a_tag_may_have_names_and_weights_by_block(tag, weight):
 
 
 @pytest.mark.parametrize(
+    ("prompt", "weights"),
+    [
+        ("<lora:a:0.5> <lora:b:1> <lora:a:0.25>", {"a": 0.75, "b": 1.0}),
+        ("<lora:a:0.5:1> <lora:a:0.25>", {"a": (1.25, 0.75)}),
+        ("<lora:a:1> <lora:a:-1>", {"a": 0.0}),
+    ],
+)
+def test_weights_of_a_name_that_is_tagged_twice_are_added(prompt, weights):
+    assert dict(split_tags(prompt).adapters) == weights
+    assert len(split_tags(prompt).adapters) == len(weights)
+
+
+@pytest.mark.parametrize("tags", ["<lora:a:1:lbw=MIDD> <lora:a:1>", "<lora:a:1> <lora:a:1:lbw=MIDD>"])
+def test_a_second_tag_of_weights_by_block_is_refused(tags):
+    with pytest.raises(ConfigError, match=r"<lora:a:.*>: this adapter has another tag in the prompt"):
+        split_tags(tags)
+
+
+@pytest.mark.parametrize(
     "prompt",
-    ["<lora:a:strong>", "<lora:a:1:2:3>", "<lora:a:1:lbw=1,0,1>", "<lora:a:1:lbw=UPS>", "<lora:a:1:start=5>"],
+    [
+        *("<lora:a:strong>", "<lora:a:9> <lora:a:2>", "<lora:a:1:2:3>"),
+        *("<lora:a:1:lbw=1,0,1>", "<lora:a:1:lbw=UPS>", "<lora:a:1:start=5>"),
+    ],
 )
 def test_a_tag_whose_weight_is_none_is_refused(prompt):
     with pytest.raises(ConfigError, match=r"<lora:a"):

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from sfumato.compose.adapter import Weight, checked_weight
+from sfumato.compose.adapter import Weight, added, checked_weight
 from sfumato.compose.blocks import WEB_PRESETS, Blocks
 from sfumato.errors import AdapterError, ConfigError
 
@@ -38,19 +38,30 @@ class Tagged:
 
 
 def split_tags(prompt: str) -> Tagged:
-    """Take the `<lora:...>` tags out of a prompt. Raises ConfigError for one without a name or whose weight is none."""
-    adapters: list[tuple[str, Weight]] = []
+    """Take the `<lora:...>` tags out of a prompt; weights of a name that is tagged twice are added.
+
+    Raises ConfigError for one without a name or whose weight is none, and for a second one of a weight by block.
+    """
+    adapters: dict[str, Weight] = {}
     for found in _TAG.finditer(prompt):
         if not (name := found[1].strip()):
             raise ConfigError(f"{found[0]}: names no adapter; wanted such as <lora:line:0.8>.")
         try:
-            adapters.append((name, checked_weight(name, _weight(found[2].split(":")[1:]))))
+            weight = checked_weight(name, _weight(found[2].split(":")[1:]))
+            adapters[name] = checked_weight(name, _both(adapters[name], weight)) if name in adapters else weight
         except ValueError:
             raise ConfigError(f"{found[0]}: a weight is a number, as in <lora:{name}:0.8>.") from None
         except (AdapterError, ConfigError) as error:
             raise ConfigError(f"{found[0]}: {error}") from None
     plain = _TAG.sub(" ", prompt) if adapters else prompt
-    return Tagged(" ".join(plain.split()) if adapters else plain, tuple(adapters))
+    return Tagged(" ".join(plain.split()) if adapters else plain, tuple(adapters.items()))
+
+
+def _both(weight: Weight, other: Weight) -> Weight:
+    """The sum of the weights of two tags of one name."""
+    if isinstance(weight, Blocks) or isinstance(other, Blocks):
+        raise ConfigError("this adapter has another tag in the prompt, and weights by block are not added; leave one.")
+    return added(weight, other)
 
 
 def _weight(words: Sequence[str]) -> Weight:

@@ -103,7 +103,9 @@ def with_tags(
         for name, _ in tagged.adapters:
             if name not in named:
                 named[name] = Adapter(find_adapter(name, folder), 0.0, name)
-    said = [{name: with_factors_of(always.get(name, 0.0), weight) for name, weight in each.adapters} for each in prompts]
+    said = [
+        {name: with_factors_of(always.get(name, 0.0), weight) for name, weight in tagged.adapters} for tagged in prompts
+    ]
     return tuple(named.values()), [
         {label: 0.0 for label in named} | always | weights if weights else None for weights in said
     ]

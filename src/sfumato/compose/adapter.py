@@ -108,7 +108,7 @@ def with_unet(weight: Weight, number: float) -> Weight:
 
 
 def swept(label: str, weight: Weight, number: float) -> Weight:
-    """The weight at `number` of a sweep: the U-Net's; the text encoders' in proportion, the blocks' factors as they were.
+    """The weight with another number for the U-Net, and the text encoders' in proportion; factors by block stay.
 
     Raises AdapterError for what is no weight, and for two weights of which the U-Net's is 0, which has no proportion.
     """
