@@ -161,6 +161,8 @@ def plan(config: Config) -> Plan:
     firsts = [(flags.pop("seed"),) if "seed" in flags else config.seed for flags in own]
     seeds = [[seed + i for seed in first for i in range(config.count)] for first in firsts]
     pictures = tuple((found.prompt, seed) for found, each in zip(split, seeds, strict=True) for seed in each)
+    for _, seed in pictures:
+        CHECKS["seed"](seed)
     texts = [*(found.prompt for found in split), *(flags.get("negative", "") for flags in own), config.negative]
     for text in texts:
         checked_syntax(text, config.prompt_syntax)
@@ -309,7 +311,7 @@ def generate(config: Config) -> tuple[Path, ...]:
     from sfumato.compose import compose
     from sfumato.compose.guided import strengths_of
     from sfumato.desk import Desk
-    from sfumato.drawing import check_steps
+    from sfumato.drawing import check_steps, check_strength
     from sfumato.drawn import learned_otherwise, sampler_label, save_drawn
     from sfumato.files.adapter_file import read_adapter
     from sfumato.files.header import read_header
@@ -327,6 +329,8 @@ def generate(config: Config) -> tuple[Path, ...]:
     settings = _settings(config, wanted, start, base)
     for each in (settings, *wanted.own):  # all of them before the first picture is drawn
         check_steps(each.get("steps"), base.scheduler)
+        if start is not None:
+            check_strength(each.get("steps", settings["steps"]), start)
     sampler = sampler_label(config.sampler, base)
     print(_summary(settings, sampler, base), file=sys.stderr)
     with ExitStack() as stack:

@@ -216,6 +216,7 @@ def draw_grid(config: Config) -> Path:
         vae=config.vae,
         prediction_type=config.prediction_type,
     )
+    _check_drawable(base, rows)
     loaded = [base.quick_fingerprint(), str(base.precision.compute), str(base.clip_skip), str(config.partial)]
     files = {adapter.label: _digest(Path(adapter.path)) for adapter in adapters}
     paths = {
@@ -245,6 +246,18 @@ def draw_grid(config: Config) -> Path:
             there = sum(path.exists() for path in paths.values())
             print(f"{there} of {len(paths)} pictures", file=sys.stderr)
     return config.output / "grid.png"
+
+
+def _check_drawable(base: Base, rows: Sequence[Sequence[Cell]]) -> None:
+    """Raises ConfigError for steps or samplers that the base does not have, before the first cell is drawn."""
+    from sfumato.drawing import check_steps
+    from sfumato.schedulers import scheduler
+
+    to = [cell.settings for cells in rows for cell in cells]
+    for steps in {each["steps"] for each in to}:
+        check_steps(steps, base.scheduler)
+    for sampler in {each["sampler"] for each in to} - {None}:
+        scheduler(sampler, base.scheduler.config)
 
 
 def _draw(

@@ -567,6 +567,12 @@ WRONG = {
     ),
     "an option in a negative prompt": (["a cat", "--negative", "red --w 64"], "--negative: options such as '--w 64'"),
     "an unknown option": (["a", "--sede", "3"], "--seed"),
+    "a seed too long in the second prompt": (["red --d 1 --s 1", f"red --d {2**64}"], "64 bits"),
+    "a seed that is counted too far": (["a", "--seed", str(2**64 - 1), "--count", "2"], "64 bits"),
+    "no step of a second prompt": (
+        ["red", "red --s 1", "--image", "picture.png", "--strength", "0.6"],
+        "strength 0.6 of 1 steps is no step",
+    ),
     "a seed too long": (["a", "--seed", str(2**64)], "64 bits"),
     "no such base": (["a", "--base", "gone.safetensors"], "gone.safetensors"),
     "another base's adapter": (["a", "--lora", "xl.safetensors"], "trained for SDXL (text width 2048)"),
@@ -576,6 +582,7 @@ WRONG = {
 @pytest.mark.parametrize(("words", "said"), WRONG.values(), ids=WRONG.keys())
 def test_wrong_use_is_one_line_and_leaves_no_file(generate, words, said):
     Path("there.png").write_bytes(b"mine")
+    Image.new("RGB", (8, 8), "red").save("picture.png")
     change = LoraModule(torch.zeros(1, 2048), torch.zeros(8, 1), 1.0)
     target = ("unet", "mid_block.attentions.0.transformer_blocks.0.attn2.to_k")
     write_lora(Path("xl.safetensors"), {target: change}, family="sdxl")

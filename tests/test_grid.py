@@ -1,5 +1,6 @@
 """XY plots: the cells in an order that says most early, each drawn once, each with its settings."""
 
+import importlib.util
 import json
 from functools import cache
 
@@ -59,6 +60,7 @@ def test_axes_are_read_as_written(text, axis):
         ("adapter=nowhere/*.safetensors", "no file matches"),
         ("method=linear,tie", "no method 'tie'; known are linear, knots, core-space, np-lora, ties, dare"),
         ("density=0", "density 0: wanted the share"),
+        (f"seed=1,{2**64}", "64 bits"),
         ("steps=0,4", "0 steps; wanted at least 1"),
         ("guidance=3,nan", "guidance nan: wanted 0 to 100"),
     ],
@@ -242,6 +244,7 @@ A1111 = ["--prompt-syntax", "a1111"]
         ([*BOTH, "--x", "seed=1", "--y", "line=1", "--prompt", "a", "--adapter-guidance", "nan"], "guidance nan"),
         ([*BOTH, "--x", "seed=1", "--y", "line=1", "--prompt", "a", "--adapter-weight", "nan"], "nan is outside"),
         (["--x", "seed=1", "--y", "method=ties", "--prompt", "a"], "wants adapters to merge"),
+        (["--x", "steps=2,1001", "--y", "seed=1", "--prompt", "a"], "1001 steps; wanted 1 to 1000"),
         (["--x", "seed=1", "--y", "seed=2", "--prompt", "a"], "both vary seed"),
         (["--x", "seed=1", "--y", "steps=2"], "no prompt"),
         (["--x", "adapter=nowhere.safetensors", "--y", "seed=1", "--prompt", "a"], "nowhere.safetensors"),
@@ -256,6 +259,14 @@ def test_wrong_use_is_one_line(grid, words, said, capsys, tmp_path):
     assert said in shown
     assert not (tmp_path / "out").exists()
     assert len([line for line in shown.splitlines() if line.startswith("sfumato: ")]) == 1
+
+
+def test_a_sampler_that_the_base_has_not_is_refused_before_the_first_cell(grid, tmp_path, monkeypatch, capsys):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "scipy" else real(name, *more))
+    assert grid("--x", "sampler=ddim,lms", "--y", "seed=1", "--prompt", "red square") == 2
+    assert "--sampler lms: needs scipy" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,13 @@ def checked_steps(steps: int) -> int:
     return steps
 
 
+def checked_seed(seed: int) -> int:
+    """The seed of a picture's noise. Raises ConfigError for one that torch's generators do not take."""
+    if not -(2**63) <= seed < 2**64:
+        raise ConfigError(f"seed {seed}: wanted a whole number of 64 bits.")
+    return seed
+
+
 def checked_guidance(guidance: float) -> float:
     """The CFG scale. Raises ConfigError for what cannot be meant."""
     if not 0 <= guidance <= 100:
@@ -71,6 +78,7 @@ def checked_adapter_guidance(strength: float) -> float:
 
 
 CHECKS: dict[str, Callable[[Any], object]] = {
+    "seed": checked_seed,
     "steps": checked_steps,
     "guidance": checked_guidance,
     "adapter_guidance": checked_adapter_guidance,

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from sfumato import schedulers
-from sfumato.axes import checked_guidance
+from sfumato.axes import checked_guidance, checked_seed
 from sfumato.errors import BaseModelError, ConfigError
 from sfumato.prompt_steps import Stage, counted, told_by_stages
 from sfumato.prompts import Syntax, encode, encode_stages
@@ -131,6 +131,12 @@ def check_steps(steps: int | None, scheduler: Any) -> None:
         raise ConfigError(f"{steps} steps; wanted 1 to {most}, the timesteps that the base was trained on.")
 
 
+def check_strength(steps: int, start: Start) -> None:
+    """Raises ConfigError where the start's share of the steps is none."""
+    if int(steps * start.strength) < 1:
+        raise ConfigError(f"strength {start.strength:g} of {steps} steps is no step; give more of either.")
+
+
 def _check_kind(pipe: Any, start: Start | None) -> None:
     """Raises ConfigError for what draw cannot call as it should be called."""
     if not (hasattr(pipe, "unet") and hasattr(pipe, "components")):
@@ -155,10 +161,7 @@ def _pairs(prompts: str | Sequence[str], seeds: int | Sequence[int]) -> tuple[li
         numbers = numbers * len(texts)
     if len(texts) != len(numbers) or not texts:
         raise ConfigError(f"{len(texts)} prompts and {len(numbers)} seeds; wanted as many of both, or one of either.")
-    for number in numbers:
-        if not -(2**63) <= number < 2**64:
-            raise ConfigError(f"seed {number}: wanted a whole number of 64 bits.")
-    return texts, numbers
+    return texts, [checked_seed(number) for number in numbers]
 
 
 def _size(pipe: Any, width: int | None, height: int | None) -> tuple[int, int]:
@@ -241,9 +244,7 @@ def _denoise(pipe: Any, text: dict[str, Any], seeds: list[int], options: dict[st
         else:
             pipe = _variant(pipe, "AutoPipelineForInpainting")
             options |= {"mask_image": [start.mask] * count}
-        steps = options.setdefault("num_inference_steps", _STEPS)
-        if int(steps * start.strength) < 1:
-            raise ConfigError(f"strength {start.strength:g} of {steps} steps is no step; give more of either.")
+        check_strength(options.setdefault("num_inference_steps", _STEPS), start)
     called = schedulers.CALLED.set(pipe)
     try:
         latents: Tensor = pipe(**options).images
