@@ -132,8 +132,10 @@ def plan(config: Config) -> tuple[Axis, Axis, list[Adapter], list[list[Cell]]]:
         for text in texts:
             checked_syntax(without_tags(text, where), config.prompt_syntax)
     fixed = {adapter.label: adapter.weight for adapter in adapters}
-    extra = {spec: parse_adapter(f"{axis} {place}={spec}") for axis, side in (("x", x), ("y", y))
-             if side.kind == "adapter" for place, spec in enumerate(side.values)}  # fmt: skip
+    sides = (("x", x), ("y", y))
+    # By side, too: one file on both counts twice.
+    extra = {(side, spec): parse_adapter(f"{side} {place}={spec}") for side, axis in sides
+             if axis.kind == "adapter" for place, spec in enumerate(axis.values)}  # fmt: skip
     adapters += [Adapter(each.path, 0.0, each.label) for each in extra.values()]
     rows = []
     for below in y.values:
@@ -143,11 +145,11 @@ def plan(config: Config) -> tuple[Axis, Axis, list[Adapter], list[list[Cell]]]:
             if config.prompt_syntax != "plain":  # so that cells that were drawn without the option are known again
                 settings["prompt_syntax"] = config.prompt_syntax
             weights: dict[str, Weight] = fixed | {each.label: 0.0 for each in extra.values()}
-            for axis, value in ((x, right), (y, below)):
+            for (side, axis), value in zip(sides, (right, below), strict=True):
                 if axis.kind == "weight":
                     weights[axis.label] = swept(axis.label, fixed[axis.label], value)
                 elif axis.kind == "adapter":
-                    own = extra[value]
+                    own = extra[side, value]
                     weights[own.label] = config.adapter_weight if str(own.path) == value else own.weight
                 else:
                     settings[axis.kind] = value

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sfumato.pipelines.grid import Config, plan
 
 from sfumato import cli
 from sfumato.axes import Axis, coarse_to_fine, parse_axis
@@ -221,6 +222,17 @@ def test_density_by_weight_of_one_method(grid, tmp_path):
     about = json.loads((tmp_path / "out/grid.json").read_text())
     thin, whole = (_pixels(tmp_path / "out" / cell["file"]) for cell in about["cells"] if cell["weights"]["line"] == 1)
     assert abs(thin - whole).max() > 1
+
+
+@pytest.mark.parametrize(("y", "weight"), [("line.safetensors:0.5", 0.5), ("line.safetensors", 1.0)])
+def test_a_file_on_both_axes_counts_twice(grid, y, weight):
+    x = "adapter=line.safetensors:0.5,otter.safetensors"
+    _, _, adapters, rows = plan(Config(x=x, y=f"adapter={y}", prompt="red"))
+    assert [each.label for each in adapters] == ["x 0", "x 1", "y 0"]
+    assert [cell.weights for cell in rows[0]] == [
+        {"x 0": 0.5, "x 1": 0.0, "y 0": weight},
+        {"x 0": 0.0, "x 1": 1.0, "y 0": weight},
+    ]
 
 
 def _pixels(path):
