@@ -267,6 +267,19 @@ def test_one_file_twice_comes_back_from_its_tags(generate):
     assert close(pixels("again.png"), pixels("a.png"))
 
 
+def test_a_name_that_a_tag_cannot_hold_comes_back_from_its_tag(generate):
+    name = "my line, v2:<best> ,"
+    Path("line.safetensors").rename(f"{name}.safetensors")
+    assert generate("red", "--lora", f"{name}.safetensors:0.8", "-o", "a.png")[0] == 0
+    prompt = read_picture_info(Path("a.png")).parameters.prompt
+    assert prompt == "red <lora:my line v2best :0.8>"
+    assert generate(prompt, "-o", "again.png")[0] == 0
+    assert np.array_equal(pixels("again.png"), pixels("a.png"))
+    Path("otter.safetensors").rename("my line v2best.safetensors")  # whose very name it is
+    assert generate(prompt, "-o", "otter.png")[0] == 0
+    assert not np.array_equal(pixels("otter.png"), pixels("a.png"))
+
+
 def test_tags_in_a_prompt_add_adapters_for_it_alone(generate):
     """The tagged prompt is the mix's picture, the one without tags the base's, whatever their order in the batch."""
     code, _, err = generate("red <lora:line:0.8>", "red", "red <lora:line:0.8>", "-o", "out")

@@ -55,11 +55,16 @@ def parse_adapters(specs: Sequence[str]) -> tuple[Adapter, ...]:
 def find_adapter(name: str, folder: Path) -> Path:
     """The one file of this name, without its suffix, in the folder or below it; its header is checked.
 
+    Where no file has it, a name is meant that a picture's tag cannot hold: "my line v2" is my line, v2.safetensors.
     Raises ConfigError where there is none, or several of which none is in the folder itself.
     """
+    from sfumato.pnginfo import plain_name
+
     composed = unicodedata.normalize("NFC", name)  # a Mac's files have accents apart
-    found = [path for path in folder.rglob("*.safetensors") if unicodedata.normalize("NFC", path.stem) == composed]
-    found = [path for path in found if path.is_file()]
+    files = [path for path in folder.rglob("*.safetensors") if path.is_file()]
+    stems = [unicodedata.normalize("NFC", path.stem) for path in files]
+    found = [path for path, stem in zip(files, stems, strict=True) if stem == composed]
+    found = found or [path for path, stem in zip(files, stems, strict=True) if plain_name(stem).strip() == composed]
     found = [path for path in found if path.parent == folder] or found
     if len(found) != 1:
         what = (
