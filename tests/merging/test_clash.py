@@ -49,6 +49,13 @@ def test_opposite_adapters_cancel_wholly_and_by_their_weights():
     assert one(a, source("b", E[:, :1], E[:1], weight=-0.5)).conflict == pytest.approx(2 * 0.5 / 1.25)
 
 
+@pytest.mark.parametrize(("weight", "said"), [(0.0, "0"), ((0.0, 0.5), "0:0.5")])
+def test_an_adapter_that_changes_nothing_at_its_weight_is_named(weight, said):
+    a, c = (source(name, E[:, :1], E[:1]) for name in "ac")
+    with pytest.raises(AdapterError, match=f"^b changes nothing at its weight {said}, so"):
+        clashes([a, source("b", E[:, :1], E[:1], weight=weight), c])
+
+
 def test_the_same_inputs_with_other_outputs_overlap_in_rows_alone():
     pair = one(source("a", E[:, :1], E[:1]), source("b", E[:, 1:2], E[:1]))
     assert (pair.rows, pair.columns, pair.conflict) == pytest.approx((1, 0, 0))

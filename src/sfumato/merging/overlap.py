@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sfumato.compose.adapter import weight_at
+from sfumato.compose.adapter import weight_at, weight_text
 from sfumato.errors import AdapterError
 from sfumato.files.inspect import block_of
 from sfumato.files.kohya import Target
@@ -47,9 +47,16 @@ class Pair:
 def clashes(sources: Sequence[Source]) -> list[Pair]:
     """Every pair of the adapters in every block that both change; blocks in the order of the model.
 
-    Raises AdapterError for kinds without a low-rank form, and where no two adapters share a module.
+    Raises AdapterError for kinds without a low-rank form, for an adapter that changes nothing at its weight, and where
+    no two adapters share a module.
     """
     factors = {source.name: _factors(source) for source in sources}
+    for source in sources:
+        if source.changes and not factors[source.name]:
+            raise AdapterError(
+                f"{source.name} changes nothing at its weight {weight_text(source.weight)}, so nothing can clash with "
+                "it. Give it another weight, or leave it out."
+            )
     pairs = []
     for i, first in enumerate(sources):
         for second in sources[i + 1 :]:
