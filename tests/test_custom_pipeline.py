@@ -114,6 +114,11 @@ def test_a_tag_in_another_text_than_the_prompt_is_refused(pipe, negative):
         pipe(prompt, negative_prompt=negative, num_inference_steps=1)
 
 
+def test_adapters_of_a_call_have_weights(pipe):
+    with pytest.raises(ConfigError, match=r"adapters=\['line'\]: wanted weights by file or name"):
+        pipe("a crab", adapters=["line"], num_inference_steps=1)
+
+
 def test_an_adapter_that_is_not_there_is_said(pipe):
     with pytest.raises(ConfigError, match="<lora:otter>"):
         pipe("a crab <lora:otter:1>", num_inference_steps=1)

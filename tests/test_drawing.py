@@ -186,6 +186,12 @@ def test_an_overflow_in_half_precision_is_drawn_again_in_fp32():
         ({"prompts": "a", "seeds": 1, "guidance": float("nan")}, "guidance nan"),
         ({"prompts": "a", "seeds": 2**64}, "64 bits"),
         ({"prompts": [], "seeds": []}, "0 prompts"),
+        ({"prompts": 5, "seeds": 1}, "a prompt that is a int"),
+        ({"prompts": "a", "seeds": 1.5}, "seed 1.5: wanted a whole number"),
+        ({"prompts": "a", "seeds": [1, "2"]}, "seed '2': wanted a whole number"),
+        ({"prompts": "a", "seeds": 1, "steps": 2.5}, "steps 2.5: wanted a whole number"),
+        ({"prompts": "a", "seeds": 1, "width": "64"}, "width '64': wanted a whole number"),
+        ({"prompts": "a", "seeds": 1, "guidance": "3"}, "guidance '3': wanted a number"),
     ],
 )
 def test_a_call_that_makes_no_sense_is_one_line(pocket, call, words):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from numbers import Integral
+from numbers import Integral, Real
 from operator import index
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -87,6 +87,10 @@ def draw_each(
     a pipeline that begins from a picture where there is no start.
     """
     prompts, seeds = _pairs(prompts, seeds)
+    steps, batch = _whole("steps", steps), _whole("batch", batch)
+    width, height = _whole("width", width), _whole("height", height)
+    if guidance is not None and not isinstance(guidance, Real):
+        raise ConfigError(f"guidance {guidance!r:.40}: wanted a number; 3 to 9 is usual.")
     if not isinstance(negative, str):
         raise ConfigError(f"a negative prompt that is a {type(negative).__name__}; wanted one text for all pictures.")
     if syntax not in get_args(Syntax):
@@ -153,8 +157,11 @@ def _check_kind(pipe: Any, start: Start | None) -> None:
 
 
 def _pairs(prompts: str | Sequence[str], seeds: int | Sequence[int]) -> tuple[list[str], list[int]]:
-    texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    numbers = [index(seeds)] if isinstance(seeds, int | Integral) else [index(seed) for seed in seeds]  # numpy's, too
+    texts = [prompts] if isinstance(prompts, str) or not isinstance(prompts, Iterable) else list(prompts)
+    if wrong := [text for text in texts if not isinstance(text, str)]:
+        raise ConfigError(f"a prompt that is a {type(wrong[0]).__name__}; wanted a text, or texts.")
+    several = seeds if isinstance(seeds, Iterable) and not isinstance(seeds, Integral) else [seeds]
+    numbers = [number for seed in several if (number := _whole("seed", seed)) is not None]
     if len(texts) == 1:
         texts = texts * len(numbers)
     if len(numbers) == 1:
@@ -162,6 +169,14 @@ def _pairs(prompts: str | Sequence[str], seeds: int | Sequence[int]) -> tuple[li
     if len(texts) != len(numbers) or not texts:
         raise ConfigError(f"{len(texts)} prompts and {len(numbers)} seeds; wanted as many of both, or one of either.")
     return texts, [checked_seed(number) for number in numbers]
+
+
+def _whole(name: str, value: Any) -> int | None:
+    """A whole number, numpy's and torch's as well, or None. Raises ConfigError for anything else."""
+    try:
+        return None if value is None else index(value)
+    except TypeError:
+        raise ConfigError(f"{name} {value!r:.40}: wanted a whole number.") from None
 
 
 def _size(pipe: Any, width: int | None, height: int | None) -> tuple[int, int]:

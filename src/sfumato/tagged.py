@@ -39,8 +39,10 @@ class TaggedPrompts:
     ) -> Any:
         """As the pipeline's own call. adapters: weight by file, or by name in `lora_folder`.
 
-        Raises ConfigError for a tag in another text, such as the negative prompt.
+        Raises ConfigError for a tag in another text, such as the negative prompt, and for adapters without weights.
         """
+        if adapters is not None and not isinstance(adapters, Mapping):
+            raise ConfigError(f"adapters={adapters!r:.60}: wanted weights by file or name, such as {{'line': 0.8}}.")
         for text in _texts([*arguments, *options.values()]):
             if found := split_tags(text).adapters:
                 raise ConfigError(

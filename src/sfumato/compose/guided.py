@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -83,12 +84,19 @@ def _compared(mix: Mix, guidance: float) -> Iterator[None]:
 
 
 def strengths_of(mix: Mix, strength: float | Mapping[str, float] | None, *, guidance: float) -> dict[str, float]:
-    """By label what `adapter_guidance` takes this for, which is what pictures say of it; without those that are 0."""
-    if guidance <= 1:
-        return {}
-    if isinstance(strength, int | float):
+    """By label what `adapter_guidance` takes this for, which is what pictures say of it; without those that are 0.
+
+    Raises AdapterError for what is no number.
+    """
+    if not isinstance(guidance, Real):
+        raise AdapterError(f"guidance {guidance!r:.40}: wanted the number that pictures are drawn with, such as 7.5.")
+    if isinstance(strength, Real):
         strength = dict.fromkeys(mix.weights, float(strength))
-    return {label: each for label, each in (mix.strengths if strength is None else strength).items() if each}
+    by_label = mix.strengths if strength is None else strength
+    numbers = by_label.values() if isinstance(by_label, Mapping) else [by_label]
+    if wrong := [each for each in numbers if not isinstance(each, Real)]:
+        raise AdapterError(f"adapter guidance {wrong[0]!r:.40}: wanted a number, or numbers by label, such as 2.")
+    return {label: each for label, each in by_label.items() if each} if guidance > 1 else {}
 
 
 @contextmanager

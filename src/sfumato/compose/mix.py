@@ -350,9 +350,12 @@ class Mix:
         """Write the mix as one LoRA file that every tool reads, with the weights within it; returns the path.
 
         The ranks stand side by side (their sum is the file's rank), so that in fp32 nothing is lost; muted adapters and
-        those at 0 are left out. Raises AdapterError for a mix of kinds that have no low-rank form.
+        those at 0 are left out. Raises AdapterError for a mix of kinds that have no low-rank form, and for another
+        ending than .safetensors.
         """
         self._check_open()
+        if Path(path).suffix != ".safetensors":
+            raise AdapterError(f"a mix is saved as a .safetensors file, got {str(path)!r}; give a name that ends so.")
         numbers = {label: self._at(label) for label in self._weights}
         return saving.save(Path(path), self.family, self._sites.values(), numbers, self._files, dtype, title)
 

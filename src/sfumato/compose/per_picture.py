@@ -41,6 +41,7 @@ def per_picture(pipe: Any, adapters: Sequence[Sequence[Adapter]], *, partial: bo
     rounding. Raises AdapterError for adapters without a low-rank form, for a compiled part, and within the block for a
     call with another number of pictures.
     """
+    _check_lists(adapters)
     count = len(adapters)
     if not count:
         raise AdapterError("there are no pictures; give a list of adapters for each, an empty one for the base.")
@@ -67,6 +68,18 @@ def per_picture(pipe: Any, adapters: Sequence[Sequence[Adapter]], *, partial: bo
             yield
     finally:
         handle.remove()
+
+
+def _check_lists(adapters: Any) -> None:
+    """Raises AdapterError for what is no list of lists of adapters."""
+    lists = adapters if isinstance(adapters, Sequence) else [adapters]
+    for each in lists:
+        wrong = [one for one in each if not isinstance(one, Adapter)] if isinstance(each, list | tuple) else [each]
+        if wrong or lists is not adapters:
+            raise AdapterError(
+                f"{(wrong or [adapters])[0]!r:.60} in place of adapters; give a list of Adapter(file, weight) for each "
+                "picture, such as [[Adapter(file)], []]."
+            )
 
 
 def _rows_each(pipe: Any) -> int | None:
@@ -99,6 +112,7 @@ def composite(pipe: Any, *adapters: Adapter, partial: bool = False) -> Iterator[
     """
     if not adapters:
         raise AdapterError("a composite wants at least one adapter.")
+    _check_lists([[adapter] for adapter in adapters])
     unet, count = parts_of(pipe)["unet"], len(adapters)
 
     def index(rows: int) -> Tensor:

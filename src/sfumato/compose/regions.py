@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from numbers import Real
 from types import MappingProxyType
 from typing import Any
 
@@ -48,6 +49,7 @@ class Region:
     where: a picture that is white where the adapters count (grey counts in part), or a box. prompt: of this region's
     cross-attention, read with the call's `clip_skip`; None for the call's own. Its words may change between the steps
     of `sfumato.draw`, see `sfumato.prompt_steps`. An adapter that changes the text encoders wants a prompt here.
+    Raises AdapterError for what is no place and no adapter.
     """
 
     where: Image.Image | Box
@@ -55,6 +57,14 @@ class Region:
     prompt: str | None = None
 
     def __init__(self, where: Image.Image | Box, *adapters: Adapter, prompt: str | None = None) -> None:
+        is_box = isinstance(where, tuple | list) and len(where) == 4 and all(isinstance(side, Real) for side in where)
+        if not is_box and not isinstance(where, Image.Image):
+            raise AdapterError(
+                f"a region at {where!r:.60}: wanted a picture that is white there, or (left, top, right, bottom) as "
+                "shares of the side."
+            )
+        if wrong := [adapter for adapter in adapters if not isinstance(adapter, Adapter)]:
+            raise AdapterError(f"an adapter of a region is given as Adapter(file, weight), got {wrong[0]!r:.60}.")
         object.__setattr__(self, "where", where)
         object.__setattr__(self, "adapters", adapters)
         object.__setattr__(self, "prompt", prompt)
@@ -99,6 +109,8 @@ def regions(
     """
     if not parts:
         raise AdapterError("there is no region; give at least one.")
+    if wrong := [part for part in parts if not isinstance(part, Region)]:
+        raise AdapterError(f"a region is given as Region(where, Adapter(file)), got {wrong[0]!r:.60}.")
     if syntax != "plain" and not hasattr(pipe, "encode_text"):
         raise AdapterError(f"the prompt syntax {syntax} wants a Base of sfumato.load_base, not a pipeline.")
     unet = parts_of(pipe)["unet"]

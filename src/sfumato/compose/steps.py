@@ -112,6 +112,12 @@ def over_asked_steps(mix: Mix) -> Iterator[None]:
 def over_steps_of(mix: Mix, weights: Mapping[str, Progress], switch: Switch | None = None) -> Iterator[None]:
     """As `over_steps`, for labels that are no Python names."""
     mix._check_labels([*weights, *(switch.labels if switch else ())])
+    for label, way in weights.items():
+        if not callable(way):
+            raise AdapterError(
+                f"{label}: {way!r:.40} is no way over the steps; give a Ramp((0, 1), (1, 0)), or a function of the "
+                "progress. One weight for all steps is mix.set's."
+            )
     before = dict(mix.weights)
     clock = schedulers.Clock()
 
