@@ -3,6 +3,7 @@
 Listing and help load no torch: a program imports what is heavy only when it runs.
 """
 
+import errno
 import importlib
 import importlib.util
 import io
@@ -144,7 +145,9 @@ def _guarded(program_main: Main, argv: Sequence[str]) -> int:
     except OSError as error:  # a disk that fills while a card or a plot is written
         place = error.filename2 or error.filename
         where = f"{place}: " if place is not None else ""
-        print(f"sfumato: {where}{error.strerror or error}. Make room or see to its permissions.", file=sys.stderr)
+        is_name = error.errno == errno.ENAMETOOLONG
+        advice = "Give a shorter one." if is_name else "Make room or see to its permissions."
+        print(f"sfumato: {where}{error.strerror or error}. {advice}", file=sys.stderr)
         return 2
     return result if isinstance(result, int) else 0
 

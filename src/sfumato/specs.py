@@ -13,6 +13,7 @@ from sfumato.compose.adapter import Adapter, Weight, swept, with_factors_of
 from sfumato.compose.blocks import Blocks
 from sfumato.errors import AdapterError, ConfigError
 from sfumato.files.header import read_header
+from sfumato.files.peft_folder import folders_in
 from sfumato.prompts import Tagged, split_tags, without_flags
 
 
@@ -35,7 +36,11 @@ def parse_adapter(spec: str) -> Adapter:
     )
     if not Path(path).exists() and (wrong := re.fullmatch(r"(.+\.safetensors):([^\\/]*)", path)):
         raise ConfigError(f"{spec}: {wrong[2]!r} is no weight; wanted a number, as in {wrong[1]}:0.8.")
-    if not Path(path).is_dir():  # a folder of peft's is looked into by its reader
+    if not path:
+        raise ConfigError(f"{spec!r} names no file; wanted FILE:0.8.")
+    if Path(path).is_dir():  # what is in a folder of peft's, its reader looks into
+        folders_in(Path(path))
+    else:
         read_header(path)
     weight: Weight = 1.0 if not numbers else numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
     return Adapter(path, weight, label or None)

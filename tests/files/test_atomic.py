@@ -44,6 +44,15 @@ def test_two_that_write_one_file_at_once_are_not_in_each_others_way(tmp_path):
     assert all(name.startswith(".a.tar.") and name.endswith((".part", ".part.gz")) for name in names)
 
 
+@pytest.mark.parametrize("name", ["a" * 250 + ".png", "ä" * 125 + ".png", "a" + "ä" * 127])
+def test_the_longest_names_are_written_as_well(name, tmp_path):
+    """What is written meanwhile has a longer name, of which a part goes."""
+    write_text(tmp_path / name, "1")
+    with atomic_folder(tmp_path / f"b{name[1:]}"):
+        pass
+    assert {path.name for path in tmp_path.iterdir()} == {name, f"b{name[1:]}"}
+
+
 def test_a_folder_takes_the_place_of_an_earlier_one_once_it_is_whole(tmp_path):
     place = tmp_path / "new/model"
     for content in ("1", "2"):

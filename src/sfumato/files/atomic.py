@@ -9,6 +9,9 @@ from pathlib import Path
 
 from sfumato.errors import ConfigError
 
+_LONGEST_NAME = 255
+"""Bytes of a name in a folder."""
+
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
@@ -50,9 +53,13 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 def beside(path: Path, suffix: str = "") -> Path:
     """A hidden path beside `path` that nobody else writes at: no thread, process or machine that shares the folder.
 
-    It ends in ".part", and in `suffix` after that.
+    It ends in ".part", and in `suffix` after that. A long name is cut to what file systems take.
     """
-    return path.with_name(f".{path.name.removesuffix(suffix)}.{secrets.token_hex(6)}.part{suffix}")
+    stem, end = path.name.removesuffix(suffix), f".{secrets.token_hex(6)}.part{suffix}"
+    room = _LONGEST_NAME - len(os.fsencode(f".{end}"))
+    if len(encoded := os.fsencode(stem)) > room:
+        stem = encoded[:room].decode(errors="ignore")
+    return path.with_name(f".{stem}{end}")
 
 
 def check_free(output: Path, overwrite: bool) -> None:

@@ -108,7 +108,7 @@ def _open(path: Path) -> BinaryIO:
         if stat.S_ISDIR(mode):
             inside = sorted(entry.name for entry in path.glob("*.safetensors"))
             hint = f" It holds {', '.join(inside[:3])}." if inside else ""
-            raise FileError(f"{path.name}: this is a folder. Name the .safetensors file in it.{hint}")
+            raise FileError(f"{path.name or path}: this is a folder. Name the .safetensors file in it.{hint}")
         if not stat.S_ISREG(mode):  # opening a pipe would wait for ever
             raise FileError(f"{path.name}: this is a device or a pipe, not a file. Name a .safetensors file.")
         return path.open("rb")

@@ -38,12 +38,20 @@ def adapter_sources(path: Path) -> list[Source]:
     if not path.is_dir():
         header = read_header(path)
         return [Source(header, None, header_settings(header))]
+    return [_source(folder, folder.name if folder != path else None) for folder in folders_in(path)]
+
+
+def folders_in(path: Path) -> list[Path]:
+    """The folders of an adapter's weight files: peft's folder itself, or those within it, one a part of the pipeline.
+
+    Raises FileError for a folder that has no adapter_config.json in these places.
+    """
     folders = (
         [path] if (path / CONFIG).is_file() else [path / part for part in PARTS if (path / part / CONFIG).is_file()]
     )
     if not folders:
         read_header(path)  # which refuses the folder and names the files in it
-    return [_source(folder, folder.name if folder != path else None) for folder in folders]
+    return folders
 
 
 def _source(folder: Path, part: str | None) -> Source:
