@@ -414,14 +414,15 @@ def _summary(settings: Mapping[str, Any], sampler: tuple[str, str | None], base:
 
 
 def _start(config: Config) -> Start | None:
-    """The picture to begin from, read as training would read it."""
+    """The picture to begin from, read as training would read it, whatever the ratio of its sides."""
     if config.image is None:
         return None
     from sfumato.data import open_image
     from sfumato.drawing import Start
 
     strength = Start.strength if config.strength is None else config.strength
-    return Start(open_image(config.image), strength, None if config.mask is None else open_image(config.mask))
+    mask = None if config.mask is None else open_image(config.mask, any_ratio=True)
+    return Start(open_image(config.image, any_ratio=True), strength, mask)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -321,6 +321,17 @@ def test_a_picture_to_begin_from_and_a_mask_that_keeps_the_rest_to_the_pixel(gen
     assert read_picture_info(Path("part.png")).own["strength"] == 0.5
 
 
+def test_pictures_to_begin_from_masks_and_regions_may_be_long_and_narrow(generate):
+    """What training would not crop is drawn over: a panorama, or a mask of a line."""
+    Image.new("RGB", (160, 32), (200, 40, 40)).save("long.png")
+    Image.new("L", (160, 32), 255).save("mask.png")
+    region = ["--lora", "line.safetensors", "--region", "line=mask.png"]
+    start = ["--image", "long.png", "--mask", "mask.png"]
+    code, _, err = generate("a", *start, *region, "--size", "160x32", "-o", "a.png")
+    assert code == 0, err
+    assert Image.open("a.png").size == (160, 32)
+
+
 def test_a_new_word_is_known_for_the_call(generate, base):
     from sfumato.files.write_embedding import write_embedding
 

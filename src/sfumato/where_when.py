@@ -220,4 +220,4 @@ def _opened(where: Box | Path) -> Any:
         return where
     from sfumato.data import open_image
 
-    return open_image(where)
+    return open_image(where, any_ratio=True)

@@ -67,19 +67,19 @@ class Picture:
     notes: tuple[str, ...] = ()
 
 
-def open_image(path: Path) -> Image.Image:
+def open_image(path: Path, *, any_ratio: bool = False) -> Image.Image:
     """The picture in RGB; see `open_picture`."""
-    return open_picture(path).image
+    return open_picture(path, any_ratio=any_ratio).image
 
 
-def open_picture(path: Path) -> Picture:
+def open_picture(path: Path, *, any_ratio: bool = False) -> Picture:
     """Decode a picture wholly: first frame, EXIF orientation, colour profile, transparency on white, 8 bits.
 
-    Raises DataError, which names the file, for one that is no picture, is cut short or broken, has more than 50
-    megapixels, or is more than four times as long as wide.
+    any_ratio: of its sides, as where nothing is cropped. Raises DataError, which names the file, for one that is no
+    picture, is cut short or broken, has more than 50 megapixels, or is more than four times as long as wide.
     """
     with _decoding(path), _open(path) as file:
-        check_size(path, file.size)
+        check_size(path, file.size, any_ratio=any_ratio)
         if file.format == "PNG":
             _check_png(path)
         notes = [f"{path.name}: an animation; its first frame is taken"] if _animated(file) else []
@@ -114,15 +114,15 @@ def upright_size(path: Path) -> tuple[int, int]:
         return (file.size[1], file.size[0]) if turned else file.size
 
 
-def check_size(path: Path, size: tuple[int, int]) -> None:
-    """Refuse what is too large to decode, or too long to crop."""
+def check_size(path: Path, size: tuple[int, int], *, any_ratio: bool = False) -> None:
+    """Refuse what is too large to decode, or, unless any ratio of the sides will do, too long to crop."""
     width, height = size
     if width * height > LARGEST_MEGAPIXELS * 1e6:
         raise DataError(
             f"{path.name}: {width} x {height} px, {width * height / 1e6:.0f} megapixels; at most "
             f"{LARGEST_MEGAPIXELS:.0f} are opened. Make it smaller."
         )
-    if max(size) > LARGEST_RATIO * min(size):
+    if not any_ratio and max(size) > LARGEST_RATIO * min(size):
         raise DataError(
             f"{path.name}: {width} x {height} px; the longer side may be {LARGEST_RATIO:.0f} x the shorter. Crop it."
         )
