@@ -1,5 +1,6 @@
 """New words: rows beside the table that mean what they were made from, and leave no trace."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,11 @@ from torch.testing import assert_close
 from sfumato import embedding
 from sfumato.bases import load_base
 from sfumato.data.folder import Example, Folder
-from sfumato.errors import AdapterError, ConfigError, FileError
+from sfumato.errors import AdapterError, ConfigError, DataError, FileError
 from sfumato.files import read_embedding, read_header, write_tensors
 from sfumato.files.write_embedding import write_embedding
-from sfumato.placeholders import pieces, put_into_captions, warnings_of
+from sfumato.known_words import _extend
+from sfumato.placeholders import holds, pieces, put_into_captions, warnings_of
 from sfumato.precision import decide
 from tests.tiny import CPU, tiny_pipeline, write_folder
 
@@ -158,6 +160,8 @@ def test_a_prompt_that_does_not_fit_is_refused_with_the_count(base):
         (["<a>", "<A>"], "each of its own"),
         (["<a>", "<a>b"], "within it"),
         (["<|endoftext|>"], "is a word already"),
+        (["teapo"], "is a piece that the tokenizer begins other words with .*; write <teapo>"),
+        (["__metadata__"], "its header by that name"),
     ],
 )
 def test_placeholders_that_cannot_be_are_refused(placeholders, said, base):
@@ -188,6 +192,40 @@ def test_of_two_phrases_each_takes_its_own_place(stands_for):
     folder = Folder((Example(Path("a.png"), f"{stands_for[1]} and {stands_for[0]}"),))
     (example,) = put_into_captions(folder, ["<a>", "<b>"], stands_for)
     assert example.caption == "<b> and <a>"
+
+
+def test_a_phrase_takes_no_place_within_another_word():
+    examples = Folder(tuple(Example(Path("a.png"), caption) for caption in ("a ring on a string", "a ring.")))
+    captions = [example.caption for example in put_into_captions(examples, ["<x>"], ["ring"]).examples]
+    assert captions == ["a <x> on a string", "a <x>."]
+
+
+@pytest.mark.parametrize(
+    ("token", "text", "held"),
+    [
+        ("totor", "a Totor, red", True),
+        ("totor", "a photograph of Totoro", False),
+        ("<x>", "a<X>b", True),
+        ("\u00e9tudo", "E\u0301TUDO", True),
+    ],
+)
+@pytest.mark.parametrize("vectors", [1, 2])
+def test_a_text_holds_a_word_where_the_tokenizer_finds_it(vectors, token, text, held, base):
+    assert holds(token, text) is held
+    with embedding.new_words(base, [token], vectors=vectors) as words:
+        ids = torch.tensor(base.tokenizers[0](text).input_ids)
+    assert bool((ids >= words.first[0]).any()) is held
+
+
+def test_a_caption_with_the_word_within_another_word_has_it_not():
+    folder = Folder((Example(Path("a.png"), "a Totoro"),))
+    with pytest.raises(DataError, match="1 of 1 captions hold no placeholder"):
+        put_into_captions(folder, ["totor"])
+
+
+def test_a_tokenizer_that_takes_a_word_for_its_own_is_noticed(base):
+    with pytest.raises(ConfigError, match="took 0 new tokens for it, not 1"):
+        _extend(copy.deepcopy(base.tokenizers[0]), {"teapo": 1})
 
 
 def test_a_caption_may_spell_its_placeholder_in_capitals():

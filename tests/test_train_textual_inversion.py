@@ -268,6 +268,8 @@ def test_words_that_are_in_no_caption_are_refused(train, capsys):
         "run", "--caption", "<a> <b>", "--initial-words", "red", "--stands-for", "a", placeholder=("<a>", "<b>"), code=2
     )
     assert "--stands-for is given 1 times for 2 placeholders" in capsys.readouterr().err
+    train("run", "--caption", "a {caption}", "--stands-for", "", code=2)
+    assert "--stands-for '': wanted words of the captions" in capsys.readouterr().err
 
 
 # Pivotal tuning: trainers/lora.py --train-words
@@ -358,8 +360,9 @@ def test_the_rate_is_that_of_what_learns(pivotal):
     [
         (["--words-first", "4"], "--words-first 4"),
         (["--caption", "{caption}"], "hold no placeholder"),
-        (["--word-vectors", "17"], "17 vectors"),
+        (["--word-vectors", "17"], "--word-vectors is 17"),
         (["--prior-prompts", "an <X>"], "holds <x>"),
+        (["--stands-for", " "], "--stands-for ' '"),
         (["--train-words", "<x.1>", "--caption", "<x.1>", "--bundle"], "<x.1> has a dot"),
         (["--optimizer", "prodigy", "--learning-rate", "1"], "--word-learning-rate 0.01 beside --learning-rate 1.0"),
         (["--sample-prompts", "<x> " * 40], "80 tokens"),

@@ -22,7 +22,7 @@ from sfumato.axes import checked_adapter_guidance
 from sfumato.config import parse
 from sfumato.errors import ConfigError
 from sfumato.options import TrainerOptions
-from sfumato.placeholders import MOST_VECTORS, RATES, VECTORS
+from sfumato.placeholders import MOST_VECTORS, RATES, VECTORS, check_stands_for, holds
 from sfumato.where_when import parse_span
 
 if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that its --help is there at once
@@ -259,7 +259,7 @@ def check(config: Config) -> None:
     if config.over_steps is not None:
         parse_span(config.over_steps)
     for prompt in config.prior_prompts:
-        if new := [word for word in config.train_words if word.lower() in prompt.lower()]:
+        if new := [word for word in config.train_words if holds(word, prompt)]:
             raise ConfigError(f"--prior-prompts {prompt!r} holds {new[0]}, which the base does not know; leave it out.")
     count = len(config.train_words)
     for option in ("stands_for", "initial_words", "word_vectors", "word_learning_rate", "words_first", "bundle"):
@@ -269,6 +269,7 @@ def check(config: Config) -> None:
         raise ConfigError(f"--word-vectors is {config.word_vectors}; it must be 1 to {MOST_VECTORS}.")
     if config.stands_for and len(config.stands_for) != count:
         raise ConfigError(f"--stands-for is given {len(config.stands_for)} times for {count} words; give it for each.")
+    check_stands_for(config.stands_for)
     if config.bundle and (dotted := [word for word in config.train_words if "." in word]):
         raise ConfigError(f"--bundle: {dotted[0]} has a dot, with which it cannot be bundled; spell it without.")
     if config.words_first < 0 or (config.steps is not None and config.words_first >= config.steps):

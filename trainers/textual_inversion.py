@@ -22,7 +22,7 @@ from sfumato import options
 from sfumato.config import parse
 from sfumato.errors import ConfigError
 from sfumato.options import TrainerOptions
-from sfumato.placeholders import MOST_VECTORS, RATES, VECTORS
+from sfumato.placeholders import MOST_VECTORS, RATES, VECTORS, check_stands_for
 
 if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that its --help is there at once
     from sfumato.bases import Base
@@ -185,6 +185,7 @@ def check(config: Config) -> None:
     for option, given in (("--initial-words", len(config.initial_words)), ("--stands-for", len(config.stands_for))):
         if given not in (0, count, *([1] if option == "--initial-words" else [])):
             raise ConfigError(f"{option} is given {given} times for {count} placeholders; give it once for each.")
+    check_stands_for(config.stands_for)
     if config.initial_words and config.start != "mean" and not config.resume:
         raise ConfigError("--initial-words and --start random are both given; each says where to start, so give one.")
     if config.vectors is not None and config.vectors > MOST_VECTORS:

@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from sfumato import randomness
 from sfumato.errors import AdapterError, ConfigError
 from sfumato.known_words import PARTS, Site, sites_of
-from sfumato.placeholders import MOST_VECTORS, check_placeholder, shown
+from sfumato.placeholders import MOST_VECTORS, check_placeholder, holds, shown
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -152,7 +152,7 @@ class Words(nn.Module):
     def check(self, prompts: Sequence[str]) -> None:
         """Raises ConfigError, with the count, for a prompt with a word in it that has more tokens than positions."""
         for prompt in dict.fromkeys(prompts):
-            inside = [token for token in self.tokens if token.lower() in prompt.lower()]
+            inside = [token for token in self.tokens if holds(token, prompt)]
             for site in self._sites if inside else []:
                 count = len(site.tokenizer(prompt, add_special_tokens=False, truncation=False, verbose=False).input_ids)
                 limit = int(site.encoder.config.max_position_embeddings) - 2

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from sfumato.compose import tensors
 from sfumato.errors import ConfigError
-from sfumato.placeholders import check_placeholder, spelling
+from sfumato.placeholders import check_placeholder, is_alone, pattern, spelling
 
 if TYPE_CHECKING:
     from sfumato.embedding import Words
@@ -125,7 +125,7 @@ class Site:
     def check(self, tokens: Mapping[str, int]) -> None:
         """Raises ConfigError for new words, of so many vectors each, that cannot be or are not told from others."""
         in_use = [(token, count) for words in self.words for token, count in words.tokens.items()]
-        written_out = {token: _pattern(spelling(token, self.tokenizer)) for token, count in in_use if count > 1}
+        written_out = {token: pattern(spelling(token, self.tokenizer)) for token, count in in_use if count > 1}
         added = set(self.tokenizer.get_added_vocab())
         for token, count in tokens.items():
             check_placeholder(token, self.tokenizer)
@@ -133,10 +133,10 @@ class Site:
             names = _names(spelt, count)
             # diffusers reads "word" and "word_1" as two vectors of one word.
             alike = {form for name in names for form in (name, f"{name}_1", name.removesuffix("_1"))} & added
-            alike |= {other for other, pattern in written_out.items() if re.search(pattern, spelt)}
+            alike |= {other for other, place in written_out.items() if re.search(place, spelt)}
             if count > 1:
-                written_out[token] = _pattern(spelt)
-                alike |= {other for other in added if re.search(_pattern(spelt), other)}
+                written_out[token] = pattern(spelt)
+                alike |= {other for other in added if re.search(pattern(spelt), other)}
             if alike:
                 raise ConfigError(
                     f"placeholder {token} is not told from {min(alike)}, a word already; spell one of them otherwise."
@@ -148,24 +148,18 @@ def _extend(tokenizer: Any, tokens: Mapping[str, int]) -> int:
     """Let a tokenizer know new tokens, of so many vectors each; returns the first new id."""
     first = len(tokenizer)
     for token, count in tokens.items():
-        spelt = spelling(token, tokenizer)
-        alone, names = _is_alone(spelt), _names(spelt, count)
+        spelt, before = spelling(token, tokenizer), len(tokenizer)
+        alone, names = is_alone(spelt), _names(spelt, count)
         tokenizer.add_tokens([AddedToken(name, normalized=True, single_word=alone, special=False) for name in names])
+        if (added := len(tokenizer) - before) != count:  # it takes a piece of words for one that it has
+            raise ConfigError(
+                f"placeholder {token}: the tokenizer took {added} new tokens for it, not {count}; spell it otherwise."
+            )
         if count > 1:
-            written = normalizers.Replace(Regex(_pattern(spelt)), " ".join(names))
+            written = normalizers.Replace(Regex(pattern(spelt)), " ".join(names))
             backend = tokenizer.backend_tokenizer
             backend.normalizer = normalizers.Sequence([backend.normalizer, written])
     return first
-
-
-def _is_alone(spelt: str) -> bool:
-    """Whether a word is one only where no letter or digit is beside it."""
-    return re.fullmatch(r"\w+", spelt) is not None
-
-
-def _pattern(spelt: str) -> str:
-    """Where a word of several vectors stands in a text."""
-    return rf"(?<!\w){re.escape(spelt)}(?!\w)" if _is_alone(spelt) else rf"{re.escape(spelt)}(?!_\d)"
 
 
 def _names(spelt: str, count: int) -> list[str]:

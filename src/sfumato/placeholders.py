@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -30,7 +31,7 @@ def put_into_captions(folder: Folder, placeholders: Sequence[str], stands_for: S
     """
     names = dict(zip(stands_for, placeholders, strict=False))
     # Longest first, and all at once: of "sks otter" and "otter" each takes its own place.
-    phrases = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
+    phrases = re.compile("|".join(map(_whole, sorted(names, key=len, reverse=True))))
 
     def renamed(caption: str) -> str:
         return phrases.sub(lambda found: names[found[0]], caption) if names else caption
@@ -47,11 +48,8 @@ def put_into_captions(folder: Folder, placeholders: Sequence[str], stands_for: S
 
     examples = tuple(map(with_words, folder.examples))
     ours = [e for e in examples if e.group == "instance"]
-    lowered = [e.caption.lower() for e in ours]  # as the tokenizer reads it
-    without = [
-        e.caption for e, text in zip(ours, lowered, strict=True) if not any(t.lower() in text for t in placeholders)
-    ]
-    unused = [token for token in placeholders if not any(token.lower() in text for text in lowered)]
+    without = [e.caption for e in ours if not any(holds(token, e.caption) for token in placeholders)]
+    unused = [token for token in placeholders if not any(holds(token, e.caption) for e in ours)]
     if without:
         raise DataError(
             f"{len(without)} of {len(ours)} captions hold no placeholder, first {without[0]!r}. Write it there, "
@@ -60,12 +58,43 @@ def put_into_captions(folder: Folder, placeholders: Sequence[str], stands_for: S
     if unused:
         raise DataError(f"{unused[0]} is in no caption, so it would learn nothing. Write it into some.")
     for caption in (e.caption for e in examples if e.group == "class"):
-        if held := [token for token in placeholders if token.lower() in caption.lower()]:
+        if held := [token for token in placeholders if holds(token, caption)]:
             raise DataError(
                 f"the caption {caption!r} of a picture of the class holds {held[0]}, which is learned for the subject "
                 "alone. Leave it out there."
             )
     return dataclasses.replace(folder, examples=examples)
+
+
+def check_stands_for(phrases: Sequence[str]) -> None:
+    """Raises ConfigError for one without a letter or digit, which would stand between letters or nowhere."""
+    for phrase in phrases:
+        if not re.search(r"\w", phrase):
+            raise ConfigError(f"--stands-for {phrase!r}: wanted words of the captions; name such as 'sks otter'.")
+
+
+def _whole(phrase: str) -> str:
+    """Where a phrase stands in a text by itself: "ring" is not in "string"."""
+    before = r"(?<!\w)" if re.match(r"\w", phrase) else ""
+    after = r"(?!\w)" if re.search(r"\w\Z", phrase) else ""
+    return f"{before}{re.escape(phrase)}{after}"
+
+
+def is_alone(spelt: str) -> bool:
+    """Whether a placeholder is one only where no letter or digit is beside it."""
+    return re.fullmatch(r"\w+", spelt) is not None
+
+
+def pattern(spelt: str) -> str:
+    """Where a placeholder stands in a text that is spelt as it is, `spelling`."""
+    return rf"(?<!\w){re.escape(spelt)}(?!\w)" if is_alone(spelt) else rf"{re.escape(spelt)}(?!_\d)"
+
+
+def holds(token: str, text: str) -> bool:
+    """Whether a text holds a placeholder, as a tokenizer finds it: in small or capital letters, and of letters and
+    digits alone as a whole word: "totor" is in "a totor, red" and not in "a Totoro"."""
+    spelt, read = (unicodedata.normalize("NFC", each).lower() for each in (token, text))  # as CLIP's normalizer
+    return re.search(pattern(spelt), read) is not None
 
 
 def files(folder: Path, name: str, placeholders: Sequence[str], *, alone: bool) -> dict[str, Path]:
@@ -114,13 +143,19 @@ def check_placeholder(token: str, tokenizer: Any) -> None:
     """Raises ConfigError for a placeholder that cannot be one: empty, with spaces, or a token already."""
     if not token or token != "".join(token.split()) or not token.isprintable():
         raise ConfigError(f"placeholder {token!r}: wanted a word without spaces that nobody writes, such as <otter>.")
+    if token == "__metadata__":
+        raise ConfigError("placeholder __metadata__: a safetensors file has its header by that name; write <metadata>.")
     ids = tokenizer(token, add_special_tokens=False).input_ids
-    spelt = spelling(token, tokenizer)
-    if len(ids) == 1 or spelt in tokenizer.get_added_vocab() or f"{spelt}_0" in tokenizer.get_vocab():
+    spelt, known, bare = spelling(token, tokenizer), tokenizer.get_vocab(), token.strip("<>")
+    if len(ids) == 1 or spelt in tokenizer.get_added_vocab() or f"{spelt}_0" in known:
         number = f" (token {ids[0]})" if len(ids) == 1 else ""
-        bare = token.strip("<>")
         raise ConfigError(
             f"placeholder {token} is a word already{number}, and prompts need its meaning; write <{bare}-1> or so."
+        )
+    if spelt in known:
+        raise ConfigError(
+            f"placeholder {token} is a piece that the tokenizer begins other words with (token {known[spelt]}), and "
+            f"has to stay one; write <{bare}> or so."
         )
 
 
