@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sfumato.files.changes import LoraModule
+    from sfumato.files.embedding_file import Vectors
     from sfumato.files.fingerprint import Row
     from sfumato.files.kohya import Target
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 class Config:
     """Check an adapter: every key and value, the hashes that it states, and that its deltas are the trained ones.
 
+    With --against, the new words that are bundled with either are compared, too.
     Exits with 0 if all holds, 1 if something differs, 2 if it cannot be read.
     Example: sfumato verify line-fp16.safetensors --against line.safetensors
     """
@@ -37,7 +39,8 @@ class Config:
     base: str | None = None
     """The base on which kinds without a low-rank form are compared."""
     tolerance: float = 0.01
-    """Relative error over all modules that still counts as rounding; bf16 makes 0.0025, fp16 0.0003."""
+    """Relative error over all modules, and of each new word, that still counts as rounding; bf16 makes 0.0025, fp16
+    0.0003."""
     json: bool = False
     """Print JSON."""
 
@@ -67,11 +70,46 @@ def verify(config: Config) -> tuple[bool, dict[str, object]]:
         where = "against its own fingerprint"
     else:
         return True, found | {"reason": "whole and finite; it states no fingerprint, so nothing more can be told"}
-    same = comparison.same(config.tolerance)
-    reason = f"{'the same' if same else 'differs'} {where}: {comparison.reason(config.tolerance)}"
+    same, reason = comparison.same(config.tolerance), comparison.reason(config.tolerance)
     # JSON has no inf
     figures = {key: None if value == math.inf else value for key, value in asdict(comparison).items()}
-    return same, found | figures | {"reason": reason}
+    if config.against is not None:
+        theirs = read_adapter(config.against, partial=True).embeddings
+        figures["words"] = errors = _word_errors(file.embeddings, theirs)
+        apart = [token for token, error in errors.items() if error is None or error > config.tolerance]
+        if same and apart:
+            same, reason = False, _on_word(apart[0], file.embeddings, theirs, errors[apart[0]], config.against.name)
+        elif same and errors:
+            reason += f"; the new words {', '.join(errors)} are alike"
+    return same, found | figures | {"reason": f"{'the same' if same else 'differs'} {where}: {reason}"}
+
+
+def _word_errors(ours: Vectors, theirs: Vectors) -> dict[str, float | None]:
+    """By word, how far its vectors are apart; None where one file lacks it, or they are not as many or as wide."""
+    found: dict[str, float | None] = {}
+    for token in sorted({*ours, *theirs}):
+        ones, others = ours.get(token, {}), theirs.get(token, {})
+        found[token] = None
+        if {part: rows.shape for part, rows in ones.items()} == {part: rows.shape for part, rows in others.items()}:
+            pairs = [(ones[part].double(), others[part].double()) for part in ones]
+            errors = [float((one - other).norm() / other.norm().clamp(min=1e-12)) for one, other in pairs]
+            found[token] = max(errors)
+    return found
+
+
+def _on_word(token: str, ours: Vectors, theirs: Vectors, error: float | None, against: str) -> str:
+    """In what a word differs, one line."""
+    if error is not None:
+        return f"its word {token} has a relative error of {error:.2g}"
+    if token not in ours:
+        return f"the word {token} of {against} is missing"
+    if token not in theirs:
+        return f"its word {token} is not in {against}"
+    shapes = (
+        " and ".join(f"{len(rows)} of width {rows.shape[1]}" for rows in words[token].values())
+        for words in (ours, theirs)
+    )
+    return "its word {} has the vectors {}, there it has {}".format(token, *shapes)
 
 
 def _broken_hash(path: Path) -> str | None:

@@ -1,4 +1,4 @@
-"""`sfumato verify` of full differences: weights, norms and biases, with a base and without one."""
+"""`sfumato verify` of full differences: weights, norms and biases, with a base and without one; and of new words."""
 
 import pytest
 import torch
@@ -8,7 +8,9 @@ from sfumato.pipelines import verify
 from sfumato.cli import guarded
 from sfumato.files.fingerprint import KEY
 from sfumato.files.header import read_header
+from sfumato.files.lora_file import LoraModule
 from sfumato.files.save import write_tensors
+from sfumato.files.write import write_lora
 from sfumato.files.write_difference import write_difference
 
 LINEAR = ("unet", "mid_block.attentions.0.transformer_blocks.0.attn1.to_q")
@@ -54,3 +56,33 @@ def test_against_another_every_change_counts(target, which, deltas, tmp_path, ca
     other = write_difference(tmp_path / "c.safetensors", deltas | {target: tuple(pair)}, family="pocket")
     assert run(other, "--against", a) == 1
     assert "differs against a.safetensors" in capsys.readouterr().err
+
+
+WORDS = {"<x>": {"text_encoder": torch.arange(6.0).view(2, 3)}}
+OTHERS = {
+    "missing": ({}, "the word <x> of a.safetensors is missing"),
+    "new": (WORDS | {"<y>": WORDS["<x>"]}, "its word <y> is not in a.safetensors"),
+    "fewer": ({"<x>": {"text_encoder": torch.ones(1, 3)}}, "1 of width 3, there it has 2 of width 3"),
+    "another": ({"<x>": {"text_encoder": torch.arange(6.0).view(2, 3) * 1.5}}, "<x> has a relative error of 0.5"),
+}
+
+
+def with_words(path, words, dtype=torch.float32):
+    module = LoraModule(torch.ones(1, 4), torch.ones(4, 1), 1.0)
+    return write_lora(path, {LINEAR: module}, family="pocket", words=words, dtype=dtype)
+
+
+def test_against_another_with_the_same_words_in_half_precision_it_is_the_same(tmp_path, capsys):
+    a = with_words(tmp_path / "a.safetensors", WORDS)
+    assert run(with_words(tmp_path / "b.safetensors", WORDS, torch.bfloat16), "--against", a) == 0
+    assert "the new words <x> are alike" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("words", "said"), OTHERS.values(), ids=OTHERS)
+def test_against_another_the_words_count(words, said, tmp_path, capsys):
+    a = with_words(tmp_path / "a.safetensors", WORDS)
+    assert run(with_words(tmp_path / "b.safetensors", words), "--against", a) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert error.startswith("b.safetensors: differs against a.safetensors: ")
+    assert said in error
