@@ -31,6 +31,7 @@ from sfumato.where_when import Span, Spot, WhereWhen, parse_region, parse_steps
 if TYPE_CHECKING:
     from sfumato.bases import Base
     from sfumato.drawing import Start
+    from sfumato.embedding import Words
 
 
 @dataclass(frozen=True)
@@ -335,6 +336,8 @@ def generate(config: Config) -> tuple[Path, ...]:
     print(_summary(settings, sampler, base), file=sys.stderr)
     with ExitStack() as stack:
         words = [stack.enter_context(embedding.load(base, file, token)) for token, file in wanted.embeddings]
+        for line in _unused(words, wanted, config.negative):
+            print(line, file=sys.stderr)
         # A new weight at every step costs least in a path beside the layers.
         way = "live" if wanted.where_when.follows_steps else "auto"
         allowed = {"partial": config.partial, "verify": config.verify}
@@ -345,9 +348,8 @@ def generate(config: Config) -> tuple[Path, ...]:
         if brought := stack.enter_context(embedding.bundled(base, bundled)):
             words.append(brought)
         if config.prompt_syntax == "plain":  # the others take prompts of any length
-            of_spots = [spot.prompt for spot in wanted.where_when.spots if spot.prompt is not None]
             for each in words:
-                each.check([*(prompt for prompt, _ in wanted.pictures), *of_spots])
+                each.check(_texts(wanted, config.negative))
         for label, count in mix.skipped.items():
             print(f"{label}: {count} modules left out (--partial).", file=sys.stderr)
         told = {**mix.metadata, **{label: file.metadata for label, file in regional.items()}}
@@ -382,6 +384,26 @@ def generate(config: Config) -> tuple[Path, ...]:
             return wanted.files
     print(wanted.files[0])
     return wanted.files
+
+
+def _texts(wanted: Plan, negative: str) -> list[str]:
+    """All prompts of the call: of pictures and regions, and what shall not be in them."""
+    of_spots = [spot.prompt for spot in wanted.where_when.spots if spot.prompt is not None]
+    negatives = [flags["negative"] for flags in wanted.own if "negative" in flags]
+    return [*(prompt for prompt, _ in wanted.pictures), *of_spots, negative, *negatives]
+
+
+def _unused(words: Sequence[Words], wanted: Plan, negative: str) -> list[str]:
+    """A line on each word of a file that no prompt holds. words: in the order of the embeddings."""
+    from sfumato.placeholders import holds
+
+    texts = _texts(wanted, negative)
+    return [
+        f"{file.name}: its word {token} is in no prompt."
+        for each, (_, file) in zip(words, wanted.embeddings, strict=True)
+        for token in each.tokens
+        if not any(holds(token, text) for text in texts)
+    ]
 
 
 def _settings(config: Config, wanted: Plan, start: Start | None, base: Base) -> dict[str, Any]:

@@ -232,7 +232,7 @@ def draw_grid(config: Config) -> Path:
         bundled(base, mix.embeddings if mix is not None else {}) as words,
     ):
         if words is not None and config.prompt_syntax == "plain":  # the others take prompts of any length
-            words.check([cell.settings["prompt"] for cells in rows for cell in cells])
+            words.check([cell.settings[name] for name in ("prompt", "negative") for cells in rows for cell in cells])
         told = (
             mix.metadata
             if mix is not None

@@ -94,6 +94,21 @@ def test_a_word_in_a_prompt_of_any_length(run):
     assert (code, "92 tokens (<fox> has 2)" in said) == (2, True)
 
 
+LONG = "<fox> " * 40
+NEGATIVES = {
+    "generate": ["generate", "a", "--negative", LONG],
+    "a prompt's own": ["generate", f"a --n {LONG}"],
+    "grid": ["grid", "--x", "seed=1", "--y", "prompt=a", "--negative", LONG],
+    "an axis": ["grid", "--x", "seed=1", "--y", f"negative=blurry|{LONG}", "--prompt", "a"],
+}
+
+
+@pytest.mark.parametrize("command", NEGATIVES.values(), ids=NEGATIVES)
+def test_a_negative_prompt_that_does_not_fit_is_refused(run, command):
+    code, said = run(*command, "--lora", "fox.safetensors", "-o", "out")
+    assert (code, "80 tokens (<fox> has 2)" in said) == (2, True)
+
+
 def test_pefts_folders_are_drawn_with(run, modules):
     write_peft(Path("folder"), modules, family="pocket")
     assert run("generate", "a cat", "--lora", "folder:0.8", "-o", "folder.png") == (0, ANY)

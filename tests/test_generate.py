@@ -340,10 +340,14 @@ def test_a_new_word_is_known_for_the_call(generate, base):
     assert generate("red <new>", "-o", "without.png")[0] == 0
     code, _, err = generate("red <new>", "--embedding", "word.safetensors", "-o", "with.png")
     assert code == 0, err
-    assert generate("red <other>", "--embedding", "<other>=word.safetensors", "-o", "renamed.png")[0] == 0
+    code, _, err = generate("red <other>", "--embedding", "<other>=word.safetensors", "-o", "renamed.png")
+    assert (code, "is in no prompt" in err) == (0, False)
     without, word, renamed = (np.asarray(Image.open(f"{name}.png")) for name in ("without", "with", "renamed"))
     assert np.array_equal(word, renamed)
     assert not np.array_equal(word, without)
+    for words in (["red --n <NEW>"], ["news"]):
+        code, _, err = generate(*words, "--embedding", "word.safetensors", "--overwrite", "-o", "negative.png")
+        assert (code, "word.safetensors: its word <new> is in no prompt." in err) == (0, words == ["news"])
 
 
 def test_weighted_words_and_words_of_some_steps_change_the_picture(generate):
