@@ -13,7 +13,7 @@ from cyclopts import Parameter
 
 from sfumato.axes import CHECKS
 from sfumato.cli import run
-from sfumato.compose.adapter import Adapter, Weight
+from sfumato.compose.adapter import Adapter, Weight, is_idle
 from sfumato.config import parse
 from sfumato.errors import ConfigError
 from sfumato.prompts import checked_syntax, split_flags, split_tags
@@ -344,8 +344,10 @@ def generate(config: Config) -> tuple[Path, ...]:
         mix = stack.enter_context(compose(base, *wanted.adapters, way=way, **allowed))
         # The weight of a bundle is the LoRA's; its words are there.
         regional = {each.label: read_adapter(each.path, partial=config.partial) for each in wanted.where_when.regional}
+        counted = _counted(wanted)
         bundled = {**mix.embeddings, **{label: file.embeddings for label, file in regional.items()}}
-        if brought := stack.enter_context(embedding.bundled(base, bundled)):
+        bundled = {label: found for label, found in bundled.items() if label in counted}
+        if brought := stack.enter_context(embedding.bundled(base, bundled, partial=config.partial)):
             words.append(brought)
         if config.prompt_syntax == "plain":  # the others take prompts of any length
             for each in words:
@@ -353,6 +355,7 @@ def generate(config: Config) -> tuple[Path, ...]:
         for label, count in mix.skipped.items():
             print(f"{label}: {count} modules left out (--partial).", file=sys.stderr)
         told = {**mix.metadata, **{label: file.metadata for label, file in regional.items()}}
+        told = {label: metadata for label, metadata in told.items() if label in counted}
         told |= {token or file.stem: read_header(file).metadata for token, file in wanted.embeddings}
         for line in learned_otherwise(told, base):
             print(line, file=sys.stderr)
@@ -384,6 +387,18 @@ def generate(config: Config) -> tuple[Path, ...]:
             return wanted.files
     print(wanted.files[0])
     return wanted.files
+
+
+def _counted(wanted: Plan) -> set[str]:
+    """The labels of the adapters that have a weight which is not 0 anywhere in what is drawn."""
+    always = {each.label: each.weight for each in wanted.adapters}
+    of_pictures = [always if own is None else own for own in wanted.tagged]
+    found = {label for weights in of_pictures for label, weight in weights.items() if not is_idle(weight)}
+    given = {label: [weight for _, weight in way.points] for label, way in wanted.where_when.by_step.items()
+             if not isinstance(way, Span)}  # fmt: skip
+    given |= {} if wanted.sweep is None else {wanted.sweep[0]: list(wanted.sweep[1])}
+    found = (found - given.keys()) | {label for label, weights in given.items() if any(weights)}
+    return found | {each.label for each in wanted.where_when.regional if not is_idle(each.weight)}
 
 
 def _texts(wanted: Plan, negative: str) -> list[str]:

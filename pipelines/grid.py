@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from cyclopts import Parameter
 
 from sfumato.axes import CHECKS, PLAIN, Axis, coarse_to_fine, parse_axis
 from sfumato.cli import run
-from sfumato.compose.adapter import Adapter, Weight, checked_weight, swept
+from sfumato.compose.adapter import Adapter, Weight, checked_weight, is_idle, swept
 from sfumato.config import parse
 from sfumato.errors import ConfigError
 from sfumato.prompts import checked_syntax
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from sfumato.bases import Base
     from sfumato.compose import Mix
+    from sfumato.embedding import Words
 
 
 FORMAT = 2
@@ -102,10 +103,15 @@ class Cell:
     settings: Mapping[str, Any]
     weights: Mapping[str, Weight]
 
+    @property
+    def counted(self) -> tuple[str, ...]:
+        """The labels of the adapters whose weight is not 0; the others are as if they were not there."""
+        return tuple(label for label, weight in self.weights.items() if not is_idle(weight))
+
     def key(self, base: Sequence[str], files: Mapping[str, str]) -> str:
         """What the picture depends on, so that a cell drawn earlier is known again. base: which, and how it is loaded.
         files: sha256 by label."""
-        used = {label: [files[label], weight] for label, weight in self.weights.items() if weight != 0.0}
+        used = {label: [files[label], self.weights[label]] for label in self.counted}
         told = [FORMAT, list(base), dict(self.settings), used]
         if self.settings.get("method"):
             told.append(list(used))  # the order counts: np-lora keeps the first whole
@@ -206,8 +212,6 @@ def draw_grid(config: Config) -> Path:
 
     from sfumato.bases import load_base
     from sfumato.compose import compose
-    from sfumato.drawn import learned_otherwise
-    from sfumato.embedding import bundled
     from sfumato.files.adapter_file import read_adapter
     from sfumato.precision import decide
 
@@ -227,18 +231,13 @@ def draw_grid(config: Config) -> Path:
         for column, cell in enumerate(cells)
     }
     is_merged = "method" in rows[0][0].settings  # then all cells have one
-    with (
-        nullcontext() if is_merged else compose(base, *adapters, partial=config.partial) as mix,
-        bundled(base, mix.embeddings if mix is not None else {}) as words,
-    ):
-        if words is not None and config.prompt_syntax == "plain":  # the others take prompts of any length
-            words.check([cell.settings[name] for name in ("prompt", "negative") for cells in rows for cell in cells])
+    with nullcontext() if is_merged else compose(base, *adapters, partial=config.partial) as mix:
         told = (
             mix.metadata
             if mix is not None
             else {each.label: read_adapter(each.path, partial=config.partial).metadata for each in adapters}
         )
-        for line in learned_otherwise(told, base):
+        for line in _checked(base, mix, told, [cell for cells in rows for cell in cells], config):
             print(line, file=sys.stderr)
         for cells in coarse_to_fine(len(x.values), len(y.values)):
             missing = [place for place in cells if not paths[place].exists()]
@@ -260,6 +259,37 @@ def _check_drawable(base: Base, rows: Sequence[Sequence[Cell]]) -> None:
         check_steps(steps, base.scheduler)
     for sampler in {each["sampler"] for each in to} - {None}:
         scheduler(sampler, base.scheduler.config)
+
+
+def _checked(
+    base: Base, mix: Mix | None, told: Mapping[str, Mapping[str, str]], cells: Iterable[Cell], config: Config
+) -> list[str]:
+    """What `learned_otherwise` says of the adapters that count in any cell; told: the files' metadata, by label.
+
+    Raises ConfigError for a prompt that the words which its adapters bring make too long.
+    """
+    from sfumato.drawn import learned_otherwise
+
+    together: dict[tuple[str, ...], list[Cell]] = {}
+    for cell in cells:
+        together.setdefault(cell.counted, []).append(cell)
+    lines: dict[str, None] = {}
+    for labels, some in together.items():
+        with _words(base, mix, some[0], partial=config.partial) as words:
+            if words is not None and config.prompt_syntax == "plain":  # the others take prompts of any length
+                words.check([cell.settings[name] for name in ("prompt", "negative") for cell in some])
+            lines |= dict.fromkeys(learned_otherwise({label: told[label] for label in labels}, base))
+    return list(lines)
+
+
+def _words(
+    base: Base, mix: Mix | None, cell: Cell, *, partial: bool, quiet: bool = False
+) -> AbstractContextManager[Words | None]:
+    """Within the block the words are in use that the cell's adapters bring; those at 0 bring none."""
+    from sfumato.embedding import bundled
+
+    found = {} if mix is None else {label: words for label, words in mix.embeddings.items() if label in cell.counted}
+    return bundled(base, found, partial=partial, quiet=quiet)
 
 
 def _draw(
@@ -290,6 +320,7 @@ def _draw(
         to = _filled(base, cells[0])
         with (
             _applied(base, mix, adapters, cells[0], partial=partial) as applied,
+            _words(base, mix, cells[0], partial=partial, quiet=True),
             adapter_guidance(applied, to["adapter_guidance"], guidance=to["guidance"]),
             over_asked_steps(applied),
         ):

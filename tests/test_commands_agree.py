@@ -15,6 +15,7 @@ from sfumato.bases import load_base
 from sfumato.files.lora_file import LoraModule
 from sfumato.files.write import write_lora
 from sfumato.files.write_dotted import write_peft
+from sfumato.files.write_embedding import write_embedding
 from sfumato.pnginfo import read_picture_info
 from tests.tiny import CPU
 
@@ -51,9 +52,12 @@ def run(pocket_folder, modules, tmp_path, monkeypatch, capsys):
     return call
 
 
+def fox(value):
+    return {"text_encoder": (torch.arange(32.0) % 3 * value).repeat(2, 1)}
+
+
 def write_fox(name, modules, value):
-    rows = {"text_encoder": torch.full((2, 32), value)}
-    write_lora(Path(f"{name}.safetensors"), modules, family="pocket", words={"<fox>": rows})
+    write_lora(Path(f"{name}.safetensors"), modules, family="pocket", words={"<fox>": fox(value)})
 
 
 def pixels(path):
@@ -84,6 +88,42 @@ def test_one_word_in_two_files_must_be_the_same(run, modules):
     assert run("generate", "a <fox>", "--lora", "fox.safetensors", "--lora", "same.safetensors", "-o", "a.png")[0] == 0
     code, said = run("generate", "a <fox>", "--lora", "fox.safetensors", "--lora", "other.safetensors", "-o", "b.png")
     assert (code, "fox and other bring different vectors for '<fox>'" in said) == (2, True)
+
+
+def test_of_two_files_with_one_word_each_is_drawn_where_the_other_has_no_weight(run, modules):
+    """As with checkpoints of one run, on an axis of a grid, too."""
+    write_fox("other", modules, 0.25)
+    both = ["--lora", "fox.safetensors", "--lora", "other.safetensors:0"]
+    assert run("generate", "a <fox>", *both, "-o", "both.png") == (0, ANY)
+    assert run("generate", "a <fox>", "--lora", "fox.safetensors", "-o", "fox.png") == (0, ANY)
+    assert run("grid", "--x", "adapter=other.safetensors,fox.safetensors", "--y", "prompt=a <fox>", "-o", "g")[0] == 0
+    files = [Path("g") / cell["file"] for cell in json.loads(Path("g/grid.json").read_text())["cells"]]
+    assert np.array_equal(pixels("both.png"), pixels("fox.png"))
+    assert np.array_equal(pixels(files[1]), pixels("fox.png"))
+    assert not np.array_equal(pixels(files[0]), pixels(files[1]))
+    for more in (["--sweep", "other=0,1"], ["--over-steps", "other=0:0,0.5:1"]):
+        assert run("generate", "a <fox>", *both, *more, "-o", "clash.png")[0] == 2
+
+
+@pytest.mark.parametrize(("word", "said"), [("two words", "without spaces"), ("cat", "is a word already")])
+@pytest.mark.parametrize("command", [["generate", "a"], ["grid", "--x", "seed=1", "--y", "prompt=a"]])
+def test_a_bundled_word_that_cannot_be_used_is_left_out_on_request(run, modules, command, word, said):
+    rows = {"text_encoder": torch.full((1, 32), 0.5)}
+    write_lora(Path("odd.safetensors"), modules, family="pocket", words={word: rows})
+    words = [*command, "--lora", "odd.safetensors", "-o", "out"]
+    code, refused = run(*words)
+    assert (code, refused.count("odd: a word of its file cannot be used: "), said in refused) == (2, 1, True)
+    code, lines = run(*words, "--partial")
+    assert (code, lines.count("The word is left out (--partial).")) == (0, 1)
+
+
+def test_a_bundled_word_that_is_loaded_already_is_no_obstacle_where_it_is_the_same(run):
+    write_embedding(Path("same.safetensors"), "<fox>", fox(0.5))
+    write_embedding(Path("other.safetensors"), "<fox>", fox(1.0))
+    draw = ["generate", "a <fox>", "--lora", "fox.safetensors", "-o", "out.png"]
+    assert run(*draw, "--embedding", "same.safetensors") == (0, ANY)
+    code, said = run(*draw, "--overwrite", "--embedding", "other.safetensors")
+    assert (code, "fox: brings other vectors for <fox> than those in use" in said) == (2, True)
 
 
 def test_a_word_in_a_prompt_of_any_length(run):

@@ -20,6 +20,7 @@ adds meanwhile stay: their rows move up into ours' place.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
@@ -33,7 +34,7 @@ from torch.nn import functional as F
 from sfumato import randomness
 from sfumato.errors import AdapterError, ConfigError
 from sfumato.known_words import PARTS, Site, sites_of
-from sfumato.placeholders import MOST_VECTORS, check_placeholder, holds, shown
+from sfumato.placeholders import MOST_VECTORS, check_placeholder, holds, shown, spelling
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -299,20 +300,70 @@ def load(source: Any, path: str | PathLike[str], token: str | None = None) -> Wo
 
 
 @contextmanager
-def bundled(source: Any, found: Mapping[str, Vectors]) -> Iterator[Words | None]:
+def bundled(
+    source: Any, found: Mapping[str, Vectors], *, partial: bool = False, quiet: bool = False
+) -> Iterator[Words | None]:
     """Within the block the words are in use that adapters bring with them; None where they bring none.
 
-    found: by the adapters' labels. Raises AdapterError where two mean different things by one word, and for words that
-    do not fit this base.
+    found: by the labels of the adapters that count. Words that are in use with the same vectors already stay as they
+    are. partial: leave out words that cannot be used here, with a line on stderr each, if not quiet. Raises
+    AdapterError where two mean different things by one word, and, without partial, for words that cannot be used.
     """
     from sfumato.files.embedding_file import united
 
-    words = united({label: fitting(source, vectors, label) for label, vectors in found.items()})
+    usable: dict[str, dict[str, Mapping[str, Tensor]]] = {label: {} for label in found}
+    counts: dict[str, int] = {}
+    for label, token, parts in ((label, *word) for label, vectors in found.items() for word in vectors.items()):
+        count = len(next(iter(parts.values())))
+        try:
+            _check_usable(source, {**counts, token: count}, token, parts, label)
+        except AdapterError as error:
+            if not partial:
+                raise AdapterError(f"{error} With --partial (partial=True) the word is left out.") from None
+            if not quiet:
+                print(f"{error} The word is left out (--partial).", file=sys.stderr)
+            continue
+        usable[label][token] = parts
+        if _in_use(source, token) is None:
+            counts[token] = count
+    words = {token: parts for token, parts in united(usable).items() if not _is_in_use(source, token, parts)}
     if not words:
         yield None
         return
     with Words(source, words).requires_grad_(False) as made:
         yield made
+
+
+def _check_usable(source: Any, counts: Mapping[str, int], token: str, parts: Mapping[str, Tensor], label: str) -> None:
+    """Raises AdapterError, with the adapter's label, for a word of its file that cannot be used by `source`.
+
+    counts: vectors of this word and of those that were found usable before it.
+    """
+    fitting(source, {token: parts}, label)
+    known = _in_use(source, token)
+    if known is not None and not _is_in_use(source, token, parts):
+        raise AdapterError(f"{label}: brings other vectors for {token} than those in use; leave one of them out.")
+    for site in sites_of(source) if known is None else []:
+        try:
+            site.check(counts)
+        except ConfigError as error:
+            raise AdapterError(f"{label}: a word of its file cannot be used: {error}") from None
+
+
+def _in_use(source: Any, token: str) -> Mapping[str, Tensor] | None:
+    """The vectors of a word that is in use, by part; None if it is not."""
+    site = sites_of(source)[0]
+    for words in site.words:
+        for other, parts in words.vectors().items():
+            if spelling(other, site.tokenizer) == spelling(token, site.tokenizer):
+                return parts
+    return None
+
+
+def _is_in_use(source: Any, token: str, parts: Mapping[str, Tensor]) -> bool:
+    """Whether a word is in use with these vectors."""
+    known = _in_use(source, token) or {}
+    return known.keys() == parts.keys() and all(torch.equal(known[part], parts[part].float()) for part in parts)
 
 
 def read(path: str | PathLike[str], token: str | None = None) -> dict[str, dict[str, Tensor]]:

@@ -70,8 +70,8 @@ def united(words: Mapping[str, Vectors]) -> Vectors:
             first, known = found.setdefault(token, (label, parts))
             if known.keys() != parts.keys() or not all(torch.equal(known[part], parts[part]) for part in parts):
                 raise AdapterError(
-                    f"{first} and {label} bring different vectors for {token!r}, and there is room for one. Leave out "
-                    "or mute one of them."
+                    f"{first} and {label} bring different vectors for {token!r}, and there is room for one. Leave one "
+                    "of them out, or give it the weight 0."
                 )
     return {token: parts for token, (_, parts) in found.items()}
 
