@@ -21,6 +21,7 @@ from sfumato.specs import (
     checked_folder,
     in_blocks,
     parse_adapter,
+    parse_embedding,
     parse_strengths,
     parse_sweep,
     with_tags,
@@ -31,7 +32,6 @@ from sfumato.where_when import Span, Spot, WhereWhen, parse_region, parse_steps
 if TYPE_CHECKING:
     from sfumato.bases import Base
     from sfumato.drawing import Start
-    from sfumato.embedding import Words
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ def plan(config: Config) -> Plan:
     for file in (config.image, config.mask):
         if file is not None and not file.is_file():
             raise ConfigError(f"{file}: there is no such picture.")
-    embeddings = tuple(_embedding(spec) for spec in config.embedding)
+    embeddings = tuple(parse_embedding(spec) for spec in config.embedding)
     files = _files(config, pictures, sweep is not None or config.before_after)
     size = _size(config.size)
     return Plan(pictures, tagged, by_picture, adapters, strengths, embeddings, size, files, sweep, where_when)
@@ -240,17 +240,6 @@ def _where_when(config: Config, spots: tuple[Spot, ...], labels: Sequence[str], 
             "are without --region and --over-steps."
         )
     return WhereWhen(spots, dict(by_step), turns, config.switch)
-
-
-def _embedding(spec: str) -> tuple[str | None, Path]:
-    """The token, if it is given, and the file of an `--embedding`."""
-    from sfumato.files.header import read_header
-
-    token, equals, path = spec.partition("=")
-    if not equals or Path(spec).is_file():
-        token, path = "", spec
-    read_header(path)
-    return token or None, Path(path)
 
 
 def _prompts_in(file: Path | None) -> list[str]:
@@ -313,7 +302,7 @@ def generate(config: Config) -> tuple[Path, ...]:
     from sfumato.compose.guided import strengths_of
     from sfumato.desk import Desk
     from sfumato.drawing import check_steps, check_strength
-    from sfumato.drawn import learned_otherwise, sampler_label, save_drawn
+    from sfumato.drawn import learned_otherwise, sampler_label, save_drawn, unused_words
     from sfumato.files.adapter_file import read_adapter
     from sfumato.files.header import read_header
     from sfumato.files.metadata import over_steps_of
@@ -336,7 +325,8 @@ def generate(config: Config) -> tuple[Path, ...]:
     print(_summary(settings, sampler, base), file=sys.stderr)
     with ExitStack() as stack:
         words = [stack.enter_context(embedding.load(base, file, token)) for token, file in wanted.embeddings]
-        for line in _unused(words, wanted, config.negative):
+        tokens = [(file.name, each.tokens) for each, (_, file) in zip(words, wanted.embeddings, strict=True)]
+        for line in unused_words(tokens, _texts(wanted, config.negative)):
             print(line, file=sys.stderr)
         # A new weight at every step costs least in a path beside the layers.
         way = "live" if wanted.where_when.follows_steps else "auto"
@@ -406,19 +396,6 @@ def _texts(wanted: Plan, negative: str) -> list[str]:
     of_spots = [spot.prompt for spot in wanted.where_when.spots if spot.prompt is not None]
     negatives = [flags["negative"] for flags in wanted.own if "negative" in flags]
     return [*(prompt for prompt, _ in wanted.pictures), *of_spots, negative, *negatives]
-
-
-def _unused(words: Sequence[Words], wanted: Plan, negative: str) -> list[str]:
-    """A line on each word of a file that no prompt holds. words: in the order of the embeddings."""
-    from sfumato.placeholders import holds
-
-    texts = _texts(wanted, negative)
-    return [
-        f"{file.name}: its word {token} is in no prompt."
-        for each, (_, file) in zip(words, wanted.embeddings, strict=True)
-        for token in each.tokens
-        if not any(holds(token, text) for text in texts)
-    ]
 
 
 def _settings(config: Config, wanted: Plan, start: Start | None, base: Base) -> dict[str, Any]:

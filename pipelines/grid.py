@@ -6,7 +6,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -19,7 +19,7 @@ from sfumato.compose.adapter import Adapter, Weight, checked_weight, is_idle, sw
 from sfumato.config import parse
 from sfumato.errors import ConfigError
 from sfumato.prompts import checked_syntax
-from sfumato.specs import checked_folder, parse_adapter, parse_adapters, without_tags
+from sfumato.specs import checked_folder, parse_adapter, parse_adapters, parse_embedding, without_tags
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -59,6 +59,8 @@ class Config:
     """Share of the entries that ties, dare, dare-ties, magnitude, knots and core-space keep; 0.5 if unset."""
     rank: int | None = None
     """At most so many directions a module of what a method merges; unset, as many as the adapters have together."""
+    embedding: tuple[str, ...] = ()
+    """FILE or TOKEN=FILE, a textual inversion: a new word that prompts may use. Repeat for several."""
     adapter_weight: float = 1.0
     """The weight of the adapters of an axis adapter=..., of those that have none of their own (FILE:0.8)."""
     prompt: str | None = None
@@ -108,13 +110,15 @@ class Cell:
         """The labels of the adapters whose weight is not 0; the others are as if they were not there."""
         return tuple(label for label, weight in self.weights.items() if not is_idle(weight))
 
-    def key(self, base: Sequence[str], files: Mapping[str, str]) -> str:
+    def key(self, base: Sequence[str], files: Mapping[str, str], words: Sequence[tuple[str, str]] = ()) -> str:
         """What the picture depends on, so that a cell drawn earlier is known again. base: which, and how it is loaded.
-        files: sha256 by label."""
+        files: sha256 by label. words: token and sha256 of each embedding."""
         used = {label: [files[label], self.weights[label]] for label in self.counted}
         told = [FORMAT, list(base), dict(self.settings), used]
         if self.settings.get("method"):
             told.append(list(used))  # the order counts: np-lora keeps the first whole
+        if words:
+            told.append({"embeddings": list(words)})
         text = json.dumps(told, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -209,10 +213,14 @@ def _with_method(settings: dict[str, Any], rank: int | None) -> dict[str, Any]:
 def draw_grid(config: Config) -> Path:
     """Draw what is missing; returns the sheet's path."""
     x, y, adapters, rows = plan(config)
+    embeddings = [parse_embedding(spec) for spec in config.embedding]
 
+    from sfumato import embedding
     from sfumato.bases import load_base
     from sfumato.compose import compose
+    from sfumato.drawn import learned_otherwise, unused_words
     from sfumato.files.adapter_file import read_adapter
+    from sfumato.files.header import read_header
     from sfumato.precision import decide
 
     base = load_base(
@@ -225,19 +233,27 @@ def draw_grid(config: Config) -> Path:
     _check_drawable(base, rows)
     loaded = [base.quick_fingerprint(), str(base.precision.compute), str(base.clip_skip), str(config.partial)]
     files = {adapter.label: _digest(Path(adapter.path)) for adapter in adapters}
+    digests = [(token or file.stem, _digest(file)) for token, file in embeddings]
     paths = {
-        (column, row): config.output / "cells" / f"{cell.key(loaded, files)}.png"
+        (column, row): config.output / "cells" / f"{cell.key(loaded, files, digests)}.png"
         for row, cells in enumerate(rows)
         for column, cell in enumerate(cells)
     }
     is_merged = "method" in rows[0][0].settings  # then all cells have one
-    with nullcontext() if is_merged else compose(base, *adapters, partial=config.partial) as mix:
+    cells_in_all = [cell for cells in rows for cell in cells]
+    with ExitStack() as stack:
+        words = [stack.enter_context(embedding.load(base, file, token)) for token, file in embeddings]
+        texts = [cell.settings[name] for name in ("prompt", "negative") for cell in cells_in_all]
+        tokens = [(file.name, each.tokens) for each, (_, file) in zip(words, embeddings, strict=True)]
+        mix = None if is_merged else stack.enter_context(compose(base, *adapters, partial=config.partial))
         told = (
             mix.metadata
             if mix is not None
             else {each.label: read_adapter(each.path, partial=config.partial).metadata for each in adapters}
         )
-        for line in _checked(base, mix, told, [cell for cells in rows for cell in cells], config):
+        learned = _checked(base, mix, told, cells_in_all, words, config)
+        of_words = {token or file.stem: read_header(file).metadata for token, file in embeddings}
+        for line in [*unused_words(tokens, texts), *learned, *learned_otherwise(of_words, base)]:
             print(line, file=sys.stderr)
         for cells in coarse_to_fine(len(x.values), len(y.values)):
             missing = [place for place in cells if not paths[place].exists()]
@@ -262,11 +278,16 @@ def _check_drawable(base: Base, rows: Sequence[Sequence[Cell]]) -> None:
 
 
 def _checked(
-    base: Base, mix: Mix | None, told: Mapping[str, Mapping[str, str]], cells: Iterable[Cell], config: Config
+    base: Base,
+    mix: Mix | None,
+    told: Mapping[str, Mapping[str, str]],
+    cells: Iterable[Cell],
+    loaded: Sequence[Words],
+    config: Config,
 ) -> list[str]:
     """What `learned_otherwise` says of the adapters that count in any cell; told: the files' metadata, by label.
 
-    Raises ConfigError for a prompt that the words which its adapters bring make too long.
+    Raises ConfigError for a prompt that words make too long, those that are loaded or those that its adapters bring.
     """
     from sfumato.drawn import learned_otherwise
 
@@ -276,8 +297,9 @@ def _checked(
     lines: dict[str, None] = {}
     for labels, some in together.items():
         with _words(base, mix, some[0], partial=config.partial) as words:
-            if words is not None and config.prompt_syntax == "plain":  # the others take prompts of any length
-                words.check([cell.settings[name] for name in ("prompt", "negative") for cell in some])
+            known = [*loaded, *([] if words is None else [words])]
+            for each in known if config.prompt_syntax == "plain" else []:  # the others take prompts of any length
+                each.check([cell.settings[name] for name in ("prompt", "negative") for cell in some])
             lines |= dict.fromkeys(learned_otherwise({label: told[label] for label in labels}, base))
     return list(lines)
 
@@ -392,6 +414,7 @@ def _save(
     settings = {
         **_filled(base, cell),
         "prompt_syntax": config.prompt_syntax,
+        "embeddings": [Path(spec).name for spec in config.embedding],
         **how,
         "width": picture.width,
         "height": picture.height,

@@ -117,6 +117,22 @@ def test_a_bundled_word_that_cannot_be_used_is_left_out_on_request(run, modules,
     assert (code, lines.count("The word is left out (--partial).")) == (0, 1)
 
 
+def test_a_grid_takes_a_word_of_its_own_file_as_generate_does(run):
+    write_embedding(Path("word.safetensors"), "<new>", fox(0.5))
+    axes = ["--x", "seed=0", "--y", "prompt=a <new>", "-o", "g"]
+    for count, value in enumerate((0.5, 0.5, -1.0), 1):
+        write_embedding(Path("word.safetensors"), "<new>", fox(value))
+        code, said = run("grid", *axes, "--embedding", "word.safetensors")
+        assert (code, "is in no prompt" in said) == (0, False)
+        assert len(list(Path("g/cells").iterdir())) == (1, 1, 2)[count - 1]  # drawn anew where the file is another
+    cell = max(Path("g/cells").iterdir(), key=lambda file: file.stat().st_mtime_ns)
+    assert run("generate", "a <new>", "--embedding", "word.safetensors", "-o", "new.png") == (0, ANY)
+    assert np.array_equal(pixels(cell), pixels("new.png"))
+    assert read_picture_info(cell).own["embeddings"] == ["word.safetensors"]
+    code, said = run("grid", "--x", "seed=0", "--y", f"prompt=a|{'<new> ' * 40}", "--embedding", "word.safetensors")
+    assert (code, "80 tokens (<new> has 2)" in said) == (2, True)
+
+
 def test_a_bundled_word_that_is_loaded_already_is_no_obstacle_where_it_is_the_same(run):
     write_embedding(Path("same.safetensors"), "<fox>", fox(0.5))
     write_embedding(Path("other.safetensors"), "<fox>", fox(1.0))
@@ -248,7 +264,7 @@ def test_a_word_that_was_learned_beside_an_adapter_and_is_not_loaded_is_told_of(
     about = {"sfumato.config": '{"train_words": ["<cat>"]}'}
     write_lora(Path("pivotal.safetensors"), modules, family="pocket", metadata=about)
     _, said = run(*command, "--lora", "pivotal.safetensors", "-o", "out")
-    assert "pivotal: its word <cat> is not loaded; name its file with sfumato generate --embedding." in said
+    assert "pivotal: its word <cat> is not loaded; name its file with --embedding." in said
 
 
 def test_a_merged_adapter_does_not_say_how_its_parents_were_learned(run, modules):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from sfumato.compose.adapter import Adapter, Weight, is_idle
 from sfumato.compose.blocks import Blocks
 from sfumato.merging.sources import identity
 from sfumato.numerals import exact
+from sfumato.placeholders import holds
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -61,10 +62,18 @@ def learned_otherwise(told: Mapping[str, Mapping[str, str]], base: Base) -> list
             lines.append(f"{label}: learned with --clip-skip {skipped}, and drawn with {base.clip_skip or 0}.")
         for word in config.get("train_words") or ():
             if word.lower() not in loaded:
-                lines.append(
-                    f"{label}: its word {word} is not loaded; name its file with sfumato generate --embedding."
-                )
+                lines.append(f"{label}: its word {word} is not loaded; name its file with --embedding.")
     return lines
+
+
+def unused_words(files: Sequence[tuple[str, Iterable[str]]], prompts: Sequence[str]) -> list[str]:
+    """A line on each word that no prompt holds. files: names, and the words of each; prompts: negative ones, too."""
+    return [
+        f"{name}: its word {token} is in no prompt."
+        for name, tokens in files
+        for token in tokens
+        if not any(holds(token, text) for text in prompts)
+    ]
 
 
 def _config_in(metadata: Mapping[str, str]) -> dict[str, Any]:

@@ -46,6 +46,15 @@ def parse_adapter(spec: str) -> Adapter:
     return Adapter(path, weight, label or None)
 
 
+def parse_embedding(spec: str) -> tuple[str | None, Path]:
+    """The token, if it is given, and the file of FILE or TOKEN=FILE, of a new word; the file's header is checked."""
+    token, equals, path = spec.partition("=")
+    if not equals or Path(spec).is_file():
+        token, path = "", spec
+    read_header(path)
+    return token or None, Path(path)
+
+
 def parse_adapters(specs: Sequence[str]) -> tuple[Adapter, ...]:
     """The adapters, each with a label of its own: of two files of one name the later ones are counted."""
     found: list[Adapter] = []
