@@ -331,7 +331,7 @@ def generate(config: Config) -> tuple[Path, ...]:
         # A new weight at every step costs least in a path beside the layers.
         way = "live" if wanted.where_when.follows_steps else "auto"
         allowed = {"partial": config.partial, "verify": config.verify}
-        mix = stack.enter_context(compose(base, *wanted.adapters, way=way, **allowed))
+        mix = stack.enter_context(compose(base, *wanted.adapters, way=way, words_known=True, **allowed))
         # The weight of a bundle is the LoRA's; its words are there.
         regional = {each.label: read_adapter(each.path, partial=config.partial) for each in wanted.where_when.regional}
         counted = _counted(wanted)

@@ -245,7 +245,9 @@ def draw_grid(config: Config) -> Path:
         words = [stack.enter_context(embedding.load(base, file, token)) for token, file in embeddings]
         texts = [cell.settings[name] for name in ("prompt", "negative") for cell in cells_in_all]
         tokens = [(file.name, each.tokens) for each, (_, file) in zip(words, embeddings, strict=True)]
-        mix = None if is_merged else stack.enter_context(compose(base, *adapters, partial=config.partial))
+        mix = None
+        if not is_merged:
+            mix = stack.enter_context(compose(base, *adapters, partial=config.partial, words_known=True))
         told = (
             mix.metadata
             if mix is not None

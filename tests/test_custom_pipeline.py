@@ -9,11 +9,12 @@ import torch
 from diffusers import AutoPipelineForImage2Image, DiffusionPipeline
 from PIL import Image
 
-from sfumato import Adapter, cli, compose
+from sfumato import Adapter, cli, compose, embedding
 from sfumato.drawing import Start, draw
 from sfumato.errors import AdapterError, ConfigError
 from sfumato.files.lora_file import LoraModule
 from sfumato.files.write import write_lora
+from sfumato.files.write_embedding import add_words, write_embedding
 from tests.tiny import tiny_pipeline, write_folder
 
 FILES = cli.source("sfumato.pipelines.custom").parent
@@ -96,6 +97,26 @@ def test_tags_are_read_where_a_picture_is_begun_from_too(pipe, mask):
         composed = draw(pipe, "a crab", 3, steps=2, start=start)[0]
     assert abs(np.asarray(tagged, dtype=int) - np.asarray(composed, dtype=int)).max() <= 1
     assert plain.tobytes() != tagged.tobytes()
+
+
+def test_words_that_an_adapter_brings_are_known_for_the_call(pipe):
+    """Those of one of weight 0 are not; with adapters by picture as well."""
+    widths = {part: getattr(pipe, part).config.hidden_size for part in ("text_encoder", "text_encoder_2")
+              if getattr(pipe, part, None) is not None}  # fmt: skip
+    rows = {part: torch.randn(2, width, generator=torch.Generator().manual_seed(1)) for part, width in widths.items()}
+    fox = pipe.lora_folder / "fox.safetensors"
+    shutil.copy(pipe.lora_folder / "line.safetensors", fox)
+    add_words(fox, {"<fox>": rows})
+    word = write_embedding(pipe.lora_folder.parent / "word.safetensors", "<fox>", rows)
+    with embedding.load(pipe, word):
+        known = drawn(pipe, "a <fox> <lora:line:1>")
+    assert np.array_equal(drawn(pipe, "a <fox> <lora:fox:1>"), known)
+    assert not np.array_equal(drawn(pipe, "a <fox> <lora:fox:0> <lora:line:1>"), known)
+    noise = [torch.Generator().manual_seed(3) for _ in range(2)]
+    both = pipe(["a crab", "a <fox> <lora:fox:1>"], num_inference_steps=2, generator=noise).images
+    assert abs(np.asarray(both[1], dtype=int) - known).max() <= 1
+    fox.unlink()
+    word.unlink()
 
 
 def test_a_saved_one_is_plain_diffusers_own_pipeline(pipe, tmp_path):

@@ -333,6 +333,7 @@ def test_one_bundle_on_request(pivotal):
     assert torch.equal(read_adapter(bundle).embeddings["<x>"]["text_encoder"], read_tensors(word)["<x>"])
     assert read_adapter(bundle).changes.keys() == read_adapter(beside).changes.keys()
     assert "bundle_emb.<x>.string_to_param.*" in read_header(bundle).tensors
+    assert 'compose(pipe, Adapter("bundle.safetensors"))' in (bundle.parent / "README.md").read_text(encoding="utf-8")
 
 
 def test_each_adapter_on_the_way_has_its_words_and_its_step(pivotal):

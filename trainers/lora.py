@@ -456,7 +456,7 @@ def save_words(
     if not config.bundle:
         for token, file in paths.items():
             run.say(f"word     {token}  {file}")
-    add_words_section(card, paths, base.family.name, bundled=config.bundle)
+    add_words_section(card, paths, base.family.name, inside=path if config.bundle else None)
     run.say("nearest of the base's words, by cosine:\n" + "\n".join(words.report()))
     return [] if config.bundle else list(paths.values())
 

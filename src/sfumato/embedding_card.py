@@ -53,13 +53,20 @@ The base's own words nearest to each vector, by cosine:
     return path
 
 
-def add_words_section(card: Path, files: Mapping[str, Path], family: str, *, bundled: bool) -> None:
-    """Say in an adapter's card which new words belong to it, and how they are used."""
-    listed = "\n".join(f"- `{token}`" + ("" if bundled else f" in `{path.name}`") for token, path in files.items())
-    if bundled:
+def add_words_section(card: Path, files: Mapping[str, Path], family: str, *, inside: Path | None) -> None:
+    """Say in an adapter's card which new words belong to it, and how they are used. inside: the adapter's file, if they
+    are bundled with it."""
+    listed = "\n".join(f"- `{token}`" + ("" if inside else f" in `{path.name}`") for token, path in files.items())
+    if inside:
         use = (
-            "They are inside the adapter's file, where ComfyUI and AUTOMATIC1111 find them. diffusers refuses a file "
-            "with words in it; train without `--bundle` for that.\n"
+            "They are inside the adapter's file, where ComfyUI, AUTOMATIC1111 and `sfumato generate` find them. "
+            "diffusers refuses a file with words in it; train without `--bundle` for that. In Python, with sfumato:\n\n"
+            "```python\n"
+            "from sfumato import Adapter, compose, embedding\n\n"
+            f'mix = compose(pipe, Adapter("{inside.name}"))\n'
+            "with embedding.bundled(pipe, mix.embeddings):\n"
+            f'    image = pipe("a {next(iter(files))}").images[0]\n'
+            "```\n"
         )
     else:
         use = _use(files, family)

@@ -11,7 +11,7 @@ from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
-from sfumato.compose.adapter import Adapter, Weight
+from sfumato.compose.adapter import Adapter, Weight, is_idle
 from sfumato.errors import AdapterError, ConfigError
 from sfumato.prompts import Tagged, split_tags
 from sfumato.specs import find_adapter
@@ -23,7 +23,8 @@ class TaggedPrompts:
     Prompts of one call may name different adapters: each picture has its own, in one batch.
 
     lora_folder: where the files of tags are, at any depth; the working folder by default. A call's adapters are applied
-    for that call and leave the weights as they were; a mix that `compose` made stays, and they are added to it.
+    for that call and leave the weights as they were; a mix that `compose` made stays, and they are added to it. New
+    words in their files are known for that call, too.
     """
 
     lora_folder: str | Path = "."
@@ -53,7 +54,7 @@ class TaggedPrompts:
         differ = any(each != wanted[0] for each in wanted)
         if differ and options.get("num_images_per_prompt", 1) != 1:
             raise AdapterError("prompts with different adapters give one picture each; repeat a prompt for several.")
-        with self._by_picture(wanted) if differ else self._mixed(wanted[0]):
+        with self._words(wanted), self._by_picture(wanted) if differ else self._mixed(wanted[0]):
             return super().__call__(plain, *arguments, **options)  # type: ignore[misc]
 
     def _without_tags(self, prompt: Any) -> tuple[Any, list[dict[str, Weight]]]:
@@ -72,6 +73,21 @@ class TaggedPrompts:
         }
         return [Adapter(files[name], weight, name) for name, weight in wanted.items()]
 
+    def _words(self, wanted: Sequence[Mapping[str, Weight]]) -> Any:
+        """A context in which the words are known that the adapters bring with them; those at 0 bring none."""
+        from sfumato.embedding import bundled
+        from sfumato.files.adapter_file import read_adapter
+        from sfumato.files.embedding_keys import embedding_key
+        from sfumato.files.header import read_header
+
+        counted = {each.label: each for one in wanted for each in self._adapters(one) if not is_idle(each.weight)}
+        holding = {
+            label: each  # asked of the header, since a file is read as a whole once more
+            for label, each in counted.items()
+            if any(embedding_key(name, bundled=True) for name in read_header(each.path).tensors)
+        }
+        return bundled(self, {label: read_adapter(each.path).embeddings for label, each in holding.items()})
+
     def _by_picture(self, wanted: Sequence[Mapping[str, Weight]]) -> Any:
         """A context in which each picture has its own adapters."""
         from sfumato.compose.per_picture import per_picture
@@ -87,7 +103,7 @@ class TaggedPrompts:
         added = self._adapters(wanted)
         mix = current(self)
         if mix is None:
-            return compose(self, *added)
+            return compose(self, *added, words_known=True)
         stack = ExitStack()
         mix.add(*added)
         stack.callback(mix.remove, *wanted)

@@ -11,6 +11,8 @@ from sfumato.compose import Adapter, compose
 from sfumato.compose.adapter import weight_at
 from sfumato.errors import AdapterError
 from sfumato.files import read_header
+from sfumato.files.lora_file import LoraModule
+from sfumato.files.write import write_lora
 from tests.compose.conftest import fresh, layers, weights_sha
 from tests.compose.test_kinds_mixed import difference
 
@@ -117,6 +119,16 @@ def test_the_reason_for_the_way_is_printed(sd1, write, capsys):
     assert "4 weights baked in place" in capsys.readouterr().err
     compose(sd1, Adapter(write("a", sd1, "attn1.to_q")), way="live")
     assert "4 layers live" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words_known", [False, True])
+def test_words_that_a_file_brings_are_told_of_where_nobody_has_them_known(words_known, sd1, tmp_path, capsys):
+    out, inner = query(sd1).shape
+    lora = LoraModule(torch.ones(1, inner), torch.ones(out, 1), 1.0)
+    rows = {"<fox>": {"text_encoder": torch.ones(1, 64)}}
+    file = write_lora(tmp_path / "fox.safetensors", {QUERY: lora}, family="sd1", words=rows)
+    compose(sd1, Adapter(file), words_known=words_known)
+    assert ("fox: brings the words <fox>, which a mix leaves out" in capsys.readouterr().err) is not words_known
 
 
 def test_a_way_that_is_none_is_refused(sd1):

@@ -37,15 +37,23 @@ _MARK = "_sfumato_mix"
 Site = Baked | Live
 
 
-def compose(pipe: Any, *adapters: Adapter, partial: bool = False, way: Way = "auto", verify: bool = False) -> Mix:
+def compose(
+    pipe: Any,
+    *adapters: Adapter,
+    partial: bool = False,
+    way: Way = "auto",
+    verify: bool = False,
+    words_known: bool = False,
+) -> Mix:
     """Mix the adapters into a diffusers pipeline, in place, and say on stderr in which way.
 
     pipe: a diffusers pipeline (SD 1.x, 2.x, SDXL), or a Base. partial: apply what fits of a file of which a part does
     not fit; `mix.skipped` counts the rest. way: "baked" sums into the weights; "live" adds one low-rank path for all
     adapters beside each linear layer and convolution, so that new weights cost almost nothing and each call a little;
     "auto" bakes, except beside quantised weights. verify: refuse files whose deltas are not those that the fingerprint
-    in their metadata was taken of, or that have none. Everything is read and matched before the pipeline is touched,
-    and a failed call leaves it as it was.
+    in their metadata was taken of, or that have none. words_known: say nothing of new words that files bring, because
+    the caller has them known by `sfumato.embedding.bundled`. Everything is read and matched before the pipeline is
+    touched, and a failed call leaves it as it was.
     Raises AdapterError or FileError, one line; so for a pipeline that carries a mix already (`current(pipe)` is it).
     """
     earlier = current(pipe)
@@ -62,6 +70,12 @@ def compose(pipe: Any, *adapters: Adapter, partial: bool = False, way: Way = "au
         labels = list(mix.weights)
         more = f" and {len(labels) - 4} more" if len(labels) > 4 else ""
         print(f"{', '.join(labels[:4])}{more}: {mix.reason}", file=sys.stderr)
+    for label, words in mix.embeddings.items() if not words_known else ():
+        print(
+            f"{label}: brings the words {', '.join(words)}, which a mix leaves out; prompts know them within "
+            "`with embedding.bundled(pipe, mix.embeddings):` of sfumato.embedding.",
+            file=sys.stderr,
+        )
     return mix
 
 
@@ -139,7 +153,8 @@ class Mix:
     def embeddings(self) -> Mapping[str, Mapping[str, Mapping[str, Tensor]]]:
         """New words that the files bring with them: {label: {token: {text encoder: (vectors, width)}}}.
 
-        A mix changes weights and leaves the tokenizer alone: give these to the pipeline as textual inversions.
+        A mix changes weights and leaves the tokenizer alone: prompts know these within `with embedding.bundled(pipe,
+        mix.embeddings):` of `sfumato.embedding`.
         """
         return MappingProxyType({label: file.embeddings for label, file in self._files.items() if file.embeddings})
 
