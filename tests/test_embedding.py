@@ -15,7 +15,7 @@ from sfumato.errors import AdapterError, ConfigError, DataError, FileError
 from sfumato.files import read_embedding, read_header, write_tensors
 from sfumato.files.write_embedding import write_embedding
 from sfumato.known_words import _extend
-from sfumato.placeholders import holds, pieces, put_into_captions, warnings_of
+from sfumato.placeholders import holds, pieces, put_into_captions, shortened, warnings_of
 from sfumato.precision import decide
 from tests.tiny import CPU, tiny_pipeline, write_folder
 
@@ -124,6 +124,12 @@ def test_where_vectors_start(base):
         assert ((table[None] == drawn[:, None]).all(-1).sum(1) == 1).all()
     with embedding.new_words(base, ["<x>"], vectors=2, start="random", seed=6) as words:
         assert not torch.equal(words.rows[0], drawn)
+
+
+def test_initial_words_that_are_cut_are_told_of(base):
+    (line,) = shortened(["red crab", "crab"], 1, base.tokenizers[0])
+    assert line.startswith("--initial-words 'red crab': of 2 tokens only these are taken, one a vector: red. ")
+    assert shortened(["red crab"], 2, base.tokenizers[0]) == []
 
 
 def test_one_initial_word_for_each_placeholder(base):

@@ -356,6 +356,14 @@ def test_the_rate_is_that_of_what_learns(pivotal):
     assert [row["rate"] for row in rows(word)] == [0.5, 0.5, 0.01, 0.01]
 
 
+def test_what_is_said_of_words_is_said_of_a_loras_too(pivotal, capsys):
+    options = ("--train-words", "zyxo", "--caption", "a {caption}, zyxo", "--initial-words", "a red crab")
+    pivotal("run", *options, "--steps", "1", "--batch", "1")
+    said = capsys.readouterr().err
+    assert "zyxo is spelt like a word" in said
+    assert "--initial-words 'a red crab': of " in said
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

@@ -115,6 +115,7 @@ def train(config: Config) -> Path:
     from sfumato.full import parts_of
     from sfumato.halves import draw_half, errors_of
     from sfumato.measure import Measures
+    from sfumato.placeholders import shortened, warnings_of
     from sfumato.prior import prepare_both
     from sfumato.processes import Processes
     from sfumato.runs import Run
@@ -132,6 +133,11 @@ def train(config: Config) -> Path:
     run = Run.start(config, program="lora", processes=processes, writes=written(config))
     run.say(precision.table())
     run.say_filled(base.family.title, filled)
+    if words:
+        tokenizer = base.tokenizers[0]
+        cut = shortened(config.initial_words, config.word_vectors, tokenizer)
+        for line in [*warnings_of(config.train_words, tokenizer), *cut]:
+            run.say(line)
 
     global_batch, starts = processes.starts(config.batch, config.accumulate)
     embed = embeds_beforehand(config)

@@ -81,7 +81,7 @@ def train(config: Config) -> Path:
     from sfumato.ema import Average
     from sfumato.measure import Measures
     from sfumato.objective import denoising_errors, draw_noise
-    from sfumato.placeholders import files, warnings_of
+    from sfumato.placeholders import files, shortened, warnings_of
     from sfumato.processes import Processes
     from sfumato.runs import Run
     from sfumato.runs.samples import Samples
@@ -109,7 +109,9 @@ def train(config: Config) -> Path:
     run = Run.start(config, program="textual_inversion", processes=processes, writes=names)
     run.say(precision.table())
     run.say_filled(base.family.title, filled)
-    for line in warnings_of(config.placeholder, base.tokenizers[0]):
+    tokenizer = base.tokenizers[0]
+    cut = shortened(config.initial_words, config.vectors, tokenizer)
+    for line in [*warnings_of(config.placeholder, tokenizer), *cut]:
         run.say(line)
 
     # Encoded in the loop, each distinct caption once: what they mean is what is learned.

@@ -139,6 +139,17 @@ def warnings_of(placeholders: Sequence[str], tokenizer: Any) -> list[str]:
     ]
 
 
+def shortened(initial: Sequence[str], vectors: int, tokenizer: Any) -> list[str]:
+    """A line for each text of initial words that has more tokens than a word has vectors, with those that are taken."""
+    cut = {text: pieces(text, plain_tokenizer(tokenizer)) for text in initial}
+    return [
+        f"--initial-words {text!r}: of {len(found)} tokens only these are taken, one a vector: "
+        f"{' '.join(found[:vectors])}. --vectors (of lora --word-vectors) says how many."
+        for text, found in cut.items()
+        if len(found) > vectors
+    ]
+
+
 def check_placeholder(token: str, tokenizer: Any) -> None:
     """Raises ConfigError for a placeholder that cannot be one: empty, with spaces, or a token already."""
     if not token or token != "".join(token.split()) or not token.isprintable():
