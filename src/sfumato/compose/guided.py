@@ -73,7 +73,7 @@ def _compared(mix: Mix, guidance: float) -> Iterator[None]:
             return
         raise AdapterError(
             f"the call draws with guidance {drawn_with:g}, and adapter_guidance was told {guidance:g}. Give both the "
-            "same number."
+            "same number, and compose into the pipeline that is called."
         )
 
     handle = unwrapped_parts(mix.pipe)["unet"].register_forward_pre_hook(check)

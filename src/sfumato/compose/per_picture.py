@@ -36,8 +36,8 @@ Terms = list[list[tuple[float, LoraModule]]]
 def per_picture(pipe: Any, adapters: Sequence[Sequence[Adapter]], *, partial: bool = False) -> Iterator[None]:
     """Within the block picture i of every call has the adapters `adapters[i]`; an empty list is the base's picture.
 
-    pipe: a diffusers pipeline (SD 1.x, 2.x, SDXL) or a Base; called with as many prompts as there are lists, one
-    picture each, and all in one batch. Text encoders are adapted by picture, too. Equal to single runs but for
+    pipe: the diffusers pipeline (SD 1.x, 2.x, SDXL) that is called, or a Base; with as many prompts as there are lists,
+    one picture each, and all in one batch. Text encoders are adapted by picture, too. Equal to single runs but for
     rounding. Raises AdapterError for adapters without a low-rank form, for a compiled part, and within the block for a
     call with another number of pictures.
     """
