@@ -142,7 +142,7 @@ def test_a_stopped_vae_run_goes_on_as_if_it_had_not_stopped(data, tmp_path):
     def run(folder, steps, **more):
         settings = {
             "steps": steps,
-            "fall_at": 4,
+            "fall_at": 2,
             "batch": 2,
             "checkpoint_every": 2,
             "sample_every": 0,

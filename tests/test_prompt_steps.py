@@ -117,7 +117,7 @@ def theirs(base, before, after, *, last, steps, sampler="ddim", negative=("", ""
 
 def ours(base, prompt, *, steps, sampler="ddim", negative="", **settings):
     return draw(
-        base, prompt, 7, steps=steps, guidance=3.0, scheduler=sampler, syntax="a1111", negative=negative, **settings
+        base, prompt, 7, steps=steps, guidance=3.0, sampler=sampler, syntax="a1111", negative=negative, **settings
     )[0]
 
 

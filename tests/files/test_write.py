@@ -166,7 +166,7 @@ def test_what_is_not_written(tmp_path, monkeypatch):
             f"a.safetensors: {'n' * 80!r} ({value.dtype}, {list(value.shape)}) cannot be written; wanted a tensor that "
             "is not empty, of a common dtype."
         )
-    assert said(write_tensors, path, {}) == "a.safetensors: there are no tensors to write."
+    assert said(write_tensors, path, {}) == "a.safetensors: there are no tensors to write; give one or more."
 
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
