@@ -276,7 +276,10 @@ def test_a_row_of_which_a_killed_process_drew_half_is_none(samples, tmp_path):
     assert len(sheet.rows) == 1
 
 
-@pytest.mark.parametrize(("step", "left"), [(-1, []), (0, ["000000"]), (4, ["000000", "000004"]), (8, ["000000", "000004", "000008"])])
+@pytest.mark.parametrize(
+    ("step", "left"),
+    [(-1, []), (0, ["000000"]), (4, ["000000", "000004"]), (8, ["000000", "000004", "000008"])],
+)
 def test_a_resumed_run_forgets_the_rows_that_it_will_draw_again(step, left, samples, tmp_path):
     sheet = samples()
     for drawn in (0, 4, 8):
