@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,7 +21,7 @@ from sfumato import diffusion, embedding, randomness
 from sfumato.drawing import LATENTS_AT_ONCE
 
 if TYPE_CHECKING:
-    from sfumato.bases import Base
+    from sfumato.bases import Base, TextEmbedding
     from sfumato.data import Batch, Dataset
     from sfumato.halves import Half
 
@@ -43,18 +44,22 @@ class Crossing:
         self._first = round(FROM * len(base.alpha_bar))
         side = base.resolution // base.vae_factor
         batches = list(data.views(max(1, LATENTS_AT_ONCE // (2 * side * side))))  # two rows each, for guidance
+        with torch.no_grad(), base.resting.interrupted():  # once for all: what rests is read from its file again
+            texts = [(embedding.encode(base, each.captions), base.unconditional(len(each))) for each in batches]
         self._drawn: dict[tuple[int, int], Tensor] = {}
-        for batch in tqdm(batches, desc="drawing over", unit="batch", file=sys.stderr, disable=not shown):
-            for index, variant, latents in zip(batch.indices, batch.variants, self._draw(batch), strict=True):
+        batches_shown = tqdm(batches, desc="drawing over", unit="batch", file=sys.stderr, disable=not shown)
+        for batch, told in zip(batches_shown, texts, strict=True):
+            for index, variant, latents in zip(batch.indices, batch.variants, self._draw(batch, told), strict=True):
                 self._drawn[index, variant] = latents
 
     @torch.no_grad()
-    def _draw(self, batch: Batch) -> Tensor:
-        """What the base makes of a batch: deterministic DDIM (Song et al. 2021, eq. 12) under its usual guidance."""
-        base, count = self._base, len(batch)
+    def _draw(self, batch: Batch, texts: Sequence[TextEmbedding]) -> Tensor:
+        """What the base makes of a batch: deterministic DDIM (Song et al. 2021, eq. 12) under its usual guidance.
+
+        texts: its captions', and what stands for none.
+        """
+        base = self._base
         views = list(zip(batch.indices, batch.variants, strict=True))
-        with base.resting.interrupted():
-            texts = [embedding.encode(base, batch.captions), base.unconditional(count)]
         told = [(text, batch.added(base, text)) for text in texts]
         alpha_bar = base.alpha_bar.to(batch.latents.device)
         first = torch.tensor([BEGINNINGS[sum(view) % len(BEGINNINGS)] for view in views]) * len(alpha_bar)
