@@ -392,7 +392,7 @@ def test_a_unet_is_trained_into_an_ordinary_pipeline_and_resumes(data, tmp_path)
     from diffusers import StableDiffusionPipeline
 
     def run(stage, folder, steps, **more):
-        settings = {"fall_at": 9, "batch": 2, "checkpoint_every": 1, "sample_every": 9}
+        settings = {"fall_at": 1, "batch": 2, "checkpoint_every": 1, "sample_every": 9}
         model = train(
             Config(stage=stage, data=data, output=tmp_path / folder, steps=steps, device="cpu", **settings, **more)
         )
