@@ -88,21 +88,27 @@ def test_the_card_says_how_it_was_made(card):
     assert "`" + "ab" * 32 + "`" in text
 
 
-def test_pushing_uploads_adapter_card_and_pictures_and_nothing_else(card, monkeypatch):
+@pytest.fixture
+def asked(monkeypatch):
+    """What the hub was asked for, which is not reached."""
     import huggingface_hub
 
-    asked = {}
+    found = {}
 
     class Api:
         def create_repo(self, repository, exist_ok):
-            asked["repository"] = repository
+            found["repository"] = repository
 
         def upload_folder(self, **options):
-            asked.update(options)
+            found.update(options)
             return type("Commit", (), {"commit_url": "address"})
 
-    (card.parent / "images/of-mine.png").write_bytes(b"")
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    return found
+
+
+def test_pushing_uploads_adapter_card_and_pictures_and_nothing_else(card, asked):
+    (card.parent / "images/of-mine.png").write_bytes(b"")
     assert push(card.parent, card.parent / "line.safetensors", "me/line") == "address"
     assert asked["repository"] == asked["repo_id"] == "me/line"
     assert asked["allow_patterns"][:2] == ["line.safetensors", "README.md"]
@@ -110,21 +116,9 @@ def test_pushing_uploads_adapter_card_and_pictures_and_nothing_else(card, monkey
     assert shown == {f"images/{path.name}" for path in (card.parent / "images").iterdir()} - {"images/of-mine.png"}
 
 
-def test_a_name_with_brackets_is_uploaded(tmp_path, monkeypatch):
-    import huggingface_hub
+def test_a_name_with_brackets_is_uploaded(tmp_path, asked):
     from huggingface_hub.utils import filter_repo_objects
 
-    asked = {}
-
-    class Api:
-        def create_repo(self, repository, exist_ok):
-            pass
-
-        def upload_folder(self, **options):
-            asked.update(options)
-            return type("Commit", (), {"commit_url": "address"})
-
-    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     push(tmp_path, tmp_path / "line [v2].safetensors", "me/line")
     names = ["line [v2].safetensors", "line v.safetensors", "log.jsonl"]
     assert list(filter_repo_objects(names, allow_patterns=asked["allow_patterns"])) == names[:1]
@@ -140,22 +134,10 @@ def test_the_line_to_draw_with_is_what_a_shell_reads(kind, tmp_path):
     assert words[3:] == (["--base", "my base", "--lora", f"{kind}:1.0"] if write is write_card else ["--base", kind])
 
 
-def test_a_models_folder_is_uploaded_and_nothing_that_begins_like_it(tmp_path, monkeypatch):
-    import huggingface_hub
+def test_a_models_folder_is_uploaded_and_nothing_that_begins_like_it(tmp_path, asked):
     from huggingface_hub.utils import filter_repo_objects
 
-    asked = {}
-
-    class Api:
-        def create_repo(self, repository, exist_ok):
-            pass
-
-        def upload_folder(self, **options):
-            asked.update(options)
-            return type("Commit", (), {"commit_url": "address"})
-
     (tmp_path / "c").mkdir()
-    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     push(tmp_path, tmp_path / "c", "me/line")
     names = ["c/unet/config.json", "README.md", "config.toml", "checkpoints/000001/state.json"]
     assert list(filter_repo_objects(names, allow_patterns=asked["allow_patterns"])) == names[:2]

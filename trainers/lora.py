@@ -86,9 +86,9 @@ class Config(TrainerOptions):
     prior_weight: float | None = None
     """Weight of those samples in the loss, beside 1 for the pictures that are learned. Unset: 1."""
     crossed_share: float = 0.0
-    """Share of the samples that show the base's own drawing of a picture, in part, and ask for the picture: an adapter
-    meets such drawings where it draws what it was not shown. It helps a style. The base draws each picture once
-    before."""
+    """Share of the samples at the noisier seven tenths of the timesteps that show the base's own drawing of a picture,
+    in part, and ask for the picture: an adapter meets such drawings where it draws what it was not shown. It helps a
+    style. The base draws each picture once before."""
     init_from: Path | None = None
     """Start from this adapter instead of from nothing; same targets and rank."""
     adapter_guidance: float = 0.0

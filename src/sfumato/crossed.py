@@ -35,8 +35,9 @@ FROM = 0.3
 class Crossing:
     """The base's drawing of each view of the pictures, and the samples that show it.
 
-    The base is to be as it was before the training while this is made. share: of the samples that are crossed, 0 to 1.
-    All is a function of seed, step and place in the global batch. Raises DataError for crops at random places.
+    The base is to be as it was before the training while this is made. share: of the samples from FROM on that are
+    crossed, 0 to 1. All is a function of seed, step and place in the global batch. Raises DataError for crops at random
+    places.
     """
 
     def __init__(self, base: Base, data: Dataset, seed: int, share: float, *, shown: bool = True):
@@ -77,7 +78,7 @@ class Crossing:
         return latents
 
     def cross(self, half: Half, step: int, first: int) -> Half:
-        """The samples of a step, from place `first` of its global batch on, a share of them crossed."""
+        """The samples of a step, from place `first` of its global batch on; a share of those from FROM on is crossed."""
         latents, shown = half.batch.latents, half.batch.latents.clone()
         views = zip(half.batch.indices, half.batch.variants, strict=True)
         for row, (view, timestep) in enumerate(zip(views, half.timesteps.tolist(), strict=True)):
