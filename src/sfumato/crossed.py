@@ -78,7 +78,7 @@ class Crossing:
         return latents
 
     def cross(self, half: Half, step: int, first: int) -> Half:
-        """The samples of a step, from place `first` of its global batch on; a share of those from FROM on is crossed."""
+        """The samples of a step, from place `first` of its global batch on, a share of those from FROM on crossed."""
         latents, shown = half.batch.latents, half.batch.latents.clone()
         views = zip(half.batch.indices, half.batch.variants, strict=True)
         for row, (view, timestep) in enumerate(zip(views, half.timesteps.tolist(), strict=True)):
