@@ -107,13 +107,18 @@ def test_a_sampler_that_cannot_begin_in_pure_noise_is_refused_on_such_a_base(poc
     assert schedulers.scheduler("euler", schedule).config.timestep_spacing == "trailing"
 
 
-@pytest.mark.slow
-def test_a_picture_to_begin_from_leaves_the_vae_of_sdxl_as_it_was(tmp_path):
-    folder = write_folder(tiny_pipeline("sdxl"), tmp_path / "sdxl")
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_a_picture_to_begin_from_is_encoded_in_the_vaes_own_dtype_and_leaves_it_as_it_was(tmp_path, family):
+    folder = write_folder(tiny_pipeline(family), tmp_path / family)
     base = load_base(folder, precision=decide("bf16", device="cpu", adapting=True))
     before = {name: tensor.clone() for name, tensor in base.vae.state_dict().items()}
     assert {tensor.dtype for tensor in before.values()} == {torch.float32}
+    seen = []
+    hook = base.vae.encoder.conv_in.register_forward_hook(lambda _, pixels, out: seen.append((pixels[0], out)))
     draw(base, "a cat", 1, steps=2, width=64, height=64, start=Start(Image.new("RGB", (64, 64)), strength=0.5))
+    hook.remove()
+    assert [{pixels.dtype, out.dtype} for pixels, out in seen] == [{torch.float32}]
+    assert "encode" not in vars(base.vae)
     for name, tensor in base.vae.state_dict().items():
         assert tensor.dtype == torch.float32
         assert torch.equal(tensor, before[name]), name

@@ -213,7 +213,7 @@ def _draw_batch(
         with told_by_stages(pipe.unet, told, pipe.scheduler) if len(told) > 1 else nullcontext():
             return _denoise(pipe, _embedded(told[0]), seeds, options, start)
 
-    with _kept_as_it_is(pipe.vae), base.precision.autocast() if base else nullcontext(), counted(steps):
+    with base.precision.autocast() if base else nullcontext(), counted(steps):
         latents = denoise()
     in_half = pipe.unet.dtype != torch.float32 or (base is not None and base.precision.compute != torch.float32)
     if not torch.isfinite(latents).all() and in_half:
@@ -234,12 +234,23 @@ def _draw_batch(
 
 
 @contextmanager
-def _kept_as_it_is(vae: torch.nn.Module) -> Iterator[None]:
-    """SDXL's pipelines that begin with a picture leave an fp32 VAE in half precision; after the block it is itself."""
+def _itself(vae: Any) -> Iterator[None]:
+    """The VAE encodes in its own dtype, and is itself after the block.
+
+    Pipelines that begin with a picture hand it on in the U-Net's dtype, and SDXL's leave an fp32 VAE in half precision.
+    """
     held = {tensor: tensor.data for tensor in (*vae.parameters(), *vae.buffers())}
+    encode = vae.encode
+
+    def in_own_dtype(pixels: Tensor, *args: Any, **options: Any) -> Any:
+        with torch.autocast(pixels.device.type, enabled=False):
+            return encode(pixels.to(vae.dtype), *args, **options)
+
+    vae.encode = in_own_dtype
     try:
         yield
     finally:
+        del vae.encode
         for tensor, data in held.items():
             if tensor.dtype != data.dtype:
                 tensor.data = data
@@ -262,7 +273,8 @@ def _denoise(pipe: Any, text: dict[str, Any], seeds: list[int], options: dict[st
         check_strength(options.setdefault("num_inference_steps", _STEPS), start)
     called = schedulers.CALLED.set(pipe)
     try:
-        latents: Tensor = pipe(**options).images
+        with _itself(pipe.vae):
+            latents: Tensor = pipe(**options).images
     finally:
         schedulers.CALLED.reset(called)
     return latents
