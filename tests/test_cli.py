@@ -1,6 +1,7 @@
 """Commands are found, helped and copied without torch; wrong use is one line and exit code 2."""
 
 import io
+import logging
 import subprocess
 import sys
 import warnings
@@ -84,6 +85,15 @@ def test_a_warning_is_a_line_without_its_place_in_the_code(monkeypatch):
         assert cli.guarded(lambda argv: warnings.warn("cut.", stacklevel=1), []) == 0
     assert said.getvalue() == "sfumato: cut.\n"
     assert warnings.formatwarning is before
+
+
+def test_bitsandbytes_does_not_warn_of_what_nobody_asked_for(caplog):
+    def program(_):
+        logging.getLogger("bitsandbytes.backends.cpu.ops").warning("Failed to load CPU gemm_4bit_forward")
+        logging.getLogger("bitsandbytes.cextension").warning("no library")
+
+    assert cli.guarded(program, []) == 0
+    assert caplog.messages == ["no library"]
 
 
 def test_another_error_of_the_program_stays_one():

@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import io
 import json
+import logging
 import os
 import shlex
 import signal
@@ -108,6 +109,8 @@ def _warning_line(message: Warning | str, *_: object, **__: object) -> str:
 def _guarded(program_main: Main, argv: Sequence[str]) -> int:
     # Its warnings are about parts that are not used here, such as image processors without torchvision.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # diffusers loads it wherever it is installed; without a GPU it warns of a 4-bit product that nobody asked for.
+    logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)
     for stream in (sys.stdout, sys.stderr):  # a console that lacks a letter shows its number
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
