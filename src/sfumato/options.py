@@ -278,10 +278,10 @@ _NOT_NEGATIVE = (
     *("warmup", "clip", "min_snr", "noise_offset", "weight_decay", "keep_tags", "prior_weight", "drift_limit"),
     *("sample_every", "measure_every", "save_every"),
 )
+WRITTEN = ("config.toml", "README.md", "plot.png", "samples.png", "samples", "images", "checkpoints")
+"""What a run writes into its folder under a name of its own; NAME.safetensors comes beside them."""
 _FOLDERS_OF_A_RUN = frozenset(("checkpoints", "samples", "tensorboard", "model"))
-_WRITTEN_BY_A_RUN = _FOLDERS_OF_A_RUN | {
-    *("adapters", "class", "images", "config.toml", "run.json", "log.jsonl", "readme.md", "plot.png", "samples.png")
-}
+_NAMES_OF_A_RUN = _FOLDERS_OF_A_RUN.union(map(str.casefold, WRITTEN), ("adapters", "class", "run.json", "log.jsonl"))
 _NOT_IN_NAMES = '/\\:*?"<>|'
 _DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in range(1, 10))}
 
@@ -350,7 +350,7 @@ def check_name(config: FolderOptions, *, folder: bool = False) -> None:
         reason = "is longer than 150 bytes"
     elif option == "--name" and name.casefold() in _FOLDERS_OF_A_RUN:
         reason = "is what a run calls a folder of its own"
-    elif folder and name.casefold() in _WRITTEN_BY_A_RUN:
+    elif folder and name.casefold() in _NAMES_OF_A_RUN:
         reason = "is what a run calls a file or folder of its own, beside which the model would lie"
     if reason:
         raise ConfigError(

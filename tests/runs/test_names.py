@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from sfumato.errors import ConfigError
 from sfumato.files import write_tensors
-from sfumato.options import RunOptions, check_name
-from sfumato.runs.folder import WRITTEN
+from sfumato.options import WRITTEN, RunOptions, check_name
 
 NASTY = [
     "..", ".", "/", "\\", "../..", "/etc/passwd", "C:\\x", "\\\\host\\share", "%2e%2e%2f", "~", "$HOME", "`id`",

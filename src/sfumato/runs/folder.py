@@ -9,20 +9,15 @@ import tomllib
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from sfumato.errors import RunError
+from sfumato.options import WRITTEN, FolderOptions
 from sfumato.runs import identity
-
-if TYPE_CHECKING:
-    from sfumato.options import FolderOptions
 
 _OPENED = ("config.toml", "run.json", "log.jsonl")
 _OF_THE_LOCK = (".lock", ".holder.json")
 _KEPT = re.compile(r"-(?:step\d{8,}|\d{6,})[-.]")
 """What follows a run's name in those of adapters kept on the way: sd-scripts' form, or that of runs before 0.4.0."""
-WRITTEN = ("config.toml", "README.md", "plot.png", "samples.png", "samples", "images", "checkpoints")
-"""What a run writes into its folder under a name of its own; NAME.safetensors comes beside them."""
 
 
 def going_on(config: FolderOptions, also: Sequence[str] = ()) -> bool:

@@ -9,14 +9,11 @@ import sys
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sfumato import config as configs
 from sfumato.files.atomic import write_text
-from sfumato.options import AnyRun, settled
-
-if TYPE_CHECKING:
-    from sfumato.options import FolderOptions
+from sfumato.options import AnyRun, FolderOptions, settled
 
 WITHOUT_EFFECT = frozenset(
     ("output", "overwrite", "resume", "force", "keep", "device", "tensorboard", "push_to_hub", "cache")
