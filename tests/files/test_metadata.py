@@ -78,10 +78,10 @@ def test_all_that_can_be_said_is_said(monkeypatch):
         **{"title": "line", "family": "sd2", "base": "base-2", "prediction_type": "v_prediction"},
         **{"resolution": (512, 768), "images": 16, "steps": 400, "batch": 4, "seed": 7},
         **{"learning_rate": 1e-4, "optimizer": "adamw", "trigger": ["zwx style", "b"]},
-        **{"captions": ["a crab, ink", "ink, a crab ,"], "text": "of lines", "author": "somebody", "license": "cc0"},
+        **{"captions": ["a crab, ink", "ink, a crab ,"], "author": "somebody", "license": "cc0"},
         **{"config": {"rank": 4, "ä": None}, "dataset_sha256": "ab"},
         parents=[{"name": "one", "weight": 0.5}, {"name": "two", "weight": 1}],
-        extra={"more": "x", "ss_seed": "8"},
+        extra={"more": "x", "ss_seed": "8", "modelspec.description": "of lines"},
     )
     assert describe(description) == {
         "ss_v2": "True",

@@ -64,7 +64,6 @@ class Description:
     optimizer: str | None = None
     trigger: Sequence[str] = ()
     captions: Sequence[str] = ()
-    text: str = ""
     author: str = ""
     license: str = ""
     thumbnail: Image | None = None
@@ -122,7 +121,6 @@ def _model_spec(description: Description, now: float) -> dict[str, str]:
         "implementation": "diffusers",
         "title": description.title,
         "resolution": "x".join(map(str, description.resolution)) if description.resolution else "",
-        "description": description.text,
         "author": description.author,
         "date": datetime.fromtimestamp(int(now), UTC).isoformat().replace("+00:00", "Z"),
         "license": description.license,
