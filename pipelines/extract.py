@@ -16,7 +16,7 @@ from sfumato.errors import AdapterError, ConfigError
 from sfumato.files.atomic import check_free
 
 if TYPE_CHECKING:
-    from sfumato.merging.stored import Parameter, Stored
+    from sfumato.merging.stored import Parameter, StoredBase
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def extract_file(config: Config) -> Path:
     return config.output
 
 
-def _pairs(tuned: Stored, base: Stored, parts: Sequence[str]) -> Iterator[tuple[Parameter, Any, Any]]:
+def _pairs(tuned: StoredBase, base: StoredBase, parts: Sequence[str]) -> Iterator[tuple[Parameter, Any, Any]]:
     for parameter in base.places:
         if not parts or parameter[0] in parts:
             yield parameter, base.read(parameter), tuned.read(parameter)

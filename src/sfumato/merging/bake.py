@@ -17,13 +17,13 @@ from sfumato.files.header import read_header
 from sfumato.files.read import read_tensors
 from sfumato.files.save import hashes, write_tensors
 from sfumato.merging.merge import Source, refuse_scaled_bias
-from sfumato.merging.stored import Parameter, Stored
+from sfumato.merging.stored import Parameter, StoredBase
 
 KEPT_SUFFIXES = (".json", ".txt", ".model")
 """What a new diffusers folder takes over beside the weights: configs and vocabularies."""
 
 
-def bake(base: Stored, sources: Sequence[Source], output: Path, metadata: Mapping[str, str] | None = None) -> Path:
+def bake(base: StoredBase, sources: Sequence[Source], output: Path, metadata: Mapping[str, str] | None = None) -> Path:
     """Write W + sum of w_i delta_i, every delta taken on the pristine W, each weight rounded once to its dtype.
 
     output: a .safetensors file for a checkpoint, a folder that does not exist for a diffusers folder. Whole or not at
@@ -38,7 +38,7 @@ def bake(base: Stored, sources: Sequence[Source], output: Path, metadata: Mappin
 Terms = dict[Parameter, list[tuple[float, Change, str]]]
 
 
-def _by_parameter(base: Stored, sources: Sequence[Source]) -> Terms:
+def _by_parameter(base: StoredBase, sources: Sequence[Source]) -> Terms:
     found: Terms = {}
     for source in sources:
         lacking = [target for target in source.changes if base.parameter(target) is None]
@@ -65,7 +65,7 @@ def _by_parameter(base: Stored, sources: Sequence[Source]) -> Terms:
     return found
 
 
-def _changed(base: Stored, parameter: Parameter, terms: Iterable[tuple[float, Change, str]]) -> Tensor:
+def _changed(base: StoredBase, parameter: Parameter, terms: Iterable[tuple[float, Change, str]]) -> Tensor:
     """The parameter with its changes, fp32."""
     original = base.read(parameter).float()
     total = original.clone()
@@ -84,7 +84,7 @@ def _changed(base: Stored, parameter: Parameter, terms: Iterable[tuple[float, Ch
     return total
 
 
-def _files(base: Stored, wanted: Terms) -> dict[Path, dict[str, list[Parameter]]]:
+def _files(base: StoredBase, wanted: Terms) -> dict[Path, dict[str, list[Parameter]]]:
     """Of each file the tensors that change, and the parameters that lie in each."""
     found: dict[Path, dict[str, list[Parameter]]] = {}
     for parameter in wanted:
@@ -93,7 +93,9 @@ def _files(base: Stored, wanted: Terms) -> dict[Path, dict[str, list[Parameter]]
     return found
 
 
-def _tensors(base: Stored, file: Path, wanted: Terms, changed: Mapping[str, Sequence[Parameter]]) -> dict[str, Tensor]:
+def _tensors(
+    base: StoredBase, file: Path, wanted: Terms, changed: Mapping[str, Sequence[Parameter]]
+) -> dict[str, Tensor]:
     """All tensors of a file, those of `changed` with their changes, in the file's dtypes."""
     tensors = read_tensors(file)
     for name, parameters in changed.items():
@@ -110,7 +112,7 @@ def _tensors(base: Stored, file: Path, wanted: Terms, changed: Mapping[str, Sequ
     return tensors
 
 
-def _write_file(base: Stored, wanted: Terms, output: Path, metadata: Mapping[str, str]) -> Path:
+def _write_file(base: StoredBase, wanted: Terms, output: Path, metadata: Mapping[str, str]) -> Path:
     if output.suffix != ".safetensors":
         raise FileError(f"{output.name}: {base.name} is a single file; name a .safetensors file to write.")
     if output.exists() and output.samefile(base.root):
@@ -121,7 +123,7 @@ def _write_file(base: Stored, wanted: Terms, output: Path, metadata: Mapping[str
     return write_tensors(output, tensors, described)
 
 
-def _write_folder(base: Stored, wanted: Terms, output: Path) -> Path:
+def _write_folder(base: StoredBase, wanted: Terms, output: Path) -> Path:
     if output.exists():
         raise FileError(f"{output.name}: exists already, and folders are not written over. Name another one.")
     if output.suffix == ".safetensors":
@@ -145,7 +147,7 @@ def _write_folder(base: Stored, wanted: Terms, output: Path) -> Path:
     return output
 
 
-def _is_read(path: Path, base: Stored) -> bool:
+def _is_read(path: Path, base: StoredBase) -> bool:
     """Whether a weight file is one that a reader of the folder opens: not a variant beside the plain one, no pickle."""
     if path.suffix != ".safetensors":
         return False

@@ -16,14 +16,14 @@ from sfumato.files.kohya import Target
 from sfumato.files.write import write_lora
 from sfumato.files.write_dotted import write_diffusers, write_peft
 from sfumato.merging.factors import Budget, from_module
-from sfumato.merging.merge import Base, Merged, Source, merge, refuse_scaled_bias
+from sfumato.merging.merge import Merged, Source, WeightOf, merge, refuse_scaled_bias
 
 WRITERS: Mapping[str, Callable[..., Path]] = MappingProxyType(
     {"kohya": write_lora, "diffusers": write_diffusers, "peft": write_peft}
 )
 
 
-def as_lora(source: Source, budget: Budget, base: Base | None) -> Merged:
+def as_lora(source: Source, budget: Budget, base: WeightOf | None) -> Merged:
     """The adapter as LoRA modules: exact where it has that form; else its delta on the base within the budget.
 
     Modules that have the form are not cut down to the budget. Raises AdapterError for a delta that needs a base or a
@@ -46,7 +46,7 @@ def as_lora(source: Source, budget: Budget, base: Base | None) -> Merged:
     )
 
 
-def as_difference(source: Source, base: Base) -> dict[Target, tuple[Tensor, Tensor | None]]:
+def as_difference(source: Source, base: WeightOf) -> dict[Target, tuple[Tensor, Tensor | None]]:
     """The adapter's delta of every weight, and of every bias that it changes, on the base. Exact, and large."""
     found = {}
     for target, change in source.changes.items():

@@ -20,7 +20,7 @@ from sfumato.merging.arithmetic import linear
 from sfumato.merging.factors import ALL, Budget, factorise, from_module, to_module, truncate
 from sfumato.merging.methods import DENSE, LOW_RANK, METHODS, Settings
 
-Base = Callable[[Target], Tensor]
+WeightOf = Callable[[Target], Tensor]
 """The pristine weight of a module, for the kinds of adapter whose delta depends on it."""
 
 
@@ -71,7 +71,7 @@ def merge(
     settings: Settings = Settings(),  # noqa: B008 - frozen
     budget: Budget = ALL,
     seed: int = 0,
-    base: Base | None = None,
+    base: WeightOf | None = None,
 ) -> Merged:
     """The sources as one LoRA.
 
@@ -119,7 +119,7 @@ class _Term:
             )
         return self.change.low_rank()
 
-    def dense(self, base: Base | None) -> Tensor:
+    def dense(self, base: WeightOf | None) -> Tensor:
         return dense_delta(self.change, self.target, self.source, base)
 
 
@@ -132,7 +132,7 @@ def refuse_scaled_bias(change: Change, target: Target, source: str) -> None:
         )
 
 
-def dense_delta(change: Change, target: Target, source: str, base: Base | None) -> Tensor:
+def dense_delta(change: Change, target: Target, source: str, base: WeightOf | None) -> Tensor:
     """The change's delta, fp32 in the weight's shape. Raises AdapterError where it needs a base and none is given."""
     if base is not None:
         delta = change.delta(base(target))
@@ -163,7 +163,7 @@ def _merge_module(
     settings: Settings,
     budget: Budget,
     draws: torch.Generator,
-    base: Base | None,
+    base: WeightOf | None,
 ) -> tuple[LoraModule, float, float]:
     """(module, share of the energy that it keeps, that energy)."""
     low = [term.low_rank() for term in terms]

@@ -55,7 +55,7 @@ _PREDICTIONS = MappingProxyType({"epsilon": "epsilon", "v": "v_prediction", "v_p
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredBase:
     """A base's parameters and where they lie. root: the folder or file. name: its public name. prediction_type: where
     the folder's scheduler or the file's metadata says it."""
 
@@ -95,7 +95,7 @@ class Stored:
         return self.read(parameter).float()
 
 
-def stored(source: str | os.PathLike[str]) -> Stored:
+def stored(source: str | os.PathLike[str]) -> StoredBase:
     """The parameters of `pocket`, a hub id, a diffusers folder or a checkpoint, without reading them.
 
     Raises BaseModelError, or FileError for a broken file.
@@ -106,7 +106,7 @@ def stored(source: str | os.PathLike[str]) -> Stored:
     return _in_folder(path, name)
 
 
-def _in_file(path: Path, name: str) -> Stored:
+def _in_file(path: Path, name: str) -> StoredBase:
     header = read_header(path)
     family = family_of_names(header.tensors, path.name)
     config = single_file.unet_config(header, family)
@@ -125,7 +125,7 @@ def _in_file(path: Path, name: str) -> Stored:
             place = Place(path, real.get(old, prefix + old), tuple(value.shape), third, transposed)
             _place(places, (encoder.folder, key), header, place)
     said = _PREDICTIONS.get(header.metadata.get("modelspec.prediction_type", ""), "")
-    return Stored(path, name, family, MappingProxyType(places), said)
+    return StoredBase(path, name, family, MappingProxyType(places), said)
 
 
 def _place(places: dict[Parameter, Place], parameter: Parameter, header: Header, place: Place) -> None:
@@ -134,7 +134,7 @@ def _place(places: dict[Parameter, Place], parameter: Parameter, header: Header,
     places[parameter] = place
 
 
-def _in_folder(path: Path, name: str) -> Stored:
+def _in_folder(path: Path, name: str) -> StoredBase:
     if not (path / "model_index.json").is_file():
         raise BaseModelError(f"{path.name}: no model_index.json, so it is no diffusers folder. Name its whole folder.")
     config = folders.read_config(path, "unet/config.json")
@@ -148,7 +148,7 @@ def _in_folder(path: Path, name: str) -> Stored:
     if (path / "scheduler/scheduler_config.json").is_file():
         config = folders.read_config(path, "scheduler/scheduler_config.json")
         said = _PREDICTIONS.get(config.get("prediction_type", "epsilon"), "")  # diffusers' own default
-    return Stored(path, name, family, MappingProxyType(places), said)
+    return StoredBase(path, name, family, MappingProxyType(places), said)
 
 
 def _text_shapes(path: Path, encoder: Encoder) -> dict[str, tuple[int, ...]]:
