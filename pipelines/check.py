@@ -57,13 +57,13 @@ def main(argv: Sequence[str]) -> int:
     """Print what was found; 1 if training would stop, else 0."""
     # A first word that ends in .toml is the data set, not a config of this program (--config names one).
     config = parse(Config, ["--images", *argv] if argv and argv[0].lower().endswith(".toml") else argv, program="check")
+    from sfumato.data.needs import needs_of
     from sfumato.data.report import check
-    from sfumato.data.target import target_of
 
     _refuse(config)
     report = check(
         config.images,
-        target_of(config.base),
+        needs_of(config.base),
         resolution=config.resolution,
         batch=config.batch,
         caption_template=config.caption,
@@ -131,7 +131,7 @@ def render(report: Report) -> str:
     good = sum(1 for look in report.looks if not look.error)
     lines = [
         f"{report.path}: {good:,} of {len(report.looks):,} pictures can be learned from, {report.samples:,} samples an "
-        f"epoch, for {report.target.name} at {report.resolution} px",
+        f"epoch, for {report.needs.name} at {report.resolution} px",
     ]
     shapes = ", ".join(f"{width} x {height}: {count:,}" for (width, height), count in report.buckets.items())
     if shapes:

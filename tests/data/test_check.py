@@ -14,8 +14,8 @@ from PIL.PngImagePlugin import PngInfo
 from sfumato.pipelines.check import main, render
 
 from sfumato.data import open_image, prepare, read_folder
+from sfumato.data.needs import needs_of
 from sfumato.data.report import check
-from sfumato.data.target import target_of
 from sfumato.errors import BaseModelError, ConfigError, DataError
 
 
@@ -61,7 +61,7 @@ def found(report, kind):
 
 @pytest.fixture(scope="module")
 def report(messy_once):
-    return check(messy_once, target_of("pocket"), resolution=64, batch=4)
+    return check(messy_once, needs_of("pocket"), resolution=64, batch=4)
 
 
 def test_each_flaw_is_found_in_its_picture_and_in_no_other(report):
@@ -81,7 +81,7 @@ def test_each_flaw_is_found_in_its_picture_and_in_no_other(report):
 def test_a_name_with_brackets_stays_whole(tmp_path):
     noise_picture(20, 20).save(tmp_path / "photo (1).png")
     noise_picture(200, 64, seed=1).save(tmp_path / "wide (2).png")
-    report = check(tmp_path, target_of("pocket"), caption_template="x")
+    report = check(tmp_path, needs_of("pocket"), caption_template="x")
     assert found(report, "too small") == ["photo (1).png"]
     assert found(report, "cropped") == ["wide (2).png"]
 
@@ -103,7 +103,7 @@ def two_folders(tmp_path) -> Path:
 
 
 def test_files_of_one_name_are_told_apart(two_folders, base):
-    report = check(two_folders, target_of("pocket"))
+    report = check(two_folders, needs_of("pocket"))
     assert found(report, "bad") == ["b/00.png"]
     assert next(line.text for line in report.lines if line.kind == "bad").startswith("b/00.png: ")
     assert found(report, "duplicate") == ["a/01.png", "b/01.png"]
@@ -112,7 +112,7 @@ def test_files_of_one_name_are_told_apart(two_folders, base):
 
 
 def test_what_each_folder_gives_is_said(two_folders):
-    report = check(two_folders, target_of("pocket"))
+    report = check(two_folders, needs_of("pocket"))
     assert report.folders == ["a: 2 pictures x 3", "b: 2 pictures of the class"]
     assert "folder   a: 2 pictures x 3" in render(report)
     assert report.to_dict()["folders"] == report.folders
@@ -121,23 +121,23 @@ def test_what_each_folder_gives_is_said(two_folders):
 def test_pictures_of_a_class_are_in_no_epoch(two_folders):
     """As `lora` and `dreambooth` learn from them."""
     noise_picture(96, 48).save(two_folders.parent / "dogs/a/00.png")
-    report = check(two_folders, target_of("pocket"))
+    report = check(two_folders, needs_of("pocket"))
     assert (report.samples, report.buckets) == (6, {(64, 64): 3, (80, 48): 3})
     two_folders.write_text(two_folders.read_text().replace("class = true", ""))
-    assert check(two_folders, target_of("pocket")).buckets == {(64, 64): 4, (80, 48): 3}
+    assert check(two_folders, needs_of("pocket")).buckets == {(64, 64): 4, (80, 48): 3}
 
 
 def test_masks_are_missed_only_where_a_source_has_them(two_folders):
     noise_picture().save(two_folders.parent / "dogs/a/00.mask.png")
     two_folders.write_text(two_folders.read_text().replace("repeats = 3", 'mask = "files"'))
-    assert found(check(two_folders, target_of("pocket")), "mask missing") == ["a/01.png"]
+    assert found(check(two_folders, needs_of("pocket")), "mask missing") == ["a/01.png"]
 
 
 def test_files_are_told_apart_wherever_their_folders_are_named_from(two_folders, monkeypatch):
     monkeypatch.chdir(two_folders.parent)
     text = two_folders.read_text().replace('"dogs/b"', f'"{two_folders.parent}/dogs/b"')
     Path("dataset.toml").write_text(text)
-    assert found(check(Path("dataset.toml"), target_of("pocket")), "bad") == ["b/00.png"]
+    assert found(check(Path("dataset.toml"), needs_of("pocket")), "bad") == ["b/00.png"]
     monkeypatch.chdir("dogs/b")
     Path("01.png").write_bytes(b"")
     with pytest.raises(DataError, match="1 of 2 pictures in b cannot be learned from"):
@@ -148,7 +148,7 @@ def test_a_finding_about_several_pictures_comes_once(tmp_path):
     for suffix in ("png", "webp"):
         noise_picture(seed=len(suffix)).save(tmp_path / f"a.{suffix}")
     (tmp_path / "a.txt").write_text("")
-    report = check(tmp_path, target_of("pocket"), caption_template="x")
+    report = check(tmp_path, needs_of("pocket"), caption_template="x")
     assert [line.names for line in report.lines if line.kind == "caption"] == [("a.png", "a.webp")]
 
 
@@ -169,7 +169,7 @@ def test_the_text_names_what_stops_training_first(report):
 
 
 def test_what_the_check_calls_fine_training_takes(pictures):
-    report = check(pictures, target_of("pocket"), caption_template="{caption}")
+    report = check(pictures, needs_of("pocket"), caption_template="{caption}")
     assert not report.stops
     assert [e.caption for e in report.examples] == [
         e.caption for e in read_folder(pictures, caption_template="{caption}")
@@ -178,7 +178,7 @@ def test_what_the_check_calls_fine_training_takes(pictures):
 
 def test_the_end_of_a_long_caption_is_shown(pictures):
     (pictures / "crab.txt").write_text("crab, " + "very " * 90 + "end of it")
-    report = check(pictures, target_of("sd1"), caption_template="{caption}")
+    report = check(pictures, needs_of("sd1"), caption_template="{caption}")
     cut = [line for line in report.lines if line.kind == "caption cut"]
     assert cut[0].names == ("crab.png",)
     assert cut[0].text.endswith("end of it'")
@@ -194,12 +194,12 @@ def test_the_end_of_a_long_caption_is_shown(pictures):
     ],
 )
 def test_a_trigger_is_shown_as_it_tokenizes(pictures, word, kind, text):
-    report = check(pictures, target_of("sd1"), caption_template="{caption}, {trigger}", trigger=word)
+    report = check(pictures, needs_of("sd1"), caption_template="{caption}, {trigger}", trigger=word)
     assert any(text in line.text for line in report.lines if line.kind == kind)
 
 
 def test_the_class_beside_a_rare_word_is_no_flaw(pictures):
-    report = check(pictures, target_of("sd1"), caption_template="{trigger}", trigger="sks dog")
+    report = check(pictures, needs_of("sd1"), caption_template="{trigger}", trigger="sks dog")
     assert not [line for line in report.lines if line.kind == "trigger ordinary"]
     assert any("'dog' is an ordinary word, as the class" in line.text for line in report.lines)
 
@@ -209,25 +209,25 @@ def test_the_class_beside_a_rare_word_is_no_flaw(pictures):
     [("pocket", (4, 64, 16)), ("sd1", (8, 512, 64)), ("sdxl", (8, 1024, 64)), ("sd2", (8, 768, 64))],
 )
 def test_what_a_base_wants_is_known_without_its_weights(name, expected):
-    target = target_of(name)
-    assert (target.vae_factor, target.resolution, target.step(target.resolution)) == expected
-    assert target.token_limit == 75
+    needs = needs_of(name)
+    assert (needs.vae_factor, needs.resolution, needs.step(needs.resolution)) == expected
+    assert needs.token_limit == 75
 
 
 def test_a_folder_tells_the_same_as_the_loaded_base(pocket_folder):
     from sfumato.bases import load_base
     from tests.tiny import CPU
 
-    base, target = load_base(str(pocket_folder), precision=CPU), target_of(str(pocket_folder))
-    assert (target.vae_factor, target.resolution) == (base.vae_factor, base.resolution)
-    assert target.token_limit == base.token_limit
+    base, needs = load_base(str(pocket_folder), precision=CPU), needs_of(str(pocket_folder))
+    assert (needs.vae_factor, needs.resolution) == (base.vae_factor, base.resolution)
+    assert needs.token_limit == base.token_limit
     caption = "a red cat " * 40
-    assert target.cut_off(caption) == base.cut_off(caption) != ""
+    assert needs.cut_off(caption) == base.cut_off(caption) != ""
 
 
 def test_a_base_that_is_not_here_names_the_families():
     with pytest.raises(BaseModelError, match=r"somebody/something: not on this machine.*sd1, sd2, sdxl"):
-        target_of("somebody/something")
+        needs_of("somebody/something")
 
 
 def test_json_holds_every_picture_and_finding_and_the_exit_code_is_1(messy, capsys):
@@ -278,7 +278,7 @@ def test_the_mended_copy_is_fine_and_the_originals_are_untouched(messy, tmp_path
     assert Image.open(target / "turned.png").size == (64, 96)
     assert open_image(target / "turned.png").tobytes() == open_image(messy / "turned.jpg").tobytes()
     assert (target / "tiny.txt").read_text(encoding="utf-8") == "café élégant, déjà vu\n"
-    assert not found(check(target, target_of("pocket")), "bad")
+    assert not found(check(target, needs_of("pocket")), "bad")
 
 
 def test_a_mended_data_set_names_its_copies(messy, tmp_path):
@@ -353,7 +353,7 @@ def test_what_training_refuses_stops_it_in_the_report(toml, what, tmp_path):
     noise_picture().save(tmp_path / "dogs/a.png")
     (tmp_path / "dogs/a.txt").write_text("a dog")
     (tmp_path / "d.toml").write_text(toml)
-    report = check(tmp_path / "d.toml", target_of("pocket"))
+    report = check(tmp_path / "d.toml", needs_of("pocket"))
     assert [what in line.text for line in report.lines if line.stops] == [True]
     assert not any("learned whole" in line.text for line in report.lines)
 

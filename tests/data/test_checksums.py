@@ -15,10 +15,10 @@ from sfumato.data.buckets import bucket_sizes
 from sfumato.data.checksums import NAME, file_digest, read_sums, write_sums
 from sfumato.data.folder import Example
 from sfumato.data.mending import mend
+from sfumato.data.needs import needs_of
 from sfumato.data.report import check
 from sfumato.data.source import sources_of
 from sfumato.data.survey import look_at
-from sfumato.data.target import target_of
 from sfumato.errors import ConfigError, DataError
 
 KINDS = kinds()
@@ -121,10 +121,10 @@ def test_what_is_missing_or_not_listed_is_said(summed):
 
 
 def test_check_names_it_as_what_stops_training(summed):
-    assert not check(summed, target_of("pocket")).stops
+    assert not check(summed, needs_of("pocket")).stops
     change(summed / "a.bmp")
     (summed / "b.txt").write_text("other")
-    report = check(summed, target_of("pocket"))
+    report = check(summed, needs_of("pocket"))
     assert report.stops
     assert sorted(text.split(":")[0] for text in (line.text for line in report.lines if line.stops)) == [
         "a.bmp",

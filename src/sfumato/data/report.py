@@ -12,10 +12,10 @@ from sfumato.data.buckets import Size, bucket_sizes
 from sfumato.data.duplicates import duplicates
 from sfumato.data.folder import Example, MaskSource, caption_of, labelled, labels_of, no_masks, no_pictures, no_subject
 from sfumato.data.listing import Found, Ignored, some
+from sfumato.data.needs import Needs
 from sfumato.data.options import CropMode, Options
 from sfumato.data.source import Source, sources_of
 from sfumato.data.survey import Look, survey
-from sfumato.data.target import Target
 from sfumato.errors import ConfigError
 
 COMMON_ID = 40_000
@@ -38,7 +38,7 @@ class Report:
     the others'. captioned: whether somebody wrote its caption, rather than a folder's name or a template."""
 
     path: Path
-    target: Target
+    needs: Needs
     resolution: int
     batch: int
     examples: tuple[Example, ...]
@@ -90,7 +90,7 @@ class Report:
         ]
         return {
             "path": self.path.as_posix(),
-            "base": self.target.name,
+            "base": self.needs.name,
             "resolution": self.resolution,
             "pictures": len(pictures),
             "samples": self.samples,
@@ -108,7 +108,7 @@ class Report:
 
 def check(
     path: Path,
-    target: Target,
+    needs: Needs,
     *,
     resolution: int | None = None,
     batch: int = 1,
@@ -124,8 +124,8 @@ def check(
 
     Raises DataError where there is no folder or no picture, ConfigError for options that make no sense.
     """
-    side = resolution or target.resolution
-    step = target.step(side)
+    side = resolution or needs.resolution
+    step = needs.step(side)
     if side < step:
         raise ConfigError(f"--resolution {side}: this base takes multiples of {step} px. Give {step} or more.")
     sources = sources_of(path, caption_template=caption_template, trigger=trigger, mask=mask)
@@ -147,14 +147,14 @@ def check(
     if not any(example.group == "instance" for example in examples):
         lines.append(Line("no subject", str(no_subject(path)), stops=True))
     labels = labels_of([example.path for example in examples])
-    looks = tuple(survey(examples, sizes, target.vae_factor, thumbnails=thumbnails, progress=progress))
+    looks = tuple(survey(examples, sizes, needs.vae_factor, thumbnails=thumbnails, progress=progress))
     counts: Counter[Size] = Counter()
     for example, look in zip(examples, looks, strict=True):
         if look.crop is not None and example.group == "instance":
             counts[look.crop.size] += example.repeats
     report = Report(
         path,
-        target,
+        needs,
         side,
         batch,
         tuple(examples),
@@ -211,9 +211,9 @@ def _captions(report: Report, founds: Sequence[Found]) -> Iterator[Line]:
         advice = 'Write NAME.txt beside each, run `sfumato caption --write`, or pass --caption "{caption}".'
         text = f"{_count(missing)} no caption: {some(missing, 4)}. {advice}"
         yield Line("caption missing", text, tuple(missing), True)
-    limit = report.target.token_limit
+    limit = report.needs.token_limit
     for caption, names in _by_caption(report).items():
-        if cut := report.target.cut_off(caption):
+        if cut := report.needs.cut_off(caption):
             text = f"{some(names, 4)}: the caption is longer than {limit} tokens; its end is not seen: ... {cut!r}"
             yield Line("caption cut", text, tuple(names))
 
@@ -287,8 +287,8 @@ def _trigger(report: Report, trigger: str) -> Iterator[Line]:
         yield Line(
             "trigger unused", f'no caption holds the trigger {trigger!r}; pass --caption "{{caption}}, {{trigger}}"'
         )
-    words = {word: report.target.pieces(word) for word in trigger.split()}
-    vocabulary = len(report.target.tokenizer)
+    words = {word: report.needs.pieces(word) for word in trigger.split()}
+    vocabulary = len(report.needs.tokenizer)
     ordinary = {
         word: len(pieces) == 1 and (pieces[0][1] < COMMON_ID or vocabulary < COMMON_ID)
         for word, pieces in words.items()

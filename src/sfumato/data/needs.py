@@ -1,4 +1,4 @@
-"""What a base wants of its pictures and captions, read from its configs: no weight is loaded, nor torch."""
+"""What a base needs of its pictures and captions, read from its configs: no weight is loaded, nor torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PACKAGE = Path(sfumato.__file__).parent
 
 
 @dataclass(frozen=True)
-class Target:
+class Needs:
     """name: of the base. folder: with the configs. vae_factor: pixels to a latent. levels: of the U-Net. resolution:
     side in pixels of what it was trained on. token_limit: tokens of a caption that are seen, both ends not counted."""
 
@@ -60,8 +60,8 @@ class Target:
         return list(zip(self.tokenizer.convert_ids_to_tokens(ids), ids, strict=True))
 
 
-def target_of(base: str) -> Target:
-    """What `base` wants: pocket, sd1, sd2, sdxl, a diffusers folder, a checkpoint, or a hub id in the local cache.
+def needs_of(base: str) -> Needs:
+    """What `base` needs: pocket, sd1, sd2, sdxl, a diffusers folder, a checkpoint, or a hub id in the local cache.
 
     Raises BaseModelError where its configs are not on this machine.
     """
@@ -69,7 +69,7 @@ def target_of(base: str) -> Target:
     unet, vae = _config(folder, "unet"), _config(folder, "vae")
     text = _config(folder, "text_encoder")
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
-    return Target(
+    return Needs(
         Path(base).name if Path(base).exists() else base,
         folder,
         factor,
