@@ -9,7 +9,7 @@ from sfumato import data, diffusion
 from sfumato.bases import load_base
 from sfumato.crossed import FROM, Crossing
 from sfumato.errors import DataError
-from sfumato.halves import draw_half
+from sfumato.noising import draw_noised
 from tests.tiny import CPU
 
 
@@ -28,13 +28,13 @@ def dataset(base, pictures):
     return prepared(base, pictures, flip=True)
 
 
-def halves(base, dataset, crossing, step=3, batch=8):
-    plain = draw_half(base, dataset, 0, step, batch, 0, batch, embed_text=False)
+def both(base, dataset, crossing, step=3, batch=8):
+    plain = draw_noised(base, dataset, 0, step, batch, 0, batch, embed_text=False)
     return plain, crossing.cross(plain, step, 0)
 
 
-def noised(base, half):
-    return diffusion.noise_latents(half.batch.latents, half.noise, base.alpha_bar[half.timesteps])
+def noisy(base, noised):
+    return diffusion.noise_latents(noised.batch.latents, noised.noise, base.alpha_bar[noised.timesteps])
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
@@ -57,9 +57,9 @@ def test_a_base_that_sees_one_thing_everywhere_draws_that(kind, base, dataset, m
 
 def test_what_is_seen_lies_between_and_what_is_asked_for_is_the_picture(base, dataset):
     crossing = Crossing(base, dataset, 0, 1.0, shown=False)
-    plain, crossed = halves(base, dataset, crossing)
+    plain, crossed = both(base, dataset, crossing)
     a = base.alpha_bar[plain.timesteps]
-    latents, seen = plain.batch.latents, noised(base, crossed)
+    latents, seen = plain.batch.latents, noisy(base, crossed)
     assert_close(diffusion.denoised(base.prediction_type, seen, crossed.target, a)[0], latents, rtol=0, atol=1e-4)
     rows = [row for row, timestep in enumerate(plain.timesteps) if timestep >= FROM * len(base.alpha_bar)]
     assert 0 < len(rows) < len(latents)
@@ -68,7 +68,7 @@ def test_what_is_seen_lies_between_and_what_is_asked_for_is_the_picture(base, da
             assert torch.equal(crossed.noise[row], plain.noise[row])
             continue
         drawn = crossing._drawn[plain.batch.indices[row], plain.batch.variants[row]]
-        moved = (seen[row] - noised(base, plain)[row]) / a[row].sqrt()
+        moved = (seen[row] - noisy(base, plain)[row]) / a[row].sqrt()
         part = (moved * (drawn - latents[row])).sum() / (drawn - latents[row]).square().sum()
         assert 0 < part < 1
         assert_close(moved, part * (drawn - latents[row]), rtol=0, atol=1e-3)
@@ -80,7 +80,7 @@ def test_the_share_is_that_of_the_samples(base, dataset):
         crossing = Crossing(base, dataset, 0, share, shown=False)
         changed = total = 0
         for step in range(12):
-            plain, crossed = halves(base, dataset, crossing, step)
+            plain, crossed = both(base, dataset, crossing, step)
             could = plain.timesteps >= FROM * len(base.alpha_bar)
             changed += int((crossed.noise != plain.noise).flatten(1).any(1).sum())
             total += int(could.sum())
@@ -91,8 +91,8 @@ def test_the_share_is_that_of_the_samples(base, dataset):
 
 def test_a_place_of_the_global_batch_is_crossed_alike_whoever_draws_it(base, dataset):
     crossing = Crossing(base, dataset, 0, 0.5, shown=False)
-    _, whole = halves(base, dataset, crossing)
-    part = draw_half(base, dataset, 0, 3, 8, 4, 4, embed_text=False)
+    _, whole = both(base, dataset, crossing)
+    part = draw_noised(base, dataset, 0, 3, 8, 4, 4, embed_text=False)
     assert torch.equal(crossing.cross(part, 3, 4).noise, whole.noise[4:])
 
 

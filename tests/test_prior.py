@@ -13,8 +13,8 @@ from sfumato.bases import load_base
 from sfumato.bases.vocabulary import clip_tokenizer
 from sfumato.class_pictures import about, class_folder, draw_class, read_class
 from sfumato.errors import DataError
-from sfumato.halves import calls, draw_half
 from sfumato.identifier import examine, is_ordinary
+from sfumato.noising import calls, draw_noised
 from sfumato.prior import BasePrediction, ClassPictures, DriftLimit
 from sfumato.subject import Kept, Subject
 from tests.tiny import CPU
@@ -99,7 +99,7 @@ def test_drawn_pictures_are_read_with_their_prompts(draw, base, tmp_path):
 
 
 def test_the_class_half_is_drawn_independently_of_the_subjects(base, dataset):
-    of_subject = draw_half(base, dataset, 0, 0, COUNT, 0, COUNT)
+    of_subject = draw_noised(base, dataset, 0, 0, COUNT, 0, COUNT)
     of_class = ClassPictures(base, dataset, 0).draw(0, COUNT, 0, COUNT)
     assert not torch.equal(of_subject.noise, of_class.noise)
     assert not torch.equal(of_subject.timesteps, of_class.timesteps)
@@ -109,8 +109,8 @@ def test_the_class_half_is_drawn_independently_of_the_subjects(base, dataset):
     assert len(both.batch.captions) == len(both.target) == 2 * COUNT
 
 
-def test_halves_of_one_shape_are_one_call_and_those_of_two_are_two(base, dataset):
-    one, other = (draw_half(base, dataset, seed, 0, COUNT, 0, COUNT) for seed in (0, 1))
+def test_parts_of_one_shape_are_one_call_and_those_of_two_are_two(base, dataset):
+    one, other = (draw_noised(base, dataset, seed, 0, COUNT, 0, COUNT) for seed in (0, 1))
     wide = dataclasses.replace(other, noise=other.noise.repeat(1, 1, 1, 2))
     assert [len(call.noise) for call in calls([one, other, wide, one])] == [2 * COUNT, COUNT, COUNT]
     assert torch.equal(calls([one, other])[0].target, torch.cat([one.target, other.target]))
@@ -128,12 +128,12 @@ def test_the_target_is_the_base_as_it_was_whatever_becomes_of_it(pocket_folder, 
     with torch.no_grad():
         for parameter in base.unet.parameters():
             parameter.mul_(1.5)
-    for (step, first), half in zip(places, asked, strict=True):
+    for (step, first), noised in zip(places, asked, strict=True):
         again = kept.draw(step, 2 * COUNT, first, COUNT)
-        assert torch.equal(again.target, half.target)
-        assert torch.equal(again.noise, half.noise)
-        assert again.batch.captions == half.batch.captions
-    assert {caption for half in asked for caption in half.batch.captions} == {"cat", "red"}
+        assert torch.equal(again.target, noised.target)
+        assert torch.equal(again.noise, noised.noise)
+        assert again.batch.captions == noised.batch.captions
+    assert {caption for noised in asked for caption in noised.batch.captions} == {"cat", "red"}
 
 
 def test_one_process_asks_what_two_ask(base, dataset):

@@ -32,7 +32,7 @@ if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that 
     from sfumato.bases import Base
     from sfumato.data import Dataset, Folder
     from sfumato.files import Description
-    from sfumato.halves import Noising
+    from sfumato.noising import Noising
     from sfumato.prior import BasePrediction, ClassPictures
     from sfumato.processes import Processes
     from sfumato.runs import Run
@@ -128,8 +128,8 @@ def train(config: Config) -> Path:
     from sfumato.ema import Average
     from sfumato.finish import describe_run
     from sfumato.full import full_precision
-    from sfumato.halves import draw_half, errors_of
     from sfumato.measure import Measures
+    from sfumato.noising import draw_noised, errors_of
     from sfumato.prior import BasePrediction, DriftLimit, prepare_both
     from sfumato.processes import Processes
     from sfumato.runs import Run
@@ -218,13 +218,13 @@ def train(config: Config) -> Path:
         schedule.set(step.number, step.rate_factor)
         loss, class_loss = torch.zeros(2, device=precision.device)
         for start in starts:
-            half = draw_half(
+            noised = draw_noised(
                 base, dataset, config.seed, step.number, global_batch, start, config.batch, noising=noising
             )
-            subjects = len(half.batch)
+            subjects = len(noised.batch)
             beside = [prior.draw(step.number, global_batch, start, config.batch)] if prior else []
             with precision.autocast(), randomness.seeded(precision.device, config.seed, "dropout", step.number, start):
-                errors = errors_of(base, [half, *beside], encode=config.train_text_encoder, min_snr=config.min_snr)
+                errors = errors_of(base, [noised, *beside], encode=config.train_text_encoder, min_snr=config.min_snr)
                 of_subject = errors[:subjects].sum() / global_batch
                 of_class = errors[subjects:].sum() / global_batch
                 part = of_subject + config.prior_weight * of_class

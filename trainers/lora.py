@@ -32,7 +32,7 @@ if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that 
     from sfumato.data import Dataset, Folder
     from sfumato.embedding import Words
     from sfumato.files import Description
-    from sfumato.halves import Noising
+    from sfumato.noising import Noising
     from sfumato.prior import BasePrediction, ClassPictures
     from sfumato.processes import Processes
     from sfumato.runs import Run
@@ -113,8 +113,8 @@ def train(config: Config) -> Path:
     from sfumato.adapters import attach, hosts
     from sfumato.ema import Average
     from sfumato.full import parts_of
-    from sfumato.halves import draw_half, errors_of
     from sfumato.measure import Measures
+    from sfumato.noising import draw_noised, errors_of
     from sfumato.placeholders import shortened, warnings_of
     from sfumato.prior import prepare_both
     from sfumato.processes import Processes
@@ -208,16 +208,16 @@ def train(config: Config) -> Path:
             words.requires_grad_(words_alone or not config.words_first)
         loss, prior_loss = torch.zeros(2, device=precision.device)
         for start in starts:
-            half = draw_half(
+            noised = draw_noised(
                 base, dataset, config.seed, step.number, global_batch, start, config.batch, noising=noising
             )
             if crossing:
-                half = crossing.cross(half, step.number, start)
-            learned, in_loop = len(half.batch), config.train_text_encoder or bool(words)
+                noised = crossing.cross(noised, step.number, start)
+            learned, in_loop = len(noised.batch), config.train_text_encoder or bool(words)
             beside = [prior.draw(step.number, global_batch, start, config.batch) for prior in priors]
             lora.drop_by(config.seed, step.number, range(start, start + learned))
             with precision.autocast():
-                errors = errors_of(base, [half, *beside], encode=in_loop, min_snr=config.min_snr)
+                errors = errors_of(base, [noised, *beside], encode=in_loop, min_snr=config.min_snr)
                 part = errors[:learned].sum() / global_batch
                 if priors:
                     of_prior = errors[learned:].sum() / global_batch

@@ -23,7 +23,7 @@ from sfumato.drawing import LATENTS_AT_ONCE
 if TYPE_CHECKING:
     from sfumato.bases import Base, TextEmbedding
     from sfumato.data import Batch, Dataset
-    from sfumato.halves import Half
+    from sfumato.noising import NoisedBatch
 
 BEGINNINGS = (0.6, 0.75, 0.9)
 """Shares of the timesteps at which the base takes up a picture; each of its views has one of them."""
@@ -77,16 +77,16 @@ class Crossing:
             latents, noise = diffusion.denoised(base.prediction_type, noisy, prediction, now)
         return latents
 
-    def cross(self, half: Half, step: int, first: int) -> Half:
+    def cross(self, noised: NoisedBatch, step: int, first: int) -> NoisedBatch:
         """The samples of a step, from place `first` of its global batch on, a share of those from FROM on crossed."""
-        latents, shown = half.batch.latents, half.batch.latents.clone()
-        views = zip(half.batch.indices, half.batch.variants, strict=True)
-        for row, (view, timestep) in enumerate(zip(views, half.timesteps.tolist(), strict=True)):
+        latents, shown = noised.batch.latents, noised.batch.latents.clone()
+        views = zip(noised.batch.indices, noised.batch.variants, strict=True)
+        for row, (view, timestep) in enumerate(zip(views, noised.timesteps.tolist(), strict=True)):
             place = first + row
             if timestep >= self._first and randomness.uniform(self._seed, "crossed", step, place) < self._share:
                 part = randomness.uniform(self._seed, "crossed part", step, place)
                 shown[row] = torch.lerp(latents[row], self._drawn[view], part)
-        alpha_bar = self._base.alpha_bar.to(latents.device)[half.timesteps]
-        noise = diffusion.crossing_noise(latents, shown, half.noise, alpha_bar)
+        alpha_bar = self._base.alpha_bar.to(latents.device)[noised.timesteps]
+        noise = diffusion.crossing_noise(latents, shown, noised.noise, alpha_bar)
         target = diffusion.target(self._base.prediction_type, latents, noise, alpha_bar)
-        return dataclasses.replace(half, noise=noise, target=target)
+        return dataclasses.replace(noised, noise=noise, target=target)

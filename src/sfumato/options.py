@@ -20,7 +20,7 @@ from sfumato.prompts import without_flags
 if TYPE_CHECKING:  # help loads no torch
     from sfumato.bases import Base
     from sfumato.data import Dataset, Folder
-    from sfumato.halves import Noising
+    from sfumato.noising import Noising
     from sfumato.precision import Precision
     from sfumato.processes import Processes
 
@@ -210,7 +210,7 @@ class StepOptions:
 
     def noising(self, base: Base) -> Noising:
         """How pictures are noised. Raises ConfigError for timesteps that the base does not have."""
-        from sfumato.halves import Noising
+        from sfumato.noising import Noising
 
         count = len(base.alpha_bar)
         stop = count if self.max_timestep is None else self.max_timestep

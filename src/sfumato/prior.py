@@ -18,13 +18,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sfumato import embedding, randomness
-from sfumato.halves import Half, draw_half
+from sfumato.noising import NoisedBatch, Noising, draw_noised
 from sfumato.objective import predict
 
 if TYPE_CHECKING:
     from sfumato.bases import Base
     from sfumato.data import Dataset, Folder
-    from sfumato.halves import Noising
     from sfumato.options import TrainerOptions
     from sfumato.processes import Processes
 
@@ -71,9 +70,9 @@ class ClassPictures:
         self._base, self._data, self._noising = base, data, noising
         self._seed = class_seed(seed)
 
-    def draw(self, step: int, global_batch: int, first: int, count: int) -> Half:
+    def draw(self, step: int, global_batch: int, first: int, count: int) -> NoisedBatch:
         """The class's share of a step: as many samples as the subject's, drawn independently of them."""
-        return draw_half(self._base, self._data, self._seed, step, global_batch, first, count, noising=self._noising)
+        return draw_noised(self._base, self._data, self._seed, step, global_batch, first, count, noising=self._noising)
 
 
 class BasePrediction:
@@ -82,7 +81,7 @@ class BasePrediction:
     data: pictures to be noised; those of the subject serve, because the target is a prediction and not the picture.
     Their captions are not used, so `data` needs no embeddings of them. prompts: taken in turns. order: the seed of
     which pictures are taken; where `data` is the subject's, that of its half gives each step the pictures, and so the
-    shapes, of that half. embed_text: whether the halves hold the prompts' embeddings, as those beside them hold their
+    shapes, of that half. embed_text: whether what is drawn holds the prompts' embeddings, as the subject's holds its
     captions'.
 
     Targets are computed in `pristine`, a context in which the base predicts as it did before the training; where there
@@ -129,47 +128,47 @@ class BasePrediction:
         wanted = sorted({step % self._period for step in steps})
         for step in tqdm(wanted, desc="asking the base", unit="step", file=sys.stderr, disable=not shown):
             for first in starts:
-                half = self._bare(step, global_batch, first, count)
-                self._kept[step, first] = self._predict(half).to("cpu", self._dtype)
+                noised = self._bare(step, global_batch, first, count)
+                self._kept[step, first] = self._predict(noised).to("cpu", self._dtype)
         mib = sample * count * len(starts) * len(wanted) / 2**20
         again = f", which repeat after {self._period} steps" if len(steps) > self._period else ""
         return f"the base's predictions for {len(wanted)} steps{again}: {mib:,.0f} MiB"
 
-    def draw(self, step: int, global_batch: int, first: int, count: int) -> Half:
+    def draw(self, step: int, global_batch: int, first: int, count: int) -> NoisedBatch:
         """The class's share of a step: as many samples as the subject's, with noise and timesteps of their own."""
         if self._period:
             step %= self._period
-        half = self._bare(step, global_batch, first, count)
+        noised = self._bare(step, global_batch, first, count)
         if self._period:
-            return dataclasses.replace(half, target=self._kept[step, first].to(half.noise))
+            return dataclasses.replace(noised, target=self._kept[step, first].to(noised.noise))
         assert self._pristine is not None, "without a context, remember() comes first"
         with self._pristine():
-            return dataclasses.replace(half, target=self._predict(half))
+            return dataclasses.replace(noised, target=self._predict(noised))
 
     @property
     def _dtype(self) -> torch.dtype:
         return self._base.precision.compute
 
-    def _bare(self, step: int, global_batch: int, first: int, count: int) -> Half:
+    def _bare(self, step: int, global_batch: int, first: int, count: int) -> NoisedBatch:
         """The draw with the class prompts as its captions; its target is not the base's prediction yet."""
         place_in_run = (self._seed, step, global_batch, first, count)
-        half = draw_half(
+        noised = draw_noised(
             self._base, self._data, *place_in_run, noising=self._noising, embed_text=False, order=self._order
         )
-        rows = [(step * global_batch + first + place) % len(self._prompts) for place in range(len(half.batch))]
+        rows = [(step * global_batch + first + place) % len(self._prompts) for place in range(len(noised.batch))]
         batch = dataclasses.replace(
-            half.batch,
+            noised.batch,
             text=self._text[rows] if self._embed_text else None,
             captions=[self._prompts[row] for row in rows],
             mask=None,
-            weights=torch.ones_like(half.batch.weights),
+            weights=torch.ones_like(noised.batch.weights),
         )
-        return dataclasses.replace(half, batch=batch)
+        return dataclasses.replace(noised, batch=batch)
 
     @torch.no_grad()
-    def _predict(self, half: Half) -> Tensor:
-        text = self._text[[self._prompts.index(caption) for caption in half.batch.captions]]
-        return predict(self._base, half.batch, half.noise, half.timesteps, text)
+    def _predict(self, noised: NoisedBatch) -> Tensor:
+        text = self._text[[self._prompts.index(caption) for caption in noised.batch.captions]]
+        return predict(self._base, noised.batch, noised.noise, noised.timesteps, text)
 
 
 def class_seed(seed: int) -> int:

@@ -1,4 +1,4 @@
-"""The halves of a training step, the subject's and what is kept beside it, each with all that its error depends on."""
+"""Batches with all that their error depends on: noise, timesteps and targets."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ class Noising:
 
 
 @dataclass(frozen=True)
-class Half:
-    """Samples with all that their error depends on. noise, target: as batch.latents. timesteps: (batch,)."""
+class NoisedBatch:
+    """A batch with all that its error depends on. noise, target: as batch.latents. timesteps: (batch,)."""
 
     batch: Batch
     noise: Tensor
     timesteps: Tensor
     target: Tensor
 
-    def beside(self, other: Half) -> Half:
+    def beside(self, other: NoisedBatch) -> NoisedBatch:
         """Both as one batch, these first."""
-        return Half(
+        return NoisedBatch(
             join(self.batch, other.batch),
             torch.cat([self.noise, other.noise]),
             torch.cat([self.timesteps, other.timesteps]),
@@ -45,13 +45,13 @@ class Half:
         )
 
 
-def errors_of(base: Base, halves: Sequence[Half], *, encode: bool, min_snr: float | None = None) -> Tensor:
-    """`denoising_errors` of all halves in their order, (samples,); those of one shape in one call of the U-Net.
+def errors_of(base: Base, parts: Sequence[NoisedBatch], *, encode: bool, min_snr: float | None = None) -> Tensor:
+    """`denoising_errors` of a step's parts in their order, (samples,); those of one shape in one call of the U-Net.
 
     encode: whether captions are encoded here, with gradients; else the batches hold their embeddings.
     """
     errors = []
-    for call in calls(halves):
+    for call in calls(parts):
         batch = call.batch
         text = embedding.encode(base, batch.captions, grad=True) if encode else batch.text
         assert text is not None
@@ -60,18 +60,18 @@ def errors_of(base: Base, halves: Sequence[Half], *, encode: bool, min_snr: floa
     return torch.cat(errors)
 
 
-def calls(halves: Sequence[Half]) -> list[Half]:
-    """The halves in their order, those beside each other whose latents are of one shape as one."""
-    found: list[Half] = []
-    for half in halves:
-        if found and found[-1].noise.shape[1:] == half.noise.shape[1:]:
-            found[-1] = found[-1].beside(half)
+def calls(parts: Sequence[NoisedBatch]) -> list[NoisedBatch]:
+    """The parts in their order, those beside each other whose latents are of one shape as one."""
+    found: list[NoisedBatch] = []
+    for part in parts:
+        if found and found[-1].noise.shape[1:] == part.noise.shape[1:]:
+            found[-1] = found[-1].beside(part)
         else:
-            found.append(half)
+            found.append(part)
     return found
 
 
-def draw_half(
+def draw_noised(
     base: Base,
     data: Dataset,
     seed: int,
@@ -83,7 +83,7 @@ def draw_half(
     noising: Noising | None = None,
     embed_text: bool = True,
     order: int | None = None,
-) -> Half:
+) -> NoisedBatch:
     """Samples `first` to `first + count` of a step's global batch, with noise, stratified timesteps and target.
 
     noising: at all of the base's timesteps, without an offset, if None. order: seed of which pictures they are, the
@@ -95,4 +95,4 @@ def draw_half(
     timesteps = diffusion.stratified_timesteps(global_batch, noising.timesteps, seed, step)[first : first + count]
     timesteps = timesteps.to(noise.device)
     alpha_bar = base.alpha_bar.to(noise.device)[timesteps]
-    return Half(batch, noise, timesteps, diffusion.target(base.prediction_type, batch.latents, noise, alpha_bar))
+    return NoisedBatch(batch, noise, timesteps, diffusion.target(base.prediction_type, batch.latents, noise, alpha_bar))
