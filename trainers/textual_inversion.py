@@ -77,10 +77,10 @@ def train(config: Config) -> Path:
     """Train, and return the path of the embedding; of the first one, if there are several."""
     import torch
 
-    from sfumato import diffusion, embedding, optimizers
+    from sfumato import embedding, optimizers
     from sfumato.ema import Average
     from sfumato.measure import Measures
-    from sfumato.objective import denoising_errors, draw_noise
+    from sfumato.noising import draw_noised, errors_of
     from sfumato.placeholders import files, shortened, warnings_of
     from sfumato.processes import Processes
     from sfumato.runs import Run
@@ -139,18 +139,15 @@ def train(config: Config) -> Path:
     noising = config.noising(base)
     for step in run.steps(config.steps):
         schedule.set(step.number, step.rate_factor)
-        # Timesteps cover the schedule once in a global batch; each process takes its own part of them.
-        timesteps = diffusion.stratified_timesteps(global_batch, noising.timesteps, config.seed, step.number)
-        timesteps = timesteps.to(precision.device)
         loss = torch.zeros((), device=precision.device)
         for start in starts:
-            batch = dataset.batch(config.seed, step.number, global_batch, start, config.batch)
-            noise = draw_noise(batch, config.seed, step.number, start, offset=noising.offset)
-            captions = put_into(batch.captions, templates, config.seed, step.number, start)
-            mine = timesteps[start : start + config.batch]
+            noised = draw_noised(
+                base, dataset, config.seed, step.number, global_batch, start, config.batch, noising=noising
+            )
+            captions = put_into(noised.batch.captions, templates, config.seed, step.number, start)
+            noised = dataclasses.replace(noised, batch=dataclasses.replace(noised.batch, captions=captions))
             with precision.autocast():
-                text = embedding.encode(base, captions, grad=True)
-                errors = denoising_errors(base, batch, noise, mine, text, min_snr=config.min_snr)
+                errors = errors_of(base, [noised], encode=True, min_snr=config.min_snr)
                 part = errors.sum() / global_batch
             if part.requires_grad:  # not where all captions of the batch were dropped and SDXL has zeros for them
                 scaler.scale(part).backward()
