@@ -11,11 +11,12 @@ from torch.testing import assert_close
 from sfumato import embedding
 from sfumato.bases import load_base
 from sfumato.data.folder import Example, Folder
+from sfumato.data.stands_for import put_into_captions
 from sfumato.errors import AdapterError, ConfigError, DataError, FileError
 from sfumato.files import read_embedding, read_header, write_tensors
 from sfumato.files.write_embedding import write_embedding
 from sfumato.known_words import _extend
-from sfumato.placeholders import holds, pieces, put_into_captions, shortened, warnings_of
+from sfumato.placeholders import holds, pieces, shortened, warnings_of
 from sfumato.precision import decide
 from tests.tiny import CPU, tiny_pipeline, write_folder
 

@@ -8,9 +8,9 @@ import torch
 
 from sfumato import cli
 from sfumato.data import read_folder
+from sfumato.data.stands_for import put_into_captions
 from sfumato.errors import ConfigError, DataError
 from sfumato.files import read_header, read_tensors
-from sfumato.placeholders import put_into_captions
 
 pytestmark = pytest.mark.usefixtures("quick")
 QUIET = ("--sample-every", "0", "--measure-every", "0", "--checkpoint-every", "0")

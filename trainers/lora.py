@@ -314,7 +314,7 @@ def written(config: Config) -> list[str]:
 
 def read_examples(config: Config) -> Folder:
     """The pictures and captions; new words are in the captions, or DataError says in which they are not."""
-    from sfumato.placeholders import put_into_captions
+    from sfumato.data.stands_for import put_into_captions
 
     examples = config.read_examples()
     if config.prior_weight is not None and not (config.prior_prompts or examples.of("class")):

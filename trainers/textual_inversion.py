@@ -193,7 +193,7 @@ def check(config: Config) -> None:
 
 def read_examples(config: Config) -> Folder:
     """The pictures, with captions that hold the placeholders. Raises DataError for captions that do not."""
-    from sfumato.placeholders import put_into_captions
+    from sfumato.data.stands_for import put_into_captions
 
     alone = config.caption is None and not config.stands_for and len(config.placeholder) == 1
     template = "{trigger}" if alone else config.caption

@@ -1,19 +1,15 @@
-"""Placeholders of new words: how they may be spelt, and how they come into captions."""
+"""Placeholders of new words: how they may be spelt, and where a text holds them."""
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from sfumato.errors import ConfigError, DataError
-
-if TYPE_CHECKING:
-    from sfumato.data import Example, Folder
+from sfumato.errors import ConfigError
 
 RATES: Mapping[str, float] = MappingProxyType({"pocket": 2e-2, "sd1": 2e-3, "sd2": 2e-3, "sdxl": 1e-3})
 """Peak learning rates of new words, by family; an entry of a CLIP table's row is about 0.014 in size."""
@@ -23,61 +19,11 @@ MOST_VECTORS = 16
 """Of a placeholder: of the 77 positions that a prompt has, more would leave few."""
 
 
-def put_into_captions(folder: Folder, placeholders: Sequence[str], stands_for: Sequence[str] = ()) -> Folder:
-    """The folder with each placeholder in place of what it stands for, if that is given.
-
-    So it is in the template; a trigger whose place is taken is none any more. Captions of the class stay as they are.
-    Raises DataError where a caption holds no placeholder, or one of the class does, or a placeholder is in no caption.
-    """
-    names = dict(zip(stands_for, placeholders, strict=False))
-    # Longest first, and all at once: of "sks otter" and "otter" each takes its own place.
-    phrases = re.compile("|".join(map(_whole, sorted(names, key=len, reverse=True))))
-
-    def renamed(caption: str) -> str:
-        return phrases.sub(lambda found: names[found[0]], caption) if names else caption
-
-    def with_words(example: Example) -> Example:
-        if example.group == "class":
-            return example
-        caption, template, trigger = renamed(example.caption), example.template, example.trigger
-        if template is not None:
-            template = renamed(template.replace("{trigger}", trigger or ""))
-        if trigger and trigger in example.caption and trigger not in caption:
-            trigger = None
-        return dataclasses.replace(example, caption=caption, template=template, trigger=trigger)
-
-    examples = tuple(map(with_words, folder.examples))
-    ours = [e for e in examples if e.group == "instance"]
-    without = [e.caption for e in ours if not any(holds(token, e.caption) for token in placeholders)]
-    unused = [token for token in placeholders if not any(holds(token, e.caption) for e in ours)]
-    if without:
-        raise DataError(
-            f"{len(without)} of {len(ours)} captions hold no placeholder, first {without[0]!r}. Write it there, "
-            'name the words it --stands-for, or give --caption "{trigger}, {caption}".'
-        )
-    if unused:
-        raise DataError(f"{unused[0]} is in no caption, so it would learn nothing. Write it into some.")
-    for caption in (e.caption for e in examples if e.group == "class"):
-        if held := [token for token in placeholders if holds(token, caption)]:
-            raise DataError(
-                f"the caption {caption!r} of a picture of the class holds {held[0]}, which is learned for the subject "
-                "alone. Leave it out there."
-            )
-    return dataclasses.replace(folder, examples=examples)
-
-
 def check_stands_for(phrases: Sequence[str]) -> None:
     """Raises ConfigError for one without a letter or digit, which would stand between letters or nowhere."""
     for phrase in phrases:
         if not re.search(r"\w", phrase):
             raise ConfigError(f"--stands-for {phrase!r}: wanted words of the captions; name such as 'sks otter'.")
-
-
-def _whole(phrase: str) -> str:
-    """Where a phrase stands in a text by itself: "ring" is not in "string"."""
-    before = r"(?<!\w)" if re.match(r"\w", phrase) else ""
-    after = r"(?!\w)" if re.search(r"\w\Z", phrase) else ""
-    return f"{before}{re.escape(phrase)}{after}"
 
 
 def is_alone(spelt: str) -> bool:

@@ -1,0 +1,61 @@
+"""New words in captions, in place of what they stand for."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+
+from sfumato.data.folder import Example, Folder
+from sfumato.errors import DataError
+from sfumato.placeholders import holds
+
+
+def put_into_captions(folder: Folder, placeholders: Sequence[str], stands_for: Sequence[str] = ()) -> Folder:
+    """The folder with each placeholder in place of what it stands for, if that is given.
+
+    So it is in the template; a trigger whose place is taken is none any more. Captions of the class stay as they are.
+    Raises DataError where a caption holds no placeholder, or one of the class does, or a placeholder is in no caption.
+    """
+    names = dict(zip(stands_for, placeholders, strict=False))
+    # Longest first, and all at once: of "sks otter" and "otter" each takes its own place.
+    phrases = re.compile("|".join(map(_whole, sorted(names, key=len, reverse=True))))
+
+    def renamed(caption: str) -> str:
+        return phrases.sub(lambda found: names[found[0]], caption) if names else caption
+
+    def with_words(example: Example) -> Example:
+        if example.group == "class":
+            return example
+        caption, template, trigger = renamed(example.caption), example.template, example.trigger
+        if template is not None:
+            template = renamed(template.replace("{trigger}", trigger or ""))
+        if trigger and trigger in example.caption and trigger not in caption:
+            trigger = None
+        return dataclasses.replace(example, caption=caption, template=template, trigger=trigger)
+
+    examples = tuple(map(with_words, folder.examples))
+    ours = [e for e in examples if e.group == "instance"]
+    without = [e.caption for e in ours if not any(holds(token, e.caption) for token in placeholders)]
+    unused = [token for token in placeholders if not any(holds(token, e.caption) for e in ours)]
+    if without:
+        raise DataError(
+            f"{len(without)} of {len(ours)} captions hold no placeholder, first {without[0]!r}. Write it there, "
+            'name the words it --stands-for, or give --caption "{trigger}, {caption}".'
+        )
+    if unused:
+        raise DataError(f"{unused[0]} is in no caption, so it would learn nothing. Write it into some.")
+    for caption in (e.caption for e in examples if e.group == "class"):
+        if held := [token for token in placeholders if holds(token, caption)]:
+            raise DataError(
+                f"the caption {caption!r} of a picture of the class holds {held[0]}, which is learned for the subject "
+                "alone. Leave it out there."
+            )
+    return dataclasses.replace(folder, examples=examples)
+
+
+def _whole(phrase: str) -> str:
+    """Where a phrase stands in a text by itself: "ring" is not in "string"."""
+    before = r"(?<!\w)" if re.match(r"\w", phrase) else ""
+    after = r"(?!\w)" if re.search(r"\w\Z", phrase) else ""
+    return f"{before}{re.escape(phrase)}{after}"
