@@ -264,7 +264,7 @@ class TrainerOptions(DataOptions, BaseOptions, StepOptions, RunOptions):
     """All of them."""
 
 
-Options = TypeVar("Options", bound=TrainerOptions)
+AnyTrainer = TypeVar("AnyTrainer", bound=TrainerOptions)
 AnyRun = TypeVar("AnyRun", bound=FolderOptions)
 
 _AT_LEAST_ONE = (
@@ -381,7 +381,9 @@ def only_with(config: FolderOptions, needed: str, *names: str) -> None:
         raise ConfigError(f"--{given[0].replace('_', '-')} has no effect without {needed}; leave it out, or give both.")
 
 
-def resolve(config: Options, base: Base, samples: int, processes: int, **defaults: Any) -> tuple[Options, list[str]]:
+def resolve(
+    config: AnyTrainer, base: Base, samples: int, processes: int, **defaults: Any
+) -> tuple[AnyTrainer, list[str]]:
     """The config with its unset fields filled, and the names that the base's family or the method filled.
 
     samples: pictures an epoch, repeats included. defaults: the method's own for this family; they come before the
