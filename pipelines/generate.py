@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -13,11 +14,12 @@ from cyclopts import Parameter
 
 from sfumato.axes import CHECKS
 from sfumato.cli import run
-from sfumato.compose.adapter import Adapter, Weight, is_idle
+from sfumato.compose.adapter import Adapter, is_idle
 from sfumato.config import parse
 from sfumato.errors import ConfigError
-from sfumato.prompts import checked_syntax, split_flags, split_tags
+from sfumato.prompts import Tagged, checked_syntax, split_flags, split_tags
 from sfumato.specs import (
+    Request,
     checked_folder,
     in_blocks,
     parse_adapter,
@@ -31,7 +33,9 @@ from sfumato.where_when import Span, Spot, WhereWhen, parse_region, parse_steps
 
 if TYPE_CHECKING:
     from sfumato.bases import Base
+    from sfumato.compose import Mix
     from sfumato.drawing import Start
+    from sfumato.files.adapter_file import AdapterFile
 
 
 @dataclass(frozen=True)
@@ -126,16 +130,12 @@ class Config:
 class Plan:
     """What a config asks for, checked before anything heavy is loaded.
 
-    pictures: (prompt, seed) of each, prompts without their tags. tagged: the adapters' weights for each picture whose
-    prompt has tags, by label, else None. own: settings that a prompt has of its own, for each picture. strengths:
-    adapter guidance that was asked for, by label. embeddings: (token, file) of new words. size: (width, height) in
-    pixels or unset. files: one for each picture, or the sheet's alone. sweep: (label, weights). where_when: regions,
-    whose adapters are not in `adapters`, and weights by step.
+    strengths: adapter guidance that was asked for, by label. embeddings: (token, file) of new words. size: (width,
+    height) in pixels or unset. files: one for each picture, or the sheet's alone. sweep: (label, weights). where_when:
+    regions, whose adapters are not in `adapters`, and weights by step.
     """
 
-    pictures: tuple[tuple[str, int], ...]
-    tagged: tuple[dict[str, Weight] | None, ...]
-    own: tuple[dict[str, Any], ...]
+    pictures: tuple[Request, ...]
     adapters: tuple[Adapter, ...]
     strengths: Mapping[str, float]
     embeddings: tuple[tuple[str | None, Path], ...]
@@ -156,34 +156,31 @@ def plan(config: Config) -> Plan:
         if (value := getattr(config, name)) is not None:
             CHECKS[name](value)
     without_tags(config.negative, "--negative")
+    is_sheet = config.sweep is not None or config.before_after
     flagged = [split_flags(prompt) for prompt in prompts]
     split = [split_tags(prompt) for prompt, _ in flagged]
-    own = [_checked_flags(flags, sheet=config.sweep is not None or config.before_after) for _, flags in flagged]
+    own = [_checked_flags(flags, sheet=is_sheet) for _, flags in flagged]
     firsts = [(flags.pop("seed"),) if "seed" in flags else config.seed for flags in own]
     seeds = [[seed + i for seed in first for i in range(config.count)] for first in firsts]
-    pictures = tuple((found.prompt, seed) for found, each in zip(split, seeds, strict=True) for seed in each)
-    for _, seed in pictures:
+    for seed in (seed for each in seeds for seed in each):
         CHECKS["seed"](seed)
     texts = [*(found.prompt for found in split), *(flags.get("negative", "") for flags in own), config.negative]
     for text in texts:
         checked_syntax(text, config.prompt_syntax)
     given = in_blocks([parse_adapter(spec) for spec in config.lora], config.blocks)
-    spots = tuple(parse_region(text, given) for text in config.region)
-    for spot in spots:
-        checked_syntax(spot.prompt or "", config.prompt_syntax)
+    spots = _spots(config, given, split)
     regional = {each.label for spot in spots for each in spot.adapters}
-    if spots and config.adapter_guidance:
-        raise ConfigError("--adapter-guidance and --region do not go together: regions are in both predictions.")
-    if twice := [name for found in split for name, _ in found.adapters if name in regional]:
-        raise ConfigError(f"<lora:{twice[0]}:...>: this adapter has a --region; name it with --lora alone.")
     everywhere = [each for each in given if each.label not in regional]
     where_when = _where_when(config, spots, [each.label for each in everywhere], sorted(regional))
     adapters, weights = with_tags(everywhere, split, config.lora_folder)
     strengths = parse_strengths(config.adapter_guidance, [adapter.label for adapter in adapters])
-    tagged = tuple(weight for weight, each in zip(weights, seeds, strict=True) for _ in each)
-    by_picture = tuple(flags for flags, each in zip(own, seeds, strict=True) for _ in each)
+    pictures = tuple(
+        Request(found.prompt, seed, tagged, flags)
+        for found, each, tagged, flags in zip(split, seeds, weights, own, strict=True)
+        for seed in each
+    )
     sweep = None if config.sweep is None else parse_sweep(config.sweep, adapters)
-    if sweep and any(tagged):
+    if sweep and any(weights):
         raise ConfigError("--sweep and <lora:...> in a prompt do not go together; name the adapter with --lora.")
     if sweep and sweep[0] in where_when.ramps:
         raise ConfigError(f"--sweep {config.sweep}: --over-steps sets the weight of {sweep[0]} at every step.")
@@ -191,21 +188,10 @@ def plan(config: Config) -> Plan:
         raise ConfigError("--before-after and --sweep are two sheets; ask for one of them.")
     if config.before_after and not (adapters or spots):
         raise ConfigError("--before-after: there is no adapter to draw with; give --lora, or <lora:...> in a prompt.")
-    if config.mask and not config.image:
-        raise ConfigError(f"--mask {config.mask}: a mask wants the picture that it is for; give --image, too.")
-    if config.strength is not None and not config.image:
-        raise ConfigError(
-            f"--strength {config.strength:g}: says how much of a picture is drawn anew; give --image, too."
-        )
-    if config.strength is not None and not 0 < config.strength <= 1:
-        raise ConfigError(f"--strength {config.strength:g}: wanted above 0 and at most 1; 0.6 is usual.")
-    for file in (config.image, config.mask):
-        if file is not None and not file.is_file():
-            raise ConfigError(f"{file}: there is no such picture.")
+    _check_start(config)
     embeddings = tuple(parse_embedding(spec) for spec in config.embedding)
-    files = _files(config, pictures, sweep is not None or config.before_after)
-    size = _size(config.size)
-    return Plan(pictures, tagged, by_picture, adapters, strengths, embeddings, size, files, sweep, where_when)
+    files, size = _files(config, pictures, is_sheet), _size(config.size)
+    return Plan(pictures, adapters, strengths, embeddings, size, files, sweep, where_when)
 
 
 def _checked_flags(flags: Mapping[str, Any], *, sheet: bool) -> dict[str, Any]:
@@ -225,6 +211,19 @@ def _checked_flags(flags: Mapping[str, Any], *, sheet: bool) -> dict[str, Any]:
     return dict(flags)
 
 
+def _spots(config: Config, given: Sequence[Adapter], prompts: Sequence[Tagged]) -> tuple[Spot, ...]:
+    """What --region says. Raises ConfigError also for what does not go with it."""
+    spots = tuple(parse_region(text, given) for text in config.region)
+    for spot in spots:
+        checked_syntax(spot.prompt or "", config.prompt_syntax)
+    if spots and config.adapter_guidance:
+        raise ConfigError("--adapter-guidance and --region do not go together: regions are in both predictions.")
+    regional = {each.label for spot in spots for each in spot.adapters}
+    if twice := [name for found in prompts for name, _ in found.adapters if name in regional]:
+        raise ConfigError(f"<lora:{twice[0]}:...>: this adapter has a --region; name it with --lora alone.")
+    return spots
+
+
 def _where_when(config: Config, spots: tuple[Spot, ...], labels: Sequence[str], regional: Sequence[str]) -> WhereWhen:
     """What --region, --over-steps and --switch say; labels: of the adapters that count everywhere, and in regions."""
     by_step = [parse_steps(text, [*labels, *regional]) for text in config.over_steps]
@@ -240,6 +239,21 @@ def _where_when(config: Config, spots: tuple[Spot, ...], labels: Sequence[str], 
             "are without --region and --over-steps."
         )
     return WhereWhen(spots, dict(by_step), turns, config.switch)
+
+
+def _check_start(config: Config) -> None:
+    """Refuse what --image, --mask and --strength cannot mean."""
+    if config.mask and not config.image:
+        raise ConfigError(f"--mask {config.mask}: a mask wants the picture that it is for; give --image, too.")
+    if config.strength is not None and not config.image:
+        raise ConfigError(
+            f"--strength {config.strength:g}: says how much of a picture is drawn anew; give --image, too."
+        )
+    if config.strength is not None and not 0 < config.strength <= 1:
+        raise ConfigError(f"--strength {config.strength:g}: wanted above 0 and at most 1; 0.6 is usual.")
+    for file in (config.image, config.mask):
+        if file is not None and not file.is_file():
+            raise ConfigError(f"{file}: there is no such picture.")
 
 
 def _prompts_in(file: Path | None) -> list[str]:
@@ -266,7 +280,7 @@ def _size(text: str | None) -> tuple[int, int] | None:
     return width, height
 
 
-def _files(config: Config, pictures: Sequence[tuple[str, int]], is_sheet: bool) -> tuple[Path, ...]:
+def _files(config: Config, pictures: Sequence[Request], is_sheet: bool) -> tuple[Path, ...]:
     output, count = config.output, 1 if is_sheet else len(pictures)
     suffix = "" if output.is_dir() else output.suffix.lower()
     is_file = suffix in (".png", ".jpg", ".jpeg", ".webp")
@@ -277,7 +291,7 @@ def _files(config: Config, pictures: Sequence[tuple[str, int]], is_sheet: bool) 
     if is_file:
         files = (output,)
     else:
-        names = [f"{i:03}-{_slug(prompt)}-{seed}" for i, (prompt, seed) in enumerate(pictures, start=1)]
+        names = [f"{i:03}-{_slug(each.prompt)}-{each.seed}" for i, each in enumerate(pictures, start=1)]
         files = tuple(output / f"{name}.png" for name in (["sheet"] if is_sheet else names))
     checked_folder(output.parent if is_file else output, f"--output {output}")
     there = [file for file in files if file.exists()]
@@ -294,17 +308,11 @@ def generate(config: Config) -> tuple[Path, ...]:
     """Draw what the config asks for; returns the files, each whole and with its settings inside."""
     wanted = plan(config)
 
-    from contextlib import ExitStack
-
-    from sfumato import embedding
     from sfumato.bases import load_base
-    from sfumato.compose import compose
     from sfumato.compose.guided import strengths_of
     from sfumato.desk import Desk
     from sfumato.drawing import check_steps, check_strength
-    from sfumato.drawn import learned_otherwise, sampler_label, save_drawn, unused_words
-    from sfumato.files.adapter_file import read_adapter
-    from sfumato.files.header import read_header
+    from sfumato.drawn import sampler_label, save_drawn
     from sfumato.files.metadata import over_steps_of
     from sfumato.precision import decide
 
@@ -317,16 +325,59 @@ def generate(config: Config) -> tuple[Path, ...]:
         prediction_type=config.prediction_type,
     )
     settings = _settings(config, wanted, start, base)
-    for each in (settings, *wanted.own):  # all of them before the first picture is drawn
+    for each in (
+        settings,
+        *(picture.own for picture in wanted.pictures),
+    ):  # all of them before the first picture is drawn
         check_steps(each.get("steps"), base.scheduler)
         if start is not None:
             check_strength(each.get("steps", settings["steps"]), start)
     sampler = sampler_label(config.sampler, base)
     print(_summary(settings, sampler, base), file=sys.stderr)
+    with _mixed(base, wanted, config) as (mix, regional):
+        strengths = {} if wanted.where_when.spots else {**mix.strengths, **wanted.strengths}
+        settings["adapter_guidance"] = strengths_of(mix, strengths, guidance=settings["guidance"])
+        pictures = [
+            replace(each, own={**each.own, "adapter_guidance": strengths_of(mix, strengths, guidance=guidance)})
+            if (guidance := each.own.get("guidance")) is not None
+            else each
+            for each in wanted.pictures
+        ]
+        in_regions = {label: over_steps_of(file.metadata) for label, file in regional.items()}
+        spans = {**mix.spans, **{label: span for label, span in in_regions.items() if span}}
+        where_when = wanted.where_when.with_asked(spans)
+        settings |= where_when.told()
+        allowed = {"partial": config.partial, "verify": config.verify}
+        desk = Desk(base, mix, pictures, settings, start, where_when, allowed)
+        if wanted.sweep:
+            drawn = iter([desk.sweep(*wanted.sweep)])
+        elif config.before_after:
+            drawn = iter([desk.before_after()])
+        else:
+            drawn = desk.with_adapters()
+        for (picture, used, about), file in zip(drawn, wanted.files, strict=True):
+            save_drawn(picture, used, about, file, sampler)
+            print(file)
+    return wanted.files
+
+
+@contextmanager
+def _mixed(base: Base, wanted: Plan, config: Config) -> Iterator[tuple[Mix, dict[str, AdapterFile]]]:
+    """Within the block the base has the new words and the mix; the mix, and the files of adapters in regions by label.
+
+    Says what of them has no effect, was left out, or was learned on another base.
+    """
+    from sfumato import embedding
+    from sfumato.compose import compose
+    from sfumato.drawn import learned_otherwise, unused_words
+    from sfumato.files.adapter_file import read_adapter
+    from sfumato.files.header import read_header
+
+    texts, counted = _texts(wanted, config.negative), _counted(wanted)
     with ExitStack() as stack:
         words = [stack.enter_context(embedding.load(base, file, token)) for token, file in wanted.embeddings]
         tokens = [(file.name, each.tokens) for each, (_, file) in zip(words, wanted.embeddings, strict=True)]
-        for line in unused_words(tokens, _texts(wanted, config.negative)):
+        for line in unused_words(tokens, texts):
             print(line, file=sys.stderr)
         # A new weight at every step costs least in a path beside the layers.
         way = "live" if wanted.where_when.follows_steps else "auto"
@@ -334,14 +385,13 @@ def generate(config: Config) -> tuple[Path, ...]:
         mix = stack.enter_context(compose(base, *wanted.adapters, way=way, words_known=True, **allowed))
         # The weight of a bundle is the LoRA's; its words are there.
         regional = {each.label: read_adapter(each.path, partial=config.partial) for each in wanted.where_when.regional}
-        counted = _counted(wanted)
         bundled = {**mix.embeddings, **{label: file.embeddings for label, file in regional.items()}}
         bundled = {label: found for label, found in bundled.items() if label in counted}
         if brought := stack.enter_context(embedding.bundled(base, bundled, partial=config.partial)):
             words.append(brought)
         if config.prompt_syntax == "plain":  # the others take prompts of any length
             for each in words:
-                each.check(_texts(wanted, config.negative))
+                each.check(texts)
         for label, count in mix.skipped.items():
             print(f"{label}: {count} modules left out (--partial).", file=sys.stderr)
         told = {**mix.metadata, **{label: file.metadata for label, file in regional.items()}}
@@ -349,40 +399,13 @@ def generate(config: Config) -> tuple[Path, ...]:
         told |= {token or file.stem: read_header(file).metadata for token, file in wanted.embeddings}
         for line in learned_otherwise(told, base):
             print(line, file=sys.stderr)
-        strengths = {} if wanted.where_when.spots else {**mix.strengths, **wanted.strengths}
-        settings["adapter_guidance"] = strengths_of(mix, strengths, guidance=settings["guidance"])
-        in_regions = {label: over_steps_of(file.metadata) for label, file in regional.items()}
-        spans = {**mix.spans, **{label: span for label, span in in_regions.items() if span}}
-        where_when = wanted.where_when.with_asked(spans)
-        settings |= where_when.told()
-        own = [
-            flags | {"adapter_guidance": strengths_of(mix, strengths, guidance=flags["guidance"])}
-            if "guidance" in flags
-            else flags
-            for flags in wanted.own
-        ]
-        desk = Desk(base, mix, wanted.pictures, wanted.tagged, settings, own, start, where_when, allowed)
-        if wanted.sweep:
-            save_drawn(*desk.sweep(*wanted.sweep), wanted.files[0], sampler)
-        elif config.before_after:
-            save_drawn(*desk.before_after(), wanted.files[0], sampler)
-        else:
-            about = [
-                settings | flags | {"prompt": prompt, "seed": seed}
-                for (prompt, seed), flags in zip(wanted.pictures, own, strict=True)
-            ]
-            for (picture, used), file, each in zip(desk.with_adapters(), wanted.files, about, strict=True):
-                save_drawn(picture, used, each, file, sampler)
-                print(file)
-            return wanted.files
-    print(wanted.files[0])
-    return wanted.files
+        yield mix, regional
 
 
 def _counted(wanted: Plan) -> set[str]:
     """The labels of the adapters that have a weight which is not 0 anywhere in what is drawn."""
     always = {each.label: each.weight for each in wanted.adapters}
-    of_pictures = [always if own is None else own for own in wanted.tagged]
+    of_pictures = [always if each.tagged is None else each.tagged for each in wanted.pictures]
     found = {label for weights in of_pictures for label, weight in weights.items() if not is_idle(weight)}
     given = {label: [weight for _, weight in way.points] for label, way in wanted.where_when.by_step.items()
              if not isinstance(way, Span)}  # fmt: skip
@@ -394,8 +417,8 @@ def _counted(wanted: Plan) -> set[str]:
 def _texts(wanted: Plan, negative: str) -> list[str]:
     """All prompts of the call: of pictures and regions, and what shall not be in them."""
     of_spots = [spot.prompt for spot in wanted.where_when.spots if spot.prompt is not None]
-    negatives = [flags["negative"] for flags in wanted.own if "negative" in flags]
-    return [*(prompt for prompt, _ in wanted.pictures), *of_spots, negative, *negatives]
+    negatives = [each.own["negative"] for each in wanted.pictures if "negative" in each.own]
+    return [*(each.prompt for each in wanted.pictures), *of_spots, negative, *negatives]
 
 
 def _settings(config: Config, wanted: Plan, start: Start | None, base: Base) -> dict[str, Any]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sfumato.axes import checked_adapter_guidance
 from sfumato.compose.adapter import Adapter, Weight, swept, with_factors_of
@@ -15,6 +17,17 @@ from sfumato.errors import AdapterError, ConfigError
 from sfumato.files.header import read_header
 from sfumato.files.peft_folder import folders_in
 from sfumato.prompts import Tagged, split_tags, without_flags
+
+
+@dataclass(frozen=True)
+class Request:
+    """One picture that is asked for. prompt: without its tags. tagged: the weights by label of all adapters, where the
+    prompt has tags. own: what is set for it otherwise than for all, by name."""
+
+    prompt: str
+    seed: int
+    tagged: Mapping[str, Weight] | None
+    own: Mapping[str, Any]
 
 
 def parse_adapter(spec: str) -> Adapter:
