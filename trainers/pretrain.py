@@ -312,18 +312,16 @@ def _scaling_factor(vae: AutoencoderKL, pictures: Pictures, device: torch.device
 def train_unet(config: Config, precision: Precision) -> Path:
     """Train U-Net and text encoder on cached latents; returns the folder of a pipeline, averaged weights, fp32."""
     import torch
-    from transformers import CLIPTokenizer
 
-    from sfumato import diffusion, load_base, randomness
+    from sfumato import diffusion, randomness
     from sfumato.bases.folder import load_vae
     from sfumato.optimizers import clip
-    from sfumato.pocket.captions import all_captions, read_words
+    from sfumato.pocket.captions import read_words
     from sfumato.pocket.latents import Latents
     from sfumato.pocket.lessons import Lessons
-    from sfumato.pocket.parts import build_scheduler, build_text_encoder, build_tokenizer, build_unet
-    from sfumato.pocket.pictures import VARIANTS, partners_of, read_manifest, read_others, read_pictures
+    from sfumato.pocket.parts import build_scheduler
+    from sfumato.pocket.pictures import VARIANTS, partners_of, read_manifest
     from sfumato.pocket.shown import assemble, save_model, sheet
-    from sfumato.precision import decide
     from sfumato.runs import Run
 
     device = precision.device
@@ -332,15 +330,7 @@ def train_unet(config: Config, precision: Precision) -> Path:
         known = ", ".join(manifest["styles"])
         raise ConfigError(f"--plain-style {config.plain_style}: {config.data} has no such style; it has {known}.")
     words = read_words(config.data)
-    pictures = read_pictures(config.data)
-    n = len(pictures.names)
-    if config.others_share:
-        pictures = pictures.and_others(read_others(config.data))
-        if len(pictures.names) == n:
-            raise DataError(
-                f"{config.data} holds no other drawings, --others-share is {config.others_share}; build the pictures "
-                "with --others, or leave the share at 0."
-            )
+    pictures, named = seen_pictures(config)
     vae: Any = None
     if config.vae:
         shell = load_vae(config.vae, torch.float32)
@@ -350,23 +340,15 @@ def train_unet(config: Config, precision: Precision) -> Path:
     run.say(precision.table())
     scheduler = build_scheduler()
     if config.init:
-        base = load_base(config.init, precision=decide("fp32", device=config.device))
-        unet, text_encoder, tokenizer = base.unet, base.text_encoders[0], base.tokenizers[0]
-        vae = vae or base.vae
-        unet.requires_grad_(True)
-        text_encoder.requires_grad_(True)
+        unet, text_encoder, tokenizer, own_vae = parts_of(config.init, config.device)
+        vae = vae or own_vae
     else:
-        if not (config.resume and (config.output / "tokenizer").exists()):
-            run.begin()
-            save_model(build_tokenizer(all_captions(manifest, words)), config.output / "tokenizer")
-        tokenizer = CLIPTokenizer.from_pretrained(config.output / "tokenizer")
-        with first_weights(config.seed):
-            unet, text_encoder = build_unet(), build_text_encoder(tokenizer)
+        unet, text_encoder, tokenizer = new_parts(config, run, manifest, words)
     precision.learn(unet)
     run_unet = torch.compile(unet) if config.compile else unet
     cache = Latents(vae, pictures, VARIANTS if config.varied_share else VARIANTS[:2], device)
     partners = partners_of(pictures, config.crossed_overlap)
-    lessons = Lessons(pictures.names, n, manifest["concepts"], config.shares(), config.seed, partners)
+    lessons = Lessons(pictures.names, named, manifest["concepts"], config.shares(), config.seed, partners)
     trained = Trained({"unet": unet, "text_encoder": text_encoder}, config, device)
     run.keep(**trained.parts())
     run.identify(data=pictures.fingerprint(), vae=cache.fingerprint())
@@ -408,6 +390,48 @@ def train_unet(config: Config, precision: Precision) -> Path:
         path = save_model(assemble(vae, unet, text_encoder, tokenizer, scheduler), config.output / "model")
     run.close()
     return path
+
+
+def seen_pictures(config: Config) -> tuple[Pictures, int]:
+    """The pictures that the U-Net sees, and how many of them, the first ones, are of the concepts and not others."""
+    from sfumato.pocket.pictures import read_others, read_pictures
+
+    pictures = read_pictures(config.data)
+    named = len(pictures.names)
+    if config.others_share:
+        pictures = pictures.and_others(read_others(config.data))
+        if len(pictures.names) == named:
+            raise DataError(
+                f"{config.data} holds no other drawings, --others-share is {config.others_share}; build the pictures "
+                "with --others, or leave the share at 0."
+            )
+    return pictures, named
+
+
+def parts_of(init: str, device: str) -> tuple[Any, Any, Any, Any]:
+    """U-Net and text encoder of a base, which learn on, its tokenizer and its VAE."""
+    from sfumato import load_base
+    from sfumato.precision import decide
+
+    base = load_base(init, precision=decide("fp32", device=device))
+    unet, text_encoder = base.unet.requires_grad_(True), base.text_encoders[0].requires_grad_(True)
+    return unet, text_encoder, base.tokenizers[0], base.vae
+
+
+def new_parts(config: Config, run: Run, manifest: Mapping[str, Any], words: Sequence[str]) -> tuple[Any, Any, Any]:
+    """U-Net and text encoder with their first weights, and the tokenizer of all captions, kept in the run's folder."""
+    from transformers import CLIPTokenizer
+
+    from sfumato.pocket.captions import all_captions
+    from sfumato.pocket.parts import build_text_encoder, build_tokenizer, build_unet
+    from sfumato.pocket.shown import save_model
+
+    if not (config.resume and (config.output / "tokenizer").exists()):
+        run.begin()
+        save_model(build_tokenizer(all_captions(manifest, words)), config.output / "tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(config.output / "tokenizer")
+    with first_weights(config.seed):
+        return build_unet(), build_text_encoder(tokenizer), tokenizer
 
 
 def encode_text(encoder: CLIPTextModel, tokenizer: CLIPTokenizer, texts: Sequence[str], device: torch.device) -> Tensor:
