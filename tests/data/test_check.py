@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from made_up import noise_picture
+from matplotlib import font_manager, get_data_path
 from PIL import Image, ImageFilter
 from PIL.PngImagePlugin import PngInfo
 from sfumato.pipelines.check import main, render
@@ -243,6 +244,28 @@ def test_a_sheet_shows_every_crop(messy, tmp_path):
     sheet = Image.open(tmp_path / "sheet.png")
     assert sheet.width > 8 * 192
     assert sheet.height > 2 * 192
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no such names there")
+def test_a_sheet_shows_names_with_line_breaks_and_signs_that_the_usual_font_lacks(tmp_path, monkeypatch):
+    """U+1D81 is in STIX and not in DejaVu."""
+    (tmp_path / "odd").mkdir()
+    for number, name in enumerate(["a\nb.png", "a\u2029\u1d81.png"]):
+        noise_picture(seed=number).save(tmp_path / "odd" / name)
+    sheets = []
+    for fonts in ([f"{get_data_path()}/fonts/ttf/STIXGeneral.ttf"], []):
+        monkeypatch.setattr(font_manager, "findSystemFonts", lambda fonts=fonts: fonts)
+        assert main([str(tmp_path / "odd"), "--caption", "x", "--sheet", str(tmp_path / "sheet.png")]) == 0
+        sheets.append((tmp_path / "sheet.png").read_bytes())
+    assert sheets[0] != sheets[1]
+
+
+def test_a_picture_with_broken_exif_data_is_mended_too(tmp_path):
+    (tmp_path / "dogs").mkdir()
+    noise_picture().save(tmp_path / "dogs" / "dog.png", exif=b"garbage")
+    main([str(tmp_path / "dogs"), "--caption", "x", "--fix", str(tmp_path / "mended")])
+    assert open_image(tmp_path / "mended" / "dog.png").tobytes() == noise_picture().tobytes()
+    assert not read_folder(tmp_path / "mended", caption_template="x").notes
 
 
 def test_of_equal_pictures_the_mended_copy_keeps_the_captioned_one(tmp_path):

@@ -24,7 +24,7 @@ def _sheet(cells: Sequence[tuple[Look, str, str]]) -> Image.Image:
     rows = -(-len(cells) // columns)
     high = _CELL_PX + 3 * _LINE_PX + _GAP_PX
     sheet = Image.new("RGB", (columns * (_CELL_PX + _GAP_PX) + _GAP_PX, rows * high + _GAP_PX), "white")
-    draw, font = ImageDraw.Draw(sheet), label_font(12)
+    draw, font = ImageDraw.Draw(sheet), label_font(12, "".join(name + caption for _, name, caption in cells))
     for number, (look, name, caption) in enumerate(cells):
         left, top = _GAP_PX + number % columns * (_CELL_PX + _GAP_PX), _GAP_PX + number // columns * high
         if look.thumbnail is None:
@@ -55,6 +55,7 @@ def _fitted(image: Image.Image) -> Image.Image:
 
 
 def _short(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    text = " ".join(text.split())  # a file's name may hold a line break, which Pillow cannot measure
     if font.getlength(text) <= _CELL_PX:
         return text
     while text and font.getlength(f"{text} ...") > _CELL_PX:

@@ -117,10 +117,10 @@ def _why_rewritten(path: Path) -> str:
     with as_stored(path) as file:
         if file.format not in _KEPT:
             return f"{file.format} becomes PNG"
+        if picture.notes:  # first, since EXIF data that cannot be read is one of these
+            return picture.notes[0].partition(": ")[2]
         if file.getexif().get(ExifTags.Base.Orientation, 1) != 1:
             return "turned upright"
-        if picture.notes:
-            return picture.notes[0].partition(": ")[2]
         if file.mode not in ("RGB", "RGBA", "L", "LA"):
             return f"{file.mode} becomes RGB"
         if file.info.get("icc_profile") and picture.image.tobytes() != file.convert("RGB").tobytes():
