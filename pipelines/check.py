@@ -76,7 +76,7 @@ def main(argv: Sequence[str]) -> int:
     if not config.json:
         print(render(report))  # before anything is written, which a full disk would stop
     mended = _mend(report, config) if config.fix else None
-    sums = _write_checksums(report, config) if config.checksums and not report.stops else None
+    sums = _write_checksums(config) if config.checksums and not report.stops else None
     sheets = _sheets(report, config.sheet) if config.sheet else []
     if config.json:
         found = report.to_dict()
@@ -111,12 +111,14 @@ def _refuse(config: Config) -> None:
         raise ConfigError(f"--sheet {config.sheet}: wanted a file that ends in .png, .jpg or .webp.")
 
 
-def _write_checksums(report: Report, config: Config) -> Path:
-    from sfumato.data.captions import CAPTION_SUFFIXES, METADATA
+def _write_checksums(config: Config) -> Path:
+    from sfumato.data.captions import METADATA
     from sfumato.data.checksums import write_sums
+    from sfumato.data.source import sources_of
 
-    files = {file for example in report.examples for file in example.files}
-    captions = {file.with_suffix(suffix) for file in files for suffix in CAPTION_SUFFIXES}
+    pictures = [found for source in sources_of(config.images) for found in source.list().pictures]
+    files = {file for found in pictures for file in found.files}  # masks, too, whatever --mask says this time
+    captions = {found.path.with_name(found.caption.origin) for found in pictures if found.caption.origin}
     captions |= {folder / METADATA for folder in {config.images, *(file.parent for file in files)}}
     return write_sums(config.images, [*files, *(file for file in captions if file.is_file())])
 

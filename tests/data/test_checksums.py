@@ -168,6 +168,18 @@ def test_sha256sum_reads_what_is_written_here(summed):
     assert done.stdout.count(": OK") == 7
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="sha256sum is GNU's, and other systems have no such names")
+def test_names_that_sha256sum_escapes_are_read_and_written_as_it_does(tmp_path):
+    names = ["a\nb.png", "a\rb.png", "a\\nb.png", "a\u2028b.png", "\\.png"]
+    for name in names:
+        (tmp_path / name).write_bytes(name.encode())
+    write_sums(tmp_path, [tmp_path / name for name in names])
+    ours = read_sums(tmp_path)
+    assert ours == {name: file_digest(tmp_path / name) for name in names}
+    theirs = subprocess.run(["sha256sum", *names], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert sorted(theirs.split("\n")) == sorted((tmp_path / NAME).read_text().split("\n"))
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -200,6 +212,16 @@ def test_check_writes_checksums_of_pictures_masks_and_captions_once_nothing_stop
     assert main([str(summed), "--mask", "files", "--checksums"]) == 1
     assert "no checksums written" in capsys.readouterr().out
     assert (summed / NAME).read_bytes() == before
+
+
+def test_checksums_are_of_captions_in_capitals_and_of_masks_that_are_not_asked_for(summed):
+    wanted = read_sums(summed)
+    (summed / NAME).unlink()
+    (summed / "a.txt").rename(summed / "a.TXT")
+    assert main([str(summed), "--checksums"]) == 0
+    found = read_sums(summed)
+    assert found.pop("a.TXT") == wanted.pop("a.txt")
+    assert found == wanted
 
 
 def test_checksums_want_a_folder(tmp_path):

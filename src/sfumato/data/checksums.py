@@ -9,13 +9,16 @@ import hashlib
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from sfumato.data.captions import is_text
 from sfumato.errors import DataError
 from sfumato.files.atomic import write_text
 
 NAME = "SHA256SUMS"
-_LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](?:\./)?(.+)")
+_LINE = re.compile(r"(\\?)([0-9a-fA-F]{64}) [ *](?:\./)?(.+?)\r?")
+_SIGNS = MappingProxyType({"\\": "\\", "n": "\n", "r": "\r"})
+"""What stands behind a backslash in a name, as sha256sum writes it; the line itself then begins with one."""
 _LARGEST_BYTES = 2**26
 
 
@@ -30,7 +33,7 @@ def read_sums(folder: Path) -> dict[str, str]:
     try:
         if path.stat().st_size > _LARGEST_BYTES:
             raise DataError(f"{NAME}: {path.stat().st_size:,} bytes; no list of checksums is that long. Write it anew.")
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")  # a name may hold other ends of lines, U+2028 say
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{NAME}: cannot be read as UTF-8 ({type(error).__name__}). Write it anew.") from None
     found: dict[str, str] = {}
@@ -43,9 +46,10 @@ def read_sums(folder: Path) -> dict[str, str]:
                 f"{NAME}, line {number}: wanted 64 hex digits, two spaces and a name, found {line[:60]!r}. Write it "
                 f"anew with sha256sum * > {NAME}."
             )
-        if Path(match[2]).is_absolute() or ".." in Path(match[2]).parts:
-            raise DataError(f"{NAME}, line {number}: {match[2][:60]} is outside the folder. Name files from it on.")
-        found[match[2]] = match[1].lower()
+        name = re.sub(r"\\(.)", lambda sign: _SIGNS.get(sign[1], sign[0]), match[3]) if match[1] else match[3]
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise DataError(f"{NAME}, line {number}: {name[:60]} is outside the folder. Name files from it on.")
+        found[name] = match[2].lower()
     return found
 
 
@@ -58,9 +62,16 @@ def write_sums(folder: Path, files: Iterable[Path]) -> Path:
     for file in others:
         if not is_text(file.name):
             raise DataError(f"{file.name!r}: its name is not in UTF-8, as {NAME} is. Rename it.")
-    lines = [f"{file_digest(file)}  {file.relative_to(folder).as_posix()}\n" for file in others]
-    write_text(folder / NAME, "".join(lines))
+    write_text(folder / NAME, "".join(_line(file_digest(file), file.relative_to(folder).as_posix()) for file in others))
     return folder / NAME
+
+
+def _line(digest: str, name: str) -> str:
+    escaped = name
+    for letter, sign in _SIGNS.items():  # the backslash first
+        escaped = escaped.replace(sign, f"\\{letter}")
+    mark = "" if escaped == name else "\\"
+    return f"{mark}{digest}  {escaped}\n"
 
 
 def file_digest(path: Path) -> str:
