@@ -62,22 +62,27 @@ class Config:
 def main(argv: Sequence[str]) -> int:
     """Show or write the captions; 0 unless a picture could not be opened, then 1."""
     # A first word that ends in .toml is the data set, not a config of this program (--config names one).
-    config = parse(Config, ["--images", *argv] if argv and argv[0].endswith(".toml") else argv, program="caption")
+    config = parse(
+        Config, ["--images", *argv] if argv and argv[0].lower().endswith(".toml") else argv, program="caption"
+    )
     check(config)
-    wanted, captioned = pictures_without(config.images)
-    if not wanted:
-        print(f"{config.images}: all {captioned} pictures have captions; nothing to do.", file=sys.stderr)
-        return 0
-    some = list(wanted.values()) if config.write else list(wanted.values())[: config.preview]
-    files = {found.path: file for file, found in wanted.items()}
-    from sfumato.data.captioners import Wishes, load_captioner
-    from sfumato.precision import decide
+    wanted, captioned, silent = pictures_without(config.images)
+    if silent:
+        from sfumato.data.listing import some
 
-    wishes = Wishes(config.detail, config.longest, config.threshold, config.character_threshold, tuple(config.without))
-    captioner = load_captioner(config.model, decide(config.precision, device=config.device), wishes)
+        print(
+            f"{some(silent)}: empty or unreadable, and nothing is written over. Remove such files to have captions "
+            "written there.",
+            file=sys.stderr,
+        )
+    if not wanted and not config.json:
+        print(f"{config.images}: {captioned} pictures have captions; nothing to do.", file=sys.stderr)
+        return 0
+    chosen = list(wanted.values()) if config.write else list(wanted.values())[: config.preview]
+    files = {found.path: file for file, found in wanted.items()}
     done: dict[str, str] = {}
     failed: list[str] = []
-    for found, caption in captions(some, captioner, config, failed):
+    for found, caption in captions(chosen, _captioner(config), config, failed) if chosen else ():
         if config.write:
             write_new(files[found.path], caption)
         done[found.path.as_posix()] = caption
@@ -86,13 +91,21 @@ def main(argv: Sequence[str]) -> int:
     for reason in failed:
         print(reason, file=sys.stderr)
     if config.json:
-        print(json.dumps({"written": config.write, "captions": done, "failed": failed}, indent=2, ensure_ascii=True))
+        print(json.dumps({"written": config.write, "captions": done, "failed": failed, "empty": silent}, indent=2))
     verb = "written" if config.write else "shown; --write writes them"
     print(
         f"{len(done)} of {len(wanted)} captions {verb}; {captioned} pictures had one already and keep it.",
         file=sys.stderr,
     )
     return 1 if failed else 0
+
+
+def _captioner(config: Config) -> Captioner:
+    from sfumato.data.captioners import Wishes, load_captioner
+    from sfumato.precision import decide
+
+    wishes = Wishes(config.detail, config.longest, config.threshold, config.character_threshold, tuple(config.without))
+    return load_captioner(config.model, decide(config.precision, device=config.device), wishes)
 
 
 def check(config: Config) -> None:
@@ -105,28 +118,29 @@ def check(config: Config) -> None:
             raise ConfigError(f"--{name.replace('_', '-')} is {getattr(config, name)}; it must be in 0 ... 1.")
 
 
-def pictures_without(images: Path) -> tuple[dict[Path, Found], int]:
-    """(caption's file -> the picture that has none yet, how many pictures have one).
+def pictures_without(images: Path) -> tuple[dict[Path, Found], int, list[str]]:
+    """(caption's file -> the picture that has none yet, how many pictures have one, caption files that say nothing).
 
-    An empty or unreadable caption file counts as one. Of pictures that share a caption's file, as dog.jpg and dog.png
+    An empty or unreadable caption file stays as it is. Of pictures that share a caption's file, as dog.jpg and dog.png
     do, the first is described.
     """
     from sfumato.data.source import sources_of
 
     wanted: dict[Path, Found] = {}
-    captioned = 0
+    captioned, silent = 0, []
     for source in sources_of(images):
         for found in source.list().pictures:
             files = [found.path.with_name(f"{found.path.stem}{suffix}") for suffix in source.suffixes]
-            exists = any(os.path.lexists(file) for file in files)
-            named = bool(found.caption.text) and found.caption.origin != "folder name"
-            if exists or named:
+            there = [file.name for file in files if os.path.lexists(file)]
+            if found.caption.text and found.caption.origin != "folder name":
                 captioned += 1
+            elif there:
+                silent.append(there[0])
             else:
                 wanted.setdefault(files[0], found)
-    if not wanted and not captioned:
+    if not wanted and not captioned and not silent:
         raise DataError(f"{images}: no pictures in it. Put PNG or JPEG files there.")
-    return wanted, captioned
+    return wanted, captioned, silent
 
 
 def captions(

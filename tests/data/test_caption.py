@@ -138,11 +138,18 @@ def test_captions_are_written_beside_and_never_over_existing_ones(blip, bare):
 
 
 @pytest.mark.parametrize("name", ["1.caption", "1.txt"])
-def test_an_empty_or_other_caption_file_counts_as_one(blip, bare, name):
+def test_an_empty_caption_file_stays_and_is_named(blip, bare, name, capsys):
     (bare / name).write_text("")
     main([str(bare), str(blip), "--longest", "6", "--write"])
     assert (bare / name).read_text() == ""
     assert "2.txt" in files(bare)
+    said = capsys.readouterr().err
+    assert f"{name}: empty or unreadable, and nothing is written over" in said
+    assert "1 pictures had one already" in said
+    assert main([str(bare), str(blip), "--json"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == {"written": False, "captions": {}, "failed": [], "empty": [name]}
+    assert "2 pictures had one already" in printed.err
 
 
 def test_a_bad_picture_is_named_and_the_others_are_done(blip, bare, capsys):
@@ -167,6 +174,25 @@ def test_a_tagger_lists_characters_then_tags_by_certainty(tagger):
     assert captioner([red]) == ["red man, >_<, green hair, grass"]
     assert load_captioner(str(tagger), CPU, Wishes(without=("grass",)))([green]) == ["green hair"]
     assert load_captioner(str(tagger), CPU, Wishes(threshold=0.9))([red]) == ["red man, >_<"]
+
+
+def test_a_tag_to_leave_out_may_be_spelt_as_danbooru_spells_it(tagger):
+    red = Image.new("RGB", (30, 20), (255, 200, 100))
+    captioner = load_captioner(str(tagger), CPU, Wishes(without=("green_hair", ">_<")))
+    assert captioner([red]) == ["red man, grass"]
+    with pytest.raises(ConfigError, match=r"--without 'green hare': the tagger knows no such tag; .* 'green hair'\?"):
+        load_captioner(str(tagger), CPU, Wishes(without=("green hare",)))
+
+
+def test_a_wish_of_no_effect_is_refused(tagger, blip, florence):
+    with pytest.raises(ConfigError, match="--detail has no effect on a tagger; it is for florence2"):
+        load_captioner(str(tagger), CPU, Wishes(detail="short"))
+    with pytest.raises(ConfigError, match="--longest has no effect on a tagger; it is for blip and florence2"):
+        load_captioner(str(tagger), CPU, Wishes(longest=20))
+    with pytest.raises(ConfigError, match="--detail has no effect on blip"):
+        load_captioner(str(blip), CPU, Wishes(detail="short"))
+    with pytest.raises(ConfigError, match="--without has no effect on florence2; it is for a tagger"):
+        load_captioner(str(florence), CPU, Wishes(without=("grass",)))
 
 
 def test_a_tagger_pads_to_a_white_square_in_bgr(tagger):

@@ -7,10 +7,11 @@ run as a program.
 from __future__ import annotations
 
 import csv
+import difflib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
@@ -71,10 +72,23 @@ class Wishes:
     without: tuple[str, ...] = ()
 
 
+_KINDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "detail": ("florence2",),
+        "longest": ("blip", "florence2"),
+        "threshold": ("a tagger",),
+        "character_threshold": ("a tagger",),
+        "without": ("a tagger",),
+    }
+)
+"""Which models each of the wishes is for."""
+
+
 def load_captioner(model: str, precision: Precision, wishes: Wishes) -> Captioner:
     """A captioner from a folder, or from a hub id in the cache or on the hub. Raises FileError and ConfigError."""
     folder = Path(model) if Path(model).is_dir() else _from_hub(model)
     if (folder / "model.onnx").is_file():
+        _refuse_unused(wishes, "a tagger")
         return _Tagger(folder, wishes)
     kind = _config(folder).get("model_type")
     if kind not in ("blip", "florence2"):
@@ -82,7 +96,18 @@ def load_captioner(model: str, precision: Precision, wishes: Wishes) -> Captione
         raise FileError(
             f"{model}: its config says {kind!r}; blip, florence2 and WD taggers (model.onnx) are known.{hint}"
         )
+    _refuse_unused(wishes, str(kind))
     return _Describer(folder, str(kind), precision, wishes)
+
+
+def _refuse_unused(wishes: Wishes, kind: str) -> None:
+    """Raises ConfigError for a wish that models of this kind have no use for."""
+    for name, wish in asdict(wishes).items():
+        if kind not in _KINDS[name] and wish != getattr(Wishes(), name):
+            raise ConfigError(
+                f"--{name.replace('_', '-')} has no effect on {kind}; it is for {' and '.join(_KINDS[name])}. Leave it "
+                "out."
+            )
 
 
 def _from_hub(hub_id: str) -> Path:
@@ -171,6 +196,12 @@ class _Tagger:
             raise ConfigError("WD taggers need an extra: pip install 'sfumato[tagger]'.") from None
         self.wishes = wishes
         self.tags = _read_tags(folder / "selected_tags.csv")
+        self.without = {_spelt(tag) for tag in wishes.without}
+        names = {name for name, _ in self.tags}
+        for tag in sorted(self.without - names):
+            near = difflib.get_close_matches(tag, names, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else "; selected_tags.csv lists them."
+            raise ConfigError(f"--without {tag!r}: the tagger knows no such tag{hint}")
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         try:
@@ -209,7 +240,7 @@ class _Tagger:
         least = {_CHARACTER: self.wishes.character_threshold, _GENERAL: self.wishes.threshold}
         for place in order:
             name, category = self.tags[place]
-            if category in chosen and probabilities[place] >= least[category] and name not in self.wishes.without:
+            if category in chosen and probabilities[place] >= least[category] and name not in self.without:
                 chosen[category].append(name)
         return ", ".join([*chosen[_CHARACTER], *chosen[_GENERAL]])
 
@@ -219,11 +250,14 @@ def _read_tags(path: Path) -> list[tuple[str, str]]:
     try:
         with path.open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
-        return [
-            (row["name"] if row["name"] in _FACES else row["name"].replace("_", " "), row["category"]) for row in rows
-        ]
+        return [(_spelt(row["name"]), row["category"]) for row in rows]
     except (OSError, UnicodeDecodeError, KeyError, csv.Error):
         raise FileError(f"{path.name}: missing, or without the columns name and category. Download it again.") from None
+
+
+def _spelt(tag: str) -> str:
+    """A tag as captions have it: danbooru's "long_hair" is "long hair"."""
+    return tag if tag in _FACES else tag.replace("_", " ")
 
 
 def clean(text: str) -> str:
