@@ -133,6 +133,32 @@ def test_a_whole_training_s_folders_become_sources(tmp_path, in_sections):
     assert [(e.caption, e.repeats, e.group) for e in examples] == [("sks dog", 10, "instance"), ("dog", 1, "class")]
 
 
+def test_the_ending_that_kohya_reads_is_the_one_that_is_read(home):
+    """Beside a .txt, which would be read first."""
+    (home / "dogs" / "a.txt").write_text("another tool's")
+    (home / "dogs" / "a.caption").write_text("a dog")
+    own = '[[datasets]]\n[[datasets.subsets]]\nimage_dir = "dogs"\ncaption_extension = ".caption"\n'
+    (home / "kohya.toml").write_text(own)
+    main([str(home / "kohya.toml"), "-o", str(home / "dataset.toml")])
+    assert [example.caption for example in read_folder(home / "dataset.toml")] == ["a dog"]
+
+
+def test_folders_are_looked_for_where_the_other_tool_is_started_too(home, monkeypatch):
+    """kohya's and ai-toolkit's configs often lie in a folder of their own."""
+    (home / "configs").mkdir()
+    (home / "kohya.toml").rename(home / "configs" / "kohya.toml")
+    text = (home / "configs" / "kohya.toml").read_text().replace("/elsewhere/dogs", "C:\\\\dogs")
+    (home / "configs" / "kohya.toml").write_text(text)
+    monkeypatch.chdir(home)
+    near = convert(home / "configs" / "kohya.toml", home / "dataset.toml")
+    assert [entry["path"] for entry in tomllib.loads(near.text)["source"]] == ["dogs", "C:/dogs"]
+    assert [note.partition("; ")[0] for note in near.notes if "dogs" in note] == [
+        "C:/dogs: neither beside the config nor below the present folder"
+    ]
+    apart = convert(home / "configs" / "kohya.toml")
+    assert tomllib.loads(apart.text)["source"][0]["path"] == (home / "dogs").resolve().as_posix()
+
+
 def test_what_is_not_carried_over_is_named(home):
     kohya, toolkit = "\n".join(convert(home / "kohya.toml").notes), "\n".join(convert(home / "toolkit.yaml").notes)
     assert "color_aug = True: has no counterpart" in kohya
@@ -165,6 +191,11 @@ def test_nothing_is_written_over(home):
     [
         ("a.toml", "x = 1", "neither kohya's"),
         ("a.yaml", "- 1", "wanted a table"),
+        (
+            "concepts.json",
+            '[{"path": "dogs"}]',
+            "as kohya's and ai-toolkit's configs are, found list. Others are not",
+        ),
         ("a.yaml", "a: [", "cannot be parsed"),
         ("a.json", '{"datasets": []}', "is empty"),
         ("a.toml", "[[datasets]]\n[[datasets.subsets]]\nnum_repeats = 1", "no image_dir"),

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from sfumato.data.captions import CAPTION_SUFFIXES
 from sfumato.data.source import check_keys
 from sfumato.errors import ConfigError
 
@@ -127,13 +128,13 @@ def convert(path: Path, target: Path | None = None) -> Converted:
     else:
         raise ConfigError(
             f"{path.name}: neither kohya's [[datasets]] or train_data_dir nor ai-toolkit's config.process[].datasets "
-            "is in it. Name such a config."
+            "is in it. Name such a config; datasets/README.md says how a dataset.toml is written by hand."
         )
     if not entries:
         raise ConfigError(f"{path.name}: its list of data sets is empty; there is nothing to convert.")
     for number, entry in enumerate(entries, start=1):
         check_keys(entry, f"{path.name}, its data set {number}: ")
-        entry["path"] = _relative(entry["path"], path.resolve().parent, home)
+        entry["path"] = _relative(entry["path"], path.resolve().parent, home, notes)
     return Converted(_to_toml(entries, path.name, tool), len(entries), tool, tuple(dict.fromkeys(notes)))
 
 
@@ -159,7 +160,10 @@ def _read(path: Path) -> dict[str, Any]:
     except Exception as error:  # each parser has its own
         raise ConfigError(f"{path.name}: cannot be parsed ({' '.join(str(error).split())[:120]}). Mend it.") from None
     if not isinstance(values, dict):
-        raise ConfigError(f"{path.name}: wanted a table of settings, found {type(values).__name__}.")
+        raise ConfigError(
+            f"{path.name}: wanted a table of settings, as kohya's and ai-toolkit's configs are, found "
+            f"{type(values).__name__}. Others are not read; datasets/README.md says how a dataset.toml is written."
+        )
     told: dict[str, Any] = _without_empty(values)
     return told
 
@@ -332,23 +336,32 @@ def _affixes(prefix: str | None, suffix: str | None) -> str | None:
 
 
 def _suffix(extension: str | None) -> str | None:
-    """An ending that is not looked for anyway."""
+    """An ending that is not looked for first anyway."""
     if not extension:
         return None
     extension = extension if extension.startswith(".") else f".{extension}"
-    return None if extension.lower() in (".txt", ".caption") else extension
+    return None if extension.lower() == CAPTION_SUFFIXES[0] else extension
 
 
-def _relative(path: Any, source: Path, home: Path) -> str:
-    """The folder as seen from `home`: kohya and ai-toolkit count from where they are started, so a path that is there
-    from the config's folder on is made relative, and others stay as they are."""
+def _relative(path: Any, source: Path, home: Path, notes: list[str]) -> str:
+    """The folder as seen from `home`, to which a path is relative where it can be.
+
+    kohya and ai-toolkit count from where they are started, which may be the config's folder or the present one.
+    """
     found = Path(str(path).replace("\\", "/"))
-    if found.is_absolute() or not (source / found).exists():
+    if found.is_absolute():
+        return found.as_posix()
+    there = next((place / found for place in (source, Path.cwd()) if (place / found).exists()), None)
+    if there is None:
+        notes.append(
+            f"{found.as_posix()}: neither beside the config nor below the present folder; a dataset.toml counts from "
+            "its own folder, so mend this path in it"
+        )
         return found.as_posix()
     try:
-        return (source / found).resolve().relative_to(home).as_posix()
+        return there.resolve().relative_to(home).as_posix()
     except ValueError:
-        return (source / found).resolve().as_posix()
+        return there.resolve().as_posix()
 
 
 def _to_toml(entries: list[dict[str, Any]], name: str, tool: Tool) -> str:
