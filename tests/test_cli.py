@@ -2,6 +2,7 @@
 
 import io
 import logging
+import shlex
 import subprocess
 import sys
 import warnings
@@ -112,6 +113,12 @@ def test_cp_copies_a_program_and_never_over_a_file(tmp_path, capsys):
     assert cli.main(["cp", "lora", str(target)]) == 2
     assert target.read_text() == "mine"
     assert "not overwritten" in capsys.readouterr().err
+
+
+def test_the_command_of_a_copy_holds_its_name_whole(tmp_path, capsys):
+    assert cli.main(["cp", "check", str(tmp_path / "my own.py")]) == 0
+    command = capsys.readouterr().out.partition("run it with: ")[2]
+    assert shlex.split(command) == ["python", str(tmp_path / "my own.py"), "--help"]
 
 
 @pytest.mark.parametrize("command", ["resume", "ls", "cp"])

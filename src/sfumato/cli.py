@@ -260,5 +260,5 @@ def _copy(words: list[str]) -> int:
     if not target.parent.is_dir():
         raise ConfigError(f"{target.parent} is not a folder; make it first, or name another place.")
     target.write_text(source(programs[name]).read_text(encoding="utf-8"), encoding="utf-8")
-    print(f"{target} is yours; run it with: python {target} --help")
+    print(f"{target} is yours; run it with: python {shlex.quote(str(target))} --help")
     return 0
