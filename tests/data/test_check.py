@@ -226,6 +226,18 @@ def test_a_folder_tells_the_same_as_the_loaded_base(pocket_folder):
     assert needs.cut_off(caption) == base.cut_off(caption) != ""
 
 
+def test_a_base_whose_size_is_two_numbers_has_its_family_s_resolution(pocket_folder, tmp_path):
+    """As the loaded base has it."""
+    folder = Path(shutil.copytree(pocket_folder, tmp_path / "base"))
+    for part in ("unet", "vae"):
+        config = json.loads((folder / part / "config.json").read_text())
+        (folder / part / "config.json").write_text(json.dumps(config | {"sample_size": [24, 16]}))
+    assert target_of(str(folder)).resolution == target_of("pocket").resolution
+    (folder / "vae" / "config.json").write_text("{}")
+    with pytest.raises(BaseModelError, match=r"base/vae/config\.json: no block_out_channels in it"):
+        target_of(str(folder))
+
+
 def test_a_base_that_is_not_here_names_the_families():
     with pytest.raises(BaseModelError, match=r"somebody/something: not on this machine.*sd1, sd2, sdxl"):
         needs_of("somebody/something")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import sfumato
-from sfumato.bases.family import FAMILIES
+from sfumato.bases.family import FAMILIES, recognise
 from sfumato.data.buckets import side_step
 from sfumato.errors import BaseModelError
 
@@ -68,15 +68,23 @@ def needs_of(base: str) -> Needs:
     folder = _folder(base)
     unet, vae = _config(folder, "unet"), _config(folder, "vae")
     text = _config(folder, "text_encoder")
-    factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    factor = 2 ** (_levels(vae, folder, "vae") - 1)
+    size = unet.get("sample_size")
     return Needs(
         Path(base).name if Path(base).exists() else base,
         folder,
         factor,
-        len(unet["block_out_channels"]),
-        int(unet["sample_size"]) * factor,
+        _levels(unet, folder, "unet"),
+        size * factor if isinstance(size, int) else recognise(unet).defaults.resolution,  # as Base.resolution
         int(text.get("max_position_embeddings", 77)) - 2,
     )
+
+
+def _levels(config: Mapping[str, Any], folder: Path, part: str) -> int:
+    channels = config.get("block_out_channels")
+    if not isinstance(channels, list) or not channels:
+        raise BaseModelError(f"{folder.name}/{part}/config.json: no block_out_channels in it. Name a whole base.")
+    return len(channels)
 
 
 def _folder(base: str) -> Path:
