@@ -159,6 +159,14 @@ def test_folders_are_looked_for_where_the_other_tool_is_started_too(home, monkey
     assert tomllib.loads(apart.text)["source"][0]["path"] == (home / "dogs").resolve().as_posix()
 
 
+def test_a_folder_with_0_repeats_is_left_out_as_in_sd_scripts(home):
+    (home / "kohya.toml").write_text(KOHYA.replace("num_repeats = 10", "num_repeats = 0"))
+    converted = convert(home / "kohya.toml")
+    assert [entry["path"] for entry in tomllib.loads(converted.text)["source"]] == ["/elsewhere/dogs"]
+    assert "dogs: 0 repeats, so it is left out" in converted.notes
+    assert converted.sources == 1
+
+
 def test_what_is_not_carried_over_is_named(home):
     kohya, toolkit = "\n".join(convert(home / "kohya.toml").notes), "\n".join(convert(home / "toolkit.yaml").notes)
     assert "color_aug = True: has no counterpart" in kohya
@@ -246,6 +254,16 @@ def test_texts_that_are_numbers_are_read_as_such(tmp_path):
         ({"datasets": [{"subsets": [{"image_dir": "a", "num_repeats": "many"}]}]}, "repeats is 'many'; wanted a whole"),
         ({"config": {"process": [{"datasets": [{"folder_path": "a", "keep_tokens": "x"}]}]}}, "keep_tokens is 'x'"),
         ({"config": {"process": [{"datasets": ["a"]}]}}, "datasets holds 'a'; wanted a table"),
+        ({"datasets": [{"image_dir": "a"}]}, "a data set has no subsets"),
+        (
+            {"datasets": [{"subsets": [{"image_dir": "a", "caption_dropout_rate": 2}]}]},
+            "data set 1: caption dropout is 2",
+        ),
+        (
+            {"datasets": [{"subsets": [{"image_dir": "a", "caption_prefix": "{a|b}"}]}]},
+            "data set 1: caption .* unknown",
+        ),
+        ({"datasets": [{"subsets": [{"image_dir": "a", "num_repeats": 0}]}]}, "nothing to convert"),
     ],
 )
 def test_a_setting_of_another_kind_is_one_line(values, what, tmp_path):

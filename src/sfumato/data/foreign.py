@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sfumato.data.captions import CAPTION_SUFFIXES
-from sfumato.data.source import check_keys
+from sfumato.data.source import check_keys, source_of
 from sfumato.errors import ConfigError
 
 Tool = Literal["kohya", "ai-toolkit"]
@@ -130,10 +130,19 @@ def convert(path: Path, target: Path | None = None) -> Converted:
             f"{path.name}: neither kohya's [[datasets]] or train_data_dir nor ai-toolkit's config.process[].datasets "
             "is in it. Name such a config; datasets/README.md says how a dataset.toml is written by hand."
         )
-    if not entries:
-        raise ConfigError(f"{path.name}: its list of data sets is empty; there is nothing to convert.")
     for number, entry in enumerate(entries, start=1):
-        check_keys(entry, f"{path.name}, its data set {number}: ")
+        where = f"{path.name}, its data set {number}: "
+        check_keys(entry, where)
+        if entry.get("repeats", 1) < 1:  # which sd-scripts leaves out, too
+            notes.append(f"{entry['path']}: {entry['repeats']} repeats, so it is left out")
+            continue
+        source_of(entry, home, where)
+    entries = [entry for entry in entries if entry.get("repeats", 1) >= 1]
+    if not entries:
+        raise ConfigError(
+            f"{path.name}: its list of data sets is empty, or none of them has repeats; there is nothing to convert."
+        )
+    for entry in entries:
         entry["path"] = _relative(entry["path"], path.resolve().parent, home, notes)
     return Converted(_to_toml(entries, path.name, tool), len(entries), tool, tuple(dict.fromkeys(notes)))
 
@@ -179,7 +188,9 @@ def _kohya(values: Mapping[str, Any], notes: list[str]) -> Iterator[dict[str, An
     """A subset's settings fall back to its data set's, then to [general]."""
     general = values.get("general", {})
     for dataset in _tables(values["datasets"], "datasets"):
-        for subset in _tables(dataset.get("subsets", []), "subsets"):
+        if not dataset.get("subsets"):
+            raise ConfigError("a data set has no subsets, which name the folders; give it one with an image_dir.")
+        for subset in _tables(dataset["subsets"], "subsets"):
             own = {**general, **{key: value for key, value in dataset.items() if key != "subsets"}, **subset}
             if "metadata_file" in own:
                 notes.append("metadata_file: list the captions in metadata.jsonl or .txt files instead")

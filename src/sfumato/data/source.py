@@ -125,7 +125,10 @@ def sources_of(
         raise ConfigError(f'{path.name}: no sources in it; write [[source]] and path = "DIR" for each folder.')
     check_keys(values, f"{path.name}: ", known=[key for key in _KEYS if key != "path"] + ["source"])
     defaults = {key: value for key, value in given.items() if value is not None} | values
-    return [_source(entry, defaults, path, number) for number, entry in enumerate(entries, start=1)]
+    return [
+        source_of({**_shared(defaults, entry), **entry}, path.parent, f"{path.name}, source {number}: ")
+        for number, entry in enumerate(entries, start=1)
+    ]
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -151,13 +154,15 @@ def check_keys(values: Mapping[str, Any], where: str, known: Sequence[str] = tup
             raise ConfigError(f"{where}{key} is {value!r}; wanted {_NAMES[kind]}.")
 
 
-def _source(entry: Mapping[str, Any], defaults: Mapping[str, Any], file: Path, number: int) -> Source:
-    where = f"{file.name}, source {number}: "
-    check_keys(entry, where)
-    shared = {k: v for k, v in defaults.items() if not entry.get("class") or k not in _OF_THE_SUBJECT}
-    values = {**shared, **entry}
-    if "path" not in entry:
-        raise ConfigError(f'{where}no path; write path = "DIR", from the folder of {file.name} on.')
+def _shared(defaults: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in defaults.items() if not entry.get("class") or k not in _OF_THE_SUBJECT}
+
+
+def source_of(values: Mapping[str, Any], home: Path, where: str) -> Source:
+    """The source that these keys describe, its path counted from `home`. Raises ConfigError beginning with `where`."""
+    check_keys(values, where)
+    if "path" not in values:
+        raise ConfigError(f'{where}no path; write path = "DIR", from the folder of the dataset.toml on.')
     if not 1 <= values.get("repeats", 1) <= 99_999:
         raise ConfigError(f"{where}repeats is {values['repeats']}; it must be 1 to 99,999.")
     if values.get("mask", "none") not in get_args(MaskSource):
@@ -171,7 +176,7 @@ def _source(entry: Mapping[str, Any], defaults: Mapping[str, Any], file: Path, n
     if suffix is not None and not suffix.startswith("."):
         raise ConfigError(f'{where}caption_suffix is {suffix!r}; wanted an ending such as ".wd14".')
     return Source(
-        file.parent / values["path"],
+        home / values["path"],
         repeats=values.get("repeats", 1),
         group="class" if values.get("class") else "instance",
         template=template,
