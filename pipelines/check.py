@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
+from os.path import abspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -172,7 +173,9 @@ def _mend(report: Report, config: Config) -> Mended:
         # The first that somebody wrote a caption for, or the first.
         first = next((place for place in places if report.captioned[place]), places[0])
         reason = f"the same picture as {report.labels[first]}"
-        leave_out |= {report.looks[place].path: reason for place in places if place != first}
+        # Not the first itself, which several sources may hold.
+        others = (report.looks[place].path for place in places)
+        leave_out |= {path: reason for path in others if abspath(path) != abspath(report.looks[first].path)}
     return mend(config.images, sources_of(config.images, trigger=config.trigger), config.fix, leave_out=leave_out)
 
 

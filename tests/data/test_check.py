@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from made_up import noise_picture
 from matplotlib import font_manager, get_data_path
-from PIL import Image, ImageFilter
+from PIL import Image, ImageCms, ImageFilter
 from PIL.PngImagePlugin import PngInfo
 from sfumato.pipelines.check import main, render
 
-from sfumato.data import open_image, prepare, read_folder
+from sfumato.data import open_image, open_picture, prepare, read_folder
 from sfumato.data.needs import needs_of
 from sfumato.data.report import check
 from sfumato.errors import BaseModelError, ConfigError, DataError
@@ -278,6 +278,54 @@ def test_a_picture_with_broken_exif_data_is_mended_too(tmp_path):
     main([str(tmp_path / "dogs"), "--caption", "x", "--fix", str(tmp_path / "mended")])
     assert open_image(tmp_path / "mended" / "dog.png").tobytes() == noise_picture().tobytes()
     assert not read_folder(tmp_path / "mended", caption_template="x").notes
+
+
+def translucent_picture():
+    picture = noise_picture(seed=3).convert("RGBA")
+    picture.putalpha(noise_picture(seed=4).convert("L"))
+    return picture
+
+
+def test_what_is_half_transparent_is_the_same_in_the_mended_copy(tmp_path):
+    (tmp_path / "dogs").mkdir()
+    translucent_picture().save(tmp_path / "dogs" / "dog.tiff")
+    main([str(tmp_path / "dogs"), "--caption", "x", "--fix", str(tmp_path / "mended")])
+    before, after = (open_picture(tmp_path / name) for name in ("dogs/dog.tiff", "mended/dog.png"))
+    assert before.image.tobytes() == after.image.tobytes()
+    assert before.alpha.tobytes() == after.alpha.tobytes()
+
+
+def test_a_transparent_picture_in_srgb_stays_as_it_is(tmp_path):
+    (tmp_path / "dogs").mkdir()
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    translucent_picture().save(tmp_path / "dogs" / "dog.png", icc_profile=profile)
+    main([str(tmp_path / "dogs"), "--caption", "x", "--fix", str(tmp_path / "mended")])
+    assert (tmp_path / "mended" / "dog.png").read_bytes() == (tmp_path / "dogs" / "dog.png").read_bytes()
+
+
+def test_a_picture_whose_mask_is_broken_is_left_out_wholly(tmp_path, capsys):
+    (tmp_path / "dogs").mkdir()
+    for number, name in enumerate(("dog", "cat")):
+        noise_picture(seed=number).save(tmp_path / "dogs" / f"{name}.png")
+    (tmp_path / "dogs" / "dog.mask.png").write_bytes(b"not a picture")
+    main([str(tmp_path / "dogs"), "--caption", "x", "--fix", str(tmp_path / "mended")])
+    assert [path.name for path in (tmp_path / "mended").iterdir()] == ["cat.png"]
+    said = "1 copied, 0 written anew, 1 left out\n  dog.png is left out: dog.mask.png: not a picture"
+    assert said in capsys.readouterr().out
+
+
+def test_a_folder_that_two_sources_name_is_mended_for_both(tmp_path):
+    """So that it may be cropped in two ways; and a source of which nothing is left would stop training."""
+    for folder, number in (("dogs", 0), ("copies", 0), ("more", 1)):
+        (tmp_path / folder).mkdir()
+        noise_picture(seed=number).save(tmp_path / folder / f"{folder}.png")
+    ways = ('path = "dogs"', 'path = "copies"', 'path = "../' + tmp_path.name + '/dogs"\ncrop = "pad"', 'path = "more"')
+    (tmp_path / "d.toml").write_text("".join(f"[[source]]\n{way}\n" for way in ways))
+    main([str(tmp_path / "d.toml"), "--caption", "x", "--fix", str(tmp_path / "mended")])
+    mended = read_folder(tmp_path / "mended" / "d.toml", caption_template="x")
+    found = [(example.path.relative_to(tmp_path / "mended").as_posix(), example.options.crop) for example in mended]
+    assert found == [("dogs/dogs.png", None), ("dogs-2/dogs.png", "pad"), ("more/more.png", None)]
+    assert not (tmp_path / "mended" / "copies").exists()
 
 
 def test_of_equal_pictures_the_mended_copy_keeps_the_captioned_one(tmp_path):

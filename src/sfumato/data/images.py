@@ -78,12 +78,32 @@ def open_picture(path: Path, *, any_ratio: bool = False) -> Picture:
     any_ratio: of its sides, as where nothing is cropped. Raises DataError, which names the file, for one that is no
     picture, is cut short or broken, has more than 50 megapixels, or is more than four times as long as wide.
     """
-    with _decoding(path), _open(path) as file:
+    with _decoding(path):
+        image, alpha, notes = _layers(path, any_ratio)
+        if alpha is None:
+            return Picture(image, None, notes)
+        image.putalpha(alpha)
+        white = Image.new("RGBA", image.size, "white")
+        return Picture(Image.alpha_composite(white, image).convert("RGB"), alpha, notes)
+
+
+def open_transparent(path: Path) -> Image.Image:
+    """The picture in RGB as `open_picture` has it, or in RGBA, not yet on white, where some of it is transparent."""
+    with _decoding(path):
+        image, alpha, _ = _layers(path)
+        if alpha is not None:
+            image.putalpha(alpha)
+        return image
+
+
+def _layers(path: Path, any_ratio: bool = False) -> tuple[Image.Image, Image.Image | None, tuple[str, ...]]:
+    """(the colours in RGB, alpha as in `Picture`, notes)."""
+    with _open(path) as file:
         check_size(path, file.size, any_ratio=any_ratio)
         if file.format == "PNG":
             _check_png(path)
         notes = [f"{path.name}: an animation; its first frame is taken"] if _animated(file) else []
-        return _picture(_loaded(file, path), path, notes)
+        return *_colours_and_alpha(_loaded(file, path), path, notes), tuple(notes)
 
 
 @contextmanager
@@ -226,7 +246,7 @@ def _reopened_without_text(path: Path) -> Image.Image:
     return file
 
 
-def _picture(file: Image.Image, path: Path, notes: list[str]) -> Picture:
+def _colours_and_alpha(file: Image.Image, path: Path, notes: list[str]) -> tuple[Image.Image, Image.Image | None]:
     profile = file.info.get("icc_profile")
     image = _eight_bits(_upright(file, path, notes), path)
     if image.mode == "1":
@@ -240,12 +260,7 @@ def _picture(file: Image.Image, path: Path, notes: list[str]) -> Picture:
             alpha = None
     elif image.mode not in ("L", "CMYK", "LAB"):
         image = image.convert("RGB")
-    image = _srgb(image, profile, path, notes).convert("RGB")
-    if alpha is None:
-        return Picture(image, None, tuple(notes))
-    image.putalpha(alpha)
-    white = Image.new("RGBA", image.size, "white")
-    return Picture(Image.alpha_composite(white, image).convert("RGB"), alpha, tuple(notes))
+    return _srgb(image, profile, path, notes).convert("RGB"), alpha
 
 
 def _upright(file: Image.Image, path: Path, notes: list[str]) -> Image.Image:

@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import ExifTags
 
 from sfumato.data.checksums import check_files, write_sums
-from sfumato.data.images import as_stored, open_picture
+from sfumato.data.images import as_stored, open_picture, open_transparent
 from sfumato.data.listing import REPEATS, Found
 from sfumato.data.source import Source
 from sfumato.errors import ConfigError, DataError
@@ -43,10 +43,9 @@ def mend(path: Path, sources: Sequence[Source], target: Path, *, leave_out: dict
     copier = _Copier(leave_out)
     with atomic_folder(place) as part:
         folders = [part] if len(sources) == 1 and path.is_dir() else _folders(part, sources)
-        for source, folder in zip(sources, folders, strict=True):
-            copier.copy(source, folder)
+        filled = [copier.copy(source, folder) for source, folder in zip(sources, folders, strict=True)]
         if not path.is_dir():
-            _write_toml(path, part, folders)
+            _write_toml(path, part, folders, filled)
     return Mended(tuple(copier.copied), tuple(copier.rewritten), tuple(copier.left_out))
 
 
@@ -57,7 +56,8 @@ class _Copier:
         self.rewritten: list[tuple[str, str]] = []
         self.left_out: list[tuple[str, str]] = []
 
-    def copy(self, source: Source, folder: Path) -> None:
+    def copy(self, source: Source, folder: Path) -> bool:
+        """Whether the folder has a picture now."""
         listing = source.list()
         taken: dict[Path, Found] = {}
         folder.mkdir(exist_ok=True)
@@ -72,11 +72,13 @@ class _Copier:
                 self.left_out.append((relative.as_posix(), str(error).removeprefix(f"{found.path.name}: ")))
         if any(any(found.sums) for found in listing.pictures):
             write_sums(folder, [path for path in folder.rglob("*") if path.is_file()])
+        return bool(taken)
 
     def _one(
         self, found: Found, relative: Path, folder: Path, taken: dict[Path, Found], suffixes: Sequence[str]
     ) -> None:
         check_files(found.files, found.sums)
+        mask = None if found.mask is None else open_picture(found.mask).image.convert("L")
         why = _why_rewritten(found.path)
         # In a folder with repeats, or in the folder itself: what metadata.jsonl named further below moves up, since the
         # copy has captions beside its pictures and reads no other folders.
@@ -93,12 +95,7 @@ class _Copier:
         taken[place] = found
         place.parent.mkdir(parents=True, exist_ok=True)
         if why:
-            picture = open_picture(found.path)
-            image = picture.image
-            if picture.alpha is not None:
-                image = image.copy()
-                image.putalpha(picture.alpha)
-            image.save(place)
+            open_transparent(found.path).save(place)
             self.rewritten.append((relative.as_posix(), why))
         else:
             shutil.copyfile(found.path, place)
@@ -107,8 +104,8 @@ class _Copier:
             kept = (suffix for suffix in suffixes if found.caption.origin.lower().endswith(suffix))
             suffix = next(kept, suffixes[0])
             place.with_name(f"{place.stem}{suffix}").write_text(found.caption.text + "\n", encoding="utf-8")
-        if found.mask is not None:
-            open_picture(found.mask).image.convert("L").save(place.with_name(f"{place.stem}.mask.png"))
+        if mask is not None:
+            mask.save(place.with_name(f"{place.stem}.mask.png"))
 
 
 def _why_rewritten(path: Path) -> str:
@@ -123,8 +120,10 @@ def _why_rewritten(path: Path) -> str:
             return "turned upright"
         if file.mode not in ("RGB", "RGBA", "L", "LA"):
             return f"{file.mode} becomes RGB"
-        if file.info.get("icc_profile") and picture.image.tobytes() != file.convert("RGB").tobytes():
-            return "its colour profile is applied"
+        if file.info.get("icc_profile"):
+            image = open_transparent(path)
+            if image.tobytes() != file.convert(image.mode).tobytes():
+                return "its colour profile is applied"
     return ""
 
 
@@ -140,10 +139,15 @@ def _folders(part: Path, sources: Sequence[Source]) -> list[Path]:
     return folders
 
 
-def _write_toml(path: Path, part: Path, folders: Sequence[Path]) -> None:
+def _write_toml(path: Path, part: Path, folders: Sequence[Path], filled: Sequence[bool]) -> None:
+    """The dataset.toml of the copies, without the sources of which nothing is left: they would stop training."""
     import tomlkit
 
     document = tomlkit.parse(path.read_text(encoding="utf-8-sig"))
     for entry, folder in zip(document["source"], folders, strict=True):
         entry["path"] = folder.name
+    for place in reversed([place for place, has_pictures in enumerate(filled) if not has_pictures]):
+        folders[place].rmdir()
+        if any(filled):
+            del document["source"][place]
     (part / path.name).write_text(tomlkit.dumps(document), encoding="utf-8")
