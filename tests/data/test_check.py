@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from made_up import noise_picture
+from made_up import FakeBase, noise_picture
 from matplotlib import font_manager, get_data_path
 from PIL import Image, ImageCms, ImageFilter
 from PIL.PngImagePlugin import PngInfo
@@ -199,6 +199,19 @@ def test_a_trigger_is_shown_as_it_tokenizes(pictures, word, kind, text):
     assert any(text in line.text for line in report.lines if line.kind == kind)
 
 
+def test_a_placeholder_that_no_trigger_takes_the_place_of_is_told(tmp_path):
+    for number, caption in enumerate(["[trigger] on grass", "a dog"]):
+        noise_picture(seed=number).save(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.txt").write_text(caption)
+    report, data = check(tmp_path, needs_of("pocket")), prepare(read_folder(tmp_path), FakeBase(), resolution=64)
+    (line,) = (line for line in report.lines if line.kind == "trigger missing")
+    assert line.names == ("0.png",)
+    assert line.text == "1 captions hold [trigger], and there is no trigger: 0.png; pass --trigger WORD"
+    assert line.text in data.notes
+    report = check(tmp_path, needs_of("pocket"), trigger="zwx")
+    assert not [line for line in report.lines if line.kind == "trigger missing"]
+
+
 def test_the_class_beside_a_rare_word_is_no_flaw(pictures):
     report = check(pictures, needs_of("sd1"), caption_template="{trigger}", trigger="sks dog")
     assert not [line for line in report.lines if line.kind == "trigger ordinary"]
@@ -232,10 +245,10 @@ def test_a_base_whose_size_is_two_numbers_has_its_family_s_resolution(pocket_fol
     for part in ("unet", "vae"):
         config = json.loads((folder / part / "config.json").read_text())
         (folder / part / "config.json").write_text(json.dumps(config | {"sample_size": [24, 16]}))
-    assert target_of(str(folder)).resolution == target_of("pocket").resolution
+    assert needs_of(str(folder)).resolution == needs_of("pocket").resolution
     (folder / "vae" / "config.json").write_text("{}")
     with pytest.raises(BaseModelError, match=r"base/vae/config\.json: no block_out_channels in it"):
-        target_of(str(folder))
+        needs_of(str(folder))
 
 
 def test_a_base_that_is_not_here_names_the_families():

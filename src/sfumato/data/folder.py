@@ -6,7 +6,7 @@ learned from is refused before a base is loaded. Imports no torch.
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, overload
@@ -19,6 +19,8 @@ from sfumato.errors import DataError
 
 MaskSource = Literal["none", "alpha", "files"]
 Group = Literal["instance", "class"]
+PLACEHOLDER = "[trigger]"
+"""What ai-toolkit writes in captions where the trigger is to be."""
 
 
 @dataclass(frozen=True)
@@ -177,9 +179,16 @@ def labelled(text: str, path: Path, label: str) -> str:
     return f"{label}{text.removeprefix(path.name)}" if text.startswith(f"{path.name}: ") else text
 
 
+def without_trigger(captions: Iterable[tuple[str, str]]) -> str:
+    """What to say of those of (picture's name, caption) in which [trigger] is left; empty for none."""
+    if names := [name for name, caption in captions if PLACEHOLDER in caption]:
+        return f"{len(names)} captions hold {PLACEHOLDER}, and there is no trigger: {some(names)}; pass --trigger WORD"
+    return ""
+
+
 def caption_of(found: Found, template: str | None, trigger: str | None) -> str:
-    """The picture's caption; empty if it has none. [trigger] in it, as ai-toolkit has it, becomes the trigger."""
-    text = found.caption.text.replace("[trigger]", trigger) if trigger else found.caption.text
+    """The picture's caption; empty if it has none. The placeholder in it becomes the trigger."""
+    text = found.caption.text.replace(PLACEHOLDER, trigger) if trigger else found.caption.text
     if template is None:
         return text
     return fill_template(template, text or words_of(found.path.stem), trigger)

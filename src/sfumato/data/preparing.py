@@ -27,7 +27,7 @@ from sfumato.data.cache import (
 from sfumato.data.checksums import file_digest, refuse_changed
 from sfumato.data.crops import Cropped, crop_example
 from sfumato.data.dataset import Dataset
-from sfumato.data.folder import Example, Folder, labelled, labels_of, refuse_bad
+from sfumato.data.folder import Example, Folder, labelled, labels_of, refuse_bad, without_trigger
 from sfumato.data.images import upright_size
 from sfumato.data.latents import Item, encode, keep_pixels
 from sfumato.data.listing import some
@@ -153,6 +153,7 @@ def prepare(
     notes.extend(_crop_notes(items))
     notes.extend(_kept_notes(plan.in_loop, store, bytes_kept))
     notes.extend(_cut_notes(base, [item.caption for item in items]))
+    notes.extend(filter(None, [without_trigger((item.name, item.caption) for item in items)]))
     device = base.precision.device if hasattr(base, "precision") else torch.device("cpu")
     repeats = [example.repeats for example in kept]
     dataset = Dataset(items, repeats, device, base.encode_pixels, fingerprint=digest.hexdigest(), notes=notes)

@@ -10,7 +10,18 @@ from typing import Any
 
 from sfumato.data.buckets import Size, bucket_sizes
 from sfumato.data.duplicates import duplicates
-from sfumato.data.folder import Example, MaskSource, caption_of, labelled, labels_of, no_masks, no_pictures, no_subject
+from sfumato.data.folder import (
+    PLACEHOLDER,
+    Example,
+    MaskSource,
+    caption_of,
+    labelled,
+    labels_of,
+    no_masks,
+    no_pictures,
+    no_subject,
+    without_trigger,
+)
 from sfumato.data.listing import Found, Ignored, some
 from sfumato.data.needs import Needs
 from sfumato.data.options import CropMode, Options
@@ -211,6 +222,9 @@ def _captions(report: Report, founds: Sequence[Found]) -> Iterator[Line]:
         advice = 'Write NAME.txt beside each, run `sfumato caption --write`, or pass --caption "{caption}".'
         text = f"{_count(missing)} no caption: {some(missing, 4)}. {advice}"
         yield Line("caption missing", text, tuple(missing), True)
+    captions = [(label, example.caption) for example, _, label in named]
+    if text := without_trigger(captions):
+        yield Line("trigger missing", text, tuple(label for label, caption in captions if PLACEHOLDER in caption))
     limit = report.needs.token_limit
     for caption, names in _by_caption(report).items():
         if cut := report.needs.cut_off(caption):
