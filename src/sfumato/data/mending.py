@@ -59,7 +59,7 @@ class _Copier:
     def copy(self, source: Source, folder: Path) -> bool:
         """Whether the folder has a picture now."""
         listing = source.list()
-        taken: dict[Path, Found] = {}
+        taken: dict[Path, dict[str, Found]] = {}
         folder.mkdir(exist_ok=True)
         for found in listing.pictures:
             relative = found.path.relative_to(listing.root)
@@ -75,8 +75,9 @@ class _Copier:
         return bool(taken)
 
     def _one(
-        self, found: Found, relative: Path, folder: Path, taken: dict[Path, Found], suffixes: Sequence[str]
+        self, found: Found, relative: Path, folder: Path, taken: dict[Path, dict[str, Found]], suffixes: Sequence[str]
     ) -> None:
+        """taken: the copies so far, by their path without its ending, and by the ending."""
         check_files(found.files, found.sums)
         mask = None if found.mask is None else open_picture(found.mask).image.convert("L")
         why = _why_rewritten(found.path)
@@ -85,14 +86,14 @@ class _Copier:
         upper = relative.parts[0] if len(relative.parts) > 1 and REPEATS.fullmatch(relative.parts[0]) else "."
         place = folder / upper / relative.with_suffix(".png" if why else relative.suffix).name
         number = 2
-        while place in taken or any(  # a.png, and a.heic that becomes one; or a caption's file for two captions
+        while place.suffix in (beside := taken.setdefault(place.with_suffix(""), {})) or any(
+            # a.png, and a.heic that becomes one; or a caption's file for two captions
             other.caption.text != found.caption.text or other.mask != found.mask
-            for path, other in taken.items()
-            if path.with_suffix("") == place.with_suffix("")
+            for other in beside.values()
         ):
             place = place.with_name(f"{relative.stem}-{number}{place.suffix}")
             number += 1
-        taken[place] = found
+        beside[place.suffix] = found
         place.parent.mkdir(parents=True, exist_ok=True)
         if why:
             open_transparent(found.path).save(place)
