@@ -94,6 +94,18 @@ def test_a_layer_starts_alike_whatever_else_is_adapted(block):
     assert torch.equal(one.layers["unet", "conv1"].down, two.layers["unet", "conv1"].down)
 
 
+def test_a_layer_starts_within_its_own_bound_and_unlike_its_namesake_in_another_part(block):
+    """PyTorch's and peft's start of A: uniform in +-1 / sqrt(inputs), a convolution's kernel among them."""
+    parts = {part: select(block, "to_q|conv1") for part in ("text_encoder", "text_encoder_2")}
+    layers = attach(parts, rank=64, alpha=2.0).layers
+    for path, inputs in (("attn2.to_q", 6), ("conv1", 3 * 3 * 3)):
+        one, other = (layers[part, path].down.detach() for part in parts)
+        assert not torch.equal(one, other)
+        for down in (one, other):
+            assert 0.95 < down.abs().max() * inputs**0.5 <= 1
+            assert down.mean().abs() * inputs**0.5 < 0.1
+
+
 def test_the_base_gets_no_gradient_and_the_adapter_does(block):
     block.requires_grad_(False)
     lora = trained(block)
@@ -114,6 +126,11 @@ def test_starting_from_another_shape_is_refused(block):
     lora = trained(block)
     with pytest.raises(AdapterError, match=r"has 0 modules, this run trains 2; 2 missing .* --conv and --train"):
         lora.load({}, "other")
+    more = {key: (layer.down, layer.up, 2.0) for key, layer in lora.layers.items()}
+    with pytest.raises(
+        AdapterError, match=r"has 3 modules, this run trains 2; 0 missing and 1 extra, first unet\.conv2"
+    ):
+        lora.load({**more, ("unet", "conv2"): more["unet", "conv1"]}, "other")
 
 
 def test_what_is_dropped_of_a_sample_depends_on_its_place_and_not_on_the_batch(block):

@@ -48,10 +48,11 @@ def test_min_snr_weights():
     assert_close(diffusion.snr_weight("v_prediction", a, 5.0), torch.tensor([0.5, 0.25]))
 
 
-def test_min_snr_at_zero_terminal_snr_is_finite():
+def test_min_snr_has_its_limits_where_there_is_only_noise_or_none():
+    """SNR 0: SNR / SNR is 1 for epsilon, SNR / (SNR + 1) is 0 for v. SNR without end: 5 / SNR is 0 for both."""
     a = torch.tensor([0.0, 1.0])
-    for kind in ("epsilon", "v_prediction"):
-        assert torch.isfinite(diffusion.snr_weight(kind, a, 5.0)).all()
+    assert_close(diffusion.snr_weight("epsilon", a, 5.0), torch.tensor([1.0, 0.0]))
+    assert_close(diffusion.snr_weight("v_prediction", a, 5.0), torch.tensor([0.0, 0.0]))
 
 
 def test_each_slice_of_the_schedule_is_drawn_once():
@@ -72,10 +73,14 @@ def test_timesteps_are_a_function_of_seed_and_step():
 
 
 def test_timesteps_are_uniform_over_many_steps():
-    drawn = torch.cat([diffusion.stratified_timesteps(4, range(1000), 0, step) for step in range(500)]).float()
-    assert abs(drawn.mean().item() - 499.5) < 5
-    assert drawn.min() >= 0
-    assert drawn.max() <= 999
+    drawn = torch.stack([diffusion.stratified_timesteps(4, range(1000), 0, step) for step in range(500)])
+    assert abs(drawn.float().mean().item() - 499.5) < 5
+    assert (drawn.min(), drawn.max()) == (0, 999)
+    # Each place of the batch meets all of the schedule: a place of one slice would teach some pictures one noise.
+    assert (drawn.float().mean(0) - 499.5).abs().max() < 50
+    within = drawn % 250
+    assert len(within.unique()) == 250
+    assert (within[:, 1:] == within[:, :1]).float().mean() < 0.05
 
 
 def test_a_mask_takes_the_mean_over_what_it_shows():
@@ -87,3 +92,18 @@ def test_a_mask_takes_the_mean_over_what_it_shows():
     assert_close(diffusion.weighted_error(wrong, right, one, mask), torch.tensor([9.0]))
     assert_close(diffusion.weighted_error(wrong, right, one), torch.tensor([9 / 4]))
     assert_close(diffusion.weighted_error(wrong, right, one, 1 - mask), torch.tensor([0.0]))
+    assert_close(diffusion.weighted_error(wrong, right, 0.5 * one, mask), torch.tensor([4.5]))
+
+
+def test_a_mask_that_shows_nothing_teaches_nothing():
+    """A crop at a random place may miss all that the mask of its picture shows."""
+    errors = diffusion.weighted_error(
+        torch.ones(1, 2, 2, 2), torch.zeros(1, 2, 2, 2), torch.ones(1), torch.zeros(1, 1, 2, 2)
+    )
+    assert errors.item() == 0
+
+
+def test_errors_of_half_precision_are_squared_in_fp32():
+    """300^2 is more than fp16 holds."""
+    far = torch.full((1, 1, 2, 2), 300.0, dtype=torch.float16)
+    assert diffusion.weighted_error(far, torch.zeros_like(far), torch.ones(1)).item() == 90_000

@@ -35,7 +35,10 @@ def test_an_offset_moves_whole_channels(batch):
     """x + 0.5 c with c one number a channel: the difference is constant over a channel's pixels."""
     moved = draw_noise(batch, 0, 0, 0, offset=0.5) - draw_noise(batch, 0, 0, 0)
     assert_close(moved, moved[..., :1, :1].expand_as(moved), atol=1e-6, rtol=0)
-    assert moved.abs().max() > 0.1
+    other = draw_noise(batch, 0, 1, 0, offset=0.5) - draw_noise(batch, 0, 1, 0)
+    constants = torch.stack([*moved[..., 0, 0], *other[..., 0, 0]])
+    assert constants.abs().max() > 0.1
+    assert len({tuple(row) for row in constants.mul(100).round().tolist()}) == 8  # four pictures at two steps
 
 
 def test_the_error_is_the_mean_square_against_diffusers_noise_and_target(base, batch):

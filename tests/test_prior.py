@@ -145,6 +145,37 @@ def test_one_process_asks_what_two_ask(base, dataset):
     assert_close(both.target, torch.cat([part.target for part in parts]), rtol=1e-4, atol=1e-5)
 
 
+def test_prompts_take_turns_through_places_and_steps(base, dataset):
+    prior = BasePrediction(base, dataset, ["cat", "red", "re"], 0, pristine=torch.no_grad)
+    asked = [prior.draw(step, 4, first, 2).batch.captions for step in (0, 1, 2) for first in (0, 2)]
+    assert asked == [["cat", "red"], ["re", "cat"], ["red", "re"]] * 2
+
+
+def test_what_the_base_predicts_is_kept_whole_whatever_counts_of_the_subjects_pictures(base, dataset, monkeypatch):
+    """Their masks and weights are the subject's."""
+    masks = torch.zeros(COUNT, 1, 16, 16)
+    own = dataset.batch
+    monkeypatch.setattr(
+        dataset,
+        "batch",
+        lambda *given, **options: dataclasses.replace(
+            own(*given, **options), mask=masks, weights=torch.full((COUNT,), 0.3)
+        ),
+    )
+    half = BasePrediction(base, dataset, ["cat"], 0, pristine=torch.no_grad).draw(0, COUNT, 0, COUNT)
+    assert half.batch.mask is None
+    assert half.batch.weights.tolist() == [1.0] * COUNT
+
+
+def test_predictions_are_remembered_in_what_they_were_computed_in(base, dataset):
+    """As the line on their memory, and the limit of it, count them."""
+    in_half = dataclasses.replace(base, precision=dataclasses.replace(base.precision, compute=torch.bfloat16))
+    kept = BasePrediction(in_half, dataset, ["cat"], 0)
+    kept.remember(range(1), COUNT, [0], COUNT, shown=False)
+    assert [target.dtype for target in kept._kept.values()] == [torch.bfloat16]
+    assert kept.draw(0, COUNT, 0, COUNT).target.dtype == torch.float32
+
+
 def test_draws_of_a_long_run_repeat_where_memory_ends(base, dataset, monkeypatch):
     latents = dataset.batch(0, 0, COUNT).latents
     monkeypatch.setattr(prior, "KEPT_BYTES", 2 * latents.nbytes)

@@ -83,6 +83,8 @@ def papers_loop(base, dataset, class_set, *, seed, weight, steps=STEPS, count=2)
         batch = data_set.batch(order, step, count)
         shape = tuple(batch.latents.shape[1:])
         noise = torch.stack([randomness.normal(shape, seed, "noise", step, place) for place in range(count)])
+        channels = [randomness.normal((4, 1, 1), seed, "noise offset", step, place) for place in range(count)]
+        noise = noise + 0.2 * torch.stack(channels)
         timesteps = diffusion.stratified_timesteps(count, range(950), seed, step)
         noisy = base.scheduler.add_noise(batch.latents, noise, timesteps)
         return noisy, timesteps, base.scheduler.get_velocity(batch.latents, noise, timesteps)
@@ -127,7 +129,7 @@ def test_equal_to_a_plain_loop_from_the_paper(prior, folder, train, pocket_folde
     images = request.getfixturevalue(folder)
     options = ["--schedule", "constant", "--clip", "0.5", "--seed", "3", "--prior", prior]
     options += ["--prior-weight", "0.7"] if prior != "none" else []
-    options += ["--max-timestep", "950"]
+    options += ["--max-timestep", "950", "--noise-offset", "0.2"]
     path = train("run", "--images", images, *options)
 
     base = load_base(str(pocket_folder), precision=CPU)

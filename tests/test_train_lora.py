@@ -63,6 +63,7 @@ def test_equal_to_a_plain_loop_with_peft(prompts, among, train, pocket_folder, p
     prior = [word for prompt in prompts for word in ("--prior-prompts", prompt)]
     weighted = [*prior, "--prior-weight", "0.7"] if prior else []
     options = ["--precision", "fp32", "--schedule", "constant", "--clip", "0.5", "--min-snr", "5", "--seed", "3"]
+    options += ["--noise-offset", "0.2"]
     ends = ["--min-timestep", str(among.start), "--max-timestep", str(among.stop)] if among != range(1000) else []
     path = train("run", *options, *weighted, *ends)
 
@@ -85,6 +86,7 @@ def test_equal_to_a_plain_loop_with_peft(prompts, among, train, pocket_folder, p
         batch = dataset.batch(3, step, 2)
         shape = tuple(batch.latents.shape[1:])
         noise = torch.stack([randomness.normal(shape, seed, "noise", step, i) for i in range(2)])
+        noise += 0.2 * torch.stack([randomness.normal((4, 1, 1), seed, "noise offset", step, i) for i in range(2)])
         timesteps = diffusion.stratified_timesteps(2, among, seed, step)
         a = base.scheduler.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
         noisy = base.scheduler.add_noise(batch.latents, noise, timesteps)
@@ -111,7 +113,9 @@ def test_equal_to_a_plain_loop_with_peft(prompts, among, train, pocket_folder, p
 
     assert_close([row["loss"] for row in rows(path)], losses, rtol=1e-4, atol=1e-6)
     for (_, name), module in read_lora(path).modules.items():
-        assert_close(module.delta(), layers[name].get_delta_weight("default").detach(), rtol=1e-3, atol=1e-6)
+        wanted = layers[name].get_delta_weight("default").detach()
+        # Of the whole: a number with almost no gradient goes where rounding tells AdamW's first steps to.
+        assert (module.delta() - wanted).norm() <= 1e-3 * wanted.norm(), name
 
 
 def test_the_same_command_twice_gives_equal_tensors_and_equal_files(train, monkeypatch):

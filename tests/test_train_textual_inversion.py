@@ -43,6 +43,7 @@ def rows(path):
 def test_equal_to_a_plain_loop_over_the_whole_table(train, pocket_folder, pictures):
     """Gal et al. 2022: the table grows by the new rows, all of it gets gradients, AdamW steps on the new rows alone."""
     options = ["--seed", "3", "--clip", "0.5", "--start", "random", "--precision", "fp32", "--min-timestep", "150"]
+    options += ["--noise-offset", "0.2"]
     path = train("run", "--caption", "a {caption}, {trigger}", *options)
 
     base = load_base(str(pocket_folder), precision=decide("fp32", device="cpu"))
@@ -67,6 +68,7 @@ def test_equal_to_a_plain_loop_over_the_whole_table(train, pocket_folder, pictur
         prompts = [caption.replace("<x>", "<x> <y>") for caption in batch.captions]
         ids = tokenizer(prompts, padding="max_length", max_length=77, return_tensors="pt").input_ids
         noise = torch.stack([randomness.normal(tuple(batch.latents.shape[1:]), 3, "noise", step, i) for i in range(2)])
+        noise += 0.2 * torch.stack([randomness.normal((4, 1, 1), 3, "noise offset", step, i) for i in range(2)])
         timesteps = diffusion.stratified_timesteps(2, range(150, 1000), 3, step)
         a = base.alpha_bar[timesteps].view(-1, 1, 1, 1)
         noisy = a.sqrt() * batch.latents + (1 - a).sqrt() * noise

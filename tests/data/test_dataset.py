@@ -234,5 +234,5 @@ def test_a_resolution_that_the_base_cannot_take_is_refused(pictures, base):
 
 
 def test_latents_that_are_not_finite_are_refused(pictures):
-    with pytest.raises(DataError, match="not finite"):
+    with pytest.raises(DataError, match=r"crab\.png.*: the VAE's latents are not finite"):
         prepare(read(pictures), FakeBase(deviation=float("inf")), resolution=64)

@@ -1,6 +1,7 @@
 """What differs from sample to sample: crops, mirror images, tags; and batches put together."""
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -153,6 +154,9 @@ def test_encoding_in_the_loop_draws_what_encoding_beforehand_draws(wide, monkeyp
         one, other = before.batch(1, step, 4), late.batch(1, step, 4)
         assert_close(one.latents, other.latents, atol=1e-6, rtol=0)
         assert torch.equal(one.crops, other.crops)
+    broken = prepare(wide, FakeBase(deviation=float("inf")), **options)
+    with pytest.raises(DataError, match=r"[012]\.png: the VAE's latents are not finite"):
+        broken.batch(1, 0, 1)
 
 
 def test_slices_of_a_batch_with_everything_random_are_the_batch(wide):
@@ -187,6 +191,15 @@ def test_a_padded_picture_is_seen_whole_and_the_white_is_not_learned(wide):
     assert_close(batch.latents[0], latents_of(sheet), atol=1e-5, rtol=0)
 
 
+def test_a_latent_that_sees_any_of_the_white_is_not_learned(tmp_path):
+    """36 rows of 64 begin at row 14, within the latents' fourth row, which is half white."""
+    noise_picture(128, 72).save(tmp_path / "a.png")
+    batch = prepare([Example(tmp_path / "a.png", "x")], FakeBase(), resolution=64, crop="pad", buckets=False).batch(
+        0, 0, 1
+    )
+    assert batch.mask[0, 0].mean(dim=1).tolist() == [0] * 4 + [1] * 8 + [0] * 4
+
+
 def test_a_mask_moves_with_a_random_crop(wide):
     mask = Image.new("L", (128, 64), 0)
     mask.paste(255, (0, 0, 64, 64))
@@ -209,15 +222,16 @@ def test_two_batches_are_joined_in_order(wide):
     other = prepare(
         [Example(wide[0].path, "class", alpha_mask=True)], FakeBase(), resolution=64, crop="pad", buckets=False
     )
-    first, second = one.batch(0, 0, 2), other.batch(0, 0, 1)
+    first, second = one.batch(0, 0, 2), replace(other.batch(0, 0, 1), weights=torch.tensor([0.5]))
     both = join(first, second)
     assert len(both) == 3
     assert both.captions == [*first.captions, "class"]
-    assert torch.equal(both.latents, torch.cat([first.latents, second.latents]))
+    for name in ("latents", "original_sizes", "crops", "target_sizes", "weights"):
+        assert torch.equal(getattr(both, name), torch.cat([getattr(first, name), getattr(second, name)])), name
     assert torch.equal(both.mask[:2], torch.ones_like(both.mask[:2]))
     assert torch.equal(both.mask[2:], second.mask)
+    assert torch.equal(join(second, first).mask, torch.cat([second.mask, both.mask[:2]]))
     assert torch.equal(both.text.hidden, torch.cat([first.text.hidden, second.text.hidden]))
-    assert both.weights.tolist() == [1, 1, 1]
     assert both.indices == [*first.indices, 0]
 
 

@@ -48,7 +48,7 @@ class LoraLayer(nn.Module):
         super().__init__()
         self.scale = scale
         if isinstance(host, nn.Conv2d):
-            down_shape: tuple[int, ...] = (rank, host.in_channels // host.groups, *host.kernel_size)
+            down_shape: tuple[int, ...] = (rank, host.in_channels, *host.kernel_size)
             up_shape: tuple[int, ...] = (host.out_channels, rank, 1, 1)
         else:
             down_shape, up_shape = (rank, host.in_features), (host.out_features, rank)
