@@ -47,6 +47,20 @@ def test_the_schedule_moves_each_group_by_its_own_peak():
     schedule = optimizers.Schedule(optimizer, "linear", 10, 0)
     schedule.set(5)
     assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.05]
+    schedule.set(5, scale=0.5)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.025]
+    assert schedule.rate == 0.25  # what is shown and logged
+
+
+def test_the_unet_and_both_text_encoders_have_their_own_rates():
+    p, q, r = (nn.Parameter(torch.zeros(1)) for _ in range(3))
+    parts = {"unet": [p], "text_encoder": [q], "text_encoder_2": [r]}
+    found = optimizers.groups(parts, 1e-3, 1e-4)
+    assert [(group["lr"], [id(each) for each in group["params"]]) for group in found] == [
+        (1e-3, [id(p)]),
+        (1e-4, [id(q), id(r)]),
+    ]
+    assert [group["lr"] for group in optimizers.groups({"unet": [p]}, 1e-3, None)] == [1e-3]
 
 
 def test_a_package_that_is_broken_is_not_called_missing(monkeypatch, tmp_path):

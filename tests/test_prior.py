@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from sfumato import data, prior
 from sfumato.bases import load_base
 from sfumato.bases.vocabulary import clip_tokenizer
-from sfumato.class_pictures import about, class_folder, draw_class, read_class
+from sfumato.class_pictures import class_folder, draw_class, read_class
 from sfumato.errors import DataError
 from sfumato.identifier import examine, is_ordinary
 from sfumato.noising import calls, draw_noised
@@ -75,17 +75,30 @@ def test_what_was_cut_off_is_drawn_again(draw, base, tmp_path):
     broken.write_bytes(broken.read_bytes()[:100])
     assert draw(2) == 1
     Image.open(broken).load()
+    Image.new("RGB", (32, 32), "red").save(broken)
+    assert draw(2) == 1
+    assert Image.open(broken).size == (64, 64)
 
 
-def test_the_cache_knows_base_prompt_sampler_and_size(base, tmp_path, monkeypatch):
+def test_the_cache_knows_all_that_a_picture_depends_on(base, tmp_path, monkeypatch):
+    def with_defaults(**values):
+        return dataclasses.replace(base.family, defaults=dataclasses.replace(base.family.defaults, **values))
+
     places = [folder_of(base, tmp_path), folder_of(base, tmp_path, "dog"), folder_of(base, tmp_path, resolution=32)]
-    other = dataclasses.replace(base.family, defaults=dataclasses.replace(base.family.defaults, sampler="euler"))
-    monkeypatch.setattr(base, "family", other)
+    for name, other in (
+        ("family", with_defaults(sampler="euler")),
+        ("family", with_defaults(sampling_steps=3)),
+        ("family", with_defaults(guidance=1.5)),
+        ("clip_skip", 1),
+        ("precision", dataclasses.replace(base.precision, compute=torch.bfloat16)),
+        ("quick_fingerprint", lambda: "another"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(base, name, other)
+            places.append(folder_of(base, tmp_path))
+    monkeypatch.setattr(type(base), "prediction_type", "epsilon")
     places.append(folder_of(base, tmp_path))
-    monkeypatch.setattr(base, "quick_fingerprint", lambda: "another")
-    places.append(folder_of(base, tmp_path))
-    assert len(set(places)) == 5
-    assert about(base, "cat", 64)["fingerprint"] == "another"
+    assert len(set(places)) == 10
 
 
 def test_drawn_pictures_are_read_with_their_prompts(draw, base, tmp_path):

@@ -164,7 +164,10 @@ def test_another_seed_gives_another_adapter(train):
     assert rows(one)[0]["loss"] != rows(other)[0]["loss"]
 
 
-@pytest.mark.parametrize("further", [(), ("--dropout", "0.5", "--prior-prompts", "cat", "--train-text-encoder")])
+@pytest.mark.parametrize(
+    "further",
+    [("--crossed-share", "0.5"), ("--dropout", "0.5", "--prior-prompts", "cat", "--train-text-encoder")],
+)
 def test_accumulating_two_batches_is_one_batch_of_twice_the_size(further, train):
     exact = ["--precision", "fp32", *further]
     whole, parts = train("whole", *exact, "--batch", "4"), train("parts", *exact, "--batch", "2", "--accumulate", "2")

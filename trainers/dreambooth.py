@@ -414,12 +414,11 @@ def trainable(base: Base, config: Config) -> Lora | nn.ModuleDict:
 
 def groups(trained: Lora | nn.ModuleDict, config: Config) -> list[dict[str, Any]]:
     """Parameter groups: the U-Net's, and the text encoders' with their own rate."""
-    from sfumato import full, optimizers
+    from sfumato import optimizers
 
-    rates = config.learning_rate, config.text_learning_rate
-    if config.method == "lora":
-        return optimizers.groups(trained.by_part(), *rates)
-    return full.groups_of_whole(trained, *rates, adamw=config.optimizer == "adamw")
+    whole = config.method == "full"
+    parts = {part: model.parameters() for part, model in trained.items()} if whole else trained.by_part()
+    return optimizers.groups(parts, config.learning_rate, config.text_learning_rate)
 
 
 def save(

@@ -6,12 +6,11 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from sfumato import optimizers
 from sfumato.errors import AdapterError, FileError
 from sfumato.files import write_tensors
 from sfumato.files.fingerprint import KEY, fingerprint
@@ -76,16 +75,6 @@ def unfreeze(base: Base, *, text: bool) -> nn.ModuleDict:
             raise AdapterError(f"{name} is held in {halves[0]}; load the base with full_precision() to train it.")
         module.requires_grad_(True)
     return nn.ModuleDict(parts)
-
-
-def groups_of_whole(parts: nn.ModuleDict, rate: float, text_rate: float, *, adamw: bool) -> list[dict[str, Any]]:
-    """Parameter groups for `optimizers.build` of whole models.
-
-    adamw: torch's, which is then its fused one: it makes no copies of all weights at once, as its foreach does.
-    """
-    named = {part: module.parameters() for part, module in parts.items()}
-    fused = {"fused": True, "foreach": False} if adamw else {}
-    return [{**group, **fused} for group in optimizers.groups(named, rate, text_rate)]
 
 
 def write_folder(base: Base, path: Path, dtype: torch.dtype) -> Path:

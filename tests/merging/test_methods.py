@@ -49,6 +49,7 @@ def test_the_weighted_sum_of_factors_is_that_of_the_deltas():
 def test_the_largest_entries_are_kept():
     assert_close(keep_largest(A, 0.5), tensor([[4.0, 0.0], [0.0, -2.0]]))
     assert_close(keep_largest(A, 0.1), tensor([[4.0, 0.0], [0.0, 0.0]]))
+    assert_close(keep_largest(A, 0.7), keep_largest(A, 0.5))  # int(2.8), as peft and TIES' own code
     assert keep_largest(A, 1.0) is A
 
 
@@ -66,6 +67,10 @@ def test_magnitude_sums_what_is_kept():
 def test_ties_is_the_mean_of_those_that_agree_with_the_elected_sign():
     # trimmed: A [[4, 0], [0, -2]], B [[-2, -3], [0, 0]]; elected: + - + -
     assert_close(ties([A, B], [1.0, 1.0], density=0.5), tensor([[4.0, -3.0], [0.0, -2.0]]))
+
+
+def test_equal_votes_elect_plus_as_in_peft():
+    assert ties([tensor([[2.0]]), tensor([[-2.0]])], [1.0, 1.0], density=1.0).item() == 2
 
 
 def test_ties_takes_the_mean_where_all_agree():
@@ -146,8 +151,8 @@ def test_np_lora_takes_the_style_out_of_the_subject():
     subject = Factors(tensor([[0.0], [1.0]]).double(), tensor([[2.0, 3.0, 0.0]]).double())
     merged = np_lora([style, subject], [1.0, 0.5])
     assert_close(merged.delta(), tensor([[1.0, 0.0, 0.0], [0.0, 1.5, 0.0]]).double())
-    soft = np_lora([style, subject], [1.0, 0.5], strength=1.0)
-    assert_close(soft.delta(), tensor([[1.0, 0.0, 0.0], [0.5, 1.5, 0.0]]).double())
+    soft = np_lora([style, subject], [1.0, 0.5], strength=3.0)  # 2 / (1 + 3) is left of the 2
+    assert_close(soft.delta(), tensor([[1.0, 0.0, 0.0], [0.25, 1.5, 0.0]]).double())
 
 
 def test_np_lora_leaves_the_style_as_it_was_on_its_own_inputs():
