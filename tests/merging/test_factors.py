@@ -99,6 +99,13 @@ def test_the_randomised_svd_finds_the_leading_part():
     assert_close(vh @ vh.T, torch.eye(6).double())
 
 
+def test_of_singular_values_that_hardly_fall_the_randomised_svd_finds_the_largest_too():
+    """As of a fine-tuned weight: without power steps it would find half of their energy."""
+    delta = random(540, 560)
+    found = randomised_svd(delta, 8, draws())[1].square().sum()
+    assert found >= 0.9 * torch.linalg.svdvals(delta)[:8].square().sum()
+
+
 def test_a_large_delta_is_factored_like_a_small_one():
     delta = falling(640, 700)
     found, share = factorise(delta, Budget(rank=4), draws())

@@ -55,6 +55,24 @@ def test_the_factors_tell_the_shape(tensors, shape, tmp_path):
     assert_close(merged.delta(), 0.5 * wanted, atol=1e-5, rtol=1e-5)
 
 
+def test_what_is_lost_before_a_method_on_factors_counts_as_lost(tmp_path):
+    """A LoHa of rank 4 in one direction: it is cut before NP-LoRA, and nothing more is cut after it."""
+    changes = read_adapter(write_tensors(tmp_path / "a.safetensors", loha(LINEAR, 12, 8))).changes
+    ((target, change),) = changes.items()
+    wanted = change.delta(torch.zeros(12, 8))
+    merged = merge([Source("a", changes, 1.0)], method="np-lora", budget=Budget(rank=1))
+    lost = (merged.modules[target].delta() - wanted).square().sum() / wanted.square().sum()
+    assert 0.05 < lost < 0.95
+    assert merged.share == pytest.approx(1 - lost.item(), abs=1e-5)
+
+
+def test_modules_of_one_shape_are_thinned_at_other_places():
+    module = LoraModule(torch.ones(1, 8), torch.ones(12, 1), 1.0)
+    changes = {("unet", f"mid_block.attentions.0.{name}"): module for name in ("to_q", "to_k")}
+    one, other = merge([Source("a", changes, 1.0)], method="dare", budget=Budget(keep_energy=1.0)).modules.values()
+    assert not torch.allclose(one.delta(), other.delta(), atol=0.1)
+
+
 def test_a_convolution_whose_kernel_is_in_the_columns_needs_its_base(tmp_path):
     ((target, change),) = read_adapter(
         write_tensors(tmp_path / "a.safetensors", loha(CONVOLUTION, 12, 72))

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from torch import nn
 
 from sfumato.errors import BaseModelError, FileError, RunError
 from sfumato.files import read_tensors
+from sfumato.runs import Step
 from sfumato.runs.checkpoints import Checkpoints
+from sfumato.runs.health import Health
 from tests.runs.said import Processes, lines, problem, start
 from tests.runs.small import Config, train
 
@@ -186,6 +189,31 @@ def test_a_sample_that_fails_is_said_and_ends_nothing_but_the_first_does(error, 
     again.every(2, look)
     with pytest.raises(RunError, match="the first samples or measurements failed"):
         list(again.steps(5))
+
+
+@pytest.mark.parametrize("value", BROKEN)
+@pytest.mark.parametrize("place", range(3))
+def test_a_broken_number_in_any_weight_of_any_optimizer_is_found(place, value):
+    weights = [nn.Parameter(torch.ones(3)) for _ in range(3)]
+    health = Health()
+    parts = [nn.Linear(2, 2), torch.optim.SGD(weights[:2], lr=1.0), torch.optim.SGD(weights[2:], lr=1.0)]
+    health.check_weights(4, parts)
+    assert not health.broken
+    weights[place].data[1] = value
+    health.check_weights(4, parts)
+    assert health.broken == "step 5: the trained weights are not finite"
+
+
+def test_gradients_that_overflow_are_the_scalers_until_it_has_nothing_left_to_lower(tmp_path):
+    """In fp16: a scale below 1 that still overflows is a training that is broken."""
+    run = start(tmp_path)
+    for scale, enabled, healthy in ((65536.0, True, True), (1.0, True, True), (0.5, True, False), (1.0, False, False)):
+        scaler = SimpleNamespace(is_enabled=lambda enabled=enabled: enabled, get_scale=lambda scale=scale: scale)
+        step = Step(0, 1.0, run)
+        assert step.healthy(scaler, loss=1.0, gradient_norm=math.inf) is healthy
+        assert step.skipped is not healthy
+        assert not Step(0, 1.0, run).healthy(scaler, loss=math.nan, gradient_norm=1.0)
+    run.close()
 
 
 @pytest.mark.parametrize("value", BROKEN)
