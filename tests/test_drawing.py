@@ -162,6 +162,28 @@ def test_a_black_picture_is_no_picture(pocket):
         bias.copy_(before[1])
 
 
+def test_a_unet_that_overflows_in_half_precision_is_drawn_with_in_fp32():
+    pipe = tiny_pipeline("sd1", shallow=True)
+    wanted = draw(pipe, "a cat", 5, steps=1)[0]
+    pipe.unet.to(torch.bfloat16)
+    pipe.text_encoder.to(torch.bfloat16)
+    pipe.unet.conv_out.register_forward_hook(
+        lambda _, __, output: output if output.dtype == torch.float32 else output * torch.inf
+    )
+    assert difference(draw(pipe, "a cat", 5, steps=1)[0], wanted) < 10  # weights were rounded to bf16
+    assert pipe.unet.dtype == pipe.text_encoder.dtype == torch.bfloat16
+
+
+def test_what_is_black_in_the_mask_stays_to_the_very_pixel(pocket):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+    mask = Image.new("L", (32, 32), 0)
+    mask.paste(255, (16, 0, 32, 32))
+    start = Start(picture, strength=0.5, mask=mask)
+    drawn = draw(pocket, "a cat", 1, steps=2, width=32, height=32, start=start)[0]
+    assert difference(drawn.crop((0, 0, 16, 32)), picture.crop((0, 0, 16, 32))) == 0
+    assert difference(drawn.crop((16, 0, 32, 32)), picture.crop((16, 0, 32, 32))) > 20
+
+
 def test_an_overflow_in_half_precision_is_drawn_again_in_fp32():
     """A VAE that gives Inf in fp16: `draw` gives the fp32 picture, and the VAE is fp16 again."""
     pipe = tiny_pipeline("sd1")

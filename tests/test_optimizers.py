@@ -43,13 +43,13 @@ def test_a_small_gradient_and_a_limit_of_zero_change_nothing():
 
 def test_the_schedule_moves_each_group_by_its_own_peak():
     p, q = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
-    optimizer = optimizers.build("adamw", [{"params": [p], "lr": 1.0}, {"params": [q], "lr": 0.1}], weight_decay=0.0)
+    optimizer = optimizers.build("adamw", [{"params": [p], "lr": 2.0}, {"params": [q], "lr": 0.1}], weight_decay=0.0)
     schedule = optimizers.Schedule(optimizer, "linear", 10, 0)
     schedule.set(5)
-    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.05]
+    assert [group["lr"] for group in optimizer.param_groups] == [1.0, 0.05]
     schedule.set(5, scale=0.5)
-    assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.025]
-    assert schedule.rate == 0.25  # what is shown and logged
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.025]
+    assert schedule.rate == 0.5  # what is shown and logged
 
 
 def test_the_unet_and_both_text_encoders_have_their_own_rates():

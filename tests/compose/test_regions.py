@@ -56,6 +56,22 @@ def test_two_halves_with_one_adapter_are_the_plain_mix(sd1, write):
         assert_close(predict(sd1, [0]), wanted, atol=1e-5, rtol=1e-5)
 
 
+def test_where_regions_overlap_their_attentions_share(sd1, write):
+    """Two that attend alike are as one of them."""
+    a = write("a", sd1, "attn2.to_k", "attn2.to_v")
+    with compose(sd1, Adapter(a)):
+        wanted = predict(sd1, [0])
+    with regions(sd1, Region(WHOLE, Adapter(a)), Region(WHOLE, Adapter(a))):
+        assert_close(predict(sd1, [0]), wanted, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(predict(sd1, [0]), wanted, atol=1e-4)
+
+
+def test_a_picture_as_mask_counts_as_much_as_it_is_bright():
+    grey = Image.new("L", (2, 1), 255)
+    grey.putpixel((0, 0), 51)
+    assert_close(Region(grey, prompt=None).mask(), torch.tensor([[[[0.2, 1.0]]]]))
+
+
 def test_an_adapter_counts_in_its_steps_alone_as_in_a_mix(sd1, write, monkeypatch):
     """Beside another, in every kind of layer; a timestep within its span and one after it."""
     monkeypatch.setattr(sd1, "scheduler", DDIMScheduler(), raising=False)
