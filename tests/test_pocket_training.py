@@ -1,6 +1,8 @@
 """The pocket base's recipe: data rules, captions, rate, Muon, resume, and the judge's figures."""
 
 import json
+import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -34,7 +36,7 @@ from sfumato.pocket.pictures import (
     read_others,
 )
 from sfumato.pocket.pictures import read_pictures as read_drawings
-from sfumato.pocket.shown import save_sheet
+from sfumato.pocket.shown import save_sheet, sheet
 from tests.tiny import CPU
 from trainers.pretrain import Config, rate_at, train
 
@@ -136,6 +138,114 @@ def data(tmp_path):
 def test_a_missing_manifest_says_how_to_make_one(tmp_path):
     with pytest.raises(DataError, match=r"manifest\.json is missing; build the pictures with"):
         read_manifest(tmp_path)
+
+
+def described(data, **changes):
+    """The folder with other entries in its manifest; None takes one out."""
+    manifest = json.loads((data / "manifest.json").read_text()) | changes
+    (data / "manifest.json").write_text(json.dumps({k: v for k, v in manifest.items() if v is not None}))
+    return data
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"styles": []}, '"styles" must be a list of names'),
+        ({"concepts": None}, '"concepts" must be an object'),
+        ({"concepts": ["crab", "key"]}, '"concepts" must be an object'),
+        ({"withheld": [["flat", "key"]]}, '"withheld" has ["flat", "key"], which is no [concept, style]'),
+    ],
+)
+def test_a_manifest_that_lacks_something_says_what(changes, said, data):
+    with pytest.raises(DataError, match=re.escape(said)):
+        read_manifest(described(data, **changes))
+
+
+def test_a_manifest_that_is_no_json_says_where(data):
+    (data / "manifest.json").write_text('{"styles": [')
+    with pytest.raises(DataError, match=r"manifest\.json: not readable as JSON \(.*line 1"):
+        read_manifest(data)
+
+
+def test_a_manifest_need_not_withhold_anything(data):
+    assert len(read_drawings(described(data, withheld=None)).names) == 6
+
+
+def test_a_picture_that_is_missing_or_of_another_size_is_named_with_its_style(data):
+    path = data / "flat" / "crab.png"
+    path.write_bytes(b"no picture")
+    with pytest.raises(DataError, match=r"flat/crab\.png: not a picture"):
+        read_drawings(data)
+    Image.new("RGB", (64, 48)).save(path)
+    with pytest.raises(DataError, match=r"flat/crab\.png is 64 x 48 px, .*noto/red-apple\.png 64 x 64"):
+        read_drawings(data)
+    path.unlink()
+    with pytest.raises(DataError, match=r'crab\.png is missing; add it, or add \["crab", "flat"\] to'):
+        read_drawings(data)
+
+
+def resized(data, side):
+    for path in data.rglob("*.png"):
+        Image.open(path).resize((side, side)).save(path)
+    return data
+
+
+def test_sizes_that_the_shapes_cannot_halve_are_refused(data):
+    with pytest.raises(DataError, match="60 x 60 px; wanted squares of a multiple of 16 px"):
+        read_drawings(resized(data, 60))
+
+
+def test_transparent_pictures_lie_on_white(data):
+    for path in data.rglob("*.png"):
+        Image.new("RGBA", (64, 64), (0, 0, 0, 0)).save(path)
+    assert read_drawings(data).pixels.eq(255).all()
+
+
+def test_pictures_of_another_size_make_a_base_of_that_size(data, pocket_folder, tmp_path):
+    settings = {"steps": 1, "batch": 2, "sample_every": 0, "device": "cpu", "precision": "fp32"}
+    settings |= {"data": resized(data, 32)}
+    vae = train(Config(output=tmp_path / "vae", **settings))
+    assert AutoencoderKL.from_pretrained(vae).config.sample_size == 32
+    model = train(Config(stage="unet", init=str(pocket_folder), output=tmp_path / "unet", **settings))
+    assert load_base(model, precision=CPU).resolution == 32
+
+
+def test_other_drawings_of_another_size_are_refused(data):
+    (data / "other" / "noto").mkdir(parents=True)
+    Image.new("RGB", (32, 32)).save(data / "other" / "noto" / "red-heart.png")
+    with pytest.raises(DataError, match="other drawings are 32 x 32 px, those of the concepts 64 x 64"):
+        read_drawings(data).and_others(read_others(data))
+
+
+@pytest.mark.parametrize(("family", "said"), [("sd1", "predicts epsilon"), ("sdxl", "more than one text encoder")])
+def test_a_base_that_learned_something_else_does_not_go_on(family, said, data, family_folder, tmp_path):
+    with pytest.raises(BaseModelError, match=f"{said}.*Name a base that pretrain made"):
+        train(Config(stage="unet", init=str(family_folder(family)), data=data, output=tmp_path / "on", steps=1))
+
+
+def test_a_vae_of_another_factor_goes_on(data, family_folder, tmp_path):
+    settings = {"steps": 1, "batch": 2, "sample_every": 0, "device": "cpu", "precision": "fp32"}
+    folder = family_folder("sd1")
+    made = train(Config(init=str(folder), decoder_only=True, data=data, output=tmp_path / "vae", **settings))
+    vae = AutoencoderKL.from_pretrained(made)
+    cache = Latents(vae, read_drawings(data), VARIANTS[:1], torch.device("cpu"))
+    assert cache.means.shape[-2:] == (8, 8)
+    assert cache.fingerprint() == cache.fingerprint()
+
+
+def test_the_sheet_shows_what_the_base_learns(monkeypatch, tmp_path):
+    asked = []
+
+    def pipeline(prompts, **_):
+        asked.append(prompts)
+        return SimpleNamespace(images=torch.full((len(prompts), 3, 8, 8), 0.5))
+
+    sheet(pipeline, ["oil"], ["crab", "sled", "house"], tmp_path / "known.png")
+    sheet(pipeline, ["oil", "ink"], ["sled", "lamp"], tmp_path / "own.png")
+    assert asked == [
+        ["crab, oil style", "house, oil style"],
+        ["sled, oil style", "lamp, oil style", "sled, ink style", "lamp, ink style"],
+    ]
 
 
 def test_a_stopped_vae_run_goes_on_as_if_it_had_not_stopped(data, tmp_path):

@@ -18,15 +18,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from sfumato import options
 from sfumato.config import parse
-from sfumato.errors import ConfigError, DataError
+from sfumato.errors import BaseModelError, ConfigError, DataError
 from sfumato.options import FolderOptions
 
 if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that its --help is there at once
     import torch
-    from diffusers import AutoencoderKL
+    from diffusers import AutoencoderKL, DDIMScheduler
     from torch import Tensor, nn
     from transformers import CLIPTextModel, CLIPTokenizer
 
+    from sfumato.bases import Base
     from sfumato.pocket.lessons import Shares
     from sfumato.pocket.pictures import Pictures
     from sfumato.precision import Precision
@@ -40,7 +41,7 @@ class Config(FolderOptions):
     stage: Literal["vae", "unet"] = "vae"
     """What to train. The U-Net needs a trained VAE."""
     data: Path = Path("pocket-data")
-    """The folder that bench/pocket_data.py built."""
+    """The folder of pictures: what bench/pocket_data.py built, or your own, laid out as docs/pocket.md says."""
     output: Path = Path("runs/pocket-vae")
     """Folder of the run: checkpoints, log, samples, and at the end `model/`."""
     vae: Path | None = None
@@ -239,9 +240,11 @@ def train_vae(config: Config, precision: Precision) -> Path:
     else:
         with first_weights(config.seed):
             vae = build_vae()
+    vae.register_to_config(sample_size=pictures.pixels.shape[-1])
     if config.decoder_only:
         vae.encoder.requires_grad_(False)
         vae.quant_conv.requires_grad_(False)
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
     trained = Trained({"vae": vae}, config, precision.device)
     first = [weight.detach().clone() for weight in trained.parameters]
     run.keep(**trained.parts())
@@ -255,7 +258,7 @@ def train_vae(config: Config, precision: Precision) -> Path:
         if config.hands_share:
             lots = randomness.generator(config.seed, "hands", step.number)
             pixels = as_by_other_hands(pixels, config.hands_share, lots)
-        shape = (config.batch, vae.config.latent_channels, *(side // 4 for side in pixels.shape[2:]))
+        shape = (config.batch, vae.config.latent_channels, *(side // factor for side in pixels.shape[2:]))
         noise = randomness.normal(shape, config.seed, "noise", step.number)
         with precision.autocast():
             loss = vae_loss(vae, pixels.to(precision.device), noise.to(precision.device), config)
@@ -329,7 +332,7 @@ def train_unet(config: Config, precision: Precision) -> Path:
     if config.plain_style not in (None, *manifest["styles"]):
         known = ", ".join(manifest["styles"])
         raise ConfigError(f"--plain-style {config.plain_style}: {config.data} has no such style; it has {known}.")
-    words = read_words(config.data)
+    words = [] if config.init else read_words(config.data)
     pictures, named = seen_pictures(config)
     vae: Any = None
     if config.vae:
@@ -340,13 +343,14 @@ def train_unet(config: Config, precision: Precision) -> Path:
     run.say(precision.table())
     scheduler = build_scheduler()
     if config.init:
-        unet, text_encoder, tokenizer, own_vae = parts_of(config.init, config.device)
+        unet, text_encoder, tokenizer, own_vae = parts_of(config.init, config.device, scheduler)
         vae = vae or own_vae
     else:
         unet, text_encoder, tokenizer = new_parts(config, run, manifest, words)
     precision.learn(unet)
     run_unet = torch.compile(unet) if config.compile else unet
     cache = Latents(vae, pictures, VARIANTS if config.varied_share else VARIANTS[:2], device)
+    unet.register_to_config(sample_size=cache.means.shape[-1])
     partners = partners_of(pictures, config.crossed_overlap)
     lessons = Lessons(pictures.names, named, manifest["concepts"], config.shares(), config.seed, partners)
     trained = Trained({"unet": unet, "text_encoder": text_encoder}, config, device)
@@ -356,7 +360,7 @@ def train_unet(config: Config, precision: Precision) -> Path:
     def sample(step: int) -> None:
         with trained.averaged(), precision.autocast():
             pipeline = assemble(vae, unet, text_encoder, tokenizer, scheduler)
-            sheet(pipeline, manifest["styles"], run.folder / "samples" / f"{step:06d}.png")
+            sheet(pipeline, manifest["styles"], list(manifest["concepts"]), run.folder / "samples" / f"{step:06d}.png")
 
     run.every(config.sample_every, sample)
     for step in run.steps(config.steps):
@@ -408,14 +412,35 @@ def seen_pictures(config: Config) -> tuple[Pictures, int]:
     return pictures, named
 
 
-def parts_of(init: str, device: str) -> tuple[Any, Any, Any, Any]:
-    """U-Net and text encoder of a base, which learn on, its tokenizer and its VAE."""
+def parts_of(init: str, device: str, scheduler: DDIMScheduler) -> tuple[Any, Any, Any, Any]:
+    """U-Net and text encoder of a base, which learn on, its tokenizer and its VAE.
+
+    Raises BaseModelError for a base that learned to predict something else than `scheduler` has.
+    """
     from sfumato import load_base
     from sfumato.precision import decide
 
     base = load_base(init, precision=decide("fp32", device=device))
+    _refuse_strangers(base, scheduler, init)
     unet, text_encoder = base.unet.requires_grad_(True), base.text_encoders[0].requires_grad_(True)
     return unet, text_encoder, base.tokenizers[0], base.vae
+
+
+def _refuse_strangers(base: Base, scheduler: DDIMScheduler, named: str) -> None:
+    """Raise BaseModelError for a base that learned to predict something else than this program teaches."""
+    import torch
+
+    if len(base.text_encoders) > 1:
+        why = f"of the family {base.family.title}, with more than one text encoder"
+    elif base.prediction_type != "v_prediction":
+        why = f"a base that predicts {base.prediction_type}, which its weights would have to forget"
+    elif not torch.allclose(base.alpha_bar.cpu(), scheduler.alphas_cumprod, atol=1e-4):
+        why = "a base with another noise schedule"
+    else:
+        return
+    raise BaseModelError(
+        f"--init {named}: {why}. Name a base that pretrain made, such as pocket; the other trainers take any."
+    )
 
 
 def new_parts(config: Config, run: Run, manifest: Mapping[str, Any], words: Sequence[str]) -> tuple[Any, Any, Any]:

@@ -61,5 +61,5 @@ def read_words(data: Path) -> list[str]:
     except OSError as error:
         raise DataError(
             f"{data / 'words.txt'} cannot be read ({error.strerror}); build the pictures with python -m "
-            f"bench.pocket_data --out {data}."
+            f"bench.pocket_data --out {data}, or write one: words of prompts besides the captions', one a line."
         ) from None

@@ -35,7 +35,7 @@ class Latents:
 
     def fingerprint(self) -> str:
         """Changes with the pictures and with the VAE."""
-        return hashlib.sha256(self.means.cpu().numpy().data).hexdigest()
+        return hashlib.sha256(self.means.cpu().contiguous().numpy().data).hexdigest()
 
     def of(self, lesson: Lesson) -> tuple[Tensor, Tensor, Tensor]:
         """Mean and deviation of what the lesson asks for, and the mean of what it shows, (batch, 4, h/4, w/4) fp32."""

@@ -1,4 +1,4 @@
-"""The pictures that the pocket base is trained on, as bench/pocket_data.py lays them out."""
+"""The pictures that the pocket base is trained on, as bench/pocket_data.py lays them out and docs/pocket.md says."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sfumato import randomness
+from sfumato.data.images import open_image
 from sfumato.data.latents import to_floats
 from sfumato.errors import DataError
 
@@ -38,6 +39,9 @@ class Variant:
         ordered = pixels[..., list(self.channels), :, :]
         return ordered.flip(-1) if self.mirrored else ordered
 
+
+STEP = 16
+"""Pixels that a side is a multiple of: the VAE divides it by four, the U-Net halves the latents twice."""
 
 _WHITE = 235
 """A pixel with a channel below this is ink."""
@@ -83,7 +87,12 @@ class Pictures:
         return to_floats(self.pixels[indices])
 
     def and_others(self, others: Pictures) -> Pictures:
-        """These, and those after them."""
+        """These, and those after them. Raises DataError where they are of another size."""
+        if not others.names:
+            return self
+        size, wanted = (" x ".join(map(str, some.pixels.shape[2:])) for some in (others, self))
+        if size != wanted:
+            raise DataError(f"the other drawings are {size} px, those of the concepts {wanted}; draw them in one size.")
         return Pictures(torch.cat([self.pixels, others.pixels]), self.names + others.names)
 
     def fingerprint(self) -> str:
@@ -118,11 +127,24 @@ def partners_of(pictures: Pictures, least_overlap: float = 0.0) -> list[list[int
 
 
 def read_pictures(data: Path) -> Pictures:
-    """The pictures of the concepts that the base draws, without the withheld ones."""
+    """The pictures of the concepts that the base draws, without the withheld ones. Raises DataError for one that is
+    missing or no picture, and for sizes that no base of these shapes takes."""
     manifest = read_manifest(data)
     hidden = {tuple(cell) for cell in manifest["withheld"]}
     cells = [(c, s) for s in manifest["styles"] for c in manifest["concepts"] if (c, s) not in hidden]
-    return _read([data / style / f"{concept.replace(' ', '-')}.png" for concept, style in cells], cells)
+    if not cells:
+        raise DataError(f"{data / 'manifest.json'}: every picture is withheld; leave some to learn from.")
+    paths = [data / style / f"{concept.replace(' ', '-')}.png" for concept, style in cells]
+    for cell, path in zip(cells, paths, strict=True):
+        if not path.is_file():
+            raise DataError(f'{path} is missing; add it, or add {json.dumps(cell)} to manifest.json\'s "withheld".')
+    pictures = _read(paths, cells)
+    height, width = pictures.pixels.shape[2:]
+    if height != width or height % STEP:
+        raise DataError(
+            f"{data}: its pictures are {width} x {height} px; wanted squares of a multiple of {STEP} px, such as 64."
+        )
+    return pictures
 
 
 def read_others(data: Path) -> Pictures:
@@ -132,18 +154,61 @@ def read_others(data: Path) -> Pictures:
 
 
 def _read(paths: Sequence[Path], names: list[tuple[str, str]]) -> Pictures:
-    arrays = [np.asarray(Image.open(path).convert("RGB")) for path in paths]
+    arrays = [_opened(path) for path in paths]
+    for path, array in zip(paths, arrays, strict=True):
+        if array.shape != arrays[0].shape:
+            size, first = (f"{width} x {height}" for height, width, _ in (array.shape, arrays[0].shape))
+            raise DataError(f"{path} is {size} px, {paths[0]} {first}; bring all to one size.")
     pixels = np.stack(arrays) if arrays else np.empty((0, 64, 64, 3), np.uint8)
     return Pictures(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), names)
 
 
+def _opened(path: Path) -> NDArray[np.uint8]:
+    """(h, w, 3)."""
+    try:
+        return np.asarray(open_image(path))
+    except DataError as error:  # which names the file, and there is one of the name in every style
+        raise DataError(f"{path.parent.as_posix()}/{error}") from None
+
+
 def read_manifest(data: Path) -> dict[str, Any]:
-    """The manifest of a folder that bench/pocket_data.py built; raises DataError where there is none."""
+    """The manifest of a folder of pictures: "styles", "concepts", each with its group, and "withheld".
+
+    Raises DataError where there is none, or one that does not say these.
+    """
     path = data / "manifest.json"
     if not path.exists():
-        raise DataError(f"{path} is missing; build the pictures with python -m bench.pocket_data --out {data}.")
-    manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return manifest
+        raise DataError(
+            f"{path} is missing; build the pictures with python -m bench.pocket_data --out {data}, or lay out your own "
+            "as docs/pocket.md says."
+        )
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise DataError(f"{path}: not readable as JSON ({' '.join(str(error).split())}); mend that place.") from None
+    if problem := _problem_of(manifest):
+        raise DataError(f"{path}: {problem}; docs/pocket.md shows one.")
+    found: dict[str, Any] = {"withheld": [], **manifest}
+    return found
+
+
+def _problem_of(manifest: Any) -> str:
+    """What a manifest lacks; nothing of one that is as it should be."""
+
+    def words(of: Any) -> bool:
+        return bool(of) and all(isinstance(word, str) and word for word in of)
+
+    if not isinstance(manifest, dict):
+        return 'wanted an object with "styles" and "concepts"'
+    styles, concepts, withheld = (manifest.get(name) for name in ("styles", "concepts", "withheld"))
+    if not isinstance(styles, list) or not words(styles):
+        return '"styles" must be a list of names'
+    if not isinstance(concepts, dict) or not words(concepts) or not words(concepts.values()):
+        return '"concepts" must be an object, concept: what it is one of'
+    for cell in withheld or []:
+        if not isinstance(cell, list) or len(cell) != 2 or cell[0] not in concepts or cell[1] not in styles:
+            return f'"withheld" has {json.dumps(cell)}, which is no [concept, style] of these'
+    return ""
 
 
 def batch_indices(step: int, batch: int, n: int, seed: int) -> list[int]:

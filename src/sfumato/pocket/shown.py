@@ -19,7 +19,7 @@ from sfumato.files.atomic import atomic_path
 from sfumato.files.save import model_folder
 
 SHEET = ("red apple", "crab", "cat face", "house", "rocket", "tulip", "pizza", "penguin", "guitar", "bus", "owl", "key")
-"""Concepts drawn on the sample sheets."""
+"""Concepts drawn on the sample sheets, where the base learns them."""
 
 
 def save_model(model: Any, path: Path) -> Path:
@@ -44,12 +44,14 @@ def assemble(
     return pipeline
 
 
-def sheet(pipeline: StableDiffusionPipeline, styles: Sequence[str], path: Path) -> None:
-    """One row for each style, one column for each of SHEET; 25 steps, guidance 3, the seed is the column."""
-    prompts = [f"{concept}, {style} style" for style in styles for concept in SHEET]
-    generators = [randomness.generator(0, "sheet", 0, column) for _ in styles for column in range(len(SHEET))]
+def sheet(pipeline: StableDiffusionPipeline, styles: Sequence[str], concepts: Sequence[str], path: Path) -> None:
+    """One row for each style, one column for each of SHEET, or of the first concepts where the base learns none of
+    these; 25 steps, guidance 3, the seed is the column."""
+    columns = [concept for concept in SHEET if concept in concepts] or list(concepts)[: len(SHEET)]
+    prompts = [f"{concept}, {style} style" for style in styles for concept in columns]
+    generators = [randomness.generator(0, "sheet", 0, column) for _ in styles for column in range(len(columns))]
     drawn = pipeline(prompts, num_inference_steps=25, guidance_scale=3.0, generator=generators, output_type="pt").images
-    save_sheet(drawn.float() * 2 - 1, len(SHEET), path)
+    save_sheet(drawn.float() * 2 - 1, len(columns), path)
 
 
 def save_sheet(pictures: Tensor, columns: int, path: Path) -> None:
