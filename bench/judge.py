@@ -128,7 +128,8 @@ class Verdict:
 
     def right_concept(self, concept: Tensor, among: int = 1) -> Tensor:
         """(n,) 1 where the true concept is among the judge's first few, else 0."""
-        return (self.concept_logits.topk(among).indices == concept[:, None]).any(1).float()
+        most = min(among, self.concept_logits.shape[1])
+        return (self.concept_logits.topk(most).indices == concept[:, None]).any(1).float()
 
     def right_style(self, style: Tensor) -> Tensor:
         """(n,) 1 where the true style is the judge's first, else 0."""

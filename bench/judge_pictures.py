@@ -85,6 +85,8 @@ def read_pictures(data: Path, styles: Sequence[str] = (), concepts: Sequence[str
     if not concepts:
         per_style = [{f.stem for f in (data / style).glob("*.png")} for style in styles]
         concepts = [name.replace("-", " ") for name in sorted(set.intersection(*per_style))]
+    if not concepts:
+        raise DataError(f"{data}: no concept has a .png in all of {', '.join(styles)}; give other --styles or --data.")
     cells = {(name, s): data / s / f"{name.replace(' ', '-')}.png" for s in styles for name in concepts}
     for (name, style), path in cells.items():
         if not path.exists():

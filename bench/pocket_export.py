@@ -20,7 +20,9 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 
 from sfumato import cli
 from sfumato.config import parse
+from sfumato.errors import DataError
 from sfumato.files.atomic import write_text
+from sfumato.pocket.pictures import read_manifest
 
 PARTS = ("unet", "vae", "text_encoder")
 
@@ -45,6 +47,17 @@ def export(config: Config) -> Path:
     """Write the base; returns its folder. The parts are written whole beside it and moved in."""
     vae = {} if config.vae is None else {"vae": AutoencoderKL.from_pretrained(config.vae, local_files_only=True)}
     pipeline = StableDiffusionPipeline.from_pretrained(config.model, safety_checker=None, local_files_only=True, **vae)
+    manifest = read_manifest(config.data)  # and what it tells, before anything is replaced
+    if unknown := [style for style in manifest["styles"] if style not in manifest.get("sources", {})]:
+        raise DataError(
+            f'{config.data / "manifest.json"}: no "sources" of {unknown[0]}, whose drawings the attribution names; the '
+            "package takes what bench/pocket_data.py built. Another base is used from its run's folder, by --base."
+        )
+    told = {
+        "concepts.json": json.dumps(manifest["concepts"], indent=1) + "\n",
+        "manifest.json": json.dumps(seen(manifest), indent=1) + "\n",
+        "ATTRIBUTION.md": attribution(manifest["sources"]),
+    }
     config.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=config.out.parent, prefix=".pocket-") as temporary:
         made = Path(temporary)
@@ -53,10 +66,8 @@ def export(config: Config) -> Path:
             _settle(path)
         for entry in sorted(made.iterdir()):
             _replace(entry, config.out / entry.name)
-    manifest = json.loads((config.data / "manifest.json").read_text(encoding="utf-8"))
-    write_text(config.out / "concepts.json", json.dumps(manifest["concepts"], indent=1) + "\n")
-    write_text(config.out / "manifest.json", json.dumps(seen(manifest), indent=1) + "\n")
-    write_text(config.out / "ATTRIBUTION.md", attribution(manifest["sources"]))
+    for name, text in told.items():
+        write_text(config.out / name, text)
     return config.out
 
 

@@ -22,8 +22,11 @@ from bench.real import print_report
 from sfumato import cli, diffusion, load_base, randomness
 from sfumato.bases import Base
 from sfumato.data.latents import to_floats
+from sfumato.errors import ConfigError, DataError
 from sfumato.pocket.pictures import Move
 from sfumato.precision import decide
+
+TIMESTEPS = 1000
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,11 @@ class Config:
 
 def measure(config: Config) -> dict[str, Any]:
     """The whole report."""
+    if wrong := [t for t in config.timesteps if not 0 <= t < TIMESTEPS]:
+        raise ConfigError(f"--timesteps {wrong[0]}: wanted numbers from 0 to {TIMESTEPS - 1}.")
     seen, withheld = read_pictures(config.data).apart(withheld_cells(config.data))
+    if not len(withheld.pixels):
+        raise DataError(f"{config.data}: its manifest.json withholds no cell, so there is nothing to compare with.")
     chosen = [seen.names()[i] for i in randomness.permutation(len(seen.pixels), 0, "seen")[: len(withheld.pixels)]]
     base = load_base(config.base, precision=decide("fp32"))
     report: dict[str, Any] = {"pictures": len(chosen)}

@@ -27,7 +27,9 @@ from bench.judge_pictures import Pictures, read_others, read_pictures, withheld_
 from bench.real import print_report
 from bench.style_runs import to_tensor
 from sfumato import cli, randomness
+from sfumato.bases.loading import POCKET_FOLDER
 from sfumato.data.latents import to_floats
+from sfumato.errors import BaseModelError
 from sfumato.files.atomic import atomic_path
 
 SHEET = (
@@ -41,7 +43,7 @@ SHEET = (
 class Config:
     """Judge the pocket base on seeded pictures of every concept in every style."""
 
-    base: Path = Path("src/sfumato/pocket")
+    base: Path = POCKET_FOLDER
     """Folder of a diffusers pipeline."""
     data: Path = Path("pocket-data")
     """The folder that bench/pocket_data.py built."""
@@ -194,7 +196,7 @@ def judged_plain(
 
 def draw_sheet(pipeline: StableDiffusionPipeline, pictures: Pictures, config: Config, path: Path) -> None:
     """For each style a row drawn and below it the real pictures, the columns SHEET."""
-    chosen = [concept for concept in SHEET if concept in pictures.concepts]
+    chosen = [concept for concept in SHEET if concept in pictures.concepts] or pictures.concepts[: len(SHEET)]
     rows = []
     for style in pictures.styles:
         row = pictures.cells([(concept, style) for concept in chosen])
@@ -206,6 +208,8 @@ def draw_sheet(pipeline: StableDiffusionPipeline, pictures: Pictures, config: Co
 
 def measure(config: Config) -> dict[str, Any]:
     """The whole report."""
+    if not (config.base / "model_index.json").is_file():
+        raise BaseModelError(f"--base {config.base}: no folder of a diffusers pipeline; give one, such as RUN/model.")
     pictures = read_pictures(config.data)
     seen, withheld = pictures.apart(withheld_cells(config.data))
     others = read_others(config.data, pictures.styles)
@@ -221,7 +225,7 @@ def measure(config: Config) -> dict[str, Any]:
         "guidance": config.guidance,
         "seconds_a_picture": round(time.perf_counter() - began, 3),
         "seen": judged(pipeline, judge, every_other_style(seen) if config.half else seen, config),
-        "withheld": judged(pipeline, judge, withheld, config),
+        **({"withheld": judged(pipeline, judge, withheld, config)} if len(withheld.pixels) else {}),
         "plain": judged_plain(pipeline, judge, seen.concepts, config),
     }
     if config.sheet is not None:

@@ -28,7 +28,7 @@ from bench.real import Cells, cells_of, known_concepts, print_report, styles_of
 from bench.style_runs import DREAMBOOTH, Learned, Workshop, to_image
 from bench.style_summary import paired
 from sfumato import cli, load_base, randomness
-from sfumato.errors import DataError
+from sfumato.errors import ConfigError, DataError
 from sfumato.files.atomic import atomic_path
 from sfumato.precision import decide
 from sfumato.sheet import contact_sheet
@@ -74,6 +74,9 @@ class Config:
 
 def measure(config: Config) -> dict[str, Any]:
     """The whole report."""
+    for option in ("subjects", "seeds"):
+        if getattr(config, option) < 1:
+            raise ConfigError(f"--{option} is {getattr(config, option)}; it must be at least 1.")
     files = cells_of(config.data, (*config.styles, *config.hands))
     known = known_concepts(files)
     if len(known) < config.subjects + config.unrelated:

@@ -25,6 +25,7 @@ from bench.real import print_report
 from bench.style_runs import to_tensor
 from sfumato import cli
 from sfumato.bases.folder import load_vae
+from sfumato.data import open_image
 from sfumato.data.latents import to_floats
 from sfumato.errors import ConfigError, DataError
 
@@ -55,12 +56,18 @@ def measure(config: Config) -> dict[str, Any]:
     """The whole report."""
     if not config.folders and not config.packages:
         raise ConfigError("nothing to reconstruct; give --folders or --packages.")
+    if config.size < 1 or config.pictures < 1:
+        raise ConfigError(f"--size {config.size}, --pictures {config.pictures}: both must be at least 1.")
+    names = names_of(config.folders)
     vaes = [read_vae(path) for path in config.vaes]
+    for path, vae in zip(config.vaes, vaes, strict=True):
+        if config.size % (factor := 2 ** (len(vae.config.block_out_channels) - 1)):
+            raise ConfigError(f"--size {config.size}: {path} takes multiples of {factor} px; give one.")
     return {
         "vaes": [str(path) for path in config.vaes],
         "sets": {
             name: {"pictures": len(pixels), "psnr_db": [round(psnr(vae, pixels), 2) for vae in vaes]}
-            for name, pixels in sets(config)
+            for name, pixels in sets(config, names)
         },
     }
 
@@ -73,15 +80,21 @@ def read_vae(path: Path) -> AutoencoderKL:
     return vae
 
 
-def sets(config: Config) -> Iterator[tuple[str, Tensor]]:
+def names_of(folders: Sequence[Path]) -> list[str]:
+    """What each set is called: its folder's name, or where another folder has that name, too, its whole path."""
+    names = [folder.resolve().name for folder in folders]
+    return [name if names.count(name) == 1 else folder.as_posix() for name, folder in zip(names, folders, strict=True)]
+
+
+def sets(config: Config, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
     """Each set's name and pictures, (n, 3, size, size) uint8. Raises DataError for an empty folder."""
-    for folder in config.folders:
+    for called, folder in zip(names, config.folders, strict=True):
         files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _ENDINGS)
         if not files:
             raise DataError(f"{folder} holds no picture; give --folders folders of .png, .jpg or .webp.")
         side = (config.size, config.size)
-        opened = (Image.open(path).convert("RGB") for path in spread(files, config.pictures))
-        yield folder.name, torch.stack([to_tensor(ImageOps.fit(picture, side)) for picture in opened])
+        opened = (open_image(path, any_ratio=True) for path in spread(files, config.pictures))
+        yield called, torch.stack([to_tensor(ImageOps.fit(picture, side)) for picture in opened])
     for package in config.packages:
         name, _, version = package.rpartition("@")
         if not name:

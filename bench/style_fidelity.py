@@ -30,7 +30,7 @@ from bench.style_runs import Learned, Workshop, reconstruct
 from bench.style_summary import mix_summary, summary
 from sfumato import cli, load_base, randomness
 from sfumato.bases import Base
-from sfumato.errors import ConfigError
+from sfumato.errors import ConfigError, DataError
 from sfumato.precision import decide
 
 
@@ -93,9 +93,15 @@ class Drawn:
 
 def measure(config: Config) -> dict[str, Any]:
     """The whole report: first everything is learned and drawn, then judged."""
-    if "{concept}" not in config.prompt:
-        raise ConfigError(f"--prompt {config.prompt!r} has no {{concept}}, where what is drawn is named; add it.")
+    check(config)
     pictures, others = read_real(config)
+    if missing := [style for style in config.styles if style not in pictures.styles]:
+        raise DataError(f"--styles {missing[0]}: {config.data} has {', '.join(pictures.styles)}.")
+    if (known := len(pictures.concepts)) < config.images + config.concepts:
+        raise DataError(
+            f"{config.data}: {known} of the base's concepts have a picture in all of its styles; wanted --images "
+            f"{config.images} and --concepts {config.concepts} others."
+        )
     base = load_base(config.base, precision=decide("fp32"))
     workshop = Workshop(config.work, config.base, base)
     subjects = {name: learn_subject(config, workshop, name) for name in chosen_subjects(config)}
@@ -120,6 +126,24 @@ def measure(config: Config) -> dict[str, Any]:
         report["mix"] = mix_summary([mix[name] for mix in mixes for name in subjects])
         report["mix_of"] = {name: mix_summary([mix[name] for mix in mixes]) for name in subjects}
     return report
+
+
+def check(config: Config) -> None:
+    """Refuse what makes no sense before anything is learned."""
+    if "{concept}" not in config.prompt:
+        raise ConfigError(f"--prompt {config.prompt!r} has no {{concept}}, where what is drawn is named; add it.")
+    for option in ("seeds", "concepts", "images", "mixed"):
+        if getattr(config, option) < 1:
+            raise ConfigError(f"--{option} is {getattr(config, option)}; it must be at least 1.")
+    if config.subjects is None:
+        if config.mix_with:
+            raise ConfigError("--mix-with names subjects of a folder; give it with --subjects.")
+        return
+    found = sorted(folder.name for folder in config.subjects.glob("*") if any(folder.glob("*.png")))
+    if not found:
+        raise DataError(f"{config.subjects} holds no SUBJECT/STYLE.png; give --subjects a folder laid out so.")
+    if unknown := [name for name in config.mix_with if name not in found]:
+        raise ConfigError(f"--mix-with {unknown[0]}: not in {config.subjects}, which has {', '.join(found)}.")
 
 
 def read_real(config: Config) -> tuple[Pictures, Pictures]:

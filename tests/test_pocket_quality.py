@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,9 +12,10 @@ from torch.testing import assert_close
 
 from bench import pocket_memory
 from bench.judge import Judge
-from bench.judge_pictures import Pictures
-from bench.pocket_quality import Config, draw, every_other_style, judged_plain
+from bench.judge_pictures import Pictures, read_pictures
+from bench.pocket_quality import Config, draw, every_other_style, judged_plain, measure
 from sfumato import load_base
+from sfumato.errors import BaseModelError, ConfigError, DataError
 from tests.tiny import CPU
 
 
@@ -114,3 +116,41 @@ def test_as_many_seen_cells_as_withheld_ones_are_compared(pocket_folder, tmp_pat
     assert report.pop("pictures") == 1
     assert report.keys() == {"seen", "seen_moved", "withheld", "withheld_moved"}
     assert all(list(errors) == [50, 850] for errors in report.values())
+
+
+def test_what_withholds_nothing_has_nothing_to_compare(tmp_path):
+    (tmp_path / "noto").mkdir()
+    Image.new("RGB", (64, 64)).save(tmp_path / "noto/bus.png")
+    with pytest.raises(DataError, match="withholds no cell"):
+        pocket_memory.measure(pocket_memory.Config(data=tmp_path))
+    with pytest.raises(ConfigError, match="--timesteps 1000: wanted numbers from 0 to 999"):
+        pocket_memory.measure(pocket_memory.Config(data=tmp_path, timesteps=(50, 1000)))
+
+
+def test_pictures_of_few_concepts_and_none_withheld_are_judged(pocket_folder, tmp_path):
+    for style in ("oil", "ink"):
+        (tmp_path / "data" / style).mkdir(parents=True)
+        for place, concept in enumerate(("lamp", "sled")):
+            Image.new("RGB", (64, 64), (place * 90, 9, 9)).save(tmp_path / f"data/{style}/{concept}.png")
+    config = Config(
+        base=pocket_folder, data=tmp_path / "data", cache=tmp_path, judge_steps=1, sampler_steps=1,
+        sheet=tmp_path / "sheet.png",
+    )  # fmt: skip
+    report = measure(config)
+    assert report["seen"]["drawn"]["pictures"] == 4
+    assert report["seen"]["drawn"]["concept_top5"] == 1
+    assert "withheld" not in report
+    assert Image.open(config.sheet).size == (2 * 64, 4 * 64)
+
+
+def test_a_base_that_is_no_folder_is_named(tmp_path):
+    with pytest.raises(BaseModelError, match="--base pocket: no folder of a diffusers pipeline"):
+        measure(Config(base=Path("pocket"), data=tmp_path))
+
+
+def test_styles_without_a_concept_in_common_are_named(tmp_path):
+    for style, concept in (("oil", "lamp"), ("ink", "sled")):
+        (tmp_path / style).mkdir()
+        Image.new("RGB", (64, 64)).save(tmp_path / style / f"{concept}.png")
+    with pytest.raises(DataError, match=r"no concept has a \.png in all of ink, oil"):
+        read_pictures(tmp_path)

@@ -1,13 +1,15 @@
 """The benches that learn and draw, whole, on a tiny base and plain squares: their figures mean nothing, they add up."""
 
 import ast
+import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from bench import prior, reconstruction, style_fidelity, style_runs
+from bench import pocket_export, prior, reconstruction, style_fidelity, style_runs
 from bench.mutation import Mutant, together, wilson
 from bench.real import BASE_CONCEPTS, cells_of, known_concepts, print_report, styles_of
 from sfumato.bases.loading import POCKET_FOLDER
@@ -154,3 +156,46 @@ def test_the_reconstruction_bench_measures_every_set_with_every_vae(data, tmp_pa
 def test_so_many_pictures_are_taken_evenly():
     assert reconstruction.spread(range(10), 5) == [0, 2, 4, 6, 8]
     assert reconstruction.spread(range(3), 5) == [0, 1, 2]
+
+
+def test_sets_of_one_name_stand_side_by_side(data):
+    other = data.parent / "other" / "flat"
+    other.mkdir(parents=True)
+    Image.new("RGBA", (64, 64), (0, 0, 0, 0)).save(other / "nothing.png")  # on white, which is rebuilt well
+    config = reconstruction.Config(folders=(data / "flat", other), vaes=(POCKET_FOLDER / "vae",), pictures=2)
+    found = reconstruction.measure(config)["sets"]
+    assert list(found) == [(data / "flat").as_posix(), other.as_posix()]
+    assert [each["pictures"] for each in found.values()] == [2, 1]
+    assert found[other.as_posix()]["psnr_db"][0] > 30
+    with pytest.raises(ConfigError, match=r"--size 62: .*vae takes multiples of 4 px"):
+        reconstruction.measure(dataclasses.replace(config, size=62))
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"seeds": 0}, "--seeds is 0"),
+        ({"styles": ("oil",)}, "--styles oil: .* has flat, noto, twemoji"),
+        ({"images": 5}, "6 of the base's concepts .* wanted --images 5 and --concepts 2 others"),
+        ({"mix_with": ("otter",)}, "--mix-with names subjects of a folder"),
+        ({"subjects": Path("nowhere")}, "nowhere holds no SUBJECT/STYLE.png"),
+    ],
+)
+def test_the_style_bench_refuses_wrong_use_before_anything_is_learned(changed, said, data, made, tmp_path):
+    config = style_fidelity.Config(data=data, styles=("flat",), concepts=2, images=2, work=tmp_path / "work")
+    made()
+    with pytest.raises((ConfigError, DataError), match=said):
+        style_fidelity.measure(dataclasses.replace(config, **changed))
+    assert not (tmp_path / "work").exists()
+
+
+def test_the_prior_bench_wants_subjects(data):
+    with pytest.raises(ConfigError, match="--subjects is 0; it must be at least 1"):
+        prior.measure(prior.Config(data=data, subjects=0))
+
+
+def test_the_package_s_base_is_not_replaced_where_the_manifest_is_another_s(data, pocket_folder, tmp_path):
+    (data / "manifest.json").write_text(json.dumps({"styles": ["flat"], "concepts": {"crab": "an animal"}}))
+    with pytest.raises(DataError, match='no "sources" of flat'):
+        pocket_export.export(pocket_export.Config(model=pocket_folder, data=data, out=tmp_path / "pocket"))
+    assert not (tmp_path / "pocket").exists()
