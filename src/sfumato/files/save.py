@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,12 +42,15 @@ _DTYPES = {
 _ORDER = {dtype: i for i, dtype in enumerate(_DTYPES)}
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Path:
+def write_tensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> Path:
     """Write a safetensors file, whole or not at all; the same tensors and metadata give the same bytes.
 
     Raises FileError, before anything is written, for a tensor with NaN or Inf or one that readers would refuse, and for
     a disk that does not take the file.
     """
+    path = Path(path)
     for name, tensor in tensors.items():
         if not is_finite(tensor):
             raise FileError(f"{path.name}: {name} holds NaN or Inf, so the file was not written. Use an earlier save.")

@@ -6,6 +6,7 @@ module by the file's most frequent one, so any other scale is folded into lora_u
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -29,7 +30,7 @@ _OF_THE_TENSORS, _OF_A_MODULE = 1_000, 22
 
 
 def write_lora(
-    path: Path,
+    path: str | os.PathLike[str],
     modules: Mapping[Target, LoraModule],
     *,
     family: str,
@@ -46,6 +47,7 @@ def write_lora(
     words: new words bundled with it, as `write_embedding.add_words` takes them, in fp32.
     Raises AdapterError for modules that other tools have no name for, FileError for values the file cannot hold.
     """
+    path = Path(path)
     if not modules:
         raise AdapterError(f"{path.name}: there are no modules to write; the adapter is attached to nothing.")
     biased = [target for target, module in modules.items() if module.bias_delta is not None]

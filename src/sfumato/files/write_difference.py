@@ -5,6 +5,7 @@ ComfyUI, A1111/Forge and InvokeAI read them; diffusers, peft and sd-scripts do n
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from sfumato.files.write import cast, check_metadata
 
 
 def write_difference(
-    path: Path,
+    path: str | os.PathLike[str],
     deltas: Mapping[Target, tuple[Tensor, Tensor | None]],
     *,
     family: str,
@@ -27,6 +28,7 @@ def write_difference(
     dtype: torch.dtype = torch.float32,
 ) -> Path:
     """Write (delta of the weight, delta of the bias or None) for each module, in their shapes; else as `write_lora`."""
+    path = Path(path)
     if not deltas:
         raise AdapterError(f"{path.name}: there are no modules to write; the adapter is attached to nothing.")
     tensors: dict[str, Tensor] = {}

@@ -7,6 +7,7 @@ into lora_B, and files of mixed ranks need nothing beside the tensors (in diffus
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,7 +33,7 @@ _CLASSES = {
 
 
 def write_diffusers(
-    path: Path,
+    path: str | os.PathLike[str],
     modules: Mapping[Target, LoraModule],
     *,
     family: str,
@@ -43,6 +44,7 @@ def write_diffusers(
 
     Biases are kept (`lora_B.bias`). ComfyUI loads none of the attention of such a file, A1111 and sd-scripts nothing.
     """
+    path = Path(path)
     _check(modules, path.name, family)
     tensors = _tensors({_dotted(target): module for target, module in modules.items()}, dtype, path)
     described = _described(metadata, fingerprint(modules))
@@ -52,7 +54,7 @@ def write_diffusers(
 
 
 def write_peft(
-    folder: Path,
+    folder: str | os.PathLike[str],
     modules: Mapping[Target, LoraModule],
     *,
     family: str,
@@ -64,6 +66,7 @@ def write_peft(
     An adapter of one part is the folder itself, one of several a folder of one such a part: unet, text_encoder, ...
     Module names are those of this transformers and diffusers. Raises FileError for a folder that exists.
     """
+    folder = Path(folder)
     _check(modules, folder.name, family)
     if folder.exists():
         raise FileError(f"{folder.name}: exists already, and folders are not written over. Name another one.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,7 +19,7 @@ SDXL_KEYS: Mapping[str, str] = {"text_encoder": "clip_l", "text_encoder_2": "cli
 
 
 def write_embedding(
-    path: Path,
+    path: str | os.PathLike[str],
     token: str,
     vectors: Mapping[str, Tensor],
     *,
@@ -34,6 +35,7 @@ def write_embedding(
     vector takes 3 KiB.
     Raises AdapterError for vectors that are none, FileError for values the file cannot hold.
     """
+    path = Path(path)
     widths = {part: list(rows.shape) for part, rows in vectors.items()}
     fitting = {len(rows) for rows in vectors.values()}
     if not vectors or len(fitting) != 1 or any(rows.ndim != 2 for rows in vectors.values()):
@@ -54,12 +56,13 @@ def write_embedding(
     return write_tensors(path, tensors, described)
 
 
-def add_words(path: Path, words: Mapping[str, Mapping[str, Tensor]]) -> Path:
+def add_words(path: str | os.PathLike[str], words: Mapping[str, Mapping[str, Tensor]]) -> Path:
     """Put new words into the adapter's file at `path`, under the names that A1111 and ComfyUI read; it is replaced.
 
     words: by token, as `write_embedding` takes them. diffusers refuses an adapter's file with words in it.
     Raises AdapterError for a token with a dot in it, which these names cannot hold.
     """
+    path = Path(path)
     header = read_header(path)
     tensors = dict(read_tensors(path, header=header)) | bundled(path, words)
     return write_tensors(path, tensors, {**header.metadata, **hashes(tensors, header.metadata)})
