@@ -13,6 +13,7 @@ import io
 import json
 import subprocess
 import tarfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,12 +123,16 @@ def fetch(source: Source, folder: Path) -> dict[str, Any]:
         except (OSError, subprocess.CalledProcessError) as error:
             what = f"{' '.join(command)} failed ({error})"
             raise DataError(f"{what}; install npm, or put {name} into {folder}.") from None
-    with tarfile.open(folder / name) as archive:
-        member = archive.extractfile("package/icons.json")
-        if member is None:
-            raise DataError(f"{name} holds no package/icons.json; fetch version {source.version} of {source.package}.")
-        icons: dict[str, Any] = json.load(member)
-        return icons
+    try:
+        with tarfile.open(folder / name) as archive:
+            member = archive.extractfile("package/icons.json")
+            icons: dict[str, Any] = json.loads(member.read() if member else b"")
+            return icons
+    except (tarfile.TarError, EOFError, KeyError, ValueError, zlib.error):
+        raise DataError(
+            f"{folder / name}: no whole package with package/icons.json in it, as a fetch that was cut off leaves it. "
+            "Remove it; the next call fetches it again."
+        ) from None
 
 
 def render(icons: Mapping[str, Any], name: str, size_px: int) -> bytes:

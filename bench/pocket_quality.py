@@ -141,14 +141,13 @@ def reconstruct(pipeline: StableDiffusionPipeline, pictures: Pictures) -> Tensor
 def figures(verdict: Verdict, pictures: Pictures, real: Tensor) -> dict[str, float | int]:
     """Accuracies of pictures that ought to be `pictures`, and the distance of their features from `real` ones.
 
-    real: (n, d); with several pictures of each cell, the mean of each round's distance.
+    real: (n, d); with several pictures of each cell, the mean of each round's distance, which one cell alone lacks.
     """
+    found = {"pictures": len(verdict.features), **verdict.accuracies(pictures)}
+    if len(real) < 2:
+        return found
     distances = [paired_kernel_distance(some, real) for some in verdict.features.split(len(real))]
-    return {
-        "pictures": len(verdict.features),
-        **verdict.accuracies(pictures),
-        "kid_x1000": round(1000 * sum(distances) / len(distances), 3),
-    }
+    return {**found, "kid_x1000": round(1000 * sum(distances) / len(distances), 3)}
 
 
 def every_other_style(pictures: Pictures) -> Pictures:
@@ -173,7 +172,7 @@ def judged(pipeline: StableDiffusionPipeline, judge: Judge, pictures: Pictures, 
         "reconstructed": figures(look(judge, rebuilt), pictures, real.features) | {"psnr_db": round(float(psnr), 2)},
         "real": figures(real, pictures, real.features),
     }
-    del report["real"]["kid_x1000"]  # of a set from itself: no figure
+    report["real"].pop("kid_x1000", None)  # of a set from itself: no figure
     for name in ("style", "concept_top1"):
         report[f"{name}_of_real"] = round(report["drawn"][name] / report["real"][name], 4)
     return report

@@ -132,9 +132,9 @@ def check(config: Config) -> None:
     """Refuse what makes no sense before anything is learned."""
     if "{concept}" not in config.prompt:
         raise ConfigError(f"--prompt {config.prompt!r} has no {{concept}}, where what is drawn is named; add it.")
-    for option in ("seeds", "concepts", "images", "mixed"):
-        if getattr(config, option) < 1:
-            raise ConfigError(f"--{option} is {getattr(config, option)}; it must be at least 1.")
+    for option, least in (("seeds", 1), ("concepts", 2), ("images", 1), ("mixed", 1)):  # a distance wants two
+        if getattr(config, option) < least:
+            raise ConfigError(f"--{option} is {getattr(config, option)}; it must be at least {least}.")
     if config.subjects is None:
         if config.mix_with:
             raise ConfigError("--mix-with names subjects of a folder; give it with --subjects.")

@@ -11,9 +11,9 @@ from PIL import Image
 from torch.testing import assert_close
 
 from bench import pocket_memory
-from bench.judge import Judge
+from bench.judge import Judge, look
 from bench.judge_pictures import Pictures, read_pictures
-from bench.pocket_quality import Config, draw, every_other_style, judged_plain, measure
+from bench.pocket_quality import Config, draw, every_other_style, figures, judged_plain, measure
 from sfumato import load_base
 from sfumato.errors import BaseModelError, ConfigError, DataError
 from tests.tiny import CPU
@@ -141,6 +141,14 @@ def test_pictures_of_few_concepts_and_none_withheld_are_judged(pocket_folder, tm
     assert report["seen"]["drawn"]["concept_top5"] == 1
     assert "withheld" not in report
     assert Image.open(config.sheet).size == (2 * 64, 4 * 64)
+
+
+def test_one_cell_alone_has_no_distance(pictures):
+    judge = Judge(pictures.concepts, pictures.styles).eval()
+    one, several = pictures.cells([("bus", "a")]), look(judge, pictures.pixels)
+    verdict = look(judge, one.pixels)
+    assert figures(verdict, one, verdict.features).keys() == {"pictures", "style", "concept_top1", "concept_top5"}
+    assert figures(several, pictures, several.features)["kid_x1000"] < 1
 
 
 def test_a_base_that_is_no_folder_is_named(tmp_path):

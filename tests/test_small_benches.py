@@ -3,13 +3,14 @@
 import ast
 import dataclasses
 import json
+import tarfile
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from bench import pocket_export, prior, reconstruction, style_fidelity, style_runs
+from bench import pocket_data, pocket_export, prior, reconstruction, style_fidelity, style_runs
 from bench.mutation import Mutant, together, wilson
 from bench.real import BASE_CONCEPTS, cells_of, known_concepts, print_report, styles_of
 from sfumato.bases.loading import POCKET_FOLDER
@@ -175,6 +176,7 @@ def test_sets_of_one_name_stand_side_by_side(data):
     ("changed", "said"),
     [
         ({"seeds": 0}, "--seeds is 0"),
+        ({"concepts": 1}, "--concepts is 1; it must be at least 2"),
         ({"styles": ("oil",)}, "--styles oil: .* has flat, noto, twemoji"),
         ({"images": 5}, "6 of the base's concepts .* wanted --images 5 and --concepts 2 others"),
         ({"mix_with": ("otter",)}, "--mix-with names subjects of a folder"),
@@ -199,3 +201,23 @@ def test_the_package_s_base_is_not_replaced_where_the_manifest_is_another_s(data
     with pytest.raises(DataError, match='no "sources" of flat'):
         pocket_export.export(pocket_export.Config(model=pocket_folder, data=data, out=tmp_path / "pocket"))
     assert not (tmp_path / "pocket").exists()
+
+
+def test_a_package_that_was_cut_short_is_named(tmp_path):
+    source = pocket_data.SOURCES["noto"]
+    file = tmp_path / f"{source.package.lstrip('@').replace('/', '-')}-{source.version}.tgz"
+    icons = tmp_path / "icons.json"
+    icons.write_text(json.dumps({"icons": {f"a{number}": {"body": "<path/>"} for number in range(999)}}))
+    with tarfile.open(file, "w:gz") as archive:
+        archive.add(icons, "package/icons.json")
+    assert len(pocket_data.fetch(source, tmp_path)["icons"]) == 999
+    whole = file.read_bytes()
+    for size in (0, 10, len(whole) // 2):
+        file.write_bytes(whole[:size])
+        with pytest.raises(DataError, match=f"{file.name}: no whole package"):
+            pocket_data.fetch(source, tmp_path)
+    icons.rename(tmp_path / "others.json")
+    with tarfile.open(file, "w:gz") as archive:
+        archive.add(tmp_path / "others.json", "package/others.json")
+    with pytest.raises(DataError, match=r"no whole package with package/icons\.json"):
+        pocket_data.fetch(source, tmp_path)
