@@ -198,12 +198,8 @@ def test_nothing_is_written_over(home):
     ("name", "text", "words"),
     [
         ("a.toml", "x = 1", "neither kohya's"),
-        ("a.yaml", "- 1", "wanted a table"),
-        (
-            "concepts.json",
-            '[{"path": "dogs"}]',
-            "as kohya's and ai-toolkit's configs are, found list. Others are not",
-        ),
+        ("a.yaml", "- 1", "neither kohya's"),
+        ("a.json", '[{"path": "dogs"}]', "neither kohya's"),
         ("a.yaml", "a: [", "cannot be parsed"),
         ("a.json", '{"datasets": []}', "is empty"),
         ("a.toml", "[[datasets]]\n[[datasets.subsets]]\nnum_repeats = 1", "no image_dir"),

@@ -1,0 +1,98 @@
+"""ai-toolkit's config of a job: the data sets of its processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from sfumato.data.foreign.settings import Sources, left_over, number, plain, suffix, tables, told
+from sfumato.errors import ConfigError
+
+_ELSEWHERE = {
+    "resolution": "--resolution",
+    "batch_size": "--batch",
+    "buckets": "buckets are always on",
+    "bucket_tolerance": "buckets follow the base",
+    "cache_latents": "latents are always computed once",
+    "cache_latents_to_disk": "--cache DIR",
+    "cache_text_embeddings": "embeddings are always computed once",
+    "type": "pictures only",
+    "num_workers": "needs none",
+    "prefetch_factor": "needs none",
+}
+_USED = frozenset(
+    [
+        "folder_path",
+        "dataset_path",
+        "caption_ext",
+        "trigger_word",
+        "default_caption",
+        "random_crop",
+        "is_reg",
+        "token_dropout_rate",
+        "shuffle_tokens",
+        "caption_dropout_rate",
+        "keep_tokens",
+        "flip_x",
+        "alpha_mask",
+        "mask_path",
+        "num_repeats",
+        "loss_multiplier",
+    ]
+)
+_TEXTS = frozenset(("folder_path", "dataset_path", "caption_ext", "trigger_word", "default_caption"))
+
+
+def sources(values: Any, folder: Path, notes: list[str]) -> Sources | None:
+    """What the config names, None for one that is not ai-toolkit's."""
+    datasets = _datasets(values) if isinstance(values, dict) else None
+    return None if datasets is None else list(_sources(datasets, notes))
+
+
+def _datasets(values: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], str]] | None:
+    """(data set, trigger word of its process) of each."""
+    config = values.get("config", values)
+    processes = config.get("process") if isinstance(config, dict) else None
+    if not isinstance(processes, list):
+        return None
+    return [
+        (dataset, process.get("trigger_word") or "")
+        for process in processes
+        if isinstance(process, dict)
+        for dataset in tables(process.get("datasets", []), "datasets")
+    ]
+
+
+def _sources(datasets: list[tuple[Mapping[str, Any], str]], notes: list[str]) -> Iterator[dict[str, Any]]:
+    for said, trigger in datasets:
+        own = told(said, _TEXTS)
+        path = own.get("folder_path") or own.get("dataset_path")
+        if not path:
+            raise ConfigError("a data set has no folder_path, so there is nothing to read; give it one.")
+        word = own.get("trigger_word") or trigger
+        if word:
+            notes.append(
+                f"trigger_word {word!r}: put before each caption by a template, also before those that hold it; where "
+                'captions say [trigger] themselves, set caption = "{caption}"'
+            )
+        if own.get("mask_path"):
+            notes.append('mask_path: move the masks to masks/ in the picture folder, then set mask = "files"')
+        yield plain(
+            path=path,
+            repeats=own.get("num_repeats", 1),
+            **{"class": bool(own.get("is_reg"))},
+            words=own.get("default_caption") or "",
+            caption="{trigger}, {caption}" if word else None,
+            trigger=word or None,
+            caption_suffix=suffix(own.get("caption_ext", "txt")),
+            shuffle_tags=own.get("shuffle_tokens", False),
+            keep_tags=number(own, "keep_tokens") + (1 if word and own.get("shuffle_tokens") else 0),
+            caption_dropout=own.get("caption_dropout_rate", 0.0),
+            tag_dropout=own.get("token_dropout_rate", 0.0),
+            flip=own.get("flip_x", False),
+            crop="random" if own.get("random_crop") else "center",
+            mask="alpha" if own.get("alpha_mask") else "none",
+            weight=own.get("loss_multiplier", 1.0),
+        )
+        notes.extend(left_over(own, _USED, _ELSEWHERE))

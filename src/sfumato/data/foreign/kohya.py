@@ -1,0 +1,138 @@
+"""kohya's sd-scripts: a config that lists data sets, and one of a whole training (sd-scripts' --config_file, kohya_ss's
+saved settings), whose folder holds folders with repeats."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from sfumato.data.foreign.settings import Sources, left_over, plain, suffix, tables, told
+from sfumato.errors import ConfigError
+
+_ELSEWHERE = {
+    "resolution": "--resolution",
+    "batch_size": "--batch",
+    "enable_bucket": "buckets are always on",
+    "min_bucket_reso": "buckets follow --resolution",
+    "max_bucket_reso": "buckets follow --resolution",
+    "bucket_reso_steps": "buckets follow the base",
+    "max_token_length": "the base's own limit",
+    "cache_info": "headers are always read anew",
+    "debug_dataset": "sfumato check --sheet",
+}
+_USED = frozenset(
+    [
+        "image_dir",
+        "metadata_file",
+        "num_repeats",
+        "is_reg",
+        "class_tokens",
+        "caption_extension",
+        "shuffle_caption",
+        "keep_tokens",
+        "caption_separator",
+        "caption_dropout_rate",
+        "caption_tag_dropout_rate",
+        "caption_prefix",
+        "caption_suffix",
+        "flip_aug",
+        "random_crop",
+        "alpha_mask",
+        "prior_loss_weight",
+    ]
+)
+_TRAINING_ELSEWHERE = _ELSEWHERE | {
+    "max_resolution": "--resolution",
+    "train_batch_size": "--batch",
+    "cache_latents": "latents are always computed once",
+    "cache_latents_to_disk": "--cache DIR",
+}
+_TRAINING_ONLY = (
+    "color_aug",
+    "face_crop_aug_range",
+    "caption_dropout_every_n_epochs",
+    "token_warmup_min",
+    "token_warmup_step",
+    "weighted_captions",
+    "keep_tokens_separator",
+    "secondary_separator",
+    "enable_wildcard",
+    "bucket_no_upscale",
+)
+"""Settings of a training that change what is seen of its pictures and have no counterpart."""
+_TEXTS = frozenset(
+    ("image_dir", "class_tokens", "caption_extension", "caption_separator", "caption_prefix", "caption_suffix")
+)
+
+
+def sources(values: Any, folder: Path, notes: list[str]) -> Sources | None:
+    """What the config names, None for one that is not kohya's."""
+    if not isinstance(values, dict):
+        return None
+    if isinstance(values.get("datasets"), list):
+        return list(_subsets(values, notes))
+    training = _training(values)
+    return None if training is None else list(_folders(training, notes))
+
+
+def _subsets(values: Mapping[str, Any], notes: list[str]) -> Iterator[dict[str, Any]]:
+    """A subset's settings fall back to its data set's, then to [general]."""
+    general = values.get("general", {})
+    for dataset in tables(values["datasets"], "datasets"):
+        if not dataset.get("subsets"):
+            raise ConfigError("a data set has no subsets, which name the folders; give it one with an image_dir.")
+        for subset in tables(dataset["subsets"], "subsets"):
+            own = {**general, **{key: value for key, value in dataset.items() if key != "subsets"}, **subset}
+            if "metadata_file" in own:
+                notes.append("metadata_file: list the captions in metadata.jsonl or .txt files instead")
+            if "image_dir" not in own:
+                raise ConfigError("a subset has no image_dir, so there is nothing to read; give it one.")
+            yield _source(own)
+            notes.extend(left_over(own, _USED, _ELSEWHERE))
+
+
+def _source(own: Mapping[str, Any]) -> dict[str, Any]:
+    own = told(own, _TEXTS)
+    return plain(
+        path=own["image_dir"],
+        repeats=own.get("num_repeats", 1),
+        **{"class": bool(own.get("is_reg"))},
+        words=own.get("class_tokens", ""),
+        caption=_affixes(own.get("caption_prefix"), own.get("caption_suffix")),
+        caption_suffix=suffix(own.get("caption_extension")),
+        shuffle_tags=own.get("shuffle_caption", False),
+        keep_tags=own.get("keep_tokens", 0),
+        separator=own.get("caption_separator") or ",",
+        caption_dropout=own.get("caption_dropout_rate", 0.0),
+        tag_dropout=own.get("caption_tag_dropout_rate", 0.0),
+        flip=own.get("flip_aug", False),
+        crop="random" if own.get("random_crop") else "center",
+        mask="alpha" if own.get("alpha_mask") else "none",
+        weight=own.get("prior_loss_weight", 1.0) if own.get("is_reg") else 1.0,
+    )
+
+
+def _training(values: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The settings of a whole training, those in sections too, if it names folders of pictures."""
+    flat = {key: value for key, value in values.items() if not isinstance(value, dict)}
+    flat |= {key: value for section in values.values() if isinstance(section, dict) for key, value in section.items()}
+    if other := flat.get("dataset_config"):
+        raise ConfigError(f"its data sets are in {other}; convert that file.")
+    return flat if flat.get("train_data_dir") else None
+
+
+def _folders(own: Mapping[str, Any], notes: list[str]) -> Iterator[dict[str, Any]]:
+    """Folders that hold folders with repeats: of the subject, and of the class (reg_data_dir)."""
+    if own.get("in_json"):
+        notes.append("in_json: list the captions in metadata.jsonl or .txt files instead")
+    for key, is_class in (("train_data_dir", False), ("reg_data_dir", True)):
+        if own.get(key):
+            yield _source({**own, "image_dir": own[key], "is_reg": is_class, "num_repeats": 1})
+    data = {key: own[key] for key in (*_TRAINING_ELSEWHERE, *_TRAINING_ONLY) if key in own}
+    notes.extend(left_over(data, frozenset(), _TRAINING_ELSEWHERE))
+    notes.append("settings of the training itself are not converted; sfumato train lora --help lists its own")
+
+
+def _affixes(before: str | None, after: str | None) -> str | None:
+    return f"{before or ''} {{caption}} {after or ''}".strip() if before or after else None
