@@ -216,3 +216,14 @@ def test_metadata_leads_through_no_link_out_of_the_folder(tmp_path):
     folder = read_folder(tmp_path / "inside")
     assert [example.caption for example in folder] == ["a"]
     assert ("sub/z.png", "leads out of the folder") in [(entry.name, entry.reason) for entry in folder.ignored]
+
+
+def test_onetrainers_masks_are_masks_and_its_conditioning_pictures_are_left_out(tmp_path):
+    for name in ("a.png", "a-masklabel.png", "a-condlabel.png", "b.png", "gone-masklabel.png"):
+        noise_picture().save(tmp_path / name)
+    folder = read_folder(tmp_path, caption_template="{caption}", mask="files")
+    assert [(e.path.name, e.mask and e.mask.name) for e in folder] == [("a.png", "a-masklabel.png"), ("b.png", None)]
+    assert [(entry.name, entry.reason) for entry in folder.ignored] == [
+        ("a-condlabel.png", "OneTrainer's picture to inpaint by"),
+        ("gone-masklabel.png", "a mask that no picture takes"),
+    ]

@@ -15,6 +15,8 @@ REPEATS = re.compile(r"(\d{1,5})_(.*)")
 """kohya's folders: "10_sks dog" holds pictures that come ten times in an epoch, and their caption."""
 
 
+_MASKS = (".mask", "-masklabel")
+"""How the names of masks beside their pictures end, here and in OneTrainer's folders."""
 FOLDER_OF_PICTURES = "a folder; its pictures are not read"
 
 
@@ -171,7 +173,7 @@ class _Reader:
         for entry in (each for each in entries if not each.name.startswith(".")):
             if self._is_caption(entry) and _spelt(entry) not in companions:
                 self._ignore(entry, "a caption without a picture")
-            elif entry.suffix.lower() in SUFFIXES and entry.stem.endswith(".mask") and entry not in masks:
+            elif entry.suffix.lower() in SUFFIXES and entry.stem.endswith(_MASKS) and entry not in masks:
                 self._ignore(entry, _idle_mask(entry))
         for entry in self._entries(folder / "masks") if (folder / "masks").is_dir() else []:
             if entry.suffix.lower() in SUFFIXES and entry not in masks:
@@ -190,9 +192,8 @@ class _Reader:
         return path if path is not None and path.is_file() else None  # a pipe by that name would never end
 
     def _mask_of(self, picture: Path) -> Path | None:
-        name = f"{picture.stem}.png"
-        beside = self._companion(picture.parent, f"{picture.stem}.mask.png")
-        return beside or self._companion(picture.parent / "masks", name)
+        beside = (self._companion(picture.parent, f"{picture.stem}{end}.png") for end in _MASKS)
+        return next(filter(None, beside), None) or self._companion(picture.parent / "masks", f"{picture.stem}.png")
 
     def _is_picture(self, entry: Path) -> bool:
         """Whether to learn from it; if not, and it is no companion of a picture, why not."""
@@ -211,7 +212,9 @@ class _Reader:
             self._ignore(entry, f"captions are read from {METADATA}")
         elif entry.suffix.lower() not in SUFFIXES:
             self._ignore(entry, "not a picture by its name")
-        elif not entry.stem.endswith(".mask"):
+        elif entry.stem.endswith("-condlabel"):
+            self._ignore(entry, "OneTrainer's picture to inpaint by")
+        elif not entry.stem.endswith(_MASKS):
             return True
         return False
 
