@@ -1,4 +1,4 @@
-"""Turn a data set config of kohya's sd-scripts or of ai-toolkit into a dataset.toml."""
+"""Turn a data set config of kohya's sd-scripts, ai-toolkit, OneTrainer or SimpleTuner into a dataset.toml."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ from sfumato.errors import ConfigError
 
 @dataclass(frozen=True)
 class Config:
-    """Turn a data set config of kohya's sd-scripts (.toml, .json) or ai-toolkit (.yaml, .json) into a dataset.toml.
+    """Turn the data set config of another tool into a dataset.toml.
 
-    What has no counterpart is named. Example: sfumato dataset --file kohya.toml -o dataset.toml
+    Read are those of kohya's sd-scripts (.toml, .json), ai-toolkit (.yaml, .json), OneTrainer (concepts.json, or a
+    whole training's) and SimpleTuner (multidatabackend.json). What has no counterpart is named. Example: sfumato
+    dataset --file kohya.toml -o dataset.toml
     """
 
     file: Path

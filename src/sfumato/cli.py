@@ -33,7 +33,7 @@ PIPELINES = {
         "look at a folder of pictures before training: what will be seen, what is wrong",
     ),
     "caption": ("sfumato.pipelines.caption", "write captions for pictures that have none"),
-    "dataset": ("sfumato.pipelines.dataset_config", "a data set config of sd-scripts or ai-toolkit as a dataset.toml"),
+    "dataset": ("sfumato.pipelines.dataset_config", "another tool's data set config as a dataset.toml"),
     "generate": ("sfumato.pipelines.generate", "draw pictures with any base and any mix of adapters"),
     "grid": ("sfumato.pipelines.grid", "an XY plot over weights, prompts, adapters, seeds: pictures to choose by"),
     "inspect": ("sfumato.pipelines.inspect_file", "what a weight file is, without loading it"),

@@ -199,12 +199,12 @@ def test_nothing_is_written_over(home):
     [
         ("a.toml", "x = 1", "neither kohya's"),
         ("a.yaml", "- 1", "neither kohya's"),
-        ("a.json", '[{"path": "dogs"}]', "neither kohya's"),
+        ("a.json", '[{"folder": "dogs"}]', "neither kohya's .* nor SimpleTuner's data sets are in it"),
         ("a.yaml", "a: [", "cannot be parsed"),
         ("a.json", '{"datasets": []}', "is empty"),
         ("a.toml", "[[datasets]]\n[[datasets.subsets]]\nnum_repeats = 1", "no image_dir"),
         ("a.toml", 'dataset_config = "data.toml"', "convert that file"),
-        ("a.txt", "", "wanted .toml"),
+        ("a.txt", "", "wanted kohya's .toml"),
     ],
 )
 def test_what_is_neither_is_one_line(tmp_path, name, text, words):

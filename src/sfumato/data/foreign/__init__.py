@@ -13,8 +13,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from sfumato.data.foreign import ai_toolkit, kohya
-from sfumato.data.foreign.settings import Sources, read, relative
+from sfumato.data.foreign import ai_toolkit, kohya, onetrainer, simpletuner
+from sfumato.data.foreign.folders import relative
+from sfumato.data.foreign.settings import Sources, read
 from sfumato.data.source import check_keys, source_of
 from sfumato.errors import ConfigError
 
@@ -22,6 +23,8 @@ _TOOLS: Mapping[str, Callable[[Any, Path, list[str]], Sources | None]] = Mapping
     {
         "kohya": kohya.sources,
         "ai-toolkit": ai_toolkit.sources,
+        "SimpleTuner": simpletuner.sources,
+        "OneTrainer": onetrainer.sources,
     }
 )
 
@@ -46,24 +49,29 @@ def convert(path: Path, target: Path | None = None) -> Converted:
     tool, entries = next(((tool, found) for tool, found in read_by if found is not None), ("", None))
     if entries is None:
         raise ConfigError(
-            f"{path.name}: neither kohya's [[datasets]] or train_data_dir nor ai-toolkit's config.process[].datasets "
-            "is in it. Name such a config; datasets/README.md says how a dataset.toml is written by hand."
+            f"{path.name}: neither kohya's [[datasets]] or train_data_dir, ai-toolkit's config.process[].datasets, "
+            "OneTrainer's concepts nor SimpleTuner's data sets are in it. Name such a config; datasets/README.md says "
+            "how a dataset.toml is written by hand."
         )
     for number, entry in enumerate(entries, start=1):
         where = f"{path.name}, its data set {number}: "
         check_keys(entry, where)
-        if entry.get("repeats", 1) < 1:  # which sd-scripts leaves out, too
-            notes.append(f"{entry['path']}: {entry['repeats']} repeats, so it is left out")
-            continue
-        source_of(entry, home, where)
-    entries = [entry for entry in entries if entry.get("repeats", 1) >= 1]
+        if not _is_idle(entry):
+            source_of(entry, home, where)
+    none = [f"{entry['path']}: {entry['repeats']} repeats, so it is left out" for entry in entries if _is_idle(entry)]
+    entries = [entry for entry in entries if not _is_idle(entry)]
     if not entries:
-        raise ConfigError(
-            f"{path.name}: its list of data sets is empty, or none of them has repeats; there is nothing to convert."
-        )
+        reasons = "; ".join((none or notes)[:3]) or "its list of data sets is empty"
+        raise ConfigError(f"{path.name}: there is nothing to convert: {reasons}.")
+    notes += none
     for entry in entries:
         entry["path"] = relative(entry["path"], folder, home, notes)
     return Converted(_to_toml(entries, path.name, tool), len(entries), tool, tuple(dict.fromkeys(notes)))
+
+
+def _is_idle(entry: Mapping[str, Any]) -> bool:
+    """Whether no epoch holds it, as sd-scripts has it, too."""
+    return bool(entry.get("repeats", 1) < 1)
 
 
 def _to_toml(entries: Sources, name: str, tool: str) -> str:

@@ -1,10 +1,12 @@
-"""What every tool's config needs: reading it, its settings one by one, folders, and what is left of it for a note."""
+"""What every tool's config needs: reading it, its settings one by one, and what is left of it for a note."""
 
 from __future__ import annotations
 
 import json
 import tomllib
 from collections.abc import Container, Iterator, Mapping
+from fractions import Fraction
+from math import lcm
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,14 @@ from sfumato.errors import ConfigError
 
 Sources = list[dict[str, Any]]
 """Keys and values of each [[source]], in the order of datasets/README.md."""
+BY_THE_BASE = (
+    "its pictures are learned as those of a class, beside each batch and at --prior-weight; to learn what the base "
+    "predicts instead, leave them out and pass their captions as --prior-prompts"
+)
+FROM_NAMES = (
+    "spaces stand for - and _ in names of files, and a .txt or metadata.jsonl beside the pictures comes before them; "
+    "move it away"
+)
 
 
 def read(path: Path) -> Any:
@@ -32,7 +42,10 @@ def read(path: Path) -> Any:
 
             values = yaml.safe_load(text)
         else:
-            raise ConfigError(f"{path.name}: wanted .toml or .json (kohya), .yaml or .json (ai-toolkit).")
+            raise ConfigError(
+                f"{path.name}: wanted kohya's .toml or .json, ai-toolkit's .yaml or .json, or OneTrainer's or "
+                "SimpleTuner's .json."
+            )
     except ConfigError:
         raise
     except Exception as error:  # each parser has its own
@@ -71,7 +84,7 @@ def _scalar(value: Any) -> Any:
 
 def number(own: Mapping[str, Any], key: str) -> int:
     """The setting as a whole number, 0 if unset."""
-    if not isinstance(value := own.get(key, 0), int):
+    if not isinstance(value := own.get(key, 0), int) or isinstance(value, bool):
         raise ConfigError(f"{key} is {value!r:.40}; wanted a whole number.")
     return value
 
@@ -101,30 +114,11 @@ def suffix(extension: str | None) -> str | None:
     return None if extension.lower() == CAPTION_SUFFIXES[0] else extension
 
 
-def spelt(path: Any) -> Path:
-    """A path as the other tool has it, Windows' too."""
-    return Path(str(path).replace("\\", "/"))
-
-
-def find(path: Any, source: Path) -> Path | None:
-    """Where it lies: beside the config, in `source`, or below the present folder; tools count from where they are
-    started, which may be either."""
-    return next((place / spelt(path) for place in (source, Path.cwd()) if (place / spelt(path)).exists()), None)
-
-
-def relative(path: Any, source: Path, home: Path, notes: list[str]) -> str:
-    """The folder as seen from `home`, to which a path is relative where it can be."""
-    found = spelt(path)
-    if found.is_absolute():
-        return found.as_posix()
-    there = find(path, source)
-    if there is None:
-        notes.append(
-            f"{found.as_posix()}: neither beside the config nor below the present folder; a dataset.toml counts from "
-            "its own folder, so mend this path in it"
-        )
-        return found.as_posix()
-    try:
-        return there.resolve().relative_to(home).as_posix()
-    except ValueError:
-        return there.resolve().as_posix()
+def whole(entries: Sources, tool: str, notes: list[str]) -> Sources:
+    """The sources with whole repeats in the proportions of those they have, which may be fractions."""
+    shares = [Fraction(entry.get("repeats", 1)) for entry in entries]
+    many = lcm(*(share.denominator for share in shares))
+    if many > 1:
+        notes.append(f"repeats are whole numbers, so that an epoch here is {many} of {tool}'s")
+    repeats = [int(share * many) for share in shares]
+    return [plain(**{**entry, "repeats": count}) for entry, count in zip(entries, repeats, strict=True)]
