@@ -120,3 +120,14 @@ def test_weights_of_sources_reach_the_batch(two):
     path = toml(two, '[[source]]\npath = "dogs"\n[[source]]\npath = "style"\nwords = "x"\nweight = 0.25')
     batch = prepare(read_folder(path), FakeBase(), resolution=64).batch(0, 0, 3)
     assert [batch.weights[batch.indices.index(i)].item() for i in range(3)] == [1, 1, 0.25]
+
+
+def test_a_folder_that_is_a_source_itself_is_not_called_ignored(tmp_path):
+    for name in ("dogs", "dogs/more", "dogs/other"):
+        (tmp_path / name).mkdir()
+        noise_picture().save(tmp_path / name / "a.png")
+    listed = '[[source]]\npath = "dogs"\n[[source]]\npath = "dogs/more"\n'
+    (tmp_path / "dataset.toml").write_text('caption = "{caption}"\n' + listed)
+    folder = read_folder(tmp_path / "dataset.toml")
+    assert [entry.name for entry in folder.ignored] == ["dogs/other"]
+    assert len(folder) == 2

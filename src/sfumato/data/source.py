@@ -49,7 +49,8 @@ _NAMES = {str: "a text", int: "a whole number", bool: "true or false", (int, flo
 
 @dataclass(frozen=True)
 class Source:
-    """One folder of a data set. template: what captions are put into. words: the caption of pictures without one."""
+    """One folder of a data set. template: what captions are put into. words: the caption of pictures without one.
+    read: the folders of all sources, resolved, so that none of them is called ignored."""
 
     path: Path
     repeats: int = 1
@@ -60,12 +61,14 @@ class Source:
     suffixes: tuple[str, ...] = CAPTION_SUFFIXES
     mask: MaskSource = "none"
     options: Options = field(default_factory=Options)
+    read: frozenset[Path] = frozenset()
 
     def list(self) -> Listing:
         """The folder's files. Raises DataError as `list_folder` does."""
         listing = list_folder(self.path, words=self.words, suffixes=self.suffixes)
         pictures = tuple(replace(found, repeats=found.repeats * self.repeats) for found in listing.pictures)
-        return replace(listing, pictures=pictures)
+        ignored = tuple(entry for entry in listing.ignored if (self.path / entry.name).resolve() not in self.read)
+        return replace(listing, pictures=pictures, ignored=ignored)
 
 
 def read_folder(
@@ -125,10 +128,12 @@ def sources_of(
         raise ConfigError(f'{path.name}: no sources in it; write [[source]] and path = "DIR" for each folder.')
     check_keys(values, f"{path.name}: ", known=[key for key in _KEYS if key != "path"] + ["source"])
     defaults = {key: value for key, value in given.items() if value is not None} | values
-    return [
+    sources = [
         source_of({**_shared(defaults, entry), **entry}, path.parent, f"{path.name}, source {number}: ")
         for number, entry in enumerate(entries, start=1)
     ]
+    read = frozenset(source.path.resolve() for source in sources)
+    return [replace(source, read=read) for source in sources]
 
 
 def _load(path: Path) -> dict[str, Any]:
