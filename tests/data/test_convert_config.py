@@ -247,6 +247,7 @@ def test_texts_that_are_numbers_are_read_as_such(tmp_path):
     [
         ({"datasets": ["exif"]}, "datasets holds 'exif'; wanted a table"),
         ({"datasets": [{"subsets": [3]}]}, "subsets holds 3; wanted a table"),
+        ({"general": [1], "datasets": [{"subsets": [{"image_dir": "a"}]}]}, "general holds .1.; wanted a table"),
         ({"datasets": [{"subsets": [{"image_dir": "a", "num_repeats": "many"}]}]}, "repeats is 'many'; wanted a whole"),
         ({"config": {"process": [{"datasets": [{"folder_path": "a", "keep_tokens": "x"}]}]}}, "keep_tokens is 'x'"),
         ({"config": {"process": [{"datasets": ["a"]}]}}, "datasets holds 'a'; wanted a table"),

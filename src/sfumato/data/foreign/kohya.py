@@ -78,7 +78,7 @@ def sources(values: Any, folder: Path, notes: list[str]) -> Sources | None:
 
 def _subsets(values: Mapping[str, Any], notes: list[str]) -> Iterator[dict[str, Any]]:
     """A subset's settings fall back to its data set's, then to [general]."""
-    general = values.get("general", {})
+    (general,) = tables([values.get("general") or {}], "general")
     for dataset in tables(values["datasets"], "datasets"):
         if not dataset.get("subsets"):
             raise ConfigError("a data set has no subsets, which name the folders; give it one with an image_dir.")
