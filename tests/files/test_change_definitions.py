@@ -46,8 +46,11 @@ HADA = {f"hada_w{n}_{x}": noise(10 * n + (x == "b"), *((OUT, RANK) if x == "a" e
 GLORA = [noise(20, IN, RANK), noise(21, RANK, IN), noise(22, OUT, RANK), noise(23, RANK, IN)]
 
 
-def glora(w):
-    a_up, a_down, b_up, b_down = GLORA
+SQUARE_GLORA = [*GLORA[:2], noise(24, IN, RANK), GLORA[3]]
+
+
+def glora(w, parts=GLORA):
+    a_up, a_down, b_up, b_down = parts
     return 1.5 * (w @ a_up @ a_down + b_up @ b_down)
 
 
@@ -212,6 +215,16 @@ DEFINITIONS = {
     ),
     "GLoRA": (LINEAR, named(("a1", "a2", "b1", "b2"), GLORA), glora),
     "GLoRA, its first version": (LINEAR, named(("a2", "a1", "b2", "b1"), GLORA), glora),
+    "GLoRA of a square layer": (
+        (IN, IN),
+        named(("a1", "a2", "b1", "b2"), SQUARE_GLORA),
+        lambda w: glora(w, SQUARE_GLORA),
+    ),
+    "GLoRA of a square layer, its first version": (
+        (IN, IN),
+        named(("a2", "a1", "b2", "b1"), SQUARE_GLORA),
+        lambda w: glora(w, SQUARE_GLORA),
+    ),
     "difference": (CONV, {"diff": noise(50, *CONV)}, lambda w: noise(50, *CONV)),
     "a weight to set": (LINEAR, {"set_weight": noise(50, *LINEAR)}, lambda w: noise(50, *LINEAR) - w),
 }

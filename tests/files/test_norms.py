@@ -100,6 +100,10 @@ def test_of_the_others_what_is_stored():
     assert square_norm("GLoRA", glora, 4.0) == square(2 * up @ down)
     old = {"a1": noise(2, 8), "a2": noise(8, 2), "b1": noise(3, 8), "b2": noise(6, 3)}
     assert square_norm("GLoRA", old, None) == square(old["b2"] @ old["b1"])
+    old_of_a_square_layer = {"a1": noise(2, 8), "a2": noise(8, 2), "b1": noise(2, 8), "b2": noise(8, 2)}
+    assert square_norm("GLoRA", old_of_a_square_layer, None) == square(
+        old_of_a_square_layer["b2"] @ old_of_a_square_layer["b1"]
+    )
 
 
 @pytest.mark.parametrize(

@@ -110,8 +110,9 @@ def _ia3(values: Mapping[str, Array], alpha: float | None) -> float | None:
 
 
 def _glora(values: Mapping[str, Array], alpha: float | None) -> float | None:
-    new = values["b1"].shape[1] == values["b2"].shape[0]
-    names = ("b2", "b1") if new else ("b1", "b2")
+    one, two = values["b1"].shape, values["b2"].shape
+    old = one[0] == two[1] and (one[1] != two[0] or one[0] < one[1])  # of a square layer both ways join
+    names = ("b1", "b2") if old else ("b2", "b1")
     return _lora({key: value for key, value in values.items() if key != "bm"}, alpha, *names)
 
 

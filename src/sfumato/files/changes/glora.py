@@ -33,17 +33,21 @@ class Glora:
 
     @classmethod
     def from_parts(cls, parts: Parts) -> Glora:
+        found = []
         for up, down in (("1", "2"), ("2", "1")):
             a_up, a_down, b_up, b_down = (parts[f"{x}{n}"] for x in "ab" for n in (up, down))
             rank = a_down.shape[0] if a_down.ndim else 0
             flat = all(t.ndim in (2, 4) and t.shape[2:].numel() == 1 for t in (a_up, a_down, b_up))
             joined = flat and b_down.ndim in (2, 4) and a_up.shape[1] == b_up.shape[1] == b_down.shape[0] == rank
             if joined and a_up.shape[0] == a_down.shape[1] == b_down.shape[1]:
-                mid = parts.core("bm", rank)
-                if mid is not None and b_down.shape[2:].numel() != 1:
-                    raise parts.misshapen("b2", "(rank, in, 1, 1) beside bm")
-                update = LoraModule(b_down, b_up, parts.alpha(rank), mid)
-                return cls(a_up.flatten(1), a_down.flatten(1), update, parts.vector("bias"))
+                found.append((rank, a_up, a_down, b_up, b_down))
+        if found:  # of a square layer both ways join, one of them by a rank that is the layer's width
+            rank, a_up, a_down, b_up, b_down = min(found, key=lambda each: each[0])
+            mid = parts.core("bm", rank)
+            if mid is not None and b_down.shape[2:].numel() != 1:
+                raise parts.misshapen("b2", "(rank, in, 1, 1) beside bm")
+            update = LoraModule(b_down, b_up, parts.alpha(rank), mid)
+            return cls(a_up.flatten(1), a_down.flatten(1), update, parts.vector("bias"))
         shapes = ", ".join(f"{role} {list(parts[role].shape)}" for role in ("a1", "a2", "b1", "b2"))
         raise parts.refused(f"{shapes} do not fit; wanted (in, rank), (rank, in), (out, rank), (rank, in)")
 
