@@ -1,5 +1,6 @@
 """Pictures: each its seed's own, on the base's own schedule, and never a broken one."""
 
+import logging
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -108,6 +109,14 @@ def test_a_sampler_that_cannot_begin_in_pure_noise_is_refused_on_such_a_base(poc
         with pytest.raises(ConfigError, match=r"zero terminal SNR\. Take (DPM\+\+ 2M|euler|unipc)\.$"):
             schedulers.scheduler(name, schedule)
     assert schedulers.scheduler("euler", schedule).config.timestep_spacing == "trailing"
+
+
+def test_a_picture_to_begin_from_is_no_reason_to_warn_of_casts(tmp_path, caplog, monkeypatch):
+    """diffusers tells of modules of SDXL's VAE that should stay in fp32, of which there are none."""
+    base = load_base(write_folder(tiny_pipeline("sdxl"), tmp_path / "base"), precision=CPU)
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
+    draw(base, "a cat", 1, steps=2, width=64, height=64, start=Start(Image.new("RGB", (64, 64)), strength=0.5))
+    assert [record.getMessage() for record in caplog.records if record.name.startswith("diffusers")] == []
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])

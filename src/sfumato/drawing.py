@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -387,8 +388,17 @@ def _as_asked(pipe: Any, scheduler: Any | None) -> Iterator[None]:
     pipe.scheduler = scheduler or own
     pipe.set_progress_bar_config(disable=True)
     drawing = schedulers.DRAWING.set(pipe.scheduler)
+    logger = logging.getLogger("diffusers.models.modeling_utils")
+    logger.addFilter(_tells_of_modules)
     try:
         yield
     finally:
+        logger.removeFilter(_tells_of_modules)
         schedulers.DRAWING.reset(drawing)
         pipe.scheduler, pipe._progress_bar_config = own, bar
+
+
+def _tells_of_modules(record: logging.LogRecord) -> bool:
+    """False for diffusers' warning of modules that should have stayed in fp32 where there are none, which it gives of
+    its own casts of SDXL's VAE."""
+    return "should be kept in float32: []" not in record.getMessage()
