@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, JpegImagePlugin, PngImagePlugin
 from safetensors.torch import save_file
 
 from sfumato.compose.adapter import Adapter
@@ -74,12 +74,15 @@ def test_the_settings_are_found_by_the_pattern_of_forge():
 @pytest.mark.parametrize("negative", ["", "blurry", "two\nlines"])
 def test_writing_and_reading_is_identity(prompt, negative):
     values = {name: str(value) for name, value in SETTINGS.items() if value is not None} | {"Note": 'a "b", c: \\d\ne'}
+    values |= {"Said": '"so"', "Flag": "true", "Part": "1e3"}
     written = Parameters(prompt, negative, values)
     assert parse_parameters(format_parameters(written)) == written
 
 
 def test_a_last_line_with_fewer_than_three_pairs_is_prompt():
-    assert parse_parameters("a crab\nin a style: red") == Parameters("a crab\nin a style: red")
+    for prompt in ("a crab\nin a style: red", "a crab\nin a style: red, by hand: yes"):
+        assert parse_parameters(prompt) == Parameters(prompt)
+    assert parse_parameters("a crab\nSteps: 1, Seed: 2, Size: 8x8").prompt == "a crab"
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
@@ -118,6 +121,29 @@ def test_a_picture_with_too_many_settings_is_kept_without_them(tmp_path):
     with pytest.warns(UserWarning, match="a JPEG holds"):
         path = save_picture(Image.new("RGB", (8, 8)), tmp_path / "a.jpg", Parameters("a", "", {"Note": "x" * 40_000}))
     assert read_picture_info(path).parameters is None
+
+
+def test_a_jpeg_keeps_its_colours_at_each_pixel(tmp_path):
+    """Halved colours, Pillow's default, would smear the edges of drawings."""
+    with Image.open(save_picture(Image.new("RGB", (8, 8)), tmp_path / "a.jpg")) as picture:
+        assert JpegImagePlugin.get_sampling(picture) == 0
+
+
+def test_a_comment_of_plain_letters_is_read(tmp_path):
+    """As cameras and a few tools write it, beside A1111's UNICODE."""
+    exif = Image.Exif()
+    exif.get_ifd(0x8769)[0x9286] = b"ASCII\0\0\0a crab\nSteps: 1, Seed: 2, Size: 8x8"
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg", exif=exif)
+    found = read_picture_info(tmp_path / "a.jpg").parameters
+    assert found == Parameters("a crab", "", {"Steps": "1", "Seed": "2", "Size": "8x8"})
+
+
+@pytest.mark.parametrize("text", ["[1]", "{", "7"])
+def test_what_is_no_object_of_ours_is_none(tmp_path, text):
+    info = PngImagePlugin.PngInfo()
+    info.add_text("sfumato", text)
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=info)
+    assert read_picture_info(tmp_path / "a.png").own is None
 
 
 def test_png_text_is_latin_text_where_it_can_be(tmp_path):
