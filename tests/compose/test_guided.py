@@ -124,6 +124,10 @@ def test_text_encoders_keep_their_weight(sd1, write):
         plain = sd1.text_encoder(ids)[0]
         with adapter_guidance(mix, 2.0, guidance=4.0):
             assert torch.equal(sd1.text_encoder(ids)[0], plain)
+            mix.set(a=0.4)
+            assert not torch.equal(sd1.text_encoder(ids)[0], plain)
+            mix.set(a=0.8)
+            assert torch.equal(sd1.text_encoder(ids)[0], plain)
 
 
 def test_weights_may_change_within(sd1, write):

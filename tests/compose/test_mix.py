@@ -369,6 +369,27 @@ def test_partial_of_nothing_is_refused(sd1, write):
     refused(lambda: compose(sd1, Adapter(path), partial=True), "4 of 4 modules")
 
 
+def test_a_muted_adapter_that_is_removed_and_added_again_is_heard(sd1, write):
+    path = write("a", sd1, "to_q")
+    with compose(sd1, Adapter(path)):
+        wanted = weights_sha(sd1)
+    mix = compose(sd1, Adapter(path)).mute("a").remove("a")
+    assert not mix.muted
+    mix.add(Adapter(path))
+    assert weights_sha(sd1) == wanted
+
+
+def test_a_mix_is_saved_after_an_adapter_was_refused(sd1, write, monkeypatch):
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1")
+    sd1.unet.half()
+    a, loud = write("a", sd1, "to_q"), write("loud", sd1, "to_q", alpha=1e7)
+    mix = compose(sd1, Adapter(a))
+    before = mix.save(a.with_name("before.safetensors"), title="x").read_bytes()
+    with pytest.raises(AdapterError, match="overflow"):
+        mix.add(Adapter(loud))
+    assert mix.save(a.with_name("after.safetensors"), title="x").read_bytes() == before
+
+
 def test_an_overflow_is_refused_before_it_is_seen(sd1, write):
     for part in (sd1.unet, sd1.text_encoder):
         part.to(torch.float16)
