@@ -1,11 +1,16 @@
 """The running mean of weights: its formula, and that showing it changes nothing."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
 
+from sfumato import cli
 from sfumato.ema import Average
+from sfumato.files import read_tensors
+from sfumato.runs.checkpoints import Checkpoints
 
 
 def test_the_mean_of_two_steps_written_out():
@@ -90,3 +95,39 @@ def test_the_weights_come_back_when_the_block_fails():
     except ValueError:
         pass
     assert weight.item() == 5.0
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    ("trainer", "own"),
+    [
+        ("lora", ("--caption", "{caption}", "--rank", "2", "--save-every", "1")),
+        pytest.param(
+            "dreambooth",
+            ("--instance-prompt", "sks square", "--class-name", "square", "--method", "lora", "--prior", "none"),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("textual_inversion", ("--placeholder", "<x>"), marks=pytest.mark.slow),
+    ],
+)
+def test_what_is_measured_drawn_and_kept_on_the_way_is_the_mean(trainer, own, pocket_folder, pictures, tmp_path):
+    """With --ema all is as without before the first step, and after it what the mean makes of it, which is what the
+    file holds in the end. A checkpoint has the mean, and all else that goes on."""
+    words = ["--images", str(pictures), "--base", str(pocket_folder), "--steps", "1", "--batch", "1", *own]
+    words += ["--learning-rate", "1", "--sample-prompts", "a red <x>"]
+    words += ["--measure-every", "1", "--sample-every", "1", "--checkpoint-every", "1"]
+    fits, drawn, plain, mean = {}, {}, tmp_path / "plain", tmp_path / "mean"
+    for folder, more in ((plain, []), (mean, ["--ema", "0.75"])):
+        assert cli.main(["train", trainer, "--output", str(folder), *words, *more]) == 0
+        log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        fits[folder] = [row["fit"] for row in log if "fit" in row]
+        drawn[folder] = [(folder / "samples" / step / "0.png").read_bytes() for step in ("000000", "000001")]
+    for before, after in ((fits[plain], fits[mean]), (drawn[plain], drawn[mean])):
+        assert before[0] == after[0]
+        assert before[1] != after[1]
+    kept = Checkpoints(mean / "checkpoints").load(1)["kept"]
+    assert kept.keys() > {"optimizer", "scaler", "average"}
+    for path in (mean / "adapters").glob("*.safetensors"):
+        last = read_tensors(mean / "mean.safetensors")
+        assert all(torch.equal(tensor, last[key]) for key, tensor in read_tensors(path).items())
+    assert (trainer == "lora") == (mean / "adapters").is_dir()

@@ -112,6 +112,19 @@ def test_only_the_rows_that_a_prompt_uses_get_gradients(base):
     assert not any(p.requires_grad or p.grad is not None for p in base.text_encoders[0].parameters())
 
 
+def test_rows_without_a_gradient_get_zeros_unless_they_rest(base):
+    """A process whose captions held no word sums the same tensors as the others."""
+    with embedding.new_words(base, ["<x>"], vectors=2) as words:
+        words.settle_gradients()
+        assert torch.equal(words.rows[0].grad, torch.zeros_like(words.rows[0]))
+        words.rows[0].grad.fill_(3.0)
+        words.settle_gradients()
+        assert (words.rows[0].grad == 3.0).all()
+    with embedding.new_words(base, ["<x>"], vectors=2).requires_grad_(False) as words:
+        words.settle_gradients()
+        assert words.rows[0].grad is None
+
+
 def test_where_vectors_start(base):
     table = base.text_encoders[0].get_input_embeddings().weight
     ids = base.tokenizers[0]("red crab", add_special_tokens=False).input_ids
