@@ -56,6 +56,16 @@ def test_a_tag_applies_an_adapter_for_one_call(pipe):
     assert all(torch.equal(value, before[name]) for name, value in pipe.unet.state_dict().items())
 
 
+def test_a_mix_stays_and_tags_are_added_to_it_for_the_call(pipe):
+    wanted = drawn(pipe, "a crab <lora:line:1>")
+    with compose(pipe, Adapter(pipe.lora_folder / "line.safetensors", 0.75, name="mine")) as mix:
+        before = drawn(pipe, "a crab")
+        assert abs(drawn(pipe, "a crab <lora:line:0.25>") - wanted).max() <= 1
+        assert mix.weights == {"mine": 0.75}
+        assert np.array_equal(drawn(pipe, "a crab"), before)
+    assert not np.array_equal(before, wanted)
+
+
 def test_a_file_from_a_mac_is_found_by_its_name(pipe):
     apart = pipe.lora_folder / "cafe\u0301.safetensors"
     shutil.copy(pipe.lora_folder / "line.safetensors", apart)

@@ -48,6 +48,7 @@ def test_what_is_said_when_is_what_a1111_s_own_examples_say(prompt, expected):
         ("[a:b:10]", [(10, "a")]),
         ("[a:b:0]", [(10, "b")]),
         ("[a:b:99]", [(10, "a")]),
+        ("[a:b:0.39]", [(3, "a"), (10, "b")]),
         ("[a:b|c:0.5]", [(10, "[a:b|c:0.5]")]),
         ("(a [b:c:0.5]:1.2)", [(5, "(a b:1.2)"), (10, "(a c:1.2)")]),
         ("[a|b|[c:d:0.5]]", list(enumerate("abcabdabda", 1))),

@@ -142,6 +142,15 @@ def test_without_weights_compel_encodes_as_the_base_does(name, request):
         assert_close(negative.pooled, nothing.pooled)
 
 
+def test_a_negative_prompt_is_encoded_as_a_prompt_is(sdxl):
+    """Zeros are for none alone."""
+    pytest.importorskip("compel")
+    _, negative = encode(sdxl, ["red square", "crab"], "blue circle", "compel")
+    ours = sdxl.encode_text(["blue circle"] * 2)
+    assert_close(negative.hidden, ours.hidden)
+    assert_close(negative.pooled, ours.pooled)
+
+
 @pytest.mark.parametrize("syntax", ["compel", "a1111"])
 def test_a_layer_is_skipped_as_the_base_skips_it(tmp_path, syntax):
     pytest.importorskip("compel")
