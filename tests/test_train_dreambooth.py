@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -241,6 +242,21 @@ def test_the_folder_is_whole_and_plain_diffusers_loads_it_as_its_card_says(train
     assert load_base(str(path), precision=CPU).family.name == "pocket"
     assert 'DiffusionPipeline.from_pretrained("run")' in (path.parent / "README.md").read_text()
     assert (path.parent / "images/before_after.png").is_file()
+
+
+def test_a_folder_in_half_precision_draws_with_the_lines_of_its_card(train, monkeypatch):
+    """Text encoders are read in the dtype of their files unless one is asked for, the U-Net in fp32."""
+    from diffusers import DiffusionPipeline
+
+    path = train("run", "--prior", "none", "--steps", "1", "--save-precision", "fp16")
+    code = re.search("```python\n(.*?)```", (path.parent / "README.md").read_text(), re.DOTALL)[1]
+    *loading, drawing = code.splitlines()
+    assert drawing.startswith("image = pipe(")
+    monkeypatch.chdir(path.parent)
+    known = {"DiffusionPipeline": DiffusionPipeline}
+    exec("\n".join(loading), known)
+    picture = known["pipe"](PROMPT, num_inference_steps=1, output_type="np").images[0]
+    assert picture.std() > 0
 
 
 def test_base_and_difference_are_the_trained_weights(train, pocket_folder):

@@ -57,10 +57,14 @@ def write_model_card(
 
 
 def _use_folder(made: Path, example: str, about: Description) -> str:
+    # Unasked, transformers reads text encoders in the dtype of their files and diffusers the U-Net in fp32, and the two
+    # do not go together.
+    half = {"fp16": "float16", "bf16": "bfloat16"}.get(str((about.config or {}).get("save_precision")))
+    before, dtype = ("import torch\n", f", torch_dtype=torch.{half}") if half else ("", "")
     return f"""With [diffusers](https://github.com/huggingface/diffusers):
 
 ```python
-pipe = DiffusionPipeline.from_pretrained("{made.name}")
+{before}pipe = DiffusionPipeline.from_pretrained("{made.name}"{dtype})
 image = pipe({example!r}).images[0]
 ```
 
