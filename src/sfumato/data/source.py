@@ -14,6 +14,7 @@ import difflib
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from os.path import realpath
 from pathlib import Path
 from typing import Any, get_args
 
@@ -50,7 +51,7 @@ _NAMES = {str: "a text", int: "a whole number", bool: "true or false", (int, flo
 @dataclass(frozen=True)
 class Source:
     """One folder of a data set. template: what captions are put into. words: the caption of pictures without one.
-    read: the folders of all sources, resolved, so that none of them is called ignored."""
+    read: the real paths of all sources' folders, so that none of them is called ignored."""
 
     path: Path
     repeats: int = 1
@@ -61,13 +62,13 @@ class Source:
     suffixes: tuple[str, ...] = CAPTION_SUFFIXES
     mask: MaskSource = "none"
     options: Options = field(default_factory=Options)
-    read: frozenset[Path] = frozenset()
+    read: frozenset[str] = frozenset()
 
     def list(self) -> Listing:
         """The folder's files. Raises DataError as `list_folder` does."""
         listing = list_folder(self.path, words=self.words, suffixes=self.suffixes)
         pictures = tuple(replace(found, repeats=found.repeats * self.repeats) for found in listing.pictures)
-        ignored = tuple(entry for entry in listing.ignored if (self.path / entry.name).resolve() not in self.read)
+        ignored = tuple(entry for entry in listing.ignored if realpath(self.path / entry.name) not in self.read)
         return replace(listing, pictures=pictures, ignored=ignored)
 
 
@@ -132,7 +133,7 @@ def sources_of(
         source_of({**_shared(defaults, entry), **entry}, path.parent, f"{path.name}, source {number}: ")
         for number, entry in enumerate(entries, start=1)
     ]
-    read = frozenset(source.path.resolve() for source in sources)
+    read = frozenset(realpath(source.path) for source in sources)
     return [replace(source, read=read) for source in sources]
 
 
