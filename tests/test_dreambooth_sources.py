@@ -48,9 +48,17 @@ def test_further_prompts_are_drawn_beside_given_pictures(source, train, pictures
     run = train("--method", "lora", "--rank", "1", "--steps", "1", *given, *further, images=images)
     said = capsys.readouterr().err
     assert "class pictures: 3 of red, cat (3 drawn now)" in said
+    assert "nothing holds" not in said
     assert "6 pictures, 9 of the class" in said
     drawn = {json.loads(file.read_text())["prompt"] for file in run.glob("class/*/about.json")}
     assert drawn == {"red", "cat"}
+
+
+def test_prompts_that_no_picture_is_left_for_are_named(train, both, capsys):
+    prompts = [word for prompt in ("red", "cat", "a b") for word in ("--prior-prompts", prompt)]
+    train("--method", "lora", "--rank", "1", "--steps", "1", *prompts, "--class-count", "2", images=both)
+    said = capsys.readouterr().err
+    assert "class pictures: 2 of red, cat (2 drawn now)\nnothing holds a b: --class-count 2 is too few" in said
 
 
 @pytest.mark.slow

@@ -370,6 +370,9 @@ def class_pictures(
     side = square_side(base, config.resolution)
     pictures, drawn = pictures_of_class(base, counts, resolution=side, folder=folder, processes=processes)
     run.say(f"class pictures: {config.class_count} of {', '.join(counts)} ({drawn} drawn now)")
+    if left := [prompt for prompt in kept.prompts if prompt not in counts]:
+        rest = f" and {len(left) - 3} more" if len(left) > 3 else ""
+        run.say(f"nothing holds {', '.join(left[:3])}{rest}: --class-count {config.class_count} is too few for each")
     return dataclasses.replace(given, examples=(*given, *pictures)) if given else pictures
 
 
