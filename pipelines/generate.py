@@ -325,10 +325,7 @@ def generate(config: Config) -> tuple[Path, ...]:
         prediction_type=config.prediction_type,
     )
     settings = _settings(config, wanted, start, base)
-    for each in (
-        settings,
-        *(picture.own for picture in wanted.pictures),
-    ):  # all of them before the first picture is drawn
+    for each in (settings, *(picture.own for picture in wanted.pictures)):  # all, before the first is drawn
         check_steps(each.get("steps"), base.scheduler)
         if start is not None:
             check_strength(each.get("steps", settings["steps"]), start)
