@@ -20,12 +20,13 @@ from bench.full_size import build, options, photographs, run
 from bench.real import print_report
 from sfumato import cli
 
-FUSED: dict[str, Any] = {"fused": True, "clip": 0}
+FUSED: dict[str, Any] = {"fused": True}
 CHECKPOINTED: dict[str, Any] = {"gradient-checkpointing": True}
 COMBINATIONS: dict[str, dict[str, Any]] = {
     "full": {},
     "full, checkpointing": CHECKPOINTED,
     "full, fused": FUSED,
+    "full, fused, unclipped": FUSED | {"clip": 0},
     "full, fused, checkpointing": FUSED | CHECKPOINTED,
     "full, fused, checkpointing, prior of the base": FUSED | CHECKPOINTED | {"prior": "base"},
     "full, fused, checkpointing, EMA on the CPU": FUSED | CHECKPOINTED | {"ema": 0.99, "ema-on-cpu": True},

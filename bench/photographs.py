@@ -64,7 +64,7 @@ def methods_of(subject: str, others: Path | None) -> dict[str, tuple[str, dict[s
     return {
         "lora": ("lora", {"caption": said, "targets": "attention"}),
         "pivotal": ("lora", {"caption": f"a photo of {placeholder}", "train-words": placeholder}),
-        "dreambooth-full": ("dreambooth", booth | {"fused": True, "clip": 0, "save": "difference"}),
+        "dreambooth-full": ("dreambooth", booth | {"fused": True, "save": "difference"}),
         "dreambooth-lora": ("dreambooth", booth | {"method": "lora"}),
         "words": ("textual_inversion", {"placeholder": placeholder}),
     }

@@ -43,7 +43,7 @@ CASES: Mapping[str, Sequence[str]] = {
         *_SHARED, "--class-name", "square", "--prior", "none", "--method", "lora", "--rank", "2", "--accumulate", "2",
     ],
     "dreambooth 8-bit": [*_SHARED, "--class-name", "square", "--prior", "none", "--optimizer", "adamw8bit"],
-    "dreambooth fused, prior": [*_SHARED, "--class-name", "square", "--prior", "base", "--fused", "--clip", "0"],
+    "dreambooth fused, prior": [*_SHARED, "--class-name", "square", "--prior", "base", "--fused"],
     "textual_inversion": [
         *_SHARED, "--placeholder", "<sq>", "--initial-words", "red", "--vectors", "2", "--ema", "0.9",
         "--accumulate", "2", "--caption", "{trigger}, {caption}",

@@ -8,7 +8,7 @@ from torch import nn
 
 from sfumato.errors import ConfigError
 from sfumato.fused import FusedStep, check
-from sfumato.optimizers import Schedule, build
+from sfumato.optimizers import Schedule, build, clip
 
 
 def model() -> nn.Sequential:
@@ -24,39 +24,60 @@ def batch(step: int) -> torch.Tensor:
     return torch.randn(5, 4, generator=torch.Generator().manual_seed(step))
 
 
-def run(net, optimizer, steps, fused=None):
+def healthy(**numbers):
+    return True
+
+
+def run(net, optimizer, steps, fused=None, *, limit=0.0):
     schedule = Schedule(optimizer, "cosine", 4, 1)
     norms = []
     for step in steps:
         schedule.set(step)
-        net(batch(step)).square().mean().backward()
+        loss = net(batch(step)).square().mean()
         if fused is None:
-            norms.append(torch.nn.utils.get_total_norm([p.grad for p in net.parameters()]))
+            loss.backward()
+            norms.append(clip(net.parameters(), limit))
             optimizer.step()
             optimizer.zero_grad()
         else:
-            norms.append(fused.norm())
+            norms.append(fused.backward(loss, limit=limit, healthy=healthy))
     return norms
 
 
+@pytest.mark.parametrize("limit", [0.0, 0.05])
 @pytest.mark.parametrize("name", ["adamw", "lion"])
-def test_weights_and_norms_are_those_of_backward_then_step(name):
+def test_weights_and_norms_are_those_of_backward_then_step(name, limit):
     plain, other = model(), model()
-    optimizers = [build(name, groups(net), weight_decay=0.01) for net in (plain, other)]
-    norms = run(plain, optimizers[0], range(4)), run(other, optimizers[1], range(4), FusedStep(optimizers[1]))
-    torch.testing.assert_close(norms[1], norms[0])
-    for one, two in zip(plain.parameters(), other.parameters(), strict=True):
-        assert torch.equal(one, two)
+    one, two = (build(name, groups(net), weight_decay=0.01) for net in (plain, other))
+    norms = run(plain, one, range(4), limit=limit)
+    assert run(other, two, range(4), FusedStep(two), limit=limit) == norms
+    assert min(norms) > 0.05  # so that all of the steps are clipped, where any is
+    for weight, same in zip(plain.parameters(), other.parameters(), strict=True):
+        assert torch.equal(weight, same)
 
 
-def test_only_one_gradient_is_alive_at_a_time():
+@pytest.mark.parametrize("limit", [0.0, 1.0])
+def test_an_unhealthy_step_changes_nothing_and_keeps_no_gradient(limit):
     net = model()
-    FusedStep(build("adamw", groups(net), weight_decay=0.0))
+    before, told = copy.deepcopy(net), []
+    fused = FusedStep(build("adamw", groups(net), weight_decay=0.01))
+    loss = net(batch(0)).square().mean()
+    fused.backward(loss, limit=limit, healthy=lambda **numbers: told.append(numbers))
+    assert [set(numbers) for numbers in told] == [{"loss", "gradient_norm"} if limit else {"loss"}]
+    for weight, same in zip(net.parameters(), before.parameters(), strict=True):
+        assert torch.equal(weight, same)
+        assert weight.grad is None
+
+
+@pytest.mark.parametrize(("limit", "passes"), [(0.0, 1), (1.0, 2)])
+def test_only_one_gradient_is_alive_at_a_time(limit, passes):
+    net = model()
+    fused = FusedStep(build("adamw", groups(net), weight_decay=0.0))
     alive = []
     for parameter in net.parameters():  # hooks run in order, so these see the gradients before ours frees its own
         parameter.register_hook(lambda _: alive.append(sum(p.grad is not None for p in net.parameters())))
-    net(batch(0)).square().mean().backward()
-    assert len(alive) == 6
+    fused.backward(net(batch(0)).square().mean(), limit=limit, healthy=healthy)
+    assert len(alive) == 6 * passes
     assert max(alive) == 0
     assert all(p.grad is None for p in net.parameters())
 
@@ -73,10 +94,11 @@ def test_a_weight_used_twice_steps_once_with_both_gradients():
     nets = [Twice(), Twice()]
     for net, fuse in zip(nets, (False, True), strict=True):
         optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        loss = net(torch.eye(3)).square().sum()
         if fuse:
-            FusedStep(optimizer)
-        net(torch.eye(3)).square().sum().backward()
-        if not fuse:
+            FusedStep(optimizer).backward(loss, limit=0.0, healthy=healthy)
+        else:
+            loss.backward()
             optimizer.step()
     assert torch.equal(nets[0].weight, nets[1].weight)
 
@@ -98,7 +120,6 @@ def test_its_state_goes_on_in_a_run_that_is_not_fused():
 @pytest.mark.parametrize(
     ("option", "named"),
     [
-        ({"clip": 1.0}, "--clip 1"),
         ({"accumulate": 2}, "--accumulate 2"),
         ({"processes": 2}, "2 processes"),
         ({"optimizer": "prodigy"}, "--optimizer prodigy"),
@@ -106,7 +127,7 @@ def test_its_state_goes_on_in_a_run_that_is_not_fused():
     ],
 )
 def test_what_needs_all_gradients_at_once_is_refused_by_name(option, named):
-    fine = {"clip": 0.0, "accumulate": 1, "processes": 1, "optimizer": "adamw"}
+    fine = {"accumulate": 1, "processes": 1, "optimizer": "adamw"}
     check(**fine)
     with pytest.raises(ConfigError, match=named):
         check(**(fine | option))

@@ -100,7 +100,8 @@ class Config(TrainerOptions):
     text_learning_rate: float | None = None
     """Peak learning rate of the text encoders. Unset: a tenth of the U-Net's, or that of the U-Net for prodigy."""
     fused: bool = False
-    """Step each weight during the backward pass, so that never all gradients are in memory; with --clip 0."""
+    """Step each weight during the backward pass, so that never all gradients are in memory. To clip by their norm takes
+    a backward pass before it, with --clip 0 there is none."""
     ema_on_cpu: bool = False
     """Keep the mean of --ema in the CPU's memory."""
     save: Literal["folder", "difference", "lora"] | None = None
@@ -148,7 +149,6 @@ def train(config: Config) -> Path:
     scaler = precision.scaler()
     if config.fused:
         fusing.check(
-            clip=config.clip,
             accumulate=config.accumulate,
             processes=processes.count,
             optimizer=config.optimizer,
@@ -228,9 +228,10 @@ def train(config: Config) -> Path:
                 of_subject = errors[:subjects].sum() / global_batch
                 of_class = errors[subjects:].sum() / global_batch
                 part = of_subject + config.prior_weight * of_class
-            # A fused backward pass changes the weights, so it must not begin with a broken loss.
-            if fused is None or step.healthy(loss=part):
+            if fused is None:
                 scaler.scale(part).backward()
+            else:  # it changes the weights, so it must not begin with a broken loss
+                norm = fused.backward(part, limit=config.clip, healthy=step.healthy)
             loss += part.detach()
             class_loss += of_class.detach()
         if fused is None:
@@ -242,8 +243,6 @@ def train(config: Config) -> Path:
                 scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
-        else:
-            norm = fused.norm()
         if not step.skipped:
             average.update()
         step.done(loss=loss, class_loss=class_loss, rate=schedule.rate, gradient_norm=norm)

@@ -7,19 +7,20 @@ backward pass", PyTorch tutorials).
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from sfumato.errors import ConfigError
+from sfumato.optimizers import factor_within
 
 WHOLE = ("prodigy",)
 """Optimizers that look at all gradients at once, and so cannot step weight by weight."""
 
 
 class FusedStep:
-    """Lets `optimizer` step during `loss.backward()`: no `step` and no `zero_grad` afterwards.
+    """Lets `optimizer` step within `backward`: no `step` and no `zero_grad` afterwards.
 
     The optimizer, its groups and its state stay as they are, so a checkpoint of a fused run and of another are alike.
     Every weight must get its whole gradient in one backward pass.
@@ -27,41 +28,68 @@ class FusedStep:
 
     def __init__(self, optimizer: torch.optim.Optimizer):
         self.optimizer = optimizer
-        self._norms: list[Tensor] = []
-        for place, group in enumerate(optimizer.param_groups):
-            for parameter in group["params"]:
-                parameter.register_post_accumulate_grad_hook(self._hook(place))
+        self._norms: dict[int, Tensor] = {}
+        self._factor: Tensor | float | None = None
+        places = ((at, weight) for at, group in enumerate(optimizer.param_groups) for weight in group["params"])
+        for number, (place, weight) in enumerate(places):
+            weight.register_post_accumulate_grad_hook(self._hook(number, place))
 
-    def _hook(self, place: int) -> Any:
-        def step(parameter: Tensor) -> None:
-            assert parameter.grad is not None
+    def backward(self, loss: Tensor, *, limit: float, healthy: Callable[..., bool]) -> Tensor:
+        """Change the weights by the gradient of the scalar `loss`; returns its global norm before, on its device.
+
+        limit: of the global norm. Above 0 there are two backward passes, the first for the norm alone, whose gradients
+        are let go one by one as well (LOMO, Lv et al. 2023, section 3.3); 0 clips nothing and takes one. healthy: told
+        `loss`, and `gradient_norm` where it is known before, says whether the weights may change.
+        """
+        if limit <= 0:
+            if healthy(loss=loss):
+                self._pass(loss, 1.0)
+            return self._norm()
+        self._pass(loss, None, retain_graph=True)
+        norm = self._norm()
+        if healthy(loss=loss, gradient_norm=norm):
+            self._pass(loss, factor_within(norm, limit))
+        return norm
+
+    def _pass(self, loss: Tensor, factor: Tensor | float | None, *, retain_graph: bool = False) -> None:
+        """factor: what gradients are multiplied with before their weights step; None steps none."""
+        self._norms, self._factor = {}, factor
+        torch.autograd.backward(loss, retain_graph=retain_graph)
+
+    def _hook(self, number: int, place: int) -> Callable[[Tensor], None]:
+        def step(weight: Tensor) -> None:
+            assert weight.grad is not None
             # Not the sum of squares, which would be another tensor of the weight's size.
-            self._norms.append(torch.linalg.vector_norm(parameter.grad.detach(), dtype=torch.float32))
-            groups = self.optimizer.param_groups
-            # The group as it is now: a schedule changes its rate between steps.
-            self.optimizer.param_groups = [{**groups[place], "params": [parameter]}]
-            try:
-                self.optimizer.step()
-            finally:
-                self.optimizer.param_groups = groups
-            parameter.grad = None
+            self._norms[number] = torch.linalg.vector_norm(weight.grad.detach(), dtype=torch.float32)
+            if isinstance(self._factor, Tensor):
+                weight.grad.mul_(self._factor)
+            if self._factor is not None:
+                self._step(weight, place)
+            weight.grad = None
 
         return step
 
-    def norm(self) -> Tensor:
-        """The global norm of the gradients that came since the last call, on their device."""
-        norms, self._norms = self._norms, []
+    def _step(self, weight: Tensor, place: int) -> None:
+        groups = self.optimizer.param_groups
+        # The group as it is now: a schedule changes its rate between steps.
+        self.optimizer.param_groups = [{**groups[place], "params": [weight]}]
+        try:
+            self.optimizer.step()
+        finally:
+            self.optimizer.param_groups = groups
+
+    def _norm(self) -> Tensor:
+        """The global norm of the gradients of the last pass, summed in the weights' order as elsewhere."""
+        norms = [self._norms[number] for number in sorted(self._norms)]
         return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
 
 
-def check(*, clip: float, accumulate: int, processes: int, optimizer: str, scaled: bool = False) -> None:
+def check(*, accumulate: int, processes: int, optimizer: str, scaled: bool = False) -> None:
     """Raise ConfigError, which names the option, where a step needs the gradients of all weights at once.
 
-    clip: the limit of the global norm. scaled: whether the loss is scaled, as for fp16.
+    scaled: whether the loss is scaled, as for fp16.
     """
     why = "--fused steps each weight before the others have their gradients"
-    if clip > 0:
-        raise ConfigError(f"--clip {clip:g}: {why}, so their global norm is not known; give --clip 0, or no --fused.")
     if accumulate > 1:
         raise ConfigError(f"--accumulate {accumulate}: {why}, so none are left to be summed; raise --batch instead.")
     if processes > 1:

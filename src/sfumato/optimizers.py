@@ -98,5 +98,10 @@ def clip(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
     gradients = [p.grad for p in list(parameters) if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
     if limit > 0:
-        torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))
+        torch._foreach_mul_(gradients, factor_within(norm, limit))
     return norm
+
+
+def factor_within(norm: Tensor, limit: float) -> Tensor:
+    """What brings gradients of this global norm to at most `limit`, as `torch.nn.utils.clip_grad_norm_` has it."""
+    return (limit / (norm + 1e-6)).clamp(max=1.0)
