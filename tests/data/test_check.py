@@ -316,6 +316,27 @@ def test_a_transparent_picture_in_srgb_stays_as_it_is(tmp_path):
     assert (tmp_path / "mended" / "dog.png").read_bytes() == (tmp_path / "dogs" / "dog.png").read_bytes()
 
 
+@pytest.mark.parametrize("name", ["dog.png", "dog.bmp"])
+def test_a_profile_that_cannot_be_used_is_not_in_the_mended_copy(name, tmp_path, capsys):
+    (tmp_path / "dogs").mkdir()
+    noise_picture().save(tmp_path / "dogs" / name, format="PNG", icc_profile=b"no profile at all")
+    main([str(tmp_path / "dogs"), "--caption", "x", "--fix", str(tmp_path / "mended")])
+    assert "1 written anew" in capsys.readouterr().out
+    main([str(tmp_path / "mended"), "--caption", "x"])
+    assert "colours" not in capsys.readouterr().out
+    before, after = (open_picture(path) for path in (tmp_path / "dogs" / name, tmp_path / "mended" / "dog.png"))
+    assert before.image.tobytes() == after.image.tobytes()
+
+
+def test_a_picture_that_gets_another_name_keeps_the_words_of_its_own(tmp_path):
+    (tmp_path / "dogs").mkdir()
+    for number, name in enumerate(("red-dog.bmp", "red-dog.png", "red-dog.tif")):
+        noise_picture(seed=number).save(tmp_path / "dogs" / name)
+    main([str(tmp_path / "dogs"), "--caption", "{caption}", "--fix", str(tmp_path / "mended")])
+    captions = [example.caption for example in read_folder(tmp_path / "mended", caption_template="{caption}")]
+    assert captions == ["red dog"] * 3
+
+
 def test_a_picture_whose_mask_is_broken_is_left_out_wholly(tmp_path, capsys):
     (tmp_path / "dogs").mkdir()
     for number, name in enumerate(("dog", "cat")):
@@ -359,7 +380,7 @@ def test_pictures_of_one_stem_keep_their_names_unless_their_captions_differ(tmp_
     main([str(tmp_path / "dogs"), "--fix", str(tmp_path / "mended")])
     texts = {path.name: path.read_text().strip() for path in (tmp_path / "mended").glob("*.txt")}
     names = sorted(path.name for path in (tmp_path / "mended").iterdir() if path.suffix != ".txt")
-    assert names == ["a.jpg", "a.png", "b-2.webp", "b.png", "c-2.png", "c.png"]  # the TIFF becomes a PNG
+    assert names == ["a.jpg", "a.png", "b-2.webp", "b.png", "c.png", "c_.png"]  # the TIFF becomes a PNG
     assert texts == {"b.txt": "the text of b.png", "b-2.txt": "the text of b.webp"}
 
 

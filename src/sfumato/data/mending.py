@@ -91,12 +91,15 @@ class _Copier:
             other.caption.text != found.caption.text or other.mask != found.mask
             for other in beside.values()
         ):
-            place = place.with_name(f"{relative.stem}-{number}{place.suffix}")
+            # A name that may have to serve as the caption gets what `words_of` passes over.
+            more = f"-{number}" if found.caption.text else "_" * (number - 1)
+            place = place.with_name(f"{relative.stem}{more}{place.suffix}")
             number += 1
         beside[place.suffix] = found
         place.parent.mkdir(parents=True, exist_ok=True)
         if why:
-            open_transparent(found.path).save(place)
+            # Its colours are sRGB by now, or a guess that they are; a profile that says otherwise is left behind.
+            open_transparent(found.path).save(place, icc_profile=None)
             self.rewritten.append((relative.as_posix(), why))
         else:
             shutil.copyfile(found.path, place)
