@@ -64,6 +64,14 @@ def test_a_picture_does_not_depend_on_its_place_in_the_batch(pocket):
     assert difference(together[0], together[2]) > 1
 
 
+def test_a_picture_does_not_depend_on_how_long_the_prompts_beside_it_are(pocket):
+    pytest.importorskip("compel")
+    prompts = ["a cat", "red cat, " * 40, "a red cat"]
+    together = draw(pocket, prompts, [1, 2, 3], steps=3, syntax="a1111")
+    alone = [draw(pocket, prompts[i], i + 1, steps=3, syntax="a1111")[0] for i in range(3)]
+    assert [difference(*pair) <= 1 for pair in zip(together, alone, strict=True)] == [True] * 3
+
+
 def test_ancestral_noise_too_is_the_pictures_own(pocket):
     together = draw(pocket, "a cat", [1, 2, 3], steps=3, sampler="euler a")
     assert difference(together[2], draw(pocket, "a cat", 3, steps=3, sampler="euler a")[0]) <= 1

@@ -120,13 +120,16 @@ def draw_each(
         checked_guidance(guidance)
     other = None if sampler is None else schedulers.scheduler(sampler, pipe.scheduler.config)
     check_steps(steps, other or pipe.scheduler)
+    base = source if is_base else None
     for first in range(0, len(prompts), batch):
         some = slice(first, first + batch)
-        with _as_asked(pipe, other):
-            pictures = _draw_batch(
-                pipe, source if is_base else None, prompts[some], seeds[some], negative, given, start, syntax
-            )
-        yield from pictures
+        drawn: dict[int, Image.Image] = {}
+        for places in _of_one_length(base, prompts[some], negative, syntax, steps or _STEPS):
+            texts, noises = [prompts[first + place] for place in places], [seeds[first + place] for place in places]
+            with _as_asked(pipe, other):
+                pictures = _draw_batch(pipe, base, texts, noises, negative, given, start, syntax)
+            drawn |= zip(places, pictures, strict=True)
+        yield from (drawn[place] for place in sorted(drawn))
 
 
 def check_steps(steps: int | None, scheduler: Any) -> None:
@@ -317,6 +320,26 @@ def _stages_of(base: Base, prompts: list[str], negative: str, syntax: Syntax, st
     else:
         text, other = encode(base, prompts, negative, syntax)
     return [Stage(steps, text, other)]
+
+
+def _of_one_length(
+    base: Base | None, prompts: list[str], negative: str, syntax: Syntax, steps: int
+) -> Iterable[Sequence[int]]:
+    """The places of the prompts, together those whose embeddings, each by itself, have as many tokens.
+
+    In one batch a shorter one is filled up with empty prompts, which draw another picture than none.
+    """
+    distinct = list(dict.fromkeys(prompts))
+    if base is None or syntax == "plain" or len(distinct) == 1:
+        return [range(len(prompts))]
+    with base.precision.autocast():
+        lengths = {
+            prompt: _stages_of(base, [prompt], negative, syntax, steps)[0].text.hidden.shape[1] for prompt in distinct
+        }
+    together: dict[int, list[int]] = {}
+    for place, prompt in enumerate(prompts):
+        together.setdefault(lengths[prompt], []).append(place)
+    return together.values()
 
 
 def _embedded(stage: Stage) -> dict[str, Any]:
