@@ -26,6 +26,7 @@ from sfumato.specs import (
     parse_embedding,
     parse_strengths,
     parse_sweep,
+    public_embedding,
     with_tags,
     without_tags,
 )
@@ -432,7 +433,7 @@ def _settings(config: Config, wanted: Plan, start: Start | None, base: Base) -> 
         "height": height,
         "sampler": config.sampler,
         "prompt_syntax": config.prompt_syntax,
-        "embeddings": [Path(spec).name for spec in config.embedding],
+        "embeddings": [public_embedding(spec) for spec in config.embedding],
         "image": config.image and config.image.name,
         "mask": config.mask and config.mask.name,
         "strength": start and start.strength,

@@ -342,6 +342,12 @@ def test_a_new_word_is_known_for_the_call(generate, base):
     assert code == 0, err
     code, _, err = generate("red <other>", "--embedding", "<other>=word.safetensors", "-o", "renamed.png")
     assert (code, "is in no prompt" in err) == (0, False)
+    folder = Path("word.safetensors").absolute().parent
+    for spec, told in (("word.safetensors", "word.safetensors"), ("<other>=word.safetensors",) * 2,
+                       (f"{folder}/word.safetensors", "word.safetensors"),
+                       (f"<other>={folder}/word.safetensors", "<other>=word.safetensors")):  # fmt: skip
+        code, _, err = generate("red", "--embedding", spec, "--overwrite", "-o", "told.png")
+        assert (code, read_picture_info(Path("told.png")).own["embeddings"]) == (0, [told]), err
     without, word, renamed = (np.asarray(Image.open(f"{name}.png")) for name in ("without", "with", "renamed"))
     assert np.array_equal(word, renamed)
     assert not np.array_equal(word, without)

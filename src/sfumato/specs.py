@@ -61,11 +61,20 @@ def parse_adapter(spec: str) -> Adapter:
 
 def parse_embedding(spec: str) -> tuple[str | None, Path]:
     """The token, if it is given, and the file of FILE or TOKEN=FILE, of a new word; the file's header is checked."""
-    token, equals, path = spec.partition("=")
-    if not equals or Path(spec).is_file():
-        token, path = "", spec
+    token, path = _token_and_path(spec)
     read_header(path)
-    return token or None, Path(path)
+    return token or None, path
+
+
+def public_embedding(spec: str) -> str:
+    """FILE or TOKEN=FILE without the folder, which is private, and with the token, which the prompts hold."""
+    token, path = _token_and_path(spec)
+    return f"{token}={path.name}" if token else path.name
+
+
+def _token_and_path(spec: str) -> tuple[str, Path]:
+    token, equals, path = spec.partition("=")
+    return (token, Path(path)) if equals and not Path(spec).is_file() else ("", Path(spec))
 
 
 def parse_adapters(specs: Sequence[str]) -> tuple[Adapter, ...]:
