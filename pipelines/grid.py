@@ -19,14 +19,14 @@ from sfumato.compose.adapter import Adapter, Weight, checked_weight, is_idle, sw
 from sfumato.config import parse
 from sfumato.errors import ConfigError
 from sfumato.prompts import checked_syntax
-from sfumato.specs import checked_folder, parse_adapter, parse_adapters, parse_embedding, without_tags
+from sfumato.specs import checked_folder, parse_adapter, parse_adapters, parse_embedding, public_embedding, without_tags
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from sfumato.bases import Base
     from sfumato.compose import Mix
-    from sfumato.embedding import Words
+    from sfumato.embedding import Vectors, Words
 
 
 FORMAT = 2
@@ -116,7 +116,8 @@ class Cell:
         used = {label: [files[label], self.weights[label]] for label in self.counted}
         told = [FORMAT, list(base), dict(self.settings), used]
         if self.settings.get("method"):
-            told.append(list(used))  # the order counts: np-lora keeps the first whole
+            # The order counts: np-lora keeps the first whole. 2: the words that adapters bring were not known once.
+            told.append([2, *used])
         if words:
             told.append({"embeddings": list(words)})
         text = json.dumps(told, sort_keys=True)
@@ -248,18 +249,19 @@ def draw_grid(config: Config) -> Path:
         mix = None
         if not is_merged:
             mix = stack.enter_context(compose(base, *adapters, partial=config.partial, words_known=True))
-        told = (
-            mix.metadata
-            if mix is not None
-            else {each.label: read_adapter(each.path, partial=config.partial).metadata for each in adapters}
-        )
-        learned = _checked(base, mix, told, cells_in_all, words, config)
+        if mix is not None:
+            told, brought = mix.metadata, mix.embeddings
+        else:
+            read = {each.label: read_adapter(each.path, partial=config.partial) for each in adapters}
+            told = {label: file.metadata for label, file in read.items()}
+            brought = {label: file.embeddings for label, file in read.items()}
+        learned = _checked(base, brought, told, cells_in_all, words, config)
         of_words = {token or file.stem: read_header(file).metadata for token, file in embeddings}
         for line in [*unused_words(tokens, texts), *learned, *learned_otherwise(of_words, base)]:
             print(line, file=sys.stderr)
         for cells in coarse_to_fine(len(x.values), len(y.values)):
             missing = [place for place in cells if not paths[place].exists()]
-            for place, picture, how in _draw(base, mix, adapters, rows, missing, partial=config.partial):
+            for place, picture, how in _draw(base, mix, brought, adapters, rows, missing, partial=config.partial):
                 _save(config, picture, paths[place], base, adapters, rows[place[1]][place[0]], how)
             _write_sheet(config, x, y, rows, paths)
             there = sum(path.exists() for path in paths.values())
@@ -281,13 +283,15 @@ def _check_drawable(base: Base, rows: Sequence[Sequence[Cell]]) -> None:
 
 def _checked(
     base: Base,
-    mix: Mix | None,
+    brought: Mapping[str, Vectors],
     told: Mapping[str, Mapping[str, str]],
     cells: Iterable[Cell],
     loaded: Sequence[Words],
     config: Config,
 ) -> list[str]:
-    """What `learned_otherwise` says of the adapters that count in any cell; told: the files' metadata, by label.
+    """What `learned_otherwise` says of the adapters that count in any cell.
+
+    brought, told: the words that files bring, and their metadata, by label.
 
     Raises ConfigError for a prompt that words make too long, those that are loaded or those that its adapters bring.
     """
@@ -298,7 +302,7 @@ def _checked(
         together.setdefault(cell.counted, []).append(cell)
     lines: dict[str, None] = {}
     for labels, some in together.items():
-        with _words(base, mix, some[0], partial=config.partial) as words:
+        with _words(base, brought, some[0], partial=config.partial) as words:
             known = [*loaded, *([] if words is None else [words])]
             for each in known if config.prompt_syntax == "plain" else []:  # the others take prompts of any length
                 each.check([cell.settings[name] for name in ("prompt", "negative") for cell in some])
@@ -307,18 +311,19 @@ def _checked(
 
 
 def _words(
-    base: Base, mix: Mix | None, cell: Cell, *, partial: bool, quiet: bool = False
+    base: Base, brought: Mapping[str, Vectors], cell: Cell, *, partial: bool, quiet: bool = False
 ) -> AbstractContextManager[Words | None]:
     """Within the block the words are in use that the cell's adapters bring; those at 0 bring none."""
     from sfumato.embedding import bundled
 
-    found = {} if mix is None else {label: words for label, words in mix.embeddings.items() if label in cell.counted}
+    found = {label: words for label, words in brought.items() if label in cell.counted}
     return bundled(base, found, partial=partial, quiet=quiet)
 
 
 def _draw(
     base: Base,
     mix: Mix | None,
+    brought: Mapping[str, Vectors],
     adapters: Sequence[Adapter],
     rows: Sequence[Sequence[Cell]],
     places: Sequence[tuple[int, int]],
@@ -344,7 +349,7 @@ def _draw(
         to = _filled(base, cells[0])
         with (
             _applied(base, mix, adapters, cells[0], partial=partial) as applied,
-            _words(base, mix, cells[0], partial=partial, quiet=True),
+            _words(base, brought, cells[0], partial=partial, quiet=True),
             adapter_guidance(applied, to["adapter_guidance"], guidance=to["guidance"]),
             over_asked_steps(applied),
         ):
@@ -383,7 +388,13 @@ def _applied(
     settings = Settings(density=to.get("density", Settings.density))
     used = _used(adapters, cell)
     return by_method(
-        base, *used, method=to["method"], settings=settings, budget=Budget(rank=to["rank"]), partial=partial
+        base,
+        *used,
+        method=to["method"],
+        settings=settings,
+        budget=Budget(rank=to["rank"]),
+        partial=partial,
+        words_known=True,
     )
 
 
@@ -416,7 +427,7 @@ def _save(
     settings = {
         **_filled(base, cell),
         "prompt_syntax": config.prompt_syntax,
-        "embeddings": [Path(spec).name for spec in config.embedding],
+        "embeddings": [public_embedding(spec) for spec in config.embedding],
         **how,
         "width": picture.width,
         "height": picture.height,

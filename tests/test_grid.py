@@ -13,6 +13,7 @@ from sfumato.pipelines.grid import Config, plan
 from sfumato import cli
 from sfumato.axes import Axis, coarse_to_fine, parse_axis
 from sfumato.errors import ConfigError
+from sfumato.files.adapter_file import read_adapter
 from sfumato.files.header import read_header
 from sfumato.files.lora_file import LoraModule
 from sfumato.files.write import write_lora
@@ -182,6 +183,25 @@ def test_methods_by_weights_are_what_merged_files_draw(grid, tmp_path, pocket_fo
     assert "<lora" not in own.parameters.prompt
     linear = read_picture_info(tmp_path / "out" / cells["linear", 0.5]["file"])
     assert linear.parameters.prompt == "red <lora:line:0.8> <lora:otter:0.5>"
+
+
+def test_words_that_merged_adapters_bring_are_those_of_the_merged_file(grid, tmp_path, pocket_folder, capsys):
+    width = json.loads((pocket_folder / "text_encoder/config.json").read_text())["hidden_size"]
+    line = read_adapter(tmp_path / "line.safetensors")
+    modules = {target: change.low_rank() for target, change in line.changes.items()}
+    words = {"<new>": {"text_encoder": torch.full((2, width), 0.5)}}
+    write_lora(tmp_path / "bundle.safetensors", modules, family="pocket", words=words)
+    both = ["--lora", "bundle.safetensors:0.8", "--lora", "otter.safetensors"]
+    assert grid(*both, "--x", "prompt=red|red <new>", "--y", "method=ties", "--seed", "3") == 0, capsys.readouterr().err
+    about = json.loads((tmp_path / "out/grid.json").read_text())
+    cells = {cell["prompt"]: _pixels(tmp_path / "out" / cell["file"]) for cell in about["cells"]}
+    assert cli.main(["merge", *both[1::2], "--method", "ties", "--family", "pocket", "-o", "m.safetensors"]) == 0
+    drawing = ["--base", str(pocket_folder), "--steps", "2", "--device", "cpu", "--seed", "3", "-o", "m.png"]
+    assert cli.main(["generate", "red <new>", "--lora", "m.safetensors", *drawing]) == 0
+    assert abs(cells["red <new>"] - _pixels(tmp_path / "m.png")).max() <= 1
+    assert abs(cells["red <new>"] - cells["red"]).max() > 1
+    assert grid(*both, "--x", "otter=0,1", "--y", "method=ties", "--prompt", "<new> " * 40) == 2
+    assert "<new>" in capsys.readouterr().err
 
 
 def test_a_grid_of_methods_goes_on_where_it_stopped(grid, tmp_path):

@@ -7,6 +7,8 @@ from torch.testing import assert_close
 from sfumato.compose import Adapter, compose, current
 from sfumato.compose.by_method import by_method
 from sfumato.errors import AdapterError
+from sfumato.files.lora_file import LoraModule
+from sfumato.files.write import write_lora
 from sfumato.merging.factors import Budget
 from sfumato.merging.methods import METHODS
 from tests.compose.conftest import weights_sha
@@ -72,3 +74,19 @@ def test_what_depends_on_the_weight_takes_the_pipelines_own(sd1, pair, tmp_path)
         assert_close(predict(sd1, [0]), wanted, atol=1e-4, rtol=1e-4)
     with pytest.raises(AdapterError, match="--rank"), by_method(sd1, Adapter(file), method="linear"):
         pass
+
+
+def test_words_that_files_bring_are_the_mixs_and_said(sd1, tmp_path, capsys):
+    target = ("unet", "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_v")
+    layer = sd1.unet.get_submodule(target[1])
+    module = LoraModule(torch.ones(1, layer.in_features), torch.ones(layer.out_features, 1), 1.0)
+    vectors = torch.ones(2, sd1.text_encoder.config.hidden_size)
+    file = write_lora(
+        tmp_path / "a.safetensors", {target: module}, family="sd1", words={"<new>": {"text_encoder": vectors}}
+    )
+    with by_method(sd1, Adapter(file), method="ties") as mix:
+        ((words),) = mix.embeddings.values()
+    assert_close(words["<new>"]["text_encoder"], vectors)
+    assert "brings the words <new>" in capsys.readouterr().err
+    with by_method(sd1, Adapter(file), method="ties", words_known=True):
+        assert not capsys.readouterr().err

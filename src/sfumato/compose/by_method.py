@@ -17,8 +17,9 @@ from torch import Tensor
 from sfumato.compose import tensors
 from sfumato.compose.adapter import Adapter
 from sfumato.compose.match import Modules, parts_of
-from sfumato.compose.mix import Mix, current
+from sfumato.compose.mix import Mix, current, say_words
 from sfumato.errors import AdapterError
+from sfumato.files.embedding_file import united
 from sfumato.files.kohya import Target
 from sfumato.files.write import write_lora
 from sfumato.merging.factors import ALL, Budget
@@ -37,12 +38,13 @@ def by_method(
     budget: Budget = ALL,
     seed: int = 0,
     partial: bool = False,
+    words_known: bool = False,
 ) -> Iterator[Mix]:
     """Within the block the pipeline carries what these adapters are when merged by `method`; yields that mix.
 
     pipe: a diffusers pipeline (SD 1.x, 2.x, SDXL) or a Base without a mix. method, settings, budget, seed: as of
-    `sfumato.merging.merge.merge`. Adapters of weight 0 are as if they were not there; with none left it is the base.
-    Raises AdapterError for a method that there is not, and for what cannot be merged.
+    `sfumato.merging.merge.merge`. words_known: as of `compose`. Adapters of weight 0 are as if they were not there;
+    with none left it is the base. Raises AdapterError for a method that there is not, and for what cannot be merged.
     """
     earlier = current(pipe)
     if earlier is not None:
@@ -64,12 +66,15 @@ def by_method(
                     )
                 return stored.detach().to("cpu").float()
 
-            sources, parents = read_sources(some, partial=partial)
+            sources, parents = read_sources(some, partial=partial, words=True)
             merged = merge(sources, method=method, settings=settings, budget=budget, seed=seed, base=weight)
+            words = united({source.name: source.words for source in sources})
             title = f"{method} of {', '.join(each.label for each in some)}"
             about = inherit(parents, title=title, family=modules.family)  # with the adapter guidance that all ask for
             file = write_lora(
-                Path(folder) / "merged.safetensors", merged.modules, family=modules.family, metadata=about
+                Path(folder) / "merged.safetensors", merged.modules, family=modules.family, metadata=about, words=words
             )
             mix.add(Adapter(file, 1.0, title), partial=partial)
+            if not words_known:
+                say_words(mix)
         yield mix

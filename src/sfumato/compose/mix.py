@@ -70,13 +70,19 @@ def compose(
         labels = list(mix.weights)
         more = f" and {len(labels) - 4} more" if len(labels) > 4 else ""
         print(f"{', '.join(labels[:4])}{more}: {mix.reason}", file=sys.stderr)
-    for label, words in mix.embeddings.items() if not words_known else ():
+    if not words_known:
+        say_words(mix)
+    return mix
+
+
+def say_words(mix: Mix) -> None:
+    """Say on stderr which new words the files of a mix bring, and how prompts come to know them."""
+    for label, words in mix.embeddings.items():
         print(
             f"{label}: brings the words {', '.join(words)}, which a mix leaves out; prompts know them within "
             "`with embedding.bundled(pipe, mix.embeddings):` of sfumato.embedding.",
             file=sys.stderr,
         )
-    return mix
 
 
 def current(pipe: Any) -> Mix | None:
