@@ -62,9 +62,7 @@ class Config:
 def main(argv: Sequence[str]) -> int:
     """Show or write the captions; 0 unless a picture could not be opened, then 1."""
     # A first word that ends in .toml is the data set, not a config of this program (--config names one).
-    config = parse(
-        Config, ["--images", *argv] if argv and argv[0].lower().endswith(".toml") else argv, program="caption"
-    )
+    config = parse(Config, argv, program="caption", first_may_be_config=False)
     check(config)
     wanted, captioned, silent = pictures_without(config.images)
     if silent:

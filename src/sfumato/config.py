@@ -23,15 +23,16 @@ if TYPE_CHECKING:
 Config = TypeVar("Config", bound="DataclassInstance")
 
 
-def parse(config_type: type[Config], argv: Sequence[str], *, program: str) -> Config:
+def parse(config_type: type[Config], argv: Sequence[str], *, program: str, first_may_be_config: bool = True) -> Config:
     """The config that `argv` asks for: options, or a TOML file as first argument or after `--config`, or both.
 
     program: the words after `sfumato`; or a module, told by the dot in its name, which is run by `python -m`.
+    first_may_be_config: not where a first argument that ends in .toml is a data set.
     `--help` prints the fields and raises SystemExit(0). Raises ConfigError, one line, for anything that does not fit.
     """
     import cyclopts
 
-    file, rest = split_off_file(list(argv))
+    file, rest = split_off_file(list(argv), first_may_be_config=first_may_be_config)
     called = f"python -m {program}" if "." in program else f"sfumato {program}"
     app = cyclopts.App(
         name=called,
@@ -40,7 +41,7 @@ def parse(config_type: type[Config], argv: Sequence[str], *, program: str) -> Co
         version_flags=[],
         default_parameter=cyclopts.Parameter(negative_iterable=()),
         result_action="return_value",
-        usage=f"Usage: {called} [CONFIG.toml] [OPTIONS]",
+        usage=f"Usage: {called} {'[CONFIG.toml]' if first_may_be_config else '[--config CONFIG.toml]'} [OPTIONS]",
         config=[] if file is None else [cyclopts.config.Dict(_read(config_type, file), use_commands_as_keys=False)],
     )
 
@@ -98,9 +99,9 @@ def _has_default(field: dataclasses.Field[Any]) -> bool:
     return field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
 
 
-def split_off_file(argv: list[str]) -> tuple[Path | None, list[str]]:
+def split_off_file(argv: list[str], *, first_may_be_config: bool) -> tuple[Path | None, list[str]]:
     """The TOML file among the arguments, if there is one, and the other arguments."""
-    if argv and argv[0].lower().endswith(".toml"):
+    if first_may_be_config and argv and argv[0].lower().endswith(".toml"):
         return Path(argv[0]), argv[1:]
     for i, word in enumerate(argv):
         if word == "--config" and i + 1 < len(argv):

@@ -1,5 +1,6 @@
 """`sfumato caption` with tiny models of random weights, built from their configs."""
 
+import errno
 import json
 import shutil
 import string
@@ -10,7 +11,7 @@ import pytest
 import torch
 from made_up import noise_picture
 from PIL import Image
-from sfumato.pipelines.caption import main, write_new
+from sfumato.pipelines.caption import Config, captions, main, pictures_without, write_new
 
 from sfumato.data.captioners import Wishes, clean, load_captioner
 from sfumato.errors import ConfigError, DataError, FileError
@@ -166,6 +167,82 @@ def test_a_caption_that_appeared_meanwhile_is_kept(bare):
     assert files(bare) == {"0.txt": "mine"}
 
 
+def test_a_caption_for_which_there_is_no_room_leaves_no_empty_file(bare, monkeypatch):
+    opened = Path.open
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def on_a_full_disk(path, *args, **options):
+        file = opened(path, *args, **options)
+        file.write = full
+        return file
+
+    monkeypatch.setattr(Path, "open", on_a_full_disk)
+    with pytest.raises(DataError, match=r"1\.txt: the caption cannot be written \(No space left on device\)"):
+        write_new(bare / "1.txt", "new")
+    assert files(bare) == {"0.txt": "mine"}
+
+
+def test_where_a_link_leads_nowhere_nothing_is_written(bare):
+    (bare / "1.txt").symlink_to("elsewhere.txt")
+    wanted, captioned, silent = pictures_without(bare)
+    assert ([file.name for file in wanted], captioned, silent) == (["2.txt"], 1, ["1.txt"])
+
+
+def test_of_pictures_that_share_a_caption_the_first_is_described(bare):
+    noise_picture(seed=5).save(bare / "1.jpg")
+    wanted, _, _ = pictures_without(bare)
+    assert {file.name: found.path.name for file, found in wanted.items()} == {"1.txt": "1.jpg", "2.txt": "2.png"}
+
+
+def test_the_words_of_a_folder_are_no_caption(bare):
+    bare.rename(bare.with_name("10_sks dog"))
+    wanted, captioned, silent = pictures_without(bare.parent)
+    assert ([file.name for file in wanted], captioned, silent) == (["1.txt", "2.txt"], 1, [])
+
+
+def test_a_data_set_is_named_as_a_folder_is_and_few_are_shown(blip, bare, capsys):
+    data = bare.parent / "dataset.toml"
+    data.write_text('[[source]]\npath = "bare"\n')
+    assert main([str(data), str(blip), "--longest", "6", "--preview", "1"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.startswith("1.png: ")
+    assert shown.out.count("\n") == 1
+    assert "1 of 2 captions shown; --write writes them" in shown.err
+
+
+def test_pictures_of_which_nothing_can_be_said_are_named_batch_by_batch(bare):
+    (bare / "1.png").write_bytes(b"nothing")
+    wanted, _, _ = pictures_without(bare)
+    config, failed = Config(bare, "no model", batch=1, suffix="!"), []
+    given = list(captions(list(wanted.values()), lambda pictures: ["a crab"] * len(pictures), config, failed))
+    assert [(found.path.name, caption) for found, caption in given] == [("2.png", "a crab!")]
+    assert [text.partition(":")[0] for text in failed] == ["1.png"]
+    silent: list[str] = []
+    assert not list(captions(list(wanted.values()), lambda pictures: [""] * len(pictures), config, silent))
+    assert silent[1] == "2.png: the model said nothing about it."
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--batch", "0"], "--batch is 0; it must be at least 1."),
+        (["--threshold", "0"], "--threshold is 0.0; it must be in 0 ... 1."),
+        (["--character-threshold", "1.5"], "--character-threshold is 1.5; it must be in 0 ... 1."),
+    ],
+)
+def test_numbers_that_make_no_sense_are_one_line(words, said, bare):
+    with pytest.raises(ConfigError) as caught:
+        main([str(bare), "no model", *words])
+    assert str(caught.value) == said
+
+
+def test_a_folder_without_pictures_has_none_to_describe(tmp_path):
+    with pytest.raises(DataError, match="no pictures in it"):
+        main([str(tmp_path), "no model"])
+
+
 def test_a_tagger_lists_characters_then_tags_by_certainty(tagger):
     green, red = (Image.new("RGB", (30, 20), colour) for colour in ((0, 255, 0), (255, 200, 100)))
     captioner = load_captioner(str(tagger), CPU, Wishes())
@@ -174,6 +251,14 @@ def test_a_tagger_lists_characters_then_tags_by_certainty(tagger):
     assert captioner([red]) == ["red man, >_<, green hair, grass"]
     assert load_captioner(str(tagger), CPU, Wishes(without=("grass",)))([green]) == ["green hair"]
     assert load_captioner(str(tagger), CPU, Wishes(threshold=0.9))([red]) == ["red man, >_<"]
+
+
+def test_the_list_of_another_tagger_s_tags_is_refused(tagger, tmp_path):
+    shutil.copytree(tagger, tmp_path / "tagger")
+    with (tmp_path / "tagger/selected_tags.csv").open("a") as file:
+        file.write("\n7,sea,0,0")
+    with pytest.raises(FileError, match=r"selected_tags\.csv has 7 tags, model\.onnx gives 6\."):
+        load_captioner(str(tmp_path / "tagger"), CPU, Wishes())([noise_picture(seed=0)])
 
 
 def test_a_tag_to_leave_out_may_be_spelt_as_danbooru_spells_it(tagger):
@@ -220,6 +305,7 @@ def test_what_is_no_known_model_is_one_line(tmp_path, blip):
 
 def test_a_sentence_becomes_a_caption():
     assert clean("A crab  on\na beach.</s>") == "A crab on a beach"
+    assert clean("a crab<loc_3>on a beach") == "a crab on a beach"
     assert clean("One. Two.") == "One. Two."
     assert clean("\x03\x00 ") == ""
 
