@@ -73,6 +73,32 @@ def test_an_alpha_of_nothing_stays_nothing(tmp_path, two_modules):
     assert all(module.delta().abs().max() == 0 for module in found.modules.values())
 
 
+def test_modules_that_do_nothing_are_counted_for_no_alpha():
+    nothing = LoraModule(torch.ones(2, 3), torch.ones(3, 2), alpha=0.0)
+    modules = {("unet", "a"): nothing, ("unet", "b"): nothing, ("unet", "c"): replace(nothing, alpha=6.0)}
+    alpha, found = one_alpha(modules)
+    assert alpha == 6.0
+    assert [float(found["unet", name].up.max()) for name in "abc"] == [0.0, 0.0, 1.0]
+
+
+def test_a_tucker_convolution_is_written_as_a_plain_one(tmp_path):
+    target = ("unet", "down_blocks.0.resnets.0.conv1")
+    draws = torch.Generator().manual_seed(0)
+    down, up, mid = (torch.randn(shape, generator=draws) for shape in ((2, 4, 1, 1), (8, 2, 1, 1), (2, 2, 3, 3)))
+    module = LoraModule(down, up, 2.0, mid)
+    found = read_lora(write_lora(tmp_path / "a.safetensors", {target: module}, family="sd1")).modules[target]
+    assert found.mid is None
+    assert torch.allclose(found.delta(), module.delta(), atol=1e-5)
+
+
+@pytest.mark.parametrize(("rank", "said"), [(2, "2"), (3, "Dynamic")])
+def test_the_rank_is_said_where_all_modules_have_it(rank, said, two_modules, tmp_path):
+    last = list(two_modules)[-1]
+    two_modules[last] = LoraModule(torch.ones(rank, 768), torch.ones(4, rank), 2.0)
+    header = read_header(write_lora(tmp_path / "a.safetensors", two_modules, family="sd1"))
+    assert header.metadata["ss_network_dim"] == said
+
+
 def test_an_alpha_that_halves_would_round_is_kept(tmp_path, two_modules):
     odd = {target: replace(module, alpha=8**0.5) for target, module in two_modules.items()}
     found = read_lora(write_lora(tmp_path / "a.safetensors", odd, family="sd1", dtype=torch.bfloat16))

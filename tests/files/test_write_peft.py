@@ -84,7 +84,9 @@ def test_peft_s_folder_to_the_letter(two_modules, tmp_path, monkeypatch):
     wider = replace(other, down=torch.ones(3, 768), up=torch.ones(4, 3), alpha=3.0, bias_delta=torch.ones(4))
     third = ("unet", "down_blocks.0.resnets.0.conv1")
     more = LoraModule(torch.ones(2, 4, 3, 3), torch.ones(8, 2, 1, 1), 2.0)
-    place = write_peft(tmp_path / "a", {first: module, second: wider, third: more}, family="sd1", metadata={"k": "v"})
+    # Hashes of another file's bytes, and kohya's words on its network, are not this one's.
+    given = {"k": "v", "sshs_model_hash": "0" * 64, "ss_network_dim": "8"}
+    place = write_peft(tmp_path / "a", {first: module, second: wider, third: more}, family="sd1", metadata=given)
     text = (place / "adapter_config.json").read_text()
     assert json.loads(text) == {
         "peft_type": "LORA",

@@ -89,6 +89,18 @@ def test_three_broken_steps_in_a_row_go_back_with_half_the_rate(tmp_path, capsys
     assert_all_finite(tmp_path / "run")
 
 
+def test_after_going_back_three_in_a_row_are_counted_anew(tmp_path, capsys):
+    """The checkpoint that is gone back to lies among broken steps, and knows of two."""
+    broken = [1, 2, 3, 3]
+
+    def loss_of(number):
+        return math.nan if number in broken and not broken.remove(number) else 1.0
+
+    train(Config(output=tmp_path / "run", checkpoint_every=1, steps=6), loss_of=loss_of)
+    assert capsys.readouterr().err.count("going back to step 3 with half the learning rate") == 1
+    assert not broken
+
+
 def test_two_broken_steps_and_a_good_one_do_not_add_up(tmp_path, capsys):
     train(Config(output=tmp_path / "run"), loss_of=lambda number: 1.0 if number % 3 == 2 else math.inf)
     assert "going back" not in capsys.readouterr().err
