@@ -135,14 +135,16 @@ def fitted(metadata: Mapping[str, str], modules: int) -> tuple[dict[str, str], l
 
 
 def cast(value: Tensor, dtype: torch.dtype, name: str, path: Path) -> Tensor:
-    """A copy of the value in `dtype` on the CPU. Raises FileError, naming it, for one that is not finite there."""
+    """The value in `dtype` on the CPU, itself where it is that already.
+
+    Raises FileError, naming it, for one that is not finite there.
+    """
     if not is_finite(value):
         raise FileError(
             f"{path.name}: {name} holds NaN or Inf, so the file was not written. "
             "The training diverged; use an earlier save."
         )
-    # A copy: the file must not change when training goes on while it is written.
-    cast = value.detach().to("cpu", dtype, copy=True).contiguous()
+    cast = value.detach().to("cpu", dtype).contiguous()
     if not is_finite(cast):
         raise FileError(
             f"{path.name}: {name} overflows {str(dtype).removeprefix('torch.')} "

@@ -91,7 +91,7 @@ def _of_an_embedding(metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 def _cast(rows: Tensor, dtype: torch.dtype, path: Path) -> Tensor:
-    cast = rows.detach().to("cpu", dtype, copy=True).contiguous()
+    cast = rows.detach().to("cpu", dtype).contiguous()
     if not is_finite(cast):
         raise FileError(f"{path.name}: vectors hold NaN or Inf, so the file was not written. Use an earlier save.")
     return cast
