@@ -14,7 +14,7 @@ from PIL import Image, ImageCms, ImageFilter
 from PIL.PngImagePlugin import PngInfo
 from sfumato.pipelines.check import main, render
 
-from sfumato.data import open_image, open_picture, prepare, read_folder
+from sfumato.data import crop_sheet, open_image, open_picture, prepare, read_folder
 from sfumato.data.needs import needs_of
 from sfumato.data.report import check
 from sfumato.errors import BaseModelError, ConfigError, DataError
@@ -199,6 +199,16 @@ def test_a_trigger_is_shown_as_it_tokenizes(pictures, word, kind, text):
     assert any(text in line.text for line in report.lines if line.kind == kind)
 
 
+@pytest.mark.parametrize(("batch", "said"), [(2, None), (3, "once in 2 epochs"), (4, "once in 2 epochs"), (5, "in 3")])
+def test_shapes_of_fewer_pictures_than_a_batch_are_told(batch, said, tmp_path):
+    for number in range(2):
+        noise_picture(seed=number).save(tmp_path / f"{number}.png")
+    report = check(tmp_path, needs_of("pocket"), batch=batch, caption_template="x")
+    texts = [line.text for line in report.lines if line.kind == "small bucket"]
+    assert len(texts) == (said is not None)
+    assert said is None or (said in texts[0] and f"2 samples an epoch, fewer than a batch of {batch}" in texts[0])
+
+
 def test_a_placeholder_that_no_trigger_takes_the_place_of_is_told(tmp_path):
     for number, caption in enumerate(["[trigger] on grass", "a dog"]):
         noise_picture(seed=number).save(tmp_path / f"{number}.png")
@@ -269,6 +279,17 @@ def test_a_sheet_shows_every_crop(messy, tmp_path):
     sheet = Image.open(tmp_path / "sheet.png")
     assert sheet.width > 8 * 192
     assert sheet.height > 2 * 192
+
+
+def test_what_does_not_fit_on_a_sheet_goes_on_the_next(messy, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(crop_sheet, "_PAGE", 5)
+    main([str(messy), "--sheet", str(tmp_path / "sheet.png")])
+    sheets = [tmp_path / name for name in ("sheet.png", "sheet-2.png", "sheet-3.png")]
+    assert [line for line in capsys.readouterr().out.splitlines() if "drawn" in line] == [
+        f"crops drawn on {sheet}" for sheet in sheets
+    ]
+    first, _, last = (Image.open(sheet).width for sheet in sheets)
+    assert last < first  # two of twelve are left
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no such names there")
@@ -404,6 +425,16 @@ def test_a_mended_data_set_names_its_copies(messy, tmp_path):
     folder = read_folder(tmp_path / "mended" / "dataset.toml")
     assert {example.repeats for example in folder} == {3}
     assert all(example.path.parent == tmp_path / "mended" / "messy" for example in folder)
+
+
+def test_a_data_set_whose_template_wants_the_trigger_is_mended(tmp_path):
+    (tmp_path / "dogs").mkdir()
+    noise_picture().save(tmp_path / "dogs/a.png")
+    (tmp_path / "dogs/a.txt").write_text("a dog")
+    (tmp_path / "d.toml").write_text('caption = "{caption}, {trigger}"\n[[source]]\npath = "dogs"\n')
+    assert main([str(tmp_path / "d.toml"), "--trigger", "zwx", "--fix", str(tmp_path / "mended")]) == 0
+    (example,) = read_folder(tmp_path / "mended/d.toml", trigger="zwx")
+    assert example.caption == "a dog, zwx"
 
 
 @pytest.mark.parametrize(("path", "name"), [("..", "pictures"), (".", "config"), ("../pictures", "pictures")])

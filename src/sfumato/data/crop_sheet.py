@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -13,10 +13,11 @@ _CELL_PX, _LINE_PX, _GAP_PX, _COLUMNS, _PAGE = 192, 16, 8, 8, 200
 _INK, _WARNING, _EMPTY = (25, 25, 25), (190, 30, 20), (235, 235, 235)
 
 
-def crop_sheets(looks: Sequence[Look], names: Sequence[str], captions: Sequence[str]) -> list[Image.Image]:
-    """RGB sheets of at most 200 crops. looks: made with thumbnails. names, captions: the lines below each."""
+def crop_sheets(looks: Sequence[Look], names: Sequence[str], captions: Sequence[str]) -> Iterator[Image.Image]:
+    """RGB sheets of at most 200 crops, one at a time. looks: made with thumbnails. names, captions: the lines below."""
     cells = list(zip(looks, names, captions, strict=True))
-    return [_sheet(cells[start : start + _PAGE]) for start in range(0, len(cells), _PAGE)]
+    for start in range(0, len(cells), _PAGE):
+        yield _sheet(cells[start : start + _PAGE])
 
 
 def _sheet(cells: Sequence[tuple[Look, str, str]]) -> Image.Image:
