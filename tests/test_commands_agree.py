@@ -175,6 +175,23 @@ def test_pefts_folders_are_drawn_with(run, modules):
     assert len(read_picture_info(Path("folder.png")).own["adapters"][0]["hash"]) == 12
 
 
+def test_a_cell_is_what_generate_draws_with_its_settings(run, modules):
+    """Two cells that differ in the guidance alone, of an adapter that asks how it is drawn with."""
+    asks = {"sfumato.adapter_guidance": "2", "sfumato.over_steps": "0-0.4"}  # the first of two steps
+    write_lora(Path("style.safetensors"), modules, family="pocket", metadata=asks)
+    words = ["--lora", "style.safetensors:0.6", "--negative", "red"]
+    assert run("grid", *words, "--x", "guidance=1.5,4", "--y", "seed=3", "--prompt", "a cat", "-o", "g") == (0, ANY)
+    files = [Path("g") / cell["file"] for cell in json.loads(Path("g/grid.json").read_text())["cells"]]
+    for file, guidance in zip(files, ("1.5", "4"), strict=True):
+        drawing = [*words, "--guidance", guidance, "--seed", "3", "-o", f"{guidance}.png"]
+        assert run("generate", "a cat", *drawing) == (0, ANY)
+        assert abs(pixels(file) - pixels(f"{guidance}.png")).max() <= 1
+        own, other = (read_picture_info(each).own for each in (file, Path(f"{guidance}.png")))
+        for name in ("guidance", "negative", "adapter_guidance", "over_steps"):
+            assert own[name] == other[name]
+    assert abs(pixels(files[0]) - pixels(files[1])).max() > 1
+
+
 def test_two_files_of_one_name_keep_their_weights_in_a_grid(run, modules):
     Path("y").mkdir()
     write_lora(Path("y/line.safetensors"), modules, family="pocket")

@@ -15,8 +15,9 @@ from sfumato.axes import Axis, coarse_to_fine, parse_axis
 from sfumato.errors import ConfigError
 from sfumato.files.adapter_file import read_adapter
 from sfumato.files.header import read_header
-from sfumato.files.lora_file import LoraModule
+from sfumato.files.lora_file import LoraModule, read_lora
 from sfumato.files.write import write_lora
+from sfumato.files.write_dotted import write_peft
 from sfumato.pnginfo import read_picture_info
 
 
@@ -132,6 +133,39 @@ def test_a_grid_has_each_cell_with_its_settings_and_goes_on_where_it_stopped(gri
     assert [file for file in files if before[file] != after[file]] == [files[1]]
     assert len(list((tmp_path / "out/cells").iterdir())) == 6
     assert Image.open(tmp_path / "out/grid.png").width > 300
+
+
+def test_what_a_cell_depends_on_draws_another(grid, tmp_path):
+    words = ["--x", "seed=1", "--y", "line=0.5", "--prompt", "red", "--lora"]
+    write_peft(tmp_path / "folder", read_lora(tmp_path / "otter.safetensors").modules, family="pocket")
+    for count, more in enumerate(
+        (
+            ["line.safetensors"],
+            ["line.safetensors", "--clip-skip", "1"],
+            ["line.safetensors", "--partial"],
+            ["line.safetensors", "--method", "linear"],
+            ["line.safetensors", "--method", "linear", "--rank", "1"],
+            ["line=folder"],
+        ),
+        1,
+    ):
+        assert grid(*words, *more) == 0
+        assert len(list((tmp_path / "out/cells").iterdir())) == count
+    assert grid(*words, "line.safetensors", "--lora", "folder:0") == 0
+    assert len(list((tmp_path / "out/cells").iterdir())) == count  # as if it were not there
+    (tmp_path / "folder/adapter_model.safetensors").unlink()
+    write_peft(tmp_path / "other", read_lora(tmp_path / "line.safetensors").modules, family="pocket")
+    (tmp_path / "other/adapter_model.safetensors").rename(tmp_path / "folder/adapter_model.safetensors")
+    assert grid(*words, "line=folder") == 0
+    assert len(list((tmp_path / "out/cells").iterdir())) == count + 1
+
+
+def test_a_method_keeps_to_the_rank(grid, tmp_path):
+    words = ["--x", "seed=1", "--y", "method=linear", "--prompt", "red"]
+    assert grid(*BOTH, *words) == 0
+    assert grid(*BOTH, *words, "--rank", "1") == 0
+    first, second = (_pixels(file) for file in (tmp_path / "out/cells").iterdir())
+    assert abs(first - second).max() > 0
 
 
 def test_one_adapter_after_another(grid, tmp_path):
