@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -223,6 +223,7 @@ def draw_grid(config: Config) -> Path:
     from sfumato.files.adapter_file import read_adapter
     from sfumato.files.header import read_header
     from sfumato.precision import decide
+    from sfumato.sheet import read_drawn
 
     base = load_base(
         config.base,
@@ -259,13 +260,14 @@ def draw_grid(config: Config) -> Path:
         of_words = {token or file.stem: read_header(file).metadata for token, file in embeddings}
         for line in [*unused_words(tokens, texts), *learned, *learned_otherwise(of_words, base)]:
             print(line, file=sys.stderr)
+        there = {path for path in paths.values() if read_drawn(path) is not None}
         for cells in coarse_to_fine(len(x.values), len(y.values)):
-            missing = [place for place in cells if not paths[place].exists()]
+            missing = [place for place in cells if paths[place] not in there]
             for place, picture, how in _draw(base, mix, brought, adapters, rows, missing, partial=config.partial):
                 _save(config, picture, paths[place], base, adapters, rows[place[1]][place[0]], how)
-            _write_sheet(config, x, y, rows, paths)
-            there = sum(path.exists() for path in paths.values())
-            print(f"{there} of {len(paths)} pictures", file=sys.stderr)
+                there.add(paths[place])
+            _write_sheet(config, x, y, rows, paths, there)
+            print(f"{sum(path in there for path in paths.values())} of {len(paths)} pictures", file=sys.stderr)
     return config.output / "grid.png"
 
 
@@ -437,26 +439,26 @@ def _save(
 
 
 def _write_sheet(
-    config: Config, x: Axis, y: Axis, rows: Sequence[Sequence[Cell]], paths: Mapping[tuple[int, int], Path]
+    config: Config,
+    x: Axis,
+    y: Axis,
+    rows: Sequence[Sequence[Cell]],
+    paths: Mapping[tuple[int, int], Path],
+    there: Collection[Path],
 ) -> None:
-    """grid.png with the cells so far, and grid.json with what each cell is."""
-    from PIL import Image
-
+    """grid.png with the cells so far, and grid.json with what each cell is. there: the files that are drawn."""
     from sfumato.files.atomic import atomic_path, write_text
-    from sfumato.sheet import contact_sheet
+    from sfumato.sheet import contact_sheet, read_drawn
 
-    def read(path: Path) -> Image.Image | None:
-        if not path.exists():
-            return None
-        with Image.open(path, formats=["PNG"]) as picture:
-            return picture.convert("RGB")
+    def read(path: Path) -> Image | None:
+        return read_drawn(path) if path in there else None
 
     cells = [[read(paths[column, row]) for column in range(len(x.values))] for row in range(len(y.values))]
     sheet = contact_sheet(cells, row_labels=y.labels, column_labels=x.labels)
     with atomic_path(config.output / "grid.png") as temporary:
         sheet.save(temporary)
     listed = [
-        {"column": column, "row": row, "file": f"cells/{path.name}", "drawn": path.exists(),
+        {"column": column, "row": row, "file": f"cells/{path.name}", "drawn": path in there,
          **rows[row][column].settings, "weights": dict(rows[row][column].weights)}
         for (column, row), path in sorted(paths.items())
     ]  # fmt: skip

@@ -135,6 +135,19 @@ def test_a_grid_has_each_cell_with_its_settings_and_goes_on_where_it_stopped(gri
     assert Image.open(tmp_path / "out/grid.png").width > 300
 
 
+def test_a_cell_whose_file_is_broken_is_drawn_again(grid, tmp_path):
+    words = ["--x", "seed=1,2,3", "--y", "prompt=red"]
+    assert grid(*words) == 0
+    files = sorted((tmp_path / "out/cells").iterdir())
+    before = [(_pixels(file), file.stat().st_mtime_ns) for file in files]
+    files[0].write_bytes(b"nothing")
+    files[1].write_bytes(files[1].read_bytes()[:-500])
+    assert grid(*words) == 0
+    for file, (pixels, _) in zip(files, before, strict=True):
+        assert abs(_pixels(file) - pixels).max() <= 1  # another batch rounds otherwise
+    assert files[2].stat().st_mtime_ns == before[2][1]
+
+
 def test_what_a_cell_depends_on_draws_another(grid, tmp_path):
     words = ["--x", "seed=1", "--y", "line=0.5", "--prompt", "red", "--lora"]
     write_peft(tmp_path / "folder", read_lora(tmp_path / "otter.safetensors").modules, family="pocket")

@@ -16,12 +16,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image
 from tqdm import tqdm
 
 from sfumato.drawing import draw_each
 from sfumato.errors import DataError
 from sfumato.files.atomic import atomic_path, write_text
+from sfumato.sheet import read_drawn
 
 if TYPE_CHECKING:
     from sfumato.bases import Base
@@ -135,9 +135,5 @@ def _file(folder: Path, number: int) -> Path:
 
 
 def _is_whole(path: Path, resolution: int) -> bool:
-    try:
-        with Image.open(path, formats=["PNG"]) as picture:
-            picture.load()
-            return picture.size == (resolution, resolution)
-    except (OSError, SyntaxError):
-        return False
+    picture = read_drawn(path)
+    return picture is not None and picture.size == (resolution, resolution)

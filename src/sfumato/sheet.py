@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -44,6 +45,15 @@ def _signs_in(path: str) -> frozenset[int]:
     if not font.scalable or "Resort" in font.family_name:
         return frozenset()
     return frozenset(font.get_charmap())
+
+
+def read_drawn(path: Path) -> Image.Image | None:
+    """The picture that was drawn into this PNG, RGB; None where there is none, or what a broken disk left of one."""
+    try:
+        with Image.open(path, formats=["PNG"]) as picture:
+            return picture.convert("RGB")
+    except (OSError, SyntaxError):
+        return None
 
 
 def contact_sheet(

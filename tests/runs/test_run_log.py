@@ -276,6 +276,16 @@ def test_a_row_of_which_a_killed_process_drew_half_is_none(samples, tmp_path):
     assert len(sheet.rows) == 1
 
 
+@pytest.mark.parametrize("end", [0, 40])
+def test_a_row_with_a_broken_picture_is_none_and_stops_no_other(end, samples, tmp_path):
+    sheet = samples()
+    sheet.draw(0)
+    broken = tmp_path / "samples/000000/1.png"
+    broken.write_bytes(broken.read_bytes()[:end])
+    sheet.draw(5)
+    assert [row[0].getpixel((0, 0)) for row in sheet.rows] == [(2, 0, 0)]
+
+
 @pytest.mark.parametrize(
     ("step", "left"),
     [(-1, []), (0, ["000000"]), (4, ["000000", "000004"]), (8, ["000000", "000004", "000008"])],

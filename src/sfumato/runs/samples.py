@@ -13,7 +13,7 @@ from torch import nn
 from sfumato.data.captions import fill_template
 from sfumato.files.atomic import atomic_path
 from sfumato.schedulers import asked_timestep
-from sfumato.sheet import contact_sheet
+from sfumato.sheet import contact_sheet, read_drawn
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -56,7 +56,7 @@ class Samples:
     @property
     def rows(self) -> list[list[Image.Image]]:
         """The pictures so far: a row a point in time, a column a prompt."""
-        return [self._read(step) for step in self._steps()]
+        return list(self._whole().values())
 
     def draw(self, step: int) -> None:
         """Draw the prompts, keep the pictures and write the sheet anew."""
@@ -67,27 +67,23 @@ class Samples:
         for number, picture in enumerate(pictures):
             with atomic_path(self._folder / f"{step:06d}" / f"{number}.png") as temporary:
                 picture.save(temporary)
-        steps = self._steps()
-        sheet = contact_sheet(
-            [self._read(s) for s in steps], row_labels=[f"step {s}" for s in steps], column_labels=self.prompts
-        )
+        rows = self._whole()
+        labels = [f"step {each}" for each in rows]
+        sheet = contact_sheet(list(rows.values()), row_labels=labels, column_labels=self.prompts)
         with atomic_path(self._run.folder / "samples.png") as temporary:
             sheet.save(temporary)
 
-    def _steps(self) -> list[int]:
-        """The steps whose row is whole; a killed process may have left half of one."""
-        found = (int(path.name) for path in self._folder.glob("[0-9]*") if path.name.isdigit())
-        return sorted(step for step in found if all(path.exists() for path in self._paths(step)))
+    def _whole(self) -> dict[int, list[Image.Image]]:
+        """The rows that are whole, by step; a killed process may have left half of one, a disk a broken picture."""
+        rows = {}
+        for step in sorted(int(path.name) for path in self._folder.glob("[0-9]*") if path.name.isdigit()):
+            row = [picture for path in self._paths(step) if (picture := read_drawn(path)) is not None]
+            if len(row) == len(self.prompts):
+                rows[step] = row
+        return rows
 
     def _paths(self, step: int) -> list[Path]:
         return [self._folder / f"{step:06d}" / f"{number}.png" for number in range(len(self.prompts))]
-
-    def _read(self, step: int) -> list[Image.Image]:
-        pictures = []
-        for path in self._paths(step):
-            with Image.open(path, formats=["PNG"]) as picture:
-                pictures.append(picture.convert("RGB"))
-        return pictures
 
 
 def drawing_of(
