@@ -79,6 +79,40 @@ def test_each_flaw_is_found_in_its_picture_and_in_no_other(report):
     assert [(entry.name, entry.reason) for entry in report.ignored] == [("notes.doc", "not a picture by its name")]
 
 
+def test_dark_pictures_are_no_copies_of_each_other_and_many_copies_are_said(tmp_path):
+    for grey in range(3):
+        Image.new("RGB", (64, 64), (grey, 0, 0)).save(tmp_path / f"{grey}.png")
+    report = check(tmp_path, needs_of("pocket"), caption_template="x")
+    assert found(report, "black") == ["0.png", "1.png", "2.png"]
+    assert not [line for line in report.lines if "duplicate" in line.kind]
+    for name in ("a", "b"):
+        noise_picture().save(tmp_path / f"{name}.png")
+    kinds = [line.kind for line in check(tmp_path, needs_of("pocket"), caption_template="x").lines]
+    assert "duplicate" in kinds
+    assert "many duplicates" not in kinds  # one of five
+    noise_picture().save(tmp_path / "c.png")
+    (text,) = [
+        line.text
+        for line in check(tmp_path, needs_of("pocket"), caption_template="x").lines
+        if line.kind == "many duplicates"
+    ]
+    assert text == "33% of the pictures repeat others; what they show is learned by heart"
+
+
+def test_the_crop_of_a_source_is_its_own(tmp_path):
+    (tmp_path / "dogs").mkdir()
+    noise_picture(200, 64).save(tmp_path / "dogs/wide.png")
+    (tmp_path / "d.toml").write_text('[[source]]\npath = "dogs"\ncrop = "pad"\n')
+    assert found(check(tmp_path / "dogs", needs_of("pocket"), caption_template="x"), "cropped") == ["wide.png"]
+    assert not found(check(tmp_path / "d.toml", needs_of("pocket"), caption_template="x"), "cropped")
+
+
+def test_a_side_below_the_base_s_step_is_refused(tmp_path):
+    noise_picture().save(tmp_path / "a.png")
+    with pytest.raises(ConfigError, match=r"--resolution 8: this base takes multiples of 16 px\. Give 16 or more\."):
+        check(tmp_path, needs_of("pocket"), resolution=8)
+
+
 def test_a_name_with_brackets_stays_whole(tmp_path):
     noise_picture(20, 20).save(tmp_path / "photo (1).png")
     noise_picture(200, 64, seed=1).save(tmp_path / "wide (2).png")
@@ -329,12 +363,34 @@ def test_what_is_half_transparent_is_the_same_in_the_mended_copy(tmp_path):
     assert before.alpha.tobytes() == after.alpha.tobytes()
 
 
-def test_a_transparent_picture_in_srgb_stays_as_it_is(tmp_path):
+def test_a_transparent_picture_in_srgb_stays_as_it_is(tmp_path, capsys):
     (tmp_path / "dogs").mkdir()
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     translucent_picture().save(tmp_path / "dogs" / "dog.png", icc_profile=profile)
     main([str(tmp_path / "dogs"), "--caption", "x", "--fix", str(tmp_path / "mended")])
     assert (tmp_path / "mended" / "dog.png").read_bytes() == (tmp_path / "dogs" / "dog.png").read_bytes()
+    assert "1 copied, 0 written anew" in capsys.readouterr().out
+
+
+def test_a_mask_stays_with_its_picture_where_folders_become_one(tmp_path):
+    for folder, end in (("images", "png"), ("more", "webp")):
+        (tmp_path / "dogs" / folder).mkdir(parents=True)
+        noise_picture(seed=len(folder)).save(tmp_path / "dogs" / folder / f"a.{end}")
+    Image.new("L", (64, 64), 255).save(tmp_path / "dogs/images/a.mask.png")
+    rows = [{"file_name": name, "text": "a dog"} for name in ("images/a.png", "more/a.webp")]
+    (tmp_path / "dogs/metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    main([str(tmp_path / "dogs"), "--fix", str(tmp_path / "mended")])
+    found = {each.path.name: each.mask and each.mask.name for each in read_folder(tmp_path / "mended", mask="files")}
+    assert found == {"a.png": "a.mask.png", "a-2.webp": None}
+
+
+def test_folders_that_differ_in_capitals_alone_are_two_on_every_disk(tmp_path):
+    for number, folder in enumerate(("one/dogs", "two/Dogs")):
+        (tmp_path / folder).mkdir(parents=True)
+        noise_picture(seed=number).save(tmp_path / folder / "a.png")
+    (tmp_path / "d.toml").write_text('[[source]]\npath = "one/dogs"\n[[source]]\npath = "two/Dogs"\n')
+    main([str(tmp_path / "d.toml"), "--caption", "x", "--fix", str(tmp_path / "mended")])
+    assert sorted(path.name for path in (tmp_path / "mended").iterdir()) == ["Dogs-2", "d.toml", "dogs"]
 
 
 @pytest.mark.parametrize("name", ["dog.png", "dog.bmp"])

@@ -142,6 +142,14 @@ def test_masks_are_found_beside_and_in_their_folder(pictures):
     assert all(e.mask is None for e in read_folder(pictures, caption_template="{caption}"))
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes there")
+def test_a_pipe_is_no_mask(pictures):
+    os.mkfifo(pictures / "crab.mask.png")
+    Image.new("L", (64, 64), 255).save(pictures / "house.mask.png")
+    folder = read_folder(pictures, caption_template="{caption}", mask="files")
+    assert [example.mask and example.mask.name for example in folder][:2] == [None, "house.mask.png"]
+
+
 def test_a_trigger_that_no_caption_holds_is_said(pictures):
     folder = read_folder(pictures, caption_template="{caption}", trigger="zwx")
     assert "no caption holds the trigger 'zwx'" in folder.notes[0]

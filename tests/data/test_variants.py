@@ -42,6 +42,12 @@ def test_tags_that_are_kept_stay_in_front_and_the_others_change_places():
     assert len(set(drawn)) > 10
 
 
+def test_tags_are_joined_by_what_parts_them():
+    drawn = {vary("a; b;c", Options(shuffle_tags=True, separator=";"), 0, step, 0) for step in range(50)}
+    assert len(drawn) == 6
+    assert "b; c; a" in drawn
+
+
 def test_tags_are_dropped_as_often_as_asked():
     options = Options(tag_dropout=0.25, keep_tags=1)
     counts = Counter(tag for step in range(2000) for tag in vary(TAGS, options, 0, step, 0).split(", "))

@@ -302,11 +302,7 @@ def _trigger(report: Report, trigger: str) -> Iterator[Line]:
             "trigger unused", f'no caption holds the trigger {trigger!r}; pass --caption "{{caption}}, {{trigger}}"'
         )
     words = {word: report.needs.pieces(word) for word in trigger.split()}
-    vocabulary = len(report.needs.tokenizer)
-    ordinary = {
-        word: len(pieces) == 1 and (pieces[0][1] < COMMON_ID or vocabulary < COMMON_ID)
-        for word, pieces in words.items()
-    }
+    ordinary = {word: len(pieces) == 1 and pieces[0][1] < COMMON_ID for word, pieces in words.items()}
     for word, pieces in words.items():
         shown = " + ".join(piece.removesuffix("</w>") for piece, _ in pieces)
         if ordinary[word] and not all(ordinary.values()):
