@@ -32,6 +32,7 @@ PIPELINES = {
         "sfumato.pipelines.check",
         "look at a folder of pictures before training: what will be seen, what is wrong",
     ),
+    "memory": ("sfumato.pipelines.memory", "what training and drawing take of memory, before anything is loaded"),
     "caption": ("sfumato.pipelines.caption", "write captions for pictures that have none"),
     "dataset": ("sfumato.pipelines.dataset_config", "another tool's data set config as a dataset.toml"),
     "generate": ("sfumato.pipelines.generate", "draw pictures with any base and any mix of adapters"),

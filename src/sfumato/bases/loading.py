@@ -65,6 +65,26 @@ def load_base(
 
     Raises BaseModelError, or FileError for a broken file: one line.
     """
+    base = base_at_rest(
+        source, precision=precision, clip_skip=clip_skip, vae=vae, prediction_type=prediction_type, family=family
+    )
+    base.precision.apply()
+    base.resting.wake("vae", "text")
+    if unet:
+        base.resting.wake("unet")
+    return base
+
+
+def base_at_rest(
+    source: str | os.PathLike[str] = "pocket",
+    *,
+    precision: Precision | None = None,
+    clip_skip: int | None = None,
+    vae: str | os.PathLike[str] | None = None,
+    prediction_type: str | None = None,
+    family: str | None = None,
+) -> Base:
+    """As `load_base`, with no weight read: all parts know their shapes, and rest until something wakes them."""
     precision = precision or decide("auto")
     if prediction_type not in (None, *PREDICTION_TYPES):
         raise BaseModelError(f"--prediction-type {prediction_type}: unknown; wanted epsilon or v_prediction.")
@@ -77,9 +97,8 @@ def load_base(
         forced = family or ("pocket" if name == "pocket" else None)
         parts = _from_folder(path, precision, prediction_type, forced, vae)
     _check(parts, name, clip_skip)
-    precision.apply()
     shells: dict[Part, list[Shell]] = {"unet": [parts.unet], "vae": [parts.vae], "text": parts.text_encoders}
-    base = Base(
+    return Base(
         family=FAMILIES[family] if family else parts.family,
         name=name,
         unet=parts.unet.model,
@@ -94,10 +113,6 @@ def load_base(
         files=tuple(dict.fromkeys(file for each in shells.values() for shell in each for file in shell.files)),
         resting=Resting(shells, precision.place),
     )
-    base.resting.wake("vae", "text")
-    if unet:
-        base.resting.wake("unet")
-    return base
 
 
 def find(source: str | os.PathLike[str], fetch: Callable[[str], Path] = hub_folder) -> tuple[Path, str]:

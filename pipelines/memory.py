@@ -1,0 +1,104 @@
+"""How much memory training and drawing take, told before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import TYPE_CHECKING, Literal
+
+from sfumato.cli import run
+from sfumato.config import parse
+from sfumato.errors import ConfigError
+
+if TYPE_CHECKING:
+    from sfumato.bases import Base
+    from sfumato.forecast import Setting
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Tell what each way to train takes of memory at its peak, and which would fit, from the shapes of a base alone.
+
+    Example: sfumato memory --base sd_xl_base_1.0.safetensors --within 12
+    """
+
+    base: str = "pocket"
+    """The model to teach: pocket, a hub id, a diffusers folder, or a single .safetensors checkpoint."""
+    vae: str | None = None
+    """Another VAE: a hub id, a folder, or a single file."""
+    resolution: int | None = None
+    """Side in pixels of a square picture; others keep about as many pixels. Unset: the base's own."""
+    batch: int = 1
+    """Pictures at a time, as of the trainers; fewer with --accumulate learn the same."""
+    rank: int | None = None
+    """Of LoRAs. Unset: the base family's default."""
+    device: Literal["gpu", "cpu"] = "gpu"
+    """Where it would be trained; there need be no GPU here."""
+    precision: Literal["fp32", "fp16", "bf16"] | None = None
+    """Number format of the frozen base. Unset: bf16 on a GPU, fp32 on a CPU."""
+    within: float | None = None
+    """GiB that there are. What takes more is marked."""
+    json: bool = False
+    """Print JSON."""
+
+
+def check(config: Config) -> None:
+    """Refuse numbers that cannot be, before anything is read."""
+    for name in ("resolution", "batch", "rank", "within"):
+        value = getattr(config, name)
+        if value is not None and value <= 0:
+            raise ConfigError(f"--{name} {value:g}: must be above 0.")
+    if config.precision == "fp16" and config.device == "cpu":
+        raise ConfigError("--precision fp16: a CPU cannot train in fp16. Use fp32 or bf16, or --device gpu.")
+
+
+def rows_of(base: Base, setting: Setting) -> Iterator[tuple[str, list[float]]]:
+    """What is done, and the GiB that it takes; a step's also with checkpointing. One after another, each in seconds."""
+    from sfumato import forecast
+
+    of_step = cache(lambda way, each: forecast.of_step(base, way, each))
+    for way in forecast.WAYS:
+        alike = replace(way, options="", fused=False, state=0)
+        steps = (of_step(alike, replace(setting, checkpointing=checkpointing)) for checkpointing in (False, True))
+        yield way.options, [step.total(way, setting.device) / GIB for step in steps]
+    yield "encoding a picture, before the first step", [forecast.of_encoding(base, setting) / GIB]
+    yield "drawing a picture, as for samples", [forecast.of_drawing(base, setting) / GIB]
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the table, each row as soon as it is known; 0."""
+    config = parse(Config, argv, program="memory")
+    check(config)
+    from sfumato import forecast
+    from sfumato.data.preparing import square_side
+    from sfumato.precision import DTYPES
+
+    base = forecast.shapes_of(config.base, config.device, config.vae)
+    side = square_side(base, config.resolution or base.resolution)
+    precision = config.precision or ("fp32" if config.device == "cpu" else "bf16")
+    rank = config.rank or base.defaults.rank
+    setting = forecast.Setting(config.device, DTYPES[precision], side, config.batch, rank)
+    rows = rows_of(base, setting)
+    if config.json:
+        about = {"base": base.name, "family": base.family.title, "resolution": side, "batch": config.batch}
+        about |= {"rank": rank, "device": config.device, "precision": precision}
+        print(json.dumps(about | {"gib": {name: [round(gib, 2) for gib in row] for name, row in rows}}, indent=2))
+        return 0
+    where = "a GPU" if config.device == "gpu" else "a CPU"
+    print(f"{base.name} ({base.family.title}), {side} px, batch {config.batch}, rank {rank}, {precision} on {where}")
+    print(f"\n{'GiB at the peak, about':<54}{'a step':>8}   --gradient-checkpointing")
+    for name, row in rows:
+        cells = [f"{gib:.1f}{'*' if config.within and gib > config.within else ' '}" for gib in row]
+        print(f"{name:<54}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, (9, 27), strict=False)))
+    print("\nDreamBooth's steps hold a picture of the class beside each of the subject's.")
+    if config.within:
+        print(f"* more than {config.within:g} GiB")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,313 @@
+"""What training and drawing take of a device's memory, told from a base's shapes before any weight is read.
+
+A step is done with tensors that have shapes and no memory (torch's FakeTensorMode), layer by layer as the trainers do
+it, and at each operation is counted what is alive: what the backward pass waits for, what lies between two layers, and
+gradients. What is not seen by torch comes on top: the libraries, a GPU's context, the scratch space of its kernels.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sfumato import products
+from sfumato.adapters import attach, hosts
+from sfumato.bases.loading import base_at_rest
+from sfumato.full import parts_of
+from sfumato.lean import keep_less
+from sfumato.precision import decide
+
+if TYPE_CHECKING:
+    from sfumato.bases import Base
+
+BESIDE = {"cpu": 0.85 * 2**30, "gpu": 0.75 * 2**30}
+"""Bytes besides tensors: on a CPU the libraries and what the allocator keeps, as bench/forecast.py found it; a GPU's
+context and scratch space are put at this, and were never measured."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to train: what is trained, and with which options.
+
+    trained: what has gradients and an optimizer's state. pictures: that a step sees for one of the batch, two where
+    half of them hold a class. text: the text encoders are in the loop. state: bytes of the optimizer for a number.
+    """
+
+    options: str
+    trained: Literal["words", "lora", "whole"]
+    pictures: int = 1
+    targets: str = "cross-attention"
+    text: bool = False
+    fused: bool = False
+    state: int = 8
+
+
+WAYS = (
+    Way("textual_inversion", "words", text=True),
+    Way("lora", "lora"),
+    Way("lora --targets everything", "lora", targets="everything"),
+    Way("lora --train-words", "lora", text=True),
+    Way("dreambooth --method lora", "lora", targets="everything", pictures=2),
+    Way("dreambooth --method full", "whole", pictures=2),
+    Way("dreambooth --method full --fused", "whole", pictures=2, fused=True),
+    Way("dreambooth --method full --fused --optimizer adamw8bit", "whole", pictures=2, fused=True, state=2),
+)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where and in which size: `side` in pixels, `batch` and `rank` as of the trainers, frozen weights in `dtype`."""
+
+    device: Literal["gpu", "cpu"]
+    dtype: torch.dtype
+    side: int
+    batch: int
+    rank: int
+    checkpointing: bool = False
+
+
+def shapes_of(source: str | os.PathLike[str], device: str, vae: str | None = None) -> Base:
+    """The base at rest, its U-Net as trainers on this device have it. Raises as `load_base`."""
+    base = base_at_rest(source, precision=decide("fp32", device="cpu"), vae=vae)
+    if device == "cpu":
+        products.quicken(base.unet)
+        keep_less(base.unet)
+    return base
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a training step takes, in bytes: `weights` that are there all the time, the most that is alive beside them,
+    with all gradients until its end or, `fused`, with one at a time; and how many numbers are `trained`."""
+
+    weights: int
+    alive: int
+    fused: int
+    trained: int
+
+    def total(self, way: Way, device: Literal["gpu", "cpu"]) -> int:
+        """With the optimizer's state and what torch does not see."""
+        return int(self.weights + way.state * self.trained + (self.fused if way.fused else self.alive) + BESIDE[device])
+
+
+def of_step(base: Base, way: Way, setting: Setting) -> Step:
+    """A training step at its peak. base: of `shapes_of`, which stays as it is.
+
+    `way.fused` and `way.state` make no difference here, see `Step.total`.
+    """
+    whole = way.trained == "whole"
+    base.unet.requires_grad_(whole)
+    if setting.checkpointing:
+        base.unet.enable_gradient_checkpointing()
+    lora = None
+    if way.trained == "lora":
+        lora = attach(hosts(parts_of(base, text=False), way.targets), rank=setting.rank, alpha=float(setting.rank))
+    texts = list(base.text_encoders) if way.text else []
+    try:
+        with _imagined(base.unet, torch.float32 if whole else setting.dtype), _imagined(lora), _all(texts, setting):
+            learned = [p for module in (lora or base.unet, *texts) for p in module.parameters() if p.requires_grad]
+            with _norms_in_fp32(base.unet, setting):
+                alive = _step(base, way, setting, learned)
+            return Step(
+                weights=_bytes_of(base.unet, *texts, *([lora] if lora else [])),
+                alive=alive.peak_with_gradients,
+                fused=alive.peak,
+                trained=sum(p.numel() for p in learned),
+            )
+    finally:
+        base.unet.requires_grad_(False)
+        base.unet.disable_gradient_checkpointing()
+        if lora is not None:
+            lora.detach()
+
+
+def of_encoding(base: Base, setting: Setting) -> int:
+    """Bytes at the peak of encoding one picture, before the first step: the VAE and the text encoders are there."""
+    with _all([base.vae], replace(setting, dtype=_of_vae(setting))), _all(list(base.text_encoders), setting):
+        weights = _bytes_of(base.vae, *base.text_encoders)
+        with torch.no_grad(), _Alive(base.vae) as alive, _autocast(setting, _of_vae(setting)):
+            base.vae.encode(_zeros(1, 3, setting.side, setting.side, dtype=_of_vae(setting)))
+    return int(weights + alive.peak + BESIDE[setting.device])
+
+
+def of_drawing(base: Base, setting: Setting) -> int:
+    """Bytes at the peak of drawing one picture with guidance, all parts of the base being there."""
+    vae = _of_vae(setting)
+    with _all([base.unet, *base.text_encoders], setting), _all([base.vae], replace(setting, dtype=vae)):
+        weights = _bytes_of(base.unet, base.vae, *base.text_encoders)
+        with torch.no_grad(), _Alive(base.unet) as drawn, _autocast(setting, setting.dtype):
+            _predict(base, setting, 2, _text(base, setting, 2))
+        with torch.no_grad(), _Alive(base.vae) as decoded, _autocast(setting, vae):
+            base.vae.decode(_latents(base, setting, 1).to(vae))
+    return int(weights + max(drawn.peak, decoded.peak) + BESIDE[setting.device])
+
+
+def _step(base: Base, way: Way, setting: Setting, learned: list[nn.Parameter]) -> _Alive:
+    count = setting.batch * way.pictures
+    leaves: list[Tensor] = []
+    alive = _Alive(base.unet, *base.text_encoders, *learned)
+    with alive:
+        with _autocast(setting, setting.dtype):
+            text = _encoded(base, count, leaves) if way.text else _text(base, setting, count)
+            error = _predict(base, setting, count, text).float().square().mean()
+        for weight in learned:
+            weight.register_hook(alive.is_gradient)  # type: ignore[no-untyped-call]
+        gradients = torch.autograd.grad(error, [*learned, *leaves], allow_unused=True)
+        del gradients
+    return alive
+
+
+@contextmanager
+def _norms_in_fp32(unet: nn.Module, setting: Setting) -> Iterator[None]:
+    """As a GPU's autocast has normalisations, whose inputs are kept in fp32; a CPU's leaves them in half precision."""
+    norms = [module for module in unet.modules() if isinstance(module, nn.GroupNorm | nn.LayerNorm)]
+    hooks = []
+    if setting.device == "gpu" and setting.dtype != torch.float32:
+        hooks = [norm.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),)) for norm in norms]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _predict(base: Base, setting: Setting, count: int, text: tuple[Tensor, Tensor | None]) -> Tensor:
+    hidden, pooled = text
+    added = None if pooled is None else {"time_ids": _zeros(count, 6), "text_embeds": pooled}
+    latents, times = _latents(base, setting, count), _zeros(count, dtype=torch.long)
+    output: Tensor = base.unet(latents, times, hidden, added_cond_kwargs=added, return_dict=False)[0]
+    return output
+
+
+def _text(base: Base, setting: Setting, count: int) -> tuple[Tensor, Tensor | None]:
+    """Embeddings that were computed beforehand."""
+    hidden = _zeros(count, base.token_limit + 2, base.unet.config.cross_attention_dim, dtype=setting.dtype)
+    last = base.text_encoders[-1].config
+    pooled = _zeros(count, last.projection_dim, dtype=setting.dtype) if len(base.text_encoders) > 1 else None
+    return hidden, pooled
+
+
+def _encoded(base: Base, count: int, leaves: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Embeddings through which gradients flow back to the words, which join `leaves`."""
+
+    def words(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+        leaves.append(output.detach().requires_grad_())
+        return leaves[-1]
+
+    outputs = []
+    for encoder in base.text_encoders:
+        hook = encoder.get_input_embeddings().register_forward_hook(words)
+        try:
+            ids = _zeros(count, base.token_limit + 2, dtype=torch.long)
+            outputs.append(encoder(ids, output_hidden_states=True))
+        finally:
+            hook.remove()
+    if len(outputs) == 1:
+        return outputs[0].last_hidden_state, None
+    return torch.cat([output.hidden_states[-2] for output in outputs], dim=-1), outputs[-1].text_embeds
+
+
+def _latents(base: Base, setting: Setting, count: int) -> Tensor:
+    side = setting.side // base.vae_factor
+    return _zeros(count, base.vae.config.latent_channels, side, side)
+
+
+def _zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+def _of_vae(setting: Setting) -> torch.dtype:
+    """fp16 overflows in SDXL's."""
+    return torch.float32 if setting.dtype == torch.float16 or setting.device == "cpu" else setting.dtype
+
+
+def _autocast(setting: Setting, dtype: torch.dtype) -> AbstractContextManager[Any]:
+    return nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype=dtype)
+
+
+def _bytes_of(*modules: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for module in modules for p in [*module.parameters(), *module.buffers()])
+
+
+@contextmanager
+def _all(modules: Sequence[nn.Module], setting: Setting) -> Iterator[None]:
+    """These modules imagined in the setting's dtype, frozen."""
+    with nullcontext() if not modules else _imagined(nn.ModuleList(modules), setting.dtype):
+        yield
+
+
+@contextmanager
+def _imagined(module: nn.Module | None, dtype: torch.dtype = torch.float32) -> Iterator[None]:
+    """Within the block the module's numbers, which are on the device `meta`, seem to be there, and of this dtype."""
+    kept = []
+    for owner in module.modules() if module is not None else ():
+        for name, value in [*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)]:
+            kept.append((owner, name, value))
+    mode = _mode()
+    with mode:
+        for owner, name, value in kept:
+            new = torch.zeros(value.shape, dtype=dtype if value.is_floating_point() else value.dtype)
+            is_weight = isinstance(value, nn.Parameter)
+            setattr(owner, name, nn.Parameter(new, requires_grad=value.requires_grad) if is_weight else new)
+        try:
+            yield
+        finally:
+            for owner, name, value in kept:
+                setattr(owner, name, value)
+
+
+def _mode() -> FakeTensorMode:
+    """The one that is on, or a new one: tensors of two do not mix."""
+    from torch._guards import detect_fake_mode
+
+    return detect_fake_mode() or FakeTensorMode()
+
+
+class _Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of tensors that operations within the block made and that are still there: `peak` is the most,
+    without the gradients of weights, `peak_with_gradients` with them.
+
+    known: modules and tensors that are there already, whose views are not counted.
+    """
+
+    def __init__(self, *known: nn.Module | Tensor):
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.peak, self.peak_with_gradients = 0, 0
+        self._now, self._gradients = 0, 0
+        tensors = [t for k in known for t in ([k] if isinstance(k, Tensor) else [*k.parameters(), *k.buffers()])]
+        self._sizes: dict[int, int] = dict.fromkeys((tensor.untyped_storage()._cdata for tensor in tensors), 0)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(value, Tensor):
+                self._count(value.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self._sizes:
+            self._sizes[key] = storage.nbytes()
+            self._now += storage.nbytes()
+            self.peak = max(self.peak, self._now)
+            self.peak_with_gradients = max(self.peak_with_gradients, self._now + self._gradients)
+            weakref.finalize(storage, self._gone, key)
+
+    def _gone(self, key: int) -> None:
+        self._now -= self._sizes.pop(key)
+
+    def is_gradient(self, tensor: Tensor) -> None:
+        """Count this one among the gradients, which stay until a step's end."""
+        key = tensor.untyped_storage()._cdata
+        size, self._sizes[key] = self._sizes[key], 0
+        self._now -= size
+        self._gradients += size
