@@ -1,0 +1,81 @@
+"""What `sfumato memory` tells, beside what trainings of a full-size SD 1.5 with random weights take of a CPU's memory.
+
+    python -m bench.forecast --work /somewhere/with/20/GB [--only lora] [--resolution 256]
+
+Each way to train runs two steps in a process of its own, one picture a step, fp32, without pictures of a class. Prints
+JSON: for each the peak in GiB of its resident memory after the first step, the forecast, and their ratio.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.full_size import build, options, photographs, run
+from bench.real import print_report
+from sfumato import cli, forecast
+from sfumato.errors import ConfigError
+
+OF_METHOD: dict[str, dict[str, Any]] = {
+    "textual_inversion": {"placeholder": "<thing>", "vectors": 1},
+    "lora": {"caption": "a thing"},
+    "lora --train-words": {"caption": "a <thing>", "train-words": "<thing>"},
+    "dreambooth": {"class-name": "thing", "prior": "none"},
+}
+"""What a way's options leave open, by their longest beginning."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Measure what was told."""
+
+    work: Path
+    """Folder for the base (4.3 GB, made once) and the runs."""
+    only: tuple[str, ...] = ()
+    """Ways to measure, such as "lora --targets everything". Unset: all."""
+    resolution: int = 256
+    """Side of the pictures in pixels."""
+    limit_s: int = 3600
+    """Seconds after which a training is given up."""
+
+
+def measure(config: Config) -> dict[str, Any]:
+    """The whole report."""
+    ways = {way.options: replace(way, pictures=1) for way in forecast.WAYS}
+    if unknown := [name for name in config.only if name not in ways]:
+        raise ConfigError(f"--only {unknown[0]!r}: wanted {', '.join(ways)}.")
+    if config.resolution <= 0 or config.resolution % 64:
+        raise ConfigError(f"--resolution {config.resolution}: wanted a multiple of 64.")
+    source = build(config.work / "sd15-random")
+    pictures = photographs(config.work / "photographs", 4, 2 * config.resolution)
+    base = forecast.shapes_of(source, "cpu")
+    setting = forecast.Setting("cpu", torch.float32, config.resolution, 1, 16)
+    rows: dict[str, dict[str, float]] = {}
+    for name in config.only or ways:
+        told = forecast.of_step(base, ways[name], setting).total(ways[name], "cpu") / 2**30
+        program, *flags = name.split()
+        given = {"images": pictures, "base": source, "resolution": config.resolution, "steps": 2, "batch": 1}
+        given |= {"sample-every": 0, "measure-every": 0, "checkpoint-every": 0, "precision": "fp32", "overwrite": True}
+        given |= {"output": config.work / "runs" / name.replace("--", "").replace(" ", "-")}
+        beginning = max((key for key in OF_METHOD if name.startswith(key)), key=len)
+        row = run(name, program, [*options(given | OF_METHOD[beginning]), *flags], config.limit_s)
+        print(json.dumps(row), file=sys.stderr, flush=True)
+        rows[name] = {"told_gib": round(told, 2)}
+        if peak := row.get("peak_of_steps_gib"):
+            rows[name] |= {"measured_gib": round(peak, 2), "ratio": round(told / peak, 3)}
+    return {"resolution_px": config.resolution, "rows": rows}
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the program; prints JSON."""
+    print_report(Config, measure, argv, "bench.forecast")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,123 @@
+"""What a step will take of memory: the same count as of a real step's tensors, and the base stays as it was."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sfumato import cli, forecast, load_base
+from sfumato.adapters import attach, hosts
+from sfumato.forecast import WAYS, Setting, of_drawing, of_encoding, of_step, shapes_of
+from sfumato.full import parts_of
+from sfumato.lean import keep_less
+from sfumato.precision import decide
+
+ON_CPU = Setting("cpu", torch.float32, 64, 1, 4)
+BY_OPTIONS = {way.options: way for way in WAYS}
+
+
+@pytest.fixture(scope="module")
+def shapes():
+    return shapes_of("pocket", "cpu")
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", ["lora --targets everything", "dreambooth --method full", "textual_inversion"])
+def test_it_is_what_a_step_of_real_tensors_takes(name, checkpointing, shapes):
+    way = replace(BY_OPTIONS[name], pictures=2)
+    setting = replace(ON_CPU, checkpointing=checkpointing)
+    base = load_base("pocket", precision=decide("fp32", device="cpu", gradient_checkpointing=checkpointing))
+    keep_less(base.unet)
+    base.unet.requires_grad_(way.trained == "whole")
+    learned = [] if way.trained == "words" else list(base.unet.parameters())
+    if way.trained == "lora":
+        learned = list(attach(hosts(parts_of(base, text=False), way.targets), rank=4, alpha=4.0).parameters())
+    real = forecast._step(base, way, setting, learned)
+    told = of_step(shapes, way, setting)
+    assert told.alive == pytest.approx(real.peak_with_gradients, rel=1e-3)
+    assert told.fused == pytest.approx(real.peak, rel=1e-3)
+    assert told.trained == sum(weight.numel() for weight in learned)
+
+
+def test_weights_and_state_are_counted(shapes):
+    way = BY_OPTIONS["dreambooth --method full"]
+    step = of_step(shapes, way, ON_CPU)
+    numbers = sum(weight.numel() for weight in shapes.unet.parameters())
+    assert step.trained == numbers
+    assert step.weights == 4 * numbers
+    fused = replace(way, fused=True, state=2)
+    assert step.total(way, "cpu") - step.total(fused, "cpu") == step.alive - step.fused + 6 * numbers
+    assert step.alive - step.fused > 2 * numbers  # most of the gradients, beside what is alive near the end
+
+
+def state_of(base):
+    """What `of_step` must leave as it was."""
+    parts = [base.unet, base.vae, *base.text_encoders]
+    return [
+        *((t.is_meta, t.shape, t.dtype, t.requires_grad) for m in parts for t in [*m.parameters(), *m.buffers()]),
+        *((len(m._forward_hooks), len(m._forward_pre_hooks)) for part in parts[:2] for m in part.modules()),
+        base.unet.is_gradient_checkpointing,
+    ]
+
+
+SLOW_WAYS = [pytest.param(family, device, WAYS, marks=pytest.mark.slow) for family in ("sd1", "sd2", "sdxl")
+             for device in ("gpu", "cpu")]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "device", "ways"), [("sd1", "cpu", WAYS[1:2]), ("sdxl", "gpu", WAYS[:1]), *SLOW_WAYS]
+)
+def test_ways_of_every_family(family, device, ways, family_folder):
+    base = shapes_of(family_folder(family), device)
+    dtype = torch.bfloat16 if device == "gpu" else torch.float32
+    setting = Setting(device, dtype, 64, 1, 4)
+    before = state_of(base)
+    for way in ways:
+        one = of_step(base, way, setting)
+        two = of_step(base, way, replace(setting, batch=2))
+        lean = of_step(base, way, replace(setting, checkpointing=True))
+        assert 0 < lean.fused < one.fused < two.fused
+        assert one.weights == two.weights
+    assert of_encoding(base, setting) < of_drawing(base, setting)
+    assert state_of(base) == before
+
+
+def test_a_gpu_in_half_precision_keeps_less_than_in_fp32():
+    base = shapes_of("pocket", "gpu")
+    way = BY_OPTIONS["lora"]
+    half, full = (of_step(base, way, Setting("gpu", dtype, 64, 4, 4)) for dtype in (torch.bfloat16, torch.float32))
+    assert half.fused < full.fused
+    assert half.weights < 0.6 * full.weights
+
+
+def test_the_table_marks_what_does_not_fit(monkeypatch, capsys):
+    full = "dreambooth --method full"
+    shown = [full, f"{full} --fused", f"{full} --fused --optimizer adamw8bit"]
+    monkeypatch.setattr(forecast, "WAYS", [BY_OPTIONS[name] for name in shown])
+    assert cli.main(["memory", "--device", "cpu", "--within", "0.95"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "pocket (pocket), 64 px, batch 1, rank 16, fp32 on a CPU"
+    marked = [line for line in lines if "*" in line]
+    assert [line.split("  ")[0] for line in marked[:-1]] == shown[:2]
+    assert marked[-1] == "* more than 0.95 GiB"
+    assert cli.main(["memory", "--device", "cpu", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["gib"]
+    assert list(told)[:3] == shown
+    assert [len(row) for row in told.values()] == [2, 2, 2, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--batch", "0"], "--batch 0: must be above 0."),
+        (["--within", "-1"], "--within -1: must be above 0."),
+        (["--device", "cpu", "--precision", "fp16"], "--precision fp16: a CPU cannot train in fp16."),
+        (["--base", "nowhere"], "nowhere: there is no such folder or file."),
+    ],
+)
+def test_wrong_use_is_one_line(words, said, capsys):
+    assert cli.main(["memory", *words]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
