@@ -3,6 +3,8 @@
 import errno
 import json
 import math
+import os
+import signal
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -347,3 +349,64 @@ def test_a_run_that_is_ended_has_a_checkpoint_of_its_last_step(tmp_path):
     assert (tmp_path / "run/checkpoints/000004").is_dir() or list((tmp_path / "run/checkpoints").glob("*4*"))
     assert run._lock.is_held
     run.close()
+
+
+@pytest.mark.parametrize("how", ["killed", "signalled"])
+def test_who_is_stopped_while_looking_loses_no_step_and_looks_again(how, tmp_path, monkeypatch):
+    """The checkpoint is written before the samples of its step, which may take longer than the steps themselves."""
+    config = Config(output=tmp_path / "run", steps=6, measure_every=2, checkpoint_every=2)
+    train(replace(config, output=tmp_path / "whole"))
+    log = Run.log
+
+    def stopped(run, **values):
+        if values["step"] == 4:
+            os.kill(os.getpid(), signal.SIGTERM)  # a first one is remembered
+            if how == "killed":
+                raise KeyboardInterrupt
+        log(run, **values)
+
+    monkeypatch.setattr(Run, "log", stopped)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        train(config)
+    assert Checkpoints(tmp_path / "run/checkpoints").steps() == [2, 4]
+    monkeypatch.setattr(Run, "log", log)
+    train(replace(config, resume=True))
+    assert seen(tmp_path / "run") == [0, 2, 4, 6]
+    for name in ("log.jsonl", "run.json"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_signal_before_the_looks_saves_at_once_and_leaves_them_for_later(tmp_path):
+    config = Config(output=tmp_path / "run", steps=6, measure_every=2, checkpoint_every=6)
+
+    def stop(step, model):
+        if step.number == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(SystemExit):
+        train(config, after=stop)
+    assert seen(tmp_path / "run") == [0, 2]
+    train(replace(config, resume=True))
+    assert seen(tmp_path / "run") == [0, 2, 4, 6]
+
+
+def test_what_is_drawn_again_after_going_further_back_counts_as_not_drawn(tmp_path, monkeypatch):
+    config = Config(output=tmp_path / "run", steps=8, measure_every=4, checkpoint_every=3)
+    log, kills = Run.log, []
+
+    def killed(run, **values):
+        if values["step"] == 4 and kills.append(0) is None and len(kills) == 2:
+            raise KeyboardInterrupt
+        log(run, **values)
+
+    def stop(step, model):
+        if step.number == 4 and len(kills) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "log", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, after=stop)  # after what was seen at step 4
+    with pytest.raises(KeyboardInterrupt):
+        train(replace(config, resume=True, checkpoint_every=1))  # from step 3, killed while it looks at step 4
+    train(replace(config, resume=True))
+    assert seen(tmp_path / "run") == [0, 4, 8]

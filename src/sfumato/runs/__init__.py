@@ -48,6 +48,8 @@ if TYPE_CHECKING:
 __all__ = ["Run", "Step"]
 
 
+_LOOKED = "looked"
+"""The fact that names the last step whose samples and measurements are done."""
 _not_begun: weakref.WeakSet[Run] = weakref.WeakSet()
 
 
@@ -243,25 +245,28 @@ class Run:
             raise
 
     def _steps(self, count: int) -> Iterator[Step]:
+        behind = self._resumed_from is not None and self._is_behind(self._resumed_from)
         if self._resumed_from is not None:
-            # What was seen at step 0 is looked at anew before the first step.
-            self._restore(self._resumed_from, seen=self._resumed_from or -1)
+            self._restore(self._resumed_from, seen=self._resumed_from - behind)
         if self.is_main:
             self._or_stop(self._check_space)
         self.begin()
         with self._progress.begin(self.step, count), Stop(quiet=not self.is_main) as stop:
-            if self.step == 0:
-                self._look(0, count)
-                self._checkpoint(0, count)
+            if self.step == 0 or behind:
+                self._look(self.step, count)
+                self._checkpoint(self.step, count)
             while self.step < count and not self._ends:
                 step = Step(self.step, self.rate_factor, self)
                 yield step
                 if not self._health.broken:
                     self.step += 1
                     self._progress.step()
-                    self._look(self.step, count)
                     stopped = self._agreed(stop.signal)
+                    # Before the looks, which may take longer than many steps: who is killed in them loses none.
                     self._checkpoint(self.step, count, due=stopped is not None or self._ends)
+                    if stopped is None and not self._health.broken and self._look(self.step, count):
+                        stopped = self._agreed(stop.signal)
+                        self._checkpoint(self.step, count, due=stopped is not None or self._ends)
                     if stopped is not None:
                         self._say_goodbye(self.step, count)
                         raise SystemExit(128 + stopped)
@@ -272,10 +277,16 @@ class Run:
         """Let the loop end before its next step, with a checkpoint of the last; all processes call it, or none."""
         self._ends = True
 
-    def _look(self, step: int, count: int) -> None:
-        for every, look in self._looks:
-            if step % every and step != count:
-                continue
+    def _is_behind(self, step: int) -> bool:
+        """Whether the looks at the checkpoint's step are still to come: always at 0, of which there may be none yet,
+        and where the run was stopped or killed between the two."""
+        looked = self._facts.get(_LOOKED, "")
+        return step == 0 or (looked.isdecimal() and int(looked) < step)
+
+    def _look(self, step: int, count: int) -> bool:
+        """Whether there was anything to look at."""
+        looks = [look for every, look in self._looks if step % every == 0 or step == count]
+        for look in looks:
             try:
                 look(step)
             except (OSError, SfumatoError, torch.OutOfMemoryError) as error:
@@ -286,6 +297,15 @@ class Run:
                 if step == 0:  # nothing is lost yet, and it would go on like this
                     raise RunError(f"the first samples or measurements failed: {reason}") from None
                 self.say(f"step {step}: no sample or measurement: {reason}. The training goes on.")
+        if looks:
+            self._note_looked(step)
+        return bool(looks)
+
+    def _note_looked(self, step: int) -> None:
+        self._facts[_LOOKED] = str(step)
+        if self.is_main:
+            with suppress(OSError):  # a full disk: at worst a run that goes on looks twice
+                identity.write_facts(self.folder, self._facts)
 
     def _agreed(self, signalled: int | None) -> int | None:
         """The signal that any process got: all of them stop after the same step."""
@@ -344,7 +364,7 @@ class Run:
             self.say(f"{error}.{whole}{'' if due else ' The training goes on.'}")
 
     def _restore(self, step: int, *, seen: int) -> None:
-        """Go on from this checkpoint. seen: the step up to which log and samples stay."""
+        """Go on from this checkpoint. seen: the step up to which what was looked at stays."""
         saved = self._checkpoints.load(step)
         lacking = self._kept.keys() ^ saved["kept"].keys()
         if lacking:
@@ -365,8 +385,9 @@ class Run:
         self._wait()
         if self.is_main:
             self._checkpoints.drop_after(step)
-            self._or_stop(lambda: self.log_file.cut(seen))
+            self._or_stop(lambda: self.log_file.cut(step, seen=seen))
             self._or_stop(lambda: forget_samples(self.folder, seen))
+        self._note_looked(max(seen, 0))
 
     def _say_goodbye(self, number: int, count: int) -> None:
         if self._saved_at == number or not self.is_main:

@@ -17,6 +17,8 @@ from sfumato.errors import RunError
 from sfumato.files.atomic import write_text
 
 _FLUSH_EVERY = 10
+_OF_THE_LOOP = {"loss", "skipped", "went_back_from"}
+"""What no measurement has."""
 
 
 class Log:
@@ -87,9 +89,11 @@ class Log:
                 found.append(row)
         return [*found, *self._pending]
 
-    def cut(self, step: int) -> None:
-        """Forget the rows after `step`, which will be written again."""
+    def cut(self, step: int, *, seen: int | None = None) -> None:
+        """Forget the rows after `step`, and measurements after `seen`, which will be written again."""
         kept = [row for row in self.rows() if row.get("step", 0) <= step]
+        if seen is not None:
+            kept = [row for row in kept if row.get("step", 0) <= seen or row.keys() & _OF_THE_LOOP]
         self._pending = []
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
 
