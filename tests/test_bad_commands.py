@@ -132,6 +132,8 @@ WRONG_USE = [
     ("train pretrain", ["--batch", "0", "--output", "run"], "--batch"),
     ("train pretrain", ["--flip-share", "2", "--output", "run"], "--flip-share"),
     ("train pretrain", ["--fall-at", "-2", "--output", "run"], "--fall-at"),
+    ("train pretrain", ["--fall-at", "20", "--steps", "9", "--output", "run"], "9 steps; give a --fall-at of at most"),
+    ("train lora", train("--images", ""), "--images is empty"),
     ("train nothing", [], "nothing"),
     ("train", ["loar"], "lora"),
     ("nothing", [], "nothing"),

@@ -163,3 +163,16 @@ def test_what_is_wrong_is_said_where_it_stands(tmp_path, text, argv, said):
     with pytest.raises(ConfigError) as error:
         read(str(file), *argv)
     assert said.format(file=file) in str(error.value)
+
+
+@pytest.mark.parametrize("argv", [["--images", ""], ["--images="], ["--rank", "3", "--images", ""], [""]])
+def test_a_path_of_no_letters_is_not_the_present_folder(argv):
+    with pytest.raises(ConfigError, match=r"--images is empty; wanted a path, where \. is the present folder"):
+        read(*argv)
+
+
+def test_a_path_of_no_letters_in_a_file_neither(tmp_path):
+    (tmp_path / "c.toml").write_text('images = ""\n')
+    with pytest.raises(ConfigError, match=r"c\.toml: images is empty"):
+        read(str(tmp_path / "c.toml"))
+    assert read("--images", ".", "--prompts", "").prompts == ("",)

@@ -46,6 +46,7 @@ def parse(config_type: type[Config], argv: Sequence[str], *, program: str, first
     )
 
     _refuse_fractions(config_type, rest, called)
+    _refuse_empty_paths(config_type, rest, called)
 
     def entry(config: Any) -> Any:
         return config
@@ -75,7 +76,7 @@ def parse(config_type: type[Config], argv: Sequence[str], *, program: str, first
 
 def _refuse_fractions(config_type: type[DataclassInstance], words: Sequence[str], called: str) -> None:
     """Whole numbers with a fraction are an error: the parser would round `--steps 1.5` and say nothing."""
-    whole = {f"--{name.replace('_', '-')}" for name in _whole_numbers(config_type)}
+    whole = {f"--{name.replace('_', '-')}" for name in _fields_of(config_type, int)}
     for place, word in enumerate(words):
         option, equals, value = word.partition("=")
         if option.replace("_", "-") in whole:
@@ -84,15 +85,26 @@ def _refuse_fractions(config_type: type[DataclassInstance], words: Sequence[str]
                 raise ConfigError(f"{option} {value}: wanted a whole number. See {called} --help.")
 
 
-def _whole_numbers(config_type: type[DataclassInstance]) -> set[str]:
-    """The fields that are whole numbers, set or unset, one or several."""
+def _refuse_empty_paths(config_type: type[DataclassInstance], words: Sequence[str], called: str) -> None:
+    """A path of no letters is an error, such as `--images "$UNSET"`: it would be the present folder."""
+    paths = {f"--{name.replace('_', '-')}" for name in _fields_of(config_type, Path)}
+    first = f"--{dataclasses.fields(config_type)[0].name.replace('_', '-')}"  # also given without its name
+    words = [first, *words] if words[:1] == [""] else words
+    for place, word in enumerate(words):
+        option, equals, value = word.partition("=")
+        if option.replace("_", "-") in paths and not value and (equals or words[place + 1 : place + 2] == [""]):
+            raise ConfigError(f"{option} is empty; wanted a path, where . is the present folder. See {called} --help.")
+
+
+def _fields_of(config_type: type[DataclassInstance], kind: type) -> set[str]:
+    """The fields that are of this kind, set or unset, one or several."""
     hints = typing.get_type_hints(config_type)
-    return {field.name for field in dataclasses.fields(config_type) if _is_whole(hints[field.name])}
+    return {field.name for field in dataclasses.fields(config_type) if _is_of(hints[field.name], kind)}
 
 
-def _is_whole(hint: Any) -> bool:
-    inner = [kind for kind in typing.get_args(hint) if kind not in (type(None), ...)]
-    return hint is int or (bool(inner) and all(_is_whole(kind) for kind in inner))
+def _is_of(hint: Any, kind: type) -> bool:
+    inner = [each for each in typing.get_args(hint) if each not in (type(None), ...)]
+    return hint is kind or (bool(inner) and all(_is_of(each, kind) for each in inner))
 
 
 def _has_default(field: dataclasses.Field[Any]) -> bool:
@@ -130,10 +142,14 @@ def _read(config_type: type[DataclassInstance], path: Path) -> dict[str, Any]:
             near = difflib.get_close_matches(key.replace("-", "_"), known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}."
             raise ConfigError(f"{path}: unknown key {key!r}; {hint}")
-    for name in _whole_numbers(config_type):
+    for name in _fields_of(config_type, int):
         given = values.get(name, values.get(name.replace("_", "-")))
         if any(isinstance(number, float) for number in (given if isinstance(given, list) else [given])):
             raise ConfigError(f"{path}: {name} is {given}; wanted a whole number.")
+    for name in _fields_of(config_type, Path):
+        given = values.get(name, values.get(name.replace("_", "-")))
+        if "" in (given if isinstance(given, list) else [given]):
+            raise ConfigError(f"{path}: {name} is empty; wanted a path, where . is the present folder.")
     return {key.replace("_", "-"): value for key, value in values.items()}
 
 
