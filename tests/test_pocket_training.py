@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
+from safetensors.torch import save_file
 from torch.testing import assert_close
 
 from bench.distances import paired_kernel_distance
@@ -19,7 +21,8 @@ from bench.pocket_data import withheld_cells as choose_cells
 from sfumato import load_base
 from sfumato.data.latents import to_floats
 from sfumato.diffusion import crossing_noise, noise_latents, target
-from sfumato.errors import BaseModelError, ConfigError, DataError
+from sfumato.errors import BaseModelError, ConfigError, DataError, RunError
+from sfumato.files import read_tensors
 from sfumato.muon import Muon, orthogonal
 from sfumato.pocket.captions import caption, other_caption
 from sfumato.pocket.hands import by_hands, hand_name
@@ -333,6 +336,21 @@ def test_a_share_of_the_first_weights_stays(data, tmp_path):
     assert not torch.equal(mixed["decoder.conv_in.weight"], learned["decoder.conv_in.weight"])
     with pytest.raises(ConfigError, match="--init-share keeps weights of a base's VAE"):
         train(Config(init_share=0.5, output=tmp_path / "on"))
+
+
+def test_a_share_of_other_first_weights_is_another_training(data, pocket_folder, tmp_path):
+    settings = {"steps": 1, "batch": 2, "sample_every": 0, "device": "cpu", "precision": "fp32", "warmup_steps": 0}
+    settings |= {"init_share": 0.25, "data": data, "output": tmp_path / "on", "checkpoint_every": 1}
+    shutil.copytree(pocket_folder, tmp_path / "base")
+    made = train(Config(init=str(tmp_path / "base"), **settings))
+    weights = AutoencoderKL.from_pretrained(made).state_dict()
+    (tmp_path / "base").rename(tmp_path / "moved")  # which changes nothing
+    again = train(Config(init=str(tmp_path / "moved"), resume=True, **settings))
+    assert_close(AutoencoderKL.from_pretrained(again).state_dict(), weights, rtol=0, atol=0)
+    file = next((tmp_path / "moved/vae").glob("*.safetensors"))
+    save_file({name: tensor + 0.5 for name, tensor in read_tensors(file).items()}, file, {"format": "pt"})
+    with pytest.raises(RunError, match="with other things than these: init "):
+        train(Config(init=str(tmp_path / "moved"), resume=True, **settings))
 
 
 def test_only_a_vae_with_a_base_has_a_decoder_to_go_on_with(data, tmp_path):

@@ -235,8 +235,11 @@ def train_vae(config: Config, precision: Precision) -> Path:
     pictures = named.and_others(read_others(config.data))
     run = Run.start(config, program="pretrain", writes=["model"])
     run.say(precision.table())
+    facts = {"data": pictures.fingerprint(), "init": "none"}
     if config.init:
-        vae = load_base(config.init, precision=decide("fp32", device=config.device)).vae.requires_grad_(True)
+        base = load_base(config.init, precision=decide("fp32", device=config.device))
+        facts["init"] = base.fingerprint()  # --init-share reads it anew where a run goes on
+        vae = base.vae.requires_grad_(True)
     else:
         with first_weights(config.seed):
             vae = build_vae()
@@ -248,7 +251,7 @@ def train_vae(config: Config, precision: Precision) -> Path:
     trained = Trained({"vae": vae}, config, precision.device)
     first = [weight.detach().clone() for weight in trained.parameters]
     run.keep(**trained.parts())
-    run.identify(data=pictures.fingerprint())
+    run.identify(**facts)
     run.every(config.sample_every, lambda step: _reconstruct(trained, named, run, step))
     for step in run.steps(config.steps):
         trained.set_rate(step.number, step.rate_factor)
@@ -484,7 +487,10 @@ def check(config: Config) -> None:
         if value is not None and not 0 <= value < float("inf"):
             raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must not be negative.")
     if config.fall_at is not None and config.fall_at > config.steps:
-        raise ConfigError(f"--fall-at {config.fall_at}: the run has {config.steps} steps; let the rate fall before.")
+        raise ConfigError(
+            f"--fall-at {config.fall_at}: the run has {config.steps} steps; give a --fall-at of at most that, too, "
+            f"such as {config.steps // 3}."
+        )
     if config.warmup_steps is not None and config.warmup_steps > config.steps:
         raise ConfigError(f"--warmup-steps {config.warmup_steps}: the run has {config.steps} steps; make it shorter.")
     if config.stage != "unet":

@@ -27,6 +27,7 @@ BY_CONTENT: Mapping[str, tuple[str, ...]] = {
     "base": ("base",),
     "vae": ("base", "vae"),
     "init_from": ("init",),
+    "init": ("init",),
 }
 """Fields that name what lies elsewhere, and the facts that tell its content: what was moved is the same."""
 
