@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from sfumato.card import push, write_card
+from sfumato.embedding_card import add_words_section
 from sfumato.errors import ConfigError
 from sfumato.files import Description
 from sfumato.model_card import write_model_card
@@ -72,6 +73,18 @@ def test_the_line_to_draw_with_has_what_the_base_was_loaded_with(tmp_path):
     about = replace(ABOUT, config={"rank": 16, "clip_skip": 1, "prediction_type": "epsilon", "vae": None})
     text = write_card(tmp_path, tmp_path / "line.safetensors", about, [], []).read_text(encoding="utf-8")
     assert "--base some/base --prediction-type epsilon --clip-skip 1 --lora line.safetensors:1.0`" in text
+    assert "image = pipe('zwx', clip_skip=1).images[0]" in text
+
+
+def test_every_card_tells_diffusers_of_the_layers_that_were_skipped(tmp_path, card):
+    about = replace(ABOUT, config={"clip_skip": 2})
+    word = {"<x>": tmp_path / "x.safetensors"}
+    add_words_section(card, word, about, inside=None)
+    add_words_section(card, word, about, inside=tmp_path / "line.safetensors")
+    assert card.read_text(encoding="utf-8").count('pipe("a <x>", clip_skip=2)') == 3
+    (tmp_path / "whole").mkdir()
+    whole = write_model_card(tmp_path / "whole", tmp_path / "whole/model", about, [], [])
+    assert ", clip_skip=2).images[0]" in whole.read_text(encoding="utf-8")
 
 
 def test_every_picture_of_the_card_is_there(card):

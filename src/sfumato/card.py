@@ -133,8 +133,14 @@ def _with_diffusers(about: Description, adapter: Path, words: Sequence[str], exa
         loading.append("# and the words, as told below")
     else:
         loading += [f'pipe.load_textual_inversion("{name}")' for name in words]
-    code = "\n".join([*loading, f"image = pipe({example!r}).images[0]"])
+    code = "\n".join([*loading, f"image = pipe({example!r}{skipping(about)}).images[0]"])
     return f"With [diffusers](https://github.com/huggingface/diffusers):\n\n```python\n{code}\n```\n\n"
+
+
+def skipping(about: Description) -> str:
+    """What diffusers must be told of the layers of the text encoder that were skipped while it was learned."""
+    skipped = (about.config or {}).get("clip_skip")
+    return f", clip_skip={skipped}" if skipped else ""
 
 
 def instance_prompt(about: Description) -> str | None:

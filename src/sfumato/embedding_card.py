@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sfumato.card import before_after_sheet, opening, training_table
+from sfumato.card import before_after_sheet, opening, skipping, training_table
 from sfumato.files.atomic import write_text
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def write_embedding_card(
 {before_after_sheet(folder, prompts, rows)}
 ## Use
 
-{_use(files, about.family)}
+{_use(files, about)}
 ## What was learned
 
 The base's own words nearest to each vector, by cosine:
@@ -53,7 +53,7 @@ The base's own words nearest to each vector, by cosine:
     return path
 
 
-def add_words_section(card: Path, files: Mapping[str, Path], family: str, *, inside: Path | None) -> None:
+def add_words_section(card: Path, files: Mapping[str, Path], about: Description, *, inside: Path | None) -> None:
     """Say in an adapter's card which new words belong to it, and how they are used. inside: the adapter's file, if they
     are bundled with it."""
     listed = "\n".join(f"- `{token}`" + ("" if inside else f" in `{path.name}`") for token, path in files.items())
@@ -65,18 +65,19 @@ def add_words_section(card: Path, files: Mapping[str, Path], family: str, *, ins
             "from sfumato import Adapter, compose, embedding\n\n"
             f'mix = compose(pipe, Adapter("{inside.name}"))\n'
             "with embedding.bundled(pipe, mix.embeddings):\n"
-            f'    image = pipe("a {next(iter(files))}").images[0]\n'
+            f'    image = pipe("a {next(iter(files))}"{skipping(about)}).images[0]\n'
             "```\n"
         )
     else:
-        use = _use(files, family)
+        use = _use(files, about)
     text = card.read_text(encoding="utf-8")
     write_text(card, f"{text}\n## New words\n\nLearned together with the adapter:\n\n{listed}\n\n{use}")
 
 
-def _use(files: Mapping[str, Path], family: str) -> str:
+def _use(files: Mapping[str, Path], about: Description) -> str:
     token, path = next(iter(files.items()))
-    if family == "sdxl":
+    drawn = f'image = pipe("a {token}"{skipping(about)}).images[0]'
+    if about.family == "sdxl":
         code = f"""from safetensors.torch import load_file
 
 vectors = load_file("{path.name}")
@@ -92,7 +93,7 @@ pipe.load_textual_inversion(
 
 ```python
 {code}
-image = pipe("a {token}").images[0]
+{drawn}
 ```
 
 With sfumato, on a pipeline or on its own base, and out again without a trace:
@@ -101,7 +102,7 @@ With sfumato, on a pipeline or on its own base, and out again without a trace:
 from sfumato import embedding
 
 with embedding.load(pipe, "{path.name}"):
-    image = pipe("a {token}").images[0]
+    {drawn}
 ```
 
 In ComfyUI, AUTOMATIC1111, Forge and InvokeAI the file's name is the word: `{path.stem}`.

@@ -6,7 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sfumato.card import before_after_sheet, example_of, generate_line, opening, training_table, trigger_words
+from sfumato.card import (
+    before_after_sheet,
+    example_of,
+    generate_line,
+    opening,
+    skipping,
+    training_table,
+    trigger_words,
+)
 from sfumato.files.atomic import write_text
 
 if TYPE_CHECKING:
@@ -65,7 +73,7 @@ def _use_folder(made: Path, example: str, about: Description) -> str:
 
 ```python
 {before}pipe = DiffusionPipeline.from_pretrained("{made.name}"{dtype})
-image = pipe({example!r}).images[0]
+image = pipe({example!r}{skipping(about)}).images[0]
 ```
 
 With sfumato: `{generate_line(example, made.name, about, "clip_skip")}`
