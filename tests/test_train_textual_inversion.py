@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from sfumato import cli, data, diffusion, embedding, randomness
 from sfumato.bases import load_base
 from sfumato.drawing import draw
-from sfumato.files import read_adapter, read_embedding, read_header, read_tensors
+from sfumato.files import read_adapter, read_embedding, read_header, read_lora, read_tensors
 from sfumato.precision import decide
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -310,6 +310,26 @@ def test_in_turn_the_words_are_those_of_textual_inversion(pivotal, train):
     assert [row["loss"] for row in rows(word)][:2] == [row["loss"] for row in rows(alone)]
     ups = [tensor for key, tensor in read_tensors(adapter).items() if key.endswith("lora_up.weight")]
     assert all(up.abs().sum() > 0 for up in ups)
+
+
+def test_a_bundle_goes_on_with_its_words(pivotal, capsys):
+    first, _ = pivotal("first", "--bundle")
+    still = ("--init-from", str(first), "--steps", "1", "--learning-rate", "1e-12", "--word-learning-rate", "1e-12")
+    second, word = pivotal("second", *still)
+    before = read_adapter(first)
+    assert_close(read_tensors(word)["<x>"], before.embeddings["<x>"]["text_encoder"], rtol=1e-5, atol=1e-6)
+    found = read_lora(second).modules
+    for target, module in read_lora(first, words=True).modules.items():
+        assert_close(found[target].delta(), module.delta(), rtol=1e-4, atol=1e-6)
+    capsys.readouterr()
+    pivotal("more", *still, "--word-vectors", "3", code=2)
+    assert "first.safetensors: <x> has 2 vectors of width" in capsys.readouterr().err
+    pivotal("words", *still, "--initial-words", "red", code=2)
+    assert "--initial-words: <x> starts from its vectors in first.safetensors" in capsys.readouterr().err
+    pivotal("other", *still, "--train-words", "<y>", "--caption", "a {caption}, <y>")
+    assert "first.safetensors: its word <x> is left behind; learn on with it by --train-words '<x>'" in (
+        capsys.readouterr().err
+    )
 
 
 def test_together_both_learn_from_the_first_step(pivotal, train):

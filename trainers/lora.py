@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,7 +91,8 @@ class Config(TrainerOptions):
     in part, and ask for the picture: an adapter meets such drawings where it draws what it was not shown. It helps a
     style. The base draws each picture once before."""
     init_from: Path | None = None
-    """Start from this adapter instead of from nothing; same targets and rank."""
+    """Start from this adapter instead of from nothing; same targets and rank. New words in its file that --train-words
+    names start from there, too."""
     adapter_guidance: float = 0.0
     """How often the adapter's change of the U-Net counts when it is drawn with: samples are drawn so, and its file asks
     for it, see sfumato generate --adapter-guidance. A style gains by 2; 0 suits a subject."""
@@ -158,7 +160,9 @@ def train(config: Config) -> Path:
     )
     facts = {"data": dataset.fingerprint, "class": class_set.fingerprint if class_set else "none"}
     if config.init_from and config.init_from.exists():  # a run that goes on has its weights from a checkpoint
-        facts["init"] = start_from(lora, config.init_from)
+        facts["init"], left = start_from(lora, words, config)
+        for line in left:
+            run.say(line)
     run.identify(**facts, base=base.fingerprint())
     beside = f"{len(class_set)} of the class, " if class_set else ""
     run.say(f"{len(dataset)} pictures, {beside}{len(lora.layers)} adapted layers, {lora.count():,} trained numbers")
@@ -381,14 +385,31 @@ def crossing_of(config: Config, base: Base, dataset: Dataset, processes: Process
         return Crossing(base, dataset, config.seed, config.crossed_share, shown=processes.is_main)
 
 
-def start_from(lora: Lora, path: Path) -> str:
-    """Copy another adapter's values into this one; returns a fingerprint of what it changes."""
+def start_from(lora: Lora, words: Words | None, config: Config) -> tuple[str, list[str]]:
+    """Copy the values of --init-from into this adapter, and those of its words into ours of the same spelling.
+
+    Returns a fingerprint of what was copied, and a line on each word that is not learned here.
+    """
     from sfumato.files import read_lora
     from sfumato.files.fingerprint import fingerprint
 
-    modules = {key: module.plain() for key, module in read_lora(path).modules.items()}  # without a Tucker core
-    lora.load({key: (m.down, m.up, m.alpha) for key, m in modules.items()}, path.name)
-    return hashlib.sha256(fingerprint(modules).encode()).hexdigest()
+    assert config.init_from is not None
+    name, file = config.init_from.name, read_lora(config.init_from, words=True)
+    modules = {key: module.plain() for key, module in file.modules.items()}  # without a Tucker core
+    lora.load({key: (m.down, m.up, m.alpha) for key, m in modules.items()}, name)
+    digest = hashlib.sha256(fingerprint(modules).encode())
+    for token, parts in file.embeddings.items():
+        if words is None or token not in words.tokens:
+            continue
+        if config.initial_words:
+            raise ConfigError(f"--initial-words: {token} starts from its vectors in {name}; leave them out.")
+        words.copy_from(token, parts, name)
+        digest.update(b"".join(rows.float().numpy().tobytes() for rows in parts.values()))
+    left = file.embeddings.keys() - config.train_words
+    return digest.hexdigest(), [
+        f"{name}: its word {token} is left behind; learn on with it by --train-words {shlex.quote(token)}"
+        for token in sorted(left)
+    ]
 
 
 def save(
@@ -409,7 +430,7 @@ def save(
     finish(run, path, description, samples, kind="lora", push=None)
     paths = [path]
     if words:
-        paths += save_words(path, path.with_name("README.md"), words, base, config, description, run)
+        paths += save_words(path, path.with_name("README.md"), words, config, description, run)
     upload(run, paths, config.push_to_hub)
 
 
@@ -452,9 +473,7 @@ def write_words(path: Path, words: Words, config: Config, description: Descripti
     return paths
 
 
-def save_words(
-    path: Path, card: Path, words: Words, base: Base, config: Config, description: Description, run: Run
-) -> list[Path]:
+def save_words(path: Path, card: Path, words: Words, config: Config, description: Description, run: Run) -> list[Path]:
     """`write_words`, a line on each, and a section of the card; returns the new files."""
     from sfumato.embedding_card import add_words_section
 
@@ -462,7 +481,7 @@ def save_words(
     if not config.bundle:
         for token, file in paths.items():
             run.say(f"word     {token}  {file}")
-    add_words_section(card, paths, base.family.name, inside=path if config.bundle else None)
+    add_words_section(card, paths, description, inside=path if config.bundle else None)
     run.say("nearest of the base's words, by cosine:\n" + "\n".join(words.report()))
     return [] if config.bundle else list(paths.values())
 

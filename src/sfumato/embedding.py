@@ -173,6 +173,21 @@ class Words(nn.Module):
                 found[token][part] = piece
         return found
 
+    @torch.no_grad()
+    def copy_from(self, token: str, parts: Mapping[str, Tensor], name: str) -> None:
+        """Take a word's vectors from those of a file of this name. Raises AdapterError where they do not fit."""
+        held = self.vectors()
+        theirs, ours = ({part: tuple(rows.shape) for part, rows in each.items()} for each in (parts, held[token]))
+        if theirs != ours:
+            (count, width), (wanted, own) = next(iter(theirs.values())), next(iter(ours.values()))
+            raise AdapterError(
+                f"{name}: {token} has {count} vectors of width {width}, this run learns {wanted} of width {own}. Give "
+                "its own --word-vectors, and its own base."
+            )
+        held[token] = dict(parts)
+        for rows, part in zip(self.rows, PARTS, strict=False):
+            rows.copy_(torch.cat([each[part].to(rows) for each in held.values()]))
+
     def settle_gradients(self) -> None:
         """Zeros where no caption held a word: processes that met other captions sum the same tensors."""
         for rows in self.rows:

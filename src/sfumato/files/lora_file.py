@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
 from sfumato.errors import AdapterError
 from sfumato.files.adapter_file import read_adapter
 from sfumato.files.changes.lora import LoraModule
+from sfumato.files.embedding_file import Vectors
 from sfumato.files.kohya import Target
 
 __all__ = ["LoraFile", "LoraModule", "read_lora"]
@@ -22,6 +23,7 @@ class LoraFile:
 
     family: "sd1", "sd2", "sdxl", "pocket" or None where neither shapes nor metadata tell. text_width: the input width
     of the cross-attention's keys, None without such modules. skipped: keys left out because `partial` allowed it.
+    embeddings: new words bundled with it, as `AdapterFile` has them, where they were allowed.
     """
 
     path: Path
@@ -31,14 +33,15 @@ class LoraFile:
     text_width: int | None
     spellings: tuple[str, ...]
     skipped: tuple[str, ...] = ()
+    embeddings: Vectors = field(default_factory=lambda: MappingProxyType({}))
 
 
-def read_lora(path: str | os.PathLike[str], *, partial: bool = False) -> LoraFile:
+def read_lora(path: str | os.PathLike[str], *, partial: bool = False, words: bool = False) -> LoraFile:
     """The adapter at `path` if it is a LoRA throughout, for what goes on with its factors: training, resizing.
 
     partial: leave out keys that are not understood and modules that lack a half, and list them in `skipped`; without
-    it they are errors. Raises FileError for a broken file and AdapterError for one that is no LoRA or not a whole one;
-    `read_adapter` reads every kind.
+    it they are errors. words: take a file with new words in it, too. Raises FileError for a broken file and
+    AdapterError for one that is no LoRA or not a whole one; `read_adapter` reads every kind.
     """
     file = read_adapter(path, partial=partial)
     modules = {target: change for target, change in file.changes.items() if isinstance(change, LoraModule)}
@@ -49,7 +52,7 @@ def read_lora(path: str | os.PathLike[str], *, partial: bool = False) -> LoraFil
             f"{file.path.name}: the file holds {counts} of {total}; wanted a LoRA. Convert it to a LoRA."
         )
     biased = sum(module.bias_delta is not None for module in modules.values())
-    if biased or file.embeddings:
+    if biased or (file.embeddings and not words):
         extra = f"{biased} changes of a bias" if biased else f"the vectors of {len(file.embeddings)} tokens"
         raise AdapterError(f"{file.path.name}: the file holds {extra} as well; wanted a LoRA alone. Take another file.")
     return LoraFile(
@@ -60,4 +63,5 @@ def read_lora(path: str | os.PathLike[str], *, partial: bool = False) -> LoraFil
         file.text_width,
         file.spellings,
         file.skipped,
+        file.embeddings,
     )
