@@ -220,6 +220,12 @@ def test_a_phrase_takes_no_place_within_another_word():
     assert captions == ["a <x> on a string", "a <x>."]
 
 
+def test_a_word_for_caption_leaves_the_place_of_the_caption_in_the_template():
+    folder = Folder((Example(Path("a.png"), "a caption of it", template="{caption}, caption of it"),))
+    (example,) = put_into_captions(folder, ["<x>"], ["caption"])
+    assert (example.caption, example.template) == ("a <x> of it", "{caption}, <x> of it")
+
+
 @pytest.mark.parametrize(
     ("token", "text", "held"),
     [

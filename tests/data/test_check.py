@@ -562,6 +562,20 @@ def test_what_training_refuses_stops_it_in_the_report(toml, what, tmp_path):
     assert not any("learned whole" in line.text for line in report.lines)
 
 
+def test_who_has_no_masks_of_the_class_is_told_how_it_is_learned_whole(tmp_path):
+    for name in ("dogs", "class"):
+        (tmp_path / name).mkdir()
+        noise_picture().save(tmp_path / name / "a.png")
+        (tmp_path / name / "a.txt").write_text("a dog")
+    noise_picture().convert("L").save(tmp_path / "dogs/a.mask.png")
+    text = '[[source]]\npath = "dogs"\n[[source]]\npath = "class"\nclass = true\n'
+    (tmp_path / "d.toml").write_text(text)
+    with pytest.raises(DataError, match=r'class: no masks in it\..*write mask = "none" in its source'):
+        read_folder(tmp_path / "d.toml", mask="files")
+    (tmp_path / "d.toml").write_text(f'{text}mask = "none"\n')
+    assert [example.mask is None for example in read_folder(tmp_path / "d.toml", mask="files")] == [False, True]
+
+
 @pytest.mark.parametrize("place", [".", "inside", "..", "full"])
 def test_nothing_is_mended_over_or_into_the_originals(messy, tmp_path, place):
     (tmp_path / "full").mkdir()

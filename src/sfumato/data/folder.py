@@ -137,7 +137,10 @@ def no_pictures(path: Path, ignored: Sequence[Ignored]) -> DataError:
 
 def no_masks(path: Path) -> DataError:
     """What to say of a folder without masks where they were asked for."""
-    return DataError(f"{path}: no masks in it. Put NAME.mask.png beside NAME.png, or masks/NAME.png.")
+    return DataError(
+        f"{path}: no masks in it. Put NAME.mask.png beside NAME.png, or masks/NAME.png; to learn its pictures whole, "
+        'write mask = "none" in its source of a dataset.toml.'
+    )
 
 
 def no_subject(path: Path) -> DataError:

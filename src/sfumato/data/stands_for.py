@@ -19,10 +19,11 @@ def put_into_captions(folder: Folder, placeholders: Sequence[str], stands_for: S
     """
     names = dict(zip(stands_for, placeholders, strict=False))
     # Longest first, and all at once: of "sks otter" and "otter" each takes its own place.
-    phrases = re.compile("|".join(map(_whole, sorted(names, key=len, reverse=True))))
+    # "{caption}" is what a template is filled at, also where a word stands for "caption".
+    phrases = re.compile("|".join([r"\{caption\}", *map(_whole, sorted(names, key=len, reverse=True))]))
 
     def renamed(caption: str) -> str:
-        return phrases.sub(lambda found: names[found[0]], caption) if names else caption
+        return phrases.sub(lambda found: names.get(found[0], found[0]), caption)
 
     def with_words(example: Example) -> Example:
         if example.group == "class":

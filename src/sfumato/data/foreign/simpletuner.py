@@ -81,7 +81,10 @@ def sources(values: Any, folder: Path, notes: list[str]) -> Sources | None:
     if not isinstance(values, list) or not any(isinstance(each, dict) and "id" in each for each in values):
         return None
     backends = [entry for own in tables(values, "the list") for entry in _backend(own, folder, notes)]
-    return whole(backends, "SimpleTuner", notes)
+    found = whole(backends, "SimpleTuner", notes)
+    if found:
+        notes.append("caption_dropout_probability is not in this file but in config.json: --caption-dropout")
+    return found
 
 
 def _backend(said: Mapping[str, Any], folder: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
