@@ -576,6 +576,27 @@ def test_who_has_no_masks_of_the_class_is_told_how_it_is_learned_whole(tmp_path)
     assert [example.mask is None for example in read_folder(tmp_path / "d.toml", mask="files")] == [False, True]
 
 
+@pytest.mark.parametrize(
+    ("second", "found"),
+    [
+        ('caption = "a dog"', []),  # a folder with two prompts, as SimpleTuner has them
+        ('caption = "sks dog"', ["in several sources with the same caption: a.png, b.png"]),
+        ("class = true\ncaption = 'a dog'", ["the same picture: a.png, a.png", "the same picture: b.png, b.png"]),
+    ],
+)
+def test_a_file_that_several_sources_name_is_no_duplicate_of_itself(second, found, tmp_path):
+    (tmp_path / "dogs").mkdir()
+    for seed, name in enumerate("ab"):
+        noise_picture(seed=seed).save(tmp_path / f"dogs/{name}.png")
+    (tmp_path / "d.toml").write_text(
+        f'[[source]]\npath = "dogs"\ncaption = "sks dog"\n[[source]]\npath = "dogs"\n{second}\n'
+    )
+    report = check(tmp_path / "d.toml", needs_of("pocket"))
+    kinds = ("duplicate", "near duplicate", "named twice")
+    assert [line.text for line in report.lines if line.kind in kinds] == found
+    assert any(line.kind == "many duplicates" for line in report.lines) == ("class" in second)
+
+
 @pytest.mark.parametrize("place", [".", "inside", "..", "full"])
 def test_nothing_is_mended_over_or_into_the_originals(messy, tmp_path, place):
     (tmp_path / "full").mkdir()

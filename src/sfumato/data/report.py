@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -274,14 +275,23 @@ def _flaws(report: Report) -> Iterator[Line]:
 
 
 def _twice(report: Report) -> Iterator[Line]:
-    exact, near = duplicates(report.looks)
+    # Sources may give a folder several prompts; that its files are like themselves is no news.
+    files = [(os.path.abspath(example.path), example.group) for example in report.examples]
+    first: dict[tuple[str, str], int] = {}
+    for place, file in enumerate(files):
+        first.setdefault(file, place)
+    places = list(first.values())
+    exact, near = duplicates([report.looks[place] for place in places])
     for kind, groups, words in (("duplicate", exact, "the same picture"), ("near duplicate", near, "nearly the same")):
-        for places in groups:
-            names = [report.labels[place] for place in places]
+        for group in groups:
+            names = [report.labels[places[number]] for number in group]
             yield Line(kind, f"{words}: {', '.join(names[:6])}{' ...' if len(names) > 6 else ''}", tuple(names))
-    spare = sum(len(places) - 1 for places in [*exact, *near])
-    if spare > 0.3 * len(report.looks):
-        share = spare / len(report.looks)
+    captions = Counter((first[file], e.caption) for file, e in zip(files, report.examples, strict=True))
+    if again := tuple(dict.fromkeys(report.labels[place] for (place, _), count in captions.items() if count > 1)):
+        yield Line("named twice", f"in several sources with the same caption: {some(again, 4)}", again)
+    spare = sum(len(group) - 1 for group in [*exact, *near])
+    if spare > 0.3 * len(places):
+        share = spare / len(places)
         yield Line("many duplicates", f"{share:.0%} of the pictures repeat others; what they show is learned by heart")
 
 
