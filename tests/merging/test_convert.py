@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -11,8 +12,10 @@ from torch.testing import assert_close
 
 from sfumato.cli import guarded
 from sfumato.files.adapter_file import read_adapter
+from sfumato.files.changes import LoraModule
 from sfumato.files.header import read_header
 from sfumato.files.save import write_tensors
+from sfumato.files.write_dotted import write_peft
 from sfumato.files.write_embedding import add_words
 
 FORMS = {"kohya": "k.safetensors", "diffusers": "d.safetensors", "peft": "p"}
@@ -34,6 +37,41 @@ def test_any_form_into_any_other_is_the_same_adapter(family, adapter_file, tmp_p
         assert run(verify, out, "--against", paths["kohya"]) == 0
         assert run(verify, out) == 0
     assert capsys.readouterr().err.count("; exact") == 11
+
+
+@pytest.mark.parametrize(
+    ("layers", "to", "told", "read"),
+    [
+        (("q_proj", "v_proj"), "kohya", "refuses a file that changes no out_proj of text_encoder", 0),
+        (("q_proj", "v_proj"), "diffusers", None, 6),
+        (("q_proj", "fc1"), "kohya", "leaves out 3 of 6 modules of text_encoder, which changes no out_proj", 3),
+        (("q_proj", "fc1"), "diffusers", None, 6),
+        (("q_proj", "out_proj"), "kohya", None, 6),
+        (("fc1",), "kohya", None, 3),
+        (("fc1",), "diffusers", "refuses a file in its own grammar that changes no attention of text_encoder", 0),
+    ],
+)
+def test_what_diffusers_does_not_read_of_a_text_encoder_is_told(
+    layers, to, told, read, pocket_folder, tmp_path, capsys
+):
+    from diffusers import StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(pocket_folder)
+    modules = {
+        ("text_encoder", path): LoraModule(torch.ones(1, layer.in_features), torch.ones(layer.out_features, 1), 1.0)
+        for path, layer in pipe.text_encoder.named_modules()
+        if path.endswith(layers)
+    }
+    write_peft(tmp_path / "p", modules, family="pocket")
+    assert run(convert, tmp_path / "p", "--to", to, "-o", tmp_path / "c.safetensors", "--family", "pocket") == 0
+    line = (
+        f"c.safetensors: diffusers {told}; for diffusers, give --to {'kohya' if to == 'diffusers' else 'diffusers'}\n"
+    )
+    said = capsys.readouterr().err
+    assert line in said if told else "diffusers " not in said.replace("for diffusers;", "")
+    with nullcontext() if read else pytest.raises(ValueError, match="state dict type"):
+        pipe.load_lora_weights(str(tmp_path / "c.safetensors"))
+        assert sum(hasattr(layer, "lora_A") for layer in pipe.text_encoder.modules()) == read
 
 
 def test_a_converted_file_keeps_what_the_file_said(adapter_file, tmp_path):

@@ -58,6 +58,26 @@ def as_difference(source: Source, base: WeightOf) -> dict[Target, tuple[Tensor, 
     return found
 
 
+def unread_by_diffusers(modules: Mapping[Target, LoraModule], to: str) -> list[str]:
+    """What diffusers (0.42) does not read of these modules in the grammar `to`, one text a text encoder.
+
+    It tells the grammar of a text encoder by single layers: kohya's by out_proj or those of the MLP, and by the latter
+    it has no names for attention; its own by those of attention.
+    """
+    found = []
+    for part in sorted({part for part, _ in modules if part != "unet"}):
+        layers = [path.rpartition(".")[2] for own, path in modules if own == part]
+        attention = sum(layer in ("q_proj", "k_proj", "v_proj") for layer in layers)
+        if to == "diffusers" and not attention and "out_proj" not in layers:
+            found.append(f"refuses a file in its own grammar that changes no attention of {part}")
+        elif to == "kohya" and "out_proj" not in layers:
+            if not {"fc1", "fc2"} & {*layers}:
+                found.append(f"refuses a file that changes no out_proj of {part}")
+            elif attention:
+                found.append(f"leaves out {attention} of {len(layers)} modules of {part}, which changes no out_proj")
+    return found
+
+
 def write(
     to: str,
     path: Path,
