@@ -6,6 +6,7 @@ module by the file's most frequent one, so any other scale is folded into lora_u
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
 from collections.abc import Mapping
@@ -42,8 +43,8 @@ def write_lora(
 
     metadata: what `sfumato.files.metadata.describe` returns; rank, alpha, hashes and the fingerprint of the deltas are
     taken from the tensors here.
-    dtype: of down and up. fp32 by default because it is exact: another tool draws our very picture, where in fp16 an
-    update of an early step, B near zero, underflows. fp16 halves the file, which is worth it from SD 1.5 on.
+    dtype: of down and up. fp32 by default because it is exact: another tool draws our very picture. fp16 halves the
+    file, which is worth it from SD 1.5 on.
     words: new words bundled with it, as `write_embedding.add_words` takes them, in fp32.
     Raises AdapterError for modules that other tools have no name for, FileError for values the file cannot hold.
     """
@@ -64,7 +65,7 @@ def write_lora(
             raise AdapterError(f"{path.name}: two modules are both called {name} in the file; give each module once.")
         convolution = module.down.ndim == 4
         up = module.up.reshape(*module.up.shape[:2], *(1, 1)) if convolution else module.up.flatten(1)
-        for half, value in (("lora_down", module.down), ("lora_up", up)):
+        for half, value in zip(("lora_down", "lora_up"), within_reach(module.down, up, dtype), strict=True):
             tensors[f"{name}.{half}.weight"] = cast(value, dtype, f"{name}.{half}", path)
         # fp32 whatever the dtype: a half would round sqrt(rank) and the like.
         tensors[f"{name}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
@@ -132,6 +133,19 @@ def fitted(metadata: Mapping[str, str], modules: int) -> tuple[dict[str, str], l
         left_out.append(key)
         excess -= sizes[key]
     return kept, left_out
+
+
+def within_reach(down: Tensor, up: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The halves of an update, with a power of two moved from one to the other where fp16 would round one of them away.
+
+    B begins at zero: after a few steps its values may be 1e-6, of which fp16 has the first digit. The product stays.
+    """
+    sizes = [float(half.float().square().mean().sqrt()) for half in (down, up)]
+    tiny = torch.finfo(torch.float16).tiny
+    if dtype != torch.float16 or not (0 < min(sizes) < tiny and max(sizes) < math.inf):
+        return down, up
+    shift = 2.0 ** round(math.log2(sizes[0] / sizes[1]) / 2)
+    return down.float() / shift, up.float() * shift
 
 
 def cast(value: Tensor, dtype: torch.dtype, name: str, path: Path) -> Tensor:

@@ -23,7 +23,7 @@ from sfumato.files.fingerprint import KEY, fingerprint
 from sfumato.files.kohya import Target, kohya_name
 from sfumato.files.peft_folder import CONFIG, MODEL
 from sfumato.files.save import hashes, write_tensors
-from sfumato.files.write import cast, check_metadata
+from sfumato.files.write import cast, check_metadata, within_reach
 
 _CLASSES = {
     "unet": ("UNet2DConditionModel", "diffusers.models.unets.unet_2d_condition"),
@@ -117,7 +117,8 @@ def _tensors(named: Mapping[str, LoraModule], dtype: torch.dtype, path: Path) ->
         module = given.plain()
         up = module.up if module.scale == 1 else module.up.float() * module.scale
         convolution = module.down.ndim == 4
-        tensors[f"{name}.lora_A.weight"] = cast(module.down, dtype, f"{name}.lora_A", path)
+        down, up = within_reach(module.down, up, dtype)
+        tensors[f"{name}.lora_A.weight"] = cast(down, dtype, f"{name}.lora_A", path)
         shaped = up.reshape(*up.shape[:2], 1, 1) if convolution else up.flatten(1)
         tensors[f"{name}.lora_B.weight"] = cast(shaped, dtype, f"{name}.lora_B", path)
         if module.bias_delta is not None:
