@@ -3,6 +3,7 @@
 import json
 import math
 import struct
+import tracemalloc
 
 import pytest
 import torch
@@ -83,6 +84,15 @@ def test_parts_within_a_text_are_none(refusal):
     said = refusal(raw(f'{{"__metadata__":{{{keys}}},{ONE[1:]}', FOUR))
     assert f"has {PART_LIMIT + 10:,} parts" in said
     assert "parts" in refusal(raw('{"a":' + "[" * (PART_LIMIT + 1) + '"' + '\\"' * 1_000_000))
+
+
+def test_to_refuse_half_a_million_keys_takes_little_memory(refusal):
+    blob = raw({"__metadata__": {str(number): "" for number in range(2 * PART_LIMIT)}, "w": entry()}, FOUR)
+    tracemalloc.start()
+    assert "has 500,010 parts" in refusal(blob)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 4 * len(blob)
 
 
 @pytest.mark.parametrize(("name", "taken"), [("w" * NAME_LIMIT, True), ("w" * (NAME_LIMIT + 1), False), ("", False)])
