@@ -369,6 +369,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
+    if min(*options.counts, options.rounds, options.threads) < 1:
+        parser.error("--counts, --rounds and --threads are at least 1")
     torch.set_num_threads(options.threads)
     torch.set_grad_enabled(False)
     logging.disable(logging.WARNING)

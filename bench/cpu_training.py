@@ -3,8 +3,8 @@
     python -m bench.cpu_training
 
 Each side has a process of its own, in turns: AdamW on all weights of the U-Net, the captions' hidden states given.
-Prints JSON: CPU milliseconds of a step (the least of each side's rounds), peak resident memory, and the ratios ours /
-theirs.
+Prints JSON: CPU milliseconds of a step (the median of a round, of which each side's least), peak resident memory, and
+the ratios ours / theirs.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch
 
 from bench.real import print_report
 from sfumato import cli
+from sfumato.errors import ConfigError
 from sfumato.precision import Precision, decide
 
 
@@ -73,6 +74,9 @@ def step_times(config: Config) -> dict[str, float]:
 
 def measure(config: Config) -> dict[str, Any]:
     """Both sides in turns, in each precision; or the one side that is asked for."""
+    for name in ("batch", "steps", "rounds", "threads"):
+        if getattr(config, name) < 1:
+            raise ConfigError(f"--{name} is {getattr(config, name)}; wanted at least 1.")
     if config.side:
         return step_times(config)
     report: dict[str, Any] = {}

@@ -23,6 +23,9 @@ import numpy as np
 import PIL
 from PIL import Image
 
+from bench.real import at_least
+from sfumato.errors import SfumatoError
+
 SIDES = ((512, 512), (640, 427), (427, 640))
 
 
@@ -60,12 +63,15 @@ def measure(folder: Path, base: str) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--count", type=int, default=10_000)
+    parser.add_argument("--count", type=at_least(20), default=10_000)
     parser.add_argument("--base", default="sd1")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.folder:
-        print(json.dumps(measure(options.folder, options.base)))
+        try:
+            print(json.dumps(measure(options.folder, options.base)))
+        except SfumatoError as error:
+            parser.error(str(error))
         return
     runs = []
     with tempfile.TemporaryDirectory() as root:
@@ -74,7 +80,9 @@ def main() -> None:
             write_pictures(Path(root) / "pictures", made, count)
             made = count
             command = [sys.executable, "-m", "bench.data_check", "--folder", f"{root}/pictures", "--base", options.base]
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+            if done.returncode:
+                raise SystemExit(f"the check of {count} pictures has failed; the lines above say why.")
             runs.append(json.loads(done.stdout))
     growth = (runs[1]["peak_mib"] - runs[0]["peak_mib"]) * 1024 / (runs[1]["pictures"] - runs[0]["pictures"])
     report = {

@@ -3,7 +3,8 @@
     python -m bench.data_prepare                       # 20 photographs of 12 megapixels, the pocket base
     python -m bench.data_prepare --base PATH --resolution 512
 
-Decoding is timed alone, too, with one thread and with all; and a step's batch, to show that nothing is decoded in it.
+Looking at them, which decodes and crops on all cores, is timed alone, too; and a step's batch, to show that nothing is
+decoded in it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ import numpy as np
 import PIL
 import torch
 from PIL import Image
+
+from bench.real import at_least
+from sfumato.errors import SfumatoError
 
 
 def write_photographs(folder: Path, count: int) -> None:
@@ -50,11 +54,11 @@ def timed(work: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--count", type=int, default=20)
+    parser.add_argument("--count", type=at_least(1), default=20)
     parser.add_argument("--base", default="pocket")
-    parser.add_argument("--resolution", type=int)
+    parser.add_argument("--resolution", type=at_least(8))
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=at_least(1), default=200)
     options = parser.parse_args()
 
     from sfumato.bases import load_base
@@ -63,7 +67,10 @@ def main() -> None:
     from sfumato.data.survey import survey
     from sfumato.precision import decide
 
-    base = load_base(options.base, precision=decide("auto", device=options.device))
+    try:
+        base = load_base(options.base, precision=decide("auto", device=options.device))
+    except SfumatoError as error:
+        parser.error(str(error))
     resolution = options.resolution or base.resolution
     report: dict[str, Any] = {
         "cores": os.cpu_count(),

@@ -317,6 +317,8 @@ def main() -> None:
     parser.add_argument("--generated", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    if options.generated < 1:
+        parser.error(f"--generated {options.generated}: wanted at least 1")
     wrong: dict[str, str] = {}
     slowest, most_memory = 0.0, 0.0
     context = multiprocessing.get_context("fork")

@@ -21,6 +21,7 @@ from sfumato import cli
 from sfumato.adapters import attach, select
 from sfumato.bases.single_file import shipped
 from sfumato.bases.weights import unet_skeleton
+from sfumato.errors import ConfigError
 from sfumato.lean import keep_less
 from sfumato.products import quicken
 
@@ -70,6 +71,8 @@ def kept(config: Config, trained: str, *, lean: bool) -> float:
 
 def measure(config: Config) -> dict[str, Any]:
     """The whole report."""
+    if config.resolution < 64 or config.resolution % 64:
+        raise ConfigError(f"--resolution {config.resolution}: wanted a multiple of 64 px.")
     rows = {}
     for trained in config.trained:
         plain, lean = (kept(config, trained, lean=lean) for lean in (False, True))

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from bench.compose_vs_diffusers import CASES, anonymous_mib, build, write_adapters
+from bench.real import at_least
 from sfumato.compose import Adapter, adapter_guidance, compose, current
 from sfumato.compose.per_picture import per_picture
 
@@ -112,13 +113,15 @@ def _ratio(ours: list[Cost], theirs: list[Cost], *, of_cpu: bool = False) -> flo
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=int, default=8, help="an even number")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=25, help="calls of the U-Net in the drawing that is reckoned")
-    parser.add_argument("--size", type=int, default=32, help="latent pixels on a side; 64 is a picture of 512 px")
-    parser.add_argument("--resident", type=int, default=100)
+    parser.add_argument("--pictures", type=at_least(2), default=8, help="an even number")
+    parser.add_argument("--rounds", type=at_least(1), default=3)
+    parser.add_argument("--steps", type=at_least(1), default=25, help="calls of the U-Net in a drawing")
+    parser.add_argument("--size", type=at_least(8), default=32, help="latent pixels on a side, 64 for 512 px")
+    parser.add_argument("--resident", type=at_least(0), default=100)
     parser.add_argument("--ours-only", action="store_true", help="without diffusers, which takes the longest")
     chosen = parser.parse_args()
+    if chosen.pictures % 2:
+        parser.error(f"--pictures {chosen.pictures}: wanted an even number, half of which is drawn under guidance")
 
     case = CASES["sd1-attention"]
     pipe = build("sd1", torch.bfloat16)

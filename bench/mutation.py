@@ -227,6 +227,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--packages", default=",".join(PACKAGES))
     options = parser.parse_args()
+    if options.sample < 1:
+        parser.error(f"--sample {options.sample}: wanted at least 1")
+    if unknown := {*options.packages.split(",")} - {*PACKAGES}:
+        parser.error(f"--packages {','.join(sorted(unknown))}: wanted of {','.join(PACKAGES)}")
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT))
     begun, figures = time.monotonic(), {}

@@ -22,6 +22,7 @@ from bench.real import print_report
 from sfumato import cli, products
 from sfumato.bases.single_file import shipped
 from sfumato.bases.weights import unet_skeleton
+from sfumato.errors import ConfigError
 
 LINEAR = ((1024, 320, 2560), (256, 640, 640), (64, 1280, 10240), (64, 5120, 1280), (77, 768, 320), (1024, 320, 16))
 """Rows, in, out: of SD 1.5 at 256 px."""
@@ -122,6 +123,11 @@ def _as(model: nn.Module, work: Work, *, quick: bool) -> Work:
 
 def measure(config: Config) -> dict[str, Any]:
     """The whole report."""
+    for name in ("rounds", "threads"):
+        if getattr(config, name) < 1:
+            raise ConfigError(f"--{name} is {getattr(config, name)}; wanted at least 1.")
+    if config.resolution < 64 or config.resolution % 64:
+        raise ConfigError(f"--resolution {config.resolution}: wanted a multiple of 64 px.")
     torch.set_num_threads(config.threads)
     torch.manual_seed(0)
     return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from argparse import ArgumentTypeError
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +17,18 @@ BASE_CONCEPTS = Path(__file__).parents[1] / "src/sfumato/pocket/concepts.json"
 Cells = dict[tuple[str, str], Path]
 """(concept, style) -> picture."""
 Config = TypeVar("Config")
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """For argparse: a whole number of at least so much; anything else ends the program with one line."""
+
+    def number(text: str) -> int:
+        if (value := int(text)) < least:
+            raise ArgumentTypeError(f"is {value}; wanted at least {least}")
+        return value
+
+    number.__name__ = "int"  # as argparse names it in the line
+    return number
 
 
 def cells_of(data: Path, styles: Sequence[str] = ()) -> Cells:

@@ -89,7 +89,10 @@ def main() -> int:
     parser.add_argument("--families", nargs="+", default=["sd1", "sd2", "sdxl"], choices=list(CHANNELS))
     options = parser.parse_args()
     stand_in("einops")  # which they import, and none of what is called here uses
-    client = CLIENTS[options.client](options.checkout.resolve())
+    try:
+        client = CLIENTS[options.client](options.checkout.resolve())
+    except (ImportError, OSError) as error:
+        parser.error(f"{options.checkout} cannot be read as a checkout of {options.client}: {error}")
     rows = [row for family in options.families for row in report(options.client, client, family)]
     print(json.dumps({"client": options.client, "files": rows}, indent=2))
     return 0 if all(row["holds"] for row in rows) else 1
