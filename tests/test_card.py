@@ -69,6 +69,16 @@ def test_each_of_several_triggers_has_a_line_and_an_example(tmp_path, name):
     assert "sfumato generate 'a crab, zwx style'" in path.read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("name", ["otter.safetensors", "otter"])
+def test_what_to_type_asks_for_what_was_learned_and_not_for_another_sample(name, tmp_path):
+    about = replace(ABOUT, trigger=["sks otter"])
+    write = write_model_card if name == "otter" else write_card
+    prompts = ["a sks otter", "a sks otter on a table", "otter", "a ball"]
+    text = write(tmp_path, tmp_path / name, about, prompts, []).read_text(encoding="utf-8")
+    assert "pipe('a sks otter on a table')" in text
+    assert "sfumato generate 'a sks otter on a table'" in text
+
+
 def test_the_line_to_draw_with_has_what_the_base_was_loaded_with(tmp_path):
     about = replace(ABOUT, config={"rank": 16, "clip_skip": 1, "prediction_type": "epsilon", "vae": None})
     text = write_card(tmp_path, tmp_path / "line.safetensors", about, [], []).read_text(encoding="utf-8")

@@ -20,6 +20,7 @@ from sfumato.class_pictures import read_class
 from sfumato.errors import FileError
 from sfumato.files import read_adapter, read_header, read_lora, read_tensors
 from sfumato.files.fingerprint import verify
+from sfumato.files.metadata import thumbnail_uri
 from sfumato.full import write_folder as full_writer
 from sfumato.prior import class_seed
 from tests.tiny import CPU
@@ -366,6 +367,8 @@ def test_a_lora_describes_itself_and_no_file_tells_a_path(train, tmp_path, pictu
     assert metadata["sfumato.over_steps"] == "0-0.8"
     assert metadata["modelspec.trigger_phrase"] == PROMPT
     assert json.loads(metadata["sfumato.config"])["prior"] == "pictures"
+    with Image.open(path.parent / "samples/000001/0.png") as subject:  # not the class, nor what is unrelated
+        assert metadata["modelspec.thumbnail"] == thumbnail_uri(subject)
     assert read_lora(path).family == "pocket"
     text = json.dumps(dict(metadata)) + (path.parent / "README.md").read_text()
     assert str(tmp_path) not in text

@@ -35,7 +35,8 @@ def write_card(
         guided += ", in the steps from {:g} to {:g} of the way from noise to picture, as its file asks".format(
             *about.over_steps
         )
-    example = (prompts[-1] if prompts else example_of(about)) or next(iter(about.captions), "")
+    shown_with = prompts[telling(about.trigger, prompts)] if prompts else example_of(about)
+    example = shown_with or next(iter(about.captions), "")
     words = _word_files(about, adapter)
     line = generate_line(example, about.base, about, lora=adapter.name, words=words)
     shown = ("rank", "alpha", "targets", "steps", "batch", "learning_rate", "schedule", "min_snr", "seed", "resolution")
@@ -148,11 +149,21 @@ def instance_prompt(about: Description) -> str | None:
     return about.trigger[0] if len(about.trigger) == 1 else None
 
 
+def telling(triggers: Sequence[str], prompts: Sequence[str]) -> int:
+    """The place of the sample prompt that tells most of what was learned: the last that holds a trigger, since
+    the prompts after the captions ask for things that were not shown; the last of all where none does."""
+    with_trigger = (place for place, text in enumerate(prompts) if any(_holds(text, each) for each in triggers))
+    return max(with_trigger, default=len(prompts) - 1)
+
+
 def example_of(about: Description, trigger: str | None = None, prompts: Sequence[str] = ()) -> str:
     """A prompt or caption with the trigger, the first if unset; the trigger alone where none has it."""
     trigger = trigger or next(iter(about.trigger), "")
-    within = re.compile(rf"(?<!\w){re.escape(trigger)}(?!\w)", re.IGNORECASE)
-    return next((text for text in (*prompts, *about.captions) if within.search(text)), trigger)
+    return next((text for text in (*prompts, *about.captions) if _holds(text, trigger)), trigger)
+
+
+def _holds(text: str, trigger: str) -> bool:
+    return re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", text, re.IGNORECASE) is not None
 
 
 def trigger_words(about: Description, prompts: Sequence[str]) -> str:

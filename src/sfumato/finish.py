@@ -24,12 +24,14 @@ Kind = Literal["lora", "difference", "folder"]
 def describe_run(config: TrainerOptions, base: Base, dataset: Dataset, samples: Samples, **more: Any) -> Description:
     """What the run's file tells of how it came to be. config: resolved. more: further fields of the Description, or
     others, such as the `steps` of a file that is not from the run's end."""
+    from sfumato.card import telling
     from sfumato.files import Description
 
     assert config.name is not None
     assert config.resolution is not None
     assert config.batch is not None
     rows = samples.rows
+    triggers: Sequence[str] = more.pop("trigger", [config.trigger] if config.trigger else [])
     description = Description(
         title=config.name,
         family=base.family.name,
@@ -43,9 +45,9 @@ def describe_run(config: TrainerOptions, base: Base, dataset: Dataset, samples: 
         seed=config.seed,
         learning_rate=config.learning_rate,
         optimizer=config.optimizer,
-        trigger=[config.trigger] if config.trigger else [],
+        trigger=triggers,
         captions=dataset.captions,
-        thumbnail=rows[-1][-1] if rows else None,
+        thumbnail=rows[-1][telling(triggers, samples.prompts)] if rows else None,
         config=to_dict(options.settled(config), public=True),
         dataset_sha256=dataset.fingerprint,
     )

@@ -12,6 +12,7 @@ from sfumato.card import (
     generate_line,
     opening,
     skipping,
+    telling,
     training_table,
     trigger_words,
 )
@@ -43,7 +44,7 @@ def write_model_card(
 
     made: the diffusers folder, or the safetensors of the difference. rows: as for `sfumato.card.write_card`.
     """
-    example = prompts[0] if prompts else example_of(about)
+    example = prompts[telling(about.trigger, prompts)] if prompts else example_of(about)
     whole = made.suffix != ".safetensors"
     what = f"`{about.base}` ({about.family}) fine-tuned" if whole else f"The change of a fine-tune of `{about.base}`"
     sheet = before_after_sheet(folder, prompts, rows)
