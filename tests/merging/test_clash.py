@@ -1,6 +1,7 @@
 """What clashes, from factors written out by hand, and `sfumato clash`."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from sfumato.errors import AdapterError
 from sfumato.files.changes import LoraModule
 from sfumato.files.write_embedding import add_words
 from sfumato.merging.merge import Source
-from sfumato.merging.overlap import clashes
+from sfumato.merging.overlap import clashes, whole
 
 TARGET = ("unet", "down_blocks.0.attentions.1.transformer_blocks.0.attn2.to_k")
 E = torch.eye(3)
@@ -47,6 +48,16 @@ def test_opposite_adapters_cancel_wholly_and_by_their_weights():
     assert one(a, source("b", -E[:, :1], E[:1])).conflict == pytest.approx(1)
     assert one(a, source("b", E[:, :1], E[:1], weight=-1.0)).conflict == pytest.approx(1)
     assert one(a, source("b", E[:, :1], E[:1], weight=-0.5)).conflict == pytest.approx(2 * 0.5 / 1.25)
+
+
+def test_a_block_counts_by_its_energy_in_the_conflict_of_the_whole():
+    """Which is then what the sum of both lacks: here 99 % of the energy lies where nothing cancels."""
+    other = ("unet", "mid_block.attentions.0.transformer_blocks.0.attn2.to_k")
+    small = LoraModule(E[:1], E[:, :1], 1.0)
+    large = [LoraModule(E[i : i + 1] * 10, E[:, i : i + 1], 1.0) for i in range(2)]
+    a = Source("a", {TARGET: small, other: large[0]})
+    b = Source("b", {TARGET: replace(small, up=-small.up), other: large[1]})
+    assert whole(clashes([a, b])) == {("a", "b"): pytest.approx(2 / 202)}
 
 
 @pytest.mark.parametrize(("weight", "said"), [(0.0, "0"), ((0.0, 0.5), "0:0.5")])

@@ -29,7 +29,7 @@ class Pair:
     modules: that both change. cosine: of the two deltas, 1 where they push alike, -1 where they cancel. rows, columns:
     overlap of the input and output directions, 0 for none shared to 1 for the same ones; each direction counts by the
     energy that it has. row_angle, column_angle: the smallest angle between the two spaces, in degrees, of the module
-    where it is least. conflict: the share of both energies that the sum loses to cancellation.
+    where it is least. energy: of both, in these modules. conflict: the share of it that the sum loses to cancellation.
     """
 
     first: str
@@ -41,6 +41,7 @@ class Pair:
     columns: float
     row_angle: float
     column_angle: float
+    energy: float
     conflict: float
 
 
@@ -73,12 +74,12 @@ def clashes(sources: Sequence[Source]) -> list[Pair]:
 
 
 def whole(pairs: Sequence[Pair]) -> dict[tuple[str, str], float]:
-    """The mean conflict of each pair of adapters over its modules."""
+    """The conflict of each pair of adapters over all modules that both change."""
     found: dict[tuple[str, str], list[Pair]] = {}
     for pair in pairs:
         found.setdefault((pair.first, pair.second), []).append(pair)
     return {
-        names: sum(pair.conflict * pair.modules for pair in of) / sum(pair.modules for pair in of)
+        names: sum(pair.conflict * pair.energy for pair in of) / sum(pair.energy for pair in of)
         for names, of in found.items()
     }
 
@@ -152,6 +153,7 @@ def _pair(first: str, second: str, block: str, modules: Sequence[tuple[_Decompos
         columns / product,
         row_angle,
         column_angle,
+        energy,
         conflict / energy,
     )
 
