@@ -160,7 +160,8 @@ def _bake(config: Config, sources: Sequence[Source], parents: Sequence[Parent]) 
         raise ConfigError(f"--into {base.name}: is {base.family.title}, the adapters are for {family}.")
     metadata = baked(parents, title=config.title or config.output.stem, config=to_dict(config, public=True))
     bake(base, sources, config.output, metadata)
-    print(f"{config.output.name}: {base.name} with {len(parents)} adapters baked in", file=sys.stderr)
+    count = "1 adapter" if len(parents) == 1 else f"{len(parents)} adapters"
+    print(f"{config.output.name}: {base.name} with {count} baked in", file=sys.stderr)
     return config.output
 
 

@@ -146,6 +146,20 @@ def test_files_of_one_name_are_told_apart(two_folders, base):
         prepare(read_folder(two_folders), base, resolution=64)
 
 
+def test_names_that_say_nothing_are_told_and_not_recommended(tmp_path):
+    for number in range(3):
+        smooth_noise(number).save(tmp_path / f"IMG_{number}.png")
+    (tmp_path / "IMG_0.txt").write_text("a dog")
+    report = check(tmp_path, needs_of("pocket"), trigger="sks dog")
+    assert report.stops
+    (text,) = (line.text for line in report.lines if line.kind == "caption missing")
+    assert "{caption}" not in text
+    assert '--caption "sks dog" as the caption of all. `dreambooth` and `textual_inversion` give them' in text
+    report = check(tmp_path, needs_of("pocket"), caption_template="{caption}")
+    assert found(report, "caption says nothing") == ["IMG_1.png", "IMG_2.png"]
+    assert not report.stops
+
+
 def test_what_each_folder_gives_is_said(two_folders):
     report = check(two_folders, needs_of("pocket"))
     assert report.folders == ["a: 2 pictures x 3", "b: 2 pictures of the class"]

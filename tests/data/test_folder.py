@@ -8,6 +8,7 @@ from made_up import noise_picture
 from PIL import Image
 
 from sfumato.data import read_folder
+from sfumato.data.captions import says_nothing
 from sfumato.data.listing import list_folder
 from sfumato.errors import DataError
 
@@ -43,6 +44,31 @@ def test_missing_captions_name_the_files_and_the_ways_to_give_them(pictures):
     (pictures / "crab.txt").write_text("a crab")
     with pytest.raises(DataError, match=r"5 of 6 pictures have no caption: house\.png.*NAME\.txt.*--caption"):
         read_folder(pictures)
+
+
+def test_names_that_say_nothing_are_no_captions_to_recommend(tmp_path):
+    """A camera's names would be learned as words; what all pictures show is what to say then."""
+    for name in ("IMG_1234.png", "00.png", "b07.png"):
+        Image.new("RGB", (64, 64), "teal").save(tmp_path / name)
+    with pytest.raises(DataError, match=r'or pass --caption "sks dog" as the caption of all\.$'):
+        read_folder(tmp_path, trigger="sks dog")
+    with pytest.raises(DataError, match=r'or pass --caption "a dog" as the caption of all\.$'):
+        read_folder(tmp_path)
+    (note,) = read_folder(tmp_path, caption_template="{caption}").notes
+    assert note.startswith("3 captions are names of files that say nothing, such as '00'; write captions, or pass")
+    assert read_folder(tmp_path, caption_template="a dog").notes == ()
+    (tmp_path / "00.txt").write_text("a dog on a beach")
+    (note,) = read_folder(tmp_path, caption_template="{caption}").notes
+    assert note.startswith("2 captions are names of files that say nothing, such as 'IMG 1234'")
+
+
+@pytest.mark.parametrize(
+    ("name", "nothing"),
+    [("DSC00012 (1)", True), ("20240102-0003", True), ("PXL_20240102", True), ("犬", False), ("dog-01", False),
+     ("img of ox 1", False)],
+)  # fmt: skip
+def test_which_names_say_nothing(name, nothing):
+    assert says_nothing(name) is nothing
 
 
 def test_metadata_may_lead_into_folders_below(pictures):

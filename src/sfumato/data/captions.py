@@ -143,6 +143,20 @@ def words_of(name: str) -> str:
     return _one_line(re.sub(r"[-_]+", " ", name))
 
 
+_OF_CAMERAS = frozenset({
+    "img", "image", "pic", "picture", "photo", "dsc", "dscn", "dscf", "pxl", "mvimg", "gopr", "dji", "sam",
+    "screenshot",
+})  # fmt: skip
+
+
+def says_nothing(name: str) -> bool:
+    """Whether a file's name is a number, such as a camera gives: "00", "IMG_1234", "b07", "DSC00012 (1)"."""
+    words = re.findall(r"[^\W\d_]+", name)
+    return any(letter.isdigit() for letter in name) and all(
+        word.lower() in _OF_CAMERAS or (len(word) == 1 and word.isascii()) for word in words
+    )
+
+
 def check_template(
     template: str, trigger: str | None, *, said: str = "--caption", do: str = "pass --trigger WORD"
 ) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, overload
 
-from sfumato.data.captions import METADATA, check_template, fill_template, words_of
+from sfumato.data.captions import METADATA, check_template, fill_template, says_nothing, words_of
 from sfumato.data.images import read_size
 from sfumato.data.listing import FOLDER_OF_PICTURES, Found, Ignored, Listing, list_folder, some
 from sfumato.data.options import Options
@@ -117,6 +117,10 @@ def examples_of(
     ]
     _check_captions(examples, template)
     notes = [*listing.notes, *_caption_notes(listing, bad), *_mask_notes(path, examples, mask)]
+    if numbers := [
+        found.path.name for found in listing.pictures if found.path not in bad and nameless(found, template)
+    ]:
+        notes.append(captions_of_numbers(numbers, trigger))
     notes[:0] = [f"left out: {reason}" for reason in bad.values()]
     if ignored:
         notes.insert(0, f"{len(examples)} pictures in {name}{ignored_words(listing.ignored)}")
@@ -218,10 +222,33 @@ def _check_captions(examples: Sequence[Example], template: str | None) -> None:
     shown = some(missing)
     if template is not None:
         raise DataError(f"{shown}: the caption is empty once put into {template!r}. Put words into the template.")
+    way = by_template(missing, examples[0].trigger)
     raise DataError(
         f"{len(missing)} of {len(examples)} pictures have no caption: {shown}. Write NAME.txt beside each, list them "
-        f'as "text" in {METADATA}, give their source words = "a dog", or pass --caption "{{caption}}" to take the '
-        "words of the file names."
+        f'as "text" in {METADATA}, give their source words = "a dog", or pass {way}.'
+    )
+
+
+def by_template(names: Sequence[str], trigger: str | None) -> str:
+    """How --caption gives captions to pictures of these names. The names of a camera say nothing of a picture."""
+    same = f'--caption "{trigger or "a dog"}" as the caption of all'
+    if all(says_nothing(Path(name).stem) for name in names):
+        return same
+    return f'--caption "{{caption}}" to take the words of the file names, or {same}'
+
+
+def nameless(found: Found, template: str | None) -> bool:
+    """Whether the template takes for the picture's caption the words of a name that says nothing."""
+    takes = template is not None and "{caption}" in template
+    return takes and not found.caption.text and says_nothing(found.path.stem)
+
+
+def captions_of_numbers(names: Sequence[str], trigger: str | None) -> str:
+    """What to say of pictures with such names for captions."""
+    (first, *_) = names
+    return (
+        f"{len(names)} captions are names of files that say nothing, such as {words_of(Path(first).stem)!r}; write "
+        f"captions, or pass {by_template(names, trigger)}"
     )
 
 

@@ -15,9 +15,12 @@ from sfumato.data.folder import (
     PLACEHOLDER,
     Example,
     MaskSource,
+    by_template,
     caption_of,
+    captions_of_numbers,
     labelled,
     labels_of,
+    nameless,
     no_masks,
     no_pictures,
     no_subject,
@@ -199,6 +202,8 @@ def _example(found: Found, source: Source, defaults: Options) -> Example:
         source.options.over(defaults),
         source.group,
         found.sums,
+        source.template,
+        source.trigger,
     )
 
 
@@ -210,6 +215,7 @@ def _bad(report: Report) -> Iterator[Line]:
 
 def _captions(report: Report, founds: Sequence[Found]) -> Iterator[Line]:
     named = list(zip(report.examples, founds, report.labels, strict=True))
+    trigger = next((example.trigger for example in report.examples if example.trigger), None)
     notes: dict[str, list[str]] = {}
     for _, found, label in named:
         if found.caption.error:
@@ -220,9 +226,14 @@ def _captions(report: Report, founds: Sequence[Found]) -> Iterator[Line]:
         yield Line("caption encoding" if "not UTF-8" in note else "caption", note, tuple(names))
     missing = [label for e, found, label in named if not e.caption and not found.caption.error]
     if missing:
-        advice = 'Write NAME.txt beside each, run `sfumato caption --write`, or pass --caption "{caption}".'
-        text = f"{_count(missing)} no caption: {some(missing, 4)}. {advice}"
+        advice = f"write NAME.txt beside each, run `sfumato caption --write`, or pass {by_template(missing, trigger)}"
+        text = (
+            f"{_count(missing)} no caption: {some(missing, 4)}. `lora` wants one: {advice}. `dreambooth` and "
+            "`textual_inversion` give them their own."
+        )
         yield Line("caption missing", text, tuple(missing), True)
+    if numbers := [label for example, found, label in named if nameless(found, example.template)]:
+        yield Line("caption says nothing", captions_of_numbers(numbers, trigger), tuple(numbers))
     captions = [(label, example.caption) for example, _, label in named]
     if text := without_trigger(captions):
         yield Line("trigger missing", text, tuple(label for label, caption in captions if PLACEHOLDER in caption))
