@@ -108,6 +108,23 @@ def test_ai_toolkit_s_data_sets_become_sources(home):
     }
 
 
+def test_ai_toolkit_s_trigger_is_not_for_the_pictures_of_the_class(home):
+    """Which would learn the class under the subject's own word, where they are there to keep it from that."""
+    (home / "reg").mkdir()
+    noise_picture().save(home / "reg" / "a.png")
+    for folder in ("dogs", "reg"):
+        (home / folder / "a.txt").write_text("a dog")
+    own = "config:\n  process:\n  - trigger_word: zwx\n    datasets:\n    - folder_path: dogs\n"
+    (home / "toolkit.yaml").write_text(own + "    - {folder_path: reg, is_reg: true, shuffle_tokens: true}\n")
+    (home / "dataset.toml").write_text(convert(home / "toolkit.yaml").text)
+    examples = read_folder(home / "dataset.toml")
+    assert [(e.caption, e.group, e.trigger) for e in examples] == [
+        ("zwx, a dog", "instance", "zwx"),
+        ("a dog", "class", None),
+    ]
+    assert examples[1].options.keep_tags is None
+
+
 @pytest.mark.parametrize("in_sections", [False, True])
 def test_a_whole_training_s_folders_become_sources(tmp_path, in_sections):
     folders = 'train_data_dir = "img"\nreg_data_dir = "reg"\n'
@@ -131,6 +148,18 @@ def test_a_whole_training_s_folders_become_sources(tmp_path, in_sections):
     (tmp_path / "dataset.toml").write_text(converted.text)
     examples = read_folder(tmp_path / "dataset.toml")
     assert [(e.caption, e.repeats, e.group) for e in examples] == [("sks dog", 10, "instance"), ("dog", 1, "class")]
+
+
+@pytest.mark.parametrize(("own", "told"), [("", True), ('caption_extension = ".txt"\n', False)])
+@pytest.mark.parametrize("of_a_training", [False, True])
+def test_captions_that_kohya_s_own_default_does_not_read_are_told(of_a_training, own, told, home):
+    (home / "img/10_dog").mkdir(parents=True)
+    for folder in ("dogs", "img/10_dog"):
+        (home / folder / "a.txt").write_text("a dog on a beach")
+    named = 'train_data_dir = "img"\n' if of_a_training else '[[datasets]]\n[[datasets.subsets]]\nimage_dir = "dogs"\n'
+    (home / "kohya.toml").write_text(named + own)
+    notes = "\n".join(convert(home / "kohya.toml").notes)
+    assert ("caption_extension is unset, and sd-scripts reads .caption files alone then" in notes) is told
 
 
 def test_the_ending_that_kohya_reads_is_the_one_that_is_read(home):

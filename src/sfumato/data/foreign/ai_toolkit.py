@@ -70,7 +70,8 @@ def _sources(datasets: list[tuple[Mapping[str, Any], str]], notes: list[str]) ->
         path = own.get("folder_path") or own.get("dataset_path")
         if not path:
             raise ConfigError("a data set has no folder_path, so there is nothing to read; give it one.")
-        word = own.get("trigger_word") or trigger
+        is_class = bool(own.get("is_reg"))
+        word = "" if is_class else own.get("trigger_word") or trigger  # which is not put before a class's captions
         if word:
             notes.append(
                 f"trigger_word {word!r}: put before each caption by a template, also before those that hold it; where "
@@ -81,7 +82,7 @@ def _sources(datasets: list[tuple[Mapping[str, Any], str]], notes: list[str]) ->
         yield plain(
             path=path,
             repeats=own.get("num_repeats", 1),
-            **{"class": bool(own.get("is_reg"))},
+            **{"class": is_class},
             words=own.get("default_caption") or "",
             caption="{trigger}, {caption}" if word else None,
             trigger=word or None,

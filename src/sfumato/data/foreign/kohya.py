@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from sfumato.data.foreign.folders import find
 from sfumato.data.foreign.settings import Sources, left_over, plain, suffix, tables, told
 from sfumato.errors import ConfigError
 
@@ -71,12 +72,12 @@ def sources(values: Any, folder: Path, notes: list[str]) -> Sources | None:
     if not isinstance(values, dict):
         return None
     if isinstance(values.get("datasets"), list):
-        return list(_subsets(values, notes))
+        return list(_subsets(values, folder, notes))
     training = _training(values)
-    return None if training is None else list(_folders(training, notes))
+    return None if training is None else list(_folders(training, folder, notes))
 
 
-def _subsets(values: Mapping[str, Any], notes: list[str]) -> Iterator[dict[str, Any]]:
+def _subsets(values: Mapping[str, Any], folder: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
     """A subset's settings fall back to its data set's, then to [general]."""
     (general,) = tables([values.get("general") or {}], "general")
     for dataset in tables(values["datasets"], "datasets"):
@@ -89,6 +90,7 @@ def _subsets(values: Mapping[str, Any], notes: list[str]) -> Iterator[dict[str, 
             if "image_dir" not in own:
                 raise ConfigError("a subset has no image_dir, so there is nothing to read; give it one.")
             yield _source(own)
+            notes.extend(_unread(own, folder))
             notes.extend(left_over(own, _USED, _ELSEWHERE))
 
 
@@ -113,6 +115,16 @@ def _source(own: Mapping[str, Any]) -> dict[str, Any]:
     )
 
 
+def _unread(own: Mapping[str, Any], folder: Path) -> Iterator[str]:
+    """A note on captions that sd-scripts passed over, since it looks for .caption files where nothing else is said."""
+    place = None if own.get("caption_extension") else find(own["image_dir"], folder)
+    if place is not None and any(True for pattern in ("*.txt", "*/*.txt") for _ in place.glob(pattern)):
+        yield (
+            f"{own['image_dir']}: caption_extension is unset, and sd-scripts reads .caption files alone then; here the "
+            '.txt files are the captions, too, unless its source has caption_suffix = ".caption"'
+        )
+
+
 def _training(values: Mapping[str, Any]) -> dict[str, Any] | None:
     """The settings of a whole training, those in sections too, if it names folders of pictures."""
     flat = {key: value for key, value in values.items() if not isinstance(value, dict)}
@@ -122,13 +134,15 @@ def _training(values: Mapping[str, Any]) -> dict[str, Any] | None:
     return flat if flat.get("train_data_dir") else None
 
 
-def _folders(own: Mapping[str, Any], notes: list[str]) -> Iterator[dict[str, Any]]:
+def _folders(own: Mapping[str, Any], folder: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
     """Folders that hold folders with repeats: of the subject, and of the class (reg_data_dir)."""
     if own.get("in_json"):
         notes.append("in_json: list the captions in metadata.jsonl or .txt files instead")
     for key, is_class in (("train_data_dir", False), ("reg_data_dir", True)):
         if own.get(key):
-            yield _source({**own, "image_dir": own[key], "is_reg": is_class, "num_repeats": 1})
+            one = {**own, "image_dir": own[key], "is_reg": is_class, "num_repeats": 1}
+            yield _source(one)
+            notes.extend(_unread(one, folder))
     data = {key: own[key] for key in (*_TRAINING_ELSEWHERE, *_TRAINING_ONLY) if key in own}
     notes.extend(left_over(data, frozenset(), _TRAINING_ELSEWHERE))
     notes.append("settings of the training itself are not converted; sfumato train lora --help lists its own")
