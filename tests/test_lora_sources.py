@@ -155,6 +155,15 @@ def test_a_new_word_is_the_subjects(subject, said, source, tmp_path):
         put_into_captions(read_folder(tmp_path / "a.toml"), ["<v>", "<w>"])
 
 
+def test_captions_without_a_new_word_are_told_a_template_that_has_it(pictures):
+    """{trigger} is no word of `lora`'s --train-words, so that to recommend it would only lead to another refusal."""
+    with pytest.raises(DataError) as refused:
+        put_into_captions(read_folder(pictures, caption_template="a square"), ["<w>"])
+    template = re.search('--caption "(.*)"', str(refused.value))[1]
+    found = put_into_captions(read_folder(pictures, caption_template=template), ["<w>"])
+    assert all(example.caption.startswith("<w>, ") for example in found)
+
+
 def test_a_trigger_whose_place_a_new_word_takes_is_not_told(train, pictures):
     """Nor drawn: what is shown of the training holds the word."""
     toml = f'caption = "{{caption}}, {{trigger}} square"\ntrigger = "sks"\n[[source]]\npath = "{pictures.as_posix()}"\n'

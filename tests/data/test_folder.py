@@ -56,6 +56,9 @@ def test_names_that_say_nothing_are_no_captions_to_recommend(tmp_path):
         read_folder(tmp_path)
     (note,) = read_folder(tmp_path, caption_template="{caption}").notes
     assert note.startswith("3 captions are names of files that say nothing, such as '00'; write captions, or pass")
+    assert note.endswith('pass --caption "a dog" as the caption of all')
+    (note,) = read_folder(tmp_path, caption_template="<w>, {caption}").notes
+    assert note.endswith('pass --caption "<w>, a dog" as the caption of all')
     assert read_folder(tmp_path, caption_template="a dog").notes == ()
     (tmp_path / "00.txt").write_text("a dog on a beach")
     (note,) = read_folder(tmp_path, caption_template="{caption}").notes

@@ -120,7 +120,7 @@ def examples_of(
     if numbers := [
         found.path.name for found in listing.pictures if found.path not in bad and nameless(found, template)
     ]:
-        notes.append(captions_of_numbers(numbers, trigger))
+        notes.append(captions_of_numbers(numbers, template or "", trigger))
     notes[:0] = [f"left out: {reason}" for reason in bad.values()]
     if ignored:
         notes.insert(0, f"{len(examples)} pictures in {name}{ignored_words(listing.ignored)}")
@@ -243,12 +243,12 @@ def nameless(found: Found, template: str | None) -> bool:
     return takes and not found.caption.text and says_nothing(found.path.stem)
 
 
-def captions_of_numbers(names: Sequence[str], trigger: str | None) -> str:
-    """What to say of pictures with such names for captions."""
-    (first, *_) = names
+def captions_of_numbers(names: Sequence[str], template: str, trigger: str | None) -> str:
+    """What to say of pictures with such names in the place of captions. template: what takes them."""
+    same = trigger if trigger and template == "{caption}" else template.replace("{caption}", "a dog")
     return (
-        f"{len(names)} captions are names of files that say nothing, such as {words_of(Path(first).stem)!r}; write "
-        f"captions, or pass {by_template(names, trigger)}"
+        f"{len(names)} captions are names of files that say nothing, such as {words_of(Path(names[0]).stem)!r}; write "
+        f'captions, or pass --caption "{same}" as the caption of all'
     )
 
 

@@ -232,8 +232,9 @@ def _captions(report: Report, founds: Sequence[Found]) -> Iterator[Line]:
             "`textual_inversion` give them their own."
         )
         yield Line("caption missing", text, tuple(missing), True)
-    if numbers := [label for example, found, label in named if nameless(found, example.template)]:
-        yield Line("caption says nothing", captions_of_numbers(numbers, trigger), tuple(numbers))
+    if numbers := {label: e.template or "" for e, found, label in named if nameless(found, e.template)}:
+        text = captions_of_numbers(list(numbers), next(iter(numbers.values())), trigger)
+        yield Line("caption says nothing", text, tuple(numbers))
     captions = [(label, example.caption) for example, _, label in named]
     if text := without_trigger(captions):
         yield Line("trigger missing", text, tuple(label for label, caption in captions if PLACEHOLDER in caption))

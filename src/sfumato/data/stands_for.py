@@ -42,7 +42,7 @@ def put_into_captions(folder: Folder, placeholders: Sequence[str], stands_for: S
     if without:
         raise DataError(
             f"{len(without)} of {len(ours)} captions hold no placeholder, first {without[0]!r}. Write it there, "
-            'name the words it --stands-for, or give --caption "{trigger}, {caption}".'
+            f'name the words it --stands-for, or give --caption "{placeholders[0]}, {{caption}}".'
         )
     if unused:
         raise DataError(f"{unused[0]} is in no caption, so it would learn nothing. Write it into some.")
