@@ -15,12 +15,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from bench.full_size import build, options, photographs, run
 from bench.real import print_report
 from sfumato import cli, forecast
 from sfumato.errors import ConfigError
+from sfumato.precision import imagined
 
 OF_METHOD: dict[str, dict[str, Any]] = {
     "textual_inversion": {"placeholder": "<thing>", "vectors": 1},
@@ -55,7 +54,7 @@ def measure(config: Config) -> dict[str, Any]:
     source = build(config.work / "sd15-random")
     pictures = photographs(config.work / "photographs", 4, 2 * config.resolution)
     base = forecast.shapes_of(source, "cpu")
-    setting = forecast.Setting("cpu", torch.float32, config.resolution, 1, 16)
+    setting = forecast.Setting("cpu", imagined("fp32", "cpu"), config.resolution, 1, 16)
     rows: dict[str, dict[str, float]] = {}
     for name in config.only or ways:
         told = forecast.of_step(base, ways[name], setting).total(ways[name], "cpu") / 2**30
@@ -63,8 +62,9 @@ def measure(config: Config) -> dict[str, Any]:
         given = {"images": pictures, "base": source, "resolution": config.resolution, "steps": 2, "batch": 1}
         given |= {"sample-every": 0, "measure-every": 0, "checkpoint-every": 0, "precision": "fp32", "overwrite": True}
         given |= {"output": config.work / "runs" / name.replace("--", "").replace(" ", "-")}
-        beginning = max((key for key in OF_METHOD if name.startswith(key)), key=len)
-        row = run(name, program, [*options(given | OF_METHOD[beginning]), *flags], config.limit_s)
+        given |= OF_METHOD[max((key for key in OF_METHOD if name.startswith(key)), key=len)]
+        flags = [flag for flag in flags if flag.removeprefix("--") not in given]
+        row = run(name, program, [*options(given), *flags], config.limit_s)
         print(json.dumps(row), file=sys.stderr, flush=True)
         rows[name] = {"told_gib": round(told, 2)}
         if peak := row.get("peak_of_steps_gib"):

@@ -14,7 +14,7 @@ from sfumato.errors import ConfigError
 
 if TYPE_CHECKING:
     from sfumato.bases import Base
-    from sfumato.forecast import Setting
+    from sfumato.forecast import Setting, Step, Way
 
 GIB = 2**30
 
@@ -38,8 +38,8 @@ class Config:
     """Of LoRAs. Unset: the base family's default."""
     device: Literal["gpu", "cpu"] = "gpu"
     """Where it would be trained; there need be no GPU here."""
-    precision: Literal["fp32", "fp16", "bf16"] | None = None
-    """Number format of the frozen base. Unset: bf16 on a GPU, fp32 on a CPU."""
+    precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
+    """Number format of the frozen base. auto: bf16 on a GPU, fp32 on a CPU."""
     within: float | None = None
     """GiB that there are. What takes more is marked."""
     json: bool = False
@@ -52,18 +52,19 @@ def check(config: Config) -> None:
         value = getattr(config, name)
         if value is not None and value <= 0:
             raise ConfigError(f"--{name} {value:g}: must be above 0.")
-    if config.precision == "fp16" and config.device == "cpu":
-        raise ConfigError("--precision fp16: a CPU cannot train in fp16. Use fp32 or bf16, or --device gpu.")
 
 
 def rows_of(base: Base, setting: Setting) -> Iterator[tuple[str, list[float]]]:
     """What is done, and the GiB that it takes; a step's also with checkpointing. One after another, each in seconds."""
     from sfumato import forecast
 
-    of_step = cache(lambda way, each: forecast.of_step(base, way, each))
+    @cache
+    def of_step(way: Way, checkpointing: bool) -> Step:
+        return forecast.of_step(base, way, replace(setting, checkpointing=checkpointing))
+
     for way in forecast.WAYS:
         alike = replace(way, options="", fused=False, state=0)
-        steps = (of_step(alike, replace(setting, checkpointing=checkpointing)) for checkpointing in (False, True))
+        steps = (of_step(alike, checkpointing) for checkpointing in (False, True))
         yield way.options, [step.total(way, setting.device) / GIB for step in steps]
     yield "encoding a picture, before the first step", [forecast.of_encoding(base, setting) / GIB]
     yield "drawing a picture, as for samples", [forecast.of_drawing(base, setting) / GIB]
@@ -75,21 +76,21 @@ def main(argv: Sequence[str]) -> int:
     check(config)
     from sfumato import forecast
     from sfumato.data.preparing import square_side
-    from sfumato.precision import DTYPES
+    from sfumato.precision import NAMES, imagined
 
+    precision = imagined(config.precision, config.device)
     base = forecast.shapes_of(config.base, config.device, config.vae)
     side = square_side(base, config.resolution or base.resolution)
-    precision = config.precision or ("fp32" if config.device == "cpu" else "bf16")
-    rank = config.rank or base.defaults.rank
-    setting = forecast.Setting(config.device, DTYPES[precision], side, config.batch, rank)
+    rank, computed = config.rank or base.defaults.rank, NAMES[precision.compute]
+    setting = forecast.Setting(config.device, precision, side, config.batch, rank)
     rows = rows_of(base, setting)
     if config.json:
         about = {"base": base.name, "family": base.family.title, "resolution": side, "batch": config.batch}
-        about |= {"rank": rank, "device": config.device, "precision": precision}
+        about |= {"rank": rank, "device": config.device, "precision": computed}
         print(json.dumps(about | {"gib": {name: [round(gib, 2) for gib in row] for name, row in rows}}, indent=2))
         return 0
     where = "a GPU" if config.device == "gpu" else "a CPU"
-    print(f"{base.name} ({base.family.title}), {side} px, batch {config.batch}, rank {rank}, {precision} on {where}")
+    print(f"{base.name} ({base.family.title}), {side} px, batch {config.batch}, rank {rank}, {computed} on {where}")
     print(f"\n{'GiB at the peak, about':<54}{'a step':>8}   --gradient-checkpointing")
     for name, row in rows:
         cells = [f"{gib:.1f}{'*' if config.within and gib > config.within else ' '}" for gib in row]

@@ -4,16 +4,15 @@ import json
 from dataclasses import replace
 
 import pytest
-import torch
 
 from sfumato import cli, forecast, load_base
 from sfumato.adapters import attach, hosts
 from sfumato.forecast import WAYS, Setting, of_drawing, of_encoding, of_step, shapes_of
 from sfumato.full import parts_of
 from sfumato.lean import keep_less
-from sfumato.precision import decide
+from sfumato.precision import decide, imagined
 
-ON_CPU = Setting("cpu", torch.float32, 64, 1, 4)
+ON_CPU = Setting("cpu", imagined("auto", "cpu"), 64, 1, 4)
 BY_OPTIONS = {way.options: way for way in WAYS}
 
 
@@ -70,8 +69,7 @@ SLOW_WAYS = [pytest.param(family, device, WAYS, marks=pytest.mark.slow) for fami
 )
 def test_ways_of_every_family(family, device, ways, family_folder):
     base = shapes_of(family_folder(family), device)
-    dtype = torch.bfloat16 if device == "gpu" else torch.float32
-    setting = Setting(device, dtype, 64, 1, 4)
+    setting = Setting(device, imagined("auto", device), 64, 1, 4)
     before = state_of(base)
     for way in ways:
         one = of_step(base, way, setting)
@@ -86,7 +84,7 @@ def test_ways_of_every_family(family, device, ways, family_folder):
 def test_a_gpu_in_half_precision_keeps_less_than_in_fp32():
     base = shapes_of("pocket", "gpu")
     way = BY_OPTIONS["lora"]
-    half, full = (of_step(base, way, Setting("gpu", dtype, 64, 4, 4)) for dtype in (torch.bfloat16, torch.float32))
+    half, full = (of_step(base, way, Setting("gpu", imagined(name, "gpu"), 64, 4, 4)) for name in ("fp16", "fp32"))
     assert half.fused < full.fused
     assert half.weights < 0.6 * full.weights
 

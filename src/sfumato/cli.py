@@ -142,7 +142,7 @@ def _guarded(program_main: Main, argv: Sequence[str]) -> int:
         print(
             f"sfumato: there is not enough memory ({reason[:100] or 'of this machine'}). Train with "
             "--gradient-checkpointing, a smaller --batch and more --accumulate, or a smaller --resolution; draw fewer "
-            "or smaller pictures.",
+            "or smaller pictures. `sfumato memory` tells what each way to train takes.",
             file=sys.stderr,
         )
         return 2

@@ -10,8 +10,9 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -28,6 +29,7 @@ from sfumato.precision import decide
 
 if TYPE_CHECKING:
     from sfumato.bases import Base
+    from sfumato.precision import Precision
 
 BESIDE = {"cpu": 0.85 * 2**30, "gpu": 0.75 * 2**30}
 """Bytes besides tensors: on a CPU the libraries and what the allocator keeps, as bench/forecast.py found it; a GPU's
@@ -65,10 +67,10 @@ WAYS = (
 
 @dataclass(frozen=True)
 class Setting:
-    """Where and in which size: `side` in pixels, `batch` and `rank` as of the trainers, frozen weights in `dtype`."""
+    """Where and in which size: precision of `precision.imagined`, side in pixels, batch and rank as of the trainers."""
 
     device: Literal["gpu", "cpu"]
-    dtype: torch.dtype
+    precision: Precision
     side: int
     batch: int
     rank: int
@@ -113,7 +115,8 @@ def of_step(base: Base, way: Way, setting: Setting) -> Step:
         lora = attach(hosts(parts_of(base, text=False), way.targets), rank=setting.rank, alpha=float(setting.rank))
     texts = list(base.text_encoders) if way.text else []
     try:
-        with _imagined(base.unet, torch.float32 if whole else setting.dtype), _imagined(lora), _all(texts, setting):
+        stored = setting.precision.storage
+        with _imagined(base.unet, torch.float32 if whole else stored), _imagined(lora), _all(texts, stored):
             learned = [p for module in (lora or base.unet, *texts) for p in module.parameters() if p.requires_grad]
             with _norms_in_fp32(base.unet, setting):
                 alive = _step(base, way, setting, learned)
@@ -132,22 +135,23 @@ def of_step(base: Base, way: Way, setting: Setting) -> Step:
 
 def of_encoding(base: Base, setting: Setting) -> int:
     """Bytes at the peak of encoding one picture, before the first step: the VAE and the text encoders are there."""
-    with _all([base.vae], replace(setting, dtype=_of_vae(setting))), _all(list(base.text_encoders), setting):
+    precision = setting.precision
+    with _all([base.vae], precision.vae), _all(base.text_encoders, precision.storage):
         weights = _bytes_of(base.vae, *base.text_encoders)
-        with torch.no_grad(), _Alive(base.vae) as alive, _autocast(setting, _of_vae(setting)):
-            base.vae.encode(_zeros(1, 3, setting.side, setting.side, dtype=_of_vae(setting)))
+        with torch.no_grad(), _Alive(base.vae) as alive:
+            base.vae.encode(_zeros(1, 3, setting.side, setting.side, dtype=precision.vae))
     return int(weights + alive.peak + BESIDE[setting.device])
 
 
 def of_drawing(base: Base, setting: Setting) -> int:
     """Bytes at the peak of drawing one picture with guidance, all parts of the base being there."""
-    vae = _of_vae(setting)
-    with _all([base.unet, *base.text_encoders], setting), _all([base.vae], replace(setting, dtype=vae)):
+    precision = setting.precision
+    with _all([base.unet, *base.text_encoders], precision.storage), _all([base.vae], precision.vae):
         weights = _bytes_of(base.unet, base.vae, *base.text_encoders)
-        with torch.no_grad(), _Alive(base.unet) as drawn, _autocast(setting, setting.dtype):
+        with torch.no_grad(), _Alive(base.unet) as drawn, precision.autocast():
             _predict(base, setting, 2, _text(base, setting, 2))
-        with torch.no_grad(), _Alive(base.vae) as decoded, _autocast(setting, vae):
-            base.vae.decode(_latents(base, setting, 1).to(vae))
+        with torch.no_grad(), _Alive(base.vae) as decoded:
+            base.vae.decode(_latents(base, setting, 1).to(precision.vae))
     return int(weights + max(drawn.peak, decoded.peak) + BESIDE[setting.device])
 
 
@@ -156,7 +160,7 @@ def _step(base: Base, way: Way, setting: Setting, learned: list[nn.Parameter]) -
     leaves: list[Tensor] = []
     alive = _Alive(base.unet, *base.text_encoders, *learned)
     with alive:
-        with _autocast(setting, setting.dtype):
+        with setting.precision.autocast():
             text = _encoded(base, count, leaves) if way.text else _text(base, setting, count)
             error = _predict(base, setting, count, text).float().square().mean()
         for weight in learned:
@@ -171,7 +175,7 @@ def _norms_in_fp32(unet: nn.Module, setting: Setting) -> Iterator[None]:
     """As a GPU's autocast has normalisations, whose inputs are kept in fp32; a CPU's leaves them in half precision."""
     norms = [module for module in unet.modules() if isinstance(module, nn.GroupNorm | nn.LayerNorm)]
     hooks = []
-    if setting.device == "gpu" and setting.dtype != torch.float32:
+    if setting.device == "gpu" and setting.precision.compute != torch.float32:
         hooks = [norm.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),)) for norm in norms]
     try:
         yield
@@ -190,9 +194,9 @@ def _predict(base: Base, setting: Setting, count: int, text: tuple[Tensor, Tenso
 
 def _text(base: Base, setting: Setting, count: int) -> tuple[Tensor, Tensor | None]:
     """Embeddings that were computed beforehand."""
-    hidden = _zeros(count, base.token_limit + 2, base.unet.config.cross_attention_dim, dtype=setting.dtype)
-    last = base.text_encoders[-1].config
-    pooled = _zeros(count, last.projection_dim, dtype=setting.dtype) if len(base.text_encoders) > 1 else None
+    dtype, last = setting.precision.storage, base.text_encoders[-1].config
+    hidden = _zeros(count, base.token_limit + 2, base.unet.config.cross_attention_dim, dtype=dtype)
+    pooled = _zeros(count, last.projection_dim, dtype=dtype) if len(base.text_encoders) > 1 else None
     return hidden, pooled
 
 
@@ -225,23 +229,13 @@ def _zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.zeros(shape, dtype=dtype)
 
 
-def _of_vae(setting: Setting) -> torch.dtype:
-    """fp16 overflows in SDXL's."""
-    return torch.float32 if setting.dtype == torch.float16 or setting.device == "cpu" else setting.dtype
-
-
-def _autocast(setting: Setting, dtype: torch.dtype) -> AbstractContextManager[Any]:
-    return nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype=dtype)
-
-
 def _bytes_of(*modules: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for module in modules for p in [*module.parameters(), *module.buffers()])
 
 
 @contextmanager
-def _all(modules: Sequence[nn.Module], setting: Setting) -> Iterator[None]:
-    """These modules imagined in the setting's dtype, frozen."""
-    with nullcontext() if not modules else _imagined(nn.ModuleList(modules), setting.dtype):
+def _all(modules: Sequence[nn.Module], dtype: torch.dtype) -> Iterator[None]:
+    with nullcontext() if not modules else _imagined(nn.ModuleList(modules), dtype):
         yield
 
 
@@ -252,8 +246,7 @@ def _imagined(module: nn.Module | None, dtype: torch.dtype = torch.float32) -> I
     for owner in module.modules() if module is not None else ():
         for name, value in [*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)]:
             kept.append((owner, name, value))
-    mode = _mode()
-    with mode:
+    with _mode():
         for owner, name, value in kept:
             new = torch.zeros(value.shape, dtype=dtype if value.is_floating_point() else value.dtype)
             is_weight = isinstance(value, nn.Parameter)
@@ -265,11 +258,10 @@ def _imagined(module: nn.Module | None, dtype: torch.dtype = torch.float32) -> I
                 setattr(owner, name, value)
 
 
+@cache
 def _mode() -> FakeTensorMode:
-    """The one that is on, or a new one: tensors of two do not mix."""
-    from torch._guards import detect_fake_mode
-
-    return detect_fake_mode() or FakeTensorMode()
+    """One for all: tensors of two do not mix."""
+    return FakeTensorMode()
 
 
 class _Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]

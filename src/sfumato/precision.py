@@ -14,7 +14,7 @@ import re
 import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
@@ -203,6 +203,18 @@ def decide(
         optimizer_state=state,
         reasons=MappingProxyType(reasons),
     )
+
+
+def imagined(requested: Requested, kind: Literal["gpu", "cpu"]) -> Precision:
+    """What `decide` would say of weights and products on a device of this kind, with the CPU in its place: for what
+    only counts bytes, where there need be no GPU. Frozen weights are those beside which adapters learn."""
+    here = decide("fp32", device="cpu")
+    there = torch.device("cuda" if kind == "gpu" else "cpu")
+    if kind == "gpu":
+        compute = DTYPES["bf16" if requested == "auto" else requested]
+    else:
+        compute, _ = _compute(requested, there, adapting=False)
+    return replace(here, compute=compute, storage=_storage(compute, there, True)[0], vae=_vae(compute, there)[0])
 
 
 def _device(wanted: str | torch.device) -> tuple[torch.device, str]:
