@@ -94,7 +94,8 @@ def main(argv: Sequence[str]) -> int:
     print(f"\n{'GiB at the peak, about':<54}{'a step':>8}   --gradient-checkpointing")
     for name, row in rows:
         cells = [f"{gib:.1f}{'*' if config.within and gib > config.within else ' '}" for gib in row]
-        print(f"{name:<54}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, (9, 27), strict=False)))
+        line = f"{name:<54}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, (9, 27), strict=False))
+        print(line.rstrip(), flush=True)
     print("\nDreamBooth's steps hold a picture of the class beside each of the subject's.")
     if config.within:
         print(f"* more than {config.within:g} GiB")

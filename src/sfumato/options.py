@@ -94,6 +94,7 @@ class DataOptions:
         other: what differs from the options, as `data.prepare` takes it.
         """
         from sfumato import data
+        from sfumato.runs.progress import Preparation
 
         assert self.resolution is not None, "resolve() fills it"
         chosen: dict[str, Any] = {
@@ -107,8 +108,10 @@ class DataOptions:
             "cache": self.cache,
         }
         chosen |= other
-        with processes.main_first() if processes and chosen["cache"] else nullcontext():
-            return data.prepare(examples, base, **chosen, embed_text=embed_text, will_draw=will_draw)
+        chosen |= {"embed_text": embed_text, "will_draw": will_draw}
+        shown = Preparation(shown=processes is None or processes.is_main)
+        with processes.main_first() if processes and chosen["cache"] else nullcontext(), shown:
+            return data.prepare(examples, base, **chosen, progress=shown)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -53,6 +53,21 @@ def test_pixels_and_captions_are_encoded_once(pictures, base):
     assert sorted(base.prompts) == ["crab", "house", "pizza", "red apple", "rocket", "tulip"]
 
 
+def test_what_is_done_is_told_from_none_to_all(shapes, base, monkeypatch, tmp_path):
+    monkeypatch.setattr("sfumato.data.latents._ENCODED_AT_A_TIME_PX", 64 * 64)
+    cache, told = tmp_path / "cache", []
+
+    def prepared():
+        told.clear()
+        prepare(read(shapes), base, resolution=64, cache=cache, flip=True, progress=lambda *what: told.append(what))
+        return [(what, done) for what, done, count in told if count == 5]
+
+    pictures = [("pictures", done) for done in (0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5)]  # each and its mirror image
+    assert prepared() == [*pictures, ("captions", 5)]
+    assert len(told) == len(pictures) + 1
+    assert prepared() == [("pictures", 0), ("pictures", 5), ("captions", 5)]  # found in the cache
+
+
 def test_a_batch_holds_its_captions_embeddings(pictures, base):
     batch = prepare(read(pictures), base, resolution=64).batch(3, 5, 4)
     assert batch.text.hidden.flatten().tolist() == [len(caption) for caption in batch.captions]

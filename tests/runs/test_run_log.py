@@ -20,7 +20,7 @@ from sfumato.runs import log as logs
 from sfumato.runs import samples as sheets
 from sfumato.runs.folder import forget_samples
 from sfumato.runs.log import Log
-from sfumato.runs.progress import Progress
+from sfumato.runs.progress import Preparation, Progress
 from sfumato.runs.samples import Samples
 from sfumato.runs.signals import Stop
 from tests.runs.faults import failing
@@ -178,6 +178,18 @@ def test_the_bar_begins_where_the_run_does_and_goes_back_with_it(capsys):
         progress.go_back_to(2)
         assert bar.n == 2
     assert "training" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("terminal", "shown"), [(True, True), (False, True), (True, False)])
+def test_a_terminal_sees_what_is_prepared_and_a_log_what_takes_long(terminal, shown, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    with Preparation(shown=shown) as told:
+        for done in range(4):
+            told("pictures", done, 3)
+        told("captions", 2, 2)
+        assert [bar.n for bar in told._bars.values()] == ([3, 2] if shown else [0, 0])
+    error = capsys.readouterr().err
+    assert ("encoding pictures" in error, "encoding captions" in error) == (terminal and shown, terminal and shown)
 
 
 def test_the_loss_that_is_shown_is_a_running_mean():

@@ -79,9 +79,16 @@ def to_floats(pixels: Tensor) -> Tensor:
 
 
 def encode(
-    cropped: Sequence[Cropped], names: Sequence[str], flips: Sequence[bool], encoder: Encoder
+    cropped: Sequence[Cropped],
+    names: Sequence[str],
+    flips: Sequence[bool],
+    encoder: Encoder,
+    shown: Callable[[float], None] = lambda _: None,
 ) -> list[dict[str, Tensor]]:
-    """Each crop's mean, deviation and mask, fp32 on the CPU. Raises DataError, with names, for what is not finite."""
+    """Each crop's mean, deviation and mask, fp32 on the CPU. Raises DataError, with names, for what is not finite.
+
+    shown: told again and again which part is done, 0 to 1.
+    """
     pixels = [torch.from_numpy(to_array(result.image)) for result in cropped]
     jobs: dict[Size, list[tuple[int, int, bool]]] = {}
     for place, result in enumerate(cropped):
@@ -90,6 +97,7 @@ def encode(
                 jobs.setdefault(result.crop.size, []).append((place, position, mirrored))
     means: list[list[Tensor]] = [[] for _ in cropped]
     deviations: list[list[Tensor]] = [[] for _ in cropped]
+    done, count = 0, sum(map(len, jobs.values()))
     for (width, height), wanted in jobs.items():
         most = max(1, _ENCODED_AT_A_TIME_PX // (width * height))
         for start in range(0, len(wanted), most):
@@ -100,6 +108,8 @@ def encode(
             for row, (i, _, _) in enumerate(chunk):
                 means[i].append(mean[row].float().cpu())
                 deviations[i].append(deviation[row].float().cpu())
+            done += len(chunk)
+            shown(done / count)
     return [
         {"mean": torch.stack(mean), "deviation": torch.stack(deviation), **mask_of(result)}
         for result, mean, deviation in zip(cropped, means, deviations, strict=True)

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -90,7 +91,7 @@ def prepare(
     will_draw: tuple[int, int, int] | None = None,
     cache: Path | None = None,
     skip_bad: bool | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> Dataset:
     """Decode, crop and encode every example once.
 
@@ -100,7 +101,8 @@ def prepare(
     embed_text: keep the embeddings of the captions. will_draw: (seed, steps, global batch) of the run to come, so that
     exactly the captions it will draw are embedded, however many forms they have; others are encoded when a batch asks
     for them. cache: a folder for latents and embeddings, where they are found again. skip_bad: leave out what cannot be
-    decoded (unset: as `read_folder` was told). progress: called with (pictures done, pictures in all).
+    decoded (unset: as `read_folder` was told). progress: called with "pictures" or
+    "captions", and how many of how many are done.
 
     Raises DataError that names the bad files, ConfigError for a resolution that the base cannot take.
     """
@@ -131,12 +133,15 @@ def prepare(
     digest = hashlib.sha256()
     bytes_kept = 0
     labels = labels_of([example.path for example in examples])
+    if progress:
+        progress("pictures", 0, len(examples))
     for window in _ahead(list(zip(examples, labels, strict=True)), lambda named: _read(*named, plan, store)):
         bad.extend(str(done) for done in window if isinstance(done, DataError))
         good = [done for done in window if isinstance(done, _Done)]
         if bad and not skip_bad:
             continue  # the rest is only decoded, so that all bad files are named at once
-        fresh, words = _items(good, plan, store, base)
+        shown = partial(_share, progress, len(items) + len(bad), len(good), len(examples))
+        fresh, words = _items(good, plan, store, base, shown)
         notes.extend(words)
         for done, item in zip(good, fresh, strict=True):
             digest.update(_described(done, item.crop).encode())
@@ -146,8 +151,8 @@ def prepare(
         if store and bytes_kept > KEPT_BYTES:
             for item in items:
                 item.tensors = None
-        if progress:
-            progress(len(items) + len(bad), len(examples))
+    if progress:
+        progress("pictures", len(items) + len(bad), len(examples))
     refuse_bad(bad, len(examples), skip_bad)
     notes.extend(f"left out: {reason}" for reason in bad)
     notes.extend(_crop_notes(items))
@@ -159,7 +164,7 @@ def prepare(
     dataset = Dataset(items, repeats, device, base.encode_pixels, fingerprint=digest.hexdigest(), notes=notes)
     if embed_text:
         texts = Texts(base, store)
-        dataset.notes.extend(_embed(texts, dataset, items, will_draw))
+        dataset.notes.extend(_embed(texts, dataset, items, will_draw, progress))
         dataset.embed(texts)
     return dataset
 
@@ -208,6 +213,12 @@ def _ahead(
             yield [waiting.popleft().result() for _ in range(min(_WINDOW, len(waiting)))]
 
 
+def _share(progress: Callable[[str, int, int], None] | None, before: int, these: int, count: int, part: float) -> None:
+    """Tell that of `these` pictures, which come after those before, a part of 0 to 1 is encoded."""
+    if progress:
+        progress("pictures", before + int(part * these), count)
+
+
 def _read(example: Example, label: str, plan: _Plan, store: Cache | None) -> _Done | DataError:
     """The example's crop, from the cache if it is there, or what is wrong with it."""
     try:
@@ -241,10 +252,13 @@ def _stamp(path: Path) -> tuple[int, int]:
     return status.st_mtime_ns, status.st_size
 
 
-def _items(good: Sequence[_Done], plan: _Plan, store: Cache | None, base: Base) -> tuple[list[Item], list[str]]:
-    """The items of some examples, in their order, and what was said while they were decoded."""
+def _items(
+    good: Sequence[_Done], plan: _Plan, store: Cache | None, base: Base, shown: Callable[[float], None]
+) -> tuple[list[Item], list[str]]:
+    """The items of some examples, in their order, and what was said while they were decoded. shown: told which part of
+    the encoding is done."""
     missing = [done for done in good if isinstance(done.result, Cropped)]
-    computed = dict(zip((id(done) for done in missing), _tensors(missing, plan, base), strict=True))
+    computed = dict(zip((id(done) for done in missing), _tensors(missing, plan, base, shown), strict=True))
     items: list[Item] = []
     notes: list[str] = []
     for done in good:
@@ -264,7 +278,9 @@ def _items(good: Sequence[_Done], plan: _Plan, store: Cache | None, base: Base) 
     return items, notes
 
 
-def _tensors(missing: Sequence[_Done], plan: _Plan, base: Base) -> list[dict[str, torch.Tensor]]:
+def _tensors(
+    missing: Sequence[_Done], plan: _Plan, base: Base, shown: Callable[[float], None]
+) -> list[dict[str, torch.Tensor]]:
     cropped = [done.result for done in missing if isinstance(done.result, Cropped)]
     late = [plan.in_loop and result.crop.positions > 1 for result in cropped]
     now = [place for place, is_late in enumerate(late) if not is_late]
@@ -273,6 +289,7 @@ def _tensors(missing: Sequence[_Done], plan: _Plan, base: Base) -> list[dict[str
         [missing[place].label for place in now],
         [bool(missing[place].example.options.flip) for place in now],
         base.encode_pixels,
+        shown,
     )
     found = dict(zip(now, encoded, strict=True))
     return [found[place] if place in found else keep_pixels(cropped[place]) for place in range(len(cropped))]
@@ -284,7 +301,11 @@ def _described(done: _Done, crop: Crop) -> str:
 
 
 def _embed(
-    texts: Texts, dataset: Dataset, items: Sequence[Item], will_draw: tuple[int, int, int] | None
+    texts: Texts,
+    dataset: Dataset,
+    items: Sequence[Item],
+    will_draw: tuple[int, int, int] | None,
+    progress: Callable[[str, int, int], None] | None,
 ) -> Iterator[str]:
     """Embed what will be drawn, if that can be known and kept; lines for the person."""
     if will_draw is not None:
@@ -300,7 +321,7 @@ def _embed(
         yield f"{len(wanted):,} captions are too many to keep in memory; they are encoded in the loop"
         return
     # Sorted, so that equal runs encode in equal batches.
-    texts.compute(sorted(wanted))
+    texts.compute(sorted(wanted), progress and partial(progress, "captions"))
 
 
 def _cut_notes(base: Base, captions: Sequence[str]) -> Iterator[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,12 +42,14 @@ class Texts:
         pooled = self._empty.pooled
         return self._empty.hidden.nbytes + (0 if pooled is None else pooled.nbytes)
 
-    def compute(self, prompts: Iterable[str]) -> None:
-        """Embed what is not embedded yet, and keep it."""
+    def compute(self, prompts: Iterable[str], progress: Callable[[int, int], None] | None = None) -> None:
+        """Embed what is not embedded yet, and keep it. progress: told how many of how many are done."""
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._rows]
         for start in range(0, len(missing), _AT_A_TIME):
             for prompt, row in self._stored(missing[start : start + _AT_A_TIME]):
                 self._rows[prompt] = row
+            if progress:
+                progress(min(start + _AT_A_TIME, len(missing)), len(missing))
 
     def _stored(self, prompts: Sequence[str]) -> Iterable[tuple[str, TextEmbedding | Entry]]:
         if self._cache is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from contextlib import ExitStack
 from typing import Any
 
 from tqdm import tqdm
@@ -12,6 +13,11 @@ from tqdm import tqdm
 def say(text: str) -> None:
     """A line for the person, above the bar."""
     tqdm.write(text, file=sys.stderr)
+
+
+def _pause_s() -> float:
+    """Between two looks of a bar: a terminal's moves, a log file gets a line now and then."""
+    return 0.2 if sys.stderr.isatty() else 10.0
 
 
 class Progress:
@@ -25,7 +31,7 @@ class Progress:
 
     def begin(self, first: int, count: int) -> Any:
         """The bar from step `first` to `count`; a context that takes it away."""
-        pause_s = 0.2 if sys.stderr.isatty() else 10.0
+        pause_s = _pause_s()
         self._bar = tqdm(
             total=count,
             initial=min(first, count),
@@ -50,3 +56,31 @@ class Progress:
     def go_back_to(self, step: int) -> None:
         self._bar.n = step
         self._bar.refresh()
+
+
+class Preparation(ExitStack):
+    """Bars for what goes before a training, as `sfumato.data.prepare` tells of it, where that takes seconds."""
+
+    def __init__(self, *, shown: bool):
+        super().__init__()
+        self._shown = shown
+        self._bars: dict[str, Any] = {}
+
+    def __call__(self, what: str, done: int, count: int) -> None:
+        """Of so many pictures or captions, which `what` names, so many are encoded."""
+        if what not in self._bars:
+            pause_s = _pause_s()
+            bar = tqdm(
+                total=count,
+                file=sys.stderr,
+                disable=not self._shown,
+                delay=0 if sys.stderr.isatty() else pause_s,
+                mininterval=pause_s,
+                maxinterval=pause_s,
+                dynamic_ncols=True,
+                leave=False,
+                desc=f"encoding {what}",
+                unit=what.removesuffix("s"),
+            )
+            self._bars[what] = self.enter_context(bar)
+        self._bars[what].update(done - self._bars[what].n)
