@@ -69,6 +69,7 @@ class Preparation(ExitStack):
     def __call__(self, what: str, done: int, count: int) -> None:
         """Of so many pictures or captions, which `what` names, so many are encoded."""
         if what not in self._bars:
+            self.close()  # one bar after the other
             pause_s = _pause_s()
             bar = tqdm(
                 total=count,
