@@ -23,11 +23,12 @@ GIB = 2**30
 class Config:
     """Tell what each way to train takes of memory at its peak, and which would fit, from the shapes of a base alone.
 
-    Example: sfumato memory --base sd_xl_base_1.0.safetensors --within 12
+    Example: sfumato memory --base sdxl --within 12
     """
 
     base: str = "pocket"
-    """The model to teach: pocket, a hub id, a diffusers folder, or a single .safetensors checkpoint."""
+    """The model to teach: pocket, a hub id, a diffusers folder, or a single .safetensors checkpoint. Or sd1, sd2 or
+    sdxl for the family's usual shapes, where there is no model yet."""
     vae: str | None = None
     """Another VAE: a hub id, a folder, or a single file."""
     resolution: int | None = None

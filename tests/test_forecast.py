@@ -106,11 +106,23 @@ def test_the_table_marks_what_does_not_fit(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
+    ("name", "numbers", "texts"), [("sd1", 859_520_964, 1), ("sd2", 865_910_724, 1), ("sdxl", 2_567_463_684, 2)]
+)
+def test_a_family_by_its_name_has_its_published_shapes(name, numbers, texts):
+    base = shapes_of(name, "gpu")
+    assert sum(weight.numel() for weight in base.unet.parameters()) == numbers
+    assert len(base.text_encoders) == texts
+    assert base.family.name == name
+    assert base.token_limit == 75
+
+
+@pytest.mark.parametrize(
     ("words", "said"),
     [
         (["--batch", "0"], "--batch 0: must be above 0."),
         (["--within", "-1"], "--within -1: must be above 0."),
         (["--device", "cpu", "--precision", "fp16"], "--precision fp16: a CPU cannot train in fp16."),
+        (["--base", "sd1", "--vae", "pocket"], "--vae pocket: --base sd1 names no model"),
         (["--base", "nowhere"], "nowhere: there is no such folder or file."),
     ],
 )

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -22,7 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sfumato import products
 from sfumato.adapters import attach, hosts
-from sfumato.bases.loading import base_at_rest
+from sfumato.bases.loading import base_at_rest, family_at_rest
+from sfumato.errors import ConfigError
 from sfumato.full import parts_of
 from sfumato.lean import keep_less
 from sfumato.precision import decide
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
 BESIDE = {"cpu": 0.85 * 2**30, "gpu": 0.75 * 2**30}
 """Bytes besides tensors: on a CPU the libraries and what the allocator keeps, as bench/forecast.py found it; a GPU's
 context and scratch space are put at this, and were never measured."""
+PUBLISHED = ("sd1", "sd2", "sdxl")
+"""Families whose configs travel with the package."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +82,18 @@ class Setting:
 
 
 def shapes_of(source: str | os.PathLike[str], device: str, vae: str | None = None) -> Base:
-    """The base at rest, its U-Net as trainers on this device have it. Raises as `load_base`."""
-    base = base_at_rest(source, precision=decide("fp32", device="cpu"), vae=vae)
+    """The base at rest, its U-Net as trainers on this device have it. Raises as `load_base`.
+
+    source: as of `load_base`, or the name of a family for its published shapes, of which no file need be there.
+    """
+    if source in PUBLISHED and not Path(source).exists():
+        if vae is not None:
+            raise ConfigError(
+                f"--vae {vae}: --base {source} names no model, only its family's shapes; leave --vae out."
+            )
+        base = family_at_rest(str(source))
+    else:
+        base = base_at_rest(source, precision=decide("fp32", device="cpu"), vae=vae)
     if device == "cpu":
         products.quicken(base.unet)
         keep_less(base.unet)

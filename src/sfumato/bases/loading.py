@@ -20,7 +20,7 @@ from sfumato.bases.hub import HUB_ID, hub_folder, hub_vae
 from sfumato.bases.recognise import family_of_names
 from sfumato.bases.resting import Resting
 from sfumato.bases.vocabulary import clip_tokenizer
-from sfumato.bases.weights import Shell
+from sfumato.bases.weights import Shell, text_skeleton, unet_skeleton, vae_skeleton
 from sfumato.errors import BaseModelError
 from sfumato.files.header import read_header
 from sfumato.precision import Part, Precision, decide
@@ -112,6 +112,26 @@ def base_at_rest(
         zeros_for_empty_prompt=parts.zeros_for_empty_prompt,
         files=tuple(dict.fromkeys(file for each in shells.values() for shell in each for file in shell.files)),
         resting=Resting(shells, precision.place),
+    )
+
+
+def family_at_rest(name: str) -> Base:
+    """A base of the family's published shapes, of which nothing is there: to count by, it cannot be woken."""
+    family, config = FAMILIES[name], single_file.shipped(name, "scheduler/scheduler_config.json")
+    texts = [
+        text_skeleton(each.class_name, single_file.shipped(name, f"{each.folder}/config.json"))
+        for each in family.encoders
+    ]
+    return Base(
+        family=family,
+        name=name,
+        unet=unet_skeleton(single_file.shipped(name, "unet/config.json")),
+        vae=vae_skeleton(single_file.shipped(name, "vae/config.json")),
+        text_encoders=tuple(texts),
+        tokenizers=tuple(_shipped_tokenizer(family, index, text) for index, text in enumerate(texts)),
+        scheduler=_scheduler(config, name),
+        precision=decide("fp32", device="cpu"),
+        alpha_bar=alpha_bar(config, name),
     )
 
 
