@@ -114,6 +114,7 @@ def test_a_family_by_its_name_has_its_published_shapes(name, numbers, texts):
     assert len(base.text_encoders) == texts
     assert base.family.name == name
     assert base.token_limit == 75
+    assert not any(p.requires_grad for part in (base.unet, base.vae, *base.text_encoders) for p in part.parameters())
 
 
 @pytest.mark.parametrize(
