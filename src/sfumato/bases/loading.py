@@ -115,9 +115,6 @@ def base_at_rest(
     )
 
 
-_SKELETONS = {"unet": unet_skeleton, "vae": vae_skeleton}
-
-
 def family_at_rest(name: str) -> Base:
     """A base of the family's published shapes, of which nothing is there: to count by, it cannot be woken."""
     family, config = FAMILIES[name], single_file.shipped(name, "scheduler/scheduler_config.json")
@@ -125,7 +122,8 @@ def family_at_rest(name: str) -> Base:
         text_skeleton(each.class_name, single_file.shipped(name, f"{each.folder}/config.json"))
         for each in family.encoders
     ]
-    unet, vae = (make(single_file.shipped(name, f"{part}/config.json")) for part, make in _SKELETONS.items())
+    unet = unet_skeleton(single_file.shipped(name, "unet/config.json"))
+    vae = vae_skeleton(single_file.shipped(name, "vae/config.json"))
     for model in (unet, vae, *texts):
         model.requires_grad_(False).eval()
     return Base(
