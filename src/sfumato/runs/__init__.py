@@ -50,6 +50,8 @@ __all__ = ["Run", "Step"]
 
 _LOOKED = "looked"
 """The fact that names the last step whose samples and measurements are done."""
+_UNSAVED, _BROKEN = 1, 2
+"""How a checkpoint failed: it could not be written, or is not finite."""
 _not_begun: weakref.WeakSet[Run] = weakref.WeakSet()
 
 
@@ -346,7 +348,12 @@ class Run:
             return
         if self.is_main:
             self._save(step, due=due)
-        if self._agreed(1 if self._health.broken else None) and not self._health.broken:
+        # All processes know what became of it, so that each asks for the same checkpoints.
+        unsaved = self.is_main and self._saved_at != step
+        worst = self._agreed(_BROKEN if self._health.broken else _UNSAVED if unsaved else None)
+        if worst is None:
+            self._saved_at = step
+        elif worst == _BROKEN and not self._health.broken:
             self._health.broken = f"the state of step {step} is not finite"
 
     def _save(self, step: int, *, due: bool) -> None:
