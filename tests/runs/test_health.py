@@ -153,13 +153,17 @@ def test_a_state_that_is_not_finite_is_no_checkpoint(tmp_path):
     assert store.newest() == (1, [])
 
 
+def refuse(*_):
+    raise RunError("there is no room")
+
+
 def test_a_state_that_only_the_main_process_finds_broken_is_broken_for_all(tmp_path):
     layer = nn.Linear(2, 2)
     end = (
         ", so the training is broken. Lower --learning-rate, use another --precision, or look at the pictures; "
         f"{tmp_path / 'run/log.jsonl'} has the steps before."
     )
-    other = Processes(main=False, others=1)
+    other = Processes(main=False, others=2)
     run = start(tmp_path, other, checkpoint_every=1)
     assert problem(lambda: list(run.steps(3))) == f"the state of step 0 is not finite{end}"
     main = Processes(main=True)
@@ -167,7 +171,35 @@ def test_a_state_that_only_the_main_process_finds_broken_is_broken_for_all(tmp_p
     run.keep(layer=layer)
     layer.weight.data[0] = math.nan
     assert problem(lambda: list(run.steps(3))) == f"the state of step 0 is not finite (/kept/layer/weight){end}"
-    assert main.asked == [1]
+    assert main.asked == [2]
+
+
+class Second(Processes):
+    """The other one, which hears what the main process said."""
+
+    def __init__(self, main):
+        super().__init__(main=False)
+        self.heard = main.asked
+
+    def largest(self, number):
+        self.asked.append(number)
+        return self.heard[len(self.asked) - 1]
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_all_processes_ask_each_other_as_often(full, tmp_path, monkeypatch):
+    """Where samples come after a checkpoint of their step, and where the disk did not take it."""
+    main = Processes(main=True)
+    second = Second(main)
+    for processes in (main, second):
+        run = start(tmp_path / str(processes.is_main), processes, checkpoint_every=2)
+        run.keep(layer=nn.Linear(2, 2))
+        run.every(2, lambda step: None)
+        for step in run.steps(4):
+            if full:
+                monkeypatch.setattr(run._checkpoints, "save", refuse)
+            step.done(loss=1.0, rate=1.0)
+    assert len(second.asked) == len(main.asked) > 4
 
 
 def test_moments_that_overflow_send_the_run_back(tmp_path, capsys):
