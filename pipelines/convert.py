@@ -133,7 +133,7 @@ def _differences(config: Config, source: Source, family: str, metadata: Mapping[
 
     if config.to != "kohya" or config.base is None:
         raise ConfigError("--bake diff wants --base, the weights that differ, and --to kohya: nobody else reads it.")
-    deltas = as_difference(source, stored(config.base).weight)
+    deltas = as_difference(source, stored(config.base))
     metadata = _fitted(config, metadata, len(deltas))
     write_difference(config.output, deltas, family=family, metadata=metadata, dtype=DTYPES[config.dtype])
     size = config.output.stat().st_size / 1e6

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Config:
-    """Take what a fine-tuned model differs from its base by, and write it as a LoRA; the kept energy is told.
+    """Take what a fine-tuned model differs from its base by, and write it as a LoRA, or exactly; what is kept is told.
 
     Example: sfumato extract tuned.safetensors --base base.safetensors --rank 32 -o tuned-lora.safetensors
     """
@@ -37,10 +37,12 @@ class Config:
     """At most so many directions a module."""
     keep_energy: float | None = None
     """As many directions as hold this share of each delta's squared norm, such as 0.99."""
+    exact: bool = False
+    """Write the whole difference, as large as the model, which any other base takes exactly."""
     parts: tuple[Literal["unet", "text_encoder", "text_encoder_2"], ...] = ()
     """Which parts; all that differ if unset. Repeat."""
-    dtype: Literal["fp32", "fp16", "bf16"] = "fp16"
-    """Of the written file."""
+    dtype: Literal["fp32", "fp16", "bf16"] | None = None
+    """Of the written file; fp16 if unset, with --exact fp32."""
     trigger: tuple[str, ...] = ()
     """Words that call up what the model learned. Repeat."""
     overwrite: bool = False
@@ -49,18 +51,15 @@ class Config:
 
 def extract_file(config: Config) -> Path:
     """Write the adapter; returns its file."""
-    if config.rank is None and config.keep_energy is None:
-        raise ConfigError("say how much to keep: --rank 32 or --keep-energy 0.99.")
+    if config.exact and (config.rank, config.keep_energy) != (None, None):
+        raise ConfigError("--exact keeps all: leave out --rank and --keep-energy.")
+    if not config.exact and config.rank is None and config.keep_energy is None:
+        raise ConfigError("say how much to keep: --rank 32, --keep-energy 0.99, or --exact for all of it.")
     if config.output.suffix != ".safetensors":
         raise ConfigError(f"--output {config.output}: wanted a .safetensors file.")
     check_free(config.output, config.overwrite)
 
-    from sfumato.files.metadata import Description, describe
-    from sfumato.files.write import write_lora
-    from sfumato.merging.extract import extract
-    from sfumato.merging.factors import Budget
     from sfumato.merging.stored import stored
-    from sfumato.precision import DTYPES
 
     tuned, base = stored(config.tuned), stored(config.base)
     if tuned.family != base.family or tuned.places.keys() != base.places.keys():
@@ -68,22 +67,66 @@ def extract_file(config: Config) -> Path:
             f"{tuned.name} is {tuned.family.title}, {base.name} is {base.family.title}, and their weights are not the "
             "same ones. Name the base that it was trained from."
         )
-    modules, kept = extract(_pairs(tuned, base, config.parts), Budget(config.rank, config.keep_energy))
-    description = Description(
-        title=config.output.stem,
-        family=base.family.name,
-        base=base.name,
-        prediction_type=tuned.prediction_type or base.prediction_type,
-        trigger=config.trigger,
-        config=to_dict(config, public=True),
-        extra={"sfumato.kept_energy": f"{kept.share:.6f}"},
-    )
-    write_lora(
-        config.output, modules, family=base.family.name, metadata=describe(description), dtype=DTYPES[config.dtype]
-    )
+    count, kept = (_write_difference if config.exact else _write_lora)(config, tuned, base)
     size = config.output.stat().st_size / 1e6
-    print(f"{config.output.name}: {len(modules)} modules, {size:.2f} MB; {kept}", file=sys.stderr)
+    print(f"{config.output.name}: {count} modules, {size:.2f} MB; {kept}", file=sys.stderr)
     return config.output
+
+
+def _write_lora(config: Config, tuned: StoredBase, base: StoredBase) -> tuple[int, str]:
+    """How many modules were written, and what they keep."""
+    from sfumato.files.write import write_lora
+    from sfumato.merging.extract import extract
+    from sfumato.merging.factors import Budget
+    from sfumato.precision import DTYPES
+
+    modules, kept = extract(_pairs(tuned, base, config.parts), Budget(config.rank, config.keep_energy))
+    metadata = _described(config, tuned, base, {"sfumato.kept_energy": f"{kept.share:.6f}"})
+    write_lora(config.output, modules, family=base.family.name, metadata=metadata, dtype=DTYPES[config.dtype or "fp16"])
+    return len(modules), str(kept)
+
+
+def _write_difference(config: Config, tuned: StoredBase, base: StoredBase) -> tuple[int, str]:
+    """The same, of all that differs."""
+    from sfumato.files.write_difference import write_difference
+    from sfumato.merging.convert import as_difference
+    from sfumato.merging.merge import Source
+    from sfumato.merging.whole_model import replacements
+    from sfumato.precision import DTYPES
+
+    dtype = DTYPES[config.dtype or "fp32"]
+    of_parts = {
+        target: change
+        for target, change in replacements(tuned).items()
+        if not config.parts or target[0] in config.parts
+    }
+    found = as_difference(Source(tuned.name, of_parts), base, dtype)
+    deltas = {
+        target: (weight, bias if bias is not None and bias.any() else None)
+        for target, (weight, bias) in found.items()
+        if weight.any() or (bias is not None and bias.any())
+    }
+    if not deltas:
+        raise AdapterError("no weight differs, so there is nothing to extract.")
+    metadata = _described(config, tuned, base, {})
+    write_difference(config.output, deltas, family=base.family.name, metadata=metadata, dtype=dtype)
+    return len(deltas), "all that differs"
+
+
+def _described(config: Config, tuned: StoredBase, base: StoredBase, extra: Mapping[str, str]) -> dict[str, str]:
+    from sfumato.files.metadata import Description, describe
+
+    return describe(
+        Description(
+            title=config.output.stem,
+            family=base.family.name,
+            base=base.name,
+            prediction_type=tuned.prediction_type or base.prediction_type,
+            trigger=config.trigger,
+            config=to_dict(config, public=True),
+            extra=extra,
+        )
+    )
 
 
 def _pairs(tuned: StoredBase, base: StoredBase, parts: Sequence[str]) -> Iterator[tuple[Parameter, Any, Any]]:

@@ -368,8 +368,8 @@ def _mixed(base: Base, wanted: Plan, config: Config) -> Iterator[tuple[Mix, dict
     from sfumato import embedding
     from sfumato.compose import compose
     from sfumato.drawn import learned_otherwise, unused_words
-    from sfumato.files.adapter_file import read_adapter
     from sfumato.files.header import read_header
+    from sfumato.merging.whole_model import read_mixable
 
     texts, counted = _texts(wanted, config.negative), _counted(wanted)
     with ExitStack() as stack:
@@ -382,7 +382,7 @@ def _mixed(base: Base, wanted: Plan, config: Config) -> Iterator[tuple[Mix, dict
         allowed = {"partial": config.partial, "verify": config.verify}
         mix = stack.enter_context(compose(base, *wanted.adapters, way=way, words_known=True, **allowed))
         # The weight of a bundle is the LoRA's; its words are there.
-        regional = {each.label: read_adapter(each.path, partial=config.partial) for each in wanted.where_when.regional}
+        regional = {each.label: read_mixable(each.path, partial=config.partial) for each in wanted.where_when.regional}
         bundled = {**mix.embeddings, **{label: file.embeddings for label, file in regional.items()}}
         bundled = {label: found for label, found in bundled.items() if label in counted}
         if brought := stack.enter_context(embedding.bundled(base, bundled, partial=config.partial)):

@@ -220,8 +220,8 @@ def draw_grid(config: Config) -> Path:
     from sfumato.bases import load_base
     from sfumato.compose import compose
     from sfumato.drawn import learned_otherwise, unused_words
-    from sfumato.files.adapter_file import read_adapter
     from sfumato.files.header import read_header
+    from sfumato.merging.whole_model import read_mixable
     from sfumato.precision import decide
     from sfumato.sheet import read_drawn
 
@@ -253,7 +253,7 @@ def draw_grid(config: Config) -> Path:
         if mix is not None:
             told, brought = mix.metadata, mix.embeddings
         else:
-            read = {each.label: read_adapter(each.path, partial=config.partial) for each in adapters}
+            read = {each.label: read_mixable(each.path, partial=config.partial) for each in adapters}
             told = {label: file.metadata for label, file in read.items()}
             brought = {label: file.embeddings for label, file in read.items()}
         learned = _checked(base, brought, told, cells_in_all, words, config)

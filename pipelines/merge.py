@@ -29,7 +29,8 @@ class Config:
     """
 
     adapters: tuple[str, ...] = ()
-    """FILE:0.8, an adapter and its weight; FILE:0.8:0.4 for U-Net and text encoders; LABEL=FILE:0.8."""
+    """FILE:0.8, an adapter and its weight; FILE:0.8:0.4 for U-Net and text encoders; LABEL=FILE:0.8. With --into also
+    a whole model, a checkpoint or a diffusers folder, which counts by what it differs from that base."""
     _: KW_ONLY
     output: Annotated[Path, Parameter(alias="-o")] = Path("mix.safetensors")
     """The .safetensors file to write; with --into a diffusers folder, a folder."""
@@ -54,7 +55,8 @@ class Config:
     base: str | None = None
     """The base that DoRA, OFT and other kinds without a low-rank form take their delta on."""
     into: str | None = None
-    """Bake the weighted sum into this checkpoint or diffusers folder and write the result to --output."""
+    """Bake them into this checkpoint or diffusers folder and write the result to --output; by linear, ties, dare,
+    dare-ties or magnitude."""
     dtype: Literal["fp32", "fp16", "bf16"] | None = None
     """Of the written file, fp32 if unset; fp16 halves it at a relative error of 0.0003. --into keeps the base's."""
     title: str = ""
@@ -67,8 +69,11 @@ class Config:
     """Replace a file that exists."""
 
 
-_OF_INTO = {"adapters", "output", "blocks", "into", "title", "family", "partial", "overwrite"}
-"""Options that --into has a use for."""
+_OF_INTO = {
+    *("adapters", "output", "method", "density", "blocks"),
+    *("into", "title", "family", "partial", "overwrite"),
+}
+"""Options that --into has a use for; dare's methods have one for --seed, too."""
 
 
 def merge_files(config: Config) -> Path:
@@ -77,17 +82,18 @@ def merge_files(config: Config) -> Path:
         raise ConfigError("there is no adapter; wanted such as: sfumato merge a.safetensors:0.8 b.safetensors:0.6.")
     check_free(config.output, config.overwrite)
     chosen = [each.name for each in fields(config) if getattr(config, each.name) != each.default]
-    idle = [f"--{name.replace('_', '-')}" for name in chosen if name not in _OF_INTO]
+    of_into = _OF_INTO | ({"seed"} if "dare" in config.method else set())
+    idle = [f"--{name.replace('_', '-')}" for name in chosen if name not in of_into]
     if config.into is not None and idle:
         raise ConfigError(
-            "--into bakes the weighted sum, whole and in the base's own dtype: leave out "
+            "--into bakes all of it, in the base's own dtype: leave out "
             f"{', '.join(idle)}, or merge to a file first and bake that."
         )
     if not 0 < config.null_energy <= 1:
         raise ConfigError(f"--null-energy is {config.null_energy}; it must be above 0 and at most 1.")
     adapters = parse_adapters(config.adapters)
 
-    from sfumato.merging.methods import TAKEN_BY
+    from sfumato.merging.methods import DENSE, TAKEN_BY
     from sfumato.merging.sources import choose_blocks, read_sources
 
     for name, methods in TAKEN_BY.items():
@@ -96,6 +102,11 @@ def merge_files(config: Config) -> Path:
                 f"--{name.replace('_', '-')} has no effect on --method {config.method}; leave it out, or choose one of "
                 f"{', '.join(sorted(methods))}."
             )
+    if config.into is not None and config.method not in ("linear", *DENSE):
+        raise ConfigError(
+            f"--method {config.method} works on factors, which whole weights have not; with --into take linear or "
+            f"{', '.join(DENSE)}, or merge to a file first and bake that."
+        )
     sources, parents = read_sources(adapters, partial=config.partial, words=config.into is None)
     sources = choose_blocks(sources, config.blocks)
     if config.into is not None:
@@ -149,6 +160,7 @@ def _merge(config: Config, sources: Sequence[Source], parents: Sequence[Parent])
 def _bake(config: Config, sources: Sequence[Source], parents: Sequence[Parent]) -> Path:
     from sfumato.merging.bake import bake
     from sfumato.merging.lineage import baked, common_family
+    from sfumato.merging.methods import Settings
     from sfumato.merging.stored import stored
 
     assert config.into is not None
@@ -159,7 +171,15 @@ def _bake(config: Config, sources: Sequence[Source], parents: Sequence[Parent]) 
     if family != base.family.name:
         raise ConfigError(f"--into {base.name}: is {base.family.title}, the adapters are for {family}.")
     metadata = baked(parents, title=config.title or config.output.stem, config=to_dict(config, public=True))
-    bake(base, sources, config.output, metadata)
+    bake(
+        base,
+        sources,
+        config.output,
+        metadata,
+        method=config.method,
+        settings=Settings(config.density),
+        seed=config.seed,
+    )
     count = "1 adapter" if len(parents) == 1 else f"{len(parents)} adapters"
     print(f"{config.output.name}: {base.name} with {count} baked in", file=sys.stderr)
     return config.output

@@ -13,6 +13,7 @@ from sfumato import pnginfo
 from sfumato.compose.adapter import Adapter, Weight, is_idle
 from sfumato.compose.blocks import Blocks
 from sfumato.merging.sources import identity
+from sfumato.merging.whole_model import is_whole_model
 from sfumato.numerals import exact
 from sfumato.placeholders import holds
 
@@ -101,11 +102,13 @@ def save_drawn(
     method = settings.get("method")
     counted = [adapter for adapter in used if not is_idle(adapter.weight)]
     hashes: dict[str, str | None] = {}
-    for adapter in counted:
+    # Other programs know whole models as bases alone, and have no tag for a share of one.
+    named = [adapter for adapter in counted if not is_whole_model(adapter.path)]
+    for adapter in named:
         name, digest = Path(adapter.path).stem, identity(Path(adapter.path))
         hashes[name] = digest if hashes.get(name, digest) == digest else None  # of two files, which one is not told
     # What is merged by another method than the sum, tags would draw otherwise.
-    tagged = counted if method in (None, "linear") else ()
+    tagged = named if method in (None, "linear") else ()
     tags = [_tag(Path(adapter.path).stem, adapter.weight) for adapter in tagged]
     strengths = ", ".join(f"{label}: {exact(strength)}" for label, strength in settings["adapter_guidance"].items())
     pairs = {

@@ -51,8 +51,9 @@ def parse_adapter(spec: str) -> Adapter:
         raise ConfigError(f"{spec}: {wrong[2]!r} is no weight; wanted a number, as in {wrong[1]}:0.8.")
     if not path:
         raise ConfigError(f"{spec!r} names no file; wanted FILE:0.8.")
-    if Path(path).is_dir():  # what is in a folder of peft's, its reader looks into
-        folders_in(Path(path))
+    if Path(path).is_dir():  # what is in a folder of peft's or of a whole model, its reader looks into
+        if not (Path(path) / "model_index.json").is_file():
+            folders_in(Path(path))
     else:
         read_header(path)
     weight: Weight = 1.0 if not numbers else numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])

@@ -32,32 +32,6 @@ class Effect:
         return cls(change, change.low_rank())
 
 
-@dataclass(frozen=True)
-class BiasChange:
-    """The change of a bias, as one of a weight: value + gain * bias."""
-
-    kind: str
-    value: Tensor | None
-    gain: Tensor | None = None
-    bias_delta: None = None
-
-    @property
-    def needs_weight(self) -> bool:
-        return self.gain is not None
-
-    def fits(self, shape: Iterable[int]) -> bool:
-        return all(tuple(shape) == tuple(each.shape) for each in (self.value, self.gain) if each is not None)
-
-    def delta(self, weight: Tensor) -> Tensor:
-        total = torch.zeros(weight.shape, device=weight.device)
-        if self.gain is not None:
-            total.addcmul_(weight.float(), self.gain.to(weight.device, torch.float32))
-        return total if self.value is None else total.add_(self.value.to(weight.device, torch.float32))
-
-    def low_rank(self) -> None:
-        return None
-
-
 class Baked:
     """A weight or bias of one module, with the adapters' changes within it.
 

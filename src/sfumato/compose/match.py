@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from sfumato.bases.family import recognise
 from sfumato.compose import tensors
 from sfumato.compose.adapter import Adapter, Weight, weight_at
-from sfumato.compose.baked import BiasChange, Effect
+from sfumato.compose.baked import Effect
 from sfumato.compose.blocks import Blocks
 from sfumato.compose.live import can_be_live
 from sfumato.errors import AdapterError
 from sfumato.files.adapter_file import AdapterFile
 from sfumato.files.changes import Change, LoraModule
-from sfumato.files.changes.ia3 import Ia3
+from sfumato.files.changes.bias import bias_change
 from sfumato.files.family import FAMILIES
 from sfumato.files.kohya import Target
 
@@ -174,7 +174,7 @@ def match(file: AdapterFile, label: str, modules: Modules, *, partial: bool, way
             lacking.append(".".join(target))
             continue
         (part, path), module = place
-        bias = _bias_change(change)
+        bias = bias_change(change)
         if not change.fits(shape):
             misshapen.append(f"{'.'.join(target)} {_shape(change)} on {list(shape)}")
         elif bias is not None and bias.value is not None and not bias.fits(_bias_shape(module)):
@@ -198,11 +198,6 @@ def weighed(adapter: Adapter, file: AdapterFile, modules: Modules, *, partial: b
         number = weight_at(adapter.weight, found.part, found.path)
         if number:
             yield number, found
-
-
-def _bias_change(change: Change) -> BiasChange | None:
-    gain = change.gain if isinstance(change, Ia3) and change.scales_bias else None
-    return None if gain is None and change.bias_delta is None else BiasChange(change.kind, change.bias_delta, gain)
 
 
 def _bias_shape(module: nn.Module) -> tuple[int, ...]:

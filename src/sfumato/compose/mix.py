@@ -26,10 +26,11 @@ from sfumato.compose.lowrank import Scratch, exact_products
 from sfumato.compose.match import Found, Modules, Way, compiled_parts, match, parts_of, unwrapped_parts
 from sfumato.compose.originals import Originals, Place
 from sfumato.errors import AdapterError
-from sfumato.files.adapter_file import AdapterFile, read_adapter
+from sfumato.files.adapter_file import AdapterFile
 from sfumato.files.fingerprint import verify as verify_deltas
 from sfumato.files.kinds import ROLES
 from sfumato.files.metadata import adapter_guidance_of, over_steps_of
+from sfumato.merging.whole_model import read_mixable
 
 _MARK = "_sfumato_mix"
 """Attribute of each mixed part, so that a second mix over the first is noticed whatever pipeline object it comes by."""
@@ -206,7 +207,7 @@ class Mix:
         parts_of(self._pipe)  # refuses what diffusers or peft has loaded since
         self._check_new(adapters)
         self._modules.check_blocks({adapter.label: adapter.weight for adapter in adapters})
-        files = {adapter.label: read_adapter(adapter.path, partial=partial) for adapter in adapters}
+        files = {adapter.label: read_mixable(adapter.path, partial=partial) for adapter in adapters}
         for file in files.values() if verify else ():
             verify_deltas(file.metadata, file.changes, file.path.name)
         matched = {

@@ -22,8 +22,10 @@ from sfumato.compose import tensors
 from sfumato.compose.adapter import Adapter
 from sfumato.compose.match import Modules, parts_of, refuse_compiled, weighed
 from sfumato.errors import AdapterError
-from sfumato.files.adapter_file import AdapterFile, read_adapter
+from sfumato.files.adapter_file import AdapterFile
+from sfumato.files.changes.replacement import lora_command
 from sfumato.files.lora_file import LoraModule
+from sfumato.merging.whole_model import read_mixable
 
 Index = Callable[[int], Tensor]
 """From the number of rows in a call to the picture of each row."""
@@ -182,14 +184,14 @@ def _layers(
         for adapter in each:
             key = str(adapter.path)
             if key not in files:
-                files[key] = read_adapter(adapter.path, partial=partial)
+                files[key] = read_mixable(adapter.path, partial=partial)
             for number, found in weighed(adapter, files[key], modules, partial=partial):
                 low = found.beside
                 if low is None:
                     raise AdapterError(
                         f"{adapter.label}: {found.part}.{found.path} is changed by a {found.effect.change.kind}, which "
-                        "has no low-rank form. Draw this picture by itself, or make it a LoRA: sfumato convert FILE "
-                        "--bake lora."
+                        "has no low-rank form. Draw this picture by itself, or make it a LoRA: "
+                        f"{lora_command(found.effect.change)}."
                     )
                 place = (found.part, found.path)
                 _, terms = layers.setdefault(place, (found.module, [[] for _ in adapters]))

@@ -30,8 +30,10 @@ from sfumato.compose.adapter import Adapter, with_unet
 from sfumato.compose.match import Modules, halved, parts_of, refuse_compiled, weighed
 from sfumato.compose.steps import Ramp, progress_of
 from sfumato.errors import AdapterError
-from sfumato.files.adapter_file import AdapterFile, read_adapter
+from sfumato.files.adapter_file import AdapterFile
+from sfumato.files.changes.replacement import lora_command
 from sfumato.files.fingerprint import verify as verify_deltas
+from sfumato.merging.whole_model import read_mixable
 from sfumato.prompt_steps import STEPS, changes
 from sfumato.prompts import Syntax
 
@@ -417,7 +419,7 @@ def _read(parts: Sequence[Region], *, partial: bool, verify: bool) -> dict[Adapt
     """The files of all regions' adapters, each once."""
     found = {}
     for adapter in dict.fromkeys(each for region in parts for each in region.adapters):
-        file = found[adapter] = read_adapter(adapter.path, partial=partial)
+        file = found[adapter] = read_mixable(adapter.path, partial=partial)
         if verify:
             verify_deltas(file.metadata, file.changes, file.path.name)
     return found
@@ -443,7 +445,8 @@ def _layers(
                 if low is None:
                     raise AdapterError(
                         f"{adapter.label}: {found.path} is changed by a {found.effect.change.kind}, which has no "
-                        "low-rank form to keep to a region. Make it a LoRA: sfumato convert FILE --bake lora."
+                        "low-rank form to keep to a region. Make it a LoRA: "
+                        f"{lora_command(found.effect.change)}."
                     )
                 shape = tensors.shape(found.module)
                 assert shape is not None

@@ -3,39 +3,118 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from sfumato import randomness
 from sfumato.compose.adapter import weight_at
 from sfumato.errors import AdapterError, FileError
 from sfumato.files.atomic import atomic_folder
 from sfumato.files.changes import Change
+from sfumato.files.changes.bias import BiasChange, bias_change
 from sfumato.files.header import read_header
 from sfumato.files.read import read_tensors
 from sfumato.files.save import hashes, write_tensors
-from sfumato.merging.merge import Source, refuse_scaled_bias
+from sfumato.merging.merge import Source
+from sfumato.merging.methods import DENSE, Settings
 from sfumato.merging.stored import Parameter, StoredBase
 
 KEPT_SUFFIXES = (".json", ".txt", ".model")
 """What a new diffusers folder takes over beside the weights: configs and vocabularies."""
 
 
-def bake(base: StoredBase, sources: Sequence[Source], output: Path, metadata: Mapping[str, str] | None = None) -> Path:
-    """Write W + sum of w_i delta_i, every delta taken on the pristine W, each weight rounded once to its dtype.
+@dataclass(frozen=True)
+class Recipe:
+    """How a base's parameters become those of the result.
 
-    output: a .safetensors file for a checkpoint, a folder that does not exist for a diffusers folder. Whole or not at
-    all. metadata: added to a checkpoint's own. Raises AdapterError for modules that the base lacks or that do not fit.
+    terms: by parameter, what changes it: (weight, change, name of the source). method: "linear", or a name of `DENSE`,
+    which is given the deltas of a parameter as matrices. seed: where the draws of a method come from.
     """
-    wanted = _by_parameter(base, sources)
+
+    base: StoredBase
+    terms: Mapping[Parameter, Sequence[tuple[float, Change | BiasChange, str]]]
+    method: str
+    settings: Settings
+    seed: int
+
+    def changed(self, parameter: Parameter) -> Tensor:
+        """The parameter with its changes, fp32."""
+        original = self.base.read(parameter).float()
+        terms = self.terms[parameter]
+        weights = [weight for weight, _, _ in terms]
+        deltas = (self._delta(parameter, original, change, name) for _, change, name in terms)
+        if self.method == "linear":
+            total = original.clone()
+            for weight, delta in zip(weights, deltas, strict=True):
+                total += weight * delta
+            return total
+        draws = randomness.generator(self.seed, f"merge/{'/'.join(parameter)}")
+        flat = [delta.reshape(len(delta), -1) for delta in deltas]
+        merged = DENSE[self.method](self.settings, draws)(flat, weights)
+        return original + merged.float().reshape(original.shape)
+
+    def _delta(self, parameter: Parameter, original: Tensor, change: Change | BiasChange, name: str) -> Tensor:
+        delta = change.delta(original)
+        if delta.numel() != original.numel() or delta.shape[:1] != original.shape[:1]:
+            raise AdapterError(
+                f"{name}: {'.'.join(parameter)} is {list(delta.shape)} in the adapter, {list(original.shape)} in "
+                f"{self.base.name}. Name the base it was trained on."
+            )
+        return delta.float().reshape(original.shape)
+
+    def files(self) -> dict[Path, dict[str, list[Parameter]]]:
+        """Of each file the tensors that change, and the parameters that lie in each."""
+        found: dict[Path, dict[str, list[Parameter]]] = {}
+        for parameter in self.terms:
+            place = self.base.places[parameter]
+            found.setdefault(place.file, {}).setdefault(place.tensor, []).append(parameter)
+        return found
+
+    def tensors(self, file: Path, changed: Mapping[str, Sequence[Parameter]]) -> dict[str, Tensor]:
+        """All tensors of a file, those of `changed` with their changes, in the file's dtypes."""
+        tensors = read_tensors(file)
+        for name, parameters in changed.items():
+            new = tensors[name].clone()
+            for parameter in parameters:
+                total = self.changed(parameter)
+                if not bool((total.abs() <= torch.finfo(new.dtype).max).all()):
+                    raise AdapterError(
+                        f"{'.'.join(parameter)} would overflow {str(new.dtype).removeprefix('torch.')}. "
+                        "Use smaller weights."
+                    )
+                self.base.places[parameter].view(new).copy_(total)
+            tensors[name] = new
+        return tensors
+
+
+def bake(
+    base: StoredBase,
+    sources: Sequence[Source],
+    output: Path,
+    metadata: Mapping[str, str] | None = None,
+    *,
+    method: str = "linear",
+    settings: Settings = Settings(),  # noqa: B008 - frozen
+    seed: int = 0,
+) -> Path:
+    """Write the base with the sources in it: each delta taken on the pristine W, each weight rounded once to its dtype.
+
+    method: "linear" for W + sum of w_i delta_i, or one on dense deltas, of each parameter by itself: ties, dare,
+    dare-ties, magnitude. output: a .safetensors file for a checkpoint, a folder that does not exist for a diffusers
+    folder. Whole or not at all. metadata: added to a checkpoint's own.
+    Raises AdapterError for modules that the base lacks or that do not fit.
+    """
+    recipe = Recipe(base, _by_parameter(base, sources), method, settings, seed)
     if base.root.is_file():
-        return _write_file(base, wanted, output, metadata or {})
-    return _write_folder(base, wanted, output)
+        return _write_file(recipe, output, metadata or {})
+    return _write_folder(recipe, output)
 
 
-Terms = dict[Parameter, list[tuple[float, Change, str]]]
+Terms = dict[Parameter, list[tuple[float, Change | BiasChange, str]]]
 
 
 def _by_parameter(base: StoredBase, sources: Sequence[Source]) -> Terms:
@@ -51,84 +130,40 @@ def _by_parameter(base: StoredBase, sources: Sequence[Source]) -> Terms:
             weight = weight_at(source.weight, *target)
             if weight == 0:
                 continue
-            refuse_scaled_bias(change, target, source.name)
-            for which in ("weight", "bias") if change.bias_delta is not None else ("weight",):
+            for which, what in (("weight", change), ("bias", bias_change(change))):
+                if what is None:
+                    continue
                 parameter = base.parameter(target, which)
                 if parameter is None:
                     raise AdapterError(
                         f"{source.name}: changes the bias of {'.'.join(target)}, which has none in {base.name}. "
                         "Name the base it was trained on."
                     )
-                found.setdefault(parameter, []).append((weight, change, source.name))
+                found.setdefault(parameter, []).append((weight, what, source.name))
     if not found:
         raise AdapterError("nothing is left to bake: every adapter has the weight 0, or no block was chosen.")
     return found
 
 
-def _changed(base: StoredBase, parameter: Parameter, terms: Iterable[tuple[float, Change, str]]) -> Tensor:
-    """The parameter with its changes, fp32."""
-    original = base.read(parameter).float()
-    total = original.clone()
-    for weight, change, name in terms:
-        if parameter[1].endswith(".bias"):
-            delta = change.bias_delta
-            assert delta is not None
-        else:
-            delta = change.delta(original)
-        if delta.numel() != original.numel() or delta.shape[:1] != original.shape[:1]:
-            raise AdapterError(
-                f"{name}: {'.'.join(parameter)} is {list(delta.shape)} in the adapter, {list(original.shape)} in "
-                f"{base.name}. Name the base it was trained on."
-            )
-        total += weight * delta.float().reshape(original.shape)
-    return total
-
-
-def _files(base: StoredBase, wanted: Terms) -> dict[Path, dict[str, list[Parameter]]]:
-    """Of each file the tensors that change, and the parameters that lie in each."""
-    found: dict[Path, dict[str, list[Parameter]]] = {}
-    for parameter in wanted:
-        place = base.places[parameter]
-        found.setdefault(place.file, {}).setdefault(place.tensor, []).append(parameter)
-    return found
-
-
-def _tensors(
-    base: StoredBase, file: Path, wanted: Terms, changed: Mapping[str, Sequence[Parameter]]
-) -> dict[str, Tensor]:
-    """All tensors of a file, those of `changed` with their changes, in the file's dtypes."""
-    tensors = read_tensors(file)
-    for name, parameters in changed.items():
-        new = tensors[name].clone()
-        for parameter in parameters:
-            total = _changed(base, parameter, wanted[parameter])
-            if not bool((total.abs() <= torch.finfo(new.dtype).max).all()):
-                raise AdapterError(
-                    f"{'.'.join(parameter)} would overflow {str(new.dtype).removeprefix('torch.')}. "
-                    "Use smaller weights."
-                )
-            base.places[parameter].view(new).copy_(total)
-        tensors[name] = new
-    return tensors
-
-
-def _write_file(base: StoredBase, wanted: Terms, output: Path, metadata: Mapping[str, str]) -> Path:
+def _write_file(recipe: Recipe, output: Path, metadata: Mapping[str, str]) -> Path:
+    base = recipe.base
     if output.suffix != ".safetensors":
         raise FileError(f"{output.name}: {base.name} is a single file; name a .safetensors file to write.")
     if output.exists() and output.samefile(base.root):
         raise FileError(f"{output.name}: this is the base itself, which is not written over. Name another file.")
-    tensors = _tensors(base, base.root, wanted, _files(base, wanted)[base.root])
+    tensors = recipe.tensors(base.root, recipe.files()[base.root])
     described = {**read_header(base.root).metadata, **metadata}
     described.update(hashes(tensors, described))
     return write_tensors(output, tensors, described)
 
 
-def _write_folder(base: StoredBase, wanted: Terms, output: Path) -> Path:
+def _write_folder(recipe: Recipe, output: Path) -> Path:
+    base = recipe.base
     if output.exists():
         raise FileError(f"{output.name}: exists already, and folders are not written over. Name another one.")
     if output.suffix == ".safetensors":
         raise FileError(f"{output.name}: {base.name} is a diffusers folder; name a folder to write.")
-    touched = _files(base, wanted)
+    touched = recipe.files()
     try:
         with atomic_folder(output) as temporary:
             for path in sorted(base.root.rglob("*")):
@@ -138,7 +173,7 @@ def _write_folder(base: StoredBase, wanted: Terms, output: Path) -> Path:
                 target = temporary / inside
                 if path in touched:
                     target.parent.mkdir(parents=True, exist_ok=True)
-                    write_tensors(target, _tensors(base, path, wanted, touched[path]), read_header(path).metadata)
+                    write_tensors(target, recipe.tensors(path, touched[path]), read_header(path).metadata)
                 elif path.suffix in KEPT_SUFFIXES or _is_read(path, base):
                     target.parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(path, target)

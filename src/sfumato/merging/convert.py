@@ -11,12 +11,14 @@ from torch import Tensor
 
 from sfumato.errors import AdapterError
 from sfumato.files.changes import LoraModule
+from sfumato.files.changes.bias import bias_change
 from sfumato.files.embedding_file import Vectors
 from sfumato.files.kohya import Target
 from sfumato.files.write import write_lora
 from sfumato.files.write_dotted import write_diffusers, write_peft
 from sfumato.merging.factors import Budget, from_module
-from sfumato.merging.merge import Merged, Source, WeightOf, merge, refuse_scaled_bias
+from sfumato.merging.merge import Merged, Source, WeightOf, merge
+from sfumato.merging.stored import StoredBase
 
 WRITERS: Mapping[str, Callable[..., Path]] = MappingProxyType(
     {"kohya": write_lora, "diffusers": write_diffusers, "peft": write_peft}
@@ -46,13 +48,19 @@ def as_lora(source: Source, budget: Budget, base: WeightOf | None) -> Merged:
     )
 
 
-def as_difference(source: Source, base: WeightOf) -> dict[Target, tuple[Tensor, Tensor | None]]:
-    """The adapter's delta of every weight, and of every bias that it changes, on the base. Exact, and large."""
+def as_difference(
+    source: Source, base: StoredBase, dtype: torch.dtype = torch.float32
+) -> dict[Target, tuple[Tensor, Tensor | None]]:
+    """The adapter's delta of every weight, and of every bias that it changes, on the base. Exact, and large.
+
+    dtype: what the deltas, taken in fp32, are held in. Raises AdapterError, or BaseModelError for what the base lacks.
+    """
     found = {}
     for target, change in source.changes.items():
-        refuse_scaled_bias(change, target, source.name)
+        bias = bias_change(change)
         try:
-            found[target] = change.delta(base(target)), change.bias_delta
+            weight = change.delta(base.weight(target)).to(dtype)
+            found[target] = weight, None if bias is None else bias.delta(base.weight(target, "bias")).to(dtype)
         except AdapterError as error:
             raise AdapterError(f"{source.name}, {'.'.join(target)}: {error}") from None
     return found

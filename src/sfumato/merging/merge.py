@@ -13,7 +13,9 @@ from sfumato import randomness
 from sfumato.compose.adapter import Weight, weight_at
 from sfumato.errors import AdapterError
 from sfumato.files.changes import Change, LoraModule
+from sfumato.files.changes.bias import bias_change
 from sfumato.files.changes.difference import Difference
+from sfumato.files.changes.replacement import Replacement, lora_command
 from sfumato.files.embedding_file import Vectors
 from sfumato.files.kohya import Target
 from sfumato.merging.arithmetic import linear
@@ -80,6 +82,12 @@ def merge(
     depend on. Sources of weight 0 are as if they were not there.
     Raises AdapterError for sources that do not belong together, and for what a LoRA cannot hold.
     """
+    for source in sources:
+        if any(isinstance(change, Replacement) for change in source.changes.values()):
+            raise AdapterError(
+                f"{source.name} is a whole model, which no LoRA holds. Bake it into a base with --into, or take a LoRA "
+                f"out of it first: {lora_command(next(iter(source.changes.values())))}."
+            )
     if method not in METHODS:
         raise AdapterError(f"there is no method {method!r}; known are {', '.join(METHODS)}.")
     modules: dict[Target, LoraModule] = {}
@@ -111,8 +119,7 @@ class _Term:
     weight: float
 
     def low_rank(self) -> LoraModule | None:
-        refuse_scaled_bias(self.change, self.target, self.source)
-        if self.change.bias_delta is not None:
+        if bias_change(self.change) is not None:
             raise AdapterError(
                 f"{self.source}: {'.'.join(self.target)} changes a bias, which a LoRA cannot. "
                 "Bake it into a checkpoint with --into, or leave the module out with --blocks."
@@ -121,15 +128,6 @@ class _Term:
 
     def dense(self, base: WeightOf | None) -> Tensor:
         return dense_delta(self.change, self.target, self.source, base)
-
-
-def refuse_scaled_bias(change: Change, target: Target, source: str) -> None:
-    """Raise AdapterError for peft's IA3 on outputs, whose change of the bias depends on the bias."""
-    if getattr(change, "scales_bias", False):
-        raise AdapterError(
-            f"{source}: {change.kind} in {'.'.join(target)} multiplies the bias too, which is applied to pipelines "
-            "only. Mix it with sfumato generate --lora, or leave the module out with --blocks."
-        )
 
 
 def dense_delta(change: Change, target: Target, source: str, base: WeightOf | None) -> Tensor:

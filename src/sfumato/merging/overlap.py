@@ -13,6 +13,7 @@ import torch
 
 from sfumato.compose.adapter import weight_at, weight_text
 from sfumato.errors import AdapterError
+from sfumato.files.changes.replacement import lora_command
 from sfumato.files.inspect import block_of
 from sfumato.files.kohya import Target
 from sfumato.merging.factors import Factors, from_module, product_energy, singular
@@ -107,7 +108,7 @@ def _factors(source: Source) -> dict[Target, _Decomposed]:
         if module is None:
             raise AdapterError(
                 f"{source.name}: {change.kind} in {'.'.join(target)} has no low-rank form, from which clashes are "
-                "read. Write it as a LoRA first: sfumato convert --bake lora."
+                f"read. Write it as a LoRA first: {lora_command(change)}."
             )
         u, s, vh = singular(from_module(module, weight_at(source.weight, *target)))
         count = int((s > _NOISE * s[0]).sum()) if len(s) else 0

@@ -10,21 +10,27 @@ from pathlib import Path
 from sfumato.compose.adapter import Adapter
 from sfumato.errors import AdapterError
 from sfumato.files.adapter_file import read_adapter
+from sfumato.files.header import read_header
 from sfumato.files.kohya import Target
 from sfumato.files.metadata import data_sha256, short_hash
 from sfumato.files.peft_folder import adapter_sources
 from sfumato.merging.blocks import select
 from sfumato.merging.lineage import Parent
 from sfumato.merging.merge import Source
+from sfumato.merging.stored import stored
+from sfumato.merging.whole_model import is_whole_model, read_mixable, weight_files
 
 
-def read_source(adapter: Adapter, *, partial: bool = False, words: bool = False) -> tuple[Source, Parent]:
+def read_source(
+    adapter: Adapter, *, partial: bool = False, words: bool = False, models: bool = False
+) -> tuple[Source, Parent]:
     """What an adapter changes, and what a file made of it will say of it.
 
-    words: whether the caller hands on the textual inversions bundled with it, or loses nothing without them.
+    words: whether the caller hands on the textual inversions bundled with it, or loses nothing without them. models:
+    whether a whole model is an adapter, too.
     Raises AdapterError, or FileError; also for textual inversions that would be lost, unless `partial` accepts that.
     """
-    file = read_adapter(adapter.path, partial=partial)
+    file = (read_mixable if models else read_adapter)(adapter.path, partial=partial)
     if file.embeddings and not partial and not words:
         tokens = ", ".join(map(repr, file.embeddings))
         raise AdapterError(
@@ -39,18 +45,22 @@ def read_source(adapter: Adapter, *, partial: bool = False, words: bool = False)
 def read_sources(
     adapters: Sequence[Adapter], *, partial: bool = False, words: bool = False
 ) -> tuple[list[Source], list[Parent]]:
-    """The same of several adapters."""
-    found = [read_source(adapter, partial=partial, words=words) for adapter in adapters]
+    """The same of several adapters, and of whole models."""
+    found = [read_source(adapter, partial=partial, words=words, models=True) for adapter in adapters]
     return [source for source, _ in found], [parent for _, parent in found]
 
 
 def identity(path: Path) -> str:
-    """The 12 hex digits by which an adapter is named; of peft's folder, of its weight files together."""
+    """The 12 hex digits by which an adapter is named; of a folder, of its weight files together."""
     if not path.is_dir():
         return short_hash(path)
+    if is_whole_model(path):
+        headers = [read_header(file) for file in weight_files(stored(path))]
+    else:
+        headers = [source.header for source in adapter_sources(path)]
     digest = hashlib.sha256()
-    for source in adapter_sources(path):
-        digest.update(data_sha256(source.header).encode())
+    for header in headers:
+        digest.update(data_sha256(header).encode())
     return digest.hexdigest()[:12]
 
 

@@ -85,12 +85,14 @@ class StoredBase:
             raise BaseModelError(f"{self.name}: {place.tensor} holds NaN or Inf. Download the base again.")
         return place.view(tensor)
 
-    def weight(self, target: Target) -> Tensor:
-        """The weight of a module in fp32. Raises BaseModelError where the base lacks it."""
-        parameter = self.parameter(target)
+    def weight(self, target: Target, which: str = "weight") -> Tensor:
+        """The weight or "bias" of a module in fp32. Raises BaseModelError where the base lacks it."""
+        parameter = self.parameter(target, which)
         if parameter is None:
+            what = "" if which == "weight" else f" with a {which}"
             raise BaseModelError(
-                f"{self.name}: has no {'.'.join(target)}, which the adapter changes. Name the base it was trained on."
+                f"{self.name}: has no {'.'.join(target)}{what}, which the adapter changes. Name the base that it was "
+                "trained on."
             )
         return self.read(parameter).float()
 

@@ -1,0 +1,47 @@
+"""What a change does to its module's bias."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sfumato.files.changes.change import Change
+from sfumato.files.changes.ia3 import Ia3
+from sfumato.files.changes.replacement import Replacement
+
+
+@dataclass(frozen=True)
+class BiasChange:
+    """The change of a bias, as one of a weight: value + gain * bias."""
+
+    kind: str
+    value: Tensor | None
+    gain: Tensor | None = None
+    bias_delta: None = None
+
+    @property
+    def needs_weight(self) -> bool:
+        return self.gain is not None
+
+    def fits(self, shape: Iterable[int]) -> bool:
+        return all(tuple(shape) == tuple(each.shape) for each in (self.value, self.gain) if each is not None)
+
+    def delta(self, weight: Tensor) -> Tensor:
+        total = torch.zeros(weight.shape, device=weight.device)
+        if self.gain is not None:
+            total.addcmul_(weight.float(), self.gain.to(weight.device, torch.float32))
+        return total if self.value is None else total.add_(self.value.to(weight.device, torch.float32))
+
+    def low_rank(self) -> None:
+        return None
+
+
+def bias_change(change: Change) -> BiasChange | None:
+    """What the change does to the bias; None where it leaves it alone."""
+    if isinstance(change, Replacement):
+        return None if change.bias is None else BiasChange(change.kind, change.bias, -torch.ones_like(change.bias))
+    gain = change.gain if isinstance(change, Ia3) and change.scales_bias else None
+    return None if gain is None and change.bias_delta is None else BiasChange(change.kind, change.bias_delta, gain)

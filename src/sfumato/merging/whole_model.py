@@ -1,0 +1,67 @@
+"""A whole model as an adapter: its weights in the place of the base's, so that no difference is written first."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import MappingProxyType
+
+from sfumato.bases.recognise import UNET
+from sfumato.errors import FileError
+from sfumato.files.adapter_file import AdapterFile, read_adapter
+from sfumato.files.changes import Change
+from sfumato.files.changes.replacement import Replacement
+from sfumato.files.header import read_header
+from sfumato.files.kohya import Target
+from sfumato.merging.stored import StoredBase, stored
+
+_PREDICTION = "modelspec.prediction_type"
+
+
+def read_mixable(path: str | os.PathLike[str], *, partial: bool = False) -> AdapterFile:
+    """The adapter at `path`, as `read_adapter` has it, or the whole model there, a checkpoint or a diffusers folder.
+
+    Raises as `read_adapter` does, and BaseModelError for a model that is not whole.
+    """
+    return as_adapter(Path(path)) if is_whole_model(path) else read_adapter(path, partial=partial)
+
+
+def is_whole_model(path: str | os.PathLike[str]) -> bool:
+    """Whether a diffusers folder or a checkpoint is there, told by the names in it; False also where nothing is."""
+    path = Path(path)
+    if path.is_dir():
+        return (path / "model_index.json").is_file()
+    try:
+        return f"{UNET}input_blocks.0.0.weight" in read_header(path).tensors
+    except FileError:
+        return False
+
+
+def as_adapter(path: Path) -> AdapterFile:
+    """U-Net and text encoders of a whole model, each weight in the place of the base's; the VAE is left out.
+
+    The tensors are views of the mapped files. Raises BaseModelError for a model that is not whole or not finite.
+    """
+    model = stored(path)
+    said = {_PREDICTION: model.prediction_type} if model.prediction_type else {}
+    width = next(place.shape[1] for (_, name), place in model.places.items() if name.endswith("attn2.to_k.weight"))
+    changes = MappingProxyType(replacements(model))
+    return AdapterFile(path, changes, MappingProxyType({}), said, model.family.name, width, (), ())
+
+
+def replacements(model: StoredBase) -> dict[Target, Change]:
+    """Every weight of the model, with its bias, as the change that puts it in another's place."""
+    changes: dict[Target, Change] = {}
+    for part, name in model.places:
+        module, _, leaf = name.rpartition(".")
+        if leaf == "weight":
+            bias = (part, f"{module}.bias")
+            changes[part, module] = Replacement(
+                model.read((part, name)), model.read(bias) if bias in model.places else None
+            )
+    return changes
+
+
+def weight_files(model: StoredBase) -> list[Path]:
+    """The files that U-Net and text encoders of a model are in, in order."""
+    return sorted({place.file for place in model.places.values()})

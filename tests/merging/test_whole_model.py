@@ -1,0 +1,209 @@
+"""Whole models in mixes and in bases: the weighted sum of checkpoints, what one adds to another, and other methods."""
+
+from functools import cache
+
+import pytest
+import torch
+from sfumato.pipelines import clash, convert, extract, generate, merge
+from torch.testing import assert_close
+
+from sfumato import load_base, randomness
+from sfumato.cli import guarded
+from sfumato.compose import Adapter, compose
+from sfumato.compose.blocks import Blocks
+from sfumato.compose.per_picture import per_picture
+from sfumato.compose.regions import Region, regions
+from sfumato.errors import AdapterError
+from sfumato.files.adapter_file import read_adapter
+from sfumato.merging.methods import DENSE, Settings
+from sfumato.merging.stored import stored
+from sfumato.merging.whole_model import as_adapter, is_whole_model
+from sfumato.pnginfo import read_picture_info
+from tests.merging.conftest import TinyBase
+from tests.tiny import CPU, tiny_pipeline, write_folder, write_single_file
+
+CASES = [("sd1", "file"), ("sd2", "file"), ("sdxl", "folder")]
+"""Each family once, in a form each."""
+
+
+def run(program, *words):
+    return guarded(program.main, [str(word) for word in words])
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    """models("sd1", 1) is a tiny model; every weight, bias and norm of it is another than that of models("sd1", 0)."""
+
+    @cache
+    def make(family, seed):
+        root = tmp_path_factory.mktemp(f"{family}-{seed}")
+        pipe = tiny_pipeline(family, shallow=family == "sd1")
+        draws = randomness.generator(seed, "whole model")
+        for part in (pipe.unet, pipe.text_encoder, getattr(pipe, "text_encoder_2", None)):
+            for parameter in () if part is None else part.parameters():
+                parameter.data += 0.05 * torch.randn(parameter.shape, generator=draws)
+        said = {"modelspec.prediction_type": "epsilon"}
+        file = write_single_file(pipe, root / f"m{seed}.safetensors", metadata=said)
+        return TinyBase(family, pipe, write_folder(pipe, root / f"m{seed}"), file)
+
+    return make
+
+
+def parameters(source):
+    """All of a stored model's parameters, fp32."""
+    model = stored(source)
+    return {parameter: model.read(parameter).float() for parameter in model.places}
+
+
+def state(base):
+    """The same of a loaded base."""
+    parts = {"unet": base.unet} | dict(
+        zip((encoder.folder for encoder in base.family.encoders), base.text_encoders, strict=True)
+    )
+    return {
+        (part, name): value.clone() for part, module in parts.items() for name, value in module.state_dict().items()
+    }
+
+
+def assert_same(found, wanted, **tolerance):
+    assert found.keys() == wanted.keys()
+    for parameter, value in wanted.items():
+        assert_close(found[parameter], value, msg=lambda text, at=parameter: f"{at}: {text}", **tolerance)
+
+
+@pytest.mark.parametrize(("family", "form"), CASES)
+def test_a_mix_is_the_weighted_sum_of_both_models(family, form, models):
+    first, second = models(family, 0), models(family, 1)
+    base = load_base(first.file, precision=CPU)
+    before = state(base)
+    a, b = parameters(first.file), parameters(second.file)
+    assert_same(before, a, rtol=0, atol=0)
+    mix = compose(base, Adapter(getattr(second, form), 0.3, "second"))
+    assert_same(state(base), {p: a[p] + 0.3 * (b[p] - a[p]) for p in a}, rtol=1e-5, atol=1e-6)
+    mix.set(second=1)
+    assert_same(state(base), b, rtol=1e-5, atol=1e-6)
+    mix.undo()
+    assert_same(state(base), before, rtol=0, atol=0)
+
+
+def test_blocks_and_parts_have_their_own_weights(models):
+    first, second = models("sd1", 0), models("sd1", 1)
+    base = load_base(first.file, precision=CPU)
+    a, b = parameters(first.file), parameters(second.file)
+    compose(base, Adapter(second.file, Blocks((1.0, 0.5), {"mid": 0.0})))
+    found = state(base)
+    for (part, name), value in found.items():
+        share = 0.5 if part == "text_encoder" else 0.0 if name.startswith("mid_block") else 1.0
+        assert_close(value, torch.lerp(a[part, name], b[part, name], share), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("family", "form"), CASES)
+def test_a_base_gets_what_a_mix_has(family, form, models, tmp_path):
+    first, second, third = (models(family, seed) for seed in range(3))
+    out = tmp_path / ("out.safetensors" if form == "file" else "out")
+    models_given = (f"{second.folder}:0.5", f"{third.file}:-0.25")
+    assert run(merge, *models_given, "--into", getattr(first, form), "-o", out) == 0
+    a, b, c = (parameters(model.file) for model in (first, second, third))
+    assert_same(
+        parameters(out), {p: a[p] + 0.5 * (b[p] - a[p]) - 0.25 * (c[p] - a[p]) for p in a}, rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2"])
+def test_a_model_gains_what_another_learned(family, models, tmp_path):
+    """A1111's "add difference": A + w (B - C)."""
+    first, second, third = (models(family, seed) for seed in range(3))
+    learned, out = tmp_path / "learned.safetensors", tmp_path / "out"
+    assert run(extract, second.file, "--base", third.folder, "--exact", "-o", learned) == 0
+    assert run(merge, f"{learned}:0.5", "--into", first.folder, "-o", out) == 0
+    a, b, c = (parameters(model.file) for model in (first, second, third))
+    assert_same(parameters(out), {p: a[p] + 0.5 * (b[p] - c[p]) for p in a}, rtol=1e-5, atol=1e-6)
+
+
+def test_an_exact_difference_holds_the_parts_that_differ_and_no_others(models, tmp_path, capsys):
+    first, second = models("sd1", 0), models("sd1", 1)
+    out, words = tmp_path / "out.safetensors", ("--base", first.file, "--exact")
+    assert run(extract, second.file, *words, "--parts", "text_encoder", "-o", out) == 0
+    assert {part for part, _ in read_adapter(out).changes} == {"text_encoder"}
+    assert run(extract, first.folder, *words, "-o", tmp_path / "none.safetensors") == 2
+    assert "no weight differs" in capsys.readouterr().err
+    assert run(extract, second.file, *words, "--rank", 4, "-o", tmp_path / "r.safetensors") == 2
+    assert "--exact keeps all: leave out --rank" in capsys.readouterr().err
+    assert not (tmp_path / "none.safetensors").exists()
+
+
+@pytest.mark.parametrize("method", list(DENSE))
+def test_other_methods_merge_every_parameter_by_itself(method, models, tmp_path):
+    first, second, third = (models("sd1", seed) for seed in range(3))
+    words = ("--method", method, "--density", 0.4, "--seed", 3, "--into", first.file)
+    given = (f"{second.file}:0.7", f"{third.file}:0.6")
+    assert run(merge, *given, *words, "-o", tmp_path / "out.safetensors") == 0
+    assert run(merge, *given, *words, "-o", tmp_path / "again.safetensors") == 0
+    a, b, c = (parameters(model.file) for model in (first, second, third))
+    found = parameters(tmp_path / "out.safetensors")
+    assert_same(parameters(tmp_path / "again.safetensors"), found, rtol=0, atol=0)
+    for at in [("unet", "conv_in.weight"), ("unet", "conv_in.bias"), ("text_encoder", "final_layer_norm.weight")]:
+        draws = randomness.generator(3, f"merge/{'/'.join(at)}")
+        flat = [(model[at] - a[at]).reshape(len(a[at]), -1) for model in (b, c)]
+        merged = DENSE[method](Settings(0.4), draws)(flat, [0.7, 0.6])
+        assert_close(found[at], a[at] + merged.float().reshape(a[at].shape), rtol=1e-5, atol=1e-6)
+    linear = tmp_path / "linear.safetensors"
+    assert run(merge, *given, "--into", first.file, "-o", linear) == 0
+    assert not torch.allclose(parameters(linear)["unet", "conv_in.weight"], found["unet", "conv_in.weight"])
+
+
+def test_methods_on_factors_are_refused_for_a_base(models, tmp_path, capsys):
+    words = ("--method", "knots", "--into", models("sd1", 0).file, "-o", tmp_path / "out.safetensors")
+    assert run(merge, models("sd1", 1).file, *words) == 2
+    assert "--method knots works on factors" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_wants_a_lora_says_how_to_take_one_out(models, tmp_path, capsys):
+    first, second = models("sd1", 0), models("sd1", 1)
+    command = "sfumato extract MODEL --base BASE --rank 32"
+    assert run(merge, second.file, "-o", tmp_path / "out.safetensors") == 2
+    said = capsys.readouterr().err
+    assert "is a whole model, which no LoRA holds" in said
+    assert command in said
+    assert run(clash, second.file, second.folder) == 2
+    assert command in capsys.readouterr().err
+    base = load_base(first.file, precision=CPU)
+    with pytest.raises(AdapterError, match=command), per_picture(base, [[Adapter(second.file, (1, 0))]]):
+        pass
+    region = Region((0, 0, 0.5, 1), Adapter(second.file, (1, 0)))
+    with pytest.raises(AdapterError, match=command), regions(base, region):
+        pass
+    assert run(convert, second.file, "-o", tmp_path / "out.safetensors") == 2
+    assert "m1.safetensors: this is a full checkpoint" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("form", ["folder", "file"])
+def test_a_model_of_another_family_is_refused(form, models):
+    base = load_base(models("sd1", 0).file, precision=CPU)
+    before = state(base)
+    with pytest.raises(AdapterError, match="trained for SDXL"):
+        compose(base, Adapter(getattr(models("sdxl", 1), form)))
+    assert_same(state(base), before, rtol=0, atol=0)
+
+
+def test_whole_models_are_told_from_adapters(models, tiny_base, adapter_file, tmp_path):
+    assert is_whole_model(models("sd1", 1).folder)
+    assert is_whole_model(models("sdxl", 1).file)
+    assert not is_whole_model(adapter_file("a"))
+    assert not is_whole_model(tmp_path)
+    assert not is_whole_model(tmp_path / "nothing.safetensors")
+    file = as_adapter(models("sdxl", 1).file)
+    assert (file.family, file.text_width, file.kinds.keys()) == ("sdxl", 192, {"whole model"})
+
+
+def test_a_picture_tells_the_share_of_a_model_to_us_and_gives_others_no_tag(pocket_folder, tmp_path, quick, capsys):
+    out = tmp_path / "a.png"
+    words = ("--lora", f"half={pocket_folder}:0.5", "--base", pocket_folder, "-o", out)
+    assert run(generate, "a cat", *words) == 0
+    told = read_picture_info(out)
+    (adapter,) = told.own["adapters"]
+    assert (adapter["label"], adapter["file"], adapter["weight"]) == ("half", pocket_folder.name, 0.5)
+    assert told.parameters.prompt == "a cat"
+    assert "Lora hashes" not in told.parameters.settings
