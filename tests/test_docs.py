@@ -9,7 +9,7 @@ import pytest
 from sfumato import cli
 from sfumato.adapters import attach, select
 from sfumato.files import LoraModule, write_lora
-from tests.tiny import tiny_pipeline, write_folder
+from tests.tiny import tiny_pipeline, tiny_pocket_folder, write_folder
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs/mixing.md").read_text(encoding="utf-8")
@@ -66,12 +66,14 @@ def test_the_commands_run_one_after_another(pocket_folder, tmp_path, monkeypatch
         modules = {key: LoraModule.from_scale(x.down, x.up + 0.1, x.scale) for key, x in lora.layers.items()}
         lora.detach()
         write_lora(tmp_path / f"{name}.safetensors", modules, family="pocket")
-    assert len(COMMANDS) == 11
+    for seed, name in enumerate(("painter", "photographer"), 1):
+        tiny_pocket_folder(tmp_path / name, seed)
+    assert len(COMMANDS) == 17
+    more = {"merge": ["--family", "pocket"], "extract": []}
     for command in COMMANDS:
         program, *words = shlex.split(command)
         assert program == "sfumato"
-        drawing = ["--steps", "2", "--device", "cpu"] if words[0] != "merge" else ["--family", "pocket"]
-        assert cli.main([*words, *drawing]) == 0, command
+        assert cli.main([*words, *more.get(words[0], ["--steps", "2", "--device", "cpu"])]) == 0, command
     made = (
         "guided.png",
         "blocks.png",
@@ -81,8 +83,11 @@ def test_the_commands_run_one_after_another(pocket_folder, tmp_path, monkeypatch
         "regions.png",
         "mix.safetensors",
         "pairs.png",
+        "share.png",
+        "difference.safetensors",
     )
-    assert all((tmp_path / name).is_file() for name in (*made, "grid/grid.png", "methods/grid.png"))
+    assert all((tmp_path / name).is_file() for name in (*made, "grid/grid.png", "methods/grid.png", "shares/grid.png"))
+    assert all((tmp_path / name / "model_index.json").is_file() for name in ("mixed", "elected", "gained"))
 
 
 @pytest.mark.slow
