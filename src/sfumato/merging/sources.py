@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 from sfumato.compose.adapter import Adapter
@@ -51,17 +52,35 @@ def read_sources(
 
 
 def identity(path: Path) -> str:
-    """The 12 hex digits by which an adapter is named; of a folder, of its weight files together."""
+    """The 12 hex digits by which an adapter is named; of a folder, of its weight files together.
+
+    What was hashed is remembered for as long as the files stay as they are, since every picture tells it.
+    """
     if not path.is_dir():
-        return short_hash(path)
+        return _short_hash(path, _stamp(path))
     if is_whole_model(path):
-        headers = [read_header(file) for file in weight_files(stored(path))]
+        files = weight_files(stored(path))
     else:
-        headers = [source.header for source in adapter_sources(path)]
+        files = [source.header.path for source in adapter_sources(path)]
     digest = hashlib.sha256()
-    for header in headers:
-        digest.update(data_sha256(header).encode())
+    for file in files:
+        digest.update(_data_sha256(file, _stamp(file)).encode())
     return digest.hexdigest()[:12]
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_mtime_ns, status.st_size
+
+
+@cache
+def _short_hash(path: Path, stamp: tuple[int, int]) -> str:
+    return short_hash(path)
+
+
+@cache
+def _data_sha256(path: Path, stamp: tuple[int, int]) -> str:
+    return data_sha256(read_header(path))
 
 
 def choose_blocks(sources: Sequence[Source], rules: Sequence[str]) -> list[Source]:
