@@ -367,7 +367,7 @@ def _mixed(base: Base, wanted: Plan, config: Config) -> Iterator[tuple[Mix, dict
     """
     from sfumato import embedding
     from sfumato.compose import compose
-    from sfumato.drawn import learned_otherwise, unused_words
+    from sfumato.drawn import learned_otherwise, unknown_words, unused_words
     from sfumato.files.header import read_header
     from sfumato.merging.whole_model import read_mixable
 
@@ -390,6 +390,8 @@ def _mixed(base: Base, wanted: Plan, config: Config) -> Iterator[tuple[Mix, dict
         if config.prompt_syntax == "plain":  # the others take prompts of any length
             for each in words:
                 each.check(texts)
+        for line in unknown_words(texts, [token for each in words for token in each.tokens], base):
+            print(line, file=sys.stderr)
         for label, count in mix.skipped.items():
             print(f"{label}: {count} modules left out (--partial).", file=sys.stderr)
         told = {**mix.metadata, **{label: file.metadata for label, file in regional.items()}}

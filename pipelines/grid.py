@@ -219,7 +219,7 @@ def draw_grid(config: Config) -> Path:
     from sfumato import embedding
     from sfumato.bases import load_base
     from sfumato.compose import compose
-    from sfumato.drawn import learned_otherwise, unused_words
+    from sfumato.drawn import learned_otherwise, unknown_words, unused_words
     from sfumato.files.header import read_header
     from sfumato.merging.whole_model import read_mixable
     from sfumato.precision import decide
@@ -258,7 +258,9 @@ def draw_grid(config: Config) -> Path:
             brought = {label: file.embeddings for label, file in read.items()}
         learned = _checked(base, brought, told, cells_in_all, words, config)
         of_words = {token or file.stem: read_header(file).metadata for token, file in embeddings}
-        for line in [*unused_words(tokens, texts), *learned, *learned_otherwise(of_words, base)]:
+        known = [token for some in (*(each.tokens for each in words), *brought.values()) for token in some]
+        unknown = unknown_words(texts, known, base)
+        for line in [*unused_words(tokens, texts), *unknown, *learned, *learned_otherwise(of_words, base)]:
             print(line, file=sys.stderr)
         there = {path for path in paths.values() if read_drawn(path) is not None}
         for cells in coarse_to_fine(len(x.values), len(y.values)):

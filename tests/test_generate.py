@@ -337,10 +337,12 @@ def test_a_new_word_is_known_for_the_call(generate, base):
 
     rows = torch.full((2, base.text_encoders[0].config.hidden_size), 0.5)
     write_embedding(Path("word.safetensors"), "<new>", {"text_encoder": rows})
-    assert generate("red <new>", "-o", "without.png")[0] == 0
-    code, _, err = generate("red <new>", "--embedding", "word.safetensors", "-o", "with.png")
-    assert code == 0, err
-    code, _, err = generate("red <other>", "--embedding", "<other>=word.safetensors", "-o", "renamed.png")
+    unknown = "<new>: no file brings this word, so its letters are read one by one; name its file with --embedding."
+    code, _, err = generate("red <new> <|endoftext|>", "-o", "without.png")
+    assert (code, unknown in err, "<|endoftext|>" in err) == (0, True, False)
+    code, _, err = generate("red <new> <|endoftext|>", "--embedding", "word.safetensors", "-o", "with.png")
+    assert (code, "no file brings" in err) == (0, False), err
+    code, _, err = generate("red <other> <|endoftext|>", "--embedding", "<other>=word.safetensors", "-o", "renamed.png")
     assert (code, "is in no prompt" in err) == (0, False)
     folder = Path("word.safetensors").absolute().parent
     for spec, told in (("word.safetensors", "word.safetensors"), ("<other>=word.safetensors",) * 2,

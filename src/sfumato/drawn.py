@@ -77,6 +77,20 @@ def unused_words(files: Sequence[tuple[str, Iterable[str]]], prompts: Sequence[s
     ]
 
 
+def unknown_words(prompts: Sequence[str], known: Iterable[str], base: Base) -> list[str]:
+    """A line on each "<word>" of the prompts, as textual inversions are spelt, that no file brings.
+
+    known: the new words in use. Those of the base's own vocabulary are no new ones.
+    """
+    spelt = dict.fromkeys(word for text in prompts for word in re.findall(r"<[^\s<>:|]+>", text))
+    own = base.tokenizers[0].get_vocab()
+    return [
+        f"{word}: no file brings this word, so its letters are read one by one; name its file with --embedding."
+        for word in spelt
+        if word not in own and not any(holds(token, word) for token in known)
+    ]
+
+
 def _config_in(metadata: Mapping[str, str]) -> dict[str, Any]:
     """The program's config in our own file's metadata; nothing in a file that has none."""
     try:
