@@ -4,6 +4,7 @@ from functools import cache
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from sfumato.pipelines import clash, convert, extract, generate, merge
 from torch.testing import assert_close
 
@@ -118,6 +119,22 @@ def test_a_model_gains_what_another_learned(family, models, tmp_path):
     assert run(merge, f"{learned}:0.5", "--into", first.folder, "-o", out) == 0
     a, b, c = (parameters(model.file) for model in (first, second, third))
     assert_same(parameters(out), {p: a[p] + 0.5 * (b[p] - c[p]) for p in a}, rtol=1e-5, atol=1e-6)
+
+
+def test_an_inpainting_model_keeps_the_channels_that_others_lack(models, tmp_path):
+    first, second, third = (models("sd1", seed) for seed in range(3))
+    tensors = load_file(first.file)
+    name = "model.diffusion_model.input_blocks.0.0.weight"
+    more = torch.ones(len(tensors[name]), 5, 3, 3)
+    inpainting, out = tmp_path / "inpainting.safetensors", tmp_path / "out.safetensors"
+    save_file(tensors | {name: torch.cat([tensors[name], more], 1)}, inpainting)
+    learned = tmp_path / "learned.safetensors"
+    assert run(extract, second.file, "--base", third.folder, "--exact", "-o", learned) == 0
+    assert run(merge, f"{learned}:0.5", f"{second.file}:0.25", "--into", inpainting, "-o", out) == 0
+    a, b, c = (parameters(model.file) for model in (first, second, third))
+    wanted = {p: a[p] + 0.5 * (b[p] - c[p]) + 0.25 * (b[p] - a[p]) for p in a}
+    wanted["unet", "conv_in.weight"] = torch.cat([wanted["unet", "conv_in.weight"], more], 1)
+    assert_same(parameters(out), wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_an_exact_difference_holds_the_parts_that_differ_and_no_others(models, tmp_path, capsys):

@@ -16,12 +16,17 @@ from sfumato.errors import AdapterError, FileError
 from sfumato.files.atomic import atomic_folder
 from sfumato.files.changes import Change
 from sfumato.files.changes.bias import BiasChange, bias_change
+from sfumato.files.changes.difference import Difference
+from sfumato.files.changes.replacement import Replacement
 from sfumato.files.header import read_header
 from sfumato.files.read import read_tensors
 from sfumato.files.save import hashes, write_tensors
 from sfumato.merging.merge import Source
 from sfumato.merging.methods import DENSE, Settings
 from sfumato.merging.stored import Parameter, StoredBase
+
+_FIRST_LAYER: Parameter = ("unet", "conv_in.weight")
+"""An inpainting or editing model's takes further channels after the latents' own, of which others know nothing."""
 
 KEPT_SUFFIXES = (".json", ".txt", ".model")
 """What a new diffusers folder takes over beside the weights: configs and vocabularies."""
@@ -58,7 +63,12 @@ class Recipe:
         return original + merged.float().reshape(original.shape)
 
     def _delta(self, parameter: Parameter, original: Tensor, change: Change | BiasChange, name: str) -> Tensor:
-        delta = change.delta(original)
+        inputs = _inputs(change)
+        if parameter == _FIRST_LAYER and inputs is not None and inputs < original.shape[1]:
+            delta = torch.zeros_like(original)
+            delta[:, :inputs] = change.delta(original[:, :inputs])
+        else:
+            delta = change.delta(original)
         if delta.numel() != original.numel() or delta.shape[:1] != original.shape[:1]:
             raise AdapterError(
                 f"{name}: {'.'.join(parameter)} is {list(delta.shape)} in the adapter, {list(original.shape)} in "
@@ -89,6 +99,12 @@ class Recipe:
                 self.base.places[parameter].view(new).copy_(total)
             tensors[name] = new
         return tensors
+
+
+def _inputs(change: Change | BiasChange) -> int | None:
+    """The input channels of a convolution that is changed as a whole; None where it is not."""
+    shape = getattr(change, "shape", None)
+    return shape[1] if isinstance(change, Difference | Replacement) and shape is not None and len(shape) == 4 else None
 
 
 def bake(
