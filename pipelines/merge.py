@@ -51,7 +51,8 @@ class Config:
     seed: int = 0
     """Where dare's draws come from."""
     blocks: tuple[str, ...] = ()
-    """Modules to take: up, down.1, mid, attn2, te, !up.0, ..., comma-separated; LABEL=... for one adapter. Repeat."""
+    """Modules to take: up, down.1, mid, attn2, te, !up.0, ..., comma-separated; or all, with factors of their weight,
+    down:0.3,up.1:1.2 or a list of the web interfaces; LABEL=... for one adapter. Repeat."""
     base: str | None = None
     """The base that DoRA, OFT and other kinds without a low-rank form take their delta on."""
     into: str | None = None

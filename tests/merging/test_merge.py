@@ -127,6 +127,21 @@ def test_blocks_are_chosen_for_all_or_for_one(adapter_file, tmp_path):
     assert {target for target in first if target[0] == "unet"} == found.keys()
 
 
+def test_blocks_have_factors_of_the_weight(adapter_file, tmp_path):
+    a, b = adapter_file("a", seed=1), adapter_file("b", seed=2)
+    out = tmp_path / "mix.safetensors"
+    words = ("--blocks", "a=down:0.25,te:0", "--blocks", "b=up:1,rest:0")
+    assert run(f"{a}:2", b, "-o", out, *words) == 0
+    found, first, second = (deltas(path) for path in (out, a, b))
+    for target, delta in first.items():
+        part, path = target
+        if part != "unet":
+            assert target not in found
+            continue
+        own = 2 * delta * (0.25 if path.startswith("down") else 1)
+        assert_close(found[target], own + second[target] if path.startswith("up") else own)
+
+
 def test_one_file_twice_is_twice_the_file(adapter_file, tmp_path):
     a = adapter_file("a")
     assert [adapter.label for adapter in parse_adapters([str(a), f"{a}:0.5"])] == ["a", "a 2"]
@@ -158,6 +173,9 @@ def test_shapes_are_not_mixed(tiny_base):
         (["A:0"], "every adapter has the weight 0"),
         (["A", "--blocks", "x=up"], "no adapter is called 'x'; there are a"),
         (["A", "--blocks", "nothing"], "names none of the"),
+        (["A", "--blocks", "a=donw:0.5"], "blocks donw: no module of a is called that"),
+        (["A", "--blocks", "a=down:0.5", "--blocks", "up:0.5"], "a has factors already; name them in one"),
+        (["A", "--blocks", "a=down:x"], "blocks 'down:x': wanted NAME:FACTOR"),
         (["A", "--rank", "0"], "rank 0: wanted at least 1"),
         (["A", "--method", "ties", "--density", "0"], "density 0"),
         (["A", "--density", "0.2"], "--density has no effect on --method linear"),

@@ -106,6 +106,12 @@ class Blocks:
             raise AdapterError("blocks: nothing is named; wanted NAME:FACTOR such as down:0,up:1.")
         return cls(weight, factors, rest=factors.pop("rest", 1.0))
 
+    @staticmethod
+    def tells(text: str) -> bool:
+        """Whether the text gives factors, as `parse` reads them, and does not only choose blocks."""
+        words = [word.strip() for word in text.split(",")]
+        return text.strip() in WEB_PRESETS or any(":" in word for word in words) or all(map(_is_number, words))
+
     def factors_text(self) -> str:
         """The factors as `parse` reads them: as a list where they are one, else by name."""
         known = dict(self.factors)

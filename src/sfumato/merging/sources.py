@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 from sfumato.compose.adapter import Adapter
+from sfumato.compose.blocks import Blocks
 from sfumato.errors import AdapterError
 from sfumato.files.adapter_file import read_adapter
 from sfumato.files.header import read_header
@@ -86,7 +87,8 @@ def _data_sha256(path: Path, stamp: tuple[int, int]) -> str:
 def choose_blocks(sources: Sequence[Source], rules: Sequence[str]) -> list[Source]:
     """The sources with only the modules that the rules leave: WORDS for all of them, LABEL=WORDS for one.
 
-    Raises AdapterError for a label or words that name nothing.
+    Words with factors (`down:0.3,up.1:1.2`, a list of the web interfaces) leave all, with so much of the weight each.
+    Raises AdapterError for a label or words that name nothing, and for factors given twice.
     """
     chosen = list(sources)
     for rule in rules:
@@ -95,7 +97,23 @@ def choose_blocks(sources: Sequence[Source], rules: Sequence[str]) -> list[Sourc
             known = ", ".join(source.name for source in sources)
             raise AdapterError(f"blocks {rule!r}: no adapter is called {label!r}; there are {known}.")
         for place, source in enumerate(chosen):
-            if not equals or source.name == label:
+            if equals and source.name != label:
+                continue
+            if Blocks.tells(words):
+                chosen[place] = replace(source, weight=_with_factors(source, words))
+            else:
                 kept: set[Target] = select(source.changes, words)
                 chosen[place] = replace(source, changes={t: c for t, c in source.changes.items() if t in kept})
     return chosen
+
+
+def _with_factors(source: Source, words: str) -> Blocks:
+    if isinstance(source.weight, Blocks):
+        raise AdapterError(f"blocks {words!r}: {source.name} has factors already; name them in one.")
+    weight = Blocks.parse(source.weight, words)
+    if unknown := weight.unnamed(list(source.changes)):
+        raise AdapterError(
+            f"blocks {', '.join(unknown)}: no module of {source.name} is called that. Wanted such as down, mid, up.1, "
+            "te, attn2, or IN04, M00, OUT07, BASE."
+        )
+    return weight
