@@ -30,10 +30,24 @@ class Request:
     own: Mapping[str, Any]
 
 
+def is_hub_name(text: str) -> bool:
+    """Whether `owner/name`, or `owner/name/file.safetensors`, can only be meant of the hub: no folder is the owner.
+
+    The name of a file in a folder that is there is none, so that one that was mistyped is known at once.
+    """
+    owner, _, rest = text.partition("/")
+    if not re.fullmatch(r"\w[\w.-]*", owner) or Path(owner).exists() or Path(text).exists():
+        return False
+    if re.fullmatch(r"[\w.-]+", rest):
+        return not rest.endswith(".safetensors")
+    return re.fullmatch(r"[\w.-]+(/[\w. ()+-]+)+\.safetensors", rest) is not None
+
+
 def parse_adapter(spec: str) -> Adapter:
     """The adapter of FILE, FILE:WEIGHT or FILE:UNET:TEXT, each perhaps after LABEL=; the file's header is checked.
 
-    The weights are what follows the last colons, so that a file's name may have some (C:\\line.safetensors:0.8).
+    The weights are what follows the last colons, so that a file's name may have some (C:\\line.safetensors:0.8). A file
+    of the hub, owner/name or owner/name/file.safetensors, is fetched first.
     """
     splits: list[tuple[str, list[float]]] = [(spec, [])]
     while len(splits) < 3 and (found := re.fullmatch(r"(.+):([^:]+)", splits[-1][0], re.DOTALL)):
@@ -51,6 +65,12 @@ def parse_adapter(spec: str) -> Adapter:
         raise ConfigError(f"{spec}: {wrong[2]!r} is no weight; wanted a number, as in {wrong[1]}:0.8.")
     if not path:
         raise ConfigError(f"{spec!r} names no file; wanted FILE:0.8.")
+    if not Path(path).exists() and (hub := next((each for each in [*named, *labelled] if is_hub_name(each[0])), None)):
+        from sfumato.bases.hub import hub_file
+
+        name, label, numbers = hub
+        path = str(hub_file(name))
+        label = label or (None if name.endswith(".safetensors") else name.partition("/")[2])
     if Path(path).is_dir():  # what is in a folder of peft's or of a whole model, its reader looks into
         if not (Path(path) / "model_index.json").is_file():
             folders_in(Path(path))
@@ -61,8 +81,15 @@ def parse_adapter(spec: str) -> Adapter:
 
 
 def parse_embedding(spec: str) -> tuple[str | None, Path]:
-    """The token, if it is given, and the file of FILE or TOKEN=FILE, of a new word; the file's header is checked."""
+    """The token, if it is given, and the file of FILE or TOKEN=FILE, of a new word; the file's header is checked.
+
+    One of the hub is fetched first.
+    """
     token, path = _token_and_path(spec)
+    if is_hub_name(path.as_posix()):
+        from sfumato.bases.hub import WORD, hub_file
+
+        path = hub_file(path.as_posix(), WORD)
     read_header(path)
     return token or None, path
 
@@ -70,7 +97,8 @@ def parse_embedding(spec: str) -> tuple[str | None, Path]:
 def public_embedding(spec: str) -> str:
     """FILE or TOKEN=FILE without the folder, which is private, and with the token, which the prompts hold."""
     token, path = _token_and_path(spec)
-    return f"{token}={path.name}" if token else path.name
+    name = path.as_posix() if is_hub_name(path.as_posix()) else path.name
+    return f"{token}={name}" if token else name
 
 
 def _token_and_path(spec: str) -> tuple[str, Path]:

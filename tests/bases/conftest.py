@@ -1,6 +1,8 @@
 """Tiny bases of each family, as a pipeline, a folder and a single file; no test here reaches a network."""
 
+import shutil
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,3 +60,21 @@ def tiny(request: pytest.FixtureRequest) -> Tiny:
     """Each family in turn."""
     made: Tiny = request.getfixturevalue(request.param)
     return made
+
+
+@pytest.fixture
+def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """A hub's local cache; puts a folder's files into it under a hub id."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    def put(hub_id: str, *files: tuple[Path, str | Path]) -> Path:
+        home = tmp_path / "hub" / f"models--{hub_id.replace('/', '--')}"
+        (home / "refs").mkdir(parents=True, exist_ok=True)
+        (home / "refs/main").write_text("0" * 40)
+        for file, place in files:
+            target = home / "snapshots" / ("0" * 40) / place
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, target)
+        return home / "snapshots" / ("0" * 40)
+
+    return put

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import huggingface_hub.constants
 import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
@@ -212,24 +211,6 @@ def test_of_a_repository_only_one_set_of_safetensors_is_fetched():
     assert weight_files(files, "owner/name") == [files[0], files[4], files[5], files[6]]
     with pytest.raises(BaseModelError, match=r"owner/name: unet has only pickled weights"):
         weight_files(["unet/diffusion_pytorch_model.bin"], "owner/name")
-
-
-@pytest.fixture
-def cached(tmp_path, monkeypatch):
-    """A hub's local cache; puts a folder's files into it under a hub id."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-
-    def put(hub_id, *files):
-        home = tmp_path / "hub" / f"models--{hub_id.replace('/', '--')}"
-        (home / "refs").mkdir(parents=True)
-        (home / "refs/main").write_text("0" * 40)
-        for file, place in files:
-            target = home / "snapshots" / ("0" * 40) / place
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(file, target)
-        return home / "snapshots" / ("0" * 40)
-
-    return put
 
 
 @pytest.mark.parametrize("place", ["", "vae/"])

@@ -1,4 +1,4 @@
-"""A diffusers folder, or a VAE's, from the Hugging Face hub or from its cache."""
+"""A diffusers folder, a VAE's, an adapter or a new word, from the Hugging Face hub or from its cache."""
 
 from __future__ import annotations
 
@@ -49,6 +49,64 @@ def hub_vae(hub_id: str) -> Path:
         return [f"{place}config.json", *weights]
 
     return _fetched(hub_id, lambda place: any(_has_model(each) for each in (place, place / "vae")), wanted)
+
+
+LORA, WORD = "pytorch_lora_weights.safetensors", "learned_embeds.safetensors"
+"""What diffusers' trainers call their files."""
+_PEFT = ("adapter_config.json", "adapter_model.safetensors")
+
+
+def hub_file(name: str, usual: str = LORA) -> Path:
+    """The adapter's or word's file of `owner/name`, or the one that `owner/name/file.safetensors` names.
+
+    usual: the file that is meant of a repository with several. Where a whole model or peft's adapter is there, its
+    folder. Raises BaseModelError as `hub_folder` does, and for a repository that does not tell which file is meant.
+    """
+    hub_id, inside = "/".join(name.split("/")[:2]), "/".join(name.split("/")[2:])
+    if inside:
+        found = _fetched(hub_id, lambda place: (place / inside).is_file(), lambda _: [inside]) / inside
+        if not found.is_file():
+            raise BaseModelError(f"{hub_id}: has no file {inside}. Check the spelling.")
+        return found
+
+    def wanted(files: Sequence[str]) -> list[str]:
+        if "model_index.json" in files:
+            return [*CONFIGS, *weight_files(files, hub_id)]
+        return _of_adapter(files, hub_id, usual)
+
+    def is_complete(place: Path) -> bool:
+        try:
+            return _is_complete(place) or bool(_of_adapter(_files_in(place), hub_id, usual))
+        except BaseModelError:
+            return False
+
+    folder = _fetched(hub_id, is_complete, wanted)
+    if (folder / "model_index.json").is_file():
+        return folder
+    found_in = _of_adapter(_files_in(folder), hub_id, usual)
+    return folder / found_in[0] if len(found_in) == 1 else folder
+
+
+def _files_in(folder: Path) -> list[str]:
+    return [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
+
+
+def _of_adapter(files: Sequence[str], hub_id: str, usual: str) -> list[str]:
+    """Of a repository's files those of its one adapter. Raises BaseModelError for none, and for several."""
+    peft = [file for file in files if _last(file) in _PEFT and file.rpartition("/")[0] in ("", *PARTS)]
+    if {_last(file) for file in peft} == set(_PEFT):
+        return peft
+    weights = [file for file in files if file.endswith(".safetensors") and "/" not in file]
+    if usual in weights or len(weights) == 1:
+        return [usual] if usual in weights else weights
+    if weights:
+        raise BaseModelError(
+            f"{hub_id}: holds {len(weights)} files; name one of them, as {hub_id}/{weights[0]}. There are "
+            f"{', '.join(weights[:8])}{', ...' if len(weights) > 8 else ''}."
+        )
+    pickled = any(file.endswith((".bin", ".pt", ".ckpt")) for file in files)
+    why = "only pickled weights, which can run programs and are never opened" if pickled else "no .safetensors"
+    raise BaseModelError(f"{hub_id}: has {why}. Name another.")
 
 
 def _fetched(hub_id: str, is_complete: Callable[[Path], bool], wanted: Callable[[Sequence[str]], list[str]]) -> Path:

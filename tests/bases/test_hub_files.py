@@ -1,0 +1,131 @@
+"""Adapters, new words and whole models by the name that they have on the hub."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from sfumato.pipelines import generate
+
+from sfumato.adapters import attach, select
+from sfumato.bases import hub
+from sfumato.bases.hub import LORA, WORD
+from sfumato.cli import guarded
+from sfumato.errors import BaseModelError, SfumatoError
+from sfumato.files import LoraModule, write_lora
+from sfumato.specs import is_hub_name, parse_adapter, parse_embedding, public_embedding
+from tests.tiny import tiny_pocket_folder
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "line.safetensors"
+    save_file({"lora_unet_mid_block_attentions_0_proj_in.alpha": torch.ones(1)}, path)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+
+def test_a_repository_of_one_file_is_named_by_itself(cached, file):
+    snapshot = cached("owner/line", (file, "line-v2.safetensors"), (file, "README.md"))
+    adapter = parse_adapter("owner/line:0.8")
+    assert (adapter.path, adapter.label, adapter.weight) == (str(snapshot / "line-v2.safetensors"), "line", 0.8)
+    adapter = parse_adapter("pen=owner/line:0.8:0.4")
+    assert (adapter.label, adapter.weight) == ("pen", (0.8, 0.4))
+
+
+def test_of_several_files_the_usual_one_is_meant_or_the_one_that_is_named(cached, file):
+    snapshot = cached("owner/line", (file, LORA), (file, WORD), (file, "steps/line 2.safetensors"))
+    assert parse_adapter("owner/line").path == str(snapshot / LORA)
+    assert parse_embedding("owner/line") == (None, snapshot / WORD)
+    assert parse_embedding("<pen>=owner/line") == ("<pen>", snapshot / WORD)
+    named = parse_adapter("owner/line/steps/line 2.safetensors:0.5")
+    assert (named.path, named.label, named.weight) == (str(snapshot / "steps/line 2.safetensors"), "line 2", 0.5)
+    assert [public_embedding(spec) for spec in ("owner/line", "<pen>=owner/line")] == ["owner/line", "<pen>=owner/line"]
+
+
+def test_several_files_of_which_none_is_the_usual_one_are_listed(monkeypatch):
+    answer(monkeypatch, ["a.safetensors", "b.safetensors", "README.md"])
+    with pytest.raises(BaseModelError, match=r"holds 2 files; name one of them, as owner/line/a\.safetensors\. There"):
+        parse_adapter("owner/line")
+
+
+@pytest.mark.parametrize(
+    ("files", "wanted"),
+    [
+        (["README.md", "line.safetensors", "steps/a.safetensors"], ["line.safetensors"]),
+        (["a.safetensors", LORA], [LORA]),
+        (["adapter_config.json", "adapter_model.safetensors", "README.md"], ["adapter_config.json", "adapter_model.s"]),
+        (["model_index.json", "unet/diffusion_pytorch_model.safetensors"], [*hub.CONFIGS, "unet/diffusion_pytorch_m"]),
+    ],
+)
+def test_no_more_is_fetched_than_the_adapter(files, wanted, monkeypatch, tmp_path, file):
+    asked, got = answer(monkeypatch, files), tmp_path / "got"
+    for name in files:
+        (tmp_path / "got" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "got" / name).write_bytes(file.read_bytes())
+    monkeypatch.setattr(
+        hub, "snapshot_download", lambda _, allow_patterns: asked.append(allow_patterns) or tmp_path / "got"
+    )
+    found = hub.hub_file("owner/line")
+    assert all(name.startswith(start) for name, start in zip(asked.pop(), wanted, strict=True))
+    assert found == (got / wanted[0] if len(wanted) == 1 else got)
+
+
+@pytest.mark.parametrize(
+    ("files", "name", "message"),
+    [
+        (["pytorch_lora_weights.bin"], "owner/line", "owner/line: has only pickled weights, which can run programs"),
+        (["README.md"], "owner/line", "owner/line: has no .safetensors. Name another."),
+        (["README.md"], "owner/line/a.safetensors", "owner/line: has no file a.safetensors. Check the spelling."),
+    ],
+)
+def test_what_is_not_there_is_told(files, name, message, monkeypatch, tmp_path):
+    answer(monkeypatch, files)
+    monkeypatch.setattr(hub, "snapshot_download", lambda _, allow_patterns: tmp_path)
+    with pytest.raises(BaseModelError) as told:
+        parse_adapter(name)
+    assert message in str(told.value)
+
+
+def test_a_folder_that_is_here_is_meant_before_the_hub(tmp_path):
+    (tmp_path / "here/runs").mkdir()
+    for name in ("runs/line", "runs/line/line.safetensors", "runs/line.safetensors"):
+        assert not is_hub_name(name)
+        with pytest.raises(SfumatoError, match="no such file"):
+            parse_adapter(f"{name}:0.8")
+    assert not any(map(is_hub_name, ("line.safetensors", "line", "../a/b", "/a/b", "a/b.safetensors", "a/b/c", "")))
+    assert all(map(is_hub_name, ("a/b", "a/b-1.0", "a/b/c.safetensors", "a/b/c/d e.safetensors")))
+
+
+def test_a_picture_is_drawn_with_adapters_of_the_hub(cached, tmp_path, quick, monkeypatch):
+    from sfumato import load_base
+    from tests.tiny import CPU
+
+    folder = tiny_pocket_folder(tmp_path / "pocket")
+    unet = load_base(folder, precision=CPU).unet
+    lora = attach({"unet": select(unet, "cross-attention")}, rank=2, alpha=2.0, seed=1)
+    modules = {key: LoraModule.from_scale(x.down, x.up + 0.1, x.scale) for key, x in lora.layers.items()}
+    lora.detach()
+    file = write_lora(tmp_path / "line.safetensors", modules, family="pocket")
+    cached("owner/line", (file, "line.safetensors"))
+    cached("owner/painter", *((each, each.relative_to(folder)) for each in folder.rglob("*") if each.is_file()))
+    words = ("--lora", "owner/line:0.8", "--lora", "owner/painter:0.5", "--base", str(folder), "-o", "a.png")
+    assert guarded(generate.main, ["a cat", *words]) == 0
+    from PIL import Image
+
+    told = json.loads(Image.open("a.png").info["sfumato"])
+    assert [(each["label"], each["weight"]) for each in told["adapters"]] == [("line", 0.8), ("painter", 0.5)]
+
+
+def answer(monkeypatch, files):
+    """A hub that has these files of every repository, of which none is in the cache; what is asked of it."""
+    asked = []
+    monkeypatch.setattr(hub, "HfApi", lambda: SimpleNamespace(list_repo_files=lambda _: files))
+    monkeypatch.setattr(hub, "_cached", lambda _: None)
+    return asked
