@@ -51,8 +51,8 @@ class Config:
     sd-scripts' `--n blurry --w 512 --h 768 --d 7 --s 20 --l 7` after one are its own settings."""
     _: KW_ONLY
     lora: tuple[str, ...] = ()
-    """FILE:0.8, an adapter and its weight; FILE:0.8:0.4 for U-Net and text encoders; LABEL=FILE:0.8. Repeat to mix. FILE
-    may be a whole model, of which so much is mixed in, or on the hub: owner/name, owner/name/file.safetensors."""
+    """FILE:0.8, an adapter and its weight; FILE:0.8:0.4 for U-Net and text encoders; LABEL=FILE:0.8. Repeat to mix.
+    FILE may be a whole model, of which so much is mixed in, or on the hub: owner/name, owner/name/file.safetensors."""
     blocks: tuple[str, ...] = ()
     """LABEL=down:0,up.1:1.2, factors on an adapter's weight by block; or a preset of B-LoRA (b-lora-style,
     b-lora-content), or a block-weight list of the web interfaces. Repeat for several adapters."""
@@ -86,7 +86,7 @@ class Config:
     before_after: bool = False
     """A sheet with a row for each prompt and seed: without the adapters, and with them from the same noise."""
     embedding: tuple[str, ...] = ()
-    """FILE or TOKEN=FILE, a textual inversion, here or on the hub: a new word that prompts may use. Repeat for several."""
+    """FILE or TOKEN=FILE, a textual inversion, here or on the hub: a new word for prompts. Repeat for several."""
     image: Path | None = None
     """A picture to begin from instead of noise (img2img)."""
     strength: float | None = None

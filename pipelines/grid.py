@@ -60,7 +60,7 @@ class Config:
     rank: int | None = None
     """At most so many directions a module of what a method merges; unset, as many as the adapters have together."""
     embedding: tuple[str, ...] = ()
-    """FILE or TOKEN=FILE, a textual inversion, here or on the hub: a new word that prompts may use. Repeat for several."""
+    """FILE or TOKEN=FILE, a textual inversion, here or on the hub: a new word for prompts. Repeat for several."""
     adapter_weight: float = 1.0
     """The weight of the adapters of an axis adapter=..., of those that have none of their own (FILE:0.8)."""
     prompt: str | None = None
