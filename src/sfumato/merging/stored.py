@@ -110,7 +110,7 @@ def stored(source: str | os.PathLike[str]) -> StoredBase:
 
 def _in_file(path: Path, name: str) -> StoredBase:
     header = read_header(path)
-    family = family_of_names(header.tensors, path.name)
+    family = family_of_names(header.tensors, path.name, needs_vae=False)  # which nobody here reads
     config = single_file.unet_config(header, family)
     places: dict[Parameter, Place] = {}
     for key, value in unet_skeleton(config).state_dict().items():
