@@ -13,11 +13,14 @@ from torch.testing import assert_close
 from sfumato.cli import guarded
 from sfumato.errors import AdapterError
 from sfumato.files.adapter_file import read_adapter
+from sfumato.files.changes.ia3 import Ia3
 from sfumato.files.header import read_header
 from sfumato.files.lora_file import read_lora
 from sfumato.files.metadata import data_sha256
 from sfumato.files.save import write_tensors
 from sfumato.files.write_embedding import add_words
+from sfumato.merging.bake import bake
+from sfumato.merging.convert import as_difference
 from sfumato.merging.factors import Budget
 from sfumato.merging.merge import Source, merge
 from sfumato.merging.stored import stored
@@ -305,6 +308,20 @@ def test_baking_what_does_not_fit_writes_nothing(tiny_base, adapter_file, tmp_pa
     assert "is SD 1.x, the adapters are for sdxl" in capsys.readouterr().err
     assert not (tmp_path / "baked").exists()
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_factor_on_the_outputs_takes_the_bias_with_it(tiny_base, tmp_path):
+    """peft's IA3 (Liu et al. 2022): the layer's whole output is multiplied."""
+    base = stored(tiny_base("pocket").folder)
+    target = ("unet", "mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0")
+    weight, bias = base.weight(target), base.weight(target, "bias")
+    source = Source("a", {target: Ia3(torch.linspace(-1, 1, len(bias)), on_input=False, scales_bias=True)}, 0.5)
+    factor = 1 + 0.5 * torch.linspace(-1, 1, len(bias))
+    baked = stored(bake(base, [source], tmp_path / "baked"))
+    assert_close(baked.weight(target), weight * factor[:, None])
+    assert_close(baked.weight(target, "bias"), bias * factor)
+    of_weight, of_bias = as_difference(source, base)[target]
+    assert_close((of_weight, of_bias), (2 * (baked.weight(target) - weight), 2 * (baked.weight(target, "bias") - bias)))
 
 
 @pytest.mark.parametrize(
