@@ -5,6 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from sfumato.compose import Adapter, compose, current
+from sfumato.compose.blocks import Blocks
 from sfumato.compose.by_method import by_method
 from sfumato.errors import AdapterError
 from sfumato.files.lora_file import LoraModule
@@ -43,6 +44,15 @@ def test_each_method_differs_from_the_sum(sd1, pair, method):
 def test_adapters_of_weight_0_are_not_there(sd1, pair):
     base = predict(sd1, [0])
     with by_method(sd1, *(Adapter(each.path, 0.0) for each in pair), method="ties"):
+        assert torch.equal(predict(sd1, [0]), base)
+
+
+@pytest.mark.parametrize("weight", [(0.0, 0.5), Blocks(0.0, {"down": 2.0})])
+def test_weights_that_count_nowhere_in_what_files_hold_are_the_base(sd1, write, weight):
+    """As in a plain mix: a U-Net's adapter of which the text encoders' weight alone is left, and factors of 0."""
+    file = write("a", sd1, "to_v")
+    base = predict(sd1, [0])
+    with by_method(sd1, Adapter(file, weight), method="ties"):
         assert torch.equal(predict(sd1, [0]), base)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from sfumato.compose import tensors
-from sfumato.compose.adapter import Adapter
+from sfumato.compose.adapter import Adapter, is_idle, weight_at
 from sfumato.compose.match import Modules, parts_of
 from sfumato.compose.mix import Mix, current, say_words
 from sfumato.errors import AdapterError
@@ -51,9 +51,11 @@ def by_method(
         raise AdapterError(
             f"this pipeline carries a mix already ({earlier.describe() or 'empty'}); undo() it before merging."
         )
-    some = [adapter for adapter in adapters if adapter.weight != 0]
+    some = [adapter for adapter in adapters if not is_idle(adapter.weight)]
     with TemporaryDirectory(ignore_cleanup_errors=True) as folder, Mix(pipe) as mix:
-        if some:
+        sources, parents = read_sources(some, partial=partial, words=True)
+        # Weights of parts that no file changes leave nothing to merge, as weights of 0 do.
+        if any(weight_at(source.weight, *target) for source in sources for target in source.changes):
             modules = Modules(parts_of(pipe))
 
             def weight(target: Target) -> Tensor:
@@ -66,7 +68,6 @@ def by_method(
                     )
                 return stored.detach().to("cpu").float()
 
-            sources, parents = read_sources(some, partial=partial, words=True)
             merged = merge(sources, method=method, settings=settings, budget=budget, seed=seed, base=weight)
             words = united({source.name: source.words for source in sources})
             title = f"{method} of {', '.join(each.label for each in some)}"
