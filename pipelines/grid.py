@@ -19,7 +19,7 @@ from sfumato.compose.adapter import Adapter, Weight, checked_weight, is_idle, sw
 from sfumato.config import parse
 from sfumato.errors import ConfigError
 from sfumato.prompts import checked_syntax
-from sfumato.specs import checked_folder, parse_adapter, parse_adapters, parse_embedding, public_embedding, without_tags
+from sfumato.specs import checked_folder, parse_adapters, parse_embedding, public_embedding, without_tags
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -145,8 +145,9 @@ def plan(config: Config) -> tuple[Axis, Axis, list[Adapter], list[list[Cell]]]:
     fixed = {adapter.label: adapter.weight for adapter in adapters}
     sides = (("x", x), ("y", y))
     # By side, too: one file on both counts twice.
-    extra = {(side, spec): parse_adapter(f"{side} {place}={spec}") for side, axis in sides
-             if axis.kind == "adapter" for place, spec in enumerate(axis.values)}  # fmt: skip
+    places = dict.fromkeys((side, spec) for side, axis in sides if axis.kind == "adapter" for spec in axis.values)
+    on_axes = parse_adapters([spec for _, spec in places], weight=config.adapter_weight, beside=adapters)
+    extra = dict(zip(places, on_axes, strict=True))
     adapters += [Adapter(each.path, 0.0, each.label) for each in extra.values()]
     rows = []
     for below in y.values:
@@ -161,7 +162,7 @@ def plan(config: Config) -> tuple[Axis, Axis, list[Adapter], list[list[Cell]]]:
                     weights[axis.label] = swept(axis.label, fixed[axis.label], value)
                 elif axis.kind == "adapter":
                     own = extra[side, value]
-                    weights[own.label] = config.adapter_weight if str(own.path) == value else own.weight
+                    weights[own.label] = own.weight
                 else:
                     settings[axis.kind] = value
             row.append(Cell(_with_method(settings, config.rank), weights))

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 from functools import cache
 
 import numpy as np
@@ -12,6 +13,7 @@ from sfumato.pipelines.grid import Config, plan
 
 from sfumato import cli
 from sfumato.axes import Axis, coarse_to_fine, parse_axis
+from sfumato.bases import hub
 from sfumato.errors import ConfigError
 from sfumato.files.adapter_file import read_adapter
 from sfumato.files.header import read_header
@@ -295,11 +297,36 @@ def test_density_by_weight_of_one_method(grid, tmp_path):
 def test_a_file_on_both_axes_counts_twice(grid, y, weight):
     x = "adapter=line.safetensors:0.5,otter.safetensors"
     _, _, adapters, rows = plan(Config(x=x, y=f"adapter={y}", prompt="red"))
-    assert [each.label for each in adapters] == ["x 0", "x 1", "y 0"]
+    assert [each.label for each in adapters] == ["line", "otter", "line 2"]
     assert [cell.weights for cell in rows[0]] == [
-        {"x 0": 0.5, "x 1": 0.0, "y 0": weight},
-        {"x 0": 0.0, "x 1": 1.0, "y 0": weight},
+        {"line": 0.5, "otter": 0.0, "line 2": weight},
+        {"line": 0.0, "otter": 1.0, "line 2": weight},
     ]
+
+
+def test_files_of_an_axis_are_called_by_their_names(grid, tmp_path, capsys):
+    (tmp_path / "other").mkdir()
+    shutil.copy("line.safetensors", "other/line.safetensors")
+    x = "adapter=line.safetensors:0.5,line.safetensors:1,other/line.safetensors"
+    _, _, adapters, rows = plan(Config(lora=("line.safetensors:0.2",), x=x, y="seed=1", prompt="red"))
+    assert [each.label for each in adapters] == ["line", "line 2", "line 3", "line 4"]
+    assert [list(cell.weights.values()) for cell in rows[0]] == [
+        [0.2, 0.5, 0.0, 0.0],
+        [0.2, 0.0, 1.0, 0.0],
+        [0.2, 0.0, 0.0, 1.0],
+    ]
+    path = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
+    module = LoraModule(torch.ones(1, 768), torch.ones(320, 1), 1.0)
+    write_lora("photo.safetensors", {("unet", path): module}, family="sd1")
+    assert grid("--x", "adapter=photo.safetensors", "--y", "seed=1", "--prompt", "red") == 2
+    assert "photo" in (said := capsys.readouterr().err)
+    assert "x 0" not in said
+
+
+def test_the_axis_s_weight_is_for_adapters_of_the_hub_too(grid, tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "hub_file", lambda name: tmp_path / "line.safetensors")
+    _, _, _, rows = plan(Config(x="adapter=owner/ink", y="seed=1", prompt="red", adapter_weight=0.5))
+    assert rows[0][0].weights == {"ink": 0.5}
 
 
 def _pixels(path):

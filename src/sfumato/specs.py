@@ -43,8 +43,9 @@ def is_hub_name(text: str) -> bool:
     return re.fullmatch(r"[\w.-]+(/[\w. ()+-]+)+\.safetensors", rest) is not None
 
 
-def parse_adapter(spec: str) -> Adapter:
+def parse_adapter(spec: str, *, weight: Weight = 1.0) -> Adapter:
     """The adapter of FILE, FILE:WEIGHT or FILE:UNET:TEXT, each perhaps after LABEL=; the file's header is checked.
+    weight: of one that has none of its own.
 
     The weights are what follows the last colons, so that a file's name may have some (C:\\line.safetensors:0.8). A file
     of the hub, owner/name or owner/name/file.safetensors, is fetched first.
@@ -76,8 +77,8 @@ def parse_adapter(spec: str) -> Adapter:
             folders_in(Path(path))
     else:
         read_header(path)
-    weight: Weight = 1.0 if not numbers else numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
-    return Adapter(path, weight, label or None)
+    own: Weight = weight if not numbers else numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
+    return Adapter(path, own, label or None)
 
 
 def parse_embedding(spec: str) -> tuple[str | None, Path]:
@@ -106,12 +107,16 @@ def _token_and_path(spec: str) -> tuple[str, Path]:
     return (token, Path(path)) if equals and not Path(spec).is_file() else ("", Path(spec))
 
 
-def parse_adapters(specs: Sequence[str]) -> tuple[Adapter, ...]:
-    """The adapters, each with a label of its own: of two files of one name the later ones are counted."""
+def parse_adapters(
+    specs: Sequence[str], *, weight: Weight = 1.0, beside: Sequence[Adapter] = ()
+) -> tuple[Adapter, ...]:
+    """The adapters, each with a label of its own, none that one of `beside` has: of two files of one name the later
+    ones are counted. weight: of those that have none of their own."""
     found: list[Adapter] = []
-    for adapter in map(parse_adapter, specs):
+    for spec in specs:
+        adapter = parse_adapter(spec, weight=weight)
         label, count = adapter.label, 2
-        while label in {other.label for other in found}:
+        while label in {other.label for other in (*beside, *found)}:
             label, count = f"{adapter.label} {count}", count + 1
         found.append(Adapter(adapter.path, adapter.weight, label))
     return tuple(found)
