@@ -147,6 +147,13 @@ def test_the_settings_come_back_out_of_the_picture(generate):
     ]
 
 
+@pytest.mark.parametrize(("asked", "told"), [("auto", "fp32"), ("bf16", "bf16")])
+def test_a_picture_tells_what_it_was_computed_in(generate, asked, told):
+    """By the seed alone it would not be drawn again."""
+    generate("a cat", "--precision", asked, "-o", "one.png")
+    assert read_picture_info(Path("one.png")).own["precision"] == told
+
+
 def test_a_picture_names_the_adapters_that_count_in_it_and_no_file_for_another(generate):
     other = Path("other/line.safetensors")
     other.parent.mkdir()

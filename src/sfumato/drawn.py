@@ -16,6 +16,7 @@ from sfumato.merging.sources import identity
 from sfumato.merging.whole_model import is_whole_model
 from sfumato.numerals import exact
 from sfumato.placeholders import holds
+from sfumato.precision import NAMES
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -36,6 +37,7 @@ def of_base(base: Base, vae: str | None) -> dict[str, Any]:
         "clip_skip": base.clip_skip,
         "vae": None if vae is None else re.split(r"[\\/]", vae.rstrip("\\/"))[-1],
         "prediction_type": base.prediction_type,
+        "precision": NAMES[base.precision.compute],
     }
 
 
