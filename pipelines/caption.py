@@ -120,25 +120,27 @@ def pictures_without(images: Path) -> tuple[dict[Path, Found], int, list[str]]:
     """(caption's file -> the picture that has none yet, how many pictures have one, caption files that say nothing).
 
     An empty or unreadable caption file stays as it is. Of pictures that share a caption's file, as dog.jpg and dog.png
-    do, the first is described.
+    do, the first is described; of those that several sources name, each counts once.
     """
     from sfumato.data.source import sources_of
 
     wanted: dict[Path, Found] = {}
-    captioned, silent = 0, []
+    captioned: set[Path] = set()
+    silent: dict[Path, str] = {}
     for source in sources_of(images):
         for found in source.list().pictures:
-            files = [found.path.with_name(f"{found.path.stem}{suffix}") for suffix in source.suffixes]
+            place = found.path.parent.resolve() / found.path.name
+            files = [place.with_name(f"{place.stem}{suffix}") for suffix in source.suffixes]
             there = [file.name for file in files if os.path.lexists(file)]
             if found.caption.text and found.caption.origin != "folder name":
-                captioned += 1
+                captioned.add(place)
             elif there:
-                silent.append(there[0])
+                silent[place] = there[0]
             else:
                 wanted.setdefault(files[0], found)
     if not wanted and not captioned and not silent:
         raise DataError(f"{images}: no pictures in it. Put PNG or JPEG files there.")
-    return wanted, captioned, silent
+    return wanted, len(captioned), list(silent.values())
 
 
 def captions(

@@ -184,8 +184,13 @@ def _mended_lines(mended: Mended, config: Config) -> list[str]:
         f"mended copy in {config.fix}: {len(mended.copied)} copied, {len(mended.rewritten)} written anew, "
         f"{len(mended.left_out)} left out"
     ]
-    lines += [f"  {name}: {why}" for name, why in mended.rewritten[:20]]
-    return lines + [f"  {name} is left out: {why}" for name, why in mended.left_out[:20]]
+    told = ([f"  {name}: {why}" for name, why in mended.rewritten],
+            [f"  {name} is left out: {why}" for name, why in mended.left_out])  # fmt: skip
+    for some in told:
+        lines += some[:20]
+        if len(some) > 20:
+            lines.append(f"  ... and {len(some) - 20:,} more (--json has them all)")
+    return lines
 
 
 def _sheets(report: Report, file: Path) -> list[Path]:

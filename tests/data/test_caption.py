@@ -212,6 +212,15 @@ def test_a_data_set_is_named_as_a_folder_is_and_few_are_shown(blip, bare, capsys
     assert "1 of 2 captions shown; --write writes them" in shown.err
 
 
+def test_pictures_that_several_sources_name_count_once(bare):
+    (bare / "2.txt").touch()
+    data = bare.parent / "dataset.toml"
+    ways = ("bare", "./bare", f"../{bare.parent.name}/bare")
+    data.write_text("".join(f'[[source]]\npath = "{way}"\n' for way in ways))
+    wanted, captioned, silent = pictures_without(data)
+    assert ([file.name for file in wanted], captioned, silent) == (["1.txt"], 1, ["2.txt"])
+
+
 def test_pictures_of_which_nothing_can_be_said_are_named_batch_by_batch(bare):
     (bare / "1.png").write_bytes(b"nothing")
     wanted, _, _ = pictures_without(bare)

@@ -449,7 +449,7 @@ def test_a_folder_that_two_sources_name_is_mended_for_both(tmp_path):
     main([str(tmp_path / "d.toml"), "--caption", "x", "--fix", str(tmp_path / "mended")])
     mended = read_folder(tmp_path / "mended" / "d.toml", caption_template="x")
     found = [(example.path.relative_to(tmp_path / "mended").as_posix(), example.options.crop) for example in mended]
-    assert found == [("dogs/dogs.png", None), ("dogs-2/dogs.png", "pad"), ("more/more.png", None)]
+    assert found == [("dogs/dogs.png", None), ("dogs/dogs.png", "pad"), ("more/more.png", None)]
     assert not (tmp_path / "mended" / "copies").exists()
 
 
@@ -495,6 +495,39 @@ def test_a_mended_data_set_names_its_copies(messy, tmp_path):
     folder = read_folder(tmp_path / "mended" / "dataset.toml")
     assert {example.repeats for example in folder} == {3}
     assert all(example.path.parent == tmp_path / "mended" / "messy" for example in folder)
+
+
+def test_a_folder_that_sources_share_is_mended_once(tmp_path, capsys):
+    """Unless they read other captions in it."""
+    for folder in ("dogs", "broken"):
+        (tmp_path / folder).mkdir()
+    noise_picture().save(tmp_path / "dogs/a.png")
+    (tmp_path / "dogs/a.txt").write_text("a dog")
+    (tmp_path / "dogs/a.tags").write_text("dog, sitting")
+    (tmp_path / "broken/b.png").write_text("no picture")
+    sources = [
+        'path = "dogs"\ncaption = "{caption}, far"',
+        'path = "broken"\nwords = "x"',
+        'path = "./dogs"\nflip = true',
+        'path = "broken"\nwords = "y"',
+        'path = "dogs"\ncaption_suffix = ".tags"',
+    ]
+    (tmp_path / "d.toml").write_text("".join(f"[[source]]\n{source}\n" for source in sources))
+    main([str(tmp_path / "d.toml"), "--fix", str(tmp_path / "mended")])
+    assert "2 copied, 0 written anew, 1 left out" in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "mended").iterdir()} == {"d.toml", "dogs", "dogs-2"}
+    found = [(example.path.parent.name, example.caption) for example in read_folder(tmp_path / "mended/d.toml")]
+    assert found == [("dogs", "a dog, far"), ("dogs", "a dog"), ("dogs-2", "dog, sitting")]
+
+
+def test_of_many_files_that_are_left_out_the_rest_is_counted(tmp_path, capsys):
+    (tmp_path / "dogs").mkdir()
+    for number in range(23):
+        noise_picture().save(tmp_path / "dogs" / f"{number:02}.png")
+    main([str(tmp_path / "dogs"), "--caption", "x", "--fix", str(tmp_path / "mended")])
+    assert capsys.readouterr().out.endswith(
+        "  20.png is left out: the same picture as 00.png\n  ... and 2 more (--json has them all)\n"
+    )
 
 
 def test_a_data_set_whose_template_wants_the_trigger_is_mended(tmp_path):

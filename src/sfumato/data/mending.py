@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,7 +43,10 @@ def mend(path: Path, sources: Sequence[Source], target: Path, *, leave_out: dict
     copier = _Copier(leave_out)
     with atomic_folder(place) as part:
         folders = [part] if len(sources) == 1 and path.is_dir() else _folders(part, sources)
-        filled = [copier.copy(source, folder) for source, folder in zip(sources, folders, strict=True)]
+        filled: dict[Path, bool] = {}
+        for source, folder in zip(sources, folders, strict=True):
+            if folder not in filled:
+                filled[folder] = copier.copy(source, folder)
         if not path.is_dir():
             _write_toml(path, part, folders, filled)
     return Mended(tuple(copier.copied), tuple(copier.rewritten), tuple(copier.left_out))
@@ -132,26 +135,29 @@ def _why_rewritten(path: Path) -> str:
 
 
 def _folders(part: Path, sources: Sequence[Source]) -> list[Path]:
-    """A folder of its own in `part` for each source, named as the source's is, whatever way leads there ("..")."""
-    folders: list[Path] = []
+    """A folder in `part` for each source, named as the source's is, whatever way leads there (".."): one and the same
+    for those of one folder, unless they read other captions there."""
+    folders: dict[tuple[Path, tuple[str, ...]], Path] = {}
     for source in sources:
         own = source.path.resolve().name or "pictures"
         name, number = own, 2
-        while name.casefold() in {folder.name.casefold() for folder in folders}:
+        while name.casefold() in {folder.name.casefold() for folder in folders.values()}:
             name, number = f"{own}-{number}", number + 1
-        folders.append(part / name)
-    return folders
+        folders.setdefault((source.path.resolve(), tuple(source.suffixes)), part / name)
+    return [folders[source.path.resolve(), tuple(source.suffixes)] for source in sources]
 
 
-def _write_toml(path: Path, part: Path, folders: Sequence[Path], filled: Sequence[bool]) -> None:
+def _write_toml(path: Path, part: Path, folders: Sequence[Path], filled: Mapping[Path, bool]) -> None:
     """The dataset.toml of the copies, without the sources of which nothing is left: they would stop training."""
     import tomlkit
 
     document = tomlkit.parse(path.read_text(encoding="utf-8-sig"))
     for entry, folder in zip(document["source"], folders, strict=True):
         entry["path"] = folder.name
-    for place in reversed([place for place, has_pictures in enumerate(filled) if not has_pictures]):
-        folders[place].rmdir()
-        if any(filled):
+    for folder, has_pictures in filled.items():
+        if not has_pictures:
+            folder.rmdir()
+    if any(filled.values()):
+        for place in reversed([place for place, folder in enumerate(folders) if not filled[folder]]):
             del document["source"][place]
     (part / path.name).write_text(tomlkit.dumps(document), encoding="utf-8")
