@@ -2,9 +2,12 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
+from sfumato.trainers import lora, textual_inversion
 
 from sfumato import cli
 from sfumato.data import read_folder
@@ -162,6 +165,28 @@ def test_captions_without_a_new_word_are_told_a_template_that_has_it(pictures):
     template = re.search('--caption "(.*)"', str(refused.value))[1]
     found = put_into_captions(read_folder(pictures, caption_template=template), ["<w>"])
     assert all(example.caption.startswith("<w>, ") for example in found)
+
+
+@pytest.mark.parametrize(
+    ("program", "options", "names", "template"),
+    [
+        (lora, {"train_words": ("<w>",)}, "ab", "<w>"),
+        (lora, {"train_words": ("<w>", "<v>"), "trigger": "zwx"}, "ab", "<w> <v>"),
+        (lora, {"train_words": ("<w>",), "stands_for": ("sks square",)}, "ab", "sks square"),
+        (lora, {"train_words": ("<w>",)}, ("red square", "blue"), "<w>, {caption}"),
+        (textual_inversion, {"placeholder": ("<w>", "<v>")}, "ab", "<w> <v>"),
+    ],
+)
+def test_where_there_are_no_captions_a_template_for_new_words_is_told(program, options, names, template, tmp_path):
+    """ "a dog" would lead to another refusal."""
+    for name in names:
+        Image.new("RGB", (64, 64)).save(tmp_path / f"{name}.png")
+    config = program.Config(images=tmp_path, output=tmp_path / "run", **options)
+    with pytest.raises(DataError, match=f'--caption "{template}" ') as refused:
+        program.read_examples(config)
+    assert "a dog" not in str(refused.value)
+    found = program.read_examples(replace(config, caption=template))
+    assert all("<w>" in example.caption for example in found)
 
 
 def test_a_trigger_whose_place_a_new_word_takes_is_not_told(train, pictures):

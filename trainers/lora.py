@@ -320,7 +320,7 @@ def read_examples(config: Config) -> Folder:
     """The pictures and captions; new words are in the captions, or DataError says in which they are not."""
     from sfumato.data.stands_for import put_into_captions
 
-    examples = config.read_examples()
+    examples = config.read_examples(words=config.stands_for or config.train_words)
     if config.prior_weight is not None and not (config.prior_prompts or examples.of("class")):
         raise ConfigError(
             "--prior-weight is for what shall draw as before; name it with --prior-prompts, or give pictures of it in "

@@ -199,7 +199,8 @@ def read_examples(config: Config) -> Folder:
     template = "{trigger}" if alone else config.caption
     trigger = " ".join(config.placeholder) if template and "{trigger}" in template else None
     named = dataclasses.replace(config, caption=template, trigger=trigger)
-    return put_into_captions(named.read_examples().of("instance"), config.placeholder, config.stands_for)
+    examples = named.read_examples(words=config.stands_for or config.placeholder)
+    return put_into_captions(examples.of("instance"), config.placeholder, config.stands_for)
 
 
 def resolve(config: Config, base: Base, samples: int, processes: int) -> tuple[Config, list[str]]:

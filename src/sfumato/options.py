@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,8 +57,8 @@ class DataOptions:
     skip_bad: bool = False
     """Go on without the pictures that cannot be read, instead of stopping."""
 
-    def read_examples(self) -> Folder:
-        """The pictures and captions, listed but not decoded."""
+    def read_examples(self, words: Sequence[str] = ()) -> Folder:
+        """The pictures and captions, listed but not decoded. words: that captions have to hold."""
         from sfumato import data
 
         examples = data.read_folder(
@@ -66,6 +67,7 @@ class DataOptions:
             trigger=self.trigger,
             mask=self.mask,
             skip_bad=self.skip_bad,
+            words=" ".join(words),
         )
         self.check_subject(examples)
         return examples

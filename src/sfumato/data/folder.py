@@ -86,9 +86,12 @@ class Folder(Sequence[Example]):
 
 
 def examples_of(
-    listing: Listing, *, template: str | None, trigger: str | None, mask: MaskSource, skip_bad: bool
+    listing: Listing, *, template: str | None, trigger: str | None, mask: MaskSource, skip_bad: bool, words: str = ""
 ) -> Folder:
-    """The examples of one listed folder, headers checked. Raises as `read_folder` does."""
+    """The examples of one listed folder, headers checked. Raises as `read_folder` does.
+
+    words: that captions have to hold, to advise them where there are none.
+    """
     if template is not None:
         check_template(template, trigger)
     path = listing.root
@@ -115,7 +118,7 @@ def examples_of(
         for found in listing.pictures
         if found.path not in bad
     ]
-    _check_captions(examples, template)
+    _check_captions(examples, template, words)
     notes = [*listing.notes, *_caption_notes(listing, bad), *_mask_notes(path, examples, mask)]
     if numbers := [
         found.path.name for found in listing.pictures if found.path not in bad and nameless(found, template)
@@ -215,26 +218,28 @@ def _ignored(listing: Listing, path: Path, reason: str) -> Ignored:
     return Ignored(path.relative_to(listing.root).as_posix(), reason.removeprefix(f"{path.name}: "))
 
 
-def _check_captions(examples: Sequence[Example], template: str | None) -> None:
+def _check_captions(examples: Sequence[Example], template: str | None, words: str) -> None:
     missing = [example.path.name for example in examples if not example.caption]
     if not missing:
         return
     shown = some(missing)
     if template is not None:
         raise DataError(f"{shown}: the caption is empty once put into {template!r}. Put words into the template.")
-    way = by_template(missing, examples[0].trigger)
+    way = by_template(missing, examples[0].trigger, words)
     raise DataError(
         f"{len(missing)} of {len(examples)} pictures have no caption: {shown}. Write NAME.txt beside each, list them "
-        f'as "text" in {METADATA}, give their source words = "a dog", or pass {way}.'
+        f'as "text" in {METADATA}, give their source words = "{words or "a dog"}", or pass {way}.'
     )
 
 
-def by_template(names: Sequence[str], trigger: str | None) -> str:
-    """How --caption gives captions to pictures of these names. The names of a camera say nothing of a picture."""
-    same = f'--caption "{trigger or "a dog"}" as the caption of all'
+def by_template(names: Sequence[str], trigger: str | None, words: str = "") -> str:
+    """How --caption gives captions, which hold these words, to pictures of these names. The names of a camera say
+    nothing of a picture."""
+    same = f'--caption "{words or trigger or "a dog"}" as the caption of all'
     if all(says_nothing(Path(name).stem) for name in names):
         return same
-    return f'--caption "{{caption}}" to take the words of the file names, or {same}'
+    before = f"{words}, " if words else ""
+    return f'--caption "{before}{{caption}}" to take the words of the file names, or {same}'
 
 
 def nameless(found: Found, template: str | None) -> bool:

@@ -79,18 +79,20 @@ def read_folder(
     trigger: str | None = None,
     skip_bad: bool = False,
     mask: MaskSource = "none",
+    words: str = "",
 ) -> Folder:
     """The pictures of a folder, or of the sources that a dataset.toml names, with their captions.
 
     A caption comes from NAME.txt, NAME.caption, metadata.jsonl, the words of a kohya folder ("10_sks dog": 10 repeats),
     or, if there is a template, from the file's name; the template is then filled with it. mask: "alpha" learns the
     opaque part, "files" what is white in NAME.mask.png or masks/NAME.png. skip_bad: leave out the pictures whose
-    header cannot be read, and (in `prepare`) those that cannot be decoded.
+    header cannot be read, and (in `prepare`) those that cannot be decoded. words: that captions have to hold, to advise
+    them where there are none.
 
     Raises DataError for no folder, no pictures, bad pictures and missing captions; ConfigError for a bad template.
     """
     sources = sources_of(path, caption_template=caption_template, trigger=trigger, mask=mask)
-    parts = [_read(source, skip_bad) for source in sources]
+    parts = [_read(source, skip_bad, words) for source in sources]
     if len(parts) == 1:
         return parts[0]
     named = list(zip(sources, parts, strict=True))
@@ -102,9 +104,14 @@ def read_folder(
     )
 
 
-def _read(source: Source, skip_bad: bool) -> Folder:
+def _read(source: Source, skip_bad: bool, words: str) -> Folder:
     part = examples_of(
-        source.list(), template=source.template, trigger=source.trigger, mask=source.mask, skip_bad=skip_bad
+        source.list(),
+        template=source.template,
+        trigger=source.trigger,
+        mask=source.mask,
+        skip_bad=skip_bad,
+        words="" if source.group == "class" else words,
     )
     examples = tuple(_with(example, source) for example in part.examples)
     return replace(part, examples=examples)
