@@ -66,7 +66,7 @@ def convert(config: Config) -> Path:
         raise ConfigError(f"--base {config.base}: nothing is taken on it without --bake; add --bake or leave it out.")
 
     from sfumato.files.metadata import Description, describe
-    from sfumato.merging.convert import as_lora, unread_by_diffusers, write
+    from sfumato.merging.convert import as_lora, lines_on_diffusers, write
     from sfumato.merging.factors import Budget
     from sfumato.merging.lineage import common_family
     from sfumato.merging.sources import read_source
@@ -97,9 +97,8 @@ def convert(config: Config) -> Path:
     words = source.words if keeps_words else None
     write(config.to, config.output, made.modules, family=family, metadata=metadata, dtype=dtype, words=words)
     other = "diffusers" if config.to == "kohya" else "kohya"
-    instead = "" if unread_by_diffusers(made.modules, other) else f"; for diffusers, give --to {other}"
-    for what in unread_by_diffusers(made.modules, config.to):
-        print(f"{config.output.name}: diffusers {what}{instead}", file=sys.stderr)
+    for line in lines_on_diffusers(config.output, made.modules, config.to, way=f"give --to {other}"):
+        print(line, file=sys.stderr)
     exact = made.share > 1 - 1e-10
     outcome = "exact" if exact else f"keeps {made.share:.2%} of the energy, relative error {made.error:.3g}"
     print(f"{config.output.name}: {len(made.modules)} modules for {config.to}; {outcome}", file=sys.stderr)

@@ -76,6 +76,7 @@ def extract_file(config: Config) -> Path:
 def _write_lora(config: Config, tuned: StoredBase, base: StoredBase) -> tuple[int, str]:
     """How many modules were written, and what they keep."""
     from sfumato.files.write import write_lora
+    from sfumato.merging.convert import lines_on_diffusers
     from sfumato.merging.extract import extract
     from sfumato.merging.factors import Budget
     from sfumato.precision import DTYPES
@@ -83,6 +84,8 @@ def _write_lora(config: Config, tuned: StoredBase, base: StoredBase) -> tuple[in
     modules, kept = extract(_pairs(tuned, base, config.parts), Budget(config.rank, config.keep_energy))
     metadata = _described(config, tuned, base, {"sfumato.kept_energy": f"{kept.share:.6f}"})
     write_lora(config.output, modules, family=base.family.name, metadata=metadata, dtype=DTYPES[config.dtype or "fp16"])
+    for line in lines_on_diffusers(config.output, modules):
+        print(line, file=sys.stderr)
     return len(modules), str(kept)
 
 

@@ -118,6 +118,7 @@ def merge_files(config: Config) -> Path:
 def _merge(config: Config, sources: Sequence[Source], parents: Sequence[Parent]) -> Path:
     from sfumato.files.embedding_file import united
     from sfumato.files.write import write_lora
+    from sfumato.merging.convert import lines_on_diffusers
     from sfumato.merging.factors import Budget
     from sfumato.merging.lineage import common_family, inherit
     from sfumato.merging.merge import merge
@@ -147,6 +148,8 @@ def _merge(config: Config, sources: Sequence[Source], parents: Sequence[Parent])
     )
     dtype = DTYPES[config.dtype or "fp32"]
     write_lora(config.output, merged.modules, family=family, metadata=metadata, dtype=dtype, words=words)
+    for line in lines_on_diffusers(config.output, merged.modules):
+        print(line, file=sys.stderr)
     ranks = sorted({module.rank for module in merged.modules.values()})
     print(
         f"{config.output.name}: {len(merged.modules)} modules of rank {ranks[0]}"

@@ -50,6 +50,7 @@ def resize_file(config: Config) -> Path:
     check_free(config.output, config.overwrite)
 
     from sfumato.files.write import write_lora
+    from sfumato.merging.convert import lines_on_diffusers
     from sfumato.merging.extract import resize
     from sfumato.merging.factors import Budget
     from sfumato.merging.lineage import common_family, inherit
@@ -74,6 +75,8 @@ def resize_file(config: Config) -> Path:
     )
     dtype = DTYPES[config.dtype]
     write_lora(config.output, smaller, family=family, metadata=metadata, dtype=dtype, words=source.words)
+    for line in lines_on_diffusers(config.output, smaller):
+        print(line, file=sys.stderr)
     before, after = (sum(module.rank for module in these.values()) for these in (modules, smaller))
     print(
         f"{config.output.name}: mean rank {before / len(modules):.1f} -> {after / len(smaller):.1f}, "

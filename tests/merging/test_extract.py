@@ -1,6 +1,7 @@
 """`sfumato extract` and `sfumato resize`: an adapter out of two models, a smaller one out of a larger."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -14,9 +15,11 @@ from sfumato.errors import AdapterError
 from sfumato.files.adapter_file import read_adapter
 from sfumato.files.header import read_header
 from sfumato.files.lora_file import read_lora
+from sfumato.files.write import write_lora
 from sfumato.files.write_embedding import add_words
 from sfumato.merging.extract import extract as extract_pairs
 from sfumato.merging.factors import Budget
+from tests.merging.conftest import random_modules
 
 
 def run(program, *words):
@@ -188,3 +191,26 @@ def test_how_much_to_keep_has_to_be_said(program, adapter_file, tmp_path, capsys
     words = ["--base", "pocket"] if program is extract else []
     assert run(program, adapter_file("a"), *words, "-o", tmp_path / "o.safetensors") == 2
     assert "say how much to keep" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("layer", ["q_proj", "out_proj"])
+def test_what_diffusers_does_not_read_is_told_of_every_file(layer, tiny_base, tmp_path, monkeypatch, capsys):
+    """Of a text encoder without out_proj, see tests/merging/test_convert.py."""
+    monkeypatch.chdir(tmp_path)
+    base = tiny_base("pocket")
+    weights = {target: weight for target, weight in base.weights().items() if target[1].endswith(layer)}
+    write_lora("a.safetensors", random_modules(weights, 1), family="pocket")
+    assert run(merge, "a.safetensors", "--into", base.folder, "-o", "tuned") == 0
+    for program, *words in (
+        (merge, "a.safetensors:0.5", "--family", "pocket"),
+        (resize, "a.safetensors", "--rank", 1, "--family", "pocket"),
+        (extract, "tuned", "--base", base.folder, "--rank", 2, "--parts", "text_encoder"),
+    ):
+        capsys.readouterr()
+        assert run(program, *words, "-o", "b.safetensors") == 0
+        line = (
+            "b.safetensors: diffusers refuses a file that changes no out_proj of text_encoder; for diffusers, "
+            "sfumato convert b.safetensors --to diffusers -o OTHER.safetensors"
+        )
+        assert (line in capsys.readouterr().err.splitlines()) == (layer == "q_proj")
+        os.remove("b.safetensors")

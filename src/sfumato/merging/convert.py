@@ -86,6 +86,17 @@ def unread_by_diffusers(modules: Mapping[Target, LoraModule], to: str) -> list[s
     return found
 
 
+def lines_on_diffusers(
+    file: Path, modules: Mapping[Target, LoraModule], to: str = "kohya", *, way: str | None = None
+) -> list[str]:
+    """A line on each text encoder of which diffusers does not read these modules in the file, which is in the grammar
+    `to`. way: to the other grammar; with `sfumato convert` if unset."""
+    other = "diffusers" if to == "kohya" else "kohya"
+    way = way or f"sfumato convert {file.name} --to {other} -o OTHER.safetensors"
+    instead = "" if unread_by_diffusers(modules, other) else f"; for diffusers, {way}"
+    return [f"{file.name}: diffusers {what}{instead}" for what in unread_by_diffusers(modules, to)]
+
+
 def write(
     to: str,
     path: Path,
