@@ -2,14 +2,15 @@
 
 import copy
 import json
-import shutil
 
 import pytest
 import torch
 
 from sfumato.errors import AdapterError, FileError
 from sfumato.files import inspect_file, read_adapter
+from sfumato.files.write import write_lora
 from sfumato.files.write_dotted import write_peft
+from sfumato.merging.sources import identity
 from tests.files.said import said
 
 TARGETS = ["attn1.to_q", "attn2.to_k", "to_out.0", "conv1", "proj_in", "conv_shortcut"]
@@ -203,8 +204,22 @@ def test_folders_of_peft_to_the_letter(two_modules, tmp_path):
         "a: there is no adapter_model.safetensors beside adapter_config.json. Save with safe_serialization=True."
     )
     (place / "b.safetensors").rename(weights)
-    for part in ("unet", "text_encoder"):
-        shutil.copytree(place, tmp_path / "two" / part)
-    assert said(inspect_file, tmp_path / "two") == (
-        "two: the folder holds an adapter of each of unet, text_encoder. Name one of these folders."
-    )
+
+
+def test_a_folder_of_parts_is_shown_as_the_file_that_it_makes(tiny, lora, tmp_path):
+    """With its own hash, which is that in a picture's settings."""
+    layers = tiny("sdxl").layers()
+    modules = lora({target: layer for target, layer in layers.items() if ".attn" in target[1] or "self_" in target[1]})
+    file = inspect_file(write_lora(tmp_path / "a.safetensors", modules, family="sdxl"))
+    write_peft(tmp_path / "a", modules, family="sdxl")
+    folder = inspect_file(tmp_path / "a")
+    assert {block.name.partition(".")[0] for block in folder.blocks} > {"text_encoder", "text_encoder_2"}
+    for name in ("kind", "family", "modules", "targets", "ranks", "trigger"):
+        assert getattr(folder, name) == getattr(file, name)
+    assert [(b.name, b.modules) for b in folder.blocks] == [(b.name, b.modules) for b in file.blocks]
+    assert [b.norm for b in folder.blocks] == pytest.approx([b.norm for b in file.blocks])
+    assert folder.norm == pytest.approx(file.norm)
+    assert folder.bytes == sum(part.stat().st_size for part in (tmp_path / "a").rglob("*.safetensors"))
+    assert {inspect_file(tmp_path / "a" / part).hash for part in ("unet", "text_encoder")}.isdisjoint({folder.hash})
+    assert folder.hash == identity(tmp_path / "a")
+    assert inspect_file(tmp_path / "a/unet").hash == identity(tmp_path / "a/unet")

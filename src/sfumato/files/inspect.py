@@ -8,7 +8,7 @@ import os
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sfumato.errors import FileError
 from sfumato.files.embedding_keys import embedding_key
 from sfumato.files.family import FAMILIES, family_from_metadata
 from sfumato.files.header import Header, TensorInfo
@@ -31,7 +30,14 @@ from sfumato.files.keys import (
 )
 from sfumato.files.kinds import base_kind, rank_of
 from sfumato.files.kohya import Target
-from sfumato.files.metadata import adapter_guidance_of, data_sha256, over_steps_of, short_hash, trigger_words
+from sfumato.files.metadata import (
+    adapter_guidance_of,
+    data_sha256,
+    joint_hash,
+    over_steps_of,
+    short_hash,
+    trigger_words,
+)
 from sfumato.files.norms import is_update, square_norm
 from sfumato.files.peft_folder import Source, adapter_sources
 
@@ -56,8 +62,8 @@ class Inspection:
     says: the family by the metadata, where it differs from `family`, which goes by the shapes. nonfinite: tensors with
     NaN or Inf. stored: the kinds whose norm is that of what the file stores, because their update depends on the
     base's weight. embeddings: the number of vectors of each token that is bundled in the file. hash: the first 12
-    digits of the sha256 by which A1111 names the file; hash_holds: whether the sha256 that the file states is that of
-    its bytes, None where it states none.
+    digits of the sha256 by which A1111 names the file, of a folder those by which our pictures name it; hash_holds:
+    whether the sha256 that the file states is that of its bytes, None where it states none.
     """
 
     file: str
@@ -96,11 +102,65 @@ class Inspection:
 
 
 def inspect_file(path: str | os.PathLike[str]) -> Inspection:
-    """Look into a weight file, or peft's folder of one, without judging it: what cannot be applied is reported.
+    """Look into a weight file, or a folder of peft's, without judging it: what cannot be applied is reported.
 
     Raises FileError for what is no safetensors file.
     """
-    source = _source(Path(path))
+    path = Path(path)
+    sources = adapter_sources(path)
+    parts = {source.part or "": _in_one_file(source) for source in sources}
+    found = next(iter(parts.values())) if len(parts) == 1 else _together(path.name, parts)
+    return replace(found, hash=joint_hash(data_sha256(s.header) for s in sources)) if path.is_dir() else found
+
+
+def _together(name: str, parts: Mapping[str, Inspection]) -> Inspection:
+    """What the files of one adapter hold, one a part of the pipeline, as if they were one file; without its hash."""
+    some = list(parts.values())
+
+    def named(field: str) -> list[str]:
+        return [f"{part}/{name}" for part, found in parts.items() for name in getattr(found, field)]
+
+    def union(field: str) -> list[str]:
+        return list(dict.fromkeys(value for found in some for value in getattr(found, field)))
+
+    def summed(field: str) -> dict[str, int]:
+        return _ordered(sum((Counter(getattr(found, field)) for found in some), Counter()))
+
+    metadata = {key: text for found in some for key, text in found.metadata.items()}
+    family, by_words = next((found.family for found in some if found.family), None), family_from_metadata(metadata)
+    norms = [found.norm for found in some if found.norm is not None]
+    holds = [found.hash_holds for found in some if found.hash_holds is not None]
+    return Inspection(
+        file=name,
+        bytes=sum(found.bytes for found in some),
+        tensors=sum(found.tensors for found in some),
+        dtypes=summed("dtypes"),
+        kind=" + ".join(dict.fromkeys(found.kind for found in some)),
+        family=family,
+        says=by_words if by_words != family else None,
+        spelling=sorted(union("spelling")),
+        modules=sum(found.modules for found in some),
+        targets=summed("targets"),
+        ranks=summed("ranks"),
+        alphas=summed("alphas"),
+        norm=math.hypot(*norms) if norms else None,
+        stored=union("stored"),
+        blocks=sorted((block for found in some for block in found.blocks), key=lambda block: _block_order(block.name)),
+        trigger=union("trigger"),
+        adapter_guidance=adapter_guidance_of(metadata),
+        over_steps=over_steps_of(metadata),
+        base=metadata.get("ss_sd_model_name") or None,
+        hash="",
+        hash_holds=all(holds) if holds else None,
+        nonfinite=named("nonfinite"),
+        embeddings={token: count for found in some for token, count in found.embeddings.items()},
+        unknown=named("unknown"),
+        incomplete=union("incomplete"),
+        metadata=dict(sorted(metadata.items())),
+    )
+
+
+def _in_one_file(source: Source) -> Inspection:
     header = source.header
     layout = read_layout(header, source.part)
     with header.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
@@ -156,17 +216,12 @@ def inspect_file(path: str | os.PathLike[str]) -> Inspection:
         )
 
 
-def _source(path: Path) -> Source:
-    sources = adapter_sources(path)
-    if len(sources) > 1:
-        parts = ", ".join(str(source.part) for source in sources)
-        raise FileError(f"{path.name}: the folder holds an adapter of each of {parts}. Name one of these folders.")
-    return sources[0]
-
-
 def _counts(values: Any) -> dict[str, int]:
     """How often each value occurs, the most frequent first; None is not counted."""
-    counts = Counter(str(value) for value in values if value is not None)
+    return _ordered(Counter(str(value) for value in values if value is not None))
+
+
+def _ordered(counts: Mapping[str, int]) -> dict[str, int]:
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 

@@ -9,7 +9,7 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import accumulate
@@ -202,6 +202,13 @@ def short_hash(source: Header | str | os.PathLike[str]) -> str:
     if len(stated) == 64 and all(letter in "0123456789abcdef" for letter in stated):
         return stated[:12]
     return data_sha256(header)[:12]
+
+
+def joint_hash(digests: Iterable[str]) -> str:
+    """The 12 hex digits by which a folder is named, of the `data_sha256` of its weight files."""
+    import hashlib
+
+    return hashlib.sha256("".join(digests).encode()).hexdigest()[:12]
 
 
 def data_sha256(header: Header) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
@@ -14,7 +13,7 @@ from sfumato.errors import AdapterError
 from sfumato.files.adapter_file import read_adapter
 from sfumato.files.header import read_header
 from sfumato.files.kohya import Target
-from sfumato.files.metadata import data_sha256, short_hash
+from sfumato.files.metadata import data_sha256, joint_hash, short_hash
 from sfumato.files.peft_folder import adapter_sources
 from sfumato.merging.blocks import select
 from sfumato.merging.lineage import Parent
@@ -63,10 +62,7 @@ def identity(path: Path) -> str:
         files = weight_files(stored(path))
     else:
         files = [source.header.path for source in adapter_sources(path)]
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(_data_sha256(file, _stamp(file)).encode())
-    return digest.hexdigest()[:12]
+    return joint_hash(_data_sha256(file, _stamp(file)) for file in files)
 
 
 def _stamp(path: Path) -> tuple[int, int]:
