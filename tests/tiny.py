@@ -112,7 +112,7 @@ def write_single_file(
     else:
         tensors |= _clip(pipe.text_encoder, "cond_stage_model.transformer.")
     tensors["alphas_cumprod"] = pipe.scheduler.alphas_cumprod
-    tensors |= {marker: torch.zeros(1) for marker in markers}
+    tensors |= {marker: torch.zeros(0) for marker in markers}  # as ComfyUI's CheckpointSave has them
     save_file({name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}, path, metadata)
     return path
 

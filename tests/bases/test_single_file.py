@@ -118,9 +118,16 @@ def test_sd2_alone_cannot_say_what_it_predicts(sd2):
     assert load(sd2.file, unet=False, prediction_type="v_prediction").resolution == 768
 
 
-@pytest.mark.parametrize(("spelling", "kind"), [("v", "v_prediction"), ("epsilon", "epsilon")])
-def test_modelspec_says_what_sd2_predicts(sd2, tmp_path, spelling, kind):
-    file = write_single_file(sd2.pipe, tmp_path / "a.safetensors", metadata={"modelspec.prediction_type": spelling})
+@pytest.mark.parametrize(
+    ("key", "spelling", "kind"),
+    [
+        ("prediction_type", "v", "v_prediction"),
+        ("prediction_type", "epsilon", "epsilon"),
+        ("predict_key", "epsilon", "epsilon"),  # as ComfyUI writes it
+    ],
+)
+def test_modelspec_says_what_sd2_predicts(sd2, tmp_path, key, spelling, kind):
+    file = write_single_file(sd2.pipe, tmp_path / "a.safetensors", metadata={f"modelspec.{key}": spelling})
     assert load(file, unet=False).prediction_type == kind
 
 

@@ -19,6 +19,7 @@ from sfumato.files.write import write_lora
 from sfumato.files.write_embedding import add_words
 from sfumato.merging.extract import extract as extract_pairs
 from sfumato.merging.factors import Budget
+from sfumato.merging.whole_model import read_mixable
 from tests.merging.conftest import random_modules
 
 
@@ -120,6 +121,19 @@ def test_an_extracted_adapter_says_what_the_bases_scheduler_predicts(told, said,
     assert run(merge, adapter_file("a"), "--into", base, "-o", tmp_path / "tuned") == 0
     assert run(extract, tmp_path / "tuned", "--base", base, "--rank", 2, "-o", tmp_path / "e.safetensors") == 0
     assert read_header(tmp_path / "e.safetensors").metadata["modelspec.prediction_type"] == said
+
+
+def test_a_checkpoint_that_marks_v_prediction_by_an_empty_tensor_is_taken_at_its_word(
+    tiny_base, adapter_file, tmp_path
+):
+    """ComfyUI's CheckpointSave writes it so, and no `prediction_type` of ModelSpec."""
+    base, tuned, out = (tmp_path / f"{name}.safetensors" for name in ("base", "tuned", "out"))
+    save_file(load_file(tiny_base("sd1").file) | {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}, base)
+    assert read_mixable(base).metadata == {"modelspec.prediction_type": "v_prediction"}
+    assert run(merge, adapter_file("a", "sd1"), "--into", base, "-o", tuned) == 0
+    assert {"v_pred", "ztsnr"} <= load_file(tuned).keys()
+    assert run(extract, tuned, "--base", base, "--rank", 2, "-o", out) == 0
+    assert read_header(out).metadata["modelspec.prediction_type"] == "v"
 
 
 @pytest.mark.slow

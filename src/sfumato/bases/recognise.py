@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from sfumato.bases.family import FAMILIES, Family
 from sfumato.errors import BaseModelError
+from sfumato.files.header import Header
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 CLIP, OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
@@ -51,6 +52,18 @@ def family_of_names(names: Iterable[str], file: str, *, needs_vae: bool = True) 
         raise BaseModelError(f"{file}: a checkpoint without its text encoder. {WHOLE}")
     _refuse(names, PARTS, file)
     raise BaseModelError(f"{file}: none of its {len(names)} weights belongs to a known base. {WHOLE}")
+
+
+def stated_prediction(header: Header) -> str:
+    """What a checkpoint says that it predicts, "epsilon" or "v_prediction"; empty where it says nothing.
+
+    Files mark v-prediction by a tensor `v_pred`; ModelSpec has a field of its own, which ComfyUI calls otherwise.
+    """
+    if "v_pred" in header.tensors:
+        return "v_prediction"
+    kinds = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
+    said = (header.metadata.get(f"modelspec.{key}", "") for key in ("prediction_type", "predict_key"))
+    return next((kinds[each] for each in said if each in kinds), "")
 
 
 def _has(names: set[str], prefix: str) -> bool:

@@ -17,7 +17,16 @@ import torch
 
 from sfumato.bases.family import Family
 from sfumato.bases.names import clip_name, open_clip_name, unet_name, vae_name
-from sfumato.bases.recognise import CLIP, OPEN_CLIP, TEXT_PREFIXES, UNET, VAE, XL_CLIP, XL_OPEN_CLIP
+from sfumato.bases.recognise import (
+    CLIP,
+    OPEN_CLIP,
+    TEXT_PREFIXES,
+    UNET,
+    VAE,
+    XL_CLIP,
+    XL_OPEN_CLIP,
+    stated_prediction,
+)
 from sfumato.bases.weights import Shell, Stored, text_skeleton, unet_skeleton, vae_skeleton
 from sfumato.errors import BaseModelError
 from sfumato.files.header import Header
@@ -40,16 +49,11 @@ def shipped(family: str, part: str) -> dict[str, Any]:
 def scheduler_config(family: Family, header: Header, prediction_type: str | None) -> dict[str, Any]:
     """The family's scheduler, with the prediction type and zero terminal SNR that the file or the user states.
 
-    Files mark v-prediction by a tensor `v_pred` and zero terminal SNR by `ztsnr`; ModelSpec has a field of its own.
+    Files mark zero terminal SNR by a tensor `ztsnr`.
     """
     file, config = header.path.name, shipped(family.name, "scheduler/scheduler_config.json")
-    stated = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}.get(
-        header.metadata.get("modelspec.prediction_type", "")
-    )
-    if "v_pred" in header.tensors:
-        stated = "v_prediction"
-    prediction_type = prediction_type or stated
-    if prediction_type is None and family.name == "sd2":
+    prediction_type = prediction_type or stated_prediction(header)
+    if not prediction_type and family.name == "sd2":
         raise BaseModelError(
             f"{file}: SD 2.x comes in two kinds that no weight tells apart. Say --prediction-type epsilon (the 512 px "
             "models, -base) or --prediction-type v_prediction (the 768 px ones)."

@@ -34,6 +34,10 @@ NAME_LIMIT = 512
 RANK_LIMIT = 8
 DIM_LIMIT = 2**31
 
+MARKERS = frozenset({"v_pred", "ztsnr"})
+"""Tensors that say by being there how a checkpoint was trained: v-prediction, zero terminal SNR. ComfyUI leaves them
+empty."""
+
 DTYPE_BYTES: Mapping[str, int] = MappingProxyType(
     {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2}
     | {"U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8}
@@ -96,7 +100,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     _check_offsets(tensors, path.name, size - start)
     placed = {
         name: TensorInfo(info.dtype, info.shape, info.start + start, info.end + start)
-        for name, info in sorted(tensors.items(), key=lambda item: item[1].start)
+        for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end))
     }
     checksum = zlib.crc32(text, zlib.crc32(head[:8]))
     return Header(path, MappingProxyType(placed), MappingProxyType(metadata), start, size, checksum)
@@ -229,7 +233,7 @@ def _tensor(name: str, value: Any, file: str) -> TensorInfo:
             f"{file}: tensor {_quote(name)} has a shape that no weight has; wanted at most {RANK_LIMIT} integers "
             f"below {DIM_LIMIT:,}. Do not trust this file."
         )
-    if 0 in shape:
+    if 0 in shape and (name not in MARKERS or shape != [0]):
         raise FileError(f"{file}: tensor {_quote(name)} is empty (shape {shape}). No weight is; save it again.")
     if not _integers(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise FileError(f"{file}: tensor {_quote(name)} has no valid data_offsets. Do not trust this file.")
@@ -245,7 +249,7 @@ def _tensor(name: str, value: Any, file: str) -> TensorInfo:
 def _check_offsets(tensors: Mapping[str, TensorInfo], file: str, available: int) -> None:
     """Every byte after the header belongs to exactly one tensor."""
     position, previous = 0, ""
-    for name, info in sorted(tensors.items(), key=lambda item: item[1].start):
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
         if info.start < position:
             raise FileError(
                 f"{file}: tensors {_quote(previous)} and {_quote(name)} share bytes. Do not trust this file."

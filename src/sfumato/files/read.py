@@ -151,6 +151,8 @@ def _all_finite(tensors: Iterable[Tensor]) -> bool:
     """
     runs: list[tuple[int, int, torch.dtype]] = []
     for tensor in sorted(tensors, key=Tensor.data_ptr):
+        if not tensor.numel():  # which lies nowhere
+            continue
         start, dtype = tensor.data_ptr(), tensor.dtype
         if dtype.itemsize == 1 or not dtype.is_floating_point:  # the 8-bit floats are widened, each by itself
             if not is_finite(tensor):

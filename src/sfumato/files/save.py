@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sfumato.errors import FileError
 from sfumato.files.atomic import atomic_folder, atomic_path
-from sfumato.files.header import NAME_LIMIT
+from sfumato.files.header import MARKERS, NAME_LIMIT
 from sfumato.files.read import is_finite
 
 # Widest first, as the library sorts.
@@ -54,7 +54,8 @@ def write_tensors(
     for name, tensor in tensors.items():
         if not is_finite(tensor):
             raise FileError(f"{path.name}: {name} holds NaN or Inf, so the file was not written. Use an earlier save.")
-        if tensor.dtype not in _DTYPES or tensor.numel() == 0 or not 0 < len(name) <= NAME_LIMIT:
+        is_empty = tensor.numel() == 0 and name not in MARKERS
+        if tensor.dtype not in _DTYPES or is_empty or not 0 < len(name) <= NAME_LIMIT:
             raise FileError(
                 f"{path.name}: {name[:80]!r} ({tensor.dtype}, {list(tensor.shape)}) cannot be written; wanted a tensor "
                 "that is not empty, of a common dtype."

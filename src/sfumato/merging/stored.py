@@ -19,7 +19,7 @@ from sfumato.bases import single_file
 from sfumato.bases.family import FAMILIES, Encoder, Family, recognise
 from sfumato.bases.loading import find
 from sfumato.bases.names import clip_name, open_clip_name, unet_name
-from sfumato.bases.recognise import TEXT_PREFIXES, UNET, family_of_names
+from sfumato.bases.recognise import TEXT_PREFIXES, UNET, family_of_names, stated_prediction
 from sfumato.bases.weights import text_skeleton, unet_skeleton
 from sfumato.errors import BaseModelError
 from sfumato.files.header import Header, read_header
@@ -49,9 +49,6 @@ class Place:
             rows = stored.shape[0] // 3
             stored = stored[self.third.start * rows : self.third.stop * rows]
         return (stored.T if self.transposed else stored).view(self.shape)
-
-
-_PREDICTIONS = MappingProxyType({"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"})
 
 
 @dataclass(frozen=True)
@@ -126,8 +123,7 @@ def _in_file(path: Path, name: str) -> StoredBase:
                 old, third, transposed = open_clip_name(key)
             place = Place(path, real.get(old, prefix + old), tuple(value.shape), third, transposed)
             _place(places, (encoder.folder, key), header, place)
-    said = _PREDICTIONS.get(header.metadata.get("modelspec.prediction_type", ""), "")
-    return StoredBase(path, name, family, MappingProxyType(places), said)
+    return StoredBase(path, name, family, MappingProxyType(places), stated_prediction(header))
 
 
 def _place(places: dict[Parameter, Place], parameter: Parameter, header: Header, place: Place) -> None:
@@ -149,7 +145,8 @@ def _in_folder(path: Path, name: str) -> StoredBase:
     said = ""
     if (path / "scheduler/scheduler_config.json").is_file():
         config = folders.read_config(path, "scheduler/scheduler_config.json")
-        said = _PREDICTIONS.get(config.get("prediction_type", "epsilon"), "")  # diffusers' own default
+        kind = config.get("prediction_type", "epsilon")  # diffusers' own default
+        said = kind if kind in ("epsilon", "v_prediction") else ""
     return StoredBase(path, name, family, MappingProxyType(places), said)
 
 
