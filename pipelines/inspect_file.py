@@ -1,4 +1,4 @@
-"""What an adapter file of any kind holds: family, kinds, targets, ranks, norms per block, trigger words, hashes."""
+"""What an adapter file of any kind holds, from its family to its hash, and what a whole model is."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sfumato.bases import look
 from sfumato.cli import run
 from sfumato.config import parse
 from sfumato.files.inspect import inspect_file, render
@@ -17,13 +18,13 @@ class Config:
     """Look into an adapter file: family, kinds, targets, ranks, alphas, norms per block, trigger words, hashes.
 
     LoRA, LoCon, DoRA, LoHa, LoKr, IA3, OFT, BOFT, GLoRA and full differences, in the spellings of kohya, LyCORIS,
-    diffusers, peft, OneTrainer and ai-toolkit.
+    diffusers, peft, OneTrainer and ai-toolkit. Of a whole model: family, what it predicts, parts and their dtypes.
 
     Example: sfumato inspect line.safetensors
     """
 
     file: Path
-    """The .safetensors file, or peft's folder. Anything else is refused with a word on what it really is."""
+    """The .safetensors file, or a folder of peft's or diffusers'. Of anything else a word on what it is."""
     json: bool = False
     """Print JSON, metadata included, for other programs."""
 
@@ -31,8 +32,9 @@ class Config:
 def main(argv: Sequence[str]) -> int:
     """Print what the file holds; 0 if it could be read."""
     config = parse(Config, argv, program="inspect")
-    found = inspect_file(config.file)
-    print(json.dumps(found.to_dict(), indent=2) if config.json else render(found))
+    found = look.look_at(config.file) or inspect_file(config.file)
+    text = look.render(found) if isinstance(found, look.Model) else render(found)
+    print(json.dumps(found.to_dict(), indent=2) if config.json else text)
     return 0
 
 

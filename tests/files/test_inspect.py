@@ -219,6 +219,7 @@ def test_inspecting_any_kind_or_folder_loads_no_torch(tmp_path):
     name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
     for kind, parts in one_of_each_kind().items():
         save_file({f"{name}.{k}": v.contiguous() for k, v in parts.items()}, tmp_path / f"{kind}.safetensors")
+    save_file({"model.diffusion_model.out.2.weight": torch.ones(1)}, tmp_path / "checkpoint.safetensors")
     code = f"""for path in pathlib.Path({str(tmp_path)!r}).glob("*.safetensors"):
     assert main(["inspect", str(path)]) == 0
     assert main(["inspect", str(path), "--json"]) == 0
@@ -226,7 +227,7 @@ assert "torch" not in sys.modules
 assert "safetensors" not in sys.modules"""
     program = f"import sys, pathlib\nfrom sfumato.cli import main\n{code}"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
-    assert done.stdout.count("kind       ") == len(one_of_each_kind())
+    assert done.stdout.count("kind       ") == len(one_of_each_kind()) + 1
 
 
 LOOKED_AT = Inspection(

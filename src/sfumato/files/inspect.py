@@ -173,7 +173,6 @@ def _in_one_file(source: Source) -> Inspection:
             foreign = "a textual inversion"
         elif layout.modules and foreign != TRANSFORMER:  # whose files may change CLIP as well, which SD has, too
             foreign = None
-        nonfinite = [name for name in header.tensors if not _is_finite(mapped, header.tensors[name])]
         alphas = {
             target: _alpha(keys, header, value, partial(source.settings.alpha, target))
             for target, keys in layout.modules.items()
@@ -208,7 +207,7 @@ def _in_one_file(source: Source) -> Inspection:
             base=header.metadata.get("ss_sd_model_name") or None,
             hash=short_hash(header),
             hash_holds=None if stated is None else stated == data_sha256(header),
-            nonfinite=nonfinite,
+            nonfinite=nonfinite_in(header),
             embeddings=_tokens(layout, header),
             unknown=list(layout.unknown) if layout.modules else [],
             incomplete=[".".join(target) for target in layout.partial],
@@ -232,6 +231,12 @@ def _array(mapped: mmap.mmap, info: TensorInfo) -> Array | None:
         return (np.frombuffer(raw, "<u2").astype(np.uint32) << 16).view(np.float32).reshape(info.shape)
     kind = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}.get(info.dtype)
     return None if kind is None else np.frombuffer(raw, kind).astype(np.float32).reshape(info.shape)
+
+
+def nonfinite_in(header: Header) -> list[str]:
+    """The tensors of the file with NaN or Inf."""
+    with header.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        return [name for name, info in header.tensors.items() if not _is_finite(mapped, info)]
 
 
 def _is_finite(mapped: mmap.mmap, info: TensorInfo) -> bool:
@@ -316,19 +321,19 @@ def render(found: Inspection) -> str:
     """The inspection as lines of text, at most about 100 wide."""
 
     def counts(values: Mapping[str, int]) -> str:
-        return ", ".join(f"{_plain(value)} ({count})" for value, count in values.items()) or "-"
+        return ", ".join(f"{plain(value)} ({count})" for value, count in values.items()) or "-"
 
     family = FAMILIES[found.family].title if found.family else "unknown"
     if found.says:
         family += f", but its metadata says {FAMILIES[found.says].title}"
     holds = {True: ", holds", False: ", the bytes differ from the stated one", None: ""}[found.hash_holds]
     rows = [
-        ("file", f"{_plain(found.file)}, {found.bytes / 1e6:.2f} MB"),
+        ("file", f"{plain(found.file)}, {found.bytes / 1e6:.2f} MB"),
         ("tensors", f"{found.tensors:,}: {counts(found.dtypes)}"),
         ("kind", found.kind),
         ("family", family),
-        ("base", _plain(found.base or "-")),
-        ("trigger", ", ".join(map(_plain, found.trigger)) or "-"),
+        ("base", plain(found.base or "-")),
+        ("trigger", ", ".join(map(plain, found.trigger)) or "-"),
         *([("guidance", f"{found.adapter_guidance:g}, of the adapter")] if found.adapter_guidance else []),
         *(
             [("steps", "{:g} to {:g} of the way from noise to picture".format(*found.over_steps))]
@@ -348,10 +353,10 @@ def render(found: Inspection) -> str:
         )
         rows.append(("norm", f"{found.norm:.4g}{stored}"))
     if found.embeddings:
-        rows.append(("tokens", ", ".join(f"{_plain(name)} ({n} vectors)" for name, n in found.embeddings.items())))
+        rows.append(("tokens", ", ".join(f"{plain(name)} ({n} vectors)" for name, n in found.embeddings.items())))
     for name, keys in (("NaN or Inf", found.nonfinite), ("unknown", found.unknown), ("incomplete", found.incomplete)):
         if keys:
-            rows.append((name, f"{len(keys)}, first {', '.join(map(_plain, keys[:3]))}"))
+            rows.append((name, f"{len(keys)}, first {', '.join(map(plain, keys[:3]))}"))
     lines = []
     for name, value in rows:
         wide = name in ("targets", "ranks", "alphas", "tokens")
@@ -367,7 +372,7 @@ def render(found: Inspection) -> str:
     return "\n".join(lines)
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """A text from a file on one line of a terminal: no control characters, no more than 200 letters."""
     shown = "".join(letter if letter.isprintable() else " " for letter in text)
     return shown if len(shown) <= 200 else shown[:197] + "..."

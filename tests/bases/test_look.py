@@ -1,0 +1,61 @@
+"""What `sfumato inspect` tells of a whole model."""
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from sfumato.pipelines import inspect_file
+
+from sfumato.bases.look import look_at, render
+from sfumato.cli import guarded
+from sfumato.merging.sources import identity
+from tests.tiny import write_single_file
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+def test_a_checkpoint_and_a_folder_of_one_model_are_told_alike(family, request):
+    made = request.getfixturevalue(family)
+    file, folder = look_at(made.file), look_at(made.folder)
+    assert (file.family, folder.family, file.channels, folder.channels) == (family, family, 4, 4)
+    assert folder.prediction_type == made.base.prediction_type
+    parts = ["unet", "text_encoder", *(["text_encoder_2"] if family == "sdxl" else []), "vae"]
+    assert list(file.parts) == [*parts, "others"]
+    assert list(folder.parts) == parts
+    assert file.parts["unet"] == folder.parts["unet"] == {"F32": len(made.pipe.unet.state_dict())}
+    assert file.hash == identity(made.file)
+    assert folder.hash == identity(made.folder)
+
+
+def test_what_a_checkpoint_says_and_lacks_is_shown(sdxl, tmp_path):
+    metadata = {"modelspec.title": "ink\x07"}
+    file = write_single_file(sdxl.pipe, tmp_path / "a.safetensors", ("v_pred", "ztsnr"), metadata)
+    shown = render(look_at(file)).splitlines()
+    assert shown[2:5] == ["family     SDXL", "predicts   v_prediction, zero terminal SNR", "title      ink "]
+    tensors = load_file(file)
+    unet = {name: tensor for name, tensor in tensors.items() if name.startswith("model.diffusion_model.")}
+    first = "model.diffusion_model.input_blocks.0.0.weight"
+    wide = torch.full((unet[first].shape[0], 9, 3, 3), torch.nan)
+    save_file({name: tensor.half() for name, tensor in unet.items()} | {first: wide}, tmp_path / "b.safetensors")
+    shown = render(look_at(tmp_path / "b.safetensors")).splitlines()
+    assert shown[1:4] == [
+        "kind       a whole model, a checkpoint, which fills in masks (9 channels)",
+        "family     unknown",
+        "predicts   not said, so epsilon is taken",
+    ]
+    assert shown[4] == f"parts      unet: F16 ({len(unet) - 1}), F32 (1)"
+    assert shown[-1] == f"NaN or Inf 1, first {first}"
+
+
+def test_sd2_s_checkpoint_that_does_not_say_what_it_predicts_is_told_the_option(sd2):
+    assert "predicts   not said; name it with --prediction-type" in render(look_at(sd2.file)).splitlines()
+
+
+def test_a_folder_that_is_not_whole_is_one_line(sd1, tmp_path, capsys):
+    folder = shutil.copytree(sd1.folder, tmp_path / "sd")
+    assert guarded(inspect_file.main, [str(folder)]) == 0
+    assert "kind       a whole model, a diffusers folder" in capsys.readouterr().out
+    for file in (folder / "vae").glob("*.safetensors"):
+        file.rename(file.with_suffix(".bin"))
+    assert guarded(inspect_file.main, [str(folder)]) == 2
+    assert "sd/vae: only pickled weights" in capsys.readouterr().err
