@@ -15,6 +15,7 @@ from sfumato.compose.blocks import Blocks
 from sfumato.compose.per_picture import per_picture
 from sfumato.compose.regions import Region, regions
 from sfumato.errors import AdapterError
+from sfumato.files import LoraModule, write_lora
 from sfumato.files.adapter_file import read_adapter
 from sfumato.merging.methods import DENSE, Settings
 from sfumato.merging.stored import stored
@@ -87,6 +88,19 @@ def test_a_mix_is_the_weighted_sum_of_both_models(family, form, models):
     assert_same(state(base), before, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2])
+def test_a_model_counts_in_any_dtype(dtype, models, tmp_path):
+    first, second, out = models("sd1", 0), tmp_path / "second.safetensors", tmp_path / "out.safetensors"
+    save_file({name: value.to(dtype) for name, value in load_file(models("sd1", 1).file).items()}, second)
+    a, b = parameters(first.file), parameters(second)
+    base = load_base(first.file, precision=CPU)
+    compose(base, Adapter(second, 0.5))
+    wanted = {p: torch.lerp(a[p], b[p], 0.5) for p in a}
+    assert_same(state(base), wanted, rtol=1e-5, atol=1e-6)
+    assert run(merge, f"{second}:0.5", "--into", first.file, "-o", out) == 0
+    assert_same(parameters(out), wanted, rtol=1e-5, atol=1e-6)
+
+
 def test_blocks_and_parts_have_their_own_weights(models):
     first, second = models("sd1", 0), models("sd1", 1)
     base = load_base(first.file, precision=CPU)
@@ -121,13 +135,19 @@ def test_a_model_gains_what_another_learned(family, models, tmp_path):
     assert_same(parameters(out), {p: a[p] + 0.5 * (b[p] - c[p]) for p in a}, rtol=1e-5, atol=1e-6)
 
 
-def test_an_inpainting_model_keeps_the_channels_that_others_lack(models, tmp_path):
-    first, second, third = (models("sd1", seed) for seed in range(3))
-    tensors = load_file(first.file)
+@pytest.fixture
+def inpainting(models, tmp_path):
+    """The first model with five channels more, all of ones, in its first layer; and these."""
+    tensors = load_file(models("sd1", 0).file)
     name = "model.diffusion_model.input_blocks.0.0.weight"
     more = torch.ones(len(tensors[name]), 5, 3, 3)
-    inpainting, out = tmp_path / "inpainting.safetensors", tmp_path / "out.safetensors"
-    save_file(tensors | {name: torch.cat([tensors[name], more], 1)}, inpainting)
+    save_file(tensors | {name: torch.cat([tensors[name], more], 1)}, tmp_path / "inpainting.safetensors")
+    return tmp_path / "inpainting.safetensors", more
+
+
+def test_an_inpainting_model_keeps_the_channels_that_others_lack(models, inpainting, tmp_path):
+    first, second, third = (models("sd1", seed) for seed in range(3))
+    (inpainting, more), out = inpainting, tmp_path / "out.safetensors"
     learned = tmp_path / "learned.safetensors"
     assert run(extract, second.file, "--base", third.folder, "--exact", "-o", learned) == 0
     assert run(merge, f"{learned}:0.5", f"{second.file}:0.25", "--into", inpainting, "-o", out) == 0
@@ -135,6 +155,22 @@ def test_an_inpainting_model_keeps_the_channels_that_others_lack(models, tmp_pat
     wanted = {p: a[p] + 0.5 * (b[p] - c[p]) + 0.25 * (b[p] - a[p]) for p in a}
     wanted["unet", "conv_in.weight"] = torch.cat([wanted["unet", "conv_in.weight"], more], 1)
     assert_same(parameters(out), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_an_inpainting_model_takes_a_lora_of_the_first_layer(models, inpainting, tmp_path):
+    (inpainting, more), out = inpainting, tmp_path / "out.safetensors"
+    module = LoraModule(torch.ones(1, 4, 3, 3), torch.ones(len(more), 1, 1, 1), 1.0)
+    lora = write_lora(tmp_path / "lora.safetensors", {("unet", "conv_in"): module}, family="sd1")
+    assert run(merge, f"{lora}:0.5", "--into", inpainting, "-o", out) == 0
+    at = "unet", "conv_in.weight"
+    assert_close(parameters(out)[at], torch.cat([parameters(models("sd1", 0).file)[at] + 0.5, more], 1))
+
+
+def test_a_model_that_does_not_fit_is_named_with_its_layer(models, inpainting, tmp_path, capsys):
+    words = ("--into", models("sd1", 0).file, "-o", tmp_path / "out.safetensors")
+    assert run(merge, f"{inpainting[0]}:0.5", *words) == 2
+    assert "inpainting, unet.conv_in.weight: this whole model does not fit" in capsys.readouterr().err
+    assert not (tmp_path / "out.safetensors").exists()
 
 
 def test_an_exact_difference_holds_the_parts_that_differ_and_no_others(models, tmp_path, capsys):

@@ -16,8 +16,6 @@ from sfumato.errors import AdapterError, FileError
 from sfumato.files.atomic import atomic_folder
 from sfumato.files.changes import Change
 from sfumato.files.changes.bias import BiasChange, bias_change
-from sfumato.files.changes.difference import Difference
-from sfumato.files.changes.replacement import Replacement
 from sfumato.files.header import read_header
 from sfumato.files.read import read_tensors
 from sfumato.files.save import hashes, write_tensors
@@ -64,11 +62,13 @@ class Recipe:
 
     def _delta(self, parameter: Parameter, original: Tensor, change: Change | BiasChange, name: str) -> Tensor:
         inputs = _inputs(change)
-        if parameter == _FIRST_LAYER and inputs is not None and inputs < original.shape[1]:
-            delta = torch.zeros_like(original)
-            delta[:, :inputs] = change.delta(original[:, :inputs])
-        else:
-            delta = change.delta(original)
+        narrow = parameter == _FIRST_LAYER and inputs is not None and inputs < original.shape[1]
+        try:
+            delta = change.delta(original[:, :inputs] if narrow else original)
+        except AdapterError as error:
+            raise AdapterError(f"{name}, {'.'.join(parameter)}: {error}") from None
+        if narrow:
+            delta = torch.cat([delta, torch.zeros_like(original[:, inputs:])], 1)
         if delta.numel() != original.numel() or delta.shape[:1] != original.shape[:1]:
             raise AdapterError(
                 f"{name}: {'.'.join(parameter)} is {list(delta.shape)} in the adapter, {list(original.shape)} in "
@@ -102,9 +102,9 @@ class Recipe:
 
 
 def _inputs(change: Change | BiasChange) -> int | None:
-    """The input channels of a convolution that is changed as a whole; None where it is not."""
+    """The input channels of a convolution's change; None where it is none, or does not tell."""
     shape = getattr(change, "shape", None)
-    return shape[1] if isinstance(change, Difference | Replacement) and shape is not None and len(shape) == 4 else None
+    return shape[1] if shape is not None and len(shape) == 4 else None
 
 
 def bake(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sfumato.files.changes.change import Change
+from sfumato.files.changes.change import Change, check_fits
 from sfumato.files.changes.ia3 import Ia3
 from sfumato.files.changes.replacement import Replacement
 
@@ -30,6 +30,7 @@ class BiasChange:
         return all(tuple(shape) == tuple(each.shape) for each in (self.value, self.gain) if each is not None)
 
     def delta(self, weight: Tensor) -> Tensor:
+        check_fits(self, weight.shape)
         total = torch.zeros(weight.shape, device=weight.device)
         if self.gain is not None:
             total.addcmul_(weight.float(), self.gain.to(weight.device, torch.float32))
@@ -42,6 +43,6 @@ class BiasChange:
 def bias_change(change: Change) -> BiasChange | None:
     """What the change does to the bias; None where it leaves it alone."""
     if isinstance(change, Replacement):
-        return None if change.bias is None else BiasChange(change.kind, change.bias, -torch.ones_like(change.bias))
+        return None if change.bias is None else BiasChange(change.kind, change.bias, -torch.ones(change.bias.shape))
     gain = change.gain if isinstance(change, Ia3) and change.scales_bias else None
     return None if gain is None and change.bias_delta is None else BiasChange(change.kind, change.bias_delta, gain)
