@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass, fields
+from dataclasses import KW_ONLY, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -110,6 +110,7 @@ def merge_files(config: Config) -> Path:
         )
     sources, parents = read_sources(adapters, partial=config.partial, words=config.into is None)
     sources = choose_blocks(sources, config.blocks)
+    parents = [replace(parent, weight=source.weight) for parent, source in zip(parents, sources, strict=True)]
     if config.into is not None:
         return _bake(config, sources, parents)
     return _merge(config, sources, parents)

@@ -143,6 +143,8 @@ def test_blocks_have_factors_of_the_weight(adapter_file, tmp_path):
             continue
         own = 2 * delta * (0.25 if path.startswith("down") else 1)
         assert_close(found[target], own + second[target] if path.startswith("up") else own)
+    told = json.loads(read_header(out).metadata["sfumato.parents"])
+    assert [parent["weight"] for parent in told] == ["2 on down:0.25,te:0", "1 on up:1,rest:0"]
 
 
 def test_one_file_twice_is_twice_the_file(adapter_file, tmp_path):
