@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import sfumato
 from sfumato import pnginfo
-from sfumato.compose.adapter import Adapter, Weight, is_idle
+from sfumato.compose.adapter import Adapter, Weight, is_idle, public_name
 from sfumato.compose.blocks import Blocks
 from sfumato.merging.sources import identity
 from sfumato.merging.whole_model import is_whole_model
@@ -84,7 +84,7 @@ def unknown_words(prompts: Sequence[str], known: Iterable[str], base: Base) -> l
 
     known: the new words in use. Those of the base's own vocabulary are no new ones.
     """
-    spelt = dict.fromkeys(word for text in prompts for word in re.findall(r"<[^\s<>:|]+>", text))
+    spelt = dict.fromkeys(word for text in prompts for word in re.findall(r"<[^\s<>:|]*\w[^\s<>:|]*>", text))
     own = base.tokenizers[0].get_vocab()
     return [
         f"{word}: no file brings this word, so its letters are read one by one; name its file with --embedding."
@@ -121,11 +121,11 @@ def save_drawn(
     # Other programs know whole models as bases alone, and have no tag for a share of one.
     named = [adapter for adapter in counted if not is_whole_model(adapter.path)]
     for adapter in named:
-        name, digest = Path(adapter.path).stem, identity(Path(adapter.path))
+        name, digest = _stem(adapter), identity(Path(adapter.path))
         hashes[name] = digest if hashes.get(name, digest) == digest else None  # of two files, which one is not told
     # What is merged by another method than the sum, tags would draw otherwise.
     tagged = named if method in (None, "linear") else ()
-    tags = [_tag(Path(adapter.path).stem, adapter.weight) for adapter in tagged]
+    tags = [_tag(_stem(adapter), adapter.weight) for adapter in tagged]
     strengths = ", ".join(f"{label}: {exact(strength)}" for label, strength in settings["adapter_guidance"].items())
     pairs = {
         "Steps": settings["steps"],
@@ -151,9 +151,13 @@ def save_drawn(
 
 def described(adapter: Adapter) -> dict[str, Any]:
     """An adapter as JSON has it."""
-    path = Path(adapter.path)
-    weight = _plain(adapter.weight)
-    return {"label": adapter.label, "file": path.name, "hash": identity(path), "weight": weight}
+    name, digest = public_name(adapter.path), identity(Path(adapter.path))
+    return {"label": adapter.label, "file": name, "hash": digest, "weight": _plain(adapter.weight)}
+
+
+def _stem(adapter: Adapter) -> str:
+    """The name of its file or folder, as other programs call an adapter."""
+    return Path(public_name(adapter.path)).stem
 
 
 def _tag(name: str, weight: Weight) -> str:

@@ -6,14 +6,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import save_file
-from sfumato.pipelines import generate
+from sfumato.pipelines import generate, grid, merge
 
 from sfumato.adapters import attach, select
 from sfumato.bases import hub
 from sfumato.bases.hub import LORA, WORD
 from sfumato.cli import guarded
+from sfumato.compose import Adapter
 from sfumato.errors import BaseModelError, SfumatoError
 from sfumato.files import LoraModule, write_lora
+from sfumato.files.header import read_header
 from sfumato.specs import is_hub_name, parse_adapter, parse_embedding, public_embedding
 from tests.tiny import tiny_pocket_folder
 
@@ -53,6 +55,29 @@ def test_several_files_of_which_none_is_the_usual_one_are_listed(monkeypatch):
     answer(monkeypatch, ["a.safetensors", "b.safetensors", "README.md"])
     with pytest.raises(BaseModelError, match=r"holds 2 files; name one of them, as owner/line/a\.safetensors\. There"):
         parse_adapter("owner/line")
+
+
+def test_a_file_in_the_cache_is_not_taken_for_the_only_one_that_there_is(cached, file, monkeypatch):
+    snapshot = cached("owner/line", (file, "a.safetensors"))
+    assert parse_adapter("owner/line").path == str(snapshot / "a.safetensors")  # the hub is not to be asked here
+    monkeypatch.setattr(
+        hub, "HfApi", lambda: SimpleNamespace(list_repo_files=lambda _: ["a.safetensors", "b.safetensors"])
+    )
+    with pytest.raises(BaseModelError, match="holds 2 files; name one of them"):
+        parse_adapter("owner/line")
+
+
+def test_a_word_is_fetched_without_the_model_beside_it(monkeypatch, tmp_path, file):
+    model = ["model_index.json", "unet/diffusion_pytorch_model.safetensors"]
+    asked = answer(monkeypatch, [*model, WORD])
+    file.rename(tmp_path / WORD)
+    monkeypatch.setattr(hub, "snapshot_download", lambda _, allow_patterns: asked.append(allow_patterns) or tmp_path)
+    (tmp_path / "model_index.json").write_text("{}")
+    assert parse_embedding("owner/otter") == (None, tmp_path / WORD)
+    assert asked == [[WORD]]
+    answer(monkeypatch, model)
+    with pytest.raises(BaseModelError, match=r"owner/otter: is a whole model without learned_embeds\.safetensors"):
+        parse_embedding("owner/otter")
 
 
 @pytest.mark.parametrize(
@@ -121,6 +146,19 @@ def test_a_picture_is_drawn_with_adapters_of_the_hub(cached, tmp_path, quick, mo
 
     told = json.loads(Image.open("a.png").info["sfumato"])
     assert [(each["label"], each["weight"]) for each in told["adapters"]] == [("line", 0.8), ("painter", 0.5)]
+    assert [each["file"] for each in told["adapters"]] == ["owner/line/line.safetensors", "owner/painter"]
+    assert guarded(merge.main, ["owner/painter:0.5", "--into", str(folder), "-o", "mixed"]) == 0
+    assert guarded(merge.main, ["owner/line", "--family", "pocket", "-o", "merged.safetensors"]) == 0
+    about = read_header("merged.safetensors").metadata
+    assert about["modelspec.merged_from"] == "owner/line/line.safetensors"
+    assert Adapter(parse_adapter("owner/painter").path).label == "painter"
+
+
+def test_an_axis_takes_files_of_the_hub(cached, file):
+    cached("owner/line", (file, "line.safetensors"))
+    axes = {"x": "adapter=owner/line,owner/line:0.3", "y": "prompt=a cat"}
+    _, _, _, (row,) = grid.plan(grid.Config(**axes, adapter_weight=0.7))
+    assert [max(cell.weights.values()) for cell in row] == [0.7, 0.3]
 
 
 def answer(monkeypatch, files):

@@ -1,5 +1,6 @@
 """Whole models in mixes and in bases: the weighted sum of checkpoints, what one adds to another, and other methods."""
 
+import shutil
 from functools import cache
 
 import pytest
@@ -18,8 +19,9 @@ from sfumato.errors import AdapterError
 from sfumato.files import LoraModule, write_lora
 from sfumato.files.adapter_file import read_adapter
 from sfumato.merging.methods import DENSE, Settings
+from sfumato.merging.sources import identity
 from sfumato.merging.stored import stored
-from sfumato.merging.whole_model import as_adapter, is_whole_model
+from sfumato.merging.whole_model import as_adapter, is_whole_model, weight_files
 from sfumato.pnginfo import read_picture_info
 from tests.merging.conftest import TinyBase
 from tests.tiny import CPU, tiny_pipeline, write_folder, write_single_file
@@ -250,6 +252,17 @@ def test_whole_models_are_told_from_adapters(models, tiny_base, adapter_file, tm
     assert not is_whole_model(tmp_path / "nothing.safetensors")
     file = as_adapter(models("sdxl", 1).file)
     assert (file.family, file.text_width, file.kinds.keys()) == ("sdxl", 192, {"whole model"})
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_a_folder_is_named_by_its_weights_without_the_vae(family, models, tmp_path):
+    folder = models(family, 1).folder
+    files = {place.file for place in stored(folder).places.values()}
+    assert weight_files(folder) == sorted(files)
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    shutil.rmtree(copy / "vae")
+    assert identity(copy) == identity(folder) != identity(models(family, 2).folder)
 
 
 def test_a_picture_tells_the_share_of_a_model_to_us_and_gives_others_no_tag(pocket_folder, tmp_path, quick, capsys):

@@ -60,7 +60,8 @@ def hub_file(name: str, usual: str = LORA) -> Path:
     """The adapter's or word's file of `owner/name`, or the one that `owner/name/file.safetensors` names.
 
     usual: the file that is meant of a repository with several. Where a whole model or peft's adapter is there, its
-    folder. Raises BaseModelError as `hub_folder` does, and for a repository that does not tell which file is meant.
+    folder; diffusers' trainer of words writes a whole model beside the word, which is not fetched for it. Raises
+    BaseModelError as `hub_folder` does, and for a repository that does not tell which file is meant.
     """
     hub_id, inside = "/".join(name.split("/")[:2]), "/".join(name.split("/")[2:])
     if inside:
@@ -69,21 +70,34 @@ def hub_file(name: str, usual: str = LORA) -> Path:
             raise BaseModelError(f"{hub_id}: has no file {inside}. Check the spelling.")
         return found
 
-    def wanted(files: Sequence[str]) -> list[str]:
-        if "model_index.json" in files:
-            return [*CONFIGS, *weight_files(files, hub_id)]
-        return _of_adapter(files, hub_id, usual)
+    def is_model(files: Sequence[str]) -> bool:
+        return usual not in files and "model_index.json" in files
 
-    def is_complete(place: Path) -> bool:
+    def wanted(files: Sequence[str]) -> list[str]:
+        if not is_model(files):
+            return _of_adapter(files, hub_id, usual)
+        if usual == WORD:
+            raise BaseModelError(f"{hub_id}: is a whole model without {WORD}, not a new word. Name another.")
+        return [*CONFIGS, *weight_files(files, hub_id)]
+
+    def is_there(place: Path) -> bool:
+        files = _files_in(place)
+        if is_model(files):
+            return usual != WORD and _is_complete(place)
         try:
-            return _is_complete(place) or bool(_of_adapter(_files_in(place), hub_id, usual))
+            return bool(_of_adapter(files, hub_id, usual))
         except BaseModelError:
             return False
 
-    folder = _fetched(hub_id, is_complete, wanted)
-    if (folder / "model_index.json").is_file():
+    def is_sure(place: Path) -> bool:  # a file of another name may be one of several, of which the cache has one
+        files = _files_in(place)
+        return is_there(place) and (usual in files or is_model(files) or len(_of_adapter(files, hub_id, usual)) > 1)
+
+    folder = _fetched(hub_id, is_sure, wanted, without_network=is_there)
+    files = _files_in(folder)
+    if is_model(files):
         return folder
-    found_in = _of_adapter(_files_in(folder), hub_id, usual)
+    found_in = _of_adapter(files, hub_id, usual)
     return folder / found_in[0] if len(found_in) == 1 else folder
 
 
@@ -109,8 +123,16 @@ def _of_adapter(files: Sequence[str], hub_id: str, usual: str) -> list[str]:
     raise BaseModelError(f"{hub_id}: has {why}. Name another.")
 
 
-def _fetched(hub_id: str, is_complete: Callable[[Path], bool], wanted: Callable[[Sequence[str]], list[str]]) -> Path:
-    """The snapshot, from the cache if it is complete there. wanted: of a repository's files those to download."""
+def _fetched(
+    hub_id: str,
+    is_complete: Callable[[Path], bool],
+    wanted: Callable[[Sequence[str]], list[str]],
+    without_network: Callable[[Path], bool] = lambda _: False,
+) -> Path:
+    """The snapshot, from the cache if it is complete there. wanted: of a repository's files those to download.
+
+    without_network: whether the cached snapshot will do where the hub cannot be reached.
+    """
     cached = _cached(hub_id)
     if cached is not None and is_complete(cached):
         return cached
@@ -134,6 +156,8 @@ def _fetched(hub_id: str, is_complete: Callable[[Path], bool], wanted: Callable[
     except Exception as error:  # the hub's library has changed its network library twice; there is no common error
         if reason := not_written(error):
             raise BaseModelError(f"{hub_id}: {reason}") from None
+        if cached is not None and without_network(cached):
+            return cached
         raise BaseModelError(
             f"{hub_id}: no folder here, not in the hub's local cache, and the hub cannot be reached "
             f"({type(error).__name__}). Run `{fetch}` where there is a network, or name a folder or a file."

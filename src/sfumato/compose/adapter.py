@@ -40,7 +40,17 @@ class Adapter:
     @property
     def label(self) -> str:
         """What the adapter is called in the mix."""
-        return Path(self.path).stem if self.name is None else self.name
+        return Path(public_name(self.path)).stem if self.name is None else self.name
+
+
+def public_name(path: str | os.PathLike[str]) -> str:
+    """The name of a file or folder without where it lies, which is private; in the hub's cache, whose folders are
+    called by hashes, what the hub calls it: owner/name, or owner/name/file.safetensors."""
+    parts = Path(path).parts
+    for place, part in enumerate(parts[:-2]):
+        if part.startswith("models--") and parts[place + 1] == "snapshots":
+            return "/".join([*part.split("--")[1:], *parts[place + 3 :]])
+    return Path(path).name
 
 
 def checked_weight(label: str, weight: object) -> Weight:

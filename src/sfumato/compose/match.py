@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 from weakref import WeakSet
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from sfumato.bases.family import recognise
 from sfumato.compose import tensors
-from sfumato.compose.adapter import Adapter, Weight, weight_at
+from sfumato.compose.adapter import Adapter, Weight, public_name, weight_at
 from sfumato.compose.baked import Effect
 from sfumato.compose.blocks import Blocks
 from sfumato.compose.live import can_be_live
@@ -231,7 +232,8 @@ def _misfit(
     file: AdapterFile, label: str, modules: Modules, fitting: int, lacking: list[str], misshapen: list[str]
 ) -> str:
     total = len(file.changes)
-    name = file.path.name if file.path.stem == label else f"{file.path.name} ({label})"
+    name = public_name(file.path)
+    name = name if Path(name).stem == label else f"{name} ({label})"
     some = f"the {fitting} of {total} modules that fit"
     partial = f", or pass partial=True (--partial) to apply {some}" if fitting else ""
     theirs, ours = file.text_width, modules.text_width

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from sfumato.compose.adapter import Weight, weight_at
+from sfumato.compose.adapter import Weight, public_name, weight_at
 from sfumato.compose.baked import Baked
 from sfumato.compose.live import Live
 from sfumato.errors import AdapterError
@@ -57,8 +57,8 @@ def save(
         raise AdapterError(f"{path.name}: nothing is applied, so there is nothing to save. Give an adapter a weight.")
     used = {label: weight for label, weight in weights.items() if weight != 0}
     parents = [
-        Parent(files[label].path.name, identity(files[label].path), files[label].metadata, files[label].family, weight)
-        for label, weight in used.items()
+        Parent(public_name(file.path), identity(file.path), file.metadata, file.family, weight)
+        for file, weight in ((files[label], weight) for label, weight in used.items())
     ]
     metadata = inherit(parents, title=title or path.stem, family=family)
     words = united({label: files[label].embeddings for label in used})

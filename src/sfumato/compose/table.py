@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from sfumato.compose.adapter import Weight, weight_text
+from sfumato.compose.adapter import Weight, public_name, weight_text
 from sfumato.compose.baked import Baked
 from sfumato.compose.live import Live
 from sfumato.files.adapter_file import AdapterFile
@@ -39,7 +39,7 @@ def show(
             (
                 " ".join(label.split()),
                 weight_text(weight) + (" (muted)" if label in muted else ""),
-                files[label].path.name,
+                public_name(files[label].path),
                 "+".join(files[label].kinds),
                 ranks,
                 str(unet),

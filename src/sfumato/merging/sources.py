@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
-from sfumato.compose.adapter import Adapter
+from sfumato.compose.adapter import Adapter, public_name
 from sfumato.compose.blocks import Blocks
 from sfumato.errors import AdapterError
 from sfumato.files.adapter_file import read_adapter
@@ -18,7 +18,6 @@ from sfumato.files.peft_folder import adapter_sources
 from sfumato.merging.blocks import select
 from sfumato.merging.lineage import Parent
 from sfumato.merging.merge import Source
-from sfumato.merging.stored import stored
 from sfumato.merging.whole_model import is_whole_model, read_mixable, weight_files
 
 
@@ -39,8 +38,8 @@ def read_source(
             "Accept that with partial=True (--partial)."
         )
     source = Source(adapter.label, file.changes, adapter.weight, file.embeddings)
-    name = Path(adapter.path).name
-    return source, Parent(name, identity(Path(adapter.path)), file.metadata, file.family, adapter.weight)
+    name, digest = public_name(adapter.path), identity(Path(adapter.path))
+    return source, Parent(name, digest, file.metadata, file.family, adapter.weight)
 
 
 def read_sources(
@@ -58,10 +57,7 @@ def identity(path: Path) -> str:
     """
     if not path.is_dir():
         return _short_hash(path, _stamp(path))
-    if is_whole_model(path):
-        files = weight_files(stored(path))
-    else:
-        files = [source.header.path for source in adapter_sources(path)]
+    files = weight_files(path) if is_whole_model(path) else [source.header.path for source in adapter_sources(path)]
     return joint_hash(_data_sha256(file, _stamp(file)) for file in files)
 
 

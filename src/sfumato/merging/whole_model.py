@@ -6,7 +6,9 @@ import os
 from pathlib import Path
 from types import MappingProxyType
 
+from sfumato.bases import folder as folders
 from sfumato.bases.recognise import UNET
+from sfumato.compose.match import PARTS
 from sfumato.errors import FileError
 from sfumato.files.adapter_file import AdapterFile, read_adapter
 from sfumato.files.changes import Change
@@ -62,6 +64,6 @@ def replacements(model: StoredBase) -> dict[Target, Change]:
     return changes
 
 
-def weight_files(model: StoredBase) -> list[Path]:
-    """The files that U-Net and text encoders of a model are in, in order."""
-    return sorted({place.file for place in model.places.values()})
+def weight_files(folder: Path) -> list[Path]:
+    """The files that U-Net and text encoders of a model's folder are in, in order."""
+    return sorted(file for part in PARTS if (folder / part).is_dir() for file in folders.weight_files(folder / part))
