@@ -345,8 +345,8 @@ def test_a_new_word_is_known_for_the_call(generate, base):
     rows = torch.full((2, base.text_encoders[0].config.hidden_size), 0.5)
     write_embedding(Path("word.safetensors"), "<new>", {"text_encoder": rows})
     unknown = "<new>: no file brings this word, so its letters are read one by one; name its file with --embedding."
-    code, _, err = generate("red <new> <|endoftext|>", "-o", "without.png")
-    assert (code, unknown in err, "<|endoftext|>" in err) == (0, True, False)
+    code, _, err = generate("red <new> <|endoftext|> <-> blue", "-o", "without.png")
+    assert (code, unknown in err, "<|endoftext|>" in err, "<->" in err) == (0, True, False, False)
     code, _, err = generate("red <new> <|endoftext|>", "--embedding", "word.safetensors", "-o", "with.png")
     assert (code, "no file brings" in err) == (0, False), err
     code, _, err = generate("red <other> <|endoftext|>", "--embedding", "<other>=word.safetensors", "-o", "renamed.png")
