@@ -370,7 +370,7 @@ def _mixed(base: Base, wanted: Plan, config: Config) -> Iterator[tuple[Mix, dict
     from sfumato.compose import compose
     from sfumato.drawn import learned_otherwise, unknown_words, unused_words
     from sfumato.files.header import read_header
-    from sfumato.merging.whole_model import read_mixable
+    from sfumato.merging.whole_model import is_whole_model, read_mixable
 
     texts, counted = _texts(wanted, config.negative), _counted(wanted)
     with ExitStack() as stack:
@@ -378,8 +378,10 @@ def _mixed(base: Base, wanted: Plan, config: Config) -> Iterator[tuple[Mix, dict
         tokens = [(file.name, each.tokens) for each, (_, file) in zip(words, wanted.embeddings, strict=True)]
         for line in unused_words(tokens, texts):
             print(line, file=sys.stderr)
-        # A new weight at every step costs least in a path beside the layers.
-        way = "live" if wanted.where_when.follows_steps else "auto"
+        # A new weight at every step costs least in a path beside the layers; not of a whole model, whose path is as
+        # large as the U-Net and would be computed at each call.
+        is_beside = wanted.where_when.follows_steps and not any(is_whole_model(each.path) for each in wanted.adapters)
+        way = "live" if is_beside else "auto"
         allowed = {"partial": config.partial, "verify": config.verify}
         mix = stack.enter_context(compose(base, *wanted.adapters, way=way, words_known=True, **allowed))
         # The weight of a bundle is the LoRA's; its words are there.

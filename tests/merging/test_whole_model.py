@@ -274,3 +274,11 @@ def test_a_picture_tells_the_share_of_a_model_to_us_and_gives_others_no_tag(pock
     assert (adapter["label"], adapter["file"], adapter["weight"]) == ("half", pocket_folder.name, 0.5)
     assert told.parameters.prompt == "a cat"
     assert "Lora hashes" not in told.parameters.settings
+
+
+def test_a_model_that_follows_the_steps_is_in_the_weights(pocket_folder, tmp_path, quick, capsys):
+    lora = ("--lora", f"half={pocket_folder}:0.5", "--over-steps", "half=0:0,1:0.5")
+    assert run(generate, "a cat", *lora, "--base", pocket_folder, "-o", tmp_path / "a.png") == 0
+    said = capsys.readouterr().err
+    assert "weights baked in place" in said
+    assert "live" not in said
