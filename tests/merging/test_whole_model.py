@@ -103,6 +103,21 @@ def test_a_model_counts_in_any_dtype(dtype, models, tmp_path):
     assert_same(parameters(out), wanted, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("form", ["file", "folder"])
+def test_a_quantised_model_whose_scales_would_be_left_out_is_refused(form, models, tmp_path, capsys):
+    """ComfyUI's scaled 8-bit weights, which are no weights without their scales."""
+    first, second, scale = models("sd1", 0), tmp_path / "second", {"scale_weight": torch.ones(())}
+    shutil.copytree(models("sd1", 1).folder, second)
+    file = second / "unet/diffusion_pytorch_model.safetensors"
+    save_file(load_file(file) | {f"conv_in.{name}": value for name, value in scale.items()}, file)
+    if form == "file":
+        second, name = tmp_path / "second.safetensors", "model.diffusion_model.input_blocks.0.0"
+        save_file(load_file(models("sd1", 1).file) | {f"{name}.{key}": value for key, value in scale.items()}, second)
+    assert run(merge, f"{second}:0.5", "--into", first.file, "-o", tmp_path / "out.safetensors") == 2
+    assert "1 weights of its U-Net are unknown, first" in capsys.readouterr().err
+    assert not (tmp_path / "out.safetensors").exists()
+
+
 def test_blocks_and_parts_have_their_own_weights(models):
     first, second = models("sd1", 0), models("sd1", 1)
     base = load_base(first.file, precision=CPU)

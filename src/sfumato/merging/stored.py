@@ -7,7 +7,7 @@ encoders fused in threes and transposed. Nothing here builds a model; a weight i
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -113,6 +113,7 @@ def _in_file(path: Path, name: str) -> StoredBase:
     for key, value in unet_skeleton(config).state_dict().items():
         old = UNET + unet_name(key, config)
         _place(places, ("unet", key), header, Place(path, old, tuple(value.shape)))
+    _refuse_unknown(places, (key for key in header.tensors if key.startswith(UNET)), path.name)
     for index, encoder in enumerate(family.encoders):
         prefix = TEXT_PREFIXES[family.name][index]
         real = {clip_name(old.removeprefix(prefix)): old for old in header.tensors if old.startswith(prefix)}
@@ -124,6 +125,16 @@ def _in_file(path: Path, name: str) -> StoredBase:
             place = Place(path, real.get(old, prefix + old), tuple(value.shape), third, transposed)
             _place(places, (encoder.folder, key), header, place)
     return StoredBase(path, name, family, MappingProxyType(places), stated_prediction(header))
+
+
+def _refuse_unknown(places: Mapping[Parameter, Place], there: Iterable[str], where: str) -> None:
+    """Refuse a U-Net with more weights than these places, as loading does: scales of 8-bit ones are such."""
+    known = {place.tensor for place in places.values()}
+    if unknown := [key for key in there if key not in known]:
+        raise BaseModelError(
+            f"{where}: {len(unknown)} weights of its U-Net are unknown, first {unknown[0]}. It is quantised, or of "
+            "another architecture; name another model."
+        )
 
 
 def _place(places: dict[Parameter, Place], parameter: Parameter, header: Header, place: Place) -> None:
@@ -140,6 +151,8 @@ def _in_folder(path: Path, name: str) -> StoredBase:
     places: dict[Parameter, Place] = {}
     shapes = {key: tuple(value.shape) for key, value in unet_skeleton(config).state_dict().items()}
     _collect(places, "unet", path / "unet", shapes)
+    headers = (read_header(file) for file in folders.weight_files(path / "unet"))
+    _refuse_unknown(places, (key for header in headers for key in header.tensors), f"{path.name}/unet")
     for encoder in family.encoders:
         _collect(places, encoder.folder, path / encoder.folder, _text_shapes(path, encoder))
     said = ""
