@@ -67,6 +67,9 @@ def extract_file(config: Config) -> Path:
             f"{tuned.name} is {tuned.family.title}, {base.name} is {base.family.title}, and their weights are not the "
             "same ones. Name the base that it was trained from."
         )
+    there = {part for part, _ in base.places}
+    if lacking := [part for part in config.parts if part not in there]:
+        raise ConfigError(f"--parts {lacking[0]}: {base.family.title} has {', '.join(sorted(there))} alone.")
     count, kept = (_write_difference if config.exact else _write_lora)(config, tuned, base)
     size = config.output.stat().st_size / 1e6
     print(f"{config.output.name}: {count} modules, {size:.2f} MB; {kept}", file=sys.stderr)

@@ -195,6 +195,8 @@ def test_an_exact_difference_holds_the_parts_that_differ_and_no_others(models, t
     out, words = tmp_path / "out.safetensors", ("--base", first.file, "--exact")
     assert run(extract, second.file, *words, "--parts", "text_encoder", "-o", out) == 0
     assert {part for part, _ in read_adapter(out).changes} == {"text_encoder"}
+    assert run(extract, second.file, *words, "--parts", "text_encoder_2", "-o", tmp_path / "none.safetensors") == 2
+    assert "--parts text_encoder_2: SD 1.x has text_encoder, unet alone" in capsys.readouterr().err
     assert run(extract, first.folder, *words, "-o", tmp_path / "none.safetensors") == 2
     assert "no weight differs" in capsys.readouterr().err
     assert run(extract, second.file, *words, "--rank", 4, "-o", tmp_path / "r.safetensors") == 2
