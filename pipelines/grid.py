@@ -222,6 +222,7 @@ def draw_grid(config: Config) -> Path:
     from sfumato.compose import compose
     from sfumato.drawn import learned_otherwise, unknown_words, unused_words
     from sfumato.files.header import read_header
+    from sfumato.merging.merge import refuse_model
     from sfumato.merging.whole_model import read_mixable
     from sfumato.precision import decide
     from sfumato.sheet import read_drawn
@@ -255,6 +256,8 @@ def draw_grid(config: Config) -> Path:
             told, brought = mix.metadata, mix.embeddings
         else:
             read = {each.label: read_mixable(each.path, partial=config.partial) for each in adapters}
+            for label, file in read.items():
+                refuse_model(label, file.changes)
             told = {label: file.metadata for label, file in read.items()}
             brought = {label: file.embeddings for label, file in read.items()}
         learned = _checked(base, brought, told, cells_in_all, words, config)

@@ -6,7 +6,7 @@ from functools import cache
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from sfumato.pipelines import clash, convert, extract, generate, merge
+from sfumato.pipelines import clash, convert, extract, generate, grid, merge
 from torch.testing import assert_close
 
 from sfumato import load_base, randomness
@@ -291,6 +291,13 @@ def test_a_picture_tells_the_share_of_a_model_to_us_and_gives_others_no_tag(pock
     assert (adapter["label"], adapter["file"], adapter["weight"]) == ("half", pocket_folder.name, 0.5)
     assert told.parameters.prompt == "a cat"
     assert "Lora hashes" not in told.parameters.settings
+
+
+def test_a_grid_of_methods_refuses_a_model_before_its_first_picture(pocket_folder, tmp_path, quick, capsys):
+    axes = ("--x", "method=linear,ties", "--y", "half=0,0.5", "--prompt", "a cat", "--base", pocket_folder)
+    assert run(grid, "--lora", f"half={pocket_folder}", *axes, "-o", tmp_path / "grid") == 2
+    assert "half is a whole model, which no LoRA holds" in capsys.readouterr().err
+    assert not (tmp_path / "grid").exists()
 
 
 def test_a_model_that_follows_the_steps_is_in_the_weights(pocket_folder, tmp_path, quick, capsys):

@@ -83,11 +83,7 @@ def merge(
     Raises AdapterError for sources that do not belong together, and for what a LoRA cannot hold.
     """
     for source in sources:
-        if any(isinstance(change, Replacement) for change in source.changes.values()):
-            raise AdapterError(
-                f"{source.name} is a whole model, which no LoRA holds. Bake it into a base with --into, or take a LoRA "
-                f"out of it first: {lora_command(next(iter(source.changes.values())))}."
-            )
+        refuse_model(source.name, source.changes)
     if method not in METHODS:
         raise AdapterError(f"there is no method {method!r}; known are {', '.join(METHODS)}.")
     modules: dict[Target, LoraModule] = {}
@@ -109,6 +105,16 @@ def merge(
     if not modules:
         raise AdapterError("nothing is left to merge: every adapter has the weight 0, or no block was chosen.")
     return Merged(modules, kept, energy)
+
+
+def refuse_model(name: str, changes: Mapping[Target, Change]) -> None:
+    """Raise AdapterError where these are the changes of a whole model, which no LoRA holds."""
+    for change in changes.values():
+        if isinstance(change, Replacement):
+            raise AdapterError(
+                f"{name} is a whole model, which no LoRA holds. Bake it into a base with `sfumato merge --into`, or "
+                f"take a LoRA out of it first: {lora_command(change)}."
+            )
 
 
 @dataclass(frozen=True)
