@@ -156,8 +156,10 @@ def described(adapter: Adapter) -> dict[str, Any]:
 
 
 def _stem(adapter: Adapter) -> str:
-    """The name of its file or folder, as other programs call an adapter."""
-    return Path(public_name(adapter.path)).stem
+    """The name of its file or folder, as other programs call an adapter; its repository's where the file has the name
+    that diffusers' trainers give to all of theirs."""
+    name = Path(public_name(adapter.path))
+    return name.parts[1] if len(name.parts) == 3 and name.name == "pytorch_lora_weights.safetensors" else name.stem
 
 
 def _tag(name: str, weight: Weight) -> str:

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from sfumato.pipelines import generate, grid, merge
 
@@ -13,9 +14,12 @@ from sfumato.bases import hub
 from sfumato.bases.hub import LORA, WORD
 from sfumato.cli import guarded
 from sfumato.compose import Adapter
+from sfumato.drawn import save_drawn
 from sfumato.errors import BaseModelError, SfumatoError
 from sfumato.files import LoraModule, write_lora
 from sfumato.files.header import read_header
+from sfumato.merging.sources import identity
+from sfumato.pnginfo import read_picture_info
 from sfumato.specs import is_hub_name, parse_adapter, parse_embedding, public_embedding
 from tests.tiny import tiny_pocket_folder
 
@@ -142,8 +146,6 @@ def test_a_picture_is_drawn_with_adapters_of_the_hub(cached, tmp_path, quick, mo
     cached("owner/painter", *((each, each.relative_to(folder)) for each in folder.rglob("*") if each.is_file()))
     words = ("--lora", "owner/line:0.8", "--lora", "owner/painter:0.5", "--base", str(folder), "-o", "a.png")
     assert guarded(generate.main, ["a cat", *words]) == 0
-    from PIL import Image
-
     told = json.loads(Image.open("a.png").info["sfumato"])
     assert [(each["label"], each["weight"]) for each in told["adapters"]] == [("line", 0.8), ("painter", 0.5)]
     assert [each["file"] for each in told["adapters"]] == ["owner/line/line.safetensors", "owner/painter"]
@@ -152,6 +154,20 @@ def test_a_picture_is_drawn_with_adapters_of_the_hub(cached, tmp_path, quick, mo
     about = read_header("merged.safetensors").metadata
     assert about["modelspec.merged_from"] == "owner/line/line.safetensors"
     assert Adapter(parse_adapter("owner/painter").path).label == "painter"
+
+
+def test_tags_tell_files_of_the_usual_name_apart(cached, file, tmp_path):
+    used = []
+    for name, weight in (("line", 0.8), ("otter-v1.5", 0.6)):
+        save_file({"lora_unet_mid_block_attentions_0_proj_in.alpha": torch.full((1,), weight)}, file)
+        used.append(Adapter(cached(f"owner/{name}", (file, LORA)) / LORA, weight, name))
+    about = {"prompt": "a cat", "negative": "", "adapter_guidance": {}, "steps": 2, "guidance": 1, "seed": 0}
+    about |= {"width": 8, "height": 8, "base": "pocket", "vae": None, "clip_skip": 0}
+    save_drawn(Image.new("RGB", (8, 8)), used, about, tmp_path / "a.png", ("Euler", None))
+    told = read_picture_info(tmp_path / "a.png").parameters
+    assert told.prompt == "a cat <lora:line:0.8> <lora:otter-v1.5:0.6>"
+    hashes = ", ".join(f"{each.name}: {identity(each.path)}" for each in used)
+    assert told.settings["Lora hashes"] == hashes
 
 
 def test_an_axis_takes_files_of_the_hub(cached, file):
