@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
-from sfumato.bases import folder as folders
 from sfumato.bases.recognise import UNET
 from sfumato.compose.match import PARTS
 from sfumato.errors import FileError
@@ -15,7 +15,9 @@ from sfumato.files.changes import Change
 from sfumato.files.changes.replacement import Replacement
 from sfumato.files.header import read_header
 from sfumato.files.kohya import Target
-from sfumato.merging.stored import StoredBase, stored
+
+if TYPE_CHECKING:
+    from sfumato.merging.stored import StoredBase
 
 _PREDICTION = "modelspec.prediction_type"
 
@@ -44,6 +46,8 @@ def as_adapter(path: Path) -> AdapterFile:
 
     The tensors are views of the mapped files. Raises BaseModelError for a model that is not whole or not finite.
     """
+    from sfumato.merging.stored import stored  # which imports diffusers, as mixing adapters does not
+
     model = stored(path)
     said = {_PREDICTION: model.prediction_type} if model.prediction_type else {}
     width = next(place.shape[1] for (_, name), place in model.places.items() if name.endswith("attn2.to_k.weight"))
@@ -66,4 +70,6 @@ def replacements(model: StoredBase) -> dict[Target, Change]:
 
 def weight_files(folder: Path) -> list[Path]:
     """The files that U-Net and text encoders of a model's folder are in, in order."""
+    from sfumato.bases import folder as folders
+
     return sorted(file for part in PARTS if (folder / part).is_dir() for file in folders.weight_files(folder / part))
