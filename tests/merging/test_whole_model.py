@@ -26,7 +26,8 @@ from sfumato.pnginfo import read_picture_info
 from tests.merging.conftest import TinyBase
 from tests.tiny import CPU, tiny_pipeline, write_folder, write_single_file
 
-CASES = [("sd1", "file"), ("sd2", "file"), ("sdxl", "folder")]
+SLOW = [pytest.param("sd2", "file", marks=pytest.mark.slow), pytest.param("sdxl", "folder", marks=pytest.mark.slow)]
+CASES = [("sd1", "file"), *SLOW]
 """Each family once, in a form each."""
 
 
@@ -69,13 +70,13 @@ def state(base):
     }
 
 
-def assert_same(found, wanted, **tolerance):
+def assert_same(found, wanted, *, rtol=1e-5, atol=1e-6):
     assert found.keys() == wanted.keys()
-    for parameter, value in wanted.items():
-        assert_close(found[parameter], value, msg=lambda text, at=parameter: f"{at}: {text}", **tolerance)
+    other = [at for at, value in wanted.items() if not torch.allclose(found[at], value, rtol=rtol, atol=atol)]
+    assert other == []
 
 
-@pytest.mark.parametrize(("family", "form"), CASES)
+@pytest.mark.parametrize(("family", "form"), [("sd1", "folder"), SLOW[0], ("sdxl", "file")])
 def test_a_mix_is_the_weighted_sum_of_both_models(family, form, models):
     first, second = models(family, 0), models(family, 1)
     base = load_base(first.file, precision=CPU)
@@ -83,9 +84,9 @@ def test_a_mix_is_the_weighted_sum_of_both_models(family, form, models):
     a, b = parameters(first.file), parameters(second.file)
     assert_same(before, a, rtol=0, atol=0)
     mix = compose(base, Adapter(getattr(second, form), 0.3, "second"))
-    assert_same(state(base), {p: a[p] + 0.3 * (b[p] - a[p]) for p in a}, rtol=1e-5, atol=1e-6)
+    assert_same(state(base), {p: a[p] + 0.3 * (b[p] - a[p]) for p in a})
     mix.set(second=1)
-    assert_same(state(base), b, rtol=1e-5, atol=1e-6)
+    assert_same(state(base), b)
     mix.undo()
     assert_same(state(base), before, rtol=0, atol=0)
 
@@ -98,9 +99,9 @@ def test_a_model_counts_in_any_dtype(dtype, models, tmp_path):
     base = load_base(first.file, precision=CPU)
     compose(base, Adapter(second, 0.5))
     wanted = {p: torch.lerp(a[p], b[p], 0.5) for p in a}
-    assert_same(state(base), wanted, rtol=1e-5, atol=1e-6)
+    assert_same(state(base), wanted)
     assert run(merge, f"{second}:0.5", "--into", first.file, "-o", out) == 0
-    assert_same(parameters(out), wanted, rtol=1e-5, atol=1e-6)
+    assert_same(parameters(out), wanted)
 
 
 @pytest.mark.parametrize("form", ["file", "folder"])
@@ -136,12 +137,10 @@ def test_a_base_gets_what_a_mix_has(family, form, models, tmp_path):
     models_given = (f"{second.folder}:0.5", f"{third.file}:-0.25")
     assert run(merge, *models_given, "--into", getattr(first, form), "-o", out) == 0
     a, b, c = (parameters(model.file) for model in (first, second, third))
-    assert_same(
-        parameters(out), {p: a[p] + 0.5 * (b[p] - a[p]) - 0.25 * (c[p] - a[p]) for p in a}, rtol=1e-5, atol=1e-6
-    )
+    assert_same(parameters(out), {p: a[p] + 0.5 * (b[p] - a[p]) - 0.25 * (c[p] - a[p]) for p in a})
 
 
-@pytest.mark.parametrize("family", ["sd1", "sd2"])
+@pytest.mark.parametrize("family", ["sd1", pytest.param("sd2", marks=pytest.mark.slow)])
 def test_a_model_gains_what_another_learned(family, models, tmp_path):
     """A1111's "add difference": A + w (B - C)."""
     first, second, third = (models(family, seed) for seed in range(3))
@@ -149,7 +148,7 @@ def test_a_model_gains_what_another_learned(family, models, tmp_path):
     assert run(extract, second.file, "--base", third.folder, "--exact", "-o", learned) == 0
     assert run(merge, f"{learned}:0.5", "--into", first.folder, "-o", out) == 0
     a, b, c = (parameters(model.file) for model in (first, second, third))
-    assert_same(parameters(out), {p: a[p] + 0.5 * (b[p] - c[p]) for p in a}, rtol=1e-5, atol=1e-6)
+    assert_same(parameters(out), {p: a[p] + 0.5 * (b[p] - c[p]) for p in a})
 
 
 @pytest.fixture
@@ -171,7 +170,7 @@ def test_an_inpainting_model_keeps_the_channels_that_others_lack(models, inpaint
     a, b, c = (parameters(model.file) for model in (first, second, third))
     wanted = {p: a[p] + 0.5 * (b[p] - c[p]) + 0.25 * (b[p] - a[p]) for p in a}
     wanted["unet", "conv_in.weight"] = torch.cat([wanted["unet", "conv_in.weight"], more], 1)
-    assert_same(parameters(out), wanted, rtol=1e-5, atol=1e-6)
+    assert_same(parameters(out), wanted)
 
 
 def test_an_inpainting_model_takes_a_lora_of_the_first_layer(models, inpainting, tmp_path):
@@ -211,18 +210,14 @@ def test_other_methods_merge_every_parameter_by_itself(method, models, tmp_path)
     words = ("--method", method, "--density", 0.4, *seed, "--into", first.file)
     given = (f"{second.file}:0.7", f"{third.file}:0.6")
     assert run(merge, *given, *words, "-o", tmp_path / "out.safetensors") == 0
-    assert run(merge, *given, *words, "-o", tmp_path / "again.safetensors") == 0
     a, b, c = (parameters(model.file) for model in (first, second, third))
     found = parameters(tmp_path / "out.safetensors")
-    assert_same(parameters(tmp_path / "again.safetensors"), found, rtol=0, atol=0)
     for at in [("unet", "conv_in.weight"), ("unet", "conv_in.bias"), ("text_encoder", "final_layer_norm.weight")]:
         draws = randomness.generator(3, f"merge/{'/'.join(at)}")
         flat = [(model[at] - a[at]).reshape(len(a[at]), -1) for model in (b, c)]
         merged = DENSE[method](Settings(0.4), draws)(flat, [0.7, 0.6])
         assert_close(found[at], a[at] + merged.float().reshape(a[at].shape), rtol=1e-5, atol=1e-6)
-    linear = tmp_path / "linear.safetensors"
-    assert run(merge, *given, "--into", first.file, "-o", linear) == 0
-    assert not torch.allclose(parameters(linear)["unet", "conv_in.weight"], found["unet", "conv_in.weight"])
+        assert not torch.allclose(found[at], a[at] + 0.7 * (b[at] - a[at]) + 0.6 * (c[at] - a[at]))
 
 
 def test_methods_on_factors_are_refused_for_a_base(models, tmp_path, capsys):
