@@ -217,6 +217,7 @@ def test_words_go_whatever_becomes_of_the_pipeline(become, files):
     assert torch.equal(encoded(pipe, "<one>"), plain)
 
 
+@pytest.mark.slow
 def test_a_compiled_text_encoder_takes_words(files):
     pipe = tiny_pipeline("sd1", shallow=True)
     plain = encoded(pipe, "<one>")

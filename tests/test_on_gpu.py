@@ -120,13 +120,19 @@ def learn(case, inputs, output, *more):
     return results(output), [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
 
 
-ON_MPS = ("lora with text encoder", "dreambooth fused, prior", "dreambooth lora", "textual_inversion", "pretrain vae")
+ON_MPS = (
+    "lora",
+    "lora with text encoder",
+    "dreambooth fused, prior",
+    "dreambooth lora",
+    "textual_inversion",
+    "pretrain vae",
+)
 
 
 @pytest.mark.parametrize(
     ("kind", "case"),
     [
-        ("mps", "lora"),
         *(pytest.param("cuda", case, marks=pytest.mark.slow) for case in CASES),
         *(pytest.param("mps", case, marks=pytest.mark.slow) for case in ON_MPS),
     ],

@@ -119,6 +119,7 @@ def test_each_method_is_told_the_subject_in_its_own_words(method, config, monkey
     assert learned.size_bytes == (5 if method == "pivotal" else 2)
 
 
+@pytest.mark.slow
 def test_a_setting_can_be_tried_on_one_method_or_on_all(config, monkeypatch, tmp_path):
     told = []
     learned = Learned(None, (), 0.0, 0.0)

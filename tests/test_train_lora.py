@@ -144,7 +144,9 @@ def test_dropout_is_the_same_on_every_run_and_does_something(train):
     assert any(not torch.equal(tensor, three[key]) for key, tensor in one.items())
 
 
-@pytest.mark.parametrize("further", [(), ("--train-text-encoder", "--sample-every", "4")])
+@pytest.mark.parametrize(
+    "further", [(), pytest.param(("--train-text-encoder", "--sample-every", "4"), marks=pytest.mark.slow)]
+)
 def test_bf16_on_a_cpu_learns_nearly_the_same(train, further):
     """The adapter stays fp32 beside half-precision weights; its losses differ from fp32's by rounding and no more.
     What is drawn and measured meanwhile calls the text encoder outside autocast."""
@@ -166,7 +168,10 @@ def test_another_seed_gives_another_adapter(train):
 
 @pytest.mark.parametrize(
     "further",
-    [("--crossed-share", "0.5"), ("--dropout", "0.5", "--prior-prompts", "cat", "--train-text-encoder")],
+    [
+        ("--dropout", "0.5", "--prior-prompts", "cat", "--train-text-encoder"),
+        pytest.param(("--crossed-share", "0.5"), marks=pytest.mark.slow),
+    ],
 )
 def test_accumulating_two_batches_is_one_batch_of_twice_the_size(further, train):
     exact = ["--precision", "fp32", *further]
@@ -234,9 +239,7 @@ def test_plain_diffusers_draws_the_same_picture(train, pocket_folder):
     assert abs(without - ours).max() > 5
 
 
-@pytest.mark.parametrize(
-    "family", ["sdxl", pytest.param("sd1", marks=pytest.mark.slow), pytest.param("sd2", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("family", [pytest.param(family, marks=pytest.mark.slow) for family in ("sd1", "sd2", "sdxl")])
 def test_every_family_trains_from_a_single_file_text_encoders_and_all(family, train, tmp_path):
     path = write_single_file(tiny_pipeline(family), tmp_path / f"{family}.safetensors")
     options = ["--train-text-encoder", "--resolution", "64", "--targets", "everything", "--steps", "1"]

@@ -25,7 +25,7 @@ def run(program, *words):
     return guarded(program.main, [str(word) for word in words])
 
 
-@pytest.mark.parametrize("family", ["pocket", "sdxl"])
+@pytest.mark.parametrize("family", ["pocket", pytest.param("sdxl", marks=pytest.mark.slow)])
 def test_any_form_into_any_other_is_the_same_adapter(family, adapter_file, tmp_path, capsys):
     paths = {"kohya": adapter_file("a", family)}
     for to in ("diffusers", "peft"):

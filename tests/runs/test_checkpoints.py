@@ -361,6 +361,7 @@ def test_space_is_looked_at_before_the_start_and_before_each_save(tmp_path, monk
     assert "the checkpoint of step 4 could not be written: no space" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
 def test_killed_at_random_moments_while_saving_nothing_is_lost(tmp_path):
     """Three times here; `python bench/runs_kill.py --kills 200` for the figure."""
