@@ -85,7 +85,7 @@ def unknown_words(prompts: Sequence[str], known: Iterable[str], base: Base) -> l
     known: the new words in use. Those of the base's own vocabulary are no new ones.
     """
     spelt = dict.fromkeys(word for text in prompts for word in re.findall(r"<[^\s<>:|]*\w[^\s<>:|]*>", text))
-    own = base.tokenizers[0].get_vocab()
+    own = base.tokenizers[0].get_vocab() if spelt else {}  # a large table, for which the tokenizer takes its time
     return [
         f"{word}: no file brings this word, so its letters are read one by one; name its file with --embedding."
         for word in spelt
