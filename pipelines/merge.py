@@ -71,10 +71,10 @@ class Config:
 
 
 _OF_INTO = {
-    *("adapters", "output", "method", "density", "blocks"),
+    *("adapters", "output", "method", "density", "seed", "blocks"),
     *("into", "title", "family", "partial", "overwrite"),
 }
-"""Options that --into has a use for; dare's methods have one for --seed, too."""
+"""Options that --into has a use for, beside some method."""
 
 
 def merge_files(config: Config) -> Path:
@@ -83,8 +83,7 @@ def merge_files(config: Config) -> Path:
         raise ConfigError("there is no adapter; wanted such as: sfumato merge a.safetensors:0.8 b.safetensors:0.6.")
     check_free(config.output, config.overwrite)
     chosen = [each.name for each in fields(config) if getattr(config, each.name) != each.default]
-    of_into = _OF_INTO | ({"seed"} if "dare" in config.method else set())
-    idle = [f"--{name.replace('_', '-')}" for name in chosen if name not in of_into]
+    idle = [f"--{name.replace('_', '-')}" for name in chosen if name not in _OF_INTO]
     if config.into is not None and idle:
         raise ConfigError(
             "--into bakes all of it, in the base's own dtype: leave out "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
@@ -76,3 +78,26 @@ def test_another_processor_is_left_alone(base: Base) -> None:
 def test_training_in_bf16_alone_takes_products(base: Base, precision: str, processor: type) -> None:
     decide(precision, device="cpu").learn(base.unet)
     assert {type(used) for used in base.unet.attn_processors.values()} == {processor}
+
+
+@pytest.mark.parametrize(("precision", "products"), [("fp32", False), ("bf16", True)])
+def test_a_text_encoder_learns_in_bf16_by_products_and_says_the_same(
+    base: Base, precision: str, products: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder, fused = base.text_encoders[0], []
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(*arguments: torch.Tensor, **more: object) -> torch.Tensor:
+        fused.append(1)
+        return attention(*arguments, **more)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    tokens = base.tokenizers[0](["crab"], padding="max_length", return_tensors="pt").input_ids
+    wanted = encoder(tokens).last_hidden_state
+    assert fused
+    fused.clear()
+    decide(precision, device="cpu").learn(encoder)
+    torch.testing.assert_close(encoder(tokens).last_hidden_state, wanted, rtol=1e-4, atol=1e-5)
+    assert bool(fused) is not products
+    encoder.save_pretrained(tmp_path)
+    assert "eager" not in (tmp_path / "config.json").read_text()

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from sfumato import cli
+from sfumato import Adapter, cli
 from sfumato.bases import load_base
 from sfumato.files.lora_file import LoraModule
 from sfumato.files.write import write_lora
@@ -167,12 +167,16 @@ def test_a_negative_prompt_that_does_not_fit_is_refused(run, command):
 
 def test_pefts_folders_are_drawn_with(run, modules):
     write_peft(Path("folder"), modules, family="pocket")
+    write_peft(Path("below/line v1.5"), modules, family="pocket")
     assert run("generate", "a cat", "--lora", "folder:0.8", "-o", "folder.png") == (0, ANY)
     assert run("generate", "a cat", "--lora", "line.safetensors:0.8", "-o", "line.png") == (0, ANY)
     assert run("grid", "--lora", "folder:0.8", "--x", "seed=0", "--y", "prompt=a cat", "-o", "g") == (0, ANY)
     assert np.array_equal(pixels("folder.png"), pixels("line.png"))
     assert np.array_equal(pixels(only_cell("g")), pixels("line.png"))
     assert len(read_picture_info(Path("folder.png")).own["adapters"][0]["hash"]) == 12
+    assert run("generate", "a cat <lora:line v1.5:0.8>", "--lora-folder", "below", "-o", "tag.png") == (0, ANY)
+    assert np.array_equal(pixels("tag.png"), pixels("line.png"))
+    assert Adapter("below/line v1.5").label == "line v1.5"
 
 
 def test_a_cell_is_what_generate_draws_with_its_settings(run, modules):

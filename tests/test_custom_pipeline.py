@@ -12,8 +12,10 @@ from PIL import Image
 from sfumato import Adapter, cli, compose, embedding
 from sfumato.drawing import Start, draw
 from sfumato.errors import AdapterError, ConfigError
+from sfumato.files.adapter_file import read_adapter
 from sfumato.files.lora_file import LoraModule
 from sfumato.files.write import write_lora
+from sfumato.files.write_dotted import write_peft
 from sfumato.files.write_embedding import add_words, write_embedding
 from tests.tiny import tiny_pipeline, write_folder
 
@@ -54,6 +56,17 @@ def test_a_tag_applies_an_adapter_for_one_call(pipe):
     assert abs(plain - tagged).max() > 0
     assert np.array_equal(tagged, drawn(pipe, "a crab", adapters={"line": 1.0}))
     assert all(torch.equal(value, before[name]) for name, value in pipe.unet.state_dict().items())
+
+
+def test_a_folder_of_pefts_is_found_by_tag_and_by_path(pipe):
+    line = read_adapter(pipe.lora_folder / "line.safetensors")
+    modules = {target: change for target, change in line.changes.items() if isinstance(change, LoraModule)}
+    family = "sdxl" if hasattr(pipe, "text_encoder_2") else "sd1"
+    folder = write_peft(pipe.lora_folder / "folder", modules, family=family)
+    wanted = drawn(pipe, "a crab <lora:line:1>")
+    assert abs(drawn(pipe, "a crab <lora:folder:1>") - wanted).max() <= 1
+    assert abs(drawn(pipe, "a crab", adapters={str(folder): 1.0}) - wanted).max() <= 1
+    shutil.rmtree(folder)
 
 
 def test_a_mix_stays_and_tags_are_added_to_it_for_the_call(pipe):

@@ -26,6 +26,11 @@ def test_a_prompt_without_tags_keeps_its_very_blanks():
     assert split_tags("a  crab <3 ").prompt == "a  crab <3 "
 
 
+def test_a_hypernetwork_is_told():
+    with pytest.raises(ConfigError, match="<hypernet:ink:1>: a hypernetwork, which is not read here"):
+        split_tags("a crab <hypernet:ink:1>")
+
+
 @pytest.mark.parametrize(
     ("tag", "weight"),
     [

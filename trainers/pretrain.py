@@ -351,6 +351,7 @@ def train_unet(config: Config, precision: Precision) -> Path:
     else:
         unet, text_encoder, tokenizer = new_parts(config, run, manifest, words)
     precision.learn(unet)
+    precision.learn(text_encoder)
     run_unet = torch.compile(unet) if config.compile else unet
     cache = Latents(vae, pictures, VARIANTS if config.varied_share else VARIANTS[:2], device)
     unet.register_to_config(sample_size=cache.means.shape[-1])

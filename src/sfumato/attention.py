@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 LARGEST_SCORES = 20 * 2**20
 """Bytes of a score matrix up to which two products and a softmax beat torch's fused attention, backward included.
@@ -52,8 +53,10 @@ class ProductAttention(AttnProcessor2_0):  # type: ignore[misc]  # diffusers has
         return result
 
 
-def learn_on_cpu(unet: nn.Module) -> None:
-    """Give a U-Net the attention above, where it has diffusers' own."""
-    processors = getattr(unet, "attn_processors", {})
+def learn_on_cpu(module: nn.Module) -> None:
+    """A U-Net gets the attention above where it has diffusers' own, a text encoder transformers' plain products."""
+    processors = getattr(module, "attn_processors", {})
     if processors and all(type(processor) is AttnProcessor2_0 for processor in processors.values()):
-        unet.set_attn_processor(ProductAttention())  # type: ignore[operator]
+        module.set_attn_processor(ProductAttention())  # type: ignore[operator]
+    if isinstance(module, PreTrainedModel) and module.config._attn_implementation == "sdpa":
+        module.set_attn_implementation("eager")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import sfumato
 from sfumato import pnginfo
-from sfumato.compose.adapter import Adapter, Weight, is_idle, public_name
+from sfumato.compose.adapter import Adapter, Weight, is_idle, public_name, without_suffix
 from sfumato.compose.blocks import Blocks
 from sfumato.merging.sources import identity
 from sfumato.merging.whole_model import is_whole_model
@@ -158,8 +158,9 @@ def described(adapter: Adapter) -> dict[str, Any]:
 def _stem(adapter: Adapter) -> str:
     """The name of its file or folder, as other programs call an adapter; its repository's where the file has the name
     that diffusers' trainers give to all of theirs."""
-    name = Path(public_name(adapter.path))
-    return name.parts[1] if len(name.parts) == 3 and name.name == "pytorch_lora_weights.safetensors" else name.stem
+    parts = public_name(adapter.path).split("/")
+    is_usual = len(parts) == 3 and parts[2] == "pytorch_lora_weights.safetensors"
+    return parts[1] if is_usual else without_suffix(parts[-1])
 
 
 def _tag(name: str, weight: Weight) -> str:

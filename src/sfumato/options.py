@@ -168,7 +168,8 @@ class BaseOptions:
             prediction_type=self.prediction_type,
             unet=False,
         )
-        precision.learn(base.unet)
+        for module in (base.unet, *base.text_encoders):
+            precision.learn(module)
         if precision.device.type == "cpu":  # its kernels were never run elsewhere
             keep_less(base.unet)
         return base

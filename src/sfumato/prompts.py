@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 Syntax = Literal["plain", "compel", "a1111"]
 
 _TAG = re.compile(r"<(?:lora|lyco):([^:<>]*)((?::[^:<>]*)*)>", re.IGNORECASE)
+_HYPERNETWORK = re.compile(r"<hypernet:[^<>]*>", re.IGNORECASE)
 _NAMED = re.compile(r"([A-Za-z_]\w*)\s*=\s*(.*)", re.DOTALL)
 
 
@@ -40,8 +41,11 @@ class Tagged:
 def split_tags(prompt: str) -> Tagged:
     """Take the `<lora:...>` tags out of a prompt; weights of a name that is tagged twice are added.
 
-    Raises ConfigError for one without a name or whose weight is none, and for a second one of a weight by block.
+    Raises ConfigError for one without a name or whose weight is none, for a second one of a weight by block, and for
+    the tag of a hypernetwork.
     """
+    if other := _HYPERNETWORK.search(prompt):
+        raise ConfigError(f"{other[0]}: a hypernetwork, which is not read here; leave it out, or draw with a LoRA.")
     adapters: dict[str, Weight] = {}
     for found in _TAG.finditer(prompt):
         if not (name := found[1].strip()):

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from sfumato.axes import checked_adapter_guidance
-from sfumato.compose.adapter import Adapter, Weight, swept, with_factors_of
+from sfumato.compose.adapter import Adapter, Weight, swept, with_factors_of, without_suffix
 from sfumato.compose.blocks import Blocks
 from sfumato.errors import AdapterError, ConfigError
 from sfumato.files.header import read_header
-from sfumato.files.peft_folder import folders_in
+from sfumato.files.peft_folder import adapter_folders_below, folders_in
 from sfumato.prompts import Tagged, split_tags, without_flags
 
 
@@ -123,16 +123,18 @@ def parse_adapters(
 
 
 def find_adapter(name: str, folder: Path) -> Path:
-    """The one file of this name, without its suffix, in the folder or below it; its header is checked.
+    """The one file of this name, without its suffix, or folder of peft's in the folder or below it; its header is
+    checked.
 
-    Where no file has it, a name is meant that a picture's tag cannot hold: "my line v2" is my line, v2.safetensors.
+    Where none has it, a name is meant that a picture's tag cannot hold: "my line v2" is my line, v2.safetensors.
     Raises ConfigError where there is none, or several of which none is in the folder itself.
     """
     from sfumato.pnginfo import plain_name
 
     composed = unicodedata.normalize("NFC", name)  # a Mac's files have accents apart
     files = [path for path in folder.rglob("*.safetensors") if path.is_file()]
-    stems = [unicodedata.normalize("NFC", path.stem) for path in files]
+    files += [path for path in adapter_folders_below(folder) if path != folder]
+    stems = [unicodedata.normalize("NFC", without_suffix(path.name)) for path in files]
     found = [path for path, stem in zip(files, stems, strict=True) if stem == composed]
     found = found or [path for path, stem in zip(files, stems, strict=True) if plain_name(stem).strip() == composed]
     found = [path for path in found if path.parent == folder] or found
@@ -143,7 +145,8 @@ def find_adapter(name: str, folder: Path) -> Path:
             else "no file is called that"
         )
         raise ConfigError(f"<lora:{name}>: {what} in {folder}; name the folder that it is in, or its file.")
-    read_header(found[0])
+    if found[0].is_file():
+        read_header(found[0])
     return found[0]
 
 

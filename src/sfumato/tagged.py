@@ -13,6 +13,7 @@ from typing import Any
 
 from sfumato.compose.adapter import Adapter, Weight, is_idle
 from sfumato.errors import AdapterError, ConfigError
+from sfumato.files.peft_folder import is_adapter_folder
 from sfumato.prompts import Tagged, split_tags
 from sfumato.specs import find_adapter
 
@@ -68,10 +69,11 @@ class TaggedPrompts:
         return [found.prompt for found in each], [dict(found.adapters) for found in each]
 
     def _adapters(self, wanted: Mapping[str, Weight]) -> list[Adapter]:
-        files = {
-            name: Path(name) if Path(name).is_file() else find_adapter(name, Path(self.lora_folder)) for name in wanted
-        }
-        return [Adapter(files[name], weight, name) for name, weight in wanted.items()]
+        def place(name: str) -> Path:
+            there = Path(name).is_file() or is_adapter_folder(Path(name))
+            return Path(name) if there else find_adapter(name, Path(self.lora_folder))
+
+        return [Adapter(place(name), weight, name) for name, weight in wanted.items()]
 
     def _words(self, wanted: Sequence[Mapping[str, Weight]]) -> Any:
         """A context in which the words are known that the adapters bring with them; those at 0 bring none."""
@@ -84,7 +86,7 @@ class TaggedPrompts:
         holding = {
             label: each  # asked of the header, since a file is read as a whole once more
             for label, each in counted.items()
-            if any(embedding_key(name, bundled=True) for name in read_header(each.path).tensors)
+            if each.path.is_file() and any(embedding_key(name, bundled=True) for name in read_header(each.path).tensors)
         }
         return bundled(self, {label: read_adapter(each.path).embeddings for label, each in holding.items()})
 

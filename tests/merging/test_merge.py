@@ -74,7 +74,7 @@ def test_every_method_writes_a_file_of_the_asked_rank_and_the_same_one_twice(met
     a, b = adapter_file("a", seed=1), adapter_file("b", seed=2)
     files = [tmp_path / f"{number}" / "mix.safetensors" for number in range(2)]
     for file in files:
-        assert run(f"{a}:0.8", f"{b}:0.6", "-o", file, "--method", method, "--rank", 3, "--seed", 4) == 0
+        assert run(f"{a}:0.8", f"{b}:0.6", "-o", file, "--method", method, "--rank", 3) == 0
     assert files[0].read_bytes() == files[1].read_bytes()
     assert {module.rank for module in read_lora(files[0]).modules.values()} == {3}
 
@@ -186,6 +186,7 @@ def test_shapes_are_not_mixed(tiny_base):
         (["A", "--density", "0.2"], "--density has no effect on --method linear"),
         (["A", "--method", "ties", "--inside", "dare"], "--inside has no effect on --method ties"),
         (["A", "--method", "knots", "--null-strength", "2"], "--null-strength has no effect on --method knots"),
+        (["A", "--seed", "3"], "--seed has no effect on --method linear"),
         (["A", "--method", "np-lora", "--null-energy", "5"], "--null-energy is 5"),
         (["A:strong"], "'strong' is no weight"),
         (["A:0.5", "-o", "A"], "exists already"),
@@ -326,13 +327,18 @@ def test_a_factor_on_the_outputs_takes_the_bias_with_it(tiny_base, tmp_path):
     assert_close((of_weight, of_bias), (2 * (baked.weight(target) - weight), 2 * (baked.weight(target, "bias") - bias)))
 
 
-@pytest.mark.parametrize(
-    "option", ["--dtype fp32", "--seed 1", "--base pocket", "--null-energy 0.5", "--seed 1 --method ties"]
-)
+@pytest.mark.parametrize("option", ["--dtype fp32", "--base pocket", "--null-energy 0.5"])
 def test_into_refuses_what_it_has_no_use_for(option, tiny_base, adapter_file, tmp_path, capsys):
     a = adapter_file("a")
     assert run(a, "--into", tiny_base("pocket").folder, "-o", tmp_path / "b", *option.split()) == 2
     assert f"in the base's own dtype: leave out {option.split()[0]}, or" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["linear", "ties"])
+def test_into_refuses_a_seed_where_nothing_is_drawn_by_lot(method, tiny_base, adapter_file, tmp_path, capsys):
+    words = ["--into", tiny_base("pocket").folder, "-o", tmp_path / "b", "--seed", "1", "--method", method]
+    assert run(adapter_file("a"), *words) == 2
+    assert f"--seed has no effect on --method {method}; leave it out" in capsys.readouterr().err
 
 
 def test_a_folder_is_given_no_title(tiny_base, adapter_file, tmp_path, capsys):

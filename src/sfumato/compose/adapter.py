@@ -40,7 +40,7 @@ class Adapter:
     @property
     def label(self) -> str:
         """What the adapter is called in the mix."""
-        return Path(public_name(self.path)).stem if self.name is None else self.name
+        return without_suffix(public_name(self.path)) if self.name is None else self.name
 
 
 def public_name(path: str | os.PathLike[str]) -> str:
@@ -51,6 +51,11 @@ def public_name(path: str | os.PathLike[str]) -> str:
         if part.startswith("models--") and parts[place + 1] == "snapshots":
             return "/".join([*part.split("--")[1:], *parts[place + 3 :]])
     return Path(path).name
+
+
+def without_suffix(name: str) -> str:
+    """The last part of a file's or folder's name; a folder's keeps its dots ("line v1.5")."""
+    return Path(name).name.removesuffix(".safetensors")
 
 
 def checked_weight(label: str, weight: object) -> Weight:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 from weakref import WeakSet
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from sfumato.bases.family import recognise
 from sfumato.compose import tensors
-from sfumato.compose.adapter import Adapter, Weight, public_name, weight_at
+from sfumato.compose.adapter import Adapter, Weight, public_name, weight_at, without_suffix
 from sfumato.compose.baked import Effect
 from sfumato.compose.blocks import Blocks
 from sfumato.compose.live import can_be_live
@@ -233,9 +232,7 @@ def _misfit(
 ) -> str:
     total = len(file.changes)
     name = public_name(file.path)
-    name = name if Path(name).stem == label else f"{name} ({label})"
-    some = f"the {fitting} of {total} modules that fit"
-    partial = f", or pass partial=True (--partial) to apply {some}" if fitting else ""
+    name = name if without_suffix(name) == label else f"{name} ({label})"
     theirs, ours = file.text_width, modules.text_width
     other_width = theirs is not None and ours is not None and theirs != ours
     if other_width or (file.family is not None and file.family != modules.family):
@@ -243,8 +240,10 @@ def _misfit(
         widths = (f" (text width {theirs})", f" ({ours})") if other_width else ("", "")
         return (
             f"{name}: trained for {wanted}{widths[0]}, this pipeline is {FAMILIES[modules.family].title}{widths[1]}. "
-            f"Load it on the base it was trained on{partial}."
+            "Load it on a base of that family."
         )
+    some = f"the {fitting} of {total} modules that fit"
+    partial = f", or pass partial=True (--partial) to apply {some}" if fitting else ""
     problems = []
     if lacking:
         problems.append(f"{len(lacking)} of {total} modules are not in this pipeline, first {', '.join(lacking[:3])}")

@@ -54,6 +54,17 @@ def folders_in(path: Path) -> list[Path]:
     return folders
 
 
+def adapter_folders_below(path: Path) -> list[Path]:
+    """The folders of adapters at any depth: of one that has a folder for each part, that which holds these."""
+    holding = [config.parent for config in path.rglob(CONFIG)]
+    return sorted({folder.parent if folder.name in PARTS else folder for folder in holding})
+
+
+def is_adapter_folder(path: Path) -> bool:
+    """Whether peft's config is in the folder, or in one of a part within it."""
+    return any((folder / CONFIG).is_file() for folder in (path, *(path / part for part in PARTS)))
+
+
 def _source(folder: Path, part: str | None) -> Source:
     config = folder / CONFIG
     name = f"{folder.name}/{CONFIG}"

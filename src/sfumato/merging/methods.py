@@ -38,6 +38,7 @@ TAKEN_BY: Mapping[str, frozenset[str]] = MappingProxyType(
         "inside": frozenset({"knots", "core-space"}),
         "null_energy": frozenset({"np-lora"}),
         "null_strength": frozenset({"np-lora"}),
+        "seed": frozenset({"dare", "dare-ties", "knots", "core-space"}),
     }
 )
 """The methods that have a use for each setting."""
