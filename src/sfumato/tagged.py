@@ -86,7 +86,8 @@ class TaggedPrompts:
         holding = {
             label: each  # asked of the header, since a file is read as a whole once more
             for label, each in counted.items()
-            if each.path.is_file() and any(embedding_key(name, bundled=True) for name in read_header(each.path).tensors)
+            if Path(each.path).is_file()
+            and any(embedding_key(name, bundled=True) for name in read_header(each.path).tensors)
         }
         return bundled(self, {label: read_adapter(each.path).embeddings for label, each in holding.items()})
 

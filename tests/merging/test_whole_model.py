@@ -115,7 +115,7 @@ def test_a_quantised_model_whose_scales_would_be_left_out_is_refused(form, model
         second, name = tmp_path / "second.safetensors", "model.diffusion_model.input_blocks.0.0"
         save_file(load_file(models("sd1", 1).file) | {f"{name}.{key}": value for key, value in scale.items()}, second)
     assert run(merge, f"{second}:0.5", "--into", first.file, "-o", tmp_path / "out.safetensors") == 2
-    assert "1 weights of its U-Net are unknown, first" in capsys.readouterr().err
+    assert "weights are missing, 1 are unknown, first" in capsys.readouterr().err
     assert not (tmp_path / "out.safetensors").exists()
 
 

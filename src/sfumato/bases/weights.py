@@ -72,23 +72,24 @@ class Stored:
             shape = (shape[0] // 3, *shape[1:])
         return shape[::-1] if self.transposed else shape
 
-    def of(self, tensor: Tensor) -> Tensor:
-        """The weight, out of the file's tensor."""
+    def view(self, tensor: Tensor) -> Tensor:
+        """The weight within the file's tensor, a view."""
         if self.third is not None:
             rows = tensor.shape[0] // 3
-            return tensor[self.third.start * rows : self.third.stop * rows].clone()
+            tensor = tensor[self.third.start * rows : self.third.stop * rows]
         return tensor.T if self.transposed else tensor
 
 
 class Shell:
     """A model on the device `meta`, and how its weights are read.
 
-    stored: where each weight of the model lies, by its name. A 1x1 convolution may be stored as a matrix, and the other
-    way round. Raises BaseModelError that counts what is missing, unknown or of another shape.
+    stored: where each weight of the model lies, by its name in the model's `state_dict()`. A 1x1 convolution may be
+    stored as a matrix, and the other way round. Raises BaseModelError that counts what is missing, unknown or of another
+    shape.
     """
 
     def __init__(self, model: Any, stored: Mapping[str, Stored], dtype: torch.dtype, where: str):
-        self.model, self._stored, self._dtype, self._where = model, stored, dtype, where
+        self.model, self.stored, self._dtype, self._where = model, stored, dtype, where
         _compare(model, stored, where)
         # Kept from now on: a part that rests may be read again hours later.
         self._stamps = {path: _stamp(path) for path in self.files}
@@ -97,7 +98,7 @@ class Shell:
     @property
     def files(self) -> list[Path]:
         """All that are read, each once."""
-        return list(dict.fromkeys(stored.header.path for stored in self._stored.values()))
+        return list(dict.fromkeys(stored.header.path for stored in self.stored.values()))
 
     def check_files(self) -> None:
         """Raises FileError for a file that changed since this was made."""
@@ -121,7 +122,7 @@ class Shell:
     def _pages(self) -> dict[str, Tensor]:
         """By the weight's name, in order, its first values as the file has them: a page in half precision, or more."""
         # transformers 5.6 dropped the level `text_model` of CLIPTextModel.
-        named = sorted((name.removeprefix("text_model."), stored) for name, stored in self._stored.items())
+        named = sorted((name.removeprefix("text_model."), stored) for name, stored in self.stored.items())
         found = {}
         with ExitStack() as stack:
             files = {path: stack.enter_context(path.open("rb")) for path in self.files}
@@ -140,22 +141,23 @@ class Shell:
 
         Raises FileError for a file that changed since this was made, and for weights that are not finite.
         """
-        headers = {stored.header.path: stored.header for stored in self._stored.values()}
+        headers = {stored.header.path: stored.header for stored in self.stored.values()}
         tensors = {
             (path, name): tensor
             for path, header in headers.items()
             for name, tensor in read_copies(
                 header,
-                {s.name for s in self._stored.values() if s.header is header},
+                {s.name for s in self.stored.values() if s.header is header},
                 self._dtype,
                 wanted_stamp=self._stamps[path],
             ).items()
         }
         values = {}
         for name, place in self.model.state_dict().items():
-            stored = self._stored[name]
-            tensor = stored.of(tensors[stored.header.path, stored.name]).to(self._dtype)
-            values[name] = tensor.contiguous().reshape(place.shape)
+            stored = self.stored[name]
+            tensor = stored.view(tensors[stored.header.path, stored.name])
+            tensor = tensor.clone() if stored.third else tensor  # three weights of one tensor are none of another's
+            values[name] = tensor.to(self._dtype).contiguous().reshape(place.shape)
         self.model.load_state_dict(values, strict=True, assign=True)
         _restore_buffers(self.model, self._where)
         self.model.requires_grad_(False)

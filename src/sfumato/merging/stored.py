@@ -7,22 +7,22 @@ encoders fused in threes and transposed. Nothing here builds a model; a weight i
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
+import torch
 from torch import Tensor
 
 from sfumato.bases import folder as folders
 from sfumato.bases import single_file
-from sfumato.bases.family import FAMILIES, Encoder, Family, recognise
+from sfumato.bases.family import FAMILIES, Family, recognise
 from sfumato.bases.loading import find
-from sfumato.bases.names import clip_name, open_clip_name, unet_name
-from sfumato.bases.recognise import TEXT_PREFIXES, UNET, family_of_names, stated_prediction
-from sfumato.bases.weights import text_skeleton, unet_skeleton
+from sfumato.bases.recognise import family_of_names, stated_prediction
+from sfumato.bases.weights import Shell, Stored
 from sfumato.errors import BaseModelError
-from sfumato.files.header import Header, read_header
+from sfumato.files.header import read_header
 from sfumato.files.kohya import Target
 from sfumato.files.read import is_finite, read_tensors
 
@@ -32,23 +32,24 @@ Parameter = tuple[str, str]
 
 @dataclass(frozen=True)
 class Place:
-    """Where a parameter lies: the file, the tensor, which third of its rows, whether as its transpose.
+    """Where a parameter lies. shape: the model's; a file may hold a 1x1 convolution as a matrix, or the other way."""
 
-    shape: the parameter's in the model; a file may hold a 1x1 convolution as a matrix, and the other way round.
-    """
-
-    file: Path
-    tensor: str
+    stored: Stored
     shape: tuple[int, ...]
-    third: slice | None = None
-    transposed: bool = False
 
-    def view(self, stored: Tensor) -> Tensor:
+    @property
+    def file(self) -> Path:
+        """The file that holds it."""
+        return self.stored.header.path
+
+    @property
+    def tensor(self) -> str:
+        """The name of the file's tensor that holds it, perhaps beside others."""
+        return self.stored.name
+
+    def view(self, tensor: Tensor) -> Tensor:
         """The parameter within the tensor of the file, a view."""
-        if self.third is not None:
-            rows = stored.shape[0] // 3
-            stored = stored[self.third.start * rows : self.third.stop * rows]
-        return (stored.T if self.transposed else stored).view(self.shape)
+        return self.stored.view(tensor).view(self.shape)
 
 
 @dataclass(frozen=True)
@@ -108,76 +109,32 @@ def stored(source: str | os.PathLike[str]) -> StoredBase:
 def _in_file(path: Path, name: str) -> StoredBase:
     header = read_header(path)
     family = family_of_names(header.tensors, path.name, needs_vae=False)  # which nobody here reads
-    config = single_file.unet_config(header, family)
-    places: dict[Parameter, Place] = {}
-    for key, value in unet_skeleton(config).state_dict().items():
-        old = UNET + unet_name(key, config)
-        _place(places, ("unet", key), header, Place(path, old, tuple(value.shape)))
-    _refuse_unknown(places, (key for key in header.tensors if key.startswith(UNET)), path.name)
+    shells = {"unet": single_file.load_unet(header, single_file.unet_config(header, family), torch.float32)}
     for index, encoder in enumerate(family.encoders):
-        prefix = TEXT_PREFIXES[family.name][index]
-        real = {clip_name(old.removeprefix(prefix)): old for old in header.tensors if old.startswith(prefix)}
-        model = text_skeleton(encoder.class_name, single_file.text_config(header, family, index))
-        for key, value in model.state_dict().items():
-            old, third, transposed = clip_name(key), None, False
-            if "transformer" not in prefix:
-                old, third, transposed = open_clip_name(key)
-            place = Place(path, real.get(old, prefix + old), tuple(value.shape), third, transposed)
-            _place(places, (encoder.folder, key), header, place)
-    return StoredBase(path, name, family, MappingProxyType(places), stated_prediction(header))
-
-
-def _refuse_unknown(places: Mapping[Parameter, Place], there: Iterable[str], where: str) -> None:
-    """Refuse a U-Net with more weights than these places, as loading does: scales of 8-bit ones are such."""
-    known = {place.tensor for place in places.values()}
-    if unknown := [key for key in there if key not in known]:
-        raise BaseModelError(
-            f"{where}: {len(unknown)} weights of its U-Net are unknown, first {unknown[0]}. It is quantised, or of "
-            "another architecture; name another model."
-        )
-
-
-def _place(places: dict[Parameter, Place], parameter: Parameter, header: Header, place: Place) -> None:
-    if place.tensor not in header.tensors:
-        raise BaseModelError(f"{header.path.name}: {place.tensor} is missing. Download the file again.")
-    places[parameter] = place
+        shells[encoder.folder] = single_file.load_text_encoder(header, family, index, torch.float32)
+    return StoredBase(path, name, family, _places(shells), stated_prediction(header))
 
 
 def _in_folder(path: Path, name: str) -> StoredBase:
     if not (path / "model_index.json").is_file():
         raise BaseModelError(f"{path.name}: no model_index.json, so it is no diffusers folder. Name its whole folder.")
-    config = folders.read_config(path, "unet/config.json")
-    family = FAMILIES["pocket"] if name == "pocket" else recognise(config)
-    places: dict[Parameter, Place] = {}
-    shapes = {key: tuple(value.shape) for key, value in unet_skeleton(config).state_dict().items()}
-    _collect(places, "unet", path / "unet", shapes)
-    headers = (read_header(file) for file in folders.weight_files(path / "unet"))
-    _refuse_unknown(places, (key for header in headers for key in header.tensors), f"{path.name}/unet")
+    family = FAMILIES["pocket"] if name == "pocket" else recognise(folders.read_config(path, "unet/config.json"))
+    shells = {"unet": folders.load_unet(path, torch.float32)}
     for encoder in family.encoders:
-        _collect(places, encoder.folder, path / encoder.folder, _text_shapes(path, encoder))
+        shells[encoder.folder] = folders.load_text_encoder(path, encoder, torch.float32)
     said = ""
     if (path / "scheduler/scheduler_config.json").is_file():
         config = folders.read_config(path, "scheduler/scheduler_config.json")
         kind = config.get("prediction_type", "epsilon")  # diffusers' own default
         said = kind if kind in ("epsilon", "v_prediction") else ""
-    return StoredBase(path, name, family, MappingProxyType(places), said)
+    return StoredBase(path, name, family, _places(shells), said)
 
 
-def _text_shapes(path: Path, encoder: Encoder) -> dict[str, tuple[int, ...]]:
-    model = text_skeleton(encoder.class_name, folders.read_config(path, f"{encoder.folder}/config.json"))
-    return {key: tuple(value.shape) for key, value in model.state_dict().items()}
-
-
-def _collect(places: dict[Parameter, Place], part: str, folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """The parameters of one model of a folder, whichever transformers version wrote the names."""
-    files: Sequence[Path] = folders.weight_files(folder)
-    real = {_bare(key): (file, key) for file in files for key in read_header(file).tensors}
-    for key, shape in shapes.items():
-        if _bare(key) not in real:
-            raise BaseModelError(f"{folder.parent.name}/{folder.name}: {key} is missing. Download it again.")
-        file, old = real[_bare(key)]
-        places[part, key] = Place(file, old, shape)
-
-
-def _bare(name: str) -> str:
-    return name.removeprefix("text_model.")
+def _places(shells: Mapping[str, Shell]) -> Mapping[Parameter, Place]:
+    return MappingProxyType(
+        {
+            (part, name): Place(shell.stored[name], tuple(value.shape))
+            for part, shell in shells.items()
+            for name, value in shell.model.state_dict().items()
+        }
+    )
