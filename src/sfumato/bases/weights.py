@@ -84,8 +84,8 @@ class Shell:
     """A model on the device `meta`, and how its weights are read.
 
     stored: where each weight of the model lies, by its name in the model's `state_dict()`. A 1x1 convolution may be
-    stored as a matrix, and the other way round. Raises BaseModelError that counts what is missing, unknown or of another
-    shape.
+    stored as a matrix, and the other way round. Raises BaseModelError that counts what is missing, unknown or of
+    another shape.
     """
 
     def __init__(self, model: Any, stored: Mapping[str, Stored], dtype: torch.dtype, where: str):
