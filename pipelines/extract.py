@@ -113,10 +113,13 @@ def _write_difference(config: Config, tuned: StoredBase, base: StoredBase) -> tu
         if weight.any() or (bias is not None and bias.any())
     }
     if not deltas:
-        raise AdapterError("no weight differs, so there is nothing to extract.")
+        raise AdapterError(
+            "no weight differs, so there is nothing to extract. Name the fine-tuned model first, and with --base what "
+            "it was trained from."
+        )
     metadata = _described(config, tuned, base, {})
     write_difference(config.output, deltas, family=base.family.name, metadata=metadata, dtype=dtype)
-    return len(deltas), "all that differs"
+    return len(deltas), "all that differs; diffusers, peft and sd-scripts read no such file"
 
 
 def _described(config: Config, tuned: StoredBase, base: StoredBase, extra: Mapping[str, str]) -> dict[str, str]:

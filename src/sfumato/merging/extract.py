@@ -70,7 +70,10 @@ def extract(pairs: Iterable[tuple[Parameter, Tensor, Tensor]], budget: Budget) -
         modules[target], energies[target] = to_module(factors, delta.shape), energy
     total = sum(energies.values()) + sum(left_out.values())
     if not modules:
-        raise AdapterError("no weight of a linear layer or a convolution differs, so there is no adapter to extract.")
+        raise AdapterError(
+            "no weight of a linear layer or a convolution differs, so there is no adapter to extract. Name the "
+            "fine-tuned model first, and with --base what it was trained from."
+        )
     share = sum(shares[target] * energy for target, energy in energies.items()) / total
     return modules, Kept(share, shares, {parameter: energy / total for parameter, energy in left_out.items()})
 
