@@ -97,6 +97,17 @@ def test_every_card_tells_diffusers_of_the_layers_that_were_skipped(tmp_path, ca
     assert ", clip_skip=2).images[0]" in whole.read_text(encoding="utf-8")
 
 
+def test_every_program_is_told_how_it_calls_a_word(card, tmp_path):
+    """ComfyUI and InvokeAI have a spelling of their own; what Forge and diffusers do not find is not promised."""
+    add_words_section(card, {"<x>": tmp_path / "my-x.safetensors"}, ABOUT, inside=None)
+    text = card.read_text(encoding="utf-8")
+    assert "`my-x` in\nAUTOMATIC1111 and Forge, `embedding:my-x` in ComfyUI, `<my-x>` in InvokeAI." in text
+    add_words_section(card, {"<x>": tmp_path / "line-x.safetensors"}, ABOUT, inside=tmp_path / "line.safetensors")
+    text = card.read_text(encoding="utf-8")
+    assert "`embedding:line` in a prompt" in text
+    assert "Forge draws without them" in text
+
+
 def test_every_picture_of_the_card_is_there(card):
     text = card.read_text(encoding="utf-8")
     linked = re.findall(r"images/\w+\.png", text)
@@ -195,7 +206,7 @@ def test_the_use_of_words_that_were_learned_beside_it_is_told_with_it(family, tm
     bundled = replace(about, config={**config, "bundle": True})
     text = write_card(tmp_path, tmp_path / "line.safetensors", bundled, [], []).read_text(encoding="utf-8")
     assert "load_lora_weights" not in text  # which refuses a file with words in it
-    assert "ComfyUI, AUTOMATIC1111 and Forge read the file as it is." in text
+    assert "AUTOMATIC1111 reads the file as it is; what others make of the words" in text
     assert "--embedding" not in text
 
 

@@ -77,8 +77,8 @@ class Config(TrainerOptions):
     words_first: int = 0
     """Steps in which the words learn alone, before the LoRA learns alone; 0: both learn all the time."""
     bundle: bool = False
-    """Write new words into the adapter's file, as A1111 and ComfyUI read them and diffusers does not, instead of beside
-    it."""
+    """Write new words into the adapter's file instead of beside it. A1111 finds them there, ComfyUI with a copy of the
+    file among its embeddings; Forge draws without them, diffusers refuses the file."""
     prior_prompts: tuple[str, ...] = ()
     """Prompts that shall draw as the base draws them: beside each batch goes one as large whose target is what the
     frozen base predicts for them, as in DreamBooth. Repeat it for several. An unset --batch is half of its default

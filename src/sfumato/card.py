@@ -57,7 +57,7 @@ A LoRA for `{about.base}` ({about.family}), learned from {about.images} pictures
 
 {_with_diffusers(about, adapter, words, example)}With sfumato: `{line}`{guided}
 
-{"ComfyUI, AUTOMATIC1111 and Forge" if _is_bundled(about) else _CLIENTS} read the file as it is.
+{_read_by(about)}
 
 {training_table(about, shown)}"""
     path = folder / "README.md"
@@ -108,7 +108,10 @@ def before_after_sheet(folder: Path, prompts: Sequence[str], rows: Sequence[Sequ
     return "\n![before and after](images/before_after.png)\n"
 
 
-_CLIENTS = "ComfyUI, AUTOMATIC1111, Forge, InvokeAI and sd-scripts"
+def _read_by(about: Description) -> str:
+    if _is_bundled(about):
+        return "AUTOMATIC1111 reads the file as it is; what others make of the words in it is told below."
+    return "ComfyUI, AUTOMATIC1111, Forge, InvokeAI and sd-scripts read the file as it is."
 
 
 def _is_bundled(about: Description) -> bool:

@@ -59,8 +59,10 @@ def add_words_section(card: Path, files: Mapping[str, Path], about: Description,
     listed = "\n".join(f"- `{token}`" + ("" if inside else f" in `{path.name}`") for token, path in files.items())
     if inside:
         use = (
-            "They are inside the adapter's file, where ComfyUI, AUTOMATIC1111 and `sfumato generate` find them. "
-            "diffusers refuses a file with words in it; train without `--bundle` for that. In Python, with sfumato:\n\n"
+            "They are inside the adapter's file, where `sfumato generate` and AUTOMATIC1111 find them. ComfyUI wants a "
+            f"copy of the file among its embeddings: `embedding:{inside.stem}` in a prompt is all words of the file. "
+            "Forge draws without them, and diffusers refuses a file with words in it; train without `--bundle` for "
+            "these. In Python, with sfumato:\n\n"
             "```python\n"
             "from sfumato import Adapter, compose, embedding\n\n"
             f'mix = compose(pipe, Adapter("{inside.name}"))\n'
@@ -105,5 +107,6 @@ with embedding.load(pipe, "{path.name}"):
     {drawn}
 ```
 
-In ComfyUI, AUTOMATIC1111, Forge and InvokeAI the file's name is the word: `{path.stem}`.
+Other programs know a word by its file's name, which you may change to one that nobody writes: `{path.stem}` in
+AUTOMATIC1111 and Forge, `embedding:{path.stem}` in ComfyUI, `<{path.stem}>` in InvokeAI.
 """

@@ -59,7 +59,8 @@ def write_embedding(
 def add_words(path: str | os.PathLike[str], words: Mapping[str, Mapping[str, Tensor]]) -> Path:
     """Put new words into the adapter's file at `path`, under the names that A1111 and ComfyUI read; it is replaced.
 
-    words: by token, as `write_embedding` takes them. diffusers refuses an adapter's file with words in it.
+    words: by token, as `write_embedding` takes them. ComfyUI looks for them where the file is among its embeddings;
+    Forge draws without them, and diffusers refuses an adapter's file with words in it.
     Raises AdapterError for a token with a dot in it, which these names cannot hold.
     """
     path = Path(path)
