@@ -220,6 +220,18 @@ def test_a_phrase_takes_no_place_within_another_word():
     assert captions == ["a <x> on a string", "a <x>."]
 
 
+def test_a_phrase_is_found_in_capitals_as_the_text_encoder_reads_it():
+    folder = Folder((Example(Path("a.png"), "Sks otter in fog"), Example(Path("b.png"), "a SKS otter")))
+    captions = [example.caption for example in put_into_captions(folder, ["<x>"], ["sks Otter"])]
+    assert captions == ["<x> in fog", "a <x>"]
+
+
+def test_a_phrase_that_is_in_no_caption_is_refused_also_where_the_template_has_the_word():
+    folder = Folder((Example(Path("a.png"), "<x>, an otter", template="<x>, {caption}"),))
+    with pytest.raises(DataError, match=r"^--stands-for 'sks otter' is in none of 1 captions, first '<x>, an otter'"):
+        put_into_captions(folder, ["<x>"], ["sks otter"])
+
+
 def test_a_word_for_caption_leaves_the_place_of_the_caption_in_the_template():
     folder = Folder((Example(Path("a.png"), "a caption of it", template="{caption}, caption of it"),))
     (example,) = put_into_captions(folder, ["<x>"], ["caption"])

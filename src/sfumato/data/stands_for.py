@@ -15,15 +15,18 @@ def put_into_captions(folder: Folder, placeholders: Sequence[str], stands_for: S
     """The folder with each placeholder in place of what it stands for, if that is given.
 
     So it is in the template; a trigger whose place is taken is none any more. Captions of the class stay as they are.
-    Raises DataError where a caption holds no placeholder, or one of the class does, or a placeholder is in no caption.
+    Raises DataError where a caption holds no placeholder, or one of the class does, or a placeholder, or what one
+    stands for, is in no caption.
     """
-    names = dict(zip(stands_for, placeholders, strict=False))
+    names = {phrase.lower(): token for phrase, token in zip(stands_for, placeholders, strict=False)}
     # Longest first, and all at once: of "sks otter" and "otter" each takes its own place.
     # "{caption}" is what a template is filled at, also where a word stands for "caption".
-    phrases = re.compile("|".join([r"\{caption\}", *map(_whole, sorted(names, key=len, reverse=True))]))
+    # "Otter" is an otter, too, since text encoders read small letters alone.
+    parts = [r"\{caption\}", *map(_whole, sorted(names, key=len, reverse=True))]
+    phrases = re.compile("|".join(parts), re.IGNORECASE)
 
     def renamed(caption: str) -> str:
-        return phrases.sub(lambda found: names.get(found[0], found[0]), caption)
+        return phrases.sub(lambda found: names.get(found[0].lower(), found[0]), caption)
 
     def with_words(example: Example) -> Example:
         if example.group == "class":
@@ -35,6 +38,13 @@ def put_into_captions(folder: Folder, placeholders: Sequence[str], stands_for: S
             trigger = None
         return dataclasses.replace(example, caption=caption, template=template, trigger=trigger)
 
+    before = [example.caption for example in folder.of("instance")]
+    for phrase in stands_for:
+        if not any(re.search(_whole(phrase), caption, re.IGNORECASE) for caption in before):
+            raise DataError(
+                f"--stands-for {phrase!r} is in none of {len(before)} captions, first {before[0]!r}. Name words that "
+                "are in some, or leave it out."
+            )
     examples = tuple(map(with_words, folder.examples))
     ours = [e for e in examples if e.group == "instance"]
     without = [e.caption for e in ours if not any(holds(token, e.caption) for token in placeholders)]
