@@ -117,6 +117,12 @@ def test_words_that_change_are_refused_where_there_are_no_steps(prompt):
         emphasised(prompt)
 
 
+def test_several_prompts_in_one_are_refused():
+    assert emphasised("sand and SANDY land") == [("sand and SANDY land", 1.0)]
+    with pytest.raises(ConfigError, match="AND adds up the predictions of several prompts in A1111"):
+        emphasised("a crab :1.2 AND fog :0.5")
+
+
 def test_a_weight_of_two_points_is_none():
     with pytest.raises(ConfigError, match=r"1\.2\.3.*a weight is a number"):
         emphasised("(crab:1.2.3)")

@@ -138,9 +138,14 @@ def emphasised(prompt: str) -> list[tuple[str, float]]:
     """A1111's emphasis: the texts of the prompt and their weights, in order.
 
     `(words:1.3)` weighs 1.3, `(words)` 1.1, `[words]` 1 / 1.1; nested ones multiply, and `\\(` is the character.
-    Raises ConfigError for a bracket that is not closed, for a weight that is none, and for words that change between
-    the steps, which `sfumato.prompt_steps` takes out first where there are steps. BREAK is a text of its own.
+    Raises ConfigError for a bracket that is not closed, for a weight that is none, for words that change between the
+    steps, which `sfumato.prompt_steps` takes out first where there are steps, and for AND. BREAK is a text of its own.
     """
+    if _AND.search(prompt):
+        raise ConfigError(
+            f"the prompt {prompt[:60]!r}: AND adds up the predictions of several prompts in A1111, which is not read "
+            "here; write 'and' for the word."
+        )
     pieces: list[list[Any]] = [["", 1.0]]
     opened: list[tuple[str, int, set[str]]] = []  # each open bracket, the first piece within it, the marks : and |
     for token in _EMPHASIS.findall(prompt):
@@ -180,6 +185,7 @@ def checked_syntax(prompt: str, syntax: Syntax) -> str:
     return prompt
 
 
+_AND = re.compile(r"\bAND\b")
 _BREAK = re.compile(r"\s*\b(BREAK)\b\s*")
 _EMPHASIS = re.compile(r"\\.|:\s*[+-]?[.\d]+\s*[)\]]|[()\[\]]|[^\\()\[\]:]+|[:\\]", re.DOTALL)
 
