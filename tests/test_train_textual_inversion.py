@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from sfumato import cli, data, diffusion, embedding, randomness
+from sfumato import card, cli, data, diffusion, embedding, randomness
 from sfumato.bases import load_base
 from sfumato.drawing import draw
 from sfumato.files import read_adapter, read_embedding, read_header, read_lora, read_tensors
@@ -199,9 +199,9 @@ def test_several_words_in_one_run_have_a_file_each(train, tmp_path):
     tensors = {token: read_tensors(tmp_path / "run" / f"run-{token[1]}.safetensors") for token in ("<a>", "<b>")}
     assert {token: list(found) for token, found in tensors.items()} == {"<a>": ["<a>"], "<b>": ["<b>"]}
     assert not torch.equal(tensors["<a>"]["<a>"], tensors["<b>"]["<b>"])
-    card = (tmp_path / "run" / "README.md").read_text()
-    assert "run-a.safetensors" in card
-    assert "run-b.safetensors" in card
+    text = (tmp_path / "run" / "README.md").read_text()
+    assert "run-a.safetensors" in text
+    assert "run-b.safetensors" in text
 
 
 def test_a_placeholder_takes_the_place_of_words(train, pictures):
@@ -230,11 +230,11 @@ def test_the_run_folder_tells_everything_and_no_path(train, tmp_path, pictures):
     assert metadata["modelspec.trigger_phrase"] == metadata["sfumato.token"] == "<x>"
     assert metadata["modelspec.architecture"].endswith("/textual-inversion")
     assert len(metadata["sfumato.nearest_words"].splitlines()) == 2
-    card = (path.parent / "README.md").read_text()
-    text = json.dumps(dict(metadata)) + card
+    readme = (path.parent / "README.md").read_text()
+    text = json.dumps(dict(metadata)) + readme
     assert str(tmp_path) not in text
     assert str(pictures) not in text
-    assert 'load_textual_inversion("run.safetensors")' in card
+    assert 'load_textual_inversion("run.safetensors")' in readme
     assert path.stat().st_size < 50_000
 
 
@@ -355,9 +355,17 @@ def test_pivotal_tuning_stopped_and_resumed_is_not_stopped(turns, pivotal):
         assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
 
 
-def test_one_bundle_on_request(pivotal):
+def test_one_bundle_on_request(pivotal, monkeypatch):
     beside, word = pivotal("beside")
+    write_card, there = card.write_card, []
+
+    def spied(folder, adapter, *rest):
+        there.extend(read_adapter(adapter).embeddings)
+        return write_card(folder, adapter, *rest)
+
+    monkeypatch.setattr(card, "write_card", spied)
     bundle, none = pivotal("bundle", "--bundle")
+    assert there == ["<x>"]  # a run that is killed on the way leaves no adapter without its words
     assert not none.exists()
     assert torch.equal(read_adapter(bundle).embeddings["<x>"]["text_encoder"], read_tensors(word)["<x>"])
     assert read_adapter(bundle).changes.keys() == read_adapter(beside).changes.keys()

@@ -191,7 +191,7 @@ def train(config: Config) -> Path:
         if step and processes.is_main:
             with average.applied():
                 path = config.output / "adapters" / f"{config.name}-step{step:08d}.safetensors"
-                description = write_adapter(path, lora, base, config, dataset, samples, trigger, step)
+                description = write_adapter(path, lora, words, base, config, dataset, samples, trigger, step)
                 if words:
                     write_words(path, words, config, description)
 
@@ -426,7 +426,7 @@ def save(
     """Write the adapter and new words, the card and the plot; upload them if asked."""
     from sfumato.finish import finish, upload
 
-    description = write_adapter(path, lora, base, config, dataset, samples, trigger, config.steps)
+    description = write_adapter(path, lora, words, base, config, dataset, samples, trigger, config.steps)
     finish(run, path, description, samples, kind="lora", push=None)
     paths = [path]
     if words:
@@ -437,6 +437,7 @@ def save(
 def write_adapter(
     path: Path,
     lora: Lora,
+    words: Words | None,
     base: Base,
     config: Config,
     dataset: Dataset,
@@ -444,7 +445,8 @@ def write_adapter(
     trigger: Sequence[str],
     steps: int,
 ) -> Description:
-    """Write the adapter as it is now, after so many steps; returns what its file says of itself."""
+    """Write the adapter as it is now, after so many steps, with its words if they are bundled; returns what its file
+    says of itself."""
     from sfumato.files import describe, write_lora
     from sfumato.finish import describe_run
     from sfumato.precision import DTYPES
@@ -452,20 +454,25 @@ def write_adapter(
     about = {"trigger": trigger, "steps": steps, "adapter_guidance": config.adapter_guidance}
     about["over_steps"] = options.span_of(config, base)
     description = describe_run(config, base, dataset, samples, **about)
-    dtype = DTYPES[config.save_precision]
-    write_lora(path, lora.modules_by_target(), family=base.family.name, metadata=describe(description), dtype=dtype)
+    write_lora(
+        path,
+        lora.modules_by_target(),
+        family=base.family.name,
+        metadata=describe(description),
+        dtype=DTYPES[config.save_precision],
+        words=words.vectors() if words and config.bundle else None,
+    )
     return description
 
 
 def write_words(path: Path, words: Words, config: Config, description: Description) -> dict[str, Path]:
-    """Write each new word as it is now beside the adapter's file, or into it; returns the files, by word."""
+    """Write each new word as it is now beside the adapter's file, if they are not in it; returns the files, by word."""
     from sfumato.files import describe
-    from sfumato.files.write_embedding import add_words, write_embedding
+    from sfumato.files.write_embedding import write_embedding
     from sfumato.placeholders import files
 
     paths = files(path.parent, path.stem, config.train_words, alone=False)
     if config.bundle:
-        add_words(path, words.vectors())
         return paths
     for token, vectors in words.vectors().items():
         metadata = describe(dataclasses.replace(description, trigger=[token]))
