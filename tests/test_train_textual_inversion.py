@@ -2,11 +2,13 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import diffusers
 import numpy as np
 import pytest
 import torch
+from sfumato.trainers.textual_inversion import default_prompts
 from torch.testing import assert_close
 
 from sfumato import card, cli, data, diffusion, embedding, randomness
@@ -208,6 +210,12 @@ def test_a_placeholder_takes_the_place_of_words(train, pictures):
     path = train("run", "--caption", "one {caption}", "--stands-for", "square")
     tags = json.loads(read_header(path).metadata["ss_tag_frequency"])["run"]
     assert set(tags) == {f"one {colour} <x>" for colour in ("red", "green", "blue", "gold", "black", "pink")}
+
+
+def test_samples_show_the_word_where_it_was_not_learned_however_many_captions_there_are():
+    captions = ("<x> in fog", "<x> in fog", "a <x>, red", "<x> asleep", "two <x>")
+    prompts = default_prompts([data.Example(Path("a.png"), caption) for caption in captions], ["<x>"])
+    assert prompts == ["<x> in fog", "a <x>, red", "a drawing of a <x>", "<x> on a table"]
 
 
 def test_measuring_and_drawing_do_not_change_the_training(train):

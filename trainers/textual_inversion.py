@@ -214,9 +214,9 @@ def resolve(config: Config, base: Base, samples: int, processes: int) -> tuple[C
 
 
 def default_prompts(examples: Folder, placeholders: Sequence[str]) -> list[str]:
-    """Two captions, and the first word in two places where it was not learned."""
-    captions = [e.caption for e in examples]
-    return [*dict.fromkeys(captions), f"a drawing of a {placeholders[0]}", f"{placeholders[0]} on a table"][:4]
+    """Two captions, and the first word in two places where it was not learned; none twice."""
+    captions = list(dict.fromkeys(e.caption for e in examples))[:2]
+    return list(dict.fromkeys([*captions, f"a drawing of a {placeholders[0]}", f"{placeholders[0]} on a table"]))
 
 
 def save(
