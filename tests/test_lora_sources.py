@@ -189,6 +189,21 @@ def test_where_there_are_no_captions_a_template_for_new_words_is_told(program, o
     assert all("<w>" in example.caption for example in found)
 
 
+def test_what_textual_inversion_leaves_aside_is_told(source, tmp_path):
+    (tmp_path / "own").mkdir()
+    Image.new("RGB", (64, 64)).save(tmp_path / "own/a.png")
+    (tmp_path / "own/a.txt").write_text("a <W> in fog")
+    (tmp_path / "a.toml").write_text('[[source]]\npath = "own"\n' + source("class = true", 'words = "a square"'))
+    config = textual_inversion.Config(images=tmp_path / "a.toml", output=tmp_path / "run", placeholder=("<w>",))
+    found = textual_inversion.read_examples(config)
+    captions, of_class = found.notes[-2:]
+    assert [example.caption for example in found] == ["<w>"]
+    assert captions.startswith("1 captions hold <w> and are left aside, such as 'a <W> in fog'; pass --caption")
+    assert of_class.startswith("6 pictures of the class are left out")
+    found = textual_inversion.read_examples(replace(config, images=tmp_path / "own", caption="{caption}"))
+    assert ([example.caption for example in found], found.notes) == (["a <W> in fog"], ())
+
+
 def test_a_trigger_whose_place_a_new_word_takes_is_not_told(train, pictures):
     """Nor drawn: what is shown of the training holds the word."""
     toml = f'caption = "{{caption}}, {{trigger}} square"\ntrigger = "sks"\n[[source]]\npath = "{pictures.as_posix()}"\n'

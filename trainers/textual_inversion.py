@@ -22,7 +22,7 @@ from sfumato import options
 from sfumato.config import parse
 from sfumato.errors import ConfigError
 from sfumato.options import TrainerOptions
-from sfumato.placeholders import MOST_VECTORS, RATES, VECTORS, check_stands_for
+from sfumato.placeholders import MOST_VECTORS, RATES, VECTORS, check_stands_for, holds
 
 if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that its --help is there at once
     from sfumato.bases import Base
@@ -192,15 +192,40 @@ def check(config: Config) -> None:
 
 
 def read_examples(config: Config) -> Folder:
-    """The pictures, with captions that hold the placeholders. Raises DataError for captions that do not."""
+    """The pictures, with captions that hold the placeholders; notes tell what is left aside. Raises DataError for
+    captions that hold none."""
     from sfumato.data.stands_for import put_into_captions
 
-    alone = config.caption is None and not config.stands_for and len(config.placeholder) == 1
+    alone = is_alone(config)
     template = "{trigger}" if alone else config.caption
     trigger = " ".join(config.placeholder) if template and "{trigger}" in template else None
     named = dataclasses.replace(config, caption=template, trigger=trigger)
     examples = named.read_examples(words=config.stands_for or config.placeholder)
+    notes = [unread_captions(named)] if alone else []
+    if count := len(examples.of("class")):
+        notes.append(f"{count} pictures of the class are left out: a new word changes nothing that they would keep")
+    examples = dataclasses.replace(examples, notes=(*examples.notes, *filter(None, notes)))
     return put_into_captions(examples.of("instance"), config.placeholder, config.stands_for)
+
+
+def is_alone(config: Config) -> bool:
+    """Whether captions are the placeholder alone, where their source says nothing else."""
+    return config.caption is None and not config.stands_for and len(config.placeholder) == 1
+
+
+def unread_captions(config: Config) -> str:
+    """What to say of captions that hold the placeholder and whose place it takes as a whole; empty for none."""
+    from sfumato.data.source import sources_of
+
+    sources = sources_of(config.images, caption_template=config.caption, trigger=config.trigger)
+    found = [each for source in sources if source.template == config.caption for each in source.list().pictures]
+    texts = [each.caption.text for each in found if holds(config.placeholder[0], each.caption.text)]
+    if not any(text != config.placeholder[0] for text in texts):
+        return ""
+    return (
+        f"{len(texts)} captions hold {config.placeholder[0]} and are left aside, such as {texts[0]!r}; "
+        'pass --caption "{caption}" to learn with them'
+    )
 
 
 def resolve(config: Config, base: Base, samples: int, processes: int) -> tuple[Config, list[str]]:
@@ -208,8 +233,7 @@ def resolve(config: Config, base: Base, samples: int, processes: int) -> tuple[C
     name = base.family.name
     defaults = {"vectors": VECTORS, "learning_rate": RATES[name], **DEFAULTS[name]}
     config, filled = options.resolve(config, base, samples, processes, **defaults)
-    alone = config.caption is None and not config.stands_for and len(config.placeholder) == 1
-    templates = config.templates or ("object" if alone and name != "pocket" else "none")
+    templates = config.templates or ("object" if is_alone(config) and name != "pocket" else "none")
     return dataclasses.replace(config, templates=templates), filled
 
 
