@@ -399,8 +399,8 @@ def _mixed(base: Base, wanted: Plan, config: Config) -> Iterator[tuple[Mix, dict
             print(f"{label}: {count} modules left out (--partial).", file=sys.stderr)
         told = {**mix.metadata, **{label: file.metadata for label, file in regional.items()}}
         told = {label: metadata for label, metadata in told.items() if label in counted}
-        told |= {token or file.stem: read_header(file).metadata for token, file in wanted.embeddings}
-        for line in learned_otherwise(told, base):
+        of_words = {token or file.name: read_header(file).metadata for token, file in wanted.embeddings}
+        for line in [*learned_otherwise(told, base), *learned_otherwise(of_words, base)]:
             print(line, file=sys.stderr)
         yield mix, regional
 

@@ -261,7 +261,7 @@ def draw_grid(config: Config) -> Path:
             told = {label: file.metadata for label, file in read.items()}
             brought = {label: file.embeddings for label, file in read.items()}
         learned = _checked(base, brought, told, cells_in_all, words, config)
-        of_words = {token or file.stem: read_header(file).metadata for token, file in embeddings}
+        of_words = {token or file.name: read_header(file).metadata for token, file in embeddings}
         known = [token for some in (*(each.tokens for each in words), *brought.values()) for token in some]
         unknown = unknown_words(texts, known, base)
         for line in [*unused_words(tokens, texts), *unknown, *learned, *learned_otherwise(of_words, base)]:

@@ -286,6 +286,21 @@ def test_a_word_that_was_learned_beside_an_adapter_and_is_not_loaded_is_told_of(
     write_lora(Path("pivotal.safetensors"), modules, family="pocket", metadata=about)
     _, said = run(*command, "--lora", "pivotal.safetensors", "-o", "out")
     assert "pivotal: its word <cat> is not loaded; name its file with --embedding." in said
+    Path("words").mkdir()
+    write_embedding(Path("words/pivotal.safetensors"), "<cat>", fox(0.5), metadata=about)
+    renamed = ["--embedding", "<dog>=words/pivotal.safetensors"]
+    _, said = run(*command, "--lora", "pivotal.safetensors", *renamed, "-o", "renamed")
+    assert said.count("is not loaded") == 1  # of the adapter, not of the word's own file
+
+
+def test_a_word_s_file_of_an_adapter_s_name_does_not_hide_how_that_was_learned(run, modules):
+    about = {"sfumato.config": '{"clip_skip": 1}'}
+    write_lora(Path("fox.safetensors"), modules, family="pocket", metadata=about)
+    Path("words").mkdir()
+    write_embedding(Path("words/fox.safetensors"), "<new>", fox(0.5))
+    both = ["--lora", "fox.safetensors", "--embedding", "words/fox.safetensors"]
+    _, said = run("generate", "a <new>", *both, "-o", "out.png")
+    assert "fox: learned with --clip-skip 1, and drawn with 0." in said
 
 
 def test_a_merged_adapter_does_not_say_how_its_parents_were_learned(run, modules):

@@ -63,7 +63,8 @@ def learned_otherwise(told: Mapping[str, Mapping[str, str]], base: Base) -> list
         is_trainers = config.keys() & {"clip_skip", "steps"}  # not that of a merge, which knows nothing of it
         if is_trainers and skipped != (base.clip_skip or 0):
             lines.append(f"{label}: learned with --clip-skip {skipped}, and drawn with {base.clip_skip or 0}.")
-        for word in config.get("train_words") or ():
+        of_word = "sfumato.token" in metadata  # a file of that word alone, whatever was learned beside it
+        for word in () if of_word else config.get("train_words") or ():
             if word.lower() not in loaded:
                 lines.append(f"{label}: its word {word} is not loaded; name its file with --embedding.")
     return lines
