@@ -382,18 +382,19 @@ def _is_in_use(source: Any, token: str, parts: Mapping[str, Tensor]) -> bool:
 
 
 def read(path: str | PathLike[str], token: str | None = None) -> dict[str, dict[str, Tensor]]:
-    """{token: {"text_encoder" | "text_encoder_2": (vectors, width)}} of an embedding's file. token: renames its word.
+    """{token: {"text_encoder" | "text_encoder_2": (vectors, width)}} of an embedding's file.
 
-    A file that does not name its word has it in our metadata, else the file's name is the word.
+    token: what its one word is called instead.
     """
     from sfumato.files import read_embedding
 
     file = read_embedding(path)
     found = {key: dict(parts) for key, parts in file.embeddings.items()}
-    own = token or (file.metadata.get("sfumato.token") if list(found) == [file.path.stem] else None)
-    if token is not None and len(found) != 1:
+    if token is None:
+        return found
+    if len(found) != 1:
         raise AdapterError(f"{file.path.name}: holds {len(found)} words ({', '.join(found)}), so it cannot be {token}.")
-    return {own: next(iter(found.values()))} if own else found
+    return {token: next(iter(found.values()))}
 
 
 def fitting(source: Any, vectors: Vectors, name: str) -> dict[str, dict[str, Tensor]]:
