@@ -191,6 +191,13 @@ def test_placeholders_that_cannot_be_are_refused(placeholders, said, base):
     assert base.tokenizers[0] is tokenizer
 
 
+def test_several_vectors_want_the_spelling_of_the_tokenizer_by_which_diffusers_finds_them(base):
+    with pytest.raises(ConfigError, match=r"placeholder <Otter>: the tokenizer reads <otter>, .*; write <otter>\."):
+        embedding.new_words(base, ["<Otter>"], vectors=2)
+    with embedding.new_words(base, ["<Otter>"]) as words:
+        assert words.tokens == {"<Otter>": 1}
+
+
 def test_a_word_in_use_cannot_be_made_again(base):
     for vectors in (1, 2):
         with (

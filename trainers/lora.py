@@ -65,7 +65,8 @@ class Config(TrainerOptions):
     text_learning_rate: float | None = None
     """Peak learning rate of the text encoders. Unset: a tenth of the U-Net's, or that of the U-Net for prodigy."""
     train_words: tuple[str, ...] = ()
-    """Learn new words, too, such as `<otter>`, which the captions hold (pivotal tuning). Repeat it for several."""
+    """Learn new words, too, such as `<otter>`, which the captions hold (pivotal tuning); in small letters. Repeat it
+    for several."""
     stands_for: tuple[str, ...] = ()
     """Words of the captions whose place each new word takes, such as "sks otter"."""
     initial_words: tuple[str, ...] = ()
@@ -398,14 +399,15 @@ def start_from(lora: Lora, words: Words | None, config: Config) -> tuple[str, li
     modules = {key: module.plain() for key, module in file.modules.items()}  # without a Tucker core
     lora.load({key: (m.down, m.up, m.alpha) for key, m in modules.items()}, name)
     digest = hashlib.sha256(fingerprint(modules).encode())
-    for token, parts in file.embeddings.items():
-        if words is None or token not in words.tokens:
+    found = {token.lower(): parts for token, parts in file.embeddings.items()}  # as tokenizers read them
+    left = found.keys() - {token.lower() for token in config.train_words}
+    for token in words.tokens if words else ():
+        if (parts := found.get(token.lower())) is None:
             continue
         if config.initial_words:
             raise ConfigError(f"--initial-words: {token} starts from its vectors in {name}; leave them out.")
         words.copy_from(token, parts, name)
         digest.update(b"".join(rows.float().numpy().tobytes() for rows in parts.values()))
-    left = file.embeddings.keys() - config.train_words
     return digest.hexdigest(), [
         f"{name}: its word {token} is left behind; learn on with it by --train-words {shlex.quote(token)}"
         for token in sorted(left)

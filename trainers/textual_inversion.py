@@ -41,7 +41,8 @@ class Config(TrainerOptions):
     """
 
     placeholder: tuple[str, ...]
-    """The new word, spelt as nobody writes, such as `<otter>`. Repeat it for several words in one run."""
+    """The new word, spelt as nobody writes and in small letters, such as `<otter>`. Repeat it for several words in one
+    run."""
     vectors: int | None = None
     """Vectors of each placeholder, 1 to 16. More hold more of the pictures and leave a prompt less say. Unset: 4."""
     initial_words: tuple[str, ...] = ()

@@ -261,7 +261,7 @@ def new_words(
     vectors: of each placeholder, 1 to 16. start: "words" copies the rows of the words in `initial`, one entry for all
     placeholders or one for each, from its first token on and over again where it has fewer tokens than vectors;
     "random" copies rows drawn from the table; "mean" is the mean of all rows, at their mean length.
-    Raises ConfigError for a placeholder that is a token already.
+    Raises ConfigError for a placeholder that is a token already, and for capitals in one of several vectors.
     """
     sites = sites_of(source)
     if not placeholders or len({token.lower() for token in placeholders}) < len(placeholders):
@@ -272,6 +272,11 @@ def new_words(
             raise ConfigError(f"placeholder {token} has {inside[0]} within it; give each a spelling of its own.")
         for site in sites:
             check_placeholder(token, site.tokenizer)
+            if vectors > 1 and (spelt := spelling(token, site.tokenizer)) != token:
+                raise ConfigError(
+                    f"placeholder {token}: the tokenizer reads {spelt}, and of a word spelt otherwise diffusers finds "
+                    f"the first vector alone; write {spelt}."
+                )
     if not 1 <= vectors <= MOST_VECTORS:
         raise ConfigError(f"{vectors} vectors for a placeholder; wanted 1 to {MOST_VECTORS}.")
     if start == "words" and len(initial) not in (1, len(placeholders)):
