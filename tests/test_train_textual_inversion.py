@@ -204,6 +204,7 @@ def test_several_words_in_one_run_have_a_file_each(train, tmp_path):
     text = (tmp_path / "run" / "README.md").read_text()
     assert "run-a.safetensors" in text
     assert "run-b.safetensors" in text
+    assert "instance_prompt" not in text  # the hub would tell to write both of them
 
 
 def test_a_placeholder_takes_the_place_of_words(train, pictures):
@@ -243,6 +244,7 @@ def test_the_run_folder_tells_everything_and_no_path(train, tmp_path, pictures):
     assert str(tmp_path) not in text
     assert str(pictures) not in text
     assert 'load_textual_inversion("run.safetensors")' in readme
+    assert "instance_prompt: <x>" in readme
     assert path.stat().st_size < 50_000
 
 

@@ -72,11 +72,10 @@ def opening(
     rows: Sequence[Sequence[Image]],
     *,
     tags: Sequence[str],
-    words: str | None = None,
 ) -> str:
     """Head, title and gallery of a card, whose pictures, those of the last row, are written into `folder`.
 
-    tags: beside those of all cards. words: what the hub tells everybody to write, `instance_prompt` if unset.
+    tags: beside those of all cards.
     """
     from huggingface_hub import ModelCardData
 
@@ -89,7 +88,7 @@ def opening(
         library_name="diffusers",
         base_model=about.base,
         license=about.license or None,
-        instance_prompt=words or instance_prompt(about),
+        instance_prompt=instance_prompt(about),
         tags=["text-to-image", "diffusers", *tags, "sfumato"],
         widget=pictures or None,
     )

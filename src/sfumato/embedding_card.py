@@ -33,7 +33,7 @@ def write_embedding_card(
     listed = "\n".join(f"- `{token}` in `{path.name}`" for token, path in files.items())
     report = "\n".join(f"    {line}" for line in nearest)
     what = f"{len(files)} words" if len(files) > 1 else "A word"
-    text = f"""{opening(folder, about, prompts, rows, tags=["textual_inversion"], words=", ".join(files))}
+    text = f"""{opening(folder, about, prompts, rows, tags=["textual_inversion"])}
 {what} for `{about.base}` ({about.family}), learned from {about.images} pictures by Textual Inversion:
 
 {listed}
