@@ -261,3 +261,4 @@ def test_an_identifier_is_shown_as_the_tokenizers_cut_it():
     one, warning = examine("sks dog", base).lines()
     assert one == "identifier 'sks dog': 2 pieces (sks + dog)"
     assert "'dog' is an ordinary word" in warning
+    assert [examine(word, base).ordinary for word in ("sks-dog", "zwx_7", "dog7")] == [("dog",), (), ("dog",)]

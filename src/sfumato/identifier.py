@@ -6,6 +6,7 @@ unlearned, and comes through in the pictures.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +46,8 @@ def examine(word: str, base: Base) -> Identifier:
     CLIP's vocabulary travels with the package, so the second holds for a base with a vocabulary of its own, too.
     """
     cuts = dict.fromkeys(_cut(tokenizer, word) for tokenizer in base.tokenizers)
-    return Identifier(word, tuple(cuts), tuple(part for part in word.split() if is_ordinary(part)))
+    parts = re.findall(r"[^\W\d_]+", word)  # CLIP cuts at signs and digits, too: "my-dog7" has a dog in it
+    return Identifier(word, tuple(cuts), tuple(part for part in parts if is_ordinary(part)))
 
 
 def is_ordinary(word: str) -> bool:
