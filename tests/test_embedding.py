@@ -274,8 +274,10 @@ def test_a_tokenizer_that_takes_a_word_for_its_own_is_noticed(base):
 
 
 def test_a_caption_may_spell_its_placeholder_in_capitals():
-    folder = Folder((Example(Path("a.png"), "an <Otter>"),))
-    assert put_into_captions(folder, ["<otter>"]) == folder
+    """Samples and the card, which diffusers reads, have it in the spelling that finds all of its vectors."""
+    folder = Folder((Example(Path("a.png"), "an <Otter>", template="an <Otter>"),))
+    (example,) = put_into_captions(folder, ["<otter>"])
+    assert (example.caption, example.template) == ("an <otter>", "an <otter>")
 
 
 def test_each_caption_is_encoded_once_and_comes_in_its_place(base, monkeypatch):

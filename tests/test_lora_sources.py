@@ -201,7 +201,7 @@ def test_what_textual_inversion_leaves_aside_is_told(source, tmp_path):
     assert captions.startswith("1 captions hold <w> and are left aside, such as 'a <W> in fog'; pass --caption")
     assert of_class.startswith("6 pictures of the class are left out")
     found = textual_inversion.read_examples(replace(config, images=tmp_path / "own", caption="{caption}"))
-    assert ([example.caption for example in found], found.notes) == (["a <W> in fog"], ())
+    assert ([example.caption for example in found], found.notes) == (["a <w> in fog"], ())
 
 
 def test_a_trigger_whose_place_a_new_word_takes_is_not_told(train, pictures):

@@ -12,13 +12,15 @@ from sfumato.placeholders import holds
 
 
 def put_into_captions(folder: Folder, placeholders: Sequence[str], stands_for: Sequence[str] = ()) -> Folder:
-    """The folder with each placeholder in place of what it stands for, if that is given.
+    """The folder with each placeholder as it is spelt here, and in place of what it stands for, if that is given.
 
     So it is in the template; a trigger whose place is taken is none any more. Captions of the class stay as they are.
     Raises DataError where a caption holds no placeholder, or one of the class does, or a placeholder, or what one
     stands for, is in no caption.
     """
-    names = {phrase.lower(): token for phrase, token in zip(stands_for, placeholders, strict=False)}
+    # A placeholder in capitals stands for itself: by the spelling that was given diffusers finds all of its vectors.
+    meant = [*zip(placeholders, placeholders, strict=True), *zip(stands_for, placeholders, strict=False)]
+    names = {phrase.lower(): token for phrase, token in meant}
     # Longest first, and all at once: of "sks otter" and "otter" each takes its own place.
     # "{caption}" is what a template is filled at, also where a word stands for "caption".
     # "Otter" is an otter, too, since text encoders read small letters alone.
