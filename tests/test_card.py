@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from sfumato.card import push, write_card
-from sfumato.embedding_card import add_words_section
+from sfumato.embedding_card import add_words_section, write_embedding_card
 from sfumato.errors import ConfigError
 from sfumato.files import Description
 from sfumato.model_card import write_model_card
@@ -95,6 +95,56 @@ def test_every_card_tells_diffusers_of_the_layers_that_were_skipped(tmp_path, ca
     (tmp_path / "whole").mkdir()
     whole = write_model_card(tmp_path / "whole", tmp_path / "whole/model", about, [], [])
     assert ", clip_skip=2).images[0]" in whole.read_text(encoding="utf-8")
+    assert "from diffusers import DiffusionPipeline\n\npipe = Diff" in whole.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("base", "line"),
+    [
+        ("some/base", 'pipe = DiffusionPipeline.from_pretrained("some/base")'),
+        ("pocket", 'pipe = load_base("pocket").pipeline()'),
+        ("my base.safetensors", "# pipe: a diffusers pipeline of my base.safetensors"),
+    ],
+)
+def test_lines_of_python_say_what_pipe_is_and_the_head_names_bases_of_the_hub_alone(base, line, tmp_path):
+    from huggingface_hub import ModelCard
+
+    about, words = replace(ABOUT, base=base), {"<x>": tmp_path / "x.safetensors"}
+    path = write_embedding_card(tmp_path, words, about, [], [], [])
+    assert f'{line}\npipe.load_textual_inversion("x.safetensors")' in path.read_text(encoding="utf-8")
+    path = write_card(tmp_path, tmp_path / "line.safetensors", about, [], [])
+    add_words_section(path, words, about, inside=None)
+    assert f'{line}\npipe.load_lora_weights("line.safetensors")' in path.read_text(encoding="utf-8")
+    assert path.read_text(encoding="utf-8").count(line) == 1  # another pipe would not have the adapter
+    # The hub refuses a card whose base_model is no model id, after the training.
+    assert ModelCard.load(path).data.base_model == (base if base == "some/base" else None)
+
+
+def test_of_pocket_no_other_program_is_told(tmp_path):
+    about = replace(ABOUT, family="pocket", base="pocket")
+    word, learned = {"<x>": tmp_path / "x.safetensors"}, tmp_path / "line.safetensors"
+    cards = [
+        write(tmp_path / str(place), learned, about, [], [])
+        for place, write in enumerate((write_card, write_model_card))
+    ]
+    add_words_section(cards[0], word, about, inside=learned)
+    cards.append(write_embedding_card(tmp_path, word, about, [], [], []))
+    for card in cards:
+        text = card.read_text(encoding="utf-8")
+        assert "Other programs do not know bases of the family pocket." in text
+        assert not re.search("ComfyUI|AUTOMATIC1111|InvokeAI", text)
+
+
+def test_the_card_of_an_extracted_lora_names_no_targets(tmp_path):
+    config = {"method": "full", "rank": 16, "targets": "everything"}
+    text = write_card(tmp_path, tmp_path / "x.safetensors", replace(ABOUT, config=config), [], []).read_text()
+    assert "| method | full |\n| rank | 16 |\n| pictures |" in text
+
+
+def test_a_setting_with_a_bar_in_it_is_one_cell(tmp_path):
+    about = replace(ABOUT, config={"targets": "to_q|to_k"})
+    text = write_card(tmp_path, tmp_path / "x.safetensors", about, [], []).read_text()
+    assert r"| targets | to_q\|to_k |" in text
 
 
 def test_every_program_is_told_how_it_calls_a_word(card, tmp_path):

@@ -39,7 +39,10 @@ def write_card(
     example = shown_with or next(iter(about.captions), "")
     words = _word_files(about, adapter)
     line = generate_line(example, about.base, about, lora=adapter.name, words=words)
-    shown = ("rank", "alpha", "targets", "steps", "batch", "learning_rate", "schedule", "min_snr", "seed", "resolution")
+    # Of a LoRA that was extracted the targets say nothing: it is of all weights that changed.
+    whole = (about.config or {}).get("method") == "full"
+    adapted = ("method", "rank", "alpha") if whole else ("method", "rank", "alpha", "targets")
+    shown = (*adapted, "steps", "batch", "learning_rate", "schedule", "min_snr", "seed", "resolution")
     before_after = ""
     if rows:
         for name, row in (("before", rows[0]), ("after", rows[-1])):
@@ -57,7 +60,7 @@ A LoRA for `{about.base}` ({about.family}), learned from {about.images} pictures
 
 {_with_diffusers(about, adapter, words, example)}With sfumato: `{line}`{guided}
 
-{_read_by(about)}
+{readers(about, _BUNDLED if _is_bundled(about) else _CLIENTS)}
 
 {training_table(about, shown)}"""
     path = folder / "README.md"
@@ -86,7 +89,7 @@ def opening(
         pictures.append({"text": prompt, "output": {"url": f"images/image_{number}.png"}})
     head = ModelCardData(
         library_name="diffusers",
-        base_model=about.base,
+        base_model=about.base if _is_on_hub(about) else None,  # the hub refuses a card with any other name
         license=about.license or None,
         instance_prompt=instance_prompt(about),
         tags=["text-to-image", "diffusers", *tags, "sfumato"],
@@ -107,10 +110,26 @@ def before_after_sheet(folder: Path, prompts: Sequence[str], rows: Sequence[Sequ
     return "\n![before and after](images/before_after.png)\n"
 
 
-def _read_by(about: Description) -> str:
-    if _is_bundled(about):
-        return "AUTOMATIC1111 reads the file as it is; what others make of the words in it is told below."
-    return "ComfyUI, AUTOMATIC1111, Forge, InvokeAI and sd-scripts read the file as it is."
+_CLIENTS = "ComfyUI, AUTOMATIC1111, Forge, InvokeAI and sd-scripts read the file as it is."
+_BUNDLED = "AUTOMATIC1111 reads the file as it is; what others make of the words in it is told below."
+
+
+def readers(about: Description, otherwise: str) -> str:
+    """The line on other programs: `otherwise`, but for what was learned on pocket."""
+    return otherwise if about.family != "pocket" else "Other programs do not know bases of the family pocket."
+
+
+def _is_on_hub(about: Description) -> bool:
+    return "/" in about.base  # of folders and files here it is the last part of the path
+
+
+def pipeline_lines(about: Description) -> str:
+    """Lines of Python that make `pipe` of the base, or say what it is where a card cannot know the place."""
+    if about.base == "pocket":
+        return 'from sfumato import load_base\n\npipe = load_base("pocket").pipeline()\n'
+    if _is_on_hub(about):
+        return f'from diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained("{about.base}")\n'
+    return f"# pipe: a diffusers pipeline of {about.base}\n"
 
 
 def _is_bundled(about: Description) -> bool:
@@ -136,7 +155,7 @@ def _with_diffusers(about: Description, adapter: Path, words: Sequence[str], exa
         loading.append("# and the words, as told below")
     else:
         loading += [f'pipe.load_textual_inversion("{name}")' for name in words]
-    code = "\n".join([*loading, f"image = pipe({example!r}{skipping(about)}).images[0]"])
+    code = pipeline_lines(about) + "\n".join([*loading, f"image = pipe({example!r}{skipping(about)}).images[0]"])
     return f"With [diffusers](https://github.com/huggingface/diffusers):\n\n```python\n{code}\n```\n\n"
 
 
@@ -201,7 +220,8 @@ def training_table(about: Description, shown: Sequence[str]) -> str:
     config = dict(about.config or {})
     if about.steps is not None and "steps" in config:
         config["steps"] = about.steps  # those that were made, of a run that stopped before its end
-    table = "\n".join(f"| {name} | {config[name]} |" for name in shown if name in config)
+    values = {name: str(config[name]).replace("|", r"\|") for name in shown if name in config}
+    table = "\n".join(f"| {name} | {value} |" for name, value in values.items())
     return f"""## Training
 
 | setting | value |

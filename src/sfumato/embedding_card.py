@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sfumato.card import before_after_sheet, opening, skipping, training_table
+from sfumato.card import before_after_sheet, opening, pipeline_lines, readers, skipping, training_table
 from sfumato.files.atomic import write_text
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def write_embedding_card(
 {before_after_sheet(folder, prompts, rows)}
 ## Use
 
-{_use(files, about)}
+{_use(files, about, pipeline_lines(about))}
 ## What was learned
 
 The base's own words nearest to each vector, by cosine:
@@ -58,30 +58,35 @@ def add_words_section(card: Path, files: Mapping[str, Path], about: Description,
     are bundled with it."""
     listed = "\n".join(f"- `{token}`" + ("" if inside else f" in `{path.name}`") for token, path in files.items())
     if inside:
+        found = readers(
+            about,
+            "AUTOMATIC1111 finds them there, too. ComfyUI wants a copy of the file among its embeddings: "
+            f"`embedding:{inside.stem}` in a prompt is all words of the file. Forge draws without them.",
+        )
         use = (
-            "They are inside the adapter's file, where `sfumato generate` and AUTOMATIC1111 find them. ComfyUI wants a "
-            f"copy of the file among its embeddings: `embedding:{inside.stem}` in a prompt is all words of the file. "
-            "Forge draws without them, and diffusers refuses a file with words in it; train without `--bundle` for "
-            "these. In Python, with sfumato:\n\n"
+            f"They are inside the adapter's file, where `sfumato generate` finds them. {found} "
+            "diffusers refuses a file with words in it; train without `--bundle` for that. In Python, with sfumato:\n\n"
             "```python\n"
-            "from sfumato import Adapter, compose, embedding\n\n"
+            "from sfumato import Adapter, compose, embedding\n"
+            f"{pipeline_lines(about)}\n"
             f'mix = compose(pipe, Adapter("{inside.name}"))\n'
             "with embedding.bundled(pipe, mix.embeddings):\n"
             f'    image = pipe("a {next(iter(files))}"{skipping(about)}).images[0]\n'
             "```\n"
         )
     else:
-        use = _use(files, about)
+        use = _use(files, about, "")  # on the pipeline that has the adapter
     text = card.read_text(encoding="utf-8")
     write_text(card, f"{text}\n## New words\n\nLearned together with the adapter:\n\n{listed}\n\n{use}")
 
 
-def _use(files: Mapping[str, Path], about: Description) -> str:
+def _use(files: Mapping[str, Path], about: Description, pipeline: str) -> str:
+    """pipeline: lines of Python that make `pipe`."""
     token, path = next(iter(files.items()))
     drawn = f'image = pipe("a {token}"{skipping(about)}).images[0]'
     if about.family == "sdxl":
         code = f"""from safetensors.torch import load_file
-
+{pipeline}
 vectors = load_file("{path.name}")
 pipe.load_textual_inversion(
     vectors["clip_l"], token="{token}", text_encoder=pipe.text_encoder, tokenizer=pipe.tokenizer
@@ -90,7 +95,11 @@ pipe.load_textual_inversion(
     vectors["clip_g"], token="{token}", text_encoder=pipe.text_encoder_2, tokenizer=pipe.tokenizer_2
 )"""
     else:
-        code = f'pipe.load_textual_inversion("{path.name}")'
+        code = f'{pipeline}pipe.load_textual_inversion("{path.name}")'
+    named = (
+        "Other programs know a word by its file's name, which you may change to one that nobody writes: "
+        f"`{path.stem}` in AUTOMATIC1111 and Forge, `embedding:{path.stem}` in ComfyUI, `<{path.stem}>` in InvokeAI."
+    )
     return f"""With [diffusers](https://github.com/huggingface/diffusers):
 
 ```python
@@ -107,6 +116,5 @@ with embedding.load(pipe, "{path.name}"):
     {drawn}
 ```
 
-Other programs know a word by its file's name, which you may change to one that nobody writes: `{path.stem}` in
-AUTOMATIC1111 and Forge, `embedding:{path.stem}` in ComfyUI, `<{path.stem}>` in InvokeAI.
+{readers(about, named)}
 """

@@ -11,6 +11,7 @@ from sfumato.card import (
     example_of,
     generate_line,
     opening,
+    readers,
     skipping,
     telling,
     training_table,
@@ -70,6 +71,7 @@ def _use_folder(made: Path, example: str, about: Description) -> str:
     # do not go together.
     half = {"fp16": "float16", "bf16": "bfloat16"}.get(str((about.config or {}).get("save_precision")))
     before, dtype = ("import torch\n", f", torch_dtype=torch.{half}") if half else ("", "")
+    before += "from diffusers import DiffusionPipeline\n\n"
     return f"""With [diffusers](https://github.com/huggingface/diffusers):
 
 ```python
@@ -82,8 +84,12 @@ With sfumato: `{generate_line(example, made.name, about, "clip_skip")}`
 
 
 def _use_difference(made: Path, example: str, about: Description) -> str:
+    read = (
+        "ComfyUI, AUTOMATIC1111, Forge and InvokeAI read the file as it is, AUTOMATIC1111 without the U-Net's last "
+        "norm; diffusers and sd-scripts read none of it."
+    )
     return f"""With sfumato, at any weight and beside other adapters:
 `{generate_line(example, about.base, about, lora=made.name)}`
 
-ComfyUI and LyCORIS read the file as a LoRA of the kind "diff".
+{readers(about, read)}
 """
