@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -42,19 +42,19 @@ class Config:
     detail: Literal["short", "detailed", "paragraph"] = "detailed"
     """How much Florence-2 says."""
     longest: int = 75
-    """Tokens of a caption at most; Stable Diffusion sees 75."""
+    """Tokens of a sentence of BLIP or Florence-2 at most; Stable Diffusion sees 75."""
     threshold: float = 0.35
     """Probability from which a tagger's tag counts."""
     character_threshold: float = 0.85
-    """The same for the names of characters."""
+    """The same for a tagger's names of characters."""
     without: tuple[str, ...] = ()
-    """A tag to leave out; repeat for several."""
+    """A tagger's tag to leave out; repeat for several."""
     batch: int = 4
     """Pictures at a time."""
     precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
-    """What the model is computed in."""
+    """What BLIP or Florence-2 is computed in."""
     device: str = "auto"
-    """auto, cpu, cuda, mps."""
+    """auto, cpu, cuda, cuda:1, mps."""
     json: bool = False
     """Print JSON for other programs."""
 
@@ -102,7 +102,7 @@ def _captioner(config: Config) -> Captioner:
     from sfumato.data.captioners import Wishes, load_captioner
     from sfumato.precision import decide
 
-    wishes = Wishes(config.detail, config.longest, config.threshold, config.character_threshold, tuple(config.without))
+    wishes = Wishes(**{wish.name: getattr(config, wish.name) for wish in fields(Wishes)})
     return load_captioner(config.model, decide(config.precision, device=config.device), wishes)
 
 
@@ -113,7 +113,10 @@ def check(config: Config) -> None:
             raise ConfigError(f"--{name} is {getattr(config, name)}; it must be at least 1.")
     for name in ("threshold", "character_threshold"):
         if not 0 < getattr(config, name) <= 1:
-            raise ConfigError(f"--{name.replace('_', '-')} is {getattr(config, name)}; it must be in 0 ... 1.")
+            option = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{option} is {getattr(config, name)}; it must be above 0 and at most 1.")
+    if config.write and config.preview != Config.preview:
+        raise ConfigError("--preview has no effect beside --write, which writes all captions; leave one out.")
 
 
 def pictures_without(images: Path) -> tuple[dict[Path, Found], int, list[str]]:

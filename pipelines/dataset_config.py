@@ -21,7 +21,7 @@ class Config:
 
     Read are those of kohya's sd-scripts (.toml, .json), ai-toolkit (.yaml, .json), OneTrainer (concepts.json, or a
     whole training's) and SimpleTuner (multidatabackend.json). What has no counterpart is named. Example: sfumato
-    dataset --file kohya.toml -o dataset.toml
+    dataset kohya.toml -o dataset.toml
     """
 
     file: Path
@@ -33,8 +33,8 @@ class Config:
 
 def main(argv: Sequence[str]) -> int:
     """Print or write the dataset.toml; what could not be carried over is said on stderr."""
-    # A first word that ends in .toml would be taken for a config of this program, as it is for every other one.
-    config = parse(Config, ["--file", *argv] if argv and not argv[0].startswith("-") else argv, program="dataset")
+    # A first word that ends in .toml is the other tool's, not a config of this program.
+    config = parse(Config, argv, program="dataset", first_may_be_config=False)
     from sfumato.data.foreign import convert
     from sfumato.files.atomic import write_text
 

@@ -237,8 +237,12 @@ def test_pictures_of_which_nothing_can_be_said_are_named_batch_by_batch(bare):
     ("words", "said"),
     [
         (["--batch", "0"], "--batch is 0; it must be at least 1."),
-        (["--threshold", "0"], "--threshold is 0.0; it must be in 0 ... 1."),
-        (["--character-threshold", "1.5"], "--character-threshold is 1.5; it must be in 0 ... 1."),
+        (["--threshold", "0"], "--threshold is 0.0; it must be above 0 and at most 1."),
+        (
+            ["--write", "--preview", "2"],
+            "--preview has no effect beside --write, which writes all captions; leave one out.",
+        ),
+        (["--character-threshold", "1.5"], "--character-threshold is 1.5; it must be above 0 and at most 1."),
     ],
 )
 def test_numbers_that_make_no_sense_are_one_line(words, said, bare):
@@ -283,10 +287,24 @@ def test_a_wish_of_no_effect_is_refused(tagger, blip, florence):
         load_captioner(str(tagger), CPU, Wishes(detail="short"))
     with pytest.raises(ConfigError, match="--longest has no effect on a tagger; it is for blip and florence2"):
         load_captioner(str(tagger), CPU, Wishes(longest=20))
+    with pytest.raises(ConfigError, match="--precision has no effect on a tagger; it is for blip and florence2"):
+        load_captioner(str(tagger), CPU, Wishes(precision="bf16"))
     with pytest.raises(ConfigError, match="--detail has no effect on blip"):
         load_captioner(str(blip), CPU, Wishes(detail="short"))
     with pytest.raises(ConfigError, match="--without has no effect on florence2; it is for a tagger"):
         load_captioner(str(florence), CPU, Wishes(without=("grass",)))
+
+
+def test_a_tagger_computes_where_it_is_told(tagger):
+    from sfumato.data.captioners import _providers
+
+    there = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    assert _providers("auto", there) == there
+    assert _providers("cpu", there) == there[1:]
+    assert _providers("cuda:1", there) == [(there[0], {"device_id": "1"}), there[1]]
+    assert load_captioner(str(tagger), CPU, Wishes(device="cpu")).session.get_providers() == there[1:]
+    with pytest.raises(ConfigError, match="--device mps: this onnxruntime has no CoreMLExecutionProvider"):
+        _providers("mps", there)
 
 
 def test_a_tagger_pads_to_a_white_square_in_bgr(tagger):

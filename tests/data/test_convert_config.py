@@ -296,3 +296,11 @@ def test_a_setting_of_another_kind_is_one_line(values, what, tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(values))
     with pytest.raises(ConfigError, match=what):
         convert(tmp_path / "a.json")
+
+
+def test_the_help_says_that_the_first_word_is_the_other_tools_file(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "sfumato dataset kohya.toml -o dataset.toml" in said
+    assert "dataset [CONFIG.toml]" not in said

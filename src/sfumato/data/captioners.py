@@ -57,19 +57,25 @@ _FACES = frozenset(
     ]
 )
 """Danbooru's tags that are drawn with an underscore."""
+_PROVIDERS: Mapping[str, str] = MappingProxyType(
+    {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "mps": "CoreMLExecutionProvider"}
+)
+"""onnxruntime's names of our devices."""
 _WANTED = ("*.json", "*.txt", "*.safetensors", "model.onnx", "selected_tags.csv")
 
 
 @dataclass(frozen=True)
 class Wishes:
     """detail: of Florence-2's captions. longest: tokens of a caption. threshold, character_threshold: a tagger's least
-    probability. without: tags to leave out."""
+    probability. without: tags to leave out. precision, device: as they were asked for."""
 
     detail: Detail = "detailed"
     longest: int = 75
     threshold: float = 0.35
     character_threshold: float = 0.85
     without: tuple[str, ...] = ()
+    precision: str = "auto"
+    device: str = "auto"
 
 
 _KINDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -79,6 +85,8 @@ _KINDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "threshold": ("a tagger",),
         "character_threshold": ("a tagger",),
         "without": ("a tagger",),
+        "precision": ("blip", "florence2"),
+        "device": ("blip", "florence2", "a tagger"),
     }
 )
 """Which models each of the wishes is for."""
@@ -204,10 +212,9 @@ class _Tagger:
             raise ConfigError(f"--without {tag!r}: the tagger knows no such tag{hint}")
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
+        providers = _providers(wishes.device, onnxruntime.get_available_providers())
         try:
-            self.session = onnxruntime.InferenceSession(
-                str(folder / "model.onnx"), options, providers=onnxruntime.get_available_providers()
-            )
+            self.session = onnxruntime.InferenceSession(str(folder / "model.onnx"), options, providers=providers)
         except Exception as error:  # onnxruntime's exceptions have no common base
             reason = " ".join(str(error).split())[:160]
             raise FileError(f"{folder.name}/model.onnx: cannot be loaded ({reason}). Download it again.") from None
@@ -243,6 +250,20 @@ class _Tagger:
             if category in chosen and probabilities[place] >= least[category] and name not in self.without:
                 chosen[category].append(name)
         return ", ".join([*chosen[_CHARACTER], *chosen[_GENERAL]])
+
+
+def _providers(device: str, there: Sequence[str]) -> list[Any]:
+    """Those of onnxruntime's providers `there` that compute on a device, best first. Raises ConfigError for none."""
+    kind, _, number = device.partition(":")
+    if kind == "auto":
+        return list(there)
+    wanted = _PROVIDERS[kind]
+    if wanted not in there:
+        raise ConfigError(
+            f"--device {device}: this onnxruntime has no {wanted}, which the tagger wants there. Install one that has "
+            "it, such as onnxruntime-gpu for CUDA, or leave --device out."
+        )
+    return [(wanted, {"device_id": number}) if number else wanted, *([] if kind == "cpu" else [_PROVIDERS["cpu"]])]
 
 
 def _read_tags(path: Path) -> list[tuple[str, str]]:
