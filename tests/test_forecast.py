@@ -134,7 +134,7 @@ def test_a_family_by_its_name_has_its_published_shapes(name, numbers, texts):
     [
         (["--batch", "0"], "--batch 0: must be above 0."),
         (["--within", "-1"], "--within -1: must be above 0."),
-        (["--device", "cpu", "--precision", "fp16"], "--precision fp16: a CPU cannot train in fp16."),
+        (["--device", "cpu", "--precision", "fp16"], "--precision fp16: is for GPUs."),
         (["--base", "sd1", "--vae", "pocket"], "--vae pocket: --base sd1 names no model"),
         (["--base", "nowhere"], "nowhere: there is no such folder or file."),
     ],

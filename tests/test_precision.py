@@ -124,7 +124,7 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
 @pytest.mark.parametrize(
     ("wish", "message"),
     [
-        ({"requested": "fp16"}, "--precision fp16: a CPU cannot train in fp16"),
+        ({"requested": "fp16"}, "--precision fp16: is for GPUs. On a CPU use auto"),
         ({"requested": "fp8"}, "--precision fp8: unknown"),
         ({"device": "cuda"}, "--device cuda: torch finds no CUDA device"),
         ({"device": "mps"}, "--device mps: this machine has no Apple GPU"),

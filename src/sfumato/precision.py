@@ -264,7 +264,7 @@ def _compute(requested: Requested, device: torch.device, adapting: bool) -> tupl
             return torch.bfloat16, "this GPU has bf16, which needs no loss scaling"
         return torch.float16, "this GPU has no bf16; the loss is scaled"
     if requested == "fp16" and device.type == "cpu":
-        raise PrecisionError("--precision fp16: a CPU cannot train in fp16. Use auto, fp32 or bf16.")
+        raise PrecisionError("--precision fp16: is for GPUs. On a CPU use auto, fp32 or bf16.")
     if requested == "bf16" and not _has_bf16(device):
         raise PrecisionError("--precision bf16: this GPU has none (it takes compute capability 8.0). Use auto or fp16.")
     return DTYPES[requested], "asked for"

@@ -79,8 +79,13 @@ def write_tensors(
 def model_folder(path: Path) -> Iterator[Path]:
     """A temporary folder for a library's `save_pretrained`, which takes the place of `path` once it is whole.
 
-    Raises FileError for a disk that does not take it; what lies at `path` is untouched then.
+    transformers shows no bar for its shards meanwhile. Raises FileError for a disk that does not take it; what lies at
+    `path` is untouched then.
     """
+    from transformers.utils import logging
+
+    showed = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     try:
         with atomic_folder(path) as temporary:
             yield temporary
@@ -90,6 +95,9 @@ def model_folder(path: Path) -> Iterator[Path]:
             f"{path}: the folder could not be written ({reason}). Make room or name another place; an earlier one of "
             "the name is untouched."
         ) from None
+    finally:
+        if showed:
+            logging.enable_progress_bar()
 
 
 def ordered(tensors: Mapping[str, Tensor]) -> list[str]:
