@@ -39,6 +39,14 @@ def test_the_package_map_is_the_tree():
     assert listed == folders | {"sfumato.trainers", "sfumato.pipelines", "sfumato.pipelines.custom"}
 
 
+def test_every_module_has_a_room():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rooms = text[text.index("| room |") : text.index("## Rules")]
+    modules = {p.name for p in (ROOT / "src/sfumato").glob("*.py") if not p.name.startswith("__")}
+    folders = {f"{p.parent.name}/" for p in (ROOT / "src/sfumato").glob("*/__init__.py")}
+    assert {name for name in modules | folders if f"`{name}`" not in rooms} == set()
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "src/sfumato").rglob("*.py")), ids=lambda p: p.stem)
 def test_the_library_imports_no_program(path):
     names = [name for name in imported(path) if name.startswith(("sfumato.trainers", "sfumato.pipelines"))]

@@ -57,8 +57,8 @@ class Config(TrainerOptions):
     """Sentences around the captions, another for each sample: CLIP's "a photo of a ...", or "a painting in the style of
     ...". Unset: object, where captions are the placeholder alone and the base is not pocket."""
     keep_scale: bool = True
-    """After each step, a vector longer than 95 % of the base's own, or shorter than 95 % of them, is brought back to that
-    length."""
+    """After each step, a vector longer than 95 % of the base's own, or shorter than 95 % of them, is brought back to
+    that length."""
     save_precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Number format of the file."""
 
