@@ -52,6 +52,12 @@ def test_axes_are_read_as_written(text, axis):
     assert parse_axis(text, ["line"]) == axis
 
 
+def test_a_file_with_brackets_in_its_name_is_a_file_on_an_axis(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "line [v2].safetensors").touch()
+    assert parse_axis("adapter=line [v2].safetensors", []).values == ("line [v2].safetensors",)
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

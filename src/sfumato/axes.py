@@ -165,7 +165,8 @@ def _outside_brackets(text: str) -> list[str]:
 
 
 def _files(part: str, text: str) -> list[str]:
-    found = sorted(glob.glob(part, recursive=True)) if any(sign in part for sign in "*?[") else [part]
+    is_pattern = any(sign in part for sign in "*?[") and not Path(part).exists()  # "line [v2].safetensors" is a file
+    found = sorted(glob.glob(part, recursive=True)) if is_pattern else [part]
     if not found:
         raise ConfigError(f"axis {text!r}: no file matches {part}.")
     return found
