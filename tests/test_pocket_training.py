@@ -24,7 +24,7 @@ from sfumato.diffusion import crossing_noise, noise_latents, target
 from sfumato.errors import BaseModelError, ConfigError, DataError, RunError
 from sfumato.files import read_tensors
 from sfumato.muon import Muon, orthogonal
-from sfumato.pocket.captions import caption, other_caption
+from sfumato.pocket.captions import caption, other_caption, read_words
 from sfumato.pocket.hands import by_hands, hand_name
 from sfumato.pocket.latents import Latents, encode, encode_all
 from sfumato.pocket.lessons import FARTHEST, Lesson, Lessons, Shares
@@ -190,6 +190,14 @@ def test_a_manifest_that_is_no_json_says_where(data):
     (data / "manifest.json").write_text('{"styles": [')
     with pytest.raises(DataError, match=r"manifest\.json: not readable as JSON \(.*line 1"):
         read_manifest(data)
+
+
+def test_words_are_read_with_a_byte_order_mark_and_refused_in_another_encoding(data):
+    (data / "words.txt").write_text("picture\nof", encoding="utf-8-sig")
+    assert read_words(data) == ["picture", "of"]
+    (data / "words.txt").write_text("picture", encoding="utf-16")
+    with pytest.raises(DataError, match=r"words\.txt cannot be read \(not UTF-8\)"):
+        read_words(data)
 
 
 def test_a_manifest_need_not_withhold_anything(data):

@@ -410,8 +410,8 @@ def seen_pictures(config: Config) -> tuple[Pictures, int]:
         pictures = pictures.and_others(read_others(config.data))
         if len(pictures.names) == named:
             raise DataError(
-                f"{config.data} holds no other drawings, --others-share is {config.others_share}; build the pictures "
-                "with --others, or leave the share at 0."
+                f"{config.data} holds no other drawings, --others-share is {config.others_share}; put some into other/"
+                "STYLE/, as docs/pocket.md says, or leave the share at 0."
             )
     return pictures, named
 

@@ -57,9 +57,10 @@ def all_captions(manifest: Mapping[str, Any], words: Sequence[str]) -> list[str]
 def read_words(data: Path) -> list[str]:
     """The plain words that the tokenizer learns besides those of the captions."""
     try:
-        return (data / "words.txt").read_text(encoding="utf-8").split()
-    except OSError as error:
+        return (data / "words.txt").read_text(encoding="utf-8-sig").split()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
         raise DataError(
-            f"{data / 'words.txt'} cannot be read ({error.strerror}); build the pictures with python -m "
+            f"{data / 'words.txt'} cannot be read ({reason}); build the pictures with python -m "
             f"bench.pocket_data --out {data}, or write one: words of prompts besides the captions', one a line."
         ) from None
