@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import sfumato
 from sfumato import cli
 from sfumato.adapters import attach, select
 from sfumato.files import LoraModule, write_lora
@@ -25,6 +26,14 @@ RECIPES = [
     for line in block.replace("\\\n", " ").splitlines()
 ]
 EXAMPLES = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+
+
+def test_python_within_a_line_names_what_the_package_shows():
+    """`sfumato.bases` is no name before something imports it."""
+    files = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    spans = [span for file in files for span in re.findall(r"`([^`\n]+\([^`\n]*)`", file.read_text(encoding="utf-8"))]
+    named = {name for span in spans for name in re.findall(r"(?<!from )\bsfumato\.(\w+)", span)}
+    assert {"draw", "compose"} <= named <= set(sfumato.__all__)
 
 
 @pytest.fixture(scope="module")

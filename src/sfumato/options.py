@@ -192,7 +192,7 @@ class StepOptions:
     learning_rate: float | None = None
     """Peak learning rate. Unset: the default of the method and the base's family, or 1 for prodigy."""
     optimizer: Literal["adamw", "adamw8bit", "prodigy", "lion"] = "adamw"
-    """adamw is built in; the others are extras (pip install 'sfumato[prodigy]')."""
+    """adamw is built in; the others are the extras 8bit, prodigy and lion (pip install 'sfumato[8bit]')."""
     weight_decay: float = 0.01
     """Decoupled weight decay of the optimizer."""
     schedule: Literal["constant", "cosine", "linear"] = "cosine"
@@ -256,7 +256,8 @@ class RunOptions(FolderOptions):
     name: str | None = None
     """Name of what is learned and of its file; unset, the name of the output folder."""
     sample_prompts: tuple[str, ...] = ()
-    """Prompts to draw while training. Unset: some captions and some prompts that were not trained."""
+    """Prompts to draw while training. Repeat it for several. Unset: some captions and some prompts that were not
+    trained."""
     sample_every: int | None = None
     """Steps between sample pictures, besides those at both ends; 0 draws none. Unset: a quarter of the run."""
     measure_every: int | None = None
