@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,8 +13,10 @@ from made_up import FakeBase, noise_picture
 from matplotlib import font_manager, get_data_path
 from PIL import Image, ImageCms, ImageFilter
 from PIL.PngImagePlugin import PngInfo
+from sfumato.pipelines.caption import Config
 from sfumato.pipelines.check import main, render
 
+from sfumato.config import parse
 from sfumato.data import crop_sheet, open_image, open_picture, prepare, read_folder
 from sfumato.data.needs import needs_of
 from sfumato.data.report import check
@@ -155,6 +158,8 @@ def test_names_that_say_nothing_are_told_and_not_recommended(tmp_path):
     (text,) = (line.text for line in report.lines if line.kind == "caption missing")
     assert "{caption}" not in text
     assert '--caption "sks dog" as the caption of all. `dreambooth` and `textual_inversion` give them' in text
+    words = re.search("`sfumato caption (.*?)`", text)[1].split()
+    assert parse(Config, words, program="caption", first_may_be_config=False).write
     report = check(tmp_path, needs_of("pocket"), caption_template="{caption}")
     assert found(report, "caption says nothing") == ["IMG_1.png", "IMG_2.png"]
     assert not report.stops

@@ -226,7 +226,8 @@ def _captions(report: Report, founds: Sequence[Found]) -> Iterator[Line]:
         yield Line("caption encoding" if "not UTF-8" in note else "caption", note, tuple(names))
     missing = [label for e, found, label in named if not e.caption and not found.caption.error]
     if missing:
-        advice = f"write NAME.txt beside each, run `sfumato caption --write`, or pass {by_template(missing, trigger)}"
+        by_model = "`sfumato caption DIR --model MODEL --write`"
+        advice = f"write NAME.txt beside each, run {by_model}, or pass {by_template(missing, trigger)}"
         text = (
             f"{_count(missing)} no caption: {some(missing, 4)}. `lora` wants one: {advice}. `dreambooth` and "
             "`textual_inversion` give them their own."
