@@ -49,7 +49,8 @@ def main(argv: Sequence[str]) -> int:
         print(converted.text, end="")
     else:
         write_text(config.output, converted.text)
-        print(f"{config.output}: {converted.sources} sources from {converted.tool}", file=sys.stderr)
+        count = "1 source" if converted.sources == 1 else f"{converted.sources} sources"
+        print(f"{config.output}: {count} from {converted.tool}", file=sys.stderr)
     return 0
 
 

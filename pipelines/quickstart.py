@@ -66,7 +66,7 @@ def quickstart(config: Config) -> Path:
     for what, path in (("sheet", sheet), ("style", style), ("subject", subject)):
         print(f"  {what:<8}{path}")
     print("\nTry next:\n")
-    for command in next_commands(style, subject):
+    for command in next_commands(style, subject, config.base):
         print(f"  {command}")
     return sheet
 
@@ -160,14 +160,15 @@ def draw_sheet(config: Config, style: Path, subject: Path, path: Path) -> Path:
     return path
 
 
-def next_commands(style: Path, subject: Path) -> list[str]:
+def next_commands(style: Path, subject: Path, base: str) -> list[str]:
     """Three commands that work as they stand, also where no environment is active: sfumato as it was called."""
     a, b = shlex.quote(str(style)), shlex.quote(str(subject))
+    on = "" if base == "pocket" else f"--base {shlex.quote(base)} "
     by_path = Path(sys.argv[0]).name == "sfumato" and shutil.which("sfumato") is None
     program = shlex.quote(sys.argv[0]) if by_path else "sfumato"
     return [
-        f'{program} generate "{SUBJECT}" --lora {a} --lora {b} --seed 3 -o flamingo.png',
-        f"{program} generate guitar tulip owl --lora {a} --sweep style=0,0.5,1 -o sweep.png",
+        f'{program} generate "{SUBJECT}" {on}--lora {a} --lora {b} --seed 3 -o flamingo.png',
+        f"{program} generate guitar tulip owl {on}--lora {a} --sweep style=0,0.5,1 -o sweep.png",
         f"{program} inspect {a}",
     ]
 

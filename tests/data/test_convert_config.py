@@ -207,7 +207,7 @@ def test_what_is_not_carried_over_is_named(home):
 
 def test_the_written_file_is_read(home, capsys):
     assert main([str(home / "toolkit.yaml"), "-o", str(home / "new" / "dataset.toml")]) == 0
-    assert "1 sources from ai-toolkit" in capsys.readouterr().err
+    assert "1 source from ai-toolkit" in capsys.readouterr().err
     # The new file lies elsewhere, and still names the same folder.
     example = read_folder(home / "new" / "dataset.toml")[0]
     assert (example.path.resolve(), example.caption) == (home / "dogs" / "a.png", "p3r5on, a")
