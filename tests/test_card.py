@@ -112,6 +112,7 @@ def test_lines_of_python_say_what_pipe_is_and_the_head_names_bases_of_the_hub_al
     about, words = replace(ABOUT, base=base), {"<x>": tmp_path / "x.safetensors"}
     path = write_embedding_card(tmp_path, words, about, [], [], [])
     assert f'{line}\npipe.load_textual_inversion("x.safetensors")' in path.read_text(encoding="utf-8")
+    assert f"sfumato generate '<x>' --base {shlex.quote(base)} --embedding x.safetensors`" in path.read_text("utf-8")
     path = write_card(tmp_path, tmp_path / "line.safetensors", about, [], [])
     add_words_section(path, words, about, inside=None)
     assert f'{line}\npipe.load_lora_weights("line.safetensors")' in path.read_text(encoding="utf-8")

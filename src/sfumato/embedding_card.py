@@ -6,7 +6,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sfumato.card import before_after_sheet, opening, pipeline_lines, readers, skipping, training_table
+from sfumato.card import (
+    before_after_sheet,
+    example_of,
+    generate_line,
+    opening,
+    pipeline_lines,
+    readers,
+    skipping,
+    training_table,
+)
 from sfumato.files.atomic import write_text
 
 if TYPE_CHECKING:
@@ -33,12 +42,16 @@ def write_embedding_card(
     listed = "\n".join(f"- `{token}` in `{path.name}`" for token, path in files.items())
     report = "\n".join(f"    {line}" for line in nearest)
     what = f"{len(files)} words" if len(files) > 1 else "A word"
+    example = example_of(about, next(iter(files)), prompts)
+    line = generate_line(example, about.base, about, words=[path.name for path in files.values()])
     text = f"""{opening(folder, about, prompts, rows, tags=["textual_inversion"])}
 {what} for `{about.base}` ({about.family}), learned from {about.images} pictures by Textual Inversion:
 
 {listed}
 {before_after_sheet(folder, prompts, rows)}
 ## Use
+
+With sfumato: `{line}`
 
 {_use(files, about, pipeline_lines(about))}
 ## What was learned
@@ -107,7 +120,7 @@ pipe.load_textual_inversion(
 {drawn}
 ```
 
-With sfumato, on a pipeline or on its own base, and out again without a trace:
+With sfumato in Python, on a pipeline or on its own base, and out again without a trace:
 
 ```python
 from sfumato import embedding
