@@ -136,6 +136,14 @@ def test_of_pocket_no_other_program_is_told(tmp_path):
         assert not re.search("ComfyUI|AUTOMATIC1111|InvokeAI", text)
 
 
+@pytest.mark.parametrize("text", [False, True])
+def test_the_card_of_a_difference_says_who_reads_it(text, tmp_path):
+    about = replace(ABOUT, config={"train_text_encoder": text})
+    said = write_model_card(tmp_path, tmp_path / "x.safetensors", about, [], []).read_text(encoding="utf-8")
+    assert "ComfyUI, AUTOMATIC1111, Forge and InvokeAI read the file as it is" in said
+    assert ("the text encoders' norms" in said) is text
+
+
 def test_the_card_of_an_extracted_lora_names_no_targets(tmp_path):
     config = {"method": "full", "rank": 16, "targets": "everything"}
     text = write_card(tmp_path, tmp_path / "x.safetensors", replace(ABOUT, config=config), [], []).read_text()

@@ -88,6 +88,8 @@ def _use_difference(made: Path, example: str, about: Description) -> str:
         "ComfyUI, AUTOMATIC1111, Forge and InvokeAI read the file as it is, AUTOMATIC1111 without the U-Net's last "
         "norm; diffusers and sd-scripts read none of it."
     )
+    if (about.config or {}).get("train_text_encoder"):
+        read += " Of the text encoders' norms InvokeAI alone reads all."
     return f"""With sfumato, at any weight and beside other adapters:
 `{generate_line(example, about.base, about, lora=made.name)}`
 
