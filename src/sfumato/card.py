@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sfumato.bases.family import FAMILIES
 from sfumato.errors import ConfigError
 from sfumato.files.atomic import atomic_path, write_text
 from sfumato.runs.folder import card_pictures
@@ -155,14 +156,19 @@ def _with_diffusers(about: Description, adapter: Path, words: Sequence[str], exa
         loading.append("# and the words, as told below")
     else:
         loading += [f'pipe.load_textual_inversion("{name}")' for name in words]
-    code = pipeline_lines(about) + "\n".join([*loading, f"image = pipe({example!r}{skipping(about)}).images[0]"])
+    code = pipeline_lines(about) + "\n".join([*loading, f"image = pipe({example!r}{call_options(about)}).images[0]"])
     return f"With [diffusers](https://github.com/huggingface/diffusers):\n\n```python\n{code}\n```\n\n"
 
 
-def skipping(about: Description) -> str:
-    """What diffusers must be told of the layers of the text encoder that were skipped while it was learned."""
+def call_options(about: Description) -> str:
+    """What a call of diffusers must be told: the layers of the text encoder that were skipped while it was learned, and
+    on pocket the steps and the guidance, of which diffusers takes too much by itself."""
     skipped = (about.config or {}).get("clip_skip")
-    return f", clip_skip={skipped}" if skipped else ""
+    given = {"clip_skip": skipped} if skipped else {}
+    if about.family == "pocket":
+        usual = FAMILIES["pocket"].defaults
+        given |= {"num_inference_steps": usual.sampling_steps, "guidance_scale": usual.guidance}
+    return "".join(f", {name}={value}" for name, value in given.items())
 
 
 def instance_prompt(about: Description) -> str | None:

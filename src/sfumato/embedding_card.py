@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 from sfumato.card import (
     before_after_sheet,
+    call_options,
     example_of,
     generate_line,
     opening,
     pipeline_lines,
     readers,
-    skipping,
     training_table,
 )
 from sfumato.files.atomic import write_text
@@ -84,7 +84,7 @@ def add_words_section(card: Path, files: Mapping[str, Path], about: Description,
             f"{pipeline_lines(about)}\n"
             f'mix = compose(pipe, Adapter("{inside.name}"))\n'
             "with embedding.bundled(pipe, mix.embeddings):\n"
-            f'    image = pipe("a {next(iter(files))}"{skipping(about)}).images[0]\n'
+            f'    image = pipe("a {next(iter(files))}"{call_options(about)}).images[0]\n'
             "```\n"
         )
     else:
@@ -96,7 +96,7 @@ def add_words_section(card: Path, files: Mapping[str, Path], about: Description,
 def _use(files: Mapping[str, Path], about: Description, pipeline: str) -> str:
     """pipeline: lines of Python that make `pipe`."""
     token, path = next(iter(files.items()))
-    drawn = f'image = pipe("a {token}"{skipping(about)}).images[0]'
+    drawn = f'image = pipe("a {token}"{call_options(about)}).images[0]'
     if about.family == "sdxl":
         code = f"""from safetensors.torch import load_file
 {pipeline}

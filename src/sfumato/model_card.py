@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 from sfumato.card import (
     before_after_sheet,
+    call_options,
     example_of,
     generate_line,
     opening,
     readers,
-    skipping,
     telling,
     training_table,
     trigger_words,
@@ -76,7 +76,7 @@ def _use_folder(made: Path, example: str, about: Description) -> str:
 
 ```python
 {before}pipe = DiffusionPipeline.from_pretrained("{made.name}"{dtype})
-image = pipe({example!r}{skipping(about)}).images[0]
+image = pipe({example!r}{call_options(about)}).images[0]
 ```
 
 With sfumato: `{generate_line(example, made.name, about, "clip_skip")}`
