@@ -150,7 +150,7 @@ class Workshop:
                     stack.enter_context(adapter_guidance(mix, guidance=self.base.defaults.guidance))
                     by_step = dict.fromkeys(mix.weights, parse_span(span)) if span else {}
                     wanted = WhereWhen(by_step=by_step).with_asked(mix.spans)
-                    stack.enter_context(applied(self.base, mix, wanted, guided=True))
+                    stack.enter_context(applied(self.base, mix, wanted))
                 pictures = draw(self.base, list(prompts), list(seeds), syntax=syntax)
                 return torch.stack([to_tensor(picture) for picture in pictures])
 

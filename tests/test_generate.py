@@ -422,7 +422,7 @@ def test_a_region_is_that_of_the_library_beside_what_counts_everywhere(generate,
     assert generate(*words, "--region", "otter=right:red", "-o", "half.png")[0] == 0
     line, otter = Adapter(loras / "line.safetensors", 0.8), Adapter(loras / "otter.safetensors", 0.6)
     box = (0.5, 0.0, 1.0, 1.0)
-    with compose(base, line), regions(base, Region(box, otter, prompt="red"), guided=guidance != "1"):
+    with compose(base, line), regions(base, Region(box, otter, prompt="red")):
         wanted = np.asarray(draw(base, "a cat", 7, steps=2, guidance=float(guidance))[0], dtype=int)
     assert np.array_equal(pixels("half.png"), wanted)
     if guidance != "1":

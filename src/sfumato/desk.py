@@ -50,14 +50,7 @@ class Desk:
         guidance = settings["guidance"]
         with (
             adapter_guidance(self.mix, settings["adapter_guidance"], guidance=guidance),
-            applied(
-                self.base,
-                self.mix,
-                asked,
-                guided=guidance > 1,  # as diffusers decides it
-                syntax=settings["prompt_syntax"],
-                **self.allowed,
-            ),
+            applied(self.base, self.mix, asked, syntax=settings["prompt_syntax"], **self.allowed),
         ):
             yield from draw_each(
                 self.base, prompts, seeds, start=self.start, syntax=settings["prompt_syntax"], **chosen

@@ -181,15 +181,13 @@ def applied(
     mix: Mix,
     wanted: WhereWhen,
     *,
-    guided: bool,
     syntax: Syntax = "plain",
     partial: bool = False,
     verify: bool = False,
 ) -> Iterator[None]:
     """Within the block spots have their adapters, and the mix's weights follow the steps of each picture.
 
-    pipe: what the mix is mixed into. guided: whether calls draw with guidance, and so in two halves. syntax: of the
-    spots' prompts.
+    pipe: what the mix is mixed into, drawn from by `sfumato.draw`. syntax: of the spots' prompts.
     """
     with ExitStack() as stack:
         if wanted.spots:
@@ -197,7 +195,7 @@ def applied(
 
             parts = [Region(_opened(each.where), *each.adapters, prompt=each.prompt) for each in wanted.spots]
             spans = {label: (way.start, way.end) for label, way in wanted.by_step.items() if isinstance(way, Span)}
-            said: dict[str, Any] = {"guided": guided, "syntax": syntax, "partial": partial, "verify": verify}
+            said: dict[str, Any] = {"syntax": syntax, "partial": partial, "verify": verify}
             own = {each.label: spans[each.label] for each in wanted.regional if each.label in spans}
             stack.enter_context(regions(pipe, *parts, over_steps=own, **said))
         if wanted.follows_steps:

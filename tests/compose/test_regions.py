@@ -13,7 +13,7 @@ from sfumato.bases import load_base
 from sfumato.compose import Adapter, compose, current
 from sfumato.compose.blocks import Blocks
 from sfumato.compose.regions import Region, regions
-from sfumato.drawing import draw
+from sfumato.drawing import Start, draw
 from sfumato.errors import AdapterError
 from tests.compose.conftest import weights_sha
 from tests.compose.test_per_picture import predict
@@ -162,13 +162,26 @@ def test_a_regions_prompt_is_read_with_the_mix_that_the_pipeline_carries(base, w
     with compose(base, Adapter(a, 3.0), Adapter(b, 3.0)):
         wanted = np.asarray(draw(base, "red square", 0, **unguided)[0], dtype=int)
     with compose(base, Adapter(a, 3.0), way=way) as mix:
-        with regions(base, Region(WHOLE, Adapter(b, 3.0), prompt="red square"), guided=False):
+        with regions(base, Region(WHOLE, Adapter(b, 3.0), prompt="red square")):
             found = np.asarray(draw(base, "blue circle", 0, **unguided)[0], dtype=int)
         assert current(base) is mix
         assert list(mix.weights) == ["a"]
         alone = np.asarray(draw(base, "red square", 0, **unguided)[0], dtype=int)
     assert abs(found - wanted).max() <= 1
     assert abs(found - alone).max() > 1
+
+
+@pytest.mark.parametrize("start", [None, Start(Image.new("RGB", (64, 64), "red"), 1.0)])
+def test_a_region_is_told_by_the_call_under_way_not_by_an_earlier_one(base, start):
+    """With guidance half of the rows have no prompt. What begins from a picture is the call of another pipeline."""
+    pipe, drawn = base.pipeline(), {"steps": 1, "guidance": 1.0, "start": start}
+    wanted = [picture.tobytes() for picture in draw(pipe, "red square", [0, 1], **drawn)]
+    pipe("a cat", num_inference_steps=1, guidance_scale=5.0, output_type="latent")
+    for source in (pipe, base):
+        with regions(source, Region(WHOLE, prompt="red square")):
+            found = [picture.tobytes() for picture in draw(source, "blue circle", [0, 1], **drawn)]
+        near = max(abs(a - b) for pair in zip(found, wanted, strict=True) for a, b in zip(*pair, strict=True))
+        assert near <= 1
 
 
 @pytest.mark.parametrize("factors", [{"te": 0.0}, {"encoder.layers.0": 0.0}, {"encoder.layers.0.self_attn": 3.0}])
@@ -178,7 +191,7 @@ def test_blocks_of_a_text_encoder_count_in_a_region(base, write, factors):
     adapter, unguided = Adapter(a, Blocks(3.0, factors)), {"steps": 2, "guidance": 1.0}
     with compose(base, adapter):
         wanted = np.asarray(draw(base, "red square", 0, **unguided)[0], dtype=int)
-    with regions(base, Region(WHOLE, adapter, prompt="red square"), guided=False):
+    with regions(base, Region(WHOLE, adapter, prompt="red square")):
         found = np.asarray(draw(base, "red square", 0, **unguided)[0], dtype=int)
     assert abs(found - wanted).max() <= 1
 

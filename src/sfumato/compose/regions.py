@@ -102,7 +102,8 @@ def regions(
     """Within the block each region has its adapters and prompt; the rest is the base's picture of the call's prompt.
 
     pipe: a diffusers pipeline (SD 1.x, 2.x, SDXL) or a Base. guided: whether a call's first half of rows are those
-    without the prompt, as classifier-free guidance has them. syntax: how weighted words of the regions' prompts are
+    without the prompt, as classifier-free guidance has them, where neither the pipeline nor `sfumato.draw` says it.
+    syntax: how weighted words of the regions' prompts are
     written, see `sfumato.prompts`; it wants a Base. over_steps: by an adapter's label the progress, from and to, in
     which it changes the U-Net, 0 at pure noise and 1 at the finished picture. partial, verify: as of `compose`. Where
     regions overlap, changes on pixels add up and attentions share. Raises AdapterError for adapters without a low-rank
@@ -135,8 +136,8 @@ def regions(
     layers = _layers(pipe, parts, files, spans, partial=partial)
 
     def is_guided() -> bool:
-        """As the pipeline says of its call; a Base leaves it to the caller."""
-        return bool(getattr(pipe, "do_classifier_free_guidance", guided))
+        """As the pipeline that is called says; a Base that `sfumato.draw` does not draw leaves it to the caller."""
+        return bool(getattr(schedulers.CALLED.get() or pipe, "do_classifier_free_guidance", guided))
 
     with halved(unet):
         seen = (lambda unet, *_: _check_no_picture_prompt(unet), masks.see, texts.see, spans.see)
@@ -264,7 +265,8 @@ class _Texts:
 
     def _ask(self, steps: int) -> tuple[int | None, int]:
         """`clip_skip` that a Base has, or the pipeline's call under way or last made, and the steps."""
-        return getattr(self._pipe, "clip_skip", None), steps
+        is_base = hasattr(self._pipe, "encode_text")
+        return getattr(self._pipe if is_base else schedulers.CALLED.get() or self._pipe, "clip_skip", None), steps
 
     def _at(self, step: int) -> list[Tensor | None]:
         return [
