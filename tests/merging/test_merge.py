@@ -286,7 +286,16 @@ def test_a_baked_folder_is_read_by_diffusers_and_keeps_its_dtype(tiny_base, adap
 
     copy.deepcopy(base.pipe).to(torch.bfloat16).save_pretrained(str(half))
     a = adapter_file("a", "sd1")
+    # As the hub's SD 1.5 says it, of which we fetch neither; and what else may lie in a training's folder.
+    index = json.loads((half / "model_index.json").read_text())
+    index |= {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"], "requires_safety_checker": True}
+    index["feature_extractor"] = ["transformers", "CLIPImageProcessor"]
+    (half / "model_index.json").write_text(json.dumps(index))
+    for name in ("safety_checker/config.json", "safety_checker/pytorch_model.bin", "old/line.safetensors"):
+        (half / name).parent.mkdir(exist_ok=True)
+        (half / name).write_text("{}")
     assert run(a, "--into", half, "-o", tmp_path / "baked") == 0
+    assert not (tmp_path / "baked/old").exists()
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(str(tmp_path / "baked"))
     target = next(t for t in deltas(a) if t[0] == "unet")
     exact = base.weights()[target].bfloat16().float() + deltas(a)[target]

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sfumato import randomness
+from sfumato.bases.folder import read_config, weight_files
+from sfumato.bases.hub import PARTS
 from sfumato.compose.adapter import weight_at
 from sfumato.errors import AdapterError, FileError
-from sfumato.files.atomic import atomic_folder
+from sfumato.files.atomic import atomic_folder, write_text
 from sfumato.files.changes import Change
 from sfumato.files.changes.bias import BiasChange, bias_change
 from sfumato.files.header import read_header
@@ -179,7 +183,7 @@ def _write_folder(recipe: Recipe, output: Path) -> Path:
         raise FileError(f"{output.name}: exists already, and folders are not written over. Name another one.")
     if output.suffix == ".safetensors":
         raise FileError(f"{output.name}: {base.name} is a diffusers folder; name a folder to write.")
-    touched = recipe.files()
+    touched, index = recipe.files(), read_config(base.root, "model_index.json")
     try:
         with atomic_folder(output) as temporary:
             for path in sorted(base.root.rglob("*")):
@@ -190,20 +194,39 @@ def _write_folder(recipe: Recipe, output: Path) -> Path:
                 if path in touched:
                     target.parent.mkdir(parents=True, exist_ok=True)
                     write_tensors(target, recipe.tensors(path, touched[path]), read_header(path).metadata)
-                elif path.suffix in KEPT_SUFFIXES or _is_read(path, base):
+                elif path.suffix in KEPT_SUFFIXES or _is_read(inside, base.root, index):
                     target.parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(path, target)
+            _leave_out_lacking(temporary, index)
     except OSError as error:
         raise FileError(f"{output.name}: the folder could not be written ({error.strerror}). Make room.") from None
     return output
 
 
-def _is_read(path: Path, base: StoredBase) -> bool:
-    """Whether a weight file is one that a reader of the folder opens: not a variant beside the plain one, no pickle."""
-    if path.suffix != ".safetensors":
+def _is_read(inside: Path, root: Path, index: Mapping[str, Any]) -> bool:
+    """Whether a weight file is one that a reader of the folder opens: of a part, not a variant beside the plain one, no
+    pickle."""
+    if inside.suffix != ".safetensors" or len(inside.parts) != 2 or inside.parts[0] not in index:
         return False
-    if path.parent == base.root:
-        return False
-    from sfumato.bases.folder import weight_files
+    return root / inside in weight_files(root / inside.parent)
 
-    return path in weight_files(path.parent)
+
+def _leave_out_lacking(folder: Path, index: Mapping[str, Any]) -> None:
+    """Take parts that are not in the folder out of its index, by which diffusers would look for them and fail: the
+    hub's bases are fetched without their safety checker, and pickles are not taken over."""
+    lacking = [
+        name
+        for name, kind in index.items()
+        if isinstance(kind, list) and any(kind) and name not in PARTS and not _is_whole(folder / name)
+    ]
+    if lacking:
+        told = {**index, **{name: [None, None] for name in lacking}}
+        if "safety_checker" in lacking:
+            told["requires_safety_checker"] = False
+        write_text(folder / "model_index.json", json.dumps(told, indent=2) + "\n")
+
+
+def _is_whole(part: Path) -> bool:
+    """Whether what diffusers reads of a part is there: of a model, which has a config.json, weights, too."""
+    is_model = (part / "config.json").is_file()
+    return part.is_dir() and (not is_model or any(part.glob("*.safetensors")))
