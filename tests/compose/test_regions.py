@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from sfumato.bases import load_base
 from sfumato.compose import Adapter, compose, current
 from sfumato.compose.blocks import Blocks
-from sfumato.compose.regions import Region, regions
+from sfumato.compose.regions import Region, _Near, regions
 from sfumato.drawing import Start, draw
 from sfumato.errors import AdapterError
 from tests.compose.conftest import weights_sha
@@ -81,6 +81,13 @@ def test_an_adapter_counts_in_its_steps_alone_as_in_a_mix(sd1, write, monkeypatc
             wanted = predict(sd1, [0, 1], timestep=timestep)
         with regions(sd1, Region(WHOLE, Adapter(a, 0.8), Adapter(b, -0.5)), over_steps={"a": (0.0, 0.5)}):
             assert_close(predict(sd1, [0, 1], timestep=timestep), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_factors_and_masks_are_moved_once():
+    """On a GPU each layer of each call would wait for them."""
+    near, half = _Near(torch.ones(2)), torch.zeros(1, dtype=torch.float16)
+    assert near.like(half).dtype == torch.float16
+    assert near.like(half) is near.like(half)
 
 
 def test_steps_of_an_adapter_in_no_region_are_refused(sd1, write):

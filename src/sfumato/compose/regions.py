@@ -178,10 +178,25 @@ class _Spans:
 
     def held(self, narrow: Tensor, owners: Sequence[str]) -> Tensor:
         """What `_Path.narrow` gave, 0 where its owner does not count at this step."""
-        if not any(owner in self._now for owner in owners):
+        if all(self._now.get(owner, 1.0) == 1 for owner in owners):
             return narrow
         counts = torch.tensor([self._now.get(owner, 1.0) for owner in owners], device=narrow.device, dtype=narrow.dtype)
         return narrow * (counts[:, None, None] if narrow.ndim == 4 else counts)
+
+
+class _Near:
+    """A tensor that is moved once to each device and dtype that it is wanted on."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._there = {(tensor.device, tensor.dtype): tensor}
+        self._tensor = tensor
+
+    def like(self, other: Tensor) -> Tensor:
+        """On the device and in the dtype of `other`."""
+        key = (other.device, other.dtype)
+        if key not in self._there:
+            self._there[key] = self._tensor.to(*key)
+        return self._there[key]
 
 
 @dataclass
@@ -196,9 +211,12 @@ class _Path:
     owners: list[str]
     spans: _Spans
 
+    def __post_init__(self) -> None:
+        self._down, self._up = _Near(self.down), _Near(self.up)
+
     def narrow(self, module: nn.Module, x: Tensor) -> Tensor:
         """down x: (rows, tokens, rank), or (rows, rank, height, width) of a convolution."""
-        down = self.down.to(x.device, x.dtype)
+        down = self._down.like(x)
         if isinstance(module, nn.Conv2d):
             found = conv2d(x, down, None, module.stride, module.padding, module.dilation)
         else:
@@ -207,7 +225,7 @@ class _Path:
 
     def widen(self, narrow: Tensor) -> Tensor:
         """up of what `narrow` gave."""
-        up = self.up.to(narrow.device, narrow.dtype)
+        up = self._up.like(narrow)
         return conv2d(narrow, up[..., None, None]) if narrow.ndim == 4 else linear(narrow, up)
 
 
@@ -221,7 +239,7 @@ class _Masks:
 
     full: list[Tensor]
     _latents: tuple[int, int] = (0, 0)
-    _known: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    _known: dict[tuple[int, int], _Near] = field(default_factory=dict)
 
     def see(self, _: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
         """Note the size of a call's latents."""
@@ -232,8 +250,8 @@ class _Masks:
         """(regions, height, width), on the device and in the dtype of `like`."""
         if (height, width) not in self._known:
             pooled = [adaptive_avg_pool2d(mask, (height, width))[0, 0] for mask in self.full]
-            self._known[height, width] = torch.stack(pooled)
-        return self._known[height, width].to(like.device, like.dtype)
+            self._known[height, width] = _Near(torch.stack(pooled))
+        return self._known[height, width].like(like)
 
     def on_tokens(self, count: int, like: Tensor) -> Tensor:
         """(regions, count): the masks on the tokens of a level, whose size follows from their number."""
