@@ -69,6 +69,12 @@ def test_a_folder_of_pefts_is_found_by_tag_and_by_path(pipe):
     shutil.rmtree(folder)
 
 
+def test_a_whole_model_is_an_adapter_of_a_call(pipe):
+    """A share of the pipeline's own folder is the pipeline."""
+    shared = drawn(pipe, "a crab", adapters={str(pipe.came_from): 0.5})
+    assert np.array_equal(shared, drawn(pipe, "a crab"))
+
+
 def test_a_mix_stays_and_tags_are_added_to_it_for_the_call(pipe):
     wanted = drawn(pipe, "a crab <lora:line:1>")
     with compose(pipe, Adapter(pipe.lora_folder / "line.safetensors", 0.75, name="mine")) as mix:

@@ -14,6 +14,7 @@ from typing import Any
 from sfumato.compose.adapter import Adapter, Weight, is_idle
 from sfumato.errors import AdapterError, ConfigError
 from sfumato.files.peft_folder import is_adapter_folder
+from sfumato.merging.whole_model import is_whole_model
 from sfumato.prompts import Tagged, split_tags
 from sfumato.specs import find_adapter
 
@@ -70,7 +71,7 @@ class TaggedPrompts:
 
     def _adapters(self, wanted: Mapping[str, Weight]) -> list[Adapter]:
         def place(name: str) -> Path:
-            there = Path(name).is_file() or is_adapter_folder(Path(name))
+            there = Path(name).is_file() or is_adapter_folder(Path(name)) or is_whole_model(name)
             return Path(name) if there else find_adapter(name, Path(self.lora_folder))
 
         return [Adapter(place(name), weight, name) for name, weight in wanted.items()]
