@@ -2,6 +2,7 @@
 
 import importlib
 import shutil
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ from diffusers import AutoPipelineForImage2Image, DiffusionPipeline
 from PIL import Image
 
 from sfumato import Adapter, cli, compose, embedding
+from sfumato.compose.per_picture import per_picture
+from sfumato.compose.regions import Region, regions
 from sfumato.drawing import Start, draw
 from sfumato.errors import AdapterError, ConfigError
 from sfumato.files.adapter_file import read_adapter
@@ -128,8 +131,8 @@ def test_tags_are_read_where_a_picture_is_begun_from_too(pipe, mask):
     assert plain.tobytes() != tagged.tobytes()
 
 
-def test_words_that_an_adapter_brings_are_known_for_the_call(pipe):
-    """Those of one of weight 0 are not; with adapters by picture as well."""
+def test_words_that_an_adapter_brings_are_known_for_the_call(pipe, capsys):
+    """Those of one of weight 0 are not; with adapters by picture as well. Where they are not known, it is told."""
     widths = {part: getattr(pipe, part).config.hidden_size for part in ("text_encoder", "text_encoder_2")
               if getattr(pipe, part, None) is not None}  # fmt: skip
     rows = {part: torch.randn(2, width, generator=torch.Generator().manual_seed(1)) for part, width in widths.items()}
@@ -144,6 +147,11 @@ def test_words_that_an_adapter_brings_are_known_for_the_call(pipe):
     noise = [torch.Generator().manual_seed(3) for _ in range(2)]
     both = pipe(["a crab", "a <fox> <lora:fox:1>"], num_inference_steps=2, generator=noise).images
     assert abs(np.asarray(both[1], dtype=int) - known).max() <= 1
+    adapter = Adapter(fox, (1.0, 0.0))
+    for loaded, count in ((nullcontext, 2), (lambda: embedding.load(pipe, word), 0)):
+        capsys.readouterr()
+        with loaded(), per_picture(pipe, [[adapter], []]), regions(pipe, Region((0, 0, 1, 1), adapter)):
+            assert capsys.readouterr().err.count("fox: brings the words <fox>, which are left out") == count
     fox.unlink()
     word.unlink()
 

@@ -346,7 +346,7 @@ def bundled(
         usable[label][token] = parts
         if _in_use(source, token) is None:
             counts[token] = count
-    words = {token: parts for token, parts in united(usable).items() if not _is_in_use(source, token, parts)}
+    words = {token: parts for token, parts in united(usable).items() if not is_in_use(source, token, parts)}
     if not words:
         yield None
         return
@@ -361,7 +361,7 @@ def _check_usable(source: Any, counts: Mapping[str, int], token: str, parts: Map
     """
     fitting(source, {token: parts}, label)
     known = _in_use(source, token)
-    if known is not None and not _is_in_use(source, token, parts):
+    if known is not None and not is_in_use(source, token, parts):
         raise AdapterError(f"{label}: brings other vectors for {token} than those in use; leave one of them out.")
     for site in sites_of(source) if known is None else []:
         try:
@@ -380,7 +380,7 @@ def _in_use(source: Any, token: str) -> Mapping[str, Tensor] | None:
     return None
 
 
-def _is_in_use(source: Any, token: str, parts: Mapping[str, Tensor]) -> bool:
+def is_in_use(source: Any, token: str, parts: Mapping[str, Tensor]) -> bool:
     """Whether a word is in use with these vectors."""
     known = _in_use(source, token) or {}
     return known.keys() == parts.keys() and all(torch.equal(known[part], parts[part].float()) for part in parts)

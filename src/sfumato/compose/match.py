@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from sfumato.bases.family import recognise
 from sfumato.compose import tensors
-from sfumato.compose.adapter import Adapter, Weight, public_name, weight_at, without_suffix
+from sfumato.compose.adapter import Adapter, Weight, is_idle, public_name, weight_at, without_suffix
 from sfumato.compose.baked import Effect
 from sfumato.compose.blocks import Blocks
 from sfumato.compose.live import can_be_live
@@ -198,6 +199,22 @@ def weighed(adapter: Adapter, file: AdapterFile, modules: Modules, *, partial: b
         number = weight_at(adapter.weight, found.part, found.path)
         if number:
             yield number, found
+
+
+def say_unknown_words(pipe: Any, files: Mapping[Adapter, AdapterFile]) -> None:
+    """Say on stderr which words of adapters that count are not in use, and how prompts come to know them."""
+    for adapter, file in files.items():
+        if not file.embeddings or is_idle(adapter.weight):
+            continue
+        from sfumato.embedding import is_in_use
+
+        if words := [token for token, parts in file.embeddings.items() if not is_in_use(pipe, token, parts)]:
+            print(
+                f"{adapter.label}: brings the words {', '.join(words)}, which are left out; prompts know them within "
+                f"`with embedding.bundled(pipe, {{{adapter.label!r}: read_adapter(FILE).embeddings}}):` of "
+                "sfumato.embedding and sfumato.files.",
+                file=sys.stderr,
+            )
 
 
 def _bias_shape(module: nn.Module) -> tuple[int, ...]:

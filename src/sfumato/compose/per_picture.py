@@ -20,7 +20,7 @@ from torch.nn.functional import conv2d
 from sfumato import schedulers
 from sfumato.compose import tensors
 from sfumato.compose.adapter import Adapter
-from sfumato.compose.match import Modules, parts_of, refuse_compiled, weighed
+from sfumato.compose.match import Modules, parts_of, refuse_compiled, say_unknown_words, weighed
 from sfumato.errors import AdapterError
 from sfumato.files.adapter_file import AdapterFile
 from sfumato.files.changes.replacement import lora_command
@@ -185,6 +185,7 @@ def _layers(
             key = str(adapter.path)
             if key not in files:
                 files[key] = read_mixable(adapter.path, partial=partial)
+                say_unknown_words(pipe, {adapter: files[key]})
             for number, found in weighed(adapter, files[key], modules, partial=partial):
                 low = found.beside
                 if low is None:

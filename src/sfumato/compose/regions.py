@@ -27,7 +27,7 @@ from torch.nn.functional import adaptive_avg_pool2d, conv2d, linear, scaled_dot_
 from sfumato import prompts, schedulers
 from sfumato.compose import tensors
 from sfumato.compose.adapter import Adapter, with_unet
-from sfumato.compose.match import Modules, halved, parts_of, refuse_compiled, weighed
+from sfumato.compose.match import Modules, halved, parts_of, refuse_compiled, say_unknown_words, weighed
 from sfumato.compose.steps import Ramp, progress_of
 from sfumato.errors import AdapterError
 from sfumato.files.adapter_file import AdapterFile
@@ -134,6 +134,7 @@ def regions(
         raise AdapterError(f"over_steps names {unknown[0]!r}, which is in no region; there are {sorted(labels)}.")
     spans = _Spans(pipe, over_steps)
     layers = _layers(pipe, parts, files, spans, partial=partial)
+    say_unknown_words(pipe, files)
 
     def is_guided() -> bool:
         """As the pipeline that is called says; a Base that `sfumato.draw` does not draw leaves it to the caller."""
