@@ -181,6 +181,8 @@ def plan(config: Config) -> Plan:
         for found, each, tagged, flags in zip(split, seeds, weights, own, strict=True)
         for seed in each
     )
+    if config.sweep is not None and (label := config.sweep.rpartition("=")[0]) in regional:
+        raise ConfigError(f"--sweep {config.sweep}: {label} has a --region, and one weight there; leave one of them.")
     sweep = None if config.sweep is None else parse_sweep(config.sweep, adapters)
     if sweep and any(weights):
         raise ConfigError("--sweep and <lora:...> in a prompt do not go together; name the adapter with --lora.")
@@ -343,6 +345,8 @@ def generate(config: Config) -> tuple[Path, ...]:
             for each in wanted.pictures
         ]
         in_regions = {label: over_steps_of(file.metadata) for label, file in regional.items()}
+        if wanted.where_when.spots:
+            _say_unheard({**mix.metadata, **{label: file.metadata for label, file in regional.items()}})
         spans = {**mix.spans, **{label: span for label, span in in_regions.items() if span}}
         where_when = wanted.where_when.with_asked(spans)
         settings |= where_when.told()
@@ -358,6 +362,19 @@ def generate(config: Config) -> tuple[Path, ...]:
             save_drawn(picture, used, about, file, sampler)
             print(file)
     return wanted.files
+
+
+def _say_unheard(told: Mapping[str, Mapping[str, str]]) -> None:
+    """Say which adapters ask for adapter guidance, which regions leave out. told: the files' metadata, by label."""
+    from sfumato.files.metadata import adapter_guidance_of
+
+    for label, metadata in told.items():
+        if strength := adapter_guidance_of(metadata):
+            print(
+                f"{label}: asks for adapter guidance {strength:g}, which does not go with --region; it is in both "
+                "predictions, and more weight draws more of it.",
+                file=sys.stderr,
+            )
 
 
 @contextmanager

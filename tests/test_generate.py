@@ -120,6 +120,13 @@ def test_an_adapter_counts_in_the_steps_that_its_file_asks_for(generate):
     assert read_picture_info(Path("left said.png")).own["over_steps"] == {"o": {"span": [0.0, 0.4]}}
 
 
+def test_an_adapter_that_asks_for_what_regions_leave_out_is_told(generate):
+    asks = {"sfumato.adapter_guidance": "2"}
+    save_file(load_file("line.safetensors"), "asks.safetensors", read_header("line.safetensors").metadata | asks)
+    words = ["a cat", "--lora", "asks.safetensors", "--lora", "otter.safetensors", "--region", "otter=left"]
+    assert "asks: asks for adapter guidance 2, which does not go with --region" in generate(*words, "-o", "a.png")[2]
+
+
 def test_the_settings_come_back_out_of_the_picture(generate):
     words = ["a cat", "--lora", "line.safetensors:0.8", "--lora", "o=otter.safetensors:0.6:0.2", "--seed", "7"]
     generate(*words, "--negative", "red", "--guidance", "2.5", "--sampler", "dpm++ 2m karras", "-o", "cat.png")
@@ -159,8 +166,9 @@ def test_a_picture_names_the_adapters_that_count_in_it_and_no_file_for_another(g
     other.parent.mkdir()
     other.write_bytes(Path("otter.safetensors").read_bytes())
     words = ["a cat", "--lora", "line.safetensors:0.8", "--lora", f"b={other}:0"]
-    generate(*words, "-o", "one.png")
+    generate(*words, "--adapter-guidance", "2", "-o", "one.png")
     info = read_picture_info(Path("one.png"))
+    assert dict(info.parameters.settings)["Adapter guidance"] == "line: 2"
     assert info.parameters.prompt == "a cat <lora:line:0.8>"
     assert dict(info.parameters.settings)["Lora hashes"] == f"line: {short_hash('line.safetensors')}"
     assert [each["weight"] for each in info.own["adapters"]] == [0.8, 0.0]
@@ -563,6 +571,10 @@ WRONG = {
     "a sweep of the text encoders' alone": (
         ["a", "--lora", "line.safetensors:0:1", "--sweep", "line=0,1"],
         "line: its weights 0:1 are no start for other weights",
+    ),
+    "a sweep in a region": (
+        ["a", *TWO, "--region", "line=left", "--sweep", "line=0,1"],
+        "line has a --region, and one weight there",
     ),
     "pairs of nothing": (["a", "--before-after"], "no adapter to draw with"),
     "two sheets at once": (

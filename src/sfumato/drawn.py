@@ -127,7 +127,10 @@ def save_drawn(
     # What is merged by another method than the sum, tags would draw otherwise.
     tagged = named if method in (None, "linear") else ()
     tags = [_tag(_stem(adapter), adapter.weight) for adapter in tagged]
-    strengths = ", ".join(f"{label}: {exact(strength)}" for label, strength in settings["adapter_guidance"].items())
+    idle = {adapter.label for adapter in used} - {adapter.label for adapter in counted}
+    strengths = ", ".join(
+        f"{label}: {exact(strength)}" for label, strength in settings["adapter_guidance"].items() if label not in idle
+    )
     pairs = {
         "Steps": settings["steps"],
         "Sampler": sampler[0],
