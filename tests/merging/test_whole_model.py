@@ -15,7 +15,7 @@ from sfumato.compose import Adapter, compose
 from sfumato.compose.blocks import Blocks
 from sfumato.compose.per_picture import per_picture
 from sfumato.compose.regions import Region, regions
-from sfumato.errors import AdapterError
+from sfumato.errors import AdapterError, FileError
 from sfumato.files import LoraModule, write_lora
 from sfumato.files.adapter_file import read_adapter
 from sfumato.merging.methods import DENSE, Settings
@@ -275,6 +275,11 @@ def test_a_folder_is_named_by_its_weights_without_the_vae(family, models, tmp_pa
     shutil.copytree(folder, copy)
     shutil.rmtree(copy / "vae")
     assert identity(copy) == identity(folder) != identity(models(family, 2).folder)
+    model = stored(copy)
+    parameter, place = next(iter(model.places.items()))
+    save_file(load_file(place.file), place.file, {"saved": "anew"})
+    with pytest.raises(FileError, match="the file changed"):
+        model.read(parameter)
 
 
 def test_a_picture_tells_the_share_of_a_model_to_us_and_gives_others_no_tag(pocket_folder, tmp_path, quick, capsys):

@@ -74,10 +74,11 @@ class StoredBase:
         return None
 
     def read(self, parameter: Parameter) -> Tensor:
-        """The parameter in the file's dtype, a view of the mapped file."""
+        """The parameter in the file's dtype, a view of the mapped file. Raises FileError for one that was replaced."""
         place = self.places[parameter]
         if place.file not in self._mapped:  # views, which cost nothing until they are looked at
-            self._mapped[place.file] = read_tensors(place.file, allow_nonfinite=True)
+            header = place.stored.header
+            self._mapped[place.file] = read_tensors(place.file, header=header, allow_nonfinite=True)
         tensor = self._mapped[place.file][place.tensor]
         if not is_finite(tensor):
             raise BaseModelError(f"{self.name}: {place.tensor} holds NaN or Inf. Download the base again.")
