@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import Parameter
 
 from sfumato.cli import run
+from sfumato.compose.adapter import is_idle
 from sfumato.config import parse, to_dict
 from sfumato.errors import ConfigError
 from sfumato.files.atomic import check_free
@@ -115,6 +116,11 @@ def merge_files(config: Config) -> Path:
     return _merge(config, sources, parents)
 
 
+def _counted(parents: Sequence[Parent]) -> list[Parent]:
+    """Those whose weight is not 0; the others are as if they were not there."""
+    return [parent for parent in parents if parent.weight is None or not is_idle(parent.weight)]
+
+
 def _merge(config: Config, sources: Sequence[Source], parents: Sequence[Parent]) -> Path:
     from sfumato.files.embedding_file import united
     from sfumato.files.write import write_lora
@@ -129,7 +135,7 @@ def _merge(config: Config, sources: Sequence[Source], parents: Sequence[Parent])
     if config.output.suffix != ".safetensors":
         raise ConfigError(f"--output {config.output}: wanted a .safetensors file.")
     family = common_family(parents, said=config.family)
-    words = united({source.name: source.words for source in sources if source.weight != 0})
+    words = united({source.name: source.words for source in sources if not is_idle(source.weight)})
     merged = merge(
         sources,
         method=config.method,
@@ -140,7 +146,7 @@ def _merge(config: Config, sources: Sequence[Source], parents: Sequence[Parent])
     )
     exact = merged.share > 1 - 1e-10
     metadata = inherit(
-        parents,
+        _counted(parents),
         title=config.title or config.output.stem,
         family=family,
         config=to_dict(config, public=True),
@@ -174,6 +180,7 @@ def _bake(config: Config, sources: Sequence[Source], parents: Sequence[Parent]) 
     family = common_family(parents, default=base.family.name, said=config.family)
     if family != base.family.name:
         raise ConfigError(f"--into {base.name}: is {base.family.title}, the adapters are for {family}.")
+    parents = _counted(parents)
     metadata = baked(parents, title=config.title or config.output.stem, config=to_dict(config, public=True))
     bake(
         base,

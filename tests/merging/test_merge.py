@@ -6,7 +6,7 @@ from dataclasses import replace
 import diffusers
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from sfumato.pipelines.merge import main
 from torch.testing import assert_close
 
@@ -117,6 +117,16 @@ def test_the_file_tells_its_parents_its_triggers_and_true_hashes(adapter_file, t
     assert metadata["ss_network_dim"] == "4"
     assert {info.dtype for name, info in read_header(out).tensors.items() if "lora_" in name[9:]} >= {"F16"}
     assert str(tmp_path) not in str(dict(metadata))
+
+
+def test_a_file_of_weight_0_is_no_parent(adapter_file, tmp_path):
+    """What the others ask for holds, as in a mix."""
+    a, b, asks, out = adapter_file("a"), adapter_file("b"), tmp_path / "asks.safetensors", tmp_path / "mix.safetensors"
+    save_file(load_file(a), asks, {**read_header(a).metadata, "sfumato.adapter_guidance": "2"})
+    assert run(f"{asks}:0.8", f"{b}:0", "-o", out) == 0
+    metadata = read_header(out).metadata
+    assert (metadata["sfumato.adapter_guidance"], metadata["modelspec.merged_from"]) == ("2", "asks.safetensors")
+    assert metadata["modelspec.trigger_phrase"] == "sks a"
 
 
 def test_blocks_are_chosen_for_all_or_for_one(adapter_file, tmp_path):
