@@ -346,7 +346,8 @@ def generate(config: Config) -> tuple[Path, ...]:
         ]
         in_regions = {label: over_steps_of(file.metadata) for label, file in regional.items()}
         if wanted.where_when.spots:
-            _say_unheard({**mix.metadata, **{label: file.metadata for label, file in regional.items()}})
+            told = {**mix.metadata, **{label: file.metadata for label, file in regional.items()}}
+            _say_unheard({label: metadata for label, metadata in told.items() if label in _counted(wanted)})
         spans = {**mix.spans, **{label: span for label, span in in_regions.items() if span}}
         where_when = wanted.where_when.with_asked(spans)
         settings |= where_when.told()
