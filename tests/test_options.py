@@ -156,3 +156,5 @@ def test_options_in_a_sample_prompt_are_refused():
     check(replace(CONFIG, sample_prompts=("a crab -- at the sea",)))
     with pytest.raises(ConfigError, match=r"--sample-prompts: options such as '--w 512 --d 7' are not read here"):
         check(replace(CONFIG, sample_prompts=("a crab --w 512 --d 7",)))
+    with pytest.raises(ConfigError, match=r"--sample-prompts: <lora:line:...> is not read here; leave it out"):
+        check(replace(CONFIG, sample_prompts=("a crab <lora:line:1>",)))

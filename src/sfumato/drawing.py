@@ -19,7 +19,8 @@ from sfumato import schedulers
 from sfumato.axes import checked_guidance, checked_seed
 from sfumato.errors import BaseModelError, ConfigError
 from sfumato.prompt_steps import Stage, counted, told_by_stages
-from sfumato.prompts import Syntax, encode, encode_stages
+from sfumato.prompts import Syntax, encode, encode_stages, refuse_tags
+from sfumato.tagged import TaggedPrompts, reading_tags
 
 if TYPE_CHECKING:
     from sfumato.bases.base import Base
@@ -85,7 +86,8 @@ def draw_each(
     The noise of a picture is that of `torch.Generator().manual_seed(seed)` on the CPU, whatever its place and the
     device, so that plain diffusers with this generator draws the same one. What is not finite, or black all over, is
     tried once more in fp32; BaseModelError if that does not help. Raises ConfigError for what cannot be drawn, such as
-    a pipeline that begins from a picture where there is no start.
+    a pipeline that begins from a picture where there is no start, or a prompt whose `<lora:...>` the source does not
+    read.
     """
     prompts, seeds = _pairs(prompts, seeds)
     steps, batch = _whole("steps", steps), _whole("batch", batch)
@@ -99,6 +101,9 @@ def draw_each(
     is_base = hasattr(source, "encode_text")
     pipe = source.pipeline() if is_base else source
     _check_kind(pipe, start)
+    if not isinstance(pipe, TaggedPrompts):
+        for text in (*prompts, negative):
+            refuse_tags(text, f"the prompt {text[:60]!r}", "compose the adapter, or draw with sfumato generate")
     if is_base:
         defaults = source.defaults
         steps = defaults.sampling_steps if steps is None else steps
@@ -287,8 +292,6 @@ def _denoise(pipe: Any, text: dict[str, Any], seeds: list[int], options: dict[st
 def _variant(pipe: Any, name: str) -> Any:
     """The pipeline's parts in diffusers' pipeline for another task; where the one reads tags, the other does."""
     import diffusers
-
-    from sfumato.tagged import TaggedPrompts, reading_tags
 
     try:
         variant = getattr(diffusers, name).from_pipe(pipe)

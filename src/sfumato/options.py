@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from sfumato.config import fill
 from sfumato.errors import ConfigError
-from sfumato.prompts import without_flags
+from sfumato.prompts import refuse_tags, without_flags
 
 if TYPE_CHECKING:  # help loads no torch
     from sfumato.bases import Base
@@ -314,7 +314,7 @@ def check_run(config: FolderOptions) -> None:
     if (repository := getattr(config, "push_to_hub", None)) is not None:
         _check_repository(repository)
     for prompt in () if config.resume else getattr(config, "sample_prompts", ()):
-        without_flags(prompt, "--sample-prompts")
+        refuse_tags(without_flags(prompt, "--sample-prompts"), "--sample-prompts", "leave it out")
     device = getattr(config, "device", "auto")
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", device):
         raise ConfigError(f"--device {device!r:.60}: unknown; wanted auto, cuda, cuda:0, mps or cpu.")

@@ -61,6 +61,12 @@ def split_tags(prompt: str) -> Tagged:
     return Tagged(" ".join(plain.split()) if adapters else plain, tuple(adapters.items()))
 
 
+def refuse_tags(prompt: str, where: str, instead: str) -> None:
+    """Raises ConfigError for a prompt that names an adapter where nobody would hear it."""
+    if found := split_tags(prompt).adapters:
+        raise ConfigError(f"{where}: <lora:{found[0][0]}:...> is not read here; {instead}.")
+
+
 def _both(weight: Weight, other: Weight) -> Weight:
     """The sum of the weights of two tags of one name."""
     if isinstance(weight, Blocks) or isinstance(other, Blocks):

@@ -16,7 +16,7 @@ from sfumato.compose.blocks import Blocks
 from sfumato.errors import AdapterError, ConfigError
 from sfumato.files.header import read_header
 from sfumato.files.peft_folder import adapter_folders_below, folders_in
-from sfumato.prompts import Tagged, split_tags, without_flags
+from sfumato.prompts import Tagged, refuse_tags, without_flags
 
 
 @dataclass(frozen=True)
@@ -191,8 +191,7 @@ def with_tags(
 
 def without_tags(prompt: str, where: str) -> str:
     """The prompt. Raises ConfigError where it names an adapter or holds options, as `generate` alone reads them."""
-    if found := split_tags(prompt).adapters:
-        raise ConfigError(f"{where}: <lora:{found[0][0]}:...> is not read here; name the adapter with --lora.")
+    refuse_tags(prompt, where, "name the adapter with --lora")
     return without_flags(prompt, where)
 
 

@@ -14,7 +14,7 @@ from sfumato.compose import Adapter, compose, current
 from sfumato.compose.blocks import Blocks
 from sfumato.compose.regions import Region, _Near, regions
 from sfumato.drawing import Start, draw
-from sfumato.errors import AdapterError
+from sfumato.errors import AdapterError, ConfigError
 from tests.compose.conftest import weights_sha
 from tests.compose.test_per_picture import predict
 from tests.tiny import CPU
@@ -143,6 +143,15 @@ def test_a_region_with_the_calls_own_prompt_is_no_region(base):
     near = max(abs(a - b) for a, b in zip(plain.tobytes(), same.tobytes(), strict=True))
     assert near <= 1
     assert other.tobytes() != plain.tobytes()
+
+
+def test_tags_are_refused_where_nobody_hears_them(base):
+    tagged = "red square <lora:line:1>"
+    for texts in ({"prompts": tagged}, {"prompts": "red square", "negative": tagged}):
+        with pytest.raises(ConfigError, match=r"<lora:line:...> is not read here; compose the adapter"):
+            draw(base, seeds=0, steps=1, **texts)
+    with pytest.raises(ConfigError, match="give Region the adapter"), regions(base, Region(WHOLE, prompt=tagged)):
+        pass
 
 
 def test_a_text_encoders_part_wants_a_prompt_of_the_region(sd1, write):

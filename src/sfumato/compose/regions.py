@@ -116,6 +116,8 @@ def regions(
         raise AdapterError(f"a region is given as Region(where, Adapter(file)), got {wrong[0]!r:.60}.")
     if syntax != "plain" and not hasattr(pipe, "encode_text"):
         raise AdapterError(f"the prompt syntax {syntax} wants a Base of sfumato.load_base, not a pipeline.")
+    for part in parts:
+        prompts.refuse_tags(part.prompt or "", f"the region's prompt {part.prompt!r:.60}", "give Region the adapter")
     unet = parts_of(pipe)["unet"]
     _check_no_picture_prompt(unet)
     refuse_compiled(pipe, ["unet"])
