@@ -59,3 +59,9 @@ def test_a_span_has_the_weight_within_and_none_beyond():
 def test_what_is_not_asked_for_is_not_told():
     assert WhereWhen().told() == {}
     assert not WhereWhen().follows_steps
+
+
+def test_a_mix_follows_no_steps_of_an_adapter_in_a_region():
+    spot, span = Spot((LINE,), (0.0, 0.0, 0.5, 1.0), None), Span(0.0, 0.5)
+    assert not WhereWhen((spot,), {"line": span}).follows_steps
+    assert WhereWhen((spot,), {"line": span, "otter": span}).follows_steps

@@ -70,8 +70,8 @@ class WhereWhen:
 
     @property
     def follows_steps(self) -> bool:
-        """Whether any weight changes from step to step."""
-        return bool(self.by_step) or self.turn is not None
+        """Whether any weight of the mix changes from step to step; adapters in spots have none there."""
+        return not self.by_step.keys() <= {each.label for each in self.regional} or self.turn is not None
 
     @property
     def regional(self) -> tuple[Adapter, ...]:
