@@ -57,8 +57,15 @@ class Start:
 
 
 def draw(source: Any, prompts: str | Sequence[str], seeds: int | Sequence[int], **settings: Any) -> list[Image.Image]:
-    """One picture for each prompt and its seed, as `draw_each` with the same settings."""
-    return list(draw_each(source, prompts, seeds, **settings))
+    """One picture for each prompt and its seed, as `draw_each` with the same settings.
+
+    Raises ConfigError for a `<lora:...>` that the source does not read as a tag; `draw_each` takes all for text, as
+    captions are.
+    """
+    texts, numbers = _pairs(prompts, seeds)
+    for text in () if isinstance(source, TaggedPrompts) else (*texts, str(settings.get("negative", ""))):
+        refuse_tags(text, f"the prompt {text[:60]!r}", "compose the adapter, or draw with sfumato generate")
+    return list(draw_each(source, texts, numbers, **settings))
 
 
 def draw_each(
@@ -86,8 +93,7 @@ def draw_each(
     The noise of a picture is that of `torch.Generator().manual_seed(seed)` on the CPU, whatever its place and the
     device, so that plain diffusers with this generator draws the same one. What is not finite, or black all over, is
     tried once more in fp32; BaseModelError if that does not help. Raises ConfigError for what cannot be drawn, such as
-    a pipeline that begins from a picture where there is no start, or a prompt whose `<lora:...>` the source does not
-    read.
+    a pipeline that begins from a picture where there is no start.
     """
     prompts, seeds = _pairs(prompts, seeds)
     steps, batch = _whole("steps", steps), _whole("batch", batch)
@@ -101,9 +107,6 @@ def draw_each(
     is_base = hasattr(source, "encode_text")
     pipe = source.pipeline() if is_base else source
     _check_kind(pipe, start)
-    if not isinstance(pipe, TaggedPrompts):
-        for text in (*prompts, negative):
-            refuse_tags(text, f"the prompt {text[:60]!r}", "compose the adapter, or draw with sfumato generate")
     if is_base:
         defaults = source.defaults
         steps = defaults.sampling_steps if steps is None else steps

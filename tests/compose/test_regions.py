@@ -13,7 +13,7 @@ from sfumato.bases import load_base
 from sfumato.compose import Adapter, compose, current
 from sfumato.compose.blocks import Blocks
 from sfumato.compose.regions import Region, _Near, regions
-from sfumato.drawing import Start, draw
+from sfumato.drawing import Start, draw, draw_each
 from sfumato.errors import AdapterError, ConfigError
 from tests.compose.conftest import weights_sha
 from tests.compose.test_per_picture import predict
@@ -150,6 +150,7 @@ def test_tags_are_refused_where_nobody_hears_them(base):
     for texts in ({"prompts": tagged}, {"prompts": "red square", "negative": tagged}):
         with pytest.raises(ConfigError, match=r"<lora:line:...> is not read here; compose the adapter"):
             draw(base, seeds=0, steps=1, **texts)
+    assert len(list(draw_each(base, tagged, 0, steps=1))) == 1  # as the samples of a training that has such captions
     with pytest.raises(ConfigError, match="give Region the adapter"), regions(base, Region(WHOLE, prompt=tagged)):
         pass
 

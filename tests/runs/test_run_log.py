@@ -345,7 +345,7 @@ def test_samples_are_drawn_by_the_base_in_evaluation(tmp_path, monkeypatch):
         given.append((base, prompts, seeds, layer.training))
         return [Image.new("RGB", (4, 4), "red")]
 
-    monkeypatch.setattr(drawing, "draw", draw)
+    monkeypatch.setattr(drawing, "draw_each", draw)
     run = SimpleNamespace(folder=tmp_path, is_main=True, step=0)
     base = SimpleNamespace(resting=SimpleNamespace(interrupted=nullcontext))
     sheets.Samples(run, base, ["a"], 5, modules=[layer]).draw(0)
@@ -373,8 +373,9 @@ def test_samples_of_a_lora_are_drawn_with_its_adapter_guidance(monkeypatch):
 
     def draw(base, prompts, seeds):
         base.unet(torch.tensor([1.0, 2.0]))
+        return []
 
-    monkeypatch.setattr(drawing, "draw", draw)
+    monkeypatch.setattr(drawing, "draw_each", draw)
     base = SimpleNamespace(
         resting=SimpleNamespace(interrupted=nullcontext), unet=Unet(), defaults=SimpleNamespace(guidance=3.0)
     )
@@ -406,8 +407,9 @@ def test_samples_of_a_lora_are_drawn_with_it_in_the_steps_that_its_file_asks_for
         for timestep in (999, 200, 199):  # progress 0, 0.7998, 0.8008
             base.unet(torch.zeros(1), torch.tensor(timestep))
         base.unet(torch.zeros(1), timestep=torch.tensor([199]))
+        return []
 
-    monkeypatch.setattr(drawing, "draw", draw)
+    monkeypatch.setattr(drawing, "draw_each", draw)
     resting = SimpleNamespace(interrupted=nullcontext)
     base = SimpleNamespace(resting=resting, unet=Unet(), scheduler=DDIMScheduler(num_train_timesteps=1000))
     sheets.drawing_of(base, SimpleNamespace(disabled=disabled), span=(0.0, 0.8))(["a"], [5])

@@ -92,7 +92,7 @@ def drawing_of(
     """The base's own drawing. lora: what is attached to its U-Net, drawn with as it will be: with this adapter
     guidance, and in the span (start, end) of progress; None: in all steps."""
     from sfumato.compose.guided import first_half
-    from sfumato.drawing import draw
+    from sfumato.drawing import draw_each
 
     def drawing(prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
         with base.resting.interrupted(), ExitStack() as stack:
@@ -101,7 +101,7 @@ def drawing_of(
             if lora is not None and strength and (guidance := base.defaults.guidance) > 1:
                 stack.enter_context(lora.counted(strength / guidance))
                 stack.enter_context(first_half(base.unet, lora.disabled))
-            return draw(base, prompts, seeds)
+            return list(draw_each(base, prompts, seeds))  # perhaps captions, whose tags were learned as text
 
     return drawing
 
