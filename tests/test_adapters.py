@@ -144,7 +144,8 @@ def test_what_is_dropped_of_a_sample_depends_on_its_place_and_not_on_the_batch(b
 
     whole = draw(7, range(4))
     halves = [draw(7, range(first, first + 2)) for first in (0, 2)]
-    assert torch.equal(whole, torch.cat([half[rows] for rows in (slice(2), slice(2, 4)) for half in halves]))
+    # Products of four rows and of two are rounded otherwise on some processors.
+    assert_close(whole, torch.cat([half[rows] for rows in (slice(2), slice(2, 4)) for half in halves]))
     assert len({tuple(row) for row in whole.tolist()}) > 4
     assert not torch.equal(draw(8, range(4)), whole)
     lora.eval()

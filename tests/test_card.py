@@ -162,7 +162,7 @@ def test_every_program_is_told_how_it_calls_a_word(card, tmp_path):
     """ComfyUI and InvokeAI have a spelling of their own; what Forge and diffusers do not find is not promised."""
     add_words_section(card, {"<x>": tmp_path / "my-x.safetensors"}, ABOUT, inside=None)
     text = card.read_text(encoding="utf-8")
-    assert "`my-x` in\nAUTOMATIC1111 and Forge, `embedding:my-x` in ComfyUI, `<my-x>` in InvokeAI." in text
+    assert "`my-x` in AUTOMATIC1111 and Forge, `embedding:my-x` in ComfyUI, `<my-x>` in InvokeAI." in text
     add_words_section(card, {"<x>": tmp_path / "line-x.safetensors"}, ABOUT, inside=tmp_path / "line.safetensors")
     text = card.read_text(encoding="utf-8")
     assert "`embedding:line` in a prompt" in text

@@ -168,8 +168,9 @@ class BaseOptions:
             prediction_type=self.prediction_type,
             unet=False,
         )
-        for module in (base.unet, *base.text_encoders):
-            precision.learn(module)
+        precision.learn(
+            base.unet
+        )  # alone: what else is in a batch may decide how a text encoder's products are rounded
         if precision.device.type == "cpu":  # its kernels were never run elsewhere
             keep_less(base.unet)
         return base
