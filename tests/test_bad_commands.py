@@ -12,6 +12,8 @@ from sfumato import cli
 
 PROGRAMS = {f"train {name}": f"sfumato.trainers.{name}" for name in cli.TRAINERS}
 PROGRAMS |= {name: module for name, (module, _) in cli.PIPELINES.items()}
+SLOW = ("train dreambooth", "train textual_inversion")
+"""Of programs that take as long as another of their kind."""
 
 FILES = {
     "empty.safetensors": b"",
@@ -188,7 +190,9 @@ def test_there_are_three_hundred():
     assert len(COMMANDS) + len(WRONG_USE) >= 300
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize(
+    "program", [pytest.param(each, marks=pytest.mark.slow) if each in SLOW else each for each in PROGRAMS]
+)
 def test_what_does_not_fit_is_one_line_that_names_it(program, place, capsys, monkeypatch):
     monkeypatch.chdir(place)
     before = {path: path.stat().st_mtime_ns for path in place.rglob("*")}

@@ -25,7 +25,7 @@ from tests.tiny import tiny_pipeline, write_folder
 FILES = cli.source("sfumato.pipelines.custom").parent
 
 
-@pytest.fixture(scope="module", params=["sd1", "sdxl"])
+@pytest.fixture(scope="module", params=["sd1", pytest.param("sdxl", marks=pytest.mark.slow)])
 def pipe(request, tmp_path_factory):
     """A pipeline of the family, loaded as a script would, with line.safetensors in its folder of adapters."""
     family = request.param

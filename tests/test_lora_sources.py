@@ -48,7 +48,7 @@ def rows(path):
     return [json.loads(line) for line in (path.parent / "log.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("further", [(), ("--train-text-encoder",)])
+@pytest.mark.parametrize("further", [pytest.param((), marks=pytest.mark.slow), ("--train-text-encoder",)])
 def test_pictures_of_a_class_come_beside_each_batch_as_in_dreambooth(further, train, source):
     """At the weight of the prior, drawn on their own, and no part of an epoch."""
     both = source('words = "sks square"') + source('words = "square"', "class = true", "repeats = 2")

@@ -122,7 +122,9 @@ def ours(base, prompt, *, steps, sampler="ddim", negative="", **settings):
     )[0]
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "euler a", "dpm++ 2m", "unipc", "heun", "dpm2"])
+@pytest.mark.parametrize(
+    "sampler", ["ddim", "euler a", "dpm++ 2m", "unipc", "heun", pytest.param("dpm2", marks=pytest.mark.slow)]
+)
 def test_diffusers_with_a_callback_that_changes_the_embeddings_draws_the_same(pocket, sampler):
     picture = ours(pocket, "[red square:blue circle:0.5]", steps=6, sampler=sampler)
     assert difference(picture, theirs(pocket, "red square", "blue circle", last=3, steps=6, sampler=sampler)) <= 1

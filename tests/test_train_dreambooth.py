@@ -150,7 +150,7 @@ def test_equal_to_a_plain_loop_from_the_paper(prior, folder, train, pocket_folde
         assert (tensor - weights[name]).norm() <= 1e-3 * (weights[name] - start[name]).norm() + 2e-5, name
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("method", [pytest.param("full", marks=pytest.mark.slow), "lora"])
 def test_pictures_of_several_shapes_learn_beside_the_bases_predictions(method, train, shapes):
     path = train("run", "--prior", "base", "--method", method, "--images", shapes, "--steps", "6")
     assert len(rows(path)) == 6
@@ -182,7 +182,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(method, prior, train):
     assert all(torch.equal(tensor, again[name]) for name, tensor in whole.items())
 
 
-@pytest.mark.parametrize("clip", ["0", "0.05"])
+@pytest.mark.parametrize("clip", [pytest.param("0", marks=pytest.mark.slow), "0.05"])
 def test_fused_weights_are_those_of_the_plain_run(train, clip):
     plain, fused = train("plain", "--clip", clip), train("fused", "--clip", clip, "--fused")
     weights, others = unet_of(plain), unet_of(fused)

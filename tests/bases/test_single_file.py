@@ -42,7 +42,7 @@ def test_file_and_folder_predict_and_decode_the_same(tiny):
     assert torch.equal(base.alpha_bar, tiny.base.alpha_bar)
 
 
-@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+@pytest.mark.parametrize("family", ["sd1", pytest.param("sdxl", marks=pytest.mark.slow)])
 def test_diffusers_reads_the_same_model_from_the_file(family, request):
     made = request.getfixturevalue(family)
     pipe = type(made.pipe).from_single_file(str(made.file), config=str(made.folder), local_files_only=True)

@@ -80,7 +80,9 @@ def everything(weights):
     return weights
 
 
-@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl", "pocket"])
+@pytest.mark.parametrize(
+    "family", ["sd2", "pocket", *(pytest.param(family, marks=pytest.mark.slow) for family in ("sd1", "sdxl"))]
+)
 def test_what_was_baked_in_is_extracted_whichever_form_either_model_has(family, tiny_base, adapter_file, tmp_path):
     base, a = tiny_base(family), adapter_file("a", family, choose=everything)
     source, other = (base.folder, base.folder) if family == "pocket" else (base.file, base.folder)
