@@ -1,6 +1,5 @@
 """Commands at the same time: what they say, what each may use, and what becomes of all when one fails."""
 
-import os
 import signal
 import stat
 import subprocess
@@ -12,6 +11,7 @@ import pytest
 import sfumato
 from sfumato import side_by_side
 
+DEAF = 'trap "echo heard; trap - TERM" TERM; echo begun; while true; do sleep 0.05; done'  # to the first alone
 ENDLESS = 'trap "echo saved; exit 143" TERM; echo begun; while true; do sleep 0.05; done'
 
 
@@ -45,20 +45,43 @@ def test_where_one_fails_the_others_save_what_they_have(shell, monkeypatch, caps
     assert capsys.readouterr().err.splitlines() == ["long   begun", "wrong  no such folder", "long   saved"]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, 143)])
-def test_an_interruption_reaches_each_once(number, code, shell):
+INTERRUPTIONS = pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, 128 + signal.SIGTERM)]
+)
+
+
+def two_of(command, shell):
+    """A process that runs the command twice, as a and b, and which has heard that both have begun."""
     program = f"""
 import signal, sys
 from sfumato import side_by_side
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background leaves it ignored
 sys.executable = {str(shell)!r}
-side_by_side.run({{"a": [{ENDLESS!r}], "b": [{ENDLESS!r}]}}, threads=2)
+side_by_side.run({{"a": [{command!r}], "b": [{command!r}]}}, threads=2)
 """
     process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    begun = {process.stderr.readline() for _ in range(2)}
-    os.kill(process.pid, number)
-    rest = process.stderr.read()
-    assert begun == {"a  begun\n", "b  begun\n"}
-    assert process.wait(timeout=60) == code
+    assert both_say(process) == {"a  begun\n", "b  begun\n"}
+    return process
+
+
+def both_say(process):
+    return {process.stderr.readline() for _ in "ab"}
+
+
+@INTERRUPTIONS
+def test_an_interruption_reaches_each_once(number, code, shell):
+    process = two_of(ENDLESS, shell)
+    process.send_signal(number)
+    _, rest = process.communicate(timeout=60)
+    assert process.returncode == code
     assert [rest.count(f"{name}  saved\n") for name in "ab"] == [1, 1]
+
+
+@INTERRUPTIONS
+def test_a_second_interruption_is_passed_on_too(number, code, shell):
+    process = two_of(DEAF, shell)
+    process.send_signal(number)
+    assert both_say(process) == {"a  heard\n", "b  heard\n"}
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    assert process.returncode == code

@@ -12,8 +12,11 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
+
+_LOOK_S = 0.1
+"""Between two looks for interruptions."""
 
 
 def run(commands: Mapping[str, Sequence[str]], *, threads: int) -> tuple[str, int] | None:
@@ -21,42 +24,51 @@ def run(commands: Mapping[str, Sequence[str]], *, threads: int) -> tuple[str, in
 
     commands: a name for the person -> the words after `sfumato`. threads: of torch, to be shared out. What they say
     goes to stderr, each line after the name of whose it is. Where one fails, or this process is interrupted, the others
-    are told to stop: a training finishes its step and saves it.
+    are told to stop: a training finishes its step and saves it, and a second interruption ends it at once.
     """
-    processes = {name: _start(words, max(1, threads // len(commands))) for name, words in commands.items()}
-    stopped: list[subprocess.Popen[bytes]] = []
+    processes: dict[str, subprocess.Popen[bytes]] = {}
     failed: list[tuple[str, int]] = []
 
     def stop() -> None:
         for process in processes.values():
-            if process.poll() is None and process not in stopped:  # a second signal would not let it save
-                stopped.append(process)
+            if process.poll() is None:
                 process.terminate()  # SIGINT is not heard by what a shell began in the background
 
     def follow(name: str) -> None:
-        process = processes[name]
-        _relay(process, name.ljust(max(map(len, processes)) + 2))
-        if code := process.wait():
+        _relay(processes[name], name.ljust(max(map(len, processes)) + 2))
+        if code := processes[name].wait():
             failed.append((name, code))
-            stop()
 
-    with ThreadPoolExecutor(len(processes)) as pool, _ending_by_exception():
-        try:
-            list(pool.map(follow, processes))
-        except BaseException:
-            stop()
-            raise
+    told = 0
+    with _heard() as signals, ThreadPoolExecutor(len(commands)) as pool:
+        processes.update({name: _start(words, max(1, threads // len(commands))) for name, words in commands.items()})
+        followed = [pool.submit(follow, name) for name in processes]
+        while wait(followed, timeout=_LOOK_S).not_done:
+            due = max(len(signals), bool(failed))  # a first interruption after a failure finds all told already
+            if due > told:
+                told = due
+                stop()
+    for one in followed:
+        one.result()
+    if signals:
+        raise KeyboardInterrupt if signals[0] == signal.SIGINT else SystemExit(128 + signals[0])
     return failed[0] if failed else None
 
 
 @contextmanager
-def _ending_by_exception() -> Iterator[None]:
-    """Within the block SIGTERM is SystemExit, as SIGINT is KeyboardInterrupt: what is running is not left alone."""
-    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+def _heard() -> Iterator[list[int]]:
+    """The interruptions within the block, as they come. None is an exception: one that is raised while the main thread
+    waits for a lock breaks the lock, and one that comes just before it waits is not seen until the wait is over."""
+    signals: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, _: signals.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
-        yield
+        yield signals
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _start(words: Sequence[str], threads: int) -> subprocess.Popen[bytes]:
