@@ -11,7 +11,7 @@ import torch
 from sfumato.trainers.textual_inversion import default_prompts
 from torch.testing import assert_close
 
-from sfumato import card, cli, data, diffusion, embedding, randomness
+from sfumato import card, cli, data, diffusion, embedding, files, randomness
 from sfumato.bases import load_base
 from sfumato.drawing import draw
 from sfumato.files import read_adapter, read_embedding, read_header, read_lora, read_tensors
@@ -383,10 +383,19 @@ def test_one_bundle_on_request(pivotal, monkeypatch):
     assert 'compose(pipe, Adapter("bundle.safetensors"))' in (bundle.parent / "README.md").read_text(encoding="utf-8")
 
 
-def test_each_adapter_on_the_way_has_its_words_and_its_step(pivotal):
+def test_each_adapter_on_the_way_has_its_words_and_its_step(pivotal, monkeypatch):
     """Those of step 2 are those of a run that ends there, beside them or bundled."""
     steady = ("--schedule", "constant")
-    adapter, _ = pivotal("run", "--save-every", "2", *steady)
+    write_lora, found = files.write_lora, []
+
+    def spied(path, *given, **named):
+        found.append(path.with_name(f"{path.stem}-x.safetensors").exists())
+        return write_lora(path, *given, **named)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(files, "write_lora", spied)
+        adapter, _ = pivotal("run", "--save-every", "2", *steady)
+    assert found == [True] * 3  # a run that is killed on the way leaves no adapter without its words
     ended, word = pivotal("ended", "--steps", "2", *steady)
     kept = adapter.parent / "adapters/run-step00000002.safetensors"
     assert read_header(kept).metadata["ss_steps"] == "2"

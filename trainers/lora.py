@@ -192,9 +192,7 @@ def train(config: Config) -> Path:
         if step and processes.is_main:
             with average.applied():
                 path = config.output / "adapters" / f"{config.name}-step{step:08d}.safetensors"
-                description = write_adapter(path, lora, words, base, config, dataset, samples, trigger, step)
-                if words:
-                    write_words(path, words, config, description)
+                write_files(path, lora, words, base, config, dataset, samples, trigger, step)
 
     run.every(config.measure_every, lambda step: run.log(step=step, **measures.values()))
     run.every(config.sample_every, samples.draw)
@@ -311,9 +309,7 @@ def resolve(config: Config, base: Base, samples: int, processes: int, *, has_pri
 
 def written(config: Config) -> list[str]:
     """What is written into the run's folder beside what every run writes."""
-    from sfumato.placeholders import files
-
-    words = {} if config.bundle else files(config.output, config.name, config.train_words, alone=False)
+    words = {} if config.bundle else word_files(config.output / f"{config.name}.safetensors", config)
     return [*(["adapters"] if config.save_every else []), *(path.name for path in words.values())]
 
 
@@ -428,15 +424,14 @@ def save(
     """Write the adapter and new words, the card and the plot; upload them if asked."""
     from sfumato.finish import finish, upload
 
-    description = write_adapter(path, lora, words, base, config, dataset, samples, trigger, config.steps)
+    description, beside = write_files(path, lora, words, base, config, dataset, samples, trigger, config.steps)
     finish(run, path, description, samples, kind="lora", push=None)
-    paths = [path]
     if words:
-        paths += save_words(path, path.with_name("README.md"), words, config, description, run)
-    upload(run, paths, config.push_to_hub)
+        tell_words(path, words, beside, config, description, run)
+    upload(run, [path, *beside.values()], config.push_to_hub)
 
 
-def write_adapter(
+def write_files(
     path: Path,
     lora: Lora,
     words: Words | None,
@@ -446,9 +441,11 @@ def write_adapter(
     samples: Samples,
     trigger: Sequence[str],
     steps: int,
-) -> Description:
-    """Write the adapter as it is now, after so many steps, with its words if they are bundled; returns what its file
-    says of itself."""
+) -> tuple[Description, dict[str, Path]]:
+    """Write the adapter as it is now, after so many steps, with its words in it or beside it.
+
+    Returns what its file says of itself, and the files beside it, by word.
+    """
     from sfumato.files import describe, write_lora
     from sfumato.finish import describe_run
     from sfumato.precision import DTYPES
@@ -456,6 +453,8 @@ def write_adapter(
     about = {"trigger": trigger, "steps": steps, "adapter_guidance": config.adapter_guidance}
     about["over_steps"] = options.span_of(config, base)
     description = describe_run(config, base, dataset, samples, **about)
+    # First, so that no adapter is ever there without its words.
+    beside = write_words(path, words, config, description) if words and not config.bundle else {}
     write_lora(
         path,
         lora.modules_by_target(),
@@ -464,35 +463,39 @@ def write_adapter(
         dtype=DTYPES[config.save_precision],
         words=words.vectors() if words and config.bundle else None,
     )
-    return description
+    return description, beside
+
+
+def word_files(path: Path, config: Config) -> dict[str, Path]:
+    """By word, its file beside the adapter's."""
+    from sfumato.placeholders import files
+
+    return files(path.parent, path.stem, config.train_words, alone=False)
 
 
 def write_words(path: Path, words: Words, config: Config, description: Description) -> dict[str, Path]:
-    """Write each new word as it is now beside the adapter's file, if they are not in it; returns the files, by word."""
+    """Write each new word as it is now beside the adapter's file at `path`; returns the files, by word."""
     from sfumato.files import describe
     from sfumato.files.write_embedding import write_embedding
-    from sfumato.placeholders import files
 
-    paths = files(path.parent, path.stem, config.train_words, alone=False)
-    if config.bundle:
-        return paths
+    paths = word_files(path, config)
     for token, vectors in words.vectors().items():
         metadata = describe(dataclasses.replace(description, trigger=[token]))
         write_embedding(paths[token], token, vectors, metadata=metadata)
     return paths
 
 
-def save_words(path: Path, card: Path, words: Words, config: Config, description: Description, run: Run) -> list[Path]:
-    """`write_words`, a line on each, and a section of the card; returns the new files."""
+def tell_words(
+    path: Path, words: Words, beside: dict[str, Path], config: Config, description: Description, run: Run
+) -> None:
+    """A line on each word's file, if it has one, what the words are near to, and a section of the card."""
     from sfumato.embedding_card import add_words_section
 
-    paths = write_words(path, words, config, description)
-    if not config.bundle:
-        for token, file in paths.items():
-            run.say(f"word     {token}  {file}")
-    add_words_section(card, paths, description, inside=path if config.bundle else None)
+    for token, file in beside.items():
+        run.say(f"word     {token}  {file}")
+    inside = None if beside else path
+    add_words_section(path.with_name("README.md"), beside or word_files(path, config), description, inside=inside)
     run.say("nearest of the base's words, by cosine:\n" + "\n".join(words.report()))
-    return [] if config.bundle else list(paths.values())
 
 
 def main(argv: Sequence[str]) -> int:
