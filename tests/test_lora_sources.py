@@ -193,13 +193,16 @@ def test_what_textual_inversion_leaves_aside_is_told(source, tmp_path):
     (tmp_path / "own").mkdir()
     Image.new("RGB", (64, 64)).save(tmp_path / "own/a.png")
     (tmp_path / "own/a.txt").write_text("a <W> in fog")
-    (tmp_path / "a.toml").write_text('[[source]]\npath = "own"\n' + source("class = true", 'words = "a square"'))
+    (tmp_path / "bare").mkdir()  # and without captions, which nobody would read
+    Image.new("RGB", (64, 64)).save(tmp_path / "bare/b.png")
+    bare = '[[source]]\npath = "bare"\nclass = true\n'
+    (tmp_path / "a.toml").write_text(f'[[source]]\npath = "own"\n{bare}' + source("class = true", 'words = "a <w>"'))
     config = textual_inversion.Config(images=tmp_path / "a.toml", output=tmp_path / "run", placeholder=("<w>",))
     found = textual_inversion.read_examples(config)
     captions, of_class = found.notes[-2:]
     assert [example.caption for example in found] == ["<w>"]
     assert captions.startswith("1 captions hold <w> and are left aside, such as 'a <W> in fog'; pass --caption")
-    assert of_class.startswith("6 pictures of the class are left out")
+    assert of_class.startswith("pictures of the class are left out (bare, pictures")
     found = textual_inversion.read_examples(replace(config, images=tmp_path / "own", caption="{caption}"))
     assert ([example.caption for example in found], found.notes) == (["a <w> in fog"], ())
 

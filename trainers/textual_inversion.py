@@ -27,6 +27,7 @@ from sfumato.placeholders import MOST_VECTORS, RATES, VECTORS, check_stands_for,
 if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that its --help is there at once
     from sfumato.bases import Base
     from sfumato.data import Dataset, Folder
+    from sfumato.data.source import Source
     from sfumato.embedding import Words
     from sfumato.runs import Run
     from sfumato.runs.samples import Samples
@@ -73,6 +74,9 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     }
 )
 """Of this method, by family, where a config leaves them unset."""
+
+ALONE = "{trigger}"
+"""The template of captions that are the placeholder alone."""
 
 
 def train(config: Config) -> Path:
@@ -196,18 +200,23 @@ def check(config: Config) -> None:
 def read_examples(config: Config) -> Folder:
     """The pictures, with captions that hold the placeholders; notes tell what is left aside. Raises DataError for
     captions that hold none."""
+    from sfumato.data.source import sources_of
     from sfumato.data.stands_for import put_into_captions
 
     alone = is_alone(config)
-    template = "{trigger}" if alone else config.caption
+    template = ALONE if alone else config.caption
     trigger = " ".join(config.placeholder) if template and "{trigger}" in template else None
     named = dataclasses.replace(config, caption=template, trigger=trigger)
-    examples = named.read_examples(words=config.stands_for or config.placeholder)
-    notes = [unread_captions(named)] if alone else []
-    if count := len(examples.of("class")):
-        notes.append(f"{count} pictures of the class are left out: a new word changes nothing that they would keep")
+    examples = named.read_examples(words=config.stands_for or config.placeholder, of_class=False)
+    sources = sources_of(config.images, caption_template=template, trigger=trigger)
+    notes = [unread_captions(sources, config.placeholder[0])] if alone else []
+    if left := [source.path.name for source in sources if source.group == "class"]:
+        named_so = ", ".join(left)
+        notes.append(
+            f"pictures of the class are left out ({named_so}): a new word changes nothing that they would keep"
+        )
     examples = dataclasses.replace(examples, notes=(*examples.notes, *filter(None, notes)))
-    return put_into_captions(examples.of("instance"), config.placeholder, config.stands_for)
+    return put_into_captions(examples, config.placeholder, config.stands_for)
 
 
 def is_alone(config: Config) -> bool:
@@ -215,17 +224,14 @@ def is_alone(config: Config) -> bool:
     return config.caption is None and not config.stands_for and len(config.placeholder) == 1
 
 
-def unread_captions(config: Config) -> str:
+def unread_captions(sources: Sequence[Source], placeholder: str) -> str:
     """What to say of captions that hold the placeholder and whose place it takes as a whole; empty for none."""
-    from sfumato.data.source import sources_of
-
-    sources = sources_of(config.images, caption_template=config.caption, trigger=config.trigger)
-    found = [each for source in sources if source.template == config.caption for each in source.list().pictures]
-    texts = [each.caption.text for each in found if holds(config.placeholder[0], each.caption.text)]
-    if not any(text != config.placeholder[0] for text in texts):
+    found = [each for source in sources if source.template == ALONE for each in source.list().pictures]
+    texts = [each.caption.text for each in found if holds(placeholder, each.caption.text)]
+    if not any(text != placeholder for text in texts):
         return ""
     return (
-        f"{len(texts)} captions hold {config.placeholder[0]} and are left aside, such as {texts[0]!r}; "
+        f"{len(texts)} captions hold {placeholder} and are left aside, such as {texts[0]!r}; "
         'pass --caption "{caption}" to learn with them'
     )
 

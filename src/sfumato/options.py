@@ -57,8 +57,9 @@ class DataOptions:
     skip_bad: bool = False
     """Go on without the pictures that cannot be read, instead of stopping."""
 
-    def read_examples(self, words: Sequence[str] = ()) -> Folder:
-        """The pictures and captions, listed but not decoded. words: that captions have to hold."""
+    def read_examples(self, words: Sequence[str] = (), *, of_class: bool = True) -> Folder:
+        """The pictures and captions, listed but not decoded. words: that captions have to hold. of_class: whether
+        sources of a class are read."""
         from sfumato import data
 
         examples = data.read_folder(
@@ -68,6 +69,7 @@ class DataOptions:
             mask=self.mask,
             skip_bad=self.skip_bad,
             words=" ".join(words),
+            of_class=of_class,
         )
         self.check_subject(examples)
         return examples
