@@ -1,6 +1,7 @@
 """Small models with random weights, of the same classes and config keys as the published ones, and files of them."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -195,3 +196,9 @@ def tiny_pocket_folder(path: Path, seed: int = 0) -> Path:
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
     return write_folder(pipe, path)
+
+
+def hub_with(*files: str) -> Any:
+    """A `huggingface_hub.HfApi` to whom every repository has these files."""
+    told = SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in files])
+    return SimpleNamespace(model_info=lambda _hub_id, timeout: told)

@@ -1,7 +1,6 @@
 """Adapters, new words and whole models by the name that they have on the hub."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +20,7 @@ from sfumato.files.header import read_header
 from sfumato.merging.sources import identity
 from sfumato.pnginfo import read_picture_info
 from sfumato.specs import is_hub_name, parse_adapter, parse_embedding, public_embedding
-from tests.tiny import tiny_pocket_folder
+from tests.tiny import hub_with, tiny_pocket_folder
 
 
 @pytest.fixture
@@ -64,9 +63,7 @@ def test_several_files_of_which_none_is_the_usual_one_are_listed(monkeypatch):
 def test_a_file_in_the_cache_is_not_taken_for_the_only_one_that_there_is(cached, file, monkeypatch):
     snapshot = cached("owner/line", (file, "a.safetensors"))
     assert parse_adapter("owner/line").path == str(snapshot / "a.safetensors")  # the hub is not to be asked here
-    monkeypatch.setattr(
-        hub, "HfApi", lambda: SimpleNamespace(list_repo_files=lambda _: ["a.safetensors", "b.safetensors"])
-    )
+    monkeypatch.setattr(hub, "HfApi", lambda: hub_with("a.safetensors", "b.safetensors"))
     with pytest.raises(BaseModelError, match="holds 2 files; name one of them"):
         parse_adapter("owner/line")
 
@@ -180,6 +177,6 @@ def test_an_axis_takes_files_of_the_hub(cached, file):
 def answer(monkeypatch, files):
     """A hub that has these files of every repository, of which none is in the cache; what is asked of it."""
     asked = []
-    monkeypatch.setattr(hub, "HfApi", lambda: SimpleNamespace(list_repo_files=lambda _: files))
+    monkeypatch.setattr(hub, "HfApi", lambda: hub_with(*files))
     monkeypatch.setattr(hub, "_cached", lambda _: None)
     return asked

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 
 from sfumato.bases import hub, loading
@@ -18,7 +18,7 @@ from sfumato.bases.hub import weight_files
 from sfumato.bases.loading import find_vae, load_base
 from sfumato.bases.recognise import family_of_names
 from sfumato.errors import BaseModelError, SfumatoError
-from tests.tiny import CPU, tiny_pocket_folder
+from tests.tiny import CPU, hub_with, tiny_pocket_folder
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ class Answer:
     def __init__(self, error):
         self.error = error
 
-    def list_repo_files(self, _hub_id):
+    def model_info(self, _hub_id, timeout):
         raise self.error
 
 
@@ -95,6 +95,24 @@ def test_the_hub_says_no(monkeypatch, error, message):
     answer = error.__new__(error)  # hub errors are made of a response, which there is none of
     monkeypatch.setattr(hub, "HfApi", lambda: Answer(answer))
     assert message in refusal("owner/name")
+
+
+def test_a_hub_that_is_busy_is_asked_again(monkeypatch):
+    busy = HfHubHTTPError.__new__(HfHubHTTPError)
+    busy.response = SimpleNamespace(status_code=503)
+    api = Answer(busy)
+    api.list_repo_files = lambda _hub_id: ["unet/diffusion_pytorch_model.bin"]
+    monkeypatch.setattr(hub, "HfApi", lambda: api)
+    assert "owner/name: unet has only pickled weights" in refusal("owner/name")
+
+
+def test_a_name_in_a_folder_that_is_here_is_no_hub_id_unless_the_cache_has_it(tmp_path, monkeypatch, cached, pocket):
+    (tmp_path / "models").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert refusal("models/sd15").startswith("models/sd15: there is no sd15 in the folder models. Check the spelling;")
+    files = [file for file in pocket.rglob("*") if file.is_file()]
+    snapshot = cached("models/sd15", *((file, file.relative_to(pocket)) for file in files))
+    assert hub.hub_folder("models/sd15") == snapshot
 
 
 def test_a_folder_without_index_names_what_it_holds(tmp_path):
@@ -229,12 +247,12 @@ def test_of_a_vaes_repository_the_vae_alone_is_fetched(monkeypatch):
     own += ["sdxl_vae.safetensors"]
     base = [*(f"vae/{name}" for name in own[1:4]), "unet/config.json", "unet/diffusion_pytorch_model.safetensors"]
     for files, wanted in ((own, [own[1], own[3]]), (base, [base[0], base[2]])):
-        monkeypatch.setattr(hub, "HfApi", lambda files=files: SimpleNamespace(list_repo_files=lambda _: files))
+        monkeypatch.setattr(hub, "HfApi", lambda files=files: hub_with(*files))
         monkeypatch.setattr(hub, "_cached", lambda _: None)
         monkeypatch.setattr(hub, "snapshot_download", lambda _, allow_patterns: asked.update(w=allow_patterns) or "x")
         assert hub.hub_vae("owner/name") == Path("x")
         assert asked["w"] == wanted
-    monkeypatch.setattr(hub, "HfApi", lambda: SimpleNamespace(list_repo_files=lambda _: ["unet/config.json"]))
+    monkeypatch.setattr(hub, "HfApi", lambda: hub_with("unet/config.json"))
     with pytest.raises(BaseModelError, match="owner/name: no VAE with a config"):
         hub.hub_vae("owner/name")
 

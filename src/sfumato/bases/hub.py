@@ -11,6 +11,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
+    HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
@@ -137,8 +138,14 @@ def _fetched(
     if cached is not None and is_complete(cached):
         return cached
     fetch = f"hf download {hub_id}"
+    owner, _, name = hub_id.partition("/")
+    if cached is None and Path(owner).is_dir():
+        raise BaseModelError(
+            f"{hub_id}: there is no {name} in the folder {owner}. Check the spelling; if the hub's is meant, let it be "
+            f"fetched once from another folder, where there is no {owner}."
+        )
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=wanted(HfApi().list_repo_files(hub_id))))
+        return Path(snapshot_download(hub_id, allow_patterns=wanted(_files_on_hub(hub_id))))
     except GatedRepoError:
         raise BaseModelError(
             f"{hub_id}: gated; its owner asks for an agreement. Accept it on the model's page, run `hf auth login`, "
@@ -162,6 +169,18 @@ def _fetched(
             f"{hub_id}: no folder here, not in the hub's local cache, and the hub cannot be reached "
             f"({type(error).__name__}). Run `{fetch}` where there is a network, or name a folder or a file."
         ) from None
+
+
+def _files_on_hub(hub_id: str) -> list[str]:
+    """A repository's files. A hub that is not there is asked once, one that is busy again and again."""
+    try:
+        asked = HfApi().model_info(hub_id, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        return [file.rfilename for file in asked.siblings or ()]
+    except HfHubHTTPError as error:
+        status = getattr(getattr(error, "response", None), "status_code", 0)
+        if status != 429 and status < 500:
+            raise
+        return HfApi().list_repo_files(hub_id)
 
 
 def not_written(error: Exception) -> str:
