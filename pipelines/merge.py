@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import Parameter
 
 from sfumato.cli import run
-from sfumato.compose.adapter import is_idle
 from sfumato.config import parse, to_dict
 from sfumato.errors import ConfigError
 from sfumato.files.atomic import check_free
@@ -116,9 +115,9 @@ def merge_files(config: Config) -> Path:
     return _merge(config, sources, parents)
 
 
-def _counted(parents: Sequence[Parent]) -> list[Parent]:
-    """Those whose weight is not 0; the others are as if they were not there."""
-    return [parent for parent in parents if parent.weight is None or not is_idle(parent.weight)]
+def _counted(sources: Sequence[Source], parents: Sequence[Parent]) -> list[Parent]:
+    """What the result is made of: the parents of those that change anything."""
+    return [parent for source, parent in zip(sources, parents, strict=True) if source.counts]
 
 
 def _merge(config: Config, sources: Sequence[Source], parents: Sequence[Parent]) -> Path:
@@ -135,7 +134,7 @@ def _merge(config: Config, sources: Sequence[Source], parents: Sequence[Parent])
     if config.output.suffix != ".safetensors":
         raise ConfigError(f"--output {config.output}: wanted a .safetensors file.")
     family = common_family(parents, said=config.family)
-    words = united({source.name: source.words for source in sources if not is_idle(source.weight)})
+    words = united({source.name: source.words for source in sources if source.counts})
     merged = merge(
         sources,
         method=config.method,
@@ -145,8 +144,9 @@ def _merge(config: Config, sources: Sequence[Source], parents: Sequence[Parent])
         base=None if config.base is None else stored(config.base).weight,
     )
     exact = merged.share > 1 - 1e-10
+    parents = _counted(sources, parents)
     metadata = inherit(
-        _counted(parents),
+        parents,
         title=config.title or config.output.stem,
         family=family,
         config=to_dict(config, public=True),
@@ -154,6 +154,7 @@ def _merge(config: Config, sources: Sequence[Source], parents: Sequence[Parent])
     )
     dtype = DTYPES[config.dtype or "fp32"]
     write_lora(config.output, merged.modules, family=family, metadata=metadata, dtype=dtype, words=words)
+    _say_unasked(parents, _asked(metadata), f"others do not, so {config.output.name} does not")
     for line in lines_on_diffusers(config.output, merged.modules):
         print(line, file=sys.stderr)
     ranks = sorted({module.rank for module in merged.modules.values()})
@@ -180,7 +181,7 @@ def _bake(config: Config, sources: Sequence[Source], parents: Sequence[Parent]) 
     family = common_family(parents, default=base.family.name, said=config.family)
     if family != base.family.name:
         raise ConfigError(f"--into {base.name}: is {base.family.title}, the adapters are for {family}.")
-    parents = _counted(parents)
+    parents = _counted(sources, parents)
     metadata = baked(parents, title=config.title or config.output.stem, config=to_dict(config, public=True))
     bake(
         base,
@@ -193,7 +194,26 @@ def _bake(config: Config, sources: Sequence[Source], parents: Sequence[Parent]) 
     )
     count = "1 adapter" if len(parents) == 1 else f"{len(parents)} adapters"
     print(f"{config.output.name}: {base.name} with {count} baked in", file=sys.stderr)
+    _say_unasked(parents, (), "which a base cannot; baked in, it is in all steps of both predictions")
     return config.output
+
+
+def _say_unasked(parents: Sequence[Parent], asked: Sequence[str], why: str) -> None:
+    """Say which parents ask to be drawn with otherwise than the result does. why: goes on with that."""
+    for parent in parents:
+        if lost := [each for each in _asked(parent.metadata) if each not in asked]:
+            print(f"{parent.name}: asks for {' and '.join(lost)}, {why}.", file=sys.stderr)
+
+
+def _asked(metadata: Mapping[str, str]) -> list[str]:
+    """How a file asks to be drawn with."""
+    from sfumato.files.metadata import adapter_guidance_of, over_steps_of
+
+    strength, span = adapter_guidance_of(metadata), over_steps_of(metadata)
+    return [
+        *([f"adapter guidance {strength:g}"] if strength else []),
+        *([f"the steps {span[0]:g}-{span[1]:g}"] if span else []),
+    ]
 
 
 def main(argv: Sequence[str]) -> int:

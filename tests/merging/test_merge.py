@@ -129,6 +129,28 @@ def test_a_file_of_weight_0_is_no_parent(adapter_file, tmp_path):
     assert metadata["modelspec.trigger_phrase"] == "sks a"
 
 
+def test_what_is_0_wherever_the_file_has_something_is_weight_0(adapter_file, tmp_path):
+    """Its words are none of the merge's; the file of other layers is."""
+    a, b, out = add_words(adapter_file("a"), CAT), adapter_file("b"), tmp_path / "mix.safetensors"
+    for number, nothing in enumerate(("a=down:0,mid:0,up:0,te:0", "a=rest:0")):
+        assert run(a, b, "-o", out, "--blocks", nothing, *(("--overwrite",) if number else ())) == 0
+        assert read_header(out).metadata["modelspec.merged_from"] == "b.safetensors"
+        assert not read_adapter(out).embeddings
+
+
+def test_what_a_file_asks_for_and_the_result_does_not_is_told(tiny_base, adapter_file, tmp_path, capsys):
+    a, b, asks = adapter_file("a"), adapter_file("b"), tmp_path / "asks.safetensors"
+    about = {"sfumato.adapter_guidance": "2", "sfumato.over_steps": "0-0.8"}
+    save_file(load_file(a), asks, {**read_header(a).metadata, **about})
+    assert run(asks, "--into", tiny_base("pocket").folder, "-o", tmp_path / "baked") == 0
+    line = "asks.safetensors: asks for adapter guidance 2 and the steps 0-0.8, "
+    assert f"{line}which a base cannot; baked in" in capsys.readouterr().err
+    assert run(asks, b, "-o", tmp_path / "both.safetensors") == 0
+    assert f"{line}others do not, so both.safetensors does not" in capsys.readouterr().err
+    assert run(asks, f"{b}:0", "-o", tmp_path / "one.safetensors") == 0
+    assert "asks for" not in capsys.readouterr().err
+
+
 def test_blocks_are_chosen_for_all_or_for_one(adapter_file, tmp_path):
     a, b = adapter_file("a", seed=1), adapter_file("b", seed=2)
     out = tmp_path / "mix.safetensors"

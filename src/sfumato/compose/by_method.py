@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from sfumato.compose import tensors
-from sfumato.compose.adapter import Adapter, is_idle, weight_at
+from sfumato.compose.adapter import Adapter, is_idle
 from sfumato.compose.match import Modules, parts_of
 from sfumato.compose.mix import Mix, current, say_words
 from sfumato.errors import AdapterError
@@ -53,9 +53,10 @@ def by_method(
         )
     some = [adapter for adapter in adapters if not is_idle(adapter.weight)]
     with TemporaryDirectory(ignore_cleanup_errors=True) as folder, Mix(pipe) as mix:
-        sources, parents = read_sources(some, partial=partial, words=True)
+        both = zip(*read_sources(some, partial=partial, words=True), strict=True)
         # Weights of parts that no file changes leave nothing to merge, as weights of 0 do.
-        if any(weight_at(source.weight, *target) for source in sources for target in source.changes):
+        if counted := [(source, parent) for source, parent in both if source.counts]:
+            sources, parents = zip(*counted, strict=True)
             modules = Modules(parts_of(pipe))
 
             def weight(target: Target) -> Tensor:

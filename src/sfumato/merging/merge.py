@@ -42,6 +42,11 @@ class Source:
     weight: Weight = 1.0
     words: Vectors = field(default_factory=dict)
 
+    @property
+    def counts(self) -> bool:
+        """Whether it changes anything; one whose weight is 0 wherever it has something is as if it were not there."""
+        return any(weight_at(self.weight, *target) for target in self.changes)
+
 
 @dataclass(frozen=True)
 class Merged:
