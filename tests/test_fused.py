@@ -56,6 +56,34 @@ def test_weights_and_norms_are_those_of_backward_then_step(name, limit):
         assert torch.equal(weight, same)
 
 
+def test_fp16s_steps_and_its_scale_are_those_of_backward_then_step():
+    """Also where gradients overflow, which lowers the scale until they do not, and where it grows again."""
+    plain, other = model(), model()
+    one, two = (build("adamw", groups(net), weight_decay=0.01) for net in (plain, other))
+    scalers = [torch.amp.GradScaler("cpu", init_scale=2.0**20, growth_interval=3) for _ in range(2)]
+    fused, scales = FusedStep(two, scalers[1]), []
+    for step in range(12):
+        losses = []
+        for net in (plain, other):
+            with torch.autocast("cpu", dtype=torch.float16):
+                losses.append(net(batch(step)).float().square().mean())
+        scalers[0].scale(losses[0]).backward()
+        scalers[0].unscale_(one)
+        norm = clip(plain.parameters(), 0.05)
+        scalers[0].step(one)
+        one.zero_grad()
+        found = fused.backward(losses[1], limit=0.05, healthy=healthy)
+        assert torch.equal(found.isfinite(), norm.isfinite())
+        for scaler in scalers:
+            scaler.update()
+        assert scalers[0].state_dict() == scalers[1].state_dict()
+        scales.append(scalers[0].get_scale())
+        for weight, same in zip(plain.parameters(), other.parameters(), strict=True):
+            assert torch.equal(weight, same)
+    assert scales[0] < 2.0**20
+    assert scales[5] > scales[4] == min(scales)
+
+
 @pytest.mark.parametrize("limit", [0.0, 1.0])
 def test_an_unhealthy_step_changes_nothing_and_keeps_no_gradient(limit):
     net = model()

@@ -121,6 +121,7 @@ class Config(TrainerOptions):
 def train(config: Config) -> Path:
     """Train, and return the path of what was learned: a folder or a file."""
     from contextlib import nullcontext
+    from functools import partial
 
     import torch
 
@@ -152,7 +153,7 @@ def train(config: Config) -> Path:
             accumulate=config.accumulate,
             processes=processes.count,
             optimizer=config.optimizer,
-            scaled=scaler.is_enabled(),
+            scaled=scaler.is_enabled() and not config.clip,
         )
     base = config.load_base(precision)
     config, filled = resolve(config, base, instance.samples, processes.count)
@@ -185,7 +186,7 @@ def train(config: Config) -> Path:
 
     optimizer = optimizers.build(config.optimizer, groups(trained, config), weight_decay=config.weight_decay)
     schedule = optimizers.Schedule(optimizer, config.schedule, config.steps, config.warmup)
-    fused = fusing.FusedStep(optimizer) if config.fused else None
+    fused = fusing.FusedStep(optimizer, scaler) if config.fused else None
     average = Average(parameters, config.ema, device="cpu" if config.ema_on_cpu else None)
     run.keep(trained=trained, optimizer=optimizer, scaler=scaler, average=average)
     pristine = trained.disabled if config.method == "lora" else nullcontext  # nothing has been trained yet
@@ -231,7 +232,7 @@ def train(config: Config) -> Path:
             if fused is None:
                 scaler.scale(part).backward()
             else:  # it changes the weights, so it must not begin with a broken loss
-                norm = fused.backward(part, limit=config.clip, healthy=step.healthy)
+                norm = fused.backward(part, limit=config.clip, healthy=partial(step.healthy, scaler))
             loss += part.detach()
             class_loss += of_class.detach()
         if fused is None:
@@ -241,8 +242,8 @@ def train(config: Config) -> Path:
             norm = optimizers.clip(parameters, config.clip)
             if step.healthy(scaler, loss=loss, gradient_norm=norm):
                 scaler.step(optimizer)
-            scaler.update()
             optimizer.zero_grad()
+        scaler.update()
         if not step.skipped:
             average.update()
         step.done(loss=loss, class_loss=class_loss, rate=schedule.rate, gradient_norm=norm)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sfumato.errors import ConfigError
 from sfumato.optimizers import factor_within
@@ -23,11 +23,13 @@ class FusedStep:
     """Lets `optimizer` step within `backward`: no `step` and no `zero_grad` afterwards.
 
     The optimizer, its groups and its state stay as they are, so a checkpoint of a fused run and of another are alike.
-    Every weight must get its whole gradient in one backward pass.
+    Every weight must get its whole gradient in one backward pass. scaler: of fp16's gradients, to be updated after each
+    step as elsewhere.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer):
+    def __init__(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None = None):
         self.optimizer = optimizer
+        self._scaler = scaler or torch.amp.GradScaler(enabled=False)
         self._norms: dict[int, Tensor] = {}
         self._factor: Tensor | float | None = None
         places = ((at, weight) for at, group in enumerate(optimizer.param_groups) for weight in group["params"])
@@ -38,17 +40,19 @@ class FusedStep:
         """Change the weights by the gradient of the scalar `loss`; returns its global norm before, on its device.
 
         limit: of the global norm. Above 0 there are two backward passes, the first for the norm alone, whose gradients
-        are let go one by one as well (LOMO, Lv et al. 2023, section 3.3); 0 clips nothing and takes one. healthy: told
-        `loss`, and `gradient_norm` where it is known before, says whether the weights may change.
+        are let go one by one as well (LOMO, Lv et al. 2023, section 3.3), and which finds an overflow of scaled ones; 0
+        clips nothing, takes one, and cannot be scaled. healthy: told `loss`, and `gradient_norm` where it is known
+        before, says whether the weights may change.
         """
         if limit <= 0:
             if healthy(loss=loss):
                 self._pass(loss, 1.0)
             return self._norm()
-        self._pass(loss, None, retain_graph=True)
-        norm = self._norm()
-        if healthy(loss=loss, gradient_norm=norm):
-            self._pass(loss, factor_within(norm, limit))
+        scaled = self._scaler.scale(loss)
+        self._pass(scaled, None, retain_graph=True)
+        norm = self._unscaled(self._norm())
+        if healthy(loss=loss, gradient_norm=norm) and bool(norm.isfinite()):
+            self._pass(scaled, factor_within(norm, limit) / self._scaler.get_scale())
         return norm
 
     def _pass(self, loss: Tensor, factor: Tensor | float | None, *, retain_graph: bool = False) -> None:
@@ -83,11 +87,18 @@ class FusedStep:
         norms = [self._norms[number] for number in sorted(self._norms)]
         return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
 
+    def _unscaled(self, norm: Tensor) -> Tensor:
+        """The norm of the gradients as they are. The scaler takes it for a gradient, and so knows of an overflow."""
+        stand_in = nn.Parameter(torch.zeros_like(norm))
+        stand_in.grad = norm
+        self._scaler.unscale_(torch.optim.SGD([stand_in]))
+        return norm
+
 
 def check(*, accumulate: int, processes: int, optimizer: str, scaled: bool = False) -> None:
     """Raise ConfigError, which names the option, where a step needs the gradients of all weights at once.
 
-    scaled: whether the loss is scaled, as for fp16.
+    scaled: whether the loss is scaled, as for fp16, and nothing is clipped.
     """
     why = "--fused steps each weight before the others have their gradients"
     if accumulate > 1:
@@ -97,4 +108,6 @@ def check(*, accumulate: int, processes: int, optimizer: str, scaled: bool = Fal
     if optimizer in WHOLE:
         raise ConfigError(f"--optimizer {optimizer}: {why}, and it sets its rate by all of them; use adamw.")
     if scaled:
-        raise ConfigError(f"--precision fp16: {why}, so an overflow is seen too late; use bf16 or fp32.")
+        raise ConfigError(
+            f"--precision fp16: with --clip 0 {why}, so an overflow is seen too late; clip, or use bf16 or fp32."
+        )
