@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
+from sfumato import randomness
 from sfumato.adapters import attach, select
 from sfumato.errors import AdapterError
 
@@ -150,6 +151,16 @@ def test_what_is_dropped_of_a_sample_depends_on_its_place_and_not_on_the_batch(b
     assert not torch.equal(draw(8, range(4)), whole)
     lora.eval()
     assert len({tuple(row) for row in host(x).tolist()}) == 1
+
+
+def test_each_samples_dropout_is_drawn_by_a_generator_of_its_own(block):
+    """So that a run goes on as it began, whatever the version."""
+    lora = attach({"unet": select(block, "to_q")}, rank=2, alpha=2.0, dropout=0.4).train()
+    lora.drop_by(3, 7, range(2, 4))
+    streams = [(f"dropout {again}/unet/attn2.to_q", place) for again in range(2) for place in (2, 3)]
+    drawn = [torch.rand(5, 6, generator=randomness.generator(3, stream, 7, place)) for stream, place in streams]
+    dropped = lora._dropped(torch.ones(4, 5, 6), "unet", "attn2.to_q")
+    assert torch.equal(dropped == 0, torch.stack(drawn) < 0.4)
 
 
 def test_dropout_is_of_a_share_and_keeps_the_mean(block):

@@ -173,7 +173,7 @@ class BasePrediction:
 
 def class_seed(seed: int) -> int:
     """The seed of the class half, so that its pictures, noise and timesteps are not the subject's."""
-    return randomness.generator(seed, "class").initial_seed()
+    return randomness.seed_of(seed, "class")
 
 
 class DriftLimit:

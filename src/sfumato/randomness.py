@@ -13,10 +13,15 @@ import torch
 from torch import Tensor
 
 
+def seed_of(seed: int, stream: str, step: int = 0, index: int = 0) -> int:
+    """What a generator that depends on nothing but these begins with."""
+    digest = hashlib.blake2b(f"{seed}/{stream}/{step}/{index}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
 def generator(seed: int, stream: str, step: int = 0, index: int = 0) -> torch.Generator:
     """A CPU generator that depends on nothing but its arguments."""
-    digest = hashlib.blake2b(f"{seed}/{stream}/{step}/{index}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    return torch.Generator().manual_seed(seed_of(seed, stream, step, index))
 
 
 def normal(shape: tuple[int, ...], seed: int, stream: str, step: int = 0, index: int = 0) -> Tensor:
@@ -41,5 +46,5 @@ def seeded(device: torch.device, seed: int, stream: str, step: int = 0, index: i
     For what can only be drawn by torch itself, such as dropout inside a layer.
     """
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(generator(seed, stream, step, index).initial_seed())
+        torch.manual_seed(seed_of(seed, stream, step, index))
         yield

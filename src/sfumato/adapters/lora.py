@@ -117,14 +117,11 @@ class Lora(nn.Module):
         seed, step, places = self._samples
         count = len(places)
         rows = [(row // count, places[row % count]) for row in range(len(x))] if part == "unet" else [(0, 0)]
-
-        def kept(again: int, place: int) -> Tensor:
-            start = randomness.generator(seed, f"dropout {again}/{part}/{path}", step, place).initial_seed()
-            drawn = torch.Generator(x.device).manual_seed(start)
-            return torch.rand(x.shape[1:], generator=drawn, device=x.device) >= self.dropout
-
-        mask = torch.stack([kept(*row) for row in rows])
-        return (x / (1 - self.dropout)).masked_fill(~mask, 0)
+        draws, drawn = torch.Generator(x.device), torch.empty(len(rows), *x.shape[1:], device=x.device)
+        for numbers, (again, place) in zip(drawn, rows, strict=True):
+            draws.manual_seed(randomness.seed_of(seed, f"dropout {again}/{part}/{path}", step, place))
+            torch.rand(numbers.shape, generator=draws, out=numbers)
+        return (x / (1 - self.dropout)).masked_fill(drawn < self.dropout, 0)
 
     def count(self) -> int:
         """How many numbers are trained."""
