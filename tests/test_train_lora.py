@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from torch.testing import assert_close
 
 from sfumato import cli, diffusion, randomness
 from sfumato.bases import load_base
+from sfumato.bases.family import FAMILIES
 from sfumato.drawing import draw
 from sfumato.files import read_header, read_lora, read_tensors, write_tensors
 from sfumato.precision import decide
@@ -489,6 +491,17 @@ def test_a_run_is_not_overwritten_unasked(train, pocket_folder, pictures, tmp_pa
     assert cli.main(["train", "lora", *words, "--caption", "{caption}", "--steps", "1"]) == 2
     assert "holds a run already" in capsys.readouterr().err
     assert (tmp_path / "run/run.safetensors").read_bytes() == before
+
+
+def test_a_rank_stabilised_scale_is_1_at_the_familys_rank(tmp_path):
+    """And falls with the root of the rank: its default rate is for a scale of 1, and any rank learns as fast."""
+    from trainers.lora import Config, resolve
+
+    family = FAMILIES["sd1"]
+    base = SimpleNamespace(family=family, defaults=family.defaults, alpha_bar=range(1000))
+    for rank, stabilised, alpha in ((None, True, 4), (64, True, 4), (64, False, 64)):
+        config = Config(images=tmp_path, output=tmp_path, rank=rank, rank_stabilised=stabilised)
+        assert resolve(config, base, 16, 1, has_prior=False)[0].alpha == alpha
 
 
 def test_what_lies_beside_the_adapter_is_known_before_it_is_written(tmp_path):

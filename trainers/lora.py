@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -50,7 +51,8 @@ class Config(TrainerOptions):
     rank: int | None = None
     """Inner dimension of each update B A. Four suits a face, sixteen a style. Unset: the base family's default."""
     alpha: float | None = None
-    """The update is scaled by alpha / rank. Unset: the rank, for a scale of 1."""
+    """The update is scaled by alpha / rank. Unset: the rank, for a scale of 1; with --rank-stabilised what gives
+    that at the base family's default rank."""
     dropout: float = 0.0
     """Share of each update's inputs that is dropped while training."""
     rank_stabilised: bool = False
@@ -289,7 +291,8 @@ def resolve(config: Config, base: Base, samples: int, processes: int, *, has_pri
     """The config with every unset field filled, and the names that the base's family filled."""
     half = {"batch": max(1, base.defaults.batch // 2)} if has_prior else {}  # the other is the prior's
     config, filled = options.resolve(config, base, samples, processes, **half)
-    values: dict[str, Any] = {"alpha": config.alpha or float(config.rank)}
+    alpha = math.sqrt(base.defaults.rank) if config.rank_stabilised else float(config.rank)
+    values: dict[str, Any] = {"alpha": config.alpha or alpha}
     if has_prior:
         values["prior_weight"] = 1.0 if config.prior_weight is None else config.prior_weight
     if config.train_words:
