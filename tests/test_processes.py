@@ -6,12 +6,15 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 
 from sfumato.errors import RunError
-from sfumato.options import DataOptions
+from sfumato.finish import describe_run
+from sfumato.options import DataOptions, TrainerOptions
 from sfumato.processes import Processes
 
 CPU = torch.device("cpu")
@@ -52,6 +55,14 @@ class Adding(Threads):
         self.barrier.wait(20)
         for tensor, part in zip(listed, torch.split(total, [t.numel() for t in listed]), strict=True):
             tensor.copy_(part.view_as(tensor))
+
+
+def test_a_file_tells_the_batch_of_all_processes():
+    base = SimpleNamespace(name="b", family=SimpleNamespace(name="sd1"), prediction_type="epsilon")
+    base.adapted_fingerprint = lambda: ""
+    config = TrainerOptions(images=Path("a"), output=Path("b"), name="c", resolution=64, batch=3, accumulate=2)
+    about = describe_run(config, base, MagicMock(), SimpleNamespace(rows=[], processes=4, prompts=[]))
+    assert about.batch == 24
 
 
 def run_all(processes, work):
@@ -154,10 +165,12 @@ def test_with_a_cache_the_main_process_prepares_first(cached, monkeypatch, tmp_p
 PROGRAM = """
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 sys.path.insert(0, sys.argv[1])
 from made_up import FakeBase
 from sfumato.data import read_folder
-from sfumato.options import DataOptions
+from sfumato.options import DataOptions, TrainerOptions
 from sfumato.processes import Processes
 processes = Processes.join("cpu")
 options = DataOptions(images=Path(sys.argv[2]), cache=Path(sys.argv[3]), resolution=64, shuffle_tags=True)

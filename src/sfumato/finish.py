@@ -41,7 +41,7 @@ def describe_run(config: TrainerOptions, base: Base, dataset: Dataset, samples: 
         resolution=(config.resolution, config.resolution),
         images=len(dataset),
         steps=config.steps,
-        batch=config.batch * config.accumulate,
+        batch=config.batch * config.accumulate * samples.processes,
         seed=config.seed,
         learning_rate=config.learning_rate,
         optimizer=config.optimizer,

@@ -58,14 +58,14 @@ _not_begun: weakref.WeakSet[Run] = weakref.WeakSet()
 class Run:
     """One training's folder, log, checkpoints and progress. Only the main process writes.
 
-    step: the step it begins with, 0 or that of the checkpoint it resumes from. rate_factor: what the learning rate is
-    multiplied with; a half after the run has gone back once.
+    count: how many processes train. step: the step it begins with, 0 or that of the checkpoint it resumes from.
+    rate_factor: what the learning rate is multiplied with; a half after the run has gone back once.
     """
 
     def __init__(self, folder: Path, config: FolderOptions, processes: Processes | None = None):
         self.folder = folder
         self.is_main = processes is None or processes.is_main
-        self._count = 1 if processes is None else processes.count
+        self.count = 1 if processes is None else processes.count
         self.step, self.rate_factor = 0, 1.0
         # Not self.say: a run that refers to itself would hold its lock until it is collected.
         self.log_file = Log(folder / "log.jsonl", tensorboard=config.tensorboard and self.is_main, warn=progress.say)
@@ -186,7 +186,7 @@ class Run:
 
         A resumed run whose facts differ from the folder's is refused unless `force`.
         """
-        facts |= {"processes": str(self._count), "sfumato": sfumato.__version__}
+        facts |= {"processes": str(self.count), "sfumato": sfumato.__version__}
         facts |= {"torch": torch.__version__.split("+")[0]}
         facts |= {name: version(name) for name in ("diffusers", "transformers")}
         if self._resumed_from is not None:
@@ -311,7 +311,7 @@ class Run:
 
     def _agreed(self, signalled: int | None) -> int | None:
         """The signal that any process got: all of them stop after the same step."""
-        if self._processes is None or self._count == 1:
+        if self._processes is None or self.count == 1:
             return signalled
         return self._processes.largest(signalled or 0) or None
 
@@ -398,7 +398,7 @@ class Run:
 
     def _say_goodbye(self, number: int, count: int) -> None:
         if self._saved_at == number or not self.is_main:
-            launcher = f"accelerate launch --num_processes {self._count} -m " if self._count > 1 else ""
+            launcher = f"accelerate launch --num_processes {self.count} -m " if self.count > 1 else ""
             folder = shlex.quote(str(self.folder))
             command = f"{launcher}sfumato resume {folder}"
             if self._copy:

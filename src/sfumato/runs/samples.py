@@ -54,6 +54,11 @@ class Samples:
         self.prompts = list(prompts)
 
     @property
+    def processes(self) -> int:
+        """How many train; the main one draws."""
+        return self._run.count
+
+    @property
     def rows(self) -> list[list[Image.Image]]:
         """The pictures so far: a row a point in time, a column a prompt."""
         return list(self._whole().values())
