@@ -226,7 +226,13 @@ def test_the_drift_limit_takes_the_larger_drift_and_remembers_the_log():
 def test_class_prompts_are_the_captions_without_the_identifier():
     subject = Subject("sks otter", "otter")
     captions = ["sks otter, flat style", "sks otter", "a picture", "sks otter, flat style"]
-    assert subject.class_prompts(captions) == ["otter", "otter, flat style"]
+    capitals = ["Sks Otter in snow", "two sks otters"]
+    assert subject.class_prompts([*captions, *capitals]) == [
+        "otter",
+        "otter, flat style",
+        "otter in snow",
+        "two otters",
+    ]
     assert subject.sample_prompts(captions, "a ball") == ["sks otter, flat style", "sks otter", "otter", "a ball"]
 
 

@@ -7,6 +7,7 @@ that have captions of their own, such as "sks otter, flat style", keep them, and
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +26,12 @@ class Subject:
     of_class: str
 
     def class_prompts(self, captions: Sequence[str]) -> list[str]:
-        """The class prompt, and each caption with the class in the subject's place; none twice."""
-        said = [caption.replace(self.prompt, self.of_class) for caption in captions if self.prompt in caption]
+        """The class prompt, and each caption with the class in the subject's place; none twice.
+
+        "Sks otter" is the subject, too, since text encoders read small letters alone.
+        """
+        subject = re.compile(re.escape(self.prompt), re.IGNORECASE)
+        said = [subject.sub(lambda _: self.of_class, caption) for caption in captions if subject.search(caption)]
         return list(dict.fromkeys([self.of_class, *said]))
 
     def sample_prompts(self, captions: Sequence[str], unrelated: str) -> list[str]:
