@@ -64,10 +64,13 @@ def test_a_base_that_sees_one_thing_everywhere_draws_that(kind, base, dataset, m
         return diffusion.target(kind, seen.expand_as(noisy), noise, a.flatten())
 
     monkeypatch.setattr(base, "predict", predict)
+    unconditional, rows = base.unconditional, []
+    monkeypatch.setattr(base, "unconditional", lambda count: rows.append(count) or unconditional(count))
     crossing = Crossing(base, dataset, 0, 1.0, shown=False)
     assert sorted(crossing._drawn) == [(index, variant) for index in range(len(dataset)) for variant in (0, 1)]
     for drawn in crossing._drawn.values():
         assert_close(drawn, seen[0], rtol=0, atol=1e-3)
+    assert rows == [1]  # once, and not beside each picture
 
 
 def test_the_base_draws_each_view_over_by_ddim_under_guidance(base, dataset, crossing):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -46,20 +45,20 @@ class Crossing:
         side = base.resolution // base.vae_factor
         batches = list(data.views(max(1, LATENTS_AT_ONCE // (2 * side * side))))  # two rows each, for guidance
         with torch.no_grad(), base.resting.interrupted():  # once for all: what rests is read from its file again
-            texts = [(embedding.encode(base, each.captions), base.unconditional(len(each))) for each in batches]
+            texts = [embedding.encode(base, each.captions).to("cpu") for each in batches]  # there may be thousands
+            self._untold = base.unconditional(1)
         self._drawn: dict[tuple[int, int], Tensor] = {}
         batches_shown = tqdm(batches, desc="drawing over", unit="batch", file=sys.stderr, disable=not shown)
-        for batch, told in zip(batches_shown, texts, strict=True):
-            for index, variant, latents in zip(batch.indices, batch.variants, self._draw(batch, told), strict=True):
+        for batch, text in zip(batches_shown, texts, strict=True):
+            for index, variant, latents in zip(batch.indices, batch.variants, self._draw(batch, text), strict=True):
                 self._drawn[index, variant] = latents
 
     @torch.no_grad()
-    def _draw(self, batch: Batch, texts: Sequence[TextEmbedding]) -> Tensor:
-        """What the base makes of a batch: deterministic DDIM (Song et al. 2021, eq. 12) under its usual guidance.
-
-        texts: its captions', and what stands for none.
-        """
+    def _draw(self, batch: Batch, text: TextEmbedding) -> Tensor:
+        """What the base makes of a batch, whose captions' embeddings these are: deterministic DDIM (Song et al. 2021,
+        eq. 12) under its usual guidance."""
         base = self._base
+        texts = text.to(batch.latents.device), self._untold[[0] * len(batch)]
         views = list(zip(batch.indices, batch.variants, strict=True))
         told = [(text, batch.added(base, text)) for text in texts]
         alpha_bar = base.alpha_bar.to(batch.latents.device)
