@@ -20,6 +20,7 @@ from sfumato import cli, diffusion, randomness
 from sfumato.bases import load_base
 from sfumato.bases.family import FAMILIES
 from sfumato.drawing import draw
+from sfumato.errors import ConfigError
 from sfumato.files import read_header, read_lora, read_tensors, write_tensors
 from sfumato.precision import decide
 from sfumato.prior import class_seed
@@ -502,6 +503,18 @@ def test_a_rank_stabilised_scale_is_1_at_the_familys_rank(tmp_path):
     for rank, stabilised, alpha in ((None, True, 4), (64, True, 4), (64, False, 64)):
         config = Config(images=tmp_path, output=tmp_path, rank=rank, rank_stabilised=stabilised)
         assert resolve(config, base, 16, 1, has_prior=False)[0].alpha == alpha
+
+
+def test_a_crossing_of_no_sample_is_refused(tmp_path):
+    """It would cost the base's drawings, and no step would see one."""
+    from trainers.lora import Config, resolve
+
+    family = FAMILIES["sd1"]
+    base = SimpleNamespace(family=family, defaults=family.defaults, alpha_bar=range(1000))
+    config = Config(images=tmp_path, output=tmp_path, crossed_share=0.5, max_timestep=301)
+    assert resolve(config, base, 16, 1, has_prior=False)
+    with pytest.raises(ConfigError, match="samples are crossed from timestep 300 on, and --max-timestep 300 leaves"):
+        resolve(dataclasses.replace(config, max_timestep=300), base, 16, 1, has_prior=False)
 
 
 def test_what_lies_beside_the_adapter_is_known_before_it_is_written(tmp_path):

@@ -291,6 +291,15 @@ def resolve(config: Config, base: Base, samples: int, processes: int, *, has_pri
     """The config with every unset field filled, and the names that the base's family filled."""
     half = {"batch": max(1, base.defaults.batch // 2)} if has_prior else {}  # the other is the prior's
     config, filled = options.resolve(config, base, samples, processes, **half)
+    if config.crossed_share and not config.resume:
+        from sfumato.crossed import first_timestep
+
+        first, timesteps = first_timestep(base), config.noising(base).timesteps
+        if timesteps.stop <= first:
+            raise ConfigError(
+                f"--crossed-share {config.crossed_share:g}: samples are crossed from timestep {first} on, and "
+                f"--max-timestep {timesteps.stop} leaves none; give --crossed-share 0, or more timesteps."
+            )
     alpha = math.sqrt(base.defaults.rank) if config.rank_stabilised else float(config.rank)
     values: dict[str, Any] = {"alpha": config.alpha or alpha}
     if has_prior:

@@ -31,6 +31,11 @@ FROM = 0.3
 """Share of the timesteps from which on samples are crossed: with less noise the difference would be all there is."""
 
 
+def first_timestep(base: Base) -> int:
+    """The base's timestep from which on samples are crossed."""
+    return round(FROM * len(base.alpha_bar))
+
+
 class Crossing:
     """The base's drawing of each view of the pictures, and the samples that show it.
 
@@ -41,7 +46,7 @@ class Crossing:
 
     def __init__(self, base: Base, data: Dataset, seed: int, share: float, *, shown: bool = True):
         self._base, self._seed, self._share = base, seed, share
-        self._first = round(FROM * len(base.alpha_bar))
+        self._first = first_timestep(base)
         side = base.resolution // base.vae_factor
         batches = list(data.views(max(1, LATENTS_AT_ONCE // (2 * side * side))))  # two rows each, for guidance
         with torch.no_grad(), base.resting.interrupted():  # once for all: what rests is read from its file again
