@@ -1,12 +1,16 @@
 """DreamBooth's sources: whose pictures make an epoch, what the base draws beside given ones, and what is refused."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from PIL import Image
+from sfumato.trainers import dreambooth
 
 from sfumato import cli
+from sfumato.errors import DataError
 from sfumato.files import read_header
+from sfumato.subject import Subject
 
 pytestmark = pytest.mark.usefixtures("quick")
 QUIET = ("--sample-every", "0", "--measure-every", "0", "--checkpoint-every", "0")
@@ -32,6 +36,18 @@ def both(pictures, tmp_path):
     source = f'[[source]]\npath = "{pictures.as_posix()}"\n'
     path.write_text(f'{source}words = "sks square"\n{source}words = "square"\nclass = true\nrepeats = 2\n')
     return path
+
+
+def test_a_source_without_captions_needs_words_or_an_instance_prompt(tmp_path):
+    """Which is the caption of all; and the words that are advised are the subject's."""
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    (tmp_path / "dataset.toml").write_text('[[source]]\npath = "."\n')
+    config = dreambooth.Config(images=tmp_path / "dataset.toml", output=tmp_path / "run", class_name="dog")
+    with pytest.raises(DataError, match='give their source words = "sks dog"'):
+        dreambooth.read_examples(config, Subject("sks dog", "dog"))
+    config = replace(config, instance_prompt="a sks dog")
+    found = dreambooth.read_examples(config, Subject("a sks dog", "dog"))
+    assert [example.caption for example in found] == ["a sks dog"]
 
 
 def test_an_epoch_is_of_the_subjects_pictures(train, both):

@@ -326,6 +326,7 @@ def read_examples(config: Config, subject: Subject) -> Folder:
         trigger=trigger,
         mask=config.mask,
         skip_bad=config.skip_bad,
+        in_all=bool(config.instance_prompt),
     )
     config.check_subject(folder)
     if config.class_images and folder.of("class") and not config.resume:

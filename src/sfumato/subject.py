@@ -88,16 +88,26 @@ def read_pictures(
     trigger: str | None = None,
     mask: MaskSource = "none",
     skip_bad: bool = False,
+    in_all: bool = False,
 ) -> Folder:
     """The examples of a folder in which pictures without a caption have the caption `words`, or of a dataset.toml.
 
-    Raises as `sfumato.data.read_folder` does.
+    in_all: whether the subject's pictures have it in a dataset.toml, too, which may hold several subjects. Raises as
+    `sfumato.data.read_folder` does.
     """
     from sfumato.data import read_folder
     from sfumato.data.folder import examples_of, list_folder
 
     if path.suffix.lower() == ".toml" and not path.is_dir():
-        return read_folder(path, caption_template=template, trigger=trigger, mask=mask, skip_bad=skip_bad)
+        return read_folder(
+            path,
+            caption_template=template,
+            trigger=trigger,
+            mask=mask,
+            skip_bad=skip_bad,
+            words=words,
+            otherwise=words if in_all else "",
+        )
     listing = list_folder(path, words=words)
     return examples_of(listing, template=template, trigger=trigger, mask=mask, skip_bad=skip_bad)
 

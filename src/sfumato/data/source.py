@@ -80,6 +80,7 @@ def read_folder(
     skip_bad: bool = False,
     mask: MaskSource = "none",
     words: str = "",
+    otherwise: str = "",
     of_class: bool = True,
 ) -> Folder:
     """The pictures of a folder, or of the sources that a dataset.toml names, with their captions.
@@ -88,12 +89,15 @@ def read_folder(
     or, if there is a template, from the file's name; the template is then filled with it. mask: "alpha" learns the
     opaque part, "files" what is white in NAME.mask.png or masks/NAME.png. skip_bad: leave out the pictures whose
     header cannot be read, and (in `prepare`) those that cannot be decoded. words: that captions have to hold, to advise
-    them where there are none. of_class: whether sources of a class are read.
+    them where there are none. otherwise: the caption of those of the subject that have none. of_class: whether sources
+    of a class are read.
 
     Raises DataError for no folder, no pictures, bad pictures and missing captions; ConfigError for a bad template.
     """
     sources = sources_of(path, caption_template=caption_template, trigger=trigger, mask=mask)
     sources = [source for source in sources if of_class or source.group != "class"]
+    if otherwise:
+        sources = [s if s.words or s.group == "class" else replace(s, words=otherwise) for s in sources]
     parts = [_read(source, skip_bad, words) for source in sources]
     if len(parts) == 1:
         return parts[0]
