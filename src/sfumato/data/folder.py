@@ -86,11 +86,17 @@ class Folder(Sequence[Example]):
 
 
 def examples_of(
-    listing: Listing, *, template: str | None, trigger: str | None, mask: MaskSource, skip_bad: bool, words: str = ""
+    listing: Listing,
+    *,
+    template: str | None,
+    trigger: str | None,
+    mask: MaskSource,
+    skip_bad: bool,
+    words: str | None = "",
 ) -> Folder:
     """The examples of one listed folder, headers checked. Raises as `read_folder` does.
 
-    words: that captions have to hold, to advise them where there are none.
+    words: that captions have to hold, to advise them where there are none; None where --caption gives none.
     """
     if template is not None:
         check_template(template, trigger)
@@ -218,17 +224,18 @@ def _ignored(listing: Listing, path: Path, reason: str) -> Ignored:
     return Ignored(path.relative_to(listing.root).as_posix(), reason.removeprefix(f"{path.name}: "))
 
 
-def _check_captions(examples: Sequence[Example], template: str | None, words: str) -> None:
+def _check_captions(examples: Sequence[Example], template: str | None, words: str | None) -> None:
     missing = [example.path.name for example in examples if not example.caption]
     if not missing:
         return
     shown = some(missing)
     if template is not None:
         raise DataError(f"{shown}: the caption is empty once put into {template!r}. Put words into the template.")
-    way = by_template(missing, examples[0].trigger, words)
+    ways = ["Write NAME.txt beside each", f'list them as "text" in {METADATA}']
+    ways += [f'give their source words = "{words or "a dog"}"']
+    ways += [] if words is None else [f"pass {by_template(missing, examples[0].trigger, words)}"]
     raise DataError(
-        f"{len(missing)} of {len(examples)} pictures have no caption: {shown}. Write NAME.txt beside each, list them "
-        f'as "text" in {METADATA}, give their source words = "{words or "a dog"}", or pass {way}.'
+        f"{len(missing)} of {len(examples)} pictures have no caption: {shown}. {', '.join(ways[:-1])}, or {ways[-1]}."
     )
 
 

@@ -117,7 +117,7 @@ def _read(source: Source, skip_bad: bool, words: str) -> Folder:
         trigger=source.trigger,
         mask=source.mask,
         skip_bad=skip_bad,
-        words="" if source.group == "class" else words,
+        words=None if source.group == "class" else words,  # no --caption is for it
     )
     examples = tuple(_with(example, source) for example in part.examples)
     return replace(part, examples=examples)
