@@ -156,6 +156,7 @@ def test_each_trainer_learns_in_fp32_what_it_learns_on_the_cpu(kind, case, input
         "lora accumulated, averaged, dropped out",
         "lora with text encoder",
         "dreambooth",
+        "dreambooth fused, prior",
         "dreambooth lora",
         "textual_inversion",
     ],
