@@ -28,6 +28,7 @@ def test_words_to_the_letter(two_modules, tmp_path):
         "a.safetensors: vectors hold NaN or Inf, so the file was not written. Use an earlier save."
     )
     metadata = {"ss_network_dim": "4", "ss_seed": "1", "modelspec.architecture": "stable-diffusion-v1/lora"}
+    metadata |= {"sfumato.adapter_guidance": "2", "sfumato.over_steps": "0-0.8"}
     header = read_header(write_embedding(path, "<x>", one, metadata=metadata))
     assert list(header.tensors) == ["<x>"]
     kept = {name: text for name, text in header.metadata.items() if "hash" not in name}
