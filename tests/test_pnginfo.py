@@ -19,6 +19,7 @@ from sfumato.pnginfo import (
     read_picture_info,
     save_picture,
 )
+from sfumato.sheet import read_drawn
 
 SETTINGS = {
     "Steps": 20,
@@ -167,3 +168,11 @@ def test_what_is_no_picture_is_named(tmp_path):
     (tmp_path / "a.png").write_text("x")
     with pytest.raises(DataError, match=r"a\.png"):
         read_picture_info(tmp_path / "a.png")
+
+
+def test_a_picture_of_too_many_pixels_is_named(tmp_path, monkeypatch):
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(DataError, match=r"a\.png: cannot be read .*4096 pixels"):
+        read_picture_info(tmp_path / "a.png")
+    assert read_drawn(tmp_path / "a.png") is None

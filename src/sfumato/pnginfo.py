@@ -125,7 +125,7 @@ def read_picture_info(path: Path) -> PictureInfo:
         with Image.open(path, formats=["PNG", "JPEG", "WEBP"]) as file:
             texts = dict(file.info)
             comment = file.getexif().get_ifd(_EXIF).get(_USER_COMMENT, b"")
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"{path.name}: cannot be read as PNG, JPEG or WebP ({error}).") from None
     text = texts.get("parameters") or _comment_text(comment)
     own = None

@@ -52,7 +52,7 @@ def read_drawn(path: Path) -> Image.Image | None:
     try:
         with Image.open(path, formats=["PNG"]) as picture:
             return picture.convert("RGB")
-    except (OSError, SyntaxError):
+    except (OSError, SyntaxError, Image.DecompressionBombError):
         return None
 
 
