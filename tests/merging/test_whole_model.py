@@ -18,6 +18,7 @@ from sfumato.compose.regions import Region, regions
 from sfumato.errors import AdapterError, FileError
 from sfumato.files import LoraModule, write_lora
 from sfumato.files.adapter_file import read_adapter
+from sfumato.merging import whole_model
 from sfumato.merging.methods import DENSE, Settings
 from sfumato.merging.sources import identity
 from sfumato.merging.stored import stored
@@ -264,6 +265,16 @@ def test_whole_models_are_told_from_adapters(models, tiny_base, adapter_file, tm
     assert not is_whole_model(tmp_path / "nothing.safetensors")
     file = as_adapter(models("sdxl", 1).file)
     assert (file.family, file.text_width, file.kinds.keys()) == ("sdxl", 192, {"whole model"})
+
+
+def test_a_file_is_looked_into_once_and_again_when_it_is_another(models, adapter_file, tmp_path, monkeypatch):
+    path = tmp_path / "m.safetensors"
+    shutil.copy(adapter_file("a"), path)
+    assert not is_whole_model(path)
+    shutil.copy(models("sdxl", 1).file, path)
+    assert is_whole_model(path)
+    monkeypatch.setattr(whole_model, "read_header", None)
+    assert is_whole_model(path)
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])

@@ -18,7 +18,7 @@ from sfumato.files.peft_folder import adapter_sources
 from sfumato.merging.blocks import select
 from sfumato.merging.lineage import Parent
 from sfumato.merging.merge import Source
-from sfumato.merging.whole_model import is_whole_model, read_mixable, weight_files
+from sfumato.merging.whole_model import is_whole_model, read_mixable, stamp, weight_files
 
 
 def read_source(
@@ -56,14 +56,9 @@ def identity(path: Path) -> str:
     What was hashed is remembered for as long as the files stay as they are, since every picture tells it.
     """
     if not path.is_dir():
-        return _short_hash(path, _stamp(path))
+        return _short_hash(path, stamp(path))
     files = weight_files(path) if is_whole_model(path) else [source.header.path for source in adapter_sources(path)]
-    return joint_hash(_data_sha256(file, _stamp(file)) for file in files)
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    status = path.stat()
-    return status.st_mtime_ns, status.st_size
+    return joint_hash(_data_sha256(file, stamp(file)) for file in files)
 
 
 @cache

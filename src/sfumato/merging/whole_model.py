@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -31,14 +32,28 @@ def read_mixable(path: str | os.PathLike[str], *, partial: bool = False) -> Adap
 
 
 def is_whole_model(path: str | os.PathLike[str]) -> bool:
-    """Whether a diffusers folder or a checkpoint is there, told by the names in it; False also where nothing is."""
+    """Whether a diffusers folder or a checkpoint is there, told by the names in it; False also where nothing is.
+
+    What a file holds is remembered for as long as it stays as it is, since every picture asks.
+    """
     path = Path(path)
     if path.is_dir():
         return (path / "model_index.json").is_file()
     try:
-        return f"{UNET}input_blocks.0.0.weight" in read_header(path).tensors
+        return path.is_file() and _is_checkpoint(path.absolute(), stamp(path))
     except FileError:
         return False
+
+
+def stamp(path: Path) -> tuple[int, int]:
+    """By which a file is known to be as it was."""
+    status = path.stat()
+    return status.st_mtime_ns, status.st_size
+
+
+@cache
+def _is_checkpoint(path: Path, stamp: tuple[int, int]) -> bool:
+    return f"{UNET}input_blocks.0.0.weight" in read_header(path).tensors
 
 
 def as_adapter(path: Path) -> AdapterFile:
