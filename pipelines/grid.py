@@ -142,6 +142,9 @@ def plan(config: Config) -> tuple[Axis, Axis, list[Adapter], list[list[Cell]]]:
         raise ConfigError(
             f"--adapter-weight {config.adapter_weight:g}: no axis is adapter=...; a --lora has its weight as FILE:0.8."
         )
+    is_guided = config.adapter_guidance is not None or "adapter_guidance" in (x.kind, y.kind)
+    if is_guided and not adapters and "adapter" not in (x.kind, y.kind):
+        raise ConfigError("adapter guidance: there is no adapter that it could count for; give --lora FILE:0.8.")
     _check_method(config, x, y, adapters)
     for where, texts in _prompts(config, x, y):
         for text in texts:

@@ -592,6 +592,7 @@ WRONG = {
     "steps of nothing": (["a", "--over-steps", "line=0-0.5"], "none are given"),
     "an adapter guidance below 0": (["a", "--adapter-guidance", "-1"], "adapter guidance -1: wanted 0 to 20"),
     "an adapter guidance of words": (["a", "--adapter-guidance", "much"], "much: wanted a number, or LABEL=2"),
+    "an adapter guidance without adapters": (["a", "--adapter-guidance", "2"], "there is no adapter that it could"),
     "an adapter guidance of nobody": (["a", "--adapter-guidance", "x=2"], "no --lora is called 'x'"),
     "an adapter guidance of a region": (
         ["a", "--lora", "line.safetensors", "--region", "line=left", "--adapter-guidance", "2"],

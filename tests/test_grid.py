@@ -356,6 +356,7 @@ A1111 = ["--prompt-syntax", "a1111"]
         ([*BOTH, "--x", "seed=1", "--y", "line=1", "--prompt", "a", "--adapter-guidance", "nan"], "guidance nan"),
         ([*BOTH, "--x", "seed=1", "--y", "line=1", "--prompt", "a", "--adapter-weight", "nan"], "nan is outside"),
         (["--x", "seed=1", "--y", "steps=2", "--prompt", "a", "--adapter-weight", "0.5"], "no axis is adapter="),
+        (["--x", "seed=1", "--y", "adapter_guidance=0,2", "--prompt", "a"], "no adapter that it could count for"),
         (["--x", "seed=1", "--y", "method=ties", "--prompt", "a"], "wants adapters to merge"),
         (["--x", "steps=2,1001", "--y", "seed=1", "--prompt", "a"], "1001 steps; wanted 1 to 1000"),
         (["--x", "seed=1", "--y", "seed=2", "--prompt", "a"], "both vary seed"),
