@@ -233,7 +233,9 @@ def test_a_sweep_is_a_sheet_of_weights_by_prompts(generate, base):
         three.crop((0, 0, three.width, two.height - row)).tobytes()
         == two.crop((0, 0, two.width, two.height - row)).tobytes()
     )
-    assert read_picture_info(Path("three.png")).own["sweep"] == {"line": [0.0, 0.5, 1.5]}
+    info = read_picture_info(Path("three.png"))
+    assert info.own["sweep"] == {"line": [0.0, 0.5, 1.5]}
+    assert info.parameters.prompt == "a cat <lora:line:0.5>"  # the first row that has it
 
 
 @pytest.mark.parametrize(
@@ -481,6 +483,7 @@ def test_pairs_leave_out_tags_regions_and_steps_on_the_side_without(generate):
     assert generate("a cat <lora:line:0.9>", "--before-after", "-o", "tags.png")[0] == 0
     assert close(cell("tags.png", 0, 0, 2, 1), pixels("plain.png"))
     assert close(cell("tags.png", 1, 0, 2, 1), pixels("tagged.png"))
+    assert read_picture_info(Path("tags.png")).parameters.prompt == "a cat <lora:line:0.9>"
     words = ["a cat", *TWO, "--region", "otter=left", "--over-steps", "line=0-0.4"]
     assert generate(*words, "-o", "both.png")[0] == 0
     assert generate(*words, "--before-after", "-o", "pair.png")[0] == 0

@@ -78,7 +78,10 @@ class Desk:
         return {**self.settings, "prompt": prompts[0], "seed": seeds[0], **more, "prompts": prompts, "seeds": seeds}
 
     def sweep(self, label: str, weights: Sequence[float]) -> Drawn:
-        """A row for each weight: the base stays loaded, and each weight recomputes only what that adapter changes."""
+        """A row for each weight: the base stays loaded, and each weight recomputes only what that adapter changes.
+
+        The adapters are told as in the first row in which the one that is swept counts.
+        """
         rows, before = [], self.mix.weights[label]
         for weight in weights:
             self.mix.set_weights({label: swept(label, before, weight)})
@@ -87,16 +90,20 @@ class Desk:
         sheet = contact_sheet(
             rows, row_labels=[f"{label} {weight:g}" for weight in weights], column_labels=self.labels()
         )
+        self.mix.set_weights({label: swept(label, before, next(filter(None, weights), 0.0))})
         return sheet, used_in(self.mix), self.sheet_settings(sweep={label: list(weights)})
 
     def before_after(self) -> Drawn:
-        """A row for each picture: drawn without the adapters and with them, from the same noise."""
-        used = used_in(self.mix)
+        """A row for each picture: drawn without the adapters and with them, from the same noise.
+
+        The adapters are told as the first picture has them, whose prompt the sheet tells.
+        """
+        always = used_in(self.mix)
         self.mix.mute()
         before = list(self.draw(self.pictures, plain=True))
         self.mix.unmute()
-        after = [picture for picture, *_ in self.with_adapters()]
-        everywhere = [each for each in used if each.weight != 0]
+        after, used, _ = zip(*self.with_adapters(), strict=True)
+        everywhere = [each for each in always if each.weight != 0]
         shown = dict.fromkeys([*everywhere, *self.where_when.regional])
         of_all = ", ".join(f"{each.label} {weight_text(each.weight)}" for each in shown)
         rows = [
@@ -105,7 +112,7 @@ class Desk:
         sheet = contact_sheet(
             list(zip(before, after, strict=True)), row_labels=rows, column_labels=["without", f"with {of_all}".strip()]
         )
-        return sheet, used, self.sheet_settings(before_after=True)
+        return sheet, used[0], self.sheet_settings(before_after=True)
 
 
 def _tags(weights: Mapping[str, Weight] | None) -> str:
