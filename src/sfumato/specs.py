@@ -209,7 +209,9 @@ def parse_strengths(texts: Sequence[str], labels: Sequence[str]) -> dict[str, fl
             raise ConfigError(f"--adapter-guidance {text}: wanted a number, or LABEL=2.") from None
         found |= dict.fromkeys([label] if equals else labels, checked_adapter_guidance(strength))
     if texts and not labels:
-        raise ConfigError(f"--adapter-guidance {texts[0]}: there is no adapter that it could count for; give --lora FILE:0.8.")
+        raise ConfigError(
+            f"--adapter-guidance {texts[0]}: there is no adapter that it could count for; give --lora FILE:0.8."
+        )
     return found
 
 
