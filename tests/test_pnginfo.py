@@ -59,6 +59,27 @@ def test_numbers_are_written_as_they_are(tmp_path):
     assert told == ["7.1234567", "1", "a: 1.2345678", "9007199254740993"]
 
 
+@pytest.mark.parametrize(
+    ("syntax", "prompt", "negative"),
+    [
+        (None, r"\(a\) \\", r"\[b\]"),
+        ("plain", r"\(a\) \\", r"\[b\]"),
+        ("a1111", "(a) \\", "[b]"),
+        ("compel", "(a) \\", "[b]"),
+    ],
+)
+def test_a_prompt_is_written_as_a1111_reads_the_same(tmp_path, syntax, prompt, negative):
+    """Brackets of plain prompts are characters; compel's weights have no other form, and are named as compel's."""
+    settings = {"prompt": "(a) \\", "negative": "[b]", "steps": 2, "guidance": 7, "seed": 1, "width": 8, "height": 8}
+    settings |= {"base": "b", "vae": None, "clip_skip": None, "adapter_guidance": {}, "prompt_syntax": syntax}
+    settings = {name: value for name, value in settings.items() if name != "prompt_syntax" or value}
+    save_drawn(Image.new("RGB", (8, 8)), [], settings, tmp_path / "a.png", ("Euler", None))
+    info = read_picture_info(tmp_path / "a.png")
+    assert (info.parameters.prompt, info.parameters.negative) == (prompt, negative)
+    assert info.parameters.settings.get("Prompt syntax") == ("compel" if syntax == "compel" else None)
+    assert info.own["prompt"] == "(a) \\"
+
+
 def test_no_negative_prompt_has_no_line():
     assert format_parameters(Parameters("a crab", "", {"Steps": 1})) == "a crab\nSteps: 1"
 

@@ -7,7 +7,8 @@ from torch.testing import assert_close
 from sfumato.bases import load_base
 from sfumato.compose.blocks import Blocks
 from sfumato.errors import ConfigError
-from sfumato.prompts import emphasised, encode, split_flags, split_tags
+from sfumato.prompt_steps import stages
+from sfumato.prompts import emphasised, encode, escaped, split_flags, split_tags
 from tests.tiny import CPU, tiny_pipeline, tiny_pocket_folder, write_folder
 
 
@@ -103,6 +104,14 @@ def test_emphasis_of_a1111_is_texts_and_weights(prompt, pieces):
     found = emphasised(prompt)
     assert [text for text, _ in found] == [text for text, _ in pieces]
     assert [weight for _, weight in found] == pytest.approx([weight for _, weight in pieces])
+
+
+@pytest.mark.parametrize("text", [r"a (crab:1.2) \o/ [red|blue:0.5] \(", "a [v] BREAK and AND", "(", "a: b | c"])
+def test_an_escaped_text_says_itself_in_a1111s_syntax(text):
+    """AND and BREAK are words in small letters, as the text encoder reads them."""
+    read = text.replace("AND", "and").replace("BREAK", "break")
+    assert emphasised(escaped(text)) == [(read, 1)]
+    assert stages(escaped(text), 20) == [(20, escaped(text))]
 
 
 @pytest.mark.parametrize("prompt", ["(crab", "crab)", "[crab)", "crab:1.2)"])

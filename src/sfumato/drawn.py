@@ -17,6 +17,7 @@ from sfumato.merging.whole_model import is_whole_model
 from sfumato.numerals import exact
 from sfumato.placeholders import holds
 from sfumato.precision import NAMES
+from sfumato.prompts import escaped
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -116,7 +117,7 @@ def save_drawn(
     guidance, adapter_guidance by label, width, height, base, vae, clip_skip, strength and what else there is. sampler:
     A1111's "Sampler" and "Schedule type".
     """
-    method = settings.get("method")
+    method, syntax = settings.get("method"), settings.get("prompt_syntax", "plain")
     counted = [adapter for adapter in used if not is_idle(adapter.weight)]
     hashes: dict[str, str | None] = {}
     # Other programs know whole models as bases alone, and have no tag for a share of one.
@@ -145,10 +146,12 @@ def save_drawn(
         "Merge method": method,
         "Adapter guidance": strengths or None,
         "Lora hashes": pnginfo.lora_hashes({name: digest for name, digest in hashes.items() if digest}) or None,
+        "Prompt syntax": syntax if syntax == "compel" else None,  # which A1111 has no way to write
         "Version": f"sfumato-{sfumato.__version__}",
     }
     adapters = [described(adapter) for adapter in used]
-    parameters = pnginfo.Parameters(" ".join([settings["prompt"], *tags]), settings["negative"], pairs)
+    read = escaped if syntax == "plain" else str
+    parameters = pnginfo.Parameters(" ".join([read(settings["prompt"]), *tags]), read(settings["negative"]), pairs)
     own = {**settings, "sampler": " ".join(filter(None, sampler)), "adapters": adapters, "version": sfumato.__version__}
     pnginfo.save_picture(picture, file, parameters, own)
 

@@ -179,6 +179,13 @@ def emphasised(prompt: str) -> list[tuple[str, float]]:
     return [(text, weight) for text, weight in parted if text.strip()]
 
 
+def escaped(text: str) -> str:
+    """The text as A1111's syntax writes it: with a backslash before each bracket and backslash; AND and BREAK in small
+    letters, in which text encoders read them anyway."""
+    plain = re.sub(r"[\\()\[\]]", r"\\\g<0>", text)
+    return re.sub(r"\b(?:AND|BREAK)\b", lambda word: word[0].lower(), plain)
+
+
 def checked_syntax(prompt: str, syntax: Syntax) -> str:
     """The prompt. Raises ConfigError for one in A1111's syntax that cannot be read; compel reads its own when drawing.
 
