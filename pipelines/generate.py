@@ -386,7 +386,7 @@ def _mixed(base: Base, wanted: Plan, config: Config) -> Iterator[tuple[Mix, dict
     """
     from sfumato import embedding
     from sfumato.compose import compose
-    from sfumato.drawn import learned_otherwise, unknown_words, unused_words
+    from sfumato.drawn import learned_otherwise, misread_words, unknown_words, unused_words
     from sfumato.files.header import read_header
     from sfumato.merging.whole_model import is_whole_model, read_mixable
 
@@ -394,7 +394,7 @@ def _mixed(base: Base, wanted: Plan, config: Config) -> Iterator[tuple[Mix, dict
     with ExitStack() as stack:
         words = [stack.enter_context(embedding.load(base, file, token)) for token, file in wanted.embeddings]
         tokens = [(file.name, each.tokens) for each, (_, file) in zip(words, wanted.embeddings, strict=True)]
-        for line in unused_words(tokens, texts):
+        for line in unused_words(tokens, texts, config.prompt_syntax):
             print(line, file=sys.stderr)
         # A new weight at every step costs least in a path beside the layers; not of a whole model, whose path is as
         # large as the U-Net and would be computed at each call.
@@ -411,7 +411,8 @@ def _mixed(base: Base, wanted: Plan, config: Config) -> Iterator[tuple[Mix, dict
         if config.prompt_syntax == "plain":  # the others take prompts of any length
             for each in words:
                 each.check(texts)
-        for line in unknown_words(texts, [token for each in words for token in each.tokens], base):
+        known = [token for each in words for token in each.tokens]
+        for line in [*unknown_words(texts, known, base), *misread_words(known, texts, config.prompt_syntax)]:
             print(line, file=sys.stderr)
         for label, count in mix.skipped.items():
             print(f"{label}: {count} modules left out (--partial).", file=sys.stderr)

@@ -227,7 +227,7 @@ def draw_grid(config: Config) -> Path:
     from sfumato import embedding
     from sfumato.bases import load_base
     from sfumato.compose import compose
-    from sfumato.drawn import learned_otherwise, unknown_words, unused_words
+    from sfumato.drawn import learned_otherwise, misread_words, unknown_words, unused_words
     from sfumato.files.header import read_header
     from sfumato.merging.merge import refuse_model
     from sfumato.merging.whole_model import read_mixable
@@ -270,8 +270,9 @@ def draw_grid(config: Config) -> Path:
         learned = _checked(base, brought, told, cells_in_all, words, config)
         of_words = {token or file.name: read_header(file).metadata for token, file in embeddings}
         known = [token for some in (*(each.tokens for each in words), *brought.values()) for token in some]
-        unknown = unknown_words(texts, known, base)
-        for line in [*unused_words(tokens, texts), *unknown, *learned, *learned_otherwise(of_words, base)]:
+        lines = [*unused_words(tokens, texts, config.prompt_syntax), *unknown_words(texts, known, base)]
+        lines += [*misread_words(known, texts, config.prompt_syntax), *learned, *learned_otherwise(of_words, base)]
+        for line in lines:
             print(line, file=sys.stderr)
         there = {path for path in paths.values() if read_drawn(path) is not None}
         for cells in coarse_to_fine(len(x.values), len(y.values)):

@@ -182,6 +182,7 @@ def test_a_prompt_that_does_not_fit_is_refused_with_the_count(base):
         (["<|endoftext|>"], "is a word already"),
         (["teapo"], "is a piece that the tokenizer begins other words with .*; write <teapo>"),
         (["__metadata__"], "its header by that name"),
+        (["<lora:x>"], "prompts read that as an adapter's tag; write <lora-x> or so"),
     ],
 )
 def test_placeholders_that_cannot_be_are_refused(placeholders, said, base):
@@ -208,6 +209,7 @@ def test_a_word_in_use_cannot_be_made_again(base):
 
 
 def test_a_placeholder_spelt_like_a_word_is_warned_of(base):
+    assert r"wants \[v\];" in warnings_of(["[v]"], base.tokenizers[0])[0]
     (line,) = warnings_of(["<otter>", "zyxo"], base.tokenizers[0])
     assert line.startswith("zyxo is spelt like a word, which the tokenizer cuts into")
     assert " ".join(pieces("zyxo", base.tokenizers[0])) in line

@@ -375,6 +375,23 @@ def test_a_new_word_is_known_for_the_call(generate, base):
         assert (code, "word.safetensors: its word <new> is in no prompt." in err) == (0, words == ["news"])
 
 
+def test_a_word_with_brackets_is_escaped_in_a1111s_syntax(generate, base):
+    pytest.importorskip("compel")
+    from sfumato.files.write_embedding import write_embedding
+
+    rows = torch.full((1, base.text_encoders[0].config.hidden_size), 0.5)
+    write_embedding(Path("v.safetensors"), "[v]", {"text_encoder": rows})
+    words, a1111 = ["--embedding", "v.safetensors"], ["--prompt-syntax", "a1111"]
+    generate("red [v]", *words, "-o", "plain.png")
+    said = r"[v]: --prompt-syntax a1111 takes its brackets for emphasis; write \[v\] for the word."
+    code, _, err = generate(r"red \[v\]", *words, *a1111, "-o", "escaped.png")
+    assert (code, said in err, "in no prompt" in err) == (0, False, False), err
+    code, _, err = generate("red [v]", *words, *a1111, "-o", "emphasis.png")
+    assert (code, said in err) == (0, True), err
+    assert np.array_equal(pixels("plain.png"), pixels("escaped.png"))
+    assert not np.array_equal(pixels("plain.png"), pixels("emphasis.png"))
+
+
 def test_weighted_words_and_words_of_some_steps_change_the_picture(generate):
     pytest.importorskip("compel")
     prompts = ["a red square", "a (red:1.6) square", "a [red:blue:1] square"]

@@ -17,13 +17,14 @@ from sfumato.merging.whole_model import is_whole_model
 from sfumato.numerals import exact
 from sfumato.placeholders import holds
 from sfumato.precision import NAMES
-from sfumato.prompts import escaped
+from sfumato.prompts import escaped, unescaped
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from sfumato.bases import Base
     from sfumato.compose import Mix
+    from sfumato.prompts import Syntax
 
 
 def used_in(mix: Mix) -> tuple[Adapter, ...]:
@@ -71,13 +72,23 @@ def learned_otherwise(told: Mapping[str, Mapping[str, str]], base: Base) -> list
     return lines
 
 
-def unused_words(files: Sequence[tuple[str, Iterable[str]]], prompts: Sequence[str]) -> list[str]:
+def unused_words(files: Sequence[tuple[str, Iterable[str]]], prompts: Sequence[str], syntax: Syntax) -> list[str]:
     """A line on each word that no prompt holds. files: names, and the words of each; prompts: negative ones, too."""
+    said = [unescaped(text, syntax) for text in prompts]
     return [
         f"{name}: its word {token} is in no prompt."
         for name, tokens in files
         for token in tokens
-        if not any(holds(token, text) for text in prompts)
+        if not any(holds(token, text) for text in said)
+    ]
+
+
+def misread_words(known: Iterable[str], prompts: Sequence[str], syntax: Syntax) -> list[str]:
+    """A line on each of the new words in use of which A1111's syntax takes the brackets in a prompt for its own."""
+    return [
+        f"{token}: --prompt-syntax a1111 takes its brackets for emphasis; write {escaped(token)} for the word."
+        for token in known
+        if syntax == "a1111" and escaped(token) != token and any(holds(token, text) for text in prompts)
     ]
 
 

@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from sfumato.errors import ConfigError
+from sfumato.prompts import escaped, is_tag
 
 RATES: Mapping[str, float] = MappingProxyType({"pocket": 2e-2, "sd1": 2e-3, "sd2": 2e-3, "sdxl": 1e-3})
 """Peak learning rates of new words, by family; an entry of a CLIP table's row is about 0.014 in size."""
@@ -75,13 +76,20 @@ def spelling(token: str, tokenizer: Any) -> str:
 
 
 def warnings_of(placeholders: Sequence[str], tokenizer: Any) -> list[str]:
-    """A line for each placeholder that is spelt like a word, with how the tokenizer cut it so far."""
+    """A line for each placeholder that is spelt like a word, with how the tokenizer cut it so far, and for each whose
+    brackets A1111's syntax takes for its own."""
     plain = plain_tokenizer(tokenizer)
-    return [
+    lines = [
         f"{token} is spelt like a word, which the tokenizer cuts into {' '.join(pieces(token, plain))}: prompts that "
         f"mean that word get the new vectors. <{token}> would be nobody's word."
         for token in placeholders
         if re.fullmatch(r"[^\W\d_]+", token)
+    ]
+    return lines + [
+        f"{token}: --prompt-syntax a1111 takes its brackets for emphasis, and wants {escaped(token)}; one such as "
+        "<word> is the same everywhere."
+        for token in placeholders
+        if escaped(token) != token
     ]
 
 
@@ -100,6 +108,10 @@ def check_placeholder(token: str, tokenizer: Any) -> None:
     """Raises ConfigError for a placeholder that cannot be one: empty, with spaces, or a token already."""
     if not token or token != "".join(token.split()) or not token.isprintable():
         raise ConfigError(f"placeholder {token!r}: wanted a word without spaces that nobody writes, such as <otter>.")
+    if is_tag(token):
+        raise ConfigError(
+            f"placeholder {token}: prompts read that as an adapter's tag; write {token.replace(':', '-')} or so."
+        )
     if token == "__metadata__":
         raise ConfigError("placeholder __metadata__: a safetensors file has its header by that name; write <metadata>.")
     ids = tokenizer(token, add_special_tokens=False).input_ids

@@ -61,6 +61,11 @@ def split_tags(prompt: str) -> Tagged:
     return Tagged(" ".join(plain.split()) if adapters else plain, tuple(adapters.items()))
 
 
+def is_tag(text: str) -> bool:
+    """Whether a text is read as a tag in any syntax."""
+    return bool(_TAG.search(text) or _HYPERNETWORK.search(text))
+
+
 def refuse_tags(prompt: str, where: str, instead: str) -> None:
     """Raises ConfigError for a prompt that names an adapter where nobody would hear it."""
     if found := split_tags(prompt).adapters:
@@ -184,6 +189,11 @@ def escaped(text: str) -> str:
     letters, in which text encoders read them anyway."""
     plain = re.sub(r"[\\()\[\]]", r"\\\g<0>", text)
     return re.sub(r"\b(?:AND|BREAK)\b", lambda word: word[0].lower(), plain)
+
+
+def unescaped(text: str, syntax: Syntax) -> str:
+    """The text without the backslashes by which A1111's syntax marks characters; as it is in another syntax."""
+    return re.sub(r"\\(.)", r"\1", text, flags=re.DOTALL) if syntax == "a1111" else text
 
 
 def checked_syntax(prompt: str, syntax: Syntax) -> str:
