@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
@@ -335,7 +335,7 @@ def generate(config: Config) -> tuple[Path, ...]:
             check_strength(each.get("steps", settings["steps"]), start)
     sampler = sampler_label(config.sampler, base)
     print(_summary(settings, sampler, base), file=sys.stderr)
-    with _mixed(base, wanted, config) as (mix, regional):
+    with _mixed(base, wanted, config) as (mix, regional, words):
         strengths = {} if wanted.where_when.spots else {**mix.strengths, **wanted.strengths}
         settings["adapter_guidance"] = strengths_of(mix, strengths, guidance=settings["guidance"])
         pictures = [
@@ -360,7 +360,7 @@ def generate(config: Config) -> tuple[Path, ...]:
         else:
             drawn = desk.with_adapters()
         for (picture, used, about), file in zip(drawn, wanted.files, strict=True):
-            save_drawn(picture, used, about, file, sampler)
+            save_drawn(picture, used, about, file, sampler, words)
             print(file)
     return wanted.files
 
@@ -379,8 +379,11 @@ def _say_unheard(told: Mapping[str, Mapping[str, str]]) -> None:
 
 
 @contextmanager
-def _mixed(base: Base, wanted: Plan, config: Config) -> Iterator[tuple[Mix, dict[str, AdapterFile]]]:
-    """Within the block the base has the new words and the mix; the mix, and the files of adapters in regions by label.
+def _mixed(
+    base: Base, wanted: Plan, config: Config
+) -> Iterator[tuple[Mix, dict[str, AdapterFile], list[tuple[Path, Iterable[str]]]]]:
+    """Within the block the base has the new words and the mix; the mix, the files of adapters in regions by label, and
+    those of new words with what they are called.
 
     Says what of them has no effect, was left out, or was learned on another base.
     """
@@ -393,8 +396,8 @@ def _mixed(base: Base, wanted: Plan, config: Config) -> Iterator[tuple[Mix, dict
     texts, counted = _texts(wanted, config.negative), _counted(wanted)
     with ExitStack() as stack:
         words = [stack.enter_context(embedding.load(base, file, token)) for token, file in wanted.embeddings]
-        tokens = [(file.name, each.tokens) for each, (_, file) in zip(words, wanted.embeddings, strict=True)]
-        for line in unused_words(tokens, texts, config.prompt_syntax):
+        named = [(file, list(each.tokens)) for each, (_, file) in zip(words, wanted.embeddings, strict=True)]
+        for line in unused_words(named, texts, config.prompt_syntax):
             print(line, file=sys.stderr)
         # A new weight at every step costs least in a path beside the layers; not of a whole model, whose path is as
         # large as the U-Net and would be computed at each call.
@@ -421,7 +424,7 @@ def _mixed(base: Base, wanted: Plan, config: Config) -> Iterator[tuple[Mix, dict
         of_words = {token or file.name: read_header(file).metadata for token, file in wanted.embeddings}
         for line in [*learned_otherwise(told, base), *learned_otherwise(of_words, base)]:
             print(line, file=sys.stderr)
-        yield mix, regional
+        yield mix, regional, named
 
 
 def _counted(wanted: Plan) -> set[str]:

@@ -255,7 +255,7 @@ def draw_grid(config: Config) -> Path:
     with ExitStack() as stack:
         words = [stack.enter_context(embedding.load(base, file, token)) for token, file in embeddings]
         texts = [cell.settings[name] for name in ("prompt", "negative") for cell in cells_in_all]
-        tokens = [(file.name, each.tokens) for each, (_, file) in zip(words, embeddings, strict=True)]
+        named = [(file, list(each.tokens)) for each, (_, file) in zip(words, embeddings, strict=True)]
         mix = None
         if not is_merged:
             mix = stack.enter_context(compose(base, *adapters, partial=config.partial, words_known=True))
@@ -270,7 +270,7 @@ def draw_grid(config: Config) -> Path:
         learned = _checked(base, brought, told, cells_in_all, words, config)
         of_words = {token or file.name: read_header(file).metadata for token, file in embeddings}
         known = [token for some in (*(each.tokens for each in words), *brought.values()) for token in some]
-        lines = [*unused_words(tokens, texts, config.prompt_syntax), *unknown_words(texts, known, base)]
+        lines = [*unused_words(named, texts, config.prompt_syntax), *unknown_words(texts, known, base)]
         lines += [*misread_words(known, texts, config.prompt_syntax), *learned, *learned_otherwise(of_words, base)]
         for line in lines:
             print(line, file=sys.stderr)
@@ -278,7 +278,7 @@ def draw_grid(config: Config) -> Path:
         for cells in coarse_to_fine(len(x.values), len(y.values)):
             missing = [place for place in cells if paths[place] not in there]
             for place, picture, how in _draw(base, mix, brought, adapters, rows, missing, partial=config.partial):
-                _save(config, picture, paths[place], base, adapters, rows[place[1]][place[0]], how)
+                _save(config, picture, paths[place], base, adapters, rows[place[1]][place[0]], how, named)
                 there.add(paths[place])
             _write_sheet(config, x, y, rows, paths, there)
             print(f"{sum(path in there for path in paths.values())} of {len(paths)} pictures", file=sys.stderr)
@@ -437,6 +437,7 @@ def _save(
     adapters: Sequence[Adapter],
     cell: Cell,
     how: Mapping[str, Any],
+    words: Sequence[tuple[Path, Iterable[str]]],
 ) -> None:
     from sfumato.drawn import of_base, sampler_label, save_drawn
 
@@ -449,7 +450,8 @@ def _save(
         "height": picture.height,
         **of_base(base, config.vae),
     }
-    save_drawn(picture, _used(adapters, cell), settings, path, sampler_label(cell.settings["sampler"], base))
+    sampler = sampler_label(cell.settings["sampler"], base)
+    save_drawn(picture, _used(adapters, cell), settings, path, sampler, words)
 
 
 def _write_sheet(

@@ -129,6 +129,7 @@ def test_a_grid_takes_a_word_of_its_own_file_as_generate_does(run):
     assert run("generate", "a <new>", "--embedding", "word.safetensors", "-o", "new.png") == (0, ANY)
     assert np.array_equal(pixels(cell), pixels("new.png"))
     assert read_picture_info(cell).own["embeddings"] == ["word.safetensors"]
+    assert read_picture_info(cell).parameters.settings["TI hashes"].startswith("word: ")
     code, said = run("grid", "--x", "seed=0", "--y", f"prompt=a|{'<new> ' * 40}", "--embedding", "word.safetensors")
     assert (code, "80 tokens (<new> has 2)" in said) == (2, True)
 

@@ -1,5 +1,6 @@
 """`sfumato generate`: pictures with their settings inside, the same twice, and every wrong use one line."""
 
+import hashlib
 import runpy
 import sys
 from pathlib import Path
@@ -367,6 +368,12 @@ def test_a_new_word_is_known_for_the_call(generate, base):
                        (f"<other>={folder}/word.safetensors", "<other>=word.safetensors")):  # fmt: skip
         code, _, err = generate("red", "--embedding", spec, "--overwrite", "-o", "told.png")
         assert (code, read_picture_info(Path("told.png")).own["embeddings"]) == (0, [told]), err
+    told = [
+        dict(read_picture_info(Path(f"{name}.png")).parameters.settings).get("TI hashes")
+        for name in ("without", "with", "renamed", "told")
+    ]
+    digest = hashlib.sha256(Path("word.safetensors").read_bytes()).hexdigest()[:12]
+    assert told == [None, f"word: {digest}", f"word: {digest}", None]  # by the file's name, as A1111 calls a word
     without, word, renamed = (np.asarray(Image.open(f"{name}.png")) for name in ("without", "with", "renamed"))
     assert np.array_equal(word, renamed)
     assert not np.array_equal(word, without)

@@ -13,11 +13,11 @@ from sfumato.errors import ConfigError, DataError
 from sfumato.pnginfo import (
     Parameters,
     format_parameters,
-    lora_hashes,
     lora_tag,
     parse_parameters,
     read_picture_info,
     save_picture,
+    short_hashes,
 )
 from sfumato.sheet import read_drawn
 
@@ -30,7 +30,7 @@ SETTINGS = {
     "Size": "512x512",
     "Model": "v1-5",
     "VAE": None,
-    "Lora hashes": lora_hashes({"a": "0123456789abcdef", "b: x, y": "ba9876543210ff"}),
+    "Lora hashes": short_hashes({"a": "0123456789abcdef", "b: x, y": "ba9876543210ff"}),
     "Version": "sfumato-0.1",
 }
 TEXT = """a crab <lora:a:0.8>

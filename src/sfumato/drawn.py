@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import sfumato
 from sfumato import pnginfo
 from sfumato.compose.adapter import Adapter, Weight, is_idle, public_name, without_suffix
 from sfumato.compose.blocks import Blocks
+from sfumato.data.checksums import file_digest
 from sfumato.merging.sources import identity
 from sfumato.merging.whole_model import is_whole_model
 from sfumato.numerals import exact
@@ -72,12 +74,12 @@ def learned_otherwise(told: Mapping[str, Mapping[str, str]], base: Base) -> list
     return lines
 
 
-def unused_words(files: Sequence[tuple[str, Iterable[str]]], prompts: Sequence[str], syntax: Syntax) -> list[str]:
-    """A line on each word that no prompt holds. files: names, and the words of each; prompts: negative ones, too."""
+def unused_words(files: Sequence[tuple[Path, Iterable[str]]], prompts: Sequence[str], syntax: Syntax) -> list[str]:
+    """A line on each word that no prompt holds. files: with the words of each; prompts: negative ones, too."""
     said = [unescaped(text, syntax) for text in prompts]
     return [
-        f"{name}: its word {token} is in no prompt."
-        for name, tokens in files
+        f"{file.name}: its word {token} is in no prompt."
+        for file, tokens in files
         for token in tokens
         if not any(holds(token, text) for text in said)
     ]
@@ -121,24 +123,26 @@ def save_drawn(
     settings: Mapping[str, Any],
     file: Path,
     sampler: tuple[str, str | None],
+    words: Sequence[tuple[Path, Iterable[str]]] = (),
 ) -> None:
     """Write the picture with its settings as A1111 has them, and beside them as our own JSON, which loses nothing.
 
     used: the adapters with their weights; those at 0 are in our JSON alone. settings: prompt, negative, seed, steps,
     guidance, adapter_guidance by label, width, height, base, vae, clip_skip, strength and what else there is. sampler:
-    A1111's "Sampler" and "Schedule type".
+    A1111's "Sampler" and "Schedule type". words: files of new words and what they are called, of which the hashes are
+    told that the prompts hold.
     """
     method, syntax = settings.get("method"), settings.get("prompt_syntax", "plain")
     counted = [adapter for adapter in used if not is_idle(adapter.weight)]
-    hashes: dict[str, str | None] = {}
     # Other programs know whole models as bases alone, and have no tag for a share of one.
     named = [adapter for adapter in counted if not is_whole_model(adapter.path)]
-    for adapter in named:
-        name, digest = _stem(adapter), identity(Path(adapter.path))
-        hashes[name] = digest if hashes.get(name, digest) == digest else None  # of two files, which one is not told
+    regional = [each["prompt"] or "" for each in settings.get("regions", ())]
+    texts = [settings["prompt"], settings["negative"], *settings.get("prompts", ()), *regional]
+    texts = [unescaped(text, syntax) for text in texts]
+    held = [path for path, tokens in words if any(holds(token, text) for token in tokens for text in texts)]
     # What is merged by another method than the sum, tags would draw otherwise.
     tagged = named if method in (None, "linear") else ()
-    tags = [_tag(_stem(adapter), adapter.weight) for adapter in tagged]
+    tags = [_tag(_stem(adapter.path), adapter.weight) for adapter in tagged]
     idle = {adapter.label for adapter in used} - {adapter.label for adapter in counted}
     strengths = ", ".join(
         f"{label}: {exact(strength)}" for label, strength in settings["adapter_guidance"].items() if label not in idle
@@ -156,7 +160,8 @@ def save_drawn(
         "Clip skip": settings["clip_skip"] + 1 if settings["clip_skip"] else None,  # A1111 counts the last layer as 1
         "Merge method": method,
         "Adapter guidance": strengths or None,
-        "Lora hashes": pnginfo.lora_hashes({name: digest for name, digest in hashes.items() if digest}) or None,
+        "Lora hashes": _hashes((_stem(adapter.path), identity(Path(adapter.path))) for adapter in named),
+        "TI hashes": _hashes((_stem(path), file_digest(path)) for path in held),
         "Prompt syntax": syntax if syntax == "compel" else None,  # which A1111 has no way to write
         "Version": f"sfumato-{sfumato.__version__}",
     }
@@ -173,11 +178,19 @@ def described(adapter: Adapter) -> dict[str, Any]:
     return {"label": adapter.label, "file": name, "hash": digest, "weight": _plain(adapter.weight)}
 
 
-def _stem(adapter: Adapter) -> str:
-    """The name of its file or folder, as other programs call an adapter; its repository's where the file has the name
-    that diffusers' trainers give to all of theirs."""
-    parts = public_name(adapter.path).split("/")
-    is_usual = len(parts) == 3 and parts[2] == "pytorch_lora_weights.safetensors"
+def _hashes(named: Iterable[tuple[str, str]]) -> str | None:
+    """The value of "Lora hashes" and "TI hashes"; of two files of one name, which one is not told."""
+    found: dict[str, str | None] = {}
+    for name, digest in named:
+        found[name] = digest if found.get(name, digest) == digest else None
+    return pnginfo.short_hashes({name: digest for name, digest in found.items() if digest}) or None
+
+
+def _stem(path: str | os.PathLike[str]) -> str:
+    """The name of a file or folder, as other programs call an adapter or word; its repository's where the file has the
+    name that diffusers' trainers give to all of theirs."""
+    parts = public_name(path).split("/")
+    is_usual = len(parts) == 3 and parts[2] in ("pytorch_lora_weights.safetensors", "learned_embeds.safetensors")
     return parts[1] if is_usual else without_suffix(parts[-1])
 
 

@@ -83,8 +83,9 @@ def lora_tag(name: str, weight: float) -> str:
     return f"<lora:{plain_name(name)}:{exact(weight)}>"
 
 
-def lora_hashes(hashes: Mapping[str, str]) -> str:
-    """The value of "Lora hashes": names with the first 12 hex digits of `sshs_model_hash`."""
+def short_hashes(hashes: Mapping[str, str]) -> str:
+    """The value of "Lora hashes", names with the first 12 hex digits of `sshs_model_hash`, and of "TI hashes", with
+    those of the file's sha256."""
     return ", ".join(f"{plain_name(name)}: {digest[:12]}" for name, digest in hashes.items())
 
 
