@@ -468,6 +468,9 @@ def test_a_region_is_that_of_the_library_beside_what_counts_everywhere(generate,
     assert [each["label"] for each in own["adapters"]] == ["line"]
     assert (own["regions"][0]["where"], own["regions"][0]["prompt"]) == (list(box), "red")
     assert own["regions"][0]["adapters"][0]["weight"] == 0.6
+    told = read_picture_info(Path("half.png")).parameters
+    assert told.prompt == "a cat <lora:line:0.8>"  # no tag says where
+    assert [pair.split(":")[0] for pair in told.settings["Lora hashes"].split(", ")] == ["line", "otter"]
 
 
 def cell(sheet: str, column: int, row: int, columns: int, rows: int) -> np.ndarray:

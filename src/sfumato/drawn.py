@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -136,13 +135,14 @@ def save_drawn(
     counted = [adapter for adapter in used if not is_idle(adapter.weight)]
     # Other programs know whole models as bases alone, and have no tag for a share of one.
     named = [adapter for adapter in counted if not is_whole_model(adapter.path)]
-    regional = [each["prompt"] or "" for each in settings.get("regions", ())]
-    texts = [settings["prompt"], settings["negative"], *settings.get("prompts", ()), *regional]
-    texts = [unescaped(text, syntax) for text in texts]
-    held = [path for path, tokens in words if any(holds(token, text) for token in tokens for text in texts)]
+    regions = settings.get("regions", ())
+    inside = [each for region in regions for each in region["adapters"] if each["weight"]]
+    texts = [settings["prompt"], settings["negative"], *settings.get("prompts", ())]
+    texts += [region["prompt"] or "" for region in regions]
+    held = _held(words, [unescaped(text, syntax) for text in texts])
     # What is merged by another method than the sum, tags would draw otherwise.
     tagged = named if method in (None, "linear") else ()
-    tags = [_tag(_stem(adapter.path), adapter.weight) for adapter in tagged]
+    tags = [_tag(_stem(public_name(adapter.path)), adapter.weight) for adapter in tagged]
     idle = {adapter.label for adapter in used} - {adapter.label for adapter in counted}
     strengths = ", ".join(
         f"{label}: {exact(strength)}" for label, strength in settings["adapter_guidance"].items() if label not in idle
@@ -160,8 +160,8 @@ def save_drawn(
         "Clip skip": settings["clip_skip"] + 1 if settings["clip_skip"] else None,  # A1111 counts the last layer as 1
         "Merge method": method,
         "Adapter guidance": strengths or None,
-        "Lora hashes": _hashes((_stem(adapter.path), identity(Path(adapter.path))) for adapter in named),
-        "TI hashes": _hashes((_stem(path), file_digest(path)) for path in held),
+        "Lora hashes": _hashes((_stem(each["file"]), each["hash"]) for each in [*map(described, named), *inside]),
+        "TI hashes": _hashes((_stem(public_name(path)), file_digest(path)) for path in held),
         "Prompt syntax": syntax if syntax == "compel" else None,  # which A1111 has no way to write
         "Version": f"sfumato-{sfumato.__version__}",
     }
@@ -178,6 +178,11 @@ def described(adapter: Adapter) -> dict[str, Any]:
     return {"label": adapter.label, "file": name, "hash": digest, "weight": _plain(adapter.weight)}
 
 
+def _held(words: Sequence[tuple[Path, Iterable[str]]], texts: Sequence[str]) -> list[Path]:
+    """The files with a word that any of the texts holds."""
+    return [path for path, tokens in words if any(holds(token, text) for token in tokens for text in texts)]
+
+
 def _hashes(named: Iterable[tuple[str, str]]) -> str | None:
     """The value of "Lora hashes" and "TI hashes"; of two files of one name, which one is not told."""
     found: dict[str, str | None] = {}
@@ -186,10 +191,10 @@ def _hashes(named: Iterable[tuple[str, str]]) -> str | None:
     return pnginfo.short_hashes({name: digest for name, digest in found.items() if digest}) or None
 
 
-def _stem(path: str | os.PathLike[str]) -> str:
-    """The name of a file or folder, as other programs call an adapter or word; its repository's where the file has the
-    name that diffusers' trainers give to all of theirs."""
-    parts = public_name(path).split("/")
+def _stem(public: str) -> str:
+    """The public name of a file or folder as other programs call an adapter or word: without the suffix; the
+    repository's where the file has the name that diffusers' trainers give to all of theirs."""
+    parts = public.split("/")
     is_usual = len(parts) == 3 and parts[2] in ("pytorch_lora_weights.safetensors", "learned_embeds.safetensors")
     return parts[1] if is_usual else without_suffix(parts[-1])
 
