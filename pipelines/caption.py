@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from sfumato.cli import run
 from sfumato.config import parse
 from sfumato.errors import ConfigError, DataError
+from sfumato.numerals import so_many
 
 if TYPE_CHECKING:
     from sfumato.data.captioners import Captioner
@@ -74,7 +75,10 @@ def main(argv: Sequence[str]) -> int:
             file=sys.stderr,
         )
     if not wanted and not config.json:
-        print(f"{config.images}: {captioned} pictures have captions; nothing to do.", file=sys.stderr)
+        print(
+            f"{config.images}: {so_many(captioned, 'picture has', 'pictures have')} captions; nothing to do.",
+            file=sys.stderr,
+        )
         return 0
     chosen = list(wanted.values()) if config.write else list(wanted.values())[: config.preview]
     files = {found.path: file for file, found in wanted.items()}
@@ -91,10 +95,8 @@ def main(argv: Sequence[str]) -> int:
     if config.json:
         print(json.dumps({"written": config.write, "captions": done, "failed": failed, "empty": silent}, indent=2))
     verb = "written" if config.write else "shown; --write writes them"
-    print(
-        f"{len(done)} of {len(wanted)} captions {verb}; {captioned} pictures had one already and keep it.",
-        file=sys.stderr,
-    )
+    kept = f"{so_many(captioned, 'picture')} had one already, kept as it is"
+    print(f"{len(done)} of {len(wanted)} captions {verb}; {kept}.", file=sys.stderr)
     return 1 if failed else 0
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from sfumato.cli import run
 from sfumato.config import parse
 from sfumato.errors import ConfigError
+from sfumato.numerals import so_many
 
 if TYPE_CHECKING:
     from sfumato.data.mending import Mended
@@ -133,8 +134,8 @@ def render(report: Report) -> str:
     """The report as text: what will be seen, what stops training, what to look at."""
     good = sum(1 for look in report.looks if not look.error)
     lines = [
-        f"{report.path}: {good:,} of {len(report.looks):,} pictures can be learned from, {report.samples:,} samples an "
-        f"epoch, for {report.needs.name} at {report.resolution} px",
+        f"{report.path}: {good:,} of {len(report.looks):,} pictures can be learned from, "
+        f"{so_many(report.samples, 'sample')} an epoch, for {report.needs.name} at {report.resolution} px",
     ]
     shapes = ", ".join(f"{width} x {height}: {count:,}" for (width, height), count in report.buckets.items())
     if shapes:
@@ -145,7 +146,7 @@ def render(report: Report) -> str:
     if captions:
         lines.append(f"  captions {len(captions):,} different, such as {captions[0]!r}")
     if report.ignored:
-        lines.append(f"  ignored  {len(report.ignored):,} files")
+        lines.append(f"  ignored  {so_many(len(report.ignored), 'file')}")
         lines += [f"    {entry.name}: {entry.reason}" for entry in report.ignored[:20]]
         if len(report.ignored) > 20:
             lines.append(f"    ... and {len(report.ignored) - 20:,} more (--json has them all)")

@@ -15,6 +15,7 @@ from sfumato.compose.adapter import Adapter
 from sfumato.config import parse, to_dict
 from sfumato.errors import AdapterError, ConfigError
 from sfumato.files.atomic import check_free
+from sfumato.numerals import so_many
 
 if TYPE_CHECKING:
     from sfumato.merging.merge import Source
@@ -101,7 +102,7 @@ def convert(config: Config) -> Path:
         print(line, file=sys.stderr)
     exact = made.share > 1 - 1e-10
     outcome = "exact" if exact else f"keeps {made.share:.2%} of the energy, relative error {made.error:.3g}"
-    print(f"{config.output.name}: {len(made.modules)} modules for {config.to}; {outcome}", file=sys.stderr)
+    print(f"{config.output.name}: {so_many(len(made.modules), 'module')} for {config.to}; {outcome}", file=sys.stderr)
     return config.output
 
 
@@ -137,8 +138,8 @@ def _differences(config: Config, source: Source, family: str, metadata: Mapping[
     write_difference(config.output, deltas, family=family, metadata=metadata, dtype=DTYPES[config.dtype])
     size = config.output.stat().st_size / 1e6
     print(
-        f"{config.output.name}: {len(deltas)} full differences, {size:.1f} MB, exact; read by ComfyUI, A1111/Forge and "
-        "InvokeAI",
+        f"{config.output.name}: {so_many(len(deltas), 'full difference')}, {size:.1f} MB, exact; read by ComfyUI, "
+        "A1111/Forge and InvokeAI",
         file=sys.stderr,
     )
     some = sum(

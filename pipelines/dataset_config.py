@@ -13,6 +13,7 @@ from cyclopts import Parameter
 from sfumato.cli import run
 from sfumato.config import parse
 from sfumato.errors import ConfigError
+from sfumato.numerals import so_many
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
         print(converted.text, end="")
     else:
         write_text(config.output, converted.text)
-        count = "1 source" if converted.sources == 1 else f"{converted.sources} sources"
+        count = so_many(converted.sources, "source")
         print(f"{config.output}: {count} from {converted.tool}", file=sys.stderr)
     return 0
 

@@ -14,6 +14,7 @@ from sfumato.cli import run
 from sfumato.config import parse, to_dict
 from sfumato.errors import AdapterError, ConfigError
 from sfumato.files.atomic import check_free
+from sfumato.numerals import so_many
 
 if TYPE_CHECKING:
     from sfumato.merging.stored import Parameter, StoredBase
@@ -72,7 +73,7 @@ def extract_file(config: Config) -> Path:
         raise ConfigError(f"--parts {lacking[0]}: {base.family.title} has {', '.join(sorted(there))} alone.")
     count, kept = (_write_difference if config.exact else _write_lora)(config, tuned, base)
     size = config.output.stat().st_size / 1e6
-    print(f"{config.output.name}: {count} modules, {size:.2f} MB; {kept}", file=sys.stderr)
+    print(f"{config.output.name}: {so_many(count, 'module')}, {size:.2f} MB; {kept}", file=sys.stderr)
     return config.output
 
 

@@ -392,6 +392,7 @@ def _mixed(
     from sfumato.drawn import learned_otherwise, misread_words, unknown_words, unused_words
     from sfumato.files.header import read_header
     from sfumato.merging.whole_model import is_whole_model, read_mixable
+    from sfumato.numerals import so_many
 
     texts, counted = _texts(wanted, config.negative), _counted(wanted)
     with ExitStack() as stack:
@@ -418,7 +419,7 @@ def _mixed(
         for line in [*unknown_words(texts, known, base), *misread_words(known, texts, config.prompt_syntax)]:
             print(line, file=sys.stderr)
         for label, count in mix.skipped.items():
-            print(f"{label}: {count} modules left out (--partial).", file=sys.stderr)
+            print(f"{label}: {so_many(count, 'module')} left out (--partial).", file=sys.stderr)
         told = {**mix.metadata, **{label: file.metadata for label, file in regional.items()}}
         told = {label: metadata for label, metadata in told.items() if label in counted}
         of_words = {token or file.name: read_header(file).metadata for token, file in wanted.embeddings}

@@ -14,6 +14,7 @@ from sfumato.cli import run
 from sfumato.config import parse, to_dict
 from sfumato.errors import ConfigError
 from sfumato.files.atomic import check_free
+from sfumato.numerals import so_many
 from sfumato.specs import parse_adapters
 
 if TYPE_CHECKING:
@@ -159,7 +160,7 @@ def _merge(config: Config, sources: Sequence[Source], parents: Sequence[Parent])
         print(line, file=sys.stderr)
     ranks = sorted({module.rank for module in merged.modules.values()})
     print(
-        f"{config.output.name}: {len(merged.modules)} modules of rank {ranks[0]}"
+        f"{config.output.name}: {so_many(len(merged.modules), 'module')} of rank {ranks[0]}"
         + (f" to {ranks[-1]}" if len(ranks) > 1 else "")
         + f", {config.output.stat().st_size / 1e6:.2f} MB; "
         + ("exact" if exact else f"keeps {merged.share:.2%} of the energy, relative error {merged.error:.3g}"),
@@ -192,7 +193,7 @@ def _bake(config: Config, sources: Sequence[Source], parents: Sequence[Parent]) 
         settings=Settings(config.density),
         seed=config.seed,
     )
-    count = "1 adapter" if len(parents) == 1 else f"{len(parents)} adapters"
+    count = so_many(len(parents), "adapter")
     print(f"{config.output.name}: {base.name} with {count} baked in", file=sys.stderr)
     _say_unasked(parents, (), "which a base cannot; baked in, it is in all steps of both predictions")
     return config.output

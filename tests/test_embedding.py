@@ -237,7 +237,7 @@ def test_a_phrase_is_found_in_capitals_as_the_text_encoder_reads_it():
 
 def test_a_phrase_that_is_in_no_caption_is_refused_also_where_the_template_has_the_word():
     folder = Folder((Example(Path("a.png"), "<x>, an otter", template="<x>, {caption}"),))
-    with pytest.raises(DataError, match=r"^--stands-for 'sks otter' is in none of 1 captions, first '<x>, an otter'"):
+    with pytest.raises(DataError, match=r"^--stands-for 'sks otter' is in none of 1 caption, first '<x>, an otter'"):
         put_into_captions(folder, ["<x>"], ["sks otter"])
 
 

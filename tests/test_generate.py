@@ -661,7 +661,7 @@ WRONG = {
     "a seed that is counted too far": (["a", "--seed", str(2**64 - 1), "--count", "2"], "64 bits"),
     "no step of a second prompt": (
         ["red", "red --s 1", "--image", "picture.png", "--strength", "0.6"],
-        "strength 0.6 of 1 steps is no step",
+        "strength 0.6 of 1 step is no step",
     ),
     "a seed too long": (["a", "--seed", str(2**64)], "64 bits"),
     "no such base": (["a", "--base", "gone.safetensors"], "gone.safetensors"),

@@ -201,7 +201,7 @@ def test_what_textual_inversion_leaves_aside_is_told(source, tmp_path):
     found = textual_inversion.read_examples(config)
     captions, of_class = found.notes[-2:]
     assert [example.caption for example in found] == ["<w>"]
-    assert captions.startswith("1 captions hold <w> and are left aside, such as 'a <W> in fog'; pass --caption")
+    assert captions.startswith("1 caption holds <w>, left aside, such as 'a <W> in fog'; pass --caption")
     assert of_class.startswith("pictures of the class are left out (bare, pictures")
     found = textual_inversion.read_examples(replace(config, images=tmp_path / "own", caption="{caption}"))
     assert ([example.caption for example in found], found.notes) == (["a <w> in fog"], ())

@@ -286,7 +286,7 @@ def test_words_that_are_in_no_caption_are_refused(train, capsys):
     train(
         "run", "--caption", "<a> <b>", "--initial-words", "red", "--stands-for", "a", placeholder=("<a>", "<b>"), code=2
     )
-    assert "--stands-for is given 1 times for 2 placeholders" in capsys.readouterr().err
+    assert "--stands-for is given 1 time for 2 placeholders" in capsys.readouterr().err
     train("run", "--caption", "a {caption}", "--stands-for", "", code=2)
     assert "--stands-for '': wanted words of the captions" in capsys.readouterr().err
 

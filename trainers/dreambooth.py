@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from sfumato import options
 from sfumato.config import parse
 from sfumato.errors import ConfigError
+from sfumato.numerals import so_many
 from sfumato.options import TrainerOptions
 from sfumato.subject import Kept, Subject, read_pictures, with_caption
 from sfumato.where_when import parse_span
@@ -182,7 +183,7 @@ def train(config: Config) -> Path:
     run.identify(**facts, base=base.fingerprint())
     parameters = list(trained.parameters())
     count = sum(p.numel() for p in parameters)
-    run.say(f"{len(dataset)} pictures, {len(class_set or [])} of the class, {count:,} trained numbers")
+    run.say(f"{so_many(len(dataset), 'picture')}, {len(class_set or [])} of the class, {count:,} trained numbers")
 
     optimizer = optimizers.build(config.optimizer, groups(trained, config), weight_decay=config.weight_decay)
     schedule = optimizers.Schedule(optimizer, config.schedule, config.steps, config.warmup)
@@ -453,7 +454,7 @@ def save(
         after, before = (parts_of(one, text=config.train_text_encoder) for one in (base, original))
         if config.save == "difference":
             count = write_difference(path, after, before, **as_file)
-            run.say(f"{count} modules differ from the base's")
+            run.say(f"{so_many(count, 'module differs', 'modules differ')} from the base's")
         else:
             run.say(write_extracted(path, after, before, rank=config.rank, keep_energy=config.keep_energy, **as_file))
     finish(run, path, about, samples, kind=config.save, push=config.push_to_hub)

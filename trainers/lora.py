@@ -23,6 +23,7 @@ from sfumato import options
 from sfumato.axes import checked_adapter_guidance
 from sfumato.config import parse
 from sfumato.errors import ConfigError
+from sfumato.numerals import so_many
 from sfumato.options import TrainerOptions
 from sfumato.placeholders import MOST_VECTORS, RATES, VECTORS, check_stands_for, holds
 from sfumato.where_when import parse_span
@@ -168,7 +169,8 @@ def train(config: Config) -> Path:
             run.say(line)
     run.identify(**facts, base=base.fingerprint())
     beside = f"{len(class_set)} of the class, " if class_set else ""
-    run.say(f"{len(dataset)} pictures, {beside}{len(lora.layers)} adapted layers, {lora.count():,} trained numbers")
+    pictures, layers = so_many(len(dataset), "picture"), so_many(len(lora.layers), "adapted layer")
+    run.say(f"{pictures}, {beside}{layers}, {lora.count():,} trained numbers")
 
     parameters = [*lora.parameters(), *(words.parameters() if words else ())]
     groups = optimizers.groups(lora.by_part(), config.learning_rate, config.text_learning_rate)
@@ -279,7 +281,8 @@ def check(config: Config) -> None:
     if config.word_vectors is not None and config.word_vectors > MOST_VECTORS:
         raise ConfigError(f"--word-vectors is {config.word_vectors}; it must be 1 to {MOST_VECTORS}.")
     if config.stands_for and len(config.stands_for) != count:
-        raise ConfigError(f"--stands-for is given {len(config.stands_for)} times for {count} words; give it for each.")
+        given, words = so_many(len(config.stands_for), "time"), so_many(count, "word")
+        raise ConfigError(f"--stands-for is given {given} for {words}; give it for each.")
     check_stands_for(config.stands_for)
     if config.bundle and (dotted := [word for word in config.train_words if "." in word]):
         raise ConfigError(f"--bundle: {dotted[0]} has a dot, with which it cannot be bundled; spell it without.")

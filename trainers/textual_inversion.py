@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from sfumato import options
 from sfumato.config import parse
 from sfumato.errors import ConfigError
+from sfumato.numerals import so_many
 from sfumato.options import TrainerOptions
 from sfumato.placeholders import MOST_VECTORS, RATES, VECTORS, check_stands_for, holds
 
@@ -126,7 +127,8 @@ def train(config: Config) -> Path:
         run.say(note)
     base.resting.keep("unet", "text")  # the VAE has given its latents; it rests until something is drawn
     run.identify(data=dataset.fingerprint, base=base.fingerprint())
-    run.say(f"{len(dataset)} pictures, {words.count():,} trained numbers; captions such as {dataset.captions[0]!r}")
+    pictures = so_many(len(dataset), "picture")
+    run.say(f"{pictures}, {words.count():,} trained numbers; captions such as {dataset.captions[0]!r}")
 
     parameters = list(words.parameters())
     optimizer = optimizers.build(
@@ -189,7 +191,8 @@ def check(config: Config) -> None:
         raise ConfigError(f"--trigger {config.trigger}: the new word is its own trigger; leave --trigger out.")
     for option, given in (("--initial-words", len(config.initial_words)), ("--stands-for", len(config.stands_for))):
         if given not in (0, count, *([1] if option == "--initial-words" else [])):
-            raise ConfigError(f"{option} is given {given} times for {count} placeholders; give it once for each.")
+            times, words = so_many(given, "time"), so_many(count, "placeholder")
+            raise ConfigError(f"{option} is given {times} for {words}; give it once for each.")
     check_stands_for(config.stands_for)
     if config.initial_words and config.start != "mean" and not config.resume:
         raise ConfigError("--initial-words and --start random are both given; each says where to start, so give one.")
@@ -231,7 +234,7 @@ def unread_captions(sources: Sequence[Source], placeholder: str) -> str:
     if not any(text != placeholder for text in texts):
         return ""
     return (
-        f"{len(texts)} captions hold {placeholder} and are left aside, such as {texts[0]!r}; "
+        f"{so_many(len(texts), 'caption holds', 'captions hold')} {placeholder}, left aside, such as {texts[0]!r}; "
         'pass --caption "{caption}" to learn with them'
     )
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from sfumato.bases.family import FAMILIES
 from sfumato.errors import ConfigError
 from sfumato.files.atomic import atomic_path, write_text
+from sfumato.numerals import so_many
 from sfumato.runs.folder import card_pictures
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def write_card(
                 _strip(row).save(temporary)
         before_after = "\n## Before and after\n\n![before](images/before.png)\n\n![after](images/after.png)\n"
     text = f"""{opening(folder, about, prompts, rows, tags=("lora", "template:sd-lora"))}
-A LoRA for `{about.base}` ({about.family}), learned from {about.images} pictures.
+A LoRA for `{about.base}` ({about.family}), learned from {so_many(about.images or 0, "picture")}.
 {before_after}
 ## Trigger words
 

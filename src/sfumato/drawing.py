@@ -18,6 +18,7 @@ from torch import Tensor
 from sfumato import schedulers
 from sfumato.axes import checked_guidance, checked_seed
 from sfumato.errors import BaseModelError, ConfigError
+from sfumato.numerals import so_many
 from sfumato.prompt_steps import Stage, counted, told_by_stages
 from sfumato.prompts import Syntax, encode, encode_stages, refuse_tags
 from sfumato.tagged import TaggedPrompts, reading_tags
@@ -150,7 +151,7 @@ def check_steps(steps: int | None, scheduler: Any) -> None:
 def check_strength(steps: int, start: Start) -> None:
     """Raises ConfigError where the start's share of the steps is none."""
     if int(steps * start.strength) < 1:
-        raise ConfigError(f"strength {start.strength:g} of {steps} steps is no step; give more of either.")
+        raise ConfigError(f"strength {start.strength:g} of {so_many(steps, 'step')} is no step; give more of either.")
 
 
 def _check_kind(pipe: Any, start: Start | None) -> None:

@@ -34,6 +34,7 @@ from torch.nn import functional as F
 from sfumato import randomness
 from sfumato.errors import AdapterError, ConfigError
 from sfumato.known_words import PARTS, Site, sites_of
+from sfumato.numerals import so_many
 from sfumato.placeholders import MOST_VECTORS, check_placeholder, holds, shown, spelling
 
 if TYPE_CHECKING:
@@ -181,8 +182,8 @@ class Words(nn.Module):
         if theirs != ours:
             (count, width), (wanted, own) = next(iter(theirs.values())), next(iter(ours.values()))
             raise AdapterError(
-                f"{name}: {token} has {count} vectors of width {width}, this run learns {wanted} of width {own}. Give "
-                "its own --word-vectors, and its own base."
+                f"{name}: {token} has {so_many(count, 'vector')} of width {width}, this run learns {wanted} of width "
+                f"{own}. Give its own --word-vectors, and its own base."
             )
         held[token] = dict(parts)
         for rows, part in zip(self.rows, PARTS, strict=False):
@@ -281,7 +282,8 @@ def new_words(
         raise ConfigError(f"{vectors} vectors for a placeholder; wanted 1 to {MOST_VECTORS}.")
     if start == "words" and len(initial) not in (1, len(placeholders)):
         raise ConfigError(
-            f"{len(initial)} initial words for {len(placeholders)} placeholders; give one for all, or one for each."
+            f"{so_many(len(initial), 'initial word')} for {so_many(len(placeholders), 'placeholder')}; give "
+            "one for all, or one for each."
         )
     made: dict[str, dict[str, Tensor]] = {}
     for place, token in enumerate(placeholders):

@@ -17,6 +17,7 @@ from sfumato.card import (
     training_table,
 )
 from sfumato.files.atomic import write_text
+from sfumato.numerals import so_many
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -45,7 +46,7 @@ def write_embedding_card(
     example = example_of(about, next(iter(files)), prompts)
     line = generate_line(example, about.base, about, words=[path.name for path in files.values()])
     text = f"""{opening(folder, about, prompts, rows, tags=["textual_inversion"])}
-{what} for `{about.base}` ({about.family}), learned from {about.images} pictures by Textual Inversion:
+{what} for `{about.base}` ({about.family}), learned from {so_many(about.images or 0, "picture")} by Textual Inversion:
 
 {listed}
 {before_after_sheet(folder, prompts, rows)}

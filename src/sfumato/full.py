@@ -17,6 +17,7 @@ from sfumato.files.fingerprint import KEY, fingerprint
 from sfumato.files.kohya import Target, kohya_name
 from sfumato.files.read import is_finite
 from sfumato.files.save import hashes, model_folder
+from sfumato.numerals import so_many
 
 if TYPE_CHECKING:
     from sfumato.bases import Base
@@ -99,7 +100,8 @@ def _check_finite(module: nn.Module, dtype: torch.dtype, path: Path) -> None:
     broken = [name for name, tensor in module.state_dict().items() if not is_finite(tensor)]
     if broken:
         raise FileError(
-            f"{path.name}: {len(broken)} weights are not finite in {str(dtype).removeprefix('torch.')}, first "
+            f"{path.name}: {so_many(len(broken), 'weight is', 'weights are')} not finite in "
+            f"{str(dtype).removeprefix('torch.')}, first "
             f"{broken[0]}, so nothing was written. Save in fp32, or use an earlier checkpoint."
         )
 

@@ -18,6 +18,7 @@ from sfumato.card import (
     trigger_words,
 )
 from sfumato.files.atomic import write_text
+from sfumato.numerals import so_many
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -51,7 +52,7 @@ def write_model_card(
     sheet = before_after_sheet(folder, prompts, rows)
     before_after = f"\n## Before and after\n{sheet}" if sheet else ""
     text = f"""{opening(folder, about, prompts, rows, tags=["dreambooth"])}
-{what} with DreamBooth on {about.images} pictures.
+{what} with DreamBooth on {so_many(about.images or 0, "picture")}.
 {before_after}
 ## Trigger words
 

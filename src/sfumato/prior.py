@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from sfumato import embedding, randomness
 from sfumato.noising import NoisedBatch, Noising, draw_noised
+from sfumato.numerals import so_many
 from sfumato.objective import predict
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ class BasePrediction:
                 self._kept[step, first] = self._predict(noised).to("cpu", self._dtype)
         mib = sample * count * len(starts) * len(wanted) / 2**20
         again = f", which repeat after {self._period} steps" if len(steps) > self._period else ""
-        return f"the base's predictions for {len(wanted)} steps{again}: {mib:,.0f} MiB"
+        return f"the base's predictions for {so_many(len(wanted), 'step')}{again}: {mib:,.0f} MiB"
 
     def draw(self, step: int, global_batch: int, first: int, count: int) -> NoisedBatch:
         """The class's share of a step: as many samples as the subject's, with noise and timesteps of their own."""

@@ -156,7 +156,7 @@ def test_a_pickle_named_safetensors_is_refused(tmp_path):
         (["text_model.embeddings.token_embedding.weight"], "a text encoder alone"),
         (["model.diffusion_model.out.2.bias"], "a checkpoint without its VAE"),
         (["model.diffusion_model.out.2.bias", "first_stage_model.quant_conv.bias"], "without its text encoder"),
-        (["anything"], "none of its 1 weights belongs to a known base"),
+        (["anything"], "none of its 1 weight belongs to a known base"),
     ],
 )
 def test_other_files_are_called_by_their_names(names, what):

@@ -269,7 +269,7 @@ def test_a_placeholder_that_no_trigger_takes_the_place_of_is_told(tmp_path):
     report, data = check(tmp_path, needs_of("pocket")), prepare(read_folder(tmp_path), FakeBase(), resolution=64)
     (line,) = (line for line in report.lines if line.kind == "trigger missing")
     assert line.names == ("0.png",)
-    assert line.text == "1 captions hold [trigger], and there is no trigger: 0.png; pass --trigger WORD"
+    assert line.text == "1 caption holds [trigger], and there is no trigger: 0.png; pass --trigger WORD"
     assert line.text in data.notes
     report = check(tmp_path, needs_of("pocket"), trigger="zwx")
     assert not [line for line in report.lines if line.kind == "trigger missing"]

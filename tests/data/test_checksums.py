@@ -116,7 +116,7 @@ def test_what_is_missing_or_not_listed_is_said(summed):
     (summed / "c.txt").rename(summed / "d.txt")
     assert read_folder(summed).notes == (
         "SHA256SUMS lists 2 files that are not there: c.png, c.txt",
-        "SHA256SUMS does not list 1 pictures, so they are not checked: d.png",
+        "SHA256SUMS does not list 1 picture, left unchecked: d.png",
     )
 
 

@@ -234,7 +234,7 @@ def test_captions_of_several_lines_are_named(home):
     (home / "dogs" / "a.txt").write_text("a dog\n\na cat\n")
     _, notes = converted(home, {"path": "dogs"})
     assert notes == [
-        "dogs: 1 captions have several lines (a.txt), which are one caption here, where OneTrainer takes one of them "
+        "dogs: 1 caption has several lines (a.txt), one caption here, where OneTrainer takes one of them "
         "at random; leave one line in each"
     ]
 

@@ -212,7 +212,7 @@ def test_what_is_not_carried_over_is_named(own, note, home):
 def test_captions_of_several_lines_are_named(home):
     (home / "dogs" / "a.txt").write_text("a dog\na cat\n")
     _, notes = converted(home, NAMED)
-    assert notes[0].startswith("dogs: 1 captions have several lines (a.txt)")
+    assert notes[0].startswith("dogs: 1 caption has several lines (a.txt)")
     assert converted(home, {**NAMED, "disable_multiline_split": True})[1] == []
 
 

@@ -97,7 +97,7 @@ def test_missing_and_new_modules_are_counted(two_modules):
     first, second = two_modules
     comparison = compare(rows({first: two_modules[first]}), rows({second: two_modules[second]}))
     assert (len(comparison.missing), len(comparison.extra)) == (1, 1)
-    assert "1 modules are missing and 1 are new" in comparison.reason()
+    assert "1 module missing and 1 new" in comparison.reason()
     with pytest.raises(FileError, match="is of 2 modules, the file has 1"):
         check(fingerprint(two_modules), {first: two_modules[first]}, "a")
 
@@ -166,8 +166,8 @@ def test_what_is_the_same_and_why_it_is_not():
     assert Comparison(0.0123, 0.456, "m").reason() == (
         "relative error 0.012 over all modules, 0.46 in m; at most 0.01 and 0.1 are rounding"
     )
-    assert Comparison(0.0, 0.0, "m", (), ("x", "y")).reason() == "0 modules are missing and 2 are new, first x"
-    assert Comparison(0.0, 0.0, "m", ("z",), ("x",)).reason() == "1 modules are missing and 1 are new, first z"
+    assert Comparison(0.0, 0.0, "m", (), ("x", "y")).reason() == "0 modules missing and 2 new, first x"
+    assert Comparison(0.0, 0.0, "m", ("z",), ("x",)).reason() == "1 module missing and 1 new, first z"
 
 
 def test_a_fingerprint_is_of_names_in_order(two_modules):

@@ -116,7 +116,7 @@ def test_a_kind_that_is_no_lora_is_named_and_counted(kind, tmp_path):
 
 def test_a_lora_that_changes_a_bias_is_no_lora_alone(tensors, tmp_path):
     assert refusal(tensors | {f"{KEY}.diff_b": torch.ones(4)}, tmp_path).startswith(
-        "the file holds 1 changes of a bias"
+        "the file holds 1 change of a bias"
     )
 
 
@@ -186,13 +186,13 @@ def test_what_is_no_lora_alone(tmp_path):
     path = tmp_path / "a.safetensors"
     save_file(pair | {f"{flat}v.diff": torch.ones(6, 8)}, path)
     assert said(read_lora, path) == (
-        "a.safetensors: the file holds difference in 1 modules of 2; wanted a LoRA. Convert it to a LoRA."
+        "a.safetensors: the file holds difference in 1 module of 2; wanted a LoRA. Convert it to a LoRA."
     )
     save_file(pair | {f"{flat}k.diff_b": torch.ones(6)}, path)
     assert said(read_lora, path) == (
-        "a.safetensors: the file holds 1 changes of a bias as well; wanted a LoRA alone. Take another file."
+        "a.safetensors: the file holds 1 change of a bias as well; wanted a LoRA alone. Take another file."
     )
     save_file(pair | {"bundle_emb.<x>.clip_l": torch.ones(1, 768)}, path)
     assert said(read_lora, path) == (
-        "a.safetensors: the file holds the vectors of 1 tokens as well; wanted a LoRA alone. Take another file."
+        "a.safetensors: the file holds the vectors of 1 token as well; wanted a LoRA alone. Take another file."
     )

@@ -31,6 +31,7 @@ from sfumato.files.fingerprint import verify as verify_deltas
 from sfumato.files.kinds import ROLES
 from sfumato.files.metadata import adapter_guidance_of, over_steps_of
 from sfumato.merging.whole_model import read_mixable
+from sfumato.numerals import so_many
 
 _MARK = "_sfumato_mix"
 """Attribute of each mixed part, so that a second mix over the first is noticed whatever pipeline object it comes by."""
@@ -181,10 +182,10 @@ class Mix:
                 "baked": "as asked",
                 "live": "there is no layer that a path could stand beside",
             }
-            return f"{baked} weights baked in place ({whys[self._way]})"
+            return f"{so_many(baked, 'weight')} baked in place ({whys[self._way]})"
         why = "as asked" if self._way == "live" else "quantised, so nothing can be summed into their weights"
-        rest = f"; {baked} weights baked in place" if baked else ""
-        return f"{live} layers live, one path for all adapters beside each ({why}){rest}"
+        rest = f"; {so_many(baked, 'weight')} baked in place" if baked else ""
+        return f"{so_many(live, 'layer')} live, one path for all adapters beside each ({why}){rest}"
 
     def describe(self) -> str:
         """The mix in one line: "line 0.8, otter 0.6 (muted)"."""

@@ -16,6 +16,7 @@ from sfumato.data.images import read_size
 from sfumato.data.listing import FOLDER_OF_PICTURES, Found, Ignored, Listing, list_folder, some
 from sfumato.data.options import Options
 from sfumato.errors import DataError
+from sfumato.numerals import so_many
 
 MaskSource = Literal["none", "alpha", "files"]
 Group = Literal["instance", "class"]
@@ -132,7 +133,7 @@ def examples_of(
         notes.append(captions_of_numbers(numbers, template or "", trigger))
     notes[:0] = [f"left out: {reason}" for reason in bad.values()]
     if ignored:
-        notes.insert(0, f"{len(examples)} pictures in {name}{ignored_words(listing.ignored)}")
+        notes.insert(0, f"{so_many(len(examples), 'picture')} in {name}{ignored_words(listing.ignored)}")
     if trigger and not any(trigger.casefold() in example.caption.casefold() for example in examples):
         notes.append(f'no caption holds the trigger {trigger!r}; pass --caption "{{caption}}, {{trigger}}" to add it')
     return Folder(tuple(examples), tuple(ignored), tuple(dict.fromkeys(notes)), skip_bad)
@@ -198,7 +199,8 @@ def labelled(text: str, path: Path, label: str) -> str:
 def without_trigger(captions: Iterable[tuple[str, str]]) -> str:
     """What to say of those of (picture's name, caption) in which [trigger] is left; empty for none."""
     if names := [name for name, caption in captions if PLACEHOLDER in caption]:
-        return f"{len(names)} captions hold {PLACEHOLDER}, and there is no trigger: {some(names)}; pass --trigger WORD"
+        held = f"{so_many(len(names), 'caption holds', 'captions hold')} {PLACEHOLDER}"
+        return f"{held}, and there is no trigger: {some(names)}; pass --trigger WORD"
     return ""
 
 
@@ -258,8 +260,9 @@ def nameless(found: Found, template: str | None) -> bool:
 def captions_of_numbers(names: Sequence[str], template: str, trigger: str | None) -> str:
     """What to say of pictures with such names in the place of captions. template: what takes them."""
     same = trigger if trigger and template == "{caption}" else template.replace("{caption}", "a dog")
+    found = so_many(len(names), "caption is a name of a file that says", "captions are names of files that say")
     return (
-        f"{len(names)} captions are names of files that say nothing, such as {words_of(Path(names[0]).stem)!r}; write "
+        f"{found} nothing, such as {words_of(Path(names[0]).stem)!r}; write "
         f'captions, or pass --caption "{same}" as the caption of all'
     )
 
@@ -277,7 +280,8 @@ def _mask_notes(root: Path, examples: Sequence[Example], mask: MaskSource) -> It
     if len(without) == len(examples):
         raise no_masks(root)
     if without:
-        yield f"{len(without)} pictures have no mask and are learned whole: {', '.join(without[:3])}"
+        found = so_many(len(without), "picture has", "pictures have")
+        yield f"{found} no mask, learned whole: {', '.join(without[:3])}"
 
 
 def ignored_words(ignored: Sequence[Ignored]) -> str:

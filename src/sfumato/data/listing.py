@@ -10,6 +10,7 @@ from sfumato.data.captions import CAPTION_SUFFIXES, METADATA, guess_from, read_m
 from sfumato.data.checksums import NAME, check_files, read_sums
 from sfumato.data.images import SUFFIXES
 from sfumato.errors import DataError
+from sfumato.numerals import so_many
 
 REPEATS = re.compile(r"(\d{1,5})_(.*)")
 """kohya's folders: "10_sks dog" holds pictures that come ten times in an epoch, and their caption."""
@@ -112,11 +113,13 @@ class _Reader:
         """Say what is listed and not there, and what is there and not listed."""
         absent = [path.relative_to(self.root).as_posix() for path in self.sums if not path.is_file()]
         if absent:
-            self.notes.append(f"{NAME} lists {len(absent)} files that are not there: {some(absent)}")
+            self.notes.append(
+                f"{NAME} lists {so_many(len(absent), 'file that is', 'files that are')} not there: {some(absent)}"
+            )
         unlisted = [found.path.name for found in self.pictures if not found.sums[0]]
         if self.sums and unlisted:
             self.notes.append(
-                f"{NAME} does not list {len(unlisted)} pictures, so they are not checked: {some(unlisted)}"
+                f"{NAME} does not list {so_many(len(unlisted), 'picture')}, left unchecked: {some(unlisted)}"
             )
 
     def _folders(self, entries: list[Path]) -> None:

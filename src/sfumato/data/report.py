@@ -32,6 +32,7 @@ from sfumato.data.options import CropMode, Options
 from sfumato.data.source import Source, sources_of
 from sfumato.data.survey import Look, survey
 from sfumato.errors import ConfigError
+from sfumato.numerals import so_many
 
 COMMON_ID = 40_000
 """CLIP's tokens are numbered by frequency, 49,408 in all; words of one token below this are ordinary ones."""
@@ -80,7 +81,7 @@ class Report:
         counts = Counter((example.path.parent, example.repeats, example.group) for example in self.examples)
         names = labels_of([folder for folder, _, _ in counts])
         return [
-            f"{name}: {count:,} {'picture' if count == 1 else 'pictures'}"
+            f"{name}: {so_many(count, 'picture')}"
             + (f" x {repeats}" if repeats > 1 else "")
             + (" of the class" * (of == "class"))
             for name, ((_, repeats, of), count) in zip(names, counts.items(), strict=True)
@@ -312,8 +313,8 @@ def _buckets(report: Report) -> Iterator[Line]:
     for (width, height), count in report.buckets.items():
         if count < report.batch:
             text = (
-                f"{width} x {height} px: {count} samples an epoch, fewer than a batch of {report.batch}, so that they "
-                f"come once in {-(-report.batch // count)} epochs, together"
+                f"{width} x {height} px: {so_many(count, 'sample')} an epoch, fewer than a batch of {report.batch}, so "
+                f"that they come once in {-(-report.batch // count)} epochs, together"
             )
             yield Line("small bucket", text)
 
@@ -342,4 +343,4 @@ def _trigger(report: Report, trigger: str) -> Iterator[Line]:
 
 
 def _count(names: Sequence[str]) -> str:
-    return "1 picture has" if len(names) == 1 else f"{len(names)} pictures have"
+    return so_many(len(names), "picture has", "pictures have")

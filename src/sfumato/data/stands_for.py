@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from sfumato.data.folder import Example, Folder
 from sfumato.errors import DataError
+from sfumato.numerals import so_many
 from sfumato.placeholders import holds
 
 
@@ -44,8 +45,8 @@ def put_into_captions(folder: Folder, placeholders: Sequence[str], stands_for: S
     for phrase in stands_for:
         if not any(re.search(_whole(phrase), caption, re.IGNORECASE) for caption in before):
             raise DataError(
-                f"--stands-for {phrase!r} is in none of {len(before)} captions, first {before[0]!r}. Name words that "
-                "are in some, or leave it out."
+                f"--stands-for {phrase!r} is in none of {so_many(len(before), 'caption')}, first {before[0]!r}. Name "
+                "words that are in some, or leave it out."
             )
     examples = tuple(map(with_words, folder.examples))
     ours = [e for e in examples if e.group == "instance"]

@@ -23,6 +23,7 @@ from sfumato.errors import FileError
 from sfumato.files.changes import Change, LoraModule
 from sfumato.files.changes.difference import Difference
 from sfumato.files.kohya import Target
+from sfumato.numerals import so_many
 
 KEY = "sfumato.fingerprint"
 """Where it stands in a file's metadata."""
@@ -60,7 +61,7 @@ class Comparison:
         """One line on the difference, or on the lack of one."""
         if self.missing or self.extra:
             first = (self.missing or self.extra)[0]
-            return f"{len(self.missing)} modules are missing and {len(self.extra)} are new, first {first}"
+            return f"{so_many(len(self.missing), 'module')} missing and {len(self.extra)} new, first {first}"
         figures = f"relative error {self.rms:.2g} over all modules, {self.worst:.2g} in {self.module}"
         return f"{figures}; at most {tolerance:g} and {WORST * tolerance:g} are rounding"
 

@@ -40,6 +40,7 @@ from sfumato.files.metadata import (
 )
 from sfumato.files.norms import is_update, square_norm
 from sfumato.files.peft_folder import Source, adapter_sources
+from sfumato.numerals import so_many
 
 Array = NDArray[np.float32]
 _Settings = Callable[[int], float]
@@ -353,7 +354,9 @@ def render(found: Inspection) -> str:
         )
         rows.append(("norm", f"{found.norm:.4g}{stored}"))
     if found.embeddings:
-        rows.append(("tokens", ", ".join(f"{plain(name)} ({n} vectors)" for name, n in found.embeddings.items())))
+        rows.append(
+            ("tokens", ", ".join(f"{plain(name)} ({so_many(n, 'vector')})" for name, n in found.embeddings.items()))
+        )
     for name, keys in (("NaN or Inf", found.nonfinite), ("unknown", found.unknown), ("incomplete", found.incomplete)):
         if keys:
             rows.append((name, f"{len(keys)}, first {', '.join(map(plain, keys[:3]))}"))

@@ -13,6 +13,7 @@ from sfumato.files.adapter_file import read_adapter
 from sfumato.files.changes.lora import LoraModule
 from sfumato.files.embedding_file import Vectors
 from sfumato.files.kohya import Target
+from sfumato.numerals import so_many
 
 __all__ = ["LoraFile", "LoraModule", "read_lora"]
 
@@ -47,13 +48,19 @@ def read_lora(path: str | os.PathLike[str], *, partial: bool = False, words: boo
     modules = {target: change for target, change in file.changes.items() if isinstance(change, LoraModule)}
     total = len(file.changes)
     if len(modules) < total:
-        counts = ", ".join(f"{kind} in {count} modules" for kind, count in file.kinds.items() if kind != "LoRA")
+        counts = ", ".join(
+            f"{kind} in {so_many(count, 'module')}" for kind, count in file.kinds.items() if kind != "LoRA"
+        )
         raise AdapterError(
             f"{file.path.name}: the file holds {counts} of {total}; wanted a LoRA. Convert it to a LoRA."
         )
     biased = sum(module.bias_delta is not None for module in modules.values())
     if biased or (file.embeddings and not words):
-        extra = f"{biased} changes of a bias" if biased else f"the vectors of {len(file.embeddings)} tokens"
+        extra = (
+            f"{so_many(biased, 'change')} of a bias"
+            if biased
+            else f"the vectors of {so_many(len(file.embeddings), 'token')}"
+        )
         raise AdapterError(f"{file.path.name}: the file holds {extra} as well; wanted a LoRA alone. Take another file.")
     return LoraFile(
         file.path,

@@ -9,6 +9,7 @@ from typing import Any
 
 from sfumato.data.images import SUFFIXES
 from sfumato.data.listing import REPEATS
+from sfumato.numerals import so_many
 
 
 def spelt(path: Any) -> Path:
@@ -75,8 +76,8 @@ def notes_on(path: str, source: Path, tool: str, *, by_line: bool) -> Iterator[s
     texts = [entry for entry in entries if entry.suffix.lower() == ".txt" and entry.is_file()] if by_line else []
     if several := [entry.name for entry in texts if _lines(entry) > 1]:
         yield (
-            f"{path}: {len(several)} captions have several lines ({several[0]}), which are one caption here, where "
-            f"{tool} takes one of them at random; leave one line in each"
+            f"{path}: {so_many(len(several), 'caption has', 'captions have')} several lines ({several[0]}), one "
+            f"caption here, where {tool} takes one of them at random; leave one line in each"
         )
 
 

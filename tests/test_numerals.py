@@ -1,0 +1,19 @@
+"""Numbers as texts."""
+
+import pytest
+
+from sfumato.numerals import so_many
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ((1, "picture"), "1 picture"),
+        ((0, "picture"), "0 pictures"),
+        ((1200, "picture"), "1,200 pictures"),
+        ((1, "picture has", "pictures have"), "1 picture has"),
+        ((2, "picture has", "pictures have"), "2 pictures have"),
+    ],
+)
+def test_what_is_counted_is_in_the_plural_where_it_is_not_one(words, said):
+    assert so_many(*words) == said
