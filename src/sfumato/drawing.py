@@ -19,7 +19,7 @@ from sfumato import schedulers
 from sfumato.axes import checked_guidance, checked_seed
 from sfumato.errors import BaseModelError, ConfigError
 from sfumato.numerals import so_many
-from sfumato.prompt_steps import Stage, counted, told_by_stages
+from sfumato.prompt_steps import Stage, beside, counted, told_by_stages
 from sfumato.prompts import Syntax, encode, encode_stages, refuse_tags
 from sfumato.tagged import TaggedPrompts, reading_tags
 
@@ -133,9 +133,10 @@ def draw_each(
     for first in range(0, len(prompts), batch):
         some = slice(first, first + batch)
         drawn: dict[int, Image.Image] = {}
-        for places in _of_one_length(base, prompts[some], negative, syntax, steps or _STEPS):
-            texts, noises = [prompts[first + place] for place in places], [seeds[first + place] for place in places]
-            with _as_asked(pipe, other):
+        together = range(len(prompts))[some]
+        for places in _of_one_length(base, prompts, together, negative, syntax, steps or _STEPS):
+            texts, noises = [prompts[place] for place in places], [seeds[place] for place in places]
+            with _as_asked(pipe, other), schedulers.at_once(places, len(prompts)):
                 pictures = _draw_batch(pipe, base, texts, noises, negative, given, start, syntax)
             drawn |= zip(places, pictures, strict=True)
         yield from (drawn[place] for place in sorted(drawn))
@@ -319,6 +320,15 @@ def _as_arguments(prompts: list[str], negative: str) -> dict[str, Any]:
 
 def _stages_of(base: Base, prompts: list[str], negative: str, syntax: Syntax, steps: int) -> list[Stage]:
     """The prompts as the base's `encode_text` has them, which training saw and which knows of clip_skip."""
+    from sfumato.compose.per_picture import texts_by_picture
+
+    told = schedulers.PICTURES.get()
+    if syntax != "plain" and len(prompts) > 1 and told is not None and texts_by_picture(base):
+        each = []
+        for place, prompt in zip(told[0], prompts, strict=True):  # as compel reads them: one after another
+            with schedulers.at_once([place], told[1]):
+                each.append(_stages_of(base, [prompt], negative, syntax, steps))
+        return beside(each)
     if syntax == "a1111":
         return encode_stages(base, prompts, negative, steps)
     if syntax == "plain":
@@ -330,22 +340,22 @@ def _stages_of(base: Base, prompts: list[str], negative: str, syntax: Syntax, st
 
 
 def _of_one_length(
-    base: Base | None, prompts: list[str], negative: str, syntax: Syntax, steps: int
+    base: Base | None, prompts: list[str], places: Sequence[int], negative: str, syntax: Syntax, steps: int
 ) -> Iterable[Sequence[int]]:
-    """The places of the prompts, together those whose embeddings, each by itself, have as many tokens.
+    """The places, of a batch of the prompts, together those whose embeddings, each by itself, have as many tokens.
 
     In one batch a shorter one is filled up with empty prompts, which draw another picture than none.
     """
-    distinct = list(dict.fromkeys(prompts))
+    distinct = {prompts[place]: place for place in places}
     if base is None or syntax == "plain" or len(distinct) == 1:
-        return [range(len(prompts))]
-    with base.precision.autocast():
-        lengths = {
-            prompt: _stages_of(base, [prompt], negative, syntax, steps)[0].text.hidden.shape[1] for prompt in distinct
-        }
+        return [places]
+    lengths = {}
+    for prompt, place in distinct.items():
+        with base.precision.autocast(), schedulers.at_once([place], len(prompts)):
+            lengths[prompt] = _stages_of(base, [prompt], negative, syntax, steps)[0].text.hidden.shape[1]
     together: dict[int, list[int]] = {}
-    for place, prompt in enumerate(prompts):
-        together.setdefault(lengths[prompt], []).append(place)
+    for place in places:
+        together.setdefault(lengths[prompts[place]], []).append(place)
     return together.values()
 
 

@@ -122,6 +122,16 @@ class Stage:
     other: TextEmbedding
 
 
+def beside(pictures: Sequence[Sequence[Stage]]) -> list[Stage]:
+    """The stages of several pictures, all of as many tokens, as those of one batch."""
+    found = []
+    for last in sorted({stage.last for told in pictures for stage in told}):
+        now = [next(stage for stage in told if last <= stage.last) for told in pictures]
+        cat = type(now[0].text).cat
+        found.append(Stage(last, cat([stage.text for stage in now]), cat([stage.other for stage in now])))
+    return found
+
+
 @contextmanager
 def counted(steps: int) -> Iterator[None]:
     """Within the block so many steps of each picture are drawn."""

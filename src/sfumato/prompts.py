@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from sfumato.compose.adapter import Weight, added, checked_weight
 from sfumato.compose.blocks import WEB_PRESETS, Blocks
-from sfumato.errors import AdapterError, ConfigError
+from sfumato.errors import AdapterError, ConfigError, SfumatoError
 
 if TYPE_CHECKING:
     from sfumato.bases import Base, TextEmbedding
@@ -295,6 +295,8 @@ def _encoded(compel: Any, text: str | list[tuple[str, float]]) -> tuple[Any, Any
     try:
         with torch.no_grad():
             found = compel([text]) if isinstance(text, str) else _of_pieces(compel, text)
+    except SfumatoError:
+        raise
     except Exception as error:  # its parser raises pyparsing's errors and its own
         reason = " ".join(str(error).split())[:120]
         if isinstance(text, str):

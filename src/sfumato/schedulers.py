@@ -10,7 +10,8 @@ import importlib.util
 import inspect
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -75,6 +76,10 @@ CALLED: ContextVar[Any] = ContextVar("CALLED", default=None)
 """The diffusers pipeline that `sfumato.draw` is calling, which says how the call draws: a Base has no calls of its own,
 and where a drawing begins from a picture, another pipeline than the one that was handed over is called."""
 
+PICTURES: ContextVar[tuple[Sequence[int], int] | None] = ContextVar("PICTURES", default=None)
+"""The places in its call of the pictures that `sfumato.draw` is encoding or drawing at once, and how many the call has;
+what each picture has for itself asks for it."""
+
 _SCHEDULE = (
     "num_train_timesteps",
     "beta_start",
@@ -87,6 +92,16 @@ _SCHEDULE = (
     "steps_offset",
 )
 """What a sampler takes from the base; everything else would be another sampler's setting."""
+
+
+@contextmanager
+def at_once(places: Sequence[int], count: int) -> Iterator[None]:
+    """Within the block the pictures of these places, of so many in the call, are encoded or drawn."""
+    before = PICTURES.set((places, count))
+    try:
+        yield
+    finally:
+        PICTURES.reset(before)
 
 
 def find(name: str) -> Sampler:

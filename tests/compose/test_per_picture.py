@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -115,7 +116,7 @@ def base(tmp_path_factory) -> Any:
 @pytest.mark.parametrize(
     ("prompts", "guidance", "said"),
     [
-        (["a"], 5.0, "the call draws a picture and the adapters are for 2"),
+        (["a"], 5.0, "the call draws 1 picture and the adapters are for 2"),
         (["a", "b", "c"], 5.0, "the call draws 3 pictures"),
         (["a", "b", "c", "d"], 5.0, "the call draws 4 pictures"),
         (["a"] * 4, 1.0, "the call draws 4 pictures"),
@@ -130,15 +131,38 @@ def test_a_pipeline_that_draws_another_number_of_pictures_is_refused(called, wri
         called(["a", "b"], num_inference_steps=1, guidance_scale=guidance, output_type="latent")
 
 
-def test_draw_draws_all_lists_in_one_batch_or_none(base, write):
+def difference(one: Any, other: Any) -> int:
+    return int(np.abs(np.asarray(one, dtype=int) - np.asarray(other, dtype=int)).max())
+
+
+@pytest.mark.parametrize("syntax", ["plain", "a1111"])
+def test_draw_gives_each_picture_its_list_whatever_the_batch(base, write, syntax):
+    """Text encoders and U-Net; with words that change, and a prompt of two parts, whose rows are two of one picture."""
+    if syntax == "a1111":
+        pytest.importorskip("compel")
+    a, b = (Adapter(write(name, base, "to_q", "q_proj", seed=seed), 3.0) for seed, name in enumerate("ab"))
+    prompts = ["a [cat:dog:0.5]", "red cat, " * 40 if syntax == "a1111" else "red", "a (cat:1.3)", "red"]
+    lists, how = [[a], [b], [], [b, a]], {"steps": 2, "syntax": syntax, "negative": "blue"}
+    alone = []
+    for seed, (prompt, each) in enumerate(zip(prompts, lists, strict=True)):
+        with compose(base, *each):
+            alone += draw(base, prompt, seed, **how)
+    assert difference(alone[3], draw(base, prompts[3], 3, **how)[0]) > 1
+    with per_picture(base, lists):
+        for batch in (1, 3, 4):
+            together = draw(base, prompts, range(4), batch=batch, **how)
+            assert [difference(*pair) <= 1 for pair in zip(together, alone, strict=True)] == [True] * 4
+
+
+def test_draw_of_another_number_of_pictures_is_refused(base, write):
     """A Base has no calls of its own; `draw` tells of its pipeline's, also of one that begins from a picture."""
     lists = [[Adapter(write("a", base, "to_q"))], []]
     start = Start(Image.new("RGB", (64, 64), "red"), 1.0)
     with per_picture(base, lists):
-        for more in ({"batch": 1}, {"batch": 1, "guidance": 1.0}, {"batch": 1, "start": start}):
-            with pytest.raises(AdapterError, match=r"draws a picture and the adapters are for 2.*batch=2"):
-                draw(base, ["a", "b"], 1, steps=1, **more)
-        with pytest.raises(AdapterError, match="draws 4 pictures"):
-            draw(base, ["a", "b", "c", "d"], 1, steps=1, guidance=1.0)
+        for more in ({}, {"batch": 1}, {"batch": 2, "guidance": 1.0}, {"start": start}):
+            with pytest.raises(AdapterError, match="draws 4 pictures and the adapters are for 2 pictures"):
+                draw(base, ["a", "b", "c", "d"], 1, steps=1, **more)
+            with pytest.raises(AdapterError, match="draws 1 picture and the adapters are for 2 pictures"):
+                draw(base, "a", 1, steps=1, **more)
         assert len(draw(base, ["a", "b"], 1, steps=1, start=start)) == 2
     assert not base.unet._forward_pre_hooks

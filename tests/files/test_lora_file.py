@@ -115,9 +115,7 @@ def test_a_kind_that_is_no_lora_is_named_and_counted(kind, tmp_path):
 
 
 def test_a_lora_that_changes_a_bias_is_no_lora_alone(tensors, tmp_path):
-    assert refusal(tensors | {f"{KEY}.diff_b": torch.ones(4)}, tmp_path).startswith(
-        "the file holds 1 change of a bias"
-    )
+    assert refusal(tensors | {f"{KEY}.diff_b": torch.ones(4)}, tmp_path).startswith("the file holds 1 change of a bias")
 
 
 def test_one_module_in_two_spellings_is_refused(tensors, tmp_path):

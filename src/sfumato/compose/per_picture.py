@@ -26,8 +26,9 @@ from sfumato.files.adapter_file import AdapterFile
 from sfumato.files.changes.replacement import lora_command
 from sfumato.files.lora_file import LoraModule
 from sfumato.merging.whole_model import read_mixable
+from sfumato.numerals import so_many
 
-Index = Callable[[int], Tensor]
+Index = Callable[[int], Sequence[int]]
 """From the number of rows in a call to the picture of each row."""
 
 Terms = list[list[tuple[float, LoraModule]]]
@@ -39,28 +40,41 @@ def per_picture(pipe: Any, adapters: Sequence[Sequence[Adapter]], *, partial: bo
     """Within the block picture i of every call has the adapters `adapters[i]`; an empty list is the base's picture.
 
     pipe: the diffusers pipeline (SD 1.x, 2.x, SDXL) that is called, or a Base; with as many prompts as there are lists,
-    one picture each, and all in one batch. Text encoders are adapted by picture, too. Equal to single runs but for
-    rounding. Raises AdapterError for adapters without a low-rank form, for a compiled part, and within the block for a
-    call with another number of pictures.
+    and one picture each, which `sfumato.draw` may draw in several batches. Text encoders are adapted by picture, too.
+    Equal to single runs but for rounding. Raises AdapterError for adapters without a low-rank form, for a compiled
+    part, and within the block for a call with another number of pictures.
     """
     _check_lists(adapters)
     count = len(adapters)
     if not count:
         raise AdapterError("there are no pictures; give a list of adapters for each, an empty one for the base.")
 
-    def index(rows: int) -> Tensor:
+    outside = schedulers.PICTURES.get()  # of a drawing whose pipeline came here, with the pictures of one of its calls
+
+    def places() -> Sequence[int] | None:
+        """Of the pictures at once, where `sfumato.draw` says them."""
+        told = schedulers.PICTURES.get()
+        if told is None or told is outside:
+            return None
+        if told[1] != count:
+            raise _other_number(told[1], count, 1)
+        return told[0]
+
+    def index(rows: int) -> Sequence[int]:
         # Guidance puts the pictures without prompt in front of those with, and so twice (a perturbed one, three times)
-        # the same order; several pictures of a prompt would be another order.
-        if rows % count or rows > 3 * count:
+        # the same order; several pictures of a prompt would be another order. A long prompt alone has a row a part.
+        told = places()
+        here = range(count) if told is None else told
+        if rows % len(here) or (told is None and rows > 3 * count):
             raise _other_number(rows, count, None)
-        return torch.arange(rows) % count
+        return [*here] * (rows // len(here))
 
     def check(_: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-        rows = len(args[0] if args else options["sample"])
+        rows, here = len(args[0] if args else options["sample"]), len(places() or range(count))
         each = _rows_each(schedulers.CALLED.get() or pipe)
         if each is None:
             index(rows)
-        elif rows != each * count:
+        elif rows != each * here:
             raise _other_number(rows, count, each)
 
     # Before `forward`, in which adapter guidance halves the call.
@@ -98,11 +112,17 @@ def _other_number(rows: int, count: int, each: int | None) -> AdapterError:
     if each is None or rows % each:
         found = f"the call has {rows} rows"
     else:
-        found = "the call draws a picture" if rows == each else f"the call draws {rows // each} pictures"
+        found = f"the call draws {so_many(rows // each, 'picture')}"
     return AdapterError(
-        f"{found} and the adapters are for {count} pictures; give each prompt its list, and draw one picture of each "
-        f"in one batch (draw(..., batch={count}))."
+        f"{found} and the adapters are for {so_many(count, 'picture')}; give each prompt its list, and draw one "
+        "picture of each in one call."
     )
+
+
+def texts_by_picture(base: Any) -> bool:
+    """Whether any text encoder of a Base has adapters by picture at present."""
+    modules = [module for encoder in base.text_encoders for module in encoder.modules()]
+    return any(isinstance(hook, _Gathered) for module in modules for hook in module._forward_hooks.values())
 
 
 @contextmanager
@@ -117,8 +137,8 @@ def composite(pipe: Any, *adapters: Adapter, partial: bool = False) -> Iterator[
     _check_lists([[adapter] for adapter in adapters])
     unet, count = parts_of(pipe)["unet"], len(adapters)
 
-    def index(rows: int) -> Tensor:
-        return torch.arange(rows) % count
+    def index(rows: int) -> Sequence[int]:
+        return [row % count for row in range(rows)]
 
     def repeat(value: Any) -> Any:
         """Each row for every adapter; so the rows without prompt stay the first half, as others read them."""
@@ -217,18 +237,16 @@ class _Gathered:
                 self._down[picture, start:end] = low.down.float().reshape(low.rank, *shape[1:])
                 self._up[picture, :, start:end] = low.up.float().flatten(1) * (number * low.scale)
                 start = end
-        self._ready: dict[tuple[int, torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
+        self._ready: tuple[Any, tuple[Tensor, Tensor]] | None = None
 
     def _factors(self, rows: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """down and up of every row, gathered once for each size of call."""
-        key = (rows, like.dtype, like.device)
-        if key not in self._ready:
-            index = self._index(rows)
-            self._ready[key] = (
-                self._down[index].to(like.device, like.dtype),
-                self._up[index].to(like.device, like.dtype),
-            )
-        return self._ready[key]
+        """down and up of every row, gathered anew where the pictures of the rows are others."""
+        index = self._index(rows)
+        key = (index, like.dtype, like.device)
+        if self._ready is None or self._ready[0] != key:
+            down, up = (factors[index].to(like.device, like.dtype) for factors in (self._down, self._up))
+            self._ready = (key, (down, up))
+        return self._ready[1]
 
     def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         x = inputs[0]
