@@ -179,6 +179,14 @@ def test_a_picture_without_anything_says_nothing(tmp_path):
     assert (info.parameters, info.own) == (None, None)
 
 
+@pytest.mark.parametrize(("name", "side"), [("a.webp", 16_384), ("a.jpg", 65_501)])
+def test_a_sheet_that_is_larger_than_its_format_is_refused(tmp_path, name, side):
+    with pytest.raises(ConfigError, match=rf"^{name}: {side:,} pixels on a side, .* at most .*; name a \.png\.$"):
+        save_picture(Image.new("RGB", (side, 8)), tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+    save_picture(Image.new("RGB", (side - 1, 8)), tmp_path / name)
+
+
 def test_another_ending_is_refused_and_nothing_is_written(tmp_path):
     with pytest.raises(ConfigError, match=r"\.png, \.jpg or \.webp"):
         save_picture(Image.new("RGB", (8, 8)), tmp_path / "a.gif")

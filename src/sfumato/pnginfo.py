@@ -28,6 +28,8 @@ _PAIR = re.compile(r'(\w[\w \-/]{1,100}):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 _FEWEST_PAIRS = 3
 _NEGATIVE = "Negative prompt: "
 _USER_COMMENT, _EXIF = 0x9286, 0x8769
+_LARGEST_PX = {".jpg": 65_500, ".jpeg": 65_500, ".webp": 16_383}
+"""Pixels on a side that a format has room for."""
 _JPEG_CHARACTERS = 32_700
 """Of UTF-16: a segment of a JPEG has at most 65,533 bytes, of which EXIF's own take less than 100."""
 
@@ -100,9 +102,13 @@ def save_picture(
     """Write a .png, .jpg or .webp with its parameters, whole or not at all. `own` is kept in PNG alone.
 
     Warns of prompts that are longer than a JPEG can hold, whose ends are cut in the file. Raises ConfigError for
-    another ending.
+    another ending, and for a picture that is larger than the format can be.
     """
     suffix = path.suffix.lower()
+    if (side := max(image.size)) > (largest := _LARGEST_PX.get(suffix, side)):
+        raise ConfigError(
+            f"{path.name}: {side:,} pixels on a side, and a {suffix} has at most {largest:,}; name a .png."
+        )
     if parameters and suffix in (".jpg", ".jpeg"):
         parameters = _cut_for_jpeg(parameters, path)
     text = format_parameters(parameters) if parameters else ""
