@@ -71,8 +71,8 @@ def generate(base_folder, loras, tmp_path, monkeypatch, capsys):
 
 def test_two_adapters_and_a_seed_make_the_picture_that_the_library_makes(generate, base, loras):
     words = ["a cat", "--lora", "line.safetensors:0.8", "--lora", "o=otter.safetensors:0.6", "--seed", "7"]
-    code, out, _ = generate(*words, "-o", "cat.png")
-    assert (code, out) == (0, "cat.png\n")
+    code, out, err = generate(*words, "-o", "cat.png")
+    assert (code, out, "for nothing" in err) == (0, "cat.png\n", False)
     assert generate(*words, "--adapter-guidance", "2", "--adapter-guidance", "o=0", "-o", "guided.png")[0] == 0
     with compose(base, Adapter(loras / "line.safetensors", 0.8), Adapter(loras / "otter.safetensors", 0.6)) as mix:
         expected = draw(base, "a cat", 7, steps=2)[0]
@@ -84,7 +84,9 @@ def test_two_adapters_and_a_seed_make_the_picture_that_the_library_makes(generat
     assert read_picture_info(Path("guided.png")).own["adapter_guidance"] == {"line": 2.0}
     assert dict(read_picture_info(Path("guided.png")).parameters.settings)["Adapter guidance"] == "line: 2"
     assert "Adapter guidance" not in dict(read_picture_info(Path("cat.png")).parameters.settings)
-    assert generate(*words, "--adapter-guidance", "2", "--guidance", "1", "-o", "one.png")[0] == 0
+    code, _, err = generate(*words, "--adapter-guidance", "2", "--negative", "red", "--guidance", "1", "-o", "one.png")
+    nothing = "guidance 1: the negative prompt and --adapter-guidance count for nothing; it takes one above 1."
+    assert (code, nothing in err) == (0, True)
     assert read_picture_info(Path("one.png")).own["adapter_guidance"] == {}  # there is nothing to lead away from
     assert not np.array_equal(np.asarray(expected), np.asarray(draw(base, "a cat", 7, steps=2)[0]))
 
