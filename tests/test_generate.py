@@ -148,6 +148,7 @@ def test_the_settings_come_back_out_of_the_picture(generate):
         "Seed": "7",
         "Size": "64x64",
         "Lora hashes": f"line: {hashes['line']}, otter: {hashes['otter']}",
+        "RNG": "CPU",
     }
     own = info.own
     assert own["prompt"] == "a cat"

@@ -73,8 +73,10 @@ def test_a_prompt_is_written_as_a1111_reads_the_same(tmp_path, syntax, prompt, n
     settings = {"prompt": "(a) \\", "negative": "[b]", "steps": 2, "guidance": 7, "seed": 1, "width": 8, "height": 8}
     settings |= {"base": "b", "vae": None, "clip_skip": None, "adapter_guidance": {}, "prompt_syntax": syntax}
     settings = {name: value for name, value in settings.items() if name != "prompt_syntax" or value}
-    save_drawn(Image.new("RGB", (8, 8)), [], settings, tmp_path / "a.png", ("Euler", None))
+    save_drawn(Image.new("RGB", (8, 8)), [], settings, tmp_path / "a.png", ("DPM++ 2M", None))
     info = read_picture_info(tmp_path / "a.png")
+    assert info.parameters.settings["Schedule type"] == "Uniform"  # A1111 would take Karras' where none is named
+    assert info.own["sampler"] == "DPM++ 2M"
     assert (info.parameters.prompt, info.parameters.negative) == (prompt, negative)
     assert info.parameters.settings.get("Prompt syntax") == ("compel" if syntax == "compel" else None)
     assert info.own["prompt"] == "(a) \\"

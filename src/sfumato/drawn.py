@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from sfumato.prompts import Syntax
 
 
+_NOT_UNIFORM = ("DPM++ 2M", "DPM++ 2M SDE", "DPM2", "DPM2 a")
+"""Samplers for which A1111 and Forge take Karras' or an exponential schedule where a picture names none."""
+
+
 def used_in(mix: Mix) -> tuple[Adapter, ...]:
     """The adapters of a mix with the weights they have now."""
     return tuple(Adapter(adapter.path, mix.weights[label], label) for label, adapter in mix.adapters.items())
@@ -150,7 +154,7 @@ def save_drawn(
     pairs = {
         "Steps": settings["steps"],
         "Sampler": sampler[0],
-        "Schedule type": sampler[1],
+        "Schedule type": sampler[1] or ("Uniform" if sampler[0] in _NOT_UNIFORM else None),
         "CFG scale": float(settings["guidance"]),
         "Seed": settings["seed"],
         "Size": f"{settings['width']}x{settings['height']}",
@@ -162,6 +166,7 @@ def save_drawn(
         "Adapter guidance": strengths or None,
         "Lora hashes": _hashes((_stem(each["file"]), each["hash"]) for each in [*map(described, named), *inside]),
         "TI hashes": _hashes((_stem(public_name(path)), file_digest(path)) for path in held),
+        "RNG": "CPU",  # where our noise comes from; A1111 takes a GPU's where a picture names none
         "Prompt syntax": syntax if syntax == "compel" else None,  # which A1111 has no way to write
         "Version": f"sfumato-{sfumato.__version__}",
     }
