@@ -37,7 +37,7 @@ def test_kinds_of_one_file_are_counted(path):
 def test_a_factor_that_is_missing_is_counted_and_named(path):
     half = {key: shape for key, shape in LOHA.items() if key != "hada_w2_b"}
     write(path, {"attn1_to_q": LORA, "attn1_to_v": half})
-    message = f"1 of 2 modules are not whole, first {STEM}attn1_to_v.hada_w1_a, of whose LoHa there are 3 tensors"
+    message = f"1 of 2 modules are not whole, first {STEM}attn1_to_v.hada_w1_a, of whose LoHa 3 tensors are there"
     with pytest.raises(AdapterError, match=message):
         read_adapter(path)
     found = read_adapter(path, partial=True)
@@ -48,7 +48,7 @@ def test_a_factor_that_is_missing_is_counted_and_named(path):
 def test_a_magnitude_alone_is_no_dora(path):
     write(path, {"attn1_to_q": LORA, "attn1_to_k": {"dora_scale": (6, 1)}})
     with pytest.raises(
-        AdapterError, match=r"1 of 2 modules are not whole, first .*dora_scale, of whose DoRA there are 1"
+        AdapterError, match=r"1 of 2 modules are not whole, first .*dora_scale, of whose DoRA 1 tensor is there"
     ):
         read_adapter(path)
 
@@ -146,7 +146,7 @@ def test_what_is_no_adapter_of_ours(tmp_path):
         "from its source again, or accept the rest with partial=True (--partial)."
     )
     assert of([*pair, f"{half}.hada_w1_a"]) == (
-        f"a.safetensors: 1 of 2 modules are not whole, first {half}.hada_w1_a, of whose LoHa there are 1 tensors. Take "
+        f"a.safetensors: 1 of 2 modules are not whole, first {half}.hada_w1_a, of whose LoHa 1 tensor is there. Take "
         "the file from its source again, or accept the rest with partial=True (--partial)."
     )
     save_file({name: torch.ones(2, 2, dtype=torch.int8) for name in pair}, tmp_path / "a.safetensors")

@@ -18,6 +18,7 @@ from sfumato.files.keys import TRANSFORMER, Layout, describe_foreign, guess_fami
 from sfumato.files.kohya import Target
 from sfumato.files.peft_folder import Source, adapter_sources
 from sfumato.files.read import read_tensors
+from sfumato.numerals import so_many
 
 _FLAGS = ("on_input", "oft_scaled")
 _PARTIAL = "partial=True (--partial)"
@@ -171,7 +172,7 @@ def _broken(layout: Layout) -> str:
     first = next(iter(unusable.values()))
     return (
         f"{len(unusable)} of {len(layout.modules)} modules are not whole, first {next(iter(first.names.values()))}, of "
-        f"whose {first.kind} there are {len(first.names)} tensors"
+        f"whose {first.kind} {so_many(len(first.names), 'tensor is', 'tensors are')} there"
     )
 
 
