@@ -137,7 +137,7 @@ def difference(one: Any, other: Any) -> int:
 
 @pytest.mark.parametrize("syntax", ["plain", "a1111"])
 def test_draw_gives_each_picture_its_list_whatever_the_batch(base, write, syntax):
-    """Text encoders and U-Net; with words that change, and a prompt of two parts, whose rows are two of one picture."""
+    """Text encoders and U-Net; with words that change, and prompts of several lengths."""
     if syntax == "a1111":
         pytest.importorskip("compel")
     a, b = (Adapter(write(name, base, "to_q", "q_proj", seed=seed), 3.0) for seed, name in enumerate("ab"))

@@ -62,7 +62,7 @@ def per_picture(pipe: Any, adapters: Sequence[Sequence[Adapter]], *, partial: bo
 
     def index(rows: int) -> Sequence[int]:
         # Guidance puts the pictures without prompt in front of those with, and so twice (a perturbed one, three times)
-        # the same order; several pictures of a prompt would be another order. A long prompt alone has a row a part.
+        # the same order; several pictures of a prompt would be another order.
         told = places()
         here = range(count) if told is None else told
         if rows % len(here) or (told is None and rows > 3 * count):
