@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from sfumato.compose import saving, table, tensors
-from sfumato.compose.adapter import Adapter, Weight, checked_weight, weight_at, weight_text
+from sfumato.compose.adapter import Adapter, Weight, checked_weight, weight_text
 from sfumato.compose.baked import Applied, Baked
 from sfumato.compose.live import Live
-from sfumato.compose.lowrank import Scratch, exact_products
-from sfumato.compose.match import Found, Modules, Way, compiled_parts, match, parts_of, unwrapped_parts
+from sfumato.compose.match import Modules, Way, compiled_parts, match, parts_of, unwrapped_parts
 from sfumato.compose.originals import Originals, Place
+from sfumato.compose.sites import Site, applied_at, bring, new_site
 from sfumato.errors import AdapterError
 from sfumato.files.adapter_file import AdapterFile
 from sfumato.files.fingerprint import verify as verify_deltas
@@ -35,8 +35,6 @@ from sfumato.numerals import so_many
 
 _MARK = "_sfumato_mix"
 """Attribute of each mixed part, so that a second mix over the first is noticed whatever pipeline object it comes by."""
-
-Site = Baked | Live
 
 
 def compose(
@@ -228,7 +226,7 @@ class Mix:
                     place = (one.part, one.path, one.name)
                     site = sites.get(place)
                     if site is None:
-                        site = sites[place] = self._site(one)
+                        site = sites[place] = new_site(one, self._parts[one.part])
                     site.effects[label] = one.effect
             self._apply(
                 weights, self._muted, [site for site in sites.values() if not files.keys().isdisjoint(site.effects)]
@@ -249,16 +247,6 @@ class Mix:
         for part in {"unet", *(site.part for site in sites.values())}:
             self._parts[part].__dict__[_MARK] = self
         return self
-
-    def _site(self, found: Found) -> Site:
-        if not found.live:
-            return Baked(found.part, found.path, found.module, found.name)
-        whole = next(
-            (p for p in self._parts[found.part].parameters() if p.is_floating_point() and p.itemsize > 1), None
-        )
-        dtype, device = (torch.float32, torch.device("cpu")) if whole is None else (whole.dtype, whole.device)
-        device = torch.device("cpu") if device.type == "meta" else device
-        return Live(found.part, found.path, found.module, dtype, device)
 
     def set(self, /, **weights: Weight) -> Self:
         """New weights by label: `mix.set(line=0.3)`. Only modules whose sum changes are computed, from the base."""
@@ -406,40 +394,13 @@ class Mix:
     def _apply(self, weights: Mapping[str, Weight], muted: frozenset[str], sites: Iterable[Site]) -> None:
         """Bring the sites to the weights; all of them, or none when it raises."""
         heard = {label: weight for label, weight in weights.items() if label not in muted}
-        wanted = [(site, _wanted(site, heard, self._factors), self._aside(site, heard)) for site in sites]
+        wanted = [(site, applied_at(site, heard, self._factors), self._aside(site, heard)) for site in sites]
         todo = [(site, applied) for site, applied, _ in wanted if applied != site.applied]
-        aside = [
-            (site, other, site.other)
-            for site, applied, other in wanted
-            if (applied, other) != (site.applied, site.other)
-        ]
+        aside = [(site, other) for site, applied, other in wanted if (applied, other) != (site.applied, site.other)]
         live = [(site, applied) for site, applied in todo if isinstance(site, Live)]
-        self._check_in_memory([*(site for site, _ in todo), *(site for site, _, _ in aside)])
+        self._check_in_memory([*(site for site, _ in todo), *(site for site, _ in aside)])
         self._check_compiled(site for site, applied in live if site.rebuilds(applied))
-        for site, _ in todo:
-            site.check_untouched()
-        new = [site for site, applied in todo if isinstance(site, Baked) and site.original is None and applied]
-        originals = self._originals.of({site.place: site.weight for site in new})
-        for site in new:
-            found = originals[site.place]
-            site.original, site.candidates = (found, ()) if isinstance(found, Tensor) else (None, found)
-        scratch = Scratch()
-        done: list[tuple[Site, Applied]] = []
-        with torch.no_grad(), exact_products():
-            try:
-                for site, applied in todo:
-                    done.append((site, site.applied))
-                    site.apply(applied, scratch)
-                for site, other, _ in aside:
-                    site.set_aside(other, scratch)
-            except BaseException:
-                for site, before in reversed(done):
-                    site.apply(before, scratch)
-                for site, _, earlier in aside:
-                    site.set_aside(earlier, scratch)
-                for site in new:
-                    site.restore()
-                raise
+        bring(todo, aside, self._originals)
         idle = [site for site, applied in live if not applied]
         compiled = compiled_parts(self._pipe) if idle else set()
         for site in idle:
@@ -450,7 +411,7 @@ class Mix:
         """What the site has without the parted adapters, if it has any of them."""
         if site.part != "unet" or self._factors.keys().isdisjoint(site.effects):
             return None
-        return _wanted(site, {label: weight for label, weight in weights.items() if label not in self._factors}, {})
+        return applied_at(site, {label: weight for label, weight in weights.items() if label not in self._factors}, {})
 
     def _check_compiled(self, sites: Iterable[Live]) -> None:
         changed = list(sites)
@@ -497,13 +458,3 @@ def _module_of(key: str) -> str:
     words = key.split(".")
     ends = (end for end in range(1, len(words)) if ".".join(words[end:]) in ROLES)
     return ".".join(words[: next(ends, len(words))])
-
-
-def _wanted(site: Site, weights: Mapping[str, Weight], factors: Mapping[str, float]) -> Applied:
-    """factors: of the weights in the U-Net, by label."""
-    numbers = {
-        label: weight_at(weights[label], site.part, site.path) * (factors.get(label, 1.0) if site.part == "unet" else 1)
-        for label in sorted(site.effects)
-        if label in weights
-    }
-    return tuple((label, number) for label, number in numbers.items() if number != 0)

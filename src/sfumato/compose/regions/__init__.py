@@ -1,0 +1,144 @@
+"""Adapters in regions of the picture: a mask or a box for each, and a prompt of its own if wanted.
+
+    with regions(pipe, Region((0, 0, 0.5, 1), Adapter("otter.safetensors"), prompt="an otter"),
+                       Region((0.5, 0, 1, 1), Adapter("crab.safetensors"), prompt="a crab")):
+        pipe("two animals on the beach")
+
+A layer on pixels adds each adapter's change under its mask, at that layer's resolution. Keys and values of the
+cross-attention come from the text, which has no pixels: there each region attends by itself, and the outputs are
+blended by the mask at the querying pixel. What the time step adds to a channel is added under the mask, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import MappingProxyType
+from typing import Any
+
+from torch import Tensor, nn
+
+from sfumato import prompts, schedulers
+from sfumato.compose.match import halved, parts_of, refuse_compiled, say_unknown_words
+from sfumato.compose.regions.attention import Attention, check_no_picture_prompt
+from sfumato.compose.regions.changes import Paths, Spans, by_layer, read
+from sfumato.compose.regions.masks import Masks
+from sfumato.compose.regions.region import Box, Region
+from sfumato.compose.regions.texts import Texts
+from sfumato.errors import AdapterError
+from sfumato.prompts import Syntax
+
+__all__ = ["Box", "Region", "regions"]
+
+
+@contextmanager
+def regions(
+    pipe: Any,
+    *parts: Region,
+    guided: bool = True,
+    syntax: Syntax = "plain",
+    over_steps: Mapping[str, tuple[float, float]] = MappingProxyType({}),
+    partial: bool = False,
+    verify: bool = False,
+) -> Iterator[None]:
+    """Within the block each region has its adapters and prompt; the rest is the base's picture of the call's prompt.
+
+    pipe: a diffusers pipeline (SD 1.x, 2.x, SDXL) or a Base. guided: whether a call's first half of rows are those
+    without the prompt, as classifier-free guidance has them, where neither the pipeline nor `sfumato.draw` says it.
+    syntax: how weighted words of the regions' prompts are written, see `sfumato.prompts`; it wants a Base. over_steps:
+    by an adapter's label the progress, from and to, in which it changes the U-Net, 0 at pure noise and 1 at the
+    finished picture. partial, verify: as of `compose`. Where regions overlap, changes on pixels add up and attentions
+    share. Raises AdapterError for adapters without a low-rank form, for one that changes the text encoders in a region
+    without a prompt, for a compiled U-Net, and for a pipeline with an IP-Adapter.
+    """
+    if not parts:
+        raise AdapterError("there is no region; give at least one.")
+    if wrong := [part for part in parts if not isinstance(part, Region)]:
+        raise AdapterError(f"a region is given as Region(where, Adapter(file)), got {wrong[0]!r:.60}.")
+    if syntax != "plain" and not hasattr(pipe, "encode_text"):
+        raise AdapterError(f"the prompt syntax {syntax} wants a Base of sfumato.load_base, not a pipeline.")
+    for part in parts:
+        prompts.refuse_tags(part.prompt or "", f"the region's prompt {part.prompt!r:.60}", "give Region the adapter")
+    unet = parts_of(pipe)["unet"]
+    check_no_picture_prompt(unet)
+    refuse_compiled(pipe, ["unet"])
+    masks = Masks([region.mask() for region in parts])
+    files = read(parts, partial=partial, verify=verify)
+    texts = Texts(pipe, parts, syntax, partial=partial)
+    labels = {each.label for region in parts for each in region.adapters}
+    if unknown := sorted(over_steps.keys() - labels):
+        raise AdapterError(f"over_steps names {unknown[0]!r}, which is in no region; there are {sorted(labels)}.")
+    spans = Spans(pipe, over_steps)
+    layers = by_layer(pipe, parts, files, spans, partial=partial)
+    say_unknown_words(pipe, files)
+
+    def is_guided() -> bool:
+        """As the pipeline that is called says; a Base that `sfumato.draw` does not draw leaves it to the caller."""
+        return bool(getattr(schedulers.CALLED.get() or pipe, "do_classifier_free_guidance", guided))
+
+    with halved(unet):
+        seen = (lambda unet, *_: check_no_picture_prompt(unet), masks.see, texts.see, spans.see)
+        handles = [unet.register_forward_pre_hook(see, with_kwargs=True) for see in seen]
+        processors: list[tuple[Any, Any]] = []
+        try:
+            for path, module in unet.named_modules():
+                if path.endswith("attn2"):
+                    keys, values = (layers.pop(f"{path}.{name}", None) for name in ("to_k", "to_v"))
+                    if keys or values or any(text is not None for text in texts.now):
+                        processors.append((module, module.processor))
+                        module.set_processor(Attention(masks, texts, keys, values, is_guided))
+            for path, paths in layers.items():
+                handles += _hooks(unet, path, paths, masks)
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for module, processor in processors:
+                if isinstance(module.processor, Attention):  # another may have been set meanwhile
+                    module.set_processor(processor)
+
+
+def _hooks(unet: nn.Module, path: str, paths: Paths, masks: Masks) -> list[Any]:
+    """The hooks that add the regions' changes of one layer under their masks."""
+    module = unet.get_submodule(path)
+    if path.startswith(("time_embedding", "add_embedding")):
+        raise AdapterError(
+            f"{path} has no pixels, so its change cannot be kept to a region. Use an adapter without it."
+        )
+    if path.endswith("time_emb_proj"):
+        return _time_hooks(unet, path, module, paths, masks)
+
+    def add(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        for place, change in enumerate(paths):
+            if change is None:
+                continue
+            narrow = change.narrow(layer, inputs[0])
+            if narrow.ndim == 4:
+                narrow = narrow * masks.at(narrow.shape[-2], narrow.shape[-1], narrow)[place]
+            else:
+                narrow = narrow * masks.on_tokens(narrow.shape[1], narrow)[place, :, None]
+            output = output + change.widen(narrow).to(output.dtype)
+        return output
+
+    return [module.register_forward_hook(add)]
+
+
+def _time_hooks(unet: nn.Module, path: str, module: nn.Module, paths: Paths, masks: Masks) -> list[Any]:
+    """What the time step adds to each channel has no pixels yet: its change is kept, and added where it gets them."""
+    block = unet.get_submodule(path.rpartition(".")[0])
+    if getattr(block, "time_embedding_norm", "default") != "default":
+        raise AdapterError(f"{path}: a scale by time cannot be kept to a region. Use an adapter without it.")
+    kept: list[Tensor | None] = []
+
+    def keep(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        kept[:] = [None if change is None else change.widen(change.narrow(layer, inputs[0])) for change in paths]
+
+    def add(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden = inputs[0]
+        under = masks.at(hidden.shape[-2], hidden.shape[-1], hidden)
+        for place, change in enumerate(kept):
+            if change is not None:
+                hidden = hidden + change.to(hidden.dtype)[:, :, None, None] * under[place]
+        return (hidden, *inputs[1:])
+
+    return [module.register_forward_hook(keep), block.get_submodule("norm2").register_forward_pre_hook(add)]

@@ -1,0 +1,128 @@
+"""What each region changes in each layer of the U-Net, at the current step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import conv2d, linear
+
+from sfumato import schedulers
+from sfumato.compose import tensors
+from sfumato.compose.adapter import Adapter
+from sfumato.compose.match import Modules, parts_of, weighed
+from sfumato.compose.regions.near import Near
+from sfumato.compose.regions.region import Region
+from sfumato.compose.steps import Ramp, progress_of
+from sfumato.errors import AdapterError
+from sfumato.files.adapter_file import AdapterFile
+from sfumato.files.changes.replacement import lora_command
+from sfumato.files.fingerprint import verify as verify_deltas
+from sfumato.merging.whole_model import read_mixable
+
+
+class Spans:
+    """Which adapters count at the current step."""
+
+    def __init__(self, pipe: Any, spans: Mapping[str, tuple[float, float]]) -> None:
+        self._pipe = pipe
+        self._ways = {label: Ramp.within(*span, 1.0) for label, span in spans.items()}
+        self._now: dict[str, float] = {}
+
+    def see(self, _: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        """Note a call's step."""
+        if self._ways:
+            now = schedulers.asked_timestep(args, options)
+            progress = progress_of(now, schedulers.DRAWING.get() or self._pipe.scheduler)
+            self._now = {label: way(progress) for label, way in self._ways.items()}
+
+    def held(self, narrow: Tensor, owners: Sequence[str]) -> Tensor:
+        """What `Path.narrow` gave, 0 where its owner does not count at this step."""
+        if all(self._now.get(owner, 1.0) == 1 for owner in owners):
+            return narrow
+        counts = torch.tensor([self._now.get(owner, 1.0) for owner in owners], device=narrow.device, dtype=narrow.dtype)
+        return narrow * (counts[:, None, None] if narrow.ndim == 4 else counts)
+
+
+@dataclass
+class Path:
+    """One region's change of one layer.
+
+    down: (rank, in, ...), up: (out, rank), the weights within it. owners: the label of each rank's adapter.
+    """
+
+    down: Tensor
+    up: Tensor
+    owners: list[str]
+    spans: Spans
+
+    def __post_init__(self) -> None:
+        self._down, self._up = Near(self.down), Near(self.up)
+
+    def narrow(self, module: nn.Module, x: Tensor) -> Tensor:
+        """down x: (rows, tokens, rank), or (rows, rank, height, width) of a convolution."""
+        down = self._down.like(x)
+        if isinstance(module, nn.Conv2d):
+            found = conv2d(x, down, None, module.stride, module.padding, module.dilation)
+        else:
+            found = linear(x, down)
+        return self.spans.held(found, self.owners)
+
+    def widen(self, narrow: Tensor) -> Tensor:
+        """up of what `narrow` gave."""
+        up = self._up.like(narrow)
+        return conv2d(narrow, up[..., None, None]) if narrow.ndim == 4 else linear(narrow, up)
+
+
+Paths = list[Path | None]
+"""By region."""
+
+
+def read(parts: Sequence[Region], *, partial: bool, verify: bool) -> dict[Adapter, AdapterFile]:
+    """The files of all regions' adapters, each once."""
+    found = {}
+    for adapter in dict.fromkeys(each for region in parts for each in region.adapters):
+        file = found[adapter] = read_mixable(adapter.path, partial=partial)
+        if verify:
+            verify_deltas(file.metadata, file.changes, file.path.name)
+    return found
+
+
+def by_layer(
+    pipe: Any, parts: Sequence[Region], files: Mapping[Adapter, AdapterFile], spans: Spans, *, partial: bool
+) -> dict[str, Paths]:
+    """By the path of a layer of the U-Net: what each region changes there."""
+    modules = Modules(parts_of(pipe))
+    layers: dict[str, Paths] = {}
+    for place, region in enumerate(parts):
+        for adapter in region.adapters:
+            for number, found in weighed(adapter, files[adapter], modules, partial=partial):
+                if found.part != "unet":
+                    if region.prompt is None:
+                        raise AdapterError(
+                            f"{adapter.label} changes {found.part}, and its region has no prompt of its own. Give the "
+                            "Region a prompt, or the adapter a weight (0.8, 0)."
+                        )
+                    continue
+                low = found.beside
+                if low is None:
+                    raise AdapterError(
+                        f"{adapter.label}: {found.path} is changed by a {found.effect.change.kind}, which has no "
+                        "low-rank form to keep to a region. Make it a LoRA: "
+                        f"{lora_command(found.effect.change)}."
+                    )
+                shape = tensors.shape(found.module)
+                assert shape is not None
+                down = low.down.float().reshape(low.rank, *shape[1:])
+                up = low.up.float().flatten(1) * (number * low.scale)
+                paths = layers.setdefault(found.path, [None] * len(parts))
+                owners = [adapter.label] * low.rank
+                before = paths[place]
+                if before is not None:
+                    down, up = torch.cat([before.down, down]), torch.cat([before.up, up], dim=1)
+                    owners = before.owners + owners
+                paths[place] = Path(down, up, owners, spans)
+    return layers

@@ -1,0 +1,116 @@
+"""What is drawn in each region: its prompt as its adapters' text encoders read it, at the current step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sfumato import prompts, schedulers
+from sfumato.compose.adapter import Adapter, with_unet
+from sfumato.compose.regions.region import Region
+from sfumato.errors import AdapterError
+from sfumato.prompt_steps import STEPS, changes
+from sfumato.prompts import Syntax
+
+Told = list[tuple[int, Tensor]]
+"""(last step, counted from 1, the text until then, (1, tokens, width)), in order."""
+
+
+class Texts:
+    """The regions' texts at the current step, encoded anew where a call's `clip_skip` or number of steps is another.
+
+    now: of each region, None for one without a prompt.
+    """
+
+    def __init__(self, pipe: Any, parts: Sequence[Region], syntax: Syntax, *, partial: bool) -> None:
+        self._pipe, self._parts, self._syntax, self._partial = pipe, parts, syntax, partial
+        self._clock = schedulers.Clock()
+        # Otherwise all pictures are of one step.
+        self._follows = syntax == "a1111" and any(changes(region.prompt or "") for region in parts)
+        self._asked = self._ask(steps=1)
+        self._told = self._encode(*self._asked)
+        self.now = self._at(1)
+
+    def _ask(self, steps: int) -> tuple[int | None, int]:
+        """`clip_skip` that a Base has, or the pipeline's call under way or last made, and the steps."""
+        is_base = hasattr(self._pipe, "encode_text")
+        return getattr(self._pipe if is_base else schedulers.CALLED.get() or self._pipe, "clip_skip", None), steps
+
+    def _encode(self, clip_skip: int | None, steps: int) -> list[Told | None]:
+        return [
+            None
+            if region.prompt is None
+            else _encode(self._pipe, region, self._syntax, clip_skip, steps, partial=self._partial)
+            for region in self._parts
+        ]
+
+    def _at(self, step: int) -> list[Tensor | None]:
+        return [
+            None if told is None else next((text for last, text in told if step <= last), told[-1][1])
+            for told in self._told
+        ]
+
+    def see(self, _: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        """Note the call's `clip_skip`, and its step."""
+        scheduler, steps = schedulers.DRAWING.get(), STEPS.get()
+        if self._follows and (scheduler is None or steps is None):
+            raise AdapterError(
+                "words of a region's prompt that change between the steps are counted by sfumato.draw, and this "
+                "pipeline is called by itself. Draw with sfumato.draw, or leave one of the words."
+            )
+        asked = self._ask(steps if self._follows and steps else 1)
+        if asked != self._asked:
+            self._asked, self._told = asked, self._encode(*asked)
+        step = self._clock.step(schedulers.asked_timestep(args, options), scheduler) if self._follows else 0
+        self.now = self._at(step + 1)
+
+
+@torch.no_grad()
+def _encode(pipe: Any, region: Region, syntax: Syntax, clip_skip: int | None, steps: int, *, partial: bool) -> Told:
+    """The region's prompt as its adapters' text encoders read it, in pictures of so many steps.
+
+    clip_skip: of a pipeline; a Base has its own.
+    """
+    prompt = region.prompt
+    assert prompt is not None
+    in_text = [
+        Adapter(each.path, with_unet(each.weight, 0.0), f"{each.label} in its region") for each in region.adapters
+    ]
+    with _added(pipe, in_text, partial=partial) if in_text else nullcontext():
+        if syntax == "a1111":
+            return [(each.last, each.text.hidden) for each in prompts.encode_stages(pipe, [prompt], "", steps)]
+        if syntax == "compel":
+            hidden: Tensor = prompts.encode(pipe, [prompt], "", syntax)[0].hidden
+        elif hasattr(pipe, "encode_text"):
+            hidden = pipe.encode_text([prompt]).hidden
+        else:
+            encoded = pipe.encode_prompt(
+                prompt,
+                device=pipe._execution_device,  # an offloaded pipeline's own is none to compute on
+                num_images_per_prompt=1,
+                do_classifier_free_guidance=False,
+                clip_skip=clip_skip,
+            )
+            hidden = encoded[0]
+    return [(steps, hidden.clone())]
+
+
+@contextmanager
+def _added(pipe: Any, adapters: Sequence[Adapter], *, partial: bool) -> Iterator[None]:
+    """Within the block the pipeline has these too, beside the mix that it carries."""
+    from sfumato.compose.mix import Mix, current
+
+    mix = current(pipe)
+    if mix is None:
+        with Mix(pipe).add(*adapters, partial=partial):
+            yield
+        return
+    mix.add(*adapters, partial=partial)
+    try:
+        yield
+    finally:
+        mix.remove(*(each.label for each in adapters))
