@@ -7,6 +7,7 @@ adapters, and new weights scale `up` in place.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -44,7 +45,8 @@ class Live:
         self._exchanged = False
         # Keys and values of a caption are the same at every step, so what the adapters make of them is, too.
         self._of_caption = part == "unet" and path.endswith(("attn2.to_k", "attn2.to_v"))
-        self._last: tuple[Tensor, int, Tensor] | None = None
+        self._last: _Answer | None = None
+        self._last_exchanged: _Answer | None = None
 
     @property
     def title(self) -> str:
@@ -60,6 +62,7 @@ class Live:
         if self._path is not None and self.effects and self._stale:
             self._path = self._stacked()
             self._path.weigh(dict(self.applied))
+            self._path.hold(dict(self.other) if self.other else None)
 
     def rebuilds(self, wanted: Applied) -> bool:
         """Whether these weights take another hook or path, not only other numbers in the one that is there."""
@@ -75,7 +78,7 @@ class Live:
     @torch.no_grad()
     def apply(self, wanted: Applied, scratch: Scratch) -> None:
         """Bring the path to these weights. Raises AdapterError for one whose numbers the dtype cannot hold."""
-        self.applied, self._last = wanted, None
+        self.applied, self._last, self._last_exchanged = wanted, None, None
         if not wanted:
             self._silence()
             return
@@ -87,24 +90,25 @@ class Live:
         if self._handle is None:
             self._handle = self.module.register_forward_hook(self._add)
 
-    def set_aside(self, other: Applied | None, scratch: Scratch) -> None:
-        """The weights that `exchange` brings the path to; None for nothing."""
-        self.other = other
-
     @torch.no_grad()
+    def set_aside(self, other: Applied | None, scratch: Scratch) -> None:
+        """Hold the path at these weights, for `exchange`; None for nothing."""
+        self.other, self._last, self._last_exchanged = other, None, None
+        if self._path is not None:
+            self._path.hold(dict(other) if other else None)
+
     def exchange(self) -> None:
-        """The path at the weights that were set aside; at the next call as it was."""
-        if self.other is None:
-            return
-        self._exchanged, self._last = not self._exchanged, None
+        """The path at the weights that were set aside; at the next call as it was. Nothing is computed."""
+        self._exchanged = not self._exchanged
+        self._last, self._last_exchanged = self._last_exchanged, self._last
         if self._path is not None and self.other:
-            self._path.weigh(dict(self.other if self._exchanged else self.applied))
+            self._path.exchange()
 
     def restore(self) -> None:
         """Take the path away."""
         self.rest()  # first, so that nothing is added any more whatever the path says
         self._silence()
-        self.applied, self._path, self._last, self.other = (), None, None, None
+        self.applied, self._path, self.other, self._last, self._last_exchanged = (), None, None, None, None
 
     def rest(self) -> None:
         """Take the hook away, so that a layer at weight 0 costs nothing; not where it is compiled into the layer."""
@@ -119,7 +123,7 @@ class Live:
 
     def _add(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         path = self._path
-        if path is None or (self._exchanged and not self.other):
+        if path is None or (self._exchanged and self.other == ()):
             return output
         x = inputs[0]
         keeps = self._of_caption and not (torch.is_grad_enabled() or torch.compiler.is_compiling() or x.is_inference())
@@ -134,8 +138,21 @@ class Live:
         return output
 
 
+_Answer = tuple[Tensor, int, Tensor]
+"""An input, its version, and what came of it."""
+
+
+@dataclass
+class _Weighed:
+    """What of a path depends on the weights: numbers by label, up (out, rank), and dense, of the weight's shape."""
+
+    numbers: dict[str, float] = field(default_factory=dict)
+    up: Tensor | None = None
+    dense: Tensor | None = None
+
+
 class _Path:
-    """The stacked factors of one layer. labels: of the adapters within, sorted."""
+    """The stacked factors of one layer, at some weights, and held at others. labels: of the adapters within, sorted."""
 
     def __init__(self, module: nn.Module, effects: dict[str, Effect], dtype: torch.dtype, device: torch.device) -> None:
         self.labels = tuple(effects)
@@ -144,83 +161,107 @@ class _Path:
         self._effects = effects
         self._module = module
         self._convolution = module if isinstance(module, nn.Conv2d) else None
-        self._numbers: dict[str, float] = {}
         self._low = {label: effect.low_rank for label, effect in effects.items() if effect.low_rank is not None}
         self._dense_labels = [label for label, effect in effects.items() if effect.low_rank is None]
         self._down: Tensor | None = None
-        self._up: Tensor | None = None
-        self._dense: Tensor | None = None
+        self._now = _Weighed()
+        self._held: _Weighed | None = None
         self._stack()
 
     def _stack(self) -> None:
-        """down: (rank, in) or (rank, in, height, width); up: (rank, out), or (out, rank, 1, 1) of a convolution."""
+        """down: (rank, in) or (rank, in, height, width); up of all weights, without numbers yet."""
         if not self._low:
             return
         shape = tensors.shape(self._module)
         assert shape is not None
-        rank = sum(low.rank for low in self._low.values())
         # Made in inference mode, they could not be given other numbers outside it.
         with torch.inference_mode(False), torch.no_grad():
             down = torch.cat([low.down.reshape(low.rank, *shape[1:]).float() for low in self._low.values()])
             self._down = down.to(self.device, self.dtype)
-            self._up = torch.empty(shape[0], rank, dtype=self.dtype, device=self.device)
+        self._now.up = self._empty_up(self._down)
+        if self._held is not None:
+            self._held.up = self._empty_up(self._down)
+
+    def _empty_up(self, down: Tensor) -> Tensor:
+        out = (tensors.shape(self._module) or ())[0]
+        with torch.inference_mode(False):
+            return torch.empty(out, len(down), dtype=self.dtype, device=self.device)
 
     def weigh(self, numbers: dict[str, float]) -> None:
         """New weights by label, 0 where there is none; the factors' memory stays where it is."""
-        self._numbers = numbers
-        if self._up is not None:
+        self._weigh(self._now, numbers)
+
+    def hold(self, numbers: dict[str, float] | None) -> None:
+        """Have the path at other weights ready for `exchange`; None for none."""
+        self._held = None
+        if numbers is not None:
+            self._held = _Weighed(up=None if self._down is None else self._empty_up(self._down))
+            self._weigh(self._held, numbers)
+
+    def exchange(self) -> None:
+        """The weights that are held, and these held."""
+        if self._held is not None:
+            self._now, self._held = self._held, self._now
+
+    def _weigh(self, weighed: _Weighed, numbers: dict[str, float]) -> None:
+        weighed.numbers = numbers
+        if weighed.up is not None:
             start = 0
             for label, low in self._low.items():
-                up = low.up.reshape(len(self._up), low.rank).float() * (numbers.get(label, 0.0) * low.scale)
-                self._up[:, start : start + low.rank].copy_(up)
+                up = low.up.reshape(len(weighed.up), low.rank).float() * (numbers.get(label, 0.0) * low.scale)
+                weighed.up[:, start : start + low.rank].copy_(up)
                 start += low.rank
-        self._weigh_dense(numbers)
+        weighed.dense = self._dense(numbers)
 
-    def _weigh_dense(self, numbers: dict[str, float]) -> None:
+    def _dense(self, numbers: dict[str, float]) -> Tensor | None:
         used = [label for label in self._dense_labels if numbers.get(label, 0.0) != 0]
         if not used:
-            self._dense = None
-            return
+            return None
         weight = base_weight(self._module, needed=any(self._effects[label].change.needs_weight for label in used))
         total = torch.zeros_like(weight, dtype=torch.float32)
         with exact_products():
             for label in used:
                 total.add_(self._effects[label].change.delta(weight), alpha=numbers[label])
-        self._dense = total.to(self.device, self.dtype)
+        return total.to(self.device, self.dtype)
 
     def is_finite(self) -> bool:
-        held = [tensor for tensor in (self._down, self._up, self._dense) if tensor is not None]
-        return all(bool(torch.isfinite(tensor).all()) for tensor in held)
+        """Whether the dtype holds the numbers."""
+        found = [tensor for tensor in (self._down, self._now.up, self._now.dense) if tensor is not None]
+        return all(bool(torch.isfinite(tensor).all()) for tensor in found)
 
     def move(self, dtype: torch.dtype, device: torch.device) -> None:
         """The path in another dtype or on another device, from the file's own numbers."""
         self.dtype, self.device = dtype, device
         with torch.no_grad():
             self._stack()
-            self.weigh(self._numbers)
+            for weighed in (self._now, self._held):
+                if weighed is not None:
+                    self._weigh(weighed, weighed.numbers)
 
     def __call__(self, x: Tensor, output: Tensor) -> Tensor:
         if self._convolution is not None:
             return self._convolve(self._convolution, x, output)
-        if self._dense is not None:
-            output = output + linear(x, self._dense)
-        if self._down is None or self._up is None:
+        up, dense = self._now.up, self._now.dense
+        if dense is not None:
+            output = output + linear(x, dense)
+        if self._down is None or up is None:
             return output
         narrow = torch.mm(x.flatten(0, -2), self._down.t())
         if output.dtype != narrow.dtype:  # a layer that answers in another dtype than it is asked in
-            return output + linear(narrow, self._up).view(output.shape).to(output.dtype)
+            return output + linear(narrow, up).view(output.shape).to(output.dtype)
         if torch.is_grad_enabled():
-            return torch.addmm(output.flatten(0, -2), narrow, self._up.t()).view(output.shape)
-        output.view(-1, output.shape[-1]).addmm_(narrow, self._up.t())
+            return torch.addmm(output.flatten(0, -2), narrow, up.t()).view(output.shape)
+        output.view(-1, output.shape[-1]).addmm_(narrow, up.t())
         return output
 
     def _convolve(self, layer: nn.Conv2d, x: Tensor, output: Tensor) -> Tensor:
-        if self._dense is not None:
-            output = output + conv2d(x, self._dense, None, layer.stride, layer.padding, layer.dilation)
-        if self._down is None or self._up is None:
+        up, dense = self._now.up, self._now.dense
+        if dense is not None:
+            output = output + conv2d(x, dense, None, layer.stride, layer.padding, layer.dilation)
+        if self._down is None or up is None:
             return output
         narrow = conv2d(x, self._down, None, layer.stride, layer.padding, layer.dilation)
-        return output + conv2d(narrow, self._up[..., None, None]).to(output.dtype)
+        return output + conv2d(narrow, up[..., None, None]).to(output.dtype)
 
 
 def can_be_live(module: nn.Module) -> bool:
