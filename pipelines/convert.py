@@ -126,14 +126,16 @@ def _readers(to: str) -> str:
 
 
 def _differences(config: Config, source: Source, family: str, metadata: Mapping[str, str]) -> Path:
+    from sfumato.files.header import read_header
+    from sfumato.files.kohya import kohya_name
     from sfumato.files.write_difference import write_difference
-    from sfumato.merging.convert import as_difference
+    from sfumato.merging.convert import Deltas
     from sfumato.merging.stored import stored
     from sfumato.precision import DTYPES
 
     if config.to != "kohya" or config.base is None:
         raise ConfigError("--bake diff wants --base, the weights that differ, and --to kohya: nobody else reads it.")
-    deltas = as_difference(source, stored(config.base))
+    deltas = Deltas(source, stored(config.base))
     metadata = _fitted(config, metadata, len(deltas))
     write_difference(config.output, deltas, family=family, metadata=metadata, dtype=DTYPES[config.dtype])
     size = config.output.stat().st_size / 1e6
@@ -142,8 +144,11 @@ def _differences(config: Config, source: Source, family: str, metadata: Mapping[
         "A1111/Forge and InvokeAI",
         file=sys.stderr,
     )
+    written = read_header(config.output).tensors
     some = sum(
-        weight.ndim == 1 and (part != "unet" or path == "conv_norm_out") for (part, path), (weight, _) in deltas.items()
+        len(written[f"{kohya_name(family, part, path)}.diff"].shape) == 1
+        for part, path in deltas
+        if part != "unet" or path == "conv_norm_out"
     )
     if some:
         print(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -17,6 +17,8 @@ from sfumato.files.atomic import check_free
 from sfumato.numerals import so_many
 
 if TYPE_CHECKING:
+    from sfumato.files.changes.replacement import Replacement
+    from sfumato.files.kohya import Target
     from sfumato.merging.stored import Parameter, StoredBase
 
 
@@ -96,7 +98,7 @@ def _write_lora(config: Config, tuned: StoredBase, base: StoredBase) -> tuple[in
 def _write_difference(config: Config, tuned: StoredBase, base: StoredBase) -> tuple[int, str]:
     """The same, of all that differs."""
     from sfumato.files.write_difference import write_difference
-    from sfumato.merging.convert import as_difference
+    from sfumato.merging.convert import Deltas
     from sfumato.merging.merge import Source
     from sfumato.merging.whole_model import replacements
     from sfumato.precision import DTYPES
@@ -107,18 +109,18 @@ def _write_difference(config: Config, tuned: StoredBase, base: StoredBase) -> tu
         for target, change in replacements(tuned).items()
         if not config.parts or target[0] in config.parts
     }
-    found = as_difference(Source(tuned.name, of_parts), base, dtype)
-    deltas = {
-        target: (weight, bias if bias is not None and bias.any() else None)
-        for target, (weight, bias) in found.items()
-        if weight.any() or (bias is not None and bias.any())
-    }
-    if not deltas:
+    differing: dict[Target, Replacement] = {}
+    for target, (weight, bias) in Deltas(Source(tuned.name, of_parts), base, dtype).items():
+        has_bias = bias is not None and bool(bias.any())
+        if has_bias or weight.any():
+            differing[target] = of_parts[target] if has_bias else replace(of_parts[target], bias=None)
+    if not differing:
         raise AdapterError(
             "no weight differs, so there is nothing to extract. Name the fine-tuned model first, and with --base what "
             "it was trained from."
         )
     metadata = _described(config, tuned, base, {})
+    deltas = Deltas(Source(tuned.name, differing), base, dtype)
     write_difference(config.output, deltas, family=base.family.name, metadata=metadata, dtype=dtype)
     return len(deltas), "all that differs; diffusers, peft and sd-scripts read no such file"
 

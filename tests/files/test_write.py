@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -16,7 +17,7 @@ from sfumato.files.fingerprint import KEY
 from sfumato.files.header import read_header
 from sfumato.files.lora_file import LoraModule, read_lora
 from sfumato.files.metadata import METADATA_LIMIT, Description, describe, short_hash
-from sfumato.files.save import hashes, ordered, write_tensors
+from sfumato.files.save import hashes, ordered, write_one_by_one, write_tensors
 from sfumato.files.write import fitted, one_alpha, write_lora
 from sfumato.files.write_difference import write_difference
 from sfumato.files.write_dotted import write_diffusers, write_peft
@@ -272,6 +273,44 @@ def test_our_bytes_are_the_library_s_and_the_hashes_kohya_s(tmp_path):
     path = write_tensors(tmp_path / "a", TENSORS, {"only": "one"})
     assert path.read_bytes() == save(TENSORS, {"only": "one"})
     assert ordered(TENSORS) == list(read_header(path).tensors)
+
+
+def test_a_file_written_one_by_one_has_the_same_bytes(tmp_path):
+    metadata = {"ss_seed": "1", "title": "ein Gemälde"}
+    shapes, path = {name: tensor.to("meta") for name, tensor in TENSORS.items()}, tmp_path / "a.safetensors"
+    for hashed in (True, False):
+        write_one_by_one(path, shapes, TENSORS.__getitem__, metadata, hashed=hashed)
+        described = metadata | (hashes(TENSORS, metadata) if hashed else {})
+        assert path.read_bytes() == write_tensors(tmp_path / "b.safetensors", TENSORS, described).read_bytes()
+
+
+def test_what_cannot_be_made_leaves_no_half_of_a_file(tmp_path):
+    path, shapes = tmp_path / "a.safetensors", {"a": torch.empty(2), "b": torch.empty(2)}
+    for broken, message in ((torch.tensor([1.0, torch.nan]), "b holds NaN"), (torch.ones(3), "b is not of the shape")):
+        made = {"a": torch.ones(2), "b": broken}
+        with pytest.raises(FileError, match=message):
+            write_one_by_one(path, shapes, made.__getitem__, {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_difference_is_held_few_modules_at_a_time(tmp_path):
+    """So that the whole difference of two models need not fit into memory."""
+    deltas = {
+        ("text_encoder", f"encoder.layers.{n}.mlp.fc1"): (torch.full((2, 2), n + 1.0), torch.ones(2) * n)
+        for n in range(5)
+    }
+    held: list[weakref.ref[torch.Tensor]] = []
+
+    class Taken(dict):
+        def __getitem__(self, target):
+            weight, bias = (value.clone() for value in super().__getitem__(target))
+            held.append(weakref.ref(weight))
+            assert sum(each() is not None for each in held) <= 3
+            return weight, bias
+
+    one = write_difference(tmp_path / "a.safetensors", Taken(deltas), family="sd1")
+    assert len(held) == 10
+    assert one.read_bytes() == write_difference(tmp_path / "b.safetensors", deltas, family="sd1").read_bytes()
 
 
 def test_hashes_depend_on_the_tensors_and_not_on_the_metadata(two_modules, tmp_path):

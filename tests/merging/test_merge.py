@@ -20,7 +20,7 @@ from sfumato.files.metadata import data_sha256
 from sfumato.files.save import write_tensors
 from sfumato.files.write_embedding import add_words
 from sfumato.merging.bake import bake
-from sfumato.merging.convert import as_difference
+from sfumato.merging.convert import Deltas
 from sfumato.merging.factors import Budget
 from sfumato.merging.merge import Source, merge
 from sfumato.merging.stored import stored
@@ -364,7 +364,7 @@ def test_a_factor_on_the_outputs_takes_the_bias_with_it(tiny_base, tmp_path):
     baked = stored(bake(base, [source], tmp_path / "baked"))
     assert_close(baked.weight(target), weight * factor[:, None])
     assert_close(baked.weight(target, "bias"), bias * factor)
-    of_weight, of_bias = as_difference(source, base)[target]
+    of_weight, of_bias = Deltas(source, base)[target]
     assert_close((of_weight, of_bias), (2 * (baked.weight(target) - weight), 2 * (baked.weight(target, "bias") - bias)))
 
 

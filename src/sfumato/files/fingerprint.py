@@ -100,7 +100,11 @@ def fingerprint(modules: Mapping[Target, LoraModule | Tensor]) -> str:
 
     Raises FileError for a change that is larger than fp32, in which it would be applied, can hold.
     """
-    found = rows(modules)
+    return fingerprint_of(rows(modules))
+
+
+def fingerprint_of(found: Mapping[str, Row]) -> str:
+    """The same of what `rows` gave."""
     names = sorted(found)
     limit = torch.finfo(torch.float32).max
     for name in names:

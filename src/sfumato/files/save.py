@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -51,9 +53,55 @@ def write_tensors(
     a disk that does not take the file.
     """
     path = Path(path)
+    _check_writable(path, tensors)
     for name, tensor in tensors.items():
-        if not is_finite(tensor):
-            raise FileError(f"{path.name}: {name} holds NaN or Inf, so the file was not written. Use an earlier save.")
+        _check_finite(path, name, tensor)
+    with _opened(path) as file:
+        file.write(header_bytes(tensors, metadata or {}))
+        for name in ordered(tensors):
+            file.write(_bytes(tensors[name]))
+    return path
+
+
+def write_one_by_one(
+    path: str | os.PathLike[str],
+    shapes: Mapping[str, Tensor],
+    make: Callable[[str], Tensor],
+    metadata: Mapping[str, str],
+    *,
+    hashed: bool = True,
+) -> Path:
+    """The file that `write_tensors` writes of the tensors that `make` gives by name, of which one is held at a time.
+
+    shapes: tensors of the same shapes and dtypes, perhaps on the device `meta`. hashed: with `hashes` in the metadata.
+    Nothing is left where `make` raises.
+    """
+    path = Path(path)
+    _check_writable(path, shapes)
+    head = header_bytes(shapes, {**metadata, **(_hashes([], b"") if hashed else {})})  # as long as with its own hashes
+    with _opened(path) as file:
+        file.write(head)
+        for name in ordered(shapes):
+            tensor = make(name)
+            _check_finite(path, name, tensor)
+            if (tensor.shape, tensor.dtype) != (shapes[name].shape, shapes[name].dtype):
+                raise FileError(f"{path.name}: {name} is not of the shape and dtype that were announced.")
+            file.write(_bytes(tensor))
+        if hashed:
+            file.flush()
+            with (
+                mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
+                memoryview(mapped) as whole,
+                whole[len(head) :] as data,
+            ):
+                found = _hashes([data], _training_header(shapes, metadata))
+            file.seek(0)
+            file.write(header_bytes(shapes, {**metadata, **found}))
+    return path
+
+
+def _check_writable(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
         is_empty = tensor.numel() == 0 and name not in MARKERS
         if tensor.dtype not in _DTYPES or is_empty or not 0 < len(name) <= NAME_LIMIT:
             raise FileError(
@@ -62,17 +110,25 @@ def write_tensors(
             )
     if not tensors:
         raise FileError(f"{path.name}: there are no tensors to write; give one or more.")
+
+
+def _check_finite(path: Path, name: str, tensor: Tensor) -> None:
+    if not is_finite(tensor):
+        raise FileError(f"{path.name}: {name} holds NaN or Inf, so the file was not written. Use an earlier save.")
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """A file to be written and read, which is at `path` once the block ends well. Raises FileError for a disk that does
+    not take it."""
     try:
-        with atomic_path(path) as temporary, temporary.open("wb") as file:
-            file.write(header_bytes(tensors, metadata or {}))
-            for name in ordered(tensors):
-                file.write(_bytes(tensors[name]))
+        with atomic_path(path) as temporary, temporary.open("w+b") as file:
+            yield file
     except OSError as error:
         raise FileError(
             f"{path.name}: the file could not be written ({error.strerror}). Make room or name another folder; an "
             "earlier file of the name is untouched."
         ) from None
-    return path
 
 
 @contextmanager
@@ -127,12 +183,18 @@ def hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[s
     sshs_legacy_hash (A1111's first): 8 hex digits of the sha256 of 64 KiB at 1 MiB in the file as it were with the
     `ss_` metadata only, which is how kohya saves it for this purpose.
     """
-    blobs = [_bytes(tensors[name]) for name in ordered(tensors)]
+    return _hashes([_bytes(tensors[name]) for name in ordered(tensors)], _training_header(tensors, metadata))
+
+
+def _training_header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    return header_bytes(tensors, {key: value for key, value in metadata.items() if key.startswith("ss_")})
+
+
+def _hashes(data: Sequence[memoryview], training_header: bytes) -> dict[str, str]:
     whole = hashlib.sha256()
-    for blob in blobs:
+    for blob in data:
         whole.update(blob)
-    training = {key: value for key, value in metadata.items() if key.startswith("ss_")}
-    legacy = _window([header_bytes(tensors, training), *blobs], 0x100000, 0x10000)
+    legacy = _window([training_header, *data], 0x100000, 0x10000)
     return {
         "sshs_model_hash": whole.hexdigest(),
         "sshs_legacy_hash": hashlib.sha256(legacy).hexdigest()[:8],

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from sfumato.errors import AdapterError
-from sfumato.files.fingerprint import KEY, fingerprint
+from sfumato.files.fingerprint import KEY, Row, fingerprint_of, rows
 from sfumato.files.kohya import Target, kohya_name
-from sfumato.files.save import hashes, write_tensors
+from sfumato.files.save import write_one_by_one
 from sfumato.files.write import cast, check_metadata
 
 
@@ -27,24 +28,41 @@ def write_difference(
     metadata: Mapping[str, str] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Path:
-    """Write (delta of the weight, delta of the bias or None) for each module, in their shapes; else as `write_lora`."""
+    """Write (delta of the weight, delta of the bias or None) for each module, in their shapes; else as `write_lora`.
+
+    deltas: each is asked for twice and then let go, so that they may be taken when they are asked for.
+    """
     path = Path(path)
     if not deltas:
         raise AdapterError(f"{path.name}: there are no modules to write; the adapter is attached to nothing.")
-    tensors: dict[str, Tensor] = {}
-    for target, (weight, bias) in deltas.items():
+    shapes: dict[str, Tensor] = {}
+    places: dict[str, tuple[Target, int]] = {}
+    found: dict[str, Row] = {}
+    for target in deltas:
         name = kohya_name(family, *target)
-        if f"{name}.diff" in tensors:
+        if f"{name}.diff" in shapes:
             raise AdapterError(f"{path.name}: two modules are both called {name} in the file; give each module once.")
-        tensors[f"{name}.diff"] = cast(weight, dtype, f"{name}.diff", path)
-        if bias is not None:
-            tensors[f"{name}.diff_b"] = cast(bias, dtype, f"{name}.diff_b", path)
+        weight, bias = deltas[target]
+        for place, (suffix, delta) in enumerate((("diff", weight), ("diff_b", bias))):
+            if delta is not None:
+                key = f"{name}.{suffix}"
+                shapes[key] = cast(delta, dtype, key, path).to("meta")
+                places[key] = target, place
+        if weight.ndim > 1:
+            found |= rows({target: weight})
     described = {
         **(metadata or {}),
         "ss_network_module": "lycoris.kohya",
         "ss_network_args": '{"algo":"full"}',
-        KEY: fingerprint({target: weight for target, (weight, _) in deltas.items() if weight.ndim > 1}),
+        KEY: fingerprint_of(found),
     }
-    described.update(hashes(tensors, described))
     check_metadata(described, path)
-    return write_tensors(path, tensors, described)
+    at = lru_cache(maxsize=1)(deltas.__getitem__)  # a bias is written next to its weight
+
+    def make(key: str) -> Tensor:
+        target, place = places[key]
+        delta = at(target)[place]
+        assert delta is not None
+        return cast(delta, dtype, key, path)
+
+    return write_one_by_one(path, shapes, make, described)

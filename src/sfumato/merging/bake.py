@@ -22,7 +22,7 @@ from sfumato.files.changes import Change
 from sfumato.files.changes.bias import BiasChange, bias_change
 from sfumato.files.header import read_header
 from sfumato.files.read import read_tensors
-from sfumato.files.save import hashes, write_tensors
+from sfumato.files.save import write_one_by_one
 from sfumato.merging.merge import Source
 from sfumato.merging.methods import DENSE, Settings
 from sfumato.merging.stored import Parameter, StoredBase
@@ -88,12 +88,23 @@ class Recipe:
             found.setdefault(place.file, {}).setdefault(place.tensor, []).append(parameter)
         return found
 
-    def tensors(self, file: Path, changed: Mapping[str, Sequence[Parameter]]) -> dict[str, Tensor]:
-        """All tensors of a file, those of `changed` with their changes, in the file's dtypes."""
+    def write(
+        self,
+        file: Path,
+        changed: Mapping[str, Sequence[Parameter]],
+        output: Path,
+        metadata: Mapping[str, str],
+        *,
+        hashed: bool,
+    ) -> Path:
+        """Write all tensors of a file, those of `changed` with their changes, in the file's dtypes, one at a time."""
         tensors = read_tensors(file)
-        for name, parameters in changed.items():
+
+        def make(name: str) -> Tensor:
+            if name not in changed:
+                return tensors[name]
             new = tensors[name].clone()
-            for parameter in parameters:
+            for parameter in changed[name]:
                 total = self.changed(parameter)
                 if not bool((total.abs() <= torch.finfo(new.dtype).max).all()):
                     raise AdapterError(
@@ -101,8 +112,9 @@ class Recipe:
                         "Use smaller weights."
                     )
                 self.base.places[parameter].view(new).copy_(total)
-            tensors[name] = new
-        return tensors
+            return new
+
+        return write_one_by_one(output, tensors, make, metadata, hashed=hashed)
 
 
 def _inputs(change: Change | BiasChange) -> int | None:
@@ -171,10 +183,8 @@ def _write_file(recipe: Recipe, output: Path, metadata: Mapping[str, str]) -> Pa
         raise FileError(f"{output.name}: {base.name} is a single file; name a .safetensors file to write.")
     if output.exists() and output.samefile(base.root):
         raise FileError(f"{output.name}: this is the base itself, which is not written over. Name another file.")
-    tensors = recipe.tensors(base.root, recipe.files()[base.root])
     described = {**read_header(base.root).metadata, **metadata}
-    described.update(hashes(tensors, described))
-    return write_tensors(output, tensors, described)
+    return recipe.write(base.root, recipe.files()[base.root], output, described, hashed=True)
 
 
 def _write_folder(recipe: Recipe, output: Path) -> Path:
@@ -193,7 +203,7 @@ def _write_folder(recipe: Recipe, output: Path) -> Path:
                 target = temporary / inside
                 if path in touched:
                     target.parent.mkdir(parents=True, exist_ok=True)
-                    write_tensors(target, recipe.tensors(path, touched[path]), read_header(path).metadata)
+                    recipe.write(path, touched[path], target, read_header(path).metadata, hashed=False)
                 elif path.suffix in KEPT_SUFFIXES or _is_read(inside, base.root, index):
                     target.parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(path, target)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
@@ -48,22 +48,32 @@ def as_lora(source: Source, budget: Budget, base: WeightOf | None) -> Merged:
     )
 
 
-def as_difference(
-    source: Source, base: StoredBase, dtype: torch.dtype = torch.float32
-) -> dict[Target, tuple[Tensor, Tensor | None]]:
-    """The adapter's delta of every weight, and of every bias that it changes, on the base. Exact, and large.
+class Deltas(Mapping[Target, tuple[Tensor, Tensor | None]]):
+    """An adapter's delta of every weight, and of every bias that it changes, on the base. Exact, and large.
 
-    dtype: what the deltas, taken in fp32, are held in. Raises AdapterError, or BaseModelError for what the base lacks.
+    Each is taken when it is asked for, so that they need not fit into memory. dtype: what the deltas, taken in fp32,
+    are rounded to. Asked for one, it raises AdapterError, or BaseModelError for what the base lacks.
     """
-    found = {}
-    for target, change in source.changes.items():
+
+    def __init__(self, source: Source, base: StoredBase, dtype: torch.dtype = torch.float32) -> None:
+        self._source, self._base, self._dtype = source, base, dtype
+
+    def __getitem__(self, target: Target) -> tuple[Tensor, Tensor | None]:
+        change = self._source.changes[target]
         bias = bias_change(change)
         try:
-            weight = change.delta(base.weight(target)).to(dtype)
-            found[target] = weight, None if bias is None else bias.delta(base.weight(target, "bias")).to(dtype)
+            weight = change.delta(self._base.weight(target)).to(self._dtype)
+            if bias is None:
+                return weight, None
+            return weight, bias.delta(self._base.weight(target, "bias")).to(self._dtype)
         except AdapterError as error:
-            raise AdapterError(f"{source.name}, {'.'.join(target)}: {error}") from None
-    return found
+            raise AdapterError(f"{self._source.name}, {'.'.join(target)}: {error}") from None
+
+    def __iter__(self) -> Iterator[Target]:
+        return iter(self._source.changes)
+
+    def __len__(self) -> int:
+        return len(self._source.changes)
 
 
 def unread_by_diffusers(modules: Mapping[Target, LoraModule], to: str) -> list[str]:

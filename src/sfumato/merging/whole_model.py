@@ -12,7 +12,6 @@ from sfumato.bases.recognise import UNET
 from sfumato.compose.match import PARTS
 from sfumato.errors import FileError
 from sfumato.files.adapter_file import AdapterFile, read_adapter
-from sfumato.files.changes import Change
 from sfumato.files.changes.replacement import Replacement
 from sfumato.files.header import read_header
 from sfumato.files.kohya import Target
@@ -70,9 +69,9 @@ def as_adapter(path: Path) -> AdapterFile:
     return AdapterFile(path, changes, MappingProxyType({}), said, model.family.name, width, (), ())
 
 
-def replacements(model: StoredBase) -> dict[Target, Change]:
+def replacements(model: StoredBase) -> dict[Target, Replacement]:
     """Every weight of the model, with its bias, as the change that puts it in another's place."""
-    changes: dict[Target, Change] = {}
+    changes: dict[Target, Replacement] = {}
     for part, name in model.places:
         module, _, leaf = name.rpartition(".")
         if leaf == "weight":
