@@ -285,12 +285,8 @@ def _denoise(pipe: Any, text: dict[str, Any], seeds: list[int], options: dict[st
             pipe = _variant(pipe, "AutoPipelineForInpainting")
             options |= {"mask_image": [start.mask] * count}
         check_strength(options.setdefault("num_inference_steps", _STEPS), start)
-    called = schedulers.CALLED.set(pipe)
-    try:
-        with _itself(pipe.vae):
-            latents: Tensor = pipe(**options).images
-    finally:
-        schedulers.CALLED.reset(called)
+    with _itself(pipe.vae):
+        latents: Tensor = pipe(**options).images
     return latents
 
 
@@ -427,14 +423,12 @@ def _as_asked(pipe: Any, scheduler: Any | None) -> Iterator[None]:
     own, bar = pipe.scheduler, getattr(pipe, "_progress_bar_config", {})
     pipe.scheduler = scheduler or own
     pipe.set_progress_bar_config(disable=True)
-    drawing = schedulers.DRAWING.set(pipe.scheduler)
     logger = logging.getLogger("diffusers.models.modeling_utils")
     logger.addFilter(_tells_of_modules)
     try:
         yield
     finally:
         logger.removeFilter(_tells_of_modules)
-        schedulers.DRAWING.reset(drawing)
         pipe.scheduler, pipe._progress_bar_config = own, bar
 
 

@@ -69,13 +69,6 @@ _OTHER_NAMES = {
     "plms": "pndm",
 }
 
-DRAWING: ContextVar[Any] = ContextVar("DRAWING", default=None)
-"""The diffusers scheduler by which `sfumato.draw` is drawing; what follows the steps of a picture asks for it."""
-
-CALLED: ContextVar[Any] = ContextVar("CALLED", default=None)
-"""The diffusers pipeline that `sfumato.draw` is calling, which says how the call draws: a Base has no calls of its own,
-and where a drawing begins from a picture, another pipeline than the one that was handed over is called."""
-
 PICTURES: ContextVar[tuple[Sequence[int], int] | None] = ContextVar("PICTURES", default=None)
 """The places in its call of the pictures that `sfumato.draw` is encoding or drawing at once, and how many the call has;
 what each picture has for itself asks for it."""

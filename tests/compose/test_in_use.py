@@ -6,6 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import AutoPipelineForImage2Image
+from PIL import Image
 from torch.testing import assert_close
 
 from sfumato.compose import Adapter, adapter_guidance, compose, current
@@ -152,6 +154,24 @@ def test_a_text_encoder_that_two_pipelines_share_has_the_mix_of_one(sd1, write):
 @pytest.fixture
 def pipe():
     return tiny_pipeline("sd1", shallow=True)
+
+
+def test_a_pipeline_that_shares_the_unet_says_itself_how_it_draws(pipe, write):
+    """As `from_pipe` makes one; what the mixed one's last call said is not what this one draws by."""
+    other = AutoPipelineForImage2Image.from_pipe(pipe)
+    once = {"num_inference_steps": 1, "output_type": "latent"}
+    begun = {**once, "image": Image.new("RGB", (64, 64)), "strength": 1.0}
+    with compose(pipe, Adapter(write("a", pipe, "to_q"))) as mix, adapter_guidance(mix, 2, guidance=3.0):
+        with pytest.raises(AdapterError, match="draws with guidance 5"):
+            pipe("a crab", guidance_scale=5.0, **once)
+        other("a crab", guidance_scale=3.0, **begun)
+        with pytest.raises(AdapterError, match="draws with guidance 1"):
+            other(["a crab"] * 2, guidance_scale=1.0, **begun)
+    pipe("a crab", guidance_scale=5.0, **once)
+    with regions(pipe, Region((0, 0, 1, 1), prompt="an owl")):
+        noise = [torch.Generator().manual_seed(1) for _ in range(2)]
+        first, second = other(["a crab"] * 2, guidance_scale=1.0, generator=noise, **begun).images
+    assert_close(first, second)
 
 
 @pytest.mark.parametrize("way", ["baked", "live"])

@@ -121,11 +121,16 @@ def test_a_step_is_a_step_whatever_the_sampler_asks_between(base, loras, sampler
     assert on == SIX_STEPS_IN_TURNS[sampler] * 2
 
 
-def test_turns_are_refused_where_the_scheduler_is_not_known(base, loras):
+def test_turns_go_by_the_scheduler_that_draws_and_are_refused_where_none_is_known(base, loras):
+    """A pipeline of the Base that is called by itself has one; a loop of one's own does not tell."""
     pipe = base.pipeline("dpm2")
-    with compose(base, Adapter(loras[0]), Adapter(loras[1])) as mix, over_steps(mix, Switch(("a", "b"))):  # noqa: SIM117
+    with compose(base, Adapter(loras[0]), Adapter(loras[1])) as mix, over_steps(mix, Switch(("a", "b"), every=2)):
+        seen, handle = weights_seen(base, mix)
+        pipe("red square", num_inference_steps=6, guidance_scale=1.0, output_type="latent")
+        handle.remove()
         with pytest.raises(AdapterError, match="which a Base does not know"):
-            pipe("red square", num_inference_steps=2, output_type="latent")
+            base.unet(torch.zeros(1, 4, 8, 8), torch.tensor(1), base.encode_text(["red square"]).hidden)
+    assert "".join("a" if weight == 1.0 else "b" for weight in seen) == SIX_STEPS_IN_TURNS["dpm2"]
 
 
 def test_turns_of_runge_kutta_steps_and_progress_without_timesteps_are_refused(base, loras):

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sfumato import schedulers
+from sfumato.compose.caller import calling
 from sfumato.compose.match import compiled_parts, halved, parts_of, unwrapped_parts
 from sfumato.errors import AdapterError
 
@@ -56,7 +56,7 @@ def adapter_guidance(
     factors = {label: each / guidance for label, each in wanted.items()}
 
     def is_guided() -> bool:
-        return getattr(schedulers.CALLED.get() or mix.pipe, "do_classifier_free_guidance", True) is not False
+        return getattr(calling(mix.pipe), "do_classifier_free_guidance", True) is not False
 
     unet = parts_of(mix.pipe)["unet"]
     with halved(unet), mix.parted(factors), _compared(mix, guidance), first_half(unet, mix.without, is_guided):
@@ -68,12 +68,12 @@ def _compared(mix: Mix, guidance: float) -> Iterator[None]:
     """Within the block a call that its pipeline draws with another guidance is an AdapterError."""
 
     def check(*_: Any) -> None:
-        drawn_with = getattr(schedulers.CALLED.get() or mix.pipe, "guidance_scale", None)
+        drawn_with = getattr(calling(mix.pipe), "guidance_scale", None)
         if not isinstance(drawn_with, int | float) or drawn_with == guidance or max(drawn_with, guidance) <= 1:
             return
         raise AdapterError(
             f"the call draws with guidance {drawn_with:g}, and adapter_guidance was told {guidance:g}. Give both the "
-            "same number, and compose into the pipeline that is called."
+            "same number."
         )
 
     handle = unwrapped_parts(mix.pipe)["unet"].register_forward_pre_hook(check)

@@ -20,6 +20,7 @@ from torch.nn.functional import conv2d
 from sfumato import schedulers
 from sfumato.compose import tensors
 from sfumato.compose.adapter import Adapter
+from sfumato.compose.caller import calling
 from sfumato.compose.match import Modules, parts_of, refuse_compiled, say_unknown_words, weighed
 from sfumato.errors import AdapterError
 from sfumato.files.adapter_file import AdapterFile
@@ -39,10 +40,10 @@ Terms = list[list[tuple[float, LoraModule]]]
 def per_picture(pipe: Any, adapters: Sequence[Sequence[Adapter]], *, partial: bool = False) -> Iterator[None]:
     """Within the block picture i of every call has the adapters `adapters[i]`; an empty list is the base's picture.
 
-    pipe: the diffusers pipeline (SD 1.x, 2.x, SDXL) that is called, or a Base; with as many prompts as there are lists,
-    and one picture each, which `sfumato.draw` may draw in several batches. Text encoders are adapted by picture, too.
-    Equal to single runs but for rounding. Raises AdapterError for adapters without a low-rank form, for a compiled
-    part, and within the block for a call with another number of pictures.
+    pipe: a diffusers pipeline (SD 1.x, 2.x, SDXL) or a Base; called with as many prompts as there are lists, and one
+    picture each, which `sfumato.draw` may draw in several batches. Text encoders are adapted by picture, too. Equal to
+    single runs but for rounding. Raises AdapterError for adapters without a low-rank form, for a compiled part, and
+    within the block for a call with another number of pictures.
     """
     _check_lists(adapters)
     count = len(adapters)
@@ -71,7 +72,7 @@ def per_picture(pipe: Any, adapters: Sequence[Sequence[Adapter]], *, partial: bo
 
     def check(_: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
         rows, here = len(args[0] if args else options["sample"]), len(places() or range(count))
-        each = _rows_each(schedulers.CALLED.get() or pipe)
+        each = _rows_each(calling(pipe))
         if each is None:
             index(rows)
         elif rows != each * here:

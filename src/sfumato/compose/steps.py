@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from sfumato import schedulers
 from sfumato.compose.adapter import Weight, checked_weight, unet_weight, with_unet
+from sfumato.compose.caller import calling
 from sfumato.compose.match import unwrapped_parts
 from sfumato.errors import AdapterError
 
@@ -123,14 +124,15 @@ def over_steps_of(mix: Mix, weights: Mapping[str, Progress], switch: Switch | No
 
     def follow(module: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
         now = schedulers.asked_timestep(args, options)
-        drawn_by = schedulers.DRAWING.get() or mix.pipe.scheduler
+        called = calling(mix.pipe)
+        drawn_by = called.scheduler
         progress = progress_of(now, drawn_by)
         wanted = {label: _at(before[label], function(progress)) for label, function in weights.items()}
         if switch is not None:
-            if schedulers.DRAWING.get() is None and hasattr(mix.pipe, "encode_text"):
+            if hasattr(called, "encode_text"):
                 raise AdapterError(
-                    "turns are counted by the scheduler that draws, which a Base does not know of a pipeline that is "
-                    "called by itself. Draw with sfumato.draw, or give that pipeline to compose."
+                    "turns are counted by the scheduler that draws, which a Base does not know of a loop of one's own. "
+                    "Draw with sfumato.draw or a pipeline, or give a pipeline with the loop's scheduler to compose."
                 )
             on = switch.on(clock.step(now, drawn_by))
             wanted |= {label: before[label] if label == on else _at(before[label], 0.0) for label in switch.labels}

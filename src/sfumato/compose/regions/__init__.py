@@ -18,7 +18,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sfumato import prompts, schedulers
+from sfumato import prompts
+from sfumato.compose.caller import calling
 from sfumato.compose.match import halved, parts_of, refuse_compiled, say_unknown_words
 from sfumato.compose.regions.attention import Attention, check_no_picture_prompt
 from sfumato.compose.regions.changes import Paths, Spans, by_layer, read
@@ -44,7 +45,7 @@ def regions(
     """Within the block each region has its adapters and prompt; the rest is the base's picture of the call's prompt.
 
     pipe: a diffusers pipeline (SD 1.x, 2.x, SDXL) or a Base. guided: whether a call's first half of rows are those
-    without the prompt, as classifier-free guidance has them, where neither the pipeline nor `sfumato.draw` says it.
+    without the prompt, as classifier-free guidance has them, where no pipeline that is called says it.
     syntax: how weighted words of the regions' prompts are written, see `sfumato.prompts`; it wants a Base. over_steps:
     by an adapter's label the progress, from and to, in which it changes the U-Net, 0 at pure noise and 1 at the
     finished picture. partial, verify: as of `compose`. Where regions overlap, changes on pixels add up and attentions
@@ -73,8 +74,8 @@ def regions(
     say_unknown_words(pipe, files)
 
     def is_guided() -> bool:
-        """As the pipeline that is called says; a Base that `sfumato.draw` does not draw leaves it to the caller."""
-        return bool(getattr(schedulers.CALLED.get() or pipe, "do_classifier_free_guidance", guided))
+        """As the pipeline that is called says; a Base in a loop of one's own leaves it to the caller."""
+        return bool(getattr(calling(pipe), "do_classifier_free_guidance", guided))
 
     with halved(unet):
         seen = (lambda unet, *_: check_no_picture_prompt(unet), masks.see, texts.see, spans.see)

@@ -13,6 +13,7 @@ from torch.nn.functional import conv2d, linear
 from sfumato import schedulers
 from sfumato.compose import tensors
 from sfumato.compose.adapter import Adapter
+from sfumato.compose.caller import calling
 from sfumato.compose.match import Modules, parts_of, weighed
 from sfumato.compose.regions.near import Near
 from sfumato.compose.regions.region import Region
@@ -36,7 +37,7 @@ class Spans:
         """Note a call's step."""
         if self._ways:
             now = schedulers.asked_timestep(args, options)
-            progress = progress_of(now, schedulers.DRAWING.get() or self._pipe.scheduler)
+            progress = progress_of(now, calling(self._pipe).scheduler)
             self._now = {label: way(progress) for label, way in self._ways.items()}
 
     def held(self, narrow: Tensor, owners: Sequence[str]) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sfumato import prompts, schedulers
 from sfumato.compose.adapter import Adapter, with_unet
+from sfumato.compose.caller import calling
 from sfumato.compose.regions.region import Region
 from sfumato.errors import AdapterError
 from sfumato.prompt_steps import STEPS, changes
@@ -38,7 +39,7 @@ class Texts:
     def _ask(self, steps: int) -> tuple[int | None, int]:
         """`clip_skip` that a Base has, or the pipeline's call under way or last made, and the steps."""
         is_base = hasattr(self._pipe, "encode_text")
-        return getattr(self._pipe if is_base else schedulers.CALLED.get() or self._pipe, "clip_skip", None), steps
+        return getattr(self._pipe if is_base else calling(self._pipe), "clip_skip", None), steps
 
     def _encode(self, clip_skip: int | None, steps: int) -> list[Told | None]:
         return [
@@ -56,8 +57,8 @@ class Texts:
 
     def see(self, _: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
         """Note the call's `clip_skip`, and its step."""
-        scheduler, steps = schedulers.DRAWING.get(), STEPS.get()
-        if self._follows and (scheduler is None or steps is None):
+        steps = STEPS.get()
+        if self._follows and steps is None:
             raise AdapterError(
                 "words of a region's prompt that change between the steps are counted by sfumato.draw, and this "
                 "pipeline is called by itself. Draw with sfumato.draw, or leave one of the words."
@@ -65,8 +66,11 @@ class Texts:
         asked = self._ask(steps if self._follows and steps else 1)
         if asked != self._asked:
             self._asked, self._told = asked, self._encode(*asked)
-        step = self._clock.step(schedulers.asked_timestep(args, options), scheduler) if self._follows else 0
-        self.now = self._at(step + 1)
+        if self._follows:
+            now, scheduler = schedulers.asked_timestep(args, options), calling(self._pipe).scheduler
+            self.now = self._at(self._clock.step(now, scheduler) + 1)
+        else:
+            self.now = self._at(1)
 
 
 @torch.no_grad()
