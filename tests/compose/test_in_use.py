@@ -19,6 +19,7 @@ from sfumato.files import read_header, write_tensors
 from sfumato.files.read import read_tensors
 from tests.compose.conftest import weights_sha
 from tests.compose.test_per_picture import predict
+from tests.compose.test_regions import U_NET
 from tests.tiny import tiny_pipeline
 
 WHOLE = (0, 0, 1, 1)
@@ -194,6 +195,25 @@ def test_a_mix_stays_and_goes_beside_a_lora_of_diffusers(pipe, write, way):
         assert_close(drawn(pipe), alone, atol=1e-4, rtol=1e-4)
     with compose(pipe, Adapter(line, 0.8), Adapter(otter)):
         assert_close(drawn(pipe), both, atol=1e-4, rtol=1e-4)
+
+
+def test_regions_and_adapters_by_picture_stand_beside_a_lora_of_diffusers(pipe, write):
+    """In linear layers, convolutions, the cross-attention, and what the time step adds."""
+    line, otter = write("line", pipe, *U_NET), write("otter", pipe, *U_NET, seed=2)
+    with compose(pipe, Adapter(line, 0.8), Adapter(otter)):
+        wanted = drawn(pipe)
+    pipe.load_lora_weights(str(otter.parent), weight_name=otter.name, adapter_name="otter")
+    for prompt in (None, "a cat"):
+        with regions(pipe, Region(WHOLE, Adapter(line, 0.8), prompt=prompt)):
+            assert_close(drawn(pipe), wanted, atol=1e-4, rtol=1e-4)
+    with per_picture(pipe, [[Adapter(line, 0.8)]]):
+        assert_close(drawn(pipe), wanted, atol=1e-4, rtol=1e-4)
+    in_text = Adapter(write("text", pipe, "fc1", "to_q"))
+    with (
+        pytest.raises(AdapterError, match="unload_lora_weights"),
+        regions(pipe, Region(WHOLE, in_text, prompt="a cat")),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("way", ["baked", "live"])

@@ -128,8 +128,14 @@ class Modules:
         if part in self._parts:
             for spelling in dict.fromkeys((path, _TEXT_LEVEL + path, path.removeprefix(_TEXT_LEVEL))):
                 if (module := _walk(self._parts[part], spelling)) is not None:
-                    return (part, spelling), module
+                    return (part, spelling), without_peft(module)
         return None
+
+
+def without_peft(module: nn.Module) -> nn.Module:
+    """The layer within the one that peft, or diffusers' `load_lora_weights`, puts around it; else the layer itself."""
+    inner = getattr(module, "base_layer", None)
+    return inner if isinstance(inner, nn.Module) else module
 
 
 def _walk(module: nn.Module, path: str) -> nn.Module | None:

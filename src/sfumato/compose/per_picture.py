@@ -21,7 +21,7 @@ from sfumato import schedulers
 from sfumato.compose import tensors
 from sfumato.compose.adapter import Adapter
 from sfumato.compose.caller import calling
-from sfumato.compose.match import Modules, parts_of, refuse_compiled, say_unknown_words, weighed
+from sfumato.compose.match import Modules, refuse_compiled, say_unknown_words, unwrapped_parts, weighed
 from sfumato.errors import AdapterError
 from sfumato.files.adapter_file import AdapterFile
 from sfumato.files.changes.replacement import lora_command
@@ -42,8 +42,9 @@ def per_picture(pipe: Any, adapters: Sequence[Sequence[Adapter]], *, partial: bo
 
     pipe: a diffusers pipeline (SD 1.x, 2.x, SDXL) or a Base; called with as many prompts as there are lists, and one
     picture each, which `sfumato.draw` may draw in several batches. Text encoders are adapted by picture, too. Equal to
-    single runs but for rounding. Raises AdapterError for adapters without a low-rank form, for a compiled part, and
-    within the block for a call with another number of pictures.
+    single runs but for rounding. What diffusers' `load_lora_weights` loaded counts in all. Raises AdapterError for
+    adapters without a low-rank form, for a compiled part, and within the block for a call with another number of
+    pictures.
     """
     _check_lists(adapters)
     count = len(adapters)
@@ -79,7 +80,7 @@ def per_picture(pipe: Any, adapters: Sequence[Sequence[Adapter]], *, partial: bo
             raise _other_number(rows, count, each)
 
     # Before `forward`, in which adapter guidance halves the call.
-    handle = parts_of(pipe)["unet"].register_forward_pre_hook(check, with_kwargs=True)
+    handle = unwrapped_parts(pipe)["unet"].register_forward_pre_hook(check, with_kwargs=True)
     try:
         with _hooked(pipe, adapters, index, partial=partial):
             yield
@@ -136,7 +137,7 @@ def composite(pipe: Any, *adapters: Adapter, partial: bool = False) -> Iterator[
     if not adapters:
         raise AdapterError("a composite wants at least one adapter.")
     _check_lists([[adapter] for adapter in adapters])
-    unet, count = parts_of(pipe)["unet"], len(adapters)
+    unet, count = unwrapped_parts(pipe)["unet"], len(adapters)
 
     def index(rows: int) -> Sequence[int]:
         return [row % count for row in range(rows)]
@@ -198,7 +199,7 @@ def _layers(
     pipe: Any, adapters: Sequence[Sequence[Adapter]], *, partial: bool
 ) -> dict[tuple[str, str], tuple[nn.Module, Terms]]:
     """By (part, path): the layer, and what each picture has there."""
-    modules = Modules(parts_of(pipe))
+    modules = Modules(unwrapped_parts(pipe))
     files: dict[str, AdapterFile] = {}
     layers: dict[tuple[str, str], tuple[nn.Module, Terms]] = {}
     for picture, each in enumerate(adapters):

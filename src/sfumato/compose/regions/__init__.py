@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from sfumato import prompts
 from sfumato.compose.caller import calling
-from sfumato.compose.match import halved, parts_of, refuse_compiled, say_unknown_words
+from sfumato.compose.match import halved, refuse_compiled, say_unknown_words, unwrapped_parts, without_peft
 from sfumato.compose.regions.attention import Attention, check_no_picture_prompt
 from sfumato.compose.regions.changes import Paths, Spans, by_layer, read
 from sfumato.compose.regions.masks import Masks
@@ -49,8 +49,9 @@ def regions(
     syntax: how weighted words of the regions' prompts are written, see `sfumato.prompts`; it wants a Base. over_steps:
     by an adapter's label the progress, from and to, in which it changes the U-Net, 0 at pure noise and 1 at the
     finished picture. partial, verify: as of `compose`. Where regions overlap, changes on pixels add up and attentions
-    share. Raises AdapterError for adapters without a low-rank form, for one that changes the text encoders in a region
-    without a prompt, for a compiled U-Net, and for a pipeline with an IP-Adapter.
+    share. What diffusers' `load_lora_weights` loaded counts everywhere. Raises AdapterError for adapters without a
+    low-rank form, for one that changes the text encoders in a region without a prompt, for a compiled U-Net, and for a
+    pipeline with an IP-Adapter.
     """
     if not parts:
         raise AdapterError("there is no region; give at least one.")
@@ -60,12 +61,12 @@ def regions(
         raise AdapterError(f"the prompt syntax {syntax} wants a Base of sfumato.load_base, not a pipeline.")
     for part in parts:
         prompts.refuse_tags(part.prompt or "", f"the region's prompt {part.prompt!r:.60}", "give Region the adapter")
-    unet = parts_of(pipe)["unet"]
+    unet = unwrapped_parts(pipe)["unet"]
     check_no_picture_prompt(unet)
     refuse_compiled(pipe, ["unet"])
     masks = Masks([region.mask() for region in parts])
     files = read(parts, partial=partial, verify=verify)
-    texts = Texts(pipe, parts, syntax, partial=partial)
+    texts = Texts(pipe, parts, files, syntax, partial=partial)
     labels = {each.label for region in parts for each in region.adapters}
     if unknown := sorted(over_steps.keys() - labels):
         raise AdapterError(f"over_steps names {unknown[0]!r}, which is in no region; there are {sorted(labels)}.")
@@ -101,15 +102,16 @@ def regions(
 
 def _hooks(unet: nn.Module, path: str, paths: Paths, masks: Masks) -> list[Any]:
     """The hooks that add the regions' changes of one layer under their masks."""
-    module = unet.get_submodule(path)
     if path.startswith(("time_embedding", "add_embedding")):
         raise AdapterError(
             f"{path} has no pixels, so its change cannot be kept to a region. Use an adapter without it."
         )
     if path.endswith("time_emb_proj"):
-        return _time_hooks(unet, path, module, paths, masks)
+        return _time_hooks(unet, path, paths, masks)
+    module = unet.get_submodule(path)
+    layer = without_peft(module)
 
-    def add(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         for place, change in enumerate(paths):
             if change is None:
                 continue
@@ -124,14 +126,14 @@ def _hooks(unet: nn.Module, path: str, paths: Paths, masks: Masks) -> list[Any]:
     return [module.register_forward_hook(add)]
 
 
-def _time_hooks(unet: nn.Module, path: str, module: nn.Module, paths: Paths, masks: Masks) -> list[Any]:
+def _time_hooks(unet: nn.Module, path: str, paths: Paths, masks: Masks) -> list[Any]:
     """What the time step adds to each channel has no pixels yet: its change is kept, and added where it gets them."""
     block = unet.get_submodule(path.rpartition(".")[0])
     if getattr(block, "time_embedding_norm", "default") != "default":
         raise AdapterError(f"{path}: a scale by time cannot be kept to a region. Use an adapter without it.")
     kept: list[Tensor | None] = []
 
-    def keep(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def keep(layer: nn.Module, inputs: tuple[Tensor, ...], _: Tensor) -> None:
         kept[:] = [None if change is None else change.widen(change.narrow(layer, inputs[0])) for change in paths]
 
     def add(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -142,4 +144,7 @@ def _time_hooks(unet: nn.Module, path: str, module: nn.Module, paths: Paths, mas
                 hidden = hidden + change.to(hidden.dtype)[:, :, None, None] * under[place]
         return (hidden, *inputs[1:])
 
-    return [module.register_forward_hook(keep), block.get_submodule("norm2").register_forward_pre_hook(add)]
+    return [
+        unet.get_submodule(path).register_forward_hook(keep),
+        block.get_submodule("norm2").register_forward_pre_hook(add),
+    ]

@@ -14,7 +14,7 @@ from sfumato import schedulers
 from sfumato.compose import tensors
 from sfumato.compose.adapter import Adapter
 from sfumato.compose.caller import calling
-from sfumato.compose.match import Modules, parts_of, weighed
+from sfumato.compose.match import Modules, unwrapped_parts, weighed
 from sfumato.compose.regions.near import Near
 from sfumato.compose.regions.region import Region
 from sfumato.compose.steps import Ramp, progress_of
@@ -96,7 +96,7 @@ def by_layer(
     pipe: Any, parts: Sequence[Region], files: Mapping[Adapter, AdapterFile], spans: Spans, *, partial: bool
 ) -> dict[str, Paths]:
     """By the path of a layer of the U-Net: what each region changes there."""
-    modules = Modules(parts_of(pipe))
+    modules = Modules(unwrapped_parts(pipe))
     layers: dict[str, Paths] = {}
     for place, region in enumerate(parts):
         for adapter in region.adapters:

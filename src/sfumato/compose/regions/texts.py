@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -14,6 +14,7 @@ from sfumato.compose.adapter import Adapter, with_unet
 from sfumato.compose.caller import calling
 from sfumato.compose.regions.region import Region
 from sfumato.errors import AdapterError
+from sfumato.files.adapter_file import AdapterFile
 from sfumato.prompt_steps import STEPS, changes
 from sfumato.prompts import Syntax
 
@@ -27,8 +28,12 @@ class Texts:
     now: of each region, None for one without a prompt.
     """
 
-    def __init__(self, pipe: Any, parts: Sequence[Region], syntax: Syntax, *, partial: bool) -> None:
+    def __init__(
+        self, pipe: Any, parts: Sequence[Region], files: Mapping[Adapter, AdapterFile], syntax: Syntax, *, partial: bool
+    ) -> None:
         self._pipe, self._parts, self._syntax, self._partial = pipe, parts, syntax, partial
+        # The others are not read again, nor refused beside what diffusers loaded into the U-Net.
+        self._in_text = {each for each, file in files.items() if any(part != "unet" for part, _ in file.changes)}
         self._clock = schedulers.Clock()
         # Otherwise all pictures are of one step.
         self._follows = syntax == "a1111" and any(changes(region.prompt or "") for region in parts)
@@ -43,11 +48,34 @@ class Texts:
 
     def _encode(self, clip_skip: int | None, steps: int) -> list[Told | None]:
         return [
-            None
-            if region.prompt is None
-            else _encode(self._pipe, region, self._syntax, clip_skip, steps, partial=self._partial)
+            None if region.prompt is None else self._encode_one(region, region.prompt, clip_skip, steps)
             for region in self._parts
         ]
+
+    @torch.no_grad()
+    def _encode_one(self, region: Region, prompt: str, clip_skip: int | None, steps: int) -> Told:
+        """The prompt as the region's adapters' text encoders read it, in pictures of so many steps.
+
+        clip_skip: of a pipeline; a Base has its own.
+        """
+        pipe, adapters = self._pipe, [each for each in region.adapters if each in self._in_text]
+        with _added(pipe, adapters, partial=self._partial) if adapters else nullcontext():
+            if self._syntax == "a1111":
+                return [(each.last, each.text.hidden) for each in prompts.encode_stages(pipe, [prompt], "", steps)]
+            if self._syntax == "compel":
+                hidden: Tensor = prompts.encode(pipe, [prompt], "", self._syntax)[0].hidden
+            elif hasattr(pipe, "encode_text"):
+                hidden = pipe.encode_text([prompt]).hidden
+            else:
+                encoded = pipe.encode_prompt(
+                    prompt,
+                    device=pipe._execution_device,  # an offloaded pipeline's own is none to compute on
+                    num_images_per_prompt=1,
+                    do_classifier_free_guidance=False,
+                    clip_skip=clip_skip,
+                )
+                hidden = encoded[0]
+        return [(steps, hidden.clone())]
 
     def _at(self, step: int) -> list[Tensor | None]:
         return [
@@ -73,41 +101,12 @@ class Texts:
             self.now = self._at(1)
 
 
-@torch.no_grad()
-def _encode(pipe: Any, region: Region, syntax: Syntax, clip_skip: int | None, steps: int, *, partial: bool) -> Told:
-    """The region's prompt as its adapters' text encoders read it, in pictures of so many steps.
-
-    clip_skip: of a pipeline; a Base has its own.
-    """
-    prompt = region.prompt
-    assert prompt is not None
-    in_text = [
-        Adapter(each.path, with_unet(each.weight, 0.0), f"{each.label} in its region") for each in region.adapters
-    ]
-    with _added(pipe, in_text, partial=partial) if in_text else nullcontext():
-        if syntax == "a1111":
-            return [(each.last, each.text.hidden) for each in prompts.encode_stages(pipe, [prompt], "", steps)]
-        if syntax == "compel":
-            hidden: Tensor = prompts.encode(pipe, [prompt], "", syntax)[0].hidden
-        elif hasattr(pipe, "encode_text"):
-            hidden = pipe.encode_text([prompt]).hidden
-        else:
-            encoded = pipe.encode_prompt(
-                prompt,
-                device=pipe._execution_device,  # an offloaded pipeline's own is none to compute on
-                num_images_per_prompt=1,
-                do_classifier_free_guidance=False,
-                clip_skip=clip_skip,
-            )
-            hidden = encoded[0]
-    return [(steps, hidden.clone())]
-
-
 @contextmanager
 def _added(pipe: Any, adapters: Sequence[Adapter], *, partial: bool) -> Iterator[None]:
-    """Within the block the pipeline has these too, beside the mix that it carries."""
+    """Within the block the text encoders have these too, beside the mix that the pipeline carries."""
     from sfumato.compose.mix import Mix, current
 
+    adapters = [Adapter(each.path, with_unet(each.weight, 0.0), f"{each.label} in its region") for each in adapters]
     mix = current(pipe)
     if mix is None:
         with Mix(pipe).add(*adapters, partial=partial):
