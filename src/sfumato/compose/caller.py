@@ -7,6 +7,7 @@ is not told. `sfumato.draw` calls another than it was handed, too, where it begi
 from __future__ import annotations
 
 import sys
+from types import FrameType
 from typing import Any
 
 from sfumato.compose.match import unwrapped_parts
@@ -16,7 +17,7 @@ def calling(pipe: Any) -> Any:
     """The pipeline whose call of this one's U-Net is under way; `pipe` itself where a loop of one's own calls it."""
     unet = unwrapped_parts(pipe)["unet"]
     # No hook of a module tells who calls it, and a pipeline announces its calls to nobody.
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
         if code.co_argcount and code.co_varnames[0] == "self":
