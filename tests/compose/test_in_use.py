@@ -11,6 +11,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 from sfumato.compose import Adapter, adapter_guidance, compose, current
+from sfumato.compose.caller import without_prompt
 from sfumato.compose.per_picture import composite, per_picture
 from sfumato.compose.regions import Region, regions
 from sfumato.compose.steps import Ramp, Switch, over_steps
@@ -155,6 +156,26 @@ def test_a_text_encoder_that_two_pipelines_share_has_the_mix_of_one(sd1, write):
 @pytest.fixture
 def pipe():
     return tiny_pipeline("sd1", shallow=True)
+
+
+def test_rows_of_other_guidance_are_told_from_those_without_prompt(sd1, a):
+    """Perturbed attention has rows without prompt, with it, and perturbed; InstructPix2Pix has those with it first."""
+    text = torch.zeros(6, 7, sd1.unet.config.cross_attention_dim)
+    sd1.do_classifier_free_guidance = sd1.do_perturbed_attention_guidance = True
+    assert without_prompt(sd1, 6) == 2
+    with compose(sd1, a) as mix, adapter_guidance(mix, 2, guidance=5.0), pytest.raises(AdapterError, match="6 rows"):
+        sd1.unet(torch.zeros(6, 4, 8, 8), torch.tensor(1), text)
+    sd1.do_classifier_free_guidance = False  # two rows with the prompt, of which the second is perturbed
+    assert without_prompt(sd1, 2) == 0
+    sd1.do_classifier_free_guidance, sd1.image_guidance_scale = True, 1.5
+    with regions(sd1, Region(WHOLE, a)):
+        sd1.unet(torch.zeros(6, 4, 8, 8), torch.tensor(1), text)
+    with (
+        compose(sd1, a) as mix,
+        adapter_guidance(mix, 2, guidance=5.0),
+        pytest.raises(AdapterError, match="by a picture"),
+    ):
+        sd1.unet(torch.zeros(6, 4, 8, 8), torch.tensor(1), text)
 
 
 def test_a_pipeline_that_shares_the_unet_says_itself_how_it_draws(pipe, write):

@@ -1,4 +1,4 @@
-"""Which pipeline is calling a U-Net that several share, as those have it that diffusers' `from_pipe` makes of one.
+"""Which pipeline is calling a U-Net that several share, as diffusers' `from_pipe` makes them of one; and its rows.
 
 How a picture is drawn, with which guidance, scheduler and `clip_skip`, is the calling pipeline's to say, and the U-Net
 is not told. `sfumato.draw` calls another than it was handed, too, where it begins from a picture.
@@ -11,6 +11,7 @@ from types import FrameType
 from typing import Any
 
 from sfumato.compose.match import unwrapped_parts
+from sfumato.errors import AdapterError
 
 
 def calling(pipe: Any) -> Any:
@@ -27,3 +28,33 @@ def calling(pipe: Any) -> Any:
                 return owner
         frame = frame.f_back
     return pipe
+
+
+def rows_each(pipe: Any) -> int | None:
+    """How many rows a call of the U-Net has for each picture; None where the pipeline does not say how it draws."""
+    guided = getattr(pipe, "do_classifier_free_guidance", None)
+    if guided is None:
+        return None
+    return 1 + bool(guided) + _is_by_picture(pipe) + bool(getattr(pipe, "do_perturbed_attention_guidance", False))
+
+
+def without_prompt(pipe: Any, rows: int, *, guided: bool = True) -> int:
+    """How many of a call's rows, its first, are without the prompt, for classifier-free guidance.
+
+    guided: whether there is such guidance where the pipeline does not say. Raises AdapterError for a pipeline that has
+    them in another order.
+    """
+    if _is_by_picture(pipe):
+        raise AdapterError(
+            f"{type(pipe).__name__} guides by a picture, too, and has the rows without the prompt last, which adapter "
+            "guidance and regions do not follow. Draw with another pipeline, or without these."
+        )
+    each = rows_each(pipe)
+    if each is None:
+        return rows // 2 if guided else 0
+    return rows // each if pipe.do_classifier_free_guidance else 0
+
+
+def _is_by_picture(pipe: Any) -> bool:
+    """Whether it draws as InstructPix2Pix, by two guidances."""
+    return bool(getattr(pipe, "do_classifier_free_guidance", False)) and hasattr(pipe, "image_guidance_scale")

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sfumato.compose.caller import calling
+from sfumato.compose.caller import calling, without_prompt
 from sfumato.compose.match import compiled_parts, halved, parts_of, unwrapped_parts
 from sfumato.errors import AdapterError
 
@@ -55,11 +55,11 @@ def adapter_guidance(
         raise AdapterError("the unet is compiled, and cannot have adapters in one half of a call. Use strength 0.")
     factors = {label: each / guidance for label, each in wanted.items()}
 
-    def is_guided() -> bool:
-        return getattr(calling(mix.pipe), "do_classifier_free_guidance", True) is not False
+    def without(rows: int) -> int:
+        return without_prompt(calling(mix.pipe), rows)
 
     unet = parts_of(mix.pipe)["unet"]
-    with halved(unet), mix.parted(factors), _compared(mix, guidance), first_half(unet, mix.without, is_guided):
+    with halved(unet), mix.parted(factors), _compared(mix, guidance), first_half(unet, mix.without, without):
         yield
 
 
@@ -103,9 +103,12 @@ def strengths_of(mix: Mix, strength: float | Mapping[str, float] | None, *, guid
 def first_half(
     unet: nn.Module,
     within: Callable[[], AbstractContextManager[object]],
-    is_guided: Callable[[], bool] = lambda: True,
+    without: Callable[[int], int] = lambda rows: rows // 2,
 ) -> Iterator[None]:
-    """In the block each call of the U-Net predicts for its first half of rows, which have no prompt, in `within`."""
+    """In the block each call of the U-Net predicts for its first half of rows, which have no prompt, in `within`.
+
+    without: from a call's rows to how many have no prompt, of which it is an AdapterError if they are no half.
+    """
     # Where accelerate moves the weights to and fro, it calls what it found; and puts that back after every picture.
     name = "_old_forward" if "_old_forward" in unet.__dict__ else "forward"
     forward = getattr(unet, name)
@@ -113,13 +116,16 @@ def first_half(
 
     def in_turn(*args: Any, **options: Any) -> Any:
         sample = args[0] if args else options["sample"]
-        if len(sample) % 2 or not is_guided():
-            raise AdapterError(f"the call has {len(sample)} rows, which are no two halves; draw with guidance above 1.")
+        if 2 * without(len(sample)) != len(sample):
+            raise AdapterError(
+                f"the call has {len(sample)} rows, which are no two halves; draw with guidance above 1, and no other "
+                "guidance beside it."
+            )
         first, second = halves.of((args, options), len(sample))
         with within():
-            without = forward(*first[0], **first[1])
+            other = forward(*first[0], **first[1])
         output = forward(*second[0], **second[1])
-        both = torch.cat([without[0], output[0]])
+        both = torch.cat([other[0], output[0]])
         return (both,) if isinstance(output, tuple) else type(output)(sample=both)
 
     setattr(unet, name, in_turn)

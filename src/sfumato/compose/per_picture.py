@@ -20,7 +20,7 @@ from torch.nn.functional import conv2d
 from sfumato import schedulers
 from sfumato.compose import tensors
 from sfumato.compose.adapter import Adapter
-from sfumato.compose.caller import calling
+from sfumato.compose.caller import calling, rows_each
 from sfumato.compose.match import Modules, refuse_compiled, say_unknown_words, unwrapped_parts, weighed
 from sfumato.errors import AdapterError
 from sfumato.files.adapter_file import AdapterFile
@@ -73,7 +73,7 @@ def per_picture(pipe: Any, adapters: Sequence[Sequence[Adapter]], *, partial: bo
 
     def check(_: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
         rows, here = len(args[0] if args else options["sample"]), len(places() or range(count))
-        each = _rows_each(calling(pipe))
+        each = rows_each(calling(pipe))
         if each is None:
             index(rows)
         elif rows != each * here:
@@ -98,15 +98,6 @@ def _check_lists(adapters: Any) -> None:
                 f"{(wrong or [adapters])[0]!r:.60} in place of adapters; give a list of Adapter(file, weight) for each "
                 "picture, such as [[Adapter(file)], []]."
             )
-
-
-def _rows_each(pipe: Any) -> int | None:
-    """How many rows a call of the U-Net has for each picture; None where the pipeline does not say how it draws."""
-    guided = getattr(pipe, "do_classifier_free_guidance", None)
-    if guided is None:
-        return None
-    by_picture = bool(guided) and hasattr(pipe, "image_guidance_scale")  # InstructPix2Pix has guidance by two
-    return 1 + bool(guided) + by_picture + bool(getattr(pipe, "do_perturbed_attention_guidance", False))
 
 
 def _other_number(rows: int, count: int, each: int | None) -> AdapterError:

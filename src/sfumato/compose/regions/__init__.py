@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sfumato import prompts
-from sfumato.compose.caller import calling
+from sfumato.compose.caller import calling, without_prompt
 from sfumato.compose.match import halved, refuse_compiled, say_unknown_words, unwrapped_parts, without_peft
 from sfumato.compose.regions.attention import Attention, check_no_picture_prompt
 from sfumato.compose.regions.changes import Paths, Spans, by_layer, read
@@ -50,8 +50,8 @@ def regions(
     by an adapter's label the progress, from and to, in which it changes the U-Net, 0 at pure noise and 1 at the
     finished picture. partial, verify: as of `compose`. Where regions overlap, changes on pixels add up and attentions
     share. What diffusers' `load_lora_weights` loaded counts everywhere. Raises AdapterError for adapters without a
-    low-rank form, for one that changes the text encoders in a region without a prompt, for a compiled U-Net, and for a
-    pipeline with an IP-Adapter.
+    low-rank form, for one that changes the text encoders in a region without a prompt, for a compiled U-Net, for
+    a pipeline with an IP-Adapter, and for prompts in one that guides by a picture, too.
     """
     if not parts:
         raise AdapterError("there is no region; give at least one.")
@@ -74,9 +74,8 @@ def regions(
     layers = by_layer(pipe, parts, files, spans, partial=partial)
     say_unknown_words(pipe, files)
 
-    def is_guided() -> bool:
-        """As the pipeline that is called says; a Base in a loop of one's own leaves it to the caller."""
-        return bool(getattr(calling(pipe), "do_classifier_free_guidance", guided))
+    def without(rows: int) -> int:
+        return without_prompt(calling(pipe), rows, guided=guided)
 
     with halved(unet):
         seen = (lambda unet, *_: check_no_picture_prompt(unet), masks.see, texts.see, spans.see)
@@ -88,7 +87,7 @@ def regions(
                     keys, values = (layers.pop(f"{path}.{name}", None) for name in ("to_k", "to_v"))
                     if keys or values or any(text is not None for text in texts.now):
                         processors.append((module, module.processor))
-                        module.set_processor(Attention(masks, texts, keys, values, is_guided))
+                        module.set_processor(Attention(masks, texts, keys, values, without))
             for path, paths in layers.items():
                 handles += _hooks(unet, path, paths, masks)
             yield

@@ -25,7 +25,10 @@ def check_no_picture_prompt(unet: Any) -> None:
 
 
 class Attention:
-    """The processor of a cross-attention in which every region attends to keys and values of its own."""
+    """The processor of a cross-attention in which every region attends to keys and values of its own.
+
+    keys, values: what the regions change in them. without: from a call's rows to how many, the first, have no prompt.
+    """
 
     def __init__(
         self,
@@ -33,9 +36,9 @@ class Attention:
         texts: Texts,
         keys: Paths | None,
         values: Paths | None,
-        is_guided: Callable[[], bool],
+        without: Callable[[int], int],
     ) -> None:
-        self._masks, self._texts, self._is_guided = masks, texts, is_guided
+        self._masks, self._texts, self._without = masks, texts, without
         self._keys = keys or [None] * len(texts.now)
         self._values = values or [None] * len(texts.now)
 
@@ -80,7 +83,7 @@ class Attention:
         tokens = math.lcm(text.shape[1], own.shape[1])
         text, own = (some.repeat(1, tokens // some.shape[1], 1) for some in (text, own))
         rows = text.shape[0]
-        first = rows // 2 if rows > 1 and self._is_guided() else 0
+        first = self._without(rows)
         own = own.to(text.device, text.dtype).expand(rows - first, -1, -1)
         return torch.cat([text[:first], own])
 
