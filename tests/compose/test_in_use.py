@@ -218,12 +218,17 @@ def test_a_mix_stays_and_goes_beside_a_lora_of_diffusers(pipe, write, way):
         assert_close(drawn(pipe), both, atol=1e-4, rtol=1e-4)
 
 
-def test_regions_and_adapters_by_picture_stand_beside_a_lora_of_diffusers(pipe, write):
-    """In linear layers, convolutions, the cross-attention, and what the time step adds."""
+def test_what_writes_no_weights_stands_beside_a_lora_of_diffusers(pipe, write):
+    """Regions, adapters by picture and adapter guidance; in every kind of layer."""
     line, otter = write("line", pipe, *U_NET), write("otter", pipe, *U_NET, seed=2)
-    with compose(pipe, Adapter(line, 0.8), Adapter(otter)):
+    with compose(pipe, Adapter(line, 0.8), Adapter(otter)) as mix:
         wanted = drawn(pipe)
-    pipe.load_lora_weights(str(otter.parent), weight_name=otter.name, adapter_name="otter")
+        with adapter_guidance(mix, {"line": 2.0}, guidance=3.0):
+            guided = drawn(pipe, guidance_scale=3.0)
+    with compose(pipe, Adapter(line, 0.8)) as mix:
+        pipe.load_lora_weights(str(otter.parent), weight_name=otter.name, adapter_name="otter")
+        with adapter_guidance(mix, {"line": 2.0}, guidance=3.0):
+            assert_close(drawn(pipe, guidance_scale=3.0), guided, atol=1e-4, rtol=1e-4)
     for prompt in (None, "a cat"):
         with regions(pipe, Region(WHOLE, Adapter(line, 0.8), prompt=prompt)):
             assert_close(drawn(pipe), wanted, atol=1e-4, rtol=1e-4)

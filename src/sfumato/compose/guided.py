@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.compose.caller import calling, without_prompt
-from sfumato.compose.match import compiled_parts, halved, parts_of, unwrapped_parts
+from sfumato.compose.match import compiled_parts, halved, unwrapped_parts
 from sfumato.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def adapter_guidance(
     def without(rows: int) -> int:
         return without_prompt(calling(mix.pipe), rows)
 
-    unet = parts_of(mix.pipe)["unet"]
+    unet = unwrapped_parts(mix.pipe)["unet"]
     with halved(unet), mix.parted(factors), _compared(mix, guidance), first_half(unet, mix.without, without):
         yield
 
