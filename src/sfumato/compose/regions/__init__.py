@@ -19,7 +19,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from sfumato import prompts
-from sfumato.compose.caller import calling, without_prompt
 from sfumato.compose.match import halved, refuse_compiled, say_unknown_words, unwrapped_parts, without_peft
 from sfumato.compose.regions.attention import Attention, check_no_picture_prompt
 from sfumato.compose.regions.changes import Paths, Spans, by_layer, read
@@ -66,16 +65,13 @@ def regions(
     refuse_compiled(pipe, ["unet"])
     masks = Masks([region.mask() for region in parts])
     files = read(parts, partial=partial, verify=verify)
-    texts = Texts(pipe, parts, files, syntax, partial=partial)
+    texts = Texts(pipe, parts, files, syntax, guided=guided, partial=partial)
     labels = {each.label for region in parts for each in region.adapters}
     if unknown := sorted(over_steps.keys() - labels):
         raise AdapterError(f"over_steps names {unknown[0]!r}, which is in no region; there are {sorted(labels)}.")
     spans = Spans(pipe, over_steps)
     layers = by_layer(pipe, parts, files, spans, partial=partial)
     say_unknown_words(pipe, files)
-
-    def without(rows: int) -> int:
-        return without_prompt(calling(pipe), rows, guided=guided)
 
     with halved(unet):
         seen = (lambda unet, *_: check_no_picture_prompt(unet), masks.see, texts.see, spans.see)
@@ -87,7 +83,7 @@ def regions(
                     keys, values = (layers.pop(f"{path}.{name}", None) for name in ("to_k", "to_v"))
                     if keys or values or any(text is not None for text in texts.now):
                         processors.append((module, module.processor))
-                        module.set_processor(Attention(masks, texts, keys, values, without))
+                        module.set_processor(Attention(masks, texts, keys, values))
             for path, paths in layers.items():
                 handles += _hooks(unet, path, paths, masks)
             yield

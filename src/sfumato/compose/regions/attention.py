@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,18 +26,11 @@ def check_no_picture_prompt(unet: Any) -> None:
 class Attention:
     """The processor of a cross-attention in which every region attends to keys and values of its own.
 
-    keys, values: what the regions change in them. without: from a call's rows to how many, the first, have no prompt.
+    keys, values: what the regions change in them.
     """
 
-    def __init__(
-        self,
-        masks: Masks,
-        texts: Texts,
-        keys: Paths | None,
-        values: Paths | None,
-        without: Callable[[int], int],
-    ) -> None:
-        self._masks, self._texts, self._without = masks, texts, without
+    def __init__(self, masks: Masks, texts: Texts, keys: Paths | None, values: Paths | None) -> None:
+        self._masks, self._texts = masks, texts
         self._keys = keys or [None] * len(texts.now)
         self._values = values or [None] * len(texts.now)
 
@@ -83,7 +75,7 @@ class Attention:
         tokens = math.lcm(text.shape[1], own.shape[1])
         text, own = (some.repeat(1, tokens // some.shape[1], 1) for some in (text, own))
         rows = text.shape[0]
-        first = self._without(rows)
+        first = self._texts.without(rows)
         own = own.to(text.device, text.dtype).expand(rows - first, -1, -1)
         return torch.cat([text[:first], own])
 

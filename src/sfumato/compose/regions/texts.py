@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sfumato import prompts, schedulers
 from sfumato.compose.adapter import Adapter, with_unet
-from sfumato.compose.caller import calling
+from sfumato.compose.caller import calling, without_prompt
 from sfumato.compose.regions.region import Region
 from sfumato.errors import AdapterError
 from sfumato.files.adapter_file import AdapterFile
@@ -25,15 +25,23 @@ Told = list[tuple[int, Tensor]]
 class Texts:
     """The regions' texts at the current step, encoded anew where a call's `clip_skip` or number of steps is another.
 
-    now: of each region, None for one without a prompt.
+    now: of each region, None for one without a prompt. guided: as of `regions`.
     """
 
     def __init__(
-        self, pipe: Any, parts: Sequence[Region], files: Mapping[Adapter, AdapterFile], syntax: Syntax, *, partial: bool
+        self,
+        pipe: Any,
+        parts: Sequence[Region],
+        files: Mapping[Adapter, AdapterFile],
+        syntax: Syntax,
+        *,
+        guided: bool,
+        partial: bool,
     ) -> None:
-        self._pipe, self._parts, self._syntax, self._partial = pipe, parts, syntax, partial
+        self._pipe, self._parts, self._syntax, self._guided, self._partial = pipe, parts, syntax, guided, partial
         # The others are not read again, nor refused beside what diffusers loaded into the U-Net.
         self._in_text = {each for each, file in files.items() if any(part != "unet" for part, _ in file.changes)}
+        self._called = pipe
         self._clock = schedulers.Clock()
         # Otherwise all pictures are of one step.
         self._follows = syntax == "a1111" and any(changes(region.prompt or "") for region in parts)
@@ -44,7 +52,7 @@ class Texts:
     def _ask(self, steps: int) -> tuple[int | None, int]:
         """`clip_skip` that a Base has, or the pipeline's call under way or last made, and the steps."""
         is_base = hasattr(self._pipe, "encode_text")
-        return getattr(self._pipe if is_base else calling(self._pipe), "clip_skip", None), steps
+        return getattr(self._pipe if is_base else self._called, "clip_skip", None), steps
 
     def _encode(self, clip_skip: int | None, steps: int) -> list[Told | None]:
         return [
@@ -84,7 +92,8 @@ class Texts:
         ]
 
     def see(self, _: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-        """Note the call's `clip_skip`, and its step."""
+        """Note who calls, with which `clip_skip`, and at which step."""
+        self._called = calling(self._pipe)
         steps = STEPS.get()
         if self._follows and steps is None:
             raise AdapterError(
@@ -95,10 +104,14 @@ class Texts:
         if asked != self._asked:
             self._asked, self._told = asked, self._encode(*asked)
         if self._follows:
-            now, scheduler = schedulers.asked_timestep(args, options), calling(self._pipe).scheduler
-            self.now = self._at(self._clock.step(now, scheduler) + 1)
+            now = schedulers.asked_timestep(args, options)
+            self.now = self._at(self._clock.step(now, self._called.scheduler) + 1)
         else:
             self.now = self._at(1)
+
+    def without(self, rows: int) -> int:
+        """How many of a call's rows, the first, are without the prompt, and so without the regions' own."""
+        return without_prompt(self._called, rows, guided=self._guided)
 
 
 @contextmanager
