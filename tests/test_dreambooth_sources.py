@@ -134,3 +134,16 @@ def test_what_has_no_effect_is_not_filled_in(train, tmp_path):
     text = config.read_text()
     assert not [name for name in ("rank", "alpha", "class_count", "text_learning_rate") if f"\n{name} =" in text]
     assert cli.main(["train", "dreambooth", str(config), "--output", str(tmp_path / "again")]) == 0
+
+
+def test_the_identifier_is_found_in_an_instance_prompt_and_in_what_a_source_calls_its_pictures(pictures, tmp_path):
+    def found(images, **given):
+        config = dreambooth.Config(output=tmp_path, images=images, **given)
+        subject = Subject(config.instance_prompt or "sks square", "square")
+        return dreambooth.identifiers(config, dreambooth.read_examples(config, subject))
+
+    file = tmp_path / "dataset.toml"
+    file.write_text(f'[[source]]\npath = "{pictures}"\nwords = "dog square"\n')
+    assert found(pictures, instance_prompt="a red square", class_prompt="a square") == ["red"]
+    assert found(file, class_name="square") == ["dog"]
+    assert found(pictures, class_name="square") == ["sks"]

@@ -15,7 +15,7 @@ from sfumato.data.stands_for import put_into_captions
 from sfumato.errors import AdapterError, ConfigError, DataError, FileError
 from sfumato.files import read_embedding, read_header, write_tensors
 from sfumato.files.write_embedding import write_embedding
-from sfumato.known_words import _extend
+from sfumato.known_words import PARTS, _extend
 from sfumato.placeholders import holds, pieces, shortened, warnings_of
 from sfumato.precision import decide
 from tests.tiny import CPU, tiny_pipeline, write_folder
@@ -149,6 +149,13 @@ def test_initial_words_that_are_cut_are_told_of(base):
 def test_one_initial_word_for_each_placeholder(base):
     with embedding.new_words(base, ["<a>", "<b>"], start="words", initial=["crab", "house"]) as words:
         assert [vectors[0][0][0] for vectors in words.nearest(1).values()] == ["crab", "house"]
+
+
+def test_the_report_tells_of_the_vectors_of_both_encoders(bases):
+    with embedding.new_words(bases["sdxl"], ["<a>"], vectors=2, start="words", initial=["red crab"]) as words:
+        lines = words.report()
+    said = [f"<a> {n} of 2 in {part}: {w} 1.00" for part in PARTS for n, w in ((1, "red"), (2, "crab"))]
+    assert [line[: len(text)] for line, text in zip(lines, said, strict=True)] == said
 
 
 def test_the_scale_is_kept_and_the_direction_too(base):

@@ -13,7 +13,7 @@ from sfumato.bases import load_base
 from sfumato.bases.vocabulary import clip_tokenizer
 from sfumato.class_pictures import class_folder, draw_class, read_class
 from sfumato.errors import DataError
-from sfumato.identifier import examine, is_ordinary
+from sfumato.identifier import before, examine, is_ordinary
 from sfumato.noising import calls, draw_noised
 from sfumato.prior import BasePrediction, ClassPictures, DriftLimit
 from sfumato.subject import Kept, Subject
@@ -91,7 +91,7 @@ def test_the_cache_knows_all_that_a_picture_depends_on(base, tmp_path, monkeypat
         ("family", with_defaults(guidance=1.5)),
         ("clip_skip", 1),
         ("precision", dataclasses.replace(base.precision, compute=torch.bfloat16)),
-        ("quick_fingerprint", lambda: "another"),
+        ("fingerprint", lambda: "another"),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(base, name, other)
@@ -267,4 +267,27 @@ def test_an_identifier_is_shown_as_the_tokenizers_cut_it():
     one, warning = examine("sks dog", base).lines()
     assert one == "identifier 'sks dog': 2 pieces (sks + dog)"
     assert "'dog' is an ordinary word" in warning
-    assert [examine(word, base).ordinary for word in ("sks-dog", "zwx_7", "dog7")] == [("dog",), (), ("dog",)]
+    words = {
+        "sks-dog": ("dog",),
+        "zwx_7": (),
+        "dog7": ("dog",),
+        "reddog": ("dog",),
+        "kotoba": (),
+        "red dog": ("red", "dog"),
+    }
+    assert {word: examine(word, base).ordinary for word in words} == words
+    assert "'red', 'dog' are ordinary words" in examine("red dog", base).lines()[1]
+
+
+def test_what_stands_before_the_class_is_what_a_subject_is_bound_to():
+    captions = [
+        "a photo of red dog",
+        "Red dog, flat style",
+        "sks  Dog in snow",
+        "red dog",
+        "a dog",
+        "a cat",
+        "red dogs",
+    ]
+    assert before("dog", captions) == ["red", "Red", "sks"]
+    assert before("guide dog", ["ohwx guide dog"]) == ["ohwx"]

@@ -162,8 +162,8 @@ def train(config: Config) -> Path:
     run = Run.start(config, program="dreambooth", processes=processes, writes=writes)
     run.say(precision.table())
     run.say_filled(base.family.title, filled)
-    if config.identifier in subject.prompt:
-        for line in identifier.examine(config.identifier, base).lines():
+    for word in identifiers(config, instance)[:3]:  # a folder may hold many subjects
+        for line in identifier.examine(word, base).lines():
             run.say(line)
 
     kept = Kept.of(subject.class_prompts([e.caption for e in instance]), config.prior_prompts)
@@ -346,6 +346,17 @@ def triggers(config: Config, subject: Subject, subjects: Folder) -> list[str]:
     if config.trigger is None:
         return list(dict.fromkeys(subject.prompt if t == config.identifier else t for t in subjects.triggers))
     return subjects.triggers
+
+
+def identifiers(config: Config, subjects: Folder) -> list[str]:
+    """The words that subjects are bound to: --identifier, or what stands before the class in captions without it."""
+    from sfumato.identifier import before
+    from sfumato.placeholders import holds
+
+    captions = list(dict.fromkeys(example.caption for example in subjects))
+    if any(holds(config.identifier, caption) for caption in captions):
+        return [config.identifier]
+    return before(config.class_name or (config.class_prompt or "").split()[-1], captions)
 
 
 def class_pictures(

@@ -42,7 +42,7 @@ def about(base: Base, prompt: str, resolution: int) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "base": base.name,
-        "fingerprint": base.quick_fingerprint(),
+        "fingerprint": base.fingerprint(),
         "prompt": prompt,
         "sampler": base.defaults.sampler,
         "steps": base.defaults.sampling_steps,

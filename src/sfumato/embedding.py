@@ -210,11 +210,11 @@ class Words(nn.Module):
         return [_quantiles(site.weight) for site in self._sites]
 
     @torch.no_grad()
-    def nearest(self, count: int = 3) -> dict[str, list[list[tuple[str, float]]]]:
-        """The table's words nearest to each vector of the first encoder, with the cosines, by placeholder."""
-        site, found = self._sites[0], {}
+    def nearest(self, count: int = 3, *, encoder: int = 0) -> dict[str, list[list[tuple[str, float]]]]:
+        """The table's words nearest to each vector of one of the encoders, with the cosines, by placeholder."""
+        site, found = self._sites[encoder], {}
         table = F.normalize(site.weight.float(), dim=1)
-        cosines = F.normalize(self.rows[0].detach().to(table.device), dim=1) @ table.T
+        cosines = F.normalize(self.rows[encoder].detach().to(table.device), dim=1) @ table.T
         best = cosines.topk(count, dim=1)
         lines = [
             [(shown(site.tokenizer, index), value) for index, value in zip(indices, values, strict=True)]
@@ -229,13 +229,17 @@ class Words(nn.Module):
         return sum(rows.numel() for rows in self.rows)
 
     def report(self) -> list[str]:
-        """`nearest` in a line a vector, and how long the vector is beside the table's mean."""
-        mean = float(self._sites[0].weight.float().norm(dim=1).mean())
-        lengths = iter((self.rows[0].detach().norm(dim=1) / mean).tolist())
+        """`nearest` in a line a vector of each encoder, and how long the vector is beside the mean of its table."""
+        return [line for encoder in range(len(self._sites)) for line in self._report(encoder)]
+
+    def _report(self, encoder: int) -> list[str]:
+        mean = float(self._sites[encoder].weight.float().norm(dim=1).mean())
+        lengths = iter((self.rows[encoder].detach().norm(dim=1) / mean).tolist())
+        part = f" in {PARTS[encoder]}" if len(self._sites) > 1 else ""
         return [
-            f"{token} {number} of {len(vectors)}: {', '.join(f'{word} {cosine:.2f}' for word, cosine in words)}; "
+            f"{token} {number} of {len(vectors)}{part}: {', '.join(f'{word} {cosine:.2f}' for word, cosine in words)}; "
             f"{next(lengths):.2f} of the mean length"
-            for token, vectors in self.nearest().items()
+            for token, vectors in self.nearest(encoder=encoder).items()
             for number, words in enumerate(vectors, start=1)
         ]
 

@@ -7,6 +7,7 @@ unlearned, and comes through in the pictures.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -33,8 +34,9 @@ class Identifier:
         found = [f"identifier {self.word!r}: {' and '.join(cuts)}"]
         if self.ordinary:
             words = ", ".join(repr(word) for word in self.ordinary)
+            are = "is an ordinary word" if len(self.ordinary) == 1 else "are ordinary words"
             found.append(
-                f"warning: {words} is an ordinary word, whose meaning will come through in the pictures; "
+                f"warning: {words} {are}, whose meaning will come through in the pictures; "
                 "a rare one, such as --identifier sks or ohwx, has none to unlearn"
             )
         return found
@@ -47,13 +49,33 @@ def examine(word: str, base: Base) -> Identifier:
     """
     cuts = dict.fromkeys(_cut(tokenizer, word) for tokenizer in base.tokenizers)
     parts = re.findall(r"[^\W\d_]+", word)  # CLIP cuts at signs and digits, too: "my-dog7" has a dog in it
-    return Identifier(word, tuple(cuts), tuple(part for part in parts if is_ordinary(part)))
+    found = dict.fromkeys(ordinary for part in parts if (ordinary := _ordinary_in(part)))
+    return Identifier(word, tuple(cuts), tuple(found))
+
+
+def before(of_class: str, captions: Iterable[str]) -> list[str]:
+    """The words that stand before a class in captions, each once: in "a photo of red dog" it is "red" before "dog".
+
+    Articles do not count. Empty where no caption holds the class.
+    """
+    found = re.compile(rf"(?:^|\s)(\S+)\s+{re.escape(of_class)}\b", re.IGNORECASE)
+    words = dict.fromkeys(word for caption in captions for word in found.findall(caption))
+    return [word for word in words if word.lower() not in ("a", "an", "the", "of")]
 
 
 def is_ordinary(word: str) -> bool:
     """Whether CLIP knows `word` as one frequent piece."""
     ids = _clip()(word, add_special_tokens=False, verbose=False).input_ids
     return len(ids) == 1 and ids[0] < FREQUENT and len(word) >= _SHORTEST
+
+
+def _ordinary_in(part: str) -> str:
+    """The ordinary word that `part` is, or that its last piece is: "reddog" ends in the very token of "dog". A piece of
+    two letters is a syllable."""
+    if is_ordinary(part):
+        return part
+    end = _cut(_clip(), part)[-1]
+    return end if len(end) > _SHORTEST and is_ordinary(end) else ""
 
 
 def _cut(tokenizer: Any, word: str) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import shutil
 
 import diffusers
 import pytest
@@ -248,6 +249,17 @@ def test_both_fingerprints_follow_tokenizer_schedule_and_empty_prompt(sd1):
     ]
     for kind in zip(*others, changed(), strict=True):
         assert len({*kind}) == 5
+
+
+@pytest.mark.parametrize("name", ["conv_in.bias", "mid_block.resnets.0.conv1.weight"])
+def test_both_fingerprints_notice_one_layer_that_learned_on(name, sd1, tmp_path):
+    folder = shutil.copytree(sd1.folder, tmp_path / sd1.folder.name)
+    file = folder / "unet/diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {name: tensors[name] + 1}, file)
+    other = load_base(folder, precision=CPU)
+    assert other.quick_fingerprint() != sd1.base.quick_fingerprint()
+    assert other.fingerprint() != sd1.base.fingerprint()
 
 
 def test_a_file_that_was_replaced_has_no_fingerprint(sd1, tmp_path):
