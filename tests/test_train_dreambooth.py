@@ -75,10 +75,12 @@ def papers_loop(base, dataset, class_set, *, seed, weight, steps=STEPS, count=2)
     """Eq. 2 of Ruiz et al. 2023: E w |x - x_hat(x_t, c)|^2 + lambda w' |x_pr - x_hat(x_t', c_pr)|^2, as it is written.
 
     class_set: pictures of the class, or a frozen copy of the U-Net whose prediction for the class is the target.
+    Trained is what of the U-Net wants gradients.
     """
-    unet = base.unet.requires_grad_(True)
+    unet = base.unet
+    trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
     subject, of_class = base.encode_text([PROMPT]).hidden, base.encode_text([CLASS]).hidden
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01)
     losses = []
 
     def draw(data_set, order, seed, step):
@@ -106,11 +108,11 @@ def papers_loop(base, dataset, class_set, *, seed, weight, steps=STEPS, count=2)
                     wanted = frozen(noisy, timesteps, words).sample
             loss = loss + weight * (unet(noisy, timesteps, words).sample - wanted).square().mean()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(unet.parameters(), 0.5)
+        torch.nn.utils.clip_grad_norm_(trained, 0.5)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    return losses, dict(unet.state_dict())
+    return losses
 
 
 @pytest.fixture
@@ -124,14 +126,23 @@ def shapes(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("prior", "folder"), [("none", "pictures"), ("pictures", "pictures"), ("base", "pictures"), ("pictures", "shapes")]
+    ("method", "prior", "folder"),
+    [
+        ("full", "none", "pictures"),
+        ("full", "pictures", "pictures"),
+        ("full", "base", "pictures"),
+        ("full", "pictures", "shapes"),
+        ("lora", "base", "pictures"),
+    ],
 )
-def test_equal_to_a_plain_loop_from_the_paper(prior, folder, train, pocket_folder, tmp_path, request):
-    """Same start, noise, timesteps and batches: the same losses and final weights, in pictures of all shapes."""
+def test_equal_to_a_plain_loop_from_the_paper(method, prior, folder, train, pocket_folder, tmp_path, request):
+    """Same start, noise, timesteps and batches: the same losses and final weights, in pictures of all shapes; of a LoRA
+    in peft's layers."""
     images = request.getfixturevalue(folder)
     options = ["--schedule", "constant", "--clip", "0.5", "--seed", "3", "--prior", prior]
     options += ["--prior-weight", "0.7"] if prior != "none" else []
     options += ["--max-timestep", "950", "--noise-offset", "0.2"]
+    options += ["--method", "lora", "--targets", "attention", "--precision", "fp32"] if method == "lora" else []
     path = train("run", "--images", images, *options)
 
     base = load_base(str(pocket_folder), precision=CPU)
@@ -141,13 +152,37 @@ def test_equal_to_a_plain_loop_from_the_paper(prior, folder, train, pocket_folde
         drawn = read_class(base, {CLASS: 3}, resolution=64, folder=tmp_path / "class")
         class_set = data.prepare(drawn, base, resolution=64)
     start = {name: tensor.clone() for name, tensor in base.unet.state_dict().items()}
-    losses, weights = papers_loop(base, dataset, class_set, seed=3, weight=0.7)
+    layers = with_peft(base.unet) if method == "lora" else base.unet.requires_grad_(True)
+    losses = papers_loop(base, dataset, class_set, seed=3, weight=0.7)
 
     assert_close([row["loss"] for row in rows(path)], losses, rtol=1e-4, atol=1e-6)
     assert len({row["class_loss"] for row in rows(path)}) == (1 if prior == "none" else STEPS)
-    for name, tensor in unet_of(path).items():
+    if method == "lora":
+        found = {name: module.delta() for (_, name), module in read_lora(path).modules.items()}
+        wanted = {name: layer.get_delta_weight("default").detach() for name, layer in layers.items()}
+    else:
+        wanted = {name: tensor - start[name] for name, tensor in layers.state_dict().items()}
+        found = {name: tensor - start[name] for name, tensor in unet_of(path).items()}
+    assert found.keys() == wanted.keys()
+    for name, change in found.items():
         # Of the whole change: a weight with almost no gradient goes where rounding tells AdamW's first steps to.
-        assert (tensor - weights[name]).norm() <= 1e-3 * (weights[name] - start[name]).norm() + 2e-5, name
+        assert (change - wanted[name]).norm() <= 1e-3 * wanted[name].norm() + 2e-5, name
+
+
+def with_peft(unet):
+    """peft's layers in all attention of the U-Net, with the start that DreamBooth's LoRA of rank 2 has from seed 3."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    from sfumato.adapters import attach, select
+
+    start = attach({"unet": select(unet, "attention")}, rank=2, alpha=2.0, seed=3)
+    start.detach()
+    names = sorted({name for _, name in start.layers})
+    inject_adapter_in_model(LoraConfig(r=2, lora_alpha=2, target_modules=names), unet)
+    layers = {name: unet.get_submodule(name) for name in names}
+    for name, layer in layers.items():
+        layer.lora_A["default"].weight.data.copy_(start.layers["unet", name].down.data)
+    return layers
 
 
 @pytest.mark.parametrize("method", [pytest.param("full", marks=pytest.mark.slow), "lora"])
