@@ -179,7 +179,7 @@ def test_dropout_without_places_is_refused(block):
         block.attn2["to_q"](torch.ones(1, 6))
 
 
-@pytest.mark.parametrize(("pattern", "said"), [("nothing", "matches none"), ("(", "nor a regular expression")])
+@pytest.mark.parametrize(("pattern", "said"), [("nothing", "matches none"), ("(", "nor a regular"), ("", "is empty")])
 def test_targets_that_choose_nothing_say_what_there_is(block, pattern, said):
     with pytest.raises(AdapterError, match=said):
         select(block, pattern)

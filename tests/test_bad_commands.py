@@ -116,6 +116,7 @@ WRONG_USE = [
     ("train lora", train("--steps", "0"), "--steps is 0"),
     ("train lora", train("--steps", "-3"), "--steps is -3"),
     ("train lora", train("--batch", "0"), "--batch is 0"),
+    ("train lora", train("--seed", str(2**64)), f"seed {2**64}: wanted a whole number of 64 bits"),
     ("train lora", train("--accumulate", "0"), "--accumulate is 0"),
     ("train lora", train("--learning-rate", "nan"), "--learning-rate is nan"),
     ("train lora", train("--learning-rate", "inf"), "--learning-rate is inf"),

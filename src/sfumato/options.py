@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from sfumato.axes import checked_seed
 from sfumato.config import fill
 from sfumato.errors import ConfigError
 from sfumato.prompts import refuse_tags, without_flags
@@ -321,6 +322,8 @@ def check_run(config: FolderOptions) -> None:
     device = getattr(config, "device", "auto")
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", device):
         raise ConfigError(f"--device {device!r:.60}: unknown; wanted auto, cuda, cuda:0, mps or cpu.")
+    if (seed := getattr(config, "seed", None)) is not None:
+        checked_seed(seed)
     for option, value in given(_AT_LEAST_ONE):
         if value < 1:
             raise ConfigError(f"{option} is {value}; it must be at least 1.")

@@ -241,6 +241,11 @@ def test_a_vae_of_the_hub_lies_in_a_repository_of_its_own_or_in_a_bases(place, c
     assert "not in the hub's local cache" in refusal(pocket, vae="owner/vae")
 
 
+def test_a_folder_without_a_vae_is_named(pocket, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    assert refusal(pocket, vae=tmp_path / "pictures").startswith("pictures: no VAE is in this folder. Name one with")
+
+
 def test_of_a_vaes_repository_the_vae_alone_is_fetched(monkeypatch):
     asked = {}
     own = ["README.md", "config.json", "diffusion_pytorch_model.bin", "diffusion_pytorch_model.safetensors"]

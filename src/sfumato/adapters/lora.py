@@ -200,6 +200,8 @@ def select(model: nn.Module, pattern: str, *, conv: bool = False) -> dict[str, n
 
     1x1 convolutions count as linear ones, which they are. An empty choice is an AdapterError.
     """
+    if not pattern.strip():
+        raise AdapterError(f"--targets is empty; give one of {', '.join(TARGETS)}, or a regular expression.")
     expression = TARGETS.get(pattern, pattern)
     try:
         compiled = re.compile(f"(?:{expression})" + (f"|(?:{CONV_TARGETS})" if conv else ""))

@@ -293,6 +293,10 @@ def find_vae(source: str | os.PathLike[str]) -> tuple[Path, str]:
     """(folder with the VAE's config.json or single file, public name)."""
     path, name = find(source, hub_vae)
     if path.is_dir() and not (path / "config.json").is_file():
+        if not (path / "vae/config.json").is_file():
+            raise BaseModelError(
+                f"{name}: no VAE is in this folder. Name one with a VAE's config.json, or a base's folder."
+            )
         path = path / "vae"
     return path, name
 
