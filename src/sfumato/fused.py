@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.errors import ConfigError
-from sfumato.optimizers import factor_within
+from sfumato.optimizers import factor_within, is_one
 
 WHOLE = ("prodigy",)
 """Optimizers that look at all gradients at once, and so cannot step weight by weight."""
@@ -63,9 +63,10 @@ class FusedStep:
     def _hook(self, number: int, place: int) -> Callable[[Tensor], None]:
         def step(weight: Tensor) -> None:
             assert weight.grad is not None
-            # Not the sum of squares, which would be another tensor of the weight's size.
-            self._norms[number] = torch.linalg.vector_norm(weight.grad.detach(), dtype=torch.float32)
-            if isinstance(self._factor, Tensor):
+            if not isinstance(self._factor, Tensor):  # which is made of the norm
+                # Not the sum of squares, which would be another tensor of the weight's size.
+                self._norms[number] = torch.linalg.vector_norm(weight.grad.detach(), dtype=torch.float32)
+            elif not is_one(self._factor):
                 weight.grad.mul_(self._factor)
             if self._factor is not None:
                 self._step(weight, place)

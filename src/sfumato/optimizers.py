@@ -97,9 +97,14 @@ def clip(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
     """
     gradients = [p.grad for p in list(parameters) if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
-    if limit > 0:
-        torch._foreach_mul_(gradients, factor_within(norm, limit))
+    if limit > 0 and not is_one(factor := factor_within(norm, limit)):
+        torch._foreach_mul_(gradients, factor)
     return norm
+
+
+def is_one(factor: Tensor) -> bool:
+    """Whether to multiply by it changes nothing, where that is known without waiting for a device: on a CPU."""
+    return factor.device.type == "cpu" and float(factor) == 1
 
 
 def factor_within(norm: Tensor, limit: float) -> Tensor:

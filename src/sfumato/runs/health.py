@@ -46,13 +46,21 @@ class Health:
             for group in part.param_groups
             for p in group["params"]
         ]
-        if weights and not math.isfinite(float(torch.stack(torch._foreach_norm(weights, math.inf)).amax())):
+        if weights and not _are_finite(weights):
             self.broken = f"step {number + 1}: the trained weights are not finite"
 
     def forget(self) -> str:
         """Begin to count anew; returns why the run was broken."""
         reason, self.broken, self.bad = self.broken, "", []
         return reason
+
+
+def _are_finite(tensors: list[Tensor]) -> bool:
+    """Whether all numbers are; one wait for the device where they are."""
+    # The greatest would say it alone, and takes a CPU five times as long: 1.5 s a step with the whole U-Net of SD 1.5.
+    if math.isfinite(float(torch.stack(torch._foreach_norm(tensors)).sum())):
+        return True
+    return math.isfinite(float(torch.stack(torch._foreach_norm(tensors, math.inf)).amax()))  # squares can overflow
 
 
 def not_finite(named: Mapping[str, float | Tensor]) -> str:
