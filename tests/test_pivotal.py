@@ -7,9 +7,9 @@ import torch
 from torch.testing import assert_close
 
 from sfumato import cli, data, diffusion, embedding, randomness
-from sfumato.adapters import attach, select
 from sfumato.bases import load_base
 from sfumato.files import read_lora, read_tensors
+from tests.in_peft import layers_of_peft
 from tests.tiny import CPU
 
 STEPS, SEED = 4, 3
@@ -32,7 +32,7 @@ def test_equal_to_a_plain_loop_over_peft_and_the_whole_table(pocket_folder, pict
     encoder, tokenizer = base.text_encoders[0], base.tokenizers[0]
     with embedding.new_words(base, ["<x>"], vectors=2, start="mean", seed=SEED) as new:
         start = new.rows[0].detach().clone()
-    layers = layers_of_peft(base.unet)
+    layers = layers_of_peft(base.unet, "cross-attention", seed=SEED)
     adapted = [p for p in base.unet.parameters() if p.requires_grad]
 
     tokenizer.add_tokens(["<x>", "<y>"])
@@ -79,17 +79,3 @@ def test_equal_to_a_plain_loop_over_peft_and_the_whole_table(pocket_folder, pict
         assert_close(module.delta(), layers[name].get_delta_weight("default").detach(), rtol=1e-3, atol=1e-6)
     assert not torch.allclose(rows.detach(), start, atol=1e-3)
     assert max(module.delta().abs().max() for module in modules.values()) > 1e-3
-
-
-def layers_of_peft(unet):
-    """peft's layers in the cross-attention, by name, that begin where ours do."""
-    from peft import LoraConfig, inject_adapter_in_model
-
-    start = attach({"unet": select(unet, "cross-attention")}, rank=2, alpha=2.0, seed=SEED)
-    start.detach()
-    names = sorted({name for _, name in start.layers})
-    inject_adapter_in_model(LoraConfig(r=2, lora_alpha=2, target_modules=names), unet)
-    layers = {name: unet.get_submodule(name) for name in names}
-    for name, layer in layers.items():
-        layer.lora_A["default"].weight.data.copy_(start.layers["unet", name].down.data)
-    return layers

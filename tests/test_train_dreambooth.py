@@ -23,6 +23,7 @@ from sfumato.files.fingerprint import verify
 from sfumato.files.metadata import thumbnail_uri
 from sfumato.full import write_folder as full_writer
 from sfumato.prior import class_seed
+from tests.in_peft import layers_of_peft
 from tests.tiny import CPU
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -152,7 +153,7 @@ def test_equal_to_a_plain_loop_from_the_paper(method, prior, folder, train, pock
         drawn = read_class(base, {CLASS: 3}, resolution=64, folder=tmp_path / "class")
         class_set = data.prepare(drawn, base, resolution=64)
     start = {name: tensor.clone() for name, tensor in base.unet.state_dict().items()}
-    layers = with_peft(base.unet) if method == "lora" else base.unet.requires_grad_(True)
+    layers = layers_of_peft(base.unet, "attention", seed=3) if method == "lora" else base.unet.requires_grad_(True)
     losses = papers_loop(base, dataset, class_set, seed=3, weight=0.7)
 
     assert_close([row["loss"] for row in rows(path)], losses, rtol=1e-4, atol=1e-6)
@@ -167,22 +168,6 @@ def test_equal_to_a_plain_loop_from_the_paper(method, prior, folder, train, pock
     for name, change in found.items():
         # Of the whole change: a weight with almost no gradient goes where rounding tells AdamW's first steps to.
         assert (change - wanted[name]).norm() <= 1e-3 * wanted[name].norm() + 2e-5, name
-
-
-def with_peft(unet):
-    """peft's layers in all attention of the U-Net, with the start that DreamBooth's LoRA of rank 2 has from seed 3."""
-    from peft import LoraConfig, inject_adapter_in_model
-
-    from sfumato.adapters import attach, select
-
-    start = attach({"unet": select(unet, "attention")}, rank=2, alpha=2.0, seed=3)
-    start.detach()
-    names = sorted({name for _, name in start.layers})
-    inject_adapter_in_model(LoraConfig(r=2, lora_alpha=2, target_modules=names), unet)
-    layers = {name: unet.get_submodule(name) for name in names}
-    for name, layer in layers.items():
-        layer.lora_A["default"].weight.data.copy_(start.layers["unet", name].down.data)
-    return layers
 
 
 @pytest.mark.parametrize("method", [pytest.param("full", marks=pytest.mark.slow), "lora"])

@@ -24,6 +24,7 @@ from sfumato.errors import ConfigError
 from sfumato.files import read_header, read_lora, read_tensors, write_tensors
 from sfumato.precision import decide
 from sfumato.prior import class_seed
+from tests.in_peft import layers_of_peft
 from tests.tiny import CPU, tiny_pipeline, write_single_file
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -58,10 +59,7 @@ def test_equal_to_a_plain_loop_with_peft(prompts, among, train, pocket_folder, p
     """Same start, noise, timesteps and batches: the losses and the delta of peft's layers under torch's AdamW; and with
     the prior of Li & Hoiem 2017, |unet(x_t', t', c_pr; W + B A) - unet(x_t', t', c_pr; W)|^2 for the same pictures, at
     some of the timesteps alone."""
-    from peft import LoraConfig, inject_adapter_in_model
-
     from sfumato import data
-    from sfumato.adapters import attach, select
 
     prior = [word for prompt in prompts for word in ("--prior-prompts", prompt)]
     weighted = [*prior, "--prior-weight", "0.7"] if prior else []
@@ -72,14 +70,8 @@ def test_equal_to_a_plain_loop_with_peft(prompts, among, train, pocket_folder, p
 
     base = load_base(str(pocket_folder), precision=decide("fp32", device="cpu"))
     dataset = data.prepare(data.read_folder(pictures, caption_template="{caption}"), base, resolution=64)
-    start = attach({"unet": select(base.unet, "cross-attention")}, rank=2, alpha=2.0, seed=3)
-    start.detach()
-    names = sorted({name for _, name in start.layers})
     frozen = copy.deepcopy(base.unet)
-    inject_adapter_in_model(LoraConfig(r=2, lora_alpha=2, target_modules=names), base.unet)
-    layers = {name: base.unet.get_submodule(name) for name in names}
-    for name, layer in layers.items():
-        layer.lora_A["default"].weight.data.copy_(start.layers["unet", name].down.data)
+    layers = layers_of_peft(base.unet, "cross-attention", seed=3)
     parameters = [p for p in base.unet.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-2, betas=(0.9, 0.99), weight_decay=0.01)
     losses = []
