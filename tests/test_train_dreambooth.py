@@ -222,6 +222,7 @@ def test_fused_weights_are_those_of_the_plain_run(train, clip):
         (["--prior-weight", "-1"], "--prior-weight is -1"),
         (["--drift-limit", "0.1"], "--measure-every 0"),
         (["--identifier", " "], "--identifier is empty"),
+        (["--class-prompt", " "], "--class-prompt is empty"),
         (["--caption", "{caption}"], "--instance-prompt and --caption"),
         (["--class-images", "nowhere", "--class-count", None], "nowhere"),
         (["--class-images", "nowhere"], "--class-count has no effect without --prior-prompts beside --class-images"),

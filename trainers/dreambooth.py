@@ -289,6 +289,9 @@ def check(config: Config) -> None:
         raise ConfigError("--class-name is unset; say what the subject is, such as --class-name otter.")
     if not config.identifier.strip():
         raise ConfigError("--identifier is empty; give a rare word, such as sks.")
+    for option in ("class_name", "class_prompt", "instance_prompt"):
+        if (words := getattr(config, option)) and not words.strip():
+            raise ConfigError(f"--{option.replace('_', '-')} is empty; give words, or leave it out.")
     if config.instance_prompt and config.caption:
         raise ConfigError("--instance-prompt and --caption are both given; each decides all captions, so give one.")
     if config.save is not None and config.method == "lora" and config.save != "lora":
