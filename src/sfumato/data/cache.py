@@ -14,17 +14,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import PIL
-import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from sfumato.data.buckets import Crop
 from sfumato.errors import DataError, FileError
 from sfumato.files.header import read_header
 from sfumato.files.read import read_tensors
-from sfumato.files.save import write_tensors
+from sfumato.files.save import raw_bytes, write_tensors
 
 FORMAT = 2
 """To be raised whenever what is computed here changes: cropping, resampling, what is stored."""
@@ -89,13 +86,8 @@ def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str
     described = [(name, str(tensor.dtype), list(tensor.shape)) for name, tensor in sorted(tensors.items())]
     found = zlib.crc32(json.dumps([described, sorted(metadata.items())]).encode())
     for _, tensor in sorted(tensors.items()):
-        found = zlib.crc32(_bytes(tensor), found)
+        found = zlib.crc32(raw_bytes(tensor), found)
     return f"{found:08x}"
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    array: NDArray[np.uint8] = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return array.data
 
 
 def key_of(**parts: Any) -> str:
@@ -124,7 +116,7 @@ def weights_digest(modules: Iterable[Any]) -> str:
         digest.update(public_config(module).encode())
         for name, tensor in module.state_dict().items():
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(_bytes(tensor))
+            digest.update(raw_bytes(tensor))
     return digest.hexdigest()
 
 

@@ -91,7 +91,7 @@ def _folder(base: str) -> Path:
     path = Path(base)
     if base == "pocket":
         return _PACKAGE / "pocket"
-    if base in FAMILIES and base != "pocket":
+    if base in FAMILIES:
         return _PACKAGE / "bases" / "configs" / base
     if path.is_dir():
         return path
@@ -102,8 +102,9 @@ def _folder(base: str) -> Path:
         return _folder(family_of_names(read_header(path).tensors, path.name, needs_vae=False).name)
     if (cached := _cached(base)) is not None:
         return cached
-    families = ", ".join(name for name in FAMILIES)
-    raise BaseModelError(f"{base}: not on this machine, so what it wants is not known. Name its family: {families}.")
+    raise BaseModelError(
+        f"{base}: not on this machine, so what it wants is not known. Name its family: {', '.join(FAMILIES)}."
+    )
 
 
 def _cached(hub_id: str) -> Path | None:

@@ -36,6 +36,7 @@ from sfumato.data.options import CropMode, Options
 from sfumato.data.tags import count_forms, forms
 from sfumato.data.texts import Texts
 from sfumato.errors import ConfigError, DataError
+from sfumato.files.read import stamp
 
 if TYPE_CHECKING:
     from sfumato.bases import Base
@@ -223,7 +224,7 @@ def _read(example: Example, label: str, plan: _Plan, store: Cache | None) -> _Do
     """The example's crop, from the cache if it is there, or what is wrong with it."""
     try:
         files = example.files
-        before = [_stamp(path) for path in files]
+        before = [stamp(path.stat()) for path in files]
         content = [file_digest(path) for path in files]
         for path, wanted, found in zip(files, example.sums, content, strict=False):
             refuse_changed(path, wanted, found)
@@ -240,16 +241,11 @@ def _read(example: Example, label: str, plan: _Plan, store: Cache | None) -> _Do
         result: Cropped | Entry | None = store.find("latents", key) if store else None
         if result is None:
             result = crop_example(example, plan.sizes, plan.vae_factor, example.options.crop or "center")
-            if [_stamp(path) for path in files] != before:
+            if [stamp(path.stat()) for path in files] != before:
                 raise DataError(f"{example.path.name}: the file changed while it was read. Start again.")
         return _Done(example, label, "".join(content), key, result)
     except DataError as error:
         return DataError(labelled(str(error), example.path, label))
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    status = path.stat()
-    return status.st_mtime_ns, status.st_size
 
 
 def _items(

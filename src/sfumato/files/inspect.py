@@ -146,7 +146,7 @@ def _together(name: str, parts: Mapping[str, Inspection]) -> Inspection:
         alphas=summed("alphas"),
         norm=math.hypot(*norms) if norms else None,
         stored=union("stored"),
-        blocks=sorted((block for found in some for block in found.blocks), key=lambda block: _block_order(block.name)),
+        blocks=sorted((block for found in some for block in found.blocks), key=lambda block: block_order(block.name)),
         trigger=union("trigger"),
         adapter_guidance=adapter_guidance_of(metadata),
         over_steps=over_steps_of(metadata),
@@ -302,7 +302,8 @@ def _target_name(target: Target) -> str:
     return f"{part} {names[-1] if len(names) > 2 else path}"
 
 
-def _block_order(name: str) -> tuple[int, list[tuple[bool, int, str]]]:
+def block_order(name: str) -> tuple[int, list[tuple[bool, int, str]]]:
+    """What sorts the names that `block_of` gives in the order of the model."""
     starts = ("text_encoder.", "text_encoder_2.", "conv_in", "time_", "add_", "down_blocks", "mid_block", "up_blocks")
     place = next((i for i, start in enumerate(starts) if name.startswith(start)), len(starts))
     return place, [(not word.isdigit(), int(word) if word.isdigit() else 0, word) for word in name.split(".")]
@@ -315,7 +316,7 @@ def _blocks(squares: Mapping[Target, float]) -> list[Block]:
         name = block_of(target)
         sums[name] = sums.get(name, 0.0) + square
         counts[name] += 1
-    return [Block(name, counts[name], float(np.sqrt(sums[name]))) for name in sorted(sums, key=_block_order)]
+    return [Block(name, counts[name], float(np.sqrt(sums[name]))) for name in sorted(sums, key=block_order)]
 
 
 def render(found: Inspection) -> str:

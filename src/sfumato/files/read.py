@@ -65,7 +65,7 @@ Stamp = tuple[int, int]
 
 
 def stamp(status: os.stat_result) -> Stamp:
-    """(mtime in ns, bytes): a file that was replaced or written over has another. Mounts may renumber inodes."""
+    """(mtime in ns, bytes), by which a file is known to be as it was. Mounts may renumber inodes."""
     return status.st_mtime_ns, status.st_size
 
 

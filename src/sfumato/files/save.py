@@ -59,7 +59,7 @@ def write_tensors(
     with _opened(path) as file:
         file.write(header_bytes(tensors, metadata or {}))
         for name in ordered(tensors):
-            file.write(_bytes(tensors[name]))
+            file.write(raw_bytes(tensors[name]))
     return path
 
 
@@ -86,7 +86,7 @@ def write_one_by_one(
             _check_finite(path, name, tensor)
             if (tensor.shape, tensor.dtype) != (shapes[name].shape, shapes[name].dtype):
                 raise FileError(f"{path.name}: {name} is not of the shape and dtype that were announced.")
-            file.write(_bytes(tensor))
+            file.write(raw_bytes(tensor))
         if hashed:
             file.flush()
             with (
@@ -183,7 +183,7 @@ def hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[s
     sshs_legacy_hash (A1111's first): 8 hex digits of the sha256 of 64 KiB at 1 MiB in the file as it were with the
     `ss_` metadata only, which is how kohya saves it for this purpose.
     """
-    return _hashes([_bytes(tensors[name]) for name in ordered(tensors)], _training_header(tensors, metadata))
+    return _hashes([raw_bytes(tensors[name]) for name in ordered(tensors)], _training_header(tensors, metadata))
 
 
 def _training_header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
@@ -202,7 +202,8 @@ def _hashes(data: Sequence[memoryview], training_header: bytes) -> dict[str, str
     }
 
 
-def _bytes(tensor: Tensor) -> memoryview:
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """A tensor's numbers as a file has them, whatever its device and strides."""
     array: NDArray[np.uint8] = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return array.data
 

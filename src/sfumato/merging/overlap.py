@@ -14,7 +14,7 @@ import torch
 from sfumato.compose.adapter import weight_at, weight_text
 from sfumato.errors import AdapterError
 from sfumato.files.changes.replacement import lora_command
-from sfumato.files.inspect import block_of
+from sfumato.files.inspect import block_of, block_order
 from sfumato.files.kohya import Target
 from sfumato.merging.factors import Factors, from_module, product_energy, singular
 from sfumato.merging.merge import Source
@@ -67,7 +67,7 @@ def clashes(sources: Sequence[Source]) -> list[Pair]:
                 if (other := factors[second.name].get(target)) is not None:
                     _check_shapes(target, first.name, one, second.name, other)
                     blocks.setdefault(block_of(target), []).append((one, other))
-            for block in sorted(blocks, key=_place):
+            for block in sorted(blocks, key=block_order):
                 pairs.append(_pair(first.name, second.name, block, blocks[block]))
     if not pairs:
         raise AdapterError("no two of the adapters change the same module, so nothing can clash.")
@@ -171,9 +171,3 @@ def _overlap(one: _Decomposed, other: _Decomposed, cosines: torch.Tensor) -> flo
 def _angle(cosines: torch.Tensor) -> float:
     """The smallest principal angle in degrees (Bjorck and Golub 1973): the largest singular value is its cosine."""
     return math.degrees(math.acos(min(1.0, float(torch.linalg.matrix_norm(cosines, 2)))))
-
-
-def _place(block: str) -> tuple[int, list[tuple[bool, int, str]]]:
-    starts = ("text_encoder.", "text_encoder_2.", "conv_in", "time_", "add_", "down_blocks", "mid_block", "up_blocks")
-    place = next((i for i, start in enumerate(starts) if block.startswith(start)), len(starts))
-    return place, [(not word.isdigit(), int(word) if word.isdigit() else 0, word) for word in block.split(".")]

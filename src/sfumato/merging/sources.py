@@ -15,10 +15,11 @@ from sfumato.files.header import read_header
 from sfumato.files.kohya import Target
 from sfumato.files.metadata import data_sha256, joint_hash, short_hash
 from sfumato.files.peft_folder import adapter_sources
+from sfumato.files.read import Stamp, stamp
 from sfumato.merging.blocks import select
 from sfumato.merging.lineage import Parent
 from sfumato.merging.merge import Source
-from sfumato.merging.whole_model import is_whole_model, read_mixable, stamp, weight_files
+from sfumato.merging.whole_model import is_whole_model, read_mixable, weight_files
 
 
 def read_source(
@@ -56,18 +57,18 @@ def identity(path: Path) -> str:
     What was hashed is remembered for as long as the files stay as they are, since every picture tells it.
     """
     if not path.is_dir():
-        return _short_hash(path, stamp(path))
+        return _short_hash(path, stamp(path.stat()))
     files = weight_files(path) if is_whole_model(path) else [source.header.path for source in adapter_sources(path)]
-    return joint_hash(_data_sha256(file, stamp(file)) for file in files)
+    return joint_hash(_data_sha256(file, stamp(file.stat())) for file in files)
 
 
 @cache
-def _short_hash(path: Path, stamp: tuple[int, int]) -> str:
+def _short_hash(path: Path, stamp: Stamp) -> str:
     return short_hash(path)
 
 
 @cache
-def _data_sha256(path: Path, stamp: tuple[int, int]) -> str:
+def _data_sha256(path: Path, stamp: Stamp) -> str:
     return data_sha256(read_header(path))
 
 

@@ -15,6 +15,7 @@ from sfumato.files.adapter_file import AdapterFile, read_adapter
 from sfumato.files.changes.replacement import Replacement
 from sfumato.files.header import read_header
 from sfumato.files.kohya import Target
+from sfumato.files.read import Stamp, stamp
 
 if TYPE_CHECKING:
     from sfumato.merging.stored import StoredBase
@@ -39,19 +40,13 @@ def is_whole_model(path: str | os.PathLike[str]) -> bool:
     if path.is_dir():
         return (path / "model_index.json").is_file()
     try:
-        return path.is_file() and _is_checkpoint(path.absolute(), stamp(path))
+        return path.is_file() and _is_checkpoint(path.absolute(), stamp(path.stat()))
     except FileError:
         return False
 
 
-def stamp(path: Path) -> tuple[int, int]:
-    """By which a file is known to be as it was."""
-    status = path.stat()
-    return status.st_mtime_ns, status.st_size
-
-
 @cache
-def _is_checkpoint(path: Path, stamp: tuple[int, int]) -> bool:
+def _is_checkpoint(path: Path, stamp: Stamp) -> bool:
     return f"{UNET}input_blocks.0.0.weight" in read_header(path).tensors
 
 

@@ -20,14 +20,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sfumato.errors import FileError, RunError
 from sfumato.files import read_tensors, write_tensors
 from sfumato.files.atomic import atomic_folder
 from sfumato.files.read import is_finite
-from sfumato.files.save import header_bytes, ordered
+from sfumato.files.save import header_bytes, ordered, raw_bytes
 from sfumato.runs.state import pack, unpack
 
 _FILES = ("state.safetensors", "state.json")
@@ -202,7 +201,7 @@ def _seal_of(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     head = header_bytes(tensors, {})
     digest = hashlib.sha256(head)
     for name in ordered(tensors):
-        digest.update(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(raw_bytes(tensors[name]))
     return {"bytes": len(head) + sum(t.nbytes for t in tensors.values()), "sha256": digest.hexdigest()}
 
 
