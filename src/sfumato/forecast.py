@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -187,15 +187,12 @@ def _step(base: Base, way: Way, setting: Setting, learned: list[nn.Parameter]) -
 @contextmanager
 def _norms_in_fp32(unet: nn.Module, setting: Setting) -> Iterator[None]:
     """As a GPU's autocast has normalisations, whose inputs are kept in fp32; a CPU's leaves them in half precision."""
+    is_cast = setting.device == "gpu" and setting.precision.compute != torch.float32
     norms = [module for module in unet.modules() if isinstance(module, nn.GroupNorm | nn.LayerNorm)]
-    hooks = []
-    if setting.device == "gpu" and setting.precision.compute != torch.float32:
-        hooks = [norm.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),)) for norm in norms]
-    try:
+    with ExitStack() as hooks:
+        for norm in norms if is_cast else ():
+            hooks.enter_context(norm.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),)))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _predict(base: Base, setting: Setting, count: int, text: tuple[Tensor, Tensor | None]) -> Tensor:
@@ -223,12 +220,9 @@ def _encoded(base: Base, count: int, leaves: list[Tensor]) -> tuple[Tensor, Tens
 
     outputs = []
     for encoder in base.text_encoders:
-        hook = encoder.get_input_embeddings().register_forward_hook(words)
-        try:
+        with encoder.get_input_embeddings().register_forward_hook(words):
             ids = _zeros(count, base.token_limit + 2, dtype=torch.long)
             outputs.append(encoder(ids, output_hidden_states=True))
-        finally:
-            hook.remove()
     if len(outputs) == 1:
         return outputs[0].last_hidden_state, None
     return torch.cat([output.hidden_states[-2] for output in outputs], dim=-1), outputs[-1].text_embeds

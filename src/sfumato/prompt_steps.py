@@ -165,8 +165,5 @@ def told_by_stages(unet: nn.Module, told: Sequence[Stage], scheduler: Any) -> It
             options["added_cond_kwargs"] = {**options["added_cond_kwargs"], "text_embeds": text.pooled}
         return args, options
 
-    handle = unet.register_forward_pre_hook(tell, with_kwargs=True, prepend=True)
-    try:
+    with unet.register_forward_pre_hook(tell, with_kwargs=True, prepend=True):
         yield
-    finally:
-        handle.remove()

@@ -76,11 +76,8 @@ def _compared(mix: Mix, guidance: float) -> Iterator[None]:
             "same number."
         )
 
-    handle = unwrapped_parts(mix.pipe)["unet"].register_forward_pre_hook(check)
-    try:
+    with unwrapped_parts(mix.pipe)["unet"].register_forward_pre_hook(check):
         yield
-    finally:
-        handle.remove()
 
 
 def strengths_of(mix: Mix, strength: float | Mapping[str, float] | None, *, guidance: float) -> dict[str, float]:

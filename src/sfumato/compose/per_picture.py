@@ -10,7 +10,7 @@ Sheng et al. 2023, Chen et al. 2023), so that the cost is that of one adapter, h
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -80,12 +80,9 @@ def per_picture(pipe: Any, adapters: Sequence[Sequence[Adapter]], *, partial: bo
             raise _other_number(rows, count, each)
 
     # Before `forward`, in which adapter guidance halves the call.
-    handle = unwrapped_parts(pipe)["unet"].register_forward_pre_hook(check, with_kwargs=True)
-    try:
-        with _hooked(pipe, adapters, index, partial=partial):
-            yield
-    finally:
-        handle.remove()
+    checked = unwrapped_parts(pipe)["unet"].register_forward_pre_hook(check, with_kwargs=True)
+    with checked, _hooked(pipe, adapters, index, partial=partial):
+        yield
 
 
 def _check_lists(adapters: Any) -> None:
@@ -151,16 +148,12 @@ def composite(pipe: Any, *adapters: Adapter, partial: bool = False) -> Iterator[
         mean = sample.view(-1, count, *sample.shape[1:]).mean(1)
         return (mean,) if isinstance(output, tuple) else type(output)(sample=mean)
 
-    with _hooked(pipe, [[adapter] for adapter in adapters], index, partial=partial, unet_only=True):
-        handles = [
-            unet.register_forward_pre_hook(before, with_kwargs=True),
-            unet.register_forward_hook(after),
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    with (
+        _hooked(pipe, [[adapter] for adapter in adapters], index, partial=partial, unet_only=True),
+        unet.register_forward_pre_hook(before, with_kwargs=True),
+        unet.register_forward_hook(after),
+    ):
+        yield
 
 
 @contextmanager
@@ -176,14 +169,10 @@ def _hooked(
                 "is for the U-Net alone."
             )
     refuse_compiled(pipe, {part for part, _ in layers})
-    handles = []
-    try:
+    with ExitStack() as hooks:
         for module, terms in layers.values():
-            handles.append(module.register_forward_hook(_Gathered(module, terms, index)))
+            hooks.enter_context(module.register_forward_hook(_Gathered(module, terms, index)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _layers(

@@ -139,11 +139,10 @@ def over_steps_of(mix: Mix, weights: Mapping[str, Progress], switch: Switch | No
         _set(mix, wanted)
 
     # A LoRA that diffusers loaded beside the mix is a layer around those that the mix changes.
-    handle = unwrapped_parts(mix.pipe)["unet"].register_forward_pre_hook(follow, with_kwargs=True)
     try:
-        yield
+        with unwrapped_parts(mix.pipe)["unet"].register_forward_pre_hook(follow, with_kwargs=True):
+            yield
     finally:
-        handle.remove()
         _set(mix, before)
 
 

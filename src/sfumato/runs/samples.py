@@ -124,15 +124,11 @@ def _only_within(
         if not counts(progress_of(asked_timestep(args, options), base.scheduler)):
             others.enter_context(otherwise())
 
-    hooks = [
+    with (
         base.unet.register_forward_pre_hook(begin, with_kwargs=True),
         base.unet.register_forward_hook(lambda *_: others.close(), always_call=True),
-    ]
-    try:
+    ):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @contextmanager

@@ -11,14 +11,13 @@ blended by the mask at the querying pixel. What the time step adds to a channel 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
 
-from sfumato import prompts
 from sfumato.compose.match import halved, refuse_compiled, say_unknown_words, unwrapped_parts, without_peft
 from sfumato.compose.regions.attention import Attention, check_no_picture_prompt
 from sfumato.compose.regions.changes import Paths, Spans, by_layer, read
@@ -26,7 +25,7 @@ from sfumato.compose.regions.masks import Masks
 from sfumato.compose.regions.region import Box, Region
 from sfumato.compose.regions.texts import Texts
 from sfumato.errors import AdapterError
-from sfumato.prompts import Syntax
+from sfumato.prompts import Syntax, refuse_tags
 
 __all__ = ["Box", "Region", "regions"]
 
@@ -52,14 +51,7 @@ def regions(
     low-rank form, for one that changes the text encoders in a region without a prompt, for a compiled U-Net, for
     a pipeline with an IP-Adapter, and for prompts in one that guides by a picture, too.
     """
-    if not parts:
-        raise AdapterError("there is no region; give at least one.")
-    if wrong := [part for part in parts if not isinstance(part, Region)]:
-        raise AdapterError(f"a region is given as Region(where, Adapter(file)), got {wrong[0]!r:.60}.")
-    if syntax != "plain" and not hasattr(pipe, "encode_text"):
-        raise AdapterError(f"the prompt syntax {syntax} wants a Base of sfumato.load_base, not a pipeline.")
-    for part in parts:
-        prompts.refuse_tags(part.prompt or "", f"the region's prompt {part.prompt!r:.60}", "give Region the adapter")
+    _check(pipe, parts, syntax)
     unet = unwrapped_parts(pipe)["unet"]
     check_no_picture_prompt(unet)
     refuse_compiled(pipe, ["unet"])
@@ -73,26 +65,36 @@ def regions(
     layers = by_layer(pipe, parts, files, spans, partial=partial)
     say_unknown_words(pipe, files)
 
-    with halved(unet):
-        seen = (lambda unet, *_: check_no_picture_prompt(unet), masks.see, texts.see, spans.see)
-        handles = [unet.register_forward_pre_hook(see, with_kwargs=True) for see in seen]
-        processors: list[tuple[Any, Any]] = []
-        try:
-            for path, module in unet.named_modules():
-                if path.endswith("attn2"):
-                    keys, values = (layers.pop(f"{path}.{name}", None) for name in ("to_k", "to_v"))
-                    if keys or values or any(text is not None for text in texts.now):
-                        processors.append((module, module.processor))
-                        module.set_processor(Attention(masks, texts, keys, values))
-            for path, paths in layers.items():
-                handles += _hooks(unet, path, paths, masks)
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            for module, processor in processors:
-                if isinstance(module.processor, Attention):  # another may have been set meanwhile
-                    module.set_processor(processor)
+    with halved(unet), ExitStack() as stack:
+        for see in (lambda unet, *_: check_no_picture_prompt(unet), masks.see, texts.see, spans.see):
+            stack.enter_context(unet.register_forward_pre_hook(see, with_kwargs=True))
+        for path, module in unet.named_modules():
+            if path.endswith("attn2"):
+                keys, values = (layers.pop(f"{path}.{name}", None) for name in ("to_k", "to_v"))
+                if keys or values or any(text is not None for text in texts.now):
+                    stack.callback(_set_back, module, module.processor)
+                    module.set_processor(Attention(masks, texts, keys, values))
+        for path, paths in layers.items():
+            for handle in _hooks(unet, path, paths, masks):
+                stack.enter_context(handle)
+        yield
+
+
+def _check(pipe: Any, parts: Sequence[Region], syntax: Syntax) -> None:
+    """Raises AdapterError or ConfigError for what are no regions, or none that this pipeline can draw."""
+    if not parts:
+        raise AdapterError("there is no region; give at least one.")
+    if wrong := [part for part in parts if not isinstance(part, Region)]:
+        raise AdapterError(f"a region is given as Region(where, Adapter(file)), got {wrong[0]!r:.60}.")
+    if syntax != "plain" and not hasattr(pipe, "encode_text"):
+        raise AdapterError(f"the prompt syntax {syntax} wants a Base of sfumato.load_base, not a pipeline.")
+    for part in parts:
+        refuse_tags(part.prompt or "", f"the region's prompt {part.prompt!r:.60}", "give Region the adapter")
+
+
+def _set_back(module: Any, processor: Any) -> None:
+    if isinstance(module.processor, Attention):  # another may have been set meanwhile
+        module.set_processor(processor)
 
 
 def _hooks(unet: nn.Module, path: str, paths: Paths, masks: Masks) -> list[Any]:
