@@ -261,11 +261,7 @@ def encode(base: Base, prompts: Sequence[str], negative: str, syntax: Syntax) ->
     whole = TextEmbedding(torch.cat(hidden, dim=-1), torch.cat(pooled) if pooled else None)
     count = len(prompts)
     other = whole[[count] * count]
-    if not negative and base.zeros_for_empty_prompt:
-        other = TextEmbedding(
-            torch.zeros_like(other.hidden), None if other.pooled is None else torch.zeros_like(other.pooled)
-        )
-    return whole[:count], other
+    return whole[:count], other.zeros() if not negative and base.zeros_for_empty_prompt else other
 
 
 def encode_stages(base: Base, prompts: Sequence[str], negative: str, steps: int) -> list[Stage]:

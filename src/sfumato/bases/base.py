@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,11 +13,11 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
+from sfumato.bases import fingerprint as fingerprints
 from sfumato.bases.family import Defaults, Family
 from sfumato.bases.resting import Resting
 from sfumato.diffusion import PredictionType
 from sfumato.errors import BaseModelError
-from sfumato.placeholders import plain_tokenizer
 from sfumato.precision import Precision
 from sfumato.schedulers import scheduler
 
@@ -43,6 +42,12 @@ class TextEmbedding:
         """As `torch.Tensor.to`."""
         pooled = None if self.pooled is None else self.pooled.to(*args, **kwargs)
         return TextEmbedding(self.hidden.to(*args, **kwargs), pooled)
+
+    def zeros(self) -> TextEmbedding:
+        """Zeros in the place of all its numbers."""
+        return TextEmbedding(
+            torch.zeros_like(self.hidden), None if self.pooled is None else torch.zeros_like(self.pooled)
+        )
 
     @staticmethod
     def cat(parts: Sequence[TextEmbedding]) -> TextEmbedding:
@@ -84,9 +89,6 @@ class Base:
     zeros_for_empty_prompt: bool = False
     files: tuple[Path, ...] = field(default=(), repr=False)
     resting: Resting = field(default_factory=lambda: Resting({}, lambda *_: None), repr=False)
-    _digest: str | None = field(default=None, init=False, repr=False)
-    _adapted: tuple[str, str] | None = field(default=None, init=False, repr=False)
-    _vocabularies: list[str] = field(default_factory=list, init=False, repr=False)
 
     @property
     def prediction_type(self) -> PredictionType:
@@ -177,10 +179,7 @@ class Base:
     def unconditional(self, count: int) -> TextEmbedding:
         """What stands for "no prompt" in guidance, as the pipeline has it: SDXL's base takes zeros."""
         text = self.encode_text([""] * count)
-        if not self.zeros_for_empty_prompt:
-            return text
-        pooled = None if text.pooled is None else torch.zeros_like(text.pooled)
-        return TextEmbedding(torch.zeros_like(text.hidden), pooled)
+        return text.zeros() if self.zeros_for_empty_prompt else text
 
     # Pixels
 
@@ -279,6 +278,8 @@ class Base:
             )
         return diffusers.StableDiffusionPipeline(**parts, safety_checker=None, requires_safety_checker=False)
 
+    # By what it is known again
+
     def quick_fingerprint(self) -> str:
         """As `fingerprint`, over configs, tokenizers and a page of each weight.
 
@@ -287,10 +288,8 @@ class Base:
         """
         if not self.files:
             return self.fingerprint()
-        digest = self._settings_digest()
-        for page in self.resting.first_pages("unet", "vae", "text", as_stored=True):
-            digest.update(page)
-        return digest.hexdigest()
+        pages = self.resting.first_pages("unet", "vae", "text", as_stored=True)
+        return fingerprints.of_pages(pages, fingerprints.of_settings(self, self._vocabularies))
 
     def fingerprint(self) -> str:
         """sha256, in hex, over configs, tokenizers and weight files (over the weights in memory if there are no files).
@@ -298,20 +297,15 @@ class Base:
         The same for every precision and device, and whatever new words are in use. Read once, then remembered. Raises
         FileError for files that are no longer those that the base is read from.
         """
-        if self._digest is None:
-            digest = self._settings_digest()
-            for path in self.files:
-                with path.open("rb") as file:
-                    digest.update(hashlib.file_digest(file, "sha256").digest())
-            if not self.files:
-                for module in (self.unet, self.vae, *self.text_encoders):
-                    for name, tensor in module.state_dict().items():
-                        digest.update(name.encode())
-                        digest.update(tensor.cpu().flatten().contiguous().view(torch.uint8).numpy().tobytes())
-            self.adapted_fingerprint()  # now, while the files are those that the base is read from
-            self.resting.check_files()
-            self._digest = digest.hexdigest()
-        return self._digest
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        digest = fingerprints.of_settings(self, self._vocabularies)
+        fingerprints.add_weights(digest, self)
+        self.adapted_fingerprint()  # now, while the files are those that the base is read from
+        self.resting.check_files()
+        return digest.hexdigest()
 
     def adapted_fingerprint(self) -> str:
         """sha256, in hex, over what adapters change, a page of each weight: U-Net and text encoders, whichever the VAE.
@@ -319,17 +313,17 @@ class Base:
         For the file of an adapter, to tell releases of a base apart, in milliseconds. The same for weights that were
         saved anew in a dtype that holds them exactly. Empty if there are no files. Read once, then remembered.
         """
-        return self._adapted_fingerprints()[0]
+        return self._adapted_fingerprints[0]
 
+    @cached_property
     def _adapted_fingerprints(self) -> tuple[str, str]:
         """That, and the one of the weights as they are stored, which sfumato before 0.5 wrote."""
-        if self._adapted is None:
-            now, before = hashlib.sha256(), hashlib.sha256()
-            for digest, as_stored in ((now, False), (before, True)):
-                for page in self.resting.first_pages("unet", "text", as_stored=as_stored):
-                    digest.update(page)
-            self._adapted = (now.hexdigest(), before.hexdigest()) if self.files else ("", "")
-        return self._adapted
+        now, before = (self.resting.first_pages("unet", "text", as_stored=as_stored) for as_stored in (False, True))
+        return (fingerprints.of_pages(now), fingerprints.of_pages(before)) if self.files else ("", "")
+
+    @cached_property
+    def _vocabularies(self) -> list[str]:
+        return [fingerprints.vocabulary(tokenizer) for tokenizer in self.tokenizers]
 
     def is_another_release(self, metadata: Mapping[str, str]) -> bool:
         """Whether an adapter was learned on another release of pocket than this one, by its file's metadata.
@@ -339,31 +333,4 @@ class Base:
         stated = metadata.get("sfumato.base_fingerprint", "")
         if not stated or not self.name == metadata.get("ss_sd_model_name") == "pocket":
             return False
-        return bool(self.adapted_fingerprint()) and stated not in self._adapted_fingerprints()
-
-    def _settings_digest(self) -> hashlib._Hash:
-        """A sha256 over all of the base that is no weight, to go on with."""
-        digest = hashlib.sha256()
-        for module in (self.unet, self.vae, *self.text_encoders, self.scheduler):
-            digest.update(public_config(module).encode())
-        self._vocabularies = self._vocabularies or [_vocabulary(tokenizer) for tokenizer in self.tokenizers]
-        digest.update(json.dumps([self._vocabularies, self.zeros_for_empty_prompt]).encode())
-        return digest
-
-
-def _vocabulary(tokenizer: Any) -> str:
-    """sha256 over all that decides what a tokenizer makes of a text; without new words, which come from elsewhere."""
-    plain = plain_tokenizer(tokenizer)
-    found = json.loads(plain.backend_tokenizer.to_str())
-    for name in ("padding", "truncation"):  # of the latest call
-        found.pop(name, None)
-    described = json.dumps([found, plain.special_tokens_map, plain.padding_side], sort_keys=True, default=str)
-    return hashlib.sha256(described.encode()).hexdigest()
-
-
-def public_config(module: Any) -> str:
-    """A module's config as JSON, without what only says where it came from."""
-    config = getattr(module, "config", {})
-    items = config.to_dict() if hasattr(config, "to_dict") else dict(config)
-    kept = {key: value for key, value in items.items() if not key.startswith("_") and "version" not in key}
-    return json.dumps(kept, sort_keys=True, default=str)
+        return bool(self.adapted_fingerprint()) and stated not in self._adapted_fingerprints

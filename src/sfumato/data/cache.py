@@ -17,6 +17,7 @@ from typing import Any
 import PIL
 from torch import Tensor
 
+from sfumato.bases.fingerprint import public_config
 from sfumato.data.buckets import Crop
 from sfumato.errors import DataError, FileError
 from sfumato.files.header import read_header
@@ -109,8 +110,6 @@ def decoders() -> str:
 
 def weights_digest(modules: Iterable[Any]) -> str:
     """sha256 over the modules' configs and weights, in their present dtype, in hex."""
-    from sfumato.bases.base import public_config
-
     digest = hashlib.sha256()
     for module in modules:
         digest.update(public_config(module).encode())
