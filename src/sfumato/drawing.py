@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -99,15 +99,10 @@ def draw_each(
     prompts, seeds = _pairs(prompts, seeds)
     steps, batch = _whole("steps", steps), _whole("batch", batch)
     width, height = _whole("width", width), _whole("height", height)
-    if guidance is not None and not isinstance(guidance, Real):
-        raise ConfigError(f"guidance {guidance!r:.40}: wanted a number; 3 to 9 is usual.")
-    if not isinstance(negative, str):
-        raise ConfigError(f"a negative prompt that is a {type(negative).__name__}; wanted one text for all pictures.")
-    if syntax not in get_args(Syntax):
-        raise ConfigError(f"the prompt syntax {syntax!r}: wanted one of {', '.join(get_args(Syntax))}.")
+    _check_kinds(guidance, negative, syntax)
     is_base = hasattr(source, "encode_text")
     pipe = source.pipeline() if is_base else source
-    _check_kind(pipe, start)
+    _check_pipeline(pipe, start)
     if is_base:
         defaults = source.defaults
         steps = defaults.sampling_steps if steps is None else steps
@@ -129,17 +124,25 @@ def draw_each(
         checked_guidance(guidance)
     other = None if sampler is None else schedulers.scheduler(sampler, pipe.scheduler.config)
     check_steps(steps, other or pipe.scheduler)
-    base = source if is_base else None
+    way = _Way(pipe, source if is_base else None, negative, syntax, given, start)
     for first in range(0, len(prompts), batch):
-        some = slice(first, first + batch)
         drawn: dict[int, Image.Image] = {}
-        together = range(len(prompts))[some]
-        for places in _of_one_length(base, prompts, together, negative, syntax, steps or _STEPS):
+        for places in way.of_one_length(prompts, range(len(prompts))[first : first + batch]):
             texts, noises = [prompts[place] for place in places], [seeds[place] for place in places]
             with _as_asked(pipe, other), schedulers.at_once(places, len(prompts)):
-                pictures = _draw_batch(pipe, base, texts, noises, negative, given, start, syntax)
+                pictures = way.draw(texts, noises)
             drawn |= zip(places, pictures, strict=True)
         yield from (drawn[place] for place in sorted(drawn))
+
+
+def _check_kinds(guidance: Any, negative: Any, syntax: Any) -> None:
+    """Raises ConfigError for a setting of another type."""
+    if guidance is not None and not isinstance(guidance, Real):
+        raise ConfigError(f"guidance {guidance!r:.40}: wanted a number; 3 to 9 is usual.")
+    if not isinstance(negative, str):
+        raise ConfigError(f"a negative prompt that is a {type(negative).__name__}; wanted one text for all pictures.")
+    if syntax not in get_args(Syntax):
+        raise ConfigError(f"the prompt syntax {syntax!r}: wanted one of {', '.join(get_args(Syntax))}.")
 
 
 def check_steps(steps: int | None, scheduler: Any) -> None:
@@ -155,7 +158,7 @@ def check_strength(steps: int, start: Start) -> None:
         raise ConfigError(f"strength {start.strength:g} of {so_many(steps, 'step')} is no step; give more of either.")
 
 
-def _check_kind(pipe: Any, start: Start | None) -> None:
+def _check_pipeline(pipe: Any, start: Start | None) -> None:
     """Raises ConfigError for what draw cannot call as it should be called."""
     if not (hasattr(pipe, "unet") and hasattr(pipe, "components")):
         raise ConfigError(f"draw wants a Base or a diffusers pipeline with a U-Net, got a {type(pipe).__name__}.")
@@ -206,45 +209,108 @@ def _size(pipe: Any, width: int | None, height: int | None) -> tuple[int, int]:
     return width, height
 
 
-def _draw_batch(
-    pipe: Any,
-    base: Base | None,
-    prompts: list[str],
-    seeds: list[int],
-    negative: str,
-    options: dict[str, Any],
-    start: Start | None,
-    syntax: Syntax,
-) -> list[Image.Image]:
-    steps = options.get("num_inference_steps", _STEPS)
-    if start is not None:
-        steps = max(1, int(steps * start.strength))
+@dataclass(frozen=True)
+class _Way:
+    """How all pictures of a call are drawn. base: None for a pipeline that encodes its prompts itself. options: of the
+    pipeline's call, those that are given. start: at the drawing's size."""
 
-    def denoise() -> Tensor:
-        if not base:
-            return _denoise(pipe, _as_arguments(prompts, negative), seeds, options, start)
-        told = _stages_of(base, prompts, negative, syntax, steps)
-        with told_by_stages(pipe.unet, told, pipe.scheduler) if len(told) > 1 else nullcontext():
-            return _denoise(pipe, _embedded(told[0]), seeds, options, start)
+    pipe: Any
+    base: Base | None
+    negative: str
+    syntax: Syntax
+    options: Mapping[str, Any]
+    start: Start | None
 
-    with base.precision.autocast() if base else nullcontext(), counted(steps):
-        latents = denoise()
-    in_half = pipe.unet.dtype != torch.float32 or (base is not None and base.precision.compute != torch.float32)
-    if not torch.isfinite(latents).all() and in_half:
-        parts = (pipe.unet, getattr(pipe, "text_encoder", None), getattr(pipe, "text_encoder_2", None))
-        with _in_fp32(*parts), counted(steps):
-            latents = denoise()
-    _check(latents.isfinite(), seeds, "not finite, even in fp32. Draw without adapters to see what is broken.")
-    pixels = _decode(pipe, latents)
-    if not is_picture(pixels).all() and pipe.vae.dtype != torch.float32:
-        with _in_fp32(pipe.vae):
-            pixels = _decode(pipe, latents)
-    _check(is_picture(pixels), seeds, "black or not finite, even in fp32. The VAE is broken; name another with --vae.")
-    pictures = [_image(picture) for picture in pixels]
-    if start is not None and start.mask is not None:
-        # The VAE's reconstruction of what was to stay is not what was to stay.
-        pictures = [Image.composite(picture, start.picture, start.mask) for picture in pictures]
-    return _safe(pictures, pipe, seeds)
+    @property
+    def steps(self) -> int:
+        """As they are asked for, of which a start leaves out some."""
+        return int(self.options.get("num_inference_steps", _STEPS))
+
+    @property
+    def drawn_steps(self) -> int:
+        """How many of them are drawn."""
+        return self.steps if self.start is None else max(1, int(self.steps * self.start.strength))
+
+    def draw(self, prompts: list[str], seeds: list[int]) -> list[Image.Image]:
+        """The pictures of one batch; what is not finite or black is tried once more in fp32."""
+        pipe, base, start = self.pipe, self.base, self.start
+        with base.precision.autocast() if base else nullcontext(), counted(self.drawn_steps):
+            latents = self._latents(prompts, seeds)
+        in_half = pipe.unet.dtype != torch.float32 or (base is not None and base.precision.compute != torch.float32)
+        if not torch.isfinite(latents).all() and in_half:
+            parts = (pipe.unet, getattr(pipe, "text_encoder", None), getattr(pipe, "text_encoder_2", None))
+            with _in_fp32(*parts), counted(self.drawn_steps):
+                latents = self._latents(prompts, seeds)
+        _check(latents.isfinite(), seeds, "not finite, even in fp32. Draw without adapters to see what is broken.")
+        pictures = [_image(picture) for picture in _pixels(pipe, latents, seeds)]
+        if start is not None and start.mask is not None:
+            # The VAE's reconstruction of what was to stay is not what was to stay.
+            pictures = [Image.composite(picture, start.picture, start.mask) for picture in pictures]
+        return _safe(pictures, pipe, seeds)
+
+    def _latents(self, prompts: list[str], seeds: list[int]) -> Tensor:
+        if self.base is None:
+            return self._denoise(_as_arguments(prompts, self.negative), seeds)
+        told = self._stages_of(self.base, prompts, self.drawn_steps)
+        with told_by_stages(self.pipe.unet, told, self.pipe.scheduler) if len(told) > 1 else nullcontext():
+            return self._denoise(_embedded(told[0]), seeds)
+
+    @torch.no_grad()
+    def _denoise(self, text: dict[str, Any], seeds: list[int]) -> Tensor:
+        """Scaled latents, (batch, channels, height/f, width/f)."""
+        pipe, start = self.pipe, self.start
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        options = {**text, **self.options, "generator": generators, "output_type": "latent"}
+        if start is not None:
+            count = len(seeds)
+            options |= {"image": [start.picture] * count, "strength": start.strength}
+            if start.mask is None:
+                pipe = _variant(pipe, "AutoPipelineForImage2Image")
+                del options["width"], options["height"]  # the picture's own
+            else:
+                pipe = _variant(pipe, "AutoPipelineForInpainting")
+                options |= {"mask_image": [start.mask] * count}
+            check_strength(options.setdefault("num_inference_steps", _STEPS), start)
+        with _itself(pipe.vae):
+            latents: Tensor = pipe(**options).images
+        return latents
+
+    def _stages_of(self, base: Base, prompts: list[str], steps: int) -> list[Stage]:
+        """The prompts as the base's `encode_text` has them, which training saw and which knows of clip_skip."""
+        from sfumato.compose.per_picture import texts_by_picture
+
+        syntax, negative, told = self.syntax, self.negative, schedulers.PICTURES.get()
+        if syntax != "plain" and len(prompts) > 1 and told is not None and texts_by_picture(base):
+            each = []
+            for place, prompt in zip(told[0], prompts, strict=True):  # as compel reads them: one after another
+                with schedulers.at_once([place], told[1]):
+                    each.append(self._stages_of(base, [prompt], steps))
+            return beside(each)
+        if syntax == "a1111":
+            return encode_stages(base, prompts, negative, steps)
+        if syntax == "plain":
+            text = base.encode_text(prompts)
+            other = base.encode_text([negative] * len(prompts)) if negative else base.unconditional(len(prompts))
+        else:
+            text, other = encode(base, prompts, negative, syntax)
+        return [Stage(steps, text, other)]
+
+    def of_one_length(self, prompts: list[str], places: Sequence[int]) -> Iterable[Sequence[int]]:
+        """The places, of a batch of the prompts, together those whose embeddings, each by itself, have as many tokens.
+
+        In one batch a shorter one is filled up with empty prompts, which draw another picture than none.
+        """
+        base, distinct = self.base, {prompts[place]: place for place in places}
+        if base is None or self.syntax == "plain" or len(distinct) == 1:
+            return [places]
+        lengths = {}
+        for prompt, place in distinct.items():
+            with base.precision.autocast(), schedulers.at_once([place], len(prompts)):
+                lengths[prompt] = self._stages_of(base, [prompt], self.steps)[0].text.hidden.shape[1]
+        together: dict[int, list[int]] = {}
+        for place in places:
+            together.setdefault(lengths[prompts[place]], []).append(place)
+        return together.values()
 
 
 @contextmanager
@@ -268,26 +334,6 @@ def _itself(vae: Any) -> Iterator[None]:
         for tensor, data in held.items():
             if tensor.dtype != data.dtype:
                 tensor.data = data
-
-
-@torch.no_grad()
-def _denoise(pipe: Any, text: dict[str, Any], seeds: list[int], options: dict[str, Any], start: Start | None) -> Tensor:
-    """Scaled latents, (batch, channels, height/f, width/f)."""
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    options = {**text, **options, "generator": generators, "output_type": "latent"}
-    if start is not None:
-        count = len(seeds)
-        options |= {"image": [start.picture] * count, "strength": start.strength}
-        if start.mask is None:
-            pipe = _variant(pipe, "AutoPipelineForImage2Image")
-            del options["width"], options["height"]  # the picture's own
-        else:
-            pipe = _variant(pipe, "AutoPipelineForInpainting")
-            options |= {"mask_image": [start.mask] * count}
-        check_strength(options.setdefault("num_inference_steps", _STEPS), start)
-    with _itself(pipe.vae):
-        latents: Tensor = pipe(**options).images
-    return latents
 
 
 def _variant(pipe: Any, name: str) -> Any:
@@ -314,47 +360,6 @@ def _as_arguments(prompts: list[str], negative: str) -> dict[str, Any]:
     return {"prompt": prompts, "negative_prompt": [negative] * len(prompts)}
 
 
-def _stages_of(base: Base, prompts: list[str], negative: str, syntax: Syntax, steps: int) -> list[Stage]:
-    """The prompts as the base's `encode_text` has them, which training saw and which knows of clip_skip."""
-    from sfumato.compose.per_picture import texts_by_picture
-
-    told = schedulers.PICTURES.get()
-    if syntax != "plain" and len(prompts) > 1 and told is not None and texts_by_picture(base):
-        each = []
-        for place, prompt in zip(told[0], prompts, strict=True):  # as compel reads them: one after another
-            with schedulers.at_once([place], told[1]):
-                each.append(_stages_of(base, [prompt], negative, syntax, steps))
-        return beside(each)
-    if syntax == "a1111":
-        return encode_stages(base, prompts, negative, steps)
-    if syntax == "plain":
-        text = base.encode_text(prompts)
-        other = base.encode_text([negative] * len(prompts)) if negative else base.unconditional(len(prompts))
-    else:
-        text, other = encode(base, prompts, negative, syntax)
-    return [Stage(steps, text, other)]
-
-
-def _of_one_length(
-    base: Base | None, prompts: list[str], places: Sequence[int], negative: str, syntax: Syntax, steps: int
-) -> Iterable[Sequence[int]]:
-    """The places, of a batch of the prompts, together those whose embeddings, each by itself, have as many tokens.
-
-    In one batch a shorter one is filled up with empty prompts, which draw another picture than none.
-    """
-    distinct = {prompts[place]: place for place in places}
-    if base is None or syntax == "plain" or len(distinct) == 1:
-        return [places]
-    lengths = {}
-    for prompt, place in distinct.items():
-        with base.precision.autocast(), schedulers.at_once([place], len(prompts)):
-            lengths[prompt] = _stages_of(base, [prompt], negative, syntax, steps)[0].text.hidden.shape[1]
-    together: dict[int, list[int]] = {}
-    for place in places:
-        together.setdefault(lengths[prompts[place]], []).append(place)
-    return together.values()
-
-
 def _embedded(stage: Stage) -> dict[str, Any]:
     """A stage for a pipeline's call."""
     text, other = stage.text, stage.other
@@ -362,6 +367,16 @@ def _embedded(stage: Stage) -> dict[str, Any]:
     if text.pooled is not None and other.pooled is not None:
         embedded |= {"pooled_prompt_embeds": text.pooled, "negative_pooled_prompt_embeds": other.pooled}
     return embedded
+
+
+def _pixels(pipe: Any, latents: Tensor, seeds: list[int]) -> Tensor:
+    """Of the pictures, as `_decode`. Raises BaseModelError for one that is black or not finite in fp32, too."""
+    pixels = _decode(pipe, latents)
+    if not is_picture(pixels).all() and pipe.vae.dtype != torch.float32:
+        with _in_fp32(pipe.vae):
+            pixels = _decode(pipe, latents)
+    _check(is_picture(pixels), seeds, "black or not finite, even in fp32. The VAE is broken; name another with --vae.")
+    return pixels
 
 
 @torch.no_grad()
