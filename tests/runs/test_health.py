@@ -205,7 +205,7 @@ def test_all_processes_ask_each_other_as_often(full, tmp_path, monkeypatch):
 def test_moments_that_overflow_send_the_run_back(tmp_path, capsys):
     def overflow(step, model):
         if step.number == 3 and step.rate_factor == 1:
-            kept = step.run._kept["optimizer"].state
+            kept = step.run._kept.parts["optimizer"].state
             next(iter(kept.values()))["exp_avg_sq"][0] = math.inf
 
     train(Config(output=tmp_path / "run", checkpoint_every=2), after=overflow)

@@ -35,6 +35,7 @@ from sfumato.runs import identity, progress
 from sfumato.runs.checkpoints import Checkpoints, NotFiniteError, bytes_of, require_space
 from sfumato.runs.folder import also_written, clear, forget_new, forget_samples, going_on, has_begun, is_run
 from sfumato.runs.health import Health, not_finite
+from sfumato.runs.kept import Kept
 from sfumato.runs.lock import Lock
 from sfumato.runs.log import Log
 from sfumato.runs.progress import Progress
@@ -73,7 +74,7 @@ class Run:
         self._checkpoints = Checkpoints(folder / "checkpoints", config.keep)
         self._lock = Lock(folder)
         self._facts: dict[str, str] = {}
-        self._kept: dict[str, Any] = {}
+        self._kept = Kept()
         self._looks: list[tuple[int, Callable[[int], None]]] = []
         self._resumed_from: int | None = None
         self._replaces, self._ends = False, False
@@ -201,7 +202,7 @@ class Run:
 
     def keep(self, **parts: Any) -> None:
         """What a checkpoint holds: modules, optimizers, anything with `state_dict` and `load_state_dict`."""
-        self._kept.update(parts)
+        self._kept.parts.update(parts)
 
     def every(self, steps: int | None, look: Callable[[int], None]) -> None:
         """Call `look(step)` every so many steps and at both ends; never for 0.
@@ -329,17 +330,12 @@ class Run:
     # Checkpoints
 
     def _state(self) -> dict[str, Any]:
-        kept = {name: part.state_dict() for name, part in self._kept.items()}
-        return {"kept": kept, "rate_factor": self.rate_factor, "bad": self._health.bad}
+        return {"kept": self._kept.state(), "rate_factor": self.rate_factor, "bad": self._health.bad}
 
     def _check_space(self) -> None:
         """Before the start: room for all checkpoints that will stay, and the one that is being written."""
-        optimizers = [part for part in self._kept.values() if isinstance(part, torch.optim.Optimizer)]
-        moments = sum(
-            2 * p.nbytes for o in optimizers if not o.state for group in o.param_groups for p in group["params"]
-        )
         missing = max(1, self._checkpoints.keep + 1 - len(self._checkpoints.steps()))
-        require_space(self.folder, missing * (bytes_of(self._state()) + moments))
+        require_space(self.folder, missing * (bytes_of(self._state()) + self._kept.bytes_to_come()))
 
     def _checkpoint(self, step: int, count: int, *, due: bool = False) -> None:
         every = self._config.checkpoint_every or 0
@@ -373,20 +369,7 @@ class Run:
     def _restore(self, step: int, *, seen: int) -> None:
         """Go on from this checkpoint. seen: the step up to which what was looked at stays."""
         saved = self._checkpoints.load(step)
-        lacking = self._kept.keys() ^ saved["kept"].keys()
-        if lacking:
-            raise RunError(
-                f"the checkpoint of step {step} has other parts than this training ({', '.join(sorted(lacking))}); "
-                "resume it with the program that wrote it."
-            )
-        for name, part in self._kept.items():
-            try:
-                _load(part, saved["kept"][name])
-            except (RuntimeError, ValueError, KeyError) as error:
-                raise RunError(
-                    f"the checkpoint of step {step} does not fit: {name}: {' '.join(str(error).split())[:200]}. "
-                    "Resume with the program and version that wrote it."
-                ) from None
+        self._kept.load(saved["kept"], step)
         self.step, self._saved_at = step, step
         self.rate_factor, self._health.bad = saved["rate_factor"], list(saved["bad"])
         self._wait()
@@ -418,7 +401,7 @@ class Run:
         return not problem
 
     def _check_weights(self, number: int) -> None:
-        self._health.check_weights(number, self._kept.values())
+        self._health.check_weights(number, self._kept.parts.values())
 
     def _note(self, row: dict[str, float | Tensor]) -> None:
         if not self.is_main:
@@ -475,20 +458,3 @@ def withdraw() -> None:
     for run in list(_not_begun):
         run._withdraw()
         _not_begun.discard(run)
-
-
-def _load(part: Any, state: Any) -> None:
-    """Give a part its state; an optimizer keeps the weight decay it was built with, which --force may have changed."""
-    if not isinstance(part, torch.optim.Optimizer):
-        part.load_state_dict(state)
-        return
-    decays = [group.get("weight_decay") for group in part.param_groups]
-    part.load_state_dict(state)
-    for group, decay in zip(part.param_groups, decays, strict=True):
-        group["weight_decay"] = decay
-    # A checkpoint holds numbers in the order of their places, and fused optimizers take those of a moment and of its
-    # weight, which may be channels_last, as they lie in memory.
-    for parameter, moments in part.state.items():
-        for name, moment in moments.items():
-            if isinstance(moment, Tensor) and moment.shape == parameter.shape and moment.stride() != parameter.stride():
-                moments[name] = torch.empty_like(parameter, dtype=moment.dtype, device=moment.device).copy_(moment)
