@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from sfumato.pipelines.inspect_file import main
 
 from sfumato.files.adapter_file import read_adapter
-from sfumato.files.inspect import Block, Inspection, block_of, inspect_file, render
+from sfumato.files.inspect import Block, Inspection, inspect_file, render
+from sfumato.files.layers import block_of
 from sfumato.files.lora_file import LoraModule
 from sfumato.files.metadata import Description, describe, short_hash
 from sfumato.files.write import write_lora

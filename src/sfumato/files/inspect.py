@@ -7,18 +7,17 @@ import mmap
 import os
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sfumato.files.embedding_keys import embedding_key
 from sfumato.files.family import FAMILIES, family_from_metadata
-from sfumato.files.header import Header, TensorInfo
+from sfumato.files.header import Header
 from sfumato.files.keys import (
     TRANSFORMER,
     Layout,
@@ -30,6 +29,7 @@ from sfumato.files.keys import (
 )
 from sfumato.files.kinds import base_kind, rank_of
 from sfumato.files.kohya import Target
+from sfumato.files.layers import block_of, block_order, target_name
 from sfumato.files.metadata import (
     adapter_guidance_of,
     data_sha256,
@@ -39,10 +39,10 @@ from sfumato.files.metadata import (
     trigger_words,
 )
 from sfumato.files.norms import is_update, square_norm
+from sfumato.files.numbers import Array, array_of, nonfinite_in
 from sfumato.files.peft_folder import Source, adapter_sources
 from sfumato.numerals import so_many
 
-Array = NDArray[np.float32]
 _Settings = Callable[[int], float]
 BAR_WIDTH = 24
 
@@ -164,56 +164,61 @@ def _together(name: str, parts: Mapping[str, Inspection]) -> Inspection:
 def _in_one_file(source: Source) -> Inspection:
     header = source.header
     layout = read_layout(header, source.part)
+    foreign = describe_foreign(layout.unknown if layout.modules else header.tensors)
+    if header.metadata.get("sfumato.token") in header.tensors:
+        foreign = "a textual inversion"
+    elif layout.modules and foreign != TRANSFORMER:  # whose files may change CLIP as well, which SD has, too
+        foreign = None
+    alphas, squares = _measured(layout, source)
+    stated = header.metadata.get("sshs_model_hash")
+    by_shapes, by_words = guess_family(layout, header), family_from_metadata(header.metadata)
+    return Inspection(
+        file=header.path.name,
+        bytes=header.size,
+        tensors=len(header.tensors),
+        dtypes=_counts(info.dtype for info in header.tensors.values()),
+        kind=foreign or " + ".join(layout.kinds) or "no adapter that is known",
+        family=by_shapes,
+        says=by_words if by_words != by_shapes else None,
+        spelling=list(layout.spellings),
+        modules=len(layout.modules),
+        targets=_counts(target_name(target) for target in layout.modules),
+        ranks=_counts(rank_of(shapes_of(keys, header)) for keys in layout.modules.values()),
+        alphas=_counts(None if alpha is None else f"{alpha:g}" for alpha in alphas.values()),
+        norm=float(np.sqrt(sum(squares.values()))) if squares else None,
+        stored=[kind for kind in layout.kinds if not is_update(kind)],
+        blocks=_blocks(squares),
+        trigger=trigger_words(header.metadata),
+        adapter_guidance=adapter_guidance_of(header.metadata),
+        over_steps=over_steps_of(header.metadata),
+        base=header.metadata.get("ss_sd_model_name") or None,
+        hash=short_hash(header),
+        hash_holds=None if stated is None else stated == data_sha256(header),
+        nonfinite=nonfinite_in(header),
+        embeddings=_tokens(layout, header),
+        unknown=list(layout.unknown) if layout.modules else [],
+        incomplete=[".".join(target) for target in layout.partial],
+        metadata=dict(sorted(header.metadata.items())),
+    )
+
+
+def _measured(layout: Layout, source: Source) -> tuple[dict[Target, float | None], dict[Target, float]]:
+    """(alphas, squared norms) of the modules; of a module that cannot be measured there is no norm."""
+    header = source.header
+    alphas: dict[Target, float | None] = {}
+    squares: dict[Target, float] = {}
     with header.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
 
         def value(name: str) -> Array | None:
-            return _array(mapped, header.tensors[name])
+            return array_of(mapped, header.tensors[name])
 
-        foreign = describe_foreign(layout.unknown if layout.modules else header.tensors)
-        if header.metadata.get("sfumato.token") in header.tensors:
-            foreign = "a textual inversion"
-        elif layout.modules and foreign != TRANSFORMER:  # whose files may change CLIP as well, which SD has, too
-            foreign = None
-        alphas = {
-            target: _alpha(keys, header, value, partial(source.settings.alpha, target))
-            for target, keys in layout.modules.items()
-        }
-        squares: dict[Target, float] = {}
         for target, keys in layout.modules.items():
+            alphas[target] = _alpha(keys, header, value, partial(source.settings.alpha, target))
             arrays = {role: array for role, name in keys.names.items() if (array := value(name)) is not None}
             square = square_norm(keys.kind, arrays, alphas[target])
             if square is not None:
                 squares[target] = square
-        stated = header.metadata.get("sshs_model_hash")
-        by_shapes, by_words = guess_family(layout, header), family_from_metadata(header.metadata)
-        return Inspection(
-            file=header.path.name,
-            bytes=header.size,
-            tensors=len(header.tensors),
-            dtypes=_counts(info.dtype for info in header.tensors.values()),
-            kind=foreign or " + ".join(layout.kinds) or "no adapter that is known",
-            family=by_shapes,
-            says=by_words if by_words != by_shapes else None,
-            spelling=list(layout.spellings),
-            modules=len(layout.modules),
-            targets=_counts(_target_name(target) for target in layout.modules),
-            ranks=_counts(rank_of(shapes_of(keys, header)) for keys in layout.modules.values()),
-            alphas=_counts(None if alpha is None else f"{alpha:g}" for alpha in alphas.values()),
-            norm=float(np.sqrt(sum(squares.values()))) if squares else None,
-            stored=[kind for kind in layout.kinds if not is_update(kind)],
-            blocks=_blocks(squares),
-            trigger=trigger_words(header.metadata),
-            adapter_guidance=adapter_guidance_of(header.metadata),
-            over_steps=over_steps_of(header.metadata),
-            base=header.metadata.get("ss_sd_model_name") or None,
-            hash=short_hash(header),
-            hash_holds=None if stated is None else stated == data_sha256(header),
-            nonfinite=nonfinite_in(header),
-            embeddings=_tokens(layout, header),
-            unknown=list(layout.unknown) if layout.modules else [],
-            incomplete=[".".join(target) for target in layout.partial],
-            metadata=dict(sorted(header.metadata.items())),
-        )
+    return alphas, squares
 
 
 def _counts(values: Any) -> dict[str, int]:
@@ -223,35 +228,6 @@ def _counts(values: Any) -> dict[str, int]:
 
 def _ordered(counts: Mapping[str, int]) -> dict[str, int]:
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
-
-
-def _array(mapped: mmap.mmap, info: TensorInfo) -> Array | None:
-    """A tensor's values in fp32, None for dtypes that numpy has no numbers for."""
-    raw = mapped[info.start : info.end]
-    if info.dtype == "BF16":  # the upper half of an fp32
-        return (np.frombuffer(raw, "<u2").astype(np.uint32) << 16).view(np.float32).reshape(info.shape)
-    kind = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}.get(info.dtype)
-    return None if kind is None else np.frombuffer(raw, kind).astype(np.float32).reshape(info.shape)
-
-
-def nonfinite_in(header: Header) -> list[str]:
-    """The tensors of the file with NaN or Inf."""
-    with header.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-        return [name for name, info in header.tensors.items() if not _is_finite(mapped, info)]
-
-
-def _is_finite(mapped: mmap.mmap, info: TensorInfo) -> bool:
-    """Whether no value is NaN or Inf. Read piece by piece, so that a whole checkpoint costs no memory."""
-    if info.dtype not in ("BF16", "F16", "F32", "F64"):
-        return True
-    width = {"F32": 4, "F64": 8}.get(info.dtype, 2)
-    exponent = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000, "F64": 0x7FF0000000000000}[info.dtype]
-    for start in range(info.start, info.end, 1 << 24):
-        bits = np.frombuffer(mapped[start : min(start + (1 << 24), info.end)], f"<u{width}")
-        mask = bits.dtype.type(exponent)
-        if bool(((bits & mask) == mask).any()):
-            return False
-    return True
 
 
 def _alpha(keys: ModuleKeys, header: Header, value: Callable[[str], Array | None], settings: _Settings) -> float | None:
@@ -281,34 +257,6 @@ def _tokens(layout: Layout, header: Header) -> dict[str, int]:
     }
 
 
-def block_of(target: Target) -> str:
-    """The attention, resnet or text layer that a module is in."""
-    part, path = target
-    names = path.removeprefix("text_model.").split(".")
-    if part != "unet":
-        return f"{part}.{names[2]}" if names[:2] == ["encoder", "layers"] else f"{part}.{names[0]}"
-    if names[0] in ("down_blocks", "up_blocks"):
-        return ".".join(names[:4])
-    return ".".join(names[:3]) if names[0] == "mid_block" else names[0]
-
-
-def _target_name(target: Target) -> str:
-    """ "unet attn2.to_k" and the like: what is changed, whichever block it is in."""
-    part, path = target
-    names = path.split(".")
-    for mark in ("attn1", "attn2", "ff", "self_attn", "mlp"):
-        if mark in names:
-            return f"{part} {'.'.join(names[names.index(mark) :])}"
-    return f"{part} {names[-1] if len(names) > 2 else path}"
-
-
-def block_order(name: str) -> tuple[int, list[tuple[bool, int, str]]]:
-    """What sorts the names that `block_of` gives in the order of the model."""
-    starts = ("text_encoder.", "text_encoder_2.", "conv_in", "time_", "add_", "down_blocks", "mid_block", "up_blocks")
-    place = next((i for i, start in enumerate(starts) if name.startswith(start)), len(starts))
-    return place, [(not word.isdigit(), int(word) if word.isdigit() else 0, word) for word in name.split(".")]
-
-
 def _blocks(squares: Mapping[Target, float]) -> list[Block]:
     sums: dict[str, float] = {}
     counts: Counter[str] = Counter()
@@ -321,6 +269,16 @@ def _blocks(squares: Mapping[Target, float]) -> list[Block]:
 
 def render(found: Inspection) -> str:
     """The inspection as lines of text, at most about 100 wide."""
+    lines = []
+    for name, value in _rows(found):
+        wide = name in ("targets", "ranks", "alphas", "tokens")
+        folded = textwrap.wrap(value, 88, break_long_words=False, break_on_hyphens=False) if wide else [value]
+        lines += [f"{name:<11}{folded[0]}", *(" " * 11 + line for line in folded[1:])]
+    return "\n".join([*lines, *_bars(found.blocks)])
+
+
+def _rows(found: Inspection) -> list[tuple[str, str]]:
+    """(what, its value) of each line."""
 
     def counts(values: Mapping[str, int]) -> str:
         return ", ".join(f"{plain(value)} ({count})" for value, count in values.items()) or "-"
@@ -361,19 +319,18 @@ def render(found: Inspection) -> str:
     for name, keys in (("NaN or Inf", found.nonfinite), ("unknown", found.unknown), ("incomplete", found.incomplete)):
         if keys:
             rows.append((name, f"{len(keys)}, first {', '.join(map(plain, keys[:3]))}"))
-    lines = []
-    for name, value in rows:
-        wide = name in ("targets", "ranks", "alphas", "tokens")
-        folded = textwrap.wrap(value, 88, break_long_words=False, break_on_hyphens=False) if wide else [value]
-        lines += [f"{name:<11}{folded[0]}", *(" " * 11 + line for line in folded[1:])]
-    peak = max((block.norm for block in found.blocks if np.isfinite(block.norm)), default=0.0)
-    width = max((len(block.name) for block in found.blocks), default=0)
-    if found.blocks:
-        lines += ["", f"{'block':<{width}}  modules      norm"]
-    for block in found.blocks:
+    return rows
+
+
+def _bars(blocks: Sequence[Block]) -> list[str]:
+    """A table of the blocks, each with a bar as long as its share of the largest norm."""
+    peak = max((block.norm for block in blocks if np.isfinite(block.norm)), default=0.0)
+    width = max((len(block.name) for block in blocks), default=0)
+    lines = ["", f"{'block':<{width}}  modules      norm"] if blocks else []
+    for block in blocks:
         filled = round(BAR_WIDTH * block.norm / peak) if peak > 0 and np.isfinite(block.norm) else 0
         lines.append(f"{block.name:<{width}}  {block.modules:>7}  {block.norm:>8.4g}  {'#' * filled}".rstrip())
-    return "\n".join(lines)
+    return lines
 
 
 def plain(text: str) -> str:

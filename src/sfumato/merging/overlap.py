@@ -14,8 +14,8 @@ import torch
 from sfumato.compose.adapter import weight_at, weight_text
 from sfumato.errors import AdapterError
 from sfumato.files.changes.replacement import lora_command
-from sfumato.files.inspect import block_of, block_order
 from sfumato.files.kohya import Target
+from sfumato.files.layers import block_of, block_order
 from sfumato.merging.factors import Factors, from_module, product_energy, singular
 from sfumato.merging.merge import Source
 
