@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sfumato import plot
+from sfumato.runs import plot
 
 PLOT_LOG = plot.plot_log
 

@@ -343,7 +343,7 @@ def test_the_web_interfaces_files_are_called_as_their_file_is(key, base, tmp_pat
 
 def test_weighted_words_may_be_new_ones(base):
     pytest.importorskip("compel")
-    from sfumato.prompts import encode
+    from sfumato.prompt_encoding import encode
 
     cut = len(base.tokenizers[0]("flamingo", add_special_tokens=False).input_ids)
     plain, _ = encode(base, ["a (flamingo:1.3), flat style"], "", "a1111")

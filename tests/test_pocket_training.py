@@ -23,11 +23,11 @@ from sfumato.data.latents import to_floats
 from sfumato.diffusion import crossing_noise, noise_latents, target
 from sfumato.errors import BaseModelError, ConfigError, DataError, RunError
 from sfumato.files import read_tensors
-from sfumato.muon import Muon, orthogonal
 from sfumato.pocket.captions import caption, other_caption, read_words
 from sfumato.pocket.hands import by_hands, hand_name
 from sfumato.pocket.latents import Latents, encode, encode_all
 from sfumato.pocket.lessons import FARTHEST, Lesson, Lessons, Shares
+from sfumato.pocket.muon import Muon, orthogonal
 from sfumato.pocket.parts import build_vae
 from sfumato.pocket.pictures import (
     VARIANTS,

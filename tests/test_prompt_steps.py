@@ -14,8 +14,9 @@ from sfumato.drawing import Start, draw
 from sfumato.errors import AdapterError, ConfigError
 from sfumato.files.lora_file import LoraModule
 from sfumato.files.write import write_lora
+from sfumato.prompt_encoding import encode, encode_stages
 from sfumato.prompt_steps import stages
-from sfumato.prompts import emphasised, encode, encode_stages
+from sfumato.prompts import emphasised
 from tests.tiny import CPU, tiny_pipeline, tiny_pocket_folder, write_folder
 
 

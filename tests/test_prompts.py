@@ -7,8 +7,9 @@ from torch.testing import assert_close
 from sfumato.bases import load_base
 from sfumato.compose.blocks import Blocks
 from sfumato.errors import ConfigError
+from sfumato.prompt_encoding import encode
 from sfumato.prompt_steps import stages
-from sfumato.prompts import emphasised, encode, escaped, split_flags, split_tags
+from sfumato.prompts import emphasised, escaped, split_flags, split_tags
 from tests.tiny import CPU, tiny_pipeline, tiny_pocket_folder, write_folder
 
 

@@ -152,7 +152,7 @@ class Trained:
         import torch
 
         from sfumato.ema import Average
-        from sfumato.muon import Muon
+        from sfumato.pocket.muon import Muon
 
         self.config, self.device, self.rate = config, device, 0.0
         self.modules = {name: module.to(device).train() for name, module in modules.items()}

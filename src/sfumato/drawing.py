@@ -19,8 +19,9 @@ from sfumato import schedulers
 from sfumato.axes import checked_guidance, checked_seed
 from sfumato.errors import BaseModelError, ConfigError
 from sfumato.numerals import so_many
+from sfumato.prompt_encoding import encode, encode_stages
 from sfumato.prompt_steps import Stage, beside, counted, told_by_stages
-from sfumato.prompts import Syntax, encode, encode_stages, refuse_tags
+from sfumato.prompts import Syntax, refuse_tags
 from sfumato.tagged import TaggedPrompts, reading_tags
 
 if TYPE_CHECKING:

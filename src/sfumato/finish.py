@@ -75,7 +75,7 @@ _WHAT = {"lora": "adapter", "difference": "change", "folder": "model"}
 
 def plot_and_tell(run: Run, made: str, card: Path, *, has_samples: bool) -> None:
     """Draw the log, and say what there is now. made: lines on what was learned."""
-    from sfumato.plot import plot_log
+    from sfumato.runs.plot import plot_log
 
     run.log_file.flush()
     plot_log(run.folder / "log.jsonl", run.folder / "plot.png")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
@@ -120,6 +121,14 @@ def with_unet(weight: Weight, number: float) -> Weight:
         assert not isinstance(plain, Blocks)
         return Blocks(plain, weight.factors, weight.rest)
     return (number, weight[1] if isinstance(weight, tuple) else weight)
+
+
+def check_labels(labels: Iterable[str], known: Collection[str]) -> None:
+    """Raises AdapterError for a label that none of a mix's adapters has, whose labels are `known`."""
+    for label in labels:
+        if label not in known:
+            there = ", ".join(map(repr, known)) or "nothing"
+            raise AdapterError(f"no adapter of this mix is called {label!r}; it holds {there}.")
 
 
 def swept(label: str, weight: Weight, number: float) -> Weight:

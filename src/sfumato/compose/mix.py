@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from sfumato.compose import saving, table, tensors
-from sfumato.compose.adapter import Adapter, Weight, checked_weight, weight_text
+from sfumato.compose.adapter import Adapter, Weight, check_labels, checked_weight, weight_text
 from sfumato.compose.baked import Applied, Baked
 from sfumato.compose.live import Live
 from sfumato.compose.match import Modules, Way, compiled_parts, match, parts_of, unwrapped_parts
@@ -255,7 +255,7 @@ class Mix:
     def set_weights(self, weights: Mapping[str, Weight]) -> Self:
         """New weights by label, for labels that are no Python names; adapters not named keep theirs."""
         self._check_open()
-        self._check_labels(weights)
+        check_labels(weights, self._weights)
         wanted = self._weights | {label: checked_weight(label, weight) for label, weight in weights.items()}
         self._modules.check_blocks({label: wanted[label] for label in weights})
         self._change(wanted, self._muted, [label for label in weights if wanted[label] != self._weights[label]])
@@ -271,7 +271,7 @@ class Mix:
 
     def _mute(self, muted: frozenset[str], labels: Iterable[str]) -> Self:
         self._check_open()
-        self._check_labels(labels)
+        check_labels(labels, self._weights)
         self._change(self._weights, muted, muted ^ self._muted)
         return self
 
@@ -282,7 +282,7 @@ class Mix:
         factors: by label. Weights may change within the block.
         """
         self._check_open()
-        self._check_labels(factors)
+        check_labels(factors, self._weights)
         before = self._factors
         # Asked here, since `without` is entered at each of the U-Net's calls.
         self._is_streamed = "stream" in tensors.group_offloading(self._parts["unet"])
@@ -325,7 +325,7 @@ class Mix:
     def remove(self, *labels: str) -> Self:
         """Take adapters out of the mix; a weight that no adapter changes any more has the base's very bytes again."""
         self._check_open()
-        self._check_labels(labels)
+        check_labels(labels, self._weights)
         self._check_compiled(
             site
             for site in self._sites.values()
@@ -445,12 +445,6 @@ class Mix:
                     f"two adapters are called {adapter.label!r}. Tell them apart with Adapter(file, weight, name=...)."
                 )
             labels.append(adapter.label)
-
-    def _check_labels(self, labels: Iterable[str]) -> None:
-        for label in labels:
-            if label not in self._weights:
-                known = ", ".join(map(repr, self._weights)) or "nothing"
-                raise AdapterError(f"no adapter of this mix is called {label!r}; it holds {known}.")
 
 
 def _module_of(key: str) -> str:

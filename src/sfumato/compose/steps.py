@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sfumato import schedulers
-from sfumato.compose.adapter import Weight, checked_weight, unet_weight, with_unet
+from sfumato.compose.adapter import Weight, check_labels, checked_weight, unet_weight, with_unet
 from sfumato.compose.caller import calling
 from sfumato.compose.match import unwrapped_parts
 from sfumato.errors import AdapterError
@@ -112,7 +112,7 @@ def over_asked_steps(mix: Mix) -> Iterator[None]:
 @contextmanager
 def over_steps_of(mix: Mix, weights: Mapping[str, Progress], switch: Switch | None = None) -> Iterator[None]:
     """As `over_steps`, for labels that are no Python names."""
-    mix._check_labels([*weights, *(switch.labels if switch else ())])
+    check_labels([*weights, *(switch.labels if switch else ())], mix.weights)
     for label, way in weights.items():
         if not callable(way):
             raise AdapterError(

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sfumato import prompts, schedulers
+from sfumato import schedulers
 from sfumato.compose.adapter import Adapter, with_unet
 from sfumato.compose.caller import calling, without_prompt
 from sfumato.compose.regions.region import Region
 from sfumato.errors import AdapterError
 from sfumato.files.adapter_file import AdapterFile
+from sfumato.prompt_encoding import encode, encode_stages
 from sfumato.prompt_steps import STEPS, changes
 from sfumato.prompts import Syntax
 
@@ -69,9 +70,9 @@ class Texts:
         pipe, adapters = self._pipe, [each for each in region.adapters if each in self._in_text]
         with _added(pipe, adapters, partial=self._partial) if adapters else nullcontext():
             if self._syntax == "a1111":
-                return [(each.last, each.text.hidden) for each in prompts.encode_stages(pipe, [prompt], "", steps)]
+                return [(each.last, each.text.hidden) for each in encode_stages(pipe, [prompt], "", steps)]
             if self._syntax == "compel":
-                hidden: Tensor = prompts.encode(pipe, [prompt], "", self._syntax)[0].hidden
+                hidden: Tensor = encode(pipe, [prompt], "", self._syntax)[0].hidden
             elif hasattr(pipe, "encode_text"):
                 hidden = pipe.encode_text([prompt]).hidden
             else:
