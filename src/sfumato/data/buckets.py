@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sfumato.data.options import CropMode
+from sfumato.errors import ConfigError
 
 Size = tuple[int, int]
 Box = tuple[float, float, float, float]
@@ -90,6 +91,13 @@ def bucket_sizes(resolution: int, step: int, *, largest_ratio: float = 2.0) -> l
     # A shape that fits into another one only throws pixels away.
     largest = [a for a in sizes if not any(a != b and a[0] <= b[0] and a[1] <= b[1] for b in sizes)]
     return sorted(largest, key=lambda size: (size[0] / size[1], size))
+
+
+def checked_sizes(resolution: int, step: int, *, buckets: bool) -> list[Size]:
+    """`bucket_sizes`, or without `buckets` the square alone. Raises ConfigError for a resolution below a step."""
+    if resolution < step:
+        raise ConfigError(f"--resolution {resolution}: this base takes multiples of {step} px. Give {step} or more.")
+    return bucket_sizes(resolution, step, largest_ratio=2.0 if buckets else 1.0)
 
 
 def side_step(vae_factor: int, unet_levels: int, resolution: int) -> int:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from sfumato.data.buckets import Crop, Size, bucket_sizes, fit_crop, nearest_bucket, side_step
+from sfumato.data.ahead import ahead
+from sfumato.data.buckets import Crop, Size, checked_sizes, fit_crop, nearest_bucket, side_step
 from sfumato.data.cache import (
     Cache,
     Entry,
@@ -35,13 +34,14 @@ from sfumato.data.listing import some
 from sfumato.data.options import CropMode, Options
 from sfumato.data.tags import count_forms, forms
 from sfumato.data.texts import Texts
-from sfumato.errors import ConfigError, DataError
+from sfumato.errors import DataError
 from sfumato.files.read import stamp
 
 if TYPE_CHECKING:
     from sfumato.bases import Base
 
 _WINDOW = 32
+"""Pictures that are encoded together, while as many are decoded."""
 MOST_VARIANTS = 2048
 """Random crops, mirrored or not, that are encoded beforehand; beyond that, pixels are kept and encoded in the loop."""
 MOST_FORMS = 512
@@ -102,8 +102,8 @@ def prepare(
     embed_text: keep the embeddings of the captions. will_draw: (seed, steps, global batch) of the run to come, so that
     exactly the captions it will draw are embedded, however many forms they have; others are encoded when a batch asks
     for them. cache: a folder for latents and embeddings, where they are found again. skip_bad: leave out what cannot be
-    decoded (unset: as `read_folder` was told). progress: called with "pictures" or
-    "captions", and how many of how many are done.
+    decoded (unset: as `read_folder` was told). progress: called with "pictures" or "captions", and how many of how many
+    are done.
 
     Raises DataError that names the bad files, ConfigError for a resolution that the base cannot take.
     """
@@ -115,10 +115,7 @@ def prepare(
     if skip_bad is None:
         skip_bad = isinstance(examples, Folder) and examples.skip_bad
     examples = [replace(example, options=example.options.over(defaults)) for example in examples]
-    step = bucket_step or _bucket_step(base, resolution)
-    if resolution < step:
-        raise ConfigError(f"--resolution {resolution}: this base takes multiples of {step} px. Give {step} or more.")
-    sizes = bucket_sizes(resolution, step, largest_ratio=2.0 if buckets else 1.0)
+    sizes = checked_sizes(resolution, bucket_step or _bucket_step(base, resolution), buckets=buckets)
     store = None if cache is None else Cache(cache)
     plan = _Plan(
         sizes,
@@ -128,41 +125,19 @@ def prepare(
         str(getattr(getattr(base, "vae", None), "dtype", None)),
     )
 
-    items: list[Item] = []
-    kept: list[Example] = []
-    bad: list[str] = []
-    digest = hashlib.sha256()
-    bytes_kept = 0
-    labels = labels_of([example.path for example in examples])
-    if progress:
-        progress("pictures", 0, len(examples))
-    for window in _ahead(list(zip(examples, labels, strict=True)), lambda named: _read(*named, plan, store)):
-        bad.extend(str(done) for done in window if isinstance(done, DataError))
-        good = [done for done in window if isinstance(done, _Done)]
-        if bad and not skip_bad:
-            continue  # the rest is only decoded, so that all bad files are named at once
-        shown = partial(_share, progress, len(items) + len(bad), len(good), len(examples))
-        fresh, words = _items(good, plan, store, base, shown)
-        notes.extend(words)
-        for done, item in zip(good, fresh, strict=True):
-            digest.update(_described(done, item.crop).encode())
-        kept.extend(done.example for done in good)
-        items.extend(fresh)
-        bytes_kept += sum(item.nbytes for item in fresh)
-        if store and bytes_kept > KEPT_BYTES:
-            for item in items:
-                item.tensors = None
-    if progress:
-        progress("pictures", len(items) + len(bad), len(examples))
+    gathered = _gathered(examples, plan, store, base, skip_bad, progress)
+    items, bad = gathered.items, gathered.bad
+    notes.extend(gathered.notes)
     refuse_bad(bad, len(examples), skip_bad)
     notes.extend(f"left out: {reason}" for reason in bad)
     notes.extend(_crop_notes(items))
-    notes.extend(_kept_notes(plan.in_loop, store, bytes_kept))
+    notes.extend(_kept_notes(plan.in_loop, store, gathered.nbytes))
     notes.extend(_cut_notes(base, [item.caption for item in items]))
     notes.extend(filter(None, [without_trigger((item.name, item.caption) for item in items)]))
     device = base.precision.device if hasattr(base, "precision") else torch.device("cpu")
-    repeats = [example.repeats for example in kept]
-    dataset = Dataset(items, repeats, device, base.encode_pixels, fingerprint=digest.hexdigest(), notes=notes)
+    dataset = Dataset(
+        items, gathered.repeats, device, base.encode_pixels, fingerprint=gathered.digest.hexdigest(), notes=notes
+    )
     if embed_text:
         texts = Texts(base, store)
         dataset.notes.extend(_embed(texts, dataset, items, will_draw, progress))
@@ -197,21 +172,52 @@ def _too_many(examples: Sequence[Example], sizes: list[Size], vae_factor: int) -
     return False
 
 
-def _ahead(
-    examples: Sequence[tuple[Example, str]], read: Callable[[tuple[Example, str]], _Done | DataError]
-) -> Iterator[list[_Done | DataError]]:
-    """What `read` makes of the examples, a few dozen at a time, while the next dozens are read on the other cores.
+@dataclass
+class _Gathered:
+    """The pictures as tensors. repeats: of each. bad: the reasons of those that are left out. digest: over all that is
+    learned from. nbytes: of the tensors, where they stay in memory."""
 
-    Pillow lets go of the interpreter while it decodes. Memory does not grow with the folder.
-    """
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        waiting: deque[Future[_Done | DataError]] = deque()
-        for example in examples:
-            waiting.append(pool.submit(read, example))
-            if len(waiting) == 2 * _WINDOW:
-                yield [waiting.popleft().result() for _ in range(_WINDOW)]
-        while waiting:
-            yield [waiting.popleft().result() for _ in range(min(_WINDOW, len(waiting)))]
+    items: list[Item] = field(default_factory=list)
+    repeats: list[int] = field(default_factory=list)
+    bad: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    digest: hashlib._Hash = field(default_factory=hashlib.sha256)
+    nbytes: int = 0
+
+
+def _gathered(
+    examples: Sequence[Example],
+    plan: _Plan,
+    store: Cache | None,
+    base: Base,
+    skip_bad: bool,
+    progress: Callable[[str, int, int], None] | None,
+) -> _Gathered:
+    """The examples, decoded and encoded a few dozen at a time, in their order."""
+    found = _Gathered()
+    if progress:
+        progress("pictures", 0, len(examples))
+    labels = labels_of([example.path for example in examples])
+    read = ahead(zip(examples, labels, strict=True), lambda named: _read(*named, plan, store), most=_WINDOW)
+    while window := list(islice(read, _WINDOW)):
+        found.bad.extend(str(done) for done in window if isinstance(done, DataError))
+        good = [done for done in window if isinstance(done, _Done)]
+        if found.bad and not skip_bad:
+            continue  # the rest is only decoded, so that all bad files are named at once
+        shown = partial(_share, progress, len(found.items) + len(found.bad), len(good), len(examples))
+        fresh, words = _items(good, plan, store, base, shown)
+        found.notes.extend(words)
+        for done, item in zip(good, fresh, strict=True):
+            found.digest.update(_described(done, item.crop).encode())
+        found.repeats.extend(done.example.repeats for done in good)
+        found.items.extend(fresh)
+        found.nbytes += sum(item.nbytes for item in fresh)
+        if store and found.nbytes > KEPT_BYTES:
+            for item in found.items:
+                item.tensors = None
+    if progress:
+        progress("pictures", len(found.items) + len(found.bad), len(examples))
+    return found
 
 
 def _share(progress: Callable[[str, int, int], None] | None, before: int, these: int, count: int, part: float) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from sfumato.data.buckets import Size, bucket_sizes
+from sfumato.data.buckets import Size, checked_sizes
 from sfumato.data.duplicates import duplicates
 from sfumato.data.folder import (
     PLACEHOLDER,
@@ -31,7 +31,6 @@ from sfumato.data.needs import Needs
 from sfumato.data.options import CropMode, Options
 from sfumato.data.source import Source, sources_of
 from sfumato.data.survey import Look, survey
-from sfumato.errors import ConfigError
 from sfumato.numerals import so_many
 
 COMMON_ID = 40_000
@@ -141,11 +140,8 @@ def check(
     Raises DataError where there is no folder or no picture, ConfigError for options that make no sense.
     """
     side = resolution or needs.resolution
-    step = needs.step(side)
-    if side < step:
-        raise ConfigError(f"--resolution {side}: this base takes multiples of {step} px. Give {step} or more.")
+    sizes = checked_sizes(side, needs.step(side), buckets=buckets)
     sources = sources_of(path, caption_template=caption_template, trigger=trigger, mask=mask)
-    sizes = bucket_sizes(side, step, largest_ratio=2.0 if buckets else 1.0)
     examples: list[Example] = []
     founds: list[Found] = []
     ignored: list[Ignored] = []

@@ -6,16 +6,14 @@ Memory does not grow with the pictures: a look is a few hundred bytes. Imports n
 from __future__ import annotations
 
 import hashlib
-import os
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from sfumato.data.ahead import ahead
 from sfumato.data.buckets import Crop, Size
 from sfumato.data.checksums import check_files
 from sfumato.data.crops import crop_example
@@ -72,21 +70,10 @@ def survey(
     def look(example: Example) -> Look:
         return look_at(example, sizes, vae_factor, thumbnail=thumbnails)
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        waiting: deque[Future[Look]] = deque()
-        done = 0
-        for example in examples:
-            waiting.append(pool.submit(look, example))
-            if len(waiting) >= _AHEAD:
-                yield waiting.popleft().result()
-                done += 1
-                if progress:
-                    progress(done, len(examples))
-        while waiting:
-            yield waiting.popleft().result()
-            done += 1
-            if progress:
-                progress(done, len(examples))
+    for done, found in enumerate(ahead(examples, look, most=_AHEAD), start=1):
+        yield found
+        if progress:
+            progress(done, len(examples))
 
 
 def look_at(example: Example, sizes: list[Size], vae_factor: int, *, thumbnail: bool = False) -> Look:
