@@ -191,12 +191,13 @@ def train(config: Config) -> Path:
     draw = drawing_of(base, lora, config.adapter_guidance, options.span_of(config, base))
     samples = Samples(run, base, prompts, config.seed, modules=[lora], within=average.applied, draw=draw)
     trigger = list(dict.fromkeys([*subjects.triggers, *config.train_words]))
+    learned = Learned(config, base, lora, words, dataset, samples, trigger)
 
     def export(step: int) -> None:
         if step and processes.is_main:
             with average.applied():
                 path = config.output / "adapters" / f"{config.name}-step{step:08d}.safetensors"
-                write_files(path, lora, words, base, config, dataset, samples, trigger, step)
+                write_files(path, learned, step)
 
     run.every(config.measure_every, lambda step: run.log(step=step, **measures.values()))
     run.every(config.sample_every, samples.draw)
@@ -220,14 +221,14 @@ def train(config: Config) -> Path:
             )
             if crossing:
                 noised = crossing.cross(noised, step.number, start)
-            learned, in_loop = len(noised.batch), config.train_text_encoder or bool(words)
+            count, in_loop = len(noised.batch), config.train_text_encoder or bool(words)
             beside = [prior.draw(step.number, global_batch, start, config.batch) for prior in priors]
-            lora.drop_by(config.seed, step.number, range(start, start + learned))
+            lora.drop_by(config.seed, step.number, range(start, start + count))
             with precision.autocast():
                 errors = errors_of(base, [noised, *beside], encode=in_loop, min_snr=config.min_snr)
-                part = errors[:learned].sum() / global_batch
+                part = errors[:count].sum() / global_batch
                 if priors:
-                    of_prior = errors[learned:].sum() / global_batch
+                    of_prior = errors[count:].sum() / global_batch
                     part = part + config.prior_weight * of_prior
                     prior_loss += of_prior.detach()
             if part.requires_grad:  # not where words learn alone and SDXL has zeros for all of the batch's captions
@@ -253,7 +254,7 @@ def train(config: Config) -> Path:
     average.apply()
     path = config.output / f"{config.name}.safetensors"
     if processes.is_main:
-        save(path, lora, words, base, config, dataset, run, samples, trigger)
+        save(path, learned, run)
     if words:
         words.remove()
     run.close()
@@ -425,38 +426,32 @@ def start_from(lora: Lora, words: Words | None, config: Config) -> tuple[str, li
     ]
 
 
-def save(
-    path: Path,
-    lora: Lora,
-    words: Words | None,
-    base: Base,
-    config: Config,
-    dataset: Dataset,
-    run: Run,
-    samples: Samples,
-    trigger: Sequence[str],
-) -> None:
+@dataclass(frozen=True)
+class Learned:
+    """What is written of a training, and what is told with it. trigger: the words that call it up."""
+
+    config: Config
+    base: Base
+    lora: Lora
+    words: Words | None
+    dataset: Dataset
+    samples: Samples
+    trigger: Sequence[str]
+
+
+def save(path: Path, learned: Learned, run: Run) -> None:
     """Write the adapter and new words, the card and the plot; upload them if asked."""
     from sfumato.finish import finish, upload
 
-    description, beside = write_files(path, lora, words, base, config, dataset, samples, trigger, config.steps)
-    finish(run, path, description, samples, kind="lora", push=None)
-    if words:
-        tell_words(path, words, beside, config, description, run)
+    config = learned.config
+    description, beside = write_files(path, learned, config.steps)
+    finish(run, path, description, learned.samples, kind="lora", push=None)
+    if learned.words:
+        tell_words(path, learned.words, beside, config, description, run)
     upload(run, [path, *beside.values()], config.push_to_hub)
 
 
-def write_files(
-    path: Path,
-    lora: Lora,
-    words: Words | None,
-    base: Base,
-    config: Config,
-    dataset: Dataset,
-    samples: Samples,
-    trigger: Sequence[str],
-    steps: int,
-) -> tuple[Description, dict[str, Path]]:
+def write_files(path: Path, learned: Learned, steps: int) -> tuple[Description, dict[str, Path]]:
     """Write the adapter as it is now, after so many steps, with its words in it or beside it.
 
     Returns what its file says of itself, and the files beside it, by word.
@@ -465,14 +460,15 @@ def write_files(
     from sfumato.finish import describe_run
     from sfumato.precision import DTYPES
 
-    about = {"trigger": trigger, "steps": steps, "adapter_guidance": config.adapter_guidance}
+    config, base, words = learned.config, learned.base, learned.words
+    about = {"trigger": learned.trigger, "steps": steps, "adapter_guidance": config.adapter_guidance}
     about["over_steps"] = options.span_of(config, base)
-    description = describe_run(config, base, dataset, samples, **about)
+    description = describe_run(config, base, learned.dataset, learned.samples, **about)
     # First, so that no adapter is ever there without its words.
     beside = write_words(path, words, config, description) if words and not config.bundle else {}
     write_lora(
         path,
-        lora.modules_by_target(),
+        learned.lora.modules_by_target(),
         family=base.family.name,
         metadata=describe(description),
         dtype=DTYPES[config.save_precision],
