@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -82,7 +83,9 @@ def _cut(tokenizer: Any, word: str) -> tuple[str, ...]:
     return tuple(piece.removesuffix("</w>") for piece in tokenizer.tokenize(word))
 
 
+@cache
 def _clip() -> Any:
+    """CLIP's own tokenizer, which takes a moment to build."""
     from sfumato.bases.vocabulary import clip_tokenizer
 
     return clip_tokenizer(positions=77)

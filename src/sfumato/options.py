@@ -7,8 +7,9 @@ precision, load the base, so that a trainer says these in a line each.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,9 +172,8 @@ class BaseOptions:
             prediction_type=self.prediction_type,
             unet=False,
         )
-        precision.learn(
-            base.unet
-        )  # alone: what else is in a batch may decide how a text encoder's products are rounded
+        # Not the text encoders: what else is in a batch may decide how their products are rounded.
+        precision.learn(base.unet)
         if precision.device.type == "cpu":  # its kernels were never run elsewhere
             keep_less(base.unet)
         return base
@@ -282,13 +282,23 @@ _AT_LEAST_ONE = (
     *("steps", "epochs", "batch", "accumulate", "rank", "resolution"),
     *("vectors", "word_vectors", "class_count"),
 )
-_POSITIVE = ("learning_rate", "text_learning_rate", "word_learning_rate", "alpha")
-_SHARES = ("caption_dropout", "tag_dropout", "crossed_share")
-_SHARES_BELOW_ONE = ("dropout", "ema")
 _NOT_NEGATIVE = (
     *("warmup", "clip", "min_snr", "noise_offset", "weight_decay", "keep_tags", "prior_weight", "drift_limit"),
-    *("sample_every", "measure_every", "save_every"),
+    *("sample_every", "measure_every", "save_every", "checkpoint_every", "keep"),
 )
+_RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
+    (_AT_LEAST_ONE, lambda value: value >= 1, "be at least 1"),
+    (_AT_LEAST_ONE, lambda value: value < 2**31, f"be below {2**31:,}"),  # torch would end in a trace of its C++
+    (
+        ("learning_rate", "text_learning_rate", "word_learning_rate", "alpha"),
+        lambda value: 0 < value < math.inf,
+        "be a positive number",
+    ),
+    (("caption_dropout", "tag_dropout", "crossed_share"), lambda value: 0 <= value <= 1, "be 0 to 1"),
+    (("dropout", "ema"), lambda value: 0 <= value < 1, "be at least 0 and below 1"),
+    (_NOT_NEGATIVE, lambda value: 0 <= value < math.inf, "not be negative"),
+)
+"""(fields of any trainer, what their values have to be, and how that is said)."""
 WRITTEN = ("config.toml", "README.md", "plot.png", "samples.png", "samples", "images", "checkpoints")
 """What a run writes into its folder under a name of its own; NAME.safetensors comes beside them."""
 _FOLDERS_OF_A_RUN = frozenset(("checkpoints", "samples", "tensorboard", "model"))
@@ -307,11 +317,6 @@ def check(config: TrainerOptions) -> None:
 
 def check_run(config: FolderOptions) -> None:
     """Of any trainer's config: its name, its numbers, and which options exclude each other."""
-
-    def given(names: tuple[str, ...]) -> list[tuple[str, Any]]:
-        values = [(name, getattr(config, name, None)) for name in names]
-        return [(f"--{name.replace('_', '-')}", value) for name, value in values if value is not None]
-
     if config.resume and config.overwrite:
         raise ConfigError("--resume and --overwrite are both given; go on with the run, or replace it.")
     check_name(config)
@@ -324,23 +329,11 @@ def check_run(config: FolderOptions) -> None:
         raise ConfigError(f"--device {device!r:.60}: unknown; wanted auto, cuda, cuda:0, mps or cpu.")
     if (seed := getattr(config, "seed", None)) is not None:
         checked_seed(seed)
-    for option, value in given(_AT_LEAST_ONE):
-        if value < 1:
-            raise ConfigError(f"{option} is {value}; it must be at least 1.")
-        if value >= 2**31:  # torch would end in a trace of its C++
-            raise ConfigError(f"{option} is {value}; it must be below {2**31:,}.")
-    for option, value in given(_POSITIVE):
-        if not 0 < value < float("inf"):
-            raise ConfigError(f"{option} is {value}; it must be a positive number.")
-    for option, value in given(_SHARES):
-        if not 0 <= value <= 1:
-            raise ConfigError(f"{option} is {value}; it must be 0 to 1.")
-    for option, value in given(_SHARES_BELOW_ONE):
-        if not 0 <= value < 1:
-            raise ConfigError(f"{option} is {value}; it must be at least 0 and below 1.")
-    for option, value in given((*_NOT_NEGATIVE, "checkpoint_every", "keep")):
-        if not 0 <= value < float("inf"):
-            raise ConfigError(f"{option} is {value}; it must not be negative.")
+    for names, is_good, wanted in _RANGES:
+        for name in names:
+            value = getattr(config, name, None)
+            if value is not None and not is_good(value):
+                raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must {wanted}.")
 
 
 def check_name(config: FolderOptions, *, folder: bool = False) -> None:
