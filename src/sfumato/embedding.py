@@ -269,6 +269,31 @@ def new_words(
     Raises ConfigError for a placeholder that is a token already, and for capitals in one of several vectors.
     """
     sites = sites_of(source)
+    _check_placeholders(placeholders, sites, vectors)
+    if start == "words" and len(initial) not in (1, len(placeholders)):
+        raise ConfigError(
+            f"{so_many(len(initial), 'initial word')} for {so_many(len(placeholders), 'placeholder')}; give "
+            "one for all, or one for each."
+        )
+    made: dict[str, dict[str, Tensor]] = {}
+    for place, token in enumerate(placeholders):
+        made[token] = {}
+        for site, part in zip(sites, PARTS, strict=False):
+            rows = site.weight.float().cpu()
+            if start == "words":
+                chosen = _ids_of(initial[place if len(initial) > 1 else 0], site, vectors)
+                made[token][part] = rows[chosen]
+            elif start == "random":
+                chosen = randomness.permutation(len(rows), seed, f"words/{token}/{part}")
+                made[token][part] = rows[chosen[:vectors]]
+            else:
+                mean = F.normalize(rows.mean(0), dim=0) * rows.norm(dim=1).mean()
+                made[token][part] = mean.expand(vectors, -1)
+    return Words(source, made)
+
+
+def _check_placeholders(placeholders: Sequence[str], sites: Sequence[Site], vectors: int) -> None:
+    """Raises ConfigError for placeholders that cannot be learned beside each other, with so many vectors each."""
     if not placeholders or len({token.lower() for token in placeholders}) < len(placeholders):
         raise ConfigError(f"placeholders {', '.join(placeholders) or 'none'}: wanted one or more, each of its own.")
     for token in placeholders:
@@ -284,29 +309,14 @@ def new_words(
                 )
     if not 1 <= vectors <= MOST_VECTORS:
         raise ConfigError(f"{vectors} vectors for a placeholder; wanted 1 to {MOST_VECTORS}.")
-    if start == "words" and len(initial) not in (1, len(placeholders)):
-        raise ConfigError(
-            f"{so_many(len(initial), 'initial word')} for {so_many(len(placeholders), 'placeholder')}; give "
-            "one for all, or one for each."
-        )
-    made: dict[str, dict[str, Tensor]] = {}
-    for place, token in enumerate(placeholders):
-        made[token] = {}
-        for site, part in zip(sites, PARTS, strict=False):
-            rows = site.weight.float().cpu()
-            if start == "words":
-                words = initial[place if len(initial) > 1 else 0]
-                ids = site.tokenizer(words, add_special_tokens=False).input_ids
-                if not ids:
-                    raise ConfigError(f"initial words {words!r} are none; name something like it, such as 'toy'.")
-                made[token][part] = rows[[ids[i % len(ids)] for i in range(vectors)]]
-            elif start == "random":
-                chosen = randomness.permutation(len(rows), seed, f"words/{token}/{part}")
-                made[token][part] = rows[chosen[:vectors]]
-            else:
-                mean = F.normalize(rows.mean(0), dim=0) * rows.norm(dim=1).mean()
-                made[token][part] = mean.expand(vectors, -1)
-    return Words(source, made)
+
+
+def _ids_of(words: str, site: Site, count: int) -> list[int]:
+    """So many tokens of the words, from the first on and over again. Raises ConfigError for words without any."""
+    ids = site.tokenizer(words, add_special_tokens=False).input_ids
+    if not ids:
+        raise ConfigError(f"initial words {words!r} are none; name something like it, such as 'toy'.")
+    return [ids[i % len(ids)] for i in range(count)]
 
 
 def load(source: Any, path: str | PathLike[str], token: str | None = None) -> Words:

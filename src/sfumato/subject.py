@@ -96,7 +96,8 @@ def read_pictures(
     `sfumato.data.read_folder` does.
     """
     from sfumato.data import read_folder
-    from sfumato.data.folder import examples_of, list_folder
+    from sfumato.data.folder import examples_of
+    from sfumato.data.listing import list_folder
 
     if path.suffix.lower() == ".toml" and not path.is_dir():
         return read_folder(

@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from sfumato.data.batches import Batch, join
     from sfumato.data.buckets import Crop, bucket_sizes, fit_crop
     from sfumato.data.dataset import Dataset
-    from sfumato.data.folder import Example, Folder, Ignored
+    from sfumato.data.folder import Example, Folder
     from sfumato.data.images import Picture, open_image, open_picture
+    from sfumato.data.listing import Ignored
     from sfumato.data.options import Options
     from sfumato.data.preparing import prepare
     from sfumato.data.source import read_folder
@@ -27,7 +28,7 @@ _HOME = {
     "Dataset": "dataset",
     "Example": "folder",
     "Folder": "folder",
-    "Ignored": "folder",
+    "Ignored": "listing",
     "Options": "options",
     "Picture": "images",
     "bucket_sizes": "buckets",

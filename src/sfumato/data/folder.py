@@ -13,7 +13,7 @@ from typing import Literal, overload
 
 from sfumato.data.captions import METADATA, check_template, fill_template, says_nothing, words_of
 from sfumato.data.images import read_size
-from sfumato.data.listing import FOLDER_OF_PICTURES, Found, Ignored, Listing, list_folder, some
+from sfumato.data.listing import FOLDER_OF_PICTURES, Found, Ignored, Listing, some
 from sfumato.data.options import Options
 from sfumato.errors import DataError
 from sfumato.numerals import so_many
@@ -291,6 +291,3 @@ def ignored_words(ignored: Sequence[Ignored]) -> str:
     shown = ", ".join(f"{entry.name} ({entry.reason.rstrip('.')})" for entry in ignored[:5])
     more = f" and {len(ignored) - 5} more" if len(ignored) > 5 else ""
     return f", {len(ignored)} ignored: {shown}{more}"
-
-
-__all__ = ["Example", "Folder", "Found", "Ignored", "Listing", "list_folder", "refuse_bad"]

@@ -50,7 +50,7 @@ def inherit(
         base=bases.pop() if len(bases) == 1 else "",
         base_fingerprint=fingerprints.pop() if len(fingerprints) == 1 else "",
         prediction_type="v_prediction" if "v" in said else "epsilon" if "epsilon" in said else "",
-        trigger=list(dict.fromkeys(word for parent in parents for word in trigger_words(parent.metadata))),
+        trigger=_words(parents),
         config=config,
         adapter_guidance=strengths.pop() if len(strengths) == 1 else 0.0,
         over_steps=spans.pop() if len(spans) == 1 else None,
@@ -60,6 +60,11 @@ def inherit(
         extra=extra or {},
     )
     return describe(description)
+
+
+def _words(parents: Sequence[Parent]) -> list[str]:
+    """The parents' trigger words, each once."""
+    return list(dict.fromkeys(word for parent in parents for word in trigger_words(parent.metadata)))
 
 
 def _all(parents: Sequence[Parent], key: str) -> str:
@@ -73,9 +78,7 @@ def baked(parents: Sequence[Parent], *, title: str, config: Mapping[str, Any] | 
     found = {
         "modelspec.title": title,
         "modelspec.merged_from": ", ".join(parent.name for parent in parents),
-        "modelspec.trigger_phrase": ", ".join(
-            dict.fromkeys(word for parent in parents for word in trigger_words(parent.metadata))
-        ),
+        "modelspec.trigger_phrase": ", ".join(_words(parents)),
         "sfumato.version": __version__,
         "sfumato.parents": json.dumps([_parent(parent) for parent in parents], ensure_ascii=False),
         "sfumato.config": json.dumps(config, ensure_ascii=False) if config else "",
