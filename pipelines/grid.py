@@ -229,8 +229,6 @@ def draw_grid(config: Config) -> Path:
     from sfumato.compose import compose
     from sfumato.drawn import learned_otherwise, misread_words, unknown_words, unused_words
     from sfumato.files.header import read_header
-    from sfumato.merging.merge import refuse_model
-    from sfumato.merging.whole_model import read_mixable
     from sfumato.precision import decide
     from sfumato.sheet import read_drawn
 
@@ -259,14 +257,7 @@ def draw_grid(config: Config) -> Path:
         mix = None
         if not is_merged:
             mix = stack.enter_context(compose(base, *adapters, partial=config.partial, words_known=True))
-        if mix is not None:
-            told, brought = mix.metadata, mix.embeddings
-        else:
-            read = {each.label: read_mixable(each.path, partial=config.partial) for each in adapters}
-            for label, file in read.items():
-                refuse_model(label, file.changes)
-            told = {label: file.metadata for label, file in read.items()}
-            brought = {label: file.embeddings for label, file in read.items()}
+        told, brought = _in_files(mix, adapters, partial=config.partial)
         learned = _checked(base, brought, told, cells_in_all, words, config)
         of_words = {token or file.name: read_header(file).metadata for token, file in embeddings}
         known = [token for some in (*(each.tokens for each in words), *brought.values()) for token in some]
@@ -283,6 +274,23 @@ def draw_grid(config: Config) -> Path:
             _write_sheet(config, x, y, rows, paths, there)
             print(f"{sum(path in there for path in paths.values())} of {len(paths)} pictures", file=sys.stderr)
     return config.output / "grid.png"
+
+
+def _in_files(
+    mix: Mix | None, adapters: Sequence[Adapter], *, partial: bool
+) -> tuple[Mapping[str, Mapping[str, str]], Mapping[str, Vectors]]:
+    """(metadata, new words) of the adapters' files, by label. mix: None where cells merge them by a method, which takes
+    no whole model."""
+    if mix is not None:
+        return mix.metadata, mix.embeddings
+    from sfumato.merging.merge import refuse_model
+    from sfumato.merging.whole_model import read_mixable
+
+    read = {each.label: read_mixable(each.path, partial=partial) for each in adapters}
+    for label, file in read.items():
+        refuse_model(label, file.changes)
+    told = {label: file.metadata for label, file in read.items()}
+    return told, {label: file.embeddings for label, file in read.items()}
 
 
 def _check_drawable(base: Base, rows: Sequence[Sequence[Cell]]) -> None:

@@ -22,7 +22,7 @@ from sfumato.compose import saving, table, tensors
 from sfumato.compose.adapter import Adapter, Weight, check_labels, checked_weight, weight_text
 from sfumato.compose.baked import Applied, Baked
 from sfumato.compose.live import Live
-from sfumato.compose.match import Modules, Way, compiled_parts, match, parts_of, unwrapped_parts
+from sfumato.compose.match import Found, Modules, Way, compiled_parts, match, parts_of, unwrapped_parts
 from sfumato.compose.originals import Originals, Place
 from sfumato.compose.sites import Site, applied_at, bring, new_site
 from sfumato.errors import AdapterError
@@ -212,12 +212,7 @@ class Mix:
         matched = {
             label: match(file, label, self._modules, partial=partial, way=self._way) for label, file in files.items()
         }
-        for part in {one.part for found in matched.values() for one in found}:
-            if self._parts[part].__dict__.get(_MARK) not in (None, self):
-                raise AdapterError(
-                    f"this {part} carries the mix of another pipeline that shares it. Undo that first, or give the "
-                    "weights (0.8, 0), which are for the U-Net alone."
-                )
+        self._check_shared({one.part for found in matched.values() for one in found})
         weights = self._weights | {adapter.label: adapter.weight for adapter in adapters}
         sites = dict(self._sites)
         try:
@@ -238,12 +233,7 @@ class Mix:
         self._sites, self._weights = sites, weights
         self._adapters |= {adapter.label: adapter for adapter in adapters}
         self._files |= files
-        self._skipped |= {
-            label: len(file.changes)
-            - len({(one.part, one.path) for one in matched[label]})
-            + len({_module_of(key) for key in file.skipped})
-            for label, file in files.items()
-        }
+        self._skipped |= {label: _left_out(file, matched[label]) for label, file in files.items()}
         for part in {"unet", *(site.part for site in sites.values())}:
             self._parts[part].__dict__[_MARK] = self
         return self
@@ -435,6 +425,14 @@ class Mix:
         if self._undone:
             raise AdapterError("this mix was undone. Call compose again.")
 
+    def _check_shared(self, parts: Iterable[str]) -> None:
+        for part in parts:
+            if self._parts[part].__dict__.get(_MARK) not in (None, self):
+                raise AdapterError(
+                    f"this {part} carries the mix of another pipeline that shares it. Undo that first, or give the "
+                    "weights (0.8, 0), which are for the U-Net alone."
+                )
+
     def _check_new(self, adapters: Iterable[Adapter]) -> None:
         labels = list(self._weights)
         for adapter in adapters:
@@ -445,6 +443,12 @@ class Mix:
                     f"two adapters are called {adapter.label!r}. Tell them apart with Adapter(file, weight, name=...)."
                 )
             labels.append(adapter.label)
+
+
+def _left_out(file: AdapterFile, found: Iterable[Found]) -> int:
+    """How many modules of the file are not among what of it was found in the pipeline."""
+    there = {(one.part, one.path) for one in found}
+    return len(file.changes) - len(there) + len({_module_of(key) for key in file.skipped})
 
 
 def _module_of(key: str) -> str:
