@@ -410,14 +410,3 @@ def test_values_at_the_end_of_fp32_are_one_line(tmp_path, capsys):
     error = capsys.readouterr().err
     assert "more than fp32 holds, so the file was not written" in error
     assert error.count("\n") == 1
-
-
-def test_help_loads_no_torch():
-    import subprocess
-    import sys
-
-    code = (
-        "import sys; from sfumato.pipelines.merge import main\n"
-        "try: main(['--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
