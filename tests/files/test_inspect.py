@@ -54,6 +54,16 @@ def test_a_tucker_norm_is_that_of_its_update(tmp_path):
     assert inspect_file(tmp_path / "a.safetensors").norm == pytest.approx(wanted, rel=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
+def test_an_alpha_that_is_a_whole_number_counts(dtype, two_modules, tmp_path):
+    file = write_lora(tmp_path / "a.safetensors", two_modules, family="sd1")
+    tensors = load_file(file)
+    save_file({n: t.to(dtype) if n.endswith(".alpha") else t for n, t in tensors.items()}, tmp_path / "b.safetensors")
+    known, found = inspect_file(file), inspect_file(tmp_path / "b.safetensors")
+    assert found.alphas == known.alphas != {}
+    assert found.norm == known.norm
+
+
 def test_a_family_that_the_metadata_denies_is_shown_with_both(two_modules, tmp_path):
     metadata = {"ss_base_model_version": "sdxl_base_v1-0"}
     found = inspect_file(write_lora(tmp_path / "a.safetensors", two_modules, family="sd1", metadata=metadata))

@@ -11,13 +11,16 @@ from sfumato.files.header import Header, TensorInfo
 
 Array = NDArray[np.float32]
 
+_NUMBERS = {"F16": "<f2", "F32": "<f4", "F64": "<f8", "U8": "u1", "I8": "i1", "I16": "<i2", "I32": "<i4", "I64": "<i8"}
+"""numpy's dtype for each of a file's; kohya's svd_merge_lora.py writes alphas as whole numbers."""
+
 
 def array_of(mapped: mmap.mmap, info: TensorInfo) -> Array | None:
     """A tensor's values in fp32, None for dtypes that numpy has no numbers for."""
     raw = mapped[info.start : info.end]
     if info.dtype == "BF16":  # the upper half of an fp32
         return (np.frombuffer(raw, "<u2").astype(np.uint32) << 16).view(np.float32).reshape(info.shape)
-    kind = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}.get(info.dtype)
+    kind = _NUMBERS.get(info.dtype)
     return None if kind is None else np.frombuffer(raw, kind).astype(np.float32).reshape(info.shape)
 
 
