@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import KW_ONLY, dataclass, replace
+from os.path import isfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from sfumato.compose import Mix
     from sfumato.drawing import Start
     from sfumato.files.adapter_file import AdapterFile
+
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 @dataclass(frozen=True)
@@ -152,6 +155,11 @@ def plan(config: Config) -> Plan:
     prompts = [*config.prompts, *_prompts_in(config.prompts_file)]
     if not prompts:
         raise ConfigError('there is no prompt; say what to draw: sfumato generate "a crab" -o crab.png')
+    if pictures := [text for text in prompts if text.lower().endswith(_PICTURES) and isfile(text)]:
+        raise ConfigError(
+            f"{pictures[0]}: a picture, and no prompt. sfumato inspect {pictures[0]} tells the command that draws it "
+            "again; --image begins from it."
+        )
     if config.count < 1:
         raise ConfigError(f"--count {config.count}: wanted at least 1.")
     for name in ("steps", "guidance", "sampler"):
@@ -287,7 +295,7 @@ def _size(text: str | None) -> tuple[int, int] | None:
 def _files(config: Config, pictures: Sequence[Request], is_sheet: bool) -> tuple[Path, ...]:
     output, count = config.output, 1 if is_sheet else len(pictures)
     suffix = "" if output.is_dir() else output.suffix.lower()
-    is_file = suffix in (".png", ".jpg", ".jpeg", ".webp")
+    is_file = suffix in _PICTURES
     if suffix in (".gif", ".bmp", ".tif", ".tiff", ".avif"):
         raise ConfigError(f"--output {output}: pictures are written as .png, .jpg or .webp; .png keeps every setting.")
     if is_file and count > 1:

@@ -1,4 +1,4 @@
-"""What an adapter file of any kind holds, from its family to its hash, and what a whole model is."""
+"""What an adapter file holds, from its family to its hash, what a whole model is, how a picture was made."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sfumato import redraw
 from sfumato.bases import look
 from sfumato.cli import run
 from sfumato.config import parse
 from sfumato.files.inspect import inspect_file, render
+
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 @dataclass(frozen=True)
@@ -18,13 +21,14 @@ class Config:
     """Look into an adapter file: family, kinds, targets, ranks, alphas, norms per block, trigger words, hashes.
 
     LoRA, LoCon, DoRA, LoHa, LoKr, IA3, OFT, BOFT, GLoRA and full differences, in the spellings of kohya, LyCORIS,
-    diffusers, peft, OneTrainer and ai-toolkit. Of a whole model: family, what it predicts, parts and their dtypes.
+    diffusers, peft, OneTrainer and ai-toolkit. Of a whole model: family, what it predicts, parts and their dtypes. Of a
+    picture: the settings that A1111, Forge or sfumato wrote into it, and the command that draws it again.
 
     Example: sfumato inspect line.safetensors
     """
 
     file: Path
-    """The .safetensors file, or a folder of peft's or diffusers'. Of anything else a word on what it is."""
+    """The .safetensors file, a folder of peft's or diffusers', or a picture. Of anything else a word on what it is."""
     json: bool = False
     """Print JSON, metadata included, for other programs."""
 
@@ -32,6 +36,10 @@ class Config:
 def main(argv: Sequence[str]) -> int:
     """Print what the file holds; 0 if it could be read."""
     config = parse(Config, argv, program="inspect")
+    if config.file.suffix.lower() in _PICTURES and config.file.is_file():
+        about = redraw.redraw(config.file)
+        print(json.dumps(about.to_dict(), indent=2) if config.json else redraw.render(about))
+        return 0
     found = look.look_at(config.file) or inspect_file(config.file)
     text = look.render(found) if isinstance(found, look.Model) else render(found)
     print(json.dumps(found.to_dict(), indent=2) if config.json else text)

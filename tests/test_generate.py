@@ -22,6 +22,7 @@ from sfumato.files.metadata import short_hash
 from sfumato.files.write import write_lora
 from sfumato.pnginfo import read_picture_info
 from sfumato.precision import decide
+from sfumato.redraw import redraw
 from tests.tiny import tiny_pipeline, tiny_pocket_folder, write_folder
 
 FAST = ["--steps", "2", "--device", "cpu"]
@@ -187,6 +188,9 @@ def test_the_same_command_twice_gives_equal_bytes(generate):
     generate(*words, "-o", "one.png")
     generate(*words, "-o", "two.png")
     assert Path("one.png").read_bytes() == Path("two.png").read_bytes()
+    told = redraw(Path("one.png")).words
+    assert cli.main([*told[1:], "-o", "told.png"]) == 0
+    assert np.array_equal(pixels("told.png"), pixels("one.png"))
 
 
 def test_prompts_and_seeds_are_multiplied_into_a_folder(generate):

@@ -6,8 +6,12 @@ import pytest
 import torch
 from PIL import Image, JpegImagePlugin, PngImagePlugin
 from safetensors.torch import save_file
+from sfumato.pipelines.generate import Config, plan
+from sfumato.pipelines.inspect_file import main as inspect
 
 from sfumato.compose.adapter import Adapter
+from sfumato.compose.blocks import Blocks
+from sfumato.config import parse
 from sfumato.drawn import save_drawn
 from sfumato.errors import ConfigError, DataError
 from sfumato.pnginfo import (
@@ -19,6 +23,7 @@ from sfumato.pnginfo import (
     save_picture,
     short_hashes,
 )
+from sfumato.redraw import redraw
 from sfumato.sheet import read_drawn
 
 SETTINGS = {
@@ -207,3 +212,71 @@ def test_a_picture_of_too_many_pixels_is_named(tmp_path, monkeypatch):
     with pytest.raises(DataError, match=r"a\.png: cannot be read .*4096 pixels"):
         read_picture_info(tmp_path / "a.png")
     assert read_drawn(tmp_path / "a.png") is None
+
+
+FROM_A1111 = """(crab:1.3) BREAK sea <lora:line:0.8> <lora:line:0.8>, \\(x\\), easyneg
+Negative prompt: blurry, (bad:1.2)
+Steps: 4, Sampler: DPM++ 2M, Schedule type: {schedule}, CFG scale: 7, Seed: 42, Size: 64x96, Model hash: 6ce0161689, \
+Model: v1-5, Clip skip: 2, ADetailer model: face.pt, TI hashes: "easyneg: c74b4e810b03", Version: v1.10.1"""
+
+
+def picture_with(text, file):
+    info = PngImagePlugin.PngInfo()
+    info.add_text("parameters", text)
+    Image.new("RGB", (8, 8)).save(file, pnginfo=info)
+    return file
+
+
+@pytest.mark.parametrize(
+    ("schedule", "sampler", "left"),
+    [
+        ("Karras", "dpm++ 2m karras", {}),
+        ("Automatic", "dpm++ 2m karras", {}),
+        ("Uniform", "dpm++ 2m", {}),
+        ("Beta", None, {"Sampler": "DPM++ 2M, Beta"}),
+    ],
+)
+def test_what_a1111_wrote_is_told_as_a_command(schedule, sampler, left, tmp_path):
+    found = redraw(picture_with(FROM_A1111.format(schedule=schedule), tmp_path / "a.png"))
+    config = parse(Config, found.words[2:], program="generate")
+    assert config.prompts == ("(crab:1.3) BREAK sea <lora:line:0.8> <lora:line:0.8>, \\(x\\), easyneg",)
+    assert (config.negative, config.prompt_syntax, config.sampler) == ("blurry, (bad:1.2)", "a1111", sampler)
+    assert (config.steps, config.guidance, config.seed, config.size, config.clip_skip) == (4, 7.0, (42,), "64x96", 1)
+    assert (config.base, config.embedding) == ("v1-5.safetensors", ("easyneg=easyneg.safetensors",))
+    assert dict(found.left_out) == {"RNG": "GPU", "ADetailer model": "face.pt"} | left
+
+
+def test_our_own_picture_is_told_with_its_adapters_and_what_they_ask_for(tmp_path):
+    lora = tmp_path / "line.safetensors"
+    save_file({"a": torch.zeros(1)}, lora)
+    about = dict(prompt="a (b) crab", negative="", seed=3, steps=5, guidance=3.0, width=64, height=64, base="pocket")
+    about |= dict(
+        adapter_guidance={"l": 1.5}, over_steps={"l": {"points": [[0, 0], [0.4, 1]]}}, vae=None, clip_skip=None
+    )
+    used = [Adapter(lora, Blocks((0.8, 0.5), {"down": 0.5}), "l"), Adapter(lora, 0.0, "other")]
+    save_drawn(Image.new("RGB", (8, 8)), used, about | {"prompt_syntax": "plain"}, tmp_path / "a.png", ("DDIM", None))
+    found = redraw(tmp_path / "a.png")
+    config = parse(Config, found.words[2:], program="generate")
+    assert (config.prompts, config.prompt_syntax, config.base) == (("a (b) crab",), "plain", "pocket")
+    assert config.lora == ("l=line.safetensors:0.8:0.5", "other=line.safetensors:0")
+    assert (config.blocks, config.over_steps) == (("l=down:0.5",), ("l=0:0,0.4:1",))
+    assert config.adapter_guidance == ("l=1.5", "other=0")
+    assert found.left_out == ()
+
+
+def test_a_picture_in_place_of_a_prompt_is_refused(tmp_path):
+    file = picture_with("", tmp_path / "a.png")
+    with pytest.raises(ConfigError, match=r"a picture, and no prompt. sfumato inspect .*a.png tells the command"):
+        plan(Config((str(file),)))
+
+
+def test_a_picture_of_another_program_says_so(tmp_path):
+    with pytest.raises(DataError, match=r"without settings as A1111, Forge and sfumato write them"):
+        redraw(picture_with("", tmp_path / "a.png"))
+
+
+def test_inspect_prints_the_command_on_a_line_of_its_own(tmp_path, capsys):
+    assert inspect(["--file", str(picture_with(FROM_A1111.format(schedule="Karras"), tmp_path / "a.png"))]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "not in the command: RNG GPU, ADetailer model face.pt" in lines
+    assert lines[-1].startswith("  sfumato generate '(crab:1.3) BREAK sea")
