@@ -1,6 +1,8 @@
 """Settings inside pictures, as other tools read them."""
 
+import json
 import re
+import shlex
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from safetensors.torch import save_file
 from sfumato.pipelines.generate import Config, plan
 from sfumato.pipelines.inspect_file import main as inspect
 
+from sfumato.comfy_graph import read_graph
 from sfumato.compose.adapter import Adapter
 from sfumato.compose.blocks import Blocks
 from sfumato.config import parse
@@ -23,7 +26,7 @@ from sfumato.pnginfo import (
     save_picture,
     short_hashes,
 )
-from sfumato.redraw import redraw
+from sfumato.redraw import redraw, render
 from sfumato.sheet import read_drawn
 
 SETTINGS = {
@@ -220,9 +223,11 @@ Steps: 4, Sampler: DPM++ 2M, Schedule type: {schedule}, CFG scale: 7, Seed: 42, 
 Model: v1-5, Clip skip: 2, ADetailer model: face.pt, TI hashes: "easyneg: c74b4e810b03", Version: v1.10.1"""
 
 
-def picture_with(text, file):
+def picture_with(text, file, own=None):
     info = PngImagePlugin.PngInfo()
     info.add_text("parameters", text)
+    if own is not None:
+        info.add_text("sfumato", json.dumps(own))
     Image.new("RGB", (8, 8)).save(file, pnginfo=info)
     return file
 
@@ -246,6 +251,49 @@ def test_what_a1111_wrote_is_told_as_a_command(schedule, sampler, left, tmp_path
     assert dict(found.left_out) == {"RNG": "GPU", "ADetailer model": "face.pt"} | left
 
 
+def test_a_plain_graph_of_comfyui_is_told_as_a_command(tmp_path):
+    lora = {"lora_name": "a\\line.safetensors", "strength_model": 0.8, "strength_clip": 0.5, "model": ["4", 0]}
+    lora["clip"] = ["11", 0]
+    graph = {
+        "3": {
+            "seed": ["12", 0],
+            "steps": 20,
+            "cfg": 6.5,
+            "sampler_name": "dpmpp_2m",
+            "scheduler": "karras",
+            "denoise": 1.0,
+        },
+        "4": {"ckpt_name": "sd15.safetensors"},
+        "5": {"width": 512, "height": 768, "batch_size": 1},
+        "6": {"text": "(crab:1.2), [sea], embedding:easy.pt", "clip": ["10", 1]},
+        "7": {"text": "blurry", "clip": ["10", 1]},
+        "10": lora,
+        "12": {"value": 7},
+        "11": {"stop_at_clip_layer": -2, "clip": ["4", 1]},
+    }
+    links = {"model": ["10", 0], "positive": ["6", 0], "negative": ["7", 0], "latent_image": ["5", 0]}
+    graph["3"] |= links
+    hires = {**graph["3"], "denoise": 0.4, "latent_image": ["3", 0]}
+    info = PngImagePlugin.PngInfo()
+    nodes = {"2": hires, **graph}
+    info.add_text("prompt", json.dumps({name: {"class_type": "", "inputs": each} for name, each in nodes.items()}))
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=info)
+    found = redraw(tmp_path / "a.png")
+    config = parse(Config, found.words[2:], program="generate")
+    assert config.prompts == ("(crab:1.2), \\[sea\\], easy <lora:line:0.5:0.8>",)
+    assert (config.negative, config.prompt_syntax, config.sampler) == ("blurry", "a1111", "dpmpp_2m karras")
+    assert (config.steps, config.guidance, config.seed, config.size, config.clip_skip) == (20, 6.5, (7,), "512x768", 1)
+    assert (config.base, config.embedding) == ("sd15.safetensors", ("easy=easy.safetensors",))
+    assert found.left_out == (("Further samplers", "1"),)
+
+
+@pytest.mark.parametrize(
+    "graph", ["[1]", "{", '{"1": {"inputs": {"sampler_name": 1, "positive": ["1", 0]}}}', "null", "[" * 9999]
+)
+def test_a_graph_without_a_text_is_none(graph):
+    assert read_graph(graph) is None
+
+
 def test_our_own_picture_is_told_with_its_adapters_and_what_they_ask_for(tmp_path):
     lora = tmp_path / "line.safetensors"
     save_file({"a": torch.zeros(1)}, lora)
@@ -264,6 +312,22 @@ def test_our_own_picture_is_told_with_its_adapters_and_what_they_ask_for(tmp_pat
     assert found.left_out == ()
 
 
+@pytest.mark.parametrize("own", [{"prompt": 3}, {"adapters": [{}]}, {"adapters": [{"label": "a", "weight": "x"}]}])
+def test_our_json_by_another_hand_is_left_aside(own, tmp_path):
+    text = "a crab\nSteps: 4, Seed: 1, CFG scale: 7"
+    found = redraw(picture_with(text, tmp_path / "a.png", own))
+    assert found.words == redraw(picture_with(text, tmp_path / "b.png")).words
+
+
+def test_a_hostile_prompt_is_no_option_and_does_not_reach_the_terminal(tmp_path):
+    text = "--overwrite '; rm a\x1b[2J\nb\nNegative prompt: --x\nSteps: 4, Seed: 1, CFG scale: 7"
+    found = redraw(picture_with(text, tmp_path / "a.png"))
+    config = parse(Config, found.words[2:], program="generate")
+    assert (config.prompts, config.negative) == (("--overwrite '; rm a [2J b",), "--x")
+    assert not config.overwrite
+    assert shlex.split(render(found).splitlines()[-1]) == list(found.words)
+
+
 def test_a_picture_in_place_of_a_prompt_is_refused(tmp_path):
     file = picture_with("", tmp_path / "a.png")
     with pytest.raises(ConfigError, match=r"a picture, and no prompt. sfumato inspect .*a.png tells the command"):
@@ -271,7 +335,7 @@ def test_a_picture_in_place_of_a_prompt_is_refused(tmp_path):
 
 
 def test_a_picture_of_another_program_says_so(tmp_path):
-    with pytest.raises(DataError, match=r"without settings as A1111, Forge and sfumato write them"):
+    with pytest.raises(DataError, match=r"without settings as A1111, Forge and sfumato write them, or a graph"):
         redraw(picture_with("", tmp_path / "a.png"))
 
 

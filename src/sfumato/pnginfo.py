@@ -45,10 +45,11 @@ class Parameters:
 
 @dataclass(frozen=True)
 class PictureInfo:
-    """What a picture says of itself. own: our JSON object."""
+    """What a picture says of itself. own: our JSON object. graph: ComfyUI's, as it stands there."""
 
     parameters: Parameters | None
     own: dict[str, Any] | None
+    graph: str = ""
 
 
 def format_parameters(parameters: Parameters) -> str:
@@ -142,7 +143,9 @@ def read_picture_info(path: Path) -> PictureInfo:
         except ValueError:
             own = None
     return PictureInfo(
-        parse_parameters(text) if isinstance(text, str) and text else None, own if isinstance(own, dict) else None
+        parse_parameters(text) if isinstance(text, str) and text else None,
+        own if isinstance(own, dict) else None,
+        graph if isinstance(graph := texts.get("prompt"), str) else "",
     )
 
 

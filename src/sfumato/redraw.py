@@ -1,4 +1,5 @@
-"""A picture's settings as the command that draws it again: of A1111, Forge and whoever writes as they do, and our own.
+"""A picture's settings as the command that draws it again: of A1111, Forge and whoever writes as they do, ComfyUI's
+plain graphs, and our own.
 
 Importing this loads no torch.
 """
@@ -13,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from sfumato import schedulers
+from sfumato.comfy_graph import read_graph
 from sfumato.compose.blocks import Blocks
-from sfumato.errors import ConfigError, DataError
+from sfumato.errors import AdapterError, ConfigError, DataError
 from sfumato.numerals import exact
 from sfumato.pnginfo import Parameters, read_picture_info
 
@@ -53,14 +55,22 @@ class Redraw:
 def redraw(path: Path) -> Redraw:
     """What the picture at `path` says of itself. Raises DataError for one without settings that are read here."""
     info = read_picture_info(path)
-    if info.parameters is None or not info.parameters.settings:
+    about = info.parameters if info.parameters and info.parameters.settings else read_graph(info.graph)
+    if about is None:
         raise DataError(
-            f"{path.name}: a picture without settings as A1111, Forge and sfumato write them; those of ComfyUI and "
-            "InvokeAI are read in their own programs alone."
+            f"{path.name}: a picture without settings as A1111, Forge and sfumato write them, or a graph of ComfyUI's "
+            "with a sampler and a text; others are read in their own programs alone."
         )
+    try:
+        return _redraw(path.name, about, info.own or {})
+    except (AttributeError, KeyError, TypeError, ValueError, AdapterError):  # our JSON by another hand
+        return _redraw(path.name, about, {})
+
+
+def _redraw(file: str, about: Parameters, own: Mapping[str, Any]) -> Redraw:
     left: dict[str, str] = {}
-    words = ("sfumato", "generate", *_words(info.parameters, info.own or {}, left))
-    return Redraw(path.name, info.parameters, words, tuple(left.items()))
+    words = ("sfumato", "generate", *map(_line, _words(about, own, left)))
+    return Redraw(file, about, words, tuple(left.items()))
 
 
 def render(found: Redraw) -> str:
@@ -73,7 +83,7 @@ def render(found: Redraw) -> str:
     lines = [f"{name:<{width}} {value}" for name, value in rows]
     if found.left_out:
         lines += ["", f"not in the command: {', '.join(f'{_line(n)} {_line(v)}' for n, v in found.left_out)}"]
-    return "\n".join([*lines, "", "drawn again, where its files have these names, by", f"  {shlex.join(found.words)}"])
+    return "\n".join([*lines, "", "as a command, where its files have these names:", f"  {shlex.join(found.words)}"])
 
 
 def _line(text: str) -> str:
@@ -83,9 +93,10 @@ def _line(text: str) -> str:
 
 def _words(about: Parameters, own: Mapping[str, Any], left: dict[str, str]) -> Iterator[str]:
     settings = {name: str(value) for name, value in about.settings.items() if name not in _TOLD}
-    yield own.get("prompt", about.prompt)  # ours is without the adapters' tags and A1111's backslashes
+    prompt = own.get("prompt", about.prompt)  # ours is without the adapters' tags and A1111's backslashes
+    yield f"--prompts={prompt}" if prompt.startswith("-") else prompt  # which would be read as an option
     if negative := own.get("negative", about.negative):
-        yield from ("--negative", negative)
+        yield f"--negative={negative}"
     if (syntax := own.get("prompt_syntax", "a1111")) != "plain":
         yield from ("--prompt-syntax", syntax)
     if model := settings.pop("Model", ""):
