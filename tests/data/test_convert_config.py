@@ -304,3 +304,18 @@ def test_the_help_says_that_the_first_word_is_the_other_tools_file(capsys):
     said = " ".join(capsys.readouterr().out.split())
     assert "sfumato dataset kohya.toml -o dataset.toml" in said
     assert "dataset [CONFIG.toml]" not in said
+
+
+@pytest.mark.parametrize(
+    ("own", "taken"), [("", "the first alone"), ("enable_wildcard = true\n", "one of them at random")]
+)
+@pytest.mark.parametrize("of_a_training", [False, True])
+def test_captions_of_which_kohya_s_tools_take_a_line_are_told(of_a_training, own, taken, home):
+    (home / "img/10_dog").mkdir(parents=True)
+    for folder in ("dogs", "img/10_dog"):
+        (home / folder / "a.txt").write_text("a dog\na cat\n")
+    named = 'train_data_dir = "img"\n' if of_a_training else '[[datasets]]\n[[datasets.subsets]]\nimage_dir = "dogs"\n'
+    (home / "kohya.toml").write_text(named + own)
+    place = "img/10_dog" if of_a_training else "dogs"
+    wanted = f"{place}: 1 caption has several lines (a.txt), one caption here, where sd-scripts takes {taken}"
+    assert any(note.startswith(wanted) for note in convert(home / "kohya.toml").notes)

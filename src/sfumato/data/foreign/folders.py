@@ -61,8 +61,11 @@ def _walk(folder: Path) -> Iterator[Path]:
         seen.add(os.path.realpath(place))
 
 
-def notes_on(path: str, source: Path, tool: str, *, by_line: bool) -> Iterator[str]:
-    """What a folder holds that is read otherwise here. by_line: whether the tool takes one line of a caption."""
+def notes_on(
+    path: str, source: Path, tool: str, *, by_line: bool, takes: str = "one of them at random"
+) -> Iterator[str]:
+    """What a folder holds that is read otherwise here. by_line: whether the tool takes one line of a caption, and
+    `takes` which."""
     if (there := find(path, source)) is None or not there.is_dir():
         return
     entries = sorted(there.iterdir())
@@ -77,7 +80,7 @@ def notes_on(path: str, source: Path, tool: str, *, by_line: bool) -> Iterator[s
     if several := [entry.name for entry in texts if _lines(entry) > 1]:
         yield (
             f"{path}: {so_many(len(several), 'caption has', 'captions have')} several lines ({several[0]}), one "
-            f"caption here, where {tool} takes one of them at random; leave one line in each"
+            f"caption here, where {tool} takes {takes}; leave one line in each"
         )
 
 

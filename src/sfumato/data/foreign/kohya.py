@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from sfumato.data.foreign.folders import find
+from sfumato.data.foreign.folders import find, notes_on
 from sfumato.data.foreign.settings import Sources, left_over, plain, suffix, tables, told
 from sfumato.errors import ConfigError
 
@@ -90,6 +90,7 @@ def _subsets(values: Mapping[str, Any], folder: Path, notes: list[str]) -> Itera
             if "image_dir" not in own:
                 raise ConfigError("a subset has no image_dir, so there is nothing to read; give it one.")
             yield _source(own)
+            notes.extend(notes_on(own["image_dir"], folder, "sd-scripts", by_line=True, takes=_line_of(own)))
             notes.extend(_unread(own, folder))
             notes.extend(left_over(own, _USED, _ELSEWHERE))
 
@@ -113,6 +114,11 @@ def _source(own: Mapping[str, Any]) -> dict[str, Any]:
         mask="alpha" if own.get("alpha_mask") else "none",
         weight=own.get("prior_loss_weight", 1.0) if own.get("is_reg") else 1.0,
     )
+
+
+def _line_of(own: Mapping[str, Any]) -> str:
+    """Which line of a caption is learned there."""
+    return "one of them at random" if own.get("enable_wildcard") else "the first alone"
 
 
 def _unread(own: Mapping[str, Any], folder: Path) -> Iterator[str]:
@@ -142,6 +148,11 @@ def _folders(own: Mapping[str, Any], folder: Path, notes: list[str]) -> Iterator
         if own.get(key):
             one = {**own, "image_dir": own[key], "is_reg": is_class, "num_repeats": 1}
             yield _source(one)
+            there = find(own[key], folder)
+            for place in sorted(there.glob("*_*/")) if there else []:
+                notes.extend(
+                    notes_on(f"{own[key]}/{place.name}", folder, "sd-scripts", by_line=True, takes=_line_of(own))
+                )
             notes.extend(_unread(one, folder))
     data = {key: own[key] for key in (*_TRAINING_ELSEWHERE, *_TRAINING_ONLY) if key in own}
     notes.extend(left_over(data, frozenset(), _TRAINING_ELSEWHERE))
