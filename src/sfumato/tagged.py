@@ -26,7 +26,8 @@ class TaggedPrompts:
 
     lora_folder: where the files of tags are, at any depth; the working folder by default. A call's adapters are applied
     for that call and leave the weights as they were; a mix that `compose` made stays, and they are added to it. New
-    words in their files are known for that call, too.
+    words in their files are known for that call, too. Calls of several threads wait for one another, those of other
+    pipelines with these tags and this U-Net as well.
     """
 
     lora_folder: str | Path = "."
@@ -56,7 +57,9 @@ class TaggedPrompts:
         differ = any(each != wanted[0] for each in wanted)
         if differ and options.get("num_images_per_prompt", 1) != 1:
             raise AdapterError("prompts with different adapters give one picture each; repeat a prompt for several.")
-        with self._words(wanted), self._by_picture(wanted) if differ else self._mixed(wanted[0]):
+        from sfumato.compose.caller import turn
+
+        with turn(self), self._words(wanted), self._by_picture(wanted) if differ else self._mixed(wanted[0]):
             return super().__call__(plain, *arguments, **options)  # type: ignore[misc]
 
     def _without_tags(self, prompt: Any) -> tuple[Any, list[dict[str, Weight]]]:

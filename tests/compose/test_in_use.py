@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -11,13 +13,14 @@ from PIL import Image
 from torch.testing import assert_close
 
 from sfumato.compose import Adapter, adapter_guidance, compose, current
-from sfumato.compose.caller import without_prompt
+from sfumato.compose.caller import turn, without_prompt
 from sfumato.compose.per_picture import composite, per_picture
 from sfumato.compose.regions import Region, regions
 from sfumato.compose.steps import Ramp, Switch, over_steps
 from sfumato.errors import AdapterError
 from sfumato.files import read_header, write_tensors
 from sfumato.files.read import read_tensors
+from sfumato.tagged import TaggedPrompts
 from tests.compose.conftest import weights_sha
 from tests.compose.test_per_picture import predict
 from tests.compose.test_regions import U_NET
@@ -343,3 +346,57 @@ def test_regions_beside_an_ip_adapter_are_refused_and_leave_it_as_it_is(pipe):
     pipe.unload_ip_adapter()
     with regions(pipe, Region(WHOLE, prompt="a cat")):
         drawn(pipe)
+
+
+def calls_at_once(pipe, *prompts):
+    """How many calls of the U-Net were under way together, of threads that draw with a scheduler each."""
+    under_way, most = [], []
+
+    def within(*_):
+        under_way.append(0)
+        most.append(len(under_way))
+        time.sleep(0.05)  # for another to come
+        under_way.pop()
+
+    def draw(prompt):
+        own = copy.copy(pipe)
+        own.scheduler = copy.deepcopy(pipe.scheduler)
+        return drawn(own, prompt, guidance_scale=5.0)
+
+    handle = pipe.unet.mid_block.register_forward_hook(within)
+    with ThreadPoolExecutor(len(prompts)) as threads:
+        list(threads.map(draw, prompts))
+    handle.remove()
+    return max(most)
+
+
+def stop(error):
+    def hook(*_):
+        raise error
+
+    return hook
+
+
+@pytest.mark.parametrize("block", [lambda mix: over_steps(mix, a=Ramp((0, 1), (1, 0.2))),
+                                   lambda mix: adapter_guidance(mix, 2, guidance=5.0),
+                                   lambda mix: regions(mix.pipe, Region(WHOLE, prompt="an owl"))])  # fmt: skip
+def test_threads_wait_where_something_changes_from_call_to_call(pipe, write, block):
+    a = Adapter(write("a", pipe, "to_q", "to_v"), 0.8)
+    with compose(pipe, a) as mix:
+        with block(mix):
+            stopped = pipe.unet.mid_block.register_forward_hook(stop(ZeroDivisionError))
+            with pytest.raises(ZeroDivisionError):
+                drawn(pipe, guidance_scale=5.0)
+            stopped.remove()
+            assert calls_at_once(pipe, "a cat", "a dog") == 1
+        pipe.unet.mid_block.register_forward_hook(stop(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt), block(mix):
+            drawn(pipe, guidance_scale=5.0)
+        with ThreadPoolExecutor(1) as other:
+            assert other.submit(turn(pipe).acquire, blocking=False).result()
+
+
+def test_threads_whose_prompts_name_adapters_wait_for_one_another(pipe, write):
+    folder = write("a", pipe, "to_q", "to_v").parent
+    pipe.__class__ = type("Tagged", (TaggedPrompts, type(pipe)), {"lora_folder": folder})
+    assert calls_at_once(pipe, "a cat <lora:a:0.8>", "a dog") == 1

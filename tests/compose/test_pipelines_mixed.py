@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from torch import nn
 from torch.testing import assert_close
 
@@ -13,6 +14,7 @@ from sfumato.compose.guided import adapter_guidance
 from sfumato.compose.originals import Originals, kept
 from sfumato.compose.per_picture import composite, per_picture
 from sfumato.compose.regions import Region, regions
+from sfumato.compose.steps import over_steps
 from sfumato.errors import AdapterError
 from sfumato.files.save import write_tensors
 from tests.compose.conftest import fresh, weights_sha
@@ -230,6 +232,23 @@ def test_a_unet_compiled_after_a_live_mix_follows_its_weights(originals, write, 
     assert mix.weights == {"a": -0.5}
     mix.undo()
     assert_close(predict(pipe.unet), base, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_what_follows_the_steps_is_not_compiled_with_the_unet(originals, write):
+    """It sets weights, which torch took minutes to compile."""
+    pipe = SimpleNamespace(**vars(fresh(originals["sd1"])), scheduler=DDIMScheduler())
+    compiling = []
+
+    def weight(progress):
+        compiling.append(torch.compiler.is_compiling())
+        return progress
+
+    with compose(pipe, Adapter(write("a", pipe, *ATTENTION))) as mix:
+        predict(compiled(pipe, "whole").unet)
+        with over_steps(mix, a=weight):
+            predict(pipe.unet)
+    assert compiling == [False]
 
 
 @pytest.mark.parametrize("how", ["whole", "in place", "blocks"])

@@ -1,4 +1,4 @@
-"""Which pipeline is calling a U-Net that several share, as diffusers' `from_pipe` makes them of one; and its rows.
+"""Which pipeline is calling a U-Net that several share, as diffusers' `from_pipe` makes them of one. Its rows and turn.
 
 How a picture is drawn, with which guidance, scheduler and `clip_skip`, is the calling pipeline's to say, and the U-Net
 is not told. `sfumato.draw` calls another than it was handed, too, where it begins from a picture.
@@ -7,11 +7,20 @@ is not told. `sfumato.draw` calls another than it was handed, too, where it begi
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from threading import RLock
 from types import FrameType
 from typing import Any
+from weakref import WeakKeyDictionary
 
-from sfumato.compose.match import unwrapped_parts
+import torch
+from torch import nn
+
+from sfumato.compose.match import compiled_parts, unwrapped_parts
 from sfumato.errors import AdapterError
+
+_TURNS: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()
 
 
 def calling(pipe: Any) -> Any:
@@ -28,6 +37,38 @@ def calling(pipe: Any) -> Any:
                 return owner
         frame = frame.f_back
     return pipe
+
+
+def turn(pipe: Any) -> RLock:
+    """What one thread at a time holds while it draws with this U-Net, whichever pipeline it has it by."""
+    return _TURNS.setdefault(unwrapped_parts(pipe)["unet"], RLock())
+
+
+@contextmanager
+def in_turn(pipe: Any) -> Iterator[None]:
+    """Within the block, where weights change from call to call, threads that call the U-Net wait for one another."""
+    unet, lock = unwrapped_parts(pipe)["unet"], turn(pipe)
+    begin, end = (uncompiled(pipe, hook) for hook in (lambda *_: lock.acquire() and None, lambda *_: lock.release()))
+    handles = [
+        unet.register_forward_pre_hook(begin, prepend=True),  # before another refuses the call, which ends it, too
+        unet.register_forward_hook(end, always_call=True),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        with suppress(RuntimeError):  # an interruption ends a call without its hooks
+            while True:
+                lock.release()
+
+
+def uncompiled(pipe: Any, hook: Callable[..., Any]) -> Callable[..., Any]:
+    """A hook for the pipeline's U-Net; of a compiled one torch would compile it with all that it calls, for minutes."""
+    if "unet" not in compiled_parts(pipe):
+        return hook
+    disabled: Callable[..., Any] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
+    return disabled
 
 
 def rows_each(pipe: Any) -> int | None:

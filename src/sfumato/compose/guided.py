@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sfumato.compose.caller import calling, without_prompt
+from sfumato.compose.caller import calling, in_turn, without_prompt
 from sfumato.compose.match import compiled_parts, halved, unwrapped_parts
 from sfumato.errors import AdapterError
 
@@ -59,7 +59,13 @@ def adapter_guidance(
         return without_prompt(calling(mix.pipe), rows)
 
     unet = unwrapped_parts(mix.pipe)["unet"]
-    with halved(unet), mix.parted(factors), _compared(mix, guidance), first_half(unet, mix.without, without):
+    with (
+        halved(unet),
+        mix.parted(factors),
+        in_turn(mix.pipe),
+        _compared(mix, guidance),
+        first_half(unet, mix.without, without),
+    ):
         yield
 
 

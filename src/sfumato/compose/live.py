@@ -127,8 +127,9 @@ class Live:
             return output
         x = inputs[0]
         keeps = self._of_caption and not (torch.is_grad_enabled() or torch.compiler.is_compiling() or x.is_inference())
-        if keeps and self._last is not None and self._last[0] is x and self._last[1] == x._version:
-            return self._last[2]
+        last = self._last  # once, as another thread may answer meanwhile
+        if keeps and last is not None and last[0] is x and last[1] == x._version:
+            return last[2]
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         if path.dtype != dtype or path.device != x.device:  # the part was moved or cast since
             path.move(dtype, x.device)

@@ -225,10 +225,11 @@ class _Gathered:
         """down and up of every row, gathered anew where the pictures of the rows are others."""
         index = self._index(rows)
         key = (index, like.dtype, like.device)
-        if self._ready is None or self._ready[0] != key:
+        ready = self._ready  # once, as another thread may gather others meanwhile
+        if ready is None or ready[0] != key:
             down, up = (factors[index].to(like.device, like.dtype) for factors in (self._down, self._up))
-            self._ready = (key, (down, up))
-        return self._ready[1]
+            ready = self._ready = (key, (down, up))
+        return ready[1]
 
     def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         x = inputs[0]

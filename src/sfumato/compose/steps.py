@@ -9,14 +9,16 @@ is done. A step's change is cheapest where the mix is live; a baked one is summe
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 from sfumato import schedulers
 from sfumato.compose.adapter import Weight, check_labels, checked_weight, unet_weight, with_unet
-from sfumato.compose.caller import calling
+from sfumato.compose.caller import calling, in_turn, uncompiled
 from sfumato.compose.match import unwrapped_parts
 from sfumato.errors import AdapterError
 
@@ -120,7 +122,7 @@ def over_steps_of(mix: Mix, weights: Mapping[str, Progress], switch: Switch | No
                 "progress. One weight for all steps is mix.set's."
             )
     before = dict(mix.weights)
-    clock = schedulers.Clock()
+    clocks: defaultdict[int, schedulers.Clock] = defaultdict(schedulers.Clock)  # by thread, each of which draws its own
 
     def follow(module: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
         now = schedulers.asked_timestep(args, options)
@@ -134,16 +136,18 @@ def over_steps_of(mix: Mix, weights: Mapping[str, Progress], switch: Switch | No
                     "turns are counted by the scheduler that draws, which a Base does not know of a loop of one's own. "
                     "Draw with sfumato.draw or a pipeline, or give a pipeline with the loop's scheduler to compose."
                 )
-            on = switch.on(clock.step(now, drawn_by))
+            on = switch.on(clocks[get_ident()].step(now, drawn_by))
             wanted |= {label: before[label] if label == on else _at(before[label], 0.0) for label in switch.labels}
         _set(mix, wanted)
 
     # A LoRA that diffusers loaded beside the mix is a layer around those that the mix changes.
-    try:
-        with unwrapped_parts(mix.pipe)["unet"].register_forward_pre_hook(follow, with_kwargs=True):
-            yield
-    finally:
-        _set(mix, before)
+    unet = unwrapped_parts(mix.pipe)["unet"]
+    with in_turn(mix.pipe):
+        try:
+            with unet.register_forward_pre_hook(uncompiled(mix.pipe, follow), with_kwargs=True):
+                yield
+        finally:
+            _set(mix, before)
 
 
 def progress_of(timestep: float, scheduler: Any) -> float:

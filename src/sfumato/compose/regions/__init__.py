@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sfumato.compose.caller import in_turn
 from sfumato.compose.match import halved, refuse_compiled, say_unknown_words, unwrapped_parts, without_peft
 from sfumato.compose.regions.attention import Attention, check_no_picture_prompt
 from sfumato.compose.regions.changes import Paths, Spans, by_layer, read
@@ -65,7 +66,7 @@ def regions(
     layers = by_layer(pipe, parts, files, spans, partial=partial)
     say_unknown_words(pipe, files)
 
-    with halved(unet), ExitStack() as stack:
+    with halved(unet), in_turn(pipe), ExitStack() as stack:
         for see in (lambda unet, *_: check_no_picture_prompt(unet), masks.see, texts.see, spans.see):
             stack.enter_context(unet.register_forward_pre_hook(see, with_kwargs=True))
         for path, module in unet.named_modules():
