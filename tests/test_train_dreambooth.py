@@ -252,7 +252,9 @@ def test_the_folder_is_whole_and_plain_diffusers_loads_it_as_its_card_says(train
     """Everything but the U-Net is the base's, the scheduler included, and nothing half-written stays."""
     from diffusers import DiffusionPipeline
 
-    path = train("run", "--prior", "none", "--steps", "1", "--sample-every", "1")
+    path = train("run", "--prior", "none", "--steps", "1", "--sample-every", "1", "--resolution", "32")
+    with Image.open(path.parent / "samples/000001/0.png") as sample:
+        assert sample.size == (32, 32)
     pipe = DiffusionPipeline.from_pretrained(path)
     before = DiffusionPipeline.from_pretrained(pocket_folder)
     assert dict(pipe.scheduler.config) == dict(before.scheduler.config)
@@ -382,12 +384,13 @@ def test_the_run_tells_how_the_identifier_is_cut_and_warns_of_a_word(train, caps
 @pytest.mark.usefixtures("plotted")
 def test_a_lora_describes_itself_and_no_file_tells_a_path(train, tmp_path, pictures):
     path = train("run", "--method", "lora", "--steps", "1", "--sample-every", "1", "--measure-every", "1",
-                 "--over-steps", "0-0.8")  # fmt: skip
+                 "--over-steps", "0-0.8", "--resolution", "32")  # fmt: skip
     metadata = read_header(path).metadata
     assert metadata["sfumato.over_steps"] == "0-0.8"
     assert metadata["modelspec.trigger_phrase"] == PROMPT
     assert json.loads(metadata["sfumato.config"])["prior"] == "pictures"
     with Image.open(path.parent / "samples/000001/0.png") as subject:  # not the class, nor what is unrelated
+        assert subject.size == (32, 32)
         assert metadata["modelspec.thumbnail"] == thumbnail_uri(subject)
     assert read_lora(path).family == "pocket"
     text = json.dumps(dict(metadata)) + (path.parent / "README.md").read_text()

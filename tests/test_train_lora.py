@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.testing import assert_close
 
 from sfumato import cli, diffusion, randomness
@@ -397,8 +398,6 @@ def test_the_mean_of_the_weights_is_what_is_saved(train):
 
 def test_a_mask_keeps_what_is_outside_out_of_the_loss(train, pictures):
     """Masks that show all leave the losses as they are; masks that show a corner do not."""
-    from PIL import Image
-
     plain = [row["loss"] for row in rows(train("plain"))]
     losses = {}
     try:
@@ -417,7 +416,10 @@ def test_a_mask_keeps_what_is_outside_out_of_the_loss(train, pictures):
 
 @pytest.mark.usefixtures("plotted")
 def test_the_run_folder_tells_everything_and_no_path(train, tmp_path, pictures, pocket_folder):
-    path = train("run", "--trigger", "zwx", "--sample-every", "2", "--measure-every", "2", "--over-steps", "0-0.8")
+    path = train("run", "--trigger", "zwx", "--sample-every", "2", "--measure-every", "2", "--over-steps", "0-0.8",
+                 "--resolution", "32")  # fmt: skip
+    with Image.open(path.parent / "samples/000002/0.png") as sample:
+        assert sample.size == (32, 32)
     names = {file.name for file in path.parent.iterdir()}
     assert {"config.toml", "log.jsonl", "plot.png", "samples.png", "README.md", "run.safetensors"} <= names
     metadata = read_header(path).metadata

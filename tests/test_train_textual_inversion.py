@@ -8,6 +8,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sfumato.trainers.textual_inversion import default_prompts
 from torch.testing import assert_close
 
@@ -232,7 +233,9 @@ def test_a_batch_without_captions_teaches_nothing_and_breaks_nothing(train):
 
 @pytest.mark.usefixtures("plotted")
 def test_the_run_folder_tells_everything_and_no_path(train, tmp_path, pictures):
-    path = train("run", "--sample-every", "2", "--measure-every", "2")
+    path = train("run", "--sample-every", "2", "--measure-every", "2", "--resolution", "32")
+    with Image.open(path.parent / "samples/000002/0.png") as sample:
+        assert sample.size == (32, 32)
     names = {file.name for file in path.parent.iterdir()}
     assert {"config.toml", "log.jsonl", "plot.png", "samples.png", "README.md", "run.safetensors"} <= names
     metadata = read_header(path).metadata

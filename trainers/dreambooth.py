@@ -196,7 +196,8 @@ def train(config: Config) -> Path:
     noising = config.noising(base)
     shown = config.sample_prompts or subject.sample_prompts(dataset.captions, UNRELATED[0])
     span = options.span_of(config, base) if config.method == "lora" else None
-    draw = drawing_of(base, trained, span=span) if config.method == "lora" else None
+    lora = trained if config.method == "lora" else None
+    draw = drawing_of(base, lora, span=span, resolution=config.resolution)
     samples = Samples(run, base, shown, config.seed, modules=[trained], within=average.applied, draw=draw)
     limit = DriftLimit(config.drift_limit, [row for row in run.rows() if row["step"] <= run.step])
 

@@ -188,7 +188,8 @@ def train(config: Config) -> Path:
     first = subjects[0]  # sources may have templates and triggers of their own
     prompts = config.sample_prompts or default_prompts(dataset.captions, first.template, first.trigger)
     noising = config.noising(base)
-    draw = drawing_of(base, lora, config.adapter_guidance, options.span_of(config, base))
+    span = options.span_of(config, base)
+    draw = drawing_of(base, lora, config.adapter_guidance, span, resolution=config.resolution)
     samples = Samples(run, base, prompts, config.seed, modules=[lora], within=average.applied, draw=draw)
     trigger = list(dict.fromkeys([*subjects.triggers, *config.train_words]))
     learned = Learned(config, base, lora, words, dataset, samples, trigger)

@@ -91,7 +91,7 @@ def train(config: Config) -> Path:
     from sfumato.placeholders import files, shortened, warnings_of
     from sfumato.processes import Processes
     from sfumato.runs import Run
-    from sfumato.runs.samples import Samples
+    from sfumato.runs.samples import Samples, drawing_of
     from sfumato.templates import TEMPLATES, put_into
 
     check(config)
@@ -140,7 +140,8 @@ def train(config: Config) -> Path:
     run.keep(words=words, optimizer=optimizer, scaler=scaler, average=average)
     # No drift: nothing that draws other prompts changes.
     measures = Measures(base, dataset, {}, within=average.applied)
-    samples = Samples(run, base, prompts, config.seed, within=average.applied)
+    draw = drawing_of(base, resolution=config.resolution)
+    samples = Samples(run, base, prompts, config.seed, within=average.applied, draw=draw)
     run.every(config.measure_every, lambda step: run.log(step=step, **measures.values()))
     run.every(config.sample_every, samples.draw)
     global_batch, starts = processes.starts(config.batch, config.accumulate)

@@ -41,7 +41,8 @@ class DataOptions:
     caption_dropout: float = 0.0
     """Share of samples learned without a caption, 0 to 1; at 1 all are."""
     resolution: int | None = None
-    """Side in pixels of a square picture; others keep about as many pixels. Unset: the base's own."""
+    """Side in pixels of a square picture; others keep about as many pixels. Samples are drawn in it. Unset:
+    the base's own."""
     flip: bool = False
     """Mirror half of the samples; not for faces, letters, or anything with a left and a right."""
     crop: Literal["center", "random", "pad"] = "center"

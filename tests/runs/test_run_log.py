@@ -341,7 +341,7 @@ def test_samples_are_drawn_by_the_base_in_evaluation(tmp_path, monkeypatch):
 
     layer, given = nn.Linear(1, 1), []
 
-    def draw(base, prompts, seeds):
+    def draw(base, prompts, seeds, **size):
         given.append((base, prompts, seeds, layer.training))
         return [Image.new("RGB", (4, 4), "red")]
 
@@ -371,7 +371,7 @@ def test_samples_of_a_lora_are_drawn_with_its_adapter_guidance(monkeypatch):
         yield
         told.update(before)
 
-    def draw(base, prompts, seeds):
+    def draw(base, prompts, seeds, **size):
         base.unet(torch.tensor([1.0, 2.0]))
         return []
 
@@ -403,7 +403,7 @@ def test_samples_of_a_lora_are_drawn_with_it_in_the_steps_that_its_file_asks_for
         yield
         told["off"] = False
 
-    def draw(base, prompts, seeds):
+    def draw(base, prompts, seeds, **size):
         for timestep in (999, 200, 199):  # progress 0, 0.7998, 0.8008
             base.unet(torch.zeros(1), torch.tensor(timestep))
         base.unet(torch.zeros(1), timestep=torch.tensor([199]))

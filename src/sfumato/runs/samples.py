@@ -92,12 +92,21 @@ class Samples:
 
 
 def drawing_of(
-    base: Base, lora: Lora | None = None, strength: float = 0.0, span: tuple[float, float] | None = None
+    base: Base,
+    lora: Lora | None = None,
+    strength: float = 0.0,
+    span: tuple[float, float] | None = None,
+    *,
+    resolution: int | None = None,
 ) -> Draw:
     """The base's own drawing. lora: what is attached to its U-Net, drawn with as it will be: with this adapter
-    guidance, and in the span (start, end) of progress; None: in all steps."""
+    guidance, and in the span (start, end) of progress; None: in all steps. resolution: that of the training, whose
+    squares are drawn; None: the base's own."""
     from sfumato.compose.guided import first_half
+    from sfumato.data.preparing import square_side
     from sfumato.drawing import draw_each
+
+    side = None if resolution is None else square_side(base, resolution)
 
     def drawing(prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
         with base.resting.interrupted(), ExitStack() as stack:
@@ -106,7 +115,8 @@ def drawing_of(
             if lora is not None and strength and (guidance := base.defaults.guidance) > 1:
                 stack.enter_context(lora.counted(strength / guidance))
                 stack.enter_context(first_half(base.unet, lora.disabled))
-            return list(draw_each(base, prompts, seeds))  # perhaps captions, whose tags were learned as text
+            # As they are, with their tags: perhaps captions, which were learned as text.
+            return list(draw_each(base, prompts, seeds, width=side, height=side))
 
     return drawing
 
