@@ -61,6 +61,22 @@ def test_ends_marks_and_brackets(prompt, expected):
     assert stages(prompt, 10) == expected
 
 
+@pytest.mark.parametrize(("opening", "closing"), [("(", ")"), ("[", "]"), ("[", "::0.5]"), ("[", "|]")])
+def test_brackets_nest_as_deep_as_they_like(opening, closing):
+    """Python's functions call each other a thousand deep at most."""
+    prompt = "[a:b:0.5]".join((opening * 1000, closing * 1000))
+    first, *_, last = stages(prompt, 10)
+    assert "a" in first[1]
+    assert last[0] == 10
+    assert "a" not in last[1]
+
+
+@pytest.mark.parametrize(("when", "end"), [("9" * 20_000, 10), ("9" * 20_000 + ".", 10), ("0" * 20_000, 0)])
+def test_a_number_may_have_any_digits(when, end):
+    assert stages(f"[a:b:{when}]", 10)[0] == ((end, "a") if end else (10, "b"))
+    assert stages(f"[a:b:{when}x]", 10) == [(10, f"[a:b:{when}x]")]
+
+
 @pytest.mark.parametrize("prompt", ["[crab:b|c:0.5]", "[a|b:c]", "[a|b:3]"])
 def test_both_marks_in_one_bracket_are_refused_where_a1111_takes_all_for_text(prompt):
     ((_, text),) = stages(prompt, 10)

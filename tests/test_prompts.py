@@ -244,3 +244,11 @@ def test_sd_scripts_options_are_taken_out_of_a_prompt():
 )
 def test_dashes_that_are_no_options_stay(prompt):
     assert split_flags(prompt) == (prompt, {})
+
+
+def test_blanks_are_looked_at_once():
+    """20,000 of them: for a quarter of a minute where each is the beginning of a search."""
+    blanks = " " * 20_000
+    assert emphasised(f"a{blanks}b") == [(f"a{blanks}b", 1.0)]
+    assert emphasised(f"a{blanks}BREAK BREAK{blanks}b") == [("a", 1.0), ("BREAK", 1.0), ("BREAK", 1.0), ("b", 1.0)]
+    assert split_flags(f"a{blanks}b{blanks}--w 64") == (f"a{blanks}b", {"width": 64})

@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
     from sfumato.bases import TextEmbedding
 
-Said = Callable[[int, int], str]
-"""(step, counted from 1, of so many) -> what a part of a prompt says then."""
+Part = str | Callable[[int, int], Sequence["Part"]]
+"""What a part of a prompt says: a text, or by (step, counted from 1, of so many) the parts that it is then."""
 
 STEPS: ContextVar[int | None] = ContextVar("STEPS", default=None)
 """How many steps of each picture `sfumato.draw` is drawing, by which words that change are counted."""
 
 _TOKENS = re.compile(r"\\.|[\[\]():|]|[^\\\[\]():|]+|\\", re.DOTALL)
-_WHEN = re.compile(r"\s*\d*\.?\d+\s*|\s*\d+\.\s*")
+_WHEN = re.compile(r"\s*(?:\d+(?:\.\d*)?|\.\d+)\s*")
 
 
 def stages(prompt: str, steps: int) -> list[tuple[int, str]]:
@@ -36,10 +36,10 @@ def stages(prompt: str, steps: int) -> list[tuple[int, str]]:
 
     Emphasis, brackets that do not pair and characters after a backslash are left as they are.
     """
-    said = _parsed(prompt)
+    parts = _parsed(prompt)
     found: list[tuple[int, str]] = []
     for step in range(1, steps + 1):
-        text = said(step, steps)
+        text = _text(parts, step, steps)
         if found and found[-1][1] == text:
             found.pop()
         found.append((step, text))
@@ -51,24 +51,37 @@ def changes(prompt: str) -> bool:
     return len(stages(prompt, 1000)) > 1
 
 
-def _parsed(prompt: str) -> Said:
-    """The whole prompt as a function of the step."""
+def _parsed(prompt: str) -> list[Part]:
+    """The parts of the whole prompt."""
     open_: list[_Bracket] = [_Bracket("")]
     for token in _TOKENS.findall(prompt):
         if token in "[(":
             open_.append(_Bracket(token))
         elif token in "])" and open_[-1].opening == "[("[token == ")"]:
             closed = open_.pop()
-            open_[-1].parts[-1].append(closed.said())
+            open_[-1].parts[-1].extend(closed.said())
         elif token in ":|" and open_[-1].opening == "[":
             open_[-1].marks.append(token)
             open_[-1].parts.append([])
         else:
-            open_[-1].parts[-1].append(_always(token))
+            open_[-1].parts[-1].append(token)
     while len(open_) > 1:  # what is not closed is text
         left = open_.pop()
-        open_[-1].parts[-1].append(left.as_text(closing=""))
-    return _joined(open_[0].parts[0])
+        open_[-1].parts[-1].extend(left.as_text(closing=""))
+    return open_[0].parts[0]
+
+
+def _text(parts: Sequence[Part], step: int, steps: int) -> str:
+    """What the parts say at a step. Brackets nest as deep as they like, which functions that call each other do not."""
+    said: list[str] = []
+    left = list(reversed(parts))
+    while left:
+        part = left.pop()
+        if isinstance(part, str):
+            said.append(part)
+        else:
+            left.extend(reversed(part(step, steps)))
+    return "".join(said)
 
 
 class _Bracket:
@@ -76,39 +89,30 @@ class _Bracket:
 
     def __init__(self, opening: str) -> None:
         self.opening = opening
-        self.parts: list[list[Said]] = [[]]
+        self.parts: list[list[Part]] = [[]]
         self.marks: list[str] = []
 
-    def said(self) -> Said:
+    def said(self) -> list[Part]:
         """What the closed bracket says."""
-        kinds, texts = set(self.marks), [_joined(part) for part in self.parts]
+        kinds, parts = set(self.marks), self.parts
         if kinds == {"|"}:
-            return lambda step, steps: texts[(step - 1) % len(texts)](step, steps)
-        last = texts[-1](1, 1)
-        if kinds == {":"} and len(texts) <= 3 and _WHEN.fullmatch(last):
-            before, after = texts[:-1] if len(texts) == 3 else (_always(""), texts[0])
-            return lambda step, steps: (before if step <= _end(last, steps) else after)(step, steps)
+            return [lambda step, steps: parts[(step - 1) % len(parts)]]
+        if kinds == {":"} and len(parts) <= 3 and _WHEN.fullmatch(last := _text(parts[-1], 1, 1)):
+            before, after = parts[:-1] if len(parts) == 3 else ([], parts[0])
+            return [lambda step, steps: before if step <= _end(last, steps) else after]
         return self.as_text("])"[self.opening == "("])
 
-    def as_text(self, closing: str) -> Said:
+    def as_text(self, closing: str) -> list[Part]:
         """The bracket as it is written."""
         said = list(self.parts[0])
         for mark, part in zip(self.marks, self.parts[1:], strict=True):
-            said += [_always(mark), *part]
-        return _joined([_always(self.opening), *said, _always(closing)])
+            said += [mark, *part]
+        return [self.opening, *said, closing]
 
 
 def _end(when: str, steps: int) -> int:
     """The last step before a change: a share of the steps, or a count where there is no point."""
-    return int(float(when) * steps) if "." in when else int(when)
-
-
-def _always(text: str) -> Said:
-    return lambda step, steps: text
-
-
-def _joined(parts: Sequence[Said]) -> Said:
-    return lambda step, steps: "".join(part(step, steps) for part in parts)
+    return int(min(float(when) * (steps if "." in when else 1), steps))
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,7 @@ def split_flags(prompt: str) -> tuple[str, dict[str, Any]]:
 
     Raises ConfigError for an option that is none of these, such as `--ar 3:2`, and for a value that is no number.
     """
-    plain, *flags = re.split(r"(?:^|\s+)--(?=[A-Za-z]+(?:\s|$))", prompt)
+    plain, *flags = re.split(r"(?:^|(?<!\s)\s+)--(?=[A-Za-z]+(?:\s|$))", prompt)
     settings: dict[str, Any] = {}
     for name, _, value in (flag.partition(" ") for flag in flags):
         if name.lower() not in _FLAGS:
@@ -205,7 +205,7 @@ def checked_syntax(prompt: str, syntax: Syntax) -> str:
 
 
 _AND = re.compile(r"\bAND\b")
-_BREAK = re.compile(r"\s*\b(BREAK)\b\s*")
+_BREAK = re.compile(r"(?:(?<!\s)\s+)?\b(BREAK)\b\s*")  # (?<!\s): a run of blanks is looked at once
 _EMPHASIS = re.compile(r"\\.|:\s*[+-]?[.\d]+\s*[)\]]|[()\[\]]|[^\\()\[\]:]+|[:\\]", re.DOTALL)
 
 
