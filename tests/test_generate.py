@@ -576,6 +576,10 @@ WRONG = {
     "a strength of nothing": (["a", "--image", "there.png", "--strength", "0", "-o", "a.png"], "strength 0"),
     "a prompt of loose brackets": (["(a", "--prompt-syntax", "a1111", "-o", "a.png"], "bracket"),
     "loose brackets in a second batch": (["red", "(a --s 3", "--prompt-syntax", "a1111"], "bracket"),
+    "words that compel cannot read in a second batch": (
+        ["red", '("a", "b").blend(1, x) --s 3', "--prompt-syntax", "compel"],
+        "is not in compel's syntax (could not convert string to float: 'x')",
+    ),
     "loose brackets in a region": (
         ["a", "--lora", "line.safetensors", "--region", "line=left:(a", "--prompt-syntax", "a1111"],
         "bracket",

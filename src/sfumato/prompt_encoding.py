@@ -10,7 +10,7 @@ import torch
 from sfumato.bases.base import Base, TextEmbedding
 from sfumato.errors import ConfigError, SfumatoError
 from sfumato.prompt_steps import Stage, stages
-from sfumato.prompts import Syntax, emphasised
+from sfumato.prompts import Syntax, compel_package, emphasised, not_compels, reason_of
 
 
 def encode(base: Base, prompts: Sequence[str], negative: str, syntax: Syntax) -> tuple[TextEmbedding, TextEmbedding]:
@@ -57,11 +57,12 @@ def _encoded(compel: Any, text: str | list[tuple[str, float]]) -> tuple[Any, Any
     except SfumatoError:
         raise
     except Exception as error:  # its parser raises pyparsing's errors and its own
-        reason = " ".join(str(error).split())[:120]
         if isinstance(text, str):
-            raise ConfigError(f"the prompt {text[:60]!r} is not in compel's syntax ({reason}).") from None
+            raise not_compels(text, error) from None
         whole = "".join(words for words, _ in text)
-        raise ConfigError(f"the prompt {whole[:60]!r} cannot be encoded by compel ({reason}). Shorten it.") from None
+        raise ConfigError(
+            f"the prompt {whole[:60]!r} cannot be encoded by compel ({reason_of(error)}). Shorten it."
+        ) from None
     return (found[0], found[1]) if isinstance(found, tuple | list) else (found, None)
 
 
@@ -101,24 +102,19 @@ class _WithTextModel:
 
 def _encoders(base: Base) -> list[Any]:
     """A compel for each text encoder."""
-    try:
-        from compel import Compel, ReturnedEmbeddingsType
-    except ImportError:
-        raise ConfigError(
-            "weighted words and long prompts need the package compel: pip install 'sfumato[prompts]', or use "
-            "--prompt-syntax plain."
-        ) from None
+    compel = compel_package()
+    kind = compel.ReturnedEmbeddingsType
     is_sdxl = len(base.text_encoders) > 1
     kinds = {
-        (False, 0): ReturnedEmbeddingsType.LAST_HIDDEN_STATES_NORMALIZED,
-        (False, 1): ReturnedEmbeddingsType.PENULTIMATE_HIDDEN_STATES_NORMALIZED,
-        (True, 0): ReturnedEmbeddingsType.PENULTIMATE_HIDDEN_STATES_NON_NORMALIZED,
+        (False, 0): kind.LAST_HIDDEN_STATES_NORMALIZED,
+        (False, 1): kind.PENULTIMATE_HIDDEN_STATES_NORMALIZED,
+        (True, 0): kind.PENULTIMATE_HIDDEN_STATES_NON_NORMALIZED,
     }
     if (is_sdxl, base.clip_skip or 0) not in kinds:
         raise ConfigError(f"--clip-skip {base.clip_skip} does not go with --prompt-syntax; leave one of them.")
     last = len(base.text_encoders) - 1
     return [
-        Compel(
+        compel.Compel(
             tokenizer=tokenizer,
             text_encoder=_WithTextModel(encoder),
             returned_embeddings_type=kinds[is_sdxl, base.clip_skip or 0],

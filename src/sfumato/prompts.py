@@ -195,13 +195,43 @@ def unescaped(text: str, syntax: Syntax) -> str:
 
 
 def checked_syntax(prompt: str, syntax: Syntax) -> str:
-    """The prompt. Raises ConfigError for one in A1111's syntax that cannot be read; compel reads its own when drawing.
+    """The prompt. Raises ConfigError for one that cannot be read in its syntax, and where compel, which reads it, is
+    not installed.
 
-    What is said after a count of more than 50 steps is read when drawing, too.
+    What is said after a count of more than 50 steps is read when drawing.
     """
     for _, text in stages(prompt, 50) if syntax == "a1111" else ():
         emphasised(text)
+    if syntax != "plain":
+        compel = compel_package()
+    if syntax == "compel":
+        try:
+            compel.Compel.parse_prompt_string(prompt)
+        except Exception as error:  # pyparsing's errors and its own
+            raise not_compels(prompt, error) from None
     return prompt
+
+
+def compel_package() -> Any:
+    """compel. Raises ConfigError where it is not installed."""
+    try:
+        import compel
+    except ImportError:
+        raise ConfigError(
+            "weighted words and long prompts need the package compel: pip install 'sfumato[prompts]', or use "
+            "--prompt-syntax plain."
+        ) from None
+    return compel
+
+
+def not_compels(prompt: str, error: Exception) -> ConfigError:
+    """That compel's parser, which raises what it likes, could not read the prompt."""
+    return ConfigError(f"the prompt {prompt[:60]!r} is not in compel's syntax ({reason_of(error)}).")
+
+
+def reason_of(error: Exception) -> str:
+    """What a library's error says, on one line of at most 120 characters."""
+    return " ".join(str(error).split())[:120]
 
 
 _AND = re.compile(r"\bAND\b")
