@@ -326,6 +326,7 @@ def generate(config: Config) -> tuple[Path, ...]:
     from sfumato.drawing import check_steps, check_strength
     from sfumato.drawn import sampler_label, save_drawn
     from sfumato.files.metadata import over_steps_of
+    from sfumato.pnginfo import check_size
     from sfumato.precision import decide
 
     start = _start(config)
@@ -363,6 +364,8 @@ def generate(config: Config) -> tuple[Path, ...]:
         settings |= where_when.told()
         allowed = {"partial": config.partial, "verify": config.verify}
         desk = Desk(base, mix, pictures, settings, start, where_when, allowed)
+        for file, size in zip(wanted.files, desk.sizes(wanted.sweep, before_after=config.before_after), strict=True):
+            check_size(file, size)
         if wanted.sweep:
             drawn = iter([desk.sweep(*wanted.sweep)])
         elif config.before_after:

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from sfumato import cli
+from sfumato import cli, desk
 from sfumato.bases import load_base
 from sfumato.compose import Adapter, adapter_guidance, compose
 from sfumato.drawing import draw
@@ -694,6 +694,20 @@ def test_wrong_use_is_one_line_and_leaves_no_file(generate, words, said):
     assert said in message[0]
     assert {path: path.stat().st_mtime_ns for path in Path().rglob("*")} == before
     assert Path("there.png").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--count", "140", "--sweep", "line=0,1"],
+        [*(f"--seed={seed}" for seed in range(140)), "--before-after"],
+        ["--size", "16384x8"],
+    ],
+)
+def test_what_a_format_cannot_hold_is_told_before_it_is_drawn(generate, words, monkeypatch):
+    monkeypatch.setattr(desk, "draw_each", lambda *_, **__: pytest.fail("drawn"))
+    code, _, err = generate("red", "--lora", "line.safetensors", *words, "-o", "large.webp")
+    assert (code, "pixels on a side, and a .webp has at most 16,383; name a .png." in err) == (2, True), err
 
 
 def test_verify_refuses_an_adapter_without_a_fingerprint(generate, tmp_path):

@@ -5,7 +5,7 @@ import pytest
 from matplotlib import font_manager, get_data_path
 from PIL import Image
 
-from sfumato.sheet import contact_sheet, label_font
+from sfumato.sheet import contact_sheet, label_font, sheet_size
 
 
 def plain(colour, size=64):
@@ -76,3 +76,9 @@ def test_signs_that_the_usual_font_lacks_are_written_in_another_of_the_machine(m
     sheet = contact_sheet([[plain((255, 0, 0))]], column_labels=["\u1d81"])
     monkeypatch.setattr(font_manager, "findSystemFonts", list)
     assert sheet.tobytes() != contact_sheet([[plain((255, 0, 0))]], column_labels=["\u1d81"]).tobytes()
+
+
+def test_the_size_is_known_before_there_are_pictures():
+    labels = {"row_labels": ["one", "two\nlines", "w" * 80], "column_labels": ["a prompt " * 9, "b"]}
+    picture = Image.new("RGB", (96, 64))
+    assert contact_sheet([[picture] * 2] * 3, **labels).size == sheet_size((96, 64), **labels)

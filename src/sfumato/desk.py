@@ -16,7 +16,7 @@ from sfumato.compose.adapter import Adapter, Weight, swept, weight_text
 from sfumato.compose.guided import adapter_guidance
 from sfumato.drawing import Start, draw_each
 from sfumato.drawn import used_in
-from sfumato.sheet import contact_sheet
+from sfumato.sheet import contact_sheet, sheet_size
 from sfumato.specs import Request
 from sfumato.where_when import WhereWhen, applied
 
@@ -77,19 +77,41 @@ class Desk:
         prompts, seeds = [each.prompt for each in self.pictures], [each.seed for each in self.pictures]
         return {**self.settings, "prompt": prompts[0], "seed": seeds[0], **more, "prompts": prompts, "seeds": seeds}
 
+    def sizes(self, sweep: tuple[str, Sequence[float]] | None, *, before_after: bool) -> list[tuple[int, int]]:
+        """The pixels of each picture that will be drawn, or of the sheet: of a sweep, or before and after."""
+        each = [{**self.settings, **picture.own} for picture in self.pictures]
+        sizes = [(settings["width"], settings["height"]) for settings in each]
+        if sweep is None and not before_after:
+            return sizes
+        rows, columns = self._pair_labels() if sweep is None else self._sweep_labels(*sweep)
+        return [sheet_size(sizes[0], row_labels=rows, column_labels=columns)]
+
+    def _sweep_labels(self, label: str, weights: Sequence[float]) -> tuple[list[str], list[str]]:
+        """Of the rows and columns."""
+        return [f"{label} {weight:g}" for weight in weights], self.labels()
+
+    def _pair_labels(self) -> tuple[list[str], list[str]]:
+        """Of the rows and columns; the adapters as the mix has them now."""
+        everywhere = [each for each in used_in(self.mix) if each.weight != 0]
+        shown = dict.fromkeys([*everywhere, *self.where_when.regional])
+        of_all = ", ".join(f"{each.label} {weight_text(each.weight)}" for each in shown)
+        rows = [
+            f"{label}\n{_tags(each.tagged)}".strip() for label, each in zip(self.labels(), self.pictures, strict=True)
+        ]
+        return rows, ["without", f"with {of_all}".strip()]
+
     def sweep(self, label: str, weights: Sequence[float]) -> Drawn:
         """A row for each weight: the base stays loaded, and each weight recomputes only what that adapter changes.
 
         The adapters are told as in the first row in which the one that is swept counts.
         """
-        rows, before = [], self.mix.weights[label]
+        drawn, before = [], self.mix.weights[label]
         for weight in weights:
             self.mix.set_weights({label: swept(label, before, weight)})
-            rows.append(list(self.draw(self.pictures)))
+            drawn.append(list(self.draw(self.pictures)))
             print(f"{label} {weight:g}", file=sys.stderr)
-        sheet = contact_sheet(
-            rows, row_labels=[f"{label} {weight:g}" for weight in weights], column_labels=self.labels()
-        )
+        rows, columns = self._sweep_labels(label, weights)
+        sheet = contact_sheet(drawn, row_labels=rows, column_labels=columns)
         self.mix.set_weights({label: swept(label, before, next(filter(None, weights), 0.0))})
         return sheet, used_in(self.mix), self.sheet_settings(sweep={label: list(weights)})
 
@@ -98,20 +120,12 @@ class Desk:
 
         The adapters are told as the first picture has them, whose prompt the sheet tells.
         """
-        always = used_in(self.mix)
+        rows, columns = self._pair_labels()
         self.mix.mute()
         before = list(self.draw(self.pictures, plain=True))
         self.mix.unmute()
         after, used, _ = zip(*self.with_adapters(), strict=True)
-        everywhere = [each for each in always if each.weight != 0]
-        shown = dict.fromkeys([*everywhere, *self.where_when.regional])
-        of_all = ", ".join(f"{each.label} {weight_text(each.weight)}" for each in shown)
-        rows = [
-            f"{label}\n{_tags(each.tagged)}".strip() for label, each in zip(self.labels(), self.pictures, strict=True)
-        ]
-        sheet = contact_sheet(
-            list(zip(before, after, strict=True)), row_labels=rows, column_labels=["without", f"with {of_all}".strip()]
-        )
+        sheet = contact_sheet(list(zip(before, after, strict=True)), row_labels=rows, column_labels=columns)
         return sheet, used[0], self.sheet_settings(before_after=True)
 
 

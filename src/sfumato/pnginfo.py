@@ -97,6 +97,15 @@ def plain_name(name: str) -> str:
     return re.sub(r"[:,<>]", "", name)
 
 
+def check_size(path: Path, size: tuple[int, int]) -> None:
+    """Raises ConfigError for a picture that is larger than the format of its file can be."""
+    suffix = path.suffix.lower()
+    if (side := max(size)) > (largest := _LARGEST_PX.get(suffix, side)):
+        raise ConfigError(
+            f"{path.name}: {side:,} pixels on a side, and a {suffix} has at most {largest:,}; name a .png."
+        )
+
+
 def save_picture(
     image: Image.Image, path: Path, parameters: Parameters | None = None, own: Mapping[str, Any] | None = None
 ) -> Path:
@@ -105,11 +114,8 @@ def save_picture(
     Warns of prompts that are longer than a JPEG can hold, whose ends are cut in the file. Raises ConfigError for
     another ending, and for a picture that is larger than the format can be.
     """
+    check_size(path, image.size)
     suffix = path.suffix.lower()
-    if (side := max(image.size)) > (largest := _LARGEST_PX.get(suffix, side)):
-        raise ConfigError(
-            f"{path.name}: {side:,} pixels on a side, and a {suffix} has at most {largest:,}; name a .png."
-        )
     if parameters and suffix in (".jpg", ".jpeg"):
         parameters = _cut_for_jpeg(parameters, path)
     text = format_parameters(parameters) if parameters else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -71,18 +72,66 @@ def contact_sheet(
     pictures = [picture for row in cells for picture in row if picture is not None]
     if not pictures:
         raise ValueError("a contact sheet needs at least one picture")
-    scale = _scale(max(max(picture.size) for picture in pictures))
-    columns = max(len(row) for row in cells)
-    cell = (
-        round(max(picture.width for picture in pictures) * scale),
-        round(max(picture.height for picture in pictures) * scale),
-    )
+    largest = max(picture.width for picture in pictures), max(picture.height for picture in pictures)
+    shape = len(cells), max(len(row) for row in cells)
+    at = _layout(largest, shape, row_labels, column_labels, title)
+    sheet = Image.new("RGB", at.size, "white")
+    draw = ImageDraw.Draw(sheet)
+    _write(draw, at.titles, (at.gap, at.gap), at.line_px, at.font)
+    for column, lines in enumerate(at.heads):
+        # Short labels stand on their pictures, whatever the longest one needs.
+        corner = at.left + column * (at.cell[0] + at.gap), at.top - at.gap // 2 - len(lines) * at.line_px
+        _write(draw, lines, corner, at.line_px, at.font)
+    for number, row in enumerate(cells):
+        y = at.top + number * (at.cell[1] + at.gap)
+        if number < len(at.sides):
+            lines = at.sides[number]
+            _write(draw, lines, (at.gap, y + (at.cell[1] - len(lines) * at.line_px) // 2), at.line_px, at.font)
+        for column, picture in enumerate(row):
+            if picture is not None:
+                sheet.paste(_resized(picture, at.scale), (at.left + column * (at.cell[0] + at.gap), y))
+    return sheet
+
+
+def sheet_size(picture: tuple[int, int], *, row_labels: Sequence[str], column_labels: Sequence[str]) -> tuple[int, int]:
+    """The pixels of a sheet of pictures of this size, one for each row and column."""
+    return _layout(picture, (len(row_labels), len(column_labels)), row_labels, column_labels, "").size
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where all is on a sheet, in pixels. scale: of the pictures. cell: the size of one. left, top: where the first is.
+    titles, heads, sides: the lines of the labels."""
+
+    scale: float
+    cell: tuple[int, int]
+    font: Font
+    gap: int
+    line_px: int
+    left: int
+    top: int
+    titles: list[str]
+    heads: list[list[str]]
+    sides: list[list[str]]
+    size: tuple[int, int]
+
+
+def _layout(
+    picture: tuple[int, int],
+    shape: tuple[int, int],
+    row_labels: Sequence[str],
+    column_labels: Sequence[str],
+    title: str,
+) -> _Layout:
+    """Of a sheet of so many rows and columns; picture: the largest width and height."""
+    rows, columns = shape
+    scale = _scale(max(picture))
+    cell = round(picture[0] * scale), round(picture[1] * scale)
     size_px = min(28, max(14, cell[0] // 10))
     font = label_font(size_px, "".join([title, *column_labels, *row_labels]))
     gap = max(10, cell[0] // 20)
-
     heads = [_wrap(label, font, cell[0]) for label in column_labels[:columns]]
-    sides = [_wrap(label, font, max(120, cell[0])) for label in row_labels[: len(cells)]]
+    sides = [_wrap(label, font, max(120, cell[0])) for label in row_labels[:rows]]
     side_px = max((_width(line, font) for lines in sides for line in lines), default=0)
     left = gap + (side_px + gap if side_px else 0)
     line_px = round(size_px * 1.3)
@@ -90,21 +139,8 @@ def contact_sheet(
     titles = _wrap(title, font, width - 2 * gap) if title else []
     head_top = gap + (len(titles) * line_px + gap if titles else 0)
     top = head_top + (max((len(lines) for lines in heads), default=0) * line_px + gap // 2 if heads else 0)
-
-    sheet = Image.new("RGB", (width, top + len(cells) * (cell[1] + gap)), "white")
-    draw = ImageDraw.Draw(sheet)
-    _write(draw, titles, (gap, gap), line_px, font)
-    for column, lines in enumerate(heads):
-        # Short labels stand on their pictures, whatever the longest one needs.
-        _write(draw, lines, (left + column * (cell[0] + gap), top - gap // 2 - len(lines) * line_px), line_px, font)
-    for number, row in enumerate(cells):
-        y = top + number * (cell[1] + gap)
-        if number < len(sides):
-            _write(draw, sides[number], (gap, y + (cell[1] - len(sides[number]) * line_px) // 2), line_px, font)
-        for column, picture in enumerate(row):
-            if picture is not None:
-                sheet.paste(_resized(picture, scale), (left + column * (cell[0] + gap), y))
-    return sheet
+    size = width, top + rows * (cell[1] + gap)
+    return _Layout(scale, cell, font, gap, line_px, left, top, titles, heads, sides, size)
 
 
 def _scale(side: int) -> float:
