@@ -324,7 +324,7 @@ def generate(config: Config) -> tuple[Path, ...]:
     from sfumato.compose.guided import strengths_of
     from sfumato.desk import Desk
     from sfumato.drawing import check_steps, check_strength
-    from sfumato.drawn import sampler_label, save_drawn
+    from sfumato.drawn import sampler_label, save_drawn, unguided
     from sfumato.files.metadata import over_steps_of
     from sfumato.pnginfo import check_size
     from sfumato.precision import decide
@@ -344,7 +344,9 @@ def generate(config: Config) -> tuple[Path, ...]:
             check_strength(each.get("steps", settings["steps"]), start)
     sampler = sampler_label(config.sampler, base)
     print(_summary(settings, sampler, base), file=sys.stderr)
-    for line in _unguided([{**settings, **each.own} for each in wanted.pictures], any(wanted.strengths.values())):
+    each = [{**settings, **picture.own} for picture in wanted.pictures]
+    asked = any(wanted.strengths.values())
+    for line in unguided((one["guidance"], one["negative"], asked) for one in each):
         print(line, file=sys.stderr)
     with _mixed(base, wanted, config) as (mix, regional, words):
         strengths = {} if wanted.where_when.spots else {**mix.strengths, **wanted.strengths}
@@ -376,18 +378,6 @@ def generate(config: Config) -> tuple[Path, ...]:
             save_drawn(picture, used, about, file, sampler, words)
             print(file)
     return wanted.files
-
-
-def _unguided(pictures: Sequence[Mapping[str, Any]], with_adapters: bool) -> list[str]:
-    """A line on what counts for nothing in a picture without guidance. pictures: the settings of each; with_adapters:
-    whether an adapter guidance is asked for."""
-    alone = [each for each in pictures if each["guidance"] <= 1]
-    asked = ["the negative prompt"] * any(each["negative"] for each in alone)
-    asked += ["--adapter-guidance"] * (with_adapters and bool(alone))
-    if not asked:
-        return []
-    counts = "counts" if len(asked) == 1 else "count"
-    return [f"guidance {alone[0]['guidance']:g}: {' and '.join(asked)} {counts} for nothing; it takes one above 1."]
 
 
 def _say_unheard(told: Mapping[str, Mapping[str, str]]) -> None:

@@ -227,7 +227,7 @@ def draw_grid(config: Config) -> Path:
     from sfumato import embedding
     from sfumato.bases import load_base
     from sfumato.compose import compose
-    from sfumato.drawn import learned_otherwise, misread_words, unknown_words, unused_words
+    from sfumato.drawn import learned_otherwise, misread_words, unguided, unknown_words, unused_words
     from sfumato.files.header import read_header
     from sfumato.precision import decide
     from sfumato.sheet import read_drawn
@@ -240,6 +240,9 @@ def draw_grid(config: Config) -> Path:
         prediction_type=config.prediction_type,
     )
     _check_drawable(base, rows)
+    filled = [_filled(base, cell) for cells in rows for cell in cells]
+    for line in unguided((to["guidance"], to["negative"], bool(to["adapter_guidance"])) for to in filled):
+        print(line, file=sys.stderr)
     loaded = [base.quick_fingerprint(), str(base.precision.compute), str(base.clip_skip), str(config.partial)]
     files = {adapter.label: _digest(Path(adapter.path)) for adapter in adapters}
     digests = [(token or file.stem, _digest(file)) for token, file in embeddings]

@@ -197,6 +197,13 @@ def test_a_cell_is_what_generate_draws_with_its_settings(run, modules):
     assert abs(pixels(files[0]) - pixels(files[1])).max() > 1
 
 
+def test_a_grid_says_what_counts_for_nothing_without_guidance_as_generate_does(run):
+    words = ["--x", "guidance=1,3", "--y", "adapter_guidance=0,2", "--lora", "line.safetensors", "--negative", "red"]
+    code, err = run("grid", *words, "--prompt", "cat", "--steps", "1")
+    nothing = "guidance 1: the negative prompt and --adapter-guidance count for nothing; it takes one above 1."
+    assert (code, err.count(nothing)) == (0, 1), err
+
+
 def test_two_files_of_one_name_keep_their_weights_in_a_grid(run, modules):
     Path("y").mkdir()
     write_lora(Path("y/line.safetensors"), modules, family="pocket")

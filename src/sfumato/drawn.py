@@ -77,6 +77,18 @@ def learned_otherwise(told: Mapping[str, Mapping[str, str]], base: Base) -> list
     return lines
 
 
+def unguided(pictures: Iterable[tuple[float, str, bool]]) -> list[str]:
+    """A line on what counts for nothing in a picture without guidance. pictures: of each the guidance, the negative
+    prompt and whether an adapter guidance is asked for."""
+    alone = [each for each in pictures if each[0] <= 1]
+    asked = ["the negative prompt"] * any(negative for _, negative, _ in alone)
+    asked += ["--adapter-guidance"] * any(is_asked for _, _, is_asked in alone)
+    if not asked:
+        return []
+    counts = "counts" if len(asked) == 1 else "count"
+    return [f"guidance {alone[0][0]:g}: {' and '.join(asked)} {counts} for nothing; it takes one above 1."]
+
+
 def unused_words(files: Sequence[tuple[Path, Iterable[str]]], prompts: Sequence[str], syntax: Syntax) -> list[str]:
     """A line on each word that no prompt holds. files: with the words of each; prompts: negative ones, too."""
     said = [unescaped(text, syntax) for text in prompts]
