@@ -85,6 +85,7 @@ def learn(config: Config, output: Path) -> tuple[Path, Path]:
     import torch
 
     from sfumato import side_by_side
+    from sfumato.bases.loading import base_at_rest
     from sfumato.precision import decide
 
     commands = {
@@ -93,9 +94,10 @@ def learn(config: Config, output: Path) -> tuple[Path, Path]:
     }
     for words in commands.values():
         check(words)
-    threads = torch.get_num_threads()
+    precision, threads = decide(config.precision), torch.get_num_threads()
+    base_at_rest(config.base, precision=precision)  # what is wrong with it is told once, before a training's lines
     # Of a larger base two at once may be more than the memory holds.
-    at_once = config.base == "pocket" and decide(config.precision).device.type == "cpu" and threads > 1
+    at_once = config.base == "pocket" and precision.device.type == "cpu" and threads > 1
     for words in commands.values():
         print(f"\n$ sfumato {shlex.join(words)}", flush=True)
     if at_once:

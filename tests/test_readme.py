@@ -67,18 +67,28 @@ def test_the_main_job_outside_a_clone_says_what_it_wants(tmp_path, monkeypatch, 
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("words", "said"), [((), "no pictures in it"), (("--steps", "0"), "it must be at least 1")])
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ((), "no pictures in it"),
+        (("--steps", "0"), "it must be at least 1"),
+        (("--base", "/nowhere"), "/nowhere: there is no such folder or file"),
+    ],
+)
 def test_the_main_job_begins_nothing_that_one_of_its_trainings_would_refuse(words, said, tmp_path, capsys):
     from PIL import Image
 
     for name in ("style", "subject"):
         (tmp_path / name).mkdir()
         Image.new("RGB", (64, 64), "red").save(tmp_path / name / "a red thing.png")
+        (tmp_path / name / "a red thing.txt").write_text("sks flamingo")
     if not words:
         (tmp_path / "subject" / "a red thing.png").unlink()
     folders = ["--style", str(tmp_path / "style"), "--subject", str(tmp_path / "subject")]
     assert cli.main(["quickstart", *folders, "--output", str(tmp_path / "run"), *words]) == 2
-    assert said in capsys.readouterr().err
+    shown = capsys.readouterr()
+    assert said in shown.err
+    assert (shown.out, len(shown.err.splitlines())) == ("", 1)
     assert not (tmp_path / "run").exists()
 
 
