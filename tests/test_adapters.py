@@ -6,7 +6,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from sfumato import randomness
-from sfumato.adapters import attach, select
+from sfumato.adapters import attach, rank_notes, select
 from sfumato.errors import AdapterError
 
 
@@ -105,6 +105,19 @@ def test_a_layer_starts_within_its_own_bound_and_unlike_its_namesake_in_another_
         for down in (one, other):
             assert 0.95 < down.abs().max() * inputs**0.5 <= 1
             assert down.mean().abs() * inputs**0.5 < 0.1
+
+
+def test_a_rank_above_the_width_of_layers_is_told_and_above_that_of_all_refused(block):
+    """Of a layer with so many inputs or outputs a change has so many directions at most."""
+    parts = {"unet": select(block, "to_q|conv1")}
+    widths = sorted(min(host.weight.shape[0], host.weight[0].numel()) for host in parts["unet"].values())
+    assert widths[0] < widths[-1]
+    assert rank_notes(parts, widths[0]) == []
+    assert rank_notes(parts, widths[0] + 1) == [
+        f"--rank {widths[0] + 1}: 1 of 2 layers is narrower ({widths[0]}), where it takes memory and learns no more"
+    ]
+    with pytest.raises(AdapterError, match=f"--rank 5000: the widest layer has {widths[-1]} directions"):
+        rank_notes(parts, 5000)
 
 
 def test_the_base_gets_no_gradient_and_the_adapter_does(block):

@@ -441,6 +441,7 @@ def test_the_run_folder_tells_everything_and_no_path(train, tmp_path, pictures, 
     [
         (["--images", "nowhere"], "nowhere"),
         (["--rank", "0"], "--rank is 0"),
+        (["--rank", "65"], "--rank 65: the widest layer has 64 directions"),
         (["--learning-rate", "-1"], "--learning-rate is -1"),
         (["--dropout", "1"], "--dropout is 1"),
         (["--steps", "2", "--epochs", "2"], "--steps and --epochs"),

@@ -128,6 +128,7 @@ def train(config: Config) -> Path:
 
     from sfumato import fused as fusing
     from sfumato import identifier, optimizers, randomness
+    from sfumato.adapters import rank_notes
     from sfumato.ema import Average
     from sfumato.finish import describe_run
     from sfumato.full import full_precision
@@ -158,10 +159,13 @@ def train(config: Config) -> Path:
         )
     base = config.load_base(precision)
     config, filled = resolve(config, base, instance.samples, processes.count)
+    notes = rank_notes(adapted(base, config), config.rank) if config.method == "lora" else []
     writes = [config.name] if config.save == "folder" else []
     run = Run.start(config, program="dreambooth", processes=processes, writes=writes)
     run.say(precision.table())
     run.say_filled(base.family.title, filled)
+    for line in notes:
+        run.say(line)
     for word in identifiers(config, instance)[:3]:  # a folder may hold many subjects
         for line in identifier.examine(word, base).lines():
             run.say(line)
@@ -423,13 +427,20 @@ def prior_of(
 
 def trainable(base: Base, config: Config) -> Lora | nn.ModuleDict:
     """The base's own weights, or with --method lora a new adapter, which changes nothing yet."""
-    from sfumato.adapters import attach, hosts
-    from sfumato.full import parts_of, unfreeze
+    from sfumato.adapters import attach
+    from sfumato.full import unfreeze
 
     if config.method == "full":
         return unfreeze(base, text=config.train_text_encoder)
-    parts = parts_of(base, text=config.train_text_encoder)
-    return attach(hosts(parts, config.targets), rank=config.rank, alpha=config.alpha, seed=config.seed)
+    return attach(adapted(base, config), rank=config.rank, alpha=config.alpha, seed=config.seed)
+
+
+def adapted(base: Base, config: Config) -> dict[str, dict[str, nn.Linear | nn.Conv2d]]:
+    """The layers that a LoRA is to change, by part and path."""
+    from sfumato.adapters import hosts
+    from sfumato.full import parts_of
+
+    return hosts(parts_of(base, text=config.train_text_encoder), config.targets)
 
 
 def groups(trained: Lora | nn.ModuleDict, config: Config) -> list[dict[str, Any]]:

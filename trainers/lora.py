@@ -116,7 +116,7 @@ def train(config: Config) -> Path:
     import torch
 
     from sfumato import optimizers
-    from sfumato.adapters import attach, hosts
+    from sfumato.adapters import attach, hosts, rank_notes
     from sfumato.ema import Average
     from sfumato.full import parts_of
     from sfumato.measure import Measures
@@ -136,9 +136,13 @@ def train(config: Config) -> Path:
     has_prior = bool(config.prior_prompts or of_class)
     config, filled = resolve(config, base, subjects.samples, processes.count, has_prior=has_prior)
     words = new_words(base, config, examples) if config.train_words else None
+    adapted = hosts(parts_of(base, text=config.train_text_encoder), config.targets, conv=config.conv)
+    notes = rank_notes(adapted, config.rank)
     run = Run.start(config, program="lora", processes=processes, writes=written(config))
     run.say(precision.table())
     run.say_filled(base.family.title, filled)
+    for line in notes:
+        run.say(line)
     if words:
         tokenizer = base.tokenizers[0]
         cut = shortened(config.initial_words, config.word_vectors, tokenizer)
@@ -155,7 +159,7 @@ def train(config: Config) -> Path:
     # The VAE has given its latents; it rests until something is drawn.
     base.resting.keep("unet", *(["text"] if config.train_text_encoder or words else []))
     lora = attach(
-        hosts(parts_of(base, text=config.train_text_encoder), config.targets, conv=config.conv),
+        adapted,
         rank=config.rank,
         alpha=config.alpha,
         dropout=config.dropout,

@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from sfumato import randomness
 from sfumato.errors import AdapterError
 from sfumato.files.changes import LoraModule
+from sfumato.numerals import so_many
 from sfumato.products import linear
 
 _ATTENTION = r"\.attn[12]\.to_(q|k|v|out\.0)$"
@@ -230,6 +231,28 @@ def hosts(
         part: select(model, targets, conv=conv) if part == "unet" else select(model, TEXT_TARGETS)
         for part, model in parts.items()
     }
+
+
+def rank_notes(parts: Mapping[str, Mapping[str, nn.Linear | nn.Conv2d]], rank: int) -> list[str]:
+    """A line on the layers that are narrower than the rank. parts: as of `attach`.
+
+    Raises AdapterError where all are: the update would hold more numbers than the layers, and learn no more.
+    """
+    widths = [min(host.weight.shape[0], host.weight[0].numel()) for some in parts.values() for host in some.values()]
+    narrow = [width for width in widths if width < rank]
+    if len(narrow) == len(widths):
+        raise AdapterError(
+            f"--rank {rank}: the widest layer has {max(widths)} directions, and a change of it no more; wanted at most "
+            "that, of which 4 to 128 is usual."
+        )
+    if not narrow:
+        return []
+    are, least, most = "is" if len(narrow) == 1 else "are", min(narrow), max(narrow)
+    between = f"{least}" if least == most else f"{least} to {most}"
+    return [
+        f"--rank {rank}: {len(narrow)} of {so_many(len(widths), 'layer')} {are} narrower ({between}), where it takes "
+        "memory and learns no more"
+    ]
 
 
 def attach(
