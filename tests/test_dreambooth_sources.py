@@ -8,7 +8,7 @@ from PIL import Image
 from sfumato.trainers import dreambooth
 
 from sfumato import cli
-from sfumato.errors import DataError
+from sfumato.errors import ConfigError, DataError
 from sfumato.files import read_header
 from sfumato.subject import Subject
 
@@ -78,9 +78,12 @@ def test_prompts_that_no_picture_is_left_for_are_named(train, both, capsys):
 
 
 @pytest.mark.slow
-def test_nothing_is_held_without_a_prior_and_it_is_said(train, both, capsys):
-    train("--method", "lora", "--rank", "1", "--steps", "1", "--prior", "none", "--prior-prompts", "red", images=both)
-    assert "--prior none: neither pictures of the class nor prompts are held" in capsys.readouterr().err
+def test_nothing_is_held_without_a_prior_and_it_is_said(train, both, tmp_path, capsys):
+    options = ("--method", "lora", "--rank", "1", "--steps", "1", "--prior", "none")
+    train(*options, "--class-cache", tmp_path / "cache", images=both)
+    said = capsys.readouterr().err
+    assert "--prior none: neither pictures of the class nor prompts are held" in said
+    assert "--class-cache: the base draws no pictures of the class" in said
 
 
 @pytest.mark.slow
@@ -115,6 +118,8 @@ def test_a_file_says_how_many_steps_made_it(train):
         (["--prior", "none", "--class-count", "3"], "--class-count has no effect without --prior pictures"),
         (["--prior", "base", "--class-count", "3"], "--class-count has no effect without --prior pictures"),
         (["--prior", "none", "--prior-weight", "3"], "--prior-weight has no effect without --prior pictures"),
+        (["--keep-tags", "1"], "--keep-tags 1 has no effect without --shuffle-tags or --tag-dropout"),
+        (["--force"], "--force has no effect without --resume"),
         (["--ema-on-cpu"], "--ema-on-cpu has no effect without --ema"),
         (["--optimizer", "prodigy", "--train-text-encoder", "--text-learning-rate", "0.1"], "beside --learning-rate 1"),
     ],
@@ -125,6 +130,30 @@ def test_what_has_no_effect_is_one_line(options, said, train, capsys, tmp_path):
     assert len(error) == 1
     assert said in error[0]
     assert not (tmp_path / "run").exists()
+
+
+def test_pictures_of_the_class_are_all_that_there_is_of_it(train, both, tmp_path, capsys):
+    train("--class-count", "3", images=both, status=2)
+    wanted = "--class-count has no effect without --prior-prompts beside pictures of the class"
+    assert wanted in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_keep_tags_is_for_the_sources_that_shuffle_theirs(both, tmp_path):
+    config = dreambooth.Config(images=both, output=tmp_path / "run", class_name="square", keep_tags=1)
+    with pytest.raises(ConfigError, match="--keep-tags 1 has no effect"):
+        dreambooth.read_examples(config, Subject("sks square", "square"))
+    both.write_text(f"shuffle_tags = true\n{both.read_text()}")
+    assert len(dreambooth.read_examples(config, Subject("sks square", "square"))) == 12
+
+
+def test_without_a_prior_the_class_wants_no_captions(both, tmp_path):
+    both.write_text(both.read_text().replace('words = "square"\n', ""))
+    config = dreambooth.Config(images=both, output=tmp_path / "run", class_name="square")
+    with pytest.raises(DataError, match="no caption"):
+        dreambooth.read_examples(config, Subject("sks square", "square"))
+    found = dreambooth.read_examples(replace(config, prior="none"), Subject("sks square", "square"))
+    assert {example.group for example in found} == {"instance"}
 
 
 def test_what_has_no_effect_is_not_filled_in(train, tmp_path):

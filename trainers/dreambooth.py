@@ -327,23 +327,30 @@ def resolve(config: Config, base: Base, samples: int, processes: int) -> tuple[C
 
 def read_examples(config: Config, subject: Subject) -> Folder:
     """The subject's pictures with their captions, and those of the class that a dataset.toml may hold."""
-    trigger = config.trigger or (None if config.instance_prompt else config.identifier)
     folder = read_pictures(
         config.images,
         subject.prompt,
         template=config.caption,
-        trigger=trigger,
+        trigger=_trigger(config),
         mask=config.mask,
         skip_bad=config.skip_bad,
         in_all=bool(config.instance_prompt),
+        of_class=config.prior != "none",
     )
-    config.check_subject(folder)
+    config.check_examples(folder)
     if config.class_images and folder.of("class") and not config.resume:
         raise ConfigError(
             f"--class-images and the sources of {config.images} with class = true are both pictures of the class; give "
             "one of them."
         )
+    if folder.of("class") and config.prior == "pictures" and not config.prior_prompts:
+        options.only_with(config, "--prior-prompts beside pictures of the class", "class_count")
     return with_caption(folder, config.instance_prompt) if config.instance_prompt else folder
+
+
+def _trigger(config: Config) -> str | None:
+    """What takes the place of {trigger} in templates."""
+    return config.trigger or (None if config.instance_prompt else config.identifier)
 
 
 def triggers(config: Config, subject: Subject, subjects: Folder) -> list[str]:
@@ -374,17 +381,24 @@ def class_pictures(
     draws, once; or of the class drawn, too; None for none."""
     from sfumato.class_pictures import pictures_of_class
     from sfumato.data.preparing import square_side
+    from sfumato.data.source import sources_of
 
+    nothing_drawn = "--class-cache: the base draws no pictures of the class, so that none are kept there"
     given = examples.of("class")
     if config.prior == "none":
-        if given or config.prior_prompts:
+        sources = sources_of(config.images, caption_template=config.caption, trigger=_trigger(config))
+        if config.prior_prompts or any(source.group == "class" for source in sources):
             run.say("--prior none: neither pictures of the class nor prompts are held, only how they drift is measured")
+        if config.class_cache is not None:
+            run.say(nothing_drawn)
         return None
     if config.class_images is not None:
         given = read_pictures(config.class_images, kept.of_class[0], skip_bad=config.skip_bad)
     if given:  # they show the class, and the captions' forms of it
         kept = Kept.of([], config.prior_prompts)
     if config.prior == "base" or not kept.prompts:
+        if config.class_cache is not None:
+            run.say(nothing_drawn)
         return given or None
     counts = kept.counts(config.class_count)
     folder = config.class_cache or config.output / "class"

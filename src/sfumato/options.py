@@ -74,15 +74,21 @@ class DataOptions:
             words=" ".join(words),
             of_class=of_class,
         )
-        self.check_subject(examples)
+        self.check_examples(examples)
         return examples
 
-    def check_subject(self, examples: Folder) -> None:
-        """Raises DataError for pictures of a class alone."""
+    def check_examples(self, examples: Folder) -> None:
+        """Raises DataError for pictures of a class alone, ConfigError for --keep-tags where no caption varies."""
         from sfumato.data.folder import no_subject
 
         if not examples.of("instance"):
             raise no_subject(self.images)
+        varies = self.shuffle_tags or self.tag_dropout or any(each.options.varies_caption for each in examples)
+        if self.keep_tags and not varies and not getattr(self, "resume", False):
+            raise ConfigError(
+                f"--keep-tags {self.keep_tags} has no effect without --shuffle-tags or --tag-dropout; leave it out, or "
+                "give one of them, too."
+            )
 
     def prepare(
         self,
@@ -320,6 +326,7 @@ def check_run(config: FolderOptions) -> None:
     """Of any trainer's config: its name, its numbers, and which options exclude each other."""
     if config.resume and config.overwrite:
         raise ConfigError("--resume and --overwrite are both given; go on with the run, or replace it.")
+    only_with(config, "--resume", "force")
     check_name(config)
     if (repository := getattr(config, "push_to_hub", None)) is not None:
         _check_repository(repository)

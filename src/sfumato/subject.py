@@ -89,11 +89,12 @@ def read_pictures(
     mask: MaskSource = "none",
     skip_bad: bool = False,
     in_all: bool = False,
+    of_class: bool = True,
 ) -> Folder:
     """The examples of a folder in which pictures without a caption have the caption `words`, or of a dataset.toml.
 
-    in_all: whether the subject's pictures have it in a dataset.toml, too, which may hold several subjects. Raises as
-    `sfumato.data.read_folder` does.
+    in_all: whether the subject's pictures have it in a dataset.toml, too, which may hold several subjects. of_class:
+    whether that one's sources of a class are read. Raises as `sfumato.data.read_folder` does.
     """
     from sfumato.data import read_folder
     from sfumato.data.folder import examples_of
@@ -108,6 +109,7 @@ def read_pictures(
             skip_bad=skip_bad,
             words=words,
             otherwise=words if in_all else "",
+            of_class=of_class,
         )
     listing = list_folder(path, words=words)
     return examples_of(listing, template=template, trigger=trigger, mask=mask, skip_bad=skip_bad)
