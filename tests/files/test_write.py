@@ -293,6 +293,17 @@ def test_what_cannot_be_made_leaves_no_half_of_a_file(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_file_that_cannot_be_read_meanwhile_is_not_told_as_one_that_cannot_be_written(tmp_path):
+    def make(name):
+        raise OSError(errno.EIO, "Input/output error", "base.safetensors")
+
+    path = tmp_path / "a.safetensors"
+    said = r"^a.safetensors: what it is made of cannot be read \(base.safetensors: Input/output error\), so nothing"
+    with pytest.raises(FileError, match=said):
+        write_one_by_one(path, TENSORS, make, {})
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_difference_is_held_few_modules_at_a_time(tmp_path):
     """So that the whole difference of two models need not fit into memory."""
     deltas = {

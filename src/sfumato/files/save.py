@@ -82,7 +82,14 @@ def write_one_by_one(
     with _opened(path) as file:
         file.write(head)
         for name in ordered(shapes):
-            tensor = make(name)
+            try:
+                tensor = make(name)
+            except OSError as error:  # of a file that is read for it, which is not this one
+                where = f"{error.filename}: " if error.filename else ""
+                reason = f"{where}{error.strerror or error}"
+                raise FileError(
+                    f"{path.name}: what it is made of cannot be read ({reason}), so nothing was written."
+                ) from None
             _check_finite(path, name, tensor)
             if (tensor.shape, tensor.dtype) != (shapes[name].shape, shapes[name].dtype):
                 raise FileError(f"{path.name}: {name} is not of the shape and dtype that were announced.")
