@@ -291,3 +291,5 @@ def test_what_stands_before_the_class_is_what_a_subject_is_bound_to():
     ]
     assert before("dog", captions) == ["red", "Red", "sks"]
     assert before("guide dog", ["ohwx guide dog"]) == ["ohwx"]
+    assert before("dog.", ["a photo of sks dog.", "zwx dog in snow"]) == ["sks", "zwx"]
+    assert before("c++", ["sks c++"]) == ["sks"]

@@ -57,9 +57,11 @@ def examine(word: str, base: Base) -> Identifier:
 def before(of_class: str, captions: Iterable[str]) -> list[str]:
     """The words that stand before a class in captions, each once: in "a photo of red dog" it is "red" before "dog".
 
-    Articles do not count. Empty where no caption holds the class.
+    Articles do not count, nor signs at the class's ends, such as a prompt's full stop. Empty where no caption holds the
+    class.
     """
-    found = re.compile(rf"(?:^|\s)(\S+)\s+{re.escape(of_class)}\b", re.IGNORECASE)
+    bare = re.sub(r"^\W+|\W+$", "", of_class) or of_class
+    found = re.compile(rf"(?:^|\s)(\S+)\s+{re.escape(bare)}(?!\w)", re.IGNORECASE)
     words = dict.fromkeys(word for caption in captions for word in found.findall(caption))
     return [word for word in words if word.lower() not in ("a", "an", "the", "of")]
 
