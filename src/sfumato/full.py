@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.errors import AdapterError, FileError
-from sfumato.files import write_tensors
-from sfumato.files.fingerprint import KEY, fingerprint
+from sfumato.files.fingerprint import KEY, Row, fingerprint_of, rows
 from sfumato.files.kohya import Target, kohya_name
 from sfumato.files.read import is_finite
-from sfumato.files.save import hashes, model_folder
+from sfumato.files.save import model_folder, write_one_by_one
 from sfumato.numerals import so_many
 
 if TYPE_CHECKING:
@@ -127,29 +126,38 @@ def write_difference(
 ) -> int:
     """What training changed, as one safetensors in LyCORIS' names (`.diff`, `.diff_b`, `.w_norm`); how many modules.
 
-    A mix adds it to the base at any weight. after, before: models by part. Raises AdapterError where nothing changed
-    or a module has no name in the grammar, FileError for values that are not finite in `dtype`.
+    A mix adds it to the base at any weight. after, before: models by part. One change is held at a time. Raises
+    AdapterError where nothing changed or a module has no name in the grammar, FileError for values that are not finite
+    in `dtype`.
     """
-    tensors: dict[str, Tensor] = {}
-    matrices: dict[Target, Tensor] = {}
+
+    def change(target: Target, leaf: str) -> Tensor:
+        part, place = target
+        now, then = (models[part].get_parameter(f"{place}.{leaf}").detach() for models in (after, before))
+        return (now.float().cpu() - then.float().cpu()).to(dtype)
+
+    places: dict[str, tuple[Target, str]] = {}
+    shapes: dict[str, Tensor] = {}
+    found: dict[str, Row] = {}
     modules: set[str] = set()
-    for (part, place), leaf in changed_weights(after, before):
+    for target, leaf in changed_weights(after, before):
+        part, place = target
         name = kohya_name(family, part, place)
         modules.add(name)
-        now, then = (models[part].get_parameter(f"{place}.{leaf}").detach() for models in (after, before))
         is_norm = after[part].get_parameter(f"{place}.weight").ndim == 1
-        delta = (now.float().cpu() - then.float().cpu()).to(dtype)
-        tensors[f"{name}.{_LEAVES[leaf, is_norm]}"] = delta
+        key = f"{name}.{_LEAVES[leaf, is_norm]}"
+        delta = change(target, leaf)
+        places[key], shapes[key] = (target, leaf), delta.to("meta")
         if delta.ndim > 1:
-            matrices[part, place] = delta
-    if not tensors:
+            # Of what is written: the change of a small rate may be near the least that fp16 holds.
+            found |= rows({target: delta})
+    if not shapes:
         raise AdapterError(f"{path.name}: no weight differs from the base's, so there is nothing to write.")
     described = {**metadata, "ss_network_module": "lycoris.kohya", "ss_network_args": '{"algo":"full"}'}
     described |= {"ss_network_dim": "", "ss_network_alpha": ""}
     described = {key: value for key, value in described.items() if value != ""}
-    # Of what is written: the change of a small rate may be near the least that fp16 holds.
-    described[KEY] = fingerprint(matrices)
-    write_tensors(path, tensors, described | hashes(tensors, described))
+    described[KEY] = fingerprint_of(found)
+    write_one_by_one(path, shapes, lambda key: change(*places[key]), described)
     return len(modules)
 
 

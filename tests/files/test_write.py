@@ -11,8 +11,12 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save
+from torch import nn
+from torch.testing import assert_close
 
+from sfumato import full
 from sfumato.errors import AdapterError, ConfigError, FileError
+from sfumato.files import read_tensors
 from sfumato.files.fingerprint import KEY
 from sfumato.files.header import read_header
 from sfumato.files.lora_file import LoraModule, read_lora
@@ -322,6 +326,38 @@ def test_a_difference_is_held_few_modules_at_a_time(tmp_path):
     one = write_difference(tmp_path / "a.safetensors", Taken(deltas), family="sd1")
     assert len(held) == 10
     assert one.read_bytes() == write_difference(tmp_path / "b.safetensors", deltas, family="sd1").read_bytes()
+
+
+def test_what_training_changed_is_held_a_weight_at_a_time(tmp_path, monkeypatch):
+    """So that a whole U-Net's change need not fit beside the two U-Nets."""
+
+    def model(start):
+        layers = [nn.ModuleDict({"mlp": nn.ModuleDict({"fc1": nn.Linear(2, 2)})}) for _ in range(4)]
+        whole = nn.ModuleDict({"encoder": nn.ModuleDict({"layers": nn.ModuleList(layers)})})
+        for number, parameter in enumerate(whole.parameters()):
+            nn.init.constant_(parameter, start * number)
+        return {"text_encoder": whole}
+
+    held: list[weakref.ref[torch.Tensor]] = []
+
+    def rows(modules):
+        held.extend(map(weakref.ref, modules.values()))
+        assert sum(each() is not None for each in held) == 1
+        return all_rows(modules)
+
+    all_rows = full.rows
+    monkeypatch.setattr(full, "rows", rows)
+    path = tmp_path / "a.safetensors"
+    options = {"family": "sd1", "metadata": {"ss_seed": "1"}, "dtype": torch.float16}
+    assert full.write_difference(path, model(1.5), model(1.0), **options) == 4
+    assert len(held) == 3  # the first weight is what it was
+    header, tensors = read_header(path), read_tensors(path)
+    described = {key: value for key, value in header.metadata.items() if "hash" not in key}
+    assert described["ss_seed"] == "1"
+    assert hashes(tensors, described).items() <= header.metadata.items()
+    name = "lora_te_text_model_encoder_layers_1_mlp_fc1"
+    assert_close(tensors[f"{name}.diff"], torch.full((2, 2), 1.0, dtype=torch.float16))
+    assert_close(tensors[f"{name}.diff_b"], torch.full((2,), 1.5, dtype=torch.float16))
 
 
 def test_hashes_depend_on_the_tensors_and_not_on_the_metadata(two_modules, tmp_path):
