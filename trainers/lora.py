@@ -152,7 +152,15 @@ def train(config: Config) -> Path:
     global_batch, starts = processes.starts(config.batch, config.accumulate)
     embed = embeds_beforehand(config)
     dataset, class_set = prepare_both(
-        config, base, subjects, of_class, global_batch, processes, embed_text=embed, embed_class=embed
+        config,
+        base,
+        subjects,
+        of_class,
+        global_batch,
+        processes,
+        embed_text=embed,
+        embed_class=embed,
+        drawn_over=bool(config.crossed_share),
     )
     for note in dict.fromkeys([*dataset.notes, *(class_set.notes if class_set else [])]):
         run.say(note)

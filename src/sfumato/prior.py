@@ -11,7 +11,7 @@ import dataclasses
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -42,16 +42,19 @@ def prepare_both(
     *,
     embed_text: bool,
     embed_class: bool,
+    drawn_over: bool = False,
 ) -> tuple[Dataset, Dataset | None]:
     """What is learned, and pictures of the class, if there are any, with the embeddings of just the captions that each
     will give; of the class's, which `ClassPictures` gives, none are dropped.
 
-    config: resolved. embed_text, embed_class: whether there are embeddings at all.
+    config: resolved. embed_text, embed_class: whether there are embeddings at all. drawn_over: whether what is learned
+    will be drawn over, for which its crops must stay where they are.
     """
     assert config.steps is not None
     run = config.steps, global_batch
     will_draw = (config.seed, *run)
-    dataset = config.prepare(subjects, base, embed_text=embed_text, will_draw=will_draw, processes=processes)
+    learned: dict[str, Any] = {"embed_text": embed_text, "will_draw": will_draw, "drawn_over": drawn_over}
+    dataset = config.prepare(subjects, base, processes=processes, **learned)
     if not of_class:
         return dataset, None
     will_draw = (class_seed(config.seed), *run)

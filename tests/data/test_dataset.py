@@ -229,6 +229,15 @@ def test_all_broken_files_are_named_at_once_or_left_out(pictures, base):
     assert [note.split(":")[:2] for note in data.notes] == [["left out", " crab.png"], ["left out", " tulip.png"]]
 
 
+def test_what_cannot_be_drawn_over_is_refused_before_it_is_encoded(shapes, base):
+    with pytest.raises(DataError, match="cut at random places, too many to draw them all over"):
+        prepare(read(shapes), base, resolution=64, crop="random", buckets=False, drawn_over=True)
+    assert base.encoded == 0
+    squares = [example for example in read(shapes) if example.path.stem in "01"]
+    data = prepare(squares, base, resolution=64, crop="random", drawn_over=True)  # which have one place
+    assert len(next(data.views(4))) == 2
+
+
 def test_the_fingerprint_changes_with_a_byte_a_caption_and_a_crop(pictures, base):
     def fingerprint(**options):
         return prepare(read(pictures), base, **{"resolution": 64} | options).fingerprint

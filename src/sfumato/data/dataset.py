@@ -116,10 +116,7 @@ class Dataset:
         that are cut at random places.
         """
         if any(item.crop.positions > 1 for item in self._items):
-            raise DataError(
-                "pictures are cut at random places, too many to draw them all over; use --crop center or pad, or "
-                "--crossed-share 0."
-            )
+            raise crops_move()
         of_size: dict[Size, list[tuple[int, int]]] = {}
         for index, item in enumerate(self._items):
             for variant in (0, 1) if item.flip else (0,):
@@ -171,3 +168,11 @@ class Dataset:
         if dropout and randomness.uniform(seed, "caption dropout", step, place) < dropout:
             return ""
         return vary(item.caption, item.options, seed, step, place)
+
+
+def crops_move() -> DataError:
+    """That pictures are cut at random places, where all are to be drawn over."""
+    return DataError(
+        "pictures are cut at random places, too many to draw them all over; use --crop center or pad, or "
+        "--crossed-share 0."
+    )

@@ -26,7 +26,7 @@ from sfumato.data.cache import (
 )
 from sfumato.data.checksums import file_digest, refuse_changed
 from sfumato.data.crops import Cropped, crop_example
-from sfumato.data.dataset import Dataset
+from sfumato.data.dataset import Dataset, crops_move
 from sfumato.data.folder import Example, Folder, labelled, labels_of, refuse_bad, without_trigger
 from sfumato.data.images import upright_size
 from sfumato.data.latents import Item, encode, keep_pixels
@@ -92,6 +92,7 @@ def prepare(
     will_draw: tuple[int, int, int] | None = None,
     cache: Path | None = None,
     skip_bad: bool | None = None,
+    drawn_over: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Dataset:
     """Decode, crop and encode every example once.
@@ -102,8 +103,9 @@ def prepare(
     embed_text: keep the embeddings of the captions. will_draw: (seed, steps, global batch) of the run to come, so that
     exactly the captions it will draw are embedded, however many forms they have; others are encoded when a batch asks
     for them. cache: a folder for latents and embeddings, where they are found again. skip_bad: leave out what cannot be
-    decoded (unset: as `read_folder` was told). progress: called with "pictures" or "captions", and how many of how many
-    are done.
+    decoded (unset: as `read_folder` was told). drawn_over: whether `views` will be asked for, so that
+    what it refuses is refused before anything is decoded. progress: called with "pictures" or "captions", and how many
+    of how many are done.
 
     Raises DataError that names the bad files, ConfigError for a resolution that the base cannot take.
     """
@@ -116,6 +118,8 @@ def prepare(
         skip_bad = isinstance(examples, Folder) and examples.skip_bad
     examples = [replace(example, options=example.options.over(defaults)) for example in examples]
     sizes = checked_sizes(resolution, bucket_step or _bucket_step(base, resolution), buckets=buckets)
+    if drawn_over and any(crop.positions > 1 for _, crop in _random_crops(examples, sizes, base.vae_factor)):
+        raise crops_move()
     store = None if cache is None else Cache(cache)
     plan = _Plan(
         sizes,
@@ -158,6 +162,15 @@ def _bucket_step(base: Base, resolution: int) -> int:
 def _too_many(examples: Sequence[Example], sizes: list[Size], vae_factor: int) -> bool:
     """Whether the random crops are too many to be encoded beforehand."""
     variants = 0
+    for example, crop in _random_crops(examples, sizes, vae_factor):
+        variants += crop.positions * (2 if example.options.flip else 1)
+        if variants > MOST_VARIANTS:
+            return True
+    return False
+
+
+def _random_crops(examples: Sequence[Example], sizes: list[Size], vae_factor: int) -> Iterator[tuple[Example, Crop]]:
+    """The examples that are cut at random places, by what their files' headers say, with their crops."""
     for example in examples:
         if example.options.crop != "random":
             continue
@@ -165,11 +178,7 @@ def _too_many(examples: Sequence[Example], sizes: list[Size], vae_factor: int) -
             size = upright_size(example.path)
         except DataError:
             continue  # said when it is decoded
-        crop = fit_crop(size, nearest_bucket(size, sizes), "random", vae_factor)
-        variants += crop.positions * (2 if example.options.flip else 1)
-        if variants > MOST_VARIANTS:
-            return True
-    return False
+        yield example, fit_crop(size, nearest_bucket(size, sizes), "random", vae_factor)
 
 
 @dataclass
