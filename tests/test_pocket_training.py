@@ -540,6 +540,25 @@ def test_shares_and_timesteps_out_of_range_are_refused_by_name(wrong, data, tmp_
     assert not (tmp_path / "on").exists()
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"stage": "unet", "init": "pocket", "kl": 0.1}, "--kl has no effect without --stage vae"),
+        ({"compile": True}, "--compile has no effect without --stage unet"),
+        ({"moved_share": 0.5}, "--moved-share has no effect without --stage unet"),
+        (
+            {"stage": "unet", "init": "pocket", "crossed_from": 5},
+            "--crossed-from has no effect without --crossed-share",
+        ),
+        ({"stage": "unet", "init": "pocket", "moved_below": 5}, "--moved-below has no effect without --moved-share"),
+    ],
+)
+def test_what_has_no_effect_is_refused(given, said, data, tmp_path):
+    with pytest.raises(ConfigError, match=said):
+        train(Config(data=data, output=tmp_path / "on", **given))
+    assert not (tmp_path / "on").exists()
+
+
 def test_a_share_of_others_needs_them(data, tmp_path):
     with pytest.raises(DataError, match="other drawings"):
         train(Config(stage="unet", init="pocket", data=data, output=tmp_path / "on", others_share=0.5))

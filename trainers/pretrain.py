@@ -494,8 +494,18 @@ def check(config: Config) -> None:
         )
     if config.warmup_steps is not None and config.warmup_steps > config.steps:
         raise ConfigError(f"--warmup-steps {config.warmup_steps}: the run has {config.steps} steps; make it shorter.")
-    if config.stage != "unet":
-        options.only_with(config, "--stage unet", "vae")
+    if config.stage == "unet":
+        options.only_with(config, "--stage vae", "kl", "gradient_difference")
+    else:
+        of_timesteps = ("snr_gamma", "flat_weight", "crossed_from", "crossed_overlap", "moved_below")
+        shares = ("group_share", "plain_share", "empty_share", "others_share", "varied_share", "crossed_share")
+        options.only_with(
+            config, "--stage unet", "vae", "plain_style", "compile", "moved_share", *shares, *of_timesteps
+        )
+    if not config.crossed_share:
+        options.only_with(config, "--crossed-share", "crossed_from", "crossed_overlap")
+    if not config.moved_share:
+        options.only_with(config, "--moved-share", "moved_below")
     if config.init_share and (config.stage != "vae" or config.init is None):
         raise ConfigError("--init-share keeps weights of a base's VAE: it needs --stage vae and --init BASE.")
     if config.decoder_only and (config.stage != "vae" or config.init is None):
