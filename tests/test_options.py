@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 
 from sfumato.bases.family import FAMILIES
 from sfumato.errors import ConfigError
@@ -158,3 +159,13 @@ def test_options_in_a_sample_prompt_are_refused():
         check(replace(CONFIG, sample_prompts=("a crab --w 512 --d 7",)))
     with pytest.raises(ConfigError, match=r"--sample-prompts: <lora:line:...> is not read here; leave it out"):
         check(replace(CONFIG, sample_prompts=("a crab <lora:line:1>",)))
+
+
+def test_a_run_among_the_pictures_that_it_learns_from_is_refused(tmp_path):
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    (tmp_path / "dataset.toml").write_text('[[source]]\npath = "."')
+    config = replace(CONFIG, images=tmp_path, output=tmp_path / "." / "", caption="a dog")
+    for images in (tmp_path, tmp_path / "dataset.toml"):
+        with pytest.raises(ConfigError, match=r"is a folder of the pictures; .* such as runs/test_a_run_among"):
+            replace(config, images=images).read_examples()
+    replace(config, output=tmp_path / "runs").read_examples()

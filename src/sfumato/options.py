@@ -78,16 +78,26 @@ class DataOptions:
         return examples
 
     def check_examples(self, examples: Folder) -> None:
-        """Raises DataError for pictures of a class alone, ConfigError for --keep-tags where no caption varies."""
+        """Raises DataError for pictures of a class alone, ConfigError for --keep-tags where no caption varies, and for
+        a run that would lie among its pictures."""
         from sfumato.data.folder import no_subject
 
         if not examples.of("instance"):
             raise no_subject(self.images)
+        if getattr(self, "resume", False):
+            return
         varies = self.shuffle_tags or self.tag_dropout or any(each.options.varies_caption for each in examples)
-        if self.keep_tags and not varies and not getattr(self, "resume", False):
+        if self.keep_tags and not varies:
             raise ConfigError(
                 f"--keep-tags {self.keep_tags} has no effect without --shuffle-tags or --tag-dropout; leave it out, or "
                 "give one of them, too."
+            )
+        output: Path | None = getattr(self, "output", None)
+        folders = {path.resolve() for path in (self.images, *(example.path.parent for example in examples))}
+        if output is not None and output.resolve() in folders:
+            raise ConfigError(
+                f"--output {output} is a folder of the pictures; its samples and plot would be learned from, too. Give "
+                f"a folder of its own, such as runs/{output.resolve().name}."
             )
 
     def prepare(
