@@ -23,6 +23,12 @@ def test_a_byte_order_mark_is_no_part_of_the_caption(tmp_path):
 @pytest.mark.parametrize(
     ("encoding", "text"),
     [
+        ("cp1252", "ein Hund für mich"),
+        ("cp1252", "Käse"),
+        ("cp1252", "photo d'été"),
+        ("cp1252", "«niño con perro», Öl"),
+        ("euc_kr", "강아지 사진"),
+        ("cp1251", "кот"),
         ("cp932", "赤いりんごと青い鳥が木の上にいる写真です"),
         ("cp1251", "рыжий кот сидит на старом деревянном стуле перед окном"),
     ],

@@ -31,6 +31,13 @@ _LIKELY = ["cp1252", "cp932", "cp1251", "gb18030", "euc_kr", "big5"]
 """What captions are written in that are not UTF-8; a caption is too short to tell a hundred encodings apart, or western
 European letters (cp1252) from central European ones (cp1250), of which the former are far more frequent."""
 
+_WESTERN = "cp1252"
+_WESTERN_LETTERS = frozenset("àáâãäåæçèéêëìíîïñòóôõöøùúûüýÿœšžß")
+_WESTERN_SIGNS = frozenset(
+    b"\x80\x84\x85\x91\x92\x93\x94\x96\x97\xa0\xa1\xa9\xab\xae\xb0\xb4\xb7\xbb\xbd\xbf".decode(_WESTERN)
+)
+"""Quotation marks, dashes and the like."""
+
 
 def read_text(path: Path, likely: str | None = None) -> tuple[str, str | None]:
     """(text on one line, the encoding that had to be guessed or None).
@@ -63,7 +70,29 @@ def _sensible(data: bytes) -> list[str]:
     if wide := _wide_without_mark(data):
         return [wide]
     found = from_bytes(data, cp_isolation=_LIKELY) or from_bytes(data)
-    return [name for match in found for name in match.could_be_from_charset]
+    names = [name for match in found for name in match.could_be_from_charset]
+    return list(dict.fromkeys([_WESTERN, *names])) if _is_western(data) else names
+
+
+def _is_western(data: bytes) -> bool:
+    """Whether the bytes are Latin words in which single letters have accents, as in "Käse" and "café".
+
+    They may be something else in other encodings ("K酲e", "cafй"), which charset-normalizer prefers where a caption is
+    short, but no words that anybody writes.
+    """
+    try:
+        text = data.decode(_WESTERN)
+    except UnicodeDecodeError:
+        return False
+    foreign = {character for character in text.lower() if not character.isascii()}
+    if foreign - _WESTERN_LETTERS - _WESTERN_SIGNS:
+        return False
+    accented = [word for word in re.findall(r"[^\W\d_]+", text) if not word.isascii()]
+    return all(
+        (word.islower() or word.istitle() or word.isupper())
+        and (len(word) == 1 or any(letter.isascii() for letter in word))
+        for word in accented
+    )
 
 
 def _wide_without_mark(data: bytes) -> str | None:
