@@ -8,7 +8,7 @@ from typing import Literal
 
 import pytest
 
-from sfumato.config import fill, parse, to_dict, to_toml
+from sfumato.config import at_home, fill, parse, to_dict, to_toml
 from sfumato.errors import ConfigError
 
 
@@ -40,6 +40,23 @@ def test_a_file_fills_what_the_options_leave(tmp_path):
     file.write_text('images = "d"\nrank = 3\nmode = "b"\n')
     assert read(str(file)) == Config(images=Path("d"), rank=3, mode="b")
     assert read("--rank", "5", "--config", str(file)) == Config(images=Path("d"), rank=5, mode="b")
+
+
+def test_a_path_from_home_is_found_wherever_no_shell_has_read_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = tmp_path / "c.toml"
+    file.write_text('images = "~/a dog"\nprompts = ["~/is no path"]')
+    assert read("--config=~/c.toml") == Config(images=tmp_path / "a dog", prompts=("~/is no path",))
+    assert read("--images=~/x~/~").images == tmp_path / "x~/~"
+    assert read("--images", "~dog").images == Path("~dog")
+    assert at_home("line=~/line.safetensors:0.8") == f"line={tmp_path}/line.safetensors:0.8"
+
+
+def test_an_option_that_comes_first_is_no_config_file(tmp_path):
+    file = tmp_path / "c.toml"
+    file.write_text("rank = 3")
+    assert read("--images=dataset.toml", f"--config={file}") == Config(images=Path("dataset.toml"), rank=3)
+    assert read(f"--config={file}", "--images", "d").rank == 3
 
 
 def test_toml_and_back_is_identity(tmp_path):

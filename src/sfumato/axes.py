@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sfumato.compose.adapter import checked_weight
+from sfumato.config import at_home
 from sfumato.errors import AdapterError, ConfigError
 from sfumato.schedulers import find
 
@@ -165,6 +166,7 @@ def _outside_brackets(text: str) -> list[str]:
 
 
 def _files(part: str, text: str) -> list[str]:
+    part = at_home(part)
     is_pattern = any(sign in part for sign in "*?[") and not Path(part).exists()  # "line [v2].safetensors" is a file
     found = sorted(glob.glob(part, recursive=True)) if is_pattern else [part]
     if not found:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import re
 import tomllib
 import typing
@@ -71,7 +72,23 @@ def parse(config_type: type[Config], argv: Sequence[str], *, program: str, first
         raise ConfigError(f"{what} See {called} --help.") from None
     if config is None:
         raise SystemExit(0)
-    return cast(Config, config)
+    return _with_paths_at_home(cast(Config, config))
+
+
+def at_home(text: str) -> str:
+    """The text with the home folder for the ~ that a path in it begins with, also after LABEL=.
+
+    A shell leaves it in `--images=~/dogs`, in quotes and after LABEL=, and nothing else reads it in a TOML file.
+    """
+    return re.sub(r"(^|(?<==))~(?=[\\/]|$)", lambda _: os.path.expanduser("~"), text)
+
+
+def _with_paths_at_home(config: Config) -> Config:
+    def expanded(value: Any) -> Any:
+        return tuple(map(expanded, value)) if isinstance(value, tuple) else Path(at_home(str(value)))
+
+    paths = {name: getattr(config, name) for name in _fields_of(type(config), Path)}
+    return dataclasses.replace(config, **{name: expanded(value) for name, value in paths.items() if value})
 
 
 def _refuse_fractions(config_type: type[DataclassInstance], words: Sequence[str], called: str) -> None:
@@ -113,13 +130,13 @@ def _has_default(field: dataclasses.Field[Any]) -> bool:
 
 def split_off_file(argv: list[str], *, first_may_be_config: bool) -> tuple[Path | None, list[str]]:
     """The TOML file among the arguments, if there is one, and the other arguments."""
-    if first_may_be_config and argv and argv[0].lower().endswith(".toml"):
-        return Path(argv[0]), argv[1:]
+    if first_may_be_config and argv and argv[0].lower().endswith(".toml") and not argv[0].startswith("--"):
+        return Path(at_home(argv[0])), argv[1:]
     for i, word in enumerate(argv):
         if word == "--config" and i + 1 < len(argv):
-            return Path(argv[i + 1]), argv[:i] + argv[i + 2 :]
+            return Path(at_home(argv[i + 1])), argv[:i] + argv[i + 2 :]
         if word.startswith("--config="):
-            return Path(word.removeprefix("--config=")), argv[:i] + argv[i + 1 :]
+            return Path(at_home(word.removeprefix("--config="))), argv[:i] + argv[i + 1 :]
     return None, argv
 
 

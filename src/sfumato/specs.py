@@ -13,6 +13,7 @@ from typing import Any
 from sfumato.axes import checked_adapter_guidance
 from sfumato.compose.adapter import Adapter, Weight, swept, with_factors_of, without_suffix
 from sfumato.compose.blocks import Blocks
+from sfumato.config import at_home
 from sfumato.errors import AdapterError, ConfigError
 from sfumato.files.header import read_header
 from sfumato.files.peft_folder import adapter_folders_below, folders_in
@@ -50,7 +51,7 @@ def parse_adapter(spec: str, *, weight: Weight = 1.0) -> Adapter:
     The weights are what follows the last colons, so that a file's name may have some (C:\\line.safetensors:0.8). A file
     of the hub, owner/name or owner/name/file.safetensors, is fetched first.
     """
-    splits: list[tuple[str, list[float]]] = [(spec, [])]
+    splits: list[tuple[str, list[float]]] = [(at_home(spec), [])]
     while len(splits) < 3 and (found := re.fullmatch(r"(.+):([^:]+)", splits[-1][0], re.DOTALL)):
         try:
             splits.append((found[1], [float(found[2]), *splits[-1][1]]))
@@ -103,6 +104,7 @@ def public_embedding(spec: str) -> str:
 
 
 def _token_and_path(spec: str) -> tuple[str, Path]:
+    spec = at_home(spec)
     token, equals, path = spec.partition("=")
     return (token, Path(path)) if equals and not Path(spec).is_file() else ("", Path(spec))
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sfumato.compose.adapter import Adapter, checked_weight, unet_weight
+from sfumato.config import at_home
 from sfumato.errors import AdapterError, ConfigError
 from sfumato.specs import without_tags
 
@@ -139,7 +140,7 @@ def _where(place: str, text: str) -> Box | Path | None:
     try:
         numbers = [float(number) for number in place.split(",")]
     except ValueError:
-        return Path(place) if Path(place).is_file() else None
+        return Path(at_home(place)) if Path(at_home(place)).is_file() else None
     if len(numbers) != 4 or not (0 <= numbers[0] < numbers[2] <= 1 and 0 <= numbers[1] < numbers[3] <= 1):
         raise ConfigError(f"--region {text}: a box is left,top,right,bottom as shares of the side, such as 0,0,0.5,1.")
     return (numbers[0], numbers[1], numbers[2], numbers[3])

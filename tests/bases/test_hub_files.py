@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from sfumato.pipelines import generate, grid, merge
 
 from sfumato.adapters import attach, select
+from sfumato.axes import parse_axis
 from sfumato.bases import hub
 from sfumato.bases.hub import LORA, WORD
 from sfumato.cli import guarded
@@ -52,6 +53,14 @@ def test_of_several_files_the_usual_one_is_meant_or_the_one_that_is_named(cached
     named = parse_adapter("owner/line/steps/line 2.safetensors:0.5")
     assert (named.path, named.label, named.weight) == (str(snapshot / "steps/line 2.safetensors"), "line 2", 0.5)
     assert [public_embedding(spec) for spec in ("owner/line", "<pen>=owner/line")] == ["owner/line", "<pen>=owner/line"]
+
+
+def test_a_file_from_home_on_needs_no_shell(file, monkeypatch):
+    monkeypatch.setenv("HOME", str(file.parent))
+    adapter = parse_adapter("pen=~/line.safetensors:0.8")
+    assert (adapter.path, adapter.label, adapter.weight) == (str(file), "pen", 0.8)
+    assert parse_embedding("<pen>=~/line.safetensors") == ("<pen>", file)
+    assert parse_axis("adapter=~/line.safetensors", []).values == (str(file),)
 
 
 def test_several_files_of_which_none_is_the_usual_one_are_listed(monkeypatch):

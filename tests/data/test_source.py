@@ -24,6 +24,12 @@ def toml(folder, text):
     return folder / "dataset.toml"
 
 
+def test_a_source_may_lie_from_home_on(two, monkeypatch):
+    monkeypatch.setenv("HOME", str(two))
+    path = toml(two / "style", '[[source]]\npath = "~/dogs"')
+    assert [example.caption for example in read_folder(path)] == ["sks dog, tag 0", "sks dog, tag 1"]
+
+
 def test_sources_come_in_their_order_with_their_options(two):
     path = toml(
         two,

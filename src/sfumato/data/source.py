@@ -18,6 +18,7 @@ from os.path import realpath
 from pathlib import Path
 from typing import Any, get_args
 
+from sfumato.config import at_home
 from sfumato.data.captions import CAPTION_SUFFIXES, check_template
 from sfumato.data.folder import Example, Folder, Group, MaskSource, examples_of
 from sfumato.data.listing import Ignored, Listing, list_folder
@@ -195,7 +196,7 @@ def source_of(values: Mapping[str, Any], home: Path, where: str) -> Source:
     if suffix is not None and not suffix.startswith("."):
         raise ConfigError(f'{where}caption_suffix is {suffix!r}; wanted an ending such as ".wd14".')
     return Source(
-        home / values["path"],
+        home / at_home(values["path"]),
         repeats=values.get("repeats", 1),
         group="class" if values.get("class") else "instance",
         template=template,
