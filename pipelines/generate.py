@@ -299,7 +299,9 @@ def _files(config: Config, pictures: Sequence[Request], is_sheet: bool) -> tuple
     if suffix in (".gif", ".bmp", ".tif", ".tiff", ".avif"):
         raise ConfigError(f"--output {output}: pictures are written as .png, .jpg or .webp; .png keeps every setting.")
     if is_file and count > 1:
-        raise ConfigError(f"--output {output}: {count} pictures do not fit into one file; name a folder.")
+        shown = ", ".join(f"{prompt!r:.40}" for prompt in config.prompts[:3])
+        several = f", or put the words of one prompt into quotes: {shown} are several" if config.prompts[1:] else ""
+        raise ConfigError(f"--output {output}: {count} pictures do not fit into one file; name a folder{several}.")
     if is_file:
         files = (output,)
     else:

@@ -602,7 +602,10 @@ WRONG = {
     "an odd size": (["a", "--size", "60x64"], "the nearest is 64x64"),
     "a size in words": (["a", "--size", "big"], "WIDTHxHEIGHT"),
     "no steps": (["a", "--count", "0"], "--count 0"),
-    "many into one file": (["a", "b", "-o", "x.png"], "2 pictures do not fit"),
+    "many into one file": (
+        ["a", "b", "-o", "x.png"],
+        "name a folder, or put the words of one prompt into quotes: 'a', 'b' are several.",
+    ),
     "another format": (["a", "-o", "x.gif"], ".png"),
     "a file for a folder": (["a", "-o", "line.safetensors/x"], "is a file, not a folder"),
     "there already": (["a", "-o", "there.png"], "--overwrite"),
