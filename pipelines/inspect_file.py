@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
 from sfumato import redraw
@@ -29,6 +29,7 @@ class Config:
 
     file: Path
     """The .safetensors file, a folder of peft's or diffusers', or a picture. Of anything else a word on what it is."""
+    _: KW_ONLY
     json: bool = False
     """Print JSON, metadata included, for other programs."""
 

@@ -6,7 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,6 +36,7 @@ class Config:
     """The adapter: a .safetensors file of any tool's, or a folder of peft's."""
     against: Path | None = None
     """Another adapter, in any dialect and dtype, that has to be the same; unset, the file's fingerprint is checked."""
+    _: KW_ONLY
     base: str | None = None
     """The base on which kinds without a low-rank form are compared."""
     tolerance: float = 0.01

@@ -156,6 +156,7 @@ WRONG_USE = [
     ("generate", ["crab", "--count", "0"], "--count"),
     ("generate", [], "prompt"),
     *[("inspect", [name], name) for name in FILES],
+    ("inspect", ["a", "b"], "'b': belongs to no option"),
     *[("generate", ["crab", "--lora", name], name) for name in FILES],
     *[("train lora", train("--init-from", name), name) for name in FILES if name.endswith("safetensors")],
     *[("train lora", train("--base", name), name) for name in FILES if name.endswith("safetensors")],

@@ -72,8 +72,11 @@ def test_toml_and_back_is_identity(tmp_path):
         (["--images", "d", "--rnk", "3"], ["--rnk", "--rank"]),
         (["--images", "d", "--rank", "x"], ["--rank", '"x"', "int"]),
         (["--images", "d", "--mode", "c"], ['"c"', '"a", "b"']),
+        (["--images", "my", "dogs"], ["'dogs': belongs to no option. Put a name with spaces into quotes."]),
+        (["my-dogs"], ["--images is needed, and 'my-dogs' belongs to no option."]),
         ([], ["--images"]),
         (["nowhere.toml"], ["nowhere.toml", "no such config file"]),
+        (["away/lora-style.toml"], ["no such config file; sfumato's own is /", "/trainers/configs/lora-style.toml."]),
     ],
 )
 def test_what_does_not_fit_is_one_line(argv, words):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib.util
 import os
 import re
 import tomllib
@@ -61,11 +62,17 @@ def parse(config_type: type[Config], argv: Sequence[str], *, program: str, first
         config = app(rest, exit_on_error=False, print_error=False)
     except cyclopts.MissingArgumentError as error:
         name = error.argument.name if error.argument is not None else "an option"
-        unknown = [word.partition("=")[0] for word in error.unused_tokens or () if word.startswith("--")]
+        unused = error.unused_tokens or ()
+        unknown = [f"{word.partition('=')[0]} is no option" for word in unused if word.startswith("--")]
+        unknown = unknown or [f"{word!r} belongs to no option" for word in unused]
         if error.keyword is not None:
             what = f"{name} wants a value."
         else:  # misspelt, perhaps
-            what = f"{name} is needed{f', and {unknown[0]} is no option' if unknown else ''}."
+            what = f"{name} is needed{f', and {unknown[0]}' if unknown else ''}."
+        raise ConfigError(f"{what} See {called} --help.") from None
+    except cyclopts.UnusedCliTokensError as error:
+        left = " ".join(map(repr, error.unused_tokens or ()))
+        what = f"{left}: belongs to no option. Put a name with spaces into quotes."
         raise ConfigError(f"{what} See {called} --help.") from None
     except cyclopts.CycloptsError as error:
         what = " ".join(str(error).split()).replace(" from dict:", f" from {file}:")
@@ -144,9 +151,9 @@ def _read(config_type: type[DataclassInstance], path: Path) -> dict[str, Any]:
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
-        raise ConfigError(
-            f"{path}: there is no such config file; name an existing one, or give options alone."
-        ) from None
+        shipped = _shipped(path.name)
+        advice = f"sfumato's own is {shipped}." if shipped else "name an existing one, or give options alone."
+        raise ConfigError(f"{path}: there is no such config file; {advice}") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}). See to its permissions.") from None
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
@@ -168,6 +175,13 @@ def _read(config_type: type[DataclassInstance], path: Path) -> dict[str, Any]:
         if "" in (given if isinstance(given, list) else [given]):
             raise ConfigError(f"{path}: {name} is empty; wanted a path, where . is the present folder.")
     return {key.replace("_", "-"): value for key, value in values.items()}
+
+
+def _shipped(name: str) -> Path | None:
+    """The config of this name that comes with the trainers, which another folder than the clone's has no path to."""
+    trainers = importlib.util.find_spec("sfumato.trainers")
+    found = [Path(place) / "configs" / name for place in (trainers and trainers.submodule_search_locations) or ()]
+    return next((path for path in found if path.is_file()), None)
 
 
 def to_dict(config: DataclassInstance, *, public: bool = False) -> dict[str, Any]:
