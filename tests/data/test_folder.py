@@ -181,7 +181,9 @@ def test_a_pipe_is_no_mask(pictures):
 
 def test_a_trigger_that_no_caption_holds_is_said(pictures):
     folder = read_folder(pictures, caption_template="{caption}", trigger="zwx")
-    assert "no caption holds the trigger 'zwx'" in folder.notes[0]
+    assert folder.notes[0] == "no caption holds the trigger 'zwx'; pass --caption \"{caption}, {trigger}\" to add it"
+    folder = read_folder(pictures, caption_template="a dog", trigger="zwx")
+    assert 'pass --caption "a dog, {trigger}"' in folder.notes[0]
 
 
 def test_a_guessed_encoding_is_said(pictures):

@@ -134,8 +134,8 @@ def examples_of(
     notes[:0] = [f"left out: {reason}" for reason in bad.values()]
     if ignored:
         notes.insert(0, f"{so_many(len(examples), 'picture')} in {name}{ignored_words(listing.ignored)}")
-    if trigger and not any(trigger.casefold() in example.caption.casefold() for example in examples):
-        notes.append(f'no caption holds the trigger {trigger!r}; pass --caption "{{caption}}, {{trigger}}" to add it')
+    if unused := trigger and unused_trigger(examples, trigger):
+        notes.append(f"{unused} to add it")
     return Folder(tuple(examples), tuple(ignored), tuple(dict.fromkeys(notes)), skip_bad)
 
 
@@ -194,6 +194,14 @@ def labels_of(paths: Sequence[Path]) -> list[str]:
 def labelled(text: str, path: Path, label: str) -> str:
     """A line that begins with a file's name, with its label instead."""
     return f"{label}{text.removeprefix(path.name)}" if text.startswith(f"{path.name}: ") else text
+
+
+def unused_trigger(examples: Sequence[Example], trigger: str) -> str:
+    """What to say of a trigger that no caption holds, by their template; empty where one does."""
+    if any(trigger.casefold() in example.caption.casefold() for example in examples):
+        return ""
+    template = next((example.template for example in examples if example.template), "{caption}")
+    return f'no caption holds the trigger {trigger!r}; pass --caption "{template}, {{trigger}}"'
 
 
 def without_trigger(captions: Iterable[tuple[str, str]]) -> str:

@@ -24,6 +24,7 @@ from sfumato.data.folder import (
     no_masks,
     no_pictures,
     no_subject,
+    unused_trigger,
     without_trigger,
 )
 from sfumato.data.listing import Found, Ignored, some
@@ -317,10 +318,8 @@ def _buckets(report: Report) -> Iterator[Line]:
 
 def _trigger(report: Report, trigger: str) -> Iterator[Line]:
     """How each word of the trigger tokenizes, and whether the model knows it already."""
-    if not any(trigger.casefold() in example.caption.casefold() for example in report.examples):
-        yield Line(
-            "trigger unused", f'no caption holds the trigger {trigger!r}; pass --caption "{{caption}}, {{trigger}}"'
-        )
+    if unused := unused_trigger(report.examples, trigger):
+        yield Line("trigger unused", unused)
     words = {word: report.needs.pieces(word) for word in trigger.split()}
     ordinary = {word: len(pieces) == 1 and pieces[0][1] < COMMON_ID for word, pieces in words.items()}
     for word, pieces in words.items():
