@@ -167,14 +167,14 @@ def _ours(trainer: str) -> Any:
     import importlib
 
     for name in (
-        "drawing",
+        "drawing.pictures",
         "bases",
         "runs",
-        "ema",
-        "measure",
-        "objective",
-        "optimizers",
-        "processes",
+        "training.ema",
+        "training.measure",
+        "training.objective",
+        "training.optimizers",
+        "training.processes",
         "data.preparing",
     ):
         importlib.import_module(f"sfumato.{name}")

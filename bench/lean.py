@@ -3,7 +3,8 @@
     python -m bench.lean [--family sdxl --resolution 1024]
 
 Counted in one forward pass of a U-Net whose weights are all 0: what autograd saves beside the weights, in GiB, batch 1.
-Prints JSON. That values and gradients stay the same is in tests/test_lean.py, time and memory in bench/vs_diffusers.py.
+Prints JSON. That values and gradients stay the same is in tests/precision/test_lean.py, time and memory in
+bench/vs_diffusers.py.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from sfumato.adapters import attach, select
 from sfumato.bases.single_file import shipped
 from sfumato.bases.weights import unet_skeleton
 from sfumato.errors import ConfigError
-from sfumato.lean import keep_less
-from sfumato.products import quicken
+from sfumato.precision.lean import keep_less
+from sfumato.precision.products import quicken
 
 TRAINED = ("cross-attention", "attention", "attention+mlp", "everything", "whole")
 

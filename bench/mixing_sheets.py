@@ -37,12 +37,12 @@ from sfumato.compose.per_picture import composite
 from sfumato.compose.regions import Region, regions
 from sfumato.compose.steps import Ramp, Switch, over_steps
 from sfumato.data import open_image
-from sfumato.drawing import draw
+from sfumato.drawing.pictures import draw
+from sfumato.drawing.sheet import contact_sheet
 from sfumato.errors import ConfigError
 from sfumato.files.atomic import atomic_path
 from sfumato.merging.methods import METHODS, Settings
 from sfumato.precision import decide
-from sfumato.sheet import contact_sheet
 
 DATASETS = Path(__file__).parents[1] / "datasets"
 COLOURS = (256, 192, 128, 96, 64, 48, 32)

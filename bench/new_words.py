@@ -21,10 +21,11 @@ from typing import Any
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from sfumato import embedding, optimizers
 from sfumato.bases.vocabulary import clip_tokenizer
 from sfumato.files.write_embedding import write_embedding
 from sfumato.runs.checkpoints import Checkpoints
+from sfumato.training import optimizers
+from sfumato.words import embedding
 
 STEPS = 50
 

@@ -28,10 +28,10 @@ from bench.real import Cells, cells_of, known_concepts, print_report, styles_of
 from bench.style_runs import DREAMBOOTH, Learned, Workshop, to_image
 from bench.style_summary import paired
 from sfumato import cli, load_base, randomness
+from sfumato.drawing.sheet import contact_sheet
 from sfumato.errors import ConfigError, DataError
 from sfumato.files.atomic import atomic_path
 from sfumato.precision import decide
-from sfumato.sheet import contact_sheet
 
 WEIGHTS = {"with": "1", "without": "0"}
 

@@ -1,9 +1,9 @@
-"""fp32 on a CPU, torch's own layers beside ours (`sfumato.products`): single layers, and a full-size U-Net's passes.
+"""fp32 on a CPU, torch's own layers beside `sfumato.precision.products`: single layers, a full-size U-Net's passes.
 
     python -m bench.products [--family sdxl --resolution 512]
 
 Both sides in turns in one process; prints JSON: CPU milliseconds, the least of the rounds, and ours over torch's. That
-values and gradients are the same is in tests/test_products.py.
+values and gradients are the same is in tests/precision/test_products.py.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from torch.nn import functional as F
 
 from bench.full_size import added_conditions
 from bench.real import print_report
-from sfumato import cli, products
+from sfumato import cli
 from sfumato.bases.single_file import shipped
 from sfumato.bases.weights import unet_skeleton
 from sfumato.errors import ConfigError
+from sfumato.precision import products
 
 LINEAR = ((1024, 320, 2560), (256, 640, 640), (64, 1280, 10240), (64, 5120, 1280), (77, 768, 320), (1024, 320, 16))
 """Rows, in, out: of SD 1.5 at 256 px."""

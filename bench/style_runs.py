@@ -25,15 +25,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import sfumato
-from sfumato import Adapter, cli, compose, embedding
+from sfumato import Adapter, cli, compose
 from sfumato.bases import Base
+from sfumato.command_line.where_when import WhereWhen, applied, parse_span
 from sfumato.compose import adapter_guidance
 from sfumato.data.latents import to_floats
-from sfumato.drawing import draw
+from sfumato.drawing.pictures import draw
 from sfumato.errors import ConfigError, RunError
 from sfumato.files.atomic import atomic_path, write_text
-from sfumato.prompts import Syntax
-from sfumato.where_when import WhereWhen, applied, parse_span
+from sfumato.prompts.syntax import Syntax
+from sfumato.words import embedding
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "trainers/configs"

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from sfumato.cli import run
+from sfumato.command_line.specs import parse_adapters
 from sfumato.config import parse
 from sfumato.errors import ConfigError
 from sfumato.files.atomic import check_free
-from sfumato.specs import parse_adapters
 
 if TYPE_CHECKING:
     from sfumato.merging.overlap import Pair

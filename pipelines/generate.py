@@ -13,13 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from sfumato.axes import CHECKS
 from sfumato.cli import run
-from sfumato.compose.adapter import Adapter, is_idle
-from sfumato.config import parse
-from sfumato.errors import ConfigError
-from sfumato.prompts import Tagged, checked_syntax, split_flags, split_tags
-from sfumato.specs import (
+from sfumato.command_line.axes import CHECKS
+from sfumato.command_line.specs import (
     Request,
     checked_folder,
     in_blocks,
@@ -31,12 +27,17 @@ from sfumato.specs import (
     with_tags,
     without_tags,
 )
-from sfumato.where_when import Span, Spot, WhereWhen, parse_region, parse_steps
+from sfumato.command_line.where_when import Span, Spot, WhereWhen, parse_region, parse_steps
+from sfumato.compose.adapter import Adapter, is_idle
+from sfumato.config import parse
+from sfumato.errors import ConfigError
+from sfumato.prompts.syntax import checked_syntax
+from sfumato.prompts.tags import Tagged, split_flags, split_tags
 
 if TYPE_CHECKING:
     from sfumato.bases import Base
     from sfumato.compose import Mix
-    from sfumato.drawing import Start
+    from sfumato.drawing.pictures import Start
     from sfumato.files.adapter_file import AdapterFile
 
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp")
@@ -324,11 +325,11 @@ def generate(config: Config) -> tuple[Path, ...]:
 
     from sfumato.bases import load_base
     from sfumato.compose.guided import strengths_of
-    from sfumato.desk import Desk
-    from sfumato.drawing import check_steps, check_strength
-    from sfumato.drawn import sampler_label, save_drawn, unguided
+    from sfumato.drawing.desk import Desk
+    from sfumato.drawing.drawn import sampler_label, save_drawn, unguided
+    from sfumato.drawing.pictures import check_steps, check_strength
+    from sfumato.drawing.pnginfo import check_size
     from sfumato.files.metadata import over_steps_of
-    from sfumato.pnginfo import check_size
     from sfumato.precision import decide
 
     start = _start(config)
@@ -404,12 +405,12 @@ def _mixed(
 
     Says what of them has no effect, was left out, or was learned on another base.
     """
-    from sfumato import embedding
     from sfumato.compose import compose
-    from sfumato.drawn import learned_otherwise, misread_words, unknown_words, unused_words
+    from sfumato.drawing.drawn import learned_otherwise, misread_words, unknown_words, unused_words
     from sfumato.files.header import read_header
     from sfumato.merging.whole_model import is_whole_model, read_mixable
     from sfumato.numerals import so_many
+    from sfumato.words import embedding
 
     texts, counted = _texts(wanted, config.negative), _counted(wanted)
     with ExitStack() as stack:
@@ -466,7 +467,7 @@ def _texts(wanted: Plan, negative: str) -> list[str]:
 
 def _settings(config: Config, wanted: Plan, start: Start | None, base: Base) -> dict[str, Any]:
     """What every picture of this call shares, defaults filled in."""
-    from sfumato.drawn import of_base
+    from sfumato.drawing.drawn import of_base
 
     defaults = base.defaults
     width, height = wanted.size or (defaults.resolution, defaults.resolution)
@@ -498,7 +499,7 @@ def _start(config: Config) -> Start | None:
     if config.image is None:
         return None
     from sfumato.data import open_image
-    from sfumato.drawing import Start
+    from sfumato.drawing.pictures import Start
 
     strength = Start.strength if config.strength is None else config.strength
     mask = None if config.mask is None else open_image(config.mask, any_ratio=True)

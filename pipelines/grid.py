@@ -13,20 +13,20 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from sfumato.axes import CHECKS, PLAIN, Axis, coarse_to_fine, parse_axis
 from sfumato.cli import run
+from sfumato.command_line.axes import CHECKS, PLAIN, Axis, coarse_to_fine, parse_axis
+from sfumato.command_line.specs import checked_folder, parse_adapters, parse_embedding, public_embedding, without_tags
 from sfumato.compose.adapter import Adapter, Weight, checked_weight, is_idle, swept
 from sfumato.config import parse
 from sfumato.errors import ConfigError
-from sfumato.prompts import checked_syntax
-from sfumato.specs import checked_folder, parse_adapters, parse_embedding, public_embedding, without_tags
+from sfumato.prompts.syntax import checked_syntax
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from sfumato.bases import Base
     from sfumato.compose import Mix
-    from sfumato.embedding import Vectors, Words
+    from sfumato.words.embedding import Vectors, Words
 
 
 FORMAT = 2
@@ -224,13 +224,13 @@ def draw_grid(config: Config) -> Path:
     x, y, adapters, rows = plan(config)
     embeddings = [parse_embedding(spec) for spec in config.embedding]
 
-    from sfumato import embedding
     from sfumato.bases import load_base
     from sfumato.compose import compose
-    from sfumato.drawn import learned_otherwise, misread_words, unguided, unknown_words, unused_words
+    from sfumato.drawing.drawn import learned_otherwise, misread_words, unguided, unknown_words, unused_words
+    from sfumato.drawing.sheet import read_drawn
     from sfumato.files.header import read_header
     from sfumato.precision import decide
-    from sfumato.sheet import read_drawn
+    from sfumato.words import embedding
 
     base = load_base(
         config.base,
@@ -298,7 +298,7 @@ def _in_files(
 
 def _check_drawable(base: Base, rows: Sequence[Sequence[Cell]]) -> None:
     """Raises ConfigError for steps or samplers that the base does not have, before the first cell is drawn."""
-    from sfumato.drawing import check_steps
+    from sfumato.drawing.pictures import check_steps
     from sfumato.schedulers import scheduler
 
     to = [cell.settings for cells in rows for cell in cells]
@@ -322,7 +322,7 @@ def _checked(
 
     Raises ConfigError for a prompt that words make too long, those that are loaded or those that its adapters bring.
     """
-    from sfumato.drawn import learned_otherwise
+    from sfumato.drawing.drawn import learned_otherwise
 
     together: dict[tuple[str, ...], list[Cell]] = {}
     for cell in cells:
@@ -341,7 +341,7 @@ def _words(
     base: Base, brought: Mapping[str, Vectors], cell: Cell, *, partial: bool, quiet: bool = False
 ) -> AbstractContextManager[Words | None]:
     """Within the block the words are in use that the cell's adapters bring; those at 0 bring none."""
-    from sfumato.embedding import bundled
+    from sfumato.words.embedding import bundled
 
     found = {label: words for label, words in brought.items() if label in cell.counted}
     return bundled(base, found, partial=partial, quiet=quiet)
@@ -361,10 +361,10 @@ def _draw(
 
     mix: of all adapters; None where the cells have a method, which merges them for each batch.
     """
+    from sfumato.command_line.where_when import WhereWhen
     from sfumato.compose.guided import adapter_guidance, strengths_of
     from sfumato.compose.steps import over_asked_steps
-    from sfumato.drawing import draw
-    from sfumato.where_when import WhereWhen
+    from sfumato.drawing.pictures import draw
 
     together: dict[str, list[tuple[int, int]]] = {}
     for place in places:
@@ -450,7 +450,7 @@ def _save(
     how: Mapping[str, Any],
     words: Sequence[tuple[Path, Iterable[str]]],
 ) -> None:
-    from sfumato.drawn import of_base, sampler_label, save_drawn
+    from sfumato.drawing.drawn import of_base, sampler_label, save_drawn
 
     settings = {
         **_filled(base, cell),
@@ -474,8 +474,8 @@ def _write_sheet(
     there: Collection[Path],
 ) -> None:
     """grid.png with the cells so far, and grid.json with what each cell is. there: the files that are drawn."""
+    from sfumato.drawing.sheet import contact_sheet, read_drawn
     from sfumato.files.atomic import atomic_path, write_text
-    from sfumato.sheet import contact_sheet, read_drawn
 
     def read(path: Path) -> Image | None:
         return read_drawn(path) if path in there else None

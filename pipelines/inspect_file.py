@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
-from sfumato import redraw
 from sfumato.bases import look
 from sfumato.cli import run
 from sfumato.config import parse
+from sfumato.drawing import redraw
 from sfumato.files.inspect import inspect_file, render
 
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp")

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import Parameter
 
 from sfumato.cli import run
+from sfumato.command_line.specs import parse_adapters
 from sfumato.config import parse, to_dict
 from sfumato.errors import ConfigError
 from sfumato.files.atomic import check_free
 from sfumato.numerals import so_many
-from sfumato.specs import parse_adapters
 
 if TYPE_CHECKING:
     from sfumato.merging.lineage import Parent

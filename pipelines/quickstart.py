@@ -84,8 +84,8 @@ def learn(config: Config, output: Path) -> tuple[Path, Path]:
     """Train both adapters by the very commands that a person would type; on a CPU side by side."""
     import torch
 
-    from sfumato import side_by_side
     from sfumato.bases.loading import base_at_rest
+    from sfumato.command_line import side_by_side
     from sfumato.precision import decide
 
     commands = {
@@ -140,10 +140,10 @@ def draw_sheet(config: Config, style: Path, subject: Path, path: Path) -> Path:
     from sfumato import Adapter, compose, load_base
     from sfumato.compose import adapter_guidance
     from sfumato.compose.steps import over_asked_steps
-    from sfumato.drawing import draw
+    from sfumato.drawing.pictures import draw
+    from sfumato.drawing.sheet import contact_sheet
     from sfumato.files.atomic import atomic_path
     from sfumato.precision import decide
-    from sfumato.sheet import contact_sheet
 
     base: Base = load_base(config.base, precision=decide(config.precision))
     prompts = [*PROMPTS, SUBJECT, f"{SUBJECT}, blob style"]

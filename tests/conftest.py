@@ -57,7 +57,7 @@ def quick(monkeypatch) -> None:
     """For runs that are not about their pictures: bases draw in two steps, and curves are read and not drawn.
 
     A plot alone takes as long as a training of four steps. What the sampler's steps and the plot are in a run that
-    nobody hurried is told by tests/test_drawing.py and by the tests that ask for `plotted`.
+    nobody hurried is told by tests/drawing/test_pictures.py and by the tests that ask for `plotted`.
     """
     from sfumato.bases import family, loading, recognise
 

@@ -10,16 +10,17 @@ import torch
 from diffusers import AutoPipelineForImage2Image, DiffusionPipeline
 from PIL import Image
 
-from sfumato import Adapter, cli, compose, embedding
+from sfumato import Adapter, cli, compose
 from sfumato.compose.per_picture import per_picture
 from sfumato.compose.regions import Region, regions
-from sfumato.drawing import Start, draw
+from sfumato.drawing.pictures import Start, draw
 from sfumato.errors import AdapterError, ConfigError
 from sfumato.files.adapter_file import read_adapter
 from sfumato.files.lora_file import LoraModule
 from sfumato.files.write import write_lora
 from sfumato.files.write_dotted import write_peft
 from sfumato.files.write_embedding import add_words, write_embedding
+from sfumato.words import embedding
 from tests.tiny import tiny_pipeline, write_folder
 
 FILES = cli.source("sfumato.pipelines.custom").parent

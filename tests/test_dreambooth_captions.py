@@ -11,7 +11,7 @@ from sfumato import cli, data
 from sfumato.bases import load_base
 from sfumato.data import Dataset
 from sfumato.data.texts import Texts
-from sfumato.prior import BasePrediction
+from sfumato.training.prior import BasePrediction
 from tests.tiny import CPU
 
 pytestmark = pytest.mark.usefixtures("quick")

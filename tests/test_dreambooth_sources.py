@@ -10,7 +10,7 @@ from sfumato.trainers import dreambooth
 from sfumato import cli
 from sfumato.errors import ConfigError, DataError
 from sfumato.files import read_header
-from sfumato.subject import Subject
+from sfumato.training.subject import Subject
 
 pytestmark = pytest.mark.usefixtures("quick")
 QUIET = ("--sample-every", "0", "--measure-every", "0", "--checkpoint-every", "0")

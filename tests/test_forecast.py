@@ -8,9 +8,9 @@ import pytest
 from sfumato import cli, forecast, load_base
 from sfumato.adapters import attach, hosts
 from sfumato.forecast import WAYS, Setting, of_drawing, of_encoding, of_step, shapes_of
-from sfumato.full import parts_of
-from sfumato.lean import keep_less
 from sfumato.precision import decide, imagined
+from sfumato.precision.lean import keep_less
+from sfumato.training.full import parts_of
 
 ON_CPU = Setting("cpu", imagined("auto", "cpu"), 64, 1, 4)
 BY_OPTIONS = {way.options: way for way in WAYS}

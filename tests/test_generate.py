@@ -12,17 +12,18 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from sfumato import cli, desk
+from sfumato import cli
 from sfumato.bases import load_base
 from sfumato.compose import Adapter, adapter_guidance, compose
-from sfumato.drawing import draw
+from sfumato.drawing import desk
+from sfumato.drawing.pictures import draw
+from sfumato.drawing.pnginfo import read_picture_info
+from sfumato.drawing.redraw import redraw
 from sfumato.files import read_header
 from sfumato.files.lora_file import LoraModule
 from sfumato.files.metadata import short_hash
 from sfumato.files.write import write_lora
-from sfumato.pnginfo import read_picture_info
 from sfumato.precision import decide
-from sfumato.redraw import redraw
 from tests.tiny import tiny_pipeline, tiny_pocket_folder, write_folder
 
 FAST = ["--steps", "2", "--device", "cpu"]
@@ -270,7 +271,7 @@ def test_a_tag_keeps_the_factors_by_block_of_its_label(generate):
 
 
 def test_weights_are_read_from_the_end_so_that_a_path_may_hold_colons(loras, tmp_path, monkeypatch):
-    from sfumato.specs import parse_adapter
+    from sfumato.command_line.specs import parse_adapter
 
     monkeypatch.chdir(tmp_path)
     odd = tmp_path / "C:odd=name:0.5.safetensors"

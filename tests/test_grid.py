@@ -12,15 +12,15 @@ from PIL import Image
 from sfumato.pipelines.grid import Config, plan
 
 from sfumato import cli
-from sfumato.axes import Axis, coarse_to_fine, parse_axis
 from sfumato.bases import hub
+from sfumato.command_line.axes import Axis, coarse_to_fine, parse_axis
+from sfumato.drawing.pnginfo import read_picture_info
 from sfumato.errors import ConfigError
 from sfumato.files.adapter_file import read_adapter
 from sfumato.files.header import read_header
 from sfumato.files.lora_file import LoraModule, read_lora
 from sfumato.files.write import write_lora
 from sfumato.files.write_dotted import write_peft
-from sfumato.pnginfo import read_picture_info
 
 
 def test_corners_come_first_and_every_cell_once():

@@ -6,9 +6,10 @@ import numpy as np
 import torch
 from torch.testing import assert_close
 
-from sfumato import cli, data, diffusion, embedding, randomness
+from sfumato import cli, data, diffusion, randomness
 from sfumato.bases import load_base
 from sfumato.files import read_lora, read_tensors
+from sfumato.words import embedding
 from tests.in_peft import layers_of_peft
 from tests.tiny import CPU
 

@@ -16,13 +16,13 @@ from torch.testing import assert_close
 
 from sfumato import Adapter, cli, compose, data, diffusion, randomness
 from sfumato.bases import load_base
-from sfumato.class_pictures import read_class
 from sfumato.errors import FileError
 from sfumato.files import read_adapter, read_header, read_lora, read_tensors
 from sfumato.files.fingerprint import verify
 from sfumato.files.metadata import thumbnail_uri
-from sfumato.full import write_folder as full_writer
-from sfumato.prior import class_seed
+from sfumato.training.class_pictures import read_class
+from sfumato.training.full import write_folder as full_writer
+from sfumato.training.prior import class_seed
 from tests.in_peft import layers_of_peft
 from tests.tiny import CPU
 

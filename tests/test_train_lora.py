@@ -20,11 +20,11 @@ from torch.testing import assert_close
 from sfumato import cli, diffusion, randomness
 from sfumato.bases import load_base
 from sfumato.bases.family import FAMILIES
-from sfumato.drawing import draw
+from sfumato.drawing.pictures import draw
 from sfumato.errors import ConfigError
 from sfumato.files import read_header, read_lora, read_tensors, write_tensors
 from sfumato.precision import decide
-from sfumato.prior import class_seed
+from sfumato.training.prior import class_seed
 from tests.in_peft import layers_of_peft
 from tests.tiny import CPU, tiny_pipeline, write_single_file
 

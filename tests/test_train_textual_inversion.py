@@ -12,11 +12,13 @@ from PIL import Image
 from sfumato.trainers.textual_inversion import default_prompts
 from torch.testing import assert_close
 
-from sfumato import card, cli, data, diffusion, embedding, files, randomness
+from sfumato import cli, data, diffusion, files, randomness
 from sfumato.bases import load_base
-from sfumato.drawing import draw
+from sfumato.cards import adapter as card
+from sfumato.drawing.pictures import draw
 from sfumato.files import read_adapter, read_embedding, read_header, read_lora, read_tensors
 from sfumato.precision import decide
+from sfumato.words import embedding
 
 pytestmark = pytest.mark.usefixtures("quick")
 

@@ -18,13 +18,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
-from sfumato import options
+from sfumato.command_line.where_when import parse_span
 from sfumato.config import parse
 from sfumato.errors import ConfigError
 from sfumato.numerals import so_many
-from sfumato.options import TrainerOptions
-from sfumato.subject import Kept, Subject, read_pictures, with_caption
-from sfumato.where_when import parse_span
+from sfumato.training import options
+from sfumato.training.options import TrainerOptions
+from sfumato.training.subject import Kept, Subject, read_pictures, with_caption
 
 if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that its --help is there at once
     from torch import nn
@@ -33,11 +33,11 @@ if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that 
     from sfumato.bases import Base
     from sfumato.data import Dataset, Folder
     from sfumato.files import Description
-    from sfumato.noising import Noising
-    from sfumato.prior import BasePrediction, ClassPictures
-    from sfumato.processes import Processes
     from sfumato.runs import Run
     from sfumato.runs.samples import Samples
+    from sfumato.training.noising import Noising
+    from sfumato.training.prior import BasePrediction, ClassPictures
+    from sfumato.training.processes import Processes
 
 DEFAULTS: Mapping[tuple[str, str], Mapping[str, Any]] = MappingProxyType(
     {
@@ -126,18 +126,20 @@ def train(config: Config) -> Path:
 
     import torch
 
-    from sfumato import fused as fusing
-    from sfumato import identifier, optimizers, randomness
+    from sfumato import randomness
     from sfumato.adapters import rank_notes
-    from sfumato.ema import Average
-    from sfumato.finish import describe_run
-    from sfumato.full import full_precision
-    from sfumato.measure import Measures
-    from sfumato.noising import draw_noised, errors_of
-    from sfumato.prior import BasePrediction, DriftLimit, prepare_both
-    from sfumato.processes import Processes
     from sfumato.runs import Run
     from sfumato.runs.samples import UNRELATED, Samples, drawing_of
+    from sfumato.training import fused as fusing
+    from sfumato.training import optimizers
+    from sfumato.training.ema import Average
+    from sfumato.training.finish import describe_run
+    from sfumato.training.full import full_precision
+    from sfumato.training.measure import Measures
+    from sfumato.training.noising import draw_noised, errors_of
+    from sfumato.training.prior import BasePrediction, DriftLimit, prepare_both
+    from sfumato.training.processes import Processes
+    from sfumato.words import identifier
 
     check(config)
     processes = Processes.join(config.device)
@@ -365,8 +367,8 @@ def triggers(config: Config, subject: Subject, subjects: Folder) -> list[str]:
 
 def identifiers(config: Config, subjects: Folder) -> list[str]:
     """The words that subjects are bound to: --identifier, or what stands before the class in captions without it."""
-    from sfumato.identifier import before
-    from sfumato.placeholders import holds
+    from sfumato.words.identifier import before
+    from sfumato.words.placeholders import holds
 
     captions = list(dict.fromkeys(example.caption for example in subjects))
     if any(holds(config.identifier, caption) for caption in captions):
@@ -379,9 +381,9 @@ def class_pictures(
 ) -> Folder | None:
     """Pictures of the class from a folder or the dataset.toml, with the further prompts' beside them, which the base
     draws, once; or of the class drawn, too; None for none."""
-    from sfumato.class_pictures import pictures_of_class
     from sfumato.data.preparing import square_side
     from sfumato.data.source import sources_of
+    from sfumato.training.class_pictures import pictures_of_class
 
     nothing_drawn = "--class-cache: the base draws no pictures of the class, so that none are kept there"
     given = examples.of("class")
@@ -421,7 +423,7 @@ def prior_of(
     pristine: Callable[[], AbstractContextManager[object]],
 ) -> ClassPictures | BasePrediction | None:
     """What gives the class half of each batch; None where there is none. pristine: see `BasePrediction`."""
-    from sfumato.prior import BasePrediction, ClassPictures
+    from sfumato.training.prior import BasePrediction, ClassPictures
 
     if config.prior == "pictures":
         return ClassPictures(base, class_set, config.seed, noising=noising)
@@ -442,7 +444,7 @@ def prior_of(
 def trainable(base: Base, config: Config) -> Lora | nn.ModuleDict:
     """The base's own weights, or with --method lora a new adapter, which changes nothing yet."""
     from sfumato.adapters import attach
-    from sfumato.full import unfreeze
+    from sfumato.training.full import unfreeze
 
     if config.method == "full":
         return unfreeze(base, text=config.train_text_encoder)
@@ -452,14 +454,14 @@ def trainable(base: Base, config: Config) -> Lora | nn.ModuleDict:
 def adapted(base: Base, config: Config) -> dict[str, dict[str, nn.Linear | nn.Conv2d]]:
     """The layers that a LoRA is to change, by part and path."""
     from sfumato.adapters import hosts
-    from sfumato.full import parts_of
+    from sfumato.training.full import parts_of
 
     return hosts(parts_of(base, text=config.train_text_encoder), config.targets)
 
 
 def groups(trained: Lora | nn.ModuleDict, config: Config) -> list[dict[str, Any]]:
     """Parameter groups: the U-Net's, and the text encoders' with their own rate."""
-    from sfumato import optimizers
+    from sfumato.training import optimizers
 
     whole = config.method == "full"
     parts = {part: model.parameters() for part, model in trained.items()} if whole else trained.by_part()
@@ -477,9 +479,9 @@ def save(
 ) -> None:
     """Write what was learned in the form that was asked for, its card and the plot; upload if asked."""
     from sfumato.files import describe, write_lora
-    from sfumato.finish import finish
-    from sfumato.full import full_precision, parts_of, write_difference, write_extracted, write_folder
     from sfumato.precision import DTYPES, decide
+    from sfumato.training.finish import finish
+    from sfumato.training.full import full_precision, parts_of, write_difference, write_extracted, write_folder
 
     dtype = DTYPES[config.save_precision]
     as_file: dict[str, Any] = {"family": base.family.name, "metadata": describe(about), "dtype": dtype}

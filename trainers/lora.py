@@ -19,27 +19,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from sfumato import options
-from sfumato.axes import checked_adapter_guidance
+from sfumato.command_line.axes import checked_adapter_guidance
+from sfumato.command_line.where_when import parse_span
 from sfumato.config import parse
 from sfumato.errors import ConfigError
 from sfumato.numerals import so_many
-from sfumato.options import TrainerOptions
-from sfumato.placeholders import MOST_VECTORS, RATES, VECTORS, check_stands_for, holds
-from sfumato.where_when import parse_span
+from sfumato.training import options
+from sfumato.training.options import TrainerOptions
+from sfumato.words.placeholders import MOST_VECTORS, RATES, VECTORS, check_stands_for, holds
 
 if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that its --help is there at once
     from sfumato.adapters import Lora
     from sfumato.bases import Base
-    from sfumato.crossed import Crossing
     from sfumato.data import Dataset, Folder
-    from sfumato.embedding import Words
     from sfumato.files import Description
-    from sfumato.noising import Noising
-    from sfumato.prior import BasePrediction, ClassPictures
-    from sfumato.processes import Processes
     from sfumato.runs import Run
     from sfumato.runs.samples import Samples
+    from sfumato.training.crossed import Crossing
+    from sfumato.training.noising import Noising
+    from sfumato.training.prior import BasePrediction, ClassPictures
+    from sfumato.training.processes import Processes
+    from sfumato.words.embedding import Words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,17 +115,17 @@ def train(config: Config) -> Path:
     """Train, and return the adapter's path."""
     import torch
 
-    from sfumato import optimizers
     from sfumato.adapters import attach, hosts, rank_notes
-    from sfumato.ema import Average
-    from sfumato.full import parts_of
-    from sfumato.measure import Measures
-    from sfumato.noising import draw_noised, errors_of
-    from sfumato.placeholders import shortened, warnings_of
-    from sfumato.prior import prepare_both
-    from sfumato.processes import Processes
     from sfumato.runs import Run
     from sfumato.runs.samples import UNRELATED, Samples, default_prompts, drawing_of
+    from sfumato.training import optimizers
+    from sfumato.training.ema import Average
+    from sfumato.training.full import parts_of
+    from sfumato.training.measure import Measures
+    from sfumato.training.noising import draw_noised, errors_of
+    from sfumato.training.prior import prepare_both
+    from sfumato.training.processes import Processes
+    from sfumato.words.placeholders import shortened, warnings_of
 
     check(config)
     processes = Processes.join(config.device)
@@ -309,7 +309,7 @@ def resolve(config: Config, base: Base, samples: int, processes: int, *, has_pri
     half = {"batch": max(1, base.defaults.batch // 2)} if has_prior else {}  # the other is the prior's
     config, filled = options.resolve(config, base, samples, processes, **half)
     if config.crossed_share and not config.resume:
-        from sfumato.crossed import first_timestep
+        from sfumato.training.crossed import first_timestep
 
         first, timesteps = first_timestep(base), config.noising(base).timesteps
         if timesteps.stop <= first:
@@ -357,7 +357,7 @@ def read_examples(config: Config) -> Folder:
 
 def new_words(base: Base, config: Config, examples: Folder) -> Words:
     """The words to be learned, in use by the base."""
-    from sfumato import embedding
+    from sfumato.words import embedding
 
     words = embedding.new_words(
         base,
@@ -380,7 +380,7 @@ def priors_of(
     config: Config, base: Base, dataset: Dataset, class_set: Dataset | None, noising: Noising, lora: Lora
 ) -> list[ClassPictures | BasePrediction]:
     """What comes beside each batch: the class's pictures, and the prior's prompts with the pictures of that batch."""
-    from sfumato.prior import BasePrediction, ClassPictures
+    from sfumato.training.prior import BasePrediction, ClassPictures
 
     priors: list[ClassPictures | BasePrediction] = []
     if class_set:
@@ -405,7 +405,7 @@ def crossing_of(config: Config, base: Base, dataset: Dataset, processes: Process
     """What shows the base's drawings of the pictures, if it is asked for."""
     if not config.crossed_share:
         return None
-    from sfumato.crossed import Crossing
+    from sfumato.training.crossed import Crossing
 
     with lora.disabled():
         return Crossing(base, dataset, config.seed, config.crossed_share, shown=processes.is_main)
@@ -454,7 +454,7 @@ class Learned:
 
 def save(path: Path, learned: Learned, run: Run) -> None:
     """Write the adapter and new words, the card and the plot; upload them if asked."""
-    from sfumato.finish import finish, upload
+    from sfumato.training.finish import finish, upload
 
     config = learned.config
     description, beside = write_files(path, learned, config.steps)
@@ -470,8 +470,8 @@ def write_files(path: Path, learned: Learned, steps: int) -> tuple[Description, 
     Returns what its file says of itself, and the files beside it, by word.
     """
     from sfumato.files import describe, write_lora
-    from sfumato.finish import describe_run
     from sfumato.precision import DTYPES
+    from sfumato.training.finish import describe_run
 
     config, base, words = learned.config, learned.base, learned.words
     about = {"trigger": learned.trigger, "steps": steps, "adapter_guidance": config.adapter_guidance}
@@ -492,7 +492,7 @@ def write_files(path: Path, learned: Learned, steps: int) -> tuple[Description, 
 
 def word_files(path: Path, config: Config) -> dict[str, Path]:
     """By word, its file beside the adapter's."""
-    from sfumato.placeholders import files
+    from sfumato.words.placeholders import files
 
     return files(path.parent, path.stem, config.train_words, alone=False)
 
@@ -513,7 +513,7 @@ def tell_words(
     path: Path, words: Words, beside: dict[str, Path], config: Config, description: Description, run: Run
 ) -> None:
     """A line on each word's file, if it has one, what the words are near to, and a section of the card."""
-    from sfumato.embedding_card import add_words_section
+    from sfumato.cards.words import add_words_section
 
     for token, file in beside.items():
         run.say(f"word     {token}  {file}")

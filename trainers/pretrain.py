@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from sfumato import options
 from sfumato.config import parse
 from sfumato.errors import BaseModelError, ConfigError, DataError
-from sfumato.options import FolderOptions
+from sfumato.training import options
+from sfumato.training.options import FolderOptions
 
 if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that its --help is there at once
     import torch
@@ -151,8 +151,8 @@ class Trained:
     def __init__(self, modules: Mapping[str, nn.Module], config: Config, device: torch.device) -> None:
         import torch
 
-        from sfumato.ema import Average
         from sfumato.pocket.muon import Muon
+        from sfumato.training.ema import Average
 
         self.config, self.device, self.rate = config, device, 0.0
         self.modules = {name: module.to(device).train() for name, module in modules.items()}
@@ -223,13 +223,13 @@ def train_vae(config: Config, precision: Precision) -> Path:
     import torch
 
     from sfumato import load_base, randomness
-    from sfumato.optimizers import clip
     from sfumato.pocket.hands import as_by_other_hands
     from sfumato.pocket.parts import build_vae
     from sfumato.pocket.pictures import batch_indices, read_others, read_pictures
     from sfumato.pocket.shown import save_model
     from sfumato.precision import decide
     from sfumato.runs import Run
+    from sfumato.training.optimizers import clip
 
     named = read_pictures(config.data)
     pictures = named.and_others(read_others(config.data))
@@ -321,7 +321,6 @@ def train_unet(config: Config, precision: Precision) -> Path:
 
     from sfumato import diffusion, randomness
     from sfumato.bases.folder import load_vae
-    from sfumato.optimizers import clip
     from sfumato.pocket.captions import read_words
     from sfumato.pocket.latents import Latents
     from sfumato.pocket.lessons import Lessons
@@ -329,6 +328,7 @@ def train_unet(config: Config, precision: Precision) -> Path:
     from sfumato.pocket.pictures import VARIANTS, partners_of, read_manifest
     from sfumato.pocket.shown import assemble, save_model, sheet
     from sfumato.runs import Run
+    from sfumato.training.optimizers import clip
 
     device = precision.device
     manifest = read_manifest(config.data)

@@ -18,20 +18,20 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
-from sfumato import options
 from sfumato.config import parse
 from sfumato.errors import ConfigError
 from sfumato.numerals import so_many
-from sfumato.options import TrainerOptions
-from sfumato.placeholders import MOST_VECTORS, RATES, VECTORS, check_stands_for, holds
+from sfumato.training import options
+from sfumato.training.options import TrainerOptions
+from sfumato.words.placeholders import MOST_VECTORS, RATES, VECTORS, check_stands_for, holds
 
 if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that its --help is there at once
     from sfumato.bases import Base
     from sfumato.data import Dataset, Folder
     from sfumato.data.source import Source
-    from sfumato.embedding import Words
     from sfumato.runs import Run
     from sfumato.runs.samples import Samples
+    from sfumato.words.embedding import Words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,15 +84,16 @@ def train(config: Config) -> Path:
     """Train, and return the path of the embedding; of the first one, if there are several."""
     import torch
 
-    from sfumato import embedding, optimizers
-    from sfumato.ema import Average
-    from sfumato.measure import Measures
-    from sfumato.noising import draw_noised, errors_of
-    from sfumato.placeholders import files, shortened, warnings_of
-    from sfumato.processes import Processes
     from sfumato.runs import Run
     from sfumato.runs.samples import Samples, drawing_of
-    from sfumato.templates import TEMPLATES, put_into
+    from sfumato.training import optimizers
+    from sfumato.training.ema import Average
+    from sfumato.training.measure import Measures
+    from sfumato.training.noising import draw_noised, errors_of
+    from sfumato.training.processes import Processes
+    from sfumato.training.templates import TEMPLATES, put_into
+    from sfumato.words import embedding
+    from sfumato.words.placeholders import files, shortened, warnings_of
 
     check(config)
     processes = Processes.join(config.device)
@@ -259,11 +260,11 @@ def save(
     paths: dict[str, Path], words: Words, base: Base, config: Config, dataset: Dataset, run: Run, samples: Samples
 ) -> None:
     """Write each word's file, the card and the plot; upload them if asked."""
-    from sfumato.embedding_card import write_embedding_card
+    from sfumato.cards.words import write_embedding_card
     from sfumato.files import describe
     from sfumato.files.write_embedding import write_embedding
-    from sfumato.finish import describe_run, plot_and_tell, upload
     from sfumato.precision import DTYPES
+    from sfumato.training.finish import describe_run, plot_and_tell, upload
 
     rows = samples.rows
     report = words.report()

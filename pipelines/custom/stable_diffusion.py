@@ -13,7 +13,7 @@ none). Prompts of one call may name different adapters. `pipe.lora_folder` says 
 
 from diffusers import StableDiffusionPipeline
 
-from sfumato.tagged import TaggedPrompts
+from sfumato.drawing.tagged import TaggedPrompts
 
 
 class MixingStableDiffusionPipeline(TaggedPrompts, StableDiffusionPipeline):

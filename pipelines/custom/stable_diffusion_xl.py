@@ -10,7 +10,7 @@ is an existing script and one argument more; see stable_diffusion.py beside this
 
 from diffusers import StableDiffusionXLPipeline
 
-from sfumato.tagged import TaggedPrompts
+from sfumato.drawing.tagged import TaggedPrompts
 
 
 class MixingStableDiffusionXLPipeline(TaggedPrompts, StableDiffusionXLPipeline):

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sfumato.bases import Base, load_base
     from sfumato.compose import Adapter, Mix, compose
-    from sfumato.drawing import draw
+    from sfumato.drawing.pictures import draw
     from sfumato.errors import SfumatoError
+    from sfumato.words import embedding
 
 __version__ = "0.5.0"
-__all__ = ["Adapter", "Base", "Mix", "SfumatoError", "compose", "draw", "load_base"]
+__all__ = ["Adapter", "Base", "Mix", "SfumatoError", "compose", "draw", "embedding", "load_base"]
 
 _HOME = {
     "Adapter": "sfumato.compose",
@@ -21,7 +22,8 @@ _HOME = {
     "Mix": "sfumato.compose",
     "SfumatoError": "sfumato.errors",
     "compose": "sfumato.compose",
-    "draw": "sfumato.drawing",
+    "draw": "sfumato.drawing.pictures",
+    "embedding": "sfumato.words.embedding",
     "load_base": "sfumato.bases",
 }
 
@@ -30,7 +32,8 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'sfumato' has no attribute {name!r}")
     # `sfumato.compose` is a module as well as the function in it; the function is what the package shows.
-    value = getattr(import_module(_HOME[name]), name)
+    module = import_module(_HOME[name])
+    value = getattr(module, name, module)  # `embedding` is a module itself
     globals()[name] = value
     return value
 

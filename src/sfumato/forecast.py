@@ -21,13 +21,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sfumato import products
 from sfumato.adapters import attach, hosts
 from sfumato.bases.loading import base_at_rest, family_at_rest
 from sfumato.errors import ConfigError
-from sfumato.full import parts_of
-from sfumato.lean import keep_less
-from sfumato.precision import decide
+from sfumato.precision import decide, products
+from sfumato.precision.lean import keep_less
+from sfumato.training.full import parts_of
 
 if TYPE_CHECKING:
     from sfumato.bases import Base

@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from sfumato import embedding
 from sfumato.bases import load_base
 from sfumato.bases.family import FAMILIES, recognise
 from sfumato.bases.loading import alpha_bar
@@ -20,6 +19,7 @@ from sfumato.bases.vocabulary import byte_pair_tokenizer, clip_merges, clip_toke
 from sfumato.bases.weights import Shell, Stored
 from sfumato.errors import BaseModelError, ConfigError, FileError
 from sfumato.files.header import read_header
+from sfumato.words import embedding
 from tests.tiny import CPU, tiny_pipeline, write_folder
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
@@ -85,7 +85,7 @@ def test_the_prediction_is_the_unets(sdxl):
     added = sdxl.base.added_conditions(text, [(64, 64)], [(0, 0)], [(64, 64)])
     with torch.no_grad():
         wanted = sdxl.pipe.unet(latents, 500, text.hidden, added_cond_kwargs=added).sample
-    # To rounding: the base's products are another library's on some CPUs (sfumato.products).
+    # To rounding: the base's products are another library's on some CPUs (sfumato.precision.products).
     torch.testing.assert_close(sdxl.base.predict(latents, torch.tensor([500]), text, added), wanted)
 
 

@@ -9,18 +9,18 @@ from safetensors.torch import save_file
 from sfumato.pipelines import generate, grid, merge
 
 from sfumato.adapters import attach, select
-from sfumato.axes import parse_axis
 from sfumato.bases import hub
 from sfumato.bases.hub import LORA, WORD
 from sfumato.cli import guarded
+from sfumato.command_line.axes import parse_axis
+from sfumato.command_line.specs import is_hub_name, parse_adapter, parse_embedding, public_embedding
 from sfumato.compose import Adapter
-from sfumato.drawn import save_drawn
+from sfumato.drawing.drawn import save_drawn
+from sfumato.drawing.pnginfo import read_picture_info
 from sfumato.errors import BaseModelError, SfumatoError
 from sfumato.files import LoraModule, write_lora
 from sfumato.files.header import read_header
 from sfumato.merging.sources import identity
-from sfumato.pnginfo import read_picture_info
-from sfumato.specs import is_hub_name, parse_adapter, parse_embedding, public_embedding
 from tests.tiny import hub_with, tiny_pocket_folder
 
 

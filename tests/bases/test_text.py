@@ -46,7 +46,9 @@ def test_the_first_tokenizer_pads_with_its_end_and_openclips_with_zero():
 def test_embeddings_equal_the_pipelines(tiny):
     hidden, pooled = reference(tiny.pipe, PROMPTS)
     text = tiny.base.encode_text(PROMPTS)
-    torch.testing.assert_close(text.hidden, hidden)  # products are another library's on some CPUs (sfumato.products)
+    torch.testing.assert_close(
+        text.hidden, hidden
+    )  # products are another library's on some CPUs (sfumato.precision.products)
     assert (text.pooled is None) == (pooled is None)
     if pooled is not None:
         torch.testing.assert_close(text.pooled, pooled)

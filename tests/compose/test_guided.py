@@ -10,7 +10,7 @@ from sfumato.bases import load_base
 from sfumato.compose import Adapter, adapter_guidance, compose
 from sfumato.compose.guided import first_half
 from sfumato.compose.steps import Ramp, over_steps
-from sfumato.drawing import draw
+from sfumato.drawing.pictures import draw
 from sfumato.errors import AdapterError
 from tests.compose.conftest import weights_sha
 from tests.compose.test_per_picture import predict

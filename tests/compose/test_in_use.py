@@ -17,10 +17,10 @@ from sfumato.compose.caller import turn, without_prompt
 from sfumato.compose.per_picture import composite, per_picture
 from sfumato.compose.regions import Region, regions
 from sfumato.compose.steps import Ramp, Switch, over_steps
+from sfumato.drawing.tagged import TaggedPrompts
 from sfumato.errors import AdapterError
 from sfumato.files import read_header, write_tensors
 from sfumato.files.read import read_tensors
-from sfumato.tagged import TaggedPrompts
 from tests.compose.conftest import weights_sha
 from tests.compose.test_per_picture import predict
 from tests.compose.test_regions import U_NET

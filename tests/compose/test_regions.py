@@ -14,7 +14,7 @@ from sfumato.compose import Adapter, compose, current
 from sfumato.compose.blocks import Blocks
 from sfumato.compose.regions import Region, regions
 from sfumato.compose.regions.near import Near
-from sfumato.drawing import Start, draw, draw_each
+from sfumato.drawing.pictures import Start, draw, draw_each
 from sfumato.errors import AdapterError, ConfigError
 from tests.compose.conftest import weights_sha
 from tests.compose.test_per_picture import predict

@@ -7,7 +7,7 @@ from diffusers import EDMEulerScheduler, PNDMScheduler
 from sfumato.bases import load_base
 from sfumato.compose import Adapter, compose
 from sfumato.compose.steps import Ramp, Switch, over_steps
-from sfumato.drawing import draw
+from sfumato.drawing.pictures import draw
 from sfumato.errors import AdapterError, ConfigError
 from sfumato.files.lora_file import LoraModule
 from sfumato.files.write import write_lora

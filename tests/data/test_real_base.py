@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from sfumato import embedding
 from sfumato.data import join, prepare, read_folder
 from sfumato.data.cache import Cache
 from sfumato.data.texts import Texts
+from sfumato.words import embedding
 
 PROGRAM = """
 import hashlib, sys

@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save
 from torch import nn
 from torch.testing import assert_close
 
-from sfumato import full
 from sfumato.errors import AdapterError, ConfigError, FileError
 from sfumato.files import read_tensors
 from sfumato.files.fingerprint import KEY
@@ -25,6 +24,7 @@ from sfumato.files.save import hashes, ordered, write_one_by_one, write_tensors
 from sfumato.files.write import fitted, one_alpha, write_lora
 from sfumato.files.write_difference import write_difference
 from sfumato.files.write_dotted import write_diffusers, write_peft
+from sfumato.training import full
 from tests.files.said import TO_K, said
 
 NOTHING = "there are no modules to write; the adapter is attached to nothing."

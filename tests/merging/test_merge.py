@@ -11,6 +11,7 @@ from sfumato.pipelines.merge import main
 from torch.testing import assert_close
 
 from sfumato.cli import guarded
+from sfumato.command_line.specs import parse_adapters
 from sfumato.errors import AdapterError
 from sfumato.files.adapter_file import read_adapter
 from sfumato.files.changes.ia3 import Ia3
@@ -24,7 +25,6 @@ from sfumato.merging.convert import Deltas
 from sfumato.merging.factors import Budget
 from sfumato.merging.merge import Source, merge
 from sfumato.merging.stored import stored
-from sfumato.specs import parse_adapters
 from tests.merging.conftest import random_modules
 from tests.tiny import CPU
 

@@ -15,6 +15,7 @@ from sfumato.compose import Adapter, compose
 from sfumato.compose.blocks import Blocks
 from sfumato.compose.per_picture import per_picture
 from sfumato.compose.regions import Region, regions
+from sfumato.drawing.pnginfo import read_picture_info
 from sfumato.errors import AdapterError, FileError
 from sfumato.files import LoraModule, write_lora
 from sfumato.files.adapter_file import read_adapter
@@ -23,7 +24,6 @@ from sfumato.merging.methods import DENSE, Settings
 from sfumato.merging.sources import identity
 from sfumato.merging.stored import stored
 from sfumato.merging.whole_model import as_adapter, is_whole_model, weight_files
-from sfumato.pnginfo import read_picture_info
 from tests.merging.conftest import TinyBase
 from tests.tiny import CPU, tiny_pipeline, write_folder, write_single_file
 

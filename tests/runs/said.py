@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from sfumato.errors import RunError
-from sfumato.options import RunOptions
 from sfumato.runs import Run
+from sfumato.training.options import RunOptions
 
 ONE = {"a": torch.ones(3)}
 """A state of which a checkpoint is soon made."""

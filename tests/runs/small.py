@@ -11,11 +11,11 @@ from torch import nn
 
 from sfumato import randomness
 from sfumato.config import parse
-from sfumato.ema import Average
 from sfumato.files import write_tensors
-from sfumato.optimizers import Schedule, build, clip
-from sfumato.options import RunOptions
 from sfumato.runs import Run, Step
+from sfumato.training.ema import Average
+from sfumato.training.optimizers import Schedule, build, clip
+from sfumato.training.options import RunOptions
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,12 +14,12 @@ from torch import nn
 
 from sfumato import runs
 from sfumato.errors import RunError
-from sfumato.options import RunOptions
 from sfumato.runs import Run, checkpoints
 from sfumato.runs.checkpoints import SPARE_BYTES, Checkpoints, bytes_of, require_space
 from sfumato.runs.health import Health
 from sfumato.runs.state import pack, unpack
 from sfumato.runs.step import Step
+from sfumato.training.options import RunOptions
 from tests.runs.said import ONE, problem, start
 from tests.runs.small import Config, train
 

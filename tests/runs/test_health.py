@@ -215,8 +215,8 @@ def test_moments_that_overflow_send_the_run_back(tmp_path, capsys):
 
 @pytest.mark.parametrize("error", [BaseModelError("seed 1: black"), OSError(28, "No space left on device")])
 def test_a_sample_that_fails_is_said_and_ends_nothing_but_the_first_does(error, tmp_path, capsys):
-    from sfumato.options import RunOptions
     from sfumato.runs import Run
+    from sfumato.training.options import RunOptions
 
     def look(step):
         if step >= first:
@@ -264,8 +264,8 @@ def test_gradients_that_overflow_are_the_scalers_until_it_has_nothing_left_to_lo
 
 @pytest.mark.parametrize("value", BROKEN)
 def test_a_measurement_that_is_not_finite_is_said_and_not_logged(value, tmp_path, capsys):
-    from sfumato.options import RunOptions
     from sfumato.runs import Run
+    from sfumato.training.options import RunOptions
 
     run = Run.start(RunOptions(output=tmp_path / "run"), program="test")
     run.log(step=3, fit=torch.tensor(value), drift=0.5)

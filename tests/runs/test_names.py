@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from sfumato.errors import ConfigError
 from sfumato.files import write_tensors
-from sfumato.options import WRITTEN, RunOptions, check_name
+from sfumato.training.options import WRITTEN, RunOptions, check_name
 
 NASTY = [
     "..", ".", "/", "\\", "../..", "/etc/passwd", "C:\\x", "\\\\host\\share", "%2e%2e%2f", "~", "$HOME", "`id`",
@@ -73,7 +73,7 @@ def a_run_writes_its_file_into_its_folder(name: str, root: Path) -> bool:
 def pictures_of_prompts_lie_in_their_folder(prompts: list[str], root: Path) -> None:
     from sfumato.pipelines import generate
 
-    from sfumato.specs import Request
+    from sfumato.command_line.specs import Request
 
     config = generate.Config(prompts=tuple(prompts), output=root / "run")
     files = generate._files(config, [Request(prompt, 7, None, {}) for prompt in prompts], False)
@@ -83,7 +83,7 @@ def pictures_of_prompts_lie_in_their_folder(prompts: list[str], root: Path) -> N
 
 
 def words_have_files_of_their_own(tokens: list[str], root: Path) -> None:
-    from sfumato.placeholders import files
+    from sfumato.words.placeholders import files
 
     found = files(root / "run", "name", tokens, alone=True)
     assert len({str(path) for path in found.values()}) == len(set(tokens)), found

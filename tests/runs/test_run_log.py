@@ -14,7 +14,6 @@ from diffusers import DDIMScheduler
 from PIL import Image
 from torch import nn
 
-from sfumato.options import RunOptions
 from sfumato.runs import Run, progress, signals
 from sfumato.runs import log as logs
 from sfumato.runs import samples as sheets
@@ -23,6 +22,7 @@ from sfumato.runs.log import Log
 from sfumato.runs.progress import Preparation, Progress
 from sfumato.runs.samples import Samples
 from sfumato.runs.signals import Stop
+from sfumato.training.options import RunOptions
 from tests.runs.faults import failing
 from tests.runs.said import Processes, problem, start
 
@@ -337,7 +337,7 @@ def test_the_sheet_has_a_row_a_step_and_a_column_a_prompt(tmp_path, monkeypatch)
 
 
 def test_samples_are_drawn_by_the_base_in_evaluation(tmp_path, monkeypatch):
-    from sfumato import drawing
+    from sfumato.drawing import pictures as drawing
 
     layer, given = nn.Linear(1, 1), []
 
@@ -355,7 +355,7 @@ def test_samples_are_drawn_by_the_base_in_evaluation(tmp_path, monkeypatch):
 
 def test_samples_of_a_lora_are_drawn_with_its_adapter_guidance(monkeypatch):
     """3 of guidance and 2 of strength: two thirds of the weight, in the second half of rows; with 0 as it is."""
-    from sfumato import drawing
+    from sfumato.drawing import pictures as drawing
 
     seen, told = [], {"factor": 1.0, "off": False}
 
@@ -389,7 +389,7 @@ def test_samples_of_a_lora_are_drawn_with_its_adapter_guidance(monkeypatch):
 
 
 def test_samples_of_a_lora_are_drawn_with_it_in_the_steps_that_its_file_asks_for(monkeypatch):
-    from sfumato import drawing
+    from sfumato.drawing import pictures as drawing
 
     seen, told = [], {"off": False}
 

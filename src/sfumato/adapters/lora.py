@@ -19,7 +19,7 @@ from sfumato import randomness
 from sfumato.errors import AdapterError
 from sfumato.files.changes import LoraModule
 from sfumato.numerals import so_many
-from sfumato.products import linear
+from sfumato.precision.products import linear
 
 _ATTENTION = r"\.attn[12]\.to_(q|k|v|out\.0)$"
 _MLP = r"\.ff\.net\.(0\.proj|2)$"

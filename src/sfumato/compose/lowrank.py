@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sfumato.files.lora_file import LoraModule
 from sfumato.files.read import is_finite
-from sfumato.products import onednn, processor
+from sfumato.precision.products import onednn, processor
 
 Terms = Sequence[tuple[float, LoraModule]]
 """(weight, change) of each adapter; no change has a `mid` (`LoraModule.plain`)."""

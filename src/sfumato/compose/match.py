@@ -212,13 +212,13 @@ def say_unknown_words(pipe: Any, files: Mapping[Adapter, AdapterFile]) -> None:
     for adapter, file in files.items():
         if not file.embeddings or is_idle(adapter.weight):
             continue
-        from sfumato.embedding import is_in_use
+        from sfumato.words.embedding import is_in_use
 
         if words := [token for token, parts in file.embeddings.items() if not is_in_use(pipe, token, parts)]:
             print(
                 f"{adapter.label}: brings the words {', '.join(words)}, which are left out; prompts know them within "
                 f"`with embedding.bundled(pipe, {{{adapter.label!r}: read_adapter(FILE).embeddings}}):` of "
-                "sfumato.embedding and sfumato.files.",
+                "sfumato.words.embedding and sfumato.files.",
                 file=sys.stderr,
             )
 

@@ -52,8 +52,8 @@ def compose(
     adapters beside each linear layer and convolution, so that new weights cost almost nothing and each call a little;
     "auto" bakes, except beside quantised weights. verify: refuse files whose deltas are not those that the fingerprint
     in their metadata was taken of, or that have none. words_known: say nothing of new words that files bring, because
-    the caller has them known by `sfumato.embedding.bundled`. Everything is read and matched before the pipeline is
-    touched, and a failed call leaves it as it was.
+    the caller has them known by `sfumato.words.embedding.bundled`. Everything is read and matched before the pipeline
+    is touched, and a failed call leaves it as it was.
     Raises AdapterError or FileError, one line; so for a pipeline that carries a mix already (`current(pipe)` is it).
     """
     earlier = current(pipe)
@@ -80,7 +80,7 @@ def say_words(mix: Mix) -> None:
     for label, words in mix.embeddings.items():
         print(
             f"{label}: brings the words {', '.join(words)}, which a mix leaves out; prompts know them within "
-            "`with embedding.bundled(pipe, mix.embeddings):` of sfumato.embedding.",
+            "`with embedding.bundled(pipe, mix.embeddings):` of sfumato.words.embedding.",
             file=sys.stderr,
         )
 
@@ -160,7 +160,7 @@ class Mix:
         """New words that the files bring with them: {label: {token: {text encoder: (vectors, width)}}}.
 
         A mix changes weights and leaves the tokenizer alone: prompts know these within `with embedding.bundled(pipe,
-        mix.embeddings):` of `sfumato.embedding`.
+        mix.embeddings):` of `sfumato.words.embedding`.
         """
         return MappingProxyType({label: file.embeddings for label, file in self._files.items() if file.embeddings})
 

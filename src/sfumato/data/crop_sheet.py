@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from PIL import Image, ImageDraw, ImageFont
 
 from sfumato.data.survey import Look
-from sfumato.sheet import label_font
+from sfumato.drawing.sheet import label_font
 
 _CELL_PX, _LINE_PX, _GAP_PX, _COLUMNS, _PAGE = 192, 16, 8, 8, 200
 _INK, _WARNING, _EMPTY = (25, 25, 25), (190, 30, 20), (235, 235, 235)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from sfumato.data.folder import Example, Folder
 from sfumato.errors import DataError
 from sfumato.numerals import so_many
-from sfumato.placeholders import holds
+from sfumato.words.placeholders import holds
 
 
 def put_into_captions(folder: Folder, placeholders: Sequence[str], stands_for: Sequence[str] = ()) -> Folder:

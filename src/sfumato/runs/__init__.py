@@ -43,8 +43,8 @@ from sfumato.runs.signals import Stop
 from sfumato.runs.step import Step
 
 if TYPE_CHECKING:
-    from sfumato.options import FolderOptions
-    from sfumato.processes import Processes
+    from sfumato.training.options import FolderOptions
+    from sfumato.training.processes import Processes
 
 __all__ = ["Run", "Step"]
 

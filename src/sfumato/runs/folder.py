@@ -11,8 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from sfumato.errors import RunError
-from sfumato.options import WRITTEN, FolderOptions
 from sfumato.runs import identity
+from sfumato.training.options import WRITTEN, FolderOptions
 
 _OPENED = ("config.toml", "run.json", "log.jsonl")
 _OF_THE_LOCK = (".lock", ".holder.json")

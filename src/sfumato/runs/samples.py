@@ -11,9 +11,9 @@ from PIL import Image
 from torch import nn
 
 from sfumato.data.captions import fill_template
+from sfumato.drawing.sheet import contact_sheet, read_drawn
 from sfumato.files.atomic import atomic_path
 from sfumato.schedulers import asked_timestep
-from sfumato.sheet import contact_sheet, read_drawn
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -104,7 +104,7 @@ def drawing_of(
     squares are drawn; None: the base's own."""
     from sfumato.compose.guided import first_half
     from sfumato.data.preparing import square_side
-    from sfumato.drawing import draw_each
+    from sfumato.drawing.pictures import draw_each
 
     side = None if resolution is None else square_side(base, resolution)
 

@@ -26,7 +26,8 @@ from sfumato.compose.regions.masks import Masks
 from sfumato.compose.regions.region import Box, Region
 from sfumato.compose.regions.texts import Texts
 from sfumato.errors import AdapterError
-from sfumato.prompts import Syntax, refuse_tags
+from sfumato.prompts.syntax import Syntax
+from sfumato.prompts.tags import refuse_tags
 
 __all__ = ["Box", "Region", "regions"]
 
@@ -45,12 +46,12 @@ def regions(
 
     pipe: a diffusers pipeline (SD 1.x, 2.x, SDXL) or a Base. guided: whether a call's first half of rows are those
     without the prompt, as classifier-free guidance has them, where no pipeline that is called says it.
-    syntax: how weighted words of the regions' prompts are written, see `sfumato.prompts`; it wants a Base. over_steps:
-    by an adapter's label the progress, from and to, in which it changes the U-Net, 0 at pure noise and 1 at the
-    finished picture. partial, verify: as of `compose`. Where regions overlap, changes on pixels add up and attentions
-    share. What diffusers' `load_lora_weights` loaded counts everywhere. Raises AdapterError for adapters without a
-    low-rank form, for one that changes the text encoders in a region without a prompt, for a compiled U-Net, for
-    a pipeline with an IP-Adapter, and for prompts in one that guides by a picture, too.
+    syntax: how weighted words of the regions' prompts are written, see `sfumato.prompts.syntax`; it wants a Base.
+    over_steps: by an adapter's label the progress, from and to, in which it changes the U-Net, 0 at pure noise and 1 at
+    the finished picture. partial, verify: as of `compose`. Where regions overlap, changes on pixels add up and
+    attentions share. What diffusers' `load_lora_weights` loaded counts everywhere. Raises AdapterError for adapters
+    without a low-rank form, for one that changes the text encoders in a region without a prompt, for a compiled U-Net,
+    for a pipeline with an IP-Adapter, and for prompts in one that guides by a picture, too.
     """
     _check(pipe, parts, syntax)
     unet = unwrapped_parts(pipe)["unet"]

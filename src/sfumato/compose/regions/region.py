@@ -25,7 +25,7 @@ class Region:
 
     where: a picture that is white where the adapters count (grey counts in part), or a box. prompt: of this region's
     cross-attention, read with the call's `clip_skip`; None for the call's own. Its words may change between the steps
-    of `sfumato.draw`, see `sfumato.prompt_steps`. An adapter that changes the text encoders wants a prompt here.
+    of `sfumato.draw`, see `sfumato.prompts.steps`. An adapter that changes the text encoders wants a prompt here.
     Raises AdapterError for what is no place and no adapter.
     """
 

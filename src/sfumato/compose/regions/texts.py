@@ -15,9 +15,9 @@ from sfumato.compose.caller import calling, without_prompt
 from sfumato.compose.regions.region import Region
 from sfumato.errors import AdapterError
 from sfumato.files.adapter_file import AdapterFile
-from sfumato.prompt_encoding import encode, encode_stages
-from sfumato.prompt_steps import STEPS, changes
-from sfumato.prompts import Syntax
+from sfumato.prompts.encoding import encode, encode_stages
+from sfumato.prompts.steps import STEPS, changes
+from sfumato.prompts.syntax import Syntax
 
 Told = list[tuple[int, Tensor]]
 """(last step, counted from 1, the text until then, (1, tokens, width)), in order."""

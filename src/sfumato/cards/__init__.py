@@ -1,0 +1,1 @@
+"""The README.md beside what is learned, in the form the Hugging Face hub shows."""

@@ -1,0 +1,276 @@
+"""The model card: a README.md beside the adapter, in the form the Hugging Face hub shows.
+
+YAML head, gallery, trigger words, how to use it, and the training in a table; written through huggingface_hub.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sfumato.bases.family import FAMILIES
+from sfumato.errors import ConfigError
+from sfumato.files.atomic import atomic_path, write_text
+from sfumato.numerals import so_many
+from sfumato.runs.folder import card_pictures
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from sfumato.files import Description
+
+
+def write_card(
+    folder: Path, adapter: Path, about: Description, prompts: Sequence[str], rows: Sequence[Sequence[Image]]
+) -> Path:
+    """Write README.md and its pictures into `folder`; returns the card's path.
+
+    rows: sample pictures, one row a point in time, one picture a prompt; the first row is the base, the last the
+    finished adapter, and the card shows both.
+    """
+    strength = about.adapter_guidance
+    guided = f", under the adapter guidance {strength:g} that its file asks for" if strength else ""
+    if about.over_steps:
+        guided += ", in the steps from {:g} to {:g} of the way from noise to picture, as its file asks".format(
+            *about.over_steps
+        )
+    shown_with = prompts[telling(about.trigger, prompts)] if prompts else example_of(about)
+    example = shown_with or next(iter(about.captions), "")
+    words = _word_files(about, adapter)
+    line = generate_line(example, about.base, about, lora=adapter.name, words=words)
+    # Of a LoRA that was extracted the targets say nothing: it is of all weights that changed.
+    whole = (about.config or {}).get("method") == "full"
+    adapted = ("method", "rank", "alpha") if whole else ("method", "rank", "alpha", "targets")
+    shown = (*adapted, "steps", "batch", "learning_rate", "schedule", "min_snr", "seed", "resolution")
+    before_after = ""
+    if rows:
+        for name, row in (("before", rows[0]), ("after", rows[-1])):
+            with atomic_path(folder / "images" / f"{name}.png") as temporary:
+                _strip(row).save(temporary)
+        before_after = "\n## Before and after\n\n![before](images/before.png)\n\n![after](images/after.png)\n"
+    text = f"""{opening(folder, about, prompts, rows, tags=("lora", "template:sd-lora"))}
+A LoRA for `{about.base}` ({about.family}), learned from {so_many(about.images or 0, "picture")}.
+{before_after}
+## Trigger words
+
+{trigger_words(about, prompts)}
+
+## Use
+
+{_with_diffusers(about, adapter, words, example)}With sfumato: `{line}`{guided}
+
+{readers(about, _BUNDLED if _is_bundled(about) else _CLIENTS)}
+
+{training_table(about, shown)}"""
+    path = folder / "README.md"
+    write_text(path, text)
+    return path
+
+
+def opening(
+    folder: Path,
+    about: Description,
+    prompts: Sequence[str],
+    rows: Sequence[Sequence[Image]],
+    *,
+    tags: Sequence[str],
+) -> str:
+    """Head, title and gallery of a card, whose pictures, those of the last row, are written into `folder`.
+
+    tags: beside those of all cards.
+    """
+    from huggingface_hub import ModelCardData
+
+    pictures = []
+    for number, (prompt, picture) in enumerate(zip(prompts, rows[-1] if rows else [], strict=False)):
+        with atomic_path(folder / "images" / f"image_{number}.png") as temporary:
+            picture.save(temporary)
+        pictures.append({"text": prompt, "output": {"url": f"images/image_{number}.png"}})
+    head = ModelCardData(
+        library_name="diffusers",
+        base_model=about.base if _is_on_hub(about) else None,  # the hub refuses a card with any other name
+        license=about.license or None,
+        instance_prompt=instance_prompt(about),
+        tags=["text-to-image", "diffusers", *tags, "sfumato"],
+        widget=pictures or None,
+    )
+    return f"---\n{head.to_yaml()}\n---\n\n# {about.title}\n\n<Gallery />\n"
+
+
+def before_after_sheet(folder: Path, prompts: Sequence[str], rows: Sequence[Sequence[Image]]) -> str:
+    """The line that shows the first row above the last, whose sheet is written into `folder`; empty without rows."""
+    from sfumato.drawing.sheet import contact_sheet
+
+    if not rows:
+        return ""
+    sheet = contact_sheet([rows[0], rows[-1]], row_labels=["before", "after"], column_labels=list(prompts))
+    with atomic_path(folder / "images" / "before_after.png") as temporary:
+        sheet.save(temporary)
+    return "\n![before and after](images/before_after.png)\n"
+
+
+_CLIENTS = "ComfyUI, AUTOMATIC1111, Forge, InvokeAI and sd-scripts read the file as it is."
+_BUNDLED = "AUTOMATIC1111 reads the file as it is; what others make of the words in it is told below."
+
+
+def readers(about: Description, otherwise: str) -> str:
+    """The line on other programs: `otherwise`, but for what was learned on pocket."""
+    return otherwise if about.family != "pocket" else "Other programs do not know bases of the family pocket."
+
+
+def _is_on_hub(about: Description) -> bool:
+    return "/" in about.base  # of folders and files here it is the last part of the path
+
+
+def pipeline_lines(about: Description) -> str:
+    """Lines of Python that make `pipe` of the base, or say what it is where a card cannot know the place."""
+    if about.base == "pocket":
+        return 'from sfumato import load_base\n\npipe = load_base("pocket").pipeline()\n'
+    if _is_on_hub(about):
+        return f'from diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained("{about.base}")\n'
+    return f"# pipe: a diffusers pipeline of {about.base}\n"
+
+
+def _is_bundled(about: Description) -> bool:
+    config = about.config or {}
+    return bool(config.get("bundle") and config.get("train_words"))
+
+
+def _word_files(about: Description, adapter: Path) -> list[str]:
+    """The files of the new words that were learned beside the adapter; none where they are within it."""
+    from sfumato.words.placeholders import files
+
+    tokens = (about.config or {}).get("train_words") or ()
+    found = {} if _is_bundled(about) else files(Path(), adapter.stem, tokens, alone=False)
+    return [file.name for file in found.values()]
+
+
+def _with_diffusers(about: Description, adapter: Path, words: Sequence[str], example: str) -> str:
+    """How diffusers draws with it; nothing for a file with words in it, which diffusers refuses."""
+    if _is_bundled(about):
+        return ""
+    loading = [f'pipe.load_lora_weights("{adapter.name}")']
+    if about.family == "sdxl" and words:
+        loading.append("# and the words, as told below")
+    else:
+        loading += [f'pipe.load_textual_inversion("{name}")' for name in words]
+    code = pipeline_lines(about) + "\n".join([*loading, f"image = pipe({example!r}{call_options(about)}).images[0]"])
+    return f"With [diffusers](https://github.com/huggingface/diffusers):\n\n```python\n{code}\n```\n\n"
+
+
+def call_options(about: Description) -> str:
+    """What a call of diffusers must be told: the layers of the text encoder that were skipped while it was learned, and
+    on pocket the steps and the guidance, of which diffusers takes too much by itself."""
+    skipped = (about.config or {}).get("clip_skip")
+    given = {"clip_skip": skipped} if skipped else {}
+    if about.family == "pocket":
+        usual = FAMILIES["pocket"].defaults
+        given |= {"num_inference_steps": usual.sampling_steps, "guidance_scale": usual.guidance}
+    return "".join(f", {name}={value}" for name, value in given.items())
+
+
+def instance_prompt(about: Description) -> str | None:
+    """What the hub tells everybody to write: the trigger, where there is one alone."""
+    return about.trigger[0] if len(about.trigger) == 1 else None
+
+
+def telling(triggers: Sequence[str], prompts: Sequence[str]) -> int:
+    """The place of the sample prompt that tells most of what was learned: the last that holds a trigger, since
+    the prompts after the captions ask for things that were not shown; the last of all where none does."""
+    with_trigger = (place for place, text in enumerate(prompts) if any(_holds(text, each) for each in triggers))
+    return max(with_trigger, default=len(prompts) - 1)
+
+
+def example_of(about: Description, trigger: str | None = None, prompts: Sequence[str] = ()) -> str:
+    """A prompt or caption with the trigger, the first if unset; the trigger alone where none has it."""
+    trigger = trigger or next(iter(about.trigger), "")
+    return next((text for text in (*prompts, *about.captions) if _holds(text, trigger)), trigger)
+
+
+def _holds(text: str, trigger: str) -> bool:
+    return re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", text, re.IGNORECASE) is not None
+
+
+def trigger_words(about: Description, prompts: Sequence[str]) -> str:
+    """What the card says of them. Several are of several sources or words, so each has a line and an example."""
+    if not about.trigger:
+        return "None; the captions had none."
+    if len(about.trigger) == 1:
+        return f"Write `{about.trigger[0]}` in the prompt."
+    lines = (f"- `{each}`, as in `{example_of(about, each, prompts)}`" for each in about.trigger)
+    return "\n".join(["Each calls up what its own pictures showed:\n", *lines])
+
+
+def generate_line(
+    prompt: str, base: str, about: Description, *options: str, lora: str = "", words: Sequence[str] = ()
+) -> str:
+    """`sfumato generate`, as a shell reads it. options: as for `base_options`. words: files of new words."""
+    adapter = f" --lora {shlex.quote(f'{lora}:1.0')}" if lora else ""
+    adapter += "".join(f" --embedding {shlex.quote(name)}" for name in words)
+    return f"sfumato generate {shlex.quote(prompt)} --base {shlex.quote(base)}{base_options(about, *options)}{adapter}"
+
+
+def base_options(about: Description, *names: str) -> str:
+    """What `sfumato generate` must be told, to draw with the base as it was while it was learned on. names: by default
+    all that a base may be loaded with."""
+    config = about.config or {}
+    given = {name: config.get(name) for name in names or ("prediction_type", "clip_skip", "vae")}
+    shown = {name.replace("_", "-"): shlex.quote(str(value)) for name, value in given.items() if value is not None}
+    return "".join(f" --{name} {value}" for name, value in shown.items())
+
+
+def training_table(about: Description, shown: Sequence[str]) -> str:
+    """The section of a card that says what it was trained with; `shown`: the settings, where the config has them."""
+    config = dict(about.config or {})
+    if about.steps is not None and "steps" in config:
+        config["steps"] = about.steps  # those that were made, of a run that stopped before its end
+    values = {name: str(config[name]).replace("|", r"\|") for name in shown if name in config}
+    table = "\n".join(f"| {name} | {value} |" for name, value in values.items())
+    return f"""## Training
+
+| setting | value |
+|---|---|
+{table}
+| pictures | {about.images} |
+| data set sha256 | `{about.dataset_sha256}` |
+"""
+
+
+def _strip(row: Sequence[Image]) -> Image:
+    from PIL import Image as Images
+
+    strip = Images.new("RGB", (sum(p.width for p in row), max(p.height for p in row)), "white")
+    left = 0
+    for picture in row:
+        strip.paste(picture, (left, 0))
+        left += picture.width
+    return strip
+
+
+def push(folder: Path, learned: Path, repository: str) -> str:
+    """Upload what was learned, a file or a model's folder, its card and the card's pictures to the hub; returns the
+    address. Nothing else of the run's folder leaves the machine. Raises ConfigError."""
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    name = learned.name.replace("[", "[[]")  # "[v2]" is one of two letters to the hub
+    patterns = [f"{name}/*" if learned.is_dir() else name, "README.md", *card_pictures(folder)]
+    try:
+        api.create_repo(repository, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            allow_patterns=patterns,
+            commit_message=f"Upload {learned.name if learned.is_dir() else learned.stem}",
+        )
+    except Exception as error:  # the hub's library has changed its network library twice; there is no common error
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        words = ["hf", "upload", repository, str(folder), ".", *(w for each in patterns for w in ("--include", each))]
+        raise ConfigError(
+            f"--push-to-hub {repository}: {reason} What was learned is safe in {learned}; log in with `hf auth login` "
+            f"and upload it with `{shlex.join(words)}`."
+        ) from None
+    return str(commit.commit_url)

@@ -1,0 +1,1 @@
+"""What a command line says of adapters, axes, places and steps. Imports no torch by itself."""

@@ -1,0 +1,208 @@
+"""The axes of an XY plot, and the order that fills it coarse to fine. Imports no torch."""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sfumato.compose.adapter import checked_weight
+from sfumato.config import at_home
+from sfumato.errors import AdapterError, ConfigError
+from sfumato.schedulers import find
+
+if TYPE_CHECKING:
+    from sfumato.prompts.syntax import Syntax
+
+PLAIN: dict[str, Callable[[str], Any]] = {
+    "prompt": str,
+    "negative": str,
+    "seed": int,
+    "steps": int,
+    "guidance": float,
+    "adapter_guidance": float,
+    "sampler": str,
+    "method": str,
+    "density": float,
+}
+"""Settings that an axis may vary, and what reads each value."""
+
+
+def checked_method(name: str) -> str:
+    """The name of a merging method. Raises ConfigError, one line, for one that there is not."""
+    from sfumato.merging.methods import METHODS
+
+    if name not in METHODS:
+        raise ConfigError(f"there is no method {name!r}; known are {', '.join(METHODS)}.")
+    return name
+
+
+def checked_density(density: float) -> float:
+    """The density. Raises ConfigError for one that is no share."""
+    if not 0 < density <= 1:
+        raise ConfigError(f"density {density:g}: wanted the share of entries to keep, above 0 and at most 1.")
+    return density
+
+
+def checked_steps(steps: int) -> int:
+    """Steps of a sampler. Raises ConfigError for none; how many the base takes is its own to say."""
+    if steps < 1:
+        raise ConfigError(f"{steps} steps; wanted at least 1.")
+    return steps
+
+
+def checked_seed(seed: int) -> int:
+    """The seed of a picture's noise. Raises ConfigError for one that torch's generators do not take."""
+    if not -(2**63) <= seed < 2**64:
+        raise ConfigError(f"seed {seed}: wanted a whole number of 64 bits.")
+    return seed
+
+
+def checked_guidance(guidance: float) -> float:
+    """The CFG scale. Raises ConfigError for what cannot be meant."""
+    if not 0 <= guidance <= 100:
+        raise ConfigError(f"guidance {guidance:g}: wanted 0 to 100; 3 to 9 is usual.")
+    return guidance
+
+
+def checked_adapter_guidance(strength: float) -> float:
+    """How often adapters count. Raises ConfigError for what cannot be meant."""
+    from sfumato.files.metadata import MOST_ADAPTER_GUIDANCE as MOST
+
+    if not 0 <= strength <= MOST:
+        raise ConfigError(f"adapter guidance {strength:g}: wanted 0 to {MOST:g}; 2 is usual, 0 is in both predictions.")
+    return strength
+
+
+CHECKS: dict[str, Callable[[Any], object]] = {
+    "seed": checked_seed,
+    "steps": checked_steps,
+    "guidance": checked_guidance,
+    "adapter_guidance": checked_adapter_guidance,
+    "sampler": find,
+    "method": checked_method,
+    "density": checked_density,
+}
+"""What refuses a value that was read but cannot be meant, of an axis or of the option of that name."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What varies along a side: a name of PLAIN, "weight" of the adapter `label`, or "adapter", one file a value."""
+
+    kind: str
+    values: tuple[Any, ...]
+    label: str = ""
+
+    @property
+    def labels(self) -> list[str]:
+        """What stands beside each row or above each column."""
+        if self.kind == "prompt":
+            return [str(value) for value in self.values]
+        if self.kind == "adapter":
+            return [Path(value).name.replace(".safetensors", "").replace(":", " ") for value in self.values]
+        if self.kind == "method":
+            return list(self.values)
+        if self.kind == "weight":
+            return [f"{self.label} {value:g}" for value in self.values]
+        return [
+            f"{self.kind} {value:g}" if isinstance(value, float) else f"{self.kind} {value}" for value in self.values
+        ]
+
+
+def parse_axis(text: str, labels: Sequence[str], syntax: Syntax = "plain") -> Axis:
+    """`prompt=a crab|an owl`, `seed=1,2,3`, `LABEL=0,0.5,1` (weights), `adapter=a.safetensors,runs/*.safetensors`.
+
+    labels: the adapters' names. Prompts are parted by |, everything else by commas. syntax: of the prompts; A1111's
+    brackets may hold a | of their own. Raises ConfigError, one line.
+    """
+    name, equals, rest = text.partition("=")
+    if name not in ("prompt", "negative"):
+        found = rest.split(",")
+    else:
+        found = _outside_brackets(rest) if syntax == "a1111" else rest.split("|")
+    parts = [part.strip() for part in found]
+    parts = [part for part in parts if part or name == "negative"]
+    if not equals or not parts:
+        raise ConfigError(f"axis {text!r}: wanted NAME=VALUES, such as seed=1,2,3 or prompt=a crab|an owl.")
+    if name == "adapter":
+        return Axis("adapter", tuple(file for part in parts for file in _files(part, text)))
+    if name in labels:
+        try:
+            return Axis("weight", tuple(float(checked_weight(name, float(part))) for part in parts), name)  # type: ignore[arg-type]
+        except (ValueError, AdapterError) as error:
+            raise ConfigError(f"axis {text!r}: {error}; wanted weights such as 0,0.5,1.") from None
+    if name not in PLAIN:
+        known = [*PLAIN, "adapter", *labels]
+        near = difflib.get_close_matches(name, known, n=1)
+        raise ConfigError(
+            f"axis {text!r}: there is no {name!r} to vary; "
+            + (f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}.")
+        )
+    try:
+        values = tuple(PLAIN[name](part) for part in parts)
+    except ValueError:
+        raise ConfigError(f"axis {text!r}: {name} takes numbers, parted by commas.") from None
+    for value in values:
+        if name in CHECKS:
+            CHECKS[name](value)
+    return Axis(name, values)
+
+
+def _outside_brackets(text: str) -> list[str]:
+    """The text parted at each | that no bracket holds and no backslash precedes."""
+    parts, depth = [""], 0
+    for token in re.findall(r"\\.|.", text, re.DOTALL):
+        depth = max(0, depth + (token in "[(") - (token in "])"))
+        if token == "|" and not depth:
+            parts.append("")
+        else:
+            parts[-1] += token
+    return parts
+
+
+def _files(part: str, text: str) -> list[str]:
+    part = at_home(part)
+    is_pattern = any(sign in part for sign in "*?[") and not Path(part).exists()  # "line [v2].safetensors" is a file
+    found = sorted(glob.glob(part, recursive=True)) if is_pattern else [part]
+    if not found:
+        raise ConfigError(f"axis {text!r}: no file matches {part}.")
+    return found
+
+
+def coarse_to_fine(columns: int, rows: int) -> Iterator[list[tuple[int, int]]]:
+    """All cells (column, row) in rounds: the corners first, then what lies halfway between, and so on.
+
+    After each round the cells seen so far are as evenly spread as they can be, so that a plot says most early.
+    """
+    levels = [_levels(columns), _levels(rows)]
+    deepest = max(max(levels[0]), max(levels[1]))
+    for level in range(deepest + 1):
+        cells = [
+            (column, row)
+            for row in range(rows)
+            for column in range(columns)
+            if max(levels[0][column], levels[1][row]) == level
+        ]
+        if cells:
+            yield cells
+
+
+def _levels(count: int) -> list[int]:
+    """The round in which each of `count` places comes: 0 for the ends, then the middles of what is left."""
+    levels = [-1] * count
+    levels[0] = levels[-1] = 0
+    spans, level = [(0, count - 1)], 1
+    while spans:
+        halves = []
+        for low, high in spans:
+            if high - low > 1:
+                middle = (low + high) // 2
+                levels[middle] = level
+                halves += [(low, middle), (middle, high)]
+        spans, level = halves, level + 1
+    return levels

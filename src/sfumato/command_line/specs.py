@@ -1,0 +1,248 @@
+"""FILE:0.8 and its like: how a command line names adapters, weights and where to write. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sfumato.command_line.axes import checked_adapter_guidance
+from sfumato.compose.adapter import Adapter, Weight, swept, with_factors_of, without_suffix
+from sfumato.compose.blocks import Blocks
+from sfumato.config import at_home
+from sfumato.errors import AdapterError, ConfigError
+from sfumato.files.header import read_header
+from sfumato.files.peft_folder import adapter_folders_below, folders_in
+from sfumato.prompts.tags import Tagged, refuse_tags, without_flags
+
+
+@dataclass(frozen=True)
+class Request:
+    """One picture that is asked for. prompt: without its tags. tagged: the weights by label of all adapters, where the
+    prompt has tags. own: what is set for it otherwise than for all, by name."""
+
+    prompt: str
+    seed: int
+    tagged: Mapping[str, Weight] | None
+    own: Mapping[str, Any]
+
+
+def is_hub_name(text: str) -> bool:
+    """Whether `owner/name`, or `owner/name/file.safetensors`, can only be meant of the hub: no folder is the owner.
+
+    The name of a file in a folder that is there is none, so that one that was mistyped is known at once.
+    """
+    owner, _, rest = text.partition("/")
+    if not re.fullmatch(r"\w[\w.-]*", owner) or Path(owner).exists() or Path(text).exists():
+        return False
+    if re.fullmatch(r"[\w.-]+", rest):
+        return not rest.endswith(".safetensors")
+    return re.fullmatch(r"[\w.-]+(/[\w. ()+-]+)+\.safetensors", rest) is not None
+
+
+def parse_adapter(spec: str, *, weight: Weight = 1.0) -> Adapter:
+    """The adapter of FILE, FILE:WEIGHT or FILE:UNET:TEXT, each perhaps after LABEL=; the file's header is checked.
+    weight: of one that has none of its own.
+
+    The weights are what follows the last colons, so that a file's name may have some (C:\\line.safetensors:0.8). A file
+    of the hub, owner/name or owner/name/file.safetensors, is fetched first.
+    """
+    splits: list[tuple[str, list[float]]] = [(at_home(spec), [])]
+    while len(splits) < 3 and (found := re.fullmatch(r"(.+):([^:]+)", splits[-1][0], re.DOTALL)):
+        try:
+            splits.append((found[1], [float(found[2]), *splits[-1][1]]))
+        except ValueError:
+            break
+    named = [(path, None, numbers) for path, numbers in splits]
+    labelled = [(path.partition("=")[2], path.partition("=")[0], numbers) for path, numbers in splits if "=" in path]
+    # What is there is meant; if nothing is, the usual reading gives the error its words.
+    path, label, numbers = next(
+        (reading for reading in [*named, *labelled] if Path(reading[0]).exists()), [*named, *labelled][-1]
+    )
+    if not Path(path).exists() and (wrong := re.fullmatch(r"(.+\.safetensors):([^\\/]*)", path)):
+        raise ConfigError(f"{spec}: {wrong[2]!r} is no weight; wanted a number, as in {wrong[1]}:0.8.")
+    if not path:
+        raise ConfigError(f"{spec!r} names no file; wanted FILE:0.8.")
+    if not Path(path).exists() and (hub := next((each for each in [*named, *labelled] if is_hub_name(each[0])), None)):
+        from sfumato.bases.hub import hub_file
+
+        name, label, numbers = hub
+        path = str(hub_file(name))
+        label = label or (None if name.endswith(".safetensors") else name.partition("/")[2])
+    if Path(path).is_dir():  # what is in a folder of peft's or of a whole model, its reader looks into
+        if not (Path(path) / "model_index.json").is_file():
+            folders_in(Path(path))
+    else:
+        read_header(path)
+    own: Weight = weight if not numbers else numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
+    return Adapter(path, own, label or None)
+
+
+def parse_embedding(spec: str) -> tuple[str | None, Path]:
+    """The token, if it is given, and the file of FILE or TOKEN=FILE, of a new word; the file's header is checked.
+
+    One of the hub is fetched first.
+    """
+    token, path = _token_and_path(spec)
+    if is_hub_name(path.as_posix()):
+        from sfumato.bases.hub import WORD, hub_file
+
+        path = hub_file(path.as_posix(), WORD)
+    read_header(path)
+    return token or None, path
+
+
+def public_embedding(spec: str) -> str:
+    """FILE or TOKEN=FILE without the folder, which is private, and with the token, which the prompts hold."""
+    token, path = _token_and_path(spec)
+    name = path.as_posix() if is_hub_name(path.as_posix()) else path.name
+    return f"{token}={name}" if token else name
+
+
+def _token_and_path(spec: str) -> tuple[str, Path]:
+    spec = at_home(spec)
+    token, equals, path = spec.partition("=")
+    return (token, Path(path)) if equals and not Path(spec).is_file() else ("", Path(spec))
+
+
+def parse_adapters(
+    specs: Sequence[str], *, weight: Weight = 1.0, beside: Sequence[Adapter] = ()
+) -> tuple[Adapter, ...]:
+    """The adapters, each with a label of its own, none that one of `beside` has: of two files of one name the later
+    ones are counted. weight: of those that have none of their own."""
+    found: list[Adapter] = []
+    for spec in specs:
+        adapter = parse_adapter(spec, weight=weight)
+        label, count = adapter.label, 2
+        while label in {other.label for other in (*beside, *found)}:
+            label, count = f"{adapter.label} {count}", count + 1
+        found.append(Adapter(adapter.path, adapter.weight, label))
+    return tuple(found)
+
+
+def find_adapter(name: str, folder: Path) -> Path:
+    """The one file of this name, without its suffix, or folder of peft's in the folder or below it; its header is
+    checked.
+
+    Where none has it, a name is meant that a picture's tag cannot hold: "my line v2" is my line, v2.safetensors.
+    Raises ConfigError where there is none, or several of which none is in the folder itself.
+    """
+    from sfumato.drawing.pnginfo import plain_name
+
+    composed = unicodedata.normalize("NFC", name)  # a Mac's files have accents apart
+    files = [path for path in folder.rglob("*.safetensors") if path.is_file()]
+    files += [path for path in adapter_folders_below(folder) if path != folder]
+    stems = [unicodedata.normalize("NFC", without_suffix(path.name)) for path in files]
+    found = [path for path, stem in zip(files, stems, strict=True) if stem == composed]
+    found = found or [path for path, stem in zip(files, stems, strict=True) if plain_name(stem).strip() == composed]
+    found = [path for path in found if path.parent == folder] or found
+    if len(found) != 1:
+        what = (
+            f"{len(found)} files are called that, first {found[0]} and {found[1]}"
+            if found
+            else "no file is called that"
+        )
+        raise ConfigError(f"<lora:{name}>: {what} in {folder}; name the folder that it is in, or its file.")
+    if found[0].is_file():
+        read_header(found[0])
+    return found[0]
+
+
+def in_blocks(adapters: Sequence[Adapter], blocks: Sequence[str]) -> tuple[Adapter, ...]:
+    """The adapters with the weights by block that `--blocks` gives them. Raises ConfigError also for a label twice."""
+    labels = [each.label for each in adapters]
+    if repeated := [label for label in labels if labels.count(label) > 1]:
+        raise ConfigError(f"two adapters are called {repeated[0]!r}; tell them apart with --lora NAME=FILE:0.8.")
+    found = {each.label: each for each in adapters}
+    for text in blocks:
+        label, equals, factors = text.partition("=")
+        if not equals or label not in found:
+            known = ", ".join(found) or "none are given"
+            raise ConfigError(f"--blocks {text}: wanted LABEL=BLOCKS, with the label of a --lora ({known}).")
+        weight = found[label].weight
+        if isinstance(weight, Blocks):
+            raise ConfigError(f"--blocks {text}: {label} has blocks already; name them in one.")
+        found[label] = Adapter(found[label].path, Blocks.parse(weight, factors), found[label].name)
+    return tuple(found.get(each.label, each) for each in adapters)
+
+
+def with_tags(
+    adapters: Sequence[Adapter], prompts: Sequence[Tagged], folder: Path
+) -> tuple[tuple[Adapter, ...], list[dict[str, Weight] | None]]:
+    """All adapters, those of the tags included, and each prompt's weights where it has tags.
+
+    A tag's weight replaces that of the adapter of its label, whose factors by block stay where the tag has none.
+    """
+    named = {each.label: each for each in adapters}
+    always = {each.label: each.weight for each in adapters}
+    for tagged in prompts:
+        for name, _ in tagged.adapters:
+            if name not in named:
+                named[name] = Adapter(find_adapter(name, folder), 0.0, name)
+    said = [
+        {name: with_factors_of(always.get(name, 0.0), weight) for name, weight in tagged.adapters} for tagged in prompts
+    ]
+    return tuple(named.values()), [
+        {label: 0.0 for label in named} | always | weights if weights else None for weights in said
+    ]
+
+
+def without_tags(prompt: str, where: str) -> str:
+    """The prompt. Raises ConfigError where it names an adapter or holds options, as `generate` alone reads them."""
+    refuse_tags(prompt, where, "name the adapter with --lora")
+    return without_flags(prompt, where)
+
+
+def parse_strengths(texts: Sequence[str], labels: Sequence[str]) -> dict[str, float]:
+    """By label, of 2 for all and LABEL=2 for one, which goes before. Raises ConfigError, one line."""
+    found: dict[str, float] = {}
+    for text in sorted(texts, key=lambda text: "=" in text):
+        label, equals, number = text.rpartition("=")
+        if equals and label not in labels:
+            known = ", ".join(labels) or "none are given"
+            raise ConfigError(f"--adapter-guidance {text}: no --lora is called {label!r} ({known}).")
+        try:
+            strength = float(number)
+        except ValueError:
+            raise ConfigError(f"--adapter-guidance {text}: wanted a number, or LABEL=2.") from None
+        found |= dict.fromkeys([label] if equals else labels, checked_adapter_guidance(strength))
+    if texts and not labels:
+        raise ConfigError(
+            f"--adapter-guidance {texts[0]}: there is no adapter that it could count for; give --lora FILE:0.8."
+        )
+    return found
+
+
+def parse_sweep(text: str, adapters: Sequence[Adapter]) -> tuple[str, tuple[float, ...]]:
+    """(label, weights) of LABEL=0,0.5,1. Raises ConfigError, one line."""
+    own = {each.label: each.weight for each in adapters}
+    label, equals, weights = text.rpartition("=")
+    if not equals or not label:
+        raise ConfigError(f"--sweep {text}: wanted LABEL=WEIGHTS, such as line=0,0.5,1.")
+    if label not in own:
+        known = ", ".join(own) or "none are given"
+        raise ConfigError(f"--sweep {text}: no --lora is called {label!r} ({known}).")
+    try:
+        numbers = tuple(float(number) for number in weights.split(","))
+        for number in numbers:
+            swept(label, own[label], number)
+    except AdapterError as error:
+        raise ConfigError(f"--sweep {text}: {error}") from None
+    except ValueError as error:
+        raise ConfigError(f"--sweep {text}: {error}; wanted numbers such as 0,0.5,1.") from None
+    return label, numbers
+
+
+def checked_folder(folder: Path, where: str) -> Path:
+    """The folder, which there need not be yet. Raises ConfigError where it can be neither made nor written to."""
+    for part in (folder, *folder.parents):
+        if part.exists() and not part.is_dir():
+            raise ConfigError(f"{where}: {part} is a file, not a folder; name another place.")
+    nearest = next(part for part in (folder.absolute(), *folder.absolute().parents) if part.exists())
+    if not os.access(nearest, os.W_OK):
+        raise ConfigError(f"{where}: nothing can be written to {nearest}; see to its permissions.")
+    return folder

@@ -1,0 +1,133 @@
+"""All pictures of one call: one after another, or as a sheet of weights, or of pairs without and with the adapters."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+from PIL.Image import Image
+
+from sfumato.bases import Base
+from sfumato.command_line.specs import Request
+from sfumato.command_line.where_when import WhereWhen, applied
+from sfumato.compose import Mix
+from sfumato.compose.adapter import Adapter, Weight, swept, weight_text
+from sfumato.compose.guided import adapter_guidance
+from sfumato.drawing.drawn import used_in
+from sfumato.drawing.pictures import Start, draw_each
+from sfumato.drawing.sheet import contact_sheet, sheet_size
+
+Drawn = tuple[Image, tuple[Adapter, ...], dict[str, Any]]
+"""A picture or sheet, the adapters in it with their weights, and its settings."""
+
+
+@dataclass(frozen=True)
+class Desk:
+    """What the pictures of one call are drawn from and with.
+
+    settings: what all pictures share, defaults filled in. start: a picture to begin from. allowed: partial and verify,
+    as of `compose`, for the adapters of regions.
+    """
+
+    base: Base
+    mix: Mix
+    pictures: Sequence[Request]
+    settings: Mapping[str, Any]
+    start: Start | None
+    where_when: WhereWhen
+    allowed: Mapping[str, bool]
+
+    def draw(self, pictures: Sequence[Request], *, plain: bool = False) -> Iterator[Image]:
+        """The pictures, of one setting, with the mix as it is. plain: without regions and weights by step."""
+        settings = {**self.settings, **pictures[0].own}
+        names = ("negative", "steps", "guidance", "width", "height", "sampler")
+        chosen = {name: settings[name] for name in names}
+        prompts, seeds = [each.prompt for each in pictures], [each.seed for each in pictures]
+        asked = WhereWhen() if plain else self.where_when
+        guidance = settings["guidance"]
+        with (
+            adapter_guidance(self.mix, settings["adapter_guidance"], guidance=guidance),
+            applied(self.base, self.mix, asked, syntax=settings["prompt_syntax"], **self.allowed),
+        ):
+            yield from draw_each(
+                self.base, prompts, seeds, start=self.start, syntax=settings["prompt_syntax"], **chosen
+            )
+
+    def with_adapters(self) -> Iterator[Drawn]:
+        """Each picture, with the weights that its prompt's tags give it; neighbours of one setting in one batch."""
+        for (weights, _), run in groupby(self.pictures, key=lambda each: (each.tagged, each.own)):
+            if weights:
+                self.mix.set_weights(weights)
+            elif any(each.tagged for each in self.pictures):
+                self.mix.set_weights({each.label: each.weight for each in self.mix.adapters.values()})
+            used, same = used_in(self.mix), list(run)
+            for picture, each in zip(self.draw(same), same, strict=True):
+                yield picture, used, {**self.settings, **each.own, "prompt": each.prompt, "seed": each.seed}
+
+    def labels(self) -> list[str]:
+        """What stands beside each picture on a sheet: the prompt, and the seed where there are several."""
+        several = len({each.seed for each in self.pictures}) > 1
+        return [f"{each.prompt} ({each.seed})" if several else each.prompt for each in self.pictures]
+
+    def sheet_settings(self, **more: Any) -> dict[str, Any]:
+        """The settings of a sheet of all pictures."""
+        prompts, seeds = [each.prompt for each in self.pictures], [each.seed for each in self.pictures]
+        return {**self.settings, "prompt": prompts[0], "seed": seeds[0], **more, "prompts": prompts, "seeds": seeds}
+
+    def sizes(self, sweep: tuple[str, Sequence[float]] | None, *, before_after: bool) -> list[tuple[int, int]]:
+        """The pixels of each picture that will be drawn, or of the sheet: of a sweep, or before and after."""
+        each = [{**self.settings, **picture.own} for picture in self.pictures]
+        sizes = [(settings["width"], settings["height"]) for settings in each]
+        if sweep is None and not before_after:
+            return sizes
+        rows, columns = self._pair_labels() if sweep is None else self._sweep_labels(*sweep)
+        return [sheet_size(sizes[0], row_labels=rows, column_labels=columns)]
+
+    def _sweep_labels(self, label: str, weights: Sequence[float]) -> tuple[list[str], list[str]]:
+        """Of the rows and columns."""
+        return [f"{label} {weight:g}" for weight in weights], self.labels()
+
+    def _pair_labels(self) -> tuple[list[str], list[str]]:
+        """Of the rows and columns; the adapters as the mix has them now."""
+        everywhere = [each for each in used_in(self.mix) if each.weight != 0]
+        shown = dict.fromkeys([*everywhere, *self.where_when.regional])
+        of_all = ", ".join(f"{each.label} {weight_text(each.weight)}" for each in shown)
+        rows = [
+            f"{label}\n{_tags(each.tagged)}".strip() for label, each in zip(self.labels(), self.pictures, strict=True)
+        ]
+        return rows, ["without", f"with {of_all}".strip()]
+
+    def sweep(self, label: str, weights: Sequence[float]) -> Drawn:
+        """A row for each weight: the base stays loaded, and each weight recomputes only what that adapter changes.
+
+        The adapters are told as in the first row in which the one that is swept counts.
+        """
+        drawn, before = [], self.mix.weights[label]
+        for weight in weights:
+            self.mix.set_weights({label: swept(label, before, weight)})
+            drawn.append(list(self.draw(self.pictures)))
+            print(f"{label} {weight:g}", file=sys.stderr)
+        rows, columns = self._sweep_labels(label, weights)
+        sheet = contact_sheet(drawn, row_labels=rows, column_labels=columns)
+        self.mix.set_weights({label: swept(label, before, next(filter(None, weights), 0.0))})
+        return sheet, used_in(self.mix), self.sheet_settings(sweep={label: list(weights)})
+
+    def before_after(self) -> Drawn:
+        """A row for each picture: drawn without the adapters and with them, from the same noise.
+
+        The adapters are told as the first picture has them, whose prompt the sheet tells.
+        """
+        rows, columns = self._pair_labels()
+        self.mix.mute()
+        before = list(self.draw(self.pictures, plain=True))
+        self.mix.unmute()
+        after, used, _ = zip(*self.with_adapters(), strict=True)
+        sheet = contact_sheet(list(zip(before, after, strict=True)), row_labels=rows, column_labels=columns)
+        return sheet, used[0], self.sheet_settings(before_after=True)
+
+
+def _tags(weights: Mapping[str, Weight] | None) -> str:
+    return "" if weights is None else ", ".join(f"{label} {weight_text(own)}" for label, own in weights.items() if own)

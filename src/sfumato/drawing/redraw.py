@@ -1,0 +1,162 @@
+"""A picture's settings as the command that draws it again: of A1111, Forge and whoever writes as they do, ComfyUI's
+plain graphs, and our own.
+
+Importing this loads no torch.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sfumato import schedulers
+from sfumato.compose.blocks import Blocks
+from sfumato.drawing.comfy_graph import read_graph
+from sfumato.drawing.pnginfo import Parameters, read_picture_info
+from sfumato.errors import AdapterError, ConfigError, DataError
+from sfumato.numerals import exact
+
+_PLAIN = {"Steps": "--steps", "CFG scale": "--guidance", "Seed": "--seed", "VAE": "--vae"}
+_TOLD = ("Model hash", "VAE hash", "Lora hashes", "TI hashes", "Version", "Prompt syntax")
+"""What says which files were meant, or by whom the picture is, and sets nothing."""
+_KARRAS = ("DPM++ 2M", "DPM2", "DPM2 a")
+"""Samplers that take Karras' schedule where A1111's and Forge's is "Automatic"."""
+_LEFT = ("regions", "sweep", "before_after", "mask")
+"""What our own pictures hold and the command does not."""
+
+
+@dataclass(frozen=True)
+class Redraw:
+    """words: of the command; the names of files are those that the picture has. left_out: settings without an option
+    here, or whose value none has, as (name, value)."""
+
+    file: str
+    parameters: Parameters
+    words: tuple[str, ...]
+    left_out: tuple[tuple[str, str], ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For other programs."""
+        about = self.parameters
+        return {
+            "file": self.file,
+            "prompt": about.prompt,
+            "negative": about.negative,
+            "settings": dict(about.settings),
+            "command": list(self.words),
+            "left_out": dict(self.left_out),
+        }
+
+
+def redraw(path: Path) -> Redraw:
+    """What the picture at `path` says of itself. Raises DataError for one without settings that are read here."""
+    info = read_picture_info(path)
+    about = info.parameters if info.parameters and info.parameters.settings else read_graph(info.graph)
+    if about is None:
+        raise DataError(
+            f"{path.name}: a picture without settings as A1111, Forge and sfumato write them, or a graph of ComfyUI's "
+            "with a sampler and a text; others are read in their own programs alone."
+        )
+    try:
+        return _redraw(path.name, about, info.own or {})
+    except (AttributeError, KeyError, TypeError, ValueError, AdapterError):  # our JSON by another hand
+        return _redraw(path.name, about, {})
+
+
+def _redraw(file: str, about: Parameters, own: Mapping[str, Any]) -> Redraw:
+    left: dict[str, str] = {}
+    words = ("sfumato", "generate", *map(_line, _words(about, own, left)))
+    return Redraw(file, about, words, tuple(left.items()))
+
+
+def render(found: Redraw) -> str:
+    """The settings in lines, and the command."""
+    about = found.parameters
+    rows = [("file", f"{_line(found.file)}, a picture"), ("prompt", _line(about.prompt))]
+    rows += [("negative", _line(about.negative))] * bool(about.negative)
+    rows += [(_line(name), _line(str(value))) for name, value in about.settings.items()]
+    width = max(10, *(len(name) for name, _ in rows))
+    lines = [f"{name:<{width}} {value}" for name, value in rows]
+    if found.left_out:
+        lines += ["", f"not in the command: {', '.join(f'{_line(n)} {_line(v)}' for n, v in found.left_out)}"]
+    return "\n".join([*lines, "", "as a command, where its files have these names:", f"  {shlex.join(found.words)}"])
+
+
+def _line(text: str) -> str:
+    """The text on one line, without what would reach a terminal."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)
+
+
+def _words(about: Parameters, own: Mapping[str, Any], left: dict[str, str]) -> Iterator[str]:
+    settings = {name: str(value) for name, value in about.settings.items() if name not in _TOLD}
+    prompt = own.get("prompt", about.prompt)  # ours is without the adapters' tags and A1111's backslashes
+    yield f"--prompts={prompt}" if prompt.startswith("-") else prompt  # which would be read as an option
+    if negative := own.get("negative", about.negative):
+        yield f"--negative={negative}"
+    if (syntax := own.get("prompt_syntax", "a1111")) != "plain":
+        yield from ("--prompt-syntax", syntax)
+    if model := settings.pop("Model", ""):
+        yield from ("--base", model if own else f"{model.removesuffix('.safetensors')}.safetensors")
+    yield from _sampler(settings.pop("Sampler", ""), settings.pop("Schedule type", "Uniform"), left)
+    for name, option in _PLAIN.items():
+        if name in settings:
+            yield from (option, settings.pop(name))
+    if re.fullmatch(r"\d+x\d+", settings.get("Size", "")):
+        yield from ("--size", settings.pop("Size"))
+    if (skipped := settings.get("Clip skip", "")).isdecimal() and int(settings.pop("Clip skip")) > 1:
+        yield from ("--clip-skip", str(int(skipped) - 1))  # A1111 counts the last layer as 1
+    if "Denoising strength" in settings and not any(name.startswith("Hires") for name in settings):
+        yield from ("--image", str(own.get("image") or "PICTURE"), "--strength", settings.pop("Denoising strength"))
+    if (source := settings.pop("RNG", "GPU")) != "CPU":  # a web interface that names none takes a GPU's noise
+        left["RNG"] = source
+    if own:
+        yield from _own_words(own)
+        settings.pop("Adapter guidance", None)
+    else:
+        for name in re.findall(r"([^,:]+):", str(about.settings.get("TI hashes", ""))):
+            yield from ("--embedding", f"{name.strip()}={name.strip()}.safetensors")
+    left |= settings | {name: str(own[name]) for name in _LEFT if own.get(name)}
+
+
+def _sampler(name: str, schedule: str, left: dict[str, str]) -> Iterator[str]:
+    """--sampler, where there is one of that name and schedule."""
+    if not name:
+        return
+    if schedule == "Automatic":
+        said = f"{name} karras" if name in _KARRAS else name
+    else:
+        said = name if schedule == "Uniform" else f"{name} {schedule}"
+    try:
+        schedulers.find(said)
+    except ConfigError:
+        left["Sampler"] = f"{name}, {schedule}"
+        return
+    yield from ("--sampler", said.lower())
+
+
+def _own_words(own: Mapping[str, Any]) -> Iterator[str]:
+    """Adapters and words as our own pictures have them: each adapter with its label, and what its file might ask for
+    otherwise."""
+    strengths, ways = own.get("adapter_guidance") or {}, own.get("over_steps") or {}
+    for adapter in own.get("adapters") or ():
+        label, weight = adapter["label"], adapter["weight"]
+        blocks = weight if isinstance(weight, dict) else None
+        numbers = weight["weight"] if blocks else weight
+        said = ":".join(exact(number) for number in (numbers if isinstance(numbers, list) else [numbers]))
+        yield from ("--lora", f"{label}={adapter['file']}:{said}")
+        if blocks:
+            yield from ("--blocks", f"{label}={Blocks(1.0, blocks['blocks'], blocks['rest']).factors_text()}")
+        if not own.get("regions"):
+            yield from ("--adapter-guidance", f"{label}={exact(strengths.get(label, 0.0))}")
+        if way := ways.get(label):
+            span, points = way.get("span"), way.get("points")
+            text = "-".join(map(exact, span)) if span else ",".join(":".join(map(exact, point)) for point in points)
+            yield from ("--over-steps", f"{label}={text}")
+    if switch := own.get("switch"):
+        yield from ("--switch", str(switch["every"]))
+    for file in own.get("embeddings") or ():
+        yield from ("--embedding", file)

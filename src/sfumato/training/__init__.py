@@ -1,0 +1,1 @@
+"""What trainers share: options, optimizers, losses, what keeps a class, and what comes after the loop."""

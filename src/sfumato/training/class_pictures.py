@@ -1,0 +1,139 @@
+"""Pictures of a class, drawn once by the base and kept under a name that knows all they depend on.
+
+    FOLDER/KEY/00000.png ...    each from the seed that is its number
+    FOLDER/KEY/about.json       what KEY is a hash of: base, prompt, sampler, steps, guidance, size
+
+Every picture is a function of KEY and its number, so a larger count draws the missing ones only, a smaller one takes
+the first, and a drawing that was interrupted goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from sfumato.drawing.pictures import draw_each
+from sfumato.drawing.sheet import read_drawn
+from sfumato.errors import DataError
+from sfumato.files.atomic import atomic_path, write_text
+
+if TYPE_CHECKING:
+    from sfumato.bases import Base
+    from sfumato.data import Folder
+    from sfumato.training.processes import Processes
+
+FORMAT = 1
+"""To be raised when the same key would give other pictures."""
+
+
+def class_folder(base: Base, prompt: str, *, resolution: int, folder: Path) -> Path:
+    """Where the pictures of `prompt` lie, or will lie."""
+    return folder / _key(about(base, prompt, resolution))
+
+
+def about(base: Base, prompt: str, resolution: int) -> dict[str, Any]:
+    """All that a class picture depends on, besides its number."""
+    return {
+        "format": FORMAT,
+        "base": base.name,
+        "fingerprint": base.fingerprint(),
+        "prompt": prompt,
+        "sampler": base.defaults.sampler,
+        "steps": base.defaults.sampling_steps,
+        "guidance": base.defaults.guidance,
+        "size_px": resolution,
+        "clip_skip": base.clip_skip,
+        "prediction_type": base.prediction_type,
+        "compute": str(base.precision.compute).removeprefix("torch."),
+    }
+
+
+def pictures_of_class(
+    base: Base, counts: Mapping[str, int], *, resolution: int, folder: Path, processes: Processes
+) -> tuple[Folder, int]:
+    """As many pictures of each prompt as `counts` says, with it as their caption, and how many had to be drawn.
+
+    All processes draw, each its share.
+    """
+    where: dict[str, Any] = {"resolution": resolution, "folder": folder}
+    drawn = draw_class(base, counts, rank=processes.rank, processes=processes.count, shown=processes.is_main, **where)
+    processes.wait()
+    return read_class(base, counts, **where), drawn
+
+
+def draw_class(
+    base: Base,
+    counts: Mapping[str, int],
+    *,
+    resolution: int,
+    folder: Path,
+    rank: int = 0,
+    processes: int = 1,
+    shown: bool = True,
+) -> int:
+    """Draw what is missing of so many pictures of each prompt; returns how many were drawn.
+
+    rank, processes: this process draws only its share. shown: with progress on stderr.
+    Raises DataError where the folder cannot be written.
+    """
+    wanted: list[tuple[str, Path, int]] = []
+    for prompt, count in counts.items():
+        place = class_folder(base, prompt, resolution=resolution, folder=folder)
+        wanted += [(prompt, _file(place, number), number) for number in range(count)]
+    # Shared before looking what is there, which the other processes are changing.
+    missing = [entry for entry in wanted[rank::processes] if not _is_whole(entry[1], resolution)]
+    if not missing:
+        return 0
+    pictures = draw_each(
+        base,
+        [prompt for prompt, _, _ in missing],
+        [number for _, _, number in missing],
+        width=resolution,
+        height=resolution,
+    )
+    try:
+        bar = tqdm(missing, desc="drawing the class", unit="picture", file=sys.stderr, disable=not shown)
+        for (prompt, path, _), picture in zip(bar, pictures, strict=True):
+            with atomic_path(path) as temporary:
+                picture.save(temporary)
+            note = path.parent / "about.json"
+            if not note.exists():
+                write_text(note, json.dumps(about(base, prompt, resolution), indent=1) + "\n")
+    except OSError as error:
+        raise DataError(f"{folder}: class pictures cannot be written ({error.strerror}); give --class-cache.") from None
+    return len(missing)
+
+
+def read_class(base: Base, counts: Mapping[str, int], *, resolution: int, folder: Path) -> Folder:
+    """The drawn pictures as examples, each with its prompt as caption. Raises DataError if one is missing."""
+    from sfumato.data import Example, Folder
+
+    examples = []
+    for prompt, count in counts.items():
+        place = class_folder(base, prompt, resolution=resolution, folder=folder)
+        examples += [Example(_file(place, number), prompt, group="class") for number in range(count)]
+    absent = [example.path for example in examples if not example.path.is_file()]
+    if absent:
+        raise DataError(
+            f"{absent[0]}: {len(absent)} of {len(examples)} class pictures are missing; start again to draw them."
+        )
+    return Folder(tuple(examples))
+
+
+def _key(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _file(folder: Path, number: int) -> Path:
+    return folder / f"{number:05d}.png"
+
+
+def _is_whole(path: Path, resolution: int) -> bool:
+    picture = read_drawn(path)
+    return picture is not None and picture.size == (resolution, resolution)

@@ -1,0 +1,97 @@
+"""Samples that show the base's own drawing of a picture and ask for the picture.
+
+Where an adapter draws what it was not shown, its first steps are nearly the base's, and later ones see a drawing that
+is half the base's and half of the style; in pictures that are noised there is nothing of that. So the base draws each
+picture over, from the picture itself under much noise (SDEdit, Meng et al. 2022), and in a share of the samples what is
+noised lies somewhere between the two, while the picture stays what is asked for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from sfumato import diffusion, randomness
+from sfumato.drawing.pictures import LATENTS_AT_ONCE
+from sfumato.words import embedding
+
+if TYPE_CHECKING:
+    from sfumato.bases import Base, TextEmbedding
+    from sfumato.data import Batch, Dataset
+    from sfumato.training.noising import NoisedBatch
+
+BEGINNINGS = (0.6, 0.75, 0.9)
+"""Shares of the timesteps at which the base takes up a picture; each of its views has one of them."""
+STEPS = 8
+FROM = 0.3
+"""Share of the timesteps from which on samples are crossed: with less noise the difference would be all there is."""
+
+
+def first_timestep(base: Base) -> int:
+    """The base's timestep from which on samples are crossed."""
+    return round(FROM * len(base.alpha_bar))
+
+
+class Crossing:
+    """The base's drawing of each view of the pictures, and the samples that show it.
+
+    The base is to be as it was before the training while this is made. share: of the samples from FROM on that are
+    crossed, 0 to 1. All is a function of seed, step and place in the global batch. Raises DataError for crops at random
+    places.
+    """
+
+    def __init__(self, base: Base, data: Dataset, seed: int, share: float, *, shown: bool = True):
+        self._base, self._seed, self._share = base, seed, share
+        self._first = first_timestep(base)
+        side = base.resolution // base.vae_factor
+        batches = list(data.views(max(1, LATENTS_AT_ONCE // (2 * side * side))))  # two rows each, for guidance
+        with torch.no_grad(), base.resting.interrupted():  # once for all: what rests is read from its file again
+            texts = [embedding.encode(base, each.captions).to("cpu") for each in batches]  # there may be thousands
+            self._untold = base.unconditional(1)
+        self._drawn: dict[tuple[int, int], Tensor] = {}
+        batches_shown = tqdm(batches, desc="drawing over", unit="batch", file=sys.stderr, disable=not shown)
+        for batch, text in zip(batches_shown, texts, strict=True):
+            for index, variant, latents in zip(batch.indices, batch.variants, self._draw(batch, text), strict=True):
+                self._drawn[index, variant] = latents
+
+    @torch.no_grad()
+    def _draw(self, batch: Batch, text: TextEmbedding) -> Tensor:
+        """What the base makes of a batch, whose captions' embeddings these are: deterministic DDIM (Song et al. 2021,
+        eq. 12) under its usual guidance."""
+        base = self._base
+        texts = text.to(batch.latents.device), self._untold[[0] * len(batch)]
+        views = list(zip(batch.indices, batch.variants, strict=True))
+        told = [(text, batch.added(base, text)) for text in texts]
+        alpha_bar = base.alpha_bar.to(batch.latents.device)
+        first = torch.tensor([BEGINNINGS[sum(view) % len(BEGINNINGS)] for view in views]) * len(alpha_bar)
+        noise = torch.stack(
+            [randomness.normal(tuple(batch.latents.shape[1:]), self._seed, "drawing over", *view) for view in views]
+        )
+        noise, latents = noise.to(batch.latents), batch.latents
+        for step in range(STEPS):
+            timesteps = (first * (1 - step / STEPS)).long().to(latents.device)
+            now = alpha_bar[timesteps]
+            noisy = diffusion.noise_latents(latents, noise, now)
+            asked, unasked = (base.predict(noisy, timesteps, *each) for each in told)
+            prediction = unasked + base.defaults.guidance * (asked - unasked)
+            latents, noise = diffusion.denoised(base.prediction_type, noisy, prediction, now)
+        return latents
+
+    def cross(self, noised: NoisedBatch, step: int, first: int) -> NoisedBatch:
+        """The samples of a step, from place `first` of its global batch on, a share of those from FROM on crossed."""
+        latents, shown = noised.batch.latents, noised.batch.latents.clone()
+        views = zip(noised.batch.indices, noised.batch.variants, strict=True)
+        for row, (view, timestep) in enumerate(zip(views, noised.timesteps.tolist(), strict=True)):
+            place = first + row
+            if timestep >= self._first and randomness.uniform(self._seed, "crossed", step, place) < self._share:
+                part = randomness.uniform(self._seed, "crossed part", step, place)
+                shown[row] = torch.lerp(latents[row], self._drawn[view], part)
+        alpha_bar = self._base.alpha_bar.to(latents.device)[noised.timesteps]
+        noise = diffusion.crossing_noise(latents, shown, noised.noise, alpha_bar)
+        target = diffusion.target(self._base.prediction_type, latents, noise, alpha_bar)
+        return dataclasses.replace(noised, noise=noise, target=target)

@@ -1,0 +1,94 @@
+"""The end of a run: what its file says of itself, plot, card, upload. What every trainer does after its loop."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from sfumato.config import to_dict
+from sfumato.training import options
+
+if TYPE_CHECKING:
+    from sfumato.bases import Base
+    from sfumato.data import Dataset
+    from sfumato.files import Description
+    from sfumato.runs import Run
+    from sfumato.runs.samples import Samples
+    from sfumato.training.options import TrainerOptions
+
+Kind = Literal["lora", "difference", "folder"]
+
+
+def describe_run(config: TrainerOptions, base: Base, dataset: Dataset, samples: Samples, **more: Any) -> Description:
+    """What the run's file tells of how it came to be. config: resolved. more: further fields of the Description, or
+    others, such as the `steps` of a file that is not from the run's end."""
+    from sfumato.cards.adapter import telling
+    from sfumato.files import Description
+
+    assert config.name is not None
+    assert config.resolution is not None
+    assert config.batch is not None
+    rows = samples.rows
+    triggers: Sequence[str] = more.pop("trigger", [config.trigger] if config.trigger else [])
+    description = Description(
+        title=config.name,
+        family=base.family.name,
+        base=base.name,
+        base_fingerprint=base.adapted_fingerprint(),
+        prediction_type=base.prediction_type,
+        resolution=(config.resolution, config.resolution),
+        images=len(dataset),
+        steps=config.steps,
+        batch=config.batch * config.accumulate * samples.processes,
+        seed=config.seed,
+        learning_rate=config.learning_rate,
+        optimizer=config.optimizer,
+        trigger=triggers,
+        captions=dataset.captions,
+        thumbnail=rows[-1][telling(triggers, samples.prompts)] if rows else None,
+        config=to_dict(options.settled(config), public=True),
+        dataset_sha256=dataset.fingerprint,
+    )
+    return dataclasses.replace(description, **more)
+
+
+def finish(run: Run, path: Path, about: Description, samples: Samples, *, kind: Kind, push: str | None) -> None:
+    """The plot and the card beside what was learned, a line for each, and the upload if `push` names a repository."""
+    from sfumato.cards.adapter import write_card
+
+    rows = samples.rows
+    prompts: Sequence[str] = samples.prompts if rows else []
+    if kind == "lora":
+        card = write_card(run.folder, path, about, prompts, rows)
+    else:
+        from sfumato.cards.model import write_model_card
+
+        card = write_model_card(run.folder, path, about, prompts, rows)
+    plot_and_tell(run, f"{_WHAT[kind]:<9}{path}", card, has_samples=bool(rows))
+    upload(run, [path], push)
+
+
+_WHAT = {"lora": "adapter", "difference": "change", "folder": "model"}
+
+
+def plot_and_tell(run: Run, made: str, card: Path, *, has_samples: bool) -> None:
+    """Draw the log, and say what there is now. made: lines on what was learned."""
+    from sfumato.runs.plot import plot_log
+
+    run.log_file.flush()
+    plot_log(run.folder / "log.jsonl", run.folder / "plot.png")
+    run.say(f"\n{made}\ncard     {card}\nplot     {run.folder / 'plot.png'}")
+    if has_samples:
+        run.say(f"samples  {run.folder / 'samples.png'}")
+
+
+def upload(run: Run, paths: Sequence[Path], repository: str | None) -> None:
+    """Upload each file with its card, and say where it is; nothing where no repository is named."""
+    from sfumato.cards.adapter import push
+
+    if not repository:
+        return
+    for path in paths:
+        run.say(f"uploaded to {push(run.folder, path, repository)}")

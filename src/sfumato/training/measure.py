@@ -1,0 +1,86 @@
+"""Figures of a training that are the same whenever they are measured.
+
+Fit: the loss on fixed pictures, noise and timesteps; it falls while the training loss only jitters.
+Drift: how far the base's prediction on prompts that have nothing to do with the pictures has moved, as a share of its
+size; it says what the learning costs. Neither depends on the run's seed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from sfumato import randomness
+from sfumato.runs.samples import evaluating
+from sfumato.training.objective import denoising_errors, predict
+
+if TYPE_CHECKING:
+    from sfumato.bases import Base
+    from sfumato.data import Dataset
+
+_SEED = 0
+_MOST = 16
+
+
+class Measures:
+    """Fit and drift of what is trained on one base, on at most 16 pictures.
+
+    watched: prompts for each drift, by the figure's name; what the base says of them is computed at once. pristine: a
+    context in which the base predicts as it did before the training; none is needed where nothing has been trained yet.
+    within: a context for all later figures, such as a running mean's `applied`. modules: what is set to evaluation
+    meanwhile.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        data: Dataset,
+        watched: Mapping[str, Sequence[str]],
+        *,
+        pristine: Callable[[], AbstractContextManager[object]] = nullcontext,
+        within: Callable[[], AbstractContextManager[object]] = nullcontext,
+        modules: Sequence[nn.Module] = (),
+    ):
+        self._base, self._modules, self._within = base, list(modules), within
+        self._batch = data.batch(_SEED, 0, min(_MOST, len(data)), augment=False, embed_text=False)
+        count = len(self._batch)
+        shape = tuple(self._batch.latents.shape[1:])
+        noise = torch.stack([randomness.normal(shape, _SEED, "measure", 0, i) for i in range(count)])
+        self._noise = noise.to(self._batch.latents)
+        total = len(base.alpha_bar)
+        self._timesteps = ((torch.arange(count) + 0.5) / count * total).long().to(self._batch.latents.device)
+        self._watched = {name: [prompts[i % len(prompts)] for i in range(count)] for name, prompts in watched.items()}
+        with pristine():
+            self._before = {name: self._predict(prompts) for name, prompts in self._watched.items()}
+
+    def values(self) -> dict[str, float]:
+        """All figures, by name."""
+        with self._within():
+            return {"fit": self.fit(), **{name: self.drift(name) for name in self._watched}}
+
+    @torch.no_grad()
+    def fit(self) -> float:
+        """Mean squared error of the prediction, no weights."""
+        plain = dataclasses.replace(self._batch, mask=None, weights=torch.ones_like(self._batch.weights))
+        with evaluating(self._modules), self._base.resting.interrupted():
+            with warnings.catch_warnings():  # what is cut from a caption was said before training
+                warnings.filterwarnings("ignore", message="prompt of")
+                text = self._base.encode_text(plain.captions)
+            return float(denoising_errors(self._base, plain, self._noise, self._timesteps, text).mean())
+
+    def drift(self, name: str = "drift") -> float:
+        """Norm of the change of the prediction over the norm of the base's prediction."""
+        before = self._before[name].float()
+        return float((self._predict(self._watched[name]).float() - before).norm() / before.norm())
+
+    @torch.no_grad()
+    def _predict(self, prompts: list[str]) -> Tensor:
+        with evaluating(self._modules), self._base.resting.interrupted():
+            text = self._base.encode_text(prompts)
+            return predict(self._base, self._batch, self._noise, self._timesteps, text)

@@ -1,0 +1,99 @@
+"""Batches with all that their error depends on: noise, timesteps and targets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from sfumato import diffusion
+from sfumato.data import join
+from sfumato.training.objective import denoising_errors, draw_noise
+from sfumato.words import embedding
+
+if TYPE_CHECKING:
+    from sfumato.bases import Base
+    from sfumato.data import Batch, Dataset
+
+
+@dataclass(frozen=True)
+class Noising:
+    """How pictures are noised. timesteps: those of the base that are drawn. offset: as of `draw_noise`."""
+
+    timesteps: range
+    offset: float = 0.0
+
+
+@dataclass(frozen=True)
+class NoisedBatch:
+    """A batch with all that its error depends on. noise, target: as batch.latents. timesteps: (batch,)."""
+
+    batch: Batch
+    noise: Tensor
+    timesteps: Tensor
+    target: Tensor
+
+    def beside(self, other: NoisedBatch) -> NoisedBatch:
+        """Both as one batch, these first."""
+        return NoisedBatch(
+            join(self.batch, other.batch),
+            torch.cat([self.noise, other.noise]),
+            torch.cat([self.timesteps, other.timesteps]),
+            torch.cat([self.target, other.target]),
+        )
+
+
+def errors_of(base: Base, parts: Sequence[NoisedBatch], *, encode: bool, min_snr: float | None = None) -> Tensor:
+    """`denoising_errors` of a step's parts in their order, (samples,); those of one shape in one call of the U-Net.
+
+    encode: whether captions are encoded here, with gradients; else the batches hold their embeddings.
+    """
+    errors = []
+    for call in calls(parts):
+        batch = call.batch
+        text = embedding.encode(base, batch.captions, grad=True) if encode else batch.text
+        assert text is not None
+        given = (batch, call.noise, call.timesteps, text)
+        errors.append(denoising_errors(base, *given, min_snr=min_snr, target=call.target))
+    return torch.cat(errors)
+
+
+def calls(parts: Sequence[NoisedBatch]) -> list[NoisedBatch]:
+    """The parts in their order, those beside each other whose latents are of one shape as one."""
+    found: list[NoisedBatch] = []
+    for part in parts:
+        if found and found[-1].noise.shape[1:] == part.noise.shape[1:]:
+            found[-1] = found[-1].beside(part)
+        else:
+            found.append(part)
+    return found
+
+
+def draw_noised(
+    base: Base,
+    data: Dataset,
+    seed: int,
+    step: int,
+    global_batch: int,
+    first: int,
+    count: int,
+    *,
+    noising: Noising | None = None,
+    embed_text: bool = True,
+    order: int | None = None,
+) -> NoisedBatch:
+    """Samples `first` to `first + count` of a step's global batch, with noise, stratified timesteps and target.
+
+    noising: at all of the base's timesteps, without an offset, if None. order: seed of which pictures they are, the
+    other one if None. Without `embed_text` the captions come without their embeddings.
+    """
+    batch = data.batch(seed if order is None else order, step, global_batch, first, count, embed_text=embed_text)
+    noising = noising or Noising(range(len(base.alpha_bar)))
+    noise = draw_noise(batch, seed, step, first, offset=noising.offset)
+    timesteps = diffusion.stratified_timesteps(global_batch, noising.timesteps, seed, step)[first : first + count]
+    timesteps = timesteps.to(noise.device)
+    alpha_bar = base.alpha_bar.to(noise.device)[timesteps]
+    return NoisedBatch(batch, noise, timesteps, diffusion.target(base.prediction_type, batch.latents, noise, alpha_bar))

@@ -1,0 +1,475 @@
+"""Options that the trainers share, each documented once; a trainer's `Config` inherits the groups and adds its own.
+
+The text under a field is its `--help`. Each group also knows how to use itself: read the pictures, decide the
+precision, load the base, so that a trainer says these in a line each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from sfumato.command_line.axes import checked_seed
+from sfumato.config import fill
+from sfumato.errors import ConfigError
+from sfumato.prompts.tags import refuse_tags, without_flags
+
+if TYPE_CHECKING:  # help loads no torch
+    from sfumato.bases import Base
+    from sfumato.data import Dataset, Folder
+    from sfumato.precision import Precision
+    from sfumato.training.noising import Noising
+    from sfumato.training.processes import Processes
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """What is learned from."""
+
+    images: Path
+    """Folder of pictures, or a dataset.toml that names several, as datasets/README.md describes."""
+    trigger: str | None = None
+    """The word that will call up what is learned; put it into the captions, or use --caption."""
+    caption: str | None = None
+    """Template for captions, such as "{caption}, {trigger} style"; {caption} is a picture's own, or its file's name."""
+    caption_dropout: float = 0.0
+    """Share of samples learned without a caption, 0 to 1; at 1 all are."""
+    resolution: int | None = None
+    """Side in pixels of a square picture; others keep about as many pixels. Samples are drawn in it. Unset:
+    the base's own."""
+    flip: bool = False
+    """Mirror half of the samples; not for faces, letters, or anything with a left and a right."""
+    crop: Literal["center", "random", "pad"] = "center"
+    """Where a picture is cut that does not fit: in the middle, at places that change, or nowhere, with white around."""
+    shuffle_tags: bool = False
+    """Captions are tags, parted by commas, and come in another order for each sample."""
+    keep_tags: int = 0
+    """Tags at the front of a caption that are neither shuffled nor dropped."""
+    tag_dropout: float = 0.0
+    """Share of the other tags that is dropped from each sample, 0 to 1."""
+    cache: Path | None = None
+    """Folder that keeps latents and text embeddings for other runs, by content. Unset: they are in memory alone."""
+    mask: Literal["none", "alpha", "files"] = "none"
+    """Learn only a part of each picture: where it is opaque, or where NAME.mask.png is white."""
+    skip_bad: bool = False
+    """Go on without the pictures that cannot be read, instead of stopping."""
+
+    def read_examples(self, words: Sequence[str] = (), *, of_class: bool = True) -> Folder:
+        """The pictures and captions, listed but not decoded. words: that captions have to hold. of_class: whether
+        sources of a class are read."""
+        from sfumato import data
+
+        examples = data.read_folder(
+            self.images,
+            caption_template=self.caption,
+            trigger=self.trigger,
+            mask=self.mask,
+            skip_bad=self.skip_bad,
+            words=" ".join(words),
+            of_class=of_class,
+        )
+        self.check_examples(examples)
+        return examples
+
+    def check_examples(self, examples: Folder) -> None:
+        """Raises DataError for pictures of a class alone, ConfigError for --keep-tags where no caption varies, and for
+        a run that would lie among its pictures."""
+        from sfumato.data.folder import no_subject
+
+        if not examples.of("instance"):
+            raise no_subject(self.images)
+        if getattr(self, "resume", False):
+            return
+        varies = self.shuffle_tags or self.tag_dropout or any(each.options.varies_caption for each in examples)
+        if self.keep_tags and not varies:
+            raise ConfigError(
+                f"--keep-tags {self.keep_tags} has no effect without --shuffle-tags or --tag-dropout; leave it out, or "
+                "give one of them, too."
+            )
+        output: Path | None = getattr(self, "output", None)
+        folders = {path.resolve() for path in (self.images, *(example.path.parent for example in examples))}
+        if output is not None and output.resolve() in folders:
+            raise ConfigError(
+                f"--output {output} is a folder of the pictures; its samples and plot would be learned from, too. Give "
+                f"a folder of its own, such as runs/{output.resolve().name}."
+            )
+
+    def prepare(
+        self,
+        examples: Folder,
+        base: Base,
+        *,
+        embed_text: bool = True,
+        will_draw: tuple[int, int, int] | None = None,
+        processes: Processes | None = None,
+        **other: Any,
+    ) -> Dataset:
+        """The pictures decoded, cropped and encoded, once. embed_text: the captions, too.
+
+        will_draw: (seed, steps, global batch) of the draws from this very set, so that just the captions that come are
+        embedded. processes: with a cache the main one of them prepares, and the others read what it has written.
+        other: what differs from the options, as `data.prepare` takes it.
+        """
+        from sfumato import data
+        from sfumato.runs.progress import Preparation
+
+        assert self.resolution is not None, "resolve() fills it"
+        chosen: dict[str, Any] = {
+            "resolution": self.resolution,
+            "flip": self.flip,
+            "crop": self.crop,
+            "caption_dropout": self.caption_dropout,
+            "shuffle_tags": self.shuffle_tags,
+            "keep_tags": self.keep_tags,
+            "tag_dropout": self.tag_dropout,
+            "cache": self.cache,
+        }
+        chosen |= other
+        chosen |= {"embed_text": embed_text, "will_draw": will_draw}
+        shown = Preparation(shown=processes is None or processes.is_main)
+        with processes.main_first() if processes and chosen["cache"] else nullcontext(), shown:
+            return data.prepare(examples, base, **chosen, progress=shown)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseOptions:
+    """The model that learns, and how it is computed."""
+
+    base: str = "pocket"
+    """The model to teach: pocket, a hub id, a diffusers folder, or a single .safetensors checkpoint."""
+    precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
+    """Number format of the frozen base; what is trained is always fp32."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+    attention: Literal["sdpa", "xformers"] = "sdpa"
+    """Attention of the U-Net; xformers is an extra."""
+    gradient_checkpointing: bool = False
+    """Compute activations twice to keep fewer of them."""
+    clip_skip: int | None = None
+    """Take the text encoder's output this many layers before its last."""
+    vae: str | None = None
+    """Another VAE: a hub id, a folder, or a single file."""
+    prediction_type: Literal["epsilon", "v_prediction"] | None = None
+    """What the base predicts, where a single file cannot tell."""
+
+    def decide_precision(self, processes: Processes, optimizer: str = "adamw", *, adapting: bool = True) -> Precision:
+        """The one decision on devices and number formats, put into effect.
+
+        adapting: the base's weights stay frozen.
+        """
+        from sfumato.precision import decide
+
+        precision = decide(
+            self.precision,
+            device=self.device if processes.count == 1 else processes.device,
+            attention=self.attention,
+            gradient_checkpointing=self.gradient_checkpointing,
+            optimizer=optimizer,
+            adapting=adapting,
+        )
+        precision.apply()
+        return precision
+
+    def load_base(self, precision: Precision) -> Base:
+        """The base, frozen; its U-Net's weights come when they are needed, or `base.resting.keep` asks for them."""
+        from sfumato.bases import load_base
+        from sfumato.precision.lean import keep_less
+
+        base = load_base(
+            self.base,
+            precision=precision,
+            clip_skip=self.clip_skip,
+            vae=self.vae,
+            prediction_type=self.prediction_type,
+            unet=False,
+        )
+        # Not the text encoders: what else is in a batch may decide how their products are rounded.
+        precision.learn(base.unet)
+        if precision.device.type == "cpu":  # its kernels were never run elsewhere
+            keep_less(base.unet)
+        return base
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepOptions:
+    """How it is learned: steps, optimizer, loss."""
+
+    steps: int | None = None
+    """Optimizer steps. Unset: the base family's default."""
+    epochs: int | None = None
+    """Passes over the pictures, instead of --steps."""
+    batch: int | None = None
+    """Pictures at a time on each process. Unset: the base family's default."""
+    accumulate: int = 1
+    """Batches a step: gradients of that many are summed before the weights move."""
+    seed: int = 0
+    """Everything random is a function of this number: start, order, noise, timesteps, dropout of captions."""
+    learning_rate: float | None = None
+    """Peak learning rate. Unset: the default of the method and the base's family, or 1 for prodigy."""
+    optimizer: Literal["adamw", "adamw8bit", "prodigy", "lion"] = "adamw"
+    """adamw is built in; the others are the extras 8bit, prodigy and lion (pip install 'sfumato[8bit]')."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay of the optimizer."""
+    schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    """How the learning rate moves after the warm-up."""
+    warmup: int = 0
+    """Steps in which the learning rate rises from 0."""
+    clip: float = 1.0
+    """Largest norm of the whole gradient; 0 turns clipping off."""
+    min_snr: float | None = None
+    """Gamma of min-SNR weighting (Hang et al. 2023); 0 weighs all timesteps alike. Unset: the base family's default."""
+    noise_offset: float = 0.0
+    """Strength of a constant added to each channel's noise, for very dark or bright pictures; 0.03 to 0.1 is usual."""
+    min_timestep: int = 0
+    """The first of the base's timesteps, 0 to 999 in most, that is learned. At the least noisy ones a picture's strokes
+    and colors are made, at the noisiest its layout."""
+    max_timestep: int | None = None
+    """The timestep below which all are learned, from --min-timestep on. Unset: the number of the base's timesteps."""
+    ema: float = 0.0
+    """Decay of a running mean of what is trained, which is then what is saved; 0 saves the last weights. After n steps
+    it is (1 + n) / (10 + n) at most, so that the mean of a short run does not remember the untrained start."""
+
+    def noising(self, base: Base) -> Noising:
+        """How pictures are noised. Raises ConfigError for timesteps that the base does not have."""
+        from sfumato.training.noising import Noising
+
+        count = len(base.alpha_bar)
+        stop = count if self.max_timestep is None else self.max_timestep
+        if not 0 <= self.min_timestep < stop <= count:
+            raise ConfigError(
+                f"--min-timestep {self.min_timestep}, --max-timestep {stop}: the base's timesteps are 0 to "
+                f"{count - 1}; wanted a first one of these, and a larger end of at most {count}."
+            )
+        return Noising(range(self.min_timestep, stop), self.noise_offset)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderOptions:
+    """Where a run is kept, and how it goes on after a stop."""
+
+    output: Path
+    """Folder of the run: what is learned, its card, checkpoints, samples, log and plot."""
+    checkpoint_every: int | None = None
+    """Steps between checkpoints, besides those at both ends; 0 keeps only what an interruption saves. Unset: a quarter
+    of the run."""
+    keep: int = 2
+    """Checkpoints that stay; fewer than two count as two."""
+    resume: bool = False
+    """Go on with the run in the output folder, from its newest whole checkpoint."""
+    force: bool = False
+    """Resume although config, pictures, base or version have changed."""
+    overwrite: bool = False
+    """Replace a run that the output folder holds; it is there until the first step."""
+    tensorboard: bool = False
+    """Write the log for TensorBoard, too (pip install 'sfumato[tensorboard]')."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(FolderOptions):
+    """What an adapter is called, what is shown of its training, and where it is published."""
+
+    name: str | None = None
+    """Name of what is learned and of its file; unset, the name of the output folder."""
+    sample_prompts: tuple[str, ...] = ()
+    """Prompts to draw while training. Repeat it for several. Unset: some captions and some prompts that were not
+    trained."""
+    sample_every: int | None = None
+    """Steps between sample pictures, besides those at both ends; 0 draws none. Unset: a quarter of the run."""
+    measure_every: int | None = None
+    """Steps between measurements of fit and drift; 0 makes none. Unset: a quarter of the run."""
+    push_to_hub: str | None = None
+    """Upload what is learned and its card to this repository of the Hugging Face hub."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerOptions(DataOptions, BaseOptions, StepOptions, RunOptions):
+    """All of them."""
+
+
+AnyTrainer = TypeVar("AnyTrainer", bound=TrainerOptions)
+AnyRun = TypeVar("AnyRun", bound=FolderOptions)
+
+_AT_LEAST_ONE = (
+    *("steps", "epochs", "batch", "accumulate", "rank", "resolution"),
+    *("vectors", "word_vectors", "class_count"),
+)
+_NOT_NEGATIVE = (
+    *("warmup", "clip", "min_snr", "noise_offset", "weight_decay", "keep_tags", "prior_weight", "drift_limit"),
+    *("sample_every", "measure_every", "save_every", "checkpoint_every", "keep"),
+)
+_RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
+    (_AT_LEAST_ONE, lambda value: value >= 1, "be at least 1"),
+    (_AT_LEAST_ONE, lambda value: value < 2**31, f"be below {2**31:,}"),  # torch would end in a trace of its C++
+    (
+        ("learning_rate", "text_learning_rate", "word_learning_rate", "alpha"),
+        lambda value: 0 < value < math.inf,
+        "be a positive number",
+    ),
+    (("caption_dropout", "tag_dropout", "crossed_share"), lambda value: 0 <= value <= 1, "be 0 to 1"),
+    (("dropout", "ema"), lambda value: 0 <= value < 1, "be at least 0 and below 1"),
+    (_NOT_NEGATIVE, lambda value: 0 <= value < math.inf, "not be negative"),
+)
+"""(fields of any trainer, what their values have to be, and how that is said)."""
+WRITTEN = ("config.toml", "README.md", "plot.png", "samples.png", "samples", "images", "checkpoints")
+"""What a run writes into its folder under a name of its own; NAME.safetensors comes beside them."""
+_FOLDERS_OF_A_RUN = frozenset(("checkpoints", "samples", "tensorboard", "model"))
+_NAMES_OF_A_RUN = _FOLDERS_OF_A_RUN.union(map(str.casefold, WRITTEN), ("adapters", "class", "run.json", "log.jsonl"))
+_NOT_IN_NAMES = '/\\:*?"<>|'
+_DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in range(1, 10))}
+
+
+def check(config: TrainerOptions) -> None:
+    """Refuse what makes no sense before anything is loaded; fields that a trainer lacks are passed over."""
+    if config.steps is not None and config.epochs is not None:
+        and_so = " (the run has its steps already)" if config.resume else ""
+        raise ConfigError(f"--steps and --epochs are both given{and_so}; they say the same, so give one of them.")
+    check_run(config)
+
+
+def check_run(config: FolderOptions) -> None:
+    """Of any trainer's config: its name, its numbers, and which options exclude each other."""
+    if config.resume and config.overwrite:
+        raise ConfigError("--resume and --overwrite are both given; go on with the run, or replace it.")
+    only_with(config, "--resume", "force")
+    check_name(config)
+    if (repository := getattr(config, "push_to_hub", None)) is not None:
+        _check_repository(repository)
+    for prompt in () if config.resume else getattr(config, "sample_prompts", ()):
+        refuse_tags(without_flags(prompt, "--sample-prompts"), "--sample-prompts", "leave it out")
+    device = getattr(config, "device", "auto")
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", device):
+        raise ConfigError(f"--device {device!r:.60}: unknown; wanted auto, cuda, cuda:0, mps or cpu.")
+    if (seed := getattr(config, "seed", None)) is not None:
+        checked_seed(seed)
+    for names, is_good, wanted in _RANGES:
+        for name in names:
+            value = getattr(config, name, None)
+            if value is not None and not is_good(value):
+                raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must {wanted}.")
+
+
+def check_name(config: FolderOptions, *, folder: bool = False) -> None:
+    """Refuse a --name, or an --output that gives the name, that is no plain file name on every system.
+
+    folder: what is learned is a folder of that name, which a run must not have for itself.
+    """
+    if not str(config.output).isprintable():
+        raise ConfigError(f"--output {str(config.output)!a}: holds characters that are not seen; name another folder.")
+    named = getattr(config, "name", None)
+    name, option = (config.output.resolve().name, "--output") if named is None else (named, "--name")
+    reason = ""
+    if not name.strip() or name.startswith("."):
+        reason = "is empty or begins with a dot"
+    elif any(c in _NOT_IN_NAMES or not (c.isprintable() or c == " ") for c in name):
+        reason = f"holds a character that is not for file names ({' '.join(_NOT_IN_NAMES)} or one that is not seen)"
+    elif name[-1] in ". " or name.split(".")[0].strip().upper() in _DEVICES:
+        reason = "ends in a dot or a space, or is a device on Windows"
+    elif len(name.encode("utf-8", "replace")) > 150:
+        reason = "is longer than 150 bytes"
+    elif option == "--name" and name.casefold() in _FOLDERS_OF_A_RUN:
+        reason = "is what a run calls a folder of its own"
+    elif folder and name.casefold() in _NAMES_OF_A_RUN:
+        reason = "is what a run calls a file or folder of its own, beside which the model would lie"
+    if reason:
+        raise ConfigError(
+            f"{option} {ascii(name) if not name.isprintable() else repr(name)}: it {reason}. Give --name a "
+            "plain file name, such as otter-v1."
+        )
+
+
+def _check_repository(name: str) -> None:
+    """Refuse what the hub would refuse, before the training instead of after it."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # it is public all the same
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ConfigError(f"--push-to-hub {name}: no repository of the hub ({' '.join(str(error).split())}).") from None
+
+
+def only_with(config: FolderOptions, needed: str, *names: str) -> None:
+    """Refuse what is given under these names, which has no effect without `needed`.
+
+    Not where a run goes on: earlier versions filled these fields in, and so they stand in its config.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    given = [name for name in names if getattr(config, name) != defaults[name]]
+    if given and not config.resume:
+        raise ConfigError(f"--{given[0].replace('_', '-')} has no effect without {needed}; leave it out, or give both.")
+
+
+def resolve(
+    config: AnyTrainer, base: Base, samples: int, processes: int, **defaults: Any
+) -> tuple[AnyTrainer, list[str]]:
+    """The config with its unset fields filled, and the names that the base's family or the method filled.
+
+    samples: pictures an epoch, repeats included. defaults: the method's own for this family; they come before the
+    family's. Fields that a trainer lacks are passed over.
+    """
+    known = dataclasses.asdict(base.defaults) | {name: value for name, value in defaults.items() if value is not None}
+    if config.optimizer == "prodigy":
+        known["learning_rate"] = 1.0
+    if config.epochs is not None:
+        batch = (config.batch or known["batch"]) * config.accumulate * processes
+        config = dataclasses.replace(config, steps=max(1, round(config.epochs * samples / batch)), epochs=None)
+    config, filled = fill(config, known)
+    config.noising(base)
+    assert config.steps is not None
+    if config.warmup > config.steps:
+        raise ConfigError(
+            f"--warmup {config.warmup} is longer than the {config.steps} steps of the run; make it shorter."
+        )
+    quarter = max(1, -(-config.steps // 4))
+    values: dict[str, Any] = {"name": config.name or config.output.resolve().name}
+    for name in ("sample_every", "measure_every", "checkpoint_every"):
+        values[name] = quarter if getattr(config, name) is None else getattr(config, name)
+    if getattr(config, "train_text_encoder", False):
+        assert config.learning_rate is not None
+        values["text_learning_rate"] = second_rate(config, "text_learning_rate", config.learning_rate / 10)
+    if getattr(config, "save_precision", "") is None:
+        values["save_precision"] = "fp32" if base.family.name == "pocket" else "fp16"
+    return dataclasses.replace(config, **values), filled
+
+
+def span_of(config: TrainerOptions, base: Base) -> tuple[float, float] | None:
+    """(start, end) of progress, 0 at noise, in which an adapter is drawn with: --over-steps, or what it learned; None
+    for all steps."""
+    from sfumato.command_line.where_when import parse_span
+
+    given: str | None = getattr(config, "over_steps", None)
+    if given is not None:
+        span = parse_span(given)
+        found = span.start, span.end
+    else:
+        timesteps, last = config.noising(base).timesteps, max(1, len(base.alpha_bar) - 1)
+        found = max(0.0, 1 - timesteps.stop / last), 1 - timesteps.start / last
+    return None if found == (0.0, 1.0) else found
+
+
+def second_rate(config: TrainerOptions, name: str, otherwise: float) -> float:
+    """The rate of what learns beside the U-Net: what the config has under `name`, or `otherwise`. config: resolved.
+
+    Prodigy finds one step for all that learns, so that there it is the U-Net's. Raises ConfigError for another.
+    """
+    given: float | None = getattr(config, name)
+    if config.optimizer != "prodigy":
+        return otherwise if given is None else given
+    assert config.learning_rate is not None
+    if given not in (None, config.learning_rate):
+        raise ConfigError(
+            f"--{name.replace('_', '-')} {given} beside --learning-rate {config.learning_rate}: prodigy finds one step "
+            "for all that learns. Leave it out, or use --optimizer adamw."
+        )
+    return config.learning_rate
+
+
+def settled(config: AnyRun) -> AnyRun:
+    """The config without the permissions of one call, as it is written down for whoever runs it again."""
+    return dataclasses.replace(config, overwrite=False, resume=False, force=False)

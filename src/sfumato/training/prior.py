@@ -1,0 +1,208 @@
+"""Prior preservation: the half of each batch that keeps a class what it was while a subject is learned.
+
+Ruiz et al. 2023, section 3.3: beside "sks otter" with the subject's pictures the model sees "otter" with pictures that
+it drew itself, and the loss is the sum of both errors, the second times a weight. What the class half is to predict is
+either the noise of such a picture (or its v), or the prediction of the frozen base itself, which needs no pictures.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from sfumato import randomness
+from sfumato.numerals import so_many
+from sfumato.training.noising import NoisedBatch, Noising, draw_noised
+from sfumato.training.objective import predict
+from sfumato.words import embedding
+
+if TYPE_CHECKING:
+    from sfumato.bases import Base
+    from sfumato.data import Dataset, Folder
+    from sfumato.training.options import TrainerOptions
+    from sfumato.training.processes import Processes
+
+KEPT_BYTES = 2**30
+"""Predictions of the base that all processes together keep in memory for a run; the draws of a longer run repeat."""
+
+
+def prepare_both(
+    config: TrainerOptions,
+    base: Base,
+    subjects: Folder,
+    of_class: Folder | None,
+    global_batch: int,
+    processes: Processes,
+    *,
+    embed_text: bool,
+    embed_class: bool,
+    drawn_over: bool = False,
+) -> tuple[Dataset, Dataset | None]:
+    """What is learned, and pictures of the class, if there are any, with the embeddings of just the captions that each
+    will give; of the class's, which `ClassPictures` gives, none are dropped.
+
+    config: resolved. embed_text, embed_class: whether there are embeddings at all. drawn_over: whether what is learned
+    will be drawn over, for which its crops must stay where they are.
+    """
+    assert config.steps is not None
+    run = config.steps, global_batch
+    will_draw = (config.seed, *run)
+    learned: dict[str, Any] = {"embed_text": embed_text, "will_draw": will_draw, "drawn_over": drawn_over}
+    dataset = config.prepare(subjects, base, processes=processes, **learned)
+    if not of_class:
+        return dataset, None
+    will_draw = (class_seed(config.seed), *run)
+    class_set = config.prepare(
+        of_class, base, caption_dropout=0.0, embed_text=embed_class, will_draw=will_draw, processes=processes
+    )
+    return dataset, class_set
+
+
+class ClassPictures:
+    """The class half as in the paper: pictures of the class, and their noise or v is what is to be predicted.
+
+    data: the class pictures with their own captions. Randomness is that of the run's seed, in streams of its own.
+    """
+
+    def __init__(self, base: Base, data: Dataset, seed: int, *, noising: Noising | None = None):
+        self._base, self._data, self._noising = base, data, noising
+        self._seed = class_seed(seed)
+
+    def draw(self, step: int, global_batch: int, first: int, count: int) -> NoisedBatch:
+        """The class's share of a step: as many samples as the subject's, drawn independently of them."""
+        return draw_noised(self._base, self._data, self._seed, step, global_batch, first, count, noising=self._noising)
+
+
+class BasePrediction:
+    """The class half whose target is what the frozen base predicts for the class prompts (Li & Hoiem 2017).
+
+    data: pictures to be noised; those of the subject serve, because the target is a prediction and not the picture.
+    Their captions are not used, so `data` needs no embeddings of them. prompts: taken in turns. order: the seed of
+    which pictures are taken; where `data` is the subject's, that of its half gives each step the pictures, and so the
+    shapes, of that half. embed_text: whether what is drawn holds the prompts' embeddings, as the subject's holds its
+    captions'.
+
+    Targets are computed in `pristine`, a context in which the base predicts as it did before the training; where there
+    is none, because its own weights are trained, `remember` computes them all beforehand: every draw is a function of
+    (seed, step), so no second copy of the base is needed.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        data: Dataset,
+        prompts: Sequence[str],
+        seed: int,
+        *,
+        order: int | None = None,
+        pristine: Callable[[], AbstractContextManager[object]] | None = None,
+        noising: Noising | None = None,
+        embed_text: bool = True,
+    ):
+        self._order, self._embed_text = order, embed_text
+        self._base, self._data, self._noising = base, data, noising
+        self._prompts, self._seed, self._pristine = list(prompts), class_seed(seed), pristine
+        with torch.no_grad(), base.resting.interrupted():
+            self._text = embedding.encode(base, self._prompts)
+        self._period = 0
+        self._kept: dict[tuple[int, int], Tensor] = {}
+
+    def remember(
+        self,
+        steps: range,
+        global_batch: int,
+        starts: Sequence[int],
+        count: int,
+        *,
+        shown: bool = True,
+    ) -> str:
+        """Compute the targets of these steps while the base is the base; a line for the person. shown: with progress.
+
+        They are kept in the dtype they are computed in. Where all would take more than KEPT_BYTES, the draws repeat
+        after as many steps as fit: as many global batches, so that they do not depend on who computes which part.
+        """
+        sample = self._bare(0, global_batch, starts[0], 1).batch.latents.numel() * self._dtype.itemsize
+        self._period = max(1, KEPT_BYTES // (sample * global_batch))
+        wanted = sorted({step % self._period for step in steps})
+        for step in tqdm(wanted, desc="asking the base", unit="step", file=sys.stderr, disable=not shown):
+            for first in starts:
+                noised = self._bare(step, global_batch, first, count)
+                self._kept[step, first] = self._predict(noised).to("cpu", self._dtype)
+        mib = sample * count * len(starts) * len(wanted) / 2**20
+        again = f", which repeat after {self._period} steps" if len(steps) > self._period else ""
+        return f"the base's predictions for {so_many(len(wanted), 'step')}{again}: {mib:,.0f} MiB"
+
+    def draw(self, step: int, global_batch: int, first: int, count: int) -> NoisedBatch:
+        """The class's share of a step: as many samples as the subject's, with noise and timesteps of their own."""
+        if self._period:
+            step %= self._period
+        noised = self._bare(step, global_batch, first, count)
+        if self._period:
+            return dataclasses.replace(noised, target=self._kept[step, first].to(noised.noise))
+        assert self._pristine is not None, "without a context, remember() comes first"
+        with self._pristine():
+            return dataclasses.replace(noised, target=self._predict(noised))
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return self._base.precision.compute
+
+    def _bare(self, step: int, global_batch: int, first: int, count: int) -> NoisedBatch:
+        """The draw with the class prompts as its captions; its target is not the base's prediction yet."""
+        place_in_run = (self._seed, step, global_batch, first, count)
+        noised = draw_noised(
+            self._base, self._data, *place_in_run, noising=self._noising, embed_text=False, order=self._order
+        )
+        rows = [(step * global_batch + first + place) % len(self._prompts) for place in range(len(noised.batch))]
+        batch = dataclasses.replace(
+            noised.batch,
+            text=self._text[rows] if self._embed_text else None,
+            captions=[self._prompts[row] for row in rows],
+            mask=None,
+            weights=torch.ones_like(noised.batch.weights),
+        )
+        return dataclasses.replace(noised, batch=batch)
+
+    @torch.no_grad()
+    def _predict(self, noised: NoisedBatch) -> Tensor:
+        text = self._text[[self._prompts.index(caption) for caption in noised.batch.captions]]
+        return predict(self._base, noised.batch, noised.noise, noised.timesteps, text)
+
+
+def class_seed(seed: int) -> int:
+    """The seed of the class half, so that its pictures, noise and timesteps are not the subject's."""
+    return randomness.seed_of(seed, "class")
+
+
+class DriftLimit:
+    """Says when the base has moved further than `limit` allows; without a limit never.
+
+    reached: the figure that did, such as "class_drift 0.312", empty before. rows: the log of a run that goes on.
+    """
+
+    def __init__(self, limit: float | None, rows: Sequence[Mapping[str, float]] = ()):
+        self.limit = limit
+        self.reached = ""
+        measured = [row for row in rows if any(name in row for name in _DRIFTS)]
+        if measured:
+            self._take(measured[-1])
+
+    def look(self, figures: Mapping[str, float], processes: Processes) -> None:
+        """Take a measurement in; all processes agree."""
+        self._take(figures)
+        if self.limit is not None and processes.largest(int(bool(self.reached))):
+            self.reached = self.reached or "the drift of another process"
+
+    def _take(self, figures: Mapping[str, float]) -> None:
+        over = [name for name in _DRIFTS if self.limit is not None and figures.get(name, 0.0) > self.limit]
+        self.reached = f"{over[0]} {figures[over[0]]:.3f}" if over else ""
+
+
+_DRIFTS = ("class_drift", "drift")

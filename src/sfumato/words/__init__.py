@@ -1,0 +1,1 @@
+"""New words: their vectors, how tokenizers know them, how they are spelt, and what a word means already."""

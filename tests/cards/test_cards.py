@@ -1,0 +1,277 @@
+"""The model card is read back by huggingface_hub, and uploading says what went wrong."""
+
+import re
+import shlex
+from dataclasses import replace
+
+import pytest
+from PIL import Image
+
+from sfumato.cards.adapter import push, write_card
+from sfumato.cards.model import write_model_card
+from sfumato.cards.words import add_words_section, write_embedding_card
+from sfumato.errors import ConfigError
+from sfumato.files import Description
+
+ABOUT = Description(
+    title="line",
+    family="sd1",
+    base="some/base",
+    images=16,
+    trigger=["zwx"],
+    config={"rank": 16, "steps": 300, "images": "line-style"},
+    dataset_sha256="ab" * 32,
+)
+
+
+@pytest.fixture
+def card(tmp_path):
+    row = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    return write_card(tmp_path, tmp_path / "line.safetensors", ABOUT, ["a crab", "a house"], [row, row])
+
+
+def test_the_head_is_what_the_hub_reads(card):
+    from huggingface_hub import ModelCard
+
+    data = ModelCard.load(card).data
+    assert data.base_model == "some/base"
+    assert {"text-to-image", "diffusers", "lora", "template:sd-lora"} <= set(data.tags)
+    assert data.instance_prompt == "zwx"
+    assert [entry["output"]["url"] for entry in data.widget] == ["images/image_0.png", "images/image_1.png"]
+
+
+def test_adapter_guidance_is_told_where_the_file_asks_for_it(card, tmp_path):
+    assert "adapter guidance" not in card.read_text(encoding="utf-8")
+    about = replace(ABOUT, adapter_guidance=2.0)
+    text = write_card(tmp_path, tmp_path / "line.safetensors", about, [], []).read_text(encoding="utf-8")
+    assert "line.safetensors:1.0`, under the adapter guidance 2 that its file asks for\n" in text
+
+
+def test_the_steps_are_told_that_the_file_asks_for(card, tmp_path):
+    assert "in the steps" not in card.read_text(encoding="utf-8")
+    about = replace(ABOUT, over_steps=(0.0, 0.8))
+    text = write_card(tmp_path, tmp_path / "otter.safetensors", about, [], []).read_text(encoding="utf-8")
+    assert "otter.safetensors:1.0`, in the steps from 0 to 0.8 of the way from noise to picture, as" in text
+
+
+@pytest.mark.parametrize("name", ["line.safetensors", "line"])
+def test_each_of_several_triggers_has_a_line_and_an_example(tmp_path, name):
+    from huggingface_hub import ModelCard
+
+    captions = ["a crab, zwx style", "a scrabs otter", "an abs otter"]
+    about = replace(ABOUT, trigger=["zwx", "abs", "none"], captions=captions)
+    write = write_model_card if name == "line" else write_card
+    path = write(tmp_path, tmp_path / name, about, ["abs on a table"], [])
+    lines = ["- `zwx`, as in `a crab, zwx style`", "- `abs`, as in `abs on a table`", "- `none`, as in `none`"]
+    assert "\n".join(["", *lines, ""]) in path.read_text(encoding="utf-8")
+    assert "instance_prompt" not in ModelCard.load(path).data.to_dict()  # the hub would tell to write all of it
+    write(tmp_path, tmp_path / name, about, [], [])
+    assert "sfumato generate 'a crab, zwx style'" in path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["otter.safetensors", "otter"])
+def test_what_to_type_asks_for_what_was_learned_and_not_for_another_sample(name, tmp_path):
+    about = replace(ABOUT, trigger=["sks otter"])
+    write = write_model_card if name == "otter" else write_card
+    prompts = ["a sks otter", "a sks otter on a table", "otter", "a ball"]
+    text = write(tmp_path, tmp_path / name, about, prompts, []).read_text(encoding="utf-8")
+    assert "pipe('a sks otter on a table')" in text
+    assert "sfumato generate 'a sks otter on a table'" in text
+
+
+def test_the_line_to_draw_with_has_what_the_base_was_loaded_with(tmp_path):
+    about = replace(ABOUT, config={"rank": 16, "clip_skip": 1, "prediction_type": "epsilon", "vae": None})
+    text = write_card(tmp_path, tmp_path / "line.safetensors", about, [], []).read_text(encoding="utf-8")
+    assert "--base some/base --prediction-type epsilon --clip-skip 1 --lora line.safetensors:1.0`" in text
+    assert "image = pipe('zwx', clip_skip=1).images[0]" in text
+
+
+def test_every_card_tells_diffusers_of_the_layers_that_were_skipped(tmp_path, card):
+    about = replace(ABOUT, config={"clip_skip": 2})
+    word = {"<x>": tmp_path / "x.safetensors"}
+    add_words_section(card, word, about, inside=None)
+    add_words_section(card, word, about, inside=tmp_path / "line.safetensors")
+    assert card.read_text(encoding="utf-8").count('pipe("a <x>", clip_skip=2)') == 3
+    (tmp_path / "whole").mkdir()
+    whole = write_model_card(tmp_path / "whole", tmp_path / "whole/model", about, [], [])
+    assert ", clip_skip=2).images[0]" in whole.read_text(encoding="utf-8")
+    assert "from diffusers import DiffusionPipeline\n\npipe = Diff" in whole.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("base", "line"),
+    [
+        ("some/base", 'pipe = DiffusionPipeline.from_pretrained("some/base")'),
+        ("pocket", 'pipe = load_base("pocket").pipeline()'),
+        ("my base.safetensors", "# pipe: a diffusers pipeline of my base.safetensors"),
+    ],
+)
+def test_lines_of_python_say_what_pipe_is_and_the_head_names_bases_of_the_hub_alone(base, line, tmp_path):
+    from huggingface_hub import ModelCard
+
+    about, words = replace(ABOUT, base=base), {"<x>": tmp_path / "x.safetensors"}
+    path = write_embedding_card(tmp_path, words, about, [], [], [])
+    assert f'{line}\npipe.load_textual_inversion("x.safetensors")' in path.read_text(encoding="utf-8")
+    assert f"sfumato generate '<x>' --base {shlex.quote(base)} --embedding x.safetensors`" in path.read_text("utf-8")
+    path = write_card(tmp_path, tmp_path / "line.safetensors", about, [], [])
+    add_words_section(path, words, about, inside=None)
+    assert f'{line}\npipe.load_lora_weights("line.safetensors")' in path.read_text(encoding="utf-8")
+    assert path.read_text(encoding="utf-8").count(line) == 1  # another pipe would not have the adapter
+    # The hub refuses a card whose base_model is no model id, after the training.
+    assert ModelCard.load(path).data.base_model == (base if base == "some/base" else None)
+
+
+def test_of_pocket_no_other_program_is_told(tmp_path):
+    about = replace(ABOUT, family="pocket", base="pocket")
+    word, learned = {"<x>": tmp_path / "x.safetensors"}, tmp_path / "line.safetensors"
+    cards = [
+        write(tmp_path / str(place), learned, about, [], [])
+        for place, write in enumerate((write_card, write_model_card))
+    ]
+    add_words_section(cards[0], word, about, inside=learned)
+    cards.append(write_embedding_card(tmp_path, word, about, [], [], []))
+    for card in cards:
+        text = card.read_text(encoding="utf-8")
+        asked = text.count(", num_inference_steps=25, guidance_scale=3.0).images[0]")
+        assert asked == text.count("pipe(") - text.count("# pipe(")  # its own guidance is too much for pocket
+        assert "Other programs do not know bases of the family pocket." in text
+        assert not re.search("ComfyUI|AUTOMATIC1111|InvokeAI", text)
+
+
+@pytest.mark.parametrize("text", [False, True])
+def test_the_card_of_a_difference_says_who_reads_it(text, tmp_path):
+    about = replace(ABOUT, config={"train_text_encoder": text})
+    said = write_model_card(tmp_path, tmp_path / "x.safetensors", about, [], []).read_text(encoding="utf-8")
+    assert "ComfyUI, AUTOMATIC1111, Forge and InvokeAI read the file as it is" in said
+    assert ("the text encoders' norms" in said) is text
+
+
+def test_the_card_of_an_extracted_lora_names_no_targets(tmp_path):
+    config = {"method": "full", "rank": 16, "targets": "everything"}
+    text = write_card(tmp_path, tmp_path / "x.safetensors", replace(ABOUT, config=config), [], []).read_text()
+    assert "| method | full |\n| rank | 16 |\n| pictures |" in text
+
+
+def test_a_setting_with_a_bar_in_it_is_one_cell(tmp_path):
+    about = replace(ABOUT, config={"targets": "to_q|to_k"})
+    text = write_card(tmp_path, tmp_path / "x.safetensors", about, [], []).read_text()
+    assert r"| targets | to_q\|to_k |" in text
+
+
+def test_every_program_is_told_how_it_calls_a_word(card, tmp_path):
+    """ComfyUI and InvokeAI have a spelling of their own; what Forge and diffusers do not find is not promised."""
+    add_words_section(card, {"<x>": tmp_path / "my-x.safetensors"}, ABOUT, inside=None)
+    text = card.read_text(encoding="utf-8")
+    assert "`my-x` in AUTOMATIC1111 and Forge, `embedding:my-x` in ComfyUI, `<my-x>` in InvokeAI." in text
+    add_words_section(card, {"<x>": tmp_path / "line-x.safetensors"}, ABOUT, inside=tmp_path / "line.safetensors")
+    text = card.read_text(encoding="utf-8")
+    assert "`embedding:line` in a prompt" in text
+    assert "Forge draws without them" in text
+
+
+def test_every_picture_of_the_card_is_there(card):
+    text = card.read_text(encoding="utf-8")
+    linked = re.findall(r"images/\w+\.png", text)
+    assert {"images/before.png", "images/after.png"} <= set(linked)
+    assert all((card.parent / name).is_file() for name in linked)
+
+
+def test_the_card_says_how_it_was_made(card):
+    text = card.read_text(encoding="utf-8")
+    assert "| rank | 16 |" in text
+    assert "| pictures | 16 |" in text
+    assert "`" + "ab" * 32 + "`" in text
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What the hub was asked for, which is not reached."""
+    import huggingface_hub
+
+    found = {}
+
+    class Api:
+        def create_repo(self, repository, exist_ok):
+            found["repository"] = repository
+
+        def upload_folder(self, **options):
+            found.update(options)
+            return type("Commit", (), {"commit_url": "address"})
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    return found
+
+
+def test_pushing_uploads_adapter_card_and_pictures_and_nothing_else(card, asked):
+    (card.parent / "images/of-mine.png").write_bytes(b"")
+    assert push(card.parent, card.parent / "line.safetensors", "me/line") == "address"
+    assert asked["repository"] == asked["repo_id"] == "me/line"
+    assert asked["allow_patterns"][:2] == ["line.safetensors", "README.md"]
+    shown = set(asked["allow_patterns"][2:])
+    assert shown == {f"images/{path.name}" for path in (card.parent / "images").iterdir()} - {"images/of-mine.png"}
+
+
+def test_a_name_with_brackets_is_uploaded(tmp_path, asked):
+    from huggingface_hub.utils import filter_repo_objects
+
+    push(tmp_path, tmp_path / "line [v2].safetensors", "me/line")
+    names = ["line [v2].safetensors", "line v.safetensors", "log.jsonl"]
+    assert list(filter_repo_objects(names, allow_patterns=asked["allow_patterns"])) == names[:1]
+
+
+@pytest.mark.parametrize("kind", ["line v2.safetensors", "line v2"])
+def test_the_line_to_draw_with_is_what_a_shell_reads(kind, tmp_path):
+    about, prompt = replace(ABOUT, base="my base"), 'a dog\'s "bone" at $5'
+    write = write_card if kind.endswith(".safetensors") else write_model_card
+    text = write(tmp_path, tmp_path / kind, about, [prompt], []).read_text(encoding="utf-8")
+    words = shlex.split(re.search("`(sfumato generate .*)`", text)[1])
+    assert words[2] == prompt
+    assert words[3:] == (["--base", "my base", "--lora", f"{kind}:1.0"] if write is write_card else ["--base", kind])
+
+
+def test_a_models_folder_is_uploaded_and_nothing_that_begins_like_it(tmp_path, asked):
+    from huggingface_hub.utils import filter_repo_objects
+
+    (tmp_path / "c").mkdir()
+    push(tmp_path, tmp_path / "c", "me/line")
+    names = ["c/unet/config.json", "README.md", "config.toml", "checkpoints/000001/state.json"]
+    assert list(filter_repo_objects(names, allow_patterns=asked["allow_patterns"])) == names[:2]
+
+
+@pytest.mark.parametrize("error", [OSError("no route to host"), ValueError("no route to host")], ids=["os", "httpx"])
+def test_a_failed_push_says_that_nothing_is_lost(error, card, monkeypatch):
+    """And what it says to type uploads what the push would have uploaded."""
+    import huggingface_hub
+
+    class Api:
+        def create_repo(self, repository, exist_ok):
+            raise error
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    with pytest.raises(ConfigError, match=r"no route to host What was learned is safe in ") as refused:
+        push(card.parent, card.parent / "line.safetensors", "me/line")
+    words = shlex.split(re.search("`(hf upload .*)`", str(refused.value))[1])
+    assert words[2:5] == ["me/line", str(card.parent), "."]
+    assert words[5::2] == ["--include"] * len(words[5::2])
+    assert words[6:10:2] == ["line.safetensors", "README.md"]
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_the_use_of_words_that_were_learned_beside_it_is_told_with_it(family, tmp_path):
+    config = {**ABOUT.config, "train_words": ["<otter>"]}
+    about = replace(ABOUT, family=family, trigger=["<otter>"], config=config, captions=["<otter>, flat style"])
+    text = write_card(tmp_path, tmp_path / "line.safetensors", about, [], []).read_text(encoding="utf-8")
+    assert "--lora line.safetensors:1.0 --embedding line-otter.safetensors`" in text
+    wanted = "# and the words" if family == "sdxl" else 'pipe.load_textual_inversion("line-otter.safetensors")'
+    assert f'pipe.load_lora_weights("line.safetensors")\n{wanted}' in text
+    bundled = replace(about, config={**config, "bundle": True})
+    text = write_card(tmp_path, tmp_path / "line.safetensors", bundled, [], []).read_text(encoding="utf-8")
+    assert "load_lora_weights" not in text  # which refuses a file with words in it
+    assert "AUTOMATIC1111 reads the file as it is; what others make of the words" in text
+    assert "--embedding" not in text
+
+
+def test_without_samples_and_triggers_a_caption_is_the_example(tmp_path):
+    about = replace(ABOUT, trigger=[], captions=["a red square"])
+    text = write_card(tmp_path, tmp_path / "line.safetensors", about, [], []).read_text(encoding="utf-8")
+    assert "sfumato generate 'a red square'" in text

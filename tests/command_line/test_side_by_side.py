@@ -1,0 +1,87 @@
+"""Commands at the same time: what they say, what each may use, and what becomes of all when one fails."""
+
+import signal
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sfumato
+from sfumato.command_line import side_by_side
+
+DEAF = 'trap "echo heard; trap - TERM" TERM; echo begun; while true; do sleep 0.05; done'  # to the first alone
+ENDLESS = 'trap "echo saved; exit 143" TERM; echo begun; while true; do sleep 0.05; done'
+
+
+@pytest.fixture
+def shell(tmp_path) -> Path:
+    """In place of Python: runs its last word as a shell does."""
+    program = tmp_path / "shell"
+    program.write_text('#!/bin/sh\nfor last; do :; done\neval "$last"\n')
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    return program
+
+
+def test_each_line_is_after_the_name_of_whose_it_is(capsys):
+    assert side_by_side.run({"one": ["--version"], "another": ["ls"]}, threads=2) is None
+    lines = capsys.readouterr().err.splitlines()
+    assert f"one      {sfumato.__version__}" in lines
+    assert any(line.startswith("another  quickstart") for line in lines)
+
+
+def test_a_moving_bar_becomes_lines_and_threads_are_shared_out(shell, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "executable", str(shell))
+    bar = ["printf '\\r10%%\\r20%%'"]
+    assert side_by_side.run({"a": bar, "b": ["echo $OMP_NUM_THREADS"]}, threads=7) is None
+    assert sorted(capsys.readouterr().err.splitlines()) == ["a  10%", "a  20%", "b  3"]
+
+
+def test_where_one_fails_the_others_save_what_they_have(shell, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "executable", str(shell))
+    failing = "sleep 1; echo 'no such folder'; exit 2"
+    assert side_by_side.run({"long": [ENDLESS], "wrong": [failing]}, threads=2) == ("wrong", 2)
+    assert capsys.readouterr().err.splitlines() == ["long   begun", "wrong  no such folder", "long   saved"]
+
+
+INTERRUPTIONS = pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, 128 + signal.SIGTERM)]
+)
+
+
+def two_of(command, shell):
+    """A process that runs the command twice, as a and b, and which has heard that both have begun."""
+    program = f"""
+import signal, sys
+from sfumato.command_line import side_by_side
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background leaves it ignored
+sys.executable = {str(shell)!r}
+side_by_side.run({{"a": [{command!r}], "b": [{command!r}]}}, threads=2)
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True)
+    assert both_say(process) == {"a  begun\n", "b  begun\n"}
+    return process
+
+
+def both_say(process):
+    return {process.stderr.readline() for _ in "ab"}
+
+
+@INTERRUPTIONS
+def test_an_interruption_reaches_each_once(number, code, shell):
+    process = two_of(ENDLESS, shell)
+    process.send_signal(number)
+    _, rest = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert [rest.count(f"{name}  saved\n") for name in "ab"] == [1, 1]
+
+
+@INTERRUPTIONS
+def test_a_second_interruption_is_passed_on_too(number, code, shell):
+    process = two_of(DEAF, shell)
+    process.send_signal(number)
+    assert both_say(process) == {"a  heard\n", "b  heard\n"}
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    assert process.returncode == code

@@ -1,0 +1,67 @@
+"""Where and when an adapter counts, as the command line says it."""
+
+from pathlib import Path
+
+import pytest
+
+from sfumato.command_line.where_when import Span, Spot, WhereWhen, parse_region, parse_steps
+from sfumato.compose import Adapter
+from sfumato.compose.steps import Ramp
+from sfumato.errors import ConfigError
+
+LINE, OTTER, ODD = Adapter("line.safetensors", 0.8), Adapter("otter.safetensors"), Adapter("c.safetensors", 1.0, "c+d")
+
+
+@pytest.mark.parametrize(
+    ("text", "spot"),
+    [
+        ("line=left", Spot((LINE,), (0.0, 0.0, 0.5, 1.0), None)),
+        ("line=bottom:an otter: asleep", Spot((LINE,), (0.0, 0.5, 1.0, 1.0), "an otter: asleep")),
+        ("line=0.1,0,0.5,1: a crab=b", Spot((LINE,), (0.1, 0.0, 0.5, 1.0), "a crab=b")),
+        ("line+otter=top", Spot((LINE, OTTER), (0.0, 0.0, 1.0, 0.5), None)),
+        ("c+d=right", Spot((ODD,), (0.5, 0.0, 1.0, 1.0), None)),
+        ("line=C:mask.png", Spot((LINE,), Path("C:mask.png"), None)),
+        ("line=C:mask.png:red", Spot((LINE,), Path("C:mask.png"), "red")),
+    ],
+)
+def test_a_region_is_read_as_written(text, spot, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("C:mask.png").touch()
+    assert parse_region(text, [LINE, OTTER, ODD]) == spot
+
+
+@pytest.mark.parametrize("text", ["line", "crab=left", "line+crab=left", "line=", "line=gone.png", "line=0,0,2,1"])
+def test_a_region_that_makes_no_sense_is_one_line(text):
+    with pytest.raises(ConfigError, match="--region") as caught:
+        parse_region(text, [LINE, OTTER])
+    assert "\n" not in str(caught.value)
+
+
+def test_steps_are_points_or_a_span():
+    assert parse_steps("line=0:0,0.4:1", ["line"]) == ("line", Ramp((0, 0), (0.4, 1)))
+    assert parse_steps("a=b=0-0.5", ["a=b"]) == ("a=b", Span(0.0, 0.5))
+
+
+@pytest.mark.parametrize("text", ["line", "crab=0-1", "line=1-0", "line=0-2", "line=0.1.2-1", "line=0", "line=0:99"])
+def test_steps_that_make_no_sense_are_one_line(text):
+    with pytest.raises(ConfigError, match="--over-steps") as caught:
+        parse_steps(text, ["line"])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_span_has_the_weight_within_and_none_beyond():
+    early, late = Ramp.within(0, 0.5, 0.8), Ramp.within(0.5, 1, 0.8)
+    progress = [0.0, 0.25, 0.5, 0.51, 1.0]
+    assert [early(at) for at in progress] == [0.8, 0.8, 0.8, 0.0, 0.0]
+    assert [late(at) for at in progress] == [0.0, 0.0, 0.0, 0.8, 0.8]
+
+
+def test_what_is_not_asked_for_is_not_told():
+    assert WhereWhen().told() == {}
+    assert not WhereWhen().follows_steps
+
+
+def test_a_mix_follows_no_steps_of_an_adapter_in_a_region():
+    spot, span = Spot((LINE,), (0.0, 0.0, 0.5, 1.0), None), Span(0.0, 0.5)
+    assert not WhereWhen((spot,), {"line": span}).follows_steps
+    assert WhereWhen((spot,), {"line": span, "otter": span}).follows_steps

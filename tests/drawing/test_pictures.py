@@ -1,0 +1,300 @@
+"""Pictures: each its seed's own, on the base's own schedule, and never a broken one."""
+
+import logging
+import subprocess
+import sys
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    AutoPipelineForImage2Image,
+    ControlNetModel,
+    EDMEulerScheduler,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionPipeline,
+)
+from PIL import Image
+
+from sfumato import schedulers
+from sfumato.bases import load_base
+from sfumato.drawing.pictures import Start, draw
+from sfumato.errors import BaseModelError, ConfigError
+from sfumato.precision import decide
+from tests.tiny import CPU, tiny_pipeline, tiny_pocket_folder, write_folder
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    return tiny_pipeline("sd1")
+
+
+@pytest.fixture(scope="module")
+def pocket(tmp_path_factory) -> Any:
+    return load_base(tiny_pocket_folder(tmp_path_factory.mktemp("pocket")), precision=CPU)
+
+
+def difference(one: Any, other: Any) -> int:
+    """The largest difference between two pictures, in 255ths."""
+    return int(np.abs(np.asarray(one, dtype=int) - np.asarray(other, dtype=int)).max())
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_plain_diffusers_with_the_same_seed_draws_the_same_picture(family):
+    pipe = tiny_pipeline(family)
+    theirs = pipe("a cat", num_inference_steps=2, generator=torch.Generator().manual_seed(7)).images[0]
+    assert difference(draw(pipe, "a cat", 7, steps=2)[0], theirs) <= 1
+
+
+def test_a_base_draws_what_its_pipeline_draws(pocket):
+    defaults = pocket.defaults
+    options = {"num_inference_steps": defaults.sampling_steps, "guidance_scale": defaults.guidance}
+    theirs = pocket.pipeline()("a cat", generator=torch.Generator().manual_seed(7), **options).images[0]
+    ours = draw(pocket, "a cat", 7)[0]
+    assert ours.size == (64, 64)
+    assert difference(ours, theirs) <= 1
+
+
+def test_a_picture_does_not_depend_on_its_place_in_the_batch(pocket):
+    together = draw(pocket, ["a cat", "a red cat", "a cat"], [1, 2, 3], steps=3)
+    assert difference(together[2], draw(pocket, "a cat", 3, steps=3)[0]) <= 1
+    assert difference(together[1], draw(pocket, ["a cat", "a red cat"], [9, 2], steps=3, batch=1)[1]) <= 1
+    assert difference(together[0], together[2]) > 1
+
+
+def test_a_picture_does_not_depend_on_how_long_the_prompts_beside_it_are(pocket):
+    pytest.importorskip("compel")
+    prompts = ["a cat", "red cat, " * 40, "a red cat"]
+    together = draw(pocket, prompts, [1, 2, 3], steps=3, syntax="a1111")
+    alone = [draw(pocket, prompts[i], i + 1, steps=3, syntax="a1111")[0] for i in range(3)]
+    assert [difference(*pair) <= 1 for pair in zip(together, alone, strict=True)] == [True] * 3
+
+
+def test_ancestral_noise_too_is_the_pictures_own(pocket):
+    together = draw(pocket, "a cat", [1, 2, 3], steps=3, sampler="euler a")
+    assert difference(together[2], draw(pocket, "a cat", 3, steps=3, sampler="euler a")[0]) <= 1
+
+
+def test_the_same_call_twice_gives_equal_bytes(pocket):
+    first, second = (draw(pocket, ["a cat", "red"], [1, 2], steps=2, negative="re") for _ in range(2))
+    assert [picture.tobytes() for picture in first] == [picture.tobytes() for picture in second]
+
+
+def test_width_and_height_are_not_mixed_up(pocket):
+    assert draw(pocket, "a cat", 1, steps=1, width=32, height=64)[0].size == (32, 64)
+
+
+def test_every_sampler_keeps_the_bases_schedule_and_leaves_the_pipelines_alone(pocket):
+    """2 steps of each draw a picture; the betas and what is predicted are the base's."""
+    schedule = pocket.scheduler.config
+    pipe = pocket.pipeline()
+    own = pipe.scheduler
+    for name, sampler in schedulers.SAMPLERS.items():
+        if sampler.needs and find_spec(sampler.needs) is None:
+            with pytest.raises(ConfigError, match=f"--sampler {name}: needs {sampler.needs}, which is not installed"):
+                schedulers.scheduler(name, schedule)
+            continue
+        made = schedulers.scheduler(name, schedule)
+        assert made.config.prediction_type == "v_prediction"
+        assert (made.config.beta_start, made.config.beta_end) == (0.00085, 0.012)
+        assert schedulers.label(made) == (sampler.label, sampler.schedule)
+        assert len(draw(pipe, "a cat", 1, steps=2, sampler=name, width=32, height=32, guidance=1.0)) == 1
+        assert pipe.scheduler is own
+
+
+@pytest.mark.parametrize("name", ["DPM++ 2M Karras", "dpmpp_2m_karras", "dpm++-2m-karras"])
+def test_a_sampler_goes_by_any_spelling_of_its_name(name):
+    assert schedulers.find(name) is schedulers.SAMPLERS["dpm++ 2m karras"]
+
+
+def test_a_sampler_that_cannot_begin_in_pure_noise_is_refused_on_such_a_base(pocket):
+    schedule = {**pocket.scheduler.config, "rescale_betas_zero_snr": True}
+    with pytest.raises(ConfigError, match="zero terminal SNR"):
+        schedulers.scheduler("pndm", schedule)
+    for name in ("DPM++ 2M Karras", "euler_karras", "unipc karras"):
+        with pytest.raises(ConfigError, match=r"zero terminal SNR\. Take (DPM\+\+ 2M|euler|unipc)\.$"):
+            schedulers.scheduler(name, schedule)
+    assert schedulers.scheduler("euler", schedule).config.timestep_spacing == "trailing"
+
+
+def test_a_picture_to_begin_from_is_no_reason_to_warn_of_casts(tmp_path, caplog, monkeypatch):
+    """diffusers tells of modules of SDXL's VAE that should stay in fp32, of which there are none."""
+    base = load_base(write_folder(tiny_pipeline("sdxl"), tmp_path / "base"), precision=CPU)
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
+    draw(base, "a cat", 1, steps=2, width=64, height=64, start=Start(Image.new("RGB", (64, 64)), strength=0.5))
+    assert [record.getMessage() for record in caplog.records if record.name.startswith("diffusers")] == []
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_a_picture_to_begin_from_is_encoded_in_the_vaes_own_dtype_and_leaves_it_as_it_was(tmp_path, family):
+    folder = write_folder(tiny_pipeline(family), tmp_path / family)
+    base = load_base(folder, precision=decide("bf16", device="cpu", adapting=True))
+    before = {name: tensor.clone() for name, tensor in base.vae.state_dict().items()}
+    assert {tensor.dtype for tensor in before.values()} == {torch.float32}
+    seen = []
+    hook = base.vae.encoder.conv_in.register_forward_hook(lambda _, pixels, out: seen.append((pixels[0], out)))
+    draw(base, "a cat", 1, steps=2, width=64, height=64, start=Start(Image.new("RGB", (64, 64)), strength=0.5))
+    hook.remove()
+    assert [{pixels.dtype, out.dtype} for pixels, out in seen] == [{torch.float32}]
+    assert "encode" not in vars(base.vae)
+    for name, tensor in base.vae.state_dict().items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_an_unknown_sampler_gets_a_suggestion_without_torch():
+    code = (
+        "import sys\nfrom sfumato import schedulers\n"
+        "try:\n    schedulers.find('dmp++ 2m')\nexcept Exception as e:\n    print(e)\nprint('torch' in sys.modules)"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
+    assert said == "--sampler dmp++ 2m: unknown; did you mean 'dpm++ 2m'?\nFalse\n"
+
+
+def test_latents_that_are_not_finite_are_no_picture(pipe):
+    bias = pipe.unet.conv_out.bias
+    before = bias.detach().clone()
+    with torch.no_grad():
+        bias.fill_(float("nan"))
+    try:
+        with pytest.raises(BaseModelError, match=r"2 of 2 pictures \(seed 5\) came out not finite"):
+            draw(pipe, "a cat", [5, 6], steps=1)
+    finally:
+        with torch.no_grad():
+            bias.copy_(before)
+
+
+def test_a_black_picture_is_no_picture(pocket):
+    weight, bias = pocket.vae.decoder.conv_out.weight, pocket.vae.decoder.conv_out.bias
+    before = weight.clone(), bias.clone()
+    weight.zero_()
+    bias.fill_(-1.0)
+    try:
+        with pytest.raises(BaseModelError, match=r"seed 5.*black.*--vae"):
+            draw(pocket, "a cat", 5, steps=1)
+    finally:
+        weight.copy_(before[0])
+        bias.copy_(before[1])
+
+
+def test_a_unet_that_overflows_in_half_precision_is_drawn_with_in_fp32():
+    pipe = tiny_pipeline("sd1", shallow=True)
+    wanted = draw(pipe, "a cat", 5, steps=1)[0]
+    pipe.unet.to(torch.bfloat16)
+    pipe.text_encoder.to(torch.bfloat16)
+    pipe.unet.conv_out.register_forward_hook(
+        lambda _, __, output: output if output.dtype == torch.float32 else output * torch.inf
+    )
+    assert difference(draw(pipe, "a cat", 5, steps=1)[0], wanted) < 10  # weights were rounded to bf16
+    assert pipe.unet.dtype == pipe.text_encoder.dtype == torch.bfloat16
+
+
+def test_what_is_black_in_the_mask_stays_to_the_very_pixel(pocket):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+    mask = Image.new("L", (32, 32), 0)
+    mask.paste(255, (16, 0, 32, 32))
+    start = Start(picture, strength=0.5, mask=mask)
+    drawn = draw(pocket, "a cat", 1, steps=2, width=32, height=32, start=start)[0]
+    assert difference(drawn.crop((0, 0, 16, 32)), picture.crop((0, 0, 16, 32))) == 0
+    assert difference(drawn.crop((16, 0, 32, 32)), picture.crop((16, 0, 32, 32))) > 20
+
+
+def test_an_overflow_in_half_precision_is_drawn_again_in_fp32():
+    """A VAE that gives Inf in fp16: `draw` gives the fp32 picture, and the VAE is fp16 again."""
+    pipe = tiny_pipeline("sd1")
+    pipe.vae.to(torch.float16)
+    real, dtypes = pipe.vae.decode, []
+
+    def overflows(latents, **options):
+        dtypes.append(latents.dtype)
+        pixels = real(latents, **options)[0]
+        return (pixels * float("inf") if latents.dtype == torch.float16 else pixels,)
+
+    pipe.vae.decode = overflows
+    drawn = draw(pipe, "a cat", 1, steps=1)[0]
+    assert dtypes == [torch.float16, torch.float32]
+    assert pipe.vae.dtype == torch.float16
+    pipe.vae.float()
+    assert difference(drawn, draw(pipe, "a cat", 1, steps=1)[0]) == 0
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        ({"prompts": ["a", "b"], "seeds": [1, 2, 3]}, "2 prompts and 3 seeds"),
+        ({"prompts": "a", "seeds": 1, "width": 60}, "width 60"),
+        ({"prompts": "a", "seeds": 1, "height": 0}, "height 0"),
+        ({"prompts": "a", "seeds": 1, "steps": 0}, "0 steps"),
+        ({"prompts": "a", "seeds": 1, "batch": -1}, "batch -1"),
+        ({"prompts": "a", "seeds": 1, "syntax": "a111"}, "'a111': wanted one of plain, compel, a1111"),
+        ({"prompts": ["a", "b"], "seeds": 1, "negative": ["c", "d"]}, "one text for all pictures"),
+        ({"prompts": "a", "seeds": 1, "guidance": float("nan")}, "guidance nan"),
+        ({"prompts": "a", "seeds": 2**64}, "64 bits"),
+        ({"prompts": [], "seeds": []}, "0 prompts"),
+        ({"prompts": 5, "seeds": 1}, "a prompt that is a int"),
+        ({"prompts": "a", "seeds": 1.5}, "seed 1.5: wanted a whole number"),
+        ({"prompts": "a", "seeds": [1, "2"]}, "seed '2': wanted a whole number"),
+        ({"prompts": "a", "seeds": 1, "steps": 2.5}, "steps 2.5: wanted a whole number"),
+        ({"prompts": "a", "seeds": 1, "width": "64"}, "width '64': wanted a whole number"),
+        ({"prompts": "a", "seeds": 1, "guidance": "3"}, "guidance '3': wanted a number"),
+    ],
+)
+def test_a_call_that_makes_no_sense_is_one_line(pocket, call, words):
+    with pytest.raises(ConfigError) as caught:
+        draw(pocket, **call)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_pipeline_that_wants_a_picture_says_so(pipe):
+    with pytest.raises(ConfigError, match=r"StableDiffusionImg2ImgPipeline draws from a picture; give start="):
+        draw(AutoPipelineForImage2Image.from_pipe(pipe), "a cat", 1, steps=1)
+
+
+def test_a_pipeline_that_follows_another_picture_is_refused(pipe):
+    control = ControlNetModel.from_unet(pipe.unet)
+    led = StableDiffusionControlNetPipeline(**pipe.components, controlnet=control, requires_safety_checker=False)
+    with pytest.raises(ConfigError, match="StableDiffusionControlNetPipeline follows a picture"):
+        draw(led, "a cat", 1, steps=1, start=Start(Image.new("RGB", (64, 64))))
+
+
+def test_a_start_on_a_pipeline_that_diffusers_has_no_other_of_is_one_line(pipe):
+    class Own(StableDiffusionPipeline):
+        pass
+
+    own = Own(**pipe.components, requires_safety_checker=False)
+    with pytest.raises(ConfigError, match="no Image2Image pipeline for a Own"):
+        draw(own, "a cat", 1, steps=2, start=Start(Image.new("RGB", (64, 64))))
+
+
+def test_a_sampler_for_a_schedule_without_betas_is_refused(pipe):
+    own = pipe.scheduler
+    pipe.scheduler = EDMEulerScheduler()
+    try:
+        with pytest.raises(ConfigError, match="--sampler ddim: this base's schedule has no betas"):
+            draw(pipe, "a cat", 1, steps=1, sampler="ddim")
+    finally:
+        pipe.scheduler = own
+
+
+def test_black_of_a_mask_stays_black_beside_an_edge():
+    mask = Image.new("L", (100, 50), 0)
+    mask.paste(255, (0, 0, 50, 50))
+    resized = np.asarray(Start(mask, mask=mask).sized(64, 64).mask)
+    assert (resized[:, 34:] == 0).all()
+    assert (resized[:, :30] == 255).all()
+
+
+@pytest.mark.parametrize("seeds", [np.int64(3), np.array([3]), torch.tensor([3])])
+def test_seeds_may_be_numbers_of_numpy_and_torch(pocket, seeds):
+    assert draw(pocket, "a cat", seeds, steps=1)[0].tobytes() == draw(pocket, "a cat", 3, steps=1)[0].tobytes()
+
+
+@pytest.mark.parametrize("source", ["pocket", torch.nn.Linear(1, 1)])
+def test_what_is_no_pipeline_is_one_line(source):
+    with pytest.raises(
+        ConfigError, match=r"draw wants a Base or a diffusers pipeline with a U-Net, got a (str|Linear)"
+    ):
+        draw(source, "a cat", 1)

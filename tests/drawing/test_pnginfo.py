@@ -1,0 +1,346 @@
+"""Settings inside pictures, as other tools read them."""
+
+import json
+import re
+import shlex
+
+import pytest
+import torch
+from PIL import Image, JpegImagePlugin, PngImagePlugin
+from safetensors.torch import save_file
+from sfumato.pipelines.generate import Config, plan
+from sfumato.pipelines.inspect_file import main as inspect
+
+from sfumato.compose.adapter import Adapter
+from sfumato.compose.blocks import Blocks
+from sfumato.config import parse
+from sfumato.drawing.comfy_graph import read_graph
+from sfumato.drawing.drawn import save_drawn
+from sfumato.drawing.pnginfo import (
+    Parameters,
+    format_parameters,
+    lora_tag,
+    parse_parameters,
+    read_picture_info,
+    save_picture,
+    short_hashes,
+)
+from sfumato.drawing.redraw import redraw, render
+from sfumato.drawing.sheet import read_drawn
+from sfumato.errors import ConfigError, DataError
+
+SETTINGS = {
+    "Steps": 20,
+    "Sampler": "Euler a",
+    "Schedule type": "Karras",
+    "CFG scale": 7,
+    "Seed": 965400086,
+    "Size": "512x512",
+    "Model": "v1-5",
+    "VAE": None,
+    "Lora hashes": short_hashes({"a": "0123456789abcdef", "b: x, y": "ba9876543210ff"}),
+    "Version": "sfumato-0.1",
+}
+TEXT = """a crab <lora:a:0.8>
+Negative prompt: blurry, grey
+Steps: 20, Sampler: Euler a, Schedule type: Karras, CFG scale: 7, Seed: 965400086, Size: 512x512, Model: v1-5, \
+Lora hashes: "a: 0123456789ab, b x y: ba9876543210", Version: sfumato-0.1"""
+
+
+def test_the_text_is_a1111_s_to_the_letter():
+    assert format_parameters(Parameters("a crab " + lora_tag("a", 0.8), "blurry, grey", SETTINGS)) == TEXT
+
+
+def test_numbers_are_written_as_they_are(tmp_path):
+    assert lora_tag("a", 0.1234567) == "<lora:a:0.1234567>"
+    assert lora_tag("a", 1.0) == "<lora:a:1>"
+    settings = {"guidance": 7.1234567, "strength": 1.0, "adapter_guidance": {"a": 1.2345678}, "seed": 2**53 + 1}
+    rest = {"prompt": "a", "negative": "", "steps": 20, "width": 8, "height": 8, "base": "b", "vae": None}
+    whole = rest | settings | {"clip_skip": None}
+    weights = (0.1234567, 1e-7)
+    used = [Adapter(tmp_path / "a.safetensors", weights)]
+    save_file({"x": torch.zeros(1)}, tmp_path / "a.safetensors")
+    save_drawn(Image.new("RGB", (8, 8)), used, whole, tmp_path / "a.png", ("Euler", None))
+    found = read_picture_info(tmp_path / "a.png").parameters
+    assert found.prompt == "a <lora:a:1e-07:0.1234567>"
+    told = [found.settings[name] for name in ("CFG scale", "Denoising strength", "Adapter guidance", "Seed")]
+    assert told == ["7.1234567", "1", "a: 1.2345678", "9007199254740993"]
+
+
+@pytest.mark.parametrize(
+    ("syntax", "prompt", "negative"),
+    [
+        (None, r"\(a\) \\", r"\[b\]"),
+        ("plain", r"\(a\) \\", r"\[b\]"),
+        ("a1111", "(a) \\", "[b]"),
+        ("compel", "(a) \\", "[b]"),
+    ],
+)
+def test_a_prompt_is_written_as_a1111_reads_the_same(tmp_path, syntax, prompt, negative):
+    """Brackets of plain prompts are characters; compel's weights have no other form, and are named as compel's."""
+    settings = {"prompt": "(a) \\", "negative": "[b]", "steps": 2, "guidance": 7, "seed": 1, "width": 8, "height": 8}
+    settings |= {"base": "b", "vae": None, "clip_skip": None, "adapter_guidance": {}, "prompt_syntax": syntax}
+    settings = {name: value for name, value in settings.items() if name != "prompt_syntax" or value}
+    save_drawn(Image.new("RGB", (8, 8)), [], settings, tmp_path / "a.png", ("DPM++ 2M", None))
+    info = read_picture_info(tmp_path / "a.png")
+    assert info.parameters.settings["Schedule type"] == "Uniform"  # A1111 would take Karras' where none is named
+    assert info.own["sampler"] == "DPM++ 2M"
+    assert (info.parameters.prompt, info.parameters.negative) == (prompt, negative)
+    assert info.parameters.settings.get("Prompt syntax") == ("compel" if syntax == "compel" else None)
+    assert info.own["prompt"] == "(a) \\"
+
+
+def test_no_negative_prompt_has_no_line():
+    assert format_parameters(Parameters("a crab", "", {"Steps": 1})) == "a crab\nSteps: 1"
+
+
+def test_the_settings_are_found_by_the_pattern_of_forge():
+    pattern = r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)'
+    found = dict(re.findall(pattern, TEXT.split("\n")[-1]))
+    assert found["Seed"] == "965400086"
+    assert found["Lora hashes"] == '"a: 0123456789ab, b x y: ba9876543210"'
+    assert list(found) == [name for name, value in SETTINGS.items() if value is not None]
+
+
+@pytest.mark.parametrize("prompt", ["a crab", "two\nlines", "Käfer, 赤い (red:1.2)", "ends with: a colon", ""])
+@pytest.mark.parametrize("negative", ["", "blurry", "two\nlines"])
+def test_writing_and_reading_is_identity(prompt, negative):
+    values = {name: str(value) for name, value in SETTINGS.items() if value is not None} | {"Note": 'a "b", c: \\d\ne'}
+    values |= {"Said": '"so"', "Flag": "true", "Part": "1e3"}
+    written = Parameters(prompt, negative, values)
+    assert parse_parameters(format_parameters(written)) == written
+
+
+def test_a_last_line_with_fewer_than_three_pairs_is_prompt():
+    for prompt in ("a crab\nin a style: red", "a crab\nin a style: red, by hand: yes"):
+        assert parse_parameters(prompt) == Parameters(prompt)
+    assert parse_parameters("a crab\nSteps: 1, Seed: 2, Size: 8x8").prompt == "a crab"
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
+def test_a_picture_keeps_its_parameters(tmp_path, suffix):
+    wanted = Parameters("赤い crab", "grey", {"Steps": "20", "Seed": "7", "Size": "64x64"})
+    own = {"prompt": "赤い", "seed": 7}
+    info = read_picture_info(save_picture(Image.new("RGB", (64, 64)), tmp_path / f"a.{suffix}", wanted, own))
+    assert info.parameters == wanted
+    assert info.own == (own if suffix == "png" else None)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "negative"), [("red " * 20_000, "grey"), ("赤🦀" * 20_000, "赤🦀" * 20_000), ("a crab", "b " * 20_000)]
+)
+def test_a_jpeg_keeps_the_settings_and_as_much_of_the_prompts_as_it_holds(tmp_path, prompt, negative):
+    wanted = Parameters(prompt.strip(), negative.strip(), {"Steps": "20", "Seed": "7", "Size": "64x64"})
+    with pytest.warns(UserWarning, match=r"^a\.jpg: \d+,\d+ characters of prompt .* a JPEG holds 32,700"):
+        info = read_picture_info(save_picture(Image.new("RGB", (8, 8)), tmp_path / "a.jpg", wanted))
+    assert info.parameters.settings == wanted.settings
+    kept = 0
+    for found, whole in ((info.parameters.prompt, wanted.prompt), (info.parameters.negative, wanted.negative)):
+        assert found == whole or (found.endswith(" ...") and whole.startswith(found[:-4].strip()))
+        kept += len(found.encode("utf-16-be")) // 2
+    assert 32_500 < kept < 32_700
+    assert read_picture_info(save_picture(Image.new("RGB", (8, 8)), tmp_path / "a.webp", wanted)).parameters == wanted
+
+
+def test_a_cut_prompt_keeps_its_tags(tmp_path):
+    tags = " <lora:line:0.8> <lora:otter:0.4:0.6>"
+    with pytest.warns(UserWarning, match="a JPEG holds"):
+        path = save_picture(Image.new("RGB", (8, 8)), tmp_path / "a.jpg", Parameters("a crab " * 9000 + tags[1:]))
+    assert read_picture_info(path).parameters.prompt.endswith(" ..." + tags)
+
+
+def test_a_picture_with_too_many_settings_is_kept_without_them(tmp_path):
+    with pytest.warns(UserWarning, match="a JPEG holds"):
+        path = save_picture(Image.new("RGB", (8, 8)), tmp_path / "a.jpg", Parameters("a", "", {"Note": "x" * 40_000}))
+    assert read_picture_info(path).parameters is None
+
+
+def test_a_jpeg_keeps_its_colours_at_each_pixel(tmp_path):
+    """Halved colours, Pillow's default, would smear the edges of drawings."""
+    with Image.open(save_picture(Image.new("RGB", (8, 8)), tmp_path / "a.jpg")) as picture:
+        assert JpegImagePlugin.get_sampling(picture) == 0
+
+
+def test_a_comment_of_plain_letters_is_read(tmp_path):
+    """As cameras and a few tools write it, beside A1111's UNICODE."""
+    exif = Image.Exif()
+    exif.get_ifd(0x8769)[0x9286] = b"ASCII\0\0\0a crab\nSteps: 1, Seed: 2, Size: 8x8"
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg", exif=exif)
+    found = read_picture_info(tmp_path / "a.jpg").parameters
+    assert found == Parameters("a crab", "", {"Steps": "1", "Seed": "2", "Size": "8x8"})
+
+
+@pytest.mark.parametrize("text", ["[1]", "{", "7"])
+def test_what_is_no_object_of_ours_is_none(tmp_path, text):
+    info = PngImagePlugin.PngInfo()
+    info.add_text("sfumato", text)
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=info)
+    assert read_picture_info(tmp_path / "a.png").own is None
+
+
+def test_png_text_is_latin_text_where_it_can_be(tmp_path):
+    path = save_picture(Image.new("RGB", (8, 8)), tmp_path / "a.png", Parameters("a crab", "", {"Steps": 1}))
+    assert b"tEXtparameters\0a crab\nSteps: 1" in path.read_bytes()
+
+
+def test_a_picture_without_anything_says_nothing(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    info = read_picture_info(tmp_path / "a.png")
+    assert (info.parameters, info.own) == (None, None)
+
+
+@pytest.mark.parametrize(("name", "side"), [("a.webp", 16_384), ("a.jpg", 65_501)])
+def test_a_sheet_that_is_larger_than_its_format_is_refused(tmp_path, name, side):
+    with pytest.raises(ConfigError, match=rf"^{name}: {side:,} pixels on a side, .* at most .*; name a \.png\.$"):
+        save_picture(Image.new("RGB", (side, 8)), tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+    save_picture(Image.new("RGB", (side - 1, 8)), tmp_path / name)
+
+
+def test_another_ending_is_refused_and_nothing_is_written(tmp_path):
+    with pytest.raises(ConfigError, match=r"\.png, \.jpg or \.webp"):
+        save_picture(Image.new("RGB", (8, 8)), tmp_path / "a.gif")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_no_picture_is_named(tmp_path):
+    (tmp_path / "a.png").write_text("x")
+    with pytest.raises(DataError, match=r"a\.png"):
+        read_picture_info(tmp_path / "a.png")
+
+
+def test_a_picture_of_too_many_pixels_is_named(tmp_path, monkeypatch):
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(DataError, match=r"a\.png: cannot be read .*4096 pixels"):
+        read_picture_info(tmp_path / "a.png")
+    assert read_drawn(tmp_path / "a.png") is None
+
+
+FROM_A1111 = """(crab:1.3) BREAK sea <lora:line:0.8> <lora:line:0.8>, \\(x\\), easyneg
+Negative prompt: blurry, (bad:1.2)
+Steps: 4, Sampler: DPM++ 2M, Schedule type: {schedule}, CFG scale: 7, Seed: 42, Size: 64x96, Model hash: 6ce0161689, \
+Model: v1-5, Clip skip: 2, ADetailer model: face.pt, TI hashes: "easyneg: c74b4e810b03", Version: v1.10.1"""
+
+
+def picture_with(text, file, own=None):
+    info = PngImagePlugin.PngInfo()
+    info.add_text("parameters", text)
+    if own is not None:
+        info.add_text("sfumato", json.dumps(own))
+    Image.new("RGB", (8, 8)).save(file, pnginfo=info)
+    return file
+
+
+@pytest.mark.parametrize(
+    ("schedule", "sampler", "left"),
+    [
+        ("Karras", "dpm++ 2m karras", {}),
+        ("Automatic", "dpm++ 2m karras", {}),
+        ("Uniform", "dpm++ 2m", {}),
+        ("Beta", None, {"Sampler": "DPM++ 2M, Beta"}),
+    ],
+)
+def test_what_a1111_wrote_is_told_as_a_command(schedule, sampler, left, tmp_path):
+    found = redraw(picture_with(FROM_A1111.format(schedule=schedule), tmp_path / "a.png"))
+    config = parse(Config, found.words[2:], program="generate")
+    assert config.prompts == ("(crab:1.3) BREAK sea <lora:line:0.8> <lora:line:0.8>, \\(x\\), easyneg",)
+    assert (config.negative, config.prompt_syntax, config.sampler) == ("blurry, (bad:1.2)", "a1111", sampler)
+    assert (config.steps, config.guidance, config.seed, config.size, config.clip_skip) == (4, 7.0, (42,), "64x96", 1)
+    assert (config.base, config.embedding) == ("v1-5.safetensors", ("easyneg=easyneg.safetensors",))
+    assert dict(found.left_out) == {"RNG": "GPU", "ADetailer model": "face.pt"} | left
+
+
+def test_a_plain_graph_of_comfyui_is_told_as_a_command(tmp_path):
+    lora = {"lora_name": "a\\line.safetensors", "strength_model": 0.8, "strength_clip": 0.5, "model": ["4", 0]}
+    lora["clip"] = ["11", 0]
+    graph = {
+        "3": {
+            "seed": ["12", 0],
+            "steps": 20,
+            "cfg": 6.5,
+            "sampler_name": "dpmpp_2m",
+            "scheduler": "karras",
+            "denoise": 1.0,
+        },
+        "4": {"ckpt_name": "sd15.safetensors"},
+        "5": {"width": 512, "height": 768, "batch_size": 1},
+        "6": {"text": "(crab:1.2), [sea], embedding:easy.pt", "clip": ["10", 1]},
+        "7": {"text": "blurry", "clip": ["10", 1]},
+        "10": lora,
+        "12": {"value": 7},
+        "11": {"stop_at_clip_layer": -2, "clip": ["4", 1]},
+    }
+    links = {"model": ["10", 0], "positive": ["6", 0], "negative": ["7", 0], "latent_image": ["5", 0]}
+    graph["3"] |= links
+    hires = {**graph["3"], "denoise": 0.4, "latent_image": ["3", 0]}
+    info = PngImagePlugin.PngInfo()
+    nodes = {"2": hires, **graph}
+    info.add_text("prompt", json.dumps({name: {"class_type": "", "inputs": each} for name, each in nodes.items()}))
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=info)
+    found = redraw(tmp_path / "a.png")
+    config = parse(Config, found.words[2:], program="generate")
+    assert config.prompts == ("(crab:1.2), \\[sea\\], easy <lora:line:0.5:0.8>",)
+    assert (config.negative, config.prompt_syntax, config.sampler) == ("blurry", "a1111", "dpmpp_2m karras")
+    assert (config.steps, config.guidance, config.seed, config.size, config.clip_skip) == (20, 6.5, (7,), "512x768", 1)
+    assert (config.base, config.embedding) == ("sd15.safetensors", ("easy=easy.safetensors",))
+    assert found.left_out == (("Further samplers", "1"),)
+
+
+@pytest.mark.parametrize(
+    "graph", ["[1]", "{", '{"1": {"inputs": {"sampler_name": 1, "positive": ["1", 0]}}}', "null", "[" * 9999]
+)
+def test_a_graph_without_a_text_is_none(graph):
+    assert read_graph(graph) is None
+
+
+def test_our_own_picture_is_told_with_its_adapters_and_what_they_ask_for(tmp_path):
+    lora = tmp_path / "line.safetensors"
+    save_file({"a": torch.zeros(1)}, lora)
+    about = dict(prompt="a (b) crab", negative="", seed=3, steps=5, guidance=3.0, width=64, height=64, base="pocket")
+    about |= dict(
+        adapter_guidance={"l": 1.5}, over_steps={"l": {"points": [[0, 0], [0.4, 1]]}}, vae=None, clip_skip=None
+    )
+    used = [Adapter(lora, Blocks((0.8, 0.5), {"down": 0.5}), "l"), Adapter(lora, 0.0, "other")]
+    save_drawn(Image.new("RGB", (8, 8)), used, about | {"prompt_syntax": "plain"}, tmp_path / "a.png", ("DDIM", None))
+    found = redraw(tmp_path / "a.png")
+    config = parse(Config, found.words[2:], program="generate")
+    assert (config.prompts, config.prompt_syntax, config.base) == (("a (b) crab",), "plain", "pocket")
+    assert config.lora == ("l=line.safetensors:0.8:0.5", "other=line.safetensors:0")
+    assert (config.blocks, config.over_steps) == (("l=down:0.5",), ("l=0:0,0.4:1",))
+    assert config.adapter_guidance == ("l=1.5", "other=0")
+    assert found.left_out == ()
+
+
+@pytest.mark.parametrize("own", [{"prompt": 3}, {"adapters": [{}]}, {"adapters": [{"label": "a", "weight": "x"}]}])
+def test_our_json_by_another_hand_is_left_aside(own, tmp_path):
+    text = "a crab\nSteps: 4, Seed: 1, CFG scale: 7"
+    found = redraw(picture_with(text, tmp_path / "a.png", own))
+    assert found.words == redraw(picture_with(text, tmp_path / "b.png")).words
+
+
+def test_a_hostile_prompt_is_no_option_and_does_not_reach_the_terminal(tmp_path):
+    text = "--overwrite '; rm a\x1b[2J\nb\nNegative prompt: --x\nSteps: 4, Seed: 1, CFG scale: 7"
+    found = redraw(picture_with(text, tmp_path / "a.png"))
+    config = parse(Config, found.words[2:], program="generate")
+    assert (config.prompts, config.negative) == (("--overwrite '; rm a [2J b",), "--x")
+    assert not config.overwrite
+    assert shlex.split(render(found).splitlines()[-1]) == list(found.words)
+
+
+def test_a_picture_in_place_of_a_prompt_is_refused(tmp_path):
+    file = picture_with("", tmp_path / "a.png")
+    with pytest.raises(ConfigError, match=r"a picture, and no prompt. sfumato inspect .*a.png tells the command"):
+        plan(Config((str(file),)))
+
+
+def test_a_picture_of_another_program_says_so(tmp_path):
+    with pytest.raises(DataError, match=r"without settings as A1111, Forge and sfumato write them, or a graph"):
+        redraw(picture_with("", tmp_path / "a.png"))
+
+
+def test_inspect_prints_the_command_on_a_line_of_its_own(tmp_path, capsys):
+    assert inspect(["--file", str(picture_with(FROM_A1111.format(schedule="Karras"), tmp_path / "a.png"))]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "not in the command: RNG GPU, ADetailer model face.pt" in lines
+    assert lines[-1].startswith("  sfumato generate '(crab:1.3) BREAK sea")

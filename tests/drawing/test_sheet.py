@@ -1,0 +1,84 @@
+"""Contact sheets."""
+
+import numpy as np
+import pytest
+from matplotlib import font_manager, get_data_path
+from PIL import Image
+
+from sfumato.drawing.sheet import contact_sheet, label_font, sheet_size
+
+
+def plain(colour, size=64):
+    return Image.new("RGB", (size, size), colour)
+
+
+def boxes(sheet, colour):
+    """(left, top, right, bottom) of everything of one colour."""
+    rows, columns = np.nonzero((np.asarray(sheet) == np.array(colour)).all(axis=2))
+    return columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
+
+
+def test_small_pictures_are_enlarged_to_128_px_and_do_not_touch():
+    sheet = contact_sheet([[plain((255, 0, 0)), plain((0, 0, 255))]])
+    red, blue = boxes(sheet, (255, 0, 0)), boxes(sheet, (0, 0, 255))
+    assert (red[2] - red[0], red[3] - red[1]) == (128, 128)
+    assert blue[0] > red[2]
+    assert blue[1] == red[1]
+
+
+def test_a_picture_of_512_px_keeps_its_pixels():
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (512, 512, 3), dtype=np.uint8))
+    sheet = np.asarray(contact_sheet([[picture]]))
+    top, left = (sheet.shape[0] - 512) // 2, (sheet.shape[1] - 512) // 2
+    assert np.array_equal(sheet[top : top + 512, left : left + 512], np.asarray(picture))
+
+
+def test_labels_stay_in_their_column_however_long():
+    """A word of 300 letters over the first of two columns leaves the white between them white."""
+    cells = [[plain((255, 0, 0)), plain((0, 0, 255))]]
+    sheet = contact_sheet(cells, column_labels=["w" * 300, "short"])
+    right = boxes(sheet, (255, 0, 0))[2]
+    left = boxes(sheet, (0, 0, 255))[0]
+    assert (np.asarray(sheet)[:, right + 1 : left - 1] == 255).all()
+
+
+def test_every_label_and_the_title_leave_ink():
+    cells = [[plain((255, 0, 0))], [plain((255, 0, 0))]]
+
+    def ink(**labels):
+        return int((np.asarray(contact_sheet(cells, **labels)).sum(axis=2) < 200).sum())
+
+    assert ink() == 0
+    assert ink(row_labels=["base", "A"]) > ink(row_labels=["base"]) > 0
+    assert ink(column_labels=["crab"]) > 0
+    assert ink(title="seed 7") > 0
+
+
+def test_a_missing_cell_is_white():
+    sheet = contact_sheet([[plain((255, 0, 0)), None], [None, plain((255, 0, 0))]])
+    left, top, right, bottom = boxes(sheet, (255, 0, 0))
+    assert (np.asarray(sheet)[top : top + 100, right - 100 : right] == 255).all()
+    assert (np.asarray(sheet)[bottom - 100 : bottom, left : left + 100] == 255).all()
+
+
+def test_no_picture_at_all_is_an_error():
+    with pytest.raises(ValueError, match="at least one"):
+        contact_sheet([[None]])
+
+
+def test_signs_that_the_usual_font_lacks_are_written_in_another_of_the_machine(monkeypatch):
+    """U+1D81 is in STIX and not in DejaVu; what no font has changes nothing, nor does a font that has all as boxes."""
+    fonts = [f"{get_data_path()}/fonts/ttf/{name}.ttf" for name in ("LastResortHE-Regular", "cmr10", "STIXGeneral")]
+    monkeypatch.setattr(font_manager, "findSystemFonts", lambda: [*fonts, "/there/is/no.ttf"])
+    assert label_font(12, "a crab").getname()[0] == "DejaVu Sans"
+    assert label_font(12, "a \u1d81").getname()[0] == "STIXGeneral"
+    assert label_font(12, "\u732b").getname()[0] == "DejaVu Sans"
+    sheet = contact_sheet([[plain((255, 0, 0))]], column_labels=["\u1d81"])
+    monkeypatch.setattr(font_manager, "findSystemFonts", list)
+    assert sheet.tobytes() != contact_sheet([[plain((255, 0, 0))]], column_labels=["\u1d81"]).tobytes()
+
+
+def test_the_size_is_known_before_there_are_pictures():
+    labels = {"row_labels": ["one", "two\nlines", "w" * 80], "column_labels": ["a prompt " * 9, "b"]}
+    picture = Image.new("RGB", (96, 64))
+    assert contact_sheet([[picture] * 2] * 3, **labels).size == sheet_size((96, 64), **labels)

@@ -1,0 +1,181 @@
+"""Quicker fp32 products: torch's own values and gradients, and torch's own way wherever they are no gain."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from sfumato.precision import products
+
+
+@pytest.fixture(params=[True, False], ids=["oneDNN", "MKL"])
+def maker(request, monkeypatch):
+    """Both makers' processors, whatever this one is."""
+    if request.param and products.onednn() is None:
+        pytest.skip("torch has no oneDNN here")
+    monkeypatch.setattr(products, "mkl_is_slow", lambda: request.param)
+    monkeypatch.setattr(products, "_LEAST", 1)
+
+
+@pytest.fixture
+def by_onednn(monkeypatch):
+    calls = []
+    monkeypatch.setattr(products, "mkl_is_slow", lambda: True)
+    monkeypatch.setattr(products, "_times", lambda *given: calls.append(given) or F.linear(*given))
+    return calls
+
+
+def drawn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def learn(function, inputs, wanted):
+    """The value, and the gradients of those inputs that are wanted, of a sum that weighs each output otherwise."""
+    given = [None if x is None else x.clone().requires_grad_(want) for x, want in zip(inputs, wanted, strict=True)]
+    y = function(*given)
+    found = torch.autograd.grad(
+        (y * drawn(*y.shape, seed=9)).sum(), [x for x in given if x is not None and x.requires_grad]
+    )
+    return y.detach(), found
+
+
+@pytest.mark.parametrize(
+    "wanted", [(True, False, False), (True, True, True), (False, True, False), (False, False, True)]
+)
+@pytest.mark.parametrize("shape", [(7, 24), (2, 5, 24), (2, 3, 4, 24)])
+def test_linear_layers_give_torchs_values_and_gradients(maker, shape, wanted):
+    inputs = drawn(*shape), drawn(17, 24, seed=1), drawn(17, seed=2)
+    torch.testing.assert_close(learn(products.linear, inputs, wanted), learn(F.linear, inputs, wanted))
+    with torch.no_grad():
+        torch.testing.assert_close(products.linear(*inputs), F.linear(*inputs))
+        turned = drawn(24, 7).t()
+        torch.testing.assert_close(products.linear(turned, inputs[1]), F.linear(turned, inputs[1]))
+
+
+@pytest.mark.parametrize(
+    ("pictures", "side", "geometry"),
+    [(1, 4, ((1, 1), (1, 1), (1, 1))), (3, 5, ((2, 2), (1, 1), (1, 1))), (2, 6, ((1, 2), (2, 0), (2, 1)))],
+)
+@pytest.mark.parametrize("wanted", [(True, False, False), (True, True, True), (False, True, False)])
+def test_convolutions_of_small_pictures_give_torchs_values_and_gradients(maker, pictures, side, geometry, wanted):
+    inputs = drawn(pictures, 8, side, side + 1), drawn(12, 8, 3, 3, seed=1), drawn(12, seed=2)
+    ours = learn(lambda *given: products.convolve_small(*given, geometry), inputs, wanted)
+    torch.testing.assert_close(
+        ours, learn(lambda *given: F.conv2d(*given, *geometry), inputs, wanted), atol=1e-4, rtol=1e-5
+    )
+
+
+def test_only_large_plain_fp32_products_take_the_other_way(by_onednn):
+    large, weight = drawn(64, 512), drawn(512, 512)
+    with torch.no_grad():
+        products.linear(large[:1], weight)
+        products.linear(large.bfloat16(), weight.bfloat16())
+        products.linear(large[:0], weight)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert products.linear(large, weight).dtype == torch.bfloat16
+        assert not by_onednn
+        products.linear(large, weight)
+    assert len(by_onednn) == 1
+
+
+def test_a_frozen_layer_keeps_no_input(by_onednn):
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
+        products.linear(drawn(64, 512).requires_grad_(), drawn(500, 512))
+        products.convolve_small(drawn(1, 8, 4, 4).requires_grad_(), drawn(9, 8, 3, 3), None, ((1, 1), (1, 1), (1, 1)))
+    assert kept == [(500, 512), (9, 8, 3, 3)]
+
+
+def test_a_convolution_is_a_product_where_its_weight_outweighs_the_picture():
+    taps = ((1, 1), (1, 1), (1, 1))
+    weight = torch.zeros(1280, 1280, 3, 3)
+    assert products.is_small(torch.zeros(1, 1280, 8, 8), weight, taps, 1)
+    assert not products.is_small(torch.zeros(8, 1280, 8, 8), weight, taps, 1)
+    assert products.is_small(torch.zeros(4, 1280, 16, 16), weight, ((4, 4), (1, 1), (1, 1)), 1)
+    assert not products.is_small(torch.zeros(1, 1280, 8, 8), torch.zeros(1280, 1280, 1, 1), taps, 1)
+    assert not products.is_small(torch.zeros(1, 1280, 8, 8), weight[:, :640], taps, 2)
+    assert not products.is_small(torch.zeros(1, 1280, 8, 8).bfloat16(), weight.bfloat16(), taps, 1)
+
+
+@pytest.mark.parametrize("wanted", [(True, False, False), (True, True, True)])
+@pytest.mark.parametrize("pictures", [1, 3])
+def test_a_pointwise_convolution_gives_torchs_values_and_gradients(maker, pictures, wanted):
+    inputs = drawn(pictures, 24, 5, 6), drawn(16, 24, 1, 1, seed=1), drawn(16, seed=2)
+    taps = ((1, 1), (0, 0), (1, 1))
+
+    def ours(*given):
+        quick = products.convolve(*given, taps, 1)
+        assert (quick is not None) == products.mkl_is_slow()
+        return F.conv2d(*given) if quick is None else quick
+
+    torch.testing.assert_close(learn(ours, inputs, wanted), learn(F.conv2d, inputs, wanted))
+    assert ours(*inputs).is_contiguous()
+
+
+def test_other_convolutions_stay_torchs(by_onednn):
+    x, weight = drawn(1, 24, 5, 6), drawn(16, 24, 1, 1)
+    for stride, padding, groups in (((2, 2), (0, 0), 1), ((1, 1), (1, 1), 1), ((1, 1), (0, 0), 2)):
+        assert products.convolve(x, weight, None, (stride, padding, (1, 1)), groups) is None
+    assert products.convolve(drawn(1, 24, 46, 46), weight, None, ((1, 1), (0, 0), (1, 1)), 1) is None
+    assert products.convolve(x, drawn(16, 24, 3, 3), None, ((1, 1), (1, 1), (1, 1)), 1) is None
+
+
+class Small(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(512, 512, 3, padding=1)
+        self.same = nn.Conv2d(512, 512, 3, padding="same")
+        self.grouped = nn.Conv2d(512, 512, 3, padding=1, groups=2)
+        self.linear = nn.Linear(512, 512)
+
+    def forward(self, x):
+        return self.linear(self.grouped(self.same(self.conv(x))).flatten(2).transpose(1, 2))
+
+
+def test_a_quickened_model_is_the_same_model(maker):
+    torch.manual_seed(0)
+    model = Small()
+    quick = copy.deepcopy(model)
+    products.quicken(quick)
+    other = copy.deepcopy(quick)
+    with torch.no_grad():
+        other.linear.weight.zero_()
+        x = drawn(1, 512, 4, 4)
+        torch.testing.assert_close(quick(x), model(x))
+        assert not torch.equal(quick(x), other(x))
+    assert list(quick.state_dict()) == list(model.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("maker", "slow"), [("vendor_id : AuthenticAMD", True), ("GenuineIntel", False), ("arm", False)]
+)
+def test_the_makers_name_decides(monkeypatch, maker, slow):
+    products.mkl_is_slow.cache_clear()
+    monkeypatch.setattr(products, "processor", lambda: maker)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    assert products.mkl_is_slow() is slow
+    monkeypatch.undo()
+    products.mkl_is_slow.cache_clear()
+
+
+def test_without_the_product_or_with_another_nothing_breaks(monkeypatch):
+    for product in (lambda *_: torch.zeros(3, 4), lambda x: x):
+        products.onednn.cache_clear()
+        monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", product)
+        assert products.onednn() is None
+    monkeypatch.undo()
+    products.onednn.cache_clear()
+
+
+@pytest.mark.slow
+def test_a_compiled_model_is_one_graph_and_stays_torchs(by_onednn):
+    quick = Small()
+    products.quicken(quick)
+    x = drawn(1, 512, 4, 4)
+    wanted = quick(x)
+    assert by_onednn
+    by_onednn.clear()
+    torch.testing.assert_close(torch.compile(quick, fullgraph=True)(x), wanted)
+    assert not by_onednn

@@ -1,0 +1,139 @@
+"""Samples that show the base's own drawing: what the base draws over, what is shown, and what is asked for."""
+
+import copy
+
+import pytest
+import torch
+from PIL import Image
+from torch.testing import assert_close
+
+from sfumato import data, diffusion, randomness
+from sfumato.bases import load_base
+from sfumato.errors import DataError
+from sfumato.training.crossed import BEGINNINGS, FROM, STEPS, Crossing
+from sfumato.training.noising import draw_noised
+from tests.tiny import CPU
+
+
+@pytest.fixture(scope="module")
+def base(pocket_folder):
+    return load_base(str(pocket_folder), precision=CPU)
+
+
+def prepared(base, pictures, **options):
+    folder = data.read_folder(pictures, caption_template="sks square")
+    return data.prepare(folder, base, resolution=64, buckets=False, **options)
+
+
+@pytest.fixture(scope="module")
+def dataset(base, pictures):
+    return prepared(base, pictures, flip=True)
+
+
+@pytest.fixture(scope="module")
+def crossing(base, dataset):
+    """Of all samples, by seed 7. What the base draws is what takes the time, so it draws for this one alone."""
+    return Crossing(base, dataset, 7, 1.0, shown=False)
+
+
+def another(crossing, share, seed=7):
+    """The same drawings under another share, or seed."""
+    other = copy.copy(crossing)
+    other._share, other._seed = share, seed
+    return other
+
+
+def both(base, dataset, crossing, step=3, batch=8):
+    plain = draw_noised(base, dataset, 0, step, batch, 0, batch, embed_text=False)
+    return plain, crossing.cross(plain, step, 0)
+
+
+def noisy(base, half):
+    return diffusion.noise_latents(half.batch.latents, half.noise, base.alpha_bar[half.timesteps])
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_a_base_that_sees_one_thing_everywhere_draws_that(kind, base, dataset, monkeypatch):
+    """Deterministic DDIM ends at the latents that are predicted, if they are the same at each step."""
+    monkeypatch.setattr(type(base), "prediction_type", kind)
+    seen = torch.linspace(-1, 1, dataset.batch(0, 0, 1, embed_text=False).latents[0].numel()).view(1, 4, 16, 16)
+
+    def predict(noisy, timesteps, text, added):
+        a = base.alpha_bar[timesteps].view(-1, 1, 1, 1)
+        noise = (noisy - a.sqrt() * seen) / (1 - a).sqrt()
+        return diffusion.target(kind, seen.expand_as(noisy), noise, a.flatten())
+
+    monkeypatch.setattr(base, "predict", predict)
+    unconditional, rows = base.unconditional, []
+    monkeypatch.setattr(base, "unconditional", lambda count: rows.append(count) or unconditional(count))
+    crossing = Crossing(base, dataset, 0, 1.0, shown=False)
+    assert sorted(crossing._drawn) == [(index, variant) for index in range(len(dataset)) for variant in (0, 1)]
+    for drawn in crossing._drawn.values():
+        assert_close(drawn, seen[0], rtol=0, atol=1e-3)
+    assert rows == [1]  # once, and not beside each picture
+
+
+def test_the_base_draws_each_view_over_by_ddim_under_guidance(base, dataset, crossing):
+    """Eq. 12 of Song et al. 2021 written out, each view from its own share of the timesteps."""
+    batch, rows = next(dataset.views(100)), [0, 1, 3]
+    views = [(batch.indices[row], batch.variants[row]) for row in rows]
+    assert views == [(0, 0), (0, 1), (1, 1)]
+    told, untold = base.encode_text([batch.captions[row] for row in rows]), base.encode_text([""] * 3)
+    z = batch.latents[rows]
+    noise = torch.stack([randomness.normal(z.shape[1:], 7, "drawing over", *view) for view in views])
+    for step in range(STEPS):
+        t = torch.tensor([int(1000 * share * (1 - step / STEPS)) for share in BEGINNINGS])
+        a = base.alpha_bar[t].view(-1, 1, 1, 1)
+        noisy = a.sqrt() * z + (1 - a).sqrt() * noise
+        with torch.no_grad():
+            to, fro = (base.unet(noisy, t, text.hidden).sample for text in (told, untold))
+        v = fro + base.defaults.guidance * (to - fro)
+        z, noise = a.sqrt() * noisy - (1 - a).sqrt() * v, a.sqrt() * v + (1 - a).sqrt() * noisy
+    assert_close(torch.stack([crossing._drawn[view] for view in views]), z, rtol=1e-3, atol=1e-3)
+
+
+def test_what_is_seen_lies_between_and_what_is_asked_for_is_the_picture(base, dataset, crossing):
+    plain, crossed = both(base, dataset, crossing)
+    a = base.alpha_bar[plain.timesteps]
+    latents, seen = plain.batch.latents, noisy(base, crossed)
+    assert_close(diffusion.denoised(base.prediction_type, seen, crossed.target, a)[0], latents, rtol=0, atol=1e-4)
+    rows = [row for row, timestep in enumerate(plain.timesteps) if timestep >= FROM * len(base.alpha_bar)]
+    assert 0 < len(rows) < len(latents)
+    parts = set()
+    for row in range(len(latents)):
+        if row not in rows:
+            assert torch.equal(crossed.noise[row], plain.noise[row])
+            continue
+        drawn = crossing._drawn[plain.batch.indices[row], plain.batch.variants[row]]
+        moved = (seen[row] - noisy(base, plain)[row]) / a[row].sqrt()
+        part = (moved * (drawn - latents[row])).sum() / (drawn - latents[row]).square().sum()
+        assert 0 < part < 1
+        parts.add(round(part.item(), 4))
+        assert_close(moved, part * (drawn - latents[row]), rtol=0, atol=1e-3)
+    assert len(parts) == len(rows)
+
+
+def test_the_share_is_that_of_the_samples_and_the_seed_says_of_which(base, dataset, crossing):
+    found = {}
+    for share, seed in ((0.0, 7), (0.5, 7), (0.5, 8)):
+        changed, could = [], []
+        for step in range(12):
+            plain, crossed = both(base, dataset, another(crossing, share, seed), step)
+            could += (plain.timesteps >= FROM * len(base.alpha_bar)).tolist()
+            changed += (crossed.noise != plain.noise).flatten(1).any(1).tolist()
+        found[share, seed] = changed
+        assert sum(changed) == pytest.approx(share * sum(could), abs=0.2 * sum(could) if share else 0)
+    assert found[0.5, 7] != found[0.5, 8]
+
+
+def test_a_place_of_the_global_batch_is_crossed_alike_whoever_draws_it(base, dataset, crossing):
+    half_of_them = another(crossing, 0.5)
+    _, whole = both(base, dataset, half_of_them)
+    part = draw_noised(base, dataset, 0, 3, 8, 4, 4, embed_text=False)
+    assert torch.equal(half_of_them.cross(part, 3, 4).noise, whole.noise[4:])
+
+
+def test_crops_at_random_places_are_refused(base, tmp_path):
+    Image.new("RGB", (96, 64), "red").save(tmp_path / "red.png")
+    with pytest.raises(DataError, match="use --crop center or pad"):
+        Crossing(base, prepared(base, tmp_path, crop="random"), 0, 0.5, shown=False)

@@ -1,0 +1,90 @@
+"""Rates, clipping and what is said of an optimizer that is not there."""
+
+import importlib.util
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from sfumato.errors import PrecisionError
+from sfumato.training import optimizers
+
+
+def test_warm_up_rises_to_the_peak_and_cosine_falls_to_nothing():
+    rates = [optimizers.rate_factor("cosine", step, 12, 2) for step in range(12)]
+    assert rates[:3] == [0.5, 1.0, 1.0]
+    assert_close(rates[7], 0.5)
+    assert rates == sorted(rates[:2]) + sorted(rates[2:], reverse=True)
+    assert rates[-1] < 0.03
+
+
+def test_constant_stays_and_linear_is_half_way_in_the_middle():
+    assert optimizers.rate_factor("constant", 99, 100, 0) == 1.0
+    assert optimizers.rate_factor("linear", 50, 100, 0) == 0.5
+
+
+def test_clipping_clips_the_norm_of_all_gradients_together():
+    a, b = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+    a.grad, b.grad = torch.tensor([3.0]), torch.tensor([4.0])
+    norm = optimizers.clip(iter([a, b]), 1.0)
+    assert norm.item() == 5.0
+    assert_close(torch.cat([a.grad, b.grad]), torch.tensor([0.6, 0.8]), atol=1e-5, rtol=0)
+
+
+def test_a_small_gradient_and_a_limit_of_zero_change_nothing():
+    for limit in (1.0, 0.0):
+        p = nn.Parameter(torch.zeros(1))
+        p.grad = torch.tensor([0.5])
+        optimizers.clip([p], limit)
+        assert p.grad.item() == 0.5
+
+
+def test_the_schedule_moves_each_group_by_its_own_peak():
+    p, q = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+    optimizer = optimizers.build("adamw", [{"params": [p], "lr": 2.0}, {"params": [q], "lr": 0.1}], weight_decay=0.0)
+    schedule = optimizers.Schedule(optimizer, "linear", 10, 0)
+    schedule.set(5)
+    assert [group["lr"] for group in optimizer.param_groups] == [1.0, 0.05]
+    schedule.set(5, scale=0.5)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.025]
+    assert schedule.rate == 0.5  # what is shown and logged
+
+
+def test_the_unet_and_both_text_encoders_have_their_own_rates():
+    p, q, r = (nn.Parameter(torch.zeros(1)) for _ in range(3))
+    parts = {"unet": [p], "text_encoder": [q], "text_encoder_2": [r]}
+    found = optimizers.groups(parts, 1e-3, 1e-4)
+    assert [(group["lr"], [id(each) for each in group["params"]]) for group in found] == [
+        (1e-3, [id(p)]),
+        (1e-4, [id(q), id(r)]),
+    ]
+    assert [group["lr"] for group in optimizers.groups({"unet": [p]}, 1e-3, None)] == [1e-3]
+
+
+def test_a_package_that_is_broken_is_not_called_missing(monkeypatch, tmp_path):
+    (tmp_path / "prodigyopt.py").write_text("raise OSError('libcudart.so.12: no such file')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "prodigyopt", raising=False)
+    with pytest.raises(PrecisionError, match=r"cannot be loaded \(libcudart\.so\.12: no such file\): pip"):
+        optimizers.build("prodigy", [{"params": [nn.Parameter(torch.ones(1))], "lr": 1.0}], weight_decay=0.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "package", "extra"),
+    [("prodigy", "prodigyopt", "prodigy"), ("lion", "lion_pytorch", "lion"), ("adamw8bit", "bitsandbytes", "8bit")],
+)
+def test_an_extra_steps_or_says_how_to_get_it(name, package, extra):
+    p = nn.Parameter(torch.ones(64, 64))
+    groups = [{"params": [p], "lr": 0.1}]
+    if importlib.util.find_spec(package) is None:
+        with pytest.raises(PrecisionError, match=rf"sfumato\[{extra}\]"):
+            optimizers.build(name, groups, weight_decay=0.0)
+        return
+    optimizer = optimizers.build(name, groups, weight_decay=0.0)
+    p.square().sum().backward()
+    optimizer.step()
+    assert (p < 1).all()
+    in_8_bits = {state.dtype for state in optimizer.state[p].values() if getattr(state, "shape", None) == p.shape}
+    assert in_8_bits == ({torch.uint8} if name == "adamw8bit" else {torch.float32})

@@ -1,0 +1,180 @@
+"""Options that trainers share: unset ones are filled in a known order, senseless ones refused before anything loads."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from PIL import Image
+
+from sfumato.bases.family import FAMILIES
+from sfumato.errors import ConfigError
+from sfumato.training.options import (
+    TrainerOptions,
+    check,
+    check_name,
+    only_with,
+    resolve,
+    second_rate,
+    settled,
+    span_of,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(TrainerOptions):
+    rank: int | None = None
+    word_learning_rate: float | None = None
+    over_steps: str | None = None
+
+
+CONFIG = Config(images=Path("pictures"), output=Path("runs/line"))
+BASE = SimpleNamespace(defaults=FAMILIES["sd1"].defaults, alpha_bar=range(1000))
+
+
+def test_what_is_given_wins_over_the_method_and_the_method_over_the_family():
+    config, filled = resolve(replace(CONFIG, batch=3), BASE, 16, 1, batch=7, steps=99)
+    assert (config.batch, config.steps, config.rank) == (3, 99, FAMILIES["sd1"].defaults.rank)
+    assert "batch" not in filled
+    assert {"steps", "rank"} <= set(filled)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("caption_dropout", 1.1, "--caption-dropout is 1.1; it must be 0 to 1."),
+        ("tag_dropout", -0.1, "--tag-dropout is -0.1; it must be 0 to 1."),
+        ("ema", 1.0, "--ema is 1.0; it must be at least 0 and below 1."),
+        ("learning_rate", 0.0, "--learning-rate is 0.0; it must be a positive number."),
+    ],
+)
+def test_numbers_out_of_their_range_are_refused(field, value, said):
+    with pytest.raises(ConfigError) as refused:
+        check(replace(CONFIG, **{field: value}))
+    assert str(refused.value) == said
+
+
+def test_all_captions_may_be_dropped():
+    check(replace(CONFIG, caption_dropout=1.0, tag_dropout=1.0))
+
+
+def test_a_warm_up_longer_than_the_run_is_refused():
+    with pytest.raises(ConfigError, match="--warmup 20 is longer than the 10 steps"):
+        resolve(replace(CONFIG, steps=10, warmup=20), BASE, 16, 1)
+
+
+def test_a_repository_that_the_hub_cannot_have_is_refused_before_the_training():
+    check(replace(CONFIG, push_to_hub="me/line"))
+    with pytest.raises(ConfigError, match=r"--push-to-hub not a repo!!/x/y: no repository of the hub"):
+        check(replace(CONFIG, push_to_hub="not a repo!!/x/y"))
+
+
+def test_steps_of_the_run_are_not_those_of_the_command_line():
+    with pytest.raises(ConfigError, match=r"both given \(the run has its steps already\)"):
+        check(replace(CONFIG, steps=10, epochs=3, resume=True))
+
+
+def test_epochs_become_steps_of_the_global_batch():
+    """10 passes over 24 samples, 2 pictures x 3 accumulated x 2 processes a step: 20 steps."""
+    config, _ = resolve(replace(CONFIG, epochs=10, batch=2, accumulate=3), BASE, 24, 2)
+    assert (config.steps, config.epochs) == (20, None)
+
+
+def test_looks_and_checkpoints_come_four_times_unless_told():
+    config, _ = resolve(replace(CONFIG, steps=10, sample_every=0), BASE, 16, 1)
+    assert (config.sample_every, config.measure_every, config.checkpoint_every) == (0, 3, 3)
+
+
+def test_prodigys_rate_is_a_factor_of_one():
+    assert resolve(replace(CONFIG, optimizer="prodigy"), BASE, 16, 1)[0].learning_rate == 1.0
+    assert resolve(replace(CONFIG, optimizer="prodigy", learning_rate=0.5), BASE, 16, 1)[0].learning_rate == 0.5
+
+
+def test_an_adapter_asks_for_the_steps_that_were_given_or_learned_where_these_are_not_all():
+    assert span_of(CONFIG, BASE) is None
+    assert span_of(replace(CONFIG, over_steps="0-0.8"), BASE) == (0.0, 0.8)
+    learned = replace(CONFIG, min_timestep=200, max_timestep=900)
+    assert span_of(learned, BASE) == (1 - 900 / 999, 1 - 200 / 999)
+    assert span_of(replace(learned, over_steps="0-1"), BASE) is None
+
+
+def test_with_prodigy_all_that_learns_has_one_rate():
+    config = replace(CONFIG, optimizer="prodigy", learning_rate=0.5)
+    assert second_rate(config, "word_learning_rate", 0.02) == 0.5
+    assert second_rate(replace(config, word_learning_rate=0.5), "word_learning_rate", 0.02) == 0.5
+    with pytest.raises(ConfigError, match=r"--word-learning-rate 0.1 beside --learning-rate 0.5: prodigy"):
+        second_rate(replace(config, word_learning_rate=0.1), "word_learning_rate", 0.02)
+    others = replace(config, optimizer="adamw")
+    assert second_rate(others, "word_learning_rate", 0.02) == 0.02
+    assert second_rate(replace(others, word_learning_rate=0.1), "word_learning_rate", 0.02) == 0.1
+
+
+@pytest.mark.parametrize("rank", [0, 2**31, 10**23])
+def test_a_number_that_cannot_be_counted_out_is_refused(rank):
+    with pytest.raises(ConfigError, match=f"--rank is {rank}; it must be "):
+        check(replace(CONFIG, rank=rank))
+
+
+@pytest.mark.parametrize("name", ["class", "Images", "adapters", "checkpoints", "config.toml"])
+def test_a_folder_of_a_run_s_own_is_no_name_for_a_folder_that_is_learned(name):
+    """Wherever the name is from; a file of the name would be NAME.safetensors, and lies beside it."""
+    by_name, by_output = replace(CONFIG, name=name), replace(CONFIG, output=Path("runs") / name)
+    for config, option in ((by_name, "--name"), (by_output, "--output")):
+        with pytest.raises(ConfigError, match=f"{option} '{name}': it is what a run calls"):
+            check_name(config, folder=True)
+    check_name(by_output)
+    check_name(replace(CONFIG, output=Path("runs/class-1")), folder=True)
+
+
+def test_what_has_no_effect_is_refused_where_it_is_given_and_a_run_begins():
+    only_with(CONFIG, "--words", "word_learning_rate")
+    given = replace(CONFIG, word_learning_rate=0.1)
+    with pytest.raises(ConfigError, match="--word-learning-rate has no effect without --words"):
+        only_with(given, "--words", "word_learning_rate")
+    only_with(replace(given, resume=True), "--words", "word_learning_rate")
+
+
+def test_permissions_of_one_call_are_not_written_down():
+    before = replace(CONFIG, overwrite=True, force=True)
+    assert settled(before) == CONFIG
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"steps": 0}, "--steps is 0"),
+        ({"steps": 5, "epochs": 5}, "--steps and --epochs"),
+        ({"resume": True, "overwrite": True}, "--resume and --overwrite"),
+        ({"learning_rate": float("nan")}, "--learning-rate is nan"),
+        ({"ema": 1.0}, "--ema is 1.0"),
+        ({"weight_decay": -0.1}, "--weight-decay is -0.1"),
+        ({"checkpoint_every": -1}, "--checkpoint-every is -1"),
+        ({"rank": 0}, "--rank is 0"),
+        *[({"word_learning_rate": rate}, f"--word-learning-rate is {rate}") for rate in (-1.0, 0.0, float("nan"))],
+    ],
+)
+def test_senseless_numbers_are_refused_by_name(changes, said):
+    with pytest.raises(ConfigError, match=said):
+        check(replace(CONFIG, **changes))
+
+
+def test_a_plain_config_passes():
+    check(CONFIG)
+
+
+def test_options_in_a_sample_prompt_are_refused():
+    check(replace(CONFIG, sample_prompts=("a crab -- at the sea",)))
+    with pytest.raises(ConfigError, match=r"--sample-prompts: options such as '--w 512 --d 7' are not read here"):
+        check(replace(CONFIG, sample_prompts=("a crab --w 512 --d 7",)))
+    with pytest.raises(ConfigError, match=r"--sample-prompts: <lora:line:...> is not read here; leave it out"):
+        check(replace(CONFIG, sample_prompts=("a crab <lora:line:1>",)))
+
+
+def test_a_run_among_the_pictures_that_it_learns_from_is_refused(tmp_path):
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    (tmp_path / "dataset.toml").write_text('[[source]]\npath = "."')
+    config = replace(CONFIG, images=tmp_path, output=tmp_path / "." / "", caption="a dog")
+    for images in (tmp_path, tmp_path / "dataset.toml"):
+        with pytest.raises(ConfigError, match=r"is a folder of the pictures; .* such as runs/test_a_run_among"):
+            replace(config, images=images).read_examples()
+    replace(config, output=tmp_path / "runs").read_examples()

@@ -1,0 +1,215 @@
+"""Several processes of one training: the main one first, and the others after it or not at all."""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock
+
+import pytest
+import torch
+
+from sfumato.errors import RunError
+from sfumato.training.finish import describe_run
+from sfumato.training.options import DataOptions, TrainerOptions
+from sfumato.training.processes import Processes
+
+CPU = torch.device("cpu")
+
+
+class Threads(Processes):
+    """Processes that are threads of this one: they agree without torch.distributed."""
+
+    said: list[bool]
+    barrier: threading.Barrier
+
+    @classmethod
+    def several(cls, count):
+        made = [cls(rank, count, CPU) for rank in range(count)]
+        said, barrier = [], threading.Barrier(count)
+        for one in made:
+            object.__setattr__(one, "said", said)
+            object.__setattr__(one, "barrier", barrier)
+        return made
+
+    def _patient(self):
+        def agree(mine):
+            self.said.append(mine)
+            self.barrier.wait(20)
+            return any(self.said)
+
+        return agree
+
+
+class Adding(Threads):
+    """Threads that add their tensors up, as one message of so many numbers from each."""
+
+    def sum(self, tensors):
+        listed = list(tensors)
+        self.said.append(torch.cat([t.reshape(-1) for t in listed]))
+        self.barrier.wait(20)
+        total = torch.stack(self.said).sum(0)
+        self.barrier.wait(20)
+        for tensor, part in zip(listed, torch.split(total, [t.numel() for t in listed]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+
+def test_a_file_tells_the_batch_of_all_processes():
+    base = SimpleNamespace(name="b", family=SimpleNamespace(name="sd1"), prediction_type="epsilon")
+    base.adapted_fingerprint = lambda: ""
+    config = TrainerOptions(images=Path("a"), output=Path("b"), name="c", resolution=64, batch=3, accumulate=2)
+    about = describe_run(config, base, MagicMock(), SimpleNamespace(rows=[], processes=4, prompts=[]))
+    assert about.batch == 24
+
+
+def run_all(processes, work):
+    """What `work(process)` returned, or the error it ended with, by rank."""
+    found = {}
+
+    def one(process):
+        try:
+            found[process.rank] = work(process)
+        except Exception as error:
+            found[process.rank] = error
+
+    threads = [threading.Thread(target=one, args=(process,)) for process in processes]
+    for thread in reversed(threads):  # the main one comes last
+        thread.start()
+        time.sleep(0.02)
+    for thread in threads:
+        thread.join(30)
+    return found
+
+
+def test_the_main_process_is_through_before_the_others_begin():
+    events = []
+
+    def work(process):
+        with process.main_first():
+            events.append((process.rank, "in"))
+            time.sleep(0.05)
+            events.append((process.rank, "out"))
+
+    run_all(Threads.several(3), work)
+    assert events[:2] == [(0, "in"), (0, "out")]
+    assert {rank for rank, _ in events[2:]} == {1, 2}
+    assert len(events) == 6
+
+
+def test_where_the_main_process_fails_no_other_begins():
+    entered = []
+
+    def work(process):
+        with process.main_first():
+            entered.append(process.rank)
+            raise ValueError("a broken picture")
+
+    found = run_all(Threads.several(3), work)
+    assert entered == [0]
+    assert str(found[0]) == "a broken picture"
+    assert all(isinstance(found[rank], RunError) for rank in (1, 2))
+
+
+def test_a_process_alone_waits_for_nobody():
+    with Processes(0, 1, CPU).main_first():
+        pass
+    with pytest.raises(ValueError, match="mine"), Processes(0, 1, CPU).main_first():
+        raise ValueError("mine")
+
+
+def test_a_gradient_that_one_process_lacks_is_the_others_and_one_that_all_lack_is_none():
+    """As in one process with the whole batch: what nothing flows into is not stepped, and does not decay."""
+    gradients = {0: [torch.ones(2), None, None], 1: [torch.ones(2), torch.full((3,), 2.0), None]}
+
+    def work(process):
+        trained = [torch.nn.Parameter(torch.zeros(size)) for size in (2, 3, 4)]
+        for parameter, gradient in zip(trained, gradients[process.rank], strict=True):
+            parameter.grad = None if gradient is None else gradient.clone()
+        loss = torch.tensor(process.rank + 1.0)
+        process.sum_gradients([*trained, torch.nn.Parameter(torch.zeros(9), requires_grad=False)], loss)
+        return float(loss), [None if p.grad is None else p.grad.tolist() for p in trained]
+
+    found = run_all(Adding.several(2), work)
+    assert found[0] == found[1] == (3.0, [[2.0, 2.0], [2.0, 2.0, 2.0], None])
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_with_a_cache_the_main_process_prepares_first(cached, monkeypatch, tmp_path):
+    """Without one there is nothing to be read, and all prepare at once."""
+    from sfumato import data
+
+    order = []
+
+    def prepare(examples, base, **options):
+        order.append(threading.current_thread().name)
+        return options["cache"]
+
+    monkeypatch.setattr(data, "prepare", prepare)
+    options = DataOptions(images=tmp_path, resolution=64, cache=tmp_path / "cache" if cached else None)
+
+    def work(process):
+        threading.current_thread().name = str(process.rank)
+        return options.prepare((), None, processes=process)
+
+    processes = Threads.several(2)
+    found = run_all(processes, work)
+    assert found == {0: options.cache, 1: options.cache}
+    assert sorted(order) == ["0", "1"]
+    assert order[0] == "0" or not cached
+    assert len(processes[0].said) == (2 if cached else 0)
+
+
+PROGRAM = """
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock
+sys.path.insert(0, sys.argv[1])
+from made_up import FakeBase
+from sfumato.data import read_folder
+from sfumato.training.options import DataOptions, TrainerOptions
+from sfumato.training.processes import Processes
+processes = Processes.join("cpu")
+options = DataOptions(images=Path(sys.argv[2]), cache=Path(sys.argv[3]), resolution=64, shuffle_tags=True)
+base = FakeBase(deviation=1.0)
+data = options.prepare(
+    read_folder(options.images, caption_template="{caption}, tall"), base, will_draw=(0, 5, 4), processes=processes
+)
+batch = data.batch(0, 1, 4)
+print(processes.rank, base.encoded, len(base.prompts), float(batch.latents.double().sum()), batch.captions, sep="|")
+"""
+
+
+@pytest.mark.slow
+def test_of_two_real_processes_one_encodes_and_both_see_the_same(tmp_path):
+    from tests.data.made_up import noise_picture
+
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for number in range(5):
+        noise_picture(seed=number).save(pictures / f"{number}.png")
+    here = str(Path(__file__).parent / "data")
+
+    def launch():
+        (tmp_path / "program.py").write_text(PROGRAM)
+        words = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+        words += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        words += ["--main_process_port", "0", str(tmp_path / "program.py"), here, str(pictures), str(tmp_path / "c")]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+        return subprocess.run(words, capture_output=True, text=True, env=environment, timeout=300)
+
+    done = launch()
+    assert done.returncode == 0, done.stderr[-2000:]
+    main, other = sorted(line.split("|") for line in done.stdout.splitlines() if line.count("|") == 4)
+    assert (main[1], other[1], other[2]) == ("5", "0", "0")
+    assert int(main[2]) > 0
+    assert main[3:] == other[3:]
+
+    (pictures / "2.png").write_bytes((pictures / "2.png").read_bytes()[:-40])
+    done = launch()
+    assert done.returncode != 0
+    assert "2.png: " in done.stderr
+    assert "the main process could not prepare the pictures" in done.stderr
