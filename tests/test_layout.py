@@ -1,6 +1,7 @@
 """The two trees and their one rule: programs import the library, the library never imports a program."""
 
 import ast
+import importlib
 import tomllib
 from pathlib import Path
 
@@ -98,3 +99,13 @@ def test_every_public_name_is_there():
 
     assert sorted(sfumato.__all__) == sfumato.__all__
     assert all(hasattr(sfumato, name) for name in sfumato.__all__)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "bench").rglob("*.py")), ids=lambda p: f"{p.parent.stem}-{p.stem}")
+def test_what_a_bench_imports_of_the_library_is_there(path):
+    """Not every bench is run by the tests: some want another program's checkout, or hours."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "sfumato":
+            module = importlib.import_module(node.module)
+            for name in (alias.name for alias in node.names):
+                assert hasattr(module, name) or importlib.import_module(f"{node.module}.{name}")

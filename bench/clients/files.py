@@ -11,7 +11,7 @@ from sfumato.files.changes import Change, LoraModule
 from sfumato.files.kohya import Target, kohya_name
 from sfumato.files.write import write_lora
 from sfumato.files.write_difference import write_difference
-from sfumato.merging.convert import as_difference, as_lora
+from sfumato.merging.convert import Deltas, as_lora
 from sfumato.merging.factors import Budget
 from sfumato.merging.merge import Source
 
@@ -29,7 +29,7 @@ def lora_file(path: Path, family: str, modules: Mapping[Target, LoraModule], dty
 def difference_file(
     path: Path, family: str, parts: Mapping[str, nn.Module], changes: Mapping[Target, Change]
 ) -> Wanted:
-    deltas = as_difference(Source("a", changes), lambda target: weight_of(parts, target))
+    deltas = Deltas(Source("a", changes), InMemory(parts))
     write_difference(path, deltas, family=family, dtype=torch.float32)
     found: Wanted = {}
     for target, (weight, bias) in deltas.items():
@@ -39,8 +39,18 @@ def difference_file(
     return found
 
 
+class InMemory:
+    """What `Deltas` asks of a stored base, of modules."""
+
+    def __init__(self, parts: Mapping[str, nn.Module]) -> None:
+        self.parts = parts
+
+    def weight(self, target: Target, which: str = "weight") -> Tensor:
+        return getattr(self.parts[target[0]].get_submodule(target[1]), which).detach()
+
+
 def weight_of(parts: Mapping[str, nn.Module], target: Target) -> Tensor:
-    return parts[target[0]].get_submodule(target[1]).weight.detach()
+    return InMemory(parts).weight(target)
 
 
 def files(
