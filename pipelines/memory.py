@@ -37,6 +37,8 @@ class Config:
     """Pictures at a time, as of the trainers; fewer with --accumulate learn the same."""
     rank: int | None = None
     """Of LoRAs. Unset: the base family's default."""
+    conv_rank: int | None = None
+    """Of LoRAs on convolutions of more than 1x1. Unset: --rank."""
     device: Literal["gpu", "cpu"] = "gpu"
     """Where it would be trained; there need be no GPU here."""
     precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
@@ -49,10 +51,10 @@ class Config:
 
 def check(config: Config) -> None:
     """Refuse numbers that cannot be, before anything is read."""
-    for name in ("resolution", "batch", "rank", "within"):
+    for name in ("resolution", "batch", "rank", "conv_rank", "within"):
         value = getattr(config, name)
         if value is not None and value <= 0:
-            raise ConfigError(f"--{name} {value:g}: must be above 0.")
+            raise ConfigError(f"--{name.replace('_', '-')} {value:g}: must be above 0.")
 
 
 def rows_of(base: Base, setting: Setting) -> Iterator[tuple[str, list[float]]]:
@@ -83,15 +85,16 @@ def main(argv: Sequence[str]) -> int:
     base = forecast.shapes_of(config.base, config.device, config.vae)
     side = square_side(base, config.resolution or base.resolution)
     rank, computed = config.rank or base.defaults.rank, NAMES[precision.compute]
-    setting = forecast.Setting(config.device, precision, side, config.batch, rank)
+    setting = forecast.Setting(config.device, precision, side, config.batch, rank, config.conv_rank)
     rows = rows_of(base, setting)
     if config.json:
         about = {"base": base.name, "family": base.family.title, "resolution": side, "batch": config.batch}
-        about |= {"rank": rank, "device": config.device, "precision": computed}
+        about |= {"rank": rank, "conv_rank": config.conv_rank or rank, "device": config.device, "precision": computed}
         print(json.dumps(about | {"gib": {name: [round(gib, 2) for gib in row] for name, row in rows}}, indent=2))
         return 0
     where = "a GPU" if config.device == "gpu" else "a CPU"
-    print(f"{base.name} ({base.family.title}), {side} px, batch {config.batch}, rank {rank}, {computed} on {where}")
+    ranks = f"rank {rank}" + (f", {config.conv_rank} of convolutions" if config.conv_rank else "")
+    print(f"{base.name} ({base.family.title}), {side} px, batch {config.batch}, {ranks}, {computed} on {where}")
     print(f"\n{'GiB at the peak, about':<54}{'a step':>8}   --gradient-checkpointing")
     for name, row in rows:
         cells = [f"{gib:.1f}{'*' if config.within and gib > config.within else ' '}" for gib in row]

@@ -120,6 +120,36 @@ def test_a_rank_above_the_width_of_layers_is_told_and_above_that_of_all_refused(
         rank_notes(parts, 5000)
 
 
+def test_convolutions_of_more_than_1x1_have_their_own_rank_and_alpha(block):
+    """As conv_dim and conv_alpha of sd-scripts, where a 1x1 one counts as linear."""
+    block.conv_shortcut = nn.Conv2d(3, 4, 1)
+    parts = {"unet": select(block, "to_q|conv")}
+    layers = attach(parts, rank=3, alpha=6.0, conv_rank=2, conv_alpha=1.0).layers
+    found = {path: (layer.rank, layer.scale) for (_, path), layer in layers.items()}
+    assert found == {"attn2.to_q": (3, 2.0), "conv_shortcut": (3, 2.0), "conv1": (2, 0.5)}
+    rooted = attach(parts, rank=3, alpha=6.0, conv_rank=4, conv_alpha=1.0, rank_stabilised=True).layers
+    assert rooted["unet", "conv1"].scale == 0.5
+
+
+def test_convolutions_with_the_rank_of_the_others_start_as_without_one(block):
+    parts = {"unet": select(block, "to_q|conv1")}
+    one, two = (attach(parts, rank=2, alpha=3.0, seed=1, **own) for own in ({}, {"conv_rank": 2, "conv_alpha": 3.0}))
+    for key, layer in one.layers.items():
+        assert torch.equal(layer.down, two.layers[key].down)
+        assert layer.scale == two.layers[key].scale
+
+
+def test_the_rank_of_convolutions_is_held_against_their_widths(block):
+    parts = {"unet": select(block, "to_q|conv1")}
+    assert rank_notes(parts, 5, 4) == []
+    with pytest.raises(AdapterError, match="--conv-rank 5: the widest convolution has 4 directions"):
+        rank_notes(parts, 5, 5)
+    with pytest.raises(AdapterError, match="--rank 6: the widest layer has 5 directions"):
+        rank_notes(parts, 6, 4)
+    with pytest.raises(AdapterError, match="are for convolutions of more than 1x1, and none is adapted"):
+        rank_notes({"unet": select(block, "to_q")}, 2, 2)
+
+
 def test_the_base_gets_no_gradient_and_the_adapter_does(block):
     block.requires_grad_(False)
     lora = trained(block)

@@ -7,7 +7,7 @@ import pytest
 
 from sfumato import cli, forecast, load_base
 from sfumato.adapters import attach, hosts
-from sfumato.forecast import WAYS, Setting, of_drawing, of_encoding, of_step, shapes_of
+from sfumato.forecast import WAYS, Setting, Way, of_drawing, of_encoding, of_step, shapes_of
 from sfumato.precision import decide, imagined
 from sfumato.precision.lean import keep_less
 from sfumato.training.full import parts_of
@@ -100,6 +100,13 @@ def test_a_gpu_in_half_precision_keeps_less_than_in_fp32():
     assert half.weights < 0.6 * full.weights
 
 
+def test_convolutions_of_a_lower_rank_train_fewer_numbers(shapes):
+    way = Way("", "lora", targets="mid_block.*(conv1|to_q)$")
+    plain, own = (of_step(shapes, way, replace(ON_CPU, conv_rank=rank)).trained for rank in (4, 1))
+    learned = attach(hosts(parts_of(shapes, text=False), way.targets), rank=4, alpha=4.0, conv_rank=1)
+    assert own == learned.count() < plain
+
+
 def test_the_table_marks_what_does_not_fit(monkeypatch, capsys):
     full = "dreambooth --method full"
     shown = [full, f"{full} --fused", f"{full} --fused --optimizer adamw8bit"]
@@ -132,6 +139,7 @@ def test_a_family_by_its_name_has_its_published_shapes(name, numbers, texts):
     ("words", "said"),
     [
         (["--batch", "0"], "--batch 0: must be above 0."),
+        (["--conv-rank", "0"], "--conv-rank 0: must be above 0."),
         (["--within", "-1"], "--within -1: must be above 0."),
         (["--device", "cpu", "--precision", "fp16"], "--precision fp16: is for GPUs."),
         (["--base", "sd1", "--vae", "pocket"], "--vae pocket: --base sd1 names no model"),

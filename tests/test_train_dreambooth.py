@@ -220,6 +220,7 @@ def test_fused_weights_are_those_of_the_plain_run(train, clip):
         (["--method", "lora", "--save", "folder"], "--save folder"),
         (["--keep-energy", "0.9"], "--keep-energy belongs"),
         (["--prior-weight", "-1"], "--prior-weight is -1"),
+        (["--conv-rank", "2"], "--conv-rank has no effect without --method lora"),
         (["--drift-limit", "0.1"], "--measure-every 0"),
         (["--identifier", " "], "--identifier is empty"),
         (["--class-prompt", " "], "--class-prompt is empty"),

@@ -442,6 +442,8 @@ def test_the_run_folder_tells_everything_and_no_path(train, tmp_path, pictures, 
         (["--images", "nowhere"], "nowhere"),
         (["--rank", "0"], "--rank is 0"),
         (["--rank", "65"], "--rank 65: the widest layer has 64 directions"),
+        (["--conv-rank", "0"], "--conv-rank is 0"),
+        (["--conv-alpha", "1"], "--conv-rank and --conv-alpha are for convolutions of more than 1x1, and none is"),
         (["--learning-rate", "-1"], "--learning-rate is -1"),
         (["--dropout", "1"], "--dropout is 1"),
         (["--steps", "2", "--epochs", "2"], "--steps and --epochs"),
@@ -498,6 +500,42 @@ def test_a_rank_stabilised_scale_is_1_at_the_familys_rank(tmp_path):
     for rank, stabilised, alpha in ((None, True, 4), (64, True, 4), (64, False, 64)):
         config = Config(images=tmp_path, output=tmp_path, rank=rank, rank_stabilised=stabilised)
         assert resolve(config, base, 16, 1, has_prior=False)[0].alpha == alpha
+
+
+def test_unset_convolutions_have_the_rank_and_the_scale_of_the_other_layers(tmp_path):
+    from trainers.lora import Config, resolve
+
+    family = FAMILIES["sd1"]
+    base = SimpleNamespace(family=family, defaults=family.defaults, alpha_bar=range(1000))
+    for options, wanted in (
+        ({}, (None, None)),
+        ({"conv_rank": 4}, (4, 2.0)),
+        ({"conv_alpha": 1.0}, (16, 1.0)),
+        ({"conv_rank": 4, "rank_stabilised": True}, (4, 8.0)),
+    ):
+        config = Config(images=tmp_path, output=tmp_path, alpha=8.0, **options)
+        config = resolve(config, base, 16, 1, has_prior=False)[0]
+        assert (config.conv_rank, config.conv_alpha) == wanted
+
+
+def test_convolutions_learn_within_their_own_rank(train, capsys):
+    """With that of the others what is learned is the same to the bit. The file says it as sd-scripts does."""
+    everything = ("--targets", r"mid_block.*(to_q|conv1|conv_shortcut|proj_in)$")
+    plain, same = train("plain", *everything), train("same", *everything, "--conv-rank", "2")
+    assert all(torch.equal(read_tensors(plain)[name], value) for name, value in read_tensors(same).items())
+    path = train("own", *everything, "--conv-rank", "1", "--conv-alpha", "4", "--ema", "0.5")
+    metadata = read_header(path).metadata
+    assert metadata["ss_network_dim"] == "2"
+    assert json.loads(metadata["ss_network_args"]) == {"conv_dim": "1", "conv_alpha": "2"}  # one alpha in a file
+    ranks = {module.rank for (_, name), module in read_lora(path).modules.items() if name.endswith("conv1")}
+    assert ranks == {1}
+    assert "| conv_rank | 1 |\n| conv_alpha | 4.0 |" in (path.parent / "README.md").read_text()
+    went_on = train("on", *everything, "--conv-rank", "1", "--init-from", str(path))
+    assert read_header(went_on).metadata["ss_network_dim"] == "2"
+    capsys.readouterr()
+    with pytest.raises(AssertionError):
+        train("refused", *everything, "--init-from", str(path))
+    assert "Give its own --conv-rank" in capsys.readouterr().err
 
 
 def test_a_crossing_of_no_sample_is_refused(tmp_path):

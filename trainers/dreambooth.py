@@ -93,6 +93,11 @@ class Config(TrainerOptions):
     """Inner dimension of each update of a LoRA, also of one that --save lora extracts. Unset: the family's default."""
     alpha: float | None = None
     """With --method lora the update is scaled by alpha / rank. Unset: the rank, for a scale of 1."""
+    conv_rank: int | None = None
+    """Inner dimension of the updates of convolutions of more than 1x1, where --method lora adapts them, as conv_dim
+    of sd-scripts. Unset: --rank."""
+    conv_alpha: float | None = None
+    """--alpha of those convolutions. Unset: what gives them the scale of the other layers."""
     targets: str = "everything"
     """What a LoRA adapts: cross-attention, attention, attention+mlp, everything (in the U-Net's blocks), or a regular
     expression over module names."""
@@ -161,7 +166,7 @@ def train(config: Config) -> Path:
         )
     base = config.load_base(precision)
     config, filled = resolve(config, base, instance.samples, processes.count)
-    notes = rank_notes(adapted(base, config), config.rank) if config.method == "lora" else []
+    notes = rank_notes(adapted(base, config), config.rank, config.conv_rank) if config.method == "lora" else []
     writes = [config.name] if config.save == "folder" else []
     run = Run.start(config, program="dreambooth", processes=processes, writes=writes)
     run.say(precision.table())
@@ -289,7 +294,7 @@ def check(config: Config) -> None:
     if config.instance_prompt and config.identifier not in config.instance_prompt:
         options.only_with(config, "it in --instance-prompt", "identifier")
     if config.method == "full":
-        options.only_with(config, "--method lora", "alpha", "targets", "over_steps")
+        options.only_with(config, "--method lora", "alpha", "conv_rank", "conv_alpha", "targets", "over_steps")
         if config.save != "lora":
             options.only_with(config, "--method lora or --save lora", "rank")
     if not config.class_name and not (config.instance_prompt and config.class_prompt):
@@ -323,7 +328,8 @@ def resolve(config: Config, base: Base, samples: int, processes: int) -> tuple[C
     config, filled = options.resolve(config, base, samples, processes, **defaults)
     values = given | {"save": config.save or ("folder" if config.method == "full" else "lora")}
     if config.method == "lora":
-        values["alpha"] = config.alpha or float(config.rank)
+        alpha = config.alpha or float(config.rank)
+        values |= {"alpha": alpha, **options.of_convolutions(config, alpha)}
     return dataclasses.replace(config, **values), [name for name in filled if name not in unused]
 
 
@@ -448,7 +454,14 @@ def trainable(base: Base, config: Config) -> Lora | nn.ModuleDict:
 
     if config.method == "full":
         return unfreeze(base, text=config.train_text_encoder)
-    return attach(adapted(base, config), rank=config.rank, alpha=config.alpha, seed=config.seed)
+    return attach(
+        adapted(base, config),
+        rank=config.rank,
+        alpha=config.alpha,
+        conv_rank=config.conv_rank,
+        conv_alpha=config.conv_alpha,
+        seed=config.seed,
+    )
 
 
 def adapted(base: Base, config: Config) -> dict[str, dict[str, nn.Linear | nn.Conv2d]]:

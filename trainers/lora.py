@@ -54,6 +54,12 @@ class Config(TrainerOptions):
     alpha: float | None = None
     """The update is scaled by alpha / rank. Unset: the rank, for a scale of 1; with --rank-stabilised what gives
     that at the base family's default rank."""
+    conv_rank: int | None = None
+    """Inner dimension of the updates of convolutions of more than 1x1, where --conv or --targets adapts them;
+    conv_dim of sd-scripts. Unset: --rank."""
+    conv_alpha: float | None = None
+    """--alpha of those convolutions. Unset: what gives them the scale of the other layers; with --rank-stabilised
+    --alpha."""
     dropout: float = 0.0
     """Share of each update's inputs that is dropped while training."""
     rank_stabilised: bool = False
@@ -137,7 +143,7 @@ def train(config: Config) -> Path:
     config, filled = resolve(config, base, subjects.samples, processes.count, has_prior=has_prior)
     words = new_words(base, config, examples) if config.train_words else None
     adapted = hosts(parts_of(base, text=config.train_text_encoder), config.targets, conv=config.conv)
-    notes = rank_notes(adapted, config.rank)
+    notes = rank_notes(adapted, config.rank, config.conv_rank)
     run = Run.start(config, program="lora", processes=processes, writes=written(config))
     run.say(precision.table())
     run.say_filled(base.family.title, filled)
@@ -170,6 +176,8 @@ def train(config: Config) -> Path:
         adapted,
         rank=config.rank,
         alpha=config.alpha,
+        conv_rank=config.conv_rank,
+        conv_alpha=config.conv_alpha,
         dropout=config.dropout,
         rank_stabilised=config.rank_stabilised,
         seed=config.seed,
@@ -318,7 +326,9 @@ def resolve(config: Config, base: Base, samples: int, processes: int, *, has_pri
                 f"--max-timestep {timesteps.stop} leaves none; give --crossed-share 0, or more timesteps."
             )
     alpha = math.sqrt(base.defaults.rank) if config.rank_stabilised else float(config.rank)
-    values: dict[str, Any] = {"alpha": config.alpha or alpha}
+    alpha = config.alpha or alpha
+    values: dict[str, Any] = {"alpha": alpha}
+    values |= options.of_convolutions(config, alpha, rank_stabilised=config.rank_stabilised)
     if has_prior:
         values["prior_weight"] = 1.0 if config.prior_weight is None else config.prior_weight
     if config.train_words:

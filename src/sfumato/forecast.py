@@ -70,13 +70,14 @@ WAYS = (
 
 @dataclass(frozen=True)
 class Setting:
-    """Where and in which size: precision of `precision.imagined`, side in pixels, batch and rank as of the trainers."""
+    """Where and in which size: precision of `precision.imagined`, side in pixels; batch and ranks as of trainers."""
 
     device: Literal["gpu", "cpu"]
     precision: Precision
     side: int
     batch: int
     rank: int
+    conv_rank: int | None = None
     checkpointing: bool = False
 
 
@@ -125,7 +126,8 @@ def of_step(base: Base, way: Way, setting: Setting) -> Step:
         base.unet.enable_gradient_checkpointing()
     lora = None
     if way.trained == "lora":
-        lora = attach(hosts(parts_of(base, text=False), way.targets), rank=setting.rank, alpha=float(setting.rank))
+        adapted = hosts(parts_of(base, text=False), way.targets)
+        lora = attach(adapted, rank=setting.rank, alpha=float(setting.rank), conv_rank=setting.conv_rank)
     texts = list(base.text_encoders) if way.text else []
     try:
         stored = setting.precision.storage

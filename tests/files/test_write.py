@@ -104,6 +104,16 @@ def test_the_rank_is_said_where_all_modules_have_it(rank, said, two_modules, tmp
     assert header.metadata["ss_network_dim"] == said
 
 
+@pytest.mark.parametrize(("rank", "dim", "args"), [(2, "2", "{}"), (1, "2", '{"conv_dim":"1","conv_alpha":"2"}')])
+def test_another_rank_of_convolutions_is_said_as_sd_scripts_says_it(rank, dim, args, two_modules, tmp_path):
+    resnet = "down_blocks.1.resnets.0"
+    for path, side in ((f"{resnet}.conv1", 3), (f"{resnet}.conv_shortcut", 1)):
+        own = rank if side == 3 else 2
+        two_modules["unet", path] = LoraModule(torch.ones(own, 4, side, side), torch.ones(8, own, 1, 1), 2.0)
+    metadata = read_header(write_lora(tmp_path / "a.safetensors", two_modules, family="sd1")).metadata
+    assert (metadata["ss_network_dim"], metadata["ss_network_args"]) == (dim, args)
+
+
 def test_an_alpha_that_halves_would_round_is_kept(tmp_path, two_modules):
     odd = {target: replace(module, alpha=8**0.5) for target, module in two_modules.items()}
     found = read_lora(write_lora(tmp_path / "a.safetensors", odd, family="sd1", dtype=torch.bfloat16))

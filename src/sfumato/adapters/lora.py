@@ -63,6 +63,11 @@ class LoraLayer(nn.Module):
     def rank(self) -> int:
         return self.down.shape[0]
 
+    @property
+    def is_wide(self) -> bool:
+        """Whether the host is a convolution of more than 1x1."""
+        return math.prod(self.down.shape[2:]) > 1
+
     def forward(self, x: Tensor) -> Tensor:
         """The update's share of the host's output, for the host's input x."""
         if not torch.is_autocast_enabled(x.device.type):  # a frozen text encoder in half precision is called so
@@ -186,9 +191,10 @@ class Lora(nn.Module):
         for key, (down, up, alpha) in values.items():
             layer = self.layers[key]
             if down.shape != layer.down.shape or up.shape != layer.up.shape:
+                own = "--conv-rank" if layer.is_wide else "--rank"
                 raise AdapterError(
                     f"{name}: {'.'.join(key)} has rank {down.shape[0]} and shape {tuple(up.shape)}, this run has rank "
-                    f"{layer.rank} and shape {tuple(layer.up.shape)}. Give its own --rank, and its own base."
+                    f"{layer.rank} and shape {tuple(layer.up.shape)}. Give its own {own}, and its own base."
                 )
             with torch.no_grad():
                 layer.down.copy_(down)
@@ -233,26 +239,49 @@ def hosts(
     }
 
 
-def rank_notes(parts: Mapping[str, Mapping[str, nn.Linear | nn.Conv2d]], rank: int) -> list[str]:
-    """A line on the layers that are narrower than the rank. parts: as of `attach`.
+def rank_notes(
+    parts: Mapping[str, Mapping[str, nn.Linear | nn.Conv2d]], rank: int, conv_rank: int | None = None
+) -> list[str]:
+    """A line on the layers that are narrower than their rank. parts, conv_rank: as of `attach`.
 
-    Raises AdapterError where all are: the update would hold more numbers than the layers, and learn no more.
+    Raises AdapterError where all are: the update would hold more numbers than the layers, and learn no more. And where
+    no layer has the convolutions' rank.
     """
-    widths = [min(host.weight.shape[0], host.weight[0].numel()) for some in parts.values() for host in some.values()]
+    every = [host for some in parts.values() for host in some.values()]
+    if conv_rank is None:
+        return _rank_notes("--rank", rank, "layer", every)
+    wide = [host for host in every if is_wide(host)]
+    if not wide:
+        raise AdapterError(
+            "--conv-rank and --conv-alpha are for convolutions of more than 1x1, and none is adapted; add --targets "
+            "everything, or leave them out."
+        )
+    others = [host for host in every if not is_wide(host)]
+    of_others = _rank_notes("--rank", rank, "layer", others) if others else []
+    return of_others + _rank_notes("--conv-rank", conv_rank, "convolution", wide)
+
+
+def _rank_notes(option: str, rank: int, kind: str, hosts: Sequence[nn.Linear | nn.Conv2d]) -> list[str]:
+    widths = [min(host.weight.shape[0], host.weight[0].numel()) for host in hosts]
     narrow = [width for width in widths if width < rank]
     if len(narrow) == len(widths):
         raise AdapterError(
-            f"--rank {rank}: the widest layer has {max(widths)} directions, and a change of it no more; wanted at most "
-            "that, of which 4 to 128 is usual."
+            f"{option} {rank}: the widest {kind} has {max(widths)} directions, and a change of it no more; wanted at "
+            "most that, of which 4 to 128 is usual."
         )
     if not narrow:
         return []
     are, least, most = "is" if len(narrow) == 1 else "are", min(narrow), max(narrow)
     between = f"{least}" if least == most else f"{least} to {most}"
     return [
-        f"--rank {rank}: {len(narrow)} of {so_many(len(widths), 'layer')} {are} narrower ({between}), where it takes "
+        f"{option} {rank}: {len(narrow)} of {so_many(len(widths), kind)} {are} narrower ({between}), where it takes "
         "memory and learns no more"
     ]
+
+
+def is_wide(host: nn.Linear | nn.Conv2d) -> bool:
+    """Whether the layer is a convolution of more than 1x1, which is what has conv_dim in sd-scripts."""
+    return isinstance(host, nn.Conv2d) and math.prod(host.kernel_size) > 1
 
 
 def attach(
@@ -260,6 +289,8 @@ def attach(
     *,
     rank: int,
     alpha: float,
+    conv_rank: int | None = None,
+    conv_alpha: float | None = None,
     dropout: float = 0.0,
     rank_stabilised: bool = False,
     seed: int = 0,
@@ -267,13 +298,16 @@ def attach(
     """A new adapter on the selected layers of each part; it changes nothing until it is trained.
 
     parts: "unet", "text_encoder", ... -> what `select` chose in it. The scale is alpha / rank, or alpha / sqrt(rank)
-    when rank-stabilised (Kalajdzievski 2023). Each layer's start is a function of (seed, part, path): adding a target
-    does not change how the others start.
+    when rank-stabilised (Kalajdzievski 2023). conv_rank, conv_alpha: of convolutions of more than 1x1, where they have
+    their own. Each layer's start is a function of (seed, part, path): adding a target does not change how the others
+    start.
     """
     lora = Lora(dropout)
-    scale = alpha / (math.sqrt(rank) if rank_stabilised else rank)
+    wide = (rank if conv_rank is None else conv_rank, alpha if conv_alpha is None else conv_alpha)
     for part, chosen in parts.items():
         for path, host in chosen.items():
-            layer = LoraLayer(host, rank, scale, randomness.generator(seed, f"lora/{part}/{path}"))
+            own_rank, own_alpha = wide if is_wide(host) else (rank, alpha)
+            scale = own_alpha / (math.sqrt(own_rank) if rank_stabilised else own_rank)
+            layer = LoraLayer(host, own_rank, scale, randomness.generator(seed, f"lora/{part}/{path}"))
             lora.add(part, path, host, layer.to(host.weight.device))
     return lora

@@ -44,6 +44,8 @@ def write_card(
     # Of a LoRA that was extracted the targets say nothing: it is of all weights that changed.
     whole = (about.config or {}).get("method") == "full"
     adapted = ("method", "rank", "alpha") if whole else ("method", "rank", "alpha", "targets")
+    if (about.config or {}).get("conv_rank") is not None:
+        adapted = (*adapted, "conv_rank", "conv_alpha")
     shown = (*adapted, "steps", "batch", "learning_rate", "schedule", "min_snr", "seed", "resolution")
     before_after = ""
     if rows:

@@ -6,6 +6,7 @@ module by the file's most frequent one, so any other scale is folded into lora_u
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections import Counter
@@ -70,12 +71,10 @@ def write_lora(
         # fp32 whatever the dtype: a half would round sqrt(rank) and the like.
         tensors[f"{name}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
     tensors |= bundled(path, words or {})
-    ranks = sorted({module.rank for module in modules.values()})
     described = {
         **(metadata or {}),
-        **_network(metadata or {}),
         KEY: fingerprint(modules),  # of what was handed in, not of what `dtype` makes of it
-        "ss_network_dim": str(ranks[0]) if len(ranks) == 1 else "Dynamic",
+        **_network(metadata or {}, modules, alpha),
         "ss_network_alpha": exact(alpha),
     }
     described.update(hashes(tensors, described))
@@ -83,11 +82,28 @@ def write_lora(
     return write_tensors(path, tensors, described)
 
 
-def _network(metadata: Mapping[str, str]) -> dict[str, str]:
-    """kohya's two keys on the kind of network; arguments of another kind, such as LyCORIS's algo, are not ours."""
-    module = "networks.lora"
-    same = metadata.get("ss_network_module", module) == module
-    return {"ss_network_module": module, "ss_network_args": metadata.get("ss_network_args", "{}") if same else "{}"}
+def _network(metadata: Mapping[str, str], modules: Mapping[Target, LoraModule], alpha: float) -> dict[str, str]:
+    """kohya's keys on the kind of network and its ranks; arguments of another kind, such as LyCORIS's algo, are not
+    ours. Convolutions of more than 1x1 with a rank of their own are told as sd-scripts tells them."""
+    kind = "networks.lora"
+    same = metadata.get("ss_network_module", kind) == kind
+    args = metadata.get("ss_network_args", "{}") if same else "{}"
+    wide = {module.rank for module in modules.values() if math.prod(module.down.shape[2:]) > 1}
+    others = {module.rank for module in modules.values() if math.prod(module.down.shape[2:]) == 1}
+    ranks = wide | others
+    if len(ranks) == 2 and len(wide) == len(others) == 1:
+        ranks, conv = others, {"conv_dim": str(*wide), "conv_alpha": exact(alpha)}
+        args = json.dumps(_read_args(args) | conv, separators=(",", ":"))
+    dim = str(*ranks) if len(ranks) == 1 else "Dynamic"
+    return {"ss_network_module": kind, "ss_network_args": args, "ss_network_dim": dim}
+
+
+def _read_args(text: str) -> dict[str, object]:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def one_alpha(modules: Mapping[Target, LoraModule]) -> tuple[float, dict[Target, LoraModule]]:

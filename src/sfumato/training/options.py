@@ -296,7 +296,7 @@ AnyTrainer = TypeVar("AnyTrainer", bound=TrainerOptions)
 AnyRun = TypeVar("AnyRun", bound=FolderOptions)
 
 _AT_LEAST_ONE = (
-    *("steps", "epochs", "batch", "accumulate", "rank", "resolution"),
+    *("steps", "epochs", "batch", "accumulate", "rank", "conv_rank", "resolution"),
     *("vectors", "word_vectors", "class_count"),
 )
 _NOT_NEGATIVE = (
@@ -307,7 +307,7 @@ _RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
     (_AT_LEAST_ONE, lambda value: value >= 1, "be at least 1"),
     (_AT_LEAST_ONE, lambda value: value < 2**31, f"be below {2**31:,}"),  # torch would end in a trace of its C++
     (
-        ("learning_rate", "text_learning_rate", "word_learning_rate", "alpha"),
+        ("learning_rate", "text_learning_rate", "word_learning_rate", "alpha", "conv_alpha"),
         lambda value: 0 < value < math.inf,
         "be a positive number",
     ),
@@ -436,6 +436,16 @@ def resolve(
     if getattr(config, "save_precision", "") is None:
         values["save_precision"] = "fp32" if base.family.name == "pocket" else "fp16"
     return dataclasses.replace(config, **values), filled
+
+
+def of_convolutions(config: Any, alpha: float, *, rank_stabilised: bool = False) -> dict[str, Any]:
+    """conv_rank and conv_alpha, filled where either is given; nothing else, since convolutions are layers as others
+    then. config: of a trainer of LoRAs, with its rank. alpha: of the other layers."""
+    if config.conv_rank is None and config.conv_alpha is None:
+        return {}
+    rank = config.rank if config.conv_rank is None else config.conv_rank
+    alike = alpha if rank_stabilised else alpha * (rank / config.rank)
+    return {"conv_rank": rank, "conv_alpha": config.conv_alpha or alike}
 
 
 def span_of(config: TrainerOptions, base: Base) -> tuple[float, float] | None:
