@@ -63,7 +63,7 @@ class Config:
     over_steps: tuple[str, ...] = ()
     """LABEL=0:0,0.4:1, an adapter's weights by points PROGRESS:WEIGHT (0 is noise, 1 the finished picture), straight
     between them; or LABEL=0-0.5, its own weight in those steps and none in the others. Unset: those that its file
-    asks for, else all. Repeat for several adapters."""
+    asks for, else all. LABEL may be the name in a tag. Repeat for several adapters."""
     switch: int | None = None
     """The adapters take turns, each for so many steps (LoRA-Switch)."""
     region: tuple[str, ...] = ()
@@ -182,8 +182,9 @@ def plan(config: Config) -> Plan:
     spots = _spots(config, given, split)
     regional = {each.label for spot in spots for each in spot.adapters}
     everywhere = [each for each in given if each.label not in regional]
-    where_when = _where_when(config, spots, [each.label for each in everywhere], sorted(regional))
     adapters, weights = with_tags(everywhere, split, config.lora_folder)
+    tagged = [each.label for each in adapters[len(everywhere) :]]
+    where_when = _where_when(config, spots, [each.label for each in everywhere], sorted(regional), tagged)
     strengths = parse_strengths(config.adapter_guidance, [adapter.label for adapter in adapters])
     pictures = tuple(
         Request(found.prompt, seed, tagged, flags)
@@ -237,9 +238,12 @@ def _spots(config: Config, given: Sequence[Adapter], prompts: Sequence[Tagged]) 
     return spots
 
 
-def _where_when(config: Config, spots: tuple[Spot, ...], labels: Sequence[str], regional: Sequence[str]) -> WhereWhen:
-    """What --region, --over-steps and --switch say; labels: of the adapters that count everywhere, and in regions."""
-    by_step = [parse_steps(text, [*labels, *regional]) for text in config.over_steps]
+def _where_when(
+    config: Config, spots: tuple[Spot, ...], labels: Sequence[str], regional: Sequence[str], tagged: Sequence[str]
+) -> WhereWhen:
+    """What --region, --over-steps and --switch say; labels: of the adapters that count everywhere, and in regions, and
+    of those that are in tags alone."""
+    by_step = [parse_steps(text, [*labels, *tagged, *regional]) for text in config.over_steps]
     if going := [label for label, way in by_step if label in regional and not isinstance(way, Span)]:
         raise ConfigError(f"--over-steps {going[0]}: in a region an adapter has a span, such as {going[0]}=0-0.5.")
     names = [label for label, _ in by_step]
@@ -251,7 +255,7 @@ def _where_when(config: Config, spots: tuple[Spot, ...], labels: Sequence[str], 
             f"--switch {config.switch}: wanted steps, 1 or more, and two --lora or more that take turns; {len(turns)} "
             "are without --region and --over-steps."
         )
-    return WhereWhen(spots, dict(by_step), turns, config.switch)
+    return WhereWhen(spots, dict(by_step), turns, config.switch, frozenset(tagged))
 
 
 def _check_start(config: Config) -> None:

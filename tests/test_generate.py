@@ -306,6 +306,17 @@ def test_a_name_that_a_tag_cannot_hold_comes_back_from_its_tag(generate):
     assert not np.array_equal(pixels("otter.png"), pixels("a.png"))
 
 
+@pytest.mark.parametrize("way", ["0-0.4", "0:0.8,0.4:0.8,0.4:0,1:0"])
+def test_weights_by_step_of_a_tag_count_in_its_prompt_alone(way, generate):
+    assert generate("red <lora:line:0.8>", "red", "--over-steps", f"line={way}", "-o", "out")[0] == 0
+    tagged, plain = (pixels(file) for file in sorted(Path("out").glob("*.png")))
+    generate("red", "--lora", "line.safetensors:0.8", "--over-steps", f"line={way}", "-o", "mixed.png")
+    generate("red", "-o", "plain.png")
+    assert np.array_equal(tagged, pixels("mixed.png"))
+    assert np.array_equal(plain, pixels("plain.png"))
+    assert not np.array_equal(tagged, plain)
+
+
 def test_tags_in_a_prompt_add_adapters_for_it_alone(generate):
     """The tagged prompt is the mix's picture, the one without tags the base's, whatever their order in the batch."""
     code, _, err = generate("red <lora:line:0.8>", "red", "red <lora:line:0.8>", "-o", "out")

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sfumato.command_line.specs import without_tags
-from sfumato.compose.adapter import Adapter, checked_weight, unet_weight
+from sfumato.compose.adapter import Adapter, checked_weight, is_idle, unet_weight
 from sfumato.config import at_home
 from sfumato.errors import AdapterError, ConfigError
 
@@ -61,13 +61,15 @@ class WhereWhen:
     """All of it for one drawing. spots: adapters of these are in no mix. by_step: label -> how its weight goes; of an
     adapter in a spot a span.
 
-    turn_labels: adapters that take turns, each for `turn` steps (LoRA-Switch).
+    turn_labels: adapters that take turns, each for `turn` steps (LoRA-Switch). tagged: adapters that are in prompts'
+    tags alone, so that at weight 0 their prompt is not the one that is drawn.
     """
 
     spots: tuple[Spot, ...] = ()
     by_step: Mapping[str, Ramp | Span] = field(default_factory=dict)
     turn_labels: tuple[str, ...] = ()
     turn: int | None = None
+    tagged: frozenset[str] = frozenset()
 
     @property
     def follows_steps(self) -> bool:
@@ -207,7 +209,7 @@ def applied(
                 if isinstance(way, Ramp)
                 else Ramp.within(way.start, way.end, unet_weight(mix.weights[label]))
                 for label, way in wanted.by_step.items()
-                if label in mix.weights
+                if label in mix.weights and not (label in wanted.tagged and is_idle(mix.weights[label]))
             }
             switch = None if wanted.turn is None else Switch(wanted.turn_labels, wanted.turn)
             stack.enter_context(over_steps_of(mix, ways, switch))
