@@ -62,12 +62,14 @@ _WITH_KARRAS = ("euler", "heun", "lms", "dpm2", "dpm2 a", "dpm++ 2m", "dpm++ 2m 
 SAMPLERS: Mapping[str, Sampler] = MappingProxyType(
     _PLAIN | {f"{name} karras": _karras(_PLAIN[name]) for name in _WITH_KARRAS}
 )
-_OTHER_NAMES = {
+_OTHER_NAMES = {name.replace(" ", ""): name for name in SAMPLERS} | {
     "dpm++": "dpm++ 2m",
-    "euler ancestral": "euler a",
-    "dpm2 ancestral": "dpm2 a",
+    "dpmsolver++": "dpm++ 2m",
     "plms": "pndm",
+    "unipcbh2": "unipc",
 }
+_NOT_HERE = frozenset({"ipndm", "ipndm v"})
+"""Samplers of other programs that look like a misspelt one."""
 
 PICTURES: ContextVar[tuple[Sequence[int], int] | None] = ContextVar("PICTURES", default=None)
 """The places in its call of the pictures that `sfumato.draw` is encoding or drawing at once, and how many the call has;
@@ -98,14 +100,30 @@ def at_once(places: Sequence[int], count: int) -> Iterator[None]:
 
 
 def find(name: str) -> Sampler:
-    """The sampler of this name; capitals, "-", "_" and "dpmpp" for "dpm++" do not matter. Raises ConfigError."""
-    plain = " ".join(name.lower().replace("_", " ").replace("-", " ").replace("dpmpp", "dpm++").split())
-    plain = _OTHER_NAMES.get(plain, plain)
-    if plain not in SAMPLERS:
-        near = difflib.get_close_matches(plain, SAMPLERS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"wanted one of {', '.join(SAMPLERS)}."
+    """The sampler of this name, as A1111, ComfyUI, sd-scripts or k-diffusion may spell it: capitals, spaces, "-" and
+    "_" do not matter. Raises ConfigError."""
+    plain = " ".join(re.split(r"[\s_-]+", name.lower())).strip().replace("dpmpp", "dpm++")
+    plain = re.sub(r" ancestral\b", " a", plain.removeprefix("k ").removesuffix(" gpu"))
+    known = _OTHER_NAMES.get(plain.replace(" ", ""))
+    if known is None:
+        near = next((other for other in SAMPLERS if _is_misspelt(plain, other)), None)
+        hint = f"did you mean {near!r}?" if near else f"wanted one of {', '.join(SAMPLERS)}."
         raise ConfigError(f"--sampler {name}: unknown; {hint}")
-    return SAMPLERS[plain]
+    return SAMPLERS[known]
+
+
+def _is_misspelt(name: str, known: str) -> bool:
+    """Whether each word of one is nearly that of the other. Short words and those with digits tell samplers apart."""
+
+    def near(word: str, other: str) -> bool:
+        if word == other:
+            return True
+        if len(word) < 4 or any(letter.isdigit() for letter in word + other):
+            return False
+        return difflib.SequenceMatcher(None, word, other).ratio() > 0.75
+
+    words, others = name.split(), known.split()
+    return len(words) == len(others) and name not in _NOT_HERE and all(map(near, words, others))
 
 
 def scheduler(name: str, schedule: Mapping[str, Any]) -> Any:

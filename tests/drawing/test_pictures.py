@@ -109,6 +109,27 @@ def test_a_sampler_goes_by_any_spelling_of_its_name(name):
     assert schedulers.find(name) is schedulers.SAMPLERS["dpm++ 2m karras"]
 
 
+@pytest.mark.parametrize(
+    ("names", "wanted"),
+    [
+        ("dpm_2 k_dpm_2", "dpm2"),
+        ("dpm_2_ancestral k_dpm_2_a", "dpm2 a"),
+        ("k_euler_a euler_ancestral eulera", "euler a"),
+        ("uni_pc", "unipc"),
+        ("dpmpp_2m_sde_gpu", "dpm++ 2m sde"),
+        ("dpmsolver++ dpm++2m", "dpm++ 2m"),
+    ],
+)
+def test_a_sampler_goes_by_its_name_in_other_programs(names, wanted):
+    assert all(schedulers.find(name) is schedulers.SAMPLERS[wanted] for name in names.split())
+
+
+@pytest.mark.parametrize("name", ["dpmpp_sde", "DPM++ 2S a Karras", "dpmpp_3m_sde", "Euler a Karras", "lcm", "ipndm"])
+def test_another_sampler_is_not_suggested_for_one_that_there_is_not(name):
+    with pytest.raises(ConfigError, match="unknown; wanted one of ddim, ddpm, "):
+        schedulers.find(name)
+
+
 def test_a_sampler_that_cannot_begin_in_pure_noise_is_refused_on_such_a_base(pocket):
     schedule = {**pocket.scheduler.config, "rescale_betas_zero_snr": True}
     with pytest.raises(ConfigError, match="zero terminal SNR"):
