@@ -42,6 +42,27 @@ def test_norms_are_those_of_the_updates(dtype, tiny, lora, tmp_path):
     assert sum(block.norm**2 for block in found.blocks) == pytest.approx(found.norm**2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_norms_of_fp8_are_those_of_the_updates(dtype, two_modules, tmp_path):
+    every = torch.arange(256, dtype=torch.uint8).view(dtype)
+    module = next(iter(two_modules.values()))
+    down, up = every[every.float().isfinite()].reshape(2, -1), module.up.to(dtype)
+    name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
+    save_file({f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}, tmp_path / "a.safetensors")
+    found = inspect_file(tmp_path / "a.safetensors")
+    assert found.norm == pytest.approx(float((up.float() @ down.float()).norm()), rel=1e-6)
+
+
+def test_a_norm_that_cannot_be_told_is_said(tmp_path):
+    name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_"
+    tensors = {f"{name}k.lora_{half}.weight": torch.ones(2, 2) for half in ("down", "up")}
+    odd = {f"{name}q.lora_{half}.weight": torch.ones(2, 2, dtype=torch.bool) for half in ("down", "up")}
+    save_file(tensors | odd, tmp_path / "a.safetensors")
+    assert "\nnorm       4, of 1 of 2 modules\n" in render(inspect_file(tmp_path / "a.safetensors"))
+    save_file(odd, tmp_path / "b.safetensors")
+    assert "\nnorm       cannot be told: tensors of" in render(inspect_file(tmp_path / "b.safetensors"))
+
+
 def test_a_tucker_norm_is_that_of_its_update(tmp_path):
     g = torch.Generator().manual_seed(0)
     down, mid, up = (torch.randn(*s, generator=g) for s in [(2, 4, 1, 1), (2, 2, 3, 3), (5, 2, 1, 1)])
@@ -243,7 +264,8 @@ assert "safetensors" not in sys.modules"""
 
 LOOKED_AT = Inspection(
     file="a\x07.safetensors", bytes=1_250_000, tensors=1234, dtypes={"F16": 1200, "F32": 34}, kind="LoRA + DoRA",
-    family="sd1", says="sdxl", spelling=["kohya", "diffusers"], modules=3, targets={"unet attn1.to_k": 2, "unet ff": 1},
+    family="sd1", says="sdxl", spelling=["kohya", "diffusers"], modules=13,
+    targets={"unet attn1.to_k": 2, "unet ff": 1},
     ranks={"4": 2, "8": 1}, alphas={}, norm=12.3456, stored=["DoRA"],
     blocks=[Block("down_blocks.0", 2, 6.0), Block("mid_block", 1, 3.0), Block("up", 10, float("inf"))],
     trigger=["zwx", "b" * 300], adapter_guidance=0.0, over_steps=None, base=None,
@@ -261,7 +283,7 @@ def test_the_whole_of_what_is_shown():
         "base       -\n"
         f"trigger    zwx, {'b' * 197}...\n"
         "spelling   kohya, diffusers\n"
-        "modules    3\n"
+        "modules    13\n"
         "targets    unet attn1.to_k (2), unet ff (1)\n"
         "ranks      4 (2), 8 (1)\n"
         "alphas     -\n"
@@ -277,7 +299,7 @@ def test_the_whole_of_what_is_shown():
         f"mid_block            1         3  {'#' * 12}\n"
         "up                  10       inf"
     )
-    plain = replace(LOOKED_AT, family=None, says=None, hash_holds=None, norm=None, blocks=[], embeddings={})
+    plain = replace(LOOKED_AT, family=None, says=None, hash_holds=None, modules=0, norm=None, blocks=[], embeddings={})
     lines = render(replace(plain, nonfinite=[], unknown=[], incomplete=[], trigger=[], spelling=[])).splitlines()
     assert "guidance   2.5, of the adapter" in render(replace(plain, adapter_guidance=2.5)).splitlines()
     assert "steps      0 to 0.8 of the way from noise to picture" in render(replace(plain, over_steps=(0.0, 0.8)))
@@ -344,3 +366,12 @@ def test_each_value_that_is_not_finite_is_seen_without_torch(dtype, tmp_path):
     tensors = {name: torch.tensor(pair, dtype=dtype) for name, pair in values.items()}
     save_file(tensors | {"e": torch.tensor([-1])}, tmp_path / "a")
     assert inspect_file(tmp_path / "a").nonfinite == ["a", "b"]
+
+
+def test_each_fp8_value_that_is_not_finite_is_seen(tmp_path):
+    for dtype, count in ((torch.float8_e4m3fn, 2), (torch.float8_e5m2, 8)):
+        each = {f"{byte:03}": torch.tensor([byte], dtype=torch.uint8).view(dtype) for byte in range(256)}
+        save_file(each, tmp_path / "a")
+        wrong = [name for name, value in each.items() if not value.float().isfinite()]
+        assert inspect_file(tmp_path / "a").nonfinite == wrong
+        assert len(wrong) == count

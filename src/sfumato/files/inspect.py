@@ -311,7 +311,11 @@ def _rows(found: Inspection) -> list[tuple[str, str]]:
         stored = (
             f" ({', '.join(found.stored)}: of what is stored, the update depends on the base)" if found.stored else ""
         )
-        rows.append(("norm", f"{found.norm:.4g}{stored}"))
+        measured = sum(block.modules for block in found.blocks)
+        some = f", of {measured} of {so_many(found.modules, 'module')}" if measured < found.modules else ""
+        rows.append(("norm", f"{found.norm:.4g}{some}{stored}"))
+    elif found.modules:
+        rows.append(("norm", "cannot be told: tensors of other shapes or dtypes than this kind has"))
     if found.embeddings:
         rows.append(
             ("tokens", ", ".join(f"{plain(name)} ({so_many(n, 'vector')})" for name, n in found.embeddings.items()))
