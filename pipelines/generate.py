@@ -268,7 +268,9 @@ def _check_start(config: Config) -> None:
         )
     if config.strength is not None and not 0 < config.strength <= 1:
         raise ConfigError(f"--strength {config.strength:g}: wanted above 0 and at most 1; 0.6 is usual.")
-    for file in (config.image, config.mask):
+    for option, file in (("--image", config.image), ("--mask", config.mask)):
+        if file is not None and file.is_dir():
+            raise ConfigError(f"{option} {file}: a folder; name one picture in it.")
         if file is not None and not file.is_file():
             raise ConfigError(f"{file}: there is no such picture.")
 

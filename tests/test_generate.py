@@ -582,6 +582,7 @@ def test_the_example_script_runs(base_folder, loras, tmp_path, monkeypatch, base
 WRONG = {
     "a tag of no file": (["a <lora:nowhere:1>", "-o", "a.png"], "<lora:nowhere>: no file"),
     "a mask alone": (["a", "--mask", "there.png", "-o", "a.png"], "give --image"),
+    "a folder of pictures": (["a", "--image", ".", "-o", "a.png"], "--image .: a folder; name one picture in it."),
     "a picture that is none": (["a", "--image", "there.png", "-o", "a.png"], "there.png"),
     "a strength alone": (["a", "--strength", "0.3", "-o", "a.png"], "--strength 0.3: says how much of a picture"),
     "a tag without a name": (["a <lora::1>", "-o", "a.png"], "<lora::1>: names no adapter"),

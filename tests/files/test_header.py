@@ -332,7 +332,9 @@ def test_a_folder_says_which_files_it_holds(tmp_path):
 
 def test_a_wrong_name_suggests_the_near_one(tmp_path):
     (tmp_path / "line.safetensors").touch()
-    with pytest.raises(FileError, match=r"lime\.safetensors: there is no such file\. Did you mean line\.safetensors\?"):
+    with pytest.raises(
+        FileError, match=r"lime\.safetensors: there is no such file\. Did you mean .*line\.safetensors\?"
+    ):
         read_header(tmp_path / "lime.safetensors")
 
 

@@ -117,9 +117,10 @@ def _open(path: Path) -> BinaryIO:
             raise FileError(f"{path.name}: this is a device or a pipe, not a file. Name a .safetensors file.")
         return path.open("rb")
     except FileNotFoundError:
-        near = difflib.get_close_matches(path.name, _neighbours(path), n=1)
-        hint = f"Did you mean {near[0]}?" if near else "Check the name and the folder."
-        raise FileError(f"{path.name}: there is no such file. {hint}") from None
+        there, whole = _neighbours(path), f"{path.name}.safetensors"
+        near = [whole] if whole in there else difflib.get_close_matches(path.name, there, n=1)
+        hint = f"Did you mean {path.with_name(near[0])}?" if near else "Check the name and the folder."
+        raise FileError(f"{path}: there is no such file. {hint}") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         reason = getattr(error, "strerror", None) or str(error)
         raise FileError(f"{path.name!r}: the file cannot be read ({reason}). Check its name and permissions.") from None
