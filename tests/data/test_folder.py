@@ -1,6 +1,7 @@
 """Folders as people have them."""
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,21 @@ def test_metadata_may_lead_into_folders_below(pictures):
     noise_picture().save(below / "a.png")
     (pictures / "metadata.jsonl").write_text('{"file_name": "more/a.png", "text": "found below"}\n')
     assert "found below" in captions(read_folder(pictures, caption_template="{caption}"))
+
+
+def test_a_folder_with_repeats_that_is_named_itself_says_that_they_do_not_count(tmp_path):
+    folder = tmp_path / "10_sks dog"
+    folder.mkdir()
+    Image.new("RGB", (8, 8)).save(folder / "a.png")
+    said = f"10_sks dog: its 10 repeats and the caption 'sks dog' count where {tmp_path}, the folder above it, is named"
+    with pytest.raises(DataError, match=re.escape(said)):
+        read_folder(folder)
+    (folder / "a.txt").write_text("a dog")
+    found = read_folder(folder)
+    assert found.notes == (f"{said}; here they do not",)
+    assert [example.repeats for example in found] == [1]
+    (tmp_path / "dataset.toml").write_text('[[source]]\npath = "10_sks dog"\nrepeats = 3\n')
+    assert read_folder(tmp_path / "dataset.toml").notes == ()
 
 
 def test_folders_with_repeats_give_repeats_and_captions(tmp_path):

@@ -13,7 +13,7 @@ from typing import Literal, overload
 
 from sfumato.data.captions import METADATA, check_template, fill_template, says_nothing, words_of
 from sfumato.data.images import read_size
-from sfumato.data.listing import FOLDER_OF_PICTURES, Found, Ignored, Listing, some
+from sfumato.data.listing import FOLDER_OF_PICTURES, Found, Ignored, Listing, own_name_note, some
 from sfumato.data.options import Options
 from sfumato.errors import DataError
 from sfumato.numerals import so_many
@@ -125,7 +125,7 @@ def examples_of(
         for found in listing.pictures
         if found.path not in bad
     ]
-    _check_captions(examples, template, words)
+    _check_captions(examples, template, words, path)
     notes = [*listing.notes, *_caption_notes(listing, bad), *_mask_notes(path, examples, mask)]
     if numbers := [
         found.path.name for found in listing.pictures if found.path not in bad and nameless(found, template)
@@ -234,18 +234,20 @@ def _ignored(listing: Listing, path: Path, reason: str) -> Ignored:
     return Ignored(path.relative_to(listing.root).as_posix(), reason.removeprefix(f"{path.name}: "))
 
 
-def _check_captions(examples: Sequence[Example], template: str | None, words: str | None) -> None:
+def _check_captions(examples: Sequence[Example], template: str | None, words: str | None, folder: Path) -> None:
     missing = [example.path.name for example in examples if not example.caption]
     if not missing:
         return
     shown = some(missing)
     if template is not None:
         raise DataError(f"{shown}: the caption is empty once put into {template!r}. Put words into the template.")
+    own = own_name_note(folder) if folder == examples[0].path.parent else ""
     ways = ["Write NAME.txt beside each", f'list them as "text" in {METADATA}']
     ways += [f'give their source words = "{words or "a dog"}"']
     ways += [] if words is None else [f"pass {by_template(missing, examples[0].trigger, words)}"]
     raise DataError(
         f"{len(missing)} of {len(examples)} pictures have no caption: {shown}. {', '.join(ways[:-1])}, or {ways[-1]}."
+        + (f" {own}." if own else "")
     )
 
 

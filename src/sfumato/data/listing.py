@@ -4,9 +4,18 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from os.path import abspath
 from pathlib import Path
 
-from sfumato.data.captions import CAPTION_SUFFIXES, METADATA, guess_from, read_metadata, read_text, words_of
+from sfumato.data.captions import (
+    CAPTION_SUFFIXES,
+    METADATA,
+    guess_from,
+    is_text,
+    read_metadata,
+    read_text,
+    words_of,
+)
 from sfumato.data.checksums import NAME, check_files, read_sums
 from sfumato.data.images import SUFFIXES
 from sfumato.errors import DataError
@@ -82,6 +91,17 @@ def list_folder(path: Path, *, words: str = "", suffixes: Sequence[str] = CAPTIO
     reader = _Reader(path, words, tuple(suffixes))
     reader.read()
     return Listing(path, tuple(reader.pictures), tuple(reader.ignored), tuple(reader.notes))
+
+
+def own_name_note(folder: Path) -> str:
+    """What to say of a folder that is named itself although its name is kohya's; empty for others."""
+    folder = Path(abspath(folder)) if folder.name in ("", "..") else folder
+    match = REPEATS.fullmatch(folder.name)
+    if not match or not is_text(folder.name):
+        return ""
+    words = words_of(match[2])
+    meant = f"{so_many(int(match[1]), 'repeat')}{f' and the caption {words!r}' if words else ''}"
+    return f"{folder.name}: its {meant} count where {folder.parent}, the folder above it, is named; here they do not"
 
 
 class _Reader:

@@ -21,7 +21,7 @@ from typing import Any, get_args
 from sfumato.config import at_home
 from sfumato.data.captions import CAPTION_SUFFIXES, check_template
 from sfumato.data.folder import Example, Folder, Group, MaskSource, examples_of
-from sfumato.data.listing import Ignored, Listing, list_folder
+from sfumato.data.listing import Ignored, Listing, list_folder, own_name_note
 from sfumato.data.options import Options
 from sfumato.errors import ConfigError, DataError
 
@@ -70,7 +70,9 @@ class Source:
         listing = list_folder(self.path, words=self.words, suffixes=self.suffixes)
         pictures = tuple(replace(found, repeats=found.repeats * self.repeats) for found in listing.pictures)
         ignored = tuple(entry for entry in listing.ignored if realpath(self.path / entry.name) not in self.read)
-        return replace(listing, pictures=pictures, ignored=ignored)
+        # A dataset.toml says repeats and words itself.
+        notes = tuple(filter(None, [*listing.notes, "" if self.read else own_name_note(self.path)]))
+        return replace(listing, pictures=pictures, ignored=ignored, notes=notes)
 
 
 def read_folder(

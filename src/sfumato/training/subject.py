@@ -98,7 +98,7 @@ def read_pictures(
     """
     from sfumato.data import read_folder
     from sfumato.data.folder import examples_of
-    from sfumato.data.listing import list_folder
+    from sfumato.data.source import Source
 
     if path.suffix.lower() == ".toml" and not path.is_dir():
         return read_folder(
@@ -111,7 +111,7 @@ def read_pictures(
             otherwise=words if in_all else "",
             of_class=of_class,
         )
-    listing = list_folder(path, words=words)
+    listing = Source(path, words=words).list()
     return examples_of(listing, template=template, trigger=trigger, mask=mask, skip_bad=skip_bad)
 
 
