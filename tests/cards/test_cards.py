@@ -69,6 +69,20 @@ def test_each_of_several_triggers_has_a_line_and_an_example(tmp_path, name):
     assert "sfumato generate 'a crab, zwx style'" in path.read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize(
+    ("captions", "said"),
+    [
+        (["a sks dog"] * 3, "None was named; all captions were `a sks dog`, so write that in the prompt."),
+        (["a crab, zwx style", "a dog, zwx style"], "None was named; the captions are such as `a crab, zwx style`."),
+        ([], "None was named."),
+    ],
+)
+def test_without_a_trigger_the_card_says_what_the_captions_are(captions, said, tmp_path):
+    about = replace(ABOUT, trigger=[], captions=captions)
+    text = write_card(tmp_path, tmp_path / "a.safetensors", about, [], []).read_text(encoding="utf-8")
+    assert f"## Trigger words\n\n{said}\n" in text
+
+
 @pytest.mark.parametrize("name", ["otter.safetensors", "otter"])
 def test_what_to_type_asks_for_what_was_learned_and_not_for_another_sample(name, tmp_path):
     about = replace(ABOUT, trigger=["sks otter"])

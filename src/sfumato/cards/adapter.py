@@ -199,7 +199,11 @@ def _holds(text: str, trigger: str) -> bool:
 def trigger_words(about: Description, prompts: Sequence[str]) -> str:
     """What the card says of them. Several are of several sources or words, so each has a line and an example."""
     if not about.trigger:
-        return "None; the captions had none."
+        if not (said := next(iter(about.captions), "")):
+            return "None was named."
+        if set(about.captions) == {said}:
+            return f"None was named; all captions were `{said}`, so write that in the prompt."
+        return f"None was named; the captions are such as `{said}`."
     if len(about.trigger) == 1:
         return f"Write `{about.trigger[0]}` in the prompt."
     lines = (f"- `{each}`, as in `{example_of(about, each, prompts)}`" for each in about.trigger)
