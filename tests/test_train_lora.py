@@ -432,6 +432,8 @@ def test_the_run_folder_tells_everything_and_no_path(train, tmp_path, pictures, 
     assert str(tmp_path) not in text
     assert str(pictures) not in text
     assert "zwx" in (path.parent / "README.md").read_text()
+    assert ", width=32, height=32, num_inference_steps=" in text  # as the samples
+    assert " --size 32x32 --lora" in text
     steps = [row for row in rows(path) if "loss" in row]
     assert [row["step"] for row in steps] == [1, 2, 3, 4]
 

@@ -152,6 +152,19 @@ def test_of_pocket_no_other_program_is_told(tmp_path):
         assert not re.search("ComfyUI|AUTOMATIC1111|InvokeAI", text)
 
 
+def test_all_lines_draw_in_the_size_that_was_learned_where_it_is_not_the_bases(tmp_path):
+    about, words = replace(ABOUT, drawn_at=(768, 768)), {"<cat>": tmp_path / "cat.safetensors"}
+    cards = [write_card(tmp_path, tmp_path / "x.safetensors", about, [], [])]
+    add_words_section(cards[0], words, about, inside=None)
+    texts = [cards[0].read_text(encoding="utf-8")]
+    texts += [write_model_card(tmp_path, tmp_path / name, about, [], []).read_text(encoding="utf-8") for name in "x"]
+    texts.append(write_embedding_card(tmp_path, words, about, [], [], []).read_text(encoding="utf-8"))
+    for text in texts:
+        calls = text.count("pipe(") - text.count("# pipe(")
+        assert calls == text.count(", width=768, height=768)") > 0
+        assert text.count("sfumato generate '") <= text.count(" --size 768x768") == 1
+
+
 @pytest.mark.parametrize("text", [False, True])
 def test_the_card_of_a_difference_says_who_reads_it(text, tmp_path):
     about = replace(ABOUT, config={"train_text_encoder": text})

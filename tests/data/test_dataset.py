@@ -235,7 +235,13 @@ def test_what_cannot_be_drawn_over_is_refused_before_it_is_encoded(shapes, base)
     assert base.encoded == 0
     squares = [example for example in read(shapes) if example.path.stem in "01"]
     data = prepare(squares, base, resolution=64, crop="random", drawn_over=True)  # which have one place
-    assert len(next(data.views(4))) == 2
+    assert len(next(data.views(4 * 64**2))) == 2
+
+
+def test_views_come_as_many_at_once_as_their_own_size_allows(pictures, base):
+    for side, most in ((64, 2), (32, 6)):
+        data = prepare(read(pictures), base, resolution=side)
+        assert max(len(batch) for batch in data.views(2 * 64**2)) == most
 
 
 def test_the_fingerprint_changes_with_a_byte_a_caption_and_a_crop(pictures, base):

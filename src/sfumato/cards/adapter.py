@@ -164,10 +164,12 @@ def _with_diffusers(about: Description, adapter: Path, words: Sequence[str], exa
 
 
 def call_options(about: Description) -> str:
-    """What a call of diffusers must be told: the layers of the text encoder that were skipped while it was learned, and
-    on pocket the steps and the guidance, of which diffusers takes too much by itself."""
+    """What a call of diffusers must be told: the size that was learned, where it is not the base's, the layers of the
+    text encoder that were skipped while it was learned, and on pocket the steps and the guidance, of which diffusers
+    takes too much by itself."""
     skipped = (about.config or {}).get("clip_skip")
-    given = {"clip_skip": skipped} if skipped else {}
+    given: dict[str, float] = dict(zip(("width", "height"), about.drawn_at or (), strict=False))
+    given |= {"clip_skip": skipped} if skipped else {}
     if about.family == "pocket":
         usual = FAMILIES["pocket"].defaults
         given |= {"num_inference_steps": usual.sampling_steps, "guidance_scale": usual.guidance}
@@ -214,9 +216,11 @@ def generate_line(
     prompt: str, base: str, about: Description, *options: str, lora: str = "", words: Sequence[str] = ()
 ) -> str:
     """`sfumato generate`, as a shell reads it. options: as for `base_options`. words: files of new words."""
+    size = " --size {}x{}".format(*about.drawn_at) if about.drawn_at else ""
+    drawn = f"{shlex.quote(prompt)} --base {shlex.quote(base)}{base_options(about, *options)}"
     adapter = f" --lora {shlex.quote(f'{lora}:1.0')}" if lora else ""
     adapter += "".join(f" --embedding {shlex.quote(name)}" for name in words)
-    return f"sfumato generate {shlex.quote(prompt)} --base {shlex.quote(base)}{base_options(about, *options)}{adapter}"
+    return f"sfumato generate {drawn}{size}{adapter}"
 
 
 def base_options(about: Description, *names: str) -> str:

@@ -109,8 +109,8 @@ class Dataset:
         captions = [self._caption(item, seed, step, place) for item, place in drawn]
         return self._batch(indices, variants, captions, noise, embed_text=embed_text)
 
-    def views(self, most: int) -> Iterator[Batch]:
-        """Each picture once, and once mirrored where it may be; by sizes, at most so many at once.
+    def views(self, pixels: int) -> Iterator[Batch]:
+        """Each picture once, and once mirrored where it may be; by sizes, at most so many pixels at once.
 
         The latents are the posteriors' means, the captions whole, without embeddings. Raises DataError for pictures
         that are cut at random places.
@@ -121,7 +121,8 @@ class Dataset:
         for index, item in enumerate(self._items):
             for variant in (0, 1) if item.flip else (0,):
                 of_size.setdefault(item.crop.size, []).append((index, variant))
-        for views in of_size.values():
+        for (width, height), views in of_size.items():
+            most = max(1, pixels // (width * height))
             for start in range(0, len(views), most):
                 indices, variants = zip(*views[start : start + most], strict=True)
                 yield self._batch(list(indices), list(variants), embed_text=False)

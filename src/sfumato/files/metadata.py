@@ -41,8 +41,9 @@ class Description:
     """All that an adapter's file tells about how it came to be. Unset fields are left out of the file.
 
     base: the base's public name. base_fingerprint: as `Base.adapted_fingerprint` gives it. resolution: (width, height)
-    in pixels. images: how many it learned from. trigger: the words that call it up. captions: of the training pictures,
-    of which the words are counted.
+    in pixels. drawn_at: the same of pictures that are drawn with it, where that is not the base's own size; it is told
+    in its card alone. images: how many it learned from. trigger: the words that call it up. captions: of the training
+    pictures, of which the words are counted.
     config: the program's resolved config, without private paths (`sfumato.config.to_dict(config, public=True)`); of it
     the settings of at most SETTING_BYTES are kept.
     parents: for a mix, one {"name", "hash", "weight"} a file. adapter_guidance: how often the adapter's change counts
@@ -56,6 +57,7 @@ class Description:
     base_fingerprint: str = ""
     prediction_type: str = ""
     resolution: tuple[int, int] | None = None
+    drawn_at: tuple[int, int] | None = None
     images: int | None = None
     steps: int | None = None
     batch: int | None = None

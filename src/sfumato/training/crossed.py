@@ -48,8 +48,7 @@ class Crossing:
     def __init__(self, base: Base, data: Dataset, seed: int, share: float, *, shown: bool = True):
         self._base, self._seed, self._share = base, seed, share
         self._first = first_timestep(base)
-        side = base.resolution // base.vae_factor
-        batches = list(data.views(max(1, LATENTS_AT_ONCE // (2 * side * side))))  # two rows each, for guidance
+        batches = list(data.views(LATENTS_AT_ONCE // 2 * base.vae_factor**2))  # two rows each, for guidance
         with torch.no_grad(), base.resting.interrupted():  # once for all: what rests is read from its file again
             texts = [embedding.encode(base, each.captions).to("cpu") for each in batches]  # there may be thousands
             self._untold = base.unconditional(1)

@@ -25,12 +25,13 @@ def describe_run(config: TrainerOptions, base: Base, dataset: Dataset, samples: 
     """What the run's file tells of how it came to be. config: resolved. more: further fields of the Description, or
     others, such as the `steps` of a file that is not from the run's end."""
     from sfumato.cards.adapter import telling
+    from sfumato.data.preparing import square_side
     from sfumato.files import Description
 
     assert config.name is not None
     assert config.resolution is not None
     assert config.batch is not None
-    rows = samples.rows
+    side, rows = square_side(base, config.resolution), samples.rows
     triggers: Sequence[str] = more.pop("trigger", [config.trigger] if config.trigger else [])
     description = Description(
         title=config.name,
@@ -39,6 +40,7 @@ def describe_run(config: TrainerOptions, base: Base, dataset: Dataset, samples: 
         base_fingerprint=base.adapted_fingerprint(),
         prediction_type=base.prediction_type,
         resolution=(config.resolution, config.resolution),
+        drawn_at=None if side == base.resolution else (side, side),
         images=len(dataset),
         steps=config.steps,
         batch=config.batch * config.accumulate * samples.processes,
