@@ -1,5 +1,6 @@
 """Adapters by picture: one batch equals the single runs, and a composite the mean of its adapters' predictions."""
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -78,6 +79,17 @@ def test_a_call_with_another_number_of_pictures_is_refused_and_leaves_no_hook(sd
         predict(sd1, [0, 1, 2, 3, 4])
     predict(sd1, [0, 1, 2, 3, 4])
     assert not any(module._forward_hooks for module in sd1.unet.modules())
+
+
+def test_a_second_thread_is_refused_instead_of_adding_its_adapters(sd1, write):
+    a = Adapter(write("a", sd1, "to_q"))
+    with per_picture(sd1, [[a]]), ThreadPoolExecutor(1) as other:
+        before = predict(sd1, [0])
+        with pytest.raises(AdapterError, match="another thread draws with adapters by picture"):
+            other.submit(per_picture(sd1, [[a]]).__enter__).result()
+        assert torch.equal(predict(sd1, [0]), before)
+    with per_picture(sd1, [[a]]):  # it is free again
+        pass
 
 
 def test_a_composite_is_the_mean_of_what_each_predicts(sd1, write):

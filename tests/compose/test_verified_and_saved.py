@@ -1,5 +1,7 @@
 """Fingerprints checked when files are mixed, and what a saved mix keeps of the files it is made of."""
 
+import copy
+import inspect
 import json
 
 import pytest
@@ -58,6 +60,21 @@ def test_a_saved_mix_keeps_the_words_that_come_with_its_adapters(sd1, write, tmp
     assert_close(file.embeddings["<cat>"]["text_encoder"], CAT["<cat>"]["text_encoder"], rtol=0, atol=0)
     mix.mute("a")
     assert not read_adapter(mix.save(tmp_path / "without.safetensors")).embeddings
+
+
+def test_a_part_with_live_adapters_is_not_saved_as_the_base(sd1, write, tmp_path):
+    mix = compose(sd1, Adapter(write("a", sd1, "to_q")), way="live")
+    assert "variant" in inspect.signature(sd1.unet.save_pretrained).parameters  # which a pipeline asks it for
+    for unet in (sd1.unet, copy.deepcopy(sd1.unet)):
+        with pytest.raises(AdapterError, match=r"live beside the unet's layers.*mix\.save"):
+            unet.save_pretrained(tmp_path)
+    sd1.text_encoder.save_pretrained(tmp_path / "text")  # which has none
+    mix.mute()
+    sd1.unet.save_pretrained(tmp_path)
+    saved = read_tensors(tmp_path / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(saved[name], weight) for name, weight in sd1.unet.state_dict().items())
+    mix.undo()
+    assert "save_pretrained" not in vars(sd1.unet)
 
 
 def test_a_saved_mix_with_words_states_the_hash_of_all_its_bytes(sd1, write, tmp_path):

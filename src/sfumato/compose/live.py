@@ -6,8 +6,10 @@ adapters, and new weights scale `up` in place.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import Any
 
 import torch
@@ -263,6 +265,33 @@ class _Path:
             return output
         narrow = conv2d(x, self._down, None, layer.stride, layer.padding, layer.dilation)
         return output + conv2d(narrow, up[..., None, None]).to(output.dtype)
+
+
+class SavesNone:
+    """In place of `save_pretrained` of a part with paths beside its layers, none of which that would write."""
+
+    def __init__(self, part: nn.Module) -> None:
+        self._part = part
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self._own)  # by which a pipeline knows what it may ask for
+
+    @property
+    def _own(self) -> Any:
+        kind: Any = type(self._part)
+        return MethodType(kind.save_pretrained, self._part)
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        """Raises AdapterError while any path adds something; else the part's own."""
+        hooks = [hook for module in self._part.modules() for hook in module._forward_hooks.values()]
+        sites = [site for hook in hooks if isinstance(site := getattr(hook, "__self__", None), Live)]
+        if any(site.applied for site in sites):
+            raise AdapterError(
+                f"adapters are live beside the {sites[0].part}'s layers, and save_pretrained writes the base without "
+                "them. Write them with mix.save(file), or undo() the mix before you save the base."
+            )
+        return self._own(*args, **options)
 
 
 def can_be_live(module: nn.Module) -> bool:

@@ -21,7 +21,7 @@ from torch import Tensor
 from sfumato.compose import saving, table, tensors
 from sfumato.compose.adapter import Adapter, Weight, check_labels, checked_weight, weight_text
 from sfumato.compose.baked import Applied, Baked
-from sfumato.compose.live import Live
+from sfumato.compose.live import Live, SavesNone
 from sfumato.compose.match import Found, Modules, Way, compiled_parts, match, parts_of, unwrapped_parts
 from sfumato.compose.originals import Originals, Place
 from sfumato.compose.sites import Site, applied_at, bring, new_site
@@ -35,6 +35,9 @@ from sfumato.numerals import so_many
 
 _MARK = "_sfumato_mix"
 """Attribute of each mixed part, so that a second mix over the first is noticed whatever pipeline object it comes by."""
+
+_SAVE = "save_pretrained"
+"""Of a part; one with paths beside its layers refuses it, since it would write the base alone, without a word."""
 
 
 def compose(
@@ -236,6 +239,9 @@ class Mix:
         self._skipped |= {label: _left_out(file, matched[label]) for label, file in files.items()}
         for part in {"unet", *(site.part for site in sites.values())}:
             self._parts[part].__dict__[_MARK] = self
+        for module in (self._parts[site.part] for site in sites.values() if isinstance(site, Live)):
+            if hasattr(type(module), _SAVE):
+                module.__dict__.setdefault(_SAVE, SavesNone(module))
         return self
 
     def set(self, /, **weights: Weight) -> Self:
@@ -342,6 +348,8 @@ class Mix:
         for part in self._parts.values():
             if part.__dict__.get(_MARK) is self:
                 del part.__dict__[_MARK]
+            if isinstance(part.__dict__.get(_SAVE), SavesNone):
+                del part.__dict__[_SAVE]
         self._sites, self._weights, self._adapters, self._skipped, self._undone = {}, {}, {}, {}, True
         self._files, self._muted = {}, frozenset()
 

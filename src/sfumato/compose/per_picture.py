@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch.nn.functional import conv2d
 from sfumato import schedulers
 from sfumato.compose import tensors
 from sfumato.compose.adapter import Adapter
-from sfumato.compose.caller import calling, rows_each
+from sfumato.compose.caller import calling, rows_each, turn
 from sfumato.compose.match import Modules, refuse_compiled, say_unknown_words, unwrapped_parts, weighed
 from sfumato.errors import AdapterError
 from sfumato.files.adapter_file import AdapterFile
@@ -43,8 +44,8 @@ def per_picture(pipe: Any, adapters: Sequence[Sequence[Adapter]], *, partial: bo
     pipe: a diffusers pipeline (SD 1.x, 2.x, SDXL) or a Base; called with as many prompts as there are lists, and one
     picture each, which `sfumato.draw` may draw in several batches. Text encoders are adapted by picture, too. Equal to
     single runs but for rounding. What diffusers' `load_lora_weights` loaded counts in all. Raises AdapterError for
-    adapters without a low-rank form, for a compiled part, and within the block for a call with another number of
-    pictures.
+    adapters without a low-rank form, for a compiled part, while another thread is within such a block, and within the
+    block for a call with another number of pictures.
     """
     _check_lists(adapters)
     count = len(adapters)
@@ -169,10 +170,24 @@ def _hooked(
                 "is for the U-Net alone."
             )
     refuse_compiled(pipe, {part for part, _ in layers})
+    gathered = [(module, _Gathered(module, terms, index)) for module, terms in layers.values()]
     with ExitStack() as hooks:
-        for module, terms in layers.values():
-            hooks.enter_context(module.register_forward_hook(_Gathered(module, terms, index)))
+        with turn(pipe):
+            _check_thread(pipe)
+            for module, hook in gathered:
+                hooks.enter_context(module.register_forward_hook(hook))
         yield
+
+
+def _check_thread(pipe: Any) -> None:
+    """Raises AdapterError where another thread has adapters by picture, which would be added to this one's pictures."""
+    modules = [module for part in unwrapped_parts(pipe).values() for module in part.modules()]
+    hooks = [hook for module in modules for hook in module._forward_hooks.values() if isinstance(hook, _Gathered)]
+    if any(hook.thread != get_ident() for hook in hooks):
+        raise AdapterError(
+            "another thread draws with adapters by picture on this U-Net or its text encoders. Let threads wait for "
+            "one another by a lock around per_picture, or draw all pictures in one call."
+        )
 
 
 def _layers(
@@ -209,6 +224,7 @@ class _Gathered:
         shape = tensors.shape(module)
         assert shape is not None
         rank = max(sum(low.rank for _, low in each) for each in terms)
+        self.thread = get_ident()
         self._index = index
         self._down = torch.zeros(len(terms), rank, *shape[1:])
         self._up = torch.zeros(len(terms), shape[0], rank)
