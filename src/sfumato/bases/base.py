@@ -257,6 +257,7 @@ class Base:
     def pipeline(self, sampler: str | None = None) -> Any:
         """A diffusers pipeline that shares these modules; no safety checker, no network.
 
+        sampler: a name from `sfumato.schedulers`, the family's if unset; `base.scheduler` is the folder's own.
         With clip_skip, hand the pipeline prompts from `encode_text`, or `clip_skip=` as well. Where VAE and U-Net have
         different dtypes (fp16), ask it for latents and `decode` them.
         """

@@ -89,14 +89,15 @@ def draw_each(
     """One picture for each prompt and its seed, in order; one prompt serves many seeds, one seed many prompts.
 
     source: a diffusers pipeline (SD 1.x, 2.x, SDXL) or a Base. Unset steps, guidance and size (pixels) are the base's
-    family's, or the pipeline's own defaults; sampler: a name from `sfumato.schedulers`, the source's own if unset.
-    batch: pictures drawn at once, chosen by their size if unset. start: a picture to begin from, by a mask only a
-    part of it. syntax: how weighted words are written, see `sfumato.prompts.syntax`; it wants a Base.
+    family's, or the pipeline's own defaults. sampler: a name from `sfumato.schedulers`; unset, a pipeline's own
+    scheduler, but of a Base its family's (`base.defaults.sampler`), whatever its folder names. batch: pictures drawn at
+    once, chosen by their size if unset. start: a picture to begin from, by a mask only a part of it. syntax: how
+    weighted words are written, see `sfumato.prompts.syntax`; it wants a Base.
 
     The noise of a picture is that of `torch.Generator().manual_seed(seed)` on the CPU, whatever its place and the
-    device, so that plain diffusers with this generator draws the same one. What is not finite, or black all over, is
-    tried once more in fp32; BaseModelError if that does not help. Raises ConfigError for what cannot be drawn, such as
-    a pipeline that begins from a picture where there is no start.
+    device, so that plain diffusers with this generator and scheduler draws the same one. What is not finite, or black
+    all over, is tried once more in fp32; BaseModelError if that does not help. Raises ConfigError for what cannot be
+    drawn, such as a pipeline that begins from a picture where there is no start.
     """
     prompts, seeds = _pairs(prompts, seeds)
     steps, batch = _whole("steps", steps), _whole("batch", batch)
