@@ -9,10 +9,12 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from sfumato.bases import load_base
+from sfumato.cards.words import write_embedding_card
 from sfumato.data.folder import Example, Folder
 from sfumato.data.stands_for import put_into_captions
 from sfumato.errors import AdapterError, ConfigError, DataError, FileError
 from sfumato.files import read_embedding, read_header, write_tensors
+from sfumato.files.metadata import Description
 from sfumato.files.write_embedding import write_embedding
 from sfumato.precision import decide
 from sfumato.words import embedding
@@ -361,7 +363,7 @@ def test_diffusers_reads_it_alike(tmp_path):
     assert torch.equal(pipe.encode_prompt("a <x> of crabs", "cpu", 1, False)[0], ours)
 
 
-def test_sdxl_has_both_encoders_in_one_file(bases, tmp_path):
+def test_sdxl_has_both_encoders_in_one_file_that_its_card_has_diffusers_read_alike(bases, tmp_path, monkeypatch):
     base = bases["sdxl"]
     with embedding.new_words(base, ["<x>"], vectors=2, start="random") as words:
         ours = base.encode_text(["a <x>"])
@@ -373,10 +375,13 @@ def test_sdxl_has_both_encoders_in_one_file(bases, tmp_path):
         assert torch.equal(again.hidden, ours.hidden)
         assert torch.equal(again.pooled, ours.pooled)
     pipe = tiny_pipeline("sdxl")
-    for key, number in (("clip_l", ""), ("clip_g", "_2")):
-        names = {name: getattr(pipe, f"{name}{number}") for name in ("tokenizer", "text_encoder")}
-        pipe.load_textual_inversion(tensors[key], token="<x>", **names)
-    assert_close(pipe.encode_prompt("a <x>", device="cpu", do_classifier_free_guidance=False)[0], ours.hidden)
+    about = Description("x", "sdxl", base="xl.safetensors")
+    card = write_embedding_card(tmp_path, {"<x>": path}, about, [], [], []).read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    exec(card.partition("```python\n")[2].partition("\nimage = ")[0], {"pipe": pipe})
+    hidden, _, pooled, _ = pipe.encode_prompt("a <x>", device="cpu", do_classifier_free_guidance=False)
+    assert_close(hidden, ours.hidden)
+    assert_close(pooled, ours.pooled)
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,9 @@ pipe.load_textual_inversion(
 )
 pipe.load_textual_inversion(
     vectors["clip_g"], token="{token}", text_encoder=pipe.text_encoder_2, tokenizer=pipe.tokenizer_2
-)"""
+)
+# SDXL's config names an end of text by which transformers would take the word for it.
+pipe.text_encoder_2.text_model.eos_token_id = pipe.tokenizer_2.eos_token_id"""
     else:
         code = f'{pipeline}pipe.load_textual_inversion("{path.name}")'
     named = (
