@@ -40,6 +40,12 @@ def test_the_package_map_is_the_tree():
     assert listed == folders | {"sfumato.trainers", "sfumato.pipelines", "sfumato.pipelines.custom"}
 
 
+def test_the_wheel_tells_type_checkers_of_its_types():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert "py.typed" in project["tool"]["setuptools"]["package-data"]["sfumato"]
+    assert (ROOT / "src/sfumato/py.typed").is_file()
+
+
 def test_every_module_has_a_room():
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     rooms = text[text.index("| room |") : text.index("## Rules")]
