@@ -61,6 +61,11 @@ def test_an_environment_that_names_no_base(monkeypatch, tmp_path):
     assert "no model_index.json" in refusal("pocket")
 
 
+def test_a_precision_by_its_name():
+    with pytest.raises(BaseModelError, match=r"precision 'fp32': wanted what sfumato\.precision\.decide"):
+        load_base("pocket", precision="fp32")
+
+
 def test_a_name_that_is_nothing(tmp_path):
     assert "there is no such folder or file" in refusal(tmp_path / "nothing")
     assert "there is no such file" in refusal(tmp_path / "nothing.safetensors")

@@ -32,7 +32,10 @@ def test_the_adapter_that_was_written_is_verified(dtype, sd1, write):
     mix = compose(sd1, Adapter(write("a", sd1)), verify=True)
     saved = mix.save(write("b", sd1).with_name("saved.safetensors"), dtype=dtype)
     mix.undo()
-    assert compose(sd1, Adapter(saved), verify=True).weights == {"saved": 1.0}
+    with compose(sd1, Adapter(saved), verify=True) as again:
+        assert again.weights == {"saved": 1.0}
+        with pytest.raises(AdapterError, match=r"saved in torch\.float32, float16 or bfloat16, not in torch\.int8"):
+            again.save(saved, dtype=torch.int8)  # whose numbers would be 0
 
 
 def test_another_adapter_under_the_same_metadata_is_refused_before_anything_is_touched(sd1, write):

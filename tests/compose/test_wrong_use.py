@@ -25,6 +25,9 @@ WRONG: dict[str, tuple[Any, str]] = {
     "a box for a region": (lambda pipe, a, mix: regions(pipe, WHOLE), "as Region(where, Adapter(file)), got (0, 0"),
     "a strength in words": (lambda pipe, a, mix: adapter_guidance(mix, "2", guidance=3), "guidance '2': wanted"),
     "a label's in words": (lambda pipe, a, mix: adapter_guidance(mix, {"a": "2"}, guidance=3), "adapter guidance '2'"),
+    "guidance of a pipeline": (lambda pipe, a, mix: adapter_guidance(pipe, 2, guidance=3), "the mix that compose gave"),
+    "guidance of what was undone": (lambda pipe, a, mix: mix.undo() or adapter_guidance(mix, 2, guidance=3), "undone"),
+    "a mix that was undone": (lambda pipe, a, mix: mix.undo() or mix, "undone"),
     "a guidance in words": (lambda pipe, a, mix: adapter_guidance(mix, 2, guidance="3"), "guidance '3': wanted"),
 }
 

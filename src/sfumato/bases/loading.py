@@ -86,6 +86,8 @@ def base_at_rest(
 ) -> Base:
     """As `load_base`, with no weight read: all parts know their shapes, and rest until something wakes them."""
     precision = precision or decide("auto")
+    if not isinstance(precision, Precision):
+        raise BaseModelError(f"precision {precision!r:.40}: wanted what sfumato.precision.decide('fp32') gives.")
     if prediction_type not in (None, *PREDICTION_TYPES):
         raise BaseModelError(f"--prediction-type {prediction_type}: unknown; wanted epsilon or v_prediction.")
     if family is not None and family not in FAMILIES:

@@ -40,8 +40,12 @@ def adapter_guidance(
     U-Net is strength / guidance of what it is. None: what the files ask for. Adapters at 0, or without a label, are in
     both halves as always; and so are all at a guidance of at most 1, which draws by the prompt's prediction alone.
     guidance: the scale that pictures are drawn with. Text encoders are adapted as without it. Raises AdapterError for a
-    compiled U-Net, and within the block for a call whose rows are no two halves, or that draws with another guidance.
+    compiled U-Net, for a mix that was undone, and within the block for a call whose rows are no two halves, or that
+    draws with another guidance.
     """
+    if not hasattr(mix, "check_open"):
+        raise AdapterError(f"adapter guidance wants the mix that compose gave back, got a {type(mix).__name__}.")
+    mix.check_open()
     wanted = strengths_of(mix, strength, guidance=guidance)
     if wrong := [each for each in wanted.values() if each < 0]:
         raise AdapterError(f"adapter guidance {wrong[0]:g}: wanted 0 or more; 2 is usual.")

@@ -205,7 +205,7 @@ class Mix:
 
     def add(self, *adapters: Adapter, partial: bool = False, verify: bool = False) -> Self:
         """Mix in more adapters; as `compose`."""
-        self._check_open()
+        self.check_open()
         parts_of(self._pipe)  # refuses what diffusers or peft has loaded since
         self._check_new(adapters)
         self._modules.check_blocks({adapter.label: adapter.weight for adapter in adapters})
@@ -250,7 +250,7 @@ class Mix:
 
     def set_weights(self, weights: Mapping[str, Weight]) -> Self:
         """New weights by label, for labels that are no Python names; adapters not named keep theirs."""
-        self._check_open()
+        self.check_open()
         check_labels(weights, self._weights)
         wanted = self._weights | {label: checked_weight(label, weight) for label, weight in weights.items()}
         self._modules.check_blocks({label: wanted[label] for label in weights})
@@ -266,7 +266,7 @@ class Mix:
         return self._mute(self._muted - frozenset(labels or self._weights), labels)
 
     def _mute(self, muted: frozenset[str], labels: Iterable[str]) -> Self:
-        self._check_open()
+        self.check_open()
         check_labels(labels, self._weights)
         self._change(self._weights, muted, muted ^ self._muted)
         return self
@@ -277,7 +277,7 @@ class Mix:
 
         factors: by label. Weights may change within the block.
         """
-        self._check_open()
+        self.check_open()
         check_labels(factors, self._weights)
         before = self._factors
         # Asked here, since `without` is entered at each of the U-Net's calls.
@@ -320,7 +320,7 @@ class Mix:
 
     def remove(self, *labels: str) -> Self:
         """Take adapters out of the mix; a weight that no adapter changes any more has the base's very bytes again."""
-        self._check_open()
+        self.check_open()
         check_labels(labels, self._weights)
         self._check_compiled(
             site
@@ -362,9 +362,11 @@ class Mix:
         those at 0 are left out. Raises AdapterError for a mix of kinds that have no low-rank form, and for another
         ending than .safetensors.
         """
-        self._check_open()
+        self.check_open()
         if Path(path).suffix != ".safetensors":
             raise AdapterError(f"a mix is saved as a .safetensors file, got {str(path)!r}; give a name that ends so.")
+        if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise AdapterError(f"a mix is saved in torch.float32, float16 or bfloat16, not in {dtype!r:.40}.")
         numbers = {label: self._at(label) for label in self._weights}
         return saving.save(Path(path), self.family, self._sites.values(), numbers, self._files, dtype, title)
 
@@ -373,6 +375,7 @@ class Mix:
         return type(None), ()
 
     def __enter__(self) -> Self:
+        self.check_open()
         return self
 
     def __exit__(
@@ -429,7 +432,8 @@ class Mix:
                     "without offload_to_disk_path, or say way='live' to compose."
                 )
 
-    def _check_open(self) -> None:
+    def check_open(self) -> None:
+        """Raises AdapterError for a mix that was undone."""
         if self._undone:
             raise AdapterError("this mix was undone. Call compose again.")
 
