@@ -30,6 +30,15 @@ def test_a_file_appears_whole_and_beside_its_place(tmp_path):
     check_free(tmp_path / "free", False)
 
 
+@pytest.mark.parametrize("named", [False, True])
+def test_a_full_disk_is_told_with_the_name_that_was_asked_for(named, tmp_path):
+    place = tmp_path / "a.png"
+    with pytest.raises(OSError, match="No space") as caught, atomic_path(place) as temporary:
+        raise OSError(errno.ENOSPC, "No space left on device", *([str(temporary)] if named else []))
+    assert caught.value.filename == str(place)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_two_that_write_one_file_at_once_are_not_in_each_others_way(tmp_path):
     """Two threads of one process, or two containers whose processes have one number."""
     place = tmp_path / "a.tar.gz"

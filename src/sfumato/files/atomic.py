@@ -18,7 +18,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`, renamed onto it when the block ends well and removed when it does not.
 
     The temporary name keeps the suffix, because image and weight writers choose their format by it. The bytes reach
-    the disk before the rename, so that a power cut leaves the old file or the new one.
+    the disk before the rename, so that a power cut leaves the old file or the new one. An OSError names `path`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = beside(path, path.suffix)
@@ -27,6 +27,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
         with temporary.open("rb+") as written:
             os.fsync(written.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.filename is None or str(error.filename) == str(temporary):  # a full disk tells no name at all
+            error.filename, error.filename2 = str(path), None
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
