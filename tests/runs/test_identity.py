@@ -191,7 +191,7 @@ def test_where_no_folder_can_be(tmp_path):
     (tmp_path / "file").write_text("")
     place = tmp_path / "file/run"
     assert problem(lambda: Run.start(RunOptions(output=place), program="test")) == (
-        f"{place} cannot be written (Not a directory); give another --output."
+        f"{place} cannot be written (Not a directory); see to its permissions, or give another --output."
     )
     assert problem(lambda: Run.start(RunOptions(output=tmp_path / "file"), program="test")) == (
         f"{tmp_path / 'file'} is a file; --output wants a folder of its own for the run."

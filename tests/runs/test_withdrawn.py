@@ -1,10 +1,14 @@
 """What is left of a run that an error stops before its first step: nothing of a new one, all of an earlier one."""
 
+import errno
+import os
+
 import pytest
 
 from sfumato import cli, runs
 from sfumato.errors import DataError
-from tests.runs.said import start
+from tests.runs.faults import failing
+from tests.runs.said import problem, start
 
 
 @pytest.fixture
@@ -32,6 +36,17 @@ def test_what_was_in_the_folder_stays(folder, tmp_path):
     runs.withdraw()
     assert left(folder) == ["note.txt"]
     assert start(tmp_path) is not run  # nobody holds it
+
+
+@pytest.mark.parametrize(("code", "mend"), [(errno.ENOSPC, "make room"), (errno.EACCES, "see to its permissions")])
+def test_a_disk_that_takes_no_run_is_told_with_what_helps_and_keeps_nothing(code, mend, tmp_path, monkeypatch):
+    with failing(monkeypatch, tmp_path, "write", 0, code):
+        assert problem(lambda: start(tmp_path)).endswith(f"({os.strerror(code)}); {mend}, or give another --output.")
+    assert left(tmp_path) == []
+    run = start(tmp_path)
+    run.close()
+    with failing(monkeypatch, tmp_path, "write", 0, code):
+        assert problem(lambda: start(tmp_path, resume=True)).endswith(f"({os.strerror(code)}); {mend}.")
 
 
 def test_what_took_time_to_make_stays_with_the_run_that_made_it(folder, tmp_path):

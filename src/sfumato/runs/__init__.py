@@ -15,6 +15,7 @@ are the run's.
 
 from __future__ import annotations
 
+import errno
 import shlex
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -106,7 +107,9 @@ class Run:
             run = cls(config.output, config, processes)
             run._open(program, writes)
         except OSError as error:
-            raise RunError(f"{config.output} cannot be written ({error.strerror}); give another --output.") from None
+            mend = "make room" if error.errno == errno.ENOSPC else "see to its permissions"
+            elsewhere = "" if config.resume else ", or give another --output"
+            raise RunError(f"{config.output} cannot be written ({error.strerror}); {mend}{elsewhere}.") from None
         return run
 
     def _open(self, program: str, writes: Sequence[str]) -> None:
@@ -136,7 +139,7 @@ class Run:
             if self.is_main and not self._replaces:
                 self._take_over()
         except BaseException:
-            self.close()
+            self._withdraw()
             raise
         _not_begun.add(self)
 
