@@ -3,6 +3,7 @@
 import io
 import logging
 import shlex
+import signal
 import subprocess
 import sys
 import warnings
@@ -95,6 +96,22 @@ def test_bitsandbytes_does_not_warn_of_what_nobody_asked_for(caplog):
 
     assert cli.guarded(program, []) == 0
     assert caplog.messages == ["no library"]
+
+
+def test_ctrl_c_while_the_process_closes_leaves_no_trace():
+    """What torch does then takes a second, in which who is impatient types it once more."""
+    script = (
+        "import atexit, sys, time\nfrom sfumato import cli\n"
+        "def close():\n    print('closing', file=sys.stderr, flush=True)\n    time.sleep(60)\n"
+        "def main(argv):\n    raise KeyboardInterrupt\n"
+        "atexit.register(close)\ncli.run(main)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    said = [process.stderr.readline() for _ in range(2)]
+    process.send_signal(signal.SIGINT)
+    assert said == ["sfumato: interrupted.\n", "closing\n"]
+    assert process.communicate(timeout=30)[1] == ""
 
 
 def test_another_error_of_the_program_stays_one():

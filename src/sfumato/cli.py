@@ -80,13 +80,22 @@ def usage() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `sfumato` with these arguments; returns the exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    return guarded(_dispatch, words)
+    return _as_process(_dispatch) if argv is None else guarded(_dispatch, list(argv))
 
 
 def run(program_main: Main) -> NoReturn:
     """Run a program's `main` as a script does: the process's arguments in, the process's exit code out."""
-    sys.exit(guarded(program_main, sys.argv[1:]))
+    sys.exit(_as_process(program_main))
+
+
+def _as_process(program_main: Main) -> int:
+    """`guarded`, after which nothing is left to do: Ctrl-C then ends the process without a trace of its closing."""
+    try:
+        return guarded(program_main, sys.argv[1:])
+    finally:
+        # Not where a shell has it ignored, or a notebook handles it.
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 _MEMORY_IS_FULL = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
