@@ -23,6 +23,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -83,7 +84,7 @@ def build(family: str, dtype: torch.dtype = torch.bfloat16) -> Any:
             torch.mul(noise[: len(piece)], fan_in**-0.5, out=piece)
     mixin: Any = StableDiffusionXLLoraLoaderMixin if family == "sdxl" else StableDiffusionLoraLoaderMixin
 
-    class Pipe(mixin):  # type: ignore[misc]
+    class Pipe(mixin):
         hf_device_map = None
         components = property(lambda self: {"unet": self.unet, "text_encoder": None, "text_encoder_2": None})
         text_encoder = text_encoder_2 = None
@@ -328,7 +329,7 @@ def operations() -> dict[str, Any]:
         call("sfumato live")
         clock = Clock()
         for weight in (0.2, 0.3):
-            clock("set", lambda weight=weight: mix.set_weights({file.stem: weight for file in files}))
+            clock("set", partial(mix.set_weights, {file.stem: weight for file in files}))
         report["sfumato live"]["new_weights_cpu_seconds"] = round(clock.cpu("set"), 3)
         mix.undo()
         for file in files:

@@ -182,7 +182,7 @@ def _ours(trainer: str) -> Any:
     for library, used in (("diffusers", _DIFFUSERS), ("transformers", ("CLIPTextModel", "CLIPTokenizer"))):
         for name in used:
             getattr(importlib.import_module(library), name)
-    module = importlib.import_module(f"sfumato.trainers.{trainer}")
+    module: Any = importlib.import_module(f"sfumato.trainers.{trainer}")
     module.save = lambda *_, **__: None
     return module.main
 

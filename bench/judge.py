@@ -167,7 +167,7 @@ def look(judge: Judge, pixels: Tensor) -> Verdict:
         both = torch.cat([chunk, chunk.flip(3)])
         concept, style = judge.see_concept(both), judge.see_style(both)
         said = (torch.cat([concept, style], 1), judge.concept_head(concept), judge.style_head(style))
-        parts.append(tuple(t.unflatten(0, (2, -1)).mean(0) for t in said))  # type: ignore[arg-type]
+        parts.append(tuple(t.unflatten(0, (2, -1)).mean(0) for t in said))
     features, classes, styles = (torch.cat(part) for part in zip(*parts, strict=True))
     return Verdict(features, classes, classes[:, : len(judge.concepts)], styles)
 
@@ -184,7 +184,8 @@ def train_judge(pictures: Pictures, *, steps: int, seed: int, others: Pictures |
     chance = chance / both.style.bincount(weights=chance)[both.style]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        judge = Judge(pictures.concepts, pictures.styles, both.concepts).to(memory_format=torch.channels_last)
+        untrained: Any = Judge(pictures.concepts, pictures.styles, both.concepts)  # torch types no `memory_format`
+        judge: Judge = untrained.to(memory_format=torch.channels_last)
         optimizer = torch.optim.AdamW(judge.parameters(), lr=RATE, weight_decay=0.05)
         judge.train()
         for step in range(steps):

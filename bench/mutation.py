@@ -65,7 +65,8 @@ class Mutant:
     def lines(self) -> list[str]:
         """What the mutant says instead of the original, as `ast` prints both."""
         before, after = (
-            [ast.unparse(node.args), *ast.unparse(node.body).splitlines()] for node in (self.original, self.changed)
+            [ast.unparse(node.args), *ast.unparse(ast.Module(node.body, [])).splitlines()]
+            for node in (self.original, self.changed)
         )
         lines = difflib.unified_diff(before, after, n=0, lineterm="")
         return [line for line in lines if line[:1] in "+-" and line[:3] not in ("---", "+++")]

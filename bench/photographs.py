@@ -93,7 +93,9 @@ def on_pocket(config: Config, subjects: Sequence[Path]) -> dict[str, Any]:
 
 def on_full_size(config: Config, work: Path, subject: Path) -> dict[str, Any]:
     """One subject by every method, and how much memory each took."""
-    base, rows, failed = build(work / "sd15-random"), {}, []
+    base = build(work / "sd15-random")
+    rows: dict[str, Any] = {}
+    failed: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         images = Path(folder) / "images"
         images.mkdir()

@@ -68,11 +68,18 @@ def passes(y: Tensor, x: Tensor) -> Work:
     return lambda: torch.autograd.grad(y, x, torch.ones_like(y), retain_graph=True)
 
 
+def both_ways(x: Tensor, torchs: Work, ours: Work, rounds: int) -> dict[str, Any]:
+    """What both take forward, and backward to `x`."""
+    return {
+        "forward": beside(torchs, ours, rounds),
+        "backward": beside(passes(torchs(), x), passes(ours(), x), rounds),
+    }
+
+
 def linear(rows: int, inner: int, out: int, rounds: int) -> dict[str, Any]:
     """One frozen linear layer, both ways."""
     x, weight = torch.randn(rows, inner, requires_grad=True), torch.randn(out, inner)
-    sides = (lambda: F.linear(x, weight)), (lambda: products.linear(x, weight))
-    return {"forward": beside(*sides, rounds), "backward": beside(*(passes(side(), x) for side in sides), rounds)}
+    return both_ways(x, lambda: F.linear(x, weight), lambda: products.linear(x, weight), rounds)
 
 
 def convolution(pictures: int, channels: int, out: int, side: int, rounds: int) -> dict[str, Any]:
@@ -80,8 +87,12 @@ def convolution(pictures: int, channels: int, out: int, side: int, rounds: int) 
     x, weight = torch.randn(pictures, channels, side, side, requires_grad=True), torch.randn(out, channels, 3, 3)
     if not products.is_small(x, weight, TAPS, 1):
         return {"as": "torch's own"}
-    sides = (lambda: F.conv2d(x, weight, None, *TAPS)), (lambda: products.convolve_small(x, weight, None, TAPS))
-    return {"forward": beside(*sides, rounds), "backward": beside(*(passes(side(), x) for side in sides), rounds)}
+    return both_ways(
+        x,
+        lambda: F.conv2d(x, weight, None, *TAPS),
+        lambda: products.convolve_small(x, weight, None, TAPS),
+        rounds,
+    )
 
 
 def unet(family: str, px: int, rounds: int = 2) -> dict[str, Any]:

@@ -6,9 +6,9 @@ import json
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from sfumato.config import parse
+from sfumato.config import Config, parse
 from sfumato.errors import DataError
 from sfumato.files.atomic import write_text
 
@@ -16,7 +16,6 @@ BASE_CONCEPTS = Path(__file__).parents[1] / "src/sfumato/pocket/concepts.json"
 
 Cells = dict[tuple[str, str], Path]
 """(concept, style) -> picture."""
-Config = TypeVar("Config")
 
 
 def at_least(least: int) -> Callable[[str], int]:

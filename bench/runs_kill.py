@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -77,7 +78,7 @@ def measure(kills: int, folder: Path, seed: int = 0) -> dict[str, float]:
         expected = -1 if newest is None else newest  # killed before the first was finished, there is none
         lost += expected < saved or valid < min(2, saved + 1)
         try:
-            state = {"value": -1, "weights": -torch.ones(1)} if newest is None else store.load(newest)
+            state: dict[str, Any] = {"value": -1, "weights": -torch.ones(1)} if newest is None else store.load(newest)
             broken += state["value"] != expected or bool((state["weights"] != expected).any())
         except RunError:
             broken += 1

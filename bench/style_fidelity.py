@@ -32,6 +32,7 @@ from sfumato import cli, load_base, randomness
 from sfumato.bases import Base
 from sfumato.errors import ConfigError, DataError
 from sfumato.precision import decide
+from sfumato.prompts.syntax import Syntax
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +185,7 @@ def draw_run(
     adapter = adapter_of(learned)
     seeds = [1000 * seed + place for place in range(len(asked))]
     prompts = [config.prompt.replace("{concept}", concept) for concept in asked]
-    syntax = "plain" if prompts == asked else "a1111"
+    syntax: Syntax = "plain" if prompts == asked else "a1111"
     before = workshop.drawn(f"base-{seed}", prompts, seeds, {}, syntax=syntax)
     after = workshop.drawn(f"{style}-{seed}-drawn", prompts, seeds, {adapter: 1.0}, syntax=syntax)
     few, (a, b) = seeds[: config.mixed], config.weights

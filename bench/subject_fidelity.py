@@ -345,7 +345,7 @@ def figures(
     subjects: Sequence[str], before: dict[str, Tensor], after: dict[str, Tensor], trainings: Sequence[Learned]
 ) -> dict[str, Any]:
     """One method: shares before and after with intervals over subjects, its cost, and each subject's shares."""
-    costs = {
+    costs: dict[str, list[float]] = {
         "minutes": [training.minutes for training in trainings],
         "cpu_minutes": [training.cpu_minutes for training in trainings],
         "size_bytes": [training.size_bytes for training in trainings],

@@ -144,7 +144,7 @@ def ratios(rows: dict[str, list[dict[str, Any]]], method: str, passes: Mapping[s
 
     passes: how long one U-Net's passes take by torch and by us, in ms, where goals were set.
     """
-    least = {
+    least: dict[str, dict[str, Any]] = {
         key: {side: min((row[key] for row in rows[side] if row.get(key)), default=None) for side in rows}
         for key in ("first_step_cpu_s", "step_cpu_s", "over_imports_gib")
     }

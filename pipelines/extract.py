@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
@@ -17,9 +17,11 @@ from sfumato.files.atomic import check_free
 from sfumato.numerals import so_many
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from sfumato.files.changes.replacement import Replacement
     from sfumato.files.kohya import Target
-    from sfumato.merging.stored import Parameter, StoredBase
+    from sfumato.merging.stored import StoredBase
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,9 @@ def _described(config: Config, tuned: StoredBase, base: StoredBase, extra: Mappi
     )
 
 
-def _pairs(tuned: StoredBase, base: StoredBase, parts: Sequence[str]) -> Iterator[tuple[Parameter, Any, Any]]:
+def _pairs(
+    tuned: StoredBase, base: StoredBase, parts: Sequence[str]
+) -> Iterator[tuple[tuple[str, str], Tensor, Tensor]]:
     for parameter in base.places:
         if not parts or parameter[0] in parts:
             yield parameter, base.read(parameter), tuned.read(parameter)

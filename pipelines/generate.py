@@ -37,6 +37,8 @@ from sfumato.prompts.tags import Tagged, split_flags, split_tags
 if TYPE_CHECKING:
     from sfumato.bases import Base
     from sfumato.compose import Mix
+    from sfumato.compose.match import Way
+    from sfumato.drawing.desk import Desk, Drawn
     from sfumato.drawing.pictures import Start
     from sfumato.files.adapter_file import AdapterFile
 
@@ -156,9 +158,9 @@ def plan(config: Config) -> Plan:
     prompts = [*config.prompts, *_prompts_in(config.prompts_file)]
     if not prompts:
         raise ConfigError('there is no prompt; say what to draw: sfumato generate "a crab" -o crab.png')
-    if pictures := [text for text in prompts if text.lower().endswith(_PICTURES) and isfile(text)]:
+    if mistaken := [text for text in prompts if text.lower().endswith(_PICTURES) and isfile(text)]:
         raise ConfigError(
-            f"{pictures[0]}: a picture, and no prompt. sfumato inspect {pictures[0]} tells the command that draws it "
+            f"{mistaken[0]}: a picture, and no prompt. sfumato inspect {mistaken[0]} tells the command that draws it "
             "again; --image begins from it."
         )
     if config.count < 1:
@@ -309,11 +311,9 @@ def _files(config: Config, pictures: Sequence[Request], is_sheet: bool) -> tuple
         shown = ", ".join(f"{prompt!r:.40}" for prompt in config.prompts[:3])
         several = f", or put the words of one prompt into quotes: {shown} are several" if config.prompts[1:] else ""
         raise ConfigError(f"--output {output}: {count} pictures do not fit into one file; name a folder{several}.")
-    if is_file:
-        files = (output,)
-    else:
-        names = [f"{i:03}-{_slug(each.prompt)}-{each.seed}" for i, each in enumerate(pictures, start=1)]
-        files = tuple(output / f"{name}.png" for name in (["sheet"] if is_sheet else names))
+    names = [f"{i:03}-{_slug(each.prompt)}-{each.seed}" for i, each in enumerate(pictures, start=1)]
+    in_folder = tuple(output / f"{name}.png" for name in (["sheet"] if is_sheet else names))
+    files = (output,) if is_file else in_folder
     checked_folder(output.parent if is_file else output, f"--output {output}")
     there = [file for file in files if file.exists()]
     if there and not config.overwrite:
@@ -347,15 +347,15 @@ def generate(config: Config) -> tuple[Path, ...]:
         prediction_type=config.prediction_type,
     )
     settings = _settings(config, wanted, start, base)
-    for each in (settings, *(picture.own for picture in wanted.pictures)):  # all, before the first is drawn
-        check_steps(each.get("steps"), base.scheduler)
+    in_full = [{**settings, **picture.own} for picture in wanted.pictures]
+    for to in (settings, *in_full):  # all, before the first is drawn
+        check_steps(to["steps"], base.scheduler)
         if start is not None:
-            check_strength(each.get("steps", settings["steps"]), start)
+            check_strength(to["steps"], start)
     sampler = sampler_label(config.sampler, base)
     print(_summary(settings, sampler, base), file=sys.stderr)
-    each = [{**settings, **picture.own} for picture in wanted.pictures]
     asked = any(wanted.strengths.values())
-    for line in unguided((one["guidance"], one["negative"], asked) for one in each):
+    for line in unguided((to["guidance"], to["negative"], asked) for to in in_full):
         print(line, file=sys.stderr)
     with _mixed(base, wanted, config) as (mix, regional, words):
         strengths = {} if wanted.where_when.spots else {**mix.strengths, **wanted.strengths}
@@ -366,10 +366,9 @@ def generate(config: Config) -> tuple[Path, ...]:
             else each
             for each in wanted.pictures
         ]
-        in_regions = {label: over_steps_of(file.metadata) for label, file in regional.items()}
         if wanted.where_when.spots:
-            told = {**mix.metadata, **{label: file.metadata for label, file in regional.items()}}
-            _say_unheard({label: metadata for label, metadata in told.items() if label in _counted(wanted)})
+            _say_unheard(_told(wanted, mix, regional))
+        in_regions = {label: over_steps_of(file.metadata) for label, file in regional.items()}
         spans = {**mix.spans, **{label: span for label, span in in_regions.items() if span}}
         where_when = wanted.where_when.with_asked(spans)
         settings |= where_when.told()
@@ -377,16 +376,28 @@ def generate(config: Config) -> tuple[Path, ...]:
         desk = Desk(base, mix, pictures, settings, start, where_when, allowed)
         for file, size in zip(wanted.files, desk.sizes(wanted.sweep, before_after=config.before_after), strict=True):
             check_size(file, size)
-        if wanted.sweep:
-            drawn = iter([desk.sweep(*wanted.sweep)])
-        elif config.before_after:
-            drawn = iter([desk.before_after()])
-        else:
-            drawn = desk.with_adapters()
+        drawn = _drawn(desk, wanted.sweep, before_after=config.before_after)
         for (picture, used, about), file in zip(drawn, wanted.files, strict=True):
             save_drawn(picture, used, about, file, sampler, words)
             print(file)
     return wanted.files
+
+
+def _drawn(desk: Desk, sweep: tuple[str, tuple[float, ...]] | None, *, before_after: bool) -> Iterator[Drawn]:
+    """The sheet that is asked for, else picture by picture."""
+    if sweep:
+        yield desk.sweep(*sweep)
+    elif before_after:
+        yield desk.before_after()
+    else:
+        yield from desk.with_adapters()
+
+
+def _told(wanted: Plan, mix: Mix, regional: Mapping[str, AdapterFile]) -> dict[str, Mapping[str, str]]:
+    """The metadata of the adapters that count, by label; regional: the files of those in regions."""
+    told = {**mix.metadata, **{label: file.metadata for label, file in regional.items()}}
+    counted = _counted(wanted)
+    return {label: metadata for label, metadata in told.items() if label in counted}
 
 
 def _say_unheard(told: Mapping[str, Mapping[str, str]]) -> None:
@@ -421,13 +432,15 @@ def _mixed(
     texts, counted = _texts(wanted, config.negative), _counted(wanted)
     with ExitStack() as stack:
         words = [stack.enter_context(embedding.load(base, file, token)) for token, file in wanted.embeddings]
-        named = [(file, list(each.tokens)) for each, (_, file) in zip(words, wanted.embeddings, strict=True)]
+        named: list[tuple[Path, Iterable[str]]] = [
+            (file, list(each.tokens)) for each, (_, file) in zip(words, wanted.embeddings, strict=True)
+        ]
         for line in unused_words(named, texts, config.prompt_syntax):
             print(line, file=sys.stderr)
         # A new weight at every step costs least in a path beside the layers; not of a whole model, whose path is as
         # large as the U-Net and would be computed at each call.
         is_beside = wanted.where_when.follows_steps and not any(is_whole_model(each.path) for each in wanted.adapters)
-        way = "live" if is_beside else "auto"
+        way: Way = "live" if is_beside else "auto"
         allowed = {"partial": config.partial, "verify": config.verify}
         mix = stack.enter_context(compose(base, *wanted.adapters, way=way, words_known=True, **allowed))
         # The weight of a bundle is the LoRA's; its words are there.
@@ -444,10 +457,8 @@ def _mixed(
             print(line, file=sys.stderr)
         for label, count in mix.skipped.items():
             print(f"{label}: {so_many(count, 'module')} left out (--partial).", file=sys.stderr)
-        told = {**mix.metadata, **{label: file.metadata for label, file in regional.items()}}
-        told = {label: metadata for label, metadata in told.items() if label in counted}
         of_words = {token or file.name: read_header(file).metadata for token, file in wanted.embeddings}
-        for line in [*learned_otherwise(told, base), *learned_otherwise(of_words, base)]:
+        for line in [*learned_otherwise(_told(wanted, mix, regional), base), *learned_otherwise(of_words, base)]:
             print(line, file=sys.stderr)
         yield mix, regional, named
 

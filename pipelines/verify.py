@@ -75,11 +75,11 @@ def verify(config: Config) -> tuple[bool, dict[str, object]]:
     # JSON has no inf
     figures = {key: None if value == math.inf else value for key, value in asdict(comparison).items()}
     if config.against is not None:
-        theirs = read_adapter(config.against, partial=True).embeddings
-        figures["words"] = errors = _word_errors(file.embeddings, theirs)
+        others = read_adapter(config.against, partial=True).embeddings
+        figures["words"] = errors = _word_errors(file.embeddings, others)
         apart = [token for token, error in errors.items() if error is None or error > config.tolerance]
         if same and apart:
-            same, reason = False, _on_word(apart[0], file.embeddings, theirs, errors[apart[0]], config.against.name)
+            same, reason = False, _on_word(apart[0], file.embeddings, others, errors[apart[0]], config.against.name)
         elif same and errors:
             reason += f"; the new words {', '.join(errors)} are alike"
     return same, found | figures | {"reason": f"{'the same' if same else 'differs'} {where}: {reason}"}

@@ -39,6 +39,8 @@ if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that 
     from sfumato.training.prior import BasePrediction, ClassPictures
     from sfumato.training.processes import Processes
 
+Pristine = Callable[[], AbstractContextManager[object]]
+"""A context within which the model is the base again."""
 DEFAULTS: Mapping[tuple[str, str], Mapping[str, Any]] = MappingProxyType(
     {
         # (method, family): what differs from the family's own defaults.
@@ -132,7 +134,7 @@ def train(config: Config) -> Path:
     import torch
 
     from sfumato import randomness
-    from sfumato.adapters import rank_notes
+    from sfumato.adapters import Lora, rank_notes
     from sfumato.runs import Run
     from sfumato.runs.samples import UNRELATED, Samples, drawing_of
     from sfumato.training import fused as fusing
@@ -188,7 +190,7 @@ def train(config: Config) -> Path:
     for note in dict.fromkeys([*dataset.notes, *(class_set.notes if class_set else [])]):
         run.say(note)
     # The VAE has given its latents; it rests until something is drawn.
-    base.resting.keep("unet", *(["text"] if config.train_text_encoder else []))
+    base.resting.keep("unet", *(("text",) if config.train_text_encoder else ()))
     trained = trainable(base, config)
     facts = {"data": dataset.fingerprint, "class": class_set.fingerprint if class_set else "none"}
     run.identify(**facts, base=base.fingerprint())
@@ -201,13 +203,13 @@ def train(config: Config) -> Path:
     fused = fusing.FusedStep(optimizer, scaler) if config.fused else None
     average = Average(parameters, config.ema, device="cpu" if config.ema_on_cpu else None)
     run.keep(trained=trained, optimizer=optimizer, scaler=scaler, average=average)
-    pristine = trained.disabled if config.method == "lora" else nullcontext  # nothing has been trained yet
+    lora = trained if isinstance(trained, Lora) else None
+    pristine: Pristine = nullcontext if lora is None else lora.disabled  # of a whole base nothing has been trained yet
     watched = {"drift": UNRELATED, "class_drift": kept.prompts} if config.measure_every else {}
     measures = Measures(base, dataset, watched, pristine=pristine, within=average.applied, modules=[trained])
     noising = config.noising(base)
     shown = config.sample_prompts or subject.sample_prompts(dataset.captions, UNRELATED[0])
-    span = options.span_of(config, base) if config.method == "lora" else None
-    lora = trained if config.method == "lora" else None
+    span = None if lora is None else options.span_of(config, base)
     draw = drawing_of(base, lora, span=span, resolution=config.resolution)
     samples = Samples(run, base, shown, config.seed, modules=[trained], within=average.applied, draw=draw)
     limit = DriftLimit(config.drift_limit, [row for row in run.rows() if row["step"] <= run.step])
@@ -426,7 +428,7 @@ def prior_of(
     class_set: Dataset | None,
     kept: Kept,
     noising: Noising,
-    pristine: Callable[[], AbstractContextManager[object]],
+    pristine: Pristine,
 ) -> ClassPictures | BasePrediction | None:
     """What gives the class half of each batch; None where there is none. pristine: see `BasePrediction`."""
     from sfumato.training.prior import BasePrediction, ClassPictures
@@ -474,11 +476,13 @@ def adapted(base: Base, config: Config) -> dict[str, dict[str, nn.Linear | nn.Co
 
 def groups(trained: Lora | nn.ModuleDict, config: Config) -> list[dict[str, Any]]:
     """Parameter groups: the U-Net's, and the text encoders' with their own rate."""
+    from sfumato.adapters import Lora
     from sfumato.training import optimizers
 
-    whole = config.method == "full"
-    parts = {part: model.parameters() for part, model in trained.items()} if whole else trained.by_part()
-    return optimizers.groups(parts, config.learning_rate, config.text_learning_rate)
+    rates = config.learning_rate, config.text_learning_rate
+    if isinstance(trained, Lora):
+        return optimizers.groups(trained.by_part(), *rates)
+    return optimizers.groups({part: model.parameters() for part, model in trained.items()}, *rates)
 
 
 def save(
@@ -491,6 +495,7 @@ def save(
     about: Description,
 ) -> None:
     """Write what was learned in the form that was asked for, its card and the plot; upload if asked."""
+    from sfumato.adapters import Lora
     from sfumato.files import describe, write_lora
     from sfumato.precision import DTYPES, decide
     from sfumato.training.finish import finish
@@ -498,14 +503,14 @@ def save(
 
     dtype = DTYPES[config.save_precision]
     as_file: dict[str, Any] = {"family": base.family.name, "metadata": describe(about), "dtype": dtype}
-    if config.method == "lora":
+    if isinstance(trained, Lora):
         write_lora(path, trained.modules_by_target(), **as_file)
     elif config.save == "folder":
         write_folder(base, path, dtype)
     else:
         # On the CPU: beside what has learned, with its optimizer's state, a GPU may have no room for another.
         original = config.load_base(full_precision(decide("fp32", device="cpu")))
-        original.resting.keep("unet", *(["text"] if config.train_text_encoder else []))
+        original.resting.keep("unet", *(("text",) if config.train_text_encoder else ()))
         after, before = (parts_of(one, text=config.train_text_encoder) for one in (base, original))
         if config.save == "difference":
             count = write_difference(path, after, before, **as_file)

@@ -171,7 +171,7 @@ def train(config: Config) -> Path:
     for note in dict.fromkeys([*dataset.notes, *(class_set.notes if class_set else [])]):
         run.say(note)
     # The VAE has given its latents; it rests until something is drawn.
-    base.resting.keep("unet", *(["text"] if config.train_text_encoder or words else []))
+    base.resting.keep("unet", *(("text",) if config.train_text_encoder or words else ()))
     lora = attach(
         adapted,
         rank=config.rank,
@@ -243,10 +243,10 @@ def train(config: Config) -> Path:
             if crossing:
                 noised = crossing.cross(noised, step.number, start)
             count, in_loop = len(noised.batch), config.train_text_encoder or bool(words)
-            beside = [prior.draw(step.number, global_batch, start, config.batch) for prior in priors]
+            of_priors = [prior.draw(step.number, global_batch, start, config.batch) for prior in priors]
             lora.drop_by(config.seed, step.number, range(start, start + count))
             with precision.autocast():
-                errors = errors_of(base, [noised, *beside], encode=in_loop, min_snr=config.min_snr)
+                errors = errors_of(base, [noised, *of_priors], encode=in_loop, min_snr=config.min_snr)
                 part = errors[:count].sum() / global_batch
                 if priors:
                     of_prior = errors[count:].sum() / global_batch

@@ -521,7 +521,11 @@ def train(config: Config) -> Path:
     from sfumato.precision import decide
 
     check(config)
-    filled = {"checkpoint_every": 400, "warmup_steps": min(100, config.steps // 10), "fall_at": config.steps // 3}
+    filled: dict[str, Any] = {
+        "checkpoint_every": 400,
+        "warmup_steps": min(100, config.steps // 10),
+        "fall_at": config.steps // 3,
+    }
     unset = {name: value for name, value in filled.items() if getattr(config, name) is None}
     config = dataclasses.replace(config, **unset)
     precision = decide(config.precision, device=config.device)

@@ -23,7 +23,7 @@ TENTH = 0.1
 
 def random_lora(parts: Mapping[str, nn.Module], only: str) -> dict[Target, LoraModule]:
     """A LoRA of mixed ranks and alphas on every layer whose name holds `only`."""
-    modules = {}
+    modules: dict[Target, LoraModule] = {}
     for part, model in parts.items():
         for path, layer in model.named_modules():
             if not isinstance(layer, nn.Linear | nn.Conv2d) or path == "text_projection" or only not in path:

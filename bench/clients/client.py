@@ -15,9 +15,9 @@ Client = Callable[[str, Mapping[str, nn.Module], Path], dict[str, Tensor]]
 """(family, parts, file) -> the delta of each weight applied, by kohya's name, and of each bias, by that + ".bias"."""
 
 
-def stand_in(name: str, **content: Any) -> ModuleType:
+def stand_in(name: str, **content: Any) -> Any:
     """A module of that name with this content, and a class of its own for anything else that is asked of it."""
-    module = ModuleType(name)
+    module: Any = ModuleType(name)
     module.__dict__.update(content)
 
     def anything(attribute: str) -> type:
@@ -25,7 +25,7 @@ def stand_in(name: str, **content: Any) -> ModuleType:
             raise AttributeError(attribute)
         return type(attribute, (), {})
 
-    module.__getattr__ = anything  # type: ignore[method-assign]
+    module.__getattr__ = anything
     sys.modules[name] = module
     return module
 
