@@ -260,9 +260,11 @@ def test_the_folder_is_whole_and_plain_diffusers_loads_it_as_its_card_says(train
     before = DiffusionPipeline.from_pretrained(pocket_folder)
     assert dict(pipe.scheduler.config) == dict(before.scheduler.config)
     for part in ("vae", "text_encoder"):
+        written = getattr(pipe, part).state_dict()
         for name, tensor in getattr(before, part).state_dict().items():
-            assert torch.equal(tensor, getattr(pipe, part).state_dict()[name])
-    assert any(not torch.equal(t, pipe.unet.state_dict()[n]) for n, t in before.unet.state_dict().items())
+            assert torch.equal(tensor, written[name])
+    learned = pipe.unet.state_dict()
+    assert any(not torch.equal(t, learned[n]) for n, t in before.unet.state_dict().items())
     assert not [file for file in path.parent.iterdir() if file.name.startswith(".run")]
     assert load_base(str(path), precision=CPU).family.name == "pocket"
     assert 'DiffusionPipeline.from_pretrained("run")' in (path.parent / "README.md").read_text()
@@ -302,8 +304,9 @@ def test_base_and_difference_are_the_trained_weights(train, pocket_folder):
         seen.add(part)
     assert seen == set(parts)
     with compose(base, Adapter(change)):
+        mixed = base.unet.state_dict()
         for name, tensor in trained.unet.state_dict().items():
-            assert_close(base.unet.state_dict()[name], tensor, rtol=0, atol=1e-6)
+            assert_close(mixed[name], tensor, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -127,12 +127,13 @@ def _clip(encoder: Any, prefix: str) -> dict[str, Tensor]:
 def _open_clip(encoder: Any, prefix: str, unused_layer: bool) -> dict[str, Tensor]:
     """unused_layer: SD 2's files hold the last layer, which no pipeline runs, and a projection nobody applies."""
     tensors: dict[str, Tensor] = {}
-    for name, tensor in encoder.state_dict().items():  # query, key and value follow one another in no fixed order
+    weights = encoder.state_dict()
+    for name, tensor in weights.items():  # query, key and value follow one another in no fixed order
         old, third, transposed = open_clip_name(name)
         if third is None:
             tensors[prefix + old] = tensor.T if transposed else tensor
         elif third.start == 0:
-            query, key, value = (encoder.state_dict()[name.replace("q_proj", f"{part}_proj")] for part in "qkv")
+            query, key, value = (weights[name.replace("q_proj", f"{part}_proj")] for part in "qkv")
             tensors[prefix + old] = torch.cat([query, key, value])
     if unused_layer:
         last = encoder.config.num_hidden_layers

@@ -49,8 +49,9 @@ def test_diffusers_reads_the_same_model_from_the_file(family, request):
     for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
         ours, theirs = getattr(made.pipe, name, None), getattr(pipe, name, None)
         if ours is not None:
+            weights = ours.state_dict()
             for key, tensor in theirs.state_dict().items():
-                assert torch.equal(tensor, ours.state_dict()[key]), f"{name} {key}"
+                assert torch.equal(tensor, weights[key]), f"{name} {key}"
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)

@@ -327,7 +327,8 @@ def test_a_decoder_learns_while_encoder_and_latents_stay(data, tmp_path):
     after = AutoencoderKL.from_pretrained(made)
     before = load_base("pocket", precision=CPU).vae
     assert after.config.scaling_factor == before.config.scaling_factor
-    same = {name for name, weight in after.state_dict().items() if torch.equal(weight, before.state_dict()[name])}
+    weights = before.state_dict()
+    same = {name for name, weight in after.state_dict().items() if torch.equal(weight, weights[name])}
     assert {name.split(".")[0] for name in same} == {"encoder", "quant_conv"}
     assert len(same) == sum(name.startswith(("encoder.", "quant_conv.")) for name in after.state_dict())
 
