@@ -32,21 +32,21 @@ def test_a_switch_takes_turns():
     assert [switch.on(step) for step in range(6)] == ["a", "a", "b", "b", "a", "a"]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def base(pocket_folder):
     return load_base(str(pocket_folder), precision=CPU)
 
 
-@pytest.fixture
-def loras(base, tmp_path):
+@pytest.fixture(scope="module")
+def loras(base, tmp_path_factory):
     """a and b: two strong adapters of the base's first cross-attention."""
-    paths = []
+    paths, folder = [], tmp_path_factory.mktemp("loras")
     for seed, name in enumerate("ab"):
         generator = torch.Generator().manual_seed(seed)
         path, layer = next((p, m) for p, m in base.unet.named_modules() if p.endswith("attn2.to_v"))
         out, inner = layer.weight.shape
         module = LoraModule(torch.randn(2, inner, generator=generator), torch.randn(out, 2, generator=generator), 8.0)
-        paths.append(write_lora(tmp_path / f"{name}.safetensors", {("unet", path): module}, family="pocket"))
+        paths.append(write_lora(folder / f"{name}.safetensors", {("unet", path): module}, family="pocket"))
     return paths
 
 
@@ -115,7 +115,7 @@ def test_a_step_is_a_step_whatever_the_sampler_asks_between(base, loras, sampler
         seen, handle = weights_seen(base, mix)
         with over_steps(mix, Switch(("a", "b"), every=2)):
             for _ in range(2):
-                draw(source, "red square", 0, steps=6, sampler=chosen, guidance=1.0)
+                draw(source, "red square", 0, steps=6, sampler=chosen, guidance=1.0, width=32, height=32)
         handle.remove()
     on = "".join("a" if weight == 1.0 else "b" for weight in seen)
     assert on == SIX_STEPS_IN_TURNS[sampler] * 2

@@ -19,7 +19,7 @@ from tests.tiny import CPU, tiny_pipeline, write_folder
 
 @pytest.fixture
 def base(tmp_path):
-    return load_base(str(write_folder(tiny_pipeline("sd1"), tmp_path / "sd1")), precision=CPU)
+    return load_base(str(write_folder(tiny_pipeline("sd1", shallow=True), tmp_path / "sd1")), precision=CPU)
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def test_a_pipeline_of_diffusers_is_put_back(tmp_path):
 
 
 def test_pipelines_that_share_a_tokenizer_share_its_words(files):
-    pipe = tiny_pipeline("sd1")
+    pipe = tiny_pipeline("sd1", shallow=True)
     earlier = diffusers.StableDiffusionImg2ImgPipeline.from_pipe(pipe)
     plain = encoded(pipe, "<one>")
     with embedding.load(pipe, files[0]):
@@ -76,7 +76,7 @@ def test_a_base_and_its_pipelines_draw_the_same_words(base, files):
 
 
 def test_a_text_encoder_whose_words_another_tokenizer_knows_is_refused(files):
-    pipe = tiny_pipeline("sd1")
+    pipe = tiny_pipeline("sd1", shallow=True)
     other = diffusers.StableDiffusionImg2ImgPipeline.from_pipe(pipe)
     other.tokenizer = copy.deepcopy(pipe.tokenizer)
     with embedding.load(pipe, files[0]), pytest.raises(ConfigError, match="another pipeline that shares it"):
@@ -100,7 +100,7 @@ def test_a_tokenizer_whose_words_another_text_encoder_has_is_refused(files):
 
 def test_what_diffusers_loads_meanwhile_stays(files, tmp_path):
     """As if ours had never been there: ids, rows and the size of the table; of a word that was loaded before, too."""
-    pipe, other = tiny_pipeline("sd1"), tiny_pipeline("sd1")
+    pipe, other = tiny_pipeline("sd1", shallow=True), tiny_pipeline("sd1", shallow=True)
     three = write_tensors(tmp_path / "<three>.safetensors", {"<three>": torch.randn(3, 64)})
     for each in (pipe, other):
         each.load_textual_inversion(str(three))
@@ -125,7 +125,7 @@ def test_what_diffusers_loads_meanwhile_stays(files, tmp_path):
 
 
 def test_of_words_in_use_each_goes_while_diffusers_words_stay(files, tmp_path):
-    pipe = tiny_pipeline("sd1")
+    pipe = tiny_pipeline("sd1", shallow=True)
     three = write_tensors(tmp_path / "<three>.safetensors", {"<three>": torch.randn(3, 64)})
     one, two = (embedding.load(pipe, file) for file in files)
     prompts = ("<one>", "a <two>", "<three>")
@@ -138,7 +138,7 @@ def test_of_words_in_use_each_goes_while_diffusers_words_stay(files, tmp_path):
 
 
 def test_what_diffusers_unloads_meanwhile_is_gone(files):
-    pipe = tiny_pipeline("sd1")
+    pipe = tiny_pipeline("sd1", shallow=True)
     plain = encoded(pipe, "<one> <two>")
     pipe.load_textual_inversion(str(files[1]))
     with embedding.load(pipe, files[0]):
@@ -292,7 +292,7 @@ def test_words_within_those_that_diffusers_loaded_are_refused(files):
 def test_words_in_an_offloaded_text_encoder(files):
     from accelerate import cpu_offload
 
-    pipe = tiny_pipeline("sd1")
+    pipe = tiny_pipeline("sd1", shallow=True)
     with embedding.load(pipe, files[0]):
         one = encoded(pipe, "a <one>")
     with embedding.new_words(pipe, ["<x>"]) as words:
@@ -316,7 +316,7 @@ def test_a_pipeline_without_a_tokenizer_is_refused(files):
 
 
 def test_words_for_an_empty_shell_are_refused(files):
-    pipe = tiny_pipeline("sd1")
+    pipe = tiny_pipeline("sd1", shallow=True)
     pipe.text_encoder.to("meta")
     with pytest.raises(ConfigError, match="not in memory"):
         embedding.load(pipe, files[0])
@@ -326,7 +326,7 @@ def test_what_diffusers_loads_meanwhile_stays_under_offloading(files):
     from accelerate import cpu_offload
     from accelerate.hooks import remove_hook_from_module
 
-    pipe = tiny_pipeline("sd1")
+    pipe = tiny_pipeline("sd1", shallow=True)
     with embedding.load(pipe, files[0]):
         pipe.load_textual_inversion(str(files[1]))
         two = encoded(pipe, "<two>")
