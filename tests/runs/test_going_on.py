@@ -346,7 +346,7 @@ def test_a_run_that_is_ended_has_a_checkpoint_of_its_last_step(tmp_path):
         made.append(step.number)
     assert made == [0, 1, 2, 3]
     assert run.step == 4
-    assert (tmp_path / "run/checkpoints/000004").is_dir() or list((tmp_path / "run/checkpoints").glob("*4*"))
+    assert (tmp_path / "run/checkpoints/000004").is_dir()
     assert run._lock.is_held
     run.close()
 
