@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,7 +19,6 @@ from sfumato.files.write import write_lora
 from sfumato.files.write_dotted import write_diffusers, write_peft
 from sfumato.merging.factors import Budget, from_module
 from sfumato.merging.merge import Merged, Source, WeightOf, merge
-from sfumato.merging.stored import StoredBase
 
 WRITERS: Mapping[str, Callable[..., Path]] = MappingProxyType(
     {"kohya": write_lora, "diffusers": write_diffusers, "peft": write_peft}
@@ -48,6 +48,14 @@ def as_lora(source: Source, budget: Budget, base: WeightOf | None) -> Merged:
     )
 
 
+class Weights(Protocol):
+    """Where a base's parameters are read, such as a `StoredBase`."""
+
+    def weight(self, target: Target, which: str = "weight") -> Tensor:
+        """The weight or "bias" of a module in fp32."""
+        ...
+
+
 class Deltas(Mapping[Target, tuple[Tensor, Tensor | None]]):
     """An adapter's delta of every weight, and of every bias that it changes, on the base. Exact, and large.
 
@@ -55,7 +63,7 @@ class Deltas(Mapping[Target, tuple[Tensor, Tensor | None]]):
     are rounded to. Asked for one, it raises AdapterError, or BaseModelError for what the base lacks.
     """
 
-    def __init__(self, source: Source, base: StoredBase, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, source: Source, base: Weights, dtype: torch.dtype = torch.float32) -> None:
         self._source, self._base, self._dtype = source, base, dtype
 
     def __getitem__(self, target: Target) -> tuple[Tensor, Tensor | None]:
