@@ -30,7 +30,7 @@ from sfumato.bases import Base
 from sfumato.command_line.where_when import WhereWhen, applied, parse_span
 from sfumato.compose import adapter_guidance
 from sfumato.data.latents import to_floats
-from sfumato.drawing.pictures import draw
+from sfumato.drawing.pictures import draw_against
 from sfumato.errors import ConfigError, RunError
 from sfumato.files.atomic import atomic_path, write_text
 from sfumato.prompts.syntax import Syntax
@@ -152,7 +152,8 @@ class Workshop:
                     by_step = dict.fromkeys(mix.weights, parse_span(span)) if span else {}
                     wanted = WhereWhen(by_step=by_step).with_asked(mix.spans)
                     stack.enter_context(applied(self.base, mix, wanted))
-                pictures = draw(self.base, list(prompts), list(seeds), syntax=syntax)
+                asked = [text for texts in mix.negatives.values() for text in texts] if adapters else []
+                pictures = draw_against(self.base, list(prompts), list(seeds), asked, syntax=syntax)
                 return torch.stack([to_tensor(picture) for picture in pictures])
 
         return self._kept(f"{name}-{_hash(told)}", make)

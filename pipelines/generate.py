@@ -31,7 +31,8 @@ from sfumato.command_line.where_when import Span, Spot, WhereWhen, parse_region,
 from sfumato.compose.adapter import Adapter, is_idle
 from sfumato.config import parse
 from sfumato.errors import ConfigError
-from sfumato.prompts.syntax import checked_syntax
+from sfumato.prompts.negative import negative_for
+from sfumato.prompts.syntax import checked_syntax, escaped
 from sfumato.prompts.tags import Tagged, split_flags, split_tags
 
 if TYPE_CHECKING:
@@ -102,8 +103,9 @@ class Config:
     prompt_syntax: Literal["plain", "a1111", "compel"] = "plain"
     """Weighted words and prompts of any length: a1111 reads (words:1.3) and words that change between the steps,
     [crab:otter:0.4] and [crab|otter]; compel reads (words)1.3 (extra `prompts`)."""
-    negative: str = ""
-    """What the pictures should not show."""
+    negative: str | None = None
+    """What the pictures should not show. Unset: what a file asks for, which of subjects may be their own words, in
+    prompts that say more (train --own-negative); else nothing. "" asks for nothing."""
     steps: int | None = None
     """Steps of the sampler; the family's default if unset."""
     guidance: float | None = None
@@ -168,7 +170,7 @@ def plan(config: Config) -> Plan:
     for name in ("steps", "guidance", "sampler"):
         if (value := getattr(config, name)) is not None:
             CHECKS[name](value)
-    without_tags(config.negative, "--negative")
+    without_tags(config.negative or "", "--negative")
     is_sheet = config.sweep is not None or config.before_after
     flagged = [split_flags(prompt) for prompt in prompts]
     split = [split_tags(prompt) for prompt, _ in flagged]
@@ -177,7 +179,7 @@ def plan(config: Config) -> Plan:
     seeds = [[seed + i for seed in first for i in range(config.count)] for first in firsts]
     for seed in (seed for each in seeds for seed in each):
         CHECKS["seed"](seed)
-    texts = [*(found.prompt for found in split), *(flags.get("negative", "") for flags in own), config.negative]
+    texts = [*(found.prompt for found in split), *(flags.get("negative", "") for flags in own), config.negative or ""]
     for text in texts:
         checked_syntax(text, config.prompt_syntax)
     given = in_blocks([parse_adapter(spec) for spec in config.lora], config.blocks)
@@ -366,6 +368,8 @@ def generate(config: Config) -> tuple[Path, ...]:
             else each
             for each in wanted.pictures
         ]
+        if config.negative is None and not wanted.where_when.spots:
+            pictures = _against(pictures, mix, wanted, config)
         if wanted.where_when.spots:
             _say_unheard(_told(wanted, mix, regional))
         in_regions = {label: over_steps_of(file.metadata) for label, file in regional.items()}
@@ -429,7 +433,7 @@ def _mixed(
     from sfumato.numerals import so_many
     from sfumato.words import embedding
 
-    texts, counted = _texts(wanted, config.negative), _counted(wanted)
+    texts, counted = _texts(wanted, config.negative or ""), _counted(wanted)
     with ExitStack() as stack:
         words = [stack.enter_context(embedding.load(base, file, token)) for token, file in wanted.embeddings]
         named: list[tuple[Path, Iterable[str]]] = [
@@ -463,6 +467,26 @@ def _mixed(
         yield mix, regional, named
 
 
+def _against(pictures: Sequence[Request], mix: Mix, wanted: Plan, config: Config) -> list[Request]:
+    """The pictures with the negative prompts that the files of their adapters ask for; says which."""
+    always = {each.label: each.weight for each in wanted.adapters}
+    always |= {} if wanted.sweep is None else {wanted.sweep[0]: 1.0}
+    found = []
+    for picture in pictures:
+        weights = always if picture.tagged is None else picture.tagged
+        asked = [
+            escaped(text) if config.prompt_syntax == "a1111" else text
+            for label, texts in mix.negatives.items()
+            if not is_idle(weights.get(label, 0.0))
+            for text in texts
+        ]
+        negative = "" if "negative" in picture.own else negative_for(picture.prompt, asked)
+        found.append(replace(picture, own={**picture.own, "negative": negative}) if negative else picture)
+    for negative in dict.fromkeys(each.own["negative"] for each in found if each not in pictures):
+        print(f'the negative prompt is {negative!r}, as its file asks; --negative "" draws without.', file=sys.stderr)
+    return found
+
+
 def _counted(wanted: Plan) -> set[str]:
     """The labels of the adapters that have a weight which is not 0 anywhere in what is drawn."""
     always = {each.label: each.weight for each in wanted.adapters}
@@ -489,7 +513,7 @@ def _settings(config: Config, wanted: Plan, start: Start | None, base: Base) -> 
     defaults = base.defaults
     width, height = wanted.size or (defaults.resolution, defaults.resolution)
     return {
-        "negative": config.negative,
+        "negative": config.negative or "",
         "steps": config.steps or defaults.sampling_steps,
         "guidance": defaults.guidance if config.guidance is None else config.guidance,
         "width": width,

@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -19,7 +19,8 @@ from sfumato.command_line.specs import checked_folder, parse_adapters, parse_emb
 from sfumato.compose.adapter import Adapter, Weight, checked_weight, is_idle, swept
 from sfumato.config import parse
 from sfumato.errors import ConfigError
-from sfumato.prompts.syntax import checked_syntax
+from sfumato.prompts.negative import negative_for
+from sfumato.prompts.syntax import checked_syntax, escaped
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -74,8 +75,8 @@ class Config:
     """`pocket`, a hub id, a diffusers folder or a .safetensors checkpoint."""
     output: Annotated[Path, Parameter(alias="-o")] = Path("grid")
     """A folder: grid.png, grid.json, and cells/ with each picture and its settings. Cells that are there are kept."""
-    negative: str = ""
-    """What the pictures should not show."""
+    negative: str | None = None
+    """What the pictures should not show; what a file asks for if unset, as for sfumato generate."""
     steps: int | None = None
     """Steps of the sampler; the family's default if unset."""
     guidance: float | None = None
@@ -180,7 +181,7 @@ def plan(config: Config) -> tuple[Axis, Axis, list[Adapter], list[list[Cell]]]:
 def _prompts(config: Config, x: Axis, y: Axis) -> Iterator[tuple[str, Sequence[str]]]:
     """Where a prompt stands, and the prompts there."""
     yield "--prompt", [config.prompt] if config.prompt is not None else []
-    yield "--negative", [config.negative]
+    yield "--negative", [config.negative or ""]
     for name, axis in (("--x", x), ("--y", y)):
         if axis.kind in ("prompt", "negative"):
             yield name, axis.values
@@ -241,26 +242,27 @@ def draw_grid(config: Config) -> Path:
     )
     _check_drawable(base, rows)
     filled = [_filled(base, cell) for cells in rows for cell in cells]
-    for line in unguided((to["guidance"], to["negative"], bool(to["adapter_guidance"])) for to in filled):
+    for line in unguided((to["guidance"], to["negative"] or "", bool(to["adapter_guidance"])) for to in filled):
         print(line, file=sys.stderr)
     loaded = [base.quick_fingerprint(), str(base.precision.compute), str(base.clip_skip), str(config.partial)]
     files = {adapter.label: _digest(Path(adapter.path)) for adapter in adapters}
     digests = [(token or file.stem, _digest(file)) for token, file in embeddings]
-    paths = {
-        (column, row): config.output / "cells" / f"{cell.key(loaded, files, digests)}.png"
-        for row, cells in enumerate(rows)
-        for column, cell in enumerate(cells)
-    }
     is_merged = "method" in rows[0][0].settings  # then all cells have one
-    cells_in_all = [cell for cells in rows for cell in cells]
     with ExitStack() as stack:
         words = [stack.enter_context(embedding.load(base, file, token)) for token, file in embeddings]
-        texts = [cell.settings[name] for name in ("prompt", "negative") for cell in cells_in_all]
         named = [(file, list(each.tokens)) for each, (_, file) in zip(words, embeddings, strict=True)]
         mix = None
         if not is_merged:
             mix = stack.enter_context(compose(base, *adapters, partial=config.partial, words_known=True))
         told, brought = _in_files(mix, adapters, partial=config.partial)
+        rows = [[_against(cell, told, config) for cell in cells] for cells in rows]
+        cells_in_all = [cell for cells in rows for cell in cells]
+        texts = [cell.settings[name] for name in ("prompt", "negative") for cell in cells_in_all]
+        paths = {
+            (column, row): config.output / "cells" / f"{cell.key(loaded, files, digests)}.png"
+            for row, cells in enumerate(rows)
+            for column, cell in enumerate(cells)
+        }
         learned = _checked(base, brought, told, cells_in_all, words, config)
         of_words = {token or file.name: read_header(file).metadata for token, file in embeddings}
         known = [token for some in (*(each.tokens for each in words), *brought.values()) for token in some]
@@ -294,6 +296,20 @@ def _in_files(
         refuse_model(label, file.changes)
     told = {label: file.metadata for label, file in read.items()}
     return told, {label: file.embeddings for label, file in read.items()}
+
+
+def _against(cell: Cell, told: Mapping[str, Mapping[str, str]], config: Config) -> Cell:
+    """The cell with the negative prompt that its adapters' files ask for, where nothing else is asked for.
+
+    told: the files' metadata, by label.
+    """
+    if cell.settings["negative"] is not None:
+        return cell
+    from sfumato.files.metadata import negatives_of
+
+    texts = [text for label in cell.counted for text in negatives_of(told[label])]
+    asked = [escaped(text) if config.prompt_syntax == "a1111" else text for text in texts]
+    return replace(cell, settings={**cell.settings, "negative": negative_for(cell.settings["prompt"], asked)})
 
 
 def _check_drawable(base: Base, rows: Sequence[Sequence[Cell]]) -> None:

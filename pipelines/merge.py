@@ -208,12 +208,13 @@ def _say_unasked(parents: Sequence[Parent], asked: Sequence[str], why: str) -> N
 
 def _asked(metadata: Mapping[str, str]) -> list[str]:
     """How a file asks to be drawn with."""
-    from sfumato.files.metadata import adapter_guidance_of, over_steps_of
+    from sfumato.files.metadata import adapter_guidance_of, negatives_of, over_steps_of
 
     strength, span = adapter_guidance_of(metadata), over_steps_of(metadata)
     return [
         *([f"adapter guidance {strength:g}"] if strength else []),
         *([f"the steps {span[0]:g}-{span[1]:g}"] if span else []),
+        *(f"the negative prompt {text!r}" for text in negatives_of(metadata)),
     ]
 
 

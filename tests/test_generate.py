@@ -125,6 +125,32 @@ def test_an_adapter_counts_in_the_steps_that_its_file_asks_for(generate):
     assert read_picture_info(Path("left said.png")).own["over_steps"] == {"o": {"span": [0.0, 0.4]}}
 
 
+def test_prompts_that_say_more_have_the_negative_prompt_that_a_file_asks_for(generate):
+    asks = {"sfumato.negatives": '["a cat", "Sks"]'}
+    save_file(load_file("otter.safetensors"), "asks.safetensors", read_header("otter.safetensors").metadata | asks)
+    words = ["a cat, flat", "a cat", "a dog"]
+    for name, more in {
+        "said": ["--lora", "o=asks.safetensors"],
+        "plain": ["--lora", "o=otter.safetensors"],
+        "left": ["--lora", "o=asks.safetensors", "--negative", ""],
+        "idle": ["--lora", "o=asks.safetensors:0"],
+    }.items():
+        code, _, err = generate(*words, *more, "--guidance", "4", "-o", name)
+        assert (code, "the negative prompt is 'a cat', as its file asks" in err) == (0, name == "said")
+    given = ["a cat, flat", "--lora", "o=otter.safetensors", "--negative", "a cat", "--guidance", "4"]
+    assert generate(*given, "-o", "given.png")[0] == 0
+    first, *others = sorted(path.name for path in Path("said").iterdir())
+    assert np.array_equal(pixels(f"said/{first}"), pixels("given.png"))
+    assert not np.array_equal(pixels(f"said/{first}"), pixels(f"plain/{first}"))
+    assert read_picture_info(Path("said", first)).parameters.negative == "a cat"
+    for name in others:  # in a batch of others, so that rounding differs
+        assert np.abs(pixels(f"said/{name}").astype(int) - pixels(f"plain/{name}")).max() <= 1
+    assert np.array_equal(pixels(f"left/{first}"), pixels(f"plain/{first}"))
+    swept = ["--lora", "o=asks.safetensors", "--guidance", "4", "--sweep", "o=0,1"]
+    assert generate(*words[:2], *swept, "-o", "s.png")[0] == 0
+    assert read_picture_info(Path("s.png")).own["negative"] == "a cat"
+
+
 def test_an_adapter_that_asks_for_what_regions_leave_out_is_told(generate):
     asks = {"sfumato.adapter_guidance": "2"}
     save_file(load_file("line.safetensors"), "asks.safetensors", read_header("line.safetensors").metadata | asks)

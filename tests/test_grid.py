@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from sfumato.pipelines.grid import Config, plan
 
 from sfumato import cli
@@ -209,6 +210,23 @@ def test_a_grid_reads_prompts_as_generate_does(grid, tmp_path, pocket_folder):
         assert abs(_pixels(file) - _pixels(other)).max() <= 1
         own = read_picture_info(file).own
         assert (own["prompt"], own["prompt_syntax"]) == (prompt, "a1111")
+
+
+def test_a_cell_has_the_negative_prompt_that_a_file_in_it_asks_for(grid, tmp_path):
+    line, asks = tmp_path / "line.safetensors", {"sfumato.negatives": '["red"]'}
+    save_file(load_file(line), tmp_path / "asks.safetensors", read_header(line).metadata | asks)
+    words = ["--lora", "a=asks.safetensors", "--x", "a=0,1", "--y", "prompt=red square|red|blue"]
+    assert grid(*words) == 0
+    cells = json.loads((tmp_path / "out/grid.json").read_text())["cells"]
+    found = {
+        (cell["prompt"], cell["weights"]["a"]): read_picture_info(tmp_path / "out" / cell["file"]).own["negative"]
+        for cell in cells
+    }
+    assert {key for key, negative in found.items() if negative} == {("red square", 1.0)}
+    assert found["red square", 1.0] == "red"
+    there = {file.name for file in (tmp_path / "out/cells").iterdir()}
+    assert grid(*words, "--negative", "") == 0  # all others are there already
+    assert len({file.name for file in (tmp_path / "out/cells").iterdir()} - there) == 1
 
 
 BOTH = ["--lora", "line.safetensors:0.8", "--lora", "otter.safetensors"]

@@ -48,6 +48,7 @@ def train(pocket_folder, pictures, tmp_path):
             "--fused",
             "--ema-on-cpu",
             "--gradient-checkpointing",
+            "--own-negative",
         )
         flags = [given.pop(given.index(flag)) for flag in known if flag in given]
         asked = dict(zip(given[::2], given[1::2], strict=True))
@@ -388,9 +389,10 @@ def test_the_run_tells_how_the_identifier_is_cut_and_warns_of_a_word(train, caps
 @pytest.mark.usefixtures("plotted")
 def test_a_lora_describes_itself_and_no_file_tells_a_path(train, tmp_path, pictures):
     path = train("run", "--method", "lora", "--steps", "1", "--sample-every", "1", "--measure-every", "1",
-                 "--over-steps", "0-0.8", "--resolution", "32")  # fmt: skip
+                 "--over-steps", "0-0.8", "--resolution", "32", "--own-negative")  # fmt: skip
     metadata = read_header(path).metadata
     assert metadata["sfumato.over_steps"] == "0-0.8"
+    assert json.loads(metadata["sfumato.negatives"]) == [PROMPT]
     assert metadata["modelspec.trigger_phrase"] == PROMPT
     assert json.loads(metadata["sfumato.config"])["prior"] == "pictures"
     with Image.open(path.parent / "samples/000001/0.png") as subject:  # not the class, nor what is unrelated

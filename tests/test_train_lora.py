@@ -42,7 +42,7 @@ def train(pocket_folder, pictures, tmp_path):
         words |= {"--caption": "{caption}", "--steps": "4", "--batch": "2", "--rank": "2", "--learning-rate": "1e-2"}
         words |= {"--sample-every": "0", "--measure-every": "0", "--checkpoint-every": "0"}
         given = list(options)
-        known = ("--train-text-encoder", "--overwrite", "--gradient-checkpointing")
+        known = ("--train-text-encoder", "--overwrite", "--gradient-checkpointing", "--own-negative")
         flags = [given.pop(given.index(flag)) for flag in known if flag in given]
         unsaid = [word for pair in words.items() if pair[0] not in given for word in pair]
         assert cli.main(["train", "lora", *unsaid, *given, *flags]) == 0
@@ -417,7 +417,7 @@ def test_a_mask_keeps_what_is_outside_out_of_the_loss(train, pictures):
 @pytest.mark.usefixtures("plotted")
 def test_the_run_folder_tells_everything_and_no_path(train, tmp_path, pictures, pocket_folder):
     path = train("run", "--trigger", "zwx", "--sample-every", "2", "--measure-every", "2", "--over-steps", "0-0.8",
-                 "--resolution", "32")  # fmt: skip
+                 "--resolution", "32", "--own-negative")  # fmt: skip
     with Image.open(path.parent / "samples/000002/0.png") as sample:
         assert sample.size == (32, 32)
     names = {file.name for file in path.parent.iterdir()}
@@ -425,6 +425,7 @@ def test_the_run_folder_tells_everything_and_no_path(train, tmp_path, pictures, 
     metadata = read_header(path).metadata
     assert metadata["modelspec.trigger_phrase"] == "zwx"
     assert metadata["sfumato.over_steps"] == "0-0.8"
+    assert metadata["sfumato.negatives"] == '["zwx"]'
     assert json.loads(metadata["sfumato.config"])["rank"] == 2
     base = load_base(pocket_folder, precision=CPU, unet=False)
     assert metadata["sfumato.base_fingerprint"] == base.adapted_fingerprint()
@@ -459,6 +460,7 @@ def test_the_run_folder_tells_everything_and_no_path(train, tmp_path, pictures, 
         (["--min-timestep", "900", "--max-timestep", "300"], "--min-timestep 900, --max-timestep 300: the base's"),
         (["--max-timestep", "1001"], "a larger end of at most 1000"),
         (["--over-steps", "0.8"], "--over-steps 0.8: wanted START-END, progress from 0 to 1, such as 0-0.5"),
+        (["--own-negative", "--no-overwrite"], "--own-negative: there are no words of the subject; give its --trigger"),
         (["--prior-weight", "2"], "--prior-weight is for what shall draw as before; name it with --prior-prompts, or"),
         (["--text-learning-rate", "1e-4"], "--text-learning-rate has no effect without --train-text-encoder"),
         (["--prior-prompts", "a cat", "--prior-weight", "-1"], "--prior-weight is -1"),

@@ -122,6 +122,11 @@ class Config(TrainerOptions):
     """START-END, the steps in which a LoRA is drawn with, 0 at noise and 1 at the finished picture: samples are drawn
     so, and its file asks for it, see sfumato generate --over-steps. With 0-0.8 the last steps are the base's, which
     draws them in the style that the prompt names. Unset: those that were learned, see --min-timestep."""
+    own_negative: bool = False
+    """With --method lora: draw samples with the subject's words as the negative prompt of prompts that hold them and
+    more, and ask for that in the file, see sfumato generate --negative: guidance then multiplies what is said beside
+    the subject, such as a style in which no picture showed it. The subject itself comes out a little less like its
+    pictures."""
     save_precision: Literal["fp32", "fp16", "bf16"] | None = None
     """Number format of what is written. Unset: fp32 on pocket, fp16 elsewhere."""
 
@@ -210,7 +215,9 @@ def train(config: Config) -> Path:
     noising = config.noising(base)
     shown = config.sample_prompts or subject.sample_prompts(dataset.captions, UNRELATED[0])
     span = None if lora is None else options.span_of(config, base)
-    draw = drawing_of(base, lora, span=span, resolution=config.resolution)
+    trigger = triggers(config, subject, instance)
+    against = trigger if config.own_negative else []
+    draw = drawing_of(base, lora, span=span, negatives=against, resolution=config.resolution)
     samples = Samples(run, base, shown, config.seed, modules=[trained], within=average.applied, draw=draw)
     limit = DriftLimit(config.drift_limit, [row for row in run.rows() if row["step"] <= run.step])
 
@@ -269,8 +276,8 @@ def train(config: Config) -> Path:
     average.apply()
     path = config.output / f"{config.name}{'' if config.save == 'folder' else '.safetensors'}"
     if processes.is_main:
-        trigger = triggers(config, subject, instance)
-        about = describe_run(config, base, dataset, samples, trigger=trigger, steps=run.step, over_steps=span)
+        told = {"trigger": trigger, "steps": run.step, "over_steps": span, "negatives": against}
+        about = describe_run(config, base, dataset, samples, **told)
         save(path, trained, base, config, run, samples, about)
     run.close()
     processes.wait()
@@ -296,7 +303,8 @@ def check(config: Config) -> None:
     if config.instance_prompt and config.identifier not in config.instance_prompt:
         options.only_with(config, "it in --instance-prompt", "identifier")
     if config.method == "full":
-        options.only_with(config, "--method lora", "alpha", "conv_rank", "conv_alpha", "targets", "over_steps")
+        of_lora = ("alpha", "conv_rank", "conv_alpha", "targets", "over_steps", "own_negative")
+        options.only_with(config, "--method lora", *of_lora)
         if config.save != "lora":
             options.only_with(config, "--method lora or --save lora", "rank")
     if not config.class_name and not (config.instance_prompt and config.class_prompt):

@@ -110,6 +110,10 @@ class Config(TrainerOptions):
     """START-END, the steps in which it is drawn with, 0 at noise and 1 at the finished picture: samples are drawn so,
     and its file asks for it, see sfumato generate --over-steps. With 0-0.8 the last steps are the base's, which draws
     them in the style that the prompt names. Unset: those that were learned, see --min-timestep."""
+    own_negative: bool = False
+    """Draw samples with the trigger or new words as the negative prompt of prompts that hold them and more, and
+    ask for that in the file, see sfumato generate --negative: guidance then multiplies what is said beside the subject,
+    such as a style in which no picture showed it. The subject itself comes out a little less like its pictures."""
     save_every: int = 0
     """Steps between adapters that are kept beside the last, as OUTPUT/adapters/NAME-step00000500.safetensors, to choose
     from, each with its new words; 0 keeps none."""
@@ -209,9 +213,10 @@ def train(config: Config) -> Path:
     prompts = config.sample_prompts or default_prompts(dataset.captions, first.template, first.trigger)
     noising = config.noising(base)
     span = options.span_of(config, base)
-    draw = drawing_of(base, lora, config.adapter_guidance, span, resolution=config.resolution)
-    samples = Samples(run, base, prompts, config.seed, modules=[lora], within=average.applied, draw=draw)
     trigger = list(dict.fromkeys([*subjects.triggers, *config.train_words]))
+    against = trigger if config.own_negative else []
+    draw = drawing_of(base, lora, config.adapter_guidance, span, negatives=against, resolution=config.resolution)
+    samples = Samples(run, base, prompts, config.seed, modules=[lora], within=average.applied, draw=draw)
     learned = Learned(config, base, lora, words, dataset, samples, trigger)
 
     def export(step: int) -> None:
@@ -362,6 +367,8 @@ def read_examples(config: Config) -> Folder:
             "--prior-weight is for what shall draw as before; name it with --prior-prompts, or give pictures of it in "
             "a dataset.toml, with class = true."
         )
+    if config.own_negative and not config.train_words and not examples.of("instance").triggers:
+        raise ConfigError("--own-negative: there are no words of the subject; give its --trigger, such as 'sks otter'.")
     return put_into_captions(examples, config.train_words, config.stands_for) if config.train_words else examples
 
 
@@ -486,6 +493,7 @@ def write_files(path: Path, learned: Learned, steps: int) -> tuple[Description, 
     config, base, words = learned.config, learned.base, learned.words
     about = {"trigger": learned.trigger, "steps": steps, "adapter_guidance": config.adapter_guidance}
     about["over_steps"] = options.span_of(config, base)
+    about["negatives"] = learned.trigger if config.own_negative else ()
     description = describe_run(config, base, learned.dataset, learned.samples, **about)
     # First, so that no adapter is ever there without its words.
     beside = write_words(path, words, config, description) if words and not config.bundle else {}

@@ -54,6 +54,14 @@ def test_the_steps_are_told_that_the_file_asks_for(card, tmp_path):
     assert "otter.safetensors:1.0`, in the steps from 0 to 0.8 of the way from noise to picture, as" in text
 
 
+def test_the_negative_prompt_is_told_that_the_file_asks_for(card, tmp_path):
+    assert "negative" not in card.read_text(encoding="utf-8")
+    about = replace(ABOUT, trigger=["zwx"], captions=["zwx, flat style"], negatives=["zwx"])
+    text = write_card(tmp_path, tmp_path / "otter.safetensors", about, [], []).read_text(encoding="utf-8")
+    assert "give `zwx` as the negative prompt" in text
+    assert "pipe('zwx, flat style', negative_prompt='zwx'" in text
+
+
 @pytest.mark.parametrize("name", ["line.safetensors", "line"])
 def test_each_of_several_triggers_has_a_line_and_an_example(tmp_path, name):
     from huggingface_hub import ModelCard

@@ -140,15 +140,16 @@ def test_what_is_0_wherever_the_file_has_something_is_weight_0(adapter_file, tmp
 
 def test_what_a_file_asks_for_and_the_result_does_not_is_told(tiny_base, adapter_file, tmp_path, capsys):
     a, b, asks = adapter_file("a"), adapter_file("b"), tmp_path / "asks.safetensors"
-    about = {"sfumato.adapter_guidance": "2", "sfumato.over_steps": "0-0.8"}
+    about = {"sfumato.adapter_guidance": "2", "sfumato.over_steps": "0-0.8", "sfumato.negatives": '["<a>"]'}
     save_file(load_file(a), asks, {**read_header(a).metadata, **about})
     assert run(asks, "--into", tiny_base("pocket").folder, "-o", tmp_path / "baked") == 0
-    line = "asks.safetensors: asks for adapter guidance 2 and the steps 0-0.8, "
+    line = "asks.safetensors: asks for adapter guidance 2 and the steps 0-0.8 and the negative prompt '<a>', "
     assert f"{line}which a base cannot; baked in" in capsys.readouterr().err
     assert run(asks, b, "-o", tmp_path / "both.safetensors") == 0
     assert f"{line}others do not, so both.safetensors does not" in capsys.readouterr().err
     assert run(asks, f"{b}:0", "-o", tmp_path / "one.safetensors") == 0
     assert "asks for" not in capsys.readouterr().err
+    assert read_header(tmp_path / "one.safetensors").metadata["sfumato.negatives"] == '["<a>"]'
 
 
 def test_blocks_are_chosen_for_all_or_for_one(adapter_file, tmp_path):

@@ -373,7 +373,7 @@ def test_samples_of_a_lora_are_drawn_with_its_adapter_guidance(monkeypatch):
 
     def draw(base, prompts, seeds, **size):
         base.unet(torch.tensor([1.0, 2.0]))
-        return []
+        return [None] * len(prompts)
 
     monkeypatch.setattr(drawing, "draw_each", draw)
     base = SimpleNamespace(
@@ -386,6 +386,24 @@ def test_samples_of_a_lora_are_drawn_with_its_adapter_guidance(monkeypatch):
     plain = ([1.0, 2.0], 1.0, False)
     assert seen == [([1.0], 2 / 3, True), ([2.0], 2 / 3, False), plain, plain]
     assert told == {"factor": 1.0, "off": False}
+
+
+def test_samples_have_the_negative_prompt_that_the_file_asks_for(monkeypatch):
+    from sfumato.drawing import pictures as drawing
+
+    given = []
+
+    def draw(base, prompts, seeds, *, negative, **size):
+        given.append((prompts, seeds, negative))
+        return [f"{prompt} {seed}" for prompt, seed in zip(prompts, seeds, strict=True)]
+
+    monkeypatch.setattr(drawing, "draw_each", draw)
+    base = SimpleNamespace(resting=SimpleNamespace(interrupted=nullcontext))
+    prompts = ["<a>, flat", "a dog", "<a> at sea", "<a>"]
+    assert sheets.drawing_of(base, negatives=["<a>"])(prompts, [1, 2, 3, 4]) == [
+        "<a>, flat 1", "a dog 2", "<a> at sea 3", "<a> 4",
+    ]  # fmt: skip
+    assert given == [(["<a>, flat", "<a> at sea"], [1, 3], "<a>"), (["a dog", "<a>"], [2, 4], "")]
 
 
 def test_samples_of_a_lora_are_drawn_with_it_in_the_steps_that_its_file_asks_for(monkeypatch):
@@ -407,7 +425,7 @@ def test_samples_of_a_lora_are_drawn_with_it_in_the_steps_that_its_file_asks_for
         for timestep in (999, 200, 199):  # progress 0, 0.7998, 0.8008
             base.unet(torch.zeros(1), torch.tensor(timestep))
         base.unet(torch.zeros(1), timestep=torch.tensor([199]))
-        return []
+        return [None] * len(prompts)
 
     monkeypatch.setattr(drawing, "draw_each", draw)
     resting = SimpleNamespace(interrupted=nullcontext)

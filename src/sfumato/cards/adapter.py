@@ -9,12 +9,13 @@ import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sfumato.bases.family import FAMILIES
 from sfumato.errors import ConfigError
 from sfumato.files.atomic import atomic_path, write_text
 from sfumato.numerals import so_many
+from sfumato.prompts.negative import negative_for
 from sfumato.runs.folder import card_pictures
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ A LoRA for `{about.base}` ({about.family}), learned from {so_many(about.images o
 ## Trigger words
 
 {trigger_words(about, prompts)}
-
+{_negatives(about)}
 ## Use
 
 {_with_diffusers(about, adapter, words, example)}With sfumato: `{line}`{guided}
@@ -159,16 +160,19 @@ def _with_diffusers(about: Description, adapter: Path, words: Sequence[str], exa
         loading.append("# and the words, as told below")
     else:
         loading += [f'pipe.load_textual_inversion("{name}")' for name in words]
-    code = pipeline_lines(about) + "\n".join([*loading, f"image = pipe({example!r}{call_options(about)}).images[0]"])
+    code = pipeline_lines(about) + "\n".join(
+        [*loading, f"image = pipe({example!r}{call_options(about, example)}).images[0]"]
+    )
     return f"With [diffusers](https://github.com/huggingface/diffusers):\n\n```python\n{code}\n```\n\n"
 
 
-def call_options(about: Description) -> str:
-    """What a call of diffusers must be told: the size that was learned, where it is not the base's, the layers of the
-    text encoder that were skipped while it was learned, and on pocket the steps and the guidance, of which diffusers
-    takes too much by itself."""
-    skipped = (about.config or {}).get("clip_skip")
-    given: dict[str, float] = dict(zip(("width", "height"), about.drawn_at or (), strict=False))
+def call_options(about: Description, prompt: str = "") -> str:
+    """What a call of diffusers must be told: the negative prompt that the file asks for beside this one, the size that
+    was learned, where it is not the base's, the layers of the text encoder that were skipped while it was learned, and
+    on pocket the steps and the guidance, of which diffusers takes too much by itself."""
+    negative, skipped = negative_for(prompt, about.negatives), (about.config or {}).get("clip_skip")
+    given: dict[str, Any] = {"negative_prompt": repr(negative)} if negative else {}
+    given |= dict(zip(("width", "height"), about.drawn_at or (), strict=False))
     given |= {"clip_skip": skipped} if skipped else {}
     if about.family == "pocket":
         usual = FAMILIES["pocket"].defaults
@@ -210,6 +214,17 @@ def trigger_words(about: Description, prompts: Sequence[str]) -> str:
         return f"Write `{about.trigger[0]}` in the prompt."
     lines = (f"- `{each}`, as in `{example_of(about, each, prompts)}`" for each in about.trigger)
     return "\n".join(["Each calls up what its own pictures showed:\n", *lines])
+
+
+def _negatives(about: Description) -> str:
+    """What the file asks for as the negative prompt, as people read it."""
+    if not about.negatives:
+        return ""
+    shown = " or ".join(f"`{text}`" for text in about.negatives)
+    return (
+        f"\nWhere a prompt says more than that, give {shown} as the negative prompt, as `sfumato generate` does by "
+        "itself: guidance then multiplies what is said beside the subject, such as a style.\n"
+    )
 
 
 def generate_line(

@@ -29,7 +29,7 @@ from sfumato.errors import AdapterError
 from sfumato.files.adapter_file import AdapterFile
 from sfumato.files.fingerprint import verify as verify_deltas
 from sfumato.files.kinds import ROLES
-from sfumato.files.metadata import adapter_guidance_of, over_steps_of
+from sfumato.files.metadata import adapter_guidance_of, negatives_of, over_steps_of
 from sfumato.merging.whole_model import read_mixable
 from sfumato.numerals import so_many
 
@@ -152,6 +152,13 @@ class Mix:
         """The steps that files ask for, by label, as (start, end) of progress; without those that ask for none."""
         found = {label: over_steps_of(file.metadata) for label, file in self._files.items()}
         return MappingProxyType({label: span for label, span in found.items() if span})
+
+    @property
+    def negatives(self) -> Mapping[str, tuple[str, ...]]:
+        """The negative prompts that files ask for, by label; without those that ask for none. `sfumato generate` takes
+        them for prompts that hold them and more; in a pipeline of your own give `negative_prompt=`."""
+        found = {label: negatives_of(file.metadata) for label, file in self._files.items()}
+        return MappingProxyType({label: texts for label, texts in found.items() if texts})
 
     @property
     def metadata(self) -> Mapping[str, Mapping[str, str]]:

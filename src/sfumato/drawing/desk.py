@@ -41,7 +41,13 @@ class Desk:
     allowed: Mapping[str, bool]
 
     def draw(self, pictures: Sequence[Request], *, plain: bool = False) -> Iterator[Image]:
-        """The pictures, of one setting, with the mix as it is. plain: without regions and weights by step."""
+        """The pictures with the mix as it is; neighbours of one setting in one batch. plain: without regions and
+        weights by step."""
+        for _, run in groupby(pictures, key=lambda each: each.own):
+            yield from self._draw_alike(list(run), plain=plain)
+
+    def _draw_alike(self, pictures: Sequence[Request], *, plain: bool) -> Iterator[Image]:
+        """The pictures, of one setting."""
         settings = {**self.settings, **pictures[0].own}
         names = ("negative", "steps", "guidance", "width", "height", "sampler")
         chosen = {name: settings[name] for name in names}
@@ -73,9 +79,10 @@ class Desk:
         return [f"{each.prompt} ({each.seed})" if several else each.prompt for each in self.pictures]
 
     def sheet_settings(self, **more: Any) -> dict[str, Any]:
-        """The settings of a sheet of all pictures."""
+        """The settings of a sheet of all pictures, where they differ those of the first."""
         prompts, seeds = [each.prompt for each in self.pictures], [each.seed for each in self.pictures]
-        return {**self.settings, "prompt": prompts[0], "seed": seeds[0], **more, "prompts": prompts, "seeds": seeds}
+        first = {**self.settings, **self.pictures[0].own}
+        return {**first, "prompt": prompts[0], "seed": seeds[0], **more, "prompts": prompts, "seeds": seeds}
 
     def sizes(self, sweep: tuple[str, Sequence[float]] | None, *, before_after: bool) -> list[tuple[int, int]]:
         """The pixels of each picture that will be drawn, or of the sheet: of a sweep, or before and after."""

@@ -21,6 +21,7 @@ from sfumato.drawing.tagged import TaggedPrompts, reading_tags
 from sfumato.errors import BaseModelError, ConfigError
 from sfumato.numerals import so_many
 from sfumato.prompts.encoding import encode, encode_stages
+from sfumato.prompts.negative import negative_for
 from sfumato.prompts.steps import Stage, beside, counted, told_by_stages
 from sfumato.prompts.syntax import Syntax
 from sfumato.prompts.tags import refuse_tags
@@ -136,6 +137,21 @@ def draw_each(
                 pictures = way.draw(texts, noises)
             drawn |= zip(places, pictures, strict=True)
         yield from (drawn[place] for place in sorted(drawn))
+
+
+def draw_against(
+    source: Any, prompts: Sequence[str], seeds: Sequence[int], asked: Iterable[str], **settings: Any
+) -> list[Image.Image]:
+    """As `draw_each` with these settings, those of one negative prompt together. asked: negative prompts of files."""
+    texts = list(asked)
+    together: dict[str, list[int]] = {}
+    for place, prompt in enumerate(prompts):
+        together.setdefault(negative_for(prompt, texts), []).append(place)
+    found: dict[int, Image.Image] = {}
+    for negative, places in together.items():
+        some = [prompts[place] for place in places], [seeds[place] for place in places]
+        found |= dict(zip(places, draw_each(source, *some, negative=negative, **settings), strict=True))
+    return [found[place] for place in range(len(prompts))]
 
 
 def _check_kinds(guidance: Any, negative: Any, syntax: Any) -> None:

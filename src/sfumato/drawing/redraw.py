@@ -95,7 +95,8 @@ def _words(about: Parameters, own: Mapping[str, Any], left: dict[str, str]) -> I
     settings = {name: str(value) for name, value in about.settings.items() if name not in _TOLD}
     prompt = own.get("prompt", about.prompt)  # ours is without the adapters' tags and A1111's backslashes
     yield f"--prompts={prompt}" if prompt.startswith("-") else prompt  # which would be read as an option
-    if negative := own.get("negative", about.negative):
+    negative = own.get("negative", about.negative)
+    if negative or own.get("adapters"):  # whose files might ask for another
         yield f"--negative={negative}"
     if (syntax := own.get("prompt_syntax", "a1111")) != "plain":
         yield from ("--prompt-syntax", syntax)

@@ -34,6 +34,7 @@ from sfumato.files.metadata import (
     adapter_guidance_of,
     data_sha256,
     joint_hash,
+    negatives_of,
     over_steps_of,
     short_hash,
     trigger_words,
@@ -85,6 +86,7 @@ class Inspection:
     trigger: list[str]
     adapter_guidance: float
     over_steps: tuple[float, float] | None
+    negatives: list[str]
     base: str | None
     hash: str
     hash_holds: bool | None
@@ -150,6 +152,7 @@ def _together(name: str, parts: Mapping[str, Inspection]) -> Inspection:
         trigger=union("trigger"),
         adapter_guidance=adapter_guidance_of(metadata),
         over_steps=over_steps_of(metadata),
+        negatives=list(negatives_of(metadata)),
         base=metadata.get("ss_sd_model_name") or None,
         hash="",
         hash_holds=all(holds) if holds else None,
@@ -191,6 +194,7 @@ def _in_one_file(source: Source) -> Inspection:
         trigger=trigger_words(header.metadata),
         adapter_guidance=adapter_guidance_of(header.metadata),
         over_steps=over_steps_of(header.metadata),
+        negatives=list(negatives_of(header.metadata)),
         base=header.metadata.get("ss_sd_model_name") or None,
         hash=short_hash(header),
         hash_holds=None if stated is None else stated == data_sha256(header),
@@ -300,6 +304,7 @@ def _rows(found: Inspection) -> list[tuple[str, str]]:
             if found.over_steps
             else []
         ),
+        *([("negative", ", ".join(map(plain, found.negatives)))] if found.negatives else []),
         ("spelling", ", ".join(found.spelling) or "-"),
         ("modules", str(found.modules)),
         ("targets", counts(found.targets)),

@@ -49,6 +49,7 @@ class Description:
     parents: for a mix, one {"name", "hash", "weight"} a file. adapter_guidance: how often the adapter's change counts
     where nothing else is asked for, see `sfumato.compose.guided`. over_steps: (start, end) of progress, 0 at pure noise
     and 1 at the finished picture, between which it is drawn with where nothing else is asked for; None: always.
+    negatives: each is the negative prompt of prompts that hold it and more, see `sfumato.prompts.negative`.
     """
 
     title: str
@@ -73,6 +74,7 @@ class Description:
     dataset_sha256: str = ""
     adapter_guidance: float = 0.0
     over_steps: tuple[float, float] | None = None
+    negatives: Sequence[str] = ()
     parents: Sequence[Mapping[str, Any]] = ()
     extra: Mapping[str, str] = field(default_factory=dict)
 
@@ -143,6 +145,7 @@ def _own(description: Description) -> dict[str, str]:
         "sfumato.dataset_sha256": description.dataset_sha256,
         "sfumato.adapter_guidance": exact(description.adapter_guidance) if description.adapter_guidance else "",
         "sfumato.over_steps": "-".join(map(exact, description.over_steps or ())),
+        "sfumato.negatives": _json(list(description.negatives)) if description.negatives else "",
         "sfumato.trigger": _json(list(description.trigger)) if description.trigger else "",
         "sfumato.parents": _json(list(description.parents)) if description.parents else "",
     }
@@ -163,6 +166,15 @@ def over_steps_of(metadata: Mapping[str, str]) -> tuple[float, float] | None:
     found = re.fullmatch(f"{number}-{number}", metadata.get("sfumato.over_steps", ""))
     start, end = (float(found[1]), float(found[2])) if found else (0.0, 1.0)
     return (start, end) if 0 <= start < end <= 1 and (start, end) != (0.0, 1.0) else None
+
+
+def negatives_of(metadata: Mapping[str, str]) -> tuple[str, ...]:
+    """The negative prompts that the file asks for; none where what it says cannot be meant."""
+    try:
+        found = json.loads(metadata.get("sfumato.negatives", "[]"))
+    except ValueError:
+        return ()
+    return tuple(text for text in found if isinstance(text, str)) if isinstance(found, list) else ()
 
 
 def moment() -> float:

@@ -85,7 +85,7 @@ def bundled(path: Path, words: Mapping[str, Mapping[str, Tensor]]) -> dict[str, 
 
 def _of_an_embedding(metadata: Mapping[str, str]) -> dict[str, str]:
     """The metadata without what holds of a LoRA alone."""
-    of_a_lora = ("ss_network_", "sfumato.adapter_guidance", "sfumato.over_steps")
+    of_a_lora = ("ss_network_", "sfumato.adapter_guidance", "sfumato.over_steps", "sfumato.negatives")
     kept = {key: value for key, value in metadata.items() if not key.startswith(of_a_lora)}
     if "modelspec.architecture" in kept:
         kept["modelspec.architecture"] = kept["modelspec.architecture"].replace("/lora", "/textual-inversion")

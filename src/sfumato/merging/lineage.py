@@ -12,7 +12,14 @@ from sfumato.compose.adapter import Weight
 from sfumato.compose.blocks import Blocks
 from sfumato.errors import AdapterError
 from sfumato.files.family import FAMILIES
-from sfumato.files.metadata import Description, adapter_guidance_of, describe, over_steps_of, trigger_words
+from sfumato.files.metadata import (
+    Description,
+    adapter_guidance_of,
+    describe,
+    negatives_of,
+    over_steps_of,
+    trigger_words,
+)
 
 
 @dataclass(frozen=True)
@@ -36,14 +43,15 @@ def inherit(
 ) -> dict[str, str]:
     """The metadata of a file made of `parents`; `write_lora` adds what it takes from the tensors.
 
-    Trigger words are united in the order of the parents. Base, its fingerprint, adapter guidance and steps are those
-    that all parents name; every author and licence of theirs is named.
+    Trigger words are united in the order of the parents. Base, its fingerprint, adapter guidance, steps and negative
+    prompts are those that all parents name; every author and licence of theirs is named.
     """
     bases = {parent.metadata.get("ss_sd_model_name", "") for parent in parents}
     fingerprints = {parent.metadata.get("sfumato.base_fingerprint", "") for parent in parents}
     said = {parent.metadata.get("modelspec.prediction_type", "").removesuffix("_prediction") for parent in parents}
     spans = {over_steps_of(parent.metadata) for parent in parents}
     strengths = {adapter_guidance_of(parent.metadata) for parent in parents}
+    negatives = {negatives_of(parent.metadata) for parent in parents}
     description = Description(
         title=title,
         family=family,
@@ -54,6 +62,7 @@ def inherit(
         config=config,
         adapter_guidance=strengths.pop() if len(strengths) == 1 else 0.0,
         over_steps=spans.pop() if len(spans) == 1 else None,
+        negatives=negatives.pop() if len(negatives) == 1 else (),
         parents=[_parent(parent) for parent in parents],
         author=_all(parents, "modelspec.author"),
         license=_all(parents, "modelspec.license"),

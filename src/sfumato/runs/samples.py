@@ -97,14 +97,15 @@ def drawing_of(
     strength: float = 0.0,
     span: tuple[float, float] | None = None,
     *,
+    negatives: Sequence[str] = (),
     resolution: int | None = None,
 ) -> Draw:
     """The base's own drawing. lora: what is attached to its U-Net, drawn with as it will be: with this adapter
-    guidance, and in the span (start, end) of progress; None: in all steps. resolution: that of the training, whose
-    squares are drawn; None: the base's own."""
+    guidance, and in the span (start, end) of progress; None: in all steps. negatives: each is the negative prompt of
+    prompts that hold it and more. resolution: that of the training, whose squares are drawn; None: the base's own."""
     from sfumato.compose.guided import first_half
     from sfumato.data.preparing import square_side
-    from sfumato.drawing.pictures import draw_each
+    from sfumato.drawing.pictures import draw_against
 
     side = None if resolution is None else square_side(base, resolution)
 
@@ -116,7 +117,7 @@ def drawing_of(
                 stack.enter_context(lora.counted(strength / guidance))
                 stack.enter_context(first_half(base.unet, lora.disabled))
             # As they are, with their tags: perhaps captions, which were learned as text.
-            return list(draw_each(base, prompts, seeds, width=side, height=side))
+            return draw_against(base, prompts, seeds, negatives, width=side, height=side)
 
     return drawing
 
