@@ -101,7 +101,8 @@ def test_bitsandbytes_does_not_warn_of_what_nobody_asked_for(caplog):
 def test_ctrl_c_while_the_process_closes_leaves_no_trace():
     """What torch does then takes a second, in which who is impatient types it once more."""
     script = (
-        "import atexit, sys, time\nfrom sfumato import cli\n"
+        "import atexit, signal, sys, time\nfrom sfumato import cli\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell in the background leaves it ignored
         "def close():\n    print('closing', file=sys.stderr, flush=True)\n    time.sleep(60)\n"
         "def main(argv):\n    raise KeyboardInterrupt\n"
         "atexit.register(close)\ncli.run(main)\n"

@@ -73,11 +73,12 @@ def test_variation_is_a_function_of_its_generator(pictures):
 def test_what_was_drawn_is_not_drawn_again(monkeypatch, tmp_path):
     asked = []
 
-    def draw(base, prompts, seeds, *, syntax):
+    def draw(base, prompts, seeds, negatives, *, syntax):
+        assert not negatives  # there is no adapter
         asked.append(prompts)
         return [_grey(64) for _ in prompts]
 
-    monkeypatch.setattr(style_runs, "draw", draw)
+    monkeypatch.setattr(style_runs, "draw_against", draw)
     workshop = Workshop(tmp_path, "pocket", BASE)
     first = workshop.drawn("crabs", ["crab", "key"], [1, 2], {})
     assert_close(workshop.drawn("crabs", ["crab", "key"], [1, 2], {}), first)

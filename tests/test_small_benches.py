@@ -40,7 +40,7 @@ def made(monkeypatch):
             raise AssertionError("made again")
 
         monkeypatch.setattr(style_runs.cli, "main", fail)
-        monkeypatch.setattr(style_runs, "draw", fail)
+        monkeypatch.setattr(style_runs, "draw_against", fail)
 
     return forbid
 
