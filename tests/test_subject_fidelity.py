@@ -158,7 +158,7 @@ def test_the_whole_bench_runs_and_makes_nothing_twice(config, pocket_folder, mon
         raise AssertionError("made again")
 
     monkeypatch.setattr(style_runs.cli, "main", fail)
-    monkeypatch.setattr(style_runs, "draw", fail)
+    monkeypatch.setattr(style_runs, "draw_against", fail)
     assert measure(small) == report
 
 

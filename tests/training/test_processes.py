@@ -193,7 +193,7 @@ def test_of_two_real_processes_one_encodes_and_both_see_the_same(tmp_path):
     pictures.mkdir()
     for number in range(5):
         noise_picture(seed=number).save(pictures / f"{number}.png")
-    here = str(Path(__file__).parent / "data")
+    here = str(Path(__file__).parents[1] / "data")
 
     def launch():
         (tmp_path / "program.py").write_text(PROGRAM)
