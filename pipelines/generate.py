@@ -369,7 +369,7 @@ def generate(config: Config) -> tuple[Path, ...]:
             for each in wanted.pictures
         ]
         if config.negative is None and not wanted.where_when.spots:
-            pictures = _against(pictures, mix, wanted, config)
+            pictures = _against(pictures, mix, wanted, settings)
         if wanted.where_when.spots:
             _say_unheard(_told(wanted, mix, regional))
         in_regions = {label: over_steps_of(file.metadata) for label, file in regional.items()}
@@ -467,20 +467,24 @@ def _mixed(
         yield mix, regional, named
 
 
-def _against(pictures: Sequence[Request], mix: Mix, wanted: Plan, config: Config) -> list[Request]:
-    """The pictures with the negative prompts that the files of their adapters ask for; says which."""
+def _against(pictures: Sequence[Request], mix: Mix, wanted: Plan, settings: Mapping[str, Any]) -> list[Request]:
+    """The pictures, where they have guidance, with the negative prompts that their adapters' files ask for; says which.
+
+    settings: what all pictures share.
+    """
     always = {each.label: each.weight for each in wanted.adapters}
     always |= {} if wanted.sweep is None else {wanted.sweep[0]: 1.0}
     found = []
     for picture in pictures:
         weights = always if picture.tagged is None else picture.tagged
         asked = [
-            escaped(text) if config.prompt_syntax == "a1111" else text
+            escaped(text) if settings["prompt_syntax"] == "a1111" else text
             for label, texts in mix.negatives.items()
             if not is_idle(weights.get(label, 0.0))
             for text in texts
         ]
-        negative = "" if "negative" in picture.own else negative_for(picture.prompt, asked)
+        is_free = "negative" not in picture.own and {**settings, **picture.own}["guidance"] > 1
+        negative = negative_for(picture.prompt, asked) if is_free else ""
         found.append(replace(picture, own={**picture.own, "negative": negative}) if negative else picture)
     for negative in dict.fromkeys(each.own["negative"] for each in found if each not in pictures):
         print(f'the negative prompt is {negative!r}, as its file asks; --negative "" draws without.', file=sys.stderr)

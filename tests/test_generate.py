@@ -146,6 +146,8 @@ def test_prompts_that_say_more_have_the_negative_prompt_that_a_file_asks_for(gen
     for name in others:  # in a batch of others, so that rounding differs
         assert np.abs(pixels(f"said/{name}").astype(int) - pixels(f"plain/{name}")).max() <= 1
     assert np.array_equal(pixels(f"left/{first}"), pixels(f"plain/{first}"))
+    unguided = ["--lora", "o=asks.safetensors", "--guidance", "1", "-o", "unguided.png"]
+    assert "the negative prompt is" not in generate(words[0], *unguided)[2]
     swept = ["--lora", "o=asks.safetensors", "--guidance", "4", "--sweep", "o=0,1"]
     assert generate(*words[:2], *swept, "-o", "s.png")[0] == 0
     assert read_picture_info(Path("s.png")).own["negative"] == "a cat"
