@@ -125,8 +125,8 @@ class Config(TrainerOptions):
     own_negative: bool = False
     """With --method lora: draw samples with the subject's words as the negative prompt of prompts that hold them and
     more, and ask for that in the file, see sfumato generate --negative: guidance then multiplies what is said beside
-    the subject, such as a style in which no picture showed it. The subject itself comes out a little less like its
-    pictures."""
+    the subject, such as a style in which no picture showed it. The subject itself comes out less like its pictures: on
+    pocket, with old words such as "sks otter", this costs more than it brings (docs/methods.md)."""
     save_precision: Literal["fp32", "fp16", "bf16"] | None = None
     """Number format of what is written. Unset: fp32 on pocket, fp16 elsewhere."""
 
