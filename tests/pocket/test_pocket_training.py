@@ -179,6 +179,8 @@ def described(data, **changes):
         ({"concepts": None}, '"concepts" must be an object'),
         ({"concepts": ["crab", "key"]}, '"concepts" must be an object'),
         ({"withheld": [["flat", "key"]]}, '"withheld" has ["flat", "key"], which is no [concept, style]'),
+        ({"withheld": [[["key"], "flat"]]}, '"withheld" has [["key"], "flat"], which is no [concept, style]'),
+        ({"withheld": 2}, '"withheld" must be a list'),
     ],
 )
 def test_a_manifest_that_lacks_something_says_what(changes, said, data):
@@ -202,6 +204,8 @@ def test_words_are_read_with_a_byte_order_mark_and_refused_in_another_encoding(d
 
 def test_a_manifest_need_not_withhold_anything(data):
     assert len(read_drawings(described(data, withheld=None)).names) == 6
+    (data / "manifest.json").write_text('{"withheld": null, ' + (data / "manifest.json").read_text()[1:])
+    assert len(read_drawings(data).names) == 6
 
 
 def test_a_picture_that_is_missing_or_of_another_size_is_named_with_its_style(data):

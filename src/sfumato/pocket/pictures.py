@@ -188,7 +188,7 @@ def read_manifest(data: Path) -> dict[str, Any]:
         raise DataError(f"{path}: not readable as JSON ({' '.join(str(error).split())}); mend that place.") from None
     if problem := _problem_of(manifest):
         raise DataError(f"{path}: {problem}; docs/pocket.md shows one.")
-    found: dict[str, Any] = {"withheld": [], **manifest}
+    found: dict[str, Any] = {**manifest, "withheld": manifest.get("withheld") or []}
     return found
 
 
@@ -205,8 +205,10 @@ def _problem_of(manifest: Any) -> str:
         return '"styles" must be a list of names'
     if not isinstance(concepts, dict) or not words(concepts) or not words(concepts.values()):
         return '"concepts" must be an object, concept: what it is one of'
+    if not isinstance(withheld or [], list):
+        return '"withheld" must be a list of [concept, style]'
     for cell in withheld or []:
-        if not isinstance(cell, list) or len(cell) != 2 or cell[0] not in concepts or cell[1] not in styles:
+        if not isinstance(cell, list) or len(cell) != 2 or cell[0] not in [*concepts] or cell[1] not in styles:
             return f'"withheld" has {json.dumps(cell)}, which is no [concept, style] of these'
     return ""
 
