@@ -203,6 +203,25 @@ def test_the_package_s_base_is_not_replaced_where_the_manifest_is_another_s(data
     assert not (tmp_path / "pocket").exists()
 
 
+def test_no_subject_and_no_withheld_picture_is_among_what_the_base_sees(monkeypatch, tmp_path):
+    styles, concepts = list(pocket_data.SOURCES), json.loads(BASE_CONCEPTS.read_text())
+    names = [concept.replace(" ", "-") for concept in concepts]
+    withheld = sorted(pocket_data.withheld_cells(list(concepts), styles, 0))
+    hidden = next(concept.replace(" ", "-") for concept, style in withheld if style == "flat")
+    icons = {name: {} for name in [*names, "twin", "zither", "otter", "llama-face", "flag-chad"]}
+    monkeypatch.setattr(pocket_data, "fetch", lambda source, _: {"icons": icons, "of": source.package})
+    twins = {"twin": hidden}  # a drawing under a second name
+    monkeypatch.setattr(pocket_data, "render", lambda icons, name, _: f"{icons['of']} {twins.get(name, name)}".encode())
+    folder = pocket_data.build(pocket_data.Config(out=tmp_path / "built"))
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*.png")}
+    others = {f"other/{style}/zither.png" for style in styles}
+    others |= {f"other/{style}/twin.png" for style in styles if style != "flat"}
+    assert files == others | {f"{style}/{name}.png" for style in styles for name in names}
+    words = (folder / "words.txt").read_text().split()
+    assert "zither" in words
+    assert not {"otter", "llama"} & {*words}
+
+
 def test_a_package_that_was_cut_short_is_named(tmp_path):
     source = pocket_data.SOURCES["noto"]
     file = tmp_path / f"{source.package.lstrip('@').replace('/', '-')}-{source.version}.tgz"

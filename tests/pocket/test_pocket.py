@@ -36,7 +36,12 @@ def pipeline():
 
 def test_it_has_seen_four_styles_and_no_other(manifest):
     assert manifest["styles"] == ["noto", "twemoji", "flat", "blob"]
-    assert {name.split("/")[0] for name in manifest["sha256"]} == {"noto", "twemoji", "flat", "blob"}
+    assert list(manifest["sources"]) == manifest["styles"]
+
+
+def test_its_pictures_are_its_concepts_in_its_styles_and_nothing_else(manifest, concepts):
+    files = {f"{style}/{concept.replace(' ', '-')}.png" for style in manifest["styles"] for concept in concepts}
+    assert manifest["sha256"].keys() == files
 
 
 def test_it_knows_at_least_250_concepts_each_in_a_group(concepts):
