@@ -331,6 +331,8 @@ def train_unet(config: Config, precision: Precision) -> Path:
     from sfumato.training.optimizers import clip
 
     device = precision.device
+    if config.compile:
+        try_compiler(device)
     manifest = read_manifest(config.data)
     if config.plain_style not in (None, *manifest["styles"]):
         known = ", ".join(manifest["styles"])
@@ -463,6 +465,20 @@ def new_parts(config: Config, run: Run, manifest: Mapping[str, Any], words: Sequ
         return build_unet(), build_text_encoder(tokenizer), tokenizer
 
 
+def try_compiler(device: torch.device) -> None:
+    """Compile a trifle. Raises ConfigError where that does not go, before anything is written."""
+    import torch
+
+    try:
+        torch.compile(torch.nn.functional.gelu)(torch.ones(2, device=device))
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"--compile: torch.compile does not work here ({reason}). Install a C++ compiler such as g++, or give "
+            "--no-compile, which takes a quarter longer."
+        ) from None
+
+
 def encode_text(encoder: CLIPTextModel, tokenizer: CLIPTokenizer, texts: Sequence[str], device: torch.device) -> Tensor:
     """(len(texts), positions, width) hidden states; each distinct text is encoded once."""
     distinct = sorted(set(texts))
@@ -506,6 +522,10 @@ def check(config: Config) -> None:
         options.only_with(config, "--crossed-share", "crossed_from", "crossed_overlap")
     if not config.moved_share:
         options.only_with(config, "--moved-share", "moved_below")
+    if not config.plain_share:
+        options.only_with(config, "--plain-share", "plain_style")
+    if config.stage == "unet":
+        _refuse_idle(config)
     if config.init_share and (config.stage != "vae" or config.init is None):
         raise ConfigError("--init-share keeps weights of a base's VAE: it needs --stage vae and --init BASE.")
     if config.decoder_only and (config.stage != "vae" or config.init is None):
@@ -514,6 +534,25 @@ def check(config: Config) -> None:
         raise ConfigError("--stage unet needs --vae, the folder of a trained VAE; train one with --stage vae.")
     if config.stage == "unet" and config.vae is not None and not (config.vae / "config.json").is_file():
         raise ConfigError(f"--vae {config.vae}: holds no trained VAE; train one with --stage vae.")
+
+
+def _refuse_idle(config: Config) -> None:
+    """Raise ConfigError for numbers of the U-Net's stage of which nothing would come."""
+    if config.empty_share + config.group_share > 1:
+        raise ConfigError(
+            f"--empty-share {config.empty_share} and --group-share {config.group_share}: both are of all captions; "
+            "let them be 1 together at most."
+        )
+    if config.others_share and not round(config.batch * config.others_share):
+        raise ConfigError(
+            f"--others-share {config.others_share} of --batch {config.batch} is no picture; raise either."
+        )
+    if config.crossed_share and config.crossed_from > 999:
+        raise ConfigError(f"--crossed-from {config.crossed_from}: no picture would be crossed; timesteps end at 999.")
+    if config.moved_share and not config.moved_below:
+        raise ConfigError("--moved-below 0: no picture would be moved; leave --moved-share out, too.")
+    if not config.snr_gamma and not config.flat_weight:
+        raise ConfigError("--snr-gamma and --flat-weight are both 0, so that nothing would be learned; raise one.")
 
 
 def train(config: Config) -> Path:

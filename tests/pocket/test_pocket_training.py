@@ -556,11 +556,36 @@ def test_shares_and_timesteps_out_of_range_are_refused_by_name(wrong, data, tmp_
             "--crossed-from has no effect without --crossed-share",
         ),
         ({"stage": "unet", "init": "pocket", "moved_below": 5}, "--moved-below has no effect without --moved-share"),
+        (
+            {"stage": "unet", "init": "pocket", "plain_style": "noto", "plain_share": 0.0},
+            "--plain-style has no effect without --plain-share",
+        ),
+        (
+            {"stage": "unet", "init": "pocket", "empty_share": 0.6, "group_share": 0.5},
+            "--empty-share 0.6 and --group-share 0.5",
+        ),
+        ({"stage": "unet", "init": "pocket", "others_share": 0.1, "batch": 4}, "--others-share 0.1 of --batch 4 is no"),
+        (
+            {"stage": "unet", "init": "pocket", "crossed_share": 0.1, "crossed_from": 1000},
+            "no picture would be crossed",
+        ),
+        ({"stage": "unet", "init": "pocket", "moved_share": 0.1, "moved_below": 0}, "no picture would be moved"),
+        ({"stage": "unet", "init": "pocket", "snr_gamma": 0.0, "flat_weight": 0.0}, "nothing would be learned"),
     ],
 )
 def test_what_has_no_effect_is_refused(given, said, data, tmp_path):
     with pytest.raises(ConfigError, match=said):
         train(Config(data=data, output=tmp_path / "on", **given))
+    assert not (tmp_path / "on").exists()
+
+
+def test_a_machine_without_a_compiler_is_told_before_anything_is_written(data, monkeypatch, tmp_path):
+    def trifle(*_):
+        raise RuntimeError("No working C++ compiler found\n\nSet TORCHDYNAMO_VERBOSE=1")
+
+    monkeypatch.setattr(torch, "compile", lambda _: trifle)
+    with pytest.raises(ConfigError, match=r"\(No working C\+\+ compiler found\)\. Install .* or give --no-compile"):
+        train(Config(stage="unet", init="pocket", compile=True, data=data, output=tmp_path / "on"))
     assert not (tmp_path / "on").exists()
 
 
