@@ -22,7 +22,8 @@ class Config:
 
     LoRA, LoCon, DoRA, LoHa, LoKr, IA3, OFT, BOFT, GLoRA and full differences, in the spellings of kohya, LyCORIS,
     diffusers, peft, OneTrainer and ai-toolkit. Of a whole model: family, what it predicts, parts and their dtypes. Of a
-    picture: the settings that A1111, Forge, ComfyUI or sfumato wrote into it, and the command that draws it again.
+    picture: the settings that A1111, Forge, ComfyUI, InvokeAI or sfumato wrote into it, and the command that draws it
+    again.
 
     Example: sfumato inspect line.safetensors
     """

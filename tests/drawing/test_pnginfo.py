@@ -16,6 +16,7 @@ from sfumato.compose.blocks import Blocks
 from sfumato.config import parse
 from sfumato.drawing.comfy_graph import read_graph
 from sfumato.drawing.drawn import save_drawn
+from sfumato.drawing.invoke_metadata import read_metadata
 from sfumato.drawing.pnginfo import (
     Parameters,
     format_parameters,
@@ -294,6 +295,64 @@ def test_a_graph_without_a_text_is_none(graph):
     assert read_graph(graph) is None
 
 
+FROM_INVOKE = {
+    "app_version": "6.3.0",
+    "generation_mode": "txt2img",
+    "positive_prompt": "crab++ [in] fog, <easy-neg>",
+    "negative_prompt": "blurry",
+    "width": 512,
+    "height": 768,
+    "seed": 7,
+    "rand_device": "cpu",
+    "cfg_scale": 6.5,
+    "cfg_rescale_multiplier": 0.0,
+    "steps": 20,
+    "scheduler": "dpmpp_2m_k",
+    "clip_skip": 1,
+    "model": {"key": "a", "hash": "b", "name": "dreamshaper-8", "base": "sd-1", "type": "main"},
+    "loras": [{"model": {"key": "c", "name": "line", "base": "sd-1", "type": "lora"}, "weight": 0.75}],
+    "controlnets": [],
+}
+
+
+def picture_of_invoke(about, file):
+    info = PngImagePlugin.PngInfo()
+    info.add_text("invokeai_metadata", json.dumps(about))
+    Image.new("RGB", (8, 8)).save(file, pnginfo=info)
+    return file
+
+
+def test_what_invokeai_wrote_is_told_as_a_command(tmp_path):
+    found = redraw(picture_of_invoke(FROM_INVOKE, tmp_path / "a.png"))
+    config = parse(Config, found.words[2:], program="generate")
+    assert config.prompts == ("crab++ [in] fog, <easy-neg> <lora:line:0.75>",)
+    assert (config.negative, config.prompt_syntax, config.sampler) == ("blurry", "compel", "dpmpp_2m karras")
+    assert (config.steps, config.guidance, config.seed, config.size, config.clip_skip) == (20, 6.5, (7,), "512x768", 1)
+    assert (config.base, config.embedding) == ("dreamshaper-8.safetensors", ("<easy-neg>=easy-neg.safetensors",))
+    assert found.left_out == ()
+
+
+def test_what_invokeai_wrote_long_ago_and_what_has_no_option_is_told(tmp_path):
+    about = {"scheduler": "kdpm_2_a_k", "rand_device": "cuda", "generation_mode": "inpaint", "strength": 0.6}
+    about |= {"model": {"model_name": "sd15", "base_model": "sd-1"}, "controlnets": [{}, {}], "cfg_scale": [7, 5]}
+    about |= {"loras": [{"lora": {"model_name": "line", "base_model": "sd-1"}, "weight": 1}, 3], "positive_prompt": "a"}
+    found = redraw(picture_of_invoke(about, tmp_path / "a.png"))
+    config = parse(Config, found.words[2:], program="generate")
+    assert (config.prompts, config.base, config.sampler) == (
+        ("a <lora:line:1>",),
+        "sd15.safetensors",
+        "dpm2 a karras",
+    )
+    assert config.strength == 0.6
+    told = {"RNG": "GPU", "CFG scale by step": "[7, 5]", "Mode": "inpaint", "ControlNets": "2"}
+    assert dict(found.left_out) == told
+
+
+@pytest.mark.parametrize("text", ["[1]", "{", "{}", '{"positive_prompt": 3}', "null", "[" * 9999])
+def test_metadata_without_a_prompt_is_none(text):
+    assert read_metadata(text) is None
+
+
 def test_our_own_picture_is_told_with_its_adapters_and_what_they_ask_for(tmp_path):
     lora = tmp_path / "line.safetensors"
     save_file({"a": torch.zeros(1)}, lora)
@@ -335,7 +394,7 @@ def test_a_picture_in_place_of_a_prompt_is_refused(tmp_path):
 
 
 def test_a_picture_of_another_program_says_so(tmp_path):
-    with pytest.raises(DataError, match=r"without settings as A1111, Forge and sfumato write them, or a graph"):
+    with pytest.raises(DataError, match=r"without settings as A1111, Forge, InvokeAI and sfumato write"):
         redraw(picture_with("", tmp_path / "a.png"))
 
 

@@ -45,11 +45,13 @@ class Parameters:
 
 @dataclass(frozen=True)
 class PictureInfo:
-    """What a picture says of itself. own: our JSON object. graph: ComfyUI's, as it stands there."""
+    """What a picture says of itself. own: our JSON object. graph: ComfyUI's, and invoke: InvokeAI's metadata, as they
+    stand there."""
 
     parameters: Parameters | None
     own: dict[str, Any] | None
     graph: str = ""
+    invoke: str = ""
 
 
 def format_parameters(parameters: Parameters) -> str:
@@ -152,6 +154,7 @@ def read_picture_info(path: Path) -> PictureInfo:
         parse_parameters(text) if isinstance(text, str) and text else None,
         own if isinstance(own, dict) else None,
         graph if isinstance(graph := texts.get("prompt"), str) else "",
+        invoke if isinstance(invoke := texts.get("invokeai_metadata"), str) else "",
     )
 
 

@@ -1,5 +1,5 @@
 """A picture's settings as the command that draws it again: of A1111, Forge and whoever writes as they do, ComfyUI's
-plain graphs, and our own.
+plain graphs, InvokeAI, and our own.
 
 Importing this loads no torch.
 """
@@ -16,6 +16,7 @@ from typing import Any
 from sfumato import schedulers
 from sfumato.compose.blocks import Blocks
 from sfumato.drawing.comfy_graph import read_graph
+from sfumato.drawing.invoke_metadata import read_metadata
 from sfumato.drawing.pnginfo import Parameters, read_picture_info
 from sfumato.errors import AdapterError, ConfigError, DataError
 from sfumato.numerals import exact
@@ -55,11 +56,12 @@ class Redraw:
 def redraw(path: Path) -> Redraw:
     """What the picture at `path` says of itself. Raises DataError for one without settings that are read here."""
     info = read_picture_info(path)
-    about = info.parameters if info.parameters and info.parameters.settings else read_graph(info.graph)
+    said = info.parameters if info.parameters and info.parameters.settings else None
+    about = said or read_graph(info.graph) or read_metadata(info.invoke)
     if about is None:
         raise DataError(
-            f"{path.name}: a picture without settings as A1111, Forge and sfumato write them, or a graph of ComfyUI's "
-            "with a sampler and a text; others are read in their own programs alone."
+            f"{path.name}: a picture without settings as A1111, Forge, InvokeAI and sfumato write them, or a graph of "
+            "ComfyUI's with a sampler and a text; others are read in their own programs alone."
         )
     try:
         return _redraw(path.name, about, info.own or {})
@@ -98,7 +100,7 @@ def _words(about: Parameters, own: Mapping[str, Any], left: dict[str, str]) -> I
     negative = own.get("negative", about.negative)
     if negative or own.get("adapters"):  # whose files might ask for another
         yield f"--negative={negative}"
-    if (syntax := own.get("prompt_syntax", "a1111")) != "plain":
+    if (syntax := own.get("prompt_syntax") or str(about.settings.get("Prompt syntax", "a1111"))) != "plain":
         yield from ("--prompt-syntax", syntax)
     if model := settings.pop("Model", ""):
         yield from ("--base", model if own else f"{model.removesuffix('.safetensors')}.safetensors")
@@ -119,7 +121,7 @@ def _words(about: Parameters, own: Mapping[str, Any], left: dict[str, str]) -> I
         settings.pop("Adapter guidance", None)
     else:
         for name in re.findall(r"([^,:]+):", str(about.settings.get("TI hashes", ""))):
-            yield from ("--embedding", f"{name.strip()}={name.strip()}.safetensors")
+            yield from ("--embedding", f"{name.strip()}={name.strip().strip('<>')}.safetensors")
     left |= settings | {name: str(own[name]) for name in _LEFT if own.get(name)}
 
 
