@@ -126,9 +126,11 @@ def test_a_disk_that_is_full_at_the_end_is_one_line_and_nothing_is_lost(inputs, 
     card = tmp_path / "run/README.md"
     with failing(monkeypatch, card, "rename", 0, errno.ENOSPC):
         assert cli.main(words) == 2
-    line = f"sfumato: {card}: No space left on device. Make room or see to its permissions.\n"
-    assert capsys.readouterr().err.endswith(line)
+    line = f"sfumato: {card}: No space left on device. Make room or see to its permissions."
+    kept = f" All its steps are kept; the rest is written by: sfumato resume {tmp_path / 'run'}\n"
+    assert capsys.readouterr().err.endswith(line + kept)
     assert cli.main(["resume", str(tmp_path / "run")]) == 0
+    assert "ended without finishing" not in capsys.readouterr().err
     assert card.is_file()
 
 

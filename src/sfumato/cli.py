@@ -132,12 +132,12 @@ def _guarded(program_main: Main, argv: Sequence[str]) -> int:
     except SfumatoError as error:
         if runs := sys.modules.get("sfumato.runs"):
             runs.withdraw()
-        print(f"sfumato: {error}", file=sys.stderr)
+        print(f"sfumato: {error}{_kept()}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         if runs := sys.modules.get("sfumato.runs"):
             runs.let_go()
-        print("sfumato: interrupted.", file=sys.stderr)
+        print(f"sfumato: interrupted.{_kept()}", file=sys.stderr)
         return 128 + signal.SIGINT
     except BrokenPipeError:  # `sfumato ls | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -151,7 +151,7 @@ def _guarded(program_main: Main, argv: Sequence[str]) -> int:
         print(
             f"sfumato: there is not enough memory ({reason[:100] or 'of this machine'}). Train with "
             "--gradient-checkpointing, a smaller --batch and more --accumulate, or a smaller --resolution; draw fewer "
-            "or smaller pictures. `sfumato memory` tells what each way to train takes.",
+            f"or smaller pictures. `sfumato memory` tells what each way to train takes.{_kept()}",
             file=sys.stderr,
         )
         return 2
@@ -160,9 +160,15 @@ def _guarded(program_main: Main, argv: Sequence[str]) -> int:
         where = f"{place}: " if place is not None else ""
         is_name = error.errno == errno.ENAMETOOLONG
         advice = "Give a shorter one." if is_name else "Make room or see to its permissions."
-        print(f"sfumato: {where}{error.strerror or error}. {advice}", file=sys.stderr)
+        print(f"sfumato: {where}{error.strerror or error}. {advice}{_kept()}", file=sys.stderr)
         return 2
     return result if isinstance(result, int) else 0
+
+
+def _kept() -> str:
+    """What is kept of a training that an error stopped after its last step, after a space; nothing of others."""
+    runs = sys.modules.get("sfumato.runs")
+    return runs.stopped_while_writing() if runs else ""
 
 
 def _dispatch(words: Sequence[str]) -> object:

@@ -100,3 +100,35 @@ def test_an_interruption_leaves_what_can_be_resumed(tmp_path, capsys):
     assert not kept[0]._lock.is_held
     assert start(tmp_path, resume=True).step == 0
     assert "ended without finishing" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("every", "uploading", "kept"),
+    [(1, False, " All its steps are kept; the rest is written by: sfumato resume {}"), (0, False, ""), (1, True, "")],
+)
+def test_an_interruption_after_the_last_step_says_what_is_kept(every, uploading, kept, folder, tmp_path, capsys):
+    held = []
+
+    def program(argv):
+        run = start(tmp_path, checkpoint_every=every)
+        held.append(run)
+        run.every(1, lambda step: run.log(step=step, fit=0.5))
+        for step in run.steps(1):
+            step.done(loss=1.0)
+        if uploading:
+            run.all_written()
+        raise KeyboardInterrupt
+
+    assert cli.guarded(program, []) == 130
+    assert capsys.readouterr().err.endswith(f"sfumato: interrupted.{kept.format(folder)}\n")
+    assert held[0]._lock.is_held == bool(uploading)
+    held[0].close()
+
+
+def test_what_was_looked_at_is_on_the_disk_before_it_is_noted_so(folder, tmp_path):
+    run = start(tmp_path, checkpoint_every=1)
+    run.every(1, lambda step: run.log(step=step, fit=0.5))
+    for step in run.steps(1):
+        step.done(loss=1.0)
+    assert '{"step": 1, "fit": 0.5}' in (folder / "log.jsonl").read_text()
+    run.close()

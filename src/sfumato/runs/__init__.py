@@ -55,6 +55,8 @@ _LOOKED = "looked"
 _UNSAVED, _BROKEN = 1, 2
 """How a checkpoint failed: it could not be written, or is not finite."""
 _not_begun: weakref.WeakSet[Run] = weakref.WeakSet()
+_not_written: weakref.WeakSet[Run] = weakref.WeakSet()
+"""Runs whose steps are made and whose results are not yet all in the folder."""
 
 
 class Run:
@@ -278,6 +280,8 @@ class Run:
                         raise SystemExit(128 + stopped)
                 if self._health.broken:
                     self._go_back(self.step)
+        _not_written.clear()  # one training at a time is at its end
+        _not_written.add(self)
 
     def end(self) -> None:
         """Let the loop end before its next step, with a checkpoint of the last; all processes call it, or none."""
@@ -304,6 +308,7 @@ class Run:
                     raise RunError(f"the first samples or measurements failed: {reason}") from None
                 self.say(f"step {step}: no sample or measurement: {reason}. The training goes on.")
         if looks:
+            self.log_file.flush()  # what is noted as looked at is not measured again
             self._note_looked(step)
         return bool(looks)
 
@@ -384,15 +389,18 @@ class Run:
 
     def _say_goodbye(self, number: int, count: int) -> None:
         if self._saved_at == number or not self.is_main:
-            launcher = f"accelerate launch --num_processes {self.count} -m " if self.count > 1 else ""
-            folder = shlex.quote(str(self.folder))
-            command = f"{launcher}sfumato resume {folder}"
-            if self._copy:
-                started = f"{launcher.removesuffix('-m ')}" or "python "
-                command = f"{started}{shlex.quote(str(self._copy))} {folder}/config.toml --output {folder} --resume"
-            self.say(f"stopped after step {number} of {count}, saved. Go on with: {command}")
+            self.say(f"stopped after step {number} of {count}, saved. Go on with: {self._command()}")
         else:
             self.say(f"stopped after step {number} of {count}; this step could not be saved.")
+
+    def _command(self) -> str:
+        """What goes on with the run."""
+        launcher = f"accelerate launch --num_processes {self.count} -m " if self.count > 1 else ""
+        folder = shlex.quote(str(self.folder))
+        if self._copy:
+            started = f"{launcher.removesuffix('-m ')}" or "python "
+            return f"{started}{shlex.quote(str(self._copy))} {folder}/config.toml --output {folder} --resume"
+        return f"{launcher}sfumato resume {folder}"
 
     # What Step says
 
@@ -434,8 +442,20 @@ class Run:
         self.log(step=newest, went_back_from=number)
         self._progress.go_back_to(newest)
 
+    def all_written(self) -> None:
+        """What was learned, and all that tells of it, is in the folder: there is nothing left to go on with."""
+        _not_written.discard(self)
+
+    def _stopped_while_writing(self) -> str:
+        """Let the folder go; returns what is kept of the run, and how the rest is written."""
+        self.close()
+        if not self.is_main or self._saved_at != self.step:
+            return ""
+        return f" All its steps are kept; the rest is written by: {self._command()}"
+
     def close(self) -> None:
         """Finish the log and let the folder go."""
+        self.all_written()
         if self.is_main:
             self.log_file.close()
             self._lock.release()
@@ -454,6 +474,12 @@ def let_go() -> None:
     for run in list(_not_begun):
         run.close()
         _not_begun.discard(run)
+
+
+def stopped_while_writing() -> str:
+    """Let go of the folder of a run that was stopped after its last step, while its results were written; returns how
+    the rest is written, after a space, or nothing."""
+    return "".join(run._stopped_while_writing() for run in list(_not_written))
 
 
 def withdraw() -> None:

@@ -87,9 +87,10 @@ def plot_and_tell(run: Run, made: str, card: Path, *, has_samples: bool) -> None
 
 
 def upload(run: Run, paths: Sequence[Path], repository: str | None) -> None:
-    """Upload each file with its card, and say where it is; nothing where no repository is named."""
+    """Upload each file with its card, and say where it is; nothing where no repository is named. The last of all."""
     from sfumato.cards.adapter import push
 
+    run.all_written()
     if not repository:
         return
     for path in paths:
