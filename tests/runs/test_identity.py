@@ -224,6 +224,16 @@ def test_pictures_where_the_card_has_its_own_are_looked_at(tmp_path):
     assert "holds images and no run" in problem(lambda: going_on(FolderOptions(output=tmp_path)))
 
 
+@pytest.mark.parametrize("inner", ["samples", "checkpoints/000004", "model/unet", "kept/here"])
+def test_a_folder_that_another_run_writes_into_is_refused(inner, tmp_path):
+    (tmp_path / "run.json").write_text('{"writes": "model"}')
+    said = f"{tmp_path / inner} is a folder of the run in {tmp_path}, which may remove what lies there; give an"
+    if inner.startswith("kept"):  # by somebody
+        assert going_on(FolderOptions(output=tmp_path / inner)) is False
+    else:
+        assert problem(lambda: going_on(FolderOptions(output=tmp_path / inner))).startswith(said)
+
+
 def test_the_file_that_a_name_will_have_is_looked_at(tmp_path):
     (tmp_path / "n.safetensors").write_text("")
     assert going_on(RunOptions(output=tmp_path)) is False

@@ -15,6 +15,7 @@ from sfumato.runs import identity
 from sfumato.training.options import WRITTEN, FolderOptions
 
 _OPENED = ("config.toml", "run.json", "log.jsonl")
+_FOLDERS = ("checkpoints", "samples", "images", "adapters", "tensorboard")
 _OF_THE_LOCK = (".lock", ".holder.json")
 _KEPT = re.compile(r"-(?:step\d{8,}|\d{6,})[-.]")
 """What follows a run's name in those of adapters kept on the way: sd-scripts' form, or that of runs before 0.4.0."""
@@ -24,8 +25,8 @@ def going_on(config: FolderOptions, also: Sequence[str] = ()) -> bool:
     """Whether the output folder holds a run that is to be resumed.
 
     Raises RunError for a folder that holds a run which is neither to be resumed nor replaced, for one without a run
-    where one is to be resumed, and for one that holds other things under the names that a run writes. also: more names
-    that this one writes.
+    where one is to be resumed, for one that another run writes into, and for one that holds other things under the
+    names that a run writes. also: more names that this one writes.
     """
     folder = config.output
     holds_run = is_run(folder)
@@ -36,6 +37,11 @@ def going_on(config: FolderOptions, also: Sequence[str] = ()) -> bool:
         )
     if config.resume and not holds_run:
         raise RunError(f"there is no run to resume in {folder}; without --resume one begins there.")
+    if not config.resume and (owner := owner_of(folder)) is not None:
+        raise RunError(
+            f"{folder} is a folder of the run in {owner}, which may remove what lies there; give an --output of its "
+            "own."
+        )
     mine = [*WRITTEN, f"{getattr(config, 'name', None) or folder.resolve().name}.safetensors", *also]
     taken = [] if holds_run else [name for name in mine if (folder / name).exists()]
     if taken:
@@ -48,6 +54,17 @@ def going_on(config: FolderOptions, also: Sequence[str] = ()) -> bool:
 def is_run(folder: Path) -> bool:
     """Whether the folder holds a run."""
     return (folder / "run.json").exists() or (folder / "log.jsonl").exists()
+
+
+def owner_of(folder: Path) -> Path | None:
+    """The folder of the run that this one is a part of, such as its samples; None if it is of none."""
+    whole = folder.resolve()
+    for above in whole.parents:
+        if is_run(above):
+            names = [*_FOLDERS, *also_written(identity.read_facts(above))]
+            if whole.relative_to(above).parts[0] in names:
+                return above
+    return None
 
 
 def has_begun(folder: Path) -> bool:
