@@ -294,6 +294,10 @@ def test_a_word_that_was_learned_beside_an_adapter_and_is_not_loaded_is_told_of(
     write_lora(Path("pivotal.safetensors"), modules, family="pocket", metadata=about)
     _, said = run(*command, "--lora", "pivotal.safetensors", "-o", "out")
     assert "pivotal: its word <cat> is not loaded; name its file with --embedding." in said
+    named = about | {"sfumato.word_files": '{"<cat>": "p-cat.safetensors"}'}
+    write_lora(Path("named.safetensors"), modules, family="pocket", metadata=named)
+    _, said_named = run(*command, "--lora", "named.safetensors", "-o", "out-named")
+    assert "its word <cat> is not loaded; name its file, p-cat.safetensors, with --embedding." in said_named
     Path("words").mkdir()
     write_embedding(Path("words/pivotal.safetensors"), "<cat>", fox(0.5), metadata=about)
     renamed = ["--embedding", "<dog>=words/pivotal.safetensors"]

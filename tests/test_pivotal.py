@@ -9,6 +9,8 @@ from torch.testing import assert_close
 from sfumato import cli, data, diffusion, randomness
 from sfumato.bases import load_base
 from sfumato.files import read_lora, read_tensors
+from sfumato.files.header import read_header
+from sfumato.files.metadata import words_beside
 from sfumato.words import embedding
 from tests.in_peft import layers_of_peft
 from tests.tiny import CPU
@@ -80,3 +82,6 @@ def test_equal_to_a_plain_loop_over_peft_and_the_whole_table(pocket_folder, pict
         assert_close(module.delta(), layers[name].get_delta_weight("default").detach(), rtol=1e-3, atol=1e-6)
     assert not torch.allclose(rows.detach(), start, atol=1e-3)
     assert max(module.delta().abs().max() for module in modules.values()) > 1e-3
+    adapter, word = (read_header(tmp_path / "run" / name).metadata for name in ("run.safetensors", "run-x.safetensors"))
+    assert words_beside(adapter) == {"<x>": "run-x.safetensors"}
+    assert words_beside(word) == {}

@@ -494,6 +494,8 @@ def write_files(path: Path, learned: Learned, steps: int) -> tuple[Description, 
     about = {"trigger": learned.trigger, "steps": steps, "adapter_guidance": config.adapter_guidance}
     about["over_steps"] = options.span_of(config, base)
     about["negatives"] = learned.trigger if config.own_negative else ()
+    if words and not config.bundle:
+        about["word_files"] = {token: file.name for token, file in word_files(path, config).items()}
     description = describe_run(config, base, learned.dataset, learned.samples, **about)
     # First, so that no adapter is ever there without its words.
     beside = write_words(path, words, config, description) if words and not config.bundle else {}
@@ -522,7 +524,7 @@ def write_words(path: Path, words: Words, config: Config, description: Descripti
 
     paths = word_files(path, config)
     for token, vectors in words.vectors().items():
-        metadata = describe(dataclasses.replace(description, trigger=[token]))
+        metadata = describe(dataclasses.replace(description, trigger=[token], word_files={}))
         write_embedding(paths[token], token, vectors, metadata=metadata)
     return paths
 

@@ -274,6 +274,15 @@ LOOKED_AT = Inspection(
 )  # fmt: skip
 
 
+def test_a_word_that_lies_beside_the_adapter_is_told_with_its_file():
+    about = {"sfumato.config": '{"train_words": ["<a>", "<b>", "<c>"]}'}
+    about["sfumato.word_files"] = '{"<b>": "l-b.safetensors"}'
+    lines = render(replace(LOOKED_AT, metadata=about)).splitlines()
+    assert lines[6:8] == ["word       <b>, in l-b.safetensors", "word       <c>, in a file of its own"]
+    for broken in ('{"train_words": 3}', "{", "[]"):
+        assert "word " not in render(replace(LOOKED_AT, metadata=about | {"sfumato.config": broken}))
+
+
 def test_the_whole_of_what_is_shown():
     assert render(LOOKED_AT) == (
         "file       a .safetensors, 1.25 MB\n"

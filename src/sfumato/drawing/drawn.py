@@ -13,6 +13,8 @@ from sfumato.compose.adapter import Adapter, Weight, is_idle, public_name, witho
 from sfumato.compose.blocks import Blocks
 from sfumato.data.checksums import file_digest
 from sfumato.drawing import pnginfo
+from sfumato.files.inspect import plain
+from sfumato.files.metadata import words_beside
 from sfumato.merging.sources import identity
 from sfumato.merging.whole_model import is_whole_model
 from sfumato.numerals import exact
@@ -70,10 +72,10 @@ def learned_otherwise(told: Mapping[str, Mapping[str, str]], base: Base) -> list
         is_trainers = config.keys() & {"clip_skip", "steps"}  # not that of a merge, which knows nothing of it
         if is_trainers and skipped != (base.clip_skip or 0):
             lines.append(f"{label}: learned with --clip-skip {skipped}, and drawn with {base.clip_skip or 0}.")
-        of_word = "sfumato.token" in metadata  # a file of that word alone, whatever was learned beside it
-        for word in () if of_word else config.get("train_words") or ():
+        for word, file in words_beside(metadata).items():
             if word.lower() not in loaded:
-                lines.append(f"{label}: its word {word} is not loaded; name its file with --embedding.")
+                named = f"its file, {plain(file)}," if file else "its file"
+                lines.append(f"{label}: its word {word} is not loaded; name {named} with --embedding.")
     return lines
 
 

@@ -38,6 +38,7 @@ from sfumato.files.metadata import (
     over_steps_of,
     short_hash,
     trigger_words,
+    words_beside,
 )
 from sfumato.files.norms import is_update, square_norm
 from sfumato.files.numbers import Array, array_of, nonfinite_in
@@ -305,6 +306,11 @@ def _rows(found: Inspection) -> list[tuple[str, str]]:
             else []
         ),
         *([("negative", ", ".join(map(plain, found.negatives)))] if found.negatives else []),
+        *(
+            ("word", plain(f"{word}, in {file or 'a file of its own'}"))
+            for word, file in words_beside(found.metadata).items()
+            if word not in found.embeddings
+        ),
         ("spelling", ", ".join(found.spelling) or "-"),
         ("modules", str(found.modules)),
         ("targets", counts(found.targets)),

@@ -49,7 +49,8 @@ class Description:
     parents: for a mix, one {"name", "hash", "weight"} a file. adapter_guidance: how often the adapter's change counts
     where nothing else is asked for, see `sfumato.compose.guided`. over_steps: (start, end) of progress, 0 at pure noise
     and 1 at the finished picture, between which it is drawn with where nothing else is asked for; None: always.
-    negatives: each is the negative prompt of prompts that hold it and more, see `sfumato.prompts.negative`.
+    negatives: each is the negative prompt of prompts that hold it and more, see `sfumato.prompts.negative`. word_files:
+    by new word that was learned beside it, the name of its own file.
     """
 
     title: str
@@ -75,6 +76,7 @@ class Description:
     adapter_guidance: float = 0.0
     over_steps: tuple[float, float] | None = None
     negatives: Sequence[str] = ()
+    word_files: Mapping[str, str] = field(default_factory=dict)
     parents: Sequence[Mapping[str, Any]] = ()
     extra: Mapping[str, str] = field(default_factory=dict)
 
@@ -146,6 +148,7 @@ def _own(description: Description) -> dict[str, str]:
         "sfumato.adapter_guidance": exact(description.adapter_guidance) if description.adapter_guidance else "",
         "sfumato.over_steps": "-".join(map(exact, description.over_steps or ())),
         "sfumato.negatives": _json(list(description.negatives)) if description.negatives else "",
+        "sfumato.word_files": _json(dict(description.word_files)) if description.word_files else "",
         "sfumato.trigger": _json(list(description.trigger)) if description.trigger else "",
         "sfumato.parents": _json(list(description.parents)) if description.parents else "",
     }
@@ -175,6 +178,21 @@ def negatives_of(metadata: Mapping[str, str]) -> tuple[str, ...]:
     except ValueError:
         return ()
     return tuple(text for text in found if isinstance(text, str)) if isinstance(found, list) else ()
+
+
+def words_beside(metadata: Mapping[str, str]) -> dict[str, str]:
+    """By new word that was learned with the adapter of a file, the name of the word's own file; empty where it is not
+    told, as before 0.5.0, or in a bundle. No words of a file that is a word's own."""
+    try:
+        config = json.loads(metadata.get("sfumato.config", "{}"))
+        named = json.loads(metadata.get("sfumato.word_files", "{}"))
+    except (ValueError, RecursionError):
+        return {}
+    words = config.get("train_words") if isinstance(config, dict) else None
+    if not isinstance(words, list) or "sfumato.token" in metadata:
+        return {}
+    files = named if isinstance(named, dict) else {}
+    return {word: str(files.get(word, "")) for word in words if isinstance(word, str)}
 
 
 def moment() -> float:
