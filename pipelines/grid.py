@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -17,7 +18,7 @@ from sfumato.cli import run
 from sfumato.command_line.axes import CHECKS, PLAIN, Axis, coarse_to_fine, parse_axis
 from sfumato.command_line.specs import checked_folder, parse_adapters, parse_embedding, public_embedding, without_tags
 from sfumato.compose.adapter import Adapter, Weight, checked_weight, is_idle, swept
-from sfumato.config import parse
+from sfumato.config import parse, to_dict
 from sfumato.errors import ConfigError
 from sfumato.prompts.negative import negative_for
 from sfumato.prompts.syntax import checked_syntax, escaped
@@ -74,7 +75,7 @@ class Config:
     base: str = "pocket"
     """`pocket`, a hub id, a diffusers folder or a .safetensors checkpoint."""
     output: Annotated[Path, Parameter(alias="-o")] = Path("grid")
-    """A folder: grid.png, grid.json, and cells/ with each picture and its settings. Cells that are there are kept."""
+    """A folder: grid.png, grid.json, and cells/, all pictures with their settings. Cells that are there are kept."""
     negative: str | None = None
     """What the pictures should not show; what a file asks for if unset, as for sfumato generate."""
     steps: int | None = None
@@ -489,24 +490,43 @@ def _write_sheet(
     paths: Mapping[tuple[int, int], Path],
     there: Collection[Path],
 ) -> None:
-    """grid.png with the cells so far, and grid.json with what each cell is. there: the files that are drawn."""
+    """grid.png with the cells so far, and grid.json with what each cell is. there: the files that are drawn.
+
+    The sheet's file has the first cell's settings, the axes, and what draws the whole of it again.
+    """
+    from sfumato.drawing.pnginfo import read_picture_info, save_picture
     from sfumato.drawing.sheet import contact_sheet, read_drawn
-    from sfumato.files.atomic import atomic_path, write_text
+    from sfumato.files.atomic import write_text
 
     def read(path: Path) -> Image | None:
         return read_drawn(path) if path in there else None
 
     cells = [[read(paths[column, row]) for column in range(len(x.values))] for row in range(len(y.values))]
     sheet = contact_sheet(cells, row_labels=y.labels, column_labels=x.labels)
-    with atomic_path(config.output / "grid.png") as temporary:
-        sheet.save(temporary)
+    about, asked = read_picture_info(paths[0, 0]).parameters, _public(config)
+    if about is not None:
+        axes = {"Script": "sfumato grid", "X axis": asked["x"], "Y axis": asked["y"]}
+        about = replace(about, settings={**about.settings, **axes})
+    save_picture(sheet, config.output / "grid.png", about, {"grid": asked})
     listed = [
         {"column": column, "row": row, "file": f"cells/{path.name}", "drawn": path in there,
          **rows[row][column].settings, "weights": dict(rows[row][column].weights)}
         for (column, row), path in sorted(paths.items())
     ]  # fmt: skip
-    about = {"x": x.labels, "y": y.labels, "cells": listed}
-    write_text(config.output / "grid.json", json.dumps(about, indent=1) + "\n")
+    told = {"x": x.labels, "y": y.labels, "cells": listed}
+    write_text(config.output / "grid.json", json.dumps(told, indent=1) + "\n")
+
+
+def _public(config: Config) -> dict[str, Any]:
+    """What was asked for beside the defaults, without the folders of files and what depends on the machine."""
+    usual = {each.name: each.default for each in fields(Config)}
+    given = {
+        name: value for name, value in to_dict(config, public=True).items() if getattr(config, name) != usual[name]
+    }
+    for name in ("x", "y"):
+        if given[name].startswith("adapter="):
+            given[name] = re.sub(r"[^,=]*[\\/]", "", getattr(config, name))
+    return {name: value for name, value in given.items() if name not in ("output", "device")}
 
 
 def main(argv: Sequence[str]) -> int:

@@ -15,7 +15,9 @@ from sfumato.pipelines.grid import Config, plan
 from sfumato import cli
 from sfumato.bases import hub
 from sfumato.command_line.axes import Axis, coarse_to_fine, parse_axis
+from sfumato.config import parse
 from sfumato.drawing.pnginfo import read_picture_info
+from sfumato.drawing.redraw import redraw
 from sfumato.errors import ConfigError
 from sfumato.files.adapter_file import read_adapter
 from sfumato.files.header import read_header
@@ -121,7 +123,7 @@ def _first_of_width_64(folder):
     raise AssertionError("the tiny base has no attention of width 64")
 
 
-def test_a_grid_has_each_cell_with_its_settings_and_goes_on_where_it_stopped(grid, tmp_path):
+def test_a_grid_has_each_cell_with_its_settings_and_goes_on_where_it_stopped(grid, tmp_path, pocket_folder):
     words = ["--lora", "line.safetensors", "--x", "line=0,1", "--y", "prompt=red square|blue circle", "--seed", "3"]
     assert grid(*words) == 0
     about = json.loads((tmp_path / "out/grid.json").read_text())
@@ -142,6 +144,14 @@ def test_a_grid_has_each_cell_with_its_settings_and_goes_on_where_it_stopped(gri
     assert [file for file in files if before[file] != after[file]] == [files[1]]
     assert len(list((tmp_path / "out/cells").iterdir())) == 6
     assert Image.open(tmp_path / "out/grid.png").width > 300
+    sheet = redraw(tmp_path / "out/grid.png")
+    axes = {"X axis": "line=0,0.5,1", "Y axis": "prompt=red square|blue circle"}
+    assert sheet.parameters.prompt == "red square"
+    assert axes.items() <= sheet.parameters.settings.items()
+    assert sheet.words[:2] == ("sfumato", "grid")
+    asked = parse(Config, sheet.words[2:], program="grid")
+    assert (asked.x, asked.y, asked.lora) == (*axes.values(), ("line.safetensors",))
+    assert (asked.seed, asked.steps, asked.base) == (3, 2, pocket_folder.name)
 
 
 def test_a_cell_whose_file_is_broken_is_drawn_again(grid, tmp_path):
@@ -191,7 +201,9 @@ def test_a_method_keeps_to_the_rank(grid, tmp_path):
 
 
 def test_one_adapter_after_another(grid, tmp_path):
-    assert grid("--x", "adapter=line.safetensors,otter.safetensors", "--y", "seed=1", "--prompt", "red square") == 0
+    axis = f"adapter={tmp_path}/line.safetensors,otter.safetensors"
+    assert grid("--x", axis, "--y", "seed=1", "--prompt", "red square") == 0
+    assert "--x=adapter=line.safetensors,otter.safetensors" in redraw(tmp_path / "out/grid.png").words
     about = json.loads((tmp_path / "out/grid.json").read_text())
     first, second = (np.asarray(Image.open(tmp_path / "out" / cell["file"]), dtype=int) for cell in about["cells"])
     assert abs(first - second).max() > 0

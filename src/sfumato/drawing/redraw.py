@@ -71,6 +71,8 @@ def redraw(path: Path) -> Redraw:
 
 def _redraw(file: str, about: Parameters, own: Mapping[str, Any]) -> Redraw:
     left: dict[str, str] = {}
+    if grid := own.get("grid"):
+        return Redraw(file, about, ("sfumato", "grid", *map(_line, _grid_words(grid))), ())
     words = ("sfumato", "generate", *map(_line, _words(about, own, left)))
     return Redraw(file, about, words, tuple(left.items()))
 
@@ -123,6 +125,18 @@ def _words(about: Parameters, own: Mapping[str, Any], left: dict[str, str]) -> I
         for name in re.findall(r"([^,:]+):", str(about.settings.get("TI hashes", ""))):
             yield from ("--embedding", f"{name.strip()}={name.strip().strip('<>')}.safetensors")
     left |= settings | {name: str(own[name]) for name in _LEFT if own.get(name)}
+
+
+def _grid_words(asked: Mapping[str, Any]) -> Iterator[str]:
+    """The options of a sheet, as our own files have them."""
+    for name, value in asked.items():
+        if not name.isidentifier():
+            raise ValueError(name)
+        option = f"--{name.replace('_', '-')}"
+        if value is True:
+            yield option
+        for each in () if value is True else value if isinstance(value, list) else [value]:
+            yield f"{option}={exact(each) if isinstance(each, float) else each}"
 
 
 def _sampler(name: str, schedule: str, left: dict[str, str]) -> Iterator[str]:
