@@ -101,13 +101,14 @@ def learn(config: Config, output: Path) -> tuple[Path, Path]:
     for words in commands.values():
         print(f"\n$ sfumato {shlex.join(words)}", flush=True)
     if at_once:
-        failed = side_by_side.run(commands, threads=threads)
+        if failed := side_by_side.run(commands, threads=threads):
+            name, code, reason = failed
+            reason = reason or f"it stopped with exit code {code}; the lines above say why."
+            raise RunError(f"the training of the {name}: {reason}")
     else:
-        codes = ((name, cli.main(words)) for name, words in commands.items())
-        failed = next((each for each in codes if each[1]), None)
-    if failed:
-        name, code = failed
-        raise RunError(f"the training of the {name} stopped with exit code {code}; the lines above say why.")
+        for words in commands.values():
+            if code := cli.main(words):  # which has said why
+                raise SystemExit(code)
     style, subject = (output / name / f"{name}.safetensors" for name in commands)
     return style, subject
 

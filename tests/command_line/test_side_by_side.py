@@ -41,8 +41,17 @@ def test_a_moving_bar_becomes_lines_and_threads_are_shared_out(shell, monkeypatc
 def test_where_one_fails_the_others_save_what_they_have(shell, monkeypatch, capsys):
     monkeypatch.setattr(sys, "executable", str(shell))
     failing = "sleep 1; echo 'no such folder'; exit 2"
-    assert side_by_side.run({"long": [ENDLESS], "wrong": [failing]}, threads=2) == ("wrong", 2)
+    assert side_by_side.run({"long": [ENDLESS], "wrong": [failing]}, threads=2) == ("wrong", 2, "")
     assert capsys.readouterr().err.splitlines() == ["long   begun", "wrong  no such folder", "long   saved"]
+
+
+def test_why_one_failed_is_left_to_the_caller_and_a_warning_is_not(shell, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "executable", str(shell))
+    failing = "echo 'sfumato: slow.'; echo on; echo 'sfumato: no room.'; exit 2"
+    assert side_by_side.run({"wrong": [failing]}, threads=2) == ("wrong", 2, "no room.")
+    assert capsys.readouterr().err.splitlines() == ["wrong  sfumato: slow.", "wrong  on"]
+    assert side_by_side.run({"right": ["echo 'sfumato: slow.'"]}, threads=2) is None
+    assert capsys.readouterr().err.splitlines() == ["right  sfumato: slow."]
 
 
 INTERRUPTIONS = pytest.mark.parametrize(

@@ -17,17 +17,20 @@ from contextlib import contextmanager
 
 _LOOK_S = 0.1
 """Between two looks for interruptions."""
+_OURS = "sfumato: "
+"""How the line begins that says why a command failed; a warning's, too."""
 
 
-def run(commands: Mapping[str, Sequence[str]], *, threads: int) -> tuple[str, int] | None:
-    """Run each command; returns the first that failed, by name and exit code, or None.
+def run(commands: Mapping[str, Sequence[str]], *, threads: int) -> tuple[str, int, str] | None:
+    """Run each command; returns the first that failed, by name, exit code and its reason, or None.
 
     commands: a name for the person -> the words after `sfumato`. threads: of torch, to be shared out. What they say
     goes to stderr, each line after the name of whose it is. Where one fails, or this process is interrupted, the others
-    are told to stop: a training finishes its step and saves it, and a second interruption ends it at once.
+    are told to stop: a training finishes its step and saves it, and a second interruption ends it at once. The reason
+    is what follows "sfumato: " in the last line of the failed one, which is left to the caller to say; else empty.
     """
     processes: dict[str, subprocess.Popen[bytes]] = {}
-    failed: list[tuple[str, int]] = []
+    failed: list[tuple[str, int, str]] = []
 
     def stop() -> None:
         for process in processes.values():
@@ -35,9 +38,13 @@ def run(commands: Mapping[str, Sequence[str]], *, threads: int) -> tuple[str, in
                 process.terminate()  # SIGINT is not heard by what a shell began in the background
 
     def follow(name: str) -> None:
-        _relay(processes[name], name.ljust(max(map(len, processes)) + 2))
-        if code := processes[name].wait():
-            failed.append((name, code))
+        before = name.ljust(max(map(len, processes)) + 2)
+        last = _relay(processes[name], before)
+        code = processes[name].wait()
+        if code and not failed and not signals:
+            failed.append((name, code, last))
+        elif last:
+            _say(f"{before}{_OURS}{last}")
 
     told = 0
     with _heard() as signals, ThreadPoolExecutor(len(commands)) as pool:
@@ -82,13 +89,24 @@ def _start(words: Sequence[str], threads: int) -> subprocess.Popen[bytes]:
     )
 
 
-def _relay(process: subprocess.Popen[bytes], before: str) -> None:
-    """Print what the process says until it ends, a bar's states as lines."""
+def _relay(process: subprocess.Popen[bytes], before: str) -> str:
+    """Print what the process says until it ends, a bar's states as lines; returns what follows "sfumato: " in its last
+    line, which is not printed, or nothing."""
     assert process.stdout is not None
-    said, some = b"", b"\n"
+    said, some, held = b"", b"\n", ""
     while some:
         some = os.read(process.stdout.fileno(), 1 << 16)
         *lines, said = re.split(rb"[\r\n]+", said + (some or b"\n"))  # its last line may have no end
         for line in lines:
-            if text := line.decode(errors="replace").strip():
-                print(f"{before}{text}\n", end="", file=sys.stderr, flush=True)  # two writes could meet another's
+            if not (text := line.decode(errors="replace").strip()):
+                continue
+            if held:
+                _say(f"{before}{held}")
+            held = text if text.startswith(_OURS) else ""
+            if not held:
+                _say(f"{before}{text}")
+    return held.removeprefix(_OURS)
+
+
+def _say(line: str) -> None:
+    print(f"{line}\n", end="", file=sys.stderr, flush=True)  # two writes could meet another's
