@@ -71,12 +71,12 @@ def test_before_the_start_there_is_room_for_all_that_stay_one_more_and_the_momen
     run.close()
 
 
-def test_before_going_on_there_is_room_for_one_more(tmp_path, monkeypatch):
+def test_before_going_on_there_is_room_for_one_more_if_there_is_a_step_left(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(runs, "require_space", lambda *given: asked.append(given))
-    for resume in (False, True):
+    for steps, resume in ((3, False), (4, True), (4, True)):
         run = start(tmp_path, checkpoint_every=1, resume=resume)
-        for step in run.steps(3):
+        for step in run.steps(steps):
             step.done(loss=1.0)
         run.close()
     size = bytes_of(run._state())

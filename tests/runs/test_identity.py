@@ -58,16 +58,16 @@ def test_the_facts_of_a_run(tmp_path):
 
 
 def test_a_fact_that_cannot_be_written_stops_and_lets_the_folder_go(tmp_path, monkeypatch):
-    run = start(tmp_path)
-
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(identity, "write_facts", full)
-    assert problem(lambda: run.identify(data="d")) == (
-        f"{tmp_path / 'run'}: No space left on device. Make room, or give another --output."
-    )
-    assert not run._lock.is_held
+    for resume, elsewhere in ((False, ", or give another --output"), (True, "")):
+        run = start(tmp_path, resume=resume)
+        with monkeypatch.context() as patched:
+            patched.setattr(identity, "write_facts", full)
+            said = problem(lambda run=run: run.identify(data="d"))
+        assert said == f"{tmp_path / 'run'}: No space left on device. Make room{elsewhere}."
+        assert not run._lock.is_held
 
 
 # Config

@@ -256,7 +256,7 @@ class Run:
         behind = self._resumed_from is not None and self._is_behind(self._resumed_from)
         if self._resumed_from is not None:
             self._restore(self._resumed_from, seen=self._resumed_from - behind)
-        if self.is_main:
+        if self.is_main and self.step < count:  # not where only the results are still to be written
             self._or_stop(self._check_space)
         self.begin()
         with self._progress.begin(self.step, count), Stop(quiet=not self.is_main) as stop:
@@ -333,7 +333,8 @@ class Run:
             write()
         except OSError as error:
             self.close()
-            raise RunError(f"{self.folder}: {error.strerror}. Make room, or give another --output.") from None
+            elsewhere = "" if self._config.resume else ", or give another --output"
+            raise RunError(f"{self.folder}: {error.strerror}. Make room{elsewhere}.") from None
 
     # Checkpoints
 
