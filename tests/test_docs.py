@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import sfumato
 from sfumato import cli
@@ -25,6 +26,8 @@ RECIPES = [
     for block in re.findall(r"```sh\n(.*?)```", METHODS, re.DOTALL)
     for line in block.replace("\\\n", " ").splitlines()
 ]
+DATA = (ROOT / "datasets/README.md").read_text(encoding="utf-8")
+OF_PHOTOGRAPHS = [line for block in re.findall(r"```sh\n(.*?)```", DATA, re.DOTALL) for line in block.splitlines()]
 EXAMPLES = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 
 
@@ -113,3 +116,24 @@ def test_the_recipes_run_as_they_are_written(pocket_folder, tmp_path, monkeypatc
         quick += ["--class-count", "2"] if "dreambooth" in words else []
         assert cli.main([*words, *quick]) == 0, command
         assert (tmp_path / words[words.index("--output") + 1] / "README.md").is_file()
+
+
+@pytest.mark.slow
+def test_photographs_of_a_phone_become_a_picture(pocket_folder, tmp_path, monkeypatch, capsys):
+    (tmp_path / "trainers").symlink_to(ROOT / "trainers")
+    (tmp_path / "photos").mkdir()
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    for number, size in enumerate(((400, 300), (300, 400), (320, 320))):
+        picture = Image.effect_noise(size, 60).convert("RGB")
+        picture.save(tmp_path / f"photos/IMG_{number}.JPG", exif=turned)
+    (tmp_path / "photos/IMG_0.MOV").write_bytes(b"film")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SFUMATO_POCKET", str(pocket_folder))
+    quick = {"train": ["--steps", "1", "--sample-every", "0", "--measure-every", "0", "--class-count", "2"]}
+    assert len(OF_PHOTOGRAPHS) == 3
+    for command in OF_PHOTOGRAPHS:
+        _, *words = shlex.split(command)
+        assert cli.main([*words, *quick.get(words[0], [])]) == 0, capsys.readouterr().err
+    assert (tmp_path / "crops.png").is_file()
+    assert (tmp_path / "dog.png").is_file()
