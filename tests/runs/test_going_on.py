@@ -14,6 +14,7 @@ from torch import nn
 
 from sfumato import runs
 from sfumato.errors import RunError
+from sfumato.files.atomic import beside
 from sfumato.runs import Run, checkpoints
 from sfumato.runs.checkpoints import SPARE_BYTES, Checkpoints, bytes_of, require_space
 from sfumato.runs.health import Health
@@ -81,6 +82,22 @@ def test_before_going_on_there_is_room_for_one_more_if_there_is_a_step_left(tmp_
         run.close()
     size = bytes_of(run._state())
     assert asked == [(tmp_path / "run", 3 * size), (tmp_path / "run", size)]
+
+
+def test_what_a_killed_process_was_writing_is_removed_and_nothing_else(tmp_path):
+    run = start(tmp_path, checkpoint_every=1)
+    for step in run.steps(1):
+        step.done(loss=1.0)
+    run.close()
+    names = ("m.safetensors", "images/a.png", "samples/000001/0.png")
+    ours = [beside(tmp_path / "run" / name, name[name.index(".") :]) for name in names]
+    theirs = tmp_path / "run/.mine.part.png"
+    for path in (*ours, theirs):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("half")
+    beside(tmp_path / "run/model").mkdir()  # what dreambooth writes is a folder
+    start(tmp_path, resume=True).close()
+    assert [path.name for path in (tmp_path / "run").rglob(".*.part*")] == [theirs.name]
 
 
 # Checkpoints

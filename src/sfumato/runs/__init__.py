@@ -34,7 +34,16 @@ from sfumato.files.atomic import write_text
 from sfumato.precision import give_back_freed_memory
 from sfumato.runs import identity, progress
 from sfumato.runs.checkpoints import Checkpoints, NotFiniteError, bytes_of, require_space
-from sfumato.runs.folder import also_written, clear, forget_new, forget_samples, going_on, has_begun, is_run
+from sfumato.runs.folder import (
+    also_written,
+    clear,
+    forget_leftovers,
+    forget_new,
+    forget_samples,
+    going_on,
+    has_begun,
+    is_run,
+)
 from sfumato.runs.health import Health, not_finite
 from sfumato.runs.kept import Kept
 from sfumato.runs.lock import Lock
@@ -153,6 +162,7 @@ class Run:
         _not_begun.discard(self)
 
     def _take_over(self) -> None:
+        forget_leftovers(self.folder)
         if self._resumed_from is None:  # a new run, or one that was stopped before its first checkpoint
             self._checkpoints.drop_after(-1)  # first, so that no other config ever stands beside them
             if self._config.resume:

@@ -20,6 +20,8 @@ _OF_THE_LOCK = (".lock", ".holder.json")
 _KEPT = re.compile(r"-(?:step\d{8,}|\d{6,})[-.]")
 """What follows a run's name in those of adapters kept on the way: sd-scripts' form, or that of runs before 0.4.0."""
 
+_LEFT_OVER = re.compile(r"\..+\.[0-9a-f]{12}\.part(\.\w+)?")
+
 
 def going_on(config: FolderOptions, also: Sequence[str] = ()) -> bool:
     """Whether the output folder holds a run that is to be resumed.
@@ -125,6 +127,15 @@ def forget_new(folder: Path, before: Collection[str]) -> bool:
     for name in made:
         (folder / name).unlink()
     return True
+
+
+def forget_leftovers(folder: Path) -> None:
+    """Remove what a killed process was writing in the folder, as `files.atomic` names it."""
+    for place in (folder, folder / "images", folder / "adapters", *(folder / "samples").glob("[0-9]*")):
+        for path in place.glob(".*.part*"):
+            if _LEFT_OVER.fullmatch(path.name):
+                with suppress(OSError):
+                    _remove(path)
 
 
 def forget_samples(folder: Path, step: int) -> None:
