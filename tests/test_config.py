@@ -151,6 +151,46 @@ def test_a_fraction_in_a_file_is_refused_too(tmp_path):
         read(str(tmp_path / "c.toml"), "--images", "d")
 
 
+def test_a_value_of_another_type_in_a_file_is_not_read_as_what_it_may_mean(tmp_path):
+    @dataclass(frozen=True)
+    class Typed:
+        """Train."""
+
+        learning_rate: float | None = None
+        ema: bool = False
+        trigger: str | None = None
+        output: Path = Path("run")
+        crop: Literal["center", "pad"] = "center"
+        seed: tuple[int, ...] = ()
+
+    def parsed(text):
+        (tmp_path / "c.toml").write_text(text)
+        return parse(Typed, [str(tmp_path / "c.toml")], program="train test")
+
+    for text, said in [
+        ('learning-rate = "1e-4"', 'learning-rate is "1e-4"; wanted a number, without quotes.'),
+        ("learning_rate = true", "learning_rate is true; wanted a number."),
+        ("[learning_rate]\nunet = 1e-4", 'learning_rate is {"unet": 0.0001}; wanted a number.'),
+        ("ema = 1", "ema is 1; wanted true or false."),
+        ('ema = "no"', 'ema is "no"; wanted true or false, without quotes.'),
+        ("trigger = true", "trigger is true; wanted a text."),
+        ("trigger = 2026-11-28", "trigger is 2026-11-28; wanted a text."),
+        ('trigger = ["a", "b"]', 'trigger is ["a", "b"]; wanted a text.'),
+        ("output = 3", "output is 3; wanted a path."),
+        ('crop = "middle"', 'crop is "middle"; wanted one of "center", "pad".'),
+        ("seed = [1, true]", "seed is [1, true]; wanted a list of which each is a whole number."),
+        ("seed = [[1]]", "seed is [[1]]; wanted a list of which each is a whole number."),
+        ("[training]\nema = true", "[training] is a table; wanted the options by themselves, such as learning_rate ="),
+        ("learning-rate = 1\nlearning_rate = 2", "learning_rate is there twice, with - and with _; keep one."),
+    ]:
+        with pytest.raises(ConfigError) as error:
+            parsed(text)
+        assert f"c.toml: {said}" in str(error.value)
+    assert parsed("learning-rate = 1\nema = true\ntrigger = 512\nseed = 3\n") == Typed(
+        learning_rate=1.0, ema=True, trigger="512", seed=(3,)
+    )
+
+
 def test_a_fraction_is_refused_however_the_option_is_spelt():
     @dataclass(frozen=True)
     class Every:
@@ -173,7 +213,7 @@ def test_a_file_of_windows_notepad_is_read(tmp_path):
         ("", [], "--images is needed. See sfumato train test --help."),
         ("", ["--imges=x"], "--images is needed, and --imges is no option. See sfumato train test --help."),
         ("", ["--images"], "--images wants a value. See sfumato train test --help."),
-        ('rank = "much"', ["--images", "d"], "from {file}: "),
+        ('rank = "3"', ["--images", "d"], '{file}: rank is "3"; wanted a whole number, without quotes.'),
         ('[[source]]\npath = "d"', [], "{file}: this is a dataset.toml; pass it with --images."),
     ],
 )

@@ -9,13 +9,15 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib.util
+import json
 import os
 import re
 import tomllib
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
+from types import UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
 
 from sfumato.errors import ConfigError
 
@@ -161,20 +163,55 @@ def _read(config_type: type[DataclassInstance], path: Path) -> dict[str, Any]:
     known = [field.name for field in dataclasses.fields(config_type)]
     if "source" in values and "source" not in known and "images" in known:
         raise ConfigError(f"{path}: this is a dataset.toml; pass it with --images.")
-    for key in values:
-        if key.replace("-", "_") not in known:
-            near = difflib.get_close_matches(key.replace("-", "_"), known, n=1)
+    hints, paths = typing.get_type_hints(config_type), _fields_of(config_type, Path)
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        name = key.replace("-", "_")
+        if name not in known and isinstance(value, dict):
+            raise ConfigError(f"{path}: [{key}] is a table; wanted the options by themselves, such as {known[0]} = ...")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}."
             raise ConfigError(f"{path}: unknown key {key!r}; {hint}")
-    for name in _fields_of(config_type, int):
-        given = values.get(name, values.get(name.replace("_", "-")))
-        if any(isinstance(number, float) for number in (given if isinstance(given, list) else [given])):
-            raise ConfigError(f"{path}: {name} is {given}; wanted a whole number.")
-    for name in _fields_of(config_type, Path):
-        given = values.get(name, values.get(name.replace("_", "-")))
-        if "" in (given if isinstance(given, list) else [given]):
-            raise ConfigError(f"{path}: {name} is empty; wanted a path, where . is the present folder.")
-    return {key.replace("_", "-"): value for key, value in values.items()}
+        if name.replace("_", "-") in found:
+            raise ConfigError(f"{path}: {name} is there twice, with - and with _; keep one.")
+        if wanted := _wanted(hints[name], value):
+            is_date = not isinstance(value, str | float | int | list | dict)
+            shown = str(value) if is_date else json.dumps(value, default=str, ensure_ascii=False)
+            raise ConfigError(f"{path}: {key} is {shown if len(shown) <= 60 else shown[:57] + '...'}; wanted {wanted}.")
+        if name in paths and "" in (value if isinstance(value, list) else [value]):
+            raise ConfigError(f"{path}: {key} is empty; wanted a path, where . is the present folder.")
+        found[name.replace("_", "-")] = value
+    return found
+
+
+_KINDS: Mapping[Any, tuple[tuple[type, ...], str]] = {
+    bool: ((bool,), "true or false"),
+    int: ((int,), "a whole number"),
+    float: ((int, float), "a number"),
+    str: ((str, int, float), "a text"),  # of some options the text may be a number, such as size = 512
+    Path: ((str,), "a path"),
+}
+"""By the type of a field, what of TOML it takes, and how that is called."""
+
+
+def _wanted(hint: Any, value: Any) -> str | None:
+    """What a value of a TOML file is to be for a field of this type; None where it is that, or cyclopts' to judge.
+
+    Nothing is read as what it may have meant, as the words of a command line are: "1e-4" in quotes is no number.
+    """
+    origin, inner = typing.get_origin(hint), [each for each in typing.get_args(hint) if each is not type(None)]
+    if origin is Literal:
+        return None if value in inner else f"one of {', '.join(map(json.dumps, inner))}"
+    if origin in (typing.Union, UnionType):
+        each = [_wanted(one, value) for one in inner]
+        return None if None in each else " or ".join(filter(None, each))
+    if origin is tuple and inner[1:] == [...]:  # one alone stands for a list of one
+        wrong = [_wanted(inner[0], one) for one in (value if isinstance(value, list) else [value])]
+        return next((f"a list of which each is {what}" for what in wrong if what), None)
+    kinds, name = _KINDS.get(hint, ((object,), ""))
+    fits = isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
+    return None if fits else f"{name}, without quotes" if isinstance(value, str) else name
 
 
 def _shipped(name: str) -> Path | None:
