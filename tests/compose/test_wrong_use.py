@@ -3,12 +3,16 @@
 from typing import Any
 
 import pytest
+import torch
 
 from sfumato.compose import Adapter, adapter_guidance, compose
+from sfumato.compose.blocks import Blocks
+from sfumato.compose.by_method import by_method
 from sfumato.compose.per_picture import composite, per_picture
 from sfumato.compose.regions import Region, regions
-from sfumato.compose.steps import over_steps
-from sfumato.errors import AdapterError
+from sfumato.compose.steps import Ramp, Switch, over_steps
+from sfumato.errors import AdapterError, FileError
+from tests.compose.conftest import weights_sha
 
 WHOLE = (0, 0, 1, 1)
 
@@ -28,6 +32,28 @@ WRONG: dict[str, tuple[Any, str]] = {
     "guidance of a pipeline": (lambda pipe, a, mix: adapter_guidance(pipe, 2, guidance=3), "the mix that compose gave"),
     "guidance of what was undone": (lambda pipe, a, mix: mix.undo() or adapter_guidance(mix, 2, guidance=3), "undone"),
     "a mix that was undone": (lambda pipe, a, mix: mix.undo() or mix, "undone"),
+    "steps of a pipeline": (lambda pipe, a, mix: over_steps(pipe), "over_steps wants the mix that compose gave"),
+    "steps of what was undone": (lambda pipe, a, mix: mix.undo() or over_steps(mix, a=Ramp((0, 1))), "undone"),
+    "a ramp without a label": (lambda pipe, a, mix: over_steps(mix, Ramp((0, 1))), "wanted ways by label, such as"),
+    "a switch of one text": (lambda pipe, a, mix: Switch("a"), "its labels as ('line', 'otter'), got 'a'"),
+    "a ramp of two numbers": (lambda pipe, a, mix: Ramp(0, 1), "a ramp is points (progress, weight)"),
+    "a ramp of a list": (lambda pipe, a, mix: Ramp([(0, 1), (1, 0)]), "a ramp is points (progress, weight)"),
+    "a half of a step": (lambda pipe, a, mix: Switch(("a",), 2.5), "a whole number"),
+    "steps of a region": (
+        lambda pipe, a, mix: regions(pipe, Region(WHOLE, a), over_steps={"b": 0.5}),
+        "over_steps {'b': 0.5}: wanted (from, to)",
+    ),
+    "a region's prompt": (lambda pipe, a, mix: Region(WHOLE, a, prompt=3), "a region's prompt is a text, got 3"),
+    "a region of an array": (lambda pipe, a, mix: Region(torch.ones(8, 8), a), "a region at tensor([[1., 1., 1., 1.,"),
+    "labels in a list": (lambda pipe, a, mix: mix.mute(["a"]), "several are given one by one, got ['a']"),
+    "labels unmuted in a list": (lambda pipe, a, mix: mix.unmute(["a"]), "several are given one by one, got ['a']"),
+    "an adapter for its label": (lambda pipe, a, mix: mix.remove(a), "a label is a text"),
+    "nothing to remove": (lambda pipe, a, mix: mix.remove(), "undo() the mix to take out all"),
+    "weights in a list": (lambda pipe, a, mix: mix.set_weights([0.5]), "wanted a dictionary by label"),
+    "weights for a name": (lambda pipe, a, mix: mix.set_weights("a"), "wanted a dictionary by label"),
+    "blocks in a text": (lambda pipe, a, mix: Blocks(1.0, "down:0"), "Blocks.parse reads texts"),
+    "merged in a list": (lambda pipe, a, mix: mix.undo() or by_method(pipe, [a], method="ties"), "as Adapter(file"),
+    "a title of a number": (lambda pipe, a, mix: mix.save("a.safetensors", title=3), "a title is a text, got 3"),
     "a guidance in words": (lambda pipe, a, mix: adapter_guidance(mix, 2, guidance="3"), "guidance '3': wanted"),
 }
 
@@ -36,10 +62,12 @@ WRONG: dict[str, tuple[Any, str]] = {
 def test_wrong_use_is_one_line(sd1, write, use, said):
     a = Adapter(write("a", sd1, "to_q"))
     with compose(sd1, a) as mix:
+        given = weights_sha(sd1)
         with pytest.raises(AdapterError) as caught, use(sd1, Adapter(a.path, 0.5, "b"), mix):
             pass
         assert said in str(caught.value)
         assert "\n" not in str(caught.value)
+        assert mix._undone or (weights_sha(sd1) == given and mix.weights == {"a": 1.0} and not mix.muted)
 
 
 @pytest.mark.parametrize("name", ["", "mix", "mix.txt"])
@@ -49,4 +77,6 @@ def test_a_mix_is_saved_under_the_ending_that_is_read_again(sd1, write, name, tm
         before = set(tmp_path.iterdir())
         with pytest.raises(AdapterError, match=r"a mix is saved as a \.safetensors file, got '.*'; give a name"):
             mix.save(name)
+        with pytest.raises(FileError, match="a file is named by its path, a text, got a NoneType"):
+            mix.save(None)
         assert set(tmp_path.iterdir()) == before

@@ -12,6 +12,7 @@ import torch
 from diffusers import (
     AutoPipelineForImage2Image,
     ControlNetModel,
+    DDIMScheduler,
     EDMEulerScheduler,
     StableDiffusionControlNetPipeline,
     StableDiffusionPipeline,
@@ -260,6 +261,12 @@ def test_an_overflow_in_half_precision_is_drawn_again_in_fp32():
         ({"prompts": "a", "seeds": 1, "steps": 2.5}, "steps 2.5: wanted a whole number"),
         ({"prompts": "a", "seeds": 1, "width": "64"}, "width '64': wanted a whole number"),
         ({"prompts": "a", "seeds": 1, "guidance": "3"}, "guidance '3': wanted a number"),
+        ({"prompts": "a", "seeds": 1, "sampler": DDIMScheduler}, "a sampler that is a DDIMScheduler; wanted a name"),
+        ({"prompts": "a", "seeds": 1, "sampler": DDIMScheduler()}, "a sampler that is a DDIMScheduler; wanted a name"),
+        (
+            {"prompts": "a", "seeds": 1, "start": "x.png"},
+            "a start that is a str; wanted sfumato.drawing.pictures.Start",
+        ),
     ],
 )
 def test_a_call_that_makes_no_sense_is_one_line(pocket, call, words):
@@ -267,6 +274,20 @@ def test_a_call_that_makes_no_sense_is_one_line(pocket, call, words):
         draw(pocket, **call)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("x.png",), "a start's picture that is a str; wanted a PIL picture"),
+        ((None,), "a start's picture that is a NoneType"),
+        ((Image.new("L", (8, 8)), 0.5, "mask.png"), "a start's mask that is a str"),
+        ((Image.new("L", (8, 8)), "0.5"), "strength '0.5': wanted above 0"),
+    ],
+)
+def test_a_start_is_of_pictures(given, said):
+    with pytest.raises(ConfigError, match=said):
+        Start(*given)
 
 
 def test_a_pipeline_that_wants_a_picture_says_so(pipe):

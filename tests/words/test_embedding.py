@@ -201,6 +201,28 @@ def test_placeholders_that_cannot_be_are_refused(placeholders, said, base):
     assert base.tokenizers[0] is tokenizer
 
 
+@pytest.mark.parametrize(
+    ("placeholders", "options", "said"),
+    [
+        ("<otter>", {}, "placeholders '<otter>': wanted a list of texts"),
+        (None, {}, "placeholders None: wanted"),
+        (["<otter>"], {"start": "words", "initial": "toy"}, "initial 'toy': wanted a list of texts"),
+        (["<otter>"], {"start": "word"}, "start 'word': wanted one of words, random, mean"),
+        (["<otter>"], {"vectors": "2"}, "'2' vectors for a placeholder; wanted 1 to 16"),
+    ],
+)
+def test_what_is_no_list_number_or_start_is_one_line(placeholders, options, said, base):
+    with pytest.raises(ConfigError, match=said):
+        embedding.new_words(base, placeholders, **options)
+
+
+def test_what_is_no_file_and_no_words_is_one_line(base):
+    with pytest.raises(FileError, match="a file is named by its path, a text, got a NoneType"):
+        embedding.load(base, None)
+    with pytest.raises(ConfigError, match="wanted new words by label"):
+        embedding.bundled(base, None).__enter__()
+
+
 def test_several_vectors_want_the_spelling_of_the_tokenizer_by_which_diffusers_finds_them(base):
     with pytest.raises(ConfigError, match=r"placeholder <Otter>: the tokenizer reads <otter>, .*; write <otter>\."):
         embedding.new_words(base, ["<Otter>"], vectors=2)

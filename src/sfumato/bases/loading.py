@@ -146,6 +146,9 @@ def find(source: str | os.PathLike[str], fetch: Callable[[str], Path] = hub_fold
 
     Raises BaseModelError that says what the name was taken for.
     """
+    if not isinstance(source, str | os.PathLike) or not str(source):
+        what = "nothing" if source == "" else f"a {type(source).__name__}"
+        raise BaseModelError(f"a base or VAE is named by a text, such as pocket, a folder or a hub id; got {what}.")
     text = os.fspath(source)
     if text == "pocket":
         return _pocket_folder(), "pocket"
@@ -320,8 +323,8 @@ def _check(parts: _Parts, name: str, clip_skip: int | None) -> None:
             "Name another base."
         )
     layers = min(text.num_hidden_layers for text in texts)
-    if clip_skip is not None and not 0 <= clip_skip < layers - 1:
-        raise BaseModelError(f"--clip-skip {clip_skip}: of {layers} layers, 0 to {layers - 2} can be skipped.")
+    if clip_skip is not None and not (isinstance(clip_skip, int) and 0 <= clip_skip < layers - 1):
+        raise BaseModelError(f"--clip-skip {clip_skip!r}: of {layers} layers, 0 to {layers - 2} can be skipped.")
 
 
 def _scheduler(config: Mapping[str, Any], name: str) -> Any:

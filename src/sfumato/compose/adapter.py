@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
+from typing import Any
 
 from sfumato.compose.blocks import Blocks
 from sfumato.errors import AdapterError
@@ -123,9 +124,32 @@ def with_unet(weight: Weight, number: float) -> Weight:
     return (number, weight[1] if isinstance(weight, tuple) else weight)
 
 
+def check_adapters(adapters: Iterable[Any]) -> None:
+    """Raises AdapterError for what is given in place of an adapter, such as the file's name alone."""
+    for adapter in adapters:
+        if not isinstance(adapter, Adapter):
+            raise AdapterError(f"an adapter is given as Adapter(file, weight), got {adapter!r:.60}.")
+
+
+def check_mix(mix: Any, what: str) -> None:
+    """Raises AdapterError for what is no mix, such as its pipeline, or one that was undone. what: wants it."""
+    if not hasattr(mix, "check_open"):
+        raise AdapterError(f"{what} wants the mix that compose gave back, got a {type(mix).__name__}.")
+    mix.check_open()
+
+
+def check_by_label(values: Any, known: Collection[str]) -> None:
+    """As `check_labels`, of a dictionary; raises AdapterError for what is none."""
+    if not isinstance(values, Mapping):
+        raise AdapterError(f"wanted a dictionary by label, such as {{'line': 0.5}}, got {values!r:.60}.")
+    check_labels(values, known)
+
+
 def check_labels(labels: Iterable[str], known: Collection[str]) -> None:
     """Raises AdapterError for a label that none of a mix's adapters has, whose labels are `known`."""
     for label in labels:
+        if not isinstance(label, str):
+            raise AdapterError(f"a label is a text, and several are given one by one, got {label!r:.60}.")
         if label not in known:
             there = ", ".join(map(repr, known)) or "nothing"
             raise AdapterError(f"no adapter of this mix is called {label!r}; it holds {there}.")

@@ -66,7 +66,12 @@ class Blocks:
         factors: Mapping[str, float] | Sequence[tuple[str, float]] = (),
         rest: float = 1.0,
     ) -> None:
-        pairs = tuple(sorted(factors.items() if isinstance(factors, Mapping) else factors))
+        listed = factors.items() if isinstance(factors, Mapping) else factors
+        if isinstance(factors, str) or not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in listed):
+            raise AdapterError(
+                f"blocks {factors!r:.60}: wanted factors by name, such as {{'down': 0}}; Blocks.parse reads texts."
+            )
+        pairs = tuple(sorted(listed))
         for name, factor in (*pairs, ("the rest", rest)):
             if isinstance(factor, bool) or not isinstance(factor, int | float) or not math.isfinite(factor):
                 raise AdapterError(f"blocks: the factor of {name} is {factor!r:.40}; wanted a number, usually 0 to 1.")

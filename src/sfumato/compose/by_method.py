@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from sfumato.compose import tensors
-from sfumato.compose.adapter import Adapter, is_idle
+from sfumato.compose.adapter import Adapter, check_adapters, is_idle
 from sfumato.compose.match import Modules, parts_of
 from sfumato.compose.mix import Mix, current, say_words
 from sfumato.errors import AdapterError
@@ -51,6 +51,7 @@ def by_method(
         raise AdapterError(
             f"this pipeline carries a mix already ({earlier.describe() or 'empty'}); undo() it before merging."
         )
+    check_adapters(adapters)
     some = [adapter for adapter in adapters if not is_idle(adapter.weight)]
     with TemporaryDirectory(ignore_cleanup_errors=True) as folder, Mix(pipe) as mix:
         both = zip(*read_sources(some, partial=partial, words=True), strict=True)

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from sfumato.compose.adapter import check_mix
 from sfumato.compose.caller import calling, in_turn, without_prompt
 from sfumato.compose.match import compiled_parts, halved, unwrapped_parts
 from sfumato.errors import AdapterError
@@ -43,9 +44,7 @@ def adapter_guidance(
     compiled U-Net, for a mix that was undone, and within the block for a call whose rows are no two halves, or that
     draws with another guidance.
     """
-    if not hasattr(mix, "check_open"):
-        raise AdapterError(f"adapter guidance wants the mix that compose gave back, got a {type(mix).__name__}.")
-    mix.check_open()
+    check_mix(mix, "adapter guidance")
     wanted = strengths_of(mix, strength, guidance=guidance)
     if wrong := [each for each in wanted.values() if each < 0]:
         raise AdapterError(f"adapter guidance {wrong[0]:g}: wanted 0 or more; 2 is usual.")

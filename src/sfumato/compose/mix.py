@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType, TracebackType
@@ -19,7 +19,15 @@ import torch
 from torch import Tensor
 
 from sfumato.compose import saving, table, tensors
-from sfumato.compose.adapter import Adapter, Weight, check_labels, checked_weight, weight_text
+from sfumato.compose.adapter import (
+    Adapter,
+    Weight,
+    check_adapters,
+    check_by_label,
+    check_labels,
+    checked_weight,
+    weight_text,
+)
 from sfumato.compose.baked import Applied, Baked
 from sfumato.compose.live import Live, SavesNone
 from sfumato.compose.match import Found, Modules, Way, compiled_parts, match, parts_of, unwrapped_parts
@@ -28,6 +36,7 @@ from sfumato.compose.sites import Site, applied_at, bring, new_site
 from sfumato.errors import AdapterError
 from sfumato.files.adapter_file import AdapterFile
 from sfumato.files.fingerprint import verify as verify_deltas
+from sfumato.files.header import path_of
 from sfumato.files.kinds import ROLES
 from sfumato.files.metadata import adapter_guidance_of, negatives_of, over_steps_of
 from sfumato.merging.whole_model import read_mixable
@@ -258,7 +267,7 @@ class Mix:
     def set_weights(self, weights: Mapping[str, Weight]) -> Self:
         """New weights by label, for labels that are no Python names; adapters not named keep theirs."""
         self.check_open()
-        check_labels(weights, self._weights)
+        check_by_label(weights, self._weights)
         wanted = self._weights | {label: checked_weight(label, weight) for label, weight in weights.items()}
         self._modules.check_blocks({label: wanted[label] for label in weights})
         self._change(wanted, self._muted, [label for label in weights if wanted[label] != self._weights[label]])
@@ -266,15 +275,16 @@ class Mix:
 
     def mute(self, *labels: str) -> Self:
         """Leave out these adapters (all, if none is named) as if their weights were 0, and remember the weights."""
-        return self._mute(self._muted | frozenset(labels or self._weights), labels)
+        return self._mute(labels, lambda named: self._muted | named)
 
     def unmute(self, *labels: str) -> Self:
         """Bring muted adapters back (all, if none is named) with the weights they have."""
-        return self._mute(self._muted - frozenset(labels or self._weights), labels)
+        return self._mute(labels, lambda named: self._muted - named)
 
-    def _mute(self, muted: frozenset[str], labels: Iterable[str]) -> Self:
+    def _mute(self, labels: Sequence[str], change: Callable[[frozenset[str]], frozenset[str]]) -> Self:
         self.check_open()
         check_labels(labels, self._weights)
+        muted = change(frozenset(labels or self._weights))
         self._change(self._weights, muted, muted ^ self._muted)
         return self
 
@@ -285,7 +295,7 @@ class Mix:
         factors: by label. Weights may change within the block.
         """
         self.check_open()
-        check_labels(factors, self._weights)
+        check_by_label(factors, self._weights)
         before = self._factors
         # Asked here, since `without` is entered at each of the U-Net's calls.
         self._is_streamed = "stream" in tensors.group_offloading(self._parts["unet"])
@@ -326,8 +336,13 @@ class Mix:
         return [site for site in self._sites.values() if site.part == "unet"]
 
     def remove(self, *labels: str) -> Self:
-        """Take adapters out of the mix; a weight that no adapter changes any more has the base's very bytes again."""
+        """Take adapters out of the mix; a weight that no adapter changes any more has the base's very bytes again.
+
+        Raises AdapterError where none is named: all of them are `undo`'s.
+        """
         self.check_open()
+        if not labels:
+            raise AdapterError("remove() names no adapter; give the labels of some, or undo() the mix to take out all.")
         check_labels(labels, self._weights)
         self._check_compiled(
             site
@@ -370,8 +385,10 @@ class Mix:
         ending than .safetensors.
         """
         self.check_open()
-        if Path(path).suffix != ".safetensors":
+        if path_of(path).suffix != ".safetensors":
             raise AdapterError(f"a mix is saved as a .safetensors file, got {str(path)!r}; give a name that ends so.")
+        if title is not None and not isinstance(title, str):
+            raise AdapterError(f"a title is a text, got {title!r:.40}.")
         if dtype not in (torch.float32, torch.float16, torch.bfloat16):
             raise AdapterError(f"a mix is saved in torch.float32, float16 or bfloat16, not in {dtype!r:.40}.")
         numbers = {label: self._at(label) for label in self._weights}
@@ -452,11 +469,10 @@ class Mix:
                     "weights (0.8, 0), which are for the U-Net alone."
                 )
 
-    def _check_new(self, adapters: Iterable[Adapter]) -> None:
+    def _check_new(self, adapters: Sequence[Adapter]) -> None:
         labels = list(self._weights)
+        check_adapters(adapters)
         for adapter in adapters:
-            if not isinstance(adapter, Adapter):
-                raise AdapterError(f"an adapter is given as Adapter(file, weight), got {adapter!r:.60}.")
             if adapter.label in labels:
                 raise AdapterError(
                     f"two adapters are called {adapter.label!r}. Tell them apart with Adapter(file, weight, name=...)."

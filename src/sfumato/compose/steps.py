@@ -13,11 +13,20 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from numbers import Real
 from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 from sfumato import schedulers
-from sfumato.compose.adapter import Weight, check_labels, checked_weight, unet_weight, with_unet
+from sfumato.compose.adapter import (
+    Weight,
+    check_by_label,
+    check_labels,
+    check_mix,
+    checked_weight,
+    unet_weight,
+    with_unet,
+)
 from sfumato.compose.caller import calling, in_turn, uncompiled
 from sfumato.compose.match import unwrapped_parts
 from sfumato.errors import AdapterError
@@ -36,7 +45,7 @@ class Ramp:
     points: tuple[tuple[float, float], ...]
 
     def __init__(self, *points: tuple[float, float]) -> None:
-        if not points or any(len(point) != 2 or not 0 <= point[0] <= 1 for point in points):
+        if not points or not all(is_pair(point) and 0 <= point[0] <= 1 for point in points):
             raise AdapterError(f"a ramp is points (progress, weight) with progress in 0 to 1, got {points!r:.60}.")
         # By progress; two points of one progress are a jump, in the order in which they were given.
         ordered = sorted(((float(at), float(weight)) for at, weight in points), key=lambda point: point[0])
@@ -82,8 +91,10 @@ class Switch:
     every: int = 5
 
     def __post_init__(self) -> None:
-        if not self.labels or self.every < 1:
-            raise AdapterError("a switch wants at least one label, and each for at least one step.")
+        if isinstance(self.labels, str) or not all(isinstance(label, str) for label in self.labels):
+            raise AdapterError(f"a switch wants its labels as ('line', 'otter'), got {self.labels!r:.60}.")
+        if not self.labels or not isinstance(self.every, int) or self.every < 1:
+            raise AdapterError("a switch wants at least one label, and each for at least one step, a whole number.")
 
     def on(self, step: int) -> str:
         """The label whose turn it is at `step`, counted from 0."""
@@ -114,7 +125,13 @@ def over_asked_steps(mix: Mix) -> Iterator[None]:
 @contextmanager
 def over_steps_of(mix: Mix, weights: Mapping[str, Progress], switch: Switch | None = None) -> Iterator[None]:
     """As `over_steps`, for labels that are no Python names."""
-    check_labels([*weights, *(switch.labels if switch else ())], mix.weights)
+    check_mix(mix, "over_steps")
+    if not isinstance(switch, Switch | None):
+        raise AdapterError(
+            f"{switch!r:.40} over the steps: wanted ways by label, such as line=Ramp((0, 1), (1, 0)), or a Switch."
+        )
+    check_by_label(weights, mix.weights)
+    check_labels(switch.labels if switch else (), mix.weights)
     for label, way in weights.items():
         if not callable(way):
             raise AdapterError(
@@ -148,6 +165,11 @@ def over_steps_of(mix: Mix, weights: Mapping[str, Progress], switch: Switch | No
                 yield
         finally:
             _set(mix, before)
+
+
+def is_pair(value: Any) -> bool:
+    """Whether it is two numbers."""
+    return isinstance(value, tuple | list) and len(value) == 2 and all(isinstance(each, Real) for each in value)
 
 
 def progress_of(timestep: float, scheduler: Any) -> float:

@@ -49,8 +49,12 @@ class Start:
     mask: Image.Image | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.strength <= 1:
-            raise ConfigError(f"strength {self.strength:g}: wanted above 0 and at most 1; 0.6 is usual.")
+        for what, picture in {"picture": self.picture, "mask": self.mask}.items():
+            if not isinstance(picture, Image.Image) and (picture is not None or what == "picture"):
+                kind = type(picture).__name__
+                raise ConfigError(f"a start's {what} that is a {kind}; wanted a PIL picture, as Image.open gives it.")
+        if not isinstance(self.strength, Real) or not 0 < self.strength <= 1:
+            raise ConfigError(f"strength {self.strength!r:.40}: wanted above 0 and at most 1; 0.6 is usual.")
 
     def sized(self, width: int, height: int) -> Start:
         """The same at this size."""
@@ -103,7 +107,7 @@ def draw_each(
     prompts, seeds = _pairs(prompts, seeds)
     steps, batch = _whole("steps", steps), _whole("batch", batch)
     width, height = _whole("width", width), _whole("height", height)
-    _check_kinds(guidance, negative, syntax)
+    _check_kinds(guidance, negative, syntax, sampler, start)
     is_base = hasattr(source, "encode_text")
     pipe = source.pipeline() if is_base else source
     _check_pipeline(pipe, start)
@@ -154,7 +158,7 @@ def draw_against(
     return [found[place] for place in range(len(prompts))]
 
 
-def _check_kinds(guidance: Any, negative: Any, syntax: Any) -> None:
+def _check_kinds(guidance: Any, negative: Any, syntax: Any, sampler: Any, start: Any) -> None:
     """Raises ConfigError for a setting of another type."""
     if guidance is not None and not isinstance(guidance, Real):
         raise ConfigError(f"guidance {guidance!r:.40}: wanted a number; 3 to 9 is usual.")
@@ -162,6 +166,12 @@ def _check_kinds(guidance: Any, negative: Any, syntax: Any) -> None:
         raise ConfigError(f"a negative prompt that is a {type(negative).__name__}; wanted one text for all pictures.")
     if syntax not in get_args(Syntax):
         raise ConfigError(f"the prompt syntax {syntax!r}: wanted one of {', '.join(get_args(Syntax))}.")
+    if sampler is not None and not isinstance(sampler, str):
+        kind = getattr(sampler, "__name__", type(sampler).__name__)
+        raise ConfigError(f"a sampler that is a {kind}; wanted a name such as ddim. Your own goes into pipe.scheduler.")
+    if start is not None and not isinstance(start, Start):
+        kind = type(start).__name__
+        raise ConfigError(f"a start that is a {kind}; wanted sfumato.drawing.pictures.Start(picture).")
 
 
 def check_steps(steps: int | None, scheduler: Any) -> None:

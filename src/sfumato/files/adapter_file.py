@@ -13,7 +13,7 @@ from types import MappingProxyType
 from sfumato.errors import AdapterError
 from sfumato.files.changes import Change, Parts, read_change
 from sfumato.files.embedding_file import Vectors, vectors
-from sfumato.files.header import FLOATS, Header
+from sfumato.files.header import FLOATS, Header, path_of
 from sfumato.files.keys import TRANSFORMER, Layout, describe_foreign, guess_family, read_layout, text_widths
 from sfumato.files.kohya import Target
 from sfumato.files.peft_folder import Source, adapter_sources
@@ -54,7 +54,7 @@ def read_adapter(path: str | os.PathLike[str], *, partial: bool = False) -> Adap
     partial: leave out keys that are not understood and modules that are not whole, and list them in `skipped`; without
     it they are errors. Raises FileError for a broken file and AdapterError for one that is no adapter or not whole.
     """
-    path = Path(path)
+    path = path_of(path)
     files = [_read(source, partial) for source in adapter_sources(path)]
     changes = {target: change for file in files for target, change in file.changes.items()}
     if len(changes) < sum(len(file.changes) for file in files):

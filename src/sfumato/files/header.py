@@ -71,12 +71,19 @@ class Header:
     checksum: int = 0
 
 
+def path_of(path: str | os.PathLike[str]) -> Path:
+    """The path of a file to be read or written. Raises FileError for what names none, such as None."""
+    if not isinstance(path, str | os.PathLike):
+        raise FileError(f"a file is named by its path, a text, got a {type(path).__name__}.")
+    return Path(path)
+
+
 def read_header(path: str | os.PathLike[str]) -> Header:
     """The checked header of the safetensors file at `path`, whatever its suffix.
 
     Raises FileError, one line, for anything that is not a whole and unambiguous safetensors file.
     """
-    path = Path(path)
+    path = path_of(path)
     with _open(path) as file:
         size = os.fstat(file.fileno()).st_size
         head = file.read(HEAD_BYTES)

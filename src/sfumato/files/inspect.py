@@ -10,14 +10,13 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sfumato.files.embedding_keys import embedding_key
 from sfumato.files.family import FAMILIES, family_from_metadata
-from sfumato.files.header import Header
+from sfumato.files.header import Header, path_of
 from sfumato.files.keys import (
     TRANSFORMER,
     Layout,
@@ -110,7 +109,7 @@ def inspect_file(path: str | os.PathLike[str]) -> Inspection:
 
     Raises FileError for what is no safetensors file.
     """
-    path = Path(path)
+    path = path_of(path)
     sources = adapter_sources(path)
     parts = {source.part or "": _in_one_file(source) for source in sources}
     found = next(iter(parts.values())) if len(parts) == 1 else _together(path.name, parts)

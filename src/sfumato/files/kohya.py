@@ -89,7 +89,9 @@ def kohya_name(family: str, part: str, path: str) -> str:
 
     Raises AdapterError for a part that the family lacks or a module that no other tool has a name for.
     """
-    prefixes = _PREFIXES[family]
+    prefixes = _PREFIXES.get(family)
+    if prefixes is None:
+        raise AdapterError(f"there is no family {family!r:.40}; wanted {', '.join(_PREFIXES)}.")
     if part not in prefixes:
         raise AdapterError(f"{part} is no part of {FAMILIES[family].title}; its parts are {', '.join(prefixes)}.")
     if part == "unet":

@@ -13,7 +13,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import accumulate
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sfumato import __version__
@@ -229,7 +228,7 @@ def thumbnail_uri(image: Image) -> str:
 
 def short_hash(source: Header | str | os.PathLike[str]) -> str:
     """The 12 hex digits by which A1111's `Lora hashes` names a file: sshs_model_hash's, computed where missing."""
-    header = source if isinstance(source, Header) else read_header(Path(source))
+    header = source if isinstance(source, Header) else read_header(source)
     stated = header.metadata.get("sshs_model_hash", "")
     if len(stated) == 64 and all(letter in "0123456789abcdef" for letter in stated):
         return stated[:12]

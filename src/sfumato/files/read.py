@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import FileError
-from sfumato.files.header import Header, read_header
+from sfumato.files.header import Header, path_of, read_header
 
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {
@@ -53,7 +53,7 @@ def read_tensors(
     header: the file's header if the caller has read it already; the file must not have changed since.
     Raises FileError for a file that fails the header checks or a tensor with NaN or Inf, unless `allow_nonfinite`.
     """
-    path = Path(path)
+    path = path_of(path)
     header = header or read_header(path)
     tensors = _mapped(path, header, header.tensors if names is None else names)
     if not allow_nonfinite and not _all_finite(tensors.values()):

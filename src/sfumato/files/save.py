@@ -23,7 +23,7 @@ from torch import Tensor
 
 from sfumato.errors import FileError
 from sfumato.files.atomic import atomic_folder, atomic_path
-from sfumato.files.header import MARKERS, NAME_LIMIT
+from sfumato.files.header import MARKERS, NAME_LIMIT, path_of
 from sfumato.files.read import is_finite
 
 # Widest first, as the library sorts.
@@ -52,7 +52,7 @@ def write_tensors(
     Raises FileError, before anything is written, for a tensor with NaN or Inf or one that readers would refuse, and for
     a disk that does not take the file.
     """
-    path = Path(path)
+    path = path_of(path)
     _check_writable(path, tensors)
     for name, tensor in tensors.items():
         _check_finite(path, name, tensor)
@@ -76,7 +76,7 @@ def write_one_by_one(
     shapes: tensors of the same shapes and dtypes, perhaps on the device `meta`. hashed: with `hashes` in the metadata.
     Nothing is left where `make` raises.
     """
-    path = Path(path)
+    path = path_of(path)
     _check_writable(path, shapes)
     head = header_bytes(shapes, {**metadata, **(_hashes([], b"") if hashed else {})})  # as long as with its own hashes
     with _opened(path) as file:

@@ -20,6 +20,7 @@ from torch import Tensor
 from sfumato.errors import AdapterError, FileError
 from sfumato.files.changes import LoraModule
 from sfumato.files.fingerprint import KEY, fingerprint
+from sfumato.files.header import path_of
 from sfumato.files.kohya import Target, kohya_name
 from sfumato.files.metadata import METADATA_LIMIT
 from sfumato.files.read import is_finite
@@ -49,7 +50,7 @@ def write_lora(
     words: new words bundled with it, as `write_embedding.add_words` takes them, in fp32.
     Raises AdapterError for modules that other tools have no name for, FileError for values the file cannot hold.
     """
-    path = Path(path)
+    path = path_of(path)
     if not modules:
         raise AdapterError(f"{path.name}: there are no modules to write; the adapter is attached to nothing.")
     biased = [target for target, module in modules.items() if module.bias_delta is not None]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sfumato.errors import AdapterError
 from sfumato.files.fingerprint import KEY, Row, fingerprint_of, rows
+from sfumato.files.header import path_of
 from sfumato.files.kohya import Target, kohya_name
 from sfumato.files.save import write_one_by_one
 from sfumato.files.write import cast, check_metadata
@@ -32,7 +33,7 @@ def write_difference(
 
     deltas: each is asked for twice and then let go, so that they may be taken when they are asked for.
     """
-    path = Path(path)
+    path = path_of(path)
     if not deltas:
         raise AdapterError(f"{path.name}: there are no modules to write; the adapter is attached to nothing.")
     shapes: dict[str, Tensor] = {}

@@ -20,6 +20,7 @@ from sfumato.errors import AdapterError, FileError
 from sfumato.files.atomic import atomic_folder
 from sfumato.files.changes import LoraModule
 from sfumato.files.fingerprint import KEY, fingerprint
+from sfumato.files.header import path_of
 from sfumato.files.kohya import Target, kohya_name
 from sfumato.files.peft_folder import CONFIG, MODEL
 from sfumato.files.save import hashes, write_tensors
@@ -44,7 +45,7 @@ def write_diffusers(
 
     Biases are kept (`lora_B.bias`). ComfyUI loads none of the attention of such a file, A1111 and sd-scripts nothing.
     """
-    path = Path(path)
+    path = path_of(path)
     _check(modules, path.name, family)
     tensors = _tensors({_dotted(target): module for target, module in modules.items()}, dtype, path)
     described = _described(metadata, fingerprint(modules))

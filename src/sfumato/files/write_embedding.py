@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import AdapterError, FileError
-from sfumato.files.header import read_header
+from sfumato.files.header import path_of, read_header
 from sfumato.files.metadata import METADATA_LIMIT
 from sfumato.files.read import is_finite, read_tensors
 from sfumato.files.save import hashes, write_tensors
@@ -35,7 +35,7 @@ def write_embedding(
     vector takes 3 KiB.
     Raises AdapterError for vectors that are none, FileError for values the file cannot hold.
     """
-    path = Path(path)
+    path = path_of(path)
     widths = {part: list(rows.shape) for part, rows in vectors.items()}
     fitting = {len(rows) for rows in vectors.values()}
     if not vectors or len(fitting) != 1 or any(rows.ndim != 2 for rows in vectors.values()):
@@ -63,7 +63,7 @@ def add_words(path: str | os.PathLike[str], words: Mapping[str, Mapping[str, Ten
     Forge draws without them, and diffusers refuses an adapter's file with words in it.
     Raises AdapterError for a token with a dot in it, which these names cannot hold.
     """
-    path = Path(path)
+    path = path_of(path)
     header = read_header(path)
     tensors = dict(read_tensors(path, header=header)) | bundled(path, words)
     return write_tensors(path, tensors, {**header.metadata, **hashes(tensors, header.metadata)})

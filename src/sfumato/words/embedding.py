@@ -25,7 +25,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -269,7 +269,12 @@ def new_words(
     Raises ConfigError for a placeholder that is a token already, and for capitals in one of several vectors.
     """
     sites = sites_of(source)
+    for name, texts in {"placeholders": placeholders, "initial": initial}.items():
+        if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+            raise ConfigError(f"{name} {texts!r:.60}: wanted a list of texts, such as ['otter'].")
     _check_placeholders(placeholders, sites, vectors)
+    if start not in get_args(Start):
+        raise ConfigError(f"start {start!r:.40}: wanted one of {', '.join(get_args(Start))}.")
     if start == "words" and len(initial) not in (1, len(placeholders)):
         raise ConfigError(
             f"{so_many(len(initial), 'initial word')} for {so_many(len(placeholders), 'placeholder')}; give "
@@ -294,6 +299,8 @@ def new_words(
 
 def _check_placeholders(placeholders: Sequence[str], sites: Sequence[Site], vectors: int) -> None:
     """Raises ConfigError for placeholders that cannot be learned beside each other, with so many vectors each."""
+    if not isinstance(vectors, int) or not 1 <= vectors <= MOST_VECTORS:
+        raise ConfigError(f"{vectors!r:.40} vectors for a placeholder; wanted 1 to {MOST_VECTORS}.")
     if not placeholders or len({token.lower() for token in placeholders}) < len(placeholders):
         raise ConfigError(f"placeholders {', '.join(placeholders) or 'none'}: wanted one or more, each of its own.")
     for token in placeholders:
@@ -307,8 +314,6 @@ def _check_placeholders(placeholders: Sequence[str], sites: Sequence[Site], vect
                     f"placeholder {token}: the tokenizer reads {spelt}, and of a word spelt otherwise diffusers finds "
                     f"the first vector alone; write {spelt}."
                 )
-    if not 1 <= vectors <= MOST_VECTORS:
-        raise ConfigError(f"{vectors} vectors for a placeholder; wanted 1 to {MOST_VECTORS}.")
 
 
 def _ids_of(words: str, site: Site, count: int) -> list[int]:
@@ -347,6 +352,8 @@ def bundled(
     """
     from sfumato.files.embedding_file import united
 
+    if not isinstance(found, Mapping):
+        raise ConfigError(f"wanted new words by label, as mix.embeddings has them, got a {type(found).__name__}.")
     usable: dict[str, dict[str, Mapping[str, Tensor]]] = {label: {} for label in found}
     counts: dict[str, int] = {}
     for label, token, parts in ((label, *word) for label, vectors in found.items() for word in vectors.items()):

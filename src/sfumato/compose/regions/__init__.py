@@ -61,9 +61,9 @@ def regions(
     files = read(parts, partial=partial, verify=verify)
     texts = Texts(pipe, parts, files, syntax, guided=guided, partial=partial)
     labels = {each.label for region in parts for each in region.adapters}
+    spans = Spans(pipe, over_steps)
     if unknown := sorted(over_steps.keys() - labels):
         raise AdapterError(f"over_steps names {unknown[0]!r}, which is in no region; there are {sorted(labels)}.")
-    spans = Spans(pipe, over_steps)
     layers = by_layer(pipe, parts, files, spans, partial=partial)
     say_unknown_words(pipe, files)
 

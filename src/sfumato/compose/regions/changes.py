@@ -17,7 +17,7 @@ from sfumato.compose.caller import calling
 from sfumato.compose.match import Modules, unwrapped_parts, weighed
 from sfumato.compose.regions.near import Near
 from sfumato.compose.regions.region import Region
-from sfumato.compose.steps import Ramp, progress_of
+from sfumato.compose.steps import Ramp, is_pair, progress_of
 from sfumato.errors import AdapterError
 from sfumato.files.adapter_file import AdapterFile
 from sfumato.files.changes.replacement import lora_command
@@ -29,6 +29,8 @@ class Spans:
     """Which adapters count at the current step."""
 
     def __init__(self, pipe: Any, spans: Mapping[str, tuple[float, float]]) -> None:
+        if not isinstance(spans, Mapping) or not all(map(is_pair, spans.values())):
+            raise AdapterError(f"over_steps {spans!r:.60}: wanted (from, to) by label, such as {{'line': (0, 0.8)}}.")
         self._pipe = pipe
         self._ways = {label: Ramp.within(*span, 1.0) for label, span in spans.items()}
         self._now: dict[str, float] = {}

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sfumato.compose.adapter import Adapter
+from sfumato.compose.adapter import Adapter, check_adapters
 from sfumato.errors import AdapterError
 
 Box = tuple[float, float, float, float]
@@ -36,12 +36,14 @@ class Region:
     def __init__(self, where: Image.Image | Box, *adapters: Adapter, prompt: str | None = None) -> None:
         is_box = isinstance(where, tuple | list) and len(where) == 4 and all(isinstance(side, Real) for side in where)
         if not is_box and not isinstance(where, Image.Image):
+            shown = " ".join(repr(where).split())
             raise AdapterError(
-                f"a region at {where!r:.60}: wanted a picture that is white there, or (left, top, right, bottom) as "
+                f"a region at {shown:.60}: wanted a picture that is white there, or (left, top, right, bottom) as "
                 "shares of the side."
             )
-        if wrong := [adapter for adapter in adapters if not isinstance(adapter, Adapter)]:
-            raise AdapterError(f"an adapter of a region is given as Adapter(file, weight), got {wrong[0]!r:.60}.")
+        check_adapters(adapters)
+        if prompt is not None and not isinstance(prompt, str):
+            raise AdapterError(f"a region's prompt is a text, got {prompt!r:.40}.")
         object.__setattr__(self, "where", where)
         object.__setattr__(self, "adapters", adapters)
         object.__setattr__(self, "prompt", prompt)
