@@ -86,6 +86,31 @@ def test_a_mixed_model_can_be_copied_and_pickled(sd1, a):
         pass
 
 
+@pytest.mark.parametrize("way", ["baked", "live"])
+def test_composing_on_a_copy_of_a_mixed_model_says_what_stays_in_it(sd1, a, way, capsys):
+    with compose(sd1, a, way=way) as mix:
+        copied = copy.deepcopy(sd1)
+        mix.mute()
+        silent = copy.deepcopy(sd1)
+    capsys.readouterr()
+    with compose(silent, a):
+        pass
+    assert "a copy" not in capsys.readouterr().err
+    with compose(copied, a, way=way):
+        assert current(copied) is not None
+    assert "this pipeline is a copy of one that carried a mix (a 0.8), which stays in it" in capsys.readouterr().err
+
+
+def test_a_copy_of_a_live_mix_is_not_saved_without_it_after_another_mix(sd1, a, tmp_path):
+    with compose(sd1, a, way="live"):
+        copied = copy.deepcopy(sd1)
+    with compose(copied, a, way="live"):
+        pass
+    with pytest.raises(AdapterError, match="in a copy that was made meanwhile they are for good"):
+        copied.unet.save_pretrained(tmp_path / "unet")
+    sd1.unet.save_pretrained(tmp_path / "base")
+
+
 def test_what_divides_a_call_is_not_nested(sd1, a):
     whole = Region((0, 0, 1, 1), a)
     with compose(sd1, a) as mix:

@@ -92,6 +92,19 @@ def test_a_second_thread_is_refused_instead_of_adding_its_adapters(sd1, write):
         pass
 
 
+def test_a_block_by_picture_within_another_adds_to_it_and_a_composite_stands_alone(sd1, write):
+    a, b = (Adapter(write(name, sd1, "to_q", "conv1", seed=seed)) for seed, name in enumerate("ab"))
+    with per_picture(sd1, [[a, b], [b]]):
+        wanted = predict(sd1, [0, 1])
+    with per_picture(sd1, [[a], []]), per_picture(sd1, [[b], [b]]):
+        assert_close(predict(sd1, [0, 1]), wanted, atol=1e-5, rtol=1e-5)
+    for one, other in [(per_picture(sd1, [[a], []]), composite(sd1, a, b)), (composite(sd1, a), composite(sd1, a, b))]:
+        with one, pytest.raises(AdapterError, match="a composite divides each row"), other:
+            pass
+    with composite(sd1, a, b), pytest.raises(AdapterError, match="a composite"), per_picture(sd1, [[a], []]):
+        pass
+
+
 def test_a_composite_is_the_mean_of_what_each_predicts(sd1, write):
     a, b = (write(name, sd1, "to_q", "conv1", seed=seed) for seed, name in enumerate("ab"))
     each = []

@@ -282,14 +282,18 @@ class SavesNone:
         kind: Any = type(self._part)
         return MethodType(kind.save_pretrained, self._part)
 
+    def sites(self) -> list[Live]:
+        """The paths that add something, of a mix or of one that the part was copied with."""
+        hooks = [hook for module in self._part.modules() for hook in module._forward_hooks.values()]
+        return [site for hook in hooks if isinstance(site := getattr(hook, "__self__", None), Live) and site.applied]
+
     def __call__(self, *args: Any, **options: Any) -> Any:
         """Raises AdapterError while any path adds something; else the part's own."""
-        hooks = [hook for module in self._part.modules() for hook in module._forward_hooks.values()]
-        sites = [site for hook in hooks if isinstance(site := getattr(hook, "__self__", None), Live)]
-        if any(site.applied for site in sites):
+        if sites := self.sites():
             raise AdapterError(
                 f"adapters are live beside the {sites[0].part}'s layers, and save_pretrained writes the base without "
-                "them. Write them with mix.save(file), or undo() the mix before you save the base."
+                "them. Write them with mix.save(file), or undo() the mix before you save the base; in a copy that was "
+                "made meanwhile they are for good."
             )
         return self._own(*args, **options)
 

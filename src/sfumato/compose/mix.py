@@ -76,8 +76,15 @@ def compose(
         )
     if way not in get_args(Way):
         raise AdapterError(f"there is no way {way!r} to mix; there are {', '.join(get_args(Way))}.")
+    copied = {mark for part in unwrapped_parts(pipe).values() if isinstance(mark := part.__dict__.get(_MARK), str)}
     mix = Mix(pipe, way)
     mix.add(*adapters, partial=partial, verify=verify)
+    for carried in sorted(filter(None, copied)):
+        print(
+            f"this pipeline is a copy of one that carried a mix ({carried}), which stays in it for good, beneath this "
+            "one. For the base copy it before compose, or after undo().",
+            file=sys.stderr,
+        )
     if adapters:
         labels = list(mix.weights)
         more = f" and {len(labels) - 4} more" if len(labels) > 4 else ""
@@ -370,7 +377,7 @@ class Mix:
         for part in self._parts.values():
             if part.__dict__.get(_MARK) is self:
                 del part.__dict__[_MARK]
-            if isinstance(part.__dict__.get(_SAVE), SavesNone):
+            if isinstance(saves := part.__dict__.get(_SAVE), SavesNone) and not saves.sites():
                 del part.__dict__[_SAVE]
         self._sites, self._weights, self._adapters, self._skipped, self._undone = {}, {}, {}, {}, True
         self._files, self._muted = {}, frozenset()
@@ -395,8 +402,9 @@ class Mix:
         return saving.save(Path(path), self.family, self._sites.values(), numbers, self._files, dtype, title)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copied or pickled model has no mix: its weights are what they are, and nothing of it can be undone."""
-        return type(None), ()
+        """A copied or pickled model has no mix, but a text of what it carries, which is read where this package is not
+        installed: its weights are what they are, and nothing of it can be undone."""
+        return str, (self.describe() if any(site.applied for site in self._sites.values()) else "",)
 
     def __enter__(self) -> Self:
         self.check_open()
@@ -463,7 +471,8 @@ class Mix:
 
     def _check_shared(self, parts: Iterable[str]) -> None:
         for part in parts:
-            if self._parts[part].__dict__.get(_MARK) not in (None, self):
+            other = self._parts[part].__dict__.get(_MARK)
+            if isinstance(other, Mix) and other is not self:
                 raise AdapterError(
                     f"this {part} carries the mix of another pipeline that shares it. Undo that first, or give the "
                     "weights (0.8, 0), which are for the U-Net alone."

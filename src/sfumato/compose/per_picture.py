@@ -43,9 +43,9 @@ def per_picture(pipe: Any, adapters: Sequence[Sequence[Adapter]], *, partial: bo
 
     pipe: a diffusers pipeline (SD 1.x, 2.x, SDXL) or a Base; called with as many prompts as there are lists, and one
     picture each, which `sfumato.draw` may draw in several batches. Text encoders are adapted by picture, too. Equal to
-    single runs but for rounding. What diffusers' `load_lora_weights` loaded counts in all. Raises AdapterError for
-    adapters without a low-rank form, for a compiled part, while another thread is within such a block, and within the
-    block for a call with another number of pictures.
+    single runs but for rounding. What diffusers' `load_lora_weights` loaded counts in all, and a block within another
+    adds to it. Raises AdapterError for adapters without a low-rank form, for a compiled part, while another thread is
+    within such a block, within a composite's, and within the block for a call with another number of pictures.
     """
     _check_lists(adapters)
     count = len(adapters)
@@ -170,23 +170,32 @@ def _hooked(
                 "is for the U-Net alone."
             )
     refuse_compiled(pipe, {part for part, _ in layers})
-    gathered = [(module, _Gathered(module, terms, index)) for module, terms in layers.values()]
+    gathered = [(module, _Gathered(module, terms, index, divides=unet_only)) for module, terms in layers.values()]
     with ExitStack() as hooks:
         with turn(pipe):
-            _check_thread(pipe)
+            _check_others(pipe, divides=unet_only)
             for module, hook in gathered:
                 hooks.enter_context(module.register_forward_hook(hook))
         yield
 
 
-def _check_thread(pipe: Any) -> None:
-    """Raises AdapterError where another thread has adapters by picture, which would be added to this one's pictures."""
+def _check_others(pipe: Any, *, divides: bool) -> None:
+    """Raises AdapterError where another thread has adapters by picture, which would be added to this one's pictures,
+    and where a composite, which divides rows among its adapters, would meet others that count rows otherwise.
+
+    divides: whether it is a composite that is asked about.
+    """
     modules = [module for part in unwrapped_parts(pipe).values() for module in part.modules()]
     hooks = [hook for module in modules for hook in module._forward_hooks.values() if isinstance(hook, _Gathered)]
     if any(hook.thread != get_ident() for hook in hooks):
         raise AdapterError(
             "another thread draws with adapters by picture on this U-Net or its text encoders. Let threads wait for "
             "one another by a lock around per_picture, or draw all pictures in one call."
+        )
+    if any(divides or hook.divides for hook in hooks):
+        raise AdapterError(
+            "a composite divides each row of a call among its adapters, and others by picture do not know whose a row "
+            "is then. End the outer block before this one, or give a composite all adapters."
         )
 
 
@@ -220,11 +229,12 @@ def _layers(
 class _Gathered:
     """The hook of one layer. down: (pictures, rank, in, ...), up: (pictures, out, rank), padded to the largest rank."""
 
-    def __init__(self, module: nn.Module, terms: Terms, index: Index) -> None:
+    def __init__(self, module: nn.Module, terms: Terms, index: Index, *, divides: bool = False) -> None:
         shape = tensors.shape(module)
         assert shape is not None
         rank = max(sum(low.rank for _, low in each) for each in terms)
         self.thread = get_ident()
+        self.divides = divides
         self._index = index
         self._down = torch.zeros(len(terms), rank, *shape[1:])
         self._up = torch.zeros(len(terms), shape[0], rank)
