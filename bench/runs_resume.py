@@ -48,8 +48,8 @@ CASES: Mapping[str, Sequence[str]] = {
         *_SHARED, "--placeholder", "<sq>", "--initial-words", "red", "--vectors", "2", "--ema", "0.9",
         "--accumulate", "2", "--caption", "{trigger}, {caption}",
     ],
-    "pretrain vae": [*_PRETRAIN, "--stage", "vae"],
-    "pretrain unet muon": [*_PRETRAIN, "--stage", "unet", "--optimizer", "muon"],
+    "pretrain vae": [*_PRETRAIN, "--stage", "vae", "--hands-share", "0.5"],
+    "pretrain unet muon": [*_PRETRAIN, "--stage", "unet", "--optimizer", "muon", "--hands-share", "0.5"],
 }  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from sfumato.compose.per_picture import composite, per_picture
 from sfumato.compose.regions import Region, regions
 from sfumato.compose.steps import Ramp, over_steps
 from sfumato.files.fingerprint import fingerprint
+from sfumato.pocket.hands import as_by_other_hands, by_hands
 from sfumato.precision import decide
 from tests.compose.conftest import write  # noqa: F401
 from tests.files.test_change_definitions import DEFINITIONS, change_of
@@ -104,6 +105,22 @@ def test_autocast_has_the_dtypes_of_cudas():
             torch.float32
         }
         assert F.silu(x).dtype == torch.float16
+
+
+# The pocket base's pictures
+
+
+def test_other_hands_draw_on_a_gpu_what_they_draw_on_the_cpu():
+    pixels = torch.rand(24, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    some = as_by_other_hands(pixels, 0.8, torch.Generator().manual_seed(1))
+    with gpu():
+        there = pixels.to("cuda")
+        named = by_hands(there, range(24))
+        changed = as_by_other_hands(there, 0.8, torch.Generator().manual_seed(1))
+        assert named.device.type == changed.device.type == "cuda"
+        named, changed = named.cpu(), changed.cpu()
+    assert_close(named, by_hands(pixels, range(24)), rtol=0, atol=1e-3)
+    assert_close(changed, some, rtol=0, atol=1e-3)
 
 
 # Trainers

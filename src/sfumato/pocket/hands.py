@@ -27,7 +27,7 @@ def as_by_other_hands(pixels: Tensor, share: float, generator: torch.Generator) 
     What is done with one is drawn by lot: on average about two of the changes below, in their order.
     """
 
-    rand = _draws(generator)
+    rand = _draws(generator, pixels.device)
     drawn = _redrawn(_some(rand, 0.25, _finer, (pixels + 1) / 2), rand)
     by_others = (rand(len(pixels)) < share).view(-1, 1, 1, 1)
     return torch.where(by_others, drawn * 2 - 1, pixels)
@@ -46,12 +46,13 @@ def by_hands(pixels: Tensor, hands: Sequence[int]) -> Tensor:
     """(b, 3, h, w) in [-1, 1] -> the same size and range; each by its hand, which changes every picture alike."""
     shades = (pixels + 1) / 2
     each = [torch.Generator().manual_seed(1000 + hand) for hand in hands]
-    drawn = [_redrawn(shades[i : i + 1], _draws(generator)) for i, generator in enumerate(each)]
+    drawn = [_redrawn(shades[i : i + 1], _draws(generator, pixels.device)) for i, generator in enumerate(each)]
     return torch.cat(drawn) * 2 - 1
 
 
-def _draws(generator: torch.Generator) -> Draw:
-    return lambda *shape: torch.rand(shape, generator=generator)
+def _draws(generator: torch.Generator, device: torch.device) -> Draw:
+    """The generator is the CPU's on every device, so that a hand is the same on all."""
+    return lambda *shape: torch.rand(shape, generator=generator).to(device)
 
 
 def _some(rand: Draw, chance: float, change: Change, plain: Tensor, *given: Any) -> Tensor:
@@ -85,7 +86,7 @@ def _recolored(plain: Tensor, ink: Tensor, rand: Draw) -> Tensor:
     """Another palette; white stays white: absorbances are mixed by a rotation of hue, and scaled."""
     n = len(plain)
     angle, strength = rand(n) * 2 * math.pi, (0.4 + 1.2 * rand(n)).view(-1, 1, 1)
-    third = torch.tensor([0.0, 2.0, 4.0]) * math.pi / 3
+    third = torch.tensor([0.0, 2.0, 4.0], device=plain.device) * math.pi / 3
     places = third.view(1, 3, 1) - third.view(1, 1, 3)
     mixing = (1 + 2 * torch.cos(places + angle.view(-1, 1, 1))) / 3  # around grey, by the angle
     saturation = (1.5 * rand(n)).view(-1, 1, 1)
@@ -110,7 +111,8 @@ def _hatched(plain: Tensor, ink: Tensor, rand: Draw) -> Tensor:
     """Stripes over what is inked, 3 to 10 pixels apart."""
     n, height, width = len(plain), *plain.shape[2:]
     angle, period = rand(n) * math.pi, 3 + 7 * rand(n)
-    y, x = torch.meshgrid(torch.arange(float(height)), torch.arange(float(width)), indexing="ij")
+    rows, columns = (torch.arange(float(side), device=plain.device) for side in (height, width))
+    y, x = torch.meshgrid(rows, columns, indexing="ij")
     across = x * angle.cos().view(-1, 1, 1) + y * angle.sin().view(-1, 1, 1)
     wave = torch.sin(2 * math.pi * across / period.view(-1, 1, 1)).unsqueeze(1)
     strength = (0.5 * rand(n)).view(-1, 1, 1, 1)
@@ -125,7 +127,7 @@ def _outlined(plain: Tensor, ink: Tensor, rand: Draw) -> Tensor:
     line = ((step.amax(1, keepdim=True) - 0.12 - 0.2 * rand(n).view(-1, 1, 1, 1)) * 10).clamp(0, 1)
     wide = F.avg_pool2d(F.max_pool2d(line, 3, 1, 1), 2)
     line = torch.where((rand(n) < 0.5).view(-1, 1, 1, 1), wide, F.avg_pool2d(line, 2)).reshape(n, 1, *size)
-    color = torch.where((rand(n) < 0.6).view(-1, 1, 1, 1), torch.zeros(n, 3, 1, 1), rand(n, 3, 1, 1) * 0.7)
+    color = torch.where((rand(n) < 0.6).view(-1, 1, 1, 1), 0.0, rand(n, 3, 1, 1) * 0.7)
     fill = torch.where((rand(n) < 0.3).view(-1, 1, 1, 1), torch.ones_like(plain), plain)
     return fill + line * (color - fill)
 

@@ -52,10 +52,10 @@ class Latents:
         """Of pictures that are moved, by another hand, or both."""
         pictures = [VARIANTS[lesson.variants[p]].of(self.pictures.pixels[indices[p]]) for p in places]
         moved = [lesson.moves[p].of(one) if p in lesson.moves else one for p, one in zip(places, pictures, strict=True)]
-        pixels = to_floats(torch.stack(moved))
+        pixels = to_floats(torch.stack(moved).to(self.device))
         if by_others := [row for row, p in enumerate(places) if p in lesson.hands]:
             pixels[by_others] = by_hands(pixels[by_others], [lesson.hands[places[row]] for row in by_others])
-        mean, deviation = encode(self.vae, pixels.to(self.device))
+        mean, deviation = encode(self.vae, pixels)
         return mean * self.scale, deviation * self.scale
 
 
