@@ -178,11 +178,9 @@ def train(config: Config) -> Path:
     run = Run.start(config, program="dreambooth", processes=processes, writes=writes)
     run.say(precision.table())
     run.say_filled(base.family.title, filled)
-    for line in notes:
-        run.say(line)
+    run.say(*notes)
     for word in identifiers(config, instance)[:3]:  # a folder may hold many subjects
-        for line in identifier.examine(word, base).lines():
-            run.say(line)
+        run.say(*identifier.examine(word, base).lines())
 
     kept = Kept.of(subject.class_prompts([e.caption for e in instance]), config.prior_prompts)
     pictures = class_pictures(config, base, examples, kept, run, processes)
@@ -192,8 +190,7 @@ def train(config: Config) -> Path:
     dataset, class_set = prepare_both(
         config, base, instance, pictures, global_batch, processes, embed_text=embed, embed_class=seen
     )
-    for note in dict.fromkeys([*dataset.notes, *(class_set.notes if class_set else [])]):
-        run.say(note)
+    run.say(*dict.fromkeys([*dataset.notes, *(class_set.notes if class_set else [])]))
     # The VAE has given its latents; it rests until something is drawn.
     base.resting.keep("unet", *(("text",) if config.train_text_encoder else ()))
     trained = trainable(base, config)

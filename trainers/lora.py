@@ -151,13 +151,11 @@ def train(config: Config) -> Path:
     run = Run.start(config, program="lora", processes=processes, writes=written(config))
     run.say(precision.table())
     run.say_filled(base.family.title, filled)
-    for line in notes:
-        run.say(line)
+    run.say(*notes)
     if words:
         tokenizer = base.tokenizers[0]
-        cut = shortened(config.initial_words, config.word_vectors, tokenizer)
-        for line in [*warnings_of(config.train_words, tokenizer), *cut]:
-            run.say(line)
+        run.say(*warnings_of(config.train_words, tokenizer))
+        run.say(*shortened(config.initial_words, config.word_vectors, tokenizer))
 
     global_batch, starts = processes.starts(config.batch, config.accumulate)
     embed = embeds_beforehand(config)
@@ -172,8 +170,7 @@ def train(config: Config) -> Path:
         embed_class=embed,
         drawn_over=bool(config.crossed_share),
     )
-    for note in dict.fromkeys([*dataset.notes, *(class_set.notes if class_set else [])]):
-        run.say(note)
+    run.say(*dict.fromkeys([*dataset.notes, *(class_set.notes if class_set else [])]))
     # The VAE has given its latents; it rests until something is drawn.
     base.resting.keep("unet", *(("text",) if config.train_text_encoder or words else ()))
     lora = attach(
@@ -189,8 +186,7 @@ def train(config: Config) -> Path:
     facts = {"data": dataset.fingerprint, "class": class_set.fingerprint if class_set else "none"}
     if config.init_from and config.init_from.exists():  # a run that goes on has its weights from a checkpoint
         facts["init"], left = start_from(lora, words, config)
-        for line in left:
-            run.say(line)
+        run.say(*left)
     run.identify(**facts, base=base.fingerprint())
     beside = f"{len(class_set)} of the class, " if class_set else ""
     pictures, layers = so_many(len(dataset), "picture"), so_many(len(lora.layers), "adapted layer")

@@ -118,14 +118,12 @@ def train(config: Config) -> Path:
     run.say(precision.table())
     run.say_filled(base.family.title, filled)
     tokenizer = base.tokenizers[0]
-    cut = shortened(config.initial_words, config.vectors, tokenizer)
-    for line in [*warnings_of(config.placeholder, tokenizer), *cut]:
-        run.say(line)
+    run.say(*warnings_of(config.placeholder, tokenizer))
+    run.say(*shortened(config.initial_words, config.vectors, tokenizer))
 
     # Encoded in the loop, each distinct caption once: what they mean is what is learned.
     dataset = config.prepare(examples, base, embed_text=False, processes=processes)
-    for note in dataset.notes:
-        run.say(note)
+    run.say(*dataset.notes)
     base.resting.keep("unet", "text")  # the VAE has given its latents; it rests until something is drawn
     run.identify(data=dataset.fingerprint, base=base.fingerprint())
     pictures = so_many(len(dataset), "picture")

@@ -178,13 +178,11 @@ class Run:
             raise RunError(
                 f"{self.folder} was trained with {what}: {'; '.join(changed)}. Resume with the same, or with --force."
             )
-        for line in changed:
-            self.say(f"changed by --force: {line}")
+        self.say(*(f"changed by --force: {line}" for line in changed))
 
     def _find_checkpoint(self) -> None:
         step, passed = self._checkpoints.newest()
-        for line in passed:
-            self.say(line)
+        self.say(*passed)
         self._resumed_from = step
         self.step = step or 0
         if step is not None:
@@ -227,10 +225,10 @@ class Run:
         if steps:
             self._looks.append((steps, look))
 
-    def say(self, text: str) -> None:
-        """A line for the person, above the progress bar, once for all processes."""
-        if self.is_main:
-            progress.say(text)
+    def say(self, *lines: str) -> None:
+        """Lines for the person, above the progress bar, once for all processes."""
+        for line in lines if self.is_main else ():
+            progress.say(line)
 
     def say_filled(self, title: str, filled: Sequence[str]) -> None:
         """Which fields of the config were filled in, and with what; nothing where none was, as when a run goes on."""
@@ -437,8 +435,7 @@ class Run:
         """To the step of the last checkpoint, once."""
         reason = self._health.forget()
         newest, passed = self._checkpoints.newest()
-        for line in passed:
-            self.say(line)
+        self.say(*passed)
         if newest is None or self.rate_factor < 1:
             again = ", also with half the learning rate" if self.rate_factor < 1 else ""
             raise RunError(
