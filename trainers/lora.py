@@ -197,9 +197,7 @@ def train(config: Config) -> Path:
     if words:
         groups.append({"params": list(words.parameters()), "lr": config.word_learning_rate})
     optimizer = optimizers.build(config.optimizer, groups, weight_decay=config.weight_decay)
-    schedule = optimizers.Schedule(optimizer, config.schedule, config.steps - config.words_first, config.warmup)
-    if config.words_first:  # its own turn, with its own rise and fall of the rate
-        word_schedule = optimizers.Schedule(optimizer, config.schedule, config.words_first, config.warmup)
+    schedule = optimizers.Schedule(optimizer, config.schedule, config.steps, config.warmup, second=config.words_first)
     scaler = precision.scaler()
     average = Average(parameters, config.ema)
     run.keep(lora=lora, optimizer=optimizer, scaler=scaler, average=average, **({"words": words} if words else {}))
@@ -228,11 +226,8 @@ def train(config: Config) -> Path:
     crossing = crossing_of(config, base, dataset, processes, lora)
     lora.train()
     for step in run.steps(config.steps):
+        schedule.set(step.number, step.rate_factor)
         words_alone = step.number < config.words_first
-        if words_alone:
-            word_schedule.set(step.number, step.rate_factor)
-        else:
-            schedule.set(step.number - config.words_first, step.rate_factor)
         if words:
             lora.requires_grad_(not words_alone)
             words.requires_grad_(words_alone or not config.words_first)

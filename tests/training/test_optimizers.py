@@ -52,6 +52,16 @@ def test_the_schedule_moves_each_group_by_its_own_peak():
     assert schedule.rate == 0.5  # what is shown and logged
 
 
+def test_each_turn_of_a_schedule_rises_and_falls():
+    optimizer = optimizers.build("adamw", [{"params": [nn.Parameter(torch.zeros(1))], "lr": 2.0}], weight_decay=0.0)
+    schedule = optimizers.Schedule(optimizer, "linear", 6, 1, second=2)
+    rates = []
+    for step in range(6):
+        schedule.set(step)
+        rates.append(schedule.rate)
+    assert rates == pytest.approx([2.0, 2.0, 2.0, 2.0, 4 / 3, 2 / 3])
+
+
 def test_the_unet_and_both_text_encoders_have_their_own_rates():
     p, q, r = (nn.Parameter(torch.zeros(1)) for _ in range(3))
     parts = {"unet": [p], "text_encoder": [q], "text_encoder_2": [r]}

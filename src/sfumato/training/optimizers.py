@@ -74,16 +74,22 @@ def rate_factor(schedule: ScheduleName, step: int, steps: int, warmup: int) -> f
 
 
 class Schedule:
-    """Sets each group's rate to its own `lr` times `rate_factor`; a function of the step alone, nothing to restore."""
+    """Sets each group's rate to its own `lr` times `rate_factor`; a function of the step alone, nothing to restore.
 
-    def __init__(self, optimizer: torch.optim.Optimizer, name: ScheduleName, steps: int, warmup: int):
-        self.optimizer, self.name, self.steps, self.warmup = optimizer, name, steps, warmup
+    second: the step at which a second turn begins, with its own rise and fall of the rate; 0: there is one turn.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, name: ScheduleName, steps: int, warmup: int, *, second: int = 0
+    ):
+        self.optimizer, self.name, self.steps, self.warmup, self.second = optimizer, name, steps, warmup, second
         self.peaks = [float(group["lr"]) for group in optimizer.param_groups]
         self.rate = 0.0
 
     def set(self, step: int, scale: float = 1.0) -> None:
         """Prepare the optimizer for `step`, counted from 0, with all rates multiplied by `scale`."""
-        factor = scale * rate_factor(self.name, step, self.steps, self.warmup)
+        begin, end = (0, self.second) if step < self.second else (self.second, self.steps)
+        factor = scale * rate_factor(self.name, step - begin, end - begin, self.warmup)
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * factor
         self.rate = self.peaks[0] * factor
