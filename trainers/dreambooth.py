@@ -33,6 +33,7 @@ if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that 
     from sfumato.bases import Base
     from sfumato.data import Dataset, Folder
     from sfumato.files import Description
+    from sfumato.precision import Precision
     from sfumato.runs import Run
     from sfumato.runs.samples import Samples
     from sfumato.training.noising import Noising
@@ -142,11 +143,10 @@ def train(config: Config) -> Path:
     from sfumato.adapters import Lora, rank_notes
     from sfumato.runs import Run
     from sfumato.runs.samples import UNRELATED, Samples, drawing_of
-    from sfumato.training import fused as fusing
     from sfumato.training import optimizers
     from sfumato.training.ema import Average
     from sfumato.training.finish import describe_run
-    from sfumato.training.full import full_precision
+    from sfumato.training.fused import FusedStep
     from sfumato.training.measure import Measures
     from sfumato.training.noising import draw_noised, errors_of
     from sfumato.training.prior import BasePrediction, DriftLimit, prepare_both
@@ -160,17 +160,7 @@ def train(config: Config) -> Path:
     )
     examples = read_examples(config, subject)
     instance = examples.of("instance")
-    precision = config.decide_precision(processes, config.optimizer, adapting=config.method == "lora")
-    if config.method == "full":
-        precision = full_precision(precision, eight_bit=config.optimizer == "adamw8bit")
-    scaler = precision.scaler()
-    if config.fused:
-        fusing.check(
-            accumulate=config.accumulate,
-            processes=processes.count,
-            optimizer=config.optimizer,
-            scaled=scaler.is_enabled() and not config.clip,
-        )
+    precision = decide_precision(config, processes)
     base = config.load_base(precision)
     config, filled = resolve(config, base, instance.samples, processes.count)
     notes = rank_notes(adapted(base, config), config.rank, config.conv_rank) if config.method == "lora" else []
@@ -202,7 +192,8 @@ def train(config: Config) -> Path:
 
     optimizer = optimizers.build(config.optimizer, groups(trained, config), weight_decay=config.weight_decay)
     schedule = optimizers.Schedule(optimizer, config.schedule, config.steps, config.warmup)
-    fused = fusing.FusedStep(optimizer, scaler) if config.fused else None
+    scaler = precision.scaler()
+    fused = FusedStep(optimizer, scaler) if config.fused else None
     average = Average(parameters, config.ema, device="cpu" if config.ema_on_cpu else None)
     run.keep(trained=trained, optimizer=optimizer, scaler=scaler, average=average)
     lora = trained if isinstance(trained, Lora) else None
@@ -323,6 +314,24 @@ def check(config: Config) -> None:
         parse_span(config.over_steps)
     if config.drift_limit is not None and config.measure_every == 0:
         raise ConfigError("--drift-limit looks at the measurements, and --measure-every 0 makes none; leave one out.")
+
+
+def decide_precision(config: Config, processes: Processes) -> Precision:
+    """Of an adapter's base, or of a base that itself learns. Raises ConfigError where that cannot be --fused."""
+    from sfumato.training import fused
+    from sfumato.training.full import full_precision
+
+    precision = config.decide_precision(processes, config.optimizer, adapting=config.method == "lora")
+    if config.method == "full":
+        precision = full_precision(precision, eight_bit=config.optimizer == "adamw8bit")
+    if config.fused:
+        fused.check(
+            accumulate=config.accumulate,
+            processes=processes.count,
+            optimizer=config.optimizer,
+            scaled=precision.scaler().is_enabled() and not config.clip,
+        )
+    return precision
 
 
 def resolve(config: Config, base: Base, samples: int, processes: int) -> tuple[Config, list[str]]:

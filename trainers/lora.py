@@ -14,7 +14,7 @@ import dataclasses
 import hashlib
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -29,6 +29,8 @@ from sfumato.training.options import TrainerOptions
 from sfumato.words.placeholders import MOST_VECTORS, RATES, VECTORS, check_stands_for, holds
 
 if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that its --help is there at once
+    from torch import nn
+
     from sfumato.adapters import Lora
     from sfumato.bases import Base
     from sfumato.data import Dataset, Folder
@@ -36,6 +38,7 @@ if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that 
     from sfumato.runs import Run
     from sfumato.runs.samples import Samples
     from sfumato.training.crossed import Crossing
+    from sfumato.training.ema import Average
     from sfumato.training.noising import Noising
     from sfumato.training.prior import BasePrediction, ClassPictures
     from sfumato.training.processes import Processes
@@ -125,9 +128,9 @@ def train(config: Config) -> Path:
     """Train, and return the adapter's path."""
     import torch
 
-    from sfumato.adapters import attach, hosts, rank_notes
+    from sfumato.adapters import hosts, rank_notes
     from sfumato.runs import Run
-    from sfumato.runs.samples import UNRELATED, Samples, default_prompts, drawing_of
+    from sfumato.runs.samples import UNRELATED
     from sfumato.training import optimizers
     from sfumato.training.ema import Average
     from sfumato.training.full import parts_of
@@ -158,31 +161,14 @@ def train(config: Config) -> Path:
         run.say(*shortened(config.initial_words, config.word_vectors, tokenizer))
 
     global_batch, starts = processes.starts(config.batch, config.accumulate)
-    embed = embeds_beforehand(config)
+    embed, crossed = embeds_beforehand(config), bool(config.crossed_share)
     dataset, class_set = prepare_both(
-        config,
-        base,
-        subjects,
-        of_class,
-        global_batch,
-        processes,
-        embed_text=embed,
-        embed_class=embed,
-        drawn_over=bool(config.crossed_share),
+        config, base, subjects, of_class, global_batch, processes, embed_text=embed, drawn_over=crossed
     )
     run.say(*dict.fromkeys([*dataset.notes, *(class_set.notes if class_set else [])]))
     # The VAE has given its latents; it rests until something is drawn.
     base.resting.keep("unet", *(("text",) if config.train_text_encoder or words else ()))
-    lora = attach(
-        adapted,
-        rank=config.rank,
-        alpha=config.alpha,
-        conv_rank=config.conv_rank,
-        conv_alpha=config.conv_alpha,
-        dropout=config.dropout,
-        rank_stabilised=config.rank_stabilised,
-        seed=config.seed,
-    )
+    lora = new_lora(adapted, config)
     facts = {"data": dataset.fingerprint, "class": class_set.fingerprint if class_set else "none"}
     if config.init_from and config.init_from.exists():  # a run that goes on has its weights from a checkpoint
         facts["init"], left = start_from(lora, words, config)
@@ -203,25 +189,13 @@ def train(config: Config) -> Path:
     run.keep(lora=lora, optimizer=optimizer, scaler=scaler, average=average, **({"words": words} if words else {}))
     watched = {"drift": UNRELATED} if config.measure_every else {}
     measures = Measures(base, dataset, watched, pristine=lora.disabled, within=average.applied, modules=[lora])
-    first = subjects[0]  # sources may have templates and triggers of their own
-    prompts = config.sample_prompts or default_prompts(dataset.captions, first.template, first.trigger)
-    noising = config.noising(base)
-    span = options.span_of(config, base)
     trigger = list(dict.fromkeys([*subjects.triggers, *config.train_words]))
-    against = trigger if config.own_negative else []
-    draw = drawing_of(base, lora, config.adapter_guidance, span, negatives=against, resolution=config.resolution)
-    samples = Samples(run, base, prompts, config.seed, modules=[lora], within=average.applied, draw=draw)
+    samples = samples_of(config, base, lora, subjects, dataset, trigger, run, average)
     learned = Learned(config, base, lora, words, dataset, samples, trigger)
-
-    def export(step: int) -> None:
-        if step and processes.is_main:
-            with average.applied():
-                path = config.output / "adapters" / f"{config.name}-step{step:08d}.safetensors"
-                write_files(path, learned, step)
-
     run.every(config.measure_every, lambda step: run.log(step=step, **measures.values()))
     run.every(config.sample_every, samples.draw)
-    run.every(config.save_every, export)
+    run.every(config.save_every, lambda step: export(step, learned, average, processes))
+    noising = config.noising(base)
     priors = priors_of(config, base, dataset, class_set, noising, lora)
     crossing = crossing_of(config, base, dataset, processes, lora)
     lora.train()
@@ -238,11 +212,11 @@ def train(config: Config) -> Path:
             )
             if crossing:
                 noised = crossing.cross(noised, step.number, start)
-            count, in_loop = len(noised.batch), config.train_text_encoder or bool(words)
+            count = len(noised.batch)
             of_priors = [prior.draw(step.number, global_batch, start, config.batch) for prior in priors]
             lora.drop_by(config.seed, step.number, range(start, start + count))
             with precision.autocast():
-                errors = errors_of(base, [noised, *of_priors], encode=in_loop, min_snr=config.min_snr)
+                errors = errors_of(base, [noised, *of_priors], encode=not embed, min_snr=config.min_snr)
                 part = errors[:count].sum() / global_batch
                 if priors:
                     of_prior = errors[count:].sum() / global_batch
@@ -379,6 +353,48 @@ def new_words(base: Base, config: Config, examples: Folder) -> Words:
     return words
 
 
+def new_lora(adapted: Mapping[str, Mapping[str, nn.Linear | nn.Conv2d]], config: Config) -> Lora:
+    """An adapter of these layers, by part and path, which changes nothing yet."""
+    from sfumato.adapters import attach
+
+    return attach(
+        adapted,
+        rank=config.rank,
+        alpha=config.alpha,
+        conv_rank=config.conv_rank,
+        conv_alpha=config.conv_alpha,
+        dropout=config.dropout,
+        rank_stabilised=config.rank_stabilised,
+        seed=config.seed,
+    )
+
+
+def samples_of(
+    config: Config,
+    base: Base,
+    lora: Lora,
+    subjects: Folder,
+    dataset: Dataset,
+    trigger: Sequence[str],
+    run: Run,
+    average: Average,
+) -> Samples:
+    """The run's sample pictures, drawn as its file will ask to be drawn with."""
+    from sfumato.runs.samples import Samples, default_prompts, drawing_of
+
+    first = subjects[0]  # sources may have templates and triggers of their own
+    prompts = config.sample_prompts or default_prompts(dataset.captions, first.template, first.trigger)
+    draw = drawing_of(
+        base,
+        lora,
+        config.adapter_guidance,
+        options.span_of(config, base),
+        negatives=trigger if config.own_negative else (),
+        resolution=config.resolution,
+    )
+    return Samples(run, base, prompts, config.seed, modules=[lora], within=average.applied, draw=draw)
+
+
 def embeds_beforehand(config: Config) -> bool:
     """Whether captions are embedded once, before the loop: nothing of what they mean is learned."""
     return not config.train_text_encoder and not config.train_words
@@ -458,6 +474,14 @@ class Learned:
     dataset: Dataset
     samples: Samples
     trigger: Sequence[str]
+
+
+def export(step: int, learned: Learned, average: Average, processes: Processes) -> None:
+    """Write the adapter as it is after this step, beside the last one; nothing before the first."""
+    if step and processes.is_main:
+        config = learned.config
+        with average.applied():
+            write_files(config.output / "adapters" / f"{config.name}-step{step:08d}.safetensors", learned, step)
 
 
 def save(path: Path, learned: Learned, run: Run) -> None:

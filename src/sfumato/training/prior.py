@@ -42,16 +42,17 @@ def prepare_both(
     processes: Processes,
     *,
     embed_text: bool,
-    embed_class: bool,
+    embed_class: bool | None = None,
     drawn_over: bool = False,
 ) -> tuple[Dataset, Dataset | None]:
     """What is learned, and pictures of the class, if there are any, with the embeddings of just the captions that each
     will give; of the class's, which `ClassPictures` gives, none are dropped.
 
-    config: resolved. embed_text, embed_class: whether there are embeddings at all. drawn_over: whether what is learned
-    will be drawn over, for which its crops must stay where they are.
+    config: resolved. embed_text, embed_class: whether there are embeddings at all; of the class unset, as of the
+    others. drawn_over: whether what is learned will be drawn over, for which its crops must stay where they are.
     """
     assert config.steps is not None
+    embed_class = embed_text if embed_class is None else embed_class
     run = config.steps, global_batch
     will_draw = (config.seed, *run)
     learned: dict[str, Any] = {"embed_text": embed_text, "will_draw": will_draw, "drawn_over": drawn_over}
