@@ -28,10 +28,11 @@ if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that 
     from transformers import CLIPTextModel, CLIPTokenizer
 
     from sfumato.bases import Base
-    from sfumato.pocket.lessons import Shares
+    from sfumato.pocket.latents import Latents
+    from sfumato.pocket.lessons import Lesson, Shares
     from sfumato.pocket.pictures import Pictures
     from sfumato.precision import Precision
-    from sfumato.runs import Run
+    from sfumato.runs import Run, Step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,16 +186,19 @@ class Trained:
         for group in [group for optimizer in self.optimizers.values() for group in optimizer.param_groups]:
             group["lr"] = self.rate
 
-    def update(self) -> None:
-        """One step of the optimizers, and one of the moving average."""
-        for optimizer in self.optimizers.values():
-            optimizer.step()
-        self.average.update()
+    def learn(self, step: Step, loss: Tensor) -> None:
+        """The backward pass, then one step of the optimizers and of the moving average, unless a number is broken."""
+        from sfumato.training.optimizers import clip
 
-    def zero_grad(self) -> None:
-        """Forget the gradients."""
+        loss.backward()
+        norm = clip(self.parameters, self.config.clip)
+        if step.healthy(loss=loss, gradient_norm=norm):
+            for optimizer in self.optimizers.values():
+                optimizer.step()
+            self.average.update()
         for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
+        step.done(loss=loss, rate=self.rate, gradient_norm=norm)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -218,18 +222,30 @@ def vae_loss(vae: AutoencoderKL, pixels: Tensor, noise: Tensor, config: Config) 
     return error.abs().mean() + error.square().mean() + config.gradient_difference * edges + config.kl * kl
 
 
-def train_vae(config: Config, precision: Precision) -> Path:
-    """Train the VAE on every picture that may be seen; returns the folder of its averaged weights, fp32."""
+def draw_pixels(pictures: Pictures, config: Config, step: int) -> Tensor:
+    """(b, 3, h, w) in [-1, 1], what the VAE sees in a step: some mirrored, some as by other hands."""
     import torch
 
-    from sfumato import load_base, randomness
+    from sfumato import randomness
     from sfumato.pocket.hands import as_by_other_hands
+    from sfumato.pocket.pictures import batch_indices
+
+    pixels = pictures.floats(batch_indices(step, config.batch, len(pictures.names), config.seed))
+    draws = torch.rand(config.batch, generator=randomness.generator(config.seed, "flip", step))
+    pixels = torch.where(draws.view(-1, 1, 1, 1) < config.flip_share, pixels.flip(3), pixels)
+    if not config.hands_share:
+        return pixels
+    return as_by_other_hands(pixels, config.hands_share, randomness.generator(config.seed, "hands", step))
+
+
+def train_vae(config: Config, precision: Precision) -> Path:
+    """Train the VAE on every picture that may be seen; returns the folder of its averaged weights, fp32."""
+    from sfumato import load_base, randomness
     from sfumato.pocket.parts import build_vae
-    from sfumato.pocket.pictures import batch_indices, read_others, read_pictures
+    from sfumato.pocket.pictures import read_others, read_pictures
     from sfumato.pocket.shown import save_model
     from sfumato.precision import decide
     from sfumato.runs import Run
-    from sfumato.training.optimizers import clip
 
     named = read_pictures(config.data)
     pictures = named.and_others(read_others(config.data))
@@ -255,22 +271,12 @@ def train_vae(config: Config, precision: Precision) -> Path:
     run.every(config.sample_every, lambda step: _reconstruct(trained, named, run, step))
     for step in run.steps(config.steps):
         trained.set_rate(step.number, step.rate_factor)
-        pixels = pictures.floats(batch_indices(step.number, config.batch, len(pictures.names), config.seed))
-        draws = torch.rand(config.batch, generator=randomness.generator(config.seed, "flip", step.number))
-        pixels = torch.where(draws.view(-1, 1, 1, 1) < config.flip_share, pixels.flip(3), pixels)
-        if config.hands_share:
-            lots = randomness.generator(config.seed, "hands", step.number)
-            pixels = as_by_other_hands(pixels, config.hands_share, lots)
+        pixels = draw_pixels(pictures, config, step.number)
         shape = (config.batch, vae.config.latent_channels, *(side // factor for side in pixels.shape[2:]))
         noise = randomness.normal(shape, config.seed, "noise", step.number)
         with precision.autocast():
             loss = vae_loss(vae, pixels.to(precision.device), noise.to(precision.device), config)
-        loss.backward()
-        norm = clip(trained.parameters, config.clip)
-        if step.healthy(loss=loss, gradient_norm=norm):
-            trained.update()
-        trained.zero_grad()
-        step.done(loss=loss, rate=trained.rate, gradient_norm=norm)
+        trained.learn(step, loss)
     with trained.averaged():
         for weight, before in zip(trained.parameters, first, strict=True):
             weight.lerp_(before, config.init_share)
@@ -315,12 +321,34 @@ def _scaling_factor(vae: AutoencoderKL, pictures: Pictures, device: torch.device
     return float(1 / (mean.var() + deviation.square().mean()).sqrt())
 
 
+def draw_latents(cache: Latents, lesson: Lesson, alpha_bar: Tensor, config: Config, step: int) -> tuple[Tensor, Tensor]:
+    """(latents, noise) of a step's lesson, (b, channels, h/f, w/f); where it is crossed, the noise makes of what is
+    asked for what is seen."""
+    from sfumato import diffusion, randomness
+
+    mean, deviation, seen = cache.of(lesson)
+    shape, device = tuple(mean.shape), alpha_bar.device
+    latents = mean + deviation * randomness.normal(shape, config.seed, "posterior", step).to(device)
+    noise = randomness.normal(shape, config.seed, "noise", step).to(device)
+    if lesson.seen == lesson.asked:
+        return latents, noise
+    return latents, diffusion.crossing_noise(latents, seen, noise, alpha_bar)
+
+
+def unet_loss(drawn: Tensor, latents: Tensor, noise: Tensor, alpha_bar: Tensor, config: Config) -> Tensor:
+    """The batch's mean error of the predicted v, with min-SNR weights and a flat one beside them. alpha_bar: (b,)."""
+    from sfumato import diffusion
+
+    weight = 2 * diffusion.snr_weight("v_prediction", alpha_bar, config.snr_gamma) + config.flat_weight
+    wanted = diffusion.target("v_prediction", latents, noise, alpha_bar)
+    return diffusion.weighted_error(drawn, wanted, weight).mean()
+
+
 def train_unet(config: Config, precision: Precision) -> Path:
     """Train U-Net and text encoder on cached latents; returns the folder of a pipeline, averaged weights, fp32."""
     import torch
 
-    from sfumato import diffusion, randomness
-    from sfumato.bases.folder import load_vae
+    from sfumato import diffusion
     from sfumato.pocket.captions import read_words
     from sfumato.pocket.latents import Latents
     from sfumato.pocket.lessons import Lessons
@@ -328,7 +356,6 @@ def train_unet(config: Config, precision: Precision) -> Path:
     from sfumato.pocket.pictures import VARIANTS, partners_of, read_manifest
     from sfumato.pocket.shown import assemble, save_model, sheet
     from sfumato.runs import Run
-    from sfumato.training.optimizers import clip
 
     device = precision.device
     if config.compile:
@@ -339,11 +366,7 @@ def train_unet(config: Config, precision: Precision) -> Path:
         raise ConfigError(f"--plain-style {config.plain_style}: {config.data} has no such style; it has {known}.")
     words = [] if config.init else read_words(config.data)
     pictures, named = seen_pictures(config)
-    vae: Any = None
-    if config.vae:
-        shell = load_vae(config.vae, torch.float32)
-        shell.read()
-        vae = shell.model.to(device)
+    vae = read_vae(config.vae, device) if config.vae else None
     run = Run.start(config, program="pretrain", writes=["model", "tokenizer"])
     run.say(precision.table())
     scheduler = build_scheduler()
@@ -369,33 +392,18 @@ def train_unet(config: Config, precision: Precision) -> Path:
             sheet(pipeline, manifest["styles"], list(manifest["concepts"]), run.folder / "samples" / f"{step:06d}.png")
 
     run.every(config.sample_every, sample)
+    every_timestep = range(scheduler.config.num_train_timesteps)
     for step in run.steps(config.steps):
-        number = step.number
-        trained.set_rate(number, step.rate_factor)
-        timesteps = diffusion.stratified_timesteps(
-            config.batch, range(scheduler.config.num_train_timesteps), config.seed, number
-        )
-        lesson = lessons.at(number, timesteps)
-        mean, deviation, seen = cache.of(lesson)
-        shape = tuple(mean.shape)
-        latents = mean + deviation * randomness.normal(shape, config.seed, "posterior", number).to(device)
-        noise = randomness.normal(shape, config.seed, "noise", number).to(device)
+        trained.set_rate(step.number, step.rate_factor)
+        timesteps = diffusion.stratified_timesteps(config.batch, every_timestep, config.seed, step.number)
+        lesson = lessons.at(step.number, timesteps)
         alpha_bar = scheduler.alphas_cumprod[timesteps].to(device)
-        if lesson.seen != lesson.asked:
-            noise = diffusion.crossing_noise(latents, seen, noise, alpha_bar)
-        weight = 2 * diffusion.snr_weight("v_prediction", alpha_bar, config.snr_gamma) + config.flat_weight
+        latents, noise = draw_latents(cache, lesson, alpha_bar, config, step.number)
         with precision.autocast():
             hidden = encode_text(text_encoder, tokenizer, lesson.captions, device)
             drawn = run_unet(diffusion.noise_latents(latents, noise, alpha_bar), timesteps.to(device), hidden).sample
-        loss = diffusion.weighted_error(
-            drawn, diffusion.target("v_prediction", latents, noise, alpha_bar), weight
-        ).mean()
-        loss.backward()
-        norm = clip(trained.parameters, config.clip)
-        if step.healthy(loss=loss, gradient_norm=norm):
-            trained.update()
-        trained.zero_grad()
-        step.done(loss=loss, rate=trained.rate, gradient_norm=norm)
+        loss = unet_loss(drawn, latents, noise, alpha_bar, config)
+        trained.learn(step, loss)
     with trained.averaged():
         path = save_model(assemble(vae, unet, text_encoder, tokenizer, scheduler), config.output / "model")
     run.close()
@@ -416,6 +424,17 @@ def seen_pictures(config: Config) -> tuple[Pictures, int]:
                 "STYLE/, as docs/pocket.md says, or leave the share at 0."
             )
     return pictures, named
+
+
+def read_vae(folder: Path, device: torch.device) -> Any:
+    """The trained VAE in this folder, fp32."""
+    import torch
+
+    from sfumato.bases.folder import load_vae
+
+    shell = load_vae(folder, torch.float32)
+    shell.read()
+    return shell.model.to(device)
 
 
 def parts_of(init: str, device: str, scheduler: DDIMScheduler) -> tuple[Any, Any, Any, Any]:
