@@ -16,7 +16,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 import sfumato
 from sfumato.errors import ConfigError, SfumatoError
@@ -117,52 +117,58 @@ def _warning_line(message: Warning | str, *_: object, **__: object) -> str:
 
 
 def _guarded(program_main: Main, argv: Sequence[str]) -> int:
-    # Its warnings are about parts that are not used here, such as image processors without torchvision.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # diffusers loads it wherever it is installed; without a GPU it warns of a 4-bit product that nobody asked for.
-    logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)
-    for stream in (sys.stdout, sys.stderr):  # a console that lacks a letter shows its number
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    _quieten()
     try:
-        for word in argv:
-            if not word.isascii() and any("\ud800" <= character <= "\udfff" for character in word):
-                raise ConfigError(f"{word!a} is not UTF-8; give names that are, or rename the file.")
+        _refuse_surrogates(argv)
         result = program_main(argv)
     except SfumatoError as error:
-        if runs := sys.modules.get("sfumato.runs"):
-            runs.withdraw()
-        print(f"sfumato: {error}{_kept()}", file=sys.stderr)
-        return 2
+        _let_go_of_runs("withdraw")
+        return _failed(str(error))
     except KeyboardInterrupt:
-        if runs := sys.modules.get("sfumato.runs"):
-            runs.let_go()
-        print(f"sfumato: interrupted.{_kept()}", file=sys.stderr)
-        return 128 + signal.SIGINT
+        _let_go_of_runs("let_go")
+        return _failed("interrupted.", 128 + signal.SIGINT)
     except BrokenPipeError:  # `sfumato ls | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (MemoryError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        if not isinstance(error, MemoryError) and not any(words in reason for words in _MEMORY_IS_FULL):
+        if not _is_full_memory(error):
             raise
-        if runs := sys.modules.get("sfumato.runs"):
-            runs.withdraw()
-        print(
-            f"sfumato: there is not enough memory ({reason[:100] or 'of this machine'}). Train with "
-            "--gradient-checkpointing, a smaller --batch and more --accumulate, or a smaller --resolution; draw fewer "
-            f"or smaller pictures. `sfumato memory` tells what each way to train takes.{_kept()}",
-            file=sys.stderr,
-        )
-        return 2
+        _let_go_of_runs("withdraw")
+        return _failed(_on_memory(error))
     except OSError as error:  # a disk that fills while a card or a plot is written
-        place = error.filename2 or error.filename
-        where = f"{place}: " if place is not None else ""
-        is_name = error.errno == errno.ENAMETOOLONG
-        advice = "Give a shorter one." if is_name else "Make room or see to its permissions."
-        print(f"sfumato: {where}{error.strerror or error}. {advice}{_kept()}", file=sys.stderr)
-        return 2
+        return _failed(_on_file(error))
     return result if isinstance(result, int) else 0
+
+
+def _quieten() -> None:
+    """Leave out what other libraries say of things that nobody asked for; a console that lacks a letter shows its
+    number."""
+    # Its warnings are about parts that are not used here, such as image processors without torchvision.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # diffusers loads it wherever it is installed; without a GPU it warns of a 4-bit product that nobody asked for.
+    logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _refuse_surrogates(argv: Sequence[str]) -> None:
+    """Raise ConfigError for a word that was not UTF-8, of which Python has made surrogates."""
+    for word in argv:
+        if not word.isascii() and any("\ud800" <= character <= "\udfff" for character in word):
+            raise ConfigError(f"{word!a} is not UTF-8; give names that are, or rename the file.")
+
+
+def _let_go_of_runs(how: Literal["withdraw", "let_go"]) -> None:
+    """Call this function of `sfumato.runs`, which only a program that trains has loaded."""
+    if runs := sys.modules.get("sfumato.runs"):
+        getattr(runs, how)()
+
+
+def _failed(line: str, code: int = 2) -> int:
+    """Say why on stderr, and what is kept of a training; returns the exit code."""
+    print(f"sfumato: {line}{_kept()}", file=sys.stderr)
+    return code
 
 
 def _kept() -> str:
@@ -171,38 +177,60 @@ def _kept() -> str:
     return runs.stopped_while_writing() if runs else ""
 
 
+def _is_full_memory(error: MemoryError | RuntimeError) -> bool:
+    return isinstance(error, MemoryError) or any(words in _reason(error) for words in _MEMORY_IS_FULL)
+
+
+def _reason(error: Exception) -> str:
+    """What it says, in one line."""
+    return " ".join(str(error).split())
+
+
+def _on_memory(error: Exception) -> str:
+    return (
+        f"there is not enough memory ({_reason(error)[:100] or 'of this machine'}). Train with "
+        "--gradient-checkpointing, a smaller --batch and more --accumulate, or a smaller --resolution; draw fewer "
+        "or smaller pictures. `sfumato memory` tells what each way to train takes."
+    )
+
+
+def _on_file(error: OSError) -> str:
+    place = error.filename2 or error.filename
+    where = f"{place}: " if place is not None else ""
+    is_name = error.errno == errno.ENAMETOOLONG
+    advice = "Give a shorter one." if is_name else "Make room or see to its permissions."
+    return f"{where}{error.strerror or error}. {advice}"
+
+
 def _dispatch(words: Sequence[str]) -> object:
-    if not words or words[0] in ("--help", "-h", "help"):
-        print(usage())
-        return 0
-    if words[0] == "--version":
-        print(sfumato.__version__)
-        return 0
-    command, rest = words[0], list(words[1:])
-    if command == "train":
-        if not rest:
-            raise ConfigError(
-                f"train wants a trainer: {', '.join(TRAINERS)}. sfumato train lora --help has its options."
-            )
-        if rest[0] in ("--help", "-h"):
-            print(usage())
-            return 0
-        return _load(find(rest[0], TRAINERS))(rest[1:])
+    command, rest = (words[0], list(words[1:])) if words else ("help", [])
+    if command in ("--help", "-h", "help"):
+        return _say(usage())
+    if command == "--version":
+        return _say(sfumato.__version__)
     if command in _SHORT and rest[:1] in (["--help"], ["-h"]):
-        print(f"Usage: sfumato {command} {_SHORT[command]}")
-        return 0
-    if command == "resume":
-        return _resume(rest)
+        return _say(f"Usage: sfumato {command} {_SHORT[command]}")
     if command in PIPELINES:
         return _load(PIPELINES[command][0])(rest)
-    if command == "ls":
-        if rest:
-            raise ConfigError(f"ls takes nothing; {rest[0]!r} is left over.")
-        return _list()
-    if command == "cp":
-        return _copy(rest)
-    known = ["train", "resume", *PIPELINES, "ls", "cp"]
-    raise ConfigError(f"there is no command {command!r}; {_nearest(command, known)} See sfumato --help.")
+    own: dict[str, Callable[[list[str]], object]] = {"train": _train, "resume": _resume, "ls": _list, "cp": _copy}
+    if command not in own:
+        known = ["train", "resume", *PIPELINES, "ls", "cp"]
+        raise ConfigError(f"there is no command {command!r}; {_nearest(command, known)} See sfumato --help.")
+    return own[command](rest)
+
+
+def _say(text: str) -> int:
+    print(text)
+    return 0
+
+
+def _train(words: list[str]) -> object:
+    """Run a trainer by its name."""
+    if not words:
+        raise ConfigError(f"train wants a trainer: {', '.join(TRAINERS)}. sfumato train lora --help has its options.")
+    if words[0] in ("--help", "-h"):
+        return _say(usage())
+    return _load(find(words[0], TRAINERS))(words[1:])
 
 
 def _resume(words: list[str]) -> object:
@@ -256,7 +284,9 @@ def _programs() -> dict[str, str]:
     return trainers | {name: module for name, (module, _) in PIPELINES.items()}
 
 
-def _list() -> int:
+def _list(words: list[str]) -> int:
+    if words:
+        raise ConfigError(f"ls takes nothing; {words[0]!r} is left over.")
     for name, module in _programs().items():
         print(f"{name:<19}{source(module)}")
     return 0
