@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
 from sfumato.errors import ConfigError
 
 if TYPE_CHECKING:
+    import cyclopts
     from _typeshed import DataclassInstance
 
 Config = TypeVar("Config", bound="DataclassInstance")
@@ -38,6 +39,25 @@ def parse(config_type: type[Config], argv: Sequence[str], *, program: str, first
 
     file, rest = split_off_file(list(argv), first_may_be_config=first_may_be_config)
     called = f"python -m {program}" if "." in program else f"sfumato {program}"
+    in_file = {} if file is None else _read(config_type, file)
+    _refuse_fractions(config_type, rest, called)
+    _refuse_empty_paths(config_type, rest, called)
+    app = _app(config_type, called, in_file, first_may_be_config=first_may_be_config)
+    try:
+        config = app(rest, exit_on_error=False, print_error=False)
+    except cyclopts.CycloptsError as error:
+        raise ConfigError(f"{_complaint(error, file)} See {called} --help.") from None
+    if config is None:
+        raise SystemExit(0)
+    return _with_paths_at_home(cast(Config, config))
+
+
+def _app(
+    config_type: type[DataclassInstance], called: str, in_file: dict[str, Any], *, first_may_be_config: bool
+) -> cyclopts.App:
+    """What reads options into the config. in_file: the values that a TOML file gives."""
+    import cyclopts
+
     app = cyclopts.App(
         name=called,
         help=config_type.__doc__,
@@ -46,11 +66,8 @@ def parse(config_type: type[Config], argv: Sequence[str], *, program: str, first
         default_parameter=cyclopts.Parameter(negative_iterable=()),
         result_action="return_value",
         usage=f"Usage: {called} {'[CONFIG.toml]' if first_may_be_config else '[--config CONFIG.toml]'} [OPTIONS]",
-        config=[] if file is None else [cyclopts.config.Dict(_read(config_type, file), use_commands_as_keys=False)],
+        config=[cyclopts.config.Dict(in_file, use_commands_as_keys=False)] if in_file else [],
     )
-
-    _refuse_fractions(config_type, rest, called)
-    _refuse_empty_paths(config_type, rest, called)
 
     def entry(config: Any) -> Any:
         return config
@@ -60,28 +77,26 @@ def parse(config_type: type[Config], argv: Sequence[str], *, program: str, first
     if all(_has_default(field) for field in dataclasses.fields(config_type)):
         entry.__defaults__ = (config_type(),)  # cyclopts asks for it where no field is required
     app.default(entry)
-    try:
-        config = app(rest, exit_on_error=False, print_error=False)
-    except cyclopts.MissingArgumentError as error:
-        name = error.argument.name if error.argument is not None else "an option"
-        unused = error.unused_tokens or ()
-        unknown = [f"{word.partition('=')[0]} is no option" for word in unused if word.startswith("--")]
-        unknown = unknown or [f"{word!r} belongs to no option" for word in unused]
-        if error.keyword is not None:
-            what = f"{name} wants a value."
-        else:  # misspelt, perhaps
-            what = f"{name} is needed{f', and {unknown[0]}' if unknown else ''}."
-        raise ConfigError(f"{what} See {called} --help.") from None
-    except cyclopts.UnusedCliTokensError as error:
+    return app
+
+
+def _complaint(error: cyclopts.CycloptsError, file: Path | None) -> str:
+    """What cyclopts found wrong, as a sentence. file: the TOML file that was read, if one was."""
+    import cyclopts
+
+    if isinstance(error, cyclopts.UnusedCliTokensError):
         left = " ".join(map(repr, error.unused_tokens or ()))
-        what = f"{left}: belongs to no option. Put a name with spaces into quotes."
-        raise ConfigError(f"{what} See {called} --help.") from None
-    except cyclopts.CycloptsError as error:
-        what = " ".join(str(error).split()).replace(" from dict:", f" from {file}:")
-        raise ConfigError(f"{what} See {called} --help.") from None
-    if config is None:
-        raise SystemExit(0)
-    return _with_paths_at_home(cast(Config, config))
+        return f"{left}: belongs to no option. Put a name with spaces into quotes."
+    if not isinstance(error, cyclopts.MissingArgumentError):
+        return " ".join(str(error).split()).replace(" from dict:", f" from {file}:")
+    name = error.argument.name if error.argument is not None else "an option"
+    if error.keyword is not None:
+        return f"{name} wants a value."
+    # Misspelt, perhaps.
+    unused = error.unused_tokens or ()
+    unknown = [f"{word.partition('=')[0]} is no option" for word in unused if word.startswith("--")]
+    unknown = unknown or [f"{word!r} belongs to no option" for word in unused]
+    return f"{name} is needed{f', and {unknown[0]}' if unknown else ''}."
 
 
 def at_home(text: str) -> str:
