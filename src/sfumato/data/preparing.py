@@ -121,23 +121,11 @@ def prepare(
     if drawn_over and any(crop.positions > 1 for _, crop in _random_crops(examples, sizes, base.vae_factor)):
         raise crops_move()
     store = None if cache is None else Cache(cache)
-    plan = _Plan(
-        sizes,
-        base.vae_factor,
-        _too_many(examples, sizes, base.vae_factor),
-        weights_digest([base.vae]) if store and hasattr(base, "vae") else "",
-        str(getattr(getattr(base, "vae", None), "dtype", None)),
-    )
-
+    plan = _plan_of(examples, sizes, base, store)
     gathered = _gathered(examples, plan, store, base, skip_bad, progress)
-    items, bad = gathered.items, gathered.bad
-    notes.extend(gathered.notes)
-    refuse_bad(bad, len(examples), skip_bad)
-    notes.extend(f"left out: {reason}" for reason in bad)
-    notes.extend(_crop_notes(items))
-    notes.extend(_kept_notes(plan.in_loop, store, gathered.nbytes))
-    notes.extend(_cut_notes(base, [item.caption for item in items]))
-    notes.extend(filter(None, [without_trigger((item.name, item.caption) for item in items)]))
+    items = gathered.items
+    refuse_bad(gathered.bad, len(examples), skip_bad)
+    notes.extend(_notes(gathered, plan, store, base))
     device = base.precision.device if hasattr(base, "precision") else torch.device("cpu")
     dataset = Dataset(
         items, gathered.repeats, device, base.encode_pixels, fingerprint=gathered.digest.hexdigest(), notes=notes
@@ -157,6 +145,13 @@ def square_side(base: Base, resolution: int) -> int:
 
 def _bucket_step(base: Base, resolution: int) -> int:
     return side_step(base.vae_factor, len(base.unet.config.block_out_channels), resolution)
+
+
+def _plan_of(examples: Sequence[Example], sizes: list[Size], base: Base, store: Cache | None) -> _Plan:
+    vae = getattr(base, "vae", None)
+    weights = weights_digest([vae]) if store and vae is not None else ""
+    in_loop = _too_many(examples, sizes, base.vae_factor)
+    return _Plan(sizes, base.vae_factor, in_loop, weights, str(getattr(vae, "dtype", None)))
 
 
 def _too_many(examples: Sequence[Example], sizes: list[Size], vae_factor: int) -> bool:
@@ -333,6 +328,18 @@ def _embed(
         return
     # Sorted, so that equal runs encode in equal batches.
     texts.compute(sorted(wanted), progress and partial(progress, "captions"))
+
+
+def _notes(gathered: _Gathered, plan: _Plan, store: Cache | None, base: Base) -> Iterator[str]:
+    """What the person should know of the pictures and captions."""
+    items = gathered.items
+    yield from gathered.notes
+    yield from (f"left out: {reason}" for reason in gathered.bad)
+    yield from _crop_notes(items)
+    yield from _kept_notes(plan.in_loop, store, gathered.nbytes)
+    yield from _cut_notes(base, [item.caption for item in items])
+    if note := without_trigger((item.name, item.caption) for item in items):
+        yield note
 
 
 def _cut_notes(base: Base, captions: Sequence[str]) -> Iterator[str]:
