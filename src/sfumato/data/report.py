@@ -27,7 +27,7 @@ from sfumato.data.folder import (
     unused_trigger,
     without_trigger,
 )
-from sfumato.data.listing import Found, Ignored, some
+from sfumato.data.listing import Found, Ignored, Listing, some
 from sfumato.data.needs import Needs
 from sfumato.data.options import CropMode, Options
 from sfumato.data.source import Source, sources_of
@@ -143,51 +143,41 @@ def check(
     side = resolution or needs.resolution
     sizes = checked_sizes(side, needs.step(side), buckets=buckets)
     sources = sources_of(path, caption_template=caption_template, trigger=trigger, mask=mask)
-    examples: list[Example] = []
-    founds: list[Found] = []
-    ignored: list[Ignored] = []
-    lines: list[Line] = []
-    for source in sources:
-        listing = source.list()
-        founds.extend(listing.pictures)
-        ignored.extend(listing.ignored)
-        lines.extend(Line("listing", note) for note in listing.notes)
-        if not listing.pictures:
-            lines.append(Line("no pictures", str(no_pictures(source.path, listing.ignored)), stops=True))
-        examples.extend(_example(found, source, Options(crop=crop)) for found in listing.pictures)
+    listings = [source.list() for source in sources]
+    founds = [found for listing in listings for found in listing.pictures]
+    ignored = tuple(entry for listing in listings for entry in listing.ignored)
+    examples = tuple(
+        _example(found, source, Options(crop=crop))
+        for source, listing in zip(sources, listings, strict=True)
+        for found in listing.pictures
+    )
     if not examples:
         raise no_pictures(path, ignored)
-    if not any(example.group == "instance" for example in examples):
-        lines.append(Line("no subject", str(no_subject(path)), stops=True))
-    labels = labels_of([example.path for example in examples])
     looks = tuple(survey(examples, sizes, needs.vae_factor, thumbnails=thumbnails, progress=progress))
-    counts: Counter[Size] = Counter()
-    for example, look in zip(examples, looks, strict=True):
-        if look.crop is not None and example.group == "instance":
-            counts[look.crop.size] += example.repeats
     report = Report(
         path,
         needs,
         side,
         batch,
-        tuple(examples),
+        examples,
         looks,
-        tuple(ignored),
-        {s: counts[s] for s in sizes if counts[s]},
-        tuple(labels),
+        ignored,
+        _count_buckets(examples, looks, sizes),
+        tuple(labels_of([example.path for example in examples])),
         tuple(bool(found.caption.text) and found.caption.origin != "folder name" for found in founds),
     )
-    found_lines = [
+    lines = [
         *_bad(report),
         *_captions(report, founds),
         *_masks(report, sources),
-        *lines,
+        *_listings(sources, listings),
+        *_subject(report),
         *_flaws(report),
         *_twice(report),
         *_buckets(report),
         *(line for word in dict.fromkeys(s.trigger for s in sources if s.trigger) for line in _trigger(report, word)),
     ]
-    return replace(report, lines=tuple(dict.fromkeys(found_lines)))
+    return replace(report, lines=tuple(dict.fromkeys(lines)))
 
 
 def _example(found: Found, source: Source, defaults: Options) -> Example:
@@ -203,6 +193,27 @@ def _example(found: Found, source: Source, defaults: Options) -> Example:
         source.template,
         source.trigger,
     )
+
+
+def _count_buckets(examples: Sequence[Example], looks: Sequence[Look], sizes: Sequence[Size]) -> dict[Size, int]:
+    """Samples of an epoch by size, in the order of the sizes; none of the class."""
+    counts: Counter[Size] = Counter()
+    for example, look in zip(examples, looks, strict=True):
+        if look.crop is not None and example.group == "instance":
+            counts[look.crop.size] += example.repeats
+    return {size: counts[size] for size in sizes if counts[size]}
+
+
+def _listings(sources: Sequence[Source], listings: Sequence[Listing]) -> Iterator[Line]:
+    for source, listing in zip(sources, listings, strict=True):
+        yield from (Line("listing", note) for note in listing.notes)
+        if not listing.pictures:
+            yield Line("no pictures", str(no_pictures(source.path, listing.ignored)), stops=True)
+
+
+def _subject(report: Report) -> Iterator[Line]:
+    if not any(example.group == "instance" for example in report.examples):
+        yield Line("no subject", str(no_subject(report.path)), stops=True)
 
 
 def _bad(report: Report) -> Iterator[Line]:
