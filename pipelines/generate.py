@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -15,9 +14,9 @@ from cyclopts import Parameter
 
 from sfumato.cli import run
 from sfumato.command_line.axes import CHECKS
+from sfumato.command_line.pictures import SUFFIXES, check_start, checked_flags, parse_size, picture_files, prompts_in
 from sfumato.command_line.specs import (
     Request,
-    checked_folder,
     in_blocks,
     parse_adapter,
     parse_embedding,
@@ -31,6 +30,7 @@ from sfumato.command_line.where_when import Span, Spot, WhereWhen, parse_region,
 from sfumato.compose.adapter import Adapter, is_idle
 from sfumato.config import parse
 from sfumato.errors import ConfigError
+from sfumato.numerals import so_many
 from sfumato.prompts.negative import negative_for
 from sfumato.prompts.syntax import checked_syntax, escaped
 from sfumato.prompts.tags import Tagged, split_flags, split_tags
@@ -42,8 +42,6 @@ if TYPE_CHECKING:
     from sfumato.drawing.desk import Desk, Drawn
     from sfumato.drawing.pictures import Start
     from sfumato.files.adapter_file import AdapterFile
-
-_PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 @dataclass(frozen=True)
@@ -157,28 +155,13 @@ class Plan:
 
 def plan(config: Config) -> Plan:
     """The pictures, adapters and files that the config asks for. Raises ConfigError, one line, for what cannot be."""
-    prompts = [*config.prompts, *_prompts_in(config.prompts_file)]
-    if not prompts:
-        raise ConfigError('there is no prompt; say what to draw: sfumato generate "a crab" -o crab.png')
-    if mistaken := [text for text in prompts if text.lower().endswith(_PICTURES) and isfile(text)]:
-        raise ConfigError(
-            f"{mistaken[0]}: a picture, and no prompt. sfumato inspect {mistaken[0]} tells the command that draws it "
-            "again; --image begins from it."
-        )
-    if config.count < 1:
-        raise ConfigError(f"--count {config.count}: wanted at least 1.")
-    for name in ("steps", "guidance", "sampler"):
-        if (value := getattr(config, name)) is not None:
-            CHECKS[name](value)
-    without_tags(config.negative or "", "--negative")
+    prompts = _prompts(config)
+    _check_settings(config)
     is_sheet = config.sweep is not None or config.before_after
     flagged = [split_flags(prompt) for prompt in prompts]
     split = [split_tags(prompt) for prompt, _ in flagged]
-    own = [_checked_flags(flags, sheet=is_sheet) for _, flags in flagged]
-    firsts = [(flags.pop("seed"),) if "seed" in flags else config.seed for flags in own]
-    seeds = [[seed + i for seed in first for i in range(config.count)] for first in firsts]
-    for seed in (seed for each in seeds for seed in each):
-        CHECKS["seed"](seed)
+    own = [checked_flags(flags, sheet=is_sheet) for _, flags in flagged]
+    seeds = [_seeds(config, flags) for flags in own]
     texts = [*(found.prompt for found in split), *(flags.get("negative", "") for flags in own), config.negative or ""]
     for text in texts:
         checked_syntax(text, config.prompt_syntax)
@@ -191,42 +174,68 @@ def plan(config: Config) -> Plan:
     where_when = _where_when(config, spots, [each.label for each in everywhere], sorted(regional), tagged)
     strengths = parse_strengths(config.adapter_guidance, [adapter.label for adapter in adapters])
     pictures = tuple(
-        Request(found.prompt, seed, tagged, flags)
+        Request(found.prompt, seed, tagged, {name: value for name, value in flags.items() if name != "seed"})
         for found, each, tagged, flags in zip(split, seeds, weights, own, strict=True)
         for seed in each
     )
-    if config.sweep is not None and (label := config.sweep.rpartition("=")[0]) in regional:
-        raise ConfigError(f"--sweep {config.sweep}: {label} has a --region, and one weight there; leave one of them.")
-    sweep = None if config.sweep is None else parse_sweep(config.sweep, adapters)
-    if sweep and any(weights):
-        raise ConfigError("--sweep and <lora:...> in a prompt do not go together; name the adapter with --lora.")
-    if sweep and sweep[0] in where_when.ramps:
-        raise ConfigError(f"--sweep {config.sweep}: --over-steps sets the weight of {sweep[0]} at every step.")
-    if config.before_after and sweep:
-        raise ConfigError("--before-after and --sweep are two sheets; ask for one of them.")
+    sweep = _sweep(config, adapters, where_when, has_tags=any(weights))
     if config.before_after and not (adapters or spots):
         raise ConfigError("--before-after: there is no adapter to draw with; give --lora, or <lora:...> in a prompt.")
-    _check_start(config)
+    check_start(config.image, config.mask, config.strength)
     embeddings = tuple(parse_embedding(spec) for spec in config.embedding)
-    files, size = _files(config, pictures, is_sheet), _size(config.size)
+    files = picture_files(config.output, pictures, is_sheet=is_sheet, overwrite=config.overwrite, given=config.prompts)
+    size = None if config.size is None else parse_size(config.size)
     return Plan(pictures, adapters, strengths, embeddings, size, files, sweep, where_when)
 
 
-def _checked_flags(flags: Mapping[str, Any], *, sheet: bool) -> dict[str, Any]:
-    """What a prompt's own options set. sheet: whether the pictures are for one. Raises ConfigError, one line."""
-    for name in CHECKS.keys() & flags.keys():
-        CHECKS[name](flags[name])
-    without_tags(flags.get("negative", ""), "--n")
-    for letter, name in (("w", "width"), ("h", "height")):
-        if name in flags and (flags[name] <= 0 or flags[name] % 8):
-            near = max(8, round(flags[name] / 8) * 8)
-            raise ConfigError(f"--{letter} {flags[name]} in a prompt: wanted a multiple of 8; the nearest is {near}.")
-    if sheet and flags.keys() - {"seed"}:
+def _prompts(config: Config) -> list[str]:
+    """All prompts as they are written. Raises ConfigError where there is none, or a picture in the place of one."""
+    prompts = [*config.prompts, *(prompts_in(config.prompts_file) if config.prompts_file else ())]
+    if not prompts:
+        raise ConfigError('there is no prompt; say what to draw: sfumato generate "a crab" -o crab.png')
+    if mistaken := [text for text in prompts if text.lower().endswith(SUFFIXES) and isfile(text)]:
         raise ConfigError(
-            "a sheet has one setting for all: instead of options in a prompt give --negative, --size, --steps or "
-            "--guidance."
+            f"{mistaken[0]}: a picture, and no prompt. sfumato inspect {mistaken[0]} tells the command that draws it "
+            "again; --image begins from it."
         )
-    return dict(flags)
+    return prompts
+
+
+def _check_settings(config: Config) -> None:
+    if config.count < 1:
+        raise ConfigError(f"--count {config.count}: wanted at least 1.")
+    for name in ("steps", "guidance", "sampler"):
+        if (value := getattr(config, name)) is not None:
+            CHECKS[name](value)
+    without_tags(config.negative or "", "--negative")
+
+
+def _seeds(config: Config, own: Mapping[str, Any]) -> list[int]:
+    """Of the pictures of one prompt. own: what is set in the prompt."""
+    firsts = (own["seed"],) if "seed" in own else config.seed
+    seeds = [first + number for first in firsts for number in range(config.count)]
+    for seed in seeds:
+        CHECKS["seed"](seed)
+    return seeds
+
+
+def _sweep(
+    config: Config, adapters: Sequence[Adapter], where_when: WhereWhen, *, has_tags: bool
+) -> tuple[str, tuple[float, ...]] | None:
+    """(label, weights) of --sweep. Raises ConfigError also for what does not go with it."""
+    if config.sweep is None:
+        return None
+    label = config.sweep.rpartition("=")[0]
+    if label in {each.label for each in where_when.regional}:
+        raise ConfigError(f"--sweep {config.sweep}: {label} has a --region, and one weight there; leave one of them.")
+    sweep = parse_sweep(config.sweep, adapters)
+    if has_tags:
+        raise ConfigError("--sweep and <lora:...> in a prompt do not go together; name the adapter with --lora.")
+    if label in where_when.ramps:
+        raise ConfigError(f"--sweep {config.sweep}: --over-steps sets the weight of {label} at every step.")
+    if config.before_after:
+        raise ConfigError("--before-after and --sweep are two sheets; ask for one of them.")
+    return sweep
 
 
 def _spots(config: Config, given: Sequence[Adapter], prompts: Sequence[Tagged]) -> tuple[Spot, ...]:
@@ -262,82 +271,15 @@ def _where_when(
     return WhereWhen(spots, dict(by_step), turns, config.switch, frozenset(tagged))
 
 
-def _check_start(config: Config) -> None:
-    """Refuse what --image, --mask and --strength cannot mean."""
-    if config.mask and not config.image:
-        raise ConfigError(f"--mask {config.mask}: a mask wants the picture that it is for; give --image, too.")
-    if config.strength is not None and not config.image:
-        raise ConfigError(
-            f"--strength {config.strength:g}: says how much of a picture is drawn anew; give --image, too."
-        )
-    if config.strength is not None and not 0 < config.strength <= 1:
-        raise ConfigError(f"--strength {config.strength:g}: wanted above 0 and at most 1; 0.6 is usual.")
-    for option, file in (("--image", config.image), ("--mask", config.mask)):
-        if file is not None and file.is_dir():
-            raise ConfigError(f"{option} {file}: a folder; name one picture in it.")
-        if file is not None and not file.is_file():
-            raise ConfigError(f"{file}: there is no such picture.")
-
-
-def _prompts_in(file: Path | None) -> list[str]:
-    if file is None:
-        return []
-    try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").split("\n")]
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8"
-        raise ConfigError(f"--prompts-file {file}: not readable as text ({reason}).") from None
-    return [line for line in lines if line and not line.startswith("#")]
-
-
-def _size(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    found = re.fullmatch(r"(\d{1,5})(?:[xX*](\d{1,5}))?", text)
-    if not found:
-        raise ConfigError(f"--size {text}: wanted WIDTHxHEIGHT in pixels, such as 512x768.")
-    width, height = int(found[1]), int(found[2] or found[1])
-    if width % 8 or height % 8 or not width or not height:
-        near = "x".join(str(max(8, round(side / 8) * 8)) for side in (width, height))
-        raise ConfigError(f"--size {text}: both sides are multiples of 8; the nearest is {near}.")
-    return width, height
-
-
-def _files(config: Config, pictures: Sequence[Request], is_sheet: bool) -> tuple[Path, ...]:
-    output, count = config.output, 1 if is_sheet else len(pictures)
-    suffix = "" if output.is_dir() else output.suffix.lower()
-    is_file = suffix in _PICTURES
-    if suffix in (".gif", ".bmp", ".tif", ".tiff", ".avif"):
-        raise ConfigError(f"--output {output}: pictures are written as .png, .jpg or .webp; .png keeps every setting.")
-    if is_file and count > 1:
-        shown = ", ".join(f"{prompt!r:.40}" for prompt in config.prompts[:3])
-        several = f", or put the words of one prompt into quotes: {shown} are several" if config.prompts[1:] else ""
-        raise ConfigError(f"--output {output}: {count} pictures do not fit into one file; name a folder{several}.")
-    names = [f"{i:03}-{_slug(each.prompt)}-{each.seed}" for i, each in enumerate(pictures, start=1)]
-    in_folder = tuple(output / f"{name}.png" for name in (["sheet"] if is_sheet else names))
-    files = (output,) if is_file else in_folder
-    checked_folder(output.parent if is_file else output, f"--output {output}")
-    there = [file for file in files if file.exists()]
-    if there and not config.overwrite:
-        raise ConfigError(f"--output {output}: {there[0]} exists already; name another place, or say --overwrite.")
-    return files
-
-
-def _slug(prompt: str) -> str:
-    return re.sub(r"\W+", "-", prompt.lower()).strip("-")[:40].strip("-") or "picture"
-
-
 def generate(config: Config) -> tuple[Path, ...]:
     """Draw what the config asks for; returns the files, each whole and with its settings inside."""
     wanted = plan(config)
 
     from sfumato.bases import load_base
-    from sfumato.compose.guided import strengths_of
     from sfumato.drawing.desk import Desk
     from sfumato.drawing.drawn import sampler_label, save_drawn, unguided
     from sfumato.drawing.pictures import check_steps, check_strength
     from sfumato.drawing.pnginfo import check_size
-    from sfumato.files.metadata import over_steps_of
     from sfumato.precision import decide
 
     start = _start(config)
@@ -355,27 +297,11 @@ def generate(config: Config) -> tuple[Path, ...]:
         if start is not None:
             check_strength(to["steps"], start)
     sampler = sampler_label(config.sampler, base)
-    print(_summary(settings, sampler, base), file=sys.stderr)
+    _say([_summary(settings, sampler, base)])
     asked = any(wanted.strengths.values())
-    for line in unguided((to["guidance"], to["negative"], asked) for to in in_full):
-        print(line, file=sys.stderr)
+    _say(unguided((to["guidance"], to["negative"], asked) for to in in_full))
     with _mixed(base, wanted, config) as (mix, regional, words):
-        strengths = {} if wanted.where_when.spots else {**mix.strengths, **wanted.strengths}
-        settings["adapter_guidance"] = strengths_of(mix, strengths, guidance=settings["guidance"])
-        pictures = [
-            replace(each, own={**each.own, "adapter_guidance": strengths_of(mix, strengths, guidance=guidance)})
-            if (guidance := each.own.get("guidance")) is not None
-            else each
-            for each in wanted.pictures
-        ]
-        if config.negative is None and not wanted.where_when.spots:
-            pictures = _against(pictures, mix, wanted, settings)
-        if wanted.where_when.spots:
-            _say_unheard(_told(wanted, mix, regional))
-        in_regions = {label: over_steps_of(file.metadata) for label, file in regional.items()}
-        spans = {**mix.spans, **{label: span for label, span in in_regions.items() if span}}
-        where_when = wanted.where_when.with_asked(spans)
-        settings |= where_when.told()
+        settings, pictures, where_when = _with_asked(config, wanted, mix, regional, settings)
         allowed = {"partial": config.partial, "verify": config.verify}
         desk = Desk(base, mix, pictures, settings, start, where_when, allowed)
         for file, size in zip(wanted.files, desk.sizes(wanted.sweep, before_after=config.before_after), strict=True):
@@ -385,6 +311,43 @@ def generate(config: Config) -> tuple[Path, ...]:
             save_drawn(picture, used, about, file, sampler, words)
             print(file)
     return wanted.files
+
+
+def _with_asked(
+    config: Config, wanted: Plan, mix: Mix, regional: Mapping[str, AdapterFile], settings: Mapping[str, Any]
+) -> tuple[dict[str, Any], Sequence[Request], WhereWhen]:
+    """Settings, pictures, and where and when adapters count, with what their files ask for where nothing else is asked
+    for; says what of it regions leave out.
+
+    regional: the files of adapters in regions, by label. settings: what all pictures share.
+    """
+    from sfumato.compose.guided import strengths_of
+    from sfumato.files.metadata import over_steps_of
+
+    has_regions = bool(wanted.where_when.spots)
+    strengths = {} if has_regions else {**mix.strengths, **wanted.strengths}
+
+    def with_strengths(to: Mapping[str, Any]) -> dict[str, Any]:
+        return {**to, "adapter_guidance": strengths_of(mix, strengths, guidance=to["guidance"])}
+
+    settings = with_strengths(settings)
+    pictures = [
+        replace(each, own=with_strengths(each.own)) if "guidance" in each.own else each for each in wanted.pictures
+    ]
+    if has_regions:
+        _say_unheard(_told(wanted, mix, regional))
+    elif config.negative is None:
+        pictures = _against(pictures, mix, wanted, settings)
+    in_regions = {label: over_steps_of(file.metadata) for label, file in regional.items()}
+    spans = {**mix.spans, **{label: span for label, span in in_regions.items() if span}}
+    where_when = wanted.where_when.with_asked(spans)
+    return {**settings, **where_when.told()}, pictures, where_when
+
+
+def _say(lines: Iterable[str]) -> None:
+    """Lines for the person, beside the names of the files."""
+    for line in lines:
+        print(line, file=sys.stderr)
 
 
 def _drawn(desk: Desk, sweep: tuple[str, tuple[float, ...]] | None, *, before_after: bool) -> Iterator[Drawn]:
@@ -408,13 +371,12 @@ def _say_unheard(told: Mapping[str, Mapping[str, str]]) -> None:
     """Say which adapters ask for adapter guidance, which regions leave out. told: the files' metadata, by label."""
     from sfumato.files.metadata import adapter_guidance_of
 
-    for label, metadata in told.items():
-        if strength := adapter_guidance_of(metadata):
-            print(
-                f"{label}: asks for adapter guidance {strength:g}, which does not go with --region; it is in both "
-                "predictions, and more weight draws more of it.",
-                file=sys.stderr,
-            )
+    _say(
+        f"{label}: asks for adapter guidance {strength:g}, which does not go with --region; it is in both predictions, "
+        "and more weight draws more of it."
+        for label, metadata in told.items()
+        if (strength := adapter_guidance_of(metadata))
+    )
 
 
 @contextmanager
@@ -429,8 +391,7 @@ def _mixed(
     from sfumato.compose import compose
     from sfumato.drawing.drawn import learned_otherwise, misread_words, unknown_words, unused_words
     from sfumato.files.header import read_header
-    from sfumato.merging.whole_model import is_whole_model, read_mixable
-    from sfumato.numerals import so_many
+    from sfumato.merging.whole_model import read_mixable
     from sfumato.words import embedding
 
     texts, counted = _texts(wanted, config.negative or ""), _counted(wanted)
@@ -439,14 +400,9 @@ def _mixed(
         named: list[tuple[Path, Iterable[str]]] = [
             (file, list(each.tokens)) for each, (_, file) in zip(words, wanted.embeddings, strict=True)
         ]
-        for line in unused_words(named, texts, config.prompt_syntax):
-            print(line, file=sys.stderr)
-        # A new weight at every step costs least in a path beside the layers; not of a whole model, whose path is as
-        # large as the U-Net and would be computed at each call.
-        is_beside = wanted.where_when.follows_steps and not any(is_whole_model(each.path) for each in wanted.adapters)
-        way: Way = "live" if is_beside else "auto"
+        _say(unused_words(named, texts, config.prompt_syntax))
         allowed = {"partial": config.partial, "verify": config.verify}
-        mix = stack.enter_context(compose(base, *wanted.adapters, way=way, words_known=True, **allowed))
+        mix = stack.enter_context(compose(base, *wanted.adapters, way=_way(wanted), words_known=True, **allowed))
         # The weight of a bundle is the LoRA's; its words are there.
         regional = {each.label: read_mixable(each.path, partial=config.partial) for each in wanted.where_when.regional}
         bundled = {**mix.embeddings, **{label: file.embeddings for label, file in regional.items()}}
@@ -457,14 +413,20 @@ def _mixed(
             for each in words:
                 each.check(texts)
         known = [token for each in words for token in each.tokens]
-        for line in [*unknown_words(texts, known, base), *misread_words(known, texts, config.prompt_syntax)]:
-            print(line, file=sys.stderr)
-        for label, count in mix.skipped.items():
-            print(f"{label}: {so_many(count, 'module')} left out (--partial).", file=sys.stderr)
+        _say([*unknown_words(texts, known, base), *misread_words(known, texts, config.prompt_syntax)])
+        _say(f"{label}: {so_many(count, 'module')} left out (--partial)." for label, count in mix.skipped.items())
         of_words = {token or file.name: read_header(file).metadata for token, file in wanted.embeddings}
-        for line in [*learned_otherwise(_told(wanted, mix, regional), base), *learned_otherwise(of_words, base)]:
-            print(line, file=sys.stderr)
+        _say([*learned_otherwise(_told(wanted, mix, regional), base), *learned_otherwise(of_words, base)])
         yield mix, regional, named
+
+
+def _way(wanted: Plan) -> Way:
+    """How the mix is applied. A new weight at every step costs least in a path beside the layers; not of a whole model,
+    whose path is as large as the U-Net and would be computed at each call."""
+    from sfumato.merging.whole_model import is_whole_model
+
+    is_beside = wanted.where_when.follows_steps and not any(is_whole_model(each.path) for each in wanted.adapters)
+    return "live" if is_beside else "auto"
 
 
 def _against(pictures: Sequence[Request], mix: Mix, wanted: Plan, settings: Mapping[str, Any]) -> list[Request]:
@@ -486,8 +448,8 @@ def _against(pictures: Sequence[Request], mix: Mix, wanted: Plan, settings: Mapp
         is_free = "negative" not in picture.own and {**settings, **picture.own}["guidance"] > 1
         negative = negative_for(picture.prompt, asked) if is_free else ""
         found.append(replace(picture, own={**picture.own, "negative": negative}) if negative else picture)
-    for negative in dict.fromkeys(each.own["negative"] for each in found if each not in pictures):
-        print(f'the negative prompt is {negative!r}, as its file asks; --negative "" draws without.', file=sys.stderr)
+    new = dict.fromkeys(each.own["negative"] for each in found if each not in pictures)
+    _say(f'the negative prompt is {negative!r}, as its file asks; --negative "" draws without.' for negative in new)
     return found
 
 

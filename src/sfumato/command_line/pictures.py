@@ -1,0 +1,102 @@
+"""The pictures that a command line asks for: prompts and their own settings, size, a picture to begin from, files.
+
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sfumato.command_line.axes import CHECKS
+from sfumato.command_line.specs import Request, checked_folder, without_tags
+from sfumato.errors import ConfigError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+"""Of the pictures that are written, in small letters."""
+
+
+def prompts_in(file: Path) -> list[str]:
+    """The prompts of --prompts-file, one a line. Raises ConfigError where it is no text."""
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").split("\n")]
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8"
+        raise ConfigError(f"--prompts-file {file}: not readable as text ({reason}).") from None
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def checked_flags(flags: Mapping[str, Any], *, sheet: bool) -> dict[str, Any]:
+    """What a prompt's own options set. sheet: whether the pictures are for one. Raises ConfigError, one line."""
+    for name in CHECKS.keys() & flags.keys():
+        CHECKS[name](flags[name])
+    without_tags(flags.get("negative", ""), "--n")
+    for letter, name in (("w", "width"), ("h", "height")):
+        if name in flags and (flags[name] <= 0 or flags[name] % 8):
+            near = max(8, round(flags[name] / 8) * 8)
+            raise ConfigError(f"--{letter} {flags[name]} in a prompt: wanted a multiple of 8; the nearest is {near}.")
+    if sheet and flags.keys() - {"seed"}:
+        raise ConfigError(
+            "a sheet has one setting for all: instead of options in a prompt give --negative, --size, --steps or "
+            "--guidance."
+        )
+    return dict(flags)
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """(width, height) in pixels of WIDTHxHEIGHT, or of one number. Raises ConfigError, one line."""
+    found = re.fullmatch(r"(\d{1,5})(?:[xX*](\d{1,5}))?", text)
+    if not found:
+        raise ConfigError(f"--size {text}: wanted WIDTHxHEIGHT in pixels, such as 512x768.")
+    width, height = int(found[1]), int(found[2] or found[1])
+    if width % 8 or height % 8 or not width or not height:
+        near = "x".join(str(max(8, round(side / 8) * 8)) for side in (width, height))
+        raise ConfigError(f"--size {text}: both sides are multiples of 8; the nearest is {near}.")
+    return width, height
+
+
+def check_start(image: Path | None, mask: Path | None, strength: float | None) -> None:
+    """Refuse what --image, --mask and --strength cannot mean."""
+    if mask and not image:
+        raise ConfigError(f"--mask {mask}: a mask wants the picture that it is for; give --image, too.")
+    if strength is not None and not image:
+        raise ConfigError(f"--strength {strength:g}: says how much of a picture is drawn anew; give --image, too.")
+    if strength is not None and not 0 < strength <= 1:
+        raise ConfigError(f"--strength {strength:g}: wanted above 0 and at most 1; 0.6 is usual.")
+    for option, file in (("--image", image), ("--mask", mask)):
+        if file is not None and file.is_dir():
+            raise ConfigError(f"{option} {file}: a folder; name one picture in it.")
+        if file is not None and not file.is_file():
+            raise ConfigError(f"{file}: there is no such picture.")
+
+
+def picture_files(
+    output: Path, pictures: Sequence[Request], *, is_sheet: bool, overwrite: bool, given: Sequence[str]
+) -> tuple[Path, ...]:
+    """One file for each picture, or one for the sheet of all. given: the prompts as the command line has them.
+
+    Raises ConfigError for a file that exists, without `overwrite`, and where they cannot be written.
+    """
+    count = 1 if is_sheet else len(pictures)
+    suffix = "" if output.is_dir() else output.suffix.lower()
+    is_file = suffix in SUFFIXES
+    if suffix in (".gif", ".bmp", ".tif", ".tiff", ".avif"):
+        raise ConfigError(f"--output {output}: pictures are written as .png, .jpg or .webp; .png keeps every setting.")
+    if is_file and count > 1:
+        shown = ", ".join(f"{prompt!r:.40}" for prompt in given[:3])
+        several = f", or put the words of one prompt into quotes: {shown} are several" if given[1:] else ""
+        raise ConfigError(f"--output {output}: {count} pictures do not fit into one file; name a folder{several}.")
+    names = [f"{i:03}-{_slug(each.prompt)}-{each.seed}" for i, each in enumerate(pictures, start=1)]
+    in_folder = tuple(output / f"{name}.png" for name in (["sheet"] if is_sheet else names))
+    files = (output,) if is_file else in_folder
+    checked_folder(output.parent if is_file else output, f"--output {output}")
+    there = [file for file in files if file.exists()]
+    if there and not overwrite:
+        raise ConfigError(f"--output {output}: {there[0]} exists already; name another place, or say --overwrite.")
+    return files
+
+
+def _slug(prompt: str) -> str:
+    return re.sub(r"\W+", "-", prompt.lower()).strip("-")[:40].strip("-") or "picture"
