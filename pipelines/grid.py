@@ -7,7 +7,7 @@ import json
 import re
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -136,6 +136,48 @@ def plan(config: Config) -> tuple[Axis, Axis, list[Adapter], list[list[Cell]]]:
     adapters = list(parse_adapters(config.lora))
     labels = [adapter.label for adapter in adapters]
     x, y = (parse_axis(axis, labels, config.prompt_syntax) for axis in (config.x, config.y))
+    _check_axes(config, x, y, adapters)
+    _check_method(config, x, y, adapters)
+    for where, texts in _prompts(config, x, y):
+        for text in texts:
+            checked_syntax(without_tags(text, where), config.prompt_syntax)
+    # By side, too: one file on both counts twice.
+    sides = (("x", x), ("y", y))
+    places = dict.fromkeys((side, spec) for side, axis in sides if axis.kind == "adapter" for spec in axis.values)
+    on_axes = parse_adapters([spec for _, spec in places], weight=config.adapter_weight, beside=adapters)
+    extra = dict(zip(places, on_axes, strict=True))
+    adapters += [Adapter(each.path, 0.0, each.label) for each in extra.values()]
+    weights = {adapter.label: adapter.weight for adapter in adapters}
+    rows = [
+        [_cell(config, weights, extra, {"x": (x, right), "y": (y, below)}) for right in x.values] for below in y.values
+    ]
+    return x, y, adapters, rows
+
+
+def _cell(
+    config: Config,
+    weights: Mapping[str, Weight],
+    extra: Mapping[tuple[str, str], Adapter],
+    at: Mapping[str, tuple[Axis, Any]],
+) -> Cell:
+    """The cell at these values of the axes. weights: where no axis says another. extra: adapters of the axes, by side
+    and value. at: by side, its axis and the value."""
+    settings = {name: getattr(config, name) for name in PLAIN}
+    if config.prompt_syntax != "plain":  # so that cells that were drawn without the option are known again
+        settings["prompt_syntax"] = config.prompt_syntax
+    own = dict(weights)
+    for side, (axis, value) in at.items():
+        if axis.kind == "weight":
+            own[axis.label] = swept(axis.label, weights[axis.label], value)
+        elif axis.kind == "adapter":
+            adapter = extra[side, value]
+            own[adapter.label] = adapter.weight
+        else:
+            settings[axis.kind] = value
+    return Cell(_with_method(settings, config.rank), own)
+
+
+def _check_axes(config: Config, x: Axis, y: Axis, adapters: Sequence[Adapter]) -> None:
     if (x.kind, x.label) == (y.kind, y.label) and x.kind != "adapter":
         raise ConfigError(f"--x and --y both vary {x.label or x.kind}; give them different settings.")
     if config.prompt is None and "prompt" not in (x.kind, y.kind):
@@ -147,36 +189,6 @@ def plan(config: Config) -> tuple[Axis, Axis, list[Adapter], list[list[Cell]]]:
     is_guided = config.adapter_guidance is not None or "adapter_guidance" in (x.kind, y.kind)
     if is_guided and not adapters and "adapter" not in (x.kind, y.kind):
         raise ConfigError("adapter guidance: there is no adapter that it could count for; give --lora FILE:0.8.")
-    _check_method(config, x, y, adapters)
-    for where, texts in _prompts(config, x, y):
-        for text in texts:
-            checked_syntax(without_tags(text, where), config.prompt_syntax)
-    fixed = {adapter.label: adapter.weight for adapter in adapters}
-    sides = (("x", x), ("y", y))
-    # By side, too: one file on both counts twice.
-    places = dict.fromkeys((side, spec) for side, axis in sides if axis.kind == "adapter" for spec in axis.values)
-    on_axes = parse_adapters([spec for _, spec in places], weight=config.adapter_weight, beside=adapters)
-    extra = dict(zip(places, on_axes, strict=True))
-    adapters += [Adapter(each.path, 0.0, each.label) for each in extra.values()]
-    rows = []
-    for below in y.values:
-        row = []
-        for right in x.values:
-            settings = {name: getattr(config, name) for name in PLAIN}
-            if config.prompt_syntax != "plain":  # so that cells that were drawn without the option are known again
-                settings["prompt_syntax"] = config.prompt_syntax
-            weights: dict[str, Weight] = fixed | {each.label: 0.0 for each in extra.values()}
-            for (side, axis), value in zip(sides, (right, below), strict=True):
-                if axis.kind == "weight":
-                    weights[axis.label] = swept(axis.label, fixed[axis.label], value)
-                elif axis.kind == "adapter":
-                    own = extra[side, value]
-                    weights[own.label] = own.weight
-                else:
-                    settings[axis.kind] = value
-            row.append(Cell(_with_method(settings, config.rank), weights))
-        rows.append(row)
-    return x, y, adapters, rows
 
 
 def _prompts(config: Config, x: Axis, y: Axis) -> Iterator[tuple[str, Sequence[str]]]:
@@ -227,12 +239,9 @@ def draw_grid(config: Config) -> Path:
     embeddings = [parse_embedding(spec) for spec in config.embedding]
 
     from sfumato.bases import load_base
-    from sfumato.compose import compose
-    from sfumato.drawing.drawn import learned_otherwise, misread_words, unguided, unknown_words, unused_words
+    from sfumato.drawing.drawn import unguided
     from sfumato.drawing.sheet import read_drawn
-    from sfumato.files.header import read_header
     from sfumato.precision import decide
-    from sfumato.words import embedding
 
     base = load_base(
         config.base,
@@ -243,12 +252,63 @@ def draw_grid(config: Config) -> Path:
     )
     _check_drawable(base, rows)
     filled = [_filled(base, cell) for cells in rows for cell in cells]
-    for line in unguided((to["guidance"], to["negative"] or "", bool(to["adapter_guidance"])) for to in filled):
-        print(line, file=sys.stderr)
+    _say(unguided((to["guidance"], to["negative"] or "", bool(to["adapter_guidance"])) for to in filled))
+    # Before anything is mixed in: what a cell's name is made of.
     loaded = [base.quick_fingerprint(), str(base.precision.compute), str(base.clip_skip), str(config.partial)]
     files = {adapter.label: _digest(Path(adapter.path)) for adapter in adapters}
     digests = [(token or file.stem, _digest(file)) for token, file in embeddings]
     is_merged = "method" in rows[0][0].settings  # then all cells have one
+    with _prepared(config, base, adapters, embeddings, is_merged=is_merged) as setup:
+        rows = [[_against(setup, cell) for cell in cells] for cells in rows]
+        paths = {
+            (column, row): config.output / "cells" / f"{cell.key(loaded, files, digests)}.png"
+            for row, cells in enumerate(rows)
+            for column, cell in enumerate(cells)
+        }
+        _say(_notes(setup, [cell for cells in rows for cell in cells], embeddings))
+        there = {path for path in paths.values() if read_drawn(path) is not None}
+        for cells in coarse_to_fine(len(x.values), len(y.values)):
+            missing = [place for place in cells if paths[place] not in there]
+            for place, picture, how in _draw(setup, rows, missing):
+                _save(setup, picture, paths[place], rows[place[1]][place[0]], how)
+                there.add(paths[place])
+            _write_sheet(config, x, y, rows, paths, there)
+            _say([f"{sum(path in there for path in paths.values())} of {len(paths)} pictures"])
+    return config.output / "grid.png"
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the cells are drawn from and with.
+
+    mix: of all adapters; None where cells have a method, which merges them for each batch. told, brought: the metadata
+    and new words of the adapters' files, by label. words: those of --embedding. named: their files, and what they are
+    called.
+    """
+
+    config: Config
+    base: Base
+    adapters: Sequence[Adapter]
+    mix: Mix | None
+    told: Mapping[str, Mapping[str, str]]
+    brought: Mapping[str, Vectors]
+    words: Sequence[Words]
+    named: Sequence[tuple[Path, list[str]]]
+
+
+@contextmanager
+def _prepared(
+    config: Config,
+    base: Base,
+    adapters: Sequence[Adapter],
+    embeddings: Sequence[tuple[str | None, Path]],
+    *,
+    is_merged: bool,
+) -> Iterator[Setup]:
+    """Within the block the base has the new words, and the mix unless cells merge the adapters by a method."""
+    from sfumato.compose import compose
+    from sfumato.words import embedding
+
     with ExitStack() as stack:
         words = [stack.enter_context(embedding.load(base, file, token)) for token, file in embeddings]
         named = [(file, list(each.tokens)) for each, (_, file) in zip(words, embeddings, strict=True)]
@@ -256,30 +316,27 @@ def draw_grid(config: Config) -> Path:
         if not is_merged:
             mix = stack.enter_context(compose(base, *adapters, partial=config.partial, words_known=True))
         told, brought = _in_files(mix, adapters, partial=config.partial)
-        rows = [[_against(cell, told, config) for cell in cells] for cells in rows]
-        cells_in_all = [cell for cells in rows for cell in cells]
-        texts = [cell.settings[name] for name in ("prompt", "negative") for cell in cells_in_all]
-        paths = {
-            (column, row): config.output / "cells" / f"{cell.key(loaded, files, digests)}.png"
-            for row, cells in enumerate(rows)
-            for column, cell in enumerate(cells)
-        }
-        learned = _checked(base, brought, told, cells_in_all, words, config)
-        of_words = {token or file.name: read_header(file).metadata for token, file in embeddings}
-        known = [token for some in (*(each.tokens for each in words), *brought.values()) for token in some]
-        lines = [*unused_words(named, texts, config.prompt_syntax), *unknown_words(texts, known, base)]
-        lines += [*misread_words(known, texts, config.prompt_syntax), *learned, *learned_otherwise(of_words, base)]
-        for line in lines:
-            print(line, file=sys.stderr)
-        there = {path for path in paths.values() if read_drawn(path) is not None}
-        for cells in coarse_to_fine(len(x.values), len(y.values)):
-            missing = [place for place in cells if paths[place] not in there]
-            for place, picture, how in _draw(base, mix, brought, adapters, rows, missing, partial=config.partial):
-                _save(config, picture, paths[place], base, adapters, rows[place[1]][place[0]], how, named)
-                there.add(paths[place])
-            _write_sheet(config, x, y, rows, paths, there)
-            print(f"{sum(path in there for path in paths.values())} of {len(paths)} pictures", file=sys.stderr)
-    return config.output / "grid.png"
+        yield Setup(config, base, adapters, mix, told, brought, words, named)
+
+
+def _say(lines: Iterable[str]) -> None:
+    """Lines for the person, beside the name of the sheet."""
+    for line in lines:
+        print(line, file=sys.stderr)
+
+
+def _notes(setup: Setup, cells: Sequence[Cell], embeddings: Sequence[tuple[str | None, Path]]) -> list[str]:
+    """What of the words has no effect, and what was learned on another base. Raises ConfigError as `_checked`."""
+    from sfumato.drawing.drawn import learned_otherwise, misread_words, unknown_words, unused_words
+    from sfumato.files.header import read_header
+
+    base, syntax = setup.base, setup.config.prompt_syntax
+    texts = [cell.settings[name] for name in ("prompt", "negative") for cell in cells]
+    learned = _checked(setup, cells)
+    of_words = {token or file.name: read_header(file).metadata for token, file in embeddings}
+    known = [token for some in (*(each.tokens for each in setup.words), *setup.brought.values()) for token in some]
+    lines = [*unused_words(setup.named, texts, syntax), *unknown_words(texts, known, base)]
+    return [*lines, *misread_words(known, texts, syntax), *learned, *learned_otherwise(of_words, base)]
 
 
 def _in_files(
@@ -299,17 +356,14 @@ def _in_files(
     return told, {label: file.embeddings for label, file in read.items()}
 
 
-def _against(cell: Cell, told: Mapping[str, Mapping[str, str]], config: Config) -> Cell:
-    """The cell with the negative prompt that its adapters' files ask for, where nothing else is asked for.
-
-    told: the files' metadata, by label.
-    """
+def _against(setup: Setup, cell: Cell) -> Cell:
+    """The cell with the negative prompt that its adapters' files ask for, where nothing else is asked for."""
     if cell.settings["negative"] is not None:
         return cell
     from sfumato.files.metadata import negatives_of
 
-    texts = [text for label in cell.counted for text in negatives_of(told[label])]
-    asked = [escaped(text) if config.prompt_syntax == "a1111" else text for text in texts]
+    texts = [text for label in cell.counted for text in negatives_of(setup.told[label])]
+    asked = [escaped(text) if setup.config.prompt_syntax == "a1111" else text for text in texts]
     return replace(cell, settings={**cell.settings, "negative": negative_for(cell.settings["prompt"], asked)})
 
 
@@ -325,17 +379,8 @@ def _check_drawable(base: Base, rows: Sequence[Sequence[Cell]]) -> None:
         scheduler(sampler, base.scheduler.config)
 
 
-def _checked(
-    base: Base,
-    brought: Mapping[str, Vectors],
-    told: Mapping[str, Mapping[str, str]],
-    cells: Iterable[Cell],
-    loaded: Sequence[Words],
-    config: Config,
-) -> list[str]:
+def _checked(setup: Setup, cells: Iterable[Cell]) -> list[str]:
     """What `learned_otherwise` says of the adapters that count in any cell.
-
-    brought, told: the words that files bring, and their metadata, by label.
 
     Raises ConfigError for a prompt that words make too long, those that are loaded or those that its adapters bring.
     """
@@ -346,38 +391,27 @@ def _checked(
         together.setdefault(cell.counted, []).append(cell)
     lines: dict[str, None] = {}
     for labels, some in together.items():
-        with _words(base, brought, some[0], partial=config.partial) as words:
-            known = [*loaded, *([] if words is None else [words])]
-            for each in known if config.prompt_syntax == "plain" else []:  # the others take prompts of any length
+        with _words(setup, some[0]) as words:
+            known = [*setup.words, *([] if words is None else [words])]
+            for each in known if setup.config.prompt_syntax == "plain" else []:  # the others take prompts of any length
                 each.check([cell.settings[name] for name in ("prompt", "negative") for cell in some])
-            lines |= dict.fromkeys(learned_otherwise({label: told[label] for label in labels}, base))
+            lines |= dict.fromkeys(learned_otherwise({label: setup.told[label] for label in labels}, setup.base))
     return list(lines)
 
 
-def _words(
-    base: Base, brought: Mapping[str, Vectors], cell: Cell, *, partial: bool, quiet: bool = False
-) -> AbstractContextManager[Words | None]:
+def _words(setup: Setup, cell: Cell, *, quiet: bool = False) -> AbstractContextManager[Words | None]:
     """Within the block the words are in use that the cell's adapters bring; those at 0 bring none."""
     from sfumato.words.embedding import bundled
 
-    found = {label: words for label, words in brought.items() if label in cell.counted}
-    return bundled(base, found, partial=partial, quiet=quiet)
+    found = {label: words for label, words in setup.brought.items() if label in cell.counted}
+    return bundled(setup.base, found, partial=setup.config.partial, quiet=quiet)
 
 
 def _draw(
-    base: Base,
-    mix: Mix | None,
-    brought: Mapping[str, Vectors],
-    adapters: Sequence[Adapter],
-    rows: Sequence[Sequence[Cell]],
-    places: Sequence[tuple[int, int]],
-    *,
-    partial: bool,
+    setup: Setup, rows: Sequence[Sequence[Cell]], places: Sequence[tuple[int, int]]
 ) -> Iterator[tuple[tuple[int, int], Image, Mapping[str, Any]]]:
-    """The pictures of the cells, and how their adapters count; those that differ in prompt and seed alone in one batch.
-
-    mix: of all adapters; None where the cells have a method, which merges them for each batch.
-    """
+    """The pictures of the cells, and how their adapters count; those that differ in prompt and seed alone in one
+    batch."""
     from sfumato.command_line.where_when import WhereWhen
     from sfumato.compose.guided import adapter_guidance, strengths_of
     from sfumato.compose.steps import over_asked_steps
@@ -390,15 +424,15 @@ def _draw(
         together.setdefault(json.dumps([shared, dict(cell.weights)], sort_keys=True), []).append(place)
     for group in together.values():
         cells = [rows[row][column] for column, row in group]
-        to = _filled(base, cells[0])
+        to = _filled(setup.base, cells[0])
         with (
-            _applied(base, mix, adapters, cells[0], partial=partial) as applied,
-            _words(base, brought, cells[0], partial=partial, quiet=True),
+            _applied(setup, cells[0]) as applied,
+            _words(setup, cells[0], quiet=True),
             adapter_guidance(applied, to["adapter_guidance"], guidance=to["guidance"]),
             over_asked_steps(applied),
         ):
             pictures = draw(
-                base,
+                setup.base,
                 [cell.settings["prompt"] for cell in cells],
                 [cell.settings["seed"] for cell in cells],
                 syntax=to.get("prompt_syntax", "plain"),
@@ -417,34 +451,31 @@ def _filled(base: Base, cell: Cell) -> dict[str, Any]:
     return {**to, "steps": to["steps"] or base.defaults.sampling_steps, "guidance": guidance}
 
 
-def _applied(
-    base: Base, mix: Mix | None, adapters: Sequence[Adapter], cell: Cell, *, partial: bool
-) -> AbstractContextManager[Mix]:
+def _applied(setup: Setup, cell: Cell) -> AbstractContextManager[Mix]:
     """A context that gives the mix, with the adapters as the cell has them."""
-    if mix is not None:
-        mix.set_weights(dict(cell.weights))
-        return nullcontext(mix)
+    if setup.mix is not None:
+        setup.mix.set_weights(dict(cell.weights))
+        return nullcontext(setup.mix)
     from sfumato.compose.by_method import by_method
     from sfumato.merging.factors import Budget
     from sfumato.merging.methods import Settings
 
     to = cell.settings
     settings = Settings(density=to.get("density", Settings.density))
-    used = _used(adapters, cell)
     return by_method(
-        base,
-        *used,
+        setup.base,
+        *_used(setup, cell),
         method=to["method"],
         settings=settings,
         budget=Budget(rank=to["rank"]),
-        partial=partial,
+        partial=setup.config.partial,
         words_known=True,
     )
 
 
-def _used(adapters: Sequence[Adapter], cell: Cell) -> tuple[Adapter, ...]:
+def _used(setup: Setup, cell: Cell) -> tuple[Adapter, ...]:
     """The adapters with the weights that the cell gives them."""
-    return tuple(Adapter(each.path, cell.weights[each.label], each.label) for each in adapters)
+    return tuple(Adapter(each.path, cell.weights[each.label], each.label) for each in setup.adapters)
 
 
 def _digest(path: Path) -> str:
@@ -457,18 +488,10 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _save(
-    config: Config,
-    picture: Image,
-    path: Path,
-    base: Base,
-    adapters: Sequence[Adapter],
-    cell: Cell,
-    how: Mapping[str, Any],
-    words: Sequence[tuple[Path, Iterable[str]]],
-) -> None:
+def _save(setup: Setup, picture: Image, path: Path, cell: Cell, how: Mapping[str, Any]) -> None:
     from sfumato.drawing.drawn import of_base, sampler_label, save_drawn
 
+    config, base = setup.config, setup.base
     settings = {
         **_filled(base, cell),
         "prompt_syntax": config.prompt_syntax,
@@ -479,7 +502,7 @@ def _save(
         **of_base(base, config.vae),
     }
     sampler = sampler_label(cell.settings["sampler"], base)
-    save_drawn(picture, _used(adapters, cell), settings, path, sampler, words)
+    save_drawn(picture, _used(setup, cell), settings, path, sampler, setup.named)
 
 
 def _write_sheet(
