@@ -170,17 +170,8 @@ class _Reader:
             raise DataError(f"{folder}: {reason}") from None
 
     def _folder(self, folder: Path, entries: list[Path], repeats: int, words: str) -> None:
-        listed: dict[str, str] = {}
-        if (folder / METADATA).is_file():
-            self._check(folder / METADATA)
-            listed = read_metadata(folder / METADATA)
-        described = {self._listed(folder / name): text for name, text in listed.items()}
+        described = self._metadata(folder)
         below = [path for path in described if path.parent != folder]
-        if listed and not any(listed.values()):
-            self.notes.append(f'{METADATA}: no line of it has a "text", so it holds no caption')
-        for path in described:
-            if not path.is_file():
-                self.notes.append(f"{METADATA}: there is no picture {path.relative_to(folder).as_posix()}")
         self.captions = [e for e in entries if self._is_caption(e) and self._is_inside(e)]
         self.likely = None
         self.read_below = {parent for path in below for parent in path.parents}
@@ -190,6 +181,24 @@ class _Reader:
             mask = self._mask_of(path)
             sums = (self.sums.get(path, ""), self.sums.get(mask, "") if mask else "")
             self.pictures.append(Found(path, caption, repeats, mask, sums))
+        self._ignore_idle(folder, entries, pictures)
+
+    def _metadata(self, folder: Path) -> dict[Path, str]:
+        """The texts of the folder's metadata.jsonl, by picture."""
+        if not (folder / METADATA).is_file():
+            return {}
+        self._check(folder / METADATA)
+        listed = read_metadata(folder / METADATA)
+        described = {self._listed(folder / name): text for name, text in listed.items()}
+        if listed and not any(listed.values()):
+            self.notes.append(f'{METADATA}: no line of it has a "text", so it holds no caption')
+        for path in described:
+            if not path.is_file():
+                self.notes.append(f"{METADATA}: there is no picture {path.relative_to(folder).as_posix()}")
+        return described
+
+    def _ignore_idle(self, folder: Path, entries: list[Path], pictures: list[Path]) -> None:
+        """Note the captions and masks that belong to none of the pictures."""
         beside = [path.stem for path in pictures if path.parent == folder]
         companions = {_composed(f"{stem}{suffix}") for stem in beside for suffix in self.suffixes}
         masks = {found.mask for found in self.pictures}
