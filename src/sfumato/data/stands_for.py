@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from sfumato.data.folder import Example, Folder
 from sfumato.errors import DataError
@@ -19,6 +19,15 @@ def put_into_captions(folder: Folder, placeholders: Sequence[str], stands_for: S
     Raises DataError where a caption holds no placeholder, or one of the class does, or a placeholder, or what one
     stands for, is in no caption.
     """
+    _check_stands_for(stands_for, [example.caption for example in folder.of("instance")])
+    rename = _renaming(placeholders, stands_for)
+    examples = tuple(e if e.group == "class" else _with_words(e, rename) for e in folder.examples)
+    _check_captions(examples, placeholders)
+    return dataclasses.replace(folder, examples=examples)
+
+
+def _renaming(placeholders: Sequence[str], stands_for: Sequence[str]) -> Callable[[str], str]:
+    """What puts the placeholders into a text."""
     # A placeholder in capitals stands for itself: by the spelling that was given diffusers finds all of its vectors.
     meant = [*zip(placeholders, placeholders, strict=True), *zip(stands_for, placeholders, strict=False)]
     names = {phrase.lower(): token for phrase, token in meant}
@@ -28,27 +37,34 @@ def put_into_captions(folder: Folder, placeholders: Sequence[str], stands_for: S
     parts = [r"\{caption\}", *map(_whole, sorted(names, key=len, reverse=True))]
     phrases = re.compile("|".join(parts), re.IGNORECASE)
 
-    def renamed(caption: str) -> str:
-        return phrases.sub(lambda found: names.get(found[0].lower(), found[0]), caption)
+    def rename(text: str) -> str:
+        return phrases.sub(lambda found: names.get(found[0].lower(), found[0]), text)
 
-    def with_words(example: Example) -> Example:
-        if example.group == "class":
-            return example
-        caption, template, trigger = renamed(example.caption), example.template, example.trigger
-        if template is not None:
-            template = renamed(template.replace("{trigger}", trigger or ""))
-        if trigger and trigger in example.caption and trigger not in caption:
-            trigger = None
-        return dataclasses.replace(example, caption=caption, template=template, trigger=trigger)
+    return rename
 
-    before = [example.caption for example in folder.of("instance")]
+
+def _with_words(example: Example, rename: Callable[[str], str]) -> Example:
+    caption, template, trigger = rename(example.caption), example.template, example.trigger
+    if template is not None:
+        template = rename(template.replace("{trigger}", trigger or ""))
+    if trigger and trigger in example.caption and trigger not in caption:
+        trigger = None
+    return dataclasses.replace(example, caption=caption, template=template, trigger=trigger)
+
+
+def _check_stands_for(stands_for: Sequence[str], captions: Sequence[str]) -> None:
+    """Raises DataError for what is in no caption."""
     for phrase in stands_for:
-        if not any(re.search(_whole(phrase), caption, re.IGNORECASE) for caption in before):
+        if not any(re.search(_whole(phrase), caption, re.IGNORECASE) for caption in captions):
             raise DataError(
-                f"--stands-for {phrase!r} is in none of {so_many(len(before), 'caption')}, first {before[0]!r}. Name "
-                "words that are in some, or leave it out."
+                f"--stands-for {phrase!r} is in none of {so_many(len(captions), 'caption')}, first {captions[0]!r}. "
+                "Name words that are in some, or leave it out."
             )
-    examples = tuple(map(with_words, folder.examples))
+
+
+def _check_captions(examples: Sequence[Example], placeholders: Sequence[str]) -> None:
+    """Raises DataError for captions that hold no placeholder, for one that is in none, and for one of the class that
+    holds any."""
     ours = [e for e in examples if e.group == "instance"]
     without = [e.caption for e in ours if not any(holds(token, e.caption) for token in placeholders)]
     unused = [token for token in placeholders if not any(holds(token, e.caption) for e in ours)]
@@ -65,7 +81,6 @@ def put_into_captions(folder: Folder, placeholders: Sequence[str], stands_for: S
                 f"the caption {caption!r} of a picture of the class holds {held[0]}, which is learned for the subject "
                 "alone. Leave it out there."
             )
-    return dataclasses.replace(folder, examples=examples)
 
 
 def _whole(phrase: str) -> str:
