@@ -6,6 +6,7 @@ with by_method(pipe, Adapter("line.safetensors", 0.7), Adapter("otter.safetensor
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,18 +60,8 @@ def by_method(
         if counted := [(source, parent) for source, parent in both if source.counts]:
             sources, parents = zip(*counted, strict=True)
             modules = Modules(parts_of(pipe))
-
-            def weight(target: Target) -> Tensor:
-                found = modules.find(target)
-                stored = None if found is None else tensors.stored(found[1], "weight")
-                if stored is None or not tensors.is_plain(stored):
-                    raise AdapterError(
-                        f"{'.'.join(target)} is {'quantised' if found else 'not'} in this pipeline, so no adapter that "
-                        "depends on its weight can be merged. Load the base they were made for, unquantised."
-                    )
-                return stored.detach().to("cpu").float()
-
-            merged = merge(sources, method=method, settings=settings, budget=budget, seed=seed, base=weight)
+            weight_of = functools.partial(_weight_of, modules)
+            merged = merge(sources, method=method, settings=settings, budget=budget, seed=seed, base=weight_of)
             words = united({source.name: source.words for source in sources})
             title = f"{method} of {', '.join(each.label for each in some)}"
             about = inherit(parents, title=title, family=modules.family)  # with the adapter guidance that all ask for
@@ -81,3 +72,15 @@ def by_method(
             if not words_known:
                 say_words(mix)
         yield mix
+
+
+def _weight_of(modules: Modules, target: Target) -> Tensor:
+    """The pipeline's own weight there, fp32 on the CPU. Raises AdapterError where there is none that is plain."""
+    found = modules.find(target)
+    stored = None if found is None else tensors.stored(found[1], "weight")
+    if stored is None or not tensors.is_plain(stored):
+        raise AdapterError(
+            f"{'.'.join(target)} is {'quantised' if found else 'not'} in this pipeline, so no adapter that depends on "
+            "its weight can be merged. Load the base they were made for, unquantised."
+        )
+    return stored.detach().to("cpu").float()

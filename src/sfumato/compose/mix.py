@@ -243,15 +243,9 @@ class Mix:
         sites = dict(self._sites)
         try:
             for label, found in matched.items():
-                for one in found:
-                    place = (one.part, one.path, one.name)
-                    site = sites.get(place)
-                    if site is None:
-                        site = sites[place] = new_site(one, self._parts[one.part])
-                    site.effects[label] = one.effect
-            self._apply(
-                weights, self._muted, [site for site in sites.values() if not files.keys().isdisjoint(site.effects)]
-            )
+                self._place(label, found, sites)
+            changed = [site for site in sites.values() if not files.keys().isdisjoint(site.effects)]
+            self._apply(weights, self._muted, changed)
         except BaseException:
             for site in sites.values():
                 site.forget(files)
@@ -260,12 +254,24 @@ class Mix:
         self._adapters |= {adapter.label: adapter for adapter in adapters}
         self._files |= files
         self._skipped |= {label: _left_out(file, matched[label]) for label, file in files.items()}
-        for part in {"unet", *(site.part for site in sites.values())}:
+        self._mark_parts()
+        return self
+
+    def _place(self, label: str, found: Iterable[Found], sites: dict[Place, Site]) -> None:
+        """Note what this adapter does at each of its sites, of which some are new."""
+        for one in found:
+            place = (one.part, one.path, one.name)
+            if place not in sites:
+                sites[place] = new_site(one, self._parts[one.part])
+            sites[place].effects[label] = one.effect
+
+    def _mark_parts(self) -> None:
+        """Let the parts say that they carry this mix, and those with paths beside layers refuse to be saved."""
+        for part in {"unet", *(site.part for site in self._sites.values())}:
             self._parts[part].__dict__[_MARK] = self
-        for module in (self._parts[site.part] for site in sites.values() if isinstance(site, Live)):
+        for module in (self._parts[site.part] for site in self._sites.values() if isinstance(site, Live)):
             if hasattr(type(module), _SAVE):
                 module.__dict__.setdefault(_SAVE, SavesNone(module))
-        return self
 
     def set(self, /, **weights: Weight) -> Self:
         """New weights by label: `mix.set(line=0.3)`. Only modules whose sum changes are computed, from the base."""

@@ -70,12 +70,11 @@ def regions(
     with halved(unet), in_turn(pipe), ExitStack() as stack:
         for see in (lambda unet, *_: check_no_picture_prompt(unet), masks.see, texts.see, spans.see):
             stack.enter_context(unet.register_forward_pre_hook(see, with_kwargs=True))
-        for path, module in unet.named_modules():
-            if path.endswith("attn2"):
-                keys, values = (layers.pop(f"{path}.{name}", None) for name in ("to_k", "to_v"))
-                if keys or values or any(text is not None for text in texts.now):
-                    stack.callback(_set_back, module, module.processor)
-                    module.set_processor(Attention(masks, texts, keys, values))
+        for path, module in [named for named in unet.named_modules() if named[0].endswith("attn2")]:
+            keys, values = (layers.pop(f"{path}.{name}", None) for name in ("to_k", "to_v"))
+            if keys or values or any(text is not None for text in texts.now):
+                stack.callback(_set_back, module, module.processor)
+                module.set_processor(Attention(masks, texts, keys, values))
         for path, paths in layers.items():
             for handle in _hooks(unet, path, paths, masks):
                 stack.enter_context(handle)
