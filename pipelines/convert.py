@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import Parameter
 
 from sfumato.cli import run
+from sfumato.command_line.said import say
 from sfumato.compose.adapter import Adapter
 from sfumato.config import parse, to_dict
 from sfumato.errors import AdapterError, ConfigError
@@ -98,11 +98,8 @@ def convert(config: Config) -> Path:
     words = source.words if keeps_words else None
     write(config.to, config.output, made.modules, family=family, metadata=metadata, dtype=dtype, words=words)
     other = "diffusers" if config.to == "kohya" else "kohya"
-    for line in lines_on_diffusers(config.output, made.modules, config.to, way=f"give --to {other}"):
-        print(line, file=sys.stderr)
-    exact = made.share > 1 - 1e-10
-    outcome = "exact" if exact else f"keeps {made.share:.2%} of the energy, relative error {made.error:.3g}"
-    print(f"{config.output.name}: {so_many(len(made.modules), 'module')} for {config.to}; {outcome}", file=sys.stderr)
+    say(*lines_on_diffusers(config.output, made.modules, config.to, way=f"give --to {other}"))
+    say(f"{config.output.name}: {so_many(len(made.modules), 'module')} for {config.to}; {made}")
     return config.output
 
 
@@ -113,10 +110,9 @@ def _fitted(config: Config, metadata: Mapping[str, str], modules: int) -> dict[s
 
     kept, left_out = fitted(metadata, modules)
     if left_out:
-        print(
+        say(
             f"{config.output.name}: {', '.join(left_out)} left out of its metadata, of which at most "
-            f"{METADATA_LIMIT:,} bytes are written",
-            file=sys.stderr,
+            f"{METADATA_LIMIT:,} bytes are written"
         )
     return kept
 
@@ -139,10 +135,9 @@ def _differences(config: Config, source: Source, family: str, metadata: Mapping[
     metadata = _fitted(config, metadata, len(deltas))
     write_difference(config.output, deltas, family=family, metadata=metadata, dtype=DTYPES[config.dtype])
     size = config.output.stat().st_size / 1e6
-    print(
+    say(
         f"{config.output.name}: {so_many(len(deltas), 'full difference')}, {size:.1f} MB, exact; read by ComfyUI, "
-        "A1111/Forge and InvokeAI",
-        file=sys.stderr,
+        "A1111/Forge and InvokeAI"
     )
     written = read_header(config.output).tensors
     some = sum(
@@ -151,10 +146,9 @@ def _differences(config: Config, source: Source, family: str, metadata: Mapping[
         if part != "unet" or path == "conv_norm_out"
     )
     if some:
-        print(
+        say(
             f"{some} of them are norms of text encoders or the U-Net's last: InvokeAI applies them, ComfyUI, Forge and "
-            "A1111 leave some or all of them out",
-            file=sys.stderr,
+            "A1111 leave some or all of them out"
         )
     return config.output
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import Parameter
 
 from sfumato.cli import run
+from sfumato.command_line.said import say
 from sfumato.config import parse, to_dict
 from sfumato.errors import AdapterError, ConfigError
 from sfumato.files.atomic import check_free
@@ -77,7 +77,7 @@ def extract_file(config: Config) -> Path:
         raise ConfigError(f"--parts {lacking[0]}: {base.family.title} has {', '.join(sorted(there))} alone.")
     count, kept = (_write_difference if config.exact else _write_lora)(config, tuned, base)
     size = config.output.stat().st_size / 1e6
-    print(f"{config.output.name}: {so_many(count, 'module')}, {size:.2f} MB; {kept}", file=sys.stderr)
+    say(f"{config.output.name}: {so_many(count, 'module')}, {size:.2f} MB; {kept}")
     return config.output
 
 
@@ -92,8 +92,7 @@ def _write_lora(config: Config, tuned: StoredBase, base: StoredBase) -> tuple[in
     modules, kept = extract(_pairs(tuned, base, config.parts), Budget(config.rank, config.keep_energy))
     metadata = _described(config, tuned, base, {"sfumato.kept_energy": f"{kept.share:.6f}"})
     write_lora(config.output, modules, family=base.family.name, metadata=metadata, dtype=DTYPES[config.dtype or "fp16"])
-    for line in lines_on_diffusers(config.output, modules):
-        print(line, file=sys.stderr)
+    say(*lines_on_diffusers(config.output, modules))
     return len(modules), str(kept)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import KW_ONLY, dataclass, replace
@@ -15,6 +14,7 @@ from cyclopts import Parameter
 from sfumato.cli import run
 from sfumato.command_line.axes import CHECKS
 from sfumato.command_line.pictures import SUFFIXES, check_start, checked_flags, parse_size, picture_files, prompts_in
+from sfumato.command_line.said import say
 from sfumato.command_line.specs import (
     Request,
     in_blocks,
@@ -297,9 +297,9 @@ def generate(config: Config) -> tuple[Path, ...]:
         if start is not None:
             check_strength(to["steps"], start)
     sampler = sampler_label(config.sampler, base)
-    _say([_summary(settings, sampler, base)])
+    say(_summary(settings, sampler, base))
     asked = any(wanted.strengths.values())
-    _say(unguided((to["guidance"], to["negative"], asked) for to in in_full))
+    say(*unguided((to["guidance"], to["negative"], asked) for to in in_full))
     with _mixed(base, wanted, config) as (mix, regional, words):
         settings, pictures, where_when = _with_asked(config, wanted, mix, regional, settings)
         allowed = {"partial": config.partial, "verify": config.verify}
@@ -344,12 +344,6 @@ def _with_asked(
     return {**settings, **where_when.told()}, pictures, where_when
 
 
-def _say(lines: Iterable[str]) -> None:
-    """Lines for the person, beside the names of the files."""
-    for line in lines:
-        print(line, file=sys.stderr)
-
-
 def _drawn(desk: Desk, sweep: tuple[str, tuple[float, ...]] | None, *, before_after: bool) -> Iterator[Drawn]:
     """The sheet that is asked for, else picture by picture."""
     if sweep:
@@ -371,12 +365,12 @@ def _say_unheard(told: Mapping[str, Mapping[str, str]]) -> None:
     """Say which adapters ask for adapter guidance, which regions leave out. told: the files' metadata, by label."""
     from sfumato.files.metadata import adapter_guidance_of
 
-    _say(
-        f"{label}: asks for adapter guidance {strength:g}, which does not go with --region; it is in both predictions, "
-        "and more weight draws more of it."
-        for label, metadata in told.items()
-        if (strength := adapter_guidance_of(metadata))
-    )
+    for label, metadata in told.items():
+        if strength := adapter_guidance_of(metadata):
+            say(
+                f"{label}: asks for adapter guidance {strength:g}, which does not go with --region; it is in both "
+                "predictions, and more weight draws more of it."
+            )
 
 
 @contextmanager
@@ -400,7 +394,7 @@ def _mixed(
         named: list[tuple[Path, Iterable[str]]] = [
             (file, list(each.tokens)) for each, (_, file) in zip(words, wanted.embeddings, strict=True)
         ]
-        _say(unused_words(named, texts, config.prompt_syntax))
+        say(*unused_words(named, texts, config.prompt_syntax))
         allowed = {"partial": config.partial, "verify": config.verify}
         mix = stack.enter_context(compose(base, *wanted.adapters, way=_way(wanted), words_known=True, **allowed))
         # The weight of a bundle is the LoRA's; its words are there.
@@ -413,10 +407,11 @@ def _mixed(
             for each in words:
                 each.check(texts)
         known = [token for each in words for token in each.tokens]
-        _say([*unknown_words(texts, known, base), *misread_words(known, texts, config.prompt_syntax)])
-        _say(f"{label}: {so_many(count, 'module')} left out (--partial)." for label, count in mix.skipped.items())
+        say(*unknown_words(texts, known, base), *misread_words(known, texts, config.prompt_syntax))
+        for label, count in mix.skipped.items():
+            say(f"{label}: {so_many(count, 'module')} left out (--partial).")
         of_words = {token or file.name: read_header(file).metadata for token, file in wanted.embeddings}
-        _say([*learned_otherwise(_told(wanted, mix, regional), base), *learned_otherwise(of_words, base)])
+        say(*learned_otherwise(_told(wanted, mix, regional), base), *learned_otherwise(of_words, base))
         yield mix, regional, named
 
 
@@ -448,8 +443,8 @@ def _against(pictures: Sequence[Request], mix: Mix, wanted: Plan, settings: Mapp
         is_free = "negative" not in picture.own and {**settings, **picture.own}["guidance"] > 1
         negative = negative_for(picture.prompt, asked) if is_free else ""
         found.append(replace(picture, own={**picture.own, "negative": negative}) if negative else picture)
-    new = dict.fromkeys(each.own["negative"] for each in found if each not in pictures)
-    _say(f'the negative prompt is {negative!r}, as its file asks; --negative "" draws without.' for negative in new)
+    for negative in dict.fromkeys(each.own["negative"] for each in found if each not in pictures):
+        say(f'the negative prompt is {negative!r}, as its file asks; --negative "" draws without.')
     return found
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
@@ -16,6 +15,7 @@ from cyclopts import Parameter
 
 from sfumato.cli import run
 from sfumato.command_line.axes import CHECKS, PLAIN, Axis, coarse_to_fine, parse_axis
+from sfumato.command_line.said import say
 from sfumato.command_line.specs import checked_folder, parse_adapters, parse_embedding, public_embedding, without_tags
 from sfumato.compose.adapter import Adapter, Weight, checked_weight, is_idle, swept
 from sfumato.config import parse, to_dict
@@ -252,7 +252,7 @@ def draw_grid(config: Config) -> Path:
     )
     _check_drawable(base, rows)
     filled = [_filled(base, cell) for cells in rows for cell in cells]
-    _say(unguided((to["guidance"], to["negative"] or "", bool(to["adapter_guidance"])) for to in filled))
+    say(*unguided((to["guidance"], to["negative"] or "", bool(to["adapter_guidance"])) for to in filled))
     # Before anything is mixed in: what a cell's name is made of.
     loaded = [base.quick_fingerprint(), str(base.precision.compute), str(base.clip_skip), str(config.partial)]
     files = {adapter.label: _digest(Path(adapter.path)) for adapter in adapters}
@@ -265,7 +265,7 @@ def draw_grid(config: Config) -> Path:
             for row, cells in enumerate(rows)
             for column, cell in enumerate(cells)
         }
-        _say(_notes(setup, [cell for cells in rows for cell in cells], embeddings))
+        say(*_notes(setup, [cell for cells in rows for cell in cells], embeddings))
         there = {path for path in paths.values() if read_drawn(path) is not None}
         for cells in coarse_to_fine(len(x.values), len(y.values)):
             missing = [place for place in cells if paths[place] not in there]
@@ -273,7 +273,7 @@ def draw_grid(config: Config) -> Path:
                 _save(setup, picture, paths[place], rows[place[1]][place[0]], how)
                 there.add(paths[place])
             _write_sheet(config, x, y, rows, paths, there)
-            _say([f"{sum(path in there for path in paths.values())} of {len(paths)} pictures"])
+            say(f"{sum(path in there for path in paths.values())} of {len(paths)} pictures")
     return config.output / "grid.png"
 
 
@@ -317,12 +317,6 @@ def _prepared(
             mix = stack.enter_context(compose(base, *adapters, partial=config.partial, words_known=True))
         told, brought = _in_files(mix, adapters, partial=config.partial)
         yield Setup(config, base, adapters, mix, told, brought, words, named)
-
-
-def _say(lines: Iterable[str]) -> None:
-    """Lines for the person, beside the name of the sheet."""
-    for line in lines:
-        print(line, file=sys.stderr)
 
 
 def _notes(setup: Setup, cells: Sequence[Cell], embeddings: Sequence[tuple[str | None, Path]]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, fields, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import Parameter
 
 from sfumato.cli import run
+from sfumato.command_line.said import say
 from sfumato.command_line.specs import parse_adapters
 from sfumato.config import parse, to_dict
 from sfumato.errors import ConfigError
@@ -144,28 +144,22 @@ def _merge(config: Config, sources: Sequence[Source], parents: Sequence[Parent])
         seed=config.seed,
         base=None if config.base is None else stored(config.base).weight,
     )
-    exact = merged.share > 1 - 1e-10
     parents = _counted(sources, parents)
     metadata = inherit(
         parents,
         title=config.title or config.output.stem,
         family=family,
         config=to_dict(config, public=True),
-        extra={} if exact else {"sfumato.kept_energy": f"{merged.share:.6f}"},
+        extra={} if merged.is_exact else {"sfumato.kept_energy": f"{merged.share:.6f}"},
     )
     dtype = DTYPES[config.dtype or "fp32"]
     write_lora(config.output, merged.modules, family=family, metadata=metadata, dtype=dtype, words=words)
     _say_unasked(parents, _asked(metadata), f"others do not, so {config.output.name} does not")
-    for line in lines_on_diffusers(config.output, merged.modules):
-        print(line, file=sys.stderr)
+    say(*lines_on_diffusers(config.output, merged.modules))
     ranks = sorted({module.rank for module in merged.modules.values()})
-    print(
-        f"{config.output.name}: {so_many(len(merged.modules), 'module')} of rank {ranks[0]}"
-        + (f" to {ranks[-1]}" if len(ranks) > 1 else "")
-        + f", {config.output.stat().st_size / 1e6:.2f} MB; "
-        + ("exact" if exact else f"keeps {merged.share:.2%} of the energy, relative error {merged.error:.3g}"),
-        file=sys.stderr,
-    )
+    of_rank = f"of rank {ranks[0]}" + (f" to {ranks[-1]}" if len(ranks) > 1 else "")
+    size = config.output.stat().st_size / 1e6
+    say(f"{config.output.name}: {so_many(len(merged.modules), 'module')} {of_rank}, {size:.2f} MB; {merged}")
     return config.output
 
 
@@ -194,7 +188,7 @@ def _bake(config: Config, sources: Sequence[Source], parents: Sequence[Parent]) 
         seed=config.seed,
     )
     count = so_many(len(parents), "adapter")
-    print(f"{config.output.name}: {base.name} with {count} baked in", file=sys.stderr)
+    say(f"{config.output.name}: {base.name} with {count} baked in")
     _say_unasked(parents, (), "which a base cannot; baked in, it is in all steps of both predictions")
     return config.output
 
@@ -203,7 +197,7 @@ def _say_unasked(parents: Sequence[Parent], asked: Sequence[str], why: str) -> N
     """Say which parents ask to be drawn with otherwise than the result does. why: goes on with that."""
     for parent in parents:
         if lost := [each for each in _asked(parent.metadata) if each not in asked]:
-            print(f"{parent.name}: asks for {' and '.join(lost)}, {why}.", file=sys.stderr)
+            say(f"{parent.name}: asks for {' and '.join(lost)}, {why}.")
 
 
 def _asked(metadata: Mapping[str, str]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from sfumato.cli import run
+from sfumato.command_line.said import say
 from sfumato.compose.adapter import Adapter
 from sfumato.config import parse, to_dict
 from sfumato.errors import AdapterError, ConfigError
@@ -75,13 +75,11 @@ def resize_file(config: Config) -> Path:
     )
     dtype = DTYPES[config.dtype]
     write_lora(config.output, smaller, family=family, metadata=metadata, dtype=dtype, words=source.words)
-    for line in lines_on_diffusers(config.output, smaller):
-        print(line, file=sys.stderr)
+    say(*lines_on_diffusers(config.output, smaller))
     before, after = (sum(module.rank for module in these.values()) for these in (modules, smaller))
-    print(
+    say(
         f"{config.output.name}: mean rank {before / len(modules):.1f} -> {after / len(smaller):.1f}, "
-        f"{config.output.stat().st_size / 1e6:.2f} MB; keeps {share:.2%} of the energy",
-        file=sys.stderr,
+        f"{config.output.stat().st_size / 1e6:.2f} MB; keeps {share:.2%} of the energy"
     )
     return config.output
 

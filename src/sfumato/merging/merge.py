@@ -70,6 +70,14 @@ class Merged:
         """The relative error of the whole delta, the root of what is not kept."""
         return math.sqrt(max(0.0, 1.0 - self.share))
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether the factors are the wanted deltas, but for rounding."""
+        return self.share > 1 - 1e-10
+
+    def __str__(self) -> str:
+        return "exact" if self.is_exact else f"keeps {self.share:.2%} of the energy, relative error {self.error:.3g}"
+
 
 def merge(
     sources: Sequence[Source],
