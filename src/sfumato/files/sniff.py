@@ -26,6 +26,12 @@ _PICKLE_ADVICE = (
     "a pickle can run programs, so it was not opened. Take the .safetensors version of it, or convert it on a machine "
     "you can throw away."
 )
+_PICTURE_ADVICE = ", not a weight file. Name the .safetensors file it belongs to."
+_BY_MAGIC = (
+    (_PICTURES, _PICTURE_ADVICE),
+    (_ARCHIVES, ", not a weight file. Unpack it and name the .safetensors file in it."),
+    (_OTHER_WEIGHTS, "; only safetensors files are read. Take the .safetensors version of it."),
+)
 _DOWNLOAD_ADVICE = "Download the file itself again."
 
 # Protocol 0 and 1 have no magic: GLOBAL "cmodule\nname\n", or MARK followed by a container and a memo.
@@ -52,17 +58,12 @@ def foreign(head: bytes) -> str:
         return f"this is a pickle file (.ckpt/.pt/.bin); {_PICKLE_ADVICE}"
     if head[257:262] == b"ustar":
         return f"this is a tar archive, as early PyTorch wrote with a pickle in it; {_PICKLE_ADVICE}"
-    for magic, kind in _PICTURES.items():
-        if head.startswith(magic):
-            return f"this is {kind}, not a weight file. Name the .safetensors file it belongs to."
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
-        return "this is a WebP picture, not a weight file. Name the .safetensors file it belongs to."
-    for magic, kind in _ARCHIVES.items():
-        if head.startswith(magic):
-            return f"this is {kind}, not a weight file. Unpack it and name the .safetensors file in it."
-    for magic, kind in _OTHER_WEIGHTS.items():
-        if head.startswith(magic):
-            return f"this is {kind}; only safetensors files are read. Take the .safetensors version of it."
+        return f"this is a WebP picture{_PICTURE_ADVICE}"
+    for kinds, advice in _BY_MAGIC:
+        for magic, kind in kinds.items():
+            if head.startswith(magic):
+                return f"this is {kind}{advice}"
     if not head.strip(b"\0"):
         return f"the file begins with {len(head)} zero bytes, as a broken-off download leaves it. {_DOWNLOAD_ADVICE}"
     return _text(head)
