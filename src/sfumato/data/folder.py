@@ -126,16 +126,18 @@ def examples_of(
         if found.path not in bad
     ]
     _check_captions(examples, template, words, path)
-    notes = [*listing.notes, *_caption_notes(listing, bad), *_mask_notes(path, examples, mask)]
-    if numbers := [
-        found.path.name for found in listing.pictures if found.path not in bad and nameless(found, template)
-    ]:
-        notes.append(captions_of_numbers(numbers, template or "", trigger))
-    notes[:0] = [f"left out: {reason}" for reason in bad.values()]
-    if ignored:
-        notes.insert(0, f"{so_many(len(examples), 'picture')} in {name}{ignored_words(listing.ignored)}")
-    if unused := trigger and unused_trigger(examples, trigger):
-        notes.append(f"{unused} to add it")
+    counted = f"{so_many(len(examples), 'picture')} in {name}{ignored_words(listing.ignored)}"
+    numbers = [found.path.name for found in listing.pictures if found.path not in bad and nameless(found, template)]
+    unused = trigger and unused_trigger(examples, trigger)
+    notes = [
+        *([counted] if ignored else []),
+        *(f"left out: {reason}" for reason in bad.values()),
+        *listing.notes,
+        *_caption_notes(listing, bad),
+        *_mask_notes(path, examples, mask),
+        *([captions_of_numbers(numbers, template or "", trigger)] if numbers else []),
+        *([f"{unused} to add it"] if unused else []),
+    ]
     return Folder(tuple(examples), tuple(ignored), tuple(dict.fromkeys(notes)), skip_bad)
 
 
