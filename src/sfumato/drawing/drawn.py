@@ -149,23 +149,37 @@ def save_drawn(
     A1111's "Sampler" and "Schedule type". words: files of new words and what they are called, of which the hashes are
     told that the prompts hold.
     """
-    method, syntax = settings.get("method"), settings.get("prompt_syntax", "plain")
-    counted = [adapter for adapter in used if not is_idle(adapter.weight)]
     # Other programs know whole models as bases alone, and have no tag for a share of one.
-    named = [adapter for adapter in counted if not is_whole_model(adapter.path)]
-    regions = settings.get("regions", ())
+    named = [each for each in used if not is_idle(each.weight) and not is_whole_model(each.path)]
+    # What is merged by another method than the sum, tags would draw otherwise.
+    tagged = named if settings.get("method") in (None, "linear") else ()
+    tags = [_tag(_stem(public_name(adapter.path)), adapter.weight) for adapter in tagged]
+    read = escaped if settings.get("prompt_syntax", "plain") == "plain" else str
+    pairs = _pairs(settings, sampler, used, named, words)
+    parameters = pnginfo.Parameters(" ".join([read(settings["prompt"]), *tags]), read(settings["negative"]), pairs)
+    adapters = [described(adapter) for adapter in used]
+    own = {**settings, "sampler": " ".join(filter(None, sampler)), "adapters": adapters, "version": sfumato.__version__}
+    pnginfo.save_picture(picture, file, parameters, own)
+
+
+def _pairs(
+    settings: Mapping[str, Any],
+    sampler: tuple[str, str | None],
+    used: Sequence[Adapter],
+    named: Sequence[Adapter],
+    words: Sequence[tuple[Path, Iterable[str]]],
+) -> dict[str, Any]:
+    """The settings under A1111's names. named: the adapters that other programs know; the rest as of `save_drawn`."""
+    syntax, regions = settings.get("prompt_syntax", "plain"), settings.get("regions", ())
     inside = [each for region in regions for each in region["adapters"] if each["weight"]]
     texts = [settings["prompt"], settings["negative"], *settings.get("prompts", ())]
     texts += [region["prompt"] or "" for region in regions]
     held = _held(words, [unescaped(text, syntax) for text in texts])
-    # What is merged by another method than the sum, tags would draw otherwise.
-    tagged = named if method in (None, "linear") else ()
-    tags = [_tag(_stem(public_name(adapter.path)), adapter.weight) for adapter in tagged]
-    idle = {adapter.label for adapter in used} - {adapter.label for adapter in counted}
+    idle = {adapter.label for adapter in used if is_idle(adapter.weight)}
     strengths = ", ".join(
         f"{label}: {exact(strength)}" for label, strength in settings["adapter_guidance"].items() if label not in idle
     )
-    pairs = {
+    return {
         "Steps": settings["steps"],
         "Sampler": sampler[0],
         "Schedule type": sampler[1] or ("Uniform" if sampler[0] in _NOT_UNIFORM else None),
@@ -176,7 +190,7 @@ def save_drawn(
         "VAE": settings["vae"],
         "Denoising strength": settings.get("strength"),
         "Clip skip": settings["clip_skip"] + 1 if settings["clip_skip"] else None,  # A1111 counts the last layer as 1
-        "Merge method": method,
+        "Merge method": settings.get("method"),
         "Adapter guidance": strengths or None,
         "Lora hashes": _hashes((_stem(each["file"]), each["hash"]) for each in [*map(described, named), *inside]),
         "TI hashes": _hashes((_stem(public_name(path)), file_digest(path)) for path in held),
@@ -184,11 +198,6 @@ def save_drawn(
         "Prompt syntax": syntax if syntax == "compel" else None,  # which A1111 has no way to write
         "Version": f"sfumato-{sfumato.__version__}",
     }
-    adapters = [described(adapter) for adapter in used]
-    read = escaped if syntax == "plain" else str
-    parameters = pnginfo.Parameters(" ".join([read(settings["prompt"]), *tags]), read(settings["negative"]), pairs)
-    own = {**settings, "sampler": " ".join(filter(None, sampler)), "adapters": adapters, "version": sfumato.__version__}
-    pnginfo.save_picture(picture, file, parameters, own)
 
 
 def described(adapter: Adapter) -> dict[str, Any]:
