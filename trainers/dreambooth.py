@@ -277,6 +277,17 @@ def check(config: Config) -> None:
     options.check(config)
     if config.method == "full" and config.save in (None, "folder"):
         options.check_name(config, folder=True)
+    refuse_idle(config)
+    check_words(config)
+    check_saving(config)
+    if config.over_steps is not None:
+        parse_span(config.over_steps)
+    if config.drift_limit is not None and config.measure_every == 0:
+        raise ConfigError("--drift-limit looks at the measurements, and --measure-every 0 makes none; leave one out.")
+
+
+def refuse_idle(config: Config) -> None:
+    """Refuse options that have no effect beside the others."""
     if not config.train_text_encoder:
         options.only_with(config, "--train-text-encoder", "text_learning_rate")
     if not config.ema:
@@ -295,6 +306,10 @@ def check(config: Config) -> None:
         options.only_with(config, "--method lora", *of_lora)
         if config.save != "lora":
             options.only_with(config, "--method lora or --save lora", "rank")
+
+
+def check_words(config: Config) -> None:
+    """Refuse a class, a subject or captions of which not enough is said, or too much."""
     if not config.class_name and not (config.instance_prompt and config.class_prompt):
         raise ConfigError("--class-name is unset; say what the subject is, such as --class-name otter.")
     if not config.identifier.strip():
@@ -304,16 +319,16 @@ def check(config: Config) -> None:
             raise ConfigError(f"--{option.replace('_', '-')} is empty; give words, or leave it out.")
     if config.instance_prompt and config.caption:
         raise ConfigError("--instance-prompt and --caption are both given; each decides all captions, so give one.")
+
+
+def check_saving(config: Config) -> None:
+    """Refuse a form that the method cannot be written in."""
     if config.save is not None and config.method == "lora" and config.save != "lora":
         raise ConfigError(f"--save {config.save} wants --method full; a LoRA is written as a LoRA.")
     if config.keep_energy is not None and not 0 < config.keep_energy <= 1:
         raise ConfigError(f"--keep-energy is {config.keep_energy}; it must be above 0 and at most 1.")
     if config.keep_energy is not None and (config.method, config.save) != ("full", "lora"):
         raise ConfigError("--keep-energy belongs to --method full --save lora; leave it out, or give both.")
-    if config.over_steps is not None:
-        parse_span(config.over_steps)
-    if config.drift_limit is not None and config.measure_every == 0:
-        raise ConfigError("--drift-limit looks at the measurements, and --measure-every 0 makes none; leave one out.")
 
 
 def decide_precision(config: Config, processes: Processes) -> Precision:
