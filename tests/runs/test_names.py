@@ -71,12 +71,11 @@ def a_run_writes_its_file_into_its_folder(name: str, root: Path) -> bool:
 
 
 def pictures_of_prompts_lie_in_their_folder(prompts: list[str], root: Path) -> None:
-    from sfumato.pipelines import generate
-
+    from sfumato.command_line.pictures import picture_files
     from sfumato.command_line.specs import Request
 
-    config = generate.Config(prompts=tuple(prompts), output=root / "run")
-    files = generate._files(config, [Request(prompt, 7, None, {}) for prompt in prompts], False)
+    asked = [Request(prompt, 7, None, {}) for prompt in prompts]
+    files = picture_files(root / "run", asked, is_sheet=False, overwrite=False, given=prompts)
     assert len({str(file).casefold() for file in files}) == len(prompts)
     assert all(file.parent == root / "run" and file.resolve().parent == (root / "run").resolve() for file in files)
     assert all(len(file.name.encode()) < 255 and file.name.isprintable() for file in files)
