@@ -123,16 +123,23 @@ def crafted() -> dict[str, bytes]:
         "NaN": pack({"w": tensor()}, struct.pack("<2f", 1, math.nan)),
         "Inf": pack({"w": tensor()}, struct.pack("<2f", 1, math.inf)),
         "a number of 10,000 digits": pack('{"w": ' + w.replace("[2]", "[" + "9" * 10_000 + "]") + "}", ONES),
-        "400,000 empty tensors": pack({f"w{i}": tensor(0, 0, shape=[0]) for i in range(400_000)}),
-        "30,000 tensors": pack({f"w{i}": tensor(i, i + 1, (1,), "U8") for i in range(30_000)}, bytes(30_000)),
-        "95 MB of metadata": pack('{"__metadata__": {"a": "' + "x" * 95_000_000 + '"}, "w": ' + w + "}", ONES),
-        "7 MB of metadata keys": pack({"__metadata__": {str(i): "" for i in range(500_000)}, "w": tensor()}, ONES),
         "pickle": b"\x80\x04\x95" + bytes(200),
         "zip": b"PK\x03\x04" + bytes(200),
         "web page": b"<!DOCTYPE html><html></html>" + bytes(100),
         "LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
     }  # fmt: skip
     return found
+
+
+def crafted_large() -> dict[str, bytes]:
+    """More of them, of megabytes; making these takes seconds."""
+    w = json.dumps(tensor())
+    return {
+        "400,000 empty tensors": pack({f"w{i}": tensor(0, 0, shape=[0]) for i in range(400_000)}),
+        "30,000 tensors": pack({f"w{i}": tensor(i, i + 1, (1,), "U8") for i in range(30_000)}, bytes(30_000)),
+        "95 MB of metadata": pack('{"__metadata__": {"a": "' + "x" * 95_000_000 + '"}, "w": ' + w + "}", ONES),
+        "7 MB of metadata keys": pack({"__metadata__": {str(i): "" for i in range(500_000)}, "w": tensor()}, ONES),
+    }
 
 
 ODD: tuple[Any, ...] = (
@@ -322,11 +329,12 @@ def main() -> None:
     wrong: dict[str, str] = {}
     slowest, most_memory = 0.0, 0.0
     context = multiprocessing.get_context("fork")
+    files = crafted() | crafted_large()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         (folder / "good.safetensors").write_bytes(GOOD)
         assert look(folder / "good.safetensors")[0] == "accepted"
-        for name, blob in crafted().items():
+        for name, blob in files.items():
             path = folder / "crafted.safetensors"
             path.write_bytes(blob)
             size, blob = len(blob), b""
@@ -345,7 +353,7 @@ def main() -> None:
         counts, slow = _generated(options.generated, options.seed, folder, wrong)
         slowest = max(slowest, slow)
     figures = {
-        "crafted": len(crafted()),
+        "crafted": len(files),
         "generated": counts.total(),
         "generated_refused": counts["refused"],
         "generated_valid_and_accepted": counts["accepted"],
