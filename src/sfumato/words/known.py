@@ -106,8 +106,9 @@ class Site:
             if token["id"] in places
         ]
         self.tokenizer._tokenizer = Tokenizer.from_str(json.dumps(described))
-        rows = self.weight[[index for index in ids if index < len(self.weight)]]  # tokens may be added without rows
-        self.weight[: len(rows)] = rows
+        weight = self.weight
+        rows = weight[[index for index in ids if index < len(weight)]]  # tokens may be added without rows
+        weight[: len(rows)] = rows
         if not self.table.weight.is_meta:
             self.encoder.resize_token_embeddings(len(rows))
 
