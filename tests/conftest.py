@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,16 @@ PLOT_LOG = plot.plot_log
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Small models gain nothing from threads, and the tests run in as many processes as there are cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Garbage is not looked for among what the tests import: a million objects that stay to the end."""
+    gc.disable()
+    collected = yield
+    gc.freeze()
+    gc.enable()
+    return collected
 
 
 @pytest.fixture(scope="session")
