@@ -1,6 +1,7 @@
 """New words: rows beside the table that mean what they were made from, and leave no trace."""
 
 import copy
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -20,22 +21,18 @@ from sfumato.precision import decide
 from sfumato.words import embedding
 from sfumato.words.known import PARTS, _extend
 from sfumato.words.placeholders import holds, pieces, shortened, warnings_of
-from tests.tiny import CPU, tiny_pipeline, write_folder
+from tests.tiny import CPU, tiny_pipeline
 
 
 @pytest.fixture(scope="module")
-def bases(tmp_path_factory):
-    """A tiny base of each family, by name."""
-    folder = tmp_path_factory.mktemp("families")
-    return {
-        family: load_base(str(write_folder(tiny_pipeline(family), folder / family)), precision=CPU)
-        for family in ("sd1", "sd2", "sdxl")
-    }
+def bases(family_folder):
+    """By name of a family, a tiny base of it."""
+    return cache(lambda family: load_base(str(family_folder(family)), precision=CPU))
 
 
 @pytest.fixture
 def base(bases):
-    return bases["sd1"]
+    return bases("sd1")
 
 
 def state(base):
@@ -49,7 +46,7 @@ def state(base):
 
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
 def test_a_word_made_from_a_words_rows_means_that_word(family, bases):
-    base = bases[family]
+    base = bases(family)
     plain = base.encode_text(["a flamingo, flat style"])
     cut = len(base.tokenizers[0]("flamingo", add_special_tokens=False).input_ids)
     with embedding.new_words(base, ["<x>"], vectors=cut, start="words", initial=["flamingo"]):
@@ -61,7 +58,7 @@ def test_a_word_made_from_a_words_rows_means_that_word(family, bases):
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
 def test_afterwards_nothing_is_left(family, bases):
-    base = bases[family]
+    base = bases(family)
     text = base.encode_text(["<x> a crab"]).hidden  # first: transformers hooks an encoder when it is first called
     before, rest = state(base)
     with embedding.new_words(base, ["<x>", "zyxo"], vectors=3):
@@ -154,7 +151,7 @@ def test_one_initial_word_for_each_placeholder(base):
 
 
 def test_the_report_tells_of_the_vectors_of_both_encoders(bases):
-    with embedding.new_words(bases["sdxl"], ["<a>"], vectors=2, start="words", initial=["red crab"]) as words:
+    with embedding.new_words(bases("sdxl"), ["<a>"], vectors=2, start="words", initial=["red crab"]) as words:
         lines = words.report()
     said = [f"<a> {n} of 2 in {part}: {w} 1.00" for part in PARTS for n, w in ((1, "red"), (2, "crab"))]
     assert [line[: len(text)] for line, text in zip(lines, said, strict=True)] == said
@@ -325,7 +322,7 @@ def test_each_caption_is_encoded_once_and_comes_in_its_place(base, monkeypatch):
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
 def test_no_prompt_is_learned_where_it_is_encoded_and_is_zeros_where_it_is_zeros(family, bases):
-    base = bases[family]
+    base = bases(family)
     encoder = base.text_encoders[0]
     encoder.requires_grad_(True)
     try:
@@ -386,7 +383,7 @@ def test_diffusers_reads_it_alike(tmp_path):
 
 
 def test_sdxl_has_both_encoders_in_one_file_that_its_card_has_diffusers_read_alike(bases, tmp_path, monkeypatch):
-    base = bases["sdxl"]
+    base = bases("sdxl")
     with embedding.new_words(base, ["<x>"], vectors=2, start="random") as words:
         ours = base.encode_text(["a <x>"])
         path = write_embedding(tmp_path / "otter.safetensors", "<x>", words.vectors()["<x>"])
@@ -451,8 +448,8 @@ def test_a_files_name_that_is_no_placeholder_is_refused_with_the_way_out(base, t
             embedding.load(base, path)
 
 
-def test_half_precision_encoders_take_fp32_rows(tmp_path):
-    base = load_base(str(write_folder(tiny_pipeline("sd1"), tmp_path / "sd1")), precision=decide("bf16", device="cpu"))
+def test_half_precision_encoders_take_fp32_rows(family_folder):
+    base = load_base(str(family_folder("sd1")), precision=decide("bf16", device="cpu"))
     base.text_encoders[0].to(torch.bfloat16)
     with embedding.new_words(base, ["<x>"], vectors=2) as words:
         text = base.encode_text(["<x>"], grad=True).hidden
@@ -471,10 +468,10 @@ def test_a_pickle_is_refused_with_the_reason(base, tmp_path):
 def test_vectors_of_another_family_are_refused(bases, tmp_path):
     path = write_embedding(tmp_path / "a.safetensors", "<x>", {"text_encoder": torch.randn(2, 48)})
     with pytest.raises(AdapterError, match="width 48, and this base's text encoder takes 64"):
-        embedding.load(bases["sd1"], path)
+        embedding.load(bases("sd1"), path)
     path = write_embedding(tmp_path / "b.safetensors", "<x>", {"text_encoder": torch.randn(2, 64)})
     with pytest.raises(AdapterError, match="takes 64 and 128"):
-        embedding.load(bases["sdxl"], path)
+        embedding.load(bases("sdxl"), path)
 
 
 def test_the_file_says_what_it_is(tmp_path):
