@@ -21,16 +21,15 @@ from sfumato.files.write import write_lora
 from sfumato.files.write_dotted import write_peft
 from sfumato.files.write_embedding import add_words, write_embedding
 from sfumato.words import embedding
-from tests.tiny import tiny_pipeline, write_folder
 
 FILES = cli.source("sfumato.pipelines.custom").parent
 
 
 @pytest.fixture(scope="module", params=["sd1", pytest.param("sdxl", marks=pytest.mark.slow)])
-def pipe(request, tmp_path_factory):
+def pipe(request, family_folder, tmp_path_factory):
     """A pipeline of the family, loaded as a script would, with line.safetensors in its folder of adapters."""
     family = request.param
-    folder = write_folder(tiny_pipeline(family), tmp_path_factory.mktemp(family))
+    folder = family_folder(family)
     file = FILES / ("stable_diffusion_xl.py" if family == "sdxl" else "stable_diffusion.py")
     loaded = DiffusionPipeline.from_pretrained(folder, custom_pipeline=str(file), trust_remote_code=True)
     loaded.set_progress_bar_config(disable=True)

@@ -24,7 +24,7 @@ from sfumato.bases import load_base
 from sfumato.drawing.pictures import Start, draw
 from sfumato.errors import BaseModelError, ConfigError
 from sfumato.precision import decide
-from tests.tiny import CPU, tiny_pipeline, tiny_pocket_folder, write_folder
+from tests.tiny import CPU, tiny_pipeline, tiny_pocket_folder
 
 
 @pytest.fixture(scope="module")
@@ -141,18 +141,17 @@ def test_a_sampler_that_cannot_begin_in_pure_noise_is_refused_on_such_a_base(poc
     assert schedulers.scheduler("euler", schedule).config.timestep_spacing == "trailing"
 
 
-def test_a_picture_to_begin_from_is_no_reason_to_warn_of_casts(tmp_path, caplog, monkeypatch):
+def test_a_picture_to_begin_from_is_no_reason_to_warn_of_casts(family_folder, caplog, monkeypatch):
     """diffusers tells of modules of SDXL's VAE that should stay in fp32, of which there are none."""
-    base = load_base(write_folder(tiny_pipeline("sdxl"), tmp_path / "base"), precision=CPU)
+    base = load_base(family_folder("sdxl"), precision=CPU)
     monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
     draw(base, "a cat", 1, steps=2, width=64, height=64, start=Start(Image.new("RGB", (64, 64)), strength=0.5))
     assert [record.getMessage() for record in caplog.records if record.name.startswith("diffusers")] == []
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
-def test_a_picture_to_begin_from_is_encoded_in_the_vaes_own_dtype_and_leaves_it_as_it_was(tmp_path, family):
-    folder = write_folder(tiny_pipeline(family), tmp_path / family)
-    base = load_base(folder, precision=decide("bf16", device="cpu", adapting=True))
+def test_a_picture_to_begin_from_is_encoded_in_the_vaes_own_dtype_and_leaves_it_as_it_was(family_folder, family):
+    base = load_base(family_folder(family), precision=decide("bf16", device="cpu", adapting=True))
     before = {name: tensor.clone() for name, tensor in base.vae.state_dict().items()}
     assert {tensor.dtype for tensor in before.values()} == {torch.float32}
     seen = []

@@ -17,7 +17,7 @@ from sfumato.files.write import write_lora
 from sfumato.prompts.encoding import encode, encode_stages
 from sfumato.prompts.steps import stages
 from sfumato.prompts.syntax import emphasised
-from tests.tiny import CPU, tiny_pipeline, tiny_pocket_folder, write_folder
+from tests.tiny import CPU
 
 
 @pytest.mark.parametrize(
@@ -85,15 +85,15 @@ def test_both_marks_in_one_bracket_are_refused_where_a1111_takes_all_for_text(pr
 
 
 @pytest.fixture(scope="module")
-def pocket(tmp_path_factory):
+def pocket(pocket_folder):
     pytest.importorskip("compel")
-    return load_base(tiny_pocket_folder(tmp_path_factory.mktemp("pocket")), precision=CPU)
+    return load_base(pocket_folder, precision=CPU)
 
 
 @pytest.fixture(scope="module")
-def sdxl(tmp_path_factory):
+def sdxl(family_folder):
     pytest.importorskip("compel")
-    return load_base(write_folder(tiny_pipeline("sdxl"), tmp_path_factory.mktemp("sdxl")), precision=CPU)
+    return load_base(family_folder("sdxl"), precision=CPU)
 
 
 def difference(one, other):

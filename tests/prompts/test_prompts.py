@@ -11,7 +11,7 @@ from sfumato.prompts.encoding import encode
 from sfumato.prompts.steps import stages
 from sfumato.prompts.syntax import emphasised, escaped
 from sfumato.prompts.tags import split_flags, split_tags
-from tests.tiny import CPU, tiny_pipeline, tiny_pocket_folder, write_folder
+from tests.tiny import CPU, tiny_pocket_folder
 
 
 def test_tags_are_taken_out_with_their_weights():
@@ -140,14 +140,13 @@ def test_a_weight_of_two_points_is_none():
 
 
 @pytest.fixture(scope="module")
-def pocket(tmp_path_factory):
-    return load_base(tiny_pocket_folder(tmp_path_factory.mktemp("pocket")), precision=CPU)
+def pocket(pocket_folder):
+    return load_base(pocket_folder, precision=CPU)
 
 
 @pytest.fixture(scope="module")
-def sdxl(tmp_path_factory):
-    folder = write_folder(tiny_pipeline("sdxl"), tmp_path_factory.mktemp("sdxl"))
-    return load_base(folder, precision=CPU)
+def sdxl(family_folder):
+    return load_base(family_folder("sdxl"), precision=CPU)
 
 
 @pytest.mark.parametrize("name", ["pocket", "sdxl"])
