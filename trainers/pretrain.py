@@ -222,7 +222,7 @@ def vae_loss(vae: AutoencoderKL, pixels: Tensor, noise: Tensor, config: Config) 
     return error.abs().mean() + error.square().mean() + config.gradient_difference * edges + config.kl * kl
 
 
-def draw_pixels(pictures: Pictures, config: Config, step: int) -> Tensor:
+def draw_pixels(pictures: Pictures, config: Config, step: int, device: torch.device) -> Tensor:
     """(b, 3, h, w) in [-1, 1], what the VAE sees in a step: some mirrored, some as by other hands."""
     import torch
 
@@ -232,7 +232,7 @@ def draw_pixels(pictures: Pictures, config: Config, step: int) -> Tensor:
 
     pixels = pictures.floats(batch_indices(step, config.batch, len(pictures.names), config.seed))
     draws = torch.rand(config.batch, generator=randomness.generator(config.seed, "flip", step))
-    pixels = torch.where(draws.view(-1, 1, 1, 1) < config.flip_share, pixels.flip(3), pixels)
+    pixels = torch.where(draws.view(-1, 1, 1, 1) < config.flip_share, pixels.flip(3), pixels).to(device)
     if not config.hands_share:
         return pixels
     return as_by_other_hands(pixels, config.hands_share, randomness.generator(config.seed, "hands", step))
@@ -271,11 +271,11 @@ def train_vae(config: Config, precision: Precision) -> Path:
     run.every(config.sample_every, lambda step: _reconstruct(trained, named, run, step))
     for step in run.steps(config.steps):
         trained.set_rate(step.number, step.rate_factor)
-        pixels = draw_pixels(pictures, config, step.number)
+        pixels = draw_pixels(pictures, config, step.number, precision.device)
         shape = (config.batch, vae.config.latent_channels, *(side // factor for side in pixels.shape[2:]))
         noise = randomness.normal(shape, config.seed, "noise", step.number)
         with precision.autocast():
-            loss = vae_loss(vae, pixels.to(precision.device), noise.to(precision.device), config)
+            loss = vae_loss(vae, pixels, noise.to(precision.device), config)
         trained.learn(step, loss)
     with trained.averaged():
         for weight, before in zip(trained.parameters, first, strict=True):
