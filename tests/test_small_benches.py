@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from bench import pocket_data, pocket_export, prior, reconstruction, style_fidelity, style_runs
+from bench import pocket_data, pocket_drawing, pocket_export, prior, reconstruction, style_fidelity, style_runs
 from bench.mutation import Mutant, together, wilson
 from bench.real import BASE_CONCEPTS, cells_of, known_concepts, print_report, styles_of
 from sfumato.bases.loading import POCKET_FOLDER
@@ -152,6 +152,14 @@ def test_the_reconstruction_bench_measures_every_set_with_every_vae(data, tmp_pa
         reconstruction.measure(reconstruction.Config(folders=(tmp_path / "empty",), vaes=vaes))
     with pytest.raises(ConfigError, match="nothing to reconstruct; give --folders or --packages"):
         reconstruction.measure(reconstruction.Config())
+
+
+def test_the_drawing_bench_draws_what_diffusers_draws():
+    report = pocket_drawing.measure(pocket_drawing.Config(steps=2, at_once=(2,), rounds=1))
+    assert report["2 at once"]["levels"] <= 1
+    assert report["2 at once"]["ratio"] > 0
+    with pytest.raises(ConfigError, match="--at-once"):
+        pocket_drawing.measure(pocket_drawing.Config(at_once=(0,)))
 
 
 def test_so_many_pictures_are_taken_evenly():

@@ -120,21 +120,21 @@ class _Linear(torch.autograd.Function):
 
 def is_small(x: Tensor, weight: Tensor, geometry: Geometry, groups: int) -> bool:
     """Whether the convolution takes less time as a product: the packing of its weight would outweigh it."""
-    if groups != 1 or x.ndim != 4 or weight.shape[2:] == (1, 1) or not _is_plain(x, weight):
+    if groups != 1 or x.ndim != 4 or weight.shape[2:] == (1, 1):
         return False
     height, width = _size(x, weight, geometry)
-    return len(x) * height * width * SMALL <= weight.shape[0] * weight.shape[1]
+    return len(x) * height * width * SMALL <= weight.shape[0] * weight.shape[1] and _is_plain(x, weight)
 
 
 def is_pointwise(x: Tensor, weight: Tensor, geometry: Geometry, groups: int) -> bool:
     """Whether the convolution is a linear layer of a few pixels, which oneDNN multiplies in less time."""
     return (
-        groups == 1
+        _product() is not None
+        and groups == 1
         and x.ndim == 4
         and weight.shape[2:] == (1, 1)
         and geometry == ((1, 1), (0, 0), (1, 1))
         and len(x) * x.shape[2] * x.shape[3] <= _PIXELS
-        and _product() is not None
         and _is_plain(x, weight)
     )
 

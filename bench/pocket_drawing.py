@@ -1,0 +1,116 @@
+"""How long the pocket base takes to load and to draw, beside a plain diffusers pipeline of the same folder.
+
+    python -m bench.pocket_drawing
+
+Both sides in turns in one process, by the clock, on as many threads as torch takes; prints JSON: the median seconds of
+a picture and ours over diffusers', with one picture drawn at once and with eight, and by how many of 255 levels the
+pictures differ at most.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from PIL.Image import Image
+
+from bench.real import print_report
+from sfumato import cli, draw, load_base
+from sfumato.bases.loading import POCKET_FOLDER
+from sfumato.errors import ConfigError
+from sfumato.precision import decide
+
+Made = TypeVar("Made")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Measure what a picture of the pocket base takes."""
+
+    prompt: str = "crab, noto style"
+    """What is drawn, from the seeds 0, 1, ..."""
+    steps: int = 25
+    """Steps of DDIM."""
+    at_once: tuple[int, ...] = (1, 8)
+    """Pictures of a batch."""
+    rounds: int = 7
+    """Measured rounds, after one that is not."""
+    out: Path | None = None
+    """File that receives the JSON besides."""
+
+
+def timed(work: Callable[[], Made]) -> tuple[float, Made]:
+    """Seconds by the clock, and what came out."""
+    began = time.perf_counter()
+    made = work()
+    return time.perf_counter() - began, made
+
+
+def by_diffusers(pipe: Any, config: Config, seeds: Sequence[int], guidance: float) -> list[Image]:
+    """The pictures as its user draws them."""
+    noise = [torch.Generator().manual_seed(seed) for seed in seeds]
+    settings = {"num_inference_steps": config.steps, "guidance_scale": guidance, "generator": noise}
+    drawn: list[Image] = pipe([config.prompt] * len(seeds), **settings).images
+    return drawn
+
+
+def most_apart(some: Sequence[Image], others: Sequence[Image]) -> int:
+    """Levels of 255."""
+    pairs = zip(some, others, strict=True)
+    return max(int(np.abs(np.asarray(a).astype(int) - np.asarray(b).astype(int)).max()) for a, b in pairs)
+
+
+def measure(config: Config) -> dict[str, Any]:
+    """The whole report."""
+    for name in ("steps", "rounds"):
+        if getattr(config, name) < 1:
+            raise ConfigError(f"--{name} is {getattr(config, name)}; wanted at least 1.")
+    if not config.at_once or min(config.at_once) < 1:
+        raise ConfigError("--at-once: wanted one or more counts of pictures, each at least 1.")
+    from diffusers import StableDiffusionPipeline
+
+    load: Any = StableDiffusionPipeline.from_pretrained
+    theirs, pipe = timed(lambda: load(POCKET_FOLDER, torch_dtype=torch.float32))
+    ours, base = timed(lambda: load_base("pocket", precision=decide("fp32", device="cpu")))
+    pipe.set_progress_bar_config(disable=True)
+    report: dict[str, Any] = {
+        "threads": torch.get_num_threads(),
+        "loading": {"sfumato": round(ours, 3), "diffusers": round(theirs, 3), "ratio": round(ours / theirs, 2)},
+    }
+    for count in config.at_once:
+        report[f"{count} at once"] = beside(base, pipe, config, range(count))
+    return report
+
+
+def beside(base: Any, pipe: Any, config: Config, seeds: Sequence[int]) -> dict[str, float]:
+    """The seconds of a picture on both sides, their ratio, and how far the pictures are apart."""
+    guidance = base.defaults.guidance
+    sides: dict[str, Callable[[], list[Image]]] = {
+        "sfumato": lambda: draw(base, config.prompt, list(seeds), steps=config.steps, batch=len(seeds)),
+        "diffusers": lambda: by_diffusers(pipe, config, seeds, guidance),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for number in range(config.rounds + 1):
+        drawn = {}
+        for name, side in sides.items():
+            took, drawn[name] = timed(side)
+            if number:
+                seconds[name].append(took / len(seeds))
+    ours, theirs = (statistics.median(seconds[name]) for name in sides)
+    apart = most_apart(drawn["sfumato"], drawn["diffusers"])
+    return {"sfumato": round(ours, 3), "diffusers": round(theirs, 3), "ratio": round(ours / theirs, 2), "levels": apart}
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the program; prints JSON."""
+    print_report(Config, measure, argv, "bench.pocket_drawing")
+
+
+if __name__ == "__main__":
+    cli.run(main)
