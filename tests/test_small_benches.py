@@ -157,7 +157,6 @@ def test_the_reconstruction_bench_measures_every_set_with_every_vae(data, tmp_pa
 def test_the_drawing_bench_draws_what_diffusers_draws():
     report = pocket_drawing.measure(pocket_drawing.Config(steps=2, at_once=(2,), rounds=1))
     assert report["2 at once"]["levels"] <= 1
-    assert report["2 at once"]["ratio"] > 0
     with pytest.raises(ConfigError, match="--at-once"):
         pocket_drawing.measure(pocket_drawing.Config(at_once=(0,)))
 

@@ -494,7 +494,7 @@ def try_compiler(device: torch.device) -> None:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(
             f"--compile: torch.compile does not work here ({reason}). Install a C++ compiler such as g++, or give "
-            "--no-compile, which takes a quarter longer."
+            "--no-compile, which takes longer."
         ) from None
 
 

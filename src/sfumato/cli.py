@@ -92,7 +92,7 @@ def run(program_main: Main) -> NoReturn:
 def _as_process(program_main: Main) -> int:
     """`guarded`, after which nothing is left to do: Ctrl-C then ends the process without a trace of its closing."""
     # torch, diffusers and transformers come as half a million objects that stay: looking for garbage among them as
-    # often as Python does is a sixth of a command's start.
+    # often as Python does holds up a command's start.
     gc.set_threshold(10_000, 20, 20)
     try:
         return guarded(program_main, sys.argv[1:])
