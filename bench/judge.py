@@ -30,6 +30,7 @@ from bench.real import print_report
 from sfumato import cli, randomness
 from sfumato.data.latents import to_floats
 from sfumato.files.atomic import atomic_path
+from sfumato.precision import cpu_has_bf16
 
 BATCH, RATE = 64, 3e-3
 
@@ -176,7 +177,8 @@ def train_judge(pictures: Pictures, *, steps: int, seed: int, others: Pictures |
     """A judge trained on `pictures` and `others`, AdamW whose rate rises for a tenth of the steps and falls to 0.
 
     others: pictures of further concepts in the same styles. Half of a batch is of the concepts that are asked about;
-    all styles are as frequent. Computed in bf16, which two CPU cores do three times as fast.
+    all styles are as frequent. Computed in bf16 where the processor multiplies it, three times as fast; elsewhere it
+    emulates that, some forty times as slow as fp32.
     """
     both = pictures if others is None or not len(others.pixels) else pictures.and_others(others)
     asked = both.concept < len(pictures.concepts)
@@ -193,7 +195,7 @@ def train_judge(pictures: Pictures, *, steps: int, seed: int, others: Pictures |
             index = torch.multinomial(chance, BATCH, replacement=True, generator=generator)
             plain = augment(to_floats(both.pixels[index]), generator)
             coloured = recolour(plain, generator).contiguous(memory_format=torch.channels_last)
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=cpu_has_bf16()):
                 concept = judge.concept_head(judge.see_concept(coloured))
                 style = judge.style_head(judge.see_style(plain.contiguous(memory_format=torch.channels_last)))
             loss = F.cross_entropy(concept.float(), both.concept[index], label_smoothing=0.1)

@@ -149,11 +149,17 @@ def test_a_quickened_model_is_the_same_model(maker):
 
 
 @pytest.mark.parametrize(
-    ("maker", "slow"), [("vendor_id : AuthenticAMD", True), ("GenuineIntel", False), ("arm", False)]
+    ("processor", "slow"),
+    [
+        ("vendor_id : AuthenticAMD\nflags : avx avx2 avx512f", True),
+        ("vendor_id : AuthenticAMD\nflags : avx avx2", False),
+        ("vendor_id : GenuineIntel\nflags : avx avx2 avx512f", False),
+        ("arm", False),
+    ],
 )
-def test_the_makers_name_decides(monkeypatch, maker, slow):
+def test_maker_and_flags_decide(monkeypatch, processor, slow):
     products.mkl_is_slow.cache_clear()
-    monkeypatch.setattr(products, "processor", lambda: maker)
+    monkeypatch.setattr(products, "processor", lambda: processor)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     assert products.mkl_is_slow() is slow
     monkeypatch.undo()

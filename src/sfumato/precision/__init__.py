@@ -337,7 +337,7 @@ def _tf32(requested: Requested, device: torch.device) -> tuple[bool, str]:
 
 def _products(device: torch.device) -> tuple[str, str]:
     if device.type == "cpu" and products.mkl_is_slow() and products.onednn() is not None:
-        return "oneDNN", "on AMD's processors MKL takes twice the time"
+        return "oneDNN", "MKL leaves this AMD processor's AVX-512 unused, and takes twice the time"
     return "torch", "torch's own choice"
 
 
