@@ -1,4 +1,4 @@
-"""An img2img script as you may have it, gaining two adapters in three lines.
+"""An img2img script for diffusers, and the three lines (marked "new") that mix two LoRAs into its pipeline.
 
     python examples/img2img_script.py BASE_FOLDER line.safetensors otter.safetensors photo.png out.png
 
@@ -19,4 +19,4 @@ mix = compose(pipe, Adapter(style, 0.8), Adapter(subject, 0.6))  # new
 noise = torch.Generator().manual_seed(7)
 picture = Image.open(photo).convert("RGB").resize((pipe.unet.config.sample_size * pipe.vae_scale_factor,) * 2)
 pipe("a crab", image=picture, strength=0.6, num_inference_steps=25, generator=noise).images[0].save(output)
-mix.undo()  # new: the pipeline is the base again, to the byte
+mix.undo()  # new: removes both; the pipeline is the base model again, to the byte

@@ -1,4 +1,4 @@
-"""A diffusers script as you may have it, gaining two adapters in two lines.
+"""A text-to-image script for diffusers, and the two lines (marked "new") that mix two LoRAs into its pipeline.
 
     python examples/plain_script.py BASE_FOLDER line.safetensors otter.safetensors crab.png
 

@@ -1,4 +1,4 @@
-"""An SDXL script as you may have it, gaining two adapters in three lines.
+"""An SDXL script for diffusers, and the three lines (marked "new") that mix two LoRAs into its pipeline.
 
     python examples/sdxl_script.py BASE_FOLDER line.safetensors otter.safetensors crab.png
 
@@ -17,4 +17,4 @@ pipe = StableDiffusionXLPipeline.from_pretrained(base, use_safetensors=True)
 mix = compose(pipe, Adapter(style, 0.8), Adapter(subject, 0.6))  # new
 noise = torch.Generator().manual_seed(7)
 pipe("a crab", num_inference_steps=25, guidance_scale=6.0, generator=noise).images[0].save(output)
-mix.undo()  # new: the pipeline is the base again, to the byte
+mix.undo()  # new: removes both; the pipeline is the base model again, to the byte
