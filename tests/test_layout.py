@@ -46,12 +46,12 @@ def test_the_wheel_tells_type_checkers_of_its_types():
     assert (ROOT / "src/sfumato/py.typed").is_file()
 
 
-def test_every_module_has_a_room():
+def test_contributing_says_where_every_module_is():
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    rooms = text[text.index("| room |") : text.index("## Rules")]
+    table = text[text.index("| where |") : text.index("## Design decisions")]
     modules = {p.name for p in (ROOT / "src/sfumato").glob("*.py") if not p.name.startswith("__")}
     folders = {f"{p.parent.name}/" for p in (ROOT / "src/sfumato").glob("*/__init__.py")}
-    assert {name for name in modules | folders if f"`{name}`" not in rooms} == set()
+    assert {name for name in modules | folders if f"`{name}`" not in table} == set()
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "src/sfumato").rglob("*.py")), ids=lambda p: p.stem)
