@@ -14,11 +14,12 @@ import os
 import re
 import tomllib
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
 
+from sfumato.command_line.elsewhere import called_here
 from sfumato.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -46,7 +47,8 @@ def parse(config_type: type[Config], argv: Sequence[str], *, program: str, first
     try:
         config = app(rest, exit_on_error=False, print_error=False)
     except cyclopts.CycloptsError as error:
-        raise ConfigError(f"{_complaint(error, file)} See {called} --help.") from None
+        known = [field.name for field in dataclasses.fields(config_type)]
+        raise ConfigError(f"{_complaint(error, file, known)} See {called} --help.") from None
     if config is None:
         raise SystemExit(0)
     return _with_paths_at_home(cast(Config, config))
@@ -80,9 +82,14 @@ def _app(
     return app
 
 
-def _complaint(error: cyclopts.CycloptsError, file: Path | None) -> str:
-    """What cyclopts found wrong, as a sentence. file: the TOML file that was read, if one was."""
+def _complaint(error: cyclopts.CycloptsError, file: Path | None, known: Collection[str]) -> str:
+    """What cyclopts found wrong, as a sentence. file: the TOML file that was read, if one was. known: the options."""
     import cyclopts
+
+    if isinstance(error, cyclopts.UnknownOptionError) and error.token is not None:
+        option = (error.token.keyword or error.token.value).partition("=")[0]
+        if here := called_here(option.lstrip("-"), known):
+            return f"Unknown option: {option}. {here}"
 
     if isinstance(error, cyclopts.UnusedCliTokensError):
         left = " ".join(map(repr, error.unused_tokens or ()))
@@ -94,9 +101,10 @@ def _complaint(error: cyclopts.CycloptsError, file: Path | None) -> str:
         return f"{name} wants a value."
     # Misspelt, perhaps.
     unused = error.unused_tokens or ()
-    unknown = [f"{word.partition('=')[0]} is no option" for word in unused if word.startswith("--")]
-    unknown = unknown or [f"{word!r} belongs to no option" for word in unused]
-    return f"{name} is needed{f', and {unknown[0]}' if unknown else ''}."
+    options = [word.partition("=")[0] for word in unused if word.startswith("--")]
+    unknown = [f"{option} is no option" for option in options] or [f"{word!r} belongs to no option" for word in unused]
+    here = called_here(options[0].lstrip("-"), known) if options else None
+    return f"{name} is needed{f', and {unknown[0]}' if unknown else ''}.{f' {here}' if here else ''}"
 
 
 def at_home(text: str) -> str:
@@ -186,7 +194,9 @@ def _read(config_type: type[DataclassInstance], path: Path) -> dict[str, Any]:
             raise ConfigError(f"{path}: [{key}] is a table; wanted the options by themselves, such as {known[0]} = ...")
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}."
+            guess = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}."
+            here = called_here(name, known)
+            hint = here[0].lower() + here[1:] if here else guess
             raise ConfigError(f"{path}: unknown key {key!r}; {hint}")
         if name.replace("_", "-") in found:
             raise ConfigError(f"{path}: {name} is there twice, with - and with _; keep one.")

@@ -152,7 +152,7 @@ class BaseOptions:
     gradient_checkpointing: bool = False
     """Compute activations twice to keep fewer of them."""
     clip_skip: int | None = None
-    """Take the text encoder's output this many layers before its last."""
+    """Take the text encoder's output this many layers before its last: 1 is what A1111 and sd-scripts call 2."""
     vae: str | None = None
     """Another VAE: a hub id, a folder, or a single file."""
     prediction_type: Literal["epsilon", "v_prediction"] | None = None

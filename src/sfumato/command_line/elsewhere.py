@@ -1,0 +1,132 @@
+"""What other tools call our options, so that whoever types their name is told ours.
+
+The names are those of sd-scripts, of diffusers' example scripts and of OneTrainer's configs; of A1111 and ComfyUI where
+pictures are drawn. docs/names.md has the same as a table, with what differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from types import MappingProxyType
+
+OPTIONS: Mapping[str, str] = MappingProxyType(
+    {
+        "--base": "pretrained_model_name_or_path base_model_name ckpt ckpt_name sd_model model_org",
+        "--vae": "pretrained_vae_model_name_or_path vae_name",
+        "--images": "train_data_dir instance_data_dir dataset_config concepts concept_file_name",
+        "--class-images": "class_data_dir reg_data_dir",
+        "--output": "output_dir outdir save_to output_model_destination",
+        "--name": "output_name save_filename_prefix lora_model_name",
+        "--push-to-hub": "hub_model_id huggingface_repo_id",
+        "--steps": "max_train_steps num_inference_steps sampling_steps",
+        "--epochs": "max_train_epochs num_train_epochs",
+        "--batch": "train_batch_size batch_size",
+        "--count": "n_iter images_per_prompt num_images_per_prompt batch_count",
+        "--accumulate": "gradient_accumulation_steps",
+        "--learning-rate": "unet_lr lr",
+        "--text-learning-rate": "text_encoder_lr learning_rate_te",
+        "--word-learning-rate": "embedding_learning_rate",
+        "--optimizer adamw8bit": "use_8bit_adam",
+        "--optimizer lion": "use_lion_optimizer",
+        "--optimizer": "optimizer_type",
+        "--weight-decay": "adam_weight_decay",
+        "--schedule": "lr_scheduler learning_rate_scheduler",
+        "--warmup": "lr_warmup_steps learning_rate_warmup_steps",
+        "--clip": "max_grad_norm clip_grad_norm",
+        "--min-snr": "min_snr_gamma snr_gamma loss_weight_strength",
+        "--noise-offset": "offset_noise_weight",
+        "--min-timestep": "min_noising_strength",
+        "--max-timestep": "max_noising_strength",
+        "--ema": "use_ema ema_decay",
+        "--ema-on-cpu": "offload_ema",
+        "--precision": "mixed_precision train_dtype full_fp16 full_bf16 fp16 bf16",
+        "--save-precision": "output_dtype",
+        "--dtype": "save_precision precision",
+        "--attention xformers": "xformers diffusers_xformers enable_xformers_memory_efficient_attention",
+        "--attention": "attention_mechanism",
+        "--device": "train_device",
+        "--prediction-type v_prediction": "v_parameterization force_v_prediction",
+        "--clip-skip": "text_encoder_layer_skip",
+        "--rank": "network_dim lora_rank dim new_rank",
+        "--alpha": "network_alpha lora_alpha",
+        "--conv-rank": "conv_dim new_conv_rank",
+        "--dropout": "network_dropout lora_dropout dropout_probability",
+        "--targets": "lora_layers layer_filter",
+        "--init-from": "network_weights",
+        "--caption-dropout": "caption_dropout_rate proportion_empty_prompts",
+        "--shuffle-tags": "shuffle_caption",
+        "--keep-tags": "keep_tokens",
+        "--tag-dropout": "caption_tag_dropout_rate",
+        "--flip": "flip_aug random_flip",
+        "--crop": "random_crop center_crop",
+        "--mask alpha": "alpha_mask",
+        "--mask files": "masked_loss masked_training",
+        "--mask": "mask_path",
+        "--cache": "cache_latents_to_disk cache_text_encoder_outputs_to_disk",
+        "--sample-prompts": "validation_prompt validation_prompts",
+        "--sample-every": "sample_every_n_steps sample_every_n_epochs validation_steps validation_epochs sample_after",
+        "--save-every": "save_every_n_steps save_every_n_epochs save_steps",
+        "--checkpoint-every": "save_state checkpointing_steps backup_after",
+        "--keep": "checkpoints_total_limit save_last_n_steps_state rolling_backup_count",
+        "--resume": "resume_from_checkpoint continue_last_backup",
+        "--tensorboard": "logging_dir log_with report_to",
+        "--trigger WORDS --caption '{trigger}'": "instance_prompt",
+        "--class-count": "num_class_images",
+        "--prior pictures": "with_prior_preservation",
+        "--prior-weight": "prior_loss_weight",
+        "--fused": "fused_backward_pass",
+        "--placeholder": "placeholder_token token_string",
+        "--train-words": "placeholder_token token_string train_text_encoder_ti",
+        "--initial-words": "initializer_token init_word initializer_concept initial_embedding_text",
+        "--vectors": "num_vectors num_vectors_per_token token_count",
+        "--word-vectors": "num_vectors num_vectors_per_token num_new_tokens_per_abstraction",
+        "--templates": "learnable_property use_object_template use_style_template",
+        "--keep-scale": "preserve_embedding_norm",
+        "--bundle": "bundle_additional_embeddings",
+        "--prompts": "prompt from_file",
+        "--negative": "negative_prompt",
+        "--guidance": "guidance_scale cfg_scale cfg scale",
+        "--sampler": "scheduler sampler_name",
+        "--size": "width height w h",
+        "--strength": "denoise denoising_strength",
+        "--image": "image_path init_image",
+        "--lora": "lora_weights network_weights lora_name",
+        "--lora-folder": "lora_dir",
+        "--embedding": "textual_inversion_embeddings embeddings",
+        "--tuned": "model_tuned",
+        "--threshold": "thresh general_threshold",
+        "--without": "undesired_tags",
+    }
+)
+"""Ours, and what it is called elsewhere, with _ for - as sd-scripts and diffusers write it. One name may stand beside
+several of ours, which different programs have."""
+
+UNASKED: Mapping[str, str] = MappingProxyType(
+    {
+        "enable_bucket aspect_ratio_bucketing": "pictures keep their shapes",
+        "cache_latents cache_text_encoder_outputs pre_compute_text_embeddings latent_caching": (
+            "latents, and captions that stay what they mean, are encoded once"
+        ),
+        "no_half_vae": "the VAE computes in fp32 beside fp16",
+        "network_train_unet_only": "text encoders learn with --train-text-encoder only",
+        "network_module use_safetensors save_model_as": "adapters are LoRAs in .safetensors files",
+        "sdpa": "it is the default of --attention",
+        "v2 sdxl": "the base's weights tell its family",
+    }
+)
+"""What needs no option here, and why."""
+
+
+def called_here(name: str, known: Collection[str]) -> str | None:
+    """What to say of an option of another tool, as a sentence; None for what is none, or has no counterpart here.
+
+    name: with - or _, without the dashes before it. known: the fields of the program that was asked.
+    """
+    name = name.lower().replace("-", "_")
+    for option, others in OPTIONS.items():
+        field = option.partition(" ")[0].removeprefix("--").replace("-", "_")
+        if field in known and name in others.split():
+            return f"Here it is {option}."
+    if "learning_rate" not in known:  # not of a trainer
+        return None
+    return next((f"It needs none: {why}." for others, why in UNASKED.items() if name in others.split()), None)

@@ -1,0 +1,66 @@
+"""Whoever types an option's name from another tool is told ours; docs/names.md has the same names."""
+
+import dataclasses
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+from sfumato import cli
+from sfumato.command_line.elsewhere import OPTIONS, UNASKED, called_here
+from sfumato.config import parse
+from sfumato.errors import ConfigError
+
+TABLE = (Path(__file__).parents[2] / "docs/names.md").read_text(encoding="utf-8")
+ROWS = [
+    [re.findall(r"`([^`]+)`", cell) for cell in line.split(" | ")[:2]] for line in TABLE.splitlines() if "| " in line
+]
+MODULES = [*(f"sfumato.trainers.{name}" for name in cli.TRAINERS), *(module for module, _ in cli.PIPELINES.values())]
+
+
+def fields(module):
+    return {field.name for field in dataclasses.fields(importlib.import_module(module).Config)}
+
+
+def test_the_table_has_the_names_that_commands_know():
+    written = {(ours[0] if ours else "", name) for ours, names in ROWS for name in names}
+    known = {(option, name) for option, names in OPTIONS.items() for name in names.split()}
+    assert written == known | {("", name) for names in UNASKED for name in names.split()}
+
+
+def test_every_name_leads_to_an_option_of_some_program_that_does_not_have_that_name_itself():
+    programs = [fields(module) for module in MODULES]
+    for option, names in OPTIONS.items():
+        field = option.split()[0].removeprefix("--").replace("-", "_")
+        having = [program for program in programs if field in program]
+        for name in names.split():
+            said = [called_here(name, program) for program in having if name not in program]
+            assert f"Here it is {option}." in said, (option, name)
+
+
+@pytest.mark.parametrize(
+    ("program", "words", "said"),
+    [
+        ("train lora", ["--images", "d", "--output", "o", "--network_dim", "16"], "--network_dim. Here it is --rank. "),
+        ("train lora", ["--images", "d", "--output", "o", "--lr=1e-4"], "--lr. Here it is --learning-rate. See"),
+        ("train lora", ["--images", "d", "--output", "o", "--enable-bucket"], "It needs none: pictures keep their sh"),
+        ("train lora", ["--train_data_dir", "d"], "--train_data_dir is no option. Here it is --images. See"),
+        ("train lora", ["--images", "d", "--output", "o", "--placeholder_token", "x"], "Here it is --train-words."),
+        ("train textual_inversion", ["--images", "d", "--token_string", "x"], "Here it is --placeholder."),
+        ("generate", ["a crab", "--cfg_scale", "7"], "--cfg_scale. Here it is --guidance. See"),
+        ("generate", ["a crab", "--enable_bucket"], "--enable_bucket. See"),
+    ],
+)  # fmt: skip
+def test_an_option_of_another_tool_is_told_by_its_name_here(program, words, said):
+    name = program.removeprefix("train ")
+    module = f"sfumato.trainers.{name}" if name in cli.TRAINERS else cli.PIPELINES[name][0]
+    with pytest.raises(ConfigError) as error:
+        parse(importlib.import_module(module).Config, words, program=program)
+    assert said in str(error.value)
+
+
+def test_a_key_of_another_tool_is_told_by_its_name_here(tmp_path):
+    (tmp_path / "c.toml").write_text("network_alpha = 8")
+    with pytest.raises(ConfigError, match=r"unknown key 'network_alpha'; here it is --alpha\."):
+        parse(importlib.import_module("sfumato.trainers.lora").Config, [str(tmp_path / "c.toml")], program="train lora")
