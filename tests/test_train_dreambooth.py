@@ -222,6 +222,7 @@ def test_fused_weights_are_those_of_the_plain_run(train, clip):
         (["--keep-energy", "0.9"], "--keep-energy belongs"),
         (["--prior-weight", "-1"], "--prior-weight is -1"),
         (["--conv-rank", "2"], "--conv-rank has no effect without --method lora"),
+        (["--save-every", "1"], "--save-every has no effect without --method lora"),
         (["--drift-limit", "0.1"], "--measure-every 0"),
         (["--identifier", " "], "--identifier is empty"),
         (["--class-prompt", " "], "--class-prompt is empty"),
@@ -404,6 +405,20 @@ def test_a_lora_describes_itself_and_no_file_tells_a_path(train, tmp_path, pictu
     assert str(pictures) not in text
     names = {file.name for file in path.parent.iterdir()}
     assert {"config.toml", "log.jsonl", "plot.png", "samples.png", "README.md"} <= names
+
+
+def test_adapters_on_the_way_are_those_of_runs_that_end_there(train):
+    steady = ("--method", "lora", "--prior", "none", "--schedule", "constant")
+    path = train("run", *steady, "--save-every", "2")
+    kept = sorted((path.parent / "adapters").iterdir())
+    assert [each.name for each in kept] == ["run-step00000002.safetensors", "run-step00000003.safetensors"]
+    ended = train("ended", *steady, "--steps", "2")
+    assert read_header(kept[0]).metadata["ss_steps"] == "2"
+    first, last = read_tensors(kept[0]), read_tensors(ended)
+    assert first.keys() == last.keys()
+    assert all(torch.equal(first[name], last[name]) for name in last)
+    end = read_tensors(path)
+    assert not all(torch.equal(first[name], end[name]) for name in end)
 
 
 def test_a_copy_of_the_program_runs(pocket_folder, pictures, tmp_path, monkeypatch):

@@ -199,6 +199,16 @@ def test_every_family_learns(family, train, family_folder):
         assert list(words.tokens) == ["<x>"]
 
 
+def test_words_on_the_way_are_those_of_runs_that_end_there(train):
+    steady = ("--schedule", "constant")
+    path = train("run", *steady, "--save-every", "2")
+    kept = path.parent / "adapters/run-step00000002.safetensors"
+    assert read_header(kept).metadata["ss_steps"] == "2"
+    ended = train("ended", *steady, "--steps", "2")
+    assert torch.equal(read_tensors(kept)["<x>"], read_tensors(ended)["<x>"])
+    assert not torch.equal(read_tensors(kept)["<x>"], read_tensors(path)["<x>"])
+
+
 def test_several_words_in_one_run_have_a_file_each(train, tmp_path):
     train("run", "--caption", "<a> {caption} <b>", placeholder=("<a>", "<b>"))
     tensors = {token: read_tensors(tmp_path / "run" / f"run-{token[1]}.safetensors") for token in ("<a>", "<b>")}

@@ -128,6 +128,9 @@ class Config(TrainerOptions):
     more, and ask for that in the file, see sfumato generate --negative: guidance then multiplies what is said beside
     the subject, such as a style in which no picture showed it. The subject itself comes out less like its pictures: on
     pocket, with old words such as "sks otter", this costs more than it brings (docs/methods.md)."""
+    save_every: int = 0
+    """With --method lora: steps between adapters that are kept beside the last, as
+    OUTPUT/adapters/NAME-step00000500.safetensors, to choose from; 0 keeps none."""
     save_precision: Literal["fp32", "fp16", "bf16"] | None = None
     """Number format of what is written. Unset: fp32 on pocket, fp16 elsewhere."""
 
@@ -141,6 +144,7 @@ def train(config: Config) -> Path:
 
     from sfumato import randomness
     from sfumato.adapters import Lora, rank_notes
+    from sfumato.files import write_lora
     from sfumato.runs import Run
     from sfumato.runs.samples import UNRELATED, Samples, drawing_of
     from sfumato.training import optimizers
@@ -164,7 +168,7 @@ def train(config: Config) -> Path:
     base = config.load_base(precision)
     config, filled = resolve(config, base, instance.samples, processes.count)
     notes = rank_notes(adapted(base, config), config.rank, config.conv_rank) if config.method == "lora" else []
-    writes = [config.name] if config.save == "folder" else []
+    writes = [config.name] if config.save == "folder" else ["adapters"] if config.save_every else []
     run = Run.start(config, program="dreambooth", processes=processes, writes=writes)
     run.say(precision.table())
     run.say_filled(base.family.title, filled)
@@ -216,8 +220,18 @@ def train(config: Config) -> Path:
         if limit.reached:
             run.end()
 
+    told = {"trigger": trigger, "over_steps": span, "negatives": against}
+
+    def export(step: int) -> None:
+        if step and processes.is_main and lora:
+            kept = config.output / "adapters" / f"{config.name}-step{step:08d}.safetensors"
+            about = describe_run(config, base, dataset, samples, steps=step, **told)
+            with average.applied():
+                write_lora(kept, lora.modules_by_target(), **written_as(config, base, about))
+
     run.every(config.measure_every, measure)
     run.every(config.sample_every, samples.draw)
+    run.every(config.save_every, export)
     prior = prior_of(config, base, dataset, class_set, kept, noising, pristine)
     if isinstance(prior, BasePrediction) and config.method == "full":
         steps = range(run.step, config.steps)
@@ -264,8 +278,7 @@ def train(config: Config) -> Path:
     average.apply()
     path = config.output / f"{config.name}{'' if config.save == 'folder' else '.safetensors'}"
     if processes.is_main:
-        told = {"trigger": trigger, "steps": run.step, "over_steps": span, "negatives": against}
-        about = describe_run(config, base, dataset, samples, **told)
+        about = describe_run(config, base, dataset, samples, steps=run.step, **told)
         save(path, trained, base, config, run, samples, about)
     run.close()
     processes.wait()
@@ -302,7 +315,7 @@ def refuse_idle(config: Config) -> None:
     if config.instance_prompt and config.identifier not in config.instance_prompt:
         options.only_with(config, "it in --instance-prompt", "identifier")
     if config.method == "full":
-        of_lora = ("alpha", "conv_rank", "conv_alpha", "targets", "over_steps", "own_negative")
+        of_lora = ("alpha", "conv_rank", "conv_alpha", "targets", "over_steps", "own_negative", "save_every")
         options.only_with(config, "--method lora", *of_lora)
         if config.save != "lora":
             options.only_with(config, "--method lora or --save lora", "rank")
@@ -525,17 +538,16 @@ def save(
 ) -> None:
     """Write what was learned in the form that was asked for, its card and the plot; upload if asked."""
     from sfumato.adapters import Lora
-    from sfumato.files import describe, write_lora
-    from sfumato.precision import DTYPES, decide
+    from sfumato.files import write_lora
+    from sfumato.precision import decide
     from sfumato.training.finish import finish
     from sfumato.training.full import full_precision, parts_of, write_difference, write_extracted, write_folder
 
-    dtype = DTYPES[config.save_precision]
-    as_file: dict[str, Any] = {"family": base.family.name, "metadata": describe(about), "dtype": dtype}
+    as_file = written_as(config, base, about)
     if isinstance(trained, Lora):
         write_lora(path, trained.modules_by_target(), **as_file)
     elif config.save == "folder":
-        write_folder(base, path, dtype)
+        write_folder(base, path, as_file["dtype"])
     else:
         # On the CPU: beside what has learned, with its optimizer's state, a GPU may have no room for another.
         original = config.load_base(full_precision(decide("fp32", device="cpu")))
@@ -547,6 +559,14 @@ def save(
         else:
             run.say(write_extracted(path, after, before, rank=config.rank, keep_energy=config.keep_energy, **as_file))
     finish(run, path, about, samples, kind=config.save, push=config.push_to_hub)
+
+
+def written_as(config: Config, base: Base, about: Description) -> dict[str, Any]:
+    """What writers of files take beside what was learned."""
+    from sfumato.files import describe
+    from sfumato.precision import DTYPES
+
+    return {"family": base.family.name, "metadata": describe(about), "dtype": DTYPES[config.save_precision]}
 
 
 def main(argv: Sequence[str]) -> int:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that 
     from sfumato.bases import Base
     from sfumato.data import Dataset, Folder
     from sfumato.data.source import Source
+    from sfumato.files import Description
     from sfumato.runs import Run
     from sfumato.runs.samples import Samples
     from sfumato.words.embedding import Words
@@ -61,6 +62,9 @@ class Config(TrainerOptions):
     keep_scale: bool = True
     """After each step, a vector longer than 95 % of the base's own, or shorter than 95 % of them, is brought back to
     that length."""
+    save_every: int = 0
+    """Steps between words that are kept beside the last, as OUTPUT/adapters/NAME-step00000500.safetensors, to choose
+    from; 0 keeps none."""
     save_precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Number format of the file."""
 
@@ -88,6 +92,7 @@ def train(config: Config) -> Path:
     from sfumato.runs.samples import Samples, drawing_of
     from sfumato.training import optimizers
     from sfumato.training.ema import Average
+    from sfumato.training.finish import describe_run
     from sfumato.training.measure import Measures
     from sfumato.training.noising import draw_noised, errors_of
     from sfumato.training.processes import Processes
@@ -113,7 +118,7 @@ def train(config: Config) -> Path:
     prompts = config.sample_prompts or default_prompts(examples, config.placeholder)
     words.check([*prompts, *(t.format(e.caption) for t in templates for e in examples)])
     paths = files(config.output, config.name, config.placeholder, alone=True)
-    names = [path.name for path in paths.values()]
+    names = [*(["adapters"] if config.save_every else []), *(path.name for path in paths.values())]
     run = Run.start(config, program="textual_inversion", processes=processes, writes=names)
     run.say(precision.table())
     run.say_filled(base.family.title, filled)
@@ -143,6 +148,15 @@ def train(config: Config) -> Path:
     samples = Samples(run, base, prompts, config.seed, within=average.applied, draw=draw)
     run.every(config.measure_every, lambda step: run.log(step=step, **measures.values()))
     run.every(config.sample_every, samples.draw)
+
+    def export(step: int) -> None:
+        if step and processes.is_main:
+            kept = files(config.output / "adapters", f"{config.name}-step{step:08d}", config.placeholder, alone=True)
+            about = describe_run(config, base, dataset, samples, trigger=config.placeholder, steps=step)
+            with average.applied():
+                write_words(kept, words, config, about)
+
+    run.every(config.save_every, export)
     global_batch, starts = processes.starts(config.batch, config.accumulate)
     noising = config.noising(base)
     for step in run.steps(config.steps):
@@ -259,22 +273,28 @@ def save(
 ) -> None:
     """Write each word's file, the card and the plot; upload them if asked."""
     from sfumato.cards.words import write_embedding_card
-    from sfumato.files import describe
-    from sfumato.files.write_embedding import write_embedding
-    from sfumato.precision import DTYPES
     from sfumato.training.finish import describe_run, plot_and_tell, upload
 
     rows = samples.rows
-    report = words.report()
-    nearest = {"sfumato.nearest_words": "\n".join(report)}
-    description = describe_run(config, base, dataset, samples, trigger=config.placeholder, extra=nearest)
-    for token, vectors in words.vectors().items():
-        one = dataclasses.replace(description, trigger=[token])
-        write_embedding(paths[token], token, vectors, metadata=describe(one), dtype=DTYPES[config.save_precision])
+    description = describe_run(config, base, dataset, samples, trigger=config.placeholder)
+    report = write_words(paths, words, config, description)
     card = write_embedding_card(run.folder, paths, description, report, samples.prompts if rows else [], rows)
     made = ["nearest of the base's words, by cosine:", *report, *(f"word     {t}  {path}" for t, path in paths.items())]
     plot_and_tell(run, "\n".join(made), card, has_samples=bool(rows))
     upload(run, list(paths.values()), config.push_to_hub)
+
+
+def write_words(paths: Mapping[str, Path], words: Words, config: Config, about: Description) -> list[str]:
+    """Write each word as it is now; returns what they are near to, which their files tell, too."""
+    from sfumato.files import describe
+    from sfumato.files.write_embedding import write_embedding
+    from sfumato.precision import DTYPES
+
+    report = words.report()
+    for token, vectors in words.vectors().items():
+        one = dataclasses.replace(about, trigger=[token], extra={"sfumato.nearest_words": "\n".join(report)})
+        write_embedding(paths[token], token, vectors, metadata=describe(one), dtype=DTYPES[config.save_precision])
+    return report
 
 
 def main(argv: Sequence[str]) -> int:
