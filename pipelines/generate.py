@@ -383,7 +383,14 @@ def _mixed(
     Says what of them has no effect, was left out, or was learned on another base.
     """
     from sfumato.compose import compose
-    from sfumato.drawing.drawn import learned_otherwise, misread_words, unknown_words, unused_words
+    from sfumato.drawing.drawn import (
+        changes_nothing,
+        learned_otherwise,
+        misread_words,
+        unknown_words,
+        unread_marks,
+        unused_words,
+    )
     from sfumato.files.header import read_header
     from sfumato.merging.whole_model import read_mixable
     from sfumato.words import embedding
@@ -394,7 +401,7 @@ def _mixed(
         named: list[tuple[Path, Iterable[str]]] = [
             (file, list(each.tokens)) for each, (_, file) in zip(words, wanted.embeddings, strict=True)
         ]
-        say(*unused_words(named, texts, config.prompt_syntax))
+        say(*unread_marks(texts, config.prompt_syntax), *unused_words(named, texts, config.prompt_syntax))
         allowed = {"partial": config.partial, "verify": config.verify}
         mix = stack.enter_context(compose(base, *wanted.adapters, way=_way(wanted), words_known=True, **allowed))
         # The weight of a bundle is the LoRA's; its words are there.
@@ -408,6 +415,7 @@ def _mixed(
                 each.check(texts)
         known = [token for each in words for token in each.tokens]
         say(*unknown_words(texts, known, base), *misread_words(known, texts, config.prompt_syntax))
+        say(*changes_nothing(mix))
         for label, count in mix.skipped.items():
             say(f"{label}: {so_many(count, 'module')} left out (--partial).")
         of_words = {token or file.name: read_header(file).metadata for token, file in wanted.embeddings}

@@ -321,7 +321,14 @@ def _prepared(
 
 def _notes(setup: Setup, cells: Sequence[Cell], embeddings: Sequence[tuple[str | None, Path]]) -> list[str]:
     """What of the words has no effect, and what was learned on another base. Raises ConfigError as `_checked`."""
-    from sfumato.drawing.drawn import learned_otherwise, misread_words, unknown_words, unused_words
+    from sfumato.drawing.drawn import (
+        changes_nothing,
+        learned_otherwise,
+        misread_words,
+        unknown_words,
+        unread_marks,
+        unused_words,
+    )
     from sfumato.files.header import read_header
 
     base, syntax = setup.base, setup.config.prompt_syntax
@@ -329,7 +336,12 @@ def _notes(setup: Setup, cells: Sequence[Cell], embeddings: Sequence[tuple[str |
     learned = _checked(setup, cells)
     of_words = {token or file.name: read_header(file).metadata for token, file in embeddings}
     known = [token for some in (*(each.tokens for each in setup.words), *setup.brought.values()) for token in some]
-    lines = [*unused_words(setup.named, texts, syntax), *unknown_words(texts, known, base)]
+    lines = [
+        *unread_marks(texts, syntax),
+        *unused_words(setup.named, texts, syntax),
+        *unknown_words(texts, known, base),
+    ]
+    lines += changes_nothing(setup.mix) if setup.mix else []
     return [*lines, *misread_words(known, texts, syntax), *learned, *learned_otherwise(of_words, base)]
 
 

@@ -397,6 +397,35 @@ def test_pictures_to_begin_from_masks_and_regions_may_be_long_and_narrow(generat
     assert Image.open("a.png").size == (160, 32)
 
 
+@pytest.mark.parametrize(
+    ("prompt", "mark"),
+    [
+        ("a (red:1.3) square", "(red:1.3)"),
+        ("a ((red)) square", "((red))"),
+        ("a [red:blue:0.4] square", "[red:blue:0.4]"),
+        (r"red \(paint\)", r"\("),
+        ("red BREAK blue", "BREAK"),
+        ("red embedding:otter", "embedding:otter"),
+        ("red (at 10:30) [paint], 3:2", None),
+    ],
+)
+def test_what_other_programs_do_not_take_for_words_is_told(generate, prompt, mark):
+    code, _, err = generate(prompt, "-o", "plain.png")
+    assert code == 0, err
+    assert [line.split(" is drawn as letters")[0] for line in err.splitlines() if "is drawn as letters" in line] == (
+        [mark] if mark else []
+    )
+
+
+def test_an_adapter_of_zeros_is_told(generate):
+    tensors = load_file("line.safetensors")
+    zeros = {name: torch.zeros_like(t) if "lora_up" in name else t for name, t in tensors.items()}
+    save_file(zeros, "zero.safetensors")
+    code, _, err = generate("red", "--lora", "zero.safetensors", "-o", "zero.png")
+    assert (code, "zero: all of its changes are zero, so it draws as the base does" in err) == (0, True)
+    assert "all of its changes" not in generate("red", "--lora", "line.safetensors", "-o", "line.png")[2]
+
+
 def test_a_new_word_is_known_for_the_call(generate, base):
     from sfumato.files.write_embedding import write_embedding
 
@@ -719,6 +748,7 @@ WRONG = {
         "strength 0.6 of 1 step is no step",
     ),
     "a seed too long": (["a", "--seed", str(2**64)], "64 bits"),
+    "another seed each time": (["a", "--seed", "-1"], "seed -1: no seed is drawn by lot here"),
     "no such base": (["a", "--base", "gone.safetensors"], "gone.safetensors"),
     "another base's adapter": (["a", "--lora", "xl.safetensors"], "trained for SDXL (text width 2048)"),
 }

@@ -56,7 +56,10 @@ def checked_steps(steps: int) -> int:
 
 
 def checked_seed(seed: int) -> int:
-    """The seed of a picture's noise. Raises ConfigError for one that torch's generators do not take."""
+    """The seed of a picture's noise. Raises ConfigError for one that torch's generators do not take, and for -1, by
+    which other programs mean another one each time."""
+    if seed == -1:
+        raise ConfigError("seed -1: no seed is drawn by lot here; give a number from 0 on, or leave it out for 0.")
     if not -(2**63) <= seed < 2**64:
         raise ConfigError(f"seed {seed}: wanted a whole number of 64 bits.")
     return seed

@@ -31,6 +31,12 @@ class Effect:
     def of(cls, change: Change) -> Effect:
         return cls(change, change.low_rank())
 
+    @property
+    def is_zero(self) -> bool:
+        """Whether it has a low-rank form of which a factor is zero throughout, as before any training."""
+        form = self.low_rank
+        return form is not None and not (form.up.any() and form.down.any())
+
 
 class Baked:
     """A weight or bias of one module, with the adapters' changes within it.

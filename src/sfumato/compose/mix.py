@@ -28,7 +28,7 @@ from sfumato.compose.adapter import (
     checked_weight,
     weight_text,
 )
-from sfumato.compose.baked import Applied, Baked
+from sfumato.compose.baked import Applied, Baked, Effect
 from sfumato.compose.live import Live, SavesNone
 from sfumato.compose.match import Found, Modules, Way, compiled_parts, match, parts_of, unwrapped_parts
 from sfumato.compose.originals import Originals, Place
@@ -168,6 +168,15 @@ class Mix:
         """The steps that files ask for, by label, as (start, end) of progress; without those that ask for none."""
         found = {label: over_steps_of(file.metadata) for label, file in self._files.items()}
         return MappingProxyType({label: span for label, span in found.items() if span})
+
+    @property
+    def without_effect(self) -> list[str]:
+        """The labels of adapters that change nothing at any weight: all their factors are zero."""
+        found: dict[str, list[Effect]] = {}
+        for site in self._sites.values():
+            for label, effect in site.effects.items():
+                found.setdefault(label, []).append(effect)
+        return [label for label, effects in found.items() if all(effect.is_zero for effect in effects)]
 
     @property
     def negatives(self) -> Mapping[str, tuple[str, ...]]:

@@ -111,6 +111,36 @@ def misread_words(known: Iterable[str], prompts: Sequence[str], syntax: Syntax) 
     ]
 
 
+_MARKS = re.compile(
+    r"\([^()]*[^()\d]:\s*\d*\.?\d+\s*\)|\[[^\[\]]*:\s*\d*\.?\d+\s*\]|\(\([^()]*\)\)|\\[()\[\]]|\bBREAK\b", re.DOTALL
+)
+"""What A1111 and ComfyUI do not take for words: weights, times, brackets by which they are marked, BREAK."""
+
+
+def unread_marks(prompts: Sequence[str], syntax: Syntax) -> list[str]:
+    """A line on the first of what other programs would not draw as words, where prompts are plain; one on ComfyUI's
+    `embedding:NAME` in any syntax."""
+    lines = []
+    marks = [found[0] for text in prompts if (found := _MARKS.search(text))] if syntax == "plain" else []
+    if marks:
+        lines.append(f"{marks[0]} is drawn as letters: prompts are plain unless --prompt-syntax a1111 is given.")
+    if named := [found[0] for text in prompts if (found := re.search(r"\bembedding:[\w.-]+", text))]:
+        lines.append(
+            f"{named[0]} is drawn as letters: write the new word itself, such as <otter>, and name its file with "
+            "--embedding."
+        )
+    return lines
+
+
+def changes_nothing(mix: Mix) -> list[str]:
+    """A line on each adapter that draws as the base does, whatever its weight."""
+    return [
+        f"{label}: all of its changes are zero, so it draws as the base does; it was not trained, or saved in a format "
+        "that is too coarse for it."
+        for label in mix.without_effect
+    ]
+
+
 def unknown_words(prompts: Sequence[str], known: Iterable[str], base: Base) -> list[str]:
     """A line on each "<word>" of the prompts, as textual inversions are spelt, that no file brings.
 
