@@ -198,6 +198,8 @@ def _prompts(config: Config) -> list[str]:
             f"{mistaken[0]}: a picture, and no prompt. sfumato inspect {mistaken[0]} tells the command that draws it "
             "again; --image begins from it."
         )
+    if mistaken := [text for text in prompts if text.lower().endswith(".txt") and isfile(text)]:
+        raise ConfigError(f"{mistaken[0]}: a file, and no prompt. --prompts-file {mistaken[0]} draws its lines.")
     return prompts
 
 

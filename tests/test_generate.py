@@ -417,6 +417,12 @@ def test_what_other_programs_do_not_take_for_words_is_told(generate, prompt, mar
     )
 
 
+def test_a_text_file_is_no_prompt(generate):
+    Path("prompts.txt").write_text("red\nblue")
+    code, _, err = generate("prompts.txt", "-o", "text.png")
+    assert (code, "prompts.txt: a file, and no prompt. --prompts-file prompts.txt draws its lines." in err) == (2, True)
+
+
 def test_an_adapter_of_zeros_is_told(generate):
     tensors = load_file("line.safetensors")
     zeros = {name: torch.zeros_like(t) if "lora_up" in name else t for name, t in tensors.items()}

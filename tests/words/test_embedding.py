@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from sfumato.bases import load_base
+from sfumato.bases.vocabulary import clip_tokenizer
 from sfumato.cards.words import write_embedding_card
 from sfumato.data.folder import Example, Folder
 from sfumato.data.stands_for import put_into_captions
@@ -20,7 +21,7 @@ from sfumato.files.write_embedding import write_embedding
 from sfumato.precision import decide
 from sfumato.words import embedding
 from sfumato.words.known import PARTS, _extend
-from sfumato.words.placeholders import holds, pieces, shortened, warnings_of
+from sfumato.words.placeholders import holds, pieces, shortened, shown, warnings_of
 from tests.tiny import CPU, tiny_pipeline
 
 
@@ -506,3 +507,12 @@ def test_values_that_are_no_numbers_are_not_written(tmp_path):
             tmp_path / "a.safetensors", "<x>", {"text_encoder": torch.full((1, 4), 1e6)}, dtype=torch.float16
         )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_tokens_are_told_in_their_letters():
+    """CLIP's vocabulary has a letter for each byte; what is a part of a character has no other."""
+    tokenizer = clip_tokenizer(pad_token="!", positions=77)
+    skull, part = tokenizer("☠️").input_ids[1], tokenizer("\U0001f9ff").input_ids[1]
+    assert shown(tokenizer, skull) == "☠️"
+    assert shown(tokenizer, part) == f"{tokenizer.convert_ids_to_tokens(part)}-"
+    assert [shown(tokenizer, tokenizer.get_vocab()[token]) for token in ("cat</w>", "cat")] == ["cat", "cat-"]

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from os.path import isfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -341,6 +342,8 @@ def check_run(config: FolderOptions) -> None:
     if (repository := getattr(config, "push_to_hub", None)) is not None:
         _check_repository(repository)
     for prompt in () if config.resume else getattr(config, "sample_prompts", ()):
+        if prompt.lower().endswith(".txt") and isfile(prompt):  # as sd-scripts takes them
+            raise ConfigError(f"--sample-prompts {prompt}: a file, and no prompt; give each of its lines by itself.")
         refuse_tags(without_flags(prompt, "--sample-prompts"), "--sample-prompts", "leave it out")
     device = getattr(config, "device", "auto")
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", device):

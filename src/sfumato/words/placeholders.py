@@ -132,4 +132,7 @@ def check_placeholder(token: str, tokenizer: Any) -> None:
 def shown(tokenizer: Any, index: int) -> str:
     """A token as people read it; the part of a word that goes on ends in a hyphen."""
     text = str(tokenizer.convert_ids_to_tokens(index))
+    if not text.isascii():  # CLIP's vocabulary has a letter for each byte
+        decoded = tokenizer.decode([index]).strip()
+        text = text if "\ufffd" in decoded else f"{decoded}</w>" if text.endswith("</w>") else decoded
     return text.removesuffix("</w>") if text.endswith("</w>") else f"{text}-"
