@@ -90,7 +90,6 @@ def _complaint(error: cyclopts.CycloptsError, file: Path | None, known: Collecti
         option = (error.token.keyword or error.token.value).partition("=")[0]
         if here := called_here(option.lstrip("-"), known):
             return f"Unknown option: {option}. {here}"
-
     if isinstance(error, cyclopts.UnusedCliTokensError):
         left = " ".join(map(repr, error.unused_tokens or ()))
         return f"{left}: belongs to no option. Put a name with spaces into quotes."

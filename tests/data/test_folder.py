@@ -170,8 +170,11 @@ def test_skipping_all_is_refused(tmp_path):
 
 def test_no_folder_a_file_and_an_empty_folder_are_one_line_each(tmp_path):
     (tmp_path / "file").write_text("x")
+    (tmp_path / "concepts.json").write_text("[]")
     (tmp_path / "empty").mkdir()
-    for name, words in (("none", "no such folder"), ("file", "is a file"), ("empty", "no pictures in it")):
+    refused = {"none": "no such folder", "file": r"is a file.*dataset\.toml\.$", "empty": "no pictures in it"}
+    refused |= {"concepts.json": r"is a file.*sfumato dataset converts other tools' configs\.$"}
+    for name, words in refused.items():
         with pytest.raises(DataError, match=words):
             read_folder(tmp_path / name)
 

@@ -106,6 +106,10 @@ def test_repeats_multiply_those_of_a_folder_s_name(tmp_path):
         ('[[source]]\npath = "dogs"\nmask = "all"', "mask is 'all'"),
         ("[[source]]\nrepeats = 2", "source 1: no path"),
         ("repeats = 2", r"no sources in it; write \[\[source\]\]"),
+        (
+            '[[datasets]]\n[[datasets.subsets]]\nimage_dir = "dogs"',
+            r"sfumato dataset .*\.toml -o dataset\.toml converts",
+        ),
         ("[[source]", "not readable as TOML"),
     ],
 )

@@ -87,7 +87,10 @@ def list_folder(path: Path, *, words: str = "", suffixes: Sequence[str] = CAPTIO
     if not path.exists():
         raise DataError(f"{path}: there is no such folder. --images wants a folder of pictures, or a dataset.toml.")
     if not path.is_dir():
-        raise DataError(f"{path} is a file; --images wants the folder that the pictures are in, or a dataset.toml.")
+        others = " sfumato dataset converts other tools' configs." if path.suffix in (".json", ".yaml", ".yml") else ""
+        raise DataError(
+            f"{path} is a file; --images wants the folder that the pictures are in, or a dataset.toml.{others}"
+        )
     reader = _Reader(path, words, tuple(suffixes))
     reader.read()
     return Listing(path, tuple(reader.pictures), tuple(reader.ignored), tuple(reader.notes))

@@ -11,6 +11,7 @@ datasets/README.md lists the keys. Imports no torch.
 """
 
 import difflib
+import shlex
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -141,6 +142,11 @@ def sources_of(
     given = {"caption": caption_template, "trigger": trigger, "mask": None if mask == "none" else mask}
     values = _load(path)
     entries = values.pop("source", None)
+    if entries is None and "datasets" in values:
+        raise ConfigError(
+            f"{path.name}: a config of kohya's tools; sfumato dataset {shlex.quote(str(path))} -o dataset.toml "
+            "converts it."
+        )
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise ConfigError(f'{path.name}: no sources in it; write [[source]] and path = "DIR" for each folder.')
     check_keys(values, f"{path.name}: ", known=[key for key in _KEYS if key != "path"] + ["source"])
