@@ -98,21 +98,25 @@ def test_bitsandbytes_does_not_warn_of_what_nobody_asked_for(caplog):
     assert caplog.messages == ["no library"]
 
 
-def test_ctrl_c_while_the_process_closes_leaves_no_trace():
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_one_line_and_another_while_the_process_closes_leaves_no_trace(number):
     """What torch does then takes a second, in which who is impatient types it once more."""
     script = (
         "import atexit, signal, sys, time\nfrom sfumato import cli\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell in the background leaves it ignored
         "def close():\n    print('closing', file=sys.stderr, flush=True)\n    time.sleep(60)\n"
-        "def main(argv):\n    raise KeyboardInterrupt\n"
+        "def main(argv):\n    print('open', file=sys.stderr, flush=True)\n    time.sleep(60)\n"
         "atexit.register(close)\ncli.run(main)\n"
     )
     process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
+    assert process.stderr.readline() == "open\n"
+    process.send_signal(number)
     said = [process.stderr.readline() for _ in range(2)]
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     assert said == ["sfumato: interrupted.\n", "closing\n"]
     assert process.communicate(timeout=30)[1] == ""
+    assert process.returncode == -number
 
 
 def test_another_error_of_the_program_stays_one():

@@ -89,17 +89,30 @@ def run(program_main: Main) -> NoReturn:
     sys.exit(_as_process(program_main))
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a program as Ctrl-C does: with a line, and with what it holds let go."""
+
+
+def _terminate(*_: object) -> NoReturn:
+    raise _Terminated
+
+
 def _as_process(program_main: Main) -> int:
-    """`guarded`, after which nothing is left to do: Ctrl-C then ends the process without a trace of its closing."""
+    """`guarded`, after which nothing is left to do: Ctrl-C and SIGTERM then end the process without a trace of its
+    closing."""
     # torch, diffusers and transformers come as half a million objects that stay: looking for garbage among them as
     # often as Python does holds up a command's start.
     gc.set_threshold(10_000, 20, 20)
+    # A training takes both over for its steps (sfumato.runs.signals).
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _terminate)
     try:
         return guarded(program_main, sys.argv[1:])
     finally:
         # Not where a shell has it ignored, or a notebook handles it.
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
+        for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, _terminate)):
+            if signal.getsignal(number) is handler:
+                signal.signal(number, signal.SIG_DFL)
 
 
 _MEMORY_IS_FULL = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
@@ -128,9 +141,9 @@ def _guarded(program_main: Main, argv: Sequence[str]) -> int:
     except SfumatoError as error:
         _let_go_of_runs("withdraw")
         return _failed(str(error))
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         _let_go_of_runs("let_go")
-        return _failed("interrupted.", 128 + signal.SIGINT)
+        return _failed("interrupted.", 128 + (signal.SIGTERM if isinstance(error, _Terminated) else signal.SIGINT))
     except BrokenPipeError:  # `sfumato ls | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

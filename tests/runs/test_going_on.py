@@ -149,8 +149,8 @@ def test_a_state_that_is_there_is_not_written_twice(tmp_path, monkeypatch):
     assert saved == [3]
 
 
-def test_each_step_may_be_a_checkpoint_and_none_need_be(tmp_path):
-    for every, steps in ((1, [0, 1, 2, 3]), (2, [0, 2, 3]), (0, []), (None, [])):
+def test_each_step_may_be_a_checkpoint_and_the_last_always_is(tmp_path):
+    for every, steps in ((1, [0, 1, 2, 3]), (2, [0, 2, 3]), (0, [3]), (None, [3])):
         run = Run.start(RunOptions(output=tmp_path / str(every), checkpoint_every=every, keep=9), program="test")
         for step in run.steps(3):
             step.done(loss=1.0)

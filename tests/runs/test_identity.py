@@ -116,7 +116,7 @@ def test_every_change_is_shown_and_with_force_said(tmp_path, capsys):
     train(replace(config, resume=True, force=True))
     assert lines(capsys)[:2] == [
         "changed by --force: config.toml is missing or broken",
-        "resuming: there is no checkpoint yet, so from the beginning",
+        "resuming from step 2",
     ]
     assert [row["step"] for row in map(json.loads, (tmp_path / "run/log.jsonl").read_text().splitlines())] == [1, 2]
 

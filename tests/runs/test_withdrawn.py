@@ -104,7 +104,8 @@ def test_an_interruption_leaves_what_can_be_resumed(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("every", "uploading", "kept"),
-    [(1, False, " All its steps are kept; the rest is written by: sfumato resume {}"), (0, False, ""), (1, True, "")],
+    [(every, False, " All its steps are kept; the rest is written by: sfumato resume {}") for every in (0, 1)]
+    + [(1, True, "")],
 )
 def test_an_interruption_after_the_last_step_says_what_is_kept(every, uploading, kept, folder, tmp_path, capsys):
     held = []

@@ -351,12 +351,14 @@ class Run:
 
     def _check_space(self) -> None:
         """Before the start: room for all checkpoints that will stay, and the one that is being written."""
-        missing = max(1, self._checkpoints.keep + 1 - len(self._checkpoints.steps()))
+        most = self._checkpoints.keep + 1 if self._config.checkpoint_every else 1
+        missing = max(1, most - len(self._checkpoints.steps()))
         require_space(self.folder, missing * (bytes_of(self._state()) + self._kept.bytes_to_come()))
 
     def _checkpoint(self, step: int, count: int, *, due: bool = False) -> None:
         every = self._config.checkpoint_every or 0
-        wanted = due or (every > 0 and (step % every == 0 or step == count))
+        due = due or step == count  # before the results are written, which a second Ctrl-C or a full disk may stop
+        wanted = due or (every > 0 and step % every == 0)
         if not wanted or step == self._saved_at:
             return
         if self.is_main:
@@ -378,7 +380,7 @@ class Run:
             self._health.broken = str(error)
         except RunError as error:
             earlier, _ = self._checkpoints.newest()
-            if earlier is None and not due:
+            if step == 0:
                 raise RunError(f"{error}. The training stops before it could lose anything.") from None
             whole = "" if earlier is None else f" That of step {earlier} is whole."
             self.say(f"{error}.{whole}{'' if due else ' The training goes on.'}")

@@ -257,8 +257,8 @@ class FolderOptions:
     output: Path
     """Folder of the run: what is learned, its card, checkpoints, samples, log and plot."""
     checkpoint_every: int | None = None
-    """Steps between checkpoints, besides those at both ends; 0 keeps only what an interruption saves. Unset: a quarter
-    of the run."""
+    """Steps between checkpoints, besides those at both ends; 0 saves only the last, and that of an interruption. Unset:
+    a quarter of the run."""
     keep: int = 2
     """Checkpoints that stay; fewer than two count as two."""
     resume: bool = False
