@@ -72,6 +72,21 @@ def test_a_folder_takes_the_place_of_an_earlier_one_once_it_is_whole(tmp_path):
     assert list(place.parent.iterdir()) == [place]
 
 
+def test_what_is_in_a_folder_reaches_the_disk_before_its_name_does(tmp_path, monkeypatch):
+    """A power cut would leave empty files under a finished name: here the disk takes none of three, and no model."""
+    place = tmp_path / "model"
+
+    def write():
+        with atomic_folder(place) as new:
+            (new / "unet").mkdir()
+            (new / "unet/weights").write_text("1")
+
+    for at, part in enumerate(("unet", "unet/weights", "")):
+        with failing(monkeypatch, tmp_path, "fsync", at, errno.ENOSPC), pytest.raises(OSError, match="space"):
+            write()
+        assert list(tmp_path.iterdir()) == [], part
+
+
 @pytest.mark.parametrize("at", [0, 1])
 def test_an_earlier_folder_stays_where_a_rename_fails(at, tmp_path, monkeypatch):
     """The first moves it aside, the second brings the new one in, and what failed once is tried once more."""

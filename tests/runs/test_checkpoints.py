@@ -311,7 +311,7 @@ def test_what_cannot_be_removed_ends_no_save(tmp_path, monkeypatch):
 @pytest.mark.parametrize("call", ["open", "write", "fsync", "rename"])
 def test_a_training_goes_on_over_a_full_disk_and_says_so(call, tmp_path, monkeypatch, capsys):
     whole = train(Config(output=tmp_path / "whole", checkpoint_every=2, name="m"))
-    at = {"rename": 2, "open": 4, "fsync": 6, "write": 8}[call]  # past what the first checkpoint takes
+    at = {"rename": 2, "open": 4, "fsync": 8, "write": 8}[call]  # past what the first checkpoint takes
     with failing(monkeypatch, tmp_path / "run/checkpoints", call, at, 28) as faults:
         path = train(Config(output=tmp_path / "run", checkpoint_every=2, name="m"))
     assert faults.count > faults.at

@@ -38,11 +38,14 @@ def atomic_path(path: Path) -> Iterator[Path]:
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """An empty temporary folder beside `path` that takes its place when the block ends well and is removed when it does
-    not. What lies at `path` is removed once the new folder is there, and comes back if it cannot be."""
+    not. What is in it reaches the disk before. What lies at `path` is removed once the new folder is there, and comes
+    back if it cannot be."""
     temporary, aside = beside(path), beside(path)
     try:
         temporary.mkdir(parents=True)
         yield temporary
+        for written in (*temporary.rglob("*"), temporary):
+            sync(written)
         if path.exists():
             path.rename(aside)
         temporary.rename(path)
@@ -52,6 +55,17 @@ def atomic_folder(path: Path) -> Iterator[Path]:
                 aside.rename(path)
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Bring a file's bytes, or a folder's entries, to the disk, where the system knows how."""
+    if os.name != "posix":
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def beside(path: Path, suffix: str = "") -> Path:

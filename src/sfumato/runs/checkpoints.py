@@ -24,7 +24,7 @@ from torch import Tensor
 
 from sfumato.errors import FileError, RunError
 from sfumato.files import read_tensors, write_tensors
-from sfumato.files.atomic import atomic_folder
+from sfumato.files.atomic import atomic_folder, sync
 from sfumato.files.read import is_finite
 from sfumato.files.save import header_bytes, ordered, raw_bytes
 from sfumato.runs.state import pack, unpack
@@ -81,8 +81,7 @@ class Checkpoints:
                 problem = _problem(temporary, step)
                 if problem:
                     raise FileError(f"it does not read back as written: {problem}")
-                _sync(temporary)
-            _sync(self.folder)
+            sync(self.folder)
         except (OSError, FileError) as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             raise RunError(f"the checkpoint of step {step} could not be written: {reason.rstrip('.')}") from None
@@ -203,14 +202,3 @@ def _seal_of(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     for name in ordered(tensors):
         digest.update(raw_bytes(tensors[name]))
     return {"bytes": len(head) + sum(t.nbytes for t in tensors.values()), "sha256": digest.hexdigest()}
-
-
-def _sync(folder: Path) -> None:
-    """Bring a folder's entries to the disk, where the system knows how."""
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
