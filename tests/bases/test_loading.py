@@ -192,6 +192,7 @@ def test_a_unet_of_nine_channels_is_called_inpainting(sd1, tmp_path):
         ({"family": "sd3"}, "family 'sd3': unknown; wanted pocket, sd1, sd2, sdxl."),
         ({"clip_skip": 2}, "--clip-skip 2: of 3 layers, 0 to 1 can be skipped."),
         ({"clip_skip": -1}, "--clip-skip -1: of 3 layers, 0 to 1 can be skipped."),
+        ({"clip_skip": True}, "--clip-skip True: of 3 layers, 0 to 1 can be skipped."),
         ({"clip_skip": 0.5}, "--clip-skip 0.5: of 3 layers, 0 to 1 can be skipped."),
         ({"vae": 3}, "a base or VAE is named by a text, such as pocket, a folder or a hub id; got a int."),
     ],

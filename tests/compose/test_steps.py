@@ -21,7 +21,7 @@ def test_a_ramp_is_straight_between_points_and_level_beyond():
     assert Ramp((0.5, 1.0), (0.5, 0.2))(0.6) == 0.2
 
 
-@pytest.mark.parametrize("text", ["", "1", "0:1,x:2", "2:1"])
+@pytest.mark.parametrize("text", ["", "1", "0:1,x:2", "2:1", "0:1,1:99", "0:nan"])
 def test_a_ramp_that_is_none_is_refused(text):
     with pytest.raises(AdapterError, match="ramp"):
         Ramp.parse(text)
@@ -149,6 +149,12 @@ def test_turns_of_runge_kutta_steps_and_progress_without_timesteps_are_refused(b
         pipe.scheduler = EDMEulerScheduler(prediction_type="epsilon")
         with over_steps(mix, a=Ramp((0, 1), (1, 0))), pytest.raises(AdapterError, match="EDMEulerScheduler tells"):
             draw(pipe, "red square", 0, steps=6)
+
+
+def test_nothing_to_follow_is_refused(base, loras):
+    with compose(base, Adapter(loras[0])) as mix, pytest.raises(AdapterError, match="nothing to follow"):  # noqa: SIM117
+        with over_steps(mix):
+            pass
 
 
 def test_a_label_that_is_not_in_the_mix_is_refused(base, loras):

@@ -40,6 +40,13 @@ def test_the_named_ones_alone(tmp_path):
     }
 
 
+def test_a_name_that_is_not_there_is_one_line(tmp_path):
+    write_tensors(tmp_path / "a", {"w": torch.ones(1)})
+    assert said(read_tensors, tmp_path / "a", ["v"]) == (
+        "a: there is no tensor 'v' in it; read_header tells which there are."
+    )
+
+
 def test_a_header_that_leaves_the_values_at_an_odd_address(tmp_path):
     text = json.dumps({"w": {"dtype": "F32", "shape": [3], "data_offsets": [0, 12]}}).encode()
     text += b" " * (1 - len(text) % 2)

@@ -207,6 +207,9 @@ def test_what_is_not_written(tmp_path, monkeypatch):
             f"a.safetensors: {'n' * 80!r} ({value.dtype}, {list(value.shape)}) cannot be written; wanted a tensor that "
             "is not empty, of a common dtype."
         )
+    assert said(write_tensors, path, {"w": torch.ones(1).numpy()}) == (
+        "a.safetensors: 'w' is a ndarray; wanted a tensor, which torch.as_tensor makes."
+    )
     assert said(write_tensors, path, {}) == "a.safetensors: there are no tensors to write; give one or more."
 
     def full(*_):
@@ -222,6 +225,10 @@ def test_what_is_not_written(tmp_path, monkeypatch):
 
 def test_a_lora_that_is_not_written(two_modules, tmp_path):
     path, module = tmp_path / "a.safetensors", next(iter(two_modules.values()))
+    for dtype in ("fp16", torch.int8):
+        assert said(write_lora, path, two_modules, family="sd1", dtype=dtype) == (
+            f"a.safetensors: the dtype is {dtype!r}; wanted one of torch's, such as torch.float16."
+        )
     dotted = ".".join(TO_K)
     for write in (write_lora, write_diffusers):
         assert said(write, path, {}, family="sd1") == f"a.safetensors: {NOTHING}"

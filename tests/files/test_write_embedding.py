@@ -27,6 +27,9 @@ def test_words_to_the_letter(two_modules, tmp_path):
     assert said(write_embedding, path, "<x>", {"text_encoder": torch.full((1, 4), float("nan"))}) == (
         "a.safetensors: vectors hold NaN or Inf, so the file was not written. Use an earlier save."
     )
+    assert said(write_embedding, path, "<x>", one, dtype="fp16") == (
+        "a.safetensors: the dtype is 'fp16'; wanted one of torch's, such as torch.float16."
+    )
     metadata = {"ss_network_dim": "4", "ss_seed": "1", "modelspec.architecture": "stable-diffusion-v1/lora"}
     metadata |= {"sfumato.adapter_guidance": "2", "sfumato.over_steps": "0-0.8"}
     header = read_header(write_embedding(path, "<x>", one, metadata=metadata))

@@ -323,7 +323,7 @@ def _check(parts: _Parts, name: str, clip_skip: int | None) -> None:
             "Name another base."
         )
     layers = min(text.num_hidden_layers for text in texts)
-    if clip_skip is not None and not (isinstance(clip_skip, int) and 0 <= clip_skip < layers - 1):
+    if clip_skip is not None and not (type(clip_skip) is int and 0 <= clip_skip < layers - 1):
         raise BaseModelError(f"--clip-skip {clip_skip!r}: of {layers} layers, 0 to {layers - 2} can be skipped.")
 
 

@@ -48,7 +48,8 @@ class Ramp:
         if not points or not all(is_pair(point) and 0 <= point[0] <= 1 for point in points):
             raise AdapterError(f"a ramp is points (progress, weight) with progress in 0 to 1, got {points!r:.60}.")
         # By progress; two points of one progress are a jump, in the order in which they were given.
-        ordered = sorted(((float(at), float(weight)) for at, weight in points), key=lambda point: point[0])
+        weights = [checked_weight("a ramp", weight) for _, weight in points]
+        ordered = sorted(zip((float(at) for at, _ in points), weights, strict=True), key=lambda point: point[0])
         object.__setattr__(self, "points", tuple(ordered))
 
     @classmethod
@@ -110,6 +111,8 @@ def over_steps(mix: Mix, switch: Switch | None = None, /, **weights: Progress) -
     the block is no longer followed. Raises AdapterError for a label that the mix does not have; AdapterError or
     ConfigError while drawing, for a scheduler whose steps cannot be followed.
     """
+    if not weights and switch is None:
+        raise AdapterError("over_steps has nothing to follow; give ways by label, such as line=Ramp((0, 1), (1, 0)).")
     with over_steps_of(mix, weights, switch):
         yield mix
 

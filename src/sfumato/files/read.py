@@ -51,7 +51,8 @@ def read_tensors(
     over while they live (replace it by a rename, as `atomic_path` does).
 
     header: the file's header if the caller has read it already; the file must not have changed since.
-    Raises FileError for a file that fails the header checks or a tensor with NaN or Inf, unless `allow_nonfinite`.
+    Raises FileError for a file that fails the header checks, a name that is not in it, or a tensor with NaN or Inf,
+    unless `allow_nonfinite`.
     """
     path = path_of(path)
     header = header or read_header(path)
@@ -139,7 +140,8 @@ def _mapped(path: Path, header: Header, names: Iterable[str]) -> dict[str, Tenso
     _check_unchanged(header, size, start.numpy().data)
     tensors = {}
     for name in names:
-        info = header.tensors[name]
+        if (info := header.tensors.get(name)) is None:
+            raise FileError(f"{path.name}: there is no tensor {name!r:.80} in it; read_header tells which there are.")
         tensors[name] = torch.empty(0, dtype=DTYPES[info.dtype]).set_(memory[info.start : info.end]).view(info.shape)
     return tensors
 

@@ -109,6 +109,10 @@ def write_one_by_one(
 
 def _check_writable(path: Path, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise FileError(
+                f"{path.name}: {name!r:.80} is a {type(tensor).__name__}; wanted a tensor, which torch.as_tensor makes."
+            )
         is_empty = tensor.numel() == 0 and name not in MARKERS
         if tensor.dtype not in _DTYPES or is_empty or not 0 < len(name) <= NAME_LIMIT:
             raise FileError(
@@ -117,6 +121,12 @@ def _check_writable(path: Path, tensors: Mapping[str, Tensor]) -> None:
             )
     if not tensors:
         raise FileError(f"{path.name}: there are no tensors to write; give one or more.")
+
+
+def check_dtype(path: Path, dtype: object) -> None:
+    """Raises FileError for what is no dtype of numbers with a fraction, such as the name of one."""
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise FileError(f"{path.name}: the dtype is {dtype!r:.40}; wanted one of torch's, such as torch.float16.")
 
 
 def _check_finite(path: Path, name: str, tensor: Tensor) -> None:

@@ -24,7 +24,7 @@ from sfumato.files.header import path_of
 from sfumato.files.kohya import Target, kohya_name
 from sfumato.files.metadata import METADATA_LIMIT
 from sfumato.files.read import is_finite
-from sfumato.files.save import hashes, write_tensors
+from sfumato.files.save import check_dtype, hashes, write_tensors
 from sfumato.files.write_embedding import bundled
 from sfumato.numerals import exact
 
@@ -168,8 +168,9 @@ def within_reach(down: Tensor, up: Tensor, dtype: torch.dtype) -> tuple[Tensor, 
 def cast(value: Tensor, dtype: torch.dtype, name: str, path: Path) -> Tensor:
     """The value in `dtype` on the CPU, itself where it is that already.
 
-    Raises FileError, naming it, for one that is not finite there.
+    Raises FileError, naming it, for one that is not finite there, and for a dtype that is none.
     """
+    check_dtype(path, dtype)
     if not is_finite(value):
         raise FileError(
             f"{path.name}: {name} holds NaN or Inf, so the file was not written. "

@@ -13,7 +13,7 @@ from sfumato.errors import AdapterError, FileError
 from sfumato.files.header import path_of, read_header
 from sfumato.files.metadata import METADATA_LIMIT
 from sfumato.files.read import is_finite, read_tensors
-from sfumato.files.save import hashes, write_tensors
+from sfumato.files.save import check_dtype, hashes, write_tensors
 
 SDXL_KEYS: Mapping[str, str] = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 
@@ -93,6 +93,7 @@ def _of_an_embedding(metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 def _cast(rows: Tensor, dtype: torch.dtype, path: Path) -> Tensor:
+    check_dtype(path, dtype)
     cast = rows.detach().to("cpu", dtype).contiguous()
     if not is_finite(cast):
         raise FileError(f"{path.name}: vectors hold NaN or Inf, so the file was not written. Use an earlier save.")
