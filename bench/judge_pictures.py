@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from sfumato import randomness
 from sfumato.errors import DataError
 
 
@@ -114,6 +115,12 @@ def read_manifest(data: Path) -> dict[str, Any]:
 def withheld_cells(data: Path) -> set[tuple[str, str]]:
     """The (concept, style) cells that neither the base nor the judge may learn from."""
     return {(concept, style) for concept, style in read_manifest(data).get("withheld", [])}
+
+
+def chosen_tenth(pictures: Pictures) -> set[tuple[str, str]]:
+    """One cell in ten, drawn by lot, for a judge's own test."""
+    cells = [(concept, style) for concept in pictures.concepts for style in pictures.styles]
+    return {cells[place] for place in randomness.permutation(len(cells), 0, "judge withheld")[: len(cells) // 10]}
 
 
 def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:

@@ -3,7 +3,8 @@
 The subject is a thing that the base knows, drawn by hands that it has never seen: "sks dog" is learned from two
 drawings of a dog, and "dog" is its class. Then the class (in each of the base's styles) and unrelated concepts are
 drawn by the base and by both runs, which differ in --prior-weight alone, from the same seeds. Prints JSON: the judge's
-concept top-5 on each kind of prompt and on both together, with intervals of the paired bootstrap over subjects.
+concept top-5 on each kind of prompt and on both together, with intervals of the paired bootstrap over subjects. Beside
+them stands how many real pictures are told by a judge that has learned alike, but from nine in ten of them.
 
     python -m bench.prior --data emoji [--method full] [--sheet docs/prior.png]
 
@@ -22,8 +23,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from bench.judge import Judge, cached_judge, look
-from bench.judge_pictures import read_named
+from bench.judge import Judge, accuracies, cached_judge, look
+from bench.judge_pictures import Pictures, chosen_tenth, read_named
 from bench.real import Cells, cells_of, known_concepts, print_report, styles_of
 from bench.style_runs import DREAMBOOTH, Learned, Workshop, to_image
 from bench.style_summary import paired
@@ -82,9 +83,9 @@ def measure(config: Config) -> dict[str, Any]:
     if len(known) < config.subjects + config.unrelated:
         raise DataError(f"{config.data}: {len(known)} concepts have a picture in all of its styles; too few.")
     cells = {cell: file for cell, file in files.items() if cell[0] in known}
-    judge = cached_judge(
-        read_named(cells, known, styles_of(files)), cache=config.cache, steps=config.judge_steps, seed=0
-    )
+    pictures = read_named(cells, known, styles_of(files))
+    seen, hidden = pictures.apart(chosen_tenth(pictures))
+    judge, alike = learn_judge(config, pictures), learn_judge(config, seen)
     order = [known[place] for place in randomness.permutation(len(known), 0, "prior subjects")]
     workshop = Workshop(config.work, config.base, load_base(config.base, precision=decide("fp32")))
     rows, scores = [], []
@@ -97,7 +98,19 @@ def measure(config: Config) -> dict[str, Any]:
         print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
         if number == 0 and config.sheet:
             save_sheet(config.sheet, drawn, prompts_of(config, subject, others), config.seeds)
-    return {"method": config.method, "prior": config.prior, "options": config.options, "runs": rows, **summary(scores)}
+    return {
+        "method": config.method,
+        "prior": config.prior,
+        "options": config.options,
+        "judge_alike_on_withheld_real": accuracies(alike, hidden),
+        "runs": rows,
+        **summary(scores),
+    }
+
+
+def learn_judge(config: Config, pictures: Pictures) -> Judge:
+    """A judge of these pictures' concepts and styles."""
+    return cached_judge(pictures, cache=config.cache, steps=config.judge_steps, seed=0)
 
 
 def one_subject(

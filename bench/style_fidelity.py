@@ -24,7 +24,7 @@ from torch import Tensor
 
 from bench.distances import paired_kernel_distance
 from bench.judge import Judge, accuracies, cached_judge, look
-from bench.judge_pictures import Pictures, read_named
+from bench.judge_pictures import Pictures, chosen_tenth, read_named
 from bench.real import cells_of, known_concepts, print_report, styles_of
 from bench.style_runs import Learned, Workshop, reconstruct
 from bench.style_summary import mix_summary, summary
@@ -109,7 +109,7 @@ def measure(config: Config) -> dict[str, Any]:
     seeds = range(config.first_seed, config.first_seed + config.seeds)
     runs = [draw_run(config, workshop, pictures, style, seed, subjects) for seed in seeds for style in config.styles]
 
-    seen, hidden = pictures.apart(withheld(pictures))
+    seen, hidden = pictures.apart(chosen_tenth(pictures))
     judge = cached_judge(seen, cache=config.cache, steps=config.judge_steps, seed=0, others=others)
     report: dict[str, Any] = {
         "judge_on_withheld_real": accuracies(judge, hidden),
@@ -124,8 +124,8 @@ def measure(config: Config) -> dict[str, Any]:
     report["all"] = summary(scores)
     if subjects:
         mixes = [run["mix"] for of_style in report["styles"].values() for run in of_style]
-        report["mix"] = mix_summary([mix[name] for mix in mixes for name in subjects])
-        report["mix_of"] = {name: mix_summary([mix[name] for mix in mixes]) for name in subjects}
+        report["mix"] = mix_summary([[mix[name] for name in subjects] for mix in mixes])
+        report["mix_of"] = {name: mix_summary([[mix[name]] for mix in mixes]) for name in subjects}
     return report
 
 
@@ -156,12 +156,6 @@ def read_real(config: Config) -> tuple[Pictures, Pictures]:
     for folder in sorted(config.subjects.iterdir()) if config.subjects else ():
         more |= {(folder.name, f.stem): f for f in sorted(folder.glob("*.png")) if f.stem in styles}
     return read_named(cells, known, styles), read_named(more, sorted({name for name, _ in more}), styles)
-
-
-def withheld(pictures: Pictures) -> set[tuple[str, str]]:
-    """One cell in ten, for the judge's own test."""
-    cells = [(concept, style) for concept in pictures.concepts for style in pictures.styles]
-    return {cells[place] for place in randomness.permutation(len(cells), 0, "judge withheld")[: len(cells) // 10]}
 
 
 def draw_run(

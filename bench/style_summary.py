@@ -57,11 +57,19 @@ def summary(scores: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
     return found
 
 
-def mix_summary(runs: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Means over the runs, and what the mix keeps of each solo score."""
-    mean = {name: sum(run[name] for run in runs) / len(runs) for name in runs[0]}
-    kept = {
-        "style_kept": mean["style_mixed"] / max(mean["style_alone"], 1e-9),
-        "subject_kept": mean["subject_mixed"] / max(mean["subject_alone"], 1e-9),
-    }
-    return {name: round(value, 4) for name, value in (mean | kept).items()}
+def mix_summary(runs: Sequence[Sequence[dict[str, float]]]) -> dict[str, Any]:
+    """Means over the mixes of all runs, and what a mix keeps of each solo score, with 95 % intervals over the runs.
+
+    runs: for each training of a style, the scores of its mixes, of as many subjects in each.
+    """
+    scores = {name: torch.tensor([[mix[name] for mix in run] for run in runs]) for name in runs[0][0]}
+    found: dict[str, Any] = {name: round(float(values.mean()), 4) for name, values in scores.items()}
+    for what in ("style", "subject"):
+        alone, mixed = scores[f"{what}_alone"], scores[f"{what}_mixed"]
+
+        def kept(i: Tensor, alone: Tensor = alone, mixed: Tensor = mixed) -> Tensor:
+            return mixed[i].mean() / alone[i].mean().clamp(min=1e-9)
+
+        found[f"{what}_kept"] = round(float(kept(torch.arange(len(runs)))), 4)
+        found[f"{what}_kept_95"] = interval(kept, len(runs))
+    return found

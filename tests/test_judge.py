@@ -146,9 +146,13 @@ def test_the_summary_counts_pictures_and_says_which_goals_are_met():
 
 
 def test_a_mix_keeps_its_share_of_the_solo_scores():
-    run = {"style_alone": 0.8, "style_mixed": 0.6, "subject_alone": 0.5, "subject_mixed": 0.5}
-    found = mix_summary([run, run])
-    assert (found["style_kept"], found["subject_kept"]) == (0.75, 1.0)
+    """Of two runs the first keeps half of its style and the second all: one run alone may be drawn twice."""
+    mix = {"style_alone": 0.8, "style_mixed": 0.6, "subject_alone": 0.5, "subject_mixed": 0.5}
+    less, more = mix | {"style_mixed": 0.4}, mix | {"style_mixed": 0.8}
+    found = mix_summary([[less, less], [more, more]])
+    assert (found["style_kept"], found["style_kept_95"]) == (0.75, [0.5, 1.0])
+    assert (found["subject_kept"], found["subject_kept_95"]) == (1.0, [1.0, 1.0])
+    assert mix_summary([[less, more], [less, more]])["style_kept_95"] == [0.75, 0.75]  # the same two mixes in each
 
 
 def _grey(side):

@@ -56,6 +56,7 @@ def test_the_prior_bench_runs_and_makes_nothing_twice(method, data, pocket_folde
     report = prior.measure(config)
     assert [report[kind]["pictures"] for kind in ("class", "unrelated", "both")] == [2, 2, 4]
     assert report["runs"][0].keys() == {"subject", "base", "with", "without"}
+    assert report["judge_alike_on_withheld_real"]["pictures"] == 3 * len(CONCEPTS) // 10
     assert config.sheet.exists()
     made()
     assert prior.measure(config) == report
