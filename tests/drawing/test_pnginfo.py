@@ -315,9 +315,9 @@ FROM_INVOKE = {
 }
 
 
-def picture_of_invoke(about, file):
+def picture_of_invoke(about, file, key="invokeai_metadata"):
     info = PngImagePlugin.PngInfo()
-    info.add_text("invokeai_metadata", json.dumps(about))
+    info.add_text(key, json.dumps(about))
     Image.new("RGB", (8, 8)).save(file, pnginfo=info)
     return file
 
@@ -348,7 +348,23 @@ def test_what_invokeai_wrote_long_ago_and_what_has_no_option_is_told(tmp_path):
     assert dict(found.left_out) == told
 
 
-@pytest.mark.parametrize("text", ["[1]", "{", "{}", '{"positive_prompt": 3}', "null", "[" * 9999])
+def test_what_invokeai_wrote_before_version_3_is_told_as_a_command(tmp_path):
+    image = {"prompt": [{"prompt": "a crab [blurry] in fog [dark]", "weight": 1.0}], "steps": 20, "cfg_scale": 7.5}
+    image |= {"seed": 7, "width": 512, "height": 768, "sampler": "k_dpmpp_2", "type": "img2img", "perlin": 0.2}
+    image |= {"strength_steps": 0.6, "variations": [], "threshold": 0, "postprocessing": None}
+    about = {"model": "stable diffusion", "model_weights": "sd15", "app_version": "v2.2.4", "image": image}
+    found = redraw(picture_of_invoke(about, tmp_path / "a.png", "sd-metadata"))
+    config = parse(Config, found.words[2:], program="generate")
+    assert (config.prompts, config.negative) == (("a crab  in fog",), "blurry dark")
+    assert (config.base, config.sampler, config.strength) == ("sd15.safetensors", "dpmpp_2m", 0.6)
+    assert (config.steps, config.guidance, config.seed, config.size) == (20, 7.5, (7,), "512x768")
+    assert dict(found.left_out) == {"RNG": "GPU", "Perlin noise": "0.2"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[1]", "{", "{}", '{"positive_prompt": 3}', '{"image": {}}', '{"image": {"prompt": [3]}}', "null", "[" * 9999],
+)
 def test_metadata_without_a_prompt_is_none(text):
     assert read_metadata(text) is None
 

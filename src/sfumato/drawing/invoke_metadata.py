@@ -1,5 +1,5 @@
-"""The text `invokeai_metadata` that InvokeAI writes into its pictures, as the settings that A1111 would have written.
-Imports no torch."""
+"""The text `invokeai_metadata` that InvokeAI writes into its pictures, before version 3 `sd-metadata`, as the settings
+that A1111 would have written. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from sfumato.drawing.pnginfo import Parameters, Value, lora_tag
 
 _SAMPLERS = {"kdpm_2": "DPM2", "kdpm_2_a": "DPM2 a"}
 """InvokeAI's names that differ by more than their spelling; with "_k" behind them the schedule is Karras'."""
+_OLD_SAMPLERS = {"k_dpmpp_2": "dpmpp_2m", "dpmpp_2": "dpmpp_2s"}
+"""Names before version 3, where they say something else than ours; as InvokeAI's import_images.py has them."""
 _FAMILIES = ("sd-1", "sd-2", "sdxl")
 _PLAIN_MODES = ("txt2img", "img2img")
 _FURTHER = {
@@ -27,6 +29,15 @@ _FURTHER = {
     "ipAdapters": "IP adapters",
     "ref_images": "Reference images",
     "regions": "Regions",
+    "further_prompts": "Further prompts",
+    "perlin": "Perlin noise",
+    "threshold": "Threshold",
+    "hires_fix": "High resolution fix",
+    "seamless": "Seamless",
+    "variations": "Variations",
+    "upscale": "Upscale",
+    "facetool_strength": "Face restoration",
+    "postprocessing": "Postprocessing",
 }
 """What changes the picture and has no option here, where it is set."""
 
@@ -40,6 +51,8 @@ def read_metadata(text: str) -> Parameters | None:
         found = json.loads(text)
     except (ValueError, RecursionError):
         return None
+    if isinstance(found, dict) and isinstance(image := found.get("image"), dict):
+        found = _as_of_today(found, image)
     prompt = found.get("positive_prompt") if isinstance(found, dict) else None
     if not isinstance(prompt, str):
         return None
@@ -75,6 +88,26 @@ def read_metadata(text: str) -> Parameters | None:
     }
     told = {key: value for key, value in settings.items() if isinstance(value, str | int | float)}
     return Parameters(" ".join([prompt, *tags]), negative if isinstance(negative, str) else "", told)
+
+
+def _as_of_today(found: Mapping[str, Any], image: Mapping[str, Any]) -> dict[str, Any]:
+    """What versions before 3 wrote, under the names of today. What a prompt has in brackets is its negative, and the
+    noise was the GPU's."""
+    said = image.get("prompt")
+    each = [part.get("prompt") for part in said if isinstance(part, dict)] if isinstance(said, list) else [said]
+    first, *further = [text for text in each if isinstance(text, str)] or [None]
+    sampler = str(image.get("sampler") or "")
+    return {
+        **image,
+        "positive_prompt": first and re.sub(r"\[[^\]]+\]", "", first).strip(),
+        "negative_prompt": " ".join(re.findall(r"\[([^\]]+)\]", first or "")),
+        "further_prompts": further,
+        "scheduler": _OLD_SAMPLERS.get(sampler, sampler),
+        "generation_mode": image.get("type"),
+        "strength": image.get("strength") or image.get("strength_steps"),
+        "rand_device": "cuda",
+        "model": {"name": found.get("model_weights") or found.get("model_id")},
+    }
 
 
 def _further(found: Mapping[str, Any]) -> Iterator[tuple[str, Value]]:

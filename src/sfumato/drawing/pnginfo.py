@@ -154,7 +154,7 @@ def read_picture_info(path: Path) -> PictureInfo:
         parse_parameters(text) if isinstance(text, str) and text else None,
         own if isinstance(own, dict) else None,
         graph if isinstance(graph := texts.get("prompt"), str) else "",
-        invoke if isinstance(invoke := texts.get("invokeai_metadata"), str) else "",
+        invoke if isinstance(invoke := texts.get("invokeai_metadata") or texts.get("sd-metadata"), str) else "",
     )
 
 
