@@ -34,6 +34,16 @@ def test_five_captions_in_one_encoding_are_read_exactly(tmp_path, encoding, text
     assert all("not UTF-8" in note for caption in found for note in caption.notes)
 
 
+@pytest.mark.parametrize(
+    ("encoding", "text"),
+    [("gbk", "蓝天白云"), ("gbk", "穿红裙子的女孩"), ("gbk", "水墨画"), ("big5", "長髮女孩"), ("euc_kr", "고양이")],
+)
+def test_one_short_caption_is_read_in_the_encoding_whose_everyday_letters_it_has(tmp_path, encoding, text):
+    noise_picture(16, 16).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_bytes(text.encode(encoding))
+    assert list_folder(tmp_path).pictures[0].caption.text == text
+
+
 def test_captions_of_one_folder_may_be_in_several_encodings(tmp_path):
     written = {"cp932": JAPANESE[1], "cp1252": "un chien très mignon, élégant et fidèle", "utf-16-le": "ein süßer Hund"}
     for encoding, text in written.items():

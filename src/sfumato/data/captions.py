@@ -37,6 +37,9 @@ _WESTERN_SIGNS = frozenset(
     b"\x80\x84\x85\x91\x92\x93\x94\x96\x97\xa0\xa1\xa9\xab\xae\xb0\xb4\xb7\xbb\xbd\xbf".decode(_WESTERN)
 )
 """Quotation marks, dashes and the like."""
+_FREQUENT = {"euc_kr": range(0xB0, 0xC9), "gb18030": range(0xB0, 0xD8), "big5": range(0xA4, 0xC7)}
+"""First bytes of the letters in everyday use, which these standards sort before the rare ones: 2,350 of Korean, 3,755
+of simplified and 5,401 of traditional Chinese, the fewest first."""
 
 
 def read_text(path: Path, likely: str | None = None) -> tuple[str, str | None]:
@@ -70,8 +73,19 @@ def _sensible(data: bytes) -> list[str]:
     if wide := _wide_without_mark(data):
         return [wide]
     found = from_bytes(data, cp_isolation=_LIKELY) or from_bytes(data)
-    names = [name for match in found for name in match.could_be_from_charset]
+    names = _frequent_first(data, [name for match in found for name in match.could_be_from_charset])
     return list(dict.fromkeys([_WESTERN, *names])) if _is_western(data) else names
+
+
+def _frequent_first(data: bytes, names: Sequence[str]) -> list[str]:
+    """The encodings, of Korean and Chinese first that with the fewest everyday letters of which the bytes are.
+
+    A short caption is bytes of all three, and in the others has letters that hardly anybody writes.
+    """
+    letters = {pair[0] for pair in re.findall(rb"[\x80-\xff].", data, re.DOTALL) if pair[0] > 0xA3}  # signs before
+    fitting = [name for name, frequent in _FREQUENT.items() if name in names and letters <= set(frequent)]
+    ordered = iter([*fitting, *(name for name in names if name in _FREQUENT and name not in fitting)])
+    return [next(ordered) if name in _FREQUENT else name for name in names]
 
 
 def _is_western(data: bytes) -> bool:
