@@ -427,12 +427,17 @@ def seen_pictures(config: Config) -> tuple[Pictures, int]:
 
 
 def read_vae(folder: Path, device: torch.device) -> Any:
-    """The trained VAE in this folder, fp32."""
+    """The trained VAE in this folder, fp32. Raises BaseModelError for one whose latents the U-Net does not take."""
     import torch
 
     from sfumato.bases.folder import load_vae
 
     shell = load_vae(folder, torch.float32)
+    if (count := shell.model.config.latent_channels) != 4:
+        raise BaseModelError(
+            f"--vae {folder}: its latents have {count} channels, the U-Net takes 4. Name a VAE of 4, as "
+            "--stage vae makes one."
+        )
     shell.read()
     return shell.model.to(device)
 

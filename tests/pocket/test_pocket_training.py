@@ -589,6 +589,13 @@ def test_a_machine_without_a_compiler_is_told_before_anything_is_written(data, m
     assert not (tmp_path / "on").exists()
 
 
+def test_a_vae_of_other_latents_is_refused_before_anything_is_written(data, tmp_path):
+    AutoencoderKL.from_config(build_vae().config, latent_channels=16).save_pretrained(tmp_path / "vae")
+    with pytest.raises(BaseModelError, match="its latents have 16 channels, the U-Net takes 4"):
+        train(Config(stage="unet", vae=tmp_path / "vae", data=data, output=tmp_path / "on"))
+    assert not (tmp_path / "on").exists()
+
+
 def test_a_share_of_others_needs_them(data, tmp_path):
     with pytest.raises(DataError, match="other drawings"):
         train(Config(stage="unet", init="pocket", data=data, output=tmp_path / "on", others_share=0.5))
