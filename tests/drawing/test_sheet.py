@@ -78,6 +78,17 @@ def test_signs_that_the_usual_font_lacks_are_written_in_another_of_the_machine(m
     assert sheet.tobytes() != contact_sheet([[plain((255, 0, 0))]], column_labels=["\u1d81"]).tobytes()
 
 
+def test_an_emoji_that_no_font_has_is_written_by_its_name(monkeypatch):
+    """A snowman (U+2603) is in DejaVu, a crab is not; all the boxes of missing signs are alike."""
+    monkeypatch.setattr(font_manager, "findSystemFonts", list)
+
+    def sheet(label):
+        return contact_sheet([[plain((255, 0, 0))]], column_labels=[label]).tobytes()
+
+    assert sheet("a \U0001f980") == sheet("a [crab]")
+    assert sheet("a \u2603") != sheet("a [snowman]")
+
+
 def test_the_size_is_known_before_there_are_pictures():
     labels = {"row_labels": ["one", "two\nlines", "w" * 80], "column_labels": ["a prompt " * 9, "b"]}
     picture = Image.new("RGB", (96, 64))

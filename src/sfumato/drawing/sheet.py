@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -21,7 +22,7 @@ def label_font(size_px: int, text: str = "") -> Font:
     """DejaVu Sans, which matplotlib brings: Latin, Greek, Cyrillic, Arabic and more, where Pillow's own has ASCII.
 
     text: what is to be written. If it has signs that DejaVu lacks (Chinese, Japanese, Thai), the font of this machine
-    that has most of it; a sign that none has is a box.
+    that has most of it; a sign that none has is a box, in contact sheets an emoji its name.
     """
     from matplotlib import get_data_path
     from matplotlib.font_manager import findSystemFonts
@@ -157,10 +158,21 @@ def _resized(picture: Image.Image, scale: float) -> Image.Image:
     return rgb.resize((round(rgb.width * scale), round(rgb.height * scale)), Image.Resampling.LANCZOS)
 
 
+def _named(text: str, font: Font) -> str:
+    """The text, with signs that are pictures and that the font lacks, emoji above all, by their names: [crab]."""
+    known = _signs_in(str(font.path)) if isinstance(font, ImageFont.FreeTypeFont) else frozenset()
+    return "".join(
+        f"[{unicodedata.name(sign, 'picture').lower()}]"
+        if ord(sign) not in known and unicodedata.category(sign) == "So"
+        else sign
+        for sign in text
+    )
+
+
 def _wrap(text: str, font: Font, width: int) -> list[str]:
     """The text in lines of at most `width` pixels, broken between words, or within one that is longer."""
     lines: list[str] = []
-    for paragraph in text.splitlines():
+    for paragraph in _named(text, font).splitlines():
         line = ""
         for word in paragraph.split():
             if line and _width(f"{line} {word}", font) <= width:
