@@ -95,13 +95,14 @@ def _as_of_today(found: Mapping[str, Any], image: Mapping[str, Any]) -> dict[str
     noise was the GPU's."""
     said = image.get("prompt")
     each = [part.get("prompt") for part in said if isinstance(part, dict)] if isinstance(said, list) else [said]
-    first, *further = [text for text in each if isinstance(text, str)] or [None]
+    texts = [text for text in each if isinstance(text, str)]
+    first = texts[0] if texts else ""
     sampler = str(image.get("sampler") or "")
     return {
         **image,
-        "positive_prompt": first and re.sub(r"\[[^\]]+\]", "", first).strip(),
-        "negative_prompt": " ".join(re.findall(r"\[([^\]]+)\]", first or "")),
-        "further_prompts": further,
+        "positive_prompt": re.sub(r"\[[^\]]+\]", "", first).strip() if texts else None,
+        "negative_prompt": " ".join(re.findall(r"\[([^\]]+)\]", first)),
+        "further_prompts": texts[1:],
         "scheduler": _OLD_SAMPLERS.get(sampler, sampler),
         "generation_mode": image.get("type"),
         "strength": image.get("strength") or image.get("strength_steps"),
