@@ -14,6 +14,7 @@ from torch import nn
 
 from sfumato import runs
 from sfumato.errors import RunError
+from sfumato.files import atomic
 from sfumato.files.atomic import beside
 from sfumato.runs import Run, checkpoints
 from sfumato.runs.checkpoints import SPARE_BYTES, Checkpoints, bytes_of, require_space
@@ -105,10 +106,14 @@ def test_what_a_killed_process_was_writing_is_removed_and_nothing_else(tmp_path)
 
 def test_the_folders_of_a_checkpoint_are_brought_to_the_disk_before_and_after_the_rename(tmp_path, monkeypatch):
     seen = []
-    real = checkpoints._sync
-    monkeypatch.setattr(checkpoints, "_sync", lambda folder: seen.append(folder.name) or real(folder))
-    Checkpoints(tmp_path / "c").save(1, {"a": torch.ones(1)})
-    assert [name.endswith(".part") for name in seen] == [True, False]
+    real = atomic.sync
+    for room in (atomic, checkpoints):
+        monkeypatch.setattr(room, "sync", lambda path: seen.append(path) or real(path))
+    store = Checkpoints(tmp_path / "c")
+    store.save(1, {"a": torch.ones(1)})
+    *files, folder, parent = seen
+    assert {path.name for path in files} == {"state.json", "state.safetensors", "manifest.json"}
+    assert (folder.suffix, parent) == (".part", store.folder)
 
 
 def test_what_is_dropped_is_all_that_is_later(tmp_path):
