@@ -22,7 +22,7 @@ from sfumato.command_line.where_when import parse_span
 from sfumato.config import parse
 from sfumato.errors import ConfigError
 from sfumato.numerals import so_many
-from sfumato.training import options
+from sfumato.training import checks, filling
 from sfumato.training.options import TrainerOptions
 from sfumato.training.subject import Kept, Subject, read_pictures, with_caption
 
@@ -206,7 +206,7 @@ def train(config: Config) -> Path:
     measures = Measures(base, dataset, watched, pristine=pristine, within=average.applied, modules=[trained])
     noising = config.noising(base)
     shown = config.sample_prompts or subject.sample_prompts(dataset.captions, UNRELATED[0])
-    span = None if lora is None else options.span_of(config, base)
+    span = None if lora is None else filling.span_of(config, base)
     trigger = triggers(config, subject, instance)
     against = trigger if config.own_negative else []
     draw = drawing_of(base, lora, span=span, negatives=against, resolution=config.resolution)
@@ -287,9 +287,9 @@ def train(config: Config) -> Path:
 
 def check(config: Config) -> None:
     """Refuse what makes no sense before anything is loaded."""
-    options.check(config)
+    checks.check_trainer(config)
     if config.method == "full" and config.save in (None, "folder"):
-        options.check_name(config, folder=True)
+        checks.check_name(config, folder=True)
     refuse_idle(config)
     check_words(config)
     check_saving(config)
@@ -302,23 +302,23 @@ def check(config: Config) -> None:
 def refuse_idle(config: Config) -> None:
     """Refuse options that have no effect beside the others."""
     if not config.train_text_encoder:
-        options.only_with(config, "--train-text-encoder", "text_learning_rate")
+        checks.only_with(config, "--train-text-encoder", "text_learning_rate")
     if not config.ema:
-        options.only_with(config, "--ema", "ema_on_cpu")
+        checks.only_with(config, "--ema", "ema_on_cpu")
     if config.prior == "none":
         needed = "--prior pictures or --prior base"
-        options.only_with(config, needed, "class_images", "prior_weight")
+        checks.only_with(config, needed, "class_images", "prior_weight")
     if config.prior != "pictures":
-        options.only_with(config, "--prior pictures", "class_count")
+        checks.only_with(config, "--prior pictures", "class_count")
     elif config.class_images is not None and not config.prior_prompts:
-        options.only_with(config, "--prior-prompts beside --class-images", "class_count")
+        checks.only_with(config, "--prior-prompts beside --class-images", "class_count")
     if config.instance_prompt and config.identifier not in config.instance_prompt:
-        options.only_with(config, "it in --instance-prompt", "identifier")
+        checks.only_with(config, "it in --instance-prompt", "identifier")
     if config.method == "full":
         of_lora = ("alpha", "conv_rank", "conv_alpha", "targets", "over_steps", "own_negative", "save_every")
-        options.only_with(config, "--method lora", *of_lora)
+        checks.only_with(config, "--method lora", *of_lora)
         if config.save != "lora":
-            options.only_with(config, "--method lora or --save lora", "rank")
+            checks.only_with(config, "--method lora or --save lora", "rank")
 
 
 def check_words(config: Config) -> None:
@@ -369,11 +369,11 @@ def resolve(config: Config, base: Base, samples: int, processes: int) -> tuple[C
     if config.method == "full" and (config.save != "lora" or config.keep_energy is not None):
         unused.add("rank")
     given = {name: getattr(config, name) for name in unused}
-    config, filled = options.resolve(config, base, samples, processes, **defaults)
+    config, filled = filling.resolve(config, base, samples, processes, **defaults)
     values = given | {"save": config.save or ("folder" if config.method == "full" else "lora")}
     if config.method == "lora":
         alpha = config.alpha or float(config.rank)
-        values |= {"alpha": alpha, **options.of_convolutions(config, alpha)}
+        values |= {"alpha": alpha, **filling.of_convolutions(config, alpha)}
     return dataclasses.replace(config, **values), [name for name in filled if name not in unused]
 
 
@@ -396,7 +396,7 @@ def read_examples(config: Config, subject: Subject) -> Folder:
             "one of them."
         )
     if folder.of("class") and config.prior == "pictures" and not config.prior_prompts:
-        options.only_with(config, "--prior-prompts beside pictures of the class", "class_count")
+        checks.only_with(config, "--prior-prompts beside pictures of the class", "class_count")
     return with_caption(folder, config.instance_prompt) if config.instance_prompt else folder
 
 

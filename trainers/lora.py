@@ -24,7 +24,7 @@ from sfumato.command_line.where_when import parse_span
 from sfumato.config import parse
 from sfumato.errors import ConfigError
 from sfumato.numerals import so_many
-from sfumato.training import options
+from sfumato.training import checks, filling
 from sfumato.training.options import TrainerOptions
 from sfumato.words.placeholders import MOST_VECTORS, RATES, VECTORS, check_stands_for, holds
 
@@ -255,9 +255,9 @@ def train(config: Config) -> Path:
 
 def check(config: Config) -> None:
     """Refuse what makes no sense before anything is loaded."""
-    options.check(config)
+    checks.check_trainer(config)
     if not config.train_text_encoder:
-        options.only_with(config, "--train-text-encoder", "text_learning_rate")
+        checks.only_with(config, "--train-text-encoder", "text_learning_rate")
     if config.init_from and not config.init_from.exists() and not config.resume:
         raise ConfigError(f"--init-from {config.init_from}: there is no such file.")
     checked_adapter_guidance(config.adapter_guidance)
@@ -285,7 +285,7 @@ def check(config: Config) -> None:
 def resolve(config: Config, base: Base, samples: int, processes: int, *, has_prior: bool) -> tuple[Config, list[str]]:
     """The config with every unset field filled, and the names that the base's family filled."""
     half = {"batch": max(1, base.defaults.batch // 2)} if has_prior else {}  # the other is the prior's
-    config, filled = options.resolve(config, base, samples, processes, **half)
+    config, filled = filling.resolve(config, base, samples, processes, **half)
     if config.crossed_share and not config.resume:
         from sfumato.training.crossed import first_timestep
 
@@ -298,13 +298,13 @@ def resolve(config: Config, base: Base, samples: int, processes: int, *, has_pri
     alpha = math.sqrt(base.defaults.rank) if config.rank_stabilised else float(config.rank)
     alpha = config.alpha or alpha
     values: dict[str, Any] = {"alpha": alpha}
-    values |= options.of_convolutions(config, alpha, rank_stabilised=config.rank_stabilised)
+    values |= filling.of_convolutions(config, alpha, rank_stabilised=config.rank_stabilised)
     if has_prior:
         values["prior_weight"] = 1.0 if config.prior_weight is None else config.prior_weight
     if config.train_words:
         rate = RATES[base.family.name]
         values["word_vectors"] = VECTORS if config.word_vectors is None else config.word_vectors
-        values["word_learning_rate"] = options.second_rate(config, "word_learning_rate", rate)
+        values["word_learning_rate"] = filling.second_rate(config, "word_learning_rate", rate)
         if config.words_first >= config.steps:
             raise ConfigError(f"--words-first {config.words_first}: the run has {config.steps} steps; make it fewer.")
         turns = (config.words_first, config.steps - config.words_first)
@@ -388,7 +388,7 @@ def samples_of(
         base,
         lora,
         config.adapter_guidance,
-        options.span_of(config, base),
+        filling.span_of(config, base),
         negatives=trigger if config.own_negative else (),
         resolution=config.resolution,
     )
@@ -507,7 +507,7 @@ def write_files(path: Path, learned: Learned, steps: int) -> tuple[Description, 
 
     config, base, words = learned.config, learned.base, learned.words
     about = {"trigger": learned.trigger, "steps": steps, "adapter_guidance": config.adapter_guidance}
-    about["over_steps"] = options.span_of(config, base)
+    about["over_steps"] = filling.span_of(config, base)
     about["negatives"] = learned.trigger if config.own_negative else ()
     if words and not config.bundle:
         about["word_files"] = {token: file.name for token, file in word_files(path, config).items()}

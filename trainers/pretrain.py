@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from sfumato.config import parse
 from sfumato.errors import BaseModelError, ConfigError, DataError
-from sfumato.training import options
+from sfumato.training import checks
 from sfumato.training.options import FolderOptions
 
 if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that its --help is there at once
@@ -513,7 +513,7 @@ def encode_text(encoder: CLIPTextModel, tokenizer: CLIPTokenizer, texts: Sequenc
 
 def check(config: Config) -> None:
     """Refuse what makes no sense before anything is loaded."""
-    options.check_run(config)
+    checks.check_run(config)
     for name in ("flip", "hands", "init", "group", "empty", "others", "varied", "crossed", "moved"):
         share = getattr(config, f"{name}_share")
         if not 0 <= share <= 1:
@@ -535,19 +535,17 @@ def check(config: Config) -> None:
     if config.warmup_steps is not None and config.warmup_steps > config.steps:
         raise ConfigError(f"--warmup-steps {config.warmup_steps}: the run has {config.steps} steps; make it shorter.")
     if config.stage == "unet":
-        options.only_with(config, "--stage vae", "kl", "gradient_difference")
+        checks.only_with(config, "--stage vae", "kl", "gradient_difference")
     else:
         of_timesteps = ("snr_gamma", "flat_weight", "crossed_from", "crossed_overlap", "moved_below")
         shares = ("group_share", "plain_share", "empty_share", "others_share", "varied_share", "crossed_share")
-        options.only_with(
-            config, "--stage unet", "vae", "plain_style", "compile", "moved_share", *shares, *of_timesteps
-        )
+        checks.only_with(config, "--stage unet", "vae", "plain_style", "compile", "moved_share", *shares, *of_timesteps)
     if not config.crossed_share:
-        options.only_with(config, "--crossed-share", "crossed_from", "crossed_overlap")
+        checks.only_with(config, "--crossed-share", "crossed_from", "crossed_overlap")
     if not config.moved_share:
-        options.only_with(config, "--moved-share", "moved_below")
+        checks.only_with(config, "--moved-share", "moved_below")
     if not config.plain_share:
-        options.only_with(config, "--plain-share", "plain_style")
+        checks.only_with(config, "--plain-share", "plain_style")
     if config.stage == "unet":
         _refuse_idle(config)
     if config.init_share and (config.stage != "vae" or config.init is None):

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from sfumato.config import parse
 from sfumato.errors import ConfigError
 from sfumato.numerals import so_many
-from sfumato.training import options
+from sfumato.training import checks, filling
 from sfumato.training.options import TrainerOptions
 from sfumato.words.placeholders import MOST_VECTORS, RATES, VECTORS, check_stands_for, holds
 
@@ -199,7 +199,7 @@ def train(config: Config) -> Path:
 
 def check(config: Config) -> None:
     """Refuse what makes no sense before anything is loaded."""
-    options.check(config)
+    checks.check_trainer(config)
     count = len(config.placeholder)
     if config.trigger is not None and config.trigger not in config.placeholder:
         raise ConfigError(f"--trigger {config.trigger}: the new word is its own trigger; leave --trigger out.")
@@ -257,7 +257,7 @@ def resolve(config: Config, base: Base, samples: int, processes: int) -> tuple[C
     """The config with every unset field filled, and the names that the base's family or the method filled."""
     name = base.family.name
     defaults = {"vectors": VECTORS, "learning_rate": RATES[name], **DEFAULTS[name]}
-    config, filled = options.resolve(config, base, samples, processes, **defaults)
+    config, filled = filling.resolve(config, base, samples, processes, **defaults)
     templates = config.templates or ("object" if is_alone(config) and name != "pocket" else "none")
     return dataclasses.replace(config, templates=templates), filled
 

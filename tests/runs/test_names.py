@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from sfumato.errors import ConfigError
 from sfumato.files import write_tensors
-from sfumato.training.options import WRITTEN, RunOptions, check_name
+from sfumato.training.checks import WRITTEN, check_name
+from sfumato.training.options import RunOptions
 
 NASTY = [
     "..", ".", "/", "\\", "../..", "/etc/passwd", "C:\\x", "\\\\host\\share", "%2e%2e%2f", "~", "$HOME", "`id`",

@@ -9,16 +9,9 @@ from PIL import Image
 
 from sfumato.bases.family import FAMILIES
 from sfumato.errors import ConfigError
-from sfumato.training.options import (
-    TrainerOptions,
-    check,
-    check_name,
-    only_with,
-    resolve,
-    second_rate,
-    settled,
-    span_of,
-)
+from sfumato.training.checks import check_name, check_trainer, only_with
+from sfumato.training.filling import resolve, second_rate, span_of
+from sfumato.training.options import TrainerOptions, settled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,12 +43,12 @@ def test_what_is_given_wins_over_the_method_and_the_method_over_the_family():
 )
 def test_numbers_out_of_their_range_are_refused(field, value, said):
     with pytest.raises(ConfigError) as refused:
-        check(replace(CONFIG, **{field: value}))
+        check_trainer(replace(CONFIG, **{field: value}))
     assert str(refused.value) == said
 
 
 def test_all_captions_may_be_dropped():
-    check(replace(CONFIG, caption_dropout=1.0, tag_dropout=1.0))
+    check_trainer(replace(CONFIG, caption_dropout=1.0, tag_dropout=1.0))
 
 
 def test_a_warm_up_longer_than_the_run_is_refused():
@@ -64,14 +57,14 @@ def test_a_warm_up_longer_than_the_run_is_refused():
 
 
 def test_a_repository_that_the_hub_cannot_have_is_refused_before_the_training():
-    check(replace(CONFIG, push_to_hub="me/line"))
+    check_trainer(replace(CONFIG, push_to_hub="me/line"))
     with pytest.raises(ConfigError, match=r"--push-to-hub not a repo!!/x/y: no repository of the hub"):
-        check(replace(CONFIG, push_to_hub="not a repo!!/x/y"))
+        check_trainer(replace(CONFIG, push_to_hub="not a repo!!/x/y"))
 
 
 def test_steps_of_the_run_are_not_those_of_the_command_line():
     with pytest.raises(ConfigError, match=r"both given \(the run has its steps already\)"):
-        check(replace(CONFIG, steps=10, epochs=3, resume=True))
+        check_trainer(replace(CONFIG, steps=10, epochs=3, resume=True))
 
 
 def test_epochs_become_steps_of_the_global_batch():
@@ -112,7 +105,7 @@ def test_with_prodigy_all_that_learns_has_one_rate():
 @pytest.mark.parametrize("rank", [0, 2**31, 10**23])
 def test_a_number_that_cannot_be_counted_out_is_refused(rank):
     with pytest.raises(ConfigError, match=f"--rank is {rank}; it must be "):
-        check(replace(CONFIG, rank=rank))
+        check_trainer(replace(CONFIG, rank=rank))
 
 
 @pytest.mark.parametrize("name", ["class", "Images", "adapters", "checkpoints", "config.toml"])
@@ -155,19 +148,19 @@ def test_permissions_of_one_call_are_not_written_down():
 )
 def test_senseless_numbers_are_refused_by_name(changes, said):
     with pytest.raises(ConfigError, match=said):
-        check(replace(CONFIG, **changes))
+        check_trainer(replace(CONFIG, **changes))
 
 
 def test_a_plain_config_passes():
-    check(CONFIG)
+    check_trainer(CONFIG)
 
 
 def test_options_in_a_sample_prompt_are_refused():
-    check(replace(CONFIG, sample_prompts=("a crab -- at the sea",)))
+    check_trainer(replace(CONFIG, sample_prompts=("a crab -- at the sea",)))
     with pytest.raises(ConfigError, match=r"--sample-prompts: options such as '--w 512 --d 7' are not read here"):
-        check(replace(CONFIG, sample_prompts=("a crab --w 512 --d 7",)))
+        check_trainer(replace(CONFIG, sample_prompts=("a crab --w 512 --d 7",)))
     with pytest.raises(ConfigError, match=r"--sample-prompts: <lora:line:...> is not read here; leave it out"):
-        check(replace(CONFIG, sample_prompts=("a crab <lora:line:1>",)))
+        check_trainer(replace(CONFIG, sample_prompts=("a crab <lora:line:1>",)))
 
 
 def test_a_run_among_the_pictures_that_it_learns_from_is_refused(tmp_path):

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from sfumato.errors import RunError
 from sfumato.runs import identity
-from sfumato.training.options import WRITTEN, FolderOptions
+from sfumato.training.checks import WRITTEN
+from sfumato.training.options import FolderOptions
 
 _OPENED = ("config.toml", "run.json", "log.jsonl")
 _FOLDERS = ("checkpoints", "samples", "images", "adapters", "tensorboard")

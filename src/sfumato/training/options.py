@@ -7,19 +7,13 @@ precision, load the base, so that a trainer says these in a line each.
 from __future__ import annotations
 
 import dataclasses
-import math
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from os.path import isfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from sfumato.command_line.axes import checked_seed
-from sfumato.config import fill
 from sfumato.errors import ConfigError
-from sfumato.prompts.tags import refuse_tags, without_flags
 
 if TYPE_CHECKING:  # help loads no torch
     from sfumato.bases import Base
@@ -293,194 +287,7 @@ class TrainerOptions(DataOptions, BaseOptions, StepOptions, RunOptions):
     """All of them."""
 
 
-AnyTrainer = TypeVar("AnyTrainer", bound=TrainerOptions)
 AnyRun = TypeVar("AnyRun", bound=FolderOptions)
-
-_AT_LEAST_ONE = (
-    *("steps", "epochs", "batch", "accumulate", "rank", "conv_rank", "resolution"),
-    *("vectors", "word_vectors", "class_count"),
-)
-_NOT_NEGATIVE = (
-    *("warmup", "clip", "min_snr", "noise_offset", "weight_decay", "keep_tags", "prior_weight", "drift_limit"),
-    *("sample_every", "measure_every", "save_every", "checkpoint_every", "keep"),
-)
-_RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
-    (_AT_LEAST_ONE, lambda value: value >= 1, "be at least 1"),
-    (_AT_LEAST_ONE, lambda value: value < 2**31, f"be below {2**31:,}"),  # torch would end in a trace of its C++
-    (
-        ("learning_rate", "text_learning_rate", "word_learning_rate", "alpha", "conv_alpha"),
-        lambda value: 0 < value < math.inf,
-        "be a positive number",
-    ),
-    (("caption_dropout", "tag_dropout", "crossed_share"), lambda value: 0 <= value <= 1, "be 0 to 1"),
-    (("dropout", "ema"), lambda value: 0 <= value < 1, "be at least 0 and below 1"),
-    (_NOT_NEGATIVE, lambda value: 0 <= value < math.inf, "not be negative"),
-)
-"""(fields of any trainer, what their values have to be, and how that is said)."""
-WRITTEN = ("config.toml", "README.md", "plot.png", "samples.png", "samples", "images", "checkpoints")
-"""What a run writes into its folder under a name of its own; NAME.safetensors comes beside them."""
-_FOLDERS_OF_A_RUN = frozenset(("checkpoints", "samples", "tensorboard", "model"))
-_NAMES_OF_A_RUN = _FOLDERS_OF_A_RUN.union(map(str.casefold, WRITTEN), ("adapters", "class", "run.json", "log.jsonl"))
-_NOT_IN_NAMES = '/\\:*?"<>|'
-_DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in range(1, 10))}
-
-
-def check(config: TrainerOptions) -> None:
-    """Refuse what makes no sense before anything is loaded; fields that a trainer lacks are passed over."""
-    if config.steps is not None and config.epochs is not None:
-        and_so = " (the run has its steps already)" if config.resume else ""
-        raise ConfigError(f"--steps and --epochs are both given{and_so}; they say the same, so give one of them.")
-    check_run(config)
-
-
-def check_run(config: FolderOptions) -> None:
-    """Of any trainer's config: its name, its numbers, and which options exclude each other."""
-    if config.resume and config.overwrite:
-        raise ConfigError("--resume and --overwrite are both given; go on with the run, or replace it.")
-    only_with(config, "--resume", "force")
-    check_name(config)
-    if (repository := getattr(config, "push_to_hub", None)) is not None:
-        _check_repository(repository)
-    for prompt in () if config.resume else getattr(config, "sample_prompts", ()):
-        if prompt.lower().endswith(".txt") and isfile(prompt):  # as sd-scripts takes them
-            raise ConfigError(f"--sample-prompts {prompt}: a file, and no prompt; give each of its lines by itself.")
-        refuse_tags(without_flags(prompt, "--sample-prompts"), "--sample-prompts", "leave it out")
-    device = getattr(config, "device", "auto")
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", device):
-        raise ConfigError(f"--device {device!r:.60}: unknown; wanted auto, cuda, cuda:0, mps or cpu.")
-    if (seed := getattr(config, "seed", None)) is not None:
-        checked_seed(seed)
-    for names, is_good, wanted in _RANGES:
-        for name in names:
-            value = getattr(config, name, None)
-            if value is not None and not is_good(value):
-                raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must {wanted}.")
-
-
-def check_name(config: FolderOptions, *, folder: bool = False) -> None:
-    """Refuse a --name, or an --output that gives the name, that is no plain file name on every system.
-
-    folder: what is learned is a folder of that name, which a run must not have for itself.
-    """
-    if not str(config.output).isprintable():
-        raise ConfigError(f"--output {str(config.output)!a}: holds characters that are not seen; name another folder.")
-    named = getattr(config, "name", None)
-    name, option = (config.output.resolve().name, "--output") if named is None else (named, "--name")
-    reason = ""
-    if not name.strip() or name.startswith("."):
-        reason = "is empty or begins with a dot"
-    elif any(c in _NOT_IN_NAMES or not (c.isprintable() or c == " ") for c in name):
-        reason = f"holds a character that is not for file names ({' '.join(_NOT_IN_NAMES)} or one that is not seen)"
-    elif name[-1] in ". " or name.split(".")[0].strip().upper() in _DEVICES:
-        reason = "ends in a dot or a space, or is a device on Windows"
-    elif len(name.encode("utf-8", "replace")) > 150:
-        reason = "is longer than 150 bytes"
-    elif option == "--name" and name.casefold() in _FOLDERS_OF_A_RUN:
-        reason = "is what a run calls a folder of its own"
-    elif folder and name.casefold() in _NAMES_OF_A_RUN:
-        reason = "is what a run calls a file or folder of its own, beside which the model would lie"
-    if reason:
-        raise ConfigError(
-            f"{option} {ascii(name) if not name.isprintable() else repr(name)}: it {reason}. Give --name a "
-            "plain file name, such as otter-v1."
-        )
-
-
-def _check_repository(name: str) -> None:
-    """Refuse what the hub would refuse, before the training instead of after it."""
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # it is public all the same
-
-    try:
-        validate_repo_id(name)
-    except HFValidationError as error:
-        raise ConfigError(f"--push-to-hub {name}: no repository of the hub ({' '.join(str(error).split())}).") from None
-
-
-def only_with(config: FolderOptions, needed: str, *names: str) -> None:
-    """Refuse what is given under these names, which has no effect without `needed`.
-
-    Not where a run goes on: earlier versions filled these fields in, and so they stand in its config.
-    """
-    defaults = {field.name: field.default for field in dataclasses.fields(config)}
-    given = [name for name in names if getattr(config, name) != defaults[name]]
-    if given and not config.resume:
-        raise ConfigError(f"--{given[0].replace('_', '-')} has no effect without {needed}; leave it out, or give both.")
-
-
-def resolve(
-    config: AnyTrainer, base: Base, samples: int, processes: int, **defaults: Any
-) -> tuple[AnyTrainer, list[str]]:
-    """The config with its unset fields filled, and the names that the base's family or the method filled.
-
-    samples: pictures an epoch, repeats included. defaults: the method's own for this family; they come before the
-    family's. Fields that a trainer lacks are passed over.
-    """
-    known = dataclasses.asdict(base.defaults) | {name: value for name, value in defaults.items() if value is not None}
-    if config.optimizer == "prodigy":
-        known["learning_rate"] = 1.0
-    if config.epochs is not None:
-        batch = (config.batch or known["batch"]) * config.accumulate * processes
-        config = dataclasses.replace(config, steps=max(1, round(config.epochs * samples / batch)), epochs=None)
-    config, filled = fill(config, known)
-    config.noising(base)
-    assert config.steps is not None
-    if config.warmup > config.steps:
-        raise ConfigError(
-            f"--warmup {config.warmup} is longer than the {config.steps} steps of the run; make it shorter."
-        )
-    quarter = max(1, -(-config.steps // 4))
-    values: dict[str, Any] = {"name": config.name or config.output.resolve().name}
-    for name in ("sample_every", "measure_every", "checkpoint_every"):
-        values[name] = quarter if getattr(config, name) is None else getattr(config, name)
-    if getattr(config, "train_text_encoder", False):
-        assert config.learning_rate is not None
-        values["text_learning_rate"] = second_rate(config, "text_learning_rate", config.learning_rate / 10)
-    if getattr(config, "save_precision", "") is None:
-        values["save_precision"] = "fp32" if base.family.name == "pocket" else "fp16"
-    return dataclasses.replace(config, **values), filled
-
-
-def of_convolutions(config: Any, alpha: float, *, rank_stabilised: bool = False) -> dict[str, Any]:
-    """conv_rank and conv_alpha, filled where either is given; nothing else, since convolutions are layers as others
-    then. config: of a trainer of LoRAs, with its rank. alpha: of the other layers."""
-    if config.conv_rank is None and config.conv_alpha is None:
-        return {}
-    rank = config.rank if config.conv_rank is None else config.conv_rank
-    alike = alpha if rank_stabilised else alpha * (rank / config.rank)
-    return {"conv_rank": rank, "conv_alpha": config.conv_alpha or alike}
-
-
-def span_of(config: TrainerOptions, base: Base) -> tuple[float, float] | None:
-    """(start, end) of progress, 0 at noise, in which an adapter is drawn with: --over-steps, or what it learned; None
-    for all steps."""
-    from sfumato.command_line.where_when import parse_span
-
-    given: str | None = getattr(config, "over_steps", None)
-    if given is not None:
-        span = parse_span(given)
-        found = span.start, span.end
-    else:
-        timesteps, last = config.noising(base).timesteps, max(1, len(base.alpha_bar) - 1)
-        found = max(0.0, 1 - timesteps.stop / last), 1 - timesteps.start / last
-    return None if found == (0.0, 1.0) else found
-
-
-def second_rate(config: TrainerOptions, name: str, otherwise: float) -> float:
-    """The rate of what learns beside the U-Net: what the config has under `name`, or `otherwise`. config: resolved.
-
-    Prodigy finds one step for all that learns, so that there it is the U-Net's. Raises ConfigError for another.
-    """
-    given: float | None = getattr(config, name)
-    if config.optimizer != "prodigy":
-        return otherwise if given is None else given
-    assert config.learning_rate is not None
-    if given not in (None, config.learning_rate):
-        raise ConfigError(
-            f"--{name.replace('_', '-')} {given} beside --learning-rate {config.learning_rate}: prodigy finds one step "
-            "for all that learns. Leave it out, or use --optimizer adamw."
-        )
-    return config.learning_rate
 
 
 def settled(config: AnyRun) -> AnyRun:

@@ -1,0 +1,90 @@
+"""What fills the unset fields of a trainer's config: the method's defaults, then those of the base's family."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from sfumato.config import fill
+from sfumato.errors import ConfigError
+from sfumato.training.options import TrainerOptions
+
+if TYPE_CHECKING:
+    from sfumato.bases import Base
+
+AnyTrainer = TypeVar("AnyTrainer", bound=TrainerOptions)
+
+
+def resolve(
+    config: AnyTrainer, base: Base, samples: int, processes: int, **defaults: Any
+) -> tuple[AnyTrainer, list[str]]:
+    """The config with its unset fields filled, and the names that the base's family or the method filled.
+
+    samples: pictures an epoch, repeats included. defaults: the method's own for this family; they come before the
+    family's. Fields that a trainer lacks are passed over.
+    """
+    known = dataclasses.asdict(base.defaults) | {name: value for name, value in defaults.items() if value is not None}
+    if config.optimizer == "prodigy":
+        known["learning_rate"] = 1.0
+    if config.epochs is not None:
+        batch = (config.batch or known["batch"]) * config.accumulate * processes
+        config = dataclasses.replace(config, steps=max(1, round(config.epochs * samples / batch)), epochs=None)
+    config, filled = fill(config, known)
+    config.noising(base)
+    assert config.steps is not None
+    if config.warmup > config.steps:
+        raise ConfigError(
+            f"--warmup {config.warmup} is longer than the {config.steps} steps of the run; make it shorter."
+        )
+    quarter = max(1, -(-config.steps // 4))
+    values: dict[str, Any] = {"name": config.name or config.output.resolve().name}
+    for name in ("sample_every", "measure_every", "checkpoint_every"):
+        values[name] = quarter if getattr(config, name) is None else getattr(config, name)
+    if getattr(config, "train_text_encoder", False):
+        assert config.learning_rate is not None
+        values["text_learning_rate"] = second_rate(config, "text_learning_rate", config.learning_rate / 10)
+    if getattr(config, "save_precision", "") is None:
+        values["save_precision"] = "fp32" if base.family.name == "pocket" else "fp16"
+    return dataclasses.replace(config, **values), filled
+
+
+def of_convolutions(config: Any, alpha: float, *, rank_stabilised: bool = False) -> dict[str, Any]:
+    """conv_rank and conv_alpha, filled where either is given; nothing else, since convolutions are layers as others
+    then. config: of a trainer of LoRAs, with its rank. alpha: of the other layers."""
+    if config.conv_rank is None and config.conv_alpha is None:
+        return {}
+    rank = config.rank if config.conv_rank is None else config.conv_rank
+    alike = alpha if rank_stabilised else alpha * (rank / config.rank)
+    return {"conv_rank": rank, "conv_alpha": config.conv_alpha or alike}
+
+
+def span_of(config: TrainerOptions, base: Base) -> tuple[float, float] | None:
+    """(start, end) of progress, 0 at noise, in which an adapter is drawn with: --over-steps, or what it learned; None
+    for all steps."""
+    from sfumato.command_line.where_when import parse_span
+
+    given: str | None = getattr(config, "over_steps", None)
+    if given is not None:
+        span = parse_span(given)
+        found = span.start, span.end
+    else:
+        timesteps, last = config.noising(base).timesteps, max(1, len(base.alpha_bar) - 1)
+        found = max(0.0, 1 - timesteps.stop / last), 1 - timesteps.start / last
+    return None if found == (0.0, 1.0) else found
+
+
+def second_rate(config: TrainerOptions, name: str, otherwise: float) -> float:
+    """The rate of what learns beside the U-Net: what the config has under `name`, or `otherwise`. config: resolved.
+
+    Prodigy finds one step for all that learns, so that there it is the U-Net's. Raises ConfigError for another.
+    """
+    given: float | None = getattr(config, name)
+    if config.optimizer != "prodigy":
+        return otherwise if given is None else given
+    assert config.learning_rate is not None
+    if given not in (None, config.learning_rate):
+        raise ConfigError(
+            f"--{name.replace('_', '-')} {given} beside --learning-rate {config.learning_rate}: prodigy finds one step "
+            "for all that learns. Leave it out, or use --optimizer adamw."
+        )
+    return config.learning_rate
