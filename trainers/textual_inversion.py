@@ -32,7 +32,7 @@ if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that 
     from sfumato.files import Description
     from sfumato.runs import Run
     from sfumato.runs.samples import Samples
-    from sfumato.words.embedding import Words
+    from sfumato.words.in_use import Words
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,8 +7,8 @@ import json
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from sfumato.bases.tokenizers import plain_tokenizer
 from sfumato.files.save import raw_bytes
-from sfumato.words.placeholders import plain_tokenizer
 
 if TYPE_CHECKING:
     from sfumato.bases.base import Base

@@ -113,7 +113,7 @@ class Texts:
 
 
 def _word_rows(tokenizer: Any, number: int, ids: Sequence[int]) -> list[list[float]]:
-    """The vectors of the ids that are new words' (`sfumato.words.embedding.Words`), in order: no weight holds them."""
+    """The vectors of the ids that are new words' (`sfumato.words.in_use.Words`), in order: no weight holds them."""
     return [
         words.rows[number][token - words.first[number]].tolist()
         for token in ids

@@ -23,7 +23,7 @@ from sfumato.errors import ConfigError
 from sfumato.words.placeholders import check_placeholder, is_alone, pattern, spelling
 
 if TYPE_CHECKING:
-    from sfumato.words.embedding import Words
+    from sfumato.words.in_use import Words
 
 PARTS = ("text_encoder", "text_encoder_2")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from sfumato.bases.tokenizers import plain_tokenizer
 from sfumato.errors import ConfigError
 from sfumato.prompts.syntax import escaped
 from sfumato.prompts.tags import is_tag
@@ -63,11 +64,6 @@ def pieces(token: str, tokenizer: Any) -> list[str]:
     """How a tokenizer cuts a word that it does not know as one."""
     ids = tokenizer(token, add_special_tokens=False).input_ids
     return [shown(tokenizer, index) for index in ids]
-
-
-def plain_tokenizer(tokenizer: Any) -> Any:
-    """The tokenizer without the new words that it knows at present (`sfumato.words.known`)."""
-    return getattr(tokenizer, "_sfumato_plain", (tokenizer,))[0]
 
 
 def spelling(token: str, tokenizer: Any) -> str:
