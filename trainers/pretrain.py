@@ -10,29 +10,28 @@ Made for the pocket base, whose pictures `bench/pocket_data.py` builds. Each sta
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from sfumato.config import parse
-from sfumato.errors import BaseModelError, ConfigError, DataError
-from sfumato.training import checks
+from sfumato.errors import ConfigError, DataError
+from sfumato.pocket.checks import check, check_compiler
 from sfumato.training.options import FolderOptions
 
 if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that its --help is there at once
     import torch
-    from diffusers import AutoencoderKL, DDIMScheduler
+    from diffusers import AutoencoderKL
     from torch import Tensor, nn
     from transformers import CLIPTextModel, CLIPTokenizer
 
-    from sfumato.bases import Base
     from sfumato.pocket.latents import Latents
     from sfumato.pocket.lessons import Lesson, Shares
     from sfumato.pocket.pictures import Pictures
+    from sfumato.pocket.trained import Trained
     from sfumato.precision import Precision
-    from sfumato.runs import Run, Step
+    from sfumato.runs import Run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,69 +145,19 @@ def rate_at(step: int, config: Config) -> float:
     return max(0.0, min(1.0, rising, falling))
 
 
-class Trained:
-    """Modules being trained, with their optimizers and the moving average of their weights."""
+def trained_of(modules: Mapping[str, nn.Module], config: Config, device: torch.device) -> Trained:
+    """The modules with what makes them learn, as the config says."""
+    from sfumato.pocket.trained import Trained
 
-    def __init__(self, modules: Mapping[str, nn.Module], config: Config, device: torch.device) -> None:
-        import torch
-
-        from sfumato.pocket.muon import Muon
-        from sfumato.training.ema import Average
-
-        self.config, self.device, self.rate = config, device, 0.0
-        self.modules = {name: module.to(device).train() for name, module in modules.items()}
-        named = {f"{part}.{name}": p for part, module in modules.items() for name, p in module.named_parameters()}
-        named = {name: p for name, p in named.items() if p.requires_grad}
-        self.parameters = list(named.values())
-        self.average = Average(self.parameters, config.ema)
-        ends = ("conv_in.", "conv_out.", "embedding", "time_emb")
-        inner = [p for name, p in named.items() if p.ndim > 1 and not any(word in name for word in ends)]
-        orthogonal = inner if config.optimizer == "muon" else []
-        rest = [p for p in self.parameters if not any(p is q for q in orthogonal)]
-        groups = [
-            {"params": [p for p in rest if p.ndim > 1], "weight_decay": config.weight_decay},
-            {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        self.optimizers: dict[str, torch.optim.Optimizer] = {
-            "adamw": torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.99), fused=True)
-        }
-        if orthogonal:
-            decay = config.weight_decay
-            self.optimizers["muon"] = Muon(orthogonal, lr=config.learning_rate, momentum=0.95, weight_decay=decay)
-
-    def parts(self) -> dict[str, Any]:
-        """What a checkpoint holds."""
-        return {**self.modules, **self.optimizers, "average": self.average}
-
-    def set_rate(self, step: int, factor: float) -> None:
-        """Prepare the optimizers for a step."""
-        self.rate = self.config.learning_rate * rate_at(step, self.config) * factor
-        for group in [group for optimizer in self.optimizers.values() for group in optimizer.param_groups]:
-            group["lr"] = self.rate
-
-    def learn(self, step: Step, loss: Tensor) -> None:
-        """The backward pass, then one step of the optimizers and of the moving average, unless a number is broken."""
-        from sfumato.training.optimizers import clip
-
-        loss.backward()
-        norm = clip(self.parameters, self.config.clip)
-        if step.healthy(loss=loss, gradient_norm=norm):
-            for optimizer in self.optimizers.values():
-                optimizer.step()
-            self.average.update()
-        for optimizer in self.optimizers.values():
-            optimizer.zero_grad(set_to_none=True)
-        step.done(loss=loss, rate=self.rate, gradient_norm=norm)
-
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """The modules hold their averaged weights, in evaluation mode, for as long as the block lasts."""
-        import torch
-
-        from sfumato.runs.samples import evaluating
-
-        with self.average.applied(), evaluating(list(self.modules.values())), torch.no_grad():
-            yield
+    return Trained(
+        modules,
+        device,
+        optimizer=config.optimizer,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        ema=config.ema,
+        largest_norm=config.clip,
+    )
 
 
 def vae_loss(vae: AutoencoderKL, pixels: Tensor, noise: Tensor, config: Config) -> Tensor:
@@ -241,7 +190,7 @@ def draw_pixels(pictures: Pictures, config: Config, step: int, device: torch.dev
 def train_vae(config: Config, precision: Precision) -> Path:
     """Train the VAE on every picture that may be seen; returns the folder of its averaged weights, fp32."""
     from sfumato import load_base, randomness
-    from sfumato.pocket.parts import build_vae
+    from sfumato.pocket.parts import build_vae, first_weights
     from sfumato.pocket.pictures import read_others, read_pictures
     from sfumato.pocket.shown import save_model
     from sfumato.precision import decide
@@ -264,13 +213,13 @@ def train_vae(config: Config, precision: Precision) -> Path:
         vae.encoder.requires_grad_(False)
         vae.quant_conv.requires_grad_(False)
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    trained = Trained({"vae": vae}, config, precision.device)
+    trained = trained_of({"vae": vae}, config, precision.device)
     first = [weight.detach().clone() for weight in trained.parameters]
     run.keep(**trained.parts())
     run.identify(**facts)
     run.every(config.sample_every, lambda step: _reconstruct(trained, named, run, step))
     for step in run.steps(config.steps):
-        trained.set_rate(step.number, step.rate_factor)
+        trained.set_rate(config.learning_rate * rate_at(step.number, config) * step.rate_factor)
         pixels = draw_pixels(pictures, config, step.number, precision.device)
         shape = (config.batch, vae.config.latent_channels, *(side // factor for side in pixels.shape[2:]))
         noise = randomness.normal(shape, config.seed, "noise", step.number)
@@ -285,16 +234,6 @@ def train_vae(config: Config, precision: Precision) -> Path:
         path = save_model(vae, config.output / "model")
     run.close()
     return path
-
-
-@contextmanager
-def first_weights(seed: int) -> Iterator[None]:
-    """Within the block modules are built with first weights that depend on the seed alone."""
-    import torch
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
 
 
 def _reconstruct(trained: Trained, pictures: Pictures, run: Run, step: int) -> None:
@@ -350,6 +289,7 @@ def train_unet(config: Config, precision: Precision) -> Path:
 
     from sfumato import diffusion
     from sfumato.pocket.captions import read_words
+    from sfumato.pocket.given import parts_of, read_vae
     from sfumato.pocket.latents import Latents
     from sfumato.pocket.lessons import Lessons
     from sfumato.pocket.parts import build_scheduler
@@ -359,7 +299,7 @@ def train_unet(config: Config, precision: Precision) -> Path:
 
     device = precision.device
     if config.compile:
-        try_compiler(device)
+        check_compiler(device)
     manifest = read_manifest(config.data)
     if config.plain_style not in (None, *manifest["styles"]):
         known = ", ".join(manifest["styles"])
@@ -382,7 +322,7 @@ def train_unet(config: Config, precision: Precision) -> Path:
     unet.register_to_config(sample_size=cache.means.shape[-1])
     partners = partners_of(pictures, config.crossed_overlap)
     lessons = Lessons(pictures.names, named, manifest["concepts"], config.shares(), config.seed, partners)
-    trained = Trained({"unet": unet, "text_encoder": text_encoder}, config, device)
+    trained = trained_of({"unet": unet, "text_encoder": text_encoder}, config, device)
     run.keep(**trained.parts())
     run.identify(data=pictures.fingerprint(), vae=cache.fingerprint())
 
@@ -394,7 +334,7 @@ def train_unet(config: Config, precision: Precision) -> Path:
     run.every(config.sample_every, sample)
     every_timestep = range(scheduler.config.num_train_timesteps)
     for step in run.steps(config.steps):
-        trained.set_rate(step.number, step.rate_factor)
+        trained.set_rate(config.learning_rate * rate_at(step.number, config) * step.rate_factor)
         timesteps = diffusion.stratified_timesteps(config.batch, every_timestep, config.seed, step.number)
         lesson = lessons.at(step.number, timesteps)
         alpha_bar = scheduler.alphas_cumprod[timesteps].to(device)
@@ -426,59 +366,12 @@ def seen_pictures(config: Config) -> tuple[Pictures, int]:
     return pictures, named
 
 
-def read_vae(folder: Path, device: torch.device) -> Any:
-    """The trained VAE in this folder, fp32. Raises BaseModelError for one whose latents the U-Net does not take."""
-    import torch
-
-    from sfumato.bases.folder import load_vae
-
-    shell = load_vae(folder, torch.float32)
-    if (count := shell.model.config.latent_channels) != 4:
-        raise BaseModelError(
-            f"--vae {folder}: its latents have {count} channels, the U-Net takes 4. Name a VAE of 4, as "
-            "--stage vae makes one."
-        )
-    shell.read()
-    return shell.model.to(device)
-
-
-def parts_of(init: str, device: str, scheduler: DDIMScheduler) -> tuple[Any, Any, Any, Any]:
-    """U-Net and text encoder of a base, which learn on, its tokenizer and its VAE.
-
-    Raises BaseModelError for a base that learned to predict something else than `scheduler` has.
-    """
-    from sfumato import load_base
-    from sfumato.precision import decide
-
-    base = load_base(init, precision=decide("fp32", device=device))
-    _refuse_strangers(base, scheduler, init)
-    unet, text_encoder = base.unet.requires_grad_(True), base.text_encoders[0].requires_grad_(True)
-    return unet, text_encoder, base.tokenizers[0], base.vae
-
-
-def _refuse_strangers(base: Base, scheduler: DDIMScheduler, named: str) -> None:
-    """Raise BaseModelError for a base that learned to predict something else than this program teaches."""
-    import torch
-
-    if len(base.text_encoders) > 1:
-        why = f"of the family {base.family.title}, with more than one text encoder"
-    elif base.prediction_type != "v_prediction":
-        why = f"a base that predicts {base.prediction_type}, which its weights would have to forget"
-    elif not torch.allclose(base.alpha_bar.cpu(), scheduler.alphas_cumprod, atol=1e-4):
-        why = "a base with another noise schedule"
-    else:
-        return
-    raise BaseModelError(
-        f"--init {named}: {why}. Name a base that pretrain made, such as pocket; the other trainers take any."
-    )
-
-
 def new_parts(config: Config, run: Run, manifest: Mapping[str, Any], words: Sequence[str]) -> tuple[Any, Any, Any]:
     """U-Net and text encoder with their first weights, and the tokenizer of all captions, kept in the run's folder."""
     from transformers import CLIPTokenizer
 
     from sfumato.pocket.captions import all_captions
-    from sfumato.pocket.parts import build_text_encoder, build_tokenizer, build_unet
+    from sfumato.pocket.parts import build_text_encoder, build_tokenizer, build_unet, first_weights
     from sfumato.pocket.shown import save_model
 
     if not (config.resume and (config.output / "tokenizer").exists()):
@@ -489,92 +382,12 @@ def new_parts(config: Config, run: Run, manifest: Mapping[str, Any], words: Sequ
         return build_unet(), build_text_encoder(tokenizer), tokenizer
 
 
-def try_compiler(device: torch.device) -> None:
-    """Compile a trifle. Raises ConfigError where that does not go, before anything is written."""
-    import torch
-
-    try:
-        torch.compile(torch.nn.functional.gelu)(torch.ones(2, device=device))
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(
-            f"--compile: torch.compile does not work here ({reason}). Install a C++ compiler such as g++, or give "
-            "--no-compile, which takes longer."
-        ) from None
-
-
 def encode_text(encoder: CLIPTextModel, tokenizer: CLIPTokenizer, texts: Sequence[str], device: torch.device) -> Tensor:
     """(len(texts), positions, width) hidden states; each distinct text is encoded once."""
     distinct = sorted(set(texts))
     tokens = tokenizer(distinct, padding="max_length", truncation=True, return_tensors="pt").input_ids
     hidden = encoder(tokens.to(device)).last_hidden_state
     return hidden[[distinct.index(text) for text in texts]]
-
-
-def check(config: Config) -> None:
-    """Refuse what makes no sense before anything is loaded."""
-    checks.check_run(config)
-    for name in ("flip", "hands", "init", "group", "empty", "others", "varied", "crossed", "moved"):
-        share = getattr(config, f"{name}_share")
-        if not 0 <= share <= 1:
-            raise ConfigError(f"--{name}-share is {share}; it must be in 0 ... 1.")
-    if not 0 <= config.crossed_overlap <= 1:
-        raise ConfigError(f"--crossed-overlap is {config.crossed_overlap}; it must be in 0 ... 1.")
-    if not 0 <= config.plain_share <= 0.5:
-        raise ConfigError(f"--plain-share is {config.plain_share}; it must be in 0 ... 0.5.")
-    timesteps = ("crossed_from", "moved_below")
-    for name in (*timesteps, "warmup_steps", "fall_at", "kl", "gradient_difference", "snr_gamma", "flat_weight"):
-        value = getattr(config, name)
-        if value is not None and not 0 <= value < float("inf"):
-            raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must not be negative.")
-    if config.fall_at is not None and config.fall_at > config.steps:
-        raise ConfigError(
-            f"--fall-at {config.fall_at}: the run has {config.steps} steps; give a --fall-at of at most that, too, "
-            f"such as {config.steps // 3}."
-        )
-    if config.warmup_steps is not None and config.warmup_steps > config.steps:
-        raise ConfigError(f"--warmup-steps {config.warmup_steps}: the run has {config.steps} steps; make it shorter.")
-    if config.stage == "unet":
-        checks.only_with(config, "--stage vae", "kl", "gradient_difference")
-    else:
-        of_timesteps = ("snr_gamma", "flat_weight", "crossed_from", "crossed_overlap", "moved_below")
-        shares = ("group_share", "plain_share", "empty_share", "others_share", "varied_share", "crossed_share")
-        checks.only_with(config, "--stage unet", "vae", "plain_style", "compile", "moved_share", *shares, *of_timesteps)
-    if not config.crossed_share:
-        checks.only_with(config, "--crossed-share", "crossed_from", "crossed_overlap")
-    if not config.moved_share:
-        checks.only_with(config, "--moved-share", "moved_below")
-    if not config.plain_share:
-        checks.only_with(config, "--plain-share", "plain_style")
-    if config.stage == "unet":
-        _refuse_idle(config)
-    if config.init_share and (config.stage != "vae" or config.init is None):
-        raise ConfigError("--init-share keeps weights of a base's VAE: it needs --stage vae and --init BASE.")
-    if config.decoder_only and (config.stage != "vae" or config.init is None):
-        raise ConfigError("--decoder-only goes on with the VAE of a base: it needs --stage vae and --init BASE.")
-    if config.stage == "unet" and config.vae is None and config.init is None:
-        raise ConfigError("--stage unet needs --vae, the folder of a trained VAE; train one with --stage vae.")
-    if config.stage == "unet" and config.vae is not None and not (config.vae / "config.json").is_file():
-        raise ConfigError(f"--vae {config.vae}: holds no trained VAE; train one with --stage vae.")
-
-
-def _refuse_idle(config: Config) -> None:
-    """Raise ConfigError for numbers of the U-Net's stage of which nothing would come."""
-    if config.empty_share + config.group_share > 1:
-        raise ConfigError(
-            f"--empty-share {config.empty_share} and --group-share {config.group_share}: both are of all captions; "
-            "let them be 1 together at most."
-        )
-    if config.others_share and not round(config.batch * config.others_share):
-        raise ConfigError(
-            f"--others-share {config.others_share} of --batch {config.batch} is no picture; raise either."
-        )
-    if config.crossed_share and config.crossed_from > 999:
-        raise ConfigError(f"--crossed-from {config.crossed_from}: no picture would be crossed; timesteps end at 999.")
-    if config.moved_share and not config.moved_below:
-        raise ConfigError("--moved-below 0: no picture would be moved; leave --moved-share out, too.")
-    if not config.snr_gamma and not config.flat_weight:
-        raise ConfigError("--snr-gamma and --flat-weight are both 0, so that nothing would be learned; raise one.")
 
 
 def train(config: Config) -> Path:

@@ -6,11 +6,21 @@ The parts are SD 1.5's own classes, small: a picture of 64 px is 16 x 16 x 4 lat
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
+import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+
+@contextmanager
+def first_weights(seed: int) -> Iterator[None]:
+    """Within the block modules are built with first weights that depend on the seed alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
 def build_vae() -> AutoencoderKL:

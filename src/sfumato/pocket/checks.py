@@ -1,0 +1,112 @@
+"""What of a pre-training's config can be refused before anything is loaded.
+
+config: in all of these the `Config` of `trainers/pretrain.py`, or of a copy of it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from sfumato.errors import ConfigError
+from sfumato.training.checks import check_run, only_with
+
+if TYPE_CHECKING:
+    import torch
+
+
+def check(config: Any) -> None:
+    """Raises ConfigError for what makes no sense, by itself or in the stage that is trained."""
+    check_run(config)
+    _check_numbers(config)
+    _check_steps(config)
+    _check_effects(config)
+    if config.stage == "unet":
+        _check_unet(config)
+    _check_sources(config)
+
+
+def _check_numbers(config: Any) -> None:
+    for name in ("flip", "hands", "init", "group", "empty", "others", "varied", "crossed", "moved"):
+        share = getattr(config, f"{name}_share")
+        if not 0 <= share <= 1:
+            raise ConfigError(f"--{name}-share is {share}; it must be in 0 ... 1.")
+    if not 0 <= config.crossed_overlap <= 1:
+        raise ConfigError(f"--crossed-overlap is {config.crossed_overlap}; it must be in 0 ... 1.")
+    if not 0 <= config.plain_share <= 0.5:
+        raise ConfigError(f"--plain-share is {config.plain_share}; it must be in 0 ... 0.5.")
+    timesteps = ("crossed_from", "moved_below")
+    for name in (*timesteps, "warmup_steps", "fall_at", "kl", "gradient_difference", "snr_gamma", "flat_weight"):
+        value = getattr(config, name)
+        if value is not None and not 0 <= value < float("inf"):
+            raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must not be negative.")
+
+
+def _check_steps(config: Any) -> None:
+    if config.fall_at is not None and config.fall_at > config.steps:
+        raise ConfigError(
+            f"--fall-at {config.fall_at}: the run has {config.steps} steps; give a --fall-at of at most that, too, "
+            f"such as {config.steps // 3}."
+        )
+    if config.warmup_steps is not None and config.warmup_steps > config.steps:
+        raise ConfigError(f"--warmup-steps {config.warmup_steps}: the run has {config.steps} steps; make it shorter.")
+
+
+def _check_effects(config: Any) -> None:
+    """Refuse options that have no effect beside the others."""
+    if config.stage == "unet":
+        only_with(config, "--stage vae", "kl", "gradient_difference")
+    else:
+        of_timesteps = ("snr_gamma", "flat_weight", "crossed_from", "crossed_overlap", "moved_below")
+        shares = ("group_share", "plain_share", "empty_share", "others_share", "varied_share", "crossed_share")
+        only_with(config, "--stage unet", "vae", "plain_style", "compile", "moved_share", *shares, *of_timesteps)
+    if not config.crossed_share:
+        only_with(config, "--crossed-share", "crossed_from", "crossed_overlap")
+    if not config.moved_share:
+        only_with(config, "--moved-share", "moved_below")
+    if not config.plain_share:
+        only_with(config, "--plain-share", "plain_style")
+
+
+def _check_unet(config: Any) -> None:
+    """Refuse numbers of the U-Net's stage of which nothing would come."""
+    if config.empty_share + config.group_share > 1:
+        raise ConfigError(
+            f"--empty-share {config.empty_share} and --group-share {config.group_share}: both are of all captions; "
+            "let them be 1 together at most."
+        )
+    if config.others_share and not round(config.batch * config.others_share):
+        raise ConfigError(
+            f"--others-share {config.others_share} of --batch {config.batch} is no picture; raise either."
+        )
+    if config.crossed_share and config.crossed_from > 999:
+        raise ConfigError(f"--crossed-from {config.crossed_from}: no picture would be crossed; timesteps end at 999.")
+    if config.moved_share and not config.moved_below:
+        raise ConfigError("--moved-below 0: no picture would be moved; leave --moved-share out, too.")
+    if not config.snr_gamma and not config.flat_weight:
+        raise ConfigError("--snr-gamma and --flat-weight are both 0, so that nothing would be learned; raise one.")
+
+
+def _check_sources(config: Any) -> None:
+    """Refuse a start that the stage does not have, or lacks."""
+    if config.init_share and (config.stage != "vae" or config.init is None):
+        raise ConfigError("--init-share keeps weights of a base's VAE: it needs --stage vae and --init BASE.")
+    if config.decoder_only and (config.stage != "vae" or config.init is None):
+        raise ConfigError("--decoder-only goes on with the VAE of a base: it needs --stage vae and --init BASE.")
+    if config.stage == "unet" and config.vae is None and config.init is None:
+        raise ConfigError("--stage unet needs --vae, the folder of a trained VAE; train one with --stage vae.")
+    if config.stage == "unet" and config.vae is not None and not (config.vae / "config.json").is_file():
+        raise ConfigError(f"--vae {config.vae}: holds no trained VAE; train one with --stage vae.")
+
+
+def check_compiler(device: torch.device) -> None:
+    """Compile a trifle. Raises ConfigError where that does not go, before anything is written."""
+    import torch
+
+    try:
+        torch.compile(torch.nn.functional.gelu)(torch.ones(2, device=device))
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"--compile: torch.compile does not work here ({reason}). Install a C++ compiler such as g++, or give "
+            "--no-compile, which takes longer."
+        ) from None

@@ -1,0 +1,52 @@
+"""Parts that a pre-training is given: a trained VAE, and those of a base that learns on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler
+
+from sfumato.bases import Base, load_base
+from sfumato.bases.folder import load_vae
+from sfumato.errors import BaseModelError
+from sfumato.precision import decide
+
+
+def read_vae(folder: Path, device: torch.device) -> Any:
+    """The trained VAE in this folder, fp32. Raises BaseModelError for one whose latents the U-Net does not take."""
+    shell = load_vae(folder, torch.float32)
+    if (count := shell.model.config.latent_channels) != 4:
+        raise BaseModelError(
+            f"--vae {folder}: its latents have {count} channels, the U-Net takes 4. Name a VAE of 4, as "
+            "--stage vae makes one."
+        )
+    shell.read()
+    return shell.model.to(device)
+
+
+def parts_of(init: str, device: str, scheduler: DDIMScheduler) -> tuple[Any, Any, Any, Any]:
+    """U-Net and text encoder of a base, which learn on, its tokenizer and its VAE.
+
+    Raises BaseModelError for a base that learned to predict something else than `scheduler` has.
+    """
+    base = load_base(init, precision=decide("fp32", device=device))
+    _refuse_strangers(base, scheduler, init)
+    unet, text_encoder = base.unet.requires_grad_(True), base.text_encoders[0].requires_grad_(True)
+    return unet, text_encoder, base.tokenizers[0], base.vae
+
+
+def _refuse_strangers(base: Base, scheduler: DDIMScheduler, named: str) -> None:
+    """Raise BaseModelError for a base that learned to predict something else than this program teaches."""
+    if len(base.text_encoders) > 1:
+        why = f"of the family {base.family.title}, with more than one text encoder"
+    elif base.prediction_type != "v_prediction":
+        why = f"a base that predicts {base.prediction_type}, which its weights would have to forget"
+    elif not torch.allclose(base.alpha_bar.cpu(), scheduler.alphas_cumprod, atol=1e-4):
+        why = "a base with another noise schedule"
+    else:
+        return
+    raise BaseModelError(
+        f"--init {named}: {why}. Name a base that pretrain made, such as pocket; the other trainers take any."
+    )

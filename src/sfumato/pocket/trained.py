@@ -1,0 +1,85 @@
+"""What a pre-training teaches, with its optimizers and its moving average: one step of all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from sfumato.pocket.muon import Muon
+from sfumato.runs import Step
+from sfumato.runs.samples import evaluating
+from sfumato.training.ema import Average
+from sfumato.training.optimizers import clip
+
+_AT_THE_ENDS = ("conv_in.", "conv_out.", "embedding", "time_emb")
+"""In the names of weights that AdamW steps beside Muon: those of the first and last layers, and of embeddings."""
+
+
+class Trained:
+    """Modules being trained, with their optimizers and the moving average of their weights.
+
+    optimizer: AdamW for all weights, or Muon for the inner matrices beside AdamW for the rest. ema: the average's
+    decay. largest_norm: what the gradient's norm is clipped to.
+    """
+
+    def __init__(
+        self,
+        modules: Mapping[str, nn.Module],
+        device: torch.device,
+        *,
+        optimizer: Literal["adamw", "muon"],
+        learning_rate: float,
+        weight_decay: float,
+        ema: float,
+        largest_norm: float,
+    ) -> None:
+        self.device, self.rate, self.largest_norm = device, 0.0, largest_norm
+        self.modules = {name: module.to(device).train() for name, module in modules.items()}
+        named = {f"{part}.{name}": p for part, module in modules.items() for name, p in module.named_parameters()}
+        named = {name: p for name, p in named.items() if p.requires_grad}
+        self.parameters = list(named.values())
+        self.average = Average(self.parameters, ema)
+        inner = [p for name, p in named.items() if p.ndim > 1 and not any(word in name for word in _AT_THE_ENDS)]
+        orthogonal = inner if optimizer == "muon" else []
+        rest = [p for p in self.parameters if not any(p is q for q in orthogonal)]
+        groups = [
+            {"params": [p for p in rest if p.ndim > 1], "weight_decay": weight_decay},
+            {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        self.optimizers: dict[str, torch.optim.Optimizer] = {
+            "adamw": torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.99), fused=True)
+        }
+        if orthogonal:
+            self.optimizers["muon"] = Muon(orthogonal, lr=learning_rate, momentum=0.95, weight_decay=weight_decay)
+
+    def parts(self) -> dict[str, Any]:
+        """What a checkpoint holds."""
+        return {**self.modules, **self.optimizers, "average": self.average}
+
+    def set_rate(self, rate: float) -> None:
+        """The learning rate of the steps from here on."""
+        self.rate = rate
+        for group in [group for optimizer in self.optimizers.values() for group in optimizer.param_groups]:
+            group["lr"] = rate
+
+    def learn(self, step: Step, loss: Tensor) -> None:
+        """The backward pass, then one step of the optimizers and of the moving average, unless a number is broken."""
+        torch.autograd.backward(loss)
+        norm = clip(self.parameters, self.largest_norm)
+        if step.healthy(loss=loss, gradient_norm=norm):
+            for optimizer in self.optimizers.values():
+                optimizer.step()
+            self.average.update()
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
+        step.done(loss=loss, rate=self.rate, gradient_norm=norm)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The modules hold their averaged weights, in evaluation mode, for as long as the block lasts."""
+        with self.average.applied(), evaluating(list(self.modules.values())), torch.no_grad():
+            yield
