@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from sfumato import randomness
-from sfumato.drawing.pictures import is_picture
+from sfumato.drawing.decoding import is_picture
 from sfumato.errors import BaseModelError
 from sfumato.files.atomic import atomic_path
 from sfumato.files.save import model_folder

@@ -1,0 +1,190 @@
+"""One call for pictures: batches of prompts and seeds through a pipeline, with all that the call has settled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sfumato import schedulers
+from sfumato.drawing.decoding import check_all, checked_safe, image_of, in_fp32, pixels_of
+from sfumato.drawing.start import Start, check_strength
+from sfumato.drawing.tagged import TaggedPrompts, reading_tags
+from sfumato.errors import ConfigError
+from sfumato.prompts.encoding import encode, encode_stages
+from sfumato.prompts.steps import Stage, beside, counted, told_by_stages
+from sfumato.prompts.syntax import Syntax
+
+if TYPE_CHECKING:
+    from sfumato.bases.base import Base
+
+_STEPS = 50
+"""What diffusers' pipelines take where no number is given."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """How all pictures of a call of `draw_each` are drawn.
+
+    base: None for a pipeline that encodes its prompts itself. options: those of the pipeline's own call that are given.
+    start: at the drawing's size.
+    """
+
+    pipe: Any
+    base: Base | None
+    negative: str
+    syntax: Syntax
+    options: Mapping[str, Any]
+    start: Start | None
+
+    @property
+    def steps(self) -> int:
+        """As they are asked for, of which a start leaves out some."""
+        return int(self.options.get("num_inference_steps", _STEPS))
+
+    @property
+    def drawn_steps(self) -> int:
+        """How many of them are drawn."""
+        return self.steps if self.start is None else max(1, int(self.steps * self.start.strength))
+
+    def draw(self, prompts: list[str], seeds: list[int]) -> list[Image.Image]:
+        """The pictures of one batch; what is not finite or black is tried once more in fp32."""
+        pipe, base, start = self.pipe, self.base, self.start
+        with base.precision.autocast() if base else nullcontext(), counted(self.drawn_steps):
+            latents = self._latents(prompts, seeds)
+        in_half = pipe.unet.dtype != torch.float32 or (base is not None and base.precision.compute != torch.float32)
+        if not torch.isfinite(latents).all() and in_half:
+            parts = (pipe.unet, getattr(pipe, "text_encoder", None), getattr(pipe, "text_encoder_2", None))
+            with in_fp32(*parts), counted(self.drawn_steps):
+                latents = self._latents(prompts, seeds)
+        check_all(latents.isfinite(), seeds, "not finite, even in fp32. Draw without adapters to see what is broken.")
+        pictures = [image_of(picture) for picture in pixels_of(pipe, latents, seeds)]
+        if start is not None and start.mask is not None:
+            # The VAE's reconstruction of what was to stay is not what was to stay.
+            pictures = [Image.composite(picture, start.picture, start.mask) for picture in pictures]
+        return checked_safe(pictures, pipe, seeds)
+
+    def _latents(self, prompts: list[str], seeds: list[int]) -> Tensor:
+        if self.base is None:
+            return self._denoise(_as_arguments(prompts, self.negative), seeds)
+        told = self._stages_of(self.base, prompts, self.drawn_steps)
+        with told_by_stages(self.pipe.unet, told, self.pipe.scheduler) if len(told) > 1 else nullcontext():
+            return self._denoise(_embedded(told[0]), seeds)
+
+    @torch.no_grad()
+    def _denoise(self, text: dict[str, Any], seeds: list[int]) -> Tensor:
+        """Scaled latents, (batch, channels, height/f, width/f)."""
+        pipe, start = self.pipe, self.start
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        options = {**text, **self.options, "generator": generators, "output_type": "latent"}
+        if start is not None:
+            count = len(seeds)
+            options |= {"image": [start.picture] * count, "strength": start.strength}
+            if start.mask is None:
+                pipe = _variant(pipe, "AutoPipelineForImage2Image")
+                del options["width"], options["height"]  # the picture's own
+            else:
+                pipe = _variant(pipe, "AutoPipelineForInpainting")
+                options |= {"mask_image": [start.mask] * count}
+            check_strength(options.setdefault("num_inference_steps", _STEPS), start)
+        with _itself(pipe.vae):
+            latents: Tensor = pipe(**options).images
+        return latents
+
+    def _stages_of(self, base: Base, prompts: list[str], steps: int) -> list[Stage]:
+        """The prompts as the base's `encode_text` has them, which training saw and which knows of clip_skip."""
+        from sfumato.compose.per_picture import texts_by_picture
+
+        syntax, negative, told = self.syntax, self.negative, schedulers.PICTURES.get()
+        if syntax != "plain" and len(prompts) > 1 and told is not None and texts_by_picture(base):
+            each = []
+            for place, prompt in zip(told[0], prompts, strict=True):  # as compel reads them: one after another
+                with schedulers.at_once([place], told[1]):
+                    each.append(self._stages_of(base, [prompt], steps))
+            return beside(each)
+        if syntax == "a1111":
+            return encode_stages(base, prompts, negative, steps)
+        if syntax == "plain":
+            text = base.encode_text(prompts)
+            other = base.encode_text([negative] * len(prompts)) if negative else base.unconditional(len(prompts))
+        else:
+            text, other = encode(base, prompts, negative, syntax)
+        return [Stage(steps, text, other)]
+
+    def of_one_length(self, prompts: list[str], places: Sequence[int]) -> Iterable[Sequence[int]]:
+        """The places, of a batch of the prompts, together those whose embeddings, each by itself, have as many tokens.
+
+        In one batch a shorter one is filled up with empty prompts, which draw another picture than none.
+        """
+        base, distinct = self.base, {prompts[place]: place for place in places}
+        if base is None or self.syntax == "plain" or len(distinct) == 1:
+            return [places]
+        lengths = {}
+        for prompt, place in distinct.items():
+            with base.precision.autocast(), schedulers.at_once([place], len(prompts)):
+                lengths[prompt] = self._stages_of(base, [prompt], self.steps)[0].text.hidden.shape[1]
+        together: dict[int, list[int]] = {}
+        for place in places:
+            together.setdefault(lengths[prompts[place]], []).append(place)
+        return together.values()
+
+
+@contextmanager
+def _itself(vae: Any) -> Iterator[None]:
+    """The VAE encodes in its own dtype, and is itself after the block.
+
+    Pipelines that begin with a picture hand it on in the U-Net's dtype, and SDXL's leave an fp32 VAE in half precision.
+    """
+    held = {tensor: tensor.data for tensor in (*vae.parameters(), *vae.buffers())}
+    encode = vae.encode
+
+    def in_own_dtype(pixels: Tensor, *args: Any, **options: Any) -> Any:
+        with torch.autocast(pixels.device.type, enabled=False):
+            return encode(pixels.to(vae.dtype), *args, **options)
+
+    vae.encode = in_own_dtype
+    try:
+        yield
+    finally:
+        del vae.encode
+        for tensor, data in held.items():
+            if tensor.dtype != data.dtype:
+                tensor.data = data
+
+
+def _variant(pipe: Any, name: str) -> Any:
+    """The pipeline's parts in diffusers' pipeline for another task; where the one reads tags, the other does."""
+    import diffusers
+
+    try:
+        variant = getattr(diffusers, name).from_pipe(pipe)
+    except ValueError:
+        raise ConfigError(
+            f"diffusers has no {name.removeprefix('AutoPipelineFor')} pipeline for a {type(pipe).__name__}, which a "
+            "start wants. Draw with a StableDiffusionPipeline or StableDiffusionXLPipeline."
+        ) from None
+    if isinstance(pipe, TaggedPrompts):
+        variant = reading_tags(variant, pipe)
+    variant.set_progress_bar_config(disable=True)
+    return variant
+
+
+def _as_arguments(prompts: list[str], negative: str) -> dict[str, Any]:
+    """The prompts for a pipeline that encodes them itself."""
+    if not negative:  # without one, SDXL takes zeros instead of an empty prompt
+        return {"prompt": prompts}
+    return {"prompt": prompts, "negative_prompt": [negative] * len(prompts)}
+
+
+def _embedded(stage: Stage) -> dict[str, Any]:
+    """A stage for a pipeline's call."""
+    text, other = stage.text, stage.other
+    embedded: dict[str, Any] = {"prompt_embeds": text.hidden, "negative_prompt_embeds": other.hidden}
+    if text.pooled is not None and other.pooled is not None:
+        embedded |= {"pooled_prompt_embeds": text.pooled, "negative_pooled_prompt_embeds": other.pooled}
+    return embedded

@@ -1,0 +1,84 @@
+"""Latents to pictures: in fp32 where half precision breaks them, never a black one, past the safety checker."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sfumato.errors import BaseModelError
+
+
+def pixels_of(pipe: Any, latents: Tensor, seeds: list[int]) -> Tensor:
+    """Pixels of scaled latents, fp32, (batch, 3, height, width); -1 is black, 1 is white.
+
+    Raises BaseModelError for a picture that is black or not finite in fp32, too, with its seed.
+    """
+    pixels = _decode(pipe, latents)
+    if not is_picture(pixels).all() and pipe.vae.dtype != torch.float32:
+        with in_fp32(pipe.vae):
+            pixels = _decode(pipe, latents)
+    broken = "black or not finite, even in fp32. The VAE is broken; name another with --vae."
+    check_all(is_picture(pixels), seeds, broken)
+    return pixels
+
+
+@torch.no_grad()
+def _decode(pipe: Any, latents: Tensor) -> Tensor:
+    from sfumato.bases.base import latent_scale
+
+    shift, scale = latent_scale(pipe.vae, latents.device)
+    encoded = latents.float() / scale + shift
+    pixels: Tensor = pipe.vae.decode(encoded.to(pipe.vae.device, pipe.vae.dtype), return_dict=False)[0]
+    return pixels.float()
+
+
+def is_picture(pixels: Tensor) -> Tensor:
+    """(batch, 1), of pixels in [-1, 1]: finite, and not black in every pixel."""
+    flat = pixels.flatten(1)
+    return (flat.isfinite().all(1) & (flat.amax(1) > -1 + 1 / 255)).unsqueeze(1)
+
+
+def check_all(good: Tensor, seeds: list[int], complaint: str) -> None:
+    """Raises BaseModelError, with the complaint and the first seed, where any of a picture's values in `good` is False.
+
+    good: (batch, ...), a row for each picture.
+    """
+    bad = [seed for seed, fine in zip(seeds, good.flatten(1).all(1).tolist(), strict=True) if not fine]
+    if bad:
+        raise BaseModelError(f"{len(bad)} of {len(seeds)} pictures (seed {bad[0]}) came out {complaint}")
+
+
+def image_of(pixels: Tensor) -> Image.Image:
+    """A picture of (3, height, width) pixels in [-1, 1]."""
+    values = (pixels.clamp(-1, 1) / 2 + 0.5).mul(255).round().to("cpu", torch.uint8)
+    return Image.fromarray(values.permute(1, 2, 0).numpy())
+
+
+def checked_safe(pictures: list[Image.Image], pipe: Any, seeds: list[int]) -> list[Image.Image]:
+    """The pictures as they are. Raises BaseModelError where the pipeline has a safety checker that flags one."""
+    if getattr(pipe, "safety_checker", None) is None:
+        return pictures
+    inputs = pipe.feature_extractor(pictures, return_tensors="pt").pixel_values
+    device, dtype = pipe.safety_checker.device, pipe.safety_checker.dtype
+    blank = [torch.zeros(1) for _ in pictures]
+    _, flagged = pipe.safety_checker(images=blank, clip_input=inputs.to(device, dtype))
+    check_all(~torch.tensor(flagged), seeds, "flagged by the pipeline's safety checker. Try another prompt or seed.")
+    return pictures
+
+
+@contextmanager
+def in_fp32(*modules: Any) -> Iterator[None]:
+    """The modules in fp32, and back in their own dtypes, which loses nothing."""
+    before = [(module, module.dtype) for module in modules if module is not None]
+    try:
+        for module, _ in before:
+            module.float()
+        yield
+    finally:
+        for module, dtype in before:
+            module.to(dtype)

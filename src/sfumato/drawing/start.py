@@ -1,0 +1,45 @@
+"""A picture to begin from, where a drawing does not begin from noise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from numbers import Real
+
+from PIL import Image
+
+from sfumato.errors import ConfigError
+from sfumato.numerals import so_many
+
+
+@dataclass(frozen=True)
+class Start:
+    """A picture to begin from instead of noise (SDEdit, Meng et al. 2022).
+
+    strength: in (0, 1], the share of the steps that is drawn; 1 keeps nothing of the picture. mask: white is drawn
+    anew, black keeps the picture's very pixels. Both are resized to the drawing's size.
+    """
+
+    picture: Image.Image
+    strength: float = 0.6
+    mask: Image.Image | None = None
+
+    def __post_init__(self) -> None:
+        for what, picture in {"picture": self.picture, "mask": self.mask}.items():
+            if not isinstance(picture, Image.Image) and (picture is not None or what == "picture"):
+                kind = type(picture).__name__
+                raise ConfigError(f"a start's {what} that is a {kind}; wanted a PIL picture, as Image.open gives it.")
+        if not isinstance(self.strength, Real) or not 0 < self.strength <= 1:
+            raise ConfigError(f"strength {self.strength!r:.40}: wanted above 0 and at most 1; 0.6 is usual.")
+
+    def sized(self, width: int, height: int) -> Start:
+        """The same at this size."""
+        picture = self.picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+        # Lanczos rings: black beside a white edge would be grey.
+        mask = None if self.mask is None else self.mask.convert("L").resize((width, height), Image.Resampling.BILINEAR)
+        return Start(picture, self.strength, mask)
+
+
+def check_strength(steps: int, start: Start) -> None:
+    """Raises ConfigError where the start's share of the steps is none."""
+    if int(steps * start.strength) < 1:
+        raise ConfigError(f"strength {start.strength:g} of {so_many(steps, 'step')} is no step; give more of either.")
