@@ -14,6 +14,7 @@ from cyclopts import Parameter
 from sfumato.cli import run
 from sfumato.command_line.axes import CHECKS
 from sfumato.command_line.pictures import SUFFIXES, check_start, checked_flags, parse_size, picture_files, prompts_in
+from sfumato.command_line.plan import Plan
 from sfumato.command_line.said import say
 from sfumato.command_line.specs import (
     Request,
@@ -32,7 +33,7 @@ from sfumato.config import parse
 from sfumato.errors import ConfigError
 from sfumato.numerals import so_many
 from sfumato.prompts.negative import negative_for
-from sfumato.prompts.syntax import checked_syntax, escaped
+from sfumato.prompts.syntax import checked_syntax
 from sfumato.prompts.tags import Tagged, split_flags, split_tags
 
 if TYPE_CHECKING:
@@ -134,25 +135,6 @@ class Config:
     """What the base predicts, where its file does not say."""
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What a config asks for, checked before anything heavy is loaded.
-
-    strengths: adapter guidance that was asked for, by label. embeddings: (token, file) of new words. size: (width,
-    height) in pixels or unset. files: one for each picture, or the sheet's alone. sweep: (label, weights). where_when:
-    regions, whose adapters are not in `adapters`, and weights by step.
-    """
-
-    pictures: tuple[Request, ...]
-    adapters: tuple[Adapter, ...]
-    strengths: Mapping[str, float]
-    embeddings: tuple[tuple[str | None, Path], ...]
-    size: tuple[int, int] | None
-    files: tuple[Path, ...]
-    sweep: tuple[str, tuple[float, ...]] | None
-    where_when: WhereWhen
-
-
 def plan(config: Config) -> Plan:
     """The pictures, adapters and files that the config asks for. Raises ConfigError, one line, for what cannot be."""
     prompts = _prompts(config)
@@ -185,7 +167,8 @@ def plan(config: Config) -> Plan:
     embeddings = tuple(parse_embedding(spec) for spec in config.embedding)
     files = picture_files(config.output, pictures, is_sheet=is_sheet, overwrite=config.overwrite, given=config.prompts)
     size = None if config.size is None else parse_size(config.size)
-    return Plan(pictures, adapters, strengths, embeddings, size, files, sweep, where_when)
+    negative = config.negative or ""
+    return Plan(pictures, negative, adapters, strengths, embeddings, size, files, sweep, where_when)
 
 
 def _prompts(config: Config) -> list[str]:
@@ -359,8 +342,7 @@ def _drawn(desk: Desk, sweep: tuple[str, tuple[float, ...]] | None, *, before_af
 def _told(wanted: Plan, mix: Mix, regional: Mapping[str, AdapterFile]) -> dict[str, Mapping[str, str]]:
     """The metadata of the adapters that count, by label; regional: the files of those in regions."""
     told = {**mix.metadata, **{label: file.metadata for label, file in regional.items()}}
-    counted = _counted(wanted)
-    return {label: metadata for label, metadata in told.items() if label in counted}
+    return {label: metadata for label, metadata in told.items() if label in wanted.counted}
 
 
 def _say_unheard(told: Mapping[str, Mapping[str, str]]) -> None:
@@ -397,7 +379,7 @@ def _mixed(
     from sfumato.merging.whole_model import read_mixable
     from sfumato.words import embedding
 
-    texts, counted = _texts(wanted, config.negative or ""), _counted(wanted)
+    texts, counted = wanted.texts, wanted.counted
     with ExitStack() as stack:
         words = [stack.enter_context(embedding.load(base, file, token)) for token, file in wanted.embeddings]
         named: list[tuple[Path, Iterable[str]]] = [
@@ -439,42 +421,19 @@ def _against(pictures: Sequence[Request], mix: Mix, wanted: Plan, settings: Mapp
 
     settings: what all pictures share.
     """
-    always = {each.label: each.weight for each in wanted.adapters}
-    always |= {} if wanted.sweep is None else {wanted.sweep[0]: 1.0}
     found = []
     for picture in pictures:
-        weights = always if picture.tagged is None else picture.tagged
-        asked = [
-            escaped(text) if settings["prompt_syntax"] == "a1111" else text
-            for label, texts in mix.negatives.items()
-            if not is_idle(weights.get(label, 0.0))
-            for text in texts
-        ]
+        weights = wanted.weights_of(picture)
+        if wanted.sweep is not None:
+            weights = {**weights, wanted.sweep[0]: 1.0}
+        counted = [label for label in mix.negatives if not is_idle(weights.get(label, 0.0))]
+        asked = [text for label in counted for text in mix.negatives[label]]
         is_free = "negative" not in picture.own and {**settings, **picture.own}["guidance"] > 1
-        negative = negative_for(picture.prompt, asked) if is_free else ""
+        negative = negative_for(picture.prompt, asked, settings["prompt_syntax"]) if is_free else ""
         found.append(replace(picture, own={**picture.own, "negative": negative}) if negative else picture)
     for negative in dict.fromkeys(each.own["negative"] for each in found if each not in pictures):
         say(f'the negative prompt is {negative!r}, as its file asks; --negative "" draws without.')
     return found
-
-
-def _counted(wanted: Plan) -> set[str]:
-    """The labels of the adapters that have a weight which is not 0 anywhere in what is drawn."""
-    always = {each.label: each.weight for each in wanted.adapters}
-    of_pictures = [always if each.tagged is None else each.tagged for each in wanted.pictures]
-    found = {label for weights in of_pictures for label, weight in weights.items() if not is_idle(weight)}
-    given = {label: [weight for _, weight in way.points] for label, way in wanted.where_when.by_step.items()
-             if not isinstance(way, Span)}  # fmt: skip
-    given |= {} if wanted.sweep is None else {wanted.sweep[0]: list(wanted.sweep[1])}
-    found = (found - given.keys()) | {label for label, weights in given.items() if any(weights)}
-    return found | {each.label for each in wanted.where_when.regional if not is_idle(each.weight)}
-
-
-def _texts(wanted: Plan, negative: str) -> list[str]:
-    """All prompts of the call: of pictures and regions, and what shall not be in them."""
-    of_spots = [spot.prompt for spot in wanted.where_when.spots if spot.prompt is not None]
-    negatives = [each.own["negative"] for each in wanted.pictures if "negative" in each.own]
-    return [*(each.prompt for each in wanted.pictures), *of_spots, negative, *negatives]
 
 
 def _settings(config: Config, wanted: Plan, start: Start | None, base: Base) -> dict[str, Any]:
@@ -484,7 +443,7 @@ def _settings(config: Config, wanted: Plan, start: Start | None, base: Base) -> 
     defaults = base.defaults
     width, height = wanted.size or (defaults.resolution, defaults.resolution)
     return {
-        "negative": config.negative or "",
+        "negative": wanted.negative,
         "steps": config.steps or defaults.sampling_steps,
         "guidance": defaults.guidance if config.guidance is None else config.guidance,
         "width": width,

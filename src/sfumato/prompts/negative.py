@@ -10,10 +10,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from sfumato.prompts.syntax import Syntax, escaped
 
-def negative_for(prompt: str, asked: Iterable[str]) -> str:
-    """Those of the texts that the prompt holds and says something beside, in any case; parted by commas, or ""."""
-    return ", ".join(text for text in dict.fromkeys(asked) if text and _is_beside(text, prompt))
+
+def negative_for(prompt: str, asked: Iterable[str], syntax: Syntax = "plain") -> str:
+    """The texts, out of those that files ask for, that the prompt holds beside other words; separated by commas, or "".
+
+    Upper and lower case are alike. syntax: how the prompt is written, and what is returned.
+    """
+    texts = (escaped(text) if syntax == "a1111" else text for text in asked)
+    return ", ".join(text for text in dict.fromkeys(texts) if text and _is_beside(text, prompt))
 
 
 def _is_beside(text: str, prompt: str) -> bool:

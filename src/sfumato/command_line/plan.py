@@ -1,0 +1,61 @@
+"""What a call of `sfumato generate` asks for, checked before anything heavy is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from sfumato.command_line.specs import Request
+from sfumato.command_line.where_when import Span, WhereWhen
+from sfumato.compose.adapter import Adapter, Weight, is_idle
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The pictures to draw, what they are drawn with, and where they go.
+
+    negative: of all pictures that have none of their own. strengths: adapter guidance that was asked for, by label.
+    embeddings: (token, file) of new words. size: (width, height) in pixels or unset. files: one for each picture, or
+    the sheet's alone. sweep: (label, weights). where_when: weights by step, and regions, whose adapters are not in
+    `adapters`.
+    """
+
+    pictures: tuple[Request, ...]
+    negative: str
+    adapters: tuple[Adapter, ...]
+    strengths: Mapping[str, float]
+    embeddings: tuple[tuple[str | None, Path], ...]
+    size: tuple[int, int] | None
+    files: tuple[Path, ...]
+    sweep: tuple[str, tuple[float, ...]] | None
+    where_when: WhereWhen
+
+    @property
+    def texts(self) -> list[str]:
+        """All prompts: of pictures and regions, and what shall not be in them."""
+        of_spots = [spot.prompt for spot in self.where_when.spots if spot.prompt is not None]
+        negatives = [each.own["negative"] for each in self.pictures if "negative" in each.own]
+        return [*(each.prompt for each in self.pictures), *of_spots, self.negative, *negatives]
+
+    @property
+    def counted(self) -> set[str]:
+        """The labels of the adapters that have a weight which is not 0 anywhere in what is drawn."""
+        found = {
+            label
+            for picture in self.pictures
+            for label, weight in self.weights_of(picture).items()
+            if not is_idle(weight)
+        }
+        given = {
+            label: [weight for _, weight in way.points]
+            for label, way in self.where_when.by_step.items()
+            if not isinstance(way, Span)
+        }
+        given |= {} if self.sweep is None else {self.sweep[0]: list(self.sweep[1])}
+        found = (found - given.keys()) | {label for label, weights in given.items() if any(weights)}
+        return found | {each.label for each in self.where_when.regional if not is_idle(each.weight)}
+
+    def weights_of(self, picture: Request) -> Mapping[str, Weight]:
+        """The adapters' weights in a picture, by label, before steps, sweeps and regions change them."""
+        return {each.label: each.weight for each in self.adapters} if picture.tagged is None else picture.tagged

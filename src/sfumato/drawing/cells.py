@@ -1,0 +1,271 @@
+"""The cells of a grid: what each picture depends on, and the pictures, in as few batches as their settings allow.
+
+Nothing heavy is imported before a cell is drawn: a grid is planned, and refused, without torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sfumato.compose.adapter import Adapter, Weight, is_idle
+from sfumato.prompts.negative import negative_for
+from sfumato.prompts.syntax import Syntax
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from sfumato.bases import Base
+    from sfumato.compose import Mix
+    from sfumato.words.in_use import Vectors, Words
+
+FORMAT = 2
+"""Of the cells' names; another where the same settings draw another picture than an earlier version's."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One picture: its settings, and the adapters' weights by label. Those of a method are in `settings` if one is."""
+
+    settings: Mapping[str, Any]
+    weights: Mapping[str, Weight]
+
+    @property
+    def counted(self) -> tuple[str, ...]:
+        """The labels of the adapters whose weight is not 0; the others are as if they were not there."""
+        return tuple(label for label, weight in self.weights.items() if not is_idle(weight))
+
+    def key(self, base: Sequence[str], files: Mapping[str, str], words: Sequence[tuple[str, str]] = ()) -> str:
+        """What the picture depends on, so that a cell drawn earlier is known again. base: which, and how it is loaded.
+        files: sha256 by label. words: token and sha256 of each embedding."""
+        used = {label: [files[label], self.weights[label]] for label in self.counted}
+        told = [FORMAT, list(base), dict(self.settings), used]
+        if self.settings.get("method"):
+            # The order counts: np-lora keeps the first whole. 2: the words that adapters bring were not known once.
+            told.append([2, *used])
+        if words:
+            told.append({"embeddings": list(words)})
+        text = json.dumps(told, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the cells are drawn from and with.
+
+    mix: of all adapters; None where cells have a method, which merges them for each batch. told, brought: the metadata
+    and new words of the adapters' files, by label. words: those of --embedding. named: their files, and what they are
+    called. syntax: of all prompts. partial: apply what fits of an adapter of which a part does not.
+    """
+
+    base: Base
+    adapters: Sequence[Adapter]
+    mix: Mix | None
+    told: Mapping[str, Mapping[str, str]]
+    brought: Mapping[str, Vectors]
+    words: Sequence[Words]
+    named: Sequence[tuple[Path, list[str]]]
+    syntax: Syntax
+    partial: bool
+
+    def notes(self, cells: Sequence[Cell], embeddings: Sequence[tuple[str | None, Path]]) -> list[str]:
+        """What of the words has no effect, and what was learned on another base. Raises ConfigError as `_checked`."""
+        from sfumato.drawing.drawn import (
+            changes_nothing,
+            learned_otherwise,
+            misread_words,
+            unknown_words,
+            unread_marks,
+            unused_words,
+        )
+        from sfumato.files.header import read_header
+
+        base, syntax = self.base, self.syntax
+        texts = [cell.settings[name] for name in ("prompt", "negative") for cell in cells]
+        learned = self._checked(cells)
+        of_words = {token or file.name: read_header(file).metadata for token, file in embeddings}
+        known = [token for some in (*(each.tokens for each in self.words), *self.brought.values()) for token in some]
+        lines = [
+            *unread_marks(texts, syntax),
+            *unused_words(self.named, texts, syntax),
+            *unknown_words(texts, known, base),
+        ]
+        lines += changes_nothing(self.mix) if self.mix else []
+        return [*lines, *misread_words(known, texts, syntax), *learned, *learned_otherwise(of_words, base)]
+
+    def _checked(self, cells: Iterable[Cell]) -> list[str]:
+        """What `learned_otherwise` says of the adapters that count in any cell.
+
+        Raises ConfigError for a prompt that words make too long, loaded ones or those that its adapters bring.
+        """
+        from sfumato.drawing.drawn import learned_otherwise
+
+        together: dict[tuple[str, ...], list[Cell]] = {}
+        for cell in cells:
+            together.setdefault(cell.counted, []).append(cell)
+        lines: dict[str, None] = {}
+        for labels, some in together.items():
+            with self._words(some[0]) as words:
+                known = [*self.words, *([] if words is None else [words])]
+                for each in known if self.syntax == "plain" else []:  # the others take prompts of any length
+                    each.check([cell.settings[name] for name in ("prompt", "negative") for cell in some])
+                lines |= dict.fromkeys(learned_otherwise({label: self.told[label] for label in labels}, self.base))
+        return list(lines)
+
+    def with_asked_negative(self, cell: Cell) -> Cell:
+        """The cell with the negative prompt that its adapters' files ask for, where nothing else is asked for."""
+        if cell.settings["negative"] is not None:
+            return cell
+        from sfumato.files.metadata import negatives_of
+
+        asked = [text for label in cell.counted for text in negatives_of(self.told[label])]
+        negative = negative_for(cell.settings["prompt"], asked, self.syntax)
+        return replace(cell, settings={**cell.settings, "negative": negative})
+
+    def draw(
+        self, rows: Sequence[Sequence[Cell]], places: Sequence[tuple[int, int]]
+    ) -> Iterator[tuple[tuple[int, int], Image, Mapping[str, Any]]]:
+        """(place, picture, how its adapters count) of the cells at these places, (column, row).
+
+        Cells that differ in prompt and seed alone are drawn in one batch.
+        """
+        from sfumato.command_line.where_when import WhereWhen
+        from sfumato.compose.guided import adapter_guidance, strengths_of
+        from sfumato.compose.steps import over_asked_steps
+        from sfumato.drawing.pictures import draw
+
+        together: dict[str, list[tuple[int, int]]] = {}
+        for place in places:
+            cell = rows[place[1]][place[0]]
+            shared = {name: value for name, value in cell.settings.items() if name not in ("prompt", "seed")}
+            together.setdefault(json.dumps([shared, dict(cell.weights)], sort_keys=True), []).append(place)
+        for group in together.values():
+            cells = [rows[row][column] for column, row in group]
+            to = filled(self.base, cells[0])
+            with (
+                self._applied(cells[0]) as applied,
+                self._words(cells[0], quiet=True),
+                adapter_guidance(applied, to["adapter_guidance"], guidance=to["guidance"]),
+                over_asked_steps(applied),
+            ):
+                pictures = draw(
+                    self.base,
+                    [cell.settings["prompt"] for cell in cells],
+                    [cell.settings["seed"] for cell in cells],
+                    syntax=to.get("prompt_syntax", "plain"),
+                    **{name: to[name] for name in ("negative", "steps", "guidance", "sampler")},
+                )
+                strengths = strengths_of(applied, to["adapter_guidance"], guidance=to["guidance"])
+                how = {"adapter_guidance": strengths, **WhereWhen().with_asked(applied.spans).told()}
+            for place, picture in zip(group, pictures, strict=True):
+                yield place, picture, how
+
+    def _applied(self, cell: Cell) -> AbstractContextManager[Mix]:
+        """A context that gives the mix, with the adapters as the cell has them."""
+        if self.mix is not None:
+            self.mix.set_weights(dict(cell.weights))
+            return nullcontext(self.mix)
+        from sfumato.compose.by_method import by_method
+        from sfumato.merging.factors import Budget
+        from sfumato.merging.methods import Settings
+
+        to = cell.settings
+        settings = Settings(density=to.get("density", Settings.density))
+        return by_method(
+            self.base,
+            *self.adapters_at(cell),
+            method=to["method"],
+            settings=settings,
+            budget=Budget(rank=to["rank"]),
+            partial=self.partial,
+            words_known=True,
+        )
+
+    def _words(self, cell: Cell, *, quiet: bool = False) -> AbstractContextManager[Words | None]:
+        """Within the block the words are in use that the cell's adapters bring; those at 0 bring none."""
+        from sfumato.words.embedding import bundled
+
+        found = {label: words for label, words in self.brought.items() if label in cell.counted}
+        return bundled(self.base, found, partial=self.partial, quiet=quiet)
+
+    def adapters_at(self, cell: Cell) -> tuple[Adapter, ...]:
+        """The adapters with the weights that the cell gives them."""
+        return tuple(Adapter(each.path, cell.weights[each.label], each.label) for each in self.adapters)
+
+
+@contextmanager
+def prepared(
+    base: Base,
+    adapters: Sequence[Adapter],
+    embeddings: Sequence[tuple[str | None, Path]],
+    *,
+    is_merged: bool,
+    syntax: Syntax,
+    partial: bool,
+) -> Iterator[Setup]:
+    """Within the block the base has the new words, and the mix unless cells merge the adapters by a method.
+
+    embeddings: (token, file) of new words; a token of None is the file's own. is_merged: whether cells have a method.
+    """
+    from sfumato.compose import compose
+    from sfumato.words import embedding
+
+    with ExitStack() as stack:
+        words = [stack.enter_context(embedding.load(base, file, token)) for token, file in embeddings]
+        named = [(file, list(each.tokens)) for each, (_, file) in zip(words, embeddings, strict=True)]
+        mix = None
+        if not is_merged:
+            mix = stack.enter_context(compose(base, *adapters, partial=partial, words_known=True))
+        told, brought = _in_files(mix, adapters, partial=partial)
+        yield Setup(base, adapters, mix, told, brought, words, named, syntax, partial)
+
+
+def _in_files(
+    mix: Mix | None, adapters: Sequence[Adapter], *, partial: bool
+) -> tuple[Mapping[str, Mapping[str, str]], Mapping[str, Vectors]]:
+    """(metadata, new words) of the adapters' files, by label. mix: None where cells merge them by a method, which takes
+    no whole model."""
+    if mix is not None:
+        return mix.metadata, mix.embeddings
+    from sfumato.merging.merge import refuse_model
+    from sfumato.merging.whole_model import read_mixable
+
+    read = {each.label: read_mixable(each.path, partial=partial) for each in adapters}
+    for label, file in read.items():
+        refuse_model(label, file.changes)
+    told = {label: file.metadata for label, file in read.items()}
+    return told, {label: file.embeddings for label, file in read.items()}
+
+
+def check_drawable(base: Base, rows: Sequence[Sequence[Cell]]) -> None:
+    """Raises ConfigError for steps or samplers that the base does not have, before the first cell is drawn."""
+    from sfumato.drawing.pictures import check_steps
+    from sfumato.schedulers import scheduler
+
+    to = [cell.settings for cells in rows for cell in cells]
+    for steps in {each["steps"] for each in to}:
+        check_steps(steps, base.scheduler)
+    for sampler in {each["sampler"] for each in to} - {None}:
+        scheduler(sampler, base.scheduler.config)
+
+
+def filled(base: Base, cell: Cell) -> dict[str, Any]:
+    """The cell's settings, with the family's defaults for those that are unset."""
+    to = cell.settings
+    guidance = base.defaults.guidance if to["guidance"] is None else to["guidance"]
+    return {**to, "steps": to["steps"] or base.defaults.sampling_steps, "guidance": guidance}
+
+
+def digest_of(path: Path) -> str:
+    """sha256 of a file as it is, metadata included, which say how it is drawn with; of peft's folder, of all in it."""
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()
