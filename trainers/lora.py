@@ -11,9 +11,7 @@ calls is the library.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +24,7 @@ from sfumato.errors import ConfigError
 from sfumato.numerals import so_many
 from sfumato.training import checks, filling
 from sfumato.training.options import TrainerOptions
-from sfumato.words.placeholders import MOST_VECTORS, RATES, VECTORS, check_stands_for, holds
+from sfumato.words.placeholders import MOST_VECTORS, RATES, VECTORS, check_stands_for, files, holds
 
 if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that its --help is there at once
     from torch import nn
@@ -39,10 +37,11 @@ if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that 
     from sfumato.runs.samples import Samples
     from sfumato.training.crossed import Crossing
     from sfumato.training.ema import Average
+    from sfumato.training.learned import Learned
     from sfumato.training.noising import Noising
     from sfumato.training.prior import BasePrediction, ClassPictures
     from sfumato.training.processes import Processes
-    from sfumato.words.embedding import Words
+    from sfumato.words.in_use import Words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +133,7 @@ def train(config: Config) -> Path:
     from sfumato.training import optimizers
     from sfumato.training.ema import Average
     from sfumato.training.full import parts_of
+    from sfumato.training.init_from import start_from
     from sfumato.training.measure import Measures
     from sfumato.training.noising import draw_noised, errors_of
     from sfumato.training.prior import prepare_both
@@ -171,7 +171,7 @@ def train(config: Config) -> Path:
     lora = new_lora(adapted, config)
     facts = {"data": dataset.fingerprint, "class": class_set.fingerprint if class_set else "none"}
     if config.init_from and config.init_from.exists():  # a run that goes on has its weights from a checkpoint
-        facts["init"], left = start_from(lora, words, config)
+        facts["init"], left = start_from(config.init_from, lora, words, config.initial_words)
         run.say(*left)
     run.identify(**facts, base=base.fingerprint())
     beside = f"{len(class_set)} of the class, " if class_set else ""
@@ -191,10 +191,10 @@ def train(config: Config) -> Path:
     measures = Measures(base, dataset, watched, pristine=lora.disabled, within=average.applied, modules=[lora])
     trigger = list(dict.fromkeys([*subjects.triggers, *config.train_words]))
     samples = samples_of(config, base, lora, subjects, dataset, trigger, run, average)
-    learned = Learned(config, base, lora, words, dataset, samples, trigger)
+    learned = learned_of(config, base, lora, words, dataset, samples, trigger)
     run.every(config.measure_every, lambda step: run.log(step=step, **measures.values()))
     run.every(config.sample_every, samples.draw)
-    run.every(config.save_every, lambda step: export(step, learned, average, processes))
+    run.every(config.save_every, lambda step: export(step, config, learned, average, processes))
     noising = config.noising(base)
     priors = priors_of(config, base, dataset, class_set, noising, lora)
     crossing = crossing_of(config, base, dataset, processes, lora)
@@ -245,7 +245,7 @@ def train(config: Config) -> Path:
     average.apply()
     path = config.output / f"{config.name}.safetensors"
     if processes.is_main:
-        save(path, learned, run)
+        save(path, config, learned, samples, run)
     if words:
         words.remove()
     run.close()
@@ -263,6 +263,11 @@ def check(config: Config) -> None:
     checked_adapter_guidance(config.adapter_guidance)
     if config.over_steps is not None:
         parse_span(config.over_steps)
+    check_words(config)
+
+
+def check_words(config: Config) -> None:
+    """Refuse new words, or options of theirs, that make no sense."""
     for prompt in config.prior_prompts:
         if new := [word for word in config.train_words if holds(word, prompt)]:
             raise ConfigError(f"--prior-prompts {prompt!r} holds {new[0]}, which the base does not know; leave it out.")
@@ -318,8 +323,9 @@ def resolve(config: Config, base: Base, samples: int, processes: int, *, has_pri
 
 def written(config: Config) -> list[str]:
     """What is written into the run's folder beside what every run writes."""
-    words = {} if config.bundle else word_files(config.output / f"{config.name}.safetensors", config)
-    return [*(["adapters"] if config.save_every else []), *(path.name for path in words.values())]
+    words = () if config.bundle else config.train_words
+    paths = files(config.output, config.name, words, alone=False)
+    return [*(["adapters"] if config.save_every else []), *(path.name for path in paths.values())]
 
 
 def read_examples(config: Config) -> Folder:
@@ -435,126 +441,51 @@ def crossing_of(config: Config, base: Base, dataset: Dataset, processes: Process
         return Crossing(base, dataset, config.seed, config.crossed_share, shown=processes.is_main)
 
 
-def start_from(lora: Lora, words: Words | None, config: Config) -> tuple[str, list[str]]:
-    """Copy the values of --init-from into this adapter, and those of its words into ours of the same spelling.
+def learned_of(
+    config: Config,
+    base: Base,
+    lora: Lora,
+    words: Words | None,
+    dataset: Dataset,
+    samples: Samples,
+    trigger: Sequence[str],
+) -> Learned:
+    """What is written of the training, and what its files say of themselves."""
+    from sfumato.precision import DTYPES
+    from sfumato.training.finish import describe_run
+    from sfumato.training.learned import Learned
 
-    Returns a fingerprint of what was copied, and a line on each word that is not learned here.
-    """
-    from sfumato.files import read_lora
-    from sfumato.files.fingerprint import fingerprint
+    def about(**more: Any) -> Description:
+        return describe_run(
+            config,
+            base,
+            dataset,
+            samples,
+            trigger=trigger,
+            adapter_guidance=config.adapter_guidance,
+            over_steps=filling.span_of(config, base),
+            negatives=trigger if config.own_negative else (),
+            **more,
+        )
 
-    assert config.init_from is not None
-    name, file = config.init_from.name, read_lora(config.init_from, words=True)
-    modules = {key: module.plain() for key, module in file.modules.items()}  # without a Tucker core
-    lora.load({key: (m.down, m.up, m.alpha) for key, m in modules.items()}, name)
-    digest = hashlib.sha256(fingerprint(modules).encode())
-    found = {token.lower(): parts for token, parts in file.embeddings.items()}  # as tokenizers read them
-    left = found.keys() - {token.lower() for token in config.train_words}
-    for token in words.tokens if words else ():
-        if (parts := found.get(token.lower())) is None:
-            continue
-        if config.initial_words:
-            raise ConfigError(f"--initial-words: {token} starts from its vectors in {name}; leave them out.")
-        words.copy_from(token, parts, name)
-        digest.update(b"".join(rows.float().numpy().tobytes() for rows in parts.values()))
-    return digest.hexdigest(), [
-        f"{name}: its word {token} is left behind; learn on with it by --train-words {shlex.quote(token)}"
-        for token in sorted(left)
-    ]
-
-
-@dataclass(frozen=True)
-class Learned:
-    """What is written of a training, and what is told with it. trigger: the words that call it up."""
-
-    config: Config
-    base: Base
-    lora: Lora
-    words: Words | None
-    dataset: Dataset
-    samples: Samples
-    trigger: Sequence[str]
+    return Learned(lora, words, base.family.name, about, DTYPES[config.save_precision], config.bundle)
 
 
-def export(step: int, learned: Learned, average: Average, processes: Processes) -> None:
+def export(step: int, config: Config, learned: Learned, average: Average, processes: Processes) -> None:
     """Write the adapter as it is after this step, beside the last one; nothing before the first."""
     if step and processes.is_main:
-        config = learned.config
         with average.applied():
-            write_files(config.output / "adapters" / f"{config.name}-step{step:08d}.safetensors", learned, step)
+            learned.write(config.output / "adapters" / f"{config.name}-step{step:08d}.safetensors", step)
 
 
-def save(path: Path, learned: Learned, run: Run) -> None:
+def save(path: Path, config: Config, learned: Learned, samples: Samples, run: Run) -> None:
     """Write the adapter and new words, the card and the plot; upload them if asked."""
     from sfumato.training.finish import finish, upload
 
-    config = learned.config
-    description, beside = write_files(path, learned, config.steps)
-    finish(run, path, description, learned.samples, kind="lora", push=None)
-    if learned.words:
-        tell_words(path, learned.words, beside, config, description, run)
+    description, beside = learned.write(path, config.steps)
+    finish(run, path, description, samples, kind="lora", push=None)
+    learned.tell_words(path, beside, description, run)
     upload(run, [path, *beside.values()], config.push_to_hub)
-
-
-def write_files(path: Path, learned: Learned, steps: int) -> tuple[Description, dict[str, Path]]:
-    """Write the adapter as it is now, after so many steps, with its words in it or beside it.
-
-    Returns what its file says of itself, and the files beside it, by word.
-    """
-    from sfumato.files import describe, write_lora
-    from sfumato.precision import DTYPES
-    from sfumato.training.finish import describe_run
-
-    config, base, words = learned.config, learned.base, learned.words
-    about = {"trigger": learned.trigger, "steps": steps, "adapter_guidance": config.adapter_guidance}
-    about["over_steps"] = filling.span_of(config, base)
-    about["negatives"] = learned.trigger if config.own_negative else ()
-    if words and not config.bundle:
-        about["word_files"] = {token: file.name for token, file in word_files(path, config).items()}
-    description = describe_run(config, base, learned.dataset, learned.samples, **about)
-    # First, so that no adapter is ever there without its words.
-    beside = write_words(path, words, config, description) if words and not config.bundle else {}
-    write_lora(
-        path,
-        learned.lora.modules_by_target(),
-        family=base.family.name,
-        metadata=describe(description),
-        dtype=DTYPES[config.save_precision],
-        words=words.vectors() if words and config.bundle else None,
-    )
-    return description, beside
-
-
-def word_files(path: Path, config: Config) -> dict[str, Path]:
-    """By word, its file beside the adapter's."""
-    from sfumato.words.placeholders import files
-
-    return files(path.parent, path.stem, config.train_words, alone=False)
-
-
-def write_words(path: Path, words: Words, config: Config, description: Description) -> dict[str, Path]:
-    """Write each new word as it is now beside the adapter's file at `path`; returns the files, by word."""
-    from sfumato.files import describe
-    from sfumato.files.write_embedding import write_embedding
-
-    paths = word_files(path, config)
-    for token, vectors in words.vectors().items():
-        metadata = describe(dataclasses.replace(description, trigger=[token], word_files={}))
-        write_embedding(paths[token], token, vectors, metadata=metadata)
-    return paths
-
-
-def tell_words(
-    path: Path, words: Words, beside: dict[str, Path], config: Config, description: Description, run: Run
-) -> None:
-    """A line on each word's file, if it has one, what the words are near to, and a section of the card."""
-    from sfumato.cards.words import add_words_section
-
-    for token, file in beside.items():
-        run.say(f"word     {token}  {file}")
-    inside = None if beside else path
-    add_words_section(path.with_name("README.md"), beside or word_files(path, config), description, inside=inside)
-    run.say("nearest of the base's words, by cosine:\n" + "\n".join(words.report()))
 
 
 def main(argv: Sequence[str]) -> int:

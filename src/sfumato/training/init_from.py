@@ -1,0 +1,45 @@
+"""An adapter and words that start from those of a file, instead of from nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sfumato.errors import ConfigError
+from sfumato.files import read_lora
+from sfumato.files.fingerprint import fingerprint
+
+if TYPE_CHECKING:
+    from sfumato.adapters import Lora
+    from sfumato.words.in_use import Words
+
+
+def start_from(path: Path, lora: Lora, words: Words | None, initial_words: Sequence[str]) -> tuple[str, list[str]]:
+    """Copy the adapter in this file into `lora`, and its words into those of `words` that are spelt alike.
+
+    initial_words: what --initial-words says, which a word that starts from the file does not need. Returns a
+    fingerprint of what was copied, and a line on each word of the file that is not learned here. Raises ConfigError
+    for a word that has both starts, and AdapterError for an adapter of other layers or another rank.
+    """
+    name, file = path.name, read_lora(path, words=True)
+    modules = {key: module.plain() for key, module in file.modules.items()}  # without a Tucker core
+    lora.load({key: (m.down, m.up, m.alpha) for key, m in modules.items()}, name)
+    digest = hashlib.sha256(fingerprint(modules).encode())
+    found = {token.lower(): parts for token, parts in file.embeddings.items()}  # as tokenizers read them
+    tokens = list(words.tokens) if words else []
+    for token in tokens:
+        if (parts := found.get(token.lower())) is None:
+            continue
+        if initial_words:
+            raise ConfigError(f"--initial-words: {token} starts from its vectors in {name}; leave them out.")
+        assert words is not None
+        words.copy_from(token, parts, name)
+        digest.update(b"".join(rows.float().numpy().tobytes() for rows in parts.values()))
+    left = sorted(found.keys() - {token.lower() for token in tokens})
+    return digest.hexdigest(), [
+        f"{name}: its word {token} is left behind; learn on with it by --train-words {shlex.quote(token)}"
+        for token in left
+    ]
