@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Any, Self, get_args
+from typing import Any, Self, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -41,6 +41,8 @@ from sfumato.files.kinds import ROLES
 from sfumato.files.metadata import adapter_guidance_of, negatives_of, over_steps_of
 from sfumato.merging.whole_model import read_mixable
 from sfumato.numerals import so_many
+
+Asked = TypeVar("Asked")
 
 _MARK = "_sfumato_mix"
 """Attribute of each mixed part, so that a second mix over the first is noticed whatever pipeline object it comes by."""
@@ -160,14 +162,12 @@ class Mix:
     @property
     def strengths(self) -> Mapping[str, float]:
         """The adapter guidance that files ask for, by label; without those that ask for none."""
-        found = {label: adapter_guidance_of(file.metadata) for label, file in self._files.items()}
-        return MappingProxyType({label: strength for label, strength in found.items() if strength})
+        return self._asked(adapter_guidance_of)
 
     @property
     def spans(self) -> Mapping[str, tuple[float, float]]:
         """The steps that files ask for, by label, as (start, end) of progress; without those that ask for none."""
-        found = {label: over_steps_of(file.metadata) for label, file in self._files.items()}
-        return MappingProxyType({label: span for label, span in found.items() if span})
+        return self._asked(over_steps_of)
 
     @property
     def without_effect(self) -> list[str]:
@@ -182,8 +182,11 @@ class Mix:
     def negatives(self) -> Mapping[str, tuple[str, ...]]:
         """The negative prompts that files ask for, by label; without those that ask for none. `sfumato generate` takes
         them for prompts that hold them and more; in a pipeline of your own give `negative_prompt=`."""
-        found = {label: negatives_of(file.metadata) for label, file in self._files.items()}
-        return MappingProxyType({label: texts for label, texts in found.items() if texts})
+        return self._asked(negatives_of)
+
+    def _asked(self, read: Callable[[Mapping[str, str]], Asked | None]) -> Mapping[str, Asked]:
+        """What `read` finds in the files' metadata, by label; without those in which it finds nothing."""
+        return MappingProxyType({label: found for label, file in self._files.items() if (found := read(file.metadata))})
 
     @property
     def metadata(self) -> Mapping[str, Mapping[str, str]]:
