@@ -58,16 +58,17 @@ class Config:
     _: KW_ONLY
     lora: tuple[str, ...] = ()
     """FILE:0.8, an adapter and its weight; FILE:0.8:0.4 for U-Net and text encoders; LABEL=FILE:0.8. Repeat to mix.
-    FILE may be a whole model, of which so much is mixed in, or on the hub: owner/name, owner/name/file.safetensors."""
+    FILE may be a whole model, of which that share is mixed in, or be on the hub: owner/name,
+    owner/name/file.safetensors."""
     blocks: tuple[str, ...] = ()
     """LABEL=down:0,up.1:1.2, factors on an adapter's weight by block; or a preset of B-LoRA (b-lora-style,
     b-lora-content), or a block-weight list of the web interfaces. Repeat for several adapters."""
     over_steps: tuple[str, ...] = ()
-    """LABEL=0:0,0.4:1, an adapter's weights by points PROGRESS:WEIGHT (0 is noise, 1 the finished picture), straight
-    between them; or LABEL=0-0.5, its own weight in those steps and none in the others. Unset: those that its file
-    asks for, else all. LABEL may be the name in a tag. Repeat for several adapters."""
+    """LABEL=0:0,0.4:1, an adapter's weights as points PROGRESS:WEIGHT (0 is noise, 1 the finished picture), with
+    straight lines between them; or LABEL=0-0.5, its own weight in those steps and none in the others. Unset: the steps
+    that its file asks for, else all. LABEL may be the name in a tag. Repeat for several adapters."""
     switch: int | None = None
-    """The adapters take turns, each for so many steps (LoRA-Switch)."""
+    """The adapters take turns of this many steps each (LoRA-Switch)."""
     region: tuple[str, ...] = ()
     """LABEL=left, where in the picture an adapter counts: left, right, top, bottom, a box left,top,right,bottom in
     shares of the side, or a picture that is white there. LABEL=left:an otter draws its own prompt there, and
@@ -87,42 +88,42 @@ class Config:
     prompts_file: Path | None = None
     """A text file with a prompt a line; empty lines and lines that begin with # are left out."""
     sweep: str | None = None
-    """LABEL=0,0.5,1: a sheet with a row for each weight of that adapter and a column for each prompt and seed. Where it
-    has two weights, that of the text encoders goes along in proportion."""
+    """LABEL=0,0.5,1: a sheet with a row for each weight of that adapter and a column for each prompt and seed. If the
+    adapter has two weights, that of the text encoders changes in proportion."""
     before_after: bool = False
     """A sheet with a row for each prompt and seed: without the adapters, and with them from the same noise."""
     embedding: tuple[str, ...] = ()
     """FILE or TOKEN=FILE, a textual inversion, here or on the hub: a new word for prompts. Repeat for several."""
     image: Path | None = None
-    """A picture to begin from instead of noise (img2img)."""
+    """A picture to start from instead of noise (img2img)."""
     strength: float | None = None
-    """How much of --image is drawn anew, above 0 to 1; 0.6 if unset."""
+    """How much of --image is redrawn, above 0 to 1; 0.6 if unset."""
     mask: Path | None = None
-    """A picture that is white where --image is to be drawn anew; the rest stays to the pixel (inpainting)."""
+    """A picture that is white where --image is to be redrawn; the rest stays the same to the pixel (inpainting)."""
     prompt_syntax: Literal["plain", "a1111", "compel"] = "plain"
     """Weighted words and prompts of any length: a1111 reads (words:1.3) and words that change between the steps,
     [crab:otter:0.4] and [crab|otter]; compel reads (words)1.3 (extra `prompts`)."""
     negative: str | None = None
-    """What the pictures should not show. Unset: what a file asks for, which of subjects may be their own words, in
-    prompts that say more (train --own-negative); else nothing. "" asks for nothing."""
+    """What the pictures should not show; "" asks for nothing. Unset: what an adapter's file asks for, else nothing. A
+    subject's file may ask for the subject's own words in prompts that say more (train --own-negative)."""
     steps: int | None = None
     """Steps of the sampler; the family's default if unset."""
     guidance: float | None = None
     """How strongly the prompt is followed (CFG scale); the family's default if unset."""
     adapter_guidance: tuple[str, ...] = ()
-    """2, or LABEL=2 for one adapter: how often its change of the U-Net counts. It is in the prediction for the prompt
-    alone, and guidance multiplies what it changes there, so that less weight draws more of a style and fewer mistakes.
-    0: in both predictions, as other programs have it. Unset: what the file asks for (ours of styles: 2), else 0."""
+    """2, or LABEL=2 for one adapter: how often its change of the U-Net counts. It is made in the prediction for the
+    prompt alone, where guidance multiplies it, so that less weight draws more of a style with fewer mistakes. 0: in
+    both predictions, as in other programs. Unset: what the file asks for (our styles: 2), else 0."""
     size: str | None = None
-    """Pixels, WIDTHxHEIGHT or one number for a square; what the base was trained on if unset."""
+    """Pixels, WIDTHxHEIGHT or one number for a square; if unset, the size that the base was trained on."""
     sampler: str | None = None
     """ddim, euler, euler a, dpm++ 2m, dpm++ 2m karras, unipc, heun, lms, pndm, ...; the family's default if unset."""
     verify: bool = False
-    """Refuse adapters whose changes are not those that their file's fingerprint was taken of, or that have none."""
+    """Refuse adapters whose changes do not match the fingerprint in their file, or that have none."""
     partial: bool = False
-    """Apply what fits of an adapter of which a part does not fit."""
+    """Apply the part of an adapter that fits, where the rest does not."""
     precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
-    """What the weights are computed in."""
+    """Number format to compute in."""
     device: str = "auto"
     """`auto`, `cuda`, `cuda:1`, `mps` or `cpu`."""
     attention: Literal["sdpa", "xformers"] = "sdpa"

@@ -45,27 +45,28 @@ class Config:
     lora: tuple[str, ...] = ()
     """FILE:0.8, an adapter and its weight, as for sfumato generate. Repeat to mix."""
     method: str | None = None
-    """How sfumato merge puts the adapters into one, where no axis says it: linear, ties, dare, magnitude, np-lora, ...;
-    unset, they are summed. For np-lora the first --lora is the style."""
+    """How sfumato merge combines the adapters into one, where no axis says it: linear, ties, dare, magnitude, np-lora,
+    ...; unset, they are summed. For np-lora the first --lora is the style."""
     density: float | None = None
     """Share of the entries that ties, dare, dare-ties, magnitude, knots and core-space keep; 0.5 if unset."""
     rank: int | None = None
-    """At most so many directions a module of what a method merges; unset, as many as the adapters have together."""
+    """The largest rank of a module that a method merges; unset, as many directions as the adapters have together."""
     embedding: tuple[str, ...] = ()
     """FILE or TOKEN=FILE, a textual inversion, here or on the hub: a new word for prompts. Repeat for several."""
     adapter_weight: float = 1.0
-    """The weight of the adapters of an axis adapter=..., of those that have none of their own (FILE:0.8)."""
+    """The weight of adapters on an axis adapter=... that have none of their own (FILE:0.8)."""
     prompt: str | None = None
     """What to draw, where no axis says it."""
     prompt_syntax: Literal["plain", "a1111", "compel"] = "plain"
-    """How all prompts are written, as for sfumato generate. With a1111 a | in brackets is the prompt's own, as in
-    prompt=a [red|blue] crab|an owl, which are two prompts; one outside them parts prompts."""
+    """How all prompts are written, as for sfumato generate. With a1111 a | in brackets belongs to the prompt, and one
+    outside them separates prompts: prompt=a [red|blue] crab|an owl is two prompts."""
     seed: int = 0
     """Where the noise comes from, where no axis says it."""
     base: str = "pocket"
     """`pocket`, a hub id, a diffusers folder or a .safetensors checkpoint."""
     output: Annotated[Path, Parameter(alias="-o")] = Path("grid")
-    """A folder: grid.png, grid.json, and cells/, all pictures with their settings. Cells that are there are kept."""
+    """A folder: grid.png, grid.json, and cells/, all pictures with their settings. Cells that are already there are
+    kept."""
     negative: str | None = None
     """What the pictures should not show; what a file asks for if unset, as for sfumato generate."""
     steps: int | None = None
@@ -77,7 +78,7 @@ class Config:
     sampler: str | None = None
     """The sampler's name; the family's default if unset."""
     partial: bool = False
-    """Apply what fits of an adapter of which a part does not fit."""
+    """Apply the part of an adapter that fits, where the rest does not."""
     clip_skip: int | None = None
     """Layers of the text encoder to leave out, from its end (A1111 counts one more)."""
     vae: str | None = None
@@ -85,7 +86,7 @@ class Config:
     prediction_type: Literal["epsilon", "v_prediction"] | None = None
     """What the base predicts, where its file does not say."""
     precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
-    """What the weights are computed in."""
+    """Number format to compute in."""
     device: str = "auto"
     """`auto`, `cuda`, `cuda:1`, `mps` or `cpu`."""
 

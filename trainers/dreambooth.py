@@ -75,62 +75,63 @@ class Config(TrainerOptions):
     instance_prompt: str | None = None
     """Caption of all the subject's pictures, instead of their own."""
     class_prompt: str | None = None
-    """Prompt of the class. Unset: the class name; captions that say more than "IDENTIFIER CLASS" have a form for the
-    class, too."""
+    """Prompt of the class. Unset: the class name; a caption that says more than "IDENTIFIER CLASS" gives a prompt of
+    the class, too."""
     prior: Literal["none", "pictures", "base"] = "pictures"
     """What keeps the class: pictures of it that the base has drawn, or the frozen base's own predictions."""
     prior_weight: float = 1.0
-    """Weight of the class in the loss, beside 1 for the subject; with 0 it is drawn and measured, and not learned."""
+    """Weight of the class in the loss; the subject has 1. With 0 the class is drawn and measured, but not learned."""
     prior_prompts: tuple[str, ...] = ()
-    """Further prompts that shall draw as before, beside the class, which keeps half of --class-count. Repeat it for
-    several. Beside given pictures of the class the base draws --class-count pictures of these."""
+    """Further prompts that should draw as before, beside the class, which keeps half of --class-count. Repeat it for
+    several. If pictures of the class are given, the base draws --class-count pictures of these prompts."""
     class_images: Path | None = None
     """Folder of pictures of the class. Unset: the base draws them."""
     class_count: int | None = None
-    """How many the base draws. Unset: the base family's default."""
+    """How many pictures the base draws. Unset: the base family's default."""
     class_cache: Path | None = None
-    """Folder that keeps drawn class pictures for other runs, too. Unset: the run's own folder."""
+    """Folder that keeps drawn class pictures for other runs. Unset: the run's own folder."""
     drift_limit: float | None = None
-    """Stop, and save, when the base's prediction on class or unrelated prompts has moved by more than this share."""
+    """Stop, and save, once the base's prediction for class or unrelated prompts has moved by more than this share."""
     rank: int | None = None
-    """Inner dimension of each update of a LoRA, also of one that --save lora extracts. Unset: the family's default."""
+    """Inner dimension of each update of a LoRA, including one that --save lora extracts. Unset: the family's
+    default."""
     alpha: float | None = None
     """With --method lora the update is scaled by alpha / rank. Unset: the rank, for a scale of 1."""
     conv_rank: int | None = None
-    """Inner dimension of the updates of convolutions of more than 1x1, where --method lora adapts them, as conv_dim
-    of sd-scripts. Unset: --rank."""
+    """Inner dimension of the updates of convolutions larger than 1x1, where --method lora adapts them; sd-scripts calls
+    it conv_dim. Unset: --rank."""
     conv_alpha: float | None = None
-    """--alpha of those convolutions. Unset: what gives them the scale of the other layers."""
+    """--alpha of those convolutions. Unset: the value that gives them the other layers' scale."""
     targets: str = "everything"
     """What a LoRA adapts: cross-attention, attention, attention+mlp, everything (in the U-Net's blocks), or a regular
     expression over module names."""
     train_text_encoder: bool = False
-    """Train the text encoders, too; captions are then encoded at each step."""
+    """Also train the text encoders; captions are then encoded at each step."""
     text_learning_rate: float | None = None
-    """Peak learning rate of the text encoders. Unset: a tenth of the U-Net's, or that of the U-Net for prodigy."""
+    """Peak learning rate of the text encoders. Unset: a tenth of the U-Net's; with prodigy, the U-Net's."""
     fused: bool = False
-    """Step each weight during the backward pass, so that never all gradients are in memory. To clip by their norm takes
-    a backward pass before it, with --clip 0 there is none."""
+    """Step each weight during the backward pass, so that the gradients are never all in memory. Clipping them by their
+    norm takes a backward pass before that one; --clip 0 saves it."""
     ema_on_cpu: bool = False
-    """Keep the mean of --ema in the CPU's memory."""
+    """Keep the running mean of --ema in the CPU's memory."""
     save: Literal["folder", "difference", "lora"] | None = None
-    """folder writes the whole model for diffusers, difference only what changed, for the mixer, lora the best LoRA of
-    the change. Unset: folder with --method full, lora with --method lora."""
+    """folder writes the whole model, for diffusers; difference only what changed, for the mixer; lora the LoRA that is
+    closest to the change. Unset: folder with --method full, lora with --method lora."""
     keep_energy: float | None = None
-    """With --method full --save lora: each layer's rank is the smallest that keeps this share of its change's energy,
+    """With --method full --save lora: each layer gets the smallest rank that keeps this share of its change's energy,
     and at most --rank, if that is given."""
     over_steps: str | None = None
-    """START-END, the steps in which a LoRA is drawn with, 0 at noise and 1 at the finished picture: samples are drawn
-    so, and its file asks for it, see sfumato generate --over-steps. With 0-0.8 the last steps are the base's, which
-    draws them in the style that the prompt names. Unset: those that were learned, see --min-timestep."""
+    """START-END, the steps in which a LoRA takes part in drawing, where 0 is noise and 1 the finished picture: samples
+    are drawn so, and the file asks for it (see sfumato generate --over-steps). With 0-0.8 the base draws the last steps
+    alone, in the style that the prompt names. Unset: the steps that were learned, see --min-timestep."""
     own_negative: bool = False
-    """With --method lora: draw samples with the subject's words as the negative prompt of prompts that hold them and
-    more, and ask for that in the file, see sfumato generate --negative: guidance then multiplies what is said beside
-    the subject, such as a style in which no picture showed it. The subject itself comes out less like its pictures: on
-    pocket, with old words such as "sks otter", this costs more than it brings (docs/methods.md)."""
+    """With --method lora: make the subject's words the negative prompt of prompts that hold them and more. Samples are
+    drawn so, and the file asks for it (see sfumato generate --negative). Guidance then multiplies what the prompt says
+    beside the subject, such as a style in which no picture showed it. The subject itself comes out less like its
+    pictures: on pocket, with old words such as "sks otter", this costs more than it brings (docs/methods.md)."""
     save_every: int = 0
-    """With --method lora: steps between adapters that are kept beside the last, as
-    OUTPUT/adapters/NAME-step00000500.safetensors, to choose from; 0 keeps none."""
+    """With --method lora: steps between adapters that are kept beside the last, to choose from, as
+    OUTPUT/adapters/NAME-step00000500.safetensors; 0 keeps none."""
     save_precision: Literal["fp32", "fp16", "bf16"] | None = None
     """Number format of what is written. Unset: fp32 on pocket, fp16 elsewhere."""
 

@@ -54,71 +54,72 @@ class Config(TrainerOptions):
     rank: int | None = None
     """Inner dimension of each update B A. Four suits a face, sixteen a style. Unset: the base family's default."""
     alpha: float | None = None
-    """The update is scaled by alpha / rank. Unset: the rank, for a scale of 1; with --rank-stabilised what gives
-    that at the base family's default rank."""
+    """The update is scaled by alpha / rank. Unset: the rank, for a scale of 1; with --rank-stabilised, the value that
+    gives a scale of 1 at the base family's default rank."""
     conv_rank: int | None = None
-    """Inner dimension of the updates of convolutions of more than 1x1, where --conv or --targets adapts them;
-    conv_dim of sd-scripts. Unset: --rank."""
+    """Inner dimension of the updates of convolutions larger than 1x1, where --conv or --targets adapts them; sd-scripts
+    calls it conv_dim. Unset: --rank."""
     conv_alpha: float | None = None
-    """--alpha of those convolutions. Unset: what gives them the scale of the other layers; with --rank-stabilised
+    """--alpha of those convolutions. Unset: the value that gives them the other layers' scale; with --rank-stabilised,
     --alpha."""
     dropout: float = 0.0
-    """Share of each update's inputs that is dropped while training."""
+    """Share of each update's inputs to drop while training."""
     rank_stabilised: bool = False
     """Scale by alpha / sqrt(rank), so that a high rank learns as fast as a low one."""
     targets: str = "cross-attention"
-    """What is adapted: cross-attention, attention, attention+mlp, everything (in the U-Net's blocks), or a regular
+    """What to adapt: cross-attention, attention, attention+mlp, everything (in the U-Net's blocks), or a regular
     expression over module names."""
     conv: bool = False
-    """Adapt the convolutions of the blocks, too; --targets everything does so by itself."""
+    """Also adapt the convolutions of the blocks; --targets everything does so by itself."""
     train_text_encoder: bool = False
-    """Adapt the text encoders, too; captions are then encoded at each step."""
+    """Also adapt the text encoders; captions are then encoded at each step."""
     text_learning_rate: float | None = None
-    """Peak learning rate of the text encoders. Unset: a tenth of the U-Net's, or that of the U-Net for prodigy."""
+    """Peak learning rate of the text encoders. Unset: a tenth of the U-Net's; with prodigy, the U-Net's."""
     train_words: tuple[str, ...] = ()
-    """Learn new words, too, such as `<otter>`, which the captions hold (pivotal tuning); in small letters. Repeat it
-    for several."""
+    """Also learn new words that the captions hold, such as `<otter>` (pivotal tuning); spell them in lower case. Repeat
+    it for several."""
     stands_for: tuple[str, ...] = ()
-    """Words of the captions whose place each new word takes, such as "sks otter"."""
+    """Words of the captions that each new word takes the place of, such as "sks otter"."""
     initial_words: tuple[str, ...] = ()
-    """Words that new ones start from: once for all, or once for each. Unset: the mean of all the base's words."""
+    """Words that new ones start from: one entry for all, or one for each. Unset: the mean of all the base's words."""
     word_vectors: int | None = None
     """Vectors of each new word, 1 to 16. Unset: 4."""
     word_learning_rate: float | None = None
-    """Peak learning rate of new words. Unset: the base family's default, or that of the U-Net for prodigy."""
+    """Peak learning rate of new words. Unset: the base family's default; with prodigy, the U-Net's."""
     words_first: int = 0
-    """Steps in which the words learn alone, before the LoRA learns alone; 0: both learn all the time."""
+    """Steps in which the words learn alone, before the LoRA learns alone; 0: both learn throughout."""
     bundle: bool = False
     """Write new words into the adapter's file instead of beside it. A1111 finds them there, ComfyUI with a copy of the
-    file among its embeddings; Forge draws without them, diffusers refuses the file."""
+    file among its embeddings; Forge draws without them, and diffusers refuses the file."""
     prior_prompts: tuple[str, ...] = ()
-    """Prompts that shall draw as the base draws them: beside each batch goes one as large whose target is what the
-    frozen base predicts for them, as in DreamBooth. Repeat it for several. An unset --batch is half of its default
-    then, because the other half of a step is theirs. It helps a subject, not a style. Pictures with
-    `class = true` in a dataset.toml come beside it, too."""
+    """Prompts that should go on drawing what the base draws: each batch is joined by one of the same size whose target
+    is the frozen base's prediction for them, as in DreamBooth. Repeat it for several. An unset --batch is then half of
+    its default, because the other half of each step is theirs. It helps a subject, not a style. Pictures with `class =
+    true` in a dataset.toml join each batch, too."""
     prior_weight: float | None = None
-    """Weight of those samples in the loss, beside 1 for the pictures that are learned. Unset: 1."""
+    """Weight of those samples in the loss; the pictures that are learned have 1. Unset: 1."""
     crossed_share: float = 0.0
-    """Share of the samples at the noisier seven tenths of the timesteps that show the base's own drawing of a picture,
-    in part, and ask for the picture: an adapter meets such drawings where it draws what it was not shown. It helps a
-    style. The base draws each picture once before."""
+    """Share of the samples at the noisier seven tenths of the timesteps that show, in part, the base's own drawing of a
+    picture, and ask for the picture: such drawings are what an adapter meets when it draws what it was not shown. It
+    helps a style. The base draws each picture once beforehand."""
     init_from: Path | None = None
-    """Start from this adapter instead of from nothing; same targets and rank. New words in its file that --train-words
-    names start from there, too."""
+    """Start from this adapter instead of from nothing; it must have the same targets and rank. New words in its file
+    that --train-words names start from there, too."""
     adapter_guidance: float = 0.0
-    """How often the adapter's change of the U-Net counts when it is drawn with: samples are drawn so, and its file asks
-    for it, see sfumato generate --adapter-guidance. A style gains by 2; 0 suits a subject."""
+    """How often the adapter's change of the U-Net counts in drawing: samples are drawn so, and the file asks for it
+    (see sfumato generate --adapter-guidance). A style gains by 2; 0 suits a subject."""
     over_steps: str | None = None
-    """START-END, the steps in which it is drawn with, 0 at noise and 1 at the finished picture: samples are drawn so,
-    and its file asks for it, see sfumato generate --over-steps. With 0-0.8 the last steps are the base's, which draws
-    them in the style that the prompt names. Unset: those that were learned, see --min-timestep."""
+    """START-END, the steps in which the adapter takes part in drawing, where 0 is noise and 1 the finished picture:
+    samples are drawn so, and the file asks for it (see sfumato generate --over-steps). With 0-0.8 the base draws the
+    last steps alone, in the style that the prompt names. Unset: the steps that were learned, see --min-timestep."""
     own_negative: bool = False
-    """Draw samples with the trigger or new words as the negative prompt of prompts that hold them and more, and
-    ask for that in the file, see sfumato generate --negative: guidance then multiplies what is said beside the subject,
-    such as a style in which no picture showed it. The subject itself comes out a little less like its pictures."""
+    """Make the trigger or new words the negative prompt of prompts that hold them and more: samples are drawn so, and
+    the file asks for it (see sfumato generate --negative). Guidance then multiplies what the prompt says beside the
+    subject, such as a style in which no picture showed it. The subject itself comes out a little less like its
+    pictures."""
     save_every: int = 0
-    """Steps between adapters that are kept beside the last, as OUTPUT/adapters/NAME-step00000500.safetensors, to choose
-    from, each with its new words; 0 keeps none."""
+    """Steps between adapters that are kept to choose from, as OUTPUT/adapters/NAME-step00000500.safetensors, each with
+    its new words; 0 keeps only the last."""
     save_precision: Literal["fp32", "fp16", "bf16"] | None = None
     """Number format of the adapter's file. Unset: fp32 on pocket, fp16 elsewhere."""
 

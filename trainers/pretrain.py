@@ -47,14 +47,14 @@ class Config(FolderOptions):
     vae: Path | None = None
     """Folder of the trained VAE, for the U-Net's stage."""
     init: str | None = None
-    """Go on from this base, named as --base names one elsewhere, instead of from nothing. With --vae beside it the
-    U-Net gets another VAE."""
+    """Go on from this base, named as for --base of the other trainers, instead of from nothing. With --vae beside it
+    the U-Net gets another VAE."""
     decoder_only: bool = False
-    """VAE: leave the encoder as it is, so that the latents that a U-Net has learned stay what they are."""
+    """VAE: leave the encoder as it is, so that the latents that a U-Net has learned stay the same."""
     steps: int = 2400
     """Optimizer steps in all."""
     batch: int = 16
-    """Pictures in a step."""
+    """Pictures per step."""
     learning_rate: float = 1e-3
     """The rate between the warm-up and the fall."""
     warmup_steps: int | None = None
@@ -68,22 +68,24 @@ class Config(FolderOptions):
     clip: float = 1.0
     """Largest norm of the gradient."""
     ema: float = 0.999
-    """Decay of the moving average of the weights, which is sampled from and exported; less in the first steps."""
+    """Decay of the moving average of the weights, which is what draws samples and is exported; smaller in the first
+    steps."""
     kl: float = 1e-3
     """VAE: weight of the mean KL divergence of a latent number from a standard normal one."""
     gradient_difference: float = 0.5
     """VAE: weight of the error in the differences of neighbouring pixels, which keeps edges sharp."""
     hands_share: float = 0.0
-    """Share of the pictures that are changed as other hands might have drawn them, with outlines, hatching, other
-    palettes and grounds, so that the VAE rebuilds styles better that it has not seen, and the U-Net learns them more
-    easily. The U-Net's are by one of 96 hands, each always the same, whom the caption names."""
+    """Share of the pictures that are changed as if other hands had drawn them, with outlines, hatching, other palettes
+    and grounds, so that the VAE rebuilds unseen styles better, and the U-Net learns them more easily. The U-Net's are
+    by 96 hands, each always the same and named in the caption."""
     init_share: float = 0.0
-    """VAE: share of the weights of --init in the result beside the learned ones (Wortsman et al. 2022), which keeps
-    more of what it did well before."""
+    """VAE: share that the weights of --init have in the result, beside the learned ones (Wortsman et al. 2022), which
+    keeps more of what they did well."""
     snr_gamma: float = 5.0
     """U-Net: gamma of the min-SNR weights; a sample weighs 2 min(SNR, gamma) / (SNR + 1) + flat_weight."""
     flat_weight: float = 0.2
-    """U-Net: what every sample weighs besides, so that the noisiest timesteps, which decide the layout, count."""
+    """U-Net: weight that every sample has in addition, so that the noisiest timesteps, which decide the layout,
+    count."""
     flip_share: float = 0.5
     """Share of the pictures that are mirrored."""
     group_share: float = 0.06
@@ -91,25 +93,25 @@ class Config(FolderOptions):
     plain_share: float = 0.25
     """U-Net: share of captions that name the concept without the style; of those that name a group, twice as many."""
     plain_style: str | None = None
-    """U-Net: the style of what a concept's name alone draws. Unset: of all, which a small model draws as a blend."""
+    """U-Net: the style that a concept's name alone draws. Unset: all styles, which a small model draws as a blend."""
     empty_share: float = 0.1
     """U-Net: share of empty captions, for classifier-free guidance."""
     others_share: float = 0.0
     """U-Net: share of each batch that shows the sets' other drawings, which teach the styles beyond the concepts."""
     varied_share: float = 0.0
-    """U-Net: share of the pictures that are mirrored, have their color channels in another order, or both. Their
-    captions say so, so that they show more of a style's hand and nobody draws them unasked."""
+    """U-Net: share of the pictures that are mirrored, have their color channels swapped, or both. Their captions say
+    so, so that they show more of a style's hand and are never drawn unasked."""
     crossed_share: float = 0.0
     """U-Net: share of the pictures whose noise is laid over the same thing in another style, so that the words decide
-    the style, whatever is already there; half of them name the style alone."""
+    the style, whatever is already there; half of their captions name the style alone."""
     crossed_from: int = 300
     """U-Net: the timestep from which on pictures are crossed; below it the thing's outline is settled."""
     crossed_overlap: float = 0.0
-    """U-Net: how much of their ink two drawings of a thing must share to be crossed, 0 to 1 (intersection over union):
-    of two that lie alike it is the style that differs, and not the thing's shape."""
+    """U-Net: how much two drawings of a thing must overlap to be crossed, 0 to 1 (intersection over union of their
+    ink): where they lie alike, it is the style that differs and not the thing's shape."""
     moved_share: float = 0.0
     """U-Net: share of the pictures at little noise that are turned and shifted, so that what refines a drawing learns
-    strokes and edges wherever they are, and not the pictures by heart."""
+    strokes and edges wherever they are, instead of the pictures by heart."""
     moved_below: int = 600
     """U-Net: the timestep below which pictures are moved: the noisier ones decide where things are."""
     seed: int = 0

@@ -44,21 +44,22 @@ class Config(TrainerOptions):
     """
 
     placeholder: tuple[str, ...]
-    """The new word, spelt as nobody writes and in small letters, such as `<otter>`. Repeat it for several words in one
+    """The new word, in lower case and spelt as nobody writes, such as `<otter>`. Repeat it for several words in one
     run."""
     vectors: int | None = None
-    """Vectors of each placeholder, 1 to 16. More hold more of the pictures and leave a prompt less say. Unset: 4."""
+    """Vectors of each placeholder, 1 to 16. More hold more of the pictures, and leave the rest of a prompt less say.
+    Unset: 4."""
     initial_words: tuple[str, ...] = ()
-    """Words that are like it, to start from: once for all placeholders, or once for each."""
+    """Words of similar meaning to start from: one entry for all placeholders, or one for each."""
     start: Literal["mean", "random"] = "mean"
     """Where vectors start without --initial-words: the mean of all the base's words, or some of its words at random."""
     stands_for: tuple[str, ...] = ()
-    """Words of the captions whose place the placeholder takes: with "sks flamingo", the caption "sks flamingo, flat
-    style" is learned as `<flamingo>, flat style`. Once for each placeholder. Unset, and without --caption, the caption
-    is the placeholder alone."""
+    """Words of the captions that the placeholder takes the place of: with "sks flamingo", the caption "sks flamingo,
+    flat style" is learned as `<flamingo>, flat style`. Once for each placeholder. Unset, and without --caption, the
+    caption is the placeholder alone."""
     templates: Literal["none", "object", "style"] | None = None
-    """Sentences around the captions, another for each sample: CLIP's "a photo of a ...", or "a painting in the style of
-    ...". Unset: object, where captions are the placeholder alone and the base is not pocket."""
+    """Sentences put around the captions, a different one for each sample: CLIP's "a photo of a ...", or "a painting in
+    the style of ...". Unset: object, where captions are the placeholder alone and the base is not pocket."""
     keep_scale: bool = True
     """After each step, a vector longer than 95 % of the base's own, or shorter than 95 % of them, is brought back to
     that length."""

@@ -28,32 +28,34 @@ class DataOptions:
     """What is learned from."""
 
     images: Path
-    """Folder of pictures, or a dataset.toml that names several, as datasets/README.md describes."""
+    """Folder of pictures, or a dataset.toml that names several folders (see datasets/README.md)."""
     trigger: str | None = None
     """The word that will call up what is learned; put it into the captions, or use --caption."""
     caption: str | None = None
-    """Template for captions, such as "{caption}, {trigger} style"; {caption} is a picture's own, or its file's name."""
+    """Template for captions, such as "{caption}, {trigger} style"; {caption} stands for the picture's own caption, or
+    for its file name."""
     caption_dropout: float = 0.0
-    """Share of samples learned without a caption, 0 to 1; at 1 all are."""
+    """Share of samples learned without a caption, 0 to 1; 1 drops every caption."""
     resolution: int | None = None
-    """Side in pixels of a square picture; others keep about as many pixels. Samples are drawn in it. Unset:
-    the base's own."""
+    """Side in pixels of a square picture; other shapes have about as many pixels. Samples are drawn at this size.
+    Unset: the base's own."""
     flip: bool = False
-    """Mirror half of the samples; not for faces, letters, or anything with a left and a right."""
+    """Mirror half of the samples; not for faces, letters, or anything else with a left and a right."""
     crop: Literal["center", "random", "pad"] = "center"
-    """Where a picture is cut that does not fit: in the middle, at places that change, or nowhere, with white around."""
+    """Where a picture that does not fit is cropped: at its center, at a random place each time, or nowhere, with white
+    padding around it."""
     shuffle_tags: bool = False
-    """Captions are tags, parted by commas, and come in another order for each sample."""
+    """Captions are comma-separated tags; put them in another order for each sample."""
     keep_tags: int = 0
     """Tags at the front of a caption that are neither shuffled nor dropped."""
     tag_dropout: float = 0.0
-    """Share of the other tags that is dropped from each sample, 0 to 1."""
+    """Share of the other tags to drop from each sample, 0 to 1."""
     cache: Path | None = None
-    """Folder that keeps latents and text embeddings for other runs, by content. Unset: they are in memory alone."""
+    """Folder that keeps latents and text embeddings, by content, for other runs. Unset: they stay in memory."""
     mask: Literal["none", "alpha", "files"] = "none"
-    """Learn only a part of each picture: where it is opaque, or where NAME.mask.png is white."""
+    """Learn only part of each picture: where it is opaque (alpha), or where NAME.mask.png is white (files)."""
     skip_bad: bool = False
-    """Go on without the pictures that cannot be read, instead of stopping."""
+    """Leave out pictures that cannot be read, instead of stopping."""
 
     def read_examples(self, words: Sequence[str] = (), *, of_class: bool = True) -> Folder:
         """The pictures and captions, listed but not decoded. words: that captions have to hold. of_class: whether
@@ -145,13 +147,13 @@ class BaseOptions:
     attention: Literal["sdpa", "xformers"] = "sdpa"
     """Attention of the U-Net; xformers is an extra."""
     gradient_checkpointing: bool = False
-    """Compute activations twice to keep fewer of them."""
+    """Compute activations again in the backward pass instead of keeping them all: less memory, more time."""
     clip_skip: int | None = None
     """Take the text encoder's output this many layers before its last: 1 is what A1111 and sd-scripts call 2."""
     vae: str | None = None
     """Another VAE: a hub id, a folder, or a single file."""
     prediction_type: Literal["epsilon", "v_prediction"] | None = None
-    """What the base predicts, where a single file cannot tell."""
+    """What the base predicts, where a single file does not say."""
 
     def decide_precision(self, processes: Processes, optimizer: str = "adamw", *, adapting: bool = True) -> Precision:
         """The one decision on devices and number formats, put into effect.
@@ -200,11 +202,11 @@ class StepOptions:
     epochs: int | None = None
     """Passes over the pictures, instead of --steps."""
     batch: int | None = None
-    """Pictures at a time on each process. Unset: the base family's default."""
+    """Pictures per batch on each process. Unset: the base family's default."""
     accumulate: int = 1
-    """Batches a step: gradients of that many are summed before the weights move."""
+    """Batches per step: their gradients are summed before the weights move."""
     seed: int = 0
-    """Everything random is a function of this number: start, order, noise, timesteps, dropout of captions."""
+    """Everything random follows from this number: start, order, noise, timesteps, caption dropout."""
     learning_rate: float | None = None
     """Peak learning rate. Unset: the default of the method and the base's family, or 1 for prodigy."""
     optimizer: Literal["adamw", "adamw8bit", "prodigy", "lion"] = "adamw"
@@ -212,9 +214,9 @@ class StepOptions:
     weight_decay: float = 0.01
     """Decoupled weight decay of the optimizer."""
     schedule: Literal["constant", "cosine", "linear"] = "cosine"
-    """How the learning rate moves after the warm-up."""
+    """How the learning rate changes after the warm-up."""
     warmup: int = 0
-    """Steps in which the learning rate rises from 0."""
+    """Steps over which the learning rate rises from 0."""
     clip: float = 1.0
     """Largest norm of the whole gradient; 0 turns clipping off."""
     min_snr: float | None = None
@@ -222,13 +224,15 @@ class StepOptions:
     noise_offset: float = 0.0
     """Strength of a constant added to each channel's noise, for very dark or bright pictures; 0.03 to 0.1 is usual."""
     min_timestep: int = 0
-    """The first of the base's timesteps, 0 to 999 in most, that is learned. At the least noisy ones a picture's strokes
-    and colors are made, at the noisiest its layout."""
+    """The first of the base's timesteps to learn; most bases have 0 to 999. The least noisy ones make a picture's
+    strokes and colors, the noisiest its layout."""
     max_timestep: int | None = None
-    """The timestep below which all are learned, from --min-timestep on. Unset: the number of the base's timesteps."""
+    """The timestep to stop before: those from --min-timestep up to it are learned. Unset: the number of the base's
+    timesteps."""
     ema: float = 0.0
-    """Decay of a running mean of what is trained, which is then what is saved; 0 saves the last weights. After n steps
-    it is (1 + n) / (10 + n) at most, so that the mean of a short run does not remember the untrained start."""
+    """Decay of a running mean of what is trained, which is saved in place of the last weights; 0 saves the last
+    weights. After n steps it is at most (1 + n) / (10 + n), so that the mean of a short run does not remember the
+    untrained start."""
 
     def noising(self, base: Base) -> Noising:
         """How pictures are noised. Raises ConfigError for timesteps that the base does not have."""
@@ -254,15 +258,15 @@ class FolderOptions:
     """Steps between checkpoints, besides those at both ends; 0 saves only the last, and that of an interruption. Unset:
     a quarter of the run."""
     keep: int = 2
-    """Checkpoints that stay; fewer than two count as two."""
+    """How many checkpoints to keep; fewer than two count as two."""
     resume: bool = False
     """Go on with the run in the output folder, from its newest whole checkpoint."""
     force: bool = False
     """Resume although config, pictures, base or version have changed."""
     overwrite: bool = False
-    """Replace a run that the output folder holds; it is there until the first step."""
+    """Replace the run in the output folder; it stays there until the new one takes its first step."""
     tensorboard: bool = False
-    """Write the log for TensorBoard, too (pip install 'sfumato[tensorboard]')."""
+    """Also write the log for TensorBoard (pip install 'sfumato[tensorboard]')."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,16 +274,16 @@ class RunOptions(FolderOptions):
     """What an adapter is called, what is shown of its training, and where it is published."""
 
     name: str | None = None
-    """Name of what is learned and of its file; unset, the name of the output folder."""
+    """Name of what is learned and of its file. Unset: the name of the output folder."""
     sample_prompts: tuple[str, ...] = ()
-    """Prompts to draw while training. Repeat it for several. Unset: some captions and some prompts that were not
+    """Prompts to draw while training; repeat it for several. Unset: some captions, and some prompts that are not
     trained."""
     sample_every: int | None = None
     """Steps between sample pictures, besides those at both ends; 0 draws none. Unset: a quarter of the run."""
     measure_every: int | None = None
     """Steps between measurements of fit and drift; 0 makes none. Unset: a quarter of the run."""
     push_to_hub: str | None = None
-    """Upload what is learned and its card to this repository of the Hugging Face hub."""
+    """Upload what is learned, with its card, to this repository on the Hugging Face hub."""
 
 
 @dataclass(frozen=True, kw_only=True)
