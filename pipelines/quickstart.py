@@ -25,6 +25,8 @@ PROMPTS = ("crab", "penguin", "cat face", "bus")
 SUBJECT = "sks flamingo"
 MIXES = ((0.5, 0.5), (0.7, 1.0), (1.0, 0.7), (1.0, 1.0))
 """Weights of style and subject in the rows that mix them."""
+SAMPLE_EVERY = 1000
+"""More than either training has steps: both draw samples at their ends only, and the sheet shows what they learned."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +120,7 @@ def command(config: Config, recipe: str, images: Path, output: Path, *options: s
     file = cli.source("sfumato.trainers.lora").parent / "configs" / recipe
     words = ["train", "lora", shown(file), "--images", str(images), "--output", str(output), *options]
     words += ["--base", config.base, "--seed", str(config.seed), "--precision", config.precision]
+    words += ["--sample-every", str(SAMPLE_EVERY)]
     return words if config.steps is None else [*words, "--steps", str(config.steps)]
 
 
