@@ -57,14 +57,14 @@ def test_adapters_without_a_strength_are_in_both_halves(sd1, write, way):
     with compose(sd1, Adapter(a, 0.8), Adapter(b, 0.5), way=way) as mix:
         plain = predict(sd1, ROWS)
         with adapter_guidance(mix, {"a": 2.0, "b": 0.0}, guidance=4.0):
-            assert_close(predict(sd1, ROWS), torch.cat([first, second]), rtol=1e-5, atol=1e-6)
+            assert_close(predict(sd1, ROWS), torch.cat([first, second]), rtol=1e-5, atol=1e-5)
             with pytest.raises(AdapterError):
                 mix.set(b=float("inf"))
             with pytest.raises(AdapterError):
                 mix.set(c=1.0)
-            assert_close(predict(sd1, ROWS), torch.cat([first, second]), rtol=1e-5, atol=1e-6)
+            assert_close(predict(sd1, ROWS), torch.cat([first, second]), rtol=1e-5, atol=1e-5)
             mix.set(b=0.7)
-            assert_close(predict(sd1, ROWS), torch.cat([first_after, second_after]), rtol=1e-5, atol=1e-6)
+            assert_close(predict(sd1, ROWS), torch.cat([first_after, second_after]), rtol=1e-5, atol=1e-5)
             mix.set(b=0.5)
         assert torch.equal(predict(sd1, ROWS), plain)
     assert weights_sha(sd1) == before
@@ -156,11 +156,11 @@ def test_weights_may_change_within(sd1, write):
         wanted = predict(sd1, [2, 3])
     with compose(sd1, Adapter(file, 0.8)) as mix, adapter_guidance(mix, 2.0, guidance=4.0):
         mix.set(a=0.6)
-        assert_close(predict(sd1, ROWS), torch.cat([without[:2], wanted]), rtol=1e-5, atol=1e-6)
+        assert_close(predict(sd1, ROWS), torch.cat([without[:2], wanted]), rtol=1e-5, atol=1e-5)
         mix.mute()
-        assert_close(predict(sd1, ROWS), without, rtol=1e-5, atol=1e-6)
+        assert_close(predict(sd1, ROWS), without, rtol=1e-5, atol=1e-5)
         mix.unmute()
-        assert_close(predict(sd1, ROWS)[2:], wanted, rtol=1e-5, atol=1e-6)
+        assert_close(predict(sd1, ROWS)[2:], wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_nothing_is_left_after_an_error_within(sd1, write):
@@ -195,7 +195,7 @@ def test_a_forward_that_another_library_put_there_comes_back(sd1):
     sd1.unet.forward = moving
     plain = predict(sd1, ROWS)
     with first_half(sd1.unet, nullcontext):
-        assert_close(predict(sd1, ROWS), plain, rtol=1e-5, atol=1e-6)
+        assert_close(predict(sd1, ROWS), plain, rtol=1e-5, atol=1e-5)
     assert sd1.unet.forward is moving
 
 

@@ -111,6 +111,7 @@ def over_steps(mix: Mix, switch: Switch | None = None, /, **weights: Progress) -
     the block is no longer followed. Raises AdapterError for a label that the mix does not have; AdapterError or
     ConfigError while drawing, for a scheduler whose steps cannot be followed.
     """
+    check_mix(mix, "over_steps")
     if not weights and switch is None:
         raise AdapterError("over_steps has nothing to follow; give ways by label, such as line=Ramp((0, 1), (1, 0)).")
     with over_steps_of(mix, weights, switch):
