@@ -30,7 +30,7 @@ from bench.real import print_report
 from sfumato import cli, randomness
 from sfumato.data.latents import to_floats
 from sfumato.files.atomic import atomic_path
-from sfumato.precision import cpu_has_bf16
+from sfumato.precision import multiplies_bf16
 
 BATCH, RATE = 64, 3e-3
 
@@ -195,7 +195,7 @@ def train_judge(pictures: Pictures, *, steps: int, seed: int, others: Pictures |
             index = torch.multinomial(chance, BATCH, replacement=True, generator=generator)
             plain = augment(to_floats(both.pixels[index]), generator)
             coloured = recolour(plain, generator).contiguous(memory_format=torch.channels_last)
-            with torch.autocast("cpu", torch.bfloat16, enabled=cpu_has_bf16()):
+            with torch.autocast("cpu", torch.bfloat16, enabled=multiplies_bf16(torch.device("cpu"))):
                 concept = judge.concept_head(judge.see_concept(coloured))
                 style = judge.style_head(judge.see_style(plain.contiguous(memory_format=torch.channels_last)))
             loss = F.cross_entropy(concept.float(), both.concept[index], label_smoothing=0.1)

@@ -118,8 +118,8 @@ class Config(FolderOptions):
     """Seed of weights and of every draw."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or mps; auto takes a GPU where there is one."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """Number format of the forward pass; weights are kept in fp32."""
+    precision: Literal["bf16", "fp32"] | None = None
+    """Number format of the forward pass; weights are kept in fp32. Unset: bf16 where the device multiplies it."""
     compile: bool = False
     """Compile the U-Net with torch.compile, which takes a C++ compiler and a minute, and saves a fifth of each step."""
     checkpoint_every: int | None = 400
@@ -394,16 +394,18 @@ def encode_text(encoder: CLIPTextModel, tokenizer: CLIPTokenizer, texts: Sequenc
 
 def train(config: Config) -> Path:
     """Run the stage that `config` names; returns the folder of what was trained."""
-    from sfumato.precision import decide
+    from sfumato.precision import decide, multiplies_bf16
 
     check(config)
     filled: dict[str, Any] = {
+        "precision": "bf16" if multiplies_bf16(decide("fp32", device=config.device).device) else "fp32",
         "checkpoint_every": 400,
         "warmup_steps": min(100, config.steps // 10),
         "fall_at": config.steps // 3,
     }
     unset = {name: value for name, value in filled.items() if getattr(config, name) is None}
     config = dataclasses.replace(config, **unset)
+    assert config.precision is not None
     precision = decide(config.precision, device=config.device)
     precision.apply()
     return {"vae": train_vae, "unet": train_unet}[config.stage](config, precision)

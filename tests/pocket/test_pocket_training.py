@@ -23,6 +23,7 @@ from sfumato.data.latents import to_floats
 from sfumato.diffusion import crossing_noise, noise_latents, target
 from sfumato.errors import BaseModelError, ConfigError, DataError, RunError
 from sfumato.files import read_tensors
+from sfumato.pocket import muon
 from sfumato.pocket.captions import caption, other_caption, read_words
 from sfumato.pocket.hands import by_hands, hand_name
 from sfumato.pocket.latents import Latents, encode, encode_all
@@ -107,7 +108,9 @@ def test_an_epoch_shows_every_picture_once():
     assert sorted(i for step in range(5) for i in batch_indices(step, 4, 20, seed=0)) == list(range(20))
 
 
-def test_orthogonal_brings_singular_values_near_one():
+@pytest.mark.parametrize("is_multiplied", [True, False])
+def test_orthogonal_brings_singular_values_near_one(monkeypatch, is_multiplied):
+    monkeypatch.setattr(muon, "multiplies_bf16", lambda device: is_multiplied)
     matrices = torch.randn(3, 8, 20, generator=torch.Generator().manual_seed(0))
     values = torch.linalg.svdvals(orthogonal(matrices))
     assert values.min() > 0.6

@@ -68,6 +68,7 @@ def test_beside_frozen_weights_a_cpu_learns_in_bf16_where_it_multiplies_that(mon
 def test_whether_a_cpu_multiplies_bf16_is_read_from_its_flags(monkeypatch, flags, has_bf16):
     monkeypatch.setattr(precision.products, "processor", lambda: f"vendor_id\t: a maker\nflags\t\t: {flags}")
     assert precision.cpu_has_bf16() is has_bf16
+    assert precision.multiplies_bf16(torch.device("cpu")) is has_bf16
 
 
 def test_fp32_opens_no_autocast(bare):

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from sfumato.precision import multiplies_bf16
+
 
 class Muon(torch.optim.Optimizer):
     """Momentum whose matrices are made orthogonal before they are subtracted (Jordan et al. 2024).
@@ -39,8 +41,11 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """(k, m, n) matrices with their singular values brought near 1: five steps of a quintic Newton-Schulz iteration."""
-    x = matrices.bfloat16()
+    """(k, m, n) matrices with their singular values brought near 1: five steps of a quintic Newton-Schulz iteration.
+
+    fp32, in and out; between them bf16 where the device multiplies it.
+    """
+    x = matrices.bfloat16() if multiplies_bf16(matrices.device) else matrices
     wide = x.shape[1] <= x.shape[2]
     x = x if wide else x.mT
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
