@@ -178,7 +178,7 @@ def train_judge(pictures: Pictures, *, steps: int, seed: int, others: Pictures |
 
     others: pictures of further concepts in the same styles. Half of a batch is of the concepts that are asked about;
     all styles are as frequent. Computed in bf16 where the processor multiplies it, three times as fast; elsewhere it
-    emulates that, some forty times as slow as fp32.
+    emulates that, many times as slow as fp32.
     """
     both = pictures if others is None or not len(others.pixels) else pictures.and_others(others)
     asked = both.concept < len(pictures.concepts)
