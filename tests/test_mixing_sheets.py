@@ -42,12 +42,12 @@ def test_each_pair_has_a_sheet_with_every_method_and_a_second_run_learns_nothing
         assert file.stat().st_size <= config.limit_kib * 1024
         assert Image.open(file).height > 138 * len(labels)
         assert sheet["columns"][0]["prompt"] == "sks creature"
-    files = sorted(config.work.rglob("*.safetensors"))
+    files = sorted(config.work.glob("*/run/run.safetensors"))
     before = {file: file.stat().st_mtime_ns for file in files}
     assert len(files) == 2
     monkeypatch.setattr(mixing_sheets, "_draw_sheet", lambda _, *pair: pair)
     assert make_sheets(config)["sheets"][0][1] in files
-    assert {file: file.stat().st_mtime_ns for file in sorted(config.work.rglob("*.safetensors"))} == before
+    assert {file: file.stat().st_mtime_ns for file in files} == before
 
 
 def test_the_blueprint_is_white_lines_on_blue(config):
