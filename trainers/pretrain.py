@@ -123,7 +123,8 @@ class Config(FolderOptions):
     compile: bool = False
     """Compile the U-Net with torch.compile, which takes a C++ compiler and a minute, and saves a fifth of each step."""
     checkpoint_every: int | None = 400
-    """Steps between checkpoints, besides those at both ends; 0 keeps only what an interruption saves."""
+    """Steps between checkpoints, besides those at both ends; 0 saves only the last, and that of an
+    interruption."""
     sample_every: int = 400
     """Steps between sample sheets, besides those at both ends; 0 draws none."""
 
