@@ -6,7 +6,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -20,13 +20,25 @@ if TYPE_CHECKING:
 
     from sfumato.bases import Base
 
-PROMPTS = ("crab", "penguin", "cat face", "bus")
-"""Drawn in the style; none is among the pictures it is learned from."""
 SUBJECT = "sks flamingo"
-MIXES = ((0.5, 0.5), (0.7, 1.0), (1.0, 0.7), (1.0, 1.0))
+PROMPTS = ("crab", "penguin", "cat face", "bus", SUBJECT, f"{SUBJECT}, blob style")
+"""Of the sheet's columns; no picture that is learned from shows the first four."""
+MIXES = ((0.5, 1.0), (0.7, 1.0), (1.0, 1.0))
 """Weights of style and subject in the rows that mix them."""
+ROWS = {
+    label: {"style": style, "subject": subject}
+    for label, style, subject in (
+        ("base", 0.0, 0.0),
+        ("A: style", 1.0, 0.0),
+        ("B: subject", 0.0, 1.0),
+        *((f"{a:g} A + {b:g} B", a, b) for a, b in MIXES),
+    )
+}
+"""Weights of the sheet's rows, by label."""
 SAMPLE_EVERY = 1000
 """More than either training has steps: both draw samples at their ends only, and the sheet shows what they learned."""
+SUBJECT_BATCH = 3
+"""On the pocket base: each picture once a step, and as many of what the base shall go on drawing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,15 +74,18 @@ def quickstart(config: Config) -> Path:
                 f"{folder}: no such folder. Run this where datasets/ is, or name one with --style/--subject."
             )
     output = free(config.output)
-    style, subject = learn(config, output)
-    sheet = draw_sheet(config, style, subject, output / "sheet.png")
+    import torch
+
+    threads, path = torch.get_num_threads(), output / "sheet.png"
+    sheet = learn(config, output, threads)
+    sheet.write(path, threads)
     print(f"\nDone in {time.monotonic() - began:.0f} s.\n")
-    for what, path in (("sheet", sheet), ("style", style), ("subject", subject)):
-        print(f"  {what:<8}{path}")
+    for what, file in {"sheet": path, **sheet.files}.items():
+        print(f"  {what:<8}{file}")
     print("\nTry next:\n")
-    for command in next_commands(style, subject, config.base):
+    for command in next_commands(sheet.files["style"], sheet.files["subject"], config.base):
         print(f"  {command}")
-    return sheet
+    return path
 
 
 def free(folder: Path) -> Path:
@@ -82,28 +97,35 @@ def free(folder: Path) -> Path:
     raise ConfigError(f"{folder} and 998 more of that name exist; give another --output.")
 
 
-def learn(config: Config, output: Path) -> tuple[Path, Path]:
-    """Train both adapters by the very commands that a person would type; on a CPU side by side."""
-    import torch
+def learn(config: Config, output: Path, threads: int) -> Sheet:
+    """Train both adapters by the very commands that a person would type; on a CPU side by side.
 
-    from sfumato.bases.loading import base_at_rest
+    threads: of torch, in all. Returns the sheet that shows them, of which rows may be drawn.
+    """
     from sfumato.command_line import side_by_side
     from sfumato.precision import decide
 
+    is_pocket = config.base == "pocket"
+    of_subject = ["--trigger", SUBJECT, *(["--batch", str(SUBJECT_BATCH)] if is_pocket else [])]
     commands = {
         "style": command(config, "lora-style.toml", config.style, output / "style"),
-        "subject": command(config, "lora-subject.toml", config.subject, output / "subject", "--trigger", SUBJECT),
+        "subject": command(config, "lora-subject.toml", config.subject, output / "subject", *of_subject),
     }
     for words in commands.values():
         check(words)
-    precision, threads = decide(config.precision), torch.get_num_threads()
-    base_at_rest(config.base, precision=precision)  # what is wrong with it is told once, before a training's lines
+    precision = decide(config.precision)
+    if not is_pocket:
+        from sfumato.bases.loading import base_at_rest
+
+        base_at_rest(config.base, precision=precision)  # what is wrong with it is told once, before a training's lines
+    sheet = Sheet(config, {name: output / name / f"{name}.safetensors" for name in commands})
     # Of a larger base two at once may be more than the memory holds.
-    at_once = config.base == "pocket" and precision.device.type == "cpu" and threads > 1
+    at_once = is_pocket and precision.device.type == "cpu" and threads > 1
     for words in commands.values():
         print(f"\n$ sfumato {shlex.join(words)}", flush=True)
     if at_once:
-        if failed := side_by_side.run(commands, threads=threads):
+        # The subject has the shorter steps: its rows are drawn by its core while the style goes on learning.
+        if failed := side_by_side.run(commands, threads=threads, after={"subject": sheet.draw("subject", threads=1)}):
             name, code, reason = failed
             reason = reason or f"it stopped with exit code {code}; the lines above say why."
             raise RunError(f"the training of the {name}: {reason}")
@@ -111,8 +133,7 @@ def learn(config: Config, output: Path) -> tuple[Path, Path]:
         for words in commands.values():
             if code := cli.main(words):  # which has said why
                 raise SystemExit(code)
-    style, subject = (output / name / f"{name}.safetensors" for name in commands)
-    return style, subject
+    return sheet
 
 
 def command(config: Config, recipe: str, images: Path, output: Path, *options: str) -> list[str]:
@@ -139,31 +160,51 @@ def shown(file: Path) -> str:
     return str(file.relative_to(here) if file.is_relative_to(here) else file)
 
 
-def draw_sheet(config: Config, style: Path, subject: Path, path: Path) -> Path:
-    """Every row draws the same prompts from the same seeds; only the weights differ."""
-    from sfumato import Adapter, compose, load_base
-    from sfumato.compose import adapter_guidance
-    from sfumato.compose.steps import over_asked_steps
-    from sfumato.drawing.pictures import draw
-    from sfumato.drawing.sheet import contact_sheet
-    from sfumato.files.atomic import atomic_path
-    from sfumato.precision import decide
+class Sheet:
+    """Rows of pictures of the same prompts from the same seeds; only the weights of style and subject differ.
 
-    base: Base = load_base(config.base, precision=decide(config.precision))
-    prompts = [*PROMPTS, SUBJECT, f"{SUBJECT}, blob style"]
-    seeds = [config.seed + place for place in range(len(prompts))]
-    weights = {"base": (0.0, 0.0), "A: style": (1.0, 0.0), "B: subject": (0.0, 1.0)}
-    weights |= {f"{a:g} A + {b:g} B": (a, b) for a, b in MIXES}
-    rows: list[list[Image]] = []
-    with compose(base, Adapter(style, name="A"), Adapter(subject, name="B")) as mix:
-        for a, b in weights.values():
-            mix.set(A=a, B=b)
-            with adapter_guidance(mix, guidance=base.defaults.guidance), over_asked_steps(mix):
-                rows.append(draw(base, prompts, seeds))
-    sheet = contact_sheet(rows, row_labels=list(weights), column_labels=prompts)
-    with atomic_path(path) as temporary:
-        sheet.save(temporary)
-    return path
+    files: of "style" and "subject".
+    """
+
+    def __init__(self, config: Config, files: Mapping[str, Path]) -> None:
+        self.files, self._config = files, config
+        self._rows: dict[str, list[Image]] = {}
+
+    def draw(self, *names: str, threads: int) -> Iterator[str]:
+        """Draw the rows for which these adapters are enough and that are not there yet; yields each one's label.
+
+        threads: of torch.
+        """
+        import torch
+
+        from sfumato import Adapter, compose, load_base
+        from sfumato.compose import adapter_guidance
+        from sfumato.compose.steps import over_asked_steps
+        from sfumato.drawing.pictures import draw
+        from sfumato.precision import decide
+
+        torch.set_num_threads(threads)
+        seeds = [self._config.seed + place for place in range(len(PROMPTS))]
+        base: Base = load_base(self._config.base, precision=decide(self._config.precision))
+        with compose(base, *(Adapter(self.files[name], name=name) for name in names)) as mix:
+            for label, weights in ROWS.items():
+                if label in self._rows or any(weights[name] for name in weights.keys() - names):
+                    continue
+                mix.set_weights({name: weights[name] for name in names})
+                with adapter_guidance(mix, guidance=base.defaults.guidance), over_asked_steps(mix):
+                    self._rows[label] = draw(base, PROMPTS, seeds)
+                yield label
+
+    def write(self, path: Path, threads: int) -> None:
+        """Draw what is left, and put the labelled rows into one picture. threads: as of `draw`."""
+        from sfumato.drawing.sheet import contact_sheet
+        from sfumato.files.atomic import atomic_path
+
+        for _ in self.draw(*self.files, threads=threads):
+            pass
+        sheet = contact_sheet([self._rows[label] for label in ROWS], row_labels=list(ROWS), column_labels=PROMPTS)
+        with atomic_path(path) as temporary:
+            sheet.save(temporary)
 
 
 def next_commands(style: Path, subject: Path, base: str) -> list[str]:

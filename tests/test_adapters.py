@@ -202,7 +202,7 @@ def test_each_samples_dropout_is_drawn_by_a_generator_of_its_own(block):
     lora.drop_by(3, 7, range(2, 4))
     streams = [(f"dropout {again}/unet/attn2.to_q", place) for again in range(2) for place in (2, 3)]
     drawn = [torch.rand(5, 6, generator=randomness.generator(3, stream, 7, place)) for stream, place in streams]
-    dropped = lora._dropped(torch.ones(4, 5, 6), "unet", "attn2.to_q")
+    dropped = lora.dropped(torch.ones(4, 5, 6), "unet", "attn2.to_q")
     assert torch.equal(dropped == 0, torch.stack(drawn) < 0.4)
 
 
@@ -210,7 +210,7 @@ def test_dropout_is_of_a_share_and_keeps_the_mean(block):
     """Captions are encoded once, however many samples have them: of all of them the same numbers are dropped."""
     lora = attach({"text_encoder": select(block, "to_q")}, rank=2, alpha=2.0, dropout=0.25).train()
     lora.drop_by(0, 0, range(3))
-    dropped = lora._dropped(torch.ones(5, 10_000), "text_encoder", "attn2.to_q")
+    dropped = lora.dropped(torch.ones(5, 10_000), "text_encoder", "attn2.to_q")
     assert all(torch.equal(row, dropped[0]) for row in dropped)
     assert dropped.unique().tolist() == pytest.approx([0.0, 4 / 3])
     assert dropped.mean().item() == pytest.approx(1, abs=0.02)

@@ -54,6 +54,24 @@ def test_why_one_failed_is_left_to_the_caller_and_a_warning_is_not(shell, monkey
     assert capsys.readouterr().err.splitlines() == ["right  sfumato: slow."]
 
 
+def test_what_comes_after_one_is_done_while_the_others_go_on(shell, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "executable", str(shell))
+    note, began = tmp_path / "note", []
+    after = (began.append(step) or note.write_text(step) for step in ("one", "two"))
+    waits = f"while ! grep -q two {note}; do sleep 0.05; done; echo found"
+    assert side_by_side.run({"short": ["echo done"], "long": [waits]}, threads=2, after={"short": after}) is None
+    assert capsys.readouterr().err.splitlines() == ["short  done", "long   found"]
+    assert began == ["one", "two"]
+
+
+def test_what_comes_after_is_not_begun_once_one_failed(shell, monkeypatch):
+    monkeypatch.setattr(sys, "executable", str(shell))
+    began: list[int] = []
+    after = {"long": (began.append(step) for step in (1, 2)), "wrong": (began.append(step) for step in (3,))}
+    assert side_by_side.run({"long": [ENDLESS], "wrong": ["sleep 1; exit 2"]}, threads=2, after=after)
+    assert began == []
+
+
 INTERRUPTIONS = pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, 128 + signal.SIGTERM)]
 )

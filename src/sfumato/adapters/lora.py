@@ -1,8 +1,8 @@
 """LoRA for training: W' = W + scale B A beside frozen layers (Hu et al. 2021, section 4.1).
 
-A layer's update lives outside the model it changes: a forward hook adds it to the layer's output. The model keeps its
-module names, its weights and its class, so that drawing, saving and measuring see an ordinary U-Net, and detaching
-leaves no trace.
+A layer's update lives outside the model it changes: the layer's `forward` adds it to the output, or computes both as
+one product (see `sfumato.adapters.folded`). The model keeps its module names, its weights and its class, so that
+drawing, saving and measuring see an ordinary U-Net, and detaching leaves no trace.
 """
 
 import math
@@ -13,9 +13,9 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from sfumato import randomness
+from sfumato.adapters.folded import folded
 from sfumato.errors import AdapterError
 from sfumato.files.changes import LoraModule
 from sfumato.numerals import so_many
@@ -89,22 +89,17 @@ class Lora(nn.Module):
         self.dropout = dropout
         self._samples: tuple[int, int, Sequence[int]] | None = None
         self._store = nn.ModuleList()
-        self._handles: list[RemovableHandle] = []
-        self._enabled = True
+        self._adapted: list[_Adapted] = []
+        self.enabled = True
 
-    def add(self, part: str, path: str, host: nn.Module, layer: LoraLayer) -> None:
+    def add(self, part: str, path: str, host: nn.Linear | nn.Conv2d, layer: LoraLayer) -> None:
         """Let `layer` update `host`, which is `part`'s module at `path`."""
         self.layers[part, path] = layer
         self._store.append(layer)
 
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            if not self._enabled:
-                return None
-            x = self._dropped(inputs[0], part, path) if self.dropout and self.training else inputs[0]
-            update: Tensor = layer(x)
-            return output + update.to(output.dtype)
-
-        self._handles.append(host.register_forward_hook(hook))
+        adapted = _Adapted(self, host, layer, part, path)
+        adapted.begin()
+        self._adapted.append(adapted)
 
     def drop_by(self, seed: int, step: int, places: Sequence[int]) -> None:
         """Say which samples come next: what is dropped of each is a function of (seed, layer, step, its place).
@@ -116,7 +111,7 @@ class Lora(nn.Module):
         """
         self._samples = (seed, step, places)
 
-    def _dropped(self, x: Tensor, part: str, path: str) -> Tensor:
+    def dropped(self, x: Tensor, part: str, path: str) -> Tensor:
         """A layer's input (rows, ...) with a share of its numbers 0 and the others larger by as much."""
         if self._samples is None:
             raise AdapterError("dropout wants to know which samples these are; call drop_by() before each batch.")
@@ -150,11 +145,11 @@ class Lora(nn.Module):
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Within the block the model is the base again."""
-        before, self._enabled = self._enabled, False
+        before, self.enabled = self.enabled, False
         try:
             yield
         finally:
-            self._enabled = before
+            self.enabled = before
 
     @contextmanager
     def counted(self, factor: float) -> Iterator[None]:
@@ -170,10 +165,9 @@ class Lora(nn.Module):
                 layer.scale = scale
 
     def detach(self) -> None:
-        """Take the hooks away; the model is the base for good."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        """Let the layers compute as they did before; the model is the base for good."""
+        while self._adapted:
+            self._adapted.pop().end()
 
     def load(self, values: Mapping[tuple[str, str], tuple[Tensor, Tensor, float]], name: str) -> None:
         """Start from another adapter: (down, up, alpha) for every layer, which must match in place and rank.
@@ -199,6 +193,37 @@ class Lora(nn.Module):
             with torch.no_grad():
                 layer.down.copy_(down)
                 layer.up.copy_(up * (alpha / layer.rank / layer.scale))
+
+
+class _Adapted:
+    """A layer's `forward` with its update. An object and not a function, so that a copy of the model is of its own."""
+
+    def __init__(self, lora: Lora, host: nn.Linear | nn.Conv2d, layer: LoraLayer, part: str, path: str) -> None:
+        self._lora, self._host, self._layer, self._part, self._path = lora, host, layer, part, path
+        self._as_it_is, self._had_its_own = host.forward, "forward" in vars(host)
+
+    def begin(self) -> None:
+        """Compute in the layer's place."""
+        self._host.forward = self  # type: ignore[method-assign, assignment]
+
+    def end(self) -> None:
+        """Let the layer compute as it did."""
+        del self._host.forward
+        if self._had_its_own:
+            self._host.forward = self._as_it_is  # type: ignore[method-assign]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        lora, host, layer = self._lora, self._host, self._layer
+        drops = lora.dropout and lora.training
+        if lora.enabled and not drops:
+            both = folded(host, layer.down, layer.up, layer.scale, x)
+            if both is not None:
+                return both
+        output = self._as_it_is(x)
+        if not lora.enabled:
+            return output
+        update: Tensor = layer(lora.dropped(x, self._part, self._path) if drops else x)
+        return output + update.to(output.dtype)
 
 
 def select(model: nn.Module, pattern: str, *, conv: bool = False) -> dict[str, nn.Linear | nn.Conv2d]:

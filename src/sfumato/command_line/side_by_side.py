@@ -11,7 +11,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 
@@ -21,13 +21,17 @@ _OURS = "sfumato: "
 """How the line begins that says why a command failed; a warning's, too."""
 
 
-def run(commands: Mapping[str, Sequence[str]], *, threads: int) -> tuple[str, int, str] | None:
+def run(
+    commands: Mapping[str, Sequence[str]], *, threads: int, after: Mapping[str, Iterable[object]] | None = None
+) -> tuple[str, int, str] | None:
     """Run each command; returns the first that failed, by name, exit code and its reason, or None.
 
     commands: a name for the person -> the words after `sfumato`. threads: of torch, to be shared out. What they say
     goes to stderr, each line after the name of whose it is. Where one fails, or this process is interrupted, the others
     are told to stop: a training finishes its step and saves it, and a second interruption ends it at once. The reason
     is what follows "sfumato: " in the last line of the failed one, which is left to the caller to say; else empty.
+    after: by a command's name what is done when it has ended well, in steps, while the others go on; the next step is
+    not begun once one has failed.
     """
     processes: dict[str, subprocess.Popen[bytes]] = {}
     failed: list[tuple[str, int, str]] = []
@@ -45,6 +49,9 @@ def run(commands: Mapping[str, Sequence[str]], *, threads: int) -> tuple[str, in
             failed.append((name, code, last))
         elif last:
             _say(f"{before}{_OURS}{last}")
+        steps = iter((after or {}).get(name, ()))
+        while not (failed or signals) and next(steps, steps) is not steps:
+            pass
 
     told = 0
     with _heard() as signals, ThreadPoolExecutor(len(commands)) as pool:

@@ -130,7 +130,7 @@ def _silu_of_time(x: Tensor) -> Tensor:
 
 
 def _gated_gelu(proj: nn.Module, x: Tensor) -> Tensor:
-    frozen = type(proj) is nn.Linear and not proj.weight.requires_grad and not proj._forward_hooks
+    frozen = products.is_plain_linear(proj) and not proj.weight.requires_grad
     if frozen and torch.is_grad_enabled() and x.requires_grad and not torch.is_autocast_enabled(x.device.type):
         projected: Tensor = _ProjectedGelu.apply(x, proj.weight, proj.bias)  # type: ignore[no-untyped-call]
         return projected

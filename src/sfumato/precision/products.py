@@ -218,6 +218,14 @@ def _conv_forward(module: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | N
     return quick if quick is not None else F.conv2d(x, weight, bias, stride, padding, dilation, module.groups)
 
 
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether this is torch's linear layer and nothing else, such as an adapter, computes in its place or after it."""
+    forward = vars(module).get("forward", _linear_forward)
+    return (
+        type(module) is nn.Linear and not module._forward_hooks and getattr(forward, "func", forward) is _linear_forward
+    )
+
+
 def quicken(model: nn.Module) -> None:
     """Let a model's linear layers and convolutions compute so; its modules, their names and weights stay.
 
