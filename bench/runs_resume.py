@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import random
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -106,14 +107,18 @@ def command(case: str, inputs: Mapping[str, list[str]], output: Path, *more: str
     return ["train", program, *words, *inputs[program], *vae, "--output", str(output), *name, *more]
 
 
-def _child(words: list[str], kill_at: int | None, log: str) -> None:
+def _child(words: list[str], kill_at: int | None, log: str, place: Mapping[str, str]) -> None:
+    os.environ.update(place)
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+    from accelerate import PartialState
+
     from sfumato import cli
     from sfumato.runs import Step
 
+    PartialState._reset_state()  # the parent's, which has been alone
     done = Step.done
 
     def killed(step: Step, **values: object) -> None:
@@ -128,12 +133,25 @@ def _child(words: list[str], kill_at: int | None, log: str) -> None:
     os._exit(code)
 
 
-def run(words: list[str], *, log: Path, kill_at: int | None = None) -> int:
-    """The exit code of the training in a process of its own; -9 if step `kill_at` (from 0) killed it."""
-    child = multiprocessing.get_context("fork").Process(target=_child, args=(words, kill_at, str(log)))
-    child.start()
-    child.join()
-    return int(child.exitcode or 0)
+def run(words: list[str], *, log: Path, kill_at: int | None = None, processes: int = 1) -> int:
+    """The exit code of the training in a process of its own; -9 if step `kill_at` (from 0) killed it.
+
+    processes: several meet as those of `accelerate launch` do, and load nothing again.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    children = []
+    for rank in map(str, range(processes)):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+        place |= {"ACCELERATE_USE_CPU": "true", **meeting}
+        arguments = (words, kill_at, str(log), place if processes > 1 else {})
+        children.append(multiprocessing.get_context("fork").Process(target=_child, args=arguments))
+        children[-1].start()
+    for child in children:
+        child.join()
+    codes = [int(child.exitcode or 0) for child in children]
+    return min(codes) or max(codes)
 
 
 def results(output: Path) -> dict[str, object]:
@@ -144,17 +162,26 @@ def results(output: Path) -> dict[str, object]:
     return {f"{f.relative_to(output)}:{name}": t for f in files for name, t in read_tensors(f).items()}
 
 
-def cut(case: str, inputs: Mapping[str, list[str]], whole: Path, output: Path, kills: list[int], every: int) -> str:
+def cut(
+    case: str,
+    inputs: Mapping[str, list[str]],
+    whole: Path,
+    output: Path,
+    kills: list[int],
+    every: int,
+    processes: int = 1,
+) -> str:
     """Empty if the training that was killed in the steps `kills` gives what the whole one gave, else what is wrong."""
     import torch
 
     log = output.with_suffix(".log")
     more = ["--checkpoint-every", str(every)]
     for number, step in enumerate(kills):
-        code = run(command(case, inputs, output, *more, *(["--resume"] if number else [])), log=log, kill_at=step)
+        words = command(case, inputs, output, *more, *(["--resume"] if number else []))
+        code = run(words, log=log, kill_at=step, processes=processes)
         if code != -signal.SIGKILL:
             return f"exit code {code} instead of the kill in step {step}: {log.read_text()[-2000:]}"
-    code = run(["resume", str(output)], log=log)
+    code = run(["resume", str(output)], log=log, processes=processes)
     if code:
         return f"the resume ended with {code}: {log.read_text()[-2000:]}"
     expected, found = results(whole), results(output)

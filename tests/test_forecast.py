@@ -78,10 +78,15 @@ def state_of(base):
 @pytest.mark.parametrize("device", ["gpu", "cpu"])
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
 def test_ways_of_every_family(family, device, family_folder):
+    """Those that between them have everything a way may have: words, adapters, the whole U-Net, text encoders.
+
+    `lora` is `--train-words` without the text encoders, and DreamBooth's LoRA `--targets everything` with two pictures.
+    """
     base = shapes_of(family_folder(family), device)
     setting = Setting(device, imagined("auto", device), 64, 1, 4)
     before = state_of(base)
-    for way in WAYS:
+    names = ("textual_inversion", "lora --targets everything", "lora --train-words", "dreambooth --method full")
+    for way in (BY_OPTIONS[name] for name in names):
         one = of_step(base, way, setting)
         two = of_step(base, way, replace(setting, batch=2))
         lean = of_step(base, way, replace(setting, checkpointing=True))

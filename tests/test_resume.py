@@ -12,12 +12,10 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 
 from bench.runs_resume import CASES, ROOT, STEPS, command, cut, make_inputs, run
 from sfumato import cli
-from sfumato.files import read_tensors
 from sfumato.runs.checkpoints import Checkpoints
 from tests.runs.faults import failing
 
@@ -68,39 +66,15 @@ def test_a_run_goes_on_from_elsewhere_and_with_pictures_that_were_moved(inputs, 
     assert "was trained with other things than these: data " in capsys.readouterr().err
 
 
-def _launch(*program):
-    words = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    words += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    words += ["-m", "sfumato", *program]
-    # accelerate's own --cpu starts a single process where there is no MPI
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, text=True)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["lora", "dreambooth lora", "textual_inversion"])
 def test_two_processes_killed_and_resumed_give_what_two_give(case, inputs, tmp_path):
     """The second and the third sum the gradients of two batches, too; pretrain runs in one process."""
-    settings = ("--steps", "40", "--checkpoint-every", "3")
-    whole = _launch(*command(case, inputs, tmp_path / "whole", *settings))
-    said, _ = whole.communicate(timeout=300)
-    assert whole.returncode == 0, said[-2000:]
-    child = _launch(*command(case, inputs, tmp_path / "cut", *settings))
-    store = Checkpoints(tmp_path / "cut/checkpoints")
-    until = time.monotonic() + 200
-    while max(store.steps(), default=0) < 6 and time.monotonic() < until:
-        time.sleep(0.05)
-    children = subprocess.run(["pgrep", "-P", str(child.pid)], capture_output=True, text=True).stdout.split()
-    for pid in [*children, child.pid]:
-        os.kill(int(pid), signal.SIGKILL)
-    child.wait()
-    assert not (tmp_path / "cut/out.safetensors").exists()
-    again = _launch("resume", str(tmp_path / "cut"))
-    said, _ = again.communicate(timeout=300)
-    assert again.returncode == 0, said[-2000:]
-    assert "resuming from step" in said
-    one, two = (read_tensors(tmp_path / name / "out.safetensors") for name in ("whole", "cut"))
-    assert all(torch.equal(tensor, two[key]) for key, tensor in one.items())
+    log = tmp_path / "whole.log"
+    assert run(command(case, inputs, tmp_path / "whole"), log=log, processes=2) == 0, log.read_text()[-2000:]
+    assert cut(case, inputs, tmp_path / "whole", tmp_path / "cut", [2, 3], every=2, processes=2) == ""
+    said = (tmp_path / "cut.log").read_text()
+    assert said.count("resuming from step 2") == 2
 
 
 @pytest.mark.slow

@@ -2,11 +2,9 @@
 
 import copy
 import json
-import os
 import re
 import runpy
 import shutil
-import subprocess
 import sys
 
 import pytest
@@ -14,6 +12,7 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
+from bench.runs_resume import run
 from sfumato import Adapter, cli, compose, data, diffusion, randomness
 from sfumato.bases import load_base
 from sfumato.errors import FileError
@@ -453,21 +452,16 @@ def test_the_extracted_lora_is_the_change_and_says_what_it_keeps(train, pocket_f
 
 
 @pytest.mark.slow
-def test_two_processes_draw_one_class_and_give_the_result_of_one(train, pocket_folder, pictures, tmp_path, monkeypatch):
-    """`accelerate launch trainers/dreambooth.py`, two CPU processes: one global batch of 4, to rounding."""
-    monkeypatch.undo()  # `quick`: the processes draw the class in the base's own number of steps
+def test_two_processes_draw_one_class_and_give_the_result_of_one(train, pocket_folder, pictures, tmp_path):
+    """Two CPU processes: one global batch of 4, to rounding."""
     one = train("one", "--batch", "4", "--method", "lora", "--save", "lora", "--precision", "fp32")
-    root = cli.source("sfumato.trainers.dreambooth").parents[1]
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    command += [str(root / "trainers/dreambooth.py"), "--images", str(pictures), "--output", str(tmp_path / "two")]
-    command += ["--base", str(pocket_folder), "--class-name", CLASS, "--instance-prompt", PROMPT, "--steps", str(STEPS)]
-    command += ["--batch", "2", "--learning-rate", "1e-3", "--rank", "2", "--method", "lora", "--class-count", "3"]
-    command += ["--sample-every", "0", "--measure-every", "2", "--precision", "fp32"]
+    words = ["train", "dreambooth", "--images", str(pictures), "--output", str(tmp_path / "two")]
+    words += ["--base", str(pocket_folder), "--class-name", CLASS, "--instance-prompt", PROMPT, "--steps", str(STEPS)]
+    words += ["--batch", "2", "--learning-rate", "1e-3", "--rank", "2", "--method", "lora", "--class-count", "3"]
+    words += ["--sample-every", "0", "--measure-every", "2", "--precision", "fp32"]
     # A cache of its own: both processes draw.
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
-    assert done.returncode == 0, done.stderr[-2000:]
+    log = tmp_path / "log"
+    assert run(words, log=log, processes=2) == 0, log.read_text()[-2000:]
     assert len(list((tmp_path / "two/class").glob("*/*.png"))) == 3
     whole, parts = read_tensors(one), read_tensors(tmp_path / "two" / "two.safetensors")
     ups = [key for key in whole if key.endswith("lora_up.weight")]  # which began at 0
