@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from typing import Any, Literal
 from unittest.mock import patch
 
@@ -20,14 +21,43 @@ import torch._dynamo  # which asks torch for its devices when it is first import
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_leaves, tree_map
 
 from sfumato.compose import tensors
 
 aten = torch.ops.aten
+DESCRIBING = {
+    Tensor.dim, Tensor.size, Tensor.numel, Tensor.stride, Tensor.is_floating_point, Tensor.is_contiguous,
+    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "ndim", "layout", "requires_grad", "is_leaf")),
+}  # fmt: skip
+"""What computes nothing: the same of a GPU's tensor as of the CPU's."""
 GPU = torch.device("cuda", 0)
 """The one that is pretended, or was last."""
 CPU = torch.device("cpu")
+
+
+def leaves_of(x: Any) -> list[Any]:
+    """What a nest of tuples, lists and dicts holds. torch's own `tree_leaves` takes longer than most operations."""
+    if isinstance(x, dict):
+        x = x.values()
+    elif not isinstance(x, tuple | list):
+        return [x]
+    found: list[Any] = []
+    for each in x:
+        if isinstance(each, tuple | list | dict):
+            found += leaves_of(each)
+        else:
+            found.append(each)
+    return found
+
+
+def of_each(change: Any, x: Any) -> Any:
+    """The same nest of what `change` makes of each leaf."""
+    if isinstance(x, dict):
+        return {key: of_each(change, each) for key, each in x.items()}
+    if isinstance(x, tuple | list):
+        kind = list if isinstance(x, list) else tuple
+        return kind([of_each(change, each) for each in x])
+    return change(x)
 
 
 class OnGpu(Tensor):
@@ -88,6 +118,8 @@ class Calls(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in DESCRIBING:
+            return func(*args, **kwargs)
         if func in (Tensor.to, Tensor.cpu, Tensor.cuda):
             return moved(func, *args, **kwargs)
         if func is Tensor.tolist:
@@ -96,9 +128,9 @@ class Calls(TorchFunctionMode):
             raise TypeError("can't convert a GPU's tensor to numpy. Use Tensor.cpu() to copy it first.")
         if func in (torch.tensor, torch.as_tensor, torch.asarray) and numbered(kwargs.get("device")) == GPU:
             return moved(Tensor.to, func(*args, **{**kwargs, "device": CPU}), GPU)
-        leaves = tree_leaves((args, kwargs))
+        leaves = leaves_of((args, kwargs))
         if any(says_gpu(x) for x in leaves):
-            args, kwargs = tree_map(numbered, (args, kwargs))
+            args, kwargs = of_each(numbered, (args, kwargs))
         there = any(isinstance(x, OnGpu) for x in leaves)
         for drawn_by in (x for x in leaves if isinstance(x, Generator)):
             if says_gpu(drawn_by.device) != (there or says_gpu(kwargs.get("device"))):
@@ -125,7 +157,7 @@ def moved(func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         to, dtype, layout, copy = args[0].device, args[0].dtype, None, False
     else:
         copy = kwargs.pop("copy", False)
-        to, dtype, _, layout = torch._C._nn._parse_to(*tree_map(numbered, args), **tree_map(numbered, kwargs))
+        to, dtype, _, layout = torch._C._nn._parse_to(*of_each(numbered, args), **of_each(numbered, kwargs))
     to, there = to or tensor.device, isinstance(tensor, OnGpu)
     if there != says_gpu(to):
         tensor = (Down if there else Up).apply(tensor)
@@ -212,7 +244,7 @@ def compute(func: Any, args: Any, kwargs: dict[str, Any], *, within: bool = Fals
 
     within: whether Python asked for an operation on the GPU's tensors, which may make further ones without a word.
     """
-    given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+    given = [each for each in leaves_of((args, kwargs)) if isinstance(each, Tensor)]
     there = any(isinstance(each, OnGpu) for each in given)
     asked = kwargs.get("device")
     asks_there = says_gpu(asked)
@@ -224,14 +256,28 @@ def compute(func: Any, args: Any, kwargs: dict[str, Any], *, within: bool = Fals
         refuse_strangers(func, args, given if there else [])
         # Within a call that stays there, another device is the one that C++ takes the tensors' for.
         goes_there = asked is None or asks_there or within
-    held_args, held_kwargs = tree_map(lambda x: x.held if isinstance(x, OnGpu) else x, (args, kwargs))
+    held_args, held_kwargs = of_each(held_by, (args, kwargs))
     held_kwargs |= {"device": CPU} if asked is not None else {}
     held_kwargs |= {"pin_memory": False} if "pin_memory" in kwargs else {}
     found = func(*held_args, **held_kwargs)
     if not goes_there:
         return args[0] if func is aten.copy_.default else found
-    wrapped = tree_map(lambda x: OnGpu(x) if isinstance(x, Tensor) and not isinstance(x, OnGpu) else x, found)
-    return return_and_correct_aliasing(func, args, kwargs, wrapped) if there else wrapped
+    wrapped = of_each(on_gpu, found)
+    return return_and_correct_aliasing(func, args, kwargs, wrapped) if there and is_alias(func) else wrapped
+
+
+def held_by(x: Any) -> Any:
+    return x.held if isinstance(x, OnGpu) else x
+
+
+def on_gpu(x: Any) -> Any:
+    return OnGpu(x) if isinstance(x, Tensor) and not isinstance(x, OnGpu) else x
+
+
+@cache
+def is_alias(func: Any) -> bool:
+    """Whether what `func` returns may be what it was given, or a view of it."""
+    return any(returned.alias_info is not None for returned in func._schema.returns)
 
 
 def refuse_strangers(func: Any, args: Any, given: list[Tensor]) -> None:
@@ -267,7 +313,7 @@ def autocast_of_gpu() -> Iterator[None]:
 
         def compute_in_fp32(*args: Any, **kwargs: Any) -> Any:
             with torch._C._ExcludeDispatchKeyGuard(outside):
-                return func(*tree_map(widened, args), **kwargs)
+                return func(*of_each(widened, args), **kwargs)
 
         return compute_in_fp32
 

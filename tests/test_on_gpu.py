@@ -3,6 +3,7 @@
 import json
 import shutil
 from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -134,8 +135,15 @@ def inputs(tmp_path_factory):
 
 def learn(case, inputs, output, *more):
     """The tensors that come out, by file and name, and the rows of the log."""
-    assert cli.main(command(case, inputs, output, *more)) == 0
+    few = {"--steps": "3", "--checkpoint-every": "0"} | dict(zip(more[::2], more[1::2], strict=True))
+    assert cli.main(command(case, inputs, output, *(word for pair in few.items() for word in pair))) == 0
     return results(output), [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def on_cpu(inputs, tmp_path_factory):
+    """What `learn` gives on the CPU, each case once."""
+    return cache(lambda case: learn(case, inputs, tmp_path_factory.mktemp("cpu") / "here"))
 
 
 ON_MPS = (
@@ -155,13 +163,13 @@ ON_MPS = (
         *(pytest.param("mps", case, marks=pytest.mark.slow) for case in ON_MPS),
     ],
 )
-def test_each_trainer_learns_in_fp32_what_it_learns_on_the_cpu(kind, case, inputs, tmp_path, monkeypatch):
+def test_each_trainer_learns_in_fp32_what_it_learns_on_the_cpu(kind, case, inputs, on_cpu, tmp_path, monkeypatch):
     monkeypatch.setattr(muon, "multiplies_bf16", lambda device: False)  # which not every CPU does
     if REAL[kind] and "dropped out" in case:
         pytest.skip("dropout draws its numbers on the device")
     with gpu(kind):
         found, _ = learn(case, inputs, tmp_path / "there", "--device", kind)
-    wanted, _ = learn(case, inputs, tmp_path / "here")
+    wanted, _ = on_cpu(case)
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
         assert (found[name] - tensor).norm() <= 0.01 * tensor.norm() + 1e-6, name
@@ -180,20 +188,20 @@ def test_each_trainer_learns_in_fp32_what_it_learns_on_the_cpu(kind, case, input
         "textual_inversion",
     ],
 )
-def test_in_half_precision_each_trainer_learns_nearly_the_same(case, major, dtype, inputs, tmp_path):
+def test_in_half_precision_each_trainer_learns_nearly_the_same(case, major, dtype, inputs, on_cpu, tmp_path):
     """By the losses of all steps; `auto` takes bf16 where the GPU has it, and scales the loss of fp16 elsewhere."""
     with gpu(major=major):
         assert dtype in decide("auto").table()
         _, found = learn(case, inputs, tmp_path / "there", "--device", "auto", "--precision", "auto")
-    _, wanted = learn(case, inputs, tmp_path / "here")
+    _, wanted = on_cpu(case)
     losses = [torch.tensor([row["loss"] for row in rows if "loss" in row]) for rows in (found, wanted)]
     assert_close(*losses, rtol=0.03, atol=0)
 
 
 @pytest.mark.slow
 def test_a_checkpoint_goes_on_where_there_is_another_device(inputs, tmp_path):
-    wanted, _ = learn("dreambooth lora", inputs, tmp_path / "run", "--checkpoint-every", "3")
-    shutil.rmtree(tmp_path / "run/checkpoints/000005")  # as if it had been killed before its end
+    wanted, _ = learn("dreambooth lora", inputs, tmp_path / "run", "--checkpoint-every", "2")
+    shutil.rmtree(tmp_path / "run/checkpoints/000003")  # as if it had been killed before its end
     (tmp_path / "run/out.safetensors").unlink()
     with gpu():
         assert cli.main(["resume", str(tmp_path / "run"), "--device", "cuda"]) == 0
@@ -246,6 +254,12 @@ def files(inputs, tmp_path_factory):
     return {name: folder / name / "out.safetensors" for name in "abdw"}
 
 
+@pytest.fixture(scope="module")
+def on_cpu_drawn():
+    """What the CPU has drawn already, by way of drawing or family and mix."""
+    return {}
+
+
 WAYS = {
     "base": ["a crab"],
     "mixed": ["a crab <sq>", "--lora", "a={a}:0.8", "--lora", "b={b}:-0.6", "--embedding", "{w}"],
@@ -275,7 +289,7 @@ WAYS = {
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "precision"), [("cuda", "fp32"), ("cuda", "bf16"), ("cuda", "fp16"), ("mps", "fp32")])
 @pytest.mark.parametrize("way", WAYS)
-def test_each_way_of_drawing_draws_what_the_cpu_draws(way, kind, precision, inputs, files, tmp_path):
+def test_each_way_of_drawing_draws_what_the_cpu_draws(way, kind, precision, inputs, files, on_cpu_drawn, tmp_path):
     """In shades of 255. Without its adapters a way is 0.4 to 30 off, which fp32 and fp16 tell; bf16 rounds by 1."""
     base = inputs["lora"][inputs["lora"].index("--base") + 1]
     Image.new("RGB", (64, 64), "teal").save(tmp_path / "picture.png")
@@ -291,8 +305,9 @@ def test_each_way_of_drawing_draws_what_the_cpu_draws(way, kind, precision, inpu
 
     with gpu(kind):
         found = draw("there", "--device", kind, "--precision", precision)
-    wanted = draw("here", "--device", "cpu", "--precision", "fp32")
-    assert np.abs(found - wanted).mean() <= {"fp32": 0.01, "fp16": 0.2, "bf16": 2}[precision]
+    if way not in on_cpu_drawn:
+        on_cpu_drawn[way] = draw("here", "--device", "cpu", "--precision", "fp32")
+    assert np.abs(found - on_cpu_drawn[way]).mean() <= {"fp32": 0.01, "fp16": 0.2, "bf16": 2}[precision]
 
 
 # Mixing into a pipeline of diffusers
@@ -340,21 +355,33 @@ def pictures_of(pipe):
     return pipe(["a crab", "a dog"], generator=generators, **options).images
 
 
+@pytest.fixture(scope="module")
+def unmixed():
+    """What was drawn without adapters already, by family and place."""
+    return {}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "place"), PLACED)
 @pytest.mark.parametrize("way", MIXES)
-def test_each_mix_draws_what_it_draws_on_the_cpu_and_leaves_no_trace(way, family, place, write):  # noqa: F811
-    here = pipeline(family)
-    a, b = (
-        Adapter(write(name, here, "to_q", "to_v", "proj_in", "conv1", seed=seed, family=family), 0.8, name=name)
-        for seed, name in enumerate("ab")
-    )
-    with MIXES[way](here, a, b):
-        wanted = pictures_of(here)
+def test_each_mix_draws_what_it_draws_on_the_cpu_and_leaves_no_trace(
+    way, family, place, write, on_cpu_drawn, unmixed  # noqa: F811
+):  # fmt: skip
+    if (family, way) not in on_cpu_drawn:
+        here = pipeline(family)
+        a, b = (
+            Adapter(write(name, here, "to_q", "to_v", "proj_in", "conv1", seed=seed, family=family), 0.8, name=name)
+            for seed, name in enumerate("ab")
+        )
+        with MIXES[way](here, a, b):
+            on_cpu_drawn[family, way] = a, b, pictures_of(here)
+    a, b, wanted = on_cpu_drawn[family, way]
     with gpu("mps" if place == "mps" else "cuda"):
         there = pipeline(family)
         PLACES[place](there)
-        plain = pictures_of(there)
+        if (family, place) not in unmixed:
+            unmixed[family, place] = pictures_of(there)
+        plain = unmixed[family, place]
         with MIXES[way](there, a, b):
             found = pictures_of(there)
         if mix := current(there):  # what lasted for a block has ended with it, the mix below it has not
