@@ -103,7 +103,7 @@ def test_the_commands_run_one_after_another(pocket_folder, tmp_path, monkeypatch
 
 
 @pytest.mark.slow
-def test_the_recipes_run_as_they_are_written(pocket_folder, tmp_path, monkeypatch):
+def test_the_recipes_run_as_they_are_written(pocket_folder, tmp_path, monkeypatch, quick):
     for name in ("datasets", "trainers"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
@@ -119,7 +119,7 @@ def test_the_recipes_run_as_they_are_written(pocket_folder, tmp_path, monkeypatc
 
 
 @pytest.mark.slow
-def test_photographs_of_a_phone_become_a_picture(pocket_folder, tmp_path, monkeypatch, capsys):
+def test_photographs_of_a_phone_become_a_picture(pocket_folder, tmp_path, monkeypatch, capsys, quick):
     (tmp_path / "trainers").symlink_to(ROOT / "trainers")
     (tmp_path / "photos").mkdir()
     turned = Image.Exif()

@@ -28,7 +28,7 @@ def test_the_first_word_of_a_config_names_its_program():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in FILES if first_word(name) != "pocket"])
-def test_a_recipe_learns_from_pictures(name, pocket_folder, tmp_path):
+def test_a_recipe_learns_from_pictures(name, pocket_folder, tmp_path, quick):
     images = tmp_path / "images"
     images.mkdir()
     for hand, colour in (("noto", "red"), ("twemoji", "gold")):

@@ -45,6 +45,7 @@ def made(monkeypatch):
     return forbid
 
 
+@pytest.mark.usefixtures("quick")
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_the_prior_bench_runs_and_makes_nothing_twice(method, data, pocket_folder, made, tmp_path):

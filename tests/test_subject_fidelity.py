@@ -132,6 +132,7 @@ def test_a_setting_can_be_tried_on_one_method_or_on_all(config, monkeypatch, tmp
     assert told[1][-1] == "--steps=3"
 
 
+@pytest.mark.usefixtures("quick")
 @pytest.mark.slow
 def test_the_whole_bench_runs_and_makes_nothing_twice(config, pocket_folder, monkeypatch, tmp_path):
     import dataclasses
