@@ -10,6 +10,7 @@ from typing import Any
 
 import diffusers
 import torch
+from diffusers.models.modeling_utils import no_init_weights
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -46,7 +47,7 @@ def text_skeleton(class_name: str, config: Mapping[str, Any]) -> Any:
 def _made(what: str) -> Iterator[None]:
     """What is made within has shapes and no memory. Raises BaseModelError where a config does not describe it."""
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), no_init_weights():  # drawing them takes as long as all else, and leaves nothing
             yield
     except Exception as error:  # the libraries check each value in a way of its own, or not at all
         reason = " ".join(str(error).split())[:160]
