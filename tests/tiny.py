@@ -12,7 +12,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from sfumato.bases.names import clip_name, open_clip_name, unet_name, vae_name
 from sfumato.bases.single_file import shipped
-from sfumato.bases.vocabulary import byte_pair_tokenizer, clip_tokenizer
+from sfumato.bases.vocabulary import byte_pair_tokenizer, clip_merges, clip_tokenizer
 from sfumato.precision import decide
 
 CPU = decide("fp32", device="cpu")
@@ -36,7 +36,8 @@ SECOND_TEXT = {
     "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2, "num_hidden_layers": 4, "projection_dim": 96
 }  # fmt: skip
 VAE_WIDTHS = {"block_out_channels": [32, 32, 64, 64]}
-
+MERGES = 2000
+"""Of CLIP's 48,894, the most frequent: its whole vocabulary is more work than all else that is in a tiny base."""
 
 SHALLOW: dict[str, Any] = {
     "block_out_channels": [32, 64],
@@ -47,12 +48,15 @@ SHALLOW: dict[str, Any] = {
 """SD 1.x's U-Net with a block of each kind once, for tests to which its depth says nothing: a quarter of the layers."""
 
 
-def tiny_pipeline(family: str, seed: int = 0, *, shallow: bool = False, **scheduler: Any) -> Any:
+def tiny_pipeline(
+    family: str, seed: int = 0, *, shallow: bool = False, whole_vocabulary: bool = False, **scheduler: Any
+) -> Any:
     """A diffusers pipeline of `sd1`, `sd2` or `sdxl`, from the published configs with few channels.
 
-    shallow: with two levels of the U-Net (`sd1`). scheduler: keys of the scheduler's config to change, such as
-    prediction_type.
+    shallow: with two levels of the U-Net (`sd1`). whole_vocabulary: with all of CLIP's tokens, as the reader of a
+    single file takes for given. scheduler: keys of the scheduler's config to change, such as prediction_type.
     """
+    tokenizer, tokens = (clip_tokenizer, 49408) if whole_vocabulary else (few_words, MERGES + 514)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         unet = diffusers.UNet2DConditionModel.from_config(
@@ -62,24 +66,30 @@ def tiny_pipeline(family: str, seed: int = 0, *, shallow: bool = False, **schedu
             | {"sample_size": SAMPLE_SIZE}
         )
         vae = diffusers.AutoencoderKL.from_config(shipped(family, "vae/config.json") | VAE_WIDTHS)
-        text = CLIPTextModel(_text_config(family, "text_encoder", FIRST_TEXT))
+        text = CLIPTextModel(_text_config(family, "text_encoder", FIRST_TEXT | {"vocab_size": tokens}))
         second = None
         if family == "sdxl":
-            second = CLIPTextModelWithProjection(_text_config(family, "text_encoder_2", SECOND_TEXT))
+            sizes = SECOND_TEXT | {"vocab_size": tokens}
+            second = CLIPTextModelWithProjection(_text_config(family, "text_encoder_2", sizes))
     config = shipped(family, "scheduler/scheduler_config.json") | scheduler
     parts: dict[str, Any] = {
         "unet": unet.eval(),
         "vae": vae.eval(),
         "text_encoder": text.eval(),
-        "tokenizer": clip_tokenizer(pad_token=_pad(family, "tokenizer"), positions=77),
+        "tokenizer": tokenizer(pad_token=_pad(family, "tokenizer"), positions=77),
         "scheduler": getattr(diffusers, config["_class_name"]).from_config(config),
     }
     if second is None:
         return diffusers.StableDiffusionPipeline(
             **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
         )
-    parts |= {"text_encoder_2": second.eval(), "tokenizer_2": clip_tokenizer(pad_token="!", positions=77)}
+    parts |= {"text_encoder_2": second.eval(), "tokenizer_2": tokenizer(pad_token="!", positions=77)}
     return diffusers.StableDiffusionXLPipeline(**parts, add_watermarker=False)
+
+
+def few_words(*, pad_token: str, positions: int) -> Any:
+    """A tokenizer that cuts words as CLIP's does, and rarer ones into more pieces."""
+    return byte_pair_tokenizer(clip_merges()[:MERGES], pad_token=pad_token, positions=positions)
 
 
 def _text_config(family: str, folder: str, sizes: dict[str, int]) -> CLIPTextConfig:

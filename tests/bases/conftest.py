@@ -10,8 +10,8 @@ from typing import Any
 import huggingface_hub.constants
 import pytest
 
-from sfumato.bases import Base, load_base
-from tests.tiny import CPU, tiny_pipeline, write_folder, write_single_file
+from sfumato.bases import Base, load_base, loading
+from tests.tiny import CPU, few_words, tiny_pipeline, write_folder, write_single_file
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,12 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+@pytest.fixture(autouse=True)
+def short_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A single file is read with the tokenizer that its tiny text encoder is of."""
+    monkeypatch.setattr(loading, "clip_tokenizer", few_words)
 
 
 def _make(family: str, folder: Path) -> Tiny:

@@ -15,12 +15,12 @@ from sfumato.bases.family import FAMILIES, recognise
 from sfumato.bases.loading import alpha_bar
 from sfumato.bases.resting import Resting
 from sfumato.bases.single_file import shipped
-from sfumato.bases.vocabulary import byte_pair_tokenizer, clip_merges, clip_tokenizer
+from sfumato.bases.vocabulary import byte_pair_tokenizer, clip_merges
 from sfumato.bases.weights import Shell, Stored
 from sfumato.errors import BaseModelError, ConfigError, FileError
 from sfumato.files.header import read_header
 from sfumato.words import embedding
-from tests.tiny import CPU, tiny_pipeline, write_folder
+from tests.tiny import CPU, MERGES, few_words, tiny_pipeline, write_folder
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 
@@ -235,15 +235,15 @@ def test_both_fingerprints_follow_tokenizer_schedule_and_empty_prompt(sd1):
     def changed(**parts):
         return prints(dataclasses.replace(sd1.base, **parts))
 
-    same = clip_tokenizer(positions=77)
+    same = few_words(pad_token="<|endoftext|>", positions=77)
     same(["a call", "of two"], padding=True, truncation=True, max_length=5)
     spoken = dataclasses.replace(sd1.base, tokenizers=(same,))
     with embedding.new_words(spoken, ["<otter>"], vectors=2):
         assert prints(spoken) == changed() == prints(sd1.base)
     schedule = sd1.base.scheduler
     others = [
-        changed(tokenizers=(clip_tokenizer(pad_token="!", positions=77),)),
-        changed(tokenizers=(byte_pair_tokenizer(clip_merges()[:-1], positions=77),)),
+        changed(tokenizers=(few_words(pad_token="!", positions=77),)),
+        changed(tokenizers=(byte_pair_tokenizer(clip_merges()[: MERGES - 1], positions=77),)),
         changed(zeros_for_empty_prompt=True),
         changed(scheduler=type(schedule).from_config({**schedule.config, "rescale_betas_zero_snr": True})),
     ]

@@ -9,10 +9,11 @@ import torch
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
 from safetensors.torch import load_file, save_file
 
-from sfumato.bases import load_base
+from sfumato.bases import load_base, loading
 from sfumato.bases.family import FAMILIES
 from sfumato.bases.names import clip_name, open_clip_name, unet_name, vae_name
 from sfumato.bases.single_file import shipped, text_config, unet_config, vae_config
+from sfumato.bases.vocabulary import clip_tokenizer
 from sfumato.bases.weights import text_skeleton, unet_skeleton, vae_skeleton
 from sfumato.errors import BaseModelError
 from sfumato.files.family import FAMILIES as LABELS
@@ -40,6 +41,15 @@ def test_file_and_folder_predict_and_decode_the_same(tiny):
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(2))
     assert torch.equal(base.decode(latents), tiny.base.decode(latents))
     assert torch.equal(base.alpha_bar, tiny.base.alpha_bar)
+
+
+def test_a_file_is_read_with_the_whole_vocabulary_of_clip(sdxl, monkeypatch):
+    monkeypatch.setattr(loading, "clip_tokenizer", clip_tokenizer)
+    for tokenizer, pad_token in zip(load(sdxl.file, unet=False).tokenizers, ("<|endoftext|>", "!"), strict=True):
+        wanted = clip_tokenizer(pad_token=pad_token, positions=77)
+        assert tokenizer.get_vocab() == wanted.get_vocab()
+        assert tokenizer.pad_token == pad_token
+        assert tokenizer("a red flamingo").input_ids == wanted("a red flamingo").input_ids
 
 
 @pytest.mark.parametrize("family", ["sd1", pytest.param("sdxl", marks=pytest.mark.slow)])
@@ -242,11 +252,12 @@ def test_a_folder_of_shards_or_of_half_precision_is_read(sd1, tmp_path):
     assert len(list((sharded / "unet").glob("*.safetensors"))) > 1
     assert torch.equal(prediction(load(sharded)), prediction(sd1.base))
     weights = half / "unet" / "diffusion_pytorch_model.safetensors"
-    save_file({name: tensor.half() for name, tensor in load_file(weights).items()}, weights)
+    halves = {name: tensor.half() for name, tensor in load_file(weights).items()}
+    save_file(halves, weights)
     weights.rename(half / "unet" / "diffusion_pytorch_model.fp16.safetensors")
-    base = load(half)
-    assert base.unet.dtype == torch.float32
-    torch.testing.assert_close(prediction(base), prediction(sd1.base), atol=1e-2, rtol=0)
+    found = load(half).unet.state_dict()
+    assert found.keys() == halves.keys()
+    assert all(torch.equal(found[name], tensor.float()) for name, tensor in halves.items())
 
 
 @pytest.mark.parametrize("form", ["file", "folder"])

@@ -60,26 +60,26 @@ def test_a_word_made_from_a_words_rows_means_that_word(family, bases):
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
 def test_afterwards_nothing_is_left(family, bases):
     base = bases(family)
-    text = base.encode_text(["<x> a crab"]).hidden  # first: transformers hooks an encoder when it is first called
+    text = base.encode_text(["<x> a cat"]).hidden  # first: transformers hooks an encoder when it is first called
     before, rest = state(base)
     with embedding.new_words(base, ["<x>", "zyxo"], vectors=3):
-        assert not torch.equal(base.encode_text(["<x> a crab"]).hidden, text)
+        assert not torch.equal(base.encode_text(["<x> a cat"]).hidden, text)
         assert all(torch.equal(a, b) for a, b in zip(before, state(base)[0], strict=True))
     after, rest_after = state(base)
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert rest == rest_after
-    assert torch.equal(base.encode_text(["<x> a crab"]).hidden, text)
+    assert torch.equal(base.encode_text(["<x> a cat"]).hidden, text)
 
 
 def test_prompts_without_the_word_are_encoded_as_before(base):
-    plain = base.encode_text(["a crab", ""]).hidden
+    plain = base.encode_text(["a cat", ""]).hidden
     with embedding.new_words(base, ["<x>"], vectors=4):
-        assert torch.equal(base.encode_text(["a crab", ""]).hidden, plain)
+        assert torch.equal(base.encode_text(["a cat", ""]).hidden, plain)
 
 
 def test_words_go_in_any_order(base):
     tokenizer = base.tokenizers[0]
-    first = embedding.new_words(base, ["<a>"], start="words", initial=["crab"])
+    first = embedding.new_words(base, ["<a>"], start="words", initial=["cat"])
     second = embedding.new_words(base, ["<b>"], vectors=2, start="random", seed=1)
     both = base.encode_text(["<b>"]).hidden
     first.remove()
@@ -88,7 +88,7 @@ def test_words_go_in_any_order(base):
         assert base.tokenizers[0] is tokenizer
     assert torch.equal(base.encode_text(["<b>"]).hidden, both)
     first.attach()
-    assert torch.equal(base.encode_text(["<a>"]).hidden[:, :3], base.encode_text(["crab"]).hidden[:, :3])
+    assert torch.equal(base.encode_text(["<a>"]).hidden[:, :3], base.encode_text(["cat"]).hidden[:, :3])
     second.remove()
     first.remove()
     assert base.tokenizers[0] is tokenizer
@@ -127,8 +127,8 @@ def test_rows_without_a_gradient_get_zeros_unless_they_rest(base):
 
 def test_where_vectors_start(base):
     table = base.text_encoders[0].get_input_embeddings().weight
-    ids = base.tokenizers[0]("red crab", add_special_tokens=False).input_ids
-    with embedding.new_words(base, ["<x>"], vectors=3, start="words", initial=["red crab"]) as words:
+    ids = base.tokenizers[0]("red cat", add_special_tokens=False).input_ids
+    with embedding.new_words(base, ["<x>"], vectors=3, start="words", initial=["red cat"]) as words:
         assert torch.equal(words.rows[0], table[[*ids, ids[0]]])
     with embedding.new_words(base, ["<x>"], vectors=2, start="mean") as words:
         assert_close(words.rows[0].norm(dim=1), table.norm(dim=1).mean().expand(2))
@@ -141,20 +141,20 @@ def test_where_vectors_start(base):
 
 
 def test_initial_words_that_are_cut_are_told_of(base):
-    (line,) = shortened(["red crab", "crab"], 1, base.tokenizers[0])
-    assert line.startswith("--initial-words 'red crab': of 2 tokens only these are taken, one a vector: red. ")
-    assert shortened(["red crab"], 2, base.tokenizers[0]) == []
+    (line,) = shortened(["red cat", "cat"], 1, base.tokenizers[0])
+    assert line.startswith("--initial-words 'red cat': of 2 tokens only these are taken, one a vector: red. ")
+    assert shortened(["red cat"], 2, base.tokenizers[0]) == []
 
 
 def test_one_initial_word_for_each_placeholder(base):
-    with embedding.new_words(base, ["<a>", "<b>"], start="words", initial=["crab", "house"]) as words:
-        assert [vectors[0][0][0] for vectors in words.nearest(1).values()] == ["crab", "house"]
+    with embedding.new_words(base, ["<a>", "<b>"], start="words", initial=["cat", "house"]) as words:
+        assert [vectors[0][0][0] for vectors in words.nearest(1).values()] == ["cat", "house"]
 
 
 def test_the_report_tells_of_the_vectors_of_both_encoders(bases):
-    with embedding.new_words(bases("sdxl"), ["<a>"], vectors=2, start="words", initial=["red crab"]) as words:
+    with embedding.new_words(bases("sdxl"), ["<a>"], vectors=2, start="words", initial=["red cat"]) as words:
         lines = words.report()
-    said = [f"<a> {n} of 2 in {part}: {w} 1.00" for part in PARTS for n, w in ((1, "red"), (2, "crab"))]
+    said = [f"<a> {n} of 2 in {part}: {w} 1.00" for part in PARTS for n, w in ((1, "red"), (2, "cat"))]
     assert [line[: len(text)] for line, text in zip(lines, said, strict=True)] == said
 
 
@@ -172,7 +172,7 @@ def test_the_scale_is_kept_and_the_direction_too(base):
 
 def test_a_prompt_that_does_not_fit_is_refused_with_the_count(base):
     with embedding.new_words(base, ["<x>"], vectors=16) as words:
-        words.check(["<x> " * 4, "crab " * 100])
+        words.check(["<x> " * 4, "cat " * 100])
         with pytest.raises(ConfigError, match=r"80 tokens \(<x> has 16\), and the text encoder has 75 positions"):
             words.check(["a <x>", "<x> " * 5])
 
@@ -180,14 +180,14 @@ def test_a_prompt_that_does_not_fit_is_refused_with_the_count(base):
 @pytest.mark.parametrize(
     ("placeholders", "said"),
     [
-        (["crab"], "is a word already"),
+        (["cat"], "is a word already"),
         (["two words"], "without spaces"),
         ([""], "without spaces"),
         ([], "none"),
         (["<a>", "<A>"], "each of its own"),
         (["<a>", "<a>b"], "within it"),
         (["<|endoftext|>"], "is a word already"),
-        (["teapo"], "is a piece that the tokenizer begins other words with .*; write <teapo>"),
+        (["hou"], "is a piece that the tokenizer begins other words with .*; write <hou>"),
         (["__metadata__"], "its header by that name"),
         (["<lora:x>"], "prompts read that as an adapter's tag; write <lora-x> or so"),
     ],
@@ -301,7 +301,7 @@ def test_a_caption_with_the_word_within_another_word_has_it_not():
 
 def test_a_tokenizer_that_takes_a_word_for_its_own_is_noticed(base):
     with pytest.raises(ConfigError, match="took 0 new tokens for it, not 1"):
-        _extend(copy.deepcopy(base.tokenizers[0]), {"teapo": 1})
+        _extend(copy.deepcopy(base.tokenizers[0]), {"hou": 1})
 
 
 def test_a_caption_may_spell_its_placeholder_in_capitals():
@@ -312,13 +312,13 @@ def test_a_caption_may_spell_its_placeholder_in_capitals():
 
 
 def test_each_caption_is_encoded_once_and_comes_in_its_place(base, monkeypatch):
-    captions = ["a crab", "", "a house", "a crab"]
+    captions = ["a cat", "", "a house", "a cat"]
     wanted = torch.cat([base.encode_text([caption]).hidden for caption in captions])
     seen = []
     encode = base.encode_text
     monkeypatch.setattr(base, "encode_text", lambda prompts, **kw: seen.extend(prompts) or encode(prompts, **kw))
     assert_close(embedding.encode(base, captions).hidden, wanted)
-    assert sorted(seen) == ["", "a crab", "a house"]
+    assert sorted(seen) == ["", "a cat", "a house"]
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
@@ -327,7 +327,7 @@ def test_no_prompt_is_learned_where_it_is_encoded_and_is_zeros_where_it_is_zeros
     encoder = base.text_encoders[0]
     encoder.requires_grad_(True)
     try:
-        text = embedding.encode(base, ["", "a crab", ""], grad=True)
+        text = embedding.encode(base, ["", "a cat", ""], grad=True)
         empty = text.hidden[[0, 2]]
         assert_close(empty, base.unconditional(2).hidden)
         empty.square().sum().backward()
@@ -443,7 +443,7 @@ def test_accents_may_be_composed_or_not(vectors, base, tmp_path):
 
 
 def test_a_files_name_that_is_no_placeholder_is_refused_with_the_way_out(base, tmp_path):
-    for name, said in (("my style", "without spaces"), ("crab", "a word already")):
+    for name, said in (("my style", "without spaces"), ("cat", "a word already")):
         path = write_tensors(tmp_path / f"{name}.safetensors", {"emb_params": torch.randn(1, 64)})
         with pytest.raises(ConfigError, match=rf"^{name}.safetensors: .*{said}.*TOKEN=FILE"):
             embedding.load(base, path)

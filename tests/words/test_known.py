@@ -14,7 +14,10 @@ from sfumato.bases import load_base
 from sfumato.errors import ConfigError
 from sfumato.files import write_tensors
 from sfumato.words import embedding
-from tests.tiny import CPU, tiny_pipeline, write_folder
+from tests.tiny import CPU, MERGES, tiny_pipeline, write_folder
+
+TOKENS = MERGES + 514
+"""In the vocabulary of a tiny base: also 512 bytes, and both ends."""
 
 
 @pytest.fixture
@@ -121,7 +124,7 @@ def test_what_diffusers_loads_meanwhile_stays(files, tmp_path):
     with embedding.load(pipe, files[0]):
         assert torch.equal(encoded(pipe, "<one>"), one)
     pipe.unload_textual_inversion()
-    assert len(pipe.tokenizer) == len(pipe.text_encoder.get_input_embeddings().weight) == 49408
+    assert len(pipe.tokenizer) == len(pipe.text_encoder.get_input_embeddings().weight) == TOKENS
 
 
 def test_of_words_in_use_each_goes_while_diffusers_words_stay(files, tmp_path):
@@ -240,15 +243,15 @@ def test_a_table_that_diffusers_replaces_is_said(files):
         words.remove()
         words.attach()
         assert torch.equal(encoded(pipe, "<one>"), one)
-    assert len(pipe.tokenizer) == len(pipe.text_encoder.get_input_embeddings().weight) == 49408
+    assert len(pipe.tokenizer) == len(pipe.text_encoder.get_input_embeddings().weight) == TOKENS
 
 
 def test_tokens_without_rows_are_no_obstacle(files):
     pipe = tiny_pipeline("sd1", shallow=True)
     with embedding.load(pipe, files[0]):
         pipe.tokenizer.add_tokens(["<bare>"])
-    assert pipe.tokenizer.get_added_vocab()["<bare>"] == 49408
-    assert len(pipe.text_encoder.get_input_embeddings().weight) == 49408
+    assert pipe.tokenizer.get_added_vocab()["<bare>"] == TOKENS
+    assert len(pipe.text_encoder.get_input_embeddings().weight) == TOKENS
 
 
 def test_threads_encode_prompts_of_their_own(files):
