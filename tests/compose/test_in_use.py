@@ -374,7 +374,8 @@ def test_regions_beside_an_ip_adapter_are_refused_and_leave_it_as_it_is(pipe):
 
 
 def calls_at_once(pipe, *prompts):
-    """How many calls of the U-Net were under way together, of threads that draw with a scheduler each."""
+    """How many calls of the U-Net were under way together, of threads that draw with a scheduler and a tokenizer each:
+    between two calls of one tokenizer another thread may change how it pads."""
     under_way, most = [], []
 
     def within(*_):
@@ -385,7 +386,7 @@ def calls_at_once(pipe, *prompts):
 
     def draw(prompt):
         own = copy.copy(pipe)
-        own.scheduler = copy.deepcopy(pipe.scheduler)
+        own.scheduler, own.tokenizer = copy.deepcopy(pipe.scheduler), copy.deepcopy(pipe.tokenizer)
         return drawn(own, prompt, guidance_scale=5.0)
 
     handle = pipe.unet.mid_block.register_forward_hook(within)
