@@ -18,9 +18,9 @@ from typing import Any, Literal
 from unittest import mock
 
 import torch
-from torch import Tensor
 
 from bench.full_size import added_conditions
+from bench.kept import kept_bytes
 from bench.real import print_report
 from sfumato import cli
 from sfumato.adapters import attach, hosts
@@ -60,19 +60,10 @@ def two_products() -> Iterator[None]:
 
 def step(unet: Any, config: Config, cells: int) -> int:
     """A forward and a backward pass; returns the bytes that autograd kept beside the weights."""
-    weights = {parameter.data_ptr() for parameter in unet.parameters()}
-    seen: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights and not tensor.is_leaf:
-            seen[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
     latents = torch.randn(config.batch, 4, cells, cells, generator=torch.Generator().manual_seed(0))
     text = torch.zeros(config.batch, 77, unet.config.cross_attention_dim)
     added = added_conditions(unet.config)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with kept_bytes(unet) as seen:
         output = unet(latents, torch.full((config.batch,), 500), text, added_cond_kwargs=added, return_dict=False)[0]
     output.square().mean().backward()
     return sum(seen.values())

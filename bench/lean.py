@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from bench.full_size import added_conditions
+from bench.kept import kept_bytes
 from bench.real import print_report
 from sfumato import cli
 from sfumato.adapters import attach, select
@@ -52,19 +52,10 @@ def kept(config: Config, trained: str, *, lean: bool) -> float:
         keep_less(unet)
     if trained != "whole":
         attach({"unet": select(unet, trained)}, rank=16, alpha=16.0)
-    weights = {parameter.data_ptr() for parameter in unet.parameters()}
-    seen: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights and not tensor.is_leaf:
-            seen[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()  # an output that its own node kept would never be freed
-
     side = config.resolution // 8
     text = torch.zeros(1, 77, unet.config.cross_attention_dim)
     added = added_conditions(unet.config)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with kept_bytes(unet) as seen:
         output = unet(torch.zeros(1, 4, side, side), torch.zeros(1), text, added_cond_kwargs=added)
     del output  # alive until here, so that no two tensors had one address
     return sum(seen.values()) / 2**30
