@@ -11,7 +11,7 @@ of a large U-Net it is the other way round. Values and gradients are those of tw
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,16 +19,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from sfumato.precision import products
+from sfumato.precision.products import Geometry
 
 aten = torch.ops.aten
-
-
-class Geometry(NamedTuple):
-    """Of a convolution without groups."""
-
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (0, 0)
-    dilation: tuple[int, int] = (1, 1)
 
 
 def folded(host: nn.Linear | nn.Conv2d, down: Tensor, up: Tensor, scale: float, x: Tensor) -> Tensor | None:
@@ -63,7 +56,7 @@ def _is_plain(host: nn.Linear | nn.Conv2d, x: Tensor) -> bool:
 def _geometry(host: nn.Linear | nn.Conv2d) -> Geometry | None:
     if isinstance(host, nn.Linear):
         return None
-    return Geometry(host.stride, host.padding, host.dilation)  # type: ignore[arg-type]
+    return host.stride, host.padding, host.dilation  # type: ignore[return-value]
 
 
 def _rows(x: Tensor, host: nn.Linear | nn.Conv2d) -> int:
