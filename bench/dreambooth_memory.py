@@ -32,6 +32,7 @@ COMBINATIONS: dict[str, dict[str, Any]] = {
     "full, fused, checkpointing, EMA on the CPU": FUSED | CHECKPOINTED | {"ema": 0.99, "ema-on-cpu": True},
     "full, fused, checkpointing, 8-bit": FUSED | CHECKPOINTED | {"optimizer": "adamw8bit"},
     "full, 8-bit": {"optimizer": "adamw8bit"},
+    "full, fused, checkpointing, Adafactor": FUSED | CHECKPOINTED | {"optimizer": "adafactor"},
     "lora": {"method": "lora"},
     "lora, checkpointing": {"method": "lora"} | CHECKPOINTED,
     "lora, prior of the base": {"method": "lora", "prior": "base"},

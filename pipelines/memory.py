@@ -66,7 +66,7 @@ def rows_of(base: Base, setting: Setting) -> Iterator[tuple[str, list[float]]]:
         return forecast.of_step(base, way, replace(setting, checkpointing=checkpointing))
 
     for way in forecast.WAYS:
-        alike = replace(way, options="", fused=False, state=0)
+        alike = replace(way, options="", fused=False, optimizer="adamw")
         steps = (of_step(alike, checkpointing) for checkpointing in (False, True))
         yield way.options, [step.total(way, setting.device) / GIB for step in steps]
     yield "encoding a picture, before the first step", [forecast.of_encoding(base, setting) / GIB]

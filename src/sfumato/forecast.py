@@ -27,6 +27,7 @@ from sfumato.errors import ConfigError
 from sfumato.precision import decide, products
 from sfumato.precision.lean import keep_less
 from sfumato.training.full import parts_of
+from sfumato.training.optimizers import OptimizerName, state_bytes
 
 if TYPE_CHECKING:
     from sfumato.bases import Base
@@ -44,7 +45,7 @@ class Way:
     """One way to train: what is trained, and with which options.
 
     trained: what has gradients and an optimizer's state. pictures: that a step sees for one of the batch, two where
-    half of them hold a class. text: the text encoders are in the loop. state: bytes of the optimizer for a number.
+    half of them hold a class. text: the text encoders are in the loop.
     """
 
     options: str
@@ -53,7 +54,7 @@ class Way:
     targets: str = "cross-attention"
     text: bool = False
     fused: bool = False
-    state: int = 8
+    optimizer: OptimizerName = "adamw"
 
 
 WAYS = (
@@ -64,7 +65,12 @@ WAYS = (
     Way("dreambooth --method lora", "lora", targets="everything", pictures=2),
     Way("dreambooth --method full", "whole", pictures=2),
     Way("dreambooth --method full --fused", "whole", pictures=2, fused=True),
-    Way("dreambooth --method full --fused --optimizer adamw8bit", "whole", pictures=2, fused=True, state=2),
+    Way(
+        "dreambooth --method full --fused --optimizer adamw8bit", "whole", pictures=2, fused=True, optimizer="adamw8bit"
+    ),
+    Way(
+        "dreambooth --method full --fused --optimizer adafactor", "whole", pictures=2, fused=True, optimizer="adafactor"
+    ),
 )
 
 
@@ -103,22 +109,23 @@ def shapes_of(source: str | os.PathLike[str], device: str, vae: str | None = Non
 @dataclass(frozen=True)
 class Step:
     """What a training step takes, in bytes: `weights` that are there all the time, the most that is alive beside them,
-    with all gradients until its end or, `fused`, with one at a time; and how many numbers are `trained`."""
+    with all gradients until its end or, `fused`, with one at a time; and the shapes of what is `trained`."""
 
     weights: int
     alive: int
     fused: int
-    trained: int
+    trained: tuple[torch.Size, ...]
 
     def total(self, way: Way, device: Literal["gpu", "cpu"]) -> int:
         """With the optimizer's state and what torch does not see."""
-        return int(self.weights + way.state * self.trained + (self.fused if way.fused else self.alive) + BESIDE[device])
+        state = sum(state_bytes(way.optimizer, shape) for shape in self.trained)
+        return int(self.weights + state + (self.fused if way.fused else self.alive) + BESIDE[device])
 
 
 def of_step(base: Base, way: Way, setting: Setting) -> Step:
     """A training step at its peak. base: of `shapes_of`, which stays as it is.
 
-    `way.fused` and `way.state` make no difference here, see `Step.total`.
+    `way.fused` and `way.optimizer` make no difference here, see `Step.total`.
     """
     whole = way.trained == "whole"
     base.unet.requires_grad_(whole)
@@ -139,7 +146,7 @@ def of_step(base: Base, way: Way, setting: Setting) -> Step:
                 weights=_bytes_of(base.unet, *texts, *([lora] if lora else [])),
                 alive=alive.peak_with_gradients,
                 fused=alive.peak,
-                trained=sum(p.numel() for p in learned),
+                trained=tuple(p.shape for p in learned),
             )
     finally:
         base.unet.requires_grad_(False)

@@ -98,3 +98,32 @@ def test_an_extra_steps_or_says_how_to_get_it(name, package, extra):
     assert (p < 1).all()
     in_8_bits = {state.dtype for state in optimizer.state[p].values() if getattr(state, "shape", None) == p.shape}
     assert in_8_bits == ({torch.uint8} if name == "adamw8bit" else {torch.float32})
+
+
+def test_adafactor_steps_as_written_in_its_paper():
+    """Algorithm 4 of Shazeer & Stern 2018, with the rate given: factored second moments, updates clipped at RMS 1."""
+    torch.manual_seed(0)
+    weight, rows, columns = torch.randn(3, 4), torch.zeros(3), torch.zeros(4)
+    p = nn.Parameter(weight.clone())
+    optimizer = optimizers.build("adafactor", [{"params": [p], "lr": 0.1}], weight_decay=0.0)
+    for step in range(1, 5):
+        p.grad = torch.randn(3, 4) * step**2
+        square, beta = p.grad.square() + 1e-30, 1 - step**-0.8
+        rows, columns = (beta * old + (1 - beta) * square.mean(at) for old, at in ((rows, 1), (columns, 0)))
+        update = p.grad / (rows[:, None] * columns / rows.mean()).sqrt()
+        weight = weight - 0.1 * update / update.square().mean().sqrt().clamp(min=1.0)
+        optimizer.step()
+        assert_close(p.data, weight)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "lion", "prodigy"])
+@pytest.mark.parametrize("shape", [(64, 96), (8, 4, 3, 3), (7,)])
+def test_the_state_takes_what_is_told_before(name, shape):
+    if name in ("lion", "prodigy"):
+        pytest.importorskip({"lion": "lion_pytorch", "prodigy": "prodigyopt"}[name])
+    p = nn.Parameter(torch.ones(shape))
+    optimizer = optimizers.build(name, [{"params": [p], "lr": 0.1}], weight_decay=0.0)
+    p.square().sum().backward()
+    optimizer.step()
+    kept = [each for each in optimizer.state[p].values() if isinstance(each, torch.Tensor) and each.ndim]
+    assert sum(each.nbytes for each in kept) == optimizers.state_bytes(name, shape)

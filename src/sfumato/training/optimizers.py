@@ -1,12 +1,13 @@
 """Optimizers by name, and how their rate moves.
 
-AdamW is torch's. The others are extras that are asked for by name; what is not installed says how to get it.
+AdamW is torch's, Adafactor transformers'. The others are extras that are asked for by name; what is not installed says
+how to get it.
 """
 
 import importlib
 import importlib.util
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from sfumato.errors import PrecisionError
 
-OptimizerName = Literal["adamw", "adamw8bit", "prodigy", "lion"]
+OptimizerName = Literal["adamw", "adamw8bit", "adafactor", "prodigy", "lion"]
 ScheduleName = Literal["constant", "cosine", "linear"]
 
 # name -> (module, class, extra)
@@ -28,13 +29,20 @@ _EXTRAS = {
 def build(name: OptimizerName, groups: Iterable[dict[str, Any]], *, weight_decay: float) -> torch.optim.Optimizer:
     """The optimizer called `name` over parameter groups, each with its own `lr`.
 
-    Prodigy finds its own step size: its `lr` is a factor, 1 by custom (Mishchenko & Defazio 2023).
+    Prodigy finds its own step size: its `lr` is a factor, 1 by custom (Mishchenko & Defazio 2023). Adafactor (Shazeer &
+    Stern 2018) takes `lr` as AdamW does, with steps no larger for larger weights: an adapter begins at zeros.
     """
     groups = list(groups)
     shared: dict[str, Any] = {"betas": (0.9, 0.99), "weight_decay": weight_decay}
     if name == "adamw":
         # One launch for all tensors instead of ten each: an adapter has hundreds of small ones.
         return torch.optim.AdamW(groups, **shared, fused=True)
+    if name == "adafactor":
+        from transformers.optimization import Adafactor
+
+        shared = {"weight_decay": weight_decay, "scale_parameter": False, "relative_step": False}
+        adafactor: torch.optim.Optimizer = Adafactor(groups, **shared)
+        return adafactor
     module, kind, extra = _EXTRAS[name]
     try:
         optimizer_type = getattr(importlib.import_module(module), kind)
@@ -47,6 +55,17 @@ def build(name: OptimizerName, groups: Iterable[dict[str, Any]], *, weight_decay
     own = {"safeguard_warmup": True, "use_bias_correction": True} if name == "prodigy" else {}
     optimizer: torch.optim.Optimizer = optimizer_type(groups, **shared, **own)
     return optimizer
+
+
+def state_bytes(name: OptimizerName, shape: Sequence[int]) -> int:
+    """What the optimizer keeps of a weight of this shape, in bytes, besides a number or two.
+
+    Adafactor keeps the mean square of each row and of each column of the last two dimensions; of a vector, all squares.
+    """
+    numbers = math.prod(shape)
+    if name == "adafactor":
+        return 4 * (numbers // shape[-1] + numbers // shape[-2] if len(shape) > 1 else numbers)
+    return numbers * {"adamw": 8, "adamw8bit": 2, "prodigy": 16, "lion": 4}[name]
 
 
 def groups(parts: Mapping[str, Iterable[nn.Parameter]], rate: float, text_rate: float | None) -> list[dict[str, Any]]:

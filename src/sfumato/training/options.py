@@ -209,8 +209,9 @@ class StepOptions:
     """Everything random follows from this number: start, order, noise, timesteps, caption dropout."""
     learning_rate: float | None = None
     """Peak learning rate. Unset: the default of the method and the base's family, or 1 for prodigy."""
-    optimizer: Literal["adamw", "adamw8bit", "prodigy", "lion"] = "adamw"
-    """adamw is built in; the others are the extras 8bit, prodigy and lion (pip install 'sfumato[8bit]')."""
+    optimizer: Literal["adamw", "adamw8bit", "adafactor", "prodigy", "lion"] = "adamw"
+    """adamw and adafactor, which keeps nearly no state, are built in; the others are the extras 8bit, prodigy and lion
+    (pip install 'sfumato[8bit]')."""
     weight_decay: float = 0.01
     """Decoupled weight decay of the optimizer."""
     schedule: Literal["constant", "cosine", "linear"] = "cosine"
