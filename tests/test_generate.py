@@ -406,7 +406,9 @@ def test_pictures_to_begin_from_masks_and_regions_may_be_long_and_narrow(generat
         (r"red \(paint\)", r"\("),
         ("red BREAK blue", "BREAK"),
         ("red embedding:otter", "embedding:otter"),
-        ("red (at 10:30) [paint], 3:2", None),
+        ("a {red|blue} square", "{red|blue}"),
+        ("a square on __grounds/light__", "__grounds/light__"),
+        ("red (at 10:30) [paint], 3:2, {one} of two|three, snake_case, _a_", None),
     ],
 )
 def test_what_other_programs_do_not_take_for_words_is_told(generate, prompt, mark):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -19,7 +20,7 @@ from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
 
-from sfumato.command_line.elsewhere import called_here
+from sfumato.command_line.elsewhere import called_here, value_here
 from sfumato.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def parse(config_type: type[Config], argv: Sequence[str], *, program: str, first
         config = app(rest, exit_on_error=False, print_error=False)
     except cyclopts.CycloptsError as error:
         known = [field.name for field in dataclasses.fields(config_type)]
-        raise ConfigError(f"{_complaint(error, file, known)} See {called} --help.") from None
+        raise ConfigError(f"{_complaint(error, file, known, rest)} See {called} --help.") from None
     if config is None:
         raise SystemExit(0)
     return _with_paths_at_home(cast(Config, config))
@@ -82,14 +83,22 @@ def _app(
     return app
 
 
-def _complaint(error: cyclopts.CycloptsError, file: Path | None, known: Collection[str]) -> str:
-    """What cyclopts found wrong, as a sentence. file: the TOML file that was read, if one was. known: the options."""
+def _complaint(error: cyclopts.CycloptsError, file: Path | None, known: Collection[str], words: Sequence[str]) -> str:
+    """What cyclopts found wrong in the words, as sentences. file: the TOML file that was read, if one was. known: the
+    options."""
     import cyclopts
 
     if isinstance(error, cyclopts.UnknownOptionError) and error.token is not None:
         option = (error.token.keyword or error.token.value).partition("=")[0]
         if here := called_here(option.lstrip("-"), known):
             return f"Unknown option: {option}. {here}"
+    if isinstance(error, cyclopts.CoercionError) and error.token and error.argument:
+        option, value = error.argument.name, error.token.value
+        if here := value_here(option.lstrip("-"), value):
+            return f"{option} {value}: {here}"
+    for flag, after in itertools.pairwise(words):
+        if flag == "--resume" and after in (error.unused_tokens or ()):
+            return f"--resume {after}: it is the run in --output that goes on; sfumato resume {after} needs no option."
     if isinstance(error, cyclopts.UnusedCliTokensError):
         left = " ".join(map(repr, error.unused_tokens or ()))
         return f"{left}: belongs to no option. Put a name with spaces into quotes."
@@ -202,7 +211,9 @@ def _read(config_type: type[DataclassInstance], path: Path) -> dict[str, Any]:
         if wanted := _wanted(hints[name], value):
             is_date = not isinstance(value, str | float | int | list | dict)
             shown = str(value) if is_date else json.dumps(value, default=str, ensure_ascii=False)
-            raise ConfigError(f"{path}: {key} is {shown if len(shown) <= 60 else shown[:57] + '...'}; wanted {wanted}.")
+            here = value_here(name, value) if isinstance(value, str) else None
+            hint = here or f"wanted {wanted}."
+            raise ConfigError(f"{path}: {key} is {shown if len(shown) <= 60 else shown[:57] + '...'}; {hint}")
         if name in paths and "" in (value if isinstance(value, list) else [value]):
             raise ConfigError(f"{path}: {key} is empty; wanted a path, where . is the present folder.")
         found[name.replace("_", "-")] = value

@@ -16,6 +16,7 @@ TABLE = (Path(__file__).parents[2] / "docs/names.md").read_text(encoding="utf-8"
 ROWS = [
     [re.findall(r"`([^`]+)`", cell) for cell in line.split(" | ")[:2]] for line in TABLE.splitlines() if "| " in line
 ]
+NEEDED = ("--images", "d", "--output", "o")
 MODULES = [*(f"sfumato.trainers.{name}" for name in cli.TRAINERS), *(module for module, _ in cli.PIPELINES.values())]
 
 
@@ -42,14 +43,18 @@ def test_every_name_leads_to_an_option_of_some_program_that_does_not_have_that_n
 @pytest.mark.parametrize(
     ("program", "words", "said"),
     [
-        ("train lora", ["--images", "d", "--output", "o", "--network_dim", "16"], "--network_dim. Here it is --rank. "),
-        ("train lora", ["--images", "d", "--output", "o", "--lr=1e-4"], "--lr. Here it is --learning-rate. See"),
-        ("train lora", ["--images", "d", "--output", "o", "--enable-bucket"], "It needs none: pictures keep their sh"),
+        ("train lora", [*NEEDED, "--network_dim", "16"], "--network_dim. Here it is --rank. "),
+        ("train lora", [*NEEDED, "--lr=1e-4"], "--lr. Here it is --learning-rate. See"),
+        ("train lora", [*NEEDED, "--enable-bucket"], "It needs none: pictures keep their sh"),
         ("train lora", ["--train_data_dir", "d"], "--train_data_dir is no option. Here it is --images. See"),
-        ("train lora", ["--images", "d", "--output", "o", "--placeholder_token", "x"], "Here it is --train-words."),
+        ("train lora", [*NEEDED, "--placeholder_token", "x"], "Here it is --train-words."),
         ("train textual_inversion", ["--images", "d", "--token_string", "x"], "Here it is --placeholder."),
         ("generate", ["a crab", "--cfg_scale", "7"], "--cfg_scale. Here it is --guidance. See"),
         ("generate", ["a crab", "--enable_bucket"], "--enable_bucket. See"),
+        ("train lora", [*NEEDED, "--schedule", "constant_with_warmup"], "here it is --schedule constant with --warmup"),
+        ("train lora", [*NEEDED, "--resolution=512,768"], "--resolution 512,768: it is one number"),
+        ("train lora", ["--resume", "runs/x"], "--resume runs/x: it is the run in --output that goes on;"),
+        ("train lora", [*NEEDED, "--resume", "runs/x"], "sfumato resume runs/x needs no option."),
     ],
 )  # fmt: skip
 def test_an_option_of_another_tool_is_told_by_its_name_here(program, words, said):
@@ -62,5 +67,9 @@ def test_an_option_of_another_tool_is_told_by_its_name_here(program, words, said
 
 def test_a_key_of_another_tool_is_told_by_its_name_here(tmp_path):
     (tmp_path / "c.toml").write_text("network_alpha = 8")
+    config_type = importlib.import_module("sfumato.trainers.lora").Config
     with pytest.raises(ConfigError, match=r"unknown key 'network_alpha'; here it is --alpha\."):
-        parse(importlib.import_module("sfumato.trainers.lora").Config, [str(tmp_path / "c.toml")], program="train lora")
+        parse(config_type, [str(tmp_path / "c.toml")], program="train lora")
+    (tmp_path / "c.toml").write_text("schedule = 'constant_with_warmup'")
+    with pytest.raises(ConfigError, match=r'schedule is "constant_with_warmup"; here it is --schedule constant with'):
+        parse(config_type, [str(tmp_path / "c.toml")], program="train lora")

@@ -667,6 +667,10 @@ def test_a_folder_without_pictures_is_one_line(tmp_path):
     noise_picture().save(tmp_path / "dogs" / "a.png")
     with pytest.raises(DataError, match=r"no pictures in it, but in its folders dogs\. Name one"):
         main([str(tmp_path)])
+    (tmp_path / "img").mkdir()
+    (tmp_path / "dogs").rename(tmp_path / "img" / "10_dog")
+    with pytest.raises(DataError, match=rf"in folders with repeats within img\. Name .* --images {tmp_path / 'img'}\."):
+        main([str(tmp_path)])
 
 
 def test_a_console_without_letters_shows_their_numbers_and_nothing_loads_torch(pictures, tmp_path):

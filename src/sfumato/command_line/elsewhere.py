@@ -6,6 +6,7 @@ pictures are drawn. docs/names.md has the same as a table, with what differs.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from types import MappingProxyType
 
@@ -115,6 +116,23 @@ UNASKED: Mapping[str, str] = MappingProxyType(
     }
 )
 """What needs no option here, and why."""
+
+VALUES: Mapping[tuple[str, str], str] = MappingProxyType(
+    {
+        ("schedule", "constant_with_warmup"): "here it is --schedule constant with --warmup STEPS.",
+        (
+            "resolution",
+            r"\d+[,x ]+\d+",
+        ): "it is one number: pictures keep their shapes, with as many pixels as its square.",
+    }
+)
+"""An option's name, and a pattern of what other tools give it: what to say of that."""
+
+
+def value_here(option: str, value: str) -> str | None:
+    """What to say of a value that an option takes in another tool; None for others. option: without dashes."""
+    found = (said for (name, form), said in VALUES.items() if name == option and re.fullmatch(form, value))
+    return next(found, None)
 
 
 def called_here(name: str, known: Collection[str]) -> str | None:

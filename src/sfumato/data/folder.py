@@ -13,7 +13,7 @@ from typing import Literal, overload
 
 from sfumato.data.captions import METADATA, check_template, fill_template, says_nothing, words_of
 from sfumato.data.images import read_size
-from sfumato.data.listing import FOLDER_OF_PICTURES, Found, Ignored, Listing, own_name_note, some
+from sfumato.data.listing import FOLDER_OF_PICTURES, FOLDER_OF_REPEATS, Found, Ignored, Listing, own_name_note, some
 from sfumato.data.options import Options
 from sfumato.errors import DataError
 from sfumato.numerals import so_many
@@ -147,6 +147,11 @@ def no_pictures(path: Path, ignored: Sequence[Ignored]) -> DataError:
         return DataError(
             f"{path}: no pictures in it, but in its folders {some(below)}. Name one of them, list them in a "
             'dataset.toml, or call them "10_sks dog", whose pictures come 10 times an epoch as "sks dog".'
+        )
+    if deeper := [entry.name for entry in ignored if entry.reason == FOLDER_OF_REPEATS]:
+        return DataError(
+            f"{path}: no pictures in it, but in folders with repeats within {some(deeper)}. Name that folder, as in "
+            f"--images {path / deeper[0]}."
         )
     return DataError(f"{path}: no pictures in it{ignored_words(ignored)}. Put PNG or JPEG files there.")
 

@@ -28,6 +28,8 @@ REPEATS = re.compile(r"(\d{1,5})_(.*)")
 _MASKS = (".mask", "-masklabel")
 """How the names of masks beside their pictures end, here and in OneTrainer's folders."""
 FOLDER_OF_PICTURES = "a folder; its pictures are not read"
+FOLDER_OF_REPEATS = "a folder of folders with repeats"
+"""`img` and `reg` within the folder that kohya's GUI makes."""
 
 
 @dataclass(frozen=True)
@@ -236,7 +238,7 @@ class _Reader:
             self._ignore(entry, "hidden")
         elif entry.is_dir():
             if entry.name != "masks" and entry not in self.read_below:
-                self._ignore(entry, FOLDER_OF_PICTURES if _holds_pictures(entry) else "a folder")
+                self._ignore(entry, _kind_of(entry))
         elif not entry.is_file():
             self._ignore(entry, "a broken link" if entry.is_symlink() else "not a plain file")
         elif not self._is_inside(entry):
@@ -304,11 +306,15 @@ def _is_document(entry: Path) -> bool:
     return entry.suffix.lower() == ".md" or entry.stem.upper() in ("LICENSE", "LICENCE")
 
 
-def _holds_pictures(folder: Path) -> bool:
+def _kind_of(folder: Path) -> str:
+    """What to call a folder that is not read."""
     try:
-        return any(entry.suffix.lower() in SUFFIXES for entry in folder.iterdir())
+        entries = list(folder.iterdir())
     except OSError:
-        return False
+        return "a folder"
+    if any(entry.suffix.lower() in SUFFIXES for entry in entries):
+        return FOLDER_OF_PICTURES
+    return FOLDER_OF_REPEATS if any(REPEATS.fullmatch(entry.name) for entry in entries) else "a folder"
 
 
 def some(names: Sequence[str], most: int = 3) -> str:

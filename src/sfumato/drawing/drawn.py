@@ -115,6 +115,8 @@ _MARKS = re.compile(
     r"\([^()]*[^()\d]:\s*\d*\.?\d+\s*\)|\[[^\[\]]*:\s*\d*\.?\d+\s*\]|\(\([^()]*\)\)|\\[()\[\]]|\bBREAK\b", re.DOTALL
 )
 """What A1111 and ComfyUI do not take for words: weights, times, brackets by which they are marked, BREAK."""
+_WILDCARDS = re.compile(r"\{[^{}]*\|[^{}]*\}|__[\w/*-]+?__")
+"""Of A1111's dynamic prompts, InvokeAI's and ComfyUI's: {red|blue}, __animals__."""
 
 
 def unread_marks(prompts: Sequence[str], syntax: Syntax) -> list[str]:
@@ -124,6 +126,11 @@ def unread_marks(prompts: Sequence[str], syntax: Syntax) -> list[str]:
     marks = [found[0] for text in prompts if (found := _MARKS.search(text))] if syntax == "plain" else []
     if marks:
         lines.append(f"{marks[0]} is drawn as letters: prompts are plain unless --prompt-syntax a1111 is given.")
+    if wild := [found[0] for text in prompts if (found := _WILDCARDS.search(text))]:
+        lines.append(
+            f"{wild[0]} is drawn as letters: there are no wildcards. Give each prompt by itself, or draw them with "
+            "sfumato grid --x 'prompt=red crab|blue crab'."
+        )
     if named := [found[0] for text in prompts if (found := re.search(r"\bembedding:[\w.-]+", text))]:
         lines.append(
             f"{named[0]} is drawn as letters: write the new word itself, such as <otter>, and name its file with "
