@@ -140,8 +140,12 @@ def watch(script: str, *words: str) -> None:
         kind.__init__, kind.step = init, step
 
     watch_steps_of(torch.optim.AdamW)
-    if "adamw8bit" in words:
-        watch_steps_of(importlib.import_module("bitsandbytes.optim").AdamW8bit)
+    for name, module, kind in (
+        ("adamw8bit", "bitsandbytes.optim", "AdamW8bit"),
+        ("adafactor", "transformers.optimization", "Adafactor"),
+    ):
+        if name in words:
+            watch_steps_of(getattr(importlib.import_module(module), kind))
     stopped = ""
     try:
         program(list(words))

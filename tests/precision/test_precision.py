@@ -143,6 +143,19 @@ def test_impossible_wishes_are_one_line(bare, wish, message):
 
 
 @pytest.mark.parametrize(
+    ("cuda", "said"),
+    [(None, "this torch is a build without CUDA"), ("12.8", "torch for CUDA 12.8 may want a newer one")],
+)
+def test_a_gpu_that_torch_does_not_find_is_told(monkeypatch, bare, cuda, said):
+    monkeypatch.setattr(precision.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    told = f"though an NVIDIA driver is installed: {said}"
+    assert rows(decide())["device"] == ("cpu", f"found neither CUDA nor MPS, {told}")
+    with pytest.raises(PrecisionError, match=f"torch finds no CUDA device, {told}. Install"):
+        decide(device="cuda")
+
+
+@pytest.mark.parametrize(
     ("wish", "install"),
     [({"attention": "xformers"}, "sfumato[xformers]"), ({"optimizer": "adamw8bit"}, "sfumato[8bit]")],
 )

@@ -11,6 +11,7 @@ import ctypes
 import importlib.metadata
 import importlib.util
 import re
+import shutil
 import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -223,13 +224,15 @@ def _device(wanted: str | torch.device) -> tuple[torch.device, str]:
             return torch.device("cuda"), f"found {torch.cuda.get_device_name()}"
         if torch.backends.mps.is_available():
             return torch.device("mps"), "found an Apple GPU, no CUDA"
-        return torch.device("cpu"), "found neither CUDA nor MPS"
+        return torch.device("cpu"), f"found neither CUDA nor MPS{_unused_gpu()}"
     try:
         device = torch.device(wanted)
     except RuntimeError:
         raise PrecisionError(f"--device {wanted}: unknown; wanted auto, cuda, cuda:0, mps or cpu.") from None
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise PrecisionError("--device cuda: torch finds no CUDA device. Install a CUDA build of torch, or use cpu.")
+        raise PrecisionError(
+            f"--device cuda: torch finds no CUDA device{_unused_gpu()}. Install a CUDA build of torch, or use cpu."
+        )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise PrecisionError(f"--device {device}: there are {torch.cuda.device_count()} CUDA devices, counted from 0.")
     if device.type == "mps" and not torch.backends.mps.is_available():
@@ -237,6 +240,15 @@ def _device(wanted: str | torch.device) -> tuple[torch.device, str]:
     if device.type not in ("cuda", "mps", "cpu"):
         raise PrecisionError(f"--device {device}: not supported; wanted auto, cuda, mps or cpu.")
     return device, "asked for"
+
+
+def _unused_gpu() -> str:
+    """What to add where torch finds no GPU and there is an NVIDIA driver; empty where there is none."""
+    if shutil.which("nvidia-smi") is None:
+        return ""
+    if torch.version.cuda is None:
+        return ", though an NVIDIA driver is installed: this torch is a build without CUDA"
+    return f", though an NVIDIA driver is installed: torch for CUDA {torch.version.cuda} may want a newer one"
 
 
 def _has_bf16(device: torch.device) -> bool:

@@ -1,0 +1,118 @@
+"""What sfumato finds on this machine: versions, extras, processor, GPUs, and the precision that they lead to."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+import sfumato
+from sfumato.cli import run
+from sfumato.config import parse
+
+LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "huggingface_hub", "pillow")
+FOR_DEVELOPERS = ("test", "mutation", "pocket")
+"""Extras by which no program of a user gains."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Show versions, extras, devices, and the precision that trainings and pictures would have here.
+
+    Put it into a report of a problem: there is no path and no name of yours in it.
+    """
+
+    json: bool = False
+    """Print JSON."""
+
+
+def extras() -> dict[str, str]:
+    """Each extra, and the packages that it brings with their versions, or how it is installed."""
+    packages: dict[str, list[str]] = defaultdict(list)
+    for requirement in metadata.requires("sfumato") or ():
+        found = re.fullmatch(r"([\w.-]+).*; extra == ['\"](.+)['\"]", requirement)
+        if found and found[2] not in FOR_DEVELOPERS:
+            packages[found[2]].append(found[1])
+    return {
+        extra: ", ".join(f"{name} {version_of(name)}" for name in names)
+        if all(map(version_of, names))
+        else f"not installed: pip install 'sfumato[{extra}]'"
+        for extra, names in sorted(packages.items())
+    }
+
+
+def version_of(package: str) -> str:
+    """Its version; empty if it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def devices() -> Iterator[str]:
+    """A line on the processor and one on each GPU."""
+    import torch
+
+    from sfumato.precision import cpu_has_bf16
+
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    capability = torch.backends.cpu.get_cpu_capability()
+    yield (
+        f"CPU: {platform.machine()}, {os.cpu_count()} cores, {capability}, {'bf16' if cpu_has_bf16() else 'no bf16'}"
+        + (f", {memory / 2**30:.1f} GiB" if memory else "")
+    )
+    for number in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(number)
+        yield f"cuda:{number}: {gpu.name}, capability {gpu.major}.{gpu.minor}, {gpu.total_memory / 2**30:.1f} GiB"
+    if torch.backends.mps.is_available():
+        yield "mps: an Apple GPU"
+
+
+def survey() -> dict[str, Any]:
+    """All that is told, as JSON knows it; `lines` writes it for a person."""
+    from sfumato.precision import decide
+
+    return {
+        "sfumato": sfumato.__version__,
+        "python": f"{platform.python_version()}, {platform.system()} {platform.release()}",
+        "libraries": {name: version_of(name) for name in LIBRARIES},
+        "extras": extras(),
+        "devices": list(devices()),
+        "precision": {
+            title: {what: [value, reason] for what, value, reason in decide("auto", adapting=adapting).rows()}
+            for title, adapting in (("training an adapter", True), ("drawing, and training a whole model", False))
+        },
+    }
+
+
+def lines(found: Mapping[str, Any]) -> Iterator[str]:
+    """What `survey` found, line by line."""
+    yield f"sfumato {found['sfumato']}, Python {found['python']}"
+    yield ", ".join(f"{name} {version or 'not installed'}" for name, version in found["libraries"].items())
+    yield from found["devices"]
+    yield "\nextras"
+    yield from (f"  {extra:<12}{state}" for extra, state in found["extras"].items())
+    told: dict[str, list[str]] = {}
+    for title, rows in found["precision"].items():
+        new = {what: row for what, row in rows.items() if row != told.get(what)}
+        yield f"\n{title}, --precision auto{'' if new else ': the same'}"
+        yield from (f"  {what:<17}{value:<8}{reason}" for what, (value, reason) in new.items())
+        told |= new
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print what was found; 0."""
+    config = parse(Config, argv, program="env", first_may_be_config=False)
+    found = survey()
+    print(json.dumps(found, indent=2) if config.json else "\n".join(lines(found)))
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)
