@@ -16,6 +16,7 @@ import re
 import tomllib
 import typing
 from collections.abc import Collection, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
@@ -153,9 +154,15 @@ def _refuse_empty_paths(config_type: type[DataclassInstance], words: Sequence[st
             raise ConfigError(f"{option} is empty; wanted a path, where . is the present folder. See {called} --help.")
 
 
+@cache
+def _hints(config_type: type[DataclassInstance]) -> Mapping[str, Any]:
+    """The type of each field; once, since the annotations are texts that are compiled one by one."""
+    return typing.get_type_hints(config_type)
+
+
 def _fields_of(config_type: type[DataclassInstance], kind: type) -> set[str]:
     """The fields that are of this kind, set or unset, one or several."""
-    hints = typing.get_type_hints(config_type)
+    hints = _hints(config_type)
     return {field.name for field in dataclasses.fields(config_type) if _is_of(hints[field.name], kind)}
 
 
@@ -194,7 +201,7 @@ def _read(config_type: type[DataclassInstance], path: Path) -> dict[str, Any]:
     known = [field.name for field in dataclasses.fields(config_type)]
     if "source" in values and "source" not in known and "images" in known:
         raise ConfigError(f"{path}: this is a dataset.toml; pass it with --images.")
-    hints, paths = typing.get_type_hints(config_type), _fields_of(config_type, Path)
+    hints, paths = _hints(config_type), _fields_of(config_type, Path)
     found: dict[str, Any] = {}
     for key, value in values.items():
         name = key.replace("-", "_")

@@ -153,15 +153,15 @@ class Shell:
                 wanted_stamp=self._stamps[path],
             ).items()
         }
-        values = {}
-        for name, place in self.model.state_dict().items():
-            stored = self.stored[name]
-            tensor = stored.view(tensors[stored.header.path, stored.name])
-            tensor = tensor.clone() if stored.third else tensor  # three weights of one tensor are none of another's
-            values[name] = tensor.to(self._dtype).contiguous().reshape(place.shape)
-        self.model.load_state_dict(values, strict=True, assign=True)
+        # In one pass: `load_state_dict` looks for each name among all of them, at each module.
+        for path, module in self.model.named_modules():
+            for name, place in list(module.named_parameters(recurse=False)):
+                stored = self.stored[f"{path}.{name}" if path else name]
+                tensor = stored.view(tensors[stored.header.path, stored.name])
+                tensor = tensor.clone() if stored.third else tensor  # three weights of one tensor are none of another's
+                value = tensor.to(self._dtype).contiguous().reshape(place.shape)
+                module.register_parameter(name, nn.Parameter(value, requires_grad=False))
         _restore_buffers(self.model, self._where)
-        self.model.requires_grad_(False)
 
 
 _NARROW = (torch.bfloat16, torch.float16)
