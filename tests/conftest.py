@@ -4,8 +4,12 @@ import dataclasses
 import functools
 import gc
 import os
-from collections.abc import Callable
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,6 +32,44 @@ def pytest_collection():
     gc.set_threshold(700, 10, 30)
     gc.enable()
     return collected
+
+
+@pytest.fixture(scope="session", autouse=True)
+def skeletons_made_once() -> Iterator[None]:
+    """A base's modules without weights are made once for each config, and then copied: of a tiny base they take longer
+    than all else that is read of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        if weights := sys.modules.get("sfumato.bases.weights"):
+            from tests.copies import made_once
+
+            makers = {name: getattr(weights, name) for name in ("unet_skeleton", "vae_skeleton", "text_skeleton")}
+            for module in ("folder", "single_file", "loading"):
+                for name, maker in makers.items():
+                    patch.setattr(sys.modules[f"sfumato.bases.{module}"], name, made_once(maker))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def options_read_once() -> Iterator[None]:
+    """What cyclopts makes of a config's fields at each call, which takes longer than to parse by it, is made once."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "sfumato.config" in sys.modules:
+            import cyclopts
+
+            from tests.copies import copies
+
+            assemble, known = cyclopts.App.assemble_argument_collection, {}
+
+            def assembled(app: Any, **asked: Any) -> Any:
+                config = typing.get_args(getattr(app.default_command, "__annotations__", {}).get("config"))
+                if asked or not config:  # for --help, and of an app that is not ours
+                    return assemble(app, **asked)
+                if config not in known:
+                    known[config] = copies(assemble(app), shared=(cyclopts.Parameter, type, types.FunctionType))
+                return known[config]()
+
+            patch.setattr(cyclopts.App, "assemble_argument_collection", assembled)
+        yield
 
 
 @pytest.fixture(scope="session")
