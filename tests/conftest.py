@@ -39,13 +39,13 @@ def skeletons_made_once() -> Iterator[None]:
     """A base's modules without weights are made once for each config, and then copied: of a tiny base they take longer
     than all else that is read of it."""
     with pytest.MonkeyPatch.context() as patch:
-        if weights := sys.modules.get("sfumato.bases.weights"):
+        if "sfumato.bases.loading" in sys.modules:
+            from sfumato.bases import folder, loading, single_file
             from tests.copies import made_once
 
-            makers = {name: getattr(weights, name) for name in ("unet_skeleton", "vae_skeleton", "text_skeleton")}
-            for module in ("folder", "single_file", "loading"):
-                for name, maker in makers.items():
-                    patch.setattr(sys.modules[f"sfumato.bases.{module}"], name, made_once(maker))
+            for module in (folder, loading, single_file):
+                for name in ("unet_skeleton", "vae_skeleton", "text_skeleton"):
+                    patch.setattr(module, name, made_once(getattr(module, name)))
         yield
 
 
@@ -102,7 +102,7 @@ def family_folder(tmp_path_factory) -> Callable[[str], Path]:
 
     @functools.cache
     def of(family: str) -> Path:
-        return write_folder(tiny_pipeline(family), folder / family)
+        return write_folder(tiny_pipeline(family, shallow=True), folder / family)
 
     return of
 

@@ -41,7 +41,7 @@ def test_python_within_a_line_names_what_the_package_shows():
 
 @pytest.fixture(scope="module")
 def pipe():
-    return tiny_pipeline("sd1")
+    return tiny_pipeline("sd1", shallow=True)
 
 
 @pytest.mark.slow

@@ -618,7 +618,7 @@ def test_the_other_example_scripts_run(name, base_folder, loras, tmp_path, monke
     Image.new("RGB", (80, 60), "red").save(tmp_path / "photo.png")
     words = [str(base_folder), *files, str(tmp_path / "photo.png")]
     if name == "sdxl_script":
-        pipe = tiny_pipeline("sdxl")
+        pipe = tiny_pipeline("sdxl", shallow=True)
         words = [str(write_folder(pipe, tmp_path / "sdxl")), *(_lora_for(pipe, tmp_path, file) for file in ("a", "b"))]
     monkeypatch.setattr(sys, "argv", [name, *words, str(tmp_path / "out.png")])
     runpy.run_path(str(script), run_name="__main__")

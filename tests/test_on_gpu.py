@@ -343,7 +343,7 @@ PLACED = [("sd1", place) for place in PLACES] + [("sdxl", place) for place in ("
 
 
 def pipeline(family):
-    pipe = tiny_pipeline(family, shallow=family == "sd1")
+    pipe = tiny_pipeline(family, shallow=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -113,7 +113,7 @@ def test_the_example_in_python(tmp_path, monkeypatch):
     from sfumato.files import LoraModule, write_lora
     from tests.tiny import tiny_pipeline
 
-    pipe = tiny_pipeline("sd1")
+    pipe = tiny_pipeline("sd1", shallow=True)
     pipe.set_progress_bar_config(disable=True)
     monkeypatch.chdir(tmp_path)
     for seed, name in enumerate(("line", "otter")):

@@ -39,13 +39,25 @@ VAE_WIDTHS = {"block_out_channels": [32, 32, 64, 64]}
 MERGES = 2000
 """Of CLIP's 48,894, the most frequent: its whole vocabulary is more work than all else that is in a tiny base."""
 
-SHALLOW: dict[str, Any] = {
-    "block_out_channels": [32, 64],
-    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
-    "layers_per_block": 1,
+SHALLOW: dict[str, dict[str, Any]] = {
+    "sd1": {
+        "block_out_channels": [32, 64],
+        "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+        "layers_per_block": 1,
+    },
+    "sdxl": {
+        "block_out_channels": [32, 64],
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+        "attention_head_dim": [1, 1],
+        "transformer_layers_per_block": [1, 2],
+    },
 }
-"""SD 1.x's U-Net with a block of each kind once, for tests to which its depth says nothing: a quarter of the layers."""
+SHALLOW["sd2"] = SHALLOW["sd1"] | {"attention_head_dim": [1, 1]}
+"""Each family's U-Net with a block of each kind once, for tests to which its depth says nothing: a quarter of SD 1.x's
+layers. SDXL's blocks have two layers each still, by which kohya's names count. A VAE's blocks have one, and the text
+encoders two."""
 
 
 def tiny_pipeline(
@@ -53,8 +65,8 @@ def tiny_pipeline(
 ) -> Any:
     """A diffusers pipeline of `sd1`, `sd2` or `sdxl`, from the published configs with few channels.
 
-    shallow: with two levels of the U-Net (`sd1`). whole_vocabulary: with all of CLIP's tokens, as the reader of a
-    single file takes for given. scheduler: keys of the scheduler's config to change, such as prediction_type.
+    shallow: see `SHALLOW`. whole_vocabulary: with all of CLIP's tokens, as the reader of a single file takes for given.
+    scheduler: keys of the scheduler's config to change, such as prediction_type.
     """
     tokenizer, tokens = (clip_tokenizer, 49408) if whole_vocabulary else (few_words, MERGES + 514)
     with torch.random.fork_rng(devices=[]):
@@ -62,15 +74,17 @@ def tiny_pipeline(
         unet = diffusers.UNet2DConditionModel.from_config(
             shipped(family, "unet/config.json")
             | WIDTHS[family]
-            | (SHALLOW if shallow else {})
+            | (SHALLOW[family] if shallow else {})
             | {"sample_size": SAMPLE_SIZE}
         )
-        vae = diffusers.AutoencoderKL.from_config(shipped(family, "vae/config.json") | VAE_WIDTHS)
-        text = CLIPTextModel(_text_config(family, "text_encoder", FIRST_TEXT | {"vocab_size": tokens}))
+        vae = diffusers.AutoencoderKL.from_config(
+            shipped(family, "vae/config.json") | VAE_WIDTHS | ({"layers_per_block": 1} if shallow else {})
+        )
+        text_sizes = {"vocab_size": tokens} | ({"num_hidden_layers": 2} if shallow else {})
+        text = CLIPTextModel(_text_config(family, "text_encoder", FIRST_TEXT | text_sizes))
         second = None
         if family == "sdxl":
-            sizes = SECOND_TEXT | {"vocab_size": tokens}
-            second = CLIPTextModelWithProjection(_text_config(family, "text_encoder_2", sizes))
+            second = CLIPTextModelWithProjection(_text_config(family, "text_encoder_2", SECOND_TEXT | text_sizes))
     config = shipped(family, "scheduler/scheduler_config.json") | scheduler
     parts: dict[str, Any] = {
         "unet": unet.eval(),

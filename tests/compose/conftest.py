@@ -1,8 +1,8 @@
 """Tiny pipelines, fresh for every test, and adapters with random factors for them."""
 
-import copy
 import hashlib
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +13,7 @@ from torch import nn
 
 from sfumato.files.lora_file import LoraModule
 from sfumato.files.write import write_lora
+from tests.copies import copies
 from tests.tiny import tiny_pipeline
 
 PARTS = ("unet", "text_encoder", "text_encoder_2")
@@ -26,7 +27,7 @@ Write = Callable[..., Path]
 
 @pytest.fixture(scope="session")
 def originals() -> dict[str, Any]:
-    return {"sd1": tiny_pipeline("sd1", shallow=True), "sdxl": tiny_pipeline("sdxl")}
+    return {"sd1": tiny_pipeline("sd1", shallow=True), "sdxl": tiny_pipeline("sdxl", shallow=True)}
 
 
 @pytest.fixture
@@ -40,8 +41,13 @@ def sdxl(originals: dict[str, Any]) -> SimpleNamespace:
 
 
 def fresh(pipe: Any) -> SimpleNamespace:
-    """The parts that compose touches, copied."""
-    return SimpleNamespace(**{name: copy.deepcopy(getattr(pipe, name, None)) for name in PARTS})
+    """The parts that compose touches, copied as they were at first."""
+    return _copies(pipe)()
+
+
+@cache
+def _copies(pipe: Any) -> Callable[[], SimpleNamespace]:
+    return copies(SimpleNamespace(**{name: getattr(pipe, name, None) for name in PARTS}))
 
 
 def layers(pipe: Any, *endings: str) -> dict[tuple[str, str], nn.Module]:

@@ -109,9 +109,9 @@ def test_the_table_names_file_weight_kind_rank_modules_and_way(sd1, write):
     a = write("a", sd1, "attn1.to_q", "q_proj")
     text = compose(sd1, Adapter(a, (0.8, 0.2), name="line"), Adapter(a, 0.3, name="other")).mute("other").show()
     _, line, other, reason = text.splitlines()
-    assert line.split() == ["line", "0.8:0.2", "a.safetensors", "LoRA", "3", "4", "4", "baked"]
+    assert line.split() == ["line", "0.8:0.2", "a.safetensors", "LoRA", "3", "4", "2", "baked"]
     assert other.split()[:3] == ["other", "0.3", "(muted)"]
-    assert reason == "8 weights baked in place (none is quantised, so this is exact and costs no call a thing)"
+    assert reason == "6 weights baked in place (none is quantised, so this is exact and costs no call a thing)"
 
 
 def test_the_reason_for_the_way_is_printed(sd1, write, capsys):

@@ -29,7 +29,7 @@ from tests.tiny import CPU, tiny_pipeline, tiny_pocket_folder
 
 @pytest.fixture(scope="module")
 def pipe() -> Any:
-    return tiny_pipeline("sd1")
+    return tiny_pipeline("sd1", shallow=True)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def difference(one: Any, other: Any) -> int:
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
 def test_plain_diffusers_with_the_same_seed_draws_the_same_picture(family):
-    pipe = tiny_pipeline(family)
+    pipe = tiny_pipeline(family, shallow=True)
     theirs = pipe("a cat", num_inference_steps=2, generator=torch.Generator().manual_seed(7)).images[0]
     assert difference(draw(pipe, "a cat", 7, steps=2)[0], theirs) <= 1
 
@@ -224,7 +224,7 @@ def test_what_is_black_in_the_mask_stays_to_the_very_pixel(pocket):
 
 def test_an_overflow_in_half_precision_is_drawn_again_in_fp32():
     """A VAE that gives Inf in fp16: `draw` gives the fp32 picture, and the VAE is fp16 again."""
-    pipe = tiny_pipeline("sd1")
+    pipe = tiny_pipeline("sd1", shallow=True)
     pipe.vae.to(torch.float16)
     real, dtypes = pipe.vae.decode, []
 

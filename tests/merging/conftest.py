@@ -51,7 +51,7 @@ def tiny_base(tmp_path_factory):
 
             folder = tiny_pocket_folder(root / "pocket")
             return TinyBase(family, diffusers.StableDiffusionPipeline.from_pretrained(str(folder)), folder, None)
-        pipe = tiny_pipeline(family)
+        pipe = tiny_pipeline(family, shallow=True)
         metadata = {"modelspec.prediction_type": "epsilon"}
         file = write_single_file(pipe, root / "base.safetensors", metadata=metadata)
         return TinyBase(family, pipe, write_folder(pipe, root / "base"), file)

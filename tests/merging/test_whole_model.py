@@ -43,7 +43,7 @@ def models(tmp_path_factory):
     @cache
     def make(family, seed):
         root = tmp_path_factory.mktemp(f"{family}-{seed}")
-        pipe = tiny_pipeline(family, shallow=family == "sd1")
+        pipe = tiny_pipeline(family, shallow=True)
         draws = randomness.generator(seed, "whole model")
         for part in (pipe.unet, pipe.text_encoder, getattr(pipe, "text_encoder_2", None)):
             for parameter in () if part is None else part.parameters():

@@ -375,7 +375,7 @@ def test_weighted_words_may_be_new_ones(base):
 
 
 def test_diffusers_reads_it_alike(tmp_path):
-    pipe = tiny_pipeline("sd1")
+    pipe = tiny_pipeline("sd1", shallow=True)
     with embedding.new_words(pipe, ["<x>"], vectors=3, start="random") as words:
         ours = pipe.encode_prompt("a <x> of crabs", "cpu", 1, False)[0]
         path = write_embedding(tmp_path / "otter.safetensors", "<x>", words.vectors()["<x>"])
@@ -394,7 +394,7 @@ def test_sdxl_has_both_encoders_in_one_file_that_its_card_has_diffusers_read_ali
         again = base.encode_text(["a <x>"])
         assert torch.equal(again.hidden, ours.hidden)
         assert torch.equal(again.pooled, ours.pooled)
-    pipe = tiny_pipeline("sdxl")
+    pipe = tiny_pipeline("sdxl", shallow=True)
     about = Description("x", "sdxl", base="xl.safetensors")
     card = write_embedding_card(tmp_path, {"<x>": path}, about, [], [], []).read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)

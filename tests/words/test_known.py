@@ -37,7 +37,7 @@ def encoded(pipe, prompt):
 
 
 def test_a_pipeline_of_diffusers_is_put_back(tmp_path):
-    pipe = tiny_pipeline("sdxl")
+    pipe = tiny_pipeline("sdxl", shallow=True)
     tokenizers = pipe.tokenizer, pipe.tokenizer_2
     path = write_tensors(
         tmp_path / "zyxotter.safetensors", {"clip_l": torch.randn(1, 64), "clip_g": torch.randn(1, 128)}
@@ -151,7 +151,7 @@ def test_what_diffusers_unloads_meanwhile_is_gone(files):
 
 
 def test_both_tables_of_sdxl_keep_what_diffusers_loads(tmp_path):
-    pipe, rows = tiny_pipeline("sdxl"), {"clip_l": torch.randn(1, 64), "clip_g": torch.randn(1, 128)}
+    pipe, rows = tiny_pipeline("sdxl", shallow=True), {"clip_l": torch.randn(1, 64), "clip_g": torch.randn(1, 128)}
     with embedding.load(pipe, write_tensors(tmp_path / "<one>.safetensors", rows)):
         for key, number in (("clip_l", ""), ("clip_g", "_2")):
             names = {name: getattr(pipe, f"{name}{number}") for name in ("tokenizer", "text_encoder")}
