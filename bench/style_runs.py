@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,7 @@ class Workshop:
         return load_file(path)["pictures"]
 
 
+@cache
 def code_hash() -> str:
     """Of the library's and the trainers' code as Python runs it: comments, docstrings and layout are not in it."""
     files = sorted([*(ROOT / "src/sfumato").rglob("*.py"), *(ROOT / "trainers").rglob("*.py")])

@@ -29,7 +29,7 @@ def pytest_collection():
     gc.disable()
     collected = yield
     gc.freeze()
-    gc.set_threshold(700, 10, 30)
+    gc.set_threshold(10_000, 10, 10)
     gc.enable()
     return collected
 

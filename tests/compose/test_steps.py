@@ -115,7 +115,7 @@ def test_a_step_is_a_step_whatever_the_sampler_asks_between(base, loras, sampler
         seen, handle = weights_seen(base, mix)
         with over_steps(mix, Switch(("a", "b"), every=2)):
             for _ in range(2):
-                draw(source, "red square", 0, steps=6, sampler=chosen, guidance=1.0, width=32, height=32)
+                draw(source, "red square", 0, steps=6, sampler=chosen, guidance=1.0, width=8, height=8)
         handle.remove()
     on = "".join("a" if weight == 1.0 else "b" for weight in seen)
     assert on == SIX_STEPS_IN_TURNS[sampler] * 2
