@@ -58,7 +58,7 @@ def test_what_comes_after_one_is_done_while_the_others_go_on(shell, tmp_path, mo
     monkeypatch.setattr(sys, "executable", str(shell))
     note, began = tmp_path / "note", []
     after = (began.append(step) or note.write_text(step) for step in ("one", "two"))
-    waits = f"while ! grep -q two {note}; do sleep 0.05; done; echo found"
+    waits = f"while ! grep -qs two {note}; do sleep 0.05; done; echo found"
     assert side_by_side.run({"short": ["echo done"], "long": [waits]}, threads=2, after={"short": after}) is None
     assert capsys.readouterr().err.splitlines() == ["short  done", "long   found"]
     assert began == ["one", "two"]
