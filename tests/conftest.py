@@ -34,6 +34,17 @@ def pytest_collection():
     return collected
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `-n`, each process takes a stretch of the tests, and of what another has left, where xdist deals them out in
+    turns: so what is made once for a module is made in one process."""
+    if config.getoption("dist") != "load":  # asked for otherwise
+        return None
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def skeletons_made_once() -> Iterator[None]:
     """A base's modules without weights are made once for each config, and then copied: of a tiny base they take longer

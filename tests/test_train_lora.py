@@ -123,10 +123,15 @@ def test_the_same_command_twice_gives_equal_tensors_and_equal_files(train, monke
     assert first == second
 
 
-def test_crossed_samples_are_the_same_on_every_run_and_do_something(train):
-    crossed = ("--steps", "2", "--crossed-share", "1", "--flip")
+def test_crossed_samples_are_the_same_on_every_run_and_do_something(train, pictures, tmp_path):
+    images = tmp_path / "two"  # each is drawn over
+    images.mkdir()
+    for name in ("red-square.png", "gold-square.png"):
+        shutil.copy(pictures / name, images)
+    plain = ("--steps", "2", "--images", str(images))
+    crossed = (*plain, "--crossed-share", "1", "--flip")
     one, two, three = (
-        read_tensors(train(name, *words)) for name, words in {"a": crossed, "b": crossed, "c": crossed[:2]}.items()
+        read_tensors(train(name, *words)) for name, words in {"a": crossed, "b": crossed, "c": plain}.items()
     )
     assert all(torch.equal(tensor, two[key]) for key, tensor in one.items())
     assert any(not torch.equal(tensor, three[key]) for key, tensor in one.items())

@@ -1,6 +1,6 @@
 """The table of docs/adapters.md: each kind for diffusers and peft, baked with the error that is told."""
 
-import copy
+from functools import cache
 
 import pytest
 import torch
@@ -20,6 +20,7 @@ from sfumato.files.changes.oft import OutputOft
 from sfumato.merging.convert import as_lora, write
 from sfumato.merging.factors import Budget
 from sfumato.merging.merge import Source
+from tests.copies import copies
 
 
 def random(*shape):
@@ -74,9 +75,13 @@ def test_every_kind_reaches_diffusers_and_peft_with_the_error_told(to, kind, fam
         assert made.error < 1e-5
 
 
+fresh = cache(copies)
+"""fresh(unet)() is a copy of it."""
+
+
 def applied(base, path, to):
     """The delta that diffusers or peft gives each layer of the U-Net."""
-    unet = copy.deepcopy(base.pipe.unet)
+    unet = fresh(base.pipe.unet)()
     if to == "peft":
         PeftModel.from_pretrained(unet, str(path))
     else:

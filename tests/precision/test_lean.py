@@ -15,7 +15,7 @@ from tests.tiny import tiny_pipeline
 
 @pytest.fixture(scope="module")
 def unet():
-    unet = tiny_pipeline("sd1").unet.requires_grad_(False)
+    unet = tiny_pipeline("sd1", shallow=True).unet.requires_grad_(False)
     quicken(unet)  # as every base's is
     return unet
 
@@ -53,7 +53,7 @@ def adapter(unet, targets="attention", conv=False):
 def test_values_and_gradients_are_equal_to_the_bit(unet, trained):
     found = []
     if trained == "SDXL":
-        unet = tiny_pipeline("sdxl").unet.requires_grad_(False)
+        unet = tiny_pipeline("sdxl", shallow=True).unet.requires_grad_(False)
         quicken(unet)
     for lean in (False, True):
         one = copy.deepcopy(unet)
