@@ -27,7 +27,10 @@ Write = Callable[..., Path]
 
 @pytest.fixture(scope="session")
 def originals() -> dict[str, Any]:
-    return {"sd1": tiny_pipeline("sd1", shallow=True), "sdxl": tiny_pipeline("sdxl", shallow=True)}
+    pipes = {family: tiny_pipeline(family, shallow=True) for family in ("sd1", "sdxl")}
+    for pipe in pipes.values():
+        _copies(pipe)  # now: transformers hooks functions that cannot be pickled into an encoder that has run
+    return pipes
 
 
 @pytest.fixture
