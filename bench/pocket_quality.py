@@ -29,7 +29,7 @@ from bench.style_runs import to_tensor
 from sfumato import cli, randomness
 from sfumato.bases.loading import POCKET_FOLDER
 from sfumato.data.latents import to_floats
-from sfumato.errors import BaseModelError
+from sfumato.errors import BaseModelError, ConfigError
 from sfumato.files.atomic import atomic_path
 
 SHEET = (
@@ -61,6 +61,8 @@ class Config:
     """Draw every other style of a concept only, and all that are withheld: over 600 pictures in half the time."""
     drawn: Path | None = None
     """Folder that keeps the drawn pictures: an interrupted run goes on, and another judge judges the same ones."""
+    prompt: str = "{concept}, {style} style"
+    """What is asked for, with {concept} and {style} in it."""
     sampler_steps: int = 25
     """Sampler steps."""
     guidance: float = 3.0
@@ -102,7 +104,10 @@ def draw(pipeline: StableDiffusionPipeline, names: Sequence[tuple[str, str]], co
 def draw_some(pipeline: StableDiffusionPipeline, cells: Sequence[Cell], config: Config) -> list[Image.Image]:
     """One batch."""
     images: list[Image.Image] = pipeline(
-        [f"{concept}, {style} style" if style else concept for concept, style, _ in cells],
+        [
+            config.prompt.replace("{concept}", concept).replace("{style}", style) if style else concept
+            for concept, style, _ in cells
+        ],
         num_inference_steps=config.sampler_steps,
         guidance_scale=config.guidance,
         generator=[randomness.generator(config.seed, f"{cell[0]}/{cell[1]}", 0, cell[2]) for cell in cells],
@@ -112,7 +117,7 @@ def draw_some(pipeline: StableDiffusionPipeline, cells: Sequence[Cell], config: 
 
 def settings_of(config: Config) -> str:
     """A name for what the pictures depend on: the base's weights and the sampler's settings."""
-    key = hashlib.sha256(json.dumps([config.seed, config.sampler_steps, config.guidance]).encode())
+    key = hashlib.sha256(json.dumps([config.seed, config.sampler_steps, config.guidance, config.prompt]).encode())
     for path in sorted(config.base.rglob("*.safetensors")):
         key.update(path.read_bytes())
     return key.hexdigest()[:16]
@@ -207,6 +212,8 @@ def draw_sheet(pipeline: StableDiffusionPipeline, pictures: Pictures, config: Co
 
 def measure(config: Config) -> dict[str, Any]:
     """The whole report."""
+    if not all(place in config.prompt for place in ("{concept}", "{style}")):
+        raise ConfigError(f"--prompt {config.prompt!r}: wanted {{concept}} and {{style}} in it.")
     if not (config.base / "model_index.json").is_file():
         raise BaseModelError(f"--base {config.base}: no folder of a diffusers pipeline; give one, such as RUN/model.")
     pictures = read_pictures(config.data)
@@ -220,6 +227,7 @@ def measure(config: Config) -> dict[str, Any]:
     began = time.perf_counter()
     draw_some(pipeline, one, config)
     report = {
+        "prompt": config.prompt,
         "sampler_steps": config.sampler_steps,
         "guidance": config.guidance,
         "seconds_a_picture": round(time.perf_counter() - began, 3),

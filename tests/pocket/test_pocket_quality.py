@@ -63,17 +63,32 @@ def test_several_pictures_of_a_cell_differ(pictures, config):
     assert not torch.equal(twice[:12], twice[12:])
 
 
+class Listening(Pipeline):
+    """Remembers what it is asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.asked = []
+
+    def __call__(self, prompts, **settings):
+        self.asked.extend(prompts)
+        return super().__call__(prompts, **settings)
+
+
+def test_what_is_asked_for_is_told_and_other_words_are_other_pictures(pictures, config):
+    for prompt, asked in (("{concept}, {style} style", "bus, a style"), ("{style} style: {concept}", "a style: bus")):
+        pipeline = Listening()
+        draw(pipeline, pictures.names()[:1], replace(config, prompt=prompt))
+        assert pipeline.asked == [asked]
+    with pytest.raises(ConfigError, match=r"--prompt 'a crab': wanted {concept} and {style} in it"):
+        measure(replace(config, prompt="a crab"))
+
+
 def test_a_name_alone_is_all_that_is_asked_and_every_picture_is_taken_for_one_style(pictures, config):
-    asked = []
-
-    class Listening(Pipeline):
-        def __call__(self, prompts, **settings):
-            asked.extend(prompts)
-            return super().__call__(prompts, **settings)
-
+    pipeline = Listening()
     names = ("bus", "crab", "key", "owl", "tulip")
-    found = judged_plain(Listening(), Judge(names, pictures.styles), names, config)
-    assert asked == list(names)
+    found = judged_plain(pipeline, Judge(names, pictures.styles), names, config)
+    assert pipeline.asked == list(names)
     assert found["pictures"] == 5
     assert found["concept_top5"] == 1
     assert sum(found["taken_for"].values()) == pytest.approx(1, abs=1e-3)
