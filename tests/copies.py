@@ -1,4 +1,4 @@
-"""Copies in a tenth of the time of `copy.deepcopy`, so that what many tests begin with is made once."""
+"""Copies that take less time than those of `copy.deepcopy`, so that what many tests begin with is made once."""
 
 from __future__ import annotations
 

@@ -466,7 +466,6 @@ def test_weights_that_their_file_does_not_hold_are_copied(tmp_path, write, copie
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
 def test_a_single_file_is_a_source_too(tmp_path, family):
-    # A checkpoint's names count the levels, so it takes them all.
     pipe = tiny_pipeline(family, shallow=True, whole_vocabulary=True)
     file = write_single_file(pipe, tmp_path / "model.safetensors")
     weights = {

@@ -120,10 +120,7 @@ UNASKED: Mapping[str, str] = MappingProxyType(
 VALUES: Mapping[tuple[str, str], str] = MappingProxyType(
     {
         ("schedule", "constant_with_warmup"): "here it is --schedule constant with --warmup STEPS.",
-        (
-            "resolution",
-            r"\d+[,x ]+\d+",
-        ): "it is one number: pictures keep their shapes, with as many pixels as its square.",
+        ("resolution", r"\d+[,x ]+\d+"): "it is one number: pictures keep their shapes and get its square's pixels.",
     }
 )
 """An option's name, and a pattern of what other tools give it: what to say of that."""

@@ -314,7 +314,7 @@ def _kind_of(folder: Path) -> str:
         return "a folder"
     if any(entry.suffix.lower() in SUFFIXES for entry in entries):
         return FOLDER_OF_PICTURES
-    return FOLDER_OF_REPEATS if any(REPEATS.fullmatch(entry.name) for entry in entries) else "a folder"
+    return FOLDER_OF_REPEATS if any(REPEATS.fullmatch(each.name) and each.is_dir() for each in entries) else "a folder"
 
 
 def some(names: Sequence[str], most: int = 3) -> str:
