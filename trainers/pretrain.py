@@ -1,10 +1,11 @@
-"""Pre-train a small Stable Diffusion from nothing, in two stages: the VAE, then the U-Net with its text encoder.
+"""Pre-train a small Stable Diffusion from nothing: the VAE, then the U-Net with its text encoder, which learns on last.
 
 Made for the pocket base, whose pictures `bench/pocket_data.py` builds. Each stage is a run of its own; `--steps` and
 `--fall-at` may be changed at a resume with `--force`, so that the fall of the rate can be timed by the clock.
 
     python trainers/pretrain.py trainers/configs/pocket-vae-cpu.toml
     python trainers/pretrain.py trainers/configs/pocket-unet-cpu.toml
+    python trainers/pretrain.py trainers/configs/pocket-text.toml
 """
 
 from __future__ import annotations
@@ -36,10 +37,11 @@ if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(FolderOptions):
-    """Pre-train the VAE, or the U-Net with its text encoder, from nothing."""
+    """Pre-train the VAE, or the U-Net with its text encoder, from nothing; or teach a text encoder last."""
 
-    stage: Literal["vae", "unet"] = "vae"
-    """What to train. The U-Net needs a trained VAE."""
+    stage: Literal["vae", "unet", "text"] = "vae"
+    """What to train. The U-Net, with its text encoder, needs a trained VAE. The text encoder alone, of --init, learns
+    last, from no picture, to let the styles count more."""
     data: Path = Path("pocket-data")
     """The folder of pictures: what bench/pocket_data.py built, or your own, laid out as docs/pocket.md says."""
     output: Path = Path("runs/pocket-vae")
@@ -114,6 +116,8 @@ class Config(FolderOptions):
     strokes and edges wherever they are, instead of the pictures by heart."""
     moved_below: int = 600
     """U-Net: the timestep below which pictures are moved: the noisier ones decide where things are."""
+    style_emphasis: float = 0.5
+    """Text: how much is added to a prompt's states of what its style adds to all things; 0 changes nothing."""
     seed: int = 0
     """Seed of weights and of every draw."""
     device: str = "auto"
@@ -385,6 +389,60 @@ def new_parts(config: Config, run: Run, manifest: Mapping[str, Any], words: Sequ
         return build_unet(), build_text_encoder(tokenizer), tokenizer
 
 
+def train_text(config: Config, precision: Precision) -> Path:
+    """Train the text encoder of a base to let styles count more; returns the folder of a pipeline, averaged weights,
+    fp32."""
+    import copy
+
+    import torch
+
+    from sfumato.pocket.captions import read_words
+    from sfumato.pocket.emphasis import Emphasis, Things
+    from sfumato.pocket.given import parts_of
+    from sfumato.pocket.parts import build_scheduler
+    from sfumato.pocket.pictures import other_names, read_manifest
+    from sfumato.pocket.shown import assemble, save_model, sheet
+    from sfumato.runs import Run
+
+    assert config.init is not None
+    manifest = read_manifest(config.data)
+    withheld = frozenset((concept, style) for concept, style in manifest["withheld"])
+    names = other_names(config.data)
+    things = Things(manifest["styles"], manifest["concepts"], withheld, names, read_words(config.data))
+    run = Run.start(config, program="pretrain", writes=["model"])
+    run.say(precision.table())
+    scheduler, device = build_scheduler(), precision.device
+    unet, text_encoder, tokenizer, vae = parts_of(config.init, config.device, scheduler)
+    precision.learn(text_encoder)
+    taught = copy.deepcopy(text_encoder).requires_grad_(False)
+
+    @torch.no_grad()
+    def before(texts: Sequence[str]) -> Tensor:
+        return encode_text(taught, tokenizer, texts, device)
+
+    emphasis = Emphasis(before, lambda text: len(tokenizer(text).input_ids), things, config.style_emphasis, config.seed)
+    trained = trained_of({"text_encoder": text_encoder}, config, device)
+    run.keep(**trained.parts())
+    run.identify(things=things.fingerprint())
+
+    def sample(step: int) -> None:
+        with trained.averaged(), precision.autocast():
+            pipeline = assemble(vae, unet, text_encoder, tokenizer, scheduler)
+            sheet(pipeline, manifest["styles"], list(manifest["concepts"]), run.folder / "samples" / f"{step:06d}.png")
+
+    run.every(config.sample_every, sample)
+    for step in run.steps(config.steps):
+        trained.set_rate(config.learning_rate * rate_at(step.number, config) * step.rate_factor)
+        texts, wanted = emphasis.lesson(step.number, config.batch)
+        with precision.autocast():
+            said = encode_text(text_encoder, tokenizer, texts, device)
+        trained.learn(step, (said.float() - wanted).square().mean())
+    with trained.averaged():
+        path = save_model(assemble(vae, unet, text_encoder, tokenizer, scheduler), config.output / "model")
+    run.close()
+    return path
+
+
 def encode_text(encoder: CLIPTextModel, tokenizer: CLIPTokenizer, texts: Sequence[str], device: torch.device) -> Tensor:
     """(len(texts), positions, width) hidden states; each distinct text is encoded once."""
     distinct = sorted(set(texts))
@@ -409,7 +467,7 @@ def train(config: Config) -> Path:
     assert config.precision is not None
     precision = decide(config.precision, device=config.device)
     precision.apply()
-    return {"vae": train_vae, "unet": train_unet}[config.stage](config, precision)
+    return {"vae": train_vae, "unet": train_unet, "text": train_text}[config.stage](config, precision)
 
 
 def main(argv: Sequence[str]) -> int:

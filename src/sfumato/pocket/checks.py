@@ -13,6 +13,8 @@ from sfumato.training.checks import check_run, only_with
 if TYPE_CHECKING:
     import torch
 
+NOT_NEGATIVE = ("warmup_steps", "fall_at", "kl", "gradient_difference", "snr_gamma", "flat_weight", "style_emphasis")
+
 
 def check(config: Any) -> None:
     """Raises ConfigError for what makes no sense, by itself or in the stage that is trained."""
@@ -35,7 +37,7 @@ def _check_numbers(config: Any) -> None:
     if not 0 <= config.plain_share <= 0.5:
         raise ConfigError(f"--plain-share is {config.plain_share}; it must be in 0 ... 0.5.")
     timesteps = ("crossed_from", "moved_below")
-    for name in (*timesteps, "warmup_steps", "fall_at", "kl", "gradient_difference", "snr_gamma", "flat_weight"):
+    for name in (*timesteps, *NOT_NEGATIVE):
         value = getattr(config, name)
         if value is not None and not 0 <= value < float("inf"):
             raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must not be negative.")
@@ -53,12 +55,16 @@ def _check_steps(config: Any) -> None:
 
 def _check_effects(config: Any) -> None:
     """Refuse options that have no effect beside the others."""
-    if config.stage == "unet":
+    if config.stage != "vae":
         only_with(config, "--stage vae", "kl", "gradient_difference")
-    else:
+    if config.stage != "unet":
         of_timesteps = ("snr_gamma", "flat_weight", "crossed_from", "crossed_overlap", "moved_below")
         shares = ("group_share", "plain_share", "empty_share", "others_share", "varied_share", "crossed_share")
         only_with(config, "--stage unet", "vae", "plain_style", "compile", "moved_share", *shares, *of_timesteps)
+    if config.stage == "text":
+        only_with(config, "--stage vae or unet", "flip_share", "hands_share")
+    else:
+        only_with(config, "--stage text", "style_emphasis")
     if not config.crossed_share:
         only_with(config, "--crossed-share", "crossed_from", "crossed_overlap")
     if not config.moved_share:
@@ -92,6 +98,8 @@ def _check_sources(config: Any) -> None:
         raise ConfigError("--init-share keeps weights of a base's VAE: it needs --stage vae and --init BASE.")
     if config.decoder_only and (config.stage != "vae" or config.init is None):
         raise ConfigError("--decoder-only goes on with the VAE of a base: it needs --stage vae and --init BASE.")
+    if config.stage == "text" and config.init is None:
+        raise ConfigError("--stage text goes on with the text encoder of a base: it needs --init BASE, such as pocket.")
     if config.stage == "unet" and config.vae is None and config.init is None:
         raise ConfigError("--stage unet needs --vae, the folder of a trained VAE; train one with --stage vae.")
     if config.stage == "unet" and config.vae is not None and not (config.vae / "config.json").is_file():

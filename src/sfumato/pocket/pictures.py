@@ -149,8 +149,21 @@ def read_pictures(data: Path) -> Pictures:
 
 def read_others(data: Path) -> Pictures:
     """The sets' other pictures, named as their files are; none where the data was built without them."""
-    paths = [path for style in read_manifest(data)["styles"] for path in sorted((data / "other" / style).glob("*.png"))]
-    return _read(paths, [(path.stem.replace("-", " "), path.parent.name) for path in paths])
+    paths = _others(data)
+    return _read(paths, [(_shown(path), path.parent.name) for path in paths])
+
+
+def other_names(data: Path) -> list[str]:
+    """What the sets' other pictures show, each once, in order."""
+    return sorted({_shown(path) for path in _others(data)})
+
+
+def _others(data: Path) -> list[Path]:
+    return [path for style in read_manifest(data)["styles"] for path in sorted((data / "other" / style).glob("*.png"))]
+
+
+def _shown(path: Path) -> str:
+    return path.stem.replace("-", " ")
 
 
 def _read(paths: Sequence[Path], names: list[tuple[str, str]]) -> Pictures:

@@ -1,0 +1,167 @@
+"""The text encoder's last lesson: what a style says of all things, added to what is said of each."""
+
+import json
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from sfumato import load_base
+from sfumato.errors import ConfigError
+from sfumato.pocket.emphasis import FORMS, Emphasis, Things, apart
+from tests.tiny import CPU
+from trainers.pretrain import Config, train
+
+STYLES = ["noto", "flat", "blob"]
+CONCEPTS = {"red apple": "a fruit", "crab": "a sea animal", "key": "a tool"}
+WITHHELD = frozenset({("key", "flat"), ("crab", "blob")})
+
+
+def things(**changes):
+    given = {
+        "styles": STYLES,
+        "concepts": CONCEPTS,
+        "withheld": WITHHELD,
+        "others": ["hammer"],
+        "words": ["wet", "old", "sea"],
+    }
+    return Things(**given | changes)
+
+
+def state_of(part, seed):
+    """(2, 4), as random as it is fixed."""
+    return torch.randn(2, 4, generator=torch.Generator().manual_seed(sum(map(ord, part)) * 7 + seed))
+
+
+def parted(text):
+    """What a text names, and in which style."""
+    style = next((style for style in STYLES if f"{style} style" in text), "")
+    return text.replace(f"{style} style", "") if style else text, style
+
+
+class Encoder:
+    """States that are those of the thing and of the style, and of the two together as far as `together` says."""
+
+    def __init__(self, together=0.0):
+        self.together, self.said = together, set()
+
+    def __call__(self, texts):
+        self.said.update(texts)
+        return torch.stack([self.state(*parted(text)) for text in texts])
+
+    def state(self, thing, style):
+        pair = self.together * state_of(thing + style, 3) if style else torch.zeros(2, 4)
+        return state_of(thing, 1) + (state_of(style, 2) if style else torch.zeros(2, 4)) + pair
+
+
+def emphasis(encode, strength=0.5, **changes):
+    return Emphasis(encode, lambda text: len(text.split()), things(**changes), strength, seed=0)
+
+
+def style_alone(style):
+    others = [state_of(other, 2) for other in STYLES if other != style]
+    return state_of(style, 2) - torch.stack(others).mean(0)
+
+
+def test_apart_is_each_less_the_mean_of_the_others():
+    states = torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(0))
+    assert_close(apart(states)[1], states[1] - (states[0] + states[2]) / 2)
+
+
+def test_where_styles_say_the_same_of_all_things_that_is_what_is_added():
+    encode = Encoder()
+    texts, wanted = emphasis(encode, withheld=frozenset()).lesson(4, 20)
+    assert len(texts) == len(wanted) == 20 * 3 + 3 + 21
+    for text, state in zip(texts, wanted, strict=True):
+        style = parted(text)[1]
+        more = 0.5 * style_alone(style) if style else torch.zeros(2, 4)
+        assert_close(state, encode([text])[0] + more, rtol=0, atol=1e-5)
+
+
+def test_what_is_known_of_a_thing_and_a_style_together_is_not_added():
+    encode = Encoder(together=1.0)
+    lessons = emphasis(encode, strength=1.0)
+    texts, wanted = lessons.lesson(0, 40)
+    added = {text: state - encode([text])[0] for text, state in zip(texts, wanted, strict=True)}
+    named = [text for text in added if text.endswith(", noto style") and len(text.split()) == 3]
+    assert len(named) > 2
+    for text in named:
+        assert_close(added[text], added[named[0]], rtol=0, atol=1e-5)
+
+
+def test_no_withheld_cell_is_said_and_a_lesson_depends_on_its_step_alone():
+    encode = Encoder()
+    lessons = emphasis(encode)
+    texts = [lessons.lesson(step, 30)[0] for step in range(8)]
+    forbidden = {form.format(thing=concept, style=style) for form in FORMS for concept, style in WITHHELD}
+    allowed = {form.format(thing="key", style="noto") for form in FORMS}
+    assert not forbidden & encode.said
+    assert allowed <= encode.said
+    assert emphasis(Encoder()).lesson(3, 30)[0] == texts[3] != texts[4]
+
+
+def test_a_step_names_concepts_others_groups_and_what_nobody_has_drawn():
+    drawn = set(things().draw(300, torch.Generator().manual_seed(0)))
+    assert {*CONCEPTS, *CONCEPTS.values(), "hammer"} <= drawn
+    assert any(set(thing.split()) <= {"wet", "old", "sea"} and " " in thing for thing in drawn)
+    assert "hammer" not in things(others=[]).draw(300, torch.Generator().manual_seed(0))
+
+
+def test_one_style_is_refused():
+    with pytest.raises(ConfigError, match="--stage text: the pictures have 1 style; wanted two or more"):
+        emphasis(Encoder(), styles=["noto"])
+
+
+@pytest.fixture
+def data(tmp_path):
+    """What the lessons read of a folder of pictures: no picture."""
+    folder = tmp_path / "data"
+    (folder / "other/noto").mkdir(parents=True)
+    (folder / "other/noto/claw-hammer.png").touch()
+    manifest = {"styles": ["noto", "flat"], "concepts": CONCEPTS, "withheld": [["key", "flat"]]}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "words.txt").write_text("wet\nold\n")
+    return folder
+
+
+SETTINGS = {"batch": 2, "learning_rate": 2e-4, "fall_at": 6, "warmup_steps": 2, "sample_every": 0, "device": "cpu"}
+
+
+def losses(folder):
+    return [row["loss"] for row in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if "loss" in row]
+
+
+def test_the_text_encoder_learns_and_nothing_else(data, pocket_folder, tmp_path):
+    run = {"stage": "text", "init": str(pocket_folder), "data": data, "checkpoint_every": 5, **SETTINGS}
+    model = train(Config(output=tmp_path / "whole", steps=10, **run))
+    before, after = (load_base(base, precision=CPU) for base in (pocket_folder, model))
+    for part in ("unet", "vae"):
+        assert_close(getattr(after, part).state_dict(), getattr(before, part).state_dict(), rtol=0, atol=0)
+    whole = losses(tmp_path / "whole")
+    assert sum(whole[-3:]) < 0.9 * sum(whole[:3])
+    train(Config(output=tmp_path / "halves", steps=5, **{**run, "fall_at": 5}))
+    train(Config(output=tmp_path / "halves", steps=10, resume=True, force=True, **run))
+    assert losses(tmp_path / "halves")[5:] == whole[5:]
+
+
+def test_nothing_added_is_nothing_to_learn(data, pocket_folder, tmp_path):
+    run = {"stage": "text", "init": str(pocket_folder), "data": data, "output": tmp_path / "run", **SETTINGS}
+    train(Config(steps=1, **{**run, "fall_at": 0, "warmup_steps": 0}, style_emphasis=0.0))
+    assert losses(tmp_path / "run") == [0.0]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"stage": "text"}, "--stage text goes on with the text encoder of a base: it needs --init BASE"),
+        ({"stage": "text", "init": "pocket", "flip_share": 0.1}, "--flip-share has no effect without --stage vae or"),
+        ({"stage": "text", "init": "pocket", "kl": 0.1}, "--kl has no effect without --stage vae"),
+        ({"stage": "text", "init": "pocket", "others_share": 0.1}, "--others-share has no effect without --stage unet"),
+        ({"style_emphasis": 0.1}, "--style-emphasis has no effect without --stage text"),
+        ({"stage": "text", "init": "pocket", "style_emphasis": -1.0}, "--style-emphasis is -1.0; it must not be neg"),
+    ],
+)
+def test_what_has_no_effect_or_no_sense_is_refused(given, said, data, tmp_path):
+    with pytest.raises(ConfigError, match=said):
+        train(Config(data=data, output=tmp_path / "run", **given))
+    assert not (tmp_path / "run").exists()
