@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from sfumato import load_base
-from sfumato.errors import ConfigError
+from sfumato.errors import ConfigError, DataError
 from sfumato.pocket.emphasis import FORMS, Emphasis, Things, apart
 from tests.tiny import CPU
 from trainers.pretrain import Config, train
@@ -104,12 +104,25 @@ def test_a_step_names_concepts_others_groups_and_what_nobody_has_drawn():
     drawn = set(things().draw(300, torch.Generator().manual_seed(0)))
     assert {*CONCEPTS, *CONCEPTS.values(), "hammer"} <= drawn
     assert any(set(thing.split()) <= {"wet", "old", "sea"} and " " in thing for thing in drawn)
-    assert "hammer" not in things(others=[]).draw(300, torch.Generator().manual_seed(0))
+    few = things(others=[], words=[]).draw(300, torch.Generator().manual_seed(0))
+    assert set(few) == {*CONCEPTS, *CONCEPTS.values()}
 
 
 def test_one_style_is_refused():
-    with pytest.raises(ConfigError, match="--stage text: the pictures have 1 style; wanted two or more"):
+    with pytest.raises(DataError, match="no thing has pictures in two styles, which --stage text sets apart"):
         emphasis(Encoder(), styles=["noto"])
+
+
+def test_a_length_that_few_things_have_goes_by_the_nearest_that_many_have():
+    encode = Encoder(together=1.0)
+    lessons = emphasis(encode, others=[f"a b c d e f{i}" for i in range(30)], words=[])
+    assert {length for _, length in lessons.directions} == {6}
+    texts, wanted = lessons.lesson(0, 40)
+    short = [place for place, text in enumerate(texts) if text.endswith(", noto style") and len(text.split()) < 5]
+    added = 0.5 * lessons.directions[FORMS[0], 6][0]
+    assert short
+    for place in short:
+        assert_close(wanted[place], encode([texts[place]])[0] + added, rtol=0, atol=1e-5)
 
 
 @pytest.fixture

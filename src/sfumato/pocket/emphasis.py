@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sfumato import randomness
-from sfumato.errors import ConfigError
+from sfumato.errors import DataError
 
 FORMS = ("{thing}, {style} style", "a {style} style picture of a {thing}", "{style} style, {thing}")
 """Ways to name a thing in a style: the two of the captions, and one that they lack."""
@@ -63,11 +63,11 @@ class Things:
         for kind, which in torch.rand(count, 2, generator=generator, dtype=torch.float64).tolist():
             if kind >= _SHARES[2]:
                 things.append(_one(groups, which))
-            elif kind >= _SHARES[1]:
+            elif kind >= _SHARES[1] and self.words:
                 places = torch.randint(len(self.words), (1 + int(which * _LONGEST),), generator=generator).tolist()
                 things.append(" ".join(self.words[place] for place in places))
             else:
-                things.append(_one(self.others if kind >= _SHARES[0] and self.others else concepts, which))
+                things.append(_one((self.others if kind >= _SHARES[0] else ()) or concepts, which))
         return things
 
 
@@ -75,7 +75,7 @@ class Emphasis:
     """The lessons of the text encoder: texts, and the states that it is to learn for them.
 
     encode: what gives the states of texts, (n, positions, width), as they were before. length: a text's count of
-    tokens. strength: k above. Raises ConfigError where the things have fewer than two styles.
+    tokens. strength: k above. Raises DataError where nothing may be named in two styles.
     """
 
     def __init__(
@@ -86,10 +86,6 @@ class Emphasis:
         strength: float,
         seed: int,
     ) -> None:
-        if len(things.styles) < 2:
-            raise ConfigError(
-                f"--stage text: the pictures have {len(things.styles)} style; wanted two or more, which it sets apart."
-            )
         self.encode, self.length, self.things = encode, length, things
         self.strength, self.seed = strength, seed
         self.directions = self._directions()
@@ -123,6 +119,8 @@ class Emphasis:
         for thing in dict.fromkeys([*self.things.concepts, *self.things.others, *drawn]):
             if len(self.things.shown_in(thing)) > 1:
                 alike.setdefault(self.length(thing), []).append(thing)
+        if not alike:
+            raise DataError("no thing has pictures in two styles, which --stage text sets apart; leave this stage out.")
         enough = {count: some for count, some in alike.items() if len(some) >= _LEAST} or alike
         return {
             (form, count): self._mean_direction(form, [some[i] for i in _some_of(len(some), self.seed, count)])
