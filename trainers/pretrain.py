@@ -398,7 +398,7 @@ def train_text(config: Config, precision: Precision) -> Path:
 
     from sfumato.pocket.captions import read_words
     from sfumato.pocket.emphasis import Emphasis, Things
-    from sfumato.pocket.given import parts_of
+    from sfumato.pocket.given import fingerprint_of, parts_of
     from sfumato.pocket.parts import build_scheduler
     from sfumato.pocket.pictures import other_names, read_manifest
     from sfumato.pocket.shown import assemble, save_model, sheet
@@ -423,7 +423,7 @@ def train_text(config: Config, precision: Precision) -> Path:
     emphasis = Emphasis(before, lambda text: len(tokenizer(text).input_ids), things, config.style_emphasis, config.seed)
     trained = trained_of({"text_encoder": text_encoder}, config, device)
     run.keep(**trained.parts())
-    run.identify(things=things.fingerprint())
+    run.identify(things=things.fingerprint(), init=fingerprint_of(config.init, config.device))
 
     def sample(step: int) -> None:
         with trained.averaged(), precision.autocast():

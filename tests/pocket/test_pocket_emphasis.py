@@ -1,13 +1,16 @@
 """The text encoder's last lesson: what a style says of all things, added to what is said of each."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.testing import assert_close
 
 from sfumato import load_base
-from sfumato.errors import ConfigError, DataError
+from sfumato.errors import ConfigError, DataError, RunError
+from sfumato.files import read_tensors
 from sfumato.pocket.emphasis import FORMS, Emphasis, Things, apart
 from tests.tiny import CPU
 from trainers.pretrain import Config, train
@@ -155,6 +158,17 @@ def test_the_text_encoder_learns_and_nothing_else(data, pocket_folder, tmp_path)
     train(Config(output=tmp_path / "halves", steps=5, **{**run, "fall_at": 5}))
     train(Config(output=tmp_path / "halves", steps=10, resume=True, force=True, **run))
     assert losses(tmp_path / "halves")[5:] == whole[5:]
+
+
+def test_a_run_goes_on_with_the_base_that_it_began_with(data, pocket_folder, tmp_path):
+    base = shutil.copytree(pocket_folder, tmp_path / "base")
+    run = {"stage": "text", "init": str(base), "data": data, "output": tmp_path / "run", "steps": 1, **SETTINGS}
+    run |= {"fall_at": 0, "warmup_steps": 0}
+    train(Config(**run))
+    file = base / "text_encoder/model.safetensors"
+    save_file({name: tensor + 0.5 for name, tensor in read_tensors(file).items()}, file, {"format": "pt"})
+    with pytest.raises(RunError, match="with other things than these: init "):
+        train(Config(resume=True, **run))
 
 
 def test_nothing_added_is_nothing_to_learn(data, pocket_folder, tmp_path):

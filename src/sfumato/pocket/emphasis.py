@@ -1,9 +1,9 @@
 """What the text encoder learns last: what a style says of all things counts more in what is said of each.
 
 The text states of "crab, noto style" hold the thing, the style, and what is known of the two together. Of a thing that
-was never seen in a style the last part is a guess, and it is most of what tells the styles apart. So the encoder E
-learns to say E(thing, style) + k d(style), where d is the mean over all things of E(thing, style) less the mean of that
-thing's other styles. What has no style in it stays. The U-Net is left as it is, and no picture is looked at.
+was never seen in a style the last is a guess. So the encoder E learns to say E(thing, style) + k d(style), where d is
+the mean over all things of E(thing, style) less the mean of that thing's other styles. What has no style in it stays.
+The U-Net is left as it is, and no picture is looked at.
 """
 
 from __future__ import annotations

@@ -37,6 +37,11 @@ def parts_of(init: str, device: str, scheduler: DDIMScheduler) -> tuple[Any, Any
     return unet, text_encoder, base.tokenizers[0], base.vae
 
 
+def fingerprint_of(init: str, device: str) -> str:
+    """By what a run that goes on knows its base again."""
+    return load_base(init, precision=decide("fp32", device=device)).fingerprint()
+
+
 def _refuse_strangers(base: Base, scheduler: DDIMScheduler, named: str) -> None:
     """Raise BaseModelError for a base that learned to predict something else than this program teaches."""
     if len(base.text_encoders) > 1:
