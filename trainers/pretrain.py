@@ -83,6 +83,8 @@ class Config(FolderOptions):
     init_share: float = 0.0
     """VAE: share that the weights of --init have in the result, beside the learned ones (Wortsman et al. 2022), which
     keeps more of what they did well."""
+    train_text_encoder: bool = True
+    """U-Net: train the text encoder with it; --no-train-text-encoder leaves that of --init at rest."""
     snr_gamma: float = 5.0
     """U-Net: gamma of the min-SNR weights; a sample weighs 2 min(SNR, gamma) / (SNR + 1) + flat_weight."""
     flat_weight: float = 0.2
@@ -118,6 +120,10 @@ class Config(FolderOptions):
     """U-Net: the timestep below which pictures are moved: the noisier ones decide where things are."""
     style_emphasis: float = 0.5
     """Text: how much is added to a prompt's states of what its style adds to all things; 0 changes nothing."""
+    style_together: float = 1.0
+    """Text: share that stays of what a prompt's states say of its thing and its style together, beyond each of the
+    two, which is a guess where the thing has not been seen in the style. With less than 1 a U-Net has to learn on
+    (--stage unet, --no-train-text-encoder): it knows what it has seen by that part, too."""
     seed: int = 0
     """Seed of weights and of every draw."""
     device: str = "auto"
@@ -291,12 +297,13 @@ def unet_loss(drawn: Tensor, latents: Tensor, noise: Tensor, alpha_bar: Tensor, 
 
 
 def train_unet(config: Config, precision: Precision) -> Path:
-    """Train U-Net and text encoder on cached latents; returns the folder of a pipeline, averaged weights, fp32."""
+    """Train the U-Net on cached latents, and the text encoder unless it is to rest; returns the folder of a pipeline,
+    averaged weights, fp32."""
     import torch
 
     from sfumato import diffusion
     from sfumato.pocket.captions import read_words
-    from sfumato.pocket.given import parts_of, read_vae
+    from sfumato.pocket.given import fingerprint_of, parts_of, read_vae
     from sfumato.pocket.latents import Latents
     from sfumato.pocket.lessons import Lessons
     from sfumato.pocket.parts import build_scheduler
@@ -319,19 +326,24 @@ def train_unet(config: Config, precision: Precision) -> Path:
     scheduler = build_scheduler()
     if config.init:
         unet, text_encoder, tokenizer, own_vae = parts_of(config.init, config.device, scheduler)
+        text_encoder.requires_grad_(config.train_text_encoder)
         vae = vae or own_vae
     else:
         unet, text_encoder, tokenizer = new_parts(config, run, manifest, words)
-    precision.learn(unet)
-    precision.learn(text_encoder)
+    learning = {"unet": unet, "text_encoder": text_encoder} if config.train_text_encoder else {"unet": unet}
+    for module in learning.values():
+        precision.learn(module)
     run_unet = torch.compile(unet) if config.compile else unet
     cache = Latents(vae, pictures, VARIANTS if config.varied_share else VARIANTS[:2], device)
     unet.register_to_config(sample_size=cache.means.shape[-1])
     partners = partners_of(pictures, config.crossed_overlap)
     lessons = Lessons(pictures.names, named, manifest["concepts"], config.shares(), config.seed, partners)
-    trained = trained_of({"unet": unet, "text_encoder": text_encoder}, config, device)
+    trained = trained_of(learning, config, device)
     run.keep(**trained.parts())
-    run.identify(data=pictures.fingerprint(), vae=cache.fingerprint())
+    facts = {"data": pictures.fingerprint(), "vae": cache.fingerprint()}
+    if config.init and not config.train_text_encoder:
+        facts["init"] = fingerprint_of(config.init, config.device)  # no checkpoint holds what rests
+    run.identify(**facts)
 
     def sample(step: int) -> None:
         with trained.averaged(), precision.autocast():
@@ -420,7 +432,14 @@ def train_text(config: Config, precision: Precision) -> Path:
     def before(texts: Sequence[str]) -> Tensor:
         return encode_text(taught, tokenizer, texts, device)
 
-    emphasis = Emphasis(before, lambda text: len(tokenizer(text).input_ids), things, config.style_emphasis, config.seed)
+    emphasis = Emphasis(
+        before,
+        lambda text: len(tokenizer(text).input_ids),
+        things,
+        strength=config.style_emphasis,
+        together=config.style_together,
+        seed=config.seed,
+    )
     trained = trained_of({"text_encoder": text_encoder}, config, device)
     run.keep(**trained.parts())
     run.identify(things=things.fingerprint(), init=fingerprint_of(config.init, config.device))

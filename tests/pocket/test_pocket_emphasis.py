@@ -57,8 +57,9 @@ class Encoder:
         return state_of(thing, 1) + (state_of(style, 2) if style else torch.zeros(2, 4)) + pair
 
 
-def emphasis(encode, strength=0.5, **changes):
-    return Emphasis(encode, lambda text: len(text.split()), things(**changes), strength, seed=0)
+def emphasis(encode, strength=0.5, together=1.0, **changes):
+    named = things(**changes)
+    return Emphasis(encode, lambda text: len(text.split()), named, strength=strength, together=together, seed=0)
 
 
 def style_alone(style):
@@ -90,6 +91,24 @@ def test_what_is_known_of_a_thing_and_a_style_together_is_not_added():
     assert len(named) > 2
     for text in named:
         assert_close(added[text], added[named[0]], rtol=0, atol=1e-5)
+
+
+def test_what_is_known_of_a_thing_and_a_style_together_may_go():
+    encode = Encoder(together=1.0)
+    nothing = {"strength": 0.0, "withheld": frozenset(), "styles": STYLES[:2]}
+    texts, wanted = emphasis(encode, together=0.0, **nothing).lesson(0, 40)
+    said = dict(zip(texts, wanted, strict=True))
+    apart_of = {text: state - said[text.replace("noto", "flat")] for text, state in said.items() if "noto" in text}
+    of_things = [state for text, state in apart_of.items() if text.endswith(", noto style") and len(text.split()) == 3]
+    assert len(of_things) > 2
+    for state in of_things:  # two styles differ by the same, whatever is drawn
+        assert_close(state, of_things[0], rtol=0, atol=1e-5)
+    for text in apart_of:  # and lie about the same middle as before
+        if len(text.split()) > 2:
+            both = [text, text.replace("noto", "flat")]
+            assert_close(said[both[0]] + said[both[1]], encode(both).sum(0), rtol=0, atol=1e-5)
+    _, half = emphasis(encode, together=0.5, **nothing).lesson(0, 40)
+    assert_close(half, (wanted + encode(texts)) / 2, rtol=0, atol=1e-5)
 
 
 def test_no_withheld_cell_is_said_and_a_lesson_depends_on_its_step_alone():
@@ -186,6 +205,10 @@ def test_nothing_added_is_nothing_to_learn(data, pocket_folder, tmp_path):
         ({"stage": "text", "init": "pocket", "others_share": 0.1}, "--others-share has no effect without --stage unet"),
         ({"style_emphasis": 0.1}, "--style-emphasis has no effect without --stage text"),
         ({"stage": "text", "init": "pocket", "style_emphasis": -1.0}, "--style-emphasis is -1.0; it must not be neg"),
+        ({"style_together": 0.1}, "--style-together has no effect without --stage text"),
+        ({"stage": "text", "init": "pocket", "style_together": 1.5}, "--style-together is 1.5; it must be in 0 ... 1"),
+        ({"train_text_encoder": False}, "--train-text-encoder has no effect without --stage unet"),
+        ({"stage": "unet", "train_text_encoder": False}, "--no-train-text-encoder .* needs --init BASE"),
     ],
 )
 def test_what_has_no_effect_or_no_sense_is_refused(given, said, data, tmp_path):

@@ -328,6 +328,21 @@ def test_a_unet_goes_on_from_a_base_with_its_vae_and_words(data, pocket_folder, 
     assert after.tokenizers[0].get_vocab() == before.tokenizers[0].get_vocab()
 
 
+def test_a_text_encoder_at_rest_stays_and_a_run_knows_it_again(data, pocket_folder, tmp_path):
+    base = shutil.copytree(pocket_folder, tmp_path / "base")
+    settings = {"steps": 1, "batch": 2, "sample_every": 0, "device": "cpu", "precision": "fp32", "warmup_steps": 0}
+    settings |= {"stage": "unet", "init": str(base), "data": data, "output": tmp_path / "on"}
+    model = train(Config(train_text_encoder=False, **settings))
+    after, before = (load_base(folder, precision=CPU) for folder in (model, base))
+    kept = [encoder.text_encoders[0].state_dict() for encoder in (after, before)]
+    assert_close(kept[0], kept[1], rtol=0, atol=0)
+    assert not torch.equal(after.unet.conv_in.weight, before.unet.conv_in.weight)
+    file = base / "text_encoder/model.safetensors"
+    save_file({name: tensor + 0.5 for name, tensor in read_tensors(file).items()}, file, {"format": "pt"})
+    with pytest.raises(RunError, match="with other things than these: init "):
+        train(Config(train_text_encoder=False, resume=True, **settings))
+
+
 def test_a_decoder_learns_while_encoder_and_latents_stay(data, tmp_path):
     settings = {"steps": 1, "batch": 2, "sample_every": 0, "device": "cpu", "precision": "fp32", "warmup_steps": 0}
     made = train(Config(init="pocket", decoder_only=True, data=data, output=tmp_path / "on", **settings))

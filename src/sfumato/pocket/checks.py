@@ -32,8 +32,9 @@ def _check_numbers(config: Any) -> None:
         share = getattr(config, f"{name}_share")
         if not 0 <= share <= 1:
             raise ConfigError(f"--{name}-share is {share}; it must be in 0 ... 1.")
-    if not 0 <= config.crossed_overlap <= 1:
-        raise ConfigError(f"--crossed-overlap is {config.crossed_overlap}; it must be in 0 ... 1.")
+    for name in ("crossed_overlap", "style_together"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise ConfigError(f"--{name.replace('_', '-')} is {getattr(config, name)}; it must be in 0 ... 1.")
     if not 0 <= config.plain_share <= 0.5:
         raise ConfigError(f"--plain-share is {config.plain_share}; it must be in 0 ... 0.5.")
     timesteps = ("crossed_from", "moved_below")
@@ -60,11 +61,12 @@ def _check_effects(config: Any) -> None:
     if config.stage != "unet":
         of_timesteps = ("snr_gamma", "flat_weight", "crossed_from", "crossed_overlap", "moved_below")
         shares = ("group_share", "plain_share", "empty_share", "others_share", "varied_share", "crossed_share")
-        only_with(config, "--stage unet", "vae", "plain_style", "compile", "moved_share", *shares, *of_timesteps)
+        alone = ("vae", "plain_style", "compile", "moved_share", "train_text_encoder")
+        only_with(config, "--stage unet", *alone, *shares, *of_timesteps)
     if config.stage == "text":
         only_with(config, "--stage vae or unet", "flip_share", "hands_share")
     else:
-        only_with(config, "--stage text", "style_emphasis")
+        only_with(config, "--stage text", "style_emphasis", "style_together")
     if not config.crossed_share:
         only_with(config, "--crossed-share", "crossed_from", "crossed_overlap")
     if not config.moved_share:
@@ -100,6 +102,8 @@ def _check_sources(config: Any) -> None:
         raise ConfigError("--decoder-only goes on with the VAE of a base: it needs --stage vae and --init BASE.")
     if config.stage == "text" and config.init is None:
         raise ConfigError("--stage text goes on with the text encoder of a base: it needs --init BASE, such as pocket.")
+    if not config.train_text_encoder and config.init is None:
+        raise ConfigError("--no-train-text-encoder leaves the text encoder of a base at rest: it needs --init BASE.")
     if config.stage == "unet" and config.vae is None and config.init is None:
         raise ConfigError("--stage unet needs --vae, the folder of a trained VAE; train one with --stage vae.")
     if config.stage == "unet" and config.vae is not None and not (config.vae / "config.json").is_file():

@@ -2,8 +2,9 @@
 
 The text states of "crab, noto style" hold the thing, the style, and what is known of the two together. Of a thing that
 was never seen in a style the last is a guess. So the encoder E learns to say E(thing, style) + k d(style), where d is
-the mean over all things of E(thing, style) less the mean of that thing's other styles. What has no style in it stays.
-The U-Net is left as it is, and no picture is looked at.
+the mean over all things of E(thing, style) less the mean of that thing's other styles; and of what is known of the two
+together it learns to say a share alone. What has no style in it stays. The U-Net is left as it is, and no picture is
+looked at.
 """
 
 from __future__ import annotations
@@ -75,7 +76,8 @@ class Emphasis:
     """The lessons of the text encoder: texts, and the states that it is to learn for them.
 
     encode: what gives the states of texts, (n, positions, width), as they were before. length: a text's count of
-    tokens. strength: k above. Raises DataError where nothing may be named in two styles.
+    tokens. strength: k above. together: the share that stays of what is known of a thing and a style together. Raises
+    DataError where nothing may be named in two styles.
     """
 
     def __init__(
@@ -83,11 +85,13 @@ class Emphasis:
         encode: Callable[[Sequence[str]], Tensor],
         length: Callable[[str], int],
         things: Things,
+        *,
         strength: float,
+        together: float,
         seed: int,
     ) -> None:
         self.encode, self.length, self.things = encode, length, things
-        self.strength, self.seed = strength, seed
+        self.strength, self.together, self.seed = strength, together, seed
         self.directions = self._directions()
 
     def lesson(self, step: int, count: int) -> tuple[list[str], Tensor]:
@@ -96,15 +100,27 @@ class Emphasis:
         generator = randomness.generator(self.seed, "sayings", step)
         chances = torch.rand(count, generator=generator).tolist()
         forms = [FORMS[sum(chance >= start for start in _OFTEN)] for chance in chances]
-        texts, added = [], []
-        for form, thing in zip(forms, self.things.draw(count, generator), strict=True):
-            texts += self.things.said(form, thing)
-            added.append(self._direction(form, thing)[self.things.shown_in(thing)])
+        named = list(zip(forms, self.things.draw(count, generator), strict=True))
+        styled = [text for form, thing in named for text in self.things.said(form, thing)]
         alone = [f"{style} style" for style in self.things.styles]
         plain = ["", *self.things.draw(count, generator)]
-        states = self.encode([*texts, *alone, *plain])
-        added += [apart(states[len(texts) : -len(plain)]), torch.zeros_like(states[-len(plain) :])]
-        return [*texts, *alone, *plain], states + self.strength * torch.cat(added)
+        states = self.encode([*styled, *alone, *plain])
+        of_things, of_styles, of_rest = torch.split(states, [len(styled), len(alone), len(plain)])
+        places = [self.things.shown_in(thing) for _, thing in named]
+        said = torch.split(of_things, [len(shown) for shown in places])
+        wanted = [
+            self._wanted(own, self._direction(form, thing)[shown])
+            for (form, thing), shown, own in zip(named, places, said, strict=True)
+        ]
+        of_styles = of_styles + self.strength * apart(of_styles)
+        return [*styled, *alone, *plain], torch.cat([*wanted, of_styles, of_rest])
+
+    def _wanted(self, own: Tensor, directions: Tensor) -> Tensor:
+        """(styles, positions, width): what is to be said of a thing in its styles, of which `own` was said."""
+        count = len(self.things.styles)
+        beside_style = own - directions * (count - 1) / count  # d is from the mean of the others, not of all
+        together = beside_style - beside_style.mean(0)
+        return own + self.strength * directions - (1 - self.together) * together
 
     def _direction(self, form: str, thing: str) -> Tensor:
         """(styles, positions, width): d of the form, of things of this length, or of the length next to it."""
