@@ -122,8 +122,8 @@ class Config(FolderOptions):
     """Text: how much is added to a prompt's states of what its style adds to all things; 0 changes nothing."""
     style_together: float = 1.0
     """Text: share that stays of what a prompt's states say of its thing and its style together, beyond each of the
-    two, which is a guess where the thing has not been seen in the style. With less than 1 a U-Net has to learn on
-    (--stage unet, --no-train-text-encoder): it knows what it has seen by that part, too."""
+    two. It is a guess where the thing has not been seen in the style; of what has been seen the U-Net knows how it
+    looks by it, too."""
     seed: int = 0
     """Seed of weights and of every draw."""
     device: str = "auto"
