@@ -119,7 +119,7 @@ class Config(FolderOptions):
     moved_below: int = 600
     """U-Net: the timestep below which pictures are moved: the noisier ones decide where things are."""
     style_emphasis: float = 0.5
-    """Text: how much is added to a prompt's states of what its style adds to all things; 0 changes nothing."""
+    """Text: how much is added to a prompt's states of what its style adds to all things."""
     style_together: float = 1.0
     """Text: share that stays of what a prompt's states say of its thing and its style together, beyond each of the
     two. It is a guess where the thing has not been seen in the style; of what has been seen the U-Net knows how it
