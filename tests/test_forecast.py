@@ -24,12 +24,12 @@ def shapes():
 @pytest.mark.parametrize(
     ("name", "checkpointing"),
     [
-        ("lora --targets everything", True),
         ("textual_inversion", False),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in (
                 ("lora --targets everything", False),
+                ("lora --targets everything", True),
                 ("dreambooth --method full", False),
                 ("dreambooth --method full", True),
                 ("textual_inversion", True),

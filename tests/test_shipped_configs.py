@@ -52,6 +52,7 @@ def test_a_recipe_learns_from_pictures(name, pocket_folder, tmp_path, quick):
         assert inspect_file(tmp_path / "run/run.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in FILES if first_word(name) == "pocket"])
 def test_a_recipe_of_the_base_takes_a_step(name, tmp_path):
     data = tmp_path / "data"

@@ -46,12 +46,15 @@ KINDS = {
     "BOFT": lambda weight: OutputBoft(random(2, weight.shape[0] // 4, 4, 4) / 10, None),
     "GLoRA": lambda weight: Glora(random(weight.shape[1], 2), random(2, weight.shape[1]), lora(weight)),
 }
-CASES = [(kind, family) for kind in KINDS for family in ("pocket", "sd1", "sd2", "sdxl")]
+FAMILIES = ("pocket", "sd1", "sd2", "sdxl")
+CASES = [
+    pytest.param(kind, family, marks=() if place == number % len(FAMILIES) else pytest.mark.slow)
+    for number, kind in enumerate(KINDS)
+    for place, family in enumerate(FAMILIES)
+]
 
 
-@pytest.mark.parametrize(
-    ("kind", "family"), [case for case in CASES if case[0] not in ("OFT", "BOFT", "GLoRA") or case[1] == "sd1"]
-)
+@pytest.mark.parametrize(("kind", "family"), CASES)
 @pytest.mark.parametrize("to", ["kohya", "diffusers", "peft"])
 def test_every_kind_reaches_diffusers_and_peft_with_the_error_told(to, kind, family, tiny_base, tmp_path):
     base = tiny_base(family)
