@@ -11,7 +11,7 @@ Made for the pocket base, whose pictures `bench/pocket_data.py` builds. Each sta
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that 
     from torch import Tensor, nn
     from transformers import CLIPTextModel, CLIPTokenizer
 
+    from sfumato.pocket.directions import Directions, Things
     from sfumato.pocket.latents import Latents
     from sfumato.pocket.lessons import Lesson, Shares
     from sfumato.pocket.pictures import Pictures
@@ -120,10 +121,11 @@ class Config(FolderOptions):
     """U-Net: the timestep below which pictures are moved: the noisier ones decide where things are."""
     style_emphasis: float = 0.5
     """Text: how much is added to a prompt's states of what its style adds to all things."""
-    style_together: float = 1.0
-    """Text: share that stays of what a prompt's states say of its thing and its style together, beyond each of the
-    two. It is a guess where the thing has not been seen in the style; of what has been seen the U-Net knows how it
-    looks by it, too."""
+    style_together: float | None = None
+    """Share that stays of what a prompt's states say of its thing and its style together, beyond each of the two. It is
+    a guess where the thing has not been seen in the style; of what has been seen the U-Net knows how it looks by it,
+    too. U-Net, with --no-train-text-encoder: the largest share, each picture's is drawn by lot from 0 on. Unset: all
+    of it, always."""
     seed: int = 0
     """Seed of weights and of every draw."""
     device: str = "auto"
@@ -303,6 +305,7 @@ def train_unet(config: Config, precision: Precision) -> Path:
 
     from sfumato import diffusion
     from sfumato.pocket.captions import read_words
+    from sfumato.pocket.directions import Things
     from sfumato.pocket.given import fingerprint_of, parts_of, read_vae
     from sfumato.pocket.latents import Latents
     from sfumato.pocket.lessons import Lessons
@@ -338,11 +341,14 @@ def train_unet(config: Config, precision: Precision) -> Path:
     unet.register_to_config(sample_size=cache.means.shape[-1])
     partners = partners_of(pictures, config.crossed_overlap)
     lessons = Lessons(pictures.names, named, manifest["concepts"], config.shares(), config.seed, partners)
+    states_of = caption_states(config, text_encoder, tokenizer, device)
     trained = trained_of(learning, config, device)
     run.keep(**trained.parts())
     facts = {"data": pictures.fingerprint(), "vae": cache.fingerprint()}
     if config.init and not config.train_text_encoder:
         facts["init"] = fingerprint_of(config.init, config.device)  # no checkpoint holds what rests
+    if config.style_together is not None:
+        facts["things"] = Things.read(config.data).fingerprint()
     run.identify(**facts)
 
     def sample(step: int) -> None:
@@ -359,7 +365,7 @@ def train_unet(config: Config, precision: Precision) -> Path:
         alpha_bar = scheduler.alphas_cumprod[timesteps].to(device)
         latents, noise = draw_latents(cache, lesson, alpha_bar, config, step.number)
         with precision.autocast():
-            hidden = encode_text(text_encoder, tokenizer, lesson.captions, device)
+            hidden = states_of(lesson.captions, step.number)
             drawn = run_unet(diffusion.noise_latents(latents, noise, alpha_bar), timesteps.to(device), hidden).sample
         loss = unet_loss(drawn, latents, noise, alpha_bar, config)
         trained.learn(step, loss)
@@ -406,21 +412,15 @@ def train_text(config: Config, precision: Precision) -> Path:
     fp32."""
     import copy
 
-    import torch
-
-    from sfumato.pocket.captions import read_words
-    from sfumato.pocket.emphasis import Emphasis, Things
+    from sfumato.pocket.directions import Things
+    from sfumato.pocket.emphasis import Emphasis
     from sfumato.pocket.given import fingerprint_of, parts_of
     from sfumato.pocket.parts import build_scheduler
-    from sfumato.pocket.pictures import other_names, read_manifest
     from sfumato.pocket.shown import assemble, save_model, sheet
     from sfumato.runs import Run
 
     assert config.init is not None
-    manifest = read_manifest(config.data)
-    withheld = frozenset((concept, style) for concept, style in manifest["withheld"])
-    names = other_names(config.data)
-    things = Things(manifest["styles"], manifest["concepts"], withheld, names, read_words(config.data))
+    things = Things.read(config.data)
     run = Run.start(config, program="pretrain", writes=["model"])
     run.say(precision.table())
     scheduler, device = build_scheduler(), precision.device
@@ -428,18 +428,9 @@ def train_text(config: Config, precision: Precision) -> Path:
     precision.learn(text_encoder)
     taught = copy.deepcopy(text_encoder).requires_grad_(False)
 
-    @torch.no_grad()
-    def before(texts: Sequence[str]) -> Tensor:
-        return encode_text(taught, tokenizer, texts, device)
-
-    emphasis = Emphasis(
-        before,
-        lambda text: len(tokenizer(text).input_ids),
-        things,
-        strength=config.style_emphasis,
-        together=config.style_together,
-        seed=config.seed,
-    )
+    directions = directions_of(taught, tokenizer, things, config.seed, device)
+    together = 1.0 if config.style_together is None else config.style_together
+    emphasis = Emphasis(directions, strength=config.style_emphasis, together=together, seed=config.seed)
     trained = trained_of({"text_encoder": text_encoder}, config, device)
     run.keep(**trained.parts())
     run.identify(things=things.fingerprint(), init=fingerprint_of(config.init, config.device))
@@ -447,7 +438,7 @@ def train_text(config: Config, precision: Precision) -> Path:
     def sample(step: int) -> None:
         with trained.averaged(), precision.autocast():
             pipeline = assemble(vae, unet, text_encoder, tokenizer, scheduler)
-            sheet(pipeline, manifest["styles"], list(manifest["concepts"]), run.folder / "samples" / f"{step:06d}.png")
+            sheet(pipeline, list(things.styles), list(things.concepts), run.folder / "samples" / f"{step:06d}.png")
 
     run.every(config.sample_every, sample)
     for step in run.steps(config.steps):
@@ -460,6 +451,34 @@ def train_text(config: Config, precision: Precision) -> Path:
         path = save_model(assemble(vae, unet, text_encoder, tokenizer, scheduler), config.output / "model")
     run.close()
     return path
+
+
+def directions_of(
+    encoder: CLIPTextModel, tokenizer: CLIPTokenizer, things: Things, seed: int, device: torch.device
+) -> Directions:
+    """What each style adds to all things, as a text encoder at rest says it."""
+    import torch
+
+    from sfumato.pocket.directions import Directions
+
+    @torch.no_grad()
+    def encode(texts: Sequence[str]) -> Tensor:
+        return encode_text(encoder, tokenizer, texts, device)
+
+    return Directions(encode, lambda text: len(tokenizer(text).input_ids), things, seed)
+
+
+def caption_states(
+    config: Config, encoder: CLIPTextModel, tokenizer: CLIPTokenizer, device: torch.device
+) -> Callable[[Sequence[str], int], Tensor]:
+    """What gives the U-Net the states of a step's captions: (captions, step) -> (captions, positions, width)."""
+    from sfumato.pocket.directions import Things
+    from sfumato.pocket.loosened import Loosened
+
+    if config.style_together is None:
+        return lambda captions, step: encode_text(encoder, tokenizer, captions, device)
+    directions = directions_of(encoder, tokenizer, Things.read(config.data), config.seed, device)
+    return Loosened(directions, most=config.style_together, seed=config.seed).states
 
 
 def encode_text(encoder: CLIPTextModel, tokenizer: CLIPTokenizer, texts: Sequence[str], device: torch.device) -> Tensor:

@@ -11,7 +11,9 @@ from torch.testing import assert_close
 from sfumato import load_base
 from sfumato.errors import ConfigError, DataError, RunError
 from sfumato.files import read_tensors
-from sfumato.pocket.emphasis import FORMS, Emphasis, Things, apart
+from sfumato.pocket.directions import FORMS, Directions, Things, apart
+from sfumato.pocket.emphasis import Emphasis
+from sfumato.pocket.loosened import Loosened
 from tests.tiny import CPU
 from trainers.pretrain import Config, train
 
@@ -57,9 +59,12 @@ class Encoder:
         return state_of(thing, 1) + (state_of(style, 2) if style else torch.zeros(2, 4)) + pair
 
 
+def directions(encode, **changes):
+    return Directions(encode, lambda text: len(text.split()), things(**changes), seed=0)
+
+
 def emphasis(encode, strength=0.5, together=1.0, **changes):
-    named = things(**changes)
-    return Emphasis(encode, lambda text: len(text.split()), named, strength=strength, together=together, seed=0)
+    return Emphasis(directions(encode, **changes), strength=strength, together=together, seed=0)
 
 
 def style_alone(style):
@@ -131,20 +136,51 @@ def test_a_step_names_concepts_others_groups_and_what_nobody_has_drawn():
 
 
 def test_one_style_is_refused():
-    with pytest.raises(DataError, match="no thing has pictures in two styles, which --stage text sets apart"):
+    with pytest.raises(DataError, match="no thing has pictures in two styles, which --stage text and --style-tog"):
         emphasis(Encoder(), styles=["noto"])
 
 
 def test_a_length_that_few_things_have_goes_by_the_nearest_that_many_have():
     encode = Encoder(together=1.0)
     lessons = emphasis(encode, others=[f"a b c d e f{i}" for i in range(30)], words=[])
-    assert {length for _, length in lessons.directions} == {6}
+    assert {length for _, length in lessons.directions.means} == {6}
     texts, wanted = lessons.lesson(0, 40)
     short = [place for place, text in enumerate(texts) if text.endswith(", noto style") and len(text.split()) < 5]
-    added = 0.5 * lessons.directions[FORMS[0], 6][0]
+    added = 0.5 * lessons.directions.means[FORMS[0], 6][0]
     assert short
     for place in short:
         assert_close(wanted[place], encode([texts[place]])[0] + added, rtol=0, atol=1e-5)
+
+
+def test_what_the_unet_is_told_of_the_two_together_goes_by_lot():
+    """Where nothing of it stays, two styles differ by the same whatever is drawn; what names no style stays."""
+    encode = Encoder(together=1.0)
+    captions = [f"{thing}, noto style" for thing in CONCEPTS] + ["a noto style picture of a crab", "hammer, flat style"]
+    captions += ["", "crab", "noto style", "key, noto style, hand za"]
+    nothing, half = (Loosened(directions(encode), most=most, seed=0).states(captions, 3) for most in (0.0, 0.5))
+    own = encode(captions)
+    assert_close(nothing[5:], own[5:], rtol=0, atol=0)
+    gone = (own - nothing).flatten(1)[:5]
+    assert (gone.norm(dim=1) > 0.1).all()
+    shares = (half - nothing).flatten(1)[:5].norm(dim=1) / gone.norm(dim=1)
+    assert_close(
+        half, own - (1 - torch.cat([shares, torch.ones(4)]))[:, None, None] * (own - nothing), rtol=0, atol=1e-5
+    )
+    assert ((shares > 0) & (shares < 0.5)).all()
+    assert len(set(shares.tolist())) == 5
+    again, next_step = (Loosened(directions(encode), most=0.5, seed=0).states(captions, step) for step in (3, 4))
+    assert_close(again, half, rtol=0, atol=0)
+    assert not torch.equal(next_step, half)
+    assert not {form.format(thing=concept, style=style) for form in FORMS for concept, style in WITHHELD} & encode.said
+
+
+def test_what_the_unet_is_told_of_nothing_together_is_what_the_text_encoder_learns_to_say():
+    encode = Encoder(together=1.0)
+    texts, wanted = emphasis(encode, strength=0.0, together=0.0).lesson(0, 40)
+    told = Loosened(directions(encode), most=0.0, seed=0)
+    known = [place for place, text in enumerate(texts) if text in told.named]
+    assert len(known) > 20
+    assert_close(told.states(texts, 0)[known], wanted[known], rtol=0, atol=1e-5)
 
 
 @pytest.fixture
@@ -205,7 +241,8 @@ def test_nothing_added_is_nothing_to_learn(data, pocket_folder, tmp_path):
         ({"stage": "text", "init": "pocket", "others_share": 0.1}, "--others-share has no effect without --stage unet"),
         ({"style_emphasis": 0.1}, "--style-emphasis has no effect without --stage text"),
         ({"stage": "text", "init": "pocket", "style_emphasis": -1.0}, "--style-emphasis is -1.0; it must not be neg"),
-        ({"style_together": 0.1}, "--style-together has no effect without --stage text"),
+        ({"style_together": 0.1}, "--style-together has no effect without --no-train-text-encoder or"),
+        ({"stage": "unet", "init": "pocket", "style_together": 0.1}, "--style-together has no effect without --no-tra"),
         ({"stage": "text", "init": "pocket", "style_together": 1.5}, "--style-together is 1.5; it must be in 0 ... 1"),
         ({"train_text_encoder": False}, "--train-text-encoder has no effect without --stage unet"),
         ({"stage": "unet", "train_text_encoder": False}, "--no-train-text-encoder .* needs --init BASE"),

@@ -343,6 +343,20 @@ def test_a_text_encoder_at_rest_stays_and_a_run_knows_it_again(data, pocket_fold
         train(Config(train_text_encoder=False, resume=True, **settings))
 
 
+def test_a_unet_that_is_told_less_of_thing_and_style_together_goes_on_where_it_stopped(data, pocket_folder, tmp_path):
+    settings = {"batch": 4, "sample_every": 0, "device": "cpu", "precision": "fp32", "warmup_steps": 0, "fall_at": 1}
+    settings |= {"stage": "unet", "init": str(pocket_folder), "data": data, "train_text_encoder": False}
+
+    def run(folder, steps, **more):
+        train(Config(output=tmp_path / folder, steps=steps, **settings, **more))
+        return [json.loads(line)["loss"] for line in (tmp_path / folder / "log.jsonl").read_text().splitlines()]
+
+    whole = run("whole", 2, style_together=0.5)
+    run("halves", 1, style_together=0.5)
+    assert run("halves", 2, style_together=0.5, resume=True, force=True) == whole
+    assert run("all", 1)[0] != whole[0]
+
+
 def test_a_decoder_learns_while_encoder_and_latents_stay(data, tmp_path):
     settings = {"steps": 1, "batch": 2, "sample_every": 0, "device": "cpu", "precision": "fp32", "warmup_steps": 0}
     made = train(Config(init="pocket", decoder_only=True, data=data, output=tmp_path / "on", **settings))

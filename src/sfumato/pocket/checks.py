@@ -33,8 +33,9 @@ def _check_numbers(config: Any) -> None:
         if not 0 <= share <= 1:
             raise ConfigError(f"--{name}-share is {share}; it must be in 0 ... 1.")
     for name in ("crossed_overlap", "style_together"):
-        if not 0 <= getattr(config, name) <= 1:
-            raise ConfigError(f"--{name.replace('_', '-')} is {getattr(config, name)}; it must be in 0 ... 1.")
+        share = getattr(config, name)
+        if share is not None and not 0 <= share <= 1:
+            raise ConfigError(f"--{name.replace('_', '-')} is {share}; it must be in 0 ... 1.")
     if not 0 <= config.plain_share <= 0.5:
         raise ConfigError(f"--plain-share is {config.plain_share}; it must be in 0 ... 0.5.")
     timesteps = ("crossed_from", "moved_below")
@@ -66,7 +67,9 @@ def _check_effects(config: Any) -> None:
     if config.stage == "text":
         only_with(config, "--stage vae or unet", "flip_share", "hands_share")
     else:
-        only_with(config, "--stage text", "style_emphasis", "style_together")
+        only_with(config, "--stage text", "style_emphasis")
+    if config.train_text_encoder and config.stage != "text":
+        only_with(config, "--no-train-text-encoder or --stage text", "style_together")
     if not config.crossed_share:
         only_with(config, "--crossed-share", "crossed_from", "crossed_overlap")
     if not config.moved_share:
