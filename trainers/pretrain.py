@@ -11,7 +11,7 @@ Made for the pocket base, whose pictures `bench/pocket_data.py` builds. Each sta
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,7 +23,7 @@ from sfumato.training.options import FolderOptions
 
 if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that its --help is there at once
     import torch
-    from diffusers import AutoencoderKL
+    from diffusers import AutoencoderKL, StableDiffusionPipeline
     from torch import Tensor, nn
     from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -311,7 +311,7 @@ def train_unet(config: Config, precision: Precision) -> Path:
     from sfumato.pocket.lessons import Lessons
     from sfumato.pocket.parts import build_scheduler
     from sfumato.pocket.pictures import VARIANTS, partners_of, read_manifest
-    from sfumato.pocket.shown import assemble, save_model, sheet
+    from sfumato.pocket.shown import assemble, save_model
     from sfumato.runs import Run
 
     device = precision.device
@@ -351,12 +351,8 @@ def train_unet(config: Config, precision: Precision) -> Path:
         facts["things"] = Things.read(config.data).fingerprint()
     run.identify(**facts)
 
-    def sample(step: int) -> None:
-        with trained.averaged(), precision.autocast():
-            pipeline = assemble(vae, unet, text_encoder, tokenizer, scheduler)
-            sheet(pipeline, manifest["styles"], list(manifest["concepts"]), run.folder / "samples" / f"{step:06d}.png")
-
-    run.every(config.sample_every, sample)
+    pipeline = assemble(vae, unet, text_encoder, tokenizer, scheduler)
+    draw_samples(run, config, trained, precision, pipeline, manifest["styles"], manifest["concepts"])
     every_timestep = range(scheduler.config.num_train_timesteps)
     for step in run.steps(config.steps):
         trained.set_rate(config.learning_rate * rate_at(step.number, config) * step.rate_factor)
@@ -370,7 +366,7 @@ def train_unet(config: Config, precision: Precision) -> Path:
         loss = unet_loss(drawn, latents, noise, alpha_bar, config)
         trained.learn(step, loss)
     with trained.averaged():
-        path = save_model(assemble(vae, unet, text_encoder, tokenizer, scheduler), config.output / "model")
+        path = save_model(pipeline, config.output / "model")
     run.close()
     return path
 
@@ -416,7 +412,7 @@ def train_text(config: Config, precision: Precision) -> Path:
     from sfumato.pocket.emphasis import Emphasis
     from sfumato.pocket.given import fingerprint_of, parts_of
     from sfumato.pocket.parts import build_scheduler
-    from sfumato.pocket.shown import assemble, save_model, sheet
+    from sfumato.pocket.shown import assemble, save_model
     from sfumato.runs import Run
 
     assert config.init is not None
@@ -435,12 +431,8 @@ def train_text(config: Config, precision: Precision) -> Path:
     run.keep(**trained.parts())
     run.identify(things=things.fingerprint(), init=fingerprint_of(config.init, config.device))
 
-    def sample(step: int) -> None:
-        with trained.averaged(), precision.autocast():
-            pipeline = assemble(vae, unet, text_encoder, tokenizer, scheduler)
-            sheet(pipeline, list(things.styles), list(things.concepts), run.folder / "samples" / f"{step:06d}.png")
-
-    run.every(config.sample_every, sample)
+    pipeline = assemble(vae, unet, text_encoder, tokenizer, scheduler)
+    draw_samples(run, config, trained, precision, pipeline, things.styles, things.concepts)
     for step in run.steps(config.steps):
         trained.set_rate(config.learning_rate * rate_at(step.number, config) * step.rate_factor)
         texts, wanted = emphasis.lesson(step.number, config.batch)
@@ -448,9 +440,28 @@ def train_text(config: Config, precision: Precision) -> Path:
             said = encode_text(text_encoder, tokenizer, texts, device)
         trained.learn(step, (said.float() - wanted).square().mean())
     with trained.averaged():
-        path = save_model(assemble(vae, unet, text_encoder, tokenizer, scheduler), config.output / "model")
+        path = save_model(pipeline, config.output / "model")
     run.close()
     return path
+
+
+def draw_samples(
+    run: Run,
+    config: Config,
+    trained: Trained,
+    precision: Precision,
+    pipeline: StableDiffusionPipeline,
+    styles: Sequence[str],
+    concepts: Iterable[str],
+) -> None:
+    """Have the run draw a sheet with the averaged weights at its intervals."""
+    from sfumato.pocket.shown import sheet
+
+    def sample(step: int) -> None:
+        with trained.averaged(), precision.autocast():
+            sheet(pipeline, styles, list(concepts), run.folder / "samples" / f"{step:06d}.png")
+
+    run.every(config.sample_every, sample)
 
 
 def directions_of(
