@@ -347,8 +347,8 @@ def train_unet(config: Config, precision: Precision) -> Path:
     facts = {"data": pictures.fingerprint(), "vae": cache.fingerprint()}
     if config.init and not config.train_text_encoder:
         facts["init"] = fingerprint_of(config.init, config.device)  # no checkpoint holds what rests
-    if config.style_together is not None:
-        facts["things"] = Things.read(config.data).fingerprint()
+        if config.style_together is not None:
+            facts["things"] = Things.read(config.data).fingerprint()
     run.identify(**facts)
 
     pipeline = assemble(vae, unet, text_encoder, tokenizer, scheduler)
@@ -486,7 +486,7 @@ def caption_states(
     from sfumato.pocket.directions import Things
     from sfumato.pocket.loosened import Loosened
 
-    if config.style_together is None:
+    if config.train_text_encoder or config.style_together is None:
         return lambda captions, step: encode_text(encoder, tokenizer, captions, device)
     directions = directions_of(encoder, tokenizer, Things.read(config.data), config.seed, device)
     return Loosened(directions, most=config.style_together, seed=config.seed).states
