@@ -10,7 +10,16 @@ import pytest
 import torch
 from PIL import Image
 
-from bench import pocket_data, pocket_drawing, pocket_export, prior, reconstruction, style_fidelity, style_runs
+from bench import (
+    beside_others,
+    pocket_data,
+    pocket_drawing,
+    pocket_export,
+    prior,
+    reconstruction,
+    style_fidelity,
+    style_runs,
+)
 from bench.mutation import Mutant, together, wilson
 from bench.real import BASE_CONCEPTS, cells_of, known_concepts, print_report, styles_of
 from sfumato.bases.loading import POCKET_FOLDER
@@ -161,6 +170,22 @@ def test_the_drawing_bench_draws_what_diffusers_draws():
     assert report["2 at once"]["levels"] <= 1
     with pytest.raises(ConfigError, match="--at-once"):
         pocket_drawing.measure(pocket_drawing.Config(at_once=(0,)))
+
+
+@pytest.mark.slow
+def test_the_bench_beside_other_programs_ends_them_and_measures_both_sides():
+    report = beside_others.measure(beside_others.Config(pictures=1, steps=1, rounds=1))
+    for where in ("alone", "beside 1 busy"):
+        assert set(report[where]) == {*beside_others.SIDES, "ratio"}
+        assert all(value > 0 for value in report[where].values())
+    with pytest.raises(ConfigError, match="--busy is 0"):
+        beside_others.measure(beside_others.Config(busy=0))
+
+
+def test_busy_programs_end_with_the_block():
+    with beside_others.busy_programs(1) as processes:
+        assert processes[0].poll() is None
+    assert processes[0].returncode is not None
 
 
 def test_so_many_pictures_are_taken_evenly():
