@@ -64,8 +64,8 @@ def devices() -> Iterator[str]:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
     capability = torch.backends.cpu.get_cpu_capability()
     yield (
-        f"CPU: {platform.machine()}, {os.cpu_count()} cores, {capability}, {'bf16' if cpu_has_bf16() else 'no bf16'}"
-        + (f", {memory / 2**30:.1f} GiB" if memory else "")
+        f"CPU: {platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {capability}, "
+        f"{'bf16' if cpu_has_bf16() else 'no bf16'}" + (f", {memory / 2**30:.1f} GiB" if memory else "")
     )
     for number in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(number)

@@ -2,7 +2,6 @@
 
 import io
 import logging
-import os
 import shlex
 import signal
 import subprocess
@@ -199,21 +198,3 @@ def test_help_shows_new_words_as_they_are_spelt(capsys):
         with pytest.raises(SystemExit):
             cli.main(["train", program, "--help"])
         assert wanted in " ".join(capsys.readouterr().out.replace("│", " ").split())
-
-
-@pytest.mark.parametrize(
-    ("said", "read"),
-    [
-        ({}, "4000"),
-        ({"GOMP_SPINCOUNT": "77"}, "77"),
-        ({"OMP_WAIT_POLICY": "active"}, "30000000000"),  # what libgomp makes of it
-    ],
-)
-def test_threads_that_wait_let_other_programs_run_unless_the_person_says_how_they_wait(said, read):
-    kept = {name: value for name, value in os.environ.items() if name not in {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}}
-    script = "from sfumato import cli\ncli.run(lambda argv: __import__('torch'))"
-    environment = kept | said | {"OMP_DISPLAY_ENV": "verbose"}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
-    if "GOMP_SPINCOUNT" not in done.stderr:
-        pytest.skip("torch here does not use GNU's OpenMP")
-    assert f"GOMP_SPINCOUNT = '{read}'" in done.stderr

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Literal, NoReturn
 
 import sfumato
+from sfumato.command_line import threads
 from sfumato.errors import ConfigError, SfumatoError
 
 TRAINERS = {
@@ -136,7 +137,7 @@ def _warning_line(message: Warning | str, *_: object, **__: object) -> str:
 
 def _guarded(program_main: Main, argv: Sequence[str]) -> int:
     _quieten()
-    _let_waiting_threads_sleep()
+    threads.settle(os.environ)
     try:
         _refuse_surrogates(argv)
         result = program_main(argv)
@@ -169,17 +170,6 @@ def _quieten() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-
-
-def _let_waiting_threads_sleep() -> None:
-    """Have torch's threads wait for each other busily for a tenth of a millisecond, not for several.
-
-    As GNU's OpenMP does it, a thread spins away the time that the thread it waits for needs, where another program has
-    the other core: drawing takes a quarter longer (bench/beside_others.py), and many times as long beside a program
-    that may not leave its core. It is read when torch is loaded. What the person says of it stays.
-    """
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "4000")
 
 
 def _refuse_surrogates(argv: Sequence[str]) -> None:
