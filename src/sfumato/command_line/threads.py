@@ -6,8 +6,12 @@ OpenMP reads both from the environment when torch is loaded, so this must be sai
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, MutableMapping
 from pathlib import Path
+
+_GROUP = re.compile(r"^\d+:([^:]*):/(.*)$", re.MULTILINE)
+"""A line of /proc/self/cgroup: the controllers of a group of version 1, and the group's path."""
 
 
 def settle(environment: MutableMapping[str, str], root: Path = Path("/")) -> None:
@@ -40,12 +44,11 @@ def cores_of_group(root: Path = Path("/")) -> float:
 def _groups(root: Path) -> Iterator[Path]:
     """Folders of the process's groups that may limit it, and of those around them. In a container the path that the
     system names may lie outside, and its own group at the top."""
-    for line in _read(root / "proc/self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)  # version 2 names no controllers
+    for controllers, path in _GROUP.findall(_read(root / "proc/self/cgroup")):
         if controllers and "cpu" not in controllers.split(","):
             continue
         top = root / "sys/fs/cgroup" / controllers
-        group = top / path.lstrip("/")
+        group = top / path
         yield group
         yield from (around for around in group.parents if around.is_relative_to(top))
 
