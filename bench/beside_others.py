@@ -27,8 +27,6 @@ from sfumato.errors import ConfigError
 
 SIDES: dict[str, dict[str, str]] = {"sfumato": {}, "libgomp": {"GOMP_SPINCOUNT": "300000"}}
 """What each side's environment says besides; the second is what libgomp takes of its own."""
-_BUSY = "while True: pass"
-_PINNED = "import os; os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[-1]})\n"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +39,6 @@ class Config:
     """Steps of each."""
     busy: int = 1
     """Programs beside it that never wait."""
-    pinned: bool = False
-    """They all stay on the last core (Linux), as the system would not leave them."""
     rounds: int = 3
     """Times that each side is measured."""
     out: Path | None = None
@@ -50,10 +46,11 @@ class Config:
 
 
 @contextmanager
-def busy_programs(count: int, *, pinned: bool = False) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """Within the block, this many processes that never wait; pinned: on the last core."""
-    script = _PINNED * pinned + _BUSY
-    processes = [subprocess.Popen([sys.executable, "-c", script]) for _ in range(count)]
+def busy_programs(count: int) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """Within the block, this many processes that never wait, each in a session of its own, as from another terminal:
+    Linux shares the cores between sessions, not between processes."""
+    command = [sys.executable, "-c", "while True: pass"]
+    processes = [subprocess.Popen(command, start_new_session=True) for _ in range(count)]
     try:
         yield processes
     finally:
@@ -91,7 +88,7 @@ def measure(config: Config) -> dict[str, Any]:
         words = ["generate", "crab, noto style", "--count", str(config.pictures), "--steps", str(config.steps)]
         command = [sys.executable, "-m", "sfumato", *words, "--output", folder, "--overwrite"]
         report: dict[str, Any] = {"cores": os.cpu_count(), "alone": in_turns(command, config.rounds)}
-        with busy_programs(config.busy, pinned=config.pinned):
+        with busy_programs(config.busy):
             report[f"beside {config.busy} busy"] = in_turns(command, config.rounds)
     return report
 

@@ -20,9 +20,8 @@ def settle(environment: MutableMapping[str, str], root: Path = Path("/")) -> Non
     As many threads as there are cores to use: torch sees those of the whole machine where a container may use a few.
 
     Threads that wait for each other do so busily for a tenth of a millisecond, not for several, as GNU's OpenMP does: a
-    thread spins away the time that the thread it waits for needs, where another program has the other core. Drawing
-    takes a quarter longer so (bench/beside_others.py), and many times as long beside a program that may not leave its
-    core.
+    thread spins away the time that the thread it waits for needs, where another program has the other core. Beside one
+    of another terminal drawing takes seven times as long so (bench/beside_others.py).
     """
     if "OMP_NUM_THREADS" not in environment and (share := cores_of_group(root)) < cores_of_process():
         environment["OMP_NUM_THREADS"] = str(max(1, int(share)))
