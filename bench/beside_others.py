@@ -33,7 +33,7 @@ SIDES: dict[str, dict[str, str]] = {"sfumato": {}, "libgomp": {"GOMP_SPINCOUNT":
 class Config:
     """Measure drawing beside other programs."""
 
-    pictures: int = 4
+    pictures: int = 3
     """Pictures that the command draws."""
     steps: int = 25
     """Steps of each."""
@@ -48,7 +48,7 @@ class Config:
 @contextmanager
 def busy_programs(count: int) -> Iterator[list[subprocess.Popen[bytes]]]:
     """Within the block, this many processes that never wait, each in a session of its own, as from another terminal:
-    Linux shares the cores between sessions, not between processes."""
+    where it groups by them (autogroup, on by default), Linux shares the cores between sessions, not processes."""
     command = [sys.executable, "-c", "while True: pass"]
     processes = [subprocess.Popen(command, start_new_session=True) for _ in range(count)]
     try:
