@@ -70,7 +70,7 @@ def test_toml_and_back_is_identity(tmp_path):
     ("argv", "words"),
     [
         (["--images", "d", "--rnk", "3"], ["--rnk", "--rank"]),
-        (["--images", "d", "--rank", "x"], ["--rank", '"x"', "int"]),
+        (["--images", "d", "--rank", "x"], ["--rank x: wanted a whole number. See sfumato train test --help."]),
         (["--images", "d", "--mode", "c"], ['"c"', '"a", "b"']),
         (["--images", "my", "dogs"], ["'dogs': belongs to no option. Put a name with spaces into quotes."]),
         (["my-dogs"], ["--images is needed, and 'my-dogs' belongs to no option."]),
@@ -213,6 +213,7 @@ def test_a_file_of_windows_notepad_is_read(tmp_path):
         ("", [], "--images is needed. See sfumato train test --help."),
         ("", ["--imges=x"], "--images is needed, and --imges is no option. See sfumato train test --help."),
         ("", ["--images"], "--images wants a value. See sfumato train test --help."),
+        ("", ["--images=d", "--rank", ""], "--rank '': wanted a whole number."),
         ('rank = "3"', ["--images", "d"], '{file}: rank is "3"; wanted a whole number, without quotes.'),
         ('[[source]]\npath = "d"', [], "{file}: this is a dataset.toml; pass it with --images."),
     ],

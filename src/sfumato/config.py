@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import tomllib
 import typing
 from collections.abc import Collection, Mapping, Sequence
@@ -84,6 +85,10 @@ def _app(
     return app
 
 
+_WANTED = {int: "a whole number", float: "a number", bool: "true or false"}
+"""What an option of this type takes, for a value that is none."""
+
+
 def _complaint(error: cyclopts.CycloptsError, file: Path | None, known: Collection[str], words: Sequence[str]) -> str:
     """What cyclopts found wrong in the words, as sentences. file: the TOML file that was read, if one was. known: the
     options."""
@@ -97,6 +102,8 @@ def _complaint(error: cyclopts.CycloptsError, file: Path | None, known: Collecti
         option, value = error.argument.name, error.token.value
         if here := value_here(option.lstrip("-"), value):
             return f"{option} {value}: {here}"
+        if error.token.source == "cli" and (wanted := _WANTED.get(error.target_type)):
+            return f"{option} {shlex.quote(' '.join(value.split()))}: wanted {wanted}."
     for flag, after in itertools.pairwise(words):
         if flag == "--resume" and after in (error.unused_tokens or ()):
             return f"--resume {after}: it is the run in --output that goes on; sfumato resume {after} needs no option."
