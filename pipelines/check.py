@@ -105,8 +105,8 @@ def main(argv: Sequence[str]) -> int:
 def _refuse(config: Config) -> None:
     for name in ("resolution", "batch"):
         value = getattr(config, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name} is {value}; it must be at least 1.")
+        if value is not None and not 1 <= value < 2**31:
+            raise ConfigError(f"--{name} is {value}; it must be at least 1 and below {2**31:,}.")
     if config.checksums and not config.images.is_dir():
         raise ConfigError(f"--checksums: {config.images} is no folder; write them for each of its folders.")
     if config.sheet and config.sheet.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):

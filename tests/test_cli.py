@@ -38,6 +38,7 @@ def test_no_help_loads_torch():
         (["genrate"], "did you mean generate?"),
         (["train", "lroa"], "did you mean lora?"),
         (["train", "lora", "--images", "d", "--output", "o", "--stps", "3"], "did you mean --steps?"),
+        (["check", "d", "--resolution", "9" * 20], "it must be at least 1 and below 2,147,483,648."),
         (["cp", "lora"], "a program and a file"),
         (["cp", "nothing", "mine.py"], "there is no program 'nothing'"),
     ],

@@ -155,7 +155,8 @@ def _guarded(program_main: Main, argv: Sequence[str]) -> int:
             raise
         _let_go_of_runs("withdraw")
         return _failed(_on_memory(error))
-    except OSError as error:  # a disk that fills while a card or a plot is written
+    except OSError as error:  # a disk that fills while a card or a plot is written, a name that is too long
+        _let_go_of_runs("withdraw")
         return _failed(_on_file(error))
     return result if isinstance(result, int) else 0
 
@@ -187,7 +188,8 @@ def _let_go_of_runs(how: Literal["withdraw", "let_go"]) -> None:
 
 def _failed(line: str, code: int = 2) -> int:
     """Say why on stderr, and what is kept of a training; returns the exit code."""
-    print(f"sfumato: {line}{_kept()}", file=sys.stderr)
+    said = f"{line}{_kept()}".replace("\r", "\\r").replace("\n", "\\n")  # as in a file's name
+    print(f"sfumato: {said}", file=sys.stderr)
     return code
 
 

@@ -85,7 +85,7 @@ def _app(
     return app
 
 
-_WANTED = {int: "a whole number", float: "a number", bool: "true or false"}
+_WANTED: Mapping[type | None, str] = {int: "a whole number", float: "a number", bool: "true or false"}
 """What an option of this type takes, for a value that is none."""
 
 

@@ -283,7 +283,7 @@ def test_a_failed_push_says_that_nothing_is_lost(error, card, monkeypatch):
             raise error
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    with pytest.raises(ConfigError, match=r"no route to host What was learned is safe in ") as refused:
+    with pytest.raises(ConfigError, match=r"no route to host\. What was learned is safe in ") as refused:
         push(card.parent, card.parent / "line.safetensors", "me/line")
     words = shlex.split(re.search("`(hf upload .*)`", str(refused.value))[1])
     assert words[2:5] == ["me/line", str(card.parent), "."]

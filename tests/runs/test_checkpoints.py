@@ -349,7 +349,7 @@ def test_space_is_looked_at_before_the_start_and_before_each_save(tmp_path, monk
     monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda folder: Usage)
     with pytest.raises(RunError, match=r"no space: \d+ MiB are needed and 1 MiB are free"):
         train(Config(output=tmp_path / "run", checkpoint_every=2))
-    assert not (tmp_path / "run/checkpoints").exists()
+    assert not (tmp_path / "run").exists()
     calls = []
 
     def later(folder):
@@ -357,7 +357,7 @@ def test_space_is_looked_at_before_the_start_and_before_each_save(tmp_path, monk
         return Usage if len(calls) == 4 else real(folder)
 
     monkeypatch.setattr(checkpoints.shutil, "disk_usage", later)
-    train(Config(output=tmp_path / "run", checkpoint_every=2, overwrite=True))
+    train(Config(output=tmp_path / "run", checkpoint_every=2))
     assert "the checkpoint of step 4 could not be written: no space" in capsys.readouterr().err
 
 

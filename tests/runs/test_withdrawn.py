@@ -77,16 +77,25 @@ def test_a_run_that_was_to_be_replaced_stays_and_is_nobodys(folder, tmp_path):
     assert start(tmp_path, overwrite=True) is not second
 
 
-def test_an_error_of_a_program_withdraws_and_is_one_line(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (DataError("no.png: broken."), "no.png: broken."),
+        (DataError("a\nb.png: broken."), "a\\nb.png: broken."),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "cache"), "cache: File name too long. Give a shorter one."),
+    ],
+    ids=["of ours", "a name of two lines", "of the system"],
+)
+def test_an_error_of_a_program_withdraws_and_is_one_line(error, said, tmp_path, capsys):
     kept = []
 
     def program(argv):
         kept.append(start(tmp_path))
-        raise DataError("no.png: broken.")
+        raise error
 
     assert cli.guarded(program, []) == 2
     assert left(tmp_path) == []
-    assert capsys.readouterr().err == "sfumato: no.png: broken.\n"
+    assert capsys.readouterr().err == f"sfumato: {said}\n"
 
 
 def test_an_interruption_leaves_what_can_be_resumed(tmp_path, capsys):

@@ -292,10 +292,10 @@ def push(folder: Path, learned: Path, repository: str) -> str:
             commit_message=f"Upload {learned.name if learned.is_dir() else learned.stem}",
         )
     except Exception as error:  # the hub's library has changed its network library twice; there is no common error
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
         words = ["hf", "upload", repository, str(folder), ".", *(w for each in patterns for w in ("--include", each))]
         raise ConfigError(
-            f"--push-to-hub {repository}: {reason} What was learned is safe in {learned}; log in with `hf auth login` "
+            f"--push-to-hub {repository}: {reason}. What was learned is safe in {learned}; log in with `hf auth login` "
             f"and upload it with `{shlex.join(words)}`."
         ) from None
     return str(commit.commit_url)

@@ -340,7 +340,7 @@ class Run:
         try:
             write()
         except OSError as error:
-            self.close()
+            self._withdraw()
             elsewhere = "" if self._config.resume else ", or give another --output"
             raise RunError(f"{self.folder}: {error.strerror}. Make room{elsewhere}.") from None
 
