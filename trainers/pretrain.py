@@ -301,8 +301,6 @@ def unet_loss(drawn: Tensor, latents: Tensor, noise: Tensor, alpha_bar: Tensor, 
 def train_unet(config: Config, precision: Precision) -> Path:
     """Train the U-Net on cached latents, and the text encoder unless it is to rest; returns the folder of a pipeline,
     averaged weights, fp32."""
-    import torch
-
     from sfumato import diffusion
     from sfumato.pocket.captions import read_words
     from sfumato.pocket.directions import Things
@@ -336,7 +334,7 @@ def train_unet(config: Config, precision: Precision) -> Path:
     learning = {"unet": unet, "text_encoder": text_encoder} if config.train_text_encoder else {"unet": unet}
     for module in learning.values():
         precision.learn(module)
-    run_unet = torch.compile(unet) if config.compile else unet
+    run_unet = precision.compiled(unet) if config.compile else unet
     cache = Latents(vae, pictures, VARIANTS if config.varied_share else VARIANTS[:2], device)
     unet.register_to_config(sample_size=cache.means.shape[-1])
     partners = partners_of(pictures, config.crossed_overlap)

@@ -13,7 +13,7 @@ import importlib.util
 import re
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from sfumato.errors import PrecisionError
-from sfumato.precision import products
+from sfumato.precision import norms, products
 
 Requested = Literal["auto", "fp32", "fp16", "bf16"]
 Attention = Literal["sdpa", "xformers"]
@@ -112,17 +112,29 @@ class Precision:
             module.enable_xformers_memory_efficient_attention()  # type: ignore[operator]
         if self.device.type == "cpu":
             products.quicken(module)
+            norms.sum_in_fp32(module)
         return module
 
     def learn(self, module: nn.Module) -> None:
-        """Prepare a placed U-Net or text encoder for training: on a CPU in bf16 with attention that is faster backward.
+        """Prepare a U-Net or text encoder for training: on a CPU in bf16 with attention that is faster backward.
 
         In fp32 torch's own is as fast (`bench/cpu_training.py`), and stays.
         """
+        if self.device.type == "cpu":
+            norms.sum_in_fp32(module)
         if self.device.type == "cpu" and self.compute == torch.bfloat16 and self.attention == "sdpa":
             from sfumato.precision.attention import learn_on_cpu
 
             learn_on_cpu(module)
+
+    def compiled(self, module: nn.Module) -> Callable[..., Any]:
+        """The module as `torch.compile` makes it; its weights are the module's own.
+
+        On a CPU in bf16 its memory layouts stay. Where torch 2.13 chooses others, everything below the last
+        nearest-neighbour upsampling with a concatenation and a SiLU after it, as in every U-Net, has gradients of zero.
+        """
+        keeps_layouts = self.device.type == "cpu" and self.compute == torch.bfloat16
+        return torch.compile(module, options={"layout_optimization": False} if keeps_layouts else None)
 
     def apply(self) -> None:
         """Set the whole process's switches: TF32 on CUDA, on a CPU that freed memory is kept for the next tensor."""
