@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -41,6 +42,7 @@ from sfumato.pocket.pictures import (
 )
 from sfumato.pocket.pictures import read_pictures as read_drawings
 from sfumato.pocket.shown import save_sheet, sheet
+from sfumato.precision import Precision
 from tests.tiny import CPU
 from trainers.pretrain import Config, rate_at, train
 
@@ -341,6 +343,21 @@ def test_a_text_encoder_at_rest_stays_and_a_run_knows_it_again(data, pocket_fold
     save_file({name: tensor + 0.5 for name, tensor in read_tensors(file).items()}, file, {"format": "pt"})
     with pytest.raises(RunError, match="with other things than these: init "):
         train(Config(train_text_encoder=False, resume=True, **settings))
+
+
+def test_weights_that_no_gradient_reaches_are_told_of(data, pocket_folder, tmp_path, monkeypatch, capsys):
+    asked = Config(stage="unet", data=data, init=str(pocket_folder), output=tmp_path / "whole", steps=1, batch=2)
+    train(replace(asked, sample_every=0))
+    assert "no gradient" not in capsys.readouterr().err
+
+    def cut(unet):
+        unet.mid_block.register_forward_hook(lambda block, given, hidden: hidden.detach())
+        return unet
+
+    monkeypatch.setattr(Precision, "compiled", lambda self, unet: cut(unet))
+    train(replace(asked, sample_every=0, compile=True, output=tmp_path / "cut"))
+    (told,) = [line for line in capsys.readouterr().err.splitlines() if "no gradient" in line]
+    assert re.match(r"\d+ of \d+ weights have no gradient and do not learn, such as unet\.\w+", told)
 
 
 def test_a_unet_that_is_told_less_of_thing_and_style_together_goes_on_where_it_stopped(data, pocket_folder, tmp_path):

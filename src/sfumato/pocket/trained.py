@@ -41,7 +41,8 @@ class Trained:
         self.modules = {name: module.to(device).train() for name, module in modules.items()}
         named = {f"{part}.{name}": p for part, module in modules.items() for name, p in module.named_parameters()}
         named = {name: p for name, p in named.items() if p.requires_grad}
-        self.parameters = list(named.values())
+        self.named, self.parameters = named, list(named.values())
+        self._looked_at_gradients = False
         self.average = Average(self.parameters, ema)
         inner = [p for name, p in named.items() if p.ndim > 1 and not any(word in name for word in _AT_THE_ENDS)]
         orthogonal = inner if optimizer == "muon" else []
@@ -69,6 +70,9 @@ class Trained:
     def learn(self, step: Step, loss: Tensor) -> None:
         """The backward pass, then one step of the optimizers and of the moving average, unless a number is broken."""
         torch.autograd.backward(loss)
+        if not self._looked_at_gradients:
+            self._looked_at_gradients = True
+            self._say_what_rests(step)
         norm = clip(self.parameters, self.largest_norm)
         if step.healthy(loss=loss, gradient_norm=norm):
             for optimizer in self.optimizers.values():
@@ -77,6 +81,15 @@ class Trained:
         for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
         step.done(loss=loss, rate=self.rate, gradient_norm=norm)
+
+    def _say_what_rests(self, step: Step) -> None:
+        """Tell of weights that no gradient reaches, as torch's compiled kernels once left two thirds of a U-Net."""
+        rests = [name for name, weight in self.named.items() if weight.grad is None or not weight.grad.any()]
+        if rests:
+            step.run.say(
+                f"{len(rests)} of {len(self.named)} weights have no gradient and do not learn, such as {rests[0]}; stop "
+                "here, and go on with --no-compile or --precision fp32."
+            )
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
