@@ -87,8 +87,8 @@ class Trained:
         rests = [name for name, weight in self.named.items() if weight.grad is None or not weight.grad.any()]
         if rests:
             step.run.say(
-                f"{len(rests)} of {len(self.named)} weights have no gradient and do not learn, such as {rests[0]}; stop "
-                "here, and go on with --no-compile or --precision fp32."
+                f"{len(rests)} of {len(self.named)} weights have no gradient and do not learn, such as {rests[0]}; "
+                "stop here, and go on with --no-compile or --precision fp32."
             )
 
     @contextmanager
