@@ -1,4 +1,4 @@
-"""torch.compile on a CPU in bf16: what is above an upsampling learns."""
+"""torch.compile on a CPU in bf16: what lies below an upsampling learns."""
 
 from __future__ import annotations
 
