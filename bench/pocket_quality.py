@@ -27,6 +27,7 @@ from bench.judge_pictures import Pictures, read_others, read_pictures, withheld_
 from bench.real import print_report
 from bench.style_runs import to_tensor
 from sfumato import cli, randomness
+from sfumato.bases import FAMILIES
 from sfumato.bases.loading import POCKET_FOLDER
 from sfumato.data.latents import to_floats
 from sfumato.errors import BaseModelError, ConfigError
@@ -65,7 +66,7 @@ class Config:
     """What is asked for, with {concept} and {style} in it."""
     sampler_steps: int = 25
     """Sampler steps."""
-    guidance: float = 3.0
+    guidance: float = FAMILIES["pocket"].defaults.guidance
     """Scale of classifier-free guidance."""
     batch: int = 16
     """Pictures drawn at a time."""

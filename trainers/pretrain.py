@@ -82,8 +82,8 @@ class Config(FolderOptions):
     and grounds, so that the VAE rebuilds unseen styles better, and the U-Net learns them more easily. The U-Net's are
     by 96 hands, each always the same and named in the caption."""
     init_share: float = 0.0
-    """VAE: share that the weights of --init have in the result, beside the learned ones (Wortsman et al. 2022), which
-    keeps more of what they did well."""
+    """Share that the weights of --init have in the result, beside the learned ones (Wortsman et al. 2022), which keeps
+    more of what they did well."""
     train_text_encoder: bool = True
     """U-Net: train the text encoder with it; --no-train-text-encoder leaves that of --init at rest."""
     snr_gamma: float = 5.0
@@ -172,6 +172,7 @@ def trained_of(modules: Mapping[str, nn.Module], config: Config, device: torch.d
         weight_decay=config.weight_decay,
         ema=config.ema,
         largest_norm=config.clip,
+        first_share=config.init_share,
     )
 
 
@@ -229,7 +230,6 @@ def train_vae(config: Config, precision: Precision) -> Path:
         vae.quant_conv.requires_grad_(False)
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     trained = trained_of({"vae": vae}, config, precision.device)
-    first = [weight.detach().clone() for weight in trained.parameters]
     run.keep(**trained.parts())
     run.identify(**facts)
     run.every(config.sample_every, lambda step: _reconstruct(trained, named, run, step))
@@ -241,9 +241,7 @@ def train_vae(config: Config, precision: Precision) -> Path:
         with precision.autocast():
             loss = vae_loss(vae, pixels, noise.to(precision.device), config)
         trained.learn(step, loss)
-    with trained.averaged():
-        for weight, before in zip(trained.parameters, first, strict=True):
-            weight.lerp_(before, config.init_share)
+    with trained.result():
         if not config.decoder_only:
             vae.register_to_config(scaling_factor=_scaling_factor(vae, named, precision.device))
         path = save_model(vae, config.output / "model")
@@ -343,9 +341,9 @@ def train_unet(config: Config, precision: Precision) -> Path:
     trained = trained_of(learning, config, device)
     run.keep(**trained.parts())
     facts = {"data": pictures.fingerprint(), "vae": cache.fingerprint()}
-    if config.init and not config.train_text_encoder:
-        facts["init"] = fingerprint_of(config.init, config.device)  # no checkpoint holds what rests
-        if config.style_together is not None:
+    if config.init and (config.init_share or not config.train_text_encoder):
+        facts["init"] = fingerprint_of(config.init, config.device)  # no checkpoint holds it
+        if not config.train_text_encoder and config.style_together is not None:
             facts["things"] = Things.read(config.data).fingerprint()
     run.identify(**facts)
 
@@ -363,7 +361,7 @@ def train_unet(config: Config, precision: Precision) -> Path:
             drawn = run_unet(diffusion.noise_latents(latents, noise, alpha_bar), timesteps.to(device), hidden).sample
         loss = unet_loss(drawn, latents, noise, alpha_bar, config)
         trained.learn(step, loss)
-    with trained.averaged():
+    with trained.result():
         path = save_model(pipeline, config.output / "model")
     run.close()
     return path
@@ -437,7 +435,7 @@ def train_text(config: Config, precision: Precision) -> Path:
         with precision.autocast():
             said = encode_text(text_encoder, tokenizer, texts, device)
         trained.learn(step, (said.float() - wanted).square().mean())
-    with trained.averaged():
+    with trained.result():
         path = save_model(pipeline, config.output / "model")
     run.close()
     return path

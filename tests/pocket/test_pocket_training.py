@@ -386,18 +386,36 @@ def test_a_decoder_learns_while_encoder_and_latents_stay(data, tmp_path):
     assert len(same) == sum(name.startswith(("encoder.", "quant_conv.")) for name in after.state_dict())
 
 
-def test_a_share_of_the_first_weights_stays(data, tmp_path):
+@pytest.mark.parametrize(
+    ("parts", "options"),
+    [
+        (["vae"], {"decoder_only": True, "hands_share": 1.0}),
+        (["unet", "text_encoder"], {"stage": "unet"}),
+        (["text_encoder"], {"stage": "text"}),
+    ],
+)
+def test_a_share_of_the_first_weights_stays(parts, options, data, tmp_path):
     settings = {"steps": 1, "batch": 2, "sample_every": 0, "device": "cpu", "precision": "fp32", "warmup_steps": 0}
-    settings |= {"init": "pocket", "decoder_only": True, "data": data, "hands_share": 1.0}
+    settings |= {"init": "pocket", "data": data, **options}
     folders = {
         share: train(Config(init_share=share, output=tmp_path / f"{share}", **settings)) for share in (0.0, 0.25)
     }
-    learned, mixed = (AutoencoderKL.from_pretrained(folder).state_dict() for folder in folders.values())
-    before = load_base("pocket", precision=CPU).vae.state_dict()
-    assert_close(mixed, {name: torch.lerp(learned[name], before[name], 0.25) for name in before}, rtol=0, atol=1e-6)
-    assert not torch.equal(mixed["decoder.conv_in.weight"], learned["decoder.conv_in.weight"])
-    with pytest.raises(ConfigError, match="--init-share keeps weights of a base's VAE"):
+    before = load_base("pocket", precision=CPU)
+    for part in parts:
+        learned, mixed = (read_parts(folder if part == "vae" else folder / part) for folder in folders.values())
+        module = {"vae": before.vae, "unet": before.unet, "text_encoder": before.text_encoders[0]}[part]
+        first = dict(module.named_parameters())
+        assert_close(mixed, {name: torch.lerp(learned[name], first[name], 0.25) for name in learned}, rtol=0, atol=1e-6)
+        assert any(not torch.equal(mixed[name], learned[name]) for name in learned)
+
+
+def test_a_share_of_the_first_weights_asks_for_a_base(tmp_path):
+    with pytest.raises(ConfigError, match="--init-share keeps weights of a base: it needs --init"):
         train(Config(init_share=0.5, output=tmp_path / "on"))
+
+
+def read_parts(folder):
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in read_tensors(file).items()}
 
 
 def test_a_share_of_other_first_weights_is_another_training(data, pocket_folder, tmp_path):

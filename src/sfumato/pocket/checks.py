@@ -99,8 +99,8 @@ def _check_unet(config: Any) -> None:
 
 def _check_sources(config: Any) -> None:
     """Refuse a start that the stage does not have, or lacks."""
-    if config.init_share and (config.stage != "vae" or config.init is None):
-        raise ConfigError("--init-share keeps weights of a base's VAE: it needs --stage vae and --init BASE.")
+    if config.init_share and config.init is None:
+        raise ConfigError("--init-share keeps weights of a base: it needs --init BASE, such as pocket.")
     if config.decoder_only and (config.stage != "vae" or config.init is None):
         raise ConfigError("--decoder-only goes on with the VAE of a base: it needs --stage vae and --init BASE.")
     if config.stage == "text" and config.init is None:

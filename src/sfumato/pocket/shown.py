@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from sfumato import randomness
+from sfumato.bases import FAMILIES
 from sfumato.drawing.decoding import is_picture
 from sfumato.errors import BaseModelError
 from sfumato.files.atomic import atomic_path
@@ -46,11 +47,18 @@ def assemble(
 
 def sheet(pipeline: StableDiffusionPipeline, styles: Sequence[str], concepts: Sequence[str], path: Path) -> None:
     """One row for each style, one column for each of SHEET, or of the first concepts where the base learns none of
-    these; 25 steps, guidance 3, the seed is the column."""
+    these; the base's usual steps and guidance, the seed is the column."""
     columns = [concept for concept in SHEET if concept in concepts] or list(concepts)[: len(SHEET)]
     prompts = [f"{concept}, {style} style" for style in styles for concept in columns]
     generators = [randomness.generator(0, "sheet", 0, column) for _ in styles for column in range(len(columns))]
-    drawn = pipeline(prompts, num_inference_steps=25, guidance_scale=3.0, generator=generators, output_type="pt").images
+    usual = FAMILIES["pocket"].defaults
+    drawn = pipeline(
+        prompts,
+        num_inference_steps=usual.sampling_steps,
+        guidance_scale=usual.guidance,
+        generator=generators,
+        output_type="pt",
+    ).images
     save_sheet(drawn.float() * 2 - 1, len(columns), path)
 
 

@@ -23,7 +23,8 @@ class Trained:
     """Modules being trained, with their optimizers and the moving average of their weights.
 
     optimizer: AdamW for all weights, or Muon for the inner matrices beside AdamW for the rest. ema: the average's
-    decay. largest_norm: what the gradient's norm is clipped to.
+    decay. largest_norm: what the gradient's norm is clipped to. first_share: of the weights as they are given here,
+    in the result.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class Trained:
         weight_decay: float,
         ema: float,
         largest_norm: float,
+        first_share: float = 0.0,
     ) -> None:
         self.device, self.rate, self.largest_norm = device, 0.0, largest_norm
         self.modules = {name: module.to(device).train() for name, module in modules.items()}
@@ -43,6 +45,8 @@ class Trained:
         named = {name: p for name, p in named.items() if p.requires_grad}
         self.named, self.parameters = named, list(named.values())
         self._looked_at_gradients = False
+        self._first_share = first_share
+        self._first = [p.detach().clone() for p in self.parameters] if first_share else []
         self.average = Average(self.parameters, ema)
         inner = [p for name, p in named.items() if p.ndim > 1 and not any(word in name for word in _AT_THE_ENDS)]
         orthogonal = inner if optimizer == "muon" else []
@@ -95,4 +99,12 @@ class Trained:
     def averaged(self) -> Iterator[None]:
         """The modules hold their averaged weights, in evaluation mode, for as long as the block lasts."""
         with self.average.applied(), evaluating(list(self.modules.values())), torch.no_grad():
+            yield
+
+    @contextmanager
+    def result(self) -> Iterator[None]:
+        """As `averaged`, with their share of the first weights (Wortsman et al. 2022)."""
+        with self.averaged():
+            for weight, first in zip(self.parameters, self._first, strict=True) if self._first else ():
+                weight.lerp_(first, self._first_share)
             yield
