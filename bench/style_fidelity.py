@@ -55,6 +55,11 @@ class Config:
     """Pictures to learn from."""
     prompt: str = "{concept}"
     """What is asked for, in A1111's syntax, such as "{concept}[, noto style::0.3]"; of mixes the subject's words."""
+    guidance: float | None = None
+    """Scale of classifier-free guidance. Unset: the base's."""
+    adapter_guidance: float | None = None
+    """How often what a style's adapter changes counts in the pictures of the concepts. Unset: what its file asks
+    for."""
     weights: tuple[float, float] = (1.0, 0.7)
     """Weights of style and subject in the mix: the README's."""
     mixed: int = 8
@@ -180,14 +185,17 @@ def draw_run(
     seeds = [1000 * seed + place for place in range(len(asked))]
     prompts = [config.prompt.replace("{concept}", concept) for concept in asked]
     syntax: Syntax = "plain" if prompts == asked else "a1111"
-    before = workshop.drawn(f"base-{seed}", prompts, seeds, {}, syntax=syntax)
-    after = workshop.drawn(f"{style}-{seed}-drawn", prompts, seeds, {adapter: 1.0}, syntax=syntax)
+    scale, strength = config.guidance, config.adapter_guidance
+    before = workshop.drawn(f"base-{seed}", prompts, seeds, {}, syntax=syntax, guidance=scale)
+    after = workshop.drawn(
+        f"{style}-{seed}-drawn", prompts, seeds, {adapter: 1.0}, syntax=syntax, guidance=scale, strength=strength
+    )
     few, (a, b) = seeds[: config.mixed], config.weights
     mix = {}
     for name, subject in subjects.items():
         mixtures = {"style_alone": {adapter: 1.0}, "subject_alone": {subject: 1.0}, "mixed": {adapter: a, subject: b}}
         mix[name] = {
-            what: workshop.drawn(f"mix-{name}-{seed}-{what}", [f"sks {name}"] * len(few), few, weights)
+            what: workshop.drawn(f"mix-{name}-{seed}-{what}", [f"sks {name}"] * len(few), few, weights, guidance=scale)
             for what, weights in mixtures.items()
         }
     print(json.dumps({"drawn": style, "seed": seed}), file=sys.stderr, flush=True)

@@ -131,16 +131,22 @@ class Workshop:
         words: Sequence[Path] = (),
         syntax: Syntax = "plain",
         span: str | None = None,
+        guidance: float | None = None,
+        strength: float | None = None,
     ) -> Tensor:
         """(n, 3, h, w) uint8 pictures by `sfumato generate`'s settings, with these adapters, weights and words.
 
-        span: START-END, the steps in which the adapters count. None: those that their files ask for.
+        span: START-END, the steps in which the adapters count. None: those that their files ask for. guidance: the
+        scale. None: the base's. strength: the adapters' guidance. None: what their files ask for.
         """
         told = [list(prompts), list(seeds), self.base.fingerprint()]
         told += [[hashlib.sha256(path.read_bytes()).hexdigest(), weight] for path, weight in weights.items()]
         told += [hashlib.sha256(path.read_bytes()).hexdigest() for path in words]
         told += [syntax] if syntax != "plain" else []
         told += [["over steps", span]] if span else []
+        told += [["guidance", guidance]] if guidance is not None else []
+        told += [["adapter guidance", strength]] if strength is not None and weights else []
+        scale = self.base.defaults.guidance if guidance is None else guidance
 
         def make() -> Tensor:
             adapters = [Adapter(path, weight, f"a{i}") for i, (path, weight) in enumerate(weights.items())]
@@ -149,12 +155,12 @@ class Workshop:
                     stack.enter_context(embedding.load(self.base, path))
                 if adapters:
                     mix = stack.enter_context(compose(self.base, *adapters))
-                    stack.enter_context(adapter_guidance(mix, guidance=self.base.defaults.guidance))
+                    stack.enter_context(adapter_guidance(mix, strength, guidance=scale))
                     by_step = dict.fromkeys(mix.weights, parse_span(span)) if span else {}
                     wanted = WhereWhen(by_step=by_step).with_asked(mix.spans)
                     stack.enter_context(applied(self.base, mix, wanted))
                 asked = [text for texts in mix.negatives.values() for text in texts] if adapters else []
-                pictures = draw_against(self.base, list(prompts), list(seeds), asked, syntax=syntax)
+                pictures = draw_against(self.base, list(prompts), list(seeds), asked, syntax=syntax, guidance=scale)
                 return torch.stack([to_tensor(picture) for picture in pictures])
 
         return self._kept(f"{name}-{_hash(told)}", make)
