@@ -146,7 +146,6 @@ class Workshop:
         told += [["over steps", span]] if span else []
         told += [["guidance", guidance]] if guidance is not None else []
         told += [["adapter guidance", strength]] if strength is not None and weights else []
-        scale = self.base.defaults.guidance if guidance is None else guidance
 
         def make() -> Tensor:
             adapters = [Adapter(path, weight, f"a{i}") for i, (path, weight) in enumerate(weights.items())]
@@ -155,12 +154,13 @@ class Workshop:
                     stack.enter_context(embedding.load(self.base, path))
                 if adapters:
                     mix = stack.enter_context(compose(self.base, *adapters))
+                    scale = self.base.defaults.guidance if guidance is None else guidance
                     stack.enter_context(adapter_guidance(mix, strength, guidance=scale))
                     by_step = dict.fromkeys(mix.weights, parse_span(span)) if span else {}
                     wanted = WhereWhen(by_step=by_step).with_asked(mix.spans)
                     stack.enter_context(applied(self.base, mix, wanted))
                 asked = [text for texts in mix.negatives.values() for text in texts] if adapters else []
-                pictures = draw_against(self.base, list(prompts), list(seeds), asked, syntax=syntax, guidance=scale)
+                pictures = draw_against(self.base, list(prompts), list(seeds), asked, syntax=syntax, guidance=guidance)
                 return torch.stack([to_tensor(picture) for picture in pictures])
 
         return self._kept(f"{name}-{_hash(told)}", make)

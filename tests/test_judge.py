@@ -73,9 +73,9 @@ def test_variation_is_a_function_of_its_generator(pictures):
 def test_what_was_drawn_is_not_drawn_again(monkeypatch, tmp_path):
     asked = []
 
-    def draw(base, prompts, seeds, negatives, *, syntax):
+    def draw(base, prompts, seeds, negatives, *, syntax, guidance):
         assert not negatives  # there is no adapter
-        asked.append(prompts)
+        asked.append(guidance)
         return [_grey(64) for _ in prompts]
 
     monkeypatch.setattr(style_runs, "draw_against", draw)
@@ -84,7 +84,8 @@ def test_what_was_drawn_is_not_drawn_again(monkeypatch, tmp_path):
     assert_close(workshop.drawn("crabs", ["crab", "key"], [1, 2], {}), first)
     assert len(asked) == 1
     workshop.drawn("crabs", ["crab", "key"], [1, 3], {})
-    assert len(asked) == 2
+    workshop.drawn("crabs", ["crab", "key"], [1, 2], {}, guidance=2.0)
+    assert asked == [None, None, 2.0]
 
 
 def test_what_other_code_made_is_refused_until_it_is_said_to_be_the_same(monkeypatch, tmp_path):
