@@ -129,7 +129,7 @@ class Config:
     attention: Literal["sdpa", "xformers"] = "sdpa"
     """Which attention computes; xformers is an extra."""
     clip_skip: int | None = None
-    """Layers of the text encoder to leave out, from its end (A1111 counts one more)."""
+    """Layers of the text encoder to leave out, from its end. A1111 counts one more, and of SDXL two."""
     vae: str | None = None
     """A folder, hub id or file whose VAE replaces the base's."""
     prediction_type: Literal["epsilon", "v_prediction"] | None = None

@@ -80,7 +80,7 @@ class Config:
     partial: bool = False
     """Apply the part of an adapter that fits, where the rest does not."""
     clip_skip: int | None = None
-    """Layers of the text encoder to leave out, from its end (A1111 counts one more)."""
+    """Layers of the text encoder to leave out, from its end. A1111 counts one more, and of SDXL two."""
     vae: str | None = None
     """A folder, hub id or file whose VAE replaces the base's."""
     prediction_type: Literal["epsilon", "v_prediction"] | None = None

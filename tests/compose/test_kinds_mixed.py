@@ -146,6 +146,19 @@ def test_a_bias_in_float8_is_added_in_fp32(sd1, tmp_path):
     assert_close(norm.bias.detach(), was + 0.5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_factors_in_float8_are_multiplied_in_fp32(dtype, sd1, tmp_path):
+    weight = sd1.unet.get_submodule(LINEAR).weight
+    was = weight.detach().clone()
+    g, name = torch.Generator().manual_seed(6), "lora_unet_" + LINEAR.replace(".", "_")
+    down, up = (torch.randn(*shape, generator=g).to(dtype) for shape in ((4, was.shape[1]), (was.shape[0], 4)))
+    half = {f"{name}.lora_down.weight": down.half(), f"{name}.lora_up.weight": up.half()}
+    eighth = {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
+    files = [Adapter(write_tensors(tmp_path / f"{n}.safetensors", t), 0.5) for n, t in (("a", eighth), ("b", half))]
+    compose(sd1, *files)
+    assert_close(weight.detach(), was + up.float() @ down.float())
+
+
 def test_a_bias_that_the_layer_does_not_have_is_refused(sd1, tmp_path):
     flat = "lora_unet_" + LINEAR.replace(".", "_")
     file = write_tensors(

@@ -171,6 +171,16 @@ def test_a_comment_of_plain_letters_is_read(tmp_path):
     assert found == Parameters("a crab", "", {"Steps": "1", "Seed": "2", "Size": "8x8"})
 
 
+@pytest.mark.parametrize("encoding", ["utf-16-be", "utf-16-le", "utf-16", "utf-8"])
+def test_a_comment_is_read_in_either_order_of_its_bytes(encoding, tmp_path):
+    """EXIF leaves it open, and Civitai's pictures have both."""
+    exif = Image.Exif()
+    exif.get_ifd(0x8769)[0x9286] = b"UNICODE\0" + "a caf\u00e9, \u732b\nSteps: 1, Seed: 2, Size: 8x8".encode(encoding)
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg", exif=exif)
+    found = read_picture_info(tmp_path / "a.jpg").parameters
+    assert found == Parameters("a caf\u00e9, \u732b", "", {"Steps": "1", "Seed": "2", "Size": "8x8"})
+
+
 @pytest.mark.parametrize("text", ["[1]", "{", "7"])
 def test_what_is_no_object_of_ours_is_none(tmp_path, text):
     info = PngImagePlugin.PngInfo()
@@ -250,6 +260,14 @@ def test_what_a1111_wrote_is_told_as_a_command(schedule, sampler, left, tmp_path
     assert (config.steps, config.guidance, config.seed, config.size, config.clip_skip) == (4, 7.0, (42,), "64x96", 1)
     assert (config.base, config.embedding) == ("v1-5.safetensors", ("easyneg=easyneg.safetensors",))
     assert dict(found.left_out) == {"RNG": "GPU", "ADetailer model": "face.pt"} | left
+
+
+def test_a_clip_skip_of_sdxls_own_layer_is_told_and_not_taken(tmp_path):
+    """A1111 and Forge take the same layer of SDXL for 1 and 2, and only the picture's size tells the family."""
+    text = "a crab\nSteps: 4, Seed: 1, Size: 832x1216, Clip skip: 2, RNG: CPU"
+    found = redraw(picture_with(text, tmp_path / "a.png"))
+    assert parse(Config, found.words[2:], program="generate").clip_skip is None
+    assert dict(found.left_out) == {"Clip skip": "2 (SDXL has its own layer; for SD 1.x add --clip-skip 1)"}
 
 
 def test_a_plain_graph_of_comfyui_is_told_as_a_command(tmp_path):
@@ -385,6 +403,25 @@ def test_our_own_picture_is_told_with_its_adapters_and_what_they_ask_for(tmp_pat
     assert (config.blocks, config.over_steps) == (("l=down:0.5",), ("l=0:0,0.4:1",))
     assert config.adapter_guidance == ("l=1.5", "other=0")
     assert found.left_out == ()
+
+
+@pytest.mark.parametrize(
+    ("label", "guidance", "left"),
+    [("line", ("line=1.5", "other=0"), {}), ("l", (), {"Adapter guidance": "l: 1.5"})],
+)
+def test_our_own_jpeg_is_told_by_its_text(label, guidance, left, tmp_path):
+    """Which has no room for our JSON, and names adapters by their files."""
+    for name in ("line", "other"):
+        save_file({"a": torch.zeros(1)}, tmp_path / f"{name}.safetensors")
+    about = dict(prompt="a (b) crab", negative="", seed=3, steps=5, guidance=3.0, width=64, height=64, base="a/b")
+    about |= dict(adapter_guidance={label: 1.5}, vae=None, clip_skip=1, prompt_syntax="plain")
+    used = [Adapter(tmp_path / "line.safetensors", 0.8, label), Adapter(tmp_path / "other.safetensors", 0.5, "other")]
+    save_drawn(Image.new("RGB", (8, 8)), used, about, tmp_path / "a.jpg", ("DDIM", None))
+    found = redraw(tmp_path / "a.jpg")
+    config = parse(Config, found.words[2:], program="generate")
+    assert (config.prompts, config.prompt_syntax) == (("a \\(b\\) crab <lora:line:0.8> <lora:other:0.5>",), "a1111")
+    assert (config.base, config.clip_skip, config.adapter_guidance) == ("a/b", 1, guidance)
+    assert dict(found.left_out) == left
 
 
 @pytest.mark.parametrize("own", [{"prompt": 3}, {"adapters": [{}]}, {"adapters": [{"label": "a", "weight": "x"}]}])

@@ -101,6 +101,21 @@ def test_a_file_that_diffusers_saved_with_its_metadata_is_read_with_its_alphas(r
     assert (found.family, found.spellings) == ("sdxl", ("diffusers",))
 
 
+def test_a_file_of_the_unet_alone_is_read_with_the_alphas_of_its_metadata(tiny, tmp_path):
+    """Neither the tensors nor the settings of `save_lora_adapter` name the part."""
+    from peft import LoraConfig
+
+    unet = copy.deepcopy(tiny("sd1").parts["unet"])
+    unet.add_adapter(LoraConfig(r=4, lora_alpha=16, target_modules=["attn2.to_k"], init_lora_weights=False))
+    unet.save_lora_adapter(tmp_path)
+    wanted = {
+        ("unet", name): layer.get_delta_weight("default")
+        for name, layer in unet.named_modules()
+        if hasattr(layer, "lora_A")
+    }
+    assert_same_updates(wanted, read_lora(tmp_path / "pytorch_lora_weights.safetensors").modules)
+
+
 CROSS = "down_blocks.0.attentions.0.transformer_blocks.0.attn2"
 ONE_MODULE = {
     "diffusers": (f"unet.{CROSS}.to_q.lora_A.weight", f"unet.{CROSS}.to_q.lora_B.weight"),

@@ -58,7 +58,7 @@ def load_base(
     """The base of this name, frozen and placed on the precision's device; precision: `decide("auto")` if unset.
 
     source: `pocket`, a diffusers folder, a hub id, or a .safetensors checkpoint of SD 1.x, SD 2.x or SDXL (read without
-    a network). clip_skip: layers of the text encoder to skip from its end, as diffusers counts (A1111's 2 is 1).
+    a network). clip_skip: layers of the text encoder to skip from its end, as diffusers counts (A1111's 2 is 1, of SDXL 0).
     vae: a folder, hub id or file whose VAE replaces the base's. prediction_type: `epsilon` or `v_prediction`, where the
     base does not say it or says it wrongly. family: a name from `FAMILIES`, where it would be recognised wrongly.
     unet: whether the U-Net's weights are read now; without, `base.unet` only knows its config until it is needed.

@@ -111,13 +111,18 @@ class Scratch:
 def stack(terms: Terms, rows: int, columns: int, device: torch.device, scratch: Scratch) -> Pair:
     """The factors in fp32, all ranks side by side, the weights within up; in `scratch`."""
     rank = sum(change.rank for _, change in terms)
-    ups = [change.up.reshape(rows, -1) for _, change in terms]
-    downs = [change.down.reshape(-1, columns) for _, change in terms]
+    ups = [_computable(change.up).reshape(rows, -1) for _, change in terms]
+    downs = [_computable(change.down).reshape(-1, columns) for _, change in terms]
     stacked = scratch.pair("factors", rows, rank, columns, device)
     # Halves are put side by side first: one conversion instead of one for each adapter.
     torch.mul(_joined(ups, 1, device), scratch.scales(terms, device), out=stacked.up)
     stacked.down.copy_(_joined(downs, 0, device))
     return stacked
+
+
+def _computable(factor: Tensor) -> Tensor:
+    """The factor, of 8 bits as fp32: torch neither multiplies these nor puts them beside others."""
+    return factor.float() if factor.dtype.itemsize == 1 else factor
 
 
 def _joined(parts: list[Tensor], dim: int, device: torch.device) -> Tensor:

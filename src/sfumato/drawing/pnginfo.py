@@ -223,5 +223,16 @@ def _comment_text(comment: object) -> str:
         return ""
     head, body = comment[:8], comment[8:]
     if head == b"UNICODE\0":
-        return body.decode("utf-16-be", errors="replace")
+        return body.decode(_unicode_of(body), errors="replace")
     return body.decode("utf-8", errors="replace") if head == b"ASCII\0\0\0" else ""
+
+
+def _unicode_of(body: bytes) -> str:
+    """The encoding of a UserComment. EXIF leaves the order of UTF-16's bytes open, and Civitai's pictures have both:
+    the zeros beside the ASCII of the settings' names tell, where no mark does; a text without any is UTF-8."""
+    if body[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return "utf-16"
+    first, second = body[::2].count(0), body[1::2].count(0)
+    if first or second:
+        return "utf-16-be" if first >= second else "utf-16-le"
+    return "utf-8"

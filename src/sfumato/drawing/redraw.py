@@ -10,6 +10,7 @@ import re
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,9 @@ _TOLD = ("Model hash", "VAE hash", "Lora hashes", "TI hashes", "Version", "Promp
 """What says which files were meant, or by whom the picture is, and sets nothing."""
 _KARRAS = ("DPM++ 2M", "DPM2", "DPM2 a")
 """Samplers that take Karras' schedule where A1111's and Forge's is "Automatic"."""
+_LEAST_SDXL = 600_000
+"""Pixels of a picture from which on it is of SDXL, of which A1111's clip skips 1 and 2 are the same. SD 1.x and 2.x are
+drawn smaller, and "Size" is that before the high-resolution fix."""
 _LEFT = ("regions", "sweep", "before_after", "mask")
 """What our own pictures hold and the command does not."""
 
@@ -104,16 +108,22 @@ def _words(about: Parameters, own: Mapping[str, Any], left: dict[str, str]) -> I
         yield f"--negative={negative}"
     if (syntax := own.get("prompt_syntax") or str(about.settings.get("Prompt syntax", "a1111"))) != "plain":
         yield from ("--prompt-syntax", syntax)
+    is_ours = bool(own) or str(about.settings.get("Version", "")).startswith("sfumato-")
     if model := settings.pop("Model", ""):
-        yield from ("--base", model if own else f"{model.removesuffix('.safetensors')}.safetensors")
+        yield from ("--base", model if is_ours else f"{model.removesuffix('.safetensors')}.safetensors")
     yield from _sampler(settings.pop("Sampler", ""), settings.pop("Schedule type", "Uniform"), left)
     for name, option in _PLAIN.items():
         if name in settings:
             yield from (option, settings.pop(name))
-    if re.fullmatch(r"\d+x\d+", settings.get("Size", "")):
-        yield from ("--size", settings.pop("Size"))
+    size = settings.pop("Size") if re.fullmatch(r"\d+x\d+", settings.get("Size", "")) else ""
+    if size:
+        yield from ("--size", size)
     if (skipped := settings.get("Clip skip", "")).isdecimal() and int(settings.pop("Clip skip")) > 1:
-        yield from ("--clip-skip", str(int(skipped) - 1))  # A1111 counts the last layer as 1
+        skip = f"--clip-skip {int(skipped) - 1}"  # A1111 counts the last layer as 1
+        if is_ours or prod(map(int, size.split("x") if size else ())) < _LEAST_SDXL:
+            yield from skip.split()
+        else:
+            left["Clip skip"] = f"{skipped} (SDXL has its own layer; for SD 1.x add {skip})"
     if "Denoising strength" in settings and not any(name.startswith("Hires") for name in settings):
         yield from ("--image", str(own.get("image") or "PICTURE"), "--strength", settings.pop("Denoising strength"))
     if (source := settings.pop("RNG", "GPU")) != "CPU":  # a web interface that names none takes a GPU's noise
@@ -122,9 +132,24 @@ def _words(about: Parameters, own: Mapping[str, Any], left: dict[str, str]) -> I
         yield from _own_words(own)
         settings.pop("Adapter guidance", None)
     else:
+        if is_ours:
+            yield from _guidance_of_tags(prompt, settings)
         for name in re.findall(r"([^,:]+):", str(about.settings.get("TI hashes", ""))):
             yield from ("--embedding", f"{name.strip()}={name.strip().strip('<>')}.safetensors")
     left |= settings | {name: str(own[name]) for name in _LEFT if own.get(name)}
+
+
+def _guidance_of_tags(prompt: str, settings: dict[str, str]) -> Iterator[str]:
+    """--adapter-guidance of each tag of the prompt, whose file might ask for another. One of an adapter with another
+    label stays in the settings."""
+    said = dict(re.findall(r"([^,:]+): ([\d.e+-]+)", settings.get("Adapter guidance", "")))
+    said = {label.strip(): strength for label, strength in said.items()}
+    tags = dict.fromkeys(re.findall(r"<lora:([^:>]+)", prompt))
+    if not said.keys() <= tags.keys():
+        return
+    settings.pop("Adapter guidance", None)
+    for label in tags:
+        yield from ("--adapter-guidance", f"{label}={said.get(label, '0')}")
 
 
 def _grid_words(asked: Mapping[str, Any]) -> Iterator[str]:

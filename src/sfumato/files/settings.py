@@ -75,10 +75,16 @@ class PeftSettings:
 
 
 def header_settings(header: Header) -> PeftSettings:
-    """The settings in a file's `lora_adapter_metadata`, diffusers' JSON of one peft config a part."""
+    """The settings in a file's `lora_adapter_metadata`, diffusers' JSON of one peft config a part.
+
+    What `unet.save_lora_adapter` writes names no part, neither there nor in its tensors: it is of the U-Net.
+    """
     text = header.metadata.get("lora_adapter_metadata")
     source = f"{header.path.name}: lora_adapter_metadata"
-    return PeftSettings(source) if text is None else PeftSettings(source, checked(parse_object(text, source), source))
+    if text is None:
+        return PeftSettings(source)
+    values = checked(parse_object(text, source), source)
+    return PeftSettings(source, {key if "." in key else f"unet.{key}": value for key, value in values.items()})
 
 
 def parse_object(text: str, source: str) -> dict[str, Any]:

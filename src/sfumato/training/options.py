@@ -149,7 +149,8 @@ class BaseOptions:
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them all: less memory, more time."""
     clip_skip: int | None = None
-    """Take the text encoder's output this many layers before its last: 1 is what A1111 and sd-scripts call 2."""
+    """Take the text encoder's output this many layers before its last: 1 is what A1111 and sd-scripts call 2.
+    SDXL's own layer is 0 here."""
     vae: str | None = None
     """Another VAE: a hub id, a folder, or a single file."""
     prediction_type: Literal["epsilon", "v_prediction"] | None = None
