@@ -32,6 +32,8 @@ class Config:
     _: KW_ONLY
     base: str = "pocket"
     """The model to be taught: pocket, a diffusers folder, a checkpoint, a hub id; or a family: sd1, sd2, sdxl."""
+    prediction_type: Literal["epsilon", "v_prediction"] | None = None
+    """What the base predicts, where its file does not say: the models of SD 2.x have two sizes by it."""
     resolution: int | None = None
     """Side in pixels of a square picture. Unset: the base's own."""
     batch: int = 1
@@ -65,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
     _refuse(config)
     report = check(
         config.images,
-        needs_of(config.base),
+        needs_of(config.base, config.prediction_type),
         resolution=config.resolution,
         batch=config.batch,
         caption_template=config.caption,

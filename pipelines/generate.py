@@ -471,10 +471,11 @@ def _start(config: Config) -> Start | None:
     if config.image is None:
         return None
     from sfumato.data import open_image
+    from sfumato.data.images import open_mask
     from sfumato.drawing.pictures import Start
 
     strength = Start.strength if config.strength is None else config.strength
-    mask = None if config.mask is None else open_image(config.mask, any_ratio=True)
+    mask = None if config.mask is None else open_mask(config.mask, any_ratio=True)
     return Start(open_image(config.image, any_ratio=True), strength, mask)
 
 

@@ -31,6 +31,8 @@ class Config:
     sdxl for the family's usual shapes, where there is no model yet."""
     vae: str | None = None
     """Another VAE: a hub id, a folder, or a single file."""
+    prediction_type: Literal["epsilon", "v_prediction"] | None = None
+    """What the base predicts, where its file does not say."""
     resolution: int | None = None
     """Side in pixels of a square picture; others keep about as many pixels. Unset: the base's own."""
     batch: int = 1
@@ -69,8 +71,10 @@ def rows_of(base: Base, setting: Setting) -> Iterator[tuple[str, list[float]]]:
         alike = replace(way, options="", fused=False, optimizer="adamw")
         steps = (of_step(alike, checkpointing) for checkpointing in (False, True))
         yield way.options, [step.total(way, setting.device) / GIB for step in steps]
-    yield "encoding a picture, before the first step", [forecast.of_encoding(base, setting) / GIB]
-    yield "drawing a picture, as for samples", [forecast.of_drawing(base, setting) / GIB]
+    yield "encoding pictures, before the first step", [forecast.of_encoding(base, setting) / GIB]
+    yield "drawing a picture", [forecast.of_drawing(base, setting) / GIB]
+    if (count := forecast.samples_at_once(base, setting)) > 1:
+        yield f"drawing samples of a training, {count} at once", [forecast.of_drawing(base, setting, count) / GIB]
 
 
 def main(argv: Sequence[str]) -> int:
@@ -82,7 +86,7 @@ def main(argv: Sequence[str]) -> int:
     from sfumato.precision import NAMES, imagined
 
     precision = imagined(config.precision, config.device)
-    base = forecast.shapes_of(config.base, config.device, config.vae)
+    base = forecast.shapes_of(config.base, config.device, config.vae, config.prediction_type)
     side = square_side(base, config.resolution or base.resolution)
     rank, computed = config.rank or base.defaults.rank, NAMES[precision.compute]
     setting = forecast.Setting(config.device, precision, side, config.batch, rank, config.conv_rank)

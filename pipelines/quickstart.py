@@ -62,6 +62,8 @@ class Config:
     """Pictures of the subject, with captions that call it "sks flamingo"."""
     base: str = "pocket"
     """The model that learns."""
+    prediction_type: Literal["epsilon", "v_prediction"] | None = None
+    """What the base predicts, where its file does not say."""
     seed: int = 7
     """Everything random is a function of it."""
     steps: int | None = None
@@ -88,7 +90,7 @@ def quickstart(config: Config) -> Path:
     for what, file in {"sheet": path, **sheet.files}.items():
         print(f"  {what:<8}{file}")
     print("\nTry next:\n")
-    for command in next_commands(sheet.files["style"], sheet.files["subject"], config.base):
+    for command in next_commands(sheet.files["style"], sheet.files["subject"], config):
         print(f"  {command}")
     return path
 
@@ -120,7 +122,8 @@ def learn(config: Config, output: Path, threads: int) -> Sheet:
     if not is_pocket(config):
         from sfumato.bases.loading import base_at_rest
 
-        base_at_rest(config.base, precision=precision)  # what is wrong with it is told once, before a training's lines
+        # What is wrong with it is told once, before a training's lines.
+        base_at_rest(config.base, precision=precision, prediction_type=config.prediction_type)
     sheet = Sheet(config, {name: output / name / f"{name}.safetensors" for name in commands})
     # Of a larger base two at once may be more than the memory holds.
     at_once = is_pocket(config) and precision.device.type == "cpu" and threads > 1
@@ -143,7 +146,7 @@ def command(config: Config, name: str, images: Path, output: Path, *options: str
     """The words of the training of "style" or "subject" after `sfumato`."""
     recipe = cli.source("sfumato.trainers.lora").parent / "configs" / f"lora-{name}.toml"
     words = ["train", "lora", shown(recipe), "--images", str(images), "--output", str(output / name), *options]
-    words += ["--base", config.base, "--seed", str(config.seed), "--precision", config.precision]
+    words += [*base_words(config), "--seed", str(config.seed), "--precision", config.precision]
     words += ["--sample-every", str(SAMPLE_EVERY)]
     for prompt in SAMPLE_PROMPTS[name]:
         words += ["--sample-prompts", prompt]
@@ -151,6 +154,12 @@ def command(config: Config, name: str, images: Path, output: Path, *options: str
         words += ["--batch", str(SUBJECT_BATCH)]
     steps = STYLE_STEPS if is_pocket(config) and name == "style" and config.steps is None else config.steps
     return words if steps is None else [*words, "--steps", str(steps)]
+
+
+def base_words(config: Config) -> list[str]:
+    """The options that name the base."""
+    kind = config.prediction_type
+    return ["--base", config.base, *(["--prediction-type", kind] if kind else [])]
 
 
 def is_pocket(config: Config) -> bool:
@@ -198,7 +207,11 @@ class Sheet:
 
         torch.set_num_threads(threads)
         seeds = [self._config.seed + place for place in range(len(PROMPTS))]
-        base: Base = load_base(self._config.base, precision=decide(self._config.precision))
+        base: Base = load_base(
+            self._config.base,
+            precision=decide(self._config.precision),
+            prediction_type=self._config.prediction_type,
+        )
         with compose(base, *(Adapter(self.files[name], name=name) for name in names)) as mix:
             for label, weights in ROWS.items():
                 if label in self._rows or any(weights[name] for name in weights.keys() - names):
@@ -220,10 +233,10 @@ class Sheet:
             sheet.save(temporary)
 
 
-def next_commands(style: Path, subject: Path, base: str) -> list[str]:
+def next_commands(style: Path, subject: Path, config: Config) -> list[str]:
     """Three commands that work as they stand, also where no environment is active: sfumato as it was called."""
     a, b = shlex.quote(str(style)), shlex.quote(str(subject))
-    on = "" if base == "pocket" else f"--base {shlex.quote(base)} "
+    on = "" if is_pocket(config) else f"{shlex.join(base_words(config))} "
     by_path = Path(sys.argv[0]).name == "sfumato" and shutil.which("sfumato") is None
     program = shlex.quote(sys.argv[0]) if by_path else "sfumato"
     return [

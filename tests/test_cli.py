@@ -163,27 +163,28 @@ def test_the_commands_that_quickstart_names_hold_folders_with_spaces():
     import shlex
     from pathlib import Path
 
-    from sfumato.pipelines.quickstart import next_commands
+    from sfumato.pipelines.quickstart import Config, next_commands
 
     a, b = Path("my runs/style.safetensors"), Path("my runs/subject.safetensors")
-    first, second, third = map(shlex.split, next_commands(a, b, "pocket"))
+    first, second, third = map(shlex.split, next_commands(a, b, Config()))
     assert first[3:7] == ["--lora", str(a), "--lora", str(b)]
     assert str(a) in second
     assert third == ["sfumato", "inspect", str(a)]
-    for words in map(shlex.split, next_commands(a, b, "my base")[:2]):  # else they would draw with pocket
-        assert words[words.index("--base") + 1] == "my base"
+    other = Config(base="my base", prediction_type="epsilon")  # without which they would draw with pocket
+    for words in map(shlex.split, next_commands(a, b, other)[:2]):
+        assert words[words.index("--base") + 1 :][:3] == ["my base", "--prediction-type", "epsilon"]
 
 
 def test_the_commands_that_quickstart_names_run_where_no_environment_is_active(monkeypatch):
     import shlex
     from pathlib import Path
 
-    from sfumato.pipelines.quickstart import next_commands
+    from sfumato.pipelines.quickstart import Config, next_commands
 
     monkeypatch.setattr("sys.argv", ["my clone/.venv/bin/sfumato", "quickstart"])
     for where, called in (("/nowhere", "my clone/.venv/bin/sfumato"), (None, "sfumato")):
         monkeypatch.setattr("shutil.which", lambda name, where=where: None if where else "/bin/sfumato")
-        assert {shlex.split(line)[0] for line in next_commands(Path("a"), Path("b"), "pocket")} == {called}
+        assert {shlex.split(line)[0] for line in next_commands(Path("a"), Path("b"), Config())} == {called}
 
 
 @pytest.mark.parametrize(

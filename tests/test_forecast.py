@@ -7,7 +7,7 @@ import pytest
 
 from sfumato import cli, forecast, load_base
 from sfumato.adapters import attach, hosts
-from sfumato.forecast import WAYS, Setting, Way, of_drawing, of_encoding, of_step, shapes_of
+from sfumato.forecast import BESIDE, WAYS, Setting, Way, of_drawing, of_encoding, of_step, samples_at_once, shapes_of
 from sfumato.precision import decide, imagined
 from sfumato.precision.lean import keep_less
 from sfumato.training.full import parts_of
@@ -92,7 +92,9 @@ def test_ways_of_every_family(family, device, family_folder):
         lean = of_step(base, way, replace(setting, checkpointing=True))
         assert 0 < lean.fused < one.fused < two.fused
         assert one.weights == two.weights
-    assert of_encoding(base, setting) < of_drawing(base, setting)
+    four, one = (of_encoding(base, replace(setting, side=side)) - BESIDE[device] for side in (512, 1024))
+    assert 0.5 * one < four  # at once
+    assert of_drawing(base, setting) < of_drawing(base, setting, samples_at_once(base, setting))
     assert state_of(base) == before
 
 
@@ -130,7 +132,8 @@ def test_the_table_as_json(pocket_folder, monkeypatch, capsys):
     assert cli.main(["memory", "--base", str(pocket_folder), "--device", "cpu", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)["gib"]
     assert next(iter(told)) == "textual_inversion"
-    assert [len(row) for row in told.values()] == [2, 1, 1]
+    assert [len(row) for row in told.values()] == [2, 1, 1, 1]
+    assert list(told)[-1] == "drawing samples of a training, 4 at once"
 
 
 @pytest.mark.parametrize(

@@ -211,6 +211,36 @@ def test_a_checkpoint_goes_on_where_there_is_another_device(inputs, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_checkpoint_of_bf16_goes_on_in_fp16(inputs, tmp_path):
+    """As on a rented machine, which is another each day: there the loss is scaled, here it was not."""
+    with gpu(major=8):
+        learn("lora", inputs, tmp_path / "run", "--device", "auto", "--precision", "auto", "--checkpoint-every", "2")
+    shutil.rmtree(tmp_path / "run/checkpoints/000003")
+    (tmp_path / "run/out.safetensors").unlink()
+    with gpu(major=7):
+        assert cli.main(["resume", str(tmp_path / "run")]) == 0
+    assert results(tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["textual_inversion", "--placeholder", "<x>"],
+        ["lora", "--train-words", "<x>", "--words-first", "1", "--rank", "1"],
+    ],
+)
+def test_in_fp16_a_first_step_without_any_caption_learns_nothing_and_goes_on(words, inputs, tmp_path):
+    """SDXL has zeros for dropped captions, so that no gradient reaches the words and nothing is scaled."""
+    tiny_pipeline("sdxl", shallow=True).save_pretrained(tmp_path / "sdxl")
+    options = ["--base", str(tmp_path / "sdxl"), "--images", inputs["lora"][inputs["lora"].index("--images") + 1]]
+    options += ["--output", str(tmp_path / "run"), "--caption", "a <x>", "--caption-dropout", "1", "--batch", "1"]
+    options += ["--steps", "2", "--sample-every", "0", "--measure-every", "0", "--device", "auto"]
+    with gpu(major=7):
+        assert cli.main(["train", *words, *options]) == 0
+
+
+@pytest.mark.slow
 def test_a_folder_has_the_bases_very_vae_whatever_it_was_computed_in(inputs, tmp_path):
     base = Path(inputs["dreambooth"][inputs["dreambooth"].index("--base") + 1])
     with gpu():

@@ -223,8 +223,9 @@ def train(config: Config) -> Path:
                     of_prior = errors[count:].sum() / global_batch
                     part = part + config.prior_weight * of_prior
                     prior_loss += of_prior.detach()
-            if part.requires_grad:  # not where words learn alone and SDXL has zeros for all of the batch's captions
-                scaler.scale(part).backward()
+            scaled = scaler.scale(part)  # in any case: the first makes the scale
+            if scaled.requires_grad:  # not where words learn alone and SDXL has zeros for all of the batch's captions
+                scaled.backward()
             loss += part.detach()
         if words:
             words.settle_gradients()
@@ -284,6 +285,11 @@ def check_words(config: Config) -> None:
     check_stands_for(config.stands_for)
     if config.bundle and (dotted := [word for word in config.train_words if "." in word]):
         raise ConfigError(f"--bundle: {dotted[0]} has a dot, with which it cannot be bundled; spell it without.")
+    if config.words_first and config.optimizer == "prodigy":
+        raise ConfigError(
+            "--words-first with --optimizer prodigy: it finds one step for all, and would give the words' to the LoRA. "
+            "Take adamw, or leave --words-first out."
+        )
     if config.words_first < 0 or (config.steps is not None and config.words_first >= config.steps):
         raise ConfigError(f"--words-first {config.words_first}: wanted 0, or fewer than the {config.steps} steps.")
 

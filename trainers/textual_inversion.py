@@ -172,8 +172,9 @@ def train(config: Config) -> Path:
             with precision.autocast():
                 errors = errors_of(base, [noised], encode=True, min_snr=config.min_snr)
                 part = errors.sum() / global_batch
-            if part.requires_grad:  # not where all captions of the batch were dropped and SDXL has zeros for them
-                scaler.scale(part).backward()
+            scaled = scaler.scale(part)  # in any case: the first makes the scale
+            if scaled.requires_grad:  # not where all captions of the batch were dropped and SDXL has zeros for them
+                scaled.backward()
             loss += part.detach()
         words.settle_gradients()
         # Before unscaling, so that all processes find the same overflow and skip the same steps.

@@ -23,6 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sfumato.adapters import attach, hosts
 from sfumato.bases.loading import base_at_rest, family_at_rest
+from sfumato.data.latents import encoded_at_once
+from sfumato.drawing.pictures import drawn_at_once
 from sfumato.errors import ConfigError
 from sfumato.precision import decide, products
 from sfumato.precision.lean import keep_less
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
 BESIDE = {"cpu": 0.85 * 2**30, "gpu": 0.75 * 2**30}
 """Bytes besides tensors: on a CPU the libraries and what the allocator keeps, as bench/forecast.py found it; a GPU's
 context and scratch space are put at this, and were never measured."""
+PICTURES, SAMPLES = 16, 4
+"""Pictures of a data set and samples of a training, of which no more are encoded or drawn at once."""
 PUBLISHED = ("sd1", "sd2", "sdxl")
 """Families whose configs travel with the package."""
 
@@ -87,7 +91,9 @@ class Setting:
     checkpointing: bool = False
 
 
-def shapes_of(source: str | os.PathLike[str], device: str, vae: str | None = None) -> Base:
+def shapes_of(
+    source: str | os.PathLike[str], device: str, vae: str | None = None, prediction_type: str | None = None
+) -> Base:
     """The base at rest, its U-Net as trainers on this device have it. Raises as `load_base`.
 
     source: as of `load_base`, or the name of a family for its published shapes, of which no file need be there.
@@ -97,9 +103,9 @@ def shapes_of(source: str | os.PathLike[str], device: str, vae: str | None = Non
             raise ConfigError(
                 f"--vae {vae}: --base {source} names no model, only its family's shapes; leave --vae out."
             )
-        base = family_at_rest(str(source))
+        base = family_at_rest(str(source), prediction_type)
     else:
-        base = base_at_rest(source, precision=decide("fp32", device="cpu"), vae=vae)
+        base = base_at_rest(source, precision=decide("fp32", device="cpu"), vae=vae, prediction_type=prediction_type)
     if device == "cpu":
         products.quicken(base.unet)
         keep_less(base.unet)
@@ -156,24 +162,29 @@ def of_step(base: Base, way: Way, setting: Setting) -> Step:
 
 
 def of_encoding(base: Base, setting: Setting) -> int:
-    """Bytes at the peak of encoding one picture, before the first step: the VAE and the text encoders are there."""
-    precision = setting.precision
+    """Bytes at the peak of encoding pictures, before the first step: the VAE and the text encoders are there."""
+    precision, count = setting.precision, min(PICTURES, encoded_at_once(setting.side, setting.side))
     with _all([base.vae], precision.vae), _all(base.text_encoders, precision.storage):
         weights = _bytes_of(base.vae, *base.text_encoders)
         with torch.no_grad(), _Alive(base.vae) as alive:
-            base.vae.encode(_zeros(1, 3, setting.side, setting.side, dtype=precision.vae))
+            base.vae.encode(_zeros(count, 3, setting.side, setting.side, dtype=precision.vae))
     return int(weights + alive.peak + BESIDE[setting.device])
 
 
-def of_drawing(base: Base, setting: Setting) -> int:
-    """Bytes at the peak of drawing one picture with guidance, all parts of the base being there."""
+def samples_at_once(base: Base, setting: Setting) -> int:
+    """How many of a training's samples are drawn at once."""
+    return min(SAMPLES, drawn_at_once((setting.side // base.vae_factor) ** 2))
+
+
+def of_drawing(base: Base, setting: Setting, count: int = 1) -> int:
+    """Bytes at the peak of drawing `count` pictures at once with guidance, all parts of the base being there."""
     precision = setting.precision
     with _all([base.unet, *base.text_encoders], precision.storage), _all([base.vae], precision.vae):
         weights = _bytes_of(base.unet, base.vae, *base.text_encoders)
         with torch.no_grad(), _Alive(base.unet) as drawn, precision.autocast():
-            _predict(base, setting, 2, _text(base, setting, 2))
+            _predict(base, setting, 2 * count, _text(base, setting, 2 * count))
         with torch.no_grad(), _Alive(base.vae) as decoded:
-            base.vae.decode(_latents(base, setting, 1).to(precision.vae))
+            base.vae.decode(_latents(base, setting, count).to(precision.vae))
     return int(weights + max(drawn.peak, decoded.peak) + BESIDE[setting.device])
 
 

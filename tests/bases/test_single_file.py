@@ -15,9 +15,11 @@ from sfumato.bases.names import clip_name, open_clip_name, unet_name, vae_name
 from sfumato.bases.single_file import shipped, text_config, unet_config, vae_config
 from sfumato.bases.vocabulary import clip_tokenizer
 from sfumato.bases.weights import text_skeleton, unet_skeleton, vae_skeleton
+from sfumato.data.needs import needs_of
 from sfumato.errors import BaseModelError
 from sfumato.files.family import FAMILIES as LABELS
 from sfumato.files.header import Header, TensorInfo
+from sfumato.forecast import shapes_of
 from tests.tiny import CPU, tiny_pipeline, write_single_file
 
 FAMILY_NAMES = ["sd1", "sd2", "sdxl"]
@@ -127,6 +129,15 @@ def test_sd2_alone_cannot_say_what_it_predicts(sd2):
         load(sd2.file, unet=False)
     assert load(sd2.file, unet=False, prediction_type="epsilon").resolution == 512
     assert load(sd2.file, unet=False, prediction_type="v_prediction").resolution == 768
+
+
+@pytest.mark.parametrize(("kind", "side"), [("epsilon", 512), ("v_prediction", 768)])
+def test_what_is_told_of_sd2_before_it_is_loaded_is_of_its_kind(kind, side, sd2):
+    for named in (str(sd2.file), "sd2"):
+        assert needs_of(named, kind).resolution == side
+        assert shapes_of(named, "cpu", prediction_type=kind).resolution == side
+    with pytest.raises(BaseModelError, match="--prediction-type epsilon"):
+        needs_of(str(sd2.file))
 
 
 @pytest.mark.parametrize(

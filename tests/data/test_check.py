@@ -187,6 +187,15 @@ def test_masks_are_missed_only_where_a_source_has_them(two_folders):
     assert found(check(two_folders, needs_of("pocket")), "mask missing") == ["a/01.png"]
 
 
+def test_pictures_without_the_alpha_that_was_to_mask_them_are_told(tmp_path):
+    for name in "ab":
+        noise_picture().convert("RGBA" if name == "a" else "RGB").save(tmp_path / f"{name}.png")
+    Image.new("RGBA", (64, 64), (255, 0, 0, 128)).save(tmp_path / "c.png")
+    report = check(tmp_path, needs_of("pocket"), caption_template="x", mask="alpha")
+    assert found(report, "mask missing") == ["a.png", "b.png"]
+    assert not any(line.kind == "note" for line in report.lines)
+
+
 def test_files_are_told_apart_wherever_their_folders_are_named_from(two_folders, monkeypatch):
     monkeypatch.chdir(two_folders.parent)
     text = two_folders.read_text().replace('"dogs/b"', f'"{two_folders.parent}/dogs/b"')
@@ -300,6 +309,16 @@ def test_a_folder_tells_the_same_as_the_loaded_base(pocket_folder):
     assert needs.token_limit == base.token_limit
     caption = "a red cat " * 40
     assert needs.cut_off(caption) == base.cut_off(caption) != ""
+
+
+def test_a_folder_comes_before_a_family_and_a_home_is_expanded(pocket_folder, tmp_path, monkeypatch):
+    """As the trainers find a base."""
+    shutil.copytree(pocket_folder, tmp_path / "sd1")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    assert needs_of("sd1").resolution == needs_of("~/sd1").resolution == needs_of(str(pocket_folder)).resolution
+    assert (needs_of("sd1").name, needs_of("~/sd1").name) == ("sd1", "sd1")
 
 
 def test_a_base_whose_size_is_two_numbers_has_its_family_s_resolution(pocket_folder, tmp_path):

@@ -208,6 +208,24 @@ def test_what_is_transparent_can_be_the_mask(tmp_path, base):
     assert batch.mask[0, 0, :, 0].tolist() == [1.0] * 8 + [0.0] * 8
 
 
+def test_what_was_to_be_masked_and_is_opaque_is_told(tmp_path, base):
+    for name, mode in (("a", "RGB"), ("b", "RGB"), ("c", "RGBA")):
+        Image.new(mode, (64, 64), (255, 0, 0) if mode == "RGB" else (255, 0, 0, 128)).save(tmp_path / f"{name}.png")
+    examples = [Example(tmp_path / f"{name}.png", "x", alpha_mask=True) for name in "abc"]
+    said = "2 pictures have no transparent part, learned whole: a.png, b.png"
+    for _ in range(2):  # the second time of what is in the cache
+        assert said in prepare(examples, base, resolution=64, cache=tmp_path / "cache").notes
+
+
+def test_a_mask_of_a_file_counts_where_it_is_not_transparent(tmp_path, base):
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    mask = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
+    mask.paste((255, 255, 255, 255), (0, 0, 64, 32))
+    mask.save(tmp_path / "m.png")
+    batch = prepare([Example(tmp_path / "a.png", "x", mask=tmp_path / "m.png")], base, resolution=64).batch(0, 0, 1)
+    assert batch.mask[0, 0, :, 0].tolist() == [1.0] * 8 + [0.0] * 8
+
+
 def test_without_masks_there_is_none(pictures, base):
     assert prepare(read(pictures), base, resolution=64).batch(0, 0, 2).mask is None
 

@@ -12,7 +12,7 @@ from PIL import Image, ImageCms, ImageFile
 from PIL.PngImagePlugin import PngInfo
 
 import sfumato.data
-from sfumato.data.images import open_image, open_picture, read_size, upright_size
+from sfumato.data.images import open_image, open_mask, open_picture, read_size, upright_size
 from sfumato.errors import DataError
 
 
@@ -88,6 +88,18 @@ def test_what_is_transparent_is_white_whatever_hides_beneath(tmp_path, mode):
     assert picture.image.getpixel((7, 7)) == (255, 255, 255)
     assert picture.alpha.getpixel((0, 0)) == 255
     assert picture.alpha.getpixel((7, 7)) == 0
+
+
+def test_a_mask_counts_where_it_is_white_and_not_transparent(tmp_path):
+    """As background removers write it; on white, as a picture is, all of it would count."""
+    image = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    image.paste((255, 255, 255, 255), (0, 0, 4, 8))
+    image.paste((0, 0, 0, 255), (0, 0, 4, 2))
+    image.save(tmp_path / "a.png")
+    image.convert("RGB").save(tmp_path / "b.png")
+    for name in "ab":
+        mask = open_mask(tmp_path / f"{name}.png")
+        assert [mask.getpixel(place) for place in ((0, 0), (0, 7), (7, 7))] == [0, 255, 0]
 
 
 def test_an_opaque_picture_has_no_alpha(tmp_path):

@@ -72,6 +72,22 @@ def test_the_fit_knows_no_weights(base, tmp_path, pictures):
     assert fits[0] == fits[1]
 
 
+def test_no_more_is_measured_at_once_than_is_drawn_at_once(base, pictures, monkeypatch):
+    dataset = data.prepare(data.read_folder(pictures, caption_template="{caption}"), base, resolution=64)
+    found, rows, predict = [], [], type(base).predict
+    monkeypatch.setattr(type(base), "predict", lambda self, x, *rest: rows.append(len(x)) or predict(self, x, *rest))
+    size = dataset.batch(0, 0, 1).latents[0, 0].numel()
+    for limit in (100 * size, 3 * size):
+        monkeypatch.setattr("sfumato.drawing.pictures.LATENTS_AT_ONCE", limit)
+        measures = Measures(base, dataset, {"drift": ["a crab", "an owl"]})
+        with torch.no_grad():
+            measures._before["drift"] *= 0.5
+        found.append(measures.values())
+    assert_close(found[0], found[1], rtol=1e-5, atol=0)
+    assert found[0]["drift"] == pytest.approx(1, rel=1e-5)
+    assert rows == [len(dataset)] * 3 + [3, len(dataset) - 3] * 3
+
+
 def test_a_pictures_weight_multiplies_its_error(base, batch):
     noise, timesteps = draw_noise(batch, 0, 0, 0), torch.tensor([10, 300, 600, 900])
     weighted = dataclasses.replace(batch, weights=torch.tensor([1.0, 2.0, 0.0, 0.5]))

@@ -72,7 +72,8 @@ class Base:
 
     name: what may be shown to others: `pocket`, a hub id, or the last part of a path.
     alpha_bar: (T,) fp32, the cumulative product of 1 - beta; the last is 0 where the base has zero terminal SNR.
-    clip_skip: layers of the text encoder skipped from its end, as diffusers counts (A1111's "Clip skip: 2" is 1 here, of SDXL 0).
+    clip_skip: layers of the text encoder skipped from its end, as diffusers counts: A1111's "Clip skip: 2" is 1 here,
+        and of SDXL 0.
     resting: which parts have given their memory back; the methods below wake what they use.
     """
 

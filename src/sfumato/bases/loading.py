@@ -17,7 +17,7 @@ from sfumato.bases import single_file
 from sfumato.bases.base import Base
 from sfumato.bases.family import FAMILIES, Family, recognise
 from sfumato.bases.hub import HUB_ID, hub_folder, hub_vae
-from sfumato.bases.recognise import family_of_names
+from sfumato.bases.recognise import SD2_EPSILON_SIZE, family_of_names
 from sfumato.bases.resting import Resting
 from sfumato.bases.vocabulary import clip_tokenizer
 from sfumato.bases.weights import Shell, text_skeleton, unet_skeleton, vae_skeleton
@@ -58,10 +58,11 @@ def load_base(
     """The base of this name, frozen and placed on the precision's device; precision: `decide("auto")` if unset.
 
     source: `pocket`, a diffusers folder, a hub id, or a .safetensors checkpoint of SD 1.x, SD 2.x or SDXL (read without
-    a network). clip_skip: layers of the text encoder to skip from its end, as diffusers counts (A1111's 2 is 1, of SDXL 0).
-    vae: a folder, hub id or file whose VAE replaces the base's. prediction_type: `epsilon` or `v_prediction`, where the
-    base does not say it or says it wrongly. family: a name from `FAMILIES`, where it would be recognised wrongly.
-    unet: whether the U-Net's weights are read now; without, `base.unet` only knows its config until it is needed.
+    a network). clip_skip: layers of the text encoder to skip from its end, as diffusers counts (A1111's 2 is 1, of
+    SDXL 0). vae: a folder, hub id or file whose VAE replaces the base's. prediction_type: `epsilon` or `v_prediction`,
+    where the base does not say it or says it wrongly. family: a name from `FAMILIES`, where it would be recognised
+    wrongly. unet: whether the U-Net's weights are read now; without, `base.unet` only knows its config until it is
+    needed.
 
     Raises BaseModelError, or FileError for a broken file: one line.
     """
@@ -117,14 +118,20 @@ def base_at_rest(
     )
 
 
-def family_at_rest(name: str) -> Base:
-    """A base of the family's published shapes, of which nothing is there: to count by, it cannot be woken."""
+def family_at_rest(name: str, prediction_type: str | None = None) -> Base:
+    """A base of the family's published shapes, of which nothing is there: to count by, it cannot be woken.
+
+    prediction_type: tells the two sizes of SD 2.x apart.
+    """
     family, config = FAMILIES[name], single_file.shipped(name, "scheduler/scheduler_config.json")
     texts = [
         text_skeleton(each.class_name, single_file.shipped(name, f"{each.folder}/config.json"))
         for each in family.encoders
     ]
-    unet = unet_skeleton(single_file.shipped(name, "unet/config.json"))
+    shape = single_file.shipped(name, "unet/config.json")
+    if name == "sd2" and prediction_type == "epsilon":
+        shape["sample_size"] = SD2_EPSILON_SIZE
+    unet = unet_skeleton(shape)
     vae = vae_skeleton(single_file.shipped(name, "vae/config.json"))
     for model in (unet, vae, *texts):
         model.requires_grad_(False).eval()
@@ -196,7 +203,7 @@ def _from_file(
     scheduler = single_file.scheduler_config(family, header, prediction_type)
     config = single_file.unet_config(header, family)
     if family.name == "sd2" and scheduler["prediction_type"] == "epsilon":
-        config["sample_size"] = 64  # the epsilon models of SD 2 are those of 512 px
+        config["sample_size"] = SD2_EPSILON_SIZE
     text_encoders = [
         single_file.load_text_encoder(header, family, index, precision.dtype("text"))
         for index in range(len(family.encoders))

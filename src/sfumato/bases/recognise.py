@@ -67,6 +67,22 @@ def stated_prediction(header: Header) -> str:
     return next((kinds[each] for each in said if each in kinds), "")
 
 
+SD2_EPSILON_SIZE = 64
+"""Latents on a side of the models of SD 2.x that predict the noise, which are those of 512 px."""
+
+
+def predicted(header: Header, family: str, prediction_type: str | None) -> str:
+    """What a checkpoint of this family predicts: as the user says, or the file. Raises BaseModelError for one of SD 2.x
+    of which neither is known."""
+    found = prediction_type or stated_prediction(header)
+    if not found and family == "sd2":
+        raise BaseModelError(
+            f"{header.path.name}: SD 2.x comes in two kinds that no weight tells apart. Say --prediction-type epsilon "
+            "(the 512 px models, -base) or --prediction-type v_prediction (the 768 px ones)."
+        )
+    return found or "epsilon"
+
+
 def _has(names: set[str], prefix: str) -> bool:
     return any(name.startswith(prefix) for name in names)
 

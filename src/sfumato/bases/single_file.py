@@ -25,7 +25,7 @@ from sfumato.bases.recognise import (
     VAE,
     XL_CLIP,
     XL_OPEN_CLIP,
-    stated_prediction,
+    predicted,
 )
 from sfumato.bases.weights import Shell, Stored, text_skeleton, unet_skeleton, vae_skeleton
 from sfumato.errors import BaseModelError
@@ -51,14 +51,8 @@ def scheduler_config(family: Family, header: Header, prediction_type: str | None
 
     Files mark zero terminal SNR by a tensor `ztsnr`.
     """
-    file, config = header.path.name, shipped(family.name, "scheduler/scheduler_config.json")
-    prediction_type = prediction_type or stated_prediction(header)
-    if not prediction_type and family.name == "sd2":
-        raise BaseModelError(
-            f"{file}: SD 2.x comes in two kinds that no weight tells apart. Say --prediction-type epsilon (the 512 px "
-            "models, -base) or --prediction-type v_prediction (the 768 px ones)."
-        )
-    config["prediction_type"] = prediction_type or "epsilon"
+    config = shipped(family.name, "scheduler/scheduler_config.json")
+    config["prediction_type"] = predicted(header, family.name, prediction_type)
     if "ztsnr" in header.tensors:
         config["rescale_betas_zero_snr"] = True
         config["timestep_spacing"] = "trailing"  # the last timestep, pure noise, has to be the first that is drawn

@@ -24,7 +24,7 @@ from sfumato.files.header import read_header
 from sfumato.files.read import read_tensors
 from sfumato.files.save import raw_bytes, write_tensors
 
-FORMAT = 2
+FORMAT = 3
 """To be raised whenever what is computed here changes: cropping, resampling, what is stored."""
 _CHECKSUM = "sfumato.crc32"
 

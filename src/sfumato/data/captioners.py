@@ -94,7 +94,7 @@ _KINDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 
 def load_captioner(model: str, precision: Precision, wishes: Wishes) -> Captioner:
     """A captioner from a folder, or from a hub id in the cache or on the hub. Raises FileError and ConfigError."""
-    folder = Path(model) if Path(model).is_dir() else _from_hub(model)
+    folder = found if (found := Path(model).expanduser()).is_dir() else _from_hub(model)
     if (folder / "model.onnx").is_file():
         _refuse_unused(wishes, "a tagger")
         return _Tagger(folder, wishes)

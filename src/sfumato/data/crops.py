@@ -8,10 +8,12 @@ from PIL import Image
 
 from sfumato.data.buckets import Crop, Size, fit_crop, nearest_bucket
 from sfumato.data.folder import Example
-from sfumato.data.images import Picture, open_picture
+from sfumato.data.images import Picture, open_mask, open_picture
 from sfumato.data.options import CropMode
 from sfumato.errors import DataError
 
+OPAQUE = "nothing of it is transparent, so all of it is learned"
+"""The end of the note on a picture whose alpha was to be its mask."""
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
 
@@ -39,7 +41,8 @@ def crop_example(example: Example, sizes: list[Size], vae_factor: int, mode: Cro
         mask = None if mask is None else mask.resize(small, Image.Resampling.BOX, box=crop.box)
     if mask is not None and mask.getextrema() == (0, 0):
         raise DataError(f"{example.path.name}: its mask is black all over, so nothing is left to learn. Mend it.")
-    return Cropped(image, mask, crop, picture.notes)
+    opaque = [f"{example.path.name}: {OPAQUE}"] if example.alpha_mask and picture.alpha is None else []
+    return Cropped(image, mask, crop, (*picture.notes, *opaque))
 
 
 def _padded(image: Image.Image, crop: Crop) -> Image.Image:
@@ -66,7 +69,7 @@ def _padded_mask(mask: Image.Image | None, crop: Crop, small: Size) -> Image.Ima
 
 def _mask(example: Example, picture: Picture) -> Image.Image | None:
     if example.mask is not None:
-        mask = open_picture(example.mask).image.convert("L")
+        mask = open_mask(example.mask)
         width, height = mask.size
         if abs(width * picture.image.height - height * picture.image.width) > max(*mask.size, *picture.image.size):
             raise DataError(

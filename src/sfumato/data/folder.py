@@ -301,6 +301,12 @@ def _mask_notes(root: Path, examples: Sequence[Example], mask: MaskSource) -> It
         yield f"{found} no mask, learned whole: {', '.join(without[:3])}"
 
 
+def without_alpha(names: Sequence[str]) -> str:
+    """What to say of pictures whose alpha was to be their mask, and that have none."""
+    found = so_many(len(names), "picture has", "pictures have")
+    return f"{found} no transparent part, learned whole: {some(list(names), 4)}"
+
+
 def ignored_words(ignored: Sequence[Ignored]) -> str:
     """ ", 2 ignored: a (reason), b (reason)"; empty for none."""
     if not ignored:

@@ -16,7 +16,7 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageChops, ImageCms, ImageOps, UnidentifiedImageError
 
 from sfumato.errors import DataError
 
@@ -85,6 +85,14 @@ def open_picture(path: Path, *, any_ratio: bool = False) -> Picture:
         image.putalpha(alpha)
         white = Image.new("RGBA", image.size, "white")
         return Picture(Image.alpha_composite(white, image).convert("RGB"), alpha, notes)
+
+
+def open_mask(path: Path, *, any_ratio: bool = False) -> Image.Image:
+    """A mask, L, white where it counts; what is transparent counts as little as black. Raises as `open_picture`."""
+    with _decoding(path):
+        image, alpha, _ = _layers(path, any_ratio)
+        grey = image.convert("L")
+        return grey if alpha is None else ImageChops.multiply(grey, alpha)
 
 
 def open_transparent(path: Path) -> Image.Image:

@@ -99,7 +99,7 @@ def encode(
     deviations: list[list[Tensor]] = [[] for _ in cropped]
     done, count = 0, sum(map(len, jobs.values()))
     for (width, height), wanted in jobs.items():
-        most = max(1, _ENCODED_AT_A_TIME_PX // (width * height))
+        most = encoded_at_once(width, height)
         for start in range(0, len(wanted), most):
             chunk = wanted[start : start + most]
             views = [view(pixels[i], cropped[i].crop, position, mirrored) for i, position, mirrored in chunk]
@@ -119,6 +119,11 @@ def encode(
 def keep_pixels(cropped: Cropped) -> dict[str, Tensor]:
     """A crop's pixels over all positions and its mask, to be encoded in the loop."""
     return {"pixels": torch.from_numpy(to_array(cropped.image)), **mask_of(cropped)}
+
+
+def encoded_at_once(width: int, height: int) -> int:
+    """How many pictures of so many pixels the VAE encodes at once."""
+    return max(1, _ENCODED_AT_A_TIME_PX // (width * height))
 
 
 def check_finite(mean: Tensor, deviation: Tensor, names: Sequence[str]) -> None:

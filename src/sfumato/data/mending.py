@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import ExifTags
 
 from sfumato.data.checksums import check_files, write_sums
-from sfumato.data.images import as_stored, open_picture, open_transparent
+from sfumato.data.images import as_stored, open_mask, open_picture, open_transparent
 from sfumato.data.listing import REPEATS, Found
 from sfumato.data.source import Source
 from sfumato.errors import ConfigError, DataError
@@ -82,7 +82,7 @@ class _Copier:
     ) -> None:
         """taken: the copies so far, by their path without its ending, and by the ending."""
         check_files(found.files, found.sums)
-        mask = None if found.mask is None else open_picture(found.mask).image.convert("L")
+        mask = None if found.mask is None else open_mask(found.mask)
         why = _why_rewritten(found.path)
         # In a folder with repeats, or in the folder itself: what metadata.jsonl named further below moves up, since the
         # copy has captions beside its pictures and reads no other folders.

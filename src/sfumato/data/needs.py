@@ -11,8 +11,10 @@ from typing import Any
 
 import sfumato
 from sfumato.bases.family import FAMILIES, recognise
+from sfumato.bases.recognise import SD2_EPSILON_SIZE, family_of_names, predicted
 from sfumato.data.buckets import side_step
 from sfumato.errors import BaseModelError
+from sfumato.files.header import read_header
 
 _PACKAGE = Path(sfumato.__file__).parent
 
@@ -60,18 +62,26 @@ class Needs:
         return list(zip(self.tokenizer.convert_ids_to_tokens(ids), ids, strict=True))
 
 
-def needs_of(base: str) -> Needs:
-    """What `base` needs: pocket, sd1, sd2, sdxl, a diffusers folder, a checkpoint, or a hub id in the local cache.
+def needs_of(base: str, prediction_type: str | None = None) -> Needs:
+    """What `base` needs: pocket, a diffusers folder, a checkpoint, sd1, sd2, sdxl, or a hub id in the local cache.
 
-    Raises BaseModelError where its configs are not on this machine.
+    prediction_type: as of `load_base`; it tells the sizes of SD 2.x apart. Raises BaseModelError where the base's
+    configs are not on this machine, or its file does not say which of the two it is.
     """
-    folder = _folder(base)
+    path, family = Path(base).expanduser(), base
+    if base != "pocket" and path.is_file():
+        header = read_header(path)
+        family = family_of_names(header.tensors, path.name, needs_vae=False).name
+        prediction_type = predicted(header, family, prediction_type)
+    folder = path if base != "pocket" and path.is_dir() else _folder(family)
     unet, vae = _config(folder, "unet"), _config(folder, "vae")
+    if folder == _folder("sd2") and prediction_type == "epsilon":
+        unet |= {"sample_size": SD2_EPSILON_SIZE}
     text = _config(folder, "text_encoder")
     factor = 2 ** (_levels(vae, folder, "vae") - 1)
     size = unet.get("sample_size")
     return Needs(
-        Path(base).name if Path(base).exists() else base,
+        path.name if path.exists() else base,
         folder,
         factor,
         _levels(unet, folder, "unet"),
@@ -88,18 +98,10 @@ def _levels(config: Mapping[str, Any], folder: Path, part: str) -> int:
 
 
 def _folder(base: str) -> Path:
-    path = Path(base)
     if base == "pocket":
         return _PACKAGE / "pocket"
     if base in FAMILIES:
         return _PACKAGE / "bases" / "configs" / base
-    if path.is_dir():
-        return path
-    if path.is_file():
-        from sfumato.bases.recognise import family_of_names
-        from sfumato.files.header import read_header
-
-        return _folder(family_of_names(read_header(path).tensors, path.name, needs_vae=False).name)
     if (cached := _cached(base)) is not None:
         return cached
     raise BaseModelError(
@@ -118,7 +120,7 @@ def _cached(hub_id: str) -> Path | None:
     return Path(found).parents[1] if isinstance(found, str) else None
 
 
-def _config(folder: Path, part: str) -> Mapping[str, Any]:
+def _config(folder: Path, part: str) -> dict[str, Any]:
     try:
         config = json.loads((folder / part / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

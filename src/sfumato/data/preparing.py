@@ -25,9 +25,9 @@ from sfumato.data.cache import (
     weights_digest,
 )
 from sfumato.data.checksums import file_digest, refuse_changed
-from sfumato.data.crops import Cropped, crop_example
+from sfumato.data.crops import OPAQUE, Cropped, crop_example
 from sfumato.data.dataset import Dataset, crops_move
-from sfumato.data.folder import Example, Folder, labelled, labels_of, refuse_bad, without_trigger
+from sfumato.data.folder import Example, Folder, labelled, labels_of, refuse_bad, without_alpha, without_trigger
 from sfumato.data.images import upright_size
 from sfumato.data.latents import Item, encode, keep_pixels
 from sfumato.data.listing import some
@@ -333,7 +333,10 @@ def _embed(
 def _notes(gathered: _Gathered, plan: _Plan, store: Cache | None, base: Base) -> Iterator[str]:
     """What the person should know of the pictures and captions."""
     items = gathered.items
-    yield from gathered.notes
+    opaque = [note.removesuffix(f": {OPAQUE}") for note in gathered.notes if note.endswith(OPAQUE)]
+    yield from (note for note in gathered.notes if not note.endswith(OPAQUE))
+    if opaque:
+        yield without_alpha(opaque)
     yield from (f"left out: {reason}" for reason in gathered.bad)
     yield from _crop_notes(items)
     yield from _kept_notes(plan.in_loop, store, gathered.nbytes)

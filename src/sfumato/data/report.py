@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sfumato.data.buckets import Size, checked_sizes
+from sfumato.data.crops import OPAQUE
 from sfumato.data.duplicates import duplicates
 from sfumato.data.folder import (
     PLACEHOLDER,
@@ -25,6 +26,7 @@ from sfumato.data.folder import (
     no_pictures,
     no_subject,
     unused_trigger,
+    without_alpha,
     without_trigger,
 )
 from sfumato.data.listing import Found, Ignored, Listing, some
@@ -272,12 +274,15 @@ def _masks(report: Report, sources: Sequence[Source]) -> Iterator[Line]:
             yield Line("no masks", str(no_masks(path)), stops=True)
         elif without:
             yield Line("mask missing", f"{_count(without)} no mask, learned whole: {some(without, 4)}", tuple(without))
+    looks = zip(report.looks, report.labels, strict=True)
+    if opaque := [label for look, label in looks if any(note.endswith(OPAQUE) for note in look.notes)]:
+        yield Line("mask missing", without_alpha(opaque), tuple(opaque))
 
 
 def _flaws(report: Report) -> Iterator[Line]:
     good = [(look, look.crop, label) for look, label in zip(report.looks, report.labels, strict=True) if look.crop]
     for look, _, label in good:
-        for note in look.notes:
+        for note in (note for note in look.notes if not note.endswith(OPAQUE)):
             yield Line("note", labelled(note, look.path, label), (label,))
     small = {
         label: f"{label} ({crop.original[0]} x {crop.original[1]} px, x {crop.scale:.1f})"

@@ -22,10 +22,24 @@ from sfumato.prompts.negative import negative_for
 from sfumato.prompts.syntax import Syntax
 from sfumato.prompts.tags import refuse_tags
 
-__all__ = ["LATENTS_AT_ONCE", "Start", "check_steps", "check_strength", "draw", "draw_against", "draw_each"]
+__all__ = [
+    "LATENTS_AT_ONCE",
+    "Start",
+    "check_steps",
+    "check_strength",
+    "draw",
+    "draw_against",
+    "draw_each",
+    "drawn_at_once",
+]
 
 LATENTS_AT_ONCE = 16_384
 """Latent pixels in one batch: 64 pictures of 64 px on pocket, 4 of 512 px on SD 1.x, 1 of 1024 px on SDXL."""
+
+
+def drawn_at_once(latents: int) -> int:
+    """How many pictures of so many latent pixels are drawn at once."""
+    return max(1, LATENTS_AT_ONCE // latents)
 
 
 def draw(source: Any, prompts: str | Sequence[str], seeds: int | Sequence[int], **settings: Any) -> list[Image.Image]:
@@ -89,7 +103,7 @@ def draw_each(
     options = {"num_inference_steps": steps, "guidance_scale": guidance, "width": width, "height": height}
     given = {name: value for name, value in options.items() if value is not None}
     if batch is None:
-        batch = max(1, LATENTS_AT_ONCE // (width * height // pipe.vae_scale_factor**2))
+        batch = drawn_at_once(width * height // pipe.vae_scale_factor**2)
     elif batch < 1:
         raise ConfigError(f"batch {batch}: wanted at least 1 picture at once.")
     if guidance is not None:

@@ -44,7 +44,12 @@ class Kept:
 
 
 def _load(part: Any, state: Any) -> None:
-    """Give a part its state; an optimizer keeps the weight decay it was built with, which --force may have changed."""
+    """Give a part its state; an optimizer keeps the weight decay it was built with, which --force may have changed.
+
+    A gradient scaler takes none from where nothing was scaled, in bf16 or fp32, and finds its scale anew.
+    """
+    if isinstance(part, torch.amp.GradScaler) and not state:
+        return
     if not isinstance(part, torch.optim.Optimizer):
         part.load_state_dict(state)
         return

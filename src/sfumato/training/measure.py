@@ -11,18 +11,20 @@ import dataclasses
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from sfumato import randomness
+from sfumato.drawing.pictures import drawn_at_once
 from sfumato.runs.samples import evaluating
 from sfumato.training.objective import denoising_errors, predict
 
 if TYPE_CHECKING:
     from sfumato.bases import Base
-    from sfumato.data import Dataset
+    from sfumato.data import Batch, Dataset
 
 _SEED = 0
 _MOST = 16
@@ -48,13 +50,19 @@ class Measures:
         modules: Sequence[nn.Module] = (),
     ):
         self._base, self._modules, self._within = base, list(modules), within
-        self._batch = data.batch(_SEED, 0, min(_MOST, len(data)), augment=False, embed_text=False)
-        count = len(self._batch)
-        shape = tuple(self._batch.latents.shape[1:])
-        noise = torch.stack([randomness.normal(shape, _SEED, "measure", 0, i) for i in range(count)])
-        self._noise = noise.to(self._batch.latents)
-        total = len(base.alpha_bar)
-        self._timesteps = ((torch.arange(count) + 0.5) / count * total).long().to(self._batch.latents.device)
+        count = min(_MOST, len(data))
+
+        def batch(first: int, number: int) -> Batch:
+            return data.batch(_SEED, 0, count, first, number, augment=False, embed_text=False)
+
+        latents = batch(0, 1).latents
+        shape = tuple(latents.shape[1:])
+        # No more at once than are drawn at once: a training that fits does so with few pictures a step.
+        at_once = drawn_at_once(shape[-2] * shape[-1])
+        self._batches = [batch(first, at_once) for first in range(0, count, at_once)]
+        noise = torch.stack([randomness.normal(shape, _SEED, "measure", 0, i) for i in range(count)]).to(latents)
+        timesteps = ((torch.arange(count) + 0.5) / count * len(base.alpha_bar)).long().to(latents.device)
+        self._noise, self._timesteps = torch.split(noise, at_once), torch.split(timesteps, at_once)
         self._watched = {name: [prompts[i % len(prompts)] for i in range(count)] for name, prompts in watched.items()}
         with pristine():
             self._before = {name: self._predict(prompts) for name, prompts in self._watched.items()}
@@ -67,12 +75,15 @@ class Measures:
     @torch.no_grad()
     def fit(self) -> float:
         """Mean squared error of the prediction, no weights."""
-        plain = dataclasses.replace(self._batch, mask=None, weights=torch.ones_like(self._batch.weights))
+        errors = []
         with evaluating(self._modules), self._base.resting.interrupted():
-            with warnings.catch_warnings():  # what is cut from a caption was said before training
-                warnings.filterwarnings("ignore", message="prompt of")
-                text = self._base.encode_text(plain.captions)
-            return float(denoising_errors(self._base, plain, self._noise, self._timesteps, text).mean())
+            for batch, noise, timesteps in zip(self._batches, self._noise, self._timesteps, strict=True):
+                plain = dataclasses.replace(batch, mask=None, weights=torch.ones_like(batch.weights))
+                with warnings.catch_warnings():  # what is cut from a caption was said before training
+                    warnings.filterwarnings("ignore", message="prompt of")
+                    text = self._base.encode_text(plain.captions)
+                errors.append(denoising_errors(self._base, plain, noise, timesteps, text))
+        return float(torch.cat(errors).mean())
 
     def drift(self, name: str = "drift") -> float:
         """Norm of the change of the prediction over the norm of the base's prediction."""
@@ -81,6 +92,9 @@ class Measures:
 
     @torch.no_grad()
     def _predict(self, prompts: list[str]) -> Tensor:
+        left, predictions = iter(prompts), []
         with evaluating(self._modules), self._base.resting.interrupted():
-            text = self._base.encode_text(prompts)
-            return predict(self._base, self._batch, self._noise, self._timesteps, text)
+            for batch, noise, timesteps in zip(self._batches, self._noise, self._timesteps, strict=True):
+                text = self._base.encode_text([*islice(left, len(batch))])
+                predictions.append(predict(self._base, batch, noise, timesteps, text))
+        return torch.cat(predictions)
