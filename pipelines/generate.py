@@ -95,11 +95,12 @@ class Config:
     embedding: tuple[str, ...] = ()
     """FILE or TOKEN=FILE, a textual inversion, here or on the hub: a new word for prompts. Repeat for several."""
     image: Path | None = None
-    """A picture to start from instead of noise (img2img)."""
+    """A picture to start from instead of noise (img2img); without --size what is drawn has its proportions."""
     strength: float | None = None
     """How much of --image is redrawn, above 0 to 1; 0.6 if unset."""
     mask: Path | None = None
-    """A picture that is white where --image is to be redrawn; the rest stays the same to the pixel (inpainting)."""
+    """A picture that is white where --image is to be redrawn; the rest stays the same to the pixel (inpainting), at
+    the size of what is drawn."""
     prompt_syntax: Literal["plain", "a1111", "compel"] = "plain"
     """Weighted words and prompts of any length: a1111 reads (words:1.3) and words that change between the steps,
     [crab:otter:0.4] and [crab|otter]; compel reads (words)1.3 (extra `prompts`)."""
@@ -440,9 +441,10 @@ def _against(pictures: Sequence[Request], mix: Mix, wanted: Plan, settings: Mapp
 def _settings(config: Config, wanted: Plan, start: Start | None, base: Base) -> dict[str, Any]:
     """What every picture of this call shares, defaults filled in."""
     from sfumato.drawing.drawn import of_base
+    from sfumato.drawing.start import size_like
 
     defaults = base.defaults
-    width, height = wanted.size or (defaults.resolution, defaults.resolution)
+    width, height = wanted.size or size_like(start.picture.size if start else (1, 1), defaults.resolution)
     return {
         "negative": wanted.negative,
         "steps": config.steps or defaults.sampling_steps,

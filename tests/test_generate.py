@@ -19,6 +19,7 @@ from sfumato.drawing import desk
 from sfumato.drawing.pictures import draw
 from sfumato.drawing.pnginfo import read_picture_info
 from sfumato.drawing.redraw import redraw
+from sfumato.drawing.start import size_like
 from sfumato.files import read_header
 from sfumato.files.lora_file import LoraModule
 from sfumato.files.metadata import short_hash
@@ -384,6 +385,13 @@ def test_a_picture_to_begin_from_and_a_mask_that_keeps_the_rest_to_the_pixel(gen
     assert (part[:, :32] == (200, 40, 40)).all()
     assert (part[:, 32:] != (200, 40, 40)).any()
     assert read_picture_info(Path("part.png")).own["strength"] == 0.5
+
+
+def test_a_picture_to_begin_from_keeps_its_proportions(generate):
+    Image.new("RGB", (192, 96), (200, 40, 40)).save("wide.png")
+    assert generate("red", "--image", "wide.png", "-o", "a.png")[0] == 0
+    assert Image.open("a.png").size == (88, 48)
+    assert [size_like(size, 512) for size in ((3000, 2000), (7, 7), (600, 800))] == [(624, 416), (512, 512), (440, 592)]
 
 
 def test_pictures_to_begin_from_masks_and_regions_may_be_long_and_narrow(generate):

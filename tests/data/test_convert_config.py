@@ -108,6 +108,25 @@ def test_ai_toolkit_s_data_sets_become_sources(home):
     }
 
 
+def test_ai_toolkit_walks_through_the_folders_below(home):
+    """But for hidden ones, and for the controls that it keeps beside the pictures."""
+    for name in ("dogs/close", "dogs/far/away", "dogs/_controls", "dogs/.cache"):
+        (home / name).mkdir(parents=True)
+        noise_picture().save(home / name / "a.png")
+    found = tomllib.loads(convert(home / "toolkit.yaml").text)["source"]
+    assert [source["path"] for source in found] == ["dogs", "dogs/close", "dogs/far/away"]
+    assert {source["repeats"] for source in found} == {2}
+
+
+@pytest.mark.parametrize(("more", "kept"), [("", 0), (", keep_tokens: 1", 1), (", token_dropout_rate: 0.5", 1)])
+def test_ai_toolkit_s_trigger_is_dropped_with_no_tag(more, kept, home):
+    """It puts the word before a caption after it has dropped tags."""
+    own = "config:\n  process:\n  - trigger_word: zwx\n    datasets:\n"
+    (home / "toolkit.yaml").write_text(f"{own}    - {{folder_path: dogs{more}}}\n")
+    (source,) = tomllib.loads(convert(home / "toolkit.yaml").text)["source"]
+    assert source.get("keep_tags", 0) == kept
+
+
 def test_ai_toolkit_s_trigger_is_not_for_the_pictures_of_the_class(home):
     """Which would learn the class under the subject's own word, where they are there to keep it from that."""
     (home / "reg").mkdir()

@@ -249,6 +249,7 @@ def picture_with(text, file, own=None):
         ("Karras", "dpm++ 2m karras", {}),
         ("Automatic", "dpm++ 2m karras", {}),
         ("Uniform", "dpm++ 2m", {}),
+        ("Exponential", None, {"Sampler": "DPM++ 2M, Exponential"}),
         ("Beta", None, {"Sampler": "DPM++ 2M, Beta"}),
     ],
 )
@@ -260,6 +261,13 @@ def test_what_a1111_wrote_is_told_as_a_command(schedule, sampler, left, tmp_path
     assert (config.steps, config.guidance, config.seed, config.size, config.clip_skip) == (4, 7.0, (42,), "64x96", 1)
     assert (config.base, config.embedding) == ("v1-5.safetensors", ("easyneg=easyneg.safetensors",))
     assert dict(found.left_out) == {"RNG": "GPU", "ADetailer model": "face.pt"} | left
+
+
+def test_a_sampler_whose_own_schedule_is_not_here_is_told_and_not_taken(tmp_path):
+    text = "a crab\nSteps: 4, Seed: 1, Sampler: DPM++ 2M SDE, Schedule type: Automatic, RNG: CPU"
+    found = redraw(picture_with(text, tmp_path / "a.png"))
+    assert "--sampler" not in found.words
+    assert dict(found.left_out) == {"Sampler": "DPM++ 2M SDE, Automatic"}
 
 
 def test_a_clip_skip_of_sdxls_own_layer_is_told_and_not_taken(tmp_path):

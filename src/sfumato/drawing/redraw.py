@@ -27,6 +27,8 @@ _TOLD = ("Model hash", "VAE hash", "Lora hashes", "TI hashes", "Version", "Promp
 """What says which files were meant, or by whom the picture is, and sets nothing."""
 _KARRAS = ("DPM++ 2M", "DPM2", "DPM2 a")
 """Samplers that take Karras' schedule where A1111's and Forge's is "Automatic"."""
+_EXPONENTIAL = ("DPM++ 2M SDE",)
+"""The same of an exponential schedule."""
 _LEAST_SDXL = 600_000
 """Pixels of a picture from which on it is of SDXL, of which A1111's clip skips 1 and 2 are the same. SD 1.x and 2.x are
 drawn smaller, and "Size" is that before the high-resolution fix."""
@@ -169,7 +171,7 @@ def _sampler(name: str, schedule: str, left: dict[str, str]) -> Iterator[str]:
     if not name:
         return
     if schedule == "Automatic":
-        said = f"{name} karras" if name in _KARRAS else name
+        said = f"{name} karras" if name in _KARRAS else f"{name} exponential" if name in _EXPONENTIAL else name
     else:
         said = name if schedule == "Uniform" else f"{name} {schedule}"
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from numbers import Real
 
@@ -37,6 +38,12 @@ class Start:
         # Lanczos rings: black beside a white edge would be grey.
         mask = None if self.mask is None else self.mask.convert("L").resize((width, height), Image.Resampling.BILINEAR)
         return Start(picture, self.strength, mask)
+
+
+def size_like(size: tuple[int, int], side: int) -> tuple[int, int]:
+    """(width, height) in multiples of 8 with the proportions of `size`, and about the pixels of a square of `side`."""
+    stretch = math.sqrt(size[0] / size[1])
+    return max(8, round(side * stretch / 8) * 8), max(8, round(side / stretch / 8) * 8)
 
 
 def check_strength(steps: int, start: Start) -> None:

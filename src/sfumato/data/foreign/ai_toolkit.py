@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
+from sfumato.data.foreign.folders import notes_on, with_pictures
 from sfumato.data.foreign.settings import Sources, left_over, number, plain, suffix, tables, told
 from sfumato.errors import ConfigError
 
@@ -47,7 +48,7 @@ _TEXTS = frozenset(("folder_path", "dataset_path", "caption_ext", "trigger_word"
 def sources(values: Any, folder: Path, notes: list[str]) -> Sources | None:
     """What the config names, None for one that is not ai-toolkit's."""
     datasets = _datasets(values) if isinstance(values, dict) else None
-    return None if datasets is None else list(_sources(datasets, notes))
+    return None if datasets is None else list(_sources(datasets, folder, notes))
 
 
 def _datasets(values: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], str]] | None:
@@ -64,7 +65,7 @@ def _datasets(values: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], str]] 
     ]
 
 
-def _sources(datasets: list[tuple[Mapping[str, Any], str]], notes: list[str]) -> Iterator[dict[str, Any]]:
+def _sources(datasets: list[tuple[Mapping[str, Any], str]], folder: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
     for said, trigger in datasets:
         own = told(said, _TEXTS)
         path = own.get("folder_path") or own.get("dataset_path")
@@ -79,21 +80,27 @@ def _sources(datasets: list[tuple[Mapping[str, Any], str]], notes: list[str]) ->
             )
         if own.get("mask_path"):
             notes.append('mask_path: move the masks to masks/ in the picture folder, then set mask = "files"')
-        yield plain(
-            path=path,
-            repeats=own.get("num_repeats", 1),
-            **{"class": is_class},
-            words=own.get("default_caption") or "",
-            caption="{trigger}, {caption}" if word else None,
-            trigger=word or None,
-            caption_suffix=suffix(own.get("caption_ext", "txt")),
-            shuffle_tags=own.get("shuffle_tokens", False),
-            keep_tags=number(own, "keep_tokens") + (1 if word and own.get("shuffle_tokens") else 0),
-            caption_dropout=own.get("caption_dropout_rate", 0.0),
-            tag_dropout=own.get("token_dropout_rate", 0.0),
-            flip=own.get("flip_x", False),
-            crop="random" if own.get("random_crop") else "center",
-            mask="alpha" if own.get("alpha_mask") else "none",
-            weight=own.get("loss_multiplier", 1.0),
-        )
+        # Which it puts before a caption after it has dropped or shuffled the tags.
+        is_first = bool(word and (own.get("shuffle_tokens") or own.get("token_dropout_rate")))
+        for place in with_pictures(path, folder):  # it walks through all that is below, but for what it made itself
+            if PurePath(place).name == "_controls":
+                continue
+            notes.extend(notes_on(place, folder, "ai-toolkit", by_line=False))
+            yield plain(
+                path=place,
+                repeats=own.get("num_repeats", 1),
+                **{"class": is_class},
+                words=own.get("default_caption") or "",
+                caption="{trigger}, {caption}" if word else None,
+                trigger=word or None,
+                caption_suffix=suffix(own.get("caption_ext", "txt")),
+                shuffle_tags=own.get("shuffle_tokens", False),
+                keep_tags=number(own, "keep_tokens") + is_first,
+                caption_dropout=own.get("caption_dropout_rate", 0.0),
+                tag_dropout=own.get("token_dropout_rate", 0.0),
+                flip=own.get("flip_x", False),
+                crop="random" if own.get("random_crop") else "center",
+                mask="alpha" if own.get("alpha_mask") else "none",
+                weight=own.get("loss_multiplier", 1.0),
+            )
         notes.extend(left_over(own, _USED, _ELSEWHERE))
