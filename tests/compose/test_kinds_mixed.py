@@ -137,6 +137,20 @@ def test_biases_and_norms_change_too(sd1, tmp_path, way):
     assert weights_sha(sd1) == before
 
 
+def test_a_layer_that_is_widened_to_compute_takes_what_depends_on_its_weight(originals, kinds):
+    """diffusers' layerwise casting: weights in float8, sums in fp32."""
+    pipe = fresh(originals["sd1"])
+    pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    layer = pipe.unet.get_submodule(LINEAR)
+    base, x = layer.weight.detach().double(), torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(1))
+    before = layer(x)
+    file, delta = kinds["dora"]
+    mix = compose(pipe, Adapter(file, 0.5))
+    assert_close(layer(x), before + 0.5 * x @ delta(base).float().t(), atol=1e-5, rtol=1e-4)
+    mix.undo()
+    assert torch.equal(layer(x), before)
+
+
 def test_a_bias_in_float8_is_added_in_fp32(sd1, tmp_path):
     norm = sd1.unet.get_submodule(NORM)
     was = norm.bias.detach().clone()

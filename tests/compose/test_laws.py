@@ -96,6 +96,14 @@ def test_the_saved_mix_is_the_mix(originals, write, tmp_path):
     assert '"a.safetensors"' in read_header(file).metadata["sfumato.parents"]
 
 
+def test_what_diffusers_does_not_read_of_a_saved_mix_is_said(sd1, write, tmp_path, capsys):
+    compose(sd1, Adapter(write("a", sd1, "to_q"))).save(tmp_path / "whole.safetensors").unlink()
+    assert "diffusers" not in capsys.readouterr().err
+    sd1_mix = compose(sd1, Adapter(write("b", sd1, "to_q", "q_proj", "v_proj")))
+    sd1_mix.save(tmp_path / "mix.safetensors")
+    assert "mix.safetensors: diffusers" in capsys.readouterr().err
+
+
 def test_a_mix_that_is_no_lora_is_not_saved_as_one(sd1, write, tmp_path):
     mix = compose(sd1, Adapter(write("a", sd1)), Adapter(difference(tmp_path, sd1), 0.5))
     with pytest.raises(AdapterError, match="norms is a difference"):

@@ -15,7 +15,7 @@ from sfumato.compose.blocks import Blocks
 from sfumato.compose.regions import Region, regions
 from sfumato.compose.regions.near import Near
 from sfumato.drawing.pictures import Start, draw, draw_each
-from sfumato.errors import AdapterError, ConfigError
+from sfumato.errors import AdapterError, ConfigError, DataError
 from tests.compose.conftest import weights_sha
 from tests.compose.test_per_picture import predict
 from tests.tiny import CPU
@@ -71,6 +71,18 @@ def test_a_picture_as_mask_counts_as_much_as_it_is_bright():
     grey = Image.new("L", (2, 1), 255)
     grey.putpixel((0, 0), 51)
     assert_close(Region(grey, prompt=None).mask(), torch.tensor([[[[0.2, 1.0]]]]))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "I;16"])
+def test_a_picture_as_mask_counts_in_no_transparent_part_and_by_all_of_its_bits(mode):
+    picture = Image.new(mode, (2, 1), {"RGBA": (255, 255, 255, 255), "LA": (255, 255), "I;16": 65535}[mode])
+    picture.putpixel((0, 0), {"RGBA": (255, 255, 255, 51), "LA": (255, 51), "I;16": 13107}[mode])
+    assert_close(Region(picture, prompt=None).mask(), torch.tensor([[[[0.2, 1.0]]]]))
+
+
+def test_a_mask_whose_white_is_unknown_is_refused():
+    with pytest.raises(DataError, match="a mask: floating-point pixels"):
+        Region(Image.new("F", (2, 1), 1.0), prompt=None).mask()
 
 
 def test_an_adapter_counts_in_its_steps_alone_as_in_a_mix(sd1, write, monkeypatch):

@@ -162,6 +162,12 @@ def test_np_lora_leaves_the_style_as_it_was_on_its_own_inputs():
     assert_close(merged @ own, 0.9 * style.delta() @ own)
 
 
+def test_np_lora_takes_nothing_for_a_style_that_changes_nothing():
+    style, subject = random_factors(1), random_factors(2)
+    idle = Factors(torch.zeros_like(style.up), style.down)
+    assert_close(np_lora([idle, subject], [1.0, 1.0]).delta(), subject.delta())
+
+
 def test_np_lora_projects_off_shared_directions_once():
     style, other = random_factors(1, inner=8), random_factors(2, inner=8)
     twice = Factors(style.up, style.down)

@@ -219,6 +219,6 @@ def applied(
 def _opened(where: Box | Path) -> Any:
     if not isinstance(where, Path):
         return where
-    from sfumato.data import open_image
+    from sfumato.data.images import open_mask
 
-    return open_image(where, any_ratio=True)
+    return open_mask(where, any_ratio=True)

@@ -314,7 +314,8 @@ def base_weight(module: nn.Module, *, needed: bool) -> Tensor:
     """
     weight, shape = tensors.stored(module, "weight"), tensors.shape(module)
     assert shape is not None
-    if weight is not None and tensors.is_plain(weight) and weight.device.type != "meta":
+    is_there = weight is not None and (tensors.is_plain(weight) or tensors.is_narrowed(module, weight))
+    if weight is not None and is_there and weight.device.type != "meta":
         return weight.float()
     parameter = next(module.parameters(), None)
     device = torch.device("cpu") if parameter is None else parameter.device

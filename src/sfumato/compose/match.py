@@ -230,7 +230,8 @@ def _bias_shape(module: nn.Module) -> tuple[int, ...]:
 
 def _is_live(module: nn.Module, title: str, change: Change, way: Way) -> bool:
     """Whether the layer takes its adapters beside it. Raises AdapterError for one that cannot take this one at all."""
-    if tensors.is_plain(tensors.stored(module, "weight")):
+    stored = tensors.stored(module, "weight")
+    if tensors.is_plain(stored):
         return way == "live" and can_be_live(module)  # norms and embeddings have no layer to stand beside
     weight = getattr(module, "weight", None)
     what = f"quantised ({tensors.dtype_name(weight.dtype) if isinstance(weight, Tensor) else type(module).__name__})"
@@ -238,7 +239,8 @@ def _is_live(module: nn.Module, title: str, change: Change, way: Way) -> bool:
         raise AdapterError(
             f"{title} is {what}, so nothing can be merged into it. Say way='live', or load the base in bf16."
         )
-    if not can_be_live(module) or (change.needs_weight and isinstance(module, nn.Conv2d)):
+    is_hidden = isinstance(module, nn.Conv2d) and not tensors.is_narrowed(module, stored)
+    if not can_be_live(module) or (change.needs_weight and is_hidden):
         raise AdapterError(
             f"{title} is {what}, and a {change.kind} there has no path beside the layer. Load the base in bf16."
         )

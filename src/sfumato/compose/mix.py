@@ -403,7 +403,8 @@ class Mix:
     def save(
         self, path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32, title: str | None = None
     ) -> Path:
-        """Write the mix as one LoRA file that every tool reads, with the weights within it; returns the path.
+        """Write the mix as one LoRA file, with the weights within it; returns the path. Says on stderr what diffusers,
+        unlike other tools, does not read of it.
 
         The ranks stand side by side (their sum is the file's rank), so that in fp32 nothing is lost; muted adapters and
         those at 0 are left out. Raises AdapterError for a mix of kinds that have no low-rank form, and for another

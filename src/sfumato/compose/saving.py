@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from sfumato.files.changes import LoraModule
 from sfumato.files.embedding_file import united
 from sfumato.files.kohya import Target
 from sfumato.files.write import write_lora
+from sfumato.merging.convert import lines_on_diffusers
 from sfumato.merging.factors import Factors, concatenate, to_module
 from sfumato.merging.lineage import Parent, inherit
 from sfumato.merging.sources import identity
@@ -30,7 +32,8 @@ def save(
     dtype: torch.dtype,
     title: str | None,
 ) -> Path:
-    """Write the weighted sum of the adapters as one LoRA; returns the path.
+    """Write the weighted sum of the adapters as one LoRA; returns the path. Says on stderr what diffusers does not read
+    of it.
 
     weights: by label, 0 for what is left out. New words that come with the adapters are bundled with it.
     Raises AdapterError for changes that have no low-rank form and for words that contradict, FileError for a file that
@@ -62,7 +65,10 @@ def save(
     ]
     metadata = inherit(parents, title=title or path.stem, family=family)
     words = united({label: files[label].embeddings for label in used})
-    return write_lora(path, modules, family=family, metadata=metadata, dtype=dtype, words=words)
+    written = write_lora(path, modules, family=family, metadata=metadata, dtype=dtype, words=words)
+    for line in lines_on_diffusers(written, modules):
+        print(line, file=sys.stderr)
+    return written
 
 
 def concatenated(terms: Iterable[tuple[float, LoraModule]]) -> LoraModule:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -50,10 +50,18 @@ def group_offloading(part: nn.Module) -> set[str]:
 
 def is_plain(tensor: Tensor | None) -> bool:
     """Whether the tensor holds its numbers in a float dtype of 16 bits or more, so that it can be summed into."""
-    if tensor is None or not tensor.is_floating_point() or tensor.dtype.itemsize == 1:
-        return False
+    return _holds_numbers(tensor) and tensor.dtype.itemsize > 1
+
+
+def is_narrowed(module: nn.Module, weight: Tensor | None) -> bool:
+    """Whether torch's own layer keeps its weight in 8 bits and widens it to compute, as diffusers' layerwise casting
+    has it. In a layer of another class the numbers may have a scale beside them."""
+    return type(module) in (nn.Linear, nn.Conv2d) and _holds_numbers(weight) and weight.dtype.itemsize == 1
+
+
+def _holds_numbers(tensor: Tensor | None) -> TypeGuard[Tensor]:
     # A quantised weight of torchao and the like says it were bf16; it is a class of its own.
-    return type(tensor) in (Tensor, nn.Parameter)
+    return tensor is not None and tensor.is_floating_point() and type(tensor) in (Tensor, nn.Parameter)
 
 
 def shape(module: nn.Module) -> tuple[int, ...] | None:

@@ -91,8 +91,17 @@ def open_mask(path: Path, *, any_ratio: bool = False) -> Image.Image:
     """A mask, L, white where it counts; what is transparent counts as little as black. Raises as `open_picture`."""
     with _decoding(path):
         image, alpha, _ = _layers(path, any_ratio)
-        grey = image.convert("L")
-        return grey if alpha is None else ImageChops.multiply(grey, alpha)
+        return _masking(image, alpha)
+
+
+def as_mask(image: Image.Image) -> Image.Image:
+    """The same of a picture that is open already. Raises DataError for pixels whose white is unknown."""
+    return _masking(*_colours_and_alpha(image, Path("a mask"), []))
+
+
+def _masking(image: Image.Image, alpha: Image.Image | None) -> Image.Image:
+    grey = image.convert("L")
+    return grey if alpha is None else ImageChops.multiply(grey, alpha)
 
 
 def open_transparent(path: Path) -> Image.Image:

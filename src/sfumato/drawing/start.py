@@ -8,6 +8,7 @@ from numbers import Real
 
 from PIL import Image
 
+from sfumato.data.images import as_mask
 from sfumato.errors import ConfigError
 from sfumato.numerals import so_many
 
@@ -36,7 +37,7 @@ class Start:
         """The same at this size."""
         picture = self.picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
         # Lanczos rings: black beside a white edge would be grey.
-        mask = None if self.mask is None else self.mask.convert("L").resize((width, height), Image.Resampling.BILINEAR)
+        mask = None if self.mask is None else as_mask(self.mask).resize((width, height), Image.Resampling.BILINEAR)
         return Start(picture, self.strength, mask)
 
 

@@ -141,7 +141,7 @@ class _Term:
         if bias_change(self.change) is not None:
             raise AdapterError(
                 f"{self.source}: {'.'.join(self.target)} changes a bias, which a LoRA cannot. "
-                "Bake it into a checkpoint with --into, or leave the module out with --blocks."
+                "Bake it into a checkpoint with sfumato merge --into, or leave the module out with its --blocks."
             )
         return self.change.low_rank()
 
@@ -169,7 +169,7 @@ def dense_delta(change: Change, target: Target, source: str, base: WeightOf | No
     if delta.ndim < 2:
         raise AdapterError(
             f"{source}: {'.'.join(target)} is a vector ({change.kind}), which a LoRA cannot change. "
-            "Bake it into a checkpoint with --into, or leave the module out with --blocks."
+            "Bake it into a checkpoint with sfumato merge --into, or leave the module out with its --blocks."
         )
     return delta
 

@@ -36,7 +36,9 @@ def np_lora(
             basis = leading(torch.cat(taken))[2]  # of what several share, one direction
             down = down - share * (down @ basis.T) @ basis
         found.append(Factors(weight * term.up.double(), down))
-        if weight != 0:
-            _, s, vh = singular(term)
-            taken.append(vh[: Budget(keep_energy=keep_energy).count(s, float(s.square().sum()))])
+        if weight == 0:
+            continue
+        _, s, vh = singular(term)
+        if (energy := float(s.square().sum())) > 0:  # where it changes nothing, its directions are of its start
+            taken.append(vh[: Budget(keep_energy=keep_energy).count(s, energy)])
     return concatenate(found)

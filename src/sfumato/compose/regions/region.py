@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from sfumato.compose.adapter import Adapter, check_adapters
+from sfumato.data.images import as_mask
 from sfumato.errors import AdapterError
 
 Box = tuple[float, float, float, float]
@@ -23,9 +24,10 @@ _GRID = 512
 class Region:
     """A part of the picture, its adapters, and what is drawn there.
 
-    where: a picture that is white where the adapters count (grey counts in part), or a box. prompt: of this region's
-    cross-attention, read with the call's `clip_skip`; None for the call's own. Its words may change between the steps
-    of `sfumato.draw`, see `sfumato.prompts.steps`. An adapter that changes the text encoders wants a prompt here.
+    where: a picture that is white where the adapters count (what is grey or half transparent counts in part), or a box.
+    prompt: of this region's cross-attention, read with the call's `clip_skip`; None for the call's own. Its words may
+    change between the steps of `sfumato.draw`, see `sfumato.prompts.steps`. An adapter that changes the text encoders
+    wants a prompt here.
     Raises AdapterError for what is no place and no adapter.
     """
 
@@ -49,9 +51,10 @@ class Region:
         object.__setattr__(self, "prompt", prompt)
 
     def mask(self) -> Tensor:
-        """(1, 1, height, width) in [0, 1]. Raises AdapterError for a region that is empty."""
+        """(1, 1, height, width) in [0, 1]. Raises AdapterError for a region that is empty, and DataError for a picture
+        whose white is unknown."""
         if isinstance(self.where, Image.Image):
-            grey = self.where.convert("L")
+            grey = as_mask(self.where)
             values = torch.frombuffer(bytearray(grey.tobytes()), dtype=torch.uint8).view(1, 1, grey.height, grey.width)
             mask = values.float() / 255
         else:
