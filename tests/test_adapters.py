@@ -7,6 +7,7 @@ from torch.testing import assert_close
 
 from sfumato import randomness
 from sfumato.adapters import attach, rank_notes, select
+from sfumato.adapters.lora import TARGETS
 from sfumato.errors import AdapterError
 
 
@@ -229,12 +230,13 @@ def test_targets_that_choose_nothing_say_what_there_is(block, pattern, said):
 
 
 def test_the_named_targets_choose_what_they_say():
-    """On a real SD 1.5 structure: 64 cross-attention, 128 attention, 160 with mlp, 278 in all blocks."""
+    """On a real SD 1.5 structure: 64 cross-attention, 128 attention, 160 with mlp, 192 as sd-scripts, 278 in all."""
     from diffusers import UNet2DConditionModel
 
     unet = UNet2DConditionModel(
         block_out_channels=(4, 8, 16, 16), cross_attention_dim=8, norm_num_groups=2, attention_head_dim=2, sample_size=8
     )
-    counts = {name: len(select(unet, name)) for name in ("cross-attention", "attention", "attention+mlp", "everything")}
-    assert counts == {"cross-attention": 64, "attention": 128, "attention+mlp": 160, "everything": 278}
+    counts = {name: len(select(unet, name)) for name in TARGETS}
+    some = {"cross-attention": 64, "attention": 128, "attention+mlp": 160}
+    assert counts == some | {"transformers": 192, "everything": 278}
     assert len(select(unet, "cross-attention", conv=True)) == 64 + 22 * 2 + 14 + 3 + 3

@@ -103,12 +103,13 @@ class Config(TrainerOptions):
     conv_alpha: float | None = None
     """--alpha of those convolutions. Unset: the value that gives them the other layers' scale."""
     targets: str = "everything"
-    """What a LoRA adapts: cross-attention, attention, attention+mlp, everything (in the U-Net's blocks), or a regular
-    expression over module names."""
+    """What a LoRA adapts: cross-attention, attention, attention+mlp, transformers (these and the
+    projections around them), everything (in the U-Net's blocks), or a regular expression over module names."""
     train_text_encoder: bool = False
     """Also train the text encoders; captions are then encoded at each step."""
     text_learning_rate: float | None = None
-    """Peak learning rate of the text encoders. Unset: a tenth of the U-Net's; with prodigy, the U-Net's."""
+    """Peak learning rate of the text encoders. Unset: 0.4 of the U-Net's, with --method lora a tenth; with
+    prodigy, the U-Net's."""
     fused: bool = False
     """Step each weight during the backward pass, so that the gradients are never all in memory. Clipping them by their
     norm takes a backward pass before that one; --clip 0 saves it."""

@@ -67,8 +67,8 @@ class Config(TrainerOptions):
     rank_stabilised: bool = False
     """Scale by alpha / sqrt(rank), so that a high rank learns as fast as a low one."""
     targets: str = "cross-attention"
-    """What to adapt: cross-attention, attention, attention+mlp, everything (in the U-Net's blocks), or a regular
-    expression over module names."""
+    """What to adapt: cross-attention, attention, attention+mlp, transformers (these and the projections
+    around them, as sd-scripts does), everything (in the U-Net's blocks), or a regular expression over module names."""
     conv: bool = False
     """Also adapt the convolutions of the blocks; --targets everything does so by itself."""
     train_text_encoder: bool = False
@@ -314,7 +314,7 @@ def resolve(config: Config, base: Base, samples: int, processes: int, *, has_pri
     if has_prior:
         values["prior_weight"] = 1.0 if config.prior_weight is None else config.prior_weight
     if config.train_words:
-        rate = RATES[base.family.name]
+        rate = RATES[base.family.name] / (filling.LION if config.optimizer == "lion" else 1)
         values["word_vectors"] = VECTORS if config.word_vectors is None else config.word_vectors
         values["word_learning_rate"] = filling.second_rate(config, "word_learning_rate", rate)
         if config.words_first >= config.steps:

@@ -97,10 +97,10 @@ def test_the_saved_mix_is_the_mix(originals, write, tmp_path):
 
 
 def test_what_diffusers_does_not_read_of_a_saved_mix_is_said(sd1, write, tmp_path, capsys):
-    compose(sd1, Adapter(write("a", sd1, "to_q"))).save(tmp_path / "whole.safetensors").unlink()
+    with compose(sd1, Adapter(write("a", sd1, "to_q"))) as mix:
+        mix.save(tmp_path / "whole.safetensors")
     assert "diffusers" not in capsys.readouterr().err
-    sd1_mix = compose(sd1, Adapter(write("b", sd1, "to_q", "q_proj", "v_proj")))
-    sd1_mix.save(tmp_path / "mix.safetensors")
+    compose(sd1, Adapter(write("b", sd1, "to_q", "q_proj", "v_proj"))).save(tmp_path / "mix.safetensors")
     assert "mix.safetensors: diffusers" in capsys.readouterr().err
 
 

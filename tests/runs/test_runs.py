@@ -76,16 +76,18 @@ def test_every_look_has_its_own_time_and_its_own_trouble(tmp_path, capsys):
 
 def test_a_gpu_that_is_too_small_for_samples_beside_the_training_does_not_end_it(tmp_path, capsys):
     def hungry(step):
-        if step:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
     run = start(tmp_path)
     run.every(2, hungry)
     for step in run.steps(3):
         step.done(loss=1.0)
     run.close()
-    said = "no sample or measurement: the GPU's memory does not hold them beside the training. The training goes on."
-    assert [line for line in lines(capsys) if "sample" in line] == [f"step 2: {said}", f"step 3: {said}"]
+    said = (
+        "no sample or measurement: the GPU's memory does not hold them beside the training; --sample-every 0 and "
+        "--measure-every 0 leave them out. The training goes on."
+    )
+    assert [line for line in lines(capsys) if "sample" in line] == [f"step {step}: {said}" for step in (0, 2, 3)]
 
 
 def test_a_first_look_that_fails_says_why(tmp_path):

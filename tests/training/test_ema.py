@@ -10,6 +10,7 @@ from torch.testing import assert_close
 from sfumato import cli
 from sfumato.files import read_tensors
 from sfumato.runs.checkpoints import Checkpoints
+from sfumato.training import ema
 from sfumato.training.ema import Average
 
 
@@ -24,6 +25,21 @@ def test_the_mean_of_two_steps_written_out():
     with average.applied():
         assert weight.item() == pytest.approx(7.34)
     assert weight.item() == 8.0
+
+
+def test_in_portions_it_is_the_same(monkeypatch):
+    found = []
+    for portion in (2**28, 40, 1):
+        monkeypatch.setattr(ema, "PORTION", portion)
+        weights = [nn.Parameter(torch.full((size,), float(size))) for size in (3, 8, 5, 1)]
+        average = Average(weights, 0.5)
+        for weight in weights:
+            weight.data.mul_(2)
+        average.update()
+        found.append(torch.cat(average.mean))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+    assert not torch.equal(found[0], torch.cat([weight.detach() for weight in weights]))
 
 
 def test_without_decay_it_is_the_weights_and_keeps_nothing():

@@ -22,6 +22,7 @@ from sfumato.numerals import so_many
 from sfumato.precision.products import linear
 
 _ATTENTION = r"\.attn[12]\.to_(q|k|v|out\.0)$"
+_PROJECTIONS = r"\.attentions\.\d+\.proj_(in|out)$"
 _MLP = r"\.ff\.net\.(0\.proj|2)$"
 # What LyCORIS calls LoCon: all of the blocks, but neither the first and last convolution nor the time embedding, which
 # sd-scripts would pass over in silence.
@@ -31,9 +32,11 @@ TARGETS: Mapping[str, str] = {
     "cross-attention": r"\.attn2\.to_(q|k|v|out\.0)$",
     "attention": _ATTENTION,
     "attention+mlp": rf"{_ATTENTION}|{_MLP}",
+    "transformers": rf"{_ATTENTION}|{_MLP}|{_PROJECTIONS}",
     "everything": _BLOCKS,
 }
-"""Names of sets of U-Net layers, as regular expressions that are searched in a layer's module path."""
+"""Names of sets of U-Net layers, as regular expressions that are searched in a layer's module path. transformers
+is what sd-scripts adapts unless told otherwise."""
 
 TEXT_TARGETS = r"\.(q_proj|k_proj|v_proj|out_proj|fc1|fc2)$"
 CONV_TARGETS = r"\.(conv1|conv2|conv_shortcut|downsamplers\.0\.conv|upsamplers\.0\.conv)$"

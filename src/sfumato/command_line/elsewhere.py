@@ -25,7 +25,9 @@ OPTIONS: Mapping[str, str] = MappingProxyType(
         "--count": "n_iter images_per_prompt num_images_per_prompt batch_count",
         "--accumulate": "gradient_accumulation_steps",
         "--learning-rate": "unet_lr lr",
-        "--text-learning-rate": "text_encoder_lr learning_rate_te",
+        "--text-learning-rate": (
+            "text_encoder_lr text_encoder_lr1 text_encoder_lr2 learning_rate_te learning_rate_te1 learning_rate_te2"
+        ),
         "--word-learning-rate": "embedding_learning_rate",
         "--optimizer adamw8bit": "use_8bit_adam",
         "--optimizer lion": "use_lion_optimizer",
@@ -108,7 +110,7 @@ UNASKED: Mapping[str, str] = MappingProxyType(
         "cache_latents cache_text_encoder_outputs pre_compute_text_embeddings latent_caching": (
             "latents, and captions that stay what they mean, are encoded once"
         ),
-        "no_half_vae": "the VAE computes in fp32 beside fp16",
+        "no_half_vae": "the VAE computes in fp32 beside fp16; beside bf16 in bf16, which has fp32's range",
         "network_train_unet_only": "text encoders learn with --train-text-encoder only",
         "network_module use_safetensors save_model_as": "adapters are LoRAs in .safetensors files",
         "sdpa": "it is the default of --attention",
@@ -116,6 +118,24 @@ UNASKED: Mapping[str, str] = MappingProxyType(
     }
 )
 """What needs no option here, and why."""
+
+ABSENT: Mapping[str, str] = MappingProxyType(
+    {
+        "network_args": "its conv_dim is --conv-rank, conv_alpha --conv-alpha, and the rest has no counterpart",
+        "caption_extension": "a dataset.toml has it as caption_suffix",
+        "caption_separator": "a dataset.toml has it as separator",
+        "caption_prefix": "it is part of the template, --caption 'PREFIX {caption}'",
+        "max_token_length": "captions are read to the text encoder's 75 tokens, and the rest is told and cut",
+        "scale_lr": "the rate is as it is given, whatever the batch",
+        "bucket_no_upscale": "small pictures are enlarged, and sfumato check names them",
+        "lowram lowvram": "sfumato memory tells what each way takes, and what --gradient-checkpointing saves",
+        "torch_compile": "pretrain compiles, other trainers do not",
+        "loraplus_lr_ratio loraplus_unet_lr_ratio loraplus_text_encoder_lr_ratio": "both factors learn at one rate",
+        "multires_noise_iterations multires_noise_discount adaptive_noise_scale": "--noise-offset is what there is",
+        "ip_noise_gamma scale_weight_norms": "there is no counterpart",
+    }
+)
+"""What trainers do not have, or in another place, and what to say of it: else a name that looks alike would be told."""
 
 VALUES: Mapping[tuple[str, str], str] = MappingProxyType(
     {
@@ -144,4 +164,6 @@ def called_here(name: str, known: Collection[str]) -> str | None:
             return f"Here it is {option}."
     if "learning_rate" not in known:  # not of a trainer
         return None
-    return next((f"It needs none: {why}." for others, why in UNASKED.items() if name in others.split()), None)
+    said = {others: f"It needs none: {why}." for others, why in UNASKED.items()}
+    said |= {others: f"{why[0].upper()}{why[1:]}." for others, why in ABSENT.items()}
+    return next((sentence for others, sentence in said.items() if name in others.split()), None)

@@ -311,8 +311,11 @@ class Run:
                 reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
                 if isinstance(error, torch.OutOfMemoryError):
                     give_back_freed_memory()
-                    reason = "the GPU's memory does not hold them beside the training"
-                if step == 0:  # nothing is lost yet, and it would go on like this
+                    reason = (
+                        "the GPU's memory does not hold them beside the training; --sample-every 0 and "
+                        "--measure-every 0 leave them out"
+                    )
+                elif step == 0:  # nothing is lost yet, and it would go on like this
                     raise RunError(f"the first samples or measurements failed: {reason}") from None
                 self.say(f"step {step}: no sample or measurement: {reason}. The training goes on.")
         if looks:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 _MANY = 10**9
+PORTION = 2**28
+"""Bytes that are brought from a GPU at once to a mean on the CPU."""
 
 
 class Average:
@@ -33,9 +35,10 @@ class Average:
         learning = [place for place in range(len(self.mean)) if self.parameters[place].requires_grad]
         for made in {self.updates[place] for place in learning}:
             places = [place for place in learning if self.updates[place] == made]
-            means = [self.mean[place] for place in places]
-            now = [self.parameters[place].detach().to(self.mean[place].device) for place in places]
-            torch._foreach_lerp_(means, now, 1 - min(self.decay, (1 + made) / (10 + made)))
+            for some in _in_portions(places, [mean.nbytes for mean in self.mean]):
+                means = [self.mean[place] for place in some]
+                now = [self.parameters[place].detach().to(self.mean[place].device) for place in some]
+                torch._foreach_lerp_(means, now, 1 - min(self.decay, (1 + made) / (10 + made)))
         for place in learning:
             self.updates[place] += 1
 
@@ -65,3 +68,15 @@ class Average:
             mean.copy_(saved)
         made = state.get("updates", _MANY)  # older checkpoints do not count: they go on at the whole decay
         self.updates = list(made) if isinstance(made, list) else [made] * len(self.parameters)
+
+
+def _in_portions(places: Sequence[int], sizes: Sequence[int]) -> Iterator[list[int]]:
+    """The places, as many at once as hold PORTION bytes: of a mean elsewhere no second whole copy is made."""
+    portion: list[int] = []
+    for place in places:
+        if portion and sum(sizes[each] for each in portion) + sizes[place] > PORTION:
+            yield portion
+            portion = []
+        portion.append(place)
+    if portion:
+        yield portion

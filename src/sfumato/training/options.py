@@ -209,7 +209,8 @@ class StepOptions:
     seed: int = 0
     """Everything random follows from this number: start, order, noise, timesteps, caption dropout."""
     learning_rate: float | None = None
-    """Peak learning rate. Unset: the default of the method and the base's family, or 1 for prodigy."""
+    """Peak learning rate. Unset: the default of the method and the base's family, a quarter of it for lion, and
+    1 for prodigy."""
     optimizer: Literal["adamw", "adamw8bit", "adafactor", "prodigy", "lion"] = "adamw"
     """adamw and adafactor, which keeps nearly no state, are built in; the others are the extras 8bit, prodigy and lion
     (pip install 'sfumato[8bit]')."""
