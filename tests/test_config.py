@@ -42,6 +42,23 @@ def test_a_file_fills_what_the_options_leave(tmp_path):
     assert read("--rank", "5", "--config", str(file)) == Config(images=Path("d"), rank=5, mode="b")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Lasting:
+    """Train for a while."""
+
+    steps: int | None = None
+    epochs: int | None = None
+    rank: int = 1
+
+
+def test_what_says_the_same_on_the_command_line_is_in_place_of_a_files(tmp_path):
+    file = tmp_path / "c.toml"
+    file.write_text("steps = 8\nrank = 2")
+    for words, found in ((["--epochs", "3"], (None, 3)), (["--steps=3"], (3, None)), ([], (8, None))):
+        config = parse(Lasting, [str(file), *words], program="train test")
+        assert (config.steps, config.epochs, config.rank) == (*found, 2)
+
+
 def test_a_path_from_home_is_found_wherever_no_shell_has_read_it(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     file = tmp_path / "c.toml"

@@ -490,6 +490,18 @@ def test_wrong_use_is_one_line_and_leaves_no_adapter(options, said, pocket_folde
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
+def test_a_run_without_a_checkpoint_does_not_go_on_without_what_it_began_from(train, capsys):
+    first = train("first")
+    run = train("second", "--init-from", str(first)).parent
+    shutil.rmtree(run / "checkpoints")  # killed before its first
+    (run / "second.safetensors").unlink()
+    kept = first.rename(first.with_name("kept"))
+    assert cli.main(["resume", str(run)]) == 2
+    assert f"--init-from {first}: there is no such file." in capsys.readouterr().err
+    kept.rename(first)
+    assert cli.main(["resume", str(run)]) == 0
+
+
 def test_prodigy_finds_one_step_for_text_encoders_and_words_too(train):
     options = ("--learning-rate", "1", "--train-text-encoder", "--caption", "<x>", "--train-words", "<x>")
     path = train("run", "--optimizer", "prodigy", *options)

@@ -171,7 +171,9 @@ def train(config: Config) -> Path:
     base.resting.keep("unet", *(("text",) if config.train_text_encoder or words else ()))
     lora = new_lora(adapted, config)
     facts = {"data": dataset.fingerprint, "class": class_set.fingerprint if class_set else "none"}
-    if config.init_from and config.init_from.exists():  # a run that goes on has its weights from a checkpoint
+    if config.init_from and not run.has_begun:
+        refuse_missing(config.init_from)  # a run that goes on has its weights from a checkpoint, if there is one
+    if config.init_from and config.init_from.exists():
         facts["init"], left = start_from(config.init_from, lora, words, config.initial_words)
         run.say(*left)
     run.identify(**facts, base=base.fingerprint())
@@ -260,12 +262,18 @@ def check(config: Config) -> None:
     checks.check_trainer(config)
     if not config.train_text_encoder:
         checks.only_with(config, "--train-text-encoder", "text_learning_rate")
-    if config.init_from and not config.init_from.exists() and not config.resume:
-        raise ConfigError(f"--init-from {config.init_from}: there is no such file.")
+    if config.init_from and not config.resume:
+        refuse_missing(config.init_from)
     checked_adapter_guidance(config.adapter_guidance)
     if config.over_steps is not None:
         parse_span(config.over_steps)
     check_words(config)
+
+
+def refuse_missing(init_from: Path) -> None:
+    """Raises ConfigError where there is nothing to begin from."""
+    if not init_from.exists():
+        raise ConfigError(f"--init-from {init_from}: there is no such file.")
 
 
 def check_words(config: Config) -> None:

@@ -32,6 +32,10 @@ if TYPE_CHECKING:
 Config = TypeVar("Config", bound="DataclassInstance")
 
 
+EITHER = ("steps", "epochs")
+"""Options that say the same: one on the command line is in place of either in a file."""
+
+
 def parse(config_type: type[Config], argv: Sequence[str], *, program: str, first_may_be_config: bool = True) -> Config:
     """The config that `argv` asks for: options, or a TOML file as first argument or after `--config`, or both.
 
@@ -44,6 +48,9 @@ def parse(config_type: type[Config], argv: Sequence[str], *, program: str, first
     file, rest = split_off_file(list(argv), first_may_be_config=first_may_be_config)
     called = f"python -m {program}" if "." in program else f"sfumato {program}"
     in_file = {} if file is None else _read(config_type, file)
+    for one, other in (EITHER, EITHER[::-1]):
+        if any(word.partition("=")[0] == f"--{one}" for word in rest):
+            in_file.pop(other, None)
     _refuse_fractions(config_type, rest, called)
     _refuse_empty_paths(config_type, rest, called)
     app = _app(config_type, called, in_file, first_may_be_config=first_may_be_config)

@@ -41,6 +41,12 @@ def _karras(sampler: Sampler) -> Sampler:
     return Sampler(sampler.label, sampler.class_name, {**sampler.settings, **KARRAS}, "Karras", sampler.needs)
 
 
+def _sgm(sampler: Sampler) -> Sampler:
+    """From the very last timestep on, in equal steps: of few, as for Lightning and Turbo, none begins too late."""
+    spaced = {**sampler.settings, "timestep_spacing": "trailing"}
+    return Sampler(sampler.label, sampler.class_name, spaced, "SGM Uniform", sampler.needs)
+
+
 _PLAIN = {
     "ddim": Sampler("DDIM", "DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False}),
     "ddpm": Sampler("DDPM", "DDPMScheduler", {"clip_sample": False}),
@@ -59,8 +65,11 @@ _PLAIN = {
 }
 _WITH_KARRAS = ("euler", "heun", "lms", "dpm2", "dpm2 a", "dpm++ 2m", "dpm++ 2m sde", "unipc", "deis")
 
+_WITH_SGM = ("euler", "euler a", "heun", "dpm++ 2m", "dpm++ 2m sde", "unipc")
 SAMPLERS: Mapping[str, Sampler] = MappingProxyType(
-    _PLAIN | {f"{name} karras": _karras(_PLAIN[name]) for name in _WITH_KARRAS}
+    _PLAIN
+    | {f"{name} karras": _karras(_PLAIN[name]) for name in _WITH_KARRAS}
+    | {f"{name} sgm uniform": _sgm(_PLAIN[name]) for name in _WITH_SGM}
 )
 _OTHER_NAMES = {name.replace(" ", ""): name for name in SAMPLERS} | {
     "dpm++": "dpm++ 2m",
@@ -144,6 +153,8 @@ def scheduler(name: str, schedule: Mapping[str, Any]) -> Any:
     kind = getattr(diffusers, chosen.class_name)
     known = inspect.signature(kind.__init__).parameters
     shared = {key: schedule[key] for key in _SCHEDULE if key in schedule}
+    if "timestep_spacing" in schedule.get("_use_default_values", ()):
+        del shared["timestep_spacing"]  # of the base's own sampler, where its file says nothing
     if shared.get("rescale_betas_zero_snr"):
         if "rescale_betas_zero_snr" not in known:
             raise ConfigError(f"--sampler {name}: cannot draw on a base with zero terminal SNR. Take ddim or euler.")

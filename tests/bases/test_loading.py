@@ -14,11 +14,12 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNot
 from safetensors.torch import load_file, save_file
 
 from sfumato.bases import hub, loading
+from sfumato.bases.family import recognise
 from sfumato.bases.hub import weight_files
 from sfumato.bases.loading import find_vae, load_base
 from sfumato.bases.recognise import family_of_names
 from sfumato.errors import BaseModelError, SfumatoError
-from tests.tiny import CPU, hub_with, tiny_pocket_folder
+from tests.tiny import CPU, hub_with, tiny_pipeline, tiny_pocket_folder
 
 
 @pytest.fixture(scope="module")
@@ -237,6 +238,10 @@ def test_of_a_repository_only_one_set_of_safetensors_is_fetched():
     assert weight_files(files, "owner/name") == [files[0], files[4], files[5], files[6]]
     with pytest.raises(BaseModelError, match=r"owner/name: unet has only pickled weights"):
         weight_files(["unet/diffusion_pytorch_model.bin"], "owner/name")
+    brain = ["unet/diffusion_pytorch_model.bf16.safetensors", "unet/diffusion_pytorch_model.bin"]
+    assert weight_files(brain, "owner/name") == brain[:1]
+    with pytest.raises(BaseModelError, match=r"of unet there is diffusion_pytorch_model\.non_ema\.safetensors alone"):
+        weight_files(files[3:4], "owner/name")
 
 
 @pytest.mark.parametrize("place", ["", "vae/"])
@@ -303,6 +308,76 @@ def test_a_config_that_describes_nothing_is_one_line(file, change, what, pocket,
     config = json.loads((folder / file).read_text())
     (folder / file).write_text(json.dumps(config | change))
     assert what in refusal(folder)
+
+
+def with_scheduler(folder, **changes):
+    file = folder / "scheduler/scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    return folder
+
+
+def test_a_scheduler_that_cannot_be_made_is_replaced_and_told(pocket, tmp_path):
+    """The base is as good as any: what learns and draws takes its betas."""
+    folder = shutil.copytree(pocket, tmp_path / "base")
+    with_scheduler(folder, _class_name="DPMSolverMultistepScheduler", algorithm_type="dpmsolver")
+    with pytest.warns(
+        UserWarning, match=r"base: DPMSolverMultistepScheduler cannot be made \(.*\); DDIM stands in for"
+    ):
+        base = load_base(folder, precision=CPU)
+    assert torch.equal(base.alpha_bar, load_base(pocket, precision=CPU).alpha_bar)
+    assert type(base.scheduler).__name__ == "DDIMScheduler"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"beta_schedule": "odd"}, "odd"),
+        ({"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"}, "has no betas"),
+    ],
+)
+def test_a_schedule_that_is_none_of_ours_is_one_line(changes, said, pocket, tmp_path):
+    folder = with_scheduler(shutil.copytree(pocket, tmp_path / "base"), **changes)
+    assert said in (message := refusal(folder))
+    assert "\n" not in message
+
+
+def test_a_tokenizer_that_knows_more_than_its_text_encoder_is_refused(pocket, tmp_path):
+    folder = shutil.copytree(pocket, tmp_path / "base")
+    tokenizer = load_base(pocket, precision=CPU, unet=False).tokenizers[0]
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(folder / "tokenizer")
+    assert "base: tokenizer has " in (message := refusal(folder))
+    assert "tokens, and text_encoder rows for" in message
+
+
+def test_a_pooled_text_of_another_width_is_refused(sdxl, tmp_path):
+    folder = shutil.copytree(sdxl.folder, tmp_path / "base")
+    pipe = tiny_pipeline("sdxl")
+    config = pipe.text_encoder_2.config
+    config.projection_dim += 8
+    type(pipe.text_encoder_2)(config).save_pretrained(folder / "text_encoder_2")
+    assert "base: the U-Net takes a pooled text of 96 numbers, the second text encoder gives 104." in refusal(folder)
+
+
+def test_the_smallest_distilled_models_are_of_sd1():
+    """BK-SDM-Tiny and segmind's tiny-sd: attention on all levels as pocket has it, and no middle."""
+    levels = {"down_block_types": ["CrossAttnDownBlock2D"] * 3}
+    assert recognise(levels | {"mid_block_type": None}).name == "sd1"
+    assert recognise(levels | {"mid_block_type": "UNetMidBlock2DCrossAttn"}).name == "pocket"
+
+
+def test_words_of_several_vectors_that_diffusers_loaded_are_read_as_its_pipeline_reads_them(sdxl, tmp_path):
+    pipe = tiny_pipeline("sdxl")
+    for tokenizer, encoder in ((pipe.tokenizer, pipe.text_encoder), (pipe.tokenizer_2, pipe.text_encoder_2)):
+        width = encoder.config.hidden_size
+        vectors = {"<cat>": torch.randn(3, width, generator=torch.Generator().manual_seed(width))}
+        pipe.load_textual_inversion(vectors, token="<cat>", text_encoder=encoder, tokenizer=tokenizer)
+    pipe.save_pretrained(tmp_path / "base")
+    base = load_base(tmp_path / "base", precision=CPU)
+    found = base.encode_text(["a <cat> x"])
+    hidden, _, pooled, _ = pipe.encode_prompt("a <cat> x", device="cpu", do_classifier_free_guidance=False)
+    torch.testing.assert_close(found.hidden, hidden)
+    torch.testing.assert_close(found.pooled, pooled)
 
 
 def test_importing_the_package_loads_no_torch():

@@ -168,6 +168,15 @@ def test_many_latents_stay_on_disk(examples, folder, monkeypatch):
         mapped.batch(0, 1, 4)
 
 
+def test_captions_are_embedded_anew_where_the_cache_was_emptied_meanwhile(examples, folder):
+    wanted = prepared(examples, None)[0].batch(0, 0, 4)
+    dataset, _, _ = prepared(examples, folder)
+    for path in (folder / "text").rglob("*.safetensors"):
+        path.unlink()
+    for _ in range(2):
+        assert same(dataset.batch(0, 0, 4), wanted)
+
+
 def test_pixels_for_the_loop_are_cached_too(tmp_path, folder, monkeypatch):
     monkeypatch.setattr(preparing, "MOST_VARIANTS", 2)
     noise_picture(128, 64).save(tmp_path / "a.png")

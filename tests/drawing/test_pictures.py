@@ -13,11 +13,15 @@ from diffusers import (
     AutoPipelineForImage2Image,
     ControlNetModel,
     DDIMScheduler,
+    DPMSolverMultistepScheduler,
     EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
     StableDiffusionControlNetPipeline,
     StableDiffusionPipeline,
 )
 from PIL import Image
+from torch.testing import assert_close
 
 from sfumato import schedulers
 from sfumato.bases import load_base
@@ -100,9 +104,25 @@ def test_every_sampler_keeps_the_bases_schedule_and_leaves_the_pipelines_alone(p
         made = schedulers.scheduler(name, schedule)
         assert made.config.prediction_type == "v_prediction"
         assert (made.config.beta_start, made.config.beta_end) == (0.00085, 0.012)
-        assert schedulers.label(made) == (sampler.label, sampler.schedule)
+        if sampler.schedule != "SGM Uniform":  # which the base's own spacing is already
+            assert schedulers.label(made) == (sampler.label, sampler.schedule)
+        else:
+            assert made.config.timestep_spacing == "trailing"
         assert len(draw(pipe, "a cat", 1, steps=2, sampler=name, width=32, height=32, guidance=1.0)) == 1
         assert pipe.scheduler is own
+
+
+def test_a_sampler_is_spaced_as_diffusers_spaces_it_on_a_base_that_says_nothing_of_it():
+    """As SD 1.5 and 2.1 are published: PNDM's own spacing is none of DPM++'s."""
+    config = PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1).config
+    for name, kind in (("dpm++ 2m", DPMSolverMultistepScheduler), ("euler", EulerDiscreteScheduler)):
+        ours, theirs = schedulers.scheduler(name, config), kind.from_config(config)
+        ours.set_timesteps(8)
+        theirs.set_timesteps(8)
+        assert_close(ours.timesteps, theirs.timesteps)
+    few = schedulers.scheduler("euler sgm_uniform", config | {"timestep_spacing": "leading"})
+    few.set_timesteps(4)
+    assert few.timesteps.tolist() == [999, 749, 499, 249]
 
 
 @pytest.mark.parametrize("name", ["DPM++ 2M Karras", "dpmpp_2m_karras", "dpm++-2m-karras"])
@@ -328,7 +348,7 @@ def test_black_of_a_mask_stays_black_beside_an_edge():
     assert (resized[:, :30] == 255).all()
 
 
-@pytest.mark.parametrize("seeds", [np.int64(3), np.array([3]), torch.tensor([3])])
+@pytest.mark.parametrize("seeds", [np.int64(3), np.array([3]), np.array(3), torch.tensor([3]), torch.tensor(3)])
 def test_seeds_may_be_numbers_of_numpy_and_torch(pocket, seeds):
     assert draw(pocket, "a cat", seeds, steps=1)[0].tobytes() == draw(pocket, "a cat", 3, steps=1)[0].tobytes()
 

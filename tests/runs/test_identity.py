@@ -3,8 +3,10 @@
 import errno
 import json
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -241,3 +243,14 @@ def test_the_file_that_a_name_will_have_is_looked_at(tmp_path):
     (tmp_path / "n.safetensors").write_text("")
     assert going_on(RunOptions(output=tmp_path)) is False
     assert "holds n.safetensors and no run" in problem(lambda: going_on(RunOptions(output=tmp_path, name="n")))
+
+
+def test_a_script_that_calls_a_trainer_is_no_copy_of_it(monkeypatch, tmp_path):
+    """It reads no options, so that a run of it goes on with the trainer; a copy has a Config of its own."""
+    import sfumato.trainers.lora as trainer
+
+    script = SimpleNamespace(__file__=str(tmp_path / "mine.py"), Config=trainer.Config, train=trainer.train)
+    monkeypatch.setitem(sys.modules, "__main__", script)
+    assert identity.copied_program("lora") is None
+    script.Config = type("Config", (), {"__module__": "__main__"})
+    assert identity.copied_program("lora") == (tmp_path / "mine.py").resolve()

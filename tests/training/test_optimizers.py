@@ -9,6 +9,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from sfumato.errors import PrecisionError
+from sfumato.runs.kept import Kept
 from sfumato.training import optimizers
 
 
@@ -123,7 +124,11 @@ def test_the_state_takes_what_is_told_before(name, shape):
         pytest.importorskip({"lion": "lion_pytorch", "prodigy": "prodigyopt"}[name])
     p = nn.Parameter(torch.ones(shape))
     optimizer = optimizers.build(name, [{"params": [p], "lr": 0.1}], weight_decay=0.0)
+    checkpoint = Kept()
+    checkpoint.parts["optimizer"] = optimizer
+    assert checkpoint.bytes_to_come() == optimizers.state_bytes(name, shape)
     p.square().sum().backward()
     optimizer.step()
+    assert checkpoint.bytes_to_come() == 0
     kept = [each for each in optimizer.state[p].values() if isinstance(each, torch.Tensor) and each.ndim]
     assert sum(each.nbytes for each in kept) == optimizers.state_bytes(name, shape)

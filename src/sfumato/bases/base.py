@@ -130,7 +130,8 @@ class Base:
 
     @staticmethod
     def _ids(tokenizer: Any, prompt: str) -> list[int]:
-        return list(tokenizer(prompt, add_special_tokens=False, truncation=False, verbose=False).input_ids)
+        text = _written_out(tokenizer, prompt)
+        return list(tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids)
 
     def encode_text(self, prompts: Sequence[str], *, grad: bool = False) -> TextEmbedding:
         """The prompts as the U-Net takes them, in the dtype of the text encoder's weights.
@@ -167,7 +168,8 @@ class Base:
     def padded_ids(self, tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
         """What a text encoder is given: `token_limit` + 2 ids a prompt, start, end and padding among them."""
         limit = self.token_limit + 2
-        ids = tokenizer(list(prompts), padding="max_length", max_length=limit, truncation=True).input_ids
+        texts = [_written_out(tokenizer, prompt) for prompt in prompts]
+        ids = tokenizer(texts, padding="max_length", max_length=limit, truncation=True).input_ids
         return cast(list[list[int]], ids)
 
     def _last_state(self, encoder: Any, output: Any) -> Tensor:
@@ -336,3 +338,15 @@ class Base:
         if not stated or not self.name == metadata.get("ss_sd_model_name") == "pocket":
             return False
         return bool(self.adapted_fingerprint()) and stated not in self._adapted_fingerprints
+
+
+def _written_out(tokenizer: Any, prompt: str) -> str:
+    """The prompt with all tokens of words of several vectors that diffusers loaded (<x> and <x>_1), as it has them.
+
+    Our own words' tokenizers do so themselves.
+    """
+    added = tokenizer.get_added_vocab()
+    for first in (token for token in added if f"{token}_1" in added and token in prompt and f"{token}_1" not in prompt):
+        count = next(number for number in range(1, len(added) + 1) if f"{first}_{number}" not in added)
+        prompt = prompt.replace(first, " ".join([first, *(f"{first}_{number}" for number in range(1, count))]))
+    return prompt

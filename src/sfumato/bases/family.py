@@ -104,12 +104,13 @@ def recognise(unet: Mapping[str, Any]) -> Family:
     """The family of a U-Net, by its diffusers config.
 
     Widths are not asked, so that a small model of a family is one of it. SDXL takes sizes and a pooled embedding; SD 2
-    projects linearly into its attention blocks; SD 1 has a level without attention at the bottom, pocket has none.
+    projects linearly into its attention blocks; SD 1 has a level without attention at the bottom, or as the smallest
+    distilled ones no middle, where pocket has a middle and attention everywhere.
     """
     if unet.get("addition_embed_type") == "text_time":
         return FAMILIES["sdxl"]
     if unet.get("use_linear_projection"):
         return FAMILIES["sd2"]
-    if "DownBlock2D" in unet.get("down_block_types", ("DownBlock2D",)):
+    if "DownBlock2D" in unet.get("down_block_types", ("DownBlock2D",)) or unet.get("mid_block_type", "") is None:
         return FAMILIES["sd1"]
     return FAMILIES["pocket"]

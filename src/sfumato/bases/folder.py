@@ -17,6 +17,8 @@ from sfumato.errors import BaseModelError
 from sfumato.files.header import read_header
 
 STEMS = ("diffusion_pytorch_model", "model")
+VARIANTS = (".fp16", ".bf16")
+"""Of files, where there are none without; what diffusers calls fp16 and bf16."""
 PICKLED = (".bin", ".ckpt", ".pt", ".pth")
 OLD_VAE_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 """What diffusers before 0.18 called the projections of the VAE's attention; SD 1.5's published VAE still does."""
@@ -37,8 +39,8 @@ def read_config(folder: Path, part: str) -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of one model: the one without a variant, its shards, or those of the variant fp16."""
-    for variant in ("", ".fp16"):
+    """The safetensors files of one model: without a variant, its shards, or else those of half precision."""
+    for variant in ("", *VARIANTS):
         for stem in STEMS:
             single = folder / f"{stem}{variant}.safetensors"
             if single.is_file():
@@ -53,7 +55,9 @@ def weight_files(folder: Path) -> list[Path]:
             f"{where}: only pickled weights ({pickled[0]}), which can run programs and are never opened. "
             "Get the base as .safetensors."
         )
-    raise BaseModelError(f"{where}: no {STEMS[0]}.safetensors or {STEMS[1]}.safetensors in it. Download it again.")
+    others = sorted(path.name for path in folder.glob("*.safetensors"))
+    there = f"; it has {others[0]}. Rename it, if it is whole." if others else ". Download it again."
+    raise BaseModelError(f"{where}: no {STEMS[0]}.safetensors or {STEMS[1]}.safetensors in it{there}")
 
 
 def _shards(folder: Path, index: str) -> list[Path]:

@@ -194,7 +194,7 @@ def not_written(error: Exception) -> str:
 
 
 def weight_files(files: Sequence[str], where: str, parts: Sequence[str] = PARTS[:4]) -> list[str]:
-    """The safetensors files to take for each model of a repository: those without a variant, else those of fp16.
+    """The safetensors files to take for each model of a repository: without a variant, else of half precision.
 
     parts: the models' folders, "" for the repository's own. Raises BaseModelError for a model without safetensors.
     """
@@ -203,11 +203,16 @@ def weight_files(files: Sequence[str], where: str, parts: Sequence[str] = PARTS[
         here = [name for name in files if name.rpartition("/")[0] == part]
         inside = [name for name in here if re.fullmatch(rf"({'|'.join(folders.STEMS)})\b.*\.safetensors", _last(name))]
         plain = [name for name in inside if re.fullmatch(r"[^.]+\.safetensors", _last(name))]
-        half = [name for name in inside if ".fp16" in name]
+        halves = ([name for name in inside if variant in _last(name)] for variant in folders.VARIANTS)
+        half = next((names for names in halves if names), [])
         if not inside and any(name.endswith(".bin") for name in here):
             raise BaseModelError(
                 f"{where}: {part or 'it'} has only pickled weights (.bin), which can run programs and are never "
                 "opened. Name one with .safetensors."
+            )
+        if inside and not plain and not half:
+            raise BaseModelError(
+                f"{where}: of {part or 'it'} there is {_last(inside[0])} alone. Fetch it, and rename it if it is whole."
             )
         chosen += plain or half
     return chosen

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from sfumato.bases.weights import Shell, text_skeleton, unet_skeleton, vae_skele
 from sfumato.errors import BaseModelError
 from sfumato.files.header import read_header
 from sfumato.precision import Part, Precision, decide
+from sfumato.schedulers import counts_sigmas
 
 POCKET_VARIABLE = "SFUMATO_POCKET"
 """Names a diffusers folder to use for `pocket` instead of the one in the package."""
@@ -262,6 +264,11 @@ def _from_folder(
         text_encoders.append(shell)
         positions = shell.model.config.max_position_embeddings
         tokenizers.append(folders.load_tokenizer(folder, encoder.tokenizer, positions))
+        if (count := len(tokenizers[-1])) > (rows := shell.model.config.vocab_size):
+            raise BaseModelError(
+                f"{folder.name}: {encoder.tokenizer} has {count:,} tokens, and {encoder.folder} rows for {rows:,}. "
+                "Name a whole base."
+            )
     return _Parts(family, unet, own, text_encoders, tokenizers, scheduler, _wants_zeros(index))
 
 
@@ -323,6 +330,14 @@ def _check(parts: _Parts, name: str, clip_skip: int | None) -> None:
             f"{name}: the U-Net takes {unet.in_channels} channels{what}, the VAE gives {vae.latent_channels}. "
             "Name another base or VAE."
         )
+    if unet.get("addition_embed_type") == "text_time":
+        pooled = texts[-1].projection_dim
+        taken = unet.projection_class_embeddings_input_dim - 6 * unet.addition_time_embed_dim
+        if pooled != taken:
+            raise BaseModelError(
+                f"{name}: the U-Net takes a pooled text of {taken} numbers, the second text encoder gives {pooled}. "
+                "Name another base."
+            )
     width = sum(text.hidden_size for text in texts)
     if unet.cross_attention_dim != width:
         raise BaseModelError(
@@ -334,13 +349,37 @@ def _check(parts: _Parts, name: str, clip_skip: int | None) -> None:
         raise BaseModelError(f"--clip-skip {clip_skip!r}: of {layers} layers, 0 to {layers - 2} can be skipped.")
 
 
+_BETAS = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "rescale_betas_zero_snr",
+    "prediction_type",
+)
+"""What a scheduler's config says of the base, and not of how it is drawn."""
+
+
 def _scheduler(config: Mapping[str, Any], name: str) -> Any:
     """The base's own diffusers scheduler."""
     class_name = str(config.get("_class_name", "DDIMScheduler"))
     found = getattr(diffusers, class_name, None) if class_name.endswith("Scheduler") else None
     if found is None:
         raise BaseModelError(f"{name}: diffusers has no scheduler {class_name}. Correct scheduler_config.json.")
-    return found.from_config(dict(config))
+    try:
+        return found.from_config(dict(config))
+    except (ImportError, NotImplementedError, TypeError, ValueError) as error:
+        # The base is as good as any: what trains and draws it takes the betas alone.
+        betas = {key: value for key, value in config.items() if key in _BETAS}
+        try:
+            instead = diffusers.DDIMScheduler(**betas, clip_sample=False, set_alpha_to_one=False)
+        except (NotImplementedError, TypeError, ValueError) as wrong:
+            reason = " ".join(str(wrong).split())
+            raise BaseModelError(f"{name}: {reason:.200}. Correct scheduler_config.json.") from None
+        reason = " ".join(str(error).split())
+        warnings.warn(f"{name}: {class_name} cannot be made ({reason:.120}); DDIM stands in for it", stacklevel=2)
+        return instead
 
 
 def alpha_bar(config: Mapping[str, Any], name: str) -> torch.Tensor:
@@ -350,7 +389,7 @@ def alpha_bar(config: Mapping[str, Any], name: str) -> torch.Tensor:
     picture. Raises BaseModelError for that, and for schedules without betas.
     """
     without = str(config.get("_class_name", "")).startswith("EDM") or "FlowMatch" in str(config.get("_class_name", ""))
-    if without or "sigma_data" in config or "num_train_timesteps" not in config:
+    if without or counts_sigmas(config) or "num_train_timesteps" not in config:
         raise BaseModelError(f"{name}: {config.get('_class_name')} has no betas. Name SD 1.x, SD 2.x or SDXL.")
     kind = config.get("prediction_type", "epsilon")
     if kind not in PREDICTION_TYPES:
@@ -360,7 +399,9 @@ def alpha_bar(config: Mapping[str, Any], name: str) -> torch.Tensor:
             f"{name}: zero terminal SNR, where epsilon says nothing of the picture at the last timestep. "
             "Say --prediction-type v_prediction."
         )
-    keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
-    settings = {key: config[key] for key in keys if key in config}
-    values: torch.Tensor = DDPMScheduler(**settings).alphas_cumprod
+    settings = {key: config[key] for key in _BETAS if key in config and key != "prediction_type"}
+    try:
+        values: torch.Tensor = DDPMScheduler(**settings).alphas_cumprod
+    except (NotImplementedError, TypeError, ValueError) as error:
+        raise BaseModelError(f"{name}: {' '.join(str(error).split()):.200}. Correct scheduler_config.json.") from None
     return values.float()

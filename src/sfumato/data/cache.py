@@ -1,7 +1,7 @@
 """Latents and text embeddings on disk, each in a file named by the hash of everything it depends on.
 
 Whatever changes a result changes its name, so nothing in the folder is ever stale, several data sets, bases and runs
-may share it, and it may be deleted at any time. A file that is broken counts as missing.
+may share it, and it may be deleted while no run that uses it goes on. A file that is broken counts as missing.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ class Entry:
         try:
             return read_tensors(self.path)
         except FileError as error:
-            raise DataError(f"{self.path}: the cache was changed while it was in use ({error}) Start again.") from None
+            raise DataError(
+                f"{self.path}: the cache was changed while it was in use ({error}) sfumato resume goes on with the run."
+            ) from None
 
 
 class Cache:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sfumato.data.cache import Cache, Entry, key_of, weights_digest
+from sfumato.errors import DataError
 
 if TYPE_CHECKING:
     from sfumato.bases import Base, TextEmbedding
@@ -107,7 +108,12 @@ class Texts:
         if row is None:
             return self._late[prompt]
         if isinstance(row, Entry):
-            tensors = row.tensors()
+            try:
+                tensors = row.tensors()
+            except DataError:  # somebody emptied the cache meanwhile
+                del self._rows[prompt]
+                (self._late[prompt],) = self._encoded([prompt])
+                return self._late[prompt]
             return type(self._empty)(tensors["hidden"], tensors.get("pooled"))
         return row
 

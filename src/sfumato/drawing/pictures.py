@@ -178,7 +178,8 @@ def _pairs(prompts: str | Sequence[str], seeds: int | Sequence[int]) -> tuple[li
     texts = [prompts] if isinstance(prompts, str) or not isinstance(prompts, Iterable) else list(prompts)
     if wrong := [text for text in texts if not isinstance(text, str)]:
         raise ConfigError(f"a prompt that is a {type(wrong[0]).__name__}; wanted a text, or texts.")
-    several = seeds if isinstance(seeds, Iterable) and not isinstance(seeds, Integral) else [seeds]
+    is_one = isinstance(seeds, Integral) or getattr(seeds, "ndim", 1) == 0  # a scalar of numpy's or torch's
+    several = [seeds] if is_one or not isinstance(seeds, Iterable) else seeds
     numbers = [number for seed in several if (number := _whole("seed", seed)) is not None]
     if len(texts) == 1:
         texts = texts * len(numbers)

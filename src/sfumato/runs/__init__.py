@@ -291,6 +291,11 @@ class Run:
         _not_written.clear()  # one training at a time is at its end
         _not_written.add(self)
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether it goes on from a checkpoint, which holds all that was learned and begun from."""
+        return self._resumed_from is not None
+
     def end(self) -> None:
         """Let the loop end before its next step, with a checkpoint of the last; all processes call it, or none."""
         self._ends = True

@@ -36,7 +36,9 @@ def copied_program(program: str) -> Path | None:
     """The file of the running program, where it is a copy of the trainer (`sfumato cp`) and not the trainer itself."""
     main = sys.modules.get("__main__")
     file = getattr(main, "__file__", None)
-    if file is None or not (hasattr(main, "Config") and hasattr(main, "train")):
+    config = getattr(main, "Config", None)
+    # A script that imports the trainer's names runs the trainer itself, and reads no options.
+    if file is None or getattr(config, "__module__", None) != "__main__" or not hasattr(main, "train"):
         return None
     own = importlib.util.find_spec(f"sfumato.trainers.{program}")
     found = Path(file).resolve()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +25,13 @@ class Kept:
     def bytes_to_come(self) -> int:
         """What the states will hold after the first step and do not hold yet: the moments of optimizers."""
         optimizers = [part for part in self.parts.values() if isinstance(part, torch.optim.Optimizer)]
-        return sum(2 * p.nbytes for o in optimizers if not o.state for group in o.param_groups for p in group["params"])
+        return sum(
+            getattr(each, "state_bytes", _two_moments)(p.shape)
+            for each in optimizers
+            if not each.state
+            for group in each.param_groups
+            for p in group["params"]
+        )
 
     def load(self, states: Mapping[str, Any], step: int) -> None:
         """Give the parts what `state` gave of them after `step`. Raises RunError for states of other parts."""
@@ -63,3 +70,8 @@ def _load(part: Any, state: Any) -> None:
         for name, moment in moments.items():
             if isinstance(moment, Tensor) and moment.shape == parameter.shape and moment.stride() != parameter.stride():
                 moments[name] = torch.empty_like(parameter, dtype=moment.dtype, device=moment.device).copy_(moment)
+
+
+def _two_moments(shape: Sequence[int]) -> int:
+    """Bytes of AdamW's moments of a weight."""
+    return 8 * math.prod(shape)

@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -32,6 +33,12 @@ def build(name: OptimizerName, groups: Iterable[dict[str, Any]], *, weight_decay
     Prodigy finds its own step size: its `lr` is a factor, 1 by custom (Mishchenko & Defazio 2023). Adafactor (Shazeer &
     Stern 2018) takes `lr` as AdamW does, with steps no larger for larger weights: an adapter begins at zeros.
     """
+    optimizer = _built(name, groups, weight_decay=weight_decay)
+    optimizer.__dict__["state_bytes"] = partial(state_bytes, name)  # for the room that its checkpoints will take
+    return optimizer
+
+
+def _built(name: OptimizerName, groups: Iterable[dict[str, Any]], *, weight_decay: float) -> torch.optim.Optimizer:
     groups = list(groups)
     shared: dict[str, Any] = {"betas": (0.9, 0.99), "weight_decay": weight_decay}
     if name == "adamw":
