@@ -73,10 +73,12 @@ class Average:
 def _in_portions(places: Sequence[int], sizes: Sequence[int]) -> Iterator[list[int]]:
     """The places, as many at once as hold PORTION bytes: of a mean elsewhere no second whole copy is made."""
     portion: list[int] = []
+    held = 0
     for place in places:
-        if portion and sum(sizes[each] for each in portion) + sizes[place] > PORTION:
+        if portion and held + sizes[place] > PORTION:
             yield portion
-            portion = []
+            portion, held = [], 0
         portion.append(place)
+        held += sizes[place]
     if portion:
         yield portion
