@@ -56,6 +56,7 @@ def export(config: Config) -> Path:
     told = {
         "concepts.json": json.dumps(manifest["concepts"], indent=1) + "\n",
         "manifest.json": json.dumps(seen(manifest), indent=1) + "\n",
+        "others.txt": others(manifest),
         "ATTRIBUTION.md": attribution(manifest["sources"]),
     }
     config.out.mkdir(parents=True, exist_ok=True)
@@ -92,17 +93,20 @@ def _replace(made: Path, place: Path) -> None:
 
 
 def seen(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """The data's manifest without the concepts, which have a file of their own, and with one hash for
-    the other drawings.
-
-    Those are thousands; their names and hashes, one "NAME HASH" a line in order, are hashed together.
-    """
+    """The data's manifest without the concepts and the other drawings, which have files of their own; with the hash
+    of the latter's."""
     hashes: dict[str, str] = manifest["sha256"]
-    extras = "".join(f"{name} {value}\n" for name, value in sorted(hashes.items()) if name.startswith("other/"))
+    extras = others(manifest)
     return {key: value for key, value in manifest.items() if key not in ("concepts", "sha256")} | {
         "sha256": {name: value for name, value in hashes.items() if not name.startswith("other/")},
         "others": {"pictures": extras.count("\n"), "sha256": hashlib.sha256(extras.encode()).hexdigest()},
     }
+
+
+def others(manifest: Mapping[str, Any]) -> str:
+    """The other drawings, thousands, one "NAME HASH" a line in order."""
+    hashes: dict[str, str] = manifest["sha256"]
+    return "".join(f"{name} {value}\n" for name, value in sorted(hashes.items()) if name.startswith("other/"))
 
 
 def attribution(sources: Mapping[str, Mapping[str, str]]) -> str:
@@ -131,7 +135,7 @@ def attribution(sources: Mapping[str, Mapping[str, str]]) -> str:
             "Licence texts: Apache-2.0 https://www.apache.org/licenses/LICENSE-2.0,",
             "MIT https://opensource.org/license/mit, CC-BY-4.0 https://creativecommons.org/licenses/by/4.0/.",
             "The drawings were resized; the weights are not endorsed by their authors. `manifest.json` lists the",
-            "pictures by their SHA-256, and the cells withheld.",
+            "pictures of the concepts by their SHA-256, and the cells withheld; `others.txt` the other drawings.",
             "",
         ]
     )

@@ -166,8 +166,10 @@ def summary(scores: Sequence[dict[str, dict[str, Tensor]]]) -> dict[str, Any]:
             "with_minus_without_95": paired(rows["without"], rows["with"])["change_95"],
         }
     found["goals"] = {
-        "at most 0.05 under the base": all(each["base"] - each["with"] <= 0.05 for each in found.values()),
-        "above the run without, beyond the interval": found["both"]["with_minus_without_95"][0] > 0,
+        "at most 0.05 under the base": {kind: each["base"] - each["with"] <= 0.05 for kind, each in found.items()},
+        "above the run without, beyond the interval": {
+            kind: each["with_minus_without_95"][0] > 0 for kind, each in found.items()
+        },
     }
     return found
 

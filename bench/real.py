@@ -52,10 +52,12 @@ def styles_of(cells: Mapping[tuple[str, str], Path]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(style for _, style in cells))
 
 
-def known_concepts(cells: Mapping[tuple[str, str], Path]) -> list[str]:
-    """The concepts that the base has learned and that have a picture in all of the cells' styles."""
+def known_concepts(cells: Mapping[tuple[str, str], Path], *, everywhere: bool = True) -> list[str]:
+    """The concepts that the base has learned and that have a picture in all of the cells' styles, or in any."""
     styles = styles_of(cells)
     listed = json.loads(BASE_CONCEPTS.read_text(encoding="utf-8"))
+    if not everywhere:
+        return [name for name in listed if any((name, style) in cells for style in styles)]
     return [name for name in listed if all((name, style) in cells for style in styles)]
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from torch import Tensor
 from bench.distances import paired_kernel_distance
 from bench.judge import Judge, accuracies, cached_judge, look
 from bench.judge_pictures import Pictures, chosen_tenth, read_named
-from bench.real import cells_of, known_concepts, print_report, styles_of
+from bench.real import Cells, cells_of, known_concepts, print_report, styles_of
 from bench.style_runs import Learned, Workshop, reconstruct
 from bench.style_summary import mix_summary, summary
 from sfumato import cli, load_base, randomness
@@ -154,13 +155,22 @@ def check(config: Config) -> None:
 
 def read_real(config: Config) -> tuple[Pictures, Pictures]:
     """The real pictures of the concepts that the base knows, and those of all other concepts and of the subjects."""
-    files = cells_of(config.data)
+    files = of_whole_styles(cells_of(config.data), config)
     known, styles = known_concepts(files), styles_of(files)
     cells = {cell: file for cell, file in files.items() if cell[0] in known}
     more = {cell: file for cell, file in files.items() if cell[0] not in known}
     for folder in sorted(config.subjects.iterdir()) if config.subjects else ():
         more |= {(folder.name, f.stem): f for f in sorted(folder.glob("*.png")) if f.stem in styles}
     return read_named(cells, known, styles), read_named(more, sorted({name for name, _ in more}), styles)
+
+
+def of_whole_styles(files: Cells, config: Config) -> Cells:
+    """Without the folders, other than those of --styles, that have few of the base's concepts: a concept counts that
+    every folder has, and one of odds and ends would leave none."""
+    listed = known_concepts(files, everywhere=False)
+    held = Counter(style for concept, style in files if concept in listed)
+    whole = {style for style, count in held.items() if count >= config.images + config.concepts} | set(config.styles)
+    return {cell: file for cell, file in files.items() if cell[1] in whole}
 
 
 def draw_run(

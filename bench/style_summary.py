@@ -72,4 +72,5 @@ def mix_summary(runs: Sequence[Sequence[dict[str, float]]]) -> dict[str, Any]:
 
         found[f"{what}_kept"] = round(float(kept(torch.arange(len(runs)))), 4)
         found[f"{what}_kept_95"] = interval(kept, len(runs))
+    found["goals"] = {f"{what} kept at least 0.90": found[f"{what}_kept"] >= 0.9 for what in ("style", "subject")}
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
@@ -47,6 +48,8 @@ def main(argv: Sequence[str]) -> int:
     for note in converted.notes:
         print(note, file=sys.stderr)
     if config.output is None:
+        if not sys.stdout.isatty() and isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(encoding="utf-8")  # of a file that it is sent to, which is TOML
         print(converted.text, end="")
     else:
         write_text(config.output, converted.text)

@@ -42,7 +42,7 @@ def extras() -> dict[str, str]:
     return {
         extra: ", ".join(f"{name} {version_of(name)}" for name in names)
         if all(map(version_of, names))
-        else f"not installed: pip install 'sfumato[{extra}]'"
+        else f'not installed: pip install "sfumato[{extra}]"'
         for extra, names in sorted(packages.items())
     }
 

@@ -135,6 +135,8 @@ class Config:
     """A folder, hub id or file whose VAE replaces the base's."""
     prediction_type: Literal["epsilon", "v_prediction"] | None = None
     """What the base predicts, where its file does not say."""
+    zero_terminal_snr: bool = False
+    """The base ends in pure noise (zero terminal SNR), where its files do not say."""
 
 
 def plan(config: Config) -> Plan:
@@ -153,6 +155,8 @@ def plan(config: Config) -> Plan:
     spots = _spots(config, given, split)
     regional = {each.label for spot in spots for each in spot.adapters}
     everywhere = [each for each in given if each.label not in regional]
+    if not config.lora_folder.is_dir():
+        raise ConfigError(f"--lora-folder {config.lora_folder}: there is no such folder.")
     adapters, weights = with_tags(everywhere, split, config.lora_folder)
     tagged = [each.label for each in adapters[len(everywhere) :]]
     where_when = _where_when(config, spots, [each.label for each in everywhere], sorted(regional), tagged)
@@ -276,6 +280,7 @@ def generate(config: Config) -> tuple[Path, ...]:
         clip_skip=config.clip_skip,
         vae=config.vae,
         prediction_type=config.prediction_type,
+        zero_terminal_snr=config.zero_terminal_snr,
     )
     settings = _settings(config, wanted, start, base)
     in_full = [{**settings, **picture.own} for picture in wanted.pictures]

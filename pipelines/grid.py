@@ -85,6 +85,8 @@ class Config:
     """A folder, hub id or file whose VAE replaces the base's."""
     prediction_type: Literal["epsilon", "v_prediction"] | None = None
     """What the base predicts, where its file does not say."""
+    zero_terminal_snr: bool = False
+    """The base ends in pure noise (zero terminal SNR), where its files do not say."""
     precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
     """Number format to compute in."""
     device: str = "auto"
@@ -214,6 +216,7 @@ def draw_grid(config: Config) -> Path:
         clip_skip=config.clip_skip,
         vae=config.vae,
         prediction_type=config.prediction_type,
+        zero_terminal_snr=config.zero_terminal_snr,
     )
     check_drawable(base, rows)
     in_full = [filled(base, cell) for cells in rows for cell in cells]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import shutil
 import sys
 import time
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from sfumato import cli
+from sfumato import cli, shell
 from sfumato.config import parse
 from sfumato.errors import ConfigError, RunError
 
@@ -64,6 +63,8 @@ class Config:
     """The model that learns."""
     prediction_type: Literal["epsilon", "v_prediction"] | None = None
     """What the base predicts, where its file does not say."""
+    zero_terminal_snr: bool = False
+    """The base ends in pure noise (zero terminal SNR), where its files do not say."""
     seed: int = 7
     """Everything random is a function of it."""
     steps: int | None = None
@@ -123,12 +124,17 @@ def learn(config: Config, output: Path, threads: int) -> Sheet:
         from sfumato.bases.loading import base_at_rest
 
         # What is wrong with it is told once, before a training's lines.
-        base_at_rest(config.base, precision=precision, prediction_type=config.prediction_type)
+        base_at_rest(
+            config.base,
+            precision=precision,
+            prediction_type=config.prediction_type,
+            zero_terminal_snr=config.zero_terminal_snr,
+        )
     sheet = Sheet(config, {name: output / name / f"{name}.safetensors" for name in commands})
     # Of a larger base two at once may be more than the memory holds.
     at_once = is_pocket(config) and precision.device.type == "cpu" and threads > 1
     for words in commands.values():
-        print(f"\n$ sfumato {shlex.join(words)}", flush=True)
+        print(f"\n$ sfumato {shell.join(words)}", flush=True)
     if at_once:
         # The subject has the shorter steps: its rows are drawn by its core while the style goes on learning.
         if failed := side_by_side.run(commands, threads=threads, after={"subject": sheet.draw("subject", threads=1)}):
@@ -159,7 +165,8 @@ def command(config: Config, name: str, images: Path, output: Path, *options: str
 def base_words(config: Config) -> list[str]:
     """The options that name the base."""
     kind = config.prediction_type
-    return ["--base", config.base, *(["--prediction-type", kind] if kind else [])]
+    ends = ["--zero-terminal-snr"] if config.zero_terminal_snr else []
+    return ["--base", config.base, *(["--prediction-type", kind] if kind else []), *ends]
 
 
 def is_pocket(config: Config) -> bool:
@@ -211,6 +218,7 @@ class Sheet:
             self._config.base,
             precision=decide(self._config.precision),
             prediction_type=self._config.prediction_type,
+            zero_terminal_snr=self._config.zero_terminal_snr,
         )
         with compose(base, *(Adapter(self.files[name], name=name) for name in names)) as mix:
             for label, weights in ROWS.items():
@@ -235,10 +243,10 @@ class Sheet:
 
 def next_commands(style: Path, subject: Path, config: Config) -> list[str]:
     """Three commands that work as they stand, also where no environment is active: sfumato as it was called."""
-    a, b = shlex.quote(str(style)), shlex.quote(str(subject))
-    on = "" if is_pocket(config) else f"{shlex.join(base_words(config))} "
+    a, b = shell.quote(str(style)), shell.quote(str(subject))
+    on = "" if is_pocket(config) else f"{shell.join(base_words(config))} "
     by_path = Path(sys.argv[0]).name == "sfumato" and shutil.which("sfumato") is None
-    program = shlex.quote(sys.argv[0]) if by_path else "sfumato"
+    program = shell.quote(sys.argv[0]) if by_path else "sfumato"
     return [
         f'{program} generate "{SUBJECT}" {on}--lora {a} --lora {b} --seed 3 -o flamingo.png',
         f"{program} generate guitar tulip owl {on}--lora {a} --sweep style=0,0.5,1 -o sweep.png",

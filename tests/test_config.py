@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import pytest
+from cyclopts import Parameter
 
 from sfumato.config import at_home, fill, parse, to_dict, to_toml
 from sfumato.errors import ConfigError
@@ -230,7 +231,7 @@ def test_a_file_of_windows_notepad_is_read(tmp_path):
         ("", [], "--images is needed. See sfumato train test --help."),
         ("", ["--imges=x"], "--images is needed, and --imges is no option. See sfumato train test --help."),
         ("", ["--images"], "--images wants a value. See sfumato train test --help."),
-        ("", ["--images=d", "--rank", ""], "--rank '': wanted a whole number."),
+        ("", ["--images=d", "--rank", ""], '--rank "": wanted a whole number.'),
         ('rank = "3"', ["--images", "d"], '{file}: rank is "3"; wanted a whole number, without quotes.'),
         ('[[source]]\npath = "d"', [], "{file}: this is a dataset.toml; pass it with --images."),
     ],
@@ -254,3 +255,39 @@ def test_a_path_of_no_letters_in_a_file_neither(tmp_path):
     with pytest.raises(ConfigError, match=r"c\.toml: images is empty"):
         read(str(tmp_path / "c.toml"))
     assert read("--images", ".", "--prompts", "").prompts == ("",)
+
+
+def test_a_public_config_tells_no_folder_that_is_here(tmp_path, monkeypatch):
+    """What is no folder may be a hub id."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "clients/acme/secret").mkdir(parents=True)
+    prompts = ("clients/acme/secret", "line=clients/acme:0.8", "a/b")
+    told = to_dict(Config(images=Path("d"), prompts=prompts), public=True)
+    assert told["prompts"] == ["secret", "line=acme:0.8", "a/b"]
+
+
+def test_paths_of_windows_in_a_file(tmp_path):
+    file = tmp_path / "run.toml"
+    for text, found in (
+        (r'images = "C:\new\teddy"', r"images 'C:\\new\\teddy' is no path: in double quotes \\ begins a sign\. Write"),
+        (r'images = "C:\pictures"', r"Unescaped '\\' in a string .*; mend that line\. Write paths with /"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ConfigError, match=found):
+            read(str(file))
+    for encoding in ("utf-16", "utf-8-sig"):  # as PowerShell and Notepad write them
+        file.write_text(r"images = 'C:\new'", encoding=encoding)
+        assert read(str(file)).images == Path(r"C:\new")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """Draw something."""
+
+    output: Annotated[Path, Parameter(alias="-o")] = Path("pictures")
+    """Where."""
+
+
+def test_an_output_of_no_letters_is_refused_under_its_short_name():
+    with pytest.raises(ConfigError, match=r"^-o is empty; wanted a path"):
+        parse(Drawing, ["-o", ""], program="test")

@@ -19,8 +19,9 @@ from sfumato.files.adapter_file import read_adapter
 from sfumato.files.lora_file import LoraModule
 from sfumato.files.write import write_lora
 from sfumato.files.write_dotted import write_peft
-from sfumato.files.write_embedding import add_words, write_embedding
+from sfumato.files.write_embedding import write_embedding
 from sfumato.words import embedding
+from tests.bundles import add_words
 
 FILES = cli.source("sfumato.pipelines.custom").parent
 

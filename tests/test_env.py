@@ -17,7 +17,7 @@ def test_it_tells_versions_extras_devices_and_precision_and_no_path(capsys, monk
     assert lines[0].startswith(f"sfumato {__version__}, Python 3.")
     assert f"torch {there('torch')}" in lines[1]
     assert lines[2].startswith("CPU: ")
-    assert "  xformers    not installed: pip install 'sfumato[xformers]'" in lines
+    assert '  xformers    not installed: pip install "sfumato[xformers]"' in lines
     assert "  prompts     compel 9.9" in lines
     assert not any(line.split()[:1] == ["test"] for line in lines)
     assert any(line.split()[:2] == ["device", "cpu"] for line in lines)

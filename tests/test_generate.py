@@ -654,6 +654,8 @@ def test_the_example_script_runs(base_folder, loras, tmp_path, monkeypatch, base
 
 WRONG = {
     "a tag of no file": (["a <lora:nowhere:1>", "-o", "a.png"], "<lora:nowhere>: no file"),
+    "a file that would be a folder": (["a", "-o", "a.pgn"], "--output a.pgn: pictures are written as .png"),
+    "a folder of adapters that is none": (["a", "--lora-folder", "nowhere"], "--lora-folder nowhere: there is no"),
     "a mask alone": (["a", "--mask", "there.png", "-o", "a.png"], "give --image"),
     "a folder of pictures": (["a", "--image", ".", "-o", "a.png"], "--image .: a folder; name one picture in it."),
     "a picture that is none": (["a", "--image", "there.png", "-o", "a.png"], "there.png"),

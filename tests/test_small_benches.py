@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import json
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -83,8 +84,8 @@ def test_what_the_prior_keeps_is_told_of_both_kinds_together_and_over_subjects()
     assert report["both"]["without"] == 0.75
     assert report["both"]["with_minus_without_95"] == pytest.approx([1 / 6, 1 / 3], abs=1e-4)
     assert report["goals"] == {
-        "at most 0.05 under the base": True,
-        "above the run without, beyond the interval": True,
+        "at most 0.05 under the base": {"class": True, "unrelated": True, "both": True},
+        "above the run without, beyond the interval": {"class": False, "unrelated": False, "both": True},
     }
 
 
@@ -109,6 +110,17 @@ def test_cells_are_all_pictures_or_those_of_the_named_styles(data):
     assert known_concepts(cells_of(data)) == CONCEPTS
     (data / "noto" / f"{CONCEPTS[0].replace(' ', '-')}.png").unlink()
     assert known_concepts(cells_of(data)) == CONCEPTS[1:]
+
+
+def test_a_folder_of_odds_and_ends_takes_no_concept_from_the_styles(data):
+    config = style_fidelity.Config(data=data, styles=("flat",), images=2, concepts=2)
+    before, _ = style_fidelity.read_real(config)
+    (data / "sketch").mkdir()
+    shutil.copy(data / "flat" / f"{CONCEPTS[0].replace(' ', '-')}.png", data / "sketch")
+    found, _ = style_fidelity.read_real(config)
+    assert (found.concepts, found.styles) == (before.concepts, before.styles)
+    asked, _ = style_fidelity.read_real(dataclasses.replace(config, styles=("flat", "sketch")))
+    assert asked.concepts == (CONCEPTS[0],)
 
 
 def test_a_style_without_pictures_is_named(data, tmp_path):

@@ -6,15 +6,18 @@ import re
 import runpy
 import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
+from sfumato.trainers.dreambooth import Config, resolve
 from torch.testing import assert_close
 
 from bench.runs_resume import run
 from sfumato import Adapter, cli, compose, data, diffusion, randomness
 from sfumato.bases import load_base
+from sfumato.bases.family import FAMILIES
 from sfumato.errors import FileError
 from sfumato.files import read_adapter, read_header, read_lora, read_tensors
 from sfumato.files.fingerprint import verify
@@ -73,7 +76,8 @@ def unet_of(folder):
 
 
 def papers_loop(base, dataset, class_set, *, seed, weight, steps=STEPS, count=2):
-    """Eq. 2 of Ruiz et al. 2023: E w |x - x_hat(x_t, c)|^2 + lambda w' |x_pr - x_hat(x_t', c_pr)|^2, as it is written.
+    """Eq. 2 of Ruiz et al. 2023: E w |x - x_hat(x_t, c)|^2 + lambda w' |x_pr - x_hat(x_t', c_pr)|^2, as it is written;
+    w is min(SNR, 5) / (SNR + 1), which a prediction of v has by Hang et al. 2023.
 
     class_set: pictures of the class, or a frozen copy of the U-Net whose prediction for the class is the target.
     Trained is what of the U-Net wants gradients.
@@ -81,8 +85,14 @@ def papers_loop(base, dataset, class_set, *, seed, weight, steps=STEPS, count=2)
     unet = base.unet
     trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
     subject, of_class = base.encode_text([PROMPT]).hidden, base.encode_text([CLASS]).hidden
-    optimizer = torch.optim.AdamW(trained, lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1)
     losses = []
+    assert base.prediction_type == "v_prediction"
+
+    def error(prediction, wanted, timesteps):
+        a = base.scheduler.alphas_cumprod[timesteps]
+        snr = a / (1 - a)
+        return ((prediction - wanted).square().mean((1, 2, 3)) * snr.clamp(max=5) / (snr + 1)).mean()
 
     def draw(data_set, order, seed, step):
         batch = data_set.batch(order, step, count)
@@ -97,7 +107,7 @@ def papers_loop(base, dataset, class_set, *, seed, weight, steps=STEPS, count=2)
     for step in range(steps):
         noisy, timesteps, wanted = draw(dataset, seed, seed, step)
         prediction = unet(noisy, timesteps, subject.expand(count, -1, -1)).sample
-        loss = (prediction - wanted).square().mean()
+        loss = error(prediction, wanted, timesteps)
         if class_set is not None:
             frozen = class_set if isinstance(class_set, torch.nn.Module) else None
             own = class_seed(seed)  # of noise and timesteps; the frozen base is asked about the subject's own pictures
@@ -107,9 +117,10 @@ def papers_loop(base, dataset, class_set, *, seed, weight, steps=STEPS, count=2)
             if frozen:
                 with torch.no_grad():
                     wanted = frozen(noisy, timesteps, words).sample
-            loss = loss + weight * (unet(noisy, timesteps, words).sample - wanted).square().mean()
+            loss = loss + weight * error(unet(noisy, timesteps, words).sample, wanted, timesteps)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 0.5)
+        optimizer.param_groups[0]["lr"] = 1e-3 * (0.5 if step == 0 else 1)  # two steps of warm-up
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
@@ -143,6 +154,7 @@ def test_equal_to_a_plain_loop_from_the_paper(method, prior, folder, train, pock
     options = ["--schedule", "constant", "--clip", "0.5", "--seed", "3", "--prior", prior]
     options += ["--prior-weight", "0.7"] if prior != "none" else []
     options += ["--max-timestep", "950", "--noise-offset", "0.2"]
+    options += ["--min-snr", "5", "--warmup", "2", "--weight-decay", "0.1"]
     options += ["--method", "lora", "--targets", "attention", "--precision", "fp32"] if method == "lora" else []
     path = train("run", "--images", images, *options)
 
@@ -168,6 +180,23 @@ def test_equal_to_a_plain_loop_from_the_paper(method, prior, folder, train, pock
     for name, change in found.items():
         # Of the whole change: a weight with almost no gradient goes where rounding tells AdamW's first steps to.
         assert (change - wanted[name]).norm() <= 1e-3 * wanted[name].norm() + 2e-5, name
+
+
+@pytest.mark.parametrize(
+    ("method", "family", "wanted"),
+    [
+        ("full", "pocket", (1e-4, 240, 4, 64)),
+        ("lora", "pocket", (6e-4, 240, 4, 64)),
+        *[("full", family, (5e-6, 800, 1, 200)) for family in ("sd1", "sd2", "sdxl")],
+        *[("lora", family, (1e-4, 500, 1, 200)) for family in ("sd1", "sd2", "sdxl")],
+    ],
+)
+def test_each_method_has_its_own_defaults_in_each_family(method, family, wanted, tmp_path):
+    one = FAMILIES[family]
+    base = SimpleNamespace(family=one, defaults=one.defaults, alpha_bar=range(1000))
+    config = Config(images=tmp_path, output=tmp_path, class_name=CLASS, method=method)
+    config, _ = resolve(config, base, 6, 1)
+    assert (config.learning_rate, config.steps, config.batch, config.class_count) == wanted
 
 
 @pytest.mark.parametrize("method", [pytest.param("full", marks=pytest.mark.slow), "lora"])
@@ -416,6 +445,16 @@ def test_a_lora_describes_itself_and_no_file_tells_a_path(train, tmp_path, pictu
     assert str(pictures) not in text
     names = {file.name for file in path.parent.iterdir()}
     assert {"config.toml", "log.jsonl", "plot.png", "samples.png", "README.md"} <= names
+
+
+def test_the_mean_of_the_weights_is_what_is_saved(train):
+    """After one step it is 0.9 of the way from the start, at which an update's `up` is 0."""
+    one_step = ("--method", "lora", "--prior", "none", "--steps", "1")
+    whole, mean = read_tensors(train("whole", *one_step)), read_tensors(train("mean", *one_step, "--ema", "0.75"))
+    ups = [key for key in whole if key.endswith("lora_up.weight")]
+    assert any(whole[key].any() for key in ups)
+    for key in ups:
+        assert_close(mean[key], 0.9 * whole[key])
 
 
 def test_adapters_on_the_way_are_those_of_runs_that_end_there(train):

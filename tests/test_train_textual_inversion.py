@@ -3,23 +3,26 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import diffusers
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sfumato.trainers.textual_inversion import default_prompts
+from sfumato.trainers.textual_inversion import Config, default_prompts, resolve
 from torch.testing import assert_close
 
 from sfumato import cli, data, diffusion, randomness
 from sfumato.bases import load_base
+from sfumato.bases.family import FAMILIES
 from sfumato.cards import adapter as card
 from sfumato.drawing.pictures import draw
 from sfumato.files import read_adapter, read_embedding, read_header, read_lora, read_tensors
 from sfumato.precision import decide
 from sfumato.training import learned
 from sfumato.words import embedding
+from tests.tiny import CPU
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -49,7 +52,7 @@ def rows(path):
 def test_equal_to_a_plain_loop_over_the_whole_table(train, pocket_folder, pictures):
     """Gal et al. 2022: the table grows by the new rows, all of it gets gradients, AdamW steps on the new rows alone."""
     options = ["--seed", "3", "--clip", "0.5", "--start", "random", "--precision", "fp32", "--min-timestep", "150"]
-    options += ["--noise-offset", "0.2"]
+    options += ["--noise-offset", "0.2", "--min-snr", "5", "--warmup", "2", "--weight-decay", "0.1"]
     path = train("run", "--caption", "a {caption}, {trigger}", *options)
 
     base = load_base(str(pocket_folder), precision=decide("fp32", device="cpu"))
@@ -67,9 +70,9 @@ def test_equal_to_a_plain_loop_over_the_whole_table(train, pocket_folder, pictur
     with torch.no_grad():
         table[-2:] = start
     new = torch.nn.Parameter(start.clone())
-    optimizer = torch.optim.AdamW([new], lr=1e-2, betas=(0.9, 0.99), weight_decay=0.01)
+    optimizer = torch.optim.AdamW([new], lr=1e-2, betas=(0.9, 0.99), weight_decay=0.1)
     losses = []
-    for step in range(4):
+    for step, factor in enumerate([0.5, 1.0, 1.0, 0.5]):  # of the rate: two steps of warm-up, then half a cosine
         batch = dataset.batch(3, step, 2)
         prompts = [caption.replace("<x>", "<x> <y>") for caption in batch.captions]
         ids = tokenizer(prompts, padding="max_length", max_length=77, return_tensors="pt").input_ids
@@ -80,11 +83,12 @@ def test_equal_to_a_plain_loop_over_the_whole_table(train, pocket_folder, pictur
         noisy = a.sqrt() * batch.latents + (1 - a).sqrt() * noise
         velocity = a.sqrt() * noise - (1 - a).sqrt() * batch.latents
         hidden = encoder(ids).last_hidden_state
-        loss = (base.unet(noisy, timesteps, encoder_hidden_states=hidden).sample - velocity).square().mean()
+        snr = (a / (1 - a)).flatten()
+        error = (base.unet(noisy, timesteps, encoder_hidden_states=hidden).sample - velocity).square().mean((1, 2, 3))
+        loss = (error * snr.clamp(max=5) / (snr + 1)).mean()
         (gradient,) = torch.autograd.grad(loss, table)
         new.grad = gradient[-2:] * min(1.0, 0.5 / (float(gradient[-2:].norm()) + 1e-6))
-        for group in optimizer.param_groups:
-            group["lr"] = 1e-2 * 0.5 * (1 + np.cos(np.pi * step / 4))
+        optimizer.param_groups[0]["lr"] = 1e-2 * factor
         optimizer.step()
         with torch.no_grad():
             norm = new.norm(dim=1, keepdim=True)
@@ -101,6 +105,18 @@ def test_without_keep_scale_vectors_may_be_longer_than_all_of_the_table(train, p
     encoder = read_tensors(pocket_folder / "text_encoder/model.safetensors")
     longest = next(tensor for key, tensor in encoder.items() if "token_embedding" in key).norm(dim=1).max()
     assert (read_tensors(path)["<x>"].norm(dim=1) > 2 * longest).all()
+
+
+def test_the_mean_of_the_vectors_is_what_is_saved(train, pocket_folder):
+    """After one step it is 0.9 of the way from the start."""
+    one_step, plain = ("--start", "random", "--steps", "1", "--precision", "fp32"), {"no-keep-scale": True}
+    whole, mean = train("whole", *one_step, **plain), train("mean", *one_step, "--ema", "0.75", **plain)
+    base = load_base(str(pocket_folder), precision=CPU)
+    with embedding.new_words(base, ["<x>"], vectors=2, start="random") as words:
+        start = words.rows[0].detach().clone()
+    end = read_tensors(whole)["<x>"]
+    assert (end - start).abs().amax() > 1e-3
+    assert_close(read_tensors(mean)["<x>"], start.lerp(end, 0.9))
 
 
 def test_the_same_run_gives_the_same_file(train):
@@ -225,6 +241,41 @@ def test_a_placeholder_takes_the_place_of_words(train, pictures):
     path = train("run", "--caption", "one {caption}", "--stands-for", "square")
     tags = json.loads(read_header(path).metadata["ss_tag_frequency"])["run"]
     assert set(tags) == {f"one {colour} <x>" for colour in ("red", "green", "blue", "gold", "black", "pink")}
+
+
+def base_of(family):
+    """What is asked of a base to fill a config."""
+    one = FAMILIES[family]
+    return SimpleNamespace(family=one, defaults=one.defaults, alpha_bar=range(1000))
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "templates"),
+    [
+        ("sd1", {}, "object"),
+        ("sdxl", {}, "object"),
+        ("pocket", {}, "none"),
+        ("sd1", {"caption": "{caption} {trigger}"}, "none"),
+        ("sd1", {"stands_for": ("sks otter",)}, "none"),
+        ("sd1", {"placeholder": ("<x>", "<y>")}, "none"),
+        ("sd1", {"templates": "style"}, "style"),
+        ("pocket", {"templates": "object"}, "object"),
+    ],
+)
+def test_sentences_are_put_around_a_placeholder_that_is_alone(family, options, templates, tmp_path):
+    """pocket has not seen such sentences."""
+    config = Config(**{"images": tmp_path, "output": tmp_path, "placeholder": ("<x>",)} | options)
+    assert resolve(config, base_of(family), 6, 1)[0].templates == templates
+
+
+@pytest.mark.parametrize(
+    ("family", "wanted"),
+    [("pocket", (2e-2, 300, 8)), ("sd1", (2e-3, 3000, 4)), ("sd2", (2e-3, 3000, 4)), ("sdxl", (1e-3, 3000, 2))],
+)
+def test_each_family_has_its_own_rate_steps_and_batch(family, wanted, tmp_path):
+    config, _ = resolve(Config(images=tmp_path, output=tmp_path, placeholder=("<x>",)), base_of(family), 6, 1)
+    assert (config.learning_rate, config.steps, config.batch) == wanted
+    assert config.vectors == 4
 
 
 def test_samples_show_the_word_where_it_was_not_learned_however_many_captions_there_are():
@@ -353,7 +404,7 @@ def test_a_bundle_goes_on_with_its_words(pivotal, capsys):
     pivotal("words", *still, "--initial-words", "red", code=2)
     assert "--initial-words: <x> starts from its vectors in first.safetensors" in capsys.readouterr().err
     pivotal("other", *still, "--train-words", "<y>", "--caption", "a {caption}, <y>")
-    assert "first.safetensors: its word <x> is left behind; learn on with it by --train-words '<x>'" in (
+    assert 'first.safetensors: its word <x> is left behind; learn on with it by --train-words "<x>"' in (
         capsys.readouterr().err
     )
 

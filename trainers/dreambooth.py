@@ -148,7 +148,7 @@ def train(config: Config) -> Path:
     from sfumato.adapters import Lora, rank_notes
     from sfumato.files import write_lora
     from sfumato.runs import Run
-    from sfumato.runs.samples import UNRELATED, Samples, drawing_of
+    from sfumato.runs.samples import Samples, drawing_of, unrelated_to
     from sfumato.training import optimizers
     from sfumato.training.ema import Average
     from sfumato.training.finish import describe_run
@@ -204,10 +204,11 @@ def train(config: Config) -> Path:
     run.keep(trained=trained, optimizer=optimizer, scaler=scaler, average=average)
     lora = trained if isinstance(trained, Lora) else None
     pristine: Pristine = nullcontext if lora is None else lora.disabled  # of a whole base nothing has been trained yet
-    watched = {"drift": UNRELATED, "class_drift": kept.prompts} if config.measure_every else {}
+    unrelated = unrelated_to(kept.of_class)
+    watched = {"drift": unrelated, "class_drift": kept.prompts} if config.measure_every else {}
     measures = Measures(base, dataset, watched, pristine=pristine, within=average.applied, modules=[trained])
     noising = config.noising(base)
-    shown = config.sample_prompts or subject.sample_prompts(dataset.captions, UNRELATED[0])
+    shown = config.sample_prompts or subject.sample_prompts(dataset.captions, unrelated[0])
     span = None if lora is None else filling.span_of(config, base)
     trigger = triggers(config, subject, instance)
     against = trigger if config.own_negative else []

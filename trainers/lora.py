@@ -273,7 +273,7 @@ def check(config: Config) -> None:
 def refuse_missing(init_from: Path) -> None:
     """Raises ConfigError where there is nothing to begin from."""
     if not init_from.exists():
-        raise ConfigError(f"--init-from {init_from}: there is no such file.")
+        raise ConfigError(f"--init-from {init_from}: there is no such file; name the adapter to begin with.")
 
 
 def check_words(config: Config) -> None:
@@ -282,9 +282,9 @@ def check_words(config: Config) -> None:
         if new := [word for word in config.train_words if holds(word, prompt)]:
             raise ConfigError(f"--prior-prompts {prompt!r} holds {new[0]}, which the base does not know; leave it out.")
     count = len(config.train_words)
-    for option in ("stands_for", "initial_words", "word_vectors", "word_learning_rate", "words_first", "bundle"):
-        if getattr(config, option) and not count:
-            raise ConfigError(f"--{option.replace('_', '-')} is for new words; name them with --train-words.")
+    if not count:
+        of_words = ("stands_for", "initial_words", "word_vectors", "word_learning_rate", "words_first", "bundle")
+        checks.only_with(config, "--train-words", *of_words)
     if config.word_vectors is not None and config.word_vectors > MOST_VECTORS:
         raise ConfigError(f"--word-vectors is {config.word_vectors}; it must be 1 to {MOST_VECTORS}.")
     if config.stands_for and len(config.stands_for) != count:

@@ -178,7 +178,7 @@ def train(config: Config) -> Path:
             loss += part.detach()
         words.settle_gradients()
         # Before unscaling, so that all processes find the same overflow and skip the same steps.
-        processes.sum([loss, *(p.grad for p in parameters if p.grad is not None)])
+        processes.sum_gradients(parameters, loss)
         scaler.unscale_(optimizer)
         norm = optimizers.clip(parameters, config.clip)
         if step.healthy(scaler, loss=loss, gradient_norm=norm):

@@ -11,7 +11,6 @@ import io
 import json
 import logging
 import os
-import shlex
 import signal
 import sys
 import warnings
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Literal, NoReturn
 
 import sfumato
+from sfumato import shell
 from sfumato.command_line import threads
 from sfumato.errors import ConfigError, SfumatoError
 
@@ -269,7 +269,7 @@ def _resume(words: list[str]) -> object:
     if copy:
         raise ConfigError(
             f"{folder}: its program is {copy}, which may do otherwise than sfumato's own. Go on with: python "
-            f"{shlex.quote(copy)} {shlex.quote(str(config))} --output {shlex.quote(str(folder))} --resume"
+            f"{shell.quote(copy)} {shell.quote(str(config))} --output {shell.quote(str(folder))} --resume"
         )
     return _load(find(str(program), TRAINERS))([str(config), "--output", str(folder), "--resume", *words[1:]])
 
@@ -321,12 +321,16 @@ def _copy(words: list[str]) -> int:
     programs = _programs()
     if name not in programs:
         raise ConfigError(f"there is no program {name!r}; {_nearest(name, list(programs))}")
+    if words[1].endswith(("/", os.sep)) and not target.is_dir():
+        raise ConfigError(f"{words[1]} is not a folder; make it first, or name another place.")
     if target.is_dir():
         target = target / f"{name}.py"
     if target.exists():
         raise ConfigError(f"{target} exists and is not overwritten; name another file.")
     if not target.parent.is_dir():
         raise ConfigError(f"{target.parent} is not a folder; make it first, or name another place.")
-    target.write_text(source(programs[name]).read_text(encoding="utf-8"), encoding="utf-8")
-    print(f"{target} is yours; run it with: python {shlex.quote(str(target))} --help")
+    from sfumato.files.atomic import write_text
+
+    write_text(target, source(programs[name]).read_text(encoding="utf-8"))
+    print(f"{target} is yours; run it with: python {shell.quote(str(target))} --help")
     return 0

@@ -13,8 +13,6 @@ import itertools
 import json
 import os
 import re
-import shlex
-import tomllib
 import typing
 from collections.abc import Collection, Mapping, Sequence
 from functools import cache
@@ -22,8 +20,10 @@ from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
 
+from sfumato import shell
 from sfumato.command_line.elsewhere import called_here, value_here
 from sfumato.errors import ConfigError
+from sfumato.toml import check_path, read_toml
 
 if TYPE_CHECKING:
     import cyclopts
@@ -110,7 +110,7 @@ def _complaint(error: cyclopts.CycloptsError, file: Path | None, known: Collecti
         if here := value_here(option.lstrip("-"), value):
             return f"{option} {value}: {here}"
         if error.token.source == "cli" and (wanted := _WANTED.get(error.target_type)):
-            return f"{option} {shlex.quote(' '.join(value.split()))}: wanted {wanted}."
+            return f"{option} {shell.quote(' '.join(value.split()))}: wanted {wanted}."
     for flag, after in itertools.pairwise(words):
         if flag == "--resume" and after in (error.unused_tokens or ()):
             return f"--resume {after}: it is the run in --output that goes on; sfumato resume {after} needs no option."
@@ -159,7 +159,8 @@ def _refuse_fractions(config_type: type[DataclassInstance], words: Sequence[str]
 
 def _refuse_empty_paths(config_type: type[DataclassInstance], words: Sequence[str], called: str) -> None:
     """A path of no letters is an error, such as `--images "$UNSET"`: it would be the present folder."""
-    paths = {f"--{name.replace('_', '-')}" for name in _fields_of(config_type, Path)}
+    names = _fields_of(config_type, Path)
+    paths = {f"--{name.replace('_', '-')}" for name in names} | ({"-o"} if "output" in names else set())
     first = f"--{dataclasses.fields(config_type)[0].name.replace('_', '-')}"  # also given without its name
     words = [first, *words] if words[:1] == [""] else words
     for place, word in enumerate(words):
@@ -203,15 +204,13 @@ def split_off_file(argv: list[str], *, first_may_be_config: bool) -> tuple[Path 
 
 def _read(config_type: type[DataclassInstance], path: Path) -> dict[str, Any]:
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        values = read_toml(path)
     except FileNotFoundError:
         shipped = _shipped(path.name)
         advice = f"sfumato's own is {shipped}." if shipped else "name an existing one, or give options alone."
         raise ConfigError(f"{path}: there is no such config file; {advice}") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}). See to its permissions.") from None
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{path}: not readable as TOML ({' '.join(str(error).split())}); mend that line.") from None
     known = [field.name for field in dataclasses.fields(config_type)]
     if "source" in values and "source" not in known and "images" in known:
         raise ConfigError(f"{path}: this is a dataset.toml; pass it with --images.")
@@ -235,8 +234,10 @@ def _read(config_type: type[DataclassInstance], path: Path) -> dict[str, Any]:
             here = value_here(name, value) if isinstance(value, str) else None
             hint = here or f"wanted {wanted}."
             raise ConfigError(f"{path}: {key} is {shown if len(shown) <= 60 else shown[:57] + '...'}; {hint}")
-        if name in paths and "" in (value if isinstance(value, list) else [value]):
-            raise ConfigError(f"{path}: {key} is empty; wanted a path, where . is the present folder.")
+        for text in (value if isinstance(value, list) else [value]) if name in paths or name == "base" else []:
+            if text == "" and name in paths:
+                raise ConfigError(f"{path}: {key} is empty; wanted a path, where . is the present folder.")
+            check_path(text, f"{path}: {key} ")
         found[name.replace("_", "-")] = value
     return found
 
@@ -303,6 +304,8 @@ def _without_folders(text: str) -> str:
     if not equals or re.search(r"[\\/]", label):  # a folder's name may hold a sign, too
         label, equals, path = "", "", text
     is_path = Path(path).is_absolute() or re.match(r"(~|\.\.?)[\\/]", path) or ".safetensors" in path
+    here = (each for each in (path, path.rpartition(":")[0]) if re.search(r"[\\/]", each))
+    is_path = is_path or any(map(os.path.exists, here))
     return label + equals + re.split(r"[\\/]", path.rstrip("\\/"))[-1] if is_path else text
 
 

@@ -162,6 +162,15 @@ def test_markers_of_zero_terminal_snr_are_honoured(sdxl, tmp_path):
     assert base.pipeline().scheduler.config.timestep_spacing == "trailing"
 
 
+@pytest.mark.parametrize("form", ["file", "folder"])
+def test_zero_terminal_snr_may_be_said_of_a_base_that_does_not_say_it(sdxl, form):
+    base = load(getattr(sdxl, form), unet=False, prediction_type="v_prediction", zero_terminal_snr=True)
+    assert base.alpha_bar[-1] == 0
+    assert base.pipeline().scheduler.config.timestep_spacing == "trailing"
+    with pytest.raises(BaseModelError, match=r"Say --prediction-type v_prediction, or leave --zero-terminal-snr out\."):
+        load(getattr(sdxl, form), unet=False, zero_terminal_snr=True)
+
+
 def test_without_markers_sdxl_predicts_noise(sdxl):
     base = load(sdxl.file, unet=False)
     assert base.prediction_type == "epsilon"

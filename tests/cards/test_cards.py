@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
+from sfumato import shell
 from sfumato.cards.adapter import push, write_card
 from sfumato.cards.model import write_model_card
 from sfumato.cards.words import add_words_section, write_embedding_card
@@ -44,7 +45,7 @@ def test_adapter_guidance_is_told_where_the_file_asks_for_it(card, tmp_path):
     assert "adapter guidance" not in card.read_text(encoding="utf-8")
     about = replace(ABOUT, adapter_guidance=2.0)
     text = write_card(tmp_path, tmp_path / "line.safetensors", about, [], []).read_text(encoding="utf-8")
-    assert "line.safetensors:1.0`, under the adapter guidance 2 that its file asks for\n" in text
+    assert "line.safetensors:1.0`, under the adapter guidance 2 that its file asks for. Diffusers and other " in text
 
 
 def test_the_steps_are_told_that_the_file_asks_for(card, tmp_path):
@@ -74,7 +75,7 @@ def test_each_of_several_triggers_has_a_line_and_an_example(tmp_path, name):
     assert "\n".join(["", *lines, ""]) in path.read_text(encoding="utf-8")
     assert "instance_prompt" not in ModelCard.load(path).data.to_dict()  # the hub would tell to write all of it
     write(tmp_path, tmp_path / name, about, [], [])
-    assert "sfumato generate 'a crab, zwx style'" in path.read_text(encoding="utf-8")
+    assert 'sfumato generate "a crab, zwx style"' in path.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -98,7 +99,7 @@ def test_what_to_type_asks_for_what_was_learned_and_not_for_another_sample(name,
     prompts = ["a sks otter", "a sks otter on a table", "otter", "a ball"]
     text = write(tmp_path, tmp_path / name, about, prompts, []).read_text(encoding="utf-8")
     assert "pipe('a sks otter on a table')" in text
-    assert "sfumato generate 'a sks otter on a table'" in text
+    assert 'sfumato generate "a sks otter on a table"' in text
 
 
 def test_the_line_to_draw_with_has_what_the_base_was_loaded_with(tmp_path):
@@ -134,7 +135,7 @@ def test_lines_of_python_say_what_pipe_is_and_the_head_names_bases_of_the_hub_al
     about, words = replace(ABOUT, base=base), {"<x>": tmp_path / "x.safetensors"}
     path = write_embedding_card(tmp_path, words, about, [], [], [])
     assert f'{line}\npipe.load_textual_inversion("x.safetensors")' in path.read_text(encoding="utf-8")
-    assert f"sfumato generate '<x>' --base {shlex.quote(base)} --embedding x.safetensors`" in path.read_text("utf-8")
+    assert f'sfumato generate "<x>" --base {shell.quote(base)} --embedding x.safetensors`' in path.read_text("utf-8")
     path = write_card(tmp_path, tmp_path / "line.safetensors", about, [], [])
     add_words_section(path, words, about, inside=None)
     assert f'{line}\npipe.load_lora_weights("line.safetensors")' in path.read_text(encoding="utf-8")
@@ -170,7 +171,7 @@ def test_all_lines_draw_in_the_size_that_was_learned_where_it_is_not_the_bases(t
     for text in texts:
         calls = text.count("pipe(") - text.count("# pipe(")
         assert calls == text.count(", width=768, height=768)") > 0
-        assert text.count("sfumato generate '") <= text.count(" --size 768x768") == 1
+        assert text.count('sfumato generate "') <= text.count(" --size 768x768") == 1
 
 
 @pytest.mark.parametrize("text", [False, True])
@@ -309,4 +310,4 @@ def test_the_use_of_words_that_were_learned_beside_it_is_told_with_it(family, tm
 def test_without_samples_and_triggers_a_caption_is_the_example(tmp_path):
     about = replace(ABOUT, trigger=[], captions=["a red square"])
     text = write_card(tmp_path, tmp_path / "line.safetensors", about, [], []).read_text(encoding="utf-8")
-    assert "sfumato generate 'a red square'" in text
+    assert 'sfumato generate "a red square"' in text

@@ -13,7 +13,7 @@ from sfumato.compose.blocks import Blocks
 from sfumato.errors import AdapterError, FileError
 from sfumato.files import read_adapter, read_header, read_tensors, write_tensors
 from sfumato.files.fingerprint import KEY
-from sfumato.files.write_embedding import add_words
+from tests.bundles import add_words
 from tests.compose.conftest import fresh, weights_sha
 
 CAT = {"<cat>": {"text_encoder": torch.arange(64.0).view(2, 32) / 100}}

@@ -6,7 +6,7 @@ from torch.testing import assert_close
 
 from sfumato.compose import Adapter, compose
 from sfumato.compose.adapter import weight_at
-from sfumato.compose.blocks import LISTS, Blocks, web_block
+from sfumato.compose.blocks import LISTS, WEB_PRESETS, Blocks, web_block
 from sfumato.errors import AdapterError
 from tests.compose.conftest import weights_sha
 
@@ -40,6 +40,47 @@ def test_lists_have_the_lengths_that_name_them():
     assert all(len(names) == len(set(names)) == length for length, names in LISTS.items())
 
 
+@pytest.mark.parametrize(
+    ("length", "names"),
+    [
+        (12, "BASE IN04 IN05 IN07 IN08 M00 OUT00 OUT01 OUT02 OUT03 OUT04 OUT05"),
+        (
+            20,
+            "BASE IN00 IN01 IN02 IN03 IN04 IN05 IN06 IN07 IN08 M00 "
+            "OUT00 OUT01 OUT02 OUT03 OUT04 OUT05 OUT06 OUT07 OUT08",
+        ),
+    ],
+)
+def test_lists_of_sdxl_name_its_blocks_as_the_web_interfaces_do(length, names):
+    assert LISTS[length] == tuple(names.split())
+
+
+@pytest.mark.parametrize(
+    ("preset", "whole"),
+    [
+        ("NONE", ""),
+        ("ALL", "BASE IN01 IN02 IN04 IN05 IN07 IN08 M00 OUT03 OUT04 OUT05 OUT06 OUT07 OUT08 OUT09 OUT10 OUT11"),
+        ("INS", "BASE IN01 IN02 IN04"),
+        ("IND", "BASE IN05 IN07 IN08"),
+        ("INALL", "BASE IN01 IN02 IN04 IN05 IN07 IN08"),
+        ("MIDD", "BASE IN05 IN07 IN08 M00 OUT03 OUT04 OUT05 OUT06"),
+        ("OUTD", "BASE OUT03 OUT04 OUT05 OUT06"),
+        ("OUTS", "BASE OUT07 OUT08 OUT09 OUT10 OUT11"),
+        ("OUTALL", "BASE OUT03 OUT04 OUT05 OUT06 OUT07 OUT08 OUT09 OUT10 OUT11"),
+    ],
+)
+def test_a_preset_takes_its_blocks_whole_and_nothing_of_the_others(preset, whole):
+    factors = dict(Blocks.parse(0.5, preset).factors)
+    assert {name for name, factor in factors.items() if factor == 1} == set(whole.split())
+    assert set(factors.values()) <= {0, 1}
+
+
+def test_half_of_all_is_the_only_other_preset():
+    factors = dict(Blocks.parse(0.5, "ALL0.5").factors)
+    assert {name for name, factor in factors.items() if factor == 0.5} == set(LISTS[17])
+    assert set(WEB_PRESETS) == {"NONE", "ALL", "INS", "IND", "INALL", "MIDD", "OUTD", "OUTS", "OUTALL", "ALL0.5"}
+
+
 def test_the_longest_name_counts_and_the_rest_has_its_own_factor():
     blocks = Blocks(0.5, {"up": 0.0, "up.1": 2.0, "te": 0.4}, rest=1.0)
     assert weight_at(blocks, "unet", "up_blocks.0.resnets.0.conv1") == 0.0
@@ -50,7 +91,7 @@ def test_the_longest_name_counts_and_the_rest_has_its_own_factor():
 
 
 def test_a_list_of_seventeen_numbers_is_sd_15s():
-    """The published preset of the outputs alone: INS and MID nothing, OUTS all, and the text encoders."""
+    """The published preset OUTALL: nothing of the inputs and the middle, all outputs, and the text encoders."""
     outs = Blocks.parse(1.0, "1,0,0,0,0,0,0,0,1,1,1,1,1,1,1,1,1")
     assert weight_at(outs, "unet", "up_blocks.1.attentions.0.proj_in") == 1.0
     assert weight_at(outs, "unet", "down_blocks.1.attentions.0.proj_in") == 0.0
@@ -73,6 +114,7 @@ def test_b_loras_style_is_one_block_of_sdxl():
         "b-lora-content",
         "down:0,up.1:1.2",
         "rest:0,mid:1",
+        "rest:1",
         "up:0.1234567,rest:-0.00000025",
         ",".join(["0.25"] * 26),
     ],
@@ -80,7 +122,8 @@ def test_b_loras_style_is_one_block_of_sdxl():
 def test_factors_are_written_as_they_are_read(text):
     blocks = Blocks.parse(0.8, text)
     assert Blocks.parse(0.8, blocks.factors_text()) == blocks
-    assert blocks.factors_text().count(",") == {"MIDD": 16, "ALL0.5": 16}.get(text, text.count(",") or 1)
+    commas = {"MIDD": 16, "ALL0.5": 16, "b-lora-content": 1}.get(text, text.count(","))
+    assert blocks.factors_text().count(",") == commas
 
 
 @pytest.mark.parametrize("text", ["", "up", "up:strong", "1,0,1", "up:nan"])

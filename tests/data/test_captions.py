@@ -95,6 +95,12 @@ def test_a_template_that_wants_a_trigger_needs_one():
         check_template("{caption}, {trigger}", None)
 
 
+@pytest.mark.parametrize("template", ["{caption", "caption}", "{{caption}"])
+def test_a_brace_by_itself_is_refused(template):
+    with pytest.raises(ConfigError, match="by itself"):
+        check_template(template, "zwx")
+
+
 def test_half_a_character_is_refused_with_its_place(tmp_path):
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a \\ud83d dog"}')
     with pytest.raises(DataError, match=r"metadata\.jsonl, line 1: half of a character \('a \\ud83d dog'\)"):

@@ -708,3 +708,15 @@ def test_a_console_without_letters_shows_their_numbers_and_nothing_loads_torch(p
     )
     assert (done.returncode, "\\u043a\\u0440\\u0430\\u0431" in done.stdout) == (0, True), done.stderr
     assert (tmp_path / "sheet.png").is_file()
+
+
+def test_no_mended_picture_is_written_over_another_whose_name_differs_in_capitals(tmp_path):
+    (tmp_path / "dogs").mkdir()
+    noise_picture(seed=1).save(tmp_path / "dogs/IMG_1.PNG")
+    noise_picture(seed=2).save(tmp_path / "dogs/img_1.bmp")
+    for name in ("IMG_1", "img_1"):
+        (tmp_path / "dogs" / f"{name}.txt").write_text("a dog")
+    main([str(tmp_path / "dogs"), "--fix", str(tmp_path / "mended")])
+    names = [path.name.casefold() for path in (tmp_path / "mended").iterdir()]
+    assert len([name for name in names if name.endswith(".png")]) == 2
+    assert len(set(names)) == len(names)

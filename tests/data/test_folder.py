@@ -1,5 +1,6 @@
 """Folders as people have them."""
 
+import json
 import os
 import re
 from pathlib import Path
@@ -285,3 +286,13 @@ def test_onetrainers_masks_are_masks_and_its_conditioning_pictures_are_left_out(
         ("a-condlabel.png", "OneTrainer's picture to inpaint by"),
         ("gone-masklabel.png", "a mask that no picture takes"),
     ]
+
+
+def test_metadata_is_read_where_the_system_opens_a_file_by_another_spelling(tmp_path, monkeypatch):
+    """A Mac's disk: the folder lists "cafe\u0301.png" and opens "caf\u00e9.png", too."""
+    Image.new("RGB", (64, 64)).save(tmp_path / "cafe\u0301.png")
+    line = {"file_name": "caf\u00e9.png", "text": "a red cup"}
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(line))
+    is_file = Path.is_file
+    monkeypatch.setattr(Path, "is_file", lambda path: path.name == line["file_name"] or is_file(path))
+    assert captions(read_folder(tmp_path)) == ["a red cup"]

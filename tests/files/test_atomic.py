@@ -1,11 +1,13 @@
 """A file appears whole and beside its place, and on nothing that was there unless that was asked for."""
 
 import errno
+import os
 
 import pytest
 from safetensors import SafetensorError
 
 from sfumato.errors import FileError
+from sfumato.files import atomic
 from sfumato.files.atomic import atomic_folder, atomic_path, beside, check_free, write_text
 from sfumato.files.save import model_folder
 from tests.files.said import said
@@ -107,3 +109,27 @@ def test_a_disk_that_takes_no_model_is_one_line_and_the_earlier_one_stays(error,
     with pytest.raises(FileError, match=r"could not be written \((No space|I/O).*Make room"), model_folder(place):
         raise error
     assert list(tmp_path.iterdir()) == [place]
+
+
+def test_a_rename_that_windows_denies_is_tried_again(tmp_path, monkeypatch):
+    """A virus scanner has what has just been written open, for a moment or for good."""
+    replace, denied = os.replace, []
+
+    def scanned(source, target):
+        if len(denied) < at_most:
+            denied.append(target)
+            raise PermissionError(errno.EACCES, "Access is denied", str(source))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", scanned)
+    monkeypatch.setattr(atomic, "_PATIENCE_S", 0.2)
+    at_most = 2
+    write_text(tmp_path / "a.txt", "1")
+    with atomic_folder(tmp_path / "model") as new:
+        (new / "weights").write_text("1")
+    assert len(denied) == 2
+    at_most = 10**9
+    with pytest.raises(PermissionError):
+        write_text(tmp_path / "a.txt", "2")
+    assert (tmp_path / "a.txt").read_text() == "1"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "model"]

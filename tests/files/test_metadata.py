@@ -144,8 +144,11 @@ def test_little_that_can_be_said_is_said(monkeypatch):
         "modelspec.date": "1970-01-02T00:00:00Z",
         "sfumato.version": sfumato.__version__,
     }
-    monkeypatch.setenv("SOURCE_DATE_EPOCH", "x")
-    assert said(moment) == "SOURCE_DATE_EPOCH is 'x'; wanted whole seconds since 1970."
+    for wrong in ("x", "\u00b2", "999999999999"):
+        monkeypatch.setenv("SOURCE_DATE_EPOCH", wrong)
+        assert said(moment) == f"SOURCE_DATE_EPOCH is {wrong!r}; wanted whole seconds since 1970."
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "253402300799")
+    assert describe(Description(title="n", family="sd1"))["modelspec.date"] == "9999-12-31T23:59:59Z"
 
 
 def test_the_most_frequent_tags_first():

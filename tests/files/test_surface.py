@@ -18,7 +18,8 @@ from sfumato.files import (
     write_tensors,
 )
 from sfumato.files.write_difference import write_difference
-from sfumato.files.write_embedding import add_words, write_embedding
+from sfumato.files.write_embedding import write_embedding
+from tests.bundles import add_words
 
 
 def test_every_public_name_is_there_and_sorted():

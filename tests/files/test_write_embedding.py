@@ -6,7 +6,8 @@ from safetensors.torch import load_file
 from sfumato.files import read_header, write_tensors
 from sfumato.files.metadata import short_hash
 from sfumato.files.write import write_lora
-from sfumato.files.write_embedding import add_words, write_embedding
+from sfumato.files.write_embedding import write_embedding
+from tests.bundles import add_words
 from tests.files.said import said
 
 
@@ -22,13 +23,16 @@ def test_words_to_the_letter(two_modules, tmp_path):
         "a.safetensors: vectors for text_encoder_2; wanted text_encoder, or both of SDXL's."
     )
     assert said(write_embedding, path, "<x>", one, metadata={"note": "x" * 100_000}).endswith(
-        " bytes, at most 100,000 are written."
+        " bytes, at most 100,000 are written; shorten note."
     )
     assert said(write_embedding, path, "<x>", {"text_encoder": torch.full((1, 4), float("nan"))}) == (
-        "a.safetensors: vectors hold NaN or Inf, so the file was not written. Use an earlier save."
+        "a.safetensors: <x> holds NaN or Inf, so the file was not written. The training diverged; use an earlier save."
     )
     assert said(write_embedding, path, "<x>", one, dtype="fp16") == (
         "a.safetensors: the dtype is 'fp16'; wanted one of torch's, such as torch.float16."
+    )
+    assert said(write_embedding, path, "<x>", {"text_encoder": torch.full((1, 4), 1e5)}, dtype=torch.float16) == (
+        "a.safetensors: <x> overflows float16 (largest value 1e+05). Save in fp32 or bf16."
     )
     metadata = {"ss_network_dim": "4", "ss_seed": "1", "modelspec.architecture": "stable-diffusion-v1/lora"}
     metadata |= {"sfumato.adapter_guidance": "2", "sfumato.over_steps": "0-0.8"}

@@ -11,9 +11,9 @@ from sfumato.pipelines.clash import main
 from sfumato.cli import guarded
 from sfumato.errors import AdapterError
 from sfumato.files.changes import LoraModule
-from sfumato.files.write_embedding import add_words
 from sfumato.merging.merge import Source
 from sfumato.merging.overlap import clashes, whole
+from tests.bundles import add_words
 
 TARGET = ("unet", "down_blocks.0.attentions.1.transformer_blocks.0.attn2.to_k")
 E = torch.eye(3)

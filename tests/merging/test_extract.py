@@ -16,10 +16,10 @@ from sfumato.files.adapter_file import read_adapter
 from sfumato.files.header import read_header
 from sfumato.files.lora_file import read_lora
 from sfumato.files.write import write_lora
-from sfumato.files.write_embedding import add_words
 from sfumato.merging.extract import extract as extract_pairs
 from sfumato.merging.factors import Budget
 from sfumato.merging.whole_model import read_mixable
+from tests.bundles import add_words
 from tests.merging.conftest import random_modules
 
 
@@ -66,6 +66,17 @@ def test_the_kept_share_is_that_of_all_that_changed():
     assert kept.modules == {("unet", "a"): pytest.approx(9 / 14)}
     assert kept.left_out == dict.fromkeys([("unet", "norm.weight"), ("unet", "a.bias")], pytest.approx(1 / 16))
     assert "12.50% are in 2 tensors that no LoRA can hold" in str(kept)
+
+
+def test_a_table_of_words_is_left_out_whatever_learned_beside_it():
+    """No LoRA file names one; layers that embed the time and the size of a picture are as others."""
+    names = ["embeddings.token_embedding.weight", "embeddings.position_embedding.weight"]
+    layers = ["time_embedding.linear_1", "add_embedding.linear_2"]
+    before = {name: torch.zeros(2, 2) for name in [*names, *(f"{layer}.weight" for layer in layers)]}
+    modules, kept = extracted(before, {name: torch.eye(2) for name in before}, rank=2)
+    assert modules.keys() == {("unet", layer) for layer in layers}
+    assert kept.left_out == {("unet", name): pytest.approx(1 / 4) for name in names}
+    assert kept.share == pytest.approx(1 / 2)
 
 
 def test_equal_and_different_models_are_refused():

@@ -19,12 +19,12 @@ from sfumato.files.header import read_header
 from sfumato.files.lora_file import read_lora
 from sfumato.files.metadata import data_sha256
 from sfumato.files.save import write_tensors
-from sfumato.files.write_embedding import add_words
 from sfumato.merging.bake import bake
 from sfumato.merging.convert import Deltas
 from sfumato.merging.factors import Budget
 from sfumato.merging.merge import Source, merge
 from sfumato.merging.stored import stored
+from tests.bundles import add_words
 from tests.merging.conftest import random_modules
 from tests.tiny import CPU
 

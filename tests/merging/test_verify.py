@@ -86,3 +86,10 @@ def test_against_another_the_words_count(words, said, tmp_path, capsys):
     assert error.count("\n") == 1
     assert error.startswith("b.safetensors: differs against a.safetensors: ")
     assert said in error
+
+
+def test_a_small_difference_in_fp16_is_what_its_fingerprint_says(deltas, tmp_path, capsys):
+    """Of what is written: fp16 has few digits of so small a change."""
+    small = {target: tuple(each if each is None else each * 2e-7 for each in pair) for target, pair in deltas.items()}
+    assert run(write_difference(tmp_path / "a.safetensors", small, family="pocket", dtype=torch.float16)) == 0
+    assert "the same against its own fingerprint" in capsys.readouterr().out

@@ -39,9 +39,22 @@ def test_it_has_seen_four_styles_and_no_other(manifest):
     assert list(manifest["sources"]) == manifest["styles"]
 
 
-def test_its_pictures_are_its_concepts_in_its_styles_and_nothing_else(manifest, concepts):
+def test_its_named_pictures_are_its_concepts_in_its_styles(manifest, concepts):
     files = {f"{style}/{concept.replace(' ', '-')}.png" for style in manifest["styles"] for concept in concepts}
     assert manifest["sha256"].keys() == files
+
+
+def test_its_other_drawings_are_in_its_styles_and_of_no_subject_or_withheld_picture(manifest):
+    from bench.pocket_data import is_kept_for_subjects
+
+    text = (POCKET / "others.txt").read_text(encoding="utf-8")
+    found = dict(line.split() for line in text.splitlines())
+    told = {"pictures": len(found), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    assert manifest["others"] == told
+    assert {tuple(Path(name).parts[:2]) for name in found} == {("other", style) for style in manifest["styles"]}
+    assert not [name for name in found if is_kept_for_subjects(Path(name).stem)]
+    withheld = [f"{style}/{concept.replace(' ', '-')}.png" for concept, style in manifest["withheld"]]
+    assert not {manifest["sha256"][name] for name in withheld} & set(found.values())
 
 
 def test_it_knows_at_least_250_concepts_each_in_a_group(concepts):

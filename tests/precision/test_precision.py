@@ -11,6 +11,7 @@ from torch import nn
 from sfumato import precision
 from sfumato.errors import PrecisionError
 from sfumato.precision import decide
+from sfumato.training import optimizers
 
 
 def rows(decision):
@@ -163,7 +164,7 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch, bare, wish, inst
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(PrecisionError) as caught:
         decide(**wish)
-    assert f"pip install '{install}'" in str(caught.value)
+    assert f'pip install "{install}"' in str(caught.value)
 
 
 def test_an_installed_package_still_needs_its_device(monkeypatch, bare):
@@ -258,3 +259,36 @@ def test_a_gpu_keeps_each_part_in_its_dtype_and_layout(part):
     assert convolution.weight.dtype == (torch.float32 if part == "vae" else torch.float16)
     assert convolution.weight.is_contiguous(memory_format=torch.channels_last) == (part != "text")
     assert convolution.weight.is_cuda
+
+
+@pytest.mark.gpu
+def test_xformers_on_the_gpu_predicts_what_sdpa_does():
+    pytest.importorskip("xformers")
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DConditionModel(
+        block_out_channels=(32,), down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
+        layers_per_block=1, cross_attention_dim=8, attention_head_dim=8,
+    )  # fmt: skip
+    latents, text = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 8)
+    found = []
+    for attention in ("sdpa", "xformers"):
+        decision = decide("fp16", device="cuda", attention=attention)
+        model = decision.place(unet)
+        with torch.no_grad(), decision.autocast():
+            found.append(model(latents.to("cuda"), 10, text.to("cuda")).sample.float())
+    assert (found[1] - found[0]).norm() / found[0].norm() < 0.01
+
+
+@pytest.mark.gpu
+def test_an_8_bit_optimizer_steps_on_the_gpu_as_adamw_does():
+    pytest.importorskip("bitsandbytes")
+    starts = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    found = {}
+    for name in ("adamw", "adamw8bit"):
+        weight = nn.Parameter(starts.to("cuda"))
+        optimizer = optimizers.build(name, [{"params": [weight], "lr": 1e-2}], weight_decay=0.01)
+        for step in range(3):
+            weight.grad = torch.randn(64, 64, generator=torch.Generator().manual_seed(1 + step)).to("cuda")
+            optimizer.step()
+        found[name] = weight.detach().cpu() - starts
+    assert (found["adamw8bit"] - found["adamw"]).norm() / found["adamw"].norm() < 0.1

@@ -1,11 +1,13 @@
 """Who holds a run's folder, as the next one is told."""
 
+import errno
 import json
 import os
 import re
 import socket
 import threading
 import time
+from pathlib import Path
 
 from sfumato.runs import lock
 from sfumato.runs.lock import Lock
@@ -53,3 +55,19 @@ def test_a_holder_s_own_words_are_cut(tmp_path):
         f"process {'9' * 80} on ? (since ?) used this folder and ended without finishing; its lock is void."
     )
     taken.release()
+
+
+def test_the_folder_is_let_go_where_the_system_removes_no_file_that_is_open(tmp_path, monkeypatch):
+    """Windows: the lock's file goes once the lock is released, and a file that another program reads may stay."""
+    held, unlink = Lock(tmp_path), Path.unlink
+
+    def denied(path, missing_ok=False):
+        if held.is_held:
+            raise PermissionError(errno.EACCES, "in use", str(path))
+        unlink(path, missing_ok=missing_ok)
+
+    held.take()
+    monkeypatch.setattr(Path, "unlink", denied)
+    held.release(trace=False)
+    assert not held.is_held
+    assert [path.name for path in tmp_path.iterdir()] == [".holder.json"]

@@ -161,7 +161,7 @@ def test_tensorboard_is_opened_beside_the_log_or_asked_for(tmp_path, monkeypatch
     assert logs._board(tmp_path)() == [str(tmp_path / "tensorboard")]
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     assert problem(lambda: start(tmp_path, tensorboard=True)) == (
-        "--tensorboard: the package is not installed; pip install 'sfumato[tensorboard]'."
+        '--tensorboard: the package is not installed; pip install "sfumato[tensorboard]".'
     )
     start(tmp_path, Processes(main=False), tensorboard=True).close()
 
@@ -470,5 +470,5 @@ def test_several_processes_are_told_to_go_on_as_several(tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         next(steps)
     assert ended.value.code == 143
-    again = f"accelerate launch --num_processes 2 -m sfumato resume '{tmp_path / 'my run'}'"
+    again = f'accelerate launch --num_processes 2 -m sfumato resume "{tmp_path / "my run"}"'
     assert f"stopped after step 1 of 5, saved. Go on with: {again}\n" in capsys.readouterr().err

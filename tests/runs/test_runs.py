@@ -239,9 +239,17 @@ def test_what_has_changed_is_shown_and_refused_until_forced(changed, shown, tmp_
 
 
 def test_what_is_only_seen_of_a_training_may_change(tmp_path):
+    """And what is new holds from where the run goes on."""
     config = Config(output=tmp_path / "run", checkpoint_every=5)
     train(config)
+    checkpoints = tmp_path / "run/checkpoints"
+    shutil.rmtree(checkpoints / "000010")
     train(replace(config, resume=True, checkpoint_every=3, measure_every=2, keep=5))
+    assert sorted(each.name for each in checkpoints.iterdir()) == ["000005", "000006", "000009", "000010"]
+    rows = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "weight" in row] == [6, 8, 10]
+    written = (tmp_path / "run/config.toml").read_text().splitlines()
+    assert {"checkpoint_every = 3", "measure_every = 2", "keep = 5"} <= set(written)
 
 
 def test_an_option_that_the_folder_does_not_know_yet_counts_as_its_default(tmp_path):

@@ -4,9 +4,10 @@ import dataclasses
 
 import pytest
 import torch
+from PIL import Image
 from torch.testing import assert_close
 
-from sfumato import data
+from sfumato import data, randomness
 from sfumato.bases import load_base
 from sfumato.training.measure import Measures
 from sfumato.training.objective import denoising_errors, draw_noise
@@ -78,7 +79,7 @@ def test_no_more_is_measured_at_once_than_is_drawn_at_once(base, pictures, monke
     monkeypatch.setattr(type(base), "predict", lambda self, x, *rest: rows.append(len(x)) or predict(self, x, *rest))
     size = dataset.batch(0, 0, 1).latents[0, 0].numel()
     for limit in (100 * size, 3 * size):
-        monkeypatch.setattr("sfumato.drawing.pictures.LATENTS_AT_ONCE", limit)
+        monkeypatch.setattr("sfumato.training.measure.LATENTS_AT_ONCE", limit)
         measures = Measures(base, dataset, {"drift": ["a crab", "an owl"]})
         with torch.no_grad():
             measures._before["drift"] *= 0.5
@@ -95,3 +96,52 @@ def test_a_pictures_weight_multiplies_its_error(base, batch):
         plain = denoising_errors(base, batch, noise, timesteps, batch.text)
         errors = denoising_errors(base, weighted, noise, timesteps, batch.text)
     assert_close(errors, plain * weighted.weights)
+
+
+def test_each_picture_is_measured_once_whatever_its_size(base, tmp_path):
+    """Batches are of one size; of three sizes none is measured alone."""
+    for place, size in enumerate([(64, 64), (128, 64), (64, 128), (64, 64), (128, 64)]):
+        Image.new("RGB", size, (40 * place, 99, 50)).save(tmp_path / f"{place}.png")
+    folder = data.read_folder(tmp_path, caption_template="a crab")
+    dataset = data.prepare(folder, base, resolution=64)
+    assert len(set(dataset.sizes)) == 3
+    measures = Measures(base, dataset, {"drift": ["a crab"]})
+    assert sorted(place for batch in measures._batches for place in batch.indices) == [*range(5)]
+    first = measures.values()
+    assert first == Measures(base, dataset, {"drift": ["a crab"]}).values()
+    assert first["drift"] == 0
+
+
+def test_fit_and_drift_written_out(pocket_folder, pictures, tmp_path):
+    """Fit: the mean square of v's error on whole pictures, whatever is masked, at timesteps from all of the base's.
+    Drift: the change of what is predicted of them for the prompts in turns, over its size."""
+    for file in pictures.glob("*.png"):
+        with Image.open(file) as picture:
+            picture.putalpha(Image.linear_gradient("L").resize(picture.size))
+            picture.save(tmp_path / file.name)
+    base = load_base(str(pocket_folder), precision=CPU)
+    folder = data.read_folder(tmp_path, caption_template="{caption}", mask="alpha")
+    dataset = data.prepare(folder, base, resolution=64, embed_text=False)
+    measures = Measures(base, dataset, {"drift": ["a crab", "an owl"]})
+
+    (batch,) = dataset.middles(6, 6 * 64 * 64)
+    assert batch.mask is not None
+    assert batch.mask.min() < 0.5
+    noise = torch.stack([randomness.normal(tuple(batch.latents.shape[1:]), 0, "measure", 0, i) for i in range(6)])
+    middles = torch.tensor([83, 250, 416, 583, 750, 916])  # of six equal parts of the base's 1000 timesteps
+    timesteps = middles[randomness.permutation(6, 0, "measure")]
+    noisy = base.scheduler.add_noise(batch.latents, noise, timesteps)
+
+    def predicted(prompts):
+        with torch.no_grad():
+            return base.unet(noisy, timesteps, base.encode_text(prompts).hidden).sample
+
+    wanted = base.scheduler.get_velocity(batch.latents, noise, timesteps)
+    assert measures.fit() == pytest.approx((predicted(batch.captions) - wanted).square().mean().item(), rel=1e-4)
+    turns = ["a crab", "an owl"] * 3
+    before = predicted(turns)
+    with torch.no_grad():
+        base.unet.conv_out.weight.mul_(1.1)
+    change = (predicted(turns) - before).norm() / before.norm()
+    assert measures.drift() == pytest.approx(change.item(), rel=1e-4)
+    assert change > 0.01

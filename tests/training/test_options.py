@@ -1,6 +1,6 @@
 """Options that trainers share: unset ones are filled in a known order, senseless ones refused before anything loads."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +11,7 @@ from sfumato.bases.family import FAMILIES
 from sfumato.errors import ConfigError
 from sfumato.training.checks import check_name, check_trainer, only_with
 from sfumato.training.filling import resolve, second_rate, span_of
-from sfumato.training.options import TrainerOptions, settled
+from sfumato.training.options import BaseOptions, DataOptions, TrainerOptions, settled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +22,31 @@ class Config(TrainerOptions):
 
 
 CONFIG = Config(images=Path("pictures"), output=Path("runs/line"))
+ALL_GIVEN = replace(
+    CONFIG,
+    trigger="zwx",
+    caption="{caption}, {trigger}",
+    caption_dropout=0.25,
+    resolution=96,
+    flip=True,
+    crop="random",
+    shuffle_tags=True,
+    keep_tags=2,
+    tag_dropout=0.5,
+    cache=Path("cache"),
+    mask="alpha",
+    skip_bad=True,
+    base="tiny",
+    precision="bf16",
+    device="cuda:1",
+    attention="xformers",
+    gradient_checkpointing=True,
+    clip_skip=1,
+    vae="another",
+    prediction_type="epsilon",
+    zero_terminal_snr=True,
+)
+"""Where every option of the pictures and of the base is another than its default."""
 BASE = SimpleNamespace(defaults=FAMILIES["sd1"].defaults, alpha_bar=range(1000))
 
 
@@ -171,3 +196,101 @@ def test_a_run_among_the_pictures_that_it_learns_from_is_refused(tmp_path):
         with pytest.raises(ConfigError, match=r"is a folder of the pictures; .* such as runs/test_a_run_among"):
             replace(config, images=images).read_examples()
     replace(config, output=tmp_path / "runs").read_examples()
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """What a function that is replaced is called with, by name; it gives back `made`."""
+
+    def record(function, made=None):
+        given = {}
+        monkeypatch.setattr(function, lambda *first, **named: given.update(named, first=first) or made)
+        return given
+
+    return record
+
+
+def test_every_option_has_another_value_than_its_default():
+    known = [field for group in (DataOptions, BaseOptions) for field in fields(group)]
+    assert [field.name for field in known if getattr(ALL_GIVEN, field.name) == field.default] == []
+
+
+def test_every_option_of_the_pictures_reaches_what_reads_them(recorded):
+    pictures = SimpleNamespace(of=lambda group: [group])
+    given = recorded("sfumato.data.read_folder", pictures)
+    assert replace(ALL_GIVEN, resume=True).read_examples(["<x>", "<y>"], of_class=False) is pictures
+    assert given == {
+        "first": (Path("pictures"),),
+        "caption_template": "{caption}, {trigger}",
+        "trigger": "zwx",
+        "mask": "alpha",
+        "skip_bad": True,
+        "words": "<x> <y>",
+        "of_class": False,
+    }
+
+
+def test_every_option_of_the_pictures_reaches_what_prepares_them(recorded):
+    given = recorded("sfumato.data.prepare", "prepared")
+    draws = (3, 10, 4)
+    assert ALL_GIVEN.prepare("examples", "base", embed_text=False, will_draw=draws, drawn_over=True) == "prepared"
+    assert given.pop("progress") is not None
+    assert given == {
+        "first": ("examples", "base"),
+        "resolution": 96,
+        "flip": True,
+        "crop": "random",
+        "caption_dropout": 0.25,
+        "shuffle_tags": True,
+        "keep_tags": 2,
+        "tag_dropout": 0.5,
+        "cache": Path("cache"),
+        "embed_text": False,
+        "will_draw": draws,
+        "drawn_over": True,
+    }
+    ALL_GIVEN.prepare("examples", "base", flip=False, cache=None)
+    assert (given["flip"], given["cache"], given["crop"]) == (False, None, "random")
+
+
+def test_every_option_of_the_base_reaches_what_loads_it(recorded):
+    made = SimpleNamespace(unet="unet")
+    learned = []
+    precision = SimpleNamespace(device=SimpleNamespace(type="cuda"), learn=learned.append)
+    given = recorded("sfumato.bases.load_base", made)
+    assert ALL_GIVEN.load_base(precision) is made
+    assert given == {
+        "first": ("tiny",),
+        "precision": precision,
+        "clip_skip": 1,
+        "vae": "another",
+        "prediction_type": "epsilon",
+        "zero_terminal_snr": True,
+        "unet": False,
+    }
+    assert learned == ["unet"]
+
+
+@pytest.mark.parametrize(("processes", "device"), [(1, "cuda:1"), (2, "cuda:0")])
+def test_every_option_of_the_precision_reaches_its_decision(processes, device, recorded):
+    """Of several processes each has a device of its own."""
+    applied = []
+    given = recorded("sfumato.precision.decide", SimpleNamespace(apply=lambda: applied.append(True)))
+    ALL_GIVEN.decide_precision(SimpleNamespace(count=processes, device="cuda:0"), "adafactor", adapting=False)
+    assert given == {
+        "first": ("bf16",),
+        "device": device,
+        "attention": "xformers",
+        "gradient_checkpointing": True,
+        "optimizer": "adafactor",
+        "adapting": False,
+    }
+    assert applied == [True]
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_activations_are_computed_again_where_that_is_asked_for(asked, pocket_folder):
+    config = replace(CONFIG, base=str(pocket_folder), device="cpu", gradient_checkpointing=asked)
+    base = config.load_base(config.decide_precision(SimpleNamespace(count=1)))
+    base.resting.keep("unet")
+    assert base.unet.is_gradient_checkpointing == asked

@@ -49,6 +49,14 @@ def folder_of(base, tmp_path, prompt="cat", resolution=64):
     return class_folder(base, prompt, resolution=resolution, folder=tmp_path)
 
 
+def test_a_class_picture_is_known_by_all_that_its_sampler_goes_by(base, tmp_path, monkeypatch):
+    before = folder_of(base, tmp_path)
+    assert folder_of(base, tmp_path) == before
+    spaced = type(base.scheduler).from_config(base.scheduler.config, beta_end=0.013)
+    monkeypatch.setattr(base, "scheduler", spaced)
+    assert folder_of(base, tmp_path) != before
+
+
 def test_pictures_are_drawn_once_and_a_larger_count_adds_to_them(draw, base, tmp_path):
     assert draw(2) == 2
     before = {file.name: file.read_bytes() for file in folder_of(base, tmp_path).glob("*.png")}

@@ -54,6 +54,7 @@ def load_base(
     clip_skip: int | None = None,
     vae: str | os.PathLike[str] | None = None,
     prediction_type: str | None = None,
+    zero_terminal_snr: bool = False,
     family: str | None = None,
     unet: bool = True,
 ) -> Base:
@@ -62,14 +63,21 @@ def load_base(
     source: `pocket`, a diffusers folder, a hub id, or a .safetensors checkpoint of SD 1.x, SD 2.x or SDXL (read without
     a network). clip_skip: layers of the text encoder to skip from its end, as diffusers counts (A1111's 2 is 1, of
     SDXL 0). vae: a folder, hub id or file whose VAE replaces the base's. prediction_type: `epsilon` or `v_prediction`,
-    where the base does not say it or says it wrongly. family: a name from `FAMILIES`, where it would be recognised
+    where the base does not say it or says it wrongly. zero_terminal_snr: that its last timestep is pure noise, where it
+    does not say it. family: a name from `FAMILIES`, where it would be recognised
     wrongly. unet: whether the U-Net's weights are read now; without, `base.unet` only knows its config until it is
     needed.
 
     Raises BaseModelError, or FileError for a broken file: one line.
     """
     base = base_at_rest(
-        source, precision=precision, clip_skip=clip_skip, vae=vae, prediction_type=prediction_type, family=family
+        source,
+        precision=precision,
+        clip_skip=clip_skip,
+        vae=vae,
+        prediction_type=prediction_type,
+        zero_terminal_snr=zero_terminal_snr,
+        family=family,
     )
     base.precision.apply()
     base.resting.wake("vae", "text")
@@ -85,6 +93,7 @@ def base_at_rest(
     clip_skip: int | None = None,
     vae: str | os.PathLike[str] | None = None,
     prediction_type: str | None = None,
+    zero_terminal_snr: bool = False,
     family: str | None = None,
 ) -> Base:
     """As `load_base`, with no weight read: all parts know their shapes, and rest until something wakes them."""
@@ -101,6 +110,8 @@ def base_at_rest(
     else:
         forced = family or ("pocket" if name == "pocket" else None)
         parts = _from_folder(path, precision, prediction_type, forced, vae)
+    if zero_terminal_snr:
+        parts.scheduler.update(single_file.ZERO_TERMINAL_SNR)
     _check(parts, name, clip_skip)
     shells: dict[Part, list[Shell]] = {"unet": [parts.unet], "vae": [parts.vae], "text": parts.text_encoders}
     return Base(
@@ -397,7 +408,7 @@ def alpha_bar(config: Mapping[str, Any], name: str) -> torch.Tensor:
     if config.get("rescale_betas_zero_snr") and kind == "epsilon":
         raise BaseModelError(
             f"{name}: zero terminal SNR, where epsilon says nothing of the picture at the last timestep. "
-            "Say --prediction-type v_prediction."
+            "Say --prediction-type v_prediction, or leave --zero-terminal-snr out."
         )
     settings = {key: config[key] for key in _BETAS if key in config and key != "prediction_type"}
     try:

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -36,6 +37,11 @@ UNUSED = ("position_ids", "logit_scale", "text_projection", "text_projection.wei
 """Ends of names that CLIP checkpoints hold and no diffusers model asks for (text_projection only where one asks)."""
 VAE_WEIGHTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 """A VAE's own weights; some files also hold its discriminator (loss.) or a moving average."""
+# The last timestep, pure noise, has to be the first that is drawn.
+ZERO_TERMINAL_SNR: Mapping[str, Any] = MappingProxyType(
+    {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+)
+"""What a scheduler's config says of a base that ends in pure noise (Lin et al. 2023)."""
 HEAD_WIDTH = 64
 """Width of an attention head wherever the number of heads grows with the width: SD 2's and SDXL's U-Net, every CLIP."""
 
@@ -47,15 +53,15 @@ def shipped(family: str, part: str) -> dict[str, Any]:
 
 
 def scheduler_config(family: Family, header: Header, prediction_type: str | None) -> dict[str, Any]:
-    """The family's scheduler, with the prediction type and zero terminal SNR that the file or the user states.
+    """The family's scheduler, with the prediction type and zero terminal SNR that the file states, or the
+    user.
 
     Files mark zero terminal SNR by a tensor `ztsnr`.
     """
     config = shipped(family.name, "scheduler/scheduler_config.json")
     config["prediction_type"] = predicted(header, family.name, prediction_type)
     if "ztsnr" in header.tensors:
-        config["rescale_betas_zero_snr"] = True
-        config["timestep_spacing"] = "trailing"  # the last timestep, pure noise, has to be the first that is drawn
+        config.update(ZERO_TERMINAL_SNR)
     return config
 
 

@@ -6,11 +6,11 @@ YAML head, gallery, trigger words, how to use it, and the training in a table; w
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sfumato import shell
 from sfumato.bases.family import FAMILIES
 from sfumato.errors import ConfigError
 from sfumato.files.atomic import atomic_path, write_text
@@ -38,6 +38,8 @@ def write_card(
         guided += ", in the steps from {:g} to {:g} of the way from noise to picture, as its file asks".format(
             *about.over_steps
         )
+    if guided:
+        guided += ". Diffusers and other programs do not read that from the file: they draw without it"
     shown_with = prompts[telling(about.trigger, prompts)] if prompts else example_of(about)
     example = shown_with or next(iter(about.captions), "")
     words = _word_files(about, adapter)
@@ -232,9 +234,9 @@ def generate_line(
 ) -> str:
     """`sfumato generate`, as a shell reads it. options: as for `base_options`. words: files of new words."""
     size = " --size {}x{}".format(*about.drawn_at) if about.drawn_at else ""
-    drawn = f"{shlex.quote(prompt)} --base {shlex.quote(base)}{base_options(about, *options)}"
-    adapter = f" --lora {shlex.quote(f'{lora}:1.0')}" if lora else ""
-    adapter += "".join(f" --embedding {shlex.quote(name)}" for name in words)
+    drawn = f"{shell.quote(prompt)} --base {shell.quote(base)}{base_options(about, *options)}"
+    adapter = f" --lora {shell.quote(f'{lora}:1.0')}" if lora else ""
+    adapter += "".join(f" --embedding {shell.quote(name)}" for name in words)
     return f"sfumato generate {drawn}{size}{adapter}"
 
 
@@ -243,8 +245,9 @@ def base_options(about: Description, *names: str) -> str:
     all that a base may be loaded with."""
     config = about.config or {}
     given = {name: config.get(name) for name in names or ("prediction_type", "clip_skip", "vae")}
-    shown = {name.replace("_", "-"): shlex.quote(str(value)) for name, value in given.items() if value is not None}
-    return "".join(f" --{name} {value}" for name, value in shown.items())
+    shown = {name.replace("_", "-"): shell.quote(str(value)) for name, value in given.items() if value is not None}
+    ends = " --zero-terminal-snr" if not names and config.get("zero_terminal_snr") else ""
+    return "".join(f" --{name} {value}" for name, value in shown.items()) + ends
 
 
 def training_table(about: Description, shown: Sequence[str]) -> str:
@@ -296,6 +299,6 @@ def push(folder: Path, learned: Path, repository: str) -> str:
         words = ["hf", "upload", repository, str(folder), ".", *(w for each in patterns for w in ("--include", each))]
         raise ConfigError(
             f"--push-to-hub {repository}: {reason}. What was learned is safe in {learned}; log in with `hf auth login` "
-            f"and upload it with `{shlex.join(words)}`."
+            f"and upload it with `{shell.join(words)}`."
         ) from None
     return str(commit.commit_url)

@@ -5,6 +5,7 @@ Imports no torch.
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -35,7 +36,9 @@ def checked_flags(flags: Mapping[str, Any], *, sheet: bool) -> dict[str, Any]:
     without_tags(flags.get("negative", ""), "--n")
     for letter, name in (("w", "width"), ("h", "height")):
         if name in flags and (flags[name] <= 0 or flags[name] % 8):
-            near = max(8, round(flags[name] / 8) * 8)
+            from sfumato.drawing.start import near_side
+
+            near = near_side(flags[name])
             raise ConfigError(f"--{letter} {flags[name]} in a prompt: wanted a multiple of 8; the nearest is {near}.")
     if sheet and flags.keys() - {"seed"}:
         raise ConfigError(
@@ -52,7 +55,9 @@ def parse_size(text: str) -> tuple[int, int]:
         raise ConfigError(f"--size {text}: wanted WIDTHxHEIGHT in pixels, such as 512x768.")
     width, height = int(found[1]), int(found[2] or found[1])
     if width % 8 or height % 8 or not width or not height:
-        near = "x".join(str(max(8, round(side / 8) * 8)) for side in (width, height))
+        from sfumato.drawing.start import near_side
+
+        near = "x".join(str(near_side(side)) for side in (width, height))
         raise ConfigError(f"--size {text}: both sides are multiples of 8; the nearest is {near}.")
     return width, height
 
@@ -72,6 +77,11 @@ def check_start(image: Path | None, mask: Path | None, strength: float | None) -
             raise ConfigError(f"{file}: there is no such picture.")
 
 
+_OTHER_FILES = frozenset(
+    (".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".psd", ".svg", ".pdf", ".txt", ".json", ".safetensors")
+)
+
+
 def picture_files(
     output: Path, pictures: Sequence[Request], *, is_sheet: bool, overwrite: bool, given: Sequence[str]
 ) -> tuple[Path, ...]:
@@ -82,7 +92,8 @@ def picture_files(
     count = 1 if is_sheet else len(pictures)
     suffix = "" if output.is_dir() else output.suffix.lower()
     is_file = suffix in SUFFIXES
-    if suffix in (".gif", ".bmp", ".tif", ".tiff", ".avif"):
+    is_near = not is_file and bool(difflib.get_close_matches(suffix, SUFFIXES))  # .pgn, which would be a folder
+    if is_near or suffix in _OTHER_FILES:
         raise ConfigError(f"--output {output}: pictures are written as .png, .jpg or .webp; .png keeps every setting.")
     if is_file and count > 1:
         shown = ", ".join(f"{prompt!r:.40}" for prompt in given[:3])

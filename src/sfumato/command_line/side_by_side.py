@@ -17,6 +17,8 @@ from contextlib import contextmanager
 
 _LOOK_S = 0.1
 """Between two looks for interruptions."""
+# SIGINT is not heard by what a shell began in the background, and Windows' terminate leaves no time to save.
+_STOP = getattr(signal, "CTRL_BREAK_EVENT", signal.SIGTERM)
 _OURS = "sfumato: "
 """How the line begins that says why a command failed; a warning's, too."""
 
@@ -39,7 +41,7 @@ def run(
     def stop() -> None:
         for process in processes.values():
             if process.poll() is None:
-                process.terminate()  # SIGINT is not heard by what a shell began in the background
+                process.send_signal(_STOP)
 
     def follow(name: str) -> None:
         before = name.ljust(max(map(len, processes)) + 2)
@@ -88,11 +90,13 @@ def _heard() -> Iterator[list[int]]:
 def _start(words: Sequence[str], threads: int) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [sys.executable, "-P", "-m", "sfumato", *words],
-        env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+        env=os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONIOENCODING": "utf-8"},  # as `_relay` reads it
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        start_new_session=True,  # a terminal's Ctrl-C comes here alone, and from here each is told once
+        # A terminal's Ctrl-C comes here alone, and from here each is told once.
+        start_new_session=True,
+        creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),  # the same on Windows
     )
 
 
@@ -105,7 +109,7 @@ def _relay(process: subprocess.Popen[bytes], before: str) -> str:
         some = os.read(process.stdout.fileno(), 1 << 16)
         *lines, said = re.split(rb"[\r\n]+", said + (some or b"\n"))  # its last line may have no end
         for line in lines:
-            if not (text := line.decode(errors="replace").strip()):
+            if not (text := line.decode("utf-8", errors="replace").strip()):
                 continue
             if held:
                 _say(f"{before}{held}")

@@ -125,7 +125,7 @@ class Blocks:
             if not any(known[name] for name in known.keys() - set(names)):
                 return ",".join(exact(known[name]) for name in names)
         each = ",".join(f"{name}:{exact(factor)}" for name, factor in self.factors)
-        return each if self.rest == 1 else f"{each},rest:{exact(self.rest)}".lstrip(",")
+        return each if each and self.rest == 1 else f"{each},rest:{exact(self.rest)}".lstrip(",")
 
     def factor_at(self, part: str, path: str) -> float:
         """The factor of one module; part and path as in `weight_at`."""

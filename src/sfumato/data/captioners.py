@@ -160,7 +160,7 @@ class _Describer:
 
         from sfumato.files.header import read_header
 
-        weights = sorted(folder.glob("*.safetensors"))
+        weights = sorted(folder.glob("[!.]*.safetensors"))  # none of a Mac's ._ files
         if not weights:
             raise FileError(f"{folder.name}: no .safetensors in it, and pickled weights are never opened. Get another.")
         for path in weights:
@@ -201,7 +201,7 @@ class _Tagger:
         try:
             import onnxruntime
         except ImportError:
-            raise ConfigError("WD taggers need an extra: pip install 'sfumato[tagger]'.") from None
+            raise ConfigError('WD taggers need an extra: pip install "sfumato[tagger]".') from None
         self.wishes = wishes
         self.tags = _read_tags(folder / "selected_tags.csv")
         self.without = {_spelt(tag) for tag in wishes.without}

@@ -151,7 +151,7 @@ def read_metadata(path: Path) -> dict[str, str]:
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")  # a text may hold other ends of lines, U+2028 say
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path.name}: cannot be read as UTF-8 ({type(error).__name__}).") from None
+        raise DataError(f"{path.name}: cannot be read as UTF-8 ({type(error).__name__}). Save it so.") from None
     found: dict[str, str] = {}
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -207,6 +207,8 @@ def check_template(
     for name in re.findall(r"\{([^{}]*)\}", template):
         if name not in _FIELDS:
             raise ConfigError(f"{said} {template!r}: {{{name}}} is unknown; {{caption}} and {{trigger}} are filled.")
+    if left := re.search(r"[{}]", re.sub(r"\{[^{}]*\}", "", template)):
+        raise ConfigError(f"{said} {template!r} has a {left[0]} by itself; {{caption}} and {{trigger}} are filled.")
     if "{trigger}" in template and not trigger:
         raise ConfigError(f"{said} {template!r} has {{trigger}}, and there is none; {do}.")
 

@@ -117,14 +117,23 @@ class Dataset:
         """
         if any(item.crop.positions > 1 for item in self._items):
             raise crops_move()
+        turns = [(0, 1) if item.flip else (0,) for item in self._items]
+        return self._by_size([(index, variant) for index, own in enumerate(turns) for variant in own], pixels)
+
+    def middles(self, count: int, pixels: int) -> Iterator[Batch]:
+        """So many of the pictures, drawn by lot and always the same, each cut in its middle; else as `views`."""
+        lot = randomness.permutation(len(self), 0, "middles")[:count]
+        return self._by_size([(index, self._middle(self._items[index])) for index in lot], pixels)
+
+    def _by_size(self, views: Sequence[tuple[int, int]], pixels: int) -> Iterator[Batch]:
+        """Batches of these (picture, variant), each of one size."""
         of_size: dict[Size, list[tuple[int, int]]] = {}
-        for index, item in enumerate(self._items):
-            for variant in (0, 1) if item.flip else (0,):
-                of_size.setdefault(item.crop.size, []).append((index, variant))
-        for (width, height), views in of_size.items():
+        for index, variant in views:
+            of_size.setdefault(self._items[index].crop.size, []).append((index, variant))
+        for (width, height), alike in of_size.items():
             most = max(1, pixels // (width * height))
-            for start in range(0, len(views), most):
-                indices, variants = zip(*views[start : start + most], strict=True)
+            for start in range(0, len(alike), most):
+                indices, variants = zip(*alike[start : start + most], strict=True)
                 yield self._batch(list(indices), list(variants), embed_text=False)
 
     def _batch(

@@ -199,7 +199,7 @@ def _register_heif(path: Path) -> None:
     try:
         import pillow_heif
     except ImportError:
-        raise DataError(f"{path.name}: HEIC needs an extra: pip install 'sfumato[heic]', or save it as JPEG.") from None
+        raise DataError(f'{path.name}: HEIC needs an extra: pip install "sfumato[heic]", or save it as JPEG.') from None
     # Earlier ones read outside their buffers (CVE-2026-28231).
     if tuple(int(part) for part in pillow_heif.__version__.split(".")[:2]) < (1, 3):
         version = pillow_heif.__version__

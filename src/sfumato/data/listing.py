@@ -218,7 +218,11 @@ class _Reader:
 
     def _listed(self, path: Path) -> Path:
         """The picture that a line of metadata.jsonl means by this path."""
-        return path if path.is_file() else self._companion(path.parent, _spelt(path)) or path
+        # By the folder's own spelling: a Mac opens a file by another spelling, too, which then is no picture listed.
+        here, found = path.parent, self._companion(path.parent, path.name) or self._companion(path.parent, _spelt(path))
+        if found is None and path.is_file():  # in capitals elsewhere, where the system makes no difference
+            found = next((entry for entry in self._entries(here) if entry.samefile(path)), None)
+        return found or path
 
     def _companion(self, folder: Path, name: str) -> Path | None:
         """The plain file of this name in the folder, whose suffix may be in capitals."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +63,7 @@ class _Copier:
     def copy(self, source: Source, folder: Path) -> bool:
         """Whether the folder has a picture now."""
         listing = source.list()
-        taken: dict[Path, dict[str, Found]] = {}
+        taken: dict[str, dict[str, Found]] = {}
         folder.mkdir(exist_ok=True)
         for found in listing.pictures:
             relative = found.path.relative_to(listing.root)
@@ -78,9 +79,10 @@ class _Copier:
         return bool(taken)
 
     def _one(
-        self, found: Found, relative: Path, folder: Path, taken: dict[Path, dict[str, Found]], suffixes: Sequence[str]
+        self, found: Found, relative: Path, folder: Path, taken: dict[str, dict[str, Found]], suffixes: Sequence[str]
     ) -> None:
-        """taken: the copies so far, by their path without its ending, and by the ending."""
+        """taken: the copies so far, by their path without its ending, and by the ending; both as a file system reads
+        them that makes no difference between capitals and small letters."""
         check_files(found.files, found.sums)
         mask = None if found.mask is None else open_mask(found.mask)
         why = _why_rewritten(found.path)
@@ -89,7 +91,7 @@ class _Copier:
         upper = relative.parts[0] if len(relative.parts) > 1 and REPEATS.fullmatch(relative.parts[0]) else "."
         place = folder / upper / relative.with_suffix(".png" if why else relative.suffix).name
         number = 2
-        while place.suffix in (beside := taken.setdefault(place.with_suffix(""), {})) or any(
+        while (suffix := place.suffix.lower()) in (beside := taken.setdefault(_alike(place), {})) or any(
             # a.png, and a.heic that becomes one; or a caption's file for two captions
             other.caption.text != found.caption.text or other.mask != found.mask
             for other in beside.values()
@@ -98,7 +100,7 @@ class _Copier:
             more = f"-{number}" if found.caption.text else "_" * (number - 1)
             place = place.with_name(f"{relative.stem}{more}{place.suffix}")
             number += 1
-        beside[place.suffix] = found
+        beside[suffix] = found
         place.parent.mkdir(parents=True, exist_ok=True)
         if why:
             # Its colours are sRGB by now, or a guess that they are; a profile that says otherwise is left behind.
@@ -108,11 +110,15 @@ class _Copier:
             shutil.copyfile(found.path, place)
             self.copied.append(relative.as_posix())
         if found.caption.text and found.caption.origin != "folder name":
-            kept = (suffix for suffix in suffixes if found.caption.origin.lower().endswith(suffix))
-            suffix = next(kept, suffixes[0])
-            place.with_name(f"{place.stem}{suffix}").write_text(found.caption.text + "\n", encoding="utf-8")
+            kept = (end for end in suffixes if found.caption.origin.lower().endswith(end))
+            text = place.with_name(f"{place.stem}{next(kept, suffixes[0])}")
+            text.write_text(found.caption.text + "\n", encoding="utf-8")
         if mask is not None:
             mask.save(place.with_name(f"{place.stem}.mask.png"))
+
+
+def _alike(path: Path) -> str:
+    return unicodedata.normalize("NFC", str(path.with_suffix(""))).casefold()
 
 
 def _why_rewritten(path: Path) -> str:

@@ -11,20 +11,20 @@ datasets/README.md lists the keys. Imports no torch.
 """
 
 import difflib
-import shlex
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from os.path import realpath
 from pathlib import Path
 from typing import Any, get_args
 
+from sfumato import shell
 from sfumato.config import at_home
 from sfumato.data.captions import CAPTION_SUFFIXES, check_template
 from sfumato.data.folder import Example, Folder, Group, MaskSource, examples_of
 from sfumato.data.listing import Ignored, Listing, list_folder, own_name_note
 from sfumato.data.options import Options
 from sfumato.errors import ConfigError, DataError
+from sfumato.toml import check_path, read_toml
 
 _OPTION_KEYS = tuple(option.name for option in fields(Options))
 _KEYS: Mapping[str, type | tuple[type, ...]] = {
@@ -144,7 +144,7 @@ def sources_of(
     entries = values.pop("source", None)
     if entries is None and "datasets" in values:
         raise ConfigError(
-            f"{path.name}: a config of kohya's tools; sfumato dataset {shlex.quote(str(path))} -o dataset.toml "
+            f"{path.name}: a config of kohya's tools; sfumato dataset {shell.quote(str(path))} -o dataset.toml "
             "converts it."
         )
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
@@ -161,13 +161,13 @@ def sources_of(
 
 def _load(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        return read_toml(path)
     except FileNotFoundError:
         raise DataError(
             f"{path}: there is no such file. --images wants a folder of pictures, or a dataset.toml."
         ) from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{path}: not readable as TOML ({' '.join(str(error).split())}); mend that line.") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}). See to its permissions.") from None
 
 
 def check_keys(values: Mapping[str, Any], where: str, known: Sequence[str] = tuple(_KEYS)) -> None:
@@ -191,6 +191,7 @@ def source_of(values: Mapping[str, Any], home: Path, where: str) -> Source:
     check_keys(values, where)
     if "path" not in values:
         raise ConfigError(f'{where}no path; write path = "DIR", from the folder of the dataset.toml on.')
+    check_path(values["path"], f"{where}path ")
     if not 1 <= values.get("repeats", 1) <= 99_999:
         raise ConfigError(f"{where}repeats is {values['repeats']}; it must be 1 to 99,999.")
     if values.get("mask", "none") not in get_args(MaskSource):

@@ -127,7 +127,7 @@ class Call:
         lengths = {}
         for prompt, place in distinct.items():
             with base.precision.autocast(), schedulers.at_once([place], len(prompts)):
-                lengths[prompt] = self._stages_of(base, [prompt], self.steps)[0].text.hidden.shape[1]
+                lengths[prompt] = self._stages_of(base, [prompt], self.drawn_steps)[0].text.hidden.shape[1]
         together: dict[int, list[int]] = {}
         for place in places:
             together.setdefault(lengths[prompts[place]], []).append(place)

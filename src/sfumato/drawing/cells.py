@@ -262,7 +262,8 @@ def filled(base: Base, cell: Cell) -> dict[str, Any]:
 
 
 def digest_of(path: Path) -> str:
-    """sha256 of a file as it is, metadata included, which say how it is drawn with; of peft's folder, of all in it."""
+    """What an adapter is, metadata included, which say how it is drawn with: the sha256 of its files' sha256 in their
+    order, one for a plain file, all of peft's folder."""
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     digest = hashlib.sha256()
     for file in files:

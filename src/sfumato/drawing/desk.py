@@ -14,7 +14,7 @@ from sfumato.bases import Base
 from sfumato.command_line.specs import Request
 from sfumato.command_line.where_when import WhereWhen, applied
 from sfumato.compose import Mix
-from sfumato.compose.adapter import Adapter, Weight, swept, weight_text
+from sfumato.compose.adapter import Adapter, Weight, is_idle, swept, weight_text
 from sfumato.compose.guided import adapter_guidance
 from sfumato.drawing.drawn import used_in
 from sfumato.drawing.pictures import Start, draw_each
@@ -99,7 +99,7 @@ class Desk:
 
     def _pair_labels(self) -> tuple[list[str], list[str]]:
         """Of the rows and columns; the adapters as the mix has them now."""
-        everywhere = [each for each in used_in(self.mix) if each.weight != 0]
+        everywhere = [each for each in used_in(self.mix) if not is_idle(each.weight)]
         shown = dict.fromkeys([*everywhere, *self.where_when.regional])
         of_all = ", ".join(f"{each.label} {weight_text(each.weight)}" for each in shown)
         rows = [
@@ -137,4 +137,5 @@ class Desk:
 
 
 def _tags(weights: Mapping[str, Weight] | None) -> str:
-    return "" if weights is None else ", ".join(f"{label} {weight_text(own)}" for label, own in weights.items() if own)
+    used = {label: own for label, own in (weights or {}).items() if not is_idle(own)}
+    return ", ".join(f"{label} {weight_text(own)}" for label, own in used.items())

@@ -15,7 +15,7 @@ from PIL import Image
 from sfumato import schedulers
 from sfumato.command_line.axes import checked_guidance, checked_seed
 from sfumato.drawing.call import Call
-from sfumato.drawing.start import Start, check_strength
+from sfumato.drawing.start import Start, check_strength, near_side
 from sfumato.drawing.tagged import TaggedPrompts
 from sfumato.errors import ConfigError
 from sfumato.prompts.negative import negative_for
@@ -207,7 +207,7 @@ def _size(pipe: Any, width: int | None, height: int | None) -> tuple[int, int]:
         width = sides[1] * pipe.vae_scale_factor if width is None else width
     for name, side in (("width", width), ("height", height)):
         if side <= 0 or side % 8:  # what diffusers' pipelines ask for, whatever the VAE's factor
-            raise ConfigError(f"{name} {side}: wanted a multiple of 8 pixels, such as {max(8, round(side / 8) * 8)}.")
+            raise ConfigError(f"{name} {side}: wanted a multiple of 8 pixels, such as {near_side(side)}.")
     return width, height
 
 

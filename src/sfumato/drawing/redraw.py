@@ -7,14 +7,13 @@ Importing this loads no torch.
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from sfumato import schedulers
+from sfumato import schedulers, shell
 from sfumato.compose.blocks import Blocks
 from sfumato.drawing.comfy_graph import read_graph
 from sfumato.drawing.invoke_metadata import read_metadata
@@ -93,7 +92,7 @@ def render(found: Redraw) -> str:
     lines = [f"{name:<{width}} {value}" for name, value in rows]
     if found.left_out:
         lines += ["", f"not in the command: {', '.join(f'{_line(n)} {_line(v)}' for n, v in found.left_out)}"]
-    return "\n".join([*lines, "", "as a command, where its files have these names:", f"  {shlex.join(found.words)}"])
+    return "\n".join([*lines, "", "as a command, where its files have these names:", f"  {shell.join(found.words)}"])
 
 
 def _line(text: str) -> str:

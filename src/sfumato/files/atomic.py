@@ -3,6 +3,7 @@
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -11,6 +12,8 @@ from sfumato.errors import ConfigError
 
 _LONGEST_NAME = 255
 """Bytes of a name in a folder."""
+_PATIENCE_S = 2.0 if os.name == "nt" else 0.0
+"""How long a rename is tried that the system denies."""
 
 
 @contextmanager
@@ -26,7 +29,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb+") as written:
             os.fsync(written.fileno())
-        os.replace(temporary, path)
+        _move(temporary, path)
     except OSError as error:
         if error.filename is None or str(error.filename) == str(temporary):  # a full disk tells no name at all
             error.filename, error.filename2 = str(path), None
@@ -47,14 +50,28 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         for written in (*temporary.rglob("*"), temporary):
             sync(written)
         if path.exists():
-            path.rename(aside)
-        temporary.rename(path)
+            _move(path, aside)
+        _move(temporary, path)
     finally:
         if aside.exists() and not path.exists():  # the second of the two renames failed
             with suppress(OSError):
-                aside.rename(path)
+                _move(aside, path)
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _move(source: Path, target: Path) -> None:
+    """Rename; on Windows anew for a while: nothing that is open can be moved there, and a virus scanner or an indexer
+    opens what has just been written."""
+    until, pause_s = time.monotonic() + _PATIENCE_S, 0.01
+    while True:
+        try:
+            return os.replace(source, target)
+        except PermissionError:
+            if time.monotonic() >= until:
+                raise
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, 0.25)
 
 
 def sync(path: Path) -> None:

@@ -194,12 +194,16 @@ def words_beside(metadata: Mapping[str, str]) -> dict[str, str]:
     return {word: str(files.get(word, "")) for word in words if isinstance(word, str)}
 
 
+_LAST_SECOND = 253_402_300_799
+"""The end of the year 9999, later than which a date is not written."""
+
+
 def moment() -> float:
     """Unix time in seconds of a date that goes into a file: SOURCE_DATE_EPOCH, else now."""
     epoch = os.environ.get("SOURCE_DATE_EPOCH")
     if epoch:
-        if not epoch.isdigit():
-            raise ConfigError(f"SOURCE_DATE_EPOCH is {epoch!r}; wanted whole seconds since 1970.")
+        if not re.fullmatch(r"[0-9]{1,12}", epoch) or int(epoch) > _LAST_SECOND:
+            raise ConfigError(f"SOURCE_DATE_EPOCH is {epoch!r:.40}; wanted whole seconds since 1970.")
         return float(epoch)
     return time.time()
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from sfumato.errors import FileError
 from sfumato.files.atomic import atomic_folder, atomic_path
 from sfumato.files.header import MARKERS, NAME_LIMIT, path_of
+from sfumato.files.metadata import METADATA_LIMIT
 from sfumato.files.read import is_finite
 
 # Widest first, as the library sorts.
@@ -129,6 +130,38 @@ def check_dtype(path: Path, dtype: object) -> None:
         raise FileError(f"{path.name}: the dtype is {dtype!r:.40}; wanted one of torch's, such as torch.float16.")
 
 
+def cast(value: Tensor, dtype: torch.dtype, name: str, path: Path) -> Tensor:
+    """The value in `dtype` on the CPU, itself where it is that already.
+
+    Raises FileError, naming it, for one that is not finite there, and for a dtype that is none.
+    """
+    check_dtype(path, dtype)
+    if not is_finite(value):
+        raise FileError(
+            f"{path.name}: {name} holds NaN or Inf, so the file was not written. "
+            "The training diverged; use an earlier save."
+        )
+    cast = value.detach().to("cpu", dtype).contiguous()
+    if not is_finite(cast):
+        raise FileError(
+            f"{path.name}: {name} overflows {str(dtype).removeprefix('torch.')} "
+            f"(largest value {float(value.abs().max()):.3g}). "
+            "Save in fp32 or bf16."
+        )
+    return cast
+
+
+def check_metadata(described: Mapping[str, str], path: Path) -> None:
+    """Raise FileError for more metadata than the pages that show models fetch."""
+    size = sum(len(key.encode()) + len(value.encode()) for key, value in described.items())
+    if size > METADATA_LIMIT:
+        largest = max(described, key=lambda key: len(described[key]))
+        raise FileError(
+            f"{path.name}: the metadata takes {size:,} bytes, at most {METADATA_LIMIT:,} are written; "
+            f"shorten {largest}."
+        )
+
+
 def _check_finite(path: Path, name: str, tensor: Tensor) -> None:
     if not is_finite(tensor):
         raise FileError(f"{path.name}: {name} holds NaN or Inf, so the file was not written. Use an earlier save.")
@@ -142,9 +175,12 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
         with atomic_path(path) as temporary, temporary.open("w+b") as file:
             yield file
     except OSError as error:
+        # Windows denies a file's place to another while a program has it open, as one that is merged or drawn with.
+        is_open = isinstance(error, PermissionError) and path.is_file()
+        advice = "Close what has it open, or name another file" if is_open else "Make room or name another folder"
         raise FileError(
-            f"{path.name}: the file could not be written ({error.strerror}). Make room or name another folder; an "
-            "earlier file of the name is untouched."
+            f"{path.name}: the file could not be written ({error.strerror}). {advice}; an earlier file of the name is "
+            "untouched."
         ) from None
 
 

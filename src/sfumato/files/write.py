@@ -17,14 +17,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sfumato.errors import AdapterError, FileError
+from sfumato.errors import AdapterError
 from sfumato.files.changes import LoraModule
 from sfumato.files.fingerprint import KEY, fingerprint
 from sfumato.files.header import path_of
 from sfumato.files.kohya import Target, kohya_name
 from sfumato.files.metadata import METADATA_LIMIT
-from sfumato.files.read import is_finite
-from sfumato.files.save import check_dtype, hashes, write_tensors
+from sfumato.files.save import cast, check_metadata, hashes, write_tensors
 from sfumato.files.write_embedding import bundled
 from sfumato.numerals import exact
 
@@ -47,7 +46,7 @@ def write_lora(
     taken from the tensors here.
     dtype: of down and up. fp32 by default because it is exact: another tool draws our very picture. fp16 halves the
     file, which is worth it from SD 1.5 on.
-    words: new words bundled with it, as `write_embedding.add_words` takes them, in fp32.
+    words: new words bundled with it, as `write_embedding` takes them, by token; in fp32.
     Raises AdapterError for modules that other tools have no name for, FileError for values the file cannot hold.
     """
     path = path_of(path)
@@ -123,17 +122,6 @@ def one_alpha(modules: Mapping[Target, LoraModule]) -> tuple[float, dict[Target,
     return alpha, folded
 
 
-def check_metadata(described: Mapping[str, str], path: Path) -> None:
-    """Raise FileError for more metadata than the pages that show models fetch."""
-    size = sum(len(key.encode()) + len(value.encode()) for key, value in described.items())
-    if size > METADATA_LIMIT:
-        largest = max(described, key=lambda key: len(described[key]))
-        raise FileError(
-            f"{path.name}: the metadata takes {size:,} bytes, at most {METADATA_LIMIT:,} are written; "
-            f"shorten {largest}."
-        )
-
-
 def fitted(metadata: Mapping[str, str], modules: int) -> tuple[dict[str, str], list[str]]:
     """The metadata without its largest texts, as many as make it fit beside what is written of the tensors.
 
@@ -163,24 +151,3 @@ def within_reach(down: Tensor, up: Tensor, dtype: torch.dtype) -> tuple[Tensor, 
         return down, up
     shift = 2.0 ** round(math.log2(sizes[0] / sizes[1]) / 2)
     return down.float() / shift, up.float() * shift
-
-
-def cast(value: Tensor, dtype: torch.dtype, name: str, path: Path) -> Tensor:
-    """The value in `dtype` on the CPU, itself where it is that already.
-
-    Raises FileError, naming it, for one that is not finite there, and for a dtype that is none.
-    """
-    check_dtype(path, dtype)
-    if not is_finite(value):
-        raise FileError(
-            f"{path.name}: {name} holds NaN or Inf, so the file was not written. "
-            "The training diverged; use an earlier save."
-        )
-    cast = value.detach().to("cpu", dtype).contiguous()
-    if not is_finite(cast):
-        raise FileError(
-            f"{path.name}: {name} overflows {str(dtype).removeprefix('torch.')} "
-            f"(largest value {float(value.abs().max()):.3g}). "
-            "Save in fp32 or bf16."
-        )
-    return cast

@@ -17,8 +17,7 @@ from sfumato.errors import AdapterError
 from sfumato.files.fingerprint import KEY, Row, fingerprint_of, rows
 from sfumato.files.header import path_of
 from sfumato.files.kohya import Target, kohya_name
-from sfumato.files.save import write_one_by_one
-from sfumato.files.write import cast, check_metadata
+from sfumato.files.save import cast, check_metadata, write_one_by_one
 
 
 def write_difference(
@@ -47,10 +46,11 @@ def write_difference(
         for place, (suffix, delta) in enumerate((("diff", weight), ("diff_b", bias))):
             if delta is not None:
                 key = f"{name}.{suffix}"
-                shapes[key] = cast(delta, dtype, key, path).to("meta")
-                places[key] = target, place
-        if weight.ndim > 1:
-            found |= rows({target: weight})
+                written = cast(delta, dtype, key, path)
+                places[key], shapes[key] = (target, place), written.to("meta")
+                if delta is weight and weight.ndim > 1:
+                    # Of what is written: a small change may be near the least that fp16 holds.
+                    found |= rows({target: written})
     described = {
         **(metadata or {}),
         "ss_network_module": "lycoris.kohya",

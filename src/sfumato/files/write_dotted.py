@@ -23,8 +23,8 @@ from sfumato.files.fingerprint import KEY, fingerprint
 from sfumato.files.header import path_of
 from sfumato.files.kohya import Target, kohya_name
 from sfumato.files.peft_folder import CONFIG, MODEL
-from sfumato.files.save import hashes, write_tensors
-from sfumato.files.write import cast, check_metadata, within_reach
+from sfumato.files.save import cast, check_metadata, hashes, write_tensors
+from sfumato.files.write import within_reach
 
 _CLASSES = {
     "unet": ("UNet2DConditionModel", "diffusers.models.unets.unet_2d_condition"),

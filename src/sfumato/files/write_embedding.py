@@ -9,11 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sfumato.errors import AdapterError, FileError
-from sfumato.files.header import path_of, read_header
-from sfumato.files.metadata import METADATA_LIMIT
-from sfumato.files.read import is_finite, read_tensors
-from sfumato.files.save import check_dtype, hashes, write_tensors
+from sfumato.errors import AdapterError
+from sfumato.files.header import path_of
+from sfumato.files.save import cast, check_metadata, hashes, write_tensors
 
 SDXL_KEYS: Mapping[str, str] = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 
@@ -43,34 +41,24 @@ def write_embedding(
     if vectors.keys() - SDXL_KEYS.keys() or "text_encoder" not in vectors:
         raise AdapterError(f"{path.name}: vectors for {', '.join(vectors)}; wanted text_encoder, or both of SDXL's.")
     names = {"text_encoder": token} if len(vectors) == 1 else SDXL_KEYS
-    tensors = {names[part]: _cast(rows, dtype, path) for part, rows in vectors.items()}
+    tensors = {names[part]: cast(rows, dtype, token, path) for part, rows in vectors.items()}
     described = {
         **_of_an_embedding(metadata or {}),
         "sfumato.token": token,
         "sfumato.vectors": str(fitting.pop()),
     }
     described.update(hashes(tensors, described))
-    size = sum(len(key.encode()) + len(value.encode()) for key, value in described.items())
-    if size > METADATA_LIMIT:
-        raise FileError(f"{path.name}: the metadata takes {size:,} bytes, at most {METADATA_LIMIT:,} are written.")
+    check_metadata(described, path)
     return write_tensors(path, tensors, described)
 
 
-def add_words(path: str | os.PathLike[str], words: Mapping[str, Mapping[str, Tensor]]) -> Path:
-    """Put new words into the adapter's file at `path`, under the names that A1111 and ComfyUI read; it is replaced.
+def bundled(path: Path, words: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of new words within an adapter's file at `path`, in fp32.
 
-    words: by token, as `write_embedding` takes them. ComfyUI looks for them where the file is among its embeddings;
-    Forge draws without them, and diffusers refuses an adapter's file with words in it.
+    words: by token, as `write_embedding` takes them. A1111 and ComfyUI read them under these names: ComfyUI where the
+    file is among its embeddings. Forge draws without them, and diffusers refuses an adapter's file with words in it.
     Raises AdapterError for a token with a dot in it, which these names cannot hold.
     """
-    path = path_of(path)
-    header = read_header(path)
-    tensors = dict(read_tensors(path, header=header)) | bundled(path, words)
-    return write_tensors(path, tensors, {**header.metadata, **hashes(tensors, header.metadata)})
-
-
-def bundled(path: Path, words: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The tensors of words within an adapter's file at `path`, in fp32; as `add_words`."""
     tensors: dict[str, Tensor] = {}
     for token, parts in words.items():
         if "." in token:
@@ -79,7 +67,7 @@ def bundled(path: Path, words: Mapping[str, Mapping[str, Tensor]]) -> dict[str, 
             )
         names = {"text_encoder": "string_to_param.*"} if len(parts) == 1 else SDXL_KEYS
         for part, rows in parts.items():
-            tensors[f"bundle_emb.{token}.{names[part]}"] = _cast(rows, torch.float32, path)
+            tensors[f"bundle_emb.{token}.{names[part]}"] = cast(rows, torch.float32, token, path)
     return tensors
 
 
@@ -90,11 +78,3 @@ def _of_an_embedding(metadata: Mapping[str, str]) -> dict[str, str]:
     if "modelspec.architecture" in kept:
         kept["modelspec.architecture"] = kept["modelspec.architecture"].replace("/lora", "/textual-inversion")
     return kept
-
-
-def _cast(rows: Tensor, dtype: torch.dtype, path: Path) -> Tensor:
-    check_dtype(path, dtype)
-    cast = rows.detach().to("cpu", dtype).contiguous()
-    if not is_finite(cast):
-        raise FileError(f"{path.name}: vectors hold NaN or Inf, so the file was not written. Use an earlier save.")
-    return cast

@@ -239,4 +239,4 @@ def _leave_out_lacking(folder: Path, index: Mapping[str, Any]) -> None:
 def _is_whole(part: Path) -> bool:
     """Whether what diffusers reads of a part is there: of a model, which has a config.json, weights, too."""
     is_model = (part / "config.json").is_file()
-    return part.is_dir() and (not is_model or any(part.glob("*.safetensors")))
+    return part.is_dir() and (not is_model or any(part.glob("[!.]*.safetensors")))

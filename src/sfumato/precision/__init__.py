@@ -196,7 +196,7 @@ def decide(
     compute, reasons["compute"] = _compute(requested, place, adapting)
     storage, reasons["frozen weights"] = _storage(compute, place, adapting)
     vae, reasons["VAE"] = _vae(compute, place)
-    reasons["attention"] = _check_attention(attention, place)
+    reasons["attention"] = _check_attention(attention, place, compute)
     state, reasons["optimizer state"] = _optimizer_state(optimizer, place)
     tf32, reasons["TF32"] = _tf32(requested, place)
     by, reasons["fp32 products"] = _products(place)
@@ -315,15 +315,16 @@ def _vae(compute: torch.dtype, device: torch.device) -> tuple[torch.dtype, str]:
     return torch.float32, "SDXL's VAE overflows in fp16"
 
 
-def _check_attention(attention: str, device: torch.device) -> str:
+def _check_attention(attention: str, device: torch.device, compute: torch.dtype) -> str:
     """The reason; raises PrecisionError where the attention cannot be had."""
     if attention == "sdpa":
-        return "part of torch"
+        is_slow = device.type == "cpu" and compute == torch.bfloat16  # backward, so `learn` gives it plain products
+        return "part of torch; plain products where gradients are wanted" if is_slow else "part of torch"
     if attention != "xformers":
         raise PrecisionError(f"--attention {attention}: unknown; wanted sdpa or xformers.")
     if importlib.util.find_spec("xformers") is None:
         raise PrecisionError(
-            "--attention xformers: the package is not installed. Run `pip install 'sfumato[xformers]'`, or use sdpa, "
+            '--attention xformers: the package is not installed. Run `pip install "sfumato[xformers]"`, or use sdpa, '
             "which needs nothing."
         )
     if device.type != "cuda":
@@ -336,7 +337,7 @@ def _optimizer_state(optimizer: str, device: torch.device) -> tuple[str, str]:
         return "fp32", "as the trained weights"
     if importlib.util.find_spec("bitsandbytes") is None:
         raise PrecisionError(
-            f"--optimizer {optimizer}: needs bitsandbytes, which is not installed. Run `pip install 'sfumato[8bit]'`, "
+            f'--optimizer {optimizer}: needs bitsandbytes, which is not installed. Run `pip install "sfumato[8bit]"`, '
             "or use adamw."
         )
     if device.type not in ("cuda", "cpu"):

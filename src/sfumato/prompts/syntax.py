@@ -89,7 +89,7 @@ def compel_package() -> Any:
         import compel
     except ImportError:
         raise ConfigError(
-            "weighted words and long prompts need the package compel: pip install 'sfumato[prompts]', or use "
+            'weighted words and long prompts need the package compel: pip install "sfumato[prompts]", or use '
             "--prompt-syntax plain."
         ) from None
     return compel

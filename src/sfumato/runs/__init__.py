@@ -16,7 +16,7 @@ are the run's.
 from __future__ import annotations
 
 import errno
-import shlex
+import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -29,10 +29,11 @@ from torch import Tensor
 
 import sfumato
 from sfumato import config as configs
+from sfumato import shell
 from sfumato.errors import RunError, SfumatoError
 from sfumato.files.atomic import write_text
 from sfumato.precision import give_back_freed_memory
-from sfumato.runs import identity, progress
+from sfumato.runs import identity, plot, progress
 from sfumato.runs.checkpoints import Checkpoints, NotFiniteError, bytes_of, require_space
 from sfumato.runs.folder import (
     also_written,
@@ -62,6 +63,8 @@ __all__ = ["Run", "Step"]
 _LOOKED = "looked"
 """The fact that names the last step whose samples and measurements are done."""
 _UNSAVED, _BROKEN = 1, 2
+_PLOT_EVERY_S = 60.0
+"""Between two plots of a run that goes on."""
 """How a checkpoint failed: it could not be written, or is not finite."""
 _not_begun: weakref.WeakSet[Run] = weakref.WeakSet()
 _not_written: weakref.WeakSet[Run] = weakref.WeakSet()
@@ -94,6 +97,7 @@ class Run:
         self._saved_at: int | None = None
         self._copy: Path | None = None
         self._health = Health()
+        self._plotted_s = time.monotonic()
         self._progress = Progress(shown=self.is_main)
 
     @classmethod
@@ -326,7 +330,17 @@ class Run:
         if looks:
             self.log_file.flush()  # what is noted as looked at is not measured again
             self._note_looked(step)
+            if time.monotonic() - self._plotted_s > _PLOT_EVERY_S:
+                self._plot()
         return bool(looks)
+
+    def _plot(self) -> None:
+        """Draw the log as it is so far, for whoever looks at a run that is under way or was stopped."""
+        if self.is_main:
+            self.log_file.flush()
+            with suppress(OSError, RunError):  # a full disk, or nothing to draw yet
+                plot.plot_log(self.folder / "log.jsonl", self.folder / "plot.png")
+        self._plotted_s = time.monotonic()
 
     def _note_looked(self, step: int) -> None:
         self._facts[_LOOKED] = str(step)
@@ -407,6 +421,7 @@ class Run:
         self._note_looked(max(seen, 0))
 
     def _say_goodbye(self, number: int, count: int) -> None:
+        self._plot()
         if self._saved_at == number or not self.is_main:
             self.say(f"stopped after step {number} of {count}, saved. Go on with: {self._command()}")
         else:
@@ -415,10 +430,10 @@ class Run:
     def _command(self) -> str:
         """What goes on with the run."""
         launcher = f"accelerate launch --num_processes {self.count} -m " if self.count > 1 else ""
-        folder = shlex.quote(str(self.folder))
+        folder = shell.quote(str(self.folder))
         if self._copy:
             started = f"{launcher.removesuffix('-m ')}" or "python "
-            return f"{started}{shlex.quote(str(self._copy))} {folder}/config.toml --output {folder} --resume"
+            return f"{started}{shell.quote(str(self._copy))} {folder}/config.toml --output {folder} --resume"
         return f"{launcher}sfumato resume {folder}"
 
     # What Step says

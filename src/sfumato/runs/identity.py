@@ -55,6 +55,7 @@ def read_facts(folder: Path) -> dict[str, str]:
 
 
 def write_facts(folder: Path, facts: Mapping[str, str]) -> None:
+    """What the run is made of, by name, as `run.json` of its folder."""
     write_text(folder / "run.json", json.dumps(dict(facts), indent=1) + "\n")
 
 

@@ -53,10 +53,12 @@ class Lock:
     def release(self, *, trace: bool = True) -> None:
         """Let the folder go; without effect if it is not held. trace: leave the file that the system locks."""
         if self.is_held:
-            self._holder.unlink(missing_ok=True)
-            if not trace:  # while it is held, so that nobody gets a lock on a file that is gone
-                (self._folder / ".lock").unlink(missing_ok=True)
+            _removed(self._holder)
+            # While it is held, so that nobody gets a lock on a file that is gone; Windows removes none that is open.
+            gone = trace or _removed(self._folder / ".lock")
             self._lock.release()
+            if not gone:
+                _removed(self._folder / ".lock")
 
     def _wait_for_holder(self) -> dict[str, Any]:
         """Who holds the folder; it may be about to sign, or the file may still name one that was killed."""
@@ -71,6 +73,14 @@ class Lock:
         except (OSError, ValueError, RecursionError):
             return {}
         return found if isinstance(found, dict) else {}
+
+
+def _removed(path: Path) -> bool:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError:
+        return False
+    return True
 
 
 def _who(holder: dict[str, Any]) -> str:

@@ -123,5 +123,5 @@ def _board(folder: Path) -> Callable[[], Any]:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise RunError("--tensorboard: the package is not installed; pip install 'sfumato[tensorboard]'.") from None
+        raise RunError('--tensorboard: the package is not installed; pip install "sfumato[tensorboard]".') from None
     return partial(SummaryWriter, str(folder / "tensorboard"))

@@ -14,6 +14,7 @@ from sfumato.data.captions import fill_template
 from sfumato.drawing.sheet import contact_sheet, read_drawn
 from sfumato.files.atomic import atomic_path
 from sfumato.schedulers import asked_timestep
+from sfumato.words.placeholders import holds
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,6 +25,13 @@ if TYPE_CHECKING:
 
 UNRELATED = ("a ball", "a dog", "a house", "a car", "a tree", "a chair", "a bird", "a cup")
 """Plain things that any base can draw: samples show some, and all are prompts for the drift."""
+
+
+def unrelated_to(prompts: Sequence[str]) -> list[str]:
+    """The plain things without those that one of the prompts is about, as "a dog" is of no use beside the class dog."""
+    found = [thing for thing in UNRELATED if not any(holds(thing.split()[-1], prompt) for prompt in prompts)]
+    return found or list(UNRELATED)
+
 
 Draw = Callable[[Sequence[str], Sequence[int]], list[Image.Image]]
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a training after its step; a second one ends it at once."""
+"""Ctrl-C, SIGTERM and Windows' Ctrl-Break end a training after its step; a second one ends it at once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import threading
 from types import FrameType
 from typing import Any, Self
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name)]
 _HEARD = b"\nstopping after this step and saving; once more to stop now\n"
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from sfumato.command_line.axes import checked_seed
 from sfumato.errors import ConfigError
+from sfumato.files.metadata import moment
 from sfumato.prompts.tags import refuse_tags, without_flags
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ def check_run(config: FolderOptions) -> None:
         raise ConfigError("--resume and --overwrite are both given; go on with the run, or replace it.")
     only_with(config, "--resume", "force")
     check_name(config)
+    moment()  # whose date what is learned will have
     if (repository := getattr(config, "push_to_hub", None)) is not None:
         _check_repository(repository)
     for prompt in () if config.resume else getattr(config, "sample_prompts", ()):

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from sfumato import schedulers
 from sfumato.drawing.pictures import draw_each
 from sfumato.drawing.sheet import read_drawn
 from sfumato.errors import DataError
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from sfumato.data import Folder
     from sfumato.training.processes import Processes
 
-FORMAT = 1
+FORMAT = 2
 """To be raised when the same key would give other pictures."""
 
 
@@ -45,6 +46,7 @@ def about(base: Base, prompt: str, resolution: int) -> dict[str, Any]:
         "fingerprint": base.fingerprint(),
         "prompt": prompt,
         "sampler": base.defaults.sampler,
+        "schedule": _schedule(base),
         "steps": base.defaults.sampling_steps,
         "guidance": base.defaults.guidance,
         "size_px": resolution,
@@ -52,6 +54,12 @@ def about(base: Base, prompt: str, resolution: int) -> dict[str, Any]:
         "prediction_type": base.prediction_type,
         "compute": str(base.precision.compute).removeprefix("torch."),
     }
+
+
+def _schedule(base: Base) -> dict[str, Any]:
+    """All that the sampler goes by: betas, spacing and the like, of which some are the base's."""
+    config = schedulers.scheduler(base.defaults.sampler, base.scheduler.config).config
+    return {key: value for key, value in sorted(config.items()) if not key.startswith("_")}
 
 
 def pictures_of_class(

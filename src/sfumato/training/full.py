@@ -15,7 +15,7 @@ from sfumato.errors import AdapterError, FileError
 from sfumato.files.fingerprint import KEY, Row, fingerprint_of, rows
 from sfumato.files.kohya import Target, kohya_name
 from sfumato.files.read import is_finite
-from sfumato.files.save import model_folder, write_one_by_one
+from sfumato.files.save import cast, check_metadata, model_folder, write_one_by_one
 from sfumato.numerals import so_many
 
 if TYPE_CHECKING:
@@ -131,10 +131,10 @@ def write_difference(
     in `dtype`.
     """
 
-    def change(target: Target, leaf: str) -> Tensor:
-        part, place = target
+    def change(key: str) -> Tensor:
+        (part, place), leaf = places[key]
         now, then = (models[part].get_parameter(f"{place}.{leaf}").detach() for models in (after, before))
-        return (now.float().cpu() - then.float().cpu()).to(dtype)
+        return cast(now.float().cpu() - then.float().cpu(), dtype, key, path)
 
     places: dict[str, tuple[Target, str]] = {}
     shapes: dict[str, Tensor] = {}
@@ -146,8 +146,9 @@ def write_difference(
         modules.add(name)
         is_norm = after[part].get_parameter(f"{place}.weight").ndim == 1
         key = f"{name}.{_LEAVES[leaf, is_norm]}"
-        delta = change(target, leaf)
-        places[key], shapes[key] = (target, leaf), delta.to("meta")
+        places[key] = target, leaf
+        delta = change(key)
+        shapes[key] = delta.to("meta")
         if delta.ndim > 1:
             # Of what is written: the change of a small rate may be near the least that fp16 holds.
             found |= rows({target: delta})
@@ -157,7 +158,8 @@ def write_difference(
     described |= {"ss_network_dim": "", "ss_network_alpha": ""}
     described = {key: value for key, value in described.items() if value != ""}
     described[KEY] = fingerprint_of(found)
-    write_one_by_one(path, shapes, lambda key: change(*places[key]), described)
+    check_metadata(described, path)
+    write_one_by_one(path, shapes, change, described)
     return len(modules)
 
 

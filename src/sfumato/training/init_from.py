@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sfumato import shell
 from sfumato.errors import ConfigError
 from sfumato.files import read_lora
 from sfumato.files.fingerprint import fingerprint
@@ -40,6 +40,6 @@ def start_from(path: Path, lora: Lora, words: Words | None, initial_words: Seque
         digest.update(b"".join(rows.float().numpy().tobytes() for rows in parts.values()))
     left = sorted(found.keys() - {token.lower() for token in tokens})
     return digest.hexdigest(), [
-        f"{name}: its word {token} is left behind; learn on with it by --train-words {shlex.quote(token)}"
+        f"{name}: its word {token} is left behind; learn on with it by --train-words {shell.quote(token)}"
         for token in left
     ]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato import randomness
-from sfumato.drawing.pictures import drawn_at_once
+from sfumato.drawing.pictures import LATENTS_AT_ONCE
 from sfumato.runs.samples import evaluating
 from sfumato.training.objective import denoising_errors, predict
 
@@ -51,18 +51,15 @@ class Measures:
     ):
         self._base, self._modules, self._within = base, list(modules), within
         count = min(_MOST, len(data))
-
-        def batch(first: int, number: int) -> Batch:
-            return data.batch(_SEED, 0, count, first, number, augment=False, embed_text=False)
-
-        latents = batch(0, 1).latents
-        shape = tuple(latents.shape[1:])
         # No more at once than are drawn at once: a training that fits does so with few pictures a step.
-        at_once = drawn_at_once(shape[-2] * shape[-1])
-        self._batches = [batch(first, at_once) for first in range(0, count, at_once)]
-        noise = torch.stack([randomness.normal(shape, _SEED, "measure", 0, i) for i in range(count)]).to(latents)
-        timesteps = ((torch.arange(count) + 0.5) / count * len(base.alpha_bar)).long().to(latents.device)
-        self._noise, self._timesteps = torch.split(noise, at_once), torch.split(timesteps, at_once)
+        self._batches = list(data.middles(count, LATENTS_AT_ONCE * base.vae_factor**2))
+        sizes = [len(batch) for batch in self._batches]
+        places = torch.split(torch.arange(count), sizes)
+        self._noise = [_noise(batch, at) for batch, at in zip(self._batches, places, strict=True)]
+        # By lot, so that no size of picture has the noisy timesteps to itself.
+        order = torch.tensor(randomness.permutation(count, _SEED, "measure"))
+        timesteps = ((order + 0.5) / count * len(base.alpha_bar)).long().to(self._batches[0].latents.device)
+        self._timesteps = torch.split(timesteps, sizes)
         self._watched = {name: [prompts[i % len(prompts)] for i in range(count)] for name, prompts in watched.items()}
         with pristine():
             self._before = {name: self._predict(prompts) for name, prompts in self._watched.items()}
@@ -97,4 +94,9 @@ class Measures:
             for batch, noise, timesteps in zip(self._batches, self._noise, self._timesteps, strict=True):
                 text = self._base.encode_text([*islice(left, len(batch))])
                 predictions.append(predict(self._base, batch, noise, timesteps, text))
-        return torch.cat(predictions)
+        return torch.cat([each.flatten() for each in predictions])  # which may be of several sizes
+
+
+def _noise(batch: Batch, places: Tensor) -> Tensor:
+    shape = tuple(batch.latents.shape[1:])
+    return torch.stack([randomness.normal(shape, _SEED, "measure", 0, int(at)) for at in places]).to(batch.latents)

@@ -57,7 +57,7 @@ def _built(name: OptimizerName, groups: Iterable[dict[str, Any]], *, weight_deca
         is_there = importlib.util.find_spec(module.partition(".")[0]) is not None
         what = f"cannot be loaded ({' '.join(str(error).split())[:100]})" if is_there else "is not installed"
         raise PrecisionError(
-            f"--optimizer {name} needs a package that {what}: pip install 'sfumato[{extra}]', or use adamw."
+            f'--optimizer {name} needs a package that {what}: pip install "sfumato[{extra}]", or use adamw.'
         ) from None
     own = {"safeguard_warmup": True, "use_bias_correction": True} if name == "prodigy" else {}
     optimizer: torch.optim.Optimizer = optimizer_type(groups, **shared, **own)

@@ -155,6 +155,8 @@ class BaseOptions:
     """Another VAE: a hub id, a folder, or a single file."""
     prediction_type: Literal["epsilon", "v_prediction"] | None = None
     """What the base predicts, where a single file does not say."""
+    zero_terminal_snr: bool = False
+    """The base ends in pure noise (zero terminal SNR), where its files do not say; for v-prediction."""
 
     def decide_precision(self, processes: Processes, optimizer: str = "adamw", *, adapting: bool = True) -> Precision:
         """The one decision on devices and number formats, put into effect.
@@ -185,6 +187,7 @@ class BaseOptions:
             clip_skip=self.clip_skip,
             vae=self.vae,
             prediction_type=self.prediction_type,
+            zero_terminal_snr=self.zero_terminal_snr,
             unet=False,
         )
         # Not the text encoders: what else is in a batch may decide how their products are rounded.
@@ -213,7 +216,7 @@ class StepOptions:
     1 for prodigy."""
     optimizer: Literal["adamw", "adamw8bit", "adafactor", "prodigy", "lion"] = "adamw"
     """adamw and adafactor, which keeps nearly no state, are built in; the others are the extras 8bit, prodigy and lion
-    (pip install 'sfumato[8bit]')."""
+    (pip install "sfumato[8bit]")."""
     weight_decay: float = 0.01
     """Decoupled weight decay of the optimizer."""
     schedule: Literal["constant", "cosine", "linear"] = "cosine"
@@ -269,7 +272,7 @@ class FolderOptions:
     overwrite: bool = False
     """Replace the run in the output folder; it stays there until the new one takes its first step."""
     tensorboard: bool = False
-    """Also write the log for TensorBoard (pip install 'sfumato[tensorboard]')."""
+    """Also write the log for TensorBoard (pip install "sfumato[tensorboard]")."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -52,6 +52,7 @@ class Kept:
 
     @classmethod
     def of(cls, of_class: Iterable[str], further: Iterable[str]) -> Kept:
+        """The prompts, each once; a further one that is of the class counts as that."""
         own = tuple(dict.fromkeys(of_class))
         return cls(own, tuple(prompt for prompt in dict.fromkeys(further) if prompt not in own))
 

@@ -76,7 +76,7 @@ def notes_on(
                 "rename it"
             )
             break
-    texts = [entry for entry in entries if entry.suffix.lower() == ".txt" and entry.is_file()] if by_line else []
+    texts = [entry for entry in entries if entry.match("[!.]*.txt") and entry.is_file()] if by_line else []
     if several := [entry.name for entry in texts if _lines(entry) > 1]:
         yield (
             f"{path}: {so_many(len(several), 'caption has', 'captions have')} several lines ({several[0]}), one "
