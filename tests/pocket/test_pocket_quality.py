@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from bench import pocket_memory
 from bench.judge import Judge, look
 from bench.judge_pictures import Pictures, read_pictures
-from bench.pocket_quality import Config, draw, every_other_style, figures, judged_plain, measure
+from bench.pocket_quality import Config, apart, draw, every_other_style, figures, judged_plain, measure
 from sfumato import load_base
 from sfumato.errors import BaseModelError, ConfigError, DataError
 from tests.tiny import CPU
@@ -101,6 +101,15 @@ def test_what_is_kept_is_not_drawn_again(pictures, config):
     assert pipeline.drawn == 6
     draw(pipeline, pictures.names(), config)
     assert pipeline.drawn == 12
+
+
+def test_withheld_pictures_that_were_seen_under_another_name_are_left_out():
+    style, pixels = torch.tensor([0, 0, 1]), torch.randint(256, (3, 3, 64, 64), dtype=torch.uint8)
+    withheld = Pictures(pixels, torch.tensor([0, 1, 0]), style, ("star", "bed"), ("noto", "flat"))
+    nearly = (pixels[::2].short() + 9).clamp(max=255).byte()  # the first in its own style, the third in another
+    others = Pictures(nearly, torch.tensor([0, 0]), torch.tensor([0, 0]), ("other glowing-star",), ("noto", "flat"))
+    none = Pictures(pixels[:0], style[:0], style[:0], ("star",), ("noto", "flat"))
+    assert apart(withheld, none, others).names() == [("bed", "noto"), ("star", "flat")]
 
 
 def test_the_error_of_a_prediction_is_each_picture_s_own(pictures, pocket_folder):
