@@ -44,8 +44,8 @@ class Config:
     device: Literal["gpu", "cpu"] = "gpu"
     """Where it would be trained; there need be no GPU here."""
     precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
-    """Number format of the frozen base. auto: bf16 on a GPU, fp32 on a CPU. On a CPU that multiplies bf16, which `sfumato env` tells,
-    adapters learn in bf16."""
+    """Number format of the frozen base. auto: bf16 on a GPU, fp32 on a CPU. On a CPU that multiplies bf16 adapters
+    learn in bf16."""
     within: float | None = None
     """GiB that there are. What takes more is marked."""
     json: bool = False
