@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from sfumato.command_line.axes import checked_adapter_guidance
 from sfumato.command_line.where_when import parse_span
 from sfumato.config import parse
 from sfumato.errors import ConfigError
+from sfumato.limits import checked_adapter_guidance
 from sfumato.numerals import so_many
 from sfumato.training import checks, filling
 from sfumato.training.options import TrainerOptions

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sfumato.command_line.axes import checked_adapter_guidance
 from sfumato.compose.adapter import Adapter, Weight, swept, with_factors_of, without_suffix
 from sfumato.compose.blocks import Blocks
 from sfumato.config import at_home
 from sfumato.errors import AdapterError, ConfigError
 from sfumato.files.header import read_header
 from sfumato.files.peft_folder import adapter_folders_below, folders_in
+from sfumato.limits import checked_adapter_guidance
 from sfumato.prompts.tags import Tagged, refuse_tags, without_flags
 
 

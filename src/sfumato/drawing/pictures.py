@@ -13,11 +13,11 @@ from typing import Any, get_args
 from PIL import Image
 
 from sfumato import schedulers
-from sfumato.command_line.axes import checked_guidance, checked_seed
 from sfumato.drawing.call import Call
 from sfumato.drawing.start import Start, check_strength, near_side
 from sfumato.drawing.tagged import TaggedPrompts
 from sfumato.errors import ConfigError
+from sfumato.limits import checked_guidance, checked_seed
 from sfumato.prompts.negative import negative_for
 from sfumato.prompts.syntax import Syntax
 from sfumato.prompts.tags import refuse_tags

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from os.path import isfile
 from typing import TYPE_CHECKING
 
-from sfumato.command_line.axes import checked_seed
 from sfumato.errors import ConfigError
 from sfumato.files.metadata import moment
+from sfumato.limits import checked_seed
 from sfumato.prompts.tags import refuse_tags, without_flags
 
 if TYPE_CHECKING:

@@ -1,0 +1,38 @@
+"""What numbers may be, wherever they come from: a command, a config, an image's file, or a call. Imports no torch."""
+
+from __future__ import annotations
+
+from sfumato.errors import ConfigError
+
+
+def checked_steps(steps: int) -> int:
+    """Steps of a sampler. Raises ConfigError for none; how many the base takes is its own to say."""
+    if steps < 1:
+        raise ConfigError(f"{steps} steps; wanted at least 1.")
+    return steps
+
+
+def checked_seed(seed: int) -> int:
+    """The seed of a picture's noise. Raises ConfigError for one that torch's generators do not take, and for -1, by
+    which other programs mean another one each time."""
+    if seed == -1:
+        raise ConfigError("seed -1: no seed is drawn by lot here; give a number from 0 on, or leave it out for 0.")
+    if not -(2**63) <= seed < 2**64:
+        raise ConfigError(f"seed {seed}: wanted a whole number of 64 bits.")
+    return seed
+
+
+def checked_guidance(guidance: float) -> float:
+    """The CFG scale. Raises ConfigError for what cannot be meant."""
+    if not 0 <= guidance <= 100:
+        raise ConfigError(f"guidance {guidance:g}: wanted 0 to 100; 3 to 9 is usual.")
+    return guidance
+
+
+def checked_adapter_guidance(strength: float) -> float:
+    """How often adapters count. Raises ConfigError for what cannot be meant."""
+    from sfumato.files.metadata import MOST_ADAPTER_GUIDANCE as MOST
+
+    if not 0 <= strength <= MOST:
+        raise ConfigError(f"adapter guidance {strength:g}: wanted 0 to {MOST:g}; 2 is usual, 0 is in both predictions.")
+    return strength
