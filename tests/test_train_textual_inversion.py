@@ -220,7 +220,7 @@ def test_words_on_the_way_are_those_of_runs_that_end_there(train):
     steady = ("--schedule", "constant")
     path = train("run", *steady, "--save-every", "2")
     kept = path.parent / "adapters/run-step00000002.safetensors"
-    assert read_header(kept).metadata["ss_steps"] == "2"
+    assert [read_header(each).metadata["ss_steps"] for each in (kept, path)] == ["2", "4"]
     ended = train("ended", *steady, "--steps", "2")
     assert torch.equal(read_tensors(kept)["<x>"], read_tensors(ended)["<x>"])
     assert not torch.equal(read_tensors(kept)["<x>"], read_tensors(path)["<x>"])
