@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 STEPS = 5
 _SHARED = ["--steps", str(STEPS), "--batch", "2", "--resolution", "64", "--precision", "fp32"]
 _SHARED += ["--sample-every", "0", "--measure-every", "0", "--device", "cpu"]
-_PRETRAIN = ["--steps", str(STEPS), "--fall-at", "3", "--warmup-steps", "2", "--batch", "2", "--precision", "fp32"]
+_PRETRAIN = ["--steps", str(STEPS), "--fall-at", "3", "--warmup", "2", "--batch", "2", "--precision", "fp32"]
 _PRETRAIN += ["--sample-every", "0", "--device", "cpu"]
 CASES: Mapping[str, Sequence[str]] = {
     "lora": [*_SHARED, "--rank", "2"],

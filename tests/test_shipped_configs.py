@@ -68,7 +68,7 @@ def test_a_recipe_of_the_base_takes_a_step(name, tmp_path):
     (data / "manifest.json").write_text(json.dumps(manifest))
     (data / "words.txt").write_text("picture\nof\n")
     words = ["--data", str(data), "--output", str(tmp_path / "run"), "--steps", "1", "--fall-at", "0", "--batch", "2"]
-    words += ["--warmup-steps", "0", "--checkpoint-every", "0", "--sample-every", "0"]
+    words += ["--warmup", "0", "--checkpoint-every", "0", "--sample-every", "0"]
     settings = tomllib.loads(FILES[name].read_text())
     words += ["--vae", str(POCKET / "vae")] if "vae" in settings else []
     words += ["--init", str(POCKET)] if "init" in settings else []

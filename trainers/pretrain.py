@@ -60,7 +60,7 @@ class Config(FolderOptions):
     """Pictures per step."""
     learning_rate: float = 1e-3
     """The rate between the warm-up and the fall."""
-    warmup_steps: int | None = None
+    warmup: int | None = None
     """Steps over which the rate rises from 0. Unset: 100, or a tenth of fewer than a thousand steps."""
     fall_at: int | None = None
     """The step at which the rate begins to fall, linearly, to 0 at the last. Unset: after a third of the steps."""
@@ -69,7 +69,7 @@ class Config(FolderOptions):
     weight_decay: float = 0.01
     """AdamW's weight decay."""
     clip: float = 1.0
-    """Largest norm of the gradient."""
+    """Largest norm of the gradient; 0 turns clipping off."""
     ema: float = 0.999
     """Decay of the moving average of the weights, which is what draws samples and is exported; smaller in the first
     steps."""
@@ -153,9 +153,9 @@ class Config(FolderOptions):
 
 def rate_at(step: int, config: Config) -> float:
     """The learning rate of a step, as a share of the highest: warm-up, flat, linear fall to 0. config: filled."""
-    assert config.warmup_steps is not None
+    assert config.warmup is not None
     assert config.fall_at is not None
-    rising = (step + 1) / max(config.warmup_steps, 1)
+    rising = (step + 1) / max(config.warmup, 1)
     falling = (config.steps - step) / max(config.steps - config.fall_at, 1)
     return max(0.0, min(1.0, rising, falling))
 
@@ -504,7 +504,7 @@ def train(config: Config) -> Path:
     filled: dict[str, Any] = {
         "precision": "bf16" if multiplies_bf16(decide("fp32", device=config.device).device) else "fp32",
         "checkpoint_every": 400,
-        "warmup_steps": min(100, config.steps // 10),
+        "warmup": min(100, config.steps // 10),
         "fall_at": config.steps // 3,
     }
     unset = {name: value for name, value in filled.items() if getattr(config, name) is None}

@@ -195,7 +195,7 @@ def data(tmp_path):
     return folder
 
 
-SETTINGS = {"batch": 2, "learning_rate": 2e-4, "fall_at": 6, "warmup_steps": 2, "sample_every": 0, "device": "cpu"}
+SETTINGS = {"batch": 2, "learning_rate": 2e-4, "fall_at": 6, "warmup": 2, "sample_every": 0, "device": "cpu"}
 
 
 def losses(folder):
@@ -218,7 +218,7 @@ def test_the_text_encoder_learns_and_nothing_else(data, pocket_folder, tmp_path)
 def test_a_run_goes_on_with_the_base_that_it_began_with(data, pocket_folder, tmp_path):
     base = shutil.copytree(pocket_folder, tmp_path / "base")
     run = {"stage": "text", "init": str(base), "data": data, "output": tmp_path / "run", "steps": 1, **SETTINGS}
-    run |= {"fall_at": 0, "warmup_steps": 0}
+    run |= {"fall_at": 0, "warmup": 0}
     train(Config(**run))
     file = base / "text_encoder/model.safetensors"
     save_file({name: tensor + 0.5 for name, tensor in read_tensors(file).items()}, file, {"format": "pt"})
@@ -228,7 +228,7 @@ def test_a_run_goes_on_with_the_base_that_it_began_with(data, pocket_folder, tmp
 
 def test_nothing_added_is_nothing_to_learn(data, pocket_folder, tmp_path):
     run = {"stage": "text", "init": str(pocket_folder), "data": data, "output": tmp_path / "run", **SETTINGS}
-    train(Config(steps=1, **{**run, "fall_at": 0, "warmup_steps": 0}, style_emphasis=0.0, precision="fp32"))
+    train(Config(steps=1, **{**run, "fall_at": 0, "warmup": 0}, style_emphasis=0.0, precision="fp32"))
     assert losses(tmp_path / "run") == [0.0]
 
 
@@ -243,7 +243,7 @@ def test_nothing_added_is_nothing_to_learn(data, pocket_folder, tmp_path):
         ({"stage": "text", "init": "pocket", "style_emphasis": -1.0}, "--style-emphasis is -1.0; it must not be neg"),
         ({"style_together": 0.1}, "--style-together has no effect without --no-train-text-encoder or"),
         ({"stage": "unet", "init": "pocket", "style_together": 0.1}, "--style-together has no effect without --no-tra"),
-        ({"stage": "text", "init": "pocket", "style_together": 1.5}, "--style-together is 1.5; it must be in 0 ... 1"),
+        ({"stage": "text", "init": "pocket", "style_together": 1.5}, "--style-together is 1.5; it must be 0 to 1"),
         ({"train_text_encoder": False}, "--train-text-encoder has no effect without --stage unet"),
         ({"stage": "unet", "train_text_encoder": False}, "--no-train-text-encoder .* needs --init BASE"),
     ],

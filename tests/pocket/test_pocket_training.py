@@ -102,7 +102,7 @@ def test_captions_of_what_the_base_is_not_asked_for(draw, form, text):
 
 
 def test_the_rate_rises_stays_and_falls_to_nothing():
-    config = Config(steps=100, warmup_steps=10, fall_at=60)
+    config = Config(steps=100, warmup=10, fall_at=60)
     assert [rate_at(step, config) for step in (0, 9, 59, 80, 100)] == [0.1, 1.0, 1.0, 0.5, 0.0]
 
 
@@ -332,7 +332,7 @@ def test_a_unet_goes_on_from_a_base_with_its_vae_and_words(data, pocket_folder, 
 
 def test_a_text_encoder_at_rest_stays_and_a_run_knows_it_again(data, pocket_folder, tmp_path):
     base = shutil.copytree(pocket_folder, tmp_path / "base")
-    settings = {"steps": 1, "batch": 2, "sample_every": 0, "device": "cpu", "precision": "fp32", "warmup_steps": 0}
+    settings = {"steps": 1, "batch": 2, "sample_every": 0, "device": "cpu", "precision": "fp32", "warmup": 0}
     settings |= {"stage": "unet", "init": str(base), "data": data, "output": tmp_path / "on"}
     model = train(Config(train_text_encoder=False, **settings))
     after, before = (load_base(folder, precision=CPU) for folder in (model, base))
@@ -361,7 +361,7 @@ def test_weights_that_no_gradient_reaches_are_told_of(data, pocket_folder, tmp_p
 
 
 def test_a_unet_that_is_told_less_of_thing_and_style_together_goes_on_where_it_stopped(data, pocket_folder, tmp_path):
-    settings = {"batch": 4, "sample_every": 0, "device": "cpu", "precision": "fp32", "warmup_steps": 0, "fall_at": 1}
+    settings = {"batch": 4, "sample_every": 0, "device": "cpu", "precision": "fp32", "warmup": 0, "fall_at": 1}
     settings |= {"stage": "unet", "init": str(pocket_folder), "data": data, "train_text_encoder": False}
 
     def run(folder, steps, **more):
@@ -375,7 +375,7 @@ def test_a_unet_that_is_told_less_of_thing_and_style_together_goes_on_where_it_s
 
 
 def test_a_decoder_learns_while_encoder_and_latents_stay(data, tmp_path):
-    settings = {"steps": 1, "batch": 2, "sample_every": 0, "device": "cpu", "precision": "fp32", "warmup_steps": 0}
+    settings = {"steps": 1, "batch": 2, "sample_every": 0, "device": "cpu", "precision": "fp32", "warmup": 0}
     made = train(Config(init="pocket", decoder_only=True, data=data, output=tmp_path / "on", **settings))
     after = AutoencoderKL.from_pretrained(made)
     before = load_base("pocket", precision=CPU).vae
@@ -395,7 +395,7 @@ def test_a_decoder_learns_while_encoder_and_latents_stay(data, tmp_path):
     ],
 )
 def test_a_share_of_the_first_weights_stays(parts, options, data, tmp_path):
-    settings = {"steps": 1, "batch": 2, "sample_every": 0, "device": "cpu", "precision": "fp32", "warmup_steps": 0}
+    settings = {"steps": 1, "batch": 2, "sample_every": 0, "device": "cpu", "precision": "fp32", "warmup": 0}
     settings |= {"init": "pocket", "data": data, **options}
     folders = {
         share: train(Config(init_share=share, output=tmp_path / f"{share}", **settings)) for share in (0.0, 0.25)
@@ -420,7 +420,7 @@ def read_parts(folder):
 
 @pytest.mark.parametrize(("stage", "part"), [("vae", "vae"), ("unet", "unet")])
 def test_a_share_of_other_first_weights_is_another_training(stage, part, data, pocket_folder, tmp_path):
-    settings = {"steps": 1, "batch": 2, "sample_every": 0, "device": "cpu", "precision": "fp32", "warmup_steps": 0}
+    settings = {"steps": 1, "batch": 2, "sample_every": 0, "device": "cpu", "precision": "fp32", "warmup": 0}
     settings |= {"stage": stage, "init_share": 0.25, "data": data, "output": tmp_path / "on", "checkpoint_every": 1}
     shutil.copytree(pocket_folder, tmp_path / "base")
     made = train(Config(init=str(tmp_path / "base"), **settings))

@@ -79,7 +79,7 @@ def test_the_program_may_begin_earlier_than_its_steps(tmp_path):
 @pytest.mark.slow
 def test_a_base_that_is_replaced_gives_its_tokenizer_to_nobody(tmp_path):
     inputs = make_inputs(tmp_path)
-    quick = ("--steps", "1", "--fall-at", "0", "--warmup-steps", "0")
+    quick = ("--steps", "1", "--fall-at", "0", "--warmup", "0")
     words = command("pretrain unet muon", inputs, tmp_path / "run", *quick)
     vocabulary = tmp_path / "run/tokenizer/tokenizer.json"
     assert cli.main(words) == 0

@@ -33,7 +33,7 @@ class Options:
         for name in ("caption_dropout", "tag_dropout"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
-                raise ConfigError(f"{where}{name.replace('_', ' ')} is {value}; it must be in 0 ... 1.")
+                raise ConfigError(f"{where}{name.replace('_', ' ')} is {value}; it must be 0 to 1.")
         if self.crop is not None and self.crop not in CROP_MODES:
             raise ConfigError(f"{where}crop is {self.crop!r}; wanted one of {', '.join(CROP_MODES)}.")
         if self.keep_tags is not None and self.keep_tags < 0:

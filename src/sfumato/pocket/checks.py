@@ -13,7 +13,7 @@ from sfumato.training.checks import check_run, only_with
 if TYPE_CHECKING:
     import torch
 
-NOT_NEGATIVE = ("warmup_steps", "fall_at", "kl", "gradient_difference", "snr_gamma", "flat_weight", "style_emphasis")
+NOT_NEGATIVE = ("warmup", "fall_at", "kl", "gradient_difference", "snr_gamma", "flat_weight", "style_emphasis")
 
 
 def check(config: Any) -> None:
@@ -31,13 +31,13 @@ def _check_numbers(config: Any) -> None:
     for name in ("flip", "hands", "init", "group", "empty", "others", "varied", "crossed", "moved"):
         share = getattr(config, f"{name}_share")
         if not 0 <= share <= 1:
-            raise ConfigError(f"--{name}-share is {share}; it must be in 0 ... 1.")
+            raise ConfigError(f"--{name}-share is {share}; it must be 0 to 1.")
     for name in ("crossed_overlap", "style_together"):
         share = getattr(config, name)
         if share is not None and not 0 <= share <= 1:
-            raise ConfigError(f"--{name.replace('_', '-')} is {share}; it must be in 0 ... 1.")
+            raise ConfigError(f"--{name.replace('_', '-')} is {share}; it must be 0 to 1.")
     if not 0 <= config.plain_share <= 0.5:
-        raise ConfigError(f"--plain-share is {config.plain_share}; it must be in 0 ... 0.5.")
+        raise ConfigError(f"--plain-share is {config.plain_share}; it must be 0 to 0.5.")
     timesteps = ("crossed_from", "moved_below")
     for name in (*timesteps, *NOT_NEGATIVE):
         value = getattr(config, name)
@@ -51,8 +51,8 @@ def _check_steps(config: Any) -> None:
             f"--fall-at {config.fall_at}: the run has {config.steps} steps; give a --fall-at of at most that, too, "
             f"such as {config.steps // 3}."
         )
-    if config.warmup_steps is not None and config.warmup_steps > config.steps:
-        raise ConfigError(f"--warmup-steps {config.warmup_steps}: the run has {config.steps} steps; make it shorter.")
+    if config.warmup is not None and config.warmup > config.steps:
+        raise ConfigError(f"--warmup {config.warmup}: the run has {config.steps} steps; make it shorter.")
 
 
 def _check_effects(config: Any) -> None:
