@@ -24,7 +24,7 @@ from sfumato.errors import ConfigError
 from sfumato.numerals import so_many
 from sfumato.training import checks, filling
 from sfumato.training.options import TrainerOptions
-from sfumato.training.subject import Kept, Subject, read_pictures, with_caption
+from sfumato.training.subject import KeptPrompts, Subject, read_pictures, with_caption
 
 if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that its --help is there at once
     from torch import nn
@@ -178,7 +178,7 @@ def train(config: Config) -> Path:
     for word in identifiers(config, instance)[:3]:  # a folder may hold many subjects
         run.say(*identifier.examine(word, base).lines())
 
-    kept = Kept.of(subject.class_prompts([e.caption for e in instance]), config.prior_prompts)
+    kept = KeptPrompts.of(subject.class_prompts([e.caption for e in instance]), config.prior_prompts)
     pictures = class_pictures(config, base, examples, kept, run, processes)
     global_batch, starts = processes.starts(config.batch, config.accumulate)
     embed = not config.train_text_encoder
@@ -430,7 +430,7 @@ def identifiers(config: Config, subjects: Folder) -> list[str]:
 
 
 def class_pictures(
-    config: Config, base: Base, examples: Folder, kept: Kept, run: Run, processes: Processes
+    config: Config, base: Base, examples: Folder, kept: KeptPrompts, run: Run, processes: Processes
 ) -> Folder | None:
     """Pictures of the class from a folder or the dataset.toml, with the further prompts' beside them, which the base
     draws, once; or of the class drawn, too; None for none."""
@@ -450,7 +450,7 @@ def class_pictures(
     if config.class_images is not None:
         given = read_pictures(config.class_images, kept.of_class[0], skip_bad=config.skip_bad)
     if given:  # they show the class, and the captions' forms of it
-        kept = Kept.of([], config.prior_prompts)
+        kept = KeptPrompts.of([], config.prior_prompts)
     if config.prior == "base" or not kept.prompts:
         if config.class_cache is not None:
             run.say(nothing_drawn)
@@ -471,7 +471,7 @@ def prior_of(
     base: Base,
     dataset: Dataset,
     class_set: Dataset | None,
-    kept: Kept,
+    kept: KeptPrompts,
     noising: Noising,
     pristine: Pristine,
 ) -> ClassPictures | BasePrediction | None:

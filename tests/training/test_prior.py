@@ -16,7 +16,7 @@ from sfumato.training import prior
 from sfumato.training.class_pictures import class_folder, draw_class, read_class
 from sfumato.training.noising import calls, draw_noised
 from sfumato.training.prior import BasePrediction, ClassPictures, DriftLimit
-from sfumato.training.subject import Kept, Subject
+from sfumato.training.subject import KeptPrompts, Subject
 from sfumato.words.identifier import before, examine, is_ordinary
 from tests.tiny import CPU
 
@@ -246,7 +246,7 @@ def test_class_prompts_are_the_captions_without_the_identifier():
 
 
 def test_the_class_keeps_half_beside_further_prompts():
-    kept = Kept.of(["otter", "otter, flat style"], ["dog", "otter", "cup", "bus", "dog"])
+    kept = KeptPrompts.of(["otter", "otter, flat style"], ["dog", "otter", "cup", "bus", "dog"])
     assert kept.prompts == ["otter", "otter, flat style", "dog", "cup", "bus"]
     assert kept.counts(11) == {"otter": 3, "otter, flat style": 3, "dog": 2, "cup": 2, "bus": 1}
     assert kept.turns() == ["otter", "dog", "otter, flat style", "cup", "otter", "bus"]
@@ -255,7 +255,7 @@ def test_the_class_keeps_half_beside_further_prompts():
 
 @pytest.mark.parametrize(("own", "further"), [(["otter", "red otter"], []), ([], ["otter", "red otter"])])
 def test_prompts_of_one_kind_share_evenly(own, further):
-    kept = Kept.of(own, further)
+    kept = KeptPrompts.of(own, further)
     assert kept.turns() == ["otter", "red otter"]
     assert kept.counts(7) == {"otter": 4, "red otter": 3}
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Kept:
+class Extracted:
     """What of a change an adapter holds, as shares of its energy (squared norm).
 
     share: of all that changed. modules: of each module's change. left_out: the energy of changed tensors that a LoRA
@@ -38,7 +38,9 @@ class Kept:
         return text
 
 
-def extract(pairs: Iterable[tuple[Parameter, Tensor, Tensor]], budget: Budget) -> tuple[dict[Target, LoraModule], Kept]:
+def extract(
+    pairs: Iterable[tuple[Parameter, Tensor, Tensor]], budget: Budget
+) -> tuple[dict[Target, LoraModule], Extracted]:
     """The difference of two models as a LoRA, and how much of it that holds.
 
     pairs: (parameter, before, after) one at a time, so that two checkpoints need not fit into memory; of any float
@@ -75,7 +77,7 @@ def extract(pairs: Iterable[tuple[Parameter, Tensor, Tensor]], budget: Budget) -
             "fine-tuned model first, and with --base what it was trained from."
         )
     share = sum(shares[target] * energy for target, energy in energies.items()) / total
-    return modules, Kept(share, shares, {parameter: energy / total for parameter, energy in left_out.items()})
+    return modules, Extracted(share, shares, {parameter: energy / total for parameter, energy in left_out.items()})
 
 
 def resize(modules: Mapping[Target, LoraModule], budget: Budget) -> tuple[dict[Target, LoraModule], float]:

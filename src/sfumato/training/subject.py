@@ -40,7 +40,7 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Kept:
+class KeptPrompts:
     """Prompts that shall draw as before: those of the class, and further ones. `of` lets none be there twice.
 
     Where there are both, each kind has half, however many prompts it has: beside a dozen everyday things the class
@@ -51,7 +51,7 @@ class Kept:
     further: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, of_class: Iterable[str], further: Iterable[str]) -> Kept:
+    def of(cls, of_class: Iterable[str], further: Iterable[str]) -> KeptPrompts:
         """The prompts, each once; a further one that is of the class counts as that."""
         own = tuple(dict.fromkeys(of_class))
         return cls(own, tuple(prompt for prompt in dict.fromkeys(further) if prompt not in own))
