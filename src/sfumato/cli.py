@@ -99,6 +99,10 @@ def _terminate(*_: object) -> NoReturn:
     raise _Terminated
 
 
+_TERMINATIONS = [getattr(signal, name) for name in ("SIGTERM", "SIGBREAK") if hasattr(signal, name)]
+"""What asks a process to end; the second is Windows' Ctrl-Break, by which `side_by_side` does."""
+
+
 def _as_process(program_main: Main) -> int:
     """`guarded`, after which nothing is left to do: Ctrl-C and SIGTERM then end the process without a trace of its
     closing."""
@@ -106,13 +110,15 @@ def _as_process(program_main: Main) -> int:
     # often as Python does holds up a command's start.
     gc.set_threshold(10_000, 20, 20)
     # A training takes both over for its steps (sfumato.runs.signals).
-    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, _terminate)
+    for number in _TERMINATIONS:
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, _terminate)
     try:
         return guarded(program_main, sys.argv[1:])
     finally:
         # Not where a shell has it ignored, or a notebook handles it.
-        for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, _terminate)):
+        ours = {signal.SIGINT: signal.default_int_handler, **dict.fromkeys(_TERMINATIONS, _terminate)}
+        for number, handler in ours.items():
             if signal.getsignal(number) is handler:
                 signal.signal(number, signal.SIG_DFL)
 
