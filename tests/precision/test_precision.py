@@ -14,6 +14,14 @@ from sfumato.precision import decide
 from sfumato.training import optimizers
 
 
+def small_unet(heads: int = 1) -> diffusers.UNet2DConditionModel:
+    """One block each way. heads: as diffusers' `attention_head_dim` counts them in such a U-Net."""
+    return diffusers.UNet2DConditionModel(
+        block_out_channels=(32,), down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
+        layers_per_block=1, cross_attention_dim=8, attention_head_dim=heads,
+    )  # fmt: skip
+
+
 def rows(decision):
     return {what: (value, reason) for what, value, reason in decision.rows()}
 
@@ -213,10 +221,7 @@ def test_placing_freezes_casts_and_keeps_the_module():
 
 
 def test_checkpointing_reaches_the_unet():
-    unet = diffusers.UNet2DConditionModel(
-        block_out_channels=(32,), down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
-        layers_per_block=1, cross_attention_dim=8, attention_head_dim=1,
-    )  # fmt: skip
+    unet = small_unet()
     decide("fp32", device="cpu").place(unet)
     assert not unet.is_gradient_checkpointing
     decide("fp32", device="cpu", gradient_checkpointing=True).place(unet)
@@ -228,10 +233,7 @@ def test_checkpointing_reaches_the_unet():
 def test_a_unet_trains_on_the_gpu_in_each_precision(requested):
     """The fp32 weight beside frozen ones of each storage dtype gets a finite fp32 gradient close to the CPU's."""
     torch.manual_seed(0)
-    unet = diffusers.UNet2DConditionModel(
-        block_out_channels=(32,), down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
-        layers_per_block=1, cross_attention_dim=8, attention_head_dim=1,
-    )  # fmt: skip
+    unet = small_unet()
     latents, text = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 8)
 
     def gradient(decision):
@@ -265,10 +267,7 @@ def test_a_gpu_keeps_each_part_in_its_dtype_and_layout(part):
 def test_xformers_on_the_gpu_predicts_what_sdpa_does():
     pytest.importorskip("xformers")
     torch.manual_seed(0)
-    unet = diffusers.UNet2DConditionModel(
-        block_out_channels=(32,), down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
-        layers_per_block=1, cross_attention_dim=8, attention_head_dim=8,
-    )  # fmt: skip
+    unet = small_unet(heads=8)
     latents, text = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 8)
     found = []
     for attention in ("sdpa", "xformers"):

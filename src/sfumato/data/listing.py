@@ -221,7 +221,7 @@ class _Reader:
         # By the folder's own spelling: a Mac opens a file by another spelling, too, which then is no picture listed.
         here, found = path.parent, self._companion(path.parent, path.name) or self._companion(path.parent, _spelt(path))
         if found is None and path.is_file():  # in capitals elsewhere, where the system makes no difference
-            found = next((entry for entry in self._entries(here) if entry.samefile(path)), None)
+            found = next((each for each in self._entries(here) if each.is_file() and each.samefile(path)), None)
         return found or path
 
     def _companion(self, folder: Path, name: str) -> Path | None:
