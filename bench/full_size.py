@@ -178,7 +178,7 @@ def _ours(trainer: str) -> Any:
         "training.measure",
         "training.objective",
         "training.optimizers",
-        "training.processes",
+        "runs.processes",
         "data.preparing",
     ):
         importlib.import_module(f"sfumato.{name}")

@@ -30,7 +30,6 @@ from bench.real import print_report
 from bench.style_runs import Workshop
 from sfumato import Adapter, cli, compose, load_base
 from sfumato.bases import Base
-from sfumato.compose.blocks import Blocks
 from sfumato.compose.by_method import by_method
 from sfumato.compose.guided import adapter_guidance
 from sfumato.compose.per_picture import composite
@@ -43,6 +42,7 @@ from sfumato.errors import ConfigError
 from sfumato.files.atomic import atomic_path
 from sfumato.merging.methods import METHODS, Settings
 from sfumato.precision import decide
+from sfumato.weighting.blocks import Blocks
 
 DATASETS = Path(__file__).parents[1] / "datasets"
 COLOURS = (256, 192, 128, 96, 64, 48, 32)

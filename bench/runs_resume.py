@@ -116,7 +116,7 @@ def _child(words: list[str], kill_at: int | None, log: str, place: Mapping[str, 
     from accelerate import PartialState
 
     from sfumato import cli
-    from sfumato.runs import Step
+    from sfumato.runs.step import Step
 
     PartialState._reset_state()  # the parent's, which has been alone
     done = Step.done

@@ -198,7 +198,7 @@ def _mended_lines(mended: Mended, config: Config) -> list[str]:
 
 def _sheets(report: Report, file: Path) -> list[Path]:
     """Every crop with its name, its caption and what is wrong, on sheets of 200."""
-    from sfumato.data.crop_sheet import crop_sheets
+    from sfumato.drawing.crop_sheet import crop_sheets
     from sfumato.files.atomic import atomic_path
 
     written = []

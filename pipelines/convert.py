@@ -11,11 +11,11 @@ from cyclopts import Parameter
 
 from sfumato.cli import run
 from sfumato.command_line.said import say
-from sfumato.compose.adapter import Adapter
 from sfumato.config import parse, to_dict
 from sfumato.errors import AdapterError, ConfigError
 from sfumato.files.atomic import check_free
 from sfumato.numerals import so_many
+from sfumato.weighting.adapter import Adapter
 
 if TYPE_CHECKING:
     from sfumato.merging.merge import Source

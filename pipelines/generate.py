@@ -17,7 +17,6 @@ from sfumato.command_line.pictures import SUFFIXES, check_start, checked_flags, 
 from sfumato.command_line.plan import Plan
 from sfumato.command_line.said import say
 from sfumato.command_line.specs import (
-    Request,
     in_blocks,
     parse_adapter,
     parse_embedding,
@@ -27,14 +26,16 @@ from sfumato.command_line.specs import (
     with_tags,
     without_tags,
 )
-from sfumato.command_line.where_when import Span, Spot, WhereWhen, parse_region, parse_steps
-from sfumato.compose.adapter import Adapter, is_idle
+from sfumato.command_line.where_when import parse_region, parse_steps
 from sfumato.config import parse
+from sfumato.drawing.request import Request
+from sfumato.drawing.where_when import Span, Spot, WhereWhen
 from sfumato.errors import ConfigError
 from sfumato.numerals import so_many
 from sfumato.prompts.negative import negative_for
 from sfumato.prompts.syntax import checked_syntax
 from sfumato.prompts.tags import Tagged, split_flags, split_tags
+from sfumato.weighting.adapter import Adapter, is_idle
 
 if TYPE_CHECKING:
     from sfumato.bases import Base

@@ -15,11 +15,11 @@ from sfumato.cli import run
 from sfumato.command_line.axes import CHECKS, PLAIN, Axis, coarse_to_fine, parse_axis
 from sfumato.command_line.said import say
 from sfumato.command_line.specs import checked_folder, parse_adapters, parse_embedding, public_embedding, without_tags
-from sfumato.compose.adapter import Adapter, Weight, checked_weight, swept
 from sfumato.config import parse, to_dict
 from sfumato.drawing.cells import Cell, Setup, check_drawable, digest_of, filled, prepared
 from sfumato.errors import ConfigError
 from sfumato.prompts.syntax import checked_syntax
+from sfumato.weighting.adapter import Adapter, Weight, checked_weight, swept
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -11,10 +11,10 @@ from cyclopts import Parameter
 
 from sfumato.cli import run
 from sfumato.command_line.said import say
-from sfumato.compose.adapter import Adapter
 from sfumato.config import parse, to_dict
 from sfumato.errors import AdapterError, ConfigError
 from sfumato.files.atomic import check_free
+from sfumato.weighting.adapter import Adapter
 
 
 @dataclass(frozen=True)

@@ -130,12 +130,12 @@ def _broken_hash(path: Path) -> str | None:
 
 def _rows(path: Path, base: str | None, *, vectors: bool = False) -> dict[str, Row]:
     """vectors: with the changes of norms and biases, which are in no fingerprint."""
-    from sfumato.compose.adapter import Adapter
     from sfumato.files.changes.difference import Difference
     from sfumato.files.fingerprint import rows
     from sfumato.merging.merge import dense_delta
     from sfumato.merging.sources import read_source
     from sfumato.merging.stored import stored
+    from sfumato.weighting.adapter import Adapter
 
     source, _ = read_source(Adapter(path), partial=True)
     weights = None if base is None else stored(base).weight

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 
-from sfumato.compose import tensors
+from sfumato.precision import tensors
 
 aten = torch.ops.aten
 DESCRIBING = {

@@ -3,6 +3,7 @@
 import ast
 import importlib
 import tomllib
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,19 @@ def test_contributing_says_where_every_module_is():
 def test_the_library_imports_no_program(path):
     names = [name for name in imported(path) if name.startswith(("sfumato.trainers", "sfumato.pipelines"))]
     assert names == []
+
+
+def test_the_packages_of_the_library_stand_on_each_other():
+    """What lies below is read, and changed, without what lies above: no package imports one that needs it."""
+    library = ROOT / "src/sfumato"
+    parts = {p.stem for p in library.glob("*.py")} | {p.parent.name for p in library.glob("*/__init__.py")}
+    needs: dict[str, set[str]] = {part: set() for part in parts}
+    for path in library.rglob("*.py"):
+        part = path.relative_to(library).with_suffix("").parts[0]
+        named = {name.split(".")[1] for name in imported(path) if name.startswith("sfumato.")}
+        needs[part] |= named & parts - {part}
+    del needs["__init__"]  # the public names, found when they are asked for
+    TopologicalSorter(needs).prepare()
 
 
 @pytest.mark.parametrize("path", PROGRAMS, ids=lambda p: p.stem)

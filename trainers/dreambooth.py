@@ -34,11 +34,11 @@ if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that 
     from sfumato.data import Dataset, Folder
     from sfumato.files import Description
     from sfumato.precision import Precision
-    from sfumato.runs import Run
+    from sfumato.runs.processes import Processes
+    from sfumato.runs.run import Run
     from sfumato.runs.samples import Samples
     from sfumato.training.noising import Noising
     from sfumato.training.prior import BasePrediction, ClassPictures
-    from sfumato.training.processes import Processes
 
 Pristine = Callable[[], AbstractContextManager[object]]
 """A context within which the model is the base again."""
@@ -147,7 +147,8 @@ def train(config: Config) -> Path:
     from sfumato import randomness
     from sfumato.adapters import Lora, rank_notes
     from sfumato.files import write_lora
-    from sfumato.runs import Run
+    from sfumato.runs.processes import Processes
+    from sfumato.runs.run import Run
     from sfumato.runs.samples import Samples, drawing_of, unrelated_to
     from sfumato.training import optimizers
     from sfumato.training.ema import Average
@@ -156,7 +157,6 @@ def train(config: Config) -> Path:
     from sfumato.training.measure import Measures
     from sfumato.training.noising import draw_noised, errors_of
     from sfumato.training.prior import BasePrediction, DriftLimit, prepare_both
-    from sfumato.training.processes import Processes
     from sfumato.words import identifier
 
     check(config)

@@ -33,14 +33,14 @@ if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that 
     from sfumato.bases import Base
     from sfumato.data import Dataset, Folder
     from sfumato.files import Description
-    from sfumato.runs import Run
+    from sfumato.runs.processes import Processes
+    from sfumato.runs.run import Run
     from sfumato.runs.samples import Samples
     from sfumato.training.crossed import Crossing
     from sfumato.training.ema import Average
     from sfumato.training.learned import Learned
     from sfumato.training.noising import Noising
     from sfumato.training.prior import BasePrediction, ClassPictures
-    from sfumato.training.processes import Processes
     from sfumato.words.in_use import Words
 
 
@@ -129,7 +129,8 @@ def train(config: Config) -> Path:
     import torch
 
     from sfumato.adapters import hosts, rank_notes
-    from sfumato.runs import Run
+    from sfumato.runs.processes import Processes
+    from sfumato.runs.run import Run
     from sfumato.runs.samples import UNRELATED
     from sfumato.training import optimizers
     from sfumato.training.ema import Average
@@ -138,7 +139,6 @@ def train(config: Config) -> Path:
     from sfumato.training.measure import Measures
     from sfumato.training.noising import draw_noised, errors_of
     from sfumato.training.prior import prepare_both
-    from sfumato.training.processes import Processes
     from sfumato.words.placeholders import shortened, warnings_of
 
     check(config)

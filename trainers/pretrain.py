@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from sfumato.config import parse
 from sfumato.errors import ConfigError, DataError
 from sfumato.pocket.checks import check, check_compiler
-from sfumato.training.options import FolderOptions
+from sfumato.runs.options import FolderOptions
 
 if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that its --help is there at once
     import torch
@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that 
     from sfumato.pocket.pictures import Pictures
     from sfumato.pocket.trained import Trained
     from sfumato.precision import Precision
-    from sfumato.runs import Run
+    from sfumato.runs.run import Run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,7 +210,7 @@ def train_vae(config: Config, precision: Precision) -> Path:
     from sfumato.pocket.pictures import read_others, read_pictures
     from sfumato.pocket.shown import save_model
     from sfumato.precision import decide
-    from sfumato.runs import Run
+    from sfumato.runs.run import Run
 
     named = read_pictures(config.data)
     pictures = named.and_others(read_others(config.data))
@@ -308,7 +308,7 @@ def train_unet(config: Config, precision: Precision) -> Path:
     from sfumato.pocket.parts import build_scheduler
     from sfumato.pocket.pictures import VARIANTS, partners_of, read_manifest
     from sfumato.pocket.shown import assemble, save_model
-    from sfumato.runs import Run
+    from sfumato.runs.run import Run
 
     device = precision.device
     if config.compile:
@@ -409,7 +409,7 @@ def train_text(config: Config, precision: Precision) -> Path:
     from sfumato.pocket.given import fingerprint_of, parts_of
     from sfumato.pocket.parts import build_scheduler
     from sfumato.pocket.shown import assemble, save_model
-    from sfumato.runs import Run
+    from sfumato.runs.run import Run
 
     assert config.init is not None
     things = Things.read(config.data)

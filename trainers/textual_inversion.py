@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that 
     from sfumato.data import Dataset, Folder
     from sfumato.data.source import Source
     from sfumato.files import Description
-    from sfumato.runs import Run
+    from sfumato.runs.run import Run
     from sfumato.runs.samples import Samples
     from sfumato.words.in_use import Words
 
@@ -89,14 +89,14 @@ def train(config: Config) -> Path:
     """Train, and return the path of the embedding; of the first one, if there are several."""
     import torch
 
-    from sfumato.runs import Run
+    from sfumato.runs.processes import Processes
+    from sfumato.runs.run import Run
     from sfumato.runs.samples import Samples, drawing_of
     from sfumato.training import optimizers
     from sfumato.training.ema import Average
     from sfumato.training.finish import describe_run
     from sfumato.training.measure import Measures
     from sfumato.training.noising import draw_noised, errors_of
-    from sfumato.training.processes import Processes
     from sfumato.training.templates import TEMPLATES, put_into
     from sfumato.words import embedding
     from sfumato.words.placeholders import files, shortened, warnings_of

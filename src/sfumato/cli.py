@@ -187,8 +187,8 @@ def _refuse_surrogates(argv: Sequence[str]) -> None:
 
 
 def _let_go_of_runs(how: Literal["withdraw", "let_go"]) -> None:
-    """Call this function of `sfumato.runs`, which only a program that trains has loaded."""
-    if runs := sys.modules.get("sfumato.runs"):
+    """Call this function of `sfumato.runs.run`, which only a program that trains has loaded."""
+    if runs := sys.modules.get("sfumato.runs.run"):
         getattr(runs, how)()
 
 
@@ -201,7 +201,7 @@ def _failed(line: str, code: int = 2) -> int:
 
 def _kept() -> str:
     """What is kept of a training that an error stopped after its last step, after a space; nothing of others."""
-    runs = sys.modules.get("sfumato.runs")
+    runs = sys.modules.get("sfumato.runs.run")
     return runs.stopped_while_writing() if runs else ""
 
 

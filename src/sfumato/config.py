@@ -21,7 +21,7 @@ from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
 
 from sfumato import shell
-from sfumato.command_line.elsewhere import called_here, value_here
+from sfumato.elsewhere import called_here, value_here
 from sfumato.errors import ConfigError
 from sfumato.toml import check_path, read_toml
 

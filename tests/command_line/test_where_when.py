@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from sfumato.command_line.where_when import Span, Spot, WhereWhen, parse_region, parse_steps
+from sfumato.command_line.where_when import parse_region, parse_steps
 from sfumato.compose import Adapter
 from sfumato.compose.steps import Ramp
+from sfumato.drawing.where_when import Span, Spot, WhereWhen
 from sfumato.errors import ConfigError
 
 LINE, OTTER, ODD = Adapter("line.safetensors", 0.8), Adapter("otter.safetensors"), Adapter("c.safetensors", 1.0, "c+d")

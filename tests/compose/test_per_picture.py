@@ -11,10 +11,10 @@ from torch.testing import assert_close
 
 from sfumato.bases import load_base
 from sfumato.compose import Adapter, adapter_guidance, compose
-from sfumato.compose.blocks import Blocks
 from sfumato.compose.per_picture import composite, per_picture
 from sfumato.drawing.pictures import Start, draw
 from sfumato.errors import AdapterError
+from sfumato.weighting.blocks import Blocks
 from tests.compose.conftest import weights_sha
 from tests.tiny import CPU, tiny_pipeline, tiny_pocket_folder
 

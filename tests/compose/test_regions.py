@@ -11,11 +11,11 @@ from torch.testing import assert_close
 
 from sfumato.bases import load_base
 from sfumato.compose import Adapter, compose, current
-from sfumato.compose.blocks import Blocks
 from sfumato.compose.regions import Region, regions
 from sfumato.compose.regions.near import Near
 from sfumato.drawing.pictures import Start, draw, draw_each
 from sfumato.errors import AdapterError, ConfigError, DataError
+from sfumato.weighting.blocks import Blocks
 from tests.compose.conftest import weights_sha
 from tests.compose.test_per_picture import predict
 from tests.tiny import CPU

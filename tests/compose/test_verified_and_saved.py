@@ -9,10 +9,10 @@ import torch
 from torch.testing import assert_close
 
 from sfumato.compose import Adapter, compose
-from sfumato.compose.blocks import Blocks
 from sfumato.errors import AdapterError, FileError
 from sfumato.files import read_adapter, read_header, read_tensors, write_tensors
 from sfumato.files.fingerprint import KEY
+from sfumato.weighting.blocks import Blocks
 from tests.bundles import add_words
 from tests.compose.conftest import fresh, weights_sha
 

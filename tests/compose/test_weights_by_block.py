@@ -5,9 +5,9 @@ import torch
 from torch.testing import assert_close
 
 from sfumato.compose import Adapter, compose
-from sfumato.compose.adapter import weight_at
-from sfumato.compose.blocks import LISTS, WEB_PRESETS, Blocks, web_block
 from sfumato.errors import AdapterError
+from sfumato.weighting.adapter import weight_at
+from sfumato.weighting.blocks import LISTS, WEB_PRESETS, Blocks, web_block
 from tests.compose.conftest import weights_sha
 
 

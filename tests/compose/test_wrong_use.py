@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from sfumato.compose import Adapter, adapter_guidance, compose
-from sfumato.compose.blocks import Blocks
 from sfumato.compose.by_method import by_method
 from sfumato.compose.per_picture import composite, per_picture
 from sfumato.compose.regions import Region, regions
 from sfumato.compose.steps import Ramp, Switch, over_steps
 from sfumato.errors import AdapterError, FileError
+from sfumato.weighting.blocks import Blocks
 from tests.compose.conftest import weights_sha
 
 WHOLE = (0, 0, 1, 1)

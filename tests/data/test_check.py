@@ -17,9 +17,10 @@ from sfumato.pipelines.caption import Config
 from sfumato.pipelines.check import main, render
 
 from sfumato.config import parse
-from sfumato.data import crop_sheet, open_image, open_picture, prepare, read_folder
+from sfumato.data import open_image, open_picture, prepare, read_folder
 from sfumato.data.needs import needs_of
 from sfumato.data.report import check
+from sfumato.drawing import crop_sheet
 from sfumato.errors import BaseModelError, ConfigError, DataError
 
 

@@ -11,8 +11,6 @@ from safetensors.torch import save_file
 from sfumato.pipelines.generate import Config, plan
 from sfumato.pipelines.inspect_file import main as inspect
 
-from sfumato.compose.adapter import Adapter
-from sfumato.compose.blocks import Blocks
 from sfumato.config import parse
 from sfumato.drawing.comfy_graph import read_graph
 from sfumato.drawing.drawn import save_drawn
@@ -29,6 +27,8 @@ from sfumato.drawing.pnginfo import (
 from sfumato.drawing.redraw import redraw, render
 from sfumato.drawing.sheet import read_drawn
 from sfumato.errors import ConfigError, DataError
+from sfumato.weighting.adapter import Adapter
+from sfumato.weighting.blocks import Blocks
 
 SETTINGS = {
     "Steps": 20,

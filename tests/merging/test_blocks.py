@@ -3,7 +3,7 @@
 import pytest
 
 from sfumato.errors import AdapterError
-from sfumato.merging.blocks import select
+from sfumato.weighting.modules import select
 
 INNER = "attentions.1.transformer_blocks.0.attn2.to_k"
 TARGETS = [

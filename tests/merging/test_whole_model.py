@@ -12,7 +12,6 @@ from torch.testing import assert_close
 from sfumato import load_base, randomness
 from sfumato.cli import guarded
 from sfumato.compose import Adapter, compose
-from sfumato.compose.blocks import Blocks
 from sfumato.compose.per_picture import per_picture
 from sfumato.compose.regions import Region, regions
 from sfumato.drawing.pnginfo import read_picture_info
@@ -24,6 +23,7 @@ from sfumato.merging.methods import DENSE, Settings
 from sfumato.merging.sources import identity
 from sfumato.merging.stored import stored
 from sfumato.merging.whole_model import as_adapter, is_whole_model, weight_files
+from sfumato.weighting.blocks import Blocks
 from tests.merging.conftest import TinyBase
 from tests.tiny import CPU, tiny_pipeline, write_folder, write_single_file
 

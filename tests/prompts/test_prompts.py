@@ -5,12 +5,12 @@ import torch
 from torch.testing import assert_close
 
 from sfumato.bases import load_base
-from sfumato.compose.blocks import Blocks
 from sfumato.errors import ConfigError
 from sfumato.prompts.encoding import encode
 from sfumato.prompts.steps import stages
 from sfumato.prompts.syntax import emphasised, escaped
 from sfumato.prompts.tags import split_flags, split_tags
+from sfumato.weighting.blocks import Blocks
 from tests.tiny import CPU, tiny_pocket_folder
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sfumato.errors import RunError
-from sfumato.runs import Run
+from sfumato.runs.run import Run
 from sfumato.training.options import RunOptions
 
 ONE = {"a": torch.ones(3)}

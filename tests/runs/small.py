@@ -12,7 +12,8 @@ from torch import nn
 from sfumato import randomness
 from sfumato.config import parse
 from sfumato.files import write_tensors
-from sfumato.runs import Run, Step
+from sfumato.runs.run import Run
+from sfumato.runs.step import Step
 from sfumato.training.ema import Average
 from sfumato.training.optimizers import Schedule, build, clip
 from sfumato.training.options import RunOptions

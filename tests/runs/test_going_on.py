@@ -12,13 +12,14 @@ import pytest
 import torch
 from torch import nn
 
-from sfumato import runs
 from sfumato.errors import RunError
 from sfumato.files import atomic
 from sfumato.files.atomic import beside
-from sfumato.runs import Run, checkpoints
+from sfumato.runs import checkpoints
+from sfumato.runs import run as runs
 from sfumato.runs.checkpoints import SPARE_BYTES, Checkpoints, bytes_of, require_space
 from sfumato.runs.health import Health
+from sfumato.runs.run import Run
 from sfumato.runs.state import pack, unpack
 from sfumato.runs.step import Step
 from sfumato.training.options import RunOptions

@@ -11,9 +11,9 @@ from torch import nn
 
 from sfumato.errors import BaseModelError, FileError, RunError
 from sfumato.files import read_tensors
-from sfumato.runs import Step
 from sfumato.runs.checkpoints import Checkpoints
 from sfumato.runs.health import Health
+from sfumato.runs.step import Step
 from tests.runs.said import Processes, lines, problem, start
 from tests.runs.small import Config, train
 
@@ -215,7 +215,7 @@ def test_moments_that_overflow_send_the_run_back(tmp_path, capsys):
 
 @pytest.mark.parametrize("error", [BaseModelError("seed 1: black"), OSError(28, "No space left on device")])
 def test_a_sample_that_fails_is_said_and_ends_nothing_but_the_first_does(error, tmp_path, capsys):
-    from sfumato.runs import Run
+    from sfumato.runs.run import Run
     from sfumato.training.options import RunOptions
 
     def look(step):
@@ -264,7 +264,7 @@ def test_gradients_that_overflow_are_the_scalers_until_it_has_nothing_left_to_lo
 
 @pytest.mark.parametrize("value", BROKEN)
 def test_a_measurement_that_is_not_finite_is_said_and_not_logged(value, tmp_path, capsys):
-    from sfumato.runs import Run
+    from sfumato.runs.run import Run
     from sfumato.training.options import RunOptions
 
     run = Run.start(RunOptions(output=tmp_path / "run"), program="test")

@@ -14,11 +14,13 @@ import torch
 import sfumato
 from sfumato.config import to_toml
 from sfumato.errors import RunError
-from sfumato.runs import Run, identity
+from sfumato.runs import identity
 from sfumato.runs.folder import going_on
 from sfumato.runs.identity import differences, other_facts, read_facts, write_facts
 from sfumato.runs.lock import Lock
-from sfumato.training.options import FolderOptions, RunOptions, TrainerOptions
+from sfumato.runs.options import FolderOptions
+from sfumato.runs.run import Run
+from sfumato.training.options import RunOptions, TrainerOptions
 from tests.runs.said import lines, problem, start
 from tests.runs.small import Config, train
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from sfumato.errors import ConfigError
 from sfumato.files import write_tensors
-from sfumato.training.checks import WRITTEN, check_name
+from sfumato.runs.folder import WRITTEN
+from sfumato.training.checks import check_name
 from sfumato.training.options import RunOptions
 
 NASTY = [
@@ -73,7 +74,7 @@ def a_run_writes_its_file_into_its_folder(name: str, root: Path) -> bool:
 
 def pictures_of_prompts_lie_in_their_folder(prompts: list[str], root: Path) -> None:
     from sfumato.command_line.pictures import picture_files
-    from sfumato.command_line.specs import Request
+    from sfumato.drawing.request import Request
 
     asked = [Request(prompt, 7, None, {}) for prompt in prompts]
     files = picture_files(root / "run", asked, is_sheet=False, overwrite=False, given=prompts)

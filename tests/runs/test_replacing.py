@@ -6,7 +6,7 @@ import pytest
 
 from bench.runs_resume import command, make_inputs
 from sfumato import cli
-from sfumato.runs import Run
+from sfumato.runs.run import Run
 from tests.runs.small import Config, train
 
 

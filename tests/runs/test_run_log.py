@@ -14,12 +14,13 @@ from diffusers import DDIMScheduler
 from PIL import Image
 from torch import nn
 
-from sfumato.runs import Run, progress, signals
 from sfumato.runs import log as logs
+from sfumato.runs import progress, signals
 from sfumato.runs import samples as sheets
 from sfumato.runs.folder import forget_samples
 from sfumato.runs.log import Log
 from sfumato.runs.progress import Preparation, Progress
+from sfumato.runs.run import Run
 from sfumato.runs.samples import Samples
 from sfumato.runs.signals import Stop
 from sfumato.training.options import RunOptions

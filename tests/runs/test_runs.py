@@ -13,7 +13,7 @@ import torch
 from sfumato import randomness
 from sfumato.errors import RunError
 from sfumato.files import read_tensors
-from sfumato.runs import Run
+from sfumato.runs.run import Run
 from sfumato.training.options import RunOptions
 from tests.runs.said import lines, problem, start
 from tests.runs.small import Config, train

@@ -5,8 +5,9 @@ import os
 
 import pytest
 
-from sfumato import cli, runs
+from sfumato import cli
 from sfumato.errors import DataError
+from sfumato.runs import run as runs
 from tests.runs.faults import failing
 from tests.runs.said import problem, start
 

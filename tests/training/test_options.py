@@ -9,9 +9,10 @@ from PIL import Image
 
 from sfumato.bases.family import FAMILIES
 from sfumato.errors import ConfigError
+from sfumato.runs.options import settled
 from sfumato.training.checks import check_name, check_trainer, only_with
 from sfumato.training.filling import resolve, second_rate, span_of
-from sfumato.training.options import BaseOptions, DataOptions, TrainerOptions, settled
+from sfumato.training.options import BaseOptions, DataOptions, TrainerOptions
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from sfumato.errors import RunError
+from sfumato.runs.processes import Processes
 from sfumato.training.finish import describe_run
 from sfumato.training.options import DataOptions, TrainerOptions
-from sfumato.training.processes import Processes
 
 CPU = torch.device("cpu")
 
@@ -173,7 +173,7 @@ sys.path.insert(0, sys.argv[1])
 from made_up import FakeBase
 from sfumato.data import read_folder
 from sfumato.training.options import DataOptions, TrainerOptions
-from sfumato.training.processes import Processes
+from sfumato.runs.processes import Processes
 processes = Processes.join("cpu")
 options = DataOptions(images=Path(sys.argv[2]), cache=Path(sys.argv[3]), resolution=64, shuffle_tags=True)
 base = FakeBase(deviation=1.0)

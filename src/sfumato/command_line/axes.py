@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sfumato.compose.adapter import checked_weight
 from sfumato.config import at_home
 from sfumato.errors import AdapterError, ConfigError
 from sfumato.limits import checked_adapter_guidance, checked_guidance, checked_seed, checked_steps
 from sfumato.schedulers import find
+from sfumato.weighting.adapter import checked_weight
 
 if TYPE_CHECKING:
     from sfumato.prompts.syntax import Syntax

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from sfumato.command_line.axes import CHECKS
-from sfumato.command_line.specs import Request, checked_folder, without_tags
+from sfumato.command_line.specs import checked_folder, without_tags
+from sfumato.drawing.request import Request
 from sfumato.errors import ConfigError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from sfumato.command_line.specs import Request
-from sfumato.command_line.where_when import Span, WhereWhen
-from sfumato.compose.adapter import Adapter, Weight, is_idle
+from sfumato.drawing.request import Request
+from sfumato.drawing.where_when import Span, WhereWhen
+from sfumato.weighting.adapter import Adapter, Weight, is_idle
 
 
 @dataclass(frozen=True)

@@ -4,31 +4,18 @@ from __future__ import annotations
 
 import os
 import re
-import unicodedata
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from sfumato.compose.adapter import Adapter, Weight, swept, with_factors_of, without_suffix
-from sfumato.compose.blocks import Blocks
 from sfumato.config import at_home
+from sfumato.drawing.named import find_adapter
 from sfumato.errors import AdapterError, ConfigError
 from sfumato.files.header import read_header
-from sfumato.files.peft_folder import adapter_folders_below, folders_in
+from sfumato.files.peft_folder import folders_in
 from sfumato.limits import checked_adapter_guidance
 from sfumato.prompts.tags import Tagged, refuse_tags, without_flags
-
-
-@dataclass(frozen=True)
-class Request:
-    """One picture that is asked for. prompt: without its tags. tagged: the weights by label of all adapters, where the
-    prompt has tags. own: what is set for it otherwise than for all, by name."""
-
-    prompt: str
-    seed: int
-    tagged: Mapping[str, Weight] | None
-    own: Mapping[str, Any]
+from sfumato.weighting.adapter import Adapter, Weight, swept, with_factors_of
+from sfumato.weighting.blocks import Blocks
 
 
 def is_hub_name(text: str) -> bool:
@@ -122,34 +109,6 @@ def parse_adapters(
             label, count = f"{adapter.label} {count}", count + 1
         found.append(Adapter(adapter.path, adapter.weight, label))
     return tuple(found)
-
-
-def find_adapter(name: str, folder: Path) -> Path:
-    """The one file of this name, without its suffix, or folder of peft's in the folder or below it; its header is
-    checked.
-
-    Where none has it, a name is meant that a picture's tag cannot hold: "my line v2" is my line, v2.safetensors.
-    Raises ConfigError where there is none, or several of which none is in the folder itself.
-    """
-    from sfumato.drawing.pnginfo import plain_name
-
-    composed = unicodedata.normalize("NFC", name)  # a Mac's files have accents apart
-    files = [path for path in folder.rglob("*.safetensors") if path.is_file()]
-    files += [path for path in adapter_folders_below(folder) if path != folder]
-    stems = [unicodedata.normalize("NFC", without_suffix(path.name)) for path in files]
-    found = [path for path, stem in zip(files, stems, strict=True) if stem == composed]
-    found = found or [path for path, stem in zip(files, stems, strict=True) if plain_name(stem).strip() == composed]
-    found = [path for path in found if path.parent == folder] or found
-    if len(found) != 1:
-        what = (
-            f"{len(found)} files are called that, first {found[0]} and {found[1]}"
-            if found
-            else "no file is called that"
-        )
-        raise ConfigError(f"<lora:{name}>: {what} in {folder}; name the folder that it is in, or its file.")
-    if found[0].is_file():
-        read_header(found[0])
-    return found[0]
 
 
 def in_blocks(adapters: Sequence[Adapter], blocks: Sequence[str]) -> tuple[Adapter, ...]:

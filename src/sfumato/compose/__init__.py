@@ -12,7 +12,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from sfumato.compose.adapter import Adapter
+from sfumato.weighting.adapter import Adapter
 
 if TYPE_CHECKING:
     from sfumato.compose.guided import adapter_guidance

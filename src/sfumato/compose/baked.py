@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sfumato.compose import tensors
 from sfumato.compose.lowrank import Scratch, write_sum
 from sfumato.compose.originals import kept
 from sfumato.errors import AdapterError
 from sfumato.files.changes import Change, LoraModule
+from sfumato.precision import tensors
 
 Applied = tuple[tuple[str, float], ...]
 """(label, weight) of every adapter with a weight other than 0, sorted by label."""

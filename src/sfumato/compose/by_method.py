@@ -15,8 +15,6 @@ from typing import Any
 
 from torch import Tensor
 
-from sfumato.compose import tensors
-from sfumato.compose.adapter import Adapter, check_adapters, is_idle
 from sfumato.compose.match import Modules, parts_of
 from sfumato.compose.mix import Mix, current, say_words
 from sfumato.errors import AdapterError
@@ -28,6 +26,8 @@ from sfumato.merging.lineage import inherit
 from sfumato.merging.merge import merge
 from sfumato.merging.methods import Settings
 from sfumato.merging.sources import read_sources
+from sfumato.precision import tensors
+from sfumato.weighting.adapter import Adapter, check_adapters, is_idle
 
 
 @contextmanager

@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sfumato.compose.adapter import check_mix
 from sfumato.compose.caller import calling, in_turn, without_prompt
 from sfumato.compose.match import compiled_parts, halved, unwrapped_parts
 from sfumato.errors import AdapterError
+from sfumato.weighting.adapter import check_mix
 
 if TYPE_CHECKING:
     from sfumato.compose.mix import Mix

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear
 
-from sfumato.compose import tensors
 from sfumato.compose.baked import Applied, Effect, overflow
 from sfumato.compose.lowrank import Scratch, exact_products
 from sfumato.errors import AdapterError
+from sfumato.precision import tensors
 
 
 class Live:

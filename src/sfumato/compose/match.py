@@ -12,20 +12,19 @@ from weakref import WeakSet
 from torch import Tensor, nn
 
 from sfumato.bases.family import recognise
-from sfumato.compose import tensors
-from sfumato.compose.adapter import Adapter, Weight, is_idle, public_name, weight_at, without_suffix
 from sfumato.compose.baked import Effect
-from sfumato.compose.blocks import Blocks
 from sfumato.compose.live import can_be_live
 from sfumato.errors import AdapterError
 from sfumato.files.adapter_file import AdapterFile
 from sfumato.files.changes import Change, LoraModule
 from sfumato.files.changes.bias import bias_change
 from sfumato.files.family import FAMILIES
-from sfumato.files.kohya import Target
+from sfumato.files.kohya import PARTS, Target
+from sfumato.precision import tensors
+from sfumato.weighting.adapter import Adapter, Weight, is_idle, public_name, weight_at, without_suffix
+from sfumato.weighting.blocks import Blocks
 
 Way = Literal["auto", "baked", "live"]
-PARTS = ("unet", "text_encoder", "text_encoder_2")
 _TEXT_LEVEL = "text_model."
 
 

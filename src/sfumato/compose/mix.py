@@ -18,16 +18,7 @@ from typing import Any, Self, TypeVar, get_args
 import torch
 from torch import Tensor
 
-from sfumato.compose import saving, table, tensors
-from sfumato.compose.adapter import (
-    Adapter,
-    Weight,
-    check_adapters,
-    check_by_label,
-    check_labels,
-    checked_weight,
-    weight_text,
-)
+from sfumato.compose import saving, table
 from sfumato.compose.baked import Applied, Baked, Effect
 from sfumato.compose.live import Live, SavesNone
 from sfumato.compose.match import Found, Modules, Way, compiled_parts, match, parts_of, unwrapped_parts
@@ -41,6 +32,16 @@ from sfumato.files.kinds import ROLES
 from sfumato.files.metadata import adapter_guidance_of, negatives_of, over_steps_of
 from sfumato.merging.whole_model import read_mixable
 from sfumato.numerals import so_many
+from sfumato.precision import tensors
+from sfumato.weighting.adapter import (
+    Adapter,
+    Weight,
+    check_adapters,
+    check_by_label,
+    check_labels,
+    checked_weight,
+    weight_text,
+)
 
 Asked = TypeVar("Asked")
 

@@ -19,8 +19,6 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
 from sfumato import schedulers
-from sfumato.compose import tensors
-from sfumato.compose.adapter import Adapter
 from sfumato.compose.caller import calling, rows_each, turn
 from sfumato.compose.match import Modules, refuse_compiled, say_unknown_words, unwrapped_parts, weighed
 from sfumato.errors import AdapterError
@@ -29,6 +27,8 @@ from sfumato.files.changes.replacement import lora_command
 from sfumato.files.lora_file import LoraModule
 from sfumato.merging.whole_model import read_mixable
 from sfumato.numerals import so_many
+from sfumato.precision import tensors
+from sfumato.weighting.adapter import Adapter
 
 Index = Callable[[int], Sequence[int]]
 """From the number of rows in a call to the picture of each row."""

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from sfumato.compose.adapter import Weight, public_name, weight_at
 from sfumato.compose.baked import Baked
 from sfumato.compose.live import Live
 from sfumato.errors import AdapterError
@@ -21,6 +20,7 @@ from sfumato.merging.convert import lines_on_diffusers
 from sfumato.merging.factors import Factors, concatenate, to_module
 from sfumato.merging.lineage import Parent, inherit
 from sfumato.merging.sources import identity
+from sfumato.weighting.adapter import Weight, public_name, weight_at
 
 
 def save(

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from sfumato.compose.adapter import Weight, weight_at
 from sfumato.compose.baked import Applied, Baked
 from sfumato.compose.live import Live
 from sfumato.compose.lowrank import Scratch, exact_products
 from sfumato.compose.match import Found
 from sfumato.compose.originals import Originals
+from sfumato.weighting.adapter import Weight, weight_at
 
 Site = Baked | Live
 

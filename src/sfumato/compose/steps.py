@@ -18,7 +18,10 @@ from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 from sfumato import schedulers
-from sfumato.compose.adapter import (
+from sfumato.compose.caller import calling, in_turn, uncompiled
+from sfumato.compose.match import unwrapped_parts
+from sfumato.errors import AdapterError
+from sfumato.weighting.adapter import (
     Weight,
     check_by_label,
     check_labels,
@@ -27,9 +30,6 @@ from sfumato.compose.adapter import (
     unet_weight,
     with_unet,
 )
-from sfumato.compose.caller import calling, in_turn, uncompiled
-from sfumato.compose.match import unwrapped_parts
-from sfumato.errors import AdapterError
 
 if TYPE_CHECKING:
     from sfumato.compose.mix import Mix

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from sfumato.compose.adapter import Weight, public_name, weight_text
 from sfumato.compose.baked import Baked
 from sfumato.compose.live import Live
 from sfumato.files.adapter_file import AdapterFile
+from sfumato.weighting.adapter import Weight, public_name, weight_text
 
 _HEAD = ("adapter", "weight", "file", "kind", "rank", "U-Net", "text", "way")
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sfumato.compose.adapter import Adapter, Weight, is_idle
 from sfumato.prompts.negative import negative_for
 from sfumato.prompts.syntax import Syntax
+from sfumato.weighting.adapter import Adapter, Weight, is_idle
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -134,10 +134,10 @@ class Setup:
 
         Cells that differ in prompt and seed alone are drawn in one batch.
         """
-        from sfumato.command_line.where_when import WhereWhen
         from sfumato.compose.guided import adapter_guidance, strengths_of
         from sfumato.compose.steps import over_asked_steps
         from sfumato.drawing.pictures import draw
+        from sfumato.drawing.where_when import WhereWhen
 
         together: dict[str, list[tuple[int, int]]] = {}
         for place in places:

@@ -11,14 +11,14 @@ from typing import Any
 from PIL.Image import Image
 
 from sfumato.bases import Base
-from sfumato.command_line.specs import Request
-from sfumato.command_line.where_when import WhereWhen, applied
 from sfumato.compose import Mix
-from sfumato.compose.adapter import Adapter, Weight, is_idle, swept, weight_text
 from sfumato.compose.guided import adapter_guidance
 from sfumato.drawing.drawn import used_in
 from sfumato.drawing.pictures import Start, draw_each
+from sfumato.drawing.request import Request
 from sfumato.drawing.sheet import contact_sheet, sheet_size
+from sfumato.drawing.where_when import WhereWhen, applied
+from sfumato.weighting.adapter import Adapter, Weight, is_idle, swept, weight_text
 
 Drawn = tuple[Image, tuple[Adapter, ...], dict[str, Any]]
 """A picture or sheet, the adapters in it with their weights, and its settings."""

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import sfumato
-from sfumato.compose.adapter import Adapter, Weight, is_idle, public_name, without_suffix
-from sfumato.compose.blocks import Blocks
 from sfumato.data.checksums import file_digest
 from sfumato.drawing import pnginfo
 from sfumato.files.inspect import plain
@@ -20,6 +18,8 @@ from sfumato.merging.whole_model import is_whole_model
 from sfumato.numerals import exact
 from sfumato.precision import NAMES
 from sfumato.prompts.syntax import escaped, unescaped
+from sfumato.weighting.adapter import Adapter, Weight, is_idle, public_name, without_suffix
+from sfumato.weighting.blocks import Blocks
 from sfumato.words.placeholders import holds
 
 if TYPE_CHECKING:

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from sfumato import schedulers, shell
-from sfumato.compose.blocks import Blocks
 from sfumato.drawing.comfy_graph import read_graph
 from sfumato.drawing.invoke_metadata import read_metadata
 from sfumato.drawing.pnginfo import Parameters, read_picture_info
 from sfumato.errors import AdapterError, ConfigError, DataError
 from sfumato.numerals import exact
+from sfumato.weighting.blocks import Blocks
 
 _PLAIN = {"Steps": "--steps", "CFG scale": "--guidance", "Seed": "--seed", "VAE": "--vae"}
 _TOLD = ("Model hash", "VAE hash", "Lora hashes", "TI hashes", "Version", "Prompt syntax")

@@ -11,12 +11,12 @@ from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
-from sfumato.command_line.specs import find_adapter
-from sfumato.compose.adapter import Adapter, Weight, is_idle
+from sfumato.drawing.named import find_adapter
 from sfumato.errors import AdapterError, ConfigError
 from sfumato.files.peft_folder import is_adapter_folder
 from sfumato.merging.whole_model import is_whole_model
 from sfumato.prompts.tags import Tagged, split_tags
+from sfumato.weighting.adapter import Adapter, Weight, is_idle
 
 
 class TaggedPrompts:

@@ -18,6 +18,8 @@ from types import MappingProxyType
 from sfumato.errors import AdapterError
 from sfumato.files.family import FAMILIES
 
+PARTS = ("unet", "text_encoder", "text_encoder_2")
+"""The parts of a pipeline that adapters change."""
 Target = tuple[str, str]
 """(part, path) of one module."""
 

@@ -8,11 +8,11 @@ from typing import Any
 
 from sfumato.errors import FileError
 from sfumato.files.header import Header, read_header
+from sfumato.files.kohya import PARTS
 from sfumato.files.settings import PeftSettings, checked, header_settings, parse_object
 
 CONFIG, MODEL = "adapter_config.json", "adapter_model.safetensors"
 CONFIG_LIMIT = 1_000_000
-PARTS = ("unet", "text_encoder", "text_encoder_2")
 _KINDS = ("LORA", "LOHA", "LOKR", "OFT", "BOFT", "IA3")
 _CLASSES = {
     "UNet2DConditionModel": "unet",

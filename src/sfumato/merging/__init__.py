@@ -7,7 +7,6 @@
     joint         KnOTS, core space: another method in the adapters' joint basis
     projection    NP-LoRA: one adapter out of another's directions
     methods       all of them by name, for one module
-    blocks        which modules a mix takes from which file
     merge         whole adapters
     bake          into a checkpoint or a diffusers folder
     extract       an adapter out of two models; a smaller adapter out of a larger

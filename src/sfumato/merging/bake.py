@@ -15,7 +15,6 @@ from torch import Tensor
 from sfumato import randomness
 from sfumato.bases.folder import read_config, weight_files
 from sfumato.bases.hub import PARTS
-from sfumato.compose.adapter import weight_at
 from sfumato.errors import AdapterError, FileError
 from sfumato.files.atomic import atomic_folder, write_text
 from sfumato.files.changes import Change
@@ -26,6 +25,7 @@ from sfumato.files.save import write_one_by_one
 from sfumato.merging.merge import Source
 from sfumato.merging.methods import DENSE, Settings
 from sfumato.merging.stored import Parameter, StoredBase
+from sfumato.weighting.adapter import weight_at
 
 _FIRST_LAYER: Parameter = ("unet", "conv_in.weight")
 """An inpainting or editing model's takes further channels after the latents' own, of which others know nothing."""

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from sfumato import __version__
-from sfumato.compose.adapter import Weight
-from sfumato.compose.blocks import Blocks
 from sfumato.errors import AdapterError
 from sfumato.files.family import FAMILIES
 from sfumato.files.metadata import (
@@ -20,6 +18,8 @@ from sfumato.files.metadata import (
     over_steps_of,
     trigger_words,
 )
+from sfumato.weighting.adapter import Weight
+from sfumato.weighting.blocks import Blocks
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from sfumato import randomness
-from sfumato.compose.adapter import Weight, weight_at
 from sfumato.errors import AdapterError
 from sfumato.files.changes import Change, LoraModule
 from sfumato.files.changes.bias import bias_change
@@ -21,6 +20,7 @@ from sfumato.files.kohya import Target
 from sfumato.merging.arithmetic import linear
 from sfumato.merging.factors import ALL, Budget, factorise, from_module, to_module, truncate
 from sfumato.merging.methods import DENSE, LOW_RANK, METHODS, Settings
+from sfumato.weighting.adapter import Weight, weight_at
 
 WeightOf = Callable[[Target], Tensor]
 """The pristine weight of a module, for the kinds of adapter whose delta depends on it."""

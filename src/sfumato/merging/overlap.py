@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 import torch
 
-from sfumato.compose.adapter import weight_at, weight_text
 from sfumato.errors import AdapterError
 from sfumato.files.changes.replacement import lora_command
 from sfumato.files.kohya import Target
 from sfumato.files.layers import block_of, block_order
 from sfumato.merging.factors import Factors, from_module, product_energy, singular
 from sfumato.merging.merge import Source
+from sfumato.weighting.adapter import weight_at, weight_text
 
 _NOISE = 1e-6
 """Singular values below this share of the first are rounding; a half's own is larger, but weighs by its energy."""

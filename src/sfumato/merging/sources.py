@@ -7,8 +7,6 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
-from sfumato.compose.adapter import Adapter, public_name
-from sfumato.compose.blocks import Blocks
 from sfumato.errors import AdapterError
 from sfumato.files.adapter_file import read_adapter
 from sfumato.files.header import read_header
@@ -16,10 +14,12 @@ from sfumato.files.kohya import Target
 from sfumato.files.metadata import data_sha256, joint_hash, short_hash
 from sfumato.files.peft_folder import adapter_sources
 from sfumato.files.read import Stamp, stamp
-from sfumato.merging.blocks import select
 from sfumato.merging.lineage import Parent
 from sfumato.merging.merge import Source
 from sfumato.merging.whole_model import is_whole_model, read_mixable, weight_files
+from sfumato.weighting.adapter import Adapter, public_name
+from sfumato.weighting.blocks import Blocks
+from sfumato.weighting.modules import select
 
 
 def read_source(

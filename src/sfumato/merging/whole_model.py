@@ -9,12 +9,11 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from sfumato.bases.recognise import UNET
-from sfumato.compose.match import PARTS
 from sfumato.errors import FileError
 from sfumato.files.adapter_file import AdapterFile, read_adapter
 from sfumato.files.changes.replacement import Replacement
 from sfumato.files.header import read_header
-from sfumato.files.kohya import Target
+from sfumato.files.kohya import PARTS, Target
 from sfumato.files.read import Stamp, stamp
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.pocket.muon import Muon
-from sfumato.runs import Step
 from sfumato.runs.samples import evaluating
+from sfumato.runs.step import Step
 from sfumato.training.ema import Average
 from sfumato.training.optimizers import clip
 

@@ -13,9 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sfumato.compose.adapter import Weight, added, checked_weight
-from sfumato.compose.blocks import WEB_PRESETS, Blocks
 from sfumato.errors import AdapterError, ConfigError
+from sfumato.weighting.adapter import Weight, added, checked_weight
+from sfumato.weighting.blocks import WEB_PRESETS, Blocks
 
 _TAG = re.compile(r"<(?:lora|lyco):([^:<>]*)((?::[^:<>]*)*)>", re.IGNORECASE)
 _HYPERNETWORK = re.compile(r"<hypernet:[^<>]*>", re.IGNORECASE)

@@ -12,9 +12,10 @@ from pathlib import Path
 
 from sfumato.errors import RunError
 from sfumato.runs import identity
-from sfumato.training.checks import WRITTEN
-from sfumato.training.options import FolderOptions
+from sfumato.runs.options import FolderOptions
 
+WRITTEN = ("config.toml", "README.md", "plot.png", "samples.png", "samples", "images", "checkpoints")
+"""What a run writes into its folder under a name of its own; NAME.safetensors comes beside them."""
 _OPENED = ("config.toml", "run.json", "log.jsonl")
 _FOLDERS = ("checkpoints", "samples", "images", "adapters", "tensorboard")
 _OF_THE_LOCK = (".lock", ".holder.json")

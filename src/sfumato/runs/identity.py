@@ -13,7 +13,7 @@ from typing import Any
 
 from sfumato import config as configs
 from sfumato.files.atomic import write_text
-from sfumato.training.options import AnyRun, FolderOptions, settled
+from sfumato.runs.options import AnyRun, FolderOptions, settled
 
 WITHOUT_EFFECT = frozenset(
     ("output", "overwrite", "resume", "force", "keep", "device", "tensorboard", "push_to_hub", "cache")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from sfumato.adapters import Lora
     from sfumato.bases import Base
-    from sfumato.runs import Run
+    from sfumato.runs.run import Run
 
 UNRELATED = ("a ball", "a dog", "a house", "a car", "a tree", "a chair", "a bird", "a cup")
 """Plain things that any base can draw: samples show some, and all are prompts for the drift."""

@@ -10,7 +10,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torch.amp import GradScaler
 
-    from sfumato.runs import Run
+    from sfumato.runs.run import Run
 
 
 @dataclass

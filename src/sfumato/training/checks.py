@@ -16,9 +16,11 @@ from sfumato.errors import ConfigError
 from sfumato.files.metadata import moment
 from sfumato.limits import checked_seed
 from sfumato.prompts.tags import refuse_tags, without_flags
+from sfumato.runs.folder import WRITTEN
 
 if TYPE_CHECKING:
-    from sfumato.training.options import FolderOptions, TrainerOptions
+    from sfumato.runs.options import FolderOptions
+    from sfumato.training.options import TrainerOptions
 
 _AT_LEAST_ONE = (
     *("steps", "epochs", "batch", "accumulate", "rank", "conv_rank", "resolution"),
@@ -41,8 +43,6 @@ _RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
     (_NOT_NEGATIVE, lambda value: 0 <= value < math.inf, "not be negative"),
 )
 """(fields of any trainer, what their values have to be, and how that is said)."""
-WRITTEN = ("config.toml", "README.md", "plot.png", "samples.png", "samples", "images", "checkpoints")
-"""What a run writes into its folder under a name of its own; NAME.safetensors comes beside them."""
 _FOLDERS_OF_A_RUN = frozenset(("checkpoints", "samples", "tensorboard", "model"))
 _NAMES_OF_A_RUN = _FOLDERS_OF_A_RUN.union(map(str.casefold, WRITTEN), ("adapters", "class", "run.json", "log.jsonl"))
 _NOT_IN_NAMES = '/\\:*?"<>|'

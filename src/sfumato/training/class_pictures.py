@@ -27,7 +27,7 @@ from sfumato.files.atomic import atomic_path, write_text
 if TYPE_CHECKING:
     from sfumato.bases import Base
     from sfumato.data import Folder
-    from sfumato.training.processes import Processes
+    from sfumato.runs.processes import Processes
 
 FORMAT = 2
 """To be raised when the same key would give other pictures."""

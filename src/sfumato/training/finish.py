@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from sfumato.config import to_dict
-from sfumato.training import options
+from sfumato.runs.options import settled
 
 if TYPE_CHECKING:
     from sfumato.bases import Base
     from sfumato.data import Dataset
     from sfumato.files import Description
-    from sfumato.runs import Run
+    from sfumato.runs.run import Run
     from sfumato.runs.samples import Samples
     from sfumato.training.options import TrainerOptions
 
@@ -50,7 +50,7 @@ def describe_run(config: TrainerOptions, base: Base, dataset: Dataset, samples: 
         trigger=triggers,
         captions=dataset.captions,
         thumbnail=rows[-1][telling(triggers, samples.prompts)] if rows else None,
-        config=to_dict(options.settled(config), public=True),
+        config=to_dict(settled(config), public=True),
         dataset_sha256=dataset.fingerprint,
     )
     return dataclasses.replace(description, **more)

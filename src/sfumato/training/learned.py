@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from sfumato.adapters import Lora
     from sfumato.files import Description
-    from sfumato.runs import Run
+    from sfumato.runs.run import Run
     from sfumato.words.in_use import Words
 
 

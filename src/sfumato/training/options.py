@@ -6,21 +6,21 @@ precision, load the base, so that a trainer says these in a line each.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 from sfumato.errors import ConfigError
+from sfumato.runs.options import FolderOptions
 
 if TYPE_CHECKING:  # help loads no torch
     from sfumato.bases import Base
     from sfumato.data import Dataset, Folder
     from sfumato.precision import Precision
+    from sfumato.runs.processes import Processes
     from sfumato.training.noising import Noising
-    from sfumato.training.processes import Processes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,27 +255,6 @@ class StepOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FolderOptions:
-    """Where a run is kept, and how it goes on after a stop."""
-
-    output: Path
-    """Folder of the run: what is learned, its card, checkpoints, samples, log and plot."""
-    checkpoint_every: int | None = None
-    """Steps between checkpoints, besides those at both ends; 0 saves only the last, and that of an interruption. Unset:
-    a quarter of the run."""
-    keep: int = 2
-    """How many checkpoints to keep; fewer than two count as two."""
-    resume: bool = False
-    """Go on with the run in the output folder, from its newest whole checkpoint."""
-    force: bool = False
-    """Resume although config, pictures, base or version have changed."""
-    overwrite: bool = False
-    """Replace the run in the output folder; it stays there until the new one takes its first step."""
-    tensorboard: bool = False
-    """Also write the log for TensorBoard (pip install "sfumato[tensorboard]")."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class RunOptions(FolderOptions):
     """What an adapter is called, what is shown of its training, and where it is published."""
 
@@ -295,11 +274,3 @@ class RunOptions(FolderOptions):
 @dataclass(frozen=True, kw_only=True)
 class TrainerOptions(DataOptions, BaseOptions, StepOptions, RunOptions):
     """All of them."""
-
-
-AnyRun = TypeVar("AnyRun", bound=FolderOptions)
-
-
-def settled(config: AnyRun) -> AnyRun:
-    """The config without the permissions of one call, as it is written down for whoever runs it again."""
-    return dataclasses.replace(config, overwrite=False, resume=False, force=False)

@@ -26,8 +26,8 @@ from sfumato.words import embedding
 if TYPE_CHECKING:
     from sfumato.bases import Base
     from sfumato.data import Dataset, Folder
+    from sfumato.runs.processes import Processes
     from sfumato.training.options import TrainerOptions
-    from sfumato.training.processes import Processes
 
 KEPT_BYTES = 2**30
 """Predictions of the base that all processes together keep in memory for a run; the draws of a longer run repeat."""

@@ -18,8 +18,8 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers
 from torch import Tensor, nn
 
-from sfumato.compose import tensors
 from sfumato.errors import ConfigError
+from sfumato.precision import tensors
 from sfumato.words.placeholders import check_placeholder, is_alone, pattern, spelling
 
 if TYPE_CHECKING:

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear
 
 from sfumato import schedulers
-from sfumato.compose import tensors
-from sfumato.compose.adapter import Adapter
 from sfumato.compose.caller import calling
 from sfumato.compose.match import Modules, unwrapped_parts, weighed
 from sfumato.compose.regions.near import Near
@@ -23,6 +21,8 @@ from sfumato.files.adapter_file import AdapterFile
 from sfumato.files.changes.replacement import lora_command
 from sfumato.files.fingerprint import verify as verify_deltas
 from sfumato.merging.whole_model import read_mixable
+from sfumato.precision import tensors
+from sfumato.weighting.adapter import Adapter
 
 
 class Spans:

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sfumato.compose.adapter import Adapter, check_adapters
 from sfumato.data.images import as_mask
 from sfumato.errors import AdapterError
+from sfumato.weighting.adapter import Adapter, check_adapters
 
 Box = tuple[float, float, float, float]
 """left, top, right, bottom, each a share of the picture's side, 0 to 1."""

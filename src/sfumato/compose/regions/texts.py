@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from sfumato import schedulers
-from sfumato.compose.adapter import Adapter, with_unet
 from sfumato.compose.caller import calling, without_prompt
 from sfumato.compose.regions.region import Region
 from sfumato.errors import AdapterError
@@ -18,6 +17,7 @@ from sfumato.files.adapter_file import AdapterFile
 from sfumato.prompts.encoding import encode, encode_stages
 from sfumato.prompts.steps import STEPS, changes
 from sfumato.prompts.syntax import Syntax
+from sfumato.weighting.adapter import Adapter, with_unet
 
 Told = list[tuple[int, Tensor]]
 """(last step, counted from 1, the text until then, (1, tokens, width)), in order."""

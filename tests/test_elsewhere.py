@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from sfumato import cli
-from sfumato.command_line.elsewhere import OPTIONS, UNASKED, called_here
 from sfumato.config import parse
+from sfumato.elsewhere import OPTIONS, UNASKED, called_here
 from sfumato.errors import ConfigError
 
-TABLE = (Path(__file__).parents[2] / "docs/names.md").read_text(encoding="utf-8")
+TABLE = (Path(__file__).parents[1] / "docs/names.md").read_text(encoding="utf-8")
 ROWS = [
     [re.findall(r"`([^`]+)`", cell) for cell in line.split(" | ")[:2]] for line in TABLE.splitlines() if "| " in line
 ]

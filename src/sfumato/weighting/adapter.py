@@ -10,8 +10,8 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from sfumato.compose.blocks import Blocks
 from sfumato.errors import AdapterError
+from sfumato.weighting.blocks import Blocks
 
 WEIGHT_LIMIT = 10.0
 """Weights people use are within -2 to 2; one beyond this is a slip of the finger (08 for 0.8)."""

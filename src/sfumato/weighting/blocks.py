@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from sfumato.errors import AdapterError
-from sfumato.merging.blocks import PRESETS, fits
 from sfumato.numerals import exact
+from sfumato.weighting.modules import PRESETS, fits
 
 LISTS: Mapping[int, tuple[str, ...]] = MappingProxyType(
     {

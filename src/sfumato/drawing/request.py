@@ -1,0 +1,20 @@
+"""One picture of a call that draws several. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sfumato.weighting.adapter import Weight
+
+
+@dataclass(frozen=True)
+class Request:
+    """One picture that is asked for. prompt: without its tags. tagged: the weights by label of all adapters, where the
+    prompt has tags. own: what is set for it otherwise than for all, by name."""
+
+    prompt: str
+    seed: int
+    tagged: Mapping[str, Weight] | None
+    own: Mapping[str, Any]

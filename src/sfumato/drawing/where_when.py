@@ -1,0 +1,141 @@
+"""Where in the picture and at which steps adapters count, in one drawing. Imports no torch by itself."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sfumato.weighting.adapter import Adapter, is_idle, unet_weight
+
+if TYPE_CHECKING:
+    from sfumato.compose import Mix
+    from sfumato.compose.regions import Box
+    from sfumato.compose.steps import Ramp
+    from sfumato.prompts.syntax import Syntax
+
+
+@dataclass(frozen=True)
+class Spot:
+    """Adapters that count in one place. where: a box, or the file of a mask. prompt: of this place; None: the call's"""
+
+    adapters: tuple[Adapter, ...]
+    where: Box | Path
+    prompt: str | None
+
+
+@dataclass(frozen=True)
+class Span:
+    """Progress from `start` to `end`, in which an adapter has the weight that it has in the mix."""
+
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class WhereWhen:
+    """All of it for one drawing. spots: adapters of these are in no mix. by_step: label -> how its weight goes; of an
+    adapter in a spot a span.
+
+    turn_labels: adapters that take turns, each for `turn` steps (LoRA-Switch). tagged: adapters that are in prompts'
+    tags alone, so that at weight 0 their prompt is not the one that is drawn.
+    """
+
+    spots: tuple[Spot, ...] = ()
+    by_step: Mapping[str, Ramp | Span] = field(default_factory=dict)
+    turn_labels: tuple[str, ...] = ()
+    turn: int | None = None
+    tagged: frozenset[str] = frozenset()
+
+    @property
+    def follows_steps(self) -> bool:
+        """Whether any weight of the mix changes from step to step; adapters in spots have none there."""
+        return not self.by_step.keys() <= {each.label for each in self.regional} or self.turn is not None
+
+    @property
+    def regional(self) -> tuple[Adapter, ...]:
+        """The adapters of the spots, each once."""
+        return tuple(dict.fromkeys(each for spot in self.spots for each in spot.adapters))
+
+    @property
+    def ramps(self) -> frozenset[str]:
+        """The labels whose weight at every step is given, whatever the mix says."""
+        return frozenset(label for label, way in self.by_step.items() if not isinstance(way, Span))
+
+    def with_asked(self, spans: Mapping[str, tuple[float, float]]) -> WhereWhen:
+        """The same; adapters of which nothing is said count in the steps that their files ask for, by label."""
+        said = {*self.by_step, *self.turn_labels}
+        asked = {label: Span(*span) for label, span in spans.items() if label not in said}
+        return dataclasses.replace(self, by_step={**asked, **self.by_step})
+
+    def told(self) -> dict[str, Any]:
+        """The same as JSON, what is not used left out."""
+        from sfumato.drawing.drawn import described
+
+        found: dict[str, Any] = {}
+        if self.spots:
+            found["regions"] = [
+                {
+                    "where": each.where.name if isinstance(each.where, Path) else list(each.where),
+                    "prompt": each.prompt,
+                    "adapters": [described(adapter) for adapter in each.adapters],
+                }
+                for each in self.spots
+            ]
+        if self.by_step:
+            found["over_steps"] = {
+                label: {"span": [way.start, way.end]} if isinstance(way, Span) else {"points": list(way.points)}
+                for label, way in self.by_step.items()
+            }
+        if self.turn is not None:
+            found["switch"] = {"labels": list(self.turn_labels), "every": self.turn}
+        return found
+
+
+@contextmanager
+def applied(
+    pipe: Any,
+    mix: Mix,
+    wanted: WhereWhen,
+    *,
+    syntax: Syntax = "plain",
+    partial: bool = False,
+    verify: bool = False,
+) -> Iterator[None]:
+    """Within the block spots have their adapters, and the mix's weights follow the steps of each picture.
+
+    pipe: what the mix is mixed into, drawn from by `sfumato.draw`. syntax: of the spots' prompts.
+    """
+    with ExitStack() as stack:
+        if wanted.spots:
+            from sfumato.compose.regions import Region, regions
+
+            parts = [Region(_opened(each.where), *each.adapters, prompt=each.prompt) for each in wanted.spots]
+            spans = {label: (way.start, way.end) for label, way in wanted.by_step.items() if isinstance(way, Span)}
+            said: dict[str, Any] = {"syntax": syntax, "partial": partial, "verify": verify}
+            own = {each.label: spans[each.label] for each in wanted.regional if each.label in spans}
+            stack.enter_context(regions(pipe, *parts, over_steps=own, **said))
+        if wanted.follows_steps:
+            from sfumato.compose.steps import Ramp, Switch, over_steps_of
+
+            ways = {
+                label: way
+                if isinstance(way, Ramp)
+                else Ramp.within(way.start, way.end, unet_weight(mix.weights[label]))
+                for label, way in wanted.by_step.items()
+                if label in mix.weights and not (label in wanted.tagged and is_idle(mix.weights[label]))
+            }
+            switch = None if wanted.turn is None else Switch(wanted.turn_labels, wanted.turn)
+            stack.enter_context(over_steps_of(mix, ways, switch))
+        yield
+
+
+def _opened(where: Box | Path) -> Any:
+    if not isinstance(where, Path):
+        return where
+    from sfumato.data.images import open_mask
+
+    return open_mask(where, any_ratio=True)
