@@ -46,7 +46,7 @@ class Config:
 
 def measure(config: Config) -> dict[str, Any]:
     """The whole report."""
-    ways = {way.options: replace(way, pictures=1) for way in forecast.WAYS}
+    ways = {way.options: replace(way, pictures=1) for way in forecast.TRAININGS}
     if unknown := [name for name in config.only if name not in ways]:
         raise ConfigError(f"--only {unknown[0]!r}: wanted {', '.join(ways)}.")
     if config.resolution <= 0 or config.resolution % 64:

@@ -24,8 +24,6 @@ from sfumato.errors import DataError
 from sfumato.files.atomic import write_text
 from sfumato.pocket.pictures import read_manifest
 
-PARTS = ("unet", "vae", "text_encoder")
-
 
 @dataclass(frozen=True)
 class Config:

@@ -28,11 +28,10 @@ from torch import Tensor
 import sfumato
 from sfumato import Adapter, cli, compose
 from sfumato.bases import Base
-from sfumato.command_line.where_when import parse_span
 from sfumato.compose import adapter_guidance
 from sfumato.data.latents import to_floats
 from sfumato.drawing.pictures import draw_against
-from sfumato.drawing.where_when import WhereWhen, applied
+from sfumato.drawing.where_when import WhereWhen, applied, parse_span
 from sfumato.errors import ConfigError, RunError
 from sfumato.files.atomic import atomic_path, write_text
 from sfumato.prompts.syntax import Syntax

@@ -37,9 +37,9 @@ from bench.judge_pictures import read_named
 from bench.real import Cells, cells_of, known_concepts, print_report, styles_of
 from bench.style_runs import DREAMBOOTH, Learned, Workshop, reconstruct, to_image
 from bench.style_summary import paired
-from sfumato import cli, load_base, randomness
-from sfumato.command_line.where_when import parse_span
+from sfumato import cli, load_base, randomness, shell
 from sfumato.drawing.sheet import contact_sheet
+from sfumato.drawing.where_when import parse_span
 from sfumato.errors import ConfigError, DataError
 from sfumato.files.atomic import atomic_path
 from sfumato.precision import decide
@@ -180,7 +180,7 @@ def check(config: Config) -> None:
     for option in ("seeds", "pictures", "subject_count"):
         value = getattr(config, option)
         if value is not None and value < 1:
-            raise ConfigError(f"--{option.replace('_', '-')} is {value}; it must be at least 1.")
+            raise ConfigError(f"{shell.option(option)} is {value}; it must be at least 1.")
     if config.subject and config.subject_count is not None:
         raise ConfigError("--subject and --subject-count are both given; each chooses the subjects, so give one.")
     for text in config.options:

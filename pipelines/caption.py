@@ -10,6 +10,7 @@ from dataclasses import KW_ONLY, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from sfumato import shell
 from sfumato.cli import run
 from sfumato.config import parse
 from sfumato.errors import ConfigError, DataError
@@ -115,7 +116,7 @@ def check(config: Config) -> None:
             raise ConfigError(f"--{name} is {getattr(config, name)}; it must be at least 1.")
     for name in ("threshold", "character_threshold"):
         if not 0 < getattr(config, name) <= 1:
-            option = f"--{name.replace('_', '-')}"
+            option = shell.option(name)
             raise ConfigError(f"{option} is {getattr(config, name)}; it must be above 0 and at most 1.")
     if config.write and config.preview != Config.preview:
         raise ConfigError("--preview has no effect beside --write, which writes all captions; leave one out.")
@@ -178,13 +179,13 @@ def write_new(path: Path, caption: str) -> None:
     except FileExistsError:
         raise DataError(f"{path.name}: a caption appeared meanwhile; it is not written over. Start again.") from None
     except OSError as error:
-        raise DataError(f"{path}: the caption cannot be written ({error.strerror}).") from None
+        raise DataError(f"{path}: the caption cannot be written ({error.strerror}). See to it, and go on.") from None
     try:
         with file:
             file.write(caption + "\n")
     except OSError as error:
         path.unlink(missing_ok=True)
-        raise DataError(f"{path}: the caption cannot be written ({error.strerror}).") from None
+        raise DataError(f"{path}: the caption cannot be written ({error.strerror}). See to it, and go on.") from None
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from sfumato.numerals import so_many
 from sfumato.weighting.adapter import Adapter
 
 if TYPE_CHECKING:
-    from sfumato.merging.merge import Source
+    from sfumato.merging.merge import Ingredient
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def _readers(to: str) -> str:
     return {"kohya": "the readers of kohya's names", "diffusers": "diffusers", "peft": "peft"}[to]
 
 
-def _differences(config: Config, source: Source, family: str, metadata: Mapping[str, str]) -> Path:
+def _differences(config: Config, source: Ingredient, family: str, metadata: Mapping[str, str]) -> Path:
     from sfumato.files.header import read_header
     from sfumato.files.kohya import kohya_name
     from sfumato.files.write_difference import write_difference

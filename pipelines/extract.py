@@ -60,9 +60,7 @@ def extract_file(config: Config) -> Path:
         raise ConfigError("--exact keeps all: leave out --rank and --keep-energy.")
     if not config.exact and config.rank is None and config.keep_energy is None:
         raise ConfigError("say how much to keep: --rank 32, --keep-energy 0.99, or --exact for all of it.")
-    if config.output.suffix != ".safetensors":
-        raise ConfigError(f"--output {config.output}: wanted a .safetensors file.")
-    check_free(config.output, config.overwrite)
+    check_free(config.output, config.overwrite, ".safetensors")
 
     from sfumato.merging.stored import stored
 
@@ -74,7 +72,9 @@ def extract_file(config: Config) -> Path:
         )
     there = {part for part, _ in base.places}
     if lacking := [part for part in config.parts if part not in there]:
-        raise ConfigError(f"--parts {lacking[0]}: {base.family.title} has {', '.join(sorted(there))} alone.")
+        raise ConfigError(
+            f"--parts {lacking[0]}: {base.family.title} has {', '.join(sorted(there))} alone; name some of these."
+        )
     count, kept = (_write_difference if config.exact else _write_lora)(config, tuned, base)
     size = config.output.stat().st_size / 1e6
     say(f"{config.output.name}: {so_many(count, 'module')}, {size:.2f} MB; {kept}")
@@ -100,7 +100,7 @@ def _write_difference(config: Config, tuned: StoredBase, base: StoredBase) -> tu
     """The same, of all that differs."""
     from sfumato.files.write_difference import write_difference
     from sfumato.merging.convert import Deltas
-    from sfumato.merging.merge import Source
+    from sfumato.merging.merge import Ingredient
     from sfumato.merging.whole_model import replacements
     from sfumato.precision import DTYPES
 
@@ -111,7 +111,7 @@ def _write_difference(config: Config, tuned: StoredBase, base: StoredBase) -> tu
         if not config.parts or target[0] in config.parts
     }
     differing: dict[Target, Replacement] = {}
-    for target, (weight, bias) in Deltas(Source(tuned.name, of_parts), base, dtype).items():
+    for target, (weight, bias) in Deltas(Ingredient(tuned.name, of_parts), base, dtype).items():
         has_bias = bias is not None and bool(bias.any())
         if has_bias or weight.any():
             differing[target] = of_parts[target] if has_bias else replace(of_parts[target], bias=None)
@@ -121,7 +121,7 @@ def _write_difference(config: Config, tuned: StoredBase, base: StoredBase) -> tu
             "it was trained from."
         )
     metadata = _described(config, tuned, base, {})
-    deltas = Deltas(Source(tuned.name, differing), base, dtype)
+    deltas = Deltas(Ingredient(tuned.name, differing), base, dtype)
     write_difference(config.output, deltas, family=base.family.name, metadata=metadata, dtype=dtype)
     return len(deltas), "all that differs; diffusers, peft and sd-scripts read no such file"
 

@@ -157,7 +157,7 @@ def plan(config: Config) -> Plan:
     regional = {each.label for spot in spots for each in spot.adapters}
     everywhere = [each for each in given if each.label not in regional]
     if not config.lora_folder.is_dir():
-        raise ConfigError(f"--lora-folder {config.lora_folder}: there is no such folder.")
+        raise ConfigError(f"--lora-folder {config.lora_folder}: no such folder; name the one with the tags' adapters.")
     adapters, weights = with_tags(everywhere, split, config.lora_folder)
     tagged = [each.label for each in adapters[len(everywhere) :]]
     where_when = _where_when(config, spots, [each.label for each in everywhere], sorted(regional), tagged)
@@ -224,7 +224,7 @@ def _sweep(
     if has_tags:
         raise ConfigError("--sweep and <lora:...> in a prompt do not go together; name the adapter with --lora.")
     if label in where_when.ramps:
-        raise ConfigError(f"--sweep {config.sweep}: --over-steps sets the weight of {label} at every step.")
+        raise ConfigError(f"--sweep {config.sweep}: --over-steps sets {label}'s weight at every step; leave one out.")
     if config.before_after:
         raise ConfigError("--before-after and --sweep are two sheets; ask for one of them.")
     return sweep
@@ -236,7 +236,9 @@ def _spots(config: Config, given: Sequence[Adapter], prompts: Sequence[Tagged]) 
     for spot in spots:
         checked_syntax(spot.prompt or "", config.prompt_syntax)
     if spots and config.adapter_guidance:
-        raise ConfigError("--adapter-guidance and --region do not go together: regions are in both predictions.")
+        raise ConfigError(
+            "--adapter-guidance and --region do not go together: regions are in both predictions. Leave one out."
+        )
     regional = {each.label for spot in spots for each in spot.adapters}
     if twice := [name for found in prompts for name, _ in found.adapters if name in regional]:
         raise ConfigError(f"<lora:{twice[0]}:...>: this adapter has a --region; name it with --lora alone.")

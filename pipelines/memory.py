@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Literal
 
+from sfumato import shell
 from sfumato.cli import run
 from sfumato.config import parse
 from sfumato.errors import ConfigError
 
 if TYPE_CHECKING:
     from sfumato.bases import Base
-    from sfumato.forecast import Setting, Step, Way
+    from sfumato.forecast import Setting, StepMemory, Training
 
 GIB = 2**30
 
@@ -57,7 +58,7 @@ def check(config: Config) -> None:
     for name in ("resolution", "batch", "rank", "conv_rank", "within"):
         value = getattr(config, name)
         if value is not None and value <= 0:
-            raise ConfigError(f"--{name.replace('_', '-')} {value:g}: must be above 0.")
+            raise ConfigError(f"{shell.option(name)} {value:g}: must be above 0.")
 
 
 def rows_of(base: Base, setting: Setting) -> Iterator[tuple[str, list[float]]]:
@@ -65,10 +66,10 @@ def rows_of(base: Base, setting: Setting) -> Iterator[tuple[str, list[float]]]:
     from sfumato import forecast
 
     @cache
-    def of_step(way: Way, checkpointing: bool) -> Step:
+    def of_step(way: Training, checkpointing: bool) -> StepMemory:
         return forecast.of_step(base, way, replace(setting, checkpointing=checkpointing))
 
-    for way in forecast.WAYS:
+    for way in forecast.TRAININGS:
         alike = replace(way, options="", fused=False, optimizer="adamw")
         steps = (of_step(alike, checkpointing) for checkpointing in (False, True))
         yield way.options, [step.total(way, setting.device) / GIB for step in steps]

@@ -9,17 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
+from sfumato import shell
 from sfumato.cli import run
 from sfumato.command_line.said import say
 from sfumato.command_line.specs import parse_adapters
 from sfumato.config import parse, to_dict
 from sfumato.errors import ConfigError
 from sfumato.files.atomic import check_free
+from sfumato.limits import checked_density
 from sfumato.numerals import so_many
 
 if TYPE_CHECKING:
     from sfumato.merging.lineage import Parent
-    from sfumato.merging.merge import Source
+    from sfumato.merging.merge import Ingredient
 
 
 @dataclass(frozen=True)
@@ -82,14 +84,15 @@ def merge_files(config: Config) -> Path:
     """Merge what the config names; returns the written file or folder."""
     if not config.adapters:
         raise ConfigError("there is no adapter; wanted such as: sfumato merge a.safetensors:0.8 b.safetensors:0.6.")
-    check_free(config.output, config.overwrite)
+    check_free(config.output, config.overwrite, None if config.into is not None else ".safetensors")
     chosen = [each.name for each in fields(config) if getattr(config, each.name) != each.default]
-    idle = [f"--{name.replace('_', '-')}" for name in chosen if name not in _OF_INTO]
+    idle = [shell.option(name) for name in chosen if name not in _OF_INTO]
     if config.into is not None and idle:
         raise ConfigError(
             "--into bakes all of it, in the base's own dtype: leave out "
             f"{', '.join(idle)}, or merge to a file first and bake that."
         )
+    checked_density(config.density)
     if not 0 < config.null_energy <= 1:
         raise ConfigError(f"--null-energy is {config.null_energy}; it must be above 0 and at most 1.")
     adapters = parse_adapters(config.adapters)
@@ -100,7 +103,7 @@ def merge_files(config: Config) -> Path:
     for name, methods in TAKEN_BY.items():
         if name in chosen and config.method not in methods:
             raise ConfigError(
-                f"--{name.replace('_', '-')} has no effect on --method {config.method}; leave it out, or choose one of "
+                f"{shell.option(name)} has no effect on --method {config.method}; leave it out, or choose one of "
                 f"{', '.join(sorted(methods))}."
             )
     if config.into is not None and config.method not in ("linear", *DENSE):
@@ -116,12 +119,12 @@ def merge_files(config: Config) -> Path:
     return _merge(config, sources, parents)
 
 
-def _counted(sources: Sequence[Source], parents: Sequence[Parent]) -> list[Parent]:
+def _counted(sources: Sequence[Ingredient], parents: Sequence[Parent]) -> list[Parent]:
     """What the result is made of: the parents of those that change anything."""
     return [parent for source, parent in zip(sources, parents, strict=True) if source.counts]
 
 
-def _merge(config: Config, sources: Sequence[Source], parents: Sequence[Parent]) -> Path:
+def _merge(config: Config, sources: Sequence[Ingredient], parents: Sequence[Parent]) -> Path:
     from sfumato.files.embedding_file import united
     from sfumato.files.write import write_lora
     from sfumato.merging.convert import lines_on_diffusers
@@ -132,8 +135,6 @@ def _merge(config: Config, sources: Sequence[Source], parents: Sequence[Parent])
     from sfumato.merging.stored import stored
     from sfumato.precision import DTYPES
 
-    if config.output.suffix != ".safetensors":
-        raise ConfigError(f"--output {config.output}: wanted a .safetensors file.")
     family = common_family(parents, said=config.family)
     words = united({source.name: source.words for source in sources if source.counts})
     merged = merge(
@@ -163,7 +164,7 @@ def _merge(config: Config, sources: Sequence[Source], parents: Sequence[Parent])
     return config.output
 
 
-def _bake(config: Config, sources: Sequence[Source], parents: Sequence[Parent]) -> Path:
+def _bake(config: Config, sources: Sequence[Ingredient], parents: Sequence[Parent]) -> Path:
     from sfumato.merging.bake import bake
     from sfumato.merging.lineage import baked, common_family
     from sfumato.merging.methods import Settings
@@ -175,7 +176,9 @@ def _bake(config: Config, sources: Sequence[Source], parents: Sequence[Parent]) 
         raise ConfigError(f"--title {config.title}: {base.name} is a folder, which has no metadata. Leave it out.")
     family = common_family(parents, default=base.family.name, said=config.family)
     if family != base.family.name:
-        raise ConfigError(f"--into {base.name}: is {base.family.title}, the adapters are for {family}.")
+        raise ConfigError(
+            f"--into {base.name}: is {base.family.title}, the adapters are for {family}; name a base of theirs."
+        )
     parents = _counted(sources, parents)
     metadata = baked(parents, title=config.title or config.output.stem, config=to_dict(config, public=True))
     bake(

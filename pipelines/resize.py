@@ -45,9 +45,7 @@ def resize_file(config: Config) -> Path:
     """Write the smaller LoRA; returns its file."""
     if config.rank is None and config.keep_energy is None:
         raise ConfigError("say how much to keep: --rank 8 or --keep-energy 0.99.")
-    if config.output.suffix != ".safetensors":
-        raise ConfigError(f"--output {config.output}: wanted a .safetensors file.")
-    check_free(config.output, config.overwrite)
+    check_free(config.output, config.overwrite, ".safetensors")
 
     from sfumato.files.write import write_lora
     from sfumato.merging.convert import lines_on_diffusers

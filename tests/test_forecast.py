@@ -7,13 +7,22 @@ import pytest
 
 from sfumato import cli, forecast, load_base
 from sfumato.adapters import attach, hosts
-from sfumato.forecast import BESIDE, WAYS, Setting, Way, of_drawing, of_encoding, of_step, samples_at_once, shapes_of
+from sfumato.forecast import (
+    BESIDE,
+    TRAININGS,
+    Setting,
+    Training,
+    of_drawing,
+    of_encoding,
+    of_step,
+    samples_at_once,
+    shapes_of,
+)
 from sfumato.precision import decide, imagined
 from sfumato.precision.lean import keep_less
-from sfumato.training.full import parts_of
 
 ON_CPU = Setting("cpu", imagined("auto", "cpu"), 64, 1, 4)
-BY_OPTIONS = {way.options: way for way in WAYS}
+BY_OPTIONS = {way.options: way for way in TRAININGS}
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +54,7 @@ def test_it_is_what_a_step_of_real_tensors_takes(name, checkpointing, shapes):
     base.unet.requires_grad_(way.trained == "whole")
     learned = [] if way.trained == "words" else list(base.unet.parameters())
     if way.trained == "lora":
-        learned = list(attach(hosts(parts_of(base, text=False), way.targets), rank=4, alpha=4.0).parameters())
+        learned = list(attach(hosts(base.parts(text=False), way.targets), rank=4, alpha=4.0).parameters())
     real = forecast._step(base, way, setting, learned)
     told = of_step(shapes, way, setting)
     assert told.alive == pytest.approx(real.peak_with_gradients, rel=1e-3)
@@ -108,17 +117,17 @@ def test_a_gpu_in_half_precision_keeps_less_than_in_fp32():
 
 
 def test_convolutions_of_a_lower_rank_train_fewer_numbers(shapes):
-    way = Way("", "lora", targets="mid_block.*(conv1|to_q)$")
+    way = Training("", "lora", targets="mid_block.*(conv1|to_q)$")
     steps = (of_step(shapes, way, replace(ON_CPU, conv_rank=rank)) for rank in (4, 1))
     plain, own = (sum(shape.numel() for shape in step.trained) for step in steps)
-    learned = attach(hosts(parts_of(shapes, text=False), way.targets), rank=4, alpha=4.0, conv_rank=1)
+    learned = attach(hosts(shapes.parts(text=False), way.targets), rank=4, alpha=4.0, conv_rank=1)
     assert own == learned.count() < plain
 
 
 def test_the_table_marks_what_does_not_fit(monkeypatch, capsys):
     full = "dreambooth --method full"
     shown = [full, f"{full} --fused", f"{full} --fused --optimizer adamw8bit"]
-    monkeypatch.setattr(forecast, "WAYS", [BY_OPTIONS[name] for name in shown])
+    monkeypatch.setattr(forecast, "TRAININGS", [BY_OPTIONS[name] for name in shown])
     assert cli.main(["memory", "--device", "cpu", "--within", "0.95"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "pocket (pocket), 64 px, batch 1, rank 16, fp32 on a CPU"
@@ -128,7 +137,7 @@ def test_the_table_marks_what_does_not_fit(monkeypatch, capsys):
 
 
 def test_the_table_as_json(pocket_folder, monkeypatch, capsys):
-    monkeypatch.setattr(forecast, "WAYS", [BY_OPTIONS["textual_inversion"]])
+    monkeypatch.setattr(forecast, "TRAININGS", [BY_OPTIONS["textual_inversion"]])
     assert cli.main(["memory", "--base", str(pocket_folder), "--device", "cpu", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)["gib"]
     assert next(iter(told)) == "textual_inversion"

@@ -655,7 +655,7 @@ def test_the_example_script_runs(base_folder, loras, tmp_path, monkeypatch, base
 WRONG = {
     "a tag of no file": (["a <lora:nowhere:1>", "-o", "a.png"], "<lora:nowhere>: no file"),
     "a file that would be a folder": (["a", "-o", "a.pgn"], "--output a.pgn: pictures are written as .png"),
-    "a folder of adapters that is none": (["a", "--lora-folder", "nowhere"], "--lora-folder nowhere: there is no"),
+    "a folder of adapters that is none": (["a", "--lora-folder", "nowhere"], "--lora-folder nowhere: no"),
     "a mask alone": (["a", "--mask", "there.png", "-o", "a.png"], "give --image"),
     "a folder of pictures": (["a", "--image", ".", "-o", "a.png"], "--image .: a folder; name one picture in it."),
     "a picture that is none": (["a", "--image", "there.png", "-o", "a.png"], "there.png"),
@@ -743,7 +743,7 @@ WRONG = {
     ),
     "steps under a sweep": (
         ["a", "--lora", "line.safetensors", "--over-steps", "line=0:1,1:0", "--sweep", "line=0,1"],
-        "sets the weight of line at every step",
+        "sets line's weight at every step",
     ),
     "turns of one": (["a", "--lora", "line.safetensors", "--switch", "5"], "two --lora or more"),
     "turns of no step": (["a", *TWO, "--switch", "0"], "--switch 0"),

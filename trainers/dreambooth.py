@@ -18,10 +18,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
-from sfumato.command_line.where_when import parse_span
+from sfumato import shell
 from sfumato.config import parse
+from sfumato.drawing.where_when import parse_span
 from sfumato.errors import ConfigError
 from sfumato.numerals import so_many
+from sfumato.runs.folder import kept_name
 from sfumato.training import checks, filling
 from sfumato.training.options import TrainerOptions
 from sfumato.training.subject import KeptPrompts, Subject, read_pictures, with_caption
@@ -154,9 +156,9 @@ def train(config: Config) -> Path:
     from sfumato.training.ema import Average
     from sfumato.training.finish import describe_run
     from sfumato.training.fused import FusedStep
-    from sfumato.training.measure import Measures
+    from sfumato.training.measure import DriftLimit, Measures
     from sfumato.training.noising import draw_noised, errors_of
-    from sfumato.training.prior import BasePrediction, DriftLimit, prepare_both
+    from sfumato.training.prior import BasePrediction, prepare_both
     from sfumato.words import identifier
 
     check(config)
@@ -227,7 +229,7 @@ def train(config: Config) -> Path:
 
     def export(step: int) -> None:
         if step and processes.is_main and lora:
-            kept = config.output / "adapters" / f"{config.name}-step{step:08d}.safetensors"
+            kept = config.output / "adapters" / f"{kept_name(config.name, step)}.safetensors"
             about = describe_run(config, base, dataset, samples, steps=step, **told)
             with average.applied():
                 write_lora(kept, lora.modules_by_target(), **written_as(config, base, about))
@@ -332,7 +334,7 @@ def check_words(config: Config) -> None:
         raise ConfigError("--identifier is empty; give a rare word, such as sks.")
     for option in ("class_name", "class_prompt", "instance_prompt"):
         if (words := getattr(config, option)) and not words.strip():
-            raise ConfigError(f"--{option.replace('_', '-')} is empty; give words, or leave it out.")
+            raise ConfigError(f"{shell.option(option)} is empty; give words, or leave it out.")
     if config.instance_prompt and config.caption:
         raise ConfigError("--instance-prompt and --caption are both given; each decides all captions, so give one.")
 
@@ -514,9 +516,8 @@ def trainable(base: Base, config: Config) -> Lora | nn.ModuleDict:
 def adapted(base: Base, config: Config) -> dict[str, dict[str, nn.Linear | nn.Conv2d]]:
     """The layers that a LoRA is to change, by part and path."""
     from sfumato.adapters import hosts
-    from sfumato.training.full import parts_of
 
-    return hosts(parts_of(base, text=config.train_text_encoder), config.targets)
+    return hosts(base.parts(text=config.train_text_encoder), config.targets)
 
 
 def groups(trained: Lora | nn.ModuleDict, config: Config) -> list[dict[str, Any]]:
@@ -543,8 +544,8 @@ def save(
     from sfumato.adapters import Lora
     from sfumato.files import write_lora
     from sfumato.precision import decide
-    from sfumato.training.finish import finish
-    from sfumato.training.full import full_precision, parts_of, write_difference, write_extracted, write_folder
+    from sfumato.training.finish import finish, upload
+    from sfumato.training.full import full_precision, write_difference, write_extracted, write_folder
 
     as_file = written_as(config, base, about)
     if isinstance(trained, Lora):
@@ -555,13 +556,14 @@ def save(
         # On the CPU: beside what has learned, with its optimizer's state, a GPU may have no room for another.
         original = config.load_base(full_precision(decide("fp32", device="cpu")))
         original.resting.keep("unet", *(("text",) if config.train_text_encoder else ()))
-        after, before = (parts_of(one, text=config.train_text_encoder) for one in (base, original))
+        after, before = (one.parts(text=config.train_text_encoder) for one in (base, original))
         if config.save == "difference":
             count = write_difference(path, after, before, **as_file)
             run.say(f"{so_many(count, 'module differs', 'modules differ')} from the base's")
         else:
             run.say(write_extracted(path, after, before, rank=config.rank, keep_energy=config.keep_energy, **as_file))
-    finish(run, path, about, samples, kind=config.save, push=config.push_to_hub)
+    finish(run, path, about, samples, kind=config.save)
+    upload(run, [path], config.push_to_hub)
 
 
 def written_as(config: Config, base: Base, about: Description) -> dict[str, Any]:

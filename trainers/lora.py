@@ -17,11 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from sfumato.command_line.where_when import parse_span
 from sfumato.config import parse
+from sfumato.drawing.where_when import parse_span
 from sfumato.errors import ConfigError
 from sfumato.limits import checked_adapter_guidance
 from sfumato.numerals import so_many
+from sfumato.runs.folder import kept_name
 from sfumato.training import checks, filling
 from sfumato.training.options import TrainerOptions
 from sfumato.words.placeholders import MOST_VECTORS, RATES, VECTORS, check_stands_for, files, holds
@@ -134,7 +135,6 @@ def train(config: Config) -> Path:
     from sfumato.runs.samples import UNRELATED
     from sfumato.training import optimizers
     from sfumato.training.ema import Average
-    from sfumato.training.full import parts_of
     from sfumato.training.init_from import start_from
     from sfumato.training.measure import Measures
     from sfumato.training.noising import draw_noised, errors_of
@@ -150,7 +150,7 @@ def train(config: Config) -> Path:
     has_prior = bool(config.prior_prompts or of_class)
     config, filled = resolve(config, base, subjects.samples, processes.count, has_prior=has_prior)
     words = new_words(base, config, examples) if config.train_words else None
-    adapted = hosts(parts_of(base, text=config.train_text_encoder), config.targets, conv=config.conv)
+    adapted = hosts(base.parts(text=config.train_text_encoder), config.targets, conv=config.conv)
     notes = rank_notes(adapted, config.rank, config.conv_rank)
     run = Run.start(config, program="lora", processes=processes, writes=written(config))
     run.say(precision.table())
@@ -490,7 +490,7 @@ def export(step: int, config: Config, learned: Learned, average: Average, proces
     """Write the adapter as it is after this step, beside the last one; nothing before the first."""
     if step and processes.is_main:
         with average.applied():
-            learned.write(config.output / "adapters" / f"{config.name}-step{step:08d}.safetensors", step)
+            learned.write(config.output / "adapters" / f"{kept_name(config.name, step)}.safetensors", step)
 
 
 def save(path: Path, config: Config, learned: Learned, samples: Samples, run: Run) -> None:
@@ -498,7 +498,7 @@ def save(path: Path, config: Config, learned: Learned, samples: Samples, run: Ru
     from sfumato.training.finish import finish, upload
 
     description, beside = learned.write(path, config.steps)
-    finish(run, path, description, samples, kind="lora", push=None)
+    finish(run, path, description, samples, kind="lora")
     learned.tell_words(path, beside, description, run)
     upload(run, [path, *beside.values()], config.push_to_hub)
 

@@ -302,7 +302,7 @@ def train_unet(config: Config, precision: Precision) -> Path:
     from sfumato import diffusion
     from sfumato.pocket.captions import read_words
     from sfumato.pocket.directions import Things
-    from sfumato.pocket.given import fingerprint_of, parts_of, read_vae
+    from sfumato.pocket.given import fingerprint_of, learning_parts, read_vae
     from sfumato.pocket.latents import Latents
     from sfumato.pocket.lessons import Lessons
     from sfumato.pocket.parts import build_scheduler
@@ -324,7 +324,7 @@ def train_unet(config: Config, precision: Precision) -> Path:
     run.say(precision.table())
     scheduler = build_scheduler()
     if config.init:
-        unet, text_encoder, tokenizer, own_vae = parts_of(config.init, config.device, scheduler)
+        unet, text_encoder, tokenizer, own_vae = learning_parts(config.init, config.device, scheduler)
         text_encoder.requires_grad_(config.train_text_encoder)
         vae = vae or own_vae
     else:
@@ -406,7 +406,7 @@ def train_text(config: Config, precision: Precision) -> Path:
 
     from sfumato.pocket.directions import Things
     from sfumato.pocket.emphasis import Emphasis
-    from sfumato.pocket.given import fingerprint_of, parts_of
+    from sfumato.pocket.given import fingerprint_of, learning_parts
     from sfumato.pocket.parts import build_scheduler
     from sfumato.pocket.shown import assemble, save_model
     from sfumato.runs.run import Run
@@ -416,7 +416,7 @@ def train_text(config: Config, precision: Precision) -> Path:
     run = Run.start(config, program="pretrain", writes=["model"])
     run.say(precision.table())
     scheduler, device = build_scheduler(), precision.device
-    unet, text_encoder, tokenizer, vae = parts_of(config.init, config.device, scheduler)
+    unet, text_encoder, tokenizer, vae = learning_parts(config.init, config.device, scheduler)
     precision.learn(text_encoder)
     taught = copy.deepcopy(text_encoder).requires_grad_(False)
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from sfumato.config import parse
 from sfumato.errors import ConfigError
 from sfumato.numerals import so_many
+from sfumato.runs.folder import kept_name
 from sfumato.training import checks, filling
 from sfumato.training.options import TrainerOptions
 from sfumato.words.placeholders import MOST_VECTORS, RATES, VECTORS, check_stands_for, holds
@@ -152,7 +153,7 @@ def train(config: Config) -> Path:
 
     def export(step: int) -> None:
         if step and processes.is_main:
-            kept = files(config.output / "adapters", f"{config.name}-step{step:08d}", config.placeholder, alone=True)
+            kept = files(config.output / "adapters", kept_name(config.name, step), config.placeholder, alone=True)
             about = describe_run(config, base, dataset, samples, trigger=config.placeholder, steps=step)
             with average.applied():
                 write_words(kept, words, config, about)

@@ -21,7 +21,7 @@ from typing import Literal, NoReturn
 import sfumato
 from sfumato import shell
 from sfumato.command_line import threads
-from sfumato.errors import ConfigError, SfumatoError
+from sfumato.errors import ConfigError, SfumatoError, nearest
 
 TRAINERS = {
     "dreambooth": "the whole U-Net, or a LoRA, on a subject bound to a rare word, with the class kept",
@@ -243,7 +243,7 @@ def _dispatch(words: Sequence[str]) -> object:
     own: dict[str, Callable[[list[str]], object]] = {"train": _train, "resume": _resume, "ls": _list, "cp": _copy}
     if command not in own:
         known = ["train", "resume", *PIPELINES, "ls", "cp"]
-        raise ConfigError(f"there is no command {command!r}; {_nearest(command, known)} See sfumato --help.")
+        raise ConfigError(f"there is no command {command!r}; {nearest(command, known)} See sfumato --help.")
     return own[command](rest)
 
 
@@ -283,15 +283,8 @@ def _resume(words: list[str]) -> object:
 def find(name: str, among: dict[str, str]) -> str:
     """The module of the trainer called `name`."""
     if name not in among:
-        raise ConfigError(f"there is no trainer {name!r}; {_nearest(name, list(among))} See sfumato --help.")
+        raise ConfigError(f"there is no trainer {name!r}; {nearest(name, among)} See sfumato --help.")
     return f"sfumato.trainers.{name}"
-
-
-def _nearest(name: str, known: list[str]) -> str:
-    import difflib
-
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}."
 
 
 def _load(module: str) -> Main:
@@ -326,7 +319,7 @@ def _copy(words: list[str]) -> int:
     name, target = words[0], Path(words[1])
     programs = _programs()
     if name not in programs:
-        raise ConfigError(f"there is no program {name!r}; {_nearest(name, list(programs))}")
+        raise ConfigError(f"there is no program {name!r}; {nearest(name, list(programs))}")
     if words[1].endswith(("/", os.sep)) and not target.is_dir():
         raise ConfigError(f"{words[1]} is not a folder; make it first, or name another place.")
     if target.is_dir():

@@ -7,7 +7,6 @@ defaults. Parsing is cyclopts'; this module adds the file, the one-line errors a
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib.util
 import itertools
 import json
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
 
 from sfumato import shell
 from sfumato.elsewhere import called_here, value_here
-from sfumato.errors import ConfigError
+from sfumato.errors import ConfigError, nearest
 from sfumato.toml import check_path, read_toml
 
 if TYPE_CHECKING:
@@ -148,7 +147,7 @@ def _with_paths_at_home(config: Config) -> Config:
 
 def _refuse_fractions(config_type: type[DataclassInstance], words: Sequence[str], called: str) -> None:
     """Whole numbers with a fraction are an error: the parser would round `--steps 1.5` and say nothing."""
-    whole = {f"--{name.replace('_', '-')}" for name in _fields_of(config_type, int)}
+    whole = {shell.option(name) for name in _fields_of(config_type, int)}
     for place, word in enumerate(words):
         option, equals, value = word.partition("=")
         if option.replace("_", "-") in whole:
@@ -160,8 +159,8 @@ def _refuse_fractions(config_type: type[DataclassInstance], words: Sequence[str]
 def _refuse_empty_paths(config_type: type[DataclassInstance], words: Sequence[str], called: str) -> None:
     """A path of no letters is an error, such as `--images "$UNSET"`: it would be the present folder."""
     names = _fields_of(config_type, Path)
-    paths = {f"--{name.replace('_', '-')}" for name in names} | ({"-o"} if "output" in names else set())
-    first = f"--{dataclasses.fields(config_type)[0].name.replace('_', '-')}"  # also given without its name
+    paths = {shell.option(name) for name in names} | ({"-o"} if "output" in names else set())
+    first = shell.option(dataclasses.fields(config_type)[0].name)  # also given without its name
     words = [first, *words] if words[:1] == [""] else words
     for place, word in enumerate(words):
         option, equals, value = word.partition("=")
@@ -221,10 +220,8 @@ def _read(config_type: type[DataclassInstance], path: Path) -> dict[str, Any]:
         if name not in known and isinstance(value, dict):
             raise ConfigError(f"{path}: [{key}] is a table; wanted the options by themselves, such as {known[0]} = ...")
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            guess = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}."
             here = called_here(name, known)
-            hint = here[0].lower() + here[1:] if here else guess
+            hint = here[0].lower() + here[1:] if here else nearest(name, known)
             raise ConfigError(f"{path}: unknown key {key!r}; {hint}")
         if name.replace("_", "-") in found:
             raise ConfigError(f"{path}: {name} is there twice, with - and with _; keep one.")

@@ -10,6 +10,15 @@ SfumatoError
 └── RunError          a run folder, a training that went wrong
 """
 
+import difflib
+from collections.abc import Collection
+
+
+def nearest(name: str, known: Collection[str]) -> str:
+    """What was perhaps meant by a name that is none of `known`, or all of these, as the end of a message."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}."
+
 
 class SfumatoError(Exception):
     """Anything a user can mend; the command line prints it as one line and exits with 2."""

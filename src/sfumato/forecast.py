@@ -28,7 +28,6 @@ from sfumato.drawing.pictures import drawn_at_once
 from sfumato.errors import ConfigError
 from sfumato.precision import decide, products
 from sfumato.precision.lean import keep_less
-from sfumato.training.full import parts_of
 from sfumato.training.optimizers import OptimizerName, state_bytes
 
 if TYPE_CHECKING:
@@ -45,7 +44,7 @@ PUBLISHED = ("sd1", "sd2", "sdxl")
 
 
 @dataclass(frozen=True)
-class Way:
+class Training:
     """One way to train: what is trained, and with which options.
 
     trained: what has gradients and an optimizer's state. pictures: that a step sees for one of the batch, two where
@@ -61,18 +60,18 @@ class Way:
     optimizer: OptimizerName = "adamw"
 
 
-WAYS = (
-    Way("textual_inversion", "words", text=True),
-    Way("lora", "lora"),
-    Way("lora --targets everything", "lora", targets="everything"),
-    Way("lora --train-words", "lora", text=True),
-    Way("dreambooth --method lora", "lora", targets="everything", pictures=2),
-    Way("dreambooth --method full", "whole", pictures=2),
-    Way("dreambooth --method full --fused", "whole", pictures=2, fused=True),
-    Way(
+TRAININGS = (
+    Training("textual_inversion", "words", text=True),
+    Training("lora", "lora"),
+    Training("lora --targets everything", "lora", targets="everything"),
+    Training("lora --train-words", "lora", text=True),
+    Training("dreambooth --method lora", "lora", targets="everything", pictures=2),
+    Training("dreambooth --method full", "whole", pictures=2),
+    Training("dreambooth --method full --fused", "whole", pictures=2, fused=True),
+    Training(
         "dreambooth --method full --fused --optimizer adamw8bit", "whole", pictures=2, fused=True, optimizer="adamw8bit"
     ),
-    Way(
+    Training(
         "dreambooth --method full --fused --optimizer adafactor", "whole", pictures=2, fused=True, optimizer="adafactor"
     ),
 )
@@ -113,7 +112,7 @@ def shapes_of(
 
 
 @dataclass(frozen=True)
-class Step:
+class StepMemory:
     """What a training step takes, in bytes: `weights` that are there all the time, the most that is alive beside them,
     with all gradients until its end or, `fused`, with one at a time; and the shapes of what is `trained`."""
 
@@ -122,16 +121,16 @@ class Step:
     fused: int
     trained: tuple[torch.Size, ...]
 
-    def total(self, way: Way, device: Literal["gpu", "cpu"]) -> int:
+    def total(self, way: Training, device: Literal["gpu", "cpu"]) -> int:
         """With the optimizer's state and what torch does not see."""
         state = sum(state_bytes(way.optimizer, shape) for shape in self.trained)
         return int(self.weights + state + (self.fused if way.fused else self.alive) + BESIDE[device])
 
 
-def of_step(base: Base, way: Way, setting: Setting) -> Step:
+def of_step(base: Base, way: Training, setting: Setting) -> StepMemory:
     """A training step at its peak. base: of `shapes_of`, which stays as it is.
 
-    `way.fused` and `way.optimizer` make no difference here, see `Step.total`.
+    `way.fused` and `way.optimizer` make no difference here, see `StepMemory.total`.
     """
     whole = way.trained == "whole"
     base.unet.requires_grad_(whole)
@@ -139,7 +138,7 @@ def of_step(base: Base, way: Way, setting: Setting) -> Step:
         base.unet.enable_gradient_checkpointing()
     lora = None
     if way.trained == "lora":
-        adapted = hosts(parts_of(base, text=False), way.targets)
+        adapted = hosts(base.parts(text=False), way.targets)
         lora = attach(adapted, rank=setting.rank, alpha=float(setting.rank), conv_rank=setting.conv_rank)
     texts = list(base.text_encoders) if way.text else []
     try:
@@ -148,7 +147,7 @@ def of_step(base: Base, way: Way, setting: Setting) -> Step:
             learned = [p for module in (lora or base.unet, *texts) for p in module.parameters() if p.requires_grad]
             with _norms_in_fp32(base.unet, setting):
                 alive = _step(base, way, setting, learned)
-            return Step(
+            return StepMemory(
                 weights=_bytes_of(base.unet, *texts, *([lora] if lora else [])),
                 alive=alive.peak_with_gradients,
                 fused=alive.peak,
@@ -188,7 +187,7 @@ def of_drawing(base: Base, setting: Setting, count: int = 1) -> int:
     return int(weights + max(drawn.peak, decoded.peak) + BESIDE[setting.device])
 
 
-def _step(base: Base, way: Way, setting: Setting, learned: list[nn.Parameter]) -> _Alive:
+def _step(base: Base, way: Training, setting: Setting, learned: list[nn.Parameter]) -> _Alive:
     count = setting.batch * way.pictures
     leaves: list[Tensor] = []
     alive = _Alive(base.unet, *base.text_encoders, *learned)

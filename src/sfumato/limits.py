@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from sfumato.errors import ConfigError
 
+MOST_ADAPTER_GUIDANCE = 20.0
+
 
 def checked_steps(steps: int) -> int:
     """Steps of a sampler. Raises ConfigError for none; how many the base takes is its own to say."""
@@ -31,8 +33,16 @@ def checked_guidance(guidance: float) -> float:
 
 def checked_adapter_guidance(strength: float) -> float:
     """How often adapters count. Raises ConfigError for what cannot be meant."""
-    from sfumato.files.metadata import MOST_ADAPTER_GUIDANCE as MOST
-
-    if not 0 <= strength <= MOST:
-        raise ConfigError(f"adapter guidance {strength:g}: wanted 0 to {MOST:g}; 2 is usual, 0 is in both predictions.")
+    if not 0 <= strength <= MOST_ADAPTER_GUIDANCE:
+        raise ConfigError(
+            f"adapter guidance {strength:g}: wanted 0 to {MOST_ADAPTER_GUIDANCE:g}; 2 is usual, 0 is in "
+            "both predictions."
+        )
     return strength
+
+
+def checked_density(density: float) -> float:
+    """The share of entries that a method of merging keeps. Raises ConfigError for what is no share."""
+    if not 0 < density <= 1:
+        raise ConfigError(f"density {density:g}: wanted the share of entries to keep, above 0 and at most 1.")
+    return density

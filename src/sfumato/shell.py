@@ -29,6 +29,11 @@ def quote(word: str) -> str:
     return subprocess.list2cmdline([word]) if _WINDOWS else shlex.quote(word)
 
 
+def option(name: str) -> str:
+    """The option of a config's field of this name."""
+    return f"--{name.replace('_', '-')}"
+
+
 def join(words: Iterable[str]) -> str:
     """The words as one command."""
     return " ".join(map(quote, words))

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from sfumato.bases import hub, loading
 from sfumato.bases.family import recognise
-from sfumato.bases.hub import weight_files
+from sfumato.bases.hub import files_to_fetch
 from sfumato.bases.loading import find_vae, load_base
 from sfumato.bases.recognise import family_of_names
 from sfumato.errors import BaseModelError, SfumatoError
@@ -235,13 +235,13 @@ def test_of_a_repository_only_one_set_of_safetensors_is_fetched():
         "text_encoder/model-00002-of-00002.safetensors",
         "v1-5-pruned.safetensors",
     ]
-    assert weight_files(files, "owner/name") == [files[0], files[4], files[5], files[6]]
+    assert files_to_fetch(files, "owner/name") == [files[0], files[4], files[5], files[6]]
     with pytest.raises(BaseModelError, match=r"owner/name: unet has only pickled weights"):
-        weight_files(["unet/diffusion_pytorch_model.bin"], "owner/name")
+        files_to_fetch(["unet/diffusion_pytorch_model.bin"], "owner/name")
     brain = ["unet/diffusion_pytorch_model.bf16.safetensors", "unet/diffusion_pytorch_model.bin"]
-    assert weight_files(brain, "owner/name") == brain[:1]
+    assert files_to_fetch(brain, "owner/name") == brain[:1]
     with pytest.raises(BaseModelError, match=r"of unet there is diffusion_pytorch_model\.non_ema\.safetensors alone"):
-        weight_files(files[3:4], "owner/name")
+        files_to_fetch(files[3:4], "owner/name")
 
 
 @pytest.mark.parametrize("place", ["", "vae/"])

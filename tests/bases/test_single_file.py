@@ -17,7 +17,7 @@ from sfumato.bases.vocabulary import clip_tokenizer
 from sfumato.bases.weights import text_skeleton, unet_skeleton, vae_skeleton
 from sfumato.data.needs import needs_of
 from sfumato.errors import BaseModelError
-from sfumato.files.family import FAMILIES as LABELS
+from sfumato.files.family import LABELS
 from sfumato.files.header import Header, TensorInfo
 from sfumato.forecast import shapes_of
 from tests.tiny import CPU, tiny_pipeline, write_single_file

@@ -8,11 +8,12 @@ import pytest
 from PIL import Image
 
 from sfumato import shell
-from sfumato.cards.adapter import push, write_card
+from sfumato.cards.adapter import write_card
 from sfumato.cards.model import write_model_card
 from sfumato.cards.words import add_words_section, write_embedding_card
 from sfumato.errors import ConfigError
 from sfumato.files import Description
+from sfumato.training.publish import push
 
 ABOUT = Description(
     title="line",

@@ -270,7 +270,7 @@ def test_the_list_of_another_tagger_s_tags_is_refused(tagger, tmp_path):
     shutil.copytree(tagger, tmp_path / "tagger")
     with (tmp_path / "tagger/selected_tags.csv").open("a") as file:
         file.write("\n7,sea,0,0")
-    with pytest.raises(FileError, match=r"selected_tags\.csv has 7 tags, model\.onnx gives 6\."):
+    with pytest.raises(FileError, match=r"selected_tags\.csv has 7 tags, model\.onnx gives 6;"):
         load_captioner(str(tmp_path / "tagger"), CPU, Wishes())([noise_picture(seed=0)])
 
 

@@ -14,7 +14,7 @@ from sfumato.pipelines.inspect_file import main as inspect
 from sfumato.config import parse
 from sfumato.drawing.comfy_graph import read_graph
 from sfumato.drawing.drawn import save_drawn
-from sfumato.drawing.invoke_metadata import read_metadata
+from sfumato.drawing.invoke_metadata import read_invoke
 from sfumato.drawing.pnginfo import (
     Parameters,
     format_parameters,
@@ -392,7 +392,7 @@ def test_what_invokeai_wrote_before_version_3_is_told_as_a_command(tmp_path):
     ["[1]", "{", "{}", '{"positive_prompt": 3}', '{"image": {}}', '{"image": {"prompt": [3]}}', "null", "[" * 9999],
 )
 def test_metadata_without_a_prompt_is_none(text):
-    assert read_metadata(text) is None
+    assert read_invoke(text) is None
 
 
 def test_our_own_picture_is_told_with_its_adapters_and_what_they_ask_for(tmp_path):

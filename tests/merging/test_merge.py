@@ -22,7 +22,8 @@ from sfumato.files.save import write_tensors
 from sfumato.merging.bake import bake
 from sfumato.merging.convert import Deltas
 from sfumato.merging.factors import Budget
-from sfumato.merging.merge import Source, merge
+from sfumato.merging.merge import Ingredient, merge
+from sfumato.merging.methods import Settings
 from sfumato.merging.stored import stored
 from tests.bundles import add_words
 from tests.merging.conftest import random_modules
@@ -201,7 +202,7 @@ def test_shapes_are_not_mixed(tiny_base):
     target = next(iter(weights))
     small, large = ({target: w} for w in (weights[target], torch.cat([weights[target]] * 2)))
     with pytest.raises(AdapterError, match=r"They were trained for different bases"):
-        merge([Source("a", random_modules(small, 1)), Source("b", random_modules(large, 2))])
+        merge([Ingredient("a", random_modules(small, 1)), Ingredient("b", random_modules(large, 2))])
 
 
 @pytest.mark.parametrize(
@@ -259,7 +260,7 @@ def test_a_kind_without_low_rank_is_factored_from_its_delta_on_the_base(tiny_bas
     weights = base.weights()
     target = next(t for t in weights if t[1].endswith("attn2.to_q"))
     lora = random_modules({target: weights[target]}, 1)
-    sources = [Source("nudge", {target: Nudge(0.1)}, 0.5), Source("lora", lora, 2.0)]
+    sources = [Ingredient("nudge", {target: Nudge(0.1)}, 0.5), Ingredient("lora", lora, 2.0)]
     with pytest.raises(AdapterError, match=r"nudge: the delta of OFT .* Name the base it was made for with --base"):
         merge(sources, budget=Budget(rank=4))
     at = stored(base.folder).weight
@@ -278,7 +279,7 @@ def test_a_changed_bias_is_not_lost_in_silence(tiny_base):
     target = next(iter(weights))
     module = replace(random_modules({target: weights[target]}, 1)[target], bias_delta=torch.ones(len(weights[target])))
     with pytest.raises(AdapterError, match=r"a: .* changes a bias, which a LoRA cannot"):
-        merge([Source("a", {target: module})])
+        merge([Ingredient("a", {target: module})])
 
 
 def everything(weights):
@@ -361,9 +362,9 @@ def test_a_factor_on_the_outputs_takes_the_bias_with_it(tiny_base, tmp_path):
     base = stored(tiny_base("pocket").folder)
     target = ("unet", "mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0")
     weight, bias = base.weight(target), base.weight(target, "bias")
-    source = Source("a", {target: Ia3(torch.linspace(-1, 1, len(bias)), on_input=False, scales_bias=True)}, 0.5)
+    source = Ingredient("a", {target: Ia3(torch.linspace(-1, 1, len(bias)), on_input=False, scales_bias=True)}, 0.5)
     factor = 1 + 0.5 * torch.linspace(-1, 1, len(bias))
-    baked = stored(bake(base, [source], tmp_path / "baked"))
+    baked = stored(bake(base, [source], tmp_path / "baked", {}, method="linear", settings=Settings(), seed=0))
     assert_close(baked.weight(target), weight * factor[:, None])
     assert_close(baked.weight(target, "bias"), bias * factor)
     of_weight, of_bias = Deltas(source, base)[target]

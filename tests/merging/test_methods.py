@@ -9,7 +9,7 @@ from torch import tensor
 from torch.testing import assert_close
 
 from sfumato import randomness
-from sfumato.errors import AdapterError
+from sfumato.errors import ConfigError
 from sfumato.merging.arithmetic import linear, linear_factors
 from sfumato.merging.factors import Factors
 from sfumato.merging.joint import core_space, knots
@@ -55,7 +55,7 @@ def test_the_largest_entries_are_kept():
 
 @pytest.mark.parametrize("density", [0.0, -0.5, 1.5])
 def test_a_density_that_is_none_is_refused(density):
-    with pytest.raises(AdapterError, match="density"):
+    with pytest.raises(ConfigError, match="density"):
         keep_largest(A, density)
 
 

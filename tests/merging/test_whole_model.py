@@ -22,7 +22,7 @@ from sfumato.merging import whole_model
 from sfumato.merging.methods import DENSE, Settings
 from sfumato.merging.sources import identity
 from sfumato.merging.stored import stored
-from sfumato.merging.whole_model import as_adapter, is_whole_model, weight_files
+from sfumato.merging.whole_model import as_adapter, files_of_parts, is_whole_model
 from sfumato.weighting.blocks import Blocks
 from tests.merging.conftest import TinyBase
 from tests.tiny import CPU, tiny_pipeline, write_folder, write_single_file
@@ -281,7 +281,7 @@ def test_a_file_is_looked_into_once_and_again_when_it_is_another(models, adapter
 def test_a_folder_is_named_by_its_weights_without_the_vae(family, models, tmp_path):
     folder = models(family, 1).folder
     files = {place.file for place in stored(folder).places.values()}
-    assert weight_files(folder) == sorted(files)
+    assert files_of_parts(folder) == sorted(files)
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     shutil.rmtree(copy / "vae")

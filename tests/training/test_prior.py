@@ -14,8 +14,9 @@ from sfumato.bases.vocabulary import clip_tokenizer
 from sfumato.errors import DataError
 from sfumato.training import prior
 from sfumato.training.class_pictures import class_folder, draw_class, read_class
+from sfumato.training.measure import DriftLimit
 from sfumato.training.noising import calls, draw_noised
-from sfumato.training.prior import BasePrediction, ClassPictures, DriftLimit
+from sfumato.training.prior import BasePrediction, ClassPictures
 from sfumato.training.subject import KeptPrompts, Subject
 from sfumato.words.identifier import before, examine, is_ordinary
 from tests.tiny import CPU

@@ -114,6 +114,11 @@ class Base:
 
     # Text
 
+    def parts(self, *, text: bool) -> dict[str, nn.Module]:
+        """What can learn, by the names that files give it: "unet", and with `text` "text_encoder", "text_encoder_2"."""
+        encoders = zip(self.family.encoders, self.text_encoders, strict=True) if text else ()
+        return {"unet": self.unet, **{encoder.folder: model for encoder, model in encoders}}
+
     @property
     def token_limit(self) -> int:
         """Tokens of a prompt that the text encoder sees, without the start and end tokens."""
@@ -215,7 +220,9 @@ class Base:
                 pixels = self.vae.float().decode(encoded).sample
                 self.vae.to(dtype)
         if not torch.isfinite(pixels).all():
-            raise BaseModelError(f"{self.name}: the picture is not finite, even in fp32. Latents or VAE are broken.")
+            raise BaseModelError(
+                f"{self.name}: the picture is not finite, even in fp32. Latents or VAE are broken; try another --vae."
+            )
         return cast(Tensor, pixels.clamp(-1, 1))
 
     def _outside_autocast(self) -> Any:

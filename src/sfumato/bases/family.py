@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
 
+from sfumato.files.family import LABELS
+
 FamilyName = Literal["pocket", "sd1", "sd2", "sdxl"]
 
 
@@ -45,12 +47,16 @@ class Encoder:
 
 @dataclass(frozen=True)
 class Family:
-    """One family of base models; how files spell it is in `sfumato.files.family`."""
+    """One family of base models; how people and files spell it is in `sfumato.files.family`."""
 
     name: FamilyName
-    title: str
     defaults: Defaults
     encoders: tuple[Encoder, ...]
+
+    @property
+    def title(self) -> str:
+        """Its name for people."""
+        return LABELS[self.name].title
 
 
 _FIRST = Encoder("text_encoder", "tokenizer", "CLIPTextModel")
@@ -66,7 +72,6 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
         "pocket": Family(
             name="pocket",
-            title="pocket",
             # Tuned by eye on datasets/line-style and a base of the same shape. No min-SNR weighting: with v-prediction
             # it takes weight from the steps of little noise, which is where a small base draws its outlines.
             defaults=Defaults(
@@ -77,19 +82,16 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         ),
         "sd1": Family(
             name="sd1",
-            title="SD 1.x",
             defaults=_SD,
             encoders=(_FIRST,),
         ),
         "sd2": Family(
             name="sd2",
-            title="SD 2.x",
             defaults=_SD,
             encoders=(_FIRST,),
         ),
         "sdxl": Family(
             name="sdxl",
-            title="SDXL",
             defaults=Defaults(
                 resolution=1024, batch=2, learning_rate=1e-4, steps=800, rank=16,
                 guidance=6.0, sampling_steps=30, sampler="euler", min_snr=5.0,

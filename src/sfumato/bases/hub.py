@@ -35,7 +35,7 @@ def hub_folder(hub_id: str) -> Path:
     Raises BaseModelError: which of no network, no access, no room and no such id it was, and the command that fetches
     it.
     """
-    return _fetched(hub_id, _is_complete, lambda files: [*CONFIGS, *weight_files(files, hub_id)])
+    return _fetched(hub_id, _is_complete, lambda files: [*CONFIGS, *files_to_fetch(files, hub_id)])
 
 
 def hub_vae(hub_id: str) -> Path:
@@ -44,7 +44,7 @@ def hub_vae(hub_id: str) -> Path:
     def wanted(files: Sequence[str]) -> list[str]:
         part = "" if "config.json" in files else "vae"
         place = f"{part}/" if part else ""
-        weights = weight_files(files, hub_id, (part,))
+        weights = files_to_fetch(files, hub_id, (part,))
         if not weights or f"{place}config.json" not in files:
             raise BaseModelError(f"{hub_id}: no VAE with a config.json and safetensors in it. Name another.")
         return [f"{place}config.json", *weights]
@@ -79,7 +79,7 @@ def hub_file(name: str, usual: str = LORA) -> Path:
             return _of_adapter(files, hub_id, usual)
         if usual == WORD:
             raise BaseModelError(f"{hub_id}: is a whole model without {WORD}, not a new word. Name another.")
-        return [*CONFIGS, *weight_files(files, hub_id)]
+        return [*CONFIGS, *files_to_fetch(files, hub_id)]
 
     def is_there(place: Path) -> bool:
         files = _files_in(place)
@@ -193,7 +193,7 @@ def not_written(error: Exception) -> str:
     )
 
 
-def weight_files(files: Sequence[str], where: str, parts: Sequence[str] = PARTS[:4]) -> list[str]:
+def files_to_fetch(files: Sequence[str], where: str, parts: Sequence[str] = PARTS[:4]) -> list[str]:
     """The safetensors files to take for each model of a repository: without a variant, else of half precision.
 
     parts: the models' folders, "" for the repository's own. Raises BaseModelError for a model without safetensors.

@@ -12,7 +12,7 @@ from typing import Any
 from sfumato.bases.family import recognise
 from sfumato.bases.recognise import UNET, VAE, family_of_names, stated_prediction
 from sfumato.errors import BaseModelError, FileError
-from sfumato.files.family import FAMILIES
+from sfumato.files.family import LABELS
 from sfumato.files.header import Header, read_header
 from sfumato.files.inspect import plain
 from sfumato.files.metadata import data_sha256, joint_hash, short_hash
@@ -126,7 +126,7 @@ def render(model: Model) -> str:
     rows = [
         ("file", f"{plain(model.file)}, {model.bytes / 1e6:.2f} MB"),
         ("kind", model.kind + what.get(model.channels or 0, "")),
-        ("family", FAMILIES[model.family].title if model.family else "unknown"),
+        ("family", LABELS[model.family].title if model.family else "unknown"),
         ("predicts", plain(predicts) + ", zero terminal SNR" * model.zero_terminal_snr),
     ]
     if title := model.metadata.get("modelspec.title"):

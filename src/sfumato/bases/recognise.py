@@ -31,7 +31,7 @@ OTHERS: tuple[tuple[str, str, str], ...] = (
     (r"motion_modules\.", "a motion module", WHOLE),
 )
 """(pattern of a weight's name, what such a file is, what to do with it)."""
-PARTS: tuple[tuple[str, str, str], ...] = (
+LONE_PARTS: tuple[tuple[str, str, str], ...] = (
     (r"^(down_blocks|mid_block|up_blocks)\.", "the U-Net of a diffusers folder", "Name its whole folder."),
     (r"^(text_model|embeddings|encoder\.layers)\.", "a text encoder alone", WHOLE),
     (r"^(encoder|decoder)\.", "a VAE alone", "Pass it with --vae, and its base with --base."),
@@ -51,7 +51,7 @@ def family_of_names(names: Iterable[str], file: str, *, needs_vae: bool = True) 
         if not has_vae and needs_vae:
             raise BaseModelError(f"{file}: a checkpoint without its VAE. Give one with --vae, or n{WHOLE[1:]}")
         raise BaseModelError(f"{file}: a checkpoint without its text encoder. {WHOLE}")
-    _refuse(names, PARTS, file)
+    _refuse(names, LONE_PARTS, file)
     raise BaseModelError(f"{file}: none of its {so_many(len(names), 'weight')} belongs to a known base. {WHOLE}")
 
 

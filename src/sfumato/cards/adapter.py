@@ -12,11 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from sfumato import shell
 from sfumato.bases.family import FAMILIES
-from sfumato.errors import ConfigError
 from sfumato.files.atomic import atomic_path, write_text
 from sfumato.numerals import so_many
 from sfumato.prompts.negative import negative_for
-from sfumato.runs.folder import card_pictures
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -61,7 +59,7 @@ A LoRA for `{about.base}` ({about.family}), learned from {so_many(about.images o
 {before_after}
 ## Trigger words
 
-{trigger_words(about, prompts)}
+{trigger_section(about, prompts)}
 {_negatives(about)}
 ## Use
 
@@ -204,7 +202,7 @@ def _holds(text: str, trigger: str) -> bool:
     return re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", text, re.IGNORECASE) is not None
 
 
-def trigger_words(about: Description, prompts: Sequence[str]) -> str:
+def trigger_section(about: Description, prompts: Sequence[str]) -> str:
     """What the card says of them. Several are of several sources or words, so each has a line and an example."""
     if not about.trigger:
         if not (said := next(iter(about.captions), "")):
@@ -276,29 +274,3 @@ def _strip(row: Sequence[Image]) -> Image:
         strip.paste(picture, (left, 0))
         left += picture.width
     return strip
-
-
-def push(folder: Path, learned: Path, repository: str) -> str:
-    """Upload what was learned, a file or a model's folder, its card and the card's pictures to the hub; returns the
-    address. Nothing else of the run's folder leaves the machine. Raises ConfigError."""
-    from huggingface_hub import HfApi
-
-    api = HfApi()
-    name = learned.name.replace("[", "[[]")  # "[v2]" is one of two letters to the hub
-    patterns = [f"{name}/*" if learned.is_dir() else name, "README.md", *card_pictures(folder)]
-    try:
-        api.create_repo(repository, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=repository,
-            folder_path=folder,
-            allow_patterns=patterns,
-            commit_message=f"Upload {learned.name if learned.is_dir() else learned.stem}",
-        )
-    except Exception as error:  # the hub's library has changed its network library twice; there is no common error
-        reason = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
-        words = ["hf", "upload", repository, str(folder), ".", *(w for each in patterns for w in ("--include", each))]
-        raise ConfigError(
-            f"--push-to-hub {repository}: {reason}. What was learned is safe in {learned}; log in with `hf auth login` "
-            f"and upload it with `{shell.join(words)}`."
-        ) from None
-    return str(commit.commit_url)

@@ -15,7 +15,7 @@ from sfumato.cards.adapter import (
     readers,
     telling,
     training_table,
-    trigger_words,
+    trigger_section,
 )
 from sfumato.files.atomic import write_text
 from sfumato.numerals import so_many
@@ -56,7 +56,7 @@ def write_model_card(
 {before_after}
 ## Trigger words
 
-{trigger_words(about, prompts)}
+{trigger_section(about, prompts)}
 
 ## Use
 

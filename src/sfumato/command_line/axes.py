@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import glob
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -11,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sfumato.config import at_home
-from sfumato.errors import AdapterError, ConfigError
-from sfumato.limits import checked_adapter_guidance, checked_guidance, checked_seed, checked_steps
+from sfumato.errors import AdapterError, ConfigError, nearest
+from sfumato.limits import checked_adapter_guidance, checked_density, checked_guidance, checked_seed, checked_steps
 from sfumato.schedulers import find
-from sfumato.weighting.adapter import checked_weight
+from sfumato.weighting.adapter import checked_number
 
 if TYPE_CHECKING:
     from sfumato.prompts.syntax import Syntax
@@ -40,13 +39,6 @@ def checked_method(name: str) -> str:
     if name not in METHODS:
         raise ConfigError(f"there is no method {name!r}; known are {', '.join(METHODS)}.")
     return name
-
-
-def checked_density(density: float) -> float:
-    """The density. Raises ConfigError for one that is no share."""
-    if not 0 < density <= 1:
-        raise ConfigError(f"density {density:g}: wanted the share of entries to keep, above 0 and at most 1.")
-    return density
 
 
 CHECKS: dict[str, Callable[[Any], object]] = {
@@ -104,16 +96,12 @@ def parse_axis(text: str, labels: Sequence[str], syntax: Syntax = "plain") -> Ax
         return Axis("adapter", tuple(file for part in parts for file in _files(part, text)))
     if name in labels:
         try:
-            return Axis("weight", tuple(float(checked_weight(name, float(part))) for part in parts), name)  # type: ignore[arg-type]
+            return Axis("weight", tuple(checked_number(name, float(part)) for part in parts), name)
         except (ValueError, AdapterError) as error:
             raise ConfigError(f"axis {text!r}: {error}; wanted weights such as 0,0.5,1.") from None
     if name not in PLAIN:
-        known = [*PLAIN, "adapter", *labels]
-        near = difflib.get_close_matches(name, known, n=1)
-        raise ConfigError(
-            f"axis {text!r}: there is no {name!r} to vary; "
-            + (f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}.")
-        )
+        hint = nearest(name, [*PLAIN, "adapter", *labels])
+        raise ConfigError(f"axis {text!r}: there is no {name!r} to vary; {hint}")
     try:
         values = tuple(PLAIN[name](part) for part in parts)
     except ValueError:

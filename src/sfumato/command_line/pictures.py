@@ -26,7 +26,9 @@ def prompts_in(file: Path) -> list[str]:
         lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").split("\n")]
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8"
-        raise ConfigError(f"--prompts-file {file}: not readable as text ({reason}).") from None
+        raise ConfigError(
+            f"--prompts-file {file}: not readable as text ({reason}); wanted UTF-8, a prompt a line."
+        ) from None
     return [line for line in lines if line and not line.startswith("#")]
 
 
@@ -75,7 +77,7 @@ def check_start(image: Path | None, mask: Path | None, strength: float | None) -
         if file is not None and file.is_dir():
             raise ConfigError(f"{option} {file}: a folder; name one picture in it.")
         if file is not None and not file.is_file():
-            raise ConfigError(f"{file}: there is no such picture.")
+            raise ConfigError(f"{option} {file}: there is no such picture; name one that is there.")
 
 
 _OTHER_FILES = frozenset(

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from sfumato.command_line.specs import without_tags
 from sfumato.config import at_home
-from sfumato.drawing.where_when import Span, Spot
+from sfumato.drawing.where_when import Span, Spot, parse_span
 from sfumato.errors import AdapterError, ConfigError
 from sfumato.weighting.adapter import Adapter, checked_weight
 
@@ -65,17 +65,6 @@ def _where(place: str, text: str) -> Box | Path | None:
     if len(numbers) != 4 or not (0 <= numbers[0] < numbers[2] <= 1 and 0 <= numbers[1] < numbers[3] <= 1):
         raise ConfigError(f"--region {text}: a box is left,top,right,bottom as shares of the side, such as 0,0,0.5,1.")
     return (numbers[0], numbers[1], numbers[2], numbers[3])
-
-
-def parse_span(text: str, label: str = "") -> Span:
-    """START-END, of an option --over-steps. label: what stands before it there. Raises ConfigError, one line."""
-    try:
-        start, end = (float(number) for number in text.split("-"))
-    except ValueError:
-        start = end = 0.0
-    if not 0 <= start < end <= 1:
-        raise ConfigError(f"--over-steps {label}{text}: wanted START-END, progress from 0 to 1, such as {label}0-0.5.")
-    return Span(start, end)
 
 
 def parse_steps(text: str, labels: Sequence[str]) -> tuple[str, Ramp | Span]:

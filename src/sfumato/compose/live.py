@@ -322,7 +322,9 @@ def base_weight(module: nn.Module, *, needed: bool) -> Tensor:
     if not needed:
         return torch.empty(shape, dtype=torch.float32, device=device)
     if len(shape) != 2:
-        raise AdapterError("a change that depends on the weight cannot stand beside a quantised convolution.")
+        raise AdapterError(
+            "a change that depends on the weight cannot stand beside a quantised convolution. Load the base in bf16."
+        )
     hooks, module._forward_hooks = module._forward_hooks, type(module._forward_hooks)()
     try:
         units = torch.eye(shape[1], dtype=compute_dtype(module), device=device)

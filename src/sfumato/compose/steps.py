@@ -26,6 +26,7 @@ from sfumato.weighting.adapter import (
     check_by_label,
     check_labels,
     check_mix,
+    checked_number,
     checked_weight,
     unet_weight,
     with_unet,
@@ -114,7 +115,7 @@ def over_steps(mix: Mix, switch: Switch | None = None, /, **weights: Progress) -
     check_mix(mix, "over_steps")
     if not weights and switch is None:
         raise AdapterError("over_steps has nothing to follow; give ways by label, such as line=Ramp((0, 1), (1, 0)).")
-    with over_steps_of(mix, weights, switch):
+    with following(mix, weights, switch):
         yield mix
 
 
@@ -122,12 +123,12 @@ def over_steps(mix: Mix, switch: Switch | None = None, /, **weights: Progress) -
 def over_asked_steps(mix: Mix) -> Iterator[None]:
     """Within the block adapters whose files ask for some steps have their weights at these alone."""
     ways = {label: Ramp.within(*span, unet_weight(mix.weights[label])) for label, span in mix.spans.items()}
-    with over_steps_of(mix, ways) if ways else nullcontext():
+    with following(mix, ways) if ways else nullcontext():
         yield
 
 
 @contextmanager
-def over_steps_of(mix: Mix, weights: Mapping[str, Progress], switch: Switch | None = None) -> Iterator[None]:
+def following(mix: Mix, weights: Mapping[str, Progress], switch: Switch | None = None) -> Iterator[None]:
     """As `over_steps`, for labels that are no Python names."""
     check_mix(mix, "over_steps")
     if not isinstance(switch, Switch | None):
@@ -194,4 +195,4 @@ def _set(mix: Mix, weights: Mapping[str, Weight]) -> None:
 
 
 def _at(weight: Weight, number: float) -> Weight:
-    return with_unet(weight, float(checked_weight("a step's weight", number)))  # type: ignore[arg-type]
+    return with_unet(weight, checked_number("a step's weight", number))

@@ -52,7 +52,7 @@ class Cache:
     def __init__(self, folder: Path):
         self.folder = folder
         if folder.exists() and not folder.is_dir():
-            raise DataError(f"{folder} is a file; the cache wants a folder.")
+            raise DataError(f"{folder} is a file; the cache wants a folder. Name another place with --cache.")
 
     def _path(self, kind: str, key: str) -> Path:
         return self.folder / kind / key[:2] / f"{key}.safetensors"

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from PIL import Image
 
+from sfumato import shell
 from sfumato.errors import ConfigError, FileError
 
 if TYPE_CHECKING:
@@ -113,8 +114,7 @@ def _refuse_unused(wishes: Wishes, kind: str) -> None:
     for name, wish in asdict(wishes).items():
         if kind not in _KINDS[name] and wish != getattr(Wishes(), name):
             raise ConfigError(
-                f"--{name.replace('_', '-')} has no effect on {kind}; it is for {' and '.join(_KINDS[name])}. Leave it "
-                "out."
+                f"{shell.option(name)} has no effect on {kind}; it is for {' and '.join(_KINDS[name])}. Leave it out."
             )
 
 
@@ -241,7 +241,9 @@ class _Tagger:
 
     def _caption(self, probabilities: np.ndarray[Any, np.dtype[np.float32]]) -> str:
         if len(probabilities) != len(self.tags):
-            raise FileError(f"selected_tags.csv has {len(self.tags)} tags, model.onnx gives {len(probabilities)}.")
+            raise FileError(
+                f"selected_tags.csv has {len(self.tags)} tags, model.onnx gives {len(probabilities)}; fetch both anew."
+            )
         order = sorted(range(len(self.tags)), key=lambda i: -float(probabilities[i]))
         chosen: dict[str, list[str]] = {_CHARACTER: [], _GENERAL: []}
         least = {_CHARACTER: self.wishes.character_threshold, _GENERAL: self.wishes.threshold}

@@ -83,7 +83,6 @@ def prepare(
     flip: bool = False,
     crop: CropMode = "center",
     buckets: bool = True,
-    bucket_step: int | None = None,
     caption_dropout: float = 0.0,
     shuffle_tags: bool = False,
     keep_tags: int = 0,
@@ -91,33 +90,30 @@ def prepare(
     embed_text: bool = True,
     will_draw: tuple[int, int, int] | None = None,
     cache: Path | None = None,
-    skip_bad: bool | None = None,
     drawn_over: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Dataset:
     """Decode, crop and encode every example once.
 
     resolution: side in pixels of a square picture; with `buckets` others get a shape with about as many pixels, in
-    multiples of `bucket_step` (unset: what the U-Net can halve, at least a sixteenth of the side). flip, crop,
+    multiples of what the U-Net can halve, at least a sixteenth of the side. flip, crop,
     caption_dropout, shuffle_tags, keep_tags, tag_dropout: for the examples whose `Options` do not say it themselves.
     embed_text: keep the embeddings of the captions. will_draw: (seed, steps, global batch) of the run to come, so that
     exactly the captions it will draw are embedded, however many forms they have; others are encoded when a batch asks
-    for them. cache: a folder for latents and embeddings, where they are found again. skip_bad: leave out what cannot be
-    decoded (unset: as `read_folder` was told). drawn_over: whether `views` will be asked for, so that
-    what it refuses is refused before anything is decoded. progress: called with "pictures" or "captions", and how many
-    of how many are done.
+    for them. cache: a folder for latents and embeddings, where they are found again. drawn_over: whether `views` will
+    be asked for, so that what it refuses is refused before anything is decoded. progress: called with "pictures" or
+    "captions", and how many of how many are done.
 
     Raises DataError that names the bad files, ConfigError for a resolution that the base cannot take.
     """
     if not examples:
-        raise DataError("no pictures to learn from.")
+        raise DataError("no pictures to learn from; give a folder that holds some.")
     defaults = Options(flip, crop, caption_dropout, shuffle_tags, keep_tags, tag_dropout)
     defaults.check()
     notes = list(examples.notes) if isinstance(examples, Folder) else []
-    if skip_bad is None:
-        skip_bad = isinstance(examples, Folder) and examples.skip_bad
+    skip_bad = isinstance(examples, Folder) and examples.skip_bad
     examples = [replace(example, options=example.options.over(defaults)) for example in examples]
-    sizes = checked_sizes(resolution, bucket_step or _bucket_step(base, resolution), buckets=buckets)
+    sizes = checked_sizes(resolution, _bucket_step(base, resolution), buckets=buckets)
     if drawn_over and any(crop.positions > 1 for _, crop in _random_crops(examples, sizes, base.vae_factor)):
         raise crops_move()
     store = None if cache is None else Cache(cache)

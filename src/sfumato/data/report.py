@@ -134,7 +134,6 @@ def check(
     trigger: str | None = None,
     mask: MaskSource = "none",
     crop: CropMode = "center",
-    buckets: bool = True,
     thumbnails: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Report:
@@ -143,7 +142,7 @@ def check(
     Raises DataError where there is no folder or no picture, ConfigError for options that make no sense.
     """
     side = resolution or needs.resolution
-    sizes = checked_sizes(side, needs.step(side), buckets=buckets)
+    sizes = checked_sizes(side, needs.step(side), buckets=True)
     sources = sources_of(path, caption_template=caption_template, trigger=trigger, mask=mask)
     listings = [source.list() for source in sources]
     founds = [found for listing in listings for found in listing.pictures]

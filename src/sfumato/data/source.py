@@ -10,7 +10,6 @@
 datasets/README.md lists the keys. Imports no torch.
 """
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from os.path import realpath
@@ -23,7 +22,7 @@ from sfumato.data.captions import CAPTION_SUFFIXES, check_template
 from sfumato.data.folder import Example, Folder, Group, MaskSource, examples_of
 from sfumato.data.listing import Ignored, Listing, list_folder, own_name_note
 from sfumato.data.options import Options
-from sfumato.errors import ConfigError, DataError
+from sfumato.errors import ConfigError, DataError, nearest
 from sfumato.toml import check_path, read_toml
 
 _OPTION_KEYS = tuple(option.name for option in fields(Options))
@@ -174,9 +173,7 @@ def check_keys(values: Mapping[str, Any], where: str, known: Sequence[str] = tup
     """Raises ConfigError, which begins with `where`, for a key that is none of `known`, or a value of another type."""
     for key, value in values.items():
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}."
-            raise ConfigError(f"{where}unknown key {key!r}; {hint}")
+            raise ConfigError(f"{where}unknown key {key!r}; {nearest(key, known)}")
         kind = _KEYS[key]
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise ConfigError(f"{where}{key} is {value!r}; wanted {_NAMES[kind]}.")

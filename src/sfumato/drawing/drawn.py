@@ -30,10 +30,6 @@ if TYPE_CHECKING:
     from sfumato.prompts.syntax import Syntax
 
 
-_NOT_UNIFORM = ("DPM++ 2M", "DPM++ 2M SDE", "DPM2", "DPM2 a")
-"""Samplers for which A1111 and Forge take Karras' or an exponential schedule where a picture names none."""
-
-
 def used_in(mix: Mix) -> tuple[Adapter, ...]:
     """The adapters of a mix with the weights they have now."""
     return tuple(Adapter(adapter.path, mix.weights[label], label) for label, adapter in mix.adapters.items())
@@ -219,7 +215,7 @@ def _pairs(
     return {
         "Steps": settings["steps"],
         "Sampler": sampler[0],
-        "Schedule type": sampler[1] or ("Uniform" if sampler[0] in _NOT_UNIFORM else None),
+        "Schedule type": sampler[1] or ("Uniform" if sampler[0] in pnginfo.AUTOMATIC else None),
         "CFG scale": float(settings["guidance"]),
         "Seed": settings["seed"],
         "Size": f"{settings['width']}x{settings['height']}",

@@ -42,7 +42,7 @@ _FURTHER = {
 """What changes the picture and has no option here, where it is set."""
 
 
-def read_metadata(text: str) -> Parameters | None:
+def read_invoke(text: str) -> Parameters | None:
     """The settings; None where the text is no object with a prompt.
 
     Adapters are tags behind the prompt, whose syntax is compel's; new words are named in "TI hashes" without a hash.

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from PIL import Image, PngImagePlugin
@@ -27,6 +28,10 @@ Value = str | int | float
 _PAIR = re.compile(r'(\w[\w \-/]{1,100}):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 _FEWEST_PAIRS = 3
 _NEGATIVE = "Negative prompt: "
+AUTOMATIC: Mapping[str, str] = MappingProxyType(
+    {"DPM++ 2M": "karras", "DPM2": "karras", "DPM2 a": "karras", "DPM++ 2M SDE": "exponential"}
+)
+"""Samplers that take another schedule than the uniform one where A1111's and Forge's is "Automatic"."""
 _USER_COMMENT, _EXIF = 0x9286, 0x8769
 _LARGEST_PX = {".jpg": 65_500, ".jpeg": 65_500, ".webp": 16_383}
 """Pixels on a side that a format has room for."""

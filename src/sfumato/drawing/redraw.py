@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from sfumato import schedulers, shell
+from sfumato.drawing import pnginfo
 from sfumato.drawing.comfy_graph import read_graph
-from sfumato.drawing.invoke_metadata import read_metadata
+from sfumato.drawing.invoke_metadata import read_invoke
 from sfumato.drawing.pnginfo import Parameters, read_picture_info
 from sfumato.errors import AdapterError, ConfigError, DataError
 from sfumato.numerals import exact
@@ -24,10 +25,6 @@ from sfumato.weighting.blocks import Blocks
 _PLAIN = {"Steps": "--steps", "CFG scale": "--guidance", "Seed": "--seed", "VAE": "--vae"}
 _TOLD = ("Model hash", "VAE hash", "Lora hashes", "TI hashes", "Version", "Prompt syntax")
 """What says which files were meant, or by whom the picture is, and sets nothing."""
-_KARRAS = ("DPM++ 2M", "DPM2", "DPM2 a")
-"""Samplers that take Karras' schedule where A1111's and Forge's is "Automatic"."""
-_EXPONENTIAL = ("DPM++ 2M SDE",)
-"""The same of an exponential schedule."""
 _LEAST_SDXL = 600_000
 """Pixels of a picture from which on it is of SDXL, of which A1111's clip skips 1 and 2 are the same. SD 1.x and 2.x are
 drawn smaller, and "Size" is that before the high-resolution fix."""
@@ -62,7 +59,7 @@ def redraw(path: Path) -> Redraw:
     """What the picture at `path` says of itself. Raises DataError for one without settings that are read here."""
     info = read_picture_info(path)
     said = info.parameters if info.parameters and info.parameters.settings else None
-    about = said or read_graph(info.graph) or read_metadata(info.invoke)
+    about = said or read_graph(info.graph) or read_invoke(info.invoke)
     if about is None:
         raise DataError(
             f"{path.name}: a picture without settings as A1111, Forge, InvokeAI and sfumato write them, or a graph of "
@@ -158,7 +155,7 @@ def _grid_words(asked: Mapping[str, Any]) -> Iterator[str]:
     for name, value in asked.items():
         if not name.isidentifier():
             raise ValueError(name)
-        option = f"--{name.replace('_', '-')}"
+        option = shell.option(name)
         if value is True:
             yield option
         for each in () if value is True else value if isinstance(value, list) else [value]:
@@ -170,7 +167,7 @@ def _sampler(name: str, schedule: str, left: dict[str, str]) -> Iterator[str]:
     if not name:
         return
     if schedule == "Automatic":
-        said = f"{name} karras" if name in _KARRAS else f"{name} exponential" if name in _EXPONENTIAL else name
+        said = f"{name} {pnginfo.AUTOMATIC[name]}" if name in pnginfo.AUTOMATIC else name
     else:
         said = name if schedule == "Uniform" else f"{name} {schedule}"
     try:

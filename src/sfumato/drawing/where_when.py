@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sfumato.errors import ConfigError
 from sfumato.weighting.adapter import Adapter, is_idle, unet_weight
 
 if TYPE_CHECKING:
@@ -95,6 +96,17 @@ class WhereWhen:
         return found
 
 
+def parse_span(text: str, label: str = "") -> Span:
+    """START-END, of an option --over-steps. label: what stands before it there. Raises ConfigError, one line."""
+    try:
+        start, end = (float(number) for number in text.split("-"))
+    except ValueError:
+        start = end = 0.0
+    if not 0 <= start < end <= 1:
+        raise ConfigError(f"--over-steps {label}{text}: wanted START-END, progress from 0 to 1, such as {label}0-0.5.")
+    return Span(start, end)
+
+
 @contextmanager
 def applied(
     pipe: Any,
@@ -119,7 +131,7 @@ def applied(
             own = {each.label: spans[each.label] for each in wanted.regional if each.label in spans}
             stack.enter_context(regions(pipe, *parts, over_steps=own, **said))
         if wanted.follows_steps:
-            from sfumato.compose.steps import Ramp, Switch, over_steps_of
+            from sfumato.compose.steps import Ramp, Switch, following
 
             ways = {
                 label: way
@@ -129,7 +141,7 @@ def applied(
                 if label in mix.weights and not (label in wanted.tagged and is_idle(mix.weights[label]))
             }
             switch = None if wanted.turn is None else Switch(wanted.turn_labels, wanted.turn)
-            stack.enter_context(over_steps_of(mix, ways, switch))
+            stack.enter_context(following(mix, ways, switch))
         yield
 
 

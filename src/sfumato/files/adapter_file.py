@@ -16,7 +16,7 @@ from sfumato.files.embedding_file import Vectors, vectors
 from sfumato.files.header import FLOATS, Header, path_of
 from sfumato.files.keys import TRANSFORMER, Layout, describe_foreign, guess_family, read_layout, text_widths
 from sfumato.files.kohya import Target
-from sfumato.files.peft_folder import Source, adapter_sources
+from sfumato.files.peft_folder import WeightFile, adapter_sources
 from sfumato.files.read import read_tensors
 from sfumato.numerals import so_many
 
@@ -58,7 +58,9 @@ def read_adapter(path: str | os.PathLike[str], *, partial: bool = False) -> Adap
     files = [_read(source, partial) for source in adapter_sources(path)]
     changes = {target: change for file in files for target, change in file.changes.items()}
     if len(changes) < sum(len(file.changes) for file in files):
-        raise AdapterError(f"{path.name}: its folders change the same modules, so that which is meant is not said.")
+        raise AdapterError(
+            f"{path.name}: its folders change the same modules, so that which is meant is not said; name one of them."
+        )
     return AdapterFile(
         path,
         MappingProxyType(changes),
@@ -71,7 +73,7 @@ def read_adapter(path: str | os.PathLike[str], *, partial: bool = False) -> Adap
     )
 
 
-def _read(source: Source, partial: bool) -> AdapterFile:
+def _read(source: WeightFile, partial: bool) -> AdapterFile:
     header = source.header
     layout = read_layout(header, source.part)
     _check_layout(layout, header.path.name, len(header.tensors), partial)

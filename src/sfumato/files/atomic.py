@@ -97,8 +97,11 @@ def beside(path: Path, suffix: str = "") -> Path:
     return path.with_name(f".{stem}{end}")
 
 
-def check_free(output: Path, overwrite: bool) -> None:
-    """Raises ConfigError, naming the option, where an --output exists and --overwrite was not said."""
+def check_free(output: Path, overwrite: bool, suffix: str | None = None) -> None:
+    """Raises ConfigError, naming the option, where an --output exists and --overwrite was not said, or where its name
+    does not end in `suffix`."""
+    if suffix is not None and output.suffix != suffix:
+        raise ConfigError(f"--output {output}: wanted a name that ends in {suffix}, such as {output.stem}{suffix}.")
     if output.exists() and not overwrite:
         raise ConfigError(f"--output {output}: exists already; name another place, or say --overwrite.")
 

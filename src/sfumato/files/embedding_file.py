@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sfumato.errors import AdapterError
 from sfumato.files.embedding_keys import SECOND_WIDTH, EmbeddingKey, embedding_key
-from sfumato.files.family import FAMILIES, family_from_metadata
+from sfumato.files.family import LABELS, family_from_metadata
 from sfumato.files.header import Header, read_header
 from sfumato.files.keys import describe_foreign
 from sfumato.files.read import read_tensors
@@ -115,7 +115,7 @@ def _family(embeddings: Vectors, header: Header) -> str | None:
         return "sdxl"
     said = family_from_metadata(header.metadata)
     widths = {value.shape[1] for parts in embeddings.values() for value in parts.values()}
-    by_width = [name for name, labels in FAMILIES.items() if widths == {labels.text_width}]
+    by_width = [name for name, labels in LABELS.items() if widths == {labels.text_width}]
     if said == "sdxl" and by_width == ["sd1"]:  # the first encoder of SDXL is SD 1's
         return said
     return by_width[0] if by_width else said

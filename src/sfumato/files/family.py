@@ -24,9 +24,9 @@ class FamilyLabels:
     v_base_model_version: str | None = None
 
 
-FAMILIES: Mapping[str, FamilyLabels] = MappingProxyType(
+LABELS: Mapping[str, FamilyLabels] = MappingProxyType(
     {
-        "pocket": FamilyLabels("sfumato pocket", "sfumato-pocket-v1", "sfumato_pocket", None),
+        "pocket": FamilyLabels("pocket", "sfumato-pocket-v1", "sfumato_pocket", None),
         "sd1": FamilyLabels("SD 1.x", "stable-diffusion-v1", "sd_v1", 768),
         "sd2": FamilyLabels("SD 2.x", "stable-diffusion-v2-512", "sd_v2", 1024, "stable-diffusion-v2-768-v", "sd_v2_v"),
         "sdxl": FamilyLabels("SDXL", "stable-diffusion-xl-v1-base", "sdxl_base_v1-0", 2048),
@@ -38,7 +38,7 @@ def family_from_metadata(metadata: Mapping[str, str]) -> str | None:
     """The family that the file says it was trained on; None where it says nothing or something unknown."""
     version = metadata.get("ss_base_model_version", "")
     architecture = metadata.get("modelspec.architecture", "").split("/")[0]
-    for name, labels in FAMILIES.items():
+    for name, labels in LABELS.items():
         if version and version in (labels.base_model_version, labels.v_base_model_version):
             return name
         if architecture and architecture in (labels.architecture, labels.v_architecture):
@@ -58,7 +58,7 @@ def family_from_widths(widths: Iterable[int], *, second_encoder: bool = False) -
     changes a second text encoder, which only SDXL has.
     """
     found = set(widths)
-    for name, labels in FAMILIES.items():
+    for name, labels in LABELS.items():
         if found == {labels.text_width}:
             return name
     return "sdxl" if second_encoder and not found else None

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from sfumato.files.embedding_keys import embedding_key
-from sfumato.files.family import FAMILIES, family_from_metadata
+from sfumato.files.family import LABELS, family_from_metadata
 from sfumato.files.header import Header, path_of
 from sfumato.files.keys import (
     TRANSFORMER,
@@ -41,7 +41,7 @@ from sfumato.files.metadata import (
 )
 from sfumato.files.norms import is_update, square_norm
 from sfumato.files.numbers import Array, array_of, nonfinite_in
-from sfumato.files.peft_folder import Source, adapter_sources
+from sfumato.files.peft_folder import WeightFile, adapter_sources
 from sfumato.numerals import so_many
 
 _Settings = Callable[[int], float]
@@ -164,7 +164,7 @@ def _together(name: str, parts: Mapping[str, Inspection]) -> Inspection:
     )
 
 
-def _in_one_file(source: Source) -> Inspection:
+def _in_one_file(source: WeightFile) -> Inspection:
     header = source.header
     layout = read_layout(header, source.part)
     foreign = describe_foreign(layout.unknown if layout.modules else header.tensors)
@@ -206,7 +206,7 @@ def _in_one_file(source: Source) -> Inspection:
     )
 
 
-def _measured(layout: Layout, source: Source) -> tuple[dict[Target, float | None], dict[Target, float]]:
+def _measured(layout: Layout, source: WeightFile) -> tuple[dict[Target, float | None], dict[Target, float]]:
     """(alphas, squared norms) of the modules; of a module that cannot be measured there is no norm."""
     header = source.header
     alphas: dict[Target, float | None] = {}
@@ -287,9 +287,9 @@ def _rows(found: Inspection) -> list[tuple[str, str]]:
     def counts(values: Mapping[str, int]) -> str:
         return ", ".join(f"{plain(value)} ({count})" for value, count in values.items()) or "-"
 
-    family = FAMILIES[found.family].title if found.family else "unknown"
+    family = LABELS[found.family].title if found.family else "unknown"
     if found.says:
-        family += f", but its metadata says {FAMILIES[found.says].title}"
+        family += f", but its metadata says {LABELS[found.says].title}"
     holds = {True: ", holds", False: ", the bytes differ from the stated one", None: ""}[found.hash_holds]
     rows = [
         ("file", f"{plain(found.file)}, {found.bytes / 1e6:.2f} MB"),

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from sfumato.errors import AdapterError
-from sfumato.files.family import FAMILIES
+from sfumato.files.family import LABELS
 
 PARTS = ("unet", "text_encoder", "text_encoder_2")
 """The parts of a pipeline that adapters change."""
@@ -28,7 +28,7 @@ _PREFIXES: Mapping[str, Mapping[str, str]] = MappingProxyType(
         family: {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
         if family == "sdxl"
         else {"unet": "lora_unet_", "text_encoder": "lora_te_"}
-        for family in FAMILIES
+        for family in LABELS
     }
 )
 _READ = (
@@ -95,7 +95,7 @@ def kohya_name(family: str, part: str, path: str) -> str:
     if prefixes is None:
         raise AdapterError(f"there is no family {family!r:.40}; wanted {', '.join(_PREFIXES)}.")
     if part not in prefixes:
-        raise AdapterError(f"{part} is no part of {FAMILIES[family].title}; its parts are {', '.join(prefixes)}.")
+        raise AdapterError(f"{part} is no part of {LABELS[family].title}; its parts are {', '.join(prefixes)}.")
     if part == "unet":
         if not _UNET_PATH.fullmatch(path):
             raise AdapterError(

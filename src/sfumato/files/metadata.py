@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from sfumato import __version__
 from sfumato.errors import ConfigError
-from sfumato.files.family import FAMILIES
+from sfumato.files.family import LABELS
 from sfumato.files.header import Header, read_header
+from sfumato.limits import MOST_ADAPTER_GUIDANCE
 from sfumato.numerals import exact
 
 if TYPE_CHECKING:
@@ -32,7 +33,6 @@ TAG_LIMIT, TAG_BYTES = 200, 15_000
 """Of the tags in a file; a caption without a comma is one tag, and may be long."""
 SETTING_BYTES = 5_000
 """Of a setting in a file's config; lists of prompts may be longer, and are in the run's config.toml."""
-MOST_ADAPTER_GUIDANCE = 20.0
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,8 @@ class Description:
 
 def describe(description: Description) -> dict[str, str]:
     """The metadata of an adapter's file, texts by key; `write_lora` adds rank, alpha and hashes from the tensors."""
-    if description.family not in FAMILIES:
-        raise ConfigError(f"unknown family {description.family!r}; known are {', '.join(FAMILIES)}.")
+    if description.family not in LABELS:
+        raise ConfigError(f"unknown family {description.family!r}; known are {', '.join(LABELS)}.")
     if description.prediction_type not in ("", "epsilon", "v_prediction"):
         raise ConfigError(f"unknown prediction type {description.prediction_type!r}; known are epsilon, v_prediction.")
     now = moment()
@@ -93,7 +93,7 @@ def describe(description: Description) -> dict[str, str]:
 
 def _training(description: Description, now: float) -> dict[str, str]:
     """kohya's keys: A1111 and Forge read the family, the alias and the tags from these."""
-    labels = FAMILIES[description.family]
+    labels = LABELS[description.family]
     v = description.prediction_type == "v_prediction"
     tags = {description.title: count_tags(description.captions)} if description.captions else None
     return {
@@ -118,7 +118,7 @@ def _training(description: Description, now: float) -> dict[str, str]:
 
 def _model_spec(description: Description, now: float) -> dict[str, str]:
     """ModelSpec 1.0.1 (Stability-AI/ModelSpec): what it says MUST, SHOULD, and of CAN what we know."""
-    labels = FAMILIES[description.family]
+    labels = LABELS[description.family]
     v = description.prediction_type == "v_prediction"
     values = {
         "sai_model_spec": "1.0.1",

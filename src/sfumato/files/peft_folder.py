@@ -22,7 +22,7 @@ _CLASSES = {
 
 
 @dataclass(frozen=True)
-class Source:
+class WeightFile:
     """One weight file of an adapter. part: of the pipeline, where the file beside it says; settings: peft's."""
 
     header: Header
@@ -30,14 +30,14 @@ class Source:
     settings: PeftSettings
 
 
-def adapter_sources(path: Path) -> list[Source]:
+def adapter_sources(path: Path) -> list[WeightFile]:
     """The weight files of the adapter at `path`: a file, peft's folder, or a folder of one such a part.
 
     Raises FileError for a folder that is neither, or a config that says what the tensors do not hold.
     """
     if not path.is_dir():
         header = read_header(path)
-        return [Source(header, None, header_settings(header))]
+        return [WeightFile(header, None, header_settings(header))]
     return [_source(folder, folder.name if folder != path else None) for folder in folders_in(path)]
 
 
@@ -65,7 +65,7 @@ def is_adapter_folder(path: Path) -> bool:
     return any((folder / CONFIG).is_file() for folder in (path, *(path / part for part in PARTS)))
 
 
-def _source(folder: Path, part: str | None) -> Source:
+def _source(folder: Path, part: str | None) -> WeightFile:
     config = folder / CONFIG
     name = f"{folder.name}/{CONFIG}"
     if config.stat().st_size > CONFIG_LIMIT:
@@ -84,7 +84,7 @@ def _source(folder: Path, part: str | None) -> Source:
         raise FileError(f"{folder.name}: there is no {MODEL} beside {CONFIG}. Save with safe_serialization=True.")
     part = part or _part(values)
     named = {f"{each}.{key}": value for each in ([part] if part else PARTS) for key, value in values.items()}
-    return Source(read_header(folder / MODEL), part, PeftSettings(name, named, folder=True))
+    return WeightFile(read_header(folder / MODEL), part, PeftSettings(name, named, folder=True))
 
 
 def _part(values: dict[str, Any]) -> str | None:

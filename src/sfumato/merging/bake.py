@@ -22,7 +22,7 @@ from sfumato.files.changes.bias import BiasChange, bias_change
 from sfumato.files.header import read_header
 from sfumato.files.read import read_tensors
 from sfumato.files.save import write_one_by_one
-from sfumato.merging.merge import Source
+from sfumato.merging.merge import Ingredient
 from sfumato.merging.methods import DENSE, Settings
 from sfumato.merging.stored import Parameter, StoredBase
 from sfumato.weighting.adapter import weight_at
@@ -125,13 +125,13 @@ def _inputs(change: Change | BiasChange) -> int | None:
 
 def bake(
     base: StoredBase,
-    sources: Sequence[Source],
+    sources: Sequence[Ingredient],
     output: Path,
-    metadata: Mapping[str, str] | None = None,
+    metadata: Mapping[str, str],
     *,
-    method: str = "linear",
-    settings: Settings = Settings(),  # noqa: B008 - frozen
-    seed: int = 0,
+    method: str,
+    settings: Settings,
+    seed: int,
 ) -> Path:
     """Write the base with the sources in it: each delta taken on the pristine W, each weight rounded once to its dtype.
 
@@ -142,14 +142,14 @@ def bake(
     """
     recipe = Recipe(base, _by_parameter(base, sources), method, settings, seed)
     if base.root.is_file():
-        return _write_file(recipe, output, metadata or {})
+        return _write_file(recipe, output, metadata)
     return _write_folder(recipe, output)
 
 
 Terms = dict[Parameter, list[tuple[float, Change | BiasChange, str]]]
 
 
-def _by_parameter(base: StoredBase, sources: Sequence[Source]) -> Terms:
+def _by_parameter(base: StoredBase, sources: Sequence[Ingredient]) -> Terms:
     found: Terms = {}
     for source in sources:
         lacking = [target for target in source.changes if base.parameter(target) is None]

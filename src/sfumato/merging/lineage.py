@@ -9,7 +9,7 @@ from typing import Any
 
 from sfumato import __version__
 from sfumato.errors import AdapterError
-from sfumato.files.family import FAMILIES
+from sfumato.files.family import LABELS
 from sfumato.files.metadata import (
     Description,
     adapter_guidance_of,
@@ -113,20 +113,19 @@ def common_family(parents: Sequence[Parent], default: str | None = None, *, said
     if len(told) > 1:
         (first, a), (second, b) = list(told.items())[:2]
         raise AdapterError(
-            f"{a} is for {FAMILIES[str(first)].title}, {b} for {FAMILIES[str(second)].title}; "
+            f"{a} is for {LABELS[str(first)].title}, {b} for {LABELS[str(second)].title}; "
             "only adapters of one family can be merged."
         )
     for family, name in told.items():
         if said not in (None, family):
             raise AdapterError(
-                f"{name}: is for {FAMILIES[str(family)].title}, --family says {FAMILIES[str(said)].title}. "
+                f"{name}: is for {LABELS[str(family)].title}, --family says {LABELS[str(said)].title}. "
                 "Leave --family out."
             )
         return str(family)
     known = default if said is None else said
     if known is None:
         raise AdapterError(
-            f"{parents[0].name}: neither its shapes nor its metadata tell its family. Say --family "
-            f"{'|'.join(FAMILIES)}."
+            f"{parents[0].name}: neither its shapes nor its metadata tell its family. Say --family {'|'.join(LABELS)}."
         )
     return known

@@ -31,7 +31,7 @@ _CONVOLUTIONS = frozenset({"conv", "conv1", "conv2", "conv_in", "conv_out", "con
 
 
 @dataclass(frozen=True)
-class Source:
+class Ingredient:
     """One adapter of a merge. name: for messages. weight: for all of it, or (U-Net, text encoders).
 
     words: the textual inversions bundled with it, which no weight scales.
@@ -80,7 +80,7 @@ class Merged:
 
 
 def merge(
-    sources: Sequence[Source],
+    sources: Sequence[Ingredient],
     *,
     method: str = "linear",
     settings: Settings = Settings(),  # noqa: B008 - frozen

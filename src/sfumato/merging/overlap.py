@@ -16,7 +16,7 @@ from sfumato.files.changes.replacement import lora_command
 from sfumato.files.kohya import Target
 from sfumato.files.layers import block_of, block_order
 from sfumato.merging.factors import Factors, from_module, product_energy, singular
-from sfumato.merging.merge import Source
+from sfumato.merging.merge import Ingredient
 from sfumato.weighting.adapter import weight_at, weight_text
 
 _NOISE = 1e-6
@@ -46,7 +46,7 @@ class Pair:
     conflict: float
 
 
-def clashes(sources: Sequence[Source]) -> list[Pair]:
+def clashes(sources: Sequence[Ingredient]) -> list[Pair]:
     """Every pair of the adapters in every block that both change; blocks in the order of the model.
 
     Raises AdapterError for kinds without a low-rank form, for an adapter that changes nothing at its weight, and where
@@ -70,7 +70,7 @@ def clashes(sources: Sequence[Source]) -> list[Pair]:
             for block in sorted(blocks, key=block_order):
                 pairs.append(_pair(first.name, second.name, block, blocks[block]))
     if not pairs:
-        raise AdapterError("no two of the adapters change the same module, so nothing can clash.")
+        raise AdapterError("no two of the adapters change the same module, so nothing can clash; they mix as they are.")
     return pairs
 
 
@@ -101,7 +101,7 @@ class _Decomposed:
         return Factors(self.left * self.values, self.right)
 
 
-def _factors(source: Source) -> dict[Target, _Decomposed]:
+def _factors(source: Ingredient) -> dict[Target, _Decomposed]:
     found = {}
     for target, change in source.changes.items():
         module = change.low_rank()

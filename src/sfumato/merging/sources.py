@@ -15,8 +15,8 @@ from sfumato.files.metadata import data_sha256, joint_hash, short_hash
 from sfumato.files.peft_folder import adapter_sources
 from sfumato.files.read import Stamp, stamp
 from sfumato.merging.lineage import Parent
-from sfumato.merging.merge import Source
-from sfumato.merging.whole_model import is_whole_model, read_mixable, weight_files
+from sfumato.merging.merge import Ingredient
+from sfumato.merging.whole_model import files_of_parts, is_whole_model, read_mixable
 from sfumato.weighting.adapter import Adapter, public_name
 from sfumato.weighting.blocks import Blocks
 from sfumato.weighting.modules import select
@@ -24,7 +24,7 @@ from sfumato.weighting.modules import select
 
 def read_source(
     adapter: Adapter, *, partial: bool = False, words: bool = False, models: bool = False
-) -> tuple[Source, Parent]:
+) -> tuple[Ingredient, Parent]:
     """What an adapter changes, and what a file made of it will say of it.
 
     words: whether the caller hands on the textual inversions bundled with it, or loses nothing without them. models:
@@ -38,14 +38,14 @@ def read_source(
             f"{file.path.name}: has textual inversions bundled with it ({tokens}), which would be lost. "
             "Accept that with partial=True (--partial)."
         )
-    source = Source(adapter.label, file.changes, adapter.weight, file.embeddings)
+    source = Ingredient(adapter.label, file.changes, adapter.weight, file.embeddings)
     name, digest = public_name(adapter.path), identity(Path(adapter.path))
     return source, Parent(name, digest, file.metadata, file.family, adapter.weight)
 
 
 def read_sources(
     adapters: Sequence[Adapter], *, partial: bool = False, words: bool = False
-) -> tuple[list[Source], list[Parent]]:
+) -> tuple[list[Ingredient], list[Parent]]:
     """The same of several adapters, and of whole models."""
     found = [read_source(adapter, partial=partial, words=words, models=True) for adapter in adapters]
     return [source for source, _ in found], [parent for _, parent in found]
@@ -58,7 +58,7 @@ def identity(path: Path) -> str:
     """
     if not path.is_dir():
         return _short_hash(path, stamp(path.stat()))
-    files = weight_files(path) if is_whole_model(path) else [source.header.path for source in adapter_sources(path)]
+    files = files_of_parts(path) if is_whole_model(path) else [source.header.path for source in adapter_sources(path)]
     return joint_hash(_data_sha256(file, stamp(file.stat())) for file in files)
 
 
@@ -72,7 +72,7 @@ def _data_sha256(path: Path, stamp: Stamp) -> str:
     return data_sha256(read_header(path))
 
 
-def choose_blocks(sources: Sequence[Source], rules: Sequence[str]) -> list[Source]:
+def choose_blocks(sources: Sequence[Ingredient], rules: Sequence[str]) -> list[Ingredient]:
     """The sources with only the modules that the rules leave: WORDS for all of them, LABEL=WORDS for one.
 
     Words with factors (`down:0.3,up.1:1.2`, a list of the web interfaces) leave all, with so much of the weight each.
@@ -95,7 +95,7 @@ def choose_blocks(sources: Sequence[Source], rules: Sequence[str]) -> list[Sourc
     return chosen
 
 
-def _with_factors(source: Source, words: str) -> Blocks:
+def _with_factors(source: Ingredient, words: str) -> Blocks:
     if isinstance(source.weight, Blocks):
         raise AdapterError(f"blocks {words!r}: {source.name} has factors already; name them in one.")
     weight = Blocks.parse(source.weight, words)

@@ -7,15 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sfumato.errors import AdapterError
+from sfumato.limits import checked_density
 from sfumato.merging.arithmetic import linear
-
-
-def checked_density(density: float) -> float:
-    """The density. Raises AdapterError for one that is not in (0, 1]."""
-    if not 0 < density <= 1:
-        raise AdapterError(f"density {density:g}: wanted the share of entries to keep, above 0 and at most 1.")
-    return density
 
 
 def keep_largest(delta: Tensor, density: float) -> Tensor:

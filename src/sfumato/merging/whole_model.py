@@ -76,7 +76,7 @@ def replacements(model: StoredBase) -> dict[Target, Replacement]:
     return changes
 
 
-def weight_files(folder: Path) -> list[Path]:
+def files_of_parts(folder: Path) -> list[Path]:
     """The files that U-Net and text encoders of a model's folder are in, in order."""
     from sfumato.bases import folder as folders
 

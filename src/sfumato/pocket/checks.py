@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from sfumato import shell
 from sfumato.errors import ConfigError
 from sfumato.training.checks import check_run, only_with
 
@@ -35,14 +36,14 @@ def _check_numbers(config: Any) -> None:
     for name in ("crossed_overlap", "style_together"):
         share = getattr(config, name)
         if share is not None and not 0 <= share <= 1:
-            raise ConfigError(f"--{name.replace('_', '-')} is {share}; it must be 0 to 1.")
+            raise ConfigError(f"{shell.option(name)} is {share}; it must be 0 to 1.")
     if not 0 <= config.plain_share <= 0.5:
         raise ConfigError(f"--plain-share is {config.plain_share}; it must be 0 to 0.5.")
     timesteps = ("crossed_from", "moved_below")
     for name in (*timesteps, *NOT_NEGATIVE):
         value = getattr(config, name)
         if value is not None and not 0 <= value < float("inf"):
-            raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must not be negative.")
+            raise ConfigError(f"{shell.option(name)} is {value}; it must not be negative.")
 
 
 def _check_steps(config: Any) -> None:

@@ -26,7 +26,7 @@ def read_vae(folder: Path, device: torch.device) -> Any:
     return shell.model.to(device)
 
 
-def parts_of(init: str, device: str, scheduler: DDIMScheduler) -> tuple[Any, Any, Any, Any]:
+def learning_parts(init: str, device: str, scheduler: DDIMScheduler) -> tuple[Any, Any, Any, Any]:
     """U-Net and text encoder of a base, which learn on, its tokenizer and its VAE.
 
     Raises BaseModelError for a base that learned to predict something else than `scheduler` has.

@@ -75,4 +75,5 @@ def shape(module: nn.Module) -> tuple[int, ...] | None:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
+    """Its name without the library's: "bfloat16"."""
     return str(dtype).removeprefix("torch.")

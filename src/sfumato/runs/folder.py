@@ -25,6 +25,11 @@ _KEPT = re.compile(r"-(?:step\d{8,}|\d{6,})[-.]")
 _LEFT_OVER = re.compile(r"\..+\.[0-9a-f]{12}\.part(\.\w+)?")
 
 
+def kept_name(name: str, step: int) -> str:
+    """What an adapter or word that a run keeps on the way is called, without an ending."""
+    return f"{name}-step{step:08d}"
+
+
 def going_on(config: FolderOptions, also: Sequence[str] = ()) -> bool:
     """Whether the output folder holds a run that is to be resumed.
 

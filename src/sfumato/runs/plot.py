@@ -27,7 +27,7 @@ def plot_log(log: Path, path: Path) -> Path:
     """
     curves = read_log(log)
     if not curves:
-        raise RunError(f"{log}: nothing in it to plot yet.")
+        raise RunError(f"{log}: nothing in it to plot yet; wait for the first steps.")
     # The object API: no global state, no display, and nothing imported until something is plotted.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -69,7 +69,7 @@ def read_log(log: Path) -> dict[str, tuple[list[int], list[float]]]:
     try:
         lines = log.read_text(encoding="utf-8").splitlines()
     except OSError as error:
-        raise RunError(f"{log}: the log cannot be read ({error.strerror}).") from None
+        raise RunError(f"{log}: the log cannot be read ({error.strerror}); name the folder of a run.") from None
     curves: dict[str, tuple[list[int], list[float]]] = {}
     for number, line in enumerate(lines, start=1):
         try:

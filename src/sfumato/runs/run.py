@@ -50,9 +50,9 @@ __all__ = ["Run", "Step"]
 _LOOKED = "looked"
 """The fact that names the last step whose samples and measurements are done."""
 _UNSAVED, _BROKEN = 1, 2
+"""How a checkpoint failed: it could not be written, or is not finite."""
 _PLOT_EVERY_S = 60.0
 """Between two plots of a run that goes on."""
-"""How a checkpoint failed: it could not be written, or is not finite."""
 _not_begun: weakref.WeakSet[Run] = weakref.WeakSet()
 _not_written: weakref.WeakSet[Run] = weakref.WeakSet()
 """Runs whose steps are made and whose results are not yet all in the folder."""

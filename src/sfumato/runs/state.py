@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import RunError
+from sfumato.precision.tensors import dtype_name
 
 
 def pack(tree: Any) -> tuple[dict[str, Tensor], Any]:
@@ -24,7 +25,7 @@ def pack(tree: Any) -> tuple[dict[str, Tensor], Any]:
     def visit(node: Any, path: str) -> Any:
         if isinstance(node, Tensor):
             if node.numel() == 0:  # which a safetensors file of ours does not hold
-                return {"empty": [list(node.shape), str(node.dtype).removeprefix("torch.")]}
+                return {"empty": [list(node.shape), dtype_name(node.dtype)]}
             name = path
             while name in tensors:  # 1 and "1" are two keys of a dict and one path
                 name += "'"

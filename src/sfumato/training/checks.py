@@ -12,6 +12,7 @@ from collections.abc import Callable
 from os.path import isfile
 from typing import TYPE_CHECKING
 
+from sfumato import shell
 from sfumato.errors import ConfigError
 from sfumato.files.metadata import moment
 from sfumato.limits import checked_seed
@@ -79,7 +80,7 @@ def check_run(config: FolderOptions) -> None:
         for name in names:
             value = getattr(config, name, None)
             if value is not None and not is_good(value):
-                raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must {wanted}.")
+                raise ConfigError(f"{shell.option(name)} is {value}; it must {wanted}.")
 
 
 def check_name(config: FolderOptions, *, folder: bool = False) -> None:
@@ -130,4 +131,4 @@ def only_with(config: FolderOptions, needed: str, *names: str) -> None:
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     given = [name for name in names if getattr(config, name) != defaults[name]]
     if given and not config.resume:
-        raise ConfigError(f"--{given[0].replace('_', '-')} has no effect without {needed}; leave it out, or give both.")
+        raise ConfigError(f"{shell.option(given[0])} has no effect without {needed}; leave it out, or give both.")

@@ -23,6 +23,7 @@ from sfumato.drawing.pictures import draw_each
 from sfumato.drawing.sheet import read_drawn
 from sfumato.errors import DataError
 from sfumato.files.atomic import atomic_path, write_text
+from sfumato.precision.tensors import dtype_name
 
 if TYPE_CHECKING:
     from sfumato.bases import Base
@@ -52,7 +53,7 @@ def about(base: Base, prompt: str, resolution: int) -> dict[str, Any]:
         "size_px": resolution,
         "clip_skip": base.clip_skip,
         "prediction_type": base.prediction_type,
-        "compute": str(base.precision.compute).removeprefix("torch."),
+        "compute": dtype_name(base.precision.compute),
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from sfumato import shell
 from sfumato.config import fill
 from sfumato.errors import ConfigError
 from sfumato.training.options import TrainerOptions
@@ -68,7 +69,7 @@ def of_convolutions(config: Any, alpha: float, *, rank_stabilised: bool = False)
 def span_of(config: TrainerOptions, base: Base) -> tuple[float, float] | None:
     """(start, end) of progress, 0 at noise, in which an adapter is drawn with: --over-steps, or what it learned; None
     for all steps."""
-    from sfumato.command_line.where_when import parse_span
+    from sfumato.drawing.where_when import parse_span
 
     given: str | None = getattr(config, "over_steps", None)
     if given is not None:
@@ -91,7 +92,7 @@ def second_rate(config: TrainerOptions, name: str, otherwise: float) -> float:
     assert config.learning_rate is not None
     if given not in (None, config.learning_rate):
         raise ConfigError(
-            f"--{name.replace('_', '-')} {given} beside --learning-rate {config.learning_rate}: prodigy finds one step "
+            f"{shell.option(name)} {given} beside --learning-rate {config.learning_rate}: prodigy finds one step "
             "for all that learns. Leave it out, or use --optimizer adamw."
         )
     return config.learning_rate

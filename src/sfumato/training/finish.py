@@ -56,8 +56,8 @@ def describe_run(config: TrainerOptions, base: Base, dataset: Dataset, samples: 
     return dataclasses.replace(description, **more)
 
 
-def finish(run: Run, path: Path, about: Description, samples: Samples, *, kind: Kind, push: str | None) -> None:
-    """The plot and the card beside what was learned, a line for each, and the upload if `push` names a repository."""
+def finish(run: Run, path: Path, about: Description, samples: Samples, *, kind: Kind) -> None:
+    """The plot and the card beside what was learned, and a line for each."""
     from sfumato.cards.adapter import write_card
 
     rows = samples.rows
@@ -69,7 +69,6 @@ def finish(run: Run, path: Path, about: Description, samples: Samples, *, kind: 
 
         card = write_model_card(run.folder, path, about, prompts, rows)
     plot_and_tell(run, f"{_WHAT[kind]:<9}{path}", card, has_samples=bool(rows))
-    upload(run, [path], push)
 
 
 _WHAT = {"lora": "adapter", "difference": "change", "folder": "model"}
@@ -88,7 +87,7 @@ def plot_and_tell(run: Run, made: str, card: Path, *, has_samples: bool) -> None
 
 def upload(run: Run, paths: Sequence[Path], repository: str | None) -> None:
     """Upload each file with its card, and say where it is; nothing where no repository is named. The last of all."""
-    from sfumato.cards.adapter import push
+    from sfumato.training.publish import push
 
     run.all_written()
     if not repository:

@@ -17,6 +17,7 @@ from sfumato.files.kohya import Target, kohya_name
 from sfumato.files.read import is_finite
 from sfumato.files.save import cast, check_metadata, model_folder, write_one_by_one
 from sfumato.numerals import so_many
+from sfumato.precision.tensors import dtype_name
 
 if TYPE_CHECKING:
     from sfumato.bases import Base
@@ -57,18 +58,9 @@ def full_precision(precision: Precision, *, eight_bit: bool = False) -> Precisio
     )
 
 
-def parts_of(base: Base, *, text: bool) -> dict[str, nn.Module]:
-    """The models of a base by the names that files give them: "unet", "text_encoder", "text_encoder_2"."""
-    parts: dict[str, nn.Module] = {"unet": base.unet}
-    if text:
-        names = [encoder.folder for encoder in base.family.encoders]
-        parts |= dict(zip(names, base.text_encoders, strict=True))
-    return parts
-
-
 def unfreeze(base: Base, *, text: bool) -> nn.ModuleDict:
     """The base's own U-Net, and with `text` its text encoders, to be trained; their weights must be fp32."""
-    parts = parts_of(base, text=text)
+    parts = base.parts(text=text)
     for name, module in parts.items():
         halves = [parameter.dtype for parameter in module.parameters() if parameter.dtype != torch.float32]
         if halves:
@@ -99,8 +91,7 @@ def _check_finite(module: nn.Module, dtype: torch.dtype, path: Path) -> None:
     broken = [name for name, tensor in module.state_dict().items() if not is_finite(tensor)]
     if broken:
         raise FileError(
-            f"{path.name}: {so_many(len(broken), 'weight is', 'weights are')} not finite in "
-            f"{str(dtype).removeprefix('torch.')}, first "
+            f"{path.name}: {so_many(len(broken), 'weight is', 'weights are')} not finite in {dtype_name(dtype)}, first "
             f"{broken[0]}, so nothing was written. Save in fp32, or use an earlier checkpoint."
         )
 

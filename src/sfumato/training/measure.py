@@ -25,9 +25,11 @@ from sfumato.training.objective import denoising_errors, predict
 if TYPE_CHECKING:
     from sfumato.bases import Base
     from sfumato.data import Batch, Dataset
+    from sfumato.runs.processes import Processes
 
 _SEED = 0
 _MOST = 16
+_DRIFTS = ("class_drift", "drift")
 
 
 class Measures:
@@ -100,3 +102,27 @@ class Measures:
 def _noise(batch: Batch, places: Tensor) -> Tensor:
     shape = tuple(batch.latents.shape[1:])
     return torch.stack([randomness.normal(shape, _SEED, "measure", 0, int(at)) for at in places]).to(batch.latents)
+
+
+class DriftLimit:
+    """Says when the base has moved further than `limit` allows; without a limit never.
+
+    reached: the figure that did, such as "class_drift 0.312", empty before. rows: the log of a run that goes on.
+    """
+
+    def __init__(self, limit: float | None, rows: Sequence[Mapping[str, float]] = ()):
+        self.limit = limit
+        self.reached = ""
+        measured = [row for row in rows if any(name in row for name in _DRIFTS)]
+        if measured:
+            self._take(measured[-1])
+
+    def look(self, figures: Mapping[str, float], processes: Processes) -> None:
+        """Take a measurement in; all processes agree."""
+        self._take(figures)
+        if self.limit is not None and processes.largest(int(bool(self.reached))):
+            self.reached = self.reached or "the drift of another process"
+
+    def _take(self, figures: Mapping[str, float]) -> None:
+        over = [name for name in _DRIFTS if self.limit is not None and figures.get(name, 0.0) > self.limit]
+        self.reached = f"{over[0]} {figures[over[0]]:.3f}" if over else ""

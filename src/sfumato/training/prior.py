@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -180,30 +180,3 @@ class BasePrediction:
 def class_seed(seed: int) -> int:
     """The seed of the class half, so that its pictures, noise and timesteps are not the subject's."""
     return randomness.seed_of(seed, "class")
-
-
-class DriftLimit:
-    """Says when the base has moved further than `limit` allows; without a limit never.
-
-    reached: the figure that did, such as "class_drift 0.312", empty before. rows: the log of a run that goes on.
-    """
-
-    def __init__(self, limit: float | None, rows: Sequence[Mapping[str, float]] = ()):
-        self.limit = limit
-        self.reached = ""
-        measured = [row for row in rows if any(name in row for name in _DRIFTS)]
-        if measured:
-            self._take(measured[-1])
-
-    def look(self, figures: Mapping[str, float], processes: Processes) -> None:
-        """Take a measurement in; all processes agree."""
-        self._take(figures)
-        if self.limit is not None and processes.largest(int(bool(self.reached))):
-            self.reached = self.reached or "the drift of another process"
-
-    def _take(self, figures: Mapping[str, float]) -> None:
-        over = [name for name in _DRIFTS if self.limit is not None and figures.get(name, 0.0) > self.limit]
-        self.reached = f"{over[0]} {figures[over[0]]:.3f}" if over else ""
-
-
-_DRIFTS = ("class_drift", "drift")

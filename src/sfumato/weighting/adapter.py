@@ -69,12 +69,13 @@ def checked_weight(label: str, weight: object) -> Weight:
     if isinstance(weight, tuple | list):
         if len(weight) != 2:
             raise AdapterError(f"{label}: two weights are (U-Net, text encoders), got {len(weight)}.")
-        unet, text = (_number(label, value) for value in weight)
+        unet, text = (checked_number(label, value) for value in weight)
         return unet if unet == text else (unet, text)
-    return _number(label, weight)
+    return checked_number(label, weight)
 
 
-def _number(label: str, value: object) -> float:
+def checked_number(label: str, value: object) -> float:
+    """One weight. Raises AdapterError, one line, for what is no number or beyond the limits."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise AdapterError(f"{label}: a weight is a number, got {type(value).__name__} {_short(value)}.")
     number = float(value)
