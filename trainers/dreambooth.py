@@ -545,7 +545,7 @@ def save(
     from sfumato.files import write_lora
     from sfumato.precision import decide
     from sfumato.training.finish import finish, upload
-    from sfumato.training.full import full_precision, write_difference, write_extracted, write_folder
+    from sfumato.training.full import full_precision, write_changes, write_extracted, write_folder
 
     as_file = written_as(config, base, about)
     if isinstance(trained, Lora):
@@ -558,7 +558,7 @@ def save(
         original.resting.keep("unet", *(("text",) if config.train_text_encoder else ()))
         after, before = (one.parts(text=config.train_text_encoder) for one in (base, original))
         if config.save == "difference":
-            count = write_difference(path, after, before, **as_file)
+            count = write_changes(path, after, before, **as_file)
             run.say(f"{so_many(count, 'module differs', 'modules differ')} from the base's")
         else:
             run.say(write_extracted(path, after, before, rank=config.rank, keep_energy=config.keep_energy, **as_file))

@@ -16,6 +16,7 @@ from torch.testing import assert_close
 
 from sfumato.errors import AdapterError, ConfigError, FileError
 from sfumato.files import read_tensors
+from sfumato.files import write_difference as writer
 from sfumato.files.fingerprint import KEY
 from sfumato.files.header import read_header
 from sfumato.files.lora_file import LoraModule, read_lora
@@ -362,11 +363,11 @@ def test_what_training_changed_is_held_a_weight_at_a_time(tmp_path, monkeypatch)
         assert sum(each() is not None for each in held) == 1
         return all_rows(modules)
 
-    all_rows = full.rows
-    monkeypatch.setattr(full, "rows", rows)
+    all_rows = writer.rows
+    monkeypatch.setattr(writer, "rows", rows)
     path = tmp_path / "a.safetensors"
     options = {"family": "sd1", "metadata": {"ss_seed": "1"}, "dtype": torch.float16}
-    assert full.write_difference(path, model(1.5), model(1.0), **options) == 4
+    assert full.write_changes(path, model(1.5), model(1.0), **options) == 4
     assert len(held) == 3  # the first weight is what it was
     header, tensors = read_header(path), read_tensors(path)
     described = {key: value for key, value in header.metadata.items() if "hash" not in key}

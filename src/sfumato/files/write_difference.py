@@ -1,4 +1,7 @@
-"""Full differences in kohya's names (`.diff`, `.diff_b`): any kind of adapter exactly, at the size of its weights.
+"""Full differences in LyCORIS' names (`.diff`, `.diff_b`): any kind of adapter, or what a training changed, exactly, at
+the size of its weights.
+
+Normalisations have these names, too: A1111 reads LyCORIS' own for them, `.w_norm` and `.b_norm`, in pairs alone.
 
 ComfyUI, A1111/Forge and InvokeAI read them; diffusers, peft and sd-scripts do not.
 """
@@ -22,13 +25,14 @@ from sfumato.files.save import cast, check_metadata, write_one_by_one
 
 def write_difference(
     path: str | os.PathLike[str],
-    deltas: Mapping[Target, tuple[Tensor, Tensor | None]],
+    deltas: Mapping[Target, tuple[Tensor | None, Tensor | None]],
     *,
     family: str,
     metadata: Mapping[str, str] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Path:
-    """Write (delta of the weight, delta of the bias or None) for each module, in their shapes; else as `write_lora`.
+    """Write (delta of the weight, delta of the bias) for each module, in their shapes; None for what stays. Else as
+    `write_lora`.
 
     deltas: each is asked for twice and then let go, so that they may be taken when they are asked for.
     """
@@ -38,17 +42,19 @@ def write_difference(
     shapes: dict[str, Tensor] = {}
     places: dict[str, tuple[Target, int]] = {}
     found: dict[str, Row] = {}
+    names: set[str] = set()
     for target in deltas:
         name = kohya_name(family, *target)
-        if f"{name}.diff" in shapes:
+        if name in names:
             raise AdapterError(f"{path.name}: two modules are both called {name} in the file; give each module once.")
+        names.add(name)
         weight, bias = deltas[target]
         for place, (suffix, delta) in enumerate((("diff", weight), ("diff_b", bias))):
             if delta is not None:
                 key = f"{name}.{suffix}"
                 written = cast(delta, dtype, key, path)
                 places[key], shapes[key] = (target, place), written.to("meta")
-                if delta is weight and weight.ndim > 1:
+                if delta.ndim > 1:
                     # Of what is written: a small change may be near the least that fp16 holds.
                     found |= rows({target: written})
     described = {
@@ -57,6 +63,8 @@ def write_difference(
         "ss_network_args": '{"algo":"full"}',
         KEY: fingerprint_of(found),
     }
+    for rank_of in ("ss_network_dim", "ss_network_alpha"):  # it has none
+        described.pop(rank_of, None)
     check_metadata(described, path)
     at = lru_cache(maxsize=1)(deltas.__getitem__)  # a bias is written next to its weight
 

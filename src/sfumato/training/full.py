@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -12,25 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.errors import AdapterError, FileError
-from sfumato.files.fingerprint import KEY, Row, fingerprint_of, rows
-from sfumato.files.kohya import Target, kohya_name
+from sfumato.files.kohya import Target
 from sfumato.files.read import is_finite
-from sfumato.files.save import cast, check_metadata, model_folder, write_one_by_one
+from sfumato.files.save import model_folder
 from sfumato.numerals import so_many
 from sfumato.precision.tensors import dtype_name
 
 if TYPE_CHECKING:
     from sfumato.bases import Base
     from sfumato.precision import Precision
-
-
-_LEAVES = {
-    ("weight", False): "diff",
-    ("bias", False): "diff_b",
-    ("weight", True): "w_norm",
-    ("bias", True): "b_norm",
-}
-"""(parameter's name, whether its module is a normalisation) -> LyCORIS' name for its change."""
 
 
 def full_precision(precision: Precision, *, eight_bit: bool = False) -> Precision:
@@ -96,17 +86,44 @@ def _check_finite(module: nn.Module, dtype: torch.dtype, path: Path) -> None:
         )
 
 
-def changed_weights(after: Mapping[str, nn.Module], before: Mapping[str, nn.Module]) -> Iterator[tuple[Target, str]]:
-    """((part, module path), "weight" or "bias") of every weight that is not what it was."""
-    for part, module in after.items():
-        old = dict(before[part].named_parameters())
-        for name, tensor in module.named_parameters():
-            if not torch.equal(tensor.detach(), old[name].detach().to(tensor)):
-                path, _, leaf = name.rpartition(".")
-                yield (part, path), leaf
+class Changes(Mapping[Target, tuple[Tensor | None, Tensor | None]]):
+    """What training changed: for each module, by part and path, the differences of its weight and of its bias in fp32
+    on the CPU, None for what is what it was. Each is taken when it is asked for.
+
+    after, before: models by part, of the same shapes.
+    """
+
+    def __init__(self, after: Mapping[str, nn.Module], before: Mapping[str, nn.Module]) -> None:
+        self._after, self._before = after, before
+        self._leaves: dict[Target, set[str]] = {}
+        for part, module in after.items():
+            old = dict(before[part].named_parameters())
+            for name, tensor in module.named_parameters():
+                if not torch.equal(tensor.detach(), old[name].detach().to(tensor)):
+                    path, _, leaf = name.rpartition(".")
+                    self._leaves.setdefault((part, path), set()).add(leaf)
+
+    def __getitem__(self, target: Target) -> tuple[Tensor | None, Tensor | None]:
+        part, path = target
+        leaves = self._leaves[target]
+        now, then = (models[part].get_submodule(path) for models in (self._after, self._before))
+        return _difference("weight", leaves, now, then), _difference("bias", leaves, now, then)
+
+    def __iter__(self) -> Iterator[Target]:
+        return iter(self._leaves)
+
+    def __len__(self) -> int:
+        return len(self._leaves)
 
 
-def write_difference(
+def _difference(leaf: str, leaves: Collection[str], now: nn.Module, then: nn.Module) -> Tensor | None:
+    if leaf not in leaves:
+        return None
+    new, old = (module.get_parameter(leaf).detach().float().cpu() for module in (now, then))
+    return new - old
+
+
+def write_changes(
     path: Path,
     after: Mapping[str, nn.Module],
     before: Mapping[str, nn.Module],
@@ -115,43 +132,17 @@ def write_difference(
     metadata: Mapping[str, str],
     dtype: torch.dtype,
 ) -> int:
-    """What training changed, as one safetensors in LyCORIS' names (`.diff`, `.diff_b`, `.w_norm`); how many modules.
+    """What training changed, as one safetensors that a mix adds to the base at any weight; how many modules.
 
-    A mix adds it to the base at any weight. after, before: models by part. One change is held at a time. Raises
-    AdapterError where nothing changed or a module has no name in the grammar, FileError for values that are not finite
-    in `dtype`.
+    after, before: models by part. Raises AdapterError where nothing changed, else as `write_difference`.
     """
+    from sfumato.files.write_difference import write_difference
 
-    def change(key: str) -> Tensor:
-        (part, place), leaf = places[key]
-        now, then = (models[part].get_parameter(f"{place}.{leaf}").detach() for models in (after, before))
-        return cast(now.float().cpu() - then.float().cpu(), dtype, key, path)
-
-    places: dict[str, tuple[Target, str]] = {}
-    shapes: dict[str, Tensor] = {}
-    found: dict[str, Row] = {}
-    modules: set[str] = set()
-    for target, leaf in changed_weights(after, before):
-        part, place = target
-        name = kohya_name(family, part, place)
-        modules.add(name)
-        is_norm = after[part].get_parameter(f"{place}.weight").ndim == 1
-        key = f"{name}.{_LEAVES[leaf, is_norm]}"
-        places[key] = target, leaf
-        delta = change(key)
-        shapes[key] = delta.to("meta")
-        if delta.ndim > 1:
-            # Of what is written: the change of a small rate may be near the least that fp16 holds.
-            found |= rows({target: delta})
-    if not shapes:
+    changes = Changes(after, before)
+    if not changes:
         raise AdapterError(f"{path.name}: no weight differs from the base's, so there is nothing to write.")
-    described = {**metadata, "ss_network_module": "lycoris.kohya", "ss_network_args": '{"algo":"full"}'}
-    described |= {"ss_network_dim": "", "ss_network_alpha": ""}
-    described = {key: value for key, value in described.items() if value != ""}
-    described[KEY] = fingerprint_of(found)
-    check_metadata(described, path)
-    write_one_by_one(path, shapes, change, described)
-    return len(modules)
+    write_difference(path, changes, family=family, metadata=metadata, dtype=dtype)
+    return len(changes)
 
 
 def write_extracted(
