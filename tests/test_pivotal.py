@@ -1,5 +1,6 @@
 """Pivotal tuning, a word and a LoRA learned together: equal to a plain loop."""
 
+import errno
 import json
 
 import numpy as np
@@ -85,3 +86,21 @@ def test_equal_to_a_plain_loop_over_peft_and_the_whole_table(pocket_folder, pict
     adapter, word = (read_header(tmp_path / "run" / name).metadata for name in ("run.safetensors", "run-x.safetensors"))
     assert words_beside(adapter) == {"<x>": "run-x.safetensors"}
     assert words_beside(word) == {}
+
+
+def test_a_card_that_lacks_the_words_is_written_by_going_on(pocket_folder, pictures, tmp_path, monkeypatch, capsys):
+    """The adapter's own end is not the run's: the words come after it."""
+    folder = tmp_path / "run"
+    words = ["train", "lora", "--images", str(pictures), "--output", str(folder), "--base", str(pocket_folder)]
+    words += ["--caption", "<x>", "--train-words", "<x>", "--steps", "1", "--batch", "1", "--rank", "1"]
+    words += ["--sample-every", "0", "--measure-every", "0", "--device", "cpu"]
+
+    def full(*given, **named):
+        raise OSError(errno.ENOSPC, "No space left on device", "README.md")
+
+    with monkeypatch.context() as broken:
+        broken.setattr("sfumato.cards.words.add_words_section", full)
+        assert cli.main(words) == 2
+    assert f"the rest is written by: sfumato resume {folder}" in capsys.readouterr().err
+    assert cli.main(["resume", str(folder)]) == 0
+    assert "<x>" in (folder / "README.md").read_text()
