@@ -119,7 +119,7 @@ class Config(TrainerOptions):
     """Keep the running mean of --ema in the CPU's memory."""
     save: Literal["folder", "difference", "lora"] | None = None
     """folder writes the whole model, for diffusers; difference only what changed, for the mixer; lora the LoRA that is
-    closest to the change. Unset: folder with --method full, lora with --method lora."""
+    nearly the closest to the change. Unset: folder with --method full, lora with --method lora."""
     keep_energy: float | None = None
     """With --method full --save lora: each layer gets the smallest rank that keeps this share of its change's energy,
     and at most --rank, if that is given."""

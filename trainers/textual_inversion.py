@@ -129,7 +129,11 @@ def train(config: Config) -> Path:
     run.say(*shortened(config.initial_words, config.vectors, tokenizer))
 
     # Encoded in the loop, each distinct caption once: what they mean is what is learned.
-    dataset = config.prepare(examples, base, embed_text=False, processes=processes)
+    global_batch, starts = processes.starts(config.batch, config.accumulate)
+    draws = (config.seed, config.steps, global_batch)
+    dataset = config.prepare(
+        examples, base, embed_text=False, will_draw=draws, together=config.batch, processes=processes
+    )
     run.say(*dataset.notes)
     base.resting.keep("unet", "text")  # the VAE has given its latents; it rests until something is drawn
     run.identify(data=dataset.fingerprint, base=base.fingerprint())
@@ -159,7 +163,6 @@ def train(config: Config) -> Path:
                 write_words(kept, words, config, about)
 
     run.every(config.save_every, export)
-    global_batch, starts = processes.starts(config.batch, config.accumulate)
     noising = config.noising(base)
     for step in run.steps(config.steps):
         schedule.set(step.number, step.rate_factor)

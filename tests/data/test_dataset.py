@@ -131,6 +131,33 @@ def test_batches_of_mixed_shapes_hold_one_shape_each_and_all_equally_often(shape
     assert max(counts.values()) - min(counts.values()) <= 4
 
 
+def test_the_micro_batches_of_a_step_are_of_one_shape_each_and_of_several_together(shapes, base):
+    """Accumulated, or on several processes, a step is no picture many times over."""
+    data = prepare(read(shapes), base, resolution=64, together=1)
+    rows = [data.order(0, step, 5) for step in range(8)]
+    assert all(sorted(row) == list(range(5)) for row in rows)
+    data = prepare(read(shapes), base, resolution=64, together=2)
+    rows = [data.order(0, step, 4) for step in range(50)]
+    assert all(data.sizes[a] == data.sizes[b] for row in rows for a, b in (row[:2], row[2:]))
+    assert sum(data.sizes[row[0]] != data.sizes[row[2]] for row in rows) > 20
+    counts = Counter(i for row in rows for i in row)
+    assert max(counts.values()) - min(counts.values()) <= 2
+
+
+@pytest.mark.parametrize("together", [1, 2, 6])
+def test_of_one_shape_a_step_is_the_same_however_it_is_divided(together, pictures, base):
+    one, whole = (prepare(read(pictures), base, resolution=64, together=size) for size in (together, None))
+    assert [one.order(7, step, 6) for step in range(9)] == [whole.order(7, step, 6) for step in range(9)]
+
+
+def test_pictures_that_no_step_holds_are_told(pictures, base):
+    few = prepare(read(pictures), base, resolution=64, will_draw=(0, 2, 2))
+    assert "2 of 6 pictures come in none of the 2 steps; more steps learn from all." in few.notes
+    assert not [
+        note for note in prepare(read(pictures), base, resolution=64, will_draw=(0, 3, 2)).notes if "none" in note
+    ]
+
+
 def test_flips_are_mirror_images_and_come_half_the_time(pictures, base):
     data = prepare(read(pictures), base, resolution=64, flip=True)
     plain = data.batch(0, 0, 6, augment=False)

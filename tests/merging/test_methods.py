@@ -133,8 +133,9 @@ def test_knots_merges_the_right_components_of_one_svd():
     terms = [random_factors(1), random_factors(2)]
     u, s, vh = torch.linalg.svd(torch.cat([term.delta() for term in terms], 1), full_matrices=False)
     u, s, vh = u[:, :4], s[:4], vh[:4]
-    inner = partial(ties, density=1.0)
-    wanted = u @ torch.diag(s) @ inner([vh[:, :5], vh[:, 5:]], [1.0, 1.0])
+    inner = partial(ties, density=0.4)
+    scaled = torch.diag(s) @ vh  # as the authors' task_merger.py: `V = torch.diag(s) @ V`
+    wanted = u @ inner([scaled[:, :5], scaled[:, 5:]], [1.0, 1.0])
     assert_close(knots(terms, [1.0, 1.0], inner).delta(), wanted)
 
 

@@ -99,6 +99,14 @@ def test_epochs_become_steps_of_the_global_batch():
     assert (config.steps, config.epochs) == (20, None)
 
 
+@pytest.mark.parametrize(
+    ("samples", "batch", "epochs", "steps"), [(10, 4, 1, 3), (5, 2, 1, 3), (10, 4, 2, 5), (3, 8, 1, 1)]
+)
+def test_the_last_step_of_epochs_that_do_not_divide_is_taken(samples, batch, epochs, steps):
+    config, _ = resolve(replace(CONFIG, epochs=epochs, batch=batch), BASE, samples, 1)
+    assert config.steps == steps
+
+
 def test_looks_and_checkpoints_come_four_times_unless_told():
     config, _ = resolve(replace(CONFIG, steps=10, sample_every=0), BASE, 16, 1)
     assert (config.sample_every, config.measure_every, config.checkpoint_every) == (0, 3, 3)

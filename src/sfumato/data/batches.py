@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sfumato.errors import DataError
-
 if TYPE_CHECKING:
     from sfumato.bases import Base, TextEmbedding
 
@@ -48,12 +46,12 @@ class Batch:
 def join(first: Batch, second: Batch) -> Batch:
     """Both batches as one, the first one's samples first; where only one has masks, the other is learned whole.
 
-    indices and variants stay each batch's own. Raises DataError for latents of two shapes: prepare both data sets with
-    one resolution and buckets=False. Raises ValueError if only one has text embeddings.
+    indices and variants stay each batch's own. Raises ValueError for latents of two shapes, and if only one has text
+    embeddings.
     """
     if first.latents.shape[1:] != second.latents.shape[1:]:
         shapes = " and ".join(str(list(batch.latents.shape[1:])) for batch in (first, second))
-        raise DataError(f"batches of two shapes, {shapes}, cannot be one. Prepare both with buckets=False.")
+        raise ValueError(f"batches of two shapes, {shapes}, cannot be one")
     if (first.text is None) != (second.text is None):
         raise ValueError("one batch has text embeddings, the other has none; prepare both with the same embed_text")
     text = None

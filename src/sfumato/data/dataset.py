@@ -24,6 +24,7 @@ class Dataset:
     """What `prepare` made. len() is the number of pictures.
 
     notes: one line each, for the person. fingerprint: sha256 over file bytes, captions, masks, crops and options, hex.
+    together: how many samples of a batch are of one size; unset, all.
     """
 
     def __init__(
@@ -35,10 +36,12 @@ class Dataset:
         *,
         fingerprint: str,
         notes: Sequence[str],
+        together: int | None = None,
     ):
         self.fingerprint, self.notes = fingerprint, list(notes)
         self._items, self._device, self._encoder = list(items), device, encoder
         self._samples = [i for i, count in enumerate(repeats) for _ in range(count)]
+        self._together = together
         self._orders: dict[tuple[int, int], Order] = {}
         self._texts: Texts | None = None
 
@@ -65,11 +68,15 @@ class Dataset:
         self._texts = texts
 
     def order(self, seed: int, step: int, batch_size: int) -> list[int]:
-        """The pictures of a step's global batch, all of one size; see `sfumato.data.order.Order`."""
+        """The pictures of a step's global batch, those of a micro-batch of one size; see `sfumato.data.order.Order`."""
         key = (seed, batch_size)
         if key not in self._orders:
-            self._orders[key] = Order(self._samples, self.sizes, seed, batch_size)
+            self._orders[key] = Order(self._samples, self.sizes, seed, batch_size, self._together or batch_size)
         return self._orders[key][step]
+
+    def unseen(self, seed: int, steps: int, batch_size: int) -> int:
+        """How many pictures come in none of the steps 0 to `steps` of a run."""
+        return len(self) - len({index for step in range(steps) for index in self.order(seed, step, batch_size)})
 
     def drawn_captions(self, seed: int, steps: int, batch_size: int) -> set[str]:
         """Every caption that the steps 0 to `steps` of a run hold."""

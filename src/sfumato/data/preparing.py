@@ -36,6 +36,7 @@ from sfumato.data.tags import count_forms, forms
 from sfumato.data.texts import Texts
 from sfumato.errors import DataError
 from sfumato.files.read import stamp
+from sfumato.numerals import so_many
 
 if TYPE_CHECKING:
     from sfumato.bases import Base
@@ -89,6 +90,7 @@ def prepare(
     tag_dropout: float = 0.0,
     embed_text: bool = True,
     will_draw: tuple[int, int, int] | None = None,
+    together: int | None = None,
     cache: Path | None = None,
     drawn_over: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
@@ -100,9 +102,10 @@ def prepare(
     caption_dropout, shuffle_tags, keep_tags, tag_dropout: for the examples whose `Options` do not say it themselves.
     embed_text: keep the embeddings of the captions. will_draw: (seed, steps, global batch) of the run to come, so that
     exactly the captions it will draw are embedded, however many forms they have; others are encoded when a batch asks
-    for them. cache: a folder for latents and embeddings, where they are found again. drawn_over: whether `views` will
-    be asked for, so that what it refuses is refused before anything is decoded. progress: called with "pictures" or
-    "captions", and how many of how many are done.
+    for them. together: how many samples of a step must be of one size, those of a call of the U-Net; unset, all.
+    cache: a folder for latents and embeddings, where they are found again. drawn_over: whether `views` will be asked
+    for, so that what it refuses is refused before anything is decoded. progress: called with "pictures" or "captions",
+    and how many of how many are done.
 
     Raises DataError that names the bad files, ConfigError for a resolution that the base cannot take.
     """
@@ -124,8 +127,19 @@ def prepare(
     notes.extend(_notes(gathered, plan, store, base))
     device = base.precision.device if hasattr(base, "precision") else torch.device("cpu")
     dataset = Dataset(
-        items, gathered.repeats, device, base.encode_pixels, fingerprint=gathered.digest.hexdigest(), notes=notes
+        items,
+        gathered.repeats,
+        device,
+        base.encode_pixels,
+        fingerprint=gathered.digest.hexdigest(),
+        notes=notes,
+        together=together,
     )
+    if will_draw is not None and (unseen := dataset.unseen(*will_draw)):
+        dataset.notes.append(
+            f"{unseen} of {so_many(len(dataset), 'picture')} come in none of the {will_draw[1]} steps; more "
+            "steps learn from all."
+        )
     if embed_text:
         texts = Texts(base, store)
         dataset.notes.extend(_embed(texts, dataset, items, will_draw, progress))

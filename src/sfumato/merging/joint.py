@@ -19,8 +19,10 @@ Inner = Callable[[Sequence[Tensor], Sequence[float]], Tensor]
 def knots(terms: Sequence[Factors], weights: Sequence[float], inner: Inner) -> Factors:
     """KnOTS, Stoica et al. 2024 (arXiv 2410.19735), section 4: [delta_1 ... delta_K] = U S [V_1' ... V_K'], merge V_i.
 
-    The result is U S inner(V_1', ..., V_K'). With a linear `inner` it is the weighted sum. The SVD is that of the ups'
-    QR times the block diagonal of the downs', of the size of the sum of ranks.
+    The result is U inner(S V_1', ..., S V_K'): the authors' code (gstoica27/KnOTS, task_merger.py) scales V before its
+    entries are compared, so that those of a negligible direction do not count like those of the strongest. With a
+    linear `inner` it is the weighted sum. The SVD is that of the ups' QR times the block diagonal of the downs', of the
+    size of the sum of ranks.
     """
     q, r = torch.linalg.qr(torch.cat([term.up.double() for term in terms], 1))
     rights, blocks, start = [], [], 0
@@ -32,9 +34,9 @@ def knots(terms: Sequence[Factors], weights: Sequence[float], inner: Inner) -> F
     u, s, vh = leading(torch.cat(blocks, 1))
     components, start = [], 0
     for right in rights:
-        components.append(vh[:, start : start + right.shape[1]] @ right.T)
+        components.append(s[:, None] * vh[:, start : start + right.shape[1]] @ right.T)
         start += right.shape[1]
-    return Factors(q @ u * s, inner(components, weights))
+    return Factors(q @ u, inner(components, weights))
 
 
 def core_space(terms: Sequence[Factors], weights: Sequence[float], inner: Inner) -> Factors:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from sfumato import shell
@@ -34,7 +35,7 @@ def resolve(
         known["learning_rate"] /= LION
     if config.epochs is not None:
         batch = (config.batch or known["batch"]) * config.accumulate * processes
-        config = dataclasses.replace(config, steps=max(1, round(config.epochs * samples / batch)), epochs=None)
+        config = dataclasses.replace(config, steps=max(1, math.ceil(config.epochs * samples / batch)), epochs=None)
     config, filled = fill(config, known)
     config.noising(base)
     assert config.steps is not None

@@ -55,13 +55,24 @@ def prepare_both(
     embed_class = embed_text if embed_class is None else embed_class
     run = config.steps, global_batch
     will_draw = (config.seed, *run)
-    learned: dict[str, Any] = {"embed_text": embed_text, "will_draw": will_draw, "drawn_over": drawn_over}
+    learned: dict[str, Any] = {
+        "embed_text": embed_text,
+        "will_draw": will_draw,
+        "drawn_over": drawn_over,
+        "together": config.batch,
+    }
     dataset = config.prepare(subjects, base, processes=processes, **learned)
     if not of_class:
         return dataset, None
     will_draw = (class_seed(config.seed), *run)
     class_set = config.prepare(
-        of_class, base, caption_dropout=0.0, embed_text=embed_class, will_draw=will_draw, processes=processes
+        of_class,
+        base,
+        caption_dropout=0.0,
+        embed_text=embed_class,
+        will_draw=will_draw,
+        together=config.batch,
+        processes=processes,
     )
     return dataset, class_set
 
