@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from sfumato.cli import run
+from sfumato.command_line.said import shown
 from sfumato.config import parse
 from sfumato.errors import ConfigError
 from sfumato.numerals import so_many
@@ -94,7 +95,7 @@ def main(argv: Sequence[str]) -> int:
         print(json.dumps(found, indent=2))
     else:
         if mended:
-            print("\n".join(_mended_lines(mended, config)))
+            print("\n".join(map(shown, _mended_lines(mended, config))))
         for sheet in sheets:
             print(f"crops drawn on {sheet}")
         if sums:
@@ -161,7 +162,7 @@ def render(report: Report) -> str:
                 lines.append(f"  ... and {len(found) - 50:,} more (--json has them all)")
     if not report.lines:
         lines.append("nothing is wrong with them")
-    return "\n".join(lines)
+    return "\n".join(map(shown, lines))
 
 
 def _mend(report: Report, config: Config) -> Mended:

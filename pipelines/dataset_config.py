@@ -12,6 +12,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from sfumato.cli import run
+from sfumato.command_line.said import say, shown
 from sfumato.config import parse
 from sfumato.errors import ConfigError
 from sfumato.numerals import so_many
@@ -45,16 +46,18 @@ def main(argv: Sequence[str]) -> int:
     if config.output is not None and config.output.suffix.lower() != ".toml":
         raise ConfigError(f"--output {config.output}: wanted a name that ends in .toml.")
     converted = convert(config.file, config.output)
-    for note in converted.notes:
-        print(note, file=sys.stderr)
+    say(*map(shown, converted.notes))
     if config.output is None:
-        if not sys.stdout.isatty() and isinstance(sys.stdout, io.TextIOWrapper):
+        text = converted.text
+        if sys.stdout.isatty():
+            text = "\n".join(map(shown, text.split("\n")))
+        elif isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(encoding="utf-8")  # of a file that it is sent to, which is TOML
-        print(converted.text, end="")
+        print(text, end="")
     else:
         write_text(config.output, converted.text)
         count = so_many(converted.sources, "source")
-        print(f"{config.output}: {count} from {converted.tool}", file=sys.stderr)
+        say(f"{config.output}: {count} from {converted.tool}")
     return 0
 
 

@@ -11,6 +11,9 @@ import warnings
 import pytest
 
 from sfumato import cli
+from sfumato.command_line.said import say
+from sfumato.errors import ConfigError
+from sfumato.toml import read_toml
 
 COMMANDS = [
     ["--help"],
@@ -200,3 +203,31 @@ def test_help_shows_new_words_as_they_are_spelt(capsys):
         with pytest.raises(SystemExit):
             cli.main(["train", program, "--help"])
         assert wanted in " ".join(capsys.readouterr().out.replace("│", " ").split())
+
+
+def test_nothing_that_is_told_commands_the_terminal(capsys):
+    def program(_):
+        warnings.warn("a\x1b[2J\x07 b", stacklevel=1)
+        raise ConfigError("赤\u3000é \x1b]0;x\x9b\n\r")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = lambda *what, **_: sys.stderr.write(warnings.formatwarning(*what))
+        assert cli.guarded(program, []) == 2
+    said = "sfumato: a\\x1b[2J\\x07 b\nsfumato: 赤\u3000é \\x1b]0;x\\x9b\\n\\r\n"
+    assert capsys.readouterr().err == said
+    say("a\nb\x1b")
+    assert capsys.readouterr().err == "a\nb\\x1b\n"
+
+
+def test_a_run_whose_file_is_nested_without_end_is_none(tmp_path, capsys):
+    (tmp_path / "run.json").write_text("[" * 5000)
+    assert cli.main(["resume", str(tmp_path)]) == 2
+    assert "holds no run to resume" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["a = " + "[" * 5000, "a = " + "9" * 5000])
+def test_toml_that_cannot_be_held_is_one_line(tmp_path, text):
+    (tmp_path / "a.toml").write_text(text)
+    with pytest.raises(ConfigError, match="not readable as TOML"):
+        read_toml(tmp_path / "a.toml")

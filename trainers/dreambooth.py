@@ -25,6 +25,7 @@ from sfumato.errors import ConfigError
 from sfumato.numerals import so_many
 from sfumato.runs.folder import kept_name
 from sfumato.training import checks, filling
+from sfumato.training.called import trains
 from sfumato.training.options import TrainerOptions
 from sfumato.training.subject import KeptPrompts, Subject, read_pictures, with_caption
 
@@ -139,6 +140,7 @@ class Config(TrainerOptions):
     """Number format of what is written. Unset: fp32 on pocket, fp16 elsewhere."""
 
 
+@trains
 def train(config: Config) -> Path:
     """Train, and return the path of what was learned: a folder or a file."""
     from contextlib import nullcontext

@@ -24,6 +24,7 @@ from sfumato.limits import checked_adapter_guidance
 from sfumato.numerals import so_many
 from sfumato.runs.folder import kept_name
 from sfumato.training import checks, filling
+from sfumato.training.called import trains
 from sfumato.training.options import TrainerOptions
 from sfumato.words.placeholders import MOST_VECTORS, RATES, VECTORS, check_stands_for, files, holds
 
@@ -125,6 +126,7 @@ class Config(TrainerOptions):
     """Number format of the adapter's file. Unset: fp32 on pocket, fp16 elsewhere."""
 
 
+@trains
 def train(config: Config) -> Path:
     """Train, and return the adapter's path."""
     import torch

@@ -20,6 +20,7 @@ from sfumato.config import parse
 from sfumato.errors import ConfigError, DataError
 from sfumato.pocket.checks import check, check_compiler
 from sfumato.runs.options import FolderOptions
+from sfumato.training.called import trains
 
 if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that its --help is there at once
     import torch
@@ -496,6 +497,7 @@ def encode_text(encoder: CLIPTextModel, tokenizer: CLIPTokenizer, texts: Sequenc
     return hidden[[distinct.index(text) for text in texts]]
 
 
+@trains
 def train(config: Config) -> Path:
     """Run the stage that `config` names; returns the folder of what was trained."""
     from sfumato.precision import decide, multiplies_bf16

@@ -23,6 +23,7 @@ from sfumato.errors import ConfigError
 from sfumato.numerals import so_many
 from sfumato.runs.folder import kept_name
 from sfumato.training import checks, filling
+from sfumato.training.called import trains
 from sfumato.training.options import TrainerOptions
 from sfumato.words.placeholders import MOST_VECTORS, RATES, VECTORS, check_stands_for, holds
 
@@ -86,6 +87,7 @@ ALONE = "{trigger}"
 """The template of captions that are the placeholder alone."""
 
 
+@trains
 def train(config: Config) -> Path:
     """Train, and return the path of the embedding; of the first one, if there are several."""
     import torch

@@ -21,6 +21,7 @@ from typing import Literal, NoReturn
 import sfumato
 from sfumato import shell
 from sfumato.command_line import threads
+from sfumato.command_line.said import shown
 from sfumato.errors import ConfigError, SfumatoError, nearest
 
 TRAINERS = {
@@ -129,16 +130,16 @@ _MEMORY_IS_FULL = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
 
 def guarded(program_main: Main, argv: Sequence[str]) -> int:
     """Call `program_main(argv)`; what a user can mend becomes one line on stderr and exit code 2."""
-    shown, warnings.formatwarning = warnings.formatwarning, _warning_line
+    before, warnings.formatwarning = warnings.formatwarning, _warning_line
     try:
         return _guarded(program_main, argv)
     finally:
-        warnings.formatwarning = shown
+        warnings.formatwarning = before
 
 
 def _warning_line(message: Warning | str, *_: object, **__: object) -> str:
     """A warning as a person reads it, without the place in the code that it comes from."""
-    return f"sfumato: {message}\n"
+    return f"sfumato: {shown(' '.join(str(message).split()))}\n"
 
 
 def _guarded(program_main: Main, argv: Sequence[str]) -> int:
@@ -194,8 +195,7 @@ def _let_go_of_runs(how: Literal["withdraw", "let_go"]) -> None:
 
 def _failed(line: str, code: int = 2) -> int:
     """Say why on stderr, and what is kept of a training; returns the exit code."""
-    said = f"{line}{_kept()}".replace("\r", "\\r").replace("\n", "\\n")  # as in a file's name
-    print(f"sfumato: {said}", file=sys.stderr)
+    print(f"sfumato: {shown(f'{line}{_kept()}')}", file=sys.stderr)
     return code
 
 
@@ -270,7 +270,7 @@ def _resume(words: list[str]) -> object:
     try:
         facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         program, copy = facts["program"], facts.get("copy")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
         raise ConfigError(f"{folder} holds no run to resume; name the folder that --output named.") from None
     if copy:
         raise ConfigError(

@@ -168,6 +168,22 @@ def _refuse_empty_paths(config_type: type[DataclassInstance], words: Sequence[st
             raise ConfigError(f"{option} is empty; wanted a path, where . is the present folder. See {called} --help.")
 
 
+def settle(config: DataclassInstance) -> None:
+    """Give a config that was made in Python the types that its fields declare: a text for a path is one, and a text for
+    several is one of these. To be called in `__post_init__`."""
+    paths = _fields_of(type(config), Path)
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        several = typing.get_origin(_hints(type(config))[field.name]) is tuple
+        if several and isinstance(value, str | list):
+            value = (value,) if isinstance(value, str) else tuple(value)
+        if field.name in paths and several:
+            value = tuple(Path(each) for each in value)
+        elif field.name in paths and isinstance(value, str):
+            value = Path(value)
+        object.__setattr__(config, field.name, value)
+
+
 @cache
 def _hints(config_type: type[DataclassInstance]) -> Mapping[str, Any]:
     """The type of each field; once, since the annotations are texts that are compiled one by one."""

@@ -184,12 +184,14 @@ def asked_timestep(args: Sequence[Any], options: Mapping[str, Any]) -> float:
 class Clock:
     """Number of a step, counted from 0, from the timestep that the U-Net is asked for.
 
-    Timesteps fall; one that rises begins a new picture. Second-order schedulers ask twice a step, an ancestral one for
+    Timesteps fall; one that rises begins a new picture, and so does a new schedule: each call of a pipeline sets one,
+    also after a call that was stopped. Second-order schedulers ask twice a step, an ancestral one for
     timesteps that rise in mid-picture, and count their calls themselves.
     """
 
     def __init__(self) -> None:
         self._last, self._step = -math.inf, 0
+        self._schedule: Any = None
 
     def step(self, timestep: Any, scheduler: Any) -> int:
         """Raises ConfigError for PNDM with Runge-Kutta steps, which asks for some timesteps of the next step."""
@@ -201,11 +203,12 @@ class Clock:
         if scheduler.order > 1:
             first = scheduler.begin_index or 0
             return int(((scheduler.step_index or first) - first) // scheduler.order)
-        if timestep > self._last:
+        schedule = getattr(scheduler, "timesteps", None)
+        if timestep > self._last or schedule is not self._schedule:
             self._step = 0
         elif timestep < self._last:
             self._step += 1
-        self._last = timestep
+        self._last, self._schedule = timestep, schedule
         return self._step
 
 

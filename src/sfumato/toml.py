@@ -18,7 +18,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     is_wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
         return tomllib.loads(data.decode("utf-16" if is_wide else "utf-8-sig"))
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # a number too long, values too deep, or no TOML at all
         said = " ".join(str(error).split())
         advice = f" {_ADVICE}" if "Unescaped" in said or "hex value" in said else ""
         raise ConfigError(f"{path}: not readable as TOML ({said}); mend that line.{advice}") from None

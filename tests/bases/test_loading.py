@@ -18,6 +18,7 @@ from sfumato.bases.family import recognise
 from sfumato.bases.hub import files_to_fetch
 from sfumato.bases.loading import find_vae, load_base
 from sfumato.bases.recognise import family_of_names
+from sfumato.bases.weights import text_skeleton
 from sfumato.errors import BaseModelError, SfumatoError
 from tests.tiny import CPU, hub_with, tiny_pipeline, tiny_pocket_folder
 
@@ -383,3 +384,51 @@ def test_words_of_several_vectors_that_diffusers_loaded_are_read_as_its_pipeline
 def test_importing_the_package_loads_no_torch():
     code = "import sys, sfumato.bases, sfumato.bases.recognise; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "said"),
+    [
+        (
+            "scheduler/scheduler_config",
+            {"num_train_timesteps": 300_000_000},
+            "_timesteps is 300000000; wanted",
+        ),
+        ("scheduler/scheduler_config", {"num_train_timesteps": 0}, "num_train_timesteps is 0; wanted"),
+        ("unet/config", {"layers_per_block": 1_000_000}, "1,000,000 for layers_per_block, wanted at most 100"),
+        ("unet/config", {"transformer_layers_per_block": [1, [1, 101]]}, "101 for transformer_layers_per_block"),
+        ("unet/config", {"layers_per_block": 100, "transformer_layers_per_block": 100}, "layers in all"),
+        ("vae/config", {"down_block_types": ["DownEncoderBlock2D"] * 101}, "101 for down_block_types"),
+        ("text_encoder/config", {"num_hidden_layers": 1_000_000}, "1,000,000 for num_hidden_layers"),
+    ],
+)
+def test_a_base_larger_than_any_is_refused_before_it_is_made(file, change, said, pocket, tmp_path):
+    assert said in refusal(changed(pocket, tmp_path, f"{file}.json", change))
+
+
+def changed(pocket, tmp_path, part, change):
+    """A copy of the folder, with this in one of its JSON files."""
+    folder = Path(shutil.copytree(pocket, tmp_path / "base"))
+    settings = json.loads((folder / part).read_text())
+    (folder / part).write_text(json.dumps(settings | change))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["attn_implementation", "_attn_implementation", "_attn_implementation_internal"])
+def test_a_text_encoder_gets_no_program_from_the_hub(name):
+    config = {"num_hidden_layers": 1, "hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8}
+    model = text_skeleton("CLIPTextModel", config | {name: "someone/kernel", "auto_map": {"AutoModel": "a.B"}})
+    assert "someone" not in str(model.config._attn_implementation)
+    assert not hasattr(model.config, "auto_map")
+
+
+@pytest.mark.parametrize("text", ["[" * 5000, "[]"])
+def test_a_vocabulary_that_is_none_is_one_line(text, pocket, tmp_path):
+    folder = Path(shutil.copytree(pocket, tmp_path / "base"))
+    (folder / "tokenizer/tokenizer_config.json").write_text(text)
+    assert "base/tokenizer: the tokenizer cannot be read" in refusal(folder)
+
+
+def test_a_tokenizers_settings_of_another_kind_are_one_line(pocket, tmp_path):
+    folder = changed(pocket, tmp_path, "tokenizer/tokenizer_config.json", {"added_tokens_decoder": 5})
+    assert "base/tokenizer: the tokenizer cannot be read" in refusal(folder)

@@ -1,6 +1,8 @@
 """What `sfumato inspect` tells of a whole model."""
 
+import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from sfumato.pipelines import inspect_file
 
 from sfumato.bases.look import look_at, render
 from sfumato.cli import guarded
+from sfumato.errors import BaseModelError
 from sfumato.merging.sources import identity
 from tests.tiny import write_single_file
 
@@ -59,3 +62,27 @@ def test_a_folder_that_is_not_whole_is_one_line(sd1, tmp_path, capsys):
         file.rename(file.with_suffix(".bin"))
     assert guarded(inspect_file.main, [str(folder)]) == 2
     assert "sd/vae: only pickled weights" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("listed", [[], {}, {"a": []}, {"a": 1, "b": "x"}, {"a": "../x.safetensors"}])
+def test_shards_of_no_name_are_one_line(sd1, tmp_path, listed):
+    folder = Path(shutil.copytree(sd1.folder, tmp_path / "base"))
+    (folder / "unet/diffusion_pytorch_model.safetensors").unlink()
+    index = folder / "unet/diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": listed}))
+    with pytest.raises(BaseModelError, match="lists no files of this folder"):
+        look_at(folder)
+
+
+def test_a_unets_config_of_other_kinds_is_no_traceback(sd1, tmp_path):
+    folder = Path(shutil.copytree(sd1.folder, tmp_path / "base"))
+    file = folder / "unet/config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"in_channels": [4]}))
+    assert look_at(folder).channels is None
+    file.write_text(json.dumps(config | {"down_block_types": 5}))
+    with pytest.raises(BaseModelError, match="down_block_types is 5; wanted a list of names"):
+        look_at(folder)
+    file.write_text("[" * 5000)
+    with pytest.raises(BaseModelError, match="not readable as JSON"):
+        look_at(folder)

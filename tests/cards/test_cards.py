@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from sfumato import shell
-from sfumato.cards.adapter import write_card
+from sfumato.cards.adapter import code, write_card
 from sfumato.cards.model import write_model_card
 from sfumato.cards.words import add_words_section, write_embedding_card
 from sfumato.errors import ConfigError
@@ -312,3 +312,26 @@ def test_without_samples_and_triggers_a_caption_is_the_example(tmp_path):
     about = replace(ABOUT, trigger=[], captions=["a red square"])
     text = write_card(tmp_path, tmp_path / "line.safetensors", about, [], []).read_text(encoding="utf-8")
     assert 'sfumato generate "a red square"' in text
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("zwx", "`zwx`"),
+        ("a cat` ![x](https://a.example/t.png)", "``a cat` ![x](https://a.example/t.png)``"),
+        ("``", "``` `` ```"),
+        ("a\n\n# b", "`a  # b`"),
+    ],
+)
+def test_code_ends_where_its_text_does(text, shown):
+    assert code(text) == shown
+
+
+def test_a_caption_draws_no_picture_in_the_card(tmp_path):
+    caption = "a cat` ![x](https://a.example/t.png)"
+    about = replace(ABOUT, trigger=[], captions=[caption], negatives=[caption])
+    text = write_card(tmp_path, tmp_path / "line.safetensors", about, [], []).read_text(encoding="utf-8")
+    assert f"all captions were ``{caption}``, so" in text
+    assert f"give ``{caption}`` as the negative" in text
+    outside = re.sub(r"(?s)```python.*?```|(`+)(?!`).*?(?<!`)\1(?!`)", "", text.split("---")[-1])
+    assert "example/t.png" not in outside

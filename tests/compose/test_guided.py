@@ -1,5 +1,6 @@
 """Adapter guidance: the first half of a call is the base's, the second the mix's, and it all comes back."""
 
+import copy
 from contextlib import nullcontext
 
 import pytest
@@ -183,6 +184,14 @@ def test_what_cannot_be_meant_is_refused(sd1, write):
         sd1.unet.compile()
         with pytest.raises(AdapterError, match="the unet is compiled"), adapter_guidance(mix, 2, guidance=3):
             pass
+
+
+def test_a_copy_made_within_is_refused_as_it_would_call_the_first(sd1, write):
+    mix = compose(sd1, Adapter(write("a", sd1, "to_q")))
+    with adapter_guidance(mix, 2.0, guidance=7.5), pytest.raises(AdapterError, match="copy it before"):
+        copy.deepcopy(sd1.unet)
+    mix.undo()
+    copy.deepcopy(sd1.unet)
 
 
 def test_a_forward_that_another_library_put_there_comes_back(sd1):

@@ -1,10 +1,12 @@
 """What live adapters make of a caption's keys and values is computed once for all steps, and never stale."""
 
+import pytest
 import torch
 from torch.testing import assert_close
 
 from sfumato.compose import Adapter, compose
 from sfumato.compose.live import _Path
+from sfumato.errors import AdapterError
 from tests.compose.test_per_picture import predict
 
 
@@ -52,3 +54,26 @@ def test_a_batch_with_gradients_is_never_remembered(sd1, write):
         for _ in range(2):
             sd1.unet(latents, torch.tensor(500), text, return_dict=False)[0].sum().backward()
     assert predict(sd1, [0]).isfinite().all()
+
+
+def test_another_weight_of_the_layer_is_seen(sd1, write):
+    """As of a checkpoint that is loaded while the mix stays."""
+    text = torch.randn(1, 7, sd1.unet.config.cross_attention_dim, generator=torch.Generator().manual_seed(1))
+    with compose(sd1, Adapter(write("a", sd1, "attn2.to_k")), way="live"):
+        call(sd1, text)
+        with torch.no_grad():
+            for name, parameter in sd1.unet.named_parameters():
+                if name.endswith("attn2.to_k.weight"):
+                    parameter.mul_(2)
+        found = call(sd1, text)
+        assert torch.equal(found, call(sd1, text.clone()))
+
+
+def test_a_mix_that_is_refused_leaves_nothing_beside_the_layers(sd1, write):
+    """A service tries again and again."""
+    file = write("a", sd1, "attn2.to_k", "conv1", alpha=1e8)
+    sd1.unet.half()
+    for _ in range(3):
+        with pytest.raises(AdapterError):
+            compose(sd1, Adapter(file, 10.0), way="live")
+    assert not any(module._forward_hooks for module in sd1.unet.modules())

@@ -1,5 +1,6 @@
 """Adapters by picture: one batch equals the single runs, and a composite the mean of its adapters' predictions."""
 
+import asyncio
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -85,11 +86,29 @@ def test_a_second_thread_is_refused_instead_of_adding_its_adapters(sd1, write):
     a = Adapter(write("a", sd1, "to_q"))
     with per_picture(sd1, [[a]]), ThreadPoolExecutor(1) as other:
         before = predict(sd1, [0])
-        with pytest.raises(AdapterError, match="another thread draws with adapters by picture"):
+        with pytest.raises(AdapterError, match="another thread or task draws with adapters by picture"):
             other.submit(per_picture(sd1, [[a]]).__enter__).result()
         assert torch.equal(predict(sd1, [0]), before)
     with per_picture(sd1, [[a]]):  # it is free again
         pass
+
+
+def test_a_second_task_of_a_loop_is_refused_as_a_second_thread_is(sd1, write):
+    a = Adapter(write("a", sd1, "to_q"))
+    entered = []
+
+    async def request():
+        with per_picture(sd1, [[a]]):
+            entered.append(predict(sd1, [0]))
+            await asyncio.sleep(0)
+
+    async def both():
+        return await asyncio.gather(request(), request(), return_exceptions=True)
+
+    first, second = asyncio.run(both())
+    assert first is None
+    assert isinstance(second, AdapterError)
+    assert len(entered) == 1
 
 
 def test_a_block_by_picture_within_another_adds_to_it_and_a_composite_stands_alone(sd1, write):

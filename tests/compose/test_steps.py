@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from diffusers import EDMEulerScheduler, PNDMScheduler
+from diffusers import DDIMScheduler, EDMEulerScheduler, PNDMScheduler
 
 from sfumato.bases import load_base
 from sfumato.compose import Adapter, compose
@@ -11,6 +11,7 @@ from sfumato.drawing.pictures import draw
 from sfumato.errors import AdapterError, ConfigError
 from sfumato.files.lora_file import LoraModule
 from sfumato.files.write import write_lora
+from sfumato.schedulers import Clock
 from tests.tiny import CPU
 
 
@@ -158,6 +159,15 @@ def test_turns_of_runge_kutta_steps_and_progress_without_timesteps_are_refused(b
         pipe.scheduler = EDMEulerScheduler(prediction_type="epsilon")
         with over_steps(mix, a=Ramp((0, 1), (1, 0))), pytest.raises(AdapterError, match="EDMEulerScheduler tells"):
             draw(pipe, "red square", 0, steps=6)
+
+
+def test_a_picture_after_one_that_was_stopped_begins_again():
+    """A picture from another, which begins later, asks for a timestep that the stopped one has not reached."""
+    clock, scheduler = Clock(), DDIMScheduler(num_train_timesteps=1000)
+    scheduler.set_timesteps(4)
+    assert [clock.step(timestep, scheduler) for timestep in scheduler.timesteps[:2]] == [0, 1]
+    scheduler.set_timesteps(4)
+    assert [clock.step(timestep, scheduler) for timestep in scheduler.timesteps[2:]] == [0, 1]
 
 
 def test_nothing_to_follow_is_refused(base, loras):

@@ -80,3 +80,14 @@ def test_a_mix_is_saved_under_the_ending_that_is_read_again(sd1, write, name, tm
         with pytest.raises(FileError, match="a file is named by its path, a text, got a NoneType"):
             mix.save(None)
         assert set(tmp_path.iterdir()) == before
+
+
+def test_projections_that_were_fused_since_are_refused_until_they_are_unfused(sd1, write):
+    """They are copies of the weights: new numbers would not reach the pictures."""
+    mix = compose(sd1, Adapter(write("a", sd1, "to_q")))
+    sd1.unet.fuse_qkv_projections()
+    for change in (lambda: mix.set(a=0.5), mix.undo):
+        with pytest.raises(AdapterError, match="unfuse_qkv_projections"):
+            change()
+    sd1.unet.unfuse_qkv_projections()
+    mix.undo()

@@ -343,3 +343,26 @@ def test_a_folder_with_an_adapter_beside_the_model_is_refused(tmp_path, blip):
     (tmp_path / "blip/adapter_config.json").write_text("{}")
     with pytest.raises(FileError, match=r"blip: holds a peft adapter \(adapter_config\.json\); name a folder without"):
         load_captioner(str(tmp_path / "blip"), CPU, Wishes())
+
+
+def test_no_program_of_a_models_folder_is_run(blip, monkeypatch):
+    import transformers
+
+    asked = []
+
+    def refuse(*_, **options):
+        asked.append(options["trust_remote_code"])
+        raise ValueError("seen")
+
+    for name in ("AutoProcessor", "AutoModelForImageTextToText"):
+        monkeypatch.setattr(getattr(transformers, name), "from_pretrained", refuse)
+        with pytest.raises(FileError, match="seen"):
+            load_captioner(str(blip), decide("fp32", device="cpu"), Wishes())
+        monkeypatch.setattr(getattr(transformers, name), "from_pretrained", lambda *_, **__: None)
+    assert asked == [False, False]
+
+
+def test_a_models_config_nested_without_end_is_one_line(tmp_path):
+    (tmp_path / "config.json").write_text("[" * 5000)
+    with pytest.raises(FileError, match="missing or no JSON"):
+        load_captioner(str(tmp_path), None, Wishes())

@@ -1,6 +1,7 @@
 """Captions, their encodings and templates."""
 
 import codecs
+import json
 
 import pytest
 
@@ -110,3 +111,21 @@ def test_half_a_character_is_refused_with_its_place(tmp_path):
 def test_a_name_that_is_not_utf8_makes_no_caption():
     with pytest.raises(DataError, match="not in UTF-8"):
         words_of("caf\udce9-au-lait")
+
+
+@pytest.mark.parametrize(
+    "name", ["\\etc\\hostname.png", "/etc/a.png", "C:\\a.png", "c:a.png", "..\\a.png", "b/../../a.png"]
+)
+def test_a_file_name_of_metadata_leads_nowhere_else_on_any_system(tmp_path, name):
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": name, "text": "a"}))
+    with pytest.raises(DataError, match=r"line 1: .*outside the folder"):
+        read_metadata(tmp_path / "metadata.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("line", "said"), [("[" * 5000, "found no JSON"), ('{"file_name": "./"}', "found no file_name")]
+)
+def test_a_line_of_metadata_that_names_nothing_is_refused(tmp_path, line, said):
+    (tmp_path / "metadata.jsonl").write_text(line)
+    with pytest.raises(DataError, match=rf"metadata\.jsonl, line 1: .*{said}"):
+        read_metadata(tmp_path / "metadata.jsonl")

@@ -721,3 +721,14 @@ def test_no_mended_picture_is_written_over_another_whose_name_differs_in_capital
     names = [path.name.casefold() for path in (tmp_path / "mended").iterdir()]
     assert len([name for name in names if name.endswith(".png")]) == 2
     assert len(set(names)) == len(names)
+
+
+def test_a_files_name_does_not_command_the_terminal(tmp_path):
+    for name in ("\x1b]0;x\x07\x1b[2Jb.png", "a.png"):
+        noise_picture(64, 64).save(tmp_path / "new.png")
+        (tmp_path / "new.png").rename(tmp_path / name)
+    (tmp_path / "\x1b[31mnote\nb.xyz").touch()
+    text = render(check(tmp_path, needs_of("pocket"), caption_template="x"))
+    assert r"\x1b[31mnote\nb.xyz: not a picture by its name" in text
+    assert r"\x1b]0;x\x07\x1b[2Jb.png" in text
+    assert "\x1b" not in text

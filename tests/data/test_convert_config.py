@@ -9,6 +9,7 @@ from sfumato.pipelines.dataset_config import main
 
 from sfumato.data import read_folder
 from sfumato.data.foreign import convert
+from sfumato.data.foreign.settings import told
 from sfumato.errors import ConfigError
 
 KOHYA = """
@@ -338,3 +339,32 @@ def test_captions_of_which_kohya_s_tools_take_a_line_are_told(of_a_training, own
     place = "img/10_dog" if of_a_training else "dogs"
     wanted = f"{place}: 1 caption has several lines (a.txt), one caption here, where sd-scripts takes {taken}"
     assert any(note.startswith(wanted) for note in convert(home / "kohya.toml").notes)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("bomb.yaml", "a: &a [x]\nb: [*a, *a]"),
+        ("self.yaml", "a: &a [*a]"),
+        ("deep.json", "[" * 5000),
+        ("deep.toml", "a = " + "[" * 5000),
+        ("long.toml", "a = " + "9" * 5000),
+    ],
+)
+def test_what_would_fill_the_memory_or_the_stack_is_one_line(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError, match=rf"^{name}: cannot be parsed \(.*\)\. Mend it\.$"):
+        convert(tmp_path / name)
+
+
+def test_a_text_of_brackets_is_a_text():
+    assert told({"a": "[" * 5000, "b": "True"}, ()) == {"a": "[" * 5000, "b": True}
+
+
+def test_what_a_config_says_does_not_command_the_terminal(tmp_path, capsys):
+    text = KOHYA.replace("color_aug = true", '"color\\u001b[2J" = "\\u0007"')
+    (tmp_path / "kohya.toml").write_text(text)
+    main([str(tmp_path / "kohya.toml")])
+    said = capsys.readouterr().err
+    assert r"color\x1b[2J = \x07: has no counterpart" in said
+    assert "\x1b" not in said

@@ -295,6 +295,8 @@ def test_folders_whose_names_say_repeats_here_alone_are_named(home):
         ),
         ([{"path": "dogs", "balancing": -1}], "balancing is -1; wanted a number that is not negative"),
         ([{"path": "dogs", "balancing": "many"}], "balancing is 'many'"),
+        ([{"path": "dogs", "balancing": 1e308}], "balancing is 1e\\+308; wanted at most 99,999 repeats of a picture"),
+        ([{"path": "dogs", "balancing": 10**400}], "balancing is 1000000.*; wanted at most 99,999 repeats"),
         ([{"path": "dogs", "balancing": float("nan")}], "balancing is nan"),
         ([{"path": "dogs", "balancing_strategy": "ALL"}], "balancing_strategy is 'ALL'"),
         ([{"path": "dogs", "loss_weight": 0}], "data set 1: weight is 0"),

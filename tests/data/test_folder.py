@@ -296,3 +296,11 @@ def test_metadata_is_read_where_the_system_opens_a_file_by_another_spelling(tmp_
     is_file = Path.is_file
     monkeypatch.setattr(Path, "is_file", lambda path: path.name == line["file_name"] or is_file(path))
     assert captions(read_folder(tmp_path)) == ["a red cup"]
+
+
+def test_metadata_that_a_link_leads_elsewhere_for_is_not_read(pictures, tmp_path):
+    (tmp_path / "private.jsonl").write_text('{"file_name": "crab.png", "text": "private"}')
+    (pictures / "metadata.jsonl").symlink_to(tmp_path / "private.jsonl")
+    listing = list_folder(pictures)
+    assert [found.caption.text for found in listing.pictures] == [""] * 6
+    assert listing.notes == ("metadata.jsonl: leads out of the folder, so it is not read",)

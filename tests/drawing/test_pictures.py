@@ -359,3 +359,12 @@ def test_what_is_no_pipeline_is_one_line(source):
         ConfigError, match=r"draw wants a Base or a diffusers pipeline with a U-Net, got a (str|Linear)"
     ):
         draw(source, "a cat", 1)
+
+
+@pytest.mark.parametrize("begins", [False, True])
+def test_an_encode_of_the_users_own_stays(begins, pocket_folder):
+    base = load_base(str(pocket_folder), precision=CPU)
+    base.vae.encode = own = base.vae.encode
+    start = Start(Image.new("RGB", (64, 64)), strength=0.5) if begins else None
+    draw(base, "a crab", 1, steps=2, start=start)
+    assert base.vae.__dict__["encode"] is own

@@ -3,12 +3,14 @@
 import json
 import re
 import shlex
+from dataclasses import fields
 
 import pytest
 import torch
 from PIL import Image, JpegImagePlugin, PngImagePlugin
 from safetensors.torch import save_file
 from sfumato.pipelines.generate import Config, plan
+from sfumato.pipelines.grid import Config as GridConfig
 from sfumato.pipelines.inspect_file import main as inspect
 
 from sfumato.config import parse
@@ -181,7 +183,7 @@ def test_a_comment_is_read_in_either_order_of_its_bytes(encoding, tmp_path):
     assert found == Parameters("a caf\u00e9, \u732b", "", {"Steps": "1", "Seed": "2", "Size": "8x8"})
 
 
-@pytest.mark.parametrize("text", ["[1]", "{", "7"])
+@pytest.mark.parametrize("text", ["[1]", "{", "7", "[" * 100_000])
 def test_what_is_no_object_of_ours_is_none(tmp_path, text):
     info = PngImagePlugin.PngInfo()
     info.add_text("sfumato", text)
@@ -432,11 +434,113 @@ def test_our_own_jpeg_is_told_by_its_text(label, guidance, left, tmp_path):
     assert dict(found.left_out) == left
 
 
-@pytest.mark.parametrize("own", [{"prompt": 3}, {"adapters": [{}]}, {"adapters": [{"label": "a", "weight": "x"}]}])
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"prompt": 3},
+        {"adapters": [{}]},
+        {"adapters": [{"label": "a", "weight": "x"}]},
+        {"adapters": [{"label": "a", "file": "b", "weight": 10**400}]},
+        {"switch": {"every": "--overwrite"}},
+    ],
+)
 def test_our_json_by_another_hand_is_left_aside(own, tmp_path):
     text = "a crab\nSteps: 4, Seed: 1, CFG scale: 7"
     found = redraw(picture_with(text, tmp_path / "a.png", own))
     assert found.words == redraw(picture_with(text, tmp_path / "b.png")).words
+
+
+LONG = 100_000  # letters, of which the square is minutes
+
+
+def test_long_settings_without_a_colon_are_read_once(tmp_path):
+    """Both were read in the square of their length."""
+    text = (
+        f"a <lora:b:1>\nSteps: 4, Seed: 1, Version: sfumato-1, TI hashes: {'a' * LONG}, Adapter guidance: {'b' * LONG}"
+    )
+    found = redraw(picture_with(text, tmp_path / "a.png"))
+    assert found.words[-2:] == ("--adapter-guidance", "b=0")
+
+
+def test_long_brackets_of_an_old_picture_of_invokeai_are_read_once():
+    found = read_invoke(json.dumps({"image": {"prompt": "a [fog] " + "[" * LONG}}))
+    assert (found.prompt, found.negative) == ("a  " + "[" * LONG, "fog")
+
+
+def test_a_graph_of_many_links_is_followed_once():
+    """Each of a sampler's inputs leads through the whole chain, and one node has all of them."""
+    chain = {str(n): {"inputs": {"up": [str(n + 1), 0]}} for n in range(20_000)}
+    inputs = {f"input {n}": ["0", 0] for n in range(20_000)}
+    fan = {"a": {"inputs": {f"{n}": n for n in range(200_000)} | {"text": "a crab"}}}
+    sampler = {"inputs": {"sampler_name": "euler", "positive": ["a", 0], "negative": ["a", 0], "steps": 4, **inputs}}
+    found = read_graph(json.dumps({"sampler": sampler, **chain, **fan}))
+    assert (found.prompt, found.settings["Steps"]) == ("a crab", 4)
+
+
+@pytest.mark.parametrize("name", ["Steps", "CFG scale", "Seed", "Size", "Clip skip", "Denoising strength"])
+@pytest.mark.parametrize("value", ["--output=/home/me/.bashrc", "much", "9" * 5000, "nan"])
+def test_a_number_that_is_none_is_told_and_not_taken(name, value, tmp_path):
+    text = f"a crab\nModel: a, Sampler: Euler, RNG: CPU, {name}: {value}"
+    found = redraw(picture_with(text, tmp_path / "a.png"))
+    assert found.left_out == ((name, value),)
+    assert not [word for word in found.words if value in word]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Model: --overwrite, VAE: --overwrite, Denoising strength: 0.5, Seed: -3",
+        'Version: sfumato-1, Model: --overwrite, TI hashes: "--overwrite: ab", Prompt syntax: --overwrite',
+    ],
+)
+def test_a_hostile_setting_is_no_option(text, tmp_path):
+    own = {
+        "image": "--overwrite",
+        "embeddings": ["--overwrite"],
+        "adapters": [{"label": "-x", "file": "y", "weight": 1}],
+    }
+    for each in (None, own, {"prompt_syntax": "--overwrite"}):
+        found = redraw(picture_with(f"a crab\nSteps: 4, {text}", tmp_path / "a.png", each))
+        config = parse(Config, found.words[2:], program="generate")
+        assert not config.overwrite
+        assert config.base.startswith("--overwrite")
+
+
+def test_a_sheet_is_told_by_its_own_settings_and_written_where_the_reader_says(tmp_path):
+    asked = {each.name: "-o" for each in fields(GridConfig)} | {"overwrite": True, "loud": "1"}
+    found = redraw(picture_with("a\nSteps: 4, Seed: 1, CFG scale: 7", tmp_path / "a.png", {"grid": asked}))
+    assert dict(found.left_out) == {"output": "-o", "device": "-o", "overwrite": "True", "loud": "1"}
+    known = [each.name.replace("_", "-") for each in fields(GridConfig) if each.name not in ("output", "device")]
+    assert sorted(found.words[2:]) == sorted(f"--{name}=-o" for name in known)
+
+
+HUGE = 10**400
+NEAR = int("9" * 4300)  # JSON's longest whole number, and one more is not written
+
+
+def of_comfy(**inputs):
+    sampler = {"sampler_name": "euler", "positive": ["2", 0], "model": ["3", 0]}
+    return {"1": {"inputs": sampler}, "2": {"inputs": {"text": "a crab"}}, "3": {"inputs": inputs}}
+
+
+@pytest.mark.parametrize(
+    ("key", "about"),
+    [
+        ("prompt", of_comfy(lora_name="line", strength_model=HUGE)),
+        ("prompt", {"1": {"inputs": {"sampler_name": "a", "positive": ["2", 0], "negative": ["3", 0]}},
+                    "2": {"inputs": {"text": "a crab"}}, "3": {"inputs": {"text": 3}}}),
+        ("invokeai_metadata", FROM_INVOKE | {"loras": [{"model": {"name": "line"}, "weight": HUGE}]}),
+        ("invokeai_metadata", FROM_INVOKE | {"clip_skip": NEAR}),
+    ],
+)  # fmt: skip
+def test_numbers_and_types_that_cannot_be_meant_make_a_picture_that_is_not_understood(key, about, tmp_path):
+    with pytest.raises(DataError, match=r"^a\.png: a picture without settings as A1111"):
+        redraw(picture_of_invoke(about, tmp_path / "a.png", key))
+
+
+def test_odd_types_beside_a_prompt_are_told(tmp_path):
+    about = FROM_INVOKE | {"negative_prompt": [1], "regions": {"a": [1]}}
+    assert dict(redraw(picture_of_invoke(about, tmp_path / "a.png")).left_out) == {"Regions": "yes"}
 
 
 def test_a_hostile_prompt_is_no_option_and_does_not_reach_the_terminal(tmp_path):

@@ -14,9 +14,11 @@ from sfumato.files.metadata import (
     count_tags,
     describe,
     moment,
+    negatives_of,
     over_steps_of,
     short_hash,
     trigger_words,
+    words_beside,
 )
 from sfumato.files.write import fitted
 from sfumato.merging.lineage import Parent, inherit
@@ -187,3 +189,15 @@ def test_a_stated_hash_is_taken_if_it_is_one(tmp_path):
         path = write_tensors(tmp_path / "a", {"w": torch.ones(1)}, {"sshs_model_hash": text})
         assert (short_hash(path) == stated[:12]) is taken
         assert (short_hash(str(path)) == short_hash(read_header(path))) is True
+
+
+@pytest.mark.parametrize("text", ["1" * 100_000 + "-" + "1" * 100_000 + "x", "0-0." + "0" * 50 + "1"])
+def test_a_span_longer_than_two_numbers_is_not_read(text):
+    assert over_steps_of({"sfumato.over_steps": text}) is None
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "{", "3"])
+def test_json_that_cannot_be_read_asks_for_nothing(text):
+    assert negatives_of({"sfumato.negatives": text}) == ()
+    assert words_beside({"sfumato.config": text}) == {}
+    assert words_beside({"sfumato.word_files": text, "sfumato.config": "{}"}) == {}

@@ -1,5 +1,6 @@
 """Words that change between the steps: read as A1111 reads them, and heard by the U-Net in their steps."""
 
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +16,7 @@ from sfumato.errors import AdapterError, ConfigError
 from sfumato.files.lora_file import LoraModule
 from sfumato.files.write import write_lora
 from sfumato.prompts.encoding import encode, encode_stages
-from sfumato.prompts.steps import stages
+from sfumato.prompts.steps import stages, told_by_stages
 from sfumato.prompts.syntax import emphasised
 from tests.tiny import CPU
 
@@ -228,3 +229,19 @@ def test_a_regions_weighted_words_want_a_base(pocket):
         regions(pocket.pipeline(), Region((0, 0, 1, 1), prompt="a (red:1.2) square"), syntax="a1111"),
     ):
         pass
+
+
+def test_words_that_change_are_not_told_to_another_threads_call(pocket):
+    base = pocket
+    latents, text = torch.zeros(2, 4, 8, 8), torch.zeros(2, 77, base.unet.config.cross_attention_dim)
+    latents = latents[:, : base.unet.config.in_channels]
+    told = encode_stages(base, ["a [crab:owl:0.5]"], "", 4)
+
+    def predicted():
+        with torch.no_grad():
+            return base.unet(latents, torch.tensor(500), encoder_hidden_states=text).sample
+
+    before = predicted()
+    with told_by_stages(base.unet, told, base.scheduler), ThreadPoolExecutor(1) as other:
+        assert torch.equal(other.submit(predicted).result(), before)
+        assert not torch.equal(predicted(), before)

@@ -228,6 +228,22 @@ def test_several_vectors_want_the_spelling_of_the_tokenizer_by_which_diffusers_f
         assert words.tokens == {"<Otter>": 1}
 
 
+def test_words_whose_coming_was_interrupted_are_gone(base, monkeypatch):
+    def interrupt(self, site, number):
+        raise KeyboardInterrupt
+
+    before = base.tokenizers[0].backend_tokenizer.to_str()
+    with monkeypatch.context() as broken:
+        broken.setattr(embedding.Words, "_hook", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            embedding.new_words(base, ["<otter>"], vectors=2)
+    assert base.tokenizers[0].backend_tokenizer.to_str() == before
+    with embedding.new_words(base, ["<otter>"], vectors=2) as words:
+        words.remove()
+        words.remove()
+    assert base.tokenizers[0].backend_tokenizer.to_str() == before
+
+
 def test_a_word_in_use_cannot_be_made_again(base):
     for vectors in (1, 2):
         with (

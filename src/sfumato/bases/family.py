@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
 
+from sfumato.errors import BaseModelError
 from sfumato.files.family import LABELS
 
 FamilyName = Literal["pocket", "sd1", "sd2", "sdxl"]
@@ -107,12 +108,17 @@ def recognise(unet: Mapping[str, Any]) -> Family:
 
     Widths are not asked, so that a small model of a family is one of it. SDXL takes sizes and a pooled embedding; SD 2
     projects linearly into its attention blocks; SD 1 has a level without attention at the bottom, or as the smallest
-    distilled ones no middle, where pocket has a middle and attention everywhere.
+    distilled ones no middle, where pocket has a middle and attention everywhere. Raises BaseModelError.
     """
     if unet.get("addition_embed_type") == "text_time":
         return FAMILIES["sdxl"]
     if unet.get("use_linear_projection"):
         return FAMILIES["sd2"]
-    if "DownBlock2D" in unet.get("down_block_types", ("DownBlock2D",)) or unet.get("mid_block_type", "") is None:
+    blocks = unet.get("down_block_types", ("DownBlock2D",))
+    if not isinstance(blocks, list | tuple):
+        raise BaseModelError(
+            f"unet/config.json: down_block_types is {blocks!r:.40}; wanted a list of names. Download it again."
+        )
+    if "DownBlock2D" in blocks or unet.get("mid_block_type", "") is None:
         return FAMILIES["sd1"]
     return FAMILIES["pocket"]

@@ -31,7 +31,7 @@ def read_config(folder: Path, part: str) -> dict[str, Any]:
         config = json.loads((folder / part).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise BaseModelError(f"{where}: missing. The folder is incomplete; download it again.") from None
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         raise BaseModelError(f"{where}: not readable as JSON. Download it again.") from None
     if not isinstance(config, dict):
         raise BaseModelError(f"{where}: no JSON object. Download it again.")
@@ -61,11 +61,11 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _shards(folder: Path, index: str) -> list[Path]:
-    names = sorted(set(read_config(folder, index).get("weight_map", {}).values()))
-    bad = [name for name in names if not isinstance(name, str) or Path(name).name != name]
-    if bad or not names:
+    listed = read_config(folder, index).get("weight_map")
+    names = list(listed.values()) if isinstance(listed, dict) else []
+    if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
         raise BaseModelError(f"{folder.name}/{index}: lists no files of this folder. Download it again.")
-    return [folder / name for name in names]
+    return [folder / name for name in sorted(set(names))]
 
 
 def _stored(files: list[Path]) -> dict[str, Stored]:
@@ -120,7 +120,7 @@ def load_tokenizer(folder: Path, part: str, positions: int) -> Any:
         raise BaseModelError(f"{folder.name}/{part}: no vocabulary in it. Download the folder again.")
     try:
         tokenizer = CLIPTokenizer.from_pretrained(str(folder / part), local_files_only=True)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except Exception as error:  # the libraries check each value in a way of its own, or not at all
         reason = " ".join(str(error).split())[:100]
         raise BaseModelError(
             f"{folder.name}/{part}: the tokenizer cannot be read ({reason}). Download it again."

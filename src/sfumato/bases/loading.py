@@ -372,8 +372,22 @@ _BETAS = (
 """What a scheduler's config says of the base, and not of how it is drawn."""
 
 
+_MOST_TIMESTEPS = 100_000
+
+
+def _check_timesteps(config: Mapping[str, Any], name: str) -> None:
+    """Raises BaseModelError for as many as no base has: each takes memory, in many a scheduler."""
+    steps = config.get("num_train_timesteps", 1)
+    if type(steps) is not int or not 1 <= steps <= _MOST_TIMESTEPS:
+        raise BaseModelError(
+            f"{name}: num_train_timesteps is {steps!r:.40}; wanted a whole number from 1 to {_MOST_TIMESTEPS:,}. "
+            "Correct scheduler_config.json."
+        )
+
+
 def _scheduler(config: Mapping[str, Any], name: str) -> Any:
     """The base's own diffusers scheduler."""
+    _check_timesteps(config, name)
     class_name = str(config.get("_class_name", "DDIMScheduler"))
     found = getattr(diffusers, class_name, None) if class_name.endswith("Scheduler") else None
     if found is None:
@@ -410,6 +424,7 @@ def alpha_bar(config: Mapping[str, Any], name: str) -> torch.Tensor:
             f"{name}: zero terminal SNR, where epsilon says nothing of the picture at the last timestep. "
             "Say --prediction-type v_prediction, or leave --zero-terminal-snr out."
         )
+    _check_timesteps(config, name)
     settings = {key: config[key] for key in _BETAS if key in config and key != "prediction_type"}
     try:
         values: torch.Tensor = DDPMScheduler(**settings).alphas_cumprod

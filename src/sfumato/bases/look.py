@@ -93,6 +93,7 @@ def _folder(path: Path) -> Model:
     from sfumato.bases.folder import read_config, weight_files
 
     unet = read_config(path, "unet/config.json")
+    channels = unet.get("in_channels")
     scheduler = {}
     if (path / "scheduler/scheduler_config.json").is_file():
         scheduler = {"prediction_type": "epsilon"} | read_config(path, "scheduler/scheduler_config.json")
@@ -106,7 +107,7 @@ def _folder(path: Path) -> Model:
         family=recognise(unet).name,
         prediction_type=str(scheduler.get("prediction_type", "")),
         zero_terminal_snr=bool(scheduler.get("rescale_betas_zero_snr")),
-        channels=unet.get("in_channels"),
+        channels=channels if type(channels) is int else None,
         parts={
             part: dict(Counter(info.dtype for each in some for info in each.tensors.values()).most_common())
             for part, some in headers.items()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -21,32 +22,53 @@ from sfumato.files.read import DTYPES, Stamp, check_stamp, read_copies, stamp
 _PAGE = 4096
 """Bytes of a weight that a fingerprint sees, in the dtype that it is taken in: 2,048 values in half precision."""
 
+_LAYERS = (
+    "layers_per_block",
+    "transformer_layers_per_block",
+    "reverse_transformer_layers_per_block",
+    "num_hidden_layers",
+)
+_BLOCKS = ("block_out_channels", "down_block_types", "up_block_types")
+_MOST = 100
+"""Of layers in a text encoder or a block, and of blocks; the largest number in SDXL is 32."""
+_NOT_OF_SHAPES = (
+    "dtype",
+    "torch_dtype",
+    "attn_implementation",
+    "experts_implementation",
+    "quantization_config",
+    "auto_map",
+)
+"""What a text encoder's config may say beside its shapes, as do names that begin with _: some would have transformers
+get a program from the hub."""
+
 TEXT_CLASSES = {"CLIPTextModel": CLIPTextModel, "CLIPTextModelWithProjection": CLIPTextModelWithProjection}
 
 
 def unet_skeleton(config: Mapping[str, Any]) -> Any:
     """The U-Net of a config on the device `meta`: shapes without memory."""
-    with _made("U-Net"):
+    with _made("U-Net", config):
         return diffusers.UNet2DConditionModel.from_config(dict(config))
 
 
 def vae_skeleton(config: Mapping[str, Any]) -> Any:
     """The VAE of a config on the device `meta`."""
-    with _made("VAE"):
+    with _made("VAE", config):
         return diffusers.AutoencoderKL.from_config(dict(config))
 
 
 def text_skeleton(class_name: str, config: Mapping[str, Any]) -> Any:
     """The text encoder of a config on the device `meta`; class_name is one of `TEXT_CLASSES`."""
-    settings = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}
-    with _made("text encoder"):
+    settings = {key: value for key, value in config.items() if not (key in _NOT_OF_SHAPES or key.startswith("_"))}
+    with _made("text encoder", config):
         return TEXT_CLASSES[class_name](CLIPTextConfig(**settings))
 
 
 @contextmanager
-def _made(what: str) -> Iterator[None]:
+def _made(what: str, config: Mapping[str, Any]) -> Iterator[None]:
     """What is made within has shapes and no memory. Raises BaseModelError where a config does not describe it."""
     try:
+        _check_layers(config)
         with torch.device("meta"), no_init_weights():  # drawing them takes as long as all else, and leaves nothing
             yield
     except Exception as error:  # the libraries check each value in a way of its own, or not at all
@@ -54,6 +76,24 @@ def _made(what: str) -> Iterator[None]:
         raise BaseModelError(
             f"the {what}'s config.json describes none ({type(error).__name__}: {reason}). Download it again."
         ) from None
+
+
+def _check_layers(config: Mapping[str, Any]) -> None:
+    """Raises ValueError for more layers than any model has, which would be made for hours."""
+    lists = {key: len(config[key]) for key in _BLOCKS if isinstance(config.get(key), list | tuple)}
+    layers = {key: _largest(config.get(key)) for key in _LAYERS}
+    for key, count in (lists | layers).items():
+        if count > _MOST:
+            raise ValueError(f"{count:,} for {key}, wanted at most {_MOST}")
+    if (count := prod(max(1, each) for each in (*layers.values(), max(lists.values(), default=1)))) > 10 * _MOST:
+        raise ValueError(f"{count:,} layers in all, wanted at most {10 * _MOST:,}")
+
+
+def _largest(value: Any) -> float:
+    """Of the numbers in a setting, which may have one a block, and in it one a layer, and of how many these are."""
+    if isinstance(value, list | tuple):
+        return max(len(value), *map(_largest, value))
+    return value if isinstance(value, int | float) else 0
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ def write_card(
                 _strip(row).save(temporary)
         before_after = "\n## Before and after\n\n![before](images/before.png)\n\n![after](images/after.png)\n"
     text = f"""{opening(folder, about, prompts, rows, tags=("lora", "template:sd-lora"))}
-A LoRA for `{about.base}` ({about.family}), learned from {so_many(about.images or 0, "picture")}.
+A LoRA for {code(about.base)} ({about.family}), learned from {so_many(about.images or 0, "picture")}.
 {before_after}
 ## Trigger words
 
@@ -63,7 +63,7 @@ A LoRA for `{about.base}` ({about.family}), learned from {so_many(about.images o
 {_negatives(about)}
 ## Use
 
-{_with_diffusers(about, adapter, words, example)}With sfumato: `{line}`{guided}
+{_with_diffusers(about, adapter, words, example)}With sfumato: {code(line)}{guided}
 
 {readers(about, _BUNDLED if _is_bundled(about) else _CLIENTS)}
 
@@ -202,17 +202,26 @@ def _holds(text: str, trigger: str) -> bool:
     return re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", text, re.IGNORECASE) is not None
 
 
+def code(text: str) -> str:
+    """The text as code within a line of Markdown, whatever stands in it: between more backticks than follow each other
+    there."""
+    text = " ".join(text.split("\n"))
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    pad = " " if text[:1] == "`" or text[-1:] == "`" else ""
+    return f"{fence}{pad}{text}{pad}{fence}"
+
+
 def trigger_section(about: Description, prompts: Sequence[str]) -> str:
     """What the card says of them. Several are of several sources or words, so each has a line and an example."""
     if not about.trigger:
         if not (said := next(iter(about.captions), "")):
             return "None was named."
         if set(about.captions) == {said}:
-            return f"None was named; all captions were `{said}`, so write that in the prompt."
-        return f"None was named; the captions are such as `{said}`."
+            return f"None was named; all captions were {code(said)}, so write that in the prompt."
+        return f"None was named; the captions are such as {code(said)}."
     if len(about.trigger) == 1:
-        return f"Write `{about.trigger[0]}` in the prompt."
-    lines = (f"- `{each}`, as in `{example_of(about, each, prompts)}`" for each in about.trigger)
+        return f"Write {code(about.trigger[0])} in the prompt."
+    lines = (f"- {code(each)}, as in {code(example_of(about, each, prompts))}" for each in about.trigger)
     return "\n".join(["Each calls up what its own pictures showed:\n", *lines])
 
 
@@ -220,7 +229,7 @@ def _negatives(about: Description) -> str:
     """What the file asks for as the negative prompt, as people read it."""
     if not about.negatives:
         return ""
-    shown = " or ".join(f"`{text}`" for text in about.negatives)
+    shown = " or ".join(map(code, about.negatives))
     return (
         f"\nWhere a prompt says more than that, give {shown} as the negative prompt, as `sfumato generate` does by "
         "itself: guidance then multiplies what is said beside the subject, such as a style.\n"

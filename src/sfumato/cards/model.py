@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from sfumato.cards.adapter import (
     before_after_sheet,
     call_options,
+    code,
     example_of,
     generate_line,
     opening,
@@ -48,7 +49,11 @@ def write_model_card(
     """
     example = prompts[telling(about.trigger, prompts)] if prompts else example_of(about)
     whole = made.suffix != ".safetensors"
-    what = f"`{about.base}` ({about.family}) fine-tuned" if whole else f"The change of a fine-tune of `{about.base}`"
+    what = (
+        f"{code(about.base)} ({about.family}) fine-tuned"
+        if whole
+        else f"The change of a fine-tune of {code(about.base)}"
+    )
     sheet = before_after_sheet(folder, prompts, rows)
     before_after = f"\n## Before and after\n{sheet}" if sheet else ""
     text = f"""{opening(folder, about, prompts, rows, tags=["dreambooth"])}
@@ -80,7 +85,7 @@ def _use_folder(made: Path, example: str, about: Description) -> str:
 image = pipe({example!r}{call_options(about)}).images[0]
 ```
 
-With sfumato: `{generate_line(example, made.name, about, "clip_skip")}`
+With sfumato: {code(generate_line(example, made.name, about, "clip_skip"))}
 """
 
 
@@ -92,7 +97,7 @@ def _use_difference(made: Path, example: str, about: Description) -> str:
     if (about.config or {}).get("train_text_encoder"):
         read += " Of the text encoders' norms InvokeAI alone reads all."
     return f"""With sfumato, at any weight and beside other adapters:
-`{generate_line(example, about.base, about, lora=made.name)}`
+{code(generate_line(example, about.base, about, lora=made.name))}
 
 {readers(about, read)}
 """

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from sfumato.cards.adapter import (
     before_after_sheet,
     call_options,
+    code,
     example_of,
     generate_line,
     opening,
@@ -40,19 +41,20 @@ def write_embedding_card(
     files: by placeholder. nearest: a line a vector, which words of the base it is like. rows: sample pictures, one row
     a point in time, one picture a prompt; the first row and the last are shown.
     """
-    listed = "\n".join(f"- `{token}` in `{path.name}`" for token, path in files.items())
+    listed = "\n".join(f"- {code(token)} in {code(path.name)}" for token, path in files.items())
     report = "\n".join(f"    {line}" for line in nearest)
     what = f"{len(files)} words" if len(files) > 1 else "A word"
     example = example_of(about, next(iter(files)), prompts)
     line = generate_line(example, about.base, about, words=[path.name for path in files.values()])
+    base = code(about.base)
     text = f"""{opening(folder, about, prompts, rows, tags=["textual_inversion"])}
-{what} for `{about.base}` ({about.family}), learned from {so_many(about.images or 0, "picture")} by Textual Inversion:
+{what} for {base} ({about.family}), learned from {so_many(about.images or 0, "picture")} by Textual Inversion:
 
 {listed}
 {before_after_sheet(folder, prompts, rows)}
 ## Use
 
-With sfumato: `{line}`
+With sfumato: {code(line)}
 
 {_use(files, about, pipeline_lines(about))}
 ## What was learned
@@ -70,12 +72,14 @@ The base's own words nearest to each vector, by cosine:
 def add_words_section(card: Path, files: Mapping[str, Path], about: Description, *, inside: Path | None) -> None:
     """Say in an adapter's card which new words belong to it, and how they are used. inside: the adapter's file, if they
     are bundled with it."""
-    listed = "\n".join(f"- `{token}`" + ("" if inside else f" in `{path.name}`") for token, path in files.items())
+    listed = "\n".join(
+        f"- {code(token)}" + ("" if inside else f" in {code(path.name)}") for token, path in files.items()
+    )
     if inside:
         found = readers(
             about,
             "AUTOMATIC1111 finds them there, too. ComfyUI wants a copy of the file among its embeddings: "
-            f"`embedding:{inside.stem}` in a prompt is all words of the file. Forge draws without them.",
+            f"{code(f'embedding:{inside.stem}')} in a prompt is all words of the file. Forge draws without them.",
         )
         use = (
             f"They are inside the adapter's file, where `sfumato generate` finds them. {found} "
@@ -99,7 +103,7 @@ def _use(files: Mapping[str, Path], about: Description, pipeline: str) -> str:
     token, path = next(iter(files.items()))
     drawn = f'image = pipe("a {token}"{call_options(about)}).images[0]'
     if about.family == "sdxl":
-        code = f"""from safetensors.torch import load_file
+        lines = f"""from safetensors.torch import load_file
 {pipeline}
 vectors = load_file("{path.name}")
 pipe.load_textual_inversion(
@@ -111,15 +115,16 @@ pipe.load_textual_inversion(
 # SDXL's config names an end of text by which transformers would take the word for it.
 pipe.text_encoder_2.text_model.eos_token_id = pipe.tokenizer_2.eos_token_id"""
     else:
-        code = f'{pipeline}pipe.load_textual_inversion("{path.name}")'
+        lines = f'{pipeline}pipe.load_textual_inversion("{path.name}")'
     named = (
         "Other programs know a word by its file's name, which you may change to one that nobody writes: "
-        f"`{path.stem}` in AUTOMATIC1111 and Forge, `embedding:{path.stem}` in ComfyUI, `<{path.stem}>` in InvokeAI."
+        f"{code(path.stem)} in AUTOMATIC1111 and Forge, {code(f'embedding:{path.stem}')} in ComfyUI, "
+        f"{code(f'<{path.stem}>')} in InvokeAI."
     )
     return f"""With [diffusers](https://github.com/huggingface/diffusers):
 
 ```python
-{code}
+{lines}
 {drawn}
 ```
 

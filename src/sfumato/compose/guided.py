@@ -120,6 +120,7 @@ def first_half(
     forward = getattr(unet, name)
     halves = _Halves()
 
+    @_uncopied
     def in_turn(*args: Any, **options: Any) -> Any:
         sample = args[0] if args else options["sample"]
         if 2 * without(len(sample)) != len(sample):
@@ -143,6 +144,19 @@ def first_half(
                 del unet.forward
             else:
                 setattr(unet, place, forward)
+
+
+class _uncopied:
+    """A function in a module's place, of which a copy would go on calling the first module."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        return self._function(*args, **options)
+
+    def __reduce__(self) -> Any:
+        raise AdapterError("a copy of a U-Net made within adapter guidance or regions calls the first; copy it before.")
 
 
 class _Halves:

@@ -54,6 +54,11 @@ class Live:
     def title(self) -> str:
         return f"{self.part} module {self.path}"
 
+    @property
+    def is_bare(self) -> bool:
+        """Whether nothing stands beside the layer yet."""
+        return self._path is None and self._handle is None
+
     def check_untouched(self) -> None:
         """Nothing of the base is written, so nothing can have been changed beneath."""
 
@@ -130,19 +135,25 @@ class Live:
         x = inputs[0]
         keeps = self._of_caption and not (torch.is_grad_enabled() or torch.compiler.is_compiling() or x.is_inference())
         last = self._last  # once, as another thread may answer meanwhile
-        if keeps and last is not None and last[0] is x and last[1] == x._version:
+        if keeps and last is not None and last[0] is x and last[1] == (x._version, *_state(module)):
             return last[2]
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         if path.dtype != dtype or path.device != x.device:  # the part was moved or cast since
             path.move(dtype, x.device)
         output = path(x, output)
         if keeps:
-            self._last = (x, x._version, output)
+            self._last = (x, (x._version, *_state(module)), output)
         return output
 
 
-_Answer = tuple[Tensor, int, Tensor]
-"""An input, its version, and what came of it."""
+def _state(module: nn.Module) -> tuple[int, int]:
+    """Which weight the layer has, and its version: another may have been loaded meanwhile."""
+    weight = module.weight
+    return id(weight), getattr(weight, "_version", 0)
+
+
+_Answer = tuple[Tensor, tuple[int, ...], Tensor]
+"""An input, its version and the weight's, and what came of it."""
 
 
 @dataclass

@@ -100,13 +100,19 @@ class Modules:
 
     def __init__(self, parts: Mapping[str, nn.Module]) -> None:
         self._parts = dict(parts)
-        if any(getattr(module, "fused_projections", False) for module in parts["unet"].modules()):
-            raise AdapterError(
-                "the U-Net's projections are fused, so it has no to_q. Call unfuse_qkv_projections() first."
-            )
+        self._attentions = [module for module in parts["unet"].modules() if hasattr(module, "fused_projections")]
+        self.check_unfused()
         config: Mapping[str, Any] = getattr(parts["unet"], "config", {})
         self.family = recognise(config).name
         self.text_width: int | None = config.get("cross_attention_dim")
+
+    def check_unfused(self) -> None:
+        """Refuse a U-Net whose queries, keys and values are computed by a copy of the weights that a mix changes."""
+        # What unfuses them leaves `fused_projections` as it is, and puts the earlier processors back.
+        if any(m.fused_projections and type(m.processor).__name__.startswith("Fused") for m in self._attentions):
+            raise AdapterError(
+                "the U-Net's projections are fused, so it has no to_q. Call unfuse_qkv_projections() first."
+            )
 
     def check_blocks(self, weights: Mapping[str, Weight]) -> None:
         """Refuse weights, by label, for a block that the pipeline does not have, and so would count for nothing."""

@@ -390,6 +390,7 @@ class Mix:
         """Put back the base's very bytes and let go of the pipeline. A second call does nothing."""
         if self._undone:
             return
+        self._modules.check_unfused()
         self._check_in_memory(self._sites.values())
         for site in self._sites.values():
             site.restore()
@@ -446,6 +447,7 @@ class Mix:
 
     def _apply(self, weights: Mapping[str, Weight], muted: frozenset[str], sites: Iterable[Site]) -> None:
         """Bring the sites to the weights; all of them, or none when it raises."""
+        self._modules.check_unfused()
         heard = {label: weight for label, weight in weights.items() if label not in muted}
         wanted = [(site, applied_at(site, heard, self._factors), self._aside(site, heard)) for site in sites]
         todo = [(site, applied) for site, applied, _ in wanted if applied != site.applied]

@@ -9,6 +9,7 @@ Sheng et al. 2023, Chen et al. 2023), so that the cost is that of one adapter, h
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from threading import get_ident
@@ -179,6 +180,14 @@ def _hooked(
         yield
 
 
+def _owner() -> tuple[int, object]:
+    """The thread and, within a loop of asyncio, the task that asks."""
+    try:
+        return get_ident(), asyncio.current_task()
+    except RuntimeError:
+        return get_ident(), None
+
+
 def _check_others(pipe: Any, *, divides: bool) -> None:
     """Raises AdapterError where another thread has adapters by picture, which would be added to this one's pictures,
     and where a composite, which divides rows among its adapters, would meet others that count rows otherwise.
@@ -187,10 +196,10 @@ def _check_others(pipe: Any, *, divides: bool) -> None:
     """
     modules = [module for part in unwrapped_parts(pipe).values() for module in part.modules()]
     hooks = [hook for module in modules for hook in module._forward_hooks.values() if isinstance(hook, _Gathered)]
-    if any(hook.thread != get_ident() for hook in hooks):
+    if any(hook.owner != _owner() for hook in hooks):
         raise AdapterError(
-            "another thread draws with adapters by picture on this U-Net or its text encoders. Let threads wait for "
-            "one another by a lock around per_picture, or draw all pictures in one call."
+            "another thread or task draws with adapters by picture on this U-Net or its text encoders. Let them "
+            "wait for one another by a lock around per_picture, or draw all pictures in one call."
         )
     if any(divides or hook.divides for hook in hooks):
         raise AdapterError(
@@ -233,7 +242,7 @@ class _Gathered:
         shape = tensors.shape(module)
         assert shape is not None
         rank = max(sum(low.rank for _, low in each) for each in terms)
-        self.thread = get_ident()
+        self.owner = _owner()
         self.divides = divides
         self._index = index
         self._down = torch.zeros(len(terms), rank, *shape[1:])

@@ -50,6 +50,7 @@ def bring(
         site.original, site.candidates = (found, ()) if isinstance(found, Tensor) else (None, found)
     scratch = Scratch()
     earlier = [(site, site.other) for site, _ in aside]
+    bare = [site for site, _ in todo if isinstance(site, Live) and site.is_bare]
     done: list[tuple[Site, Applied]] = []
     with torch.no_grad(), exact_products():
         try:
@@ -65,4 +66,6 @@ def bring(
                 site.set_aside(before_aside, scratch)
             for site in new:
                 site.restore()
+            for live in bare:
+                live.restore()
             raise

@@ -146,7 +146,7 @@ def _from_hub(hub_id: str) -> Path:
 def _config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         raise FileError(f"{folder.name}/config.json: missing or no JSON; name the folder of a whole model.") from None
     return config if isinstance(config, dict) else {}
 
@@ -170,9 +170,13 @@ class _Describer:
         logging.disable_progress_bar()
         self.kind, self.wishes, self.precision = kind, wishes, precision
         try:
-            self.processor = AutoProcessor.from_pretrained(str(folder), local_files_only=True)
+            self.processor = AutoProcessor.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
             self.model = AutoModelForImageTextToText.from_pretrained(
-                str(folder), local_files_only=True, use_safetensors=True, dtype=precision.storage
+                str(folder),
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                dtype=precision.storage,
             )
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             reason = " ".join(str(error).split())[:160]

@@ -4,7 +4,7 @@ import codecs
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from types import MappingProxyType
 
 from charset_normalizer import from_bytes
@@ -159,18 +159,21 @@ def read_metadata(path: Path) -> dict[str, str]:
         wanted = f'{path.name}, line {number}: wanted {{"file_name": "a.png", "text": "a red apple"}}'
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{wanted}, found no JSON ({error}).") from None
         if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
             raise DataError(f"{wanted}, found no file_name.")
-        if Path(row["file_name"]).is_absolute() or ".." in Path(row["file_name"]).parts:
+        named = PurePosixPath(row["file_name"].replace("\\", "/"))  # ./a.png, and Windows' a\\b.png
+        if named.is_absolute() or PureWindowsPath(str(named)).drive or ".." in named.parts:
             raise DataError(f"{wanted}, found {row['file_name']}, which is outside the folder.")
+        if not named.name:
+            raise DataError(f"{wanted}, found no file_name.")
         text = row.get("text", row.get("caption"))
         if text is not None and not isinstance(text, str):
             raise DataError(f"{wanted}, found a text that is no string.")
         if text and not is_text(text):
             raise DataError(f"{path.name}, line {number}: half of a character ({text[:60]!r}). Write it whole.")
-        name = PurePosixPath(row["file_name"].replace("\\", "/")).as_posix()  # ./a.png, and Windows' a\\b.png
+        name = named.as_posix()
         if found.setdefault(name, _one_line(text or "")) != _one_line(text or ""):
             raise DataError(f"{path.name}, line {number}: another text for {name}. Leave one of them.")
     return found

@@ -192,6 +192,9 @@ class _Reader:
         """The texts of the folder's metadata.jsonl, by picture."""
         if not (folder / METADATA).is_file():
             return {}
+        if not self._is_inside(folder / METADATA):
+            self.notes.append(f"{METADATA}: leads out of the folder, so it is not read")
+            return {}
         self._check(folder / METADATA)
         listed = read_metadata(folder / METADATA)
         described = {self._listed(folder / name): text for name, text in listed.items()}

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from threading import RLock
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from PIL import Image
@@ -92,7 +94,7 @@ class Call:
                 pipe = _variant(pipe, "AutoPipelineForInpainting")
                 options |= {"mask_image": [start.mask] * count}
             check_strength(options.setdefault("num_inference_steps", _STEPS), start)
-        with _itself(pipe.vae):
+        with _itself(pipe.vae) if start is not None else nullcontext():
             latents: Tensor = pipe(**options).images
         return latents
 
@@ -134,14 +136,24 @@ class Call:
         return together.values()
 
 
+_TURNS: WeakKeyDictionary[Any, RLock] = WeakKeyDictionary()
+"""By VAE, what one thread at a time holds while its pictures begin with others."""
+
+
 @contextmanager
 def _itself(vae: Any) -> Iterator[None]:
     """The VAE encodes in its own dtype, and is itself after the block.
 
     Pipelines that begin with a picture hand it on in the U-Net's dtype, and SDXL's leave an fp32 VAE in half precision.
+    Threads that share the VAE wait for one another.
     """
+    with _TURNS.setdefault(vae, RLock()):
+        yield from _in_own_dtype(vae)
+
+
+def _in_own_dtype(vae: Any) -> Iterator[None]:
     held = {tensor: tensor.data for tensor in (*vae.parameters(), *vae.buffers())}
-    encode = vae.encode
+    encode, own = vae.encode, vae.__dict__.get("encode")
 
     def in_own_dtype(pixels: Tensor, *args: Any, **options: Any) -> Any:
         with torch.autocast(pixels.device.type, enabled=False):
@@ -151,7 +163,10 @@ def _itself(vae: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        del vae.encode
+        if own is None:
+            del vae.encode
+        else:
+            vae.encode = own
         for tensor, data in held.items():
             if tensor.dtype != data.dtype:
                 tensor.data = data

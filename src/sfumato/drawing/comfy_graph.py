@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,7 +15,8 @@ from sfumato.numerals import exact
 Graph = Mapping[str, Any]
 _SAMPLERS = {"dpm_2": "DPM2", "dpm_2_ancestral": "DPM2 a", "uni_pc": "UniPC"}
 """ComfyUI's names that differ by more than their spelling."""
-_LINKS = ("model", "positive", "negative", "latent_image")
+_TAKEN = ("steps", "sampler_name", "scheduler", "cfg", "seed", "noise_seed", "denoise")
+"""A sampler's inputs that are settings, which other nodes may give."""
 _SCHEDULES = {"karras": "Karras", "normal": "Uniform"}
 
 
@@ -32,7 +34,7 @@ def read_graph(text: str) -> Parameters | None:
     if not samplers:
         return None
     first = next((each for each in samplers if each.get("denoise", 1) == 1), samplers[0])
-    first = {name: value if name in _LINKS else _value(graph, name, value) for name, value in first.items()}
+    first = {name: _value(graph, name, value) if name in _TAKEN else value for name, value in first.items()}
     prompt, negative = (
         _first(graph, first.get(side), ("text", "text_g", "string")) for side in ("positive", "negative")
     )
@@ -99,9 +101,9 @@ def _first(graph: Graph, link: Any, names: tuple[str, ...]) -> Any:
 
 def _upstream(graph: Graph, link: Any) -> Iterator[Mapping[str, Any]]:
     """The inputs of the node at the link, then those of the nodes that feed it, the nearest first."""
-    waiting, seen = [link], set()
+    waiting, seen = deque([link]), set()
     while waiting:
-        link = waiting.pop(0)
+        link = waiting.popleft()
         if not isinstance(link, list) or not link or str(link[0]) in seen:
             continue
         seen.add(str(link[0]))

@@ -67,11 +67,12 @@ def learned_otherwise(told: Mapping[str, Mapping[str, str]], base: Base) -> list
         skipped = config.get("clip_skip") or 0
         is_trainers = config.keys() & {"clip_skip", "steps"}  # not that of a merge, which knows nothing of it
         if is_trainers and skipped != (base.clip_skip or 0):
-            lines.append(f"{label}: learned with --clip-skip {skipped}, and drawn with {base.clip_skip or 0}.")
+            told_skip = plain(str(skipped))
+            lines.append(f"{label}: learned with --clip-skip {told_skip}, and drawn with {base.clip_skip or 0}.")
         for word, file in words_beside(metadata).items():
             if word.lower() not in loaded:
                 named = f"its file, {plain(file)}," if file else "its file"
-                lines.append(f"{label}: its word {word} is not loaded; name {named} with --embedding.")
+                lines.append(f"{label}: its word {plain(word)} is not loaded; name {named} with --embedding.")
     return lines
 
 
@@ -91,7 +92,7 @@ def unused_words(files: Sequence[tuple[Path, Iterable[str]]], prompts: Sequence[
     """A line on each word that no prompt holds. files: with the words of each; prompts: negative ones, too."""
     said = [unescaped(text, syntax) for text in prompts]
     return [
-        f"{file.name}: its word {token} is in no prompt."
+        f"{file.name}: its word {plain(token)} is in no prompt."
         for file, tokens in files
         for token in tokens
         if not any(holds(token, text) for text in said)
@@ -101,17 +102,18 @@ def unused_words(files: Sequence[tuple[Path, Iterable[str]]], prompts: Sequence[
 def misread_words(known: Iterable[str], prompts: Sequence[str], syntax: Syntax) -> list[str]:
     """A line on each of the new words in use of which A1111's syntax takes the brackets in a prompt for its own."""
     return [
-        f"{token}: --prompt-syntax a1111 takes its brackets for emphasis; write {escaped(token)} for the word."
+        f"{plain(token)}: --prompt-syntax a1111 takes its brackets for emphasis; write {plain(escaped(token))} for the "
+        "word."
         for token in known
         if syntax == "a1111" and escaped(token) != token and any(holds(token, text) for text in prompts)
     ]
 
 
-_MARKS = re.compile(
-    r"\([^()]*[^()\d]:\s*\d*\.?\d+\s*\)|\[[^\[\]]*:\s*\d*\.?\d+\s*\]|\(\([^()]*\)\)|\\[()\[\]]|\bBREAK\b", re.DOTALL
-)
+# Numbers and {red|blue} fit in one way alone: fitting in several, a long prompt would take minutes.
+_NUMBER = r":\s*(?:\d+(?:\.\d+)?|\.\d+)\s*"
+_MARKS = re.compile(rf"\([^()]*[^()\d]{_NUMBER}\)|\[[^\[\]]*{_NUMBER}\]|\(\([^()]*\)\)|\\[()\[\]]|\bBREAK\b", re.DOTALL)
 """What A1111 and ComfyUI do not take for words: weights, times, brackets by which they are marked, BREAK."""
-_WILDCARDS = re.compile(r"\{[^{}]*\|[^{}]*\}|__[\w/*-]+?__")
+_WILDCARDS = re.compile(r"\{[^{}|]*\|[^{}]*\}|__[\w/*-]+?__")
 """Of A1111's dynamic prompts, InvokeAI's and ComfyUI's: {red|blue}, __animals__."""
 
 
@@ -149,10 +151,11 @@ def unknown_words(prompts: Sequence[str], known: Iterable[str], base: Base) -> l
 
     known: the new words in use. Those of the base's own vocabulary are no new ones.
     """
-    spelt = dict.fromkeys(word for text in prompts for word in re.findall(r"<[^\s<>:|]*\w[^\s<>:|]*>", text))
+    found = dict.fromkeys(word for text in prompts for word in re.findall(r"<[^\s<>:|]+>", text))
+    spelt = [word for word in found if re.search(r"\w", word)]
     own = base.tokenizers[0].get_vocab() if spelt else {}  # a large table, for which the tokenizer takes its time
     return [
-        f"{word}: no file brings this word, so its letters are read one by one; name its file with --embedding."
+        f"{plain(word)}: no file brings this word, so its letters are read one by one; name its file with --embedding."
         for word in spelt
         if word not in own and not any(holds(token, word) for token in known)
     ]
@@ -162,7 +165,7 @@ def _config_in(metadata: Mapping[str, str]) -> dict[str, Any]:
     """The program's config in our own file's metadata; nothing in a file that has none."""
     try:
         found = json.loads(metadata.get("sfumato.config", "{}"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -100,8 +100,8 @@ def _as_of_today(found: Mapping[str, Any], image: Mapping[str, Any]) -> dict[str
     sampler = str(image.get("sampler") or "")
     return {
         **image,
-        "positive_prompt": re.sub(r"\[[^\]]+\]", "", first).strip() if texts else None,
-        "negative_prompt": " ".join(re.findall(r"\[([^\]]+)\]", first)),
+        "positive_prompt": re.sub(r"\[[^\[\]]+\]", "", first).strip() if texts else None,
+        "negative_prompt": " ".join(re.findall(r"\[([^\[\]]+)\]", first)),
         "further_prompts": texts[1:],
         "scheduler": _OLD_SAMPLERS.get(sampler, sampler),
         "generation_mode": image.get("type"),
@@ -112,7 +112,7 @@ def _as_of_today(found: Mapping[str, Any], image: Mapping[str, Any]) -> dict[str
 
 
 def _further(found: Mapping[str, Any]) -> Iterator[tuple[str, Value]]:
-    same = {found.get("positive_prompt"), found.get("negative_prompt")}
+    same = (found.get("positive_prompt"), found.get("negative_prompt"))
     for key, label in _FURTHER.items():
         value = found.get(key)
         if not value or (isinstance(value, str) and value in same):

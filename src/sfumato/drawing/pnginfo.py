@@ -153,7 +153,7 @@ def read_picture_info(path: Path) -> PictureInfo:
     if isinstance(texts.get("sfumato"), str):
         try:
             own = json.loads(texts["sfumato"])
-        except ValueError:
+        except (ValueError, RecursionError):
             own = None
     return PictureInfo(
         parse_parameters(text) if isinstance(text, str) and text else None,

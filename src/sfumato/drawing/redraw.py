@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from sfumato import schedulers, shell
 from sfumato.drawing import pnginfo
@@ -20,9 +21,12 @@ from sfumato.drawing.invoke_metadata import read_invoke
 from sfumato.drawing.pnginfo import Parameters, read_picture_info
 from sfumato.errors import AdapterError, ConfigError, DataError
 from sfumato.numerals import exact
+from sfumato.prompts.syntax import Syntax
 from sfumato.weighting.blocks import Blocks
 
-_PLAIN = {"Steps": "--steps", "CFG scale": "--guidance", "Seed": "--seed", "VAE": "--vae"}
+_WHOLE = re.compile(r"-?[0-9]{1,20}")
+_NUMBER = re.compile(r"-?(?:[0-9]{1,20}(?:\.[0-9]{0,20})?|\.[0-9]{1,20})(?:e[+-]?[0-9]{1,3})?")
+_NUMBERS = {"Steps": ("--steps", _WHOLE), "CFG scale": ("--guidance", _NUMBER), "Seed": ("--seed", _WHOLE)}
 _TOLD = ("Model hash", "VAE hash", "Lora hashes", "TI hashes", "Version", "Prompt syntax")
 """What says which files were meant, or by whom the picture is, and sets nothing."""
 _LEAST_SDXL = 600_000
@@ -30,6 +34,17 @@ _LEAST_SDXL = 600_000
 drawn smaller, and "Size" is that before the high-resolution fix."""
 _LEFT = ("regions", "sweep", "before_after", "mask")
 """What our own pictures hold and the command does not."""
+_OF_GRID = (
+    *("x", "y", "lora", "method", "density", "rank", "embedding", "adapter_weight", "prompt", "prompt_syntax"),
+    *("seed", "base", "negative", "steps", "guidance", "adapter_guidance", "sampler", "partial", "clip_skip", "vae"),
+    *("prediction_type", "zero_terminal_snr", "precision"),
+)
+"""Settings of a sheet that may come from a picture: where files are written to is not for a stranger to say."""
+_NOT_UNDERSTOOD = (
+    *(ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError),
+    AdapterError,
+)
+"""What reading JSON by another hand may raise."""
 
 
 @dataclass(frozen=True)
@@ -59,22 +74,21 @@ def redraw(path: Path) -> Redraw:
     """What the picture at `path` says of itself. Raises DataError for one without settings that are read here."""
     info = read_picture_info(path)
     said = info.parameters if info.parameters and info.parameters.settings else None
-    about = said or read_graph(info.graph) or read_invoke(info.invoke)
-    if about is None:
-        raise DataError(
-            f"{path.name}: a picture without settings as A1111, Forge, InvokeAI and sfumato write them, or a graph of "
-            "ComfyUI's with a sampler and a text; others are read in their own programs alone."
-        )
-    try:
-        return _redraw(path.name, about, info.own or {})
-    except (AttributeError, KeyError, TypeError, ValueError, AdapterError):  # our JSON by another hand
-        return _redraw(path.name, about, {})
+    for own in (info.own or {}, {}):  # without our JSON where it is by another hand
+        with suppress(*_NOT_UNDERSTOOD):
+            if about := said or read_graph(info.graph) or read_invoke(info.invoke):
+                return _redraw(path.name, about, own)
+    raise DataError(
+        f"{path.name}: a picture without settings as A1111, Forge, InvokeAI and sfumato write them, or a graph of "
+        "ComfyUI's with a sampler and a text; others are read in their own programs alone."
+    )
 
 
 def _redraw(file: str, about: Parameters, own: Mapping[str, Any]) -> Redraw:
     left: dict[str, str] = {}
     if grid := own.get("grid"):
-        return Redraw(file, about, ("sfumato", "grid", *map(_line, _grid_words(grid))), ())
+        words = ("sfumato", "grid", *map(_line, _grid_words(grid, left)))
+        return Redraw(file, about, words, tuple(left.items()))
     words = ("sfumato", "generate", *map(_line, _words(about, own, left)))
     return Redraw(file, about, words, tuple(left.items()))
 
@@ -104,26 +118,34 @@ def _words(about: Parameters, own: Mapping[str, Any], left: dict[str, str]) -> I
     negative = own.get("negative", about.negative)
     if negative or own.get("adapters"):  # whose files might ask for another
         yield f"--negative={negative}"
-    if (syntax := own.get("prompt_syntax") or str(about.settings.get("Prompt syntax", "a1111"))) != "plain":
+    syntax = own.get("prompt_syntax") or str(about.settings.get("Prompt syntax", "a1111"))
+    if syntax not in get_args(Syntax):
+        left["Prompt syntax"] = str(syntax)
+    elif syntax != "plain":
         yield from ("--prompt-syntax", syntax)
     is_ours = bool(own) or str(about.settings.get("Version", "")).startswith("sfumato-")
     if model := settings.pop("Model", ""):
-        yield from ("--base", model if is_ours else f"{model.removesuffix('.safetensors')}.safetensors")
+        yield from _option("--base", model if is_ours else f"{model.removesuffix('.safetensors')}.safetensors")
     yield from _sampler(settings.pop("Sampler", ""), settings.pop("Schedule type", "Uniform"), left)
-    for name, option in _PLAIN.items():
-        if name in settings:
-            yield from (option, settings.pop(name))
-    size = settings.pop("Size") if re.fullmatch(r"\d+x\d+", settings.get("Size", "")) else ""
+    for name, (option, number) in _NUMBERS.items():
+        if number.fullmatch(settings.get(name, "")):
+            yield from _option(option, settings.pop(name))
+    if "VAE" in settings:
+        yield from _option("--vae", settings.pop("VAE"))
+    size = settings.pop("Size") if re.fullmatch(r"[0-9]{1,5}x[0-9]{1,5}", settings.get("Size", "")) else ""
     if size:
         yield from ("--size", size)
-    if (skipped := settings.get("Clip skip", "")).isdecimal() and int(settings.pop("Clip skip")) > 1:
+    skipped = settings.get("Clip skip", "")
+    if re.fullmatch("[0-9]{1,3}", skipped) and int(settings.pop("Clip skip")) > 1:
         skip = f"--clip-skip {int(skipped) - 1}"  # A1111 counts the last layer as 1
         if is_ours or prod(map(int, size.split("x") if size else ())) < _LEAST_SDXL:
             yield from skip.split()
         else:
             left["Clip skip"] = f"{skipped} (SDXL has its own layer; for SD 1.x add {skip})"
-    if "Denoising strength" in settings and not any(name.startswith("Hires") for name in settings):
-        yield from ("--image", str(own.get("image") or "PICTURE"), "--strength", settings.pop("Denoising strength"))
+    is_number = _NUMBER.fullmatch(settings.get("Denoising strength", ""))
+    if is_number and not any(name.startswith("Hires") for name in settings):
+        yield from _option("--image", str(own.get("image") or "PICTURE"))
+        yield from _option("--strength", settings.pop("Denoising strength"))
     if (source := settings.pop("RNG", "GPU")) != "CPU":  # a web interface that names none takes a GPU's noise
         left["RNG"] = source
     if own:
@@ -132,29 +154,43 @@ def _words(about: Parameters, own: Mapping[str, Any], left: dict[str, str]) -> I
     else:
         if is_ours:
             yield from _guidance_of_tags(prompt, settings)
-        for name in re.findall(r"([^,:]+):", str(about.settings.get("TI hashes", ""))):
-            yield from ("--embedding", f"{name.strip()}={name.strip().strip('<>')}.safetensors")
+        for name, _ in _pairs(str(about.settings.get("TI hashes", ""))):
+            yield from _option("--embedding", f"{name}={name.strip('<>')}.safetensors")
     left |= settings | {name: str(own[name]) for name in _LEFT if own.get(name)}
 
 
 def _guidance_of_tags(prompt: str, settings: dict[str, str]) -> Iterator[str]:
     """--adapter-guidance of each tag of the prompt, whose file might ask for another. One of an adapter with another
     label stays in the settings."""
-    said = dict(re.findall(r"([^,:]+): ([\d.e+-]+)", settings.get("Adapter guidance", "")))
-    said = {label.strip(): strength for label, strength in said.items()}
+    said = dict(_pairs(settings.get("Adapter guidance", "")))
     tags = dict.fromkeys(re.findall(r"<lora:([^:>]+)", prompt))
-    if not said.keys() <= tags.keys():
+    if not said.keys() <= tags.keys() or not all(map(_NUMBER.fullmatch, said.values())):
         return
     settings.pop("Adapter guidance", None)
     for label in tags:
-        yield from ("--adapter-guidance", f"{label}={said.get(label, '0')}")
+        yield from _option("--adapter-guidance", f"{label}={said.get(label, '0')}")
 
 
-def _grid_words(asked: Mapping[str, Any]) -> Iterator[str]:
+def _pairs(text: str) -> Iterator[tuple[str, str]]:
+    """The names and values of "a: x, b: y"; names do not hold a comma or colon. Not by a regex, which would read a long
+    text without a colon in the square of its length."""
+    for part in text.split(","):
+        name, colon, value = part.partition(":")
+        if colon and name.strip():
+            yield name.strip(), value.strip()
+
+
+def _option(name: str, value: str) -> tuple[str, ...]:
+    """The option with its value: as one word where that begins with a dash and would be read as an option itself."""
+    return (f"{name}={value}",) if value.startswith("-") else (name, value)
+
+
+def _grid_words(asked: Mapping[str, Any], left: dict[str, str]) -> Iterator[str]:
     """The options of a sheet, as our own files have them."""
     for name, value in asked.items():
-        if not name.isidentifier():
-            raise ValueError(name)
+        if name not in _OF_GRID:
+            left[name] = str(value)
+            continue
         option = shell.option(name)
         if value is True:
             yield option
@@ -187,16 +223,16 @@ def _own_words(own: Mapping[str, Any]) -> Iterator[str]:
         blocks = weight if isinstance(weight, dict) else None
         numbers = weight["weight"] if blocks else weight
         said = ":".join(exact(number) for number in (numbers if isinstance(numbers, list) else [numbers]))
-        yield from ("--lora", f"{label}={adapter['file']}:{said}")
+        yield from _option("--lora", f"{label}={adapter['file']}:{said}")
         if blocks:
-            yield from ("--blocks", f"{label}={Blocks(1.0, blocks['blocks'], blocks['rest']).factors_text()}")
+            yield from _option("--blocks", f"{label}={Blocks(1.0, blocks['blocks'], blocks['rest']).factors_text()}")
         if not own.get("regions"):
-            yield from ("--adapter-guidance", f"{label}={exact(strengths.get(label, 0.0))}")
+            yield from _option("--adapter-guidance", f"{label}={exact(strengths.get(label, 0.0))}")
         if way := ways.get(label):
             span, points = way.get("span"), way.get("points")
             text = "-".join(map(exact, span)) if span else ",".join(":".join(map(exact, point)) for point in points)
-            yield from ("--over-steps", f"{label}={text}")
+            yield from _option("--over-steps", f"{label}={text}")
     if switch := own.get("switch"):
-        yield from ("--switch", str(switch["every"]))
+        yield from _option("--switch", str(int(switch["every"])))
     for file in own.get("embeddings") or ():
-        yield from ("--embedding", file)
+        yield from _option("--embedding", file)

@@ -162,10 +162,15 @@ def adapter_guidance_of(metadata: Mapping[str, str]) -> float:
     return strength if 0 <= strength <= MOST_ADAPTER_GUIDANCE else 0.0
 
 
+_LONGEST_SPAN = 50
+"""Letters of two numbers to their last digit and what is between them."""
+
+
 def over_steps_of(metadata: Mapping[str, str]) -> tuple[float, float] | None:
     """The steps that the file asks for, as in a Description; None for all, or where what it says cannot be meant."""
-    number = r"(\d*\.?\d+(?:e-\d+)?)"
-    found = re.fullmatch(f"{number}-{number}", metadata.get("sfumato.over_steps", ""))
+    text = metadata.get("sfumato.over_steps", "")
+    number = r"((?:\d+(?:\.\d+)?|\.\d+)(?:e-\d+)?)"
+    found = re.fullmatch(f"{number}-{number}", text) if len(text) <= _LONGEST_SPAN else None
     start, end = (float(found[1]), float(found[2])) if found else (0.0, 1.0)
     return (start, end) if 0 <= start < end <= 1 and (start, end) != (0.0, 1.0) else None
 
@@ -174,7 +179,7 @@ def negatives_of(metadata: Mapping[str, str]) -> tuple[str, ...]:
     """The negative prompts that the file asks for; none where what it says cannot be meant."""
     try:
         found = json.loads(metadata.get("sfumato.negatives", "[]"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return ()
     return tuple(text for text in found if isinstance(text, str)) if isinstance(found, list) else ()
 

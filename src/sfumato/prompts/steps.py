@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 from sfumato import schedulers
@@ -151,12 +152,15 @@ def told_by_stages(unet: nn.Module, told: Sequence[Stage], scheduler: Any) -> It
     """Within the block each call of the U-Net, for one batch of pictures, hears the stage of its step.
 
     scheduler: the one that draws, by whose timesteps the steps are told apart. A call has a row for each picture, or
-    two, the first for the other text.
+    two, the first for the other text. Other threads' calls of the U-Net are told nothing.
     """
+    thread = get_ident()
     clock = schedulers.Clock()
     heard: dict[tuple[int, bool], TextEmbedding] = {}  # the same tensor each time, by which layers know a text again
 
     def tell(module: Any, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        if get_ident() != thread:
+            return args, options
         sample = args[0] if args else options["sample"]
         step = clock.step(schedulers.asked_timestep(args, options), scheduler) + 1
         stage = next((each for each in told if step <= each.last), told[-1])

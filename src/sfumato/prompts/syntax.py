@@ -4,6 +4,7 @@ compel reads, and A1111's `(some words:1.3)`, which is read here. Importing this
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Set
 from typing import Any, Literal
@@ -112,9 +113,12 @@ _EMPHASIS = re.compile(r"\\.|:\s*[+-]?[.\d]+\s*[)\]]|[()\[\]]|[^\\()\[\]:]+|[:\\
 
 def _factor(text: str) -> float:
     try:
-        return float(text)
+        factor = float(text)
     except ValueError:
-        raise ConfigError(f"({text.strip()}): a weight is a number, as in (words:1.3).") from None
+        factor = math.nan
+    if not math.isfinite(factor):
+        raise ConfigError(f"({text.strip()[:40]}): a weight is a number, as in (words:1.3).")
+    return factor
 
 
 def _unbalanced(prompt: str, does: str, bracket: str) -> ConfigError:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from sfumato.config import settle
+
 
 @dataclass(frozen=True, kw_only=True)
 class FolderOptions:
@@ -27,6 +29,9 @@ class FolderOptions:
     """Replace the run in the output folder; it stays there until the new one takes its first step."""
     tensorboard: bool = False
     """Also write the log for TensorBoard (pip install "sfumato[tensorboard]")."""
+
+    def __post_init__(self) -> None:
+        settle(self)
 
 
 AnyRun = TypeVar("AnyRun", bound=FolderOptions)

@@ -12,12 +12,17 @@ from tqdm import tqdm
 
 def say(text: str) -> None:
     """A line for the person, above the bar."""
-    tqdm.write(text, file=sys.stderr)
+    if sys.stderr is not None:  # as of pythonw and services
+        tqdm.write(text, file=sys.stderr)
 
 
 def _pause_s() -> float:
     """Between two looks of a bar: a terminal's moves, a log file gets a line now and then."""
-    return 0.2 if sys.stderr.isatty() else 10.0
+    return 0.2 if _is_terminal() else 10.0
+
+
+def _is_terminal() -> bool:
+    return sys.stderr is not None and sys.stderr.isatty()
 
 
 class Progress:
@@ -25,7 +30,7 @@ class Progress:
     ten seconds, and what is no main process nothing."""
 
     def __init__(self, *, shown: bool):
-        self._shown = shown
+        self._shown = shown and sys.stderr is not None
         self._bar: Any = None
         self._smooth = math.nan
 
@@ -63,7 +68,7 @@ class Preparation(ExitStack):
 
     def __init__(self, *, shown: bool):
         super().__init__()
-        self._shown = shown
+        self._shown = shown and sys.stderr is not None
         self._bars: dict[str, Any] = {}
 
     def __call__(self, what: str, done: int, count: int) -> None:
@@ -75,7 +80,7 @@ class Preparation(ExitStack):
                 total=count,
                 file=sys.stderr,
                 disable=not self._shown,
-                delay=0 if sys.stderr.isatty() else pause_s,
+                delay=0 if _is_terminal() else pause_s,
                 mininterval=pause_s,
                 maxinterval=pause_s,
                 dynamic_ncols=True,

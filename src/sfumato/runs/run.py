@@ -5,10 +5,11 @@ from __future__ import annotations
 import errno
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
+from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -67,6 +68,7 @@ class Run:
 
     def __init__(self, folder: Path, config: FolderOptions, processes: Processes | None = None):
         self.folder = folder
+        self.thread = get_ident()
         self.is_main = processes is None or processes.is_main
         self.count = 1 if processes is None else processes.count
         self.step, self.rate_factor = 0, 1.0
@@ -476,6 +478,10 @@ class Run:
     def close(self) -> None:
         """Finish the log and let the folder go."""
         self.all_written()
+        self.unlock()
+
+    def unlock(self) -> None:
+        """Let the folder go, whether or not all is written."""
         if self.is_main:
             self.log_file.close()
             self._lock.release()
@@ -489,21 +495,32 @@ class Run:
                 self.folder.rmdir()
 
 
+def _of_this_thread(runs: Iterable[Run]) -> list[Run]:
+    """Those that this thread has started: another's go on."""
+    return [run for run in list(runs) if run.thread == get_ident()]
+
+
 def let_go() -> None:
     """Close the runs that an interruption stopped before their first step; they can be resumed."""
-    for run in list(_not_begun):
+    for run in _of_this_thread(_not_begun):
         run.close()
         _not_begun.discard(run)
+
+
+def unlock() -> None:
+    """Let go of the folders of runs whose results are not all written; `stopped_while_writing` still tells of them."""
+    for run in _of_this_thread(_not_written):
+        run.unlock()
 
 
 def stopped_while_writing() -> str:
     """Let go of the folder of a run that was stopped after its last step, while its results were written; returns how
     the rest is written, after a space, or nothing."""
-    return "".join(run._stopped_while_writing() for run in list(_not_written))
+    return "".join(run._stopped_while_writing() for run in _of_this_thread(_not_written))
 
 
 def withdraw() -> None:
     """Let go of the folders of runs that an error stopped before their first step; new ones leave nothing in them."""
-    for run in list(_not_begun):
+    for run in _of_this_thread(_not_begun):
         run._withdraw()
         _not_begun.discard(run)

@@ -67,10 +67,14 @@ class Words(nn.Module):
                     "the tokenizer has new words of another pipeline that shares it, with a text encoder of its own. "
                     "Take them out by remove(), give this one a copy.deepcopy(pipe.tokenizer), and load them again."
                 )
-        for number, site in enumerate(self._sites):
-            site.in_use.append(self)
-            site.know([*(words for words in site.words if words is not self), self])
-            self._handles += self._hook(site, number)
+        try:
+            for number, site in enumerate(self._sites):
+                site.in_use.append(self)
+                site.know([*(words for words in site.words if words is not self), self])
+                self._handles += self._hook(site, number)
+        except BaseException:
+            self.remove()
+            raise
 
     def remove(self) -> None:
         """Take the words out: tokenizer and text encoder are what they were. The vectors stay, and can be attached.
@@ -79,11 +83,11 @@ class Words(nn.Module):
         """
         for handle in self._handles:
             handle.remove()
-        if self._handles:
-            for site in self._sites:
-                site.in_use.remove(self)
-                site.know([words for words in site.words if words is not self])
         self._handles = []
+        for site in self._sites:
+            if self in (*site.in_use, *site.words):
+                site.in_use[:] = [words for words in site.in_use if words is not self]
+                site.know([words for words in site.words if words is not self])
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

@@ -23,6 +23,8 @@ from sfumato.data.foreign.settings import (
 from sfumato.data.listing import list_folder
 from sfumato.errors import ConfigError
 
+_MOST_REPEATS = 99_999
+"""As a source of a dataset.toml has them."""
 _VARIED = {
     "rotate": "random_rotate_max_angle",
     "brightness": "random_brightness_max_strength",
@@ -192,14 +194,16 @@ def _share(own: Mapping[str, Any], places: list[str], folder: Path, notes: list[
         raise ConfigError(f"balancing is {balancing!r:.40}; wanted a number that is not negative.")
     if strategy not in ("REPEATS", "SAMPLES"):
         raise ConfigError(f"balancing_strategy is {strategy!r}; wanted REPEATS or SAMPLES.")
+    count = 1
     if strategy == "SAMPLES":
         there = [place for place in (find(place, folder) for place in places) if place]
         count = sum(len(list_folder(place).pictures) for place in there)
         if not count:
             notes.append(f"balancing = {balancing} samples: there are no pictures here to count; set repeats")
             return Fraction(1)
-        balancing = balancing / count
-    return Fraction(round(balancing * 100), 100)
+    if balancing > _MOST_REPEATS * count:
+        raise ConfigError(f"balancing is {balancing!r:.40}; wanted at most {_MOST_REPEATS:,} repeats of a picture.")
+    return Fraction(round(balancing / count * 100), 100)
 
 
 def _has_masks(place: str, folder: Path, masked: bool | None, notes: list[str]) -> bool:

@@ -38,19 +38,25 @@ def read(path: Path) -> Any:
         elif path.suffix.lower() == ".json":
             values = json.loads(text)
         elif path.suffix.lower() in (".yaml", ".yml"):
-            import yaml
-
-            values = yaml.safe_load(text)
+            values = _yaml(text)
         else:
             raise ConfigError(
                 f"{path.name}: wanted kohya's .toml or .json, ai-toolkit's .yaml or .json, or OneTrainer's or "
                 "SimpleTuner's .json."
             )
+        return _without_empty(values)
     except ConfigError:
         raise
     except Exception as error:  # each parser has its own
         raise ConfigError(f"{path.name}: cannot be parsed ({' '.join(str(error).split())[:120]}). Mend it.") from None
-    return _without_empty(values)
+
+
+def _yaml(text: str) -> Any:
+    import yaml
+
+    if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+        raise ValueError("it has aliases, *name")  # no tool writes them, and a few lines of them grow to gigabytes
+    return yaml.safe_load(text)
 
 
 def _without_empty(values: Any) -> Any:
@@ -78,7 +84,7 @@ def told(own: Mapping[str, Any], texts: Container[str]) -> dict[str, Any]:
 def _scalar(value: Any) -> Any:
     try:
         return json.loads(value.lower()) if isinstance(value, str) else value
-    except ValueError:
+    except (ValueError, RecursionError):
         return value
 
 

@@ -1,0 +1,37 @@
+"""A trainer's `train`, as anybody may call it: a program, a notebook, a thread of a service. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import TypeVar
+
+AnyConfig = TypeVar("AnyConfig")
+
+
+def trains(train: Callable[[AnyConfig], Path]) -> Callable[[AnyConfig], Path]:
+    """Gradients are computed whatever the caller has set, and what ends the training lets go of the run's folder.
+
+    A notebook keeps the latest error, and with it the run: without that the folder would stay locked by it.
+    """
+
+    @wraps(train)
+    def called(config: AnyConfig) -> Path:
+        import torch
+
+        from sfumato.runs import run as runs
+
+        try:
+            with torch.inference_mode(False), torch.enable_grad():
+                return train(config)
+        except Exception:
+            runs.withdraw()
+            raise
+        except BaseException:
+            runs.let_go()
+            raise
+        finally:
+            runs.unlock()
+
+    return called

@@ -1,0 +1,68 @@
+"""A trainer called from Python: by a notebook, a service, a thread."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from sfumato.trainers import dreambooth, lora, textual_inversion
+
+from sfumato.errors import AdapterError
+from sfumato.files import read_tensors
+from sfumato.runs.options import FolderOptions
+from sfumato.training.options import TrainerOptions
+
+FEW = {"steps": 1, "batch": 1, "sample_every": 0, "measure_every": 0, "device": "cpu"}
+
+
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("trainer", [lora, textual_inversion, dreambooth])
+def test_it_learns_where_the_caller_computes_no_gradients(trainer, off, pocket_folder, pictures, tmp_path):
+    own = {"placeholder": ("<x>",), "caption": "<x>"} if trainer is textual_inversion else {"caption": "a square"}
+    if trainer is dreambooth:
+        own = {"method": "lora", "class_name": "square", "prior": "none", "caption": "sks square"}
+    config = trainer.Config(images=pictures, output=tmp_path / "run", base=str(pocket_folder), **FEW, **own)
+    with off():
+        trainer.train(config)
+    row = json.loads((tmp_path / "run/log.jsonl").read_text().splitlines()[0])
+    assert row["gradient_norm"] > 0
+
+
+def test_after_an_error_the_folder_is_free_while_the_error_is_kept(pocket_folder, pictures, tmp_path, monkeypatch):
+    """A notebook keeps the latest, and with it all that stood in the frames."""
+    config = lora.Config(
+        images=pictures, output=tmp_path / "run", base=str(pocket_folder), caption="a square", rank=2, **FEW
+    )
+    with monkeypatch.context() as broken:
+        broken.setattr("sfumato.adapters.attach", lambda *given, **named: 1 / 0)
+        with pytest.raises(ZeroDivisionError) as kept:
+            lora.train(config)
+    assert not (tmp_path / "run").exists()
+    assert read_tensors(lora.train(config))
+    assert kept.value.__traceback__ is not None
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, AdapterError])
+def test_a_folder_whose_results_are_not_written_can_be_gone_on_with(
+    error, pocket_folder, pictures, tmp_path, monkeypatch
+):
+    config = lora.Config(images=pictures, output=tmp_path / "run", base=str(pocket_folder), caption="a square", **FEW)
+
+    def stop(*given, **named):
+        raise error("stopped")
+
+    with monkeypatch.context() as broken:
+        broken.setattr("sfumato.training.finish.finish", stop)
+        with pytest.raises(error) as kept:
+            lora.train(config)
+    assert not (tmp_path / "run/.holder.json").exists()
+    lora.train(lora.Config(**{**vars(config), "resume": True}))
+    assert kept.value.args == ("stopped",)
+
+
+def test_texts_stand_for_paths_and_for_one_of_several():
+    config = TrainerOptions(images="a", output="b", sample_prompts="a crab", cache="c")
+    assert (config.images, config.output, config.cache) == (Path("a"), Path("b"), Path("c"))
+    assert config.sample_prompts == ("a crab",)
+    assert TrainerOptions(images="a", output="b", sample_prompts=["a", "b"]).sample_prompts == ("a", "b")
+    assert FolderOptions(output="b").output == Path("b")
