@@ -45,9 +45,6 @@ if TYPE_CHECKING:
     from sfumato.runs.options import FolderOptions
     from sfumato.runs.processes import Processes
 
-__all__ = ["Run", "Step"]
-
-
 _LOOKED = "looked"
 """The fact that names the last step whose samples and measurements are done."""
 _UNSAVED, _BROKEN = 1, 2
@@ -281,7 +278,7 @@ class Run:
                         raise SystemExit(128 + stopped)
                 if self._health.broken:
                     self._go_back(self.step)
-        _not_written.clear()  # one training at a time is at its end
+        _not_written.difference_update(_of_this_thread(_not_written))  # one training at a time is at its end
         _not_written.add(self)
 
     @property
