@@ -61,7 +61,7 @@ def step_times(config: Config) -> dict[str, float]:
     model = kind.from_pretrained(find("pocket")[0], subfolder=config.part).float().train()
     if config.side == "ours":
         precision.apply()
-        precision.learn(model)
+        precision.prepare_for_training(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     given: tuple[torch.Tensor, ...] = (torch.arange(config.batch * 77).view(-1, 77) % 3000,)
     if config.part == "unet":

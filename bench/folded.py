@@ -23,11 +23,11 @@ from bench.full_size import added_conditions
 from bench.kept import kept_bytes
 from bench.real import print_report
 from sfumato import cli
-from sfumato.adapters import attach, hosts
+from sfumato.adapters import attach, target_layers
 from sfumato.bases.single_file import shipped
 from sfumato.bases.weights import unet_skeleton
 from sfumato.errors import ConfigError
-from sfumato.precision.lean import keep_less
+from sfumato.precision.lean import save_activation_memory
 from sfumato.precision.products import quicken
 
 
@@ -72,7 +72,7 @@ def step(unet: Any, config: Config, cells: int) -> int:
 def compare(unet: Any, config: Config, rank: int) -> dict[str, Any]:
     """Both ways in turns, after one unmeasured step of each."""
     cells = config.resolution // (4 if config.family == "pocket" else 8)
-    lora = attach(hosts({"unet": unet}, config.targets), rank=rank, alpha=float(rank))
+    lora = attach(target_layers({"unet": unet}, config.targets), rank=rank, alpha=float(rank))
     seconds: dict[str, list[float]] = {"two": [], "one": []}
     kept = {}
     for number in range(config.rounds + 1):
@@ -108,7 +108,7 @@ def measure(config: Config) -> dict[str, Any]:
         for parameter in unet.parameters():
             parameter.data = torch.randn(parameter.shape) * max(parameter[0].numel(), 1) ** -0.5
     quicken(unet.requires_grad_(False))
-    keep_less(unet)
+    save_activation_memory(unet)
     about = {"family": config.family, "resolution_px": config.resolution, "batch": config.batch}
     return {**about, "targets": config.targets} | {f"rank {rank}": compare(unet, config, rank) for rank in config.ranks}
 

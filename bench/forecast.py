@@ -19,7 +19,7 @@ from bench.full_size import build, options, photographs, run
 from bench.real import print_report
 from sfumato import cli, forecast
 from sfumato.errors import ConfigError
-from sfumato.precision import imagined
+from sfumato.precision import forecast_precision
 
 OF_METHOD: dict[str, dict[str, Any]] = {
     "textual_inversion": {"placeholder": "<thing>", "vectors": 1},
@@ -54,10 +54,10 @@ def measure(config: Config) -> dict[str, Any]:
     source = build(config.work / "sd15-random")
     pictures = photographs(config.work / "photographs", 4, 2 * config.resolution)
     base = forecast.shapes_of(source, "cpu")
-    setting = forecast.Setting("cpu", imagined("fp32", "cpu"), config.resolution, 1, 16)
+    setting = forecast.Setting("cpu", forecast_precision("fp32", "cpu"), config.resolution, 1, 16)
     rows: dict[str, dict[str, float]] = {}
     for name in config.only or ways:
-        told = forecast.of_step(base, ways[name], setting).total(ways[name], "cpu") / 2**30
+        told = forecast.step_memory(base, ways[name], setting).total(ways[name], "cpu") / 2**30
         program, *flags = name.split()
         given = {"images": pictures, "base": source, "resolution": config.resolution, "steps": 2, "batch": 1}
         given |= {"sample-every": 0, "measure-every": 0, "checkpoint-every": 0, "precision": "fp32", "overwrite": True}

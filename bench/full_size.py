@@ -175,7 +175,7 @@ def _ours(trainer: str) -> Any:
         "bases",
         "runs",
         "training.ema",
-        "training.measure",
+        "training.metrics",
         "training.objective",
         "training.optimizers",
         "runs.processes",

@@ -23,7 +23,7 @@ from sfumato.adapters import attach, select
 from sfumato.bases.single_file import shipped
 from sfumato.bases.weights import unet_skeleton
 from sfumato.errors import ConfigError
-from sfumato.precision.lean import keep_less
+from sfumato.precision.lean import save_activation_memory
 from sfumato.precision.products import quicken
 
 TRAINED = ("cross-attention", "attention", "attention+mlp", "everything", "whole")
@@ -49,7 +49,7 @@ def kept(config: Config, trained: str, *, lean: bool) -> float:
     unet.requires_grad_(trained == "whole")
     if lean:
         quicken(unet)
-        keep_less(unet)
+        save_activation_memory(unet)
     if trained != "whole":
         attach({"unet": select(unet, trained)}, rank=16, alpha=16.0)
     side = config.resolution // 8

@@ -31,7 +31,7 @@ from sfumato.bases import Base
 from sfumato.compose import adapter_guidance
 from sfumato.data.latents import to_floats
 from sfumato.drawing.pictures import draw_against
-from sfumato.drawing.where_when import WhereWhen, applied, parse_span
+from sfumato.drawing.where_when import AdapterPlacement, applied, parse_span
 from sfumato.errors import ConfigError, RunError
 from sfumato.files.atomic import atomic_path, write_text
 from sfumato.prompts.syntax import Syntax
@@ -157,7 +157,7 @@ class Workshop:
                     scale = self.base.defaults.guidance if guidance is None else guidance
                     stack.enter_context(adapter_guidance(mix, strength, guidance=scale))
                     by_step = dict.fromkeys(mix.weights, parse_span(span)) if span else {}
-                    wanted = WhereWhen(by_step=by_step).with_asked(mix.spans)
+                    wanted = AdapterPlacement(by_step=by_step).with_asked(mix.spans)
                     stack.enter_context(applied(self.base, mix, wanted))
                 asked = [text for texts in mix.negatives.values() for text in texts] if adapters else []
                 pictures = draw_against(self.base, list(prompts), list(seeds), asked, syntax=syntax, guidance=guidance)

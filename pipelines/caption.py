@@ -14,11 +14,11 @@ from sfumato import shell
 from sfumato.cli import run
 from sfumato.config import parse
 from sfumato.errors import ConfigError, DataError
-from sfumato.numerals import so_many
+from sfumato.numerals import pluralize
 
 if TYPE_CHECKING:
     from sfumato.data.captioners import Captioner
-    from sfumato.data.listing import Found
+    from sfumato.data.listing import ListedPicture
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def main(argv: Sequence[str]) -> int:
         )
     if not wanted and not config.json:
         print(
-            f"{config.images}: {so_many(captioned, 'picture has', 'pictures have')} captions; nothing to do.",
+            f"{config.images}: {pluralize(captioned, 'picture has', 'pictures have')} captions; nothing to do.",
             file=sys.stderr,
         )
         return 0
@@ -96,16 +96,16 @@ def main(argv: Sequence[str]) -> int:
     if config.json:
         print(json.dumps({"written": config.write, "captions": done, "failed": failed, "empty": silent}, indent=2))
     verb = "written" if config.write else "shown; --write writes them"
-    kept = f"{so_many(captioned, 'picture')} had one already, kept as it is"
+    kept = f"{pluralize(captioned, 'picture')} had one already, kept as it is"
     print(f"{len(done)} of {len(wanted)} captions {verb}; {kept}.", file=sys.stderr)
     return 1 if failed else 0
 
 
 def _captioner(config: Config) -> Captioner:
-    from sfumato.data.captioners import Wishes, load_captioner
+    from sfumato.data.captioners import CaptionSettings, load_captioner
     from sfumato.precision import decide
 
-    wishes = Wishes(**{wish.name: getattr(config, wish.name) for wish in fields(Wishes)})
+    wishes = CaptionSettings(**{wish.name: getattr(config, wish.name) for wish in fields(CaptionSettings)})
     return load_captioner(config.model, decide(config.precision, device=config.device), wishes)
 
 
@@ -122,7 +122,7 @@ def check(config: Config) -> None:
         raise ConfigError("--preview has no effect beside --write, which writes all captions; leave one out.")
 
 
-def pictures_without(images: Path) -> tuple[dict[Path, Found], int, list[str]]:
+def pictures_without(images: Path) -> tuple[dict[Path, ListedPicture], int, list[str]]:
     """(caption's file -> the picture that has none yet, how many pictures have one, caption files that say nothing).
 
     An empty or unreadable caption file stays as it is. Of pictures that share a caption's file, as dog.jpg and dog.png
@@ -130,7 +130,7 @@ def pictures_without(images: Path) -> tuple[dict[Path, Found], int, list[str]]:
     """
     from sfumato.data.source import sources_of
 
-    wanted: dict[Path, Found] = {}
+    wanted: dict[Path, ListedPicture] = {}
     captioned: set[Path] = set()
     silent: dict[Path, str] = {}
     for source in sources_of(images):
@@ -150,8 +150,8 @@ def pictures_without(images: Path) -> tuple[dict[Path, Found], int, list[str]]:
 
 
 def captions(
-    wanted: Sequence[Found], captioner: Captioner, config: Config, failed: list[str]
-) -> Iterator[tuple[Found, str]]:
+    wanted: Sequence[ListedPicture], captioner: Captioner, config: Config, failed: list[str]
+) -> Iterator[tuple[ListedPicture, str]]:
     """Each picture and its caption; what cannot be opened goes to `failed`, with its reason."""
     from sfumato.data.images import open_image
 

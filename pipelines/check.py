@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from sfumato.cli import run
-from sfumato.command_line.said import shown
+from sfumato.command_line.terminal import escape_control
 from sfumato.config import parse
 from sfumato.errors import ConfigError
-from sfumato.numerals import so_many
+from sfumato.numerals import pluralize
 
 if TYPE_CHECKING:
     from sfumato.data.mending import Mended
@@ -95,7 +95,7 @@ def main(argv: Sequence[str]) -> int:
         print(json.dumps(found, indent=2))
     else:
         if mended:
-            print("\n".join(map(shown, _mended_lines(mended, config))))
+            print("\n".join(map(escape_control, _mended_lines(mended, config))))
         for sheet in sheets:
             print(f"crops drawn on {sheet}")
         if sums:
@@ -138,7 +138,7 @@ def render(report: Report) -> str:
     good = sum(1 for look in report.looks if not look.error)
     lines = [
         f"{report.path}: {good:,} of {len(report.looks):,} pictures can be learned from, "
-        f"{so_many(report.samples, 'sample')} an epoch, for {report.needs.name} at {report.resolution} px",
+        f"{pluralize(report.samples, 'sample')} an epoch, for {report.needs.name} at {report.resolution} px",
     ]
     shapes = ", ".join(f"{width} x {height}: {count:,}" for (width, height), count in report.buckets.items())
     if shapes:
@@ -149,7 +149,7 @@ def render(report: Report) -> str:
     if captions:
         lines.append(f"  captions {len(captions):,} different, such as {captions[0]!r}")
     if report.ignored:
-        lines.append(f"  ignored  {so_many(len(report.ignored), 'file')}")
+        lines.append(f"  ignored  {pluralize(len(report.ignored), 'file')}")
         lines += [f"    {entry.name}: {entry.reason}" for entry in report.ignored[:20]]
         if len(report.ignored) > 20:
             lines.append(f"    ... and {len(report.ignored) - 20:,} more (--json has them all)")
@@ -162,7 +162,7 @@ def render(report: Report) -> str:
                 lines.append(f"  ... and {len(found) - 50:,} more (--json has them all)")
     if not report.lines:
         lines.append("nothing is wrong with them")
-    return "\n".join(map(shown, lines))
+    return "\n".join(map(escape_control, lines))
 
 
 def _mend(report: Report, config: Config) -> Mended:

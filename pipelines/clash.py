@@ -67,11 +67,11 @@ def clash(config: Config) -> list[Pair]:
 
 def table(pairs: Sequence[Pair]) -> str:
     """The figures as lines of text, a heading for each pair of adapters."""
-    from sfumato.merging.overlap import whole
+    from sfumato.merging.overlap import conflict_by_pair
 
     width = max(len(pair.block) for pair in pairs)
     lines = []
-    for (first, second), conflict in whole(pairs).items():
+    for (first, second), conflict in conflict_by_pair(pairs).items():
         lines += ["", f"{first} and {second}: {conflict:.1%} of the energy in conflict"]
         lines.append(f"{'block':<{width}}  modules  cosine  inputs  outputs  angles      conflict")
         for pair in pairs:

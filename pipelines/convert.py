@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import Parameter
 
 from sfumato.cli import run
-from sfumato.command_line.said import say
+from sfumato.command_line.terminal import say
 from sfumato.config import parse, to_dict
 from sfumato.errors import AdapterError, ConfigError
 from sfumato.files.atomic import check_free
-from sfumato.numerals import so_many
+from sfumato.numerals import pluralize
 from sfumato.weighting.adapter import Adapter
 
 if TYPE_CHECKING:
-    from sfumato.merging.merge import Ingredient
+    from sfumato.merging.merge import MergeSource
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,11 @@ def convert(config: Config) -> Path:
         raise ConfigError(f"--base {config.base}: nothing is taken on it without --bake; add --bake or leave it out.")
 
     from sfumato.files.metadata import Description, describe
-    from sfumato.merging.convert import as_lora, lines_on_diffusers, write
+    from sfumato.merging.convert import as_lora, diffusers_warnings, write
     from sfumato.merging.factors import Budget
     from sfumato.merging.lineage import common_family
     from sfumato.merging.sources import read_source
-    from sfumato.merging.stored import stored
+    from sfumato.merging.stored import stored_base
     from sfumato.precision import DTYPES
 
     keeps_words = config.to == "kohya" and config.bake != "diff"
@@ -91,24 +91,24 @@ def convert(config: Config) -> Path:
             f"{config.file.name}: holds {', '.join(sorted(others))}, which {_readers(config.to)} cannot all read. "
             "Bake it: --bake lora --rank 32, or --bake diff, and --base."
         )
-    base = None if config.base is None else stored(config.base).weight
+    base = None if config.base is None else stored_base(config.base).weight
     budget = Budget(config.rank, config.keep_energy)
     made = as_lora(source, budget, base)
     metadata, dtype = _fitted(config, metadata, len(made.modules)), DTYPES[config.dtype]
     words = source.words if keeps_words else None
     write(config.to, config.output, made.modules, family=family, metadata=metadata, dtype=dtype, words=words)
     other = "diffusers" if config.to == "kohya" else "kohya"
-    say(*lines_on_diffusers(config.output, made.modules, config.to, way=f"give --to {other}"))
-    say(f"{config.output.name}: {so_many(len(made.modules), 'module')} for {config.to}; {made}")
+    say(*diffusers_warnings(config.output, made.modules, config.to, way=f"give --to {other}"))
+    say(f"{config.output.name}: {pluralize(len(made.modules), 'module')} for {config.to}; {made}")
     return config.output
 
 
 def _fitted(config: Config, metadata: Mapping[str, str], modules: int) -> dict[str, str]:
     """The metadata that there is room for; what is left out is told."""
     from sfumato.files.metadata import METADATA_LIMIT
-    from sfumato.files.write import fitted
+    from sfumato.files.write_kohya import metadata_within_limit
 
-    kept, left_out = fitted(metadata, modules)
+    kept, left_out = metadata_within_limit(metadata, modules)
     if left_out:
         say(
             f"{config.output.name}: {', '.join(left_out)} left out of its metadata, of which at most "
@@ -121,22 +121,22 @@ def _readers(to: str) -> str:
     return {"kohya": "the readers of kohya's names", "diffusers": "diffusers", "peft": "peft"}[to]
 
 
-def _differences(config: Config, source: Ingredient, family: str, metadata: Mapping[str, str]) -> Path:
+def _differences(config: Config, source: MergeSource, family: str, metadata: Mapping[str, str]) -> Path:
     from sfumato.files.header import read_header
     from sfumato.files.kohya import kohya_name
     from sfumato.files.write_difference import write_difference
     from sfumato.merging.convert import Deltas
-    from sfumato.merging.stored import stored
+    from sfumato.merging.stored import stored_base
     from sfumato.precision import DTYPES
 
     if config.to != "kohya" or config.base is None:
         raise ConfigError("--bake diff wants --base, the weights that differ, and --to kohya: nobody else reads it.")
-    deltas = Deltas(source, stored(config.base))
+    deltas = Deltas(source, stored_base(config.base))
     metadata = _fitted(config, metadata, len(deltas))
     write_difference(config.output, deltas, family=family, metadata=metadata, dtype=DTYPES[config.dtype])
     size = config.output.stat().st_size / 1e6
     say(
-        f"{config.output.name}: {so_many(len(deltas), 'full difference')}, {size:.1f} MB, exact; read by ComfyUI, "
+        f"{config.output.name}: {pluralize(len(deltas), 'full difference')}, {size:.1f} MB, exact; read by ComfyUI, "
         "A1111/Forge and InvokeAI"
     )
     written = read_header(config.output).tensors

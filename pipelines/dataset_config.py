@@ -12,10 +12,10 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from sfumato.cli import run
-from sfumato.command_line.said import say, shown
+from sfumato.command_line.terminal import escape_control, say
 from sfumato.config import parse
 from sfumato.errors import ConfigError
-from sfumato.numerals import so_many
+from sfumato.numerals import pluralize
 
 
 @dataclass(frozen=True)
@@ -46,17 +46,17 @@ def main(argv: Sequence[str]) -> int:
     if config.output is not None and config.output.suffix.lower() != ".toml":
         raise ConfigError(f"--output {config.output}: wanted a name that ends in .toml.")
     converted = convert(config.file, config.output)
-    say(*map(shown, converted.notes))
+    say(*map(escape_control, converted.notes))
     if config.output is None:
         text = converted.text
         if sys.stdout.isatty():
-            text = "\n".join(map(shown, text.split("\n")))
+            text = "\n".join(map(escape_control, text.split("\n")))
         elif isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(encoding="utf-8")  # of a file that it is sent to, which is TOML
         print(text, end="")
     else:
         write_text(config.output, converted.text)
-        count = so_many(converted.sources, "source")
+        count = pluralize(converted.sources, "source")
         say(f"{config.output}: {count} from {converted.tool}")
     return 0
 

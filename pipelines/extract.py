@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import Parameter
 
 from sfumato.cli import run
-from sfumato.command_line.said import say
+from sfumato.command_line.terminal import say
 from sfumato.config import parse, to_dict
 from sfumato.errors import AdapterError, ConfigError
 from sfumato.files.atomic import check_free
-from sfumato.numerals import so_many
+from sfumato.numerals import pluralize
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,9 +62,9 @@ def extract_file(config: Config) -> Path:
         raise ConfigError("say how much to keep: --rank 32, --keep-energy 0.99, or --exact for all of it.")
     check_free(config.output, config.overwrite, ".safetensors")
 
-    from sfumato.merging.stored import stored
+    from sfumato.merging.stored import stored_base
 
-    tuned, base = stored(config.tuned), stored(config.base)
+    tuned, base = stored_base(config.tuned), stored_base(config.base)
     if tuned.family != base.family or tuned.places.keys() != base.places.keys():
         raise AdapterError(
             f"{tuned.name} is {tuned.family.title}, {base.name} is {base.family.title}, and their weights are not the "
@@ -77,14 +77,14 @@ def extract_file(config: Config) -> Path:
         )
     count, kept = (_write_difference if config.exact else _write_lora)(config, tuned, base)
     size = config.output.stat().st_size / 1e6
-    say(f"{config.output.name}: {so_many(count, 'module')}, {size:.2f} MB; {kept}")
+    say(f"{config.output.name}: {pluralize(count, 'module')}, {size:.2f} MB; {kept}")
     return config.output
 
 
 def _write_lora(config: Config, tuned: StoredBase, base: StoredBase) -> tuple[int, str]:
     """How many modules were written, and what they keep."""
-    from sfumato.files.write import write_lora
-    from sfumato.merging.convert import lines_on_diffusers
+    from sfumato.files.write_kohya import write_lora
+    from sfumato.merging.convert import diffusers_warnings
     from sfumato.merging.extract import extract
     from sfumato.merging.factors import Budget
     from sfumato.precision import DTYPES
@@ -92,7 +92,7 @@ def _write_lora(config: Config, tuned: StoredBase, base: StoredBase) -> tuple[in
     modules, kept = extract(_pairs(tuned, base, config.parts), Budget(config.rank, config.keep_energy))
     metadata = _described(config, tuned, base, {"sfumato.kept_energy": f"{kept.share:.6f}"})
     write_lora(config.output, modules, family=base.family.name, metadata=metadata, dtype=DTYPES[config.dtype or "fp16"])
-    say(*lines_on_diffusers(config.output, modules))
+    say(*diffusers_warnings(config.output, modules))
     return len(modules), str(kept)
 
 
@@ -100,7 +100,7 @@ def _write_difference(config: Config, tuned: StoredBase, base: StoredBase) -> tu
     """The same, of all that differs."""
     from sfumato.files.write_difference import write_difference
     from sfumato.merging.convert import Deltas
-    from sfumato.merging.merge import Ingredient
+    from sfumato.merging.merge import MergeSource
     from sfumato.merging.whole_model import replacements
     from sfumato.precision import DTYPES
 
@@ -111,7 +111,7 @@ def _write_difference(config: Config, tuned: StoredBase, base: StoredBase) -> tu
         if not config.parts or target[0] in config.parts
     }
     differing: dict[Target, Replacement] = {}
-    for target, (weight, bias) in Deltas(Ingredient(tuned.name, of_parts), base, dtype).items():
+    for target, (weight, bias) in Deltas(MergeSource(tuned.name, of_parts), base, dtype).items():
         has_bias = bias is not None and bool(bias.any())
         if has_bias or weight.any():
             differing[target] = of_parts[target] if has_bias else replace(of_parts[target], bias=None)
@@ -121,7 +121,7 @@ def _write_difference(config: Config, tuned: StoredBase, base: StoredBase) -> tu
             "it was trained from."
         )
     metadata = _described(config, tuned, base, {})
-    deltas = Deltas(Ingredient(tuned.name, differing), base, dtype)
+    deltas = Deltas(MergeSource(tuned.name, differing), base, dtype)
     write_difference(config.output, deltas, family=base.family.name, metadata=metadata, dtype=dtype)
     return len(deltas), "all that differs; diffusers, peft and sd-scripts read no such file"
 

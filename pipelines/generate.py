@@ -15,7 +15,6 @@ from sfumato.cli import run
 from sfumato.command_line.axes import CHECKS
 from sfumato.command_line.pictures import SUFFIXES, check_start, checked_flags, parse_size, picture_files, prompts_in
 from sfumato.command_line.plan import Plan
-from sfumato.command_line.said import say
 from sfumato.command_line.specs import (
     in_blocks,
     parse_adapter,
@@ -26,12 +25,13 @@ from sfumato.command_line.specs import (
     with_tags,
     without_tags,
 )
+from sfumato.command_line.terminal import say
 from sfumato.command_line.where_when import parse_region, parse_steps
 from sfumato.config import parse
-from sfumato.drawing.request import Request
-from sfumato.drawing.where_when import Span, Spot, WhereWhen
+from sfumato.drawing.request import PictureRequest
+from sfumato.drawing.where_when import AdapterPlacement, RegionSpec, Span
 from sfumato.errors import ConfigError
-from sfumato.numerals import so_many
+from sfumato.numerals import pluralize
 from sfumato.prompts.negative import negative_for
 from sfumato.prompts.syntax import checked_syntax
 from sfumato.prompts.tags import Tagged, split_flags, split_tags
@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     from sfumato.bases import Base
     from sfumato.compose import Mix
     from sfumato.compose.match import Way
-    from sfumato.drawing.desk import Desk, Drawn
     from sfumato.drawing.pictures import Start
+    from sfumato.drawing.session import DrawingSession, Drawn
     from sfumato.files.adapter_file import AdapterFile
 
 
@@ -163,7 +163,7 @@ def plan(config: Config) -> Plan:
     where_when = _where_when(config, spots, [each.label for each in everywhere], sorted(regional), tagged)
     strengths = parse_strengths(config.adapter_guidance, [adapter.label for adapter in adapters])
     pictures = tuple(
-        Request(found.prompt, seed, tagged, {name: value for name, value in flags.items() if name != "seed"})
+        PictureRequest(found.prompt, seed, tagged, {name: value for name, value in flags.items() if name != "seed"})
         for found, each, tagged, flags in zip(split, seeds, weights, own, strict=True)
         for seed in each
     )
@@ -212,7 +212,7 @@ def _seeds(config: Config, own: Mapping[str, Any]) -> list[int]:
 
 
 def _sweep(
-    config: Config, adapters: Sequence[Adapter], where_when: WhereWhen, *, has_tags: bool
+    config: Config, adapters: Sequence[Adapter], where_when: AdapterPlacement, *, has_tags: bool
 ) -> tuple[str, tuple[float, ...]] | None:
     """(label, weights) of --sweep. Raises ConfigError also for what does not go with it."""
     if config.sweep is None:
@@ -230,7 +230,7 @@ def _sweep(
     return sweep
 
 
-def _spots(config: Config, given: Sequence[Adapter], prompts: Sequence[Tagged]) -> tuple[Spot, ...]:
+def _spots(config: Config, given: Sequence[Adapter], prompts: Sequence[Tagged]) -> tuple[RegionSpec, ...]:
     """What --region says. Raises ConfigError also for what does not go with it."""
     spots = tuple(parse_region(text, given) for text in config.region)
     for spot in spots:
@@ -246,8 +246,8 @@ def _spots(config: Config, given: Sequence[Adapter], prompts: Sequence[Tagged]) 
 
 
 def _where_when(
-    config: Config, spots: tuple[Spot, ...], labels: Sequence[str], regional: Sequence[str], tagged: Sequence[str]
-) -> WhereWhen:
+    config: Config, spots: tuple[RegionSpec, ...], labels: Sequence[str], regional: Sequence[str], tagged: Sequence[str]
+) -> AdapterPlacement:
     """What --region, --over-steps and --switch say; labels: of the adapters that count everywhere, and in regions, and
     of those that are in tags alone."""
     by_step = [parse_steps(text, [*labels, *tagged, *regional]) for text in config.over_steps]
@@ -262,7 +262,7 @@ def _where_when(
             f"--switch {config.switch}: wanted steps, 1 or more, and two --lora or more that take turns; {len(turns)} "
             "are without --region and --over-steps."
         )
-    return WhereWhen(spots, dict(by_step), turns, config.switch, frozenset(tagged))
+    return AdapterPlacement(spots, dict(by_step), turns, config.switch, frozenset(tagged))
 
 
 def generate(config: Config) -> tuple[Path, ...]:
@@ -270,10 +270,10 @@ def generate(config: Config) -> tuple[Path, ...]:
     wanted = plan(config)
 
     from sfumato.bases import load_base
-    from sfumato.drawing.desk import Desk
     from sfumato.drawing.drawn import sampler_label, save_drawn, unguided
     from sfumato.drawing.pictures import check_steps, check_strength
     from sfumato.drawing.pnginfo import check_size
+    from sfumato.drawing.session import DrawingSession
     from sfumato.precision import decide
 
     start = _start(config)
@@ -286,7 +286,7 @@ def generate(config: Config) -> tuple[Path, ...]:
         zero_terminal_snr=config.zero_terminal_snr,
     )
     settings = _settings(config, wanted, start, base)
-    in_full = [{**settings, **picture.own} for picture in wanted.pictures]
+    in_full = [{**settings, **picture.overrides} for picture in wanted.pictures]
     for to in (settings, *in_full):  # all, before the first is drawn
         check_steps(to["steps"], base.scheduler)
         if start is not None:
@@ -298,10 +298,10 @@ def generate(config: Config) -> tuple[Path, ...]:
     with _mixed(base, wanted, config) as (mix, regional, words):
         settings, pictures, where_when = _with_asked(config, wanted, mix, regional, settings)
         allowed = {"partial": config.partial, "verify": config.verify}
-        desk = Desk(base, mix, pictures, settings, start, where_when, allowed)
-        for file, size in zip(wanted.files, desk.sizes(wanted.sweep, before_after=config.before_after), strict=True):
+        session = DrawingSession(base, mix, pictures, settings, start, where_when, allowed)
+        for file, size in zip(wanted.files, session.sizes(wanted.sweep, before_after=config.before_after), strict=True):
             check_size(file, size)
-        drawn = _drawn(desk, wanted.sweep, before_after=config.before_after)
+        drawn = _drawn(session, wanted.sweep, before_after=config.before_after)
         for (picture, used, about), file in zip(drawn, wanted.files, strict=True):
             save_drawn(picture, used, about, file, sampler, words)
             print(file)
@@ -310,7 +310,7 @@ def generate(config: Config) -> tuple[Path, ...]:
 
 def _with_asked(
     config: Config, wanted: Plan, mix: Mix, regional: Mapping[str, AdapterFile], settings: Mapping[str, Any]
-) -> tuple[dict[str, Any], Sequence[Request], WhereWhen]:
+) -> tuple[dict[str, Any], Sequence[PictureRequest], AdapterPlacement]:
     """Settings, pictures, and where and when adapters count, with what their files ask for where nothing else is asked
     for; says what of it regions leave out.
 
@@ -327,7 +327,8 @@ def _with_asked(
 
     settings = with_strengths(settings)
     pictures = [
-        replace(each, own=with_strengths(each.own)) if "guidance" in each.own else each for each in wanted.pictures
+        replace(each, overrides=with_strengths(each.overrides)) if "guidance" in each.overrides else each
+        for each in wanted.pictures
     ]
     if has_regions:
         _say_unheard(_told(wanted, mix, regional))
@@ -339,14 +340,16 @@ def _with_asked(
     return {**settings, **where_when.told()}, pictures, where_when
 
 
-def _drawn(desk: Desk, sweep: tuple[str, tuple[float, ...]] | None, *, before_after: bool) -> Iterator[Drawn]:
+def _drawn(
+    session: DrawingSession, sweep: tuple[str, tuple[float, ...]] | None, *, before_after: bool
+) -> Iterator[Drawn]:
     """The sheet that is asked for, else picture by picture."""
     if sweep:
-        yield desk.sweep(*sweep)
+        yield session.sweep(*sweep)
     elif before_after:
-        yield desk.before_after()
+        yield session.before_after()
     else:
-        yield from desk.with_adapters()
+        yield from session.with_adapters()
 
 
 def _told(wanted: Plan, mix: Mix, regional: Mapping[str, AdapterFile]) -> dict[str, Mapping[str, str]]:
@@ -411,7 +414,7 @@ def _mixed(
         say(*unknown_words(texts, known, base), *misread_words(known, texts, config.prompt_syntax))
         say(*changes_nothing(mix))
         for label, count in mix.skipped.items():
-            say(f"{label}: {so_many(count, 'module')} left out (--partial).")
+            say(f"{label}: {pluralize(count, 'module')} left out (--partial).")
         of_words = {token or file.name: read_header(file).metadata for token, file in wanted.embeddings}
         say(*learned_otherwise(_told(wanted, mix, regional), base), *learned_otherwise(of_words, base))
         yield mix, regional, named
@@ -426,7 +429,9 @@ def _way(wanted: Plan) -> Way:
     return "live" if is_beside else "auto"
 
 
-def _against(pictures: Sequence[Request], mix: Mix, wanted: Plan, settings: Mapping[str, Any]) -> list[Request]:
+def _against(
+    pictures: Sequence[PictureRequest], mix: Mix, wanted: Plan, settings: Mapping[str, Any]
+) -> list[PictureRequest]:
     """The pictures, where they have guidance, with the negative prompts that their adapters' files ask for; says which.
 
     settings: what all pictures share.
@@ -438,10 +443,10 @@ def _against(pictures: Sequence[Request], mix: Mix, wanted: Plan, settings: Mapp
             weights = {**weights, wanted.sweep[0]: 1.0}
         counted = [label for label in mix.negatives if not is_idle(weights.get(label, 0.0))]
         asked = [text for label in counted for text in mix.negatives[label]]
-        is_free = "negative" not in picture.own and {**settings, **picture.own}["guidance"] > 1
+        is_free = "negative" not in picture.overrides and {**settings, **picture.overrides}["guidance"] > 1
         negative = negative_for(picture.prompt, asked, settings["prompt_syntax"]) if is_free else ""
-        found.append(replace(picture, own={**picture.own, "negative": negative}) if negative else picture)
-    for negative in dict.fromkeys(each.own["negative"] for each in found if each not in pictures):
+        found.append(replace(picture, overrides={**picture.overrides, "negative": negative}) if negative else picture)
+    for negative in dict.fromkeys(each.overrides["negative"] for each in found if each not in pictures):
         say(f'the negative prompt is {negative!r}, as its file asks; --negative "" draws without.')
     return found
 

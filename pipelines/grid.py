@@ -13,13 +13,13 @@ from cyclopts import Parameter
 
 from sfumato.cli import run
 from sfumato.command_line.axes import CHECKS, PLAIN, Axis, coarse_to_fine, parse_axis
-from sfumato.command_line.said import say
 from sfumato.command_line.specs import checked_folder, parse_adapters, parse_embedding, public_embedding, without_tags
+from sfumato.command_line.terminal import say
 from sfumato.config import parse, to_dict
 from sfumato.drawing.cells import Cell, Setup, check_drawable, digest_of, filled, prepared
 from sfumato.errors import ConfigError
 from sfumato.prompts.syntax import checked_syntax
-from sfumato.weighting.adapter import Adapter, Weight, checked_weight, swept
+from sfumato.weighting.adapter import Adapter, Weight, checked_weight, with_unet_scaled
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -135,7 +135,7 @@ def _cell(
     own = dict(weights)
     for side, (axis, value) in at.items():
         if axis.kind == "weight":
-            own[axis.label] = swept(axis.label, weights[axis.label], value)
+            own[axis.label] = with_unet_scaled(axis.label, weights[axis.label], value)
         elif axis.kind == "adapter":
             adapter = extra[side, value]
             own[adapter.label] = adapter.weight

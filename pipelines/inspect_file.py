@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
-from sfumato.bases import look
+from sfumato.bases import inspect_model
 from sfumato.cli import run
 from sfumato.config import parse
 from sfumato.drawing import redraw
@@ -42,8 +42,8 @@ def main(argv: Sequence[str]) -> int:
         about = redraw.redraw(config.file)
         print(json.dumps(about.to_dict(), indent=2) if config.json else redraw.render(about))
         return 0
-    found = look.look_at(config.file) or inspect_file(config.file)
-    text = look.render(found) if isinstance(found, look.Model) else render(found)
+    found = inspect_model.inspect_model(config.file) or inspect_file(config.file)
+    text = inspect_model.render(found) if isinstance(found, inspect_model.ModelInspection) else render(found)
     print(json.dumps(found.to_dict(), indent=2) if config.json else text)
     return 0
 

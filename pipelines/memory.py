@@ -67,16 +67,16 @@ def rows_of(base: Base, setting: Setting) -> Iterator[tuple[str, list[float]]]:
 
     @cache
     def of_step(way: Training, checkpointing: bool) -> StepMemory:
-        return forecast.of_step(base, way, replace(setting, checkpointing=checkpointing))
+        return forecast.step_memory(base, way, replace(setting, checkpointing=checkpointing))
 
     for way in forecast.TRAININGS:
         alike = replace(way, options="", fused=False, optimizer="adamw")
         steps = (of_step(alike, checkpointing) for checkpointing in (False, True))
         yield way.options, [step.total(way, setting.device) / GIB for step in steps]
-    yield "encoding pictures, before the first step", [forecast.of_encoding(base, setting) / GIB]
-    yield "drawing a picture", [forecast.of_drawing(base, setting) / GIB]
+    yield "encoding pictures, before the first step", [forecast.encoding_memory(base, setting) / GIB]
+    yield "drawing a picture", [forecast.drawing_memory(base, setting) / GIB]
     if (count := forecast.samples_at_once(base, setting)) > 1:
-        yield f"drawing samples of a training, {count} at once", [forecast.of_drawing(base, setting, count) / GIB]
+        yield f"drawing samples of a training, {count} at once", [forecast.drawing_memory(base, setting, count) / GIB]
 
 
 def main(argv: Sequence[str]) -> int:
@@ -85,9 +85,9 @@ def main(argv: Sequence[str]) -> int:
     check(config)
     from sfumato import forecast
     from sfumato.data.preparing import square_side
-    from sfumato.precision import NAMES, imagined
+    from sfumato.precision import NAMES, forecast_precision
 
-    precision = imagined(config.precision, config.device)
+    precision = forecast_precision(config.precision, config.device)
     base = forecast.shapes_of(config.base, config.device, config.vae, config.prediction_type)
     side = square_side(base, config.resolution or base.resolution)
     rank, computed = config.rank or base.defaults.rank, NAMES[precision.compute]

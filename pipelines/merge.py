@@ -11,17 +11,17 @@ from cyclopts import Parameter
 
 from sfumato import shell
 from sfumato.cli import run
-from sfumato.command_line.said import say
 from sfumato.command_line.specs import parse_adapters
+from sfumato.command_line.terminal import say
 from sfumato.config import parse, to_dict
 from sfumato.errors import ConfigError
 from sfumato.files.atomic import check_free
 from sfumato.limits import checked_density
-from sfumato.numerals import so_many
+from sfumato.numerals import pluralize
 
 if TYPE_CHECKING:
     from sfumato.merging.lineage import Parent
-    from sfumato.merging.merge import Ingredient
+    from sfumato.merging.merge import MergeSource
 
 
 @dataclass(frozen=True)
@@ -119,34 +119,34 @@ def merge_files(config: Config) -> Path:
     return _merge(config, sources, parents)
 
 
-def _counted(sources: Sequence[Ingredient], parents: Sequence[Parent]) -> list[Parent]:
+def _counted(sources: Sequence[MergeSource], parents: Sequence[Parent]) -> list[Parent]:
     """What the result is made of: the parents of those that change anything."""
     return [parent for source, parent in zip(sources, parents, strict=True) if source.counts]
 
 
-def _merge(config: Config, sources: Sequence[Ingredient], parents: Sequence[Parent]) -> Path:
-    from sfumato.files.embedding_file import united
-    from sfumato.files.write import write_lora
-    from sfumato.merging.convert import lines_on_diffusers
+def _merge(config: Config, sources: Sequence[MergeSource], parents: Sequence[Parent]) -> Path:
+    from sfumato.files.embedding_file import merge_embeddings
+    from sfumato.files.write_kohya import write_lora
+    from sfumato.merging.convert import diffusers_warnings
     from sfumato.merging.factors import Budget
-    from sfumato.merging.lineage import common_family, inherit
+    from sfumato.merging.lineage import common_family, merged_metadata
     from sfumato.merging.merge import merge
     from sfumato.merging.methods import Settings
-    from sfumato.merging.stored import stored
+    from sfumato.merging.stored import stored_base
     from sfumato.precision import DTYPES
 
     family = common_family(parents, said=config.family)
-    words = united({source.name: source.words for source in sources if source.counts})
+    words = merge_embeddings({source.name: source.words for source in sources if source.counts})
     merged = merge(
         sources,
         method=config.method,
         settings=Settings(config.density, config.inside, config.null_energy, config.null_strength),
         budget=Budget(config.rank, config.keep_energy),
         seed=config.seed,
-        base=None if config.base is None else stored(config.base).weight,
+        base=None if config.base is None else stored_base(config.base).weight,
     )
     parents = _counted(sources, parents)
-    metadata = inherit(
+    metadata = merged_metadata(
         parents,
         title=config.title or config.output.stem,
         family=family,
@@ -156,22 +156,22 @@ def _merge(config: Config, sources: Sequence[Ingredient], parents: Sequence[Pare
     dtype = DTYPES[config.dtype or "fp32"]
     write_lora(config.output, merged.modules, family=family, metadata=metadata, dtype=dtype, words=words)
     _say_unasked(parents, _asked(metadata), f"others do not, so {config.output.name} does not")
-    say(*lines_on_diffusers(config.output, merged.modules))
+    say(*diffusers_warnings(config.output, merged.modules))
     ranks = sorted({module.rank for module in merged.modules.values()})
     of_rank = f"of rank {ranks[0]}" + (f" to {ranks[-1]}" if len(ranks) > 1 else "")
     size = config.output.stat().st_size / 1e6
-    say(f"{config.output.name}: {so_many(len(merged.modules), 'module')} {of_rank}, {size:.2f} MB; {merged}")
+    say(f"{config.output.name}: {pluralize(len(merged.modules), 'module')} {of_rank}, {size:.2f} MB; {merged}")
     return config.output
 
 
-def _bake(config: Config, sources: Sequence[Ingredient], parents: Sequence[Parent]) -> Path:
+def _bake(config: Config, sources: Sequence[MergeSource], parents: Sequence[Parent]) -> Path:
     from sfumato.merging.bake import bake
-    from sfumato.merging.lineage import baked, common_family
+    from sfumato.merging.lineage import baked_metadata, common_family
     from sfumato.merging.methods import Settings
-    from sfumato.merging.stored import stored
+    from sfumato.merging.stored import stored_base
 
     assert config.into is not None
-    base = stored(config.into)
+    base = stored_base(config.into)
     if config.title and base.root.is_dir():
         raise ConfigError(f"--title {config.title}: {base.name} is a folder, which has no metadata. Leave it out.")
     family = common_family(parents, default=base.family.name, said=config.family)
@@ -180,7 +180,7 @@ def _bake(config: Config, sources: Sequence[Ingredient], parents: Sequence[Paren
             f"--into {base.name}: is {base.family.title}, the adapters are for {family}; name a base of theirs."
         )
     parents = _counted(sources, parents)
-    metadata = baked(parents, title=config.title or config.output.stem, config=to_dict(config, public=True))
+    metadata = baked_metadata(parents, title=config.title or config.output.stem, config=to_dict(config, public=True))
     bake(
         base,
         sources,
@@ -190,7 +190,7 @@ def _bake(config: Config, sources: Sequence[Ingredient], parents: Sequence[Paren
         settings=Settings(config.density),
         seed=config.seed,
     )
-    count = so_many(len(parents), "adapter")
+    count = pluralize(len(parents), "adapter")
     say(f"{config.output.name}: {base.name} with {count} baked in")
     _say_unasked(parents, (), "which a base cannot; baked in, it is in all steps of both predictions")
     return config.output

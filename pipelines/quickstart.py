@@ -121,10 +121,10 @@ def learn(config: Config, output: Path, threads: int) -> Sheet:
         check(words)
     precision = decide(config.precision)
     if not is_pocket(config):
-        from sfumato.bases.loading import base_at_rest
+        from sfumato.bases.loading import base_skeleton
 
         # What is wrong with it is told once, before a training's lines.
-        base_at_rest(
+        base_skeleton(
             config.base,
             precision=precision,
             prediction_type=config.prediction_type,

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from sfumato.cli import run
-from sfumato.command_line.said import say
+from sfumato.command_line.terminal import say
 from sfumato.config import parse, to_dict
 from sfumato.errors import AdapterError, ConfigError
 from sfumato.files.atomic import check_free
@@ -47,11 +47,11 @@ def resize_file(config: Config) -> Path:
         raise ConfigError("say how much to keep: --rank 8 or --keep-energy 0.99.")
     check_free(config.output, config.overwrite, ".safetensors")
 
-    from sfumato.files.write import write_lora
-    from sfumato.merging.convert import lines_on_diffusers
+    from sfumato.files.write_kohya import write_lora
+    from sfumato.merging.convert import diffusers_warnings
     from sfumato.merging.extract import resize
     from sfumato.merging.factors import Budget
-    from sfumato.merging.lineage import common_family, inherit
+    from sfumato.merging.lineage import common_family, merged_metadata
     from sfumato.merging.sources import read_source
     from sfumato.precision import DTYPES
 
@@ -64,7 +64,7 @@ def resize_file(config: Config) -> Path:
         )
     smaller, share = resize(modules, Budget(config.rank, config.keep_energy))
     family = common_family([parent], said=config.family)
-    metadata = inherit(
+    metadata = merged_metadata(
         [parent],
         title=config.output.stem,
         family=family,
@@ -73,7 +73,7 @@ def resize_file(config: Config) -> Path:
     )
     dtype = DTYPES[config.dtype]
     write_lora(config.output, smaller, family=family, metadata=metadata, dtype=dtype, words=source.words)
-    say(*lines_on_diffusers(config.output, smaller))
+    say(*diffusers_warnings(config.output, smaller))
     before, after = (sum(module.rank for module in these.values()) for these in (modules, smaller))
     say(
         f"{config.output.name}: mean rank {before / len(modules):.1f} -> {after / len(smaller):.1f}, "

@@ -52,7 +52,7 @@ def verify(config: Config) -> tuple[bool, dict[str, object]]:
         raise ConfigError(f"--tolerance {config.tolerance:g}: wanted above 0.")
 
     from sfumato.files.adapter_file import read_adapter
-    from sfumato.files.fingerprint import KEY, check_rows, compare
+    from sfumato.files.fingerprint import FINGERPRINT_KEY, check_rows, compare
 
     file = read_adapter(config.file)  # which checks header, keys, halves and finiteness
     found: dict[str, object] = {"file": config.file.name, "modules": len(file.changes), "kinds": file.kinds}
@@ -63,9 +63,9 @@ def verify(config: Config) -> tuple[bool, dict[str, object]]:
         ours, theirs = (_rows(path, config.base, vectors=True) for path in (config.file, config.against))
         comparison = compare(theirs, ours)
         where = f"against {config.against.name}"
-    elif KEY in file.metadata:
+    elif FINGERPRINT_KEY in file.metadata:
         try:
-            comparison = check_rows(file.metadata[KEY], _rows(config.file, config.base), config.file.name)
+            comparison = check_rows(file.metadata[FINGERPRINT_KEY], _rows(config.file, config.base), config.file.name)
         except FileError as error:
             return False, found | {"reason": str(error)}
         where = "against its own fingerprint"
@@ -131,14 +131,14 @@ def _broken_hash(path: Path) -> str | None:
 def _rows(path: Path, base: str | None, *, vectors: bool = False) -> dict[str, Row]:
     """vectors: with the changes of norms and biases, which are in no fingerprint."""
     from sfumato.files.changes.difference import Difference
-    from sfumato.files.fingerprint import rows
+    from sfumato.files.fingerprint import probe_rows
     from sfumato.merging.merge import dense_delta
     from sfumato.merging.sources import read_source
-    from sfumato.merging.stored import stored
+    from sfumato.merging.stored import stored_base
     from sfumato.weighting.adapter import Adapter
 
     source, _ = read_source(Adapter(path), partial=True)
-    weights = None if base is None else stored(base).weight
+    weights = None if base is None else stored_base(base).weight
     deltas: dict[Target, LoraModule | Tensor] = {}
     for (part, name), change in source.changes.items():
         value = change.value if isinstance(change, Difference) else None
@@ -151,7 +151,7 @@ def _rows(path: Path, base: str | None, *, vectors: bool = False) -> dict[str, R
         # Zeros are left out: diffusers gives every module a bias where one has it.
         if vectors and bias is not None and bool(bias.float().any()):
             deltas[part, f"{name}.bias"] = bias
-    return rows(deltas)
+    return probe_rows(deltas)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -77,14 +77,14 @@ def test_disabled_and_detached_are_the_base_bit_for_bit(block):
     assert torch.equal(block.attn2["to_q"](x), before)
 
 
-def test_within_counted_the_updates_of_the_unet_are_so_many_times_what_they_are(block):
+def test_within_scaled_the_updates_of_the_unet_are_so_many_times_what_they_are(block):
     other = Block()
     options = {"rank": 2, "alpha": 2.0}
     lora = attach({"unet": select(block, r"to_q"), "text_encoder": select(other, r"to_q")}, **options).eval()
     for layer in lora.layers.values():
         nn.init.normal_(layer.up)
     full = {key: delta.clone() for key, delta in deltas(lora).items()}
-    with lora.counted(0.25):
+    with lora.scaled(0.25):
         assert_close(deltas(lora)["unet", "attn2.to_q"], full["unet", "attn2.to_q"] * 0.25)
         assert torch.equal(deltas(lora)["text_encoder", "attn2.to_q"], full["text_encoder", "attn2.to_q"])
     assert all(torch.equal(delta, full[key]) for key, delta in deltas(lora).items())
@@ -184,7 +184,7 @@ def test_what_is_dropped_of_a_sample_depends_on_its_place_and_not_on_the_batch(b
     host, x = block.attn2["to_q"], torch.ones(8, 6)
 
     def draw(step, places):
-        lora.drop_by(3, step, places)
+        lora.set_dropout_samples(3, step, places)
         return host(x[: 2 * len(places)])
 
     whole = draw(7, range(4))
@@ -200,7 +200,7 @@ def test_what_is_dropped_of_a_sample_depends_on_its_place_and_not_on_the_batch(b
 def test_each_samples_dropout_is_drawn_by_a_generator_of_its_own(block):
     """So that a run goes on as it began, whatever the version."""
     lora = attach({"unet": select(block, "to_q")}, rank=2, alpha=2.0, dropout=0.4).train()
-    lora.drop_by(3, 7, range(2, 4))
+    lora.set_dropout_samples(3, 7, range(2, 4))
     streams = [(f"dropout {again}/unet/attn2.to_q", place) for again in range(2) for place in (2, 3)]
     drawn = [torch.rand(5, 6, generator=randomness.generator(3, stream, 7, place)) for stream, place in streams]
     dropped = lora.dropped(torch.ones(4, 5, 6), "unet", "attn2.to_q")
@@ -210,7 +210,7 @@ def test_each_samples_dropout_is_drawn_by_a_generator_of_its_own(block):
 def test_dropout_is_of_a_share_and_keeps_the_mean(block):
     """Captions are encoded once, however many samples have them: of all of them the same numbers are dropped."""
     lora = attach({"text_encoder": select(block, "to_q")}, rank=2, alpha=2.0, dropout=0.25).train()
-    lora.drop_by(0, 0, range(3))
+    lora.set_dropout_samples(0, 0, range(3))
     dropped = lora.dropped(torch.ones(5, 10_000), "text_encoder", "attn2.to_q")
     assert all(torch.equal(row, dropped[0]) for row in dropped)
     assert dropped.unique().tolist() == pytest.approx([0.0, 4 / 3])
@@ -219,7 +219,7 @@ def test_dropout_is_of_a_share_and_keeps_the_mean(block):
 
 def test_dropout_without_places_is_refused(block):
     attach({"unet": select(block, "to_q")}, rank=2, alpha=2.0, dropout=0.5).train()
-    with pytest.raises(AdapterError, match="call drop_by"):
+    with pytest.raises(AdapterError, match="call set_dropout_samples"):
         block.attn2["to_q"](torch.ones(1, 6))
 
 

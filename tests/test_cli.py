@@ -11,7 +11,7 @@ import warnings
 import pytest
 
 from sfumato import cli
-from sfumato.command_line.said import say
+from sfumato.command_line.terminal import say
 from sfumato.errors import ConfigError
 from sfumato.toml import read_toml
 

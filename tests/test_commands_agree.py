@@ -14,9 +14,9 @@ from sfumato import Adapter, cli
 from sfumato.bases import load_base
 from sfumato.drawing.pnginfo import read_picture_info
 from sfumato.files.lora_file import LoraModule
-from sfumato.files.write import write_lora
-from sfumato.files.write_dotted import write_peft
 from sfumato.files.write_embedding import write_embedding
+from sfumato.files.write_kohya import write_lora
+from sfumato.files.write_peft_keys import write_peft
 from tests.tiny import CPU
 
 

@@ -17,9 +17,9 @@ from sfumato.drawing.pictures import Start, draw
 from sfumato.errors import AdapterError, ConfigError
 from sfumato.files.adapter_file import read_adapter
 from sfumato.files.lora_file import LoraModule
-from sfumato.files.write import write_lora
-from sfumato.files.write_dotted import write_peft
 from sfumato.files.write_embedding import write_embedding
+from sfumato.files.write_kohya import write_lora
+from sfumato.files.write_peft_keys import write_peft
 from sfumato.words import embedding
 from tests.bundles import add_words
 

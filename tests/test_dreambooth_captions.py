@@ -10,7 +10,7 @@ import torch
 from sfumato import cli, data
 from sfumato.bases import load_base
 from sfumato.data import Dataset
-from sfumato.data.texts import Texts
+from sfumato.data.texts import CaptionEmbeddings
 from sfumato.training.prior import BasePrediction
 from tests.tiny import CPU
 
@@ -33,7 +33,7 @@ def seen(monkeypatch):
     """Watches every data set, in the order in which they were prepared."""
     found: dict[int, Seen] = {}
     kept = []  # so that no number of an object comes twice
-    batch, embed = Dataset.batch, Texts.compute
+    batch, embed = Dataset.batch, CaptionEmbeddings.compute
 
     def look(data_set, *place, augment=True, embed_text=True):
         made = batch(data_set, *place, augment=augment, embed_text=embed_text)
@@ -50,7 +50,7 @@ def seen(monkeypatch):
         return embed(texts, prompts, progress)
 
     monkeypatch.setattr(Dataset, "batch", look)
-    monkeypatch.setattr(Texts, "compute", note)
+    monkeypatch.setattr(CaptionEmbeddings, "compute", note)
     return found
 
 

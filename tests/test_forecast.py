@@ -6,22 +6,22 @@ from dataclasses import replace
 import pytest
 
 from sfumato import cli, forecast, load_base
-from sfumato.adapters import attach, hosts
+from sfumato.adapters import attach, target_layers
 from sfumato.forecast import (
     BESIDE,
     TRAININGS,
     Setting,
     Training,
-    of_drawing,
-    of_encoding,
-    of_step,
+    drawing_memory,
+    encoding_memory,
     samples_at_once,
     shapes_of,
+    step_memory,
 )
-from sfumato.precision import decide, imagined
-from sfumato.precision.lean import keep_less
+from sfumato.precision import decide, forecast_precision
+from sfumato.precision.lean import save_activation_memory
 
-ON_CPU = Setting("cpu", imagined("auto", "cpu"), 64, 1, 4)
+ON_CPU = Setting("cpu", forecast_precision("auto", "cpu"), 64, 1, 4)
 BY_OPTIONS = {way.options: way for way in TRAININGS}
 
 
@@ -50,13 +50,13 @@ def test_it_is_what_a_step_of_real_tensors_takes(name, checkpointing, shapes):
     way = replace(BY_OPTIONS[name], pictures=2)
     setting = replace(ON_CPU, checkpointing=checkpointing)
     base = load_base("pocket", precision=decide("fp32", device="cpu", gradient_checkpointing=checkpointing))
-    keep_less(base.unet)
+    save_activation_memory(base.unet)
     base.unet.requires_grad_(way.trained == "whole")
     learned = [] if way.trained == "words" else list(base.unet.parameters())
     if way.trained == "lora":
-        learned = list(attach(hosts(base.parts(text=False), way.targets), rank=4, alpha=4.0).parameters())
+        learned = list(attach(target_layers(base.parts(text=False), way.targets), rank=4, alpha=4.0).parameters())
     real = forecast._step(base, way, setting, learned)
-    told = of_step(shapes, way, setting)
+    told = step_memory(shapes, way, setting)
     assert told.alive == pytest.approx(real.peak_with_gradients, rel=1e-3)
     assert told.fused == pytest.approx(real.peak, rel=1e-3)
     assert told.trained == tuple(weight.shape for weight in learned)
@@ -64,7 +64,7 @@ def test_it_is_what_a_step_of_real_tensors_takes(name, checkpointing, shapes):
 
 def test_weights_and_state_are_counted(shapes):
     way = BY_OPTIONS["dreambooth --method full"]
-    step = of_step(shapes, way, ON_CPU)
+    step = step_memory(shapes, way, ON_CPU)
     numbers = sum(weight.numel() for weight in shapes.unet.parameters())
     assert sum(shape.numel() for shape in step.trained) == numbers
     assert step.weights == 4 * numbers
@@ -74,7 +74,7 @@ def test_weights_and_state_are_counted(shapes):
 
 
 def state_of(base):
-    """What `of_step` must leave as it was."""
+    """What `step_memory` must leave as it was."""
     parts = [base.unet, base.vae, *base.text_encoders]
     return [
         *((t.is_meta, t.shape, t.dtype, t.requires_grad) for m in parts for t in [*m.parameters(), *m.buffers()]),
@@ -92,18 +92,18 @@ def test_ways_of_every_family(family, device, family_folder):
     `lora` is `--train-words` without the text encoders, and DreamBooth's LoRA `--targets everything` with two pictures.
     """
     base = shapes_of(family_folder(family), device)
-    setting = Setting(device, imagined("auto", device), 64, 1, 4)
+    setting = Setting(device, forecast_precision("auto", device), 64, 1, 4)
     before = state_of(base)
     names = ("textual_inversion", "lora --targets everything", "lora --train-words", "dreambooth --method full")
     for way in (BY_OPTIONS[name] for name in names):
-        one = of_step(base, way, setting)
-        two = of_step(base, way, replace(setting, batch=2))
-        lean = of_step(base, way, replace(setting, checkpointing=True))
+        one = step_memory(base, way, setting)
+        two = step_memory(base, way, replace(setting, batch=2))
+        lean = step_memory(base, way, replace(setting, checkpointing=True))
         assert 0 < lean.fused < one.fused < two.fused
         assert one.weights == two.weights
-    four, one = (of_encoding(base, replace(setting, side=side)) - BESIDE[device] for side in (512, 1024))
+    four, one = (encoding_memory(base, replace(setting, side=side)) - BESIDE[device] for side in (512, 1024))
     assert 0.5 * one < four  # at once
-    assert of_drawing(base, setting) < of_drawing(base, setting, samples_at_once(base, setting))
+    assert drawing_memory(base, setting) < drawing_memory(base, setting, samples_at_once(base, setting))
     assert state_of(base) == before
 
 
@@ -111,16 +111,18 @@ def test_ways_of_every_family(family, device, family_folder):
 def test_a_gpu_in_half_precision_keeps_less_than_in_fp32():
     base = shapes_of("pocket", "gpu")
     way = BY_OPTIONS["lora"]
-    half, full = (of_step(base, way, Setting("gpu", imagined(name, "gpu"), 64, 4, 4)) for name in ("fp16", "fp32"))
+    half, full = (
+        step_memory(base, way, Setting("gpu", forecast_precision(name, "gpu"), 64, 4, 4)) for name in ("fp16", "fp32")
+    )
     assert half.fused < full.fused
     assert half.weights < 0.6 * full.weights
 
 
 def test_convolutions_of_a_lower_rank_train_fewer_numbers(shapes):
     way = Training("", "lora", targets="mid_block.*(conv1|to_q)$")
-    steps = (of_step(shapes, way, replace(ON_CPU, conv_rank=rank)) for rank in (4, 1))
+    steps = (step_memory(shapes, way, replace(ON_CPU, conv_rank=rank)) for rank in (4, 1))
     plain, own = (sum(shape.numel() for shape in step.trained) for step in steps)
-    learned = attach(hosts(shapes.parts(text=False), way.targets), rank=4, alpha=4.0, conv_rank=1)
+    learned = attach(target_layers(shapes.parts(text=False), way.targets), rank=4, alpha=4.0, conv_rank=1)
     assert own == learned.count() < plain
 
 

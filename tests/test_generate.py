@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from sfumato import cli
 from sfumato.bases import load_base
 from sfumato.compose import Adapter, adapter_guidance, compose
-from sfumato.drawing import desk
+from sfumato.drawing import session
 from sfumato.drawing.pictures import draw
 from sfumato.drawing.pnginfo import read_picture_info
 from sfumato.drawing.redraw import redraw
@@ -23,7 +23,7 @@ from sfumato.drawing.start import size_like
 from sfumato.files import read_header
 from sfumato.files.lora_file import LoraModule
 from sfumato.files.metadata import short_hash
-from sfumato.files.write import write_lora
+from sfumato.files.write_kohya import write_lora
 from sfumato.precision import decide
 from tests.tiny import tiny_pipeline, tiny_pocket_folder, write_folder
 
@@ -797,7 +797,7 @@ def test_wrong_use_is_one_line_and_leaves_no_file(generate, words, said):
     ],
 )
 def test_what_a_format_cannot_hold_is_told_before_it_is_drawn(generate, words, monkeypatch):
-    monkeypatch.setattr(desk, "draw_each", lambda *_, **__: pytest.fail("drawn"))
+    monkeypatch.setattr(session, "draw_each", lambda *_, **__: pytest.fail("drawn"))
     code, _, err = generate("red", "--lora", "line.safetensors", *words, "-o", "large.webp")
     assert (code, "pixels on a side, and a .webp has at most 16,383; name a .png." in err) == (2, True), err
 

@@ -22,8 +22,8 @@ from sfumato.errors import ConfigError
 from sfumato.files.adapter_file import read_adapter
 from sfumato.files.header import read_header
 from sfumato.files.lora_file import LoraModule, read_lora
-from sfumato.files.write import write_lora
-from sfumato.files.write_dotted import write_peft
+from sfumato.files.write_kohya import write_lora
+from sfumato.files.write_peft_keys import write_peft
 
 
 def test_corners_come_first_and_every_cell_once():

@@ -11,7 +11,7 @@ from sfumato.trainers import lora, textual_inversion
 
 from sfumato import cli
 from sfumato.data import read_folder
-from sfumato.data.stands_for import put_into_captions
+from sfumato.data.placeholder_captions import insert_placeholders
 from sfumato.errors import ConfigError, DataError
 from sfumato.files import read_header, read_tensors
 
@@ -131,7 +131,7 @@ def test_pictures_of_a_class_alone_leave_nothing_behind(program, options, train,
 def test_what_is_said_of_the_subject_above_is_not_for_a_class(source, tmp_path):
     above = 'words = "sks square"\ncaption_dropout = 0.5\n'
     (tmp_path / "a.toml").write_text(above + source() + source("class = true", 'words = "a square"'))
-    subject, of_class = (read_folder(tmp_path / "a.toml").of(group)[0] for group in ("instance", "class"))
+    subject, of_class = (read_folder(tmp_path / "a.toml").in_group(group)[0] for group in ("instance", "class"))
     assert (subject.caption, subject.options.caption_dropout) == ("sks square", 0.5)
     assert (of_class.caption, of_class.options.caption_dropout) == ("a square", None)
     (tmp_path / "b.toml").write_text(above + source() + source("class = true"))
@@ -147,7 +147,7 @@ def test_a_template_without_its_trigger_names_the_source(source, tmp_path):
 
 def test_new_words_take_no_place_in_captions_of_a_class(source, tmp_path):
     (tmp_path / "a.toml").write_text(source('words = "a square"') + source("class = true", 'words = "a square"'))
-    folder = put_into_captions(read_folder(tmp_path / "a.toml"), ["<w>"], ["square"])
+    folder = insert_placeholders(read_folder(tmp_path / "a.toml"), ["<w>"], ["square"])
     assert {(e.group, e.caption) for e in folder} == {("instance", "a <w>"), ("class", "a square")}
 
 
@@ -155,15 +155,15 @@ def test_new_words_take_no_place_in_captions_of_a_class(source, tmp_path):
 def test_a_new_word_is_the_subjects(subject, said, source, tmp_path):
     (tmp_path / "a.toml").write_text(source(f'words = "{subject}"') + source("class = true", 'words = "a <w>"'))
     with pytest.raises(DataError, match=said):
-        put_into_captions(read_folder(tmp_path / "a.toml"), ["<v>", "<w>"])
+        insert_placeholders(read_folder(tmp_path / "a.toml"), ["<v>", "<w>"])
 
 
 def test_captions_without_a_new_word_are_told_a_template_that_has_it(pictures):
     """{trigger} is no word of `lora`'s --train-words, so that to recommend it would only lead to another refusal."""
     with pytest.raises(DataError) as refused:
-        put_into_captions(read_folder(pictures, caption_template="a square"), ["<w>"])
+        insert_placeholders(read_folder(pictures, caption_template="a square"), ["<w>"])
     template = re.search('--caption "(.*)"', str(refused.value))[1]
-    found = put_into_captions(read_folder(pictures, caption_template=template), ["<w>"])
+    found = insert_placeholders(read_folder(pictures, caption_template=template), ["<w>"])
     assert all(example.caption.startswith("<w>, ") for example in found)
 
 

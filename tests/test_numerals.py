@@ -2,7 +2,7 @@
 
 import pytest
 
-from sfumato.numerals import so_many
+from sfumato.numerals import pluralize
 
 
 @pytest.mark.parametrize(
@@ -16,4 +16,4 @@ from sfumato.numerals import so_many
     ],
 )
 def test_what_is_counted_is_in_the_plural_where_it_is_not_one(words, said):
-    assert so_many(*words) == said
+    assert pluralize(*words) == said

@@ -24,7 +24,7 @@ from sfumato.compose.regions import Region, regions
 from sfumato.compose.steps import Ramp, over_steps
 from sfumato.files.fingerprint import fingerprint
 from sfumato.pocket import muon
-from sfumato.pocket.hands import as_by_other_hands, by_hands
+from sfumato.pocket.style_augmentation import restyle, restyle_randomly
 from sfumato.precision import decide
 from tests.compose.conftest import write  # noqa: F401
 from tests.files.test_change_definitions import DEFINITIONS, change_of
@@ -114,14 +114,14 @@ def test_autocast_has_the_dtypes_of_cudas():
 
 def test_other_hands_draw_on_a_gpu_what_they_draw_on_the_cpu():
     pixels = torch.rand(24, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    some = as_by_other_hands(pixels, 0.8, torch.Generator().manual_seed(1))
+    some = restyle_randomly(pixels, 0.8, torch.Generator().manual_seed(1))
     with gpu():
         there = pixels.to("cuda")
-        named = by_hands(there, range(24))
-        changed = as_by_other_hands(there, 0.8, torch.Generator().manual_seed(1))
+        named = restyle(there, range(24))
+        changed = restyle_randomly(there, 0.8, torch.Generator().manual_seed(1))
         assert named.device.type == changed.device.type == "cuda"
         named, changed = named.cpu(), changed.cpu()
-    assert_close(named, by_hands(pixels, range(24)), rtol=0, atol=1e-3)
+    assert_close(named, restyle(pixels, range(24)), rtol=0, atol=1e-3)
     assert_close(changed, some, rtol=0, atol=1e-3)
 
 

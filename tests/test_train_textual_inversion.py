@@ -20,7 +20,7 @@ from sfumato.cards import adapter as card
 from sfumato.drawing.pictures import draw
 from sfumato.files import read_adapter, read_embedding, read_header, read_lora, read_tensors
 from sfumato.precision import decide
-from sfumato.training import learned
+from sfumato.training import trained_adapter
 from sfumato.words import embedding
 from tests.tiny import CPU
 
@@ -169,7 +169,7 @@ def test_the_base_is_bit_for_bit_what_it_was(train, monkeypatch):
     train("run", "--sample-every", "2", "--measure-every", "2")
     ((base, tokenizers, before),) = kept
     assert base.vae.encoder.conv_in.weight.is_meta, "it rests while nothing is drawn"
-    base.resting.wake("vae")
+    base.lazy_weights.load("vae")
     assert all(torch.equal(a, b) for a, b in zip(before, tensors(base), strict=True))
     assert base.tokenizers == tokenizers
     assert "<x>" not in tokenizers[0].get_vocab()
@@ -453,14 +453,14 @@ def test_one_bundle_on_request(pivotal, monkeypatch):
 def test_each_adapter_on_the_way_has_its_words_and_its_step(pivotal, monkeypatch):
     """Those of step 2 are those of a run that ends there, beside them or bundled."""
     steady = ("--schedule", "constant")
-    write_lora, found = learned.write_lora, []
+    write_lora, found = trained_adapter.write_lora, []
 
     def spied(path, *given, **named):
         found.append(path.with_name(f"{path.stem}-x.safetensors").exists())
         return write_lora(path, *given, **named)
 
     with monkeypatch.context() as patched:
-        patched.setattr(learned, "write_lora", spied)
+        patched.setattr(trained_adapter, "write_lora", spied)
         adapter, _ = pivotal("run", "--save-every", "2", *steady)
     assert found == [True] * 3  # a run that is killed on the way leaves no adapter without its words
     ended, word = pivotal("ended", "--steps", "2", *steady)

@@ -22,25 +22,25 @@ from sfumato import shell
 from sfumato.config import parse
 from sfumato.drawing.where_when import parse_span
 from sfumato.errors import ConfigError
-from sfumato.numerals import so_many
-from sfumato.runs.folder import kept_name
-from sfumato.training import checks, filling
-from sfumato.training.called import trains
+from sfumato.numerals import pluralize
+from sfumato.runs.folder import snapshot_name
+from sfumato.training import checks, config_defaults
+from sfumato.training.entry_point import training_entry_point
 from sfumato.training.options import TrainerOptions
-from sfumato.training.subject import KeptPrompts, Subject, read_pictures, with_caption
+from sfumato.training.subject import PreservedPrompts, Subject, read_subject, with_caption
 
 if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that its --help is there at once
     from torch import nn
 
     from sfumato.adapters import Lora
     from sfumato.bases import Base
-    from sfumato.data import Dataset, Folder
+    from sfumato.data import Dataset, ExampleSet
     from sfumato.files import Description
     from sfumato.precision import Precision
     from sfumato.runs.processes import Processes
     from sfumato.runs.run import Run
     from sfumato.runs.samples import Samples
-    from sfumato.training.noising import Noising
+    from sfumato.training.noising import NoiseSettings
     from sfumato.training.prior import BasePrediction, ClassPictures
 
 Pristine = Callable[[], AbstractContextManager[object]]
@@ -140,7 +140,7 @@ class Config(TrainerOptions):
     """Number format of what is written. Unset: fp32 on pocket, fp16 elsewhere."""
 
 
-@trains
+@training_entry_point
 def train(config: Config) -> Path:
     """Train, and return the path of what was learned: a folder or a file."""
     from contextlib import nullcontext
@@ -155,12 +155,12 @@ def train(config: Config) -> Path:
     from sfumato.runs.run import Run
     from sfumato.runs.samples import Samples, drawing_of, unrelated_to
     from sfumato.training import optimizers
-    from sfumato.training.ema import Average
+    from sfumato.training.ema import Ema
     from sfumato.training.finish import describe_run
     from sfumato.training.fused import FusedStep
-    from sfumato.training.measure import DriftLimit, Measures
-    from sfumato.training.noising import draw_noised, errors_of
-    from sfumato.training.prior import BasePrediction, prepare_both
+    from sfumato.training.metrics import DriftLimit, Metrics
+    from sfumato.training.noising import draw_noised, per_sample_losses
+    from sfumato.training.prior import BasePrediction, prepare_datasets
     from sfumato.words import identifier
 
     check(config)
@@ -169,7 +169,7 @@ def train(config: Config) -> Path:
         config.instance_prompt or f"{config.identifier} {config.class_name}", config.class_prompt or config.class_name
     )
     examples = read_examples(config, subject)
-    instance = examples.of("instance")
+    instance = examples.in_group("instance")
     precision = decide_precision(config, processes)
     base = config.load_base(precision)
     config, filled = resolve(config, base, instance.samples, processes.count)
@@ -182,38 +182,38 @@ def train(config: Config) -> Path:
     for word in identifiers(config, instance)[:3]:  # a folder may hold many subjects
         run.say(*identifier.examine(word, base).lines())
 
-    kept = KeptPrompts.of(subject.class_prompts([e.caption for e in instance]), config.prior_prompts)
+    kept = PreservedPrompts.of(subject.class_prompts([e.caption for e in instance]), config.prior_prompts)
     pictures = class_pictures(config, base, examples, kept, run, processes)
-    global_batch, starts = processes.starts(config.batch, config.accumulate)
+    global_batch, starts = processes.micro_batch_starts(config.batch, config.accumulate)
     embed = not config.train_text_encoder
     seen = embed and config.prior == "pictures"  # what the base predicts, it predicts for the class prompts
-    dataset, class_set = prepare_both(
+    dataset, class_set = prepare_datasets(
         config, base, instance, pictures, global_batch, processes, embed_text=embed, embed_class=seen
     )
     run.say(*dict.fromkeys([*dataset.notes, *(class_set.notes if class_set else [])]))
     # The VAE has given its latents; it rests until something is drawn.
-    base.resting.keep("unet", *(("text",) if config.train_text_encoder else ()))
+    base.lazy_weights.load_only("unet", *(("text",) if config.train_text_encoder else ()))
     trained = trainable(base, config)
     facts = {"data": dataset.fingerprint, "class": class_set.fingerprint if class_set else "none"}
     run.identify(**facts, base=base.fingerprint())
     parameters = list(trained.parameters())
     count = sum(p.numel() for p in parameters)
-    run.say(f"{so_many(len(dataset), 'picture')}, {len(class_set or [])} of the class, {count:,} trained numbers")
+    run.say(f"{pluralize(len(dataset), 'picture')}, {len(class_set or [])} of the class, {count:,} trained numbers")
 
     optimizer = optimizers.build(config.optimizer, groups(trained, config), weight_decay=config.weight_decay)
     schedule = optimizers.Schedule(optimizer, config.schedule, config.steps, config.warmup)
     scaler = precision.scaler()
     fused = FusedStep(optimizer, scaler) if config.fused else None
-    average = Average(parameters, config.ema, device="cpu" if config.ema_on_cpu else None)
+    average = Ema(parameters, config.ema, device="cpu" if config.ema_on_cpu else None)
     run.keep(trained=trained, optimizer=optimizer, scaler=scaler, average=average)
     lora = trained if isinstance(trained, Lora) else None
     pristine: Pristine = nullcontext if lora is None else lora.disabled  # of a whole base nothing has been trained yet
     unrelated = unrelated_to(kept.of_class)
     watched = {"drift": unrelated, "class_drift": kept.prompts} if config.measure_every else {}
-    measures = Measures(base, dataset, watched, pristine=pristine, within=average.applied, modules=[trained])
+    metrics = Metrics(base, dataset, watched, pristine=pristine, within=average.applied, modules=[trained])
     noising = config.noising(base)
     shown = config.sample_prompts or subject.sample_prompts(dataset.captions, unrelated[0])
-    span = None if lora is None else filling.span_of(config, base)
+    span = None if lora is None else config_defaults.span_of(config, base)
     trigger = triggers(config, subject, instance)
     against = trigger if config.own_negative else []
     draw = drawing_of(base, lora, span=span, negatives=against, resolution=config.resolution)
@@ -221,9 +221,9 @@ def train(config: Config) -> Path:
     limit = DriftLimit(config.drift_limit, [row for row in run.rows() if row["step"] <= run.step])
 
     def measure(step: int) -> None:
-        figures = measures.values()
+        figures = metrics.values()
         run.log(step=step, **figures)
-        limit.look(figures, processes)
+        limit.update(figures, processes)
         if limit.reached:
             run.end()
 
@@ -231,7 +231,7 @@ def train(config: Config) -> Path:
 
     def export(step: int) -> None:
         if step and processes.is_main and lora:
-            kept = config.output / "adapters" / f"{kept_name(config.name, step)}.safetensors"
+            kept = config.output / "adapters" / f"{snapshot_name(config.name, step)}.safetensors"
             about = describe_run(config, base, dataset, samples, steps=step, **told)
             with average.applied():
                 write_lora(kept, lora.modules_by_target(), **written_as(config, base, about))
@@ -242,7 +242,7 @@ def train(config: Config) -> Path:
     prior = prior_of(config, base, dataset, class_set, kept, noising, pristine)
     if isinstance(prior, BasePrediction) and config.method == "full":
         steps = range(run.step, config.steps)
-        run.say(prior.remember(steps, global_batch, starts, config.batch, shown=processes.is_main))
+        run.say(prior.precompute_targets(steps, global_batch, starts, config.batch, shown=processes.is_main))
     trained.train()
     if limit.reached:  # by a run that goes on with the same limit
         run.end()
@@ -256,7 +256,9 @@ def train(config: Config) -> Path:
             subjects = len(noised.batch)
             beside = [prior.draw(step.number, global_batch, start, config.batch)] if prior else []
             with precision.autocast(), randomness.seeded(precision.device, config.seed, "dropout", step.number, start):
-                errors = errors_of(base, [noised, *beside], encode=config.train_text_encoder, min_snr=config.min_snr)
+                errors = per_sample_losses(
+                    base, [noised, *beside], encode=config.train_text_encoder, min_snr=config.min_snr
+                )
                 of_subject = errors[:subjects].sum() / global_batch
                 of_class = errors[subjects:].sum() / global_batch
                 part = of_subject + config.prior_weight * of_class
@@ -282,7 +284,7 @@ def train(config: Config) -> Path:
     if limit.reached and run.step < config.steps:
         run.say(f"stopped after step {run.step}: {limit.reached} is over --drift-limit {config.drift_limit}")
         samples.draw(run.step)
-    average.apply()
+    average.swap()
     path = config.output / f"{config.name}{'' if config.save == 'folder' else '.safetensors'}"
     if processes.is_main:
         about = describe_run(config, base, dataset, samples, steps=run.step, **told)
@@ -376,17 +378,17 @@ def resolve(config: Config, base: Base, samples: int, processes: int) -> tuple[C
     if config.method == "full" and (config.save != "lora" or config.keep_energy is not None):
         unused.add("rank")
     given = {name: getattr(config, name) for name in unused}
-    config, filled = filling.resolve(config, base, samples, processes, **defaults)
+    config, filled = config_defaults.resolve(config, base, samples, processes, **defaults)
     values = given | {"save": config.save or ("folder" if config.method == "full" else "lora")}
     if config.method == "lora":
         alpha = config.alpha or float(config.rank)
-        values |= {"alpha": alpha, **filling.of_convolutions(config, alpha)}
+        values |= {"alpha": alpha, **config_defaults.conv_defaults(config, alpha)}
     return dataclasses.replace(config, **values), [name for name in filled if name not in unused]
 
 
-def read_examples(config: Config, subject: Subject) -> Folder:
+def read_examples(config: Config, subject: Subject) -> ExampleSet:
     """The subject's pictures with their captions, and those of the class that a dataset.toml may hold."""
-    folder = read_pictures(
+    folder = read_subject(
         config.images,
         subject.prompt,
         template=config.caption,
@@ -397,12 +399,12 @@ def read_examples(config: Config, subject: Subject) -> Folder:
         of_class=config.prior != "none",
     )
     config.check_examples(folder)
-    if config.class_images and folder.of("class") and not config.resume:
+    if config.class_images and folder.in_group("class") and not config.resume:
         raise ConfigError(
             f"--class-images and the sources of {config.images} with class = true are both pictures of the class; give "
             "one of them."
         )
-    if folder.of("class") and config.prior == "pictures" and not config.prior_prompts:
+    if folder.in_group("class") and config.prior == "pictures" and not config.prior_prompts:
         checks.only_with(config, "--prior-prompts beside pictures of the class", "class_count")
     return with_caption(folder, config.instance_prompt) if config.instance_prompt else folder
 
@@ -412,7 +414,7 @@ def _trigger(config: Config) -> str | None:
     return config.trigger or (None if config.instance_prompt else config.identifier)
 
 
-def triggers(config: Config, subject: Subject, subjects: Folder) -> list[str]:
+def triggers(config: Config, subject: Subject, subjects: ExampleSet) -> list[str]:
     """What calls the subject up: the words that its captions were made with, beside the class where that is the
     identifier."""
     if config.instance_prompt:
@@ -422,7 +424,7 @@ def triggers(config: Config, subject: Subject, subjects: Folder) -> list[str]:
     return subjects.triggers
 
 
-def identifiers(config: Config, subjects: Folder) -> list[str]:
+def identifiers(config: Config, subjects: ExampleSet) -> list[str]:
     """The words that subjects are bound to: --identifier, or what stands before the class in captions without it."""
     from sfumato.words.identifier import before
     from sfumato.words.placeholders import holds
@@ -434,8 +436,8 @@ def identifiers(config: Config, subjects: Folder) -> list[str]:
 
 
 def class_pictures(
-    config: Config, base: Base, examples: Folder, kept: KeptPrompts, run: Run, processes: Processes
-) -> Folder | None:
+    config: Config, base: Base, examples: ExampleSet, kept: PreservedPrompts, run: Run, processes: Processes
+) -> ExampleSet | None:
     """Pictures of the class from a folder or the dataset.toml, with the further prompts' beside them, which the base
     draws, once; or of the class drawn, too; None for none."""
     from sfumato.data.preparing import square_side
@@ -443,7 +445,7 @@ def class_pictures(
     from sfumato.training.class_pictures import pictures_of_class
 
     nothing_drawn = "--class-cache: the base draws no pictures of the class, so that none are kept there"
-    given = examples.of("class")
+    given = examples.in_group("class")
     if config.prior == "none":
         sources = sources_of(config.images, caption_template=config.caption, trigger=_trigger(config))
         if config.prior_prompts or any(source.group == "class" for source in sources):
@@ -452,9 +454,9 @@ def class_pictures(
             run.say(nothing_drawn)
         return None
     if config.class_images is not None:
-        given = read_pictures(config.class_images, kept.of_class[0], skip_bad=config.skip_bad)
+        given = read_subject(config.class_images, kept.of_class[0], skip_bad=config.skip_bad)
     if given:  # they show the class, and the captions' forms of it
-        kept = KeptPrompts.of([], config.prior_prompts)
+        kept = PreservedPrompts.of([], config.prior_prompts)
     if config.prior == "base" or not kept.prompts:
         if config.class_cache is not None:
             run.say(nothing_drawn)
@@ -475,8 +477,8 @@ def prior_of(
     base: Base,
     dataset: Dataset,
     class_set: Dataset | None,
-    kept: KeptPrompts,
-    noising: Noising,
+    kept: PreservedPrompts,
+    noising: NoiseSettings,
     pristine: Pristine,
 ) -> ClassPictures | BasePrediction | None:
     """What gives the class half of each batch; None where there is none. pristine: see `BasePrediction`."""
@@ -489,7 +491,7 @@ def prior_of(
     return BasePrediction(
         base,
         dataset if class_set is None else class_set,
-        kept.turns(),
+        kept.interleaved(),
         config.seed,
         order=config.seed if class_set is None else None,
         pristine=pristine,
@@ -517,9 +519,9 @@ def trainable(base: Base, config: Config) -> Lora | nn.ModuleDict:
 
 def adapted(base: Base, config: Config) -> dict[str, dict[str, nn.Linear | nn.Conv2d]]:
     """The layers that a LoRA is to change, by part and path."""
-    from sfumato.adapters import hosts
+    from sfumato.adapters import target_layers
 
-    return hosts(base.parts(text=config.train_text_encoder), config.targets)
+    return target_layers(base.parts(text=config.train_text_encoder), config.targets)
 
 
 def groups(trained: Lora | nn.ModuleDict, config: Config) -> list[dict[str, Any]]:
@@ -557,11 +559,11 @@ def save(
     else:
         # On the CPU: beside what has learned, with its optimizer's state, a GPU may have no room for another.
         original = config.load_base(full_precision(decide("fp32", device="cpu")))
-        original.resting.keep("unet", *(("text",) if config.train_text_encoder else ()))
+        original.lazy_weights.load_only("unet", *(("text",) if config.train_text_encoder else ()))
         after, before = (one.parts(text=config.train_text_encoder) for one in (base, original))
         if config.save == "difference":
             count = write_changes(path, after, before, **as_file)
-            run.say(f"{so_many(count, 'module differs', 'modules differ')} from the base's")
+            run.say(f"{pluralize(count, 'module differs', 'modules differ')} from the base's")
         else:
             run.say(write_extracted(path, after, before, rank=config.rank, keep_energy=config.keep_energy, **as_file))
     finish(run, path, about, samples, kind=config.save)

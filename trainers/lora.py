@@ -21,28 +21,35 @@ from sfumato.config import parse
 from sfumato.drawing.where_when import parse_span
 from sfumato.errors import ConfigError
 from sfumato.limits import checked_adapter_guidance
-from sfumato.numerals import so_many
-from sfumato.runs.folder import kept_name
-from sfumato.training import checks, filling
-from sfumato.training.called import trains
+from sfumato.numerals import pluralize
+from sfumato.runs.folder import snapshot_name
+from sfumato.training import checks, config_defaults
+from sfumato.training.entry_point import training_entry_point
 from sfumato.training.options import TrainerOptions
-from sfumato.words.placeholders import MOST_VECTORS, RATES, VECTORS, check_stands_for, files, holds
+from sfumato.words.placeholders import (
+    DEFAULT_LEARNING_RATES,
+    DEFAULT_VECTORS,
+    MOST_VECTORS,
+    check_stands_for,
+    embedding_files,
+    holds,
+)
 
 if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that its --help is there at once
     from torch import nn
 
     from sfumato.adapters import Lora
     from sfumato.bases import Base
-    from sfumato.data import Dataset, Folder
+    from sfumato.data import Dataset, ExampleSet
     from sfumato.files import Description
     from sfumato.runs.processes import Processes
     from sfumato.runs.run import Run
     from sfumato.runs.samples import Samples
     from sfumato.training.crossed import Crossing
-    from sfumato.training.ema import Average
-    from sfumato.training.learned import Learned
-    from sfumato.training.noising import Noising
+    from sfumato.training.ema import Ema
+    from sfumato.training.noising import NoiseSettings
     from sfumato.training.prior import BasePrediction, ClassPictures
+    from sfumato.training.trained_adapter import TrainedAdapter
     from sfumato.words.in_use import Words
 
 
@@ -126,33 +133,33 @@ class Config(TrainerOptions):
     """Number format of the adapter's file. Unset: fp32 on pocket, fp16 elsewhere."""
 
 
-@trains
+@training_entry_point
 def train(config: Config) -> Path:
     """Train, and return the adapter's path."""
     import torch
 
-    from sfumato.adapters import hosts, rank_notes
+    from sfumato.adapters import rank_notes, target_layers
     from sfumato.runs.processes import Processes
     from sfumato.runs.run import Run
     from sfumato.runs.samples import UNRELATED
     from sfumato.training import optimizers
-    from sfumato.training.ema import Average
+    from sfumato.training.ema import Ema
     from sfumato.training.init_from import start_from
-    from sfumato.training.measure import Measures
-    from sfumato.training.noising import draw_noised, errors_of
-    from sfumato.training.prior import prepare_both
-    from sfumato.words.placeholders import shortened, warnings_of
+    from sfumato.training.metrics import Metrics
+    from sfumato.training.noising import draw_noised, per_sample_losses
+    from sfumato.training.prior import prepare_datasets
+    from sfumato.words.placeholders import truncation_notes, warnings_of
 
     check(config)
     processes = Processes.join(config.device)
     examples = read_examples(config)
     precision = config.decide_precision(processes, config.optimizer)
     base = config.load_base(precision)
-    subjects, of_class = examples.of("instance"), examples.of("class")
+    subjects, of_class = examples.in_group("instance"), examples.in_group("class")
     has_prior = bool(config.prior_prompts or of_class)
     config, filled = resolve(config, base, subjects.samples, processes.count, has_prior=has_prior)
     words = new_words(base, config, examples) if config.train_words else None
-    adapted = hosts(base.parts(text=config.train_text_encoder), config.targets, conv=config.conv)
+    adapted = target_layers(base.parts(text=config.train_text_encoder), config.targets, conv=config.conv)
     notes = rank_notes(adapted, config.rank, config.conv_rank)
     run = Run.start(config, program="lora", processes=processes, writes=written(config))
     run.say(precision.table())
@@ -161,16 +168,16 @@ def train(config: Config) -> Path:
     if words:
         tokenizer = base.tokenizers[0]
         run.say(*warnings_of(config.train_words, tokenizer))
-        run.say(*shortened(config.initial_words, config.word_vectors, tokenizer))
+        run.say(*truncation_notes(config.initial_words, config.word_vectors, tokenizer))
 
-    global_batch, starts = processes.starts(config.batch, config.accumulate)
+    global_batch, starts = processes.micro_batch_starts(config.batch, config.accumulate)
     embed, crossed = embeds_beforehand(config), bool(config.crossed_share)
-    dataset, class_set = prepare_both(
+    dataset, class_set = prepare_datasets(
         config, base, subjects, of_class, global_batch, processes, embed_text=embed, drawn_over=crossed
     )
     run.say(*dict.fromkeys([*dataset.notes, *(class_set.notes if class_set else [])]))
     # The VAE has given its latents; it rests until something is drawn.
-    base.resting.keep("unet", *(("text",) if config.train_text_encoder or words else ()))
+    base.lazy_weights.load_only("unet", *(("text",) if config.train_text_encoder or words else ()))
     lora = new_lora(adapted, config)
     facts = {"data": dataset.fingerprint, "class": class_set.fingerprint if class_set else "none"}
     if config.init_from and not run.has_begun:
@@ -180,7 +187,7 @@ def train(config: Config) -> Path:
         run.say(*left)
     run.identify(**facts, base=base.fingerprint())
     beside = f"{len(class_set)} of the class, " if class_set else ""
-    pictures, layers = so_many(len(dataset), "picture"), so_many(len(lora.layers), "adapted layer")
+    pictures, layers = pluralize(len(dataset), "picture"), pluralize(len(lora.layers), "adapted layer")
     run.say(f"{pictures}, {beside}{layers}, {lora.count():,} trained numbers")
 
     parameters = [*lora.parameters(), *(words.parameters() if words else ())]
@@ -190,14 +197,14 @@ def train(config: Config) -> Path:
     optimizer = optimizers.build(config.optimizer, groups, weight_decay=config.weight_decay)
     schedule = optimizers.Schedule(optimizer, config.schedule, config.steps, config.warmup, second=config.words_first)
     scaler = precision.scaler()
-    average = Average(parameters, config.ema)
+    average = Ema(parameters, config.ema)
     run.keep(lora=lora, optimizer=optimizer, scaler=scaler, average=average, **({"words": words} if words else {}))
     watched = {"drift": UNRELATED} if config.measure_every else {}
-    measures = Measures(base, dataset, watched, pristine=lora.disabled, within=average.applied, modules=[lora])
+    metrics = Metrics(base, dataset, watched, pristine=lora.disabled, within=average.applied, modules=[lora])
     trigger = list(dict.fromkeys([*subjects.triggers, *config.train_words]))
     samples = samples_of(config, base, lora, subjects, dataset, trigger, run, average)
-    learned = learned_of(config, base, lora, words, dataset, samples, trigger)
-    run.every(config.measure_every, lambda step: run.log(step=step, **measures.values()))
+    learned = trained_adapter_of(config, base, lora, words, dataset, samples, trigger)
+    run.every(config.measure_every, lambda step: run.log(step=step, **metrics.values()))
     run.every(config.sample_every, samples.draw)
     run.every(config.save_every, lambda step: export(step, config, learned, average, processes))
     noising = config.noising(base)
@@ -219,9 +226,9 @@ def train(config: Config) -> Path:
                 noised = crossing.cross(noised, step.number, start)
             count = len(noised.batch)
             of_priors = [prior.draw(step.number, global_batch, start, config.batch) for prior in priors]
-            lora.drop_by(config.seed, step.number, range(start, start + count))
+            lora.set_dropout_samples(config.seed, step.number, range(start, start + count))
             with precision.autocast():
-                errors = errors_of(base, [noised, *of_priors], encode=not embed, min_snr=config.min_snr)
+                errors = per_sample_losses(base, [noised, *of_priors], encode=not embed, min_snr=config.min_snr)
                 part = errors[:count].sum() / global_batch
                 if priors:
                     of_prior = errors[count:].sum() / global_batch
@@ -232,7 +239,7 @@ def train(config: Config) -> Path:
                 scaled.backward()
             loss += part.detach()
         if words:
-            words.settle_gradients()
+            words.zero_missing_gradients()
         # Before unscaling, so that all processes find the same overflow and skip the same steps.
         processes.sum_gradients(parameters, loss, prior_loss)
         scaler.unscale_(optimizer)
@@ -248,7 +255,7 @@ def train(config: Config) -> Path:
         rate = optimizer.param_groups[-1]["lr"] if words_alone else schedule.rate  # the words' group is the last
         step.done(loss=loss, rate=rate, gradient_norm=norm, **further)
 
-    average.apply()
+    average.swap()
     path = config.output / f"{config.name}.safetensors"
     if processes.is_main:
         save(path, config, learned, samples, run)
@@ -290,7 +297,7 @@ def check_words(config: Config) -> None:
     if config.word_vectors is not None and config.word_vectors > MOST_VECTORS:
         raise ConfigError(f"--word-vectors is {config.word_vectors}; it must be 1 to {MOST_VECTORS}.")
     if config.stands_for and len(config.stands_for) != count:
-        given, words = so_many(len(config.stands_for), "time"), so_many(count, "word")
+        given, words = pluralize(len(config.stands_for), "time"), pluralize(count, "word")
         raise ConfigError(f"--stands-for is given {given} for {words}; give it for each.")
     check_stands_for(config.stands_for)
     if config.bundle and (dotted := [word for word in config.train_words if "." in word]):
@@ -307,7 +314,7 @@ def check_words(config: Config) -> None:
 def resolve(config: Config, base: Base, samples: int, processes: int, *, has_prior: bool) -> tuple[Config, list[str]]:
     """The config with every unset field filled, and the names that the base's family filled."""
     half = {"batch": max(1, base.defaults.batch // 2)} if has_prior else {}  # the other is the prior's
-    config, filled = filling.resolve(config, base, samples, processes, **half)
+    config, filled = config_defaults.resolve(config, base, samples, processes, **half)
     if config.crossed_share and not config.resume:
         from sfumato.training.crossed import first_timestep
 
@@ -320,13 +327,15 @@ def resolve(config: Config, base: Base, samples: int, processes: int, *, has_pri
     alpha = math.sqrt(base.defaults.rank) if config.rank_stabilised else float(config.rank)
     alpha = config.alpha or alpha
     values: dict[str, Any] = {"alpha": alpha}
-    values |= filling.of_convolutions(config, alpha, rank_stabilised=config.rank_stabilised)
+    values |= config_defaults.conv_defaults(config, alpha, rank_stabilised=config.rank_stabilised)
     if has_prior:
         values["prior_weight"] = 1.0 if config.prior_weight is None else config.prior_weight
     if config.train_words:
-        rate = RATES[base.family.name] / (filling.LION if config.optimizer == "lion" else 1)
-        values["word_vectors"] = VECTORS if config.word_vectors is None else config.word_vectors
-        values["word_learning_rate"] = filling.second_rate(config, "word_learning_rate", rate)
+        rate = DEFAULT_LEARNING_RATES[base.family.name] / (
+            config_defaults.LION_RATE_DIVISOR if config.optimizer == "lion" else 1
+        )
+        values["word_vectors"] = DEFAULT_VECTORS if config.word_vectors is None else config.word_vectors
+        values["word_learning_rate"] = config_defaults.resolve_learning_rate(config, "word_learning_rate", rate)
         if config.words_first >= config.steps:
             raise ConfigError(f"--words-first {config.words_first}: the run has {config.steps} steps; make it fewer.")
         turns = (config.words_first, config.steps - config.words_first)
@@ -341,26 +350,26 @@ def resolve(config: Config, base: Base, samples: int, processes: int, *, has_pri
 def written(config: Config) -> list[str]:
     """What is written into the run's folder beside what every run writes."""
     words = () if config.bundle else config.train_words
-    paths = files(config.output, config.name, words, alone=False)
+    paths = embedding_files(config.output, config.name, words, alone=False)
     return [*(["adapters"] if config.save_every else []), *(path.name for path in paths.values())]
 
 
-def read_examples(config: Config) -> Folder:
+def read_examples(config: Config) -> ExampleSet:
     """The pictures and captions; new words are in the captions, or DataError says in which they are not."""
-    from sfumato.data.stands_for import put_into_captions
+    from sfumato.data.placeholder_captions import insert_placeholders
 
     examples = config.read_examples(words=config.stands_for or config.train_words)
-    if config.prior_weight is not None and not (config.prior_prompts or examples.of("class")):
+    if config.prior_weight is not None and not (config.prior_prompts or examples.in_group("class")):
         raise ConfigError(
             "--prior-weight is for what shall draw as before; name it with --prior-prompts, or give pictures of it in "
             "a dataset.toml, with class = true."
         )
-    if config.own_negative and not config.train_words and not examples.of("instance").triggers:
+    if config.own_negative and not config.train_words and not examples.in_group("instance").triggers:
         raise ConfigError("--own-negative: there are no words of the subject; give its --trigger, such as 'sks otter'.")
-    return put_into_captions(examples, config.train_words, config.stands_for) if config.train_words else examples
+    return insert_placeholders(examples, config.train_words, config.stands_for) if config.train_words else examples
 
 
-def new_words(base: Base, config: Config, examples: Folder) -> Words:
+def new_words(base: Base, config: Config, examples: ExampleSet) -> Words:
     """The words to be learned, in use by the base."""
     from sfumato.words import embedding
 
@@ -396,11 +405,11 @@ def samples_of(
     config: Config,
     base: Base,
     lora: Lora,
-    subjects: Folder,
+    subjects: ExampleSet,
     dataset: Dataset,
     trigger: Sequence[str],
     run: Run,
-    average: Average,
+    average: Ema,
 ) -> Samples:
     """The run's sample pictures, drawn as its file will ask to be drawn with."""
     from sfumato.runs.samples import Samples, default_prompts, drawing_of
@@ -411,7 +420,7 @@ def samples_of(
         base,
         lora,
         config.adapter_guidance,
-        filling.span_of(config, base),
+        config_defaults.span_of(config, base),
         negatives=trigger if config.own_negative else (),
         resolution=config.resolution,
     )
@@ -424,7 +433,7 @@ def embeds_beforehand(config: Config) -> bool:
 
 
 def priors_of(
-    config: Config, base: Base, dataset: Dataset, class_set: Dataset | None, noising: Noising, lora: Lora
+    config: Config, base: Base, dataset: Dataset, class_set: Dataset | None, noising: NoiseSettings, lora: Lora
 ) -> list[ClassPictures | BasePrediction]:
     """What comes beside each batch: the class's pictures, and the prior's prompts with the pictures of that batch."""
     from sfumato.training.prior import BasePrediction, ClassPictures
@@ -458,7 +467,7 @@ def crossing_of(config: Config, base: Base, dataset: Dataset, processes: Process
         return Crossing(base, dataset, config.seed, config.crossed_share, shown=processes.is_main)
 
 
-def learned_of(
+def trained_adapter_of(
     config: Config,
     base: Base,
     lora: Lora,
@@ -466,11 +475,11 @@ def learned_of(
     dataset: Dataset,
     samples: Samples,
     trigger: Sequence[str],
-) -> Learned:
+) -> TrainedAdapter:
     """What is written of the training, and what its files say of themselves."""
     from sfumato.precision import DTYPES
     from sfumato.training.finish import describe_run
-    from sfumato.training.learned import Learned
+    from sfumato.training.trained_adapter import TrainedAdapter
 
     def about(**more: Any) -> Description:
         return describe_run(
@@ -480,28 +489,28 @@ def learned_of(
             samples,
             trigger=trigger,
             adapter_guidance=config.adapter_guidance,
-            over_steps=filling.span_of(config, base),
+            over_steps=config_defaults.span_of(config, base),
             negatives=trigger if config.own_negative else (),
             **more,
         )
 
-    return Learned(lora, words, base.family.name, about, DTYPES[config.save_precision], config.bundle)
+    return TrainedAdapter(lora, words, base.family.name, about, DTYPES[config.save_precision], config.bundle)
 
 
-def export(step: int, config: Config, learned: Learned, average: Average, processes: Processes) -> None:
+def export(step: int, config: Config, learned: TrainedAdapter, average: Ema, processes: Processes) -> None:
     """Write the adapter as it is after this step, beside the last one; nothing before the first."""
     if step and processes.is_main:
         with average.applied():
-            learned.write(config.output / "adapters" / f"{kept_name(config.name, step)}.safetensors", step)
+            learned.write(config.output / "adapters" / f"{snapshot_name(config.name, step)}.safetensors", step)
 
 
-def save(path: Path, config: Config, learned: Learned, samples: Samples, run: Run) -> None:
+def save(path: Path, config: Config, learned: TrainedAdapter, samples: Samples, run: Run) -> None:
     """Write the adapter and new words, the card and the plot; upload them if asked."""
     from sfumato.training.finish import finish, upload
 
     description, beside = learned.write(path, config.steps)
     finish(run, path, description, samples, kind="lora")
-    learned.tell_words(path, beside, description, run)
+    learned.report_words(path, beside, description, run)
     upload(run, [path, *beside.values()], config.push_to_hub)
 
 

@@ -20,7 +20,7 @@ from sfumato.config import parse
 from sfumato.errors import ConfigError, DataError
 from sfumato.pocket.checks import check, check_compiler
 from sfumato.runs.options import FolderOptions
-from sfumato.training.called import trains
+from sfumato.training.entry_point import training_entry_point
 
 if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that its --help is there at once
     import torch
@@ -32,7 +32,7 @@ if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that 
     from sfumato.pocket.latents import Latents
     from sfumato.pocket.lessons import Lesson, Shares
     from sfumato.pocket.pictures import Pictures
-    from sfumato.pocket.trained import Trained
+    from sfumato.pocket.trained import PretrainState
     from sfumato.precision import Precision
     from sfumato.runs.run import Run
 
@@ -161,11 +161,11 @@ def rate_at(step: int, config: Config) -> float:
     return max(0.0, min(1.0, rising, falling))
 
 
-def trained_of(modules: Mapping[str, nn.Module], config: Config, device: torch.device) -> Trained:
+def trained_of(modules: Mapping[str, nn.Module], config: Config, device: torch.device) -> PretrainState:
     """The modules with what makes them learn, as the config says."""
-    from sfumato.pocket.trained import Trained
+    from sfumato.pocket.trained import PretrainState
 
-    return Trained(
+    return PretrainState(
         modules,
         device,
         optimizer=config.optimizer,
@@ -193,23 +193,23 @@ def draw_pixels(pictures: Pictures, config: Config, step: int, device: torch.dev
     import torch
 
     from sfumato import randomness
-    from sfumato.pocket.hands import as_by_other_hands
     from sfumato.pocket.pictures import batch_indices
+    from sfumato.pocket.style_augmentation import restyle_randomly
 
     pixels = pictures.floats(batch_indices(step, config.batch, len(pictures.names), config.seed))
     draws = torch.rand(config.batch, generator=randomness.generator(config.seed, "flip", step))
     pixels = torch.where(draws.view(-1, 1, 1, 1) < config.flip_share, pixels.flip(3), pixels).to(device)
     if not config.hands_share:
         return pixels
-    return as_by_other_hands(pixels, config.hands_share, randomness.generator(config.seed, "hands", step))
+    return restyle_randomly(pixels, config.hands_share, randomness.generator(config.seed, "hands", step))
 
 
 def train_vae(config: Config, precision: Precision) -> Path:
     """Train the VAE on every picture that may be seen; returns the folder of its averaged weights, fp32."""
     from sfumato import load_base, randomness
+    from sfumato.pocket.outputs import save_model
     from sfumato.pocket.parts import build_vae, first_weights
     from sfumato.pocket.pictures import read_others, read_pictures
-    from sfumato.pocket.shown import save_model
     from sfumato.precision import decide
     from sfumato.runs.run import Run
 
@@ -250,11 +250,11 @@ def train_vae(config: Config, precision: Precision) -> Path:
     return path
 
 
-def _reconstruct(trained: Trained, pictures: Pictures, run: Run, step: int) -> None:
+def _reconstruct(trained: PretrainState, pictures: Pictures, run: Run, step: int) -> None:
     """Log the PSNR over a fixed hundred pictures, and draw sixteen beside their reconstructions."""
     import torch
 
-    from sfumato.pocket.shown import save_sheet
+    from sfumato.pocket.outputs import save_sheet
 
     pixels = pictures.floats(torch.linspace(0, len(pictures.names) - 1, 96).long()).to(trained.device)
     vae: Any = trained.modules["vae"]
@@ -303,12 +303,12 @@ def train_unet(config: Config, precision: Precision) -> Path:
     from sfumato import diffusion
     from sfumato.pocket.captions import read_words
     from sfumato.pocket.directions import Things
-    from sfumato.pocket.given import fingerprint_of, learning_parts, read_vae
+    from sfumato.pocket.init_parts import base_fingerprint, learning_parts, read_vae
     from sfumato.pocket.latents import Latents
     from sfumato.pocket.lessons import Lessons
+    from sfumato.pocket.outputs import assemble, save_model
     from sfumato.pocket.parts import build_scheduler
     from sfumato.pocket.pictures import VARIANTS, partners_of, read_manifest
-    from sfumato.pocket.shown import assemble, save_model
     from sfumato.runs.run import Run
 
     device = precision.device
@@ -332,7 +332,7 @@ def train_unet(config: Config, precision: Precision) -> Path:
         unet, text_encoder, tokenizer = new_parts(config, run, manifest, words)
     learning = {"unet": unet, "text_encoder": text_encoder} if config.train_text_encoder else {"unet": unet}
     for module in learning.values():
-        precision.learn(module)
+        precision.prepare_for_training(module)
     run_unet = precision.compiled(unet) if config.compile else unet
     cache = Latents(vae, pictures, VARIANTS if config.varied_share else VARIANTS[:2], device)
     unet.register_to_config(sample_size=cache.means.shape[-1])
@@ -343,7 +343,7 @@ def train_unet(config: Config, precision: Precision) -> Path:
     run.keep(**trained.parts())
     facts = {"data": pictures.fingerprint(), "vae": cache.fingerprint()}
     if config.init and (config.init_share or not config.train_text_encoder):
-        facts["init"] = fingerprint_of(config.init, config.device)  # no checkpoint holds it
+        facts["init"] = base_fingerprint(config.init, config.device)  # no checkpoint holds it
         if not config.train_text_encoder and config.style_together is not None:
             facts["things"] = Things.read(config.data).fingerprint()
     run.identify(**facts)
@@ -389,8 +389,8 @@ def new_parts(config: Config, run: Run, manifest: Mapping[str, Any], words: Sequ
     from transformers import CLIPTokenizer
 
     from sfumato.pocket.captions import all_captions
+    from sfumato.pocket.outputs import save_model
     from sfumato.pocket.parts import build_text_encoder, build_tokenizer, build_unet, first_weights
-    from sfumato.pocket.shown import save_model
 
     if not (config.resume and (config.output / "tokenizer").exists()):
         run.begin()
@@ -407,9 +407,9 @@ def train_text(config: Config, precision: Precision) -> Path:
 
     from sfumato.pocket.directions import Things
     from sfumato.pocket.emphasis import Emphasis
-    from sfumato.pocket.given import fingerprint_of, learning_parts
+    from sfumato.pocket.init_parts import base_fingerprint, learning_parts
+    from sfumato.pocket.outputs import assemble, save_model
     from sfumato.pocket.parts import build_scheduler
-    from sfumato.pocket.shown import assemble, save_model
     from sfumato.runs.run import Run
 
     assert config.init is not None
@@ -418,7 +418,7 @@ def train_text(config: Config, precision: Precision) -> Path:
     run.say(precision.table())
     scheduler, device = build_scheduler(), precision.device
     unet, text_encoder, tokenizer, vae = learning_parts(config.init, config.device, scheduler)
-    precision.learn(text_encoder)
+    precision.prepare_for_training(text_encoder)
     taught = copy.deepcopy(text_encoder).requires_grad_(False)
 
     directions = directions_of(taught, tokenizer, things, config.seed, device)
@@ -426,7 +426,7 @@ def train_text(config: Config, precision: Precision) -> Path:
     emphasis = Emphasis(directions, strength=config.style_emphasis, together=together, seed=config.seed)
     trained = trained_of({"text_encoder": text_encoder}, config, device)
     run.keep(**trained.parts())
-    run.identify(things=things.fingerprint(), init=fingerprint_of(config.init, config.device))
+    run.identify(things=things.fingerprint(), init=base_fingerprint(config.init, config.device))
 
     pipeline = assemble(vae, unet, text_encoder, tokenizer, scheduler)
     draw_samples(run, config, trained, precision, pipeline, things.styles, things.concepts)
@@ -445,14 +445,14 @@ def train_text(config: Config, precision: Precision) -> Path:
 def draw_samples(
     run: Run,
     config: Config,
-    trained: Trained,
+    trained: PretrainState,
     precision: Precision,
     pipeline: StableDiffusionPipeline,
     styles: Sequence[str],
     concepts: Iterable[str],
 ) -> None:
     """Have the run draw a sheet with the averaged weights at its intervals."""
-    from sfumato.pocket.shown import sheet
+    from sfumato.pocket.outputs import sheet
 
     def sample(step: int) -> None:
         with trained.averaged(), precision.autocast():
@@ -497,7 +497,7 @@ def encode_text(encoder: CLIPTextModel, tokenizer: CLIPTokenizer, texts: Sequenc
     return hidden[[distinct.index(text) for text in texts]]
 
 
-@trains
+@training_entry_point
 def train(config: Config) -> Path:
     """Run the stage that `config` names; returns the folder of what was trained."""
     from sfumato.precision import decide, multiplies_bf16

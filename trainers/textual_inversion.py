@@ -20,16 +20,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from sfumato.config import parse
 from sfumato.errors import ConfigError
-from sfumato.numerals import so_many
-from sfumato.runs.folder import kept_name
-from sfumato.training import checks, filling
-from sfumato.training.called import trains
+from sfumato.numerals import pluralize
+from sfumato.runs.folder import snapshot_name
+from sfumato.training import checks, config_defaults
+from sfumato.training.entry_point import training_entry_point
 from sfumato.training.options import TrainerOptions
-from sfumato.words.placeholders import MOST_VECTORS, RATES, VECTORS, check_stands_for, holds
+from sfumato.words.placeholders import DEFAULT_LEARNING_RATES, DEFAULT_VECTORS, MOST_VECTORS, check_stands_for, holds
 
 if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that its --help is there at once
     from sfumato.bases import Base
-    from sfumato.data import Dataset, Folder
+    from sfumato.data import Dataset, ExampleSet
     from sfumato.data.source import Source
     from sfumato.files import Description
     from sfumato.runs.run import Run
@@ -87,7 +87,7 @@ ALONE = "{trigger}"
 """The template of captions that are the placeholder alone."""
 
 
-@trains
+@training_entry_point
 def train(config: Config) -> Path:
     """Train, and return the path of the embedding; of the first one, if there are several."""
     import torch
@@ -96,13 +96,13 @@ def train(config: Config) -> Path:
     from sfumato.runs.run import Run
     from sfumato.runs.samples import Samples, drawing_of
     from sfumato.training import optimizers
-    from sfumato.training.ema import Average
+    from sfumato.training.ema import Ema
     from sfumato.training.finish import describe_run
-    from sfumato.training.measure import Measures
-    from sfumato.training.noising import draw_noised, errors_of
+    from sfumato.training.metrics import Metrics
+    from sfumato.training.noising import draw_noised, per_sample_losses
     from sfumato.training.templates import TEMPLATES, put_into
     from sfumato.words import embedding
-    from sfumato.words.placeholders import files, shortened, warnings_of
+    from sfumato.words.placeholders import embedding_files, truncation_notes, warnings_of
 
     check(config)
     processes = Processes.join(config.device)
@@ -121,25 +121,25 @@ def train(config: Config) -> Path:
     templates = TEMPLATES[config.templates]
     prompts = config.sample_prompts or default_prompts(examples, config.placeholder)
     words.check([*prompts, *(t.format(e.caption) for t in templates for e in examples)])
-    paths = files(config.output, config.name, config.placeholder, alone=True)
+    paths = embedding_files(config.output, config.name, config.placeholder, alone=True)
     names = [*(["adapters"] if config.save_every else []), *(path.name for path in paths.values())]
     run = Run.start(config, program="textual_inversion", processes=processes, writes=names)
     run.say(precision.table())
     run.say_filled(base.family.title, filled)
     tokenizer = base.tokenizers[0]
     run.say(*warnings_of(config.placeholder, tokenizer))
-    run.say(*shortened(config.initial_words, config.vectors, tokenizer))
+    run.say(*truncation_notes(config.initial_words, config.vectors, tokenizer))
 
     # Encoded in the loop, each distinct caption once: what they mean is what is learned.
-    global_batch, starts = processes.starts(config.batch, config.accumulate)
+    global_batch, starts = processes.micro_batch_starts(config.batch, config.accumulate)
     draws = (config.seed, config.steps, global_batch)
     dataset = config.prepare(
         examples, base, embed_text=False, will_draw=draws, together=config.batch, processes=processes
     )
     run.say(*dataset.notes)
-    base.resting.keep("unet", "text")  # the VAE has given its latents; it rests until something is drawn
+    base.lazy_weights.load_only("unet", "text")  # the VAE has given its latents; it rests until something is drawn
     run.identify(data=dataset.fingerprint, base=base.fingerprint())
-    pictures = so_many(len(dataset), "picture")
+    pictures = pluralize(len(dataset), "picture")
     run.say(f"{pictures}, {words.count():,} trained numbers; captions such as {dataset.captions[0]!r}")
 
     parameters = list(words.parameters())
@@ -148,18 +148,20 @@ def train(config: Config) -> Path:
     )
     schedule = optimizers.Schedule(optimizer, config.schedule, config.steps, config.warmup)
     scaler = precision.scaler()
-    average = Average(parameters, config.ema)
+    average = Ema(parameters, config.ema)
     run.keep(words=words, optimizer=optimizer, scaler=scaler, average=average)
     # No drift: nothing that draws other prompts changes.
-    measures = Measures(base, dataset, {}, within=average.applied)
+    metrics = Metrics(base, dataset, {}, within=average.applied)
     draw = drawing_of(base, resolution=config.resolution)
     samples = Samples(run, base, prompts, config.seed, within=average.applied, draw=draw)
-    run.every(config.measure_every, lambda step: run.log(step=step, **measures.values()))
+    run.every(config.measure_every, lambda step: run.log(step=step, **metrics.values()))
     run.every(config.sample_every, samples.draw)
 
     def export(step: int) -> None:
         if step and processes.is_main:
-            kept = files(config.output / "adapters", kept_name(config.name, step), config.placeholder, alone=True)
+            kept = embedding_files(
+                config.output / "adapters", snapshot_name(config.name, step), config.placeholder, alone=True
+            )
             about = describe_run(config, base, dataset, samples, trigger=config.placeholder, steps=step)
             with average.applied():
                 write_words(kept, words, config, about)
@@ -176,13 +178,13 @@ def train(config: Config) -> Path:
             captions = put_into(noised.batch.captions, templates, config.seed, step.number, start)
             noised = dataclasses.replace(noised, batch=dataclasses.replace(noised.batch, captions=captions))
             with precision.autocast():
-                errors = errors_of(base, [noised], encode=True, min_snr=config.min_snr)
+                errors = per_sample_losses(base, [noised], encode=True, min_snr=config.min_snr)
                 part = errors.sum() / global_batch
             scaled = scaler.scale(part)  # in any case: the first makes the scale
             if scaled.requires_grad:  # not where all captions of the batch were dropped and SDXL has zeros for them
                 scaled.backward()
             loss += part.detach()
-        words.settle_gradients()
+        words.zero_missing_gradients()
         # Before unscaling, so that all processes find the same overflow and skip the same steps.
         processes.sum_gradients(parameters, loss)
         scaler.unscale_(optimizer)
@@ -196,7 +198,7 @@ def train(config: Config) -> Path:
         optimizer.zero_grad()
         step.done(loss=loss, rate=schedule.rate, gradient_norm=norm)
 
-    average.apply()
+    average.swap()
     if processes.is_main:
         save(paths, words, base, config, dataset, run, samples)
     words.remove()
@@ -213,7 +215,7 @@ def check(config: Config) -> None:
         raise ConfigError(f"--trigger {config.trigger}: the new word is its own trigger; leave --trigger out.")
     for option, given in (("--initial-words", len(config.initial_words)), ("--stands-for", len(config.stands_for))):
         if given not in (0, count, *([1] if option == "--initial-words" else [])):
-            times, words = so_many(given, "time"), so_many(count, "placeholder")
+            times, words = pluralize(given, "time"), pluralize(count, "placeholder")
             raise ConfigError(f"{option} is given {times} for {words}; give it once for each.")
     check_stands_for(config.stands_for)
     if config.initial_words and config.start != "mean" and not config.resume:
@@ -222,13 +224,13 @@ def check(config: Config) -> None:
         raise ConfigError(f"--vectors is {config.vectors}; it must be 1 to {MOST_VECTORS}.")
 
 
-def read_examples(config: Config) -> Folder:
+def read_examples(config: Config) -> ExampleSet:
     """The pictures, with captions that hold the placeholders; notes tell what is left aside. Raises DataError for
     captions that hold none."""
+    from sfumato.data.placeholder_captions import insert_placeholders
     from sfumato.data.source import sources_of
-    from sfumato.data.stands_for import put_into_captions
 
-    alone = is_alone(config)
+    alone = caption_is_placeholder(config)
     template = ALONE if alone else config.caption
     trigger = " ".join(config.placeholder) if template and "{trigger}" in template else None
     named = dataclasses.replace(config, caption=template, trigger=trigger)
@@ -241,10 +243,10 @@ def read_examples(config: Config) -> Folder:
             f"pictures of the class are left out ({named_so}): a new word changes nothing that they would keep"
         )
     examples = dataclasses.replace(examples, notes=(*examples.notes, *filter(None, notes)))
-    return put_into_captions(examples, config.placeholder, config.stands_for)
+    return insert_placeholders(examples, config.placeholder, config.stands_for)
 
 
-def is_alone(config: Config) -> bool:
+def caption_is_placeholder(config: Config) -> bool:
     """Whether captions are the placeholder alone, where their source says nothing else."""
     return config.caption is None and not config.stands_for and len(config.placeholder) == 1
 
@@ -256,7 +258,7 @@ def unread_captions(sources: Sequence[Source], placeholder: str) -> str:
     if not any(text != placeholder for text in texts):
         return ""
     return (
-        f"{so_many(len(texts), 'caption holds', 'captions hold')} {placeholder}, left aside, such as {texts[0]!r}; "
+        f"{pluralize(len(texts), 'caption holds', 'captions hold')} {placeholder}, left aside, such as {texts[0]!r}; "
         'pass --caption "{caption}" to learn with them'
     )
 
@@ -264,13 +266,13 @@ def unread_captions(sources: Sequence[Source], placeholder: str) -> str:
 def resolve(config: Config, base: Base, samples: int, processes: int) -> tuple[Config, list[str]]:
     """The config with every unset field filled, and the names that the base's family or the method filled."""
     name = base.family.name
-    defaults = {"vectors": VECTORS, "learning_rate": RATES[name], **DEFAULTS[name]}
-    config, filled = filling.resolve(config, base, samples, processes, **defaults)
-    templates = config.templates or ("object" if is_alone(config) and name != "pocket" else "none")
+    defaults = {"vectors": DEFAULT_VECTORS, "learning_rate": DEFAULT_LEARNING_RATES[name], **DEFAULTS[name]}
+    config, filled = config_defaults.resolve(config, base, samples, processes, **defaults)
+    templates = config.templates or ("object" if caption_is_placeholder(config) and name != "pocket" else "none")
     return dataclasses.replace(config, templates=templates), filled
 
 
-def default_prompts(examples: Folder, placeholders: Sequence[str]) -> list[str]:
+def default_prompts(examples: ExampleSet, placeholders: Sequence[str]) -> list[str]:
     """Two captions, and the first word in two places where it was not learned; none twice."""
     captions = list(dict.fromkeys(e.caption for e in examples))[:2]
     return list(dict.fromkeys([*captions, f"a drawing of a {placeholders[0]}", f"{placeholders[0]} on a table"]))

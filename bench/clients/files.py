@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from bench.clients.changes import KINDS, RANK, norm_changes, random_changes, random_lora, without_bias
 from sfumato.files.changes import Change, LoraModule
 from sfumato.files.kohya import Target, kohya_name
-from sfumato.files.write import write_lora
 from sfumato.files.write_difference import write_difference
+from sfumato.files.write_kohya import write_lora
 from sfumato.merging.convert import Deltas, as_lora
 from sfumato.merging.factors import Budget
-from sfumato.merging.merge import Ingredient
+from sfumato.merging.merge import MergeSource
 
 LIMITS = {torch.float32: 1e-5, torch.float16: 1e-3}
 """The largest relative error of a module's delta, by the file's dtype."""
@@ -29,7 +29,7 @@ def lora_file(path: Path, family: str, modules: Mapping[Target, LoraModule], dty
 def difference_file(
     path: Path, family: str, parts: Mapping[str, nn.Module], changes: Mapping[Target, Change]
 ) -> Wanted:
-    deltas = Deltas(Ingredient("a", changes), InMemory(parts))
+    deltas = Deltas(MergeSource("a", changes), InMemory(parts))
     write_difference(path, deltas, family=family, dtype=torch.float32)
     found: Wanted = {}
     for target, (weight, bias) in deltas.items():
@@ -64,7 +64,7 @@ def files(
     for kind in KINDS:
         changes = random_changes(parts, kind)
         made = as_lora(
-            Ingredient("a", {t: without_bias(change) for t, change in changes.items()}),
+            MergeSource("a", {t: without_bias(change) for t, change in changes.items()}),
             Budget(RANK),
             lambda target: weight_of(parts, target),
         )

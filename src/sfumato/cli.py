@@ -21,7 +21,7 @@ from typing import Literal, NoReturn
 import sfumato
 from sfumato import shell
 from sfumato.command_line import threads
-from sfumato.command_line.said import shown
+from sfumato.command_line.terminal import escape_control
 from sfumato.errors import ConfigError, SfumatoError, nearest
 
 TRAINERS = {
@@ -139,7 +139,7 @@ def guarded(program_main: Main, argv: Sequence[str]) -> int:
 
 def _warning_line(message: Warning | str, *_: object, **__: object) -> str:
     """A warning as a person reads it, without the place in the code that it comes from."""
-    return f"sfumato: {shown(' '.join(str(message).split()))}\n"
+    return f"sfumato: {escape_control(' '.join(str(message).split()))}\n"
 
 
 def _guarded(program_main: Main, argv: Sequence[str]) -> int:
@@ -149,10 +149,10 @@ def _guarded(program_main: Main, argv: Sequence[str]) -> int:
         _refuse_surrogates(argv)
         result = program_main(argv)
     except SfumatoError as error:
-        _let_go_of_runs("withdraw")
+        _end_unbegun_runs("abandon_unbegun")
         return _failed(str(error))
     except KeyboardInterrupt as error:
-        _let_go_of_runs("let_go")
+        _end_unbegun_runs("close_unbegun")
         return _failed("interrupted.", 128 + (signal.SIGTERM if isinstance(error, _Terminated) else signal.SIGINT))
     except BrokenPipeError:  # `sfumato ls | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -160,10 +160,10 @@ def _guarded(program_main: Main, argv: Sequence[str]) -> int:
     except (MemoryError, RuntimeError) as error:
         if not _is_full_memory(error):
             raise
-        _let_go_of_runs("withdraw")
+        _end_unbegun_runs("abandon_unbegun")
         return _failed(_on_memory(error))
     except OSError as error:  # a disk that fills while a card or a plot is written, a name that is too long
-        _let_go_of_runs("withdraw")
+        _end_unbegun_runs("abandon_unbegun")
         return _failed(_on_file(error))
     return result if isinstance(result, int) else 0
 
@@ -187,7 +187,7 @@ def _refuse_surrogates(argv: Sequence[str]) -> None:
             raise ConfigError(f"{word!a} is not UTF-8; give names that are, or rename the file.")
 
 
-def _let_go_of_runs(how: Literal["withdraw", "let_go"]) -> None:
+def _end_unbegun_runs(how: Literal["abandon_unbegun", "close_unbegun"]) -> None:
     """Call this function of `sfumato.runs.run`, which only a program that trains has loaded."""
     if runs := sys.modules.get("sfumato.runs.run"):
         getattr(runs, how)()
@@ -195,7 +195,7 @@ def _let_go_of_runs(how: Literal["withdraw", "let_go"]) -> None:
 
 def _failed(line: str, code: int = 2) -> int:
     """Say why on stderr, and what is kept of a training; returns the exit code."""
-    print(f"sfumato: {shown(f'{line}{_kept()}')}", file=sys.stderr)
+    print(f"sfumato: {escape_control(f'{line}{_kept()}')}", file=sys.stderr)
     return code
 
 

@@ -20,8 +20,8 @@ from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
 
 from sfumato import shell
-from sfumato.elsewhere import called_here, value_here
 from sfumato.errors import ConfigError, nearest
+from sfumato.foreign_options import called_here, value_here
 from sfumato.toml import check_path, read_toml
 
 if TYPE_CHECKING:

@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sfumato.adapters import attach, hosts
-from sfumato.bases.loading import base_at_rest, family_at_rest
+from sfumato.adapters import attach, target_layers
+from sfumato.bases.loading import base_skeleton, family_skeleton
 from sfumato.data.latents import encoded_at_once
 from sfumato.drawing.pictures import drawn_at_once
 from sfumato.errors import ConfigError
 from sfumato.precision import decide, products
-from sfumato.precision.lean import keep_less
+from sfumato.precision.lean import save_activation_memory
 from sfumato.training.optimizers import OptimizerName, state_bytes
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ TRAININGS = (
 
 @dataclass(frozen=True)
 class Setting:
-    """Where and in which size: precision of `precision.imagined`, side in pixels; batch and ranks as of trainers."""
+    """Where and in which size: precision of `forecast_precision`, side in pixels; batch and ranks as of trainers."""
 
     device: Literal["gpu", "cpu"]
     precision: Precision
@@ -102,12 +102,12 @@ def shapes_of(
             raise ConfigError(
                 f"--vae {vae}: --base {source} names no model, only its family's shapes; leave --vae out."
             )
-        base = family_at_rest(str(source), prediction_type)
+        base = family_skeleton(str(source), prediction_type)
     else:
-        base = base_at_rest(source, precision=decide("fp32", device="cpu"), vae=vae, prediction_type=prediction_type)
+        base = base_skeleton(source, precision=decide("fp32", device="cpu"), vae=vae, prediction_type=prediction_type)
     if device == "cpu":
         products.quicken(base.unet)
-        keep_less(base.unet)
+        save_activation_memory(base.unet)
     return base
 
 
@@ -127,7 +127,7 @@ class StepMemory:
         return int(self.weights + state + (self.fused if way.fused else self.alive) + BESIDE[device])
 
 
-def of_step(base: Base, way: Training, setting: Setting) -> StepMemory:
+def step_memory(base: Base, way: Training, setting: Setting) -> StepMemory:
     """A training step at its peak. base: of `shapes_of`, which stays as it is.
 
     `way.fused` and `way.optimizer` make no difference here, see `StepMemory.total`.
@@ -138,7 +138,7 @@ def of_step(base: Base, way: Training, setting: Setting) -> StepMemory:
         base.unet.enable_gradient_checkpointing()
     lora = None
     if way.trained == "lora":
-        adapted = hosts(base.parts(text=False), way.targets)
+        adapted = target_layers(base.parts(text=False), way.targets)
         lora = attach(adapted, rank=setting.rank, alpha=float(setting.rank), conv_rank=setting.conv_rank)
     texts = list(base.text_encoders) if way.text else []
     try:
@@ -160,7 +160,7 @@ def of_step(base: Base, way: Training, setting: Setting) -> StepMemory:
             lora.detach()
 
 
-def of_encoding(base: Base, setting: Setting) -> int:
+def encoding_memory(base: Base, setting: Setting) -> int:
     """Bytes at the peak of encoding pictures, before the first step: the VAE and the text encoders are there."""
     precision, count = setting.precision, min(PICTURES, encoded_at_once(setting.side, setting.side))
     with _all([base.vae], precision.vae), _all(base.text_encoders, precision.storage):
@@ -175,7 +175,7 @@ def samples_at_once(base: Base, setting: Setting) -> int:
     return min(SAMPLES, drawn_at_once((setting.side // base.vae_factor) ** 2))
 
 
-def of_drawing(base: Base, setting: Setting, count: int = 1) -> int:
+def drawing_memory(base: Base, setting: Setting, count: int = 1) -> int:
     """Bytes at the peak of drawing `count` pictures at once with guidance, all parts of the base being there."""
     precision = setting.precision
     with _all([base.unet, *base.text_encoders], precision.storage), _all([base.vae], precision.vae):

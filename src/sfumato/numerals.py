@@ -6,7 +6,7 @@ def exact(number: float) -> str:
     return repr(float(number)).removesuffix(".0")
 
 
-def so_many(count: int, one: str, several: str | None = None) -> str:
+def pluralize(count: int, one: str, several: str | None = None) -> str:
     """What there are so many of: "1 picture", "1,200 pictures". several: in the plural, where that is not `one` with an
     s, such as "pictures have" of "picture has"."""
     return f"{count:,} {one if count == 1 else several or f'{one}s'}"

@@ -142,7 +142,7 @@ def scheduler(name: str, schedule: Mapping[str, Any]) -> Any:
     pure noise (zero terminal SNR) where the sampler cannot begin there.
     """
     chosen = find(name)
-    if counts_sigmas(schedule) or not {"beta_start", "trained_betas"} & set(schedule):
+    if is_sigma_conditioned(schedule) or not {"beta_start", "trained_betas"} & set(schedule):
         raise ConfigError(
             f"--sampler {name}: this base's schedule has no betas to draw by. Leave a pipeline its own scheduler."
         )
@@ -168,20 +168,20 @@ def scheduler(name: str, schedule: Mapping[str, Any]) -> Any:
     return kind.from_config({key: value for key, value in {**shared, **chosen.settings}.items() if key in known})
 
 
-def counts_sigmas(schedule: Mapping[str, Any]) -> bool:
+def is_sigma_conditioned(schedule: Mapping[str, Any]) -> bool:
     """Whether a scheduler of this config tells the U-Net the logarithm of sigma, as EDM's do, and not a timestep."""
     continuous = schedule.get("timestep_type") == "continuous" and schedule.get("prediction_type") == "v_prediction"
     return "sigma_data" in schedule or continuous
 
 
-def asked_timestep(args: Sequence[Any], options: Mapping[str, Any]) -> float:
+def timestep_of(args: Sequence[Any], options: Mapping[str, Any]) -> float:
     """The timestep of a call of the U-Net with these arguments."""
     import torch
 
     return float(torch.as_tensor(options["timestep"] if "timestep" in options else args[1]).flatten()[0])
 
 
-class Clock:
+class StepClock:
     """Number of a step, counted from 0, from the timestep that the U-Net is asked for.
 
     Timesteps fall; one that rises begins a new picture, and so does a new schedule: each call of a pipeline sets one,

@@ -11,12 +11,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sfumato.bases import load_base
-from sfumato.bases.family import FAMILIES, recognise
+from sfumato.bases.family import FAMILIES, family_of_config
+from sfumato.bases.lazy_weights import LazyWeights
 from sfumato.bases.loading import alpha_bar
-from sfumato.bases.resting import Resting
 from sfumato.bases.single_file import shipped
 from sfumato.bases.vocabulary import byte_pair_tokenizer, clip_merges
-from sfumato.bases.weights import Shell, Stored
+from sfumato.bases.weights import LazyModel, StoredWeight
 from sfumato.errors import BaseModelError, ConfigError, FileError
 from sfumato.files.header import read_header
 from sfumato.words import embedding
@@ -205,11 +205,11 @@ def test_an_adapter_is_of_the_same_base_in_another_dtype(sd1, tmp_path):
         for dtype in dtypes:
             tensor = tensor.to(dtype)
         save_file({"weight": tensor}, file)
-        places = {"weight": Stored(read_header(file), "weight")}
-        shell = Shell(nn.Linear(1000, 3, bias=False, device="meta"), places, torch.float32, "pocket")
-        resting = Resting({"unet": [shell]}, lambda *_: None)
+        places = {"weight": StoredWeight(read_header(file), "weight")}
+        shell = LazyModel(nn.Linear(1000, 3, bias=False, device="meta"), places, torch.float32, "pocket")
+        lazy_weights = LazyWeights({"unet": [shell]}, lambda *_: None)
         before = hashlib.sha256(b"weight" + tensor.view(torch.uint8).numpy().tobytes()[:4096]).hexdigest()
-        return dataclasses.replace(sd1.base, name="pocket", resting=resting), before
+        return dataclasses.replace(sd1.base, name="pocket", lazy_weights=lazy_weights), before
 
     def told(fingerprint):
         return {"ss_sd_model_name": "pocket", "sfumato.base_fingerprint": fingerprint}
@@ -289,7 +289,7 @@ def test_text_carries_gradients_only_where_asked(sd1):
 
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
 def test_published_unets_are_recognised(family):
-    assert recognise(shipped(family, "unet/config.json")).name == family
+    assert family_of_config(shipped(family, "unet/config.json")).name == family
 
 
 def test_sizes_are_read_from_the_model(sd1):

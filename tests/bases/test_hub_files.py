@@ -20,7 +20,7 @@ from sfumato.drawing.pnginfo import read_picture_info
 from sfumato.errors import BaseModelError, SfumatoError
 from sfumato.files import LoraModule, write_lora
 from sfumato.files.header import read_header
-from sfumato.merging.sources import identity
+from sfumato.merging.sources import adapter_hash
 from tests.tiny import hub_with, tiny_pocket_folder
 
 
@@ -172,7 +172,7 @@ def test_tags_tell_files_of_the_usual_name_apart(cached, file, tmp_path):
     save_drawn(Image.new("RGB", (8, 8)), used, about, tmp_path / "a.png", ("Euler", None))
     told = read_picture_info(tmp_path / "a.png").parameters
     assert told.prompt == "a cat <lora:line:0.8> <lora:otter-v1.5:0.6>"
-    hashes = ", ".join(f"{each.name}: {identity(each.path)}" for each in used)
+    hashes = ", ".join(f"{each.name}: {adapter_hash(each.path)}" for each in used)
     assert told.settings["Lora hashes"] == hashes
 
 

@@ -14,7 +14,7 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNot
 from safetensors.torch import load_file, save_file
 
 from sfumato.bases import hub, loading
-from sfumato.bases.family import recognise
+from sfumato.bases.family import family_of_config
 from sfumato.bases.hub import files_to_fetch
 from sfumato.bases.loading import find_vae, load_base
 from sfumato.bases.recognise import family_of_names
@@ -363,8 +363,8 @@ def test_a_pooled_text_of_another_width_is_refused(sdxl, tmp_path):
 def test_the_smallest_distilled_models_are_of_sd1():
     """BK-SDM-Tiny and segmind's tiny-sd: attention on all levels as pocket has it, and no middle."""
     levels = {"down_block_types": ["CrossAttnDownBlock2D"] * 3}
-    assert recognise(levels | {"mid_block_type": None}).name == "sd1"
-    assert recognise(levels | {"mid_block_type": "UNetMidBlock2DCrossAttn"}).name == "pocket"
+    assert family_of_config(levels | {"mid_block_type": None}).name == "sd1"
+    assert family_of_config(levels | {"mid_block_type": "UNetMidBlock2DCrossAttn"}).name == "pocket"
 
 
 def test_words_of_several_vectors_that_diffusers_loaded_are_read_as_its_pipeline_reads_them(sdxl, tmp_path):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from sfumato.bases import load_base, loading
 from sfumato.bases.family import FAMILIES
-from sfumato.bases.names import clip_name, open_clip_name, unet_name, vae_name
+from sfumato.bases.ldm_names import clip_name, open_clip_name, unet_name, vae_name
 from sfumato.bases.single_file import shipped, text_config, unet_config, vae_config
 from sfumato.bases.vocabulary import clip_tokenizer
 from sfumato.bases.weights import text_skeleton, unet_skeleton, vae_skeleton

@@ -7,7 +7,7 @@ import pytest
 from sfumato.command_line.where_when import parse_region, parse_steps
 from sfumato.compose import Adapter
 from sfumato.compose.steps import Ramp
-from sfumato.drawing.where_when import Span, Spot, WhereWhen
+from sfumato.drawing.where_when import AdapterPlacement, RegionSpec, Span
 from sfumato.errors import ConfigError
 
 LINE, OTTER, ODD = Adapter("line.safetensors", 0.8), Adapter("otter.safetensors"), Adapter("c.safetensors", 1.0, "c+d")
@@ -16,13 +16,13 @@ LINE, OTTER, ODD = Adapter("line.safetensors", 0.8), Adapter("otter.safetensors"
 @pytest.mark.parametrize(
     ("text", "spot"),
     [
-        ("line=left", Spot((LINE,), (0.0, 0.0, 0.5, 1.0), None)),
-        ("line=bottom:an otter: asleep", Spot((LINE,), (0.0, 0.5, 1.0, 1.0), "an otter: asleep")),
-        ("line=0.1,0,0.5,1: a crab=b", Spot((LINE,), (0.1, 0.0, 0.5, 1.0), "a crab=b")),
-        ("line+otter=top", Spot((LINE, OTTER), (0.0, 0.0, 1.0, 0.5), None)),
-        ("c+d=right", Spot((ODD,), (0.5, 0.0, 1.0, 1.0), None)),
-        ("line=C:mask.png", Spot((LINE,), Path("C:mask.png"), None)),
-        ("line=C:mask.png:red", Spot((LINE,), Path("C:mask.png"), "red")),
+        ("line=left", RegionSpec((LINE,), (0.0, 0.0, 0.5, 1.0), None)),
+        ("line=bottom:an otter: asleep", RegionSpec((LINE,), (0.0, 0.5, 1.0, 1.0), "an otter: asleep")),
+        ("line=0.1,0,0.5,1: a crab=b", RegionSpec((LINE,), (0.1, 0.0, 0.5, 1.0), "a crab=b")),
+        ("line+otter=top", RegionSpec((LINE, OTTER), (0.0, 0.0, 1.0, 0.5), None)),
+        ("c+d=right", RegionSpec((ODD,), (0.5, 0.0, 1.0, 1.0), None)),
+        ("line=C:mask.png", RegionSpec((LINE,), Path("C:mask.png"), None)),
+        ("line=C:mask.png:red", RegionSpec((LINE,), Path("C:mask.png"), "red")),
     ],
 )
 def test_a_region_is_read_as_written(text, spot, tmp_path, monkeypatch):
@@ -58,11 +58,11 @@ def test_a_span_has_the_weight_within_and_none_beyond():
 
 
 def test_what_is_not_asked_for_is_not_told():
-    assert WhereWhen().told() == {}
-    assert not WhereWhen().follows_steps
+    assert AdapterPlacement().told() == {}
+    assert not AdapterPlacement().follows_steps
 
 
 def test_a_mix_follows_no_steps_of_an_adapter_in_a_region():
-    spot, span = Spot((LINE,), (0.0, 0.0, 0.5, 1.0), None), Span(0.0, 0.5)
-    assert not WhereWhen((spot,), {"line": span}).follows_steps
-    assert WhereWhen((spot,), {"line": span, "otter": span}).follows_steps
+    spot, span = RegionSpec((LINE,), (0.0, 0.0, 0.5, 1.0), None), Span(0.0, 0.5)
+    assert not AdapterPlacement((spot,), {"line": span}).follows_steps
+    assert AdapterPlacement((spot,), {"line": span, "otter": span}).follows_steps

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from sfumato.files.lora_file import LoraModule
-from sfumato.files.write import write_lora
+from sfumato.files.write_kohya import write_lora
 from tests.copies import copies
 from tests.tiny import tiny_pipeline
 

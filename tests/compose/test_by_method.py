@@ -8,7 +8,7 @@ from sfumato.compose import Adapter, compose, current
 from sfumato.compose.by_method import by_method
 from sfumato.errors import AdapterError
 from sfumato.files.lora_file import LoraModule
-from sfumato.files.write import write_lora
+from sfumato.files.write_kohya import write_lora
 from sfumato.merging.factors import Budget
 from sfumato.merging.methods import METHODS
 from sfumato.weighting.blocks import Blocks

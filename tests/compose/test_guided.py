@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from sfumato.bases import load_base
 from sfumato.compose import Adapter, adapter_guidance, compose
-from sfumato.compose.guided import first_half
+from sfumato.compose.guided import unconditional_half
 from sfumato.compose.steps import Ramp, over_steps
 from sfumato.drawing.pictures import draw
 from sfumato.errors import AdapterError
@@ -99,13 +99,13 @@ def test_an_overflow_within_leaves_both_halves_as_they_were(sd1, write):
         return layer.weight.detach().clone()
 
     with compose(sd1, Adapter(a, 0.8), Adapter(b, 1e-6)) as mix, adapter_guidance(mix, {"a": 2.0}, guidance=4.0):
-        with mix.without():
+        with mix.without_conditional():
             first = weight()
         second = weight()
         with pytest.raises(AdapterError, match="overflow"):
             mix.set(b=10)
         assert torch.equal(weight(), second)
-        with mix.without():
+        with mix.without_conditional():
             assert torch.equal(weight(), first)
         assert not torch.equal(first, second)
 
@@ -203,7 +203,7 @@ def test_a_forward_that_another_library_put_there_comes_back(sd1):
 
     sd1.unet.forward = moving
     plain = predict(sd1, ROWS)
-    with first_half(sd1.unet, nullcontext):
+    with unconditional_half(sd1.unet, nullcontext):
         assert_close(predict(sd1, ROWS), plain, rtol=1e-5, atol=1e-5)
     assert sd1.unet.forward is moving
 

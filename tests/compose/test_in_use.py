@@ -13,7 +13,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 from sfumato.compose import Adapter, adapter_guidance, compose, current
-from sfumato.compose.caller import turn, without_prompt
+from sfumato.compose.caller import unconditional_rows, unet_lock
 from sfumato.compose.per_picture import composite, per_picture
 from sfumato.compose.regions import Region, regions
 from sfumato.compose.steps import Ramp, Switch, over_steps
@@ -190,11 +190,11 @@ def test_rows_of_other_guidance_are_told_from_those_without_prompt(sd1, a):
     """Perturbed attention has rows without prompt, with it, and perturbed; InstructPix2Pix has those with it first."""
     text = torch.zeros(6, 7, sd1.unet.config.cross_attention_dim)
     sd1.do_classifier_free_guidance = sd1.do_perturbed_attention_guidance = True
-    assert without_prompt(sd1, 6) == 2
+    assert unconditional_rows(sd1, 6) == 2
     with compose(sd1, a) as mix, adapter_guidance(mix, 2, guidance=5.0), pytest.raises(AdapterError, match="6 rows"):
         sd1.unet(torch.zeros(6, 4, 8, 8), torch.tensor(1), text)
     sd1.do_classifier_free_guidance = False  # two rows with the prompt, of which the second is perturbed
-    assert without_prompt(sd1, 2) == 0
+    assert unconditional_rows(sd1, 2) == 0
     sd1.do_classifier_free_guidance, sd1.image_guidance_scale = True, 1.5
     with regions(sd1, Region(WHOLE, a)):
         sd1.unet(torch.zeros(6, 4, 8, 8), torch.tensor(1), text)
@@ -419,7 +419,7 @@ def test_threads_wait_where_something_changes_from_call_to_call(pipe, write, blo
         with pytest.raises(KeyboardInterrupt), block(mix):
             drawn(pipe, guidance_scale=5.0)
         with ThreadPoolExecutor(1) as other:
-            assert other.submit(turn(pipe).acquire, blocking=False).result()
+            assert other.submit(unet_lock(pipe).acquire, blocking=False).result()
 
 
 def test_threads_whose_prompts_name_adapters_wait_for_one_another(pipe, write):

@@ -229,7 +229,7 @@ before = len(sys.modules)
 from sfumato.compose import Adapter, compose
 print(len(sys.modules) - before)
 from sfumato.files.lora_file import LoraModule
-from sfumato.files.write import write_lora
+from sfumato.files.write_kohya import write_lora
 block = torch.nn.Module()
 block.to_q = torch.nn.Linear(4, 4)
 unet = torch.nn.Module()

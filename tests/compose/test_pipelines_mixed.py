@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from sfumato.compose import Adapter, compose, current
 from sfumato.compose.guided import adapter_guidance
-from sfumato.compose.originals import Originals, kept
+from sfumato.compose.originals import Originals, original_of
 from sfumato.compose.per_picture import composite, per_picture
 from sfumato.compose.regions import Region, regions
 from sfumato.compose.steps import over_steps
@@ -473,7 +473,7 @@ def test_a_single_file_is_a_source_too(tmp_path, family):
         for path, module in pipe.unet.named_modules()
         if isinstance(module, nn.Linear | nn.Conv2d)
     }
-    found = {p: kept(weights[p], c) for p, c in Originals({"unet": pipe.unet}, [file]).of(weights).items()}
+    found = {p: original_of(weights[p], c) for p, c in Originals({"unet": pipe.unet}, [file]).of(weights).items()}
     mapped = {tensor.untyped_storage().data_ptr() for tensor in found.values()}
     assert len(found) == len(weights)
     assert all(torch.equal(found[place], weight) for place, weight in weights.items())

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from sfumato.bases import load_base
 from sfumato.compose import Adapter, compose, current
 from sfumato.compose.regions import Region, regions
-from sfumato.compose.regions.near import Near
+from sfumato.compose.regions.device_cache import DeviceCache
 from sfumato.drawing.pictures import Start, draw, draw_each
 from sfumato.errors import AdapterError, ConfigError, DataError
 from sfumato.weighting.blocks import Blocks
@@ -98,7 +98,7 @@ def test_an_adapter_counts_in_its_steps_alone_as_in_a_mix(sd1, write, monkeypatc
 
 def test_factors_and_masks_are_moved_once():
     """On a GPU each layer of each call would wait for them."""
-    near, half = Near(torch.ones(2)), torch.zeros(1, dtype=torch.float16)
+    near, half = DeviceCache(torch.ones(2)), torch.zeros(1, dtype=torch.float16)
     assert near.like(half).dtype == torch.float16
     assert near.like(half) is near.like(half)
 

@@ -10,8 +10,8 @@ from sfumato.compose.steps import Ramp, Switch, over_steps
 from sfumato.drawing.pictures import draw
 from sfumato.errors import AdapterError, ConfigError
 from sfumato.files.lora_file import LoraModule
-from sfumato.files.write import write_lora
-from sfumato.schedulers import Clock
+from sfumato.files.write_kohya import write_lora
+from sfumato.schedulers import StepClock
 from tests.tiny import CPU
 
 
@@ -163,7 +163,7 @@ def test_turns_of_runge_kutta_steps_and_progress_without_timesteps_are_refused(b
 
 def test_a_picture_after_one_that_was_stopped_begins_again():
     """A picture from another, which begins later, asks for a timestep that the stopped one has not reached."""
-    clock, scheduler = Clock(), DDIMScheduler(num_train_timesteps=1000)
+    clock, scheduler = StepClock(), DDIMScheduler(num_train_timesteps=1000)
     scheduler.set_timesteps(4)
     assert [clock.step(timestep, scheduler) for timestep in scheduler.timesteps[:2]] == [0, 1]
     scheduler.set_timesteps(4)

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from sfumato.compose import Adapter, compose
 from sfumato.errors import AdapterError, FileError
 from sfumato.files import read_adapter, read_header, read_tensors, write_tensors
-from sfumato.files.fingerprint import KEY
+from sfumato.files.fingerprint import FINGERPRINT_KEY
 from sfumato.weighting.blocks import Blocks
 from tests.bundles import add_words
 from tests.compose.conftest import fresh, weights_sha
@@ -48,7 +48,7 @@ def test_another_adapter_under_the_same_metadata_is_refused_before_anything_is_t
 
 def test_a_file_without_a_fingerprint_cannot_be_verified(sd1, write):
     file = write("a", sd1, "to_q")
-    metadata = {key: value for key, value in read_header(file).metadata.items() if key != KEY}
+    metadata = {key: value for key, value in read_header(file).metadata.items() if key != FINGERPRINT_KEY}
     bare = write_tensors(file.with_name("bare.safetensors"), dict(read_tensors(file)), metadata)
     mix = compose(sd1, Adapter(file), verify=True)
     with pytest.raises(FileError, match=r"bare\.safetensors: it states no fingerprint"):

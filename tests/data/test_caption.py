@@ -13,7 +13,7 @@ from made_up import noise_picture
 from PIL import Image
 from sfumato.pipelines.caption import Config, captions, main, pictures_without, write_new
 
-from sfumato.data.captioners import Wishes, clean, load_captioner
+from sfumato.data.captioners import CaptionSettings, clean, load_captioner
 from sfumato.errors import ConfigError, DataError, FileError
 from sfumato.precision import decide
 
@@ -113,7 +113,7 @@ def files(folder):
 
 @pytest.mark.parametrize("model", ["blip", "florence"])
 def test_a_model_says_something_printable_of_each_picture(model, request, bare):
-    captioner = load_captioner(str(request.getfixturevalue(model)), CPU, Wishes(longest=8))
+    captioner = load_captioner(str(request.getfixturevalue(model)), CPU, CaptionSettings(longest=8))
     captions = captioner([noise_picture(seed=number) for number in range(3)])
     assert len(captions) == 3
     assert all(caption and caption.isprintable() for caption in captions)
@@ -258,12 +258,12 @@ def test_a_folder_without_pictures_has_none_to_describe(tmp_path):
 
 def test_a_tagger_lists_characters_then_tags_by_certainty(tagger):
     green, red = (Image.new("RGB", (30, 20), colour) for colour in ((0, 255, 0), (255, 200, 100)))
-    captioner = load_captioner(str(tagger), CPU, Wishes())
+    captioner = load_captioner(str(tagger), CPU, CaptionSettings())
     # A picture of 30 x 20 is a third white, as the tagger pads it.
     assert captioner([green])[0].split(", ") == ["green hair", "grass"]
     assert captioner([red]) == ["red man, >_<, green hair, grass"]
-    assert load_captioner(str(tagger), CPU, Wishes(without=("grass",)))([green]) == ["green hair"]
-    assert load_captioner(str(tagger), CPU, Wishes(threshold=0.9))([red]) == ["red man, >_<"]
+    assert load_captioner(str(tagger), CPU, CaptionSettings(without=("grass",)))([green]) == ["green hair"]
+    assert load_captioner(str(tagger), CPU, CaptionSettings(threshold=0.9))([red]) == ["red man, >_<"]
 
 
 def test_the_list_of_another_tagger_s_tags_is_refused(tagger, tmp_path):
@@ -271,28 +271,28 @@ def test_the_list_of_another_tagger_s_tags_is_refused(tagger, tmp_path):
     with (tmp_path / "tagger/selected_tags.csv").open("a") as file:
         file.write("\n7,sea,0,0")
     with pytest.raises(FileError, match=r"selected_tags\.csv has 7 tags, model\.onnx gives 6;"):
-        load_captioner(str(tmp_path / "tagger"), CPU, Wishes())([noise_picture(seed=0)])
+        load_captioner(str(tmp_path / "tagger"), CPU, CaptionSettings())([noise_picture(seed=0)])
 
 
 def test_a_tag_to_leave_out_may_be_spelt_as_danbooru_spells_it(tagger):
     red = Image.new("RGB", (30, 20), (255, 200, 100))
-    captioner = load_captioner(str(tagger), CPU, Wishes(without=("green_hair", ">_<")))
+    captioner = load_captioner(str(tagger), CPU, CaptionSettings(without=("green_hair", ">_<")))
     assert captioner([red]) == ["red man, grass"]
     with pytest.raises(ConfigError, match=r"--without 'green hare': the tagger knows no such tag; .* 'green hair'\?"):
-        load_captioner(str(tagger), CPU, Wishes(without=("green hare",)))
+        load_captioner(str(tagger), CPU, CaptionSettings(without=("green hare",)))
 
 
 def test_a_wish_of_no_effect_is_refused(tagger, blip, florence):
     with pytest.raises(ConfigError, match="--detail has no effect on a tagger; it is for florence2"):
-        load_captioner(str(tagger), CPU, Wishes(detail="short"))
+        load_captioner(str(tagger), CPU, CaptionSettings(detail="short"))
     with pytest.raises(ConfigError, match="--longest has no effect on a tagger; it is for blip and florence2"):
-        load_captioner(str(tagger), CPU, Wishes(longest=20))
+        load_captioner(str(tagger), CPU, CaptionSettings(longest=20))
     with pytest.raises(ConfigError, match="--precision has no effect on a tagger; it is for blip and florence2"):
-        load_captioner(str(tagger), CPU, Wishes(precision="bf16"))
+        load_captioner(str(tagger), CPU, CaptionSettings(precision="bf16"))
     with pytest.raises(ConfigError, match="--detail has no effect on blip"):
-        load_captioner(str(blip), CPU, Wishes(detail="short"))
+        load_captioner(str(blip), CPU, CaptionSettings(detail="short"))
     with pytest.raises(ConfigError, match="--without has no effect on florence2; it is for a tagger"):
-        load_captioner(str(florence), CPU, Wishes(without=("grass",)))
+        load_captioner(str(florence), CPU, CaptionSettings(without=("grass",)))
 
 
 def test_a_tagger_computes_where_it_is_told(tagger):
@@ -302,13 +302,13 @@ def test_a_tagger_computes_where_it_is_told(tagger):
     assert _providers("auto", there) == there
     assert _providers("cpu", there) == there[1:]
     assert _providers("cuda:1", there) == [(there[0], {"device_id": "1"}), there[1]]
-    assert load_captioner(str(tagger), CPU, Wishes(device="cpu")).session.get_providers() == there[1:]
+    assert load_captioner(str(tagger), CPU, CaptionSettings(device="cpu")).session.get_providers() == there[1:]
     with pytest.raises(ConfigError, match="--device mps: this onnxruntime has no CoreMLExecutionProvider"):
         _providers("mps", there)
 
 
 def test_a_tagger_pads_to_a_white_square_in_bgr(tagger):
-    captioner = load_captioner(str(tagger), CPU, Wishes())
+    captioner = load_captioner(str(tagger), CPU, CaptionSettings())
     pixels = captioner._pixels(Image.new("RGB", (16, 8), (255, 0, 0)))
     assert pixels.shape == (1, 8, 8, 3)
     assert pixels[0, 0, 0].tolist() == [255, 255, 255]
@@ -318,16 +318,16 @@ def test_a_tagger_pads_to_a_white_square_in_bgr(tagger):
 
 def test_what_is_no_known_model_is_one_line(tmp_path, blip):
     with pytest.raises(ConfigError, match="neither a folder here nor a hub id"):
-        load_captioner("no such place at all", CPU, Wishes())
+        load_captioner("no such place at all", CPU, CaptionSettings())
     with pytest.raises(ConfigError, match="hf download somebody/something"):
-        load_captioner("somebody/something", CPU, Wishes())
+        load_captioner("somebody/something", CPU, CaptionSettings())
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(FileError, match="'llama'; blip, florence2 and WD taggers"):
-        load_captioner(str(tmp_path), CPU, Wishes())
+        load_captioner(str(tmp_path), CPU, CaptionSettings())
     (tmp_path / "config.json").write_text((blip / "config.json").read_text())
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")
     with pytest.raises(FileError, match="pickled weights are never opened"):
-        load_captioner(str(tmp_path), CPU, Wishes())
+        load_captioner(str(tmp_path), CPU, CaptionSettings())
 
 
 def test_a_sentence_becomes_a_caption():
@@ -342,7 +342,7 @@ def test_a_folder_with_an_adapter_beside_the_model_is_refused(tmp_path, blip):
     shutil.copytree(blip, tmp_path / "blip")
     (tmp_path / "blip/adapter_config.json").write_text("{}")
     with pytest.raises(FileError, match=r"blip: holds a peft adapter \(adapter_config\.json\); name a folder without"):
-        load_captioner(str(tmp_path / "blip"), CPU, Wishes())
+        load_captioner(str(tmp_path / "blip"), CPU, CaptionSettings())
 
 
 def test_no_program_of_a_models_folder_is_run(blip, monkeypatch):
@@ -357,7 +357,7 @@ def test_no_program_of_a_models_folder_is_run(blip, monkeypatch):
     for name in ("AutoProcessor", "AutoModelForImageTextToText"):
         monkeypatch.setattr(getattr(transformers, name), "from_pretrained", refuse)
         with pytest.raises(FileError, match="seen"):
-            load_captioner(str(blip), decide("fp32", device="cpu"), Wishes())
+            load_captioner(str(blip), decide("fp32", device="cpu"), CaptionSettings())
         monkeypatch.setattr(getattr(transformers, name), "from_pretrained", lambda *_, **__: None)
     assert asked == [False, False]
 
@@ -365,4 +365,4 @@ def test_no_program_of_a_models_folder_is_run(blip, monkeypatch):
 def test_a_models_config_nested_without_end_is_one_line(tmp_path):
     (tmp_path / "config.json").write_text("[" * 5000)
     with pytest.raises(FileError, match="missing or no JSON"):
-        load_captioner(str(tmp_path), None, Wishes())
+        load_captioner(str(tmp_path), None, CaptionSettings())

@@ -18,7 +18,7 @@ from sfumato.data.mending import mend
 from sfumato.data.needs import needs_of
 from sfumato.data.report import check
 from sfumato.data.source import sources_of
-from sfumato.data.survey import look_at
+from sfumato.data.survey import measure_picture
 from sfumato.errors import ConfigError, DataError
 
 KINDS = kinds()
@@ -51,11 +51,11 @@ def test_no_mutated_file_of_any_format_is_learned_from(name, tmp_path):
     kind = KINDS[name]
     path = tmp_path / f"odd.{kind.suffix}"
     path.write_bytes(kind.data)
-    example = Example(path, "x", sums=(file_digest(path), ""))
-    assert look_at(example, SIZES, 4) == look_at(Example(path, "x"), SIZES, 4)
+    example = Example(path, "x", checksums=(file_digest(path), ""))
+    assert measure_picture(example, SIZES, 4) == measure_picture(Example(path, "x"), SIZES, 4)
     for what, data in mutations(kind.data, np.random.default_rng(len(name))):
         path.write_bytes(data)
-        look = look_at(example, SIZES, 4)
+        look = measure_picture(example, SIZES, 4)
         if data != kind.data:
             assert look.error.startswith(f"{path.name}: not the file that {NAME} lists"), what
             assert look.crop is None
@@ -150,7 +150,7 @@ def test_folders_with_repeats_are_listed_from_above_or_in_each(tmp_path):
     write_sums(tmp_path, [tmp_path / "2_a cat/x.bmp"])
     write_sums(tmp_path / "3_a dog", [tmp_path / "3_a dog/x.bmp"])
     folder = read_folder(tmp_path)
-    assert [example.sums[0] for example in folder] == [file_digest(example.path) for example in folder]
+    assert [example.checksums[0] for example in folder] == [file_digest(example.path) for example in folder]
     assert folder.ignored == ()
 
 

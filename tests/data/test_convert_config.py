@@ -9,7 +9,7 @@ from sfumato.pipelines.dataset_config import main
 
 from sfumato.data import read_folder
 from sfumato.data.foreign import convert
-from sfumato.data.foreign.settings import told
+from sfumato.data.foreign.settings import parsed_scalars
 from sfumato.errors import ConfigError
 
 KOHYA = """
@@ -358,7 +358,7 @@ def test_what_would_fill_the_memory_or_the_stack_is_one_line(tmp_path, name, tex
 
 
 def test_a_text_of_brackets_is_a_text():
-    assert told({"a": "[" * 5000, "b": "True"}, ()) == {"a": "[" * 5000, "b": True}
+    assert parsed_scalars({"a": "[" * 5000, "b": "True"}, ()) == {"a": "[" * 5000, "b": True}
 
 
 def test_what_a_config_says_does_not_command_the_terminal(tmp_path, capsys):

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from sfumato.data import join, prepare, read_folder
+from sfumato.data import concat_batches, prepare, read_folder
 from sfumato.data.cache import Cache
-from sfumato.data.texts import Texts
+from sfumato.data.texts import CaptionEmbeddings
 from sfumato.words import embedding
 
 PROGRAM = """
@@ -72,7 +72,7 @@ def test_a_cache_tells_another_pad_token_and_another_word_of_one_name(real, tmp_
     width = real.text_encoders[0].get_input_embeddings().weight.shape[1]
 
     def is_direct(prompt):
-        texts = Texts(real, cache)
+        texts = CaptionEmbeddings(real, cache)
         texts.compute([prompt])
         return torch.equal(texts[[prompt]].hidden, real.encode_text([prompt]).hidden)
 
@@ -93,7 +93,7 @@ def test_a_cache_tells_another_pad_token_and_another_word_of_one_name(real, tmp_
 def test_real_embeddings_are_joined(real, pictures):
     examples = read_folder(pictures, caption_template="{caption}")
     batch = prepare(examples, real, resolution=64).batch(0, 0, 2)
-    both = join(batch, batch)
+    both = concat_batches(batch, batch)
     assert both.text.hidden.shape[0] == both.latents.shape[0] == 4
 
 

@@ -58,7 +58,7 @@ def test_sources_come_in_their_order_with_their_options(two):
     first, second = folder[0].options, folder[1].options
     assert (first.flip, first.crop, first.weight, first.caption_dropout) == (True, "pad", 0.5, 0.1)
     assert (second.shuffle_tags, second.keep_tags, second.tag_dropout, second.flip) == (True, 1, 0.2, None)
-    assert [len(folder.of(group)) for group in ("instance", "class")] == [1, 2]
+    assert [len(folder.in_group(group)) for group in ("instance", "class")] == [1, 2]
 
 
 def test_the_command_line_s_template_is_for_sources_without_one_and_never_for_the_class(two):

@@ -10,7 +10,7 @@ from made_up import FakeBase, noise_picture
 from PIL import Image
 from torch.testing import assert_close
 
-from sfumato.data import Example, Options, join, open_image, prepare, preparing
+from sfumato.data import Example, Options, concat_batches, open_image, prepare, preparing
 from sfumato.data.buckets import fit_crop
 from sfumato.data.tags import count_forms, forms, vary
 from sfumato.errors import DataError
@@ -229,14 +229,14 @@ def test_two_batches_are_joined_in_order(wide):
         [Example(wide[0].path, "class", alpha_mask=True)], FakeBase(), resolution=64, crop="pad", buckets=False
     )
     first, second = one.batch(0, 0, 2), replace(other.batch(0, 0, 1), weights=torch.tensor([0.5]))
-    both = join(first, second)
+    both = concat_batches(first, second)
     assert len(both) == 3
     assert both.captions == [*first.captions, "class"]
     for name in ("latents", "original_sizes", "crops", "target_sizes", "weights"):
         assert torch.equal(getattr(both, name), torch.cat([getattr(first, name), getattr(second, name)])), name
     assert torch.equal(both.mask[:2], torch.ones_like(both.mask[:2]))
     assert torch.equal(both.mask[2:], second.mask)
-    assert torch.equal(join(second, first).mask, torch.cat([second.mask, both.mask[:2]]))
+    assert torch.equal(concat_batches(second, first).mask, torch.cat([second.mask, both.mask[:2]]))
     assert torch.equal(both.text.hidden, torch.cat([first.text.hidden, second.text.hidden]))
     assert both.indices == [*first.indices, 0]
 
@@ -245,4 +245,4 @@ def test_batches_of_two_shapes_cannot_be_joined(wide):
     one = prepare(wide, FakeBase(), resolution=64, buckets=False).batch(0, 0, 2)
     other = prepare(wide, FakeBase(), resolution=64).batch(0, 0, 2)
     with pytest.raises(ValueError, match="two shapes"):
-        join(one, other)
+        concat_batches(one, other)

@@ -7,11 +7,20 @@ import torch
 
 from sfumato.errors import FileError
 from sfumato.files.changes import LoraModule
-from sfumato.files.fingerprint import KEY, PROBES, Comparison, check, compare, fingerprint, rows, verify
+from sfumato.files.fingerprint import (
+    FINGERPRINT_KEY,
+    PROBES,
+    Comparison,
+    check,
+    compare,
+    fingerprint,
+    probe_rows,
+    verify,
+)
 from sfumato.files.header import read_header
 from sfumato.files.lora_file import read_lora
-from sfumato.files.write import write_lora
-from sfumato.files.write_dotted import write_diffusers
+from sfumato.files.write_kohya import write_lora
+from sfumato.files.write_peft_keys import write_diffusers
 from tests.files.said import TO_K, said
 
 
@@ -24,7 +33,7 @@ def modules(tiny, lora):
 @pytest.mark.parametrize("write", [write_lora, write_diffusers])
 def test_it_survives_dtypes_and_dialects(dtype, error, write, modules, tmp_path):
     found = read_lora(write(tmp_path / "a.safetensors", modules, family="sd1", dtype=dtype))
-    comparison = check(found.metadata[KEY], found.modules, "a")
+    comparison = check(found.metadata[FINGERPRINT_KEY], found.modules, "a")
     assert comparison.same()
     assert comparison.rms < error
 
@@ -36,7 +45,7 @@ def test_a_few_steps_survive_fp16(write, half, modules, tmp_path):
     small = {key: replace(module, **{half: getattr(module, half) * 1e-8}) for key, module in modules.items()}
     small |= {key: replace(module, up=module.up * 0) for key, module in list(small.items())[:1]}  # not trained at all
     found = read_lora(write(tmp_path / "a.safetensors", small, family="sd1", dtype=torch.float16))
-    comparison = check(found.metadata[KEY], found.modules, "a")
+    comparison = check(found.metadata[FINGERPRINT_KEY], found.modules, "a")
     assert comparison.same()
     assert comparison.rms < 1e-3
 
@@ -63,7 +72,7 @@ def test_one_module_in_a_thousand_that_differs_is_named(modules):
 
 def test_a_few_hundredths_more_are_another_adapter(modules):
     stronger = {target: replace(module, alpha=1.03 * module.alpha) for target, module in modules.items()}
-    comparison = compare(rows(modules), rows(stronger))
+    comparison = compare(probe_rows(modules), probe_rows(stronger))
     assert comparison.rms == pytest.approx(0.03 / 1.03, rel=0.3)
     assert not comparison.same()
 
@@ -76,7 +85,7 @@ def test_the_probes_see_the_size_of_an_error(modules):
     }
     error = [float((noisy[t].delta() - modules[t].delta()).norm() / modules[t].delta().norm()) ** 2 for t in modules]
     true = (sum(error) / len(error)) ** 0.5
-    assert compare(rows(modules), rows(noisy)).rms == pytest.approx(true, rel=0.2)
+    assert compare(probe_rows(modules), probe_rows(noisy)).rms == pytest.approx(true, rel=0.2)
 
 
 def test_another_split_of_the_same_delta_is_the_same(two_modules):
@@ -85,17 +94,17 @@ def test_another_split_of_the_same_delta_is_the_same(two_modules):
         target: replace(module, up=module.up @ turn, down=torch.linalg.inv(turn) @ module.down)
         for target, module in two_modules.items()
     }
-    assert compare(rows(two_modules), rows(other)).rms < 1e-6
+    assert compare(probe_rows(two_modules), probe_rows(other)).rms < 1e-6
 
 
 def test_a_delta_is_seen_as_its_factors_are(two_modules):
     dense = {target: module.delta() for target, module in two_modules.items()}
-    assert compare(rows(two_modules), rows(dense)).rms < 1e-6
+    assert compare(probe_rows(two_modules), probe_rows(dense)).rms < 1e-6
 
 
 def test_missing_and_new_modules_are_counted(two_modules):
     first, second = two_modules
-    comparison = compare(rows({first: two_modules[first]}), rows({second: two_modules[second]}))
+    comparison = compare(probe_rows({first: two_modules[first]}), probe_rows({second: two_modules[second]}))
     assert (len(comparison.missing), len(comparison.extra)) == (1, 1)
     assert "1 module missing and 1 new" in comparison.reason()
     with pytest.raises(FileError, match="is of 2 modules, the file has 1"):
@@ -111,13 +120,13 @@ def test_a_broken_fingerprint_is_an_error(text, two_modules):
 def test_a_module_of_nothing_is_the_same_as_itself(two_modules):
     target = next(iter(two_modules))
     nothing = two_modules | {target: LoraModule(torch.zeros(2, 768), torch.zeros(4, 2), 2.0)}
-    assert compare(rows(nothing), rows(nothing)).rms == 0
-    assert not compare(rows(nothing), rows(two_modules)).same()
+    assert compare(probe_rows(nothing), probe_rows(nothing)).rms == 0
+    assert not compare(probe_rows(nothing), probe_rows(two_modules)).same()
 
 
 def test_it_is_of_what_was_trained_and_not_of_the_rounded_file(two_modules, tmp_path):
     path = write_lora(tmp_path / "a.safetensors", two_modules, family="sd1", dtype=torch.bfloat16)
-    assert read_header(path).metadata[KEY] == fingerprint(two_modules)
+    assert read_header(path).metadata[FINGERPRINT_KEY] == fingerprint(two_modules)
 
 
 def test_what_a_fingerprint_says(two_modules):

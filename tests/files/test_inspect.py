@@ -15,7 +15,7 @@ from sfumato.files.inspect import Block, Inspection, inspect_file, render
 from sfumato.files.layers import block_of
 from sfumato.files.lora_file import LoraModule
 from sfumato.files.metadata import Description, describe, short_hash
-from sfumato.files.write import write_lora
+from sfumato.files.write_kohya import write_lora
 from tests.files.said import TO_K
 
 

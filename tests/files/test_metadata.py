@@ -20,8 +20,8 @@ from sfumato.files.metadata import (
     trigger_words,
     words_beside,
 )
-from sfumato.files.write import fitted
-from sfumato.merging.lineage import Parent, inherit
+from sfumato.files.write_kohya import metadata_within_limit
+from sfumato.merging.lineage import Parent, merged_metadata
 from tests.files.said import said
 
 
@@ -36,14 +36,14 @@ def test_adapter_guidance_is_written_where_there_is_any(strength, text):
 def test_what_is_made_of_files_that_ask_for_one_adapter_guidance_asks_for_it(parents, child):
     told = [describe(Description("line", "sd1", adapter_guidance=strength)) for strength in parents]
     files = [Parent(f"{place}.safetensors", "ab", metadata, "sd1", 1.0) for place, metadata in enumerate(told)]
-    assert adapter_guidance_of(inherit(files, title="mix", family="sd1")) == child
+    assert adapter_guidance_of(merged_metadata(files, title="mix", family="sd1")) == child
 
 
 @pytest.mark.parametrize(("parents", "child"), [("ab", ""), ("aa", "a"), (["a", ""], "")])
 def test_what_is_made_of_files_of_one_release_is_of_that_release(parents, child):
     told = [describe(Description("line", "sd1", base_fingerprint=each)) for each in parents]
     files = [Parent(f"{place}.safetensors", "ab", metadata, "sd1", 1.0) for place, metadata in enumerate(told)]
-    assert inherit(files, title="mix", family="sd1").get("sfumato.base_fingerprint", "") == child
+    assert merged_metadata(files, title="mix", family="sd1").get("sfumato.base_fingerprint", "") == child
 
 
 @pytest.mark.parametrize("text", ["", "much", "-1", "nan", "inf", "21"])
@@ -71,7 +71,7 @@ def test_what_a_file_says_wrongly_of_its_steps_is_none(text):
 def test_what_is_made_of_files_that_ask_for_the_same_steps_asks_for_them(ends, child):
     told = [describe(Description("line", "sd1", over_steps=end and (0.0, end))) for end in ends]
     files = [Parent(f"{place}.safetensors", "ab", metadata, "sd1", 1.0) for place, metadata in enumerate(told)]
-    assert over_steps_of(inherit(files, title="mix", family="sd1")) == child
+    assert over_steps_of(merged_metadata(files, title="mix", family="sd1")) == child
 
 
 def test_all_that_can_be_said_is_said(monkeypatch):
@@ -164,7 +164,7 @@ def test_long_captions_and_settings_leave_room_for_all_else_that_a_file_says():
     noise = Image.effect_noise((512, 512), 100)
     config = {"steps": 3, "sample_prompts": captions}
     metadata = describe(Description("n", "sdxl", captions=captions, config=config, thumbnail=noise))
-    assert fitted(metadata, modules=1058) == (metadata, [])
+    assert metadata_within_limit(metadata, modules=1058) == (metadata, [])
     assert len(metadata["ss_tag_frequency"]) > 10_000
     assert metadata["sfumato.config"] == '{"steps":3}'
 

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from sfumato.errors import AdapterError
 from sfumato.files.lora_file import LoraModule, read_lora
-from sfumato.files.write import write_lora
+from sfumato.files.write_kohya import write_lora
 
 MODULES = {"sd1": 282 + 72, "sd2": 282 + 138, "sdxl": 794 + 72 + 192}
 """Linear and convolution layers of the real configs: the U-Net's, then the text encoders'."""

@@ -8,9 +8,9 @@ import torch
 
 from sfumato.errors import AdapterError, FileError
 from sfumato.files import inspect_file, read_adapter
-from sfumato.files.write import write_lora
-from sfumato.files.write_dotted import write_peft
-from sfumato.merging.sources import identity
+from sfumato.files.write_kohya import write_lora
+from sfumato.files.write_peft_keys import write_peft
+from sfumato.merging.sources import adapter_hash
 from tests.files.said import said
 
 TARGETS = ["attn1.to_q", "attn2.to_k", "to_out.0", "conv1", "proj_in", "conv_shortcut"]
@@ -221,5 +221,5 @@ def test_a_folder_of_parts_is_shown_as_the_file_that_it_makes(tiny, lora, tmp_pa
     assert folder.norm == pytest.approx(file.norm)
     assert folder.bytes == sum(part.stat().st_size for part in (tmp_path / "a").rglob("*.safetensors"))
     assert {inspect_file(tmp_path / "a" / part).hash for part in ("unet", "text_encoder")}.isdisjoint({folder.hash})
-    assert folder.hash == identity(tmp_path / "a")
-    assert inspect_file(tmp_path / "a/unet").hash == identity(tmp_path / "a/unet")
+    assert folder.hash == adapter_hash(tmp_path / "a")
+    assert inspect_file(tmp_path / "a/unet").hash == adapter_hash(tmp_path / "a/unet")

@@ -17,14 +17,14 @@ from torch.testing import assert_close
 from sfumato.errors import AdapterError, ConfigError, FileError
 from sfumato.files import read_tensors
 from sfumato.files import write_difference as writer
-from sfumato.files.fingerprint import KEY
+from sfumato.files.fingerprint import FINGERPRINT_KEY
 from sfumato.files.header import read_header
 from sfumato.files.lora_file import LoraModule, read_lora
 from sfumato.files.metadata import METADATA_LIMIT, Description, describe, short_hash
-from sfumato.files.save import hashes, ordered, write_one_by_one, write_tensors
-from sfumato.files.write import fitted, one_alpha, write_lora
+from sfumato.files.save import hashes, ordered, write_streamed, write_tensors
 from sfumato.files.write_difference import write_difference
-from sfumato.files.write_dotted import write_diffusers, write_peft
+from sfumato.files.write_kohya import metadata_within_limit, one_alpha, write_lora
+from sfumato.files.write_peft_keys import write_diffusers, write_peft
 from sfumato.training import full
 from tests.files.said import TO_K, said
 
@@ -166,10 +166,18 @@ def test_a_lora_is_called_one_whatever_it_was_made_of(module, args, kept, two_mo
 
 
 def test_the_largest_metadata_give_way_to_what_there_is_room_for():
-    found = {"ss_tag_frequency": "t" * 60_000, "ss_datasets": "d" * 50_000, "ss_seed": "1", KEY: "f" * 100_000}
-    assert fitted(found, modules=100) == ({"ss_datasets": "d" * 50_000, "ss_seed": "1"}, ["ss_tag_frequency"])
-    assert fitted(found, modules=3_000)[1] == ["ss_tag_frequency", "ss_datasets"]
-    assert fitted({"ss_seed": "1"}, modules=100) == ({"ss_seed": "1"}, [])
+    found = {
+        "ss_tag_frequency": "t" * 60_000,
+        "ss_datasets": "d" * 50_000,
+        "ss_seed": "1",
+        FINGERPRINT_KEY: "f" * 100_000,
+    }
+    assert metadata_within_limit(found, modules=100) == (
+        {"ss_datasets": "d" * 50_000, "ss_seed": "1"},
+        ["ss_tag_frequency"],
+    )
+    assert metadata_within_limit(found, modules=3_000)[1] == ["ss_tag_frequency", "ss_datasets"]
+    assert metadata_within_limit({"ss_seed": "1"}, modules=100) == ({"ss_seed": "1"}, [])
 
 
 def test_one_module_under_two_paths_is_not_written(two_modules, tmp_path):
@@ -301,7 +309,7 @@ def test_a_file_written_one_by_one_has_the_same_bytes(tmp_path):
     metadata = {"ss_seed": "1", "title": "ein Gemälde"}
     shapes, path = {name: tensor.to("meta") for name, tensor in TENSORS.items()}, tmp_path / "a.safetensors"
     for hashed in (True, False):
-        write_one_by_one(path, shapes, TENSORS.__getitem__, metadata, hashed=hashed)
+        write_streamed(path, shapes, TENSORS.__getitem__, metadata, hashed=hashed)
         described = metadata | (hashes(TENSORS, metadata) if hashed else {})
         assert path.read_bytes() == write_tensors(tmp_path / "b.safetensors", TENSORS, described).read_bytes()
 
@@ -311,7 +319,7 @@ def test_what_cannot_be_made_leaves_no_half_of_a_file(tmp_path):
     for broken, message in ((torch.tensor([1.0, torch.nan]), "b holds NaN"), (torch.ones(3), "b is not of the shape")):
         made = {"a": torch.ones(2), "b": broken}
         with pytest.raises(FileError, match=message):
-            write_one_by_one(path, shapes, made.__getitem__, {})
+            write_streamed(path, shapes, made.__getitem__, {})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -322,7 +330,7 @@ def test_a_file_that_cannot_be_read_meanwhile_is_not_told_as_one_that_cannot_be_
     path = tmp_path / "a.safetensors"
     said = r"^a.safetensors: what it is made of cannot be read \(base.safetensors: Input/output error\), so nothing"
     with pytest.raises(FileError, match=said):
-        write_one_by_one(path, TENSORS, make, {})
+        write_streamed(path, TENSORS, make, {})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -363,8 +371,8 @@ def test_what_training_changed_is_held_a_weight_at_a_time(tmp_path, monkeypatch)
         assert sum(each() is not None for each in held) == 1
         return all_rows(modules)
 
-    all_rows = writer.rows
-    monkeypatch.setattr(writer, "rows", rows)
+    all_rows = writer.probe_rows
+    monkeypatch.setattr(writer, "probe_rows", rows)
     path = tmp_path / "a.safetensors"
     options = {"family": "sd1", "metadata": {"ss_seed": "1"}, "dtype": torch.float16}
     assert full.write_changes(path, model(1.5), model(1.0), **options) == 4

@@ -5,8 +5,8 @@ from safetensors.torch import load_file
 
 from sfumato.files import read_header, write_tensors
 from sfumato.files.metadata import short_hash
-from sfumato.files.write import write_lora
 from sfumato.files.write_embedding import write_embedding
+from sfumato.files.write_kohya import write_lora
 from tests.bundles import add_words
 from tests.files.said import said
 

@@ -16,7 +16,7 @@ from sfumato.files.adapter_file import read_adapter
 from sfumato.files.header import read_header
 from sfumato.files.lora_file import LoraModule
 from sfumato.files.write_difference import write_difference
-from sfumato.files.write_dotted import write_diffusers, write_peft
+from sfumato.files.write_peft_keys import write_diffusers, write_peft
 from tests.files.said import said
 
 

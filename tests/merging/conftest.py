@@ -12,7 +12,7 @@ from sfumato import randomness
 from sfumato.files.changes import LoraModule
 from sfumato.files.kohya import Target
 from sfumato.files.metadata import Description, describe
-from sfumato.files.write import write_lora
+from sfumato.files.write_kohya import write_lora
 from tests.tiny import tiny_pipeline, tiny_pocket_folder, write_folder, write_single_file
 
 

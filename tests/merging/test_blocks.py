@@ -3,7 +3,7 @@
 import pytest
 
 from sfumato.errors import AdapterError
-from sfumato.weighting.modules import select
+from sfumato.weighting.modules import select_modules
 
 INNER = "attentions.1.transformer_blocks.0.attn2.to_k"
 TARGETS = [
@@ -33,10 +33,10 @@ TARGETS = [
     ],
 )
 def test_words_name_runs_of_a_path(words, places):
-    assert select(TARGETS, words) == {TARGETS[place] for place in places}
+    assert select_modules(TARGETS, words) == {TARGETS[place] for place in places}
 
 
 @pytest.mark.parametrize("word", ["dwon", "down.7", "to", "attn"])
 def test_a_word_that_names_nothing_is_refused(word):
     with pytest.raises(AdapterError, match="names none of the 7 modules"):
-        select(TARGETS, word)
+        select_modules(TARGETS, word)

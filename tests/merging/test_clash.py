@@ -11,8 +11,8 @@ from sfumato.pipelines.clash import main
 from sfumato.cli import guarded
 from sfumato.errors import AdapterError
 from sfumato.files.changes import LoraModule
-from sfumato.merging.merge import Ingredient
-from sfumato.merging.overlap import clashes, whole
+from sfumato.merging.merge import MergeSource
+from sfumato.merging.overlap import clashes, conflict_by_pair
 from tests.bundles import add_words
 
 TARGET = ("unet", "down_blocks.0.attentions.1.transformer_blocks.0.attn2.to_k")
@@ -21,7 +21,7 @@ E = torch.eye(3)
 
 def source(name, up, down, weight=1.0, target=TARGET):
     rank = down.shape[0]
-    return Ingredient(name, {target: LoraModule(down, up, float(rank))}, weight)
+    return MergeSource(name, {target: LoraModule(down, up, float(rank))}, weight)
 
 
 def one(first, second):
@@ -55,9 +55,9 @@ def test_a_block_counts_by_its_energy_in_the_conflict_of_the_whole():
     other = ("unet", "mid_block.attentions.0.transformer_blocks.0.attn2.to_k")
     small = LoraModule(E[:1], E[:, :1], 1.0)
     large = [LoraModule(E[i : i + 1] * 10, E[:, i : i + 1], 1.0) for i in range(2)]
-    a = Ingredient("a", {TARGET: small, other: large[0]})
-    b = Ingredient("b", {TARGET: replace(small, up=-small.up), other: large[1]})
-    assert whole(clashes([a, b])) == {("a", "b"): pytest.approx(2 / 202)}
+    a = MergeSource("a", {TARGET: small, other: large[0]})
+    b = MergeSource("b", {TARGET: replace(small, up=-small.up), other: large[1]})
+    assert conflict_by_pair(clashes([a, b])) == {("a", "b"): pytest.approx(2 / 202)}
 
 
 @pytest.mark.parametrize(("weight", "said"), [(0.0, "0"), ((0.0, 0.5), "0:0.5")])
@@ -91,7 +91,7 @@ def test_blocks_stand_in_the_order_of_the_model():
     paths = ["up_blocks.1.attentions.0.proj_in", "mid_block.resnets.0.conv1", "down_blocks.10.resnets.0.conv1"]
     targets = [("unet", path) for path in [*paths, "down_blocks.2.resnets.0.conv1"]]
     targets.append(("text_encoder", "encoder.layers.3.mlp.fc1"))
-    both = [Ingredient(name, {t: LoraModule(E[:1], E[:, :1], 1.0) for t in targets}) for name in "ab"]
+    both = [MergeSource(name, {t: LoraModule(E[:1], E[:, :1], 1.0) for t in targets}) for name in "ab"]
     assert [pair.block for pair in clashes(both)] == [
         "text_encoder.3",
         "down_blocks.2.resnets.0",

@@ -15,7 +15,7 @@ from sfumato.files.adapter_file import read_adapter
 from sfumato.files.changes import LoraModule
 from sfumato.files.header import read_header
 from sfumato.files.save import write_tensors
-from sfumato.files.write_dotted import write_peft
+from sfumato.files.write_peft_keys import write_peft
 from tests.bundles import add_words
 
 FORMS = {"kohya": "k.safetensors", "diffusers": "d.safetensors", "peft": "p"}

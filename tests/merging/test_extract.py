@@ -15,7 +15,7 @@ from sfumato.errors import AdapterError
 from sfumato.files.adapter_file import read_adapter
 from sfumato.files.header import read_header
 from sfumato.files.lora_file import read_lora
-from sfumato.files.write import write_lora
+from sfumato.files.write_kohya import write_lora
 from sfumato.merging.extract import extract as extract_pairs
 from sfumato.merging.factors import Budget
 from sfumato.merging.whole_model import read_mixable

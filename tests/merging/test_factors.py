@@ -8,12 +8,12 @@ from sfumato import randomness
 from sfumato.errors import AdapterError
 from sfumato.files.changes import LoraModule
 from sfumato.merging.factors import (
-    ALL,
+    KEEP_ALL,
     Budget,
     Factors,
     factorise,
     from_module,
-    product_energy,
+    inner_product,
     randomised_svd,
     to_module,
     truncate,
@@ -53,7 +53,7 @@ def test_keeping_all_of_the_energy_is_exact():
 
 def test_ranks_beyond_the_matrix_fold_down_to_it():
     factors = Factors(random(3, 10), random(10, 4, seed=1))
-    found, _ = truncate(factors, ALL)
+    found, _ = truncate(factors, KEEP_ALL)
     assert found.rank == 3
     assert_close(found.delta(), factors.delta())
 
@@ -74,7 +74,7 @@ def test_a_budget_that_is_none_is_refused(budget):
 def test_energy_and_inner_product_are_those_of_the_deltas():
     first, second = Factors(random(6, 2), random(2, 5, seed=1)), Factors(random(6, 3, seed=2), random(3, 5, seed=3))
     assert first.energy() == pytest.approx(float(first.delta().square().sum()))
-    assert product_energy(first, second) == pytest.approx(float((first.delta() * second.delta()).sum()))
+    assert inner_product(first, second) == pytest.approx(float((first.delta() * second.delta()).sum()))
 
 
 def test_a_dense_delta_of_low_rank_is_found_whole():

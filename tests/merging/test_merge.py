@@ -22,9 +22,9 @@ from sfumato.files.save import write_tensors
 from sfumato.merging.bake import bake
 from sfumato.merging.convert import Deltas
 from sfumato.merging.factors import Budget
-from sfumato.merging.merge import Ingredient, merge
+from sfumato.merging.merge import MergeSource, merge
 from sfumato.merging.methods import Settings
-from sfumato.merging.stored import stored
+from sfumato.merging.stored import stored_base
 from tests.bundles import add_words
 from tests.merging.conftest import random_modules
 from tests.tiny import CPU
@@ -202,7 +202,7 @@ def test_shapes_are_not_mixed(tiny_base):
     target = next(iter(weights))
     small, large = ({target: w} for w in (weights[target], torch.cat([weights[target]] * 2)))
     with pytest.raises(AdapterError, match=r"They were trained for different bases"):
-        merge([Ingredient("a", random_modules(small, 1)), Ingredient("b", random_modules(large, 2))])
+        merge([MergeSource("a", random_modules(small, 1)), MergeSource("b", random_modules(large, 2))])
 
 
 @pytest.mark.parametrize(
@@ -260,10 +260,10 @@ def test_a_kind_without_low_rank_is_factored_from_its_delta_on_the_base(tiny_bas
     weights = base.weights()
     target = next(t for t in weights if t[1].endswith("attn2.to_q"))
     lora = random_modules({target: weights[target]}, 1)
-    sources = [Ingredient("nudge", {target: Nudge(0.1)}, 0.5), Ingredient("lora", lora, 2.0)]
+    sources = [MergeSource("nudge", {target: Nudge(0.1)}, 0.5), MergeSource("lora", lora, 2.0)]
     with pytest.raises(AdapterError, match=r"nudge: the delta of OFT .* Name the base it was made for with --base"):
         merge(sources, budget=Budget(rank=4))
-    at = stored(base.folder).weight
+    at = stored_base(base.folder).weight
     with pytest.raises(AdapterError, match=r"OFT .* has no exact low-rank form. Say how much to keep"):
         merge(sources, base=at)
     wanted = 0.05 * weights[target] + 2 * lora[target].delta()
@@ -279,7 +279,7 @@ def test_a_changed_bias_is_not_lost_in_silence(tiny_base):
     target = next(iter(weights))
     module = replace(random_modules({target: weights[target]}, 1)[target], bias_delta=torch.ones(len(weights[target])))
     with pytest.raises(AdapterError, match=r"a: .* changes a bias, which a LoRA cannot"):
-        merge([Ingredient("a", {target: module})])
+        merge([MergeSource("a", {target: module})])
 
 
 def everything(weights):
@@ -359,12 +359,12 @@ def test_baking_what_does_not_fit_writes_nothing(tiny_base, adapter_file, tmp_pa
 
 def test_a_factor_on_the_outputs_takes_the_bias_with_it(tiny_base, tmp_path):
     """peft's IA3 (Liu et al. 2022): the layer's whole output is multiplied."""
-    base = stored(tiny_base("pocket").folder)
+    base = stored_base(tiny_base("pocket").folder)
     target = ("unet", "mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0")
     weight, bias = base.weight(target), base.weight(target, "bias")
-    source = Ingredient("a", {target: Ia3(torch.linspace(-1, 1, len(bias)), on_input=False, scales_bias=True)}, 0.5)
+    source = MergeSource("a", {target: Ia3(torch.linspace(-1, 1, len(bias)), on_input=False, scales_bias=True)}, 0.5)
     factor = 1 + 0.5 * torch.linspace(-1, 1, len(bias))
-    baked = stored(bake(base, [source], tmp_path / "baked", {}, method="linear", settings=Settings(), seed=0))
+    baked = stored_base(bake(base, [source], tmp_path / "baked", {}, method="linear", settings=Settings(), seed=0))
     assert_close(baked.weight(target), weight * factor[:, None])
     assert_close(baked.weight(target, "bias"), bias * factor)
     of_weight, of_bias = Deltas(source, base)[target]

@@ -8,7 +8,7 @@ from sfumato.errors import AdapterError
 from sfumato.files import read_adapter, write_tensors
 from sfumato.files.changes import LoraModule
 from sfumato.merging.factors import Budget
-from sfumato.merging.merge import Ingredient, dense_delta, merge
+from sfumato.merging.merge import MergeSource, dense_delta, merge
 
 LINEAR = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
 CONVOLUTION = "lora_unet_mid_block_resnets_0_conv1"
@@ -50,7 +50,7 @@ def test_the_factors_tell_the_shape(tensors, shape, tmp_path):
     assert change.fits(shape)
     wanted = change.delta(torch.zeros(shape))
     assert_close(dense_delta(change, target, "a", None), wanted)
-    merged = merge([Ingredient("a", changes, 0.5)], budget=Budget(keep_energy=1.0)).modules[target]
+    merged = merge([MergeSource("a", changes, 0.5)], budget=Budget(keep_energy=1.0)).modules[target]
     assert merged.shape == shape
     assert_close(merged.delta(), 0.5 * wanted, atol=1e-5, rtol=1e-5)
 
@@ -60,7 +60,7 @@ def test_what_is_lost_before_a_method_on_factors_counts_as_lost(tmp_path):
     changes = read_adapter(write_tensors(tmp_path / "a.safetensors", loha(LINEAR, 12, 8))).changes
     ((target, change),) = changes.items()
     wanted = change.delta(torch.zeros(12, 8))
-    merged = merge([Ingredient("a", changes, 1.0)], method="np-lora", budget=Budget(rank=1))
+    merged = merge([MergeSource("a", changes, 1.0)], method="np-lora", budget=Budget(rank=1))
     lost = (merged.modules[target].delta() - wanted).square().sum() / wanted.square().sum()
     assert 0.05 < lost < 0.95
     assert merged.share == pytest.approx(1 - lost.item(), abs=1e-5)
@@ -69,7 +69,7 @@ def test_what_is_lost_before_a_method_on_factors_counts_as_lost(tmp_path):
 def test_modules_of_one_shape_are_thinned_at_other_places():
     module = LoraModule(torch.ones(1, 8), torch.ones(12, 1), 1.0)
     changes = {("unet", f"mid_block.attentions.0.{name}"): module for name in ("to_q", "to_k")}
-    one, other = merge([Ingredient("a", changes, 1.0)], method="dare", budget=Budget(keep_energy=1.0)).modules.values()
+    one, other = merge([MergeSource("a", changes, 1.0)], method="dare", budget=Budget(keep_energy=1.0)).modules.values()
     assert not torch.allclose(one.delta(), other.delta(), atol=0.1)
 
 

@@ -19,7 +19,7 @@ from sfumato.files.changes.lokr import Factor, Lokr
 from sfumato.files.changes.oft import OutputOft
 from sfumato.merging.convert import as_lora, write
 from sfumato.merging.factors import Budget
-from sfumato.merging.merge import Ingredient
+from sfumato.merging.merge import MergeSource
 from tests.copies import copies
 
 
@@ -62,7 +62,7 @@ def test_every_kind_reaches_diffusers_and_peft_with_the_error_told(to, kind, fam
     weights = dict(list(weights.items())[:3])
     changes = {target: KINDS[kind](weight) for target, weight in weights.items()}
     budget = Budget(rank=None if kind == "LoRA" else 4)
-    made = as_lora(Ingredient("a", changes), budget, weights.__getitem__)
+    made = as_lora(MergeSource("a", changes), budget, weights.__getitem__)
     path = tmp_path / ("a" if to == "peft" else "a.safetensors")
     write(to, path, made.modules, family=family, metadata={}, dtype=torch.float32)
     found = applied(base, path, to)

@@ -6,12 +6,12 @@ from safetensors.torch import load_file
 from sfumato.pipelines import verify
 
 from sfumato.cli import guarded
-from sfumato.files.fingerprint import KEY
+from sfumato.files.fingerprint import FINGERPRINT_KEY
 from sfumato.files.header import read_header
 from sfumato.files.lora_file import LoraModule
 from sfumato.files.save import write_tensors
-from sfumato.files.write import write_lora
 from sfumato.files.write_difference import write_difference
+from sfumato.files.write_kohya import write_lora
 
 LINEAR = ("unet", "mid_block.attentions.0.transformer_blocks.0.attn1.to_q")
 CONVOLUTION = ("unet", "mid_block.resnets.0.conv1")
@@ -41,7 +41,7 @@ def test_a_full_difference_is_what_its_fingerprint_says(with_base, deltas, tiny_
     assert run(file, *base) == 0
     assert "the same against its own fingerprint" in capsys.readouterr().out
     other = write_difference(tmp_path / "b.safetensors", deltas | {LINEAR: (-deltas[LINEAR][0], None)}, family="pocket")
-    stated = {KEY: read_header(file).metadata[KEY]}
+    stated = {FINGERPRINT_KEY: read_header(file).metadata[FINGERPRINT_KEY]}
     assert run(write_tensors(tmp_path / "c.safetensors", load_file(other), stated), *base) == 1
 
 

@@ -20,8 +20,8 @@ from sfumato.files import LoraModule, write_lora
 from sfumato.files.adapter_file import read_adapter
 from sfumato.merging import whole_model
 from sfumato.merging.methods import DENSE, Settings
-from sfumato.merging.sources import identity
-from sfumato.merging.stored import stored
+from sfumato.merging.sources import adapter_hash
+from sfumato.merging.stored import stored_base
 from sfumato.merging.whole_model import as_adapter, files_of_parts, is_whole_model
 from sfumato.weighting.blocks import Blocks
 from tests.merging.conftest import TinyBase
@@ -57,7 +57,7 @@ def models(tmp_path_factory):
 
 def parameters(source):
     """All of a stored model's parameters, fp32."""
-    model = stored(source)
+    model = stored_base(source)
     return {parameter: model.read(parameter).float() for parameter in model.places}
 
 
@@ -280,13 +280,13 @@ def test_a_file_is_looked_into_once_and_again_when_it_is_another(models, adapter
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
 def test_a_folder_is_named_by_its_weights_without_the_vae(family, models, tmp_path):
     folder = models(family, 1).folder
-    files = {place.file for place in stored(folder).places.values()}
+    files = {place.file for place in stored_base(folder).places.values()}
     assert files_of_parts(folder) == sorted(files)
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     shutil.rmtree(copy / "vae")
-    assert identity(copy) == identity(folder) != identity(models(family, 2).folder)
-    model = stored(copy)
+    assert adapter_hash(copy) == adapter_hash(folder) != adapter_hash(models(family, 2).folder)
+    model = stored_base(copy)
     parameter, place = next(iter(model.places.items()))
     save_file(load_file(place.file), place.file, {"saved": "anew"})
     with pytest.raises(FileError, match="the file changed"):

@@ -26,10 +26,10 @@ from sfumato.errors import BaseModelError, ConfigError, DataError, RunError
 from sfumato.files import read_tensors
 from sfumato.pocket import muon
 from sfumato.pocket.captions import caption, other_caption, read_words
-from sfumato.pocket.hands import by_hands, hand_name
 from sfumato.pocket.latents import Latents, encode, encode_all
 from sfumato.pocket.lessons import FARTHEST, Lesson, Lessons, Shares
 from sfumato.pocket.muon import Muon, orthogonal
+from sfumato.pocket.outputs import save_sheet, sheet
 from sfumato.pocket.parts import build_vae
 from sfumato.pocket.pictures import (
     VARIANTS,
@@ -41,7 +41,7 @@ from sfumato.pocket.pictures import (
     read_others,
 )
 from sfumato.pocket.pictures import read_pictures as read_drawings
-from sfumato.pocket.shown import save_sheet, sheet
+from sfumato.pocket.style_augmentation import hand_name, restyle
 from sfumato.precision import Precision
 from tests.tiny import CPU
 from trainers.pretrain import Config, rate_at, train
@@ -546,7 +546,7 @@ def test_latents_of_changed_and_crossed_pictures_are_those_of_the_pictures_as_th
     lesson = Lesson(asked=[0, 1, 2], seen=[0, 3, 4], variants=[1, 0, 0], moves=moves, hands=hands, captions=[])
     lying = to_floats(torch.stack([move.of(drawn.pixels[0].flip(2)), move.of(drawn.pixels[1]), drawn.pixels[2]]))
     shown = to_floats(torch.stack([move.of(drawn.pixels[0].flip(2)), move.of(drawn.pixels[3]), drawn.pixels[4]]))
-    changed = [torch.cat([pixels[:1], by_hands(pixels[1:], [7, 8])]) for pixels in (lying, shown)]
+    changed = [torch.cat([pixels[:1], restyle(pixels[1:], [7, 8])]) for pixels in (lying, shown)]
     (mean, deviation), (seen, _) = (encode(vae, pixels) for pixels in changed)
     scaled = [vae.config.scaling_factor * part for part in (mean, deviation, seen)]
     assert_close(list(cache.of(lesson)), scaled, rtol=1e-4, atol=1e-4)

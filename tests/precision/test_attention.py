@@ -76,7 +76,7 @@ def test_another_processor_is_left_alone(base: Base) -> None:
 
 @pytest.mark.parametrize(("precision", "processor"), [("fp32", AttnProcessor2_0), ("bf16", ProductAttention)])
 def test_training_in_bf16_alone_takes_products(base: Base, precision: str, processor: type) -> None:
-    decide(precision, device="cpu").learn(base.unet)
+    decide(precision, device="cpu").prepare_for_training(base.unet)
     assert {type(used) for used in base.unet.attn_processors.values()} == {processor}
 
 
@@ -96,7 +96,7 @@ def test_a_text_encoder_learns_in_bf16_by_products_and_says_the_same(
     wanted = encoder(tokens).last_hidden_state
     assert fused
     fused.clear()
-    decide(precision, device="cpu").learn(encoder)
+    decide(precision, device="cpu").prepare_for_training(encoder)
     torch.testing.assert_close(encoder(tokens).last_hidden_state, wanted, rtol=1e-4, atol=1e-5)
     assert bool(fused) is not products
     encoder.save_pretrained(tmp_path)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato import load_base
-from sfumato.precision import decide, norms
+from sfumato.precision import decide, layer_norms
 from tests.tiny import CPU
 
 
@@ -30,7 +30,7 @@ def pair() -> tuple[nn.LayerNorm, nn.LayerNorm]:
     nn.init.normal_(plain.weight)
     nn.init.normal_(plain.bias)
     ours = copy.deepcopy(plain)
-    norms.sum_in_fp32(ours)
+    layer_norms.sum_in_fp32(ours)
     return plain, ours
 
 
@@ -78,5 +78,5 @@ def test_a_loaded_base_has_them_and_so_has_a_new_one_that_learns(tmp_path):
     assert found
     assert all("forward" in vars(module) for module in found)
     new = nn.Sequential(nn.LayerNorm(8))
-    decide("bf16", device="cpu").learn(new)
+    decide("bf16", device="cpu").prepare_for_training(new)
     assert "forward" in vars(new[0])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sfumato.adapters import attach, select
-from sfumato.precision.lean import keep_less
+from sfumato.precision.lean import save_activation_memory
 from sfumato.precision.products import quicken
 from sfumato.training.options import BaseOptions
 from tests.tiny import tiny_pipeline
@@ -58,7 +58,7 @@ def test_values_and_gradients_are_equal_to_the_bit(unet, trained):
     for lean in (False, True):
         one = copy.deepcopy(unet)
         if lean:
-            keep_less(one)
+            save_activation_memory(one)
         if trained == "whole":
             parameters = list(one.requires_grad_(True).parameters())
         else:
@@ -81,7 +81,7 @@ def test_weights_that_come_later_are_kept_as_little_of(pocket_folder, tmp_path):
     options = BaseOptions(base=str(pocket_folder), device="cpu", precision="fp32")
     base = options.load_base(options.decide_precision(SimpleNamespace(count=1)))
     made = [base.unet.conv_in._conv_forward]
-    base.resting.keep("unet")
+    base.lazy_weights.load_only("unet")
     made.append(base.unet.conv_in._conv_forward)
     assert made[0] is made[1]
     assert made[1].func.__module__ == "sfumato.precision.lean"
@@ -89,7 +89,7 @@ def test_weights_that_come_later_are_kept_as_little_of(pocket_folder, tmp_path):
 
 def test_in_half_precision_frozen_weights_are_not_kept_twice(unet):
     plain, lean = copy.deepcopy(unet), copy.deepcopy(unet)
-    keep_less(lean)
+    save_activation_memory(lean)
     (y, grads, kept), (lean_y, lean_grads, lean_kept) = (
         learn(one, adapter(one), autocast=True) for one in (plain, lean)
     )
@@ -101,7 +101,7 @@ def test_in_half_precision_frozen_weights_are_not_kept_twice(unet):
 
 def test_drawing_takes_the_same_way_and_a_copy_is_of_its_own(unet):
     lean = copy.deepcopy(unet)
-    keep_less(lean)
+    save_activation_memory(lean)
     other = copy.deepcopy(lean)
     with torch.no_grad():
         other.conv_in.weight.zero_()

@@ -7,7 +7,7 @@ from torch.testing import assert_close
 from sfumato.bases import load_base
 from sfumato.errors import ConfigError
 from sfumato.prompts.encoding import encode
-from sfumato.prompts.steps import stages
+from sfumato.prompts.prompt_editing import stages
 from sfumato.prompts.syntax import emphasised, escaped
 from sfumato.prompts.tags import split_flags, split_tags
 from sfumato.weighting.blocks import Blocks

@@ -14,7 +14,7 @@ from sfumato.config import parse
 from sfumato.files import write_tensors
 from sfumato.runs.run import Run
 from sfumato.runs.step import Step
-from sfumato.training.ema import Average
+from sfumato.training.ema import Ema
 from sfumato.training.optimizers import Schedule, build, clip
 from sfumato.training.options import RunOptions
 
@@ -55,7 +55,7 @@ def train(
     parameters = list(model.parameters())
     optimizer = build("adamw", [{"params": parameters, "lr": 1e-2}], weight_decay=0.01)
     schedule = Schedule(optimizer, "cosine", config.steps, 2)
-    average = Average(parameters, 0.9)
+    average = Ema(parameters, 0.9)
     run.keep(model=model, optimizer=optimizer, average=average)
     run.identify(data=config.data)
     run.every(config.measure_every, lambda step: run.log(step=step, weight=parameters[0].detach().norm()))
@@ -78,7 +78,7 @@ def train(
             after(step, model)
         step.done(loss=loss, rate=schedule.rate, gradient_norm=norm)
         time.sleep(config.pause_s)
-    average.apply()
+    average.swap()
     path = config.output / f"{config.name or config.output.name}.safetensors"
     write_tensors(path, {name: tensor.detach() for name, tensor in model.state_dict().items()})
     run.close()

@@ -294,8 +294,8 @@ def test_the_main_process_changes_nothing_before_all_have_looked(tmp_path):
 def test_forgetting_begins_to_count_anew():
     health = Health()
     for number in range(3):
-        health.note(number, {"loss": math.nan})
-    assert health.forget() == "step 3: loss not finite, in 3 steps in a row"
+        health.check(number, {"loss": math.nan})
+    assert health.reset() == "step 3: loss not finite, in 3 steps in a row"
     assert (health.bad, health.broken) == ([], "")
 
 

@@ -15,7 +15,7 @@ import sfumato
 from sfumato.config import to_toml
 from sfumato.errors import RunError
 from sfumato.runs import identity
-from sfumato.runs.folder import going_on
+from sfumato.runs.folder import check_folder
 from sfumato.runs.identity import differences, other_facts, read_facts, write_facts
 from sfumato.runs.lock import Lock
 from sfumato.runs.options import FolderOptions
@@ -155,25 +155,25 @@ def test_where_it_runs_and_what_is_kept_of_it_is_no_difference(changed, tmp_path
 def test_a_log_alone_is_a_run_that_may_not_be_lost(tmp_path):
     (tmp_path / "log.jsonl").write_text('{"step": 1}\n')
     with pytest.raises(RunError, match="holds a run already"):
-        going_on(RunOptions(output=tmp_path))
-    assert going_on(RunOptions(output=tmp_path, resume=True))
-    assert not going_on(RunOptions(output=tmp_path, overwrite=True))
+        check_folder(RunOptions(output=tmp_path))
+    assert check_folder(RunOptions(output=tmp_path, resume=True))
+    assert not check_folder(RunOptions(output=tmp_path, overwrite=True))
 
 
 def test_what_an_error_stopped_before_its_first_step_may_be_started_again(tmp_path):
     write_facts(tmp_path, {"program": "small"})
     (tmp_path / "log.jsonl").write_text("")
-    assert not going_on(RunOptions(output=tmp_path))
+    assert not check_folder(RunOptions(output=tmp_path))
     (tmp_path / "checkpoints/000000").mkdir(parents=True)
     with pytest.raises(RunError, match="holds a run already"):
-        going_on(RunOptions(output=tmp_path))
+        check_folder(RunOptions(output=tmp_path))
 
 
 def test_further_names_that_a_program_writes_are_looked_at(tmp_path):
     (tmp_path / "model").mkdir()
-    assert not going_on(RunOptions(output=tmp_path))
+    assert not check_folder(RunOptions(output=tmp_path))
     with pytest.raises(RunError, match="holds model and no run"):
-        going_on(RunOptions(output=tmp_path), ["model"])
+        check_folder(RunOptions(output=tmp_path), ["model"])
 
 
 def test_who_does_not_hold_a_folder_cannot_let_it_go(tmp_path):
@@ -206,29 +206,29 @@ def test_where_no_folder_can_be(tmp_path):
 
 
 def test_what_the_folder_holds_decides(tmp_path):
-    assert going_on(FolderOptions(output=tmp_path)) is False
-    assert problem(lambda: going_on(FolderOptions(output=tmp_path, resume=True))) == (
+    assert check_folder(FolderOptions(output=tmp_path)) is False
+    assert problem(lambda: check_folder(FolderOptions(output=tmp_path, resume=True))) == (
         f"there is no run to resume in {tmp_path}; without --resume one begins there."
     )
     (tmp_path / "samples").mkdir()
     (tmp_path / f"{tmp_path.name}.safetensors").write_text("")
-    assert problem(lambda: going_on(FolderOptions(output=tmp_path))) == (
+    assert problem(lambda: check_folder(FolderOptions(output=tmp_path))) == (
         f"{tmp_path} holds samples, {tmp_path.name}.safetensors and no run; a run would write over that. Give an "
         "--output of its own."
     )
     (tmp_path / "run.json").write_text("{}")
-    assert going_on(FolderOptions(output=tmp_path)) is False  # nothing to lose yet
+    assert check_folder(FolderOptions(output=tmp_path)) is False  # nothing to lose yet
     (tmp_path / "log.jsonl").write_text("1")
-    assert problem(lambda: going_on(FolderOptions(output=tmp_path))) == (
+    assert problem(lambda: check_folder(FolderOptions(output=tmp_path))) == (
         f"{tmp_path} holds a run already; --resume goes on with it, --overwrite replaces it, or give another --output."
     )
-    assert going_on(FolderOptions(output=tmp_path, overwrite=True)) is False
-    assert going_on(FolderOptions(output=tmp_path, resume=True)) is True
+    assert check_folder(FolderOptions(output=tmp_path, overwrite=True)) is False
+    assert check_folder(FolderOptions(output=tmp_path, resume=True)) is True
 
 
 def test_pictures_where_the_card_has_its_own_are_looked_at(tmp_path):
     (tmp_path / "images").mkdir()
-    assert "holds images and no run" in problem(lambda: going_on(FolderOptions(output=tmp_path)))
+    assert "holds images and no run" in problem(lambda: check_folder(FolderOptions(output=tmp_path)))
 
 
 @pytest.mark.parametrize("inner", ["samples", "checkpoints/000004", "model/unet", "kept/here"])
@@ -236,15 +236,15 @@ def test_a_folder_that_another_run_writes_into_is_refused(inner, tmp_path):
     (tmp_path / "run.json").write_text('{"writes": "model"}')
     said = f"{tmp_path / inner} is a folder of the run in {tmp_path}, which may remove what lies there; give an"
     if inner.startswith("kept"):  # by somebody
-        assert going_on(FolderOptions(output=tmp_path / inner)) is False
+        assert check_folder(FolderOptions(output=tmp_path / inner)) is False
     else:
-        assert problem(lambda: going_on(FolderOptions(output=tmp_path / inner))).startswith(said)
+        assert problem(lambda: check_folder(FolderOptions(output=tmp_path / inner))).startswith(said)
 
 
 def test_the_file_that_a_name_will_have_is_looked_at(tmp_path):
     (tmp_path / "n.safetensors").write_text("")
-    assert going_on(RunOptions(output=tmp_path)) is False
-    assert "holds n.safetensors and no run" in problem(lambda: going_on(RunOptions(output=tmp_path, name="n")))
+    assert check_folder(RunOptions(output=tmp_path)) is False
+    assert "holds n.safetensors and no run" in problem(lambda: check_folder(RunOptions(output=tmp_path, name="n")))
 
 
 def test_a_script_that_calls_a_trainer_is_no_copy_of_it(monkeypatch, tmp_path):

@@ -74,9 +74,9 @@ def a_run_writes_its_file_into_its_folder(name: str, root: Path) -> bool:
 
 def pictures_of_prompts_lie_in_their_folder(prompts: list[str], root: Path) -> None:
     from sfumato.command_line.pictures import picture_files
-    from sfumato.drawing.request import Request
+    from sfumato.drawing.request import PictureRequest
 
-    asked = [Request(prompt, 7, None, {}) for prompt in prompts]
+    asked = [PictureRequest(prompt, 7, None, {}) for prompt in prompts]
     files = picture_files(root / "run", asked, is_sheet=False, overwrite=False, given=prompts)
     assert len({str(file).casefold() for file in files}) == len(prompts)
     assert all(file.parent == root / "run" and file.resolve().parent == (root / "run").resolve() for file in files)
@@ -84,9 +84,9 @@ def pictures_of_prompts_lie_in_their_folder(prompts: list[str], root: Path) -> N
 
 
 def words_have_files_of_their_own(tokens: list[str], root: Path) -> None:
-    from sfumato.words.placeholders import files
+    from sfumato.words.placeholders import embedding_files
 
-    found = files(root / "run", "name", tokens, alone=True)
+    found = embedding_files(root / "run", "name", tokens, alone=True)
     assert len({str(path) for path in found.values()}) == len(set(tokens)), found
     assert all(path.resolve().parent == (root / "run").resolve() for path in found.values())
 

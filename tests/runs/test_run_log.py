@@ -348,7 +348,7 @@ def test_samples_are_drawn_by_the_base_in_evaluation(tmp_path, monkeypatch):
 
     monkeypatch.setattr(drawing, "draw_each", draw)
     run = SimpleNamespace(folder=tmp_path, is_main=True, step=0)
-    base = SimpleNamespace(resting=SimpleNamespace(interrupted=nullcontext))
+    base = SimpleNamespace(lazy_weights=SimpleNamespace(restored_after=nullcontext))
     sheets.Samples(run, base, ["a"], 5, modules=[layer]).draw(0)
     assert given == [(base, ["a"], [5], False)]
     assert layer.training
@@ -378,9 +378,9 @@ def test_samples_of_a_lora_are_drawn_with_its_adapter_guidance(monkeypatch):
 
     monkeypatch.setattr(drawing, "draw_each", draw)
     base = SimpleNamespace(
-        resting=SimpleNamespace(interrupted=nullcontext), unet=Unet(), defaults=SimpleNamespace(guidance=3.0)
+        lazy_weights=SimpleNamespace(restored_after=nullcontext), unet=Unet(), defaults=SimpleNamespace(guidance=3.0)
     )
-    lora = SimpleNamespace(counted=lambda factor: now(factor=factor), disabled=lambda: now(off=True))
+    lora = SimpleNamespace(scaled=lambda factor: now(factor=factor), disabled=lambda: now(off=True))
     sheets.drawing_of(base, lora, 2.0)(["a"], [5])
     sheets.drawing_of(base, lora, 0.0)(["a"], [5])
     sheets.drawing_of(base)(["a"], [5])
@@ -399,7 +399,7 @@ def test_samples_have_the_negative_prompt_that_the_file_asks_for(monkeypatch):
         return [f"{prompt} {seed}" for prompt, seed in zip(prompts, seeds, strict=True)]
 
     monkeypatch.setattr(drawing, "draw_each", draw)
-    base = SimpleNamespace(resting=SimpleNamespace(interrupted=nullcontext))
+    base = SimpleNamespace(lazy_weights=SimpleNamespace(restored_after=nullcontext))
     prompts = ["<a>, flat", "a dog", "<a> at sea", "<a>"]
     assert sheets.drawing_of(base, negatives=["<a>"])(prompts, [1, 2, 3, 4]) == [
         "<a>, flat 1", "a dog 2", "<a> at sea 3", "<a> 4",
@@ -429,8 +429,8 @@ def test_samples_of_a_lora_are_drawn_with_it_in_the_steps_that_its_file_asks_for
         return [None] * len(prompts)
 
     monkeypatch.setattr(drawing, "draw_each", draw)
-    resting = SimpleNamespace(interrupted=nullcontext)
-    base = SimpleNamespace(resting=resting, unet=Unet(), scheduler=DDIMScheduler(num_train_timesteps=1000))
+    lazy_weights = SimpleNamespace(restored_after=nullcontext)
+    base = SimpleNamespace(lazy_weights=lazy_weights, unet=Unet(), scheduler=DDIMScheduler(num_train_timesteps=1000))
     sheets.drawing_of(base, SimpleNamespace(disabled=disabled), span=(0.0, 0.8))(["a"], [5])
     assert seen == [(999, False), (200, False), (199, True), (199, True)]
     assert told == {"off": False}

@@ -25,7 +25,7 @@ def left(folder):
 def test_a_new_folder_is_gone(folder, tmp_path):
     run = start(tmp_path)
     assert "config.toml" in left(folder)
-    runs.withdraw()
+    runs.abandon_unbegun()
     assert left(tmp_path) == []
     run.close()  # as whatever holds it may do later
 
@@ -34,7 +34,7 @@ def test_what_was_in_the_folder_stays(folder, tmp_path):
     folder.mkdir()
     (folder / "note.txt").write_text("mine")
     run = start(tmp_path)
-    runs.withdraw()
+    runs.abandon_unbegun()
     assert left(folder) == ["note.txt"]
     assert start(tmp_path) is not run  # nobody holds it
 
@@ -53,7 +53,7 @@ def test_a_disk_that_takes_no_run_is_told_with_what_helps_and_keeps_nothing(code
 def test_what_took_time_to_make_stays_with_the_run_that_made_it(folder, tmp_path):
     run = start(tmp_path)
     (folder / "class").mkdir()
-    runs.withdraw()
+    runs.abandon_unbegun()
     assert left(folder) == [".lock", "class", "config.toml", "log.jsonl", "run.json"]
     assert start(tmp_path) is not run
 
@@ -62,7 +62,7 @@ def test_a_run_that_has_begun_stays(folder, tmp_path):
     run = start(tmp_path)
     next(run.steps(2))
     before = left(folder)
-    runs.withdraw()
+    runs.abandon_unbegun()
     assert left(folder) == before
     run.close()
 
@@ -73,7 +73,7 @@ def test_a_run_that_was_to_be_replaced_stays_and_is_nobodys(folder, tmp_path):
     first.close()
     before = left(folder)
     second = start(tmp_path, overwrite=True)
-    runs.withdraw()
+    runs.abandon_unbegun()
     assert left(folder) == before
     assert start(tmp_path, overwrite=True) is not second
 
@@ -127,7 +127,7 @@ def test_an_interruption_after_the_last_step_says_what_is_kept(every, uploading,
         for step in run.steps(1):
             step.done(loss=1.0)
         if uploading:
-            run.all_written()
+            run.mark_finished()
         raise KeyboardInterrupt
 
     assert cli.guarded(program, []) == 130

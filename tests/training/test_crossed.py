@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from sfumato import data, diffusion, randomness
 from sfumato.bases import load_base
 from sfumato.errors import DataError
-from sfumato.training.crossed import BEGINNINGS, FROM, STEPS, Crossing
+from sfumato.training.crossed import DDIM_STEPS, FIRST_SHARE, START_SHARES, Crossing
 from sfumato.training.noising import draw_noised
 from tests.tiny import CPU
 
@@ -81,8 +81,8 @@ def test_the_base_draws_each_view_over_by_ddim_under_guidance(base, dataset, cro
     told, untold = base.encode_text([batch.captions[row] for row in rows]), base.encode_text([""] * 3)
     z = batch.latents[rows]
     noise = torch.stack([randomness.normal(z.shape[1:], 7, "drawing over", *view) for view in views])
-    for step in range(STEPS):
-        t = torch.tensor([int(1000 * share * (1 - step / STEPS)) for share in BEGINNINGS])
+    for step in range(DDIM_STEPS):
+        t = torch.tensor([int(1000 * share * (1 - step / DDIM_STEPS)) for share in START_SHARES])
         a = base.alpha_bar[t].view(-1, 1, 1, 1)
         noisy = a.sqrt() * z + (1 - a).sqrt() * noise
         with torch.no_grad():
@@ -97,7 +97,7 @@ def test_what_is_seen_lies_between_and_what_is_asked_for_is_the_picture(base, da
     a = base.alpha_bar[plain.timesteps]
     latents, seen = plain.batch.latents, noisy(base, crossed)
     assert_close(diffusion.denoised(base.prediction_type, seen, crossed.target, a)[0], latents, rtol=0, atol=1e-4)
-    rows = [row for row, timestep in enumerate(plain.timesteps) if timestep >= FROM * len(base.alpha_bar)]
+    rows = [row for row, timestep in enumerate(plain.timesteps) if timestep >= FIRST_SHARE * len(base.alpha_bar)]
     assert 0 < len(rows) < len(latents)
     parts = set()
     for row in range(len(latents)):
@@ -119,7 +119,7 @@ def test_the_share_is_that_of_the_samples_and_the_seed_says_of_which(base, datas
         changed, could = [], []
         for step in range(12):
             plain, crossed = both(base, dataset, another(crossing, share, seed), step)
-            could += (plain.timesteps >= FROM * len(base.alpha_bar)).tolist()
+            could += (plain.timesteps >= FIRST_SHARE * len(base.alpha_bar)).tolist()
             changed += (crossed.noise != plain.noise).flatten(1).any(1).tolist()
         found[share, seed] = changed
         assert sum(changed) == pytest.approx(share * sum(could), abs=0.2 * sum(could) if share else 0)

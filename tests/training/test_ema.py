@@ -11,13 +11,13 @@ from sfumato import cli
 from sfumato.files import read_tensors
 from sfumato.runs.checkpoints import Checkpoints
 from sfumato.training import ema
-from sfumato.training.ema import Average
+from sfumato.training.ema import Ema
 
 
 def test_the_mean_of_two_steps_written_out():
     """From 0 with decay 0.15: at first 1/10, then 0.15, which is below 2/11. w = 4, then 8 gives 3.6, then 7.34."""
     weight = nn.Parameter(torch.zeros(1))
-    average = Average([weight], 0.15)
+    average = Ema([weight], 0.15)
     for value in (4.0, 8.0):
         weight.data.fill_(value)
         average.update()
@@ -32,7 +32,7 @@ def test_in_portions_it_is_the_same(monkeypatch):
     for portion in (2**28, 40, 1):
         monkeypatch.setattr(ema, "PORTION", portion)
         weights = [nn.Parameter(torch.full((size,), float(size))) for size in (3, 8, 5, 1)]
-        average = Average(weights, 0.5)
+        average = Ema(weights, 0.5)
         for weight in weights:
             weight.data.mul_(2)
         average.update()
@@ -44,7 +44,7 @@ def test_in_portions_it_is_the_same(monkeypatch):
 
 def test_without_decay_it_is_the_weights_and_keeps_nothing():
     weight = nn.Parameter(torch.ones(3))
-    average = Average([weight], 0.0)
+    average = Ema([weight], 0.0)
     average.update()
     with average.applied():
         assert_close(weight.data, torch.ones(3))
@@ -53,7 +53,7 @@ def test_without_decay_it_is_the_weights_and_keeps_nothing():
 
 def test_a_checkpoint_of_it_goes_on_where_it_was():
     weight = nn.Parameter(torch.ones(2))
-    first, second = Average([weight], 0.5), Average([nn.Parameter(torch.zeros(2))], 0.5)
+    first, second = Ema([weight], 0.5), Ema([nn.Parameter(torch.zeros(2))], 0.5)
     weight.data.fill_(3.0)
     first.update()
     second.load_state_dict(first.state_dict())
@@ -67,7 +67,7 @@ def test_a_checkpoint_of_it_goes_on_where_it_was():
 def test_a_young_mean_forgets_its_start():
     """After n steps at most (1 + n) / (10 + n): of ten steps from 0 to 1 nearly all of the way, with any decay."""
     weight = nn.Parameter(torch.zeros(1))
-    average = Average([weight], 0.999)
+    average = Ema([weight], 0.999)
     weight.data.fill_(1.0)
     left = 1.0
     for n in range(10):
@@ -79,7 +79,7 @@ def test_a_young_mean_forgets_its_start():
 
 def test_what_does_not_learn_waits_and_is_young_when_its_turn_comes():
     waiting, learning = nn.Parameter(torch.zeros(1), requires_grad=False), nn.Parameter(torch.zeros(1))
-    average, alone = Average([waiting, learning], 0.999), Average([learning], 0.999)
+    average, alone = Ema([waiting, learning], 0.999), Ema([learning], 0.999)
     for step in range(300):
         learning.data.fill_(step)
         for each in (average, alone):
@@ -95,7 +95,7 @@ def test_what_does_not_learn_waits_and_is_young_when_its_turn_comes():
 
 def test_a_checkpoint_that_does_not_count_goes_on_at_the_whole_decay():
     weight = nn.Parameter(torch.zeros(1))
-    average = Average([weight], 0.5)
+    average = Ema([weight], 0.5)
     average.load_state_dict({"mean": [torch.ones(1)]})
     average.update()
     assert average.mean[0].item() == 0.5
@@ -103,7 +103,7 @@ def test_a_checkpoint_that_does_not_count_goes_on_at_the_whole_decay():
 
 def test_the_weights_come_back_when_the_block_fails():
     weight = nn.Parameter(torch.ones(1))
-    average = Average([weight], 0.5)
+    average = Ema([weight], 0.5)
     weight.data.fill_(5.0)
     try:
         with average.applied():

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from sfumato import data, randomness
 from sfumato.bases import load_base
-from sfumato.training.measure import Measures
+from sfumato.training.metrics import Metrics
 from sfumato.training.objective import denoising_errors, draw_noise
 from tests.tiny import CPU
 
@@ -69,7 +69,7 @@ def test_the_fit_knows_no_weights(base, tmp_path, pictures):
         config = tmp_path / f"{weight}.toml"
         config.write_text(f'[[source]]\npath = "{pictures.as_posix()}"\ncaption = "{{caption}}"\nweight = {weight}\n')
         dataset = data.prepare(data.read_folder(config), base, resolution=64, embed_text=False)
-        fits.append(Measures(base, dataset, {}).fit())
+        fits.append(Metrics(base, dataset, {}).fit())
     assert fits[0] == fits[1]
 
 
@@ -79,8 +79,8 @@ def test_no_more_is_measured_at_once_than_is_drawn_at_once(base, pictures, monke
     monkeypatch.setattr(type(base), "predict", lambda self, x, *rest: rows.append(len(x)) or predict(self, x, *rest))
     size = dataset.batch(0, 0, 1).latents[0, 0].numel()
     for limit in (100 * size, 3 * size):
-        monkeypatch.setattr("sfumato.training.measure.LATENTS_AT_ONCE", limit)
-        measures = Measures(base, dataset, {"drift": ["a crab", "an owl"]})
+        monkeypatch.setattr("sfumato.training.metrics.LATENTS_AT_ONCE", limit)
+        measures = Metrics(base, dataset, {"drift": ["a crab", "an owl"]})
         with torch.no_grad():
             measures._before["drift"] *= 0.5
         found.append(measures.values())
@@ -105,10 +105,10 @@ def test_each_picture_is_measured_once_whatever_its_size(base, tmp_path):
     folder = data.read_folder(tmp_path, caption_template="a crab")
     dataset = data.prepare(folder, base, resolution=64)
     assert len(set(dataset.sizes)) == 3
-    measures = Measures(base, dataset, {"drift": ["a crab"]})
+    measures = Metrics(base, dataset, {"drift": ["a crab"]})
     assert sorted(place for batch in measures._batches for place in batch.indices) == [*range(5)]
     first = measures.values()
-    assert first == Measures(base, dataset, {"drift": ["a crab"]}).values()
+    assert first == Metrics(base, dataset, {"drift": ["a crab"]}).values()
     assert first["drift"] == 0
 
 
@@ -122,7 +122,7 @@ def test_fit_and_drift_written_out(pocket_folder, pictures, tmp_path):
     base = load_base(str(pocket_folder), precision=CPU)
     folder = data.read_folder(tmp_path, caption_template="{caption}", mask="alpha")
     dataset = data.prepare(folder, base, resolution=64, embed_text=False)
-    measures = Measures(base, dataset, {"drift": ["a crab", "an owl"]})
+    measures = Metrics(base, dataset, {"drift": ["a crab", "an owl"]})
 
     (batch,) = dataset.middles(6, 6 * 64 * 64)
     assert batch.mask is not None

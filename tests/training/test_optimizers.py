@@ -9,7 +9,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from sfumato.errors import PrecisionError
-from sfumato.runs.kept import Kept
+from sfumato.runs.checkpointed import CheckpointedParts
 from sfumato.training import optimizers
 
 
@@ -124,7 +124,7 @@ def test_the_state_takes_what_is_told_before(name, shape):
         pytest.importorskip({"lion": "lion_pytorch", "prodigy": "prodigyopt"}[name])
     p = nn.Parameter(torch.ones(shape))
     optimizer = optimizers.build(name, [{"params": [p], "lr": 0.1}], weight_decay=0.0)
-    checkpoint = Kept()
+    checkpoint = CheckpointedParts()
     checkpoint.parts["optimizer"] = optimizer
     assert checkpoint.bytes_to_come() == optimizers.state_bytes(name, shape)
     p.square().sum().backward()

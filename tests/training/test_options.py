@@ -11,7 +11,7 @@ from sfumato.bases.family import FAMILIES
 from sfumato.errors import ConfigError
 from sfumato.runs.options import settled
 from sfumato.training.checks import check_name, check_trainer, only_with
-from sfumato.training.filling import resolve, second_rate, span_of
+from sfumato.training.config_defaults import resolve, resolve_learning_rate, span_of
 from sfumato.training.options import BaseOptions, DataOptions, TrainerOptions
 
 
@@ -127,13 +127,13 @@ def test_an_adapter_asks_for_the_steps_that_were_given_or_learned_where_these_ar
 
 def test_with_prodigy_all_that_learns_has_one_rate():
     config = replace(CONFIG, optimizer="prodigy", learning_rate=0.5)
-    assert second_rate(config, "word_learning_rate", 0.02) == 0.5
-    assert second_rate(replace(config, word_learning_rate=0.5), "word_learning_rate", 0.02) == 0.5
+    assert resolve_learning_rate(config, "word_learning_rate", 0.02) == 0.5
+    assert resolve_learning_rate(replace(config, word_learning_rate=0.5), "word_learning_rate", 0.02) == 0.5
     with pytest.raises(ConfigError, match=r"--word-learning-rate 0.1 beside --learning-rate 0.5: prodigy"):
-        second_rate(replace(config, word_learning_rate=0.1), "word_learning_rate", 0.02)
+        resolve_learning_rate(replace(config, word_learning_rate=0.1), "word_learning_rate", 0.02)
     others = replace(config, optimizer="adamw")
-    assert second_rate(others, "word_learning_rate", 0.02) == 0.02
-    assert second_rate(replace(others, word_learning_rate=0.1), "word_learning_rate", 0.02) == 0.1
+    assert resolve_learning_rate(others, "word_learning_rate", 0.02) == 0.02
+    assert resolve_learning_rate(replace(others, word_learning_rate=0.1), "word_learning_rate", 0.02) == 0.1
 
 
 @pytest.mark.parametrize("rank", [0, 2**31, 10**23])
@@ -225,7 +225,7 @@ def test_every_option_has_another_value_than_its_default():
 
 
 def test_every_option_of_the_pictures_reaches_what_reads_them(recorded):
-    pictures = SimpleNamespace(of=lambda group: [group])
+    pictures = SimpleNamespace(in_group=lambda group: [group])
     given = recorded("sfumato.data.read_folder", pictures)
     assert replace(ALL_GIVEN, resume=True).read_examples(["<x>", "<y>"], of_class=False) is pictures
     assert given == {
@@ -265,7 +265,7 @@ def test_every_option_of_the_pictures_reaches_what_prepares_them(recorded):
 def test_every_option_of_the_base_reaches_what_loads_it(recorded):
     made = SimpleNamespace(unet="unet")
     learned = []
-    precision = SimpleNamespace(device=SimpleNamespace(type="cuda"), learn=learned.append)
+    precision = SimpleNamespace(device=SimpleNamespace(type="cuda"), prepare_for_training=learned.append)
     given = recorded("sfumato.bases.load_base", made)
     assert ALL_GIVEN.load_base(precision) is made
     assert given == {
@@ -301,5 +301,5 @@ def test_every_option_of_the_precision_reaches_its_decision(processes, device, r
 def test_activations_are_computed_again_where_that_is_asked_for(asked, pocket_folder):
     config = replace(CONFIG, base=str(pocket_folder), device="cpu", gradient_checkpointing=asked)
     base = config.load_base(config.decide_precision(SimpleNamespace(count=1)))
-    base.resting.keep("unet")
+    base.lazy_weights.load_only("unet")
     assert base.unet.is_gradient_checkpointing == asked

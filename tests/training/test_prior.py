@@ -14,10 +14,10 @@ from sfumato.bases.vocabulary import clip_tokenizer
 from sfumato.errors import DataError
 from sfumato.training import prior
 from sfumato.training.class_pictures import class_folder, draw_class, read_class
-from sfumato.training.measure import DriftLimit
-from sfumato.training.noising import calls, draw_noised
+from sfumato.training.metrics import DriftLimit
+from sfumato.training.noising import draw_noised, merge_by_shape
 from sfumato.training.prior import BasePrediction, ClassPictures
-from sfumato.training.subject import KeptPrompts, Subject
+from sfumato.training.subject import PreservedPrompts, Subject
 from sfumato.words.identifier import before, examine, is_ordinary
 from tests.tiny import CPU
 
@@ -126,7 +126,7 @@ def test_the_class_half_is_drawn_independently_of_the_subjects(base, dataset):
     of_class = ClassPictures(base, dataset, 0).draw(0, COUNT, 0, COUNT)
     assert not torch.equal(of_subject.noise, of_class.noise)
     assert not torch.equal(of_subject.timesteps, of_class.timesteps)
-    both = of_subject.beside(of_class)
+    both = of_subject.concat(of_class)
     assert torch.equal(both.noise[COUNT:], of_class.noise)
     assert torch.equal(both.batch.latents[:COUNT], of_subject.batch.latents)
     assert len(both.batch.captions) == len(both.target) == 2 * COUNT
@@ -135,16 +135,16 @@ def test_the_class_half_is_drawn_independently_of_the_subjects(base, dataset):
 def test_parts_of_one_shape_are_one_call_and_those_of_two_are_two(base, dataset):
     one, other = (draw_noised(base, dataset, seed, 0, COUNT, 0, COUNT) for seed in (0, 1))
     wide = dataclasses.replace(other, noise=other.noise.repeat(1, 1, 1, 2))
-    assert [len(call.noise) for call in calls([one, other, wide, one])] == [2 * COUNT, COUNT, COUNT]
-    assert torch.equal(calls([one, other])[0].target, torch.cat([one.target, other.target]))
-    assert calls([one]) == [one]
+    assert [len(call.noise) for call in merge_by_shape([one, other, wide, one])] == [2 * COUNT, COUNT, COUNT]
+    assert torch.equal(merge_by_shape([one, other])[0].target, torch.cat([one.target, other.target]))
+    assert merge_by_shape([one]) == [one]
 
 
 def test_the_target_is_the_base_as_it_was_whatever_becomes_of_it(pocket_folder, dataset):
     """Remembered before the training, the targets are those of a base that is still there."""
     base = load_base(str(pocket_folder), precision=CPU)
     kept = BasePrediction(base, dataset, ["cat", "red"], 5)
-    kept.remember(range(3), 2 * COUNT, [0, COUNT], COUNT, shown=False)
+    kept.precompute_targets(range(3), 2 * COUNT, [0, COUNT], COUNT, shown=False)
     live = BasePrediction(base, dataset, ["cat", "red"], 5, pristine=torch.no_grad)
     places = [(step, first) for step in range(3) for first in (0, COUNT)]
     asked = [live.draw(step, 2 * COUNT, first, COUNT) for step, first in places]
@@ -194,7 +194,7 @@ def test_predictions_are_remembered_in_what_they_were_computed_in(base, dataset)
     """As the line on their memory, and the limit of it, count them."""
     in_half = dataclasses.replace(base, precision=dataclasses.replace(base.precision, compute=torch.bfloat16))
     kept = BasePrediction(in_half, dataset, ["cat"], 0)
-    kept.remember(range(1), COUNT, [0], COUNT, shown=False)
+    kept.precompute_targets(range(1), COUNT, [0], COUNT, shown=False)
     assert [target.dtype for target in kept._kept.values()] == [torch.bfloat16]
     assert kept.draw(0, COUNT, 0, COUNT).target.dtype == torch.float32
 
@@ -203,7 +203,7 @@ def test_draws_of_a_long_run_repeat_where_memory_ends(base, dataset, monkeypatch
     latents = dataset.batch(0, 0, COUNT).latents
     monkeypatch.setattr(prior, "KEPT_BYTES", 2 * latents.nbytes)
     kept = BasePrediction(base, dataset, ["cat"], 0)
-    said = kept.remember(range(5), COUNT, [0], COUNT, shown=False)
+    said = kept.precompute_targets(range(5), COUNT, [0], COUNT, shown=False)
     assert "repeat after 2 steps" in said
     assert torch.equal(kept.draw(4, COUNT, 0, COUNT).noise, kept.draw(0, COUNT, 0, COUNT).noise)
     assert not torch.equal(kept.draw(1, COUNT, 0, COUNT).noise, kept.draw(0, COUNT, 0, COUNT).noise)
@@ -214,7 +214,7 @@ def test_when_draws_repeat_does_not_depend_on_who_computes_which_part(places, co
     """One process, two micro-batches, either of two processes: a global batch of 4, two of which fit."""
     monkeypatch.setattr(prior, "KEPT_BYTES", 8 * dataset.batch(0, 0, 1).latents.nbytes)
     kept = BasePrediction(base, dataset, ["cat"], 0)
-    assert "for 2 steps, which repeat after 2 steps" in kept.remember(range(5), 4, places, count, shown=False)
+    assert "for 2 steps, which repeat after 2 steps" in kept.precompute_targets(range(5), 4, places, count, shown=False)
     first = kept.draw(0, 4, places[-1], count)
     assert torch.equal(kept.draw(2, 4, places[-1], count).noise, first.noise)
     assert not torch.equal(kept.draw(1, 4, places[-1], count).noise, first.noise)
@@ -223,13 +223,13 @@ def test_when_draws_repeat_does_not_depend_on_who_computes_which_part(places, co
 def test_the_drift_limit_takes_the_larger_drift_and_remembers_the_log():
     alone = SimpleNamespace(largest=lambda number: number)
     limit = DriftLimit(0.3)
-    limit.look({"drift": 0.1, "class_drift": 0.2}, alone)
+    limit.update({"drift": 0.1, "class_drift": 0.2}, alone)
     assert not limit.reached
-    limit.look({"drift": 0.4, "class_drift": 0.2}, alone)
+    limit.update({"drift": 0.4, "class_drift": 0.2}, alone)
     assert limit.reached == "drift 0.400"
     assert DriftLimit(0.3, [{"step": 0, "drift": 0.0, "class_drift": 0.0}, {"step": 9, "drift": 0.4}]).reached
     never = DriftLimit(None)
-    never.look({"drift": 9.0}, alone)
+    never.update({"drift": 9.0}, alone)
     assert not never.reached
 
 
@@ -247,17 +247,17 @@ def test_class_prompts_are_the_captions_without_the_identifier():
 
 
 def test_the_class_keeps_half_beside_further_prompts():
-    kept = KeptPrompts.of(["otter", "otter, flat style"], ["dog", "otter", "cup", "bus", "dog"])
+    kept = PreservedPrompts.of(["otter", "otter, flat style"], ["dog", "otter", "cup", "bus", "dog"])
     assert kept.prompts == ["otter", "otter, flat style", "dog", "cup", "bus"]
     assert kept.counts(11) == {"otter": 3, "otter, flat style": 3, "dog": 2, "cup": 2, "bus": 1}
-    assert kept.turns() == ["otter", "dog", "otter, flat style", "cup", "otter", "bus"]
+    assert kept.interleaved() == ["otter", "dog", "otter, flat style", "cup", "otter", "bus"]
     assert kept.counts(1) == {"otter": 1}
 
 
 @pytest.mark.parametrize(("own", "further"), [(["otter", "red otter"], []), ([], ["otter", "red otter"])])
 def test_prompts_of_one_kind_share_evenly(own, further):
-    kept = KeptPrompts.of(own, further)
-    assert kept.turns() == ["otter", "red otter"]
+    kept = PreservedPrompts.of(own, further)
+    assert kept.interleaved() == ["otter", "red otter"]
     assert kept.counts(7) == {"otter": 4, "red otter": 3}
 
 

@@ -35,7 +35,7 @@ class Threads(Processes):
             object.__setattr__(one, "barrier", barrier)
         return made
 
-    def _patient(self):
+    def _agreement_without_limit(self):
         def agree(mine):
             self.said.append(mine)
             self.barrier.wait(20)

@@ -12,8 +12,8 @@ from torch.testing import assert_close
 from sfumato.bases import load_base
 from sfumato.bases.vocabulary import clip_tokenizer
 from sfumato.cards.words import write_embedding_card
-from sfumato.data.folder import Example, Folder
-from sfumato.data.stands_for import put_into_captions
+from sfumato.data.folder import Example, ExampleSet
+from sfumato.data.placeholder_captions import insert_placeholders
 from sfumato.errors import AdapterError, ConfigError, DataError, FileError
 from sfumato.files import read_embedding, read_header, write_tensors
 from sfumato.files.metadata import Description
@@ -21,7 +21,7 @@ from sfumato.files.write_embedding import write_embedding
 from sfumato.precision import decide
 from sfumato.words import embedding
 from sfumato.words.known import PARTS, _extend
-from sfumato.words.placeholders import holds, pieces, shortened, shown, warnings_of
+from sfumato.words.placeholders import holds, pieces, readable_token, truncation_notes, warnings_of
 from tests.tiny import CPU, tiny_pipeline
 
 
@@ -115,13 +115,13 @@ def test_only_the_rows_that_a_prompt_uses_get_gradients(base):
 def test_rows_without_a_gradient_get_zeros_unless_they_rest(base):
     """A process whose captions held no word sums the same tensors as the others."""
     with embedding.new_words(base, ["<x>"], vectors=2) as words:
-        words.settle_gradients()
+        words.zero_missing_gradients()
         assert torch.equal(words.rows[0].grad, torch.zeros_like(words.rows[0]))
         words.rows[0].grad.fill_(3.0)
-        words.settle_gradients()
+        words.zero_missing_gradients()
         assert (words.rows[0].grad == 3.0).all()
     with embedding.new_words(base, ["<x>"], vectors=2).requires_grad_(False) as words:
-        words.settle_gradients()
+        words.zero_missing_gradients()
         assert words.rows[0].grad is None
 
 
@@ -141,9 +141,9 @@ def test_where_vectors_start(base):
 
 
 def test_initial_words_that_are_cut_are_told_of(base):
-    (line,) = shortened(["red cat", "cat"], 1, base.tokenizers[0])
+    (line,) = truncation_notes(["red cat", "cat"], 1, base.tokenizers[0])
     assert line.startswith("--initial-words 'red cat': of 2 tokens only these are taken, one a vector: red. ")
-    assert shortened(["red cat"], 2, base.tokenizers[0]) == []
+    assert truncation_notes(["red cat"], 2, base.tokenizers[0]) == []
 
 
 def test_one_initial_word_for_each_placeholder(base):
@@ -263,32 +263,32 @@ def test_a_placeholder_spelt_like_a_word_is_warned_of(base):
 @pytest.mark.parametrize("stands_for", [("otter", "sks otter"), ("sks otter", "<a>")])
 def test_of_two_phrases_each_takes_its_own_place(stands_for):
     """The longer one first, and what one has become is not taken by another."""
-    folder = Folder((Example(Path("a.png"), f"{stands_for[1]} and {stands_for[0]}"),))
-    (example,) = put_into_captions(folder, ["<a>", "<b>"], stands_for)
+    folder = ExampleSet((Example(Path("a.png"), f"{stands_for[1]} and {stands_for[0]}"),))
+    (example,) = insert_placeholders(folder, ["<a>", "<b>"], stands_for)
     assert example.caption == "<b> and <a>"
 
 
 def test_a_phrase_takes_no_place_within_another_word():
-    examples = Folder(tuple(Example(Path("a.png"), caption) for caption in ("a ring on a string", "a ring.")))
-    captions = [example.caption for example in put_into_captions(examples, ["<x>"], ["ring"]).examples]
+    examples = ExampleSet(tuple(Example(Path("a.png"), caption) for caption in ("a ring on a string", "a ring.")))
+    captions = [example.caption for example in insert_placeholders(examples, ["<x>"], ["ring"]).examples]
     assert captions == ["a <x> on a string", "a <x>."]
 
 
 def test_a_phrase_is_found_in_capitals_as_the_text_encoder_reads_it():
-    folder = Folder((Example(Path("a.png"), "Sks otter in fog"), Example(Path("b.png"), "a SKS otter")))
-    captions = [example.caption for example in put_into_captions(folder, ["<x>"], ["sks Otter"])]
+    folder = ExampleSet((Example(Path("a.png"), "Sks otter in fog"), Example(Path("b.png"), "a SKS otter")))
+    captions = [example.caption for example in insert_placeholders(folder, ["<x>"], ["sks Otter"])]
     assert captions == ["<x> in fog", "a <x>"]
 
 
 def test_a_phrase_that_is_in_no_caption_is_refused_also_where_the_template_has_the_word():
-    folder = Folder((Example(Path("a.png"), "<x>, an otter", template="<x>, {caption}"),))
+    folder = ExampleSet((Example(Path("a.png"), "<x>, an otter", template="<x>, {caption}"),))
     with pytest.raises(DataError, match=r"^--stands-for 'sks otter' is in none of 1 caption, first '<x>, an otter'"):
-        put_into_captions(folder, ["<x>"], ["sks otter"])
+        insert_placeholders(folder, ["<x>"], ["sks otter"])
 
 
 def test_a_word_for_caption_leaves_the_place_of_the_caption_in_the_template():
-    folder = Folder((Example(Path("a.png"), "a caption of it", template="{caption}, caption of it"),))
-    (example,) = put_into_captions(folder, ["<x>"], ["caption"])
+    folder = ExampleSet((Example(Path("a.png"), "a caption of it", template="{caption}, caption of it"),))
+    (example,) = insert_placeholders(folder, ["<x>"], ["caption"])
     assert (example.caption, example.template) == ("a <x> of it", "{caption}, <x> of it")
 
 
@@ -310,9 +310,9 @@ def test_a_text_holds_a_word_where_the_tokenizer_finds_it(vectors, token, text, 
 
 
 def test_a_caption_with_the_word_within_another_word_has_it_not():
-    folder = Folder((Example(Path("a.png"), "a Totoro"),))
+    folder = ExampleSet((Example(Path("a.png"), "a Totoro"),))
     with pytest.raises(DataError, match="1 of 1 captions hold no placeholder"):
-        put_into_captions(folder, ["totor"])
+        insert_placeholders(folder, ["totor"])
 
 
 def test_a_tokenizer_that_takes_a_word_for_its_own_is_noticed(base):
@@ -322,8 +322,8 @@ def test_a_tokenizer_that_takes_a_word_for_its_own_is_noticed(base):
 
 def test_a_caption_may_spell_its_placeholder_in_capitals():
     """Samples and the card, which diffusers reads, have it in the spelling that finds all of its vectors."""
-    folder = Folder((Example(Path("a.png"), "an <Otter>", template="an <Otter>"),))
-    (example,) = put_into_captions(folder, ["<otter>"])
+    folder = ExampleSet((Example(Path("a.png"), "an <Otter>", template="an <Otter>"),))
+    (example,) = insert_placeholders(folder, ["<otter>"])
     assert (example.caption, example.template) == ("an <otter>", "an <otter>")
 
 
@@ -529,6 +529,6 @@ def test_tokens_are_told_in_their_letters():
     """CLIP's vocabulary has a letter for each byte; what is a part of a character has no other."""
     tokenizer = clip_tokenizer(pad_token="!", positions=77)
     skull, part = tokenizer("☠️").input_ids[1], tokenizer("\U0001f9ff").input_ids[1]
-    assert shown(tokenizer, skull) == "☠️"
-    assert shown(tokenizer, part) == f"{tokenizer.convert_ids_to_tokens(part)}-"
-    assert [shown(tokenizer, tokenizer.get_vocab()[token]) for token in ("cat</w>", "cat")] == ["cat", "cat-"]
+    assert readable_token(tokenizer, skull) == "☠️"
+    assert readable_token(tokenizer, part) == f"{tokenizer.convert_ids_to_tokens(part)}-"
+    assert [readable_token(tokenizer, tokenizer.get_vocab()[token]) for token in ("cat</w>", "cat")] == ["cat", "cat-"]

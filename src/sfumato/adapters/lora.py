@@ -18,7 +18,7 @@ from sfumato import randomness
 from sfumato.adapters.folded import folded
 from sfumato.errors import AdapterError
 from sfumato.files.changes import LoraModule
-from sfumato.numerals import so_many
+from sfumato.numerals import pluralize
 from sfumato.precision.products import linear
 
 _ATTENTION = r"\.attn[12]\.to_(q|k|v|out\.0)$"
@@ -48,7 +48,7 @@ class LoraLayer(nn.Module):
     Linear: down (rank, in), up (out, rank). Convolution: down (rank, in, k, k), up (out, rank, 1, 1).
     """
 
-    def __init__(self, host: nn.Linear | nn.Conv2d, rank: int, scale: float, seed: torch.Generator):
+    def __init__(self, host: nn.Linear | nn.Conv2d, rank: int, scale: float, generator: torch.Generator):
         super().__init__()
         self.scale = scale
         if isinstance(host, nn.Conv2d):
@@ -59,7 +59,7 @@ class LoraLayer(nn.Module):
         self.host_geometry = (host.stride, host.padding, host.dilation) if isinstance(host, nn.Conv2d) else None
         # Uniform in +-1/sqrt(fan in), PyTorch's and peft's start for A; B starts at zero, so that the start is a no-op.
         bound = 1 / math.sqrt(math.prod(down_shape[1:]))
-        self.down = nn.Parameter((torch.rand(down_shape, generator=seed) * 2 - 1) * bound)
+        self.down = nn.Parameter((torch.rand(down_shape, generator=generator) * 2 - 1) * bound)
         self.up = nn.Parameter(torch.zeros(up_shape))
 
     @property
@@ -67,7 +67,7 @@ class LoraLayer(nn.Module):
         return self.down.shape[0]
 
     @property
-    def is_wide(self) -> bool:
+    def is_spatial(self) -> bool:
         """Whether the host is a convolution of more than 1x1."""
         return math.prod(self.down.shape[2:]) > 1
 
@@ -83,7 +83,7 @@ class LoraLayer(nn.Module):
 class Lora(nn.Module):
     """All updates of one adapter, by (part, module path); parts are "unet", "text_encoder", "text_encoder_2".
 
-    dropout: share of each update's inputs that is dropped while training, see `drop_by`.
+    dropout: share of each update's inputs that is dropped while training, see `set_dropout_samples`.
     """
 
     def __init__(self, dropout: float = 0.0) -> None:
@@ -92,7 +92,7 @@ class Lora(nn.Module):
         self.dropout = dropout
         self._samples: tuple[int, int, Sequence[int]] | None = None
         self._store = nn.ModuleList()
-        self._adapted: list[_Adapted] = []
+        self._adapted: list[_ForwardPatch] = []
         self.enabled = True
 
     def add(self, part: str, path: str, host: nn.Linear | nn.Conv2d, layer: LoraLayer) -> None:
@@ -100,11 +100,11 @@ class Lora(nn.Module):
         self.layers[part, path] = layer
         self._store.append(layer)
 
-        adapted = _Adapted(self, host, layer, part, path)
-        adapted.begin()
+        adapted = _ForwardPatch(self, host, layer, part, path)
+        adapted.install()
         self._adapted.append(adapted)
 
-    def drop_by(self, seed: int, step: int, places: Sequence[int]) -> None:
+    def set_dropout_samples(self, seed: int, step: int, places: Sequence[int]) -> None:
         """Say which samples come next: what is dropped of each is a function of (seed, layer, step, its place).
 
         places: of the batch's samples in the global batch, so that the same is dropped however that is split, and again
@@ -117,7 +117,9 @@ class Lora(nn.Module):
     def dropped(self, x: Tensor, part: str, path: str) -> Tensor:
         """A layer's input (rows, ...) with a share of its numbers 0 and the others larger by as much."""
         if self._samples is None:
-            raise AdapterError("dropout wants to know which samples these are; call drop_by() before each batch.")
+            raise AdapterError(
+                "dropout wants to know which samples these are; call set_dropout_samples() before each batch."
+            )
         seed, step, places = self._samples
         count = len(places)
         rows = [(row // count, places[row % count]) for row in range(len(x))] if part == "unet" else [(0, 0)]
@@ -155,7 +157,7 @@ class Lora(nn.Module):
             self.enabled = before
 
     @contextmanager
-    def counted(self, factor: float) -> Iterator[None]:
+    def scaled(self, factor: float) -> Iterator[None]:
         """Within the block the U-Net's updates are `factor` times what they are."""
         layers = [layer for (part, _), layer in self.layers.items() if part == "unet"]
         before = [layer.scale for layer in layers]
@@ -170,7 +172,7 @@ class Lora(nn.Module):
     def detach(self) -> None:
         """Let the layers compute as they did before; the model is the base for good."""
         while self._adapted:
-            self._adapted.pop().end()
+            self._adapted.pop().remove()
 
     def load(self, values: Mapping[tuple[str, str], tuple[Tensor, Tensor, float]], name: str) -> None:
         """Start from another adapter: (down, up, alpha) for every layer, which must match in place and rank.
@@ -188,7 +190,7 @@ class Lora(nn.Module):
         for key, (down, up, alpha) in values.items():
             layer = self.layers[key]
             if down.shape != layer.down.shape or up.shape != layer.up.shape:
-                own = "--conv-rank" if layer.is_wide else "--rank"
+                own = "--conv-rank" if layer.is_spatial else "--rank"
                 raise AdapterError(
                     f"{name}: {'.'.join(key)} has rank {down.shape[0]} and shape {tuple(up.shape)}, this run has rank "
                     f"{layer.rank} and shape {tuple(layer.up.shape)}. Give its own {own}, and its own base."
@@ -198,18 +200,18 @@ class Lora(nn.Module):
                 layer.up.copy_(up * (alpha / layer.rank / layer.scale))
 
 
-class _Adapted:
+class _ForwardPatch:
     """A layer's `forward` with its update. An object and not a function, so that a copy of the model is of its own."""
 
     def __init__(self, lora: Lora, host: nn.Linear | nn.Conv2d, layer: LoraLayer, part: str, path: str) -> None:
         self._lora, self._host, self._layer, self._part, self._path = lora, host, layer, part, path
         self._as_it_is, self._had_its_own = host.forward, "forward" in vars(host)
 
-    def begin(self) -> None:
+    def install(self) -> None:
         """Compute in the layer's place."""
         self._host.forward = self  # type: ignore[method-assign, assignment]
 
-    def end(self) -> None:
+    def remove(self) -> None:
         """Let the layer compute as it did."""
         del self._host.forward
         if self._had_its_own:
@@ -257,7 +259,7 @@ def select(model: nn.Module, pattern: str, *, conv: bool = False) -> dict[str, n
     return chosen
 
 
-def hosts(
+def target_layers(
     parts: Mapping[str, nn.Module], targets: str, *, conv: bool = False
 ) -> dict[str, dict[str, nn.Linear | nn.Conv2d]]:
     """What `attach` adapts of each part: by `targets` and `conv` of the U-Net, all of the text encoders' blocks."""
@@ -278,13 +280,13 @@ def rank_notes(
     every = [host for some in parts.values() for host in some.values()]
     if conv_rank is None:
         return _rank_notes("--rank", rank, "layer", every)
-    wide = [host for host in every if is_wide(host)]
+    wide = [host for host in every if is_spatial(host)]
     if not wide:
         raise AdapterError(
             "--conv-rank and --conv-alpha are for convolutions of more than 1x1, and none is adapted; add --targets "
             "everything, or leave them out."
         )
-    others = [host for host in every if not is_wide(host)]
+    others = [host for host in every if not is_spatial(host)]
     of_others = _rank_notes("--rank", rank, "layer", others) if others else []
     return of_others + _rank_notes("--conv-rank", conv_rank, "convolution", wide)
 
@@ -302,12 +304,12 @@ def _rank_notes(option: str, rank: int, kind: str, hosts: Sequence[nn.Linear | n
     are, least, most = "is" if len(narrow) == 1 else "are", min(narrow), max(narrow)
     between = f"{least}" if least == most else f"{least} to {most}"
     return [
-        f"{option} {rank}: {len(narrow)} of {so_many(len(widths), kind)} {are} narrower ({between}), where it takes "
+        f"{option} {rank}: {len(narrow)} of {pluralize(len(widths), kind)} {are} narrower ({between}), where it takes "
         "memory and learns no more"
     ]
 
 
-def is_wide(host: nn.Linear | nn.Conv2d) -> bool:
+def is_spatial(host: nn.Linear | nn.Conv2d) -> bool:
     """Whether the layer is a convolution of more than 1x1, which is what has conv_dim in sd-scripts."""
     return isinstance(host, nn.Conv2d) and math.prod(host.kernel_size) > 1
 
@@ -334,7 +336,7 @@ def attach(
     wide = (rank if conv_rank is None else conv_rank, alpha if conv_alpha is None else conv_alpha)
     for part, chosen in parts.items():
         for path, host in chosen.items():
-            own_rank, own_alpha = wide if is_wide(host) else (rank, alpha)
+            own_rank, own_alpha = wide if is_spatial(host) else (rank, alpha)
             scale = own_alpha / (math.sqrt(own_rank) if rank_stabilised else own_rank)
             layer = LoraLayer(host, own_rank, scale, randomness.generator(seed, f"lora/{part}/{path}"))
             lora.add(part, path, host, layer.to(host.weight.device))

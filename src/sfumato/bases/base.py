@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sfumato.bases import fingerprint as fingerprints
 from sfumato.bases.family import Defaults, Family
-from sfumato.bases.resting import Resting
+from sfumato.bases.lazy_weights import LazyWeights
 from sfumato.diffusion import PredictionType
 from sfumato.errors import BaseModelError
 from sfumato.precision import Precision
@@ -74,7 +74,7 @@ class Base:
     alpha_bar: (T,) fp32, the cumulative product of 1 - beta; the last is 0 where the base has zero terminal SNR.
     clip_skip: layers of the text encoder skipped from its end, as diffusers counts: A1111's "Clip skip: 2" is 1 here,
         and of SDXL 0.
-    resting: which parts have given their memory back; the methods below wake what they use.
+    lazy_weights: which parts have given their memory back; the methods below wake what they use.
     """
 
     family: Family
@@ -89,7 +89,7 @@ class Base:
     clip_skip: int | None = None
     zeros_for_empty_prompt: bool = False
     files: tuple[Path, ...] = field(default=(), repr=False)
-    resting: Resting = field(default_factory=lambda: Resting({}, lambda *_: None), repr=False)
+    lazy_weights: LazyWeights = field(default_factory=lambda: LazyWeights({}, lambda *_: None), repr=False)
 
     @property
     def prediction_type(self) -> PredictionType:
@@ -153,7 +153,7 @@ class Base:
                     f"prompt of {count} tokens, {self.token_limit} are seen; cut: {cut!r}",
                     stacklevel=2,
                 )
-        self.resting.wake("text")
+        self.lazy_weights.load("text")
         with torch.set_grad_enabled(grad):
             outputs = [
                 self._encode(tokenizer, encoder, prompts)
@@ -197,7 +197,7 @@ class Base:
 
         f is `vae_factor`. pixels: (batch, 3, height, width) in [-1, 1], height and width multiples of f.
         """
-        self.resting.wake("vae")
+        self.lazy_weights.load("vae")
         with self._outside_autocast():
             encoded = self.vae.encode(pixels.to(self.precision.device, self.vae.dtype)).latent_dist
         shift, scale = latent_scale(self.vae, self.precision.device)
@@ -211,7 +211,7 @@ class Base:
         """
         shift, scale = latent_scale(self.vae, self.precision.device)
         encoded = latents.to(self.precision.device).float() / scale + shift
-        self.resting.wake("vae")
+        self.lazy_weights.load("vae")
         dtype = self.vae.dtype
         with self._outside_autocast():
             pixels = self.vae.decode(encoded.to(dtype)).sample.float()
@@ -255,7 +255,7 @@ class Base:
 
         latents: (batch, channels, height/f, width/f) noised. timesteps: (batch,) integers below T.
         """
-        self.resting.wake("unet")
+        self.lazy_weights.load("unet")
         with self.precision.autocast():
             output = self.unet(
                 latents, timesteps, encoder_hidden_states=text.hidden, added_cond_kwargs=added, return_dict=False
@@ -271,7 +271,7 @@ class Base:
         With clip_skip, hand the pipeline prompts from `encode_text`, or `clip_skip=` as well. Where VAE and U-Net have
         different dtypes (fp16), ask it for latents and `decode` them.
         """
-        self.resting.wake("unet", "vae", "text")
+        self.lazy_weights.load("unet", "vae", "text")
         parts: dict[str, Any] = {
             "vae": self.vae,
             "unet": self.unet,
@@ -299,7 +299,7 @@ class Base:
         """
         if not self.files:
             return self.fingerprint()
-        pages = self.resting.first_pages("unet", "vae", "text", as_stored=True)
+        pages = self.lazy_weights.first_pages("unet", "vae", "text", as_stored=True)
         return fingerprints.of_pages(pages, fingerprints.of_settings(self, self._vocabularies))
 
     def fingerprint(self) -> str:
@@ -315,7 +315,7 @@ class Base:
         digest = fingerprints.of_settings(self, self._vocabularies)
         fingerprints.add_weights(digest, self)
         self.adapted_fingerprint()  # now, while the files are those that the base is read from
-        self.resting.check_files()
+        self.lazy_weights.check_files()
         return digest.hexdigest()
 
     def adapted_fingerprint(self) -> str:
@@ -329,7 +329,9 @@ class Base:
     @cached_property
     def _adapted_fingerprints(self) -> tuple[str, str]:
         """That, and the one of the weights as they are stored, which sfumato before 0.5 wrote."""
-        now, before = (self.resting.first_pages("unet", "text", as_stored=as_stored) for as_stored in (False, True))
+        now, before = (
+            self.lazy_weights.first_pages("unet", "text", as_stored=as_stored) for as_stored in (False, True)
+        )
         return (fingerprints.of_pages(now), fingerprints.of_pages(before)) if self.files else ("", "")
 
     @cached_property

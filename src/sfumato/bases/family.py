@@ -103,7 +103,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
 )  # fmt: skip
 
 
-def recognise(unet: Mapping[str, Any]) -> Family:
+def family_of_config(unet: Mapping[str, Any]) -> Family:
     """The family of a U-Net, by its diffusers config.
 
     Widths are not asked, so that a small model of a family is one of it. SDXL takes sizes and a pooled embedding; SD 2

@@ -12,7 +12,7 @@ import torch
 from transformers import CLIPTokenizer
 
 from sfumato.bases.family import Encoder
-from sfumato.bases.weights import Shell, Stored, text_skeleton, unet_skeleton, vae_skeleton
+from sfumato.bases.weights import LazyModel, StoredWeight, text_skeleton, unet_skeleton, vae_skeleton
 from sfumato.errors import BaseModelError
 from sfumato.files.header import read_header
 
@@ -68,25 +68,25 @@ def _shards(folder: Path, index: str) -> list[Path]:
     return [folder / name for name in sorted(set(names))]
 
 
-def _stored(files: list[Path]) -> dict[str, Stored]:
+def _stored(files: list[Path]) -> dict[str, StoredWeight]:
     headers = [read_header(file) for file in files]
-    return {name: Stored(header, name) for header in headers for name in header.tensors}
+    return {name: StoredWeight(header, name) for header in headers for name in header.tensors}
 
 
-def load_unet(folder: Path, dtype: torch.dtype) -> Shell:
+def load_unet(folder: Path, dtype: torch.dtype) -> LazyModel:
     """The U-Net in `folder/unet`, to be read in `dtype`."""
     files = weight_files(folder / "unet")
     model = unet_skeleton(read_config(folder, "unet/config.json"))
-    return Shell(model, _stored(files), dtype, f"{folder.name}/unet")
+    return LazyModel(model, _stored(files), dtype, f"{folder.name}/unet")
 
 
-def load_vae(folder: Path, dtype: torch.dtype) -> Shell:
+def load_vae(folder: Path, dtype: torch.dtype) -> LazyModel:
     """The VAE whose config.json is in `folder`, to be read in `dtype`."""
     config = read_config(folder, "config.json")
     if config.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
         raise BaseModelError(f"{folder.name}: a {config['_class_name']}, wanted an AutoencoderKL. Name another VAE.")
     stored = {_current_vae_name(name): tensor for name, tensor in _stored(weight_files(folder)).items()}
-    return Shell(vae_skeleton(config), stored, dtype, folder.name)
+    return LazyModel(vae_skeleton(config), stored, dtype, folder.name)
 
 
 def _current_vae_name(name: str) -> str:
@@ -95,15 +95,15 @@ def _current_vae_name(name: str) -> str:
     return name
 
 
-def load_text_encoder(folder: Path, encoder: Encoder, dtype: torch.dtype) -> Shell:
+def load_text_encoder(folder: Path, encoder: Encoder, dtype: torch.dtype) -> LazyModel:
     """One text encoder of the folder, to be read in `dtype`."""
     files = weight_files(folder / encoder.folder)
     model = text_skeleton(encoder.class_name, read_config(folder, f"{encoder.folder}/config.json"))
     stored = _as_named_here(_stored(files), set(model.state_dict()))
-    return Shell(model, stored, dtype, f"{folder.name}/{encoder.folder}")
+    return LazyModel(model, stored, dtype, f"{folder.name}/{encoder.folder}")
 
 
-def _as_named_here(stored: Mapping[str, Stored], wanted: set[str]) -> dict[str, Stored]:
+def _as_named_here(stored: Mapping[str, StoredWeight], wanted: set[str]) -> dict[str, StoredWeight]:
     """The tensors under the names this transformers gives them: 5.6 dropped the level `text_model` of CLIPTextModel."""
     named = {}
     for name, tensor in stored.items():

@@ -16,16 +16,16 @@ from diffusers import DDPMScheduler
 from sfumato.bases import folder as folders
 from sfumato.bases import single_file
 from sfumato.bases.base import Base
-from sfumato.bases.family import FAMILIES, Family, recognise
+from sfumato.bases.family import FAMILIES, Family, family_of_config
 from sfumato.bases.hub import HUB_ID, hub_folder, hub_vae
+from sfumato.bases.lazy_weights import LazyWeights
 from sfumato.bases.recognise import SD2_EPSILON_SIZE, family_of_names
-from sfumato.bases.resting import Resting
 from sfumato.bases.vocabulary import clip_tokenizer
-from sfumato.bases.weights import Shell, text_skeleton, unet_skeleton, vae_skeleton
+from sfumato.bases.weights import LazyModel, text_skeleton, unet_skeleton, vae_skeleton
 from sfumato.errors import BaseModelError
 from sfumato.files.header import read_header
 from sfumato.precision import Part, Precision, decide
-from sfumato.schedulers import counts_sigmas
+from sfumato.schedulers import is_sigma_conditioned
 
 POCKET_VARIABLE = "SFUMATO_POCKET"
 """Names a diffusers folder to use for `pocket` instead of the one in the package."""
@@ -39,9 +39,9 @@ class _Parts:
     """A base's parts, whose weights have not been read yet."""
 
     family: Family
-    unet: Shell
-    vae: Shell
-    text_encoders: list[Shell]
+    unet: LazyModel
+    vae: LazyModel
+    text_encoders: list[LazyModel]
     tokenizers: list[Any]
     scheduler: dict[str, Any]
     zeros_for_empty_prompt: bool
@@ -70,7 +70,7 @@ def load_base(
 
     Raises BaseModelError, or FileError for a broken file: one line.
     """
-    base = base_at_rest(
+    base = base_skeleton(
         source,
         precision=precision,
         clip_skip=clip_skip,
@@ -80,13 +80,13 @@ def load_base(
         family=family,
     )
     base.precision.apply()
-    base.resting.wake("vae", "text")
+    base.lazy_weights.load("vae", "text")
     if unet:
-        base.resting.wake("unet")
+        base.lazy_weights.load("unet")
     return base
 
 
-def base_at_rest(
+def base_skeleton(
     source: str | os.PathLike[str] = "pocket",
     *,
     precision: Precision | None = None,
@@ -113,7 +113,7 @@ def base_at_rest(
     if zero_terminal_snr:
         parts.scheduler.update(single_file.ZERO_TERMINAL_SNR)
     _check(parts, name, clip_skip)
-    shells: dict[Part, list[Shell]] = {"unet": [parts.unet], "vae": [parts.vae], "text": parts.text_encoders}
+    shells: dict[Part, list[LazyModel]] = {"unet": [parts.unet], "vae": [parts.vae], "text": parts.text_encoders}
     return Base(
         family=FAMILIES[family] if family else parts.family,
         name=name,
@@ -127,11 +127,11 @@ def base_at_rest(
         clip_skip=clip_skip,
         zeros_for_empty_prompt=parts.zeros_for_empty_prompt,
         files=tuple(dict.fromkeys(file for each in shells.values() for shell in each for file in shell.files)),
-        resting=Resting(shells, precision.place),
+        lazy_weights=LazyWeights(shells, precision.place),
     )
 
 
-def family_at_rest(name: str, prediction_type: str | None = None) -> Base:
+def family_skeleton(name: str, prediction_type: str | None = None) -> Base:
     """A base of the family's published shapes, of which nothing is there: to count by, it cannot be woken.
 
     prediction_type: tells the two sizes of SD 2.x apart.
@@ -256,7 +256,7 @@ def _from_folder(
     if _class_of(index, "unet") != "UNet2DConditionModel":
         raise BaseModelError(f"{folder.name}: a {kind} has no U-Net of Stable Diffusion. Name SD 1.x, SD 2.x or SDXL.")
     config = folders.read_config(folder, "unet/config.json")
-    family = FAMILIES[forced] if forced else recognise(config)
+    family = FAMILIES[forced] if forced else family_of_config(config)
     lacking = [encoder.folder for encoder in family.encoders if not _class_of(index, encoder.folder)]
     if lacking:
         raise BaseModelError(f"{folder.name}: a {kind} without {lacking[0]}. Name a whole {family.title}.")
@@ -291,7 +291,7 @@ def _wants_zeros(index: Mapping[str, Any]) -> bool:
 
 def _load_vae(
     source: str | os.PathLike[str], family: Family, dtype: torch.dtype, own: Mapping[str, Any] | None
-) -> Shell:
+) -> LazyModel:
     """A VAE in place of the base's, whose config is `own`, if it has one. Raises BaseModelError for other latents."""
     path, name = find_vae(source)
     if path.is_file() and family.name == "pocket":
@@ -414,7 +414,7 @@ def alpha_bar(config: Mapping[str, Any], name: str) -> torch.Tensor:
     picture. Raises BaseModelError for that, and for schedules without betas.
     """
     without = str(config.get("_class_name", "")).startswith("EDM") or "FlowMatch" in str(config.get("_class_name", ""))
-    if without or counts_sigmas(config) or "num_train_timesteps" not in config:
+    if without or is_sigma_conditioned(config) or "num_train_timesteps" not in config:
         raise BaseModelError(f"{name}: {config.get('_class_name')} has no betas. Name SD 1.x, SD 2.x or SDXL.")
     kind = config.get("prediction_type", "epsilon")
     if kind not in PREDICTION_TYPES:

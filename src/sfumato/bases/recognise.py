@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from sfumato.bases.family import FAMILIES, Family
 from sfumato.errors import BaseModelError
 from sfumato.files.header import Header
-from sfumato.numerals import so_many
+from sfumato.numerals import pluralize
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 CLIP, OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
@@ -52,7 +52,7 @@ def family_of_names(names: Iterable[str], file: str, *, needs_vae: bool = True) 
             raise BaseModelError(f"{file}: a checkpoint without its VAE. Give one with --vae, or n{WHOLE[1:]}")
         raise BaseModelError(f"{file}: a checkpoint without its text encoder. {WHOLE}")
     _refuse(names, LONE_PARTS, file)
-    raise BaseModelError(f"{file}: none of its {so_many(len(names), 'weight')} belongs to a known base. {WHOLE}")
+    raise BaseModelError(f"{file}: none of its {pluralize(len(names), 'weight')} belongs to a known base. {WHOLE}")
 
 
 def stated_prediction(header: Header) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from sfumato.bases.family import Family
-from sfumato.bases.names import clip_name, open_clip_name, unet_name, vae_name
+from sfumato.bases.ldm_names import clip_name, open_clip_name, unet_name, vae_name
 from sfumato.bases.recognise import (
     CLIP,
     OPEN_CLIP,
@@ -28,7 +28,7 @@ from sfumato.bases.recognise import (
     XL_OPEN_CLIP,
     predicted,
 )
-from sfumato.bases.weights import Shell, Stored, text_skeleton, unet_skeleton, vae_skeleton
+from sfumato.bases.weights import LazyModel, StoredWeight, text_skeleton, unet_skeleton, vae_skeleton
 from sfumato.errors import BaseModelError
 from sfumato.files.header import Header
 
@@ -157,24 +157,24 @@ def text_config(header: Header, family: Family, index: int) -> dict[str, Any]:
     return config
 
 
-def load_unet(header: Header, config: Mapping[str, Any], dtype: torch.dtype) -> Shell:
+def load_unet(header: Header, config: Mapping[str, Any], dtype: torch.dtype) -> LazyModel:
     """The checkpoint's U-Net, to be read in `dtype`. config: see `unet_config`."""
     model = unet_skeleton(config)
     stored = _rename(_take(header, UNET), {name: unet_name(name, config) for name in model.state_dict()})
-    return Shell(model, stored, dtype, f"{header.path.name}, U-Net")
+    return LazyModel(model, stored, dtype, f"{header.path.name}, U-Net")
 
 
-def load_vae(header: Header, family: Family, dtype: torch.dtype) -> Shell:
+def load_vae(header: Header, family: Family, dtype: torch.dtype) -> LazyModel:
     """The VAE of a checkpoint, or of a file that holds a VAE alone, to be read in `dtype`."""
     prefix = VAE if any(name.startswith(VAE) for name in header.tensors) else ""
     config = vae_config(header, family, prefix)
     model = vae_skeleton(config)
     source = {name: stored for name, stored in _take(header, prefix).items() if name.startswith(VAE_WEIGHTS)}
     stored = _rename(source, {name: vae_name(name, config) for name in model.state_dict()})
-    return Shell(model, stored, dtype, f"{header.path.name}, VAE")
+    return LazyModel(model, stored, dtype, f"{header.path.name}, VAE")
 
 
-def load_text_encoder(header: Header, family: Family, index: int, dtype: torch.dtype) -> Shell:
+def load_text_encoder(header: Header, family: Family, index: int, dtype: torch.dtype) -> LazyModel:
     """The checkpoint's text encoder `index`, to be read in `dtype`."""
     prefix = TEXT_PREFIXES[family.name][index]
     config = text_config(header, family, index)
@@ -194,10 +194,10 @@ def load_text_encoder(header: Header, family: Family, index: int, dtype: torch.d
                 stored[name] = dataclasses.replace(source[old], third=third, transposed=transposed)
         used = _used(source, set(names.values()), config)
         stored |= {old: each for old, each in used.items() if old not in names.values()}
-    return Shell(model, stored, dtype, where)
+    return LazyModel(model, stored, dtype, where)
 
 
-def _used(source: Mapping[str, Stored], wanted: set[str], config: Mapping[str, Any]) -> dict[str, Stored]:
+def _used(source: Mapping[str, StoredWeight], wanted: set[str], config: Mapping[str, Any]) -> dict[str, StoredWeight]:
     """The tensors of a text encoder without those that are known to have no use."""
     unused_layer = re.compile(rf"transformer\.resblocks\.{config['num_hidden_layers']}\.")
     return {
@@ -207,16 +207,16 @@ def _used(source: Mapping[str, Stored], wanted: set[str], config: Mapping[str, A
     }
 
 
-def _rename(source: Mapping[str, Stored], names: Mapping[str, str]) -> dict[str, Stored]:
+def _rename(source: Mapping[str, StoredWeight], names: Mapping[str, str]) -> dict[str, StoredWeight]:
     """{new: tensor} for names = {new: old}; a tensor no new name asks for keeps its own, to be found unknown."""
     renamed = {new: source[old] for new, old in names.items() if old in source}
     old_names = set(names.values())
     return renamed | {old: stored for old, stored in source.items() if old not in old_names}
 
 
-def _take(header: Header, prefix: str) -> dict[str, Stored]:
+def _take(header: Header, prefix: str) -> dict[str, StoredWeight]:
     names = [name for name in header.tensors if name.startswith(prefix)]
-    return {name.removeprefix(prefix): Stored(header, name) for name in names}
+    return {name.removeprefix(prefix): StoredWeight(header, name) for name in names}
 
 
 def _shapes(header: Header, prefix: str) -> dict[str, tuple[int, ...]]:

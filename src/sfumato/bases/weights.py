@@ -97,7 +97,7 @@ def _largest(value: Any) -> float:
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredWeight:
     """Where a weight lies: a tensor of a file, a third of its rows (in thirds), or its transpose."""
 
     header: Header
@@ -121,7 +121,7 @@ class Stored:
         return tensor.T if self.transposed else tensor
 
 
-class Shell:
+class LazyModel:
     """A model on the device `meta`, and how its weights are read.
 
     stored: where each weight of the model lies, by its name in the model's `state_dict()`. A 1x1 convolution may be
@@ -129,7 +129,7 @@ class Shell:
     another shape.
     """
 
-    def __init__(self, model: Any, stored: Mapping[str, Stored], dtype: torch.dtype, where: str):
+    def __init__(self, model: Any, stored: Mapping[str, StoredWeight], dtype: torch.dtype, where: str):
         self.model, self.stored, self._dtype, self._where = model, stored, dtype, where
         _compare(model, stored, where)
         # Kept from now on: a part that rests may be read again hours later.
@@ -220,7 +220,7 @@ def _stamp(path: Path) -> Stamp:
         raise FileError(f"{path.name}: the file cannot be read ({error.strerror}). Check it and try again.") from None
 
 
-def _compare(model: nn.Module, stored: Mapping[str, Stored], where: str) -> None:
+def _compare(model: nn.Module, stored: Mapping[str, StoredWeight], where: str) -> None:
     wanted = model.state_dict()
     missing = [name for name in wanted if name not in stored]
     unknown = [name for name in stored if name not in wanted]

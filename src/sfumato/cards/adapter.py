@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from sfumato import shell
 from sfumato.bases.family import FAMILIES
 from sfumato.files.atomic import atomic_path, write_text
-from sfumato.numerals import so_many
+from sfumato.numerals import pluralize
 from sfumato.prompts.negative import negative_for
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def write_card(
         )
     if guided:
         guided += ". Diffusers and other programs do not read that from the file: they draw without it"
-    shown_with = prompts[telling(about.trigger, prompts)] if prompts else example_of(about)
+    shown_with = prompts[most_telling_prompt(about.trigger, prompts)] if prompts else example_of(about)
     example = shown_with or next(iter(about.captions), "")
     words = _word_files(about, adapter)
     line = generate_line(example, about.base, about, lora=adapter.name, words=words)
@@ -55,7 +55,7 @@ def write_card(
                 _strip(row).save(temporary)
         before_after = "\n## Before and after\n\n![before](images/before.png)\n\n![after](images/after.png)\n"
     text = f"""{opening(folder, about, prompts, rows, tags=("lora", "template:sd-lora"))}
-A LoRA for {code(about.base)} ({about.family}), learned from {so_many(about.images or 0, "picture")}.
+A LoRA for {code(about.base)} ({about.family}), learned from {pluralize(about.images or 0, "picture")}.
 {before_after}
 ## Trigger words
 
@@ -144,10 +144,10 @@ def _is_bundled(about: Description) -> bool:
 
 def _word_files(about: Description, adapter: Path) -> list[str]:
     """The files of the new words that were learned beside the adapter; none where they are within it."""
-    from sfumato.words.placeholders import files
+    from sfumato.words.placeholders import embedding_files
 
     tokens = (about.config or {}).get("train_words") or ()
-    found = {} if _is_bundled(about) else files(Path(), adapter.stem, tokens, alone=False)
+    found = {} if _is_bundled(about) else embedding_files(Path(), adapter.stem, tokens, alone=False)
     return [file.name for file in found.values()]
 
 
@@ -185,7 +185,7 @@ def instance_prompt(about: Description) -> str | None:
     return about.trigger[0] if len(about.trigger) == 1 else None
 
 
-def telling(triggers: Sequence[str], prompts: Sequence[str]) -> int:
+def most_telling_prompt(triggers: Sequence[str], prompts: Sequence[str]) -> int:
     """The place of the sample prompt that tells most of what was learned: the last that holds a trigger, since
     the prompts after the captions ask for things that were not shown; the last of all where none does."""
     with_trigger = (place for place, text in enumerate(prompts) if any(_holds(text, each) for each in triggers))

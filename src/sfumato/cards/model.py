@@ -12,14 +12,14 @@ from sfumato.cards.adapter import (
     code,
     example_of,
     generate_line,
+    most_telling_prompt,
     opening,
     readers,
-    telling,
     training_table,
     trigger_section,
 )
 from sfumato.files.atomic import write_text
-from sfumato.numerals import so_many
+from sfumato.numerals import pluralize
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -47,7 +47,7 @@ def write_model_card(
 
     made: the diffusers folder, or the safetensors of the difference. rows: as for `sfumato.cards.adapter.write_card`.
     """
-    example = prompts[telling(about.trigger, prompts)] if prompts else example_of(about)
+    example = prompts[most_telling_prompt(about.trigger, prompts)] if prompts else example_of(about)
     whole = made.suffix != ".safetensors"
     what = (
         f"{code(about.base)} ({about.family}) fine-tuned"
@@ -57,7 +57,7 @@ def write_model_card(
     sheet = before_after_sheet(folder, prompts, rows)
     before_after = f"\n## Before and after\n{sheet}" if sheet else ""
     text = f"""{opening(folder, about, prompts, rows, tags=["dreambooth"])}
-{what} with DreamBooth on {so_many(about.images or 0, "picture")}.
+{what} with DreamBooth on {pluralize(about.images or 0, "picture")}.
 {before_after}
 ## Trigger words
 

@@ -18,7 +18,7 @@ from sfumato.cards.adapter import (
     training_table,
 )
 from sfumato.files.atomic import write_text
-from sfumato.numerals import so_many
+from sfumato.numerals import pluralize
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -48,7 +48,7 @@ def write_embedding_card(
     line = generate_line(example, about.base, about, words=[path.name for path in files.values()])
     base = code(about.base)
     text = f"""{opening(folder, about, prompts, rows, tags=["textual_inversion"])}
-{what} for {base} ({about.family}), learned from {so_many(about.images or 0, "picture")} by Textual Inversion:
+{what} for {base} ({about.family}), learned from {pluralize(about.images or 0, "picture")} by Textual Inversion:
 
 {listed}
 {before_after_sheet(folder, prompts, rows)}

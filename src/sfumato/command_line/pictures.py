@@ -13,7 +13,7 @@ from typing import Any
 
 from sfumato.command_line.axes import CHECKS
 from sfumato.command_line.specs import checked_folder, without_tags
-from sfumato.drawing.request import Request
+from sfumato.drawing.request import PictureRequest
 from sfumato.errors import ConfigError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -86,7 +86,7 @@ _OTHER_FILES = frozenset(
 
 
 def picture_files(
-    output: Path, pictures: Sequence[Request], *, is_sheet: bool, overwrite: bool, given: Sequence[str]
+    output: Path, pictures: Sequence[PictureRequest], *, is_sheet: bool, overwrite: bool, given: Sequence[str]
 ) -> tuple[Path, ...]:
     """One file for each picture, or one for the sheet of all. given: the prompts as the command line has them.
 

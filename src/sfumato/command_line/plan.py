@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from sfumato.drawing.request import Request
-from sfumato.drawing.where_when import Span, WhereWhen
+from sfumato.drawing.request import PictureRequest
+from sfumato.drawing.where_when import AdapterPlacement, Span
 from sfumato.weighting.adapter import Adapter, Weight, is_idle
 
 
@@ -21,7 +21,7 @@ class Plan:
     `adapters`.
     """
 
-    pictures: tuple[Request, ...]
+    pictures: tuple[PictureRequest, ...]
     negative: str
     adapters: tuple[Adapter, ...]
     strengths: Mapping[str, float]
@@ -29,13 +29,13 @@ class Plan:
     size: tuple[int, int] | None
     files: tuple[Path, ...]
     sweep: tuple[str, tuple[float, ...]] | None
-    where_when: WhereWhen
+    where_when: AdapterPlacement
 
     @property
     def texts(self) -> list[str]:
         """All prompts: of pictures and regions, and what shall not be in them."""
         of_spots = [spot.prompt for spot in self.where_when.spots if spot.prompt is not None]
-        negatives = [each.own["negative"] for each in self.pictures if "negative" in each.own]
+        negatives = [each.overrides["negative"] for each in self.pictures if "negative" in each.overrides]
         return [*(each.prompt for each in self.pictures), *of_spots, self.negative, *negatives]
 
     @property
@@ -56,6 +56,8 @@ class Plan:
         found = (found - given.keys()) | {label for label, weights in given.items() if any(weights)}
         return found | {each.label for each in self.where_when.regional if not is_idle(each.weight)}
 
-    def weights_of(self, picture: Request) -> Mapping[str, Weight]:
+    def weights_of(self, picture: PictureRequest) -> Mapping[str, Weight]:
         """The adapters' weights in a picture, by label, before steps, sweeps and regions change them."""
-        return {each.label: each.weight for each in self.adapters} if picture.tagged is None else picture.tagged
+        return (
+            {each.label: each.weight for each in self.adapters} if picture.tag_weights is None else picture.tag_weights
+        )

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sfumato.config import at_home
-from sfumato.drawing.named import find_adapter
+from sfumato.drawing.adapter_lookup import find_adapter
 from sfumato.errors import AdapterError, ConfigError
 from sfumato.files.header import read_header
 from sfumato.files.peft_folder import folders_in
 from sfumato.limits import checked_adapter_guidance
 from sfumato.prompts.tags import Tagged, refuse_tags, without_flags
-from sfumato.weighting.adapter import Adapter, Weight, swept, with_factors_of
+from sfumato.weighting.adapter import Adapter, Weight, with_factors_of, with_unet_scaled
 from sfumato.weighting.blocks import Blocks
 
 
@@ -188,7 +188,7 @@ def parse_sweep(text: str, adapters: Sequence[Adapter]) -> tuple[str, tuple[floa
     try:
         numbers = tuple(float(number) for number in weights.split(","))
         for number in numbers:
-            swept(label, own[label], number)
+            with_unet_scaled(label, own[label], number)
     except AdapterError as error:
         raise ConfigError(f"--sweep {text}: {error}") from None
     except ValueError as error:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from sfumato.command_line.specs import without_tags
 from sfumato.config import at_home
-from sfumato.drawing.where_when import Span, Spot, parse_span
+from sfumato.drawing.where_when import RegionSpec, Span, parse_span
 from sfumato.errors import AdapterError, ConfigError
 from sfumato.weighting.adapter import Adapter, checked_weight
 
@@ -35,7 +35,7 @@ HALVES: Mapping[str, Box] = {
 }
 
 
-def parse_region(text: str, adapters: Sequence[Adapter]) -> Spot:
+def parse_region(text: str, adapters: Sequence[Adapter]) -> RegionSpec:
     """The spot of LABEL=WHERE or LABEL=WHERE:PROMPT, several labels joined by +. Raises ConfigError, one line."""
     names, equals, rest = text.partition("=")
     known = {each.label: each for each in adapters}
@@ -48,7 +48,7 @@ def parse_region(text: str, adapters: Sequence[Adapter]) -> Spot:
     for place, prompt in splits:
         if (where := _where(place, text)) is not None:
             own = None if prompt is None else without_tags(prompt.strip(), f"--region {text}")
-            return Spot(tuple(known[label] for label in labels), where, own)
+            return RegionSpec(tuple(known[label] for label in labels), where, own)
     raise ConfigError(
         f"--region {text}: {splits[min(1, len(splits) - 1)][0]!r} is no place; wanted {', '.join(HALVES)}, a box such "
         "as 0,0,0.5,1, or a picture that exists; a prompt follows a colon."

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.compose.lowrank import Scratch, write_sum
-from sfumato.compose.originals import kept
+from sfumato.compose.originals import original_of
 from sfumato.errors import AdapterError
 from sfumato.files.changes import Change, LoraModule
 from sfumato.precision import tensors
@@ -158,7 +158,7 @@ class Baked:
     def _kept(self, weight: Tensor) -> Tensor:
         """The original on the weight's device; from the first call on something holds it."""
         if self.original is None:
-            self.original, self.candidates = kept(weight, self.candidates), ()
+            self.original, self.candidates = original_of(weight, self.candidates), ()
         return self.original if self.original.device == weight.device else self.original.to(weight.device)
 
     def _split(self, wanted: Applied, weight: Tensor) -> tuple[list[tuple[float, LoraModule]], Tensor | None]:

@@ -18,11 +18,11 @@ from torch import Tensor
 from sfumato.compose.match import Modules, parts_of
 from sfumato.compose.mix import Mix, current, say_words
 from sfumato.errors import AdapterError
-from sfumato.files.embedding_file import united
+from sfumato.files.embedding_file import merge_embeddings
 from sfumato.files.kohya import Target
-from sfumato.files.write import write_lora
-from sfumato.merging.factors import ALL, Budget
-from sfumato.merging.lineage import inherit
+from sfumato.files.write_kohya import write_lora
+from sfumato.merging.factors import KEEP_ALL, Budget
+from sfumato.merging.lineage import merged_metadata
 from sfumato.merging.merge import merge
 from sfumato.merging.methods import Settings
 from sfumato.merging.sources import read_sources
@@ -36,7 +36,7 @@ def by_method(
     *adapters: Adapter,
     method: str,
     settings: Settings = Settings(),  # noqa: B008 - frozen
-    budget: Budget = ALL,
+    budget: Budget = KEEP_ALL,
     seed: int = 0,
     partial: bool = False,
     words_known: bool = False,
@@ -62,9 +62,11 @@ def by_method(
             modules = Modules(parts_of(pipe))
             weight_of = functools.partial(_weight_of, modules)
             merged = merge(sources, method=method, settings=settings, budget=budget, seed=seed, base=weight_of)
-            words = united({source.name: source.words for source in sources})
+            words = merge_embeddings({source.name: source.words for source in sources})
             title = f"{method} of {', '.join(each.label for each in some)}"
-            about = inherit(parents, title=title, family=modules.family)  # with the adapter guidance that all ask for
+            about = merged_metadata(
+                parents, title=title, family=modules.family
+            )  # with the adapter guidance that all ask for
             file = write_lora(
                 Path(folder) / "merged.safetensors", merged.modules, family=modules.family, metadata=about, words=words
             )

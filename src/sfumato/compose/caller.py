@@ -20,10 +20,10 @@ from torch import nn
 from sfumato.compose.match import compiled_parts, unwrapped_parts
 from sfumato.errors import AdapterError
 
-_TURNS: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()
+_LOCKS: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()
 
 
-def calling(pipe: Any) -> Any:
+def calling_pipeline(pipe: Any) -> Any:
     """The pipeline whose call of this one's U-Net is under way; `pipe` itself where a loop of one's own calls it."""
     unet = unwrapped_parts(pipe)["unet"]
     # No hook of a module tells who calls it, and a pipeline announces its calls to nobody.
@@ -39,15 +39,15 @@ def calling(pipe: Any) -> Any:
     return pipe
 
 
-def turn(pipe: Any) -> RLock:
+def unet_lock(pipe: Any) -> RLock:
     """What one thread at a time holds while it draws with this U-Net, whichever pipeline it has it by."""
-    return _TURNS.setdefault(unwrapped_parts(pipe)["unet"], RLock())
+    return _LOCKS.setdefault(unwrapped_parts(pipe)["unet"], RLock())
 
 
 @contextmanager
-def in_turn(pipe: Any) -> Iterator[None]:
+def serialized_calls(pipe: Any) -> Iterator[None]:
     """Within the block, where weights change from call to call, threads that call the U-Net wait for one another."""
-    unet, lock = unwrapped_parts(pipe)["unet"], turn(pipe)
+    unet, lock = unwrapped_parts(pipe)["unet"], unet_lock(pipe)
     begin, end = (uncompiled(pipe, hook) for hook in (lambda *_: lock.acquire() and None, lambda *_: lock.release()))
     handles = [
         unet.register_forward_pre_hook(begin, prepend=True),  # before another refuses the call, which ends it, too
@@ -71,7 +71,7 @@ def uncompiled(pipe: Any, hook: Callable[..., Any]) -> Callable[..., Any]:
     return disabled
 
 
-def rows_each(pipe: Any) -> int | None:
+def rows_per_picture(pipe: Any) -> int | None:
     """How many rows a call of the U-Net has for each picture; None where the pipeline does not say how it draws."""
     guided = getattr(pipe, "do_classifier_free_guidance", None)
     if guided is None:
@@ -79,7 +79,7 @@ def rows_each(pipe: Any) -> int | None:
     return 1 + bool(guided) + _is_by_picture(pipe) + bool(getattr(pipe, "do_perturbed_attention_guidance", False))
 
 
-def without_prompt(pipe: Any, rows: int, *, guided: bool = True) -> int:
+def unconditional_rows(pipe: Any, rows: int, *, guided: bool = True) -> int:
     """How many of a call's rows, its first, are without the prompt, for classifier-free guidance.
 
     guided: whether there is such guidance where the pipeline does not say. Raises AdapterError for a pipeline that has
@@ -90,7 +90,7 @@ def without_prompt(pipe: Any, rows: int, *, guided: bool = True) -> int:
             f"{type(pipe).__name__} guides by a picture, too, and has the rows without the prompt last, which adapter "
             "guidance and regions do not follow. Draw with another pipeline, or without these."
         )
-    each = rows_each(pipe)
+    each = rows_per_picture(pipe)
     if each is None:
         return rows // 2 if guided else 0
     return rows // each if pipe.do_classifier_free_guidance else 0

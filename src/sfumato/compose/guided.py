@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sfumato.compose.caller import calling, in_turn, without_prompt
-from sfumato.compose.match import compiled_parts, halved, unwrapped_parts
+from sfumato.compose.caller import calling_pipeline, serialized_calls, unconditional_rows
+from sfumato.compose.match import compiled_parts, exclusive_row_split, unwrapped_parts
 from sfumato.errors import AdapterError
 from sfumato.weighting.adapter import check_mix
 
@@ -59,15 +59,15 @@ def adapter_guidance(
     factors = {label: each / guidance for label, each in wanted.items()}
 
     def without(rows: int) -> int:
-        return without_prompt(calling(mix.pipe), rows)
+        return unconditional_rows(calling_pipeline(mix.pipe), rows)
 
     unet = unwrapped_parts(mix.pipe)["unet"]
     with (
-        halved(unet),
-        mix.parted(factors),
-        in_turn(mix.pipe),
+        exclusive_row_split(unet),
+        mix.conditional_only(factors),
+        serialized_calls(mix.pipe),
         _compared(mix, guidance),
-        first_half(unet, mix.without, without),
+        unconditional_half(unet, mix.without_conditional, without),
     ):
         yield
 
@@ -77,7 +77,7 @@ def _compared(mix: Mix, guidance: float) -> Iterator[None]:
     """Within the block a call that its pipeline draws with another guidance is an AdapterError."""
 
     def check(*_: Any) -> None:
-        drawn_with = getattr(calling(mix.pipe), "guidance_scale", None)
+        drawn_with = getattr(calling_pipeline(mix.pipe), "guidance_scale", None)
         if not isinstance(drawn_with, int | float) or drawn_with == guidance or max(drawn_with, guidance) <= 1:
             return
         raise AdapterError(
@@ -106,7 +106,7 @@ def strengths_of(mix: Mix, strength: float | Mapping[str, float] | None, *, guid
 
 
 @contextmanager
-def first_half(
+def unconditional_half(
     unet: nn.Module,
     within: Callable[[], AbstractContextManager[object]],
     without: Callable[[int], int] = lambda rows: rows // 2,
@@ -121,7 +121,7 @@ def first_half(
     halves = _Halves()
 
     @_uncopied
-    def in_turn(*args: Any, **options: Any) -> Any:
+    def forward_by_halves(*args: Any, **options: Any) -> Any:
         sample = args[0] if args else options["sample"]
         if 2 * without(len(sample)) != len(sample):
             raise AdapterError(
@@ -135,11 +135,11 @@ def first_half(
         both = torch.cat([other[0], output[0]])
         return (both,) if isinstance(output, tuple) else type(output)(sample=both)
 
-    setattr(unet, name, in_turn)
+    setattr(unet, name, forward_by_halves)
     try:
         yield
     finally:
-        for place in [place for place in ("_old_forward", "forward") if unet.__dict__.get(place) is in_turn]:
+        for place in [place for place in ("_old_forward", "forward") if unet.__dict__.get(place) is forward_by_halves]:
             if place == "forward" and getattr(forward, "__func__", None) is type(unet).forward:
                 del unet.forward
             else:

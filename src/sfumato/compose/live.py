@@ -113,11 +113,11 @@ class Live:
 
     def restore(self) -> None:
         """Take the path away."""
-        self.rest()  # first, so that nothing is added any more whatever the path says
+        self.remove_hook()  # first, so that nothing is added any more whatever the path says
         self._silence()
         self.applied, self._path, self.other, self._last, self._last_exchanged = (), None, None, None, None
 
-    def rest(self) -> None:
+    def remove_hook(self) -> None:
         """Take the hook away, so that a layer at weight 0 costs nothing; not where it is compiled into the layer."""
         if self._handle is not None:
             self._handle.remove()

@@ -11,7 +11,7 @@ from weakref import WeakSet
 
 from torch import Tensor, nn
 
-from sfumato.bases.family import recognise
+from sfumato.bases.family import family_of_config
 from sfumato.compose.baked import Effect
 from sfumato.compose.live import can_be_live
 from sfumato.errors import AdapterError
@@ -81,7 +81,7 @@ _HALVED: WeakSet[nn.Module] = WeakSet()
 
 
 @contextmanager
-def halved(unet: nn.Module) -> Iterator[None]:
+def exclusive_row_split(unet: nn.Module) -> Iterator[None]:
     """For a block that tells a call's rows without a prompt from those with; another one within would misread them."""
     if unet in _HALVED:
         raise AdapterError(
@@ -103,7 +103,7 @@ class Modules:
         self._attentions = [module for module in parts["unet"].modules() if hasattr(module, "fused_projections")]
         self.check_unfused()
         config: Mapping[str, Any] = getattr(parts["unet"], "config", {})
-        self.family = recognise(config).name
+        self.family = family_of_config(config).name
         self.text_width: int | None = config.get("cross_attention_dim")
 
     def check_unfused(self) -> None:
@@ -154,7 +154,7 @@ def _walk(module: nn.Module, path: str) -> nn.Module | None:
 
 
 @dataclass(frozen=True)
-class Found:
+class MatchedWeight:
     """A weight or bias of the pipeline that a file changes. live: whether beside the layer, not within the weight."""
 
     part: str
@@ -165,18 +165,18 @@ class Found:
     live: bool
 
     @property
-    def beside(self) -> LoraModule | None:
+    def live_form(self) -> LoraModule | None:
         """The low-rank form in which it can stand beside the layer, if there is one."""
         return self.effect.low_rank if self.name == "weight" and can_be_live(self.module) else None
 
 
-def match(file: AdapterFile, label: str, modules: Modules, *, partial: bool, way: Way) -> list[Found]:
+def match(file: AdapterFile, label: str, modules: Modules, *, partial: bool, way: Way) -> list[MatchedWeight]:
     """The weights and biases that the file changes.
 
     partial: leave out what does not fit. Raises AdapterError, one line with counts, for a file of another family, one
     of which a part does not fit, one of which nothing does, and for a layer that can take it in neither way.
     """
-    found: list[Found] = []
+    found: list[MatchedWeight] = []
     lacking: list[str] = []
     misshapen: list[str] = []
     for target, change in file.changes.items():
@@ -194,16 +194,18 @@ def match(file: AdapterFile, label: str, modules: Modules, *, partial: bool, way
         else:
             if getattr(change, "value", change) is not None:  # a difference of the bias alone has no value
                 live = _is_live(module, f"{part}.{path}", change, way)
-                found.append(Found(part, path, "weight", module, Effect.of(change), live))
+                found.append(MatchedWeight(part, path, "weight", module, Effect.of(change), live))
             if bias is not None and _bias_shape(module):
-                found.append(Found(part, path, "bias", module, Effect(bias, None), False))
+                found.append(MatchedWeight(part, path, "bias", module, Effect(bias, None), False))
     fitting = len(file.changes) - len(lacking) - len(misshapen)
     if (lacking or misshapen) and not (partial and fitting):
         raise AdapterError(_misfit(file, label, modules, fitting, lacking, misshapen))
     return found
 
 
-def weighed(adapter: Adapter, file: AdapterFile, modules: Modules, *, partial: bool) -> Iterator[tuple[float, Found]]:
+def weighted_matches(
+    adapter: Adapter, file: AdapterFile, modules: Modules, *, partial: bool
+) -> Iterator[tuple[float, MatchedWeight]]:
     """What an adapter changes, with its weight there, for what stands beside layers; without what has a weight of 0."""
     modules.check_blocks({adapter.label: adapter.weight})
     for found in match(file, adapter.label, modules, partial=partial, way="live"):

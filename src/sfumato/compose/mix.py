@@ -21,9 +21,9 @@ from torch import Tensor
 from sfumato.compose import saving, table
 from sfumato.compose.baked import Applied, Baked, Effect
 from sfumato.compose.live import Live, SavesNone
-from sfumato.compose.match import Found, Modules, Way, compiled_parts, match, parts_of, unwrapped_parts
+from sfumato.compose.match import MatchedWeight, Modules, Way, compiled_parts, match, parts_of, unwrapped_parts
 from sfumato.compose.originals import Originals, Place
-from sfumato.compose.sites import Site, applied_at, bring, new_site
+from sfumato.compose.sites import Site, applied_at, apply_changes, new_site
 from sfumato.errors import AdapterError
 from sfumato.files.adapter_file import AdapterFile
 from sfumato.files.fingerprint import verify as verify_deltas
@@ -31,7 +31,7 @@ from sfumato.files.header import path_of
 from sfumato.files.kinds import ROLES
 from sfumato.files.metadata import adapter_guidance_of, negatives_of, over_steps_of
 from sfumato.merging.whole_model import read_mixable
-from sfumato.numerals import so_many
+from sfumato.numerals import pluralize
 from sfumato.precision import tensors
 from sfumato.weighting.adapter import (
     Adapter,
@@ -219,10 +219,10 @@ class Mix:
                 "baked": "as asked",
                 "live": "there is no layer that a path could stand beside",
             }
-            return f"{so_many(baked, 'weight')} baked in place ({whys[self._way]})"
+            return f"{pluralize(baked, 'weight')} baked in place ({whys[self._way]})"
         why = "as asked" if self._way == "live" else "quantised, so nothing can be summed into their weights"
-        rest = f"; {so_many(baked, 'weight')} baked in place" if baked else ""
-        return f"{so_many(live, 'layer')} live, one path for all adapters beside each ({why}){rest}"
+        rest = f"; {pluralize(baked, 'weight')} baked in place" if baked else ""
+        return f"{pluralize(live, 'layer')} live, one path for all adapters beside each ({why}){rest}"
 
     def describe(self) -> str:
         """The mix in one line: "line 0.8, otter 0.6 (muted)"."""
@@ -270,7 +270,7 @@ class Mix:
         self._mark_parts()
         return self
 
-    def _place(self, label: str, found: Iterable[Found], sites: dict[Place, Site]) -> None:
+    def _place(self, label: str, found: Iterable[MatchedWeight], sites: dict[Place, Site]) -> None:
         """Note what this adapter does at each of its sites, of which some are new."""
         for one in found:
             place = (one.part, one.path, one.name)
@@ -315,7 +315,7 @@ class Mix:
         return self
 
     @contextmanager
-    def parted(self, factors: Mapping[str, float]) -> Iterator[None]:
+    def conditional_only(self, factors: Mapping[str, float]) -> Iterator[None]:
         """Within the block these adapters' weights in the U-Net are so many times what they are, and `without` them.
 
         factors: by label. Weights may change within the block.
@@ -340,8 +340,8 @@ class Mix:
             raise
 
     @contextmanager
-    def without(self) -> Iterator[None]:
-        """Within the block, and that of `parted`, the U-Net has all but those adapters; nothing is computed."""
+    def without_conditional(self) -> Iterator[None]:
+        """In the block, and that of `conditional_only`, the U-Net has all but those adapters; nothing is computed."""
         done: list[Site] = []
         try:
             for site in self._of_unet():
@@ -455,15 +455,15 @@ class Mix:
         live = [(site, applied) for site, applied in todo if isinstance(site, Live)]
         self._check_in_memory([*(site for site, _ in todo), *(site for site, _ in aside)])
         self._check_compiled(site for site, applied in live if site.rebuilds(applied))
-        bring(todo, aside, self._originals)
+        apply_changes(todo, aside, self._originals)
         idle = [site for site, applied in live if not applied]
         compiled = compiled_parts(self._pipe) if idle else set()
         for site in idle:
             if site.part not in compiled:
-                site.rest()
+                site.remove_hook()
 
     def _aside(self, site: Site, weights: Mapping[str, Weight]) -> Applied | None:
-        """What the site has without the parted adapters, if it has any of them."""
+        """What the site has without the adapters of the prompt alone, if it has any of them."""
         if site.part != "unet" or self._factors.keys().isdisjoint(site.effects):
             return None
         return applied_at(site, {label: weight for label, weight in weights.items() if label not in self._factors}, {})
@@ -511,7 +511,7 @@ class Mix:
             labels.append(adapter.label)
 
 
-def _left_out(file: AdapterFile, found: Iterable[Found]) -> int:
+def _left_out(file: AdapterFile, found: Iterable[MatchedWeight]) -> int:
     """How many modules of the file are not among what of it was found in the pipeline."""
     there = {(one.part, one.path) for one in found}
     return len(file.changes) - len(there) + len({_module_of(key) for key in file.skipped})

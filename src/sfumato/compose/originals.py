@@ -38,7 +38,7 @@ class Originals:
     def of(self, places: Mapping[Place, Tensor]) -> dict[Place, Tensor | list[Tensor]]:
         """For each place a copy of its weight; or, where the base's files may hold it, their tensors of its name.
 
-        Those are compared by `kept` right before the weight is changed, when its bytes are wanted anyway.
+        Those are compared by `original_of` right before the weight is changed, when its bytes are wanted anyway.
         """
         found: dict[Place, Tensor | list[Tensor]] = {}
         for part in dict.fromkeys(place[0] for place in places):
@@ -60,7 +60,7 @@ class Originals:
         return found
 
 
-def kept(weight: Tensor, candidates: Iterable[Tensor]) -> Tensor:
+def original_of(weight: Tensor, candidates: Iterable[Tensor]) -> Tensor:
     """A tensor with the weight's bytes that nothing writes to: the candidate that has them, else a copy."""
     weight = weight.detach()
     for candidate in candidates:
@@ -161,7 +161,7 @@ def _names_and_files(part: str, module: nn.Module, files: Sequence[Path]) -> lis
     found += [file for file in files if file.parent.name == part and file not in found]
     whole = [file for file in files if file.parent.name not in ("unet", "vae", "text_encoder", "text_encoder_2")]
     if whole and part == "unet":
-        from sfumato.bases.names import unet_name
+        from sfumato.bases.ldm_names import unet_name
 
         names = {name: f"model.diffusion_model.{unet_name(name, config)}" for name, _ in module.named_parameters()}
         return [(file, {}) for file in found] + [(file, names) for file in whole]

@@ -20,21 +20,21 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
 from sfumato import schedulers
-from sfumato.compose.caller import calling, rows_each, turn
-from sfumato.compose.match import Modules, refuse_compiled, say_unknown_words, unwrapped_parts, weighed
+from sfumato.compose.caller import calling_pipeline, rows_per_picture, unet_lock
+from sfumato.compose.match import Modules, refuse_compiled, say_unknown_words, unwrapped_parts, weighted_matches
 from sfumato.errors import AdapterError
 from sfumato.files.adapter_file import AdapterFile
 from sfumato.files.changes.replacement import lora_command
 from sfumato.files.lora_file import LoraModule
 from sfumato.merging.whole_model import read_mixable
-from sfumato.numerals import so_many
+from sfumato.numerals import pluralize
 from sfumato.precision import tensors
 from sfumato.weighting.adapter import Adapter
 
 Index = Callable[[int], Sequence[int]]
 """From the number of rows in a call to the picture of each row."""
 
-Terms = list[list[tuple[float, LoraModule]]]
+TermsByPicture = list[list[tuple[float, LoraModule]]]
 """For each picture the adapters of one layer, each with its weight."""
 
 
@@ -75,7 +75,7 @@ def per_picture(pipe: Any, adapters: Sequence[Sequence[Adapter]], *, partial: bo
 
     def check(_: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
         rows, here = len(args[0] if args else options["sample"]), len(places() or range(count))
-        each = rows_each(calling(pipe))
+        each = rows_per_picture(calling_pipeline(pipe))
         if each is None:
             index(rows)
         elif rows != each * here:
@@ -104,9 +104,9 @@ def _other_number(rows: int, count: int, each: int | None) -> AdapterError:
     if each is None or rows % each:
         found = f"the call has {rows} rows"
     else:
-        found = f"the call draws {so_many(rows // each, 'picture')}"
+        found = f"the call draws {pluralize(rows // each, 'picture')}"
     return AdapterError(
-        f"{found} and the adapters are for {so_many(count, 'picture')}; give each prompt its list, and draw one "
+        f"{found} and the adapters are for {pluralize(count, 'picture')}; give each prompt its list, and draw one "
         "picture of each in one call."
     )
 
@@ -173,7 +173,7 @@ def _hooked(
     refuse_compiled(pipe, {part for part, _ in layers})
     gathered = [(module, _Gathered(module, terms, index, divides=unet_only)) for module, terms in layers.values()]
     with ExitStack() as hooks:
-        with turn(pipe):
+        with unet_lock(pipe):
             _check_others(pipe, divides=unet_only)
             for module, hook in gathered:
                 hooks.enter_context(module.register_forward_hook(hook))
@@ -210,19 +210,19 @@ def _check_others(pipe: Any, *, divides: bool) -> None:
 
 def _layers(
     pipe: Any, adapters: Sequence[Sequence[Adapter]], *, partial: bool
-) -> dict[tuple[str, str], tuple[nn.Module, Terms]]:
+) -> dict[tuple[str, str], tuple[nn.Module, TermsByPicture]]:
     """By (part, path): the layer, and what each picture has there."""
     modules = Modules(unwrapped_parts(pipe))
     files: dict[str, AdapterFile] = {}
-    layers: dict[tuple[str, str], tuple[nn.Module, Terms]] = {}
+    layers: dict[tuple[str, str], tuple[nn.Module, TermsByPicture]] = {}
     for picture, each in enumerate(adapters):
         for adapter in each:
             key = str(adapter.path)
             if key not in files:
                 files[key] = read_mixable(adapter.path, partial=partial)
                 say_unknown_words(pipe, {adapter: files[key]})
-            for number, found in weighed(adapter, files[key], modules, partial=partial):
-                low = found.beside
+            for number, found in weighted_matches(adapter, files[key], modules, partial=partial):
+                low = found.live_form
                 if low is None:
                     raise AdapterError(
                         f"{adapter.label}: {found.part}.{found.path} is changed by a {found.effect.change.kind}, which "
@@ -238,7 +238,7 @@ def _layers(
 class _Gathered:
     """The hook of one layer. down: (pictures, rank, in, ...), up: (pictures, out, rank), padded to the largest rank."""
 
-    def __init__(self, module: nn.Module, terms: Terms, index: Index, *, divides: bool = False) -> None:
+    def __init__(self, module: nn.Module, terms: TermsByPicture, index: Index, *, divides: bool = False) -> None:
         shape = tensors.shape(module)
         assert shape is not None
         rank = max(sum(low.rank for _, low in each) for each in terms)

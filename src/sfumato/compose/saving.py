@@ -13,13 +13,13 @@ from sfumato.compose.live import Live
 from sfumato.errors import AdapterError
 from sfumato.files.adapter_file import AdapterFile
 from sfumato.files.changes import LoraModule
-from sfumato.files.embedding_file import united
+from sfumato.files.embedding_file import merge_embeddings
 from sfumato.files.kohya import Target
-from sfumato.files.write import write_lora
-from sfumato.merging.convert import lines_on_diffusers
+from sfumato.files.write_kohya import write_lora
+from sfumato.merging.convert import diffusers_warnings
 from sfumato.merging.factors import Factors, concatenate, to_module
-from sfumato.merging.lineage import Parent, inherit
-from sfumato.merging.sources import identity
+from sfumato.merging.lineage import Parent, merged_metadata
+from sfumato.merging.sources import adapter_hash
 from sfumato.weighting.adapter import Weight, public_name, weight_at
 
 
@@ -60,13 +60,13 @@ def save(
         raise AdapterError(f"{path.name}: nothing is applied, so there is nothing to save. Give an adapter a weight.")
     used = {label: weight for label, weight in weights.items() if weight != 0}
     parents = [
-        Parent(public_name(file.path), identity(file.path), file.metadata, file.family, weight)
+        Parent(public_name(file.path), adapter_hash(file.path), file.metadata, file.family, weight)
         for file, weight in ((files[label], weight) for label, weight in used.items())
     ]
-    metadata = inherit(parents, title=title or path.stem, family=family)
-    words = united({label: files[label].embeddings for label in used})
+    metadata = merged_metadata(parents, title=title or path.stem, family=family)
+    words = merge_embeddings({label: files[label].embeddings for label in used})
     written = write_lora(path, modules, family=family, metadata=metadata, dtype=dtype, words=words)
-    for line in lines_on_diffusers(written, modules):
+    for line in diffusers_warnings(written, modules):
         print(line, file=sys.stderr)
     return written
 

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from sfumato.compose.baked import Applied, Baked
 from sfumato.compose.live import Live
 from sfumato.compose.lowrank import Scratch, exact_products
-from sfumato.compose.match import Found
+from sfumato.compose.match import MatchedWeight
 from sfumato.compose.originals import Originals
 from sfumato.weighting.adapter import Weight, weight_at
 
 Site = Baked | Live
 
 
-def new_site(found: Found, part: nn.Module) -> Site:
+def new_site(found: MatchedWeight, part: nn.Module) -> Site:
     """A site without adapters for a weight or bias of this part of the pipeline."""
     if not found.live:
         return Baked(found.part, found.path, found.module, found.name)
@@ -37,7 +37,7 @@ def applied_at(site: Site, weights: Mapping[str, Weight], factors: Mapping[str, 
     return tuple((label, number) for label, number in numbers.items() if number != 0)
 
 
-def bring(
+def apply_changes(
     todo: Sequence[tuple[Site, Applied]], aside: Sequence[tuple[Site, Applied | None]], originals: Originals
 ) -> None:
     """Bring each site to its numbers and set others aside for `exchange`; all of it, or nothing when it raises."""

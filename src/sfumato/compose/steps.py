@@ -18,7 +18,7 @@ from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 from sfumato import schedulers
-from sfumato.compose.caller import calling, in_turn, uncompiled
+from sfumato.compose.caller import calling_pipeline, serialized_calls, uncompiled
 from sfumato.compose.match import unwrapped_parts
 from sfumato.errors import AdapterError
 from sfumato.weighting.adapter import (
@@ -144,11 +144,13 @@ def following(mix: Mix, weights: Mapping[str, Progress], switch: Switch | None =
                 "progress. One weight for all steps is mix.set's."
             )
     before = dict(mix.weights)
-    clocks: defaultdict[int, schedulers.Clock] = defaultdict(schedulers.Clock)  # by thread, each of which draws its own
+    clocks: defaultdict[int, schedulers.StepClock] = defaultdict(
+        schedulers.StepClock
+    )  # by thread, each of which draws its own
 
     def follow(module: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-        now = schedulers.asked_timestep(args, options)
-        called = calling(mix.pipe)
+        now = schedulers.timestep_of(args, options)
+        called = calling_pipeline(mix.pipe)
         drawn_by = called.scheduler
         progress = progress_of(now, drawn_by)
         wanted = {label: _at(before[label], function(progress)) for label, function in weights.items()}
@@ -164,7 +166,7 @@ def following(mix: Mix, weights: Mapping[str, Progress], switch: Switch | None =
 
     # A LoRA that diffusers loaded beside the mix is a layer around those that the mix changes.
     unet = unwrapped_parts(mix.pipe)["unet"]
-    with in_turn(mix.pipe):
+    with serialized_calls(mix.pipe):
         try:
             with unet.register_forward_pre_hook(uncompiled(mix.pipe, follow), with_kwargs=True):
                 yield
@@ -179,7 +181,7 @@ def is_pair(value: Any) -> bool:
 
 def progress_of(timestep: float, scheduler: Any) -> float:
     """0 at pure noise and 1 at the finished picture. Raises AdapterError for a scheduler that has no timesteps."""
-    if schedulers.counts_sigmas(scheduler.config):
+    if schedulers.is_sigma_conditioned(scheduler.config):
         raise AdapterError(
             f"{type(scheduler).__name__} tells the U-Net sigmas instead of timesteps, which weights by step follow. "
             "Give the adapters one weight each."

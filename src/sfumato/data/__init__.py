@@ -12,10 +12,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sfumato.data.batches import Batch, join
+    from sfumato.data.batches import Batch, concat_batches
     from sfumato.data.buckets import Crop, bucket_sizes, fit_crop
     from sfumato.data.dataset import Dataset
-    from sfumato.data.folder import Example, Folder
+    from sfumato.data.folder import Example, ExampleSet
     from sfumato.data.images import Picture, open_image, open_picture
     from sfumato.data.listing import Ignored
     from sfumato.data.options import Options
@@ -27,13 +27,13 @@ _HOME = {
     "Crop": "buckets",
     "Dataset": "dataset",
     "Example": "folder",
-    "Folder": "folder",
+    "ExampleSet": "folder",
     "Ignored": "listing",
     "Options": "options",
     "Picture": "images",
     "bucket_sizes": "buckets",
     "fit_crop": "buckets",
-    "join": "batches",
+    "concat_batches": "batches",
     "open_image": "images",
     "open_picture": "images",
     "prepare": "preparing",
@@ -45,13 +45,13 @@ __all__ = [
     "Crop",
     "Dataset",
     "Example",
-    "Folder",
+    "ExampleSet",
     "Ignored",
     "Options",
     "Picture",
     "bucket_sizes",
+    "concat_batches",
     "fit_crop",
-    "join",
     "open_image",
     "open_picture",
     "prepare",

@@ -43,7 +43,7 @@ class Batch:
         return base.added_conditions(text, self.original_sizes, self.crops, self.target_sizes)
 
 
-def join(first: Batch, second: Batch) -> Batch:
+def concat_batches(first: Batch, second: Batch) -> Batch:
     """Both batches as one, the first one's samples first; where only one has masks, the other is learned whole.
 
     indices and variants stay each batch's own. Raises ValueError for latents of two shapes, and if only one has text

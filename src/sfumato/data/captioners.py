@@ -66,7 +66,7 @@ _WANTED = ("*.json", "*.txt", "*.safetensors", "model.onnx", "selected_tags.csv"
 
 
 @dataclass(frozen=True)
-class Wishes:
+class CaptionSettings:
     """detail: of Florence-2's captions. longest: tokens of a caption. threshold, character_threshold: a tagger's least
     probability. without: tags to leave out. precision, device: as they were asked for."""
 
@@ -93,7 +93,7 @@ _KINDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 """Which models each of the wishes is for."""
 
 
-def load_captioner(model: str, precision: Precision, wishes: Wishes) -> Captioner:
+def load_captioner(model: str, precision: Precision, wishes: CaptionSettings) -> Captioner:
     """A captioner from a folder, or from a hub id in the cache or on the hub. Raises FileError and ConfigError."""
     folder = found if (found := Path(model).expanduser()).is_dir() else _from_hub(model)
     if (folder / "model.onnx").is_file():
@@ -109,10 +109,10 @@ def load_captioner(model: str, precision: Precision, wishes: Wishes) -> Captione
     return _Describer(folder, str(kind), precision, wishes)
 
 
-def _refuse_unused(wishes: Wishes, kind: str) -> None:
+def _refuse_unused(wishes: CaptionSettings, kind: str) -> None:
     """Raises ConfigError for a wish that models of this kind have no use for."""
     for name, wish in asdict(wishes).items():
-        if kind not in _KINDS[name] and wish != getattr(Wishes(), name):
+        if kind not in _KINDS[name] and wish != getattr(CaptionSettings(), name):
             raise ConfigError(
                 f"{shell.option(name)} has no effect on {kind}; it is for {' and '.join(_KINDS[name])}. Leave it out."
             )
@@ -154,7 +154,7 @@ def _config(folder: Path) -> dict[str, Any]:
 class _Describer:
     """BLIP or Florence-2: a sentence or more."""
 
-    def __init__(self, folder: Path, kind: str, precision: Precision, wishes: Wishes):
+    def __init__(self, folder: Path, kind: str, precision: Precision, wishes: CaptionSettings):
         from transformers import AutoModelForImageTextToText, AutoProcessor
         from transformers.utils import logging
 
@@ -201,7 +201,7 @@ class _Describer:
 class _Tagger:
     """A WD tagger: general and character tags above their thresholds, the most certain first, characters before all."""
 
-    def __init__(self, folder: Path, wishes: Wishes):
+    def __init__(self, folder: Path, wishes: CaptionSettings):
         try:
             import onnxruntime
         except ImportError:

@@ -13,10 +13,10 @@ import torch
 from sfumato import randomness
 from sfumato.data.batches import Batch, pairs
 from sfumato.data.buckets import Size
-from sfumato.data.latents import Encoder, Item, Noise, sampled
+from sfumato.data.latents import Encoder, Noise, PreparedPicture, sampled
 from sfumato.data.order import Order
 from sfumato.data.tags import vary
-from sfumato.data.texts import Texts
+from sfumato.data.texts import CaptionEmbeddings
 from sfumato.errors import DataError
 
 
@@ -29,7 +29,7 @@ class Dataset:
 
     def __init__(
         self,
-        items: Sequence[Item],
+        items: Sequence[PreparedPicture],
         repeats: Sequence[int],
         device: torch.device,
         encoder: Encoder,
@@ -43,7 +43,7 @@ class Dataset:
         self._samples = [i for i, count in enumerate(repeats) for _ in range(count)]
         self._together = together
         self._orders: dict[tuple[int, int], Order] = {}
-        self._texts: Texts | None = None
+        self._texts: CaptionEmbeddings | None = None
 
     def __len__(self) -> int:
         return len(self._items)
@@ -63,7 +63,7 @@ class Dataset:
         """Each picture's (width, height) after the crop."""
         return [item.crop.size for item in self._items]
 
-    def embed(self, texts: Texts) -> None:
+    def embed(self, texts: CaptionEmbeddings) -> None:
         """Take the captions' embeddings from `texts` from now on."""
         self._texts = texts
 
@@ -170,17 +170,17 @@ class Dataset:
             torch.tensor([item.options.weight for item in items], device=self._device),
         )
 
-    def _middle(self, item: Item) -> int:
+    def _middle(self, item: PreparedPicture) -> int:
         return item.crop.middle * (2 if item.flip else 1)
 
-    def _variant(self, item: Item, seed: int, step: int, place: int) -> int:
+    def _variant(self, item: PreparedPicture, seed: int, step: int, place: int) -> int:
         mirrored = item.flip and randomness.uniform(seed, "flip", step, place) < 0.5
         if item.crop.positions == 1:
             return int(mirrored)
         position = int(randomness.uniform(seed, "crop", step, place) * item.crop.positions)
         return 2 * position + mirrored if item.flip else position
 
-    def _caption(self, item: Item, seed: int, step: int, place: int) -> str:
+    def _caption(self, item: PreparedPicture, seed: int, step: int, place: int) -> str:
         dropout = item.options.caption_dropout
         if dropout and randomness.uniform(seed, "caption dropout", step, place) < dropout:
             return ""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sfumato.data.survey import Look
+from sfumato.data.survey import PictureStats
 
 NEAR_BITS = 20
 """Of the 128 gradient signs, how many may differ."""
@@ -15,7 +15,7 @@ NEAR_VALUES = 6.0
 _BLOCK = 512
 
 
-def duplicates(looks: Sequence[Look]) -> tuple[list[list[int]], list[list[int]]]:
+def duplicates(looks: Sequence[PictureStats]) -> tuple[list[list[int]], list[list[int]]]:
     """(groups of equal crops, groups of nearly equal ones), as places in `looks`; those that failed are passed over.
 
     Near groups hold one of each group of equals. Gradients find them (dHash, rows and columns), small pictures confirm.
@@ -30,7 +30,7 @@ def duplicates(looks: Sequence[Look]) -> tuple[list[list[int]], list[list[int]]]
     return exact, _near(looks, alone)
 
 
-def _near(looks: Sequence[Look], places: Sequence[int]) -> list[list[int]]:
+def _near(looks: Sequence[PictureStats], places: Sequence[int]) -> list[list[int]]:
     if len(places) < 2:
         return []
     signs = np.frombuffer(b"".join(looks[place].gradients for place in places), dtype=np.uint64).reshape(-1, 2)

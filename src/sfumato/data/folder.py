@@ -13,10 +13,18 @@ from typing import Literal, overload
 
 from sfumato.data.captions import METADATA, check_template, fill_template, says_nothing, words_of
 from sfumato.data.images import read_size
-from sfumato.data.listing import FOLDER_OF_PICTURES, FOLDER_OF_REPEATS, Found, Ignored, Listing, own_name_note, some
+from sfumato.data.listing import (
+    FOLDER_OF_PICTURES,
+    FOLDER_OF_REPEATS,
+    Ignored,
+    ListedPicture,
+    Listing,
+    own_name_note,
+    some,
+)
 from sfumato.data.options import Options
 from sfumato.errors import DataError
-from sfumato.numerals import so_many
+from sfumato.numerals import pluralize
 
 MaskSource = Literal["none", "alpha", "files"]
 Group = Literal["instance", "class"]
@@ -29,9 +37,9 @@ class Example:
     """One picture to learn from.
 
     repeats: how often an epoch holds it. mask: a picture, white where it is to be learned. alpha_mask: learn where
-    it is opaque. group: "class" for pictures of the class that a subject belongs to (prior preservation). sums: sha256
-    of the picture and its mask, in hex, that their files must have; "" for any. template, trigger: what the caption was
-    made with, None for nothing.
+    it is opaque. group: "class" for pictures of the class that a subject belongs to (prior preservation). checksums:
+    sha256 of the picture and its mask, in hex, that their files must have; "" for any. template, trigger: what the
+    caption was made with, None for nothing.
     """
 
     path: Path
@@ -41,7 +49,7 @@ class Example:
     alpha_mask: bool = False
     options: Options = field(default_factory=Options)
     group: Group = "instance"
-    sums: tuple[str, str] = ("", "")
+    checksums: tuple[str, str] = ("", "")
     template: str | None = None
     trigger: str | None = None
 
@@ -52,7 +60,7 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Folder(Sequence[Example]):
+class ExampleSet(Sequence[Example]):
     """The examples of a folder, sorted by name. notes: lines for the person. skip_bad: go on without bad files."""
 
     examples: tuple[Example, ...]
@@ -80,10 +88,10 @@ class Folder(Sequence[Example]):
         """The words that captions were made with to call up what is learned, each once."""
         return list(dict.fromkeys(example.trigger for example in self.examples if example.trigger))
 
-    def of(self, group: Group) -> "Folder":
+    def in_group(self, group: Group) -> "ExampleSet":
         """The examples of one group only; may be empty."""
         chosen = tuple(example for example in self.examples if example.group == group)
-        return Folder(chosen, self.ignored, self.notes, self.skip_bad)
+        return ExampleSet(chosen, self.ignored, self.notes, self.skip_bad)
 
 
 def examples_of(
@@ -94,7 +102,7 @@ def examples_of(
     mask: MaskSource,
     skip_bad: bool,
     words: str | None = "",
-) -> Folder:
+) -> ExampleSet:
     """The examples of one listed folder, headers checked. Raises as `read_folder` does.
 
     words: that captions have to hold, to advise them where there are none; None where --caption gives none.
@@ -118,7 +126,7 @@ def examples_of(
             found.repeats,
             found.mask if mask == "files" else None,
             mask == "alpha",
-            sums=found.sums,
+            checksums=found.checksums,
             template=template,
             trigger=trigger,
         )
@@ -126,7 +134,7 @@ def examples_of(
         if found.path not in bad
     ]
     _check_captions(examples, template, words, path)
-    counted = f"{so_many(len(examples), 'picture')} in {name}{ignored_words(listing.ignored)}"
+    counted = f"{pluralize(len(examples), 'picture')} in {name}{ignored_words(listing.ignored)}"
     numbers = [found.path.name for found in listing.pictures if found.path not in bad and nameless(found, template)]
     unused = trigger and unused_trigger(examples, trigger)
     notes = [
@@ -138,7 +146,7 @@ def examples_of(
         *([captions_of_numbers(numbers, template or "", trigger)] if numbers else []),
         *([f"{unused} to add it"] if unused else []),
     ]
-    return Folder(tuple(examples), tuple(ignored), tuple(dict.fromkeys(notes)), skip_bad)
+    return ExampleSet(tuple(examples), tuple(ignored), tuple(dict.fromkeys(notes)), skip_bad)
 
 
 def no_pictures(path: Path, ignored: Sequence[Ignored]) -> DataError:
@@ -169,7 +177,7 @@ def no_subject(path: Path) -> DataError:
     return DataError(f"{path}: has pictures of a class only. Name a source without class = true.")
 
 
-def bad_headers(pictures: Sequence[Found]) -> dict[Path, str]:
+def bad_headers(pictures: Sequence[ListedPicture]) -> dict[Path, str]:
     """The pictures whose header tells that they cannot be learned from, and the whole reason."""
     bad: dict[Path, str] = {}
     for picture, label in zip(pictures, labels_of([picture.path for picture in pictures]), strict=True):
@@ -214,12 +222,12 @@ def unused_trigger(examples: Sequence[Example], trigger: str) -> str:
 def without_trigger(captions: Iterable[tuple[str, str]]) -> str:
     """What to say of those of (picture's name, caption) in which [trigger] is left; empty for none."""
     if names := [name for name, caption in captions if PLACEHOLDER in caption]:
-        held = f"{so_many(len(names), 'caption holds', 'captions hold')} {PLACEHOLDER}"
+        held = f"{pluralize(len(names), 'caption holds', 'captions hold')} {PLACEHOLDER}"
         return f"{held}, and there is no trigger: {some(names)}; pass --trigger WORD"
     return ""
 
 
-def caption_of(found: Found, template: str | None, trigger: str | None) -> str:
+def caption_of(found: ListedPicture, template: str | None, trigger: str | None) -> str:
     """The picture's caption; empty if it has none. The placeholder in it becomes the trigger."""
     text = found.caption.text.replace(PLACEHOLDER, trigger) if trigger else found.caption.text
     if template is None:
@@ -268,7 +276,7 @@ def by_template(names: Sequence[str], trigger: str | None, words: str = "") -> s
     return f'--caption "{before}{{caption}}" to take the words of the file names, or {same}'
 
 
-def nameless(found: Found, template: str | None) -> bool:
+def nameless(found: ListedPicture, template: str | None) -> bool:
     """Whether the template takes for the picture's caption the words of a name that says nothing."""
     takes = template is not None and "{caption}" in template
     return takes and not found.caption.text and says_nothing(found.path.stem)
@@ -277,7 +285,7 @@ def nameless(found: Found, template: str | None) -> bool:
 def captions_of_numbers(names: Sequence[str], template: str, trigger: str | None) -> str:
     """What to say of pictures with such names in the place of captions. template: what takes them."""
     same = trigger if trigger and template == "{caption}" else template.replace("{caption}", "a dog")
-    found = so_many(len(names), "caption is a name of a file that says", "captions are names of files that say")
+    found = pluralize(len(names), "caption is a name of a file that says", "captions are names of files that say")
     return (
         f"{found} nothing, such as {words_of(Path(names[0]).stem)!r}; write "
         f'captions, or pass --caption "{same}" as the caption of all'
@@ -297,13 +305,13 @@ def _mask_notes(root: Path, examples: Sequence[Example], mask: MaskSource) -> It
     if len(without) == len(examples):
         raise no_masks(root)
     if without:
-        found = so_many(len(without), "picture has", "pictures have")
+        found = pluralize(len(without), "picture has", "pictures have")
         yield f"{found} no mask, learned whole: {', '.join(without[:3])}"
 
 
 def without_alpha(names: Sequence[str]) -> str:
     """What to say of pictures whose alpha was to be their mask, and that have none."""
-    found = so_many(len(names), "picture has", "pictures have")
+    found = pluralize(len(names), "picture has", "pictures have")
     return f"{found} no transparent part, learned whole: {some(list(names), 4)}"
 
 

@@ -25,7 +25,7 @@ _ENCODED_AT_A_TIME_PX = 2**20
 
 
 @dataclass
-class Item:
+class PreparedPicture:
     """One picture's share of the data set. options: none unset. flip: whether it has mirrored variants.
 
     tensors, or the entry of the cache that holds them: mean and deviation, (variants, channels, height/f, width/f), or
@@ -141,7 +141,7 @@ def mask_of(cropped: Cropped) -> dict[str, Tensor]:
 
 
 def sampled(
-    items: Sequence[Item], variants: Sequence[int], noise: Noise | None, encoder: Encoder
+    items: Sequence[PreparedPicture], variants: Sequence[int], noise: Noise | None, encoder: Encoder
 ) -> tuple[Tensor, Tensor | None]:
     """(latents of the items' variants, masks or None), on the CPU; without noise the means."""
     loaded = [item.load() for item in items]
@@ -170,7 +170,7 @@ def _sample(row: int, mean: Tensor, deviation: Tensor, noise: Noise | None) -> T
     return mean if noise is None else mean + deviation * noise(row, tuple(mean.shape))
 
 
-def _mask(item: Item, tensors: Mapping[str, Tensor], variant: int, latents: Tensor) -> Tensor:
+def _mask(item: PreparedPicture, tensors: Mapping[str, Tensor], variant: int, latents: Tensor) -> Tensor:
     if "mask" not in tensors:
         return torch.ones(1, *latents.shape[-2:])
     position, mirrored = item.place_of(variant)

@@ -19,7 +19,7 @@ from sfumato.data.captions import (
 from sfumato.data.checksums import NAME, check_files, read_sums
 from sfumato.data.images import SUFFIXES
 from sfumato.errors import DataError
-from sfumato.numerals import so_many
+from sfumato.numerals import pluralize
 
 REPEATS = re.compile(r"(\d{1,5})_(.*)")
 """kohya's folders: "10_sks dog" holds pictures that come ten times in an epoch, and their caption."""
@@ -44,18 +44,18 @@ class Caption:
 
 
 @dataclass(frozen=True)
-class Found:
+class ListedPicture:
     """A file that is taken for a picture, by its name.
 
-    repeats: how often an epoch holds it. mask: its mask's file. sums: sha256 of both as SHA256SUMS lists them, in hex,
-    "" where it does not.
+    repeats: how often an epoch holds it. mask: its mask's file. checksums: sha256 of both as SHA256SUMS lists them, in
+    hex, "" where it does not.
     """
 
     path: Path
     caption: Caption
     repeats: int = 1
     mask: Path | None = None
-    sums: tuple[str, str] = ("", "")
+    checksums: tuple[str, str] = ("", "")
 
     @property
     def files(self) -> list[Path]:
@@ -76,7 +76,7 @@ class Listing:
     """A folder's pictures, sorted by name within each folder; what is left out; lines for the person."""
 
     root: Path
-    pictures: tuple[Found, ...]
+    pictures: tuple[ListedPicture, ...]
     ignored: tuple[Ignored, ...]
     notes: tuple[str, ...]
 
@@ -105,7 +105,7 @@ def own_name_note(folder: Path) -> str:
     if not match or not is_text(folder.name):
         return ""
     words = words_of(match[2])
-    meant = f"{so_many(int(match[1]), 'repeat')}{f' and the caption {words!r}' if words else ''}"
+    meant = f"{pluralize(int(match[1]), 'repeat')}{f' and the caption {words!r}' if words else ''}"
     return f"{folder.name}: its {meant} count where {folder.parent}, the folder above it, is named; here they do not"
 
 
@@ -115,7 +115,7 @@ class _Reader:
     def __init__(self, root: Path, words: str, suffixes: tuple[str, ...]):
         self.root, self.words, self.suffixes = root, words, suffixes
         self.real_root = root.resolve()
-        self.pictures: list[Found] = []
+        self.pictures: list[ListedPicture] = []
         self.ignored: list[Ignored] = []
         self.notes: list[str] = []
         self.captions: list[Path] = []
@@ -139,12 +139,12 @@ class _Reader:
         absent = [path.relative_to(self.root).as_posix() for path in self.sums if not path.is_file()]
         if absent:
             self.notes.append(
-                f"{NAME} lists {so_many(len(absent), 'file that is', 'files that are')} not there: {some(absent)}"
+                f"{NAME} lists {pluralize(len(absent), 'file that is', 'files that are')} not there: {some(absent)}"
             )
-        unlisted = [found.path.name for found in self.pictures if not found.sums[0]]
+        unlisted = [found.path.name for found in self.pictures if not found.checksums[0]]
         if self.sums and unlisted:
             self.notes.append(
-                f"{NAME} does not list {so_many(len(unlisted), 'picture')}, left unchecked: {some(unlisted)}"
+                f"{NAME} does not list {pluralize(len(unlisted), 'picture')}, left unchecked: {some(unlisted)}"
             )
 
     def _folders(self, entries: list[Path]) -> None:
@@ -185,7 +185,7 @@ class _Reader:
             caption = self._caption(path, described.get(path, ""), words)
             mask = self._mask_of(path)
             sums = (self.sums.get(path, ""), self.sums.get(mask, "") if mask else "")
-            self.pictures.append(Found(path, caption, repeats, mask, sums))
+            self.pictures.append(ListedPicture(path, caption, repeats, mask, sums))
         self._ignore_idle(folder, entries, pictures)
 
     def _metadata(self, folder: Path) -> dict[Path, str]:

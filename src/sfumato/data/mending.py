@@ -12,7 +12,7 @@ from PIL import ExifTags
 
 from sfumato.data.checksums import check_files, write_sums
 from sfumato.data.images import as_stored, open_mask, open_picture, open_transparent
-from sfumato.data.listing import REPEATS, Found
+from sfumato.data.listing import REPEATS, ListedPicture
 from sfumato.data.source import Source
 from sfumato.errors import ConfigError, DataError
 from sfumato.files.atomic import atomic_folder
@@ -63,7 +63,7 @@ class _Copier:
     def copy(self, source: Source, folder: Path) -> bool:
         """Whether the folder has a picture now."""
         listing = source.list()
-        taken: dict[str, dict[str, Found]] = {}
+        taken: dict[str, dict[str, ListedPicture]] = {}
         folder.mkdir(exist_ok=True)
         for found in listing.pictures:
             relative = found.path.relative_to(listing.root)
@@ -74,16 +74,21 @@ class _Copier:
                 self._one(found, relative, folder, taken, source.suffixes)
             except DataError as error:
                 self.left_out.append((relative.as_posix(), str(error).removeprefix(f"{found.path.name}: ")))
-        if any(any(found.sums) for found in listing.pictures):
+        if any(any(found.checksums) for found in listing.pictures):
             write_sums(folder, [path for path in folder.rglob("*") if path.is_file()])
         return bool(taken)
 
     def _one(
-        self, found: Found, relative: Path, folder: Path, taken: dict[str, dict[str, Found]], suffixes: Sequence[str]
+        self,
+        found: ListedPicture,
+        relative: Path,
+        folder: Path,
+        taken: dict[str, dict[str, ListedPicture]],
+        suffixes: Sequence[str],
     ) -> None:
         """taken: the copies so far, by their path without its ending, and by the ending; both as a file system reads
         them that makes no difference between capitals and small letters."""
-        check_files(found.files, found.sums)
+        check_files(found.files, found.checksums)
         mask = None if found.mask is None else open_mask(found.mask)
         why = _why_rewritten(found.path)
         # In a folder with repeats, or in the folder itself: what metadata.jsonl named further below moves up, since the

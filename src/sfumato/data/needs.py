@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import sfumato
-from sfumato.bases.family import FAMILIES, recognise
+from sfumato.bases.family import FAMILIES, family_of_config
 from sfumato.bases.recognise import SD2_EPSILON_SIZE, family_of_names, predicted
 from sfumato.data.buckets import side_step
 from sfumato.errors import BaseModelError
@@ -85,7 +85,7 @@ def needs_of(base: str, prediction_type: str | None = None) -> Needs:
         folder,
         factor,
         _levels(unet, folder, "unet"),
-        size * factor if isinstance(size, int) else recognise(unet).defaults.resolution,  # as Base.resolution
+        size * factor if isinstance(size, int) else family_of_config(unet).defaults.resolution,  # as Base.resolution
         int(text.get("max_position_embeddings", 77)) - 2,
     )
 

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sfumato.data.ahead import ahead
 from sfumato.data.buckets import Crop, Size, checked_sizes, fit_crop, nearest_bucket, side_step
 from sfumato.data.cache import (
     Cache,
@@ -27,16 +26,17 @@ from sfumato.data.cache import (
 from sfumato.data.checksums import file_digest, refuse_changed
 from sfumato.data.crops import OPAQUE, Cropped, crop_example
 from sfumato.data.dataset import Dataset, crops_move
-from sfumato.data.folder import Example, Folder, labelled, labels_of, refuse_bad, without_alpha, without_trigger
+from sfumato.data.folder import Example, ExampleSet, labelled, labels_of, refuse_bad, without_alpha, without_trigger
 from sfumato.data.images import upright_size
-from sfumato.data.latents import Item, encode, keep_pixels
+from sfumato.data.latents import PreparedPicture, encode, keep_pixels
 from sfumato.data.listing import some
 from sfumato.data.options import CropMode, Options
+from sfumato.data.prefetch import prefetch
 from sfumato.data.tags import count_forms, forms
-from sfumato.data.texts import Texts
+from sfumato.data.texts import CaptionEmbeddings
 from sfumato.errors import DataError
 from sfumato.files.read import stamp
-from sfumato.numerals import so_many
+from sfumato.numerals import pluralize
 
 if TYPE_CHECKING:
     from sfumato.bases import Base
@@ -113,8 +113,8 @@ def prepare(
         raise DataError("no pictures to learn from; give a folder that holds some.")
     defaults = Options(flip, crop, caption_dropout, shuffle_tags, keep_tags, tag_dropout)
     defaults.check()
-    notes = list(examples.notes) if isinstance(examples, Folder) else []
-    skip_bad = isinstance(examples, Folder) and examples.skip_bad
+    notes = list(examples.notes) if isinstance(examples, ExampleSet) else []
+    skip_bad = isinstance(examples, ExampleSet) and examples.skip_bad
     examples = [replace(example, options=example.options.over(defaults)) for example in examples]
     sizes = checked_sizes(resolution, _bucket_step(base, resolution), buckets=buckets)
     if drawn_over and any(crop.positions > 1 for _, crop in _random_crops(examples, sizes, base.vae_factor)):
@@ -137,11 +137,11 @@ def prepare(
     )
     if will_draw is not None and (unseen := dataset.unseen(*will_draw)):
         dataset.notes.append(
-            f"{unseen} of {so_many(len(dataset), 'picture')} come in none of the {will_draw[1]} steps; more "
+            f"{unseen} of {pluralize(len(dataset), 'picture')} come in none of the {will_draw[1]} steps; more "
             "steps learn from all."
         )
     if embed_text:
-        texts = Texts(base, store)
+        texts = CaptionEmbeddings(base, store)
         dataset.notes.extend(_embed(texts, dataset, items, will_draw, progress))
         dataset.embed(texts)
     return dataset
@@ -191,7 +191,7 @@ class _Gathered:
     """The pictures as tensors. repeats: of each. bad: the reasons of those that are left out. digest: over all that is
     learned from. nbytes: of the tensors, where they stay in memory."""
 
-    items: list[Item] = field(default_factory=list)
+    items: list[PreparedPicture] = field(default_factory=list)
     repeats: list[int] = field(default_factory=list)
     bad: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -212,7 +212,7 @@ def _gathered(
     if progress:
         progress("pictures", 0, len(examples))
     labels = labels_of([example.path for example in examples])
-    read = ahead(zip(examples, labels, strict=True), lambda named: _read(*named, plan, store), most=_WINDOW)
+    read = prefetch(zip(examples, labels, strict=True), lambda named: _read(*named, plan, store), window=_WINDOW)
     while window := list(islice(read, _WINDOW)):
         found.bad.extend(str(done) for done in window if isinstance(done, DataError))
         good = [done for done in window if isinstance(done, _Done)]
@@ -246,7 +246,7 @@ def _read(example: Example, label: str, plan: _Plan, store: Cache | None) -> _Do
         files = example.files
         before = [stamp(path.stat()) for path in files]
         content = [file_digest(path) for path in files]
-        for path, wanted, found in zip(files, example.sums, content, strict=False):
+        for path, wanted, found in zip(files, example.checksums, content, strict=False):
             refuse_changed(path, wanted, found)
         key = key_of(
             kind="latents",
@@ -270,12 +270,12 @@ def _read(example: Example, label: str, plan: _Plan, store: Cache | None) -> _Do
 
 def _items(
     good: Sequence[_Done], plan: _Plan, store: Cache | None, base: Base, shown: Callable[[float], None]
-) -> tuple[list[Item], list[str]]:
+) -> tuple[list[PreparedPicture], list[str]]:
     """The items of some examples, in their order, and what was said while they were decoded. shown: told which part of
     the encoding is done."""
     missing = [done for done in good if isinstance(done.result, Cropped)]
     computed = dict(zip((id(done) for done in missing), _tensors(missing, plan, base, shown), strict=True))
-    items: list[Item] = []
+    items: list[PreparedPicture] = []
     notes: list[str] = []
     for done in good:
         options = done.example.options
@@ -290,7 +290,9 @@ def _items(
             entry = store.write("latents", done.key, tensors, described) if store else None
         # The notes name the file, and the cache knows contents only.
         notes.extend(f"{done.label}: {word.partition(': ')[2]}" for word in words)
-        items.append(Item(done.label, done.example.caption, options, crop, bool(options.flip), tensors, entry))
+        items.append(
+            PreparedPicture(done.label, done.example.caption, options, crop, bool(options.flip), tensors, entry)
+        )
     return items, notes
 
 
@@ -317,9 +319,9 @@ def _described(done: _Done, crop: Crop) -> str:
 
 
 def _embed(
-    texts: Texts,
+    texts: CaptionEmbeddings,
     dataset: Dataset,
-    items: Sequence[Item],
+    items: Sequence[PreparedPicture],
     will_draw: tuple[int, int, int] | None,
     progress: Callable[[str, int, int], None] | None,
 ) -> Iterator[str]:
@@ -361,7 +363,7 @@ def _cut_notes(base: Base, captions: Sequence[str]) -> Iterator[str]:
             yield f"caption longer than {base.token_limit} tokens; its end is not seen: ... {cut!r}"
 
 
-def _crop_notes(items: Sequence[Item]) -> Iterator[str]:
+def _crop_notes(items: Sequence[PreparedPicture]) -> Iterator[str]:
     small = [item.name for item in items if item.crop.scale > 1]
     cut = [item.name for item in items if item.crop.kept < 0.75]
     if small:

@@ -29,19 +29,19 @@ from sfumato.data.folder import (
     without_alpha,
     without_trigger,
 )
-from sfumato.data.listing import Found, Ignored, Listing, some
+from sfumato.data.listing import Ignored, ListedPicture, Listing, some
 from sfumato.data.needs import Needs
 from sfumato.data.options import CropMode, Options
 from sfumato.data.source import Source, sources_of
-from sfumato.data.survey import Look, survey
-from sfumato.numerals import so_many
+from sfumato.data.survey import PictureStats, survey
+from sfumato.numerals import pluralize
 
 COMMON_ID = 40_000
 """CLIP's tokens are numbered by frequency, 49,408 in all; words of one token below this are ordinary ones."""
 
 
 @dataclass(frozen=True)
-class Line:
+class Finding:
     """One finding. kind: a short word for programs. names: the files it is about. stops: whether training would."""
 
     kind: str
@@ -60,12 +60,12 @@ class Report:
     resolution: int
     batch: int
     examples: tuple[Example, ...]
-    looks: tuple[Look, ...]
+    looks: tuple[PictureStats, ...]
     ignored: tuple[Ignored, ...]
     buckets: dict[Size, int]
     labels: tuple[str, ...]
     captioned: tuple[bool, ...]
-    lines: tuple[Line, ...] = field(default=())
+    lines: tuple[Finding, ...] = field(default=())
 
     @property
     def samples(self) -> int:
@@ -83,7 +83,7 @@ class Report:
         counts = Counter((example.path.parent, example.repeats, example.group) for example in self.examples)
         names = labels_of([folder for folder, _, _ in counts])
         return [
-            f"{name}: {so_many(count, 'picture')}"
+            f"{name}: {pluralize(count, 'picture')}"
             + (f" x {repeats}" if repeats > 1 else "")
             + (" of the class" * (of == "class"))
             for name, ((_, repeats, of), count) in zip(names, counts.items(), strict=True)
@@ -181,7 +181,7 @@ def check(
     return replace(report, lines=tuple(dict.fromkeys(lines)))
 
 
-def _example(found: Found, source: Source, defaults: Options) -> Example:
+def _example(found: ListedPicture, source: Source, defaults: Options) -> Example:
     return Example(
         found.path,
         caption_of(found, source.template, source.trigger),
@@ -190,13 +190,15 @@ def _example(found: Found, source: Source, defaults: Options) -> Example:
         source.mask == "alpha",
         source.options.over(defaults),
         source.group,
-        found.sums,
+        found.checksums,
         source.template,
         source.trigger,
     )
 
 
-def _count_buckets(examples: Sequence[Example], looks: Sequence[Look], sizes: Sequence[Size]) -> dict[Size, int]:
+def _count_buckets(
+    examples: Sequence[Example], looks: Sequence[PictureStats], sizes: Sequence[Size]
+) -> dict[Size, int]:
     """Samples of an epoch by size, in the order of the sizes; none of the class."""
     counts: Counter[Size] = Counter()
     for example, look in zip(examples, looks, strict=True):
@@ -205,35 +207,35 @@ def _count_buckets(examples: Sequence[Example], looks: Sequence[Look], sizes: Se
     return {size: counts[size] for size in sizes if counts[size]}
 
 
-def _listings(sources: Sequence[Source], listings: Sequence[Listing]) -> Iterator[Line]:
+def _listings(sources: Sequence[Source], listings: Sequence[Listing]) -> Iterator[Finding]:
     for source, listing in zip(sources, listings, strict=True):
-        yield from (Line("listing", note) for note in listing.notes)
+        yield from (Finding("listing", note) for note in listing.notes)
         if not listing.pictures:
-            yield Line("no pictures", str(no_pictures(source.path, listing.ignored)), stops=True)
+            yield Finding("no pictures", str(no_pictures(source.path, listing.ignored)), stops=True)
 
 
-def _subject(report: Report) -> Iterator[Line]:
+def _subject(report: Report) -> Iterator[Finding]:
     if not any(example.group == "instance" for example in report.examples):
-        yield Line("no subject", str(no_subject(report.path)), stops=True)
+        yield Finding("no subject", str(no_subject(report.path)), stops=True)
 
 
-def _bad(report: Report) -> Iterator[Line]:
+def _bad(report: Report) -> Iterator[Finding]:
     for look, label in zip(report.looks, report.labels, strict=True):
         if look.error:
-            yield Line("bad", labelled(look.error, look.path, label), (label,), stops=True)
+            yield Finding("bad", labelled(look.error, look.path, label), (label,), stops=True)
 
 
-def _captions(report: Report, founds: Sequence[Found]) -> Iterator[Line]:
+def _captions(report: Report, founds: Sequence[ListedPicture]) -> Iterator[Finding]:
     named = list(zip(report.examples, founds, report.labels, strict=True))
     trigger = next((example.trigger for example in report.examples if example.trigger), None)
     notes: dict[str, list[str]] = {}
     for _, found, label in named:
         if found.caption.error:
-            yield Line("caption unreadable", found.caption.error, (label,), stops=True)
+            yield Finding("caption unreadable", found.caption.error, (label,), stops=True)
         for note in found.caption.notes:
             notes.setdefault(note, []).append(label)
     for note, names in notes.items():
-        yield Line("caption encoding" if "not UTF-8" in note else "caption", note, tuple(names))
+        yield Finding("caption encoding" if "not UTF-8" in note else "caption", note, tuple(names))
     missing = [label for e, found, label in named if not e.caption and not found.caption.error]
     if missing:
         by_model = "`sfumato caption DIR --model MODEL --write`"
@@ -242,18 +244,18 @@ def _captions(report: Report, founds: Sequence[Found]) -> Iterator[Line]:
             f"{_count(missing)} no caption: {some(missing, 4)}. `lora` wants one: {advice}. `dreambooth` and "
             "`textual_inversion` give them their own."
         )
-        yield Line("caption missing", text, tuple(missing), True)
+        yield Finding("caption missing", text, tuple(missing), True)
     if numbers := {label: e.template or "" for e, found, label in named if nameless(found, e.template)}:
         text = captions_of_numbers(list(numbers), next(iter(numbers.values())), trigger)
-        yield Line("caption says nothing", text, tuple(numbers))
+        yield Finding("caption says nothing", text, tuple(numbers))
     captions = [(label, example.caption) for example, _, label in named]
     if text := without_trigger(captions):
-        yield Line("trigger missing", text, tuple(label for label, caption in captions if PLACEHOLDER in caption))
+        yield Finding("trigger missing", text, tuple(label for label, caption in captions if PLACEHOLDER in caption))
     limit = report.needs.token_limit
     for caption, names in _by_caption(report).items():
         if cut := report.needs.cut_off(caption):
             text = f"{some(names, 4)}: the caption is longer than {limit} tokens; its end is not seen: ... {cut!r}"
-            yield Line("caption cut", text, tuple(names))
+            yield Finding("caption cut", text, tuple(names))
 
 
 def _by_caption(report: Report) -> dict[str, list[str]]:
@@ -264,25 +266,27 @@ def _by_caption(report: Report) -> dict[str, list[str]]:
     return found
 
 
-def _masks(report: Report, sources: Sequence[Source]) -> Iterator[Line]:
+def _masks(report: Report, sources: Sequence[Source]) -> Iterator[Finding]:
     for path in dict.fromkeys(source.path for source in sources if source.mask == "files"):
         pairs = zip(report.examples, report.labels, strict=True)
         masks = {label: e.mask for e, label in pairs if path in e.path.parents}
         without = [label for label, mask in masks.items() if mask is None]
         if masks and len(without) == len(masks):
-            yield Line("no masks", str(no_masks(path)), stops=True)
+            yield Finding("no masks", str(no_masks(path)), stops=True)
         elif without:
-            yield Line("mask missing", f"{_count(without)} no mask, learned whole: {some(without, 4)}", tuple(without))
+            yield Finding(
+                "mask missing", f"{_count(without)} no mask, learned whole: {some(without, 4)}", tuple(without)
+            )
     looks = zip(report.looks, report.labels, strict=True)
     if opaque := [label for look, label in looks if any(note.endswith(OPAQUE) for note in look.notes)]:
-        yield Line("mask missing", without_alpha(opaque), tuple(opaque))
+        yield Finding("mask missing", without_alpha(opaque), tuple(opaque))
 
 
-def _flaws(report: Report) -> Iterator[Line]:
+def _flaws(report: Report) -> Iterator[Finding]:
     good = [(look, look.crop, label) for look, label in zip(report.looks, report.labels, strict=True) if look.crop]
     for look, _, label in good:
         for note in (note for note in look.notes if not note.endswith(OPAQUE)):
-            yield Line("note", labelled(note, look.path, label), (label,))
+            yield Finding("note", labelled(note, look.path, label), (label,))
     small = {
         label: f"{label} ({crop.original[0]} x {crop.original[1]} px, x {crop.scale:.1f})"
         for _, crop, label in good
@@ -290,17 +294,17 @@ def _flaws(report: Report) -> Iterator[Line]:
     }
     if small:
         text = f"smaller than is learned, so enlarged: {some(list(small.values()), 4)}"
-        yield Line("too small", text, tuple(small))
+        yield Finding("too small", text, tuple(small))
     cut = {label: f"{label} ({1 - crop.kept:.0%})" for _, crop, label in good if crop.kept < 0.75}
     if cut:
-        yield Line("cropped", f"the crop takes more than a quarter of: {some(list(cut.values()), 4)}", tuple(cut))
+        yield Finding("cropped", f"the crop takes more than a quarter of: {some(list(cut.values()), 4)}", tuple(cut))
     for flaw, words in (("black", "black"), ("one colour", "one colour only"), ("blurred", "blurred")):
         names = [label for look, _, label in good if flaw in look.flaws]
         if names:
-            yield Line(flaw, f"{words}: {some(names, 4)}", tuple(names))
+            yield Finding(flaw, f"{words}: {some(names, 4)}", tuple(names))
 
 
-def _twice(report: Report) -> Iterator[Line]:
+def _twice(report: Report) -> Iterator[Finding]:
     # Sources may give a folder several prompts; that its files are like themselves is no news.
     files = [(os.path.abspath(example.path), example.group) for example in report.examples]
     first: dict[tuple[str, str], int] = {}
@@ -311,46 +315,48 @@ def _twice(report: Report) -> Iterator[Line]:
     for kind, groups, words in (("duplicate", exact, "the same picture"), ("near duplicate", near, "nearly the same")):
         for group in groups:
             names = [report.labels[places[number]] for number in group]
-            yield Line(kind, f"{words}: {', '.join(names[:6])}{' ...' if len(names) > 6 else ''}", tuple(names))
+            yield Finding(kind, f"{words}: {', '.join(names[:6])}{' ...' if len(names) > 6 else ''}", tuple(names))
     captions = Counter((first[file], e.caption) for file, e in zip(files, report.examples, strict=True))
     if again := tuple(dict.fromkeys(report.labels[place] for (place, _), count in captions.items() if count > 1)):
-        yield Line("named twice", f"in several sources with the same caption: {some(again, 4)}", again)
+        yield Finding("named twice", f"in several sources with the same caption: {some(again, 4)}", again)
     spare = sum(len(group) - 1 for group in [*exact, *near])
     if spare > 0.3 * len(places):
         share = spare / len(places)
-        yield Line("many duplicates", f"{share:.0%} of the pictures repeat others; what they show is learned by heart")
+        yield Finding(
+            "many duplicates", f"{share:.0%} of the pictures repeat others; what they show is learned by heart"
+        )
 
 
-def _buckets(report: Report) -> Iterator[Line]:
+def _buckets(report: Report) -> Iterator[Finding]:
     for (width, height), count in report.buckets.items():
         if count < report.batch:
             text = (
-                f"{width} x {height} px: {so_many(count, 'sample')} an epoch, fewer than a batch of {report.batch}, so "
-                f"that they come once in {-(-report.batch // count)} epochs, together"
+                f"{width} x {height} px: {pluralize(count, 'sample')} an epoch, fewer than a batch of {report.batch}, "
+                f"so that they come once in {-(-report.batch // count)} epochs, together"
             )
-            yield Line("small bucket", text)
+            yield Finding("small bucket", text)
 
 
-def _trigger(report: Report, trigger: str) -> Iterator[Line]:
+def _trigger(report: Report, trigger: str) -> Iterator[Finding]:
     """How each word of the trigger tokenizes, and whether the model knows it already."""
     if unused := unused_trigger(report.examples, trigger):
-        yield Line("trigger unused", unused)
+        yield Finding("trigger unused", unused)
     words = {word: report.needs.pieces(word) for word in trigger.split()}
     ordinary = {word: len(pieces) == 1 and pieces[0][1] < COMMON_ID for word, pieces in words.items()}
     for word, pieces in words.items():
         shown = " + ".join(piece.removesuffix("</w>") for piece, _ in pieces)
         if ordinary[word] and not all(ordinary.values()):
-            yield Line("trigger", f"trigger {word!r} is an ordinary word, as the class beside a rare word should be")
+            yield Finding("trigger", f"trigger {word!r} is an ordinary word, as the class beside a rare word should be")
         elif ordinary[word]:
             text = (
                 f"trigger {word!r} is one token, number {pieces[0][1]:,}: an ordinary word, whose meaning is in the way"
             )
-            yield Line("trigger ordinary", f"{text}. Take a rare one, such as zwx.")
+            yield Finding("trigger ordinary", f"{text}. Take a rare one, such as zwx.")
         elif len(pieces) == 1:
-            yield Line("trigger", f"trigger {word!r} is one rare token, number {pieces[0][1]:,}")
+            yield Finding("trigger", f"trigger {word!r} is one rare token, number {pieces[0][1]:,}")
         else:
-            yield Line("trigger", f"trigger {word!r} is {len(pieces)} tokens: {shown}")
+            yield Finding("trigger", f"trigger {word!r} is {len(pieces)} tokens: {shown}")
 
 
 def _count(names: Sequence[str]) -> str:
-    return so_many(len(names), "picture has", "pictures have")
+    return pluralize(len(names), "picture has", "pictures have")

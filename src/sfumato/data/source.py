@@ -19,7 +19,7 @@ from typing import Any, get_args
 from sfumato import shell
 from sfumato.config import at_home
 from sfumato.data.captions import CAPTION_SUFFIXES, check_template
-from sfumato.data.folder import Example, Folder, Group, MaskSource, examples_of
+from sfumato.data.folder import Example, ExampleSet, Group, MaskSource, examples_of
 from sfumato.data.listing import Ignored, Listing, list_folder, own_name_note
 from sfumato.data.options import Options
 from sfumato.errors import ConfigError, DataError, nearest
@@ -85,7 +85,7 @@ def read_folder(
     words: str = "",
     otherwise: str = "",
     of_class: bool = True,
-) -> Folder:
+) -> ExampleSet:
     """The pictures of a folder, or of the sources that a dataset.toml names, with their captions.
 
     A caption comes from NAME.txt, NAME.caption, metadata.jsonl, the words of a kohya folder ("10_sks dog": 10 repeats),
@@ -105,7 +105,7 @@ def read_folder(
     if len(parts) == 1:
         return parts[0]
     named = list(zip(sources, parts, strict=True))
-    return Folder(
+    return ExampleSet(
         tuple(example for part in parts for example in part.examples),
         tuple(Ignored(f"{s.path.name}/{entry.name}", entry.reason) for s, part in named for entry in part.ignored),
         tuple(dict.fromkeys(note for part in parts for note in part.notes)),
@@ -113,7 +113,7 @@ def read_folder(
     )
 
 
-def _read(source: Source, skip_bad: bool, words: str) -> Folder:
+def _read(source: Source, skip_bad: bool, words: str) -> ExampleSet:
     part = examples_of(
         source.list(),
         template=source.template,

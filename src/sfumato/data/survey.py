@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sfumato.data.ahead import ahead
 from sfumato.data.buckets import Crop, Size
 from sfumato.data.checksums import check_files
 from sfumato.data.crops import crop_example
 from sfumato.data.folder import Example
+from sfumato.data.prefetch import prefetch
 from sfumato.errors import DataError
 
 DARK, FLAT, SOFT = 6.0, 3.0, 0.006
@@ -27,7 +27,7 @@ _THUMBNAIL_PX = 192
 
 
 @dataclass(frozen=True)
-class Look:
+class PictureStats:
     """One picture as training sees it, or why it cannot (error).
 
     content: hash of the crop's pixels. gradients: 128 signs of neighbouring differences, rows and columns (dHash).
@@ -64,25 +64,25 @@ def survey(
     *,
     thumbnails: bool = False,
     progress: Callable[[int, int], None] | None = None,
-) -> Iterator[Look]:
+) -> Iterator[PictureStats]:
     """A look at each example, in order, on all cores. progress: called with (looked at, all)."""
 
-    def look(example: Example) -> Look:
-        return look_at(example, sizes, vae_factor, thumbnail=thumbnails)
+    def look(example: Example) -> PictureStats:
+        return measure_picture(example, sizes, vae_factor, thumbnail=thumbnails)
 
-    for done, found in enumerate(ahead(examples, look, most=_AHEAD), start=1):
+    for done, found in enumerate(prefetch(examples, look, window=_AHEAD), start=1):
         yield found
         if progress:
             progress(done, len(examples))
 
 
-def look_at(example: Example, sizes: list[Size], vae_factor: int, *, thumbnail: bool = False) -> Look:
+def measure_picture(example: Example, sizes: list[Size], vae_factor: int, *, thumbnail: bool = False) -> PictureStats:
     """Decode one example as training does."""
     try:
-        check_files(example.files, example.sums)
+        check_files(example.files, example.checksums)
         cropped = crop_example(example, sizes, vae_factor, example.options.crop or "center")
     except DataError as error:
-        return Look(example.path, str(error))
+        return PictureStats(example.path, str(error))
     crop, image = cropped.crop, cropped.image
     rows, columns = crop.window(crop.middle)
     image = image.crop((columns.start, rows.start, columns.stop, rows.stop))
@@ -93,7 +93,7 @@ def look_at(example: Example, sizes: list[Size], vae_factor: int, *, thumbnail: 
     if thumbnail:
         shown = image.copy()
         shown.thumbnail((_THUMBNAIL_PX, _THUMBNAIL_PX))
-    return Look(
+    return PictureStats(
         example.path,
         "",
         crop,

@@ -7,7 +7,7 @@ from math import factorial, perm
 from sfumato.data.options import Options
 
 
-def split_tags(caption: str, options: Options) -> tuple[list[str], list[str]]:
+def split_caption_tags(caption: str, options: Options) -> tuple[list[str], list[str]]:
     """(tags that stay where they are, tags that vary)."""
     tags = [tag.strip() for tag in caption.split(options.separator.strip()) if tag.strip()]
     keep = options.keep_tags or 0
@@ -27,7 +27,7 @@ def vary(caption: str, options: Options, seed: int, step: int, place: int) -> st
 
     from sfumato import randomness
 
-    kept, rest = split_tags(caption, options)
+    kept, rest = split_caption_tags(caption, options)
     if options.tag_dropout:
         draws = torch.rand(len(rest), generator=randomness.generator(seed, "tag dropout", step, place)).tolist()
         rest = [tag for tag, draw in zip(rest, draws, strict=True) if draw >= options.tag_dropout]
@@ -41,7 +41,7 @@ def count_forms(caption: str, options: Options) -> int:
     """How many captions `vary` can make of this one."""
     if not options.varies_caption or not caption:
         return 1
-    count = len(split_tags(caption, options)[1])
+    count = len(split_caption_tags(caption, options)[1])
     if not options.tag_dropout:
         return factorial(count)
     return sum(perm(count, k) if options.shuffle_tags else perm(count, k) // factorial(k) for k in range(count + 1))
@@ -52,7 +52,7 @@ def forms(caption: str, options: Options) -> Iterator[str]:
     if not options.varies_caption or not caption:
         yield caption
         return
-    kept, rest = split_tags(caption, options)
+    kept, rest = split_caption_tags(caption, options)
     for size in range(len(rest) + 1) if options.tag_dropout else [len(rest)]:
         choose = permutations if options.shuffle_tags else combinations
         for tags in choose(rest, size):

@@ -21,7 +21,7 @@ _AT_A_TIME = 32
 _REMEMBERED = 256
 
 
-class Texts:
+class CaptionEmbeddings:
     """The embeddings of some captions; "" is what guidance calls no prompt, which is not the same for every family.
 
     Embeddings that were not computed beforehand are computed when they are asked for, and the latest are remembered.

@@ -19,7 +19,7 @@ from sfumato.drawing.start import Start, check_strength
 from sfumato.drawing.tagged import TaggedPrompts, reading_tags
 from sfumato.errors import ConfigError
 from sfumato.prompts.encoding import encode, encode_stages
-from sfumato.prompts.steps import Stage, beside, counted, told_by_stages
+from sfumato.prompts.prompt_editing import Stage, concat_stages, staged_prompts, step_count
 from sfumato.prompts.syntax import Syntax
 
 if TYPE_CHECKING:
@@ -57,12 +57,12 @@ class Call:
     def draw(self, prompts: list[str], seeds: list[int]) -> list[Image.Image]:
         """The pictures of one batch; what is not finite or black is tried once more in fp32."""
         pipe, base, start = self.pipe, self.base, self.start
-        with base.precision.autocast() if base else nullcontext(), counted(self.drawn_steps):
+        with base.precision.autocast() if base else nullcontext(), step_count(self.drawn_steps):
             latents = self._latents(prompts, seeds)
         in_half = pipe.unet.dtype != torch.float32 or (base is not None and base.precision.compute != torch.float32)
         if not torch.isfinite(latents).all() and in_half:
             parts = (pipe.unet, getattr(pipe, "text_encoder", None), getattr(pipe, "text_encoder_2", None))
-            with in_fp32(*parts), counted(self.drawn_steps):
+            with in_fp32(*parts), step_count(self.drawn_steps):
                 latents = self._latents(prompts, seeds)
         check_all(latents.isfinite(), seeds, "not finite, even in fp32. Draw without adapters to see what is broken.")
         pictures = [image_of(picture) for picture in pixels_of(pipe, latents, seeds)]
@@ -75,7 +75,7 @@ class Call:
         if self.base is None:
             return self._denoise(_as_arguments(prompts, self.negative), seeds)
         told = self._stages_of(self.base, prompts, self.drawn_steps)
-        with told_by_stages(self.pipe.unet, told, self.pipe.scheduler) if len(told) > 1 else nullcontext():
+        with staged_prompts(self.pipe.unet, told, self.pipe.scheduler) if len(told) > 1 else nullcontext():
             return self._denoise(_embedded(told[0]), seeds)
 
     @torch.no_grad()
@@ -108,7 +108,7 @@ class Call:
             for place, prompt in zip(told[0], prompts, strict=True):  # as compel reads them: one after another
                 with schedulers.at_once([place], told[1]):
                     each.append(self._stages_of(base, [prompt], steps))
-            return beside(each)
+            return concat_stages(each)
         if syntax == "a1111":
             return encode_stages(base, prompts, negative, steps)
         if syntax == "plain":
@@ -136,7 +136,7 @@ class Call:
         return together.values()
 
 
-_TURNS: WeakKeyDictionary[Any, RLock] = WeakKeyDictionary()
+_LOCKS: WeakKeyDictionary[Any, RLock] = WeakKeyDictionary()
 """By VAE, what one thread at a time holds while its pictures begin with others."""
 
 
@@ -147,7 +147,7 @@ def _itself(vae: Any) -> Iterator[None]:
     Pipelines that begin with a picture hand it on in the U-Net's dtype, and SDXL's leave an fp32 VAE in half precision.
     Threads that share the VAE wait for one another.
     """
-    with _TURNS.setdefault(vae, RLock()):
+    with _LOCKS.setdefault(vae, RLock()):
         yield from _in_own_dtype(vae)
 
 
@@ -198,7 +198,7 @@ def _as_arguments(prompts: list[str], negative: str) -> dict[str, Any]:
 
 def _embedded(stage: Stage) -> dict[str, Any]:
     """A stage for a pipeline's call."""
-    text, other = stage.text, stage.other
+    text, other = stage.text, stage.negative
     embedded: dict[str, Any] = {"prompt_embeds": text.hidden, "negative_prompt_embeds": other.hidden}
     if text.pooled is not None and other.pooled is not None:
         embedded |= {"pooled_prompt_embeds": text.pooled, "negative_pooled_prompt_embeds": other.pooled}

@@ -137,7 +137,7 @@ class Setup:
         from sfumato.compose.guided import adapter_guidance, strengths_of
         from sfumato.compose.steps import over_asked_steps
         from sfumato.drawing.pictures import draw
-        from sfumato.drawing.where_when import WhereWhen
+        from sfumato.drawing.where_when import AdapterPlacement
 
         together: dict[str, list[tuple[int, int]]] = {}
         for place in places:
@@ -161,7 +161,7 @@ class Setup:
                     **{name: to[name] for name in ("negative", "steps", "guidance", "sampler")},
                 )
                 strengths = strengths_of(applied, to["adapter_guidance"], guidance=to["guidance"])
-                how = {"adapter_guidance": strengths, **WhereWhen().with_asked(applied.spans).told()}
+                how = {"adapter_guidance": strengths, **AdapterPlacement().with_asked(applied.spans).told()}
             for place, picture in zip(group, pictures, strict=True):
                 yield place, picture, how
 

@@ -6,21 +6,21 @@ from collections.abc import Iterator, Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-from sfumato.data.survey import Look
+from sfumato.data.survey import PictureStats
 from sfumato.drawing.sheet import label_font
 
 _CELL_PX, _LINE_PX, _GAP_PX, _COLUMNS, _PAGE = 192, 16, 8, 8, 200
 _INK, _WARNING, _EMPTY = (25, 25, 25), (190, 30, 20), (235, 235, 235)
 
 
-def crop_sheets(looks: Sequence[Look], names: Sequence[str], captions: Sequence[str]) -> Iterator[Image.Image]:
+def crop_sheets(looks: Sequence[PictureStats], names: Sequence[str], captions: Sequence[str]) -> Iterator[Image.Image]:
     """RGB sheets of at most 200 crops, one at a time. looks: made with thumbnails. names, captions: the lines below."""
     cells = list(zip(looks, names, captions, strict=True))
     for start in range(0, len(cells), _PAGE):
         yield _sheet(cells[start : start + _PAGE])
 
 
-def _sheet(cells: Sequence[tuple[Look, str, str]]) -> Image.Image:
+def _sheet(cells: Sequence[tuple[PictureStats, str, str]]) -> Image.Image:
     columns = min(_COLUMNS, len(cells))
     rows = -(-len(cells) // columns)
     high = _CELL_PX + 3 * _LINE_PX + _GAP_PX
@@ -40,7 +40,7 @@ def _sheet(cells: Sequence[tuple[Look, str, str]]) -> Image.Image:
     return sheet
 
 
-def _flaws(look: Look) -> list[str]:
+def _flaws(look: PictureStats) -> list[str]:
     found = list(look.flaws)
     if look.crop is not None and look.crop.scale > 1:
         found.append(f"enlarged x {look.crop.scale:.1f}")

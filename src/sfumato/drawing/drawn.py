@@ -13,7 +13,7 @@ from sfumato.data.checksums import file_digest
 from sfumato.drawing import pnginfo
 from sfumato.files.inspect import plain
 from sfumato.files.metadata import words_beside
-from sfumato.merging.sources import identity
+from sfumato.merging.sources import adapter_hash
 from sfumato.merging.whole_model import is_whole_model
 from sfumato.numerals import exact
 from sfumato.precision import NAMES
@@ -238,7 +238,7 @@ def _pairs(
 
 def described(adapter: Adapter) -> dict[str, Any]:
     """An adapter as JSON has it."""
-    name, digest = public_name(adapter.path), identity(Path(adapter.path))
+    name, digest = public_name(adapter.path), adapter_hash(Path(adapter.path))
     return {"label": adapter.label, "file": name, "hash": digest, "weight": _plain(adapter.weight)}
 
 

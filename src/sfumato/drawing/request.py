@@ -10,11 +10,11 @@ from sfumato.weighting.adapter import Weight
 
 
 @dataclass(frozen=True)
-class Request:
+class PictureRequest:
     """One picture that is asked for. prompt: without its tags. tagged: the weights by label of all adapters, where the
     prompt has tags. own: what is set for it otherwise than for all, by name."""
 
     prompt: str
     seed: int
-    tagged: Mapping[str, Weight] | None
-    own: Mapping[str, Any]
+    tag_weights: Mapping[str, Weight] | None
+    overrides: Mapping[str, Any]

@@ -10,7 +10,7 @@ from PIL import Image
 
 from sfumato.data.images import as_mask
 from sfumato.errors import ConfigError
-from sfumato.numerals import so_many
+from sfumato.numerals import pluralize
 
 
 @dataclass(frozen=True)
@@ -55,4 +55,4 @@ def size_like(size: tuple[int, int], side: int) -> tuple[int, int]:
 def check_strength(steps: int, start: Start) -> None:
     """Raises ConfigError where the start's share of the steps is none."""
     if int(steps * start.strength) < 1:
-        raise ConfigError(f"strength {start.strength:g} of {so_many(steps, 'step')} is no step; give more of either.")
+        raise ConfigError(f"strength {start.strength:g} of {pluralize(steps, 'step')} is no step; give more of either.")

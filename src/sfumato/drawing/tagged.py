@@ -11,7 +11,7 @@ from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
-from sfumato.drawing.named import find_adapter
+from sfumato.drawing.adapter_lookup import find_adapter
 from sfumato.errors import AdapterError, ConfigError
 from sfumato.files.peft_folder import is_adapter_folder
 from sfumato.merging.whole_model import is_whole_model
@@ -57,9 +57,9 @@ class TaggedPrompts:
         differ = any(each != wanted[0] for each in wanted)
         if differ and options.get("num_images_per_prompt", 1) != 1:
             raise AdapterError("prompts with different adapters give one picture each; repeat a prompt for several.")
-        from sfumato.compose.caller import turn
+        from sfumato.compose.caller import unet_lock
 
-        with turn(self), self._words(wanted), self._by_picture(wanted) if differ else self._mixed(wanted[0]):
+        with unet_lock(self), self._words(wanted), self._by_picture(wanted) if differ else self._mixed(wanted[0]):
             return super().__call__(plain, *arguments, **options)  # type: ignore[misc]
 
     def _without_tags(self, prompt: Any) -> tuple[Any, list[dict[str, Weight]]]:

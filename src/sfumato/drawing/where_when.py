@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Spot:
+class RegionSpec:
     """Adapters that count in one place. where: a box, or the file of a mask. prompt: of this place; None: the call's"""
 
     adapters: tuple[Adapter, ...]
@@ -37,7 +37,7 @@ class Span:
 
 
 @dataclass(frozen=True)
-class WhereWhen:
+class AdapterPlacement:
     """All of it for one drawing. spots: adapters of these are in no mix. by_step: label -> how its weight goes; of an
     adapter in a spot a span.
 
@@ -45,7 +45,7 @@ class WhereWhen:
     tags alone, so that at weight 0 their prompt is not the one that is drawn.
     """
 
-    spots: tuple[Spot, ...] = ()
+    spots: tuple[RegionSpec, ...] = ()
     by_step: Mapping[str, Ramp | Span] = field(default_factory=dict)
     turn_labels: tuple[str, ...] = ()
     turn: int | None = None
@@ -66,7 +66,7 @@ class WhereWhen:
         """The labels whose weight at every step is given, whatever the mix says."""
         return frozenset(label for label, way in self.by_step.items() if not isinstance(way, Span))
 
-    def with_asked(self, spans: Mapping[str, tuple[float, float]]) -> WhereWhen:
+    def with_asked(self, spans: Mapping[str, tuple[float, float]]) -> AdapterPlacement:
         """The same; adapters of which nothing is said count in the steps that their files ask for, by label."""
         said = {*self.by_step, *self.turn_labels}
         asked = {label: Span(*span) for label, span in spans.items() if label not in said}
@@ -111,7 +111,7 @@ def parse_span(text: str, label: str = "") -> Span:
 def applied(
     pipe: Any,
     mix: Mix,
-    wanted: WhereWhen,
+    wanted: AdapterPlacement,
     *,
     syntax: Syntax = "plain",
     partial: bool = False,

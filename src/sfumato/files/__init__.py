@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from sfumato.files.metadata import Description, describe, short_hash
     from sfumato.files.read import read_tensors
     from sfumato.files.save import write_tensors
-    from sfumato.files.write import write_lora
-    from sfumato.files.write_dotted import write_diffusers, write_peft
+    from sfumato.files.write_kohya import write_lora
+    from sfumato.files.write_peft_keys import write_diffusers, write_peft
 
 _HOME = {
     "AdapterFile": "adapter_file",
@@ -37,9 +37,9 @@ _HOME = {
     "read_lora": "lora_file",
     "read_tensors": "read",
     "short_hash": "metadata",
-    "write_diffusers": "write_dotted",
-    "write_lora": "write",
-    "write_peft": "write_dotted",
+    "write_diffusers": "write_peft_keys",
+    "write_lora": "write_kohya",
+    "write_peft": "write_peft_keys",
     "write_tensors": "save",
 }
 

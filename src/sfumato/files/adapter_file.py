@@ -11,14 +11,14 @@ from pathlib import Path
 from types import MappingProxyType
 
 from sfumato.errors import AdapterError
-from sfumato.files.changes import Change, Parts, read_change
+from sfumato.files.changes import Change, ModuleTensors, read_change
 from sfumato.files.embedding_file import Vectors, vectors
 from sfumato.files.header import FLOATS, Header, path_of
 from sfumato.files.keys import TRANSFORMER, Layout, describe_foreign, guess_family, read_layout, text_widths
 from sfumato.files.kohya import Target
 from sfumato.files.peft_folder import WeightFile, adapter_sources
 from sfumato.files.read import read_tensors
-from sfumato.numerals import so_many
+from sfumato.numerals import pluralize
 
 _FLAGS = ("on_input", "oft_scaled")
 _PARTIAL = "partial=True (--partial)"
@@ -78,14 +78,16 @@ def _read(source: WeightFile, partial: bool) -> AdapterFile:
     layout = read_layout(header, source.part)
     _check_layout(layout, header.path.name, len(header.tensors), partial)
     tensors = read_tensors(header.path, header=header)
-    unusable = layout.partial
+    unusable = layout.incomplete
     _check_dtypes(header, layout)
     changes: dict[Target, Change] = {}
     for target, keys in layout.modules.items():
         if target in unusable:
             continue
         roles = {role: tensors[name] for role, name in keys.names.items()}
-        changes[target] = read_change(Parts(header.path.name, target, keys.kind, keys.names, roles, source.settings))
+        changes[target] = read_change(
+            ModuleTensors(header.path.name, target, keys.kind, keys.names, roles, source.settings)
+        )
     left_out = [name for keys in unusable.values() for name in keys.names.values()]
     return AdapterFile(
         header.path,
@@ -103,7 +105,7 @@ def _check_dtypes(header: Header, layout: Layout) -> None:
     whole = [name for name, info in header.tensors.items() if info.dtype not in FLOATS]
     if not whole:
         return
-    unusable = layout.partial
+    unusable = layout.incomplete
     used = {
         name: role
         for target, keys in layout.modules.items()
@@ -143,7 +145,7 @@ def _check_layout(layout: Layout, file: str, total: int, partial: bool) -> None:
             f"{file}: {len(layout.repeated)} of {total:,} keys name a module that another spelling names too, first "
             f"{_first(layout.repeated)}. Which is meant is not said; take the file from its source again."
         )
-    unusable = layout.partial
+    unusable = layout.incomplete
     if len(unusable) == count:
         raise AdapterError(
             f"{file}: {_broken(layout)}, so nothing can be applied. Take the file from its source again."
@@ -163,7 +165,7 @@ def _check_layout(layout: Layout, file: str, total: int, partial: bool) -> None:
 
 def _broken(layout: Layout) -> str:
     """How many modules lack what, and the first of them by its key."""
-    unusable = layout.partial
+    unusable = layout.incomplete
     for half, other in (("up", "down"), ("down", "up")):
         halves = [keys for keys in unusable.values() if other in keys.names and half not in keys.names]
         if halves:
@@ -174,7 +176,7 @@ def _broken(layout: Layout) -> str:
     first = next(iter(unusable.values()))
     return (
         f"{len(unusable)} of {len(layout.modules)} modules are not whole, first {next(iter(first.names.values()))}, of "
-        f"whose {first.kind} {so_many(len(first.names), 'tensor is', 'tensors are')} there"
+        f"whose {first.kind} {pluralize(len(first.names), 'tensor is', 'tensors are')} there"
     )
 
 

@@ -62,7 +62,7 @@ def read_embedding(path: str | os.PathLike[str]) -> EmbeddingFile:
     return EmbeddingFile(header.path, embeddings, header.metadata, _family(embeddings, header))
 
 
-def united(words: Mapping[str, Vectors]) -> Vectors:
+def merge_embeddings(words: Mapping[str, Vectors]) -> Vectors:
     """The words of several adapters, by their labels. Raises AdapterError where two mean different things by one."""
     found: dict[str, tuple[str, Mapping[str, Tensor]]] = {}
     for label, own in words.items():

@@ -23,9 +23,9 @@ from sfumato.errors import FileError
 from sfumato.files.changes import Change, LoraModule
 from sfumato.files.changes.difference import Difference
 from sfumato.files.kohya import Target
-from sfumato.numerals import so_many
+from sfumato.numerals import pluralize
 
-KEY = "sfumato.fingerprint"
+FINGERPRINT_KEY = "sfumato.fingerprint"
 """Where it stands in a file's metadata."""
 PROBES = 3
 TOLERANCE = 0.01
@@ -61,7 +61,7 @@ class Comparison:
         """One line on the difference, or on the lack of one."""
         if self.missing or self.extra:
             first = (self.missing or self.extra)[0]
-            return f"{so_many(len(self.missing), 'module')} missing and {len(self.extra)} new, first {first}"
+            return f"{pluralize(len(self.missing), 'module')} missing and {len(self.extra)} new, first {first}"
         figures = f"relative error {self.rms:.2g} over all modules, {self.worst:.2g} in {self.module}"
         return f"{figures}; at most {tolerance:g} and {WORST * tolerance:g} are rounding"
 
@@ -72,7 +72,7 @@ def module_name(target: Target) -> str:
     return f"{part}.{path.removeprefix('text_model.')}"
 
 
-def rows(modules: Mapping[Target, LoraModule | Tensor]) -> dict[str, Row]:
+def probe_rows(modules: Mapping[Target, LoraModule | Tensor]) -> dict[str, Row]:
     """The numbers of each module by its name. A module is a LoRA, or a delta (out,), (out, in), (out, in, h, w)."""
     return {module_name(target): _row(module_name(target), module) for target, module in modules.items()}
 
@@ -100,7 +100,7 @@ def fingerprint(modules: Mapping[Target, LoraModule | Tensor]) -> str:
 
     Raises FileError for a change that is larger than fp32, in which it would be applied, can hold.
     """
-    return fingerprint_of(rows(modules))
+    return fingerprint_of(probe_rows(modules))
 
 
 def fingerprint_of(found: Mapping[str, Row]) -> str:
@@ -126,7 +126,7 @@ def check(stated: str, modules: Mapping[Target, LoraModule | Tensor], file: str)
 
     Raises FileError for a fingerprint that is not readable, or is one of other modules.
     """
-    return check_rows(stated, rows(modules), file)
+    return check_rows(stated, probe_rows(modules), file)
 
 
 def verify(metadata: Mapping[str, str], changes: Mapping[Target, Change], file: str) -> None:
@@ -134,7 +134,7 @@ def verify(metadata: Mapping[str, str], changes: Mapping[Target, Change], file: 
 
     Also for a file without one, and for kinds whose delta cannot be told without a base.
     """
-    if KEY not in metadata:
+    if FINGERPRINT_KEY not in metadata:
         raise FileError(f"{file}: it states no fingerprint, so it cannot be verified. Leave verify out for it.")
     deltas: dict[Target, LoraModule | Tensor] = {}
     for target, change in changes.items():
@@ -146,7 +146,7 @@ def verify(metadata: Mapping[str, str], changes: Mapping[Target, Change], file: 
             )
         if delta is not None and not (isinstance(delta, Tensor) and delta.ndim < 2):  # norms are not in it
             deltas[target] = delta
-    found = check(metadata[KEY], deltas, file)
+    found = check(metadata[FINGERPRINT_KEY], deltas, file)
     if not found.same():
         raise FileError(f"{file}: it is not the adapter that was written: {found.reason()}. Take it from its source.")
 

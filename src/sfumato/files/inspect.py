@@ -39,10 +39,10 @@ from sfumato.files.metadata import (
     trigger_words,
     words_beside,
 )
-from sfumato.files.norms import is_update, square_norm
-from sfumato.files.numbers import Array, array_of, nonfinite_in
+from sfumato.files.numpy_tensors import Array, array_of, nonfinite_in
 from sfumato.files.peft_folder import WeightFile, adapter_sources
-from sfumato.numerals import so_many
+from sfumato.files.update_norms import is_update, square_norm
+from sfumato.numerals import pluralize
 
 _Settings = Callable[[int], float]
 BAR_WIDTH = 24
@@ -201,7 +201,7 @@ def _in_one_file(source: WeightFile) -> Inspection:
         nonfinite=nonfinite_in(header),
         embeddings=_tokens(layout, header),
         unknown=list(layout.unknown) if layout.modules else [],
-        incomplete=[".".join(target) for target in layout.partial],
+        incomplete=[".".join(target) for target in layout.incomplete],
         metadata=dict(sorted(header.metadata.items())),
     )
 
@@ -322,13 +322,13 @@ def _rows(found: Inspection) -> list[tuple[str, str]]:
             f" ({', '.join(found.stored)}: of what is stored, the update depends on the base)" if found.stored else ""
         )
         measured = sum(block.modules for block in found.blocks)
-        some = f", of {measured} of {so_many(found.modules, 'module')}" if measured < found.modules else ""
+        some = f", of {measured} of {pluralize(found.modules, 'module')}" if measured < found.modules else ""
         rows.append(("norm", f"{found.norm:.4g}{some}{stored}"))
     elif found.modules:
         rows.append(("norm", "cannot be told: tensors of other shapes or dtypes than this kind has"))
     if found.embeddings:
         rows.append(
-            ("tokens", ", ".join(f"{plain(name)} ({so_many(n, 'vector')})" for name, n in found.embeddings.items()))
+            ("tokens", ", ".join(f"{plain(name)} ({pluralize(n, 'vector')})" for name, n in found.embeddings.items()))
         )
     for name, keys in (("NaN or Inf", found.nonfinite), ("unknown", found.unknown), ("incomplete", found.incomplete)):
         if keys:

@@ -68,7 +68,7 @@ class Layout:
         return counts
 
     @property
-    def partial(self) -> dict[Target, ModuleKeys]:
+    def incomplete(self) -> dict[Target, ModuleKeys]:
         """The modules of which tensors are missing."""
         return {target: keys for target, keys in self.modules.items() if not is_whole(keys.kind, keys.names)}
 

@@ -13,7 +13,7 @@ from sfumato.files.adapter_file import read_adapter
 from sfumato.files.changes.lora import LoraModule
 from sfumato.files.embedding_file import Vectors
 from sfumato.files.kohya import Target
-from sfumato.numerals import so_many
+from sfumato.numerals import pluralize
 
 __all__ = ["LoraFile", "LoraModule", "read_lora"]
 
@@ -49,7 +49,7 @@ def read_lora(path: str | os.PathLike[str], *, partial: bool = False, words: boo
     total = len(file.changes)
     if len(modules) < total:
         counts = ", ".join(
-            f"{kind} in {so_many(count, 'module')}" for kind, count in file.kinds.items() if kind != "LoRA"
+            f"{kind} in {pluralize(count, 'module')}" for kind, count in file.kinds.items() if kind != "LoRA"
         )
         raise AdapterError(
             f"{file.path.name}: the file holds {counts} of {total}; wanted a LoRA. Convert it to a LoRA."
@@ -57,9 +57,9 @@ def read_lora(path: str | os.PathLike[str], *, partial: bool = False, words: boo
     biased = sum(module.bias_delta is not None for module in modules.values())
     if biased or (file.embeddings and not words):
         extra = (
-            f"{so_many(biased, 'change')} of a bias"
+            f"{pluralize(biased, 'change')} of a bias"
             if biased
-            else f"the vectors of {so_many(len(file.embeddings), 'token')}"
+            else f"the vectors of {pluralize(len(file.embeddings), 'token')}"
         )
         raise AdapterError(f"{file.path.name}: the file holds {extra} as well; wanted a LoRA alone. Take another file.")
     return LoraFile(

@@ -9,7 +9,7 @@ from typing import Any
 from sfumato.errors import FileError
 from sfumato.files.header import Header, read_header
 from sfumato.files.kohya import PARTS
-from sfumato.files.settings import PeftSettings, checked, header_settings, parse_object
+from sfumato.files.peft_settings import PeftSettings, check_peft_settings, header_settings, parse_object
 
 CONFIG, MODEL = "adapter_config.json", "adapter_model.safetensors"
 CONFIG_LIMIT = 1_000_000
@@ -76,7 +76,7 @@ def _source(folder: Path, part: str | None) -> WeightFile:
         text = config.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise FileError(f"{name}: the file cannot be read as text ({error}). Save the adapter again.") from None
-    values = checked(parse_object(text, name), name)
+    values = check_peft_settings(parse_object(text, name), name)
     kind = values.get("peft_type")
     if kind not in _KINDS:
         raise FileError(f"{name}: peft_type is {kind!r:.40}; read are {', '.join(_KINDS)}. Merge it with peft itself.")

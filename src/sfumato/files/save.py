@@ -64,7 +64,7 @@ def write_tensors(
     return path
 
 
-def write_one_by_one(
+def write_streamed(
     path: str | os.PathLike[str],
     shapes: Mapping[str, Tensor],
     make: Callable[[str], Tensor],

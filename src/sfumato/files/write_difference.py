@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import AdapterError
-from sfumato.files.fingerprint import KEY, Row, fingerprint_of, rows
+from sfumato.files.fingerprint import FINGERPRINT_KEY, Row, fingerprint_of, probe_rows
 from sfumato.files.header import path_of
 from sfumato.files.kohya import Target, kohya_name
-from sfumato.files.save import cast, check_metadata, write_one_by_one
+from sfumato.files.save import cast, check_metadata, write_streamed
 
 
 def write_difference(
@@ -56,12 +56,12 @@ def write_difference(
                 places[key], shapes[key] = (target, place), written.to("meta")
                 if delta.ndim > 1:
                     # Of what is written: a small change may be near the least that fp16 holds.
-                    found |= rows({target: written})
+                    found |= probe_rows({target: written})
     described = {
         **(metadata or {}),
         "ss_network_module": "lycoris.kohya",
         "ss_network_args": '{"algo":"full"}',
-        KEY: fingerprint_of(found),
+        FINGERPRINT_KEY: fingerprint_of(found),
     }
     for rank_of in ("ss_network_dim", "ss_network_alpha"):  # it has none
         described.pop(rank_of, None)
@@ -74,4 +74,4 @@ def write_difference(
         assert delta is not None
         return cast(delta, dtype, key, path)
 
-    return write_one_by_one(path, shapes, make, described)
+    return write_streamed(path, shapes, make, described)

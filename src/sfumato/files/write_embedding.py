@@ -52,7 +52,7 @@ def write_embedding(
     return write_tensors(path, tensors, described)
 
 
-def bundled(path: Path, words: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def bundled_tensors(path: Path, words: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """The tensors of new words within an adapter's file at `path`, in fp32.
 
     words: by token, as `write_embedding` takes them. A1111 and ComfyUI read them under these names: ComfyUI where the

@@ -21,8 +21,8 @@ from sfumato.files.changes import Change
 from sfumato.files.changes.bias import BiasChange, bias_change
 from sfumato.files.header import read_header
 from sfumato.files.read import read_tensors
-from sfumato.files.save import write_one_by_one
-from sfumato.merging.merge import Ingredient
+from sfumato.files.save import write_streamed
+from sfumato.merging.merge import MergeSource
 from sfumato.merging.methods import DENSE, Settings
 from sfumato.merging.stored import Parameter, StoredBase
 from sfumato.weighting.adapter import weight_at
@@ -114,7 +114,7 @@ class Recipe:
                 self.base.places[parameter].view(new).copy_(total)
             return new
 
-        return write_one_by_one(output, tensors, make, metadata, hashed=hashed)
+        return write_streamed(output, tensors, make, metadata, hashed=hashed)
 
 
 def _inputs(change: Change | BiasChange) -> int | None:
@@ -125,7 +125,7 @@ def _inputs(change: Change | BiasChange) -> int | None:
 
 def bake(
     base: StoredBase,
-    sources: Sequence[Ingredient],
+    sources: Sequence[MergeSource],
     output: Path,
     metadata: Mapping[str, str],
     *,
@@ -146,11 +146,11 @@ def bake(
     return _write_folder(recipe, output)
 
 
-Terms = dict[Parameter, list[tuple[float, Change | BiasChange, str]]]
+TermsByParameter = dict[Parameter, list[tuple[float, Change | BiasChange, str]]]
 
 
-def _by_parameter(base: StoredBase, sources: Sequence[Ingredient]) -> Terms:
-    found: Terms = {}
+def _by_parameter(base: StoredBase, sources: Sequence[MergeSource]) -> TermsByParameter:
+    found: TermsByParameter = {}
     for source in sources:
         lacking = [target for target in source.changes if base.parameter(target) is None]
         if lacking:

@@ -15,17 +15,17 @@ from sfumato.files.changes import LoraModule
 from sfumato.files.changes.bias import bias_change
 from sfumato.files.embedding_file import Vectors
 from sfumato.files.kohya import Target
-from sfumato.files.write import write_lora
-from sfumato.files.write_dotted import write_diffusers, write_peft
+from sfumato.files.write_kohya import write_lora
+from sfumato.files.write_peft_keys import write_diffusers, write_peft
 from sfumato.merging.factors import Budget, from_module
-from sfumato.merging.merge import Ingredient, Merged, WeightOf, merge
+from sfumato.merging.merge import Merged, MergeSource, WeightOf, merge
 
 WRITERS: Mapping[str, Callable[..., Path]] = MappingProxyType(
     {"kohya": write_lora, "diffusers": write_diffusers, "peft": write_peft}
 )
 
 
-def as_lora(source: Ingredient, budget: Budget, base: WeightOf | None) -> Merged:
+def as_lora(source: MergeSource, budget: Budget, base: WeightOf | None) -> Merged:
     """The adapter as LoRA modules: exact where it has that form; else its delta on the base within the budget.
 
     Modules that have the form are not cut down to the budget. Raises AdapterError for a delta that needs a base or a
@@ -41,7 +41,7 @@ def as_lora(source: Ingredient, budget: Budget, base: WeightOf | None) -> Merged
             modules[target] = low
     if not rest:
         return Merged(modules)
-    baked = merge([Ingredient(source.name, rest)], budget=budget, base=base)
+    baked = merge([MergeSource(source.name, rest)], budget=budget, base=base)
     energy = {target: from_module(module).energy() for target, module in modules.items()}
     return Merged(
         modules | dict(baked.modules), dict.fromkeys(modules, 1.0) | dict(baked.kept), energy | dict(baked.energy)
@@ -63,7 +63,7 @@ class Deltas(Mapping[Target, tuple[Tensor, Tensor | None]]):
     are rounded to. Asked for one, it raises AdapterError, or BaseModelError for what the base lacks.
     """
 
-    def __init__(self, source: Ingredient, base: Weights, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, source: MergeSource, base: Weights, dtype: torch.dtype = torch.float32) -> None:
         self._source, self._base, self._dtype = source, base, dtype
 
     def __getitem__(self, target: Target) -> tuple[Tensor, Tensor | None]:
@@ -104,7 +104,7 @@ def unread_by_diffusers(modules: Mapping[Target, LoraModule], to: str) -> list[s
     return found
 
 
-def lines_on_diffusers(
+def diffusers_warnings(
     file: Path, modules: Mapping[Target, LoraModule], to: str = "kohya", *, way: str | None = None
 ) -> list[str]:
     """A line on each text encoder of which diffusers does not read these modules in the file, which is in the grammar

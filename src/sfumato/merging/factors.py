@@ -68,7 +68,7 @@ class Budget:
         return max(1, count if self.rank is None else min(count, self.rank))
 
 
-ALL = Budget()
+KEEP_ALL = Budget()
 
 
 def from_module(module: LoraModule, weight: float = 1.0) -> Factors:
@@ -90,7 +90,7 @@ def concatenate(terms: Sequence[Factors]) -> Factors:
     return Factors(torch.cat([term.up for term in terms], 1), torch.cat([term.down for term in terms]))
 
 
-def singular(factors: Factors) -> tuple[Tensor, Tensor, Tensor]:
+def factored_svd(factors: Factors) -> tuple[Tensor, Tensor, Tensor]:
     """(U (out, k), S (k,), V' (k, in)) of the delta, k at most r, without forming it: the QR of both factors.
 
     up = Q_u R_u, down' = Q_d R_d, and the SVD of R_u R_d', r x r (Golub and Van Loan, section 5.4.4). float64.
@@ -106,7 +106,7 @@ def truncate(factors: Factors, budget: Budget) -> tuple[Factors, float]:
 
     Both factors get the root of the singular values, so that neither is large where the other is small.
     """
-    u, s, vh = singular(factors)
+    u, s, vh = factored_svd(factors)
     return _cut(u, s, vh, float(s.square().sum()), budget)
 
 
@@ -149,13 +149,13 @@ def randomised_svd(delta: Tensor, rank: int, generator: torch.Generator) -> tupl
     return (basis @ u)[:, :rank], s[:rank], vh[:rank]
 
 
-def leading(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def significant_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The SVD of a matrix without the directions that are rounding."""
     u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
     count = max(1, int((s > 1e-10 * s[0]).sum()))
     return u[:, :count], s[:count], vh[:count]
 
 
-def product_energy(left: Factors, right: Factors) -> float:
+def inner_product(left: Factors, right: Factors) -> float:
     """The inner product of two deltas of one shape, sum(delta_l * delta_r), from the factors."""
     return float(((left.up.double().T @ right.up.double()) * (left.down.double() @ right.down.double().T)).sum())

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from sfumato.merging.factors import Factors, leading
+from sfumato.merging.factors import Factors, significant_svd
 
 Inner = Callable[[Sequence[Tensor], Sequence[float]], Tensor]
 """A method on dense deltas, such as `functools.partial(ties, density=0.5)`."""
@@ -31,7 +31,7 @@ def knots(terms: Sequence[Factors], weights: Sequence[float], inner: Inner) -> F
         blocks.append(r[:, start : start + term.rank] @ left.T)
         rights.append(right)
         start += term.rank
-    u, s, vh = leading(torch.cat(blocks, 1))
+    u, s, vh = significant_svd(torch.cat(blocks, 1))
     components, start = [], 0
     for right in rights:
         components.append(s[:, None] * vh[:, start : start + right.shape[1]] @ right.T)
@@ -45,7 +45,7 @@ def core_space(terms: Sequence[Factors], weights: Sequence[float], inner: Inner)
     U and V are the orthonormal bases of all ups and of all downs, so that nothing of any delta is lost; the cores are
     at most R x R, R the sum of the ranks.
     """
-    left = leading(torch.cat([term.up.double() for term in terms], 1))[0]
-    right = leading(torch.cat([term.down.double() for term in terms]))[2]
+    left = significant_svd(torch.cat([term.up.double() for term in terms], 1))[0]
+    right = significant_svd(torch.cat([term.down.double() for term in terms]))[2]
     cores = [(left.T @ term.up.double()) @ (term.down.double() @ right.T) for term in terms]
     return Factors(left, inner(cores, weights) @ right)

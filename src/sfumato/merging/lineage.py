@@ -33,7 +33,7 @@ class Parent:
     weight: Weight | None = None
 
 
-def inherit(
+def merged_metadata(
     parents: Sequence[Parent],
     *,
     title: str,
@@ -82,7 +82,7 @@ def _all(parents: Sequence[Parent], key: str) -> str:
     return ", ".join(dict.fromkeys(text for text in said if text))
 
 
-def baked(parents: Sequence[Parent], *, title: str, config: Mapping[str, Any] | None = None) -> dict[str, str]:
+def baked_metadata(parents: Sequence[Parent], *, title: str, config: Mapping[str, Any] | None = None) -> dict[str, str]:
     """The metadata that a checkpoint gets in addition to its own when `parents` are baked into it."""
     found = {
         "modelspec.title": title,

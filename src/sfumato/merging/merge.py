@@ -18,7 +18,7 @@ from sfumato.files.changes.replacement import Replacement, lora_command
 from sfumato.files.embedding_file import Vectors
 from sfumato.files.kohya import Target
 from sfumato.merging.arithmetic import linear
-from sfumato.merging.factors import ALL, Budget, factorise, from_module, to_module, truncate
+from sfumato.merging.factors import KEEP_ALL, Budget, factorise, from_module, to_module, truncate
 from sfumato.merging.methods import DENSE, LOW_RANK, METHODS, Settings
 from sfumato.weighting.adapter import Weight, weight_at
 
@@ -31,7 +31,7 @@ _CONVOLUTIONS = frozenset({"conv", "conv1", "conv2", "conv_in", "conv_out", "con
 
 
 @dataclass(frozen=True)
-class Ingredient:
+class MergeSource:
     """One adapter of a merge. name: for messages. weight: for all of it, or (U-Net, text encoders).
 
     words: the textual inversions bundled with it, which no weight scales.
@@ -80,11 +80,11 @@ class Merged:
 
 
 def merge(
-    sources: Sequence[Ingredient],
+    sources: Sequence[MergeSource],
     *,
     method: str = "linear",
     settings: Settings = Settings(),  # noqa: B008 - frozen
-    budget: Budget = ALL,
+    budget: Budget = KEEP_ALL,
     seed: int = 0,
     base: WeightOf | None = None,
 ) -> Merged:
@@ -187,7 +187,7 @@ def _merge_module(
     dense = [None if module is not None else term.dense(base) for term, module in zip(terms, low, strict=True)]
     shape = _one_shape(terms, [m.shape if m is not None else d for m, d in zip(low, dense, strict=True)])
     weights = [term.weight for term in terms]
-    if any(delta is not None for delta in dense) and budget == ALL:
+    if any(delta is not None for delta in dense) and budget == KEEP_ALL:
         kinds = sorted({term.change.kind for term, m in zip(terms, low, strict=True) if m is None})
         raise AdapterError(
             f"{terms[0].source}: {', '.join(kinds)} in {'.'.join(terms[0].target)} has no exact low-rank form. "
@@ -196,7 +196,7 @@ def _merge_module(
     if method in DENSE or (method == "linear" and any(delta is not None for delta in dense)):
         deltas = [(from_module(m).delta() if m is not None else _flat(d)) for m, d in zip(low, dense, strict=True)]
         merged = DENSE[method](settings, draws)(deltas, weights) if method in DENSE else linear(deltas, weights)
-        if budget == ALL:
+        if budget == KEEP_ALL:
             budget = Budget(rank=min(sum(m.rank for m in low if m is not None), *merged.shape))
         energy = float(merged.square().sum())
         factors, share = factorise(merged, budget, draws)
@@ -208,7 +208,7 @@ def _merge_module(
     merged_factors = LOW_RANK[method](settings, draws)([factors for factors, _ in factors_of], weights)
     energy = merged_factors.energy()
     first = min(share for _, share in factors_of)
-    if budget == ALL:
+    if budget == KEEP_ALL:
         return to_module(merged_factors, shape), first, energy
     factors, share = truncate(merged_factors, budget)
     return to_module(factors, shape), first * share, energy

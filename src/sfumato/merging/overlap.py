@@ -15,8 +15,8 @@ from sfumato.errors import AdapterError
 from sfumato.files.changes.replacement import lora_command
 from sfumato.files.kohya import Target
 from sfumato.files.layers import block_of, block_order
-from sfumato.merging.factors import Factors, from_module, product_energy, singular
-from sfumato.merging.merge import Ingredient
+from sfumato.merging.factors import Factors, factored_svd, from_module, inner_product
+from sfumato.merging.merge import MergeSource
 from sfumato.weighting.adapter import weight_at, weight_text
 
 _NOISE = 1e-6
@@ -46,7 +46,7 @@ class Pair:
     conflict: float
 
 
-def clashes(sources: Sequence[Ingredient]) -> list[Pair]:
+def clashes(sources: Sequence[MergeSource]) -> list[Pair]:
     """Every pair of the adapters in every block that both change; blocks in the order of the model.
 
     Raises AdapterError for kinds without a low-rank form, for an adapter that changes nothing at its weight, and where
@@ -74,7 +74,7 @@ def clashes(sources: Sequence[Ingredient]) -> list[Pair]:
     return pairs
 
 
-def whole(pairs: Sequence[Pair]) -> dict[tuple[str, str], float]:
+def conflict_by_pair(pairs: Sequence[Pair]) -> dict[tuple[str, str], float]:
     """The conflict of each pair of adapters over all modules that both change."""
     found: dict[tuple[str, str], list[Pair]] = {}
     for pair in pairs:
@@ -101,7 +101,7 @@ class _Decomposed:
         return Factors(self.left * self.values, self.right)
 
 
-def _factors(source: Ingredient) -> dict[Target, _Decomposed]:
+def _factors(source: MergeSource) -> dict[Target, _Decomposed]:
     found = {}
     for target, change in source.changes.items():
         module = change.low_rank()
@@ -110,7 +110,7 @@ def _factors(source: Ingredient) -> dict[Target, _Decomposed]:
                 f"{source.name}: {change.kind} in {'.'.join(target)} has no low-rank form, from which clashes are "
                 f"read. Write it as a LoRA first: {lora_command(change)}."
             )
-        u, s, vh = singular(from_module(module, weight_at(source.weight, *target)))
+        u, s, vh = factored_svd(from_module(module, weight_at(source.weight, *target)))
         count = int((s > _NOISE * s[0]).sum()) if len(s) else 0
         if count:
             found[target] = _Decomposed(u[:, :count], s[:count], vh[:count])
@@ -131,7 +131,7 @@ def _pair(first: str, second: str, block: str, modules: Sequence[tuple[_Decompos
     row_angle = column_angle = 90.0
     energies = [0.0, 0.0]
     for one, other in modules:
-        dot = product_energy(one.factors(), other.factors())
+        dot = inner_product(one.factors(), other.factors())
         inner += dot
         energies[0] += one.energy
         energies[1] += other.energy

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import AdapterError
-from sfumato.merging.factors import Budget, Factors, concatenate, leading, singular
+from sfumato.merging.factors import Budget, Factors, concatenate, factored_svd, significant_svd
 
 
 def np_lora(
@@ -33,12 +33,12 @@ def np_lora(
     for term, weight in zip(terms, weights, strict=True):
         down = term.down.double()
         if taken:
-            basis = leading(torch.cat(taken))[2]  # of what several share, one direction
+            basis = significant_svd(torch.cat(taken))[2]  # of what several share, one direction
             down = down - share * (down @ basis.T) @ basis
         found.append(Factors(weight * term.up.double(), down))
         if weight == 0:
             continue
-        _, s, vh = singular(term)
+        _, s, vh = factored_svd(term)
         if (energy := float(s.square().sum())) > 0:  # where it changes nothing, its directions are of its start
             taken.append(vh[: Budget(keep_energy=keep_energy).count(s, energy)])
     return concatenate(found)

@@ -15,16 +15,16 @@ from sfumato.files.metadata import data_sha256, joint_hash, short_hash
 from sfumato.files.peft_folder import adapter_sources
 from sfumato.files.read import Stamp, stamp
 from sfumato.merging.lineage import Parent
-from sfumato.merging.merge import Ingredient
+from sfumato.merging.merge import MergeSource
 from sfumato.merging.whole_model import files_of_parts, is_whole_model, read_mixable
 from sfumato.weighting.adapter import Adapter, public_name
 from sfumato.weighting.blocks import Blocks
-from sfumato.weighting.modules import select
+from sfumato.weighting.modules import select_modules
 
 
 def read_source(
     adapter: Adapter, *, partial: bool = False, words: bool = False, models: bool = False
-) -> tuple[Ingredient, Parent]:
+) -> tuple[MergeSource, Parent]:
     """What an adapter changes, and what a file made of it will say of it.
 
     words: whether the caller hands on the textual inversions bundled with it, or loses nothing without them. models:
@@ -38,20 +38,20 @@ def read_source(
             f"{file.path.name}: has textual inversions bundled with it ({tokens}), which would be lost. "
             "Accept that with partial=True (--partial)."
         )
-    source = Ingredient(adapter.label, file.changes, adapter.weight, file.embeddings)
-    name, digest = public_name(adapter.path), identity(Path(adapter.path))
+    source = MergeSource(adapter.label, file.changes, adapter.weight, file.embeddings)
+    name, digest = public_name(adapter.path), adapter_hash(Path(adapter.path))
     return source, Parent(name, digest, file.metadata, file.family, adapter.weight)
 
 
 def read_sources(
     adapters: Sequence[Adapter], *, partial: bool = False, words: bool = False
-) -> tuple[list[Ingredient], list[Parent]]:
+) -> tuple[list[MergeSource], list[Parent]]:
     """The same of several adapters, and of whole models."""
     found = [read_source(adapter, partial=partial, words=words, models=True) for adapter in adapters]
     return [source for source, _ in found], [parent for _, parent in found]
 
 
-def identity(path: Path) -> str:
+def adapter_hash(path: Path) -> str:
     """The 12 hex digits by which an adapter is named; of a folder, of its weight files together.
 
     What was hashed is remembered for as long as the files stay as they are, since every picture tells it.
@@ -72,7 +72,7 @@ def _data_sha256(path: Path, stamp: Stamp) -> str:
     return data_sha256(read_header(path))
 
 
-def choose_blocks(sources: Sequence[Ingredient], rules: Sequence[str]) -> list[Ingredient]:
+def choose_blocks(sources: Sequence[MergeSource], rules: Sequence[str]) -> list[MergeSource]:
     """The sources with only the modules that the rules leave: WORDS for all of them, LABEL=WORDS for one.
 
     Words with factors (`down:0.3,up.1:1.2`, a list of the web interfaces) leave all, with so much of the weight each.
@@ -87,15 +87,15 @@ def choose_blocks(sources: Sequence[Ingredient], rules: Sequence[str]) -> list[I
         for place, source in enumerate(chosen):
             if equals and source.name != label:
                 continue
-            if Blocks.tells(words):
+            if Blocks.has_factors(words):
                 chosen[place] = replace(source, weight=_with_factors(source, words))
             else:
-                kept: set[Target] = select(source.changes, words)
+                kept: set[Target] = select_modules(source.changes, words)
                 chosen[place] = replace(source, changes={t: c for t, c in source.changes.items() if t in kept})
     return chosen
 
 
-def _with_factors(source: Ingredient, words: str) -> Blocks:
+def _with_factors(source: MergeSource, words: str) -> Blocks:
     if isinstance(source.weight, Blocks):
         raise AdapterError(f"blocks {words!r}: {source.name} has factors already; name them in one.")
     weight = Blocks.parse(source.weight, words)

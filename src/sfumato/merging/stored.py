@@ -17,10 +17,10 @@ from torch import Tensor
 
 from sfumato.bases import folder as folders
 from sfumato.bases import single_file
-from sfumato.bases.family import FAMILIES, Family, recognise
+from sfumato.bases.family import FAMILIES, Family, family_of_config
 from sfumato.bases.loading import find
 from sfumato.bases.recognise import family_of_names, stated_prediction
-from sfumato.bases.weights import Shell, Stored
+from sfumato.bases.weights import LazyModel, StoredWeight
 from sfumato.errors import BaseModelError
 from sfumato.files.header import read_header
 from sfumato.files.kohya import Target
@@ -31,10 +31,10 @@ Parameter = tuple[str, str]
 
 
 @dataclass(frozen=True)
-class Place:
+class ParameterLocation:
     """Where a parameter lies. shape: the model's; a file may hold a 1x1 convolution as a matrix, or the other way."""
 
-    stored: Stored
+    stored: StoredWeight
     shape: tuple[int, ...]
 
     @property
@@ -60,7 +60,7 @@ class StoredBase:
     root: Path
     name: str
     family: Family
-    places: Mapping[Parameter, Place]
+    places: Mapping[Parameter, ParameterLocation]
     prediction_type: str = ""
     _mapped: dict[Path, dict[str, Tensor]] = field(default_factory=dict, repr=False, compare=False)
 
@@ -96,7 +96,7 @@ class StoredBase:
         return self.read(parameter).float()
 
 
-def stored(source: str | os.PathLike[str]) -> StoredBase:
+def stored_base(source: str | os.PathLike[str]) -> StoredBase:
     """The parameters of `pocket`, a hub id, a diffusers folder or a checkpoint, without reading them.
 
     Raises BaseModelError, or FileError for a broken file.
@@ -119,7 +119,7 @@ def _in_file(path: Path, name: str) -> StoredBase:
 def _in_folder(path: Path, name: str) -> StoredBase:
     if not (path / "model_index.json").is_file():
         raise BaseModelError(f"{path.name}: no model_index.json, so it is no diffusers folder. Name its whole folder.")
-    family = FAMILIES["pocket"] if name == "pocket" else recognise(folders.read_config(path, "unet/config.json"))
+    family = FAMILIES["pocket"] if name == "pocket" else family_of_config(folders.read_config(path, "unet/config.json"))
     shells = {"unet": folders.load_unet(path, torch.float32)}
     for encoder in family.encoders:
         shells[encoder.folder] = folders.load_text_encoder(path, encoder, torch.float32)
@@ -131,10 +131,10 @@ def _in_folder(path: Path, name: str) -> StoredBase:
     return StoredBase(path, name, family, _places(shells), said)
 
 
-def _places(shells: Mapping[str, Shell]) -> Mapping[Parameter, Place]:
+def _places(shells: Mapping[str, LazyModel]) -> Mapping[Parameter, ParameterLocation]:
     return MappingProxyType(
         {
-            (part, name): Place(shell.stored[name], tuple(value.shape))
+            (part, name): ParameterLocation(shell.stored[name], tuple(value.shape))
             for part, shell in shells.items()
             for name, value in shell.model.state_dict().items()
         }

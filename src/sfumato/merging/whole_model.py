@@ -54,9 +54,9 @@ def as_adapter(path: Path) -> AdapterFile:
 
     The tensors are views of the mapped files. Raises BaseModelError for a model that is not whole or not finite.
     """
-    from sfumato.merging.stored import stored  # which imports diffusers, as mixing adapters does not
+    from sfumato.merging.stored import stored_base  # which imports diffusers, as mixing adapters does not
 
-    model = stored(path)
+    model = stored_base(path)
     said = {_PREDICTION: model.prediction_type} if model.prediction_type else {}
     width = next(place.shape[1] for (_, name), place in model.places.items() if name.endswith("attn2.to_k.weight"))
     changes = MappingProxyType(replacements(model))

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from sfumato.data.latents import check_finite, to_floats
-from sfumato.pocket.hands import by_hands
 from sfumato.pocket.lessons import Lesson
 from sfumato.pocket.pictures import VARIANTS, Pictures, Variant
+from sfumato.pocket.style_augmentation import restyle
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -54,7 +54,7 @@ class Latents:
         moved = [lesson.moves[p].of(one) if p in lesson.moves else one for p, one in zip(places, pictures, strict=True)]
         pixels = to_floats(torch.stack(moved).to(self.device))
         if by_others := [row for row, p in enumerate(places) if p in lesson.hands]:
-            pixels[by_others] = by_hands(pixels[by_others], [lesson.hands[places[row]] for row in by_others])
+            pixels[by_others] = restyle(pixels[by_others], [lesson.hands[places[row]] for row in by_others])
         mean, deviation = encode(self.vae, pixels)
         return mean * self.scale, deviation * self.scale
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from sfumato import randomness
 from sfumato.pocket.captions import caption, other_caption
-from sfumato.pocket.hands import HANDS, hand_name
 from sfumato.pocket.pictures import VARIANTS, Move, batch_indices
+from sfumato.pocket.style_augmentation import HAND_COUNT, hand_name
 
 FARTHEST = 12
 """Pixels by which a moved picture is shifted at most, either way."""
@@ -21,7 +21,7 @@ FARTHEST = 12
 class Shares:
     """How often something is done, each in [0, 1]; `sfumato train pretrain --help` says what each is.
 
-    hands: of pictures by one of `sfumato.pocket.hands`, whom the caption names. crossed_from: the first timestep at
+    hands: of pictures by one hand of `style_augmentation`, whom the caption names. crossed_from: the first timestep at
     which pictures are crossed. moved_below: the first at which none is moved.
     plain_style: the style in which a concept is drawn when its name alone is said; None: each as often.
     """
@@ -103,7 +103,7 @@ class Lessons:
                     lesson.asked[place] = lesson.seen[place] = self.plain[text]
             other, hand = by_hand[:, place].tolist()
             if other < shares.hands:
-                lesson.hands[place] = int(hand * HANDS)
+                lesson.hands[place] = int(hand * HAND_COUNT)
                 said = f"hand {hand_name(lesson.hands[place])}"
                 text = f"{text}, {said}" if text else said
             if varied < shares.varied:

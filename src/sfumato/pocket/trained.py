@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from sfumato.pocket.muon import Muon
 from sfumato.runs.samples import evaluating
 from sfumato.runs.step import Step
-from sfumato.training.ema import Average
+from sfumato.training.ema import Ema
 from sfumato.training.optimizers import clip
 
 _AT_THE_ENDS = ("conv_in.", "conv_out.", "embedding", "time_emb")
 """In the names of weights that AdamW steps beside Muon: those of the first and last layers, and of embeddings."""
 
 
-class Trained:
+class PretrainState:
     """Modules being trained, with their optimizers and the moving average of their weights.
 
     optimizer: AdamW for all weights, or Muon for the inner matrices beside AdamW for the rest. ema: the average's
@@ -47,7 +47,7 @@ class Trained:
         self._looked_at_gradients = False
         self._first_share = first_share
         self._first = [p.detach().clone() for p in self.parameters] if first_share else []
-        self.average = Average(self.parameters, ema)
+        self.average = Ema(self.parameters, ema)
         inner = [p for name, p in named.items() if p.ndim > 1 and not any(word in name for word in _AT_THE_ENDS)]
         orthogonal = inner if optimizer == "muon" else []
         rest = [p for p in self.parameters if not any(p is q for q in orthogonal)]

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from sfumato.errors import PrecisionError
-from sfumato.precision import norms, products
+from sfumato.precision import layer_norms, products
 
 Requested = Literal["auto", "fp32", "fp16", "bf16"]
 Attention = Literal["sdpa", "xformers"]
@@ -112,16 +112,16 @@ class Precision:
             module.enable_xformers_memory_efficient_attention()  # type: ignore[operator]
         if self.device.type == "cpu":
             products.quicken(module)
-            norms.sum_in_fp32(module)
+            layer_norms.sum_in_fp32(module)
         return module
 
-    def learn(self, module: nn.Module) -> None:
+    def prepare_for_training(self, module: nn.Module) -> None:
         """Prepare a U-Net or text encoder for training: on a CPU in bf16 with attention that is faster backward.
 
         In fp32 torch's own is as fast (`bench/cpu_training.py`), and stays.
         """
         if self.device.type == "cpu":
-            norms.sum_in_fp32(module)
+            layer_norms.sum_in_fp32(module)
         if self.device.type == "cpu" and self.compute == torch.bfloat16 and self.attention == "sdpa":
             from sfumato.precision.attention import learn_on_cpu
 
@@ -218,7 +218,7 @@ def decide(
     )
 
 
-def imagined(requested: Requested, kind: Literal["gpu", "cpu"]) -> Precision:
+def forecast_precision(requested: Requested, kind: Literal["gpu", "cpu"]) -> Precision:
     """What `decide` would say of weights and products on a device of this kind, with the CPU in its place: for what
     only counts bytes, where there need be no GPU. Frozen weights are those beside which adapters learn."""
     here = decide("fp32", device="cpu")

@@ -138,7 +138,7 @@ def _gated_gelu(proj: nn.Module, x: Tensor) -> Tensor:
     return result
 
 
-def keep_less(unet: nn.Module) -> None:
+def save_activation_memory(unet: nn.Module) -> None:
     """Let a U-Net's layers keep less; its modules, their names and their weights are what they were."""
     for module in unet.modules():
         if isinstance(module, nn.Conv2d) and module.padding_mode == "zeros" and not isinstance(module.padding, str):

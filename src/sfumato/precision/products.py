@@ -229,7 +229,7 @@ def is_plain_linear(module: nn.Module) -> bool:
 def quicken(model: nn.Module) -> None:
     """Let a model's linear layers and convolutions compute so; its modules, their names and weights stay.
 
-    What computes in a way of its own already keeps it, such as what `sfumato.precision.lean.keep_less` made of a
+    What computes in a way of its own already keeps it, such as what `lean.save_activation_memory` made of a
     convolution before its weights were there.
     """
     for module in model.modules():

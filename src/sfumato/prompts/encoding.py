@@ -9,7 +9,7 @@ import torch
 
 from sfumato.bases.base import Base, TextEmbedding
 from sfumato.errors import ConfigError, SfumatoError
-from sfumato.prompts.steps import Stage, stages
+from sfumato.prompts.prompt_editing import Stage, stages
 from sfumato.prompts.syntax import Syntax, compel_package, emphasised, not_compels, reason_of
 
 

@@ -10,7 +10,7 @@ from collections.abc import Set
 from typing import Any, Literal
 
 from sfumato.errors import ConfigError
-from sfumato.prompts.steps import stages
+from sfumato.prompts.prompt_editing import stages
 
 Syntax = Literal["plain", "compel", "a1111"]
 
@@ -20,7 +20,7 @@ def emphasised(prompt: str) -> list[tuple[str, float]]:
 
     `(words:1.3)` weighs 1.3, `(words)` 1.1, `[words]` 1 / 1.1; nested ones multiply, and `\\(` is the character.
     Raises ConfigError for a bracket that is not closed, for a weight that is none, for words that change between the
-    steps, which `sfumato.prompts.steps` takes out first where there are steps, and for AND. BREAK is a text of its own.
+    steps, which `prompt_editing` takes out first where there are steps, and for AND. BREAK is a text of its own.
     """
     if _AND.search(prompt):
         raise ConfigError(

@@ -25,12 +25,12 @@ _KEPT = re.compile(r"-(?:step\d{8,}|\d{6,})[-.]")
 _LEFT_OVER = re.compile(r"\..+\.[0-9a-f]{12}\.part(\.\w+)?")
 
 
-def kept_name(name: str, step: int) -> str:
+def snapshot_name(name: str, step: int) -> str:
     """What an adapter or word that a run keeps on the way is called, without an ending."""
     return f"{name}-step{step:08d}"
 
 
-def going_on(config: FolderOptions, also: Sequence[str] = ()) -> bool:
+def check_folder(config: FolderOptions, also: Sequence[str] = ()) -> bool:
     """Whether the output folder holds a run that is to be resumed.
 
     Raises RunError for a folder that holds a run which is neither to be resumed nor replaced, for one without a run

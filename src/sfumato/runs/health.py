@@ -23,7 +23,7 @@ class Health:
         self.bad: list[str] = []
         self.broken = ""
 
-    def note(self, number: int, named: Mapping[str, float | Tensor]) -> str:
+    def check(self, number: int, named: Mapping[str, float | Tensor]) -> str:
         """What is wrong with these numbers of step `number`, counted from 0; empty if all are finite."""
         names = not_finite(named)
         if not names:
@@ -49,7 +49,7 @@ class Health:
         if weights and not _are_finite(weights):
             self.broken = f"step {number + 1}: the trained weights are not finite"
 
-    def forget(self) -> str:
+    def reset(self) -> str:
         """Begin to count anew; returns why the run was broken."""
         reason, self.broken, self.bad = self.broken, "", []
         return reason

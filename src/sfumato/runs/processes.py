@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -78,7 +79,7 @@ class Processes:
             if not has[place]:
                 trained[place].grad = None
 
-    def starts(self, batch: int, accumulate: int) -> tuple[int, list[int]]:
+    def micro_batch_starts(self, batch: int, accumulate: int) -> tuple[int, list[int]]:
         """The size of the global batch, and the places in it where this process's micro-batches begin."""
         global_batch = batch * accumulate * self.count
         first, share = self.slice(global_batch)
@@ -103,7 +104,7 @@ class Processes:
             yield
             return
         # Met before the block, so that a process that never came is noticed as everywhere else.
-        agree = self._patient()
+        agree = self._agreement_without_limit()
         if not self.is_main:
             if agree(False):
                 raise RunError("the main process could not prepare the pictures; its own line says why.")
@@ -116,10 +117,10 @@ class Processes:
         finally:
             agree(failed)
 
-    def _patient(self) -> Callable[[bool], bool]:
+    def _agreement_without_limit(self) -> Callable[[bool], bool]:
         """A function that waits, as long as it takes, for all to call it: whether any of them said yes."""
         self.wait()
-        group = torch.distributed.new_group(backend="gloo", timeout=_AS_LONG_AS_IT_TAKES)
+        group: Any = torch.distributed.new_group(backend="gloo", timeout=_AS_LONG_AS_IT_TAKES)
 
         def any_of_all(mine: bool) -> bool:
             found = torch.tensor([int(mine)])

@@ -22,19 +22,19 @@ from sfumato.errors import RunError, SfumatoError
 from sfumato.files.atomic import write_text
 from sfumato.precision import give_back_freed_memory
 from sfumato.runs import identity, plot, progress
+from sfumato.runs.checkpointed import CheckpointedParts
 from sfumato.runs.checkpoints import Checkpoints, NotFiniteError, bytes_of, require_space
 from sfumato.runs.folder import (
     also_written,
+    check_folder,
     clear,
     forget_leftovers,
     forget_new,
     forget_samples,
-    going_on,
     has_begun,
     is_run,
 )
 from sfumato.runs.health import Health, not_finite
-from sfumato.runs.kept import Kept
 from sfumato.runs.lock import Lock
 from sfumato.runs.log import Log
 from sfumato.runs.progress import Progress
@@ -75,7 +75,7 @@ class Run:
         self._checkpoints = Checkpoints(folder / "checkpoints", config.keep)
         self._lock = Lock(folder)
         self._facts: dict[str, str] = {}
-        self._kept = Kept()
+        self._kept = CheckpointedParts()
         self._looks: list[tuple[int, Callable[[int], None]]] = []
         self._resumed_from: int | None = None
         self._replaces, self._ends = False, False
@@ -125,7 +125,7 @@ class Run:
                 if left:
                     self.say(left)
             # Looked at under the lock, so that of two that start at once the second sees what the first has begun.
-            if going_on(self._config, writes):
+            if check_folder(self._config, writes):
                 self._facts = identity.read_facts(self.folder)
                 self._refuse_changes("another config", identity.differences(self.folder, self._config, program))
                 self._find_checkpoint()
@@ -426,7 +426,7 @@ class Run:
 
     def _healthy(self, number: int, named: dict[str, float | Tensor]) -> bool:
         """Whether all numbers are finite; three steps in a row in which they are not make the run go back."""
-        problem = self._health.note(number, named)
+        problem = self._health.check(number, named)
         if problem:
             self.say(f"{problem}; the step is skipped")
         return not problem
@@ -444,7 +444,7 @@ class Run:
 
     def _go_back(self, number: int) -> None:
         """To the step of the last checkpoint, once."""
-        reason = self._health.forget()
+        reason = self._health.reset()
         newest, passed = self._checkpoints.newest()
         self.say(*passed)
         if newest is None or self.rate_factor < 1:
@@ -455,13 +455,13 @@ class Run:
             )
         self._wait()
         self._restore(newest, seen=newest)
-        self._health.forget()
+        self._health.reset()
         self.rate_factor /= 2
         self.say(f"{reason}; going back to step {newest} with half the learning rate")
         self.log(step=newest, went_back_from=number)
         self._progress.go_back_to(newest)
 
-    def all_written(self) -> None:
+    def mark_finished(self) -> None:
         """What was learned, and all that tells of it, is in the folder: there is nothing left to go on with."""
         _not_written.discard(self)
 
@@ -474,7 +474,7 @@ class Run:
 
     def close(self) -> None:
         """Finish the log and let the folder go."""
-        self.all_written()
+        self.mark_finished()
         self.unlock()
 
     def unlock(self) -> None:
@@ -497,7 +497,7 @@ def _of_this_thread(runs: Iterable[Run]) -> list[Run]:
     return [run for run in list(runs) if run.thread == get_ident()]
 
 
-def let_go() -> None:
+def close_unbegun() -> None:
     """Close the runs that an interruption stopped before their first step; they can be resumed."""
     for run in _of_this_thread(_not_begun):
         run.close()
@@ -516,7 +516,7 @@ def stopped_while_writing() -> str:
     return "".join(run._stopped_while_writing() for run in _of_this_thread(_not_written))
 
 
-def withdraw() -> None:
+def abandon_unbegun() -> None:
     """Let go of the folders of runs that an error stopped before their first step; new ones leave nothing in them."""
     for run in _of_this_thread(_not_begun):
         run._withdraw()

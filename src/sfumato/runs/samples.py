@@ -13,7 +13,7 @@ from torch import nn
 from sfumato.data.captions import fill_template
 from sfumato.drawing.sheet import contact_sheet, read_drawn
 from sfumato.files.atomic import atomic_path
-from sfumato.schedulers import asked_timestep
+from sfumato.schedulers import timestep_of
 from sfumato.words.placeholders import holds
 
 if TYPE_CHECKING:
@@ -111,19 +111,19 @@ def drawing_of(
     """The base's own drawing. lora: what is attached to its U-Net, drawn with as it will be: with this adapter
     guidance, and in the span (start, end) of progress; None: in all steps. negatives: each is the negative prompt of
     prompts that hold it and more. resolution: that of the training, whose squares are drawn; None: the base's own."""
-    from sfumato.compose.guided import first_half
+    from sfumato.compose.guided import unconditional_half
     from sfumato.data.preparing import square_side
     from sfumato.drawing.pictures import draw_against
 
     side = None if resolution is None else square_side(base, resolution)
 
     def drawing(prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
-        with base.resting.interrupted(), ExitStack() as stack:
+        with base.lazy_weights.restored_after(), ExitStack() as stack:
             if lora is not None and span is not None:
                 stack.enter_context(_only_within(span, base, lora.disabled))
             if lora is not None and strength and (guidance := base.defaults.guidance) > 1:
-                stack.enter_context(lora.counted(strength / guidance))
-                stack.enter_context(first_half(base.unet, lora.disabled))
+                stack.enter_context(lora.scaled(strength / guidance))
+                stack.enter_context(unconditional_half(base.unet, lora.disabled))
             # As they are, with their tags: perhaps captions, which were learned as text.
             return draw_against(base, prompts, seeds, negatives, width=side, height=side)
 
@@ -140,7 +140,7 @@ def _only_within(
     counts, others = Ramp.within(*span, 1.0), ExitStack()
 
     def begin(module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-        if not counts(progress_of(asked_timestep(args, options), base.scheduler)):
+        if not counts(progress_of(timestep_of(args, options), base.scheduler)):
             others.enter_context(otherwise())
 
     with (

@@ -27,7 +27,7 @@ from sfumato.precision.tensors import dtype_name
 
 if TYPE_CHECKING:
     from sfumato.bases import Base
-    from sfumato.data import Folder
+    from sfumato.data import ExampleSet
     from sfumato.runs.processes import Processes
 
 FORMAT = 2
@@ -65,7 +65,7 @@ def _schedule(base: Base) -> dict[str, Any]:
 
 def pictures_of_class(
     base: Base, counts: Mapping[str, int], *, resolution: int, folder: Path, processes: Processes
-) -> tuple[Folder, int]:
+) -> tuple[ExampleSet, int]:
     """As many pictures of each prompt as `counts` says, with it as their caption, and how many had to be drawn.
 
     All processes draw, each its share.
@@ -119,9 +119,9 @@ def draw_class(
     return len(missing)
 
 
-def read_class(base: Base, counts: Mapping[str, int], *, resolution: int, folder: Path) -> Folder:
+def read_class(base: Base, counts: Mapping[str, int], *, resolution: int, folder: Path) -> ExampleSet:
     """The drawn pictures as examples, each with its prompt as caption. Raises DataError if one is missing."""
-    from sfumato.data import Example, Folder
+    from sfumato.data import Example, ExampleSet
 
     examples = []
     for prompt, count in counts.items():
@@ -132,7 +132,7 @@ def read_class(base: Base, counts: Mapping[str, int], *, resolution: int, folder
         raise DataError(
             f"{absent[0]}: {len(absent)} of {len(examples)} class pictures are missing; start again to draw them."
         )
-    return Folder(tuple(examples))
+    return ExampleSet(tuple(examples))
 
 
 def _key(values: dict[str, Any]) -> str:

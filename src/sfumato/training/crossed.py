@@ -25,31 +25,34 @@ if TYPE_CHECKING:
     from sfumato.data import Batch, Dataset
     from sfumato.training.noising import NoisedBatch
 
-BEGINNINGS = (0.6, 0.75, 0.9)
+START_SHARES = (0.6, 0.75, 0.9)
 """Shares of the timesteps at which the base takes up a picture; each of its views has one of them."""
-STEPS = 8
-FROM = 0.3
+DDIM_STEPS = 8
+FIRST_SHARE = 0.3
 """Share of the timesteps from which on samples are crossed: with less noise the difference would be all there is."""
 
 
 def first_timestep(base: Base) -> int:
     """The base's timestep from which on samples are crossed."""
-    return round(FROM * len(base.alpha_bar))
+    return round(FIRST_SHARE * len(base.alpha_bar))
 
 
 class Crossing:
     """The base's drawing of each view of the pictures, and the samples that show it.
 
-    The base is to be as it was before the training while this is made. share: of the samples from FROM on that are
-    crossed, 0 to 1. All is a function of seed, step and place in the global batch. Raises DataError for crops at random
-    places.
+    The base is to be as it was before the training while this is made. share: of the samples from FIRST_SHARE on that
+    are crossed, 0 to 1. All is a function of seed, step and place in the global batch. Raises DataError for crops at
+    random places.
     """
 
     def __init__(self, base: Base, data: Dataset, seed: int, share: float, *, shown: bool = True):
         self._base, self._seed, self._share = base, seed, share
         self._first = first_timestep(base)
         batches = list(data.views(LATENTS_AT_ONCE // 2 * base.vae_factor**2))  # two rows each, for guidance
-        with torch.no_grad(), base.resting.interrupted():  # once for all: what rests is read from its file again
+        with (
+            torch.no_grad(),
+            base.lazy_weights.restored_after(),
+        ):  # once for all: what rests is read from its file again
             texts = [embedding.encode(base, each.captions).to("cpu") for each in batches]  # there may be thousands
             self._untold = base.unconditional(1)
         self._drawn: dict[tuple[int, int], Tensor] = {}
@@ -67,13 +70,13 @@ class Crossing:
         views = list(zip(batch.indices, batch.variants, strict=True))
         told = [(text, batch.added(base, text)) for text in texts]
         alpha_bar = base.alpha_bar.to(batch.latents.device)
-        first = torch.tensor([BEGINNINGS[sum(view) % len(BEGINNINGS)] for view in views]) * len(alpha_bar)
+        first = torch.tensor([START_SHARES[sum(view) % len(START_SHARES)] for view in views]) * len(alpha_bar)
         noise = torch.stack(
             [randomness.normal(tuple(batch.latents.shape[1:]), self._seed, "drawing over", *view) for view in views]
         )
         noise, latents = noise.to(batch.latents), batch.latents
-        for step in range(STEPS):
-            timesteps = (first * (1 - step / STEPS)).long().to(latents.device)
+        for step in range(DDIM_STEPS):
+            timesteps = (first * (1 - step / DDIM_STEPS)).long().to(latents.device)
             now = alpha_bar[timesteps]
             noisy = diffusion.noise_latents(latents, noise, now)
             asked, unasked = (base.predict(noisy, timesteps, *each) for each in told)
@@ -82,7 +85,7 @@ class Crossing:
         return latents
 
     def cross(self, noised: NoisedBatch, step: int, first: int) -> NoisedBatch:
-        """The samples of a step, from place `first` of its global batch on, a share of those from FROM on crossed."""
+        """The samples of a step, from place `first` of its global batch on, some from FIRST_SHARE on crossed."""
         latents, shown = noised.batch.latents, noised.batch.latents.clone()
         views = zip(noised.batch.indices, noised.batch.variants, strict=True)
         for row, (view, timestep) in enumerate(zip(views, noised.timesteps.tolist(), strict=True)):

@@ -14,7 +14,7 @@ PORTION = 2**28
 """Bytes that are brought from a GPU at once to a mean on the CPU."""
 
 
-class Average:
+class Ema:
     """m <- d m + (1 - d) w after each step; with a decay of 0 it is the weights themselves and costs nothing.
 
     d = min(decay, (1 + n) / (10 + n)) after n steps: the mean of a young run must not remember its untrained start.
@@ -42,7 +42,7 @@ class Average:
         for place in learning:
             self.updates[place] += 1
 
-    def apply(self) -> None:
+    def swap(self) -> None:
         """Exchange the weights and their mean."""
         for parameter, mean in zip(self.parameters, self.mean, strict=bool(self.mean)):
             now = parameter.detach().clone()
@@ -52,11 +52,11 @@ class Average:
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Within the block the weights are the mean."""
-        self.apply()
+        self.swap()
         try:
             yield
         finally:
-            self.apply()
+            self.swap()
 
     def state_dict(self) -> dict[str, Any]:
         """The mean and how many steps each part of it has taken in, for a checkpoint."""

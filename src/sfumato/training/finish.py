@@ -24,7 +24,7 @@ Kind = Literal["lora", "difference", "folder"]
 def describe_run(config: TrainerOptions, base: Base, dataset: Dataset, samples: Samples, **more: Any) -> Description:
     """What the run's file tells of how it came to be. config: resolved. more: further fields of the Description, or
     others, such as the `steps` of a file that is not from the run's end."""
-    from sfumato.cards.adapter import telling
+    from sfumato.cards.adapter import most_telling_prompt
     from sfumato.data.preparing import square_side
     from sfumato.files import Description
 
@@ -49,7 +49,7 @@ def describe_run(config: TrainerOptions, base: Base, dataset: Dataset, samples: 
         optimizer=config.optimizer,
         trigger=triggers,
         captions=dataset.captions,
-        thumbnail=rows[-1][telling(triggers, samples.prompts)] if rows else None,
+        thumbnail=rows[-1][most_telling_prompt(triggers, samples.prompts)] if rows else None,
         config=to_dict(settled(config), public=True),
         dataset_sha256=dataset.fingerprint,
     )
@@ -89,7 +89,7 @@ def upload(run: Run, paths: Sequence[Path], repository: str | None) -> None:
     """Upload each file with its card, and say where it is; nothing where no repository is named. The last of all."""
     from sfumato.training.publish import push
 
-    run.all_written()
+    run.mark_finished()
     if not repository:
         return
     for path in paths:

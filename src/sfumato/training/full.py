@@ -15,7 +15,7 @@ from sfumato.errors import AdapterError, FileError
 from sfumato.files.kohya import Target
 from sfumato.files.read import is_finite
 from sfumato.files.save import model_folder
-from sfumato.numerals import so_many
+from sfumato.numerals import pluralize
 from sfumato.precision.tensors import dtype_name
 
 if TYPE_CHECKING:
@@ -81,8 +81,8 @@ def _check_finite(module: nn.Module, dtype: torch.dtype, path: Path) -> None:
     broken = [name for name, tensor in module.state_dict().items() if not is_finite(tensor)]
     if broken:
         raise FileError(
-            f"{path.name}: {so_many(len(broken), 'weight is', 'weights are')} not finite in {dtype_name(dtype)}, first "
-            f"{broken[0]}, so nothing was written. Save in fp32, or use an earlier checkpoint."
+            f"{path.name}: {pluralize(len(broken), 'weight is', 'weights are')} not finite in {dtype_name(dtype)}, "
+            f"first {broken[0]}, so nothing was written. Save in fp32, or use an earlier checkpoint."
         )
 
 

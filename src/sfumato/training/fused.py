@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.errors import ConfigError
-from sfumato.training.optimizers import factor_within, is_one
+from sfumato.training.optimizers import clip_coefficient, is_one
 
 WHOLE = ("prodigy",)
 """Optimizers that look at all gradients at once, and so cannot step weight by weight."""
@@ -52,7 +52,7 @@ class FusedStep:
         self._pass(scaled, None, retain_graph=True)
         norm = self._unscaled(self._norm())
         if healthy(loss=loss, gradient_norm=norm) and bool(norm.isfinite()):
-            self._pass(scaled, factor_within(norm, limit) / self._scaler.get_scale())
+            self._pass(scaled, clip_coefficient(norm, limit) / self._scaler.get_scale())
         return norm
 
     def _pass(self, loss: Tensor, factor: Tensor | float | None, *, retain_graph: bool = False) -> None:

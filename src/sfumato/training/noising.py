@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sfumato import diffusion
-from sfumato.data import join
+from sfumato.data import concat_batches
 from sfumato.training.objective import denoising_errors, draw_noise
 from sfumato.words import embedding
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Noising:
+class NoiseSettings:
     """How pictures are noised. timesteps: those of the base that are drawn. offset: as of `draw_noise`."""
 
     timesteps: range
@@ -36,23 +36,25 @@ class NoisedBatch:
     timesteps: Tensor
     target: Tensor
 
-    def beside(self, other: NoisedBatch) -> NoisedBatch:
+    def concat(self, other: NoisedBatch) -> NoisedBatch:
         """Both as one batch, these first."""
         return NoisedBatch(
-            join(self.batch, other.batch),
+            concat_batches(self.batch, other.batch),
             torch.cat([self.noise, other.noise]),
             torch.cat([self.timesteps, other.timesteps]),
             torch.cat([self.target, other.target]),
         )
 
 
-def errors_of(base: Base, parts: Sequence[NoisedBatch], *, encode: bool, min_snr: float | None = None) -> Tensor:
+def per_sample_losses(
+    base: Base, parts: Sequence[NoisedBatch], *, encode: bool, min_snr: float | None = None
+) -> Tensor:
     """`denoising_errors` of a step's parts in their order, (samples,); those of one shape in one call of the U-Net.
 
     encode: whether captions are encoded here, with gradients; else the batches hold their embeddings.
     """
     errors = []
-    for call in calls(parts):
+    for call in merge_by_shape(parts):
         batch = call.batch
         text = embedding.encode(base, batch.captions, grad=True) if encode else batch.text
         assert text is not None
@@ -61,12 +63,12 @@ def errors_of(base: Base, parts: Sequence[NoisedBatch], *, encode: bool, min_snr
     return torch.cat(errors)
 
 
-def calls(parts: Sequence[NoisedBatch]) -> list[NoisedBatch]:
+def merge_by_shape(parts: Sequence[NoisedBatch]) -> list[NoisedBatch]:
     """The parts in their order, those beside each other whose latents are of one shape as one."""
     found: list[NoisedBatch] = []
     for part in parts:
         if found and found[-1].noise.shape[1:] == part.noise.shape[1:]:
-            found[-1] = found[-1].beside(part)
+            found[-1] = found[-1].concat(part)
         else:
             found.append(part)
     return found
@@ -81,7 +83,7 @@ def draw_noised(
     first: int,
     count: int,
     *,
-    noising: Noising | None = None,
+    noising: NoiseSettings | None = None,
     embed_text: bool = True,
     order: int | None = None,
 ) -> NoisedBatch:
@@ -91,7 +93,7 @@ def draw_noised(
     other one if None. Without `embed_text` the captions come without their embeddings.
     """
     batch = data.batch(seed if order is None else order, step, global_batch, first, count, embed_text=embed_text)
-    noising = noising or Noising(range(len(base.alpha_bar)))
+    noising = noising or NoiseSettings(range(len(base.alpha_bar)))
     noise = draw_noise(batch, seed, step, first, offset=noising.offset)
     timesteps = diffusion.stratified_timesteps(global_batch, noising.timesteps, seed, step)[first : first + count]
     timesteps = timesteps.to(noise.device)

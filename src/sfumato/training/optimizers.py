@@ -129,7 +129,7 @@ def clip(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
     """
     gradients = [p.grad for p in list(parameters) if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
-    if limit > 0 and not is_one(factor := factor_within(norm, limit)):
+    if limit > 0 and not is_one(factor := clip_coefficient(norm, limit)):
         torch._foreach_mul_(gradients, factor)
     return norm
 
@@ -139,6 +139,6 @@ def is_one(factor: Tensor) -> bool:
     return factor.device.type == "cpu" and float(factor) == 1
 
 
-def factor_within(norm: Tensor, limit: float) -> Tensor:
+def clip_coefficient(norm: Tensor, limit: float) -> Tensor:
     """What brings gradients of this global norm to at most `limit`, as `torch.nn.utils.clip_grad_norm_` has it."""
     return (limit / (norm + 1e-6)).clamp(max=1.0)

@@ -17,10 +17,10 @@ from sfumato.runs.options import FolderOptions
 
 if TYPE_CHECKING:  # help loads no torch
     from sfumato.bases import Base
-    from sfumato.data import Dataset, Folder
+    from sfumato.data import Dataset, ExampleSet
     from sfumato.precision import Precision
     from sfumato.runs.processes import Processes
-    from sfumato.training.noising import Noising
+    from sfumato.training.noising import NoiseSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ class DataOptions:
     skip_bad: bool = False
     """Leave out pictures that cannot be read, instead of stopping."""
 
-    def read_examples(self, words: Sequence[str] = (), *, of_class: bool = True) -> Folder:
+    def read_examples(self, words: Sequence[str] = (), *, of_class: bool = True) -> ExampleSet:
         """The pictures and captions, listed but not decoded. words: that captions have to hold. of_class: whether
         sources of a class are read."""
         from sfumato import data
@@ -74,12 +74,12 @@ class DataOptions:
         self.check_examples(examples)
         return examples
 
-    def check_examples(self, examples: Folder) -> None:
+    def check_examples(self, examples: ExampleSet) -> None:
         """Raises DataError for pictures of a class alone, ConfigError for --keep-tags where no caption varies, and for
         a run that would lie among its pictures."""
         from sfumato.data.folder import no_subject
 
-        if not examples.of("instance"):
+        if not examples.in_group("instance"):
             raise no_subject(self.images)
         if getattr(self, "resume", False):
             return
@@ -99,7 +99,7 @@ class DataOptions:
 
     def prepare(
         self,
-        examples: Folder,
+        examples: ExampleSet,
         base: Base,
         *,
         embed_text: bool = True,
@@ -177,9 +177,9 @@ class BaseOptions:
         return precision
 
     def load_base(self, precision: Precision) -> Base:
-        """The base, frozen; its U-Net's weights come when they are needed, or `base.resting.keep` asks for them."""
+        """The base, frozen; its U-Net's weights come when needed, or `lazy_weights.load_only` asks for them."""
         from sfumato.bases import load_base
-        from sfumato.precision.lean import keep_less
+        from sfumato.precision.lean import save_activation_memory
 
         base = load_base(
             self.base,
@@ -191,9 +191,9 @@ class BaseOptions:
             unet=False,
         )
         # Not the text encoders: what else is in a batch may decide how their products are rounded.
-        precision.learn(base.unet)
+        precision.prepare_for_training(base.unet)
         if precision.device.type == "cpu":  # its kernels were never run elsewhere
-            keep_less(base.unet)
+            save_activation_memory(base.unet)
         return base
 
 
@@ -240,9 +240,9 @@ class StepOptions:
     weights. After n steps it is at most (1 + n) / (10 + n), so that the mean of a short run does not remember the
     untrained start."""
 
-    def noising(self, base: Base) -> Noising:
+    def noising(self, base: Base) -> NoiseSettings:
         """How pictures are noised. Raises ConfigError for timesteps that the base does not have."""
-        from sfumato.training.noising import Noising
+        from sfumato.training.noising import NoiseSettings
 
         count = len(base.alpha_bar)
         stop = count if self.max_timestep is None else self.max_timestep
@@ -251,7 +251,7 @@ class StepOptions:
                 f"--min-timestep {self.min_timestep}, --max-timestep {stop}: the base's timesteps are 0 to "
                 f"{count - 1}; wanted a first one of these, and a larger end of at most {count}."
             )
-        return Noising(range(self.min_timestep, stop), self.noise_offset)
+        return NoiseSettings(range(self.min_timestep, stop), self.noise_offset)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,14 +18,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sfumato import randomness
-from sfumato.numerals import so_many
-from sfumato.training.noising import NoisedBatch, Noising, draw_noised
+from sfumato.numerals import pluralize
+from sfumato.training.noising import NoisedBatch, NoiseSettings, draw_noised
 from sfumato.training.objective import predict
 from sfumato.words import embedding
 
 if TYPE_CHECKING:
     from sfumato.bases import Base
-    from sfumato.data import Dataset, Folder
+    from sfumato.data import Dataset, ExampleSet
     from sfumato.runs.processes import Processes
     from sfumato.training.options import TrainerOptions
 
@@ -33,11 +33,11 @@ KEPT_BYTES = 2**30
 """Predictions of the base that all processes together keep in memory for a run; the draws of a longer run repeat."""
 
 
-def prepare_both(
+def prepare_datasets(
     config: TrainerOptions,
     base: Base,
-    subjects: Folder,
-    of_class: Folder | None,
+    subjects: ExampleSet,
+    of_class: ExampleSet | None,
     global_batch: int,
     processes: Processes,
     *,
@@ -83,7 +83,7 @@ class ClassPictures:
     data: the class pictures with their own captions. Randomness is that of the run's seed, in streams of its own.
     """
 
-    def __init__(self, base: Base, data: Dataset, seed: int, *, noising: Noising | None = None):
+    def __init__(self, base: Base, data: Dataset, seed: int, *, noising: NoiseSettings | None = None):
         self._base, self._data, self._noising = base, data, noising
         self._seed = class_seed(seed)
 
@@ -102,8 +102,8 @@ class BasePrediction:
     captions'.
 
     Targets are computed in `pristine`, a context in which the base predicts as it did before the training; where there
-    is none, because its own weights are trained, `remember` computes them all beforehand: every draw is a function of
-    (seed, step), so no second copy of the base is needed.
+    is none, because its own weights are trained, `precompute_targets` computes them all beforehand: every draw is a
+    function of (seed, step), so no second copy of the base is needed.
     """
 
     def __init__(
@@ -115,18 +115,18 @@ class BasePrediction:
         *,
         order: int | None = None,
         pristine: Callable[[], AbstractContextManager[object]] | None = None,
-        noising: Noising | None = None,
+        noising: NoiseSettings | None = None,
         embed_text: bool = True,
     ):
         self._order, self._embed_text = order, embed_text
         self._base, self._data, self._noising = base, data, noising
         self._prompts, self._seed, self._pristine = list(prompts), class_seed(seed), pristine
-        with torch.no_grad(), base.resting.interrupted():
+        with torch.no_grad(), base.lazy_weights.restored_after():
             self._text = embedding.encode(base, self._prompts)
         self._period = 0
         self._kept: dict[tuple[int, int], Tensor] = {}
 
-    def remember(
+    def precompute_targets(
         self,
         steps: range,
         global_batch: int,
@@ -140,25 +140,25 @@ class BasePrediction:
         They are kept in the dtype they are computed in. Where all would take more than KEPT_BYTES, the draws repeat
         after as many steps as fit: as many global batches, so that they do not depend on who computes which part.
         """
-        sample = self._bare(0, global_batch, starts[0], 1).batch.latents.numel() * self._dtype.itemsize
+        sample = self._without_target(0, global_batch, starts[0], 1).batch.latents.numel() * self._dtype.itemsize
         self._period = max(1, KEPT_BYTES // (sample * global_batch))
         wanted = sorted({step % self._period for step in steps})
         for step in tqdm(wanted, desc="asking the base", unit="step", file=sys.stderr, disable=not shown):
             for first in starts:
-                noised = self._bare(step, global_batch, first, count)
+                noised = self._without_target(step, global_batch, first, count)
                 self._kept[step, first] = self._predict(noised).to("cpu", self._dtype)
         mib = sample * count * len(starts) * len(wanted) / 2**20
         again = f", which repeat after {self._period} steps" if len(steps) > self._period else ""
-        return f"the base's predictions for {so_many(len(wanted), 'step')}{again}: {mib:,.0f} MiB"
+        return f"the base's predictions for {pluralize(len(wanted), 'step')}{again}: {mib:,.0f} MiB"
 
     def draw(self, step: int, global_batch: int, first: int, count: int) -> NoisedBatch:
         """The class's share of a step: as many samples as the subject's, with noise and timesteps of their own."""
         if self._period:
             step %= self._period
-        noised = self._bare(step, global_batch, first, count)
+        noised = self._without_target(step, global_batch, first, count)
         if self._period:
             return dataclasses.replace(noised, target=self._kept[step, first].to(noised.noise))
-        assert self._pristine is not None, "without a context, remember() comes first"
+        assert self._pristine is not None, "without a context, precompute_targets() comes first"
         with self._pristine():
             return dataclasses.replace(noised, target=self._predict(noised))
 
@@ -166,7 +166,7 @@ class BasePrediction:
     def _dtype(self) -> torch.dtype:
         return self._base.precision.compute
 
-    def _bare(self, step: int, global_batch: int, first: int, count: int) -> NoisedBatch:
+    def _without_target(self, step: int, global_batch: int, first: int, count: int) -> NoisedBatch:
         """The draw with the class prompts as its captions; its target is not the base's prediction yet."""
         place_in_run = (self._seed, step, global_batch, first, count)
         noised = draw_noised(

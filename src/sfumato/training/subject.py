@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sfumato.data import Folder
+    from sfumato.data import ExampleSet
     from sfumato.data.folder import MaskSource
 
 
@@ -40,7 +40,7 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class KeptPrompts:
+class PreservedPrompts:
     """Prompts that shall draw as before: those of the class, and further ones. `of` lets none be there twice.
 
     Where there are both, each kind has half, however many prompts it has: beside a dozen everyday things the class
@@ -51,7 +51,7 @@ class KeptPrompts:
     further: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, of_class: Iterable[str], further: Iterable[str]) -> KeptPrompts:
+    def of(cls, of_class: Iterable[str], further: Iterable[str]) -> PreservedPrompts:
         """The prompts, each once; a further one that is of the class counts as that."""
         own = tuple(dict.fromkeys(of_class))
         return cls(own, tuple(prompt for prompt in dict.fromkeys(further) if prompt not in own))
@@ -61,7 +61,7 @@ class KeptPrompts:
         """Each once, the class's first."""
         return [*self.of_class, *self.further]
 
-    def turns(self) -> list[str]:
+    def interleaved(self) -> list[str]:
         """As they follow each other: one of the class, a further one; those of the shorter kind come several times."""
         if not (self.of_class and self.further):
             return self.prompts
@@ -81,7 +81,7 @@ def shares(count: int, prompts: Sequence[str]) -> list[tuple[str, int]]:
     return [(prompt, (count + len(prompts) - 1 - place) // len(prompts)) for place, prompt in enumerate(prompts)]
 
 
-def read_pictures(
+def read_subject(
     path: Path,
     words: str,
     *,
@@ -91,7 +91,7 @@ def read_pictures(
     skip_bad: bool = False,
     in_all: bool = False,
     of_class: bool = True,
-) -> Folder:
+) -> ExampleSet:
     """The examples of a folder in which pictures without a caption have the caption `words`, or of a dataset.toml.
 
     in_all: whether the subject's pictures have it in a dataset.toml, too, which may hold several subjects. of_class:
@@ -116,7 +116,7 @@ def read_pictures(
     return examples_of(listing, template=template, trigger=trigger, mask=mask, skip_bad=skip_bad)
 
 
-def with_caption(folder: Folder, caption: str) -> Folder:
+def with_caption(folder: ExampleSet, caption: str) -> ExampleSet:
     """The same pictures of the subject with this caption, whatever theirs were; those of the class as they are."""
     examples = tuple(
         dataclasses.replace(example, caption=caption) if example.group == "instance" else example for example in folder

@@ -156,13 +156,13 @@ def check_labels(labels: Iterable[str], known: Collection[str]) -> None:
             raise AdapterError(f"no adapter of this mix is called {label!r}; it holds {there}.")
 
 
-def swept(label: str, weight: Weight, number: float) -> Weight:
+def with_unet_scaled(label: str, weight: Weight, number: float) -> Weight:
     """The weight with another number for the U-Net, and the text encoders' in proportion; factors by block stay.
 
     Raises AdapterError for what is no weight, and for two weights of which the U-Net's is 0, which has no proportion.
     """
     if isinstance(weight, Blocks):
-        return with_factors_of(weight, swept(label, weight.weight, number))
+        return with_factors_of(weight, with_unet_scaled(label, weight.weight, number))
     if not isinstance(weight, tuple):
         return checked_weight(label, number)
     if not weight[0]:

@@ -112,7 +112,7 @@ class Blocks:
         return cls(weight, factors, rest=factors.pop("rest", 1.0))
 
     @staticmethod
-    def tells(text: str) -> bool:
+    def has_factors(text: str) -> bool:
         """Whether the text gives factors, as `parse` reads them, and does not only choose blocks."""
         words = [word.strip() for word in text.split(",")]
         return text.strip() in WEB_PRESETS or any(":" in word for word in words) or all(map(_is_number, words))

@@ -20,7 +20,7 @@ SHORT: Mapping[str, str] = MappingProxyType(
 """Short forms of a name's first part."""
 
 
-def select(targets: Iterable[Target], words: str) -> set[Target]:
+def select_modules(targets: Iterable[Target], words: str) -> set[Target]:
     """The modules that the comma-separated words name.
 
     A word is a run of the parts of `unet.down_blocks.0....attn2.to_k`, from anywhere in it, with down, mid, up, te and

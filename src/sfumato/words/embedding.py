@@ -67,7 +67,7 @@ def bundled(
     are. partial: leave out words that cannot be used here, with a line on stderr each, if not quiet. Raises
     AdapterError where two mean different things by one word, and, without partial, for words that cannot be used.
     """
-    from sfumato.files.embedding_file import united
+    from sfumato.files.embedding_file import merge_embeddings
 
     if not isinstance(found, Mapping):
         raise ConfigError(f"wanted new words by label, as mix.embeddings has them, got a {type(found).__name__}.")
@@ -86,7 +86,7 @@ def bundled(
         usable[label][token] = parts
         if _in_use(source, token) is None:
             counts[token] = count
-    words = {token: parts for token, parts in united(usable).items() if not is_in_use(source, token, parts)}
+    words = {token: parts for token, parts in merge_embeddings(usable).items() if not is_in_use(source, token, parts)}
     if not words:
         yield None
         return

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sfumato.errors import AdapterError, ConfigError
-from sfumato.numerals import so_many
-from sfumato.words.known import PARTS, Site, sites_of
-from sfumato.words.placeholders import holds, shown
+from sfumato.numerals import pluralize
+from sfumato.words.known import PARTS, EncoderSite, sites_of
+from sfumato.words.placeholders import holds, readable_token
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -70,7 +70,7 @@ class Words(nn.Module):
         try:
             for number, site in enumerate(self._sites):
                 site.in_use.append(self)
-                site.know([*(words for words in site.words if words is not self), self])
+                site.set_words([*(words for words in site.words if words is not self), self])
                 self._handles += self._hook(site, number)
         except BaseException:
             self.remove()
@@ -87,7 +87,7 @@ class Words(nn.Module):
         for site in self._sites:
             if self in (*site.in_use, *site.words):
                 site.in_use[:] = [words for words in site.in_use if words is not self]
-                site.know([words for words in site.words if words is not self])
+                site.set_words([words for words in site.words if words is not self])
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -107,7 +107,7 @@ class Words(nn.Module):
     def __exit__(self, *_: object) -> None:
         self.remove()
 
-    def _hook(self, site: Site, number: int) -> list[RemovableHandle]:
+    def _hook(self, site: EncoderSite, number: int) -> list[RemovableHandle]:
         table = site.table
         return [
             site.encoder.register_forward_pre_hook(partial(_check_table, table)),
@@ -165,14 +165,14 @@ class Words(nn.Module):
         if theirs != ours:
             (count, width), (wanted, own) = next(iter(theirs.values())), next(iter(ours.values()))
             raise AdapterError(
-                f"{name}: {token} has {so_many(count, 'vector')} of width {width}, this run learns {wanted} of width "
+                f"{name}: {token} has {pluralize(count, 'vector')} of width {width}, this run learns {wanted} of width "
                 f"{own}. Give its own --word-vectors, and its own base."
             )
         held[token] = dict(parts)
         for rows, part in zip(self.rows, PARTS, strict=False):
             rows.copy_(torch.cat([each[part].to(rows) for each in held.values()]))
 
-    def settle_gradients(self) -> None:
+    def zero_missing_gradients(self) -> None:
         """Zeros where no caption held a word: processes that met other captions sum the same tensors."""
         for rows in self.rows:
             if rows.requires_grad and rows.grad is None:
@@ -200,7 +200,7 @@ class Words(nn.Module):
         cosines = F.normalize(self.rows[encoder].detach().to(table.device), dim=1) @ table.T
         best = cosines.topk(count, dim=1)
         lines = [
-            [(shown(site.tokenizer, index), value) for index, value in zip(indices, values, strict=True)]
+            [(readable_token(site.tokenizer, index), value) for index, value in zip(indices, values, strict=True)]
             for indices, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
         ]
         for token, vectors in self.tokens.items():

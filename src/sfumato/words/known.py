@@ -29,7 +29,7 @@ PARTS = ("text_encoder", "text_encoder_2")
 
 
 @dataclass
-class Site:
+class EncoderSite:
     """One text encoder of a pipeline or a base, without torch.compile's wrapper, and its tokenizer."""
 
     encoder: Any
@@ -51,7 +51,7 @@ class Site:
             )
         return weight.detach()
 
-    def know(self, words: Sequence[Words]) -> None:
+    def set_words(self, words: Sequence[Words]) -> None:
         """Let the tokenizer know exactly these words besides its own."""
         tokenizer = self.tokenizer
         self._pool_at_the_end()
@@ -191,7 +191,7 @@ def _save_without_words(tokenizer: Any, *args: Any, **options: Any) -> Any:
     return tokenizer._sfumato_plain[0].save_pretrained(*args, **options)
 
 
-def sites_of(source: Any) -> list[Site]:
+def sites_of(source: Any) -> list[EncoderSite]:
     """The text encoders of a Base or a diffusers pipeline. Raises ConfigError for what has none."""
     if hasattr(source, "text_encoders"):
         encoders, tokenizers = source.text_encoders, source.tokenizers
@@ -206,6 +206,6 @@ def sites_of(source: Any) -> list[Site]:
             "the pipeline has no tokenizer, which new words are to be told to. Load it with its tokenizers."
         )
     return [
-        Site(getattr(encoder, "_orig_mod", encoder), tokenizer, number)
+        EncoderSite(getattr(encoder, "_orig_mod", encoder), tokenizer, number)
         for number, (encoder, tokenizer) in enumerate(zip(encoders, tokenizers, strict=True))
     ]

@@ -14,9 +14,9 @@ from sfumato.errors import ConfigError
 from sfumato.prompts.syntax import escaped
 from sfumato.prompts.tags import is_tag
 
-RATES: Mapping[str, float] = MappingProxyType({"pocket": 2e-2, "sd1": 2e-3, "sd2": 2e-3, "sdxl": 1e-3})
+DEFAULT_LEARNING_RATES: Mapping[str, float] = MappingProxyType({"pocket": 2e-2, "sd1": 2e-3, "sd2": 2e-3, "sdxl": 1e-3})
 """Peak learning rates of new words, by family; an entry of a CLIP table's row is about 0.014 in size."""
-VECTORS = 4
+DEFAULT_VECTORS = 4
 """Of a placeholder, where nothing else is asked for."""
 MOST_VECTORS = 16
 """Of a placeholder: of the 77 positions that a prompt has, more would leave few."""
@@ -46,7 +46,7 @@ def holds(token: str, text: str) -> bool:
     return re.search(pattern(spelt), read) is not None
 
 
-def files(folder: Path, name: str, placeholders: Sequence[str], *, alone: bool) -> dict[str, Path]:
+def embedding_files(folder: Path, name: str, placeholders: Sequence[str], *, alone: bool) -> dict[str, Path]:
     """The file of each placeholder's vectors: NAME.safetensors for one that is alone, else NAME-WORD.safetensors."""
     if alone and len(placeholders) == 1:
         return {placeholders[0]: folder / f"{name}.safetensors"}
@@ -63,7 +63,7 @@ def files(folder: Path, name: str, placeholders: Sequence[str], *, alone: bool) 
 def pieces(token: str, tokenizer: Any) -> list[str]:
     """How a tokenizer cuts a word that it does not know as one."""
     ids = tokenizer(token, add_special_tokens=False).input_ids
-    return [shown(tokenizer, index) for index in ids]
+    return [readable_token(tokenizer, index) for index in ids]
 
 
 def spelling(token: str, tokenizer: Any) -> str:
@@ -90,7 +90,7 @@ def warnings_of(placeholders: Sequence[str], tokenizer: Any) -> list[str]:
     ]
 
 
-def shortened(initial: Sequence[str], vectors: int, tokenizer: Any) -> list[str]:
+def truncation_notes(initial: Sequence[str], vectors: int, tokenizer: Any) -> list[str]:
     """A line for each text of initial words that has more tokens than a word has vectors, with those that are taken."""
     cut = {text: pieces(text, plain_tokenizer(tokenizer)) for text in initial}
     return [
@@ -125,7 +125,7 @@ def check_placeholder(token: str, tokenizer: Any) -> None:
         )
 
 
-def shown(tokenizer: Any, index: int) -> str:
+def readable_token(tokenizer: Any, index: int) -> str:
     """A token as people read it; the part of a word that goes on ends in a hyphen."""
     text = str(tokenizer.convert_ids_to_tokens(index))
     if not text.isascii():  # CLIP's vocabulary has a letter for each byte

@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 from sfumato import randomness
 from sfumato.errors import ConfigError
-from sfumato.numerals import so_many
+from sfumato.numerals import pluralize
 from sfumato.words.in_use import Words
-from sfumato.words.known import PARTS, Site, sites_of
+from sfumato.words.known import PARTS, EncoderSite, sites_of
 from sfumato.words.placeholders import MOST_VECTORS, check_placeholder, spelling
 
 Start = Literal["words", "random", "mean"]
@@ -43,7 +43,7 @@ def new_words(
         raise ConfigError(f"start {start!r:.40}: wanted one of {', '.join(get_args(Start))}.")
     if start == "words" and len(initial) not in (1, len(placeholders)):
         raise ConfigError(
-            f"{so_many(len(initial), 'initial word')} for {so_many(len(placeholders), 'placeholder')}; give "
+            f"{pluralize(len(initial), 'initial word')} for {pluralize(len(placeholders), 'placeholder')}; give "
             "one for all, or one for each."
         )
     made: dict[str, dict[str, Tensor]] = {}
@@ -63,7 +63,7 @@ def new_words(
     return Words(source, made)
 
 
-def _check_placeholders(placeholders: Sequence[str], sites: Sequence[Site], vectors: int) -> None:
+def _check_placeholders(placeholders: Sequence[str], sites: Sequence[EncoderSite], vectors: int) -> None:
     """Raises ConfigError for placeholders that cannot be learned beside each other, with so many vectors each."""
     if not isinstance(vectors, int) or not 1 <= vectors <= MOST_VECTORS:
         raise ConfigError(f"{vectors!r:.40} vectors for a placeholder; wanted 1 to {MOST_VECTORS}.")
@@ -82,7 +82,7 @@ def _check_placeholders(placeholders: Sequence[str], sites: Sequence[Site], vect
                 )
 
 
-def _ids_of(words: str, site: Site, count: int) -> list[int]:
+def _ids_of(words: str, site: EncoderSite, count: int) -> list[int]:
     """So many tokens of the words, from the first on and over again. Raises ConfigError for words without any."""
     ids = site.tokenizer(words, add_special_tokens=False).input_ids
     if not ids:

@@ -18,13 +18,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sfumato.compose.caller import in_turn
-from sfumato.compose.match import halved, refuse_compiled, say_unknown_words, unwrapped_parts, without_peft
+from sfumato.compose.caller import serialized_calls
+from sfumato.compose.match import exclusive_row_split, refuse_compiled, say_unknown_words, unwrapped_parts, without_peft
 from sfumato.compose.regions.attention import Attention, check_no_picture_prompt
-from sfumato.compose.regions.changes import Paths, Spans, by_layer, read
+from sfumato.compose.regions.changes import RegionChanges, Spans, by_layer, read
 from sfumato.compose.regions.masks import Masks
 from sfumato.compose.regions.region import Box, Region
-from sfumato.compose.regions.texts import Texts
+from sfumato.compose.regions.texts import RegionPrompts
 from sfumato.errors import AdapterError
 from sfumato.prompts.syntax import Syntax
 from sfumato.prompts.tags import refuse_tags
@@ -59,7 +59,7 @@ def regions(
     refuse_compiled(pipe, ["unet"])
     masks = Masks([region.mask() for region in parts])
     files = read(parts, partial=partial, verify=verify)
-    texts = Texts(pipe, parts, files, syntax, guided=guided, partial=partial)
+    texts = RegionPrompts(pipe, parts, files, syntax, guided=guided, partial=partial)
     labels = {each.label for region in parts for each in region.adapters}
     spans = Spans(pipe, over_steps)
     if unknown := sorted(over_steps.keys() - labels):
@@ -67,8 +67,13 @@ def regions(
     layers = by_layer(pipe, parts, files, spans, partial=partial)
     say_unknown_words(pipe, files)
 
-    with halved(unet), in_turn(pipe), ExitStack() as stack:
-        for see in (lambda unet, *_: check_no_picture_prompt(unet), masks.see, texts.see, spans.see):
+    with exclusive_row_split(unet), serialized_calls(pipe), ExitStack() as stack:
+        for see in (
+            lambda unet, *_: check_no_picture_prompt(unet),
+            masks.on_unet_call,
+            texts.on_unet_call,
+            spans.on_unet_call,
+        ):
             stack.enter_context(unet.register_forward_pre_hook(see, with_kwargs=True))
         for path, module in [named for named in unet.named_modules() if named[0].endswith("attn2")]:
             keys, values = (layers.pop(f"{path}.{name}", None) for name in ("to_k", "to_v"))
@@ -98,7 +103,7 @@ def _set_back(module: Any, processor: Any) -> None:
         module.set_processor(processor)
 
 
-def _hooks(unet: nn.Module, path: str, paths: Paths, masks: Masks) -> list[Any]:
+def _hooks(unet: nn.Module, path: str, paths: RegionChanges, masks: Masks) -> list[Any]:
     """The hooks that add the regions' changes of one layer under their masks."""
     if path.startswith(("time_embedding", "add_embedding")):
         raise AdapterError(
@@ -124,7 +129,7 @@ def _hooks(unet: nn.Module, path: str, paths: Paths, masks: Masks) -> list[Any]:
     return [module.register_forward_hook(add)]
 
 
-def _time_hooks(unet: nn.Module, path: str, paths: Paths, masks: Masks) -> list[Any]:
+def _time_hooks(unet: nn.Module, path: str, paths: RegionChanges, masks: Masks) -> list[Any]:
     """What the time step adds to each channel has no pixels yet: its change is kept, and added where it gets them."""
     block = unet.get_submodule(path.rpartition(".")[0])
     if getattr(block, "time_embedding_norm", "default") != "default":

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from sfumato.compose.regions.changes import Path, Paths
+from sfumato.compose.regions.changes import RegionChange, RegionChanges
 from sfumato.compose.regions.masks import Masks
-from sfumato.compose.regions.texts import Texts
+from sfumato.compose.regions.texts import RegionPrompts
 from sfumato.errors import AdapterError
 
 
@@ -29,7 +29,9 @@ class Attention:
     keys, values: what the regions change in them.
     """
 
-    def __init__(self, masks: Masks, texts: Texts, keys: Paths | None, values: Paths | None) -> None:
+    def __init__(
+        self, masks: Masks, texts: RegionPrompts, keys: RegionChanges | None, values: RegionChanges | None
+    ) -> None:
         self._masks, self._texts = masks, texts
         self._keys = keys or [None] * len(texts.now)
         self._values = values or [None] * len(texts.now)
@@ -80,7 +82,7 @@ class Attention:
         return torch.cat([text[:first], own])
 
     @staticmethod
-    def _changed(layer: nn.Module, text: Tensor, change: Path | None) -> Tensor:
+    def _changed(layer: nn.Module, text: Tensor, change: RegionChange | None) -> Tensor:
         output: Tensor = layer(text)
         return output if change is None else output + change.widen(change.narrow(layer, text)).to(output.dtype)
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear
 
 from sfumato import schedulers
-from sfumato.compose.caller import calling
-from sfumato.compose.match import Modules, unwrapped_parts, weighed
-from sfumato.compose.regions.near import Near
+from sfumato.compose.caller import calling_pipeline
+from sfumato.compose.match import Modules, unwrapped_parts, weighted_matches
+from sfumato.compose.regions.device_cache import DeviceCache
 from sfumato.compose.regions.region import Region
 from sfumato.compose.steps import Ramp, is_pair, progress_of
 from sfumato.errors import AdapterError
@@ -35,14 +35,14 @@ class Spans:
         self._ways = {label: Ramp.within(*span, 1.0) for label, span in spans.items()}
         self._now: dict[str, float] = {}
 
-    def see(self, _: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+    def on_unet_call(self, _: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
         """Note a call's step."""
         if self._ways:
-            now = schedulers.asked_timestep(args, options)
-            progress = progress_of(now, calling(self._pipe).scheduler)
+            now = schedulers.timestep_of(args, options)
+            progress = progress_of(now, calling_pipeline(self._pipe).scheduler)
             self._now = {label: way(progress) for label, way in self._ways.items()}
 
-    def held(self, narrow: Tensor, owners: Sequence[str]) -> Tensor:
+    def gated(self, narrow: Tensor, owners: Sequence[str]) -> Tensor:
         """What `Path.narrow` gave, 0 where its owner does not count at this step."""
         if all(self._now.get(owner, 1.0) == 1 for owner in owners):
             return narrow
@@ -51,7 +51,7 @@ class Spans:
 
 
 @dataclass
-class Path:
+class RegionChange:
     """One region's change of one layer.
 
     down: (rank, in, ...), up: (out, rank), the weights within it. owners: the label of each rank's adapter.
@@ -63,7 +63,7 @@ class Path:
     spans: Spans
 
     def __post_init__(self) -> None:
-        self._down, self._up = Near(self.down), Near(self.up)
+        self._down, self._up = DeviceCache(self.down), DeviceCache(self.up)
 
     def narrow(self, module: nn.Module, x: Tensor) -> Tensor:
         """down x: (rows, tokens, rank), or (rows, rank, height, width) of a convolution."""
@@ -72,7 +72,7 @@ class Path:
             found = conv2d(x, down, None, module.stride, module.padding, module.dilation)
         else:
             found = linear(x, down)
-        return self.spans.held(found, self.owners)
+        return self.spans.gated(found, self.owners)
 
     def widen(self, narrow: Tensor) -> Tensor:
         """up of what `narrow` gave."""
@@ -80,7 +80,7 @@ class Path:
         return conv2d(narrow, up[..., None, None]) if narrow.ndim == 4 else linear(narrow, up)
 
 
-Paths = list[Path | None]
+RegionChanges = list[RegionChange | None]
 """By region."""
 
 
@@ -96,13 +96,13 @@ def read(parts: Sequence[Region], *, partial: bool, verify: bool) -> dict[Adapte
 
 def by_layer(
     pipe: Any, parts: Sequence[Region], files: Mapping[Adapter, AdapterFile], spans: Spans, *, partial: bool
-) -> dict[str, Paths]:
+) -> dict[str, RegionChanges]:
     """By the path of a layer of the U-Net: what each region changes there."""
     modules = Modules(unwrapped_parts(pipe))
-    layers: dict[str, Paths] = {}
+    layers: dict[str, RegionChanges] = {}
     for place, region in enumerate(parts):
         for adapter in region.adapters:
-            for number, found in weighed(adapter, files[adapter], modules, partial=partial):
+            for number, found in weighted_matches(adapter, files[adapter], modules, partial=partial):
                 if found.part != "unet":
                     if region.prompt is None:
                         raise AdapterError(
@@ -110,7 +110,7 @@ def by_layer(
                             "Region a prompt, or the adapter a weight (0.8, 0)."
                         )
                     continue
-                low = found.beside
+                low = found.live_form
                 if low is None:
                     raise AdapterError(
                         f"{adapter.label}: {found.path} is changed by a {found.effect.change.kind}, which has no "
@@ -127,5 +127,5 @@ def by_layer(
                 if before is not None:
                     down, up = torch.cat([before.down, down]), torch.cat([before.up, up], dim=1)
                     owners = before.owners + owners
-                paths[place] = Path(down, up, owners, spans)
+                paths[place] = RegionChange(down, up, owners, spans)
     return layers

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
-from sfumato.compose.regions.near import Near
+from sfumato.compose.regions.device_cache import DeviceCache
 from sfumato.errors import AdapterError
 
 
@@ -19,9 +19,9 @@ class Masks:
 
     full: list[Tensor]
     _latents: tuple[int, int] = (0, 0)
-    _known: dict[tuple[int, int], Near] = field(default_factory=dict)
+    _known: dict[tuple[int, int], DeviceCache] = field(default_factory=dict)
 
-    def see(self, _: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+    def on_unet_call(self, _: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
         """Note the size of a call's latents."""
         sample = options["sample"] if "sample" in options else args[0]
         self._latents = (sample.shape[-2], sample.shape[-1])
@@ -30,7 +30,7 @@ class Masks:
         """(regions, height, width), on the device and in the dtype of `like`."""
         if (height, width) not in self._known:
             pooled = [adaptive_avg_pool2d(mask, (height, width))[0, 0] for mask in self.full]
-            self._known[height, width] = Near(torch.stack(pooled))
+            self._known[height, width] = DeviceCache(torch.stack(pooled))
         return self._known[height, width].like(like)
 
     def on_tokens(self, count: int, like: Tensor) -> Tensor:

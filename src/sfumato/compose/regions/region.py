@@ -26,8 +26,8 @@ class Region:
 
     where: a picture that is white where the adapters count (what is grey or half transparent counts in part), or a box.
     prompt: of this region's cross-attention, read with the call's `clip_skip`; None for the call's own. Its words may
-    change between the steps of `sfumato.draw`, see `sfumato.prompts.steps`. An adapter that changes the text encoders
-    wants a prompt here.
+    change between the steps of `sfumato.draw`, see `sfumato.prompts.prompt_editing`. An adapter that changes the text
+    encoders wants a prompt here.
     Raises AdapterError for what is no place and no adapter.
     """
 

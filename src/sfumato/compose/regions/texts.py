@@ -10,20 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from sfumato import schedulers
-from sfumato.compose.caller import calling, without_prompt
+from sfumato.compose.caller import calling_pipeline, unconditional_rows
 from sfumato.compose.regions.region import Region
 from sfumato.errors import AdapterError
 from sfumato.files.adapter_file import AdapterFile
 from sfumato.prompts.encoding import encode, encode_stages
-from sfumato.prompts.steps import STEPS, changes
+from sfumato.prompts.prompt_editing import STEPS, has_edits
 from sfumato.prompts.syntax import Syntax
 from sfumato.weighting.adapter import Adapter, with_unet
 
-Told = list[tuple[int, Tensor]]
+EncodedStages = list[tuple[int, Tensor]]
 """(last step, counted from 1, the text until then, (1, tokens, width)), in order."""
 
 
-class Texts:
+class RegionPrompts:
     """The regions' texts at the current step, encoded anew where a call's `clip_skip` or number of steps is another.
 
     now: of each region, None for one without a prompt. guided: as of `regions`.
@@ -43,9 +43,9 @@ class Texts:
         # The others are not read again, nor refused beside what diffusers loaded into the U-Net.
         self._in_text = {each for each, file in files.items() if any(part != "unet" for part, _ in file.changes)}
         self._called = pipe
-        self._clock = schedulers.Clock()
+        self._clock = schedulers.StepClock()
         # Otherwise all pictures are of one step.
-        self._follows = syntax == "a1111" and any(changes(region.prompt or "") for region in parts)
+        self._follows = syntax == "a1111" and any(has_edits(region.prompt or "") for region in parts)
         self._asked = self._ask(steps=1)
         self._told = self._encode(*self._asked)
         self.now = self._at(1)
@@ -55,14 +55,14 @@ class Texts:
         is_base = hasattr(self._pipe, "encode_text")
         return getattr(self._pipe if is_base else self._called, "clip_skip", None), steps
 
-    def _encode(self, clip_skip: int | None, steps: int) -> list[Told | None]:
+    def _encode(self, clip_skip: int | None, steps: int) -> list[EncodedStages | None]:
         return [
             None if region.prompt is None else self._encode_one(region, region.prompt, clip_skip, steps)
             for region in self._parts
         ]
 
     @torch.no_grad()
-    def _encode_one(self, region: Region, prompt: str, clip_skip: int | None, steps: int) -> Told:
+    def _encode_one(self, region: Region, prompt: str, clip_skip: int | None, steps: int) -> EncodedStages:
         """The prompt as the region's adapters' text encoders read it, in pictures of so many steps.
 
         clip_skip: of a pipeline; a Base has its own.
@@ -92,9 +92,9 @@ class Texts:
             for told in self._told
         ]
 
-    def see(self, _: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+    def on_unet_call(self, _: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
         """Note who calls, with which `clip_skip`, and at which step."""
-        self._called = calling(self._pipe)
+        self._called = calling_pipeline(self._pipe)
         steps = STEPS.get()
         if self._follows and steps is None:
             raise AdapterError(
@@ -105,14 +105,14 @@ class Texts:
         if asked != self._asked:
             self._asked, self._told = asked, self._encode(*asked)
         if self._follows:
-            now = schedulers.asked_timestep(args, options)
+            now = schedulers.timestep_of(args, options)
             self.now = self._at(self._clock.step(now, self._called.scheduler) + 1)
         else:
             self.now = self._at(1)
 
     def without(self, rows: int) -> int:
         """How many of a call's rows, the first, are without the prompt, and so without the regions' own."""
-        return without_prompt(self._called, rows, guided=self._guided)
+        return unconditional_rows(self._called, rows, guided=self._guided)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from sfumato.data.foreign.folders import notes_on, with_pictures
-from sfumato.data.foreign.settings import Sources, left_over, number, plain, suffix, tables, told
+from sfumato.data.foreign.settings import Sources, left_over, non_default, number, parsed_scalars, suffix, tables
 from sfumato.errors import ConfigError
 
 _ELSEWHERE = {
@@ -67,7 +67,7 @@ def _datasets(values: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], str]] 
 
 def _sources(datasets: list[tuple[Mapping[str, Any], str]], folder: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
     for said, trigger in datasets:
-        own = told(said, _TEXTS)
+        own = parsed_scalars(said, _TEXTS)
         path = own.get("folder_path") or own.get("dataset_path")
         if not path:
             raise ConfigError("a data set has no folder_path, so there is nothing to read; give it one.")
@@ -86,7 +86,7 @@ def _sources(datasets: list[tuple[Mapping[str, Any], str]], folder: Path, notes:
             if PurePath(place).name == "_controls":
                 continue
             notes.extend(notes_on(place, folder, "ai-toolkit", by_line=False))
-            yield plain(
+            yield non_default(
                 path=place,
                 repeats=own.get("num_repeats", 1),
                 **{"class": is_class},

@@ -9,7 +9,7 @@ from typing import Any
 
 from sfumato.data.images import SUFFIXES
 from sfumato.data.listing import REPEATS
-from sfumato.numerals import so_many
+from sfumato.numerals import pluralize
 
 
 def spelt(path: Any) -> Path:
@@ -79,7 +79,7 @@ def notes_on(
     texts = [entry for entry in entries if entry.match("[!.]*.txt") and entry.is_file()] if by_line else []
     if several := [entry.name for entry in texts if _lines(entry) > 1]:
         yield (
-            f"{path}: {so_many(len(several), 'caption has', 'captions have')} several lines ({several[0]}), one "
+            f"{path}: {pluralize(len(several), 'caption has', 'captions have')} several lines ({several[0]}), one "
             f"caption here, where {tool} takes {takes}; leave one line in each"
         )
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sfumato.data.foreign.folders import find, notes_on
-from sfumato.data.foreign.settings import Sources, left_over, plain, suffix, tables, told
+from sfumato.data.foreign.settings import Sources, left_over, non_default, parsed_scalars, suffix, tables
 from sfumato.errors import ConfigError
 
 _ELSEWHERE = {
@@ -96,8 +96,8 @@ def _subsets(values: Mapping[str, Any], folder: Path, notes: list[str]) -> Itera
 
 
 def _source(own: Mapping[str, Any]) -> dict[str, Any]:
-    own = told(own, _TEXTS)
-    return plain(
+    own = parsed_scalars(own, _TEXTS)
+    return non_default(
         path=own["image_dir"],
         repeats=own.get("num_repeats", 1),
         **{"class": bool(own.get("is_reg"))},

@@ -14,11 +14,11 @@ from sfumato.data.foreign.settings import (
     FROM_NAMES,
     Sources,
     left_over,
+    non_default,
     number,
-    plain,
+    parsed_scalars,
     tables,
-    told,
-    whole,
+    with_whole_repeats,
 )
 from sfumato.data.listing import list_folder
 from sfumato.errors import ConfigError
@@ -82,7 +82,7 @@ def sources(values: Any, folder: Path, notes: list[str]) -> Sources | None:
     concepts = [entry for own in tables(values, "concepts") for entry in _concept(own, masked, folder, notes)]
     if concepts and training is not None:
         notes.extend(_training_notes(training))
-    return whole(concepts, "OneTrainer", notes)
+    return with_whole_repeats(concepts, "OneTrainer", notes)
 
 
 def _training_notes(training: Mapping[str, Any]) -> Iterator[str]:
@@ -103,7 +103,9 @@ def _training_notes(training: Mapping[str, Any]) -> Iterator[str]:
 
 def _concept(said: Mapping[str, Any], masked: bool | None, folder: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
     """A source for each folder and prompt. masked: whether masks are learned by, None where nothing says so."""
-    own, image, text = (told(section, _TEXTS) for section in (said, _section(said, "image"), _section(said, "text")))
+    own, image, text = (
+        parsed_scalars(section, _TEXTS) for section in (said, _section(said, "image"), _section(said, "text"))
+    )
     name = own.get("name") or own.get("path") or "a concept without a name"
     if not own.get("enabled", True):
         notes.append(f"{name}: is not enabled, so it is left out")
@@ -125,7 +127,7 @@ def _concept(said: Mapping[str, Any], masked: bool | None, folder: Path, notes: 
         notes.extend(notes_on(place, folder, "OneTrainer", by_line=prompts == [None]))
         masks = _has_masks(place, folder, masked, notes)
         for prompt in prompts:
-            yield plain(
+            yield non_default(
                 path=place,
                 repeats=share,
                 **{"class": kind == "PRIOR_PREDICTION"},

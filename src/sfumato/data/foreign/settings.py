@@ -76,7 +76,7 @@ def tables(values: Any, name: str) -> list[dict[str, Any]]:
     return values
 
 
-def told(own: Mapping[str, Any], texts: Container[str]) -> dict[str, Any]:
+def parsed_scalars(own: Mapping[str, Any], texts: Container[str]) -> dict[str, Any]:
     """The settings with numbers and yes or no as such, where a program saved its fields as texts: "0.1", "true"."""
     return {key: value if key in texts else _scalar(value) for key, value in own.items()}
 
@@ -104,7 +104,7 @@ def left_over(own: Mapping[str, Any], used: Container[str], elsewhere: Mapping[s
             yield f"{key} = {value}: has no counterpart here and is left out"
 
 
-def plain(**values: Any) -> dict[str, Any]:
+def non_default(**values: Any) -> dict[str, Any]:
     """The values that are not the defaults of a source, in the order of datasets/README.md."""
     neutral = {"repeats": 1, "class": False, "words": "", "caption": None, "trigger": None, "caption_suffix": None}
     neutral |= {"shuffle_tags": False, "keep_tags": 0, "separator": ",", "caption_dropout": 0, "tag_dropout": 0}
@@ -120,11 +120,11 @@ def suffix(extension: str | None) -> str | None:
     return None if extension.lower() == CAPTION_SUFFIXES[0] else extension
 
 
-def whole(entries: Sources, tool: str, notes: list[str]) -> Sources:
+def with_whole_repeats(entries: Sources, tool: str, notes: list[str]) -> Sources:
     """The sources with whole repeats in the proportions of those they have, which may be fractions."""
     shares = [Fraction(entry.get("repeats", 1)) for entry in entries]
     many = lcm(*(share.denominator for share in shares))
     if many > 1:
         notes.append(f"repeats are whole numbers, so that an epoch here is {many} of {tool}'s")
     repeats = [int(share * many) for share in shares]
-    return [plain(**{**entry, "repeats": count}) for entry, count in zip(entries, repeats, strict=True)]
+    return [non_default(**{**entry, "repeats": count}) for entry, count in zip(entries, repeats, strict=True)]

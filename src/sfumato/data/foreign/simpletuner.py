@@ -14,11 +14,11 @@ from sfumato.data.foreign.settings import (
     FROM_NAMES,
     Sources,
     left_over,
+    non_default,
     number,
-    plain,
+    parsed_scalars,
     tables,
-    told,
-    whole,
+    with_whole_repeats,
 )
 from sfumato.errors import ConfigError
 
@@ -81,7 +81,7 @@ def sources(values: Any, folder: Path, notes: list[str]) -> Sources | None:
     if not isinstance(values, list) or not any(isinstance(each, dict) and "id" in each for each in values):
         return None
     backends = [entry for own in tables(values, "the list") for entry in _backend(own, folder, notes)]
-    found = whole(backends, "SimpleTuner", notes)
+    found = with_whole_repeats(backends, "SimpleTuner", notes)
     if found:
         notes.append("caption_dropout_probability is not in this file but in config.json: --caption-dropout")
     return found
@@ -89,7 +89,7 @@ def sources(values: Any, folder: Path, notes: list[str]) -> Sources | None:
 
 def _backend(said: Mapping[str, Any], folder: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
     """A source for each folder and prompt."""
-    own = {key: value for key, value in told(said, _TEXTS).items() if value != ""}
+    own = {key: value for key, value in parsed_scalars(said, _TEXTS).items() if value != ""}
     name = own.get("id", "a data set without an id")
     if reason := _passed_over(own):
         notes.append(f"{name}: {reason}")
@@ -112,7 +112,7 @@ def _backend(said: Mapping[str, Any], folder: Path, notes: list[str]) -> Iterato
     for place in with_pictures(path, folder):
         notes.extend(notes_on(place, folder, "SimpleTuner", by_line=by_line))
         for prompt in prompts:
-            yield plain(
+            yield non_default(
                 path=place,
                 repeats=Fraction(repeats + 1, len(prompts)),
                 **{"class": taught},

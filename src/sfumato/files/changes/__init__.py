@@ -14,13 +14,13 @@ from sfumato.files.changes.ia3 import Ia3
 from sfumato.files.changes.loha import Loha
 from sfumato.files.changes.lokr import Lokr
 from sfumato.files.changes.lora import LoraModule
+from sfumato.files.changes.module_tensors import ModuleTensors
 from sfumato.files.changes.oft import InputOft, OutputOft
-from sfumato.files.changes.parts import Parts
 from sfumato.files.kinds import base_kind
 
-__all__ = ["KINDS", "Change", "LoraModule", "Parts", "read_change"]
+__all__ = ["KINDS", "Change", "LoraModule", "ModuleTensors", "read_change"]
 
-KINDS: Mapping[str, Callable[[Parts], Change]] = MappingProxyType(
+KINDS: Mapping[str, Callable[[ModuleTensors], Change]] = MappingProxyType(
     {
         "LoRA": LoraModule.from_parts,
         "LoHa": Loha.from_parts,
@@ -37,13 +37,13 @@ KINDS: Mapping[str, Callable[[Parts], Change]] = MappingProxyType(
 _DORA_OF = ("LoRA", "LoHa", "LoKr")
 
 
-def read_change(parts: Parts) -> Change:
+def read_change(parts: ModuleTensors) -> Change:
     """The change that a module's tensors make.
 
     Raises AdapterError for tensors of two kinds, or ones that do not fit together.
     """
     base = base_kind(parts.kind)
     if base not in KINDS or (base != parts.kind and base not in _DORA_OF):
-        raise parts.refused(f"its tensors are of {parts.kind}, which no tool defines; wanted those of one kind")
+        raise parts.error(f"its tensors are of {parts.kind}, which no tool defines; wanted those of one kind")
     change = KINDS[base](parts)
     return change if base == parts.kind else Dora.from_parts(parts, change)

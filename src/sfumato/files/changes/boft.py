@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from sfumato.files.changes.change import check_fits
+from sfumato.files.changes.module_tensors import ModuleTensors
 from sfumato.files.changes.oft import cayley, rescaled, skew
-from sfumato.files.changes.parts import Parts
 
 if TYPE_CHECKING:
     from sfumato.files.changes.lora import LoraModule
@@ -35,10 +35,10 @@ class OutputBoft:
     needs_weight: ClassVar[bool] = True
 
     @classmethod
-    def from_parts(cls, parts: Parts) -> OutputBoft:
+    def from_parts(cls, parts: ModuleTensors) -> OutputBoft:
         blocks = parts["oft_blocks"]
         if blocks.ndim != 4 or blocks.shape[2] != blocks.shape[3] or blocks.shape[2] % 2 or blocks.shape[0] > 32:
-            raise parts.misshapen("oft_blocks", "(stages, blocks, size, size), size even")
+            raise parts.shape_error("oft_blocks", "(stages, blocks, size, size), size even")
         return cls(blocks, parts.number("alpha"), parts.vector("rescale"), parts.vector("bias"))
 
     def fits(self, shape: Sequence[int]) -> bool:
@@ -78,12 +78,12 @@ class InputBoft:
     needs_weight: ClassVar[bool] = True
 
     @classmethod
-    def from_parts(cls, parts: Parts) -> InputBoft:
+    def from_parts(cls, parts: ModuleTensors) -> InputBoft:
         blocks, scale = parts["boft_r"], parts.vector("boft_s")
         assert scale is not None
         square = blocks.ndim == 4 and blocks.shape[2] == blocks.shape[3] and blocks.shape[0] <= 32
         if not square or (blocks.shape[0] > 1 and blocks.shape[2] % 2):
-            raise parts.misshapen("boft_r", "(stages, blocks, size, size), size even where there are stages")
+            raise parts.shape_error("boft_r", "(stages, blocks, size, size), size even where there are stages")
         return cls(blocks, scale, parts.vector("bias"))
 
     def fits(self, shape: Sequence[int]) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sfumato.files.changes.change import check_fits, trim
-from sfumato.files.changes.parts import Parts
+from sfumato.files.changes.module_tensors import ModuleTensors
 
 if TYPE_CHECKING:
     from sfumato.files.changes.lora import LoraModule
@@ -30,12 +30,12 @@ class Difference:
     kind: ClassVar[str] = "difference"
 
     @classmethod
-    def from_parts(cls, parts: Parts) -> Difference:
+    def from_parts(cls, parts: ModuleTensors) -> Difference:
         difference, whole = parts.get("diff"), parts.get("set_weight")
         if difference is not None and whole is not None:
-            raise parts.refused("a difference and a weight to set; wanted one of them")
+            raise parts.error("a difference and a weight to set; wanted one of them")
         if parts.get("alpha") is not None:
-            raise parts.refused("an alpha beside a difference, which no tool scales")
+            raise parts.error("an alpha beside a difference, which no tool scales")
         value = difference if whole is None else whole
         return cls(value, parts.vector("bias"), whole is not None)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sfumato.files.changes.change import check_fits
-from sfumato.files.changes.parts import Parts
+from sfumato.files.changes.module_tensors import ModuleTensors
 
 if TYPE_CHECKING:
     from sfumato.files.changes.change import Change
@@ -36,19 +36,19 @@ class Dora:
     needs_weight: ClassVar[bool] = True
 
     @classmethod
-    def from_parts(cls, parts: Parts, inner: Change) -> Dora:
+    def from_parts(cls, parts: ModuleTensors, inner: Change) -> Dora:
         role = "peft_magnitude" if parts.get("peft_magnitude") is not None else "magnitude"
         magnitude, vector = parts[role], parts.vector(role)
         assert vector is not None
         if parts.get("magnitude") is not None and parts.get("peft_magnitude") is not None:
-            raise parts.refused("there are two magnitudes, dora_scale and lora_magnitude_vector")
+            raise parts.error("there are two magnitudes, dora_scale and lora_magnitude_vector")
         if inner.bias_delta is not None:
-            raise parts.refused("a DoRA with a bias, which no tool defines")
+            raise parts.error("a DoRA with a bias, which no tool defines")
         if role == "peft_magnitude" or magnitude.ndim < 2:
             return cls(inner, vector, on_input=False)
         columns = magnitude.shape[0] == 1 and magnitude.shape[1] == magnitude.numel()
         if not columns and magnitude.shape[0] != magnitude.numel():
-            raise parts.misshapen(role, "(out, 1) or (1, in)")
+            raise parts.shape_error(role, "(out, 1) or (1, in)")
         return cls(inner, vector, columns, torch.finfo(torch.float32).eps)
 
     @property

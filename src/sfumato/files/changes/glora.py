@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sfumato.files.changes.change import check_fits
 from sfumato.files.changes.lora import LoraModule
-from sfumato.files.changes.parts import Parts
+from sfumato.files.changes.module_tensors import ModuleTensors
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Glora:
     needs_weight: ClassVar[bool] = True
 
     @classmethod
-    def from_parts(cls, parts: Parts) -> Glora:
+    def from_parts(cls, parts: ModuleTensors) -> Glora:
         found = []
         for up, down in (("1", "2"), ("2", "1")):
             a_up, a_down, b_up, b_down = (parts[f"{x}{n}"] for x in "ab" for n in (up, down))
@@ -45,11 +45,11 @@ class Glora:
             rank, a_up, a_down, b_up, b_down = min(found, key=lambda each: each[0])
             mid = parts.core("bm", rank)
             if mid is not None and b_down.shape[2:].numel() != 1:
-                raise parts.misshapen("b2", "(rank, in, 1, 1) beside bm")
+                raise parts.shape_error("b2", "(rank, in, 1, 1) beside bm")
             update = LoraModule(b_down, b_up, parts.alpha(rank), mid)
             return cls(a_up.flatten(1), a_down.flatten(1), update, parts.vector("bias"))
         shapes = ", ".join(f"{role} {list(parts[role].shape)}" for role in ("a1", "a2", "b1", "b2"))
-        raise parts.refused(f"{shapes} do not fit; wanted (in, rank), (rank, in), (out, rank), (rank, in)")
+        raise parts.error(f"{shapes} do not fit; wanted (in, rank), (rank, in), (out, rank), (rank, in)")
 
     def fits(self, shape: Sequence[int]) -> bool:
         return self.update.fits(shape)

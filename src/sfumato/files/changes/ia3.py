@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import Tensor
 
 from sfumato.files.changes.change import check_fits
-from sfumato.files.changes.parts import Parts
+from sfumato.files.changes.module_tensors import ModuleTensors
 
 if TYPE_CHECKING:
     from sfumato.files.changes.lora import LoraModule
@@ -32,26 +32,26 @@ class Ia3:
     needs_weight: ClassVar[bool] = True
 
     @classmethod
-    def from_parts(cls, parts: Parts) -> Ia3:
+    def from_parts(cls, parts: ModuleTensors) -> Ia3:
         bias = parts.vector("bias")
         if parts.get("ia3_l") is None:
             gain, on_input = parts.vector("ia3_weight"), parts.number("on_input")
             assert gain is not None
             if on_input not in (0, 1):
-                raise parts.misshapen("on_input", "0 or 1")
+                raise parts.shape_error("on_input", "0 or 1")
             return cls(gain, bool(on_input), bias_delta=bias)
         factor, vector = parts["ia3_l"], parts.vector("ia3_l")
         assert vector is not None
         if factor.ndim < 2:
-            raise parts.misshapen("ia3_l", "(out, 1) or (1, in)")
+            raise parts.shape_error("ia3_l", "(out, 1) or (1, in)")
         if factor.ndim == 2:
             on_input = factor.shape[0] == 1
         else:  # a convolution's is [1, channels, 1, 1] whatever the channels are
             names = parts.settings.get(parts.target, "feedforward_modules") or []
             if not parts.settings.folder:
-                raise parts.refused("ia3_l of a convolution, whose axis only peft's config tells; wanted peft's folder")
+                raise parts.error("ia3_l of a convolution, whose axis only peft's config tells; wanted peft's folder")
             if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-                raise parts.refused("peft's feedforward_modules is a pattern; wanted a list of names")
+                raise parts.error("peft's feedforward_modules is a pattern; wanted a list of names")
             path = parts.target[1]
             on_input = any(path == name or path.endswith(f".{name}") for name in names)
         return cls(vector.float() - 1, on_input, scales_bias=not on_input, bias_delta=bias)

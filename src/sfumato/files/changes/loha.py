@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sfumato.files.changes.change import check_fits
-from sfumato.files.changes.parts import Parts
+from sfumato.files.changes.module_tensors import ModuleTensors
 
 if TYPE_CHECKING:
     from sfumato.files.changes.lora import LoraModule
@@ -35,19 +35,19 @@ class Loha:
     needs_weight: ClassVar[bool] = False
 
     @classmethod
-    def from_parts(cls, parts: Parts) -> Loha:
+    def from_parts(cls, parts: ModuleTensors) -> Loha:
         halves = [(parts.matrix(f"hada_w{n}_a"), parts.matrix(f"hada_w{n}_b")) for n in (1, 2)]
         rank = halves[0][1].shape[0]
         first, second = (parts.core(f"hada_t{n}", b.shape[0]) for n, (_, b) in zip((1, 2), halves, strict=True))
         if (first is None) != (second is None) or (
             first is not None and second is not None and first.shape[2:] != second.shape[2:]
         ):
-            raise parts.refused("hada_t1 and hada_t2 do not go together; wanted both, with one kernel, or neither")
+            raise parts.error("hada_t1 and hada_t2 do not go together; wanted both, with one kernel, or neither")
         inner = 0 if first is not None else 1  # where the rank is in a
         sizes = {(a.shape[1 - inner], b.shape[1]) for a, b in halves}
         if any(a.shape[inner] != b.shape[0] for a, b in halves) or len(sizes) > 1:
             shapes = ", ".join(f"{list(a.shape)} and {list(b.shape)}" for a, b in halves)
-            raise parts.refused(f"the factors of LoHa do not fit ({shapes}); wanted (out, rank) and (rank, in) twice")
+            raise parts.error(f"the factors of LoHa do not fit ({shapes}); wanted (out, rank) and (rank, in) twice")
         cores = None if first is None or second is None else (first, second)
         return cls(halves[0], halves[1], parts.alpha(rank) / rank, cores, parts.vector("bias"))
 

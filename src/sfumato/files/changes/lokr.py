@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sfumato.files.changes.change import check_fits
-from sfumato.files.changes.parts import Parts
+from sfumato.files.changes.module_tensors import ModuleTensors
 
 if TYPE_CHECKING:
     from sfumato.files.changes.lora import LoraModule
@@ -68,12 +68,12 @@ class Lokr:
     needs_weight: ClassVar[bool] = False
 
     @classmethod
-    def from_parts(cls, parts: Parts) -> Lokr:
+    def from_parts(cls, parts: ModuleTensors) -> Lokr:
         first, rank = _factor(parts, "lokr_w1")
         second, own = _factor(parts, "lokr_w2", parts.get("lokr_t2") is not None)
         rank = rank or own
         if len(first.shape) != 2 or prod(first.shape[2:]) != 1:
-            raise parts.misshapen("lokr_w1", "(rows, columns)")
+            raise parts.shape_error("lokr_w1", "(rows, columns)")
         if parts.settings.folder:
             rank = parts.settings.rank(parts.target, rank or 1)
         scale = parts.alpha(rank) / rank if rank else 1.0
@@ -101,15 +101,15 @@ class Lokr:
         return torch.kron(first * self.scale, second).view(weight.shape)
 
 
-def _factor(parts: Parts, name: str, tucker: bool = False) -> tuple[Factor, int | None]:
+def _factor(parts: ModuleTensors, name: str, tucker: bool = False) -> tuple[Factor, int | None]:
     """The factor and, where it is a product, its rank."""
     whole = parts.get(name)
     if whole is not None:
         if whole.ndim not in (2, 4) or parts.get(f"{name}_a") is not None or tucker:
-            raise parts.misshapen(name, "(rows, columns[, height, width]), alone")
+            raise parts.shape_error(name, "(rows, columns[, height, width]), alone")
         return Factor(whole), None
     left, right = parts.matrix(f"{name}_a"), parts.matrix(f"{name}_b")
     rank = right.shape[0]
     if left.shape[0 if tucker else 1] != rank:
-        raise parts.refused(f"{name}_a {list(left.shape)} and {name}_b {list(right.shape)} do not fit")
+        raise parts.error(f"{name}_a {list(left.shape)} and {name}_b {list(right.shape)} do not fit")
     return Factor(left=left, right=right, core=parts.core("lokr_t2", rank) if tucker else None), rank

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sfumato.files.changes.change import check_fits, trim
-from sfumato.files.changes.parts import Parts
+from sfumato.files.changes.module_tensors import ModuleTensors
 
 
 @dataclass(frozen=True)
@@ -37,26 +37,26 @@ class LoraModule:
         return cls(down, up, scale * down.shape[0])
 
     @classmethod
-    def from_parts(cls, parts: Parts) -> LoraModule:
+    def from_parts(cls, parts: ModuleTensors) -> LoraModule:
         down, up = parts["down"], parts["up"]
         rank = down.shape[0] if down.ndim else 0
         fits = down.ndim in (2, 4) and up.ndim in (2, 4)
         if not fits or up.shape[1] != rank or up.shape[1:].numel() != rank:
-            raise parts.refused(
+            raise parts.error(
                 f"the halves do not fit: lora_down {list(down.shape)}, lora_up {list(up.shape)}; wanted (rank, in) "
                 "and (out, rank)"
             )
         mid = parts.core("mid", rank)
         if mid is not None and down.shape[1:].numel() != down.shape[1]:
-            raise parts.misshapen("down", "(rank, in, 1, 1) beside lora_mid")
+            raise parts.shape_error("down", "(rank, in, 1, 1) beside lora_mid")
         alpha = parts.alpha(rank)
         bias, up_bias = parts.vector("bias"), parts.vector("up_bias")
         if bias is not None and up_bias is not None:
-            raise parts.refused("there are two changes of the bias, lora_B.bias and diff_b")
+            raise parts.error("there are two changes of the bias, lora_B.bias and diff_b")
         if up_bias is not None:
             bias = up_bias.float() * (alpha / rank)
         if bias is not None and bias.numel() != up.shape[0]:
-            raise parts.refused(f"the bias has {bias.numel()} values; wanted {up.shape[0]}, as lora_up has rows")
+            raise parts.error(f"the bias has {bias.numel()} values; wanted {up.shape[0]}, as lora_up has rows")
         # Where one module changes its bias, diffusers' form has one in all of them, of zeros.
         return cls(down, up, alpha, mid, bias if bias is not None and bool(bias.any()) else None)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sfumato.files.changes.change import check_fits
-from sfumato.files.changes.parts import Parts
+from sfumato.files.changes.module_tensors import ModuleTensors
 
 if TYPE_CHECKING:
     from sfumato.files.changes.lora import LoraModule
@@ -59,14 +59,14 @@ class OutputOft:
     needs_weight: ClassVar[bool] = True
 
     @classmethod
-    def from_parts(cls, parts: Parts) -> OutputOft:
+    def from_parts(cls, parts: ModuleTensors) -> OutputOft:
         blocks, rescale = parts["oft_blocks"], parts.vector("rescale")
         if blocks.ndim != 3 or blocks.shape[1] != blocks.shape[2]:
-            raise parts.misshapen("oft_blocks", "(blocks, size, size)")
+            raise parts.shape_error("oft_blocks", "(blocks, size, size)")
         kohya = parts.names["oft_blocks"].startswith("oft_")
         alpha = parts.number("alpha")
         if kohya and alpha is None:
-            raise parts.refused("there is no alpha, by which kohya's OFT is constrained")
+            raise parts.error("there is no alpha, by which kohya's OFT is constrained")
         return cls(blocks, alpha, kohya, rescale, parts.vector("bias"))
 
     def fits(self, shape: Sequence[int]) -> bool:
@@ -113,29 +113,29 @@ class InputOft:
     needs_weight: ClassVar[bool] = True
 
     @classmethod
-    def from_parts(cls, parts: Parts) -> InputOft:
+    def from_parts(cls, parts: ModuleTensors) -> InputOft:
         packed = parts["oft_r"]
         size = (1 + isqrt(1 + 8 * packed.shape[1])) // 2 if packed.ndim == 2 else 0
         if packed.ndim != 2 or size * (size - 1) // 2 != packed.shape[1]:
-            raise parts.misshapen("oft_r", "(blocks, size * (size - 1) / 2)")
+            raise parts.shape_error("oft_r", "(blocks, size * (size - 1) / 2)")
         if parts.names["oft_r"].startswith("lora_"):  # no one else writes it in kohya's names
             if parts.number("oft_scaled"):
                 packed = packed.float() / (2 * (size - 1) ** 0.5)
             return cls(packed, packed.shape[0] == 1, 5, None, onetrainer=True, bias_delta=parts.vector("bias"))
         series = parts.settings.get(parts.target, "use_cayley_neumann")
         if not isinstance(series, bool):
-            raise parts.refused(
+            raise parts.error(
                 "oft_R without peft's use_cayley_neumann, so which rotation is meant is not said; wanted peft's folder "
                 "with its adapter_config.json"
             )
         terms = parts.settings.get(parts.target, "num_cayley_neumann_terms") if series else None
         if series and (not isinstance(terms, int) or isinstance(terms, bool) or not 1 <= terms <= TERM_LIMIT):
-            raise parts.refused(f"num_cayley_neumann_terms is {terms!r:.40}; wanted 1 to {TERM_LIMIT}")
+            raise parts.error(f"num_cayley_neumann_terms is {terms!r:.40}; wanted 1 to {TERM_LIMIT}")
         limit = None
         if parts.settings.get(parts.target, "coft"):
             limit = parts.settings.get(parts.target, "eps")
             if not isinstance(limit, float) or not 0 < limit < 1e9:
-                raise parts.refused(f"eps of the constrained OFT is {limit!r:.40}; wanted a number above 0")
+                raise parts.error(f"eps of the constrained OFT is {limit!r:.40}; wanted a number above 0")
         shared = bool(parts.settings.get(parts.target, "block_share"))
         return cls(packed, shared, terms, limit, bias_delta=parts.vector("bias"))
 

@@ -5,15 +5,15 @@ from pathlib import Path
 import pytest
 from sfumato.trainers import dreambooth, lora, textual_inversion
 
-from sfumato.bases.loading import base_at_rest
-from sfumato.training import filling
+from sfumato.bases.loading import base_skeleton
+from sfumato.training import config_defaults
 from tests.tiny import CPU
 
 
 def filled(trainer, **settings):
-    base = base_at_rest("pocket", precision=CPU)
+    base = base_skeleton("pocket", precision=CPU)
     config = trainer.Config(images=Path("pictures"), output=Path("run"), **settings)
-    return filling.resolve(config, base, 4, 1, learning_rate=1e-4)[0]
+    return config_defaults.resolve(config, base, 4, 1, learning_rate=1e-4)[0]
 
 
 def test_lion_takes_smaller_steps_unless_told_otherwise():

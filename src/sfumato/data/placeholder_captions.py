@@ -6,20 +6,20 @@ import dataclasses
 import re
 from collections.abc import Callable, Sequence
 
-from sfumato.data.folder import Example, Folder
+from sfumato.data.folder import Example, ExampleSet
 from sfumato.errors import DataError
-from sfumato.numerals import so_many
+from sfumato.numerals import pluralize
 from sfumato.words.placeholders import holds
 
 
-def put_into_captions(folder: Folder, placeholders: Sequence[str], stands_for: Sequence[str] = ()) -> Folder:
+def insert_placeholders(folder: ExampleSet, placeholders: Sequence[str], stands_for: Sequence[str] = ()) -> ExampleSet:
     """The folder with each placeholder as it is spelt here, and in place of what it stands for, if that is given.
 
     So it is in the template; a trigger whose place is taken is none any more. Captions of the class stay as they are.
     Raises DataError where a caption holds no placeholder, or one of the class does, or a placeholder, or what one
     stands for, is in no caption.
     """
-    _check_stands_for(stands_for, [example.caption for example in folder.of("instance")])
+    _check_stands_for(stands_for, [example.caption for example in folder.in_group("instance")])
     rename = _renaming(placeholders, stands_for)
     examples = tuple(e if e.group == "class" else _with_words(e, rename) for e in folder.examples)
     _check_captions(examples, placeholders)
@@ -57,7 +57,7 @@ def _check_stands_for(stands_for: Sequence[str], captions: Sequence[str]) -> Non
     for phrase in stands_for:
         if not any(re.search(_whole(phrase), caption, re.IGNORECASE) for caption in captions):
             raise DataError(
-                f"--stands-for {phrase!r} is in none of {so_many(len(captions), 'caption')}, first {captions[0]!r}. "
+                f"--stands-for {phrase!r} is in none of {pluralize(len(captions), 'caption')}, first {captions[0]!r}. "
                 "Name words that are in some, or leave it out."
             )
 

@@ -47,7 +47,7 @@ def stages(prompt: str, steps: int) -> list[tuple[int, str]]:
     return found
 
 
-def changes(prompt: str) -> bool:
+def has_edits(prompt: str) -> bool:
     """Whether its words change in pictures of any number of steps that Stable Diffusion takes."""
     return len(stages(prompt, 1000)) > 1
 
@@ -124,21 +124,21 @@ class Stage:
 
     last: int
     text: TextEmbedding
-    other: TextEmbedding
+    negative: TextEmbedding
 
 
-def beside(pictures: Sequence[Sequence[Stage]]) -> list[Stage]:
+def concat_stages(pictures: Sequence[Sequence[Stage]]) -> list[Stage]:
     """The stages of several pictures, all of as many tokens, as those of one batch."""
     found = []
     for last in sorted({stage.last for told in pictures for stage in told}):
         now = [next(stage for stage in told if last <= stage.last) for told in pictures]
         cat = type(now[0].text).cat
-        found.append(Stage(last, cat([stage.text for stage in now]), cat([stage.other for stage in now])))
+        found.append(Stage(last, cat([stage.text for stage in now]), cat([stage.negative for stage in now])))
     return found
 
 
 @contextmanager
-def counted(steps: int) -> Iterator[None]:
+def step_count(steps: int) -> Iterator[None]:
     """Within the block so many steps of each picture are drawn."""
     before = STEPS.set(steps)
     try:
@@ -148,25 +148,25 @@ def counted(steps: int) -> Iterator[None]:
 
 
 @contextmanager
-def told_by_stages(unet: nn.Module, told: Sequence[Stage], scheduler: Any) -> Iterator[None]:
+def staged_prompts(unet: nn.Module, told: Sequence[Stage], scheduler: Any) -> Iterator[None]:
     """Within the block each call of the U-Net, for one batch of pictures, hears the stage of its step.
 
     scheduler: the one that draws, by whose timesteps the steps are told apart. A call has a row for each picture, or
     two, the first for the other text. Other threads' calls of the U-Net are told nothing.
     """
     thread = get_ident()
-    clock = schedulers.Clock()
+    clock = schedulers.StepClock()
     heard: dict[tuple[int, bool], TextEmbedding] = {}  # the same tensor each time, by which layers know a text again
 
     def tell(module: Any, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         if get_ident() != thread:
             return args, options
         sample = args[0] if args else options["sample"]
-        step = clock.step(schedulers.asked_timestep(args, options), scheduler) + 1
+        step = clock.step(schedulers.timestep_of(args, options), scheduler) + 1
         stage = next((each for each in told if step <= each.last), told[-1])
         is_guided = len(sample) == 2 * len(stage.text)
         if (text := heard.get((stage.last, is_guided))) is None:
-            text = type(stage.text).cat([stage.other, stage.text]) if is_guided else stage.text
+            text = type(stage.text).cat([stage.negative, stage.text]) if is_guided else stage.text
             text = heard[stage.last, is_guided] = text.to(options["encoder_hidden_states"])
         options = {**options, "encoder_hidden_states": text.hidden}
         if text.pooled is not None:

@@ -9,8 +9,8 @@ import pytest
 
 from sfumato import cli
 from sfumato.config import parse
-from sfumato.elsewhere import OPTIONS, UNASKED, called_here
 from sfumato.errors import ConfigError
+from sfumato.foreign_options import OPTIONS, UNASKED, called_here
 
 TABLE = (Path(__file__).parents[1] / "docs/names.md").read_text(encoding="utf-8")
 ROWS = [

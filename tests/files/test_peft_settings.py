@@ -1,6 +1,6 @@
 """peft's settings of an adapter: which make sense, what they say of alpha and rank, and what is said of the others."""
 
-from sfumato.files.settings import PeftSettings, checked, parse_object
+from sfumato.files.peft_settings import PeftSettings, check_peft_settings, parse_object
 from tests.files.said import said
 
 
@@ -15,15 +15,15 @@ def test_settings_that_make_no_sense():
     )
     assert said(parse_object, "[]", "s") == "s is not a JSON object. Save the file again."
     assert said(parse_object, "[" * 100_000, "s") == "s is not a JSON object. Save the file again."
-    assert said(checked, {"unet.init_lora_weights": "PiSSA_niter_4"}, "s") == (
+    assert said(check_peft_settings, {"unet.init_lora_weights": "PiSSA_niter_4"}, "s") == (
         "s: init_lora_weights is 'PiSSA_niter_4', so the adapter belongs to a base that peft changed before training. "
         "Save it with path_initial_model_for_weight_conversion."
     )
-    assert said(checked, {"unet.use_qalora": True}, "s") == (
+    assert said(check_peft_settings, {"unet.use_qalora": True}, "s") == (
         "s: use_qalora is set, which is not read. Merge it with peft itself."
     )
     fine = {"unet.init_lora_weights": "gaussian", "unet.fan_in_fan_out": False, "a": True}
-    assert checked(fine, "s") == fine
+    assert check_peft_settings(fine, "s") == fine
 
 
 def test_settings_that_make_sense():

@@ -14,7 +14,7 @@ from sfumato.training.options import TrainerOptions
 if TYPE_CHECKING:
     from sfumato.bases import Base
 
-LION = 4
+LION_RATE_DIVISOR = 4
 """How many times smaller a rate is for Lion than for AdamW: 3 to 10, say Chen et al. 2023, section 5, since each of its
 steps is as long as AdamW's longest."""
 AnyTrainer = TypeVar("AnyTrainer", bound=TrainerOptions)
@@ -32,7 +32,7 @@ def resolve(
     if config.optimizer == "prodigy":
         known["learning_rate"] = 1.0
     if config.optimizer == "lion":
-        known["learning_rate"] /= LION
+        known["learning_rate"] /= LION_RATE_DIVISOR
     if config.epochs is not None:
         batch = (config.batch or known["batch"]) * config.accumulate * processes
         config = dataclasses.replace(config, steps=max(1, math.ceil(config.epochs * samples / batch)), epochs=None)
@@ -51,13 +51,13 @@ def resolve(
         assert config.learning_rate is not None
         # Whole weights take small steps as it is: sd-scripts' guides have a half to a fifth of the U-Net's for them.
         share = 0.4 if getattr(config, "method", "lora") == "full" else 0.1
-        values["text_learning_rate"] = second_rate(config, "text_learning_rate", config.learning_rate * share)
+        values["text_learning_rate"] = resolve_learning_rate(config, "text_learning_rate", config.learning_rate * share)
     if getattr(config, "save_precision", "") is None:
         values["save_precision"] = "fp32" if base.family.name == "pocket" else "fp16"
     return dataclasses.replace(config, **values), filled
 
 
-def of_convolutions(config: Any, alpha: float, *, rank_stabilised: bool = False) -> dict[str, Any]:
+def conv_defaults(config: Any, alpha: float, *, rank_stabilised: bool = False) -> dict[str, Any]:
     """conv_rank and conv_alpha, filled where either is given; nothing else, since convolutions are layers as others
     then. config: of a trainer of LoRAs, with its rank. alpha: of the other layers."""
     if config.conv_rank is None and config.conv_alpha is None:
@@ -82,7 +82,7 @@ def span_of(config: TrainerOptions, base: Base) -> tuple[float, float] | None:
     return None if found == (0.0, 1.0) else found
 
 
-def second_rate(config: TrainerOptions, name: str, otherwise: float) -> float:
+def resolve_learning_rate(config: TrainerOptions, name: str, otherwise: float) -> float:
     """The rate of what learns beside the U-Net: what the config has under `name`, or `otherwise`. config: resolved.
 
     Prodigy finds one step for all that learns, so that there it is the U-Net's. Raises ConfigError for another.

@@ -21,7 +21,7 @@ Change = Callable[..., Tensor]
 """(b, 3, h, w) in [0, 1], where it is inked, and what draws numbers -> changed; it may leave [0, 1]."""
 
 
-def as_by_other_hands(pixels: Tensor, share: float, generator: torch.Generator) -> Tensor:
+def restyle_randomly(pixels: Tensor, share: float, generator: torch.Generator) -> Tensor:
     """(b, 3, h, w) in [-1, 1] -> the same size and range; each picture is changed with the probability `share`.
 
     What is done with one is drawn by lot: on average about two of the changes below, in their order.
@@ -33,16 +33,16 @@ def as_by_other_hands(pixels: Tensor, share: float, generator: torch.Generator) 
     return torch.where(by_others, drawn * 2 - 1, pixels)
 
 
-HANDS = 96
+HAND_COUNT = 96
 """How many hands have a name."""
 
 
 def hand_name(hand: int) -> str:
-    """The name of one of HANDS: two letters, such as "za"."""
+    """The name of one of HAND_COUNT hands: two letters, such as "za"."""
     return "zxqvwjkyhufb"[hand // 8] + "aeiouyrs"[hand % 8]
 
 
-def by_hands(pixels: Tensor, hands: Sequence[int]) -> Tensor:
+def restyle(pixels: Tensor, hands: Sequence[int]) -> Tensor:
     """(b, 3, h, w) in [-1, 1] -> the same size and range; each by its hand, which changes every picture alike."""
     shades = (pixels + 1) / 2
     each = [torch.Generator().manual_seed(1000 + hand) for hand in hands]

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sfumato.files.kinds import base_kind
-from sfumato.files.numbers import Array
+from sfumato.files.numpy_tensors import Array
 
 DENSE_LIMIT = 1 << 26
 """Values of an update that is formed, a few rows at a time, to be measured. SDXL's largest layer has 13 million."""

@@ -19,12 +19,12 @@ from torch import Tensor
 from sfumato.errors import AdapterError, FileError
 from sfumato.files.atomic import atomic_folder
 from sfumato.files.changes import LoraModule
-from sfumato.files.fingerprint import KEY, fingerprint
+from sfumato.files.fingerprint import FINGERPRINT_KEY, fingerprint
 from sfumato.files.header import path_of
 from sfumato.files.kohya import Target, kohya_name
 from sfumato.files.peft_folder import CONFIG, MODEL
 from sfumato.files.save import cast, check_metadata, hashes, write_tensors
-from sfumato.files.write import within_reach
+from sfumato.files.write_kohya import rebalance_for_fp16
 
 _CLASSES = {
     "unet": ("UNet2DConditionModel", "diffusers.models.unets.unet_2d_condition"),
@@ -95,7 +95,7 @@ def _described(metadata: Mapping[str, str] | None, whole: str) -> dict[str, str]
     of_bytes = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
     given = (metadata or {}).items()
     kept = {key: value for key, value in given if key not in of_bytes and not key.startswith("ss_network_")}
-    return {**kept, KEY: whole}
+    return {**kept, FINGERPRINT_KEY: whole}
 
 
 def _check(modules: Mapping[Target, LoraModule], name: str, family: str) -> None:
@@ -118,7 +118,7 @@ def _tensors(named: Mapping[str, LoraModule], dtype: torch.dtype, path: Path) ->
         module = given.plain()
         up = module.up if module.scale == 1 else module.up.float() * module.scale
         convolution = module.down.ndim == 4
-        down, up = within_reach(module.down, up, dtype)
+        down, up = rebalance_for_fp16(module.down, up, dtype)
         tensors[f"{name}.lora_A.weight"] = cast(down, dtype, f"{name}.lora_A", path)
         shaped = up.reshape(*up.shape[:2], 1, 1) if convolution else up.flatten(1)
         tensors[f"{name}.lora_B.weight"] = cast(shaped, dtype, f"{name}.lora_B", path)

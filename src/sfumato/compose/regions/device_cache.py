@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 
-class Near:
+class DeviceCache:
     """A tensor that is moved once to each device and dtype that it is wanted on."""
 
     def __init__(self, tensor: Tensor) -> None:

@@ -15,17 +15,17 @@ from sfumato.compose import Mix
 from sfumato.compose.guided import adapter_guidance
 from sfumato.drawing.drawn import used_in
 from sfumato.drawing.pictures import Start, draw_each
-from sfumato.drawing.request import Request
+from sfumato.drawing.request import PictureRequest
 from sfumato.drawing.sheet import contact_sheet, sheet_size
-from sfumato.drawing.where_when import WhereWhen, applied
-from sfumato.weighting.adapter import Adapter, Weight, is_idle, swept, weight_text
+from sfumato.drawing.where_when import AdapterPlacement, applied
+from sfumato.weighting.adapter import Adapter, Weight, is_idle, weight_text, with_unet_scaled
 
 Drawn = tuple[Image, tuple[Adapter, ...], dict[str, Any]]
 """A picture or sheet, the adapters in it with their weights, and its settings."""
 
 
 @dataclass(frozen=True)
-class Desk:
+class DrawingSession:
     """What the pictures of one call are drawn from and with.
 
     settings: what all pictures share, defaults filled in. start: a picture to begin from. allowed: partial and verify,
@@ -34,25 +34,25 @@ class Desk:
 
     base: Base
     mix: Mix
-    pictures: Sequence[Request]
+    pictures: Sequence[PictureRequest]
     settings: Mapping[str, Any]
     start: Start | None
-    where_when: WhereWhen
+    where_when: AdapterPlacement
     allowed: Mapping[str, bool]
 
-    def draw(self, pictures: Sequence[Request], *, plain: bool = False) -> Iterator[Image]:
+    def draw(self, pictures: Sequence[PictureRequest], *, plain: bool = False) -> Iterator[Image]:
         """The pictures with the mix as it is; neighbours of one setting in one batch. plain: without regions and
         weights by step."""
-        for _, run in groupby(pictures, key=lambda each: each.own):
+        for _, run in groupby(pictures, key=lambda each: each.overrides):
             yield from self._draw_alike(list(run), plain=plain)
 
-    def _draw_alike(self, pictures: Sequence[Request], *, plain: bool) -> Iterator[Image]:
+    def _draw_alike(self, pictures: Sequence[PictureRequest], *, plain: bool) -> Iterator[Image]:
         """The pictures, of one setting."""
-        settings = {**self.settings, **pictures[0].own}
+        settings = {**self.settings, **pictures[0].overrides}
         names = ("negative", "steps", "guidance", "width", "height", "sampler")
         chosen = {name: settings[name] for name in names}
         prompts, seeds = [each.prompt for each in pictures], [each.seed for each in pictures]
-        asked = WhereWhen() if plain else self.where_when
+        asked = AdapterPlacement() if plain else self.where_when
         guidance = settings["guidance"]
         with (
             adapter_guidance(self.mix, settings["adapter_guidance"], guidance=guidance),
@@ -64,14 +64,14 @@ class Desk:
 
     def with_adapters(self) -> Iterator[Drawn]:
         """Each picture, with the weights that its prompt's tags give it; neighbours of one setting in one batch."""
-        for (weights, _), run in groupby(self.pictures, key=lambda each: (each.tagged, each.own)):
+        for (weights, _), run in groupby(self.pictures, key=lambda each: (each.tag_weights, each.overrides)):
             if weights:
                 self.mix.set_weights(weights)
-            elif any(each.tagged for each in self.pictures):
+            elif any(each.tag_weights for each in self.pictures):
                 self.mix.set_weights({each.label: each.weight for each in self.mix.adapters.values()})
             used, same = used_in(self.mix), list(run)
             for picture, each in zip(self.draw(same), same, strict=True):
-                yield picture, used, {**self.settings, **each.own, "prompt": each.prompt, "seed": each.seed}
+                yield picture, used, {**self.settings, **each.overrides, "prompt": each.prompt, "seed": each.seed}
 
     def labels(self) -> list[str]:
         """What stands beside each picture on a sheet: the prompt, and the seed where there are several."""
@@ -81,12 +81,12 @@ class Desk:
     def sheet_settings(self, **more: Any) -> dict[str, Any]:
         """The settings of a sheet of all pictures, where they differ those of the first."""
         prompts, seeds = [each.prompt for each in self.pictures], [each.seed for each in self.pictures]
-        first = {**self.settings, **self.pictures[0].own}
+        first = {**self.settings, **self.pictures[0].overrides}
         return {**first, "prompt": prompts[0], "seed": seeds[0], **more, "prompts": prompts, "seeds": seeds}
 
     def sizes(self, sweep: tuple[str, Sequence[float]] | None, *, before_after: bool) -> list[tuple[int, int]]:
         """The pixels of each picture that will be drawn, or of the sheet: of a sweep, or before and after."""
-        each = [{**self.settings, **picture.own} for picture in self.pictures]
+        each = [{**self.settings, **picture.overrides} for picture in self.pictures]
         sizes = [(settings["width"], settings["height"]) for settings in each]
         if sweep is None and not before_after:
             return sizes
@@ -103,7 +103,8 @@ class Desk:
         shown = dict.fromkeys([*everywhere, *self.where_when.regional])
         of_all = ", ".join(f"{each.label} {weight_text(each.weight)}" for each in shown)
         rows = [
-            f"{label}\n{_tags(each.tagged)}".strip() for label, each in zip(self.labels(), self.pictures, strict=True)
+            f"{label}\n{_tags(each.tag_weights)}".strip()
+            for label, each in zip(self.labels(), self.pictures, strict=True)
         ]
         return rows, ["without", f"with {of_all}".strip()]
 
@@ -114,12 +115,12 @@ class Desk:
         """
         drawn, before = [], self.mix.weights[label]
         for weight in weights:
-            self.mix.set_weights({label: swept(label, before, weight)})
+            self.mix.set_weights({label: with_unet_scaled(label, before, weight)})
             drawn.append(list(self.draw(self.pictures)))
             print(f"{label} {weight:g}", file=sys.stderr)
         rows, columns = self._sweep_labels(label, weights)
         sheet = contact_sheet(drawn, row_labels=rows, column_labels=columns)
-        self.mix.set_weights({label: swept(label, before, next(filter(None, weights), 0.0))})
+        self.mix.set_weights({label: with_unet_scaled(label, before, next(filter(None, weights), 0.0))})
         return sheet, used_in(self.mix), self.sheet_settings(sweep={label: list(weights)})
 
     def before_after(self) -> Drawn:

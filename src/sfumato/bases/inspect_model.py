@@ -9,14 +9,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sfumato.bases.family import recognise
+from sfumato.bases.family import family_of_config
 from sfumato.bases.recognise import UNET, VAE, family_of_names, stated_prediction
 from sfumato.errors import BaseModelError, FileError
 from sfumato.files.family import LABELS
 from sfumato.files.header import Header, read_header
 from sfumato.files.inspect import plain
 from sfumato.files.metadata import data_sha256, joint_hash, short_hash
-from sfumato.files.numbers import nonfinite_in
+from sfumato.files.numpy_tensors import nonfinite_in
 
 _PREFIXES: Mapping[str, str] = {
     UNET: "unet",
@@ -30,7 +30,7 @@ OTHERS = "others"
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelInspection:
     """What `sfumato inspect` prints of a whole model.
 
     family: None where the names do not tell it. prediction_type: as the metadata or the scheduler say it, "" where
@@ -55,7 +55,7 @@ class Model:
         return asdict(self)
 
 
-def look_at(path: Path) -> Model | None:
+def inspect_model(path: Path) -> ModelInspection | None:
     """The whole model at `path`; None for anything else. Raises BaseModelError for a folder that is not whole."""
     if path.is_dir():
         return _folder(path) if (path / "model_index.json").is_file() else None
@@ -66,7 +66,7 @@ def look_at(path: Path) -> Model | None:
     return _checkpoint(header) if any(name.startswith(UNET) for name in header.tensors) else None
 
 
-def _checkpoint(header: Header) -> Model:
+def _checkpoint(header: Header) -> ModelInspection:
     family, first = None, header.tensors.get(f"{UNET}input_blocks.0.0.weight")
     with suppress(BaseModelError):  # without text encoders, or of another kind
         family = family_of_names(header.tensors, header.path.name, needs_vae=False).name
@@ -74,7 +74,7 @@ def _checkpoint(header: Header) -> Model:
     for name, info in header.tensors.items():
         part = next((part for prefix, part in _PREFIXES.items() if name.startswith(prefix)), OTHERS)
         dtypes[part][info.dtype] += 1
-    return Model(
+    return ModelInspection(
         file=header.path.name,
         bytes=header.size,
         kind="a whole model, a checkpoint",
@@ -89,7 +89,7 @@ def _checkpoint(header: Header) -> Model:
     )
 
 
-def _folder(path: Path) -> Model:
+def _folder(path: Path) -> ModelInspection:
     from sfumato.bases.folder import read_config, weight_files
 
     unet = read_config(path, "unet/config.json")
@@ -100,11 +100,11 @@ def _folder(path: Path) -> Model:
     parts = [part for part in dict.fromkeys(_PREFIXES.values()) if (path / part).is_dir()]
     headers = {part: [read_header(file) for file in weight_files(path / part)] for part in parts}
     of_hash = sorted(each.path for part in parts if part != "vae" for each in headers[part])
-    return Model(
+    return ModelInspection(
         file=path.resolve().name,
         bytes=sum(each.size for some in headers.values() for each in some),
         kind="a whole model, a diffusers folder",
-        family=recognise(unet).name,
+        family=family_of_config(unet).name,
         prediction_type=str(scheduler.get("prediction_type", "")),
         zero_terminal_snr=bool(scheduler.get("rescale_betas_zero_snr")),
         channels=channels if type(channels) is int else None,
@@ -118,7 +118,7 @@ def _folder(path: Path) -> Model:
     )
 
 
-def render(model: Model) -> str:
+def render(model: ModelInspection) -> str:
     """The same as lines of text."""
     predicts = model.prediction_type or (
         "not said; name it with --prediction-type" if model.family == "sd2" else "not said, so epsilon is taken"

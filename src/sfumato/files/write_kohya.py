@@ -19,12 +19,12 @@ from torch import Tensor
 
 from sfumato.errors import AdapterError
 from sfumato.files.changes import LoraModule
-from sfumato.files.fingerprint import KEY, fingerprint
+from sfumato.files.fingerprint import FINGERPRINT_KEY, fingerprint
 from sfumato.files.header import path_of
 from sfumato.files.kohya import Target, kohya_name
 from sfumato.files.metadata import METADATA_LIMIT
 from sfumato.files.save import cast, check_metadata, hashes, write_tensors
-from sfumato.files.write_embedding import bundled
+from sfumato.files.write_embedding import bundled_tensors
 from sfumato.numerals import exact
 
 _OF_THE_TENSORS, _OF_A_MODULE = 1_000, 22
@@ -66,14 +66,14 @@ def write_lora(
             raise AdapterError(f"{path.name}: two modules are both called {name} in the file; give each module once.")
         convolution = module.down.ndim == 4
         up = module.up.reshape(*module.up.shape[:2], *(1, 1)) if convolution else module.up.flatten(1)
-        for half, value in zip(("lora_down", "lora_up"), within_reach(module.down, up, dtype), strict=True):
+        for half, value in zip(("lora_down", "lora_up"), rebalance_for_fp16(module.down, up, dtype), strict=True):
             tensors[f"{name}.{half}.weight"] = cast(value, dtype, f"{name}.{half}", path)
         # fp32 whatever the dtype: a half would round sqrt(rank) and the like.
         tensors[f"{name}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
-    tensors |= bundled(path, words or {})
+    tensors |= bundled_tensors(path, words or {})
     described = {
         **(metadata or {}),
-        KEY: fingerprint(modules),  # of what was handed in, not of what `dtype` makes of it
+        FINGERPRINT_KEY: fingerprint(modules),  # of what was handed in, not of what `dtype` makes of it
         **_network(metadata or {}, modules, alpha),
         "ss_network_alpha": exact(alpha),
     }
@@ -122,12 +122,12 @@ def one_alpha(modules: Mapping[Target, LoraModule]) -> tuple[float, dict[Target,
     return alpha, folded
 
 
-def fitted(metadata: Mapping[str, str], modules: int) -> tuple[dict[str, str], list[str]]:
+def metadata_within_limit(metadata: Mapping[str, str], modules: int) -> tuple[dict[str, str], list[str]]:
     """The metadata without its largest texts, as many as make it fit beside what is written of the tensors.
 
     modules: how many the fingerprint has. Also the keys left out: tags, data sets, thumbnails of other tools.
     """
-    kept = {key: text for key, text in metadata.items() if key != KEY}
+    kept = {key: text for key, text in metadata.items() if key != FINGERPRINT_KEY}
     sizes = {key: len(key.encode()) + len(text.encode()) for key, text in kept.items()}
     excess = sum(sizes.values()) + _OF_THE_TENSORS + _OF_A_MODULE * modules - METADATA_LIMIT
     left_out: list[str] = []
@@ -140,12 +140,12 @@ def fitted(metadata: Mapping[str, str], modules: int) -> tuple[dict[str, str], l
     return kept, left_out
 
 
-def within_reach(down: Tensor, up: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rebalance_for_fp16(down: Tensor, up: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The halves of an update, with a power of two moved from one to the other where fp16 would round one of them away.
 
     B begins at zero: after a few steps its values may be 1e-6, of which fp16 has the first digit. The product stays.
     """
-    sizes = [float(half.float().square().mean().sqrt()) for half in (down, up)]
+    sizes = [float(half.detach().float().square().mean().sqrt()) for half in (down, up)]
     tiny = torch.finfo(torch.float16).tiny
     if dtype != torch.float16 or not (0 < min(sizes) < tiny and max(sizes) < math.inf):
         return down, up

@@ -12,7 +12,7 @@ from torch import Tensor
 from sfumato.errors import RunError
 
 
-class Kept:
+class CheckpointedParts:
     """parts: by name, each with `state_dict` and `load_state_dict`."""
 
     def __init__(self) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from sfumato.files import describe, write_lora
 from sfumato.files.write_embedding import write_embedding
-from sfumato.words.placeholders import files
+from sfumato.words.placeholders import embedding_files
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Learned:
+class TrainedAdapter:
     """An adapter and the words that learn with it, as they are at any step.
 
     about: what their files say of themselves, called with `steps` and, for files of words, `word_files`. dtype: of the
@@ -57,7 +57,7 @@ class Learned:
         )
         return description, beside
 
-    def tell_words(self, path: Path, beside: Mapping[str, Path], description: Description, run: Run) -> None:
+    def report_words(self, path: Path, beside: Mapping[str, Path], description: Description, run: Run) -> None:
         """Say where each word's file is, if it has one, and what the words are near to; add them to the card.
 
         path: of the adapter's file. beside: the words' files, as `write` returns them.
@@ -75,7 +75,7 @@ class Learned:
 
 def word_files(path: Path, words: Iterable[str]) -> dict[str, Path]:
     """By word, its file beside the adapter's at `path`."""
-    return files(path.parent, path.stem, list(words), alone=False)
+    return embedding_files(path.parent, path.stem, list(words), alone=False)
 
 
 def _write_words(words: Words, paths: Mapping[str, Path], description: Description) -> None:

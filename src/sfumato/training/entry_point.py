@@ -10,7 +10,7 @@ from typing import TypeVar
 AnyConfig = TypeVar("AnyConfig")
 
 
-def trains(train: Callable[[AnyConfig], Path]) -> Callable[[AnyConfig], Path]:
+def training_entry_point(train: Callable[[AnyConfig], Path]) -> Callable[[AnyConfig], Path]:
     """Gradients are computed whatever the caller has set, and what ends the training lets go of the run's folder.
 
     A notebook keeps the latest error, and with it the run: without that the folder would stay locked by it.
@@ -26,10 +26,10 @@ def trains(train: Callable[[AnyConfig], Path]) -> Callable[[AnyConfig], Path]:
             with torch.inference_mode(False), torch.enable_grad():
                 return train(config)
         except Exception:
-            runs.withdraw()
+            runs.abandon_unbegun()
             raise
         except BaseException:
-            runs.let_go()
+            runs.close_unbegun()
             raise
         finally:
             runs.unlock()

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from sfumato.files import norms
-from sfumato.files.norms import is_update, square_norm
+from sfumato.files import update_norms
+from sfumato.files.update_norms import is_update, square_norm
 
 RNG = np.random.default_rng(0)
 
@@ -54,9 +54,9 @@ def test_a_loha_that_is_too_large_or_of_two_sizes_has_none(monkeypatch):
     loha = {"hada_w1_a": a, "hada_w1_b": b, "hada_w2_a": a, "hada_w2_b": b}
     assert square_norm("LoHa", loha | {"hada_w2_a": noise(5, 2)}, None) is None
     assert square_norm("LoHa", loha | {"hada_w2_b": noise(2, 7)}, None) is None
-    monkeypatch.setattr(norms, "DENSE_LIMIT", 48)
+    monkeypatch.setattr(update_norms, "DENSE_LIMIT", 48)
     assert square_norm("LoHa", loha, None) is not None
-    monkeypatch.setattr(norms, "DENSE_LIMIT", 47)
+    monkeypatch.setattr(update_norms, "DENSE_LIMIT", 47)
     assert square_norm("LoHa", loha, None) is None
 
 

@@ -7,10 +7,10 @@ import unicodedata
 def say(*lines: str) -> None:
     """Lines for the person, on stderr: on stdout is the result alone."""
     for line in lines:
-        print("\n".join(map(shown, line.split("\n"))), file=sys.stderr)
+        print("\n".join(map(escape_control, line.split("\n"))), file=sys.stderr)
 
 
-def shown(line: str) -> str:
+def escape_control(line: str) -> str:
     """The line with what a terminal would obey as it is written in Python: others name the files, keys and captions
     in it."""
     return "".join(letter if _is_seen(letter) else letter.encode("unicode_escape").decode() for letter in line)

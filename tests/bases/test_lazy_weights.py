@@ -25,7 +25,7 @@ def predict(base):
 
 def test_what_rests_has_no_memory_and_comes_back_as_it_was(base):
     before = predict(base)
-    base.resting.keep()
+    base.lazy_weights.load_only()
     assert meta(base.unet) == meta(base.vae) == meta(base.text_encoders[0]) == {True}
     assert all(torch.equal(a, b) for a, b in zip(predict(base), before, strict=True))
     assert not any(p.requires_grad for module in (base.unet, base.vae) for p in module.parameters())
@@ -40,22 +40,22 @@ def test_a_base_without_its_unet_reads_it_for_the_first_prediction(base, sd1):
 def test_the_others_stay_and_hooks_too(base):
     seen = []
     base.text_encoders[0].get_input_embeddings().register_forward_hook(lambda *_: seen.append(1))
-    base.resting.keep("unet")
+    base.lazy_weights.load_only("unet")
     assert (meta(base.unet), meta(base.text_encoders[0])) == ({False}, {True})
     base.encode_text(["a cat"])
     assert (seen, meta(base.text_encoders[0]), meta(base.vae)) == ([1], {False}, {True})
 
 
 def test_an_interrupted_rest_goes_on(base):
-    base.resting.keep("unet")
-    with base.resting.interrupted():
+    base.lazy_weights.load_only("unet")
+    with base.lazy_weights.restored_after():
         base.encode_text(["a cat"])
         assert meta(base.text_encoders[0]) == {False}
     assert (meta(base.text_encoders[0]), meta(base.unet)) == ({True}, {False})
 
 
 def test_a_pipeline_has_all_parts(base):
-    base.resting.keep()
+    base.lazy_weights.load_only()
     pipe = base.pipeline()
     assert meta(pipe.unet) == meta(pipe.vae) == meta(pipe.text_encoder) == {False}
 
@@ -63,18 +63,18 @@ def test_a_pipeline_has_all_parts(base):
 def test_a_base_of_loose_modules_never_rests(tmp_path):
     import dataclasses
 
-    from sfumato.bases.resting import Resting
+    from sfumato.bases.lazy_weights import LazyWeights
 
     whole = load_base(tiny_pocket_folder(tmp_path / "pocket"), precision=CPU)
-    loose = dataclasses.replace(whole, files=(), resting=Resting({}, lambda *_: None))
-    loose.resting.keep()
+    loose = dataclasses.replace(whole, files=(), lazy_weights=LazyWeights({}, lambda *_: None))
+    loose.lazy_weights.load_only()
     assert meta(loose.vae) == {False}
 
 
 def test_a_file_that_changed_meanwhile_is_refused(sd1, tmp_path):
     file = write_single_file(sd1.pipe, tmp_path / "a.safetensors")
     base = load_base(file, precision=CPU)
-    base.resting.keep("unet")
+    base.lazy_weights.load_only("unet")
     write_single_file(sd1.pipe, file, metadata={"another": "training"})
     with pytest.raises(FileError, match="the file was replaced or written over while it was in use"):
         base.encode_text(["a cat"])
@@ -83,7 +83,7 @@ def test_a_file_that_changed_meanwhile_is_refused(sd1, tmp_path):
 def test_another_fine_tune_with_the_same_header_is_refused(sd1, tmp_path):
     file = write_single_file(sd1.pipe, tmp_path / "a.safetensors")
     base = load_base(file, precision=CPU)
-    base.resting.keep("unet")
+    base.lazy_weights.load_only("unet")
     other = write_single_file(tiny_pipeline("sd1", seed=1), tmp_path / "b.safetensors")
     assert file.read_bytes()[:1000] == other.read_bytes()[:1000]
     assert file.stat().st_size == other.stat().st_size

@@ -32,7 +32,7 @@ _MOST = 16
 _DRIFTS = ("class_drift", "drift")
 
 
-class Measures:
+class Metrics:
     """Fit and drift of what is trained on one base, on at most 16 pictures.
 
     watched: prompts for each drift, by the figure's name; what the base says of them is computed at once. pristine: a
@@ -75,7 +75,7 @@ class Measures:
     def fit(self) -> float:
         """Mean squared error of the prediction, no weights."""
         errors = []
-        with evaluating(self._modules), self._base.resting.interrupted():
+        with evaluating(self._modules), self._base.lazy_weights.restored_after():
             for batch, noise, timesteps in zip(self._batches, self._noise, self._timesteps, strict=True):
                 plain = dataclasses.replace(batch, mask=None, weights=torch.ones_like(batch.weights))
                 with warnings.catch_warnings():  # what is cut from a caption was said before training
@@ -92,7 +92,7 @@ class Measures:
     @torch.no_grad()
     def _predict(self, prompts: list[str]) -> Tensor:
         left, predictions = iter(prompts), []
-        with evaluating(self._modules), self._base.resting.interrupted():
+        with evaluating(self._modules), self._base.lazy_weights.restored_after():
             for batch, noise, timesteps in zip(self._batches, self._noise, self._timesteps, strict=True):
                 text = self._base.encode_text([*islice(left, len(batch))])
                 predictions.append(predict(self._base, batch, noise, timesteps, text))
@@ -117,7 +117,7 @@ class DriftLimit:
         if measured:
             self._take(measured[-1])
 
-    def look(self, figures: Mapping[str, float], processes: Processes) -> None:
+    def update(self, figures: Mapping[str, float], processes: Processes) -> None:
         """Take a measurement in; all processes agree."""
         self._take(figures)
         if self.limit is not None and processes.largest(int(bool(self.reached))):

@@ -14,9 +14,9 @@ from sfumato.compose.regions import Region, regions
 from sfumato.drawing.pictures import Start, draw
 from sfumato.errors import AdapterError, ConfigError
 from sfumato.files.lora_file import LoraModule
-from sfumato.files.write import write_lora
+from sfumato.files.write_kohya import write_lora
 from sfumato.prompts.encoding import encode, encode_stages
-from sfumato.prompts.steps import stages, told_by_stages
+from sfumato.prompts.prompt_editing import staged_prompts, stages
 from sfumato.prompts.syntax import emphasised
 from tests.tiny import CPU
 
@@ -242,6 +242,6 @@ def test_words_that_change_are_not_told_to_another_threads_call(pocket):
             return base.unet(latents, torch.tensor(500), encoder_hidden_states=text).sample
 
     before = predicted()
-    with told_by_stages(base.unet, told, base.scheduler), ThreadPoolExecutor(1) as other:
+    with staged_prompts(base.unet, told, base.scheduler), ThreadPoolExecutor(1) as other:
         assert torch.equal(other.submit(predicted).result(), before)
         assert not torch.equal(predicted(), before)

@@ -37,7 +37,7 @@ def learning_parts(init: str, device: str, scheduler: DDIMScheduler) -> tuple[An
     return unet, text_encoder, base.tokenizers[0], base.vae
 
 
-def fingerprint_of(init: str, device: str) -> str:
+def base_fingerprint(init: str, device: str) -> str:
     """By what a run that goes on knows its base again."""
     return load_base(init, precision=decide("fp32", device=device)).fingerprint()
 

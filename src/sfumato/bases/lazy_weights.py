@@ -15,22 +15,22 @@ from torch import nn
 from sfumato.precision import give_back_freed_memory
 
 if TYPE_CHECKING:
-    from sfumato.bases.weights import Shell
+    from sfumato.bases.weights import LazyModel
     from sfumato.precision import Part
 
 
-class Resting:
+class LazyWeights:
     """Which parts rest: their modules stay what they are, hooks and all, and their weights are on the device `meta`.
 
     shells: by part; all of them rest at first. place: puts a module that was read where it belongs. A part that is
     trained must not rest: it would come back as it was.
     """
 
-    def __init__(self, shells: Mapping[Part, Sequence[Shell]], place: Callable[[nn.Module, Part], object]):
+    def __init__(self, shells: Mapping[Part, Sequence[LazyModel]], place: Callable[[nn.Module, Part], object]):
         self._shells, self._place = shells, place
         self._at_rest = set(shells)
 
-    def wake(self, *parts: Part) -> None:
+    def load(self, *parts: Part) -> None:
         """Read and place the weights of those of the parts that rest."""
         for part in self._at_rest.intersection(parts):
             for shell in self._shells[part]:
@@ -45,17 +45,17 @@ class Resting:
                 shell.check_files()
 
     def first_pages(self, *parts: Part, as_stored: bool = False) -> Iterator[bytes]:
-        """As of each part's `Shell`, awake or not."""
+        """As of each part's `LazyModel`, awake or not."""
         for shell in (shell for part in parts for shell in self._shells.get(part, ())):
             yield from shell.first_pages(as_stored=as_stored)
 
-    def keep(self, *parts: Part) -> None:
+    def load_only(self, *parts: Part) -> None:
         """Wake these parts, and let the others rest until something wakes them."""
         self._rest(self._shells.keys() - set(parts))
-        self.wake(*parts)
+        self.load(*parts)
 
     @contextmanager
-    def interrupted(self) -> Iterator[None]:
+    def restored_after(self) -> Iterator[None]:
         """What rests before the block rests after it, whatever the block wakes."""
         before = set(self._at_rest)
         try:

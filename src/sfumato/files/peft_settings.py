@@ -83,7 +83,7 @@ def header_settings(header: Header) -> PeftSettings:
     source = f"{header.path.name}: lora_adapter_metadata"
     if text is None:
         return PeftSettings(source)
-    values = checked(parse_object(text, source), source)
+    values = check_peft_settings(parse_object(text, source), source)
     return PeftSettings(source, {key if "." in key else f"unet.{key}": value for key, value in values.items()})
 
 
@@ -98,7 +98,7 @@ def parse_object(text: str, source: str) -> dict[str, Any]:
     return values
 
 
-def checked(values: dict[str, Any], source: str) -> dict[str, Any]:
+def check_peft_settings(values: dict[str, Any], source: str) -> dict[str, Any]:
     """The values, or AdapterError for settings under which the tensors do not say what the adapter does."""
     for key, value in values.items():
         name = key.rpartition(".")[2]
