@@ -33,7 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sfumato.compose import Adapter, compose
 from sfumato.files import read_lora, read_tensors, write_lora, write_tensors
-from sfumato.files.lora_file import LoraModule
+from sfumato.files.changes import LoraModule
 
 RANK = 16
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")

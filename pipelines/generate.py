@@ -270,7 +270,8 @@ def generate(config: Config) -> tuple[Path, ...]:
     wanted = plan(config)
 
     from sfumato.bases import load_base
-    from sfumato.drawing.drawn import sampler_label, save_drawn, unguided
+    from sfumato.drawing.drawn import sampler_label, save_drawn
+    from sfumato.drawing.notes import unguided
     from sfumato.drawing.pictures import check_steps, check_strength
     from sfumato.drawing.pnginfo import check_size
     from sfumato.drawing.session import DrawingSession
@@ -380,7 +381,7 @@ def _mixed(
     Says what of them has no effect, was left out, or was learned on another base.
     """
     from sfumato.compose import compose
-    from sfumato.drawing.drawn import (
+    from sfumato.drawing.notes import (
         changes_nothing,
         learned_otherwise,
         misread_words,

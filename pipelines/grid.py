@@ -206,7 +206,7 @@ def draw_grid(config: Config) -> Path:
     embeddings = [parse_embedding(spec) for spec in config.embedding]
 
     from sfumato.bases import load_base
-    from sfumato.drawing.drawn import unguided
+    from sfumato.drawing.notes import unguided
     from sfumato.drawing.sheet import read_drawn
     from sfumato.precision import decide
 

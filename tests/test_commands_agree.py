@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from sfumato import Adapter, cli
 from sfumato.bases import load_base
 from sfumato.drawing.pnginfo import read_picture_info
-from sfumato.files.lora_file import LoraModule
+from sfumato.files.changes import LoraModule
 from sfumato.files.write_embedding import write_embedding
 from sfumato.files.write_kohya import write_lora
 from sfumato.files.write_peft_keys import write_peft

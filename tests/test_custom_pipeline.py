@@ -16,7 +16,7 @@ from sfumato.compose.regions import Region, regions
 from sfumato.drawing.pictures import Start, draw
 from sfumato.errors import AdapterError, ConfigError
 from sfumato.files.adapter_file import read_adapter
-from sfumato.files.lora_file import LoraModule
+from sfumato.files.changes import LoraModule
 from sfumato.files.write_embedding import write_embedding
 from sfumato.files.write_kohya import write_lora
 from sfumato.files.write_peft_keys import write_peft

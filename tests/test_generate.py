@@ -21,7 +21,7 @@ from sfumato.drawing.pnginfo import read_picture_info
 from sfumato.drawing.redraw import redraw
 from sfumato.drawing.start import size_like
 from sfumato.files import read_header
-from sfumato.files.lora_file import LoraModule
+from sfumato.files.changes import LoraModule
 from sfumato.files.metadata import short_hash
 from sfumato.files.write_kohya import write_lora
 from sfumato.precision import decide

@@ -10,7 +10,6 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from sfumato.pipelines.grid import Config, plan
 
 from sfumato import cli
 from sfumato.bases import hub
@@ -20,10 +19,12 @@ from sfumato.drawing.pnginfo import read_picture_info
 from sfumato.drawing.redraw import redraw
 from sfumato.errors import ConfigError
 from sfumato.files.adapter_file import read_adapter
+from sfumato.files.changes import LoraModule
 from sfumato.files.header import read_header
-from sfumato.files.lora_file import LoraModule, read_lora
+from sfumato.files.lora_file import read_lora
 from sfumato.files.write_kohya import write_lora
 from sfumato.files.write_peft_keys import write_peft
+from sfumato.pipelines.grid import Config, plan
 
 
 def test_corners_come_first_and_every_cell_once():

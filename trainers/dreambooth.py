@@ -153,7 +153,7 @@ def train(config: Config) -> Path:
     from sfumato.files import write_lora
     from sfumato.runs.processes import Processes
     from sfumato.runs.run import Run
-    from sfumato.runs.samples import Samples, drawing_of, unrelated_to
+    from sfumato.runs.samples import Samples, unrelated_to
     from sfumato.training import optimizers
     from sfumato.training.ema import Ema
     from sfumato.training.finish import describe_run
@@ -161,6 +161,7 @@ def train(config: Config) -> Path:
     from sfumato.training.metrics import DriftLimit, Metrics
     from sfumato.training.noising import draw_noised, per_sample_losses
     from sfumato.training.prior import BasePrediction, prepare_datasets
+    from sfumato.training.sampling import drawing_of
     from sfumato.words import identifier
 
     check(config)
@@ -217,7 +218,7 @@ def train(config: Config) -> Path:
     trigger = triggers(config, subject, instance)
     against = trigger if config.own_negative else []
     draw = drawing_of(base, lora, span=span, negatives=against, resolution=config.resolution)
-    samples = Samples(run, base, shown, config.seed, modules=[trained], within=average.applied, draw=draw)
+    samples = Samples(run, shown, config.seed, draw, modules=[trained], within=average.applied)
     limit = DriftLimit(config.drift_limit, [row for row in run.rows() if row["step"] <= run.step])
 
     def measure(step: int) -> None:

@@ -412,7 +412,8 @@ def samples_of(
     average: Ema,
 ) -> Samples:
     """The run's sample pictures, drawn as its file will ask to be drawn with."""
-    from sfumato.runs.samples import Samples, default_prompts, drawing_of
+    from sfumato.runs.samples import Samples, default_prompts
+    from sfumato.training.sampling import drawing_of
 
     first = subjects[0]  # sources may have templates and triggers of their own
     prompts = config.sample_prompts or default_prompts(dataset.captions, first.template, first.trigger)
@@ -424,7 +425,7 @@ def samples_of(
         negatives=trigger if config.own_negative else (),
         resolution=config.resolution,
     )
-    return Samples(run, base, prompts, config.seed, modules=[lora], within=average.applied, draw=draw)
+    return Samples(run, prompts, config.seed, draw, modules=[lora], within=average.applied)
 
 
 def embeds_beforehand(config: Config) -> bool:

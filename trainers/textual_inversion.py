@@ -94,12 +94,13 @@ def train(config: Config) -> Path:
 
     from sfumato.runs.processes import Processes
     from sfumato.runs.run import Run
-    from sfumato.runs.samples import Samples, drawing_of
+    from sfumato.runs.samples import Samples
     from sfumato.training import optimizers
     from sfumato.training.ema import Ema
     from sfumato.training.finish import describe_run
     from sfumato.training.metrics import Metrics
     from sfumato.training.noising import draw_noised, per_sample_losses
+    from sfumato.training.sampling import drawing_of
     from sfumato.training.templates import TEMPLATES, put_into
     from sfumato.words import embedding
     from sfumato.words.placeholders import embedding_files, truncation_notes, warnings_of
@@ -153,7 +154,7 @@ def train(config: Config) -> Path:
     # No drift: nothing that draws other prompts changes.
     metrics = Metrics(base, dataset, {}, within=average.applied)
     draw = drawing_of(base, resolution=config.resolution)
-    samples = Samples(run, base, prompts, config.seed, within=average.applied, draw=draw)
+    samples = Samples(run, prompts, config.seed, draw, within=average.applied)
     run.every(config.measure_every, lambda step: run.log(step=step, **metrics.values()))
     run.every(config.sample_every, samples.draw)
 

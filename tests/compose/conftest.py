@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from sfumato.files.lora_file import LoraModule
+from sfumato.files.changes import LoraModule
 from sfumato.files.write_kohya import write_lora
 from tests.copies import copies
 from tests.tiny import tiny_pipeline

@@ -7,7 +7,7 @@ from torch.testing import assert_close
 from sfumato.compose import Adapter, compose, current
 from sfumato.compose.by_method import by_method
 from sfumato.errors import AdapterError
-from sfumato.files.lora_file import LoraModule
+from sfumato.files.changes import LoraModule
 from sfumato.files.write_kohya import write_lora
 from sfumato.merging.factors import Budget
 from sfumato.merging.methods import METHODS

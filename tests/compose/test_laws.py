@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from sfumato.compose import Adapter, compose
 from sfumato.errors import AdapterError
 from sfumato.files import read_header
-from sfumato.files.lora_file import LoraModule
+from sfumato.files.changes import LoraModule
 from sfumato.files.write_kohya import write_lora
 from sfumato.weighting.adapter import weight_at
 from tests.compose.conftest import fresh, layers, weights_sha

@@ -7,7 +7,7 @@ from torch.testing import assert_close
 
 from sfumato.compose import lowrank
 from sfumato.compose.lowrank import Scratch, exact_products, write_sum
-from sfumato.files.lora_file import LoraModule
+from sfumato.files.changes import LoraModule
 from sfumato.precision.products import processor
 
 LEFT = LoraModule(down=tensor([[1.0, 0.0]]), up=tensor([[2.0], [0.0]]), alpha=1.0)  # adds 2 at (0, 0)

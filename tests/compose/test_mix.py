@@ -228,7 +228,7 @@ from types import SimpleNamespace
 before = len(sys.modules)
 from sfumato.compose import Adapter, compose
 print(len(sys.modules) - before)
-from sfumato.files.lora_file import LoraModule
+from sfumato.files.changes import LoraModule
 from sfumato.files.write_kohya import write_lora
 block = torch.nn.Module()
 block.to_q = torch.nn.Linear(4, 4)

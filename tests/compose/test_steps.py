@@ -9,7 +9,7 @@ from sfumato.compose import Adapter, compose
 from sfumato.compose.steps import Ramp, Switch, over_steps
 from sfumato.drawing.pictures import draw
 from sfumato.errors import AdapterError, ConfigError
-from sfumato.files.lora_file import LoraModule
+from sfumato.files.changes import LoraModule
 from sfumato.files.write_kohya import write_lora
 from sfumato.schedulers import StepClock
 from tests.tiny import CPU

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from sfumato.drawing.drawn import learned_otherwise, misread_words, unknown_words, unread_marks, unused_words
+from sfumato.drawing.notes import learned_otherwise, misread_words, unknown_words, unread_marks, unused_words
 
 LONG = 100_000  # letters, of which the square is minutes
 HOSTILE = "otter\x1b[2J\x07"

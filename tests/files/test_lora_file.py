@@ -5,8 +5,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sfumato.errors import AdapterError
+from sfumato.files.changes import LoraModule
 from sfumato.files.inspect import inspect_file
-from sfumato.files.lora_file import LoraModule, read_lora
+from sfumato.files.lora_file import read_lora
 from sfumato.files.write_kohya import write_lora
 from tests.files.said import said
 

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 from sfumato.errors import AdapterError
-from sfumato.files.lora_file import LoraModule, read_lora
+from sfumato.files.changes import LoraModule
+from sfumato.files.lora_file import read_lora
 from sfumato.files.write_kohya import write_lora
 
 MODULES = {"sd1": 282 + 72, "sd2": 282 + 138, "sdxl": 794 + 72 + 192}

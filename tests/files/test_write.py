@@ -17,9 +17,10 @@ from torch.testing import assert_close
 from sfumato.errors import AdapterError, ConfigError, FileError
 from sfumato.files import read_tensors
 from sfumato.files import write_difference as writer
+from sfumato.files.changes import LoraModule
 from sfumato.files.fingerprint import FINGERPRINT_KEY
 from sfumato.files.header import read_header
-from sfumato.files.lora_file import LoraModule, read_lora
+from sfumato.files.lora_file import read_lora
 from sfumato.files.metadata import METADATA_LIMIT, Description, describe, short_hash
 from sfumato.files.save import hashes, ordered, write_streamed, write_tensors
 from sfumato.files.write_difference import write_difference

@@ -13,8 +13,8 @@ from torch.testing import assert_close
 
 from sfumato.errors import AdapterError, FileError
 from sfumato.files.adapter_file import read_adapter
+from sfumato.files.changes import LoraModule
 from sfumato.files.header import read_header
-from sfumato.files.lora_file import LoraModule
 from sfumato.files.write_difference import write_difference
 from sfumato.files.write_peft_keys import write_diffusers, write_peft
 from tests.files.said import said

@@ -13,7 +13,7 @@ from sfumato.compose import Adapter, adapter_guidance, compose
 from sfumato.compose.regions import Region, regions
 from sfumato.drawing.pictures import Start, draw
 from sfumato.errors import AdapterError, ConfigError
-from sfumato.files.lora_file import LoraModule
+from sfumato.files.changes import LoraModule
 from sfumato.files.write_kohya import write_lora
 from sfumato.prompts.encoding import encode, encode_stages
 from sfumato.prompts.prompt_editing import staged_prompts, stages

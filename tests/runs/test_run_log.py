@@ -5,12 +5,11 @@ import json
 import re
 import signal
 import sys
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
 from PIL import Image
 from torch import nn
 
@@ -24,6 +23,7 @@ from sfumato.runs.run import Run
 from sfumato.runs.samples import Samples
 from sfumato.runs.signals import Stop
 from sfumato.training.options import RunOptions
+from sfumato.training.sampling import drawing_of
 from tests.runs.faults import failing
 from tests.runs.said import Processes, problem, start
 
@@ -264,7 +264,7 @@ def samples(tmp_path):
             return [Image.new("RGB", (16, 16), (len(drawn), place, 0)) for place in range(len(prompts))]
 
         run = SimpleNamespace(folder=tmp_path, step=step, is_main=is_main)
-        return Samples(run, None, ["a", "b"], seed, draw=draw)
+        return Samples(run, ["a", "b"], seed, draw)
 
     drawn = make.drawn = []
     return make
@@ -329,7 +329,7 @@ def test_the_sheet_has_a_row_a_step_and_a_column_a_prompt(tmp_path, monkeypatch)
 
     monkeypatch.setattr(sheets, "contact_sheet", sheet)
     run = SimpleNamespace(folder=tmp_path, is_main=True, step=0)
-    drawn = sheets.Samples(run, None, ("a", "b"), 5, draw=lambda prompts, seeds: [Image.new("L", (4, 4))] * 2)
+    drawn = sheets.Samples(run, ("a", "b"), 5, lambda prompts, seeds: [Image.new("L", (4, 4))] * 2)
     drawn.draw(0)
     drawn.draw(60)
     labels = {"row_labels": ["step 0", "step 60"], "column_labels": ["a", "b"]}
@@ -349,93 +349,9 @@ def test_samples_are_drawn_by_the_base_in_evaluation(tmp_path, monkeypatch):
     monkeypatch.setattr(drawing, "draw_each", draw)
     run = SimpleNamespace(folder=tmp_path, is_main=True, step=0)
     base = SimpleNamespace(lazy_weights=SimpleNamespace(restored_after=nullcontext))
-    sheets.Samples(run, base, ["a"], 5, modules=[layer]).draw(0)
+    Samples(run, ["a"], 5, drawing_of(base), modules=[layer]).draw(0)
     assert given == [(base, ["a"], [5], False)]
     assert layer.training
-
-
-def test_samples_of_a_lora_are_drawn_with_its_adapter_guidance(monkeypatch):
-    """3 of guidance and 2 of strength: two thirds of the weight, in the second half of rows; with 0 as it is."""
-    from sfumato.drawing import pictures as drawing
-
-    seen, told = [], {"factor": 1.0, "off": False}
-
-    class Unet(nn.Module):
-        def forward(self, sample):
-            seen.append((sample.tolist(), told["factor"], told["off"]))
-            return (sample,)
-
-    @contextmanager
-    def now(**changes):
-        before = dict(told)
-        told.update(changes)
-        yield
-        told.update(before)
-
-    def draw(base, prompts, seeds, **size):
-        base.unet(torch.tensor([1.0, 2.0]))
-        return [None] * len(prompts)
-
-    monkeypatch.setattr(drawing, "draw_each", draw)
-    base = SimpleNamespace(
-        lazy_weights=SimpleNamespace(restored_after=nullcontext), unet=Unet(), defaults=SimpleNamespace(guidance=3.0)
-    )
-    lora = SimpleNamespace(scaled=lambda factor: now(factor=factor), disabled=lambda: now(off=True))
-    sheets.drawing_of(base, lora, 2.0)(["a"], [5])
-    sheets.drawing_of(base, lora, 0.0)(["a"], [5])
-    sheets.drawing_of(base)(["a"], [5])
-    plain = ([1.0, 2.0], 1.0, False)
-    assert seen == [([1.0], 2 / 3, True), ([2.0], 2 / 3, False), plain, plain]
-    assert told == {"factor": 1.0, "off": False}
-
-
-def test_samples_have_the_negative_prompt_that_the_file_asks_for(monkeypatch):
-    from sfumato.drawing import pictures as drawing
-
-    given = []
-
-    def draw(base, prompts, seeds, *, negative, **size):
-        given.append((prompts, seeds, negative))
-        return [f"{prompt} {seed}" for prompt, seed in zip(prompts, seeds, strict=True)]
-
-    monkeypatch.setattr(drawing, "draw_each", draw)
-    base = SimpleNamespace(lazy_weights=SimpleNamespace(restored_after=nullcontext))
-    prompts = ["<a>, flat", "a dog", "<a> at sea", "<a>"]
-    assert sheets.drawing_of(base, negatives=["<a>"])(prompts, [1, 2, 3, 4]) == [
-        "<a>, flat 1", "a dog 2", "<a> at sea 3", "<a> 4",
-    ]  # fmt: skip
-    assert given == [(["<a>, flat", "<a> at sea"], [1, 3], "<a>"), (["a dog", "<a>"], [2, 4], "")]
-
-
-def test_samples_of_a_lora_are_drawn_with_it_in_the_steps_that_its_file_asks_for(monkeypatch):
-    from sfumato.drawing import pictures as drawing
-
-    seen, told = [], {"off": False}
-
-    class Unet(nn.Module):
-        def forward(self, sample, timestep):
-            seen.append((int(timestep), told["off"]))
-
-    @contextmanager
-    def disabled():
-        told["off"] = True
-        yield
-        told["off"] = False
-
-    def draw(base, prompts, seeds, **size):
-        for timestep in (999, 200, 199):  # progress 0, 0.7998, 0.8008
-            base.unet(torch.zeros(1), torch.tensor(timestep))
-        base.unet(torch.zeros(1), timestep=torch.tensor([199]))
-        return [None] * len(prompts)
-
-    monkeypatch.setattr(drawing, "draw_each", draw)
-    lazy_weights = SimpleNamespace(restored_after=nullcontext)
-    base = SimpleNamespace(lazy_weights=lazy_weights, unet=Unet(), scheduler=DDIMScheduler(num_train_timesteps=1000))
-    sheets.drawing_of(base, SimpleNamespace(disabled=disabled), span=(0.0, 0.8))(["a"], [5])
-    assert seen == [(999, False), (200, False), (199, True), (199, True)]
-    assert told == {"off": False}
-    base.unet(torch.zeros(1), torch.tensor(0))
-    assert seen[-1] == (0, False)
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,8 @@ from sfumato.compose.caller import calling_pipeline, rows_per_picture, unet_lock
 from sfumato.compose.match import Modules, refuse_compiled, say_unknown_words, unwrapped_parts, weighted_matches
 from sfumato.errors import AdapterError
 from sfumato.files.adapter_file import AdapterFile
+from sfumato.files.changes import LoraModule
 from sfumato.files.changes.replacement import lora_command
-from sfumato.files.lora_file import LoraModule
 from sfumato.merging.whole_model import read_mixable
 from sfumato.numerals import pluralize
 from sfumato.precision import tensors

@@ -75,7 +75,7 @@ class Setup:
 
     def notes(self, cells: Sequence[Cell], embeddings: Sequence[tuple[str | None, Path]]) -> list[str]:
         """What of the words has no effect, and what was learned on another base. Raises ConfigError as `_checked`."""
-        from sfumato.drawing.drawn import (
+        from sfumato.drawing.notes import (
             changes_nothing,
             learned_otherwise,
             misread_words,
@@ -103,7 +103,7 @@ class Setup:
 
         Raises ConfigError for a prompt that words make too long, loaded ones or those that its adapters bring.
         """
-        from sfumato.drawing.drawn import learned_otherwise
+        from sfumato.drawing.notes import learned_otherwise
 
         together: dict[tuple[str, ...], list[Cell]] = {}
         for cell in cells:

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sfumato.files.adapter_file import AdapterFile, read_adapter
-    from sfumato.files.changes import Change
+    from sfumato.files.changes import Change, LoraModule
     from sfumato.files.embedding_file import EmbeddingFile, read_embedding
     from sfumato.files.header import Header, read_header
     from sfumato.files.inspect import Inspection, inspect_file
-    from sfumato.files.lora_file import LoraFile, LoraModule, read_lora
+    from sfumato.files.lora_file import LoraFile, read_lora
     from sfumato.files.metadata import Description, describe, short_hash
     from sfumato.files.read import read_tensors
     from sfumato.files.save import write_tensors
@@ -28,7 +28,7 @@ _HOME = {
     "Header": "header",
     "Inspection": "inspect",
     "LoraFile": "lora_file",
-    "LoraModule": "lora_file",
+    "LoraModule": "changes",
     "describe": "metadata",
     "inspect_file": "inspect",
     "read_adapter": "adapter_file",

@@ -15,8 +15,6 @@ from sfumato.files.embedding_file import Vectors
 from sfumato.files.kohya import Target
 from sfumato.numerals import pluralize
 
-__all__ = ["LoraFile", "LoraModule", "read_lora"]
-
 
 @dataclass(frozen=True)
 class LoraFile:

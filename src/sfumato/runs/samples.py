@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from PIL import Image
 from torch import nn
@@ -13,14 +13,11 @@ from torch import nn
 from sfumato.data.captions import fill_template
 from sfumato.drawing.sheet import contact_sheet, read_drawn
 from sfumato.files.atomic import atomic_path
-from sfumato.schedulers import timestep_of
 from sfumato.words.placeholders import holds
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from sfumato.adapters import Lora
-    from sfumato.bases import Base
     from sfumato.runs.run import Run
 
 UNRELATED = ("a ball", "a dog", "a house", "a car", "a tree", "a chair", "a bird", "a cup")
@@ -43,21 +40,20 @@ class Samples:
         RUN/samples.png             all of them on one sheet
 
     modules: what is set to evaluation while drawing. within: a context to draw in, such as a running mean's `applied`.
-    draw: draws pictures for prompts and seeds, the base's own drawing by default. Only the main process draws.
+    draw: draws pictures for prompts and seeds. Only the main process does.
     """
 
     def __init__(
         self,
         run: Run,
-        base: Base,
         prompts: Sequence[str],
         seed: int,
+        draw: Draw,
         modules: Sequence[nn.Module] = (),
         within: Callable[[], AbstractContextManager[object]] = nullcontext,
-        draw: Draw | None = None,
     ):
         self._run, self._modules, self._within, self._seed = run, list(modules), within, seed
-        self._draw = draw or drawing_of(base)
+        self._draw = draw
         self._folder = run.folder / "samples"
         self.prompts = list(prompts)
 
@@ -97,57 +93,6 @@ class Samples:
 
     def _paths(self, step: int) -> list[Path]:
         return [self._folder / f"{step:06d}" / f"{number}.png" for number in range(len(self.prompts))]
-
-
-def drawing_of(
-    base: Base,
-    lora: Lora | None = None,
-    strength: float = 0.0,
-    span: tuple[float, float] | None = None,
-    *,
-    negatives: Sequence[str] = (),
-    resolution: int | None = None,
-) -> Draw:
-    """The base's own drawing. lora: what is attached to its U-Net, drawn with as it will be: with this adapter
-    guidance, and in the span (start, end) of progress; None: in all steps. negatives: each is the negative prompt of
-    prompts that hold it and more. resolution: that of the training, whose squares are drawn; None: the base's own."""
-    from sfumato.compose.guided import unconditional_half
-    from sfumato.data.preparing import square_side
-    from sfumato.drawing.pictures import draw_against
-
-    side = None if resolution is None else square_side(base, resolution)
-
-    def drawing(prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
-        with base.lazy_weights.restored_after(), ExitStack() as stack:
-            if lora is not None and span is not None:
-                stack.enter_context(_only_within(span, base, lora.disabled))
-            if lora is not None and strength and (guidance := base.defaults.guidance) > 1:
-                stack.enter_context(lora.scaled(strength / guidance))
-                stack.enter_context(unconditional_half(base.unet, lora.disabled))
-            # As they are, with their tags: perhaps captions, which were learned as text.
-            return draw_against(base, prompts, seeds, negatives, width=side, height=side)
-
-    return drawing
-
-
-@contextmanager
-def _only_within(
-    span: tuple[float, float], base: Base, otherwise: Callable[[], AbstractContextManager[object]]
-) -> Iterator[None]:
-    """Within the block each call of the U-Net at a progress outside of the span is made in `otherwise`."""
-    from sfumato.compose.steps import Ramp, progress_of
-
-    counts, others = Ramp.within(*span, 1.0), ExitStack()
-
-    def begin(module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-        if not counts(progress_of(timestep_of(args, options), base.scheduler)):
-            others.enter_context(otherwise())
-
-    with (
-        base.unet.register_forward_pre_hook(begin, with_kwargs=True),
-        base.unet.register_forward_hook(lambda *_: others.close(), always_call=True),
-    ):
-        yield
 
 
 @contextmanager

@@ -1,0 +1,143 @@
+"""Lines on what of a drawing has no effect, or not the one that was meant: words, marks, adapters, guidance."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sfumato.files.inspect import plain
+from sfumato.files.metadata import words_beside
+from sfumato.prompts.syntax import escaped, unescaped
+from sfumato.words.placeholders import holds
+
+if TYPE_CHECKING:
+    from sfumato.bases import Base
+    from sfumato.compose import Mix
+    from sfumato.prompts.syntax import Syntax
+
+
+def learned_otherwise(told: Mapping[str, Mapping[str, str]], base: Base) -> list[str]:
+    """A line on each adapter that was learned on another release of the base or one which predicts otherwise, or with
+    another --clip-skip, or beside a word that is not loaded. told: the files' metadata, by label."""
+    lines = []
+    loaded = {token.lower() for words in getattr(base.tokenizers[0], "_sfumato_words", ()) for token in words.tokens}
+    for label, metadata in told.items():
+        if base.is_another_release(metadata):
+            lines.append(
+                f"{label}: learned on another release of {base.name}; on this one it draws something else. Train it "
+                "anew."
+            )
+        kind = {"v": "v_prediction"}.get(found := metadata.get("modelspec.prediction_type", ""), found)
+        if kind in ("epsilon", "v_prediction") and kind != base.prediction_type:
+            lines.append(
+                f"{label}: learned where the base predicts {kind}, and this one predicts {base.prediction_type}; "
+                f"--prediction-type {kind} draws as it was learned."
+            )
+        config = _config_in(metadata)
+        skipped = config.get("clip_skip") or 0
+        is_trainers = config.keys() & {"clip_skip", "steps"}  # not that of a merge, which knows nothing of it
+        if is_trainers and skipped != (base.clip_skip or 0):
+            told_skip = plain(str(skipped))
+            lines.append(f"{label}: learned with --clip-skip {told_skip}, and drawn with {base.clip_skip or 0}.")
+        for word, file in words_beside(metadata).items():
+            if word.lower() not in loaded:
+                named = f"its file, {plain(file)}," if file else "its file"
+                lines.append(f"{label}: its word {plain(word)} is not loaded; name {named} with --embedding.")
+    return lines
+
+
+def unguided(pictures: Iterable[tuple[float, str, bool]]) -> list[str]:
+    """A line on what counts for nothing in a picture without guidance. pictures: of each the guidance, the negative
+    prompt and whether an adapter guidance is asked for."""
+    alone = [each for each in pictures if each[0] <= 1]
+    asked = ["the negative prompt"] * any(negative for _, negative, _ in alone)
+    asked += ["--adapter-guidance"] * any(is_asked for _, _, is_asked in alone)
+    if not asked:
+        return []
+    counts = "counts" if len(asked) == 1 else "count"
+    return [f"guidance {alone[0][0]:g}: {' and '.join(asked)} {counts} for nothing; it takes one above 1."]
+
+
+def unused_words(files: Sequence[tuple[Path, Iterable[str]]], prompts: Sequence[str], syntax: Syntax) -> list[str]:
+    """A line on each word that no prompt holds. files: with the words of each; prompts: negative ones, too."""
+    said = [unescaped(text, syntax) for text in prompts]
+    return [
+        f"{file.name}: its word {plain(token)} is in no prompt."
+        for file, tokens in files
+        for token in tokens
+        if not any(holds(token, text) for text in said)
+    ]
+
+
+def misread_words(known: Iterable[str], prompts: Sequence[str], syntax: Syntax) -> list[str]:
+    """A line on each of the new words in use of which A1111's syntax takes the brackets in a prompt for its own."""
+    return [
+        f"{plain(token)}: --prompt-syntax a1111 takes its brackets for emphasis; write {plain(escaped(token))} for the "
+        "word."
+        for token in known
+        if syntax == "a1111" and escaped(token) != token and any(holds(token, text) for text in prompts)
+    ]
+
+
+# Numbers and {red|blue} fit in one way alone: fitting in several, a long prompt would take minutes.
+_NUMBER = r":\s*(?:\d+(?:\.\d+)?|\.\d+)\s*"
+_MARKS = re.compile(rf"\([^()]*[^()\d]{_NUMBER}\)|\[[^\[\]]*{_NUMBER}\]|\(\([^()]*\)\)|\\[()\[\]]|\bBREAK\b", re.DOTALL)
+"""What A1111 and ComfyUI do not take for words: weights, times, brackets by which they are marked, BREAK."""
+_WILDCARDS = re.compile(r"\{[^{}|]*\|[^{}]*\}|__[\w/*-]+?__")
+"""Of A1111's dynamic prompts, InvokeAI's and ComfyUI's: {red|blue}, __animals__."""
+
+
+def unread_marks(prompts: Sequence[str], syntax: Syntax) -> list[str]:
+    """A line on the first of what other programs would not draw as words, where prompts are plain; one on ComfyUI's
+    `embedding:NAME` in any syntax."""
+    lines = []
+    marks = [found[0] for text in prompts if (found := _MARKS.search(text))] if syntax == "plain" else []
+    if marks:
+        lines.append(f"{marks[0]} is drawn as letters: prompts are plain unless --prompt-syntax a1111 is given.")
+    if wild := [found[0] for text in prompts if (found := _WILDCARDS.search(text))]:
+        lines.append(
+            f"{wild[0]} is drawn as letters: there are no wildcards. Give each prompt by itself, or draw them with "
+            "sfumato grid --x 'prompt=red crab|blue crab'."
+        )
+    if named := [found[0] for text in prompts if (found := re.search(r"\bembedding:[\w.-]+", text))]:
+        lines.append(
+            f"{named[0]} is drawn as letters: write the new word itself, such as <otter>, and name its file with "
+            "--embedding."
+        )
+    return lines
+
+
+def changes_nothing(mix: Mix) -> list[str]:
+    """A line on each adapter that draws as the base does, whatever its weight."""
+    return [
+        f"{label}: all of its changes are zero, so it draws as the base does; it was not trained, or saved in a format "
+        "that is too coarse for it."
+        for label in mix.without_effect
+    ]
+
+
+def unknown_words(prompts: Sequence[str], known: Iterable[str], base: Base) -> list[str]:
+    """A line on each "<word>" of the prompts, as textual inversions are spelt, that no file brings.
+
+    known: the new words in use. Those of the base's own vocabulary are no new ones.
+    """
+    found = dict.fromkeys(word for text in prompts for word in re.findall(r"<[^\s<>:|]+>", text))
+    spelt = [word for word in found if re.search(r"\w", word)]
+    own = base.tokenizers[0].get_vocab() if spelt else {}  # a large table, for which the tokenizer takes its time
+    return [
+        f"{plain(word)}: no file brings this word, so its letters are read one by one; name its file with --embedding."
+        for word in spelt
+        if word not in own and not any(holds(token, word) for token in known)
+    ]
+
+
+def _config_in(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The program's config in our own file's metadata; nothing in a file that has none."""
+    try:
+        found = json.loads(metadata.get("sfumato.config", "{}"))
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
