@@ -13,6 +13,7 @@ from cyclopts import Parameter
 
 from sfumato.cli import run
 from sfumato.command_line.axes import CHECKS
+from sfumato.command_line.base_options import BaseOptions
 from sfumato.command_line.pictures import SUFFIXES, check_start, checked_flags, parse_size, picture_files, prompts_in
 from sfumato.command_line.plan import Plan
 from sfumato.command_line.specs import (
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(BaseOptions):
     """Draw pictures with any base and any mix of adapters; the settings are inside each PNG.
 
     Example: sfumato generate "a crab" --lora line.safetensors:0.8 --lora otter.safetensors:0.6 --seed 7 -o crab.png
@@ -76,8 +77,6 @@ class Config:
     LABEL+LABEL=left puts two adapters in one place. Repeat for several places."""
     lora_folder: Path = Path(".")
     """Where the adapters of `<lora:...>` tags are, at any depth."""
-    base: str = "pocket"
-    """`pocket`, a hub id, a diffusers folder or a .safetensors checkpoint."""
     seed: tuple[int, ...] = (0,)
     """Where the noise comes from; every prompt is drawn with every seed. Repeat it for several."""
     count: int = 1
@@ -124,20 +123,6 @@ class Config:
     """Refuse adapters whose changes do not match the fingerprint in their file, or that have none."""
     partial: bool = False
     """Apply the part of an adapter that fits, where the rest does not."""
-    precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
-    """Number format to compute in."""
-    device: str = "auto"
-    """`auto`, `cuda`, `cuda:1`, `mps` or `cpu`."""
-    attention: Literal["sdpa", "xformers"] = "sdpa"
-    """Which attention computes; xformers is an extra."""
-    clip_skip: int | None = None
-    """Layers of the text encoder to leave out, from its end. A1111 counts one more, and of SDXL two."""
-    vae: str | None = None
-    """A folder, hub id or file whose VAE replaces the base's."""
-    prediction_type: Literal["epsilon", "v_prediction"] | None = None
-    """What the base predicts, where its file does not say."""
-    zero_terminal_snr: bool = False
-    """The base ends in pure noise (zero terminal SNR), where its files do not say."""
 
 
 def plan(config: Config) -> Plan:
@@ -269,23 +254,14 @@ def generate(config: Config) -> tuple[Path, ...]:
     """Draw what the config asks for; returns the files, each whole and with its settings inside."""
     wanted = plan(config)
 
-    from sfumato.bases import load_base
     from sfumato.drawing.drawn import sampler_label, save_drawn
     from sfumato.drawing.notes import unguided
     from sfumato.drawing.pictures import check_steps, check_strength
     from sfumato.drawing.pnginfo import check_size
     from sfumato.drawing.session import DrawingSession
-    from sfumato.precision import decide
 
     start = _start(config)
-    base = load_base(
-        config.base,
-        precision=decide(config.precision, device=config.device, attention=config.attention),
-        clip_skip=config.clip_skip,
-        vae=config.vae,
-        prediction_type=config.prediction_type,
-        zero_terminal_snr=config.zero_terminal_snr,
-    )
+    base = config.load_base()
     settings = _settings(config, wanted, start, base)
     in_full = [{**settings, **picture.overrides} for picture in wanted.pictures]
     for to in (settings, *in_full):  # all, before the first is drawn

@@ -13,6 +13,8 @@ from cyclopts import Parameter
 
 from sfumato.cli import run
 from sfumato.command_line.axes import CHECKS, PLAIN, Axis, coarse_to_fine, parse_axis
+from sfumato.command_line.base_options import BaseOptions
+from sfumato.command_line.pictures import parse_size
 from sfumato.command_line.specs import checked_folder, parse_adapters, parse_embedding, public_embedding, without_tags
 from sfumato.command_line.terminal import say
 from sfumato.config import parse, to_dict
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(BaseOptions):
     """Draw pictures over two settings as one labelled sheet.
 
     Example: sfumato grid --lora line.safetensors --x line=0,0.5,1 --y "prompt=a crab|an owl" -o grid
@@ -62,8 +64,6 @@ class Config:
     outside them separates prompts: prompt=a [red|blue] crab|an owl is two prompts."""
     seed: int = 0
     """Where the noise comes from, where no axis says it."""
-    base: str = "pocket"
-    """`pocket`, a hub id, a diffusers folder or a .safetensors checkpoint."""
     output: Annotated[Path, Parameter(alias="-o")] = Path("grid")
     """A folder: grid.png, grid.json, and cells/, all pictures with their settings. Cells that are already there are
     kept."""
@@ -79,18 +79,8 @@ class Config:
     """The sampler's name; the family's default if unset."""
     partial: bool = False
     """Apply the part of an adapter that fits, where the rest does not."""
-    clip_skip: int | None = None
-    """Layers of the text encoder to leave out, from its end. A1111 counts one more, and of SDXL two."""
-    vae: str | None = None
-    """A folder, hub id or file whose VAE replaces the base's."""
-    prediction_type: Literal["epsilon", "v_prediction"] | None = None
-    """What the base predicts, where its file does not say."""
-    zero_terminal_snr: bool = False
-    """The base ends in pure noise (zero terminal SNR), where its files do not say."""
-    precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
-    """Number format to compute in."""
-    device: str = "auto"
-    """`auto`, `cuda`, `cuda:1`, `mps` or `cpu`."""
+    size: str | None = None
+    """Pixels, WIDTHxHEIGHT or one number for a square; if unset, the size that the base was trained on."""
 
 
 def plan(config: Config) -> tuple[Axis, Axis, list[Adapter], list[list[Cell]]]:
@@ -132,6 +122,8 @@ def _cell(
     settings = {name: getattr(config, name) for name in PLAIN}
     if config.prompt_syntax != "plain":  # so that cells that were drawn without the option are known again
         settings["prompt_syntax"] = config.prompt_syntax
+    if config.size is not None:
+        settings["size"] = list(parse_size(config.size))
     own = dict(weights)
     for side, (axis, value) in at.items():
         if axis.kind == "weight":
@@ -205,19 +197,10 @@ def draw_grid(config: Config) -> Path:
     x, y, adapters, rows = plan(config)
     embeddings = [parse_embedding(spec) for spec in config.embedding]
 
-    from sfumato.bases import load_base
     from sfumato.drawing.notes import unguided
     from sfumato.drawing.sheet import read_drawn
-    from sfumato.precision import decide
 
-    base = load_base(
-        config.base,
-        precision=decide(config.precision, device=config.device),
-        clip_skip=config.clip_skip,
-        vae=config.vae,
-        prediction_type=config.prediction_type,
-        zero_terminal_snr=config.zero_terminal_snr,
-    )
+    base = config.load_base()
     check_drawable(base, rows)
     in_full = [filled(base, cell) for cells in rows for cell in cells]
     say(*unguided((to["guidance"], to["negative"] or "", bool(to["adapter_guidance"])) for to in in_full))
@@ -252,7 +235,7 @@ def _save(config: Config, setup: Setup, picture: Image, path: Path, cell: Cell, 
 
     base = setup.base
     settings = {
-        **filled(base, cell),
+        **{name: value for name, value in filled(base, cell).items() if name != "size"},
         "prompt_syntax": config.prompt_syntax,
         "embeddings": [public_embedding(spec) for spec in config.embedding],
         **how,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -126,6 +127,35 @@ def test_help_is_the_text_under_the_field(capsys):
     assert stop.value.code == 0
     assert "Inner dimension." in shown
     assert "Train something." in shown
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """How it is drawn."""
+
+    steps: int = 25
+    """Of the sampler."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inheriting(Drawing, Config):
+    """Do both."""
+
+    deep: bool = False
+    """Whether deep."""
+
+
+def test_help_has_each_group_of_options_under_its_own_heading(capsys):
+    with pytest.raises(SystemExit):
+        parse(Inheriting, ["--help"], program="train test")
+    panels = [panel.partition(" ─")[::2] for panel in capsys.readouterr().out.split("╭─ ")[2:]]
+    options = [(title, re.findall(r"--(?!no-)[a-z]+", text)) for title, text in panels]
+    assert options == [
+        ("Needed", ["--images"]),
+        ("Of test", ["--deep"]),
+        ("How it is drawn", ["--steps"]),
+        ("Train something", ["--rank", "--mode", "--prompts"]),
+    ]
 
 
 def test_a_public_config_tells_no_path():

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from sfumato.pipelines.grid import Config, plan
 
 from sfumato import cli
 from sfumato.bases import hub
@@ -24,7 +25,6 @@ from sfumato.files.header import read_header
 from sfumato.files.lora_file import read_lora
 from sfumato.files.write_kohya import write_lora
 from sfumato.files.write_peft_keys import write_peft
-from sfumato.pipelines.grid import Config, plan
 
 
 def test_corners_come_first_and_every_cell_once():
@@ -153,6 +153,15 @@ def test_a_grid_has_each_cell_with_its_settings_and_goes_on_where_it_stopped(gri
     asked = parse(Config, sheet.words[2:], program="grid")
     assert (asked.x, asked.y, asked.lora) == (*axes.values(), ("line.safetensors",))
     assert (asked.seed, asked.steps, asked.base) == (3, 2, pocket_folder.name)
+
+
+def test_cells_have_the_size_that_is_asked_for_and_lie_beside_those_of_another(grid, tmp_path):
+    words = ["--x", "seed=1,2", "--y", "prompt=red"]
+    assert grid(*words) == grid(*words, "--size", "48x32") == 0
+    sizes = [Image.open(file).size for file in (tmp_path / "out/cells").iterdir()]
+    assert (len(sizes), sizes.count((48, 32))) == (4, 2)
+    own = redraw(tmp_path / "out/grid.png")
+    assert parse(Config, own.words[2:], program="grid").size == "48x32"
 
 
 def test_a_cell_whose_file_is_broken_is_drawn_again(grid, tmp_path):
@@ -393,6 +402,7 @@ A1111 = ["--prompt-syntax", "a1111"]
         (["--x", "seed=1", "--y", "seed=2", "--prompt", "a"], "both vary seed"),
         (["--x", "seed=1", "--y", "steps=2"], "no prompt"),
         (["--x", "adapter=nowhere.safetensors", "--y", "seed=1", "--prompt", "a"], "nowhere.safetensors"),
+        (["--x", "seed=1", "--y", "steps=2", "--prompt", "a", "--size", "50"], "multiples of 8; the nearest is 48x48"),
         ([*A1111, "--x", "seed=1", "--y", "prompt=a|[b|c"], "'[b|c' does not close a bracket '['"),
         ([*A1111, "--x", "seed=1", "--y", "prompt=[a:b|c:0.5]"], "':' and '|' do not go together in one bracket"),
         ([*A1111, "--x", "seed=1", "--y", "prompt=a <lora:line:1>"], "<lora:line:...> is not read here"),

@@ -69,7 +69,24 @@ def _app(
     """What reads options into the config. in_file: the values that a TOML file gives."""
     import cyclopts
 
-    app = cyclopts.App(
+    panels = _panels(config_type, called.split()[-1])
+    positional = [field.name for field in dataclasses.fields(config_type) if not field.kw_only]
+
+    class App(cyclopts.App):
+        """With `--help` in panels."""
+
+        def assemble_argument_collection(self, **options: Any) -> cyclopts.ArgumentCollection:
+            arguments = super().assemble_argument_collection(**options)
+            for argument in arguments:
+                name = argument.name.removeprefix("--").replace("-", "_")
+                if name in positional:  # cyclopts takes those for such alone that come before all inherited options
+                    argument.index = positional.index(name)
+                if title := panels.get(name):
+                    group = cyclopts.Group(title, sort_key=list(dict.fromkeys(panels.values())).index(title))
+                    argument.parameter = cyclopts.Parameter.combine(argument.parameter, cyclopts.Parameter(group=group))
+            return arguments
+
+    app = App(
         name=called,
         help=config_type.__doc__,
         help_format="markdown",
@@ -89,6 +106,21 @@ def _app(
         entry.__defaults__ = (config_type(),)  # cyclopts asks for it where no field is required
     app.default(entry)
     return app
+
+
+def _panels(config_type: type[DataclassInstance], program: str) -> dict[str, str]:
+    """Field -> the heading under which `--help` has it, in order: what must be given, what is the program's own, and
+    the groups of options that it inherits, each under its docstring. Empty where nothing is inherited."""
+    groups = [group for group in config_type.__mro__[:-1] if dataclasses.is_dataclass(group)]
+    fields = {field.name: field for field in dataclasses.fields(config_type)}
+    own = {group: [name for name in vars(group).get("__annotations__", {}) if name in fields] for group in groups}
+    if sum(map(bool, own.values())) < 2:
+        return {}
+    panels = {name: "Needed" for name, field in fields.items() if not _has_default(field)}
+    for group, names in own.items():
+        title = f"Of {program}" if group is config_type else (group.__doc__ or group.__name__).partition("\n")[0]
+        panels |= {name: title.rstrip(".") for name in names if name not in panels}
+    return panels
 
 
 _WANTED: Mapping[type | None, str] = {int: "a whole number", float: "a number", bool: "true or false"}

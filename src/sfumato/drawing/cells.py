@@ -147,6 +147,7 @@ class Setup:
         for group in together.values():
             cells = [rows[row][column] for column, row in group]
             to = filled(self.base, cells[0])
+            width, height = to.get("size", (None, None))
             with (
                 self._applied(cells[0]) as applied,
                 self._words(cells[0], quiet=True),
@@ -157,6 +158,8 @@ class Setup:
                     self.base,
                     [cell.settings["prompt"] for cell in cells],
                     [cell.settings["seed"] for cell in cells],
+                    width=width,
+                    height=height,
                     syntax=to.get("prompt_syntax", "plain"),
                     **{name: to[name] for name in ("negative", "steps", "guidance", "sampler")},
                 )

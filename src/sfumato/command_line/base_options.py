@@ -1,0 +1,45 @@
+"""The base that draws, as a command line names it. Imports no torch by itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from sfumato.bases import Base
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseOptions:
+    """The base that draws, and how it is computed."""
+
+    base: str = "pocket"
+    """`pocket`, a hub id, a diffusers folder or a .safetensors checkpoint."""
+    precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
+    """Number format to compute in."""
+    device: str = "auto"
+    """`auto`, `cuda`, `cuda:1`, `mps` or `cpu`."""
+    attention: Literal["sdpa", "xformers"] = "sdpa"
+    """Which attention computes; xformers is an extra."""
+    clip_skip: int | None = None
+    """Layers of the text encoder to leave out, from its end. A1111 counts one more, and of SDXL two."""
+    vae: str | None = None
+    """A folder, hub id or file whose VAE replaces the base's."""
+    prediction_type: Literal["epsilon", "v_prediction"] | None = None
+    """What the base predicts, where its file does not say."""
+    zero_terminal_snr: bool = False
+    """The base ends in pure noise (zero terminal SNR), where its files do not say."""
+
+    def load_base(self) -> Base:
+        """The base, ready to draw."""
+        from sfumato.bases import load_base
+        from sfumato.precision import decide
+
+        return load_base(
+            self.base,
+            precision=decide(self.precision, device=self.device, attention=self.attention),
+            clip_skip=self.clip_skip,
+            vae=self.vae,
+            prediction_type=self.prediction_type,
+            zero_terminal_snr=self.zero_terminal_snr,
+        )
