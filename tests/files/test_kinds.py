@@ -2,7 +2,9 @@
 
 import pytest
 
-from sfumato.files.kinds import base_kind, is_whole, kind_of, rank_of, weight_shape
+from sfumato.files.changes import KINDS
+from sfumato.files.kinds import KIND_KEYS, base_kind, is_whole, kind_of, rank_of, weight_shape
+from sfumato.files.update_norms import _SQUARES
 
 
 @pytest.mark.parametrize(
@@ -59,3 +61,7 @@ def test_four_dimensions_make_oft_boft():
 def test_what_the_shapes_tell(shapes, weight, rank):
     assert weight_shape(shapes) == weight
     assert rank_of(shapes) == rank
+
+
+def test_each_kind_that_is_read_is_applied_and_measured():
+    assert set(KIND_KEYS) == set(KINDS) == set(_SQUARES)

@@ -1,10 +1,12 @@
 """Merging methods on matrices small enough to write the answer out, and beside peft where peft is right."""
 
 from functools import partial
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
 from peft.utils import merge_utils as peft
+from sfumato.pipelines.merge import Config
 from torch import tensor
 from torch.testing import assert_close
 
@@ -13,7 +15,7 @@ from sfumato.errors import ConfigError
 from sfumato.merging.arithmetic import linear, linear_factors
 from sfumato.merging.factors import Factors
 from sfumato.merging.joint import core_space, knots
-from sfumato.merging.methods import DENSE, LOW_RANK, Settings
+from sfumato.merging.methods import DENSE, INSIDE, LOW_RANK, METHODS, Settings
 from sfumato.merging.projection import np_lora
 from sfumato.merging.sign import dare_ties, ties
 from sfumato.merging.sparse import dare, drop_and_rescale, keep_largest, magnitude
@@ -184,3 +186,9 @@ def test_one_adapter_at_density_1_is_itself_in_every_method(name):
     else:
         merged = LOW_RANK[name](settings, draws())([term], [0.8]).delta()
     assert_close(merged, 0.8 * term.delta())
+
+
+def test_the_command_has_every_method():
+    hints = get_type_hints(Config)
+    assert set(get_args(hints["method"])) == set(METHODS)
+    assert set(get_args(hints["inside"])) == set(INSIDE)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from transformers import CLIPTokenizer
 
+from sfumato.bases.config_file import read_config
 from sfumato.bases.family import Encoder
 from sfumato.bases.weights import LazyModel, StoredWeight, text_skeleton, unet_skeleton, vae_skeleton
 from sfumato.errors import BaseModelError
@@ -22,20 +22,6 @@ VARIANTS = (".fp16", ".bf16")
 PICKLED = (".bin", ".ckpt", ".pt", ".pth")
 OLD_VAE_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 """What diffusers before 0.18 called the projections of the VAE's attention; SD 1.5's published VAE still does."""
-
-
-def read_config(folder: Path, part: str) -> dict[str, Any]:
-    """A JSON file of the folder. Raises BaseModelError if it is missing or no JSON object."""
-    where = f"{folder.name}/{part}"
-    try:
-        config = json.loads((folder / part).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BaseModelError(f"{where}: missing. The folder is incomplete; download it again.") from None
-    except (OSError, ValueError, RecursionError):
-        raise BaseModelError(f"{where}: not readable as JSON. Download it again.") from None
-    if not isinstance(config, dict):
-        raise BaseModelError(f"{where}: no JSON object. Download it again.")
-    return config
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -90,7 +90,8 @@ def _checkpoint(header: Header) -> ModelInspection:
 
 
 def _folder(path: Path) -> ModelInspection:
-    from sfumato.bases.folder import read_config, weight_files
+    from sfumato.bases.config_file import read_config
+    from sfumato.bases.folder import weight_files
 
     unet = read_config(path, "unet/config.json")
     channels = unet.get("in_channels")

@@ -16,6 +16,7 @@ from diffusers import DDPMScheduler
 from sfumato.bases import folder as folders
 from sfumato.bases import single_file
 from sfumato.bases.base import Base
+from sfumato.bases.config_file import read_config
 from sfumato.bases.family import FAMILIES, Family, family_of_config
 from sfumato.bases.hub import HUB_ID, hub_folder, hub_vae
 from sfumato.bases.lazy_weights import LazyWeights
@@ -251,16 +252,16 @@ def _from_folder(
         if (folder.resolve().parent / "model_index.json").is_file():
             hint = f"It is a part of one: name the folder above it, {folder.resolve().parent.name}."
         raise BaseModelError(f"{folder.name}: no model_index.json, so it is no diffusers folder. {hint}")
-    index = folders.read_config(folder, "model_index.json")
+    index = read_config(folder, "model_index.json")
     kind = index.get("_class_name")
     if _class_of(index, "unet") != "UNet2DConditionModel":
         raise BaseModelError(f"{folder.name}: a {kind} has no U-Net of Stable Diffusion. Name SD 1.x, SD 2.x or SDXL.")
-    config = folders.read_config(folder, "unet/config.json")
+    config = read_config(folder, "unet/config.json")
     family = FAMILIES[forced] if forced else family_of_config(config)
     lacking = [encoder.folder for encoder in family.encoders if not _class_of(index, encoder.folder)]
     if lacking:
         raise BaseModelError(f"{folder.name}: a {kind} without {lacking[0]}. Name a whole {family.title}.")
-    scheduler = folders.read_config(folder, "scheduler/scheduler_config.json")
+    scheduler = read_config(folder, "scheduler/scheduler_config.json")
     scheduler["prediction_type"] = prediction_type or scheduler.get("prediction_type", "epsilon")
     unet = folders.load_unet(folder, precision.dtype("unet"))
     dtype = precision.dtype("vae")
@@ -268,7 +269,7 @@ def _from_folder(
         own = folders.load_vae(folder / "vae", dtype)
     else:
         has_one = (folder / "vae/config.json").is_file()
-        own = _load_vae(vae, family, dtype, folders.read_config(folder, "vae/config.json") if has_one else None)
+        own = _load_vae(vae, family, dtype, read_config(folder, "vae/config.json") if has_one else None)
     text_encoders, tokenizers = [], []
     for encoder in family.encoders:
         shell = folders.load_text_encoder(folder, encoder, precision.dtype("text"))

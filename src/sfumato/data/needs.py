@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import sfumato
+from sfumato.bases.config_file import read_config
 from sfumato.bases.family import FAMILIES, family_of_config
 from sfumato.bases.recognise import SD2_EPSILON_SIZE, family_of_names, predicted
 from sfumato.data.buckets import side_step
@@ -74,10 +74,10 @@ def needs_of(base: str, prediction_type: str | None = None) -> Needs:
         family = family_of_names(header.tensors, path.name, needs_vae=False).name
         prediction_type = predicted(header, family, prediction_type)
     folder = path if base != "pocket" and path.is_dir() else _folder(family)
-    unet, vae = _config(folder, "unet"), _config(folder, "vae")
+    unet, vae = read_config(folder, "unet/config.json"), read_config(folder, "vae/config.json")
     if folder == _folder("sd2") and prediction_type == "epsilon":
         unet |= {"sample_size": SD2_EPSILON_SIZE}
-    text = _config(folder, "text_encoder")
+    text = read_config(folder, "text_encoder/config.json")
     factor = 2 ** (_levels(vae, folder, "vae") - 1)
     size = unet.get("sample_size")
     return Needs(
@@ -118,13 +118,3 @@ def _cached(hub_id: str) -> Path | None:
     except HFValidationError:
         return None
     return Path(found).parents[1] if isinstance(found, str) else None
-
-
-def _config(folder: Path, part: str) -> dict[str, Any]:
-    try:
-        config = json.loads((folder / part / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise BaseModelError(f"{folder.name}/{part}/config.json: missing or broken. Name a whole base.") from None
-    if not isinstance(config, dict):
-        raise BaseModelError(f"{folder.name}/{part}/config.json: no JSON object. Download it again.")
-    return config

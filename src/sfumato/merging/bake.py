@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from sfumato import randomness
-from sfumato.bases.folder import read_config, weight_files
+from sfumato.bases.config_file import read_config
+from sfumato.bases.folder import weight_files
 from sfumato.bases.hub import PARTS
 from sfumato.errors import AdapterError, FileError
 from sfumato.files.atomic import atomic_folder, write_text

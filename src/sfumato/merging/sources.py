@@ -62,13 +62,14 @@ def adapter_hash(path: Path) -> str:
     return joint_hash(_data_sha256(file, stamp(file.stat())) for file in files)
 
 
+# A file that was written anew has another stamp, and is hashed again.
 @cache
-def _short_hash(path: Path, stamp: Stamp) -> str:
+def _short_hash(path: Path, _stamp: Stamp) -> str:
     return short_hash(path)
 
 
 @cache
-def _data_sha256(path: Path, stamp: Stamp) -> str:
+def _data_sha256(path: Path, _stamp: Stamp) -> str:
     return data_sha256(read_header(path))
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sfumato.bases import folder as folders
 from sfumato.bases import single_file
+from sfumato.bases.config_file import read_config
 from sfumato.bases.family import FAMILIES, Family, family_of_config
 from sfumato.bases.loading import find
 from sfumato.bases.recognise import family_of_names, stated_prediction
@@ -119,13 +120,13 @@ def _in_file(path: Path, name: str) -> StoredBase:
 def _in_folder(path: Path, name: str) -> StoredBase:
     if not (path / "model_index.json").is_file():
         raise BaseModelError(f"{path.name}: no model_index.json, so it is no diffusers folder. Name its whole folder.")
-    family = FAMILIES["pocket"] if name == "pocket" else family_of_config(folders.read_config(path, "unet/config.json"))
+    family = FAMILIES["pocket"] if name == "pocket" else family_of_config(read_config(path, "unet/config.json"))
     shells = {"unet": folders.load_unet(path, torch.float32)}
     for encoder in family.encoders:
         shells[encoder.folder] = folders.load_text_encoder(path, encoder, torch.float32)
     said = ""
     if (path / "scheduler/scheduler_config.json").is_file():
-        config = folders.read_config(path, "scheduler/scheduler_config.json")
+        config = read_config(path, "scheduler/scheduler_config.json")
         kind = config.get("prediction_type", "epsilon")  # diffusers' own default
         said = kind if kind in ("epsilon", "v_prediction") else ""
     return StoredBase(path, name, family, _places(shells), said)

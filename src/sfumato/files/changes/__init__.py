@@ -22,14 +22,14 @@ __all__ = ["KINDS", "Change", "LoraModule", "ModuleTensors", "read_change"]
 
 KINDS: Mapping[str, Callable[[ModuleTensors], Change]] = MappingProxyType(
     {
-        "LoRA": LoraModule.from_parts,
-        "LoHa": Loha.from_parts,
-        "LoKr": Lokr.from_parts,
-        "OFT": lambda parts: (OutputOft if "oft_blocks" in parts.names else InputOft).from_parts(parts),
-        "BOFT": lambda parts: (OutputBoft if "oft_blocks" in parts.names else InputBoft).from_parts(parts),
-        "IA3": Ia3.from_parts,
-        "GLoRA": Glora.from_parts,
-        "difference": Difference.from_parts,
+        "LoRA": LoraModule.from_tensors,
+        "LoHa": Loha.from_tensors,
+        "LoKr": Lokr.from_tensors,
+        "OFT": lambda parts: (OutputOft if "oft_blocks" in parts.names else InputOft).from_tensors(parts),
+        "BOFT": lambda parts: (OutputBoft if "oft_blocks" in parts.names else InputBoft).from_tensors(parts),
+        "IA3": Ia3.from_tensors,
+        "GLoRA": Glora.from_tensors,
+        "difference": Difference.from_tensors,
     }
 )
 """The class of each kind; what files call its tensors is in `sfumato.files.kinds.KIND_KEYS`."""
@@ -46,4 +46,4 @@ def read_change(parts: ModuleTensors) -> Change:
     if base not in KINDS or (base != parts.kind and base not in _DORA_OF):
         raise parts.error(f"its tensors are of {parts.kind}, which no tool defines; wanted those of one kind")
     change = KINDS[base](parts)
-    return change if base == parts.kind else Dora.from_parts(parts, change)
+    return change if base == parts.kind else Dora.from_tensors(parts, change)

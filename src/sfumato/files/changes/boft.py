@@ -35,7 +35,7 @@ class OutputBoft:
     needs_weight: ClassVar[bool] = True
 
     @classmethod
-    def from_parts(cls, parts: ModuleTensors) -> OutputBoft:
+    def from_tensors(cls, parts: ModuleTensors) -> OutputBoft:
         blocks = parts["oft_blocks"]
         if blocks.ndim != 4 or blocks.shape[2] != blocks.shape[3] or blocks.shape[2] % 2 or blocks.shape[0] > 32:
             raise parts.shape_error("oft_blocks", "(stages, blocks, size, size), size even")
@@ -78,7 +78,7 @@ class InputBoft:
     needs_weight: ClassVar[bool] = True
 
     @classmethod
-    def from_parts(cls, parts: ModuleTensors) -> InputBoft:
+    def from_tensors(cls, parts: ModuleTensors) -> InputBoft:
         blocks, scale = parts["boft_r"], parts.vector("boft_s")
         assert scale is not None
         square = blocks.ndim == 4 and blocks.shape[2] == blocks.shape[3] and blocks.shape[0] <= 32

@@ -30,7 +30,7 @@ class Difference:
     kind: ClassVar[str] = "difference"
 
     @classmethod
-    def from_parts(cls, parts: ModuleTensors) -> Difference:
+    def from_tensors(cls, parts: ModuleTensors) -> Difference:
         difference, whole = parts.get("diff"), parts.get("set_weight")
         if difference is not None and whole is not None:
             raise parts.error("a difference and a weight to set; wanted one of them")

@@ -36,7 +36,7 @@ class Dora:
     needs_weight: ClassVar[bool] = True
 
     @classmethod
-    def from_parts(cls, parts: ModuleTensors, inner: Change) -> Dora:
+    def from_tensors(cls, parts: ModuleTensors, inner: Change) -> Dora:
         role = "peft_magnitude" if parts.get("peft_magnitude") is not None else "magnitude"
         magnitude, vector = parts[role], parts.vector(role)
         assert vector is not None

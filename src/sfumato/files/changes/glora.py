@@ -32,7 +32,7 @@ class Glora:
     needs_weight: ClassVar[bool] = True
 
     @classmethod
-    def from_parts(cls, parts: ModuleTensors) -> Glora:
+    def from_tensors(cls, parts: ModuleTensors) -> Glora:
         found = []
         for up, down in (("1", "2"), ("2", "1")):
             a_up, a_down, b_up, b_down = (parts[f"{x}{n}"] for x in "ab" for n in (up, down))

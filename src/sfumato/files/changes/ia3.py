@@ -32,7 +32,7 @@ class Ia3:
     needs_weight: ClassVar[bool] = True
 
     @classmethod
-    def from_parts(cls, parts: ModuleTensors) -> Ia3:
+    def from_tensors(cls, parts: ModuleTensors) -> Ia3:
         bias = parts.vector("bias")
         if parts.get("ia3_l") is None:
             gain, on_input = parts.vector("ia3_weight"), parts.number("on_input")

@@ -35,7 +35,7 @@ class Loha:
     needs_weight: ClassVar[bool] = False
 
     @classmethod
-    def from_parts(cls, parts: ModuleTensors) -> Loha:
+    def from_tensors(cls, parts: ModuleTensors) -> Loha:
         halves = [(parts.matrix(f"hada_w{n}_a"), parts.matrix(f"hada_w{n}_b")) for n in (1, 2)]
         rank = halves[0][1].shape[0]
         first, second = (parts.core(f"hada_t{n}", b.shape[0]) for n, (_, b) in zip((1, 2), halves, strict=True))

@@ -68,7 +68,7 @@ class Lokr:
     needs_weight: ClassVar[bool] = False
 
     @classmethod
-    def from_parts(cls, parts: ModuleTensors) -> Lokr:
+    def from_tensors(cls, parts: ModuleTensors) -> Lokr:
         first, rank = _factor(parts, "lokr_w1")
         second, own = _factor(parts, "lokr_w2", parts.get("lokr_t2") is not None)
         rank = rank or own

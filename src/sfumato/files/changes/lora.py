@@ -37,7 +37,7 @@ class LoraModule:
         return cls(down, up, scale * down.shape[0])
 
     @classmethod
-    def from_parts(cls, parts: ModuleTensors) -> LoraModule:
+    def from_tensors(cls, parts: ModuleTensors) -> LoraModule:
         down, up = parts["down"], parts["up"]
         rank = down.shape[0] if down.ndim else 0
         fits = down.ndim in (2, 4) and up.ndim in (2, 4)

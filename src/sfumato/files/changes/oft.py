@@ -59,7 +59,7 @@ class OutputOft:
     needs_weight: ClassVar[bool] = True
 
     @classmethod
-    def from_parts(cls, parts: ModuleTensors) -> OutputOft:
+    def from_tensors(cls, parts: ModuleTensors) -> OutputOft:
         blocks, rescale = parts["oft_blocks"], parts.vector("rescale")
         if blocks.ndim != 3 or blocks.shape[1] != blocks.shape[2]:
             raise parts.shape_error("oft_blocks", "(blocks, size, size)")
@@ -113,7 +113,7 @@ class InputOft:
     needs_weight: ClassVar[bool] = True
 
     @classmethod
-    def from_parts(cls, parts: ModuleTensors) -> InputOft:
+    def from_tensors(cls, parts: ModuleTensors) -> InputOft:
         packed = parts["oft_r"]
         size = (1 + isqrt(1 + 8 * packed.shape[1])) // 2 if packed.ndim == 2 else 0
         if packed.ndim != 2 or size * (size - 1) // 2 != packed.shape[1]:
