@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from sfumato.cli import run
 from sfumato.command_line.terminal import escape_control
 from sfumato.config import parse
+from sfumato.data.options import CropMode, MaskSource
 from sfumato.errors import ConfigError
 from sfumato.numerals import pluralize
 
@@ -43,9 +44,9 @@ class Config:
     """Template for captions, as training has it."""
     trigger: str | None = None
     """The trigger word, to say how it tokenizes and whether captions hold it."""
-    mask: Literal["none", "alpha", "files"] = "none"
+    mask: MaskSource = "none"
     """Learn only a part of each picture, as training has it."""
-    crop: Literal["center", "random", "pad"] = "center"
+    crop: CropMode = "center"
     """How pictures are cropped, as training has it."""
     sheet: Path | None = None
     """A picture file to draw every crop on; more than 200 go on FILE-2 and so on."""

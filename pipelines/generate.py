@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import KW_ONLY, dataclass, replace
 from os.path import isfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
@@ -34,7 +34,7 @@ from sfumato.drawing.where_when import AdapterPlacement, RegionSpec, Span
 from sfumato.errors import ConfigError
 from sfumato.numerals import pluralize
 from sfumato.prompts.negative import negative_for
-from sfumato.prompts.syntax import checked_syntax
+from sfumato.prompts.syntax import Syntax, checked_syntax
 from sfumato.prompts.tags import Tagged, split_flags, split_tags
 from sfumato.weighting.adapter import Adapter, is_idle
 
@@ -101,7 +101,7 @@ class Config(BaseOptions):
     mask: Path | None = None
     """A picture that is white where --image is to be redrawn; the rest stays the same to the pixel (inpainting), at
     the size of what is drawn."""
-    prompt_syntax: Literal["plain", "a1111", "compel"] = "plain"
+    prompt_syntax: Syntax = "plain"
     """Weighted words and prompts of any length: a1111 reads (words:1.3) and words that change between the steps,
     [crab:otter:0.4] and [crab|otter]; compel reads (words)1.3 (extra `prompts`)."""
     negative: str | None = None

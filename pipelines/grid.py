@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
@@ -20,7 +20,7 @@ from sfumato.command_line.terminal import say
 from sfumato.config import parse, to_dict
 from sfumato.drawing.cells import Cell, Setup, check_drawable, digest_of, filled, prepared
 from sfumato.errors import ConfigError
-from sfumato.prompts.syntax import checked_syntax
+from sfumato.prompts.syntax import Syntax, checked_syntax
 from sfumato.weighting.adapter import Adapter, Weight, checked_weight, with_unet_scaled
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class Config(BaseOptions):
     """The weight of adapters on an axis adapter=... that have none of their own (FILE:0.8)."""
     prompt: str | None = None
     """What to draw, where no axis says it."""
-    prompt_syntax: Literal["plain", "a1111", "compel"] = "plain"
+    prompt_syntax: Syntax = "plain"
     """How all prompts are written, as for sfumato generate. With a1111 a | in brackets belongs to the prompt, and one
     outside them separates prompts: prompt=a [red|blue] crab|an owl is two prompts."""
     seed: int = 0

@@ -28,7 +28,8 @@ from sfumato.drawing.pictures import drawn_at_once
 from sfumato.errors import ConfigError
 from sfumato.precision import decide, products
 from sfumato.precision.lean import save_activation_memory
-from sfumato.training.optimizers import OptimizerName, state_bytes
+from sfumato.training.optimizers import state_bytes
+from sfumato.training.options import OptimizerName
 
 if TYPE_CHECKING:
     from sfumato.bases import Base

@@ -1,7 +1,6 @@
 """The base that draws, as a command line names it. Imports no torch by itself."""
 
-from __future__ import annotations
-
+# No annotations as texts: a program that inherits the options reads them in its own module.
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -30,7 +29,7 @@ class BaseOptions:
     zero_terminal_snr: bool = False
     """The base ends in pure noise (zero terminal SNR), where its files do not say."""
 
-    def load_base(self) -> Base:
+    def load_base(self) -> "Base":
         """The base, ready to draw."""
         from sfumato.bases import load_base
         from sfumato.precision import decide

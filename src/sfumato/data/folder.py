@@ -22,11 +22,10 @@ from sfumato.data.listing import (
     own_name_note,
     some,
 )
-from sfumato.data.options import Options
+from sfumato.data.options import MaskSource, Options
 from sfumato.errors import DataError
 from sfumato.numerals import pluralize
 
-MaskSource = Literal["none", "alpha", "files"]
 Group = Literal["instance", "class"]
 PLACEHOLDER = "[trigger]"
 """What ai-toolkit writes in captions where the trigger is to be."""

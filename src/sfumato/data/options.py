@@ -6,6 +6,7 @@ from typing import Literal
 from sfumato.errors import ConfigError
 
 CropMode = Literal["center", "random", "pad"]
+MaskSource = Literal["none", "alpha", "files"]
 CROP_MODES: tuple[CropMode, ...] = ("center", "random", "pad")
 
 

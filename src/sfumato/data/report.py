@@ -15,7 +15,6 @@ from sfumato.data.duplicates import duplicates
 from sfumato.data.folder import (
     PLACEHOLDER,
     Example,
-    MaskSource,
     by_template,
     caption_of,
     captions_of_numbers,
@@ -31,7 +30,7 @@ from sfumato.data.folder import (
 )
 from sfumato.data.listing import Ignored, ListedPicture, Listing, some
 from sfumato.data.needs import Needs
-from sfumato.data.options import CropMode, Options
+from sfumato.data.options import CropMode, MaskSource, Options
 from sfumato.data.source import Source, sources_of
 from sfumato.data.survey import PictureStats, survey
 from sfumato.numerals import pluralize

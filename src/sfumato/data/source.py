@@ -19,9 +19,9 @@ from typing import Any, get_args
 from sfumato import shell
 from sfumato.config import at_home
 from sfumato.data.captions import CAPTION_SUFFIXES, check_template
-from sfumato.data.folder import Example, ExampleSet, Group, MaskSource, examples_of
+from sfumato.data.folder import Example, ExampleSet, Group, examples_of
 from sfumato.data.listing import Ignored, Listing, list_folder, own_name_note
-from sfumato.data.options import Options
+from sfumato.data.options import MaskSource, Options
 from sfumato.errors import ConfigError, DataError, nearest
 from sfumato.toml import check_path, read_toml
 

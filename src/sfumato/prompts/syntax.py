@@ -12,7 +12,7 @@ from typing import Any, Literal
 from sfumato.errors import ConfigError
 from sfumato.prompts.prompt_editing import stages
 
-Syntax = Literal["plain", "compel", "a1111"]
+Syntax = Literal["plain", "a1111", "compel"]
 
 
 def emphasised(prompt: str) -> list[tuple[str, float]]:

@@ -1,7 +1,6 @@
 """Options of every run: its folder, and how it goes on after a stop. The text under a field is its `--help`."""
 
-from __future__ import annotations
-
+# No annotations as texts: a program that inherits the options reads them in its own module.
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path

@@ -9,15 +9,13 @@ import importlib.util
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sfumato.errors import PrecisionError
-
-OptimizerName = Literal["adamw", "adamw8bit", "adafactor", "prodigy", "lion"]
-ScheduleName = Literal["constant", "cosine", "linear"]
+from sfumato.training.options import OptimizerName, ScheduleName
 
 # name -> (module, class, extra)
 _EXTRAS = {

@@ -4,14 +4,14 @@ The text under a field is its `--help`. Each group also knows how to use itself:
 precision, load the base, so that a trainer says these in a line each.
 """
 
-from __future__ import annotations
-
+# No annotations as texts: a program that inherits the options reads them in its own module.
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from sfumato.data.options import CropMode, MaskSource
 from sfumato.errors import ConfigError
 from sfumato.runs.options import FolderOptions
 
@@ -21,6 +21,9 @@ if TYPE_CHECKING:  # help loads no torch
     from sfumato.precision import Precision
     from sfumato.runs.processes import Processes
     from sfumato.training.noising import NoiseSettings
+
+OptimizerName = Literal["adamw", "adamw8bit", "adafactor", "prodigy", "lion"]
+ScheduleName = Literal["constant", "cosine", "linear"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +44,7 @@ class DataOptions:
     Unset: the base's own."""
     flip: bool = False
     """Mirror half of the samples; not for faces, letters, or anything else with a left and a right."""
-    crop: Literal["center", "random", "pad"] = "center"
+    crop: CropMode = "center"
     """Where a picture that does not fit is cropped: at its center, at a random place each time, or nowhere, with white
     padding around it."""
     shuffle_tags: bool = False
@@ -52,12 +55,12 @@ class DataOptions:
     """Share of the other tags to drop from each sample, 0 to 1."""
     cache: Path | None = None
     """Folder that keeps latents and text embeddings, by content, for other runs. Unset: they stay in memory."""
-    mask: Literal["none", "alpha", "files"] = "none"
+    mask: MaskSource = "none"
     """Learn only part of each picture: where it is opaque (alpha), or where NAME.mask.png is white (files)."""
     skip_bad: bool = False
     """Leave out pictures that cannot be read, instead of stopping."""
 
-    def read_examples(self, words: Sequence[str] = (), *, of_class: bool = True) -> ExampleSet:
+    def read_examples(self, words: Sequence[str] = (), *, of_class: bool = True) -> "ExampleSet":
         """The pictures and captions, listed but not decoded. words: that captions have to hold. of_class: whether
         sources of a class are read."""
         from sfumato import data
@@ -74,7 +77,7 @@ class DataOptions:
         self.check_examples(examples)
         return examples
 
-    def check_examples(self, examples: ExampleSet) -> None:
+    def check_examples(self, examples: "ExampleSet") -> None:
         """Raises DataError for pictures of a class alone, ConfigError for --keep-tags where no caption varies, and for
         a run that would lie among its pictures."""
         from sfumato.data.folder import no_subject
@@ -99,14 +102,14 @@ class DataOptions:
 
     def prepare(
         self,
-        examples: ExampleSet,
-        base: Base,
+        examples: "ExampleSet",
+        base: "Base",
         *,
         embed_text: bool = True,
         will_draw: tuple[int, int, int] | None = None,
-        processes: Processes | None = None,
+        processes: "Processes | None" = None,
         **other: Any,
-    ) -> Dataset:
+    ) -> "Dataset":
         """The pictures decoded, cropped and encoded, once. embed_text: the captions, too.
 
         will_draw: (seed, steps, global batch) of the draws from this very set, so that just the captions that come are
@@ -158,7 +161,9 @@ class BaseOptions:
     zero_terminal_snr: bool = False
     """The base ends in pure noise (zero terminal SNR), where its files do not say; for v-prediction."""
 
-    def decide_precision(self, processes: Processes, optimizer: str = "adamw", *, adapting: bool = True) -> Precision:
+    def decide_precision(
+        self, processes: "Processes", optimizer: str = "adamw", *, adapting: bool = True
+    ) -> "Precision":
         """The one decision on devices and number formats, put into effect.
 
         adapting: the base's weights stay frozen.
@@ -176,7 +181,7 @@ class BaseOptions:
         precision.apply()
         return precision
 
-    def load_base(self, precision: Precision) -> Base:
+    def load_base(self, precision: "Precision") -> "Base":
         """The base, frozen; its U-Net's weights come when needed, or `lazy_weights.load_only` asks for them."""
         from sfumato.bases import load_base
         from sfumato.precision.lean import save_activation_memory
@@ -214,12 +219,12 @@ class StepOptions:
     learning_rate: float | None = None
     """Peak learning rate. Unset: the default of the method and the base's family, a quarter of it for lion, and
     1 for prodigy."""
-    optimizer: Literal["adamw", "adamw8bit", "adafactor", "prodigy", "lion"] = "adamw"
+    optimizer: OptimizerName = "adamw"
     """adamw and adafactor, which keeps nearly no state, are built in; the others are the extras 8bit, prodigy and lion
     (pip install "sfumato[8bit]")."""
     weight_decay: float = 0.01
     """Decoupled weight decay of the optimizer."""
-    schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    schedule: ScheduleName = "cosine"
     """How the learning rate changes after the warm-up."""
     warmup: int = 0
     """Steps over which the learning rate rises from 0."""
@@ -240,7 +245,7 @@ class StepOptions:
     weights. After n steps it is at most (1 + n) / (10 + n), so that the mean of a short run does not remember the
     untrained start."""
 
-    def noising(self, base: Base) -> NoiseSettings:
+    def noising(self, base: "Base") -> "NoiseSettings":
         """How pictures are noised. Raises ConfigError for timesteps that the base does not have."""
         from sfumato.training.noising import NoiseSettings
 

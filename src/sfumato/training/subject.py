@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from sfumato.data import ExampleSet
-    from sfumato.data.folder import MaskSource
+    from sfumato.data.options import MaskSource
 
 
 @dataclass(frozen=True)
