@@ -195,8 +195,7 @@ def train(config: Config) -> Path:
     # The VAE has given its latents; it rests until something is drawn.
     base.lazy_weights.load_only("unet", *(("text",) if config.train_text_encoder else ()))
     trained = trainable(base, config)
-    facts = {"data": dataset.fingerprint, "class": class_set.fingerprint if class_set else "none"}
-    run.identify(**facts, base=base.fingerprint())
+    run.identify(**{"data": dataset, "class": class_set or "none"}, base=base.fingerprint())
     parameters = list(trained.parameters())
     count = sum(p.numel() for p in parameters)
     run.say(f"{pluralize(len(dataset), 'picture')}, {len(class_set or [])} of the class, {count:,} trained numbers")

@@ -179,7 +179,7 @@ def train(config: Config) -> Path:
     # The VAE has given its latents; it rests until something is drawn.
     base.lazy_weights.load_only("unet", *(("text",) if config.train_text_encoder or words else ()))
     lora = new_lora(adapted, config)
-    facts = {"data": dataset.fingerprint, "class": class_set.fingerprint if class_set else "none"}
+    facts: dict[str, Any] = {"data": dataset, "class": class_set or "none"}
     if config.init_from and not run.has_begun:
         refuse_missing(config.init_from)  # a run that goes on has its weights from a checkpoint, if there is one
     if config.init_from and config.init_from.exists():

@@ -139,7 +139,7 @@ def train(config: Config) -> Path:
     )
     run.say(*dataset.notes)
     base.lazy_weights.load_only("unet", "text")  # the VAE has given its latents; it rests until something is drawn
-    run.identify(data=dataset.fingerprint, base=base.fingerprint())
+    run.identify(data=dataset, base=base.fingerprint())
     pictures = pluralize(len(dataset), "picture")
     run.say(f"{pictures}, {words.count():,} trained numbers; captions such as {dataset.captions[0]!r}")
 

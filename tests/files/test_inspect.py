@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from sfumato.pipelines.inspect_file import main
 
 from sfumato.files.adapter_file import read_adapter
 from sfumato.files.changes import LoraModule
@@ -15,7 +16,6 @@ from sfumato.files.inspect import Block, Inspection, inspect_file, render
 from sfumato.files.layers import block_of
 from sfumato.files.metadata import Description, describe, short_hash
 from sfumato.files.write_kohya import write_lora
-from sfumato.pipelines.inspect_file import main
 from tests.files.said import TO_K
 
 

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from sfumato.pipelines import convert, extract, merge, resize
 from torch.testing import assert_close
 
 from sfumato.cli import guarded
@@ -18,7 +19,6 @@ from sfumato.files.write_kohya import write_lora
 from sfumato.merging.extract import extract as extract_pairs
 from sfumato.merging.factors import Budget
 from sfumato.merging.whole_model import read_mixable
-from sfumato.pipelines import convert, extract, merge, resize
 from tests.bundles import add_words
 from tests.merging.conftest import random_modules
 

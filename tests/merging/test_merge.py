@@ -7,6 +7,7 @@ import diffusers
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from sfumato.pipelines.merge import main
 from torch.testing import assert_close
 
 from sfumato.cli import guarded
@@ -24,7 +25,6 @@ from sfumato.merging.factors import Budget
 from sfumato.merging.merge import MergeSource, merge
 from sfumato.merging.methods import Settings
 from sfumato.merging.stored import stored_base
-from sfumato.pipelines.merge import main
 from tests.bundles import add_words
 from tests.merging.conftest import random_modules
 from tests.tiny import CPU

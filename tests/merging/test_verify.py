@@ -3,6 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import load_file
+from sfumato.pipelines import verify
 
 from sfumato.cli import guarded
 from sfumato.files.changes import LoraModule
@@ -11,7 +12,6 @@ from sfumato.files.header import read_header
 from sfumato.files.save import write_tensors
 from sfumato.files.write_difference import write_difference
 from sfumato.files.write_kohya import write_lora
-from sfumato.pipelines import verify
 
 LINEAR = ("unet", "mid_block.attentions.0.transformer_blocks.0.attn1.to_q")
 CONVOLUTION = ("unet", "mid_block.resnets.0.conv1")

@@ -61,6 +61,38 @@ def test_the_facts_of_a_run(tmp_path):
     assert text.endswith('"\n}\n')
 
 
+@pytest.mark.parametrize(
+    ("now", "said"),
+    [
+        ({"a.png": "1 1", "b.png": "2 9"}, "b.png has another caption or crop"),
+        ({"a.png": "9 1", "b.png": "2 2", "c.png": "3 3"}, "c.png is new, a.png is another picture"),
+        ({}, "a.png is gone, b.png is gone"),
+        (
+            {"a.png": "1 1", **{f"{name}.png": "3 3" for name in "cdef"}},
+            "c.png is new, d.png is new, e.png is new and 2",
+        ),
+        ({"b.png": "2 2", "a.png": "1 1"}, "its pictures come in another order"),
+    ],
+)
+def test_of_a_data_set_the_pictures_that_differ_are_named(now, said):
+    before = {"a.png": "1 1", "b.png": "2 2"}
+    (line,) = other_facts({"data": "d", "base": "b"}, {"data": "e", "base": "b"}, {"data": (before, now)})
+    assert line.startswith(f"data: {said}")
+
+
+def test_a_run_that_goes_on_says_which_picture_is_another(tmp_path):
+    for resume, digests in ((False, "1 1"), (True, "1 2")):
+        run = start(tmp_path, checkpoint_every=1, resume=resume)
+        data = SimpleNamespace(fingerprint=digests, contents={"a.png": digests})
+        if resume:
+            assert "data: a.png has another caption" in problem(lambda run=run, data=data: run.identify(data=data))
+            return
+        run.identify(data=data)
+        for step in run.steps(1):
+            step.done(loss=1.0)
+        run.close()
+
+
 def test_a_fact_that_cannot_be_written_stops_and_lets_the_folder_go(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")

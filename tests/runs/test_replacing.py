@@ -50,7 +50,7 @@ def test_nothing_of_the_old_run_lies_beside_the_new_one_and_what_is_nobodys_stay
     learn("--caption", "{caption}", "--sample-every", "0", "--overwrite")
     assert {path.read_text() for path in mine} == {"mine"}
     left = {path.as_posix() for path in everything(run) if run / path not in mine and path.parts[0] != "checkpoints"}
-    assert left == {"README.md", "config.toml", "log.jsonl", "plot.png", "run.json", "run.safetensors"}
+    assert left == {"README.md", "config.toml", "log.jsonl", "pictures.json", "plot.png", "run.json", "run.safetensors"}
 
 
 def test_what_the_new_run_begins_with_stays_until_it_is_written_over(learn):

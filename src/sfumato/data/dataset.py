@@ -6,7 +6,7 @@ any number of processes, accumulated micro-batches or restarts sees the same sam
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
@@ -24,6 +24,7 @@ class Dataset:
     """What `prepare` made. len() is the number of pictures.
 
     notes: one line each, for the person. fingerprint: sha256 over file bytes, captions, masks, crops and options, hex.
+    contents: by picture's name, digests of its files and of its caption and options, to tell two fingerprints apart.
     together: how many samples of a batch are of one size; unset, all.
     """
 
@@ -35,10 +36,11 @@ class Dataset:
         encoder: Encoder,
         *,
         fingerprint: str,
+        contents: Mapping[str, str],
         notes: Sequence[str],
         together: int | None = None,
     ):
-        self.fingerprint, self.notes = fingerprint, list(notes)
+        self.fingerprint, self.contents, self.notes = fingerprint, contents, list(notes)
         self._items, self._device, self._encoder = list(items), device, encoder
         self._samples = [i for i, count in enumerate(repeats) for _ in range(count)]
         self._together = together

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -132,6 +132,7 @@ def prepare(
         device,
         base.encode_pixels,
         fingerprint=gathered.digest.hexdigest(),
+        contents=gathered.contents,
         notes=notes,
         together=together,
     )
@@ -189,13 +190,14 @@ def _random_crops(examples: Sequence[Example], sizes: list[Size], vae_factor: in
 @dataclass
 class _Gathered:
     """The pictures as tensors. repeats: of each. bad: the reasons of those that are left out. digest: over all that is
-    learned from. nbytes: of the tensors, where they stay in memory."""
+    learned from; contents: of each picture by its name. nbytes: of the tensors, where they stay in memory."""
 
     items: list[PreparedPicture] = field(default_factory=list)
     repeats: list[int] = field(default_factory=list)
     bad: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     digest: hashlib._Hash = field(default_factory=hashlib.sha256)
+    contents: dict[str, str] = field(default_factory=dict)
     nbytes: int = 0
 
 
@@ -222,7 +224,9 @@ def _gathered(
         fresh, words = _items(good, plan, store, base, shown)
         found.notes.extend(words)
         for done, item in zip(good, fresh, strict=True):
-            found.digest.update(_described(done, item.crop).encode())
+            learned = _learned(done, item.crop)
+            found.digest.update(repr(learned).encode())
+            found.contents[done.label] = f"{_short(learned[0])} {_short(repr(learned[1:]))}"
         found.repeats.extend(done.example.repeats for done in good)
         found.items.extend(fresh)
         found.nbytes += sum(item.nbytes for item in fresh)
@@ -313,9 +317,14 @@ def _tensors(
     return [found[place] if place in found else keep_pixels(cropped[place]) for place in range(len(cropped))]
 
 
-def _described(done: _Done, crop: Crop) -> str:
+def _learned(done: _Done, crop: Crop) -> tuple[Any, ...]:
+    """All of an example that what is learned depends on; first its files."""
     example = done.example
-    return repr((done.digest, example.caption, example.repeats, example.alpha_mask, example.options, crop))
+    return done.digest, example.caption, example.repeats, example.alpha_mask, example.options, crop
+
+
+def _short(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _embed(

@@ -2,6 +2,7 @@
 
     RUN/config.toml     the resolved config; `sfumato train NAME RUN/config.toml` runs it again
     RUN/run.json        the program, and what the training depends on beside its config
+    RUN/pictures.json   by what each picture is known again, to say which has changed
     RUN/log.jsonl       one line a step, one a measurement
     RUN/plot.png        the curves of the log
     RUN/samples.png     the growing sheet of sample pictures, RUN/samples/ each of them

@@ -16,7 +16,7 @@ from sfumato.runs.options import FolderOptions
 
 WRITTEN = ("config.toml", "README.md", "plot.png", "samples.png", "samples", "images", "checkpoints")
 """What a run writes into its folder under a name of its own; NAME.safetensors comes beside them."""
-_OPENED = ("config.toml", "run.json", "log.jsonl")
+_OPENED = ("config.toml", "run.json", "pictures.json", "log.jsonl")
 _FOLDERS = ("checkpoints", "samples", "images", "adapters", "tensorboard")
 _OF_THE_LOCK = (".lock", ".holder.json")
 _KEPT = re.compile(r"-(?:step\d{8,}|\d{6,})[-.]")
@@ -109,7 +109,13 @@ def clear(config: FolderOptions) -> None:
         with suppress(OSError):  # somebody keeps something there, or there is none
             (folder / emptied).rmdir()
     learned = [f"{name}.safetensors", *also_written(identity.read_facts(folder))]
-    for made in ("samples.png", "plot.png", "README.md", *(each for each in learned if each != "adapters")):
+    for made in (
+        "samples.png",
+        "plot.png",
+        "README.md",
+        "pictures.json",
+        *(each for each in learned if each != "adapters"),
+    ):
         place = Path(os.path.abspath(folder / made))
         if not any(one.is_relative_to(place) for one in used):
             _remove(place)

@@ -9,7 +9,8 @@ import sys
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Protocol
 
 from sfumato import config as configs
 from sfumato.files.atomic import write_text
@@ -30,6 +31,14 @@ BY_CONTENT: Mapping[str, tuple[str, ...]] = {
     "init": ("init",),
 }
 """Fields that name what lies elsewhere, and the facts that tell its content: what was moved is the same."""
+
+
+class DataSet(Protocol):
+    """What a training learns from. fingerprint: over all of it. contents: of each picture, by name, two digests: of its
+    files, and of what else is learned of it, such as its caption."""
+
+    fingerprint: str
+    contents: Mapping[str, str]
 
 
 def copied_program(program: str) -> Path | None:
@@ -59,10 +68,50 @@ def write_facts(folder: Path, facts: Mapping[str, str]) -> None:
     write_text(folder / "run.json", json.dumps(dict(facts), indent=1) + "\n")
 
 
-def other_facts(known: Mapping[str, str], facts: Mapping[str, str]) -> list[str]:
-    """One text, "base 0123 -> 4567", for each fact that has changed; digests are shown by their beginning."""
-    changed = (name for name in facts if name in known and known[name] != facts[name])
-    return [f"{name} {known[name][:24]} -> {facts[name][:24]}" for name in changed]
+def read_pictures(folder: Path) -> dict[str, dict[str, str]]:
+    """By fact, such as "data", its `DataSet.contents`; nothing where they were not written."""
+    try:
+        found = json.loads((folder / "pictures.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    facts = found.items() if isinstance(found, dict) else ()
+    return {name: {key: str(of) for key, of in each.items()} for name, each in facts if isinstance(each, dict)}
+
+
+def write_pictures(folder: Path, pictures: Mapping[str, Mapping[str, str]]) -> None:
+    """What `read_pictures` reads."""
+    write_text(folder / "pictures.json", json.dumps(pictures, indent=1, default=dict) + "\n")
+
+
+def other_facts(
+    known: Mapping[str, str],
+    facts: Mapping[str, str],
+    pictures: Mapping[str, tuple[Mapping[str, str], Mapping[str, str]]] = MappingProxyType({}),
+) -> list[str]:
+    """One text for each fact that has changed: "base 0123 -> 4567", by the beginnings of digests, or what is new in its
+    pictures. pictures: by fact, its `DataSet.contents` then and now."""
+    changed = [name for name in facts if name in known and known[name] != facts[name]]
+    return [
+        other_pictures(name, *pictures[name])
+        if name in pictures
+        else f"{name} {known[name][:24]} -> {facts[name][:24]}"
+        for name in changed
+    ]
+
+
+def other_pictures(name: str, before: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """Which pictures are others, "data: a.png has another caption or crop, b.png is gone and 3 more".
+
+    before, now: as `DataSet.contents`. Where all are the same, they come in another order.
+    """
+    found = [f"{each} is new" for each in now if each not in before]
+    found += [f"{each} is gone" for each in before if each not in now]
+    for each, digests in now.items():
+        if digests != (then := before.get(each, digests)):
+            is_file = digests.split()[0] != then.split()[0]
+            found.append(f"{each} is another picture" if is_file else f"{each} has another caption or crop")
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    return f"{name}: {', '.join(found[:3]) or 'its pictures come in another order'}{more}"
 
 
 def differences(folder: Path, config: FolderOptions, program: str) -> list[str]:

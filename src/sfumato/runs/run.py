@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -75,6 +75,7 @@ class Run:
         self._checkpoints = Checkpoints(folder / "checkpoints", config.keep)
         self._lock = Lock(folder)
         self._facts: dict[str, str] = {}
+        self._pictures: dict[str, Mapping[str, str]] = {}
         self._kept = CheckpointedParts()
         self._looks: list[tuple[int, Callable[[int], None]]] = []
         self._resumed_from: int | None = None
@@ -160,7 +161,7 @@ class Run:
             elif is_run(self.folder):
                 clear(self._config)
             write_text(self.folder / "log.jsonl", "")
-        identity.write_facts(self.folder, self._facts)
+        self._write_facts()
         write_text(self.folder / "config.toml", configs.to_toml(identity.anchored(self._config)))
 
     def _refuse_changes(self, what: str, changed: list[str]) -> None:
@@ -185,23 +186,34 @@ class Run:
         else:
             self.say("resuming: there is no checkpoint yet, so from the beginning")
 
-    def identify(self, **facts: str) -> None:
-        """Name what the training depends on beside its config, such as data="sha256 ...", base="...".
+    def identify(self, **depends_on: str | identity.DataSet) -> None:
+        """Name what the training depends on beside its config, such as data=dataset, base="sha256 ...".
 
-        A resumed run whose facts differ from the folder's is refused unless `force`.
+        A resumed run is refused, unless `force`, where any of it differs from what the folder's depends on; of data
+        sets it is said in which pictures.
         """
+        sets = {name: each for name, each in depends_on.items() if not isinstance(each, str)}
+        self._pictures = {name: each.contents for name, each in sets.items()}
+        facts = {name: each if isinstance(each, str) else each.fingerprint for name, each in depends_on.items()}
         facts |= {"processes": str(self.count), "sfumato": sfumato.__version__}
         facts |= {"torch": torch.__version__.split("+")[0]}
         facts |= {name: version(name) for name in ("diffusers", "transformers")}
         if self._resumed_from is not None:
             try:
-                self._refuse_changes("other things than these", identity.other_facts(self._facts, facts))
+                before = identity.read_pictures(self.folder)
+                both = {name: (before[name], each) for name, each in self._pictures.items() if name in before}
+                self._refuse_changes("other things than these", identity.other_facts(self._facts, facts, both))
             except RunError:
                 self.close()
                 raise
         self._facts |= facts
         if self.is_main and not self._replaces:
-            self._or_stop(lambda: identity.write_facts(self.folder, self._facts))
+            self._or_stop(self._write_facts)
+
+    def _write_facts(self) -> None:
+        identity.write_facts(self.folder, self._facts)
+        if self._pictures:
+            identity.write_pictures(self.folder, self._pictures)
 
     def keep(self, **parts: Any) -> None:
         """What a checkpoint holds: modules, optimizers, anything with `state_dict` and `load_state_dict`."""
