@@ -129,7 +129,7 @@ def _merge(config: Config, sources: Sequence[MergeSource], parents: Sequence[Par
     from sfumato.files.write_kohya import write_lora
     from sfumato.merging.convert import diffusers_warnings
     from sfumato.merging.factors import Budget
-    from sfumato.merging.lineage import common_family, merged_metadata
+    from sfumato.merging.lineage import common_family, merged_metadata, predictions
     from sfumato.merging.merge import merge
     from sfumato.merging.methods import Settings
     from sfumato.merging.stored import stored_base
@@ -156,7 +156,7 @@ def _merge(config: Config, sources: Sequence[MergeSource], parents: Sequence[Par
     dtype = DTYPES[config.dtype or "fp32"]
     write_lora(config.output, merged.modules, family=family, metadata=metadata, dtype=dtype, words=words)
     _say_unasked(parents, _asked(metadata), f"others do not, so {config.output.name} does not")
-    say(*diffusers_warnings(config.output, merged.modules))
+    say(*predictions(parents), *diffusers_warnings(config.output, merged.modules))
     ranks = sorted({module.rank for module in merged.modules.values()})
     of_rank = f"of rank {ranks[0]}" + (f" to {ranks[-1]}" if len(ranks) > 1 else "")
     size = config.output.stat().st_size / 1e6
@@ -166,7 +166,7 @@ def _merge(config: Config, sources: Sequence[MergeSource], parents: Sequence[Par
 
 def _bake(config: Config, sources: Sequence[MergeSource], parents: Sequence[Parent]) -> Path:
     from sfumato.merging.bake import bake
-    from sfumato.merging.lineage import baked_metadata, common_family
+    from sfumato.merging.lineage import baked_metadata, common_family, predictions
     from sfumato.merging.methods import Settings
     from sfumato.merging.stored import stored_base
 
@@ -192,6 +192,7 @@ def _bake(config: Config, sources: Sequence[MergeSource], parents: Sequence[Pare
     )
     count = pluralize(len(parents), "adapter")
     say(f"{config.output.name}: {base.name} with {count} baked in")
+    say(*predictions(parents, base.name, base.prediction_type))
     _say_unasked(parents, (), "which a base cannot; baked in, it is in all steps of both predictions")
     return config.output
 

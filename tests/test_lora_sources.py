@@ -104,14 +104,14 @@ def test_a_trigger_that_no_source_uses_is_not_told(train, source):
     [
         ("", (), ["sks square"]),
         ('trigger = "abc"\ncaption = "{trigger} square"', (), ["abc"]),
-        ("", ("--trigger", "zwx"), ["zwx"]),
+        ("", ("--trigger", "zwx"), []),  # which no caption holds
         ('trigger = "abc"', ("--instance-prompt", "a zwx square"), ["a zwx square"]),
     ],
 )
 def test_dreambooth_tells_the_trigger_of_its_captions(line, options, told, train, source):
     options = ("--method", "lora", "--class-name", "square", "--prior", "none", "--steps", "1", *options)
     path = train("run", source('words = "sks square"', line), *options, program="dreambooth")
-    assert json.loads(read_header(path).metadata["sfumato.trigger"]) == told
+    assert json.loads(read_header(path).metadata.get("sfumato.trigger", "[]")) == told
 
 
 @pytest.mark.parametrize(
@@ -201,8 +201,14 @@ def test_what_textual_inversion_leaves_aside_is_told(source, tmp_path):
     found = textual_inversion.read_examples(config)
     captions, of_class = found.notes[-2:]
     assert [example.caption for example in found] == ["<w>"]
-    assert captions.startswith("1 caption holds <w>, left aside, such as 'a <W> in fog'; pass --caption")
+    assert (
+        captions == "1 caption is left aside, such as 'a <W> in fog'; pass --caption \"{caption}\" to learn with them"
+    )
     assert of_class.startswith("pictures of the class are left out (bare, pictures")
+    (tmp_path / "own/a.txt").write_text("fog")
+    found = textual_inversion.read_examples(replace(config, images=tmp_path / "own"))
+    assert found.notes[-1].endswith("such as 'fog'; pass --caption \"{caption}, <w>\" to learn with them")
+    (tmp_path / "own/a.txt").write_text("a <W> in fog")
     found = textual_inversion.read_examples(replace(config, images=tmp_path / "own", caption="{caption}"))
     assert ([example.caption for example in found], found.notes) == (["a <w> in fog"], ())
 

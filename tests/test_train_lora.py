@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,7 +24,7 @@ from sfumato.bases import load_base
 from sfumato.bases.family import FAMILIES
 from sfumato.drawing.pictures import draw
 from sfumato.errors import ConfigError
-from sfumato.files import read_header, read_lora, read_tensors, write_tensors
+from sfumato.files import Description, describe, read_header, read_lora, read_tensors, write_lora, write_tensors
 from sfumato.precision import decide
 from sfumato.runs.samples import Samples
 from sfumato.training.objective import draw_noise
@@ -341,6 +342,27 @@ def test_a_copys_training_is_not_gone_on_with_by_another_program(
     run_here(shown[0], shown[1:], monkeypatch)
 
 
+@pytest.mark.parametrize(
+    ("family", "said"),
+    [
+        ("sdxl", "trained for SDXL, this base is pocket. Begin with an adapter of this family"),
+        ("pocket", "other.safetensors: learned where the base predicts epsilon, and this one predicts v_prediction"),
+    ],
+)
+def test_what_it_starts_from_was_learned_on_such_a_base(family, said, train, tmp_path, capsys):
+    first, other = train("first"), tmp_path / "other.safetensors"
+    modules = read_lora(first).modules
+    write_lora(
+        other,
+        modules,
+        family=family,
+        metadata=describe(Description(title="other", family=family, prediction_type="epsilon")),
+    )
+    with pytest.raises(AssertionError) if family == "sdxl" else nullcontext():
+        train("second", "--init-from", str(other), "--steps", "1")
+    assert said in capsys.readouterr().err
+
+
 def test_starting_from_an_adapter_goes_on_where_it_stopped(train):
     first = train("first", "--measure-every", "4")
     second = train("second", "--init-from", str(first), "--measure-every", "4")
@@ -443,7 +465,8 @@ def test_a_file_tells_of_its_training_as_sd_scripts_does(train, monkeypatch):
 
 @pytest.mark.usefixtures("plotted")
 def test_the_run_folder_tells_everything_and_no_path(train, tmp_path, pictures, pocket_folder):
-    path = train("run", "--trigger", "zwx", "--sample-every", "2", "--measure-every", "2", "--over-steps", "0-0.8",
+    path = train("run", "--trigger", "zwx", "--caption", "{caption} zwx", "--sample-every", "2",
+                 "--measure-every", "2", "--over-steps", "0-0.8",
                  "--resolution", "32", "--own-negative")  # fmt: skip
     with Image.open(path.parent / "samples/000002/0.png") as sample:
         assert sample.size == (32, 32)
@@ -487,7 +510,10 @@ def test_the_run_folder_tells_everything_and_no_path(train, tmp_path, pictures, 
         (["--min-timestep", "900", "--max-timestep", "300"], "--min-timestep 900, --max-timestep 300: the base's"),
         (["--max-timestep", "1001"], "a larger end of at most 1000"),
         (["--over-steps", "0.8"], "--over-steps 0.8: wanted START-END, progress from 0 to 1, such as 0-0.5"),
-        (["--own-negative", "--no-overwrite"], "--own-negative: there are no words of the subject; give its --trigger"),
+        (
+            ["--own-negative", "--no-overwrite"],
+            "--own-negative: no caption holds words of the subject; give its --",
+        ),
         (["--prior-weight", "2"], "--prior-weight is for what shall draw as before; name it with --prior-prompts, or"),
         (["--text-learning-rate", "1e-4"], "--text-learning-rate has no effect without --train-text-encoder"),
         (["--prior-prompts", "a cat", "--prior-weight", "-1"], "--prior-weight is -1"),

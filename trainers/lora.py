@@ -183,7 +183,7 @@ def train(config: Config) -> Path:
     if config.init_from and not run.has_begun:
         refuse_missing(config.init_from)  # a run that goes on has its weights from a checkpoint, if there is one
     if config.init_from and config.init_from.exists():
-        facts["init"], left = start_from(config.init_from, lora, words, config.initial_words)
+        facts["init"], left = start_from(config.init_from, base, lora, words, config.initial_words)
         run.say(*left)
     run.identify(**facts, base=base.fingerprint())
     beside = f"{len(class_set)} of the class, " if class_set else ""
@@ -365,7 +365,7 @@ def read_examples(config: Config) -> ExampleSet:
             "a dataset.toml, with class = true."
         )
     if config.own_negative and not config.train_words and not examples.in_group("instance").triggers:
-        raise ConfigError("--own-negative: there are no words of the subject; give its --trigger, such as 'sks otter'.")
+        raise ConfigError("--own-negative: no caption holds words of the subject; give its --trigger, 'sks otter'.")
     return insert_placeholders(examples, config.train_words, config.stands_for) if config.train_words else examples
 
 

@@ -253,14 +253,18 @@ def caption_is_placeholder(config: Config) -> bool:
 
 
 def unread_captions(sources: Sequence[Source], placeholder: str) -> str:
-    """What to say of captions that hold the placeholder and whose place it takes as a whole; empty for none."""
-    found = [each for source in sources if source.template == ALONE for each in source.list().pictures]
-    texts = [each.caption.text for each in found if holds(placeholder, each.caption.text)]
-    if not any(text != placeholder for text in texts):
+    """What to say of captions whose place the placeholder takes as a whole; empty for none."""
+    found = [each.caption.text for source in sources if source.template == ALONE for each in source.list().pictures]
+    texts = [text for text in found if text and text != placeholder]
+    if not texts:
         return ""
+    holding = [text for text in texts if holds(placeholder, text)]
+    template = "{caption}" if holding else f"{{caption}}, {placeholder}"
+    first = (holding or texts)[0]
+    first = first if len(first) <= 80 else f"{first[:77]}..."
     return (
-        f"{pluralize(len(texts), 'caption holds', 'captions hold')} {placeholder}, left aside, such as {texts[0]!r}; "
-        'pass --caption "{caption}" to learn with them'
+        f"{pluralize(len(texts), 'caption is', 'captions are')} left aside, such as {first!r}; pass --caption "
+        f'"{template}" to learn with them'
     )
 
 

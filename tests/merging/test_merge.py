@@ -153,6 +153,21 @@ def test_what_a_file_asks_for_and_the_result_does_not_is_told(tiny_base, adapter
     assert read_header(tmp_path / "one.safetensors").metadata["sfumato.negatives"] == '["<a>"]'
 
 
+def test_what_was_learned_on_a_base_that_predicts_otherwise_is_told(tiny_base, adapter_file, tmp_path, capsys):
+    a, b, base = adapter_file("a", "sd1"), tmp_path / "b.safetensors", tiny_base("sd1").folder
+    save_file(load_file(a), b, {**read_header(a).metadata, "modelspec.prediction_type": "v"})
+    save_file(load_file(a), a, {**read_header(a).metadata, "modelspec.prediction_type": "epsilon"})
+    line = "b.safetensors: learned where the base predicts v_prediction, and "
+    for words, said in (
+        (("-o", tmp_path / "mix.safetensors"), "a.safetensors"),
+        (("--into", base, "-o", tmp_path / "baked"), base.name),
+    ):
+        assert run(a, b, *words) == 0
+        assert [each for each in capsys.readouterr().err.splitlines() if "learned where" in each] == [
+            f"{line}{said} epsilon; together they draw something else."
+        ]
+
+
 def test_blocks_are_chosen_for_all_or_for_one(adapter_file, tmp_path):
     a, b = adapter_file("a", seed=1), adapter_file("b", seed=2)
     out = tmp_path / "mix.safetensors"

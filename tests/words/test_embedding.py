@@ -158,16 +158,17 @@ def test_the_report_tells_of_the_vectors_of_both_encoders(bases):
     assert [line[: len(text)] for line, text in zip(lines, said, strict=True)] == said
 
 
-def test_the_scale_is_kept_and_the_direction_too(base):
+@pytest.mark.parametrize("factor", [100.0, 1e25])  # of the second the squares are infinite
+def test_the_scale_is_kept_and_the_direction_too(base, factor):
     norms = base.text_encoders[0].get_input_embeddings().weight.norm(dim=1)
     with embedding.new_words(base, ["<x>"], vectors=3, start="random") as words, torch.no_grad():
-        words.rows[0].mul_(torch.tensor([[100.0], [1.0], [0.001]]))
-        before = words.rows[0].clone()
+        words.rows[0].mul_(torch.tensor([[factor], [1.0], [0.001]]))
+        before = words.rows[0].double()
         words.keep_scale()
-        after = words.rows[0]
+        after = words.rows[0].double()
         low, high = norms.quantile(0.05), norms.quantile(0.95)
-        assert_close(after.norm(dim=1)[[0, 2]], torch.stack([high, low]), rtol=1e-3, atol=0)
-        assert_close(torch.cosine_similarity(before, after), torch.ones(3))
+        assert_close(after.norm(dim=1)[[0, 2]], torch.stack([high, low]).double(), rtol=1e-3, atol=0)
+        assert_close(torch.cosine_similarity(before, after), torch.ones(3).double())
 
 
 def test_a_prompt_that_does_not_fit_is_refused_with_the_count(base):

@@ -18,7 +18,7 @@ from sfumato.errors import AdapterError
 from sfumato.files.adapter_file import AdapterFile
 from sfumato.files.changes import Change, LoraModule
 from sfumato.files.changes.bias import bias_change
-from sfumato.files.family import LABELS
+from sfumato.files.family import of_another_family
 from sfumato.files.kohya import PARTS, Target
 from sfumato.precision import tensors
 from sfumato.weighting.adapter import Adapter, Weight, is_idle, public_name, weight_at, without_suffix
@@ -265,15 +265,9 @@ def _misfit(
     total = len(file.changes)
     name = public_name(file.path)
     name = name if without_suffix(name) == label else f"{name} ({label})"
-    theirs, ours = file.text_width, modules.text_width
-    other_width = theirs is not None and ours is not None and theirs != ours
-    if other_width or (file.family is not None and file.family != modules.family):
-        wanted = LABELS[file.family].title if file.family else "another base"
-        widths = (f" (text width {theirs})", f" ({ours})") if other_width else ("", "")
-        return (
-            f"{name}: trained for {wanted}{widths[0]}, this pipeline is {LABELS[modules.family].title}{widths[1]}. "
-            "Load it on a base of that family."
-        )
+    theirs, ours = (file.family, file.text_width), (modules.family, modules.text_width)
+    if other := of_another_family(theirs, ours, "pipeline"):
+        return f"{name}: {other}. Load it on a base of that family."
     some = f"the {fitting} of {total} modules that fit"
     partial = f", or pass partial=True (--partial) to apply {some}" if fitting else ""
     problems = []

@@ -84,8 +84,10 @@ class ExampleSet(Sequence[Example]):
 
     @property
     def triggers(self) -> list[str]:
-        """The words that captions were made with to call up what is learned, each once."""
-        return list(dict.fromkeys(example.trigger for example in self.examples if example.trigger))
+        """The words that captions were made with to call up what is learned, each once; without those that none holds,
+        which were not learned."""
+        given = dict.fromkeys(example.trigger for example in self.examples if example.trigger)
+        return [trigger for trigger in given if not unused_trigger(self.examples, trigger)]
 
     def in_group(self, group: Group) -> "ExampleSet":
         """The examples of one group only; may be empty."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sfumato.files.inspect import plain
-from sfumato.files.metadata import words_beside
+from sfumato.files.metadata import prediction_of, words_beside
 from sfumato.prompts.syntax import escaped, unescaped
 from sfumato.words.placeholders import holds
 
@@ -30,8 +30,7 @@ def learned_otherwise(told: Mapping[str, Mapping[str, str]], base: Base) -> list
                 f"{label}: learned on another release of {base.name}; on this one it draws something else. Train it "
                 "anew."
             )
-        kind = {"v": "v_prediction"}.get(found := metadata.get("modelspec.prediction_type", ""), found)
-        if kind in ("epsilon", "v_prediction") and kind != base.prediction_type:
+        if (kind := prediction_of(metadata)) and kind != base.prediction_type:
             lines.append(
                 f"{label}: learned where the base predicts {kind}, and this one predicts {base.prediction_type}; "
                 f"--prediction-type {kind} draws as it was learned."

@@ -34,6 +34,21 @@ LABELS: Mapping[str, FamilyLabels] = MappingProxyType(
 )
 
 
+def of_another_family(theirs: tuple[str | None, int | None], ours: tuple[str, int | None], what: str) -> str:
+    """What is said of an adapter of another family than the base's, "trained for SDXL (text width 2048), this base is
+    SD 1.x (768)"; empty where they agree as far as is known.
+
+    theirs, ours: family and text width. what: what the base is called.
+    """
+    (family, width), (own, own_width) = theirs, ours
+    other_width = width is not None and own_width is not None and width != own_width
+    if not other_width and family in (None, own):
+        return ""
+    wanted = LABELS[family].title if family else "another base"
+    widths = (f" (text width {width})", f" ({own_width})") if other_width else ("", "")
+    return f"trained for {wanted}{widths[0]}, this {what} is {LABELS[own].title}{widths[1]}"
+
+
 def family_from_metadata(metadata: Mapping[str, str]) -> str | None:
     """The family that the file says it was trained on; None where it says nothing or something unknown."""
     version = metadata.get("ss_base_model_version", "")

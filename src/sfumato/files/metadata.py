@@ -153,6 +153,12 @@ def _own(description: Description) -> dict[str, str]:
     }
 
 
+def prediction_of(metadata: Mapping[str, str]) -> str:
+    """What the base predicts that the file was learned on, "epsilon" or "v_prediction"; empty where it does not say."""
+    found = metadata.get("modelspec.prediction_type", "")
+    return {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}.get(found, "")
+
+
 def adapter_guidance_of(metadata: Mapping[str, str]) -> float:
     """What the file says of it; 0 where it says nothing that can be meant."""
     try:

@@ -16,6 +16,7 @@ from sfumato.files.metadata import (
     describe,
     negatives_of,
     over_steps_of,
+    prediction_of,
     trigger_words,
 )
 from sfumato.weighting.adapter import Weight
@@ -31,6 +32,21 @@ class Parent:
     metadata: Mapping[str, str]
     family: str | None
     weight: Weight | None = None
+
+
+def predictions(parents: Sequence[Parent], base: str = "", predicts: str = "") -> list[str]:
+    """A line on each parent that was learned where the base predicts otherwise; without a base, than the first does.
+
+    base, predicts: its name, and its prediction type where it is known.
+    """
+    known = [(parent.name, kind) for parent in parents if (kind := prediction_of(parent.metadata))]
+    if known and not base:
+        base, predicts = known[0]
+    return [
+        f"{name}: learned where the base predicts {kind}, and {base} {predicts}; together they draw something else."
+        for name, kind in known
+        if predicts and kind != predicts
+    ]
 
 
 def merged_metadata(

@@ -8,23 +8,33 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sfumato import shell
-from sfumato.errors import ConfigError
+from sfumato.errors import AdapterError, ConfigError
 from sfumato.files import read_lora
+from sfumato.files.family import of_another_family
 from sfumato.files.fingerprint import fingerprint
+from sfumato.files.metadata import prediction_of
 
 if TYPE_CHECKING:
     from sfumato.adapters import Lora
+    from sfumato.bases import Base
     from sfumato.words.in_use import Words
 
 
-def start_from(path: Path, lora: Lora, words: Words | None, initial_words: Sequence[str]) -> tuple[str, list[str]]:
+def start_from(
+    path: Path, base: Base, lora: Lora, words: Words | None, initial_words: Sequence[str]
+) -> tuple[str, list[str]]:
     """Copy the adapter in this file into `lora`, and its words into those of `words` that are spelt alike.
 
     initial_words: what --initial-words says, which a word that starts from the file does not need. Returns a
-    fingerprint of what was copied, and a line on each word of the file that is not learned here. Raises ConfigError
-    for a word that has both starts, and AdapterError for an adapter of other layers or another rank.
+    fingerprint of what was copied, and a line on each word of the file that is not learned here, and on a base that
+    predicts otherwise than the file's. Raises ConfigError for a word that has both starts, and AdapterError for an
+    adapter of another family, of other layers or of another rank.
     """
     name, file = path.name, read_lora(path, words=True)
+    width = base.unet.config.cross_attention_dim
+    theirs, ours = (file.family, file.text_width), (base.family.name, width if isinstance(width, int) else None)
+    if other := of_another_family(theirs, ours, "base"):
+        raise AdapterError(f"--init-from {name}: {other}. Begin with an adapter of this family, or with nothing.")
     modules = {key: module.plain() for key, module in file.modules.items()}  # without a Tucker core
     lora.load({key: (m.down, m.up, m.alpha) for key, m in modules.items()}, name)
     digest = hashlib.sha256(fingerprint(modules).encode())
@@ -39,7 +49,12 @@ def start_from(path: Path, lora: Lora, words: Words | None, initial_words: Seque
         words.copy_from(token, parts, name)
         digest.update(b"".join(rows.float().numpy().tobytes() for rows in parts.values()))
     left = sorted(found.keys() - {token.lower() for token in tokens})
+    kind = prediction_of(file.metadata)
+    otherwise = f"{name}: learned where the base predicts {kind}, and this one predicts {base.prediction_type}"
     return digest.hexdigest(), [
-        f"{name}: its word {token} is left behind; learn on with it by --train-words {shell.quote(token)}"
-        for token in left
+        *([otherwise] if kind not in ("", base.prediction_type) else []),
+        *(
+            f"{name}: its word {token} is left behind; learn on with it by --train-words {shell.quote(token)}"
+            for token in left
+        ),
     ]

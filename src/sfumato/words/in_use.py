@@ -185,6 +185,8 @@ class Words(nn.Module):
         A vector far outside drowns the rest of the prompt.
         """
         for rows, (low, high) in zip(self.rows, self._lengths, strict=True):
+            largest = rows.abs().amax(dim=1, keepdim=True)
+            rows.div_(torch.where(largest > 1e15, largest, 1.0))  # whose squares would be infinite
             norm = rows.norm(dim=1, keepdim=True)
             rows.mul_(norm.clamp(low, high) / norm.clamp(min=1e-12))
 
