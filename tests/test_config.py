@@ -148,7 +148,7 @@ class Inheriting(Drawing, Config):
 def test_help_has_each_group_of_options_under_its_own_heading(capsys):
     with pytest.raises(SystemExit):
         parse(Inheriting, ["--help"], program="train test")
-    panels = [panel.partition(" ─")[::2] for panel in capsys.readouterr().out.split("╭─ ")[2:]]
+    panels = [panel.partition(" ─")[::2] for panel in capsys.readouterr().out.split("╭─ ")[1:]]
     options = [(title, re.findall(r"--(?!no-)[a-z]+", text)) for title, text in panels]
     assert options == [
         ("Needed", ["--images"]),

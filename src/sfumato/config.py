@@ -70,6 +70,7 @@ def _app(
     import cyclopts
 
     panels = _panels(config_type, called.split()[-1])
+    titles = list(dict.fromkeys(panels.values()))
     positional = [field.name for field in dataclasses.fields(config_type) if not field.kw_only]
 
     class App(cyclopts.App):
@@ -81,9 +82,11 @@ def _app(
                 name = argument.name.removeprefix("--").replace("-", "_")
                 if name in positional:  # cyclopts takes those for such alone that come before all inherited options
                     argument.index = positional.index(name)
+                more = cyclopts.Parameter(show_default=False) if argument.field_info.default == () else None
                 if title := panels.get(name):
-                    group = cyclopts.Group(title, sort_key=list(dict.fromkeys(panels.values())).index(title))
-                    argument.parameter = cyclopts.Parameter.combine(argument.parameter, cyclopts.Parameter(group=group))
+                    group = cyclopts.Group(title, sort_key=titles.index(title))
+                    more = cyclopts.Parameter.combine(more, cyclopts.Parameter(group=group))
+                argument.parameter = cyclopts.Parameter.combine(argument.parameter, more)
             return arguments
 
     app = App(
@@ -96,6 +99,8 @@ def _app(
         usage=f"Usage: {called} {'[CONFIG.toml]' if first_may_be_config else '[--config CONFIG.toml]'} [OPTIONS]",
         config=[cyclopts.config.Dict(in_file, use_commands_as_keys=False)] if in_file else [],
     )
+
+    app["--help"].show = False  # whoever reads it has found it
 
     def entry(config: Any) -> Any:
         return config
