@@ -74,7 +74,7 @@ def per_picture(pipe: Any, adapters: Sequence[Sequence[Adapter]], *, partial: bo
         return [*here] * (rows // len(here))
 
     def check(_: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-        rows, here = len(args[0] if args else options["sample"]), len(places() or range(count))
+        rows, here = len(schedulers.sample_of(args, options)), len(places() or range(count))
         each = rows_per_picture(calling_pipeline(pipe))
         if each is None:
             index(rows)

@@ -118,7 +118,7 @@ def _end(when: str, steps: int) -> int:
 
 @dataclass(frozen=True)
 class Stage:
-    """What a batch of pictures is told until a step. last: that step, counted from 1. text, other: of the prompts and
+    """What a batch of pictures is told until a step. last: that step, counted from 1. text, negative: of the prompts and
     of what guidance leads away from, (batch, tokens, width) each.
     """
 
@@ -161,7 +161,7 @@ def staged_prompts(unet: nn.Module, told: Sequence[Stage], scheduler: Any) -> It
     def tell(module: Any, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         if get_ident() != thread:
             return args, options
-        sample = args[0] if args else options["sample"]
+        sample = schedulers.sample_of(args, options)
         step = clock.step(schedulers.timestep_of(args, options), scheduler) + 1
         stage = next((each for each in told if step <= each.last), told[-1])
         is_guided = len(sample) == 2 * len(stage.text)
