@@ -118,8 +118,8 @@ def _end(when: str, steps: int) -> int:
 
 @dataclass(frozen=True)
 class Stage:
-    """What a batch of pictures is told until a step. last: that step, counted from 1. text, negative: of the prompts and
-    of what guidance leads away from, (batch, tokens, width) each.
+    """What a batch of pictures is told until a step. last: that step, counted from 1. text: of the prompts; negative:
+    of what guidance leads away from. (batch, tokens, width) each.
     """
 
     last: int
