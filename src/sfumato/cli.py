@@ -188,8 +188,8 @@ def _refuse_surrogates(argv: Sequence[str]) -> None:
 
 
 def _end_unbegun_runs(how: Literal["abandon_unbegun", "close_unbegun"]) -> None:
-    """Call this function of `sfumato.runs.run`, which only a program that trains has loaded."""
-    if runs := sys.modules.get("sfumato.runs.run"):
+    """Call this function of `sfumato.runs.unfinished`, which only a program that trains has loaded."""
+    if runs := sys.modules.get("sfumato.runs.unfinished"):
         getattr(runs, how)()
 
 
@@ -201,7 +201,7 @@ def _failed(line: str, code: int = 2) -> int:
 
 def _kept() -> str:
     """What is kept of a training that an error stopped after its last step, after a space; nothing of others."""
-    runs = sys.modules.get("sfumato.runs.run")
+    runs = sys.modules.get("sfumato.runs.unfinished")
     return runs.stopped_while_writing() if runs else ""
 
 

@@ -41,6 +41,7 @@ def denoised(
 def crossing_noise(latents: Tensor, others: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
     """The noise e' by which `noise_latents(latents, e')` is what `others` become by `noise`.
 
+    With latents z, others o and noise e: sqrt(a) z + sqrt(1 - a) e' = sqrt(a) o + sqrt(1 - a) e.
     A step on it asks for `latents` where `others` are seen: the target of either prediction type is computed from e'.
     It lies off the unit normal by sqrt(a / (1 - a)) times the difference, so it is for noisy timesteps.
     """

@@ -327,6 +327,7 @@ class _Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def is_gradient(self, tensor: Tensor) -> None:
         """Count this one among the gradients, which stay until a step's end."""
         key = tensor.untyped_storage()._cdata
+        # Size 0 from now on: `_now` is without it already, so that it loses nothing more when the tensor goes.
         size, self._sizes[key] = self._sizes[key], 0
         self._now -= size
         self._gradients += size

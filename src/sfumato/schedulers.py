@@ -174,6 +174,11 @@ def is_sigma_conditioned(schedule: Mapping[str, Any]) -> bool:
     return "sigma_data" in schedule or continuous
 
 
+def sample_of(args: Sequence[Any], options: Mapping[str, Any]) -> Any:
+    """The noisy latents of a call of the U-Net with these arguments, (rows, channels, height/f, width/f)."""
+    return options["sample"] if "sample" in options else args[0]
+
+
 def timestep_of(args: Sequence[Any], options: Mapping[str, Any]) -> float:
     """The timestep of a call of the U-Net with these arguments."""
     import torch

@@ -55,9 +55,9 @@ def test_live_changes_no_weight_and_new_weights_no_memory(sd1, write):
     before = weights_sha(sd1)
     mix = compose(sd1, Adapter(write("a", sd1)), Adapter(write("b", sd1, seed=2), 0.5), way="live")
     path = mix._sites["unet", LAYER, "weight"]._path
-    where = path._now.up.data_ptr(), path._down.data_ptr()
+    where = path.now.up.data_ptr(), path._down.data_ptr()
     mix.set(a=0.2, b=0.0).set(b=0.9)
-    assert (path._now.up.data_ptr(), path._down.data_ptr()) == where
+    assert (path.now.up.data_ptr(), path._down.data_ptr()) == where
     assert weights_sha(sd1) == before
     mix.remove("a", "b")
     assert not sd1.unet.get_submodule(LAYER)._forward_hooks

@@ -195,7 +195,7 @@ def test_predictions_are_remembered_in_what_they_were_computed_in(base, dataset)
     in_half = dataclasses.replace(base, precision=dataclasses.replace(base.precision, compute=torch.bfloat16))
     kept = BasePrediction(in_half, dataset, ["cat"], 0)
     kept.precompute_targets(range(1), COUNT, [0], COUNT, shown=False)
-    assert [target.dtype for target in kept._kept.values()] == [torch.bfloat16]
+    assert [target.dtype for target in kept._table.targets.values()] == [torch.bfloat16]
     assert kept.draw(0, COUNT, 0, COUNT).target.dtype == torch.float32
 
 

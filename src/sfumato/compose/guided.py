@@ -16,12 +16,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from sfumato import schedulers
 from sfumato.compose.caller import calling_pipeline, serialized_calls, unconditional_rows
 from sfumato.compose.match import compiled_parts, exclusive_row_split, unwrapped_parts
 from sfumato.errors import AdapterError
@@ -115,14 +117,10 @@ def unconditional_half(
 
     without: from a call's rows to how many have no prompt, of which it is an AdapterError if they are no half.
     """
-    # Where accelerate moves the weights to and fro, it calls what it found; and puts that back after every picture.
-    name = "_old_forward" if "_old_forward" in unet.__dict__ else "forward"
-    forward = getattr(unet, name)
     halves = _Halves()
 
-    @_uncopied
-    def forward_by_halves(*args: Any, **options: Any) -> Any:
-        sample = args[0] if args else options["sample"]
+    def forward_by_halves(forward: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        sample = schedulers.sample_of(args, options)
         if 2 * without(len(sample)) != len(sample):
             raise AdapterError(
                 f"the call has {len(sample)} rows, which are no two halves; draw with guidance above 1, and no other "
@@ -135,15 +133,31 @@ def unconditional_half(
         both = torch.cat([other[0], output[0]])
         return (both,) if isinstance(output, tuple) else type(output)(sample=both)
 
-    setattr(unet, name, forward_by_halves)
+    with _replaced_forward(unet, forward_by_halves):
+        yield
+
+
+@contextmanager
+def _replaced_forward(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
+    """Within the block the module computes `function(forward, *args, **options)`, forward being its own.
+
+    Where accelerate moves the weights to and fro, the module's `forward` is accelerate's: it loads the weights and then
+    calls `_old_forward`, the module's own. So the function takes that place, where the weights are there. accelerate
+    puts what it found in `_old_forward` back as `forward` after every picture, which takes the function along: so both
+    places are looked at in the end.
+    """
+    name = "_old_forward" if "_old_forward" in module.__dict__ else "forward"
+    forward = getattr(module, name)
+    replacement = _uncopied(partial(function, forward))
+    setattr(module, name, replacement)
     try:
         yield
     finally:
-        for place in [place for place in ("_old_forward", "forward") if unet.__dict__.get(place) is forward_by_halves]:
-            if place == "forward" and getattr(forward, "__func__", None) is type(unet).forward:
-                del unet.forward
+        for place in [place for place in ("_old_forward", "forward") if module.__dict__.get(place) is replacement]:
+            if place == "forward" and getattr(forward, "__func__", None) is type(module).forward:
+                del module.forward
             else:
-                setattr(unet, place, forward)
+                setattr(module, place, forward)
 
 
 class _uncopied:

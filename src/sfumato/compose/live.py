@@ -47,8 +47,6 @@ class Live:
         self._exchanged = False
         # Keys and values of a caption are the same at every step, so what the adapters make of them is, too.
         self._of_caption = part == "unet" and path.endswith(("attn2.to_k", "attn2.to_v"))
-        self._last: _Answer | None = None
-        self._last_exchanged: _Answer | None = None
 
     @property
     def title(self) -> str:
@@ -85,7 +83,7 @@ class Live:
     @torch.no_grad()
     def apply(self, wanted: Applied, scratch: Scratch) -> None:
         """Bring the path to these weights. Raises AdapterError for one whose numbers the dtype cannot hold."""
-        self.applied, self._last, self._last_exchanged = wanted, None, None
+        self.applied = wanted
         if not wanted:
             self._silence()
             return
@@ -100,14 +98,13 @@ class Live:
     @torch.no_grad()
     def set_aside(self, other: Applied | None, scratch: Scratch) -> None:
         """Hold the path at these weights, for `exchange`; None for nothing."""
-        self.other, self._last, self._last_exchanged = other, None, None
+        self.other = other
         if self._path is not None:
             self._path.hold(dict(other) if other else None)
 
     def exchange(self) -> None:
         """The path at the weights that were set aside; at the next call as it was. Nothing is computed."""
         self._exchanged = not self._exchanged
-        self._last, self._last_exchanged = self._last_exchanged, self._last
         if self._path is not None and self.other:
             self._path.exchange()
 
@@ -115,7 +112,7 @@ class Live:
         """Take the path away."""
         self.remove_hook()  # first, so that nothing is added any more whatever the path says
         self._silence()
-        self.applied, self._path, self.other, self._last, self._last_exchanged = (), None, None, None, None
+        self.applied, self._path, self.other = (), None, None
 
     def remove_hook(self) -> None:
         """Take the hook away, so that a layer at weight 0 costs nothing; not where it is compiled into the layer."""
@@ -134,7 +131,7 @@ class Live:
             return output
         x = inputs[0]
         keeps = self._of_caption and not (torch.is_grad_enabled() or torch.compiler.is_compiling() or x.is_inference())
-        last = self._last  # once, as another thread may answer meanwhile
+        last = path.now.answer  # once, as another thread may answer meanwhile
         if keeps and last is not None and last[0] is x and last[1] == (x._version, *_state(module)):
             return last[2]
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
@@ -142,7 +139,7 @@ class Live:
             path.move(dtype, x.device)
         output = path(x, output)
         if keeps:
-            self._last = (x, (x._version, *_state(module)), output)
+            path.now.answer = (x, (x._version, *_state(module)), output)
         return output
 
 
@@ -158,11 +155,15 @@ _Answer = tuple[Tensor, tuple[int, ...], Tensor]
 
 @dataclass
 class _Weighed:
-    """What of a path depends on the weights: numbers by label, up (out, rank), and dense, of the weight's shape."""
+    """A path at some weights: these numbers by label, up (out, rank), and dense, of the weight's shape.
+
+    answer: the last one about a caption at these weights, which goes where they go in an exchange.
+    """
 
     numbers: dict[str, float] = field(default_factory=dict)
     up: Tensor | None = None
     dense: Tensor | None = None
+    answer: _Answer | None = None
 
 
 class _Path:
@@ -178,7 +179,7 @@ class _Path:
         self._low = {label: effect.low_rank for label, effect in effects.items() if effect.low_rank is not None}
         self._dense_labels = [label for label, effect in effects.items() if effect.low_rank is None]
         self._down: Tensor | None = None
-        self._now = _Weighed()
+        self.now = _Weighed()
         self._held: _Weighed | None = None
         self._stack()
 
@@ -192,7 +193,7 @@ class _Path:
         with torch.inference_mode(False), torch.no_grad():
             down = torch.cat([low.down.reshape(low.rank, *shape[1:]).float() for low in self._low.values()])
             self._down = down.to(self.device, self.dtype)
-        self._now.up = self._empty_up(self._down)
+        self.now.up = self._empty_up(self._down)
         if self._held is not None:
             self._held.up = self._empty_up(self._down)
 
@@ -203,7 +204,7 @@ class _Path:
 
     def weigh(self, numbers: dict[str, float]) -> None:
         """New weights by label, 0 where there is none; the factors' memory stays where it is."""
-        self._weigh(self._now, numbers)
+        self._weigh(self.now, numbers)
 
     def hold(self, numbers: dict[str, float] | None) -> None:
         """Have the path at other weights ready for `exchange`; None for none."""
@@ -215,10 +216,10 @@ class _Path:
     def exchange(self) -> None:
         """The weights that are held, and these held."""
         if self._held is not None:
-            self._now, self._held = self._held, self._now
+            self.now, self._held = self._held, self.now
 
     def _weigh(self, weighed: _Weighed, numbers: dict[str, float]) -> None:
-        weighed.numbers = numbers
+        weighed.numbers, weighed.answer = numbers, None
         if weighed.up is not None:
             start = 0
             for label, low in self._low.items():
@@ -240,7 +241,7 @@ class _Path:
 
     def is_finite(self) -> bool:
         """Whether the dtype holds the numbers."""
-        found = [tensor for tensor in (self._down, self._now.up, self._now.dense) if tensor is not None]
+        found = [tensor for tensor in (self._down, self.now.up, self.now.dense) if tensor is not None]
         return all(bool(torch.isfinite(tensor).all()) for tensor in found)
 
     def move(self, dtype: torch.dtype, device: torch.device) -> None:
@@ -248,14 +249,14 @@ class _Path:
         self.dtype, self.device = dtype, device
         with torch.no_grad():
             self._stack()
-            for weighed in (self._now, self._held):
+            for weighed in (self.now, self._held):
                 if weighed is not None:
                     self._weigh(weighed, weighed.numbers)
 
     def __call__(self, x: Tensor, output: Tensor) -> Tensor:
         if self._convolution is not None:
             return self._convolve(self._convolution, x, output)
-        up, dense = self._now.up, self._now.dense
+        up, dense = self.now.up, self.now.dense
         if dense is not None:
             output = output + linear(x, dense)
         if self._down is None or up is None:
@@ -269,7 +270,7 @@ class _Path:
         return output
 
     def _convolve(self, layer: nn.Conv2d, x: Tensor, output: Tensor) -> Tensor:
-        up, dense = self._now.up, self._now.dense
+        up, dense = self.now.up, self.now.dense
         if dense is not None:
             output = output + conv2d(x, dense, None, layer.stride, layer.padding, layer.dilation)
         if self._down is None or up is None:

@@ -142,35 +142,47 @@ def write_sum(
     """Write original + sum of the terms + dense into `weight`, summed in fp32 and rounded once; whether it is finite.
 
     weight, original: of one shape, on one device, of any float dtype. dense: fp32 of this shape, what has no low-rank
-    form. pristine: whether `weight` already holds the original's bytes. original: perhaps a function that gives it, in
-    the weight's dtype then: it is called last, as comparing the weight with its file brings it into the cache.
+    form. pristine: whether `weight` already holds the original's bytes. original: a tensor; or a function that gives
+    it, of a pristine weight and in its dtype: it is called last, as comparing the weight with its file brings it into
+    the cache.
+
+    There are three ways; the first whose conditions all hold is taken. With `dense`, without terms, and where
+    `_takes_bf16` says no or the CPU multiplies no bf16, only the last is left:
+
+        product of the factors            rank                 change of the weight
+        one, of factors in bf16           <= _SPLIT_RANK       slight (`_is_slight`)
+        three, of factors split in two    <= the CPU's limit   any
+        one in fp32, by blocks of rows    any                  any
     """
     rows = weight.shape[0]
     columns = weight.numel() // rows
-    limit = _SAFE.get(weight.dtype, 0.0)
     if not terms:
-        original = original() if callable(original) else original
-        _write_blocks(weight, original, None, None, dense, scratch)
+        _write_blocks(weight, original() if callable(original) else original, None, None, dense, scratch)
         return is_finite(weight.detach())
     stacked = stack(terms, rows, columns, weight.device, scratch)
-    safe = dense is None and _bound(stacked) < limit
-    same = callable(original) or original.dtype == weight.dtype
-    halves = None
-    if dense is None and same and scratch.bf16_ranks and _takes_bf16(weight):
-        rank = stacked.up.shape[1]
-        if rank <= _SPLIT_RANK and _is_slight(stacked, weight if callable(original) else original):
-            halves = _rounded(stacked, scratch)
-        elif rank <= scratch.bf16_ranks:
-            halves = _split(stacked, scratch)
+    is_safe = dense is None and _bound(stacked) < _SAFE.get(weight.dtype, 0.0)
+    in_bf16 = None
+    if dense is None:
+        in_bf16 = _bf16_factors(stacked, weight, weight if callable(original) else original, scratch)
     original = original() if callable(original) else original
-    if halves is not None:
-        left, right = halves
+    if in_bf16 is not None:
         if not pristine:
             weight.copy_(original)
-        weight.view(rows, columns).addmm_(left, right)
+        weight.view(rows, columns).addmm_(*in_bf16)
     else:
         _write_blocks(weight, original, stacked.up, stacked.down, dense, scratch)
-    return safe or is_finite(weight.detach())
+    return is_safe or is_finite(weight.detach())
+
+
+def _bf16_factors(stacked: Pair, weight: Tensor, original: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor] | None:
+    """The factors in bf16, rounded or split, for one product that is added in place; None where fp32 costs less or is
+    needed. Split ones use `stacked` as their own memory."""
+    if original.dtype != weight.dtype or not scratch.bf16_ranks or not _takes_bf16(weight):
+        return None
+    rank = stacked.up.shape[1]
+    if rank <= _SPLIT_RANK and _is_slight(stacked, original):
+        return _rounded(stacked, scratch)
+    return _split(stacked, scratch) if rank <= scratch.bf16_ranks else None
 
 
 def _bound(stacked: Pair) -> float:

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from sfumato.compose import saving, table
-from sfumato.compose.baked import Applied, Baked, Effect
+from sfumato.compose.baked import Baked, Effect
 from sfumato.compose.live import Live, SavesNone
 from sfumato.compose.match import MatchedWeight, Modules, Way, compiled_parts, match, parts_of, unwrapped_parts
 from sfumato.compose.originals import Originals, Place
-from sfumato.compose.sites import Site, applied_at, apply_changes, new_site
+from sfumato.compose.sites import Site, SiteChange, apply_changes, new_site
 from sfumato.errors import AdapterError
 from sfumato.files.adapter_file import AdapterFile
 from sfumato.files.fingerprint import verify as verify_deltas
@@ -449,24 +449,17 @@ class Mix:
         """Bring the sites to the weights; all of them, or none when it raises."""
         self._modules.check_unfused()
         heard = {label: weight for label, weight in weights.items() if label not in muted}
-        wanted = [(site, applied_at(site, heard, self._factors), self._aside(site, heard)) for site in sites]
-        todo = [(site, applied) for site, applied, _ in wanted if applied != site.applied]
-        aside = [(site, other) for site, applied, other in wanted if (applied, other) != (site.applied, site.other)]
-        live = [(site, applied) for site, applied in todo if isinstance(site, Live)]
-        self._check_in_memory([*(site for site, _ in todo), *(site for site, _ in aside)])
+        wanted = [SiteChange.to(site, heard, self._factors) for site in sites]
+        changes = [change for change in wanted if change.changes_anything]
+        live = [(c.site, c.applied) for c in changes if c.rewrites and isinstance(c.site, Live)]
+        self._check_in_memory(change.site for change in changes)
         self._check_compiled(site for site, applied in live if site.rebuilds(applied))
-        apply_changes(todo, aside, self._originals)
+        apply_changes(changes, self._originals)
         idle = [site for site, applied in live if not applied]
         compiled = compiled_parts(self._pipe) if idle else set()
         for site in idle:
             if site.part not in compiled:
                 site.remove_hook()
-
-    def _aside(self, site: Site, weights: Mapping[str, Weight]) -> Applied | None:
-        """What the site has without the adapters of the prompt alone, if it has any of them."""
-        if site.part != "unet" or self._factors.keys().isdisjoint(site.effects):
-            return None
-        return applied_at(site, {label: weight for label, weight in weights.items() if label not in self._factors}, {})
 
     def _check_compiled(self, sites: Iterable[Live]) -> None:
         changed = list(sites)

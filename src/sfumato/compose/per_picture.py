@@ -53,38 +53,53 @@ def per_picture(pipe: Any, adapters: Sequence[Sequence[Adapter]], *, partial: bo
     if not count:
         raise AdapterError("there are no pictures; give a list of adapters for each, an empty one for the base.")
 
-    outside = schedulers.PICTURES.get()  # of a drawing whose pipeline came here, with the pictures of one of its calls
+    rows = _PicturesOfRows(pipe, count)
+    # Before `forward`, in which adapter guidance halves the call.
+    checked = unwrapped_parts(pipe)["unet"].register_forward_pre_hook(rows.check, with_kwargs=True)
+    with checked, _hooked(pipe, adapters, rows.index, partial=partial):
+        yield
 
-    def places() -> Sequence[int] | None:
-        """Of the pictures at once, where `sfumato.draw` says them."""
-        told = schedulers.PICTURES.get()
-        if told is None or told is outside:
-            return None
-        if told[1] != count:
-            raise _other_number(told[1], count, 1)
-        return told[0]
 
-    def index(rows: int) -> Sequence[int]:
+class _PicturesOfRows:
+    """Which picture each row of a call is of.
+
+    With 3 pictures and guidance a call of the U-Net has 6 rows, those without prompt first: [0, 1, 2, 0, 1, 2]. Where
+    `sfumato.draw` draws the last two in a batch of their own, its calls have 4 rows: [1, 2, 1, 2].
+    """
+
+    def __init__(self, pipe: Any, count: int) -> None:
+        self._pipe, self._count = pipe, count
+        # Of a drawing whose pipeline came here, with the pictures of one of its calls.
+        self._outside = schedulers.PICTURES.get()
+
+    def index(self, rows: int) -> Sequence[int]:
+        """The picture of each of a call's rows."""
         # Guidance puts the pictures without prompt in front of those with, and so twice (a perturbed one, three times)
         # the same order; several pictures of a prompt would be another order.
-        told = places()
-        here = range(count) if told is None else told
-        if rows % len(here) or (told is None and rows > 3 * count):
-            raise _other_number(rows, count, None)
+        batch = self._batch()
+        here = range(self._count) if batch is None else batch
+        if rows % len(here) or (batch is None and rows > 3 * self._count):
+            raise _other_number(rows, self._count, None)
         return [*here] * (rows // len(here))
 
-    def check(_: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-        rows, here = len(args[0] if args else options["sample"]), len(places() or range(count))
-        each = rows_per_picture(calling_pipeline(pipe))
+    def check(self, _: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        """Raises AdapterError for a call of the U-Net with another number of rows."""
+        rows = len(schedulers.sample_of(args, options))
+        each = rows_per_picture(calling_pipeline(self._pipe))
         if each is None:
-            index(rows)
-        elif rows != each * here:
-            raise _other_number(rows, count, each)
+            self.index(rows)
+        elif rows != each * len(self._batch() or range(self._count)):
+            raise _other_number(rows, self._count, each)
 
-    # Before `forward`, in which adapter guidance halves the call.
-    checked = unwrapped_parts(pipe)["unet"].register_forward_pre_hook(check, with_kwargs=True)
-    with checked, _hooked(pipe, adapters, index, partial=partial):
-        yield
+    def _batch(self) -> Sequence[int] | None:
+        """The pictures that `sfumato.draw` draws at once at present; None where it does not say."""
+        told = schedulers.PICTURES.get()
+        if told is None or told is self._outside:
+            return None
+        places, count = told
+        if count != self._count:
+            raise _other_number(count, self._count, 1)
+        return places
 
 
 def _check_lists(adapters: Any) -> None:

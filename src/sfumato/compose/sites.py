@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,33 +38,70 @@ def applied_at(site: Site, weights: Mapping[str, Weight], factors: Mapping[str, 
     return tuple((label, number) for label, number in numbers.items() if number != 0)
 
 
-def apply_changes(
-    todo: Sequence[tuple[Site, Applied]], aside: Sequence[tuple[Site, Applied | None]], originals: Originals
-) -> None:
-    """Bring each site to its numbers and set others aside for `exchange`; all of it, or nothing when it raises."""
-    for site, _ in todo:
-        site.check_untouched()
-    new = [site for site, applied in todo if isinstance(site, Baked) and site.original is None and applied]
+class SiteChange(NamedTuple):
+    """What a site is to have. applied: of the adapters, in each call; aside: in its place within `exchange`, None where
+    nothing is held for that.
+
+    Of the adapter `line` alone, weights {"line": 0.8} and factors {"line": 2 / 7.5}, as adapter guidance 2 at a
+    guidance of 7.5 has them:
+
+        in the U-Net           applied (("line", 0.2133),), aside (): the base alone
+        in the text encoder    applied (("line", 0.8),), aside None
+
+    With another adapter, {"line": 0.8, "otter": 0.5}, which no factor names, the U-Net has both applied and
+    (("otter", 0.5),) aside.
+    """
+
+    site: Site
+    applied: Applied
+    aside: Applied | None
+
+    @classmethod
+    def to(cls, site: Site, weights: Mapping[str, Weight], factors: Mapping[str, float]) -> SiteChange:
+        """The change that brings the site to these weights. factors: as in `applied_at`."""
+        applied = applied_at(site, weights, factors)
+        if site.part != "unet" or factors.keys().isdisjoint(site.effects):
+            return cls(site, applied, None)
+        unfactored = {label: weight for label, weight in weights.items() if label not in factors}
+        return cls(site, applied, applied_at(site, unfactored, {}))
+
+    @property
+    def rewrites(self) -> bool:
+        """Whether the site has other adapters applied so far."""
+        return self.applied != self.site.applied
+
+    @property
+    def changes_anything(self) -> bool:
+        """Whether it has others applied, or aside. What is held aside is made anew where the rest is rewritten."""
+        return self.rewrites or self.aside != self.site.other
+
+
+def apply_changes(changes: Sequence[SiteChange], originals: Originals) -> None:
+    """Bring each site to what it is to have; all of it, or nothing when it raises."""
+    rewriting = [change for change in changes if change.rewrites]
+    for change in rewriting:
+        change.site.check_untouched()
+    new = [site for site, applied, _ in rewriting if isinstance(site, Baked) and site.original is None and applied]
     held = originals.of({site.place: site.weight for site in new})
     for site in new:
         found = held[site.place]
         site.original, site.candidates = (found, ()) if isinstance(found, Tensor) else (None, found)
     scratch = Scratch()
-    earlier = [(site, site.other) for site, _ in aside]
-    bare = [site for site, _ in todo if isinstance(site, Live) and site.is_bare]
-    done: list[tuple[Site, Applied]] = []
+    aside_before = [(change.site, change.site.other) for change in changes]
+    bare = [change.site for change in rewriting if isinstance(change.site, Live) and change.site.is_bare]
+    rewritten: list[tuple[Site, Applied]] = []
     with torch.no_grad(), exact_products():
         try:
-            for site, applied in todo:
-                done.append((site, site.applied))
-                site.apply(applied, scratch)
-            for site, other in aside:
-                site.set_aside(other, scratch)
+            for change in rewriting:
+                rewritten.append((change.site, change.site.applied))
+                change.site.apply(change.applied, scratch)
+            for change in changes:
+                change.site.set_aside(change.aside, scratch)
         except BaseException:
-            for site, before in reversed(done):
-                site.apply(before, scratch)
-            for site, before_aside in earlier:
-                site.set_aside(before_aside, scratch)
+            for each, before in reversed(rewritten):
+                each.apply(before, scratch)
+            for each, before_aside in aside_before:
+                each.set_aside(before_aside, scratch)
             for site in new:
                 site.restore()
             for live in bare:

@@ -15,6 +15,11 @@ class Order:
     several processes, are of several buckets. What is queued when an epoch ends stays queued, so that over time all
     samples come equally often, no batch is short and none is dropped. With one bucket that is the epochs one after
     another, cut into batches.
+
+    Of pictures 0 to 4, of which 1 and 3 are tall, with seed 0 and batches of two:
+
+        epoch 0 is 4 1 0 3 2    batches [4, 0] and [1, 3]; 2 stays queued
+        epoch 1 is 0 3 1 2 4    batches [2, 0], [3, 1] and [2, 4]
     """
 
     def __init__(self, samples: Sequence[int], buckets: Sequence[object], seed: int, batch: int, together: int):

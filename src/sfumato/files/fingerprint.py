@@ -78,21 +78,29 @@ def probe_rows(modules: Mapping[Target, LoraModule | Tensor]) -> dict[str, Row]:
 
 
 def _row(name: str, module: LoraModule | Tensor) -> Row:
-    if isinstance(module, LoraModule):
-        plain = module.plain()
-        up, down = plain.up.detach().cpu().double().flatten(1), plain.down.detach().cpu().double().flatten(1)
-        left, right = up * plain.scale, down
-        norm = math.sqrt(max(float(((left.T @ left) * (right @ right.T)).sum()), 0.0))
-    else:
-        left = module.detach().cpu().double().reshape(module.shape[0], -1)
-        right = torch.eye(0)
-        norm = float(left.norm())
-    columns = left.shape[1] if isinstance(module, Tensor) else right.shape[1]
+    return _row_of_lora(name, module.plain()) if isinstance(module, LoraModule) else _row_of_delta(name, module)
+
+
+def _row_of_lora(name: str, module: LoraModule) -> Row:
+    """From the factors, which are much smaller than the delta."""
+    up, down = (factor.detach().cpu().double().flatten(1) for factor in (module.up, module.down))
+    up = up * module.scale
+    squared_norm = float(((up.T @ up) * (down @ down.T)).sum())
+    ys, xs = _probes(name, up.shape[0], down.shape[1])
+    return (math.sqrt(max(squared_norm, 0.0)), *((ys @ up) * (xs @ down.T)).sum(1).tolist())
+
+
+def _row_of_delta(name: str, delta: Tensor) -> Row:
+    matrix = delta.detach().cpu().double().reshape(delta.shape[0], -1)
+    ys, xs = _probes(name, *matrix.shape)
+    return (float(matrix.norm()), *((ys @ matrix) * xs).sum(1).tolist())
+
+
+def _probes(name: str, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """The y (PROBES, rows) and x (PROBES, columns) of a module."""
     draws = randomness.generator(0, f"fingerprint/{name}")
-    ys = torch.randn(PROBES, left.shape[0], generator=draws).double()
-    xs = torch.randn(PROBES, columns, generator=draws).double()
-    seen = xs if isinstance(module, Tensor) else xs @ right.T
-    return (norm, *((ys @ left) * seen).sum(1).tolist())
+    ys = torch.randn(PROBES, rows, generator=draws).double()
+    return ys, torch.randn(PROBES, columns, generator=draws).double()
 
 
 def fingerprint(modules: Mapping[Target, LoraModule | Tensor]) -> str:
@@ -104,7 +112,7 @@ def fingerprint(modules: Mapping[Target, LoraModule | Tensor]) -> str:
 
 
 def fingerprint_of(found: Mapping[str, Row]) -> str:
-    """The same of what `rows` gave."""
+    """The same of what `probe_rows` gave."""
     names = sorted(found)
     limit = torch.finfo(torch.float32).max
     for name in names:
@@ -152,7 +160,7 @@ def verify(metadata: Mapping[str, str], changes: Mapping[Target, Change], file: 
 
 
 def check_rows(stated: str, found: Mapping[str, Row], file: str) -> Comparison:
-    """The same for what `rows` gave."""
+    """The same for what `probe_rows` gave."""
     names = sorted(found)
     version, _, rest = stated.partition(":")
     digest, _, text = rest.partition(":")
@@ -171,7 +179,7 @@ def check_rows(stated: str, found: Mapping[str, Row], file: str) -> Comparison:
 
 
 def compare(first: Mapping[str, Row], second: Mapping[str, Row]) -> Comparison:
-    """How far the second adapter is from the first; both as `rows` gives them."""
+    """How far the second adapter is from the first; both as `probe_rows` gives them."""
     missing, extra = sorted(first.keys() - second.keys()), sorted(second.keys() - first.keys())
     shared = sorted(first.keys() & second.keys())
     if not shared:

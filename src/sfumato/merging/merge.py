@@ -18,8 +18,8 @@ from sfumato.files.changes.replacement import Replacement, lora_command
 from sfumato.files.embedding_file import Vectors
 from sfumato.files.kohya import Target
 from sfumato.merging.arithmetic import linear
-from sfumato.merging.factors import KEEP_ALL, Budget, factorise, from_module, to_module, truncate
-from sfumato.merging.methods import DENSE, LOW_RANK, METHODS, Settings
+from sfumato.merging.factors import KEEP_ALL, Budget, Factors, factorise, from_module, to_module, truncate
+from sfumato.merging.methods import DENSE, LOW_RANK, METHODS, Dense, LowRank, Settings
 from sfumato.weighting.adapter import Weight, weight_at
 
 WeightOf = Callable[[Target], Tensor]
@@ -184,49 +184,74 @@ def _merge_module(
 ) -> tuple[LoraModule, float, float]:
     """(module, share of the energy that it keeps, that energy)."""
     low = [term.low_rank() for term in terms]
-    dense = [None if module is not None else term.dense(base) for term, module in zip(terms, low, strict=True)]
-    shape = _one_shape(terms, [m.shape if m is not None else d for m, d in zip(low, dense, strict=True)])
+    deltas = [term.dense(base) if module is None else module for term, module in zip(terms, low, strict=True)]
+    shape = _one_shape(terms, [tuple(delta.shape) for delta in deltas])
     weights = [term.weight for term in terms]
-    if any(delta is not None for delta in dense) and budget == KEEP_ALL:
-        kinds = sorted({term.change.kind for term, m in zip(terms, low, strict=True) if m is None})
+    dense = [term for term, delta in zip(terms, deltas, strict=True) if isinstance(delta, Tensor)]
+    if dense and budget == KEEP_ALL:
+        kinds = sorted({term.change.kind for term in dense})
         raise AdapterError(
             f"{terms[0].source}: {', '.join(kinds)} in {'.'.join(terms[0].target)} has no exact low-rank form. "
             "Say how much to keep: --rank 32 or --keep-energy 0.99."
         )
-    if method in DENSE or (method == "linear" and any(delta is not None for delta in dense)):
-        deltas = [(from_module(m).delta() if m is not None else _flat(d)) for m, d in zip(low, dense, strict=True)]
-        merged = DENSE[method](settings, draws)(deltas, weights) if method in DENSE else linear(deltas, weights)
-        if budget == KEEP_ALL:
-            budget = Budget(rank=min(sum(m.rank for m in low if m is not None), *merged.shape))
-        energy = float(merged.square().sum())
-        factors, share = factorise(merged, budget, draws)
-        return to_module(factors, shape), share, energy
-    factors_of = [
-        (from_module(m), 1.0) if m is not None else factorise(_flat(d), budget, draws)
-        for m, d in zip(low, dense, strict=True)
-    ]
-    merged_factors = LOW_RANK[method](settings, draws)([factors for factors, _ in factors_of], weights)
-    energy = merged_factors.energy()
-    first = min(share for _, share in factors_of)
+    if method in DENSE:
+        factors, share, energy = _merge_dense(DENSE[method](settings, draws), deltas, weights, budget, draws)
+    elif method == "linear" and dense:  # summed before anything is left out
+        factors, share, energy = _merge_dense(linear, deltas, weights, budget, draws)
+    else:
+        factors, share, energy = _merge_factors(LOW_RANK[method](settings, draws), deltas, weights, budget, draws)
+    return to_module(factors, shape), share, energy
+
+
+_Delta = LoraModule | Tensor
+"""A term's delta: its factors where it has any, or fp32 in the weight's shape."""
+
+
+def _merge_dense(
+    method: Dense,
+    deltas: Sequence[_Delta],
+    weights: Sequence[float],
+    budget: Budget,
+    draws: torch.Generator,
+) -> tuple[Factors, float, float]:
+    """Merge whole matrices, then factorise: (factors, share of the energy that they keep, that energy)."""
+    merged = method([_flat(d) if isinstance(d, Tensor) else from_module(d).delta() for d in deltas], weights)
     if budget == KEEP_ALL:
-        return to_module(merged_factors, shape), first, energy
-    factors, share = truncate(merged_factors, budget)
-    return to_module(factors, shape), first * share, energy
+        budget = Budget(rank=min(sum(d.rank for d in deltas if isinstance(d, LoraModule)), *merged.shape))
+    energy = float(merged.square().sum())
+    factors, share = factorise(merged, budget, draws)
+    return factors, share, energy
 
 
-def _flat(delta: Tensor | None) -> Tensor:
-    assert delta is not None
+def _merge_factors(
+    method: LowRank,
+    deltas: Sequence[_Delta],
+    weights: Sequence[float],
+    budget: Budget,
+    draws: torch.Generator,
+) -> tuple[Factors, float, float]:
+    """Factorise what has none, then merge factors: (factors, share of the energy that they keep, that energy)."""
+    parts = [factorise(_flat(d), budget, draws) if isinstance(d, Tensor) else (from_module(d), 1.0) for d in deltas]
+    merged = method([factors for factors, _ in parts], weights)
+    energy = merged.energy()
+    first = min(share for _, share in parts)
+    if budget == KEEP_ALL:
+        return merged, first, energy
+    factors, share = truncate(merged, budget)
+    return factors, first * share, energy
+
+
+def _flat(delta: Tensor) -> Tensor:
     return delta.double().reshape(delta.shape[0], -1)
 
 
-def _one_shape(terms: Sequence[_Term], shapes: Sequence[tuple[int, ...] | Tensor | None]) -> tuple[int, ...]:
+def _one_shape(terms: Sequence[_Term], shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
     """The shape of the weight that all terms change; a 1x1 convolution may be spelt as a matrix."""
-    found = [tuple(shape.shape) if isinstance(shape, Tensor) else tuple(shape or ()) for shape in shapes]
-    trimmed = [shape[:2] if shape[2:] == (1, 1) else shape for shape in found]
+    trimmed = [shape[:2] if shape[2:] == (1, 1) else shape for shape in shapes]
     for term, shape in zip(terms, trimmed, strict=True):
         if shape != trimmed[0]:
             raise AdapterError(
                 f"{term.source}: {'.'.join(term.target)} is {list(shape)}, in {terms[0].source} it is "
                 f"{list(trimmed[0])}. They were trained for different bases; merge adapters of one."
             )
-    return max(found, key=len)
+    return max(shapes, key=len)

@@ -28,6 +28,8 @@ Part = str | Callable[[int, int], Sequence["Part"]]
 STEPS: ContextVar[int | None] = ContextVar("STEPS", default=None)
 """How many steps of each picture `sfumato.draw` is drawing, by which words that change are counted."""
 
+_CLOSING = {"[": "]", "(": ")"}
+"""What closes each bracket."""
 _TOKENS = re.compile(r"\\.|[\[\]():|]|[^\\\[\]():|]+|\\", re.DOTALL)
 _WHEN = re.compile(r"\s*(?:\d+(?:\.\d*)?|\.\d+)\s*")
 
@@ -53,12 +55,17 @@ def has_edits(prompt: str) -> bool:
 
 
 def _parsed(prompt: str) -> list[Part]:
-    """The parts of the whole prompt."""
+    """The parts of the whole prompt.
+
+    `[a:b:0.4]` is read so: `[` opens a bracket, each `:` is noted as a mark and begins another part, and when `]` comes
+    the bracket has the parts a, b and 0.4 and says a or b, by the step. Its marks and its last part tell that it is a
+    change and no text: see `_Bracket.said`.
+    """
     open_: list[_Bracket] = [_Bracket("")]
     for token in _TOKENS.findall(prompt):
-        if token in "[(":
+        if token in _CLOSING:
             open_.append(_Bracket(token))
-        elif token in "])" and open_[-1].opening == "[("[token == ")"]:
+        elif token == _CLOSING.get(open_[-1].opening):
             closed = open_.pop()
             open_[-1].parts[-1].extend(closed.said())
         elif token in ":|" and open_[-1].opening == "[":
@@ -94,14 +101,17 @@ class _Bracket:
         self.marks: list[str] = []
 
     def said(self) -> list[Part]:
-        """What the closed bracket says."""
+        """What the closed bracket says.
+
+        Of `[a:b:0.4]` the marks are : and :, the parts a, b and 0.4: in a picture of 10 steps a until step 4, then b.
+        """
         kinds, parts = set(self.marks), self.parts
         if kinds == {"|"}:
             return [lambda step, steps: parts[(step - 1) % len(parts)]]
         if kinds == {":"} and len(parts) <= 3 and _WHEN.fullmatch(last := _text(parts[-1], 1, 1)):
             before, after = parts[:-1] if len(parts) == 3 else ([], parts[0])
             return [lambda step, steps: before if step <= _end(last, steps) else after]
-        return self.as_text("])"[self.opening == "("])
+        return self.as_text(_CLOSING[self.opening])
 
     def as_text(self, closing: str) -> list[Part]:
         """The bracket as it is written."""
@@ -118,8 +128,8 @@ def _end(when: str, steps: int) -> int:
 
 @dataclass(frozen=True)
 class Stage:
-    """What a batch of pictures is told until a step. last: that step, counted from 1. text, other: of the prompts and
-    of what guidance leads away from, (batch, tokens, width) each.
+    """What a batch of pictures is told until a step. last: that step, counted from 1. text: of the prompts; negative:
+    of what guidance leads away from. (batch, tokens, width) each.
     """
 
     last: int
@@ -161,7 +171,7 @@ def staged_prompts(unet: nn.Module, told: Sequence[Stage], scheduler: Any) -> It
     def tell(module: Any, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         if get_ident() != thread:
             return args, options
-        sample = args[0] if args else options["sample"]
+        sample = schedulers.sample_of(args, options)
         step = clock.step(schedulers.timestep_of(args, options), scheduler) + 1
         stage = next((each for each in told if step <= each.last), told[-1])
         is_guided = len(sample) == 2 * len(stage.text)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import errno
 import time
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +20,7 @@ from sfumato import shell
 from sfumato.errors import RunError, SfumatoError
 from sfumato.files.atomic import write_text
 from sfumato.precision import give_back_freed_memory
-from sfumato.runs import identity, plot, progress
+from sfumato.runs import identity, plot, progress, unfinished
 from sfumato.runs.checkpointed import CheckpointedParts
 from sfumato.runs.checkpoints import Checkpoints, NotFiniteError, bytes_of, require_space
 from sfumato.runs.folder import (
@@ -51,13 +50,13 @@ _UNSAVED, _BROKEN = 1, 2
 """How a checkpoint failed: it could not be written, or is not finite."""
 _PLOT_EVERY_S = 60.0
 """Between two plots of a run that goes on."""
-_not_begun: weakref.WeakSet[Run] = weakref.WeakSet()
-_not_written: weakref.WeakSet[Run] = weakref.WeakSet()
-"""Runs whose steps are made and whose results are not yet all in the folder."""
 
 
 class Run:
     """One training's folder, log, checkpoints and progress. Only the main process writes.
+
+    `runs/unfinished.py` has a table of the states it passes, and of what becomes of it where an error or an
+    interruption ends it in each.
 
     count: how many processes train. step: the step it begins with, 0 or that of the checkpoint it resumes from.
     rate_factor: what the learning rate is multiplied with; a half after the run has gone back once.
@@ -79,9 +78,10 @@ class Run:
         self._kept = CheckpointedParts()
         self._looks: list[tuple[int, Callable[[int], None]]] = []
         self._resumed_from: int | None = None
-        self._replaces, self._ends = False, False
+        self._replaces = False  # whether the folder holds a run that `begin` is still to remove
+        self._ends = False  # whether the loop is to end before its next step
         self._before: set[str] | None = None  # what was in the folder, where it held no run
-        self._saved_at: int | None = None
+        self._saved_at: int | None = None  # the step of the last checkpoint
         self._copy: Path | None = None
         self._health = Health()
         self._plotted_s = time.monotonic()
@@ -141,16 +141,16 @@ class Run:
             if self.is_main and not self._replaces:
                 self._take_over()
         except BaseException:
-            self._withdraw()
+            self.withdraw()
             raise
-        _not_begun.add(self)
+        unfinished.note_opened(self)
 
     def begin(self) -> None:
         """Remove what a run that is replaced has left in the folder. `steps` does so where the program did not."""
         if self._replaces and self.is_main:
             self._or_stop(self._take_over)
         self._replaces = False
-        _not_begun.discard(self)
+        unfinished.note_begun(self)
 
     def _take_over(self) -> None:
         forget_leftovers(self.folder)
@@ -290,8 +290,7 @@ class Run:
                         raise SystemExit(128 + stopped)
                 if self._health.broken:
                     self._go_back(self.step)
-        _not_written.difference_update(_of_this_thread(_not_written))  # one training at a time is at its end
-        _not_written.add(self)
+        unfinished.note_steps_done(self)
 
     @property
     def has_begun(self) -> bool:
@@ -360,7 +359,7 @@ class Run:
         try:
             write()
         except OSError as error:
-            self._withdraw()
+            self.withdraw()
             elsewhere = "" if self._config.resume else ", or give another --output"
             raise RunError(f"{self.folder}: {error.strerror}. Make room{elsewhere}.") from None
 
@@ -473,16 +472,11 @@ class Run:
         self.log(step=newest, went_back_from=number)
         self._progress.go_back_to(newest)
 
+    # How it ends: see `runs/unfinished.py`
+
     def mark_finished(self) -> None:
         """What was learned, and all that tells of it, is in the folder: there is nothing left to go on with."""
-        _not_written.discard(self)
-
-    def _stopped_while_writing(self) -> str:
-        """Let the folder go; returns what is kept of the run, and how the rest is written."""
-        self.close()
-        if not self.is_main or self._saved_at != self.step:
-            return ""
-        return f" All its steps are kept; the rest is written by: {self._command()}"
+        unfinished.note_written(self)
 
     def close(self) -> None:
         """Finish the log and let the folder go."""
@@ -495,41 +489,18 @@ class Run:
             self.log_file.close()
             self._lock.release()
 
-    def _withdraw(self) -> None:
+    def close_while_writing(self) -> str:
+        """Let the folder go; returns what is kept of the run, and how the rest is written."""
+        self.close()
+        if not self.is_main or self._saved_at != self.step:
+            return ""
+        return f" All its steps are kept; the rest is written by: {self._command()}"
+
+    def withdraw(self) -> None:
+        """Let the folder go, and remove what opening it wrote, if it held no run before."""
         is_gone = self._lock.is_held and self._before is not None and forget_new(self.folder, self._before)
         self.log_file.close()
         self._lock.release(trace=not is_gone)
         if is_gone:
             with suppress(OSError):  # something of somebody else's is in it
                 self.folder.rmdir()
-
-
-def _of_this_thread(runs: Iterable[Run]) -> list[Run]:
-    """Those that this thread has started: another's go on."""
-    return [run for run in list(runs) if run.thread == get_ident()]
-
-
-def close_unbegun() -> None:
-    """Close the runs that an interruption stopped before their first step; they can be resumed."""
-    for run in _of_this_thread(_not_begun):
-        run.close()
-        _not_begun.discard(run)
-
-
-def unlock() -> None:
-    """Let go of the folders of runs whose results are not all written; `stopped_while_writing` still tells of them."""
-    for run in _of_this_thread(_not_written):
-        run.unlock()
-
-
-def stopped_while_writing() -> str:
-    """Let go of the folder of a run that was stopped after its last step, while its results were written; returns how
-    the rest is written, after a space, or nothing."""
-    return "".join(run._stopped_while_writing() for run in _of_this_thread(_not_written))
-
-
-def abandon_unbegun() -> None:
-    """Let go of the folders of runs that an error stopped before their first step; new ones leave nothing in them."""
-    for run in _of_this_thread(_not_begun):
-        run._withdraw()
-        _not_begun.discard(run)

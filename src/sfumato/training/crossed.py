@@ -68,15 +68,16 @@ class Crossing:
         base = self._base
         texts = text.to(batch.latents.device), self._untold[[0] * len(batch)]
         views = list(zip(batch.indices, batch.variants, strict=True))
-        told = [(text, batch.added(base, text)) for text in texts]
+        told = [(each, batch.added(base, each)) for each in texts]
         alpha_bar = base.alpha_bar.to(batch.latents.device)
-        first = torch.tensor([START_SHARES[sum(view) % len(START_SHARES)] for view in views]) * len(alpha_bar)
+        # Of each view the timestep at which the base takes it up, and from which the DDIM steps go down.
+        starts = torch.tensor([START_SHARES[sum(view) % len(START_SHARES)] for view in views]) * len(alpha_bar)
         noise = torch.stack(
             [randomness.normal(tuple(batch.latents.shape[1:]), self._seed, "drawing over", *view) for view in views]
         )
         noise, latents = noise.to(batch.latents), batch.latents
         for step in range(DDIM_STEPS):
-            timesteps = (first * (1 - step / DDIM_STEPS)).long().to(latents.device)
+            timesteps = (starts * (1 - step / DDIM_STEPS)).long().to(latents.device)
             now = alpha_bar[timesteps]
             noisy = diffusion.noise_latents(latents, noise, now)
             asked, unasked = (base.predict(noisy, timesteps, *each) for each in told)

@@ -20,18 +20,18 @@ def training_entry_point(train: Callable[[AnyConfig], Path]) -> Callable[[AnyCon
     def called(config: AnyConfig) -> Path:
         import torch
 
-        from sfumato.runs import run as runs
+        from sfumato.runs import unfinished
 
         try:
             with torch.inference_mode(False), torch.enable_grad():
                 return train(config)
         except Exception:
-            runs.abandon_unbegun()
+            unfinished.abandon_unbegun()
             raise
         except BaseException:
-            runs.close_unbegun()
+            unfinished.close_unbegun()
             raise
         finally:
-            runs.unlock()
+            unfinished.unlock()
 
     return called

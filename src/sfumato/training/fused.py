@@ -8,6 +8,7 @@ backward pass", PyTorch tutorials).
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,19 @@ from sfumato.training.optimizers import clip_coefficient, is_one
 
 WHOLE = ("prodigy",)
 """Optimizers that look at all gradients at once, and so cannot step weight by weight."""
+
+
+class _Pass(NamedTuple):
+    """What a backward pass does with each gradient. measures: note its norm; steps: let its weight step, by `factor`
+    times the gradient where there is one."""
+
+    measures: bool
+    steps: bool
+    factor: Tensor | None = None
+
+
+_MEASURE = _Pass(measures=True, steps=False)
+_MEASURE_AND_STEP = _Pass(measures=True, steps=True)
 
 
 class FusedStep:
@@ -31,7 +45,7 @@ class FusedStep:
         self.optimizer = optimizer
         self._scaler = scaler or torch.amp.GradScaler(enabled=False)
         self._norms: dict[int, Tensor] = {}
-        self._factor: Tensor | float | None = None
+        self._pass = _MEASURE
         places = ((at, weight) for at, group in enumerate(optimizer.param_groups) for weight in group["params"])
         for number, (place, weight) in enumerate(places):
             weight.register_post_accumulate_grad_hook(self._hook(number, place))
@@ -46,29 +60,30 @@ class FusedStep:
         """
         if limit <= 0:
             if healthy(loss=loss):
-                self._pass(loss, 1.0)
+                self._run(_MEASURE_AND_STEP, loss)
             return self._norm()
         scaled = self._scaler.scale(loss)
-        self._pass(scaled, None, retain_graph=True)
+        self._run(_MEASURE, scaled, retain_graph=True)
         norm = self._unscaled(self._norm())
         if healthy(loss=loss, gradient_norm=norm) and bool(norm.isfinite()):
-            self._pass(scaled, clip_coefficient(norm, limit) / self._scaler.get_scale())
+            factor = clip_coefficient(norm, limit) / self._scaler.get_scale()
+            self._run(_Pass(measures=False, steps=True, factor=factor), scaled)
         return norm
 
-    def _pass(self, loss: Tensor, factor: Tensor | float | None, *, retain_graph: bool = False) -> None:
-        """factor: what gradients are multiplied with before their weights step; None steps none."""
-        self._norms, self._factor = {}, factor
+    def _run(self, each: _Pass, loss: Tensor, *, retain_graph: bool = False) -> None:
+        self._norms, self._pass = {}, each
         torch.autograd.backward(loss, retain_graph=retain_graph)
 
     def _hook(self, number: int, place: int) -> Callable[[Tensor], None]:
         def step(weight: Tensor) -> None:
             assert weight.grad is not None
-            if not isinstance(self._factor, Tensor):  # which is made of the norm
+            measures, steps, factor = self._pass
+            if measures:
                 # Not the sum of squares, which would be another tensor of the weight's size.
                 self._norms[number] = torch.linalg.vector_norm(weight.grad.detach(), dtype=torch.float32)
-            elif not is_one(self._factor):
-                weight.grad.mul_(self._factor)
-            if self._factor is not None:
+            if factor is not None and not is_one(factor):
+                weight.grad.mul_(factor)
+            if steps:
                 self._step(weight, place)
             weight.grad = None
 

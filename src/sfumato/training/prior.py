@@ -11,6 +11,7 @@ import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -92,6 +93,23 @@ class ClassPictures:
         return draw_noised(self._base, self._data, self._seed, step, global_batch, first, count, noising=self._noising)
 
 
+@dataclass(frozen=True)
+class _TargetTable:
+    """Targets that were computed before the training, an entry for each of the run's first steps that find room.
+
+    room: how many steps' global batches KEPT_BYTES hold; after so many steps the draws repeat. Of a global batch of 4
+    with room for 3, step 7 uses entry 1: it has the pictures, noise, timesteps and targets of step 1 again. Whole
+    global batches are counted, so that the draws do not depend on which process computes which part.
+    targets: by (entry, first place in the global batch), on the CPU.
+    """
+
+    room: int
+    targets: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+
+    def entry_of(self, step: int) -> int:
+        return step % self.room
+
+
 class BasePrediction:
     """The class half whose target is what the frozen base predicts for the class prompts (Li & Hoiem 2017).
 
@@ -101,9 +119,12 @@ class BasePrediction:
     shapes, of that half. embed_text: whether what is drawn holds the prompts' embeddings, as the subject's holds its
     captions'.
 
-    Targets are computed in `pristine`, a context in which the base predicts as it did before the training; where there
-    is none, because its own weights are trained, `precompute_targets` computes them all beforehand: every draw is a
-    function of (seed, step), so no second copy of the base is needed.
+    The targets come in one of two ways:
+
+    - on the fly: each is computed when it is drawn, in `pristine`, a context in which the base predicts as it did
+      before the training;
+    - precomputed: where there is no such context, because the base's own weights are trained, `precompute_targets`
+      computes them all beforehand. Every draw is a function of (seed, step), so no second copy of the base is needed.
     """
 
     def __init__(
@@ -123,8 +144,7 @@ class BasePrediction:
         self._prompts, self._seed, self._pristine = list(prompts), class_seed(seed), pristine
         with torch.no_grad(), base.lazy_weights.restored_after():
             self._text = embedding.encode(base, self._prompts)
-        self._period = 0
-        self._kept: dict[tuple[int, int], Tensor] = {}
+        self._table: _TargetTable | None = None  # on the fly until precompute_targets() fills one
 
     def precompute_targets(
         self,
@@ -137,28 +157,29 @@ class BasePrediction:
     ) -> str:
         """Compute the targets of these steps while the base is the base; a line for the person. shown: with progress.
 
-        They are kept in the dtype they are computed in. Where all would take more than KEPT_BYTES, the draws repeat
-        after as many steps as fit: as many global batches, so that they do not depend on who computes which part.
+        starts: the first places of this process's micro-batches, of `count` samples each, in the global batch. The
+        targets are kept in the dtype they are computed in.
         """
-        sample = self._without_target(0, global_batch, starts[0], 1).batch.latents.numel() * self._dtype.itemsize
-        self._period = max(1, KEPT_BYTES // (sample * global_batch))
-        wanted = sorted({step % self._period for step in steps})
-        for step in tqdm(wanted, desc="asking the base", unit="step", file=sys.stderr, disable=not shown):
+        sample_bytes = self._without_target(0, global_batch, starts[0], 1).batch.latents.numel() * self._dtype.itemsize
+        table = _TargetTable(max(1, KEPT_BYTES // (sample_bytes * global_batch)))
+        entries = sorted({table.entry_of(step) for step in steps})
+        for entry in tqdm(entries, desc="asking the base", unit="step", file=sys.stderr, disable=not shown):
             for first in starts:
-                noised = self._without_target(step, global_batch, first, count)
-                self._kept[step, first] = self._predict(noised).to("cpu", self._dtype)
-        mib = sample * count * len(starts) * len(wanted) / 2**20
-        again = f", which repeat after {self._period} steps" if len(steps) > self._period else ""
-        return f"the base's predictions for {pluralize(len(wanted), 'step')}{again}: {mib:,.0f} MiB"
+                noised = self._without_target(entry, global_batch, first, count)
+                table.targets[entry, first] = self._predict(noised).to("cpu", self._dtype)
+        self._table = table
+        mib = sample_bytes * count * len(starts) * len(entries) / 2**20
+        again = f", which repeat after {table.room} steps" if len(steps) > table.room else ""
+        return f"the base's predictions for {pluralize(len(entries), 'step')}{again}: {mib:,.0f} MiB"
 
     def draw(self, step: int, global_batch: int, first: int, count: int) -> NoisedBatch:
         """The class's share of a step: as many samples as the subject's, with noise and timesteps of their own."""
-        if self._period:
-            step %= self._period
-        noised = self._without_target(step, global_batch, first, count)
-        if self._period:
-            return dataclasses.replace(noised, target=self._kept[step, first].to(noised.noise))
+        if self._table is not None:
+            entry = self._table.entry_of(step)
+            noised = self._without_target(entry, global_batch, first, count)
+            return dataclasses.replace(noised, target=self._table.targets[entry, first].to(noised.noise))
         assert self._pristine is not None, "without a context, precompute_targets() comes first"
+        noised = self._without_target(step, global_batch, first, count)
         with self._pristine():
             return dataclasses.replace(noised, target=self._predict(noised))
 

@@ -79,7 +79,15 @@ class EncoderSite:
             text._sfumato_eos, text.eos_token_id = 2, self.tokenizer.eos_token_id
 
     def _forget(self) -> None:
-        """Put the tokenizer back as it was, but for other words that diffusers has loaded or unloaded since."""
+        """Put the tokenizer back as it was, but for other words that diffusers has loaded or unloaded since.
+
+        Of a vocabulary of 49408 tokens, a word of ours with four vectors, and one of diffusers' that was loaded after
+        it:
+
+                           ours: ids      rows             diffusers': id   row      rows of the table
+            before         49408-49411    beside the table 49412            49412    49413
+            after          none           none             49408            49408    49409
+        """
         tokenizer = self.tokenizer
         extended, others = tokenizer.backend_tokenizer, list(_others(tokenizer))
         changed = _others_changed(tokenizer) or tokenizer._sfumato_rows != self.table.num_embeddings
@@ -93,7 +101,8 @@ class EncoderSite:
     def _close_ranks(self, extended: Tokenizer, others: Sequence[int]) -> None:
         """Number other words from the end of the vocabulary on, as a tokenizer does, and bring their rows there.
 
-        others: the ids of the added tokens in `extended`, and in the table so far.
+        others: the ids of the added tokens in `extended`, and in the table so far. In the example of `_forget` these
+        are 49406 and 49407, both ends, which are of the vocabulary and stay, and 49412, whose place is 49408.
         """
         plain = self.tokenizer.backend_tokenizer
         vocabulary = plain.get_vocab_size(with_added_tokens=False)

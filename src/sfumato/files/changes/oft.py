@@ -173,11 +173,23 @@ class InputOft:
             q = torch.where(norm <= limit, q, q * (limit / norm.clamp(min=1e-300)))
         if self.terms is None:
             return cayley(-q)
-        # I + 2 Q + 2 Q^2 + ... of (I + Q)(I - Q)^-1; from three terms on peft ends with one further power, taken once.
-        top = max(self.terms - 1, 3) if self.terms > 2 else self.terms
         total = torch.eye(self.size, dtype=q.dtype).expand_as(q).clone()
         power = q
-        for exponent in range(1, top + (self.terms > 2)):
-            total += power if exponent == top and self.terms > 2 else 2 * power
+        for coefficient in _neumann_coefficients(self.terms)[1:]:
+            total += coefficient * power
             power = power @ q
         return total
+
+
+def _neumann_coefficients(terms: int) -> list[int]:
+    """Of I, Q, Q^2 and so on in peft's series for (I + Q)(I - Q)^-1, which is I + 2 Q + 2 Q^2 + ...
+
+    From three terms on peft ends with one further power, taken once:
+    """
+    # terms   coefficients
+    # 1       1
+    # 2       1  2
+    # 3, 4    1  2  2  1
+    # 5       1  2  2  2  1
+    # 6       1  2  2  2  2  1
+    return [1, 2][:terms] if terms <= 2 else [1, *[2] * max(terms - 2, 2), 1]
