@@ -7,10 +7,12 @@ import pytest
 import torch
 from sfumato.trainers import dreambooth, lora, textual_inversion
 
-from sfumato.errors import AdapterError
+from sfumato.errors import AdapterError, RunError
 from sfumato.files import read_tensors
 from sfumato.runs.options import FolderOptions
+from sfumato.training.finish import upload
 from sfumato.training.options import TrainerOptions
+from tests.runs.said import start
 
 FEW = {"steps": 1, "batch": 1, "sample_every": 0, "measure_every": 0, "device": "cpu"}
 
@@ -66,3 +68,17 @@ def test_texts_stand_for_paths_and_for_one_of_several():
     assert config.sample_prompts == ("a crab",)
     assert TrainerOptions(images="a", output="b", sample_prompts=["a", "b"]).sample_prompts == ("a", "b")
     assert FolderOptions(output="b").output == Path("b")
+
+
+def test_after_a_failed_upload_the_folder_is_free_while_the_error_is_kept(tmp_path, monkeypatch):
+    def unreachable(*_):
+        raise RunError("the hub is not there")
+
+    monkeypatch.setattr("sfumato.training.publish.push", unreachable)
+    run = start(tmp_path)
+    for step in run.steps(1):
+        step.done(loss=1.0)
+    with pytest.raises(RunError) as kept:
+        upload(run, [tmp_path / "a.safetensors"], "me/a")
+    assert not run._lock.is_held
+    assert kept.value.args

@@ -92,5 +92,9 @@ def upload(run: Run, paths: Sequence[Path], repository: str | None) -> None:
     run.mark_finished()
     if not repository:
         return
-    for path in paths:
-        run.say(f"uploaded to {push(run.folder, path, repository)}")
+    try:
+        for path in paths:
+            run.say(f"uploaded to {push(run.folder, path, repository)}")
+    except BaseException:
+        run.close()  # a notebook that keeps the error would keep the folder locked
+        raise
