@@ -269,7 +269,7 @@ def test_an_overflow_in_half_precision_is_drawn_again_in_fp32():
         ({"prompts": "a", "seeds": 1, "height": 0}, "height 0"),
         ({"prompts": "a", "seeds": 1, "steps": 0}, "0 steps"),
         ({"prompts": "a", "seeds": 1, "batch": -1}, "batch -1"),
-        ({"prompts": "a", "seeds": 1, "syntax": "a111"}, "'a111': wanted one of plain, compel, a1111"),
+        ({"prompts": "a", "seeds": 1, "syntax": "a111"}, "'a111': wanted one of plain, a1111, compel"),
         ({"prompts": ["a", "b"], "seeds": 1, "negative": ["c", "d"]}, "one text for all pictures"),
         ({"prompts": "a", "seeds": 1, "guidance": float("nan")}, "guidance nan"),
         ({"prompts": "a", "seeds": 2**64}, "64 bits"),
