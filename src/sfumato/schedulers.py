@@ -8,11 +8,8 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import inspect
-import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -80,10 +77,6 @@ _OTHER_NAMES = {name.replace(" ", ""): name for name in SAMPLERS} | {
 _NOT_HERE = frozenset({"ipndm", "ipndm v"})
 """Samplers of other programs that look like a misspelt one."""
 
-PICTURES: ContextVar[tuple[Sequence[int], int] | None] = ContextVar("PICTURES", default=None)
-"""The places in its call of the pictures that `sfumato.draw` is encoding or drawing at once, and how many the call has;
-what each picture has for itself asks for it."""
-
 _SCHEDULE = (
     "num_train_timesteps",
     "beta_start",
@@ -96,16 +89,6 @@ _SCHEDULE = (
     "steps_offset",
 )
 """What a sampler takes from the base; everything else would be another sampler's setting."""
-
-
-@contextmanager
-def at_once(places: Sequence[int], count: int) -> Iterator[None]:
-    """Within the block the pictures of these places, of so many in the call, are encoded or drawn."""
-    before = PICTURES.set((places, count))
-    try:
-        yield
-    finally:
-        PICTURES.reset(before)
 
 
 def find(name: str) -> Sampler:
@@ -172,49 +155,6 @@ def is_sigma_conditioned(schedule: Mapping[str, Any]) -> bool:
     """Whether a scheduler of this config tells the U-Net the logarithm of sigma, as EDM's do, and not a timestep."""
     continuous = schedule.get("timestep_type") == "continuous" and schedule.get("prediction_type") == "v_prediction"
     return "sigma_data" in schedule or continuous
-
-
-def sample_of(args: Sequence[Any], options: Mapping[str, Any]) -> Any:
-    """The noisy latents of a call of the U-Net with these arguments, (rows, channels, height/f, width/f)."""
-    return options["sample"] if "sample" in options else args[0]
-
-
-def timestep_of(args: Sequence[Any], options: Mapping[str, Any]) -> float:
-    """The timestep of a call of the U-Net with these arguments."""
-    import torch
-
-    return float(torch.as_tensor(options["timestep"] if "timestep" in options else args[1]).flatten()[0])
-
-
-class StepClock:
-    """Number of a step, counted from 0, from the timestep that the U-Net is asked for.
-
-    Timesteps fall; one that rises begins a new picture, and so does a new schedule: each call of a pipeline sets one,
-    also after a call that was stopped. Second-order schedulers ask twice a step, an ancestral one for
-    timesteps that rise in mid-picture, and count their calls themselves.
-    """
-
-    def __init__(self) -> None:
-        self._last, self._step = -math.inf, 0
-        self._schedule: Any = None
-
-    def step(self, timestep: Any, scheduler: Any) -> int:
-        """Raises ConfigError for PNDM with Runge-Kutta steps, which asks for some timesteps of the next step."""
-        if not scheduler.config.get("skip_prk_steps", True):
-            raise ConfigError(
-                "PNDM's Runge-Kutta steps ask four times each, so that they cannot be told apart. Set skip_prk_steps "
-                "in the scheduler's config, as Stable Diffusion has it, or take another scheduler."
-            )
-        if scheduler.order > 1:
-            first = scheduler.begin_index or 0
-            return int(((scheduler.step_index or first) - first) // scheduler.order)
-        schedule = getattr(scheduler, "timesteps", None)
-        if timestep > self._last or schedule is not self._schedule:
-            self._step = 0
-        elif timestep < self._last:
-            self._step += 1
-        self._last, self._schedule = timestep, schedule
-        return self._step
 
 
 def label(scheduler: Any) -> tuple[str, str | None]:

@@ -11,7 +11,7 @@ from sfumato.drawing.pictures import draw
 from sfumato.errors import AdapterError, ConfigError
 from sfumato.files.changes import LoraModule
 from sfumato.files.write_kohya import write_lora
-from sfumato.schedulers import StepClock
+from sfumato.unet_calls import StepClock
 from tests.tiny import CPU
 
 

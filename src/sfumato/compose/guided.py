@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sfumato import schedulers
+from sfumato import unet_calls
 from sfumato.compose.caller import calling_pipeline, serialized_calls, unconditional_rows
 from sfumato.compose.match import compiled_parts, exclusive_row_split, unwrapped_parts
 from sfumato.errors import AdapterError
@@ -120,7 +120,7 @@ def unconditional_half(
     halves = _Halves()
 
     def forward_by_halves(forward: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        sample = schedulers.sample_of(args, options)
+        sample = unet_calls.sample_of(args, options)
         if 2 * without(len(sample)) != len(sample):
             raise AdapterError(
                 f"the call has {len(sample)} rows, which are no two halves; draw with guidance above 1, and no other "

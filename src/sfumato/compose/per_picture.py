@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
-from sfumato import schedulers
+from sfumato import draw_call, unet_calls
 from sfumato.compose.caller import calling_pipeline, rows_per_picture, unet_lock
 from sfumato.compose.match import Modules, refuse_compiled, say_unknown_words, unwrapped_parts, weighted_matches
 from sfumato.errors import AdapterError
@@ -70,7 +70,7 @@ class _PicturesOfRows:
     def __init__(self, pipe: Any, count: int) -> None:
         self._pipe, self._count = pipe, count
         # Of a drawing whose pipeline came here, with the pictures of one of its calls.
-        self._outside = schedulers.PICTURES.get()
+        self._outside = draw_call.PICTURES.get()
 
     def index(self, rows: int) -> Sequence[int]:
         """The picture of each of a call's rows."""
@@ -84,7 +84,7 @@ class _PicturesOfRows:
 
     def check(self, _: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
         """Raises AdapterError for a call of the U-Net with another number of rows."""
-        rows = len(schedulers.sample_of(args, options))
+        rows = len(unet_calls.sample_of(args, options))
         each = rows_per_picture(calling_pipeline(self._pipe))
         if each is None:
             self.index(rows)
@@ -93,7 +93,7 @@ class _PicturesOfRows:
 
     def _batch(self) -> Sequence[int] | None:
         """The pictures that `sfumato.draw` draws at once at present; None where it does not say."""
-        told = schedulers.PICTURES.get()
+        told = draw_call.PICTURES.get()
         if told is None or told is self._outside:
             return None
         places, count = told

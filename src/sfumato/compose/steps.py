@@ -17,7 +17,7 @@ from numbers import Real
 from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
-from sfumato import schedulers
+from sfumato import schedulers, unet_calls
 from sfumato.compose.caller import calling_pipeline, serialized_calls, uncompiled
 from sfumato.compose.match import unwrapped_parts
 from sfumato.errors import AdapterError
@@ -144,12 +144,12 @@ def following(mix: Mix, weights: Mapping[str, Progress], switch: Switch | None =
                 "progress. One weight for all steps is mix.set's."
             )
     before = dict(mix.weights)
-    clocks: defaultdict[int, schedulers.StepClock] = defaultdict(
-        schedulers.StepClock
+    clocks: defaultdict[int, unet_calls.StepClock] = defaultdict(
+        unet_calls.StepClock
     )  # by thread, each of which draws its own
 
     def follow(module: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-        now = schedulers.timestep_of(args, options)
+        now = unet_calls.timestep_of(args, options)
         called = calling_pipeline(mix.pipe)
         drawn_by = called.scheduler
         progress = progress_of(now, drawn_by)

@@ -13,13 +13,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sfumato import schedulers
+from sfumato import draw_call
 from sfumato.drawing.decoding import check_all, checked_safe, image_of, in_fp32, pixels_of
 from sfumato.drawing.start import Start, check_strength
 from sfumato.drawing.tagged import TaggedPrompts, reading_tags
 from sfumato.errors import ConfigError
 from sfumato.prompts.encoding import encode, encode_stages
-from sfumato.prompts.prompt_editing import Stage, concat_stages, staged_prompts, step_count
+from sfumato.prompts.prompt_editing import Stage, concat_stages, staged_prompts
 from sfumato.prompts.syntax import Syntax
 
 if TYPE_CHECKING:
@@ -57,12 +57,12 @@ class Call:
     def draw(self, prompts: list[str], seeds: list[int]) -> list[Image.Image]:
         """The pictures of one batch; what is not finite or black is tried once more in fp32."""
         pipe, base, start = self.pipe, self.base, self.start
-        with base.precision.autocast() if base else nullcontext(), step_count(self.drawn_steps):
+        with base.precision.autocast() if base else nullcontext(), draw_call.step_count(self.drawn_steps):
             latents = self._latents(prompts, seeds)
         in_half = pipe.unet.dtype != torch.float32 or (base is not None and base.precision.compute != torch.float32)
         if not torch.isfinite(latents).all() and in_half:
             parts = (pipe.unet, getattr(pipe, "text_encoder", None), getattr(pipe, "text_encoder_2", None))
-            with in_fp32(*parts), step_count(self.drawn_steps):
+            with in_fp32(*parts), draw_call.step_count(self.drawn_steps):
                 latents = self._latents(prompts, seeds)
         check_all(latents.isfinite(), seeds, "not finite, even in fp32. Draw without adapters to see what is broken.")
         pictures = [image_of(picture) for picture in pixels_of(pipe, latents, seeds)]
@@ -102,11 +102,11 @@ class Call:
         """The prompts as the base's `encode_text` has them, which training saw and which knows of clip_skip."""
         from sfumato.compose.per_picture import texts_by_picture
 
-        syntax, negative, told = self.syntax, self.negative, schedulers.PICTURES.get()
+        syntax, negative, told = self.syntax, self.negative, draw_call.PICTURES.get()
         if syntax != "plain" and len(prompts) > 1 and told is not None and texts_by_picture(base):
             each = []
             for place, prompt in zip(told[0], prompts, strict=True):  # as compel reads them: one after another
-                with schedulers.at_once([place], told[1]):
+                with draw_call.at_once([place], told[1]):
                     each.append(self._stages_of(base, [prompt], steps))
             return concat_stages(each)
         if syntax == "a1111":
@@ -128,7 +128,7 @@ class Call:
             return [places]
         lengths = {}
         for prompt, place in distinct.items():
-            with base.precision.autocast(), schedulers.at_once([place], len(prompts)):
+            with base.precision.autocast(), draw_call.at_once([place], len(prompts)):
                 lengths[prompt] = self._stages_of(base, [prompt], self.drawn_steps)[0].text.hidden.shape[1]
         together: dict[int, list[int]] = {}
         for place in places:

@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 from PIL import Image
 
-from sfumato import schedulers
+from sfumato import draw_call, schedulers
 from sfumato.drawing.call import Call
 from sfumato.drawing.start import Start, check_strength, near_side
 from sfumato.drawing.tagged import TaggedPrompts
@@ -115,7 +115,7 @@ def draw_each(
         drawn: dict[int, Image.Image] = {}
         for places in call.of_one_length(prompts, range(len(prompts))[first : first + batch]):
             texts, noises = [prompts[place] for place in places], [seeds[place] for place in places]
-            with _as_asked(pipe, other), schedulers.at_once(places, len(prompts)):
+            with _as_asked(pipe, other), draw_call.at_once(places, len(prompts)):
                 pictures = call.draw(texts, noises)
             drawn |= zip(places, pictures, strict=True)
         yield from (drawn[place] for place in sorted(drawn))

@@ -10,12 +10,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
-from sfumato import schedulers
+from sfumato import unet_calls
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,9 +23,6 @@ if TYPE_CHECKING:
 
 Part = str | Callable[[int, int], Sequence["Part"]]
 """What a part of a prompt says: a text, or by (step, counted from 1, of so many) the parts that it is then."""
-
-STEPS: ContextVar[int | None] = ContextVar("STEPS", default=None)
-"""How many steps of each picture `sfumato.draw` is drawing, by which words that change are counted."""
 
 _CLOSING = {"[": "]", "(": ")"}
 """What closes each bracket."""
@@ -148,16 +144,6 @@ def concat_stages(pictures: Sequence[Sequence[Stage]]) -> list[Stage]:
 
 
 @contextmanager
-def step_count(steps: int) -> Iterator[None]:
-    """Within the block so many steps of each picture are drawn."""
-    before = STEPS.set(steps)
-    try:
-        yield
-    finally:
-        STEPS.reset(before)
-
-
-@contextmanager
 def staged_prompts(unet: nn.Module, told: Sequence[Stage], scheduler: Any) -> Iterator[None]:
     """Within the block each call of the U-Net, for one batch of pictures, hears the stage of its step.
 
@@ -165,14 +151,14 @@ def staged_prompts(unet: nn.Module, told: Sequence[Stage], scheduler: Any) -> It
     two, the first for the other text. Other threads' calls of the U-Net are told nothing.
     """
     thread = get_ident()
-    clock = schedulers.StepClock()
+    clock = unet_calls.StepClock()
     heard: dict[tuple[int, bool], TextEmbedding] = {}  # the same tensor each time, by which layers know a text again
 
     def tell(module: Any, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         if get_ident() != thread:
             return args, options
-        sample = schedulers.sample_of(args, options)
-        step = clock.step(schedulers.timestep_of(args, options), scheduler) + 1
+        sample = unet_calls.sample_of(args, options)
+        step = clock.step(unet_calls.timestep_of(args, options), scheduler) + 1
         stage = next((each for each in told if step <= each.last), told[-1])
         is_guided = len(sample) == 2 * len(stage.text)
         if (text := heard.get((stage.last, is_guided))) is None:

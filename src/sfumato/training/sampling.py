@@ -10,7 +10,7 @@ from PIL import Image
 from torch import nn
 
 from sfumato.runs.samples import Draw
-from sfumato.schedulers import timestep_of
+from sfumato.unet_calls import timestep_of
 
 if TYPE_CHECKING:
     from sfumato.adapters import Lora

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear
 
-from sfumato import schedulers
+from sfumato import unet_calls
 from sfumato.compose.caller import calling_pipeline
 from sfumato.compose.match import Modules, unwrapped_parts, weighted_matches
 from sfumato.compose.regions.device_cache import DeviceCache
@@ -38,7 +38,7 @@ class Spans:
     def on_unet_call(self, _: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
         """Note a call's step."""
         if self._ways:
-            now = schedulers.timestep_of(args, options)
+            now = unet_calls.timestep_of(args, options)
             progress = progress_of(now, calling_pipeline(self._pipe).scheduler)
             self._now = {label: way(progress) for label, way in self._ways.items()}
 

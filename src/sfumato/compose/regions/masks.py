@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
-from sfumato import schedulers
+from sfumato import unet_calls
 from sfumato.compose.regions.device_cache import DeviceCache
 from sfumato.errors import AdapterError
 
@@ -24,7 +24,7 @@ class Masks:
 
     def on_unet_call(self, _: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
         """Note the size of a call's latents."""
-        sample = schedulers.sample_of(args, options)
+        sample = unet_calls.sample_of(args, options)
         self._latents = (sample.shape[-2], sample.shape[-1])
 
     def at(self, height: int, width: int, like: Tensor) -> Tensor:

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sfumato import schedulers
+from sfumato import unet_calls
 from sfumato.compose.caller import calling_pipeline, unconditional_rows
 from sfumato.compose.regions.region import Region
+from sfumato.draw_call import STEPS
 from sfumato.errors import AdapterError
 from sfumato.files.adapter_file import AdapterFile
 from sfumato.prompts.encoding import encode, encode_stages
-from sfumato.prompts.prompt_editing import STEPS, has_edits
+from sfumato.prompts.prompt_editing import has_edits
 from sfumato.prompts.syntax import Syntax
 from sfumato.weighting.adapter import Adapter, with_unet
 
@@ -43,7 +44,7 @@ class RegionPrompts:
         # The others are not read again, nor refused beside what diffusers loaded into the U-Net.
         self._in_text = {each for each, file in files.items() if any(part != "unet" for part, _ in file.changes)}
         self._called = pipe
-        self._clock = schedulers.StepClock()
+        self._clock = unet_calls.StepClock()
         # Otherwise all pictures are of one step.
         self._follows = syntax == "a1111" and any(has_edits(region.prompt or "") for region in parts)
         self._asked = self._ask(steps=1)
@@ -105,7 +106,7 @@ class RegionPrompts:
         if asked != self._asked:
             self._asked, self._told = asked, self._encode(*asked)
         if self._follows:
-            now = schedulers.timestep_of(args, options)
+            now = unet_calls.timestep_of(args, options)
             self.now = self._at(self._clock.step(now, self._called.scheduler) + 1)
         else:
             self.now = self._at(1)

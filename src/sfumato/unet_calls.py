@@ -1,0 +1,52 @@
+"""What a call of the U-Net is about: its sample, its timestep, and which step of the picture that is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sfumato.errors import ConfigError
+
+
+def sample_of(args: Sequence[Any], options: Mapping[str, Any]) -> Any:
+    """The noisy latents of a call of the U-Net with these arguments, (rows, channels, height/f, width/f)."""
+    return options["sample"] if "sample" in options else args[0]
+
+
+def timestep_of(args: Sequence[Any], options: Mapping[str, Any]) -> float:
+    """The timestep of a call of the U-Net with these arguments."""
+    import torch
+
+    return float(torch.as_tensor(options["timestep"] if "timestep" in options else args[1]).flatten()[0])
+
+
+class StepClock:
+    """Number of a step, counted from 0, from the timestep that the U-Net is asked for.
+
+    Timesteps fall; one that rises begins a new picture, and so does a new schedule: each call of a pipeline sets one,
+    also after a call that was stopped. Second-order schedulers ask twice a step, an ancestral one for
+    timesteps that rise in mid-picture, and count their calls themselves.
+    """
+
+    def __init__(self) -> None:
+        self._last, self._step = -math.inf, 0
+        self._schedule: Any = None
+
+    def step(self, timestep: Any, scheduler: Any) -> int:
+        """Raises ConfigError for PNDM with Runge-Kutta steps, which asks for some timesteps of the next step."""
+        if not scheduler.config.get("skip_prk_steps", True):
+            raise ConfigError(
+                "PNDM's Runge-Kutta steps ask four times each, so that they cannot be told apart. Set skip_prk_steps "
+                "in the scheduler's config, as Stable Diffusion has it, or take another scheduler."
+            )
+        if scheduler.order > 1:
+            first = scheduler.begin_index or 0
+            return int(((scheduler.step_index or first) - first) // scheduler.order)
+        schedule = getattr(scheduler, "timesteps", None)
+        if timestep > self._last or schedule is not self._schedule:
+            self._step = 0
+        elif timestep < self._last:
+            self._step += 1
+        self._last, self._schedule = timestep, schedule
+        return self._step
