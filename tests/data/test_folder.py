@@ -271,6 +271,13 @@ def test_captions_under_another_key_of_metadata_are_told(tmp_path):
     assert read_folder(tmp_path).notes == ('metadata.jsonl: no line of it has a "text", so it holds no caption',)
 
 
+def test_single_lines_of_metadata_without_a_text_are_told(pictures):
+    lines = ['{"file_name": "crab.png", "text": "a crab"}', '{"file_name": "house.png", "prompt": "a house"}']
+    (pictures / "metadata.jsonl").write_text("\n".join(lines))
+    notes = read_folder(pictures, caption_template="{caption}").notes
+    assert notes == ('metadata.jsonl: 1 line has no "text", so no caption: house.png',)
+
+
 def test_masks_that_are_not_read_are_listed(pictures):
     (pictures / "masks").mkdir()
     for name in ("masks/crab.jpg", "masks/nobody.png", "house.mask.jpg"):

@@ -208,8 +208,12 @@ class _Reader:
         self._check(folder / METADATA)
         listed = read_metadata(folder / METADATA)
         described = {self._listed(folder / name): text for name, text in listed.items()}
-        if listed and not any(listed.values()):
+        lacking = [name for name, text in listed.items() if not text]
+        if lacking and len(lacking) == len(listed):
             self.notes.append(f'{METADATA}: no line of it has a "text", so it holds no caption')
+        elif lacking:
+            found = pluralize(len(lacking), "line has", "lines have")
+            self.notes.append(f'{METADATA}: {found} no "text", so no caption: {some(lacking)}')
         for path in described:
             if not path.is_file():
                 self.notes.append(f"{METADATA}: there is no picture {path.relative_to(folder).as_posix()}")
