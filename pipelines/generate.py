@@ -389,7 +389,7 @@ def _mixed(
                 each.check(texts)
         known = [token for each in words for token in each.tokens]
         say(*unknown_words(texts, known, base), *misread_words(known, texts, config.prompt_syntax))
-        say(*changes_nothing(mix))
+        say(*changes_nothing(mix.without_effect))
         for label, count in mix.skipped.items():
             say(f"{label}: {pluralize(count, 'module')} left out (--partial).")
         of_words = {token or file.name: read_header(file).metadata for token, file in wanted.embeddings}
