@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Config(BaseOptions):
-    """Draw pictures with any base and any mix of adapters; the settings are inside each PNG.
+    """Draw pictures with any base and any mix of adapters; the settings are inside each picture.
 
     Example: sfumato generate "a crab" --lora line.safetensors:0.8 --lora otter.safetensors:0.6 --seed 7 -o crab.png
     """

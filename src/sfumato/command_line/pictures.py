@@ -97,7 +97,7 @@ def picture_files(
     is_file = suffix in SUFFIXES
     is_near = not is_file and bool(difflib.get_close_matches(suffix, SUFFIXES))  # .pgn, which would be a folder
     if is_near or suffix in _OTHER_FILES:
-        raise ConfigError(f"--output {output}: pictures are written as .png, .jpg or .webp; .png keeps every setting.")
+        raise ConfigError(f"--output {output}: pictures are written as .png, .jpg or .webp; name one of these.")
     if is_file and count > 1:
         shown = ", ".join(f"{prompt!r:.40}" for prompt in given[:3])
         several = f", or put the words of one prompt into quotes: {shown} are several" if given[1:] else ""
