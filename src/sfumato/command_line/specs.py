@@ -156,7 +156,7 @@ def with_tags(
 
 
 def without_tags(prompt: str, where: str) -> str:
-    """The prompt. Raises ConfigError where it names an adapter or holds options, as `generate` alone reads them."""
+    """The prompt. Raises ConfigError where it names an adapter or holds options, which are read elsewhere."""
     refuse_tags(prompt, where, "name the adapter with --lora")
     return without_flags(prompt, where)
 
