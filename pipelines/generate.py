@@ -269,7 +269,7 @@ def generate(config: Config) -> tuple[Path, ...]:
         if start is not None:
             check_strength(to["steps"], start)
     sampler = sampler_label(config.sampler, base)
-    say(_summary(settings, sampler, base))
+    say(_summary(in_full, sampler, base))
     asked = any(wanted.strengths.values())
     say(*unguided((to["guidance"], to["negative"], asked) for to in in_full))
     with _mixed(base, wanted, config) as (mix, regional, words):
@@ -451,11 +451,16 @@ def _settings(config: Config, wanted: Plan, start: Start | None, base: Base) -> 
     }
 
 
-def _summary(settings: Mapping[str, Any], sampler: tuple[str, str | None], base: Base) -> str:
-    return (
-        f"{base.name} ({base.family.title}): {settings['steps']} steps of {' '.join(filter(None, sampler))}, "
-        f"guidance {settings['guidance']:g}, {settings['width']}x{settings['height']}, on {base.precision.device}"
+def _summary(pictures: Sequence[Mapping[str, Any]], sampler: tuple[str, str | None], base: Base) -> str:
+    """How the pictures, of these settings, are drawn, without what differs between them."""
+    said = (
+        {f"{each['steps']} steps of {' '.join(filter(None, sampler))}" for each in pictures},
+        {f"guidance {each['guidance']:g}" for each in pictures},
+        {f"{each['width']}x{each['height']}" for each in pictures},
+        {f"on {base.precision.device}"},
     )
+    same = ", ".join(words for (words, *others) in said if not others)
+    return f"{base.name} ({base.family.title}): {same}"
 
 
 def _start(config: Config) -> Start | None:
