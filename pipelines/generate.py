@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import KW_ONLY, dataclass, replace
-from os.path import isfile
+from os.path import isdir, isfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -141,7 +141,7 @@ def plan(config: Config) -> Plan:
     spots = _spots(config, given, split)
     regional = {each.label for spot in spots for each in spot.adapters}
     everywhere = [each for each in given if each.label not in regional]
-    if not config.lora_folder.is_dir():
+    if not isdir(config.lora_folder):
         raise ConfigError(f"--lora-folder {config.lora_folder}: no such folder; name the one with the tags' adapters.")
     adapters, weights = with_tags(everywhere, split, config.lora_folder)
     tagged = [each.label for each in adapters[len(everywhere) :]]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping, Sequence
+from os.path import isdir, isfile
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +75,9 @@ def check_start(image: Path | None, mask: Path | None, strength: float | None) -
     if strength is not None and not 0 < strength <= 1:
         raise ConfigError(f"--strength {strength:g}: wanted above 0 and at most 1; 0.6 is usual.")
     for option, file in (("--image", image), ("--mask", mask)):
-        if file is not None and file.is_dir():
+        if file is not None and isdir(file):
             raise ConfigError(f"{option} {file}: a folder; name one picture in it.")
-        if file is not None and not file.is_file():
+        if file is not None and not isfile(file):
             raise ConfigError(f"{option} {file}: there is no such picture; name one that is there.")
 
 
