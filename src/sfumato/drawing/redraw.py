@@ -37,7 +37,7 @@ _LEFT = ("regions", "sweep", "before_after", "mask")
 _OF_GRID = (
     *("x", "y", "lora", "method", "density", "rank", "embedding", "adapter_weight", "prompt", "prompt_syntax"),
     *("seed", "base", "negative", "steps", "guidance", "adapter_guidance", "sampler", "partial", "clip_skip", "vae"),
-    *("prediction_type", "zero_terminal_snr", "precision", "size", "attention"),
+    *("prediction_type", "zero_terminal_snr", "precision", "attention", "size"),
 )
 """Settings of a sheet that may come from a picture: where files are written to is not for a stranger to say."""
 _NOT_UNDERSTOOD = (
