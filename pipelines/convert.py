@@ -66,6 +66,7 @@ def convert(config: Config) -> Path:
     if config.bake is None and config.base is not None:
         raise ConfigError(f"--base {config.base}: nothing is taken on it without --bake; add --bake or leave it out.")
 
+    from sfumato.drawing.notes import changes_nothing
     from sfumato.files.metadata import Description, describe
     from sfumato.merging.convert import as_lora, diffusers_warnings, write
     from sfumato.merging.factors import Budget
@@ -76,6 +77,7 @@ def convert(config: Config) -> Path:
 
     keeps_words = config.to == "kohya" and config.bake != "diff"
     source, parent = read_source(Adapter(config.file), partial=config.partial, words=keeps_words)
+    say(*changes_nothing([source.name] if source.is_zero else []))
     family = common_family([parent], said=config.family)
     metadata = dict(parent.metadata) | {"sfumato.converted": str(to_dict(config, public=True)["to"])}
     metadata.pop("lora_adapter_metadata", None)  # of the modules as they were scaled

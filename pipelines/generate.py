@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import KW_ONLY, dataclass, replace
-from os.path import isfile
+from os.path import isdir, isfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Config(BaseOptions):
-    """Draw pictures with any base and any mix of adapters; the settings are inside each PNG.
+    """Draw pictures with any base and any mix of adapters; the settings are inside each picture.
 
     Example: sfumato generate "a crab" --lora line.safetensors:0.8 --lora otter.safetensors:0.6 --seed 7 -o crab.png
     """
@@ -141,7 +141,7 @@ def plan(config: Config) -> Plan:
     spots = _spots(config, given, split)
     regional = {each.label for spot in spots for each in spot.adapters}
     everywhere = [each for each in given if each.label not in regional]
-    if not config.lora_folder.is_dir():
+    if not isdir(config.lora_folder):
         raise ConfigError(f"--lora-folder {config.lora_folder}: no such folder; name the one with the tags' adapters.")
     adapters, weights = with_tags(everywhere, split, config.lora_folder)
     tagged = [each.label for each in adapters[len(everywhere) :]]
@@ -269,7 +269,7 @@ def generate(config: Config) -> tuple[Path, ...]:
         if start is not None:
             check_strength(to["steps"], start)
     sampler = sampler_label(config.sampler, base)
-    say(_summary(settings, sampler, base))
+    say(_summary(in_full, sampler, base))
     asked = any(wanted.strengths.values())
     say(*unguided((to["guidance"], to["negative"], asked) for to in in_full))
     with _mixed(base, wanted, config) as (mix, regional, words):
@@ -389,7 +389,7 @@ def _mixed(
                 each.check(texts)
         known = [token for each in words for token in each.tokens]
         say(*unknown_words(texts, known, base), *misread_words(known, texts, config.prompt_syntax))
-        say(*changes_nothing(mix))
+        say(*changes_nothing(mix.without_effect))
         for label, count in mix.skipped.items():
             say(f"{label}: {pluralize(count, 'module')} left out (--partial).")
         of_words = {token or file.name: read_header(file).metadata for token, file in wanted.embeddings}
@@ -451,11 +451,16 @@ def _settings(config: Config, wanted: Plan, start: Start | None, base: Base) -> 
     }
 
 
-def _summary(settings: Mapping[str, Any], sampler: tuple[str, str | None], base: Base) -> str:
-    return (
-        f"{base.name} ({base.family.title}): {settings['steps']} steps of {' '.join(filter(None, sampler))}, "
-        f"guidance {settings['guidance']:g}, {settings['width']}x{settings['height']}, on {base.precision.device}"
+def _summary(pictures: Sequence[Mapping[str, Any]], sampler: tuple[str, str | None], base: Base) -> str:
+    """How the pictures, of these settings, are drawn, without what differs between them."""
+    said = (
+        {f"{each['steps']} steps of {' '.join(filter(None, sampler))}" for each in pictures},
+        {f"guidance {each['guidance']:g}" for each in pictures},
+        {f"{each['width']}x{each['height']}" for each in pictures},
+        {f"on {base.precision.device}"},
     )
+    same = ", ".join(words for (words, *others) in said if not others)
+    return f"{base.name} ({base.family.title}): {same}"
 
 
 def _start(config: Config) -> Start | None:

@@ -97,6 +97,7 @@ def merge_files(config: Config) -> Path:
         raise ConfigError(f"--null-energy is {config.null_energy}; it must be above 0 and at most 1.")
     adapters = parse_adapters(config.adapters)
 
+    from sfumato.drawing.notes import changes_nothing
     from sfumato.merging.methods import DENSE, TAKEN_BY
     from sfumato.merging.sources import choose_blocks, read_sources
 
@@ -112,6 +113,7 @@ def merge_files(config: Config) -> Path:
             f"{', '.join(DENSE)}, or merge to a file first and bake that."
         )
     sources, parents = read_sources(adapters, partial=config.partial, words=config.into is None)
+    say(*changes_nothing(source.name for source in sources if source.is_zero))
     sources = choose_blocks(sources, config.blocks)
     parents = [replace(parent, weight=source.weight) for parent, source in zip(parents, sources, strict=True)]
     if config.into is not None:

@@ -47,6 +47,7 @@ def resize_file(config: Config) -> Path:
         raise ConfigError("say how much to keep: --rank 8 or --keep-energy 0.99.")
     check_free(config.output, config.overwrite, ".safetensors")
 
+    from sfumato.drawing.notes import changes_nothing
     from sfumato.files.write_kohya import write_lora
     from sfumato.merging.convert import diffusers_warnings
     from sfumato.merging.extract import resize
@@ -62,6 +63,7 @@ def resize_file(config: Config) -> Path:
             f"{config.file.name}: {len(source.changes) - len(modules)} of {len(source.changes)} modules are no LoRA. "
             "Make it one first: sfumato convert --bake lora."
         )
+    say(*changes_nothing([source.name] if source.is_zero else []))
     smaller, share = resize(modules, Budget(config.rank, config.keep_energy))
     family = common_family([parent], said=config.family)
     metadata = merged_metadata(

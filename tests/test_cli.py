@@ -70,7 +70,20 @@ def test_full_memory_is_one_line_that_says_what_to_do(error, capsys):
     shown = capsys.readouterr().err
     assert shown.count("\n") == 1
     assert "not enough memory" in shown
-    assert "--gradient-checkpointing" in shown
+
+
+@pytest.mark.parametrize(("trains", "advice"), [(True, "--gradient-checkpointing"), (False, "a smaller --size")])
+def test_full_memory_has_the_advice_of_what_was_under_way(trains, advice, monkeypatch, capsys):
+    from sfumato.runs import run
+
+    def program(argv):
+        raise MemoryError
+
+    monkeypatch.setitem(sys.modules, "sfumato.runs.run", run)
+    if not trains:
+        monkeypatch.delitem(sys.modules, "sfumato.runs.run")
+    assert cli.guarded(program, []) == 2
+    assert ("--gradient-checkpointing" in (said := capsys.readouterr().err), advice in said) == (trains, True)
 
 
 def test_a_console_without_a_letter_shows_its_number(monkeypatch):

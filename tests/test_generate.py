@@ -433,6 +433,14 @@ def test_a_text_file_is_no_prompt(generate):
     assert (code, "prompts.txt: a file, and no prompt. --prompts-file prompts.txt draws its lines." in err) == (2, True)
 
 
+def test_what_is_told_at_first_is_true_of_all_images(generate):
+    said = generate("red --s 3 --l 4", "-o", "own.png")[2].splitlines()[0]
+    assert "3 steps of" in said
+    assert "guidance 4, 64x64" in said
+    said = generate("red --s 3", "blue --s 2 --w 32", "--guidance", "4", "-o", "several")[2].splitlines()[0]
+    assert ": guidance 4, on cpu" in said
+
+
 def test_an_adapter_of_zeros_is_told(generate):
     tensors = load_file("line.safetensors")
     zeros = {name: torch.zeros_like(t) if "lora_up" in name else t for name, t in tensors.items()}
@@ -679,6 +687,9 @@ WRONG = {
     "no such adapter": (["a", "--lora", "gone.safetensors:0.8"], "gone.safetensors"),
     "a folder": (["a", "--lora", ".", "--base", "nowhere"], "sfumato: .: this is a folder. Name the .safetensors"),
     "an adapter without a name": (["a", "--lora", ""], "'' names no file; wanted FILE:0.8"),
+    "a base of a name too long": (["a", "--base", "a" * 300], "there is no such folder or file. Wanted pocket"),
+    "a picture of a name too long": (["a", "--image", "a" * 300], ": there is no such picture"),
+    "an adapter of a name too long": (["a", "--lora", "a portrait " * 30], "wanted FILE:0.8, an adapter (--lora)"),
     "a label without a name": (["a", "--lora", "line="], "'line=' names no file"),
     "a file of a name too long": (["a", "-o", "a" * 252 + ".png"], "File name too long. Give a shorter one."),
     "a near adapter": (["a", "--lora", "lime.safetensors"], "Did you mean line.safetensors?"),

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sfumato.numerals import pluralize
+from sfumato.numerals import pluralize, shortened
 
 
 @pytest.mark.parametrize(
@@ -17,3 +17,7 @@ from sfumato.numerals import pluralize
 )
 def test_what_is_counted_is_in_the_plural_where_it_is_not_one(words, said):
     assert pluralize(*words) == said
+
+
+def test_of_a_long_text_the_beginning_is_shown():
+    assert (shortened("a crab", 6), shortened("a lobster", 6)) == ("a crab", "a l...")

@@ -212,11 +212,12 @@ def train(config: Config) -> Path:
     watched = {"drift": unrelated, "class_drift": kept.prompts} if config.measure_every else {}
     metrics = Metrics(base, dataset, watched, pristine=pristine, within=average.applied, modules=[trained])
     noising = config.noising(base)
-    shown = config.sample_prompts or subject.sample_prompts(dataset.captions, unrelated[0])
+    asked, own = config.asked_samples()
+    shown = asked or subject.sample_prompts(dataset.captions, unrelated[0])
     span = None if lora is None else config_defaults.span_of(config, base)
     trigger = triggers(config, subject, instance)
     against = trigger if config.own_negative else []
-    draw = drawing_of(base, lora, span=span, negatives=against, resolution=config.resolution)
+    draw = drawing_of(base, lora, span=span, negatives=against, resolution=config.resolution, own=own)
     samples = Samples(run, shown, config.seed, draw, modules=[trained], within=average.applied)
     limit = DriftLimit(config.drift_limit, [row for row in run.rows() if row["step"] <= run.step])
 

@@ -381,7 +381,7 @@ def new_words(base: Base, config: Config, examples: ExampleSet) -> Words:
         initial=config.initial_words,
         seed=config.seed,
     )
-    words.check([*config.sample_prompts, *(example.caption for example in examples)])
+    words.check([*config.asked_samples()[0], *(example.caption for example in examples)])
     return words
 
 
@@ -416,7 +416,8 @@ def samples_of(
     from sfumato.training.sampling import drawing_of
 
     first = subjects[0]  # sources may have templates and triggers of their own
-    prompts = config.sample_prompts or default_prompts(dataset.captions, first.template, first.trigger)
+    asked, own = config.asked_samples()
+    prompts = asked or default_prompts(dataset.captions, first.template, first.trigger)
     draw = drawing_of(
         base,
         lora,
@@ -424,6 +425,7 @@ def samples_of(
         config_defaults.span_of(config, base),
         negatives=trigger if config.own_negative else (),
         resolution=config.resolution,
+        own=own,
     )
     return Samples(run, prompts, config.seed, draw, modules=[lora], within=average.applied)
 

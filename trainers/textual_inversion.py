@@ -120,7 +120,8 @@ def train(config: Config) -> Path:
         seed=config.seed,
     )
     templates = TEMPLATES[config.templates]
-    prompts = config.sample_prompts or default_prompts(examples, config.placeholder)
+    asked, own = config.asked_samples()
+    prompts = asked or default_prompts(examples, config.placeholder)
     words.check([*prompts, *(t.format(e.caption) for t in templates for e in examples)])
     paths = embedding_files(config.output, config.name, config.placeholder, alone=True)
     names = [*(["adapters"] if config.save_every else []), *(path.name for path in paths.values())]
@@ -153,7 +154,7 @@ def train(config: Config) -> Path:
     run.keep(words=words, optimizer=optimizer, scaler=scaler, average=average)
     # No drift: nothing that draws other prompts changes.
     metrics = Metrics(base, dataset, {}, within=average.applied)
-    draw = drawing_of(base, resolution=config.resolution)
+    draw = drawing_of(base, resolution=config.resolution, own=own)
     samples = Samples(run, prompts, config.seed, draw, within=average.applied)
     run.every(config.measure_every, lambda step: run.log(step=step, **metrics.values()))
     run.every(config.sample_every, samples.draw)

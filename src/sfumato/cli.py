@@ -215,11 +215,16 @@ def _reason(error: Exception) -> str:
 
 
 def _on_memory(error: Exception) -> str:
-    return (
-        f"there is not enough memory ({_reason(error)[:100] or 'of this machine'}). Train with "
-        "--gradient-checkpointing, a smaller --batch and more --accumulate, or a smaller --resolution; draw fewer "
-        "or smaller pictures. `sfumato memory` tells what each way to train takes."
+    advice = (
+        "Close what else takes some; draw at a smaller --size, or with --precision fp16. `sfumato memory` tells what "
+        "drawing takes."
     )
+    if "sfumato.runs.run" in sys.modules:  # which only a program that trains has loaded
+        advice = (
+            "Train with --gradient-checkpointing, a smaller --batch and more --accumulate, or a smaller --resolution. "
+            "`sfumato memory` tells what each way to train takes."
+        )
+    return f"there is not enough memory ({_reason(error)[:100] or 'of this machine'}). {advice}"
 
 
 def _on_file(error: OSError) -> str:

@@ -31,6 +31,11 @@ def test_a_region_is_read_as_written(text, spot, tmp_path, monkeypatch):
     assert parse_region(text, [LINE, OTTER, ODD]) == spot
 
 
+def test_a_prompt_in_a_region_may_be_longer_than_a_file_s_name():
+    said = "a portrait, " * 30 + "in ink"
+    assert parse_region(f"line=left:{said}", [LINE]).prompt == said
+
+
 @pytest.mark.parametrize("text", ["line", "crab=left", "line+crab=left", "line=", "line=gone.png", "line=0,0,2,1"])
 def test_a_region_that_makes_no_sense_is_one_line(text):
     with pytest.raises(ConfigError, match="--region") as caught:

@@ -241,12 +241,19 @@ def test_what_the_check_calls_fine_training_takes(pictures):
 
 
 def test_the_end_of_a_long_caption_is_shown(pictures):
-    (pictures / "crab.txt").write_text("crab, " + "very " * 90 + "end of it")
+    (pictures / "crab.txt").write_text("crab, " + "very " * 75 + "end of it")
     report = check(pictures, needs_of("sd1"), caption_template="{caption}")
     cut = [line for line in report.lines if line.kind == "caption cut"]
     assert cut[0].names == ("crab.png",)
     assert cut[0].text.endswith("end of it'")
     assert "75 tokens" in cut[0].text
+
+
+def test_a_very_long_end_is_shortened(pictures):
+    (pictures / "crab.txt").write_text("crab, " + "very " * 300)
+    report = check(pictures, needs_of("sd1"), caption_template="{caption}")
+    (cut,) = [line.text for line in report.lines if line.kind == "caption cut"]
+    assert len(cut) < 200
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,25 @@ def test_caption_files_come_before_metadata_and_names(pictures):
     assert found == ["from txt", "from caption", "from metadata", "red apple", "rocket", "tulip"]
 
 
+def test_captions_that_contradict_each_other_are_told(pictures):
+    (pictures / "crab.txt").write_text("a crab")
+    (pictures / "crab.caption").write_text("a lobster")
+    assert list_folder(pictures).notes == ("crab.png: crab.txt is read; crab.caption says otherwise",)
+    (pictures / "house.caption").write_text("a house")
+    (pictures / "metadata.jsonl").write_text('{"file_name": "house.png", "text": "a hut"}')
+    said = "2 pictures have captions that differ, such as crab.png: crab.txt is read; crab.caption says otherwise"
+    assert read_folder(pictures, caption_template="{caption}").notes == (said,)
+
+
+def test_the_same_caption_in_two_places_is_no_news(pictures):
+    (pictures / "crab.txt").write_text("a crab\n")
+    (pictures / "crab.caption").write_text("a crab")
+    (pictures / "metadata.jsonl").write_text('{"file_name": "crab.png", "text": "a  crab"}')
+    (pictures / "house.caption").write_text("a house")
+    (pictures / "house.txt").touch()
+    assert list_folder(pictures).notes == ()
+
+
 def test_missing_captions_name_the_files_and_the_ways_to_give_them(pictures):
     (pictures / "crab.txt").write_text("a crab")
     with pytest.raises(DataError, match=r"5 of 6 pictures have no caption: house\.png.*NAME\.txt.*--caption"):
@@ -250,6 +269,13 @@ def test_captions_under_another_key_of_metadata_are_told(tmp_path):
         read_folder(tmp_path)
     (tmp_path / "a.txt").write_text("a crab")
     assert read_folder(tmp_path).notes == ('metadata.jsonl: no line of it has a "text", so it holds no caption',)
+
+
+def test_single_lines_of_metadata_without_a_text_are_told(pictures):
+    lines = ['{"file_name": "crab.png", "text": "a crab"}', '{"file_name": "house.png", "prompt": "a house"}']
+    (pictures / "metadata.jsonl").write_text("\n".join(lines))
+    notes = read_folder(pictures, caption_template="{caption}").notes
+    assert notes == ('metadata.jsonl: 1 line has no "text", so no caption: house.png',)
 
 
 def test_masks_that_are_not_read_are_listed(pictures):

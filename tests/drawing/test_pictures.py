@@ -200,8 +200,11 @@ def test_latents_that_are_not_finite_are_no_picture(pipe):
     with torch.no_grad():
         bias.fill_(float("nan"))
     try:
-        with pytest.raises(BaseModelError, match=r"2 of 2 pictures \(seed 5\) came out not finite"):
+        with pytest.raises(BaseModelError, match=r"2 of 2 pictures \(seed 5\) came out not finite.*the base is broken"):
             draw(pipe, "a cat", [5, 6], steps=1)
+        like_an_adapter = pipe.unet.register_forward_hook(lambda *_: None)
+        with like_an_adapter, pytest.raises(BaseModelError, match="Draw without adapters"):
+            draw(pipe, "a cat", 5, steps=1)
     finally:
         with torch.no_grad():
             bias.copy_(before)

@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 from dataclasses import fields
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -126,7 +127,27 @@ def test_a_picture_keeps_its_parameters(tmp_path, suffix):
     own = {"prompt": "赤い", "seed": 7}
     info = read_picture_info(save_picture(Image.new("RGB", (64, 64)), tmp_path / f"a.{suffix}", wanted, own))
     assert info.parameters == wanted
-    assert info.own == (own if suffix == "png" else None)
+    assert info.own == own
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "webp"])
+def test_our_own_json_leaves_a1111_s_comment_as_it_is(tmp_path, suffix):
+    told = Parameters("a <b> & crab", "", {"Steps": 20})
+    paths = [tmp_path / f"{name}.{suffix}" for name in ("a", "b")]
+    for path, own in zip(paths, (None, {"prompt": "</sfumato:settings> & <b> 'c' \"d\""}), strict=True):
+        save_picture(Image.new("RGB", (8, 8)), path, told, own)
+    a, b = ([*Image.open(path).getexif().get_ifd(0x8769).items()] for path in paths)
+    assert a == b
+    assert read_picture_info(paths[1]).own == own
+    assert ElementTree.fromstring(Image.open(paths[1]).info["xmp"]).tag == "{adobe:ns:meta/}xmpmeta"
+
+
+def test_a_jpeg_without_room_for_our_own_json_is_kept_without_it(tmp_path):
+    with pytest.warns(UserWarning, match=r"^a\.jpg: 70,\d+ bytes of sfumato's own settings, and a JPEG holds 65,504"):
+        path = save_picture(Image.new("RGB", (8, 8)), tmp_path / "a.jpg", own={"prompt": "x" * 70_000})
+    assert read_picture_info(path).own is None
+    path = save_picture(Image.new("RGB", (8, 8)), tmp_path / "a.jpg", own={"prompt": "x" * 65_000})
+    assert len(read_picture_info(path).own["prompt"]) == 65_000
 
 
 @pytest.mark.parametrize(
@@ -415,19 +436,39 @@ def test_our_own_picture_is_told_with_its_adapters_and_what_they_ask_for(tmp_pat
     assert found.left_out == ()
 
 
+@pytest.mark.parametrize("suffix", ["jpg", "webp"])
+def test_our_own_jpeg_is_told_as_our_png_is(suffix, tmp_path):
+    save_file({"a": torch.zeros(1)}, tmp_path / "line.safetensors")
+    about = dict(prompt="<flam> crab", negative="", seed=3, steps=5, guidance=3.0, width=64, height=64, base="pocket")
+    about |= dict(adapter_guidance={}, vae=None, clip_skip=None, prompt_syntax="plain", switch={"every": 5})
+    about |= dict(embeddings=["word.safetensors"], over_steps={"line": {"span": [0, 0.5]}})
+    words = []
+    for file in (tmp_path / "a.png", tmp_path / f"a.{suffix}"):
+        used = [Adapter(tmp_path / "line.safetensors", 0.8, "line")]
+        save_drawn(Image.new("RGB", (8, 8)), used, about, file, ("DDIM", None))
+        words.append(redraw(file).words)
+    assert words[1] == words[0]
+    assert "word.safetensors" in words[1]
+    assert "line=0-0.5" in words[1]
+
+
+NOT_TOLD = {"Regions, weights by step and turns": "(this file does not tell of any)"}
+
+
 @pytest.mark.parametrize(
     ("label", "guidance", "left"),
-    [("line", ("line=1.5", "other=0"), {}), ("l", (), {"Adapter guidance": "l: 1.5"})],
+    [("line", ("line=1.5", "other=0"), NOT_TOLD), ("l", (), {"Adapter guidance": "l: 1.5", **NOT_TOLD})],
 )
-def test_our_own_jpeg_is_told_by_its_text(label, guidance, left, tmp_path):
-    """Which has no room for our JSON, and names adapters by their files."""
+def test_our_own_jpeg_without_our_json_is_told_by_its_text(label, guidance, left, tmp_path):
+    """As earlier versions wrote it, and where a JPEG has no room; it names adapters by their files."""
     for name in ("line", "other"):
         save_file({"a": torch.zeros(1)}, tmp_path / f"{name}.safetensors")
     about = dict(prompt="a (b) crab", negative="", seed=3, steps=5, guidance=3.0, width=64, height=64, base="a/b")
     about |= dict(adapter_guidance={label: 1.5}, vae=None, clip_skip=1, prompt_syntax="plain")
     used = [Adapter(tmp_path / "line.safetensors", 0.8, label), Adapter(tmp_path / "other.safetensors", 0.5, "other")]
-    save_drawn(Image.new("RGB", (8, 8)), used, about, tmp_path / "a.jpg", ("DDIM", None))
-    found = redraw(tmp_path / "a.jpg")
+    save_drawn(Image.new("RGB", (8, 8)), used, about, tmp_path / "a.png", ("DDIM", None))
+    text = read_picture_info(tmp_path / "a.png").parameters
+    found = redraw(save_picture(Image.new("RGB", (8, 8)), tmp_path / "a.jpg", text))
     config = parse(Config, found.words[2:], program="generate")
     assert (config.prompts, config.prompt_syntax) == (("a \\(b\\) crab <lora:line:0.8> <lora:other:0.5>",), "a1111")
     assert (config.base, config.clip_skip, config.adapter_guidance) == ("a/b", 1, guidance)
@@ -568,3 +609,8 @@ def test_inspect_prints_the_command_on_a_line_of_its_own(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert "not in the command: RNG GPU, ADetailer model face.pt" in lines
     assert lines[-1].startswith("  sfumato generate '(crab:1.3) BREAK sea")
+
+
+def test_a_word_of_ours_whose_name_the_file_does_not_tell_keeps_its_own(tmp_path):
+    text = "<flam> crab\nSteps: 4, Seed: 1, CFG scale: 7, TI hashes: word: 0123456789ab, Version: sfumato-0.6.0"
+    assert "word.safetensors" in redraw(picture_with(text, tmp_path / "a.png")).words

@@ -196,6 +196,17 @@ def test_resize_by_energy_and_to_a_larger_rank_changes_nothing_that_matters(adap
     assert {module.rank for module in read_lora(tmp_path / "smaller.safetensors").modules.values()} <= {2, 3}
 
 
+@pytest.mark.parametrize(("program", "words"), [(merge, ()), (resize, ("--rank", 1)), (convert, ())])
+def test_an_adapter_of_zeros_is_told(program, words, adapter_file, tmp_path, capsys):
+    a, zero = adapter_file("a"), tmp_path / "zero.safetensors"
+    save_file({name: t * ("lora_up" not in name) for name, t in load_file(a).items()}, zero)
+    said = "all of its changes are zero, so it draws as the base does"
+    assert run(program, a, *words, "-o", tmp_path / "of-a.safetensors", "--family", "pocket") == 0
+    assert said not in capsys.readouterr().err
+    assert run(program, zero, *words, "-o", tmp_path / "of-zero.safetensors", "--family", "pocket") == 0
+    assert f"zero: {said}" in capsys.readouterr().err
+
+
 def test_resize_does_not_lose_a_bias_in_silence(adapter_file, tmp_path, capsys):
     a = adapter_file("a", rank=2)
     tensors = load_file(a)

@@ -189,10 +189,28 @@ def test_a_plain_config_passes():
     check_trainer(CONFIG)
 
 
-def test_options_in_a_sample_prompt_are_refused():
-    check_trainer(replace(CONFIG, sample_prompts=("a crab -- at the sea",)))
-    with pytest.raises(ConfigError, match=r"--sample-prompts: options such as '--w 512 --d 7' are not read here"):
-        check_trainer(replace(CONFIG, sample_prompts=("a crab --w 512 --d 7",)))
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        ("a crab --w 500", "--w 500 in a prompt: wanted a multiple of 8; the nearest is 496"),
+        ("a crab --ar 3:2", "the prompt 'a crab': --ar is not read there"),
+        ("a crab --s 0", "0 steps; wanted at least 1"),
+        ("a crab --d -1", "seed -1"),
+    ],
+)
+def test_settings_of_a_sample_prompt_that_make_no_sense_are_refused(prompt, said):
+    with pytest.raises(ConfigError, match=said):
+        check_trainer(replace(CONFIG, sample_prompts=(prompt,)))
+
+
+def test_sample_prompts_have_settings_of_their_own():
+    config = replace(CONFIG, sample_prompts=("a crab --n blurry --w 512 --d 7", "a crab -- at the sea"))
+    check_trainer(config)
+    own = [{"negative": "blurry", "width": 512, "seed": 7}, {}]
+    assert config.asked_samples() == (["a crab", "a crab -- at the sea"], own)
+
+
+def test_a_tag_in_a_sample_prompt_is_refused():
     with pytest.raises(ConfigError, match=r"--sample-prompts: <lora:line:...> is not read here; leave it out"):
         check_trainer(replace(CONFIG, sample_prompts=("a crab <lora:line:1>",)))
 

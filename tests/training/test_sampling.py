@@ -3,10 +3,12 @@
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
+import pytest
 import torch
 from diffusers import DDIMScheduler
 from torch import nn
 
+from sfumato.errors import ConfigError
 from sfumato.training.sampling import drawing_of
 
 
@@ -92,3 +94,29 @@ def test_samples_of_a_lora_are_drawn_with_it_in_the_steps_that_its_file_asks_for
     assert told == {"off": False}
     base.unet(torch.zeros(1), torch.tensor(0))
     assert seen[-1] == (0, False)
+
+
+def test_a_prompt_s_own_settings_go_before_the_training_s(monkeypatch):
+    from sfumato.drawing import pictures as drawing
+
+    given = []
+
+    def draw(base, prompts, seeds, **settings):
+        given.append((prompts, seeds, settings))
+        return [f"{prompt} {seed}" for prompt, seed in zip(prompts, seeds, strict=True)]
+
+    monkeypatch.setattr(drawing, "draw_each", draw)
+    base = SimpleNamespace(
+        lazy_weights=SimpleNamespace(restored_after=nullcontext), scheduler=DDIMScheduler(num_train_timesteps=1000)
+    )
+    own = [{"seed": 7}, {"negative": "blurry", "steps": 3}, {}]
+    drawn = drawing_of(base, negatives=["<a>"], own=own)(["<a> at sea", "<a> on land", "a dog"], [1, 1, 1])
+    assert drawn == ["<a> at sea 7", "<a> on land 1", "a dog 1"]
+    size = {"width": None, "height": None}
+    assert given == [
+        (["<a> at sea"], [7], {"negative": "<a>", **size}),
+        (["a dog"], [1], {"negative": "", **size}),
+        (["<a> on land"], [1], {"negative": "blurry", "steps": 3, **size}),
+    ]
+    with pytest.raises(ConfigError, match="1001 steps; wanted 1 to 1000"):
+        drawing_of(base, own=[{"steps": 1001}])

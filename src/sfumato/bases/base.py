@@ -18,6 +18,7 @@ from sfumato.bases.family import Defaults, Family
 from sfumato.bases.lazy_weights import LazyWeights
 from sfumato.diffusion import PredictionType
 from sfumato.errors import BaseModelError
+from sfumato.numerals import shortened
 from sfumato.precision import Precision
 from sfumato.schedulers import scheduler
 
@@ -147,10 +148,8 @@ class Base:
         """
         for prompt in prompts:
             if (count := self.token_count(prompt)) > self.token_limit:
-                cut = self.cut_off(prompt)
-                cut = cut if len(cut) <= 60 else f"{cut[:57]}..."
                 warnings.warn(
-                    f"prompt of {count} tokens, {self.token_limit} are seen; cut: {cut!r}",
+                    f"prompt of {count} tokens, {self.token_limit} are seen; cut: {shortened(self.cut_off(prompt))!r}",
                     stacklevel=2,
                 )
         self.lazy_weights.load("text")

@@ -174,9 +174,9 @@ def find(source: str | os.PathLike[str], fetch: Callable[[str], Path] = hub_fold
     if text == "pocket":
         return _pocket_folder(), "pocket"
     path = Path(text).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):  # a text that is too long for a name is none
         return path, path.resolve().name
-    if path.is_file():
+    if os.path.isfile(path):
         if path.suffix.lower() in WEIGHT_SUFFIXES[1:]:
             raise BaseModelError(
                 f"{path.name}: a pickle file; it can run programs and is never opened. Get the base as .safetensors."

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping, Sequence
+from os.path import isdir, isfile
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +75,9 @@ def check_start(image: Path | None, mask: Path | None, strength: float | None) -
     if strength is not None and not 0 < strength <= 1:
         raise ConfigError(f"--strength {strength:g}: wanted above 0 and at most 1; 0.6 is usual.")
     for option, file in (("--image", image), ("--mask", mask)):
-        if file is not None and file.is_dir():
+        if file is not None and isdir(file):
             raise ConfigError(f"{option} {file}: a folder; name one picture in it.")
-        if file is not None and not file.is_file():
+        if file is not None and not isfile(file):
             raise ConfigError(f"{option} {file}: there is no such picture; name one that is there.")
 
 
@@ -97,7 +98,7 @@ def picture_files(
     is_file = suffix in SUFFIXES
     is_near = not is_file and bool(difflib.get_close_matches(suffix, SUFFIXES))  # .pgn, which would be a folder
     if is_near or suffix in _OTHER_FILES:
-        raise ConfigError(f"--output {output}: pictures are written as .png, .jpg or .webp; .png keeps every setting.")
+        raise ConfigError(f"--output {output}: pictures are written as .png, .jpg or .webp; name one of these.")
     if is_file and count > 1:
         shown = ", ".join(f"{prompt!r:.40}" for prompt in given[:3])
         several = f", or put the words of one prompt into quotes: {shown} are several" if given[1:] else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
+from os.path import exists, isdir, isfile
 from pathlib import Path
 
 from sfumato.config import at_home
@@ -17,6 +18,9 @@ from sfumato.prompts.tags import Tagged, refuse_tags, without_flags
 from sfumato.weighting.adapter import Adapter, Weight, with_factors_of, with_unet_scaled
 from sfumato.weighting.blocks import Blocks
 
+_LONGEST_NAME = 255
+"""Bytes, on the file systems in use."""
+
 
 def is_hub_name(text: str) -> bool:
     """Whether `owner/name`, or `owner/name/file.safetensors`, can only be meant of the hub: no folder is the owner.
@@ -24,7 +28,7 @@ def is_hub_name(text: str) -> bool:
     The name of a file in a folder that is there is none, so that one that was mistyped is known at once.
     """
     owner, _, rest = text.partition("/")
-    if not re.fullmatch(r"\w[\w.-]*", owner) or Path(owner).exists() or Path(text).exists():
+    if not re.fullmatch(r"\w[\w.-]*", owner) or exists(owner) or exists(text):
         return False
     if re.fullmatch(r"[\w.-]+", rest):
         return not rest.endswith(".safetensors")
@@ -47,20 +51,21 @@ def parse_adapter(spec: str, *, weight: Weight = 1.0) -> Adapter:
     named = [(path, None, numbers) for path, numbers in splits]
     labelled = [(path.partition("=")[2], path.partition("=")[0], numbers) for path, numbers in splits if "=" in path]
     # What is there is meant; if nothing is, the usual reading gives the error its words.
-    path, label, numbers = next(
-        (reading for reading in [*named, *labelled] if Path(reading[0]).exists()), [*named, *labelled][-1]
-    )
-    if not Path(path).exists() and (wrong := re.fullmatch(r"(.+\.safetensors):([^\\/]*)", path)):
+    readings = [*named, *labelled]
+    path, label, numbers = next((reading for reading in readings if exists(reading[0])), readings[-1])
+    if not exists(path) and (wrong := re.fullmatch(r"(.+\.safetensors):([^\\/]*)", path)):
         raise ConfigError(f"{spec}: {wrong[2]!r} is no weight; wanted a number, as in {wrong[1]}:0.8.")
     if not path:
         raise ConfigError(f"{spec!r} names no file; wanted FILE:0.8.")
-    if not Path(path).exists() and (hub := next((each for each in [*named, *labelled] if is_hub_name(each[0])), None)):
+    if len(os.fsencode(Path(path).name)) > _LONGEST_NAME:
+        raise ConfigError(f"'{path[:40]}...': no file has so long a name; wanted FILE:0.8, an adapter (--lora).")
+    if not exists(path) and (hub := next((each for each in readings if is_hub_name(each[0])), None)):
         from sfumato.bases.hub import hub_file
 
         name, label, numbers = hub
         path = str(hub_file(name))
         label = label or (None if name.endswith(".safetensors") else name.partition("/")[2])
-    if Path(path).is_dir():  # what is in a folder of peft's or of a whole model, its reader looks into
+    if isdir(path):  # what is in a folder of peft's or of a whole model, its reader looks into
         if not (Path(path) / "model_index.json").is_file():
             folders_in(Path(path))
     else:
@@ -93,7 +98,7 @@ def public_embedding(spec: str) -> str:
 def _token_and_path(spec: str) -> tuple[str, Path]:
     spec = at_home(spec)
     token, equals, path = spec.partition("=")
-    return (token, Path(path)) if equals and not Path(spec).is_file() else ("", Path(spec))
+    return (token, Path(path)) if equals and not isfile(spec) else ("", Path(spec))
 
 
 def parse_adapters(
@@ -151,7 +156,7 @@ def with_tags(
 
 
 def without_tags(prompt: str, where: str) -> str:
-    """The prompt. Raises ConfigError where it names an adapter or holds options, as `generate` alone reads them."""
+    """The prompt. Raises ConfigError where it names an adapter or holds options, which are read elsewhere."""
     refuse_tags(prompt, where, "name the adapter with --lora")
     return without_flags(prompt, where)
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from os.path import isfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,7 +62,7 @@ def _where(place: str, text: str) -> Box | Path | None:
     try:
         numbers = [float(number) for number in place.split(",")]
     except ValueError:
-        return Path(at_home(place)) if Path(at_home(place)).is_file() else None
+        return Path(at_home(place)) if isfile(at_home(place)) else None  # which a prompt is too long for, perhaps
     if len(numbers) != 4 or not (0 <= numbers[0] < numbers[2] <= 1 and 0 <= numbers[1] < numbers[3] <= 1):
         raise ConfigError(f"--region {text}: a box is left,top,right,bottom as shares of the side, such as 0,0,0.5,1.")
     return (numbers[0], numbers[1], numbers[2], numbers[3])

@@ -33,9 +33,8 @@ class Effect:
 
     @property
     def is_zero(self) -> bool:
-        """Whether it has a low-rank form of which a factor is zero throughout, as before any training."""
-        form = self.low_rank
-        return form is not None and not (form.up.any() and form.down.any())
+        """Whether it has a low-rank form that changes nothing."""
+        return self.low_rank is not None and self.low_rank.is_zero
 
 
 class Baked:

@@ -3,6 +3,7 @@
 import re
 import unicodedata
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from os.path import abspath
 from pathlib import Path
@@ -124,12 +125,14 @@ class _Reader:
         self.inside: dict[Path, bool] = {}
         self.spelt: dict[Path, dict[str, Path]] = {}
         self.sums: dict[Path, str] = {}
+        self.differing: list[str] = []
 
     def read(self) -> None:
         entries = self._entries(self.root)
         self._read_sums(self.root)
         self._folders(entries)
         self._compare_sums()
+        self._tell_differing()
 
     def _read_sums(self, folder: Path) -> None:
         self.sums |= {folder / name: digest for name, digest in read_sums(folder).items()}
@@ -146,6 +149,13 @@ class _Reader:
             self.notes.append(
                 f"{NAME} does not list {pluralize(len(unlisted), 'picture')}, left unchecked: {some(unlisted)}"
             )
+
+    def _tell_differing(self) -> None:
+        """Say which pictures have captions in two places that contradict each other."""
+        if self.differing[1:]:
+            self.notes.append(f"{len(self.differing)} pictures have captions that differ, such as {self.differing[0]}")
+        else:
+            self.notes.extend(self.differing)
 
     def _folders(self, entries: list[Path]) -> None:
         kohya = [entry for entry in entries if REPEATS.fullmatch(entry.name) and entry.is_dir()]
@@ -198,8 +208,12 @@ class _Reader:
         self._check(folder / METADATA)
         listed = read_metadata(folder / METADATA)
         described = {self._listed(folder / name): text for name, text in listed.items()}
-        if listed and not any(listed.values()):
+        lacking = [name for name, text in listed.items() if not text]
+        if lacking and len(lacking) == len(listed):
             self.notes.append(f'{METADATA}: no line of it has a "text", so it holds no caption')
+        elif lacking:
+            found = pluralize(len(lacking), "line has", "lines have")
+            self.notes.append(f'{METADATA}: {found} no "text", so no caption: {some(lacking)}')
         for path in described:
             if not path.is_file():
                 self.notes.append(f"{METADATA}: there is no picture {path.relative_to(folder).as_posix()}")
@@ -283,29 +297,45 @@ class _Reader:
 
     def _caption(self, picture: Path, metadata: str, words: str) -> Caption:
         notes: list[str] = []
-        for suffix in self.suffixes:
-            path = self._companion(picture.parent, f"{picture.stem}{suffix}")
-            if path is None:
-                continue
+        named = [self._companion(picture.parent, f"{picture.stem}{suffix}") for suffix in self.suffixes]
+        paths = [path for path in named if path is not None]
+        for place, path in enumerate(paths, start=1):
             if not self._is_inside(path):
                 notes.append(f"{path.name}: leads out of the folder, so it is not read")
                 continue
             try:
                 self._check(path)
-                text, guessed = read_text(path)
-                if guessed:  # one caption is short; all of the folder's together tell more
-                    self.likely = self.likely or guess_from(self.captions)
-                    text, guessed = read_text(path, self.likely)
+                text, guessed = self._text_of(path)
             except DataError as error:
                 return Caption(origin=path.name, error=str(error))
             if guessed:
                 notes.append(f"{path.name}: not UTF-8; read as {guessed}: {text[:60]!r}")
             if text:
+                if others := self._otherwise(text, paths[place:], metadata):
+                    said = f"{' and '.join(others)} {'says' if len(others) == 1 else 'say'} otherwise"
+                    self.differing.append(f"{picture.name}: {path.name} is read; {said}")
                 return Caption(text, path.name, notes=tuple(notes))
             notes.append(f"{path.name}: empty, so taken for missing")
         if metadata:
             return Caption(metadata, METADATA, notes=tuple(notes))
         return Caption(words, "folder name" if words else "", notes=tuple(notes))
+
+    def _text_of(self, path: Path) -> tuple[str, str | None]:
+        text, guessed = read_text(path)
+        if guessed:  # one caption is short; all of the folder's together tell more
+            self.likely = self.likely or guess_from(self.captions)
+            text, guessed = read_text(path, self.likely)
+        return text, guessed
+
+    def _otherwise(self, text: str, paths: Sequence[Path], metadata: str) -> list[str]:
+        """The names of the further sources that hold another caption than this text. paths: the files; metadata: the
+        text of metadata.jsonl."""
+        others = {METADATA: metadata}
+        for path in paths:
+            if self._is_inside(path):
+                with suppress(DataError):  # of a file that is not needed
+                    others[path.name] = self._text_of(path)[0]
+        return [name for name, other in others.items() if other not in ("", text)]
 
 
 def _is_document(entry: Path) -> bool:

@@ -36,7 +36,7 @@ from sfumato.data.tags import count_forms, forms
 from sfumato.data.texts import CaptionEmbeddings
 from sfumato.errors import DataError
 from sfumato.files.read import stamp
-from sfumato.numerals import pluralize
+from sfumato.numerals import pluralize, shortened
 
 if TYPE_CHECKING:
     from sfumato.bases import Base
@@ -369,7 +369,7 @@ def _notes(gathered: _Gathered, plan: _Plan, store: Cache | None, base: Base) ->
 def _cut_notes(base: Base, captions: Sequence[str]) -> Iterator[str]:
     for caption in dict.fromkeys(captions):
         if cut := base.cut_off(caption):
-            yield f"caption longer than {base.token_limit} tokens; its end is not seen: ... {cut!r}"
+            yield f"caption longer than {base.token_limit} tokens; its end is not seen: ... {shortened(cut)!r}"
 
 
 def _crop_notes(items: Sequence[PreparedPicture]) -> Iterator[str]:

@@ -33,7 +33,7 @@ from sfumato.data.needs import Needs
 from sfumato.data.options import CropMode, MaskSource, Options
 from sfumato.data.source import Source, sources_of
 from sfumato.data.survey import PictureStats, survey
-from sfumato.numerals import pluralize
+from sfumato.numerals import pluralize, shortened
 
 COMMON_ID = 40_000
 """CLIP's tokens are numbered by frequency, 49,408 in all; words of one token below this are ordinary ones."""
@@ -253,8 +253,8 @@ def _captions(report: Report, founds: Sequence[ListedPicture]) -> Iterator[Findi
     limit = report.needs.token_limit
     for caption, names in _by_caption(report).items():
         if cut := report.needs.cut_off(caption):
-            text = f"{some(names, 4)}: the caption is longer than {limit} tokens; its end is not seen: ... {cut!r}"
-            yield Finding("caption cut", text, tuple(names))
+            text = f"the caption is longer than {limit} tokens; its end is not seen: ... {shortened(cut)!r}"
+            yield Finding("caption cut", f"{some(names, 4)}: {text}", tuple(names))
 
 
 def _by_caption(report: Report) -> dict[str, list[str]]:

@@ -21,6 +21,7 @@ from sfumato.errors import ConfigError
 from sfumato.prompts.encoding import encode, encode_stages
 from sfumato.prompts.prompt_editing import Stage, concat_stages, staged_prompts
 from sfumato.prompts.syntax import Syntax
+from sfumato.weighting.adapter import is_idle
 
 if TYPE_CHECKING:
     from sfumato.bases.base import Base
@@ -64,7 +65,7 @@ class Call:
             parts = (pipe.unet, getattr(pipe, "text_encoder", None), getattr(pipe, "text_encoder_2", None))
             with in_fp32(*parts), draw_call.step_count(self.drawn_steps):
                 latents = self._latents(prompts, seeds)
-        check_all(latents.isfinite(), seeds, "not finite, even in fp32. Draw without adapters to see what is broken.")
+        check_all(latents.isfinite(), seeds, f"not finite, even in fp32. {_where_to_look(pipe)}")
         pictures = [image_of(picture) for picture in pixels_of(pipe, latents, seeds)]
         if start is not None and start.mask is not None:
             # The VAE's reconstruction of what was to stay is not what was to stay.
@@ -134,6 +135,21 @@ class Call:
         for place in places:
             together.setdefault(lengths[prompts[place]], []).append(place)
         return together.values()
+
+
+def _where_to_look(pipe: Any) -> str:
+    """What to do about latents that are not finite."""
+    from sfumato.compose import current
+
+    mix, parts = current(pipe), pipe.unet.modules()
+    is_mixed = mix is not None and not all(map(is_idle, mix.weights.values()))
+    # Hooks are those of regions, of mixes beside the layers and of what is being trained.
+    if is_mixed or any(part._forward_hooks or part._forward_pre_hooks for part in parts):
+        return "Draw without adapters to see what is broken."
+    return (
+        "No adapter is in use, so the base is broken: get it anew or name another --base; where --image is given, try "
+        "--precision fp32 or another --vae, too."
+    )
 
 
 _LOCKS: WeakKeyDictionary[Any, RLock] = WeakKeyDictionary()

@@ -95,7 +95,7 @@ class Setup:
             *unused_words(self.named, texts, syntax),
             *unknown_words(texts, known, base),
         ]
-        lines += changes_nothing(self.mix) if self.mix else []
+        lines += changes_nothing(self.mix.without_effect) if self.mix else []
         return [*lines, *misread_words(known, texts, syntax), *learned, *learned_otherwise(of_words, base)]
 
     def _checked(self, cells: Iterable[Cell]) -> list[str]:

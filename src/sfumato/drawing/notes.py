@@ -15,7 +15,6 @@ from sfumato.words.placeholders import holds
 
 if TYPE_CHECKING:
     from sfumato.bases import Base
-    from sfumato.compose import Mix
     from sfumato.prompts.syntax import Syntax
 
 
@@ -109,12 +108,12 @@ def unread_marks(prompts: Sequence[str], syntax: Syntax) -> list[str]:
     return lines
 
 
-def changes_nothing(mix: Mix) -> list[str]:
-    """A line on each adapter that draws as the base does, whatever its weight."""
+def changes_nothing(without_effect: Iterable[str]) -> list[str]:
+    """A line on each adapter that draws as the base does, whatever its weight. without_effect: their labels."""
     return [
         f"{label}: all of its changes are zero, so it draws as the base does; it was not trained, or saved in a format "
         "that is too coarse for it."
-        for label in mix.without_effect
+        for label in without_effect
     ]
 
 

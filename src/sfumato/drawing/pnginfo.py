@@ -1,7 +1,8 @@
 """How a picture was made, inside its file, in the form that other tools read.
 
 The text `parameters` of AUTOMATIC1111 and Forge (read by Civitai and many viewers), and beside it our own `sfumato`, a
-JSON object. PNG keeps both as text chunks; JPEG and WebP keep the first in EXIF's UserComment, as those tools do.
+JSON object. PNG keeps both as text chunks; JPEG and WebP keep the first in EXIF's UserComment, as those tools do, and
+the second in an XMP packet, which they leave alone.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
+from xml.sax.saxutils import escape, unescape
 
 from PIL import Image, PngImagePlugin
 
@@ -37,6 +39,11 @@ _LARGEST_PX = {".jpg": 65_500, ".jpeg": 65_500, ".webp": 16_383}
 """Pixels on a side that a format has room for."""
 _JPEG_CHARACTERS = 32_700
 """Of UTF-16: a segment of a JPEG has at most 65,533 bytes, of which EXIF's own take less than 100."""
+
+
+_LARGEST_XMP = 65_533 - 29
+"""Bytes of a segment of a JPEG without the name that XMP's begins with."""
+_OWN_BEGINS, _OWN_ENDS = b"<sfumato:settings>", b"</sfumato:settings>"
 
 
 @dataclass(frozen=True)
@@ -116,10 +123,10 @@ def check_size(path: Path, size: tuple[int, int]) -> None:
 def save_picture(
     image: Image.Image, path: Path, parameters: Parameters | None = None, own: Mapping[str, Any] | None = None
 ) -> Path:
-    """Write a .png, .jpg or .webp with its parameters, whole or not at all. `own` is kept in PNG alone.
+    """Write a .png, .jpg or .webp with its parameters and our own JSON, whole or not at all.
 
-    Warns of prompts that are longer than a JPEG can hold, whose ends are cut in the file. Raises ConfigError for
-    another ending, and for a picture that is larger than the format can be.
+    Warns of prompts that are longer than a JPEG can hold, whose ends are cut in the file, and of an `own` that is, and
+    is left out. Raises ConfigError for another ending, and for a picture that is larger than the format can be.
     """
     check_size(path, image.size)
     suffix = path.suffix.lower()
@@ -131,8 +138,9 @@ def save_picture(
         options = {"format": "PNG", "pnginfo": _chunks(text, own)}
     elif suffix in (".jpg", ".jpeg"):
         options = {"format": "JPEG", "quality": 95, "subsampling": 0, "exif": _exif(text)}
+        options["xmp"] = _short_enough(_xmp(own), path)
     elif suffix == ".webp":
-        options = {"format": "WEBP", "quality": 95, "exif": _exif(text)}
+        options = {"format": "WEBP", "quality": 95, "exif": _exif(text), "xmp": _xmp(own)}
     else:
         raise ConfigError(f"{path.name}: pictures are written as .png, .jpg or .webp. Give one of these endings.")
     with atomic_path(path) as temporary:
@@ -149,12 +157,10 @@ def read_picture_info(path: Path) -> PictureInfo:
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"{path.name}: cannot be read as PNG, JPEG or WebP ({error}).") from None
     text = texts.get("parameters") or _comment_text(comment)
-    own = None
-    if isinstance(texts.get("sfumato"), str):
-        try:
-            own = json.loads(texts["sfumato"])
-        except (ValueError, RecursionError):
-            own = None
+    try:
+        own = json.loads(texts.get("sfumato") or _own_in(texts.get("xmp")))
+    except (TypeError, ValueError, RecursionError):
+        own = None
     return PictureInfo(
         parse_parameters(text) if isinstance(text, str) and text else None,
         own if isinstance(own, dict) else None,
@@ -214,6 +220,40 @@ def _chunks(text: str, own: Mapping[str, Any] | None) -> PngImagePlugin.PngInfo:
     if own is not None:
         info.add_text("sfumato", json.dumps(own, ensure_ascii=True, sort_keys=True))
     return info
+
+
+def _xmp(own: Mapping[str, Any] | None) -> bytes:
+    """Our JSON as a packet of XMP."""
+    if own is None:
+        return b""
+    said = escape(json.dumps(own, ensure_ascii=True, sort_keys=True)).encode()
+    return (
+        b'<?xpacket begin="\xef\xbb\xbf" id="W5M0MpCehiHzreSzNTczkc9d"?>'  # as XMP's own text has it
+        b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+        b'<rdf:Description rdf:about="" xmlns:sfumato="urn:sfumato">'
+        + (_OWN_BEGINS + said + _OWN_ENDS)
+        + b"</rdf:Description></rdf:RDF></x:xmpmeta><?xpacket end='w'?>"
+    )
+
+
+def _short_enough(xmp: bytes, path: Path) -> bytes:
+    """The packet, or none where a JPEG has no room for it."""
+    if len(xmp) <= _LARGEST_XMP:
+        return xmp
+    warnings.warn(
+        f"{path.name}: {len(xmp):,} bytes of sfumato's own settings, and a JPEG holds {_LARGEST_XMP:,}; they are left "
+        "out of the file, so that `sfumato inspect` knows less of it. A .png keeps them.",
+        stacklevel=3,
+    )
+    return b""
+
+
+def _own_in(xmp: object) -> str:
+    """The text of our JSON in a packet of XMP; empty without one. Not by a regex, which may read a long packet in the
+    square of its length."""
+    if not isinstance(xmp, bytes):
+        return ""
+    return unescape(xmp.partition(_OWN_BEGINS)[2].partition(_OWN_ENDS)[0].decode("utf-8", errors="replace"))
 
 
 def _exif(text: str) -> Image.Exif:

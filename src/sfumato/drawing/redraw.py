@@ -154,8 +154,12 @@ def _words(about: Parameters, own: Mapping[str, Any], left: dict[str, str]) -> I
     else:
         if is_ours:
             yield from _guidance_of_tags(prompt, settings)
+            if "Lora hashes" in about.settings:
+                left["Regions, weights by step and turns"] = "(this file does not tell of any)"
         for name, _ in _pairs(str(about.settings.get("TI hashes", ""))):
-            yield from _option("--embedding", f"{name}={name.strip('<>')}.safetensors")
+            file = f"{name.strip('<>')}.safetensors"
+            # Where a web interface finds the word by the file's name, our files' own names for it are in the prompt.
+            yield from _option("--embedding", file if is_ours else f"{name}={file}")
     left |= settings | {name: str(own[name]) for name in _LEFT if own.get(name)}
 
 

@@ -47,6 +47,12 @@ class MergeSource:
         """Whether it changes anything; one whose weight is 0 wherever it has something is as if it were not there."""
         return any(weight_at(self.weight, *target) for target in self.changes)
 
+    @property
+    def is_zero(self) -> bool:
+        """Whether it changes nothing at any weight: all its changes are low-rank ones of zero."""
+        forms = [(change, change.low_rank()) for change in self.changes.values()]
+        return all(form is not None and form.is_zero and change.bias_delta is None for change, form in forms)
+
 
 @dataclass(frozen=True)
 class Merged:

@@ -128,7 +128,7 @@ def split_flags(prompt: str) -> tuple[str, dict[str, Any]]:
 
 
 def without_flags(prompt: str, where: str) -> str:
-    """The prompt. Raises ConfigError where it holds options, which are read in the prompts of `generate` alone."""
+    """The prompt. Raises ConfigError where it holds options, which `generate` and a training's samples read."""
     plain, settings = split_flags(prompt)
     if settings:
         raise ConfigError(

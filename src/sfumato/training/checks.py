@@ -13,10 +13,11 @@ from os.path import isfile
 from typing import TYPE_CHECKING
 
 from sfumato import shell
+from sfumato.command_line.pictures import checked_flags
 from sfumato.errors import ConfigError
 from sfumato.files.metadata import moment
 from sfumato.limits import checked_seed
-from sfumato.prompts.tags import refuse_tags, without_flags
+from sfumato.prompts.tags import refuse_tags, split_flags
 from sfumato.runs.folder import WRITTEN
 
 if TYPE_CHECKING:
@@ -70,7 +71,9 @@ def check_run(config: FolderOptions) -> None:
     for prompt in () if config.resume else getattr(config, "sample_prompts", ()):
         if prompt.lower().endswith(".txt") and isfile(prompt):  # as sd-scripts takes them
             raise ConfigError(f"--sample-prompts {prompt}: a file, and no prompt; give each of its lines by itself.")
-        refuse_tags(without_flags(prompt, "--sample-prompts"), "--sample-prompts", "leave it out")
+        text, own = split_flags(prompt)
+        refuse_tags(text, "--sample-prompts", "leave it out")
+        checked_flags(own, sheet=False)
     device = getattr(config, "device", "auto")
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", device):
         raise ConfigError(f"--device {device!r:.60}: unknown; wanted auto, cuda, cuda:0, mps or cpu.")

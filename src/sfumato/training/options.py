@@ -266,14 +266,21 @@ class RunOptions(FolderOptions):
     name: str | None = None
     """Name of what is learned and of its file. Unset: the name of the output folder."""
     sample_prompts: tuple[str, ...] = ()
-    """Prompts to draw while training; repeat it for several. Unset: some captions, and some prompts that are not
-    trained."""
+    """Prompts to draw while training; repeat it for several. sd-scripts' `--n blurry --w 512 --h 768 --d 7 --s 20
+    --l 7` after one are its own settings. Unset: some captions, and some prompts that are not trained."""
     sample_every: int | None = None
     """Steps between sample pictures, besides those at both ends; 0 draws none. Unset: a quarter of the run."""
     measure_every: int | None = None
     """Steps between measurements of fit and drift; 0 makes none. Unset: a quarter of the run."""
     push_to_hub: str | None = None
     """Upload what is learned, with its card, to this repository on the Hugging Face hub."""
+
+    def asked_samples(self) -> tuple[list[str], list[dict[str, Any]]]:
+        """The texts of --sample-prompts, and what each says of its own picture beside its text."""
+        from sfumato.prompts.tags import split_flags
+
+        found = [split_flags(prompt) for prompt in self.sample_prompts]
+        return [text for text, _ in found], [own for _, own in found]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -25,25 +25,46 @@ def drawing_of(
     *,
     negatives: Sequence[str] = (),
     resolution: int | None = None,
+    own: Sequence[Mapping[str, Any]] = (),
 ) -> Draw:
     """The base's own drawing. lora: what is attached to its U-Net, drawn with as it will be: with this adapter
     guidance, and in the span (start, end) of progress; None: in all steps. negatives: each is the negative prompt of
-    prompts that hold it and more. resolution: that of the training, whose squares are drawn; None: the base's own."""
+    prompts that hold it and more. resolution: that of the training, whose squares are drawn; None: the base's own. own:
+    what each of the prompts that will be drawn says of its picture, of seed, negative, width, height, steps, guidance.
+    Raises ConfigError for more steps than the base takes."""
     from sfumato.compose.guided import unconditional_half
     from sfumato.data.preparing import square_side
-    from sfumato.drawing.pictures import draw_against
+    from sfumato.drawing import pictures
 
     side = None if resolution is None else square_side(base, resolution)
+    for said in own:
+        if "steps" in said:
+            pictures.check_steps(said["steps"], base.scheduler)
 
-    def drawing(prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
-        with base.lazy_weights.restored_after(), ExitStack() as stack:
+    def alike(prompts: Sequence[str], seeds: Sequence[int], said: Mapping[str, Any]) -> list[Image.Image]:
+        settings = {"width": side, "height": side, **said}
+        with ExitStack() as stack:
             if lora is not None and span is not None:
                 stack.enter_context(_only_within(span, base, lora.disabled))
-            if lora is not None and strength and (guidance := base.defaults.guidance) > 1:
+            if lora is not None and strength and (guidance := said.get("guidance", base.defaults.guidance)) > 1:
                 stack.enter_context(lora.scaled(strength / guidance))
                 stack.enter_context(unconditional_half(base.unet, lora.disabled))
             # As they are, with their tags: perhaps captions, which were learned as text.
-            return draw_against(base, prompts, seeds, negatives, width=side, height=side)
+            if "negative" in said:
+                return list(pictures.draw_each(base, prompts, seeds, **settings))
+            return pictures.draw_against(base, prompts, seeds, negatives, **settings)
+
+    def drawing(prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
+        together: dict[frozenset[tuple[str, Any]], list[int]] = {}
+        for place, said in enumerate(own or [{}] * len(prompts)):
+            together.setdefault(frozenset(said.items() - {("seed", said.get("seed"))}), []).append(place)
+        noises = [said.get("seed", seed) for said, seed in zip(own, seeds, strict=True)] if own else seeds
+        drawn: dict[int, Image.Image] = {}
+        with base.lazy_weights.restored_after():
+            for settings, places in together.items():
+                texts, those = [prompts[place] for place in places], [noises[place] for place in places]
+                drawn |= zip(places, alike(texts, those, dict(settings)), strict=True)
+        return [drawn[place] for place in range(len(prompts))]
 
     return drawing
 

@@ -74,6 +74,11 @@ class LoraModule:
         kernel = self.down.shape[2:] if self.mid is None else self.mid.shape[2:]
         return (self.up.shape[0], self.down.shape[1], *kernel)
 
+    @property
+    def is_zero(self) -> bool:
+        """Whether a factor is zero throughout, as before any training; the bias aside."""
+        return not (self.up.any() and self.down.any())
+
     def fits(self, shape: Sequence[int]) -> bool:
         return trim(self.shape) == trim(shape)
 
