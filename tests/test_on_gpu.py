@@ -16,8 +16,8 @@ from torch import nn
 from torch.testing import assert_close
 
 from bench.runs_resume import CASES, command, make_inputs, results
-from sfumato import Adapter, cli, compose
-from sfumato.compose import adapter_guidance, current
+from sfumato import Adapter, cli, compose, draw
+from sfumato.compose import adapter_guidance, current, originals
 from sfumato.compose.by_method import by_method
 from sfumato.compose.per_picture import composite, per_picture
 from sfumato.compose.regions import Region, regions
@@ -359,6 +359,7 @@ MIXES = {
 }
 PLACES = {
     "moved": lambda pipe: pipe.to("cuda"),
+    "no room for copies": lambda pipe: pipe.to("cuda"),
     "fp16": lambda pipe: pipe.to("cuda", torch.float16),
     "model offload": lambda pipe: pipe.enable_model_cpu_offload(device="cuda"),
     "sequential offload": lambda pipe: pipe.enable_sequential_cpu_offload(device="cuda"),
@@ -385,6 +386,36 @@ def pictures_of(pipe):
     return pipe(["a crab", "a dog"], generator=generators, **options).images
 
 
+def test_where_there_is_no_room_for_copies_originals_are_on_the_cpu(monkeypatch):
+    with gpu():
+        weights = [torch.ones(2, 3, device="cuda"), torch.ones(3)]
+        assert [each.device.type for each in originals._copies(weights)] == ["cuda", "cpu"]
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (4 * weights[0].nbytes - 1, 2**33))
+        copies = originals._copies(weights)
+    assert [each.device.type for each in copies] == ["cpu", "cpu"]
+    assert_close(copies[0], torch.ones(2, 3))
+
+
+def test_what_a_gpu_cannot_decode_at_once_is_decoded_in_tiles(monkeypatch):
+    wanted = draw(pipeline("sd1"), "a crab", [1, 2], steps=1, width=64, height=64)
+    with gpu():
+        pipe = pipeline("sd1").to("cuda")
+        decode, asked = pipe.vae.decode, []
+
+        def small(latents, **options):
+            asked.append((len(latents), pipe.vae.use_tiling))
+            if not pipe.vae.use_tiling:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return decode(latents, **options)
+
+        monkeypatch.setattr(pipe.vae, "decode", small)
+        found = draw(pipe, "a crab", [1, 2], steps=1, width=64, height=64)
+    assert asked == [(2, False), (1, True), (1, True)]
+    assert not pipe.vae.use_tiling
+    for one, other in zip(found, wanted, strict=True):
+        assert np.abs(np.asarray(one, float) - np.asarray(other, float)).max() <= 2
+
+
 @pytest.fixture(scope="module")
 def unmixed():
     """What was drawn without adapters already, by family and place."""
@@ -395,7 +426,7 @@ def unmixed():
 @pytest.mark.parametrize(("family", "place"), PLACED)
 @pytest.mark.parametrize("way", MIXES)
 def test_each_mix_draws_what_it_draws_on_the_cpu_and_leaves_no_trace(
-    way, family, place, write, on_cpu_drawn, unmixed  # noqa: F811
+    way, family, place, write, on_cpu_drawn, unmixed, monkeypatch  # noqa: F811
 ):  # fmt: skip
     if (family, way) not in on_cpu_drawn:
         here = pipeline(family)
@@ -407,6 +438,8 @@ def test_each_mix_draws_what_it_draws_on_the_cpu_and_leaves_no_trace(
             on_cpu_drawn[family, way] = a, b, pictures_of(here)
     a, b, wanted = on_cpu_drawn[family, way]
     with gpu("mps" if place == "mps" else "cuda"):
+        if place == "no room for copies":
+            monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (0, 2**33))
         there = pipeline(family)
         PLACES[place](there)
         if (family, place) not in unmixed:

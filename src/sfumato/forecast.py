@@ -11,7 +11,7 @@ import os
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sfumato.adapters import attach, target_layers
 from sfumato.bases.loading import base_skeleton, family_skeleton
 from sfumato.data.latents import encoded_at_once
+from sfumato.drawing.decoding import decoded_at_once
 from sfumato.drawing.pictures import drawn_at_once
 from sfumato.errors import ConfigError
 from sfumato.precision import decide, products
@@ -142,9 +143,11 @@ def step_memory(base: Base, way: Training, setting: Setting) -> StepMemory:
         adapted = target_layers(base.parts(text=False), way.targets)
         lora = attach(adapted, rank=setting.rank, alpha=float(setting.rank), conv_rank=setting.conv_rank)
     texts = list(base.text_encoders) if way.text else []
+    if whole:
+        setting = replace(setting, precision=replace(setting.precision, storage=torch.float32))
     try:
         stored = setting.precision.storage
-        with _imagined(base.unet, torch.float32 if whole else stored), _imagined(lora), _all(texts, stored):
+        with _imagined(base.unet, stored), _imagined(lora), _all(texts, stored):
             learned = [p for module in (lora or base.unet, *texts) for p in module.parameters() if p.requires_grad]
             with _norms_in_fp32(base.unet, setting):
                 alive = _step(base, way, setting, learned)
@@ -184,7 +187,8 @@ def drawing_memory(base: Base, setting: Setting, count: int = 1) -> int:
         with torch.no_grad(), _Alive(base.unet) as drawn, precision.autocast():
             _predict(base, setting, 2 * count, _text(base, setting, 2 * count))
         with torch.no_grad(), _Alive(base.vae) as decoded:
-            base.vae.decode(_latents(base, setting, count).to(precision.vae))
+            latents = _latents(base, setting, count).to(precision.vae)
+            base.vae.decode(latents[: decoded_at_once(latents)] if setting.device == "gpu" else latents)
     return int(weights + max(drawn.peak, decoded.peak) + BESIDE[setting.device])
 
 

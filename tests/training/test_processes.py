@@ -215,3 +215,11 @@ def test_of_two_real_processes_one_encodes_and_both_see_the_same(tmp_path):
     assert done.returncode != 0
     assert "2.png: " in done.stderr
     assert "the main process could not prepare the pictures" in done.stderr
+
+
+def test_several_processes_on_one_device_are_refused(monkeypatch):
+    several = SimpleNamespace(num_processes=2, process_index=1, device=torch.device("cuda:1"))
+    monkeypatch.setattr("sfumato.runs.processes.PartialState", lambda **_: several)
+    assert Processes.join("auto").device == torch.device("cuda:1")
+    with pytest.raises(RunError, match="--device cuda:0 is one device for 2 processes; give auto, or cuda"):
+        Processes.join("cuda:0")

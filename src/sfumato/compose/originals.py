@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,7 +91,10 @@ _memcmp = _c_memcmp()
 
 
 def _copies(weights: Sequence[Tensor]) -> list[Tensor]:
-    """Copies of the weights, those on the CPU in one piece of memory with huge pages where the system has them."""
+    """Copies of the weights, on the CPU in one piece of memory with huge pages where the system has them. Those of
+    weights on a GPU are on the CPU, too, where they would take much of what is free there."""
+    if not _have_room(weights):
+        weights = [weight if weight.device.type == "cpu" else weight.to("cpu", copy=True) for weight in weights]
     sizes = [-(-weight.nbytes // 64) * 64 for weight in weights]
     total = sum(size for size, weight in zip(sizes, weights, strict=True) if _is_plain(weight))
     if total < _HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
@@ -107,6 +111,14 @@ def _copies(weights: Sequence[Tensor]) -> list[Tensor]:
         copies.append(copy.copy_(weight))
         start += size
     return copies
+
+
+def _have_room(weights: Sequence[Tensor]) -> bool:
+    """Whether copies of those on a CUDA GPU take at most a quarter of the memory that is free there."""
+    needed: Counter[torch.device] = Counter()
+    for weight in weights:
+        needed[weight.device] += weight.nbytes if weight.device.type == "cuda" else 0
+    return all(size <= torch.cuda.mem_get_info(device)[0] // 4 for device, size in needed.items() if size)
 
 
 def _is_plain(weight: Tensor) -> bool:

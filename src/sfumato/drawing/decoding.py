@@ -11,6 +11,15 @@ from PIL import Image
 from torch import Tensor
 
 from sfumato.errors import BaseModelError
+from sfumato.precision import give_back_freed_memory
+
+_DECODED_AT_ONCE = 4096
+"""Latent pixels: one picture of 512 px on SD 1.x, whose decoding takes more memory than all else of its drawing."""
+
+
+def decoded_at_once(latents: Tensor) -> int:
+    """How many pictures of such latents, (batch, channels, height/f, width/f), a GPU decodes at once."""
+    return max(1, _DECODED_AT_ONCE // latents[0, 0].numel())
 
 
 def pixels_of(pipe: Any, latents: Tensor, seeds: list[int]) -> Tensor:
@@ -27,8 +36,27 @@ def pixels_of(pipe: Any, latents: Tensor, seeds: list[int]) -> Tensor:
     return pixels
 
 
-@torch.no_grad()
 def _decode(pipe: Any, latents: Tensor) -> Tensor:
+    """On a GPU few pictures at once, and in tiles where its memory does not hold one."""
+    if latents.device.type == "cpu":
+        return _decode_at_once(pipe, latents)
+    try:
+        some = torch.split(latents, decoded_at_once(latents))
+        return torch.cat([_decode_at_once(pipe, each) for each in some])
+    except torch.OutOfMemoryError:
+        if not hasattr(pipe.vae, "enable_tiling") or getattr(pipe.vae, "use_tiling", False):
+            raise
+    # Here, where the error is gone, and what its frames held.
+    give_back_freed_memory()
+    pipe.vae.enable_tiling()
+    try:
+        return torch.cat([_decode_at_once(pipe, each) for each in torch.split(latents, 1)])
+    finally:
+        pipe.vae.disable_tiling()
+
+
+@torch.no_grad()
+def _decode_at_once(pipe: Any, latents: Tensor) -> Tensor:
     from sfumato.bases.base import latent_scale
 
     shift, scale = latent_scale(pipe.vae, latents.device)

@@ -88,7 +88,12 @@ class Precision:
         """The context in which frozen and trained weights are computed with; nothing at all in fp32."""
         if self.compute == torch.float32:
             return nullcontext()
-        context: AbstractContextManager[None] = torch.autocast(self.device.type, dtype=self.compute)
+        # Its cache holds the cast of every fp32 weight that learns until the context ends. That spares adapters some
+        # casts, and of a whole model it is a second one.
+        is_cached = self.storage == self.compute
+        context: AbstractContextManager[None] = torch.autocast(
+            self.device.type, dtype=self.compute, cache_enabled=is_cached
+        )
         return context
 
     def scaler(self) -> torch.amp.GradScaler:
@@ -139,6 +144,8 @@ class Precision:
     def apply(self) -> None:
         """Set the whole process's switches: TF32 on CUDA, on a CPU that freed memory is kept for the next tensor."""
         if self.device.type == "cuda":
+            if self.device.index is not None:  # else what asks for "cuda" opens the first one, too
+                torch.cuda.set_device(self.device)
             torch.backends.cuda.matmul.allow_tf32 = self.tf32
             torch.backends.cudnn.allow_tf32 = self.tf32
         if self.device.type == "cpu":

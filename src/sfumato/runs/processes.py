@@ -35,6 +35,8 @@ class Processes:
         """Meet the other processes, if `accelerate launch` started any."""
         on_cpu = device == "cpu" or (device == "auto" and not _has_accelerator())
         state = PartialState(cpu=on_cpu, timeout=_WHILE_THE_MAIN_ONE_WRITES)
+        if state.num_processes > 1 and ":" in device:
+            raise RunError(f"--device {device} is one device for {state.num_processes} processes; give auto, or cuda.")
         found = state.device if device == "auto" else torch.device(device)
         if found.type == "cpu":
             found = torch.device("cpu")  # accelerate numbers it, and "cpu:1" would be another device than "cpu"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import version
@@ -316,6 +317,7 @@ class Run:
             except (OSError, SfumatoError, torch.OutOfMemoryError) as error:
                 reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
                 if isinstance(error, torch.OutOfMemoryError):
+                    traceback.clear_frames(error.__traceback__)  # which hold what filled the memory
                     give_back_freed_memory()
                     reason = (
                         "the GPU's memory does not hold them beside the training; --sample-every 0 and "
