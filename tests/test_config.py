@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Literal
 
 import pytest
 from cyclopts import Parameter
 
-from sfumato.config import at_home, fill, parse, to_dict, to_toml
+from sfumato.command_line.base_options import BaseOptions
+from sfumato.config import _panels, at_home, fill, parse, to_dict, to_toml
 from sfumato.errors import ConfigError
 
 
@@ -143,6 +145,17 @@ class Inheriting(Drawing, Config):
 
     deep: bool = False
     """Whether deep."""
+
+
+def test_headings_of_the_trainers_fit_a_narrow_terminal():
+    for program in ("lora", "dreambooth", "textual_inversion"):
+        panels = _panels(import_module(f"sfumato.trainers.{program}").Config, program)
+        assert max(map(len, panels.values())) <= 58
+
+
+def test_a_base_that_is_a_number_is_the_name_of_a_base(tmp_path):
+    (tmp_path / "c.toml").write_text("base = 3")
+    assert parse(BaseOptions, [str(tmp_path / "c.toml")], program="generate").base == "3"
 
 
 def test_help_has_each_group_of_options_under_its_own_heading(capsys):

@@ -129,10 +129,10 @@ def test_one_weight_pixel_caption_or_merge_that_changed_is_refused(tmp_path, cap
     with Image.open(picture) as opened:
         opened.putpixel((3, 3), (255, 255, 254))
         opened.save(picture)
-    refused("data: red-square.png is another picture.")
+    refused("data: red-square.png or its mask is another.")
     picture.write_bytes(pixels)
     caption.write_text("a red square")
-    refused("data: red-square.png has another caption or crop.")
+    refused("data: red-square.png has another caption, crop or setting.")
     caption.unlink()
     tokenizer = tmp_path / "pocket/tokenizer/tokenizer.json"
     vocabulary = json.loads(tokenizer.read_text())

@@ -103,8 +103,8 @@ class Config(TrainerOptions):
     prior_prompts: tuple[str, ...] = ()
     """Prompts that should go on drawing what the base draws: each batch is joined by one of the same size whose target
     is the frozen base's prediction for them, as in DreamBooth. Repeat it for several. An unset --batch is then half of
-    its default, because the other half of each step is theirs. It helps a subject, not a style. Pictures with `class =
-    true` in a dataset.toml join each batch, too."""
+    its default, because the other half of each step is theirs. It helps a subject, not a style. Pictures with
+    `class = true` in a dataset.toml join each batch, too."""
     prior_weight: float | None = None
     """Weight of those samples in the loss; the pictures that are learned have 1. Unset: 1."""
     crossed_share: float = 0.0
@@ -356,6 +356,7 @@ def written(config: Config) -> list[str]:
 
 def read_examples(config: Config) -> ExampleSet:
     """The pictures and captions; new words are in the captions, or DataError says in which they are not."""
+    from sfumato.data.folder import unused_trigger
     from sfumato.data.placeholder_captions import insert_placeholders
 
     examples = config.read_examples(words=config.stands_for or config.train_words)
@@ -365,7 +366,8 @@ def read_examples(config: Config) -> ExampleSet:
             "a dataset.toml, with class = true."
         )
     if config.own_negative and not config.train_words and not examples.in_group("instance").triggers:
-        raise ConfigError("--own-negative: no caption holds words of the subject; give its --trigger, 'sks otter'.")
+        unused = unused_trigger(examples, config.trigger) if config.trigger else ""
+        raise ConfigError(f"--own-negative: {unused or 'give the words of the subject by --trigger, as sks otter'}.")
     return insert_placeholders(examples, config.train_words, config.stands_for) if config.train_words else examples
 
 

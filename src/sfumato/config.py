@@ -118,11 +118,15 @@ def _panels(config_type: type[DataclassInstance], program: str) -> dict[str, str
     the groups of options that it inherits, each under its docstring. Empty where nothing is inherited."""
     groups = [group for group in config_type.__mro__[:-1] if dataclasses.is_dataclass(group)]
     fields = {field.name: field for field in dataclasses.fields(config_type)}
-    own = {group: [name for name in vars(group).get("__annotations__", {}) if name in fields] for group in groups}
+    own: dict[type, list[str]] = {}
+    for group in reversed(groups):  # an inherited field is that of the first that has it
+        known = {name for names in own.values() for name in names}
+        own[group] = [field.name for field in dataclasses.fields(group) if field.name not in known]
     if sum(map(bool, own.values())) < 2:
         return {}
     panels = {name: "Needed" for name, field in fields.items() if not _has_default(field)}
-    for group, names in own.items():
+    for group in groups:
+        names = own[group]
         title = f"Of {program}" if group is config_type else (group.__doc__ or group.__name__).partition("\n")[0]
         panels |= {name: title.rstrip(".") for name in names if name not in panels}
     return panels
@@ -287,7 +291,7 @@ def _read(config_type: type[DataclassInstance], path: Path) -> dict[str, Any]:
         for text in (value if isinstance(value, list) else [value]) if name in paths or name == "base" else []:
             if text == "" and name in paths:
                 raise ConfigError(f"{path}: {key} is empty; wanted a path, where . is the present folder.")
-            check_path(text, f"{path}: {key} ")
+            check_path(str(text), f"{path}: {key} ")
         found[name.replace("_", "-")] = value
     return found
 

@@ -64,8 +64,8 @@ def test_the_facts_of_a_run(tmp_path):
 @pytest.mark.parametrize(
     ("now", "said"),
     [
-        ({"a.png": "1 1", "b.png": "2 9"}, "b.png has another caption or crop"),
-        ({"a.png": "9 1", "b.png": "2 2", "c.png": "3 3"}, "c.png is new, a.png is another picture"),
+        ({"a.png": "1 1", "b.png": "2 9"}, "b.png has another caption, crop or setting"),
+        ({"a.png": "9 1", "b.png": "2 2", "c.png": "3 3"}, "c.png is new, a.png or its mask is another"),
         ({}, "a.png is gone, b.png is gone"),
         (
             {"a.png": "1 1", **{f"{name}.png": "3 3" for name in "cdef"}},

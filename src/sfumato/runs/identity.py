@@ -35,7 +35,7 @@ BY_CONTENT: Mapping[str, tuple[str, ...]] = {
 
 class DataSet(Protocol):
     """What a training learns from. fingerprint: over all of it. contents: of each picture, by name, two digests: of its
-    files, and of what else is learned of it, such as its caption."""
+    files (it and its mask), and of its caption, crop and the settings of its source."""
 
     fingerprint: str
     contents: Mapping[str, str]
@@ -100,7 +100,7 @@ def other_facts(
 
 
 def other_pictures(name: str, before: Mapping[str, str], now: Mapping[str, str]) -> str:
-    """Which pictures are others, "data: a.png has another caption or crop, b.png is gone and 3 more".
+    """Which pictures are others, "data: a.png has another caption, crop or setting, b.png is gone and 3 more".
 
     before, now: as `DataSet.contents`. Where all are the same, they come in another order.
     """
@@ -108,8 +108,8 @@ def other_pictures(name: str, before: Mapping[str, str], now: Mapping[str, str])
     found += [f"{each} is gone" for each in before if each not in now]
     for each, digests in now.items():
         if digests != (then := before.get(each, digests)):
-            is_file = digests.split()[0] != then.split()[0]
-            found.append(f"{each} is another picture" if is_file else f"{each} has another caption or crop")
+            is_file = digests.partition(" ")[0] != then.partition(" ")[0]
+            found.append(f"{each} {'or its mask is another' if is_file else 'has another caption, crop or setting'}")
     more = f" and {len(found) - 3} more" if len(found) > 3 else ""
     return f"{name}: {', '.join(found[:3]) or 'its pictures come in another order'}{more}"
 

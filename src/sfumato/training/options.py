@@ -261,7 +261,7 @@ class StepOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions(FolderOptions):
-    """What an adapter is called, what is shown of its training, and where it is published."""
+    """Its name, what is shown of it, where it is published."""
 
     name: str | None = None
     """Name of what is learned and of its file. Unset: the name of the output folder."""

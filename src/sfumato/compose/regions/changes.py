@@ -43,7 +43,7 @@ class Spans:
             self._now = {label: way(progress) for label, way in self._ways.items()}
 
     def gated(self, narrow: Tensor, owners: Sequence[str]) -> Tensor:
-        """What `Path.narrow` gave, 0 where its owner does not count at this step."""
+        """What `RegionChange.narrow` gave, 0 where its owner does not count at this step."""
         if all(self._now.get(owner, 1.0) == 1 for owner in owners):
             return narrow
         counts = torch.tensor([self._now.get(owner, 1.0) for owner in owners], device=narrow.device, dtype=narrow.dtype)
