@@ -383,6 +383,7 @@ def pretended_gpu(kind: Literal["cuda", "mps"] = "cuda", major: int = 8) -> Iter
         "is_current_stream_capturing": lambda: False,
         "memory_allocated": lambda *_: 0,
         "max_memory_allocated": lambda *_: 0,
+        "max_memory_reserved": lambda *_: 3 * 2**30,
         "reset_peak_memory_stats": nothing,
     }
     if kind == "mps":

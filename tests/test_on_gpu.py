@@ -1,6 +1,7 @@
 """The programs on a GPU, beside the same on the CPU: the machine's own where torch finds one, else a pretended."""
 
 import json
+import re
 import shutil
 from contextlib import nullcontext
 from functools import cache
@@ -199,12 +200,13 @@ def test_in_half_precision_each_trainer_learns_nearly_the_same(case, major, dtyp
 
 
 @pytest.mark.slow
-def test_a_checkpoint_goes_on_where_there_is_another_device(inputs, tmp_path):
+def test_a_checkpoint_goes_on_where_there_is_another_device(inputs, tmp_path, capsys):
     wanted, _ = learn("dreambooth lora", inputs, tmp_path / "run", "--checkpoint-every", "2")
     shutil.rmtree(tmp_path / "run/checkpoints/000003")  # as if it had been killed before its end
     (tmp_path / "run/out.safetensors").unlink()
     with gpu():
         assert cli.main(["resume", str(tmp_path / "run"), "--device", "cuda"]) == 0
+    assert re.search(r"memory   \d\.\d GiB of the GPU at the peak", capsys.readouterr().err)
     found = results(tmp_path / "run")
     for name, tensor in wanted.items():
         assert (found[name] - tensor).norm() <= 0.01 * tensor.norm() + 1e-6, name

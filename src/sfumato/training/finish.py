@@ -76,6 +76,8 @@ _WHAT = {"lora": "adapter", "difference": "change", "folder": "model"}
 
 def plot_and_tell(run: Run, made: str, card: Path, *, has_samples: bool) -> None:
     """Draw the log, and say what there is now. made: lines on what was learned."""
+    import torch
+
     from sfumato.runs.plot import plot_log
 
     run.log_file.flush()
@@ -83,6 +85,9 @@ def plot_and_tell(run: Run, made: str, card: Path, *, has_samples: bool) -> None
     run.say(f"\n{made}\ncard     {card}\nplot     {run.folder / 'plot.png'}")
     if has_samples:
         run.say(f"samples  {run.folder / 'samples.png'}")
+    cuda: Any = torch.cuda  # whose functions have no types
+    if cuda.is_initialized() and (peak := cuda.max_memory_reserved()):
+        run.say(f"memory   {peak / 2**30:.1f} GiB of the GPU at the peak")
 
 
 def upload(run: Run, paths: Sequence[Path], repository: str | None) -> None:
