@@ -183,8 +183,8 @@ def train(config: Config) -> Path:
     for word in identifiers(config, instance)[:3]:  # a folder may hold many subjects
         run.say(*identifier.examine(word, base).lines())
 
-    kept = PreservedPrompts.of(subject.class_prompts([e.caption for e in instance]), config.prior_prompts)
-    pictures = class_pictures(config, base, examples, kept, run, processes)
+    preserved = PreservedPrompts.of(subject.class_prompts([e.caption for e in instance]), config.prior_prompts)
+    pictures = class_pictures(config, base, examples, preserved, run, processes)
     global_batch, starts = processes.micro_batch_starts(config.batch, config.accumulate)
     embed = not config.train_text_encoder
     seen = embed and config.prior == "pictures"  # what the base predicts, it predicts for the class prompts
@@ -208,17 +208,17 @@ def train(config: Config) -> Path:
     run.keep(trained=trained, optimizer=optimizer, scaler=scaler, average=average)
     lora = trained if isinstance(trained, Lora) else None
     pristine: Pristine = nullcontext if lora is None else lora.disabled  # of a whole base nothing has been trained yet
-    unrelated = unrelated_to(kept.of_class)
-    watched = {"drift": unrelated, "class_drift": kept.prompts} if config.measure_every else {}
-    metrics = Metrics(base, dataset, watched, pristine=pristine, within=average.applied, modules=[trained])
+    unrelated = unrelated_to(preserved.of_class)
+    drift_prompts = {"drift": unrelated, "class_drift": preserved.prompts} if config.measure_every else {}
+    metrics = Metrics(base, dataset, drift_prompts, pristine=pristine, within=average.applied, modules=[trained])
     noising = config.noising(base)
     asked, own = config.asked_samples()
-    shown = asked or subject.sample_prompts(dataset.captions, unrelated[0])
+    prompts = asked or subject.sample_prompts(dataset.captions, unrelated[0])
     span = None if lora is None else config_defaults.span_of(config, base)
     trigger = triggers(config, subject, instance)
-    against = trigger if config.own_negative else []
-    draw = drawing_of(base, lora, span=span, negatives=against, resolution=config.resolution, own=own)
-    samples = Samples(run, shown, config.seed, draw, modules=[trained], within=average.applied)
+    negatives = trigger if config.own_negative else []
+    draw = drawing_of(base, lora, span=span, negatives=negatives, resolution=config.resolution, own=own)
+    samples = Samples(run, prompts, config.seed, draw, modules=[trained], within=average.applied)
     limit = DriftLimit(config.drift_limit, [row for row in run.rows() if row["step"] <= run.step])
 
     def measure(step: int) -> None:
@@ -228,19 +228,19 @@ def train(config: Config) -> Path:
         if limit.reached:
             run.end()
 
-    told = {"trigger": trigger, "over_steps": span, "negatives": against}
+    asked_of_drawing = {"trigger": trigger, "over_steps": span, "negatives": negatives}
 
     def export(step: int) -> None:
         if step and processes.is_main and lora:
-            kept = config.output / "adapters" / f"{snapshot_name(config.name, step)}.safetensors"
-            about = describe_run(config, base, dataset, samples, steps=step, **told)
+            file = config.output / "adapters" / f"{snapshot_name(config.name, step)}.safetensors"
+            about = describe_run(config, base, dataset, samples, steps=step, **asked_of_drawing)
             with average.applied():
-                write_lora(kept, lora.modules_by_target(), **written_as(config, base, about))
+                write_lora(file, lora.modules_by_target(), **written_as(config, base, about))
 
     run.every(config.measure_every, measure)
     run.every(config.sample_every, samples.draw)
     run.every(config.save_every, export)
-    prior = prior_of(config, base, dataset, class_set, kept, noising, pristine)
+    prior = prior_of(config, base, dataset, class_set, preserved, noising, pristine)
     if isinstance(prior, BasePrediction) and config.method == "full":
         steps = range(run.step, config.steps)
         run.say(prior.precompute_targets(steps, global_batch, starts, config.batch, shown=processes.is_main))
@@ -288,7 +288,7 @@ def train(config: Config) -> Path:
     average.swap()
     path = config.output / f"{config.name}{'' if config.save == 'folder' else '.safetensors'}"
     if processes.is_main:
-        about = describe_run(config, base, dataset, samples, steps=run.step, **told)
+        about = describe_run(config, base, dataset, samples, steps=run.step, **asked_of_drawing)
         save(path, trained, base, config, run, samples, about)
     run.close()
     processes.wait()
@@ -437,7 +437,7 @@ def identifiers(config: Config, subjects: ExampleSet) -> list[str]:
 
 
 def class_pictures(
-    config: Config, base: Base, examples: ExampleSet, kept: PreservedPrompts, run: Run, processes: Processes
+    config: Config, base: Base, examples: ExampleSet, preserved: PreservedPrompts, run: Run, processes: Processes
 ) -> ExampleSet | None:
     """Pictures of the class from a folder or the dataset.toml, with the further prompts' beside them, which the base
     draws, once; or of the class drawn, too; None for none."""
@@ -455,19 +455,19 @@ def class_pictures(
             run.say(nothing_drawn)
         return None
     if config.class_images is not None:
-        given = read_subject(config.class_images, kept.of_class[0], skip_bad=config.skip_bad)
+        given = read_subject(config.class_images, preserved.of_class[0], skip_bad=config.skip_bad)
     if given:  # they show the class, and the captions' forms of it
-        kept = PreservedPrompts.of([], config.prior_prompts)
-    if config.prior == "base" or not kept.prompts:
+        preserved = PreservedPrompts.of([], config.prior_prompts)
+    if config.prior == "base" or not preserved.prompts:
         if config.class_cache is not None:
             run.say(nothing_drawn)
         return given or None
-    counts = kept.counts(config.class_count)
+    counts = preserved.counts(config.class_count)
     folder = config.class_cache or config.output / "class"
     side = square_side(base, config.resolution)
     pictures, drawn = pictures_of_class(base, counts, resolution=side, folder=folder, processes=processes)
     run.say(f"class pictures: {config.class_count} of {', '.join(counts)} ({drawn} drawn now)")
-    if left := [prompt for prompt in kept.prompts if prompt not in counts]:
+    if left := [prompt for prompt in preserved.prompts if prompt not in counts]:
         rest = f" and {len(left) - 3} more" if len(left) > 3 else ""
         run.say(f"nothing holds {', '.join(left[:3])}{rest}: --class-count {config.class_count} is too few for each")
     return dataclasses.replace(given, examples=(*given, *pictures)) if given else pictures
@@ -478,7 +478,7 @@ def prior_of(
     base: Base,
     dataset: Dataset,
     class_set: Dataset | None,
-    kept: PreservedPrompts,
+    preserved: PreservedPrompts,
     noising: NoiseSettings,
     pristine: Pristine,
 ) -> ClassPictures | BasePrediction | None:
@@ -492,7 +492,7 @@ def prior_of(
     return BasePrediction(
         base,
         dataset if class_set is None else class_set,
-        kept.interleaved(),
+        preserved.interleaved(),
         config.seed,
         order=config.seed if class_set is None else None,
         pristine=pristine,

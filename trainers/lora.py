@@ -199,8 +199,8 @@ def train(config: Config) -> Path:
     scaler = precision.scaler()
     average = Ema(parameters, config.ema)
     run.keep(lora=lora, optimizer=optimizer, scaler=scaler, average=average, **({"words": words} if words else {}))
-    watched = {"drift": UNRELATED} if config.measure_every else {}
-    metrics = Metrics(base, dataset, watched, pristine=lora.disabled, within=average.applied, modules=[lora])
+    drift_prompts = {"drift": UNRELATED} if config.measure_every else {}
+    metrics = Metrics(base, dataset, drift_prompts, pristine=lora.disabled, within=average.applied, modules=[lora])
     trigger = list(dict.fromkeys([*subjects.triggers, *config.train_words]))
     samples = samples_of(config, base, lora, subjects, dataset, trigger, run, average)
     learned = trained_adapter_of(config, base, lora, words, dataset, samples, trigger)
