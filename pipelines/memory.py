@@ -75,6 +75,8 @@ def rows_of(base: Base, setting: Setting) -> Iterator[tuple[str, list[float]]]:
         yield way.options, [step.total(way, setting.device) / GIB for step in steps]
     yield "encoding pictures, before the first step", [forecast.encoding_memory(base, setting) / GIB]
     yield "drawing a picture", [forecast.drawing_memory(base, setting) / GIB]
+    if setting.device == "gpu":
+        yield "drawing a picture with --offload", [forecast.drawing_memory(base, setting, offload=True) / GIB]
     if (count := forecast.samples_at_once(base, setting)) > 1:
         yield f"drawing samples of a training, {count} at once", [forecast.drawing_memory(base, setting, count) / GIB]
 

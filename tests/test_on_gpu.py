@@ -17,7 +17,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from bench.runs_resume import CASES, command, make_inputs, results
-from sfumato import Adapter, cli, compose, draw
+from sfumato import Adapter, cli, compose, draw, load_base
 from sfumato.compose import adapter_guidance, current, originals
 from sfumato.compose.by_method import by_method
 from sfumato.compose.per_picture import composite, per_picture
@@ -319,9 +319,21 @@ WAYS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "precision"), [("cuda", "fp32"), ("cuda", "bf16"), ("cuda", "fp16"), ("mps", "fp32")])
+@pytest.mark.parametrize(
+    ("kind", "precision", "more"),
+    [
+        ("cuda", "fp32", ()),
+        ("cuda", "bf16", ()),
+        ("cuda", "fp16", ()),
+        ("mps", "fp32", ()),
+        ("cuda", "fp32", ("--offload",)),
+        ("cuda", "fp16", ("--offload",)),
+    ],
+)
 @pytest.mark.parametrize("way", WAYS)
-def test_each_way_of_drawing_draws_what_the_cpu_draws(way, kind, precision, inputs, files, on_cpu_drawn, tmp_path):
+def test_each_way_of_drawing_draws_what_the_cpu_draws(
+    way, kind, precision, more, inputs, files, on_cpu_drawn, tmp_path
+):
     """In shades of 255. Without its adapters a way is 0.4 to 30 off, which fp32 and fp16 tell; bf16 rounds by 1."""
     base = inputs["lora"][inputs["lora"].index("--base") + 1]
     Image.new("RGB", (64, 64), "teal").save(tmp_path / "picture.png")
@@ -336,7 +348,7 @@ def test_each_way_of_drawing_draws_what_the_cpu_draws(way, kind, precision, inpu
         return np.stack([np.asarray(Image.open(file), dtype=int) for file in made])
 
     with gpu(kind):
-        found = draw("there", "--device", kind, "--precision", precision)
+        found = draw("there", "--device", kind, "--precision", precision, *more)
     if way not in on_cpu_drawn:
         on_cpu_drawn[way] = draw("here", "--device", "cpu", "--precision", "fp32")
     assert np.abs(found - on_cpu_drawn[way]).mean() <= {"fp32": 0.01, "fp16": 0.2, "bf16": 2}[precision]
@@ -396,6 +408,38 @@ def test_where_there_is_no_room_for_copies_originals_are_on_the_cpu(monkeypatch)
         copies = originals._copies(weights)
     assert [each.device.type for each in copies] == ["cpu", "cpu"]
     assert_close(copies[0], torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_offloaded_parts_are_on_the_gpu_one_at_a_time(family, tmp_path):
+    tiny_pipeline(family, shallow=True).save_pretrained(tmp_path)
+    settings = {"steps": 2, "width": 64, "height": 64, "guidance": 7.5}
+    wanted = draw(load_base(tmp_path, precision=decide("fp32", device="cpu")), "a crab", [1, 2], **settings)
+    with gpu():
+        base = load_base(tmp_path, precision=decide("fp32", device="cuda", offload=True))
+        parts = {**base.parts(text=True), "vae": base.vae}
+        seen = {name: [] for name in parts}
+
+        def looked_at(name):
+            return lambda *_: seen[name].append({other for other in parts if parts[other].device.type == "cuda"})
+
+        for name in parts:
+            (base.vae.decoder if name == "vae" else parts[name]).register_forward_hook(looked_at(name))
+        found = draw(base, "a crab", [1, 2], **settings)
+    assert all(places and all(place == {name} for place in places) for name, places in seen.items())
+    for one, other in zip(found, wanted, strict=True):
+        assert np.abs(np.asarray(one, float) - np.asarray(other, float)).max() <= 1
+
+
+@pytest.mark.parametrize("place", ["model offload", "sequential offload"])
+def test_pipelines_that_diffusers_offloads_draw_as_others(place):
+    wanted = draw(pipeline("sd1"), "a crab", [1, 2], steps=1, width=64, height=64)
+    with gpu():
+        pipe = pipeline("sd1")
+        PLACES[place](pipe)
+        found = draw(pipe, "a crab", [1, 2], steps=1, width=64, height=64)
+    for one, other in zip(found, wanted, strict=True):
+        assert np.abs(np.asarray(one, float) - np.asarray(other, float)).max() <= 1
 
 
 def test_what_a_gpu_cannot_decode_at_once_is_decoded_in_tiles(monkeypatch):

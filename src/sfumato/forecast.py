@@ -179,17 +179,21 @@ def samples_at_once(base: Base, setting: Setting) -> int:
     return min(SAMPLES, drawn_at_once((setting.side // base.vae_factor) ** 2))
 
 
-def drawing_memory(base: Base, setting: Setting, count: int = 1) -> int:
-    """Bytes at the peak of drawing `count` pictures at once with guidance, all parts of the base being there."""
+def drawing_memory(base: Base, setting: Setting, count: int = 1, *, offload: bool = False) -> int:
+    """Bytes at the peak of drawing `count` pictures at once with guidance, all parts of the base being there, or with
+    `offload` the one that computes."""
     precision = setting.precision
     with _all([base.unet, *base.text_encoders], precision.storage), _all([base.vae], precision.vae):
-        weights = _bytes_of(base.unet, base.vae, *base.text_encoders)
+        encoders = [_bytes_of(encoder) for encoder in base.text_encoders]
+        unet, vae = _bytes_of(base.unet), _bytes_of(base.vae)
         with torch.no_grad(), _Alive(base.unet) as drawn, precision.autocast():
             _predict(base, setting, 2 * count, _text(base, setting, 2 * count))
         with torch.no_grad(), _Alive(base.vae) as decoded:
             latents = _latents(base, setting, count).to(precision.vae)
             base.vae.decode(latents[: decoded_at_once(latents)] if setting.device == "gpu" else latents)
-    return int(weights + max(drawn.peak, decoded.peak) + BESIDE[setting.device])
+    if offload:
+        return int(max(*encoders, unet + drawn.peak, vae + decoded.peak) + BESIDE[setting.device])
+    return int(sum(encoders) + unet + vae + max(drawn.peak, decoded.peak) + BESIDE[setting.device])
 
 
 def _step(base: Base, way: Training, setting: Setting, learned: list[nn.Parameter]) -> _Alive:

@@ -291,3 +291,8 @@ def test_an_8_bit_optimizer_steps_on_the_gpu_as_adamw_does():
             optimizer.step()
         found[name] = weight.detach().cpu() - starts
     assert (found["adamw8bit"] - found["adamw"]).norm() / found["adamw"].norm() < 0.1
+
+
+def test_offloading_wants_a_gpu_with_a_memory_of_its_own():
+    with pytest.raises(PrecisionError, match="--offload: keeps a GPU's own memory free, and a CPU has none"):
+        decide("fp32", device="cpu", offload=True)

@@ -20,6 +20,9 @@ class BaseOptions:
     """`auto`, `cuda`, `cuda:1`, `mps` or `cpu`."""
     attention: Literal["sdpa", "xformers"] = "sdpa"
     """Which attention computes; xformers is an extra."""
+    offload: bool = False
+    """Keep on the GPU only what computes: text encoders, U-Net and VAE take turns. Slower; for a GPU that does not hold
+    the whole base."""
     clip_skip: int | None = None
     """Layers of the text encoder to leave out, from its end. A1111 counts one more, and of SDXL two."""
     vae: str | None = None
@@ -36,7 +39,7 @@ class BaseOptions:
 
         return load_base(
             self.base,
-            precision=decide(self.precision, device=self.device, attention=self.attention),
+            precision=decide(self.precision, device=self.device, attention=self.attention, offload=self.offload),
             clip_skip=self.clip_skip,
             vae=self.vae,
             prediction_type=self.prediction_type,

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from sfumato.errors import BaseModelError
-from sfumato.precision import give_back_freed_memory
+from sfumato.precision import give_back_freed_memory, tensors
 
 _DECODED_AT_ONCE = 4096
 """Latent pixels: one picture of 512 px on SD 1.x, whose decoding takes more memory than all else of its drawing."""
@@ -61,7 +61,8 @@ def _decode_at_once(pipe: Any, latents: Tensor) -> Tensor:
 
     shift, scale = latent_scale(pipe.vae, latents.device)
     encoded = latents.float() / scale + shift
-    pixels: Tensor = pipe.vae.decode(encoded.to(pipe.vae.device, pipe.vae.dtype), return_dict=False)[0]
+    device = tensors.computes_on(pipe.vae)
+    pixels: Tensor = pipe.vae.decode(encoded.to(device, pipe.vae.dtype), return_dict=False)[0]
     return pixels.float()
 
 

@@ -17,13 +17,16 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import nn
 
 from sfumato.errors import PrecisionError
 from sfumato.precision import layer_norms, products
+
+if TYPE_CHECKING:
+    from sfumato.precision.offload import Offload
 
 Requested = Literal["auto", "fp32", "fp16", "bf16"]
 Attention = Literal["sdpa", "xformers"]
@@ -44,7 +47,8 @@ class Precision:
     """One decision for one process. Made by `decide`.
 
     storage: the dtype frozen weights of the U-Net and the text encoders are kept in. compute: the dtype of their matrix
-    products. vae: the dtype of the VAE, stored and computed. reasons: one sentence for each row of `table`.
+    products. vae: the dtype of the VAE, stored and computed. offload: where parts wait for their turn on the device;
+    None where all of them are there. reasons: one sentence for each row of `table`.
     """
 
     device: torch.device
@@ -58,6 +62,7 @@ class Precision:
     gradient_checkpointing: bool
     optimizer_state: str
     reasons: Mapping[str, str]
+    offload: Offload | None = None
 
     def rows(self) -> list[tuple[str, str, str]]:
         """(what, decision, reason) for each part of the decision."""
@@ -75,6 +80,8 @@ class Precision:
             "channels last": onoff[self.channels_last],
             "checkpointing": onoff[self.gradient_checkpointing],
         }
+        if self.offload is not None:
+            decided["offload"] = "on"
         return [(what, value, self.reasons.get(what, "")) for what, value in decided.items()]
 
     def table(self) -> str:
@@ -105,12 +112,17 @@ class Precision:
         return self.vae if part == "vae" else self.storage
 
     def place(self, module: ModuleT, part: Part = "unet") -> ModuleT:
-        """The same module: frozen, in evaluation mode, on the device, in the part's dtype and memory format."""
+        """The same module: frozen, in evaluation mode, in the part's dtype and memory format.
+
+        It is on the device or, with `offload`, in main memory until its turn.
+        """
         module.requires_grad_(False).eval()
         if self.channels_last and part != "text":
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         # Not `module.to`: diffusers overrides it to warn of modules kept in fp32, of which these models have none.
-        nn.Module.to(module, self.device, self.dtype(part))
+        nn.Module.to(module, "cpu" if self.offload else self.device, self.dtype(part))
+        if self.offload is not None:
+            self.offload.add(module)
         if part == "unet" and self.gradient_checkpointing:
             module.enable_gradient_checkpointing()  # type: ignore[operator]
         if part != "text" and self.attention == "xformers":
@@ -189,12 +201,14 @@ def decide(
     gradient_checkpointing: bool = False,
     optimizer: str = "adamw",
     adapting: bool = False,
+    offload: bool = False,
 ) -> Precision:
     """The precision for this machine.
 
     requested: `--precision`. device: `auto` takes CUDA, then MPS, then the CPU. optimizer: its name, which decides the
     optimizer's state. adapting: whether something small is trained beside weights that stay frozen, which many CPUs do
-    faster in bf16. Raises PrecisionError, one line, for what this machine cannot do.
+    faster in bf16. offload: `--offload`, a base's parts take turns on a GPU. Raises PrecisionError, one line, for what
+    this machine cannot do.
     """
     if requested not in ("auto", *DTYPES):
         raise PrecisionError(f"--precision {requested}: unknown; wanted auto, fp32, fp16 or bf16.")
@@ -210,6 +224,8 @@ def decide(
     channels_last = place.type == "cuda" and compute != torch.float32
     reasons["channels last"] = _channels_last_reason(channels_last, place)
     reasons["checkpointing"] = "asked for: less memory, more time" if gradient_checkpointing else "not asked for"
+    if offload:
+        reasons["offload"] = "asked for: each part is on the GPU only while it computes"
     return Precision(
         device=place,
         storage=storage,
@@ -222,6 +238,7 @@ def decide(
         gradient_checkpointing=gradient_checkpointing,
         optimizer_state=state,
         reasons=MappingProxyType(reasons),
+        offload=_offload(place) if offload else None,
     )
 
 
@@ -337,6 +354,16 @@ def _check_attention(attention: str, device: torch.device, compute: torch.dtype)
     if device.type != "cuda":
         raise PrecisionError(f"--attention xformers: needs a CUDA device, this one is {device.type}. Use sdpa.")
     return "asked for"
+
+
+def _offload(device: torch.device) -> Offload:
+    """Raises PrecisionError where a device has no memory of its own."""
+    from sfumato.precision.offload import Offload
+
+    if device.type != "cuda":
+        where = "an Apple GPU has" if device.type == "mps" else "a CPU has"
+        raise PrecisionError(f"--offload: keeps a GPU's own memory free, and {where} none. Leave it out.")
+    return Offload(device)
 
 
 def _optimizer_state(optimizer: str, device: torch.device) -> tuple[str, str]:
