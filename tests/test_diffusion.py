@@ -107,3 +107,36 @@ def test_errors_of_half_precision_are_squared_in_fp32():
     """300^2 is more than fp16 holds."""
     far = torch.full((1, 1, 2, 2), 300.0, dtype=torch.float16)
     assert diffusion.weighted_error(far, torch.zeros_like(far), torch.ones(1)).item() == 90_000
+
+
+# Noise pyramids and the Huber loss, as sd-scripts has them
+
+
+def test_a_noise_pyramid_is_that_of_sd_scripts_with_both_full_sizes_as_one():
+    """Its level 0 adds as much noise again in full size: two normals are sqrt(2) of one."""
+    full, other = torch.randn(2, 1, 4, 16, 16).unbind()
+    coarser = [torch.randn(1, 4, side, side) for side in (6, 2, 1)]
+    theirs = full + other
+    for level, small in enumerate(coarser, 1):
+        theirs = theirs + torch.nn.Upsample(size=(16, 16), mode="bilinear")(small) * 0.3**level
+    ours = diffusion.pyramid_noise((full + other) / 2**0.5, coarser, 0.3)
+    assert_close(ours, theirs / theirs.std())
+
+
+def test_each_picture_of_a_noise_pyramid_has_unit_deviation():
+    noise = diffusion.pyramid_noise(torch.randn(3, 4, 8, 8), [torch.randn(3, 4, 2, 2), torch.randn(3, 4, 1, 1)], 0.9)
+    assert_close(noise.flatten(1).std(1), torch.ones(3))
+
+
+def test_the_huber_scale_is_sd_scripts_snr_schedule():
+    alpha_bar = torch.tensor([0.9991, 0.5, 0.0047, 0.0])
+    sigmas = ((1.0 - alpha_bar[:3]) / alpha_bar[:3]) ** 0.5
+    found = diffusion.huber_scale(alpha_bar, 0.1)
+    assert_close(found[:3], (1 - 0.1) / (1 + sigmas) ** 2 + 0.1)
+    assert_close(found[3], torch.tensor(0.1))  # pure noise, where theirs divides by zero
+
+
+def test_huber_errors_are_squares_when_small_and_lines_when_large():
+    error = torch.tensor([0.001, 100.0]).view(2, 1, 1, 1)
+    found = diffusion.weighted_error(error, torch.zeros_like(error), torch.ones(2), huber=torch.tensor([0.5, 0.5]))
+    assert_close(found, torch.tensor([1e-6, 2 * 0.5 * (100 - 0.5)]), rtol=2e-3, atol=1e-7)

@@ -59,24 +59,34 @@ def rows(path):
     return [json.loads(line) for line in (path.parent / "log.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize(("prompts", "among"), [((), range(1000)), (("cat", "a red house"), range(200, 900))])
-def test_equal_to_a_plain_loop_with_peft(prompts, among, train, pocket_folder, pictures):
+@pytest.mark.parametrize(
+    ("prompts", "among", "huber", "perturbation", "ratio"),
+    [
+        ((), range(1000), None, 0, 1),
+        (("cat", "a red house"), range(200, 900), None, 0, 1),
+        (("cat", "a red house"), range(1000), 0.2, 0.3, 4),
+    ],
+)
+def test_equal_to_a_plain_loop_with_peft(prompts, among, huber, perturbation, ratio, train, pocket_folder, pictures):
     """Same start, noise, timesteps and batches: the losses and the delta of peft's layers under torch's AdamW; and with
     the prior of Li & Hoiem 2017, |unet(x_t', t', c_pr; W + B A) - unet(x_t', t', c_pr; W)|^2 for the same pictures, at
-    some of the timesteps alone."""
+    some of the timesteps alone. And with sd-scripts' Huber loss, a perturbed input, and LoRA+."""
     prior = [word for prompt in prompts for word in ("--prior-prompts", prompt)]
     weighted = [*prior, "--prior-weight", "0.7"] if prior else []
     options = ["--precision", "fp32", "--schedule", "constant", "--clip", "0.5", "--min-snr", "5", "--seed", "3"]
     options += ["--noise-offset", "0.2", "--warmup", "2", "--weight-decay", "0.1"]
     ends = ["--min-timestep", str(among.start), "--max-timestep", str(among.stop)] if among != range(1000) else []
-    path = train("run", *options, *weighted, *ends)
+    others = {"--huber": huber, "--input-perturbation": perturbation, "--loraplus-ratio": ratio}
+    further = [word for option, value in others.items() for word in (option, str(value))] if huber else []
+    path = train("run", *options, *weighted, *ends, *further)
 
     base = load_base(str(pocket_folder), precision=decide("fp32", device="cpu"))
     dataset = data.prepare(data.read_folder(pictures, caption_template="{caption}"), base, resolution=64)
     frozen = copy.deepcopy(base.unet)
     layers = layers_of_peft(base.unet, "cross-attention", seed=3)
     parameters = [p for p in base.unet.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-2, betas=(0.9, 0.99), weight_decay=0.1)
+    sides = [[p for name, p in base.unet.named_parameters() if f"lora_{side}" in name] for side in "AB"]
+    optimizer = torch.optim.AdamW([{"params": side} for side in sides], betas=(0.9, 0.99), weight_decay=0.1)
     losses = []
 
     def error(step, seed, text, asked=None):
@@ -87,7 +97,8 @@ def test_equal_to_a_plain_loop_with_peft(prompts, among, train, pocket_folder, p
         noise += 0.2 * torch.stack([randomness.normal((4, 1, 1), seed, "noise offset", step, i) for i in range(2)])
         timesteps = diffusion.stratified_timesteps(2, among, seed, step)
         a = base.scheduler.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
-        noisy = base.scheduler.add_noise(batch.latents, noise, timesteps)
+        further = torch.stack([randomness.normal(shape, seed, "input perturbation", step, i) for i in range(2)])
+        noisy = base.scheduler.add_noise(batch.latents, noise + perturbation * further, timesteps)
         text = batch.text.hidden if text is None else text
         prediction = base.unet(noisy, timesteps, text).sample
         snr = (a / (1 - a)).flatten()
@@ -97,7 +108,11 @@ def test_equal_to_a_plain_loop_with_peft(prompts, among, train, pocket_folder, p
             wanted, weight = noise, snr.clamp(max=5) / snr
         if asked:
             wanted = asked(noisy, timesteps, text).sample.detach()
-        return ((prediction - wanted).square().mean((1, 2, 3)) * weight).mean()
+        squares = (prediction - wanted).square()
+        if huber:
+            c = (1 - huber) / (1 + ((1 - a) / a) ** 0.5) ** 2 + huber
+            squares = 2 * c * ((squares + c**2).sqrt() - c)
+        return (squares.mean((1, 2, 3)) * weight).mean()
 
     for step in range(4):
         loss = error(step, 3, None)
@@ -105,7 +120,8 @@ def test_equal_to_a_plain_loop_with_peft(prompts, among, train, pocket_folder, p
             loss = loss + 0.7 * error(step, class_seed(3), base.encode_text(prompts).hidden, frozen)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 0.5)
-        optimizer.param_groups[0]["lr"] = 1e-2 * (0.5 if step == 0 else 1)  # two steps of warm-up
+        for group, times in zip(optimizer.param_groups, (1, ratio), strict=True):
+            group["lr"] = times * 1e-2 * (0.5 if step == 0 else 1)  # two steps of warm-up
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())

@@ -75,6 +75,9 @@ class Config(TrainerOptions):
     """Share of each update's inputs to drop while training."""
     rank_stabilised: bool = False
     """Scale by alpha / sqrt(rank), so that a high rank learns as fast as a low one."""
+    loraplus_ratio: float = 1.0
+    """LoRA+: how many times the learning rate of A that of B is (Hayou et al. 2024), which starts at zero; 2 to 16
+    learns sooner, and wants a lower --learning-rate."""
     targets: str = "cross-attention"
     """What to adapt: cross-attention, attention, attention+mlp, transformers (these and the projections
     around them, as sd-scripts does), everything (in the U-Net's blocks), or a regular expression over module names."""
@@ -191,7 +194,8 @@ def train(config: Config) -> Path:
     run.say(f"{pictures}, {beside}{layers}, {lora.count():,} trained numbers")
 
     parameters = [*lora.parameters(), *(words.parameters() if words else ())]
-    groups = optimizers.groups(lora.by_part(), config.learning_rate, config.text_learning_rate)
+    rates = config.learning_rate, config.text_learning_rate
+    groups = optimizers.groups(lora.by_part(), *rates, ups=lora.ups(), up_ratio=config.loraplus_ratio)
     if words:
         groups.append({"params": list(words.parameters()), "lr": config.word_learning_rate})
     optimizer = optimizers.build(config.optimizer, groups, weight_decay=config.weight_decay)
@@ -228,7 +232,7 @@ def train(config: Config) -> Path:
             of_priors = [prior.draw(step.number, global_batch, start, config.batch) for prior in priors]
             lora.set_dropout_samples(config.seed, step.number, range(start, start + count))
             with precision.autocast():
-                errors = per_sample_losses(base, [noised, *of_priors], encode=not embed, min_snr=config.min_snr)
+                errors = per_sample_losses(base, [noised, *of_priors], encode=not embed, settings=config.loss())
                 part = errors[:count].sum() / global_batch
                 if priors:
                     of_prior = errors[count:].sum() / global_batch

@@ -180,7 +180,7 @@ def train(config: Config) -> Path:
             captions = put_into(noised.batch.captions, templates, config.seed, step.number, start)
             noised = dataclasses.replace(noised, batch=dataclasses.replace(noised.batch, captions=captions))
             with precision.autocast():
-                errors = per_sample_losses(base, [noised], encode=True, min_snr=config.min_snr)
+                errors = per_sample_losses(base, [noised], encode=True, settings=config.loss())
                 part = errors.sum() / global_batch
             scaled = scaler.scale(part)  # in any case: the first makes the scale
             if scaled.requires_grad:  # not where all captions of the batch were dropped and SDXL has zeros for them

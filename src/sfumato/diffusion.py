@@ -4,9 +4,12 @@ Shapes: latents and noise are (batch, channels, height/f, width/f) with f the VA
 cumulative product of 1 - beta at each sample's timestep, in [0, 1].
 """
 
+import math
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sfumato import randomness
@@ -57,6 +60,29 @@ def offset_noise(noise: Tensor, offset: Tensor, strength: float) -> Tensor:
     return noise + strength * offset
 
 
+def pyramid_noise(noise: Tensor, coarser: Iterable[Tensor], discount: float) -> Tensor:
+    """Noise with more of its power in large shapes (Whitaker 2023, "Multi-Resolution Noise"), each picture's of unit
+    deviation.
+
+    noise: (batch, channels, h, w). coarser: standard normal numbers (batch, channels, smaller h, smaller w), from level
+    1 on; level i counts discount ** i times. sd-scripts' `multires_noise_discount` is the same number: its level 0,
+    more noise in full size, makes every level count 1 / sqrt(2) as much.
+    """
+    for level, small in enumerate(coarser, 1):
+        large = F.interpolate(small, size=noise.shape[-2:], mode="bilinear", align_corners=False)
+        noise = noise + discount**level / math.sqrt(2) * large
+    return noise / noise.flatten(1).std(1).view(-1, 1, 1, 1)
+
+
+def huber_scale(alpha_bar: Tensor, least: float) -> Tensor:
+    """(batch,): where a pseudo-Huber loss turns from squares to lines, `least` in pure noise and 1 without noise.
+
+    sd-scripts' `huber_schedule=snr`: (1 - least) / (1 + sigma)^2 + least, with sigma^2 = 1 / SNR.
+    """
+    sigma = ((1 - alpha_bar) / alpha_bar.clamp(min=1e-12)).sqrt()
+    return (1 - least) / (1 + sigma).square() + least
+
+
 def snr_weight(prediction_type: PredictionType, alpha_bar: Tensor, gamma: float) -> Tensor:
     """Min-SNR-gamma weights (batch,), Hang et al. 2023, section 3.4.
 
@@ -82,13 +108,19 @@ def stratified_timesteps(count: int, timesteps: range, seed: int, step: int) -> 
     return timesteps.start + ((slices + jitter) / count * total).long().clamp(max=total - 1)
 
 
-def weighted_error(prediction: Tensor, wanted: Tensor, weight: Tensor, mask: Tensor | None = None) -> Tensor:
+def weighted_error(
+    prediction: Tensor, wanted: Tensor, weight: Tensor, mask: Tensor | None = None, huber: Tensor | None = None
+) -> Tensor:
     """(batch,) mean squared errors in fp32, each times its weight.
 
     mask: (batch, 1, height/f, width/f) in [0, 1]; the mean is taken over the masked-in part, so that a small subject
-    teaches as strongly as a large one.
+    teaches as strongly as a large one. huber: (batch,) scales c of a pseudo-Huber loss, 2 c (sqrt(e^2 + c^2) - c) in
+    the place of e^2, as sd-scripts has it: errors above c count in proportion, and not by their squares.
     """
     error = (prediction.float() - wanted.float()).square()
+    if huber is not None:
+        c = huber.view(-1, 1, 1, 1)
+        error = 2 * c * ((error + c.square()).sqrt() - c)
     if mask is None:
         return error.mean(dim=(1, 2, 3)) * weight
     mask = mask.expand_as(error)

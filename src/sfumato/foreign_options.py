@@ -38,6 +38,10 @@ OPTIONS: Mapping[str, str] = MappingProxyType(
         "--clip": "max_grad_norm clip_grad_norm",
         "--min-snr": "min_snr_gamma snr_gamma loss_weight_strength",
         "--noise-offset": "offset_noise_weight",
+        "--pyramid-noise": "multires_noise_discount",
+        "--input-perturbation": "ip_noise_gamma perturbation_noise_weight",
+        "--huber": "huber_c",
+        "--loraplus-ratio": "loraplus_lr_ratio loraplus_unet_lr_ratio",
         "--min-timestep": "min_noising_strength",
         "--max-timestep": "max_noising_strength",
         "--ema": "use_ema ema_decay",
@@ -130,9 +134,10 @@ ABSENT: Mapping[str, str] = MappingProxyType(
         "bucket_no_upscale": "small pictures are enlarged, and sfumato check names them",
         "lowram lowvram": "sfumato memory tells what each way takes, and what --gradient-checkpointing saves",
         "torch_compile": "pretrain compiles, other trainers do not",
-        "loraplus_lr_ratio loraplus_unet_lr_ratio loraplus_text_encoder_lr_ratio": "both factors learn at one rate",
-        "multires_noise_iterations multires_noise_discount adaptive_noise_scale": "--noise-offset is what there is",
-        "ip_noise_gamma scale_weight_norms": "there is no counterpart",
+        "loraplus_text_encoder_lr_ratio": "--loraplus-ratio is that of the text encoders, too",
+        "multires_noise_iterations": "--pyramid-noise goes on to a single pixel",
+        "loss_type huber_schedule huber_scale": "--huber 0.1 is sd-scripts' huber with its schedule snr",
+        "adaptive_noise_scale scale_weight_norms": "there is no counterpart",
     }
 )
 """What trainers do not have, or in another place, and what to say of it: else a name that looks alike would be told."""

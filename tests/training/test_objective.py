@@ -7,10 +7,11 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
-from sfumato import data, randomness
+from sfumato import data, diffusion, randomness
 from sfumato.bases import load_base
 from sfumato.training.metrics import Metrics
-from sfumato.training.objective import denoising_errors, draw_noise
+from sfumato.training.noising import NoiseSettings, draw_noised
+from sfumato.training.objective import denoising_errors, draw_noise, predict
 from tests.tiny import CPU
 
 
@@ -145,3 +146,37 @@ def test_fit_and_drift_written_out(pocket_folder, pictures, tmp_path):
     change = (predicted(turns) - before).norm() / before.norm()
     assert measures.drift() == pytest.approx(change.item(), rel=1e-4)
     assert change > 0.01
+
+
+def test_pyramid_noise_has_more_of_large_shapes_and_depends_on_the_place_alone(batch):
+    plain, pyramid = (draw_noise(batch, 3, 5, 0, pyramid=discount) for discount in (0.0, 0.8))
+    assert_close(pyramid.flatten(1).std(1), torch.ones(4))
+    means = [noise.mean((2, 3)).square().mean() for noise in (plain, pyramid)]
+    assert means[1] > 10 * means[0]
+    part = draw_noise(dataclasses.replace(batch, latents=batch.latents[2:]), 3, 5, 2, pyramid=0.8)
+    assert torch.equal(pyramid[2:], part)
+    assert not torch.equal(pyramid, draw_noise(batch, 3, 6, 0, pyramid=0.8))
+
+
+def test_huber_errors_are_of_each_timesteps_own_scale(base, batch):
+    noise, timesteps = draw_noise(batch, 0, 0, 0), torch.tensor([10, 300, 600, 900])
+    with torch.no_grad():
+        errors = denoising_errors(base, batch, noise, timesteps, batch.text, huber=0.1)
+        prediction = predict(base, batch, noise, timesteps, batch.text)
+    alpha_bar = base.alpha_bar[timesteps]
+    wanted = diffusion.target(base.prediction_type, batch.latents, noise, alpha_bar)
+    c = diffusion.huber_scale(alpha_bar, 0.1).view(-1, 1, 1, 1)
+    per_pixel = 2 * c * (((prediction - wanted).square() + c.square()).sqrt() - c)
+    assert_close(errors, per_pixel.mean((1, 2, 3)))
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_a_perturbed_input_is_seen_and_not_asked_for(pocket_folder, pictures, kind):
+    base = load_base(str(pocket_folder), precision=CPU, prediction_type=kind)
+    dataset = data.prepare(data.read_folder(pictures, caption_template="{caption}"), base, resolution=64)
+    plain, perturbed = (
+        draw_noised(base, dataset, 0, 3, 4, 0, 4, noising=NoiseSettings(range(1000), perturbation=strength))
+        for strength in (0.0, 0.25)
+    )
+    assert torch.equal(plain.target, perturbed.target)
+    assert (perturbed.noise - plain.noise).std().item() == pytest.approx(0.25, rel=0.1)

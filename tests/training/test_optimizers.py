@@ -74,6 +74,18 @@ def test_the_unet_and_both_text_encoders_have_their_own_rates():
     assert [group["lr"] for group in optimizers.groups({"unet": [p]}, 1e-3, None)] == [1e-3]
 
 
+def test_lora_plus_gives_b_a_rate_of_its_own():
+    a, b, text_a, text_b = (nn.Parameter(torch.zeros(1)) for _ in range(4))
+    parts = {"unet": [a, b], "text_encoder": [text_a, text_b]}
+    found = optimizers.groups(parts, 1e-3, 1e-4, ups=[b, text_b], up_ratio=4)
+    assert [(group["lr"], [id(each) for each in group["params"]]) for group in found] == [
+        (1e-3, [id(a)]),
+        (4e-3, [id(b)]),
+        (1e-4, [id(text_a)]),
+        (4e-4, [id(text_b)]),
+    ]
+
+
 def test_a_package_that_is_broken_is_not_called_missing(monkeypatch, tmp_path):
     (tmp_path / "prodigyopt.py").write_text("raise OSError('libcudart.so.12: no such file')")
     monkeypatch.syspath_prepend(tmp_path)

@@ -140,6 +140,10 @@ class Lora(nn.Module):
             found.setdefault(part, []).extend(layer.parameters())
         return found
 
+    def ups(self) -> list[nn.Parameter]:
+        """The factors B, which LoRA+ gives a rate of their own."""
+        return [layer.up for layer in self.layers.values()]
+
     def modules_by_target(self) -> dict[tuple[str, str], LoraModule]:
         """The updates as `sfumato.files.write_lora` takes them; they share the layers' memory."""
         return {

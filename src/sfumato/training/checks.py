@@ -29,18 +29,19 @@ _AT_LEAST_ONE = (
     *("vectors", "word_vectors", "class_count"),
 )
 _NOT_NEGATIVE = (
-    *("warmup", "clip", "min_snr", "noise_offset", "weight_decay", "keep_tags", "prior_weight", "drift_limit"),
-    *("sample_every", "measure_every", "save_every", "checkpoint_every", "keep"),
+    *("warmup", "clip", "min_snr", "noise_offset", "input_perturbation", "huber", "weight_decay"),
+    *("keep_tags", "prior_weight", "drift_limit", "sample_every", "measure_every", "save_every"),
+    *("checkpoint_every", "keep"),
 )
 _RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
     (_AT_LEAST_ONE, lambda value: value >= 1, "be at least 1"),
     (_AT_LEAST_ONE, lambda value: value < 2**31, f"be below {2**31:,}"),  # torch would end in a trace of its C++
     (
-        ("learning_rate", "text_learning_rate", "word_learning_rate", "alpha", "conv_alpha"),
+        ("learning_rate", "text_learning_rate", "word_learning_rate", "alpha", "conv_alpha", "loraplus_ratio"),
         lambda value: 0 < value < math.inf,
         "be a positive number",
     ),
-    (("caption_dropout", "tag_dropout", "crossed_share"), lambda value: 0 <= value <= 1, "be 0 to 1"),
+    (("caption_dropout", "tag_dropout", "crossed_share", "pyramid_noise"), lambda value: 0 <= value <= 1, "be 0 to 1"),
     (("dropout", "ema"), lambda value: 0 <= value < 1, "be at least 0 and below 1"),
     (_NOT_NEGATIVE, lambda value: 0 <= value < math.inf, "not be negative"),
 )
@@ -56,6 +57,11 @@ def check_trainer(config: TrainerOptions) -> None:
     if config.steps is not None and config.epochs is not None:
         and_so = " (the run has its steps already)" if config.resume else ""
         raise ConfigError(f"--steps and --epochs are both given{and_so}; they say the same, so give one of them.")
+    if config.optimizer == "prodigy" and getattr(config, "loraplus_ratio", 1) != 1:
+        raise ConfigError(
+            "--loraplus-ratio with --optimizer prodigy: it finds one step for all that learns. Leave it out, or use "
+            "--optimizer adamw."
+        )
     check_run(config)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sfumato import diffusion
 from sfumato.data import concat_batches
-from sfumato.training.objective import denoising_errors, draw_noise
+from sfumato.training.objective import denoising_errors, draw_noise, draw_perturbation
 from sfumato.words import embedding
 
 if TYPE_CHECKING:
@@ -21,15 +21,31 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class NoiseSettings:
-    """How pictures are noised. timesteps: those of the base that are drawn. offset: as of `draw_noise`."""
+    """How pictures are noised. timesteps: those of the base that are drawn. offset, pyramid: as of `draw_noise`.
+
+    perturbation: strength of further noise that is seen and not asked for (Ning et al. 2023, algorithm 1).
+    """
 
     timesteps: range
     offset: float = 0.0
+    pyramid: float = 0.0
+    perturbation: float = 0.0
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """How errors count. min_snr, huber: as of `denoising_errors`."""
+
+    min_snr: float | None = None
+    huber: float = 0.0
 
 
 @dataclass(frozen=True)
 class NoisedBatch:
-    """A batch with all that its error depends on. noise, target: as batch.latents. timesteps: (batch,)."""
+    """A batch with all that its error depends on. noise, target: as batch.latents. timesteps: (batch,).
+
+    noise: what is mixed into the latents, which is more than what is asked for where the input is perturbed.
+    """
 
     batch: Batch
     noise: Tensor
@@ -47,19 +63,20 @@ class NoisedBatch:
 
 
 def per_sample_losses(
-    base: Base, parts: Sequence[NoisedBatch], *, encode: bool, min_snr: float | None = None
+    base: Base, parts: Sequence[NoisedBatch], *, encode: bool, settings: LossSettings | None = None
 ) -> Tensor:
     """`denoising_errors` of a step's parts in their order, (samples,); those of one shape in one call of the U-Net.
 
     encode: whether captions are encoded here, with gradients; else the batches hold their embeddings.
     """
-    errors = []
+    settings, errors = settings or LossSettings(), []
     for call in merge_by_shape(parts):
         batch = call.batch
         text = embedding.encode(base, batch.captions, grad=True) if encode else batch.text
         assert text is not None
         given = (batch, call.noise, call.timesteps, text)
-        errors.append(denoising_errors(base, *given, min_snr=min_snr, target=call.target))
+        found = denoising_errors(base, *given, min_snr=settings.min_snr, huber=settings.huber, target=call.target)
+        errors.append(found)
     return torch.cat(errors)
 
 
@@ -94,8 +111,11 @@ def draw_noised(
     """
     batch = data.batch(seed if order is None else order, step, global_batch, first, count, embed_text=embed_text)
     noising = noising or NoiseSettings(range(len(base.alpha_bar)))
-    noise = draw_noise(batch, seed, step, first, offset=noising.offset)
+    noise = draw_noise(batch, seed, step, first, offset=noising.offset, pyramid=noising.pyramid)
     timesteps = diffusion.stratified_timesteps(global_batch, noising.timesteps, seed, step)[first : first + count]
     timesteps = timesteps.to(noise.device)
     alpha_bar = base.alpha_bar.to(noise.device)[timesteps]
-    return NoisedBatch(batch, noise, timesteps, diffusion.target(base.prediction_type, batch.latents, noise, alpha_bar))
+    target = diffusion.target(base.prediction_type, batch.latents, noise, alpha_bar)
+    if noising.perturbation:
+        noise = noise + noising.perturbation * draw_perturbation(batch, seed, step, first)
+    return NoisedBatch(batch, noise, timesteps, target)

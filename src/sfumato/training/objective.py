@@ -14,19 +14,46 @@ if TYPE_CHECKING:
     from sfumato.data import Batch
 
 
-def draw_noise(batch: Batch, seed: int, step: int, first: int, *, offset: float = 0.0) -> Tensor:
+def draw_noise(batch: Batch, seed: int, step: int, first: int, *, offset: float = 0.0, pyramid: float = 0.0) -> Tensor:
     """The batch's noise in its latents' shape, each picture's a function of (seed, step, place in the global batch).
 
     first: the place of the batch's first picture. offset: strength of a constant per channel (Guttenberg 2023).
+    pyramid: discount of `diffusion.pyramid_noise`, 0 for none.
     """
-    count, *shape = batch.latents.shape
-    places = range(first, first + count)
-    noise = torch.stack([randomness.normal(tuple(shape), seed, "noise", step, place) for place in places])
+    channels, height, width = batch.latents.shape[1:]
+    places = range(first, first + len(batch.latents))
+
+    def numbers(stream: str, *shape: int) -> Tensor:
+        return torch.stack([randomness.normal((channels, *shape), seed, stream, step, place) for place in places])
+
+    noise = numbers("noise", height, width)
+    if pyramid:
+        levels = [_coarser(own, seed, step, place) for own, place in zip(noise, places, strict=True)]
+        each = zip(noise[:, None], levels, strict=True)
+        noise = torch.cat([diffusion.pyramid_noise(own, coarser, pyramid) for own, coarser in each])
     if offset:
-        channel = (shape[0], 1, 1)
-        constant = torch.stack([randomness.normal(channel, seed, "noise offset", step, place) for place in places])
-        noise = diffusion.offset_noise(noise, constant, offset)
+        noise = diffusion.offset_noise(noise, numbers("noise offset", 1, 1), offset)
     return noise.to(batch.latents)
+
+
+def draw_perturbation(batch: Batch, seed: int, step: int, first: int) -> Tensor:
+    """Further noise in the latents' shape, a function of the same as `draw_noise`'s."""
+    shape = tuple(batch.latents.shape[1:])
+    places = range(first, first + len(batch.latents))
+    drawn = [randomness.normal(shape, seed, "input perturbation", step, place) for place in places]
+    return torch.stack(drawn).to(batch.latents)
+
+
+def _coarser(noise: Tensor, seed: int, step: int, place: int) -> list[Tensor]:
+    """The levels of one picture's pyramid, level i 2^i to 4^i times as coarse as (channels, h, w), down to a pixel."""
+    draw = randomness.generator(seed, "pyramid noise", step, place)
+    channels, *full = noise.shape
+    levels: list[Tensor] = []
+    while not levels or min(levels[-1].shape[-2:]) > 1:
+        ratio = 2 + 2 * float(torch.rand((), generator=draw))
+        sides = [max(1, int(side / ratio ** (len(levels) + 1))) for side in full]
+        levels.append(torch.randn(1, channels, *sides, generator=draw))
+    return levels
 
 
 def predict(base: Base, batch: Batch, noise: Tensor, timesteps: Tensor, text: TextEmbedding) -> Tensor:
@@ -44,12 +71,14 @@ def denoising_errors(
     text: TextEmbedding,
     *,
     min_snr: float | None = None,
+    huber: float = 0.0,
     target: Tensor | None = None,
 ) -> Tensor:
     """(batch,): each picture's mean squared error of the base's prediction, eq. 14 of Ho et al. 2020.
 
     noise: as the latents. timesteps: (batch,) integers on the latents' device. text: the captions' embeddings.
-    min_snr: gamma of Hang et al. 2023, 0 or None for none. target: what is to be predicted, noise or v of the latents
+    min_snr: gamma of Hang et al. 2023, 0 or None for none. huber: the least scale of `diffusion.huber_scale`, 0 for
+    squared errors. target: what is to be predicted, noise or v of the latents
     if None. The batch's mask and its pictures' weights count.
     """
     prediction = predict(base, batch, noise, timesteps, text)
@@ -58,5 +87,6 @@ def denoising_errors(
     weight = torch.ones_like(alpha_bar)
     if min_snr:
         weight = diffusion.snr_weight(base.prediction_type, alpha_bar, min_snr)
-    errors = diffusion.weighted_error(prediction, wanted, weight, batch.mask)
+    scales = diffusion.huber_scale(alpha_bar, huber) if huber else None
+    errors = diffusion.weighted_error(prediction, wanted, weight, batch.mask, scales)
     return errors * batch.weights.to(errors.device)

@@ -73,15 +73,35 @@ def state_bytes(name: OptimizerName, shape: Sequence[int]) -> int:
     return numbers * {"adamw": 8, "adamw8bit": 2, "prodigy": 16, "lion": 4}[name]
 
 
-def groups(parts: Mapping[str, Iterable[nn.Parameter]], rate: float, text_rate: float | None) -> list[dict[str, Any]]:
+def groups(
+    parts: Mapping[str, Iterable[nn.Parameter]],
+    rate: float,
+    text_rate: float | None,
+    *,
+    ups: Iterable[nn.Parameter] = (),
+    up_ratio: float = 1.0,
+) -> list[dict[str, Any]]:
     """Parameter groups for `build`: the U-Net's at `rate`, and the text encoders', if any, at theirs.
 
-    parts: what is trained of each of "unet", "text_encoder", "text_encoder_2".
+    parts: what is trained of each of "unet", "text_encoder", "text_encoder_2". ups: those of them whose rate is
+    `up_ratio` times their part's, in groups of their own: LoRA+ (Hayou et al. 2024) gives B more than A.
     """
     unet = list(parts["unet"])
     text = [parameter for part, trained in parts.items() if part != "unet" for parameter in trained]
     found: list[dict[str, Any]] = [{"params": unet, "lr": rate}, {"params": text, "lr": text_rate}]
+    if up_ratio != 1:
+        faster = set(map(id, ups))
+        found = [part for group in found for part in _split(group, faster, up_ratio)]
     return [group for group in found if group["params"]]
+
+
+def _split(group: dict[str, Any], faster: set[int], ratio: float) -> list[dict[str, Any]]:
+    """The group without those whose ids are in `faster`, and these with a rate that is `ratio` times as high."""
+    parts: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
+    for parameter in group["params"]:
+        parts[id(parameter) in faster].append(parameter)
+    rates = group["lr"], None if group["lr"] is None else ratio * group["lr"]
+    return [{"params": params, "lr": rate} for params, rate in zip(parts, rates, strict=True)]
 
 
 def rate_factor(schedule: ScheduleName, step: int, steps: int, warmup: int) -> float:

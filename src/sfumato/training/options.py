@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # help loads no torch
     from sfumato.data import Dataset, ExampleSet
     from sfumato.precision import Precision
     from sfumato.runs.processes import Processes
-    from sfumato.training.noising import NoiseSettings
+    from sfumato.training.noising import LossSettings, NoiseSettings
 
 OptimizerName = Literal["adamw", "adamw8bit", "adafactor", "prodigy", "lion"]
 ScheduleName = Literal["constant", "cosine", "linear"]
@@ -234,6 +234,15 @@ class StepOptions:
     """Gamma of min-SNR weighting (Hang et al. 2023); 0 weighs all timesteps alike. Unset: the base family's default."""
     noise_offset: float = 0.0
     """Strength of a constant added to each channel's noise, for very dark or bright pictures; 0.03 to 0.1 is usual."""
+    pyramid_noise: float = 0.0
+    """Discount of coarser noise that is added to the noise, level by level, for light and dark over large areas;
+    0.1 to 0.4 is usual, 0 adds none."""
+    input_perturbation: float = 0.0
+    """Strength of further noise that the U-Net sees and is not asked for, against its own errors while drawing;
+    0.1 is usual."""
+    huber: float = 0.0
+    """A pseudo-Huber loss in place of squared errors: from this size on (in pure noise, 1 without noise) errors count
+    in proportion, so that odd pictures and captions teach less; 0.1 is usual, 0 takes squares."""
     min_timestep: int = 0
     """The first of the base's timesteps to learn; most bases have 0 to 999. The least noisy ones make a picture's
     strokes and colors, the noisiest its layout."""
@@ -244,6 +253,12 @@ class StepOptions:
     """Decay of a running mean of what is trained, which is saved in place of the last weights; 0 saves the last
     weights. After n steps it is at most (1 + n) / (10 + n), so that the mean of a short run does not remember the
     untrained start."""
+
+    def loss(self) -> "LossSettings":
+        """How errors count."""
+        from sfumato.training.noising import LossSettings
+
+        return LossSettings(self.min_snr, self.huber)
 
     def noising(self, base: "Base") -> "NoiseSettings":
         """How pictures are noised. Raises ConfigError for timesteps that the base does not have."""
@@ -256,7 +271,8 @@ class StepOptions:
                 f"--min-timestep {self.min_timestep}, --max-timestep {stop}: the base's timesteps are 0 to "
                 f"{count - 1}; wanted a first one of these, and a larger end of at most {count}."
             )
-        return NoiseSettings(range(self.min_timestep, stop), self.noise_offset)
+        timesteps = range(self.min_timestep, stop)
+        return NoiseSettings(timesteps, self.noise_offset, self.pyramid_noise, self.input_perturbation)
 
 
 @dataclass(frozen=True, kw_only=True)
