@@ -42,6 +42,12 @@ def test_the_head_is_what_the_hub_reads(card):
     assert [entry["output"]["url"] for entry in data.widget] == ["images/image_0.png", "images/image_1.png"]
 
 
+def test_what_is_unusual_of_a_training_is_told(tmp_path):
+    config = {"rank": 16, "optimizer": "adamw", "huber": 0.1, "accumulate": 4, "loraplus_ratio": 1.0}
+    text = write_card(tmp_path, tmp_path / "line.safetensors", replace(ABOUT, config=config), [], []).read_text("utf-8")
+    assert "| rank | 16 |\n| accumulate | 4 |\n| huber | 0.1 |\n| pictures | 16 |" in text
+
+
 def test_adapter_guidance_is_told_where_the_file_asks_for_it(card, tmp_path):
     assert "adapter guidance" not in card.read_text(encoding="utf-8")
     about = replace(ABOUT, adapter_guidance=2.0)

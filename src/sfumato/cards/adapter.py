@@ -6,8 +6,9 @@ YAML head, gallery, trigger words, how to use it, and the training in a table; w
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from sfumato import shell
@@ -257,9 +258,22 @@ def base_options(about: Description, *names: str) -> str:
     return "".join(f" --{name} {value}" for name, value in shown.items()) + ends
 
 
+_MOSTLY: Mapping[str, Any] = MappingProxyType(
+    {
+        "optimizer": "adamw", "accumulate": 1, "dropout": 0.0, "rank_stabilised": False, "loraplus_ratio": 1.0,
+        "train_text_encoder": False, "text_learning_rate": None, "noise_offset": 0.0, "pyramid_noise": 0.0,
+        "input_perturbation": 0.0, "huber": 0.0, "min_timestep": 0, "max_timestep": None, "crossed_share": 0.0,
+        "ema": 0.0, "clip_skip": None,
+    }
+)  # fmt: skip
+"""Settings that a card tells where they are not so."""
+
+
 def training_table(about: Description, shown: Sequence[str]) -> str:
-    """The section of a card that says what it was trained with; `shown`: the settings, where the config has them."""
+    """The section of a card that says what it was trained with: `shown`, the settings that the config has of these, and
+    then what is not as it mostly is."""
     config = dict(about.config or {})
+    shown = [*shown, *(name for name, usual in _MOSTLY.items() if config.get(name, usual) != usual)]
     if about.steps is not None and "steps" in config:
         config["steps"] = about.steps  # those that were made, of a run that stopped before its end
     values = {name: str(config[name]).replace("|", r"\|") for name in shown if name in config}
