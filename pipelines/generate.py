@@ -41,7 +41,6 @@ from sfumato.weighting.adapter import Adapter, is_idle
 if TYPE_CHECKING:
     from sfumato.bases import Base
     from sfumato.compose import Mix
-    from sfumato.compose.match import Way
     from sfumato.drawing.pictures import Start
     from sfumato.drawing.session import DrawingSession, Drawn
     from sfumato.files.adapter_file import AdapterFile
@@ -365,6 +364,7 @@ def _mixed(
         unread_marks,
         unused_words,
     )
+    from sfumato.drawing.way import way_for
     from sfumato.files.header import read_header
     from sfumato.merging.whole_model import read_mixable
     from sfumato.words import embedding
@@ -377,7 +377,8 @@ def _mixed(
         ]
         say(*unread_marks(texts, config.prompt_syntax), *unused_words(named, texts, config.prompt_syntax))
         allowed = {"partial": config.partial, "verify": config.verify}
-        mix = stack.enter_context(compose(base, *wanted.adapters, way=_way(wanted), words_known=True, **allowed))
+        way = way_for(base, wanted.adapters, follows_steps=wanted.where_when.follows_steps)
+        mix = stack.enter_context(compose(base, *wanted.adapters, way=way, words_known=True, **allowed))
         # The weight of a bundle is the LoRA's; its words are there.
         regional = {each.label: read_mixable(each.path, partial=config.partial) for each in wanted.where_when.regional}
         bundled = {**mix.embeddings, **{label: file.embeddings for label, file in regional.items()}}
@@ -395,15 +396,6 @@ def _mixed(
         of_words = {token or file.name: read_header(file).metadata for token, file in wanted.embeddings}
         say(*learned_otherwise(_told(wanted, mix, regional), base), *learned_otherwise(of_words, base))
         yield mix, regional, named
-
-
-def _way(wanted: Plan) -> Way:
-    """How the mix is applied. A new weight at every step costs least in a path beside the layers; not of a whole model,
-    whose path is as large as the U-Net and would be computed at each call."""
-    from sfumato.merging.whole_model import is_whole_model
-
-    is_beside = wanted.where_when.follows_steps and not any(is_whole_model(each.path) for each in wanted.adapters)
-    return "live" if is_beside else "auto"
 
 
 def _against(

@@ -1,5 +1,6 @@
 """The programs on a GPU, beside the same on the CPU: the machine's own where torch finds one, else a pretended."""
 
+import gc
 import json
 import re
 import shutil
@@ -23,10 +24,12 @@ from sfumato.compose.by_method import by_method
 from sfumato.compose.per_picture import composite, per_picture
 from sfumato.compose.regions import Region, regions
 from sfumato.compose.steps import Ramp, over_steps
+from sfumato.drawing.way import way_for
 from sfumato.files.fingerprint import fingerprint
 from sfumato.pocket import muon
 from sfumato.pocket.style_augmentation import restyle, restyle_randomly
 from sfumato.precision import decide
+from sfumato.precision.offload import Offload
 from tests.compose.conftest import write  # noqa: F401
 from tests.files.test_change_definitions import DEFINITIONS, change_of
 from tests.pretended_gpu import pretended_gpu
@@ -429,6 +432,53 @@ def test_offloaded_parts_are_on_the_gpu_one_at_a_time(family, tmp_path):
     assert all(places and all(place == {name} for place in places) for name, places in seen.items())
     for one, other in zip(found, wanted, strict=True):
         assert np.abs(np.asarray(one, float) - np.asarray(other, float)).max() <= 1
+
+
+def test_an_offloaded_part_that_does_not_fit_leaves_the_others_usable(monkeypatch):
+    with gpu():
+        offload, parts = Offload(torch.device("cuda")), [nn.Linear(2, 2), nn.Linear(2, 2)]
+        for part in parts:
+            offload.add(part)
+        x, move = torch.ones(1, 2, device="cuda"), nn.Module.to
+        parts[0](x)
+
+        def full(part, device):
+            moved = move(part, device)
+            if device != "cpu" and part is parts[1]:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return moved
+
+        monkeypatch.setattr(nn.Module, "to", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            parts[1](x)
+        monkeypatch.undo()
+        assert [part.weight.device.type for part in parts] == ["cpu", "cpu"]
+        assert parts[0](x).device.type == "cuda"
+        assert [part.weight.device.type for part in parts] == ["cuda", "cpu"]
+        parts[0].weight, parts[0].bias = (nn.Parameter(each.to("meta")) for each in (parts[0].weight, parts[0].bias))
+        assert parts[1](x).device.type == "cuda"  # while the other rests
+
+
+@pytest.mark.slow
+def test_an_offloaded_mix_under_guidance_holds_no_second_weights_on_the_gpu(inputs, tmp_path):
+    learn("lora", inputs, tmp_path, "--steps", "1", "--targets", "everything", "--rank", "1")
+    folder = inputs["lora"][inputs["lora"].index("--base") + 1]
+    before = [each for each in gc.get_objects() if isinstance(each, torch.Tensor)]  # of other tests
+    known = set(map(id, before))
+    with gpu():
+        base = load_base(folder, precision=decide("fp32", device="cuda", offload=True))
+        adapter, beside = Adapter(tmp_path / "out.safetensors"), []
+        with compose(base, adapter, way=way_for(base, [adapter])) as mix, adapter_guidance(mix, 2, guidance=3.0):
+
+            def look(*_):
+                every = (each for each in gc.get_objects() if isinstance(each, torch.Tensor) and id(each) not in known)
+                beside.append(sum(each.numel() for each in every if each.device.type == "cuda"))
+
+            base.vae.decoder.register_forward_pre_hook(look)
+            draw(base, "a crab", 1, steps=2)
+    vae = sum(weight.numel() for weight in base.vae.parameters())
+    unet = sum(weight.numel() for weight in base.unet.parameters())
+    assert 0 < beside[0] < vae + 0.3 * unet
 
 
 @pytest.mark.parametrize("place", ["model offload", "sequential offload"])

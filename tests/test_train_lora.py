@@ -98,6 +98,7 @@ def test_equal_to_a_plain_loop_with_peft(prompts, among, huber, perturbation, ra
         timesteps = diffusion.stratified_timesteps(2, among, seed, step)
         a = base.scheduler.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
         further = torch.stack([randomness.normal(shape, seed, "input perturbation", step, i) for i in range(2)])
+        plain = base.scheduler.add_noise(batch.latents, noise, timesteps)
         noisy = base.scheduler.add_noise(batch.latents, noise + perturbation * further, timesteps)
         text = batch.text.hidden if text is None else text
         prediction = base.unet(noisy, timesteps, text).sample
@@ -107,7 +108,7 @@ def test_equal_to_a_plain_loop_with_peft(prompts, among, huber, perturbation, ra
         else:
             wanted, weight = noise, snr.clamp(max=5) / snr
         if asked:
-            wanted = asked(noisy, timesteps, text).sample.detach()
+            wanted = asked(plain, timesteps, text).sample.detach()
         squares = (prediction - wanted).square()
         if huber:
             c = (1 - huber) / (1 + ((1 - a) / a) ** 0.5) ** 2 + huber

@@ -216,7 +216,7 @@ def _reason(error: Exception) -> str:
 
 def _on_memory(error: Exception) -> str:
     advice = (
-        "Close what else takes some; draw with --offload on a GPU, at a smaller --size, or with --precision fp16. "
+        "Close what else takes some; draw at a smaller --size, on a GPU with --offload, or with --precision fp16. "
         "`sfumato memory` tells what drawing takes."
     )
     if "sfumato.runs.run" in sys.modules:  # which only a program that trains has loaded

@@ -120,7 +120,7 @@ def weighted_error(
     error = (prediction.float() - wanted.float()).square()
     if huber is not None:
         c = huber.view(-1, 1, 1, 1)
-        error = 2 * c * ((error + c.square()).sqrt() - c)
+        error = 2 * c * error / ((error + c.square()).sqrt() + c)  # the same, without a difference of like numbers
     if mask is None:
         return error.mean(dim=(1, 2, 3)) * weight
     mask = mask.expand_as(error)

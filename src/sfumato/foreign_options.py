@@ -39,7 +39,7 @@ OPTIONS: Mapping[str, str] = MappingProxyType(
         "--min-snr": "min_snr_gamma snr_gamma loss_weight_strength",
         "--noise-offset": "offset_noise_weight",
         "--pyramid-noise": "multires_noise_discount",
-        "--input-perturbation": "ip_noise_gamma perturbation_noise_weight",
+        "--input-perturbation": "ip_noise_gamma",
         "--huber": "huber_c",
         "--loraplus-ratio": "loraplus_lr_ratio loraplus_unet_lr_ratio",
         "--min-timestep": "min_noising_strength",
@@ -169,6 +169,10 @@ def called_here(name: str, known: Collection[str]) -> str | None:
             return f"Here it is {option}."
     if "learning_rate" not in known:  # not of a trainer
         return None
-    said = {others: f"It needs none: {why}." for others, why in UNASKED.items()}
-    said |= {others: f"{why[0].upper()}{why[1:]}." for others, why in ABSENT.items()}
-    return next((sentence for others, sentence in said.items() if name in others.split()), None)
+    if why := next((why for others, why in UNASKED.items() if name in others.split()), None):
+        return f"It needs none: {why}."
+    why = next((why for others, why in ABSENT.items() if name in others.split()), None)
+    if why is None:
+        return None
+    named = [option.replace("-", "_") for option in re.findall(r"--([a-z][a-z-]+)", why)]
+    return f"{why[0].upper()}{why[1:]}." if known.issuperset(named) else "There is no counterpart."

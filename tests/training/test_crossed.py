@@ -11,7 +11,7 @@ from sfumato import data, diffusion, randomness
 from sfumato.bases import load_base
 from sfumato.errors import DataError
 from sfumato.training.crossed import DDIM_STEPS, FIRST_SHARE, START_SHARES, Crossing
-from sfumato.training.noising import NoiseSettings, draw_noised
+from sfumato.training.noising import draw_noised
 from tests.tiny import CPU
 
 
@@ -131,20 +131,6 @@ def test_a_place_of_the_global_batch_is_crossed_alike_whoever_draws_it(base, dat
     _, whole = both(base, dataset, half_of_them)
     part = draw_noised(base, dataset, 0, 3, 8, 4, 4, embed_text=False)
     assert torch.equal(half_of_them.cross(part, 3, 4).noise, whole.noise[4:])
-
-
-@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
-def test_what_a_perturbed_input_has_more_is_not_asked_for(kind, base, dataset, crossing, monkeypatch):
-    monkeypatch.setattr(type(base), "prediction_type", kind)
-    plain, perturbed = (
-        draw_noised(
-            base, dataset, 0, 3, 8, 0, 8, embed_text=False, noising=NoiseSettings(range(1000), perturbation=strength)
-        )
-        for strength in (0, 0.3)
-    )
-    found, wanted = crossing.cross(perturbed, 3, 0), crossing.cross(plain, 3, 0)
-    assert_close(found.target, wanted.target, rtol=1e-4, atol=1e-5)
-    assert_close(found.noise - wanted.noise, perturbed.noise - plain.noise, rtol=1e-4, atol=1e-5)
 
 
 def test_crops_at_random_places_are_refused(base, tmp_path):

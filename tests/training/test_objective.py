@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from sfumato import data, diffusion, randomness
 from sfumato.bases import load_base
 from sfumato.training.metrics import Metrics
-from sfumato.training.noising import NoiseSettings, draw_noised
+from sfumato.training.noising import NoiseSettings, draw_noised, per_sample_losses
 from sfumato.training.objective import denoising_errors, draw_noise, predict
 from tests.tiny import CPU
 
@@ -179,4 +179,12 @@ def test_a_perturbed_input_is_seen_and_not_asked_for(pocket_folder, pictures, ki
         for strength in (0.0, 0.25)
     )
     assert torch.equal(plain.target, perturbed.target)
-    assert (perturbed.noise - plain.noise).std().item() == pytest.approx(0.25, rel=0.1)
+    assert torch.equal(plain.noise, perturbed.noise)
+    assert perturbed.unasked.std().item() == pytest.approx(0.25, rel=0.1)
+    seen = draw_noise(perturbed.batch, 0, 3, 0) + perturbed.unasked
+    with torch.no_grad():
+        found = per_sample_losses(base, [perturbed], encode=False)
+        wanted = denoising_errors(
+            base, perturbed.batch, seen, perturbed.timesteps, perturbed.batch.text, target=plain.target
+        )
+    assert_close(found, wanted)

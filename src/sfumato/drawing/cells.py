@@ -216,6 +216,7 @@ def prepared(
     embeddings: (token, file) of new words; a token of None is the file's own. is_merged: whether cells have a method.
     """
     from sfumato.compose import compose
+    from sfumato.drawing.way import way_for
     from sfumato.words import embedding
 
     with ExitStack() as stack:
@@ -223,7 +224,8 @@ def prepared(
         named = [(file, list(each.tokens)) for each, (_, file) in zip(words, embeddings, strict=True)]
         mix = None
         if not is_merged:
-            mix = stack.enter_context(compose(base, *adapters, partial=partial, words_known=True))
+            way = way_for(base, adapters)
+            mix = stack.enter_context(compose(base, *adapters, way=way, partial=partial, words_known=True))
         told, brought = _in_files(mix, adapters, partial=partial)
         yield Setup(base, adapters, mix, told, brought, words, named, syntax, partial)
 

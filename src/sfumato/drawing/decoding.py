@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from sfumato.errors import BaseModelError
-from sfumato.precision import give_back_freed_memory, tensors
+from sfumato.precision import give_back_freed_memory
 
 _DECODED_AT_ONCE = 4096
 """Latent pixels: one picture of 512 px on SD 1.x, whose decoding takes more memory than all else of its drawing."""
@@ -57,12 +57,14 @@ def _decode(pipe: Any, latents: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _decode_at_once(pipe: Any, latents: Tensor) -> Tensor:
+    from diffusers.utils.torch_utils import get_module_execution_device
+
     from sfumato.bases.base import latent_scale
 
     shift, scale = latent_scale(pipe.vae, latents.device)
     encoded = latents.float() / scale + shift
-    device = tensors.computes_on(pipe.vae)
-    pixels: Tensor = pipe.vae.decode(encoded.to(device, pipe.vae.dtype), return_dict=False)[0]
+    encoded = encoded.to(get_module_execution_device(pipe.vae), pipe.vae.dtype)
+    pixels: Tensor = pipe.vae.decode(encoded, return_dict=False)[0]
     return pixels.float()
 
 

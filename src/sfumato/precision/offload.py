@@ -12,37 +12,41 @@ from torch import nn
 class Offload:
     """Parts that take turns on a device: what computes moves there, and stays until another one of them does.
 
-    As diffusers' `enable_model_cpu_offload`, whose pipelines see these parts for offloaded ones, but in whatever order
-    the parts are called.
+    As diffusers' `enable_model_cpu_offload`, but in whatever order the parts are called. It is for one thread: another
+    one's turn would move away what computes.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._parts: list[nn.Module] = []
         self._there: nn.Module | None = None
 
     def add(self, part: nn.Module) -> None:
-        """Move the part to main memory, to take its turns from now on; again, after its weights were read anew."""
-        if all(part is not other for other in self._parts):
-            self._parts.append(part)
+        """Let a part that is in main memory take its turns from now on; again, after its weights were read anew."""
+        if not isinstance(getattr(part, "_hf_hook", None), _Turn):
             add_hook_to_module(part, _Turn(self))
-        self._away(part)
         if self._there is part:
             self._there = None
 
     def turn(self, part: nn.Module) -> None:
-        """Move the part to the device, after the one that is there has left it."""
+        """Move the part to the device, after the one that is there has left it. What does not fit is off it again."""
         if self._there is part:
             return
-        if self._there is not None:
-            self._away(self._there)
-        nn.Module.to(part, self.device)
+        there, self._there = self._there, None
+        if there is not None:
+            _away(there)
+        try:
+            # Not `part.to`: diffusers overrides it to warn of what is in half precision on a CPU.
+            nn.Module.to(part, self.device)
+        except BaseException:
+            _away(part)
+            raise
         self._there = part
 
-    @staticmethod
-    def _away(part: nn.Module) -> None:
-        # Not `part.to`: diffusers overrides it to warn of what is in half precision on a CPU.
+
+def _away(part: nn.Module) -> None:
+    if all(weight.device.type != "meta" for weight in part.parameters()):  # else it has given its memory back
         nn.Module.to(part, "cpu")
+        torch.cuda.empty_cache()
 
 
 class _Turn(ModelHook):  # type: ignore[misc]

@@ -30,15 +30,6 @@ def stored(module: nn.Module, name: str) -> Tensor | None:
     return tensor
 
 
-def computes_on(part: Any) -> torch.device:
-    """Where a model's call takes place: its own device, or the one to which accelerate moves it, or its layers."""
-    for module in part.modules():
-        for hook in _hooks(getattr(module, "_hf_hook", None)):
-            if (device := getattr(hook, "execution_device", None)) is not None:
-                return torch.device(device)
-    return torch.device(part.device)
-
-
 def _hooks(hook: Any) -> tuple[Any, ...]:
     return tuple(getattr(hook, "hooks", (hook,)))
 

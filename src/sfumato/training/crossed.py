@@ -96,5 +96,5 @@ class Crossing:
                 shown[row] = torch.lerp(latents[row], self._drawn[view], part)
         alpha_bar = self._base.alpha_bar.to(latents.device)[noised.timesteps]
         noise = diffusion.crossing_noise(latents, shown, noised.noise, alpha_bar)
-        more = diffusion.target(self._base.prediction_type, torch.zeros_like(latents), noise - noised.noise, alpha_bar)
-        return dataclasses.replace(noised, noise=noise, target=noised.target + more)
+        target = diffusion.target(self._base.prediction_type, latents, noise, alpha_bar)
+        return dataclasses.replace(noised, noise=noise, target=target)

@@ -44,13 +44,14 @@ class LossSettings:
 class NoisedBatch:
     """A batch with all that its error depends on. noise, target: as batch.latents. timesteps: (batch,).
 
-    noise: what is mixed into the latents, which is more than what is asked for where the input is perturbed.
+    unasked: further noise that is mixed in, and that the target knows nothing of; None for none.
     """
 
     batch: Batch
     noise: Tensor
     timesteps: Tensor
     target: Tensor
+    unasked: Tensor | None = None
 
     def concat(self, other: NoisedBatch) -> NoisedBatch:
         """Both as one batch, these first."""
@@ -59,6 +60,7 @@ class NoisedBatch:
             torch.cat([self.noise, other.noise]),
             torch.cat([self.timesteps, other.timesteps]),
             torch.cat([self.target, other.target]),
+            None if self.unasked is None or other.unasked is None else torch.cat([self.unasked, other.unasked]),
         )
 
 
@@ -74,7 +76,8 @@ def per_sample_losses(
         batch = call.batch
         text = embedding.encode(base, batch.captions, grad=True) if encode else batch.text
         assert text is not None
-        given = (batch, call.noise, call.timesteps, text)
+        noise = call.noise if call.unasked is None else call.noise + call.unasked
+        given = (batch, noise, call.timesteps, text)
         found = denoising_errors(base, *given, min_snr=settings.min_snr, huber=settings.huber, target=call.target)
         errors.append(found)
     return torch.cat(errors)
@@ -116,6 +119,7 @@ def draw_noised(
     timesteps = timesteps.to(noise.device)
     alpha_bar = base.alpha_bar.to(noise.device)[timesteps]
     target = diffusion.target(base.prediction_type, batch.latents, noise, alpha_bar)
+    unasked = None
     if noising.perturbation:
-        noise = noise + noising.perturbation * draw_perturbation(batch, seed, step, first)
-    return NoisedBatch(batch, noise, timesteps, target)
+        unasked = noising.perturbation * draw_perturbation(batch, seed, step, first)
+    return NoisedBatch(batch, noise, timesteps, target, unasked)
