@@ -291,7 +291,7 @@ def _public(config: Config) -> dict[str, Any]:
     for name in ("x", "y"):
         if given[name].startswith("adapter="):
             given[name] = re.sub(r"[^,=]*[\\/]", "", getattr(config, name))
-    return {name: value for name, value in given.items() if name not in ("output", "device")}
+    return {name: value for name, value in given.items() if name not in ("output", "device", "offload")}
 
 
 def main(argv: Sequence[str]) -> int:

@@ -175,4 +175,4 @@ def called_here(name: str, known: Collection[str]) -> str | None:
     if why is None:
         return None
     named = [option.replace("-", "_") for option in re.findall(r"--([a-z][a-z-]+)", why)]
-    return f"{why[0].upper()}{why[1:]}." if known.issuperset(named) else "There is no counterpart."
+    return f"{why[0].upper()}{why[1:]}." if set(named) <= set(known) else "There is no counterpart."
