@@ -258,7 +258,7 @@ def base_options(about: Description, *names: str) -> str:
     return "".join(f" --{name} {value}" for name, value in shown.items()) + ends
 
 
-_MOSTLY: Mapping[str, Any] = MappingProxyType(
+_USUAL: Mapping[str, Any] = MappingProxyType(
     {
         "optimizer": "adamw", "accumulate": 1, "dropout": 0.0, "rank_stabilised": False, "loraplus_ratio": 1.0,
         "train_text_encoder": False, "text_learning_rate": None, "noise_offset": 0.0, "pyramid_noise": 0.0,
@@ -266,14 +266,14 @@ _MOSTLY: Mapping[str, Any] = MappingProxyType(
         "ema": 0.0, "clip_skip": None,
     }
 )  # fmt: skip
-"""Settings that a card tells where they are not so."""
+"""Settings that a card tells only where they are not so."""
 
 
 def training_table(about: Description, shown: Sequence[str]) -> str:
     """The section of a card that says what it was trained with: `shown`, the settings that the config has of these, and
-    then what is not as it mostly is."""
+    then what of `_USUAL` is not so."""
     config = dict(about.config or {})
-    shown = [*shown, *(name for name, usual in _MOSTLY.items() if config.get(name, usual) != usual)]
+    shown = [*shown, *(name for name, usual in _USUAL.items() if config.get(name, usual) != usual)]
     if about.steps is not None and "steps" in config:
         config["steps"] = about.steps  # those that were made, of a run that stopped before its end
     values = {name: str(config[name]).replace("|", r"\|") for name in shown if name in config}

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def way_for(base: Base, adapters: Iterable[Adapter], *, follows_steps: bool = False) -> Way:
-    """ "live" where that is the better way for these adapters on this base, else "auto".
+    """The way to mix: "live" where that is the better one for these adapters on this base, else "auto".
 
     A new weight at every step costs least in a path beside the layers, and adapter guidance holds a second set of the
     weights that it changes, for which there is no room where parts are offloaded. Not of a whole model, whose path is
