@@ -328,9 +328,8 @@ def refuse_idle(config: Config) -> None:
     if config.instance_prompt and config.identifier not in config.instance_prompt:
         checks.only_with(config, "it in --instance-prompt", "identifier")
     if config.method == "full":
-        of_lora = ("alpha", "conv_rank", "conv_alpha", "loraplus_ratio", "targets")
-        of_lora += ("over_steps", "own_negative", "save_every")
-        checks.only_with(config, "--method lora", *of_lora)
+        of_lora = ("alpha", "conv_rank", "conv_alpha", "loraplus_ratio", "targets", "over_steps", "own_negative")
+        checks.only_with(config, "--method lora", *of_lora, "save_every")
         if config.save != "lora":
             checks.only_with(config, "--method lora or --save lora", "rank")
 
