@@ -20,28 +20,27 @@ def draw_noise(batch: Batch, seed: int, step: int, first: int, *, offset: float 
     first: the place of the batch's first picture. offset: strength of a constant per channel (Guttenberg 2023).
     pyramid: discount of `diffusion.pyramid_noise`, 0 for none.
     """
-    channels, height, width = batch.latents.shape[1:]
-    places = range(first, first + len(batch.latents))
-
-    def numbers(stream: str, *shape: int) -> Tensor:
-        return torch.stack([randomness.normal((channels, *shape), seed, stream, step, place) for place in places])
-
-    noise = numbers("noise", height, width)
+    sides = batch.latents.shape[2:]
+    noise = _numbers(batch, seed, "noise", step, first, *sides)
     if pyramid:
-        levels = [_coarser(own, seed, step, place) for own, place in zip(noise, places, strict=True)]
+        levels = [_coarser(own, seed, step, place) for place, own in enumerate(noise, first)]
         each = zip(noise[:, None], levels, strict=True)
         noise = torch.cat([diffusion.pyramid_noise(own, coarser, pyramid) for own, coarser in each])
     if offset:
-        noise = diffusion.offset_noise(noise, numbers("noise offset", 1, 1), offset)
+        noise = diffusion.offset_noise(noise, _numbers(batch, seed, "noise offset", step, first, 1, 1), offset)
     return noise.to(batch.latents)
 
 
 def draw_perturbation(batch: Batch, seed: int, step: int, first: int) -> Tensor:
     """Further noise in the latents' shape, a function of the same as `draw_noise`'s."""
-    shape = tuple(batch.latents.shape[1:])
-    places = range(first, first + len(batch.latents))
-    drawn = [randomness.normal(shape, seed, "input perturbation", step, place) for place in places]
-    return torch.stack(drawn).to(batch.latents)
+    return _numbers(batch, seed, "input perturbation", step, first, *batch.latents.shape[2:]).to(batch.latents)
+
+
+def _numbers(batch: Batch, seed: int, stream: str, step: int, first: int, *sides: int) -> Tensor:
+    """Standard normal numbers, (batch, channels, *sides), each picture's those of its place."""
+    count, channels = batch.latents.shape[:2]
+    drawn = [randomness.normal((channels, *sides), seed, stream, step, first + place) for place in range(count)]
+    return torch.stack(drawn)
 
 
 def _coarser(noise: Tensor, seed: int, step: int, place: int) -> list[Tensor]:
