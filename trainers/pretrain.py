@@ -1,4 +1,4 @@
-"""Pre-train a small Stable Diffusion from nothing: the VAE, then the U-Net with its text encoder, which learns on last.
+"""Pre-train a small Stable Diffusion from nothing: the VAE, then the U-Net with its text encoder, and either learns on.
 
 Made for the pocket base, whose pictures `bench/pocket_data.py` builds. Each stage is a run of its own; `--steps` and
 `--fall-at` may be changed at a resume with `--force`, so that the fall of the rate can be timed by the clock.
@@ -6,6 +6,7 @@ Made for the pocket base, whose pictures `bench/pocket_data.py` builds. Each sta
     python trainers/pretrain.py trainers/configs/pocket-vae-cpu.toml
     python trainers/pretrain.py trainers/configs/pocket-unet-cpu.toml
     python trainers/pretrain.py trainers/configs/pocket-text.toml
+    python trainers/pretrain.py trainers/configs/pocket-self-play.toml
 """
 
 from __future__ import annotations
@@ -35,15 +36,17 @@ if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that 
     from sfumato.pocket.trained import PretrainState
     from sfumato.precision import Precision
     from sfumato.runs.run import Run
+    from sfumato.runs.step import Step
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(FolderOptions):
-    """Pre-train the VAE, or the U-Net with its text encoder, from nothing; or teach a text encoder last."""
+    """Pre-train the VAE, or the U-Net with its text encoder, from nothing; or teach either of a base more."""
 
-    stage: Literal["vae", "unet", "text"] = "vae"
+    stage: Literal["vae", "unet", "text", "self-play"] = "vae"
     """What to train. The U-Net, with its text encoder, needs a trained VAE. The text encoder alone, of --init, learns
-    last, from no picture, to let the styles count more."""
+    from no picture to let the styles count more. By self-play the U-Net alone, of --init, learns to tell pictures from
+    its own drawings (direct discriminative optimization, Zheng et al. 2025)."""
     data: Path = Path("pocket-data")
     """The folder of pictures: what bench/pocket_data.py built, or your own, laid out as docs/pocket.md says."""
     output: Path = Path("runs/pocket-vae")
@@ -58,9 +61,9 @@ class Config(FolderOptions):
     steps: int = 2400
     """Optimizer steps in all."""
     batch: int = 16
-    """Pictures per step."""
-    learning_rate: float = 1e-3
-    """The rate between the warm-up and the fall."""
+    """Pictures per step. Self-play: of each also an own drawing."""
+    learning_rate: float | None = None
+    """The rate between the warm-up and the fall. Unset: 1e-3; self-play: 3e-5."""
     warmup: int | None = None
     """Steps over which the rate rises from 0. Unset: 100, or a tenth of fewer than a thousand steps."""
     fall_at: int | None = None
@@ -101,9 +104,10 @@ class Config(FolderOptions):
     plain_style: str | None = None
     """U-Net: the style that a concept's name alone draws. Unset: all styles, which a small model draws as a blend."""
     empty_share: float = 0.1
-    """U-Net: share of empty captions, for classifier-free guidance."""
+    """U-Net, self-play: share of empty captions, for classifier-free guidance."""
     others_share: float = 0.0
-    """U-Net: share of each batch that shows the sets' other drawings, which teach the styles beyond the concepts."""
+    """U-Net, self-play: share of the pictures that are the sets' other drawings, which teach the styles beyond the
+    concepts."""
     varied_share: float = 0.0
     """U-Net: share of the pictures that are mirrored, have their color channels swapped, or both. Their captions say
     so, so that they show more of a style's hand and are never drawn unasked."""
@@ -127,6 +131,10 @@ class Config(FolderOptions):
     a guess where the thing has not been seen in the style; of what has been seen the U-Net knows how it looks by it,
     too. U-Net, with --no-train-text-encoder: the largest share, each picture's is drawn by lot from 0 on. Unset: all
     of it, always."""
+    play_guidance: float | None = None
+    """Self-play: guidance scale of the own drawings, that with which the base is to draw. Unset: the base's usual."""
+    play_sharpness: float = 100.0
+    """Self-play: how sure a difference in the error makes that a picture is real or drawn (beta)."""
     seed: int = 0
     """Seed of weights and of every draw."""
     device: str = "auto"
@@ -161,10 +169,17 @@ def rate_at(step: int, config: Config) -> float:
     return max(0.0, min(1.0, rising, falling))
 
 
+def learning_rate_at(step: Step, config: Config) -> float:
+    """The learning rate of a step, less where the run has turned back from broken numbers. config: filled."""
+    assert config.learning_rate is not None
+    return config.learning_rate * rate_at(step.number, config) * step.rate_factor
+
+
 def trained_of(modules: Mapping[str, nn.Module], config: Config, device: torch.device) -> PretrainState:
     """The modules with what makes them learn, as the config says."""
     from sfumato.pocket.trained import PretrainState
 
+    assert config.learning_rate is not None
     return PretrainState(
         modules,
         device,
@@ -235,7 +250,7 @@ def train_vae(config: Config, precision: Precision) -> Path:
     run.identify(**facts)
     run.every(config.sample_every, lambda step: _reconstruct(trained, named, run, step))
     for step in run.steps(config.steps):
-        trained.set_rate(config.learning_rate * rate_at(step.number, config) * step.rate_factor)
+        trained.set_rate(learning_rate_at(step, config))
         pixels = draw_pixels(pictures, config, step.number, precision.device)
         shape = (config.batch, vae.config.latent_channels, *(side // factor for side in pixels.shape[2:]))
         noise = randomness.normal(shape, config.seed, "noise", step.number)
@@ -352,7 +367,7 @@ def train_unet(config: Config, precision: Precision) -> Path:
     draw_samples(run, config, trained, precision, pipeline, manifest["styles"], manifest["concepts"])
     every_timestep = range(scheduler.config.num_train_timesteps)
     for step in run.steps(config.steps):
-        trained.set_rate(config.learning_rate * rate_at(step.number, config) * step.rate_factor)
+        trained.set_rate(learning_rate_at(step, config))
         timesteps = diffusion.stratified_timesteps(config.batch, every_timestep, config.seed, step.number)
         lesson = lessons.at(step.number, timesteps)
         alpha_bar = scheduler.alphas_cumprod[timesteps].to(device)
@@ -431,11 +446,92 @@ def train_text(config: Config, precision: Precision) -> Path:
     pipeline = assemble(vae, unet, text_encoder, tokenizer, scheduler)
     draw_samples(run, config, trained, precision, pipeline, things.styles, things.concepts)
     for step in run.steps(config.steps):
-        trained.set_rate(config.learning_rate * rate_at(step.number, config) * step.rate_factor)
+        trained.set_rate(learning_rate_at(step, config))
         texts, wanted = emphasis.lesson(step.number, config.batch)
         with precision.autocast():
             said = encode_text(text_encoder, tokenizer, texts, device)
         trained.learn(step, (said.float() - wanted).square().mean())
+    with trained.result():
+        path = save_model(pipeline, config.output / "model")
+    run.close()
+    return path
+
+
+def train_self_play(config: Config, precision: Precision) -> Path:
+    """Train the U-Net of a base to tell pictures from its own drawings; returns the folder of a pipeline, averaged
+    weights, fp32."""
+    import copy
+
+    import torch
+
+    from sfumato import diffusion, randomness
+    from sfumato.bases import FAMILIES
+    from sfumato.pocket.init_parts import base_fingerprint, learning_parts
+    from sfumato.pocket.latents import Latents
+    from sfumato.pocket.outputs import assemble, save_model
+    from sfumato.pocket.parts import build_scheduler
+    from sfumato.pocket.pictures import VARIANTS, read_manifest
+    from sfumato.pocket.self_play import Pairs, discriminative_loss, own_drawings, taking_part
+    from sfumato.runs.run import Run
+
+    assert config.init is not None
+    manifest = read_manifest(config.data)
+    pictures, named = seen_pictures(config)
+    run = Run.start(config, program="pretrain", writes=["model", "own-drawings.safetensors"])
+    run.say(precision.table())
+    scheduler, device = build_scheduler(), precision.device
+    unet, text_encoder, tokenizer, vae = learning_parts(config.init, config.device, scheduler)
+    text_encoder.requires_grad_(False)
+    cache = Latents(vae, pictures, VARIANTS[:1], device)
+    unet.register_to_config(sample_size=cache.means.shape[-1])
+    first = copy.deepcopy(unet).requires_grad_(False)
+    precision.prepare_for_training(unet)
+    trained = trained_of({"unet": unet}, config, device)
+    run.keep(**trained.parts())
+    facts = {"data": pictures.fingerprint(), "vae": cache.fingerprint()}
+    init = base_fingerprint(config.init, config.device)
+    run.identify(**facts, init=init)
+    run.begin()
+
+    indices = taking_part(len(pictures.names), named, config.others_share, config.seed)
+    captions = [f"{what}, {style} style" for what, style in (pictures.names[index] for index in indices)]
+    with torch.no_grad():
+        parts = [captions[start : start + 64] for start in range(0, len(captions), 64)]
+        states = torch.cat([encode_text(text_encoder, tokenizer, texts, device) for texts in parts])
+        empty = encode_text(text_encoder, tokenizer, [""], device)
+    usual = FAMILIES["pocket"].defaults.guidance
+    own = own_drawings(
+        first,
+        states,
+        empty,
+        build_scheduler(),
+        precision,
+        guidance=usual if config.play_guidance is None else config.play_guidance,
+        seed=config.seed,
+        kept=config.output / "own-drawings.safetensors",
+        unet_fingerprint=init,
+    )
+    pairs = Pairs(cache.means[0, indices], own, states, empty)
+
+    pipeline = assemble(vae, unet, text_encoder, tokenizer, scheduler)
+    draw_samples(run, config, trained, precision, pipeline, manifest["styles"], manifest["concepts"])
+    every_timestep = range(scheduler.config.num_train_timesteps)
+    for step in run.steps(config.steps):
+        trained.set_rate(learning_rate_at(step, config))
+        latents, hidden = pairs.at(step.number, config.batch, config.seed, config.empty_share)
+        timesteps = diffusion.stratified_timesteps(config.batch, every_timestep, config.seed, step.number).repeat(2)
+        noise = randomness.normal((config.batch, *own.shape[1:]), config.seed, "noise", step.number).to(device)
+        noise = torch.cat([noise, noise])  # a picture and its drawing are noised alike
+        alpha_bar = scheduler.alphas_cumprod[timesteps].to(device)
+        noisy = diffusion.noise_latents(latents, noise, alpha_bar)
+        wanted = diffusion.target("v_prediction", latents, noise, alpha_bar)
+        with precision.autocast():
+            drawn = unet(noisy, timesteps.to(device), hidden).sample
+            with torch.no_grad():
+                before = first(noisy, timesteps.to(device), hidden).sample
+        error, error_before = ((each.float() - wanted).square().mean((1, 2, 3)) for each in (drawn, before))
+        real, of_own = (error - error_before).chunk(2)
+        trained.learn(step, discriminative_loss(real, of_own, config.play_sharpness))
     with trained.result():
         path = save_model(pipeline, config.output / "model")
     run.close()
@@ -508,13 +604,15 @@ def train(config: Config) -> Path:
         "checkpoint_every": 400,
         "warmup": min(100, config.steps // 10),
         "fall_at": config.steps // 3,
+        "learning_rate": 3e-5 if config.stage == "self-play" else 1e-3,
     }
     unset = {name: value for name, value in filled.items() if getattr(config, name) is None}
     config = dataclasses.replace(config, **unset)
     assert config.precision is not None
     precision = decide(config.precision, device=config.device)
     precision.apply()
-    return {"vae": train_vae, "unet": train_unet, "text": train_text}[config.stage](config, precision)
+    stages = {"vae": train_vae, "unet": train_unet, "text": train_text, "self-play": train_self_play}
+    return stages[config.stage](config, precision)
 
 
 def main(argv: Sequence[str]) -> int:

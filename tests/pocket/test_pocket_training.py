@@ -6,7 +6,6 @@ import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
@@ -146,23 +145,6 @@ def test_muon_is_its_formula(shape):
         w = w * (1 - rate * decay) - rate * 0.2 * max(w.shape) ** 0.5 * (u * s) @ v
         optimizer.step()
         assert_close(weight.detach().flatten(1), w, rtol=0, atol=3e-4)  # bf16's rounding
-
-
-@pytest.fixture
-def data(tmp_path):
-    """Two styles of three plain squares, one cell withheld."""
-    folder = tmp_path / "data"
-    for s, style in enumerate(("noto", "flat")):
-        for c, concept in enumerate(("red-apple", "crab", "key")):
-            (folder / style).mkdir(parents=True, exist_ok=True)
-            pixels = np.full((64, 64, 3), 255, np.uint8)
-            pixels[10 + 10 * s : 40, 10 : 20 + 15 * c, c] = 0
-            Image.fromarray(pixels).save(folder / style / f"{concept}.png")
-    concepts = {"red apple": "a fruit", "crab": "a sea animal", "key": "a tool"}
-    manifest = {"styles": ["noto", "flat"], "concepts": concepts, "withheld": [["key", "flat"]]}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    (folder / "words.txt").write_text("picture\nof\n")
-    return folder
 
 
 def test_a_missing_manifest_says_how_to_make_one(tmp_path):
@@ -619,6 +601,12 @@ def test_shares_and_timesteps_out_of_range_are_refused_by_name(wrong, data, tmp_
         ({"stage": "unet", "init": "pocket", "kl": 0.1}, "--kl has no effect without --stage vae"),
         ({"compile": True}, "--compile has no effect without --stage unet"),
         ({"moved_share": 0.5}, "--moved-share has no effect without --stage unet"),
+        ({"others_share": 0.5}, "--others-share has no effect without --stage unet or self-play"),
+        ({"play_guidance": 1.0}, "--play-guidance has no effect without --stage self-play"),
+        ({"stage": "self-play", "init": "pocket", "flip_share": 0.0}, "--flip-share has no effect without --stage vae"),
+        ({"stage": "self-play", "init": "pocket", "play_sharpness": 0.0}, "--play-sharpness is 0.0; it must be above"),
+        ({"stage": "self-play", "init": "pocket", "play_guidance": -1.0}, "guidance -1: wanted 0 to 100"),
+        ({"stage": "self-play"}, "--stage self-play goes on with the U-Net of a base: it needs --init BASE"),
         (
             {"stage": "unet", "init": "pocket", "crossed_from": 5},
             "--crossed-from has no effect without --crossed-share",

@@ -9,12 +9,22 @@ from typing import TYPE_CHECKING, Any
 
 from sfumato import shell
 from sfumato.errors import ConfigError
+from sfumato.limits import checked_guidance
 from sfumato.training.checks import check_run, only_with
 
 if TYPE_CHECKING:
     import torch
 
-NOT_NEGATIVE = ("warmup", "fall_at", "kl", "gradient_difference", "snr_gamma", "flat_weight", "style_emphasis")
+NOT_NEGATIVE = (
+    "warmup",
+    "fall_at",
+    "kl",
+    "gradient_difference",
+    "snr_gamma",
+    "flat_weight",
+    "style_emphasis",
+    "play_sharpness",
+)
 
 
 def check(config: Any) -> None:
@@ -25,6 +35,8 @@ def check(config: Any) -> None:
     _check_effects(config)
     if config.stage == "unet":
         _check_unet(config)
+    if config.stage == "self-play":
+        _check_self_play(config)
     _check_sources(config)
 
 
@@ -62,13 +74,17 @@ def _check_effects(config: Any) -> None:
         only_with(config, "--stage vae", "kl", "gradient_difference")
     if config.stage != "unet":
         of_timesteps = ("snr_gamma", "flat_weight", "crossed_from", "crossed_overlap", "moved_below")
-        shares = ("group_share", "plain_share", "empty_share", "others_share", "varied_share", "crossed_share")
-        alone = ("vae", "plain_style", "compile", "moved_share", "train_text_encoder")
+        shares = ("group_share", "plain_share", "varied_share", "crossed_share", "moved_share")
+        alone = ("vae", "plain_style", "compile", "train_text_encoder")
         only_with(config, "--stage unet", *alone, *shares, *of_timesteps)
-    if config.stage == "text":
+    if config.stage not in ("unet", "self-play"):
+        only_with(config, "--stage unet or self-play", "empty_share", "others_share")
+    if config.stage not in ("vae", "unet"):
         only_with(config, "--stage vae or unet", "flip_share", "hands_share")
-    else:
+    if config.stage != "text":
         only_with(config, "--stage text", "style_emphasis")
+    if config.stage != "self-play":
+        only_with(config, "--stage self-play", "play_guidance", "play_sharpness")
     if config.train_text_encoder and config.stage != "text":
         only_with(config, "--no-train-text-encoder or --stage text", "style_together")
     if not config.crossed_share:
@@ -98,14 +114,25 @@ def _check_unet(config: Any) -> None:
         raise ConfigError("--snr-gamma and --flat-weight are both 0, so that nothing would be learned; raise one.")
 
 
+def _check_self_play(config: Any) -> None:
+    """Refuse a guidance that draws nothing, and a difference that counts for nothing."""
+    if config.play_guidance is not None:
+        checked_guidance(config.play_guidance)
+    if not 0 < config.play_sharpness < float("inf"):
+        raise ConfigError(f"--play-sharpness is {config.play_sharpness}; it must be above 0.")
+
+
 def _check_sources(config: Any) -> None:
     """Refuse a start that the stage does not have, or lacks."""
     if config.init_share and config.init is None:
         raise ConfigError("--init-share keeps weights of a base: it needs --init BASE, such as pocket.")
     if config.decoder_only and (config.stage != "vae" or config.init is None):
         raise ConfigError("--decoder-only goes on with the VAE of a base: it needs --stage vae and --init BASE.")
-    if config.stage == "text" and config.init is None:
-        raise ConfigError("--stage text goes on with the text encoder of a base: it needs --init BASE, such as pocket.")
+    for stage, part in (("text", "text encoder"), ("self-play", "U-Net")):
+        if config.stage == stage and config.init is None:
+            raise ConfigError(
+                f"--stage {stage} goes on with the {part} of a base: it needs --init BASE, such as pocket."
+            )
     if not config.train_text_encoder and config.init is None:
         raise ConfigError("--no-train-text-encoder leaves the text encoder of a base at rest: it needs --init BASE.")
     if config.stage == "unet" and config.vae is None and config.init is None:
