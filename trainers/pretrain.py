@@ -500,17 +500,21 @@ def train_self_play(config: Config, precision: Precision) -> Path:
         states = torch.cat([encode_text(text_encoder, tokenizer, texts, device) for texts in parts])
         empty = encode_text(text_encoder, tokenizer, [""], device)
     usual = FAMILIES["pocket"].defaults.guidance
-    own = own_drawings(
-        first,
-        states,
-        empty,
-        build_scheduler(),
-        precision,
-        guidance=usual if config.play_guidance is None else config.play_guidance,
-        seed=config.seed,
-        kept=config.output / "own-drawings.safetensors",
-        unet_fingerprint=init,
-    )
+    try:
+        own = own_drawings(
+            first,
+            states,
+            empty,
+            build_scheduler(),
+            precision,
+            guidance=usual if config.play_guidance is None else config.play_guidance,
+            seed=config.seed,
+            kept=config.output / "own-drawings.safetensors",
+            unet_fingerprint=init,
+        )
+    except BaseException:  # minutes in which a run may be stopped: the folder is let go, as the steps do
+        run.close()
+        raise
     pairs = Pairs(cache.means[0, indices], own, states, empty)
 
     pipeline = assemble(vae, unet, text_encoder, tokenizer, scheduler)

@@ -110,3 +110,19 @@ def test_other_drawings_take_part(data, pocket_folder, tmp_path):
     options = {"stage": "self-play", "init": str(pocket_folder), "data": data, "steps": 1, "play_guidance": 1.0}
     train(Config(**options, output=tmp_path / "run", others_share=0.2, **SETTINGS))
     assert len(load_file(tmp_path / "run" / "own-drawings.safetensors")["latents"]) == 5 + 1
+
+
+@pytest.mark.slow
+def test_an_interruption_among_the_drawings_lets_the_folder_go(data, pocket_folder, tmp_path, monkeypatch):
+    options = {"stage": "self-play", "init": str(pocket_folder), "data": data, "output": tmp_path / "run", "steps": 1}
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sfumato.pocket.self_play.own_drawings", interrupted)
+        with pytest.raises((KeyboardInterrupt, SystemExit)) as caught:
+            train(Config(**options, **SETTINGS))
+    train(Config(**options, **SETTINGS))
+    assert caught  # as a notebook does, which keeps the traceback, and with it the run
+    assert (tmp_path / "run/model").is_dir()
