@@ -107,7 +107,7 @@ class Config(FolderOptions):
     """U-Net, self-play: share of empty captions, for classifier-free guidance."""
     others_share: float = 0.0
     """U-Net, self-play: share of the pictures that are the sets' other drawings, which teach the styles beyond the
-    concepts."""
+    concepts. Self-play: beside all of the concepts', as far as there are others."""
     varied_share: float = 0.0
     """U-Net: share of the pictures that are mirrored, have their color channels swapped, or both. Their captions say
     so, so that they show more of a style's hand and are never drawn unasked."""
@@ -132,7 +132,8 @@ class Config(FolderOptions):
     too. U-Net, with --no-train-text-encoder: the largest share, each picture's is drawn by lot from 0 on. Unset: all
     of it, always."""
     play_guidance: float | None = None
-    """Self-play: guidance scale of the own drawings, that with which the base is to draw. Unset: the base's usual."""
+    """Self-play: guidance scale of the own drawings and of the samples, that with which the base is to draw. Unset: the
+    base's usual."""
     play_sharpness: float = 100.0
     """Self-play: how sure a difference in the error makes that a picture is real or drawn (beta)."""
     seed: int = 0
@@ -471,12 +472,12 @@ def train_self_play(config: Config, precision: Precision) -> Path:
     from sfumato.pocket.outputs import assemble, save_model
     from sfumato.pocket.parts import build_scheduler
     from sfumato.pocket.pictures import VARIANTS, read_manifest
-    from sfumato.pocket.self_play import Pairs, discriminative_loss, own_drawings, taking_part
+    from sfumato.pocket.self_play import Pairs, discriminative_loss, grown_errors, own_drawings
     from sfumato.runs.run import Run
 
     assert config.init is not None
     manifest = read_manifest(config.data)
-    pictures, named = seen_pictures(config)
+    pictures = played_pictures(config)
     run = Run.start(config, program="pretrain", writes=["model", "own-drawings.safetensors"])
     run.say(precision.table())
     scheduler, device = build_scheduler(), precision.device
@@ -488,18 +489,17 @@ def train_self_play(config: Config, precision: Precision) -> Path:
     precision.prepare_for_training(unet)
     trained = trained_of({"unet": unet}, config, device)
     run.keep(**trained.parts())
-    facts = {"data": pictures.fingerprint(), "vae": cache.fingerprint()}
     init = base_fingerprint(config.init, config.device)
-    run.identify(**facts, init=init)
-    run.begin()
+    run.identify(data=pictures.fingerprint(), vae=cache.fingerprint(), init=init)
 
-    indices = taking_part(len(pictures.names), named, config.others_share, config.seed)
-    captions = [f"{what}, {style} style" for what, style in (pictures.names[index] for index in indices)]
+    captions = [f"{what}, {style} style" for what, style in pictures.names]
     with torch.no_grad():
         parts = [captions[start : start + 64] for start in range(0, len(captions), 64)]
         states = torch.cat([encode_text(text_encoder, tokenizer, texts, device) for texts in parts])
         empty = encode_text(text_encoder, tokenizer, [""], device)
     usual = FAMILIES["pocket"].defaults.guidance
+    guidance = usual if config.play_guidance is None else config.play_guidance
+    run.begin()
     try:
         own = own_drawings(
             first,
@@ -507,39 +507,46 @@ def train_self_play(config: Config, precision: Precision) -> Path:
             empty,
             build_scheduler(),
             precision,
-            guidance=usual if config.play_guidance is None else config.play_guidance,
+            guidance=guidance,
             seed=config.seed,
             kept=config.output / "own-drawings.safetensors",
             unet_fingerprint=init,
         )
-    except BaseException:  # minutes in which a run may be stopped: the folder is let go, as the steps do
+    except BaseException as error:  # minutes in which a run may be stopped: the folder is let go, as the steps do
+        if isinstance(error, KeyboardInterrupt):
+            run.say(f"stopped among the own drawings. Go on with: {run.resume_command()}")
         run.close()
         raise
-    pairs = Pairs(cache.means[0, indices], own, states, empty)
+    pairs = Pairs(cache.means[0], own, states, empty)
 
     pipeline = assemble(vae, unet, text_encoder, tokenizer, scheduler)
-    draw_samples(run, config, trained, precision, pipeline, manifest["styles"], manifest["concepts"])
+    draw_samples(run, config, trained, precision, pipeline, manifest["styles"], manifest["concepts"], guidance)
     every_timestep = range(scheduler.config.num_train_timesteps)
     for step in run.steps(config.steps):
         trained.set_rate(learning_rate_at(step, config))
         latents, hidden = pairs.at(step.number, config.batch, config.seed, config.empty_share)
-        timesteps = diffusion.stratified_timesteps(config.batch, every_timestep, config.seed, step.number).repeat(2)
-        noise = randomness.normal((config.batch, *own.shape[1:]), config.seed, "noise", step.number).to(device)
-        noise = torch.cat([noise, noise])  # a picture and its drawing are noised alike
-        alpha_bar = scheduler.alphas_cumprod[timesteps].to(device)
-        noisy = diffusion.noise_latents(latents, noise, alpha_bar)
-        wanted = diffusion.target("v_prediction", latents, noise, alpha_bar)
-        with precision.autocast():
-            drawn = unet(noisy, timesteps.to(device), hidden).sample
-            with torch.no_grad():
-                before = first(noisy, timesteps.to(device), hidden).sample
-        error, error_before = ((each.float() - wanted).square().mean((1, 2, 3)) for each in (drawn, before))
-        real, of_own = (error - error_before).chunk(2)
+        timesteps = diffusion.stratified_timesteps(config.batch, every_timestep, config.seed, step.number)
+        noise = randomness.normal((config.batch, *own.shape[1:]), config.seed, "noise", step.number)
+        real, of_own = grown_errors(unet, first, latents, hidden, timesteps, noise, scheduler, precision)
         trained.learn(step, discriminative_loss(real, of_own, config.play_sharpness))
     with trained.result():
         path = save_model(pipeline, config.output / "model")
     run.close()
     return path
+
+
+def played_pictures(config: Config) -> Pictures:
+    """The pictures that self-play draws and learns from: all of the concepts, and others by their share."""
+    from sfumato.pocket.self_play import taking_part
+
+    pictures, named = seen_pictures(config)
+    chosen = taking_part(len(pictures.names), named, config.others_share, config.seed)
+    if config.others_share and len(chosen) == named:
+        raise ConfigError(
+            f"--others-share {config.others_share} beside {named} pictures is no other drawing; raise it to "
+            f"{1 / (named + 1):.2g} or more, or leave it out."
+        )
+    return pictures.some(chosen)
 
 
 def draw_samples(
@@ -550,13 +557,15 @@ def draw_samples(
     pipeline: StableDiffusionPipeline,
     styles: Sequence[str],
     concepts: Iterable[str],
+    guidance: float | None = None,
 ) -> None:
-    """Have the run draw a sheet with the averaged weights at its intervals."""
+    """Have the run draw a sheet with the averaged weights at its intervals; guidance: None for the base's usual."""
     from sfumato.pocket.outputs import sheet
 
     def sample(step: int) -> None:
         with trained.averaged(), precision.autocast():
-            sheet(pipeline, styles, list(concepts), run.folder / "samples" / f"{step:06d}.png")
+            path = run.folder / "samples" / f"{step:06d}.png"
+            sheet(pipeline, styles, list(concepts), path, guidance)
 
     run.every(config.sample_every, sample)
 

@@ -604,8 +604,8 @@ def test_shares_and_timesteps_out_of_range_are_refused_by_name(wrong, data, tmp_
         ({"others_share": 0.5}, "--others-share has no effect without --stage unet or self-play"),
         ({"play_guidance": 1.0}, "--play-guidance has no effect without --stage self-play"),
         ({"stage": "self-play", "init": "pocket", "flip_share": 0.0}, "--flip-share has no effect without --stage vae"),
-        ({"stage": "self-play", "init": "pocket", "play_sharpness": 0.0}, "--play-sharpness is 0.0; it must be above"),
-        ({"stage": "self-play", "init": "pocket", "play_guidance": -1.0}, "guidance -1: wanted 0 to 100"),
+        ({"stage": "self-play", "init": "pocket", "play_sharpness": 0.0}, "--play-sharpness is 0.0; it must be a"),
+        ({"stage": "self-play", "init": "pocket", "play_guidance": -1.0}, "--play-guidance is -1.0; it must be 0 to"),
         ({"stage": "self-play"}, "--stage self-play goes on with the U-Net of a base: it needs --init BASE"),
         (
             {"stage": "unet", "init": "pocket", "crossed_from": 5},

@@ -9,22 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from sfumato import shell
 from sfumato.errors import ConfigError
-from sfumato.limits import checked_guidance
 from sfumato.training.checks import check_run, only_with
 
 if TYPE_CHECKING:
     import torch
 
-NOT_NEGATIVE = (
-    "warmup",
-    "fall_at",
-    "kl",
-    "gradient_difference",
-    "snr_gamma",
-    "flat_weight",
-    "style_emphasis",
-    "play_sharpness",
-)
+NOT_NEGATIVE = ("warmup", "fall_at", "kl", "gradient_difference", "snr_gamma", "flat_weight", "style_emphasis")
 
 
 def check(config: Any) -> None:
@@ -116,10 +106,10 @@ def _check_unet(config: Any) -> None:
 
 def _check_self_play(config: Any) -> None:
     """Refuse a guidance that draws nothing, and a difference that counts for nothing."""
-    if config.play_guidance is not None:
-        checked_guidance(config.play_guidance)
+    if config.play_guidance is not None and not 0 <= config.play_guidance <= 100:
+        raise ConfigError(f"--play-guidance is {config.play_guidance}; it must be 0 to 100; 1 to 3 is usual.")
     if not 0 < config.play_sharpness < float("inf"):
-        raise ConfigError(f"--play-sharpness is {config.play_sharpness}; it must be above 0.")
+        raise ConfigError(f"--play-sharpness is {config.play_sharpness}; it must be a positive number, such as 100.")
 
 
 def _check_sources(config: Any) -> None:

@@ -45,9 +45,15 @@ def assemble(
     return pipeline
 
 
-def sheet(pipeline: StableDiffusionPipeline, styles: Sequence[str], concepts: Sequence[str], path: Path) -> None:
+def sheet(
+    pipeline: StableDiffusionPipeline,
+    styles: Sequence[str],
+    concepts: Sequence[str],
+    path: Path,
+    guidance: float | None = None,
+) -> None:
     """One row for each style, one column for each of SHEET, or of the first concepts where the base learns none of
-    these; the base's usual steps and guidance, the seed is the column."""
+    these; the base's usual steps, and its usual guidance if None is given; the seed is the column."""
     columns = [concept for concept in SHEET if concept in concepts] or list(concepts)[: len(SHEET)]
     prompts = [f"{concept}, {style} style" for style in styles for concept in columns]
     generators = [randomness.generator(0, "sheet", 0, column) for _ in styles for column in range(len(columns))]
@@ -55,7 +61,7 @@ def sheet(pipeline: StableDiffusionPipeline, styles: Sequence[str], concepts: Se
     drawn = pipeline(
         prompts,
         num_inference_steps=usual.sampling_steps,
-        guidance_scale=usual.guidance,
+        guidance_scale=usual.guidance if guidance is None else guidance,
         generator=generators,
         output_type="pt",
     ).images

@@ -101,6 +101,10 @@ class Pictures:
         digest.update(self.pixels.numpy().data)
         return digest.hexdigest()
 
+    def some(self, indices: Sequence[int]) -> Pictures:
+        """Those at `indices`."""
+        return Pictures(self.pixels[list(indices)], [self.names[index] for index in indices])
+
     def varied(self, variant: Variant) -> Pictures:
         """The same, in this variant."""
         return Pictures(variant.of(self.pixels), self.names)

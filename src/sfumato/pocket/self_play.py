@@ -4,6 +4,9 @@ By how much a learning U-Net finds a picture likelier than the U-Net it began as
 picture (Zheng et al. 2025, "Your likelihood-based visual generative model is secretly a GAN discriminator"). To raise
 that of real pictures and to lower that of the first U-Net's own drawings, each noised alike, is to learn where those
 drawings are not yet like the pictures, as a GAN does, without another network.
+
+The paper's drawings are unguided. Of guided ones the U-Net unlearns what that guidance overdoes, too, so that what it
+draws with the same guidance comes nearer to the pictures.
 """
 
 from __future__ import annotations
@@ -16,19 +19,21 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, UNet2DConditionModel
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from sfumato import randomness
+from sfumato import diffusion, randomness
 from sfumato.bases import FAMILIES
-from sfumato.files.atomic import atomic_path
+from sfumato.errors import BaseModelError
+from sfumato.files.save import write_tensors
 from sfumato.pocket.pictures import batch_indices
 from sfumato.precision import Precision
 
 DRAWN_AT_ONCE = 48
 """Pictures; twice as many rows of the U-Net, for guidance."""
+KEPT_EVERY = 4
+"""Batches, so that an interruption costs a minute or two of them."""
 
 
 def discriminative_loss(real: Tensor, own: Tensor, sharpness: float) -> Tensor:
@@ -73,6 +78,36 @@ class Pairs:
         return torch.cat([self.real[places], self.own[places]]), torch.cat([said, said])
 
 
+def grown_errors(
+    unet: UNet2DConditionModel,
+    first: UNet2DConditionModel,
+    latents: Tensor,
+    hidden: Tensor,
+    timesteps: Tensor,
+    noise: Tensor,
+    scheduler: DDIMScheduler,
+    precision: Precision,
+) -> tuple[Tensor, Tensor]:
+    """By how much the mean squared error of `unet` is larger than that of `first`, of the pictures and of the drawings,
+    each (b,).
+
+    latents, hidden: as `Pairs.at` gives them. timesteps: (b,), and noise: (b, channels, h, w), of each picture and of
+    its drawing alike.
+    """
+    device = latents.device
+    timesteps, noise = timesteps.repeat(2), torch.cat([noise, noise]).to(device)
+    alpha_bar = scheduler.alphas_cumprod[timesteps].to(device)
+    noisy = diffusion.noise_latents(latents, noise, alpha_bar)
+    wanted = diffusion.target("v_prediction", latents, noise, alpha_bar)
+    with precision.autocast():
+        now = unet(noisy, timesteps.to(device), hidden).sample
+        with torch.no_grad():
+            before = first(noisy, timesteps.to(device), hidden).sample
+    error, error_before = ((predicted.float() - wanted).square().mean((1, 2, 3)) for predicted in (now, before))
+    real, own = (error - error_before).chunk(2)
+    return real, own
+
+
 @torch.no_grad()
 def own_drawings(
     unet: UNet2DConditionModel,
@@ -88,45 +123,68 @@ def own_drawings(
 ) -> Tensor:
     """Latents of what the U-Net draws of `states`, (n, channels, side, side), in the base's usual steps.
 
-    kept: the file that they are written to, and read from where it has those of the same U-Net, states, guidance and
-    seed.
+    kept: the file that they are written to as they are drawn, and read from where it has those of the same U-Net,
+    states, size, precision, guidance and seed. Raises BaseModelError for a U-Net that draws NaN or infinity, FileError
+    for a disk that does not take them.
     """
-    digest = hashlib.sha256(repr((unet_fingerprint, tuple(states.shape), guidance, seed)).encode())
+    shape = unet.config.in_channels, unet.config.sample_size, unet.config.sample_size
+    facts = (unet_fingerprint, tuple(states.shape), shape, str(precision.compute), guidance, seed)
+    digest = hashlib.sha256(repr(facts).encode())
     digest.update(states.cpu().contiguous().numpy().data)
-    if (known := _read(kept, digest.hexdigest())) is not None:
-        return known.to(precision.device)
-    side, channels = unet.config.sample_size, unet.config.in_channels
+    drawn = _read(kept, digest.hexdigest())
+    if drawn is None:
+        drawn = torch.empty(0, *shape)
     scheduler.set_timesteps(FAMILIES["pocket"].defaults.sampling_steps)
-    drawn: list[Tensor] = []
-    starts = range(0, len(states), DRAWN_AT_ONCE)
-    for start in tqdm(starts, desc="own drawings", unit="batch", file=sys.stderr):
-        said = states[start : start + DRAWN_AT_ONCE]
-        places = range(start, start + len(said))
-        noise = [randomness.normal((channels, side, side), seed, "own drawing", place) for place in places]
-        latents = torch.stack(noise).to(precision.device)
+    batches = [range(start, min(start + DRAWN_AT_ONCE, len(states))) for start in range(0, len(states), DRAWN_AT_ONCE)]
+    left = [places for places in batches if places.start >= len(drawn)]
+    done = len(batches) - len(left)
+    for places in tqdm(left, "own drawings", len(batches), initial=done, unit="batch", file=sys.stderr):
+        noise = torch.stack([randomness.normal(shape, seed, "own drawing", place) for place in places])
+        said = states[places.start : places.stop]
+        latents = _draw(unet, noise.to(precision.device), said, empty, scheduler, precision, guidance).cpu()
+        if not latents.isfinite().all():
+            raise BaseModelError(
+                "the U-Net of --init draws NaN or infinity, from which nothing can be learned; try --precision fp32, "
+                "a smaller --play-guidance, or another base."
+            )
+        drawn = torch.cat([drawn, latents])
+        done += 1
+        if done % KEPT_EVERY == 0 or done == len(batches):
+            write_tensors(kept, {"latents": drawn}, {"of": digest.hexdigest()})
+    return drawn.to(precision.device)
+
+
+def _draw(
+    unet: UNet2DConditionModel,
+    latents: Tensor,
+    states: Tensor,
+    empty: Tensor,
+    scheduler: DDIMScheduler,
+    precision: Precision,
+    guidance: float,
+) -> Tensor:
+    """What becomes of the noise `latents` where `states` are said, in the scheduler's steps."""
+    hidden = states if guidance == 1 else torch.cat([states, empty.expand(len(states), -1, -1)])
+    for timestep in scheduler.timesteps:
+        with precision.autocast():
+            seen = latents if guidance == 1 else torch.cat([latents, latents])
+            predicted = unet(seen, timestep.to(precision.device), hidden).sample.float()
         if guidance != 1:
-            said = torch.cat([said, empty.expand(len(said), -1, -1)])
-        for timestep in scheduler.timesteps:
-            with precision.autocast():
-                seen = torch.cat([latents, latents]) if guidance != 1 else latents
-                predicted = unet(seen, timestep.to(precision.device), said).sample.float()
-            if guidance != 1:
-                told, untold = predicted.chunk(2)
-                predicted = untold + guidance * (told - untold)
-            latents = scheduler.step(predicted, timestep, latents).prev_sample
-        drawn.append(latents)
-    found = torch.cat(drawn)
-    with atomic_path(kept) as temporary:
-        save_file({"latents": found.cpu()}, temporary, {"of": digest.hexdigest()})
-    return found
+            told, untold = predicted.chunk(2)
+            predicted = untold + guidance * (told - untold)
+        latents = scheduler.step(predicted, timestep, latents).prev_sample
+    return latents
 
 
 def _read(kept: Path, digest: str) -> Tensor | None:
-    """The latents in the file, if there is one and it says that they are of this."""
+    """The latents in the file, if there is one that is whole and says that they are of this."""
     if not kept.exists():
         return None
-    with safe_open(kept, "pt") as file:
-        if (file.metadata() or {}).get("of") != digest:
-            return None
-        latents: Tensor = file.get_tensor("latents")
-    return latents
+    try:
+        with safe_open(kept, "pt") as file:
+            if (file.metadata() or {}).get("of") != digest:
+                return None
+            latents: Tensor = file.get_tensor("latents")
+            return latents
+    except SafetensorError:
+        return None

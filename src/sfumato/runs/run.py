@@ -422,11 +422,11 @@ class Run:
     def _say_goodbye(self, number: int, count: int) -> None:
         self._plot()
         if self._saved_at == number or not self.is_main:
-            self.say(f"stopped after step {number} of {count}, saved. Go on with: {self._command()}")
+            self.say(f"stopped after step {number} of {count}, saved. Go on with: {self.resume_command()}")
         else:
             self.say(f"stopped after step {number} of {count}; this step could not be saved.")
 
-    def _command(self) -> str:
+    def resume_command(self) -> str:
         """What goes on with the run."""
         launcher = f"accelerate launch --num_processes {self.count} -m " if self.count > 1 else ""
         folder = shell.quote(str(self.folder))
@@ -496,7 +496,7 @@ class Run:
         self.close()
         if not self.is_main or self._saved_at != self.step:
             return ""
-        return f" All its steps are kept; the rest is written by: {self._command()}"
+        return f" All its steps are kept; the rest is written by: {self.resume_command()}"
 
     def withdraw(self) -> None:
         """Let the folder go, and remove what opening it wrote, if it held no run before."""
