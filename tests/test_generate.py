@@ -79,7 +79,7 @@ def test_two_adapters_and_a_seed_make_the_picture_that_the_library_makes(generat
     assert generate(*words, "--adapter-guidance", "2", "--adapter-guidance", "o=0", "-o", "guided.png")[0] == 0
     with compose(base, Adapter(loras / "line.safetensors", 0.8), Adapter(loras / "otter.safetensors", 0.6)) as mix:
         expected = draw(base, "a cat", 7, steps=2)[0]
-        with adapter_guidance(mix, {"line": 2.0}, guidance=3.0):
+        with adapter_guidance(mix, {"line": 2.0}, guidance=base.defaults.guidance):
             guided = draw(base, "a cat", 7, steps=2)[0]
     assert np.array_equal(pixels("cat.png"), np.asarray(expected))
     assert np.array_equal(pixels("guided.png"), np.asarray(guided))
