@@ -468,7 +468,7 @@ def test_an_offloaded_mix_under_guidance_holds_no_second_weights_on_the_gpu(inpu
     with gpu():
         base = load_base(folder, precision=decide("fp32", device="cuda", offload=True))
         adapter, beside = Adapter(tmp_path / "out.safetensors"), []
-        with compose(base, adapter, way=way_for(base, [adapter])) as mix, adapter_guidance(mix, 2, guidance=3.0):
+        with compose(base, adapter, way=way_for(base, [adapter])) as mix, adapter_guidance(mix, 2, guidance=base.defaults.guidance):
 
             def look(*_):
                 every = (each for each in gc.get_objects() if isinstance(each, torch.Tensor) and id(each) not in known)
