@@ -468,7 +468,8 @@ def test_an_offloaded_mix_under_guidance_holds_no_second_weights_on_the_gpu(inpu
     with gpu():
         base = load_base(folder, precision=decide("fp32", device="cuda", offload=True))
         adapter, beside = Adapter(tmp_path / "out.safetensors"), []
-        with compose(base, adapter, way=way_for(base, [adapter])) as mix, adapter_guidance(mix, 2, guidance=base.defaults.guidance):
+        guidance = base.defaults.guidance
+        with compose(base, adapter, way=way_for(base, [adapter])) as mix, adapter_guidance(mix, 2, guidance=guidance):
 
             def look(*_):
                 every = (each for each in gc.get_objects() if isinstance(each, torch.Tensor) and id(each) not in known)
