@@ -135,8 +135,8 @@ def fetch(source: Source, folder: Path) -> dict[str, Any]:
         ) from None
 
 
-def render(icons: Mapping[str, Any], name: str, size_px: int) -> bytes:
-    """One icon as PNG bytes: RGB on white, size_px wide and high, drawn at twice the size and halved by area."""
+def render(icons: Mapping[str, Any], name: str, size_px: int, halved: Image.Resampling = Image.Resampling.BOX) -> bytes:
+    """One icon as PNG bytes: RGB on white, size_px wide and high, drawn at twice the size and halved by this filter."""
     import resvg_py
 
     icon = icons["icons"][name]
@@ -150,7 +150,7 @@ def render(icons: Mapping[str, Any], name: str, size_px: int) -> bytes:
     picture = Image.open(io.BytesIO(bytes(drawn))).convert("RGBA")
     on_white = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
     out = io.BytesIO()
-    on_white.resize((size_px, size_px), Image.Resampling.BOX).save(out, "PNG")
+    on_white.resize((size_px, size_px), halved).save(out, "PNG")
     return out.getvalue()
 
 

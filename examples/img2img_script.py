@@ -15,7 +15,7 @@ from sfumato.compose import Adapter, compose  # new
 
 base, style, subject, photo, output = sys.argv[1:]
 pipe = StableDiffusionImg2ImgPipeline.from_pretrained(base, use_safetensors=True)
-mix = compose(pipe, Adapter(style, 0.8), Adapter(subject, 0.6))  # new
+mix = compose(pipe, Adapter(style, 0.7), Adapter(subject, 1.0))  # new
 noise = torch.Generator().manual_seed(7)
 picture = Image.open(photo).convert("RGB").resize((pipe.unet.config.sample_size * pipe.vae_scale_factor,) * 2)
 pipe("a crab", image=picture, strength=0.6, num_inference_steps=25, generator=noise).images[0].save(output)

@@ -14,6 +14,6 @@ from sfumato.compose import Adapter, compose  # new
 
 base, style, subject, output = sys.argv[1:]
 pipe = StableDiffusionPipeline.from_pretrained(base, use_safetensors=True)
-compose(pipe, Adapter(style, 0.8), Adapter(subject, 0.6))  # new
+compose(pipe, Adapter(style, 0.7), Adapter(subject, 1.0))  # new
 noise = torch.Generator().manual_seed(7)
-pipe("a crab", num_inference_steps=25, guidance_scale=3.0, generator=noise).images[0].save(output)
+pipe("a crab", num_inference_steps=25, guidance_scale=7.5, generator=noise).images[0].save(output)  # pocket: 2.5

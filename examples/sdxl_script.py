@@ -14,7 +14,7 @@ from sfumato.compose import Adapter, compose  # new
 
 base, style, subject, output = sys.argv[1:]
 pipe = StableDiffusionXLPipeline.from_pretrained(base, use_safetensors=True)
-mix = compose(pipe, Adapter(style, 0.8), Adapter(subject, 0.6))  # new
+mix = compose(pipe, Adapter(style, 0.7), Adapter(subject, 1.0))  # new
 noise = torch.Generator().manual_seed(7)
 pipe("a crab", num_inference_steps=25, guidance_scale=6.0, generator=noise).images[0].save(output)
 mix.undo()  # new: removes both; the pipeline is the base model again, to the byte

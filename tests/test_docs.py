@@ -137,3 +137,36 @@ def test_photographs_of_a_phone_become_a_picture(pocket_folder, tmp_path, monkey
         assert cli.main([*words, *quick.get(words[0], [])]) == 0, capsys.readouterr().err
     assert (tmp_path / "crops.png").is_file()
     assert (tmp_path / "dog.png").is_file()
+
+
+def test_the_defaults_that_methods_md_lists_are_those_of_the_code():
+    from sfumato.trainers import dreambooth, textual_inversion
+
+    from sfumato.bases import FAMILIES
+    from sfumato.words.placeholders import DEFAULT_LEARNING_RATES
+
+    section = METHODS.split("### Defaults\n")[1].split("###")[0]
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines()]
+    rows = {row: cells for row, *cells in table}
+    for column, name in enumerate(("sd1", "sdxl", "pocket")):
+        family = FAMILIES[name].defaults
+
+        def shown(values, family=family):
+            filled = {"steps": family.steps, "batch": family.batch, "learning_rate": family.learning_rate, **values}
+            rate = re.sub(r"e-0?", "e-", f"{filled['learning_rate']:.0e}")
+            return f"{filled['steps']:,} x {filled['batch']}, {rate}"
+
+        booth = {method: dreambooth.DEFAULTS[method, name] for method in ("lora", "full")}
+        of_words = {"learning_rate": DEFAULT_LEARNING_RATES[name], **textual_inversion.DEFAULTS[name]}
+        wanted = {
+            "`--resolution`": f"{family.resolution}",
+            "`lora`: steps x batch, rate, rank": f"{shown({})}, {family.rank}",
+            "`dreambooth --method lora`; images of the class": f"{shown(booth['lora'])}, {family.rank}; "
+            f"{booth['lora']['class_count']}",
+            "`dreambooth --method full`; the same": f"{shown(booth['full'])}; {booth['full']['class_count']}",
+            "`textual_inversion`": shown(of_words),
+            "`generate`: steps, guidance, sampler": f"{family.sampling_steps}, {family.guidance:g}, {family.sampler}",
+        }
+        for row, value in wanted.items():
+            told = rows[row][column - 1 if rows[row][column] == "the same" else column]
+            assert told.split(", or")[0] == value, (row, name)

@@ -13,6 +13,7 @@ from PIL import Image
 
 from bench import (
     beside_others,
+    emoji_data,
     pocket_data,
     pocket_drawing,
     pocket_export,
@@ -266,6 +267,24 @@ def test_no_subject_and_no_withheld_picture_is_among_what_the_base_sees(monkeypa
     words = (folder / "words.txt").read_text().split()
     assert "zither" in words
     assert not {"otter", "llama"} & {*words}
+
+
+def test_benches_draw_concepts_in_every_style_that_has_them_and_subjects_apart(monkeypatch, tmp_path):
+    icons = {"crab": {}, "pizza": {}, "otter": {}}
+    sets = {style: {"icons": icons} for style in emoji_data.STYLES}
+    sets["blob"] = {"icons": {"pizza": {}}, "aliases": {"crab": {"parent": "pizza", "hFlip": True}}}
+    styles = {source.package: style for style, source in emoji_data.STYLES.items()}
+    monkeypatch.setattr(emoji_data, "fetch", lambda source, _: sets[styles[source.package]])
+    monkeypatch.setattr(emoji_data, "render", lambda icons, name, *_: name.encode())
+    folder = emoji_data.build(emoji_data.Config(out=tmp_path / "emoji"))
+    drawn = {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*.png")}
+    cells = [(name, style) for name in ("crab", "pizza") for style in sets if (name, style) != ("crab", "blob")]
+    wanted = {f"pictures/{style}/{name}.png": name for name, style in cells}
+    wanted |= {f"subjects/otter/{style}.png": "otter" for style in emoji_data.OF_SUBJECTS}
+    assert drawn == wanted
+    listed = emoji_data.CONCEPTS.read_text().split()
+    assert {name.replace(" ", "-") for name in json.loads(BASE_CONCEPTS.read_text())} < {*listed}
+    assert not pocket_data.KEPT_FOR_SUBJECTS & {*listed}
 
 
 def test_a_package_that_was_cut_short_is_named(tmp_path):

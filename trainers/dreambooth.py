@@ -65,7 +65,7 @@ DEFAULTS: Mapping[tuple[str, str], Mapping[str, Any]] = MappingProxyType(
 class Config(TrainerOptions):
     """Bind a subject to a word by fine-tuning the whole U-Net, or a LoRA on it.
 
-    Example: `sfumato train dreambooth --images datasets/flamingo --class-name flamingo --output runs/flamingo`
+    Example: `sfumato train dreambooth --method lora --images datasets/flamingo --class-name flamingo --output runs/me`
     """
 
     method: Literal["full", "lora"] = "full"

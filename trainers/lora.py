@@ -61,7 +61,7 @@ class Config(TrainerOptions):
     """
 
     rank: int | None = None
-    """Inner dimension of each update B A. Four suits a face, sixteen a style. Unset: the base family's default."""
+    """Inner dimension of each update B A; more holds more. Unset: the base family's default."""
     alpha: float | None = None
     """The update is scaled by alpha / rank. Unset: the rank, for a scale of 1; with --rank-stabilised, the value that
     gives a scale of 1 at the base family's default rank."""

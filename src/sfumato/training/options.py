@@ -282,8 +282,8 @@ class RunOptions(FolderOptions):
     name: str | None = None
     """Name of what is learned and of its file. Unset: the name of the output folder."""
     sample_prompts: tuple[str, ...] = ()
-    """Prompts to draw while training; repeat it for several. sd-scripts' `--n blurry --w 512 --h 768 --d 7 --s 20
-    --l 7` after one are its own settings. Unset: some captions, and some prompts that are not trained."""
+    """Prompts to draw while training; repeat it for several. One may end in settings of its own, spelt as sd-scripts'
+    `--n blurry --w 512 --h 768 --d 7 --s 20 --l 7`. Unset: some captions, and some prompts that are not trained."""
     sample_every: int | None = None
     """Steps between sample pictures, besides those at both ends; 0 draws none. Unset: a quarter of the run."""
     measure_every: int | None = None
