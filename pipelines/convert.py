@@ -56,7 +56,7 @@ class Config:
 
 def convert(config: Config) -> Path:
     """Write the adapter as the config says; returns the written file or folder."""
-    check_free(config.output, config.overwrite)
+    check_free(config.output, config.overwrite, folder=config.to == "peft")
     if (config.output.suffix == ".safetensors") != (config.to != "peft"):
         raise ConfigError(
             f"--output {config.output}: wanted a {'folder' if config.to == 'peft' else '.safetensors file'}."
@@ -78,7 +78,8 @@ def convert(config: Config) -> Path:
     keeps_words = config.to == "kohya" and config.bake != "diff"
     source, parent = read_source(Adapter(config.file), partial=config.partial, words=keeps_words)
     say(*changes_nothing([source.name] if source.is_zero else []))
-    family = common_family([parent], said=config.family)
+    base = None if config.base is None else stored_base(config.base)
+    family = common_family([parent], default=base.family.name if base else None, said=config.family)
     metadata = dict(parent.metadata) | {"sfumato.converted": str(to_dict(config, public=True)["to"])}
     metadata.pop("lora_adapter_metadata", None)  # of the modules as they were scaled
     told = describe(Description(config.output.stem, family))
@@ -93,9 +94,7 @@ def convert(config: Config) -> Path:
             f"{config.file.name}: holds {', '.join(sorted(others))}, which {_readers(config.to)} cannot all read. "
             "Bake it: --bake lora --rank 32, or --bake diff, and --base."
         )
-    base = None if config.base is None else stored_base(config.base).weight
-    budget = Budget(config.rank, config.keep_energy)
-    made = as_lora(source, budget, base)
+    made = as_lora(source, Budget(config.rank, config.keep_energy), base.weight if base else None)
     metadata, dtype = _fitted(config, metadata, len(made.modules)), DTYPES[config.dtype]
     words = source.words if keeps_words else None
     write(config.to, config.output, made.modules, family=family, metadata=metadata, dtype=dtype, words=words)

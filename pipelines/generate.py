@@ -88,9 +88,11 @@ class Config(BaseOptions):
     """A text file with a prompt a line; empty lines and lines that begin with # are left out."""
     sweep: str | None = None
     """LABEL=0,0.5,1: a sheet with a row for each weight of that adapter and a column for each prompt and seed. If the
-    adapter has two weights, that of the text encoders changes in proportion."""
+    adapter has two weights, that of the text encoders changes in proportion. New words, and a negative prompt that an
+    adapter's file asks for, are the same in all rows."""
     before_after: bool = False
-    """A sheet with a row for each prompt and seed: without the adapters, and with them from the same noise."""
+    """A sheet with a row for each prompt and seed: without the adapters, and with them from the same noise. New words,
+    and a negative prompt that an adapter's file asks for, are the same in both."""
     embedding: tuple[str, ...] = ()
     """FILE or TOKEN=FILE, a textual inversion, here or on the hub: a new word for prompts. Repeat for several."""
     image: Path | None = None
@@ -440,6 +442,7 @@ def _settings(config: Config, wanted: Plan, start: Start | None, base: Base) -> 
         "mask": config.mask and config.mask.name,
         "strength": start and start.strength,
         **of_base(base, config.vae),
+        "options": {**config.drawn_with(), **({"partial": True} if config.partial else {})},
     }
 
 

@@ -242,6 +242,7 @@ def _save(config: Config, setup: Setup, picture: Image, path: Path, cell: Cell, 
         "width": picture.width,
         "height": picture.height,
         **of_base(base, config.vae),
+        "options": {**config.drawn_with(), **({"partial": True} if config.partial else {})},
     }
     sampler = sampler_label(cell.settings["sampler"], base)
     save_drawn(picture, setup.adapters_at(cell), settings, path, sampler, setup.named)

@@ -86,6 +86,7 @@ def main(argv: Sequence[str]) -> int:
     config = parse(Config, argv, program="memory")
     check(config)
     from sfumato import forecast
+    from sfumato.adapters import rank_notes, target_layers
     from sfumato.data.preparing import square_side
     from sfumato.precision import NAMES, forecast_precision
 
@@ -93,6 +94,7 @@ def main(argv: Sequence[str]) -> int:
     base = forecast.shapes_of(config.base, config.device, config.vae, config.prediction_type)
     side = square_side(base, config.resolution or base.resolution)
     rank, computed = config.rank or base.defaults.rank, NAMES[precision.compute]
+    rank_notes(target_layers(base.parts(text=False), "everything"), rank, config.conv_rank)  # refuses what is too wide
     setting = forecast.Setting(config.device, precision, side, config.batch, rank, config.conv_rank)
     rows = rows_of(base, setting)
     if config.json:

@@ -84,7 +84,8 @@ def merge_files(config: Config) -> Path:
     """Merge what the config names; returns the written file or folder."""
     if not config.adapters:
         raise ConfigError("there is no adapter; wanted such as: sfumato merge a.safetensors:0.8 b.safetensors:0.6.")
-    check_free(config.output, config.overwrite, None if config.into is not None else ".safetensors")
+    is_file = config.into is None or config.output.suffix == ".safetensors"
+    check_free(config.output, config.overwrite, ".safetensors" if is_file else None, folder=not is_file)
     chosen = [each.name for each in fields(config) if getattr(config, each.name) != each.default]
     idle = [shell.option(name) for name in chosen if name not in _OF_INTO]
     if config.into is not None and idle:
@@ -137,7 +138,8 @@ def _merge(config: Config, sources: Sequence[MergeSource], parents: Sequence[Par
     from sfumato.merging.stored import stored_base
     from sfumato.precision import DTYPES
 
-    family = common_family(parents, said=config.family)
+    base = None if config.base is None else stored_base(config.base)
+    family = common_family(parents, default=base.family.name if base else None, said=config.family)
     words = merge_embeddings({source.name: source.words for source in sources if source.counts})
     merged = merge(
         sources,
@@ -145,7 +147,7 @@ def _merge(config: Config, sources: Sequence[MergeSource], parents: Sequence[Par
         settings=Settings(config.density, config.inside, config.null_energy, config.null_strength),
         budget=Budget(config.rank, config.keep_energy),
         seed=config.seed,
-        base=None if config.base is None else stored_base(config.base).weight,
+        base=base.weight if base else None,
     )
     parents = _counted(sources, parents)
     metadata = merged_metadata(

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from sfumato import cli
 from sfumato.bases import load_base
+from sfumato.command_line.axes import Axis, parse_axis
 from sfumato.compose import Adapter, adapter_guidance, compose
 from sfumato.drawing import session
 from sfumato.drawing.pictures import draw
@@ -333,6 +334,62 @@ def test_a_name_that_a_tag_cannot_hold_comes_back_from_its_tag(generate):
     Path("otter.safetensors").rename("my line v2best.safetensors")  # whose very name it is
     assert generate(prompt, "-o", "otter.png")[0] == 0
     assert not np.array_equal(pixels("otter.png"), pixels("a.png"))
+
+
+def told_again(file):
+    """The pixels that the command within the image draws."""
+    program, *words = redraw(Path(file)).words
+    assert program == "sfumato"
+    assert cli.main([*words, "--device", "cpu", "--overwrite", "-o", "again.png"]) == 0
+    return pixels("again.png")
+
+
+@pytest.mark.parametrize("words", [("--prediction-type", "epsilon"), ("--zero-terminal-snr",), ("--precision", "bf16")])
+def test_what_was_said_of_the_base_is_in_the_command_of_an_image(words, generate):
+    assert generate("red", *words, "-o", "a.png")[0] == 0
+    assert generate("red", "-o", "plain.png")[0] == 0
+    assert not np.array_equal(pixels("a.png"), pixels("plain.png"))
+    assert np.array_equal(told_again("a.png"), pixels("a.png"))
+
+
+def test_an_adapter_of_which_a_part_was_left_out_comes_back(generate, loras):
+    tensors = load_file(loras / "line.safetensors")
+    flat = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_9_attn2_to_k"  # which the base does not have
+    odd = {f"{flat}.lora_down.weight": torch.ones(2, 32), f"{flat}.lora_up.weight": torch.ones(32, 2)}
+    save_file({**tensors, **odd, f"{flat}.alpha": torch.tensor(2.0)}, "odd.safetensors")
+    words = ["red", "--lora", "odd.safetensors"]
+    assert generate(*words, "-o", "a.png")[0] == 2
+    assert generate(*words, "--partial", "-o", "a.png")[0] == 0
+    assert np.array_equal(told_again("a.png"), pixels("a.png"))
+
+
+def test_an_adapter_of_a_tag_takes_no_turn_when_its_image_is_drawn_again(generate, loras):
+    Path("fox.safetensors").hardlink_to(loras / "otter.safetensors")
+    words = ["red <lora:fox:0.5>", "--lora", "line.safetensors", "--lora", "otter.safetensors:0.4", "--switch", "1"]
+    assert generate(*words, "-o", "a.png")[0] == 0
+    assert close(told_again("a.png"), pixels("a.png"))
+
+
+def test_weights_by_step_of_another_prompt_s_tag_are_not_told_of_an_image(generate):
+    way = ["--over-steps", "otter=0:0,0.5:1"]
+    assert generate("red <lora:otter:1>", "red", "--lora", "line.safetensors", *way, "-o", "out")[0] == 0
+    for file in sorted(Path("out").glob("*.png")):
+        assert close(told_again(file), pixels(file))
+
+
+def test_a_file_with_an_equals_sign_in_its_name_is_any_other(generate):
+    Path("line.safetensors").rename("epoch=5.safetensors")
+    words = ["red", "--lora", "epoch=5.safetensors:0.7", "--blocks", "epoch=5=down:0.5"]
+    assert generate(*words, "-o", "a.png")[0] == 0
+    assert np.array_equal(told_again("a.png"), pixels("a.png"))
+    region = ["--lora", "epoch=5.safetensors", "--lora", "otter.safetensors", "--region", "epoch=5+otter=left"]
+    assert generate("red", *region, "-o", "b.png")[0] == 0
+    assert parse_axis("epoch=5=0,1", ["epoch=5"]) == Axis("weight", (0.0, 1.0), "epoch=5")
+
+
+def test_letters_that_join_emoji_come_back(generate):
+    assert generate("a \U0001f468\u200d\U0001f469 cat,\u00a0red", "-o", "a.png")[0] == 0
+    assert np.array_equal(told_again("a.png"), pixels("a.png"))
 
 
 @pytest.mark.parametrize("way", ["0-0.4", "0:0.8,0.4:0.8,0.4:0,1:0"])

@@ -175,7 +175,7 @@ def test_a_lora_given_as_base(tmp_path):
     save_file({"lora_unet_a.lora_down.weight": torch.ones(1, 2)}, tmp_path / "a.safetensors")
     assert refusal(tmp_path / "a.safetensors") == (
         "a.safetensors: this is an adapter (a LoRA or its kin), not a base. "
-        "Pass it with --lora, and its base with --base."
+        "Name the model that it was made for as the base."
     )
 
 

@@ -547,6 +547,18 @@ def test_a_hostile_setting_is_no_option(text, tmp_path):
         assert config.base.startswith("--overwrite")
 
 
+def test_what_no_terminal_shows_is_told(tmp_path):
+    found = redraw(picture_with("a crab\u202e\nSteps: 4, Seed: 1, CFG scale: 7, RNG: CPU", tmp_path / "a.png"))
+    assert found.words[2] == "a crab "
+    assert [name for name, _ in found.left_out] == ["characters"]
+
+
+@pytest.mark.parametrize(("name", "value"), [("precision", "--overwrite"), ("overwrite", True), ("partial", [1])])
+def test_only_options_of_the_base_with_values_that_they_have_are_taken(name, value, tmp_path):
+    found = redraw(picture_with("a\nSteps: 4, Seed: 1, CFG scale: 7", tmp_path / "a.png", {"options": {name: value}}))
+    assert not {"--overwrite", "--partial", "--precision"} & {*found.words}
+
+
 def test_a_sheet_is_told_by_its_own_settings_and_written_where_the_reader_says(tmp_path):
     asked = {each.name: "-o" for each in fields(GridConfig)} | {"overwrite": True, "loud": "1"}
     found = redraw(picture_with("a\nSteps: 4, Seed: 1, CFG scale: 7", tmp_path / "a.png", {"grid": asked}))

@@ -29,6 +29,9 @@ def test_a_file_appears_whole_and_beside_its_place(tmp_path):
         f"--output {place}: exists already; name another place, or say --overwrite."
     )
     check_free(place, True)
+    assert said(check_free, place, True, folder=True) == (
+        f"--output {place}: exists already, and folders are not written over; name another place."
+    )
     check_free(tmp_path / "free", False)
 
 

@@ -21,7 +21,7 @@ OTHERS: tuple[tuple[str, str, str], ...] = (
     (
         r"(^|[._])lora[._]|hada_w\d|lokr_w\d|\.dora_scale$|\.alpha$",
         "an adapter (a LoRA or its kin)",
-        "Pass it with --lora, and its base with --base.",
+        "Name the model that it was made for as the base.",
     ),
     (r"^control_model\.|^controlnet_|^input_hint_block\.|^zero_convs\.", "a ControlNet", WHOLE),
     (r"^(emb_params|clip_[lg]|\*)$", "a textual inversion", WHOLE),

@@ -83,7 +83,8 @@ def parse_axis(text: str, labels: Sequence[str], syntax: Syntax = "plain") -> Ax
     labels: the adapters' names. Prompts are parted by |, everything else by commas. syntax: of the prompts; A1111's
     brackets may hold a | of their own. Raises ConfigError, one line.
     """
-    name, equals, rest = text.partition("=")
+    named = next((label for label in labels if "=" in label and text.startswith(f"{label}=")), None)
+    name, equals, rest = (named, "=", text[len(named) + 1 :]) if named else text.partition("=")
     if name not in ("prompt", "negative"):
         found = rest.split(",")
     else:

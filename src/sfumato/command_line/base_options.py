@@ -2,7 +2,7 @@
 
 # No annotations as texts: a program that inherits the options reads them in its own module.
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from sfumato.bases import Base
@@ -31,6 +31,15 @@ class BaseOptions:
     """What the base predicts, where its file does not say."""
     zero_terminal_snr: bool = False
     """The base ends in pure noise (zero terminal SNR), where its files do not say."""
+
+    def drawn_with(self) -> dict[str, Any]:
+        """What of this, beside base, VAE and clip skip, makes other pictures, as JSON; only what was asked for."""
+        asked = {
+            "precision": self.precision if self.precision != "auto" else None,
+            "prediction_type": self.prediction_type,
+            "zero_terminal_snr": self.zero_terminal_snr or None,
+        }
+        return {name: value for name, value in asked.items() if value is not None}
 
     def load_base(self) -> "Base":
         """The base, ready to draw."""

@@ -123,7 +123,7 @@ def in_blocks(adapters: Sequence[Adapter], blocks: Sequence[str]) -> tuple[Adapt
         raise ConfigError(f"two adapters are called {repeated[0]!r}; tell them apart with --lora NAME=FILE:0.8.")
     found = {each.label: each for each in adapters}
     for text in blocks:
-        label, equals, factors = text.partition("=")
+        label, equals, factors = text.rpartition("=")
         if not equals or label not in found:
             known = ", ".join(found) or "none are given"
             raise ConfigError(f"--blocks {text}: wanted LABEL=BLOCKS, with the label of a --lora ({known}).")
@@ -192,12 +192,13 @@ def parse_sweep(text: str, adapters: Sequence[Adapter]) -> tuple[str, tuple[floa
         raise ConfigError(f"--sweep {text}: no --lora is called {label!r} ({known}).")
     try:
         numbers = tuple(float(number) for number in weights.split(","))
+    except ValueError:
+        raise ConfigError(f"--sweep {text}: wanted numbers, parted by commas, such as {label}=0,0.5,1.") from None
+    try:
         for number in numbers:
             with_unet_scaled(label, own[label], number)
     except AdapterError as error:
         raise ConfigError(f"--sweep {text}: {error}") from None
-    except ValueError as error:
-        raise ConfigError(f"--sweep {text}: {error}; wanted numbers such as 0,0.5,1.") from None
     return label, numbers
 
 

@@ -38,10 +38,13 @@ HALVES: Mapping[str, Box] = {
 
 def parse_region(text: str, adapters: Sequence[Adapter]) -> RegionSpec:
     """The spot of LABEL=WHERE or LABEL=WHERE:PROMPT, several labels joined by +. Raises ConfigError, one line."""
-    names, equals, rest = text.partition("=")
     known = {each.label: each for each in adapters}
-    labels = [names] if names in known else names.split("+")
-    if not equals or any(label not in known for label in labels):
+    for at in re.finditer("=", text):  # a label may have one of its own
+        names, rest = text[: at.start()], text[at.end() :]
+        labels = [names] if names in known else names.split("+")
+        if all(label in known for label in labels):
+            break
+    else:
         raise ConfigError(
             f"--region {text}: wanted LABEL=WHERE, with the label of a --lora ({', '.join(known) or 'none are given'})."
         )

@@ -489,8 +489,8 @@ class Mix:
             other = self._parts[part].__dict__.get(_MARK)
             if isinstance(other, Mix) and other is not self:
                 raise AdapterError(
-                    f"this {part} carries the mix of another pipeline that shares it. Undo that first, or give the "
-                    "weights (0.8, 0), which are for the U-Net alone."
+                    f"this {part} carries the mix of another pipeline that shares it. Undo that first, or give this "
+                    f"pipeline its own: pipe.{part} = copy.deepcopy(pipe.{part}) before anything is mixed in."
                 )
 
     def _check_new(self, adapters: Sequence[Adapter]) -> None:

@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, get_args
 
 from sfumato import schedulers, shell
@@ -22,6 +23,7 @@ from sfumato.drawing.pnginfo import Parameters, read_picture_info
 from sfumato.errors import AdapterError, ConfigError, DataError
 from sfumato.numerals import exact
 from sfumato.prompts.syntax import Syntax
+from sfumato.weighting.adapter import without_suffix
 from sfumato.weighting.blocks import Blocks
 
 _WHOLE = re.compile(r"-?[0-9]{1,20}")
@@ -34,6 +36,18 @@ _LEAST_SDXL = 600_000
 drawn smaller, and "Size" is that before the high-resolution fix."""
 _LEFT = ("regions", "sweep", "before_after", "mask")
 """What our own pictures hold and the command does not."""
+_OPTIONS: Mapping[str, tuple[Any, ...]] = MappingProxyType(
+    {
+        "precision": ("fp32", "fp16", "bf16"),
+        "prediction_type": ("epsilon", "v_prediction"),
+        "zero_terminal_snr": (True,),
+        "partial": (True,),
+    }
+)
+"""Options that our own pictures tell of where they were given, with the values that they may have."""
+_SHOWN = "\u00a0\u00ad\u200c\u200d"
+"""Not printable by Unicode's letter, harmless to a terminal, and part of what people write: blanks and hyphens that
+keep a line together, and what joins letters and emoji or keeps them apart."""
 _OF_GRID = (
     *("x", "y", "lora", "method", "density", "rank", "embedding", "adapter_weight", "prompt", "prompt_syntax"),
     *("seed", "base", "negative", "steps", "guidance", "adapter_guidance", "sampler", "partial", "clip_skip", "vae"),
@@ -86,10 +100,11 @@ def redraw(path: Path) -> Redraw:
 
 def _redraw(file: str, about: Parameters, own: Mapping[str, Any]) -> Redraw:
     left: dict[str, str] = {}
-    if grid := own.get("grid"):
-        words = ("sfumato", "grid", *map(_line, _grid_words(grid, left)))
-        return Redraw(file, about, words, tuple(left.items()))
-    words = ("sfumato", "generate", *map(_line, _words(about, own, left)))
+    grid = own.get("grid")
+    said = ["sfumato", *(("grid", *_grid_words(grid, left)) if grid else ("generate", *_words(about, own, left)))]
+    words = tuple(map(_line, said))
+    if any(word != as_said for word, as_said in zip(words, said, strict=True)):
+        left["characters"] = "(some that no terminal shows; they are blanks in the command)"
     return Redraw(file, about, words, tuple(left.items()))
 
 
@@ -108,7 +123,7 @@ def render(found: Redraw) -> str:
 
 def _line(text: str) -> str:
     """The text on one line, without what would reach a terminal."""
-    return "".join(letter if letter.isprintable() else " " for letter in text)
+    return "".join(letter if letter.isprintable() or letter in _SHOWN else " " for letter in text)
 
 
 def _words(about: Parameters, own: Mapping[str, Any], left: dict[str, str]) -> Iterator[str]:
@@ -221,13 +236,15 @@ def _sampler(name: str, schedule: str, left: dict[str, str]) -> Iterator[str]:
 def _own_words(own: Mapping[str, Any]) -> Iterator[str]:
     """Adapters and words as our own pictures have them: each adapter with its label, and what its file might ask for
     otherwise."""
-    strengths, ways = own.get("adapter_guidance") or {}, own.get("over_steps") or {}
+    strengths, ways, switch = own.get("adapter_guidance") or {}, own.get("over_steps") or {}, own.get("switch")
     for adapter in own.get("adapters") or ():
         label, weight = adapter["label"], adapter["weight"]
         blocks = weight if isinstance(weight, dict) else None
         numbers = weight["weight"] if blocks else weight
         said = ":".join(exact(number) for number in (numbers if isinstance(numbers, list) else [numbers]))
-        yield from _option("--lora", f"{label}={adapter['file']}:{said}")
+        file = adapter["file"]
+        named = file if label == without_suffix(file) else f"{label}={file}"  # of which a = may be a part
+        yield from _option("--lora", f"{named}:{said}")
         if blocks:
             yield from _option("--blocks", f"{label}={Blocks(1.0, blocks['blocks'], blocks['rest']).factors_text()}")
         if not own.get("regions"):
@@ -236,7 +253,12 @@ def _own_words(own: Mapping[str, Any]) -> Iterator[str]:
             span, points = way.get("span"), way.get("points")
             text = "-".join(map(exact, span)) if span else ",".join(":".join(map(exact, point)) for point in points)
             yield from _option("--over-steps", f"{label}={text}")
-    if switch := own.get("switch"):
+        elif switch and label not in switch.get("labels", [label]):  # named by a tag, which takes no turn
+            yield from _option("--over-steps", f"{label}=0-1")
+    if switch:
         yield from _option("--switch", str(int(switch["every"])))
+    for name, value in (own.get("options") or {}).items():
+        if value in _OPTIONS.get(name, ()):
+            yield from (shell.option(name), *([] if value is True else [value]))
     for file in own.get("embeddings") or ():
         yield from _option("--embedding", file)

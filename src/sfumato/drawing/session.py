@@ -71,7 +71,16 @@ class DrawingSession:
                 self.mix.set_weights({each.label: each.weight for each in self.mix.adapters.values()})
             used, same = used_in(self.mix), list(run)
             for picture, each in zip(self.draw(same), same, strict=True):
-                yield picture, used, {**self.settings, **each.overrides, "prompt": each.prompt, "seed": each.seed}
+                told = {**self.settings, **each.overrides, "prompt": each.prompt, "seed": each.seed}
+                yield picture, used, self._without_other_tags(told, used)
+
+    def _without_other_tags(self, told: dict[str, Any], used: Sequence[Adapter]) -> dict[str, Any]:
+        """A picture's settings without the weights by step of adapters that other prompts' tags alone name."""
+        absent = {each.label for each in used if each.label in self.where_when.tagged and is_idle(each.weight)}
+        ways = told.get("over_steps", {})
+        if absent.isdisjoint(ways):
+            return told
+        return {**told, "over_steps": {label: way for label, way in ways.items() if label not in absent}}
 
     def labels(self) -> list[str]:
         """What stands beside each picture on a sheet: the prompt, and the seed where there are several."""

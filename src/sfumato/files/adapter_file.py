@@ -131,8 +131,8 @@ def _check_layout(layout: Layout, file: str, total: int, partial: bool) -> None:
     if not layout.modules:
         if layout.embeddings or what == "a textual inversion":
             raise AdapterError(
-                f"{file}: this is a textual inversion ({total:,} tensors), not an adapter. It is a new word: name it "
-                "with --embedding, or read it with read_embedding."
+                f"{file}: this is a textual inversion ({total:,} tensors), not an adapter. It is a new word, which "
+                "generate and grid take with --embedding, Python with read_embedding."
             )
         if what:
             raise AdapterError(f"{file}: this is {what} ({total:,} tensors), not an adapter. Name an adapter's file.")

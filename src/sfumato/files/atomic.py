@@ -97,11 +97,13 @@ def beside(path: Path, suffix: str = "") -> Path:
     return path.with_name(f".{stem}{end}")
 
 
-def check_free(output: Path, overwrite: bool, suffix: str | None = None) -> None:
+def check_free(output: Path, overwrite: bool, suffix: str | None = None, *, folder: bool = False) -> None:
     """Raises ConfigError, naming the option, where an --output exists and --overwrite was not said, or where its name
-    does not end in `suffix`."""
+    does not end in `suffix`. folder: it will be one, and these are not written over."""
     if suffix is not None and output.suffix != suffix:
         raise ConfigError(f"--output {output}: wanted a name that ends in {suffix}, such as {output.stem}{suffix}.")
+    if folder and output.exists():
+        raise ConfigError(f"--output {output}: exists already, and folders are not written over; name another place.")
     if output.exists() and not overwrite:
         raise ConfigError(f"--output {output}: exists already; name another place, or say --overwrite.")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -25,7 +26,7 @@ def np_lora(
     the soft projection, which scales V's directions by 1 / (1 + mu) instead of 0; None is the hard one. An adapter of
     weight 0 takes no directions from others.
     """
-    if strength is not None and strength < 0:
+    if strength is not None and not 0 <= strength < math.inf:
         raise AdapterError(f"projection strength {strength:g}: wanted 0 or more; leave it out for the full one.")
     share = 1.0 if strength is None else strength / (1 + strength)
     taken: list[Tensor] = []

@@ -87,9 +87,11 @@ class Blocks:
         """
         text = WEB_PRESETS.get(text.strip(), text)
         words = [word.strip() for word in text.split(",") if word.strip()]
+        if not words:
+            raise AdapterError("blocks '': no block is named; wanted such as down:0.3,up.1:1.2.")
         if len(words) == 1 and words[0] in PRESETS:
             return cls(weight, {PRESETS[words[0]]: 1.0}, rest=0.0)
-        if words and all(_is_number(word) for word in words):
+        if all(_is_number(word) for word in words):
             names = LISTS.get(len(words))
             if names is None:
                 raise AdapterError(
