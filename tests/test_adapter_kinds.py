@@ -1,6 +1,7 @@
 """LoHa, LoKr and DoRA of each on plain layers: no-ops at the start, then the change that their formula makes."""
 
 import copy
+from typing import get_args
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from sfumato import randomness
-from sfumato.adapters import ALGOS, Attached, Kind, attach, select
+from sfumato.adapters import ALGOS, Attached, Kind, attach
 from sfumato.adapters.dora import lengths
 from sfumato.adapters.lokr import factorization
 from sfumato.errors import AdapterError
@@ -16,6 +17,7 @@ from sfumato.files import read_adapter
 from sfumato.files.changes.dora import Dora
 from sfumato.files.fingerprint import FINGERPRINT_KEY, check, verify
 from sfumato.precision import products
+from sfumato.training.options import AlgoName
 
 KINDS = {
     "loha": Kind("loha"),
@@ -213,7 +215,7 @@ def test_starting_from_another_kind_or_shape_is_refused(kind):
     *_, adapter = attached(kind, "3x3")
     other = Kind("loha" if kind.algo != "loha" else "lokr", dora=kind.dora)
     *_, another = attached(other, "3x3")
-    with pytest.raises(AdapterError, match="this run trains .* Give the --algo and --dora it was trained with"):
+    with pytest.raises(AdapterError, match=r"this run trains .* Give the --algo and --dora it was trained with"):
         adapter.load(another.changes(), "a")
     *_, narrower = attached(kind, "3x3", rank=1)
     with pytest.raises(AdapterError, match=r"a: unet\.down_blocks.*this run.*Give its own"):
@@ -284,6 +286,10 @@ def test_convolutions_have_their_own_rank_and_alpha(kind):
     layers = attach({"unet": hosts}, rank=2, alpha=1.0, conv_rank=1, conv_alpha=3.0, kind=kind).layers
     assert {name: layer.rank for (_, name), layer in layers.items()} == {"linear": 2, "3x3": 1, "1x1": 2}
     assert layers["unet", "3x3"].scale in (3.0, 1.0)
+
+
+def test_the_kinds_are_those_of_the_option():
+    assert get_args(AlgoName) == tuple(ALGOS)
 
 
 def test_loraplus_is_of_the_factors_b():

@@ -4,8 +4,8 @@
     accelerate launch trainers/lora.py ...
     sfumato train lora ...
 
-are one program. W' = W + (alpha / rank) B A on the frozen U-Net (Hu et al. 2021). `train` is the whole method; what it
-calls is the library.
+are one program. W' = W + (alpha / rank) B A on the frozen U-Net (Hu et al. 2021), or with --algo and --dora another
+change of few numbers. `train` is the whole method; what it calls is the library.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ class Config(KindOptions, TrainerOptions):
     """
 
     rank: int | None = None
-    """Inner dimension of each update B A. Four suits a face, sixteen a style. Unset: the base family's default."""
+    """Inner dimension of each update B A. Four suits a face, sixteen a style. Of lokr it is that of the large factor,
+    which is whole from half of its longer side on. Unset: the base family's default."""
     alpha: float | None = None
     """The update is scaled by alpha / rank. Unset: the rank, for a scale of 1; with --rank-stabilised, the value that
     gives a scale of 1 at the base family's default rank."""
@@ -76,8 +77,8 @@ class Config(KindOptions, TrainerOptions):
     rank_stabilised: bool = False
     """Scale by alpha / sqrt(rank), so that a high rank learns as fast as a low one."""
     loraplus_ratio: float = 1.0
-    """LoRA+: how many times the learning rate of A that of B is (Hayou et al. 2024), which starts at zero; 2 to 16
-    learns sooner, and wants a lower --learning-rate."""
+    """LoRA+, of --algo lora: how many times the learning rate of A that of B is (Hayou et al. 2024), which starts at
+    zero; 2 to 16 learns sooner, and wants a lower --learning-rate."""
     targets: str = "cross-attention"
     """What to adapt: cross-attention, attention, attention+mlp, transformers (these and the projections
     around them, as sd-scripts does), everything (in the U-Net's blocks), or a regular expression over module names."""

@@ -21,21 +21,18 @@ from sfumato.adapters.whole import Host
 @dataclass(frozen=True)
 class Algo:
     """layer: an update of a layer, from (layer, rank, scale, generator, factor). notes: lines on layers of one rank and
-    on the factor, before any training."""
+    on the factor, before any training. rate: how many times a LoRA's default learning rate its own is."""
 
     layer: Callable[[Host, int, float, torch.Generator, int | None], UpdateLayer]
     notes: Callable[[Ranked, int | None], list[str]]
+    rate: float
 
 
 ALGOS: Mapping[str, Algo] = MappingProxyType(
     {
-        "lora": Algo(
-            lambda host, rank, scale, draws, _: LoraLayer(host, rank, scale, draws), lambda some, _: narrow_notes(some)
-        ),
-        "loha": Algo(
-            lambda host, rank, scale, draws, _: LohaLayer(host, rank, scale, draws), lambda some, _: narrow_notes(some)
-        ),
-        "lokr": Algo(LokrLayer, whole_notes),
+        "lora": Algo(lambda *given: LoraLayer(*given[:4]), lambda some, _: narrow_notes(some), rate=1),
+        "loha": Algo(lambda *given: LohaLayer(*given[:4]), lambda some, _: narrow_notes(some), rate=0.1),
+        "lokr": Algo(LokrLayer, whole_notes, rate=5),
     }
 )
 

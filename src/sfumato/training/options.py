@@ -218,8 +218,8 @@ class StepOptions:
     seed: int = 0
     """Everything random follows from this number: start, order, noise, timesteps, caption dropout."""
     learning_rate: float | None = None
-    """Peak learning rate. Unset: the default of the method and the base's family, a quarter of it for lion, and
-    1 for prodigy."""
+    """Peak learning rate. Unset: the default of the method, the base's family and the kind of adapter (for loha a
+    tenth of lora's, for lokr five times), a quarter of it for lion, and 1 for prodigy."""
     optimizer: OptimizerName = "adamw"
     """adamw and adafactor, which keeps nearly no state, are built in; the others are the extras 8bit, prodigy and lion
     (pip install "sfumato[8bit]")."""
