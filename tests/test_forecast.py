@@ -123,16 +123,19 @@ def test_convolutions_of_a_lower_rank_train_fewer_numbers(shapes):
     steps = (step_memory(shapes, way, replace(ON_CPU, conv_rank=rank)) for rank in (4, 1))
     plain, own = (sum(shape.numel() for shape in step.trained) for step in steps)
     learned = attach(target_layers(shapes.parts(text=False), way.targets), rank=4, alpha=4.0, conv_rank=1)
+    learned.detach()
     assert own == learned.count() < plain
 
 
 @pytest.mark.parametrize("kind", [Kind("loha"), Kind("lokr", factor=4), Kind("lora", dora=True)])
 def test_other_kinds_keep_no_matrix_between_the_passes(kind, shapes):
-    """Theirs is of the weight's size, and made again for the way back: beside a LoRA's step a few at a time are alive."""
+    """Theirs is of the weight's size, and made again for the way back: few are alive beside a LoRA's step."""
     way = Training("", "lora", targets="(mid_block|up_blocks).*(conv1|to_q|ff.net.2)$")
     lora, other = (step_memory(shapes, way, replace(ON_CPU, kind=one)) for one in (Kind(), kind))
     adapted = target_layers(shapes.parts(text=False), way.targets)
-    assert other.trained == tuple(p.shape for p in attach(adapted, rank=4, alpha=4.0, kind=kind).parameters())
+    attached = attach(adapted, rank=4, alpha=4.0, kind=kind)
+    attached.detach()
+    assert other.trained == tuple(weight.shape for weight in attached.parameters())
     sizes = [4 * host.weight.numel() for some in adapted.values() for host in some.values()]
     assert other.alive - lora.alive < 8 * max(sizes) < sum(sizes)
 

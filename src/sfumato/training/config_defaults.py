@@ -29,7 +29,7 @@ def resolve(
     family's. Fields that a trainer lacks are passed over.
     """
     known = dataclasses.asdict(base.defaults) | {name: value for name, value in defaults.items() if value is not None}
-    known["learning_rate"] *= _kind_rate(config)
+    known["learning_rate"] = float(f"{known['learning_rate'] * _kind_rate(config):.3g}")
     if config.optimizer == "prodigy":
         known["learning_rate"] = 1.0
     if config.optimizer == "lion":
