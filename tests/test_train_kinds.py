@@ -177,10 +177,10 @@ def test_the_file_says_what_it_is_and_is_what_our_commands_read(
     assert cli.main(["inspect", str(path)]) == 0
     assert next(iter(kinds)) in capsys.readouterr().out
     baked, merged = tmp_path / "baked.safetensors", tmp_path / "merged.safetensors"
-    assert cli.main(["convert", str(path), "--bake", "lora", *base, "-o", str(baked)]) == 0
+    assert cli.main(["convert", str(path), "--bake", "lora", "--keep-energy", "0.9999", *base, "-o", str(baked)]) == 0
     assert read_adapter(baked).kinds == {"LoRA": 3}
     assert cli.main(["verify", str(baked), "--against", str(path), *base, "--tolerance", "0.05"]) == 0
-    assert cli.main(["merge", f"{path}:0.5", *base, "-o", str(merged)]) == 0
+    assert cli.main(["merge", f"{path}:0.5", "--rank", "8", *base, "-o", str(merged)]) == 0
     drawn = tmp_path / "drawn"
     words = ["generate", "a red square", "--lora", f"{path}:0.7", *base, "--steps", "1", "--output", str(drawn)]
     assert cli.main(words) == 0

@@ -64,7 +64,10 @@ def test_which_programs_read_another_kind_is_told(config, title, diffusers, tmp_
     text = write_card(tmp_path, tmp_path / "line.safetensors", about, [], []).read_text(encoding="utf-8")
     assert title in text
     assert diffusers in text
-    assert "`sfumato convert line.safetensors --bake lora --base some/base --output NAME.safetensors`" in text
+    assert (
+        "`sfumato convert line.safetensors --bake lora --keep-energy 0.99 --base some/base --output NAME.safetensors`"
+        in text
+    )
     assert "load_lora_weights" not in text
     assert "template:sd-lora" not in text
     shown = [f"| {name} | {value} |" for name, value in config.items() if value != "lora"]

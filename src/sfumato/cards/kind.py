@@ -29,8 +29,9 @@ def readers_of(about: Description, file: str) -> str:
     """Which other programs read a file that is no plain LoRA, and what to do for those that do not."""
     config = about.config or {}
     wrong = "draws with the LoRA alone, without its lengths," if config.get("algo") == "lora" else "refuses it"
+    base = shell.quote(about.base)
     baked = (
-        f"sfumato convert {shell.quote(file)} --bake lora --base {shell.quote(about.base)} --output NAME.safetensors"
+        f"sfumato convert {shell.quote(file)} --bake lora --keep-energy 0.99 --base {base} --output NAME.safetensors"
     )
     return (
         f"ComfyUI, AUTOMATIC1111, Forge and InvokeAI read the file as it is. diffusers {wrong} and sd-scripts does not "
