@@ -178,7 +178,7 @@ def test_the_file_says_what_it_is_and_is_what_our_commands_read(
     assert next(iter(kinds)) in capsys.readouterr().out
     baked, merged = tmp_path / "baked.safetensors", tmp_path / "merged.safetensors"
     assert cli.main(["convert", str(path), "--bake", "lora", "--keep-energy", "0.9999", *base, "-o", str(baked)]) == 0
-    assert read_adapter(baked).kinds == {"LoRA": 3}
+    assert read_adapter(baked).kinds == {"LoRA": sum(kinds.values())}
     assert cli.main(["verify", str(baked), "--against", str(path), *base, "--tolerance", "0.05"]) == 0
     assert cli.main(["merge", f"{path}:0.5", "--rank", "8", *base, "-o", str(merged)]) == 0
     drawn = tmp_path / "drawn"
@@ -257,4 +257,4 @@ def test_each_kind_has_its_default_rate(tmp_path):
         config, filled = resolve(Config(images=tmp_path, output=tmp_path, algo=algo), base, 16, 1, has_prior=False)
         rates[algo] = config.learning_rate
         assert "learning_rate" in filled
-    assert rates == pytest.approx({"lora": 1e-4, "loha": 1e-5, "lokr": 5e-4})
+    assert rates == pytest.approx({"lora": 1e-4, "loha": 1e-5, "lokr": 3e-4})

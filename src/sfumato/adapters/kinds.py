@@ -21,7 +21,8 @@ from sfumato.adapters.whole import Host
 @dataclass(frozen=True)
 class Algo:
     """layer: an update of a layer, from (layer, rank, scale, generator, factor). notes: lines on layers of one rank and
-    on the factor, before any training. rate: how many times a LoRA's default learning rate its own is."""
+    on the factor, before any training. rate: how many times a LoRA's default learning rate its own is, by how fast a
+    loss begins to fall (bench/adapter_kinds.py)."""
 
     layer: Callable[[Host, int, float, torch.Generator, int | None], UpdateLayer]
     notes: Callable[[Ranked, int | None], list[str]]
@@ -32,7 +33,7 @@ ALGOS: Mapping[str, Algo] = MappingProxyType(
     {
         "lora": Algo(lambda *given: LoraLayer(*given[:4]), lambda some, _: narrow_notes(some), rate=1),
         "loha": Algo(lambda *given: LohaLayer(*given[:4]), lambda some, _: narrow_notes(some), rate=0.1),
-        "lokr": Algo(LokrLayer, whole_notes, rate=5),
+        "lokr": Algo(LokrLayer, whole_notes, rate=3),
     }
 )
 

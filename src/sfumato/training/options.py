@@ -219,7 +219,7 @@ class StepOptions:
     """Everything random follows from this number: start, order, noise, timesteps, caption dropout."""
     learning_rate: float | None = None
     """Peak learning rate. Unset: the default of the method, the base's family and the kind of adapter (for loha a
-    tenth of lora's, for lokr five times), a quarter of it for lion, and 1 for prodigy."""
+    tenth of lora's, for lokr three times), a quarter of it for lion, and 1 for prodigy."""
     optimizer: OptimizerName = "adamw"
     """adamw and adafactor, which keeps nearly no state, are built in; the others are the extras 8bit, prodigy and lion
     (pip install "sfumato[8bit]")."""
