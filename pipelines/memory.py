@@ -12,6 +12,7 @@ from sfumato import shell
 from sfumato.cli import run
 from sfumato.config import parse
 from sfumato.errors import ConfigError
+from sfumato.training.options import AlgoName
 
 if TYPE_CHECKING:
     from sfumato.bases import Base
@@ -42,6 +43,12 @@ class Config:
     """Of LoRAs. Unset: the base family's default."""
     conv_rank: int | None = None
     """Of LoRAs on convolutions of more than 1x1. Unset: --rank."""
+    algo: AlgoName = "lora"
+    """The kind of the adapters, as of the trainers: lora, loha or lokr. The rows below call all of them lora."""
+    dora: bool = False
+    """With weight decomposition, as of the trainers."""
+    factor: int | None = None
+    """With --algo lokr, the size of the small factor, as of the trainers."""
     device: Literal["gpu", "cpu"] = "gpu"
     """Where it would be trained; there need be no GPU here."""
     precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
@@ -55,10 +62,12 @@ class Config:
 
 def check(config: Config) -> None:
     """Refuse numbers that cannot be, before anything is read."""
-    for name in ("resolution", "batch", "rank", "conv_rank", "within"):
+    for name in ("resolution", "batch", "rank", "conv_rank", "factor", "within"):
         value = getattr(config, name)
         if value is not None and value <= 0:
             raise ConfigError(f"{shell.option(name)} {value:g}: must be above 0.")
+    if config.factor is not None and config.algo != "lokr":
+        raise ConfigError("--factor has no effect without --algo lokr; leave it out, or give both.")
 
 
 def rows_of(base: Base, setting: Setting) -> Iterator[tuple[str, list[float]]]:
@@ -86,7 +95,7 @@ def main(argv: Sequence[str]) -> int:
     config = parse(Config, argv, program="memory")
     check(config)
     from sfumato import forecast
-    from sfumato.adapters import rank_notes, target_layers
+    from sfumato.adapters import Kind, target_layers
     from sfumato.data.preparing import square_side
     from sfumato.precision import NAMES, forecast_precision
 
@@ -94,16 +103,20 @@ def main(argv: Sequence[str]) -> int:
     base = forecast.shapes_of(config.base, config.device, config.vae, config.prediction_type)
     side = square_side(base, config.resolution or base.resolution)
     rank, computed = config.rank or base.defaults.rank, NAMES[precision.compute]
-    rank_notes(target_layers(base.parts(text=False), "everything"), rank, config.conv_rank)  # refuses what is too wide
-    setting = forecast.Setting(config.device, precision, side, config.batch, rank, config.conv_rank)
+    kind = Kind.of(config)
+    kind.notes(target_layers(base.parts(text=False), "everything"), rank, config.conv_rank)  # refuses what is too wide
+    setting = forecast.Setting(config.device, precision, side, config.batch, rank, config.conv_rank, kind)
     rows = rows_of(base, setting)
     if config.json:
         about = {"base": base.name, "family": base.family.title, "resolution": side, "batch": config.batch}
+        about |= {"algo": config.algo, "dora": config.dora, "factor": config.factor}
         about |= {"rank": rank, "conv_rank": config.conv_rank or rank, "device": config.device, "precision": computed}
         print(json.dumps(about | {"gib": {name: [round(gib, 2) for gib in row] for name, row in rows}}, indent=2))
         return 0
     where = "a GPU" if config.device == "gpu" else "a CPU"
     ranks = f"rank {rank}" + (f", {config.conv_rank} of convolutions" if config.conv_rank else "")
+    if config.algo != "lora" or config.dora:
+        ranks += f", {config.algo}" + (f" factor {config.factor}" if config.factor else "") + " with dora" * config.dora
     print(f"{base.name} ({base.family.title}), {side} px, batch {config.batch}, {ranks}, {computed} on {where}")
     print(f"\n{'GiB at the peak, about':<54}{'a step':>8}   --gradient-checkpointing")
     for name, row in rows:

@@ -6,8 +6,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from sfumato import randomness
-from sfumato.adapters import attach, rank_notes, select
-from sfumato.adapters.lora import TARGETS
+from sfumato.adapters import TARGETS, Kind, attach, select
 from sfumato.errors import AdapterError
 
 
@@ -36,7 +35,7 @@ def trained(block: Block, **options):
 
 def deltas(lora):
     """The change of every adapted weight, in its shape."""
-    return {key: module.delta() for key, module in lora.modules_by_target().items()}
+    return {key: module.delta() for key, module in lora.changes().items()}
 
 
 def test_an_untrained_adapter_changes_no_bit(block):
@@ -83,11 +82,19 @@ def test_within_scaled_the_updates_of_the_unet_are_so_many_times_what_they_are(b
     lora = attach({"unet": select(block, r"to_q"), "text_encoder": select(other, r"to_q")}, **options).eval()
     for layer in lora.layers.values():
         nn.init.normal_(layer.up)
-    full = {key: delta.clone() for key, delta in deltas(lora).items()}
+    x = torch.randn(2, 6)
+
+    def outputs():
+        return torch.stack([part.attn2["to_q"](x) for part in (block, other)])
+
+    full = outputs()
+    with lora.disabled():
+        base = outputs()
     with lora.scaled(0.25):
-        assert_close(deltas(lora)["unet", "attn2.to_q"], full["unet", "attn2.to_q"] * 0.25)
-        assert torch.equal(deltas(lora)["text_encoder", "attn2.to_q"], full["text_encoder", "attn2.to_q"])
-    assert all(torch.equal(delta, full[key]) for key, delta in deltas(lora).items())
+        found = outputs()
+    assert_close(found[0], base[0] + 0.25 * (full[0] - base[0]))
+    assert torch.equal(found[1], full[1])
+    assert torch.equal(outputs(), full)
 
 
 def test_a_layer_starts_alike_whatever_else_is_adapted(block):
@@ -113,12 +120,12 @@ def test_a_rank_above_the_width_of_layers_is_told_and_above_that_of_all_refused(
     parts = {"unet": select(block, "to_q|conv1")}
     widths = sorted(min(host.weight.shape[0], host.weight[0].numel()) for host in parts["unet"].values())
     assert widths[0] < widths[-1]
-    assert rank_notes(parts, widths[0]) == []
-    assert rank_notes(parts, widths[0] + 1) == [
+    assert Kind().notes(parts, widths[0]) == []
+    assert Kind().notes(parts, widths[0] + 1) == [
         f"--rank {widths[0] + 1}: 1 of 2 layers is narrower ({widths[0]}), where it takes memory and learns no more"
     ]
     with pytest.raises(AdapterError, match=f"--rank 5000: the widest layer has {widths[-1]} directions"):
-        rank_notes(parts, 5000)
+        Kind().notes(parts, 5000)
 
 
 def test_convolutions_of_more_than_1x1_have_their_own_rank_and_alpha(block):
@@ -142,13 +149,13 @@ def test_convolutions_with_the_rank_of_the_others_start_as_without_one(block):
 
 def test_the_rank_of_convolutions_is_held_against_their_widths(block):
     parts = {"unet": select(block, "to_q|conv1")}
-    assert rank_notes(parts, 5, 4) == []
+    assert Kind().notes(parts, 5, 4) == []
     with pytest.raises(AdapterError, match="--conv-rank 5: the widest convolution has 4 directions"):
-        rank_notes(parts, 5, 5)
+        Kind().notes(parts, 5, 5)
     with pytest.raises(AdapterError, match="--rank 6: the widest layer has 5 directions"):
-        rank_notes(parts, 6, 4)
+        Kind().notes(parts, 6, 4)
     with pytest.raises(AdapterError, match="are for convolutions of more than 1x1, and none is adapted"):
-        rank_notes({"unet": select(block, "to_q")}, 2, 2)
+        Kind().notes({"unet": select(block, "to_q")}, 2, 2)
 
 
 def test_the_base_gets_no_gradient_and_the_adapter_does(block):
@@ -162,7 +169,7 @@ def test_the_base_gets_no_gradient_and_the_adapter_does(block):
 def test_starting_from_an_adapter_gives_its_delta(block):
     first = trained(block, alpha=6.0)
     second = attach({"unet": select(block, r"attn2\.to_q|conv1")}, rank=2, alpha=1.0)
-    second.load({key: (layer.down, layer.up, 6.0) for key, layer in first.layers.items()}, "first")
+    second.load(first.changes(), "first")
     for key, delta in deltas(first).items():
         assert_close(deltas(second)[key], delta)
 
@@ -171,7 +178,7 @@ def test_starting_from_another_shape_is_refused(block):
     lora = trained(block)
     with pytest.raises(AdapterError, match=r"has 0 modules, this run trains 2; 2 missing .* --conv and --train"):
         lora.load({}, "other")
-    more = {key: (layer.down, layer.up, 2.0) for key, layer in lora.layers.items()}
+    more = lora.changes()
     with pytest.raises(
         AdapterError, match=r"has 3 modules, this run trains 2; 0 missing and 1 extra, first unet\.conv2"
     ):

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from sfumato import cli, forecast, load_base
-from sfumato.adapters import attach, target_layers
+from sfumato.adapters import Kind, attach, target_layers
 from sfumato.forecast import (
     BESIDE,
     TRAININGS,
@@ -123,7 +123,33 @@ def test_convolutions_of_a_lower_rank_train_fewer_numbers(shapes):
     steps = (step_memory(shapes, way, replace(ON_CPU, conv_rank=rank)) for rank in (4, 1))
     plain, own = (sum(shape.numel() for shape in step.trained) for step in steps)
     learned = attach(target_layers(shapes.parts(text=False), way.targets), rank=4, alpha=4.0, conv_rank=1)
+    learned.detach()
     assert own == learned.count() < plain
+
+
+@pytest.mark.parametrize("kind", [Kind("loha"), Kind("lokr", factor=4), Kind("lora", dora=True)])
+def test_other_kinds_keep_no_matrix_between_the_passes(kind, shapes):
+    """Theirs is of the weight's size, and made again for the way back: few are alive beside a LoRA's step."""
+    way = Training("", "lora", targets="(conv1|conv2|ff.net.2)$")
+    lora, other = (step_memory(shapes, way, replace(ON_CPU, kind=one)) for one in (Kind(), kind))
+    adapted = target_layers(shapes.parts(text=False), way.targets)
+    attached = attach(adapted, rank=4, alpha=4.0, kind=kind)
+    attached.detach()
+    assert other.trained == tuple(weight.shape for weight in attached.parameters())
+    sizes = [4 * host.weight.numel() for some in adapted.values() for host in some.values()]
+    assert other.alive - lora.alive < 8 * max(sizes) < sum(sizes)
+
+
+def test_the_kind_of_the_adapters_is_told_and_checked(monkeypatch, capsys):
+    monkeypatch.setattr(forecast, "TRAININGS", [BY_OPTIONS["lora"]])
+    assert cli.main(["memory", "--device", "cpu", "--algo", "lokr", "--factor", "8", "--dora"]) == 0
+    assert capsys.readouterr().out.startswith(
+        "pocket (pocket), 64 px, batch 1, rank 16, lokr factor 8 with dora, fp32 on"
+    )
+    assert cli.main(["memory", "--factor", "8"]) == 2
+    assert "--factor has no effect without --algo lokr" in capsys.readouterr().err
+    assert cli.main(["memory", "--algo", "lokr", "--factor", "0"]) == 2
+    assert "--factor 0: must be above 0" in capsys.readouterr().err
 
 
 def test_the_table_marks_what_does_not_fit(monkeypatch, capsys):

@@ -14,13 +14,13 @@ from sfumato.trainers.textual_inversion import Config, default_prompts, resolve
 from torch.testing import assert_close
 
 from sfumato import cli, data, diffusion, randomness
+from sfumato.adapters import Attached
 from sfumato.bases import load_base
 from sfumato.bases.family import FAMILIES
 from sfumato.cards import adapter as card
 from sfumato.drawing.pictures import draw
 from sfumato.files import read_adapter, read_embedding, read_header, read_lora, read_tensors
 from sfumato.precision import decide
-from sfumato.training import trained_adapter
 from sfumato.words import embedding
 from tests.tiny import CPU
 
@@ -453,14 +453,14 @@ def test_one_bundle_on_request(pivotal, monkeypatch):
 def test_each_adapter_on_the_way_has_its_words_and_its_step(pivotal, monkeypatch):
     """Those of step 2 are those of a run that ends there, beside them or bundled."""
     steady = ("--schedule", "constant")
-    write_lora, found = trained_adapter.write_lora, []
+    write, found = Attached.write, []
 
-    def spied(path, *given, **named):
+    def spied(adapter, path, **named):
         found.append(path.with_name(f"{path.stem}-x.safetensors").exists())
-        return write_lora(path, *given, **named)
+        return write(adapter, path, **named)
 
     with monkeypatch.context() as patched:
-        patched.setattr(trained_adapter, "write_lora", spied)
+        patched.setattr(Attached, "write", spied)
         adapter, _ = pivotal("run", "--save-every", "2", *steady)
     assert found == [True] * 3  # a run that is killed on the way leaves no adapter without its words
     ended, word = pivotal("ended", "--steps", "2", *steady)

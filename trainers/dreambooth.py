@@ -26,13 +26,13 @@ from sfumato.numerals import pluralize
 from sfumato.runs.folder import snapshot_name
 from sfumato.training import checks, config_defaults
 from sfumato.training.entry_point import training_entry_point
-from sfumato.training.options import TrainerOptions
+from sfumato.training.options import KindOptions, TrainerOptions
 from sfumato.training.subject import PreservedPrompts, Subject, read_subject, with_caption
 
 if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that its --help is there at once
     from torch import nn
 
-    from sfumato.adapters import Lora
+    from sfumato.adapters import Attached
     from sfumato.bases import Base
     from sfumato.data import Dataset, ExampleSet
     from sfumato.files import Description
@@ -62,7 +62,7 @@ DEFAULTS: Mapping[tuple[str, str], Mapping[str, Any]] = MappingProxyType(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(TrainerOptions):
+class Config(KindOptions, TrainerOptions):
     """Bind a subject to a word by fine-tuning the whole U-Net, or a LoRA on it.
 
     Example: `sfumato train dreambooth --method lora --images datasets/flamingo --class-name flamingo --output runs/me`
@@ -152,8 +152,7 @@ def train(config: Config) -> Path:
     import torch
 
     from sfumato import randomness
-    from sfumato.adapters import Lora, rank_notes
-    from sfumato.files import write_lora
+    from sfumato.adapters import Attached, Kind
     from sfumato.runs.processes import Processes
     from sfumato.runs.run import Run
     from sfumato.runs.samples import Samples, unrelated_to
@@ -177,7 +176,9 @@ def train(config: Config) -> Path:
     precision = decide_precision(config, processes)
     base = config.load_base(precision)
     config, filled = resolve(config, base, instance.samples, processes.count)
-    notes = rank_notes(adapted(base, config), config.rank, config.conv_rank) if config.method == "lora" else []
+    notes: list[str] = []
+    if config.method == "lora":
+        notes = Kind.of(config).notes(adapted(base, config), config.rank, config.conv_rank)
     writes = [config.name] if config.save == "folder" else ["adapters"] if config.save_every else []
     run = Run.start(config, program="dreambooth", processes=processes, writes=writes)
     run.say(precision.table())
@@ -209,7 +210,7 @@ def train(config: Config) -> Path:
     fused = FusedStep(optimizer, scaler) if config.fused else None
     average = Ema(parameters, config.ema, device="cpu" if config.ema_on_cpu else None)
     run.keep(trained=trained, optimizer=optimizer, scaler=scaler, average=average)
-    lora = trained if isinstance(trained, Lora) else None
+    lora = trained if isinstance(trained, Attached) else None
     pristine: Pristine = nullcontext if lora is None else lora.disabled  # of a whole base nothing has been trained yet
     unrelated = unrelated_to(preserved.of_class)
     drift_prompts = {"drift": unrelated, "class_drift": preserved.prompts} if config.measure_every else {}
@@ -238,7 +239,7 @@ def train(config: Config) -> Path:
             file = config.output / "adapters" / f"{snapshot_name(config.name, step)}.safetensors"
             about = describe_run(config, base, dataset, samples, steps=step, **asked_of_drawing)
             with average.applied():
-                write_lora(file, lora.modules_by_target(), **written_as(config, base, about))
+                lora.write(file, **written_as(config, base, about))
 
     run.every(config.measure_every, measure)
     run.every(config.sample_every, samples.draw)
@@ -304,6 +305,7 @@ def check(config: Config) -> None:
     if config.method == "full" and config.save in (None, "folder"):
         checks.check_name(config, folder=True)
     refuse_idle(config)
+    checks.check_kind(config)
     check_words(config)
     check_saving(config)
     if config.over_steps is not None:
@@ -329,7 +331,7 @@ def refuse_idle(config: Config) -> None:
         checks.only_with(config, "it in --instance-prompt", "identifier")
     if config.method == "full":
         of_lora = ("alpha", "conv_rank", "conv_alpha", "loraplus_ratio", "targets", "over_steps", "own_negative")
-        checks.only_with(config, "--method lora", *of_lora, "save_every")
+        checks.only_with(config, "--method lora", *of_lora, "save_every", "algo", "dora", "factor")
         if config.save != "lora":
             checks.only_with(config, "--method lora or --save lora", "rank")
 
@@ -504,9 +506,9 @@ def prior_of(
     )
 
 
-def trainable(base: Base, config: Config) -> Lora | nn.ModuleDict:
+def trainable(base: Base, config: Config) -> Attached | nn.ModuleDict:
     """The base's own weights, or with --method lora a new adapter, which changes nothing yet."""
-    from sfumato.adapters import attach
+    from sfumato.adapters import Kind, attach
     from sfumato.training.full import unfreeze
 
     if config.method == "full":
@@ -517,6 +519,7 @@ def trainable(base: Base, config: Config) -> Lora | nn.ModuleDict:
         alpha=config.alpha,
         conv_rank=config.conv_rank,
         conv_alpha=config.conv_alpha,
+        kind=Kind.of(config),
         seed=config.seed,
     )
 
@@ -528,20 +531,20 @@ def adapted(base: Base, config: Config) -> dict[str, dict[str, nn.Linear | nn.Co
     return target_layers(base.parts(text=config.train_text_encoder), config.targets)
 
 
-def groups(trained: Lora | nn.ModuleDict, config: Config) -> list[dict[str, Any]]:
+def groups(trained: Attached | nn.ModuleDict, config: Config) -> list[dict[str, Any]]:
     """Parameter groups: the U-Net's, and the text encoders' with their own rate."""
-    from sfumato.adapters import Lora
+    from sfumato.adapters import Attached
     from sfumato.training import optimizers
 
     rates = config.learning_rate, config.text_learning_rate
-    if isinstance(trained, Lora):
+    if isinstance(trained, Attached):
         return optimizers.groups(trained.by_part(), *rates, ups=trained.ups(), up_ratio=config.loraplus_ratio)
     return optimizers.groups({part: model.parameters() for part, model in trained.items()}, *rates)
 
 
 def save(
     path: Path,
-    trained: Lora | nn.ModuleDict,
+    trained: Attached | nn.ModuleDict,
     base: Base,
     config: Config,
     run: Run,
@@ -549,15 +552,14 @@ def save(
     about: Description,
 ) -> None:
     """Write what was learned in the form that was asked for, its card and the plot; upload if asked."""
-    from sfumato.adapters import Lora
-    from sfumato.files import write_lora
+    from sfumato.adapters import Attached
     from sfumato.precision import decide
     from sfumato.training.finish import finish, upload
     from sfumato.training.full import full_precision, write_changes, write_extracted, write_folder
 
     as_file = written_as(config, base, about)
-    if isinstance(trained, Lora):
-        write_lora(path, trained.modules_by_target(), **as_file)
+    if isinstance(trained, Attached):
+        trained.write(path, **as_file)
     elif config.save == "folder":
         write_folder(base, path, as_file["dtype"])
     else:

@@ -4,8 +4,8 @@
     accelerate launch trainers/lora.py ...
     sfumato train lora ...
 
-are one program. W' = W + (alpha / rank) B A on the frozen U-Net (Hu et al. 2021). `train` is the whole method; what it
-calls is the library.
+are one program. W' = W + (alpha / rank) B A on the frozen U-Net (Hu et al. 2021), or with --algo and --dora another
+change of few numbers. `train` is the whole method; what it calls is the library.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from sfumato.numerals import pluralize
 from sfumato.runs.folder import snapshot_name
 from sfumato.training import checks, config_defaults
 from sfumato.training.entry_point import training_entry_point
-from sfumato.training.options import TrainerOptions
+from sfumato.training.options import KindOptions, TrainerOptions
 from sfumato.words.placeholders import (
     DEFAULT_LEARNING_RATES,
     DEFAULT_VECTORS,
@@ -38,7 +38,7 @@ from sfumato.words.placeholders import (
 if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that its --help is there at once
     from torch import nn
 
-    from sfumato.adapters import Lora
+    from sfumato.adapters import Attached
     from sfumato.bases import Base
     from sfumato.data import Dataset, ExampleSet
     from sfumato.files import Description
@@ -54,14 +54,15 @@ if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(TrainerOptions):
+class Config(KindOptions, TrainerOptions):
     """Train a LoRA on the cross-attention of the U-Net, or on more of it.
 
     Example: `sfumato train lora trainers/configs/lora-style.toml --images datasets/line-style --output runs/line`
     """
 
     rank: int | None = None
-    """Inner dimension of each update B A; more holds more. Unset: the base family's default."""
+    """Inner dimension of each update B A; more holds more. Of lokr it is that of the large factor, which is whole from
+    half of its longer side on. Unset: the base family's default."""
     alpha: float | None = None
     """The update is scaled by alpha / rank. Unset: the rank, for a scale of 1; with --rank-stabilised, the value that
     gives a scale of 1 at the base family's default rank."""
@@ -76,8 +77,8 @@ class Config(TrainerOptions):
     rank_stabilised: bool = False
     """Scale by alpha / sqrt(rank), so that a high rank learns as fast as a low one."""
     loraplus_ratio: float = 1.0
-    """LoRA+: how many times the learning rate of A that of B is (Hayou et al. 2024), which starts at zero; 2 to 16
-    learns sooner, and wants a lower --learning-rate."""
+    """LoRA+, of --algo lora: how many times the learning rate of A that of B is (Hayou et al. 2024), which starts at
+    zero; 2 to 16 learns sooner, and wants a lower --learning-rate."""
     targets: str = "cross-attention"
     """What to adapt: cross-attention, attention, attention+mlp, transformers (these and the projections
     around them, as sd-scripts does), everything (in the U-Net's blocks), or a regular expression over module names."""
@@ -141,7 +142,7 @@ def train(config: Config) -> Path:
     """Train, and return the adapter's path."""
     import torch
 
-    from sfumato.adapters import rank_notes, target_layers
+    from sfumato.adapters import Kind, target_layers
     from sfumato.runs.processes import Processes
     from sfumato.runs.run import Run
     from sfumato.runs.samples import UNRELATED
@@ -163,7 +164,7 @@ def train(config: Config) -> Path:
     config, filled = resolve(config, base, subjects.samples, processes.count, has_prior=has_prior)
     words = new_words(base, config, examples) if config.train_words else None
     adapted = target_layers(base.parts(text=config.train_text_encoder), config.targets, conv=config.conv)
-    notes = rank_notes(adapted, config.rank, config.conv_rank)
+    notes = Kind.of(config).notes(adapted, config.rank, config.conv_rank)
     run = Run.start(config, program="lora", processes=processes, writes=written(config))
     run.say(precision.table())
     run.say_filled(base.family.title, filled)
@@ -273,6 +274,7 @@ def train(config: Config) -> Path:
 def check(config: Config) -> None:
     """Refuse what makes no sense before anything is loaded."""
     checks.check_trainer(config)
+    checks.check_kind(config)
     if not config.train_text_encoder:
         checks.only_with(config, "--train-text-encoder", "text_learning_rate")
     if config.init_from and not config.resume:
@@ -391,9 +393,9 @@ def new_words(base: Base, config: Config, examples: ExampleSet) -> Words:
     return words
 
 
-def new_lora(adapted: Mapping[str, Mapping[str, nn.Linear | nn.Conv2d]], config: Config) -> Lora:
+def new_lora(adapted: Mapping[str, Mapping[str, nn.Linear | nn.Conv2d]], config: Config) -> Attached:
     """An adapter of these layers, by part and path, which changes nothing yet."""
-    from sfumato.adapters import attach
+    from sfumato.adapters import Kind, attach
 
     return attach(
         adapted,
@@ -403,6 +405,7 @@ def new_lora(adapted: Mapping[str, Mapping[str, nn.Linear | nn.Conv2d]], config:
         conv_alpha=config.conv_alpha,
         dropout=config.dropout,
         rank_stabilised=config.rank_stabilised,
+        kind=Kind.of(config),
         seed=config.seed,
     )
 
@@ -410,7 +413,7 @@ def new_lora(adapted: Mapping[str, Mapping[str, nn.Linear | nn.Conv2d]], config:
 def samples_of(
     config: Config,
     base: Base,
-    lora: Lora,
+    lora: Attached,
     subjects: ExampleSet,
     dataset: Dataset,
     trigger: Sequence[str],
@@ -442,7 +445,7 @@ def embeds_beforehand(config: Config) -> bool:
 
 
 def priors_of(
-    config: Config, base: Base, dataset: Dataset, class_set: Dataset | None, noising: NoiseSettings, lora: Lora
+    config: Config, base: Base, dataset: Dataset, class_set: Dataset | None, noising: NoiseSettings, lora: Attached
 ) -> list[ClassPictures | BasePrediction]:
     """What comes beside each batch: the class's pictures, and the prior's prompts with the pictures of that batch."""
     from sfumato.training.prior import BasePrediction, ClassPictures
@@ -466,7 +469,7 @@ def priors_of(
     return priors
 
 
-def crossing_of(config: Config, base: Base, dataset: Dataset, processes: Processes, lora: Lora) -> Crossing | None:
+def crossing_of(config: Config, base: Base, dataset: Dataset, processes: Processes, lora: Attached) -> Crossing | None:
     """What shows the base's drawings of the pictures, if it is asked for."""
     if not config.crossed_share:
         return None
@@ -479,7 +482,7 @@ def crossing_of(config: Config, base: Base, dataset: Dataset, processes: Process
 def trained_adapter_of(
     config: Config,
     base: Base,
-    lora: Lora,
+    lora: Attached,
     words: Words | None,
     dataset: Dataset,
     samples: Samples,

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sfumato.adapters import attach, target_layers
+from sfumato.adapters import Kind, attach, target_layers
+from sfumato.adapters.kinds import LORA
 from sfumato.bases.loading import base_skeleton, family_skeleton
 from sfumato.data.latents import encoded_at_once
 from sfumato.drawing.decoding import decoded_at_once
@@ -81,7 +82,8 @@ TRAININGS = (
 
 @dataclass(frozen=True)
 class Setting:
-    """Where and in which size: precision of `forecast_precision`, side in pixels; batch and ranks as of trainers."""
+    """Where and in which size: precision of `forecast_precision`, side in pixels; batch, ranks and kind of adapters as
+    of trainers."""
 
     device: Literal["gpu", "cpu"]
     precision: Precision
@@ -89,6 +91,7 @@ class Setting:
     batch: int
     rank: int
     conv_rank: int | None = None
+    kind: Kind = LORA
     checkpointing: bool = False
 
 
@@ -138,21 +141,23 @@ def step_memory(base: Base, way: Training, setting: Setting) -> StepMemory:
     base.unet.requires_grad_(whole)
     if setting.checkpointing:
         base.unet.enable_gradient_checkpointing()
-    lora = None
+    adapter = None
     if way.trained == "lora":
         adapted = target_layers(base.parts(text=False), way.targets)
-        lora = attach(adapted, rank=setting.rank, alpha=float(setting.rank), conv_rank=setting.conv_rank)
+        adapter = attach(
+            adapted, rank=setting.rank, alpha=float(setting.rank), conv_rank=setting.conv_rank, kind=setting.kind
+        )
     texts = list(base.text_encoders) if way.text else []
     if whole:
         setting = replace(setting, precision=replace(setting.precision, storage=torch.float32))
     try:
         stored = setting.precision.storage
-        with _imagined(base.unet, stored), _imagined(lora), _all(texts, stored):
-            learned = [p for module in (lora or base.unet, *texts) for p in module.parameters() if p.requires_grad]
+        with _imagined(base.unet, stored), _imagined(adapter), _all(texts, stored):
+            learned = [p for module in (adapter or base.unet, *texts) for p in module.parameters() if p.requires_grad]
             with _norms_in_fp32(base.unet, setting):
                 alive = _step(base, way, setting, learned)
             return StepMemory(
-                weights=_bytes_of(base.unet, *texts, *([lora] if lora else [])),
+                weights=_bytes_of(base.unet, *texts, *([adapter] if adapter else [])),
                 alive=alive.peak_with_gradients,
                 fused=alive.peak,
                 trained=tuple(p.shape for p in learned),
@@ -160,8 +165,8 @@ def step_memory(base: Base, way: Training, setting: Setting) -> StepMemory:
     finally:
         base.unet.requires_grad_(False)
         base.unet.disable_gradient_checkpointing()
-        if lora is not None:
-            lora.detach()
+        if adapter is not None:
+            adapter.detach()
 
 
 def encoding_memory(base: Base, setting: Setting) -> int:

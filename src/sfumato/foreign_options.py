@@ -57,6 +57,9 @@ OPTIONS: Mapping[str, str] = MappingProxyType(
         "--rank": "network_dim lora_rank dim new_rank",
         "--alpha": "network_alpha lora_alpha",
         "--conv-rank": "conv_dim new_conv_rank",
+        "--algo": "peft_type lora_type",
+        "--dora": "use_dora dora_wd lora_decompose weight_decompose",
+        "--factor": "lokr_factor decompose_factor",
         "--dropout": "network_dropout lora_dropout dropout_probability",
         "--targets": "lora_layers layer_filter",
         "--init-from": "network_weights",
@@ -116,7 +119,7 @@ UNASKED: Mapping[str, str] = MappingProxyType(
         ),
         "no_half_vae": "the VAE computes in fp32 beside fp16; beside bf16 in bf16, which has fp32's range",
         "network_train_unet_only": "text encoders learn with --train-text-encoder only",
-        "network_module use_safetensors save_model_as": "adapters are LoRAs in .safetensors files",
+        "network_module use_safetensors save_model_as": "adapters are .safetensors files, of the kind of --algo",
         "sdpa": "it is the default of --attention",
         "v2 sdxl": "the base's weights tell its family",
     }
@@ -125,7 +128,12 @@ UNASKED: Mapping[str, str] = MappingProxyType(
 
 ABSENT: Mapping[str, str] = MappingProxyType(
     {
-        "network_args": "its conv_dim is --conv-rank, conv_alpha --conv-alpha, and the rest has no counterpart",
+        "network_args": "its conv_dim is --conv-rank, conv_alpha --conv-alpha, and LyCORIS's algo --algo, factor "
+        "--factor and dora_wd --dora; the rest has no counterpart",
+        "lycoris_config": "its algo is --algo, linear_dim --rank, linear_alpha --alpha and factor --factor",
+        "wd_on_output lora_decompose_output_axis": "--dora learns the lengths of inputs, which web interfaces read",
+        "full_matrix lokr_full_rank": "--algo lokr with a --rank of half the layers' width or more is whole",
+        "use_tucker use_cp use_scalar rank_dropout module_dropout": "there is no counterpart",
         "caption_extension": "a dataset.toml has it as caption_suffix",
         "caption_separator": "a dataset.toml has it as separator",
         "caption_prefix": "it is part of the template, --caption 'PREFIX {caption}'",

@@ -48,6 +48,32 @@ def test_what_is_unusual_of_a_training_is_told(tmp_path):
     assert "| rank | 16 |\n| accumulate | 4 |\n| huber | 0.1 |\n| pictures | 16 |" in text
 
 
+@pytest.mark.parametrize(
+    ("config", "title", "diffusers"),
+    [
+        ({"algo": "lokr", "factor": 8}, "A LoKr for", "diffusers refuses it"),
+        (
+            {"algo": "lora", "dora": True},
+            "A LoRA with weight decomposition (DoRA) for",
+            "diffusers draws with the LoRA alone",
+        ),
+    ],
+)
+def test_which_programs_read_another_kind_is_told(config, title, diffusers, tmp_path):
+    about = replace(ABOUT, config={"rank": 16, **config})
+    text = write_card(tmp_path, tmp_path / "line.safetensors", about, [], []).read_text(encoding="utf-8")
+    assert title in text
+    assert diffusers in text
+    assert (
+        "`sfumato convert line.safetensors --bake lora --keep-energy 0.99 --base some/base --output NAME.safetensors`"
+        in text
+    )
+    assert "load_lora_weights" not in text
+    assert "template:sd-lora" not in text
+    shown = [f"| {name} | {value} |" for name, value in config.items() if value != "lora"]
+    assert all(line in text for line in shown)
+
+
 def test_adapter_guidance_is_told_where_the_file_asks_for_it(card, tmp_path):
     assert "adapter guidance" not in card.read_text(encoding="utf-8")
     about = replace(ABOUT, adapter_guidance=2.0)

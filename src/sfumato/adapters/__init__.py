@@ -1,5 +1,12 @@
-"""What is trained, where it attaches, and its delta on a weight: LoRA, and how it is computed with its layer."""
+"""What is trained, where it attaches, and its delta on a weight: LoRA, LoHa, LoKr, and DoRA of each; one file a kind.
 
-from sfumato.adapters.lora import TARGETS, Lora, LoraLayer, attach, rank_notes, select, target_layers
+How an update is computed with its layer is in `folded` for LoRA, in `whole` for the others.
+"""
 
-__all__ = ["TARGETS", "Lora", "LoraLayer", "attach", "rank_notes", "select", "target_layers"]
+from sfumato.adapters.attached import Attached, attach
+from sfumato.adapters.kinds import ALGOS, Kind
+from sfumato.adapters.layer import UpdateLayer
+from sfumato.adapters.lora import LoraLayer
+from sfumato.adapters.targets import TARGETS, select, target_layers
+
+__all__ = ["ALGOS", "TARGETS", "Attached", "Kind", "LoraLayer", "UpdateLayer", "attach", "select", "target_layers"]

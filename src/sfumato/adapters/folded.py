@@ -31,9 +31,9 @@ def folded(host: nn.Linear | nn.Conv2d, down: Tensor, up: Tensor, scale: float, 
     branches are the way where they multiply less, under autocast, and where the layer is not an fp32 one of torch's.
     """
     weight = host.weight
-    if not _is_plain(host, x) or torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling():
+    if not is_plain(host, x) or torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling():
         return None
-    geometry = _geometry(host)
+    geometry = geometry_of(host)
     out, inner = len(weight), weight[0].numel()
     if _rows(x, host) * (inner + out) <= 2 * inner * out:  # the changed weight is made twice
         return None
@@ -41,7 +41,7 @@ def folded(host: nn.Linear | nn.Conv2d, down: Tensor, up: Tensor, scale: float, 
     return result
 
 
-def _is_plain(host: nn.Linear | nn.Conv2d, x: Tensor) -> bool:
+def is_plain(host: nn.Linear | nn.Conv2d, x: Tensor) -> bool:
     if type(host) is nn.Conv2d:
         usual = host.groups == 1 and host.padding_mode == "zeros" and not isinstance(host.padding, str)
         usual = usual and x.ndim == 4
@@ -53,7 +53,7 @@ def _is_plain(host: nn.Linear | nn.Conv2d, x: Tensor) -> bool:
     return usual and frozen and x.dtype == host.weight.dtype == torch.float32 and type(host.weight) in kinds
 
 
-def _geometry(host: nn.Linear | nn.Conv2d) -> Geometry | None:
+def geometry_of(host: nn.Linear | nn.Conv2d) -> Geometry | None:
     if isinstance(host, nn.Linear):
         return None
     return host.stride, host.padding, host.dilation  # type: ignore[return-value]
@@ -83,7 +83,7 @@ class _Folded(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight, down, up)
         ctx.scale, ctx.geometry = scale, geometry
-        return _apply(x, _changed(weight, down, up, scale), bias, geometry)
+        return product(x, _changed(weight, down, up, scale), bias, geometry)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -92,16 +92,16 @@ class _Folded(torch.autograd.Function):
         out, inner, rank = len(weight), weight[0].numel(), len(down)
         by_whole = learns and out * inner <= 2 * rank * (out + inner)
         changed = _changed(weight, down, up, ctx.scale) if of_x else weight
-        found, whole = _gradients(grad, x, changed, geometry, (of_x, by_whole))
+        found, whole = gradients(grad, x, changed, geometry, (of_x, by_whole))
         if not learns:
             return found, None, None, None, None, None, None
         if whole is not None:
             whole = whole.flatten(1)
             of_down, of_up = up.flatten(1).t() @ whole, whole @ down.flatten(1).t()
         else:
-            low = _apply(x, down, None, geometry)
+            low = product(x, down, None, geometry)
             of_low, of_up = _through(grad, low, up.flatten(1), geometry)
-            of_down = _gradients(of_low, x, down, geometry, (False, True))[1]
+            of_down = gradients(of_low, x, down, geometry, (False, True))[1]
         return found, None, None, of_down.mul_(ctx.scale).view_as(down), of_up.mul_(ctx.scale).view_as(up), None, None
 
 
@@ -110,7 +110,7 @@ def _changed(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
     return torch.addmm(weight.flatten(1), up.flatten(1), down.flatten(1), alpha=scale).view_as(weight)
 
 
-def _apply(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry | None) -> Tensor:
+def product(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry | None) -> Tensor:
     """The layer's output, a linear one's without a geometry."""
     if geometry is None:
         return products.linear(x, weight, bias)
@@ -118,7 +118,7 @@ def _apply(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry | 
     return F.conv2d(x, weight, bias, *geometry) if quick is None else quick
 
 
-def _gradients(
+def gradients(
     grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry | None, wanted: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
     """Of the layer's input and of its weight, from that of its output; those that are wanted."""

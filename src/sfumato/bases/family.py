@@ -25,7 +25,7 @@ class Defaults:
     """Pixels on a side; a base whose U-Net says otherwise (SD 2.x at 768) overrides it."""
     batch: int
     learning_rate: float
-    """For a LoRA with alpha equal to its rank."""
+    """For a LoRA with alpha equal to its rank; other kinds of adapter have it some times (`sfumato.adapters.ALGOS`)."""
     steps: int
     rank: int
     guidance: float

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from sfumato import shell
 from sfumato.bases.family import FAMILIES
+from sfumato.cards.kind import is_plain_lora, readers_of, title_of
 from sfumato.files.atomic import atomic_path, write_text
 from sfumato.numerals import pluralize
 from sfumato.prompts.negative import negative_for
@@ -55,8 +56,11 @@ def write_card(
             with atomic_path(folder / "images" / f"{name}.png") as temporary:
                 _strip(row).save(temporary)
         before_after = "\n## Before and after\n\n![before](images/before.png)\n\n![after](images/after.png)\n"
-    text = f"""{opening(folder, about, prompts, rows, tags=("lora", "template:sd-lora"))}
-A LoRA for {code(about.base)} ({about.family}), learned from {pluralize(about.images or 0, "picture")}.
+    plain = is_plain_lora(about)
+    clients = (_BUNDLED if _is_bundled(about) else _CLIENTS) if plain else readers_of(about, adapter.name)
+    tags = ("lora", "template:sd-lora") if plain else ("lycoris",)
+    text = f"""{opening(folder, about, prompts, rows, tags=tags)}
+A {title_of(about)} for {code(about.base)} ({about.family}), learned from {pluralize(about.images or 0, "picture")}.
 {before_after}
 ## Trigger words
 
@@ -66,7 +70,7 @@ A LoRA for {code(about.base)} ({about.family}), learned from {pluralize(about.im
 
 {_with_diffusers(about, adapter, words, example)}With sfumato: {code(line)}{guided}
 
-{readers(about, _BUNDLED if _is_bundled(about) else _CLIENTS)}
+{readers(about, clients)}
 
 {training_table(about, shown)}"""
     path = folder / "README.md"
@@ -153,8 +157,8 @@ def _word_files(about: Description, adapter: Path) -> list[str]:
 
 
 def _with_diffusers(about: Description, adapter: Path, words: Sequence[str], example: str) -> str:
-    """How diffusers draws with it; nothing for a file with words in it, which diffusers refuses."""
-    if _is_bundled(about):
+    """How diffusers draws with it; nothing for a file with words in it or of another kind, which diffusers refuses."""
+    if _is_bundled(about) or not is_plain_lora(about):
         return ""
     loading = [f'pipe.load_lora_weights("{adapter.name}")']
     if about.family == "sdxl" and words:
@@ -263,7 +267,7 @@ _USUAL: Mapping[str, Any] = MappingProxyType(
         "optimizer": "adamw", "accumulate": 1, "dropout": 0.0, "rank_stabilised": False, "loraplus_ratio": 1.0,
         "train_text_encoder": False, "text_learning_rate": None, "noise_offset": 0.0, "pyramid_noise": 0.0,
         "input_perturbation": 0.0, "huber": 0.0, "min_timestep": 0, "max_timestep": None, "crossed_share": 0.0,
-        "ema": 0.0, "clip_skip": None,
+        "ema": 0.0, "clip_skip": None, "algo": "lora", "dora": False, "factor": None,
     }
 )  # fmt: skip
 """Settings that a card tells only where they are not so."""

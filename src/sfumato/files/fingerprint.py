@@ -125,6 +125,16 @@ def fingerprint_of(found: Mapping[str, Row]) -> str:
     return f"{_VERSION}:{_digest(names)}:{base64.b64encode(values.tobytes()).decode()}"
 
 
+def fingerprint_on(changes: Mapping[Target, Change], weights: Mapping[Target, Tensor]) -> str:
+    """The same of changes of any kind, of which those that have no low rank are formed one at a time. weights: the
+    pristine ones."""
+    found: dict[str, Row] = {}
+    for target, change in changes.items():
+        low_rank = change.low_rank()
+        found |= probe_rows({target: change.delta(weights[target]) if low_rank is None else low_rank})
+    return fingerprint_of(found)
+
+
 def _digest(names: list[str]) -> str:
     return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from sfumato.training.options import TrainerOptions
 
 _AT_LEAST_ONE = (
-    *("steps", "epochs", "batch", "accumulate", "rank", "conv_rank", "resolution"),
+    *("steps", "epochs", "batch", "accumulate", "rank", "conv_rank", "factor", "resolution"),
     *("vectors", "word_vectors", "class_count"),
 )
 _NOT_NEGATIVE = (
@@ -63,6 +63,16 @@ def check_trainer(config: TrainerOptions) -> None:
             "--optimizer adamw."
         )
     check_run(config)
+
+
+def check_kind(config: TrainerOptions) -> None:
+    """Of an adapter: refuse what has no effect on one of its kind. LoRA+ is for a factor that starts at zero beside one
+    of unit scale, which LoHa's and LoKr's are not."""
+    algo = getattr(config, "algo", "lora")
+    if algo != "lokr":
+        only_with(config, "--algo lokr", "factor")
+    if algo != "lora":
+        only_with(config, "--algo lora", "loraplus_ratio")
 
 
 def check_run(config: FolderOptions) -> None:

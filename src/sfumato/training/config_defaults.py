@@ -29,6 +29,7 @@ def resolve(
     family's. Fields that a trainer lacks are passed over.
     """
     known = dataclasses.asdict(base.defaults) | {name: value for name, value in defaults.items() if value is not None}
+    known["learning_rate"] = float(f"{known['learning_rate'] * _kind_rate(config):.3g}")
     if config.optimizer == "prodigy":
         known["learning_rate"] = 1.0
     if config.optimizer == "lion":
@@ -55,6 +56,13 @@ def resolve(
     if getattr(config, "save_precision", "") is None:
         values["save_precision"] = "fp32" if base.family.name == "pocket" else "fp16"
     return dataclasses.replace(config, **values), filled
+
+
+def _kind_rate(config: TrainerOptions) -> float:
+    """How many times a LoRA's rate is that of the kind of adapter that is trained; 1 where none is."""
+    from sfumato.adapters import ALGOS
+
+    return ALGOS[getattr(config, "algo", "lora")].rate
 
 
 def conv_defaults(config: Any, alpha: float, *, rank_stabilised: bool = False) -> dict[str, Any]:

@@ -9,35 +9,34 @@ from typing import TYPE_CHECKING
 
 from sfumato import shell
 from sfumato.errors import AdapterError, ConfigError
-from sfumato.files import read_lora
+from sfumato.files import read_adapter
 from sfumato.files.family import of_another_family
-from sfumato.files.fingerprint import fingerprint
+from sfumato.files.fingerprint import fingerprint_on
 from sfumato.files.metadata import prediction_of
 
 if TYPE_CHECKING:
-    from sfumato.adapters import Lora
+    from sfumato.adapters import Attached
     from sfumato.bases import Base
     from sfumato.words.in_use import Words
 
 
 def start_from(
-    path: Path, base: Base, lora: Lora, words: Words | None, initial_words: Sequence[str]
+    path: Path, base: Base, adapter: Attached, words: Words | None, initial_words: Sequence[str]
 ) -> tuple[str, list[str]]:
-    """Copy the adapter in this file into `lora`, and its words into those of `words` that are spelt alike.
+    """Copy the adapter in this file into `adapter`, and its words into those of `words` that are spelt alike.
 
     initial_words: what --initial-words says, which a word that starts from the file does not need. Returns a
     fingerprint of what was copied, and a line on each word of the file that is not learned here, and on a base that
     predicts otherwise than the file's. Raises ConfigError for a word that has both starts, and AdapterError for an
     adapter of another family, of other layers or of another rank.
     """
-    name, file = path.name, read_lora(path, words=True)
+    name, file = path.name, read_adapter(path)
     width = base.unet.config.cross_attention_dim
     theirs, ours = (file.family, file.text_width), (base.family.name, width if isinstance(width, int) else None)
     if other := of_another_family(theirs, ours, "base"):
         raise AdapterError(f"--init-from {name}: {other}. Begin with an adapter of this family, or with nothing.")
-    modules = {key: module.plain() for key, module in file.modules.items()}  # without a Tucker core
-    lora.load({key: (m.down, m.up, m.alpha) for key, m in modules.items()}, name)
-    digest = hashlib.sha256(fingerprint(modules).encode())
+    adapter.load(file.changes, name)
+    digest = hashlib.sha256(fingerprint_on(file.changes, adapter.weights()).encode())
     found = {token.lower(): parts for token, parts in file.embeddings.items()}  # as tokenizers read them
     tokens = list(words.tokens) if words else []
     for token in tokens:

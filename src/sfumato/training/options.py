@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # help loads no torch
     from sfumato.training.noising import LossSettings, NoiseSettings
 
 OptimizerName = Literal["adamw", "adamw8bit", "adafactor", "prodigy", "lion"]
+AlgoName = Literal["lora", "loha", "lokr"]
 ScheduleName = Literal["constant", "cosine", "linear"]
 
 
@@ -217,8 +218,8 @@ class StepOptions:
     seed: int = 0
     """Everything random follows from this number: start, order, noise, timesteps, caption dropout."""
     learning_rate: float | None = None
-    """Peak learning rate. Unset: the default of the method and the base's family, a quarter of it for lion, and
-    1 for prodigy."""
+    """Peak learning rate. Unset: the default of the method, the base's family and the kind of adapter (for loha a
+    tenth of lora's, for lokr three times), a quarter of it for lion, and 1 for prodigy."""
     optimizer: OptimizerName = "adamw"
     """adamw and adafactor, which keeps nearly no state, are built in; the others are the extras 8bit, prodigy and lion
     (pip install "sfumato[8bit]")."""
@@ -297,6 +298,22 @@ class RunOptions(FolderOptions):
 
         found = [split_flags(prompt) for prompt in self.sample_prompts]
         return [text for text, _ in found], [own for _, own in found]
+
+
+@dataclass(frozen=True, kw_only=True)
+class KindOptions:
+    """The kind of an adapter."""
+
+    algo: AlgoName = "lora"
+    """What an update is: lora, a product of two factors; loha, two of these multiplied number by number, which has the
+    square of its directions; lokr, a Kronecker product of a small and a large factor, the smallest file. The names are
+    LyCORIS's. diffusers and sd-scripts read lora alone."""
+    dora: bool = False
+    """Also learn the length of each column of a weight beside its direction (weight decomposition); for lora, loha and
+    lokr. diffusers and sd-scripts do not read it."""
+    factor: int | None = None
+    """With --algo lokr, the size of the small factor: the smaller, the larger are the other and the file. Unset: both
+    as square as they can be."""
 
 
 @dataclass(frozen=True, kw_only=True)

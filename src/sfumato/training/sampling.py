@@ -13,13 +13,13 @@ from sfumato.runs.samples import Draw
 from sfumato.unet_calls import timestep_of
 
 if TYPE_CHECKING:
-    from sfumato.adapters import Lora
+    from sfumato.adapters import Attached
     from sfumato.bases import Base
 
 
 def drawing_of(
     base: Base,
-    lora: Lora | None = None,
+    adapter: Attached | None = None,
     strength: float = 0.0,
     span: tuple[float, float] | None = None,
     *,
@@ -27,7 +27,7 @@ def drawing_of(
     resolution: int | None = None,
     own: Sequence[Mapping[str, Any]] = (),
 ) -> Draw:
-    """The base's own drawing. lora: what is attached to its U-Net, drawn with as it will be: with this adapter
+    """The base's own drawing. adapter: what is attached to its U-Net, drawn with as it will be: with this adapter
     guidance, and in the span (start, end) of progress; None: in all steps. negatives: each is the negative prompt of
     prompts that hold it and more. resolution: that of the training, whose squares are drawn; None: the base's own. own:
     what each of the prompts that will be drawn says of its picture, of seed, negative, width, height, steps, guidance.
@@ -44,11 +44,11 @@ def drawing_of(
     def alike(prompts: Sequence[str], seeds: Sequence[int], said: Mapping[str, Any]) -> list[Image.Image]:
         settings = {"width": side, "height": side, **said}
         with ExitStack() as stack:
-            if lora is not None and span is not None:
-                stack.enter_context(_only_within(span, base, lora.disabled))
-            if lora is not None and strength and (guidance := said.get("guidance", base.defaults.guidance)) > 1:
-                stack.enter_context(lora.scaled(strength / guidance))
-                stack.enter_context(unconditional_half(base.unet, lora.disabled))
+            if adapter is not None and span is not None:
+                stack.enter_context(_only_within(span, base, adapter.disabled))
+            if adapter is not None and strength and (guidance := said.get("guidance", base.defaults.guidance)) > 1:
+                stack.enter_context(adapter.scaled(strength / guidance))
+                stack.enter_context(unconditional_half(base.unet, adapter.disabled))
             # As they are, with their tags: perhaps captions, which were learned as text.
             if "negative" in said:
                 return list(pictures.draw_each(base, prompts, seeds, **settings))

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sfumato.files import describe, write_lora
+from sfumato.files import describe
 from sfumato.files.write_embedding import write_embedding
 from sfumato.words.placeholders import embedding_files
 
 if TYPE_CHECKING:
     import torch
 
-    from sfumato.adapters import Lora
+    from sfumato.adapters import Attached
     from sfumato.files import Description
     from sfumato.runs.run import Run
     from sfumato.words.in_use import Words
@@ -29,7 +29,7 @@ class TrainedAdapter:
     adapter's file; words are written in fp32. bundle: whether words go into that file.
     """
 
-    lora: Lora
+    adapter: Attached
     words: Words | None
     family: str
     about: Callable[..., Description]
@@ -47,9 +47,8 @@ class TrainedAdapter:
         description = self.about(steps=steps, **named)
         if words and beside:  # first, so that no adapter is ever there without its words
             _write_words(words, beside, description)
-        write_lora(
+        self.adapter.write(
             path,
-            self.lora.modules_by_target(),
             family=self.family,
             metadata=describe(description),
             dtype=self.dtype,

@@ -1,0 +1,223 @@
+"""An adapter attached to a frozen model: the updates beside its layers, whatever their kind.
+
+A layer's update lives outside the model it changes: the layer's `forward` adds it to the output, or computes both as
+one product. The model keeps its module names, its weights and its class, so that drawing, saving and measuring see an
+ordinary U-Net, and detaching leaves no trace.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sfumato import randomness
+from sfumato.adapters.kinds import LORA, Kind
+from sfumato.adapters.layer import UpdateLayer
+from sfumato.adapters.ranks import is_spatial
+from sfumato.adapters.whole import Host
+from sfumato.errors import AdapterError
+from sfumato.files.changes import Change
+from sfumato.files.kohya import Target
+from sfumato.files.write_lycoris import network_metadata, write_adapter
+
+
+class Attached(nn.Module):
+    """All updates of one adapter, by (part, module path); parts are "unet", "text_encoder", "text_encoder_2".
+
+    dropout: share of each update's inputs that is dropped while training, see `set_dropout_samples`. network: what a
+    file's metadata tell of the kind, where it is not that of its tensors alone, see `sfumato.files.write_lycoris`.
+    """
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.layers: dict[tuple[str, str], UpdateLayer] = {}
+        self.dropout = dropout
+        self.network: dict[str, str] = {}
+        self._hosts: dict[tuple[str, str], Host] = {}
+        self._samples: tuple[int, int, Sequence[int]] | None = None
+        self._store = nn.ModuleList()
+        self._adapted: list[_ForwardPatch] = []
+        self.enabled = True
+
+    def add(self, part: str, path: str, host: Host, layer: UpdateLayer) -> None:
+        """Let `layer` update `host`, which is `part`'s module at `path`."""
+        self.layers[part, path] = layer
+        self._hosts[part, path] = host
+        self._store.append(layer)
+
+        adapted = _ForwardPatch(self, host, layer, part, path)
+        adapted.install()
+        self._adapted.append(adapted)
+
+    def set_dropout_samples(self, seed: int, step: int, places: Sequence[int]) -> None:
+        """Say which samples come next: what is dropped of each is a function of (seed, layer, step, its place).
+
+        places: of the batch's samples in the global batch, so that the same is dropped however that is split, and again
+        where activations are computed twice. A batch of several times as many samples has others at the same places
+        after them, such as a prior's. Text encoders are given distinct captions and not samples: of all captions of a
+        step the same numbers are dropped.
+        """
+        self._samples = (seed, step, places)
+
+    def dropped(self, x: Tensor, part: str, path: str) -> Tensor:
+        """A layer's input (rows, ...) with a share of its numbers 0 and the others larger by as much."""
+        if self._samples is None:
+            raise AdapterError(
+                "dropout wants to know which samples these are; call set_dropout_samples() before each batch."
+            )
+        seed, step, places = self._samples
+        count = len(places)
+        rows = [(row // count, places[row % count]) for row in range(len(x))] if part == "unet" else [(0, 0)]
+        draws, drawn = torch.Generator(x.device), torch.empty(len(rows), *x.shape[1:], device=x.device)
+        for numbers, (again, place) in zip(drawn, rows, strict=True):
+            draws.manual_seed(randomness.seed_of(seed, f"dropout {again}/{part}/{path}", step, place))
+            torch.rand(numbers.shape, generator=draws, out=numbers)
+        return (x / (1 - self.dropout)).masked_fill(drawn < self.dropout, 0)
+
+    def count(self) -> int:
+        """How many numbers are trained."""
+        return sum(p.numel() for p in self.parameters())
+
+    def by_part(self) -> dict[str, list[nn.Parameter]]:
+        """What is trained, by the part that it changes."""
+        found: dict[str, list[nn.Parameter]] = {}
+        for (part, _), layer in self.layers.items():
+            found.setdefault(part, []).extend(layer.parameters())
+        return found
+
+    def ups(self) -> list[nn.Parameter]:
+        """The factors B, which LoRA+ gives a rate of their own."""
+        return [up for layer in self.layers.values() for up in layer.ups()]
+
+    def changes(self) -> dict[Target, Change]:
+        """The updates as files have them; they share the layers' memory."""
+        return {key: layer.change() for key, layer in self.layers.items()}
+
+    def weights(self) -> dict[Target, Tensor]:
+        """The frozen weights that the updates change."""
+        return {key: host.weight.detach() for key, host in self._hosts.items()}
+
+    def write(self, path: Path, **written_as: Any) -> Path:
+        """Write the adapter; written_as: family, metadata, dtype and words as of `sfumato.files.write_lora`."""
+        return write_adapter(path, self.changes(), self.weights(), network=self.network, **written_as)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Within the block the model is the base again."""
+        before, self.enabled = self.enabled, False
+        try:
+            yield
+        finally:
+            self.enabled = before
+
+    @contextmanager
+    def scaled(self, factor: float) -> Iterator[None]:
+        """Within the block the U-Net's updates are `factor` times what they are."""
+        layers = [layer for (part, _), layer in self.layers.items() if part == "unet"]
+        before = [layer.strength for layer in layers]
+        try:
+            for layer in layers:
+                layer.strength *= factor
+            yield
+        finally:
+            for layer, strength in zip(layers, before, strict=True):
+                layer.strength = strength
+
+    def detach(self) -> None:
+        """Let the layers compute as they did before; the model is the base for good."""
+        while self._adapted:
+            self._adapted.pop().remove()
+
+    def load(self, values: Mapping[Target, Change], name: str) -> None:
+        """Start from another adapter, which must have the same layers, kinds and ranks."""
+        missing, extra = self.layers.keys() - values.keys(), values.keys() - self.layers.keys()
+        if missing or extra:
+            first = sorted(missing or extra)[0]
+            raise AdapterError(
+                f"{name}: has {len(values)} modules, this run trains {len(self.layers)}; {len(missing)} missing and "
+                f"{len(extra)} extra, first {'.'.join(first)}. Give the --targets, --conv and --train-text-encoder it "
+                "was trained with."
+            )
+        for key, change in values.items():
+            where, kind = f"{name}: {'.'.join(key)}", self.layers[key].kind
+            if change.kind != kind:
+                raise AdapterError(
+                    f"{where} is {change.kind}, this run trains {kind}. Give the --algo and --dora it was trained with."
+                )
+            if change.bias_delta is not None:
+                raise AdapterError(f"{where} changes a bias as well, which is not trained. Take another adapter.")
+            self.layers[key].load(change, where)
+
+
+class _ForwardPatch:
+    """A layer's `forward` with its update. An object and not a function, so that a copy of the model is of its own."""
+
+    def __init__(self, adapter: Attached, host: Host, layer: UpdateLayer, part: str, path: str) -> None:
+        self._adapter, self._host, self._layer, self._part, self._path = adapter, host, layer, part, path
+        self._as_it_is, self._had_its_own = host.forward, "forward" in vars(host)
+
+    def install(self) -> None:
+        """Compute in the layer's place."""
+        self._host.forward = self  # type: ignore[method-assign, assignment]
+
+    def remove(self) -> None:
+        """Let the layer compute as it did."""
+        del self._host.forward
+        if self._had_its_own:
+            self._host.forward = self._as_it_is  # type: ignore[method-assign]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        adapter, host, layer = self._adapter, self._host, self._layer
+        drops = adapter.dropout and adapter.training
+        if adapter.enabled and not drops:
+            both = layer.together(host, x)
+            if both is not None:
+                return both
+        output = self._as_it_is(x)
+        if not adapter.enabled:
+            return output
+        update: Tensor = layer(host, adapter.dropped(x, self._part, self._path) if drops else x)
+        return output + update.to(output.dtype)
+
+
+def attach(
+    parts: Mapping[str, Mapping[str, Host]],
+    *,
+    rank: int,
+    alpha: float,
+    conv_rank: int | None = None,
+    conv_alpha: float | None = None,
+    dropout: float = 0.0,
+    rank_stabilised: bool = False,
+    kind: Kind = LORA,
+    seed: int = 0,
+) -> Attached:
+    """A new adapter on the selected layers of each part; it changes nothing until it is trained.
+
+    parts: "unet", "text_encoder", ... -> what `select` chose in it. The scale is alpha / rank, or alpha / sqrt(rank)
+    when rank-stabilised (Kalajdzievski 2023). conv_rank, conv_alpha: of convolutions of more than 1x1, where they have
+    their own. Each layer's start is a function of (seed, part, path): adding a target does not change how the others
+    start.
+    """
+    adapter = Attached(dropout)
+    wide = (rank if conv_rank is None else conv_rank, alpha if conv_alpha is None else conv_alpha)
+    for part, chosen in parts.items():
+        for path, host in chosen.items():
+            own_rank, own_alpha = wide if is_spatial(host) else (rank, alpha)
+            scale = own_alpha / (math.sqrt(own_rank) if rank_stabilised else own_rank)
+            layer = kind.layer(host, own_rank, scale, randomness.generator(seed, f"{kind.algo}/{part}/{path}"))
+            adapter.add(part, path, host, layer.to(host.weight.device))
+    adapter.network = network_metadata(
+        kind.algo,
+        rank=rank,
+        alpha=alpha,
+        conv=None if wide == (rank, alpha) else wide,
+        factor=kind.factor,
+        dora=kind.dora,
+        rank_stabilised=rank_stabilised,
+    )
+    return adapter

@@ -1,0 +1,67 @@
+"""The kinds of update that are trained, by LyCORIS's word for them (`algo`): what differs, in one table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from sfumato.adapters.dora import DoraLayer
+from sfumato.adapters.layer import UpdateLayer
+from sfumato.adapters.loha import LohaLayer
+from sfumato.adapters.lokr import LokrLayer, whole_notes
+from sfumato.adapters.lora import LoraLayer
+from sfumato.adapters.ranks import Ranked, narrow_notes, ranked
+from sfumato.adapters.whole import Host
+
+
+@dataclass(frozen=True)
+class Algo:
+    """layer: an update of a layer, from (layer, rank, scale, generator, factor). notes: lines on layers of one rank and
+    on the factor, before any training. rate: how many times a LoRA's default learning rate its own is, by how fast a
+    loss begins to fall (bench/adapter_kinds.py)."""
+
+    layer: Callable[[Host, int, float, torch.Generator, int | None], UpdateLayer]
+    notes: Callable[[Ranked, int | None], list[str]]
+    rate: float
+
+
+ALGOS: Mapping[str, Algo] = MappingProxyType(
+    {
+        "lora": Algo(lambda *given: LoraLayer(*given[:4]), lambda some, _: narrow_notes(some), rate=1),
+        "loha": Algo(lambda *given: LohaLayer(*given[:4]), lambda some, _: narrow_notes(some), rate=0.1),
+        "lokr": Algo(LokrLayer, whole_notes, rate=3),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind with its options: of LoKr the size of the first factor, and whether the change is a DoRA."""
+
+    algo: str = "lora"
+    dora: bool = False
+    factor: int | None = None
+
+    @classmethod
+    def of(cls, config: Any) -> Kind:
+        """What a config's `algo`, `dora` and `factor` say."""
+        return cls(config.algo, config.dora, config.factor)
+
+    def layer(self, host: Host, rank: int, scale: float, generator: torch.Generator) -> UpdateLayer:
+        """A new update, which changes nothing yet."""
+        made = ALGOS[self.algo].layer(host, rank, scale, generator, self.factor)
+        return DoraLayer(host, made) if self.dora else made
+
+    def notes(self, parts: Mapping[str, Mapping[str, Host]], rank: int, conv_rank: int | None = None) -> list[str]:
+        """Lines on layers that have no room for their rank, or are whole. parts, conv_rank: as of `attach`.
+
+        Raises AdapterError where no layer of a rank has room for it, or no layer is a convolution with its own.
+        """
+        return [line for some in ranked(parts, rank, conv_rank) for line in ALGOS[self.algo].notes(some, self.factor)]
+
+
+LORA = Kind()
