@@ -98,7 +98,6 @@ def test_equal_to_a_plain_loop_with_peft(prompts, among, huber, perturbation, ra
         timesteps = diffusion.stratified_timesteps(2, among, seed, step)
         a = base.scheduler.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
         further = torch.stack([randomness.normal(shape, seed, "input perturbation", step, i) for i in range(2)])
-        plain = base.scheduler.add_noise(batch.latents, noise, timesteps)
         noisy = base.scheduler.add_noise(batch.latents, noise + perturbation * further, timesteps)
         text = batch.text.hidden if text is None else text
         prediction = base.unet(noisy, timesteps, text).sample
@@ -108,7 +107,7 @@ def test_equal_to_a_plain_loop_with_peft(prompts, among, huber, perturbation, ra
         else:
             wanted, weight = noise, snr.clamp(max=5) / snr
         if asked:
-            wanted = asked(plain, timesteps, text).sample.detach()
+            wanted = asked(noisy, timesteps, text).sample.detach()
         squares = (prediction - wanted).square()
         if huber:
             c = (1 - huber) / (1 + ((1 - a) / a) ** 0.5) ** 2 + huber
@@ -521,6 +520,11 @@ def test_the_run_folder_tells_everything_and_no_path(train, tmp_path, pictures, 
         (["--init-from", "nowhere.safetensors"], "nowhere.safetensors"),
         (["--base", "nowhere/at-all.safetensors"], "at-all.safetensors"),
         (["--resolution", "4"], "--resolution 4"),
+        (["--resolution", "1000000"], "--resolution 1000000: is the side of a square in pixels; wanted at most 8192"),
+        (["--sample-prompts", "a --s 5000", "--sample-every", "1"], "--s 5000 in a prompt: 5000 steps"),
+        (["--sample-prompts", "a --d -1", "--sample-every", "1"], "--d -1 in a prompt: seed -1"),
+        (["--caption-dropout", "1", "--caption", "<x>", "--train-words", "<x>"], "--caption-dropout 1 drops the new"),
+        (["--tag-dropout", "1", "--caption", "<x>", "--train-words", "<x>"], "--tag-dropout 1 drops the new word from"),
         (["--attention", "xformers"], "xformers"),
         (["--precision", "fp16", "--device", "cpu"], "fp16"),
         (["--warmup", "50"], "--warmup 50"),

@@ -334,6 +334,8 @@ def test_the_config_of_a_run_runs_again(train, tmp_path):
         (["--vectors", "16", "--caption", "{trigger}" + " {trigger}" * 4], "80 tokens"),
         (["--sample-prompts", "<x> " * 40], "80 tokens"),
         (["--learning-rate", "-1"], "--learning-rate is -1"),
+        (["--caption-dropout", "1"], "--caption-dropout 1 drops the new word from every caption"),
+        (["--placeholder", " "], "--placeholder is empty; give a new word"),
         (["--initial-words", "red", "--start", "random"], "--initial-words and --start random"),
     ],
 )

@@ -310,6 +310,8 @@ def check(config: Config) -> None:
     check_saving(config)
     if config.over_steps is not None:
         parse_span(config.over_steps)
+    if config.class_images is not None and not config.resume and not config.class_images.exists():
+        raise ConfigError(f"--class-images {config.class_images}: there is no such folder; name one, or leave it out.")
     if config.drift_limit is not None and config.measure_every == 0:
         raise ConfigError("--drift-limit looks at the measurements, and --measure-every 0 makes none; leave one out.")
 

@@ -300,6 +300,8 @@ def check_words(config: Config) -> None:
     if not count:
         of_words = ("stands_for", "initial_words", "word_vectors", "word_learning_rate", "words_first", "bundle")
         checks.only_with(config, "--train-words", *of_words)
+    else:
+        checks.check_words_are_seen(config)
     if config.word_vectors is not None and config.word_vectors > MOST_VECTORS:
         raise ConfigError(f"--word-vectors is {config.word_vectors}; it must be 1 to {MOST_VECTORS}.")
     if config.stands_for and len(config.stands_for) != count:

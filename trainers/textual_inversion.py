@@ -213,6 +213,9 @@ def check(config: Config) -> None:
     """Refuse what makes no sense before anything is loaded."""
     checks.check_trainer(config)
     count = len(config.placeholder)
+    if not count or not all(word.strip() for word in config.placeholder):
+        raise ConfigError("--placeholder is empty; give a new word, such as <otter>.")
+    checks.check_words_are_seen(config)
     if config.trigger is not None and config.trigger not in config.placeholder:
         raise ConfigError(f"--trigger {config.trigger}: the new word is its own trigger; leave --trigger out.")
     for option, given in (("--initial-words", len(config.initial_words)), ("--stands-for", len(config.stands_for))):

@@ -11,6 +11,7 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import save_file
+from torch import nn
 from torch.testing import assert_close
 
 from bench.distances import paired_kernel_distance
@@ -41,7 +42,10 @@ from sfumato.pocket.pictures import (
 )
 from sfumato.pocket.pictures import read_pictures as read_drawings
 from sfumato.pocket.style_augmentation import hand_name, restyle
+from sfumato.pocket.trained import PretrainState
 from sfumato.precision import Precision
+from sfumato.runs.run import Run
+from sfumato.training.options import RunOptions
 from tests.tiny import CPU
 from trainers.pretrain import Config, rate_at, train
 
@@ -340,6 +344,21 @@ def test_weights_that_no_gradient_reaches_are_told_of(data, pocket_folder, tmp_p
     train(replace(asked, sample_every=0, compile=True, output=tmp_path / "cut"))
     (told,) = [line for line in capsys.readouterr().err.splitlines() if "no gradient" in line]
     assert re.match(r"\d+ of \d+ weights have no gradient and do not learn, such as unet\.\w+", told)
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_branches_that_begin_at_zero_are_waited_for_before_weights_are_told_of(cut, tmp_path, capsys):
+    """As a U-Net from nothing has them: what is before a zero gets its first gradient a step later."""
+    first, last = nn.Linear(2, 2), nn.Linear(2, 2)
+    nn.init.zeros_(last.weight)
+    run = Run.start(RunOptions(output=tmp_path / "run"), program="test")
+    how = {"optimizer": "adamw", "learning_rate": 0.1, "weight_decay": 0.0, "ema": 0.0, "largest_norm": 1.0}
+    trained = PretrainState({"a": nn.Sequential(first, last)}, torch.device("cpu"), **how)
+    for step in run.steps(12):
+        hidden = first(torch.ones(3, 2))
+        trained.learn(step, last(hidden.detach() if cut else hidden).square().mean())
+    run.close()
+    assert ("no gradient" in capsys.readouterr().err) == cut
 
 
 def test_a_unet_that_is_told_less_of_thing_and_style_together_goes_on_where_it_stopped(data, pocket_folder, tmp_path):

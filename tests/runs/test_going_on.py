@@ -243,8 +243,8 @@ def test_a_part_that_does_not_take_its_state(tmp_path):
     run = start(tmp_path, checkpoint_every=1, resume=True)
     run.keep(part=Part())
     assert problem(lambda: list(run.steps(2))) == (
-        f"the checkpoint of step 1 does not fit: part: {('no ' * 300)[:200]}. Resume with the program and version that "
-        "wrote it."
+        f"the checkpoint of step 1 does not fit: part: {('no ' * 300)[:200]}. Resume with the settings, the program "
+        "and the version that wrote it."
     )
 
 

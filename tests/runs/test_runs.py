@@ -238,6 +238,23 @@ def test_what_has_changed_is_shown_and_refused_until_forced(changed, shown, tmp_
         assert f"changed by --force: {shown}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("changed", "shown"), [({"rank": 4}, "rank 2 -> 4"), ({"optimizer": "lion"}, "optimizer ")])
+def test_what_no_checkpoint_fits_is_not_forced(changed, shown, tmp_path):
+    """The checks of a run's folder, by the config alone."""
+    from sfumato.trainers.lora import Config as LoraConfig
+
+    config = LoraConfig(images=tmp_path, output=tmp_path / "run", rank=2, optimizer="adamw")
+    run = Run.start(config, program="lora")
+    run.begin()
+    run.close()
+    other = replace(config, resume=True, force=True, **changed)
+    with pytest.raises(RunError, match=f"{shown}.*No checkpoint fits that: .*--overwrite"):
+        Run.start(other, program="lora")
+    Run.start(
+        replace(config, resume=True, save_precision="bf16"), program="lora"
+    ).close()  # of which nothing is learned
+
+
 def test_what_is_only_seen_of_a_training_may_change(tmp_path):
     """And what is new holds from where the run goes on."""
     config = Config(output=tmp_path / "run", checkpoint_every=5)

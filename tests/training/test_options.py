@@ -123,6 +123,7 @@ def test_an_adapter_asks_for_the_steps_that_were_given_or_learned_where_these_ar
     learned = replace(CONFIG, min_timestep=200, max_timestep=900)
     assert span_of(learned, BASE) == (1 - 900 / 999, 1 - 200 / 999)
     assert span_of(replace(learned, over_steps="0-1"), BASE) is None
+    assert span_of(replace(CONFIG, min_timestep=999), BASE) == (0.0, 1 / 999)  # the first step alone
 
 
 def test_with_prodigy_all_that_learns_has_one_rate():

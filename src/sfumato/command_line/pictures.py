@@ -16,6 +16,7 @@ from sfumato.command_line.axes import CHECKS
 from sfumato.command_line.specs import checked_folder, without_tags
 from sfumato.drawing.request import PictureRequest
 from sfumato.errors import ConfigError
+from sfumato.prompts.tags import LETTERS
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 """Of the pictures that are written, in small letters."""
@@ -36,7 +37,10 @@ def prompts_in(file: Path) -> list[str]:
 def checked_flags(flags: Mapping[str, Any], *, sheet: bool) -> dict[str, Any]:
     """What a prompt's own options set. sheet: whether the pictures are for one. Raises ConfigError, one line."""
     for name in CHECKS.keys() & flags.keys():
-        CHECKS[name](flags[name])
+        try:
+            CHECKS[name](flags[name])
+        except ConfigError as error:
+            raise ConfigError(f"--{LETTERS[name]} {flags[name]} in a prompt: {error}") from None
     without_tags(flags.get("negative", ""), "--n")
     for letter, name in (("w", "width"), ("h", "height")):
         if name in flags and (flags[name] <= 0 or flags[name] % 8):

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from sfumato.data.options import CropMode
 from sfumato.errors import ConfigError
 
+_LARGEST = 8192
+"""Pixels of a side. Every bucket of a resolution is counted, and of a million there are more than memory holds."""
+
 Size = tuple[int, int]
 Box = tuple[float, float, float, float]
 
@@ -94,9 +97,15 @@ def bucket_sizes(resolution: int, step: int, *, largest_ratio: float = 2.0) -> l
 
 
 def checked_sizes(resolution: int, step: int, *, buckets: bool) -> list[Size]:
-    """`bucket_sizes`, or without `buckets` the square alone. Raises ConfigError for a resolution below a step."""
+    """`bucket_sizes`, or without `buckets` the square alone. Raises ConfigError for a resolution below a step, or
+    beyond what any base draws."""
     if resolution < step:
         raise ConfigError(f"--resolution {resolution}: this base takes multiples of {step} px. Give {step} or more.")
+    if resolution > _LARGEST:
+        raise ConfigError(
+            f"--resolution {resolution}: is the side of a square in pixels; wanted at most {_LARGEST}, of which 512 to "
+            "1024 is usual."
+        )
     return bucket_sizes(resolution, step, largest_ratio=2.0 if buckets else 1.0)
 
 

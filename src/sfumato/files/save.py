@@ -146,7 +146,7 @@ def cast(value: Tensor, dtype: torch.dtype, name: str, path: Path) -> Tensor:
         raise FileError(
             f"{path.name}: {name} overflows {str(dtype).removeprefix('torch.')} "
             f"(largest value {float(value.abs().max()):.3g}). "
-            "Save in fp32 or bf16."
+            "Save in fp32 or bf16 (--save-precision of trainers, else --dtype)."
         )
     return cast
 

@@ -44,7 +44,7 @@ class PretrainState:
         named = {f"{part}.{name}": p for part, module in modules.items() for name, p in module.named_parameters()}
         named = {name: p for name, p in named.items() if p.requires_grad}
         self.named, self.parameters = named, list(named.values())
-        self._looked_at_gradients = False
+        self._steps_before_look = 10
         self._first_share = first_share
         self._first = [p.detach().clone() for p in self.parameters] if first_share else []
         self.average = Ema(self.parameters, ema)
@@ -74,9 +74,10 @@ class PretrainState:
     def learn(self, step: Step, loss: Tensor) -> None:
         """The backward pass, then one step of the optimizers and of the moving average, unless a number is broken."""
         torch.autograd.backward(loss)
-        if not self._looked_at_gradients:
-            self._looked_at_gradients = True
+        if self._steps_before_look and self._begun():
+            self._steps_before_look = 0
             self._say_what_rests(step)
+        self._steps_before_look = max(0, self._steps_before_look - 1)
         norm = clip(self.parameters, self.largest_norm)
         if step.healthy(loss=loss, gradient_norm=norm):
             for optimizer in self.optimizers.values():
@@ -85,6 +86,11 @@ class PretrainState:
         for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
         step.done(loss=loss, rate=self.rate, gradient_norm=norm)
+
+    def _begun(self) -> bool:
+        """Whether every weight can have a gradient: no branch is still at the zeros that it begins with, by which those
+        before it have none; or whether that has lasted so long that it will not change."""
+        return self._steps_before_look == 1 or all(bool(p.any()) for p in self.parameters if p.ndim > 1)
 
     def _say_what_rests(self, step: Step) -> None:
         """Tell of weights that no gradient reaches, as torch's compiled kernels once left two thirds of a U-Net."""

@@ -105,6 +105,8 @@ _FLAGS: Mapping[str, tuple[str, Callable[[str], Any]]] = {
     "l": ("guidance", float),
 }
 """sd-scripts' options in a prompt, by our names."""
+LETTERS: Mapping[str, str] = {name: letter for letter, (name, _) in _FLAGS.items()}
+"""How our names are spelt there."""
 
 
 def split_flags(prompt: str) -> tuple[str, dict[str, Any]]:

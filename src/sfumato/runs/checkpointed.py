@@ -46,7 +46,7 @@ class CheckpointedParts:
             except (RuntimeError, ValueError, KeyError) as error:
                 raise RunError(
                     f"the checkpoint of step {step} does not fit: {name}: {' '.join(str(error).split())[:200]}. "
-                    "Resume with the program and version that wrote it."
+                    "Resume with the settings, the program and the version that wrote it."
                 ) from None
 
 

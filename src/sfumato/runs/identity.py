@@ -17,9 +17,30 @@ from sfumato.files.atomic import write_text
 from sfumato.runs.options import AnyRun, FolderOptions, settled
 
 WITHOUT_EFFECT = frozenset(
-    ("output", "overwrite", "resume", "force", "keep", "device", "tensorboard", "push_to_hub", "cache")
+    (
+        *("output", "overwrite", "resume", "force", "keep", "device", "tensorboard", "push_to_hub", "cache"),
+        "save_precision",
+    )
 ) | {f"{what}_every" for what in ("checkpoint", "sample", "measure", "save")}
 """Fields that change what is seen of a training, or where it runs, and nothing of what is learned."""
+OF_CHECKPOINT = frozenset(
+    (
+        *(
+            "algo",
+            "conv",
+            "conv_rank",
+            "dora",
+            "factor",
+            "loraplus_ratio",
+            "method",
+            "optimizer",
+            "placeholder",
+            "rank",
+        ),
+        *("targets", "train_text_encoder", "train_words", "vectors", "word_vectors"),
+    )
+)
+"""Fields that decide which numbers a checkpoint holds: of another value none fits."""
 BY_CONTENT: Mapping[str, tuple[str, ...]] = {
     "images": ("data",),
     "data": ("data",),

@@ -170,6 +170,11 @@ class Run:
             raise RunError(
                 f"{self.folder} was trained with {what}: {'; '.join(changed)}. Resume with the same, or with --force."
             )
+        if of_checkpoint := [line for line in changed if line.partition(" ")[0] in identity.OF_CHECKPOINT]:
+            raise RunError(
+                f"{self.folder} was trained with {what}: {'; '.join(of_checkpoint)}. No checkpoint fits that: resume "
+                "with the same, or begin anew with --overwrite."
+            )
         self.say(*(f"changed by --force: {line}" for line in changed))
 
     def _find_checkpoint(self) -> None:

@@ -65,6 +65,13 @@ def check_trainer(config: TrainerOptions) -> None:
     check_run(config)
 
 
+def check_words_are_seen(config: TrainerOptions) -> None:
+    """Of new words that learn: refuse to drop them from every caption."""
+    for option, share in (("--caption-dropout", config.caption_dropout), ("--tag-dropout", config.tag_dropout)):
+        if share == 1 and (option == "--caption-dropout" or not config.keep_tags):
+            raise ConfigError(f"{option} 1 drops the new word from every caption, so it would learn nothing; lower it.")
+
+
 def check_kind(config: TrainerOptions) -> None:
     """Of an adapter: refuse what has no effect on one of its kind. LoRA+ is for a factor that starts at zero beside one
     of unit scale, which LoHa's and LoKr's are not."""

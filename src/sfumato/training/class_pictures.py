@@ -115,7 +115,9 @@ def draw_class(
             if not note.exists():
                 write_text(note, json.dumps(about(base, prompt, resolution), indent=1) + "\n")
     except OSError as error:
-        raise DataError(f"{folder}: class pictures cannot be written ({error.strerror}); give --class-cache.") from None
+        raise DataError(
+            f"{folder}: class pictures cannot be written ({error.strerror}); give another folder with --class-cache."
+        ) from None
     return len(missing)
 
 

@@ -89,7 +89,8 @@ def span_of(config: TrainerOptions, base: Base) -> tuple[float, float] | None:
         found = span.start, span.end
     else:
         timesteps, last = config.noising(base).timesteps, max(1, len(base.alpha_bar) - 1)
-        found = max(0.0, 1 - timesteps.stop / last), 1 - timesteps.start / last
+        start = max(0.0, 1 - timesteps.stop / last)
+        found = start, max(1 - timesteps.start / last, start + 1 / last)  # one timestep is no span of nothing
     return None if found == (0.0, 1.0) else found
 
 

@@ -206,7 +206,9 @@ class BasePrediction:
     @torch.no_grad()
     def _predict(self, noised: NoisedBatch) -> Tensor:
         text = self._text[[self._prompts.index(caption) for caption in noised.batch.captions]]
-        return predict(self._base, noised.batch, noised.noise, noised.timesteps, text)
+        # With the perturbation that the adapter's input has, so that an adapter of nothing has nothing to learn.
+        noise = noised.noise if noised.unasked is None else noised.noise + noised.unasked
+        return predict(self._base, noised.batch, noise, noised.timesteps, text)
 
 
 def class_seed(seed: int) -> int:

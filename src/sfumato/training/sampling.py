@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 from torch import nn
 
+from sfumato.errors import ConfigError
 from sfumato.runs.samples import Draw
 from sfumato.unet_calls import timestep_of
 
@@ -39,7 +40,10 @@ def drawing_of(
     side = None if resolution is None else square_side(base, resolution)
     for said in own:
         if "steps" in said:
-            pictures.check_steps(said["steps"], base.scheduler)
+            try:
+                pictures.check_steps(said["steps"], base.scheduler)
+            except ConfigError as error:
+                raise ConfigError(f"--s {said['steps']} in a prompt: {error}") from None
 
     def alike(prompts: Sequence[str], seeds: Sequence[int], said: Mapping[str, Any]) -> list[Image.Image]:
         settings = {"width": side, "height": side, **said}
