@@ -257,7 +257,8 @@ def test_a_lora_that_is_not_written(two_modules, tmp_path):
     )
     large = {TO_K: replace(module, down=torch.full((2, 768), -7e4))}
     assert said(write_lora, path, large, family="sd1", dtype=torch.float16) == (
-        f"a.safetensors: {name}.lora_down overflows float16 (largest value 7e+04). Save in fp32 or bf16."
+        f"a.safetensors: {name}.lora_down overflows float16 (largest value 7e+04). Save in fp32 or bf16 "
+        "(--save-precision of trainers, else --dtype)."
     )
     assert said(write_lora, path, two_modules, family="sd1", metadata={"note": "x" * 100_000}).endswith(
         " bytes, at most 100,000 are written; shorten note."

@@ -32,7 +32,8 @@ def test_words_to_the_letter(two_modules, tmp_path):
         "a.safetensors: the dtype is 'fp16'; wanted one of torch's, such as torch.float16."
     )
     assert said(write_embedding, path, "<x>", {"text_encoder": torch.full((1, 4), 1e5)}, dtype=torch.float16) == (
-        "a.safetensors: <x> overflows float16 (largest value 1e+05). Save in fp32 or bf16."
+        "a.safetensors: <x> overflows float16 (largest value 1e+05). Save in fp32 or bf16 "
+        "(--save-precision of trainers, else --dtype)."
     )
     metadata = {"ss_network_dim": "4", "ss_seed": "1", "modelspec.architecture": "stable-diffusion-v1/lora"}
     metadata |= {"sfumato.adapter_guidance": "2", "sfumato.over_steps": "0-0.8"}
