@@ -36,6 +36,8 @@ class Config:
     """The model to be taught: pocket, a diffusers folder, a checkpoint, a hub id; or a family: sd1, sd2, sdxl."""
     prediction_type: Literal["epsilon", "v_prediction"] | None = None
     """What the base predicts, where its file does not say: the models of SD 2.x have two sizes by it."""
+    max_tokens: Literal[75, 150, 225] | None = None
+    """Tokens of a caption that are read, as training has it."""
     resolution: int | None = None
     """Side in pixels of a square picture. Unset: the base's own."""
     batch: int = 1
@@ -69,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
     _refuse(config)
     report = check(
         config.images,
-        needs_of(config.base, config.prediction_type),
+        needs_of(config.base, config.prediction_type, config.max_tokens),
         resolution=config.resolution,
         batch=config.batch,
         caption_template=config.caption,

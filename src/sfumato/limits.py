@@ -5,6 +5,8 @@ from __future__ import annotations
 from sfumato.errors import ConfigError
 
 MOST_ADAPTER_GUIDANCE = 20.0
+MOST_CHUNKS = 3
+"""Of a prompt that are read, 75 tokens each: of two and of three in one batch there are six, which both go into."""
 
 
 def checked_steps(steps: int) -> int:
@@ -46,3 +48,9 @@ def checked_density(density: float) -> float:
     if not 0 < density <= 1:
         raise ConfigError(f"density {density:g}: wanted the share of entries to keep, above 0 and at most 1.")
     return density
+
+
+def more_tokens(limit: int) -> str:
+    """What to say after a text whose end is cut because so many of its tokens are read; nothing where that is most."""
+    most = 75 * MOST_CHUNKS
+    return f"; --max-tokens {most} reads up to {most}" if limit < most else ""

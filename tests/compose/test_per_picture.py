@@ -1,6 +1,7 @@
 """Adapters by picture: one batch equals the single runs, and a composite the mean of its adapters' predictions."""
 
 import asyncio
+import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -179,13 +180,14 @@ def difference(one: Any, other: Any) -> int:
     return int(np.abs(np.asarray(one, dtype=int) - np.asarray(other, dtype=int)).max())
 
 
-@pytest.mark.parametrize("syntax", ["plain", "a1111"])
-def test_draw_gives_each_picture_its_list_whatever_the_batch(base, write, syntax):
+@pytest.mark.parametrize(("syntax", "tokens"), [("plain", None), ("plain", 225), ("a1111", None)])
+def test_draw_gives_each_picture_its_list_whatever_the_batch(base, write, syntax, tokens):
     """Text encoders and U-Net; with words that change, and prompts of several lengths."""
     if syntax == "a1111":
         pytest.importorskip("compel")
+    base = dataclasses.replace(base, max_tokens=tokens)
     a, b = (Adapter(write(name, base, "to_q", "q_proj", seed=seed), 3.0) for seed, name in enumerate("ab"))
-    prompts = ["a [cat:dog:0.5]", "red cat, " * 40 if syntax == "a1111" else "red", "a (cat:1.3)", "red"]
+    prompts = ["a [cat:dog:0.5]", "red cat, " * 40 if syntax == "a1111" or tokens else "red", "a (cat:1.3)", "red"]
     lists, how = [[a], [b], [], [b, a]], {"steps": 2, "syntax": syntax, "negative": "blue"}
     alone = []
     for seed, (prompt, each) in enumerate(zip(prompts, lists, strict=True)):

@@ -44,9 +44,12 @@ class FakeBase:
         mean = torch.nn.functional.avg_pool2d(pixels, self.vae_factor)
         return mean, torch.full_like(mean, self.deviation)
 
-    def encode_text(self, prompts):
+    def encode_apart(self, prompts):
         self.prompts += list(prompts)
-        return FakeText(torch.tensor([[[float(len(prompt))]] for prompt in prompts]))
+        return [FakeText(torch.tensor([[[float(len(prompt))]]])) for prompt in prompts]
+
+    def chunk_count(self, prompt):
+        return 1
 
     def unconditional(self, count):
         return FakeText(torch.full((count, 1, 1), -1.0))

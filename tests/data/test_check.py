@@ -245,8 +245,10 @@ def test_the_end_of_a_long_caption_is_shown(pictures):
     report = check(pictures, needs_of("sd1"), caption_template="{caption}")
     cut = [line for line in report.lines if line.kind == "caption cut"]
     assert cut[0].names == ("crab.png",)
-    assert cut[0].text.endswith("end of it'")
+    assert "end of it'; --max-tokens 225" in cut[0].text
     assert "75 tokens" in cut[0].text
+    report = check(pictures, needs_of("sd1", max_tokens=150), caption_template="{caption}")
+    assert not [line for line in report.lines if line.kind == "caption cut"]
 
 
 def test_a_very_long_end_is_shortened(pictures):

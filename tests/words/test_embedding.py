@@ -174,7 +174,7 @@ def test_the_scale_is_kept_and_the_direction_too(base, factor):
 def test_a_prompt_that_does_not_fit_is_refused_with_the_count(base):
     with embedding.new_words(base, ["<x>"], vectors=16) as words:
         words.check(["<x> " * 4, "cat " * 100])
-        with pytest.raises(ConfigError, match=r"80 tokens \(<x> has 16\), and the text encoder has 75 positions"):
+        with pytest.raises(ConfigError, match=r"80 tokens \(<x> has 16\), and 75 are read"):
             words.check(["a <x>", "<x> " * 5])
 
 

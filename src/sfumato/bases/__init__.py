@@ -6,14 +6,15 @@ from typing import TYPE_CHECKING, Any
 from sfumato.bases.family import FAMILIES, Family
 
 if TYPE_CHECKING:
-    from sfumato.bases.base import Base, TextEmbedding
+    from sfumato.bases.base import Base
     from sfumato.bases.loading import load_base
+    from sfumato.bases.text import TextEmbedding
 
 __all__ = ["FAMILIES", "Base", "Family", "TextEmbedding", "load_base"]
 
 _HOME = {
     "Base": "sfumato.bases.base",
-    "TextEmbedding": "sfumato.bases.base",
+    "TextEmbedding": "sfumato.bases.text",
     "load_base": "sfumato.bases.loading",
 }
 

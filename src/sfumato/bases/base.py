@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,45 +18,15 @@ from torch import Tensor, nn
 from sfumato.bases import fingerprint as fingerprints
 from sfumato.bases.family import Defaults, Family
 from sfumato.bases.lazy_weights import LazyWeights
+from sfumato.bases.text import TextEmbedding, chunk_rows, written_out
 from sfumato.diffusion import PredictionType
 from sfumato.errors import BaseModelError
+from sfumato.limits import more_tokens
 from sfumato.numerals import shortened
 from sfumato.precision import Precision
 from sfumato.schedulers import scheduler
 
 Pairs = Tensor | Sequence[Sequence[int]]
-
-
-@dataclass(frozen=True)
-class TextEmbedding:
-    """What the U-Net is told of some prompts. hidden: (batch, tokens, width). pooled: (batch, width), SDXL's only."""
-
-    hidden: Tensor
-    pooled: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.hidden)
-
-    def __getitem__(self, index: slice | Tensor | list[int]) -> TextEmbedding:
-        """The embeddings of some of the prompts; an index keeps the batch dimension."""
-        return TextEmbedding(self.hidden[index], None if self.pooled is None else self.pooled[index])
-
-    def to(self, *args: Any, **kwargs: Any) -> TextEmbedding:
-        """As `torch.Tensor.to`."""
-        pooled = None if self.pooled is None else self.pooled.to(*args, **kwargs)
-        return TextEmbedding(self.hidden.to(*args, **kwargs), pooled)
-
-    def zeros(self) -> TextEmbedding:
-        """Zeros in the place of all its numbers."""
-        return TextEmbedding(
-            torch.zeros_like(self.hidden), None if self.pooled is None else torch.zeros_like(self.pooled)
-        )
-
-    @staticmethod
-    def cat(parts: Sequence[TextEmbedding]) -> TextEmbedding:
-        """One embedding of all prompts of the parts, in their order."""
-        pooled = [part.pooled for part in parts if part.pooled is not None]
-        return TextEmbedding(torch.cat([part.hidden for part in parts]), torch.cat(pooled) if pooled else None)
 
 
 def latent_scale(vae: Any, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -75,6 +47,8 @@ class Base:
     alpha_bar: (T,) fp32, the cumulative product of 1 - beta; the last is 0 where the base has zero terminal SNR.
     clip_skip: layers of the text encoder skipped from its end, as diffusers counts: A1111's "Clip skip: 2" is 1 here,
         and of SDXL 0.
+    max_tokens: tokens of a prompt that are read, a multiple of the text encoder's positions without both ends; unset,
+        as many as these.
     lazy_weights: which parts have given their memory back; the methods below wake what they use.
     """
 
@@ -88,6 +62,7 @@ class Base:
     precision: Precision
     alpha_bar: Tensor
     clip_skip: int | None = None
+    max_tokens: int | None = None
     zeros_for_empty_prompt: bool = False
     files: tuple[Path, ...] = field(default=(), repr=False)
     lazy_weights: LazyWeights = field(default_factory=lambda: LazyWeights({}, lambda *_: None), repr=False)
@@ -121,60 +96,80 @@ class Base:
         return {"unet": self.unet, **{encoder.folder: model for encoder, model in encoders}}
 
     @property
-    def token_limit(self) -> int:
-        """Tokens of a prompt that the text encoder sees, without the start and end tokens."""
+    def chunk_size(self) -> int:
+        """Tokens of a prompt that the text encoder sees at once, without the start and end tokens."""
         return int(self.text_encoders[0].config.max_position_embeddings) - 2
+
+    @property
+    def token_limit(self) -> int:
+        """Tokens of a prompt that are read, without the start and end tokens."""
+        return self.max_tokens or self.chunk_size
 
     def token_count(self, prompt: str) -> int:
         """Tokens of a prompt, without the start and end tokens, however many there are."""
         return max(len(self._ids(tokenizer, prompt)) for tokenizer in self.tokenizers)
 
+    def chunk_count(self, prompt: str) -> int:
+        """How many chunks of `chunk_size` tokens the text encoder is given of a prompt, one after another."""
+        return max(1, math.ceil(min(self.token_count(prompt), self.token_limit) / self.chunk_size))
+
     def cut_off(self, prompt: str) -> str:
-        """The end of the prompt that the text encoder will not see; empty if it sees all."""
+        """The end of the prompt that is not read; empty if all is."""
         ids = self._ids(self.tokenizers[0], prompt)
         return str(self.tokenizers[0].decode(ids[self.token_limit :])).strip()
 
     @staticmethod
     def _ids(tokenizer: Any, prompt: str) -> list[int]:
-        text = _written_out(tokenizer, prompt)
+        text = written_out(tokenizer, prompt)
         return list(tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids)
 
     def encode_text(self, prompts: Sequence[str], *, grad: bool = False) -> TextEmbedding:
         """The prompts as the U-Net takes them, in the dtype of the text encoder's weights.
 
         SD: the last hidden state after the final norm. SDXL: the last but one of both encoders, side by side, and the
-        second's projected pooled embedding. Warns of a prompt longer than `token_limit`, whose end is cut.
+        second's projected pooled embedding. A prompt of more than `chunk_size` tokens is encoded in chunks of as many,
+        each with its own start and end, whose states follow one another, as web interfaces do it; the pooled embedding
+        is the first chunk's. Warns of a prompt longer than `token_limit`, whose end is cut.
         grad: whether gradients flow into what is trained of the text encoders.
         """
+        return TextEmbedding.cat(self.encode_apart(prompts, grad=grad))
+
+    def encode_apart(self, prompts: Sequence[str], *, grad: bool = False) -> list[TextEmbedding]:
+        """As `encode_text`, each prompt's embedding by itself, of no more tokens than its chunks have."""
         for prompt in prompts:
             if (count := self.token_count(prompt)) > self.token_limit:
+                cut, more = shortened(self.cut_off(prompt)), more_tokens(self.token_limit)
                 warnings.warn(
-                    f"prompt of {count} tokens, {self.token_limit} are seen; cut: {shortened(self.cut_off(prompt))!r}",
-                    stacklevel=2,
+                    f"prompt of {count} tokens, {self.token_limit} are seen; cut: {cut!r}{more}", stacklevel=3
                 )
         self.lazy_weights.load("text")
+        counts = [self.chunk_count(prompt) for prompt in prompts]
         with torch.set_grad_enabled(grad):
-            outputs = [
-                self._encode(tokenizer, encoder, prompts)
-                for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True)
-            ]
-            if len(self.text_encoders) == 1:
-                return TextEmbedding(self._last_state(self.text_encoders[0], outputs[0]))
+            chunks = self._encode_chunks(prompts)
+        return [chunks[first:end].joined() for first, end in pairwise(accumulate(counts, initial=0))]
+
+    def _encode_chunks(self, prompts: Sequence[str]) -> TextEmbedding:
+        """The embedding of each chunk of the prompts, in order, by itself."""
+        outputs = [
+            self._encode(tokenizer, encoder, prompts)
+            for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True)
+        ]
+        if len(self.text_encoders) == 1:
+            return TextEmbedding(self._last_state(self.text_encoders[0], outputs[0]))
         skip = self.clip_skip or 0
         hidden = torch.cat([output.hidden_states[-(skip + 2)] for output in outputs], dim=-1)
         return TextEmbedding(hidden, outputs[-1].text_embeds)
 
     def _encode(self, tokenizer: Any, encoder: nn.Module, prompts: Sequence[str]) -> Any:
-        ids = torch.tensor(self.padded_ids(tokenizer, prompts), device=self.precision.device)
+        rows = [row for prompt in prompts for row in self.chunk_ids(tokenizer, prompt)]
         # Padding is not masked: no Stable Diffusion was trained with a mask.
-        return encoder(ids, output_hidden_states=True)
+        return encoder(torch.tensor(rows, device=self.precision.device), output_hidden_states=True)
 
-    def padded_ids(self, tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
-        """What a text encoder is given: `token_limit` + 2 ids a prompt, start, end and padding among them."""
-        limit = self.token_limit + 2
-        texts = [_written_out(tokenizer, prompt) for prompt in prompts]
-        ids = tokenizer(texts, padding="max_length", max_length=limit, truncation=True).input_ids
-        return cast(list[list[int]], ids)
+    def chunk_ids(self, tokenizer: Any, prompt: str) -> list[list[int]]:
+        """What a text encoder is given of a prompt: of each chunk `chunk_size` + 2 ids, both ends and padding among
+        them."""
+        ids = self._ids(tokenizer, prompt)[: self.token_limit]
+        return chunk_rows(tokenizer, ids, self.chunk_size, self.chunk_count(prompt))
 
     def _last_state(self, encoder: Any, output: Any) -> Tensor:
         if not self.clip_skip:
@@ -346,15 +341,3 @@ class Base:
         if not stated or not self.name == metadata.get("ss_sd_model_name") == "pocket":
             return False
         return bool(self.adapted_fingerprint()) and stated not in self._adapted_fingerprints
-
-
-def _written_out(tokenizer: Any, prompt: str) -> str:
-    """The prompt with all tokens of words of several vectors that diffusers loaded (<x> and <x>_1), as it has them.
-
-    Our own words' tokenizers do so themselves.
-    """
-    added = tokenizer.get_added_vocab()
-    for first in (token for token in added if f"{token}_1" in added and token in prompt and f"{token}_1" not in prompt):
-        count = next(number for number in range(1, len(added) + 1) if f"{first}_{number}" not in added)
-        prompt = prompt.replace(first, " ".join([first, *(f"{first}_{number}" for number in range(1, count))]))
-    return prompt

@@ -25,6 +25,7 @@ from sfumato.bases.vocabulary import clip_tokenizer
 from sfumato.bases.weights import LazyModel, text_skeleton, unet_skeleton, vae_skeleton
 from sfumato.errors import BaseModelError
 from sfumato.files.header import read_header
+from sfumato.limits import MOST_CHUNKS
 from sfumato.precision import Part, Precision, decide
 from sfumato.schedulers import is_sigma_conditioned
 
@@ -53,6 +54,7 @@ def load_base(
     *,
     precision: Precision | None = None,
     clip_skip: int | None = None,
+    max_tokens: int | None = None,
     vae: str | os.PathLike[str] | None = None,
     prediction_type: str | None = None,
     zero_terminal_snr: bool = False,
@@ -63,11 +65,11 @@ def load_base(
 
     source: `pocket`, a diffusers folder, a hub id, or a .safetensors checkpoint of SD 1.x, SD 2.x or SDXL (read without
     a network). clip_skip: layers of the text encoder to skip from its end, as diffusers counts (A1111's 2 is 1, of
-    SDXL 0). vae: a folder, hub id or file whose VAE replaces the base's. prediction_type: `epsilon` or `v_prediction`,
-    where the base does not say it or says it wrongly. zero_terminal_snr: that its last timestep is pure noise, where it
-    does not say it. family: a name from `FAMILIES`, where it would be recognised
-    wrongly. unet: whether the U-Net's weights are read now; without, `base.unet` only knows its config until it is
-    needed.
+    SDXL 0). max_tokens: of a prompt that are read, 75, 150 or 225, in chunks of 75; unset, 75. vae: a folder, hub id or
+    file whose VAE replaces the base's. prediction_type: `epsilon` or `v_prediction`, where the base does not say it or
+    says it wrongly. zero_terminal_snr: that its last timestep is pure noise, where it does not say it. family: a name
+    from `FAMILIES`, where it would be recognised wrongly. unet: whether the U-Net's weights are read now; without,
+    `base.unet` only knows its config until it is needed.
 
     Raises BaseModelError, or FileError for a broken file: one line.
     """
@@ -75,6 +77,7 @@ def load_base(
         source,
         precision=precision,
         clip_skip=clip_skip,
+        max_tokens=max_tokens,
         vae=vae,
         prediction_type=prediction_type,
         zero_terminal_snr=zero_terminal_snr,
@@ -92,6 +95,7 @@ def base_skeleton(
     *,
     precision: Precision | None = None,
     clip_skip: int | None = None,
+    max_tokens: int | None = None,
     vae: str | os.PathLike[str] | None = None,
     prediction_type: str | None = None,
     zero_terminal_snr: bool = False,
@@ -113,7 +117,7 @@ def base_skeleton(
         parts = _from_folder(path, precision, prediction_type, forced, vae)
     if zero_terminal_snr:
         parts.scheduler.update(single_file.ZERO_TERMINAL_SNR)
-    _check(parts, name, clip_skip)
+    _check(parts, name, clip_skip, max_tokens)
     shells: dict[Part, list[LazyModel]] = {"unet": [parts.unet], "vae": [parts.vae], "text": parts.text_encoders}
     return Base(
         family=FAMILIES[family] if family else parts.family,
@@ -126,6 +130,7 @@ def base_skeleton(
         precision=precision,
         alpha_bar=alpha_bar(parts.scheduler, name).to(precision.device),
         clip_skip=clip_skip,
+        max_tokens=max_tokens,
         zeros_for_empty_prompt=parts.zeros_for_empty_prompt,
         files=tuple(dict.fromkeys(file for each in shells.values() for shell in each for file in shell.files)),
         lazy_weights=LazyWeights(shells, precision.place),
@@ -332,7 +337,7 @@ def find_vae(source: str | os.PathLike[str]) -> tuple[Path, str]:
     return path, name
 
 
-def _check(parts: _Parts, name: str, clip_skip: int | None) -> None:
+def _check(parts: _Parts, name: str, clip_skip: int | None, max_tokens: int | None) -> None:
     """Raises BaseModelError where the parts do not belong together."""
     unet, vae = parts.unet.model.config, parts.vae.model.config
     texts = [shell.model.config for shell in parts.text_encoders]
@@ -359,6 +364,12 @@ def _check(parts: _Parts, name: str, clip_skip: int | None) -> None:
     layers = min(text.num_hidden_layers for text in texts)
     if clip_skip is not None and not (type(clip_skip) is int and 0 <= clip_skip < layers - 1):
         raise BaseModelError(f"--clip-skip {clip_skip!r}: of {layers} layers, 0 to {layers - 2} can be skipped.")
+    at_once = texts[0].max_position_embeddings - 2
+    sizes = [at_once * count for count in range(1, MOST_CHUNKS + 1)]
+    if max_tokens is not None and (type(max_tokens) is not int or max_tokens not in sizes):
+        *others, last = map(str, sizes)
+        wanted = f"{', '.join(others)} or {last}"
+        raise BaseModelError(f"--max-tokens {max_tokens!r}: the text encoder reads {at_once} at once; wanted {wanted}.")
 
 
 _BETAS = (

@@ -256,7 +256,7 @@ def base_options(about: Description, *names: str) -> str:
     """What `sfumato generate` must be told, to draw with the base as it was while it was learned on. names: by default
     all that a base may be loaded with."""
     config = about.config or {}
-    given = {name: config.get(name) for name in names or ("prediction_type", "clip_skip", "vae")}
+    given = {name: config.get(name) for name in names or ("prediction_type", "clip_skip", "max_tokens", "vae")}
     shown = {name.replace("_", "-"): shell.quote(str(value)) for name, value in given.items() if value is not None}
     ends = " --zero-terminal-snr" if not names and config.get("zero_terminal_snr") else ""
     return "".join(f" --{name} {value}" for name, value in shown.items()) + ends
@@ -267,7 +267,7 @@ _USUAL: Mapping[str, Any] = MappingProxyType(
         "optimizer": "adamw", "accumulate": 1, "dropout": 0.0, "rank_stabilised": False, "loraplus_ratio": 1.0,
         "train_text_encoder": False, "text_learning_rate": None, "noise_offset": 0.0, "pyramid_noise": 0.0,
         "input_perturbation": 0.0, "huber": 0.0, "min_timestep": 0, "max_timestep": None, "crossed_share": 0.0,
-        "ema": 0.0, "clip_skip": None, "algo": "lora", "dora": False, "factor": None,
+        "ema": 0.0, "clip_skip": None, "max_tokens": None, "algo": "lora", "dora": False, "factor": None,
     }
 )  # fmt: skip
 """Settings that a card tells only where they are not so."""

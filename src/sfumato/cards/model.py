@@ -85,7 +85,7 @@ def _use_folder(made: Path, example: str, about: Description) -> str:
 image = pipe({example!r}{call_options(about)}).images[0]
 ```
 
-With sfumato: {code(generate_line(example, made.name, about, "clip_skip"))}
+With sfumato: {code(generate_line(example, made.name, about, "clip_skip", "max_tokens"))}
 """
 
 

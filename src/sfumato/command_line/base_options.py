@@ -25,6 +25,9 @@ class BaseOptions:
     the whole base."""
     clip_skip: int | None = None
     """Layers of the text encoder to leave out, from its end. A1111 counts one more, and of SDXL two."""
+    max_tokens: Literal[75, 150, 225] | None = None
+    """Tokens of a prompt that are read. Those of a longer one than 75 are encoded 75 at a time, as in web interfaces.
+    Unset: 75, the text encoder's own. With --prompt-syntax all are read."""
     vae: str | None = None
     """A folder, hub id or file whose VAE replaces the base's."""
     prediction_type: Literal["epsilon", "v_prediction"] | None = None
@@ -38,6 +41,7 @@ class BaseOptions:
             "precision": self.precision if self.precision != "auto" else None,
             "prediction_type": self.prediction_type,
             "zero_terminal_snr": self.zero_terminal_snr or None,
+            "max_tokens": self.max_tokens,
         }
         return {name: value for name, value in asked.items() if value is not None}
 
@@ -50,6 +54,7 @@ class BaseOptions:
             self.base,
             precision=decide(self.precision, device=self.device, attention=self.attention, offload=self.offload),
             clip_skip=self.clip_skip,
+            max_tokens=self.max_tokens,
             vae=self.vae,
             prediction_type=self.prediction_type,
             zero_terminal_snr=self.zero_terminal_snr,

@@ -22,7 +22,7 @@ _PACKAGE = Path(sfumato.__file__).parent
 @dataclass(frozen=True)
 class Needs:
     """name: of the base. folder: with the configs. vae_factor: pixels to a latent. levels: of the U-Net. resolution:
-    side in pixels of what it was trained on. token_limit: tokens of a caption that are seen, both ends not counted."""
+    side in pixels of what it was trained on. token_limit: tokens of a caption that are read, both ends not counted."""
 
     name: str
     folder: Path
@@ -45,7 +45,7 @@ class Needs:
         folder = self.folder / "tokenizer"
         if any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
             return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
-        return clip_tokenizer(positions=self.token_limit + 2)
+        return clip_tokenizer(positions=77)
 
     def ids(self, text: str) -> list[int]:
         """The tokens of a text, both ends not counted."""
@@ -62,11 +62,11 @@ class Needs:
         return list(zip(self.tokenizer.convert_ids_to_tokens(ids), ids, strict=True))
 
 
-def needs_of(base: str, prediction_type: str | None = None) -> Needs:
+def needs_of(base: str, prediction_type: str | None = None, max_tokens: int | None = None) -> Needs:
     """What `base` needs: pocket, a diffusers folder, a checkpoint, sd1, sd2, sdxl, or a hub id in the local cache.
 
-    prediction_type: as of `load_base`; it tells the sizes of SD 2.x apart. Raises BaseModelError where the base's
-    configs are not on this machine, or its file does not say which of the two it is.
+    prediction_type, max_tokens: as of `load_base`; the first tells the sizes of SD 2.x apart. Raises BaseModelError
+    where the base's configs are not on this machine, or its file does not say which of the two it is.
     """
     path, family = Path(base).expanduser(), base
     if base != "pocket" and path.is_file():
@@ -86,7 +86,7 @@ def needs_of(base: str, prediction_type: str | None = None) -> Needs:
         factor,
         _levels(unet, folder, "unet"),
         size * factor if isinstance(size, int) else family_of_config(unet).defaults.resolution,  # as Base.resolution
-        int(text.get("max_position_embeddings", 77)) - 2,
+        max_tokens or int(text.get("max_position_embeddings", 77)) - 2,
     )
 
 

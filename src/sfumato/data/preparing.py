@@ -36,6 +36,7 @@ from sfumato.data.tags import count_forms, forms
 from sfumato.data.texts import CaptionEmbeddings
 from sfumato.errors import DataError
 from sfumato.files.read import stamp
+from sfumato.limits import more_tokens
 from sfumato.numerals import pluralize, shortened
 
 if TYPE_CHECKING:
@@ -344,7 +345,7 @@ def _embed(
             wanted |= {form for item in items for form in forms(item.caption, item.options)}
         elif any(item.options.varies_caption for item in items):
             yield f"tags vary in {count:,} ways, more than are embedded beforehand; captions are encoded in the loop"
-    if not texts.fits(len(wanted)):
+    if not texts.fits(wanted):
         yield f"{len(wanted):,} captions are too many to keep in memory; they are encoded in the loop"
         return
     # Sorted, so that equal runs encode in equal batches.
@@ -369,7 +370,8 @@ def _notes(gathered: _Gathered, plan: _Plan, store: Cache | None, base: Base) ->
 def _cut_notes(base: Base, captions: Sequence[str]) -> Iterator[str]:
     for caption in dict.fromkeys(captions):
         if cut := base.cut_off(caption):
-            yield f"caption longer than {base.token_limit} tokens; its end is not seen: ... {shortened(cut)!r}"
+            said = f"caption longer than {base.token_limit} tokens; its end is not seen: ... {shortened(cut)!r}"
+            yield said + more_tokens(base.token_limit)
 
 
 def _crop_notes(items: Sequence[PreparedPicture]) -> Iterator[str]:

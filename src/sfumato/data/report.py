@@ -33,6 +33,7 @@ from sfumato.data.needs import Needs
 from sfumato.data.options import CropMode, MaskSource, Options
 from sfumato.data.source import Source, sources_of
 from sfumato.data.survey import PictureStats, survey
+from sfumato.limits import more_tokens
 from sfumato.numerals import pluralize, shortened
 
 COMMON_ID = 40_000
@@ -254,7 +255,7 @@ def _captions(report: Report, founds: Sequence[ListedPicture]) -> Iterator[Findi
     for caption, names in _by_caption(report).items():
         if cut := report.needs.cut_off(caption):
             text = f"the caption is longer than {limit} tokens; its end is not seen: ... {shortened(cut)!r}"
-            yield Finding("caption cut", f"{some(names, 4)}: {text}", tuple(names))
+            yield Finding("caption cut", f"{some(names, 4)}: {text}{more_tokens(limit)}", tuple(names))
 
 
 def _by_caption(report: Report) -> dict[str, list[str]]:

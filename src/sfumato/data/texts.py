@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,12 +35,14 @@ class CaptionEmbeddings:
         self._late: dict[str, TextEmbedding] = {}
         self._digest: str | None = None
 
-    def fits(self, count: int) -> bool:
-        """Whether so many can be kept."""
-        return self._cache is not None or count * self._row_bytes <= MOST_BYTES
+    def fits(self, prompts: Iterable[str]) -> bool:
+        """Whether those of so many can be kept."""
+        if self._cache is not None:
+            return True
+        return sum(map(self._base.chunk_count, prompts)) * self._chunk_bytes <= MOST_BYTES
 
     @property
-    def _row_bytes(self) -> int:
+    def _chunk_bytes(self) -> int:
         pooled = self._empty.pooled
         return self._empty.hidden.nbytes + (0 if pooled is None else pooled.nbytes)
 
@@ -71,9 +74,8 @@ class CaptionEmbeddings:
         with torch.no_grad(), warnings.catch_warnings():
             # What is cut is said in the notes, before training.
             warnings.filterwarnings("ignore", message="prompt of")
-            embedding = self._base.encode_text(prompts).to("cpu")
-        # Rows of their own, so that none keeps the others' memory.
-        return [_copied(embedding[[row]]) for row in range(len(prompts))]
+            rows = [row.to("cpu") for row in self._base.encode_apart(prompts)]
+        return [_copied(row) for row in rows]  # so that none keeps the others' memory
 
     def _key(self, prompt: str) -> str:
         base: Any = self._base
@@ -81,7 +83,7 @@ class CaptionEmbeddings:
             self._digest = weights_digest(getattr(base, "text_encoders", ()))
         tokenizers = getattr(base, "tokenizers", ())
         # With their padding, which is not masked.
-        ids = [base.padded_ids(tokenizer, [prompt])[0] for tokenizer in tokenizers]
+        ids = [[*chain(*base.chunk_ids(tokenizer, prompt))] for tokenizer in tokenizers]
         return key_of(
             kind="text",
             prompt=prompt,

@@ -104,9 +104,10 @@ class Call:
         from sfumato.compose.per_picture import texts_by_picture
 
         syntax, negative, told = self.syntax, self.negative, draw_call.PICTURES.get()
-        if syntax != "plain" and len(prompts) > 1 and told is not None and texts_by_picture(base):
+        in_rows = syntax == "plain" and all(base.chunk_count(prompt) == 1 for prompt in (*prompts, negative))
+        if not in_rows and len(prompts) > 1 and told is not None and texts_by_picture(base):
             each = []
-            for place, prompt in zip(told[0], prompts, strict=True):  # as compel reads them: one after another
+            for place, prompt in zip(told[0], prompts, strict=True):  # a text encoder's rows are not the pictures'
                 with draw_call.at_once([place], told[1]):
                     each.append(self._stages_of(base, [prompt], steps))
             return concat_stages(each)
@@ -115,6 +116,8 @@ class Call:
         if syntax == "plain":
             text = base.encode_text(prompts)
             other = base.encode_text([negative] * len(prompts)) if negative else base.unconditional(len(prompts))
+            both = type(text).cat([text, other])  # of as many tokens, as pipelines want them
+            text, other = both[: len(text)], both[len(text) :]
         else:
             text, other = encode(base, prompts, negative, syntax)
         return [Stage(steps, text, other)]

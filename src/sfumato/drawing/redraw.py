@@ -41,6 +41,7 @@ _OPTIONS: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "precision": ("fp32", "fp16", "bf16"),
         "prediction_type": ("epsilon", "v_prediction"),
         "zero_terminal_snr": (True,),
+        "max_tokens": (75, 150, 225),
         "partial": (True,),
     }
 )
@@ -51,7 +52,7 @@ keep a line together, and what joins letters and emoji or keeps them apart."""
 _OF_GRID = (
     *("x", "y", "lora", "method", "density", "rank", "embedding", "adapter_weight", "prompt", "prompt_syntax"),
     *("seed", "base", "negative", "steps", "guidance", "adapter_guidance", "sampler", "partial", "clip_skip", "vae"),
-    *("prediction_type", "zero_terminal_snr", "precision", "attention", "size"),
+    *("prediction_type", "zero_terminal_snr", "max_tokens", "precision", "attention", "size"),
 )
 """Settings of a sheet that may come from a picture: where files are written to is not for a stranger to say."""
 _NOT_UNDERSTOOD = (
@@ -259,6 +260,6 @@ def _own_words(own: Mapping[str, Any]) -> Iterator[str]:
         yield from _option("--switch", str(int(switch["every"])))
     for name, value in (own.get("options") or {}).items():
         if value in _OPTIONS.get(name, ()):
-            yield from (shell.option(name), *([] if value is True else [value]))
+            yield from (shell.option(name), *([] if value is True else [str(value)]))
     for file in own.get("embeddings") or ():
         yield from _option("--embedding", file)

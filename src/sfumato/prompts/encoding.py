@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from sfumato.bases.base import Base, TextEmbedding
+from sfumato.bases.base import Base
+from sfumato.bases.text import TextEmbedding
 from sfumato.errors import ConfigError, SfumatoError
 from sfumato.prompts.prompt_editing import Stage, stages
 from sfumato.prompts.syntax import Syntax, compel_package, emphasised, not_compels, reason_of

@@ -54,6 +54,7 @@ def about(base: Base, prompt: str, resolution: int) -> dict[str, Any]:
         "clip_skip": base.clip_skip,
         "prediction_type": base.prediction_type,
         "compute": dtype_name(base.precision.compute),
+        **({"max_tokens": base.max_tokens} if base.max_tokens else {}),  # unset, the pictures of before serve
     }
 
 

@@ -155,6 +155,9 @@ class BaseOptions:
     clip_skip: int | None = None
     """Take the text encoder's output this many layers before its last: 1 is what A1111 and sd-scripts call 2.
     SDXL's own layer is 0 here."""
+    max_tokens: Literal[75, 150, 225] | None = None
+    """Tokens of a caption that are read. Those of a longer one than 75 are encoded 75 at a time and follow one another,
+    as in web interfaces; draw with the same. Unset: 75, the text encoder's own; what is cut is told."""
     vae: str | None = None
     """Another VAE: a hub id, a folder, or a single file."""
     prediction_type: Literal["epsilon", "v_prediction"] | None = None
@@ -191,6 +194,7 @@ class BaseOptions:
             self.base,
             precision=precision,
             clip_skip=self.clip_skip,
+            max_tokens=self.max_tokens,
             vae=self.vae,
             prediction_type=self.prediction_type,
             zero_terminal_snr=self.zero_terminal_snr,

@@ -135,16 +135,15 @@ class Words(nn.Module):
         return {**self.__dict__, "_sites": [], "_handles": []}
 
     def check(self, prompts: Sequence[str]) -> None:
-        """Raises ConfigError, with the count, for a prompt with a word in it that has more tokens than positions."""
+        """Raises ConfigError, with the count, for a prompt with a word in it that has more tokens than are read."""
         for prompt in dict.fromkeys(prompts):
             inside = [token for token in self.tokens if holds(token, prompt)]
             for site in self._sites if inside else []:
                 count = len(site.tokenizer(prompt, add_special_tokens=False, truncation=False, verbose=False).input_ids)
-                limit = int(site.encoder.config.max_position_embeddings) - 2
-                if count > limit:
+                if count > site.token_limit:
                     of = ", ".join(f"{token} has {self.tokens[token]}" for token in inside)
                     raise ConfigError(
-                        f"{prompt[:60]!r}: {count} tokens ({of}), and the text encoder has {limit} positions. "
+                        f"{prompt[:60]!r}: {count} tokens ({of}), and {site.token_limit} are read. "
                         "Shorten the prompt, or learn fewer vectors."
                     )
 

@@ -35,6 +35,12 @@ class EncoderSite:
     encoder: Any
     tokenizer: Any
     number: int
+    max_tokens: int | None = None
+
+    @property
+    def token_limit(self) -> int:
+        """Tokens of a prompt that are read, without both ends; see `Base.max_tokens`."""
+        return self.max_tokens or int(self.encoder.config.max_position_embeddings) - 2
 
     @property
     def table(self) -> nn.Embedding:
@@ -215,6 +221,6 @@ def sites_of(source: Any) -> list[EncoderSite]:
             "the pipeline has no tokenizer, which new words are to be told to. Load it with its tokenizers."
         )
     return [
-        EncoderSite(getattr(encoder, "_orig_mod", encoder), tokenizer, number)
+        EncoderSite(getattr(encoder, "_orig_mod", encoder), tokenizer, number, getattr(source, "max_tokens", None))
         for number, (encoder, tokenizer) in enumerate(zip(encoders, tokenizers, strict=True))
     ]

@@ -18,7 +18,7 @@ _ELSEWHERE = {
     "min_bucket_reso": "buckets follow --resolution",
     "max_bucket_reso": "buckets follow --resolution",
     "bucket_reso_steps": "buckets follow the base",
-    "max_token_length": "the base's own limit",
+    "max_token_length": "--max-tokens",
     "cache_info": "headers are always read anew",
     "debug_dataset": "sfumato check --sheet",
 }

@@ -1,0 +1,77 @@
+"""What a U-Net is told of prompts, and the ids that text encoders are given of them, 75 tokens at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TextEmbedding:
+    """What the U-Net is told of some prompts. hidden: (batch, tokens, width). pooled: (batch, width), SDXL's only."""
+
+    hidden: Tensor
+    pooled: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.hidden)
+
+    def __getitem__(self, index: slice | Tensor | list[int]) -> TextEmbedding:
+        """The embeddings of some of the prompts; an index keeps the batch dimension."""
+        return TextEmbedding(self.hidden[index], None if self.pooled is None else self.pooled[index])
+
+    def to(self, *args: Any, **kwargs: Any) -> TextEmbedding:
+        """As `torch.Tensor.to`."""
+        pooled = None if self.pooled is None else self.pooled.to(*args, **kwargs)
+        return TextEmbedding(self.hidden.to(*args, **kwargs), pooled)
+
+    def zeros(self) -> TextEmbedding:
+        """Zeros in the place of all its numbers."""
+        return TextEmbedding(
+            torch.zeros_like(self.hidden), None if self.pooled is None else torch.zeros_like(self.pooled)
+        )
+
+    def joined(self) -> TextEmbedding:
+        """All its rows, the chunks of one prompt, as one: their tokens one after another, the first one's pooled."""
+        return TextEmbedding(self.hidden.flatten(0, 1)[None], None if self.pooled is None else self.pooled[:1])
+
+    def repeated(self, tokens: int) -> TextEmbedding:
+        """The same with so many tokens, a multiple of its own, which come again and again.
+
+        Attention gives what it gave: each key and its value is there as often as every other. So prompts of several
+        lengths are one batch without a mask, and none of them is told anything else than by itself.
+        """
+        times = tokens // self.hidden.shape[1]
+        return self if times == 1 else TextEmbedding(self.hidden.repeat(1, times, 1), self.pooled)
+
+    @staticmethod
+    def cat(parts: Sequence[TextEmbedding]) -> TextEmbedding:
+        """One embedding of all prompts of the parts, in their order, `repeated` to the same number of tokens."""
+        tokens = math.lcm(*(part.hidden.shape[1] for part in parts))
+        pooled = [part.pooled for part in parts if part.pooled is not None]
+        hidden = torch.cat([part.repeated(tokens).hidden for part in parts])
+        return TextEmbedding(hidden, torch.cat(pooled) if pooled else None)
+
+
+def chunk_rows(tokenizer: Any, ids: Sequence[int], size: int, count: int) -> list[list[int]]:
+    """The ids of a prompt in `count` rows of `size` + 2: start, at most `size` of the ids, end, padding."""
+    start, end, padding = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    chunks = [[start, *ids[size * place : size * (place + 1)], end] for place in range(count)]
+    return [chunk + [padding] * (size + 2 - len(chunk)) for chunk in chunks]
+
+
+def written_out(tokenizer: Any, prompt: str) -> str:
+    """The prompt with all tokens of words of several vectors that diffusers loaded (<x> and <x>_1), as it has them.
+
+    Our own words' tokenizers do so themselves.
+    """
+    added = tokenizer.get_added_vocab()
+    for first in (token for token in added if f"{token}_1" in added and token in prompt and f"{token}_1" not in prompt):
+        count = next(number for number in range(1, len(added) + 1) if f"{first}_{number}" not in added)
+        prompt = prompt.replace(first, " ".join([first, *(f"{first}_{number}" for number in range(1, count))]))
+    return prompt
