@@ -32,11 +32,10 @@ from sfumato.config import parse
 from sfumato.drawing.request import PictureRequest
 from sfumato.drawing.where_when import AdapterPlacement, RegionSpec, Span
 from sfumato.errors import ConfigError
-from sfumato.numerals import pluralize
 from sfumato.prompts.negative import negative_for
 from sfumato.prompts.syntax import Syntax, checked_syntax
 from sfumato.prompts.tags import Tagged, split_flags, split_tags
-from sfumato.weighting.adapter import Adapter, is_idle
+from sfumato.weighting.adapter import Adapter
 
 if TYPE_CHECKING:
     from sfumato.bases import Base
@@ -310,7 +309,7 @@ def _with_asked(
     ]
     if has_regions:
         _say_unheard(_told(wanted, mix, regional))
-    elif config.negative is None:
+    if config.negative is None:
         pictures = _against(pictures, mix, wanted, settings)
     in_regions = {label: over_steps_of(file.metadata) for label, file in regional.items()}
     spans = {**mix.spans, **{label: span for label, span in in_regions.items() if span}}
@@ -361,6 +360,7 @@ def _mixed(
     from sfumato.drawing.notes import (
         changes_nothing,
         learned_otherwise,
+        left_out,
         misread_words,
         unknown_words,
         unread_marks,
@@ -393,8 +393,7 @@ def _mixed(
         known = [token for each in words for token in each.tokens]
         say(*unknown_words(texts, known, base), *misread_words(known, texts, config.prompt_syntax))
         say(*changes_nothing(mix.without_effect))
-        for label, count in mix.skipped.items():
-            say(f"{label}: {pluralize(count, 'module')} left out (--partial).")
+        say(*left_out(mix.skipped))
         of_words = {token or file.name: read_header(file).metadata for token, file in wanted.embeddings}
         say(*learned_otherwise(_told(wanted, mix, regional), base), *learned_otherwise(of_words, base))
         yield mix, regional, named
@@ -407,18 +406,16 @@ def _against(
 
     settings: what all pictures share.
     """
+    from sfumato.drawing.notes import asked_negatives
+
     found = []
     for picture in pictures:
-        weights = wanted.weights_of(picture)
-        if wanted.sweep is not None:
-            weights = {**weights, wanted.sweep[0]: 1.0}
-        counted = [label for label in mix.negatives if not is_idle(weights.get(label, 0.0))]
-        asked = [text for label in counted for text in mix.negatives[label]]
+        counted = wanted.counted_in(picture)
+        asked = [text for label, texts in mix.negatives.items() if label in counted for text in texts]
         is_free = "negative" not in picture.overrides and {**settings, **picture.overrides}["guidance"] > 1
         negative = negative_for(picture.prompt, asked, settings["prompt_syntax"]) if is_free else ""
         found.append(replace(picture, overrides={**picture.overrides, "negative": negative}) if negative else picture)
-    for negative in dict.fromkeys(each.overrides["negative"] for each in found if each not in pictures):
-        say(f'the negative prompt is {negative!r}, as its file asks; --negative "" draws without.')
+    say(*asked_negatives(each.overrides["negative"] for each in found if each not in pictures))
     return found
 
 

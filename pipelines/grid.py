@@ -197,7 +197,7 @@ def draw_grid(config: Config) -> Path:
     x, y, adapters, rows = plan(config)
     embeddings = [parse_embedding(spec) for spec in config.embedding]
 
-    from sfumato.drawing.notes import unguided
+    from sfumato.drawing.notes import asked_negatives, unguided
     from sfumato.drawing.sheet import read_drawn
 
     base = config.load_base()
@@ -206,13 +206,16 @@ def draw_grid(config: Config) -> Path:
     say(*unguided((to["guidance"], to["negative"] or "", bool(to["adapter_guidance"])) for to in in_full))
     # Before anything is mixed in: what a cell's name is made of.
     loaded = [base.quick_fingerprint(), str(base.precision.compute), str(base.clip_skip), str(config.partial)]
+    loaded += [f"{base.max_tokens} tokens"] if base.max_tokens else []  # so that the others' names stay
     files = {adapter.label: digest_of(Path(adapter.path)) for adapter in adapters}
     digests = [(token or file.stem, digest_of(file)) for token, file in embeddings]
     is_merged = "method" in rows[0][0].settings  # then all cells have one
     with prepared(
         base, adapters, embeddings, is_merged=is_merged, syntax=config.prompt_syntax, partial=config.partial
     ) as setup:
-        rows = [[setup.with_asked_negative(cell) for cell in cells] for cells in rows]
+        rows, given = [[setup.with_asked_negative(cell) for cell in cells] for cells in rows], rows
+        before, after = ([cell.settings["negative"] for cells in each for cell in cells] for each in (given, rows))
+        say(*asked_negatives(new for old, new in zip(before, after, strict=True) if old is None))
         paths = {
             (column, row): config.output / "cells" / f"{cell.key(loaded, files, digests)}.png"
             for row, cells in enumerate(rows)
@@ -245,7 +248,8 @@ def _save(config: Config, setup: Setup, picture: Image, path: Path, cell: Cell, 
         "options": {**config.drawn_with(), **({"partial": True} if config.partial else {})},
     }
     sampler = sampler_label(cell.settings["sampler"], base)
-    save_drawn(picture, setup.adapters_at(cell), settings, path, sampler, setup.named)
+    used = [adapter for adapter in setup.adapters_at(cell) if adapter.label in cell.counted]
+    save_drawn(picture, used, settings, path, sampler, setup.named)
 
 
 def _write_sheet(

@@ -102,11 +102,17 @@ def merge_files(config: Config) -> Path:
     from sfumato.merging.methods import DENSE, TAKEN_BY
     from sfumato.merging.sources import choose_blocks, read_sources
 
+    joint = config.method in TAKEN_BY["inside"]
     for name, methods in TAKEN_BY.items():
         if name in chosen and config.method not in methods:
             raise ConfigError(
                 f"{shell.option(name)} has no effect on --method {config.method}; leave it out, or choose one of "
                 f"{', '.join(sorted(methods))}."
+            )
+        if name in chosen and joint and name != "inside" and config.inside not in methods:
+            raise ConfigError(
+                f"{shell.option(name)} has no effect on --method {config.method} --inside {config.inside}; leave it "
+                f"out, or give --inside one of {', '.join(sorted(methods - TAKEN_BY['inside']))}."
             )
     if config.into is not None and config.method not in ("linear", *DENSE):
         raise ConfigError(

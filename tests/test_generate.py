@@ -155,6 +155,24 @@ def test_prompts_that_say_more_have_the_negative_prompt_that_a_file_asks_for(gen
     assert read_picture_info(Path("s.png")).own["negative"] == "a cat"
 
 
+def test_a_ramp_decides_whether_an_adapter_counts_for_its_negative_prompt(generate):
+    asks = {"sfumato.negatives": '["a cat"]'}
+    save_file(load_file("otter.safetensors"), "asks.safetensors", read_header("otter.safetensors").metadata | asks)
+    for weight, points, is_heard in (("0", "0:0,0.4:1", True), ("1", "0:0,1:1", True), ("0", "0-0.4", False)):
+        words = ["--lora", f"o=asks.safetensors:{weight}", "--over-steps", f"o={points}", "--guidance", "4"]
+        code, _, err = generate("a cat, flat", *words, "-o", f"{weight}.png", "--overwrite")
+        assert (code, "the negative prompt is 'a cat'" in err) == (0, is_heard)
+
+
+def test_regions_leave_the_negative_prompt_of_an_adapter_that_counts_everywhere(generate):
+    asks = {"sfumato.negatives": '["a cat"]'}
+    save_file(load_file("otter.safetensors"), "asks.safetensors", read_header("otter.safetensors").metadata | asks)
+    words = ["--lora", "asks.safetensors", "--lora", "line.safetensors", "--region", "line=left", "--guidance", "4"]
+    code, _, err = generate("a cat, flat", *words, "-o", "r.png")
+    assert (code, "the negative prompt is 'a cat', as its file asks" in err) == (0, True)
+    assert read_picture_info(Path("r.png")).own["negative"] == "a cat"
+
+
 def test_an_adapter_that_asks_for_what_regions_leave_out_is_told(generate):
     asks = {"sfumato.adapter_guidance": "2"}
     save_file(load_file("line.safetensors"), "asks.safetensors", read_header("line.safetensors").metadata | asks)
@@ -442,6 +460,28 @@ def test_a_picture_to_begin_from_and_a_mask_that_keeps_the_rest_to_the_pixel(gen
     assert (part[:, :32] == (200, 40, 40)).all()
     assert (part[:, 32:] != (200, 40, 40)).any()
     assert read_picture_info(Path("part.png")).own["strength"] == 0.5
+
+
+def test_the_command_of_a_part_that_was_drawn_anew_has_its_mask(generate):
+    Image.new("RGB", (64, 64), (200, 40, 40)).save("start.png")
+    mask = Image.new("L", (64, 64), 0)
+    mask.paste(255, (32, 0, 64, 64))
+    mask.save("mask.png")
+    assert generate("red", "--image", "start.png", "--mask", "mask.png", "--seed", "3", "-o", "part.png")[0] == 0
+    found = redraw(Path("part.png"))
+    assert found.left_out == ()
+    assert cli.main([*found.words[1:], "-o", "again.png"]) == 0
+    assert np.array_equal(pixels("again.png"), pixels("part.png"))
+
+
+@pytest.mark.parametrize("mask", [Image.new("L", (64, 64), 0), Image.new("RGBA", (64, 64), (255, 255, 255, 0))])
+def test_a_mask_of_nothing_is_refused(generate, mask):
+    Image.new("RGB", (64, 64), (200, 40, 40)).save("start.png")
+    mask.save("mask.png")
+    code, _, err = generate("red", "--image", "start.png", "--mask", "mask.png", "-o", "part.png")
+    assert code == 2
+    assert "the mask is black or transparent all over" in err
+    assert not Path("part.png").exists()
 
 
 def test_a_picture_to_begin_from_keeps_its_proportions(generate):

@@ -251,6 +251,52 @@ def test_a_cell_has_the_negative_prompt_that_a_file_in_it_asks_for(grid, tmp_pat
     assert len({file.name for file in (tmp_path / "out/cells").iterdir()} - there) == 1
 
 
+def test_a_negative_prompt_that_a_file_asks_for_is_told_and_wants_guidance(grid, tmp_path, capsys):
+    line, asks = tmp_path / "line.safetensors", {"sfumato.negatives": '["red"]'}
+    save_file(load_file(line), tmp_path / "asks.safetensors", read_header(line).metadata | asks)
+    words = ["--lora", "a=asks.safetensors", "--x", "guidance=1,4", "--y", "prompt=red square"]
+    assert grid(*words) == 0
+    assert capsys.readouterr().err.count("the negative prompt is 'red', as its file asks") == 1
+    cells = json.loads((tmp_path / "out/grid.json").read_text())["cells"]
+    assert {cell["guidance"]: cell["negative"] for cell in cells} == {1.0: "", 4.0: "red"}
+
+
+def test_a_cell_tells_the_adapters_that_are_in_it(grid, tmp_path):
+    words = ["--x", "adapter=line.safetensors,otter.safetensors", "--y", "prompt=red square"]
+    assert grid(*words) == 0
+    cells = json.loads((tmp_path / "out/grid.json").read_text())["cells"]
+    told = [read_picture_info(tmp_path / "out" / cell["file"]).own["adapters"] for cell in cells]
+    assert [[each["label"] for each in adapters] for adapters in told] == [["line"], ["otter"]]
+
+
+def test_a_merged_cell_tells_how_each_of_its_adapters_counts(grid, tmp_path, pocket_folder):
+    """Their sum is what the command draws, with the adapter guidance and the steps that all of their files ask for."""
+    asks = {"sfumato.adapter_guidance": "3", "sfumato.over_steps": "0-0.5"}
+    for name in ("line", "otter"):
+        file = tmp_path / f"{name}.safetensors"
+        save_file(load_file(file), tmp_path / f"{name}-asks.safetensors", read_header(file).metadata | asks)
+    words = ["--lora", "line-asks.safetensors:0.8", "--lora", "otter-asks.safetensors", "--guidance", "4"]
+    assert grid(*words, "--x", "method=linear,ties", "--y", "prompt=red square") == 0
+    cells = json.loads((tmp_path / "out/grid.json").read_text())["cells"]
+    linear, ties = (tmp_path / "out" / cell["file"] for cell in cells)
+    own = read_picture_info(linear).own
+    assert own["adapter_guidance"] == {"line-asks": 3.0, "otter-asks": 3.0}
+    assert own["over_steps"] == {label: {"span": [0.0, 0.5]} for label in ("line-asks", "otter-asks")}
+    command = list(redraw(linear).words[2:])
+    command[command.index("--base") + 1] = str(pocket_folder)
+    assert cli.main(["generate", *command, "-o", str(tmp_path / "again.png")]) == 0
+    assert abs(_pixels(linear) - _pixels(tmp_path / "again.png")).max() <= 1
+    assert {"Merge method", "density"} <= dict(redraw(ties).left_out).keys()
+
+
+def test_cells_of_another_number_of_tokens_are_drawn_anew(grid, tmp_path):
+    words = ["--x", "seed=1", "--y", f"prompt={'red ' * 90}"]
+    assert grid(*words) == 0
+    first = {file.name for file in (tmp_path / "out/cells").iterdir()}
+    assert grid(*words, "--max-tokens", "150") == 0
+    assert len({file.name for file in (tmp_path / "out/cells").iterdir()} - first) == 1
+
+
 BOTH = ["--lora", "line.safetensors:0.8", "--lora", "otter.safetensors"]
 
 

@@ -477,6 +477,14 @@ def test_a_file_tells_of_its_training_as_sd_scripts_does(train, monkeypatch):
     assert metadata["ss_learning_rate"] == "0.002"
     assert metadata["ss_seed"] == "5"
     assert metadata["ss_num_train_images"] == "6"
+    assert not metadata.keys() & {"ss_clip_skip", "modelspec.encoder_layer", "modelspec.timestep_range"}
+
+
+def test_a_snapshot_tells_the_steps_of_its_training_and_what_it_learned_of(train):
+    path = train("run", "--save-every", "1", "--steps", "2", "--clip-skip", "1", "--max-timestep", "600")
+    metadata = read_header(path.parent / "adapters" / "run-step00000001.safetensors").metadata
+    assert (metadata["ss_steps"], metadata["ss_max_train_steps"]) == ("1", "2")
+    assert (metadata["ss_clip_skip"], metadata["modelspec.timestep_range"]) == ("2", "0,600")
 
 
 @pytest.mark.usefixtures("plotted")

@@ -306,6 +306,7 @@ def test_the_run_folder_tells_everything_and_no_path(train, tmp_path, pictures):
     assert metadata["modelspec.trigger_phrase"] == metadata["sfumato.token"] == "<x>"
     assert metadata["modelspec.architecture"].endswith("/textual-inversion")
     assert len(metadata["sfumato.nearest_words"].splitlines()) == 2
+    assert metadata["sfumato.nearest_words"].count("<x> ") == 2
     readme = (path.parent / "README.md").read_text()
     text = json.dumps(dict(metadata)) + readme
     assert str(tmp_path) not in text

@@ -311,7 +311,8 @@ def write_words(paths: Mapping[str, Path], words: Words, config: Config, about: 
 
     report = words.report()
     for token, vectors in words.vectors().items():
-        one = dataclasses.replace(about, trigger=[token], extra={"sfumato.nearest_words": "\n".join(report)})
+        nearest = "\n".join(line for line in report if line.startswith(f"{token} "))
+        one = dataclasses.replace(about, trigger=[token], extra={"sfumato.nearest_words": nearest})
         write_embedding(paths[token], token, vectors, metadata=describe(one), dtype=DTYPES[config.save_precision])
     return report
 

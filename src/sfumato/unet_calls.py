@@ -26,12 +26,14 @@ class StepClock:
 
     Timesteps fall; one that rises begins a new picture, and so does a new schedule: each call of a pipeline sets one,
     also after a call that was stopped. Second-order schedulers ask twice a step, an ancestral one for
-    timesteps that rise in mid-picture, and count their calls themselves.
+    timesteps that rise in mid-picture, and some, with Karras' sigmas, for one timestep in two steps: these count their
+    calls themselves.
     """
 
     def __init__(self) -> None:
         self._last, self._step = -math.inf, 0
-        self._schedule: Any = None
+        self._schedule: Any = ""  # no scheduler's
+        self._counts_itself = False
 
     def step(self, timestep: Any, scheduler: Any) -> int:
         """Raises ConfigError for PNDM with Runge-Kutta steps, which asks for some timesteps of the next step."""
@@ -40,13 +42,21 @@ class StepClock:
                 "PNDM's Runge-Kutta steps ask four times each, so that they cannot be told apart. Set skip_prk_steps "
                 "in the scheduler's config, as Stable Diffusion has it, or take another scheduler."
             )
-        if scheduler.order > 1:
+        schedule = getattr(scheduler, "timesteps", None)
+        if schedule is not self._schedule:
+            self._counts_itself = scheduler.order > 1 or _comes_twice(schedule, scheduler)
+        if self._counts_itself:
+            self._schedule = schedule
             first = scheduler.begin_index or 0
             return int(((scheduler.step_index or first) - first) // scheduler.order)
-        schedule = getattr(scheduler, "timesteps", None)
         if timestep > self._last or schedule is not self._schedule:
             self._step = 0
         elif timestep < self._last:
             self._step += 1
         self._last, self._schedule = timestep, schedule
         return self._step
+
+
+def _comes_twice(schedule: Any, scheduler: Any) -> bool:
+    """Whether a timestep of the schedule is that of two steps, and the scheduler knows which of them it is at."""
+    return hasattr(scheduler, "step_index") and schedule is not None and len(set(schedule.tolist())) < len(schedule)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from sfumato.bases import load_base
@@ -15,6 +16,7 @@ from sfumato.compose.regions import Region, regions
 from sfumato.compose.regions.device_cache import DeviceCache
 from sfumato.drawing.pictures import Start, draw, draw_each
 from sfumato.errors import AdapterError, ConfigError, DataError
+from sfumato.files.header import read_header
 from sfumato.weighting.blocks import Blocks
 from tests.compose.conftest import weights_sha
 from tests.compose.test_per_picture import predict
@@ -94,6 +96,23 @@ def test_an_adapter_counts_in_its_steps_alone_as_in_a_mix(sd1, write, monkeypatc
             wanted = predict(sd1, [0, 1], timestep=timestep)
         with regions(sd1, Region(WHOLE, Adapter(a, 0.8), Adapter(b, -0.5)), over_steps={"a": (0.0, 0.5)}):
             assert_close(predict(sd1, [0, 1], timestep=timestep), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_an_adapter_counts_in_the_steps_that_its_file_asks_for(sd1, write, tmp_path, monkeypatch):
+    """Unless others are asked for."""
+    monkeypatch.setattr(sd1, "scheduler", DDIMScheduler(), raising=False)
+    a, asks = write("a", sd1, *U_NET), tmp_path / "asks.safetensors"
+    save_file(load_file(a), asks, read_header(a).metadata | {"sfumato.over_steps": "0-0.5"})
+
+    def predicted(**over_steps):
+        with regions(sd1, Region(WHOLE, Adapter(asks, 0.8)), over_steps=over_steps):
+            return predict(sd1, [0, 1], timestep=100)
+
+    with regions(sd1, Region(WHOLE, Adapter(a, 0.8))):
+        whole = predict(sd1, [0, 1], timestep=100)
+    assert_close(predicted(asks=(0.0, 1.0)), whole)
+    assert_close(predicted(), predict(sd1, [0, 1], timestep=100))
+    assert not torch.allclose(predicted(), whole)
 
 
 def test_factors_and_masks_are_moved_once():

@@ -11,6 +11,7 @@ from sfumato.drawing.pictures import draw
 from sfumato.errors import AdapterError, ConfigError
 from sfumato.files.changes import LoraModule
 from sfumato.files.write_kohya import write_lora
+from sfumato.schedulers import scheduler
 from sfumato.unet_calls import StepClock
 from tests.tiny import CPU
 
@@ -168,6 +169,26 @@ def test_a_picture_after_one_that_was_stopped_begins_again():
     assert [clock.step(timestep, scheduler) for timestep in scheduler.timesteps[:2]] == [0, 1]
     scheduler.set_timesteps(4)
     assert [clock.step(timestep, scheduler) for timestep in scheduler.timesteps[2:]] == [0, 1]
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "euler a", "dpm++ 2m karras", "dpm++ 2m sde karras", "unipc karras"])
+def test_each_step_is_counted_once(sampler):
+    """Karras' sigmas lie so close at their end that two steps may have one timestep."""
+    chosen = scheduler(sampler, DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012).config)
+    clock, latents, counted = StepClock(), torch.zeros(1, 4, 2, 2), []
+    for _ in range(2):
+        chosen.set_timesteps(50)
+        for timestep in chosen.timesteps:
+            latents = chosen.scale_model_input(latents, timestep)
+            counted.append(clock.step(timestep, chosen))
+            latents = chosen.step(torch.zeros_like(latents), timestep, latents).prev_sample
+    assert counted == [*range(50)] * 2
+
+
+@pytest.mark.parametrize("span", [(0.8, 0.0), (0.5, 0.5), (-0.1, 0.5), (0.5, 1.1)])
+def test_a_span_goes_forwards(span):
+    with pytest.raises(AdapterError, match=r"wanted progress from 0 to 1, such as \(0, 0.5\)"):
+        Ramp.within(*span, 1.0)
 
 
 def test_nothing_to_follow_is_refused(base, loras):

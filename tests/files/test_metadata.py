@@ -11,6 +11,7 @@ from sfumato.files import read_header, write_tensors
 from sfumato.files.metadata import (
     Description,
     adapter_guidance_of,
+    clip_skip_of,
     count_tags,
     describe,
     moment,
@@ -74,6 +75,49 @@ def test_what_is_made_of_files_that_ask_for_the_same_steps_asks_for_them(ends, c
     assert over_steps_of(merged_metadata(files, title="mix", family="sd1")) == child
 
 
+def merged(*metadata):
+    files = [Parent(f"{place}.safetensors", "ab", each, "sd1", 1.0) for place, each in enumerate(metadata)]
+    return merged_metadata(files, title="mix", family="sd1")
+
+
+@pytest.mark.parametrize(("skips", "child"), [((1, 1), 1), ((0, 0), 0), ((1, 0), None), ((1, None), None)])
+def test_what_is_made_of_files_of_one_clip_skip_has_it(skips, child):
+    assert clip_skip_of(merged(*(describe(Description("line", "sd1", clip_skip=skip)) for skip in skips))) == child
+
+
+def test_what_is_made_of_files_with_words_beside_them_knows_these():
+    told = [describe(Description("x", "sd1", word_files=files)) for files in ({"<a>": "a.st"}, {"<b>": "b.st"}, {})]
+    assert words_beside(merged(*told)) == {"<a>": "a.st", "<b>": "b.st"}
+    assert words_beside(merged(merged(*told))) == {"<a>": "a.st", "<b>": "b.st"}
+    in_a_bundle = {"sfumato.config": '{"train_words": ["<c>"]}'}
+    assert words_beside(merged(in_a_bundle)) == {}
+
+
+@pytest.mark.parametrize(
+    ("metadata", "skipped"),
+    [
+        ({}, None),
+        ({"sfumato.config": '{"clip_skip": 2}'}, 2),
+        ({"sfumato.config": '{"steps": 100}'}, 0),  # a training that was told nothing
+        ({"sfumato.config": '{"method": "ties"}'}, None),
+        ({"sfumato.config": '{"method": "ties"}', "sfumato.clip_skip": "1"}, 1),
+        ({"sfumato.config": '{"clip_skip": "a lot"}'}, None),
+        ({"ss_clip_skip": "2"}, 1),  # sd-scripts
+        ({"ss_clip_skip": "None"}, None),
+        ({"ss_clip_skip": "2", "ss_base_model_version": "sdxl_base_v1-0"}, None),
+    ],
+)
+def test_a_clip_skip_is_what_the_file_was_learned_with(metadata, skipped):
+    assert clip_skip_of(metadata) == skipped
+
+
+def test_sdxls_own_layer_is_the_last_but_one():
+    found = describe(Description("line", "sdxl", clip_skip=0))
+    assert found["modelspec.encoder_layer"] == "2"
+    assert "ss_clip_skip" not in found
+    assert clip_skip_of(found) == 0
+
+
 def test_all_that_can_be_said_is_said(monkeypatch):
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
     description = Description(
@@ -81,7 +125,7 @@ def test_all_that_can_be_said_is_said(monkeypatch):
         **{"resolution": (512, 768), "images": 16, "steps": 400, "batch": 4, "seed": 7},
         **{"learning_rate": 1e-4, "optimizer": "adamw", "trigger": ["zwx style", "b"]},
         **{"captions": ["a crab, ink", "ink, a crab ,"], "author": "somebody", "license": "cc0"},
-        **{"config": {"rank": 4, "ä": None}, "dataset_sha256": "ab"},
+        **{"config": {"rank": 4, "ä": None}, "dataset_sha256": "ab", "clip_skip": 1, "timesteps": (0, 600)},
         parents=[{"name": "one", "weight": 0.5}, {"name": "two", "weight": 1}],
         extra={"more": "x", "ss_seed": "8", "modelspec.description": "of lines"},
     )
@@ -100,7 +144,8 @@ def test_all_that_can_be_said_is_said(monkeypatch):
         "ss_seed": "8",
         "ss_learning_rate": "0.0001",
         "ss_optimizer": "adamw",
-        "ss_training_started_at": "1700000000.0",
+        "ss_training_finished_at": "1700000000.0",
+        "ss_clip_skip": "2",
         "ss_tag_frequency": '{"line":{"a crab":2,"ink":2}}',
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": "stable-diffusion-v2-768-v/lora",
@@ -114,9 +159,12 @@ def test_all_that_can_be_said_is_said(monkeypatch):
         "modelspec.trigger_phrase": "zwx style, b",
         "modelspec.prediction_type": "v",
         "modelspec.merged_from": "one, two",
+        "modelspec.encoder_layer": "2",
+        "modelspec.timestep_range": "0,600",
         "sfumato.version": sfumato.__version__,
         "sfumato.config": '{"rank":4,"ä":null}',
         "sfumato.dataset_sha256": "ab",
+        "sfumato.clip_skip": "1",
         "sfumato.trigger": '["zwx style","b"]',
         "sfumato.parents": '[{"name":"one","weight":0.5},{"name":"two","weight":1}]',
         "more": "x",
@@ -138,7 +186,7 @@ def test_little_that_can_be_said_is_said(monkeypatch):
         "ss_network_module": "networks.lora",
         "ss_network_args": "{}",
         "ss_output_name": "n",
-        "ss_training_started_at": "86400.5",
+        "ss_training_finished_at": "86400.5",
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": "stable-diffusion-v1/lora",
         "modelspec.implementation": "diffusers",

@@ -424,7 +424,7 @@ def test_the_minimum_that_other_tools_look_for_is_there(two_modules, tmp_path):
         "ss_seed": "7",
         "ss_steps": "400",
         "ss_learning_rate": "0.0001",
-        "ss_training_started_at": "1700000000.0",
+        "ss_training_finished_at": "1700000000.0",
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": "stable-diffusion-v1/lora",
         "modelspec.implementation": "diffusers",

@@ -236,6 +236,8 @@ def test_shapes_are_not_mixed(tiny_base):
         (["A", "--method", "ties", "--inside", "dare"], "--inside has no effect on --method ties"),
         (["A", "--method", "knots", "--null-strength", "2"], "--null-strength has no effect on --method knots"),
         (["A", "--seed", "3"], "--seed has no effect on --method linear"),
+        (["A", "--method", "knots", "--inside", "linear", "--density", "0.1"], "--inside linear; leave it out"),
+        (["A", "--method", "knots", "--seed", "3"], "no effect on --method knots --inside ties; leave it out, or give"),
         (["A", "--method", "np-lora", "--null-energy", "5"], "--null-energy is 5"),
         (["A:strong"], "'strong' is no weight"),
         (["A:0.5", "-o", "A"], "exists already"),

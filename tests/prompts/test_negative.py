@@ -16,6 +16,11 @@ from sfumato.prompts.negative import negative_for
         ("sks otters, flat style", ["sks otter"], ""),
         ("<otter> and <cat>", ["<otter>", "<cat>", "<otter>", "<dog>", ""], "<otter>, <cat>"),
         ("a crab", [], ""),
+        ("(an otter:1.3)", ["otter"], ""),  # weights, and what parts a prompt, say nothing either
+        ("[otter:0.4] BREAK", ["otter"], ""),
+        ("(otter)1.3", ["otter"], ""),
+        ("(an otter:1.3), break", ["otter"], "otter"),
+        ("カワウソ otter", ["otter"], "otter"),
     ],
 )
 def test_a_text_counts_where_the_prompt_holds_it_and_says_more(prompt, asked, negative):

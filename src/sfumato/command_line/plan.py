@@ -41,16 +41,16 @@ class Plan:
     @property
     def counted(self) -> set[str]:
         """The labels of the adapters that have a weight which is not 0 anywhere in what is drawn."""
-        found = {
-            label
-            for picture in self.pictures
-            for label, weight in self.weights_of(picture).items()
-            if not is_idle(weight)
-        }
+        return {label for picture in self.pictures for label in self.counted_in(picture)}
+
+    def counted_in(self, picture: PictureRequest) -> set[str]:
+        """Those that have one in this picture, at any step, in any region, and in any row of a sweep."""
+        weights = self.weights_of(picture)
+        found = {label for label, weight in weights.items() if not is_idle(weight)}
         given = {
             label: [weight for _, weight in way.points]
             for label, way in self.where_when.by_step.items()
-            if not isinstance(way, Span)
+            if not isinstance(way, Span) and (label in found or label not in self.where_when.tagged)
         }
         given |= {} if self.sweep is None else {self.sweep[0]: list(self.sweep[1])}
         found = (found - given.keys()) | {label for label, weights in given.items() if any(weights)}

@@ -67,6 +67,8 @@ class Ramp:
     @classmethod
     def within(cls, start: float, end: float, weight: float) -> Ramp:
         """The weight after progress `start` (from the first step on, if that is 0) and up to `end`, 0 elsewhere."""
+        if not 0 <= start < end <= 1:
+            raise AdapterError(f"steps from {start:g} to {end:g}: wanted progress from 0 to 1, such as (0, 0.5).")
         before = [(start, 0.0)] if start > 0 else []
         return cls(*before, (start, weight), (end, weight), (end, 0.0))
 

@@ -65,7 +65,7 @@ class Call:
             parts = (pipe.unet, getattr(pipe, "text_encoder", None), getattr(pipe, "text_encoder_2", None))
             with in_fp32(*parts), draw_call.step_count(self.drawn_steps):
                 latents = self._latents(prompts, seeds)
-        check_all(latents.isfinite(), seeds, f"not finite, even in fp32. {_where_to_look(pipe)}")
+        check_all(latents.isfinite(), seeds, f"not finite, even in fp32. {self._where_to_look()}")
         pictures = [image_of(picture) for picture in pixels_of(pipe, latents, seeds)]
         if start is not None and start.mask is not None:
             # The VAE's reconstruction of what was to stay is not what was to stay.
@@ -139,20 +139,21 @@ class Call:
             together.setdefault(lengths[prompts[place]], []).append(place)
         return together.values()
 
+    def _where_to_look(self) -> str:
+        """What to do about latents that are not finite."""
+        from sfumato.compose import current
 
-def _where_to_look(pipe: Any) -> str:
-    """What to do about latents that are not finite."""
-    from sfumato.compose import current
-
-    mix, parts = current(pipe), pipe.unet.modules()
-    is_mixed = mix is not None and not all(map(is_idle, mix.weights.values()))
-    # Hooks are those of regions, of mixes beside the layers and of what is being trained.
-    if is_mixed or any(part._forward_hooks or part._forward_pre_hooks for part in parts):
-        return "Draw without adapters to see what is broken."
-    return (
-        "No adapter is in use, so the base is broken: get it anew or name another --base; where --image is given, try "
-        "--precision fp32 or another --vae, too."
-    )
+        mix, parts = current(self.pipe), self.pipe.unet.modules()
+        is_mixed = mix is not None and not all(map(is_idle, mix.weights.values()))
+        # Hooks are those of regions, of mixes beside the layers and of what is being trained.
+        if is_mixed or any(part._forward_hooks or part._forward_pre_hooks for part in parts):
+            return "Draw without adapters to see what is broken."
+        if self.syntax != "plain":
+            return "No adapter is in use: give words weights nearer to 1; where they have none, the base is broken."
+        return (
+            "No adapter is in use, so the base is broken: get it anew or name another --base; where --image is given, "
+            "try --precision fp32 or another --vae, too."
+        )
 
 
 _LOCKS: WeakKeyDictionary[Any, RLock] = WeakKeyDictionary()

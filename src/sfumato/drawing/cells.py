@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sfumato.prompts.negative import negative_for
 from sfumato.prompts.syntax import Syntax
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from sfumato.bases import Base
     from sfumato.compose import Mix
     from sfumato.words.in_use import Vectors, Words
+
+T = TypeVar("T")
 
 FORMAT = 2
 """Of the cells' names; another where the same settings draw another picture than an earlier version's."""
@@ -78,6 +80,7 @@ class Setup:
         from sfumato.drawing.notes import (
             changes_nothing,
             learned_otherwise,
+            left_out,
             misread_words,
             unknown_words,
             unread_marks,
@@ -95,7 +98,7 @@ class Setup:
             *unused_words(self.named, texts, syntax),
             *unknown_words(texts, known, base),
         ]
-        lines += changes_nothing(self.mix.without_effect) if self.mix else []
+        lines += [*changes_nothing(self.mix.without_effect), *left_out(self.mix.skipped)] if self.mix else []
         return [*lines, *misread_words(known, texts, syntax), *learned, *learned_otherwise(of_words, base)]
 
     def _checked(self, cells: Iterable[Cell]) -> list[str]:
@@ -123,7 +126,8 @@ class Setup:
             return cell
         from sfumato.files.metadata import negatives_of
 
-        asked = [text for label in cell.counted for text in negatives_of(self.told[label])]
+        is_guided = filled(self.base, cell)["guidance"] > 1
+        asked = [text for label in cell.counted for text in negatives_of(self.told[label])] if is_guided else []
         negative = negative_for(cell.settings["prompt"], asked, self.syntax)
         return replace(cell, settings={**cell.settings, "negative": negative})
 
@@ -164,7 +168,8 @@ class Setup:
                     **{name: to[name] for name in ("negative", "steps", "guidance", "sampler")},
                 )
                 strengths = strengths_of(applied, to["adapter_guidance"], guidance=to["guidance"])
-                how = {"adapter_guidance": strengths, **AdapterPlacement().with_asked(applied.spans).told()}
+                placed = AdapterPlacement().with_asked(self._by_label(cells[0], applied.spans))
+                how = {"adapter_guidance": self._by_label(cells[0], strengths), **placed.told()}
             for place, picture in zip(group, pictures, strict=True):
                 yield place, picture, how
 
@@ -188,6 +193,12 @@ class Setup:
             partial=self.partial,
             words_known=True,
         )
+
+    def _by_label(self, cell: Cell, found: Mapping[str, T]) -> Mapping[str, T]:
+        """What adapters of the cell's mix have; where a method has merged them, each has what the result has."""
+        if self.mix is not None:
+            return found
+        return {label: value for value in found.values() for label in cell.counted}
 
     def _words(self, cell: Cell, *, quiet: bool = False) -> AbstractContextManager[Words | None]:
         """Within the block the words are in use that the cell's adapters bring; those at 0 bring none."""

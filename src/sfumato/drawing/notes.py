@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sfumato.files.inspect import plain
-from sfumato.files.metadata import prediction_of, words_beside
+from sfumato.files.metadata import clip_skip_of, prediction_of, words_beside
+from sfumato.numerals import pluralize
 from sfumato.prompts.syntax import escaped, unescaped
 from sfumato.words.placeholders import holds
 
@@ -34,12 +34,9 @@ def learned_otherwise(told: Mapping[str, Mapping[str, str]], base: Base) -> list
                 f"{label}: learned where the base predicts {kind}, and this one predicts {base.prediction_type}; "
                 f"--prediction-type {kind} draws as it was learned."
             )
-        config = _config_in(metadata)
-        skipped = config.get("clip_skip") or 0
-        is_trainers = config.keys() & {"clip_skip", "steps"}  # not that of a merge, which knows nothing of it
-        if is_trainers and skipped != (base.clip_skip or 0):
-            told_skip = plain(str(skipped))
-            lines.append(f"{label}: learned with --clip-skip {told_skip}, and drawn with {base.clip_skip or 0}.")
+        skipped, drawn = clip_skip_of(metadata), base.clip_skip or 0
+        if skipped is not None and skipped != drawn:
+            lines.append(f"{label}: learned with --clip-skip {skipped}, and drawn with {drawn}.")
         for word, file in words_beside(metadata).items():
             if word.lower() not in loaded:
                 named = f"its file, {plain(file)}," if file else "its file"
@@ -57,6 +54,20 @@ def unguided(pictures: Iterable[tuple[float, str, bool]]) -> list[str]:
         return []
     counts = "counts" if len(asked) == 1 else "count"
     return [f"guidance {alone[0][0]:g}: {' and '.join(asked)} {counts} for nothing; it takes one above 1."]
+
+
+def asked_negatives(negatives: Iterable[str]) -> list[str]:
+    """A line on each negative prompt that a file has asked for; "" is none."""
+    return [
+        f'the negative prompt is {negative!r}, as its file asks; --negative "" draws without.'
+        for negative in dict.fromkeys(negatives)
+        if negative
+    ]
+
+
+def left_out(skipped: Mapping[str, int]) -> list[str]:
+    """A line on each adapter of which --partial has left modules out. skipped: how many, by label."""
+    return [f"{label}: {pluralize(count, 'module')} left out (--partial)." for label, count in skipped.items()]
 
 
 def unused_words(files: Sequence[tuple[Path, Iterable[str]]], prompts: Sequence[str], syntax: Syntax) -> list[str]:
@@ -130,12 +141,3 @@ def unknown_words(prompts: Sequence[str], known: Iterable[str], base: Base) -> l
         for word in spelt
         if word not in own and not any(holds(token, word) for token in known)
     ]
-
-
-def _config_in(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The program's config in our own file's metadata; nothing in a file that has none."""
-    try:
-        found = json.loads(metadata.get("sfumato.config", "{}"))
-    except (ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}

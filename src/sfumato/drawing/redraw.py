@@ -34,7 +34,7 @@ _TOLD = ("Model hash", "VAE hash", "Lora hashes", "TI hashes", "Version", "Promp
 _LEAST_SDXL = 600_000
 """Pixels of a picture from which on it is of SDXL, of which A1111's clip skips 1 and 2 are the same. SD 1.x and 2.x are
 drawn smaller, and "Size" is that before the high-resolution fix."""
-_LEFT = ("regions", "sweep", "before_after", "mask")
+_LEFT = ("regions", "sweep", "before_after", "density", "rank")
 """What our own pictures hold and the command does not."""
 _OPTIONS: Mapping[str, tuple[Any, ...]] = MappingProxyType(
     {
@@ -161,6 +161,7 @@ def _words(about: Parameters, own: Mapping[str, Any], left: dict[str, str]) -> I
     is_number = _NUMBER.fullmatch(settings.get("Denoising strength", ""))
     if is_number and not any(name.startswith("Hires") for name in settings):
         yield from _option("--image", str(own.get("image") or "PICTURE"))
+        yield from _option("--mask", str(own["mask"])) if own.get("mask") else ()
         yield from _option("--strength", settings.pop("Denoising strength"))
     if (source := settings.pop("RNG", "GPU")) != "CPU":  # a web interface that names none takes a GPU's noise
         left["RNG"] = source

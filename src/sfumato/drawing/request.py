@@ -11,8 +11,8 @@ from sfumato.weighting.adapter import Weight
 
 @dataclass(frozen=True)
 class PictureRequest:
-    """One picture that is asked for. prompt: without its tags. tagged: the weights by label of all adapters, where the
-    prompt has tags. own: what is set for it otherwise than for all, by name."""
+    """One picture that is asked for. prompt: without its tags. tag_weights: of all adapters by label, where the prompt
+    has tags. overrides: what is set for it otherwise than for all, by name."""
 
     prompt: str
     seed: int

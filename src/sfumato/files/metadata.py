@@ -49,7 +49,8 @@ class Description:
     where nothing else is asked for, see `sfumato.compose.guided`. over_steps: (start, end) of progress, 0 at pure noise
     and 1 at the finished picture, between which it is drawn with where nothing else is asked for; None: always.
     negatives: each is the negative prompt of prompts that hold it and more, see `sfumato.prompts.negative`. word_files:
-    by new word that was learned beside it, the name of its own file.
+    by new word that was learned beside it, the name of its own file. clip_skip: as of `load_base`, None where it was
+    not said. timesteps: (first, the one to stop before) that were learned; None: all.
     """
 
     title: str
@@ -76,6 +77,8 @@ class Description:
     over_steps: tuple[float, float] | None = None
     negatives: Sequence[str] = ()
     word_files: Mapping[str, str] = field(default_factory=dict)
+    clip_skip: int | None = None
+    timesteps: tuple[int, int] | None = None
     parents: Sequence[Mapping[str, Any]] = ()
     extra: Mapping[str, str] = field(default_factory=dict)
 
@@ -106,12 +109,13 @@ def _training(description: Description, now: float) -> dict[str, str]:
         "ss_resolution": str(description.resolution) if description.resolution else "",
         "ss_num_train_images": _text(description.images),
         "ss_steps": _text(description.steps),
-        "ss_max_train_steps": _text(description.steps),
+        "ss_max_train_steps": _text((description.config or {}).get("steps", description.steps)),
         "ss_total_batch_size": _text(description.batch),
         "ss_seed": _text(description.seed),
         "ss_learning_rate": _text(description.learning_rate),
         "ss_optimizer": _text(description.optimizer),
-        "ss_training_started_at": str(now),
+        "ss_training_finished_at": str(now),
+        "ss_clip_skip": "" if description.family == "sdxl" else _layer(description),  # which sd-scripts has none of
         "ss_tag_frequency": _json(tags) if tags else "",
     }
 
@@ -133,8 +137,17 @@ def _model_spec(description: Description, now: float) -> dict[str, str]:
         "prediction_type": "v" if v else description.prediction_type,
         "thumbnail": "" if description.thumbnail is None else thumbnail_uri(description.thumbnail),
         "merged_from": ", ".join(str(parent["name"]) for parent in description.parents),
+        "encoder_layer": _layer(description),
+        "timestep_range": ",".join(map(str, description.timesteps or ())),
     }
     return {f"modelspec.{key}": value for key, value in values.items()}
+
+
+def _layer(description: Description) -> str:
+    """The text encoder's layer that was learned with, counted from its end, where the last is 1; "" if unsaid."""
+    if description.clip_skip is None:
+        return ""
+    return str(description.clip_skip + (2 if description.family == "sdxl" else 1))
 
 
 def _own(description: Description) -> dict[str, str]:
@@ -148,6 +161,7 @@ def _own(description: Description) -> dict[str, str]:
         "sfumato.over_steps": "-".join(map(exact, description.over_steps or ())),
         "sfumato.negatives": _json(list(description.negatives)) if description.negatives else "",
         "sfumato.word_files": _json(dict(description.word_files)) if description.word_files else "",
+        "sfumato.clip_skip": _text(description.clip_skip),
         "sfumato.trigger": _json(list(description.trigger)) if description.trigger else "",
         "sfumato.parents": _json(list(description.parents)) if description.parents else "",
     }
@@ -190,19 +204,40 @@ def negatives_of(metadata: Mapping[str, str]) -> tuple[str, ...]:
     return tuple(text for text in found if isinstance(text, str)) if isinstance(found, list) else ()
 
 
+def clip_skip_of(metadata: Mapping[str, str]) -> int | None:
+    """Layers of the text encoder that were skipped where a file was learned, as --clip-skip counts them; None where it
+    does not say.
+
+    sd-scripts counts as A1111 does; its SDXL has none, whatever the file says.
+    """
+    config = _object(metadata.get("sfumato.config", "{}"))
+    told = metadata.get("sfumato.clip_skip", config.get("clip_skip"))
+    if told is None and "steps" in config:  # a trainer's, which leaves unset settings out
+        return 0
+    if told is None and not metadata.get("ss_base_model_version", "").startswith("sdxl"):
+        theirs = metadata.get("ss_clip_skip", "")
+        return int(theirs) - 1 if re.fullmatch("[1-9][0-9]?", theirs) else None
+    return int(str(told)) if re.fullmatch("[0-9]{1,2}", str(told)) else None
+
+
 def words_beside(metadata: Mapping[str, str]) -> dict[str, str]:
-    """By new word that was learned with the adapter of a file, the name of the word's own file; empty where it is not
-    told, as before 0.5.0, or in a bundle. No words of a file that is a word's own."""
+    """By new word that was learned with the adapter of a file, or of those that it is made of, the name of the word's
+    own file; empty where it is not told, as before 0.5.0, or in a bundle. No words of a file that is a word's own."""
+    if "sfumato.token" in metadata:
+        return {}
+    words = _object(metadata.get("sfumato.config", "{}")).get("train_words")
+    files = _object(metadata.get("sfumato.word_files", "{}"))
+    learned = [word for word in words if isinstance(word, str)] if isinstance(words, list) else []
+    return {word: str(files.get(word, "")) for word in dict.fromkeys([*learned, *files])}
+
+
+def _object(text: str) -> dict[str, Any]:
+    """The JSON object that the text is; an empty one where it is none."""
     try:
-        config = json.loads(metadata.get("sfumato.config", "{}"))
-        named = json.loads(metadata.get("sfumato.word_files", "{}"))
+        found = json.loads(text)
     except (ValueError, RecursionError):
         return {}
-    words = config.get("train_words") if isinstance(config, dict) else None
-    if not isinstance(words, list) or "sfumato.token" in metadata:
-        return {}
-    files = named if isinstance(named, dict) else {}
-    return {word: str(files.get(word, "")) for word in words if isinstance(word, str)}
+    return found if isinstance(found, dict) else {}
 
 
 _LAST_SECOND = 253_402_300_799

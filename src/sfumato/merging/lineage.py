@@ -13,11 +13,13 @@ from sfumato.files.family import LABELS
 from sfumato.files.metadata import (
     Description,
     adapter_guidance_of,
+    clip_skip_of,
     describe,
     negatives_of,
     over_steps_of,
     prediction_of,
     trigger_words,
+    words_beside,
 )
 from sfumato.weighting.adapter import Weight
 from sfumato.weighting.blocks import Blocks
@@ -59,8 +61,9 @@ def merged_metadata(
 ) -> dict[str, str]:
     """The metadata of a file made of `parents`; `write_lora` adds what it takes from the tensors.
 
-    Trigger words are united in the order of the parents. Base, its fingerprint, adapter guidance, steps and negative
-    prompts are those that all parents name; every author and licence of theirs is named.
+    Trigger words, and the files of words that were learned beside them, are united in the order of the parents. Base,
+    its fingerprint, clip skip, adapter guidance, steps and negative prompts are those that all parents name; every
+    author and licence of theirs is named.
     """
     bases = {parent.metadata.get("ss_sd_model_name", "") for parent in parents}
     fingerprints = {parent.metadata.get("sfumato.base_fingerprint", "") for parent in parents}
@@ -68,6 +71,8 @@ def merged_metadata(
     spans = {over_steps_of(parent.metadata) for parent in parents}
     strengths = {adapter_guidance_of(parent.metadata) for parent in parents}
     negatives = {negatives_of(parent.metadata) for parent in parents}
+    skipped = {clip_skip_of(parent.metadata) for parent in parents}
+    beside = [pair for parent in reversed(parents) for pair in words_beside(parent.metadata).items()]
     description = Description(
         title=title,
         family=family,
@@ -79,6 +84,8 @@ def merged_metadata(
         adapter_guidance=strengths.pop() if len(strengths) == 1 else 0.0,
         over_steps=spans.pop() if len(spans) == 1 else None,
         negatives=negatives.pop() if len(negatives) == 1 else (),
+        clip_skip=skipped.pop() if len(skipped) == 1 else None,
+        word_files={word: file for word, file in reversed(beside) if file},
         parents=[_parent(parent) for parent in parents],
         author=_all(parents, "modelspec.author"),
         license=_all(parents, "modelspec.license"),

@@ -24,5 +24,6 @@ def negative_for(prompt: str, asked: Iterable[str], syntax: Syntax = "plain") ->
 
 def _is_beside(text: str, prompt: str) -> bool:
     rest, count = re.subn(rf"(?<!\w){re.escape(text)}(?!\w)", "", prompt, flags=re.IGNORECASE)
-    # Articles say nothing: "an otter" under "otter" would be drawn without any guidance.
-    return count > 0 and any(word.lower() not in ("a", "an", "the") for word in re.findall(r"\w+", rest))
+    # Articles say nothing, nor do weights: "an (otter:1.3)" under "otter" would be drawn without any guidance.
+    words = [word for word in re.findall(r"\w+", rest) if re.search(r"[^\W\d_]", word) and word != "BREAK"]
+    return count > 0 and any(word.lower() not in ("a", "an", "the") for word in words)

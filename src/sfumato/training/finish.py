@@ -32,6 +32,7 @@ def describe_run(config: TrainerOptions, base: Base, dataset: Dataset, samples: 
     assert config.resolution is not None
     assert config.batch is not None
     side, rows = square_side(base, config.resolution), samples.rows
+    learned = config.noising(base).timesteps
     triggers: Sequence[str] = more.pop("trigger", [config.trigger] if config.trigger else [])
     description = Description(
         title=config.name,
@@ -51,6 +52,8 @@ def describe_run(config: TrainerOptions, base: Base, dataset: Dataset, samples: 
         captions=dataset.captions,
         thumbnail=rows[-1][most_telling_prompt(triggers, samples.prompts)] if rows else None,
         config=to_dict(settled(config), public=True),
+        clip_skip=config.clip_skip,
+        timesteps=None if learned == range(len(base.alpha_bar)) else (learned.start, learned.stop),
         dataset_sha256=dataset.fingerprint,
     )
     return dataclasses.replace(description, **more)

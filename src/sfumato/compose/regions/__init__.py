@@ -26,6 +26,7 @@ from sfumato.compose.regions.masks import Masks
 from sfumato.compose.regions.region import Box, Region
 from sfumato.compose.regions.texts import RegionPrompts
 from sfumato.errors import AdapterError
+from sfumato.files.metadata import over_steps_of
 from sfumato.prompts.syntax import Syntax
 from sfumato.prompts.tags import refuse_tags
 
@@ -48,10 +49,11 @@ def regions(
     without the prompt, as classifier-free guidance has them, where no pipeline that is called says it.
     syntax: how weighted words of the regions' prompts are written, see `sfumato.prompts.syntax`; it wants a Base.
     over_steps: by an adapter's label the progress, from and to, in which it changes the U-Net, 0 at pure noise and 1 at
-    the finished picture. partial, verify: as of `compose`. Where regions overlap, changes on pixels add up and
-    attentions share. What diffusers' `load_lora_weights` loaded counts everywhere. Raises AdapterError for adapters
-    without a low-rank form, for one that changes the text encoders in a region without a prompt, for a compiled U-Net,
-    for a pipeline with an IP-Adapter, and for prompts in one that guides by a picture, too.
+    the finished picture; of others those that their files ask for. partial, verify: as of `compose`. Where regions
+    overlap, changes on pixels add up and attentions share. What diffusers' `load_lora_weights` loaded counts
+    everywhere. Raises AdapterError for adapters without a low-rank form, for one that changes the text encoders in a
+    region without a prompt, for a compiled U-Net, for a pipeline with an IP-Adapter, and for prompts in one that guides
+    by a picture, too.
     """
     _check(pipe, parts, syntax)
     unet = unwrapped_parts(pipe)["unet"]
@@ -61,7 +63,8 @@ def regions(
     files = read(parts, partial=partial, verify=verify)
     texts = RegionPrompts(pipe, parts, files, syntax, guided=guided, partial=partial)
     labels = {each.label for region in parts for each in region.adapters}
-    spans = Spans(pipe, over_steps)
+    asked = {each.label: span for each, file in files.items() if (span := over_steps_of(file.metadata))}
+    spans = Spans(pipe, over_steps, asked)
     if unknown := sorted(over_steps.keys() - labels):
         raise AdapterError(f"over_steps names {unknown[0]!r}, which is in no region; there are {sorted(labels)}.")
     layers = by_layer(pipe, parts, files, spans, partial=partial)

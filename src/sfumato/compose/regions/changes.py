@@ -26,13 +26,15 @@ from sfumato.weighting.adapter import Adapter
 
 
 class Spans:
-    """Which adapters count at the current step."""
+    """Which adapters count at the current step. asked: the spans of those that `spans` does not name."""
 
-    def __init__(self, pipe: Any, spans: Mapping[str, tuple[float, float]]) -> None:
+    def __init__(
+        self, pipe: Any, spans: Mapping[str, tuple[float, float]], asked: Mapping[str, tuple[float, float]]
+    ) -> None:
         if not isinstance(spans, Mapping) or not all(map(is_pair, spans.values())):
             raise AdapterError(f"over_steps {spans!r:.60}: wanted (from, to) by label, such as {{'line': (0, 0.8)}}.")
         self._pipe = pipe
-        self._ways = {label: Ramp.within(*span, 1.0) for label, span in spans.items()}
+        self._ways = {label: Ramp.within(*span, 1.0) for label, span in {**asked, **spans}.items()}
         self._now: dict[str, float] = {}
 
     def on_unet_call(self, _: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
