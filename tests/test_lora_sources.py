@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from PIL import Image
 from sfumato.trainers import lora, textual_inversion
 
 from sfumato import cli
+from sfumato.bases.family import FAMILIES
 from sfumato.data import read_folder
 from sfumato.data.placeholder_captions import insert_placeholders
 from sfumato.errors import ConfigError, DataError
@@ -60,6 +62,38 @@ def test_pictures_of_a_class_come_beside_each_batch_as_in_dreambooth(further, tr
     assert all(row["prior_loss"] > 0 for row in rows(one))
     for key, tensor in read_tensors(other).items():
         assert torch.equal(read_tensors(one)[key], tensor)
+
+
+def test_two_kinds_of_prior_share_their_weight(train, source):
+    """Each has half, as in DreamBooth, and each kind of samples a third of the default batch."""
+    both = source('words = "sks square"') + source('words = "square"', "class = true")
+    one = train("one", both, "--steps", "1", "--precision", "fp32")
+    two = train("two", both, "--steps", "1", "--precision", "fp32", "--prior-prompts", "a cat")
+    (first,), (second,) = rows(one), rows(two)  # what the untrained base predicts of the prompts is what it should
+    assert second["prior_loss"] == pytest.approx(first["prior_loss"] / 2, rel=1e-5)
+    path, base = one.parents[1] / "one.toml", SimpleNamespace(defaults=FAMILIES["sd1"].defaults, alpha_bar=range(1000))
+    base.family = FAMILIES["sd1"]
+    config = lora.Config(images=path, output=path.parent / "three")
+    found = {kinds: lora.resolve(config, base, 6, 1, kinds=kinds)[0].batch for kinds in (1, 2, 3)}
+    whole = FAMILIES["sd1"].defaults.batch
+    assert found == {1: whole, 2: max(1, whole // 2), 3: max(1, whole // 3)}
+
+
+@pytest.mark.parametrize(
+    ("lines", "is_dropped"),
+    [
+        (("caption_dropout = 1.0",), True),
+        (("tag_dropout = 1.0",), True),
+        (("tag_dropout = 1.0", "keep_tags = 1"), False),
+        (("caption_dropout = 0.9",), False),
+    ],
+)
+@pytest.mark.parametrize("program", ["lora", "textual_inversion"])
+def test_a_word_that_a_source_drops_from_every_caption_is_refused(program, lines, is_dropped, train, source, capsys):
+    word = "--placeholder" if program == "textual_inversion" else "--train-words"
+    toml = source('words = "<x>, red"', 'caption = "{caption}"', *lines)
+    train("run", toml, "--steps", "1", word, "<x>", program=program, status=2 if is_dropped else 0)
+    assert ("drops <x> from every caption" in capsys.readouterr().err) is is_dropped
 
 
 def test_with_weight_0_a_class_is_measured_and_not_learned(train, source):

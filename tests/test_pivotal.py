@@ -2,9 +2,11 @@
 
 import errno
 import json
+import shutil
 
 import numpy as np
 import torch
+from safetensors.torch import load
 from torch.testing import assert_close
 
 from sfumato import cli, data, diffusion, randomness
@@ -86,6 +88,57 @@ def test_equal_to_a_plain_loop_over_peft_and_the_whole_table(pocket_folder, pict
     adapter, word = (read_header(tmp_path / "run" / name).metadata for name in ("run.safetensors", "run-x.safetensors"))
     assert words_beside(adapter) == {"<x>": "run-x.safetensors"}
     assert words_beside(word) == {}
+
+
+def test_a_lora_learns_beside_the_words_that_are_saved(pocket_folder, pictures, tmp_path):
+    """With a running mean, which is what the words' file holds, and exactly so where the run was cut between."""
+    words = ["train", "lora", "--images", str(pictures), "--base", str(pocket_folder), "--caption", "<x> {caption}"]
+    words += [
+        "--train-words",
+        "<x>",
+        "--steps",
+        "4",
+        "--batch",
+        "1",
+        "--rank",
+        "1",
+        "--ema",
+        "0.9",
+        "--words-first",
+        "2",
+    ]
+    words += ["--schedule", "constant", "--sample-every", "0", "--measure-every", "0", "--checkpoint-every", "1"]
+    words += ["--keep", "9"]
+    assert cli.main([*words, "--output", str(tmp_path / "run")]) == 0
+    saved = read_tensors(tmp_path / "run/run-x.safetensors")["<x>"]
+
+    def raw(step):
+        held = read_tensors(tmp_path / f"run/checkpoints/{step:06d}/state.safetensors")
+        return next(tensor for name, tensor in held.items() if name.startswith("/kept/words"))
+
+    assert not torch.equal(raw(2), saved)
+    assert_close(raw(3), saved, rtol=0, atol=0)
+    assert_close(raw(4), saved, rtol=0, atol=0)
+    whole = (tmp_path / "run/run.safetensors").read_bytes()
+    for step in (3, 4):
+        shutil.rmtree(tmp_path / f"run/checkpoints/{step:06d}")
+    assert cli.main(["resume", str(tmp_path / "run")]) == 0
+    for name, tensor in read_tensors(tmp_path / "run/run.safetensors").items():
+        assert torch.equal(tensor, load(whole)[name])
+
+
+def test_words_and_crossed_samples_go_on_with_what_they_began_from(pocket_folder, pictures, tmp_path, capsys):
+    """Their crossed samples are drawn with the words as they were at the start, which no checkpoint holds."""
+    words = ["train", "lora", "--images", str(pictures), "--base", str(pocket_folder), "--caption", "<x> {caption}"]
+    words += ["--train-words", "<x>", "--batch", "1", "--rank", "1", "--sample-every", "0", "--measure-every", "0"]
+    assert cli.main([*words, "--steps", "2", "--bundle", "--output", str(tmp_path / "first")]) == 0
+    begin = ["--init-from", str(tmp_path / "first/first.safetensors"), "--crossed-share", "0.5", "--steps", "2"]
+    assert cli.main([*words, *begin, "--checkpoint-every", "1", "--output", str(tmp_path / "run")]) == 0
+    shutil.rmtree(tmp_path / "run/checkpoints/000002")
+    shutil.rmtree(tmp_path / "first")
+    capsys.readouterr()
+    assert cli.main(["resume", str(tmp_path / "run")]) == 2
+    assert "first.safetensors: there is no such file; name the adapter to begin with" in capsys.readouterr().err
 
 
 def test_a_card_that_lacks_the_words_is_written_by_going_on(pocket_folder, pictures, tmp_path, monkeypatch, capsys):

@@ -169,7 +169,7 @@ def test_equal_to_a_plain_loop_from_the_paper(method, prior, folder, train, pock
     losses = papers_loop(base, dataset, class_set, seed=3, weight=0.7)
 
     assert_close([row["loss"] for row in rows(path)], losses, rtol=1e-4, atol=1e-6)
-    assert len({row["class_loss"] for row in rows(path)}) == (1 if prior == "none" else STEPS)
+    assert len({row["class_loss"] for row in rows(path) if "class_loss" in row}) == (0 if prior == "none" else STEPS)
     if method == "lora":
         found = {name: module.delta() for (_, name), module in read_lora(path).modules.items()}
         wanted = {name: layer.get_delta_weight("default").detach() for name, layer in layers.items()}
@@ -415,6 +415,22 @@ def test_pictures_with_captions_keep_them_and_the_class_has_their_form(train, pi
     assert "class pictures: 3 of square, square, flat style" in said
     about = sorted(json.loads(file.read_text())["prompt"] for file in (tmp_path / "class").glob("*/about.json"))
     assert about == ["square", "square, flat style"]
+
+
+def test_captions_may_bind_the_subject_to_another_word_than_the_default(train, pictures, tmp_path, capsys):
+    """Which the file then names, and the class has the captions' forms; an identifier that is given must be in one."""
+    folder = tmp_path / "captioned"
+    shutil.copytree(pictures, folder)
+    for file in folder.glob("*.png"):
+        file.with_suffix(".txt").write_text("zwx square, flat style")
+    options = ("--method", "lora", "--steps", "1", "--instance-prompt", None, "--images", folder)
+    path = train("run", *options)
+    said = capsys.readouterr().err
+    assert "identifier 'zwx'" in said
+    assert "class pictures: 3 of square, square, flat style" in said
+    assert read_header(path).metadata["modelspec.trigger_phrase"] == "zwx square"
+    train("other", *options, "--identifier", "ohwx", status=2)
+    assert "--identifier has no effect without it in a caption" in capsys.readouterr().err
 
 
 def test_the_run_tells_how_the_identifier_is_cut_and_warns_of_a_word(train, capsys):

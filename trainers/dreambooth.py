@@ -28,6 +28,7 @@ from sfumato.training import checks, config_defaults
 from sfumato.training.entry_point import training_entry_point
 from sfumato.training.options import KindOptions, TrainerOptions
 from sfumato.training.subject import PreservedPrompts, Subject, read_subject, with_caption
+from sfumato.words.placeholders import holds
 
 if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that its --help is there at once
     from torch import nn
@@ -184,10 +185,13 @@ def train(config: Config) -> Path:
     run.say(precision.table())
     run.say_filled(base.family.title, filled)
     run.say(*notes)
-    for word in identifiers(config, instance)[:3]:  # a folder may hold many subjects
+    found = identifiers(config, instance)
+    for word in found[:3]:  # a folder may hold many subjects
         run.say(*identifier.examine(word, base).lines())
 
-    preserved = PreservedPrompts.of(subject.class_prompts([e.caption for e in instance]), config.prior_prompts)
+    subjects = subjects_of(config, subject, found)
+    class_prompts = [prompt for each in subjects for prompt in each.class_prompts([e.caption for e in instance])]
+    preserved = PreservedPrompts.of(class_prompts, config.prior_prompts)
     pictures = class_pictures(config, base, examples, preserved, run, processes)
     global_batch, starts = processes.micro_batch_starts(config.batch, config.accumulate)
     embed = not config.train_text_encoder
@@ -201,8 +205,8 @@ def train(config: Config) -> Path:
     trained = trainable(base, config)
     run.identify(**{"data": dataset, "class": class_set or "none"}, base=base.fingerprint())
     parameters = list(trained.parameters())
-    count = sum(p.numel() for p in parameters)
-    run.say(f"{pluralize(len(dataset), 'picture')}, {len(class_set or [])} of the class, {count:,} trained numbers")
+    size = sum(p.numel() for p in parameters)
+    run.say(f"{pluralize(len(dataset), 'picture')}, {len(class_set or [])} of the class, {size:,} trained numbers")
 
     optimizer = optimizers.build(config.optimizer, groups(trained, config), weight_decay=config.weight_decay)
     schedule = optimizers.Schedule(optimizer, config.schedule, config.steps, config.warmup)
@@ -219,7 +223,7 @@ def train(config: Config) -> Path:
     asked, own = config.asked_samples()
     prompts = asked or subject.sample_prompts(dataset.captions, unrelated[0])
     span = None if lora is None else config_defaults.span_of(config, base)
-    trigger = triggers(config, subject, instance)
+    trigger = triggers(config, subjects, instance)
     negatives = trigger if config.own_negative else []
     draw = drawing_of(base, lora, span=span, negatives=negatives, resolution=config.resolution, own=own)
     samples = Samples(run, prompts, config.seed, draw, modules=[trained], within=average.applied)
@@ -258,14 +262,14 @@ def train(config: Config) -> Path:
             noised = draw_noised(
                 base, dataset, config.seed, step.number, global_batch, start, config.batch, noising=noising
             )
-            subjects = len(noised.batch)
+            count = len(noised.batch)
             beside = [prior.draw(step.number, global_batch, start, config.batch)] if prior else []
             with precision.autocast(), randomness.seeded(precision.device, config.seed, "dropout", step.number, start):
                 errors = per_sample_losses(
                     base, [noised, *beside], encode=config.train_text_encoder, settings=config.loss()
                 )
-                of_subject = errors[:subjects].sum() / global_batch
-                of_class = errors[subjects:].sum() / global_batch
+                of_subject = errors[:count].sum() / global_batch
+                of_class = errors[count:].sum() / global_batch
                 part = of_subject + config.prior_weight * of_class
             if fused is None:
                 scaler.scale(part).backward()
@@ -284,7 +288,8 @@ def train(config: Config) -> Path:
         scaler.update()
         if not step.skipped:
             average.update()
-        step.done(loss=loss, class_loss=class_loss, rate=schedule.rate, gradient_norm=norm)
+        further = {"class_loss": class_loss} if prior else {}
+        step.done(loss=loss, rate=schedule.rate, gradient_norm=norm, **further)
 
     if limit.reached and run.step < config.steps:
         run.say(f"stopped after step {run.step}: {limit.reached} is over --drift-limit {config.drift_limit}")
@@ -414,7 +419,11 @@ def read_examples(config: Config, subject: Subject) -> ExampleSet:
         )
     if folder.in_group("class") and config.prior == "pictures" and not config.prior_prompts:
         checks.only_with(config, "--prior-prompts beside pictures of the class", "class_count")
-    return with_caption(folder, config.instance_prompt) if config.instance_prompt else folder
+    if config.instance_prompt:
+        return with_caption(folder, config.instance_prompt)
+    if not any(holds(config.identifier, example.caption) for example in folder.in_group("instance")):
+        checks.only_with(config, "it in a caption", "identifier")
+    return folder
 
 
 def _trigger(config: Config) -> str | None:
@@ -422,20 +431,29 @@ def _trigger(config: Config) -> str | None:
     return config.trigger or (None if config.instance_prompt else config.identifier)
 
 
-def triggers(config: Config, subject: Subject, subjects: ExampleSet) -> list[str]:
-    """What calls the subject up: the words that its captions were made with, beside the class where that is the
+def subjects_of(config: Config, subject: Subject, words: Sequence[str]) -> list[Subject]:
+    """What is learned. words: that subjects are bound to, which captions may have instead of --identifier."""
+    if config.instance_prompt or not config.class_name or config.identifier in words:
+        return [subject]
+    return [Subject(f"{word} {config.class_name}", subject.of_class) for word in words] or [subject]
+
+
+def triggers(config: Config, subjects: Sequence[Subject], pictures: ExampleSet) -> list[str]:
+    """What calls the subjects up: the words that their captions were made with, beside the class where that is the
     identifier."""
+    prompts = [subject.prompt for subject in subjects]
     if config.instance_prompt:
-        return [config.trigger or subject.prompt]
-    if config.trigger is None:
-        return list(dict.fromkeys(subject.prompt if t == config.identifier else t for t in subjects.triggers))
-    return subjects.triggers
+        return [config.trigger or prompts[0]]
+    if config.trigger is not None:
+        return pictures.triggers
+    found = dict.fromkeys(prompts[0] if each == config.identifier else each for each in pictures.triggers)
+    said = [prompt for prompt in prompts if any(holds(prompt, picture.caption) for picture in pictures)]
+    return list(found) or said
 
 
 def identifiers(config: Config, subjects: ExampleSet) -> list[str]:
     """The words that subjects are bound to: --identifier, or what stands before the class in captions without it."""
     from sfumato.words.identifier import before
-    from sfumato.words.placeholders import holds
 
     captions = list(dict.fromkeys(example.caption for example in subjects))
     if any(holds(config.identifier, caption) for caption in captions):

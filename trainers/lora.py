@@ -108,9 +108,10 @@ class Config(KindOptions, TrainerOptions):
     """Prompts that should go on drawing what the base draws: each batch is joined by one of the same size whose target
     is the frozen base's prediction for them, as in DreamBooth. Repeat it for several. An unset --batch is then half of
     its default, because the other half of each step is theirs. It helps a subject, not a style. Pictures with
-    `class = true` in a dataset.toml join each batch, too."""
+    `class = true` in a dataset.toml join each batch, too; beside prompts each kind has a third of a step."""
     prior_weight: float | None = None
-    """Weight of those samples in the loss; the pictures that are learned have 1. Unset: 1."""
+    """Weight of those samples in the loss; the pictures that are learned have 1, and of two kinds beside them each has
+    half. Unset: 1."""
     crossed_share: float = 0.0
     """Share of the samples at the noisier seven tenths of the timesteps that show, in part, the base's own drawing of a
     picture, and ask for the picture: such drawings are what an adapter meets when it draws what it was not shown. It
@@ -160,8 +161,8 @@ def train(config: Config) -> Path:
     precision = config.decide_precision(processes, config.optimizer)
     base = config.load_base(precision)
     subjects, of_class = examples.in_group("instance"), examples.in_group("class")
-    has_prior = bool(config.prior_prompts or of_class)
-    config, filled = resolve(config, base, subjects.samples, processes.count, has_prior=has_prior)
+    kinds = 1 + bool(config.prior_prompts) + bool(of_class)
+    config, filled = resolve(config, base, subjects.samples, processes.count, kinds=kinds)
     words = new_words(base, config, examples) if config.train_words else None
     adapted = target_layers(base.parts(text=config.train_text_encoder), config.targets, conv=config.conv)
     notes = Kind.of(config).notes(adapted, config.rank, config.conv_rank)
@@ -184,8 +185,10 @@ def train(config: Config) -> Path:
     base.lazy_weights.load_only("unet", *(("text",) if config.train_text_encoder or words else ()))
     lora = new_lora(adapted, config)
     facts: dict[str, Any] = {"data": dataset, "class": class_set or "none"}
-    if config.init_from and not run.has_begun:
-        refuse_missing(config.init_from)  # a run that goes on has its weights from a checkpoint, if there is one
+    if config.init_from and not (run.has_begun and not (words and crossed)):
+        refuse_missing(
+            config.init_from
+        )  # a run that goes on needs it for the words that its crossed samples began with
     if config.init_from and config.init_from.exists():
         facts["init"], left = start_from(config.init_from, base, lora, words, config.initial_words)
         run.say(*left)
@@ -222,6 +225,8 @@ def train(config: Config) -> Path:
         if words:
             lora.requires_grad_(not words_alone)
             words.requires_grad_(words_alone or not config.words_first)
+            if config.words_first and step.number == config.words_first:
+                average.settle(words.parameters())
         loss, prior_loss = torch.zeros(2, device=precision.device)
         for start in starts:
             noised = draw_noised(
@@ -236,7 +241,7 @@ def train(config: Config) -> Path:
                 errors = per_sample_losses(base, [noised, *of_priors], encode=not embed, settings=config.loss())
                 part = errors[:count].sum() / global_batch
                 if priors:
-                    of_prior = errors[count:].sum() / global_batch
+                    of_prior = errors[count:].sum() / (global_batch * len(priors))
                     part = part + config.prior_weight * of_prior
                     prior_loss += of_prior.detach()
             scaled = scaler.scale(part)  # in any case: the first makes the scale
@@ -319,10 +324,13 @@ def check_words(config: Config) -> None:
         raise ConfigError(f"--words-first {config.words_first}: wanted 0, or fewer than the {config.steps} steps.")
 
 
-def resolve(config: Config, base: Base, samples: int, processes: int, *, has_prior: bool) -> tuple[Config, list[str]]:
-    """The config with every unset field filled, and the names that the base's family filled."""
-    half = {"batch": max(1, base.defaults.batch // 2)} if has_prior else {}  # the other is the prior's
-    config, filled = config_defaults.resolve(config, base, samples, processes, **half)
+def resolve(config: Config, base: Base, samples: int, processes: int, *, kinds: int) -> tuple[Config, list[str]]:
+    """The config with every unset field filled, and the names that the base's family filled.
+
+    kinds: of samples, of which each has its share of a step: what is learned, pictures of a class, the prior's prompts.
+    """
+    share = {"batch": max(1, base.defaults.batch // kinds)} if kinds > 1 else {}
+    config, filled = config_defaults.resolve(config, base, samples, processes, **share)
     if config.crossed_share and not config.resume:
         from sfumato.training.crossed import first_timestep
 
@@ -336,7 +344,7 @@ def resolve(config: Config, base: Base, samples: int, processes: int, *, has_pri
     alpha = config.alpha or alpha
     values: dict[str, Any] = {"alpha": alpha}
     values |= config_defaults.conv_defaults(config, alpha, rank_stabilised=config.rank_stabilised)
-    if has_prior:
+    if kinds > 1:
         values["prior_weight"] = 1.0 if config.prior_weight is None else config.prior_weight
     if config.train_words:
         rate = DEFAULT_LEARNING_RATES[base.family.name] / (
@@ -376,7 +384,11 @@ def read_examples(config: Config) -> ExampleSet:
     if config.own_negative and not config.train_words and not examples.in_group("instance").triggers:
         unused = unused_trigger(examples, config.trigger) if config.trigger else ""
         raise ConfigError(f"--own-negative: {unused or 'give the words of the subject by --trigger, as sks otter'}.")
-    return insert_placeholders(examples, config.train_words, config.stands_for) if config.train_words else examples
+    if not config.train_words:
+        return examples
+    examples = insert_placeholders(examples, config.train_words, config.stands_for)
+    checks.refuse_dropped_words(config, examples.in_group("instance"), config.train_words)
+    return examples
 
 
 def new_words(base: Base, config: Config, examples: ExampleSet) -> Words:

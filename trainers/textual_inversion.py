@@ -248,7 +248,9 @@ def read_examples(config: Config) -> ExampleSet:
             f"pictures of the class are left out ({named_so}): a new word changes nothing that they would keep"
         )
     examples = dataclasses.replace(examples, notes=(*examples.notes, *filter(None, notes)))
-    return insert_placeholders(examples, config.placeholder, config.stands_for)
+    examples = insert_placeholders(examples, config.placeholder, config.stands_for)
+    checks.refuse_dropped_words(config, examples, config.placeholder)
+    return examples
 
 
 def caption_is_placeholder(config: Config) -> bool:
@@ -294,7 +296,7 @@ def save(
     from sfumato.cards.words import write_embedding_card
     from sfumato.training.finish import describe_run, plot_and_tell, upload
 
-    rows = samples.rows
+    rows = samples.ends
     description = describe_run(config, base, dataset, samples, trigger=config.placeholder)
     report = write_words(paths, words, config, description)
     card = write_embedding_card(run.folder, paths, description, report, samples.prompts if rows else [], rows)

@@ -1,18 +1,21 @@
 """The model card is read back by huggingface_hub, and uploading says what went wrong."""
 
+import dataclasses
 import re
 import shlex
 from dataclasses import replace
 
 import pytest
 from PIL import Image
+from sfumato.trainers import dreambooth, lora, textual_inversion
 
 from sfumato import shell
-from sfumato.cards.adapter import code, write_card
+from sfumato.cards.adapter import _USUAL, code, training_table, write_card
 from sfumato.cards.model import write_model_card
 from sfumato.cards.words import add_words_section, write_embedding_card
 from sfumato.errors import ConfigError
 from sfumato.files import Description
+from sfumato.training.options import RunOptions
 from sfumato.training.publish import push
 
 ABOUT = Description(
@@ -367,3 +370,35 @@ def test_a_caption_draws_no_picture_in_the_card(tmp_path):
     assert f"give ``{caption}`` as the negative" in text
     outside = re.sub(r"(?s)```python.*?```|(`+)(?!`).*?(?<!`)\1(?!`)", "", text.split("---")[-1])
     assert "example/t.png" not in outside
+
+
+WHERE_AND_HOW = {
+    *{field.name for field in dataclasses.fields(RunOptions)},
+    *("images", "base", "vae", "prediction_type", "precision", "device", "attention", "gradient_checkpointing"),
+    *("trigger", "caption", "cache", "skip_bad", "epochs", "save_precision", "save", "save_every", "bundle", "fused"),
+    *("ema_on_cpu", "class_images", "class_cache", "class_count", "adapter_guidance", "over_steps", "own_negative"),
+    *("identifier", "class_name", "instance_prompt", "class_prompt", "placeholder", "stands_for"),
+}
+"""Options that a card tells in its own words, or that say where and how a training was computed."""
+
+
+@pytest.mark.parametrize("trainer", [lora, dreambooth, textual_inversion])
+def test_a_card_tells_every_setting_that_is_not_as_usual(trainer):
+    """What is usual is the trainer's own default."""
+    defaults = {field.name: field.default for field in dataclasses.fields(trainer.Config)}
+    told = {name for name in defaults if name in _USUAL}
+    always = {"steps", "batch", "learning_rate", "min_snr", "seed", "resolution", "rank", "alpha", "targets", "method"}
+    always |= {"conv_rank", "conv_alpha", "prior", "vectors", "start", "templates"}
+    assert defaults.keys() - told - WHERE_AND_HOW - always == set()
+    for name in told:
+        usual = list(defaults[name]) if isinstance(defaults[name], tuple) else defaults[name]
+        assert _USUAL[name] == (1.0 if name == "prior_weight" else usual), name
+
+
+def test_what_is_not_as_usual_stands_in_the_table():
+    config = {"warmup": 10, "clip": 0.0, "prior_prompts": ["a cat", "a | dog"], "weight_decay": 0.01, "steps": 5}
+    table = training_table(Description("line", "sd1", config=config), ["steps"])
+    assert "| warmup | 10 |" in table
+    assert "| clip | 0.0 |" in table
+    assert "a \\| dog" in table
+    assert "weight_decay" not in table

@@ -226,7 +226,8 @@ def test_a_sample_that_fails_is_said_and_ends_nothing_but_the_first_does(error, 
     run = Run.start(RunOptions(output=tmp_path / "run"), program="test")
     run.every(2, look)
     assert [step.number for step in run.steps(5)] == [0, 1, 2, 3, 4]
-    assert f"step 2: no sample or measurement: {getattr(error, 'strerror', None) or error}" in capsys.readouterr().err
+    reason = getattr(error, "strerror", None) or error
+    assert f"step 2: no sample, measurement or kept adapter: {reason}" in capsys.readouterr().err
     run.close()
     first = 0
     again = Run.start(RunOptions(output=tmp_path / "run", overwrite=True), program="test")

@@ -275,7 +275,7 @@ def test_each_prompt_has_the_run_s_seed_every_time(samples):
     sheet.draw(0)
     sheet.draw(5)
     assert samples.drawn == [(["a", "b"], [3, 3])] * 2
-    assert [[picture.getpixel((0, 0)) for picture in row] for row in sheet.rows] == [
+    assert [[picture.getpixel((0, 0)) for picture in row] for row in sheet.ends] == [
         [(1, 0, 0), (1, 1, 0)],
         [(2, 0, 0), (2, 1, 0)],
     ]
@@ -286,7 +286,7 @@ def test_a_row_of_which_a_killed_process_drew_half_is_none(samples, tmp_path):
     sheet.draw(0)
     sheet.draw(5)
     (tmp_path / "samples/000005/1.png").unlink()
-    assert len(sheet.rows) == 1
+    assert len(sheet.ends) == 1
 
 
 @pytest.mark.parametrize("end", [0, 40])
@@ -296,7 +296,7 @@ def test_a_row_with_a_broken_picture_is_none_and_stops_no_other(end, samples, tm
     broken = tmp_path / "samples/000000/1.png"
     broken.write_bytes(broken.read_bytes()[:end])
     sheet.draw(5)
-    assert [row[0].getpixel((0, 0)) for row in sheet.rows] == [(2, 0, 0)]
+    assert [row[0].getpixel((0, 0)) for row in sheet.ends] == [(2, 0, 0)]
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ def test_every_look_has_its_own_time_and_its_own_trouble(tmp_path, capsys):
         step.done(loss=1.0)
     run.close()
     assert seen == [0, 2, 4, 5]
-    said = "no sample or measurement: odd. The training goes on."
+    said = "no sample, measurement or kept adapter: odd. The training goes on."
     assert [line for line in lines(capsys) if "sample" in line] == [f"step 3: {said}", f"step 5: {said}"]
 
 
@@ -84,8 +84,8 @@ def test_a_gpu_that_is_too_small_for_samples_beside_the_training_does_not_end_it
         step.done(loss=1.0)
     run.close()
     said = (
-        "no sample or measurement: the GPU's memory does not hold them beside the training; --sample-every 0 and "
-        "--measure-every 0 leave them out. The training goes on."
+        "no sample, measurement or kept adapter: the GPU's memory does not hold them beside the training; "
+        "--sample-every 0 and --measure-every 0 leave them out. The training goes on."
     )
     assert [line for line in lines(capsys) if "sample" in line] == [f"step {step}: {said}" for step in (0, 2, 3)]
 

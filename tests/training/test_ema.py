@@ -27,6 +27,19 @@ def test_the_mean_of_two_steps_written_out():
     assert weight.item() == 8.0
 
 
+def test_what_settles_is_its_mean_from_then_on():
+    first, other = (nn.Parameter(torch.zeros(2)) for _ in range(2))
+    average = Ema([first, other], 0.5)
+    for weight in (first, other):
+        weight.data.fill_(10.0)
+    average.update()
+    average.settle([first])
+    assert (first.tolist(), other.tolist()) == ([9.0, 9.0], [10.0, 10.0])
+    assert [mean.tolist() for mean in average.mean] == [[9.0, 9.0]] * 2
+    Ema([first], 0.0).settle([first])  # without a mean nothing settles
+    assert first.tolist() == [9.0, 9.0]
+
+
 def test_in_portions_it_is_the_same(monkeypatch):
     found = []
     for portion in (2**28, 40, 1):

@@ -61,9 +61,9 @@ def test_a_file_tells_the_batch_of_all_processes():
     base = SimpleNamespace(name="b", family=SimpleNamespace(name="sd1"), prediction_type="epsilon", vae_factor=8)
     base.unet = SimpleNamespace(config=SimpleNamespace(block_out_channels=(32, 64)))
     base.resolution = 64
-    base.adapted_fingerprint = lambda: ""
+    base.adapted_fingerprint, base.alpha_bar = (lambda: ""), range(1000)
     config = TrainerOptions(images=Path("a"), output=Path("b"), name="c", resolution=64, batch=3, accumulate=2)
-    about = describe_run(config, base, MagicMock(), SimpleNamespace(rows=[], processes=4, prompts=[]))
+    about = describe_run(config, base, MagicMock(), SimpleNamespace(ends=[], processes=4, prompts=[]))
     assert about.batch == 24
 
 

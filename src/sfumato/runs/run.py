@@ -330,7 +330,7 @@ class Run:
                     )
                 elif step == 0:  # nothing is lost yet, and it would go on like this
                     raise RunError(f"the first samples or measurements failed: {reason}") from None
-                self.say(f"step {step}: no sample or measurement: {reason}. The training goes on.")
+                self.say(f"step {step}: no sample, measurement or kept adapter: {reason}. The training goes on.")
         if looks:
             self.log_file.flush()  # what is noted as looked at is not measured again
             self._note_looked(step)

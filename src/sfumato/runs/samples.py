@@ -16,7 +16,7 @@ from sfumato.files.atomic import atomic_path
 from sfumato.words.placeholders import holds
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from sfumato.runs.run import Run
 
@@ -63,9 +63,11 @@ class Samples:
         return self._run.count
 
     @property
-    def rows(self) -> list[list[Image.Image]]:
-        """The pictures so far: a row a point in time, a column a prompt."""
-        return list(self._whole().values())
+    def ends(self) -> list[list[Image.Image]]:
+        """The pictures of the first and of the last time, a column a prompt; of one alone, those."""
+        first = next(self._rows(self._steps), None)
+        last = next(self._rows(reversed(self._steps)), None)
+        return [row for _, row in dict([end for end in (first, last) if end]).items()]
 
     def draw(self, step: int) -> None:
         """Draw the prompts, keep the pictures and write the sheet anew."""
@@ -76,20 +78,23 @@ class Samples:
         for number, picture in enumerate(pictures):
             with atomic_path(self._folder / f"{step:06d}" / f"{number}.png") as temporary:
                 picture.save(temporary)
-        rows = self._whole()
-        labels = [f"step {each}" for each in rows]
-        sheet = contact_sheet(list(rows.values()), row_labels=labels, column_labels=self.prompts)
+        rows = list(self._rows(self._steps))
+        labels = [f"step {each}" for each, _ in rows]
+        sheet = contact_sheet([row for _, row in rows], row_labels=labels, column_labels=self.prompts)
         with atomic_path(self._run.folder / "samples.png") as temporary:
             sheet.save(temporary)
 
-    def _whole(self) -> dict[int, list[Image.Image]]:
-        """The rows that are whole, by step; a killed process may have left half of one, a disk a broken picture."""
-        rows = {}
-        for step in sorted(int(path.name) for path in self._folder.glob("[0-9]*") if path.name.isdigit()):
+    @property
+    def _steps(self) -> list[int]:
+        return sorted(int(path.name) for path in self._folder.glob("[0-9]*") if path.name.isdigit())
+
+    def _rows(self, steps: Iterable[int]) -> Iterator[tuple[int, list[Image.Image]]]:
+        """(step, pictures) of the rows that are whole; a killed process may have left half of one, a disk a broken
+        picture."""
+        for step in steps:
             row = [picture for path in self._paths(step) if (picture := read_drawn(path)) is not None]
             if len(row) == len(self.prompts):
-                rows[step] = row
-        return rows
+                yield step, row
 
     def _paths(self, step: int) -> list[Path]:
         return [self._folder / f"{step:06d}" / f"{number}.png" for number in range(len(self.prompts))]

@@ -8,19 +8,22 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from os.path import isfile
 from typing import TYPE_CHECKING
 
 from sfumato import shell
 from sfumato.command_line.pictures import checked_flags
+from sfumato.data.options import Options
 from sfumato.errors import ConfigError
 from sfumato.files.metadata import moment
 from sfumato.limits import checked_seed
 from sfumato.prompts.tags import refuse_tags, split_flags
 from sfumato.runs.folder import WRITTEN
+from sfumato.words.placeholders import holds
 
 if TYPE_CHECKING:
+    from sfumato.data import ExampleSet
     from sfumato.runs.options import FolderOptions
     from sfumato.training.options import TrainerOptions
 
@@ -70,6 +73,18 @@ def check_words_are_seen(config: TrainerOptions) -> None:
     for option, share in (("--caption-dropout", config.caption_dropout), ("--tag-dropout", config.tag_dropout)):
         if share == 1 and (option == "--caption-dropout" or not config.keep_tags):
             raise ConfigError(f"{option} 1 drops the new word from every caption, so it would learn nothing; lower it.")
+
+
+def refuse_dropped_words(config: TrainerOptions, examples: ExampleSet, words: Sequence[str]) -> None:
+    """Refuse a new word of which every caption is dropped, by the trainer's options or by those of its sources."""
+    given = Options(caption_dropout=config.caption_dropout, tag_dropout=config.tag_dropout, keep_tags=config.keep_tags)
+    for word in words:
+        told = [each.options.over(given) for each in examples if holds(word, each.caption)]
+        if told and all(to.caption_dropout == 1 or (to.tag_dropout == 1 and not to.keep_tags) for to in told):
+            raise ConfigError(
+                f"{config.images}: caption_dropout or tag_dropout of 1 drops {word} from every caption, so it would "
+                "learn nothing; lower it."
+            )
 
 
 def check_kind(config: TrainerOptions) -> None:

@@ -42,6 +42,13 @@ class Ema:
         for place in learning:
             self.updates[place] += 1
 
+    def settle(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Let these weights be their mean from now on: what learns beside them meets what will be saved of them."""
+        settled = set(map(id, parameters))
+        for parameter, mean in zip(self.parameters, self.mean, strict=bool(self.mean)):
+            if id(parameter) in settled:
+                parameter.detach().copy_(mean)
+
     def swap(self) -> None:
         """Exchange the weights and their mean."""
         for parameter, mean in zip(self.parameters, self.mean, strict=bool(self.mean)):

@@ -31,7 +31,7 @@ def describe_run(config: TrainerOptions, base: Base, dataset: Dataset, samples: 
     assert config.name is not None
     assert config.resolution is not None
     assert config.batch is not None
-    side, rows = square_side(base, config.resolution), samples.rows
+    side, rows = square_side(base, config.resolution), samples.ends
     learned = config.noising(base).timesteps
     triggers: Sequence[str] = more.pop("trigger", [config.trigger] if config.trigger else [])
     description = Description(
@@ -63,7 +63,7 @@ def finish(run: Run, path: Path, about: Description, samples: Samples, *, kind: 
     """The plot and the card beside what was learned, and a line for each."""
     from sfumato.cards.adapter import write_card
 
-    rows = samples.rows
+    rows = samples.ends
     prompts: Sequence[str] = samples.prompts if rows else []
     if kind == "lora":
         card = write_card(run.folder, path, about, prompts, rows)

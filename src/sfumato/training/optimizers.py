@@ -128,7 +128,12 @@ class Schedule:
     ):
         self.optimizer, self.name, self.steps, self.warmup, self.second = optimizer, name, steps, warmup, second
         self.peaks = [float(group["lr"]) for group in optimizer.param_groups]
-        self.rate = 0.0
+
+    @property
+    def rate(self) -> float:
+        """The first group's present rate; Prodigy's is its factor times the step that it has found."""
+        group = self.optimizer.param_groups[0]
+        return float(group["lr"] * group.get("d", 1.0))
 
     def set(self, step: int, scale: float = 1.0) -> None:
         """Prepare the optimizer for `step`, counted from 0, with all rates multiplied by `scale`."""
@@ -136,7 +141,6 @@ class Schedule:
         factor = scale * rate_factor(self.name, step - begin, end - begin, self.warmup)
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * factor
-        self.rate = self.peaks[0] * factor
 
 
 def clip(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
