@@ -138,14 +138,14 @@ def plan(config: Config) -> Plan:
     for text in texts:
         checked_syntax(text, config.prompt_syntax)
     given = in_blocks([parse_adapter(spec) for spec in config.lora], config.blocks)
-    spots = _spots(config, given, split)
-    regional = {each.label for spot in spots for each in spot.adapters}
+    regions = _regions(config, given, split)
+    regional = {each.label for region in regions for each in region.adapters}
     everywhere = [each for each in given if each.label not in regional]
     if not isdir(config.lora_folder):
         raise ConfigError(f"--lora-folder {config.lora_folder}: no such folder; name the one with the tags' adapters.")
     adapters, weights = with_tags(everywhere, split, config.lora_folder)
     tagged = [each.label for each in adapters[len(everywhere) :]]
-    where_when = _where_when(config, spots, [each.label for each in everywhere], sorted(regional), tagged)
+    where_when = _where_when(config, regions, [each.label for each in everywhere], sorted(regional), tagged)
     strengths = parse_strengths(config.adapter_guidance, [adapter.label for adapter in adapters])
     pictures = tuple(
         PictureRequest(found.prompt, seed, tagged, {name: value for name, value in flags.items() if name != "seed"})
@@ -153,7 +153,7 @@ def plan(config: Config) -> Plan:
         for seed in each
     )
     sweep = _sweep(config, adapters, where_when, has_tags=any(weights))
-    if config.before_after and not (adapters or spots):
+    if config.before_after and not (adapters or regions):
         raise ConfigError("--before-after: there is no adapter to draw with; give --lora, or <lora:...> in a prompt.")
     check_start(config.image, config.mask, config.strength)
     embeddings = tuple(parse_embedding(spec) for spec in config.embedding)
@@ -215,23 +215,27 @@ def _sweep(
     return sweep
 
 
-def _spots(config: Config, given: Sequence[Adapter], prompts: Sequence[Tagged]) -> tuple[RegionSpec, ...]:
+def _regions(config: Config, given: Sequence[Adapter], prompts: Sequence[Tagged]) -> tuple[RegionSpec, ...]:
     """What --region says. Raises ConfigError also for what does not go with it."""
-    spots = tuple(parse_region(text, given) for text in config.region)
-    for spot in spots:
-        checked_syntax(spot.prompt or "", config.prompt_syntax)
-    if spots and config.adapter_guidance:
+    regions = tuple(parse_region(text, given) for text in config.region)
+    for region in regions:
+        checked_syntax(region.prompt or "", config.prompt_syntax)
+    if regions and config.adapter_guidance:
         raise ConfigError(
             "--adapter-guidance and --region do not go together: regions are in both predictions. Leave one out."
         )
-    regional = {each.label for spot in spots for each in spot.adapters}
+    regional = {each.label for region in regions for each in region.adapters}
     if twice := [name for found in prompts for name, _ in found.adapters if name in regional]:
         raise ConfigError(f"<lora:{twice[0]}:...>: this adapter has a --region; name it with --lora alone.")
-    return spots
+    return regions
 
 
 def _where_when(
-    config: Config, spots: tuple[RegionSpec, ...], labels: Sequence[str], regional: Sequence[str], tagged: Sequence[str]
+    config: Config,
+    regions: tuple[RegionSpec, ...],
+    labels: Sequence[str],
+    regional: Sequence[str],
+    tagged: Sequence[str],
 ) -> AdapterPlacement:
     """What --region, --over-steps and --switch say; labels: of the adapters that count everywhere, and in regions, and
     of those that are in tags alone."""
@@ -247,7 +251,7 @@ def _where_when(
             f"--switch {config.switch}: wanted steps, 1 or more, and two --lora or more that take turns; {len(turns)} "
             "are without --region and --over-steps."
         )
-    return AdapterPlacement(spots, dict(by_step), turns, config.switch, frozenset(tagged))
+    return AdapterPlacement(regions, dict(by_step), turns, config.switch, frozenset(tagged))
 
 
 def generate(config: Config) -> tuple[Path, ...]:
@@ -296,7 +300,7 @@ def _with_asked(
     from sfumato.compose.guided import strengths_of
     from sfumato.files.metadata import over_steps_of
 
-    has_regions = bool(wanted.where_when.spots)
+    has_regions = bool(wanted.where_when.regions)
     strengths = {} if has_regions else {**mix.strengths, **wanted.strengths}
 
     def with_strengths(to: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ LINE, OTTER, ODD = Adapter("line.safetensors", 0.8), Adapter("otter.safetensors"
 
 
 @pytest.mark.parametrize(
-    ("text", "spot"),
+    ("text", "region"),
     [
         ("line=left", RegionSpec((LINE,), (0.0, 0.0, 0.5, 1.0), None)),
         ("line=bottom:an otter: asleep", RegionSpec((LINE,), (0.0, 0.5, 1.0, 1.0), "an otter: asleep")),
@@ -25,10 +25,10 @@ LINE, OTTER, ODD = Adapter("line.safetensors", 0.8), Adapter("otter.safetensors"
         ("line=C:mask.png:red", RegionSpec((LINE,), Path("C:mask.png"), "red")),
     ],
 )
-def test_a_region_is_read_as_written(text, spot, tmp_path, monkeypatch):
+def test_a_region_is_read_as_written(text, region, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("C:mask.png").touch()
-    assert parse_region(text, [LINE, OTTER, ODD]) == spot
+    assert parse_region(text, [LINE, OTTER, ODD]) == region
 
 
 def test_a_prompt_in_a_region_may_be_longer_than_a_file_s_name():
@@ -68,6 +68,6 @@ def test_what_is_not_asked_for_is_not_told():
 
 
 def test_a_mix_follows_no_steps_of_an_adapter_in_a_region():
-    spot, span = RegionSpec((LINE,), (0.0, 0.0, 0.5, 1.0), None), Span(0.0, 0.5)
-    assert not AdapterPlacement((spot,), {"line": span}).follows_steps
-    assert AdapterPlacement((spot,), {"line": span, "otter": span}).follows_steps
+    region, span = RegionSpec((LINE,), (0.0, 0.0, 0.5, 1.0), None), Span(0.0, 0.5)
+    assert not AdapterPlacement((region,), {"line": span}).follows_steps
+    assert AdapterPlacement((region,), {"line": span, "otter": span}).follows_steps

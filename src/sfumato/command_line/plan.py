@@ -34,9 +34,9 @@ class Plan:
     @property
     def texts(self) -> list[str]:
         """All prompts: of pictures and regions, and what shall not be in them."""
-        of_spots = [spot.prompt for spot in self.where_when.spots if spot.prompt is not None]
+        of_regions = [region.prompt for region in self.where_when.regions if region.prompt is not None]
         negatives = [each.overrides["negative"] for each in self.pictures if "negative" in each.overrides]
-        return [*(each.prompt for each in self.pictures), *of_spots, self.negative, *negatives]
+        return [*(each.prompt for each in self.pictures), *of_regions, self.negative, *negatives]
 
     @property
     def counted(self) -> set[str]:

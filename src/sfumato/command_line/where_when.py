@@ -37,7 +37,7 @@ HALVES: Mapping[str, Box] = {
 
 
 def parse_region(text: str, adapters: Sequence[Adapter]) -> RegionSpec:
-    """The spot of LABEL=WHERE or LABEL=WHERE:PROMPT, several labels joined by +. Raises ConfigError, one line."""
+    """The region of LABEL=WHERE or LABEL=WHERE:PROMPT, several labels joined by +. Raises ConfigError, one line."""
     known = {each.label: each for each in adapters}
     for at in re.finditer("=", text):  # a label may have one of its own
         names, rest = text[: at.start()], text[at.end() :]

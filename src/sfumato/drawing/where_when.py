@@ -38,28 +38,28 @@ class Span:
 
 @dataclass(frozen=True)
 class AdapterPlacement:
-    """All of it for one drawing. spots: adapters of these are in no mix. by_step: label -> how its weight goes; of an
-    adapter in a spot a span.
+    """All of it for one drawing. regions: adapters of these are in no mix. by_step: label -> how its weight goes; of an
+    adapter in a region a span.
 
-    turn_labels: adapters that take turns, each for `turn` steps (LoRA-Switch). tagged: adapters that are in prompts'
-    tags alone, so that at weight 0 their prompt is not the one that is drawn.
+    switch_labels: adapters that take turns, each for `switch_every` steps (LoRA-Switch). tagged: adapters that are in
+    prompts' tags alone, so that at weight 0 their prompt is not the one that is drawn.
     """
 
-    spots: tuple[RegionSpec, ...] = ()
+    regions: tuple[RegionSpec, ...] = ()
     by_step: Mapping[str, Ramp | Span] = field(default_factory=dict)
-    turn_labels: tuple[str, ...] = ()
-    turn: int | None = None
+    switch_labels: tuple[str, ...] = ()
+    switch_every: int | None = None
     tagged: frozenset[str] = frozenset()
 
     @property
     def follows_steps(self) -> bool:
-        """Whether any weight of the mix changes from step to step; adapters in spots have none there."""
-        return not self.by_step.keys() <= {each.label for each in self.regional} or self.turn is not None
+        """Whether any weight of the mix changes from step to step; adapters in regions have none there."""
+        return not self.by_step.keys() <= {each.label for each in self.regional} or self.switch_every is not None
 
     @property
     def regional(self) -> tuple[Adapter, ...]:
-        """The adapters of the spots, each once."""
-        return tuple(dict.fromkeys(each for spot in self.spots for each in spot.adapters))
+        """The adapters of the regions, each once."""
+        return tuple(dict.fromkeys(each for region in self.regions for each in region.adapters))
 
     @property
     def ramps(self) -> frozenset[str]:
@@ -68,7 +68,7 @@ class AdapterPlacement:
 
     def with_asked(self, spans: Mapping[str, tuple[float, float]]) -> AdapterPlacement:
         """The same; adapters of which nothing is said count in the steps that their files ask for, by label."""
-        said = {*self.by_step, *self.turn_labels}
+        said = {*self.by_step, *self.switch_labels}
         asked = {label: Span(*span) for label, span in spans.items() if label not in said}
         return dataclasses.replace(self, by_step={**asked, **self.by_step})
 
@@ -77,22 +77,22 @@ class AdapterPlacement:
         from sfumato.drawing.drawn import described
 
         found: dict[str, Any] = {}
-        if self.spots:
+        if self.regions:
             found["regions"] = [
                 {
                     "where": each.where.name if isinstance(each.where, Path) else list(each.where),
                     "prompt": each.prompt,
                     "adapters": [described(adapter) for adapter in each.adapters],
                 }
-                for each in self.spots
+                for each in self.regions
             ]
         if self.by_step:
             found["over_steps"] = {
                 label: {"span": [way.start, way.end]} if isinstance(way, Span) else {"points": list(way.points)}
                 for label, way in self.by_step.items()
             }
-        if self.turn is not None:
-            found["switch"] = {"labels": list(self.turn_labels), "every": self.turn}
+        if self.switch_every is not None:
+            found["switch"] = {"labels": list(self.switch_labels), "every": self.switch_every}
         return found
 
 
@@ -117,15 +117,15 @@ def applied(
     partial: bool = False,
     verify: bool = False,
 ) -> Iterator[None]:
-    """Within the block spots have their adapters, and the mix's weights follow the steps of each picture.
+    """Within the block regions have their adapters, and the mix's weights follow the steps of each picture.
 
-    pipe: what the mix is mixed into, drawn from by `sfumato.draw`. syntax: of the spots' prompts.
+    pipe: what the mix is mixed into, drawn from by `sfumato.draw`. syntax: of the regions' prompts.
     """
     with ExitStack() as stack:
-        if wanted.spots:
+        if wanted.regions:
             from sfumato.compose.regions import Region, regions
 
-            parts = [Region(_opened(each.where), *each.adapters, prompt=each.prompt) for each in wanted.spots]
+            parts = [Region(_opened(each.where), *each.adapters, prompt=each.prompt) for each in wanted.regions]
             spans = {label: (way.start, way.end) for label, way in wanted.by_step.items() if isinstance(way, Span)}
             said: dict[str, Any] = {"syntax": syntax, "partial": partial, "verify": verify}
             own = {each.label: spans[each.label] for each in wanted.regional if each.label in spans}
@@ -140,7 +140,7 @@ def applied(
                 for label, way in wanted.by_step.items()
                 if label in mix.weights and not (label in wanted.tagged and is_idle(mix.weights[label]))
             }
-            switch = None if wanted.turn is None else Switch(wanted.turn_labels, wanted.turn)
+            switch = None if wanted.switch_every is None else Switch(wanted.switch_labels, wanted.switch_every)
             stack.enter_context(following(mix, ways, switch))
         yield
 
