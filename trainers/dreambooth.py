@@ -23,7 +23,6 @@ from sfumato.config import parse
 from sfumato.drawing.where_when import parse_span
 from sfumato.errors import ConfigError
 from sfumato.numerals import pluralize
-from sfumato.runs.folder import snapshot_name
 from sfumato.training import checks, config_defaults
 from sfumato.training.entry_point import training_entry_point
 from sfumato.training.options import KindOptions, TrainerOptions
@@ -40,7 +39,6 @@ if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that 
     from sfumato.precision import Precision
     from sfumato.runs.processes import Processes
     from sfumato.runs.run import Run
-    from sfumato.runs.samples import Samples
     from sfumato.training.noising import NoiseSettings
     from sfumato.training.prior import BasePrediction, ClassPictures
 
@@ -154,17 +152,19 @@ def train(config: Config) -> Path:
 
     from sfumato import randomness
     from sfumato.adapters import Attached, Kind
+    from sfumato.precision import DTYPES
     from sfumato.runs.processes import Processes
     from sfumato.runs.run import Run
     from sfumato.runs.samples import Samples, unrelated_to
     from sfumato.training import optimizers
     from sfumato.training.ema import Ema
-    from sfumato.training.finish import describe_run
+    from sfumato.training.finish import describe_run, finish, upload
     from sfumato.training.fused import FusedStep
     from sfumato.training.metrics import DriftLimit, Metrics
     from sfumato.training.noising import draw_noised, per_sample_losses
     from sfumato.training.prior import BasePrediction, prepare_datasets
     from sfumato.training.sampling import drawing_of
+    from sfumato.training.trained_adapter import TrainedAdapter
     from sfumato.words import identifier
 
     check(config)
@@ -236,18 +236,16 @@ def train(config: Config) -> Path:
         if limit.reached:
             run.end()
 
-    asked_of_drawing = {"trigger": trigger, "over_steps": span, "negatives": negatives}
+    def about(**more: Any) -> Description:
+        asked = {"trigger": trigger, "over_steps": span, "negatives": negatives}
+        return describe_run(config, base, dataset, samples, **asked, **more)
 
-    def export(step: int) -> None:
-        if step and processes.is_main and lora:
-            file = config.output / "adapters" / f"{snapshot_name(config.name, step)}.safetensors"
-            about = describe_run(config, base, dataset, samples, steps=step, **asked_of_drawing)
-            with average.applied():
-                lora.write(file, **written_as(config, base, about))
-
+    dtype = DTYPES[config.save_precision]
+    learned = None if lora is None else TrainedAdapter(lora, None, base.family.name, about, dtype, average)
     run.every(config.measure_every, measure)
     run.every(config.sample_every, samples.draw)
-    run.every(config.save_every, export)
+    if learned:
+        run.every(config.save_every, lambda step: learned.keep(run, config.name, step))
     prior = prior_of(config, base, dataset, class_set, preserved, noising, pristine)
     if isinstance(prior, BasePrediction) and config.method == "full":
         steps = range(run.step, config.steps)
@@ -297,8 +295,13 @@ def train(config: Config) -> Path:
     average.swap()
     path = config.output / f"{config.name}{'' if config.save == 'folder' else '.safetensors'}"
     if processes.is_main:
-        about = describe_run(config, base, dataset, samples, steps=run.step, **asked_of_drawing)
-        save(path, trained, base, config, run, samples, about)
+        if learned:
+            description, _ = learned.write(path, run.step)
+        else:
+            description = about(steps=run.step)
+            write_model(path, base, config, run, description)
+        finish(run, path, description, samples, kind=config.save)
+        upload(run, [path], config.push_to_hub)
     run.close()
     processes.wait()
     return path
@@ -562,46 +565,26 @@ def groups(trained: Attached | nn.ModuleDict, config: Config) -> list[dict[str, 
     return optimizers.groups({part: model.parameters() for part, model in trained.items()}, *rates)
 
 
-def save(
-    path: Path,
-    trained: Attached | nn.ModuleDict,
-    base: Base,
-    config: Config,
-    run: Run,
-    samples: Samples,
-    about: Description,
-) -> None:
-    """Write what was learned in the form that was asked for, its card and the plot; upload if asked."""
-    from sfumato.adapters import Attached
-    from sfumato.precision import decide
-    from sfumato.training.finish import finish, upload
+def write_model(path: Path, base: Base, config: Config, run: Run, about: Description) -> None:
+    """Write the base's own weights, which have learned, in the form that was asked for."""
+    from sfumato.files import describe
+    from sfumato.precision import DTYPES, decide
     from sfumato.training.full import full_precision, write_changes, write_extracted, write_folder
 
-    as_file = written_as(config, base, about)
-    if isinstance(trained, Attached):
-        trained.write(path, **as_file)
-    elif config.save == "folder":
-        write_folder(base, path, as_file["dtype"])
+    dtype = DTYPES[config.save_precision]
+    if config.save == "folder":
+        write_folder(base, path, dtype)
+        return
+    # On the CPU: beside what has learned, with its optimizer's state, a GPU may have no room for another.
+    original = config.load_base(full_precision(decide("fp32", device="cpu")))
+    original.lazy_weights.load_only("unet", *(("text",) if config.train_text_encoder else ()))
+    after, before = (one.parts(text=config.train_text_encoder) for one in (base, original))
+    as_file: dict[str, Any] = {"family": base.family.name, "metadata": describe(about), "dtype": dtype}
+    if config.save == "difference":
+        count = write_changes(path, after, before, **as_file)
+        run.say(f"{pluralize(count, 'module differs', 'modules differ')} from the base's")
     else:
-        # On the CPU: beside what has learned, with its optimizer's state, a GPU may have no room for another.
-        original = config.load_base(full_precision(decide("fp32", device="cpu")))
-        original.lazy_weights.load_only("unet", *(("text",) if config.train_text_encoder else ()))
-        after, before = (one.parts(text=config.train_text_encoder) for one in (base, original))
-        if config.save == "difference":
-            count = write_changes(path, after, before, **as_file)
-            run.say(f"{pluralize(count, 'module differs', 'modules differ')} from the base's")
-        else:
-            run.say(write_extracted(path, after, before, rank=config.rank, keep_energy=config.keep_energy, **as_file))
-    finish(run, path, about, samples, kind=config.save)
-    upload(run, [path], config.push_to_hub)
-
-
-def written_as(config: Config, base: Base, about: Description) -> dict[str, Any]:
-    """What writers of files take beside what was learned."""
-    from sfumato.files import describe
-    from sfumato.precision import DTYPES
-
-    return {"family": base.family.name, "metadata": describe(about), "dtype": DTYPES[config.save_precision]}
+        run.say(write_extracted(path, after, before, rank=config.rank, keep_energy=config.keep_energy, **as_file))
 
 
 def main(argv: Sequence[str]) -> int:

@@ -22,7 +22,6 @@ from sfumato.drawing.where_when import parse_span
 from sfumato.errors import ConfigError
 from sfumato.limits import checked_adapter_guidance
 from sfumato.numerals import pluralize
-from sfumato.runs.folder import snapshot_name
 from sfumato.training import checks, config_defaults
 from sfumato.training.entry_point import training_entry_point
 from sfumato.training.options import KindOptions, TrainerOptions
@@ -211,10 +210,10 @@ def train(config: Config) -> Path:
     metrics = Metrics(base, dataset, drift_prompts, pristine=lora.disabled, within=average.applied, modules=[lora])
     trigger = list(dict.fromkeys([*subjects.triggers, *config.train_words]))
     samples = samples_of(config, base, lora, subjects, dataset, trigger, run, average)
-    learned = trained_adapter_of(config, base, lora, words, dataset, samples, trigger)
+    learned = trained_adapter_of(config, base, lora, words, dataset, samples, trigger, average)
     run.every(config.measure_every, lambda step: run.log(step=step, **metrics.values()))
     run.every(config.sample_every, samples.draw)
-    run.every(config.save_every, lambda step: export(step, config, learned, average, processes))
+    run.every(config.save_every, lambda step: learned.keep(run, config.name, step))
     noising = config.noising(base)
     priors = priors_of(config, base, dataset, class_set, noising, lora)
     crossing = crossing_of(config, base, dataset, processes, lora)
@@ -501,6 +500,7 @@ def trained_adapter_of(
     dataset: Dataset,
     samples: Samples,
     trigger: Sequence[str],
+    average: Ema,
 ) -> TrainedAdapter:
     """What is written of the training, and what its files say of themselves."""
     from sfumato.precision import DTYPES
@@ -520,14 +520,7 @@ def trained_adapter_of(
             **more,
         )
 
-    return TrainedAdapter(lora, words, base.family.name, about, DTYPES[config.save_precision], config.bundle)
-
-
-def export(step: int, config: Config, learned: TrainedAdapter, average: Ema, processes: Processes) -> None:
-    """Write the adapter as it is after this step, beside the last one; nothing before the first."""
-    if step and processes.is_main:
-        with average.applied():
-            learned.write(config.output / "adapters" / f"{snapshot_name(config.name, step)}.safetensors", step)
+    return TrainedAdapter(lora, words, base.family.name, about, DTYPES[config.save_precision], average, config.bundle)
 
 
 def save(path: Path, config: Config, learned: TrainedAdapter, samples: Samples, run: Run) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from sfumato.files import describe
 from sfumato.files.write_embedding import write_embedding
+from sfumato.runs.folder import snapshot_name
 from sfumato.words.placeholders import embedding_files
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from sfumato.adapters import Attached
     from sfumato.files import Description
     from sfumato.runs.run import Run
+    from sfumato.training.ema import Ema
     from sfumato.words.in_use import Words
 
 
@@ -26,7 +28,8 @@ class TrainedAdapter:
     """An adapter and the words that learn with it, as they are at any step.
 
     about: what their files say of themselves, called with `steps` and, for files of words, `word_files`. dtype: of the
-    adapter's file; words are written in fp32. bundle: whether words go into that file.
+    adapter's file; words are written in fp32. average: the running mean that is written in place of the weights while
+    they learn. bundle: whether words go into that file.
     """
 
     adapter: Attached
@@ -34,7 +37,15 @@ class TrainedAdapter:
     family: str
     about: Callable[..., Description]
     dtype: torch.dtype
-    bundle: bool
+    average: Ema
+    bundle: bool = False
+
+    def keep(self, run: Run, name: str, step: int) -> None:
+        """Write the adapter as it is after this step into the run's folder, beside the last one; nothing before the
+        first step, and one process alone."""
+        if step and run.is_main:
+            with self.average.applied():
+                self.write(run.folder / "adapters" / f"{snapshot_name(name, step)}.safetensors", step)
 
     def write(self, path: Path, steps: int) -> tuple[Description, dict[str, Path]]:
         """Write the adapter as it is now, after so many steps, with its words in it or beside it.
