@@ -8,11 +8,13 @@ import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import nn
 
+from sfumato.drawing.sheet import contact_sheet
 from sfumato.runs import log as logs
 from sfumato.runs import progress, signals
 from sfumato.runs import samples as sheets
@@ -279,6 +281,18 @@ def test_each_prompt_has_the_run_s_seed_every_time(samples):
         [(1, 0, 0), (1, 1, 0)],
         [(2, 0, 0), (2, 1, 0)],
     ]
+
+
+def test_what_lies_on_the_sheet_already_is_held_at_its_size_there(samples, monkeypatch):
+    """Of many rows of large pictures a training would else hold every pixel."""
+    sheet, held = samples(), []
+    monkeypatch.setattr("sfumato.runs.samples.contact_sheet", lambda rows, **_: held.extend(rows) or rows[0][0])
+    large = Image.effect_noise((1024, 768), 64).convert("RGB")
+    sheet._draw = lambda prompts, seeds: [large, large.crop((0, 0, 512, 512))]
+    sheet.draw(0)
+    assert [picture.size for picture in held[0]] == [(512, 384), (256, 256)]
+    whole, reduced = (contact_sheet([row], row_labels=["step 0"]) for row in ([large], [held[0][0]]))
+    assert np.array_equal(np.asarray(whole), np.asarray(reduced))
 
 
 def test_a_row_of_which_a_killed_process_drew_half_is_none(samples, tmp_path):

@@ -151,6 +151,11 @@ def _scale(side: int) -> float:
     return min(1.0, _LARGEST_CELL_PX / side)
 
 
+def as_on_a_sheet(picture: Image.Image, side: int) -> Image.Image:
+    """The picture no larger than a contact sheet shows it beside pictures of this longest side: enough to keep."""
+    return _resized(picture, min(1.0, _scale(side)))
+
+
 def _resized(picture: Image.Image, scale: float) -> Image.Image:
     rgb = picture.convert("RGB")
     if scale == 1:

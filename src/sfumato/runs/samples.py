@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 
 from sfumato.data.captions import fill_template
-from sfumato.drawing.sheet import contact_sheet, read_drawn
+from sfumato.drawing.sheet import as_on_a_sheet, contact_sheet, read_drawn
 from sfumato.files.atomic import atomic_path
 from sfumato.words.placeholders import holds
 
@@ -78,7 +78,8 @@ class Samples:
         for number, picture in enumerate(pictures):
             with atomic_path(self._folder / f"{step:06d}" / f"{number}.png") as temporary:
                 picture.save(temporary)
-        rows = list(self._rows(self._steps))
+        side = max(max(picture.size) for picture in pictures)
+        rows = [(each, [as_on_a_sheet(picture, side) for picture in row]) for each, row in self._rows(self._steps)]
         labels = [f"step {each}" for each, _ in rows]
         sheet = contact_sheet([row for _, row in rows], row_labels=labels, column_labels=self.prompts)
         with atomic_path(self._run.folder / "samples.png") as temporary:
