@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
+from hashlib import sha256
 from os.path import abspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -19,7 +21,10 @@ from sfumato.numerals import pluralize
 
 if TYPE_CHECKING:
     from sfumato.data.mending import Mended
-    from sfumato.data.report import Report
+    from sfumato.data.report import Finding, Report
+
+
+_OF_A_KIND = 20
 
 
 @dataclass(frozen=True)
@@ -160,12 +165,22 @@ def render(report: Report) -> str:
         found = [line for line in report.lines if line.stops == stops]
         if found:
             lines.append(title)
-            lines += [f"  {line.text}" for line in found[:50]]
-            if len(found) > 50:
-                lines.append(f"  ... and {len(found) - 50:,} more (--json has them all)")
+            lines += [f"  {text}" for text in _few_of_each(found)]
     if not report.lines:
         lines.append("nothing is wrong with them")
     return "\n".join(map(escape_control, lines))
+
+
+def _few_of_each(found: Sequence[Finding]) -> Iterator[str]:
+    """The texts, of each kind the first 20, so that many of one kind hide no other."""
+    counts = Counter(line.kind for line in found)
+    told: Counter[str] = Counter()
+    for line in found:
+        told[line.kind] += 1
+        if told[line.kind] <= _OF_A_KIND:
+            yield line.text
+        if told[line.kind] == counts[line.kind] > _OF_A_KIND:
+            yield f"... and {counts[line.kind] - _OF_A_KIND:,} more of {line.kind} (--json has them all)"
 
 
 def _mend(report: Report, config: Config) -> Mended:
@@ -176,7 +191,7 @@ def _mend(report: Report, config: Config) -> Mended:
 
     assert config.fix is not None
     leave_out = {look.path: look.error.removeprefix(f"{look.path.name}: ") for look in report.looks if look.error}
-    for places in duplicates(report.looks)[0]:
+    for places in _same(report, duplicates(report.looks)[0]):
         # The first that somebody wrote a caption for, or the first.
         first = next((place for place in places if report.captioned[place]), places[0])
         reason = f"the same picture as {report.labels[first]}"
@@ -184,6 +199,20 @@ def _mend(report: Report, config: Config) -> Mended:
         others = (report.looks[place].path for place in places)
         leave_out |= {path: reason for path in others if abspath(path) != abspath(report.looks[first].path)}
     return mend(config.images, sources_of(config.images, trigger=config.trigger), config.fix, leave_out=leave_out)
+
+
+def _same(report: Report, alike: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+    """Of those whose crops are equal, which is what training sees, those that are equal as a whole, masks too."""
+    from sfumato.data.images import open_mask, open_transparent
+
+    for places in alike:
+        found: dict[tuple[bytes, ...], list[int]] = {}
+        for place in places:
+            example = report.examples[place]
+            shown = [open_transparent(example.path), *([open_mask(example.mask)] if example.mask else [])]
+            whole = tuple(f"{each.mode} {each.size}".encode() + sha256(each.tobytes()).digest() for each in shown)
+            found.setdefault(whole, []).append(place)
+        yield from (group for group in found.values() if len(group) > 1)
 
 
 def _mended_lines(mended: Mended, config: Config) -> list[str]:

@@ -43,11 +43,11 @@ def seen(monkeypatch):
             of.given.update(made.captions if made.text is not None else [])
         return made
 
-    def note(texts, prompts, progress=None):
+    def note(texts, prompts, *others, **how):
         kept.append(texts)
         prompts = list(prompts)
         found.setdefault(id(texts), Seen()).embedded.update(prompts)
-        return embed(texts, prompts, progress)
+        return embed(texts, prompts, *others, **how)
 
     monkeypatch.setattr(Dataset, "batch", look)
     monkeypatch.setattr(CaptionEmbeddings, "compute", note)

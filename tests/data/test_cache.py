@@ -1,5 +1,7 @@
 """Latents and embeddings on disk: found again, never stale, whole or not at all."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -166,6 +168,18 @@ def test_many_latents_stay_on_disk(examples, folder, monkeypatch):
         path.unlink()
     with pytest.raises(DataError, match="the cache was changed while it was in use"):
         mapped.batch(0, 1, 4)
+
+
+def test_orders_of_tags_stay_out_of_the_cache(tmp_path, examples):
+    """Another run would draw others."""
+    folder = tmp_path / "cache"
+    tagged = [replace(example, caption="a, b, c, d, e, f") for example in examples]
+    varied, _, texts = prepared(tagged, folder, shuffle_tags=True, will_draw=(0, 8, 2))
+    assert texts > 4
+    assert len(list((folder / "text").rglob("*.safetensors"))) <= 1
+    assert varied.batch(0, 3, 2).text is not None
+    assert prepared(examples, folder, will_draw=(0, 8, 2))[2] == 4
+    assert prepared(examples, folder, will_draw=(1, 8, 2))[2] == 0
 
 
 def test_captions_are_embedded_anew_where_the_cache_was_emptied_meanwhile(examples, folder):

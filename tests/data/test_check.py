@@ -509,6 +509,30 @@ def test_pictures_of_one_stem_keep_their_names_unless_their_captions_differ(tmp_
     assert texts == {"b.txt": "the text of b.png", "b-2.txt": "the text of b.webp"}
 
 
+def test_pictures_that_differ_outside_of_their_crops_are_both_kept(tmp_path, capsys):
+    (tmp_path / "dogs").mkdir()
+    for name, edge in (("a", "red"), ("b", "blue"), ("c", "red")):
+        wide = Image.new("RGB", (800, 200), edge)
+        wide.paste(noise_picture(500, 200, seed=1), (150, 0))
+        wide.save(tmp_path / "dogs" / f"{name}.png")
+    main([str(tmp_path / "dogs"), "--caption", "x", "--resolution", "64", "--fix", str(tmp_path / "mended")])
+    assert "c.png is left out: the same picture as a.png" in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "mended").glob("*.png")} == {"a.png", "b.png"}
+
+
+def test_many_findings_of_a_kind_hide_no_other(tmp_path, capsys):
+    (tmp_path / "dogs").mkdir()
+    for number in range(23):
+        noise_picture(20, 20, seed=number).save(tmp_path / "dogs" / f"{number:02}.png")
+        (tmp_path / "dogs" / f"{number:02}.txt").write_bytes(f"café {number}".encode("cp1252") + b", very" * 90)
+    main([str(tmp_path / "dogs")])
+    said = capsys.readouterr().out
+    assert "23 captions are longer than 75 tokens; their ends are not seen, such as of 00.png: ..." in said
+    assert said.count("longer than") == 1
+    assert "smaller than is learned" in said
+    assert said.count("\n") < 60
+
+
 def test_the_mended_copy_is_fine_and_the_originals_are_untouched(messy, tmp_path):
     before = {path.name: path.read_bytes() for path in messy.iterdir()}
     target = tmp_path / "mended"

@@ -109,6 +109,22 @@ def test_ai_toolkit_s_data_sets_become_sources(home):
     }
 
 
+def test_ai_toolkit_s_captions_in_json_are_told(home):
+    text = (home / "toolkit.yaml").read_text()
+    (home / "toolkit.yaml").write_text(text.replace('caption_ext: "txt"', 'caption_ext: "json"'))
+    found = convert(home / "toolkit.yaml")
+    assert "caption_suffix" not in tomllib.loads(found.text)["source"][0]
+    assert any('captions in .json files are not read; list them as "text"' in note for note in found.notes)
+
+
+def test_kohya_s_masks_are_told_where_they_go(home):
+    text = (home / "kohya.toml").read_text()
+    (home / "kohya.toml").write_text(text.replace("[general]", '[general]\nconditioning_data_dir = "masks"'))
+    assert any(
+        'masks go to masks/ in the picture folder, with mask = "files"' in n for n in convert(home / "kohya.toml").notes
+    )
+
+
 def test_ai_toolkit_walks_through_the_folders_below(home):
     """But for hidden ones, and for the controls that it keeps beside the pictures."""
     for name in ("dogs/close", "dogs/far/away", "dogs/_controls", "dogs/.cache"):

@@ -149,6 +149,17 @@ def test_repeats_and_samples_keep_their_proportions(home):
     assert "dogs/more: 0 repeats, so it is left out" in notes
 
 
+@pytest.mark.parametrize(("balancing", "repeats"), [(0.004, (1, 250)), (0.0301, (1, 33)), (0.00001, (1, 100_000))])
+def test_a_small_share_is_not_none(balancing, repeats, home):
+    rare = {"path": "dogs", "balancing": balancing, **PLAIN}
+    if repeats[1] > 99_999:
+        with pytest.raises(ConfigError, match="repeats"):
+            converted(home, rare, {"path": "others", "balancing": 1, **PLAIN})
+        return
+    sources, _ = converted(home, rare, {"path": "others", "balancing": 1, **PLAIN})
+    assert tuple(source.get("repeats", 1) for source in sources) == repeats
+
+
 def test_samples_of_pictures_that_are_elsewhere_cannot_be_counted(home):
     sources, notes = converted(home, {"path": "gone", "balancing": 30, "balancing_strategy": "SAMPLES", **PLAIN})
     assert sources == [{"path": "gone"}]

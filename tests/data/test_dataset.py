@@ -208,7 +208,7 @@ def test_the_end_of_a_long_caption_is_said(pictures, base):
     example = Example(pictures / "crab.png", "one two three four five six seven eight nine ten")
     data = prepare([example], base, resolution=64)
     (note,) = data.notes
-    assert note.startswith("caption longer than 8 tokens; its end is not seen: ... 'nine ten'; --max-tokens 225")
+    assert note.startswith("crab.png: the caption is longer than 8 tokens; its end is not seen: ... 'nine ten'; --max")
     (note,) = prepare([Example(pictures / "crab.png", "very " * 300)], base, resolution=64).notes
     assert len(note) < 200
 

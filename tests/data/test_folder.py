@@ -11,6 +11,7 @@ from PIL import Image
 
 from sfumato.data import read_folder
 from sfumato.data.captions import says_nothing
+from sfumato.data.folder import unused_trigger
 from sfumato.data.listing import list_folder
 from sfumato.errors import DataError
 
@@ -89,10 +90,38 @@ def test_names_that_say_nothing_are_no_captions_to_recommend(tmp_path):
 @pytest.mark.parametrize(
     ("name", "nothing"),
     [("DSC00012 (1)", True), ("20240102-0003", True), ("PXL_20240102", True), ("犬", False), ("dog-01", False),
-     ("img of ox 1", False)],
+     ("img of ox 1", False), ("WhatsApp Image 2024-01-01 at 10.10.10", True), ("IMG-20240101-WA0001", True),
+     ("Screenshot 2024-01-01 at 10.10.10", True), ("Screen Shot 2024-01-01 at 9.00.00 AM", True), ("_MG_1234", True),
+     ("FB_IMG_1700000000", True), ("PXL_20240101_101010.PORTRAIT", True), ("DSC_0001-edited", True),
+     ("portrait 1", False), ("shot 2", False), ("edited-3", False)],
 )  # fmt: skip
 def test_which_names_say_nothing(name, nothing):
     assert says_nothing(name) is nothing
+
+
+def test_a_name_of_another_encoding_is_no_matter_where_no_caption_is_made_of_it(tmp_path):
+    noise_picture().save(tmp_path / os.fsdecode(b"caf\xe9.png"))
+    (example,) = read_folder(tmp_path, caption_template="{trigger}", trigger="sks dog")
+    assert example.caption == "sks dog"
+    with pytest.raises(DataError, match="not in UTF-8"):
+        read_folder(tmp_path, caption_template="{caption}")
+
+
+def test_a_year_is_told_from_repeats(tmp_path):
+    for name in ("2019_berlin", "10_paris"):
+        (tmp_path / name).mkdir()
+        noise_picture().save(tmp_path / name / "a.png")
+    (note,) = [note for note in read_folder(tmp_path).notes if "repeats" in note]
+    assert note.startswith("2019_berlin: 2,019 repeats an epoch, as kohya's folders are named")
+
+
+def test_a_trigger_is_to_be_added_to_the_subjects_template(tmp_path):
+    for name in ("dogs", "cats"):
+        (tmp_path / name).mkdir()
+        noise_picture().save(tmp_path / name / "a.png")
+    sources = ['path = "cats"\nclass = true\ncaption = "a {caption}"', 'path = "dogs"\ncaption = "my {caption}"']
+    (tmp_path / "d.toml").write_text("".join(f"[[source]]\n{source}\n" for source in sources))
+    assert '"my {caption}, {trigger}"' in unused_trigger(read_folder(tmp_path / "d.toml"), "zwx")
 
 
 def test_metadata_may_lead_into_folders_below(pictures):

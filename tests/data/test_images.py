@@ -116,6 +116,17 @@ def test_a_colour_profile_is_applied(tmp_path):
     assert largest_difference(open_image(tmp_path / "a.png"), Image.new("RGB", (16, 16), (0, 0, 255))) <= 3
 
 
+def test_a_linear_profile_is_not_srgb_whatever_its_name(tmp_path):
+    """Its 55 of 255 is as bright as sRGB's 128. The curve is gamma 1, of no entry; the name is of the same length."""
+    data = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    place = data.index(b"para")  # the one curve of all three colours
+    linear = data[:place] + struct.pack(">4sIHHI", b"para", 0, 0, 0, 65536) + data[place + 16 :]
+    for name, bright in (("sRGB built-in", 55), ("linear sRGB in", 128)):
+        said = linear.replace("sRGB built-in".encode("utf-16-be"), name[:13].encode("utf-16-be"))
+        Image.new("RGB", (16, 16), (55, 55, 55)).save(tmp_path / "a.png", icc_profile=said)
+        assert largest_difference(open_image(tmp_path / "a.png"), Image.new("RGB", (16, 16), (bright,) * 3)) <= 3
+
+
 def test_a_colour_profile_is_applied_below_transparency_too(tmp_path):
     data = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     swapped = data.replace(b"rXYZ", b"....").replace(b"bXYZ", b"rXYZ").replace(b"....", b"bXYZ")

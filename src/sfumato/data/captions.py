@@ -190,16 +190,22 @@ def words_of(name: str) -> str:
 
 
 _OF_CAMERAS = frozenset({
-    "img", "image", "pic", "picture", "photo", "dsc", "dscn", "dscf", "pxl", "mvimg", "gopr", "dji", "sam",
-    "screenshot",
+    "img", "image", "pic", "picture", "photo", "dsc", "dscn", "dscf", "pxl", "mvimg", "gopr", "dji", "sam", "mg",
+    "imgp", "cimg", "vid", "fb", "wa", "whatsapp", "signal", "telegram", "inshot", "screenshot", "unnamed",
 })  # fmt: skip
+_BESIDE_THESE = frozenset({
+    "at", "am", "pm", "screen", "shot", "edited", "edit", "copy", "portrait", "cover", "night", "burst", "hdr", "mp",
+    "original", "received",
+})  # fmt: skip
+"""What phones put behind, which are words by themselves."""
 
 
 def says_nothing(name: str) -> bool:
     """Whether a file's name is a number, such as a camera gives: "00", "IMG_1234", "b07", "DSC00012 (1)"."""
-    words = re.findall(r"[^\W\d_]+", name)
+    words = [word.lower() for word in re.findall(r"[^\W\d_]+", name)]
+    known = _OF_CAMERAS | _BESIDE_THESE if _OF_CAMERAS.intersection(words) or words[:2] == ["screen", "shot"] else ()
     return any(letter.isdigit() for letter in name) and all(
-        word.lower() in _OF_CAMERAS or (len(word) == 1 and word.isascii()) for word in words
+        word in known or (len(word) == 1 and word.isascii()) for word in words
     )
 
 

@@ -12,7 +12,7 @@ NEAR_BITS = 20
 """Of the 128 gradient signs, how many may differ."""
 NEAR_VALUES = 6.0
 """Mean difference, of 255, that two pictures of 16 x 16 may have."""
-_BLOCK = 512
+_BLOCK, _PAIRS = 512, 8192
 
 
 def duplicates(looks: Sequence[PictureStats]) -> tuple[list[list[int]], list[list[int]]]:
@@ -46,9 +46,10 @@ def _near(looks: Sequence[PictureStats], places: Sequence[int]) -> list[list[int
     for start in range(0, len(places), _BLOCK):
         rows = signs[start : start + _BLOCK]
         differing = sum(_bits(rows[:, None, word] ^ signs[None, start:, word]) for word in range(2))
-        for i, j in np.argwhere(differing <= NEAR_BITS):
-            first, second = start + int(i), start + int(j)
-            if first < second and _difference(small[first], small[second]) <= NEAR_VALUES:
+        pairs = np.argwhere(np.triu(differing <= NEAR_BITS, 1)) + start  # columns begin where rows do
+        for some in (pairs[place : place + _PAIRS] for place in range(0, len(pairs), _PAIRS)):
+            alike = _differences(small[some[:, 0]], small[some[:, 1]]) <= NEAR_VALUES
+            for first, second in some[alike].tolist():
                 parents[root(second)] = root(first)
     groups: dict[int, list[int]] = {}
     for node in range(len(places)):
@@ -68,7 +69,11 @@ def _bits(words: np.ndarray[tuple[int, ...], np.dtype[np.uint64]]) -> np.ndarray
     return summed
 
 
-def _difference(
+def _differences(
     first: np.ndarray[tuple[int, ...], np.dtype[np.uint8]], second: np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
-) -> float:
-    return float(np.abs(first.astype(np.int16) - second.astype(np.int16)).mean())
+) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
+    """The mean difference of each pair of rows."""
+    apart: np.ndarray[tuple[int, ...], np.dtype[np.float64]] = np.abs(
+        first.astype(np.int16) - second.astype(np.int16)
+    ).mean(axis=1)
+    return apart

@@ -6,7 +6,7 @@ learned from is refused before a base is loaded. Imports no torch.
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, overload
@@ -24,7 +24,8 @@ from sfumato.data.listing import (
 )
 from sfumato.data.options import MaskSource, Options
 from sfumato.errors import DataError
-from sfumato.numerals import pluralize
+from sfumato.limits import more_tokens
+from sfumato.numerals import pluralize, shortened
 
 Group = Literal["instance", "class"]
 PLACEHOLDER = "[trigger]"
@@ -189,6 +190,24 @@ def bad_headers(pictures: Sequence[ListedPicture]) -> dict[Path, str]:
     return bad
 
 
+def cut_captions(ends: Mapping[str, str], limit: int, *, varies: bool = False) -> str:
+    """What to say of captions of which no more than `limit` tokens are read; empty for none.
+
+    ends: by whose caption it is, what is cut of it. varies: whether its tags change places, so that others are cut.
+    """
+    if not ends:
+        return ""
+    name, end = next(iter(ends.items()))
+    if len(ends) == 1:
+        found = f"{name}: the caption is longer than {limit} tokens; its end is not seen: ... {shortened(end)!r}"
+    else:
+        found = (
+            f"{len(ends):,} captions are longer than {limit} tokens; their ends are not seen, such as of {name}: ... "
+            f"{shortened(end)!r}"
+        )
+    return f"{found}{'; others where the tags change places' if varies else ''}{more_tokens(limit)}"
+
+
 def labels_of(paths: Sequence[Path]) -> list[str]:
     """Each file's name; of several with one name, the path from the folder on that holds all the files."""
     names = [path.name or path.resolve().name for path in paths]
@@ -216,7 +235,8 @@ def unused_trigger(examples: Sequence[Example], trigger: str) -> str:
     """What to say of a trigger that no caption holds, by their template; empty where one does."""
     if any(trigger.casefold() in example.caption.casefold() for example in examples):
         return ""
-    template = next((example.template for example in examples if example.template), "{caption}")
+    own = (example.template for example in examples if example.template and example.group == "instance")
+    template = next(own, "{caption}")
     return f'no caption holds the trigger {trigger!r}; pass --caption "{template}, {{trigger}}"'
 
 
@@ -233,7 +253,8 @@ def caption_of(found: ListedPicture, template: str | None, trigger: str | None) 
     text = found.caption.text.replace(PLACEHOLDER, trigger) if trigger else found.caption.text
     if template is None:
         return text
-    return fill_template(template, text or words_of(found.path.stem), trigger)
+    takes_words = not text and "{caption}" in template
+    return fill_template(template, words_of(found.path.stem) if takes_words else text, trigger)
 
 
 def refuse_bad(reasons: Sequence[str], total: int, skip: bool, where: str = "") -> None:

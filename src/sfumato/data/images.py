@@ -306,6 +306,10 @@ def _eight_bits(image: Image.Image, path: Path) -> Image.Image:
     return Image.merge("LA", (grey, Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8))))
 
 
+_OTHER_SRGB = ("linear", "g10", "scrgb")
+"""In the names of profiles that have sRGB's colours at another brightness."""
+
+
 def _srgb(image: Image.Image, embedded: bytes | None, path: Path, notes: list[str]) -> Image.Image:
     """An L, RGB, CMYK or LAB picture through the file's colour profile, if that says anything but sRGB."""
     if image.mode == "LAB":
@@ -318,7 +322,8 @@ def _srgb(image: Image.Image, embedded: bytes | None, path: Path, notes: list[st
         profile = ImageCms.getOpenProfile(io.BytesIO(embedded))
         if profile.profile.xcolor_space.strip() == "RGB":
             image = image.convert("RGB") if image.mode == "L" else image
-            if "srgb" in ImageCms.getProfileDescription(profile).lower():
+            said = ImageCms.getProfileDescription(profile).lower()
+            if "srgb" in said and not any(word in said for word in _OTHER_SRGB):
                 return image
         return _through(image, profile)
     except (ImageCms.PyCMSError, OSError, ValueError):

@@ -174,6 +174,11 @@ class _Reader:
             if not folder.resolve().is_relative_to(self.real_root):
                 self._ignore(folder, "leads out of the folder")
                 continue
+            if 1900 <= int(match[1]) < 2100:
+                self.notes.append(
+                    f"{folder.name}: {int(match[1]):,} repeats an epoch, as kohya's folders are named; give a folder "
+                    "of a year another name"
+                )
             self._read_sums(folder)
             self._folder(folder, self._entries(folder), int(match[1]), words_of(match[2]) or self.words)
 

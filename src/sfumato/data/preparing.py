@@ -26,7 +26,16 @@ from sfumato.data.cache import (
 from sfumato.data.checksums import file_digest, refuse_changed
 from sfumato.data.crops import OPAQUE, Cropped, crop_example
 from sfumato.data.dataset import Dataset, crops_move
-from sfumato.data.folder import Example, ExampleSet, labelled, labels_of, refuse_bad, without_alpha, without_trigger
+from sfumato.data.folder import (
+    Example,
+    ExampleSet,
+    cut_captions,
+    labelled,
+    labels_of,
+    refuse_bad,
+    without_alpha,
+    without_trigger,
+)
 from sfumato.data.images import upright_size
 from sfumato.data.latents import PreparedPicture, encode, keep_pixels
 from sfumato.data.listing import some
@@ -36,8 +45,7 @@ from sfumato.data.tags import count_forms, forms
 from sfumato.data.texts import CaptionEmbeddings
 from sfumato.errors import DataError
 from sfumato.files.read import stamp
-from sfumato.limits import more_tokens
-from sfumato.numerals import pluralize, shortened
+from sfumato.numerals import pluralize
 
 if TYPE_CHECKING:
     from sfumato.bases import Base
@@ -345,11 +353,15 @@ def _embed(
             wanted |= {form for item in items for form in forms(item.caption, item.options)}
         elif any(item.options.varies_caption for item in items):
             yield f"tags vary in {count:,} ways, more than are embedded beforehand; captions are encoded in the loop"
-    if not texts.fits(wanted):
-        yield f"{len(wanted):,} captions are too many to keep in memory; they are encoded in the loop"
-        return
-    # Sorted, so that equal runs encode in equal batches.
-    texts.compute(sorted(wanted), progress and partial(progress, "captions"))
+    # Of those whose tags vary another run would draw others: the cache would grow, and hardly be read.
+    lasting = wanted & {item.caption for item in items}
+    passing = wanted - lasting
+    for captions, is_lasting in ((lasting, True), (passing, False)):
+        if texts.fits(captions, cached=is_lasting):
+            # Sorted, so that equal runs encode in equal batches.
+            texts.compute(sorted(captions), progress and partial(progress, "captions"), cached=is_lasting)
+        else:
+            yield f"{len(captions):,} captions are too many to keep in memory; they are encoded in the loop"
 
 
 def _notes(gathered: _Gathered, plan: _Plan, store: Cache | None, base: Base) -> Iterator[str]:
@@ -362,16 +374,16 @@ def _notes(gathered: _Gathered, plan: _Plan, store: Cache | None, base: Base) ->
     yield from (f"left out: {reason}" for reason in gathered.bad)
     yield from _crop_notes(items)
     yield from _kept_notes(plan.in_loop, store, gathered.nbytes)
-    yield from _cut_notes(base, [item.caption for item in items])
+    if note := _cut_note(base, items):
+        yield note
     if note := without_trigger((item.name, item.caption) for item in items):
         yield note
 
 
-def _cut_notes(base: Base, captions: Sequence[str]) -> Iterator[str]:
-    for caption in dict.fromkeys(captions):
-        if cut := base.cut_off(caption):
-            said = f"caption longer than {base.token_limit} tokens; its end is not seen: ... {shortened(cut)!r}"
-            yield said + more_tokens(base.token_limit)
+def _cut_note(base: Base, items: Sequence[PreparedPicture]) -> str:
+    first = {item.caption: item for item in reversed(items)}  # of several with one caption
+    ends = {item.name: cut for item in reversed(first.values()) if (cut := base.cut_off(item.caption))}
+    return cut_captions(ends, base.token_limit, varies=any(item.options.varies_caption for item in first.values()))
 
 
 def _crop_notes(items: Sequence[PreparedPicture]) -> Iterator[str]:

@@ -18,6 +18,7 @@ from sfumato.data.folder import (
     by_template,
     caption_of,
     captions_of_numbers,
+    cut_captions,
     labelled,
     labels_of,
     nameless,
@@ -33,8 +34,7 @@ from sfumato.data.needs import Needs
 from sfumato.data.options import CropMode, MaskSource, Options
 from sfumato.data.source import Source, sources_of
 from sfumato.data.survey import PictureStats, survey
-from sfumato.limits import more_tokens
-from sfumato.numerals import pluralize, shortened
+from sfumato.numerals import pluralize
 
 COMMON_ID = 40_000
 """CLIP's tokens are numbered by frequency, 49,408 in all; words of one token below this are ordinary ones."""
@@ -251,11 +251,13 @@ def _captions(report: Report, founds: Sequence[ListedPicture]) -> Iterator[Findi
     captions = [(label, example.caption) for example, _, label in named]
     if text := without_trigger(captions):
         yield Finding("trigger missing", text, tuple(label for label, caption in captions if PLACEHOLDER in caption))
-    limit = report.needs.token_limit
-    for caption, names in _by_caption(report).items():
-        if cut := report.needs.cut_off(caption):
-            text = f"the caption is longer than {limit} tokens; its end is not seen: ... {shortened(cut)!r}"
-            yield Finding("caption cut", f"{some(names, 4)}: {text}{more_tokens(limit)}", tuple(names))
+    cut = {caption: end for caption in _by_caption(report) if (end := report.needs.cut_off(caption))}
+    if cut:
+        owners = {caption: _by_caption(report)[caption] for caption in cut}
+        varies = any(example.options.varies_caption for example in report.examples if example.caption in cut)
+        ends = {some(owners[caption], 4): end for caption, end in cut.items()}
+        text = cut_captions(ends, report.needs.token_limit, varies=varies)
+        yield Finding("caption cut", text, tuple(name for names in owners.values() for name in names))
 
 
 def _by_caption(report: Report) -> dict[str, list[str]]:

@@ -35,9 +35,9 @@ class CaptionEmbeddings:
         self._late: dict[str, TextEmbedding] = {}
         self._digest: str | None = None
 
-    def fits(self, prompts: Iterable[str]) -> bool:
-        """Whether those of so many can be kept."""
-        if self._cache is not None:
+    def fits(self, prompts: Iterable[str], *, cached: bool = True) -> bool:
+        """Whether those of so many can be kept: in the cache, if there is one and it is to have them, or in memory."""
+        if self._cache is not None and cached:
             return True
         return sum(map(self._base.chunk_count, prompts)) * self._chunk_bytes <= MOST_BYTES
 
@@ -46,12 +46,15 @@ class CaptionEmbeddings:
         pooled = self._empty.pooled
         return self._empty.hidden.nbytes + (0 if pooled is None else pooled.nbytes)
 
-    def compute(self, prompts: Iterable[str], progress: Callable[[int, int], None] | None = None) -> None:
-        """Embed what is not embedded yet, and keep it. progress: told how many of how many are done."""
+    def compute(
+        self, prompts: Iterable[str], progress: Callable[[int, int], None] | None = None, *, cached: bool = True
+    ) -> None:
+        """Embed what is not embedded yet, and keep it. progress: told how many of how many are done. cached: as of
+        `fits`."""
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._rows]
         for start in range(0, len(missing), _AT_A_TIME):
-            for prompt, row in self._stored(missing[start : start + _AT_A_TIME]):
-                self._rows[prompt] = row
+            some = missing[start : start + _AT_A_TIME]
+            self._rows |= dict(self._stored(some) if cached else zip(some, self._encoded(some), strict=True))
             if progress:
                 progress(min(start + _AT_A_TIME, len(missing)), len(missing))
 

@@ -70,6 +70,7 @@ def prepare_datasets(
         of_class,
         base,
         caption_dropout=0.0,
+        tag_dropout=0.0,
         embed_text=embed_class,
         will_draw=will_draw,
         together=config.batch,

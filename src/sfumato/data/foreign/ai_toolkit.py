@@ -86,6 +86,9 @@ def _sources(datasets: list[tuple[Mapping[str, Any], str]], folder: Path, notes:
             if PurePath(place).name == "_controls":
                 continue
             notes.extend(notes_on(place, folder, "ai-toolkit", by_line=False))
+            ending = str(own.get("caption_ext", "txt")).removeprefix(".").lower()
+            if ending == "json":
+                notes.append(f'{place}: captions in .json files are not read; list them as "text" in metadata.jsonl')
             yield non_default(
                 path=place,
                 repeats=own.get("num_repeats", 1),
@@ -93,7 +96,7 @@ def _sources(datasets: list[tuple[Mapping[str, Any], str]], folder: Path, notes:
                 words=own.get("default_caption") or "",
                 caption="{trigger}, {caption}" if word else None,
                 trigger=word or None,
-                caption_suffix=suffix(own.get("caption_ext", "txt")),
+                caption_suffix=None if ending == "json" else suffix(own.get("caption_ext", "txt")),
                 shuffle_tags=own.get("shuffle_tokens", False),
                 keep_tags=number(own, "keep_tokens") + is_first,
                 caption_dropout=own.get("caption_dropout_rate", 0.0),

@@ -19,6 +19,7 @@ _ELSEWHERE = {
     "max_bucket_reso": "buckets follow --resolution",
     "bucket_reso_steps": "buckets follow the base",
     "max_token_length": "--max-tokens",
+    "conditioning_data_dir": 'masks go to masks/ in the picture folder, with mask = "files" in its source',
     "cache_info": "headers are always read anew",
     "debug_dataset": "sfumato check --sheet",
 }
@@ -46,6 +47,7 @@ _USED = frozenset(
 _TRAINING_ELSEWHERE = _ELSEWHERE | {
     "max_resolution": "--resolution",
     "train_batch_size": "--batch",
+    "masked_loss": "--mask files, with the masks in masks/ of each picture folder",
     "cache_latents": "latents are always computed once",
     "cache_latents_to_disk": "--cache DIR",
 }

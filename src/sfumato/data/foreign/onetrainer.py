@@ -189,7 +189,7 @@ def _prompts(text: Mapping[str, Any], folder: Path, notes: list[str]) -> list[st
 
 
 def _share(own: Mapping[str, Any], places: list[str], folder: Path, notes: list[str]) -> Fraction:
-    """How often an epoch holds each picture, to the hundredth."""
+    """How often an epoch holds each picture, to the hundredth, or once in so many epochs."""
     balancing = own.get("balancing", own.get("repeats", 1))
     strategy = own.get("balancing_strategy", "REPEATS")
     if isinstance(balancing, bool) or not isinstance(balancing, (int, float)) or not 0 <= balancing < math.inf:
@@ -205,7 +205,10 @@ def _share(own: Mapping[str, Any], places: list[str], folder: Path, notes: list[
             return Fraction(1)
     if balancing > _MOST_REPEATS * count:
         raise ConfigError(f"balancing is {balancing!r:.40}; wanted at most {_MOST_REPEATS:,} repeats of a picture.")
-    return Fraction(round(balancing / count * 100), 100)
+    share = balancing / count
+    if 0 < share < 0.1:  # in hundredths too little would be left of it
+        return Fraction(1, round(1 / share))
+    return Fraction(round(share * 100), 100)
 
 
 def _has_masks(place: str, folder: Path, masked: bool | None, notes: list[str]) -> bool:

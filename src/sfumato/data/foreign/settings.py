@@ -120,11 +120,20 @@ def suffix(extension: str | None) -> str | None:
     return None if extension.lower() == CAPTION_SUFFIXES[0] else extension
 
 
+_MOST_EPOCHS = 10_000
+"""Of the other tool in one here."""
+
+
 def with_whole_repeats(entries: Sources, tool: str, notes: list[str]) -> Sources:
     """The sources with whole repeats in the proportions of those they have, which may be fractions."""
     shares = [Fraction(entry.get("repeats", 1)) for entry in entries]
     many = lcm(*(share.denominator for share in shares))
-    if many > 1:
-        notes.append(f"repeats are whole numbers, so that an epoch here is {many} of {tool}'s")
-    repeats = [int(share * many) for share in shares]
+    if many > _MOST_EPOCHS:
+        least = min(share for share in shares if share)
+        notes.append(f"repeats are whole numbers, in nearly {tool}'s proportions, of which the least is 1 here")
+        repeats = [round(share / least) for share in shares]
+    else:
+        repeats = [int(share * many) for share in shares]
+        if many > 1:
+            notes.append(f"repeats are whole numbers, so that an epoch here is {many} of {tool}'s")
     return [non_default(**{**entry, "repeats": count}) for entry, count in zip(entries, repeats, strict=True)]
