@@ -66,7 +66,8 @@ def convert(config: Config) -> Path:
     if config.bake is None and config.base is not None:
         raise ConfigError(f"--base {config.base}: nothing is taken on it without --bake; add --bake or leave it out.")
 
-    from sfumato.drawing.notes import changes_nothing
+    from sfumato.drawing.notes import changes_nothing, keys_left_out
+    from sfumato.files.family import family_from_metadata
     from sfumato.files.metadata import Description, describe
     from sfumato.merging.convert import as_lora, diffusers_warnings, write
     from sfumato.merging.factors import Budget
@@ -77,6 +78,7 @@ def convert(config: Config) -> Path:
 
     keeps_words = config.to == "kohya" and config.bake != "diff"
     source, parent = read_source(Adapter(config.file), partial=config.partial, words=keeps_words)
+    say(*keys_left_out([(source.name, source.skipped)]))
     say(*changes_nothing([source.name] if source.is_zero else []))
     base = None if config.base is None else stored_base(config.base)
     family = common_family([parent], default=base.family.name if base else None, said=config.family)
@@ -86,6 +88,10 @@ def convert(config: Config) -> Path:
     if any(key.startswith(("ss_", "modelspec.")) for key in metadata):  # by these two A1111 and Forge tell the family
         told = {key: told[key] for key in ("ss_base_model_version", "ss_v2")}
     metadata = told | metadata
+    if family_from_metadata(metadata) != family:  # in another spelling, or a wrong one
+        metadata |= {
+            key: told[key] for key in ("ss_base_model_version", "ss_v2", "modelspec.architecture") if key in told
+        }
     if config.bake == "diff":
         return _differences(config, source, family, metadata)
     others = {change.kind for change in source.changes.values() if change.low_rank() is None}
@@ -141,11 +147,8 @@ def _differences(config: Config, source: MergeSource, family: str, metadata: Map
         "A1111/Forge and InvokeAI"
     )
     written = read_header(config.output).tensors
-    some = sum(
-        len(written[f"{kohya_name(family, part, path)}.diff"].shape) == 1
-        for part, path in deltas
-        if part != "unet" or path == "conv_norm_out"
-    )
+    names = [kohya_name(family, *target) for target in deltas if target[0] != "unet" or target[1] == "conv_norm_out"]
+    some = sum(len(found.shape) == 1 for name in names if (found := written.get(f"{name}.diff")) is not None)
     if some:
         say(
             f"{some} of them are norms of text encoders or the U-Net's last: InvokeAI applies them, ComfyUI, Forge and "

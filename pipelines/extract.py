@@ -108,12 +108,12 @@ def _write_difference(config: Config, tuned: StoredBase, base: StoredBase) -> tu
     of_parts = {
         target: change
         for target, change in replacements(tuned).items()
-        if not config.parts or target[0] in config.parts
+        if (not config.parts or target[0] in config.parts) and _differs(tuned, base, target)
     }
     differing: dict[Target, Replacement] = {}
     for target, (weight, bias) in Deltas(MergeSource(tuned.name, of_parts), base, dtype).items():
         has_bias = bias is not None and bool(bias.any())
-        if has_bias or weight.any():
+        if has_bias or (weight is not None and weight.any()):
             differing[target] = of_parts[target] if has_bias else replace(of_parts[target], bias=None)
     if not differing:
         raise AdapterError(
@@ -124,6 +124,22 @@ def _write_difference(config: Config, tuned: StoredBase, base: StoredBase) -> tu
     deltas = Deltas(MergeSource(tuned.name, differing), base, dtype)
     write_difference(config.output, deltas, family=base.family.name, metadata=metadata, dtype=dtype)
     return len(deltas), "all that differs; diffusers, peft and sd-scripts read no such file"
+
+
+def _differs(tuned: StoredBase, base: StoredBase, target: Target) -> bool:
+    """Whether weight or bias of a module are not the base's, as the tuned model would have saved them."""
+    import torch
+
+    from sfumato.merging.extract import rounded_alike
+
+    for which in ("weight", "bias"):
+        before, after = base.parameter(target, which), tuned.parameter(target, which)
+        if before is None or after is None:
+            continue
+        old, new = base.read(before), tuned.read(after)
+        if old.shape != new.shape or not torch.equal(rounded_alike(old, new), new):
+            return True
+    return False
 
 
 def _described(config: Config, tuned: StoredBase, base: StoredBase, extra: Mapping[str, str]) -> dict[str, str]:

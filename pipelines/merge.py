@@ -98,7 +98,7 @@ def merge_files(config: Config) -> Path:
         raise ConfigError(f"--null-energy is {config.null_energy}; it must be above 0 and at most 1.")
     adapters = parse_adapters(config.adapters)
 
-    from sfumato.drawing.notes import changes_nothing
+    from sfumato.drawing.notes import changes_nothing, keys_left_out
     from sfumato.merging.methods import DENSE, TAKEN_BY
     from sfumato.merging.sources import choose_blocks, read_sources
 
@@ -120,6 +120,7 @@ def merge_files(config: Config) -> Path:
             f"{', '.join(DENSE)}, or merge to a file first and bake that."
         )
     sources, parents = read_sources(adapters, partial=config.partial, words=config.into is None)
+    say(*keys_left_out((source.name, source.skipped) for source in sources))
     say(*changes_nothing(source.name for source in sources if source.is_zero))
     sources = choose_blocks(sources, config.blocks)
     parents = [replace(parent, weight=source.weight) for parent, source in zip(parents, sources, strict=True)]
@@ -175,6 +176,7 @@ def _merge(config: Config, sources: Sequence[MergeSource], parents: Sequence[Par
 
 
 def _bake(config: Config, sources: Sequence[MergeSource], parents: Sequence[Parent]) -> Path:
+    from sfumato.files.header import read_header
     from sfumato.merging.bake import bake
     from sfumato.merging.lineage import baked_metadata, common_family, predictions
     from sfumato.merging.methods import Settings
@@ -190,7 +192,14 @@ def _bake(config: Config, sources: Sequence[MergeSource], parents: Sequence[Pare
             f"--into {base.name}: is {base.family.title}, the adapters are for {family}; name a base of theirs."
         )
     parents = _counted(sources, parents)
-    metadata = baked_metadata(parents, title=config.title or config.output.stem, config=to_dict(config, public=True))
+    metadata = baked_metadata(
+        parents,
+        title=config.title or config.output.stem,
+        base=base.name,
+        family=family,
+        predicts=base.prediction_type,
+        config=to_dict(config, public=True),
+    )
     bake(
         base,
         sources,
@@ -202,6 +211,8 @@ def _bake(config: Config, sources: Sequence[MergeSource], parents: Sequence[Pare
     )
     count = pluralize(len(parents), "adapter")
     say(f"{config.output.name}: {base.name} with {count} baked in")
+    if base.root.is_file() and any(key.startswith("model_ema.") for key in read_header(base.root).tensors):
+        say(f"{config.output.name}: its second weights, the running mean (model_ema), are {base.name}'s as they were")
     say(*predictions(parents, base.name, base.prediction_type))
     _say_unasked(parents, (), "which a base cannot; baked in, it is in all steps of both predictions")
     return config.output

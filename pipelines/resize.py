@@ -48,7 +48,7 @@ def resize_file(config: Config) -> Path:
     check_free(config.output, config.overwrite, ".safetensors")
 
     from sfumato.drawing.notes import changes_nothing
-    from sfumato.files.write_kohya import write_lora
+    from sfumato.files.write_kohya import metadata_within_limit, write_lora
     from sfumato.merging.convert import diffusers_warnings
     from sfumato.merging.extract import resize
     from sfumato.merging.factors import Budget
@@ -66,13 +66,16 @@ def resize_file(config: Config) -> Path:
     say(*changes_nothing([source.name] if source.is_zero else []))
     smaller, share = resize(modules, Budget(config.rank, config.keep_energy))
     family = common_family([parent], said=config.family)
-    metadata = merged_metadata(
+    # What the file said of its training stays; write_lora takes the rest from the tensors.
+    metadata = dict(parent.metadata) | merged_metadata(
         [parent],
         title=config.output.stem,
         family=family,
         config=to_dict(config, public=True),
         extra={"sfumato.kept_energy": f"{share:.6f}"},
     )
+    metadata.pop("lora_adapter_metadata", None)  # of the modules as they were scaled
+    metadata, _ = metadata_within_limit(metadata, len(smaller))
     dtype = DTYPES[config.dtype]
     write_lora(config.output, smaller, family=family, metadata=metadata, dtype=dtype, words=source.words)
     say(*diffusers_warnings(config.output, smaller))

@@ -53,6 +53,7 @@ def verify(config: Config) -> tuple[bool, dict[str, object]]:
 
     from sfumato.files.adapter_file import read_adapter
     from sfumato.files.fingerprint import FINGERPRINT_KEY, check_rows, compare
+    from sfumato.files.inspect import plain
 
     file = read_adapter(config.file)  # which checks header, keys, halves and finiteness
     found: dict[str, object] = {"file": config.file.name, "modules": len(file.changes), "kinds": file.kinds}
@@ -75,7 +76,10 @@ def verify(config: Config) -> tuple[bool, dict[str, object]]:
     # JSON has no inf
     figures = {key: None if value == math.inf else value for key, value in asdict(comparison).items()}
     if config.against is not None:
-        others = read_adapter(config.against, partial=True).embeddings
+        other = read_adapter(config.against, partial=True)
+        others = other.embeddings
+        if same and other.skipped:
+            same, reason = False, f"{len(other.skipped)} keys there cannot be read, first {plain(other.skipped[0])}"
         figures["words"] = errors = _word_errors(file.embeddings, others)
         apart = [token for token, error in errors.items() if error is None or error > config.tolerance]
         if same and apart:
@@ -130,6 +134,7 @@ def _broken_hash(path: Path) -> str | None:
 
 def _rows(path: Path, base: str | None, *, vectors: bool = False) -> dict[str, Row]:
     """vectors: with the changes of norms and biases, which are in no fingerprint."""
+    from sfumato.files.changes.bias import bias_change, may_have_bias
     from sfumato.files.changes.difference import Difference
     from sfumato.files.fingerprint import probe_rows
     from sfumato.merging.merge import dense_delta
@@ -138,19 +143,24 @@ def _rows(path: Path, base: str | None, *, vectors: bool = False) -> dict[str, R
     from sfumato.weighting.adapter import Adapter
 
     source, _ = read_source(Adapter(path), partial=True)
-    weights = None if base is None else stored_base(base).weight
+    stored = None if base is None else stored_base(base)
     deltas: dict[Target, LoraModule | Tensor] = {}
     for (part, name), change in source.changes.items():
         value = change.value if isinstance(change, Difference) else None
         if not isinstance(change, Difference) or (value is not None and value.ndim > 1):
             low = change.low_rank()
+            weights = stored.weight if stored else None
             deltas[part, name] = dense_delta(change, (part, name), source.name, weights) if low is None else low
         elif vectors and value is not None:
             deltas[part, name] = value
-        bias = change.bias_delta
+        has_bias = may_have_bias((part, name)) if stored is None else stored.parameter((part, name), "bias") is not None
+        bias = bias_change(change, has_bias=has_bias) if vectors else None
+        if bias is None:
+            continue
+        added = bias.value if bias.gain is None or stored is None else bias.delta(stored.weight((part, name), "bias"))
         # Zeros are left out: diffusers gives every module a bias where one has it.
-        if vectors and bias is not None and bool(bias.float().any()):
-            deltas[part, f"{name}.bias"] = bias
+        if added is not None and bool(added.float().any()):
+            deltas[part, f"{name}.bias"] = added
     return probe_rows(deltas)
 
 

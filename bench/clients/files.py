@@ -33,7 +33,8 @@ def difference_file(
     write_difference(path, deltas, family=family, dtype=torch.float32)
     found: Wanted = {}
     for target, (weight, bias) in deltas.items():
-        found[kohya_name(family, *target)] = weight
+        if weight is not None:
+            found[kohya_name(family, *target)] = weight
         if bias is not None:
             found[kohya_name(family, *target) + ".bias"] = bias
     return found

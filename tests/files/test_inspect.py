@@ -280,7 +280,7 @@ def test_a_word_that_lies_beside_the_adapter_is_told_with_its_file():
     lines = render(replace(LOOKED_AT, metadata=about)).splitlines()
     assert lines[6:8] == ["word       <b>, in l-b.safetensors", "word       <c>, in a file of its own"]
     for broken in ('{"train_words": 3}', "{", "[]"):
-        assert "word " not in render(replace(LOOKED_AT, metadata=about | {"sfumato.config": broken}))
+        assert "word " not in render(replace(LOOKED_AT, metadata={"sfumato.config": broken}))
 
 
 def test_the_whole_of_what_is_shown():

@@ -8,6 +8,7 @@ from PIL import Image
 
 import sfumato
 from sfumato.files import read_header, write_tensors
+from sfumato.files.family import family_from_metadata
 from sfumato.files.metadata import (
     Description,
     adapter_guidance_of,
@@ -17,6 +18,7 @@ from sfumato.files.metadata import (
     moment,
     negatives_of,
     over_steps_of,
+    prediction_of,
     short_hash,
     trigger_words,
     words_beside,
@@ -109,6 +111,36 @@ def test_what_is_made_of_files_with_words_beside_them_knows_these():
 )
 def test_a_clip_skip_is_what_the_file_was_learned_with(metadata, skipped):
     assert clip_skip_of(metadata) == skipped
+
+
+@pytest.mark.parametrize(
+    ("metadata", "predicts"),
+    [
+        ({}, ""),
+        ({"modelspec.prediction_type": "v"}, "v_prediction"),
+        ({"ss_base_model_version": "sd_v2_v"}, "v_prediction"),  # sd-scripts without ModelSpec
+        ({"modelspec.architecture": "stable-diffusion-v2-768-v/lora"}, "v_prediction"),
+        ({"ss_base_model_version": "sd_v2"}, ""),
+        ({"ss_base_model_version": "sd_v1"}, ""),
+    ],
+)
+def test_what_a_base_predicted_is_told_in_several_ways(metadata, predicts):
+    assert prediction_of(metadata) == predicts
+    assert prediction_of(merged(metadata)) == predicts
+
+
+@pytest.mark.parametrize(
+    ("metadata", "family"),
+    [
+        ({"ss_base_model_version": "sd_1.5"}, "sd1"),  # ai-toolkit
+        ({"ss_base_model_version": "sd_2.1"}, "sd2"),
+        ({"ss_v2": "true"}, "sd2"),
+        ({"ss_v2": "False"}, None),
+        ({"ss_base_model_version": "sdxl_1.0"}, "sdxl"),
+    ],
+)
+def test_other_tools_spellings_of_a_family_are_known(metadata, family):
+    assert family_from_metadata(metadata) == family
 
 
 def test_sdxls_own_layer_is_the_last_but_one():

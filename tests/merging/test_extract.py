@@ -20,7 +20,7 @@ from sfumato.merging.extract import extract as extract_pairs
 from sfumato.merging.factors import Budget
 from sfumato.merging.whole_model import read_mixable
 from tests.bundles import add_words
-from tests.merging.conftest import random_modules
+from tests.merging.conftest import attention, random_modules
 
 
 def run(program, *words):
@@ -109,6 +109,34 @@ def test_what_was_baked_in_is_extracted_whichever_form_either_model_has(family, 
     assert read_header(out).metadata["modelspec.trigger_phrase"] == "sks a"
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_what_saving_in_half_precision_rounds_was_not_learned(dtype):
+    base = random(24, 16)
+    tuned = base.clone()
+    tuned[0] += 1
+    pairs = [(("unet", "a.weight"), base, base.to(dtype)), (("unet", "b.weight"), base, tuned.to(dtype))]
+    modules, kept = extract_pairs(pairs, Budget(rank=1))
+    assert modules.keys() == {("unet", "b")}
+    assert kept.share > 0.999
+    with pytest.raises(AdapterError, match="no weight of a linear layer or a convolution differs"):
+        extract_pairs(pairs[:1], Budget(rank=1))
+    more = [(("unet", "a.weight"), base.to(dtype), base)]  # which a training of more bits may well have learned
+    assert extract_pairs(more, Budget(rank=16))[0].keys() == {("unet", "a")}
+
+
+def test_of_a_model_in_half_precision_what_was_learned_alone_is_extracted(tiny_base, adapter_file, tmp_path):
+    base = tiny_base("sd1")
+    a = adapter_file("a", "sd1", choose=lambda weights: dict([next(iter(attention(weights).items()))]))
+    assert run(merge, a, "--into", base.file, "-o", tmp_path / "tuned.safetensors") == 0
+    half = {name: value.half() if value.is_floating_point() else value
+            for name, value in load_file(tmp_path / "tuned.safetensors").items()}  # fmt: skip
+    save_file(half, tmp_path / "half.safetensors", dict(read_header(base.file).metadata))
+    for how in (("--rank", 2), ("--exact",)):
+        out = tmp_path / f"{how[0]}.safetensors"
+        assert run(extract, tmp_path / "half.safetensors", "--base", base.file, *how, "-o", out) == 0
+        assert read_adapter(out).changes.keys() == read_adapter(a).changes.keys()
+
+
 @pytest.mark.parametrize("kind", [None, "v", "epsilon"])
 def test_what_a_base_predicts_is_said_where_the_files_say_it_and_not_made_up(kind, adapter_file, tmp_path):
     """`generate` names the option to draw with by it."""
@@ -183,6 +211,19 @@ def test_resize_keeps_the_leading_part_and_says_how_much(adapter_file, tmp_path,
     assert {module.rank for module in small.values()} == {2}
     lost = sum(float((small[t].delta() - large[t].delta()).square().sum()) for t in large)
     assert share == pytest.approx(1 - lost / sum(float(m.delta().square().sum()) for m in large.values()), abs=1e-4)
+
+
+def test_resize_keeps_what_the_file_says_of_its_training(adapter_file, tmp_path):
+    """Of sd-scripts' files the tags are the one record of the words."""
+    told = {"ss_tag_frequency": '{"10_dog":{"sks dog":9}}', "ss_seed": "42", "ss_num_train_images": "9"}
+    told |= {"ss_base_model_version": "sd_v2_v", "ss_network_dim": "2"}
+    old = tmp_path / "old.safetensors"
+    save_file(load_file(adapter_file("a", rank=4)), old, told)
+    assert run(resize, old, "--rank", 1, "-o", tmp_path / "small.safetensors", "--family", "sd2") == 0
+    metadata = read_header(tmp_path / "small.safetensors").metadata
+    kept = ("ss_tag_frequency", "ss_seed", "ss_num_train_images", "ss_base_model_version")
+    assert {key: metadata[key] for key in kept} == {key: told[key] for key in kept}
+    assert (metadata["ss_network_dim"], metadata["modelspec.architecture"]) == ("1", "stable-diffusion-v2-768-v/lora")
 
 
 def test_resize_by_energy_and_to_a_larger_rank_changes_nothing_that_matters(adapter_file, tmp_path):

@@ -3,17 +3,27 @@
 import pytest
 import torch
 from safetensors.torch import load_file
-from sfumato.pipelines import verify
+from sfumato.pipelines import convert, verify
+from torch.testing import assert_close
 
 from sfumato.cli import guarded
+from sfumato.errors import AdapterError
 from sfumato.files.changes import LoraModule
+from sfumato.files.changes.ia3 import Ia3
 from sfumato.files.fingerprint import FINGERPRINT_KEY
 from sfumato.files.header import read_header
 from sfumato.files.save import write_tensors
 from sfumato.files.write_difference import write_difference
 from sfumato.files.write_kohya import write_lora
+from sfumato.merging.bake import bake
+from sfumato.merging.convert import Deltas
+from sfumato.merging.factors import Budget
+from sfumato.merging.merge import MergeSource, merge
+from sfumato.merging.methods import Settings
+from sfumato.merging.stored import stored_base
 
 LINEAR = ("unet", "mid_block.attentions.0.transformer_blocks.0.attn1.to_q")
+OUT = ("unet", "mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0")
 CONVOLUTION = ("unet", "mid_block.resnets.0.conv1")
 NORM = ("unet", "mid_block.resnets.0.norm1")
 
@@ -43,6 +53,47 @@ def test_a_full_difference_is_what_its_fingerprint_says(with_base, deltas, tiny_
     other = write_difference(tmp_path / "b.safetensors", deltas | {LINEAR: (-deltas[LINEAR][0], None)}, family="pocket")
     stated = {FINGERPRINT_KEY: read_header(file).metadata[FINGERPRINT_KEY]}
     assert run(write_tensors(tmp_path / "c.safetensors", load_file(other), stated), *base) == 1
+
+
+def test_a_bias_alone_is_written_alone_and_is_the_same(deltas, tiny_base, tmp_path):
+    alone = {target: (None, bias) for target, (_, bias) in deltas.items() if bias is not None}
+    a = write_difference(tmp_path / "a.safetensors", alone, family="pocket")
+    base, out = ("--base", tiny_base("pocket").folder), tmp_path / "out.safetensors"
+    words = ["--bake", "diff", *base, "-o", out]
+    assert guarded(convert.main, [str(word) for word in (a, *words)]) == 0
+    assert load_file(out).keys() == load_file(a).keys()
+    assert run(out, "--against", a, *base) == 0
+
+
+def test_factors_of_outputs_are_compared_with_the_biases_that_they_change(tiny_base, tmp_path):
+    """peft's IA3 multiplies a bias, too; a layer without one has nothing to multiply."""
+    base = stored_base(tiny_base("pocket").folder)
+    width = base.weight(LINEAR).shape[0]
+    changes = {target: Ia3(torch.linspace(-0.5, 0.5, width), False, scales_bias=True) for target in (LINEAR, OUT)}
+    source = MergeSource("a", changes)
+    deltas = Deltas(source, base)
+    assert deltas[LINEAR][1] is None
+    assert_close(deltas[OUT][1], base.weight(OUT, "bias") * changes[OUT].gain)
+    low = merge([MergeSource("a", {LINEAR: changes[LINEAR]})], budget=Budget(rank=width), base=base.weight)
+    assert_close(low.modules[LINEAR].delta(), deltas[LINEAR][0], atol=1e-5, rtol=1e-4)
+    with pytest.raises(AdapterError, match=r"to_out\.0 changes a bias, which a LoRA cannot"):
+        merge([MergeSource("a", {OUT: changes[OUT]})], budget=Budget(rank=4), base=base.weight)
+    settings = {"method": "linear", "settings": Settings(), "seed": 0}
+    baked = stored_base(bake(base, [source], tmp_path / "baked", {}, **settings))
+    for target in (LINEAR, OUT):
+        assert_close(baked.weight(target), base.weight(target) + deltas[target][0])
+
+
+def test_keys_that_were_left_out_are_told_and_are_no_sameness(tiny_base, adapter_file, tmp_path, capsys):
+    tensors = load_file(adapter_file("a"))
+    lost = sorted(name for name in tensors if name.endswith("lora_up.weight"))[:3]
+    broken, out = tmp_path / "broken.safetensors", tmp_path / "out.safetensors"
+    write_tensors(broken, {name: tensor for name, tensor in tensors.items() if name not in lost})
+    words = (broken, "--partial", "--family", "pocket", "-o", out)
+    assert guarded(convert.main, [str(word) for word in words]) == 0
+    assert "broken: 6 keys left out (--partial), first lora_" in capsys.readouterr().err
+    assert run(out, "--against", broken) == 1
+    assert "6 keys there cannot be read, first lora_" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["weight", "bias"])

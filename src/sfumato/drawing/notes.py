@@ -70,6 +70,15 @@ def left_out(skipped: Mapping[str, int]) -> list[str]:
     return [f"{label}: {pluralize(count, 'module')} left out (--partial)." for label, count in skipped.items()]
 
 
+def keys_left_out(skipped: Iterable[tuple[str, Sequence[str]]]) -> list[str]:
+    """A line on each file of which --partial has left keys out. skipped: which, with the file's label."""
+    return [
+        f"{label}: {pluralize(len(keys), 'key')} left out (--partial), first {plain(keys[0])}."
+        for label, keys in skipped
+        if keys
+    ]
+
+
 def unused_words(files: Sequence[tuple[Path, Iterable[str]]], prompts: Sequence[str], syntax: Syntax) -> list[str]:
     """A line on each word that no prompt holds. files: with the words of each; prompts: negative ones, too."""
     said = [unescaped(text, syntax) for text in prompts]

@@ -58,10 +58,10 @@ def family_from_metadata(metadata: Mapping[str, str]) -> str | None:
             return name
         if architecture and architecture in (labels.architecture, labels.v_architecture):
             return name
-    for prefix, name in (("sdxl", "sdxl"), ("sd_v2", "sd2"), ("sd_v1", "sd1")):
-        if version.startswith(prefix):
+    for prefix, name in (("sdxl", "sdxl"), ("sd_v2", "sd2"), ("sd_v1", "sd1"), ("sd_2", "sd2"), ("sd_1", "sd1")):
+        if version.startswith(prefix):  # ai-toolkit has sd_1.5 and sd_2.1
             return name
-    if metadata.get("ss_v2") == "True":
+    if metadata.get("ss_v2", "").lower() == "true":
         return "sd2"
     return None
 

@@ -170,7 +170,15 @@ def _own(description: Description) -> dict[str, str]:
 def prediction_of(metadata: Mapping[str, str]) -> str:
     """What the base predicts that the file was learned on, "epsilon" or "v_prediction"; empty where it does not say."""
     found = metadata.get("modelspec.prediction_type", "")
-    return {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}.get(found, "")
+    version = metadata.get("ss_base_model_version", "")
+    architecture = metadata.get("modelspec.architecture", "").partition("/")[0]
+    by_family = any(
+        version == labels.v_base_model_version or architecture == labels.v_architecture
+        for labels in LABELS.values()
+        if labels.v_base_model_version is not None
+    )
+    known = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
+    return known.get(found, "v_prediction" if by_family else "")
 
 
 def adapter_guidance_of(metadata: Mapping[str, str]) -> float:

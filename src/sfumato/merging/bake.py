@@ -51,8 +51,14 @@ class Recipe:
 
     def changed(self, parameter: Parameter) -> Tensor:
         """The parameter with its changes, fp32."""
-        original = self.base.read(parameter).float()
-        terms = self.terms[parameter]
+        original = self.base.read(parameter)
+        if not original.is_floating_point():
+            kind = str(original.dtype).removeprefix("torch.")
+            raise AdapterError(
+                f"{self.base.name}: {'.'.join(parameter)} is {kind}, which nothing can be added to. Name the base in a "
+                "floating-point format."
+            )
+        original, terms = original.float(), self.terms[parameter]
         weights = [weight for weight, _, _ in terms]
         deltas = (self._delta(parameter, original, change, name) for _, change, name in terms)
         if self.method == "linear":
@@ -163,7 +169,8 @@ def _by_parameter(base: StoredBase, sources: Sequence[MergeSource]) -> TermsByPa
             weight = weight_at(source.weight, *target)
             if weight == 0:
                 continue
-            for which, what in (("weight", change), ("bias", bias_change(change))):
+            has_bias = base.parameter(target, "bias") is not None
+            for which, what in (("weight", change), ("bias", bias_change(change, has_bias=has_bias))):
                 if what is None:
                     continue
                 parameter = base.parameter(target, which)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from sfumato.errors import AdapterError
 from sfumato.files.changes import LoraModule
-from sfumato.files.changes.bias import bias_change
+from sfumato.files.changes.bias import bias_change, may_have_bias
+from sfumato.files.changes.difference import Difference
 from sfumato.files.embedding_file import Vectors
 from sfumato.files.kohya import Target
 from sfumato.files.write_kohya import write_lora
@@ -56,8 +57,8 @@ class Weights(Protocol):
         ...
 
 
-class Deltas(Mapping[Target, tuple[Tensor, Tensor | None]]):
-    """An adapter's delta of every weight, and of every bias that it changes, on the base. Exact, and large.
+class Deltas(Mapping[Target, tuple[Tensor | None, Tensor | None]]):
+    """An adapter's delta of every weight and bias that it changes, on the base; None for what stays. Exact, and large.
 
     Each is taken when it is asked for, so that they need not fit into memory. dtype: what the deltas, taken in fp32,
     are rounded to. Asked for one, it raises AdapterError, or BaseModelError for what the base lacks.
@@ -66,11 +67,12 @@ class Deltas(Mapping[Target, tuple[Tensor, Tensor | None]]):
     def __init__(self, source: MergeSource, base: Weights, dtype: torch.dtype = torch.float32) -> None:
         self._source, self._base, self._dtype = source, base, dtype
 
-    def __getitem__(self, target: Target) -> tuple[Tensor, Tensor | None]:
+    def __getitem__(self, target: Target) -> tuple[Tensor | None, Tensor | None]:
         change = self._source.changes[target]
-        bias = bias_change(change)
+        bias = bias_change(change, has_bias=may_have_bias(target))
+        is_of_bias_alone = isinstance(change, Difference) and change.value is None
         try:
-            weight = change.delta(self._base.weight(target)).to(self._dtype)
+            weight = None if is_of_bias_alone else change.delta(self._base.weight(target)).to(self._dtype)
             if bias is None:
                 return weight, None
             return weight, bias.delta(self._base.weight(target, "bias")).to(self._dtype)

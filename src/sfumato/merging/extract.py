@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from sfumato import randomness
@@ -44,7 +45,8 @@ def extract(
     """The difference of two models as a LoRA, and how much of it that holds.
 
     pairs: (parameter, before, after) one at a time, so that two checkpoints need not fit into memory; of any float
-    dtype, the difference is taken in float64. What did not change gets no module. Weights named `....weight` of two or
+    dtype, the difference is taken in float64. Where the second has fewer bits, it is taken of what `rounded_alike`
+    leaves of the first. What did not change gets no module. Weights named `....weight` of two or
     four dimensions are taken, embeddings are not.
     Raises AdapterError for tensors of different models, and where nothing changed.
     """
@@ -58,7 +60,7 @@ def extract(
                 f"{'/'.join(parameter)} is {list(old.shape)} before and {list(new.shape)} after: these are different "
                 "models. Name the base that it was trained from."
             )
-        delta = new.detach().cpu().double() - old.detach().cpu().double()
+        delta = new.detach().cpu().double() - rounded_alike(old.detach().cpu(), new).double()
         energy = float(delta.square().sum())
         if energy == 0:
             continue
@@ -78,6 +80,13 @@ def extract(
         )
     share = sum(shares[target] * energy for target, energy in energies.items()) / total
     return modules, Extracted(share, shares, {parameter: energy / total for parameter, energy in left_out.items()})
+
+
+def rounded_alike(before: Tensor, after: Tensor) -> Tensor:
+    """The tensor as it would have been saved beside `after`, where that has fewer bits: a model that was saved in half
+    precision differs in every weight from a base that was not, and of that nothing was learned."""
+    fewer = torch.finfo(after.dtype).bits < torch.finfo(before.dtype).bits
+    return before.to(after.dtype) if fewer else before
 
 
 def resize(modules: Mapping[Target, LoraModule], budget: Budget) -> tuple[dict[Target, LoraModule], float]:

@@ -67,7 +67,7 @@ def merged_metadata(
     """
     bases = {parent.metadata.get("ss_sd_model_name", "") for parent in parents}
     fingerprints = {parent.metadata.get("sfumato.base_fingerprint", "") for parent in parents}
-    said = {parent.metadata.get("modelspec.prediction_type", "").removesuffix("_prediction") for parent in parents}
+    said = {prediction_of(parent.metadata) for parent in parents}
     spans = {over_steps_of(parent.metadata) for parent in parents}
     strengths = {adapter_guidance_of(parent.metadata) for parent in parents}
     negatives = {negatives_of(parent.metadata) for parent in parents}
@@ -78,7 +78,7 @@ def merged_metadata(
         family=family,
         base=bases.pop() if len(bases) == 1 else "",
         base_fingerprint=fingerprints.pop() if len(fingerprints) == 1 else "",
-        prediction_type="v_prediction" if "v" in said else "epsilon" if "epsilon" in said else "",
+        prediction_type="v_prediction" if "v_prediction" in said else "epsilon" if "epsilon" in said else "",
         trigger=_words(parents),
         config=config,
         adapter_guidance=strengths.pop() if len(strengths) == 1 else 0.0,
@@ -105,11 +105,26 @@ def _all(parents: Sequence[Parent], key: str) -> str:
     return ", ".join(dict.fromkeys(text for text in said if text))
 
 
-def baked_metadata(parents: Sequence[Parent], *, title: str, config: Mapping[str, Any] | None = None) -> dict[str, str]:
-    """The metadata that a checkpoint gets in addition to its own when `parents` are baked into it."""
+def baked_metadata(
+    parents: Sequence[Parent],
+    *,
+    title: str,
+    base: str,
+    family: str,
+    predicts: str = "",
+    config: Mapping[str, Any] | None = None,
+) -> dict[str, str]:
+    """The metadata that a checkpoint gets in addition to its own when `parents` are baked into it.
+
+    base, family, predicts: its name, family and prediction type.
+    """
+    labels = LABELS[family]
+    v = predicts == "v_prediction"
     found = {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": (v and labels.v_architecture) or labels.architecture,
         "modelspec.title": title,
-        "modelspec.merged_from": ", ".join(parent.name for parent in parents),
+        "modelspec.merged_from": ", ".join([base, *(parent.name for parent in parents)]),
         "modelspec.trigger_phrase": ", ".join(_words(parents)),
         "sfumato.version": __version__,
         "sfumato.parents": json.dumps([_parent(parent) for parent in parents], ensure_ascii=False),

@@ -12,7 +12,7 @@ from torch import Tensor
 from sfumato import randomness
 from sfumato.errors import AdapterError
 from sfumato.files.changes import Change, LoraModule
-from sfumato.files.changes.bias import bias_change
+from sfumato.files.changes.bias import bias_change, may_have_bias
 from sfumato.files.changes.difference import Difference
 from sfumato.files.changes.replacement import Replacement, lora_command
 from sfumato.files.embedding_file import Vectors
@@ -34,13 +34,15 @@ _CONVOLUTIONS = frozenset({"conv", "conv1", "conv2", "conv_in", "conv_out", "con
 class MergeSource:
     """One adapter of a merge. name: for messages. weight: for all of it, or (U-Net, text encoders).
 
-    words: the textual inversions bundled with it, which no weight scales.
+    words: the textual inversions bundled with it, which no weight scales. skipped: keys of its file that were left out
+    because that was allowed.
     """
 
     name: str
     changes: Mapping[Target, Change]
     weight: Weight = 1.0
     words: Vectors = field(default_factory=dict)
+    skipped: tuple[str, ...] = ()
 
     @property
     def counts(self) -> bool:
@@ -144,7 +146,7 @@ class _Term:
     weight: float
 
     def low_rank(self) -> LoraModule | None:
-        if bias_change(self.change) is not None:
+        if bias_change(self.change, has_bias=may_have_bias(self.target)) is not None:
             raise AdapterError(
                 f"{self.source}: {'.'.join(self.target)} changes a bias, which a LoRA cannot. "
                 "Bake it into a checkpoint with sfumato merge --into, or leave the module out with its --blocks."

@@ -38,7 +38,7 @@ def read_source(
             f"{file.path.name}: has textual inversions bundled with it ({tokens}), which would be lost. "
             "Accept that with partial=True (--partial)."
         )
-    source = MergeSource(adapter.label, file.changes, adapter.weight, file.embeddings)
+    source = MergeSource(adapter.label, file.changes, adapter.weight, file.embeddings, file.skipped)
     name, digest = public_name(adapter.path), adapter_hash(Path(adapter.path))
     return source, Parent(name, digest, file.metadata, file.family, adapter.weight)
 

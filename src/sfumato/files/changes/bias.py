@@ -11,6 +11,7 @@ from torch import Tensor
 from sfumato.files.changes.change import Change, check_fits
 from sfumato.files.changes.ia3 import Ia3
 from sfumato.files.changes.replacement import Replacement
+from sfumato.files.kohya import Target
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,25 @@ class BiasChange:
         return None
 
 
-def bias_change(change: Change) -> BiasChange | None:
-    """What the change does to the bias; None where it leaves it alone."""
+_WITHOUT_BIAS = frozenset({"to_q", "to_k", "to_v"})
+
+
+def may_have_bias(target: Target) -> bool:
+    """Whether a layer may have a bias: in the U-Net's attention, queries, keys and values have none in any family."""
+    part, path = target
+    return part != "unet" or path.rpartition(".")[2] not in _WITHOUT_BIAS
+
+
+def bias_change(change: Change, *, has_bias: bool = True) -> BiasChange | None:
+    """What the change does to the bias; None where it leaves it alone.
+
+    has_bias: whether the layer has one; a gain, which peft's IA3 gives every layer, is nothing where it has none.
+    """
+    found = _bias_change(change)
+    return None if found is not None and found.value is None and not has_bias else found
+
+
+def _bias_change(change: Change) -> BiasChange | None:
     if isinstance(change, Replacement):
         return None if change.bias is None else BiasChange(change.kind, change.bias, -torch.ones(change.bias.shape))
     gain = change.gain if isinstance(change, Ia3) and change.scales_bias else None
