@@ -94,6 +94,16 @@ def test_a_prompt_is_written_as_a1111_reads_the_same(tmp_path, syntax, prompt, n
     assert info.own["prompt"] == "(a) \\"
 
 
+@pytest.mark.parametrize(("family", "skipped", "told"), [("sd1", 1, "2"), ("sdxl", 1, "3"), ("sdxl", None, None)])
+def test_clip_skip_is_told_as_a1111_counts_it_and_comes_back(tmp_path, family, skipped, told):
+    settings = {"prompt": "a", "negative": "", "steps": 2, "guidance": 7, "seed": 1, "width": 1024, "height": 1024}
+    settings |= {"base": "b", "family": family, "vae": None, "clip_skip": skipped, "adapter_guidance": {}}
+    save_drawn(Image.new("RGB", (8, 8)), [], settings, tmp_path / "a.png", ("Euler", None))
+    assert read_picture_info(tmp_path / "a.png").parameters.settings.get("Clip skip") == told
+    words = redraw(tmp_path / "a.png").words
+    assert (words[words.index("--clip-skip") + 1] if "--clip-skip" in words else None) == (skipped and str(skipped))
+
+
 def test_no_negative_prompt_has_no_line():
     assert format_parameters(Parameters("a crab", "", {"Steps": 1})) == "a crab\nSteps: 1"
 

@@ -35,6 +35,7 @@ def of_base(base: Base, vae: str | None) -> dict[str, Any]:
     """What a picture's settings say of its base. vae: as it was named; of a path, which is private, its last part."""
     return {
         "base": base.name,
+        "family": base.family.name,
         "clip_skip": base.clip_skip,
         "vae": None if vae is None else re.split(r"[\\/]", vae.rstrip("\\/"))[-1],
         "prediction_type": base.prediction_type,
@@ -70,6 +71,12 @@ def save_drawn(
     pnginfo.save_picture(picture, file, parameters, own)
 
 
+def _clip_skip(settings: Mapping[str, Any]) -> int | None:
+    """As A1111 counts it: the last layer is 1, and SDXL's own 2."""
+    skipped = settings["clip_skip"]
+    return skipped + (2 if settings.get("family") == "sdxl" else 1) if skipped else None
+
+
 def _pairs(
     settings: Mapping[str, Any],
     sampler: tuple[str, str | None],
@@ -97,7 +104,7 @@ def _pairs(
         "Model": settings["base"],
         "VAE": settings["vae"],
         "Denoising strength": settings.get("strength"),
-        "Clip skip": settings["clip_skip"] + 1 if settings["clip_skip"] else None,  # A1111 counts the last layer as 1
+        "Clip skip": _clip_skip(settings),
         "Merge method": settings.get("method"),
         "Adapter guidance": strengths or None,
         "Lora hashes": _hashes((_stem(each["file"]), each["hash"]) for each in [*map(described, named), *inside]),

@@ -153,7 +153,8 @@ def _words(about: Parameters, own: Mapping[str, Any], left: dict[str, str]) -> I
         yield from ("--size", size)
     skipped = settings.get("Clip skip", "")
     if re.fullmatch("[0-9]{1,3}", skipped) and int(settings.pop("Clip skip")) > 1:
-        skip = f"--clip-skip {int(skipped) - 1}"  # A1111 counts the last layer as 1
+        told = own.get("clip_skip")  # as --clip-skip counts; A1111 counts the last layer as 1
+        skip = f"--clip-skip {told if type(told) is int and 0 < told < 100 else int(skipped) - 1}"
         if is_ours or prod(map(int, size.split("x") if size else ())) < _LEAST_SDXL:
             yield from skip.split()
         else:
