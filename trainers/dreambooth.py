@@ -230,9 +230,12 @@ def train(config: Config) -> Path:
     limit = DriftLimit(config.drift_limit, [row for row in run.rows() if row["step"] <= run.step])
 
     def measure(step: int) -> None:
-        figures = metrics.values()
-        run.log(step=step, **figures)
-        limit.update(figures, processes)
+        figures: dict[str, float] = {}
+        try:
+            figures = metrics.values()
+            run.log(step=step, **figures)
+        finally:  # of several processes all agree, also where the memory of one holds no measurement
+            limit.update(figures, processes)
         if limit.reached:
             run.end()
 

@@ -108,6 +108,19 @@ def test_captions_that_cannot_be_foreseen_are_encoded_in_the_loop_with_a_word(wi
 # Crops
 
 
+def test_in_the_loop_no_more_are_encoded_at_once_than_beforehand(wide, monkeypatch):
+    """A micro-batch of large pictures beside a U-Net that learns would not fit."""
+    monkeypatch.setattr(preparing, "MOST_VARIANTS", 1)
+    whole = prepare(wide[:2], FakeBase(), resolution=64, crop="random").batch(0, 0, 4)
+    monkeypatch.setattr("sfumato.data.latents._ENCODED_AT_A_TIME_PX", 64 * 64)
+    base, sizes = FakeBase(), []
+    encode = base.encode_pixels
+    base.encode_pixels = lambda pixels: sizes.append(len(pixels)) or encode(pixels)
+    parted = prepare(wide[:2], base, resolution=64, crop="random").batch(0, 0, 4)
+    assert set(sizes) == {1}
+    assert torch.equal(parted.latents, whole.latents)
+
+
 def test_a_random_crop_is_one_of_eight_places_each_a_part_of_the_picture(wide):
     data = prepare(wide[:1], FakeBase(), resolution=64, crop="random", buckets=False)
     whole = open_image(wide[0].path)

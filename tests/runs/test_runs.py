@@ -74,9 +74,17 @@ def test_every_look_has_its_own_time_and_its_own_trouble(tmp_path, capsys):
     assert [line for line in lines(capsys) if "sample" in line] == [f"step 3: {said}", f"step 5: {said}"]
 
 
-def test_a_gpu_that_is_too_small_for_samples_beside_the_training_does_not_end_it(tmp_path, capsys):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB)"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
+def test_a_gpu_that_is_too_small_for_samples_beside_the_training_does_not_end_it(error, tmp_path, capsys):
     def hungry(step):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        raise error
 
     run = start(tmp_path)
     run.every(2, hungry)
@@ -88,6 +96,17 @@ def test_a_gpu_that_is_too_small_for_samples_beside_the_training_does_not_end_it
         "--sample-every 0 and --measure-every 0 leave them out. The training goes on."
     )
     assert [line for line in lines(capsys) if "sample" in line] == [f"step {step}: {said}" for step in (0, 2, 3)]
+
+
+def test_another_error_of_torchs_in_a_look_is_not_hidden(tmp_path):
+    def broken(step):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    run = start(tmp_path)
+    run.every(2, broken)
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        list(run.steps(3))
+    run.close()
 
 
 def test_a_first_look_that_fails_says_why(tmp_path):

@@ -153,9 +153,12 @@ def sampled(
             view(loaded[row]["pixels"], items[row].crop, position, mirrored)
             for row, (position, mirrored) in zip(in_loop, places, strict=True)
         ]
-        mean, deviation = encoder(to_floats(torch.stack(views)))
-        check_finite(mean, deviation, [items[row].name for row in in_loop])
-        means = {row: (mean[i].float().cpu(), deviation[i].float().cpu()) for i, row in enumerate(in_loop)}
+        most = encoded_at_once(views[0].shape[-1], views[0].shape[-2])
+        for start in range(0, len(views), most):
+            chunk = in_loop[start : start + most]
+            mean, deviation = encoder(to_floats(torch.stack(views[start : start + most])))
+            check_finite(mean, deviation, [items[row].name for row in chunk])
+            means |= {row: (mean[i].float().cpu(), deviation[i].float().cpu()) for i, row in enumerate(chunk)}
     for row, tensors in enumerate(loaded):
         if row not in means:
             means[row] = (tensors["mean"][variants[row]], tensors["deviation"][variants[row]])

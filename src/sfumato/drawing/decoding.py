@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from sfumato.errors import BaseModelError
-from sfumato.precision import give_back_freed_memory
+from sfumato.precision import give_back_freed_memory, is_out_of_memory
 
 _DECODED_AT_ONCE = 4096
 """Latent pixels: one picture of 512 px on SD 1.x, whose decoding takes more memory than all else of its drawing."""
@@ -43,8 +43,9 @@ def _decode(pipe: Any, latents: Tensor) -> Tensor:
     try:
         some = torch.split(latents, decoded_at_once(latents))
         return torch.cat([_decode_at_once(pipe, each) for each in some])
-    except torch.OutOfMemoryError:
-        if not hasattr(pipe.vae, "enable_tiling") or getattr(pipe.vae, "use_tiling", False):
+    except RuntimeError as error:
+        can_tile = hasattr(pipe.vae, "enable_tiling") and not getattr(pipe.vae, "use_tiling", False)
+        if not (can_tile and is_out_of_memory(error)):
             raise
     # Here, where the error is gone, and what its frames held.
     give_back_freed_memory()

@@ -189,6 +189,14 @@ def give_back_freed_memory() -> None:
         torch.mps.empty_cache()
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device's memory did not hold what was computed: MPS and CUDA's libraries say so in RuntimeErrors."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    said = str(error)
+    return isinstance(error, RuntimeError) and ("out of memory" in said or "ALLOC_FAILED" in said)
+
+
 def _of_glibc(name: str) -> Any:
     return getattr(ctypes.CDLL(None), name, None) if sys.platform.startswith("linux") else None
 

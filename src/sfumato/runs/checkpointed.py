@@ -61,6 +61,7 @@ def _load(part: Any, state: Any) -> None:
         part.load_state_dict(state)
         return
     decays = [group.get("weight_decay") for group in part.param_groups]
+    part.state.clear()  # a run that goes back has moments already, and two of each would be in memory at once
     part.load_state_dict(state)
     for group, decay in zip(part.param_groups, decays, strict=True):
         group["weight_decay"] = decay

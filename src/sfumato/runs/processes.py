@@ -77,8 +77,9 @@ class Processes:
         for place in lacking:
             trained[place].grad = torch.zeros_like(trained[place])
         self.sum([*figures, has, *(p.grad for p in trained if p.grad is not None)])
+        nowhere = (has == 0).tolist() if lacking else []  # one wait for the device, not one for each
         for place in lacking:
-            if not has[place]:
+            if nowhere[place]:
                 trained[place].grad = None
 
     def micro_batch_starts(self, batch: int, accumulate: int) -> tuple[int, list[int]]:

@@ -20,7 +20,7 @@ from sfumato import config as configs
 from sfumato import shell
 from sfumato.errors import RunError, SfumatoError
 from sfumato.files.atomic import write_text
-from sfumato.precision import give_back_freed_memory
+from sfumato.precision import give_back_freed_memory, is_out_of_memory
 from sfumato.runs import identity, plot, progress, unfinished
 from sfumato.runs.checkpointed import CheckpointedParts
 from sfumato.runs.checkpoints import Checkpoints, NotFiniteError, bytes_of, require_space
@@ -319,9 +319,11 @@ class Run:
         for look in looks:
             try:
                 look(step)
-            except (OSError, SfumatoError, torch.OutOfMemoryError) as error:
+            except (OSError, SfumatoError, RuntimeError) as error:
+                if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+                    raise
                 reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-                if isinstance(error, torch.OutOfMemoryError):
+                if isinstance(error, RuntimeError):
                     traceback.clear_frames(error.__traceback__)  # which hold what filled the memory
                     give_back_freed_memory()
                     reason = (

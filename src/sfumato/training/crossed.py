@@ -59,7 +59,7 @@ class Crossing:
         batches_shown = tqdm(batches, desc="drawing over", unit="batch", file=sys.stderr, disable=not shown)
         for batch, text in zip(batches_shown, texts, strict=True):
             for index, variant, latents in zip(batch.indices, batch.variants, self._draw(batch, text), strict=True):
-                self._drawn[index, variant] = latents
+                self._drawn[index, variant] = latents.cpu()  # there may be thousands
 
     @torch.no_grad()
     def _draw(self, batch: Batch, text: TextEmbedding) -> Tensor:
@@ -93,7 +93,7 @@ class Crossing:
             place = first + row
             if timestep >= self._first and randomness.uniform(self._seed, "crossed", step, place) < self._share:
                 part = randomness.uniform(self._seed, "crossed part", step, place)
-                shown[row] = torch.lerp(latents[row], self._drawn[view], part)
+                shown[row] = torch.lerp(latents[row], self._drawn[view].to(latents), part)
         alpha_bar = self._base.alpha_bar.to(latents.device)[noised.timesteps]
         noise = diffusion.crossing_noise(latents, shown, noised.noise, alpha_bar)
         target = diffusion.target(self._base.prediction_type, latents, noise, alpha_bar)

@@ -50,9 +50,9 @@ class Ema:
                 parameter.detach().copy_(mean)
 
     def swap(self) -> None:
-        """Exchange the weights and their mean."""
+        """Exchange the weights and their mean; a GPU needs no memory for it, whose lack would leave them half done."""
         for parameter, mean in zip(self.parameters, self.mean, strict=bool(self.mean)):
-            now = parameter.detach().clone()
+            now = parameter.detach().to("cpu", copy=True)
             parameter.detach().copy_(mean)
             mean.copy_(now)
 

@@ -68,7 +68,8 @@ class Metrics:
 
     def values(self) -> dict[str, float]:
         """All figures, by name."""
-        with self._within():
+        with self._within(), self._base.lazy_weights.restored_after():
+            self._base.lazy_weights.load("text")  # once for all figures, where it rests
             return {"fit": self.fit(), **{name: self.drift(name) for name in self._watched}}
 
     @torch.no_grad()
