@@ -206,8 +206,8 @@ def test_of_two_real_processes_one_encodes_and_both_see_the_same(tmp_path):
     done = launch()
     assert done.returncode == 0, done.stderr[-2000:]
     main, other = sorted(line.split("|") for line in done.stdout.splitlines() if line.count("|") == 4)
-    assert (main[1], other[1], other[2]) == ("5", "0", "0")
-    assert int(main[2]) > 0
+    assert (main[1], other[1]) == ("5", "0")
+    assert 0 < int(other[2]) < int(main[2])  # orders of tags stay out of the cache, and each embeds those by itself
     assert main[3:] == other[3:]
 
     (pictures / "2.png").write_bytes((pictures / "2.png").read_bytes()[:-40])
