@@ -44,7 +44,7 @@ class Config:
     detail: Literal["short", "detailed", "paragraph"] = "detailed"
     """How much Florence-2 says."""
     longest: int = 75
-    """Tokens of a sentence of BLIP or Florence-2 at most; Stable Diffusion sees 75."""
+    """Tokens of a sentence of BLIP or Florence-2 at most; training reads 75, more with --max-tokens."""
     threshold: float = 0.35
     """Probability from which a tagger's tag counts."""
     character_threshold: float = 0.85

@@ -60,7 +60,8 @@ class Config:
     json: bool = False
     """Print JSON for other programs."""
     fix: Path | None = None
-    """A new folder for a mended copy: no broken files, no duplicates, pictures upright in sRGB, captions in UTF-8."""
+    """A new folder for a mended copy: no pictures that training refuses, of equal ones one (with a caption, if any has
+    one), pictures upright in sRGB, captions in UTF-8. Nearly equal ones stay."""
     checksums: bool = False
     """If nothing stops training, write SHA256SUMS into the folder: check and training then refuse files that were
     damaged or changed since, in every format."""

@@ -1,4 +1,4 @@
-"""A LoRA of another rank."""
+"""A LoRA of a smaller rank."""
 
 from __future__ import annotations
 

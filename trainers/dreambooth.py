@@ -70,7 +70,9 @@ class Config(KindOptions, TrainerOptions):
     method: Literal["full", "lora"] = "full"
     """full trains the U-Net's own weights, lora an adapter beside them."""
     identifier: str = "sks"
-    """The word that will mean this one subject: rare, so that there is no meaning to unlearn."""
+    """The word that will mean this one subject: rare, so that there is no meaning to unlearn. Captions that the
+    pictures have must hold it; if they have another word before the class ("zwx dog"), leave this out, and that word is
+    the one."""
     class_name: str | None = None
     """What the subject is, such as otter. Pictures of a folder without a caption of their own get "IDENTIFIER CLASS";
     in a dataset.toml the `words` of each source say it."""
@@ -105,8 +107,8 @@ class Config(KindOptions, TrainerOptions):
     conv_alpha: float | None = None
     """--alpha of those convolutions. Unset: the value that gives them the other layers' scale."""
     loraplus_ratio: float = 1.0
-    """With --method lora, LoRA+: how many times the learning rate of A that of B is (Hayou et al. 2024), which starts
-    at zero; 2 to 16 learns sooner, and wants a lower --learning-rate."""
+    """With --method lora and --algo lora, LoRA+: how many times the learning rate of A that of B is (Hayou et al.
+    2024), which starts at zero; 2 to 16 learns sooner, and wants a lower --learning-rate."""
     targets: str = "everything"
     """What a LoRA adapts: cross-attention, attention, attention+mlp, transformers (these and the
     projections around them), everything (in the U-Net's blocks), or a regular expression over module names."""

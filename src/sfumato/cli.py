@@ -46,7 +46,7 @@ PIPELINES = {
     "merge": ("sfumato.pipelines.merge", "adapters into one file, or into a checkpoint"),
     "clash": ("sfumato.pipelines.clash", "where adapters clash, told from their files"),
     "extract": ("sfumato.pipelines.extract", "an adapter out of a fine-tuned model and its base"),
-    "resize": ("sfumato.pipelines.resize", "a LoRA of another rank"),
+    "resize": ("sfumato.pipelines.resize", "a LoRA of a smaller rank"),
     "env": ("sfumato.pipelines.env", "what is found here: versions, extras, devices, the precision they lead to"),
     "quickstart": ("sfumato.pipelines.quickstart", "the main job: learn a style and a subject, mix them, draw a sheet"),
 }

@@ -57,7 +57,7 @@ OPTIONS: Mapping[str, str] = MappingProxyType(
         "--max-tokens": "max_token_length",
         "--rank": "network_dim lora_rank dim new_rank",
         "--alpha": "network_alpha lora_alpha",
-        "--conv-rank": "conv_dim new_conv_rank",
+        "--conv-rank": "conv_dim",
         "--algo": "peft_type lora_type",
         "--dora": "use_dora dora_wd lora_decompose weight_decompose",
         "--factor": "lokr_factor decompose_factor",

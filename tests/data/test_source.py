@@ -30,6 +30,15 @@ def test_a_source_may_lie_from_home_on(two, monkeypatch):
     assert [example.caption for example in read_folder(path)] == ["sks dog, tag 0", "sks dog, tag 1"]
 
 
+@pytest.mark.parametrize("key", ["caption_dropout", "tag_dropout"])
+def test_what_is_dropped_of_every_source_is_not_dropped_of_the_class(key, two):
+    sources = ['path = "style"\ncaption = "{caption}"', 'path = "dogs"\nclass = true']
+    path = toml(two, f"{key} = 0.5\n" + "".join(f"[[source]]\n{source}\n" for source in sources))
+    first, *others = read_folder(path)
+    assert getattr(first.options, key) == 0.5
+    assert {getattr(other.options, key) for other in others} == {None}
+
+
 def test_sources_come_in_their_order_with_their_options(two):
     path = toml(
         two,

@@ -24,10 +24,11 @@ class BaseOptions:
     """Keep on the GPU only what computes: text encoders, U-Net and VAE take turns. Slower; for a GPU that does not hold
     the whole base."""
     clip_skip: int | None = None
-    """Layers of the text encoder to leave out, from its end. A1111 counts one more, and of SDXL two."""
+    """Layers of the text encoder to leave out, from its end: 0 is the base's own. A1111's number is one higher, on SDXL
+    two. With --prompt-syntax a1111 or compel 0 and 1 are taken, on SDXL 0."""
     max_tokens: Literal[75, 150, 225] | None = None
     """Tokens of a prompt that are read. Those of a longer one than 75 are encoded 75 at a time, as in web interfaces.
-    Unset: 75, the text encoder's own. With --prompt-syntax all are read."""
+    Unset: 75, the text encoder's own. With --prompt-syntax a1111 or compel all are read, whatever is given here."""
     vae: str | None = None
     """A folder, hub id or file whose VAE replaces the base's."""
     prediction_type: Literal["epsilon", "v_prediction"] | None = None

@@ -44,7 +44,7 @@ _KEYS: Mapping[str, type | tuple[type, ...]] = {
     "separator": str,
     "weight": (int, float),
 }
-_OF_THE_SUBJECT = ("caption", "trigger", "words", "caption_dropout")
+_OF_THE_SUBJECT = ("caption", "trigger", "words", "caption_dropout", "tag_dropout")
 """Keys before the first source that do not hold for pictures of a class."""
 _NAMES = {str: "a text", int: "a whole number", bool: "true or false", (int, float): "a number"}
 

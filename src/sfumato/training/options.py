@@ -157,7 +157,7 @@ class BaseOptions:
     SDXL's own layer is 0 here."""
     max_tokens: Literal[75, 150, 225] | None = None
     """Tokens of a caption that are read. Those of a longer one than 75 are encoded 75 at a time and follow one another,
-    as in web interfaces; draw with the same. Unset: 75, the text encoder's own; what is cut is told."""
+    as in web interfaces; draw long prompts with the same. Unset: 75, the text encoder's own; what is cut is told."""
     vae: str | None = None
     """Another VAE: a hub id, a folder, or a single file."""
     prediction_type: Literal["epsilon", "v_prediction"] | None = None
