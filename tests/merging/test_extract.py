@@ -120,6 +120,8 @@ def test_what_saving_in_half_precision_rounds_was_not_learned(dtype):
     assert kept.share > 0.999
     with pytest.raises(AdapterError, match="no weight of a linear layer or a convolution differs"):
         extract_pairs(pairs[:1], Budget(rank=1))
+    places = (("text_encoder", "embeddings.position_ids"), torch.arange(77)[None], torch.arange(77)[None].to(dtype))
+    assert extract_pairs([*pairs, places], Budget(rank=1))[0].keys() == {("unet", "b")}
     more = [(("unet", "a.weight"), base.to(dtype), base)]  # which a training of more bits may well have learned
     assert extract_pairs(more, Budget(rank=16))[0].keys() == {("unet", "a")}
 

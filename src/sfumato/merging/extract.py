@@ -85,6 +85,8 @@ def extract(
 def rounded_alike(before: Tensor, after: Tensor) -> Tensor:
     """The tensor as it would have been saved beside `after`, where that has fewer bits: a model that was saved in half
     precision differs in every weight from a base that was not, and of that nothing was learned."""
+    if not (before.is_floating_point() and after.is_floating_point()):  # places of tokens, which some files hold
+        return before
     fewer = torch.finfo(after.dtype).bits < torch.finfo(before.dtype).bits
     return before.to(after.dtype) if fewer else before
 
