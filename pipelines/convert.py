@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import Parameter
 
 from sfumato.cli import run
+from sfumato.command_line.metadata import fitted_metadata
 from sfumato.command_line.terminal import say
 from sfumato.config import parse, to_dict
 from sfumato.errors import AdapterError, ConfigError
@@ -101,27 +102,13 @@ def convert(config: Config) -> Path:
             "Bake it: --bake lora --rank 32, or --bake diff, and --base."
         )
     made = as_lora(source, Budget(config.rank, config.keep_energy), base.weight if base else None)
-    metadata, dtype = _fitted(config, metadata, len(made.modules)), DTYPES[config.dtype]
+    metadata, dtype = fitted_metadata(config.output, metadata, len(made.modules)), DTYPES[config.dtype]
     words = source.words if keeps_words else None
     write(config.to, config.output, made.modules, family=family, metadata=metadata, dtype=dtype, words=words)
     other = "diffusers" if config.to == "kohya" else "kohya"
     say(*diffusers_warnings(config.output, made.modules, config.to, way=f"give --to {other}"))
     say(f"{config.output.name}: {pluralize(len(made.modules), 'module')} for {config.to}; {made}")
     return config.output
-
-
-def _fitted(config: Config, metadata: Mapping[str, str], modules: int) -> dict[str, str]:
-    """The metadata that there is room for; what is left out is told."""
-    from sfumato.files.metadata import METADATA_LIMIT
-    from sfumato.files.write_kohya import metadata_within_limit
-
-    kept, left_out = metadata_within_limit(metadata, modules)
-    if left_out:
-        say(
-            f"{config.output.name}: {', '.join(left_out)} left out of its metadata, of which at most "
-            f"{METADATA_LIMIT:,} bytes are written"
-        )
-    return kept
 
 
 def _readers(to: str) -> str:
@@ -139,7 +126,7 @@ def _differences(config: Config, source: MergeSource, family: str, metadata: Map
     if config.to != "kohya" or config.base is None:
         raise ConfigError("--bake diff wants --base, the weights that differ, and --to kohya: nobody else reads it.")
     deltas = Deltas(source, stored_base(config.base))
-    metadata = _fitted(config, metadata, len(deltas))
+    metadata = fitted_metadata(config.output, metadata, len(deltas))
     write_difference(config.output, deltas, family=family, metadata=metadata, dtype=DTYPES[config.dtype])
     size = config.output.stat().st_size / 1e6
     say(

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from sfumato.cli import run
+from sfumato.command_line.metadata import fitted_metadata
 from sfumato.command_line.terminal import say
 from sfumato.config import parse, to_dict
 from sfumato.errors import AdapterError, ConfigError
@@ -48,7 +49,7 @@ def resize_file(config: Config) -> Path:
     check_free(config.output, config.overwrite, ".safetensors")
 
     from sfumato.drawing.notes import changes_nothing
-    from sfumato.files.write_kohya import metadata_within_limit, write_lora
+    from sfumato.files.write_kohya import write_lora
     from sfumato.merging.convert import diffusers_warnings
     from sfumato.merging.extract import resize
     from sfumato.merging.factors import Budget
@@ -75,7 +76,7 @@ def resize_file(config: Config) -> Path:
         extra={"sfumato.kept_energy": f"{share:.6f}"},
     )
     metadata.pop("lora_adapter_metadata", None)  # of the modules as they were scaled
-    metadata, _ = metadata_within_limit(metadata, len(smaller))
+    metadata = fitted_metadata(config.output, metadata, len(smaller))
     dtype = DTYPES[config.dtype]
     write_lora(config.output, smaller, family=family, metadata=metadata, dtype=dtype, words=source.words)
     say(*diffusers_warnings(config.output, smaller))

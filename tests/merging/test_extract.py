@@ -228,6 +228,13 @@ def test_resize_keeps_what_the_file_says_of_its_training(adapter_file, tmp_path)
     assert (metadata["ss_network_dim"], metadata["modelspec.architecture"]) == ("1", "stable-diffusion-v2-768-v/lora")
 
 
+def test_resize_tells_what_its_file_has_no_room_for(adapter_file, tmp_path, capsys):
+    old = tmp_path / "old.safetensors"
+    save_file(load_file(adapter_file("a", rank=4)), old, {"ss_tag_frequency": "x" * 2_000_000})
+    assert run(resize, old, "--rank", 1, "-o", tmp_path / "small.safetensors", "--family", "pocket") == 0
+    assert "small.safetensors: ss_tag_frequency left out of its metadata" in capsys.readouterr().err
+
+
 def test_resize_by_energy_and_to_a_larger_rank_changes_nothing_that_matters(adapter_file, tmp_path):
     a, out = adapter_file("a", rank=3), tmp_path / "small.safetensors"
     assert run(resize, a, "--rank", 64, "-o", out) == 0

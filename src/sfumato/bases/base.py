@@ -111,7 +111,10 @@ class Base:
 
     def chunk_count(self, prompt: str) -> int:
         """How many chunks of `chunk_size` tokens the text encoder is given of a prompt, one after another."""
-        return max(1, math.ceil(min(self.token_count(prompt), self.token_limit) / self.chunk_size))
+        return self._chunks_of(self.token_count(prompt))
+
+    def _chunks_of(self, tokens: int) -> int:
+        return max(1, math.ceil(min(tokens, self.token_limit) / self.chunk_size))
 
     def cut_off(self, prompt: str) -> str:
         """The end of the prompt that is not read; empty if all is."""
@@ -136,40 +139,42 @@ class Base:
 
     def encode_apart(self, prompts: Sequence[str], *, grad: bool = False) -> list[TextEmbedding]:
         """As `encode_text`, each prompt's embedding by itself, of no more tokens than its chunks have."""
-        for prompt in prompts:
-            if (count := self.token_count(prompt)) > self.token_limit:
+        ids = [[self._ids(tokenizer, prompt) for prompt in prompts] for tokenizer in self.tokenizers]
+        lengths = [max(map(len, each)) for each in zip(*ids, strict=True)]
+        for prompt, length in zip(prompts, lengths, strict=True):
+            if length > self.token_limit:
                 cut, more = shortened(self.cut_off(prompt)), more_tokens(self.token_limit)
                 warnings.warn(
-                    f"prompt of {count} tokens, {self.token_limit} are seen; cut: {cut!r}{more}", stacklevel=3
+                    f"prompt of {length} tokens, {self.token_limit} are seen; cut: {cut!r}{more}", stacklevel=3
                 )
         self.lazy_weights.load("text")
-        counts = [self.chunk_count(prompt) for prompt in prompts]
+        counts = list(map(self._chunks_of, lengths))
         with torch.set_grad_enabled(grad):
-            chunks = self._encode_chunks(prompts)
+            chunks = self._encode_chunks(ids, counts)
         return [chunks[first:end].joined() for first, end in pairwise(accumulate(counts, initial=0))]
 
-    def _encode_chunks(self, prompts: Sequence[str]) -> TextEmbedding:
-        """The embedding of each chunk of the prompts, in order, by itself."""
-        outputs = [
-            self._encode(tokenizer, encoder, prompts)
-            for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True)
-        ]
+    def _encode_chunks(self, ids: Sequence[Sequence[list[int]]], counts: Sequence[int]) -> TextEmbedding:
+        """The embedding of each chunk by itself, in order. ids: of each tokenizer those of each prompt, which has so
+        many chunks."""
+        outputs = []
+        for tokenizer, encoder, told in zip(self.tokenizers, self.text_encoders, ids, strict=True):
+            each = zip(told, counts, strict=True)
+            rows = [row for one, count in each for row in self._rows(tokenizer, one, count)]
+            # Padding is not masked: no Stable Diffusion was trained with a mask.
+            outputs.append(encoder(torch.tensor(rows, device=self.precision.device), output_hidden_states=True))
         if len(self.text_encoders) == 1:
             return TextEmbedding(self._last_state(self.text_encoders[0], outputs[0]))
         skip = self.clip_skip or 0
         hidden = torch.cat([output.hidden_states[-(skip + 2)] for output in outputs], dim=-1)
         return TextEmbedding(hidden, outputs[-1].text_embeds)
 
-    def _encode(self, tokenizer: Any, encoder: nn.Module, prompts: Sequence[str]) -> Any:
-        rows = [row for prompt in prompts for row in self.chunk_ids(tokenizer, prompt)]
-        # Padding is not masked: no Stable Diffusion was trained with a mask.
-        return encoder(torch.tensor(rows, device=self.precision.device), output_hidden_states=True)
-
     def chunk_ids(self, tokenizer: Any, prompt: str) -> list[list[int]]:
         """What a text encoder is given of a prompt: of each chunk `chunk_size` + 2 ids, both ends and padding among
         them."""
-        ids = self._ids(tokenizer, prompt)[: self.token_limit]
-        return chunk_rows(tokenizer, ids, self.chunk_size, self.chunk_count(prompt))
+        return self._rows(tokenizer, self._ids(tokenizer, prompt), self.chunk_count(prompt))
+
+    def _rows(self, tokenizer: Any, ids: Sequence[int], count: int) -> list[list[int]]:
+        return chunk_rows(tokenizer, ids[: self.token_limit], self.chunk_size, count)
 
     def _last_state(self, encoder: Any, output: Any) -> Tensor:
         if not self.clip_skip:

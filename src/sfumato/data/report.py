@@ -251,13 +251,13 @@ def _captions(report: Report, founds: Sequence[ListedPicture]) -> Iterator[Findi
     captions = [(label, example.caption) for example, _, label in named]
     if text := without_trigger(captions):
         yield Finding("trigger missing", text, tuple(label for label, caption in captions if PLACEHOLDER in caption))
-    cut = {caption: end for caption in _by_caption(report) if (end := report.needs.cut_off(caption))}
+    owners = _by_caption(report)
+    cut = {caption: end for caption in owners if (end := report.needs.cut_off(caption))}
     if cut:
-        owners = {caption: _by_caption(report)[caption] for caption in cut}
         varies = any(example.options.varies_caption for example in report.examples if example.caption in cut)
         ends = {some(owners[caption], 4): end for caption, end in cut.items()}
         text = cut_captions(ends, report.needs.token_limit, varies=varies)
-        yield Finding("caption cut", text, tuple(name for names in owners.values() for name in names))
+        yield Finding("caption cut", text, tuple(name for caption in cut for name in owners[caption]))
 
 
 def _by_caption(report: Report) -> dict[str, list[str]]:
