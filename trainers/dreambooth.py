@@ -167,6 +167,7 @@ def train(config: Config) -> Path:
     from sfumato.training.prior import BasePrediction, prepare_datasets
     from sfumato.training.sampling import drawing_of
     from sfumato.training.trained_adapter import TrainedAdapter
+    from sfumato.training.validation import prepare_validation
     from sfumato.words import identifier
 
     check(config)
@@ -178,7 +179,7 @@ def train(config: Config) -> Path:
     instance = examples.in_group("instance")
     precision = decide_precision(config, processes)
     base = config.load_base(precision)
-    config, filled = resolve(config, base, instance.samples, processes.count)
+    config, filled = resolve(config, base, examples, processes.count)
     notes: list[str] = []
     if config.method == "lora":
         notes = Kind.of(config).notes(adapted(base, config), config.rank, config.conv_rank)
@@ -201,7 +202,8 @@ def train(config: Config) -> Path:
     dataset, class_set = prepare_datasets(
         config, base, instance, pictures, global_batch, processes, embed_text=embed, embed_class=seen
     )
-    run.say(*dict.fromkeys([*dataset.notes, *(class_set.notes if class_set else [])]))
+    held_out = prepare_validation(config, base, examples, processes)
+    run.say(*dict.fromkeys(note for each in (dataset, class_set, held_out) if each for note in each.notes))
     # The VAE has given its latents; it rests until something is drawn.
     base.lazy_weights.load_only("unet", *(("text",) if config.train_text_encoder else ()))
     trained = trainable(base, config)
@@ -220,7 +222,8 @@ def train(config: Config) -> Path:
     pristine: Pristine = nullcontext if lora is None else lora.disabled  # of a whole base nothing has been trained yet
     unrelated = unrelated_to(preserved.of_class)
     drift_prompts = {"drift": unrelated, "class_drift": preserved.prompts} if config.measure_every else {}
-    metrics = Metrics(base, dataset, drift_prompts, pristine=pristine, within=average.applied, modules=[trained])
+    contexts = {"pristine": pristine, "within": average.applied}
+    metrics = Metrics(base, dataset, drift_prompts, **contexts, modules=[trained], held_out=held_out)
     noising = config.noising(base)
     asked, own = config.asked_samples()
     prompts = asked or subject.sample_prompts(dataset.captions, unrelated[0])
@@ -392,14 +395,14 @@ def decide_precision(config: Config, processes: Processes) -> Precision:
     return precision
 
 
-def resolve(config: Config, base: Base, samples: int, processes: int) -> tuple[Config, list[str]]:
+def resolve(config: Config, base: Base, examples: ExampleSet, processes: int) -> tuple[Config, list[str]]:
     """The config with every unset field filled, and the names that the method or the base's family filled."""
     defaults = DEFAULTS[config.method, base.family.name]
     unused = {"class_count"} if config.prior != "pictures" else set()
     if config.method == "full" and (config.save != "lora" or config.keep_energy is not None):
         unused.add("rank")
     given = {name: getattr(config, name) for name in unused}
-    config, filled = config_defaults.resolve(config, base, samples, processes, **defaults)
+    config, filled = config_defaults.resolve(config, base, examples, processes, **defaults)
     values = given | {"save": config.save or ("folder" if config.method == "full" else "lora")}
     if config.method == "lora":
         alpha = config.alpha or float(config.rank)
@@ -419,7 +422,7 @@ def read_examples(config: Config, subject: Subject) -> ExampleSet:
         in_all=bool(config.instance_prompt),
         of_class=config.prior != "none",
     )
-    config.check_examples(folder)
+    folder = config.checked(folder)
     if config.class_images and folder.in_group("class") and not config.resume:
         raise ConfigError(
             f"--class-images and the sources of {config.images} with class = true are both pictures of the class; give "

@@ -152,6 +152,7 @@ def train(config: Config) -> Path:
     from sfumato.training.metrics import Metrics
     from sfumato.training.noising import draw_noised, per_sample_losses
     from sfumato.training.prior import prepare_datasets
+    from sfumato.training.validation import prepare_validation
     from sfumato.words.placeholders import truncation_notes, warnings_of
 
     check(config)
@@ -161,7 +162,7 @@ def train(config: Config) -> Path:
     base = config.load_base(precision)
     subjects, of_class = examples.in_group("instance"), examples.in_group("class")
     kinds = 1 + bool(config.prior_prompts) + bool(of_class)
-    config, filled = resolve(config, base, subjects.samples, processes.count, kinds=kinds)
+    config, filled = resolve(config, base, examples, processes.count, kinds=kinds)
     words = new_words(base, config, examples) if config.train_words else None
     adapted = target_layers(base.parts(text=config.train_text_encoder), config.targets, conv=config.conv)
     notes = Kind.of(config).notes(adapted, config.rank, config.conv_rank)
@@ -179,7 +180,8 @@ def train(config: Config) -> Path:
     dataset, class_set = prepare_datasets(
         config, base, subjects, of_class, global_batch, processes, embed_text=embed, drawn_over=crossed
     )
-    run.say(*dict.fromkeys([*dataset.notes, *(class_set.notes if class_set else [])]))
+    held_out = prepare_validation(config, base, examples, processes)
+    run.say(*dict.fromkeys(note for each in (dataset, class_set, held_out) if each for note in each.notes))
     # The VAE has given its latents; it rests until something is drawn.
     base.lazy_weights.load_only("unet", *(("text",) if config.train_text_encoder or words else ()))
     lora = new_lora(adapted, config)
@@ -207,7 +209,8 @@ def train(config: Config) -> Path:
     average = Ema(parameters, config.ema)
     run.keep(lora=lora, optimizer=optimizer, scaler=scaler, average=average, **({"words": words} if words else {}))
     drift_prompts = {"drift": UNRELATED} if config.measure_every else {}
-    metrics = Metrics(base, dataset, drift_prompts, pristine=lora.disabled, within=average.applied, modules=[lora])
+    contexts = {"pristine": lora.disabled, "within": average.applied}
+    metrics = Metrics(base, dataset, drift_prompts, **contexts, modules=[lora], held_out=held_out)
     trigger = list(dict.fromkeys([*subjects.triggers, *config.train_words]))
     samples = samples_of(config, base, lora, subjects, dataset, trigger, run, average)
     learned = trained_adapter_of(config, base, lora, words, dataset, samples, trigger, average)
@@ -323,13 +326,15 @@ def check_words(config: Config) -> None:
         raise ConfigError(f"--words-first {config.words_first}: wanted 0, or fewer than the {config.steps} steps.")
 
 
-def resolve(config: Config, base: Base, samples: int, processes: int, *, kinds: int) -> tuple[Config, list[str]]:
+def resolve(
+    config: Config, base: Base, examples: ExampleSet, processes: int, *, kinds: int
+) -> tuple[Config, list[str]]:
     """The config with every unset field filled, and the names that the base's family filled.
 
     kinds: of samples, of which each has its share of a step: what is learned, pictures of a class, the prior's prompts.
     """
     share = {"batch": max(1, base.defaults.batch // kinds)} if kinds > 1 else {}
-    config, filled = config_defaults.resolve(config, base, samples, processes, **share)
+    config, filled = config_defaults.resolve(config, base, examples, processes, **share)
     if config.crossed_share and not config.resume:
         from sfumato.training.crossed import first_timestep
 

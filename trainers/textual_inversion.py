@@ -102,15 +102,17 @@ def train(config: Config) -> Path:
     from sfumato.training.noising import draw_noised, per_sample_losses
     from sfumato.training.sampling import drawing_of
     from sfumato.training.templates import TEMPLATES, put_into
+    from sfumato.training.validation import prepare_validation
     from sfumato.words import embedding
     from sfumato.words.placeholders import embedding_files, truncation_notes, warnings_of
 
     check(config)
     processes = Processes.join(config.device)
     examples = read_examples(config)
+    learned = examples.in_group("instance")
     precision = config.decide_precision(processes, config.optimizer)
     base = config.load_base(precision)
-    config, filled = resolve(config, base, examples.samples, processes.count)
+    config, filled = resolve(config, base, examples, processes.count)
     words = embedding.new_words(
         base,
         config.placeholder,
@@ -121,7 +123,7 @@ def train(config: Config) -> Path:
     )
     templates = TEMPLATES[config.templates]
     asked, own = config.asked_samples()
-    prompts = asked or default_prompts(examples, config.placeholder)
+    prompts = asked or default_prompts(learned, config.placeholder)
     words.check([*prompts, *(t.format(e.caption) for t in templates for e in examples)])
     paths = embedding_files(config.output, config.name, config.placeholder, alone=True)
     names = [*(["adapters"] if config.save_every else []), *(path.name for path in paths.values())]
@@ -136,9 +138,10 @@ def train(config: Config) -> Path:
     global_batch, starts = processes.micro_batch_starts(config.batch, config.accumulate)
     draws = (config.seed, config.steps, global_batch)
     dataset = config.prepare(
-        examples, base, embed_text=False, will_draw=draws, together=config.batch, processes=processes
+        learned, base, embed_text=False, will_draw=draws, together=config.batch, processes=processes
     )
-    run.say(*dataset.notes)
+    held_out = prepare_validation(config, base, examples, processes)
+    run.say(*dict.fromkeys(note for each in (dataset, held_out) if each for note in each.notes))
     base.lazy_weights.load_only("unet", "text")  # the VAE has given its latents; it rests until something is drawn
     run.identify(data=dataset, base=base.fingerprint())
     pictures = pluralize(len(dataset), "picture")
@@ -153,7 +156,7 @@ def train(config: Config) -> Path:
     average = Ema(parameters, config.ema)
     run.keep(words=words, optimizer=optimizer, scaler=scaler, average=average)
     # No drift: nothing that draws other prompts changes.
-    metrics = Metrics(base, dataset, {}, within=average.applied)
+    metrics = Metrics(base, dataset, {}, within=average.applied, held_out=held_out)
     draw = drawing_of(base, resolution=config.resolution, own=own)
     samples = Samples(run, prompts, config.seed, draw, within=average.applied)
     run.every(config.measure_every, lambda step: run.log(step=step, **metrics.values()))
@@ -249,7 +252,7 @@ def read_examples(config: Config) -> ExampleSet:
         )
     examples = dataclasses.replace(examples, notes=(*examples.notes, *filter(None, notes)))
     examples = insert_placeholders(examples, config.placeholder, config.stands_for)
-    checks.refuse_dropped_words(config, examples, config.placeholder)
+    checks.refuse_dropped_words(config, examples.in_group("instance"), config.placeholder)
     return examples
 
 
@@ -274,11 +277,11 @@ def unread_captions(sources: Sequence[Source], placeholder: str) -> str:
     )
 
 
-def resolve(config: Config, base: Base, samples: int, processes: int) -> tuple[Config, list[str]]:
+def resolve(config: Config, base: Base, examples: ExampleSet, processes: int) -> tuple[Config, list[str]]:
     """The config with every unset field filled, and the names that the base's family or the method filled."""
     name = base.family.name
     defaults = {"vectors": DEFAULT_VECTORS, "learning_rate": DEFAULT_LEARNING_RATES[name], **DEFAULTS[name]}
-    config, filled = config_defaults.resolve(config, base, samples, processes, **defaults)
+    config, filled = config_defaults.resolve(config, base, examples, processes, **defaults)
     templates = config.templates or ("object" if caption_is_placeholder(config) and name != "pocket" else "none")
     return dataclasses.replace(config, templates=templates), filled
 

@@ -124,14 +124,19 @@ def test_what_a_concept_leaves_unsaid_is_as_onetrainer_has_it(home):
 
 
 def test_what_is_not_trained_is_left_out_and_said(home):
-    off, old = {"path": "x", "name": "off", "enabled": False}, {"path": "y", "validation_concept": True}
-    sources, notes = converted(home, off, old, {"path": "z", "type": "VALIDATION"}, {"path": "dogs", **PLAIN})
+    sources, notes = converted(home, {"path": "x", "name": "off", "enabled": False}, {"path": "dogs", **PLAIN})
     assert sources == [{"path": "dogs"}]
-    assert [note.partition(",")[0] for note in notes] == [
-        "off: is not enabled",
-        "y: is for validation",
-        "z: is for validation",
-    ]
+    assert [note.partition(",")[0] for note in notes] == ["off: is not enabled"]
+
+
+@pytest.mark.parametrize("kind", [{"validation_concept": True}, {"type": "VALIDATION"}])
+def test_a_concept_for_validation_is_held_out_once_whatever_its_balance(kind, home):
+    sources, notes = converted(
+        home, {"path": "others", "balancing": 0.25, **kind, **PLAIN}, {"path": "dogs", "balancing": 2, **PLAIN}
+    )
+    assert sources == [{"path": "others", "validation": True}, {"path": "dogs", "repeats": 2}]
+    assert notes == []
+    assert [each.group for each in read_folder(home / "dataset.toml")] == ["validation", "validation", "instance"]
 
 
 def test_repeats_and_samples_keep_their_proportions(home):

@@ -216,6 +216,15 @@ def test_captions_of_several_lines_are_named(home):
     assert converted(home, {**NAMED, "disable_multiline_split": True})[1] == []
 
 
+def test_a_set_for_evaluation_is_held_out(home):
+    sources, _ = converted(home, NAMED, {**NAMED, "id": "x", "instance_data_dir": "others", "dataset_type": "eval"})
+    assert [(source["path"], source.get("validation")) for source in sources] == [
+        ("dogs", None),
+        ("dogs/more", None),
+        ("others", True),
+    ]
+
+
 @pytest.mark.parametrize(
     ("own", "note"),
     [
@@ -224,7 +233,6 @@ def test_captions_of_several_lines_are_named(home):
         ({"probability": 0}, "x: probability = 0"),
         ({"dataset_type": "conditioning", "conditioning_type": "mask"}, "x: holds masks; move them as PNG to masks/"),
         ({"dataset_type": "conditioning"}, "x: is for conditioning by controlnet"),
-        ({"dataset_type": "eval"}, "x: is for evaluation"),
         ({"dataset_type": "video"}, "x: dataset_type = video: pictures only"),
         ({"type": "huggingface", "dataset_name": "a/b"}, "x: type = huggingface: its pictures are in no folder"),
         (

@@ -6,6 +6,7 @@ import pytest
 from sfumato.trainers import dreambooth, lora, textual_inversion
 
 from sfumato.bases.loading import base_skeleton
+from sfumato.data import ExampleSet
 from sfumato.training import config_defaults
 from tests.tiny import CPU
 
@@ -13,7 +14,7 @@ from tests.tiny import CPU
 def filled(trainer, **settings):
     base = base_skeleton("pocket", precision=CPU)
     config = trainer.Config(images=Path("pictures"), output=Path("run"), **settings)
-    return config_defaults.resolve(config, base, 4, 1, learning_rate=1e-4)[0]
+    return config_defaults.resolve(config, base, ExampleSet(()), 1, learning_rate=1e-4)[0]
 
 
 def test_lion_takes_smaller_steps_unless_told_otherwise():

@@ -130,9 +130,11 @@ class Dataset:
         return self._by_size([(index, variant) for index, own in enumerate(turns) for variant in own], pixels)
 
     def middles(self, count: int, pixels: int) -> Iterator[Batch]:
-        """So many of the pictures, drawn by lot and always the same, each cut in its middle; else as `views`."""
-        lot = randomness.permutation(len(self), 0, "middles")[:count]
-        return self._by_size([(index, self._middle(self._items[index])) for index in lot], pixels)
+        """So many of the pictures, drawn by lot and always the same, in turns if there are fewer; each cut in its
+        middle, else as `views`."""
+        lot = randomness.permutation(len(self), 0, "middles")
+        indices = [lot[place % len(lot)] for place in range(count)]
+        return self._by_size([(index, self._middle(self._items[index])) for index in indices], pixels)
 
     def _by_size(self, views: Sequence[tuple[int, int]], pixels: int) -> Iterator[Batch]:
         """Batches of these (picture, variant), each of one size."""

@@ -27,7 +27,7 @@ from sfumato.errors import DataError
 from sfumato.limits import more_tokens
 from sfumato.numerals import pluralize, shortened
 
-Group = Literal["instance", "class"]
+Group = Literal["instance", "class", "validation"]
 PLACEHOLDER = "[trigger]"
 """What ai-toolkit writes in captions where the trigger is to be."""
 
@@ -37,9 +37,10 @@ class Example:
     """One picture to learn from.
 
     repeats: how often an epoch holds it. mask: a picture, white where it is to be learned. alpha_mask: learn where
-    it is opaque. group: "class" for pictures of the class that a subject belongs to (prior preservation). checksums:
-    sha256 of the picture and its mask, in hex, that their files must have; "" for any. template, trigger: what the
-    caption was made with, None for nothing.
+    it is opaque. group: "class" for pictures of the class that a subject belongs to (prior preservation),
+    "validation" for those on which the loss is measured and that are not learned. checksums: sha256 of the picture and
+    its mask, in hex, that their files must have; "" for any. template, trigger: what the caption was made with, None
+    for nothing.
     """
 
     path: Path
@@ -175,8 +176,11 @@ def no_masks(path: Path) -> DataError:
 
 
 def no_subject(path: Path) -> DataError:
-    """What to say of pictures of a class alone."""
-    return DataError(f"{path}: has pictures of a class only. Name a source without class = true.")
+    """What to say of pictures of which none is to be learned."""
+    return DataError(
+        f"{path}: has no pictures to learn, but of a class or for validation only. Name a source without class = true "
+        "and validation = true."
+    )
 
 
 def bad_headers(pictures: Sequence[ListedPicture]) -> dict[Path, str]:

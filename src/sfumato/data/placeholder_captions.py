@@ -65,9 +65,10 @@ def _check_stands_for(stands_for: Sequence[str], captions: Sequence[str]) -> Non
 def _check_captions(examples: Sequence[Example], placeholders: Sequence[str]) -> None:
     """Raises DataError for captions that hold no placeholder, for one that is in none, and for one of the class that
     holds any."""
-    ours = [e for e in examples if e.group == "instance"]
+    ours = [e for e in examples if e.group != "class"]
+    learned = [e for e in ours if e.group == "instance"]
     without = [e.caption for e in ours if not any(holds(token, e.caption) for token in placeholders)]
-    unused = [token for token in placeholders if not any(holds(token, e.caption) for e in ours)]
+    unused = [token for token in placeholders if not any(holds(token, e.caption) for e in learned)]
     if without:
         raise DataError(
             f"{len(without)} of {len(ours)} captions hold no placeholder, first {without[0]!r}. Write it there, "

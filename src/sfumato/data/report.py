@@ -79,13 +79,13 @@ class Report:
 
     @property
     def folders(self) -> list[str]:
-        """What each folder gives: its pictures, how often an epoch holds them, whether they are of the class."""
+        """What each folder gives: its pictures, how often an epoch holds them, whether they are learned."""
         counts = Counter((example.path.parent, example.repeats, example.group) for example in self.examples)
         names = labels_of([folder for folder, _, _ in counts])
         return [
             f"{name}: {pluralize(count, 'picture')}"
             + (f" x {repeats}" if repeats > 1 else "")
-            + (" of the class" * (of == "class"))
+            + {"class": " of the class", "validation": " for validation"}.get(of, "")
             for name, ((_, repeats, of), count) in zip(names, counts.items(), strict=True)
         ]
 

@@ -30,6 +30,7 @@ _KEYS: Mapping[str, type | tuple[type, ...]] = {
     "path": str,
     "repeats": int,
     "class": bool,
+    "validation": bool,
     "caption": str,
     "trigger": str,
     "words": str,
@@ -193,6 +194,8 @@ def source_of(values: Mapping[str, Any], home: Path, where: str) -> Source:
         raise ConfigError(f"{where}repeats is {values['repeats']}; it must be 1 to 99,999.")
     if values.get("mask", "none") not in get_args(MaskSource):
         raise ConfigError(f"{where}mask is {values['mask']!r}; wanted one of {', '.join(get_args(MaskSource))}.")
+    if values.get("class") and values.get("validation"):
+        raise ConfigError(f"{where}class and validation are both true; what is held out is the subject's. Give one.")
     options = Options(**{key: values[key] for key in _OPTION_KEYS if key in values})
     options.check(where)
     template, trigger = values.get("caption"), values.get("trigger")
@@ -204,7 +207,7 @@ def source_of(values: Mapping[str, Any], home: Path, where: str) -> Source:
     return Source(
         home / at_home(values["path"]),
         repeats=values.get("repeats", 1),
-        group="class" if values.get("class") else "instance",
+        group="class" if values.get("class") else "validation" if values.get("validation") else "instance",
         template=template,
         trigger=trigger,
         words=values.get("words", ""),

@@ -45,6 +45,7 @@ _RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
         "be a positive number",
     ),
     (("caption_dropout", "tag_dropout", "crossed_share", "pyramid_noise"), lambda value: 0 <= value <= 1, "be 0 to 1"),
+    (("validation_split",), lambda value: 0 <= value <= 0.5, "be 0 to 0.5"),
     (("dropout", "ema"), lambda value: 0 <= value < 1, "be at least 0 and below 1"),
     (_NOT_NEGATIVE, lambda value: 0 <= value < math.inf, "not be negative"),
 )

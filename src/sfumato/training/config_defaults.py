@@ -13,6 +13,7 @@ from sfumato.training.options import TrainerOptions
 
 if TYPE_CHECKING:
     from sfumato.bases import Base
+    from sfumato.data import ExampleSet
 
 LION_RATE_DIVISOR = 4
 """How many times smaller a rate is for Lion than for AdamW: 3 to 10, say Chen et al. 2023, section 5, since each of its
@@ -21,11 +22,11 @@ AnyTrainer = TypeVar("AnyTrainer", bound=TrainerOptions)
 
 
 def resolve(
-    config: AnyTrainer, base: Base, samples: int, processes: int, **defaults: Any
+    config: AnyTrainer, base: Base, examples: ExampleSet, processes: int, **defaults: Any
 ) -> tuple[AnyTrainer, list[str]]:
     """The config with its unset fields filled, and the names that the base's family or the method filled.
 
-    samples: pictures an epoch, repeats included. defaults: the method's own for this family; they come before the
+    examples: those of the subject make an epoch. defaults: the method's own for this family; they come before the
     family's. Fields that a trainer lacks are passed over.
     """
     known = dataclasses.asdict(base.defaults) | {name: value for name, value in defaults.items() if value is not None}
@@ -36,6 +37,7 @@ def resolve(
         known["learning_rate"] /= LION_RATE_DIVISOR
     if config.epochs is not None:
         batch = (config.batch or known["batch"]) * config.accumulate * processes
+        samples = examples.in_group("instance").samples
         config = dataclasses.replace(config, steps=max(1, math.ceil(config.epochs * samples / batch)), epochs=None)
     config, filled = fill(config, known)
     config.noising(base)
@@ -45,9 +47,10 @@ def resolve(
             f"--warmup {config.warmup} is longer than the {config.steps} steps of the run; make it shorter."
         )
     quarter = max(1, -(-config.steps // 4))
+    often = -(-config.steps // 10) if examples.in_group("validation") else quarter
     values: dict[str, Any] = {"name": config.name or config.output.resolve().name}
-    for name in ("sample_every", "measure_every", "checkpoint_every"):
-        values[name] = quarter if getattr(config, name) is None else getattr(config, name)
+    for name, unset in (("sample_every", quarter), ("measure_every", often), ("checkpoint_every", quarter)):
+        values[name] = unset if getattr(config, name) is None else getattr(config, name)
     if getattr(config, "train_text_encoder", False):
         assert config.learning_rate is not None
         # Whole weights take small steps as it is: sd-scripts' guides have a half to a fifth of the U-Net's for them.

@@ -1,6 +1,7 @@
 """Figures of a training that are the same whenever they are measured.
 
 Fit: the loss on fixed pictures, noise and timesteps; it falls while the training loss only jitters.
+Validation: the same on pictures that are not learned from; where it rises, what is learned is the pictures themselves.
 Drift: how far the base's prediction on prompts that have nothing to do with the pictures has moved, as a share of its
 size; it says what the learning costs. Neither depends on the run's seed.
 """
@@ -12,7 +13,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -29,11 +30,16 @@ if TYPE_CHECKING:
 
 _SEED = 0
 _MOST = 16
+_VALIDATIONS = 32
+"""Samples of the pictures held out: a few pictures at a few timesteps each would tell little."""
 _DRIFTS = ("class_drift", "drift")
+_Noised: TypeAlias = "tuple[Batch, Tensor, Tensor]"
+"""Pictures, noise and timesteps."""
 
 
 class Metrics:
-    """Fit and drift of what is trained on one base, on at most 16 pictures.
+    """Fit, validation and drift of what is trained on one base: on at most 16 pictures, and on 32 samples of those held
+    out, if there are any.
 
     watched: prompts for each drift, by the figure's name; what the base says of them is computed at once. pristine: a
     context in which the base predicts as it did before the training; none is needed where nothing has been trained yet.
@@ -50,18 +56,12 @@ class Metrics:
         pristine: Callable[[], AbstractContextManager[object]] = nullcontext,
         within: Callable[[], AbstractContextManager[object]] = nullcontext,
         modules: Sequence[nn.Module] = (),
+        held_out: Dataset | None = None,
     ):
         self._base, self._modules, self._within = base, list(modules), within
         count = min(_MOST, len(data))
-        # No more at once than are drawn at once: a training that fits does so with few pictures a step.
-        self._batches = list(data.middles(count, LATENTS_AT_ONCE * base.vae_factor**2))
-        sizes = [len(batch) for batch in self._batches]
-        places = torch.split(torch.arange(count), sizes)
-        self._noise = [_noise(batch, at) for batch, at in zip(self._batches, places, strict=True)]
-        # By lot, so that no size of picture has the noisy timesteps to itself.
-        order = torch.tensor(randomness.permutation(count, _SEED, "measure"))
-        timesteps = ((order + 0.5) / count * len(base.alpha_bar)).long().to(self._batches[0].latents.device)
-        self._timesteps = torch.split(timesteps, sizes)
+        self._learned = _noised(base, data, count)
+        self._held_out = None if held_out is None else _noised(base, held_out, _VALIDATIONS)
         self._watched = {name: [prompts[i % len(prompts)] for i in range(count)] for name, prompts in watched.items()}
         with pristine():
             self._before = {name: self._predict(prompts) for name, prompts in self._watched.items()}
@@ -70,14 +70,18 @@ class Metrics:
         """All figures, by name."""
         with self._within(), self._base.lazy_weights.restored_after():
             self._base.lazy_weights.load("text")  # once for all figures, where it rests
-            return {"fit": self.fit(), **{name: self.drift(name) for name in self._watched}}
+            validation = {} if self._held_out is None else {"validation": self._loss(self._held_out)}
+            return {"fit": self.fit(), **validation, **{name: self.drift(name) for name in self._watched}}
 
-    @torch.no_grad()
     def fit(self) -> float:
         """Mean squared error of the prediction, no weights."""
+        return self._loss(self._learned)
+
+    @torch.no_grad()
+    def _loss(self, samples: Sequence[_Noised]) -> float:
         errors = []
         with evaluating(self._modules), self._base.lazy_weights.restored_after():
-            for batch, noise, timesteps in zip(self._batches, self._noise, self._timesteps, strict=True):
+            for batch, noise, timesteps in samples:
                 plain = dataclasses.replace(batch, mask=None, weights=torch.ones_like(batch.weights))
                 with warnings.catch_warnings():  # what is cut from a caption was said before training
                     warnings.filterwarnings("ignore", message="prompt of")
@@ -94,10 +98,23 @@ class Metrics:
     def _predict(self, prompts: list[str]) -> Tensor:
         left, predictions = iter(prompts), []
         with evaluating(self._modules), self._base.lazy_weights.restored_after():
-            for batch, noise, timesteps in zip(self._batches, self._noise, self._timesteps, strict=True):
+            for batch, noise, timesteps in self._learned:
                 text = self._base.encode_text([*islice(left, len(batch))])
                 predictions.append(predict(self._base, batch, noise, timesteps, text))
         return torch.cat([each.flatten() for each in predictions])  # which may be of several sizes
+
+
+def _noised(base: Base, data: Dataset, count: int) -> list[_Noised]:
+    """So many samples of the pictures, at timesteps from all of the base's."""
+    # No more at once than are drawn at once: a training that fits does so with few pictures a step.
+    batches = list(data.middles(count, LATENTS_AT_ONCE * base.vae_factor**2))
+    sizes = [len(batch) for batch in batches]
+    places = torch.split(torch.arange(count), sizes)
+    noise = [_noise(batch, at) for batch, at in zip(batches, places, strict=True)]
+    # By lot, so that no size of picture has the noisy timesteps to itself.
+    order = torch.tensor(randomness.permutation(count, _SEED, "measure"))
+    timesteps = ((order + 0.5) / count * len(base.alpha_bar)).long().to(batches[0].latents.device)
+    return list(zip(batches, noise, torch.split(timesteps, sizes), strict=True))
 
 
 def _noise(batch: Batch, places: Tensor) -> Tensor:

@@ -58,6 +58,10 @@ class DataOptions:
     """Folder that keeps latents and text embeddings, by content, for other runs. Unset: they stay in memory."""
     mask: MaskSource = "none"
     """Learn only part of each picture: where it is opaque (alpha), or where NAME.mask.png is white (files)."""
+    validation_split: float = 0.0
+    """Share of the pictures, 0 to 0.5, that is held out: not learned from, but for measuring the loss on what is new
+    (`validation` in log and plot). A dataset.toml may name sources with `validation = true` instead. A few pictures are
+    better all learned."""
     skip_bad: bool = False
     """Leave out pictures that cannot be read, instead of stopping."""
 
@@ -75,16 +79,23 @@ class DataOptions:
             words=" ".join(words),
             of_class=of_class,
         )
-        self.check_examples(examples)
-        return examples
+        return self.checked(examples)
 
-    def check_examples(self, examples: "ExampleSet") -> None:
-        """Raises DataError for pictures of a class alone, ConfigError for --keep-tags where no caption varies, and for
-        a run that would lie among its pictures."""
+    def checked(self, examples: "ExampleSet") -> "ExampleSet":
+        """The examples with those held out that --validation-split asks for.
+
+        Raises DataError where there are none to learn, ConfigError for --keep-tags where no caption varies, and for a
+        run that would lie among its pictures.
+        """
         from sfumato.data.folder import no_subject
+        from sfumato.data.validation import hold_out
 
         if not examples.in_group("instance"):
             raise no_subject(self.images)
+        self._check_folder(examples)
+        return hold_out(examples, self.validation_split)
+
+    def _check_folder(self, examples: "ExampleSet") -> None:
         if getattr(self, "resume", False):
             return
         varies = self.shuffle_tags or self.tag_dropout or any(each.options.varies_caption for each in examples)
@@ -292,7 +303,8 @@ class RunOptions(FolderOptions):
     sample_every: int | None = None
     """Steps between sample pictures, besides those at both ends; 0 draws none. Unset: a quarter of the run."""
     measure_every: int | None = None
-    """Steps between measurements of fit and drift; 0 makes none. Unset: a quarter of the run."""
+    """Steps between measurements of fit, validation and drift; 0 makes none. Unset: a quarter of the run, with pictures
+    held out a tenth."""
     push_to_hub: str | None = None
     """Upload what is learned, with its card, to this repository on the Hugging Face hub."""
 

@@ -119,6 +119,6 @@ def read_subject(
 def with_caption(folder: ExampleSet, caption: str) -> ExampleSet:
     """The same pictures of the subject with this caption, whatever theirs were; those of the class as they are."""
     examples = tuple(
-        dataclasses.replace(example, caption=caption) if example.group == "instance" else example for example in folder
+        example if example.group == "class" else dataclasses.replace(example, caption=caption) for example in folder
     )
     return dataclasses.replace(folder, examples=examples)

@@ -21,6 +21,8 @@ _ELSEWHERE = {
     "max_token_length": "--max-tokens",
     "conditioning_data_dir": 'masks go to masks/ in the picture folder, with mask = "files" in its source',
     "cache_info": "headers are always read anew",
+    "validation_split": "--validation-split, of all pictures together",
+    "validation_seed": "which pictures are held out depends on their names",
     "debug_dataset": "sfumato check --sheet",
 }
 _USED = frozenset(

@@ -113,9 +113,6 @@ def _concept(said: Mapping[str, Any], masked: bool | None, folder: Path, notes: 
     kind = own.get("type", "VALIDATION" if own.get("validation_concept") else "STANDARD")
     if kind not in ("STANDARD", "VALIDATION", "PRIOR_PREDICTION"):
         raise ConfigError(f"{name}: type is {kind!r}; wanted STANDARD, VALIDATION or PRIOR_PREDICTION.")
-    if kind == "VALIDATION":
-        notes.append(f"{name}: is for validation, which nothing here does, so it is left out")
-        return
     if not own.get("path"):
         raise ConfigError(f"{name}: has no path, so there is nothing to read; give it one.")
     if kind == "PRIOR_PREDICTION":
@@ -131,6 +128,7 @@ def _concept(said: Mapping[str, Any], masked: bool | None, folder: Path, notes: 
                 path=place,
                 repeats=share,
                 **{"class": kind == "PRIOR_PREDICTION"},
+                validation=kind == "VALIDATION",
                 caption=prompt,
                 **_tags(text, notes),
                 flip=bool(image.get("enable_random_flip")),

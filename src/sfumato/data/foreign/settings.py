@@ -106,7 +106,8 @@ def left_over(own: Mapping[str, Any], used: Container[str], elsewhere: Mapping[s
 
 def non_default(**values: Any) -> dict[str, Any]:
     """The values that are not the defaults of a source, in the order of datasets/README.md."""
-    neutral = {"repeats": 1, "class": False, "words": "", "caption": None, "trigger": None, "caption_suffix": None}
+    neutral: dict[str, Any] = {"repeats": 1, "class": False, "validation": False, "words": "", "caption": None}
+    neutral |= {"trigger": None, "caption_suffix": None}
     neutral |= {"shuffle_tags": False, "keep_tags": 0, "separator": ",", "caption_dropout": 0, "tag_dropout": 0}
     neutral |= {"flip": False, "crop": "center", "mask": "none", "weight": 1}
     return {key: value for key, value in values.items() if key == "path" or value != neutral[key]}
@@ -125,8 +126,9 @@ _MOST_EPOCHS = 10_000
 
 
 def with_whole_repeats(entries: Sources, tool: str, notes: list[str]) -> Sources:
-    """The sources with whole repeats in the proportions of those they have, which may be fractions."""
-    shares = [Fraction(entry.get("repeats", 1)) for entry in entries]
+    """The sources with whole repeats in the proportions of those they have, which may be fractions; those that are held
+    out come once."""
+    shares = [Fraction(1 if entry.get("validation") else entry.get("repeats", 1)) for entry in entries]
     many = lcm(*(share.denominator for share in shares))
     if many > _MOST_EPOCHS:
         least = min(share for share in shares if share)
@@ -136,4 +138,7 @@ def with_whole_repeats(entries: Sources, tool: str, notes: list[str]) -> Sources
         repeats = [int(share * many) for share in shares]
         if many > 1:
             notes.append(f"repeats are whole numbers, so that an epoch here is {many} of {tool}'s")
-    return [non_default(**{**entry, "repeats": count}) for entry, count in zip(entries, repeats, strict=True)]
+    return [
+        non_default(**{**entry, "repeats": 1 if entry.get("validation") else count})
+        for entry, count in zip(entries, repeats, strict=True)
+    ]

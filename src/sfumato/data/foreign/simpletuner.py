@@ -116,6 +116,7 @@ def _backend(said: Mapping[str, Any], folder: Path, notes: list[str]) -> Iterato
                 path=place,
                 repeats=Fraction(repeats + 1, len(prompts)),
                 **{"class": taught},
+                validation=own.get("dataset_type") == "eval",
                 caption=prompt,
                 **varied,
                 crop=_crop(own, notes),
@@ -139,9 +140,7 @@ def _passed_over(own: Mapping[str, Any]) -> str:
         )
     if kind == "conditioning":
         return f"is for conditioning by {own.get('conditioning_type', 'controlnet')}, which no adapter here has"
-    if kind == "eval":
-        return "is for evaluation, which nothing here does, so it is left out"
-    if kind != "image":
+    if kind not in ("image", "eval"):
         return f"dataset_type = {kind}: pictures only, so it is left out"
     if store != "local":
         return f"type = {store}: its pictures are in no folder; download them and name that one in a [[source]]"

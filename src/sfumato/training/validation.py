@@ -1,0 +1,37 @@
+"""The pictures that are held out of a training, and what the loss on them said of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from sfumato.data.listing import some
+from sfumato.data.options import Options
+from sfumato.numerals import pluralize
+
+if TYPE_CHECKING:
+    from sfumato.bases import Base
+    from sfumato.data import Dataset, ExampleSet
+    from sfumato.runs.processes import Processes
+    from sfumato.training.options import TrainerOptions
+
+
+def prepare_validation(
+    config: TrainerOptions, base: Base, examples: ExampleSet, processes: Processes
+) -> Dataset | None:
+    """The pictures that are held out, each as it is: not mirrored, never cut at random, its caption whole; None where
+    there are none. config: resolved."""
+    held_out = examples.in_group("validation")
+    if not held_out:
+        return None
+    plain = Options(flip=False, caption_dropout=0.0, shuffle_tags=False, keep_tags=0, tag_dropout=0.0)
+    as_they_are = []
+    for each in held_out:
+        crop = each.options.crop or config.crop
+        options = dataclasses.replace(plain, crop="center" if crop == "random" else crop)
+        as_they_are.append(dataclasses.replace(each, repeats=1, options=options))
+    chosen = dataclasses.replace(held_out, examples=tuple(as_they_are))
+    dataset = config.prepare(chosen, base, embed_text=False, processes=processes)
+    names = some([each.path.name for each in held_out])
+    dataset.notes.append(f"{pluralize(len(dataset), 'picture is', 'pictures are')} held out for validation: {names}")
+    return dataset
