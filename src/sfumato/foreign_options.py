@@ -76,7 +76,6 @@ OPTIONS: Mapping[str, str] = MappingProxyType(
         "--cache": "cache_latents_to_disk cache_text_encoder_outputs_to_disk",
         "--sample-prompts": "validation_prompt validation_prompts",
         "--sample-every": "sample_every_n_steps sample_every_n_epochs validation_steps validation_epochs sample_after",
-        "--validation-split": "validation_split",
         "--measure-every": "validate_every_n_steps validate_every_n_epochs eval_steps_interval validate_after",
         "--save-every": "save_every_n_steps save_every_n_epochs save_steps",
         "--checkpoint-every": "save_state checkpointing_steps backup_after",

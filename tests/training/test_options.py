@@ -8,6 +8,8 @@ import pytest
 from PIL import Image
 
 from sfumato.bases.family import FAMILIES
+from sfumato.data import ExampleSet
+from sfumato.data.folder import Example
 from sfumato.errors import ConfigError
 from sfumato.runs.options import settled
 from sfumato.training.checks import check_name, check_trainer, only_with
@@ -36,6 +38,7 @@ ALL_GIVEN = replace(
     tag_dropout=0.5,
     cache=Path("cache"),
     mask="alpha",
+    validation_split=0.25,
     skip_bad=True,
     base="tiny",
     precision="bf16",
@@ -49,11 +52,18 @@ ALL_GIVEN = replace(
     zero_terminal_snr=True,
 )
 """Where every option of the pictures and of the base is another than its default."""
+
+
+def pictures_of(count):
+    """So many, of which nobody looks at more."""
+    return ExampleSet(tuple(Example(Path(f"{place}.png"), "a dog") for place in range(count)))
+
+
 BASE = SimpleNamespace(defaults=FAMILIES["sd1"].defaults, alpha_bar=range(1000))
 
 
 def test_what_is_given_wins_over_the_method_and_the_method_over_the_family():
-    config, filled = resolve(replace(CONFIG, batch=3), BASE, 16, 1, batch=7, steps=99)
+    config, filled = resolve(replace(CONFIG, batch=3), BASE, pictures_of(16), 1, batch=7, steps=99)
     assert (config.batch, config.steps, config.rank) == (3, 99, FAMILIES["sd1"].defaults.rank)
     assert "batch" not in filled
     assert {"steps", "rank"} <= set(filled)
@@ -80,7 +90,7 @@ def test_all_captions_may_be_dropped():
 
 def test_a_warm_up_longer_than_the_run_is_refused():
     with pytest.raises(ConfigError, match="--warmup 20 is longer than the 10 steps"):
-        resolve(replace(CONFIG, steps=10, warmup=20), BASE, 16, 1)
+        resolve(replace(CONFIG, steps=10, warmup=20), BASE, pictures_of(16), 1)
 
 
 def test_a_repository_that_the_hub_cannot_have_is_refused_before_the_training():
@@ -96,7 +106,7 @@ def test_steps_of_the_run_are_not_those_of_the_command_line():
 
 def test_epochs_become_steps_of_the_global_batch():
     """10 passes over 24 samples, 2 pictures x 3 accumulated x 2 processes a step: 20 steps."""
-    config, _ = resolve(replace(CONFIG, epochs=10, batch=2, accumulate=3), BASE, 24, 2)
+    config, _ = resolve(replace(CONFIG, epochs=10, batch=2, accumulate=3), BASE, pictures_of(24), 2)
     assert (config.steps, config.epochs) == (20, None)
 
 
@@ -104,18 +114,21 @@ def test_epochs_become_steps_of_the_global_batch():
     ("samples", "batch", "epochs", "steps"), [(10, 4, 1, 3), (5, 2, 1, 3), (10, 4, 2, 5), (3, 8, 1, 1)]
 )
 def test_the_last_step_of_epochs_that_do_not_divide_is_taken(samples, batch, epochs, steps):
-    config, _ = resolve(replace(CONFIG, epochs=epochs, batch=batch), BASE, samples, 1)
+    config, _ = resolve(replace(CONFIG, epochs=epochs, batch=batch), BASE, pictures_of(samples), 1)
     assert config.steps == steps
 
 
 def test_looks_and_checkpoints_come_four_times_unless_told():
-    config, _ = resolve(replace(CONFIG, steps=10, sample_every=0), BASE, 16, 1)
+    config, _ = resolve(replace(CONFIG, steps=10, sample_every=0), BASE, pictures_of(16), 1)
     assert (config.sample_every, config.measure_every, config.checkpoint_every) == (0, 3, 3)
 
 
 def test_prodigys_rate_is_a_factor_of_one():
-    assert resolve(replace(CONFIG, optimizer="prodigy"), BASE, 16, 1)[0].learning_rate == 1.0
-    assert resolve(replace(CONFIG, optimizer="prodigy", learning_rate=0.5), BASE, 16, 1)[0].learning_rate == 0.5
+    assert resolve(replace(CONFIG, optimizer="prodigy"), BASE, pictures_of(16), 1)[0].learning_rate == 1.0
+    assert (
+        resolve(replace(CONFIG, optimizer="prodigy", learning_rate=0.5), BASE, pictures_of(16), 1)[0].learning_rate
+        == 0.5
+    )
 
 
 def test_an_adapter_asks_for_the_steps_that_were_given_or_learned_where_these_are_not_all():
@@ -245,9 +258,11 @@ def test_every_option_has_another_value_than_its_default():
 
 
 def test_every_option_of_the_pictures_reaches_what_reads_them(recorded):
-    pictures = SimpleNamespace(in_group=lambda group: [group])
+    pictures = pictures_of(4)
     given = recorded("sfumato.data.read_folder", pictures)
-    assert replace(ALL_GIVEN, resume=True).read_examples(["<x>", "<y>"], of_class=False) is pictures
+    read = replace(ALL_GIVEN, resume=True).read_examples(["<x>", "<y>"], of_class=False)
+    assert len(read) == 4
+    assert len(read.in_group("validation")) == 1
     assert given == {
         "first": (Path("pictures"),),
         "caption_template": "{caption}, {trigger}",
