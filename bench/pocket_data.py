@@ -24,7 +24,7 @@ from PIL import Image
 from bench.real import BASE_CONCEPTS
 from sfumato import cli
 from sfumato.config import parse
-from sfumato.errors import DataError
+from sfumato.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)
@@ -170,12 +170,16 @@ def build(config: Config) -> Path:
 
     The manifest lists styles, concepts with their groups, withheld cells, sources, and one sha256 a picture. The words,
     from the icons' names, are what the tokenizer is learned from besides captions.
-    Raises DataError for a concept that a set lacks.
+    Pictures that the folder's manifest listed before and that are none of these any more are removed.
+    Raises DataError for a concept that a set lacks, ConfigError for a size of nothing.
     """
+    if config.size_px < 1:
+        raise ConfigError(f"--size-px is {config.size_px}; it must be at least 1.")
     groups: dict[str, str] = json.loads(BASE_CONCEPTS.read_text(encoding="utf-8"))
     names = {concept: concept.replace(" ", "-") for concept in groups}
     withheld = withheld_cells(list(groups), list(SOURCES), config.seed)
     sets = {style: fetch(source, config.packages or config.out / "npm") for style, source in SOURCES.items()}
+    old = _listed(config.out)
     hashes: dict[str, str] = {}
     hidden: set[str] = set()
     for style, icons in sets.items():
@@ -190,6 +194,8 @@ def build(config: Config) -> Path:
                 hidden.add(hashes[f"{style}/{name}.png"])
     if config.others:
         hashes |= _others(config, sets, names, hidden)
+    for name in old - hashes.keys():  # the trainer reads the folder
+        (config.out / name).unlink(missing_ok=True)
     (config.out / "words.txt").write_text("\n".join(words(sets)) + "\n", encoding="utf-8")
     manifest = {
         "styles": list(SOURCES),
@@ -202,6 +208,15 @@ def build(config: Config) -> Path:
     }
     (config.out / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     return config.out
+
+
+def _listed(folder: Path) -> set[str]:
+    """The pictures of a folder that was built before."""
+    path = folder / "manifest.json"
+    if not path.exists():
+        return set()
+    found = json.loads(path.read_text(encoding="utf-8"))["sha256"]
+    return {name for name in found if Path(name).suffix == ".png" and ".." not in Path(name).parts}
 
 
 def words(sets: Mapping[str, Mapping[str, Any]]) -> list[str]:

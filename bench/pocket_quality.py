@@ -27,11 +27,11 @@ from bench.judge import Judge, Verdict, cached_judge, look
 from bench.judge_pictures import Pictures, read_others, read_pictures, withheld_cells
 from bench.real import print_report
 from bench.style_runs import to_tensor
-from sfumato import cli, randomness
+from sfumato import cli, randomness, shell
 from sfumato.bases import FAMILIES
 from sfumato.bases.loading import POCKET_FOLDER
 from sfumato.data.latents import to_floats
-from sfumato.errors import BaseModelError, ConfigError
+from sfumato.errors import BaseModelError, ConfigError, DataError
 from sfumato.files.atomic import atomic_path
 
 SHEET = (
@@ -123,10 +123,11 @@ def draw_some(pipeline: StableDiffusionPipeline, cells: Sequence[Cell], config: 
 
 
 def settings_of(config: Config) -> str:
-    """A name for what the pictures depend on: the base's weights and the sampler's settings."""
+    """A name for what the pictures depend on: the base's weights and configs, and the sampler's settings."""
     key = hashlib.sha256(json.dumps([config.seed, config.sampler_steps, config.guidance, config.prompt]).encode())
-    for path in sorted(config.base.rglob("*.safetensors")):
-        key.update(path.read_bytes())
+    for path in sorted(config.base.rglob("*")):
+        if path.suffix in (".safetensors", ".json", ".txt"):
+            key.update(path.read_bytes())
     return key.hexdigest()[:16]
 
 
@@ -197,7 +198,8 @@ def judged(pipeline: StableDiffusionPipeline, judge: Judge, pictures: Pictures, 
     }
     report["real"].pop("kid_x1000", None)  # of a set from itself: no figure
     for name in ("style", "concept_top1"):
-        report[f"{name}_of_real"] = round(report["drawn"][name] / report["real"][name], 4)
+        if report["real"][name]:
+            report[f"{name}_of_real"] = round(report["drawn"][name] / report["real"][name], 4)
     return report
 
 
@@ -223,6 +225,11 @@ def draw_sheet(pipeline: StableDiffusionPipeline, pictures: Pictures, config: Co
     for style in pictures.styles:
         row = pictures.cells([(concept, style) for concept in chosen])
         drawn = ((draw(pipeline, row.names(), config) + 1) * 127.5).round().byte()
+        if drawn.shape[1:] != row.pixels.shape[1:]:
+            raise DataError(
+                f"--sheet: the base draws {drawn.shape[-1]} px, the pictures are {row.pixels.shape[-1]}; build them so "
+                "with python -m bench.pocket_data --size-px."
+            )
         rows += [torch.cat(list(drawn), 2), torch.cat(list(row.pixels), 2)]
     with atomic_path(path) as temporary:
         Image.fromarray(torch.cat(rows, 1).permute(1, 2, 0).numpy()).save(temporary, optimize=True)
@@ -230,6 +237,9 @@ def draw_sheet(pipeline: StableDiffusionPipeline, pictures: Pictures, config: Co
 
 def measure(config: Config) -> dict[str, Any]:
     """The whole report."""
+    for name in ("judge_steps", "pictures_per_cell", "sampler_steps", "batch"):
+        if getattr(config, name) < 1:
+            raise ConfigError(f"{shell.option(name)} is {getattr(config, name)}; it must be at least 1.")
     if not all(place in config.prompt for place in ("{concept}", "{style}")):
         raise ConfigError(f"--prompt {config.prompt!r}: wanted {{concept}} and {{style}} in it.")
     if not (config.base / "model_index.json").is_file():

@@ -266,6 +266,12 @@ def test_no_subject_and_no_withheld_picture_is_among_what_the_base_sees(monkeypa
     assert files == others | {f"{style}/{name}.png" for style in styles for name in names}
     words = (folder / "words.txt").read_text().split()
     assert "zither" in words
+    (folder / "other/flat/own.png").write_bytes(b"somebody's own")
+    pocket_data.build(pocket_data.Config(out=folder, others=False))  # what was built before is learned from no more
+    left = {path.relative_to(folder).as_posix() for path in folder.rglob("*.png")}
+    assert left == files - others | {"other/flat/own.png"}
+    with pytest.raises(ConfigError, match="--size-px is 0; it must be at least 1"):
+        pocket_data.build(pocket_data.Config(out=folder, size_px=0))
     assert not {"otter", "llama"} & {*words}
 
 

@@ -5,8 +5,10 @@ Made for the pocket base, whose pictures `bench/pocket_data.py` builds. Each sta
 
     python trainers/pretrain.py trainers/configs/pocket-vae-cpu.toml
     python trainers/pretrain.py trainers/configs/pocket-unet-cpu.toml
-    python trainers/pretrain.py trainers/configs/pocket-text.toml
+    python trainers/pretrain.py trainers/configs/pocket-text.toml --init runs/pocket-unet/model
     python trainers/pretrain.py trainers/configs/pocket-self-play.toml
+
+docs/pocket.md has the recipe of the shipped weights, which has more parts.
 """
 
 from __future__ import annotations
@@ -71,7 +73,7 @@ class Config(FolderOptions):
     optimizer: Literal["adamw", "muon"] = "adamw"
     """AdamW, or Muon for the inner weights beside AdamW for the rest."""
     weight_decay: float = 0.01
-    """AdamW's weight decay."""
+    """Weight decay of AdamW, and of Muon."""
     clip: float = 1.0
     """Largest norm of the gradient; 0 turns clipping off."""
     ema: float = 0.999
@@ -104,7 +106,8 @@ class Config(FolderOptions):
     plain_style: str | None = None
     """U-Net: the style that a concept's name alone draws. Unset: all styles, which a small model draws as a blend."""
     empty_share: float = 0.1
-    """U-Net, self-play: share of empty captions, for classifier-free guidance."""
+    """U-Net, self-play: share of empty captions, for classifier-free guidance. A picture by another hand, or a varied
+    one, is called that also where the rest of its caption is empty."""
     others_share: float = 0.0
     """U-Net, self-play: share of the pictures that are the sets' other drawings, which teach the styles beyond the
     concepts. Self-play: beside all of the concepts', as far as there are others."""
@@ -129,8 +132,8 @@ class Config(FolderOptions):
     style_together: float | None = None
     """Share that stays of what a prompt's states say of its thing and its style together, beyond each of the two. It is
     a guess where the thing has not been seen in the style; of what has been seen the U-Net knows how it looks by it,
-    too. U-Net, with --no-train-text-encoder: the largest share, each picture's is drawn by lot from 0 on. Unset: all
-    of it, always."""
+    too. U-Net, with --no-train-text-encoder: the largest share, each picture's is drawn by lot from 0 on; of pictures
+    by other hands and of varied ones all stays. Unset: all of it, always."""
     play_guidance: float | None = None
     """Self-play: guidance scale of the own drawings and of the samples, that with which the base is to draw. Unset: the
     base's usual."""
@@ -317,9 +320,10 @@ def train_unet(config: Config, precision: Precision) -> Path:
     """Train the U-Net on cached latents, and the text encoder unless it is to rest; returns the folder of a pipeline,
     averaged weights, fp32."""
     from sfumato import diffusion
-    from sfumato.pocket.captions import read_words
+    from sfumato.data.cache import weights_digest
+    from sfumato.pocket.captions import captions_fingerprint, read_words
     from sfumato.pocket.directions import Things
-    from sfumato.pocket.init_parts import base_fingerprint, learning_parts, read_vae
+    from sfumato.pocket.init_parts import base_fingerprint, learning_parts, read_vae, tokenizer_fingerprint
     from sfumato.pocket.latents import Latents
     from sfumato.pocket.lessons import Lessons
     from sfumato.pocket.outputs import assemble, save_model
@@ -357,7 +361,8 @@ def train_unet(config: Config, precision: Precision) -> Path:
     states_of = caption_states(config, text_encoder, tokenizer, device)
     trained = trained_of(learning, config, device)
     run.keep(**trained.parts())
-    facts = {"data": pictures.fingerprint(), "vae": cache.fingerprint()}
+    facts = {"data": pictures.fingerprint(), "vae": weights_digest([vae])}
+    facts |= {"captions": captions_fingerprint(manifest), "tokenizer": tokenizer_fingerprint(tokenizer)}
     if config.init and (config.init_share or not config.train_text_encoder):
         facts["init"] = base_fingerprint(config.init, config.device)  # no checkpoint holds it
         if not config.train_text_encoder and config.style_together is not None:
@@ -467,6 +472,7 @@ def train_self_play(config: Config, precision: Precision) -> Path:
 
     from sfumato import diffusion, randomness
     from sfumato.bases import FAMILIES
+    from sfumato.data.cache import weights_digest
     from sfumato.pocket.init_parts import base_fingerprint, learning_parts
     from sfumato.pocket.latents import Latents
     from sfumato.pocket.outputs import assemble, save_model
@@ -490,7 +496,7 @@ def train_self_play(config: Config, precision: Precision) -> Path:
     trained = trained_of({"unet": unet}, config, device)
     run.keep(**trained.parts())
     init = base_fingerprint(config.init, config.device)
-    run.identify(data=pictures.fingerprint(), vae=cache.fingerprint(), init=init)
+    run.identify(data=pictures.fingerprint(), vae=weights_digest([vae]), init=init)
 
     captions = [f"{what}, {style} style" for what, style in pictures.names]
     with torch.no_grad():

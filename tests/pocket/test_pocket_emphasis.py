@@ -228,8 +228,17 @@ def test_a_run_goes_on_with_the_base_that_it_began_with(data, pocket_folder, tmp
 
 def test_nothing_added_is_nothing_to_learn(data, pocket_folder, tmp_path):
     run = {"stage": "text", "init": str(pocket_folder), "data": data, "output": tmp_path / "run", **SETTINGS}
-    train(Config(steps=1, **{**run, "fall_at": 0, "warmup": 0}, style_emphasis=0.0, precision="fp32"))
-    assert losses(tmp_path / "run") == [0.0]
+    once = {"fall_at": 0, "warmup": 0, "precision": "fp32", "style_emphasis": 0.0}
+    train(Config(steps=1, **{**run, **once}, style_together=1 - 1e-6))
+    assert losses(tmp_path / "run")[0] < 1e-10
+
+
+def test_without_words_none_are_thrown_together(data):
+    (data / "words.txt").unlink()
+    things = Things.read(data)
+    assert things.words == []
+    drawn = things.draw(200, torch.Generator().manual_seed(0))
+    assert {*drawn} == {*things.concepts, *things.concepts.values(), *things.others}
 
 
 @pytest.mark.parametrize(
@@ -241,6 +250,11 @@ def test_nothing_added_is_nothing_to_learn(data, pocket_folder, tmp_path):
         ({"stage": "text", "init": "pocket", "others_share": 0.1}, "--others-share has no effect without --stage unet"),
         ({"style_emphasis": 0.1}, "--style-emphasis has no effect without --stage text"),
         ({"stage": "text", "init": "pocket", "style_emphasis": -1.0}, "--style-emphasis is -1.0; it must not be neg"),
+        ({"stage": "text", "init": "pocket", "style_emphasis": 0.0}, "so that nothing would be learned; change either"),
+        (
+            {"stage": "text", "init": "pocket", "style_emphasis": 0.0, "style_together": 1.0},
+            "so that nothing would be learned; change either",
+        ),
         ({"style_together": 0.1}, "--style-together has no effect without --no-train-text-encoder or"),
         ({"stage": "unet", "init": "pocket", "style_together": 0.1}, "--style-together has no effect without --no-tra"),
         ({"stage": "text", "init": "pocket", "style_together": 1.5}, "--style-together is 1.5; it must be 0 to 1"),

@@ -43,6 +43,12 @@ def config(tmp_path):
     return Config(base=tmp_path / "base", drawn=tmp_path / "drawn", batch=5)
 
 
+@pytest.mark.parametrize("name", ["judge_steps", "pictures_per_cell", "sampler_steps", "batch"])
+def test_none_of_anything_is_refused(name, config):
+    with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')} is 0; it must be at least 1"):
+        measure(replace(config, **{name: 0}))
+
+
 def test_half_of_the_cells_hold_every_concept_and_every_style(pictures):
     half = every_other_style(pictures)
     assert len(half.pixels) == 6

@@ -258,7 +258,6 @@ def test_a_vae_of_another_factor_goes_on(data, family_folder, tmp_path):
     vae = AutoencoderKL.from_pretrained(made)
     cache = Latents(vae, read_drawings(data), VARIANTS[:1], torch.device("cpu"))
     assert cache.means.shape[-2:] == (8, 8)
-    assert cache.fingerprint() == cache.fingerprint()
 
 
 def test_the_sheet_shows_what_the_base_learns(monkeypatch, tmp_path):
@@ -433,6 +432,44 @@ def test_a_share_of_other_first_weights_is_another_training(stage, part, data, p
     save_file({name: tensor + 0.5 for name, tensor in read_tensors(file).items()}, file, {"format": "pt"})
     with pytest.raises(RunError, match="with other things than these: init "):
         train(Config(init=str(tmp_path / "moved"), resume=True, **settings))
+
+
+def test_an_encoder_at_rest_has_no_divergence_to_learn(data, tmp_path):
+    with pytest.raises(ConfigError, match="--kl has no effect without an encoder that learns"):
+        train(Config(init="pocket", decoder_only=True, kl=0.1, data=data, output=tmp_path / "on"))
+
+
+def test_other_groups_are_another_training(data, pocket_folder, tmp_path):
+    """A group is a caption."""
+    settings = {"steps": 1, "batch": 2, "sample_every": 0, "device": "cpu", "precision": "fp32", "warmup": 0}
+    settings |= {"stage": "unet", "init": str(pocket_folder), "data": data, "output": tmp_path / "on"}
+    train(Config(**settings))
+    manifest = json.loads((data / "manifest.json").read_text())
+    manifest["concepts"]["crab"] = "a lorry"
+    (data / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(RunError, match="with other things than these: captions "):
+        train(Config(resume=True, **settings))
+
+
+def test_another_decoder_is_another_training(data, pocket_folder, tmp_path):
+    """The latents are those of the encoder alone, and what is written holds both."""
+    shutil.copytree(pocket_folder / "vae", tmp_path / "vae")
+    settings = {"steps": 1, "batch": 2, "sample_every": 0, "device": "cpu", "precision": "fp32", "warmup": 0}
+    settings |= {"stage": "unet", "init": str(pocket_folder), "vae": tmp_path / "vae", "data": data}
+    train(Config(output=tmp_path / "on", **settings))
+    file = next((tmp_path / "vae").glob("*.safetensors"))
+    tensors = read_tensors(file)
+    last = next(name for name in tensors if name == "decoder.conv_out.bias")
+    save_file({**tensors, last: tensors[last] + 0.5}, file, {"format": "pt"})
+    with pytest.raises(RunError, match="with other things than these: vae "):
+        train(Config(output=tmp_path / "on", resume=True, **settings))
+
+
+def test_other_drawings_show_nothing_that_is_withheld(data):
+    (data / "other/flat").mkdir(parents=True)
+    shutil.copy(data / "noto/key.png", data / "other/flat/key.png")
+    with pytest.raises(DataError, match=r'key\.png shows what manifest\.json withholds, \["key", "flat"\]'):
+        read_others(data)
 
 
 def test_only_a_vae_with_a_base_has_a_decoder_to_go_on_with(data, tmp_path):

@@ -78,6 +78,7 @@ def test_whether_a_cpu_multiplies_bf16_is_read_from_its_flags(monkeypatch, flags
     monkeypatch.setattr(precision.products, "processor", lambda: f"vendor_id\t: a maker\nflags\t\t: {flags}")
     assert precision.cpu_has_bf16() is has_bf16
     assert precision.multiplies_bf16(torch.device("cpu")) is has_bf16
+    assert not precision.multiplies_bf16(torch.device("mps"))
 
 
 def test_fp32_opens_no_autocast(bare):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,6 +54,12 @@ def all_captions(manifest: Mapping[str, Any], words: Sequence[str]) -> list[str]
     texts = [f"{concept}, {style} style" for concept in concepts for style in styles]
     texts += [f"a {style} style picture of {group}" for group in concepts.values() for style in styles]
     return texts + list(words)
+
+
+def captions_fingerprint(manifest: Mapping[str, Any]) -> str:
+    """Changes with any name of a concept, a group or a style, and with their order."""
+    told = [list(manifest["styles"]), list(manifest["concepts"].items())]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
 def read_words(data: Path) -> list[str]:

@@ -27,6 +27,11 @@ def check(config: Any) -> None:
         _check_unet(config)
     if config.stage == "self-play":
         _check_self_play(config)
+    if config.stage == "text" and not config.style_emphasis and config.style_together in (None, 1):
+        raise ConfigError(
+            "--stage text: --style-emphasis is 0 and all of --style-together stays, so that nothing would be learned; "
+            "change either."
+        )
     _check_sources(config)
 
 
@@ -81,6 +86,8 @@ def _check_effects(config: Any) -> None:
         only_with(config, "--crossed-share", "crossed_from", "crossed_overlap")
     if not config.moved_share:
         only_with(config, "--moved-share", "moved_below")
+    if config.decoder_only:
+        only_with(config, "an encoder that learns", "kl")
     if not config.plain_share:
         only_with(config, "--plain-share", "plain_style")
 

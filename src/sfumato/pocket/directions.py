@@ -34,7 +34,7 @@ _LONGEST = 4
 @dataclass(frozen=True)
 class Things:
     """What is named. withheld: the (concept, style) that are never said. others: names of other drawings. words: those
-    that are thrown together to things that nobody has drawn."""
+    that are thrown together to things that nobody has drawn, if there are any."""
 
     styles: Sequence[str]
     concepts: Mapping[str, str]
@@ -47,7 +47,8 @@ class Things:
         """Those of a folder of pictures, as docs/pocket.md lays it out."""
         manifest = read_manifest(data)
         withheld = frozenset((concept, style) for concept, style in manifest["withheld"])
-        return cls(manifest["styles"], manifest["concepts"], withheld, other_names(data), read_words(data))
+        words = read_words(data) if (data / "words.txt").exists() else []
+        return cls(manifest["styles"], manifest["concepts"], withheld, other_names(data), words)
 
     def fingerprint(self) -> str:
         """Changes with any name."""

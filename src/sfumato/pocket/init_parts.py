@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,11 @@ def learning_parts(init: str, device: str, scheduler: DDIMScheduler) -> tuple[An
 def base_fingerprint(init: str, device: str) -> str:
     """By what a run that goes on knows its base again."""
     return load_base(init, precision=decide("fp32", device=device)).fingerprint()
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Changes with any of the words and with how text is cut into them."""
+    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
 
 
 def _refuse_strangers(base: Base, scheduler: DDIMScheduler, named: str) -> None:

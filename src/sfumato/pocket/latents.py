@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -32,10 +31,6 @@ class Latents:
         self.scale: float = vae.config.scaling_factor
         caches = [encode_all(vae, pictures.varied(variant), device) for variant in variants]
         self.means, self.deviations = (torch.stack(pair) * self.scale for pair in zip(*caches, strict=True))
-
-    def fingerprint(self) -> str:
-        """Changes with the pictures and with the VAE."""
-        return hashlib.sha256(self.means.cpu().contiguous().numpy().data).hexdigest()
 
     def of(self, lesson: Lesson) -> tuple[Tensor, Tensor, Tensor]:
         """Mean and deviation of what the lesson asks for, and the mean of what it shows, (batch, 4, h/4, w/4) fp32."""

@@ -152,9 +152,15 @@ def read_pictures(data: Path) -> Pictures:
 
 
 def read_others(data: Path) -> Pictures:
-    """The sets' other pictures, named as their files are; none where the data was built without them."""
+    """The sets' other pictures, named as their files are; none where the data was built without them. Raises DataError
+    for one that shows what is withheld."""
     paths = _others(data)
-    return _read(paths, [(_shown(path), path.parent.name) for path in paths])
+    names = [(_shown(path), path.parent.name) for path in paths]
+    withheld = {(concept, style) for concept, style in read_manifest(data)["withheld"]}
+    for path, name in zip(paths, names, strict=True):
+        if name in withheld:
+            raise DataError(f"{path} shows what manifest.json withholds, {json.dumps(name)}; take either away.")
+    return _read(paths, names)
 
 
 def other_names(data: Path) -> list[str]:

@@ -309,6 +309,8 @@ def cpu_has_bf16() -> bool:
 
 def multiplies_bf16(device: torch.device) -> bool:
     """Whether bf16 is quicker than fp32 on the device: in hardware, and not emulated, many times as slow."""
+    if device.type == "mps":  # where it was never measured
+        return False
     return cpu_has_bf16() if device.type == "cpu" else _has_bf16(device)
 
 
