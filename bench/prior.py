@@ -80,7 +80,7 @@ def measure(config: Config) -> dict[str, Any]:
             raise ConfigError(f"--{option} is {getattr(config, option)}; it must be at least 1.")
     files = cells_of(config.data, (*config.styles, *config.hands))
     known = known_concepts(files)
-    if len(known) < config.subjects + config.unrelated:
+    if len(known) < config.subjects * (1 + config.unrelated):
         raise DataError(f"{config.data}: {len(known)} concepts have a picture in all of its styles; too few.")
     cells = {cell: file for cell, file in files.items() if cell[0] in known}
     pictures = read_named(cells, known, styles_of(files))
@@ -90,7 +90,8 @@ def measure(config: Config) -> dict[str, Any]:
     workshop = Workshop(config.work, config.base, load_base(config.base, precision=decide("fp32")))
     rows, scores = [], []
     for number, subject in enumerate(order[: config.subjects]):
-        others = order[config.subjects :][: config.unrelated]
+        first = config.subjects + number * config.unrelated  # others for each, so that the base is asked each but once
+        others = order[first : first + config.unrelated]
         right, drawn = one_subject(config, workshop, judge, subject, others, files)
         scores.append(right)
         means = {name: {kind: round(float(t.mean()), 4) for kind, t in r.items()} for name, r in right.items()}

@@ -16,8 +16,8 @@ from sfumato.numerals import pluralize
 def hold_out(examples: ExampleSet, share: float) -> ExampleSet:
     """The set with this share of the subject's pictures, at least one unless it is 0, in the group "validation".
 
-    Which ones depends on the names of their files alone: a picture more moves few of the others, and so does no seed. A
-    picture that several sources name is held out of all. Raises DataError where none would be left to learn from, and
+    Which ones depends on the names of their files alone, so that another picture changes few of them. A picture that
+    several sources name is held out of all. Raises DataError where none would be left to learn from, and
     for a picture that is both learned and held out.
     """
     learned = {realpath(each.path): each.path.name for each in examples if each.group == "instance"}
