@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
+from glob import escape
 from hashlib import sha256
 from os.path import abspath
 from pathlib import Path
@@ -56,7 +57,7 @@ class Config:
     crop: CropMode = "center"
     """How pictures are cropped, as training has it."""
     sheet: Path | None = None
-    """A picture file to draw every crop on; more than 200 go on FILE-2 and so on."""
+    """A picture file to draw every crop on; more than 200 go on FILE-2 and so on. Only an earlier sheet is replaced."""
     json: bool = False
     """Print JSON for other programs."""
     fix: Path | None = None
@@ -123,6 +124,18 @@ def _refuse(config: Config) -> None:
         raise ConfigError(f"--checksums: {config.images} is no folder; write them for each of its folders.")
     if config.sheet and config.sheet.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise ConfigError(f"--sheet {config.sheet}: wanted a file that ends in .png, .jpg or .webp.")
+    if config.sheet:
+        _refuse_others(config.sheet)
+
+
+def _refuse_others(sheet: Path) -> None:
+    """Raise ConfigError for a file that is no such sheet: it may be a picture to learn from."""
+    from sfumato.drawing.pnginfo import read_picture_info
+
+    for path in (sheet, *sorted(sheet.parent.glob(f"{escape(sheet.stem)}-*{escape(sheet.suffix)}"))):
+        numbered = path == sheet or path.stem.removeprefix(f"{sheet.stem}-").isdigit()
+        if numbered and path.exists() and "crops" not in (read_picture_info(path).own or {}):
+            raise ConfigError(f"--sheet {sheet}: {path} exists, and is no sheet of crops; name another file.")
 
 
 def _write_checksums(config: Config) -> Path:
@@ -233,15 +246,13 @@ def _mended_lines(mended: Mended, config: Config) -> list[str]:
 def _sheets(report: Report, file: Path) -> list[Path]:
     """Every crop with its name, its caption and what is wrong, on sheets of 200."""
     from sfumato.drawing.crop_sheet import crop_sheets
-    from sfumato.files.atomic import atomic_path
+    from sfumato.drawing.pnginfo import save_picture
 
     written = []
     captions = [example.caption for example in report.examples]
     for number, sheet in enumerate(crop_sheets(report.looks, report.labels, captions), 1):
         path = file if number == 1 else file.with_name(f"{file.stem}-{number}{file.suffix}")
-        with atomic_path(path) as temporary:
-            sheet.save(temporary)
-        written.append(path)
+        written.append(save_picture(sheet, path, None, {"crops": len(report.examples)}))
     return written
 
 

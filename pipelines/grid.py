@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
+from sfumato import shell
 from sfumato.cli import run
 from sfumato.command_line.axes import CHECKS, PLAIN, Axis, coarse_to_fine, parse_axis
 from sfumato.command_line.base_options import BaseOptions
@@ -19,7 +20,7 @@ from sfumato.command_line.specs import checked_folder, parse_adapters, parse_emb
 from sfumato.command_line.terminal import say
 from sfumato.config import parse, to_dict
 from sfumato.drawing.cells import Cell, Setup, check_drawable, digest_of, filled, prepared
-from sfumato.errors import ConfigError
+from sfumato.errors import ConfigError, DataError
 from sfumato.prompts.syntax import Syntax, checked_syntax
 from sfumato.weighting.adapter import Adapter, Weight, checked_weight, with_unet_scaled
 
@@ -62,11 +63,11 @@ class Config(BaseOptions):
     prompt_syntax: Syntax = "plain"
     """How all prompts are written, as for sfumato generate. With a1111 a | in brackets belongs to the prompt, and one
     outside them separates prompts: prompt=a [red|blue] crab|an owl is two prompts."""
-    seed: int = 0
-    """Where the noise comes from, where no axis says it."""
+    seed: int | None = None
+    """Where the noise comes from, where no axis says it. Unset: 0."""
     output: Annotated[Path, Parameter(alias="-o")] = Path("grid")
     """A folder: grid.png, grid.json, and cells/, all pictures with their settings. Cells that are already there are
-    kept."""
+    kept; the sheet of an earlier plot is replaced."""
     negative: str | None = None
     """What the pictures should not show; what a file asks for if unset, as for sfumato generate."""
     steps: int | None = None
@@ -108,6 +109,10 @@ def plan(config: Config) -> tuple[Axis, Axis, list[Adapter], list[list[Cell]]]:
     rows = [
         [_cell(config, weights, extra, {"x": (x, right), "y": (y, below)}) for right in x.values] for below in y.values
     ]
+    for side, axis in sides:
+        if axis.kind in PLAIN and getattr(config, axis.kind) is not None:
+            option = shell.option(axis.kind)
+            raise ConfigError(f"--{side} varies {axis.kind}, so that {option} has no effect; leave it out.")
     return x, y, adapters, rows
 
 
@@ -119,7 +124,7 @@ def _cell(
 ) -> Cell:
     """The cell at these values of the axes. weights: where no axis says another. extra: adapters of the axes, by side
     and value. at: by side, its axis and the value."""
-    settings = {name: getattr(config, name) for name in PLAIN}
+    settings = {name: getattr(config, name) for name in PLAIN} | {"seed": config.seed or 0}
     if config.prompt_syntax != "plain":  # so that cells that were drawn without the option are known again
         settings["prompt_syntax"] = config.prompt_syntax
     if config.size is not None:
@@ -195,6 +200,7 @@ def _with_method(settings: dict[str, Any], rank: int | None) -> dict[str, Any]:
 def draw_grid(config: Config) -> Path:
     """Draw what is missing; returns the sheet's path."""
     x, y, adapters, rows = plan(config)
+    _refuse_others(config.output)
     embeddings = [parse_embedding(spec) for spec in config.embedding]
 
     from sfumato.drawing.notes import asked_negatives, unguided
@@ -231,6 +237,20 @@ def draw_grid(config: Config) -> Path:
             _write_sheet(config, x, y, rows, paths, there)
             say(f"{sum(path in there for path in paths.values())} of {len(paths)} pictures")
     return config.output / "grid.png"
+
+
+def _refuse_others(folder: Path) -> None:
+    """Raise ConfigError for files in the places of the sheet and of its list that are no plot's."""
+    from sfumato.drawing.pnginfo import read_picture_info
+
+    sheet, listed = folder / "grid.png", folder / "grid.json"
+    try:
+        is_ours = not listed.exists() or {"x", "y", "cells"} <= json.loads(listed.read_bytes()).keys()
+        is_ours = is_ours and (not sheet.exists() or "grid" in (read_picture_info(sheet).own or {}))
+    except (OSError, ValueError, AttributeError, RecursionError, DataError):
+        is_ours = False
+    if not is_ours:
+        raise ConfigError(f"{folder} holds a grid.png or grid.json of something else; name another folder.")
 
 
 def _save(config: Config, setup: Setup, picture: Image, path: Path, cell: Cell, how: Mapping[str, Any]) -> None:

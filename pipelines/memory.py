@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -55,7 +56,7 @@ class Config:
     """Number format of the frozen base. auto: bf16 on a GPU, fp32 on a CPU. On a CPU that multiplies bf16 adapters
     learn in bf16."""
     within: float | None = None
-    """GiB that there are. What takes more is marked."""
+    """GiB that there are. What takes more is marked; in JSON it is listed by its name, by what a plain step takes."""
     json: bool = False
     """Print JSON."""
 
@@ -64,8 +65,8 @@ def check(config: Config) -> None:
     """Refuse numbers that cannot be, before anything is read."""
     for name in ("resolution", "batch", "rank", "conv_rank", "factor", "within"):
         value = getattr(config, name)
-        if value is not None and value <= 0:
-            raise ConfigError(f"{shell.option(name)} {value:g}: must be above 0.")
+        if value is not None and not 0 < value < math.inf:
+            raise ConfigError(f"{shell.option(name)} {value:g}: must be a number above 0.")
     if config.factor is not None and config.algo != "lokr":
         raise ConfigError("--factor has no effect without --algo lokr; leave it out, or give both.")
 
@@ -101,7 +102,7 @@ def main(argv: Sequence[str]) -> int:
 
     precision = forecast_precision(config.precision, config.device)
     base = forecast.shapes_of(config.base, config.device, config.vae, config.prediction_type)
-    side = square_side(base, config.resolution or base.resolution)
+    side = square_side(base, config.resolution or base.resolution)  # refuses what is too small
     rank, computed = config.rank or base.defaults.rank, NAMES[precision.compute]
     kind = Kind.of(config)
     kind.notes(target_layers(base.parts(text=False), "everything"), rank, config.conv_rank)  # refuses what is too wide
@@ -111,7 +112,11 @@ def main(argv: Sequence[str]) -> int:
         about = {"base": base.name, "family": base.family.title, "resolution": side, "batch": config.batch}
         about |= {"algo": config.algo, "dora": config.dora, "factor": config.factor}
         about |= {"rank": rank, "conv_rank": config.conv_rank or rank, "device": config.device, "precision": computed}
-        print(json.dumps(about | {"gib": {name: [round(gib, 2) for gib in row] for name, row in rows}}, indent=2))
+        gib = {name: [round(each, 2) for each in row] for name, row in rows}
+        if config.within is not None:
+            over = [name for name, row in gib.items() if row[0] > config.within]
+            about |= {"within": config.within, "more_than_within": over}
+        print(json.dumps(about | {"gib": gib}, indent=2))
         return 0
     where = "a GPU" if config.device == "gpu" else "a CPU"
     ranks = f"rank {rank}" + (f", {config.conv_rank} of convolutions" if config.conv_rank else "")

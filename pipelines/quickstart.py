@@ -98,6 +98,8 @@ def quickstart(config: Config) -> Path:
 
 def free(folder: Path) -> Path:
     """The folder, or the first of its name with a number that does not exist yet."""
+    if folder.name in ("", ".."):
+        raise ConfigError(f"--output {folder}: wanted a new folder for what is made, such as runs/quickstart.")
     candidates = (folder, *(folder.with_name(f"{folder.name}-{number}") for number in range(2, 1000)))
     for candidate in candidates:
         if not candidate.exists():

@@ -154,6 +154,56 @@ def test_cp_copies_a_program_and_never_over_a_file(tmp_path, capsys):
     assert "not overwritten" in capsys.readouterr().err
 
 
+def test_a_copy_hides_no_module_of_pythons(tmp_path, capsys):
+    """A program beside one called inspect.py would import it for Python's own."""
+    assert cli.main(["cp", "inspect", str(tmp_path / "inspect.py")]) == 2
+    assert "would hide Python's own module inspect" in capsys.readouterr().err
+    assert cli.main(["cp", "inspect", str(tmp_path)]) == 0
+    assert [file.name for file in tmp_path.iterdir()] == ["inspect_file.py"]
+    done = subprocess.run([sys.executable, str(tmp_path / "inspect_file.py"), "--help"], capture_output=True)
+    assert done.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["generate", "crab", "--config"], "--config is empty; wanted a TOML file"),
+        (["generate", "crab", "--config", ""], "--config is empty; wanted a TOML file"),
+        (["generate", "crab", "--config="], "--config is empty; wanted a TOML file"),
+        (["train", "lora", "a.toml", "--config", "b.toml"], "--config b.toml: a.toml is the config already; give one"),
+        (["grid", "--config=a.toml", "--config=b.toml"], "--config b.toml: a.toml is the config already; give one"),
+        (["cp", "lora", ""], "cp lora: the file is empty; wanted a path"),
+        (["quickstart", "--output", "/"], "--output /: wanted a new folder for what is made"),
+        (["quickstart", "--output", "."], "--output .: wanted a new folder for what is made"),
+        (["quickstart", "--output", ".."], "--output ..: wanted a new folder for what is made"),
+        (
+            ["memory", "--base", "sd3"],
+            "Wanted pocket, a diffusers folder, a hub id (owner/name), a .safetensors file, or sd1",
+        ),
+        (["memory", "--within", "nan"], "--within nan: must be a number above 0"),
+        (["memory", "--resolution", "7"], "--resolution 7: this base takes multiples of"),
+        (
+            ["grid", "--x", "seed=1,2", "--y", "prompt=a", "--seed", "5"],
+            "--x varies seed, so that --seed has no effect",
+        ),
+        (["grid", "--x", "seed=1,2", "--y", "prompt=a", "--prompt", "b"], "--y varies prompt, so that --prompt has no"),
+    ],
+)
+def test_what_would_be_taken_for_something_else_is_named(words, said, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("line-style", "teddy-bear", "flamingo"):
+        (tmp_path / "datasets" / folder).mkdir(parents=True)
+    assert cli.main(words) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_options_of_a_resumed_run_are_not_taken_for_its_folder(tmp_path, capsys):
+    (tmp_path / "run.json").write_text('{"program": "lora"}')
+    (tmp_path / "config.toml").write_text('images = "pictures"')
+    assert cli.main(["resume", str(tmp_path), "--output", "elsewhere"]) == 2
+    assert "--resume --output" not in capsys.readouterr().err
+
+
 def test_the_command_of_a_copy_holds_its_name_whole(tmp_path, capsys):
     assert cli.main(["cp", "check", str(tmp_path / "my own.py")]) == 0
     command = capsys.readouterr().out.partition("run it with: ")[2]

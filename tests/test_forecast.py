@@ -149,7 +149,7 @@ def test_the_kind_of_the_adapters_is_told_and_checked(monkeypatch, capsys):
     assert cli.main(["memory", "--factor", "8"]) == 2
     assert "--factor has no effect without --algo lokr" in capsys.readouterr().err
     assert cli.main(["memory", "--algo", "lokr", "--factor", "0"]) == 2
-    assert "--factor 0: must be above 0" in capsys.readouterr().err
+    assert "--factor 0: must be a number above 0" in capsys.readouterr().err
 
 
 def test_the_table_marks_what_does_not_fit(monkeypatch, capsys):
@@ -171,6 +171,11 @@ def test_the_table_as_json(pocket_folder, monkeypatch, capsys):
     assert next(iter(told)) == "textual_inversion"
     assert [len(row) for row in told.values()] == [2, 1, 1, 1]
     assert list(told)[-1] == "drawing samples of a training, 4 at once"
+    least = min(row[0] for row in told.values())
+    assert cli.main(["memory", "--base", str(pocket_folder), "--device", "cpu", "--json", "--within", str(least)]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["more_than_within"] == [name for name, row in told.items() if row[0] > least]
+    assert again["within"] == least
 
 
 @pytest.mark.parametrize(
@@ -188,12 +193,13 @@ def test_a_family_by_its_name_has_its_published_shapes(name, numbers, texts):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--batch", "0"], "--batch 0: must be above 0."),
-        (["--conv-rank", "0"], "--conv-rank 0: must be above 0."),
-        (["--within", "-1"], "--within -1: must be above 0."),
+        (["--batch", "0"], "--batch 0: must be a number above 0."),
+        (["--conv-rank", "0"], "--conv-rank 0: must be a number above 0."),
+        (["--within", "-1"], "--within -1: must be a number above 0."),
         (["--device", "cpu", "--precision", "fp16"], "--precision fp16: is for GPUs."),
         (["--base", "sd1", "--vae", "pocket"], "--vae pocket: --base sd1 names no model"),
-        (["--base", "nowhere"], "nowhere: there is no such folder or file."),
+        (["--base", "nowhere"], "--base nowhere: no model here, and no family."),
+        (["--base", "no/where/at/all"], "no/where/at/all: there is no such folder or file, for a base or a VAE."),
     ],
 )
 def test_wrong_use_is_one_line(words, said, capsys):

@@ -110,8 +110,13 @@ def grid(pocket_folder, tmp_path, monkeypatch):
         down, up = torch.randn(2, 64, generator=generator), torch.randn(64, 2, generator=generator)
         module = LoraModule(down, up, 2.0)
         write_lora(tmp_path / f"{name}.safetensors", {("unet", path): module}, family="pocket")
-    fixed = ["--base", str(pocket_folder), "--steps", "2", "--device", "cpu", "-o", "out"]
-    return lambda *words: cli.main(["grid", *words, *fixed])
+    fixed = ["--base", str(pocket_folder), "--device", "cpu", "-o", "out"]
+
+    def run(*words):
+        steps = [] if any(word.startswith("steps=") for word in words) else ["--steps", "2"]
+        return cli.main(["grid", *words, *fixed, *steps])
+
+    return run
 
 
 @cache
@@ -153,6 +158,18 @@ def test_a_grid_has_each_cell_with_its_settings_and_goes_on_where_it_stopped(gri
     asked = parse(Config, sheet.words[2:], program="grid")
     assert (asked.x, asked.y, asked.lora) == (*axes.values(), ("line.safetensors",))
     assert (asked.seed, asked.steps, asked.base) == (3, 2, pocket_folder.name)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("grid.json", b'{"mine": 1}'), ("grid.json", b"mine"), ("grid.png", b"mine")]
+)
+def test_files_of_something_else_are_not_replaced(name, content, grid, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_bytes(content)
+    assert grid("--x", "seed=1", "--y", "prompt=red") == 2
+    assert "out holds a grid.png or grid.json of something else; name another folder" in capsys.readouterr().err
+    assert [file.name for file in (tmp_path / "out").iterdir()] == [name]
+    assert (tmp_path / "out" / name).read_bytes() == content
 
 
 def test_cells_have_the_size_that_is_asked_for_and_lie_beside_those_of_another(grid, tmp_path):

@@ -21,6 +21,7 @@ from typing import Literal, NoReturn
 import sfumato
 from sfumato import shell
 from sfumato.command_line import threads
+from sfumato.command_line.streams import keep_unbroken
 from sfumato.command_line.terminal import escape_control
 from sfumato.errors import ConfigError, SfumatoError, nearest
 
@@ -110,6 +111,7 @@ def _as_process(program_main: Main) -> int:
     # torch, diffusers and transformers come as half a million objects that stay: looking for garbage among them as
     # often as Python does holds up a command's start.
     gc.set_threshold(10_000, 20, 20)
+    keep_unbroken()
     # A training takes both over for its steps (sfumato.runs.signals).
     for number in _TERMINATIONS:
         if signal.getsignal(number) is signal.SIG_DFL:
@@ -124,6 +126,8 @@ def _as_process(program_main: Main) -> int:
                 signal.signal(number, signal.SIG_DFL)
 
 
+_OUTPUT_CLOSED = 141
+"""What shells say of a program that SIGPIPE ended: what it was to write may be missing."""
 _MEMORY_IS_FULL = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
 """What torch says for GPUs, for CPUs and for cuBLAS, each as a RuntimeError."""
 
@@ -154,9 +158,9 @@ def _guarded(program_main: Main, argv: Sequence[str]) -> int:
     except KeyboardInterrupt as error:
         _end_unbegun_runs("close_unbegun")
         return _failed("interrupted.", 128 + (signal.SIGTERM if isinstance(error, _Terminated) else signal.SIGINT))
-    except BrokenPipeError:  # `sfumato ls | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except BrokenPipeError:  # of a program in another's process, whose streams are as they are
+        _end_unbegun_runs("close_unbegun")
+        return _OUTPUT_CLOSED
     except (MemoryError, RuntimeError) as error:
         if not _is_full_memory(error):
             raise
@@ -227,11 +231,18 @@ def _on_memory(error: Exception) -> str:
     return f"there is not enough memory ({_reason(error)[:100] or 'of this machine'}). {advice}"
 
 
+_ADVICE = {
+    errno.ENAMETOOLONG: "Give a shorter one.",
+    errno.ENOENT: "See that its folder is there and takes files, or name another.",
+    errno.EROFS: "Name a place that can be written to.",
+}
+"""By the system's error."""
+
+
 def _on_file(error: OSError) -> str:
     place = error.filename2 or error.filename
     where = f"{place}: " if place is not None else ""
-    is_name = error.errno == errno.ENAMETOOLONG
-    advice = "Give a shorter one." if is_name else "Make room or see to its permissions."
+    advice = _ADVICE.get(error.errno or 0, "Make room or see to its permissions.")
     return f"{where}{error.strerror or error}. {advice}"
 
 
@@ -321,20 +332,25 @@ def _list(words: list[str]) -> int:
 def _copy(words: list[str]) -> int:
     if len(words) != 2:
         raise ConfigError("cp wants a program and a file: sfumato cp lora mine.py (sfumato ls shows the programs).")
+    if not words[1]:
+        raise ConfigError(f"cp {words[0]}: the file is empty; wanted a path, such as mine.py.")
     name, target = words[0], Path(words[1])
     programs = _programs()
     if name not in programs:
         raise ConfigError(f"there is no program {name!r}; {nearest(name, list(programs))}")
     if words[1].endswith(("/", os.sep)) and not target.is_dir():
         raise ConfigError(f"{words[1]} is not a folder; make it first, or name another place.")
+    original = source(programs[name])
     if target.is_dir():
-        target = target / f"{name}.py"
+        target = target / original.name
+    if target.stem in sys.stdlib_module_names:  # what it imports itself, or another program beside it
+        raise ConfigError(f"{target}: would hide Python's own module {target.stem}; name another file.")
     if target.exists():
         raise ConfigError(f"{target} exists and is not overwritten; name another file.")
     if not target.parent.is_dir():
         raise ConfigError(f"{target.parent} is not a folder; make it first, or name another place.")
     from sfumato.files.atomic import write_text
 
-    write_text(target, source(programs[name]).read_text(encoding="utf-8"))
+    write_text(target, original.read_text(encoding="utf-8"))
     print(f"{target} is yours; run it with: python {shell.quote(str(target))} --help")
     return 0

@@ -152,7 +152,7 @@ def _complaint(error: cyclopts.CycloptsError, file: Path | None, known: Collecti
         if error.token.source == "cli" and (wanted := _WANTED.get(error.target_type)):
             return f"{option} {shell.quote(' '.join(value.split()))}: wanted {wanted}."
     for flag, after in itertools.pairwise(words):
-        if flag == "--resume" and after in (error.unused_tokens or ()):
+        if flag == "--resume" and not after.startswith("-") and after in (error.unused_tokens or ()):
             return f"--resume {after}: it is the run in --output that goes on; sfumato resume {after} needs no option."
     if isinstance(error, cyclopts.UnusedCliTokensError):
         left = " ".join(map(repr, error.unused_tokens or ()))
@@ -248,14 +248,22 @@ def _has_default(field: dataclasses.Field[Any]) -> bool:
 
 def split_off_file(argv: list[str], *, first_may_be_config: bool) -> tuple[Path | None, list[str]]:
     """The TOML file among the arguments, if there is one, and the other arguments."""
-    if first_may_be_config and argv and argv[0].lower().endswith(".toml") and not argv[0].startswith("--"):
-        return Path(at_home(argv[0])), argv[1:]
-    for i, word in enumerate(argv):
-        if word == "--config" and i + 1 < len(argv):
-            return Path(at_home(argv[i + 1])), argv[:i] + argv[i + 2 :]
-        if word.startswith("--config="):
-            return Path(at_home(word.removeprefix("--config="))), argv[:i] + argv[i + 1 :]
-    return None, argv
+    first = first_may_be_config and argv and argv[0].lower().endswith(".toml") and not argv[0].startswith("--")
+    file, left = (argv[0], argv[1:]) if first else (None, argv)
+    others: list[str] = []
+    words = iter(left)
+    for word in words:
+        option, equals, value = word.partition("=")
+        if option != "--config":
+            others.append(word)
+            continue
+        given = value if equals else next(words, "")
+        if not given:
+            raise ConfigError("--config is empty; wanted a TOML file with options.")
+        if file is not None:
+            raise ConfigError(f"--config {given}: {file} is the config already; give one.")
+        file = given
+    return None if file is None else Path(at_home(file)), others
 
 
 def _read(config_type: type[DataclassInstance], path: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ gradients. What is not seen by torch comes on top: the libraries, a GPU's contex
 from __future__ import annotations
 
 import os
+import re
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -27,7 +28,7 @@ from sfumato.bases.loading import base_skeleton, family_skeleton
 from sfumato.data.latents import encoded_at_once
 from sfumato.drawing.decoding import decoded_at_once
 from sfumato.drawing.pictures import drawn_at_once
-from sfumato.errors import ConfigError
+from sfumato.errors import BaseModelError, ConfigError
 from sfumato.precision import decide, products
 from sfumato.precision.lean import save_activation_memory
 from sfumato.training.optimizers import state_bytes
@@ -108,6 +109,11 @@ def shapes_of(
                 f"--vae {vae}: --base {source} names no model, only its family's shapes; leave --vae out."
             )
         base = family_skeleton(str(source), prediction_type)
+    elif re.fullmatch(r"\w+", str(source)) and source != "pocket" and not Path(source).exists():
+        raise BaseModelError(
+            f"--base {source}: no model here, and no family. Wanted pocket, a diffusers folder, a hub id (owner/name), "
+            f"a .safetensors file, or {', '.join(PUBLISHED)} for a family's usual shapes."
+        )
     else:
         base = base_skeleton(source, precision=decide("fp32", device="cpu"), vae=vae, prediction_type=prediction_type)
     if device == "cpu":

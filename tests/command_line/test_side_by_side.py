@@ -72,6 +72,14 @@ def test_what_comes_after_is_not_begun_once_one_failed(shell, monkeypatch):
     assert began == []
 
 
+def test_where_what_comes_after_one_breaks_the_others_are_stopped(shell, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "executable", str(shell))
+    broken = (1 // zero for zero in (0,))
+    with pytest.raises(ZeroDivisionError):
+        side_by_side.run({"long": [ENDLESS], "short": ["sleep 1"]}, threads=2, after={"short": broken})
+    assert capsys.readouterr().err.splitlines() == ["long   begun", "long   saved"]
+
+
 INTERRUPTIONS = pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, 128 + signal.SIGTERM)]
 )

@@ -363,6 +363,19 @@ def test_a_sheet_shows_every_crop(messy, tmp_path):
     assert sheet.height > 2 * 192
 
 
+def test_a_sheet_replaces_no_picture_but_an_earlier_sheet(messy, tmp_path):
+    picture = next(file for file in messy.iterdir() if file.suffix == ".png")
+    before = picture.read_bytes()
+    (tmp_path / "sheet-2.webp").write_bytes(before)
+    for sheet in (picture, tmp_path / "sheet.webp"):
+        with pytest.raises(ConfigError, match=r"exists, and is no sheet of crops; name another file"):
+            main([str(messy), "--sheet", str(sheet)])
+    assert picture.read_bytes() == before
+    for suffix in ("jpg", "png"):
+        for _ in range(2):
+            assert main([str(messy), "--sheet", str(tmp_path / f"sheet.{suffix}")]) in (0, 1)
+
+
 def test_what_does_not_fit_on_a_sheet_goes_on_the_next(messy, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(crop_sheet, "_PAGE", 5)
     main([str(messy), "--sheet", str(tmp_path / "sheet.png")])
@@ -653,7 +666,7 @@ def test_a_picture_with_a_text_that_is_too_large_is_mended_too(tmp_path):
     [
         ('[[source]]\npath = "dogs"\nmask = "files"\n', "no masks in it"),
         ('[[source]]\npath = "dogs"\n[[source]]\npath = "empty"\n', "no pictures in it"),
-        ('[[source]]\npath = "dogs"\nclass = true\n', "pictures of a class only"),
+        ('[[source]]\npath = "dogs"\nclass = true\n', "no pictures to learn, but of a class"),
     ],
 )
 def test_what_training_refuses_stops_it_in_the_report(toml, what, tmp_path):

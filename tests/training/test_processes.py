@@ -223,3 +223,19 @@ def test_several_processes_on_one_device_are_refused(monkeypatch):
     assert Processes.join("auto").device == torch.device("cuda:1")
     with pytest.raises(RunError, match="--device cuda:0 is one device for 2 processes; give auto, or cuda"):
         Processes.join("cuda:0")
+
+
+def test_variables_that_a_launcher_left_over_are_named(monkeypatch):
+    def refuse(**_):
+        raise ValueError("Tried to launch on distributed with multinode,\nbut `MASTER_ADDR` env was not set")
+
+    monkeypatch.setattr("sfumato.runs.processes.PartialState", refuse)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(
+        RunError, match=r"cannot meet \(Tried .*\); found WORLD_SIZE, RANK in the environment. Start"
+    ) as no:
+        Processes.join("cpu")
+    assert "\n" not in str(no.value)

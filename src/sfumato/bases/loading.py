@@ -192,8 +192,8 @@ def find(source: str | os.PathLike[str], fetch: Callable[[str], Path] = hub_fold
     if HUB_ID.fullmatch(text) and not text.startswith("."):
         return fetch(text), text
     raise BaseModelError(
-        f"{text}: there is no such folder or file. Wanted pocket, a diffusers folder, a hub id (owner/name) or a "
-        ".safetensors file."
+        f"{text}: there is no such folder or file, for a base or a VAE. Wanted pocket, a diffusers folder, a hub id "
+        "(owner/name) or a .safetensors file."
     )
 
 

@@ -44,6 +44,13 @@ def run(
                 process.send_signal(_STOP)
 
     def follow(name: str) -> None:
+        try:
+            follow_to_the_end(name)
+        except BaseException:  # what is done after it, say: the others would go on for nothing
+            stop()
+            raise
+
+    def follow_to_the_end(name: str) -> None:
         before = name.ljust(max(map(len, processes)) + 2)
         last = _relay(processes[name], before)
         code = processes[name].wait()

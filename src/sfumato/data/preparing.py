@@ -158,9 +158,12 @@ def prepare(
 
 
 def square_side(base: Base, resolution: int) -> int:
-    """The side, in pixels, of the square that pictures of a `resolution` are cropped to."""
-    step = _bucket_step(base, resolution)
-    return max(step, resolution // step * step)
+    """The side, in pixels, of the square that pictures of a `resolution` are cropped to.
+
+    Raises ConfigError for one that the base cannot take.
+    """
+    ((side, _),) = checked_sizes(resolution, _bucket_step(base, resolution), buckets=False)
+    return side
 
 
 def _bucket_step(base: Base, resolution: int) -> int:

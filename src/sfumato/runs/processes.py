@@ -4,6 +4,7 @@ Started by `accelerate launch`, a run has several; otherwise one. A sample's ran
 global batch, so each process takes its slice of that batch and the gradients are summed.
 """
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ _AS_LONG_AS_IT_TAKES = timedelta(days=30)
 _WHILE_THE_MAIN_ONE_WRITES = timedelta(hours=3)
 """The others wait while the main process writes tens of gigabytes, or uploads them; NCCL's default is ten minutes."""
 _MESSAGE_BYTES = 2**26
+_OF_LAUNCHERS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""The variables by which processes find each other."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,14 @@ class Processes:
     def join(cls, device: str = "auto") -> "Processes":
         """Meet the other processes, if `accelerate launch` started any."""
         on_cpu = device == "cpu" or (device == "auto" and not _has_accelerator())
-        state = PartialState(cpu=on_cpu, timeout=_WHILE_THE_MAIN_ONE_WRITES)
+        try:
+            state = PartialState(cpu=on_cpu, timeout=_WHILE_THE_MAIN_ONE_WRITES)
+        except ValueError as error:  # a launcher's variables, of which some are left over
+            given = ", ".join(name for name in _OF_LAUNCHERS if name in os.environ)
+            raise RunError(
+                f"several processes cannot meet ({' '.join(str(error).split())[:120]}); found {given or 'no variable'} "
+                "in the environment. Start them by `accelerate launch`, or unset these for one process."
+            ) from None
         if state.num_processes > 1 and ":" in device:
             raise RunError(f"--device {device} is one device for {state.num_processes} processes; give auto, or cuda.")
         found = state.device if device == "auto" else torch.device(device)
