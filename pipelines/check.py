@@ -7,7 +7,6 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
-from glob import escape
 from hashlib import sha256
 from os.path import abspath
 from pathlib import Path
@@ -86,7 +85,7 @@ def main(argv: Sequence[str]) -> int:
         mask=config.mask,
         crop=config.crop,
         thumbnails=config.sheet is not None,
-        progress=_progress if sys.stderr.isatty() else None,
+        progress=_progress if sys.stderr is not None and sys.stderr.isatty() else None,
     )
     if not config.json:
         print(render(report))  # before anything is written, which a full disk would stop
@@ -125,17 +124,15 @@ def _refuse(config: Config) -> None:
     if config.sheet and config.sheet.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise ConfigError(f"--sheet {config.sheet}: wanted a file that ends in .png, .jpg or .webp.")
     if config.sheet:
-        _refuse_others(config.sheet)
+        _refuse_another(config.sheet)
 
 
-def _refuse_others(sheet: Path) -> None:
-    """Raise ConfigError for a file that is no such sheet: it may be a picture to learn from."""
+def _refuse_another(sheet: Path) -> None:
+    """Raise ConfigError for a file that is there and is no such sheet: it may be a picture to learn from."""
     from sfumato.drawing.pnginfo import read_picture_info
 
-    for path in (sheet, *sorted(sheet.parent.glob(f"{escape(sheet.stem)}-*{escape(sheet.suffix)}"))):
-        numbered = path == sheet or path.stem.removeprefix(f"{sheet.stem}-").isdigit()
-        if numbered and path.exists() and "crops" not in (read_picture_info(path).own or {}):
-            raise ConfigError(f"--sheet {sheet}: {path} exists, and is no sheet of crops; name another file.")
+    if sheet.exists() and "crops" not in (read_picture_info(sheet).own or {}):
+        raise ConfigError(f"--sheet: {sheet} exists, and is no sheet of crops; name another file.")
 
 
 def _write_checksums(config: Config) -> Path:
@@ -245,14 +242,18 @@ def _mended_lines(mended: Mended, config: Config) -> list[str]:
 
 def _sheets(report: Report, file: Path) -> list[Path]:
     """Every crop with its name, its caption and what is wrong, on sheets of 200."""
-    from sfumato.drawing.crop_sheet import crop_sheets
+    from sfumato.drawing.crop_sheet import crop_sheets, sheets_of
     from sfumato.drawing.pnginfo import save_picture
 
-    written = []
     captions = [example.caption for example in report.examples]
-    for number, sheet in enumerate(crop_sheets(report.looks, report.labels, captions), 1):
-        path = file if number == 1 else file.with_name(f"{file.stem}-{number}{file.suffix}")
-        written.append(save_picture(sheet, path, None, {"crops": len(report.examples)}))
+    numbers = range(2, sheets_of(len(captions)) + 1)
+    paths = [file, *(file.with_name(f"{file.stem}-{number}{file.suffix}") for number in numbers)]
+    for path in paths:
+        _refuse_another(path)
+    sheets = crop_sheets(report.looks, report.labels, captions)
+    written = [
+        save_picture(sheet, path, None, {"crops": len(captions)}) for path, sheet in zip(paths, sheets, strict=True)
+    ]
     return written
 
 

@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
     say(*map(escape_control, converted.notes))
     if config.output is None:
         text = converted.text
-        if sys.stdout.isatty():
+        if sys.stdout is not None and sys.stdout.isatty():
             text = "\n".join(map(escape_control, text.split("\n")))
         elif isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(encoding="utf-8")  # of a file that it is sent to, which is TOML

@@ -207,7 +207,8 @@ def train(config: Config) -> Path:
     # The VAE has given its latents; it rests until something is drawn.
     base.lazy_weights.load_only("unet", *(("text",) if config.train_text_encoder else ()))
     trained = trainable(base, config)
-    run.identify(**{"data": dataset, "class": class_set or "none"}, base=base.fingerprint())
+    facts = {"data": dataset, "class": class_set or "none", "validation": held_out or "none"}
+    run.identify(**facts, base=base.fingerprint())
     parameters = list(trained.parameters())
     size = sum(p.numel() for p in parameters)
     run.say(f"{pluralize(len(dataset), 'picture')}, {len(class_set or [])} of the class, {size:,} trained numbers")

@@ -185,7 +185,7 @@ def train(config: Config) -> Path:
     # The VAE has given its latents; it rests until something is drawn.
     base.lazy_weights.load_only("unet", *(("text",) if config.train_text_encoder or words else ()))
     lora = new_lora(adapted, config)
-    facts: dict[str, Any] = {"data": dataset, "class": class_set or "none"}
+    facts: dict[str, Any] = {"data": dataset, "class": class_set or "none", "validation": held_out or "none"}
     if config.init_from and not (run.has_begun and not (words and crossed)):
         refuse_missing(
             config.init_from

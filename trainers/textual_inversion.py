@@ -143,7 +143,7 @@ def train(config: Config) -> Path:
     held_out = prepare_validation(config, base, examples, processes)
     run.say(*dict.fromkeys(note for each in (dataset, held_out) if each for note in each.notes))
     base.lazy_weights.load_only("unet", "text")  # the VAE has given its latents; it rests until something is drawn
-    run.identify(data=dataset, base=base.fingerprint())
+    run.identify(data=dataset, validation=held_out or "none", base=base.fingerprint())
     pictures = pluralize(len(dataset), "picture")
     run.say(f"{pictures}, {words.count():,} trained numbers; captions such as {dataset.captions[0]!r}")
 

@@ -15,6 +15,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal, NoReturn
 
@@ -160,6 +161,8 @@ def _guarded(program_main: Main, argv: Sequence[str]) -> int:
         return _failed("interrupted.", 128 + (signal.SIGTERM if isinstance(error, _Terminated) else signal.SIGINT))
     except BrokenPipeError:  # of a program in another's process, whose streams are as they are
         _end_unbegun_runs("close_unbegun")
+        with suppress(OSError):  # it may be the stream for errors
+            return _failed("what it says is read no more, or what it sends.", _OUTPUT_CLOSED)
         return _OUTPUT_CLOSED
     except (MemoryError, RuntimeError) as error:
         if not _is_full_memory(error):

@@ -15,10 +15,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 
+from sfumato.command_line.streams import STOPS_UNREAD
+
 _LOOK_S = 0.1
 """Between two looks for interruptions."""
 # SIGINT is not heard by what a shell began in the background, and Windows' terminate leaves no time to save.
 _STOP = getattr(signal, "CTRL_BREAK_EVENT", signal.SIGTERM)
+_HEARD = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
+"""What ends all: the commands have sessions of their own, which a closed terminal's SIGHUP does not reach."""
 _OURS = "sfumato: "
 """How the line begins that says why a command failed; a warning's, too."""
 
@@ -85,7 +89,8 @@ def _heard() -> Iterator[list[int]]:
     signals: list[int] = []
     before = {
         number: signal.signal(number, lambda number, _: signals.append(number))
-        for number in (signal.SIGINT, signal.SIGTERM)
+        for number in (getattr(signal, name) for name in _HEARD if hasattr(signal, name))
+        if signal.getsignal(number) != signal.SIG_IGN or number in (signal.SIGINT, signal.SIGTERM)  # nohup
     }
     try:
         yield signals
@@ -97,7 +102,8 @@ def _heard() -> Iterator[list[int]]:
 def _start(words: Sequence[str], threads: int) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [sys.executable, "-P", "-m", "sfumato", *words],
-        env=os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONIOENCODING": "utf-8"},  # as `_relay` reads it
+        # "utf-8" as `_relay` reads it.
+        env=os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONIOENCODING": "utf-8", STOPS_UNREAD: "1"},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import sys
 from typing import Any
+
+STOPS_UNREAD = "SFUMATO_STOPS_UNREAD"
+"""Set for a command whose reader is the program that began it: it is to end with that one."""
+_NOBODY_READS = (errno.EPIPE, errno.EIO, *((errno.EINVAL,) if os.name == "nt" else ()))
+"""A pipe whose reader has gone, on Windows, too, and a terminal that is closed."""
 
 
 class _Unbroken(io.FileIO):
@@ -14,7 +20,9 @@ class _Unbroken(io.FileIO):
     def write(self, data: Any) -> int:
         try:
             return super().write(data)
-        except BrokenPipeError:
+        except OSError as error:
+            if error.errno not in _NOBODY_READS:
+                raise
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.fileno())  # what others write there, too
             os.close(nowhere)
@@ -22,11 +30,15 @@ class _Unbroken(io.FileIO):
 
 
 def keep_unbroken() -> None:
-    """Make the process's standard output and errors such streams, where they are files of the system; a letter that a
-    console lacks is shown as its number."""
+    """Make the process's standard output and errors such streams, where they are its own; a letter that the other end
+    lacks is shown as its number."""
+    if STOPS_UNREAD in os.environ:
+        return
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if not isinstance(stream, io.TextIOWrapper) or isinstance(_raw(stream), _Unbroken):
+        if not isinstance(stream, io.TextIOWrapper) or stream is not getattr(sys, f"__{name}__"):
+            continue
+        if os.name == "nt" and stream.isatty():  # its console takes letters, and not the bytes of a file
             continue
         try:
             stream.flush()
@@ -42,7 +54,3 @@ def keep_unbroken() -> None:
             write_through=stream.write_through,
         )
         setattr(sys, name, unbroken)
-
-
-def _raw(stream: io.TextIOWrapper) -> Any:
-    return getattr(stream.buffer, "raw", stream.buffer)

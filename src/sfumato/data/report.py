@@ -15,6 +15,7 @@ from sfumato.data.duplicates import duplicates
 from sfumato.data.folder import (
     PLACEHOLDER,
     Example,
+    ExampleSet,
     by_template,
     caption_of,
     captions_of_numbers,
@@ -34,6 +35,8 @@ from sfumato.data.needs import Needs
 from sfumato.data.options import CropMode, MaskSource, Options
 from sfumato.data.source import Source, sources_of
 from sfumato.data.survey import PictureStats, survey
+from sfumato.data.validation import hold_out
+from sfumato.errors import DataError
 from sfumato.numerals import pluralize
 
 COMMON_ID = 40_000
@@ -173,6 +176,7 @@ def check(
         *_masks(report, sources),
         *_listings(sources, listings),
         *_subject(report),
+        *_held_out(report),
         *_flaws(report),
         *_twice(report),
         *_buckets(report),
@@ -212,6 +216,14 @@ def _listings(sources: Sequence[Source], listings: Sequence[Listing]) -> Iterato
         yield from (Finding("listing", note) for note in listing.notes)
         if not listing.pictures:
             yield Finding("no pictures", str(no_pictures(source.path, listing.ignored)), stops=True)
+
+
+def _held_out(report: Report) -> Iterator[Finding]:
+    """Pictures that are learned and held out."""
+    try:
+        hold_out(ExampleSet(report.examples), 0.0)
+    except DataError as error:
+        yield Finding("held out", str(error), stops=True)
 
 
 def _subject(report: Report) -> Iterator[Finding]:

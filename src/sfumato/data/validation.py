@@ -4,8 +4,10 @@ Imports no torch.
 """
 
 import hashlib
+import os
+import unicodedata
 from dataclasses import replace
-from os.path import realpath
+from pathlib import Path
 
 from sfumato.data.folder import ExampleSet
 from sfumato.data.listing import some
@@ -20,9 +22,10 @@ def hold_out(examples: ExampleSet, share: float) -> ExampleSet:
     several sources name is held out of all. Raises DataError where none would be left to learn from, and
     for a picture that is both learned and held out.
     """
-    learned = {realpath(each.path): each.path.name for each in examples if each.group == "instance"}
-    held = {realpath(each.path) for each in examples if each.group == "validation"}
-    if both := [learned[path] for path in learned if path in held]:
+    file_of = {each.path: _file(each.path) for each in examples}
+    learned = {file_of[each.path]: each.path.name for each in examples if each.group == "instance"}
+    held = {file_of[each.path] for each in examples if each.group == "validation"}
+    if both := [name for file, name in learned.items() if file in held]:
         raise DataError(
             f"{some(both)}: in a source with validation = true and in one that is learned; what is learned says "
             "nothing of others. Name it in one of them."
@@ -35,10 +38,23 @@ def hold_out(examples: ExampleSet, share: float) -> ExampleSet:
             f"--validation-split {share:g} of {pluralize(len(learned), 'picture')} leaves none to learn from; give "
             "more pictures, or a smaller share."
         )
-    by_lot = sorted(learned, key=lambda path: hashlib.sha256(learned[path].encode("utf-8", "surrogateescape")).digest())
-    chosen = set(by_lot[:count])
+    chosen = set(sorted(learned, key=lambda file: _lot(learned[file]))[:count])
     moved = tuple(
-        replace(each, group="validation") if each.group == "instance" and realpath(each.path) in chosen else each
+        replace(each, group="validation") if each.group == "instance" and file_of[each.path] in chosen else each
         for each in examples
     )
     return replace(examples, examples=moved)
+
+
+def _file(path: Path) -> tuple[int, int] | str:
+    """The same for one file by whatever name, where letters' cases are one, too."""
+    try:
+        found = path.stat()
+    except OSError:
+        return str(path)
+    return (found.st_dev, found.st_ino) if found.st_ino else os.path.realpath(path)
+
+
+def _lot(name: str) -> bytes:
+    """Where a name comes among others, on every system: they spell accents differently."""
+    return hashlib.sha256(unicodedata.normalize("NFC", name).encode("utf-8", "surrogateescape")).digest()

@@ -20,6 +20,11 @@ def crop_sheets(looks: Sequence[PictureStats], names: Sequence[str], captions: S
         yield _sheet(cells[start : start + _PAGE])
 
 
+def sheets_of(count: int) -> int:
+    """How many sheets `crop_sheets` makes of so many crops."""
+    return -(-count // _PAGE)
+
+
 def _sheet(cells: Sequence[tuple[PictureStats, str, str]]) -> Image.Image:
     columns = min(_COLUMNS, len(cells))
     rows = -(-len(cells) // columns)

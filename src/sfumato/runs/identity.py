@@ -44,7 +44,7 @@ OF_CHECKPOINT = frozenset(
 BY_CONTENT: Mapping[str, tuple[str, ...]] = {
     "images": ("data",),
     "data": ("data",),
-    "validation_split": ("data",),
+    "validation_split": ("data", "validation"),
     "class_images": ("class",),
     "class_cache": ("class",),
     "base": ("base",),

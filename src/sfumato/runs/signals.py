@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
+from contextlib import suppress
 from types import FrameType
 from typing import Any, Self
 
@@ -36,5 +38,8 @@ class Stop:
         if self.signal is not None:
             raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
         self.signal = number
-        if not self._quiet:
-            os.write(2, _HEARD)  # a print could meet the print that the signal has interrupted
+        # A print could meet the print that the signal has interrupted. Without errors' stream 2 may be another file, and
+        # the reader of one, such as tee, may have been stopped by the same Ctrl-C.
+        if not self._quiet and sys.stderr is not None:
+            with suppress(OSError):
+                os.write(2, _HEARD)

@@ -58,6 +58,10 @@ _DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT"
 
 def check_trainer(config: TrainerOptions) -> None:
     """Raises ConfigError for numbers, names and options that make no sense, whatever the base and the pictures."""
+    if config.validation_split and config.measure_every == 0:
+        raise ConfigError(
+            "--validation-split holds pictures out to be measured, and --measure-every 0 measures none; leave one out."
+        )
     if config.steps is not None and config.epochs is not None:
         and_so = " (the run has its steps already)" if config.resume else ""
         raise ConfigError(f"--steps and --epochs are both given{and_so}; they say the same, so give one of them.")

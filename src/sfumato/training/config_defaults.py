@@ -47,7 +47,9 @@ def resolve(
             f"--warmup {config.warmup} is longer than the {config.steps} steps of the run; make it shorter."
         )
     quarter = max(1, -(-config.steps // 4))
-    often = -(-config.steps // 10) if examples.in_group("validation") else quarter
+    # Not with a limit, which is looked at as often as is measured: holding out pictures would end it at another step.
+    is_free = getattr(config, "drift_limit", None) is None
+    often = -(-config.steps // 10) if examples.in_group("validation") and is_free else quarter
     values: dict[str, Any] = {"name": config.name or config.output.resolve().name}
     for name, unset in (("sample_every", quarter), ("measure_every", often), ("checkpoint_every", quarter)):
         values[name] = unset if getattr(config, name) is None else getattr(config, name)

@@ -70,19 +70,23 @@ class Metrics:
         """All figures, by name."""
         with self._within(), self._base.lazy_weights.restored_after():
             self._base.lazy_weights.load("text")  # once for all figures, where it rests
-            validation = {} if self._held_out is None else {"validation": self._loss(self._held_out)}
+            validation = {} if self._held_out is None else {"validation": self._validation(self._held_out)}
             return {"fit": self.fit(), **validation, **{name: self.drift(name) for name in self._watched}}
 
     def fit(self) -> float:
         """Mean squared error of the prediction, no weights."""
-        return self._loss(self._learned)
+        return self._loss([(dataclasses.replace(batch, mask=None), *noised) for batch, *noised in self._learned])
+
+    def _validation(self, samples: Sequence[_Noised]) -> float:
+        """The same of pictures held out, within their masks: of what lies outside of them nothing was learned."""
+        return self._loss(samples)
 
     @torch.no_grad()
     def _loss(self, samples: Sequence[_Noised]) -> float:
         errors = []
         with evaluating(self._modules), self._base.lazy_weights.restored_after():
             for batch, noise, timesteps in samples:
-                plain = dataclasses.replace(batch, mask=None, weights=torch.ones_like(batch.weights))
+                plain = dataclasses.replace(batch, weights=torch.ones_like(batch.weights))
                 with warnings.catch_warnings():  # what is cut from a caption was said before training
                     warnings.filterwarnings("ignore", message="prompt of")
                     text = self._base.encode_text(plain.captions)

@@ -303,8 +303,8 @@ class RunOptions(FolderOptions):
     sample_every: int | None = None
     """Steps between sample pictures, besides those at both ends; 0 draws none. Unset: a quarter of the run."""
     measure_every: int | None = None
-    """Steps between measurements of fit, validation and drift; 0 makes none. Unset: a quarter of the run, with pictures
-    held out a tenth."""
+    """Steps between measurements of fit, validation and drift; 0 makes none. Unset: a quarter of the run; with pictures
+    held out, and no --drift-limit, a tenth."""
     push_to_hub: str | None = None
     """Upload what is learned, with its card, to this repository on the Hugging Face hub."""
 

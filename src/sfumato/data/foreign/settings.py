@@ -131,7 +131,9 @@ def with_whole_repeats(entries: Sources, tool: str, notes: list[str]) -> Sources
     shares = [Fraction(1 if entry.get("validation") else entry.get("repeats", 1)) for entry in entries]
     many = lcm(*(share.denominator for share in shares))
     if many > _MOST_EPOCHS:
-        least = min(share for share in shares if share)
+        least = min(
+            share for share, entry in zip(shares, entries, strict=True) if share and not entry.get("validation")
+        )
         notes.append(f"repeats are whole numbers, in nearly {tool}'s proportions, of which the least is 1 here")
         repeats = [round(share / least) for share in shares]
     else:

@@ -104,7 +104,8 @@ def _backend(said: Mapping[str, Any], folder: Path, notes: list[str]) -> Iterato
     if (repeats := number(own, "repeats")) < 0:
         raise ConfigError(f"{name}: repeats is {repeats}; wanted 0, which is once, or more.")
     taught = bool(own.get("is_regularisation_data", own.get("is_regularization_data")))
-    if taught:
+    is_held_out = own.get("dataset_type") == "eval"
+    if taught and not is_held_out:
         notes.append(f"{name}: is_regularisation_data: {BY_THE_BASE}")
     prompts = _prompts(own, name, notes)
     by_line = own.get("caption_strategy") == "textfile" and not own.get("disable_multiline_split")
@@ -115,8 +116,8 @@ def _backend(said: Mapping[str, Any], folder: Path, notes: list[str]) -> Iterato
             yield non_default(
                 path=place,
                 repeats=Fraction(repeats + 1, len(prompts)),
-                **{"class": taught},
-                validation=own.get("dataset_type") == "eval",
+                **{"class": taught and not is_held_out},
+                validation=is_held_out,
                 caption=prompt,
                 **varied,
                 crop=_crop(own, notes),
