@@ -3,9 +3,10 @@
     python -m bench.adapter_kinds [--rank 32 --alpha 64 --targets cross-attention]
 
 Forward and backward pass on the pocket base and real pictures, the kinds in turns in one process; prints JSON: numbers
-that are trained, CPU seconds (the median of the rounds) and GiB that autograd saves beside the weights. `fall` is how
-much the loss falls in Adam's first step per unit of rate, the sum of all gradients' sizes, where a LoRA's is 1: a kind
-with a fall of 10 begins as fast at a tenth of a LoRA's learning rate.
+that are trained, CPU seconds (the median of the rounds), `step_ratio`, the median over the rounds of a step over the
+LoRA's of the same round, and GiB that autograd saves beside the weights. `fall` is how much the loss falls in Adam's
+first step per unit of rate, the sum of all gradients' sizes, where a LoRA's is 1: a kind with a fall of 10 begins as
+fast at a tenth of a LoRA's learning rate.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from sfumato import cli, data, load_base
 from sfumato.adapters import Kind, attach, target_layers
 from sfumato.bases import Base
 from sfumato.data import Dataset
+from sfumato.errors import ConfigError
 from sfumato.precision import decide
 from sfumato.precision.lean import save_activation_memory
 from sfumato.precision.products import quicken
@@ -57,7 +59,7 @@ class Config:
     alpha: float = 16.0
     """Of the adapters."""
     rounds: int = 5
-    """Steps of each."""
+    """Measured steps of each."""
     threads: int = 1
     """Threads of torch."""
 
@@ -72,44 +74,50 @@ def step(base: Base, dataset: Dataset, number: int, batch: int) -> int:
     return sum(seen.values())
 
 
-def one(base: Base, dataset: Dataset, kind: Kind, config: Config) -> dict[str, float]:
-    """A kind's figures, after one unmeasured step."""
+def one(base: Base, dataset: Dataset, number: int, kind: Kind, config: Config) -> dict[str, float]:
+    """A kind's figures in one round, after a step that is not measured: adapters come off between rounds."""
     layers = target_layers(base.parts(text=False), config.targets)
     adapter = attach(layers, rank=config.rank, alpha=config.alpha, kind=kind)
-    seconds, falls, kept = [], [], 0
-    for number in range(config.rounds + 1):
-        began = time.process_time()
-        kept = step(base, dataset, number, config.batch)
-        seconds.append(time.process_time() - began)
-        falls.append(sum(float(p.grad.abs().sum()) for p in adapter.parameters() if p.grad is not None))
-        adapter.zero_grad()
+    step(base, dataset, number, config.batch)
+    adapter.zero_grad()
+    began = time.process_time()
+    kept = step(base, dataset, number, config.batch)
+    seconds = time.process_time() - began
+    fall = sum(float(p.grad.abs().sum()) for p in adapter.parameters() if p.grad is not None)
     adapter.detach()
+    return {"numbers": adapter.count(), "step_s": seconds, "kept_gib": kept / 2**30, "fall": fall}
+
+
+def together(rounds: Sequence[dict[str, float]], of_lora: Sequence[dict[str, float]]) -> dict[str, float]:
+    """A kind's figures over all rounds, beside a LoRA's in the same."""
+    mean_fall, lora_fall = (statistics.mean(row["fall"] for row in rows) for rows in (rounds, of_lora))
+    ratios = [row["step_s"] / lora["step_s"] for row, lora in zip(rounds, of_lora, strict=True)]
     return {
-        "numbers": adapter.count(),
-        "step_s": statistics.median(seconds[1:]),
-        "kept_gib": kept / 2**30,
-        "fall": statistics.mean(falls),
+        "numbers": rounds[0]["numbers"],
+        "step_s": round(statistics.median(row["step_s"] for row in rounds), 3),
+        "step_ratio": round(statistics.median(ratios), 3),
+        "kept_gib": round(rounds[-1]["kept_gib"], 3),
+        "fall": round(mean_fall / lora_fall, 2),
     }
 
 
 def measure(config: Config) -> dict[str, Any]:
     """The whole report."""
+    for name in ("rounds", "threads"):
+        if getattr(config, name) < 1:
+            raise ConfigError(f"--{name} is {getattr(config, name)}; wanted at least 1.")
     torch.set_num_threads(config.threads)
     base = load_base(config.base, precision=decide("fp32", device="cpu"))
     quicken(base.unet.requires_grad_(False))
     save_activation_memory(base.unet)
     dataset = data.prepare(data.read_folder(config.images, caption_template="{caption}"), base, resolution=64)
-    found = {name: one(base, dataset, kind, config) for name, kind in KINDS.items()}
-    falls = {name: row["fall"] / found["lora"]["fall"] for name, row in found.items()}
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in KINDS}
+    for number in range(config.rounds):
+        for name, kind in KINDS.items():
+            found[name].append(one(base, dataset, number, kind, config))
     return {
         "base": base.name, "batch": config.batch, "targets": config.targets, "rank": config.rank, "alpha": config.alpha,
-        **{
-            name: {
-                "numbers": row["numbers"], "step_s": round(row["step_s"], 3), "kept_gib": round(row["kept_gib"], 3),
-                "fall": round(falls[name], 2),
-            }
-            for name, row in found.items()
-        },
+        "threads": config.threads, **{name: together(rows, found["lora"]) for name, rows in found.items()},
     }  # fmt: skip
 
 

@@ -1,9 +1,10 @@
 """What `sfumato memory` tells, beside what trainings of a full-size SD 1.5 with random weights take of a CPU's memory.
 
-    python -m bench.forecast --work /somewhere/with/20/GB [--only lora] [--resolution 256]
+    python -m bench.forecast --work /somewhere/with/20/GB [--only lora --only textual_inversion]
 
 Each way to train runs two steps in a process of its own, one picture a step, fp32, without pictures of a class. Prints
-JSON: for each the peak in GiB of its resident memory after the first step, the forecast, and their ratio.
+JSON: for each the peak in GiB of its resident memory after the first step, the forecast, and their ratio; of a training
+that fails, its line in `error`, or in `stopped` where it failed after a step.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Config:
     work: Path
     """Folder for the base (4.3 GB, made once) and the runs."""
     only: tuple[str, ...] = ()
-    """Ways to measure, such as "lora --targets everything". Unset: all."""
+    """A way to measure, such as "lora --targets everything". Repeat it for several. Unset: all."""
     resolution: int = 256
     """Side of the pictures in pixels."""
     limit_s: int = 3600
@@ -55,7 +56,7 @@ def measure(config: Config) -> dict[str, Any]:
     pictures = photographs(config.work / "photographs", 4, 2 * config.resolution)
     base = forecast.shapes_of(source, "cpu")
     setting = forecast.Setting("cpu", forecast_precision("fp32", "cpu"), config.resolution, 1, 16)
-    rows: dict[str, dict[str, float]] = {}
+    rows: dict[str, dict[str, float | str]] = {}
     for name in config.only or ways:
         told = forecast.step_memory(base, ways[name], setting).total(ways[name], "cpu") / 2**30
         program, *flags = name.split()
@@ -69,6 +70,7 @@ def measure(config: Config) -> dict[str, Any]:
         rows[name] = {"told_gib": round(told, 2)}
         if peak := row.get("peak_of_steps_gib"):
             rows[name] |= {"measured_gib": round(peak, 2), "ratio": round(told / peak, 3)}
+        rows[name] |= {key: row[key] for key in ("error", "stopped") if key in row}
     return {"resolution_px": config.resolution, "rows": rows}
 
 

@@ -1,11 +1,12 @@
 """Different adapters for every picture of one batch: what it costs, and against diffusers loading one after another.
 
-    python -m bench.mixed_batch [--pictures 8] [--rounds 3] [--size 64] [--resident 100] [--ours-only]
+    python -m bench.mixed_batch [--pictures 8] [--rounds 3] [--size 64] [--resident 100] [--threads 1] [--ours-only]
 
 SD 1.5's U-Net at full size with random weights in bf16, rank-16 adapters on all attention. Prints JSON: seconds of a
 U-Net call for a batch without adapters, and with one set for each picture (ours), and what bringing these in and out
-takes; the same of diffusers, one picture after another; and both over a drawing of 25 steps. Then with one adapter in
-all rows, and under adapter guidance in half of them; and of many adapters that one mix holds, the seconds to load and
+takes; the same of diffusers, one picture after another, and of the plain U-Net so, since part of what diffusers takes
+is that its batches are of one; and all over a drawing of 25 steps. Then with one adapter in all rows, and under adapter
+guidance in half of them; and of many adapters, each of a file of its own, that one mix holds, the seconds to load and
 to switch to each, and the memory. Ratios are medians over the rounds, of the clock and of CPU seconds.
 """
 
@@ -16,13 +17,14 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 
-from bench.compose_vs_diffusers import CASES, anonymous_mib, build, write_adapters
+from bench.compose_vs_diffusers import CASES, build, resident_mib, write_adapters
 from bench.real import at_least
 from sfumato.compose import Adapter, adapter_guidance, compose, current
 from sfumato.compose.per_picture import per_picture
@@ -64,14 +66,16 @@ def less(cost: Cost, part: Cost, *, times: int = 1) -> Cost:
     return max(cost[0] - times * part[0], 0.0), max(cost[1] - times * part[1], 0.0)
 
 
-def _resident(pipe: Any, files: list[Path], count: int) -> dict[str, Any]:
-    """Many adapters held by one mix, each in turn the only one with a weight."""
-    adapters = [Adapter(files[n % len(files)], 0.0, f"adapter {n}") for n in range(count)]
-    before = anonymous_mib()
+def _resident(pipe: Any, files: list[Path]) -> dict[str, Any]:
+    """An adapter of each file held by one mix, each in turn the only one with a weight."""
+    count = len(files)
+    adapters = [Adapter(file, 0.0, f"adapter {n}") for n, file in enumerate(files)]
+    kinds = ("RssAnon", "RssFile")
+    before = [resident_mib(kind) for kind in kinds]
     loading_s = seconds(lambda: compose(pipe, *adapters))
     mix = current(pipe)
     assert mix is not None
-    held_mib = anonymous_mib() - before
+    anonymous, of_files = (resident_mib(kind) - was for kind, was in zip(kinds, before, strict=True))
     switching = []
     for label in list(mix.weights)[:5]:
         switching.append(seconds(lambda label=label: mix.set_weights({label: 1.0})))  # type: ignore[misc]
@@ -80,7 +84,9 @@ def _resident(pipe: Any, files: list[Path], count: int) -> dict[str, Any]:
     return {
         "resident_adapters": count,
         "loading_each_s": round(loading_s / count, 4),
-        "memory_each_mib": round(held_mib / count, 2),
+        "anonymous_memory_each_mib": round(anonymous / count, 2),
+        "file_backed_memory_each_mib": round(of_files / count, 2),
+        "file_each_mib": round(sum(file.stat().st_size for file in files) / count / 2**20, 2),
         "switching_to_one_s": round(median(switching), 3),
     }
 
@@ -118,16 +124,19 @@ def main() -> None:
     parser.add_argument("--steps", type=at_least(1), default=25, help="calls of the U-Net in a drawing")
     parser.add_argument("--size", type=at_least(8), default=32, help="latent pixels on a side, 64 for 512 px")
     parser.add_argument("--resident", type=at_least(0), default=100)
+    parser.add_argument("--threads", type=at_least(1), default=1)
     parser.add_argument("--ours-only", action="store_true", help="without diffusers, which takes the longest")
     chosen = parser.parse_args()
     if chosen.pictures % 2:
         parser.error(f"--pictures {chosen.pictures}: wanted an even number, half of which is drawn under guidance")
 
+    torch.set_num_threads(chosen.threads)
     case = CASES["sd1-attention"]
     pipe = build("sd1", torch.bfloat16)
     unet, count = pipe.unet, chosen.pictures
     with tempfile.TemporaryDirectory() as folder:
-        files = write_adapters(unet, case, Path(folder), count)
+        all_files = write_adapters(unet, case, Path(folder), max(count, chosen.resident))
+        files = all_files[:count]
         latents = torch.randn(count, 4, chosen.size, chosen.size, dtype=torch.bfloat16)
         text = torch.randn(count, 77, 768, dtype=torch.bfloat16)
 
@@ -142,20 +151,26 @@ def main() -> None:
                 calls.append(costs(call))
             return less(whole.cost(), calls[0], times=2), calls[0]
 
+        def alone(place: int) -> Any:
+            return call(slice(place, place + 1))
+
         def one_after_another() -> tuple[Cost, Cost]:
-            """The same of diffusers, for all pictures."""
+            """The same of diffusers, for all pictures; of theirs, too, what only a first call takes is bringing in."""
             whole, calls = Watch(), []
             for place, file in enumerate(files):
                 pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name="one")
-                calls.append(costs(lambda place=place: call(slice(place, place + 1))))  # type: ignore[misc]
+                alone(place)
+                calls.append(costs(partial(alone, place)))
                 pipe.unload_lora_weights()
             called = (sum(clock for clock, _ in calls), sum(used for _, used in calls))
-            return less(whole.cost(), called), called
+            return less(whole.cost(), called, times=2), called
 
         call()
-        plain, mixed, theirs, ours_in_out, theirs_in_out = [], [], [], [], []
+        alone(0)
+        plain, plain_alone, mixed, theirs, ours_in_out, theirs_in_out = [], [], [], [], [], []
         for _ in range(chosen.rounds):
             plain.append(costs(call))
+            plain_alone.append(costs(lambda: [alone(place) for place in range(count)]))
             in_out, called = mixed_once()
             ours_in_out.append(in_out)
             mixed.append(called)
@@ -165,9 +180,10 @@ def main() -> None:
                 theirs.append(called)
 
         guided = _guided(pipe, files[0], chosen.rounds, call)
-        resident = _resident(pipe, files, chosen.resident) if chosen.resident else {}
+        resident = _resident(pipe, all_files[: chosen.resident]) if chosen.resident else {}
     drawn = {
         "plain": [times(cost, chosen.steps) for cost in plain],
+        "plain alone": [times(cost, chosen.steps) for cost in plain_alone],
         "ours": [plus(a, times(b, chosen.steps)) for a, b in zip(ours_in_out, mixed, strict=True)],
         "theirs": [plus(a, times(b, chosen.steps)) for a, b in zip(theirs_in_out, theirs, strict=True)],
     }
@@ -177,6 +193,9 @@ def main() -> None:
             "diffusers_calls_one_after_another_s": _median(theirs),
             "diffusers_in_and_out_s": _median(theirs_in_out),
             "diffusers_drawing_ratio_cpu": _ratio(drawn["theirs"], drawn["plain"], of_cpu=True),
+            "diffusers_drawing_over_plain_one_after_another_cpu": _ratio(
+                drawn["theirs"], drawn["plain alone"], of_cpu=True
+            ),
             "diffusers_over_ours_drawing_cpu": _ratio(drawn["theirs"], drawn["ours"], of_cpu=True),
         }
     print(
@@ -184,7 +203,10 @@ def main() -> None:
             {
                 "what": f"SD 1.5 U-Net, bf16, {count} pictures of {chosen.size * 8} px, rank 16 on all attention",
                 "rounds": chosen.rounds,
+                "threads": chosen.threads,
                 "call_without_adapters_s": _median(plain),
+                "plain_one_after_another_s": _median(plain_alone),
+                "plain_one_after_another_ratio_cpu": _ratio(plain_alone, plain, of_cpu=True),
                 "call_with_one_adapter_a_picture_s": _median(mixed),
                 "in_and_out_s": _median(ours_in_out),
                 "ratio": _ratio(mixed, plain),

@@ -7,7 +7,8 @@ mutmut writes the mutants. This program draws the sample and tries each mutant i
 code is replaced by the mutant's and the tests of the package that ever call the function are run, quickest first, until
 one fails: torch is imported once, and nothing is slower than it is without mutants. A mutant that no test calls has
 survived; one that does not end in several times its tests' time is killed, as mutmut counts it. Processes that tests
-start run the code as it is, so that what only they would notice counts as survived.
+start run the code as it is, so that what only they would notice counts as survived. A mutant that cannot take the
+function's place is counted apart: no test has judged it.
 
 Prints JSON: the score of each package with its 95 % Wilson interval, both together weighted by their numbers of
 mutants, and the survivors.
@@ -41,6 +42,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("runs", "files")
 LOOK_S = 0.05
+NOT_PLACED = "not put in place"
 
 
 @dataclass(frozen=True)
@@ -160,12 +162,12 @@ class Loop:
             status = os.waitpid(child, 0)[1]
         with suppress(ProcessLookupError):  # what its tests have started and left
             os.killpg(child, signal.SIGKILL)
-        return {0: "survived", 1: "killed"}.get(os.waitstatus_to_exitcode(status), "timeout")
+        return {0: "survived", 1: "killed", 2: NOT_PLACED}.get(os.waitstatus_to_exitcode(status), "timeout")
 
 
 def _run_mutant(mutant: Mutant, items: Sequence[Any], seconds: int) -> None:
-    """Never returns: exit code 1 as soon as a test fails, 0 if none does."""
-    code = 1
+    """Never returns: exit code 1 as soon as a test fails, 0 if none does, 2 if the mutant cannot be put in place."""
+    code = 2
     try:
         os.setsid()
         resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
@@ -173,7 +175,9 @@ def _run_mutant(mutant: Mutant, items: Sequence[Any], seconds: int) -> None:
         for stream in range(3):
             os.dup2(silent, stream)
         mutant.put_in_place()
-        code = 0 if all(_passes(item, following) for item, following in _in_turn(items)) else 1
+        code = 1
+        if all(_passes(item, following) for item, following in _in_turn(items)):
+            code = 0
     finally:
         os._exit(code)
 
@@ -202,16 +206,24 @@ def run_package(package: str, sample: int, seed: int) -> dict[str, Any]:
     pytest.main([*options, f"tests/{package}"], plugins=[loop])
     if loop.broken:
         raise SystemExit(f"{len(loop.broken)} tests fail without any mutant, first {loop.broken[0]}; mend them.")
-    results = list(loop.results.values())
-    noticed = results.count("killed") + results.count("timeout")
     left = [mutant for mutant in loop.sample if loop.results[mutant.name] in ("survived", "not tested")]
     return {
         "mutants": len(loop.mutants),
+        **scored(list(loop.results.values())),
+        "survivors": {mutant.name: [loop.results[mutant.name], *mutant.lines()] for mutant in left},
+        "never_in_place": [name for name, result in loop.results.items() if result == NOT_PLACED],
+    }
+
+
+def scored(results: Sequence[str]) -> dict[str, Any]:
+    """How many mutants came to what, and the share that was noticed of those that took their function's place."""
+    noticed = results.count("killed") + results.count("timeout")
+    judged = len(results) - results.count(NOT_PLACED)
+    return {
         "sampled": len(results),
         **{result: results.count(result) for result in sorted(set(results))},
-        "score": round(noticed / max(1, len(results)), 3),
-        "interval": wilson(noticed, len(results)),
-        "survivors": {mutant.name: [loop.results[mutant.name], *mutant.lines()] for mutant in left},
+        "score": round(noticed / max(1, judged), 3),
+        "interval": wilson(noticed, judged),
     }
 
 

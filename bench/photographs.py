@@ -1,12 +1,12 @@
 """Photographs of subjects through all trainers: every subject on pocket at 64 px, one on full-size SD 1.5 at 512 px.
 
-    python -m bench.photographs --data PHOTOGRAPHS [--work /somewhere/with/5/GB --methods lora,words --subjects 0]
+    python -m bench.photographs --data PHOTOGRAPHS [--work /somewhere/with/5/GB --methods lora --methods words]
 
 PHOTOGRAPHS is laid out as SUBJECT/*.jpg, as google/dreambooth is. Prints JSON. On pocket each training runs a few steps
-to its end, and what it wrote is read again. The full-size one has random weights: each method runs in its own process,
-and its row says the most that was resident, the most over what was resident after the imports, and CPU seconds of a
-step; with `--precision both` one after the other in fp32 and in bf16, and the ratios. A training that fails is in
-`failed` with its line.
+to its end, and what it wrote is read again (`--subjects 0`: no training there). The full-size one has random weights:
+each method runs in its own process, and its row says the most that was resident, the most over what was resident after
+the imports, and CPU seconds of a step; with `--precision both` one after the other in fp32 and in bf16, and the ratios.
+A training that fails is in `failed` with its line.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Config:
     work: Path | None = None
     """Folder for the full-size base (4.3 GB, made once). Unset: only pocket."""
     methods: tuple[str, ...] = ("lora", "pivotal", "dreambooth-full", "dreambooth-lora", "words")
-    """Which of these."""
+    """lora, pivotal, dreambooth-full (fused, unclipped), dreambooth-lora, words. Repeat it for several."""
     subjects: int | None = None
     """How many subjects pocket learns. Unset: all."""
     steps: int = 2
@@ -64,7 +64,7 @@ def methods_of(subject: str, others: Path | None) -> dict[str, tuple[str, dict[s
     return {
         "lora": ("lora", {"caption": said, "targets": "attention"}),
         "pivotal": ("lora", {"caption": f"a photo of {placeholder}", "train-words": placeholder}),
-        "dreambooth-full": ("dreambooth", booth | {"fused": True, "save": "difference"}),
+        "dreambooth-full": ("dreambooth", booth | {"fused": True, "clip": 0, "save": "difference"}),
         "dreambooth-lora": ("dreambooth", booth | {"method": "lora"}),
         "words": ("textual_inversion", {"placeholder": placeholder}),
     }

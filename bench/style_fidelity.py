@@ -127,11 +127,12 @@ def measure(config: Config) -> dict[str, Any]:
         result, score = judge_run(config, base, judge, run)
         report["styles"][run.style].append({"seed": run.seed, **result})
         scores.append(score)
-    report["all"] = summary(scores)
+    report["all"] = summary(scores, [run.style for run in runs])
     if subjects:
         mixes = [run["mix"] for of_style in report["styles"].values() for run in of_style]
-        report["mix"] = mix_summary([[mix[name] for name in subjects] for mix in mixes])
-        report["mix_of"] = {name: mix_summary([[mix[name]] for mix in mixes]) for name in subjects}
+        styles = [style for style, of_style in report["styles"].items() for _ in of_style]
+        report["mix"] = mix_summary([[mix[name] for name in subjects] for mix in mixes], styles)
+        report["mix_of"] = {name: mix_summary([[mix[name]] for mix in mixes], styles) for name in subjects}
     return report
 
 
@@ -250,6 +251,8 @@ def judge_run(config: Config, base: Base, judge: Judge, run: Drawn) -> tuple[dic
     distances = {name: paired_kernel_distance(verdict.features, real.features) for name, verdict in named.items()}
     closed = (distances["base"] - distances["adapter"]) / (distances["base"] - distances["reconstruction"])
     outcome = {
+        "style_of_real": real.right_style(true.style),
+        "style_of_reconstruction": rebuilt.right_style(true.style),
         "style_before": before.right_style(true.style),
         "style_after": after.right_style(true.style),
         "top5_before": before.right_concept(true.concept, 5),

@@ -130,6 +130,19 @@ def test_the_interval_of_what_never_varies_is_a_point():
     assert interval(lambda i: torch.ones(5)[i].mean(), 5) == [1.0, 1.0]
 
 
+def test_of_runs_of_one_style_it_is_the_style_that_is_drawn_again():
+    """Two styles, three runs of each that agree: all of one style is drawn in a quarter of the resamples, where six
+    independent runs are hardly ever all of one."""
+    scores, styles = torch.tensor([1.0, 0.0] * 3), ["oil", "ink"] * 3
+    assert interval(lambda i: scores[i].mean(), 6, styles) == [0.0, 1.0]
+    assert interval(lambda i: scores[i].mean(), 6)[0] > 0.0
+
+
+def test_of_one_style_its_runs_are_drawn_again():
+    scores = torch.tensor([1.0, 0.0])
+    assert interval(lambda i: scores[i].mean(), 2, ["oil"] * 2) == [0.0, 1.0]
+
+
 def test_the_summary_counts_pictures_and_says_which_goals_are_met():
     run = {
         "style_before": torch.zeros(10),
@@ -137,12 +150,16 @@ def test_the_summary_counts_pictures_and_says_which_goals_are_met():
         "top5_before": torch.ones(10),
         "top5_after": torch.tensor([1.0] * 8 + [0.0] * 2),
         "closed": torch.tensor([0.6]),
+        "style_of_real": torch.tensor([1.0] * 9 + [0.0]),
+        "style_of_reconstruction": torch.tensor([1.0] * 7 + [0.0] * 3),
     }
-    found = summary([run, run])
+    found = summary([run, run], ["oil", "ink"])
     assert found["style"]["after_95"] == [1.0, 1.0]
     other = {**run, "style_after": torch.zeros(10)}
-    assert summary([run, other])["style"]["after_95"] == [0.0, 1.0]  # two runs tell little, whatever was drawn in each
+    two = summary([run, other], ["oil", "ink"])
+    assert two["style"]["after_95"] == [0.0, 1.0]  # two runs tell little, whatever was drawn in each
     assert (found["pictures"], found["style"]["after"], found["top5"]["after"]) == (20, 1.0, 0.8)
+    assert (found["style_of_real"], found["style_of_reconstruction"]) == (0.9, 0.7)
     assert list(found["goals"].values()) == [True, False, True]
 
 
@@ -150,10 +167,11 @@ def test_a_mix_keeps_its_share_of_the_solo_scores():
     """Of two runs the first keeps half of its style and the second all: one run alone may be drawn twice."""
     mix = {"style_alone": 0.8, "style_mixed": 0.6, "subject_alone": 0.5, "subject_mixed": 0.5}
     less, more = mix | {"style_mixed": 0.4}, mix | {"style_mixed": 0.8}
-    found = mix_summary([[less, less], [more, more]])
+    found = mix_summary([[less, less], [more, more]], ["oil", "ink"])
     assert (found["style_kept"], found["style_kept_95"]) == (0.75, [0.5, 1.0])
     assert (found["subject_kept"], found["subject_kept_95"]) == (1.0, [1.0, 1.0])
-    assert mix_summary([[less, more], [less, more]])["style_kept_95"] == [0.75, 0.75]  # the same two mixes in each
+    same = mix_summary([[less, more], [less, more]], ["oil", "ink"])  # the same two mixes in each
+    assert same["style_kept_95"] == [0.75, 0.75]
 
 
 def _grey(side):

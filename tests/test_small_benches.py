@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import importlib
 import json
 import shutil
 import tarfile
@@ -12,8 +13,13 @@ import torch
 from PIL import Image
 
 from bench import (
+    adapter_kinds,
     beside_others,
+    dreambooth_memory,
     emoji_data,
+    forecast,
+    full_size,
+    new_words,
     pocket_data,
     pocket_drawing,
     pocket_export,
@@ -21,10 +27,12 @@ from bench import (
     reconstruction,
     style_fidelity,
     style_runs,
+    vs_diffusers,
 )
-from bench.mutation import Mutant, together, wilson
+from bench.mutation import NOT_PLACED, Loop, Mutant, scored, together, wilson
 from bench.real import BASE_CONCEPTS, cells_of, known_concepts, print_report, styles_of
 from sfumato.bases.loading import POCKET_FOLDER
+from sfumato.config import parse
 from sfumato.errors import ConfigError, DataError
 
 CONCEPTS = list(json.loads(BASE_CONCEPTS.read_text()))[:6]
@@ -100,6 +108,9 @@ def test_the_style_bench_runs_and_makes_nothing_twice(data, pocket_folder, made,
     report = style_fidelity.measure(config)
     assert report["concepts"] == len(CONCEPTS)
     assert report["all"]["pictures"] == 2
+    (run,) = report["styles"]["flat"]
+    assert report["all"]["style_of_real"] == run["real"]["style"]
+    assert report["all"]["style_of_reconstruction"] == run["reconstruction"]["style"]
     made()
     assert style_fidelity.measure(config) == report
 
@@ -153,6 +164,25 @@ def test_a_mutant_stands_in_the_function_s_place_and_shows_its_lines():
     assert mutant.lines() == ["-a, b=1", "-return a + b", "+a, b=2", "+return a - b"]
 
 
+def test_a_mutant_that_cannot_take_the_function_s_place_is_no_killed_one():
+    found = scored(["killed", "timeout", "survived", "not tested", NOT_PLACED, NOT_PLACED])
+    assert (found["sampled"], found["killed"], found[NOT_PLACED], found["score"]) == (6, 1, 2, 0.5)
+    assert found["interval"] == wilson(2, 4)
+    assert scored([NOT_PLACED])["score"] == 0
+
+
+def test_a_function_with_names_of_its_surroundings_is_judged_by_no_test():
+    outer = 1
+
+    def original():
+        return outer
+
+    node = ast.parse("def f():\n return 2").body[0]
+    loop = object.__new__(Loop)
+    loop._calls = {original.__code__: [(0.0, None)]}
+    assert loop._try(Mutant("f", original, node, node)) == NOT_PLACED
+
+
 def test_wilson_s_interval_is_the_published_one():
     """Newcombe 1998, table I: 81 of 263 is 0.2553 to 0.3662, 15 of 148 is 0.0624 to 0.1605, 0 of 20 to 0.1611."""
     assert wilson(81, 263) == pytest.approx([0.2553, 0.3662], abs=6e-4)
@@ -178,8 +208,94 @@ def test_the_reconstruction_bench_measures_every_set_with_every_vae(data, tmp_pa
         reconstruction.measure(reconstruction.Config())
 
 
+def test_sides_take_turns_at_being_first_after_a_round_that_is_not_measured():
+    calls = []
+    sides = {name: lambda name=name: calls.append(name) or len(calls) for name in "ab"}
+    seconds, made = pocket_drawing.in_turns(sides, 2)
+    assert "".join(calls) == "abbaab"
+    assert (set(seconds), made) == ({"a", "b"}, {"a": 5, "b": 6})
+
+
+def test_the_kinds_are_beside_a_lora_of_the_same_round():
+    """A machine that is half as fast in the second round changes no ratio."""
+    loras, others = ([{"numbers": 3, "step_s": s, "kept_gib": 1, "fall": f} for s in (1.0, 2.0)] for f in (2.0, 1.0))
+    slower = [row | {"step_s": 1.5 * row["step_s"]} for row in others]
+    assert adapter_kinds.together(loras, loras)["step_ratio"] == 1
+    found = adapter_kinds.together(slower, loras)
+    assert (found["step_s"], found["step_ratio"], found["fall"]) == (2.25, 1.5, 0.5)
+
+
+def test_what_writes_a_trainer_s_result_is_left_out_of_what_is_watched(monkeypatch):
+    for trainer, writer in full_size.WRITERS.items():
+        module = importlib.import_module(f"sfumato.trainers.{trainer}")
+        monkeypatch.setattr(module, writer, getattr(module, writer))  # put back afterwards
+        assert full_size._ours(trainer) is module.main
+        assert getattr(module, writer)("anything", anything=1) is None
+    monkeypatch.setitem(full_size.WRITERS, "lora", "gone")
+    with pytest.raises(AssertionError, match="has no gone"):
+        full_size._ours("lora")
+
+
+def test_rows_are_unclipped_where_their_name_says_so():
+    for name, chosen in dreambooth_memory.COMBINATIONS.items():
+        assert ("unclipped" in name) == (chosen.get("clip") == 0)
+        assert ("fused" in name) == bool(chosen.get("fused"))
+
+
+def test_every_way_of_dreambooth_is_one_that_the_trainer_takes(tmp_path):
+    from sfumato.trainers.dreambooth import Config, check
+
+    shared = {"images": tmp_path, "output": tmp_path / "run", "class-name": "thing", "prior": "none"}
+    for chosen in dreambooth_memory.COMBINATIONS.values():
+        config = parse(Config, full_size.options({**shared, "precision": "fp32", **chosen}), program="train dreambooth")
+        assert config.precision == "fp32"
+        check(config)
+
+
+def test_a_combination_that_there_is_not_is_one_line(tmp_path):
+    with pytest.raises(ConfigError, match="--only 'full,fused': wanted one of full; full, checkpointing; "):
+        dreambooth_memory.measure(dreambooth_memory.Config(work=tmp_path / "work", only=("full,fused",)))
+    assert not (tmp_path / "work").exists()
+
+
+def test_a_training_that_fails_is_in_the_report_of_the_forecast(monkeypatch, pocket_folder, tmp_path):
+    monkeypatch.setattr(forecast, "build", lambda folder: pocket_folder)
+    monkeypatch.setattr(forecast, "run", lambda name, *_: {"name": name, "error": "no room"})
+    report = forecast.measure(forecast.Config(work=tmp_path, only=("lora",), resolution=64))
+    assert report["rows"]["lora"]["error"] == "no room"
+    assert report["rows"]["lora"].keys() == {"told_gib", "error"}
+
+
+@pytest.mark.parametrize("method", vs_diffusers.SCRIPTS)
+def test_both_sides_of_every_method_have_options_a_goal_and_a_floor(method):
+    places = (Path("base"), Path("pictures"), Path("out"), 256, 3)
+    precomputed = "--pre_compute_text_embeddings" in vs_diffusers.theirs(method, *places)
+    assert precomputed == (method == vs_diffusers.PRECOMPUTED)
+    assert "--images" in vs_diffusers.ours(method, "base", *places[1:])
+    assert vs_diffusers.GOALS.keys() == vs_diffusers.FLOPS.keys() == vs_diffusers.SCRIPTS.keys()
+
+
+def test_a_prompt_encoded_beforehand_is_beside_the_plain_dreambooth():
+    places = (Path("pictures"), Path("out"), 256, 3)
+    plain, beside = (vs_diffusers.ours(name, "base", *places) for name in ("dreambooth", vs_diffusers.PRECOMPUTED))
+    assert plain == beside
+
+
+def test_the_floor_is_taken_on_as_many_threads_as_the_trainings():
+    before = torch.get_num_threads()
+    with vs_diffusers.threads(before + 1):
+        assert torch.get_num_threads() == before + 1
+    assert torch.get_num_threads() == before
+
+
+def test_their_figures_are_told_in_multiples_of_ours():
+    theirs, ours = ({"state_bytes": b, "optimizer_cpu_ms": t} for b, t in ((3000, 2.5), (10, 0.01)))
+    assert new_words.over(theirs, {**ours, "file_bytes": 5}) == {"state_bytes": 300, "optimizer_cpu_ms": 250}
+
+
 def test_the_drawing_bench_draws_what_diffusers_draws():
     report = pocket_drawing.measure(pocket_drawing.Config(steps=2, at_once=(2,), rounds=1))
+    assert report["loading"].keys() == {"sfumato", "diffusers", "ratio"}
     assert report["2 at once"]["levels"] <= 1
     with pytest.raises(ConfigError, match="--at-once"):
         pocket_drawing.measure(pocket_drawing.Config(at_once=(0,)))
