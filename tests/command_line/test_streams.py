@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from sfumato.command_line.streams import STOPS_UNREAD
+
 PROGRAM = """
 import sys
 from pathlib import Path
@@ -32,13 +34,36 @@ def test_a_reader_that_goes_away_stops_nothing(stream, tmp_path):
     assert (tmp_path / "file").read_text() == "done"
 
 
-def test_help_for_a_reader_of_one_line_is_no_failure():
+def test_help_that_nobody_reads_is_no_failure():
     reading, writing = os.pipe()
+    os.close(reading)
     process = subprocess.Popen([sys.executable, "-m", "sfumato", "train", "lora", "--help"], stdout=writing)
     os.close(writing)
-    os.read(reading, 1)
-    os.close(reading)
     assert process.wait(timeout=60) == 0
+
+
+def test_a_stream_that_a_program_has_put_in_its_place_stays(tmp_path):
+    program = (
+        "import sys\nfrom sfumato.cli import run\n"
+        f"sys.stdout = open({str(tmp_path / 'said')!r}, 'w')\n"
+        "run(lambda argv: print('hello', flush=True) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert (tmp_path / "said").read_text() == "hello\n"
+
+
+def test_a_command_that_another_program_reads_ends_with_it(tmp_path):
+    reading, writing = os.pipe()
+    os.close(reading)
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, "stdout", str(tmp_path / "file")],
+        stdout=writing,
+        env=os.environ | {STOPS_UNREAD: "1"},
+    )
+    os.close(writing)
+    assert process.wait(timeout=60) == 141
+    assert not (tmp_path / "file").exists()
 
 
 def test_what_is_said_arrives_whole_and_signs_that_are_lacking_as_numbers():

@@ -363,10 +363,12 @@ def test_a_sheet_shows_every_crop(messy, tmp_path):
     assert sheet.height > 2 * 192
 
 
-def test_a_sheet_replaces_no_picture_but_an_earlier_sheet(messy, tmp_path):
+def test_a_sheet_replaces_no_picture_but_an_earlier_sheet(messy, tmp_path, monkeypatch):
     picture = next(file for file in messy.iterdir() if file.suffix == ".png")
     before = picture.read_bytes()
     (tmp_path / "sheet-2.webp").write_bytes(before)
+    assert main([str(messy), "--sheet", str(tmp_path / "sheet.webp")]) in (0, 1)  # one is enough
+    monkeypatch.setattr(crop_sheet, "_PAGE", 5)
     for sheet in (picture, tmp_path / "sheet.webp"):
         with pytest.raises(ConfigError, match=r"exists, and is no sheet of crops; name another file"):
             main([str(messy), "--sheet", str(sheet)])

@@ -54,6 +54,25 @@ class Child:
         return self.process.exitcode, self._log.read_text()
 
 
+def test_a_signal_is_remembered_where_nobody_reads_that_it_was_heard(tmp_path, monkeypatch):
+    """`sfumato train ... 2>&1 | tee log`: Ctrl-C ends tee as well. Without errors' stream 2 is another file."""
+    kept, (reading, writing) = os.dup(2), os.pipe()
+    os.close(reading)
+    try:
+        os.dup2(writing, 2)
+        unread = Stop()
+        unread._remember(signal.SIGTERM, None)
+        file = os.open(tmp_path / "weights", os.O_WRONLY | os.O_CREAT)
+        os.dup2(file, 2)
+        monkeypatch.setattr(sys, "stderr", None)
+        without = Stop()
+        without._remember(signal.SIGTERM, None)
+    finally:
+        os.dup2(kept, 2)
+    assert unread.signal == without.signal == signal.SIGTERM
+    assert (tmp_path / "weights").read_bytes() == b""
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="signals and forks are POSIX's")
 @pytest.mark.parametrize(("number", "code"), CODES)
 def test_the_first_signal_finishes_the_step_saves_and_says_how_to_go_on(number, code, tmp_path):

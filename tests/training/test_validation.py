@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from sfumato.trainers import lora, textual_inversion
+from sfumato.trainers import dreambooth, lora, textual_inversion
 
-from sfumato import cli
+from sfumato import cli, data
 from sfumato.bases import load_base
 from sfumato.data.source import read_folder
 from sfumato.data.validation import hold_out
@@ -130,6 +130,26 @@ def test_pictures_held_out_are_measured_as_they_are(base, tmp_path):
     assert padding.mask.min() == 0
 
 
+def test_pictures_held_out_are_measured_within_their_masks(base, examples, monkeypatch):
+    """Of what lies outside of them nothing was learned."""
+    config = lora.Config(images=Path("pictures"), output=Path("run"), resolution=64)
+    dataset = config.prepare(hold_out(examples, 0.34).in_group("instance"), base)
+    held_out = prepare_validation(config, base, hold_out(examples, 0.34), None)
+    whole = Metrics(base, dataset, {}, held_out=held_out).values()
+    middles = data.Dataset.middles
+
+    def masked(self, *asked):
+        for batch in middles(self, *asked):
+            mask = torch.zeros_like(batch.latents[:, :1])
+            mask[..., :2, :2] = 1
+            yield dataclasses.replace(batch, mask=mask)
+
+    monkeypatch.setattr(data.Dataset, "middles", masked)
+    within = Metrics(base, dataset, {}, held_out=held_out).values()
+    assert within["fit"] == whole["fit"]
+    assert within["validation"] != whole["validation"]
+
+
 def test_nothing_is_learned_of_pictures_held_out(pictures, tmp_path, pocket_folder, quick):
     """The run without them is the same, and needs no other measurements than it asks for."""
     found = hold_out(read_folder(pictures, caption_template="{caption}"), 0.34)
@@ -151,6 +171,33 @@ def test_nothing_is_learned_of_pictures_held_out(pictures, tmp_path, pocket_fold
     assert [row["fit"] for row in rows if "fit" in row] == [row["fit"] for row in without if "fit" in row]
     assert all(("validation" in row) == ("fit" in row) for row in rows)
     assert not any("validation" in row for row in without)
+
+
+def test_a_run_knows_the_pictures_held_out_again(pictures, tmp_path, pocket_folder, quick, capsys):
+    """Else one curve would be of two sets."""
+    (tmp_path / "new").mkdir()
+    Image.new("RGB", (64, 64), "navy").save(tmp_path / "new" / "navy-square.png")
+    text = f'caption = "{{caption}}"\n[[source]]\npath = "{pictures.as_posix()}"\n'
+    (tmp_path / "a.toml").write_text(f'{text}[[source]]\npath = "new"\nvalidation = true\n')
+    words = ["--images", tmp_path / "a.toml", "--output", tmp_path / "run", "--base", pocket_folder, "--rank", "2"]
+    words += ["--batch", "2", "--steps", "2", *QUIET]
+    assert cli.main(["train", "lora", *map(str, words)]) == 0
+    assert cli.main(["train", "lora", *map(str, words), "--resume"]) == 0
+    Image.new("RGB", (64, 64), "olive").save(tmp_path / "new" / "olive-square.png")
+    assert cli.main(["train", "lora", *map(str, words), "--resume"]) == 2
+    assert "validation: olive-square.png is new" in capsys.readouterr().err
+
+
+def test_what_is_held_out_is_measured(pictures, tmp_path, capsys):
+    words = ["--images", pictures, "--output", tmp_path / "run", "--validation-split", "0.2", "--measure-every", "0"]
+    assert cli.main(["train", "lora", *map(str, words)]) == 2
+    assert "--validation-split holds pictures out to be measured, and --measure-every 0" in capsys.readouterr().err
+
+
+def test_a_limit_is_looked_at_as_often_with_pictures_held_out(base, examples):
+    config = dreambooth.Config(images=Path("pictures"), output=Path("run"), steps=20, batch=2, drift_limit=0.5)
+    found = [config_defaults.resolve(config, base, hold_out(examples, share), 1)[0] for share in (0.0, 0.34)]
+    assert [each.measure_every for each in found] == [5, 5]
 
 
 def test_a_new_word_is_validated_too(pictures, tmp_path, pocket_folder, quick):
@@ -190,3 +237,6 @@ def test_check_counts_what_is_learned(pictures, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "new: 1 picture for validation" in said
     assert '"samples": 6' in said
+    (tmp_path / "b.toml").write_text(f'{text}[[source]]\npath = "{pictures.as_posix()}"\nvalidation = true\n')
+    assert cli.main(["check", str(tmp_path / "b.toml")]) == 1
+    assert "in a source with validation = true and in one that is learned" in capsys.readouterr().out

@@ -38,8 +38,8 @@ class Stop:
         if self.signal is not None:
             raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
         self.signal = number
-        # A print could meet the print that the signal has interrupted. Without errors' stream 2 may be another file, and
-        # the reader of one, such as tee, may have been stopped by the same Ctrl-C.
+        # A print could meet the print that the signal has interrupted. Without a stream for errors 2 may be another
+        # file, and the reader of one, such as tee, may have been stopped by the same Ctrl-C.
         if not self._quiet and sys.stderr is not None:
             with suppress(OSError):
                 os.write(2, _HEARD)

@@ -75,7 +75,7 @@ class Metrics:
 
     def fit(self) -> float:
         """Mean squared error of the prediction, no weights."""
-        return self._loss([(dataclasses.replace(batch, mask=None), *noised) for batch, *noised in self._learned])
+        return self._loss([(dataclasses.replace(batch, mask=None), noise, at) for batch, noise, at in self._learned])
 
     def _validation(self, samples: Sequence[_Noised]) -> float:
         """The same of pictures held out, within their masks: of what lies outside of them nothing was learned."""
