@@ -195,7 +195,7 @@ def test_each_method_has_its_own_defaults_in_each_family(method, family, wanted,
     one = FAMILIES[family]
     base = SimpleNamespace(family=one, defaults=one.defaults, alpha_bar=range(1000))
     config = Config(images=tmp_path, output=tmp_path, class_name=CLASS, method=method)
-    config, _ = resolve(config, base, 6, 1)
+    config, _ = resolve(config, base, data.ExampleSet(()), 1)
     assert (config.learning_rate, config.steps, config.batch, config.class_count) == wanted
 
 

@@ -598,7 +598,7 @@ def test_a_rank_stabilised_scale_is_1_at_the_familys_rank(tmp_path):
     base = SimpleNamespace(family=family, defaults=family.defaults, alpha_bar=range(1000))
     for rank, stabilised, alpha in ((None, True, 4), (64, True, 4), (64, False, 64)):
         config = Config(images=tmp_path, output=tmp_path, rank=rank, rank_stabilised=stabilised)
-        assert resolve(config, base, 16, 1, kinds=1)[0].alpha == alpha
+        assert resolve(config, base, data.ExampleSet(()), 1, kinds=1)[0].alpha == alpha
 
 
 def test_unset_convolutions_have_the_rank_and_the_scale_of_the_other_layers(tmp_path):
@@ -613,7 +613,7 @@ def test_unset_convolutions_have_the_rank_and_the_scale_of_the_other_layers(tmp_
         ({"conv_rank": 4, "rank_stabilised": True}, (4, 8.0)),
     ):
         config = Config(images=tmp_path, output=tmp_path, alpha=8.0, **options)
-        config = resolve(config, base, 16, 1, kinds=1)[0]
+        config = resolve(config, base, data.ExampleSet(()), 1, kinds=1)[0]
         assert (config.conv_rank, config.conv_alpha) == wanted
 
 
@@ -644,9 +644,9 @@ def test_a_crossing_of_no_sample_is_refused(tmp_path):
     family = FAMILIES["sd1"]
     base = SimpleNamespace(family=family, defaults=family.defaults, alpha_bar=range(1000))
     config = Config(images=tmp_path, output=tmp_path, crossed_share=0.5, max_timestep=301)
-    assert resolve(config, base, 16, 1, kinds=1)
+    assert resolve(config, base, data.ExampleSet(()), 1, kinds=1)
     with pytest.raises(ConfigError, match="samples are crossed from timestep 300 on, and --max-timestep 300 leaves"):
-        resolve(dataclasses.replace(config, max_timestep=300), base, 16, 1, kinds=1)
+        resolve(dataclasses.replace(config, max_timestep=300), base, data.ExampleSet(()), 1, kinds=1)
 
 
 def test_what_lies_beside_the_adapter_is_known_before_it_is_written(tmp_path):

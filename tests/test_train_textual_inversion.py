@@ -265,7 +265,7 @@ def base_of(family):
 def test_sentences_are_put_around_a_placeholder_that_is_alone(family, options, templates, tmp_path):
     """pocket has not seen such sentences."""
     config = Config(**{"images": tmp_path, "output": tmp_path, "placeholder": ("<x>",)} | options)
-    assert resolve(config, base_of(family), 6, 1)[0].templates == templates
+    assert resolve(config, base_of(family), data.ExampleSet(()), 1)[0].templates == templates
 
 
 @pytest.mark.parametrize(
@@ -273,7 +273,9 @@ def test_sentences_are_put_around_a_placeholder_that_is_alone(family, options, t
     [("pocket", (2e-2, 300, 8)), ("sd1", (2e-3, 3000, 4)), ("sd2", (2e-3, 3000, 4)), ("sdxl", (1e-3, 3000, 2))],
 )
 def test_each_family_has_its_own_rate_steps_and_batch(family, wanted, tmp_path):
-    config, _ = resolve(Config(images=tmp_path, output=tmp_path, placeholder=("<x>",)), base_of(family), 6, 1)
+    config, _ = resolve(
+        Config(images=tmp_path, output=tmp_path, placeholder=("<x>",)), base_of(family), data.ExampleSet(()), 1
+    )
     assert (config.learning_rate, config.steps, config.batch) == wanted
     assert config.vectors == 4
 

@@ -31,9 +31,9 @@ _HOME = {
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'sfumato' has no attribute {name!r}")
-    # `sfumato.compose` is a module as well as the function in it; the function is what the package shows.
     module = import_module(_HOME[name])
-    value = getattr(module, name, module)  # `embedding` is a module itself
+    # `embedding` is a module itself, and so is `compose`, which can be called, too.
+    value = module if name == "compose" else getattr(module, name, module)
     globals()[name] = value
     return value
 

@@ -211,7 +211,7 @@ def _refuse_empty_paths(config_type: type[DataclassInstance], words: Sequence[st
 
 def settle(config: DataclassInstance) -> None:
     """Give a config that was made in Python the types that its fields declare: a text for a path is one, and a text for
-    several is one of these. To be called in `__post_init__`."""
+    several is one of these. To be called in `__post_init__`. Raises ConfigError for what is of another type."""
     paths = _fields_of(type(config), Path)
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -222,7 +222,28 @@ def settle(config: DataclassInstance) -> None:
             value = tuple(Path(each) for each in value)
         elif field.name in paths and isinstance(value, str):
             value = Path(value)
+        if hasattr(value, "dtype") and getattr(value, "ndim", 1) == 0:
+            value = value.item()  # numpy's or torch's number
         object.__setattr__(config, field.name, value)
+        _check_type(config, field.name, value)
+
+
+def _check_type(config: DataclassInstance, name: str, value: Any) -> None:
+    """Raises ConfigError for a value of another type than its field's, as a TOML file with it would be refused."""
+    hint = _hints(type(config))[name]
+    if value is None and type(None) in typing.get_args(hint):
+        return
+    several = isinstance(value, tuple)
+    plain = [_plain(each) for each in value] if several else _plain(value)
+    wanted = _wanted(hint, plain)
+    if not wanted and _is_of(hint, str) and not all(isinstance(each, str) for each in (value if several else [value])):
+        wanted = "a text"
+    if wanted:
+        raise ConfigError(f"{name} is {value!r:.60}; wanted {wanted.removesuffix(', without quotes')}.")
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
 
 
 @cache

@@ -1,8 +1,11 @@
 """Mixes as people use them: in inference mode, with offloading, copied, beside each other, in calls of several rows."""
 
 import copy
+import gc
 import pickle
+import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -14,6 +17,7 @@ from torch.testing import assert_close
 
 from sfumato.compose import Adapter, adapter_guidance, compose, current
 from sfumato.compose.caller import unconditional_rows, unet_lock
+from sfumato.compose.lowrank import exact_products
 from sfumato.compose.per_picture import composite, per_picture
 from sfumato.compose.regions import Region, regions
 from sfumato.compose.steps import Ramp, Switch, over_steps
@@ -426,3 +430,84 @@ def test_threads_whose_prompts_name_adapters_wait_for_one_another(pipe, write):
     folder = write("a", pipe, "to_q", "to_v").parent
     pipe.__class__ = type("Tagged", (TaggedPrompts, type(pipe)), {"lora_folder": folder})
     assert calls_at_once(pipe, "a cat <lora:a:0.8>", "a dog") == 1
+
+
+def test_threads_that_compose_at_once_leave_one_mix_and_the_bases_bytes(sd1, a):
+    """Of several threads one has its mix, and the others are told of it."""
+    before = weights_sha(sd1)
+
+    def work(start):
+        start.wait()
+        try:
+            return compose(sd1, a)
+        except AdapterError as error:
+            return str(error)
+
+    for _ in range(3):
+        start = threading.Barrier(4)
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(work, [start] * 4))
+        (mix,) = [each for each in found if not isinstance(each, str)]
+        assert sum("carries a mix already" in each for each in found if isinstance(each, str)) == 3
+        mix.undo()
+        assert weights_sha(sd1) == before
+
+
+def test_an_undone_mix_lets_go_of_its_pipeline(sd1, a):
+    pipe = copy.deepcopy(sd1)
+    with compose(pipe, a) as mix:
+        assert mix.pipe is pipe
+    unet = weakref.ref(pipe.unet)
+    del pipe
+    gc.collect()
+    assert unet() is None
+    assert (mix.pipe, mix.family, repr(mix)) == (None, "sd1", "Mix(undone)")
+    assert mix.show()
+
+
+def test_a_mix_whose_pipeline_has_another_unet_says_so(sd1, a):
+    pipe = copy.deepcopy(sd1)
+    before = weights_sha(pipe)
+    mix = compose(pipe, a)
+    first, pipe.unet = pipe.unet, copy.deepcopy(sd1.unet)
+    with pytest.raises(AdapterError, match="the pipeline has another unet than the one that this mix is in"):
+        mix.set(a=0.1)
+    with pytest.raises(AdapterError, match="has another unet"), adapter_guidance(mix, 2.0, guidance=5.0):
+        pass
+    mix.undo()
+    pipe.unet = first
+    assert weights_sha(pipe) == before
+
+
+@pytest.mark.parametrize("strength", [float("nan"), float("inf"), 21.0])
+def test_a_strength_that_cannot_be_meant_is_refused(strength, sd1, a):
+    with compose(sd1, a) as mix:
+        with pytest.raises(AdapterError, match="wanted a number of at most 20"):
+            adapter_guidance(mix, strength, guidance=5.0).__enter__()
+        with pytest.raises(AdapterError, match="guidance nan: wanted the number"):
+            adapter_guidance(mix, 2.0, guidance=float("nan")).__enter__()
+
+
+def test_products_are_exact_while_any_thread_needs_it_and_then_as_before():
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        first, second = exact_products(), exact_products()
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+        second.__exit__(None, None, None)
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+def test_the_module_and_its_function_are_one_name():
+    import sfumato
+
+    import sfumato.compose.per_picture as by_picture  # isort: skip
+
+    assert sfumato.compose.current is current
+    assert by_picture.per_picture is per_picture
+    assert callable(sfumato.compose)

@@ -107,7 +107,7 @@ def test_each_picture_is_measured_once_whatever_its_size(base, tmp_path):
     dataset = data.prepare(folder, base, resolution=64)
     assert len(set(dataset.sizes)) == 3
     measures = Metrics(base, dataset, {"drift": ["a crab"]})
-    assert sorted(place for batch in measures._batches for place in batch.indices) == [*range(5)]
+    assert sorted(place for batch, _, _ in measures._learned for place in batch.indices) == [*range(5)]
     first = measures.values()
     assert first == Metrics(base, dataset, {"drift": ["a crab"]}).values()
     assert first["drift"] == 0

@@ -31,7 +31,7 @@ def __getattr__(name: str) -> Any:
 
 
 class _CallableModule(ModuleType):
-    """`sfumato.compose` names this module and its main function; whichever an import bound, calling it works."""
+    """`sfumato.compose(pipe, ...)` calls the module's main function, and the module has others beside it."""
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         return __getattr__("compose")(*arguments, **options)

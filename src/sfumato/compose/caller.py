@@ -21,6 +21,7 @@ from sfumato.compose.match import compiled_parts, unwrapped_parts
 from sfumato.errors import AdapterError
 
 _LOCKS: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()
+_CHANGING: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()
 
 
 def calling_pipeline(pipe: Any) -> Any:
@@ -42,6 +43,12 @@ def calling_pipeline(pipe: Any) -> Any:
 def unet_lock(pipe: Any) -> RLock:
     """What one thread at a time holds while it draws with this U-Net, whichever pipeline it has it by."""
     return _LOCKS.setdefault(unwrapped_parts(pipe)["unet"], RLock())
+
+
+def change_lock(pipe: Any) -> RLock:
+    """What one thread at a time holds while it changes what is mixed into this U-Net. Not that of its calls, which a
+    thread that was ended within one never lets go of."""
+    return _CHANGING.setdefault(unwrapped_parts(pipe)["unet"], RLock())
 
 
 @contextmanager

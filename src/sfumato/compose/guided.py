@@ -27,6 +27,7 @@ from sfumato import unet_calls
 from sfumato.compose.caller import calling_pipeline, serialized_calls, unconditional_rows
 from sfumato.compose.match import compiled_parts, exclusive_row_split, unwrapped_parts
 from sfumato.errors import AdapterError
+from sfumato.limits import MOST_ADAPTER_GUIDANCE
 from sfumato.weighting.adapter import check_mix
 
 if TYPE_CHECKING:
@@ -50,10 +51,11 @@ def adapter_guidance(
     wanted = strengths_of(mix, strength, guidance=guidance)
     if wrong := [each for each in wanted.values() if each < 0]:
         raise AdapterError(f"adapter guidance {wrong[0]:g}: wanted 0 or more; 2 is usual.")
-    is_compiled = "unet" in compiled_parts(mix.pipe)
+    pipe = mix.pipe  # which the mix lets go of, if it is undone within the block
+    is_compiled = "unet" in compiled_parts(pipe)
     if not wanted:
         is_asked = not is_compiled and strengths_of(mix, strength, guidance=math.inf)
-        with _compared(mix, guidance) if is_asked else nullcontext():
+        with _compared(pipe, guidance) if is_asked else nullcontext():
             yield
         return
     if is_compiled:
@@ -61,25 +63,25 @@ def adapter_guidance(
     factors = {label: each / guidance for label, each in wanted.items()}
 
     def without(rows: int) -> int:
-        return unconditional_rows(calling_pipeline(mix.pipe), rows)
+        return unconditional_rows(calling_pipeline(pipe), rows)
 
-    unet = unwrapped_parts(mix.pipe)["unet"]
+    unet = unwrapped_parts(pipe)["unet"]
     with (
         exclusive_row_split(unet),
         mix.conditional_only(factors),
-        serialized_calls(mix.pipe),
-        _compared(mix, guidance),
+        serialized_calls(pipe),
+        _compared(pipe, guidance),
         unconditional_half(unet, mix.without_conditional, without),
     ):
         yield
 
 
 @contextmanager
-def _compared(mix: Mix, guidance: float) -> Iterator[None]:
+def _compared(pipe: Any, guidance: float) -> Iterator[None]:
     """Within the block a call that its pipeline draws with another guidance is an AdapterError."""
 
     def check(*_: Any) -> None:
-        drawn_with = getattr(calling_pipeline(mix.pipe), "guidance_scale", None)
+        drawn_with = getattr(calling_pipeline(pipe), "guidance_scale", None)
         if not isinstance(drawn_with, int | float) or drawn_with == guidance or max(drawn_with, guidance) <= 1:
             return
         raise AdapterError(
@@ -87,7 +89,7 @@ def _compared(mix: Mix, guidance: float) -> Iterator[None]:
             "same number."
         )
 
-    with unwrapped_parts(mix.pipe)["unet"].register_forward_pre_hook(check):
+    with unwrapped_parts(pipe)["unet"].register_forward_pre_hook(check):
         yield
 
 
@@ -96,14 +98,17 @@ def strengths_of(mix: Mix, strength: float | Mapping[str, float] | None, *, guid
 
     Raises AdapterError for what is no number.
     """
-    if not isinstance(guidance, Real):
+    if not isinstance(guidance, Real) or math.isnan(guidance):
         raise AdapterError(f"guidance {guidance!r:.40}: wanted the number that pictures are drawn with, such as 7.5.")
     if isinstance(strength, Real):
         strength = dict.fromkeys(mix.weights, float(strength))
     by_label = mix.strengths if strength is None else strength
     numbers = by_label.values() if isinstance(by_label, Mapping) else [by_label]
-    if wrong := [each for each in numbers if not isinstance(each, Real)]:
-        raise AdapterError(f"adapter guidance {wrong[0]!r:.40}: wanted a number, or numbers by label, such as 2.")
+    if wrong := [each for each in numbers if not isinstance(each, Real) or not abs(each) <= MOST_ADAPTER_GUIDANCE]:
+        raise AdapterError(
+            f"adapter guidance {wrong[0]!r:.40}: wanted a number of at most {MOST_ADAPTER_GUIDANCE:g}, or numbers by "
+            "label, such as 2."
+        )
     return {label: each for label, each in by_label.items() if each} if guidance > 1 else {}
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
+from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
@@ -262,16 +263,41 @@ def _split(stacked: Pair, scratch: Scratch) -> tuple[Tensor, Tensor]:
     return left, right
 
 
+class _Exact:
+    """The process's settings of fp32 products: the first thread that wants them exact changes them, and the last puts
+    them back."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._within = 0
+        self._before: list[str] = []
+
+    def begin(self, places: Sequence[Any]) -> None:
+        with self._lock:
+            if not self._within:
+                self._before = [place.fp32_precision for place in places]
+                for place in places:
+                    place.fp32_precision = "ieee"
+            self._within += 1
+
+    def end(self, places: Sequence[Any]) -> None:
+        with self._lock:
+            self._within -= 1
+            if not self._within:
+                for place, precision in zip(places, self._before, strict=True):
+                    place.fp32_precision = precision
+
+
+_EXACT = _Exact()
+
+
 @contextmanager
 def exact_products() -> Iterator[None]:
     """fp32 products in fp32, not TF32 or bf16, whatever the caller has switched on, by torch's old settings or new."""
     backends: Any = torch.backends  # whose stubs lack these
     places = backends.mkldnn.matmul, backends.cuda.matmul
-    before = [place.fp32_precision for place in places]
-    for place in places:
-        place.fp32_precision = "ieee"
+    _EXACT.begin(places)
     try:
         yield
     finally:
-        for place, precision in zip(places, before, strict=True):
-            place.fp32_precision = precision
+        _EXACT.end(places)

@@ -11,15 +11,17 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Any, Self, TypeVar, get_args
+from typing import Any, Self, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor
 
 from sfumato.compose import saving, table
 from sfumato.compose.baked import Baked, Effect
+from sfumato.compose.caller import change_lock
 from sfumato.compose.live import Live, SavesNone
 from sfumato.compose.match import MatchedWeight, Modules, Way, compiled_parts, match, parts_of, unwrapped_parts
 from sfumato.compose.originals import Originals, Place
@@ -44,6 +46,7 @@ from sfumato.weighting.adapter import (
 )
 
 Asked = TypeVar("Asked")
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 _MARK = "_sfumato_mix"
 """Attribute of each mixed part, so that a second mix over the first is noticed whatever pipeline object it comes by."""
@@ -71,17 +74,18 @@ def compose(
     is touched, and a failed call leaves it as it was.
     Raises AdapterError or FileError, one line; so for a pipeline that carries a mix already (`current(pipe)` is it).
     """
-    earlier = current(pipe)
-    if earlier is not None:
-        raise AdapterError(
-            f"this pipeline carries a mix already ({earlier.describe() or 'empty'}). Add to it, after `from "
-            "sfumato.compose import current`, with current(pipe).add(...), or undo() it first."
-        )
     if way not in get_args(Way):
         raise AdapterError(f"there is no way {way!r} to mix; there are {', '.join(get_args(Way))}.")
-    copied = {mark for part in unwrapped_parts(pipe).values() if isinstance(mark := part.__dict__.get(_MARK), str)}
-    mix = Mix(pipe, way)
-    mix.add(*adapters, partial=partial, verify=verify)
+    with change_lock(pipe):  # until it is marked: of two threads one is refused
+        earlier = current(pipe)
+        if earlier is not None:
+            raise AdapterError(
+                f"this pipeline carries a mix already ({earlier.describe() or 'empty'}). Add to it, after `from "
+                "sfumato.compose import current`, with current(pipe).add(...), or undo() it first."
+            )
+        copied = {mark for part in unwrapped_parts(pipe).values() if isinstance(mark := part.__dict__.get(_MARK), str)}
+        mix = Mix(pipe, way)
+        mix.add(*adapters, partial=partial, verify=verify)
     for carried in sorted(filter(None, copied)):
         print(
             f"this pipeline is a copy of one that carried a mix ({carried}), which stays in it for good, beneath this "
@@ -113,6 +117,17 @@ def current(pipe: Any) -> Mix | None:
     return mix if isinstance(mix, Mix) else None
 
 
+def _one_at_a_time(method: Method) -> Method:
+    """Of several threads one changes the weights."""
+
+    @wraps(method)
+    def called(mix: Mix, *args: Any, **options: Any) -> Any:
+        with mix._lock:
+            return method(mix, *args, **options)
+
+    return cast(Method, called)
+
+
 class Mix:
     """The adapters of one pipeline and their weights; made by `compose`.
 
@@ -121,9 +136,11 @@ class Mix:
 
     def __init__(self, pipe: Any, way: Way = "auto") -> None:
         self._pipe = pipe
+        self._lock = change_lock(pipe)
         self._way: Way = way
         self._parts = parts_of(pipe)
         self._modules = Modules(self._parts)
+        self._family = self._modules.family
         self._originals = Originals(self._parts, tuple(getattr(pipe, "files", ()) or ()))
         self._sites: dict[Place, Site] = {}
         self._adapters: dict[str, Adapter] = {}
@@ -137,7 +154,7 @@ class Mix:
 
     @property
     def pipe(self) -> Any:
-        """The pipeline or Base that it is mixed into."""
+        """The pipeline or Base that it is mixed into; None once it was undone."""
         return self._pipe
 
     @property
@@ -206,7 +223,7 @@ class Mix:
     @property
     def family(self) -> str:
         """The pipeline's family: "sd1", "sd2", "sdxl" or "pocket"."""
-        return self._modules.family
+        return self._family
 
     @property
     def reason(self) -> str:
@@ -239,6 +256,7 @@ class Mix:
     def __repr__(self) -> str:
         return f"Mix({'undone' if self._undone else self.describe()})"
 
+    @_one_at_a_time
     def add(self, *adapters: Adapter, partial: bool = False, verify: bool = False) -> Self:
         """Mix in more adapters; as `compose`."""
         self.check_open()
@@ -290,6 +308,7 @@ class Mix:
         """New weights by label: `mix.set(line=0.3)`. Only modules whose sum changes are computed, from the base."""
         return self.set_weights(weights)
 
+    @_one_at_a_time
     def set_weights(self, weights: Mapping[str, Weight]) -> Self:
         """New weights by label, for labels that are no Python names; adapters not named keep theirs."""
         self.check_open()
@@ -307,6 +326,7 @@ class Mix:
         """Bring muted adapters back (all, if none is named) with the weights they have."""
         return self._mute(labels, lambda named: self._muted - named)
 
+    @_one_at_a_time
     def _mute(self, labels: Sequence[str], change: Callable[[frozenset[str]], frozenset[str]]) -> Self:
         self.check_open()
         check_labels(labels, self._weights)
@@ -331,8 +351,11 @@ class Mix:
         finally:
             self._part(before)
 
+    @_one_at_a_time
     def _part(self, factors: Mapping[str, float]) -> None:
         before, self._factors = self._factors, dict(factors)
+        if self._undone:  # within the block: there is nothing to bring back
+            return
         try:
             self._apply(self._weights, self._muted, self._of_unet())
         except BaseException:
@@ -361,6 +384,7 @@ class Mix:
     def _of_unet(self) -> list[Site]:
         return [site for site in self._sites.values() if site.part == "unet"]
 
+    @_one_at_a_time
     def remove(self, *labels: str) -> Self:
         """Take adapters out of the mix; a weight that no adapter changes any more has the base's very bytes again.
 
@@ -386,6 +410,7 @@ class Mix:
             del self._adapters[label], self._skipped[label], self._files[label]
         return self
 
+    @_one_at_a_time
     def undo(self) -> None:
         """Put back the base's very bytes and let go of the pipeline. A second call does nothing."""
         if self._undone:
@@ -401,6 +426,9 @@ class Mix:
                 del part.__dict__[_SAVE]
         self._sites, self._weights, self._adapters, self._skipped, self._undone = {}, {}, {}, {}, True
         self._files, self._muted = {}, frozenset()
+        # In a notebook the name of a mix outlives its block, and with it the pipeline would.
+        del self._modules, self._originals
+        self._pipe, self._parts = None, {}
 
     def save(
         self, path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32, title: str | None = None
@@ -480,9 +508,15 @@ class Mix:
                 )
 
     def check_open(self) -> None:
-        """Raises AdapterError for a mix that was undone."""
+        """Raises AdapterError for a mix that was undone, or whose pipeline has got another U-Net or text encoder."""
         if self._undone:
             raise AdapterError("this mix was undone. Call compose again.")
+        there = unwrapped_parts(self._pipe)
+        if other := [name for name, part in self._parts.items() if there.get(name, part) is not part]:
+            raise AdapterError(
+                f"the pipeline has another {other[0]} than the one that this mix is in. undo() it, and call compose "
+                "again."
+            )
 
     def _check_shared(self, parts: Iterable[str]) -> None:
         for part in parts:

@@ -145,14 +145,14 @@ def following(mix: Mix, weights: Mapping[str, Progress], switch: Switch | None =
                 f"{label}: {way!r:.40} is no way over the steps; give a Ramp((0, 1), (1, 0)), or a function of the "
                 "progress. One weight for all steps is mix.set's."
             )
-    before = dict(mix.weights)
+    before, pipe = dict(mix.weights), mix.pipe
     clocks: defaultdict[int, unet_calls.StepClock] = defaultdict(
         unet_calls.StepClock
     )  # by thread, each of which draws its own
 
     def follow(module: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
         now = unet_calls.timestep_of(args, options)
-        called = calling_pipeline(mix.pipe)
+        called = calling_pipeline(pipe)
         drawn_by = called.scheduler
         progress = progress_of(now, drawn_by)
         wanted = {label: _at(before[label], function(progress)) for label, function in weights.items()}
@@ -167,10 +167,10 @@ def following(mix: Mix, weights: Mapping[str, Progress], switch: Switch | None =
         _set(mix, wanted)
 
     # A LoRA that diffusers loaded beside the mix is a layer around those that the mix changes.
-    unet = unwrapped_parts(mix.pipe)["unet"]
-    with serialized_calls(mix.pipe):
+    unet = unwrapped_parts(pipe)["unet"]
+    with serialized_calls(pipe):
         try:
-            with unet.register_forward_pre_hook(uncompiled(mix.pipe, follow), with_kwargs=True):
+            with unet.register_forward_pre_hook(uncompiled(pipe, follow), with_kwargs=True):
                 yield
         finally:
             _set(mix, before)

@@ -16,7 +16,6 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
@@ -245,7 +244,7 @@ def decide(
         channels_last=channels_last,
         gradient_checkpointing=gradient_checkpointing,
         optimizer_state=state,
-        reasons=MappingProxyType(reasons),
+        reasons=reasons,
         offload=_offload(place) if offload else None,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -20,7 +21,11 @@ def training_entry_point(train: Callable[[AnyConfig], Path]) -> Callable[[AnyCon
     def called(config: AnyConfig) -> Path:
         import torch
 
+        from sfumato.errors import ConfigError
         from sfumato.runs import unfinished
+
+        if not dataclasses.is_dataclass(config) or isinstance(config, type):
+            raise ConfigError(f"train wants a Config of its own module, as Config(images=...); got {config!r:.60}.")
 
         try:
             with torch.inference_mode(False), torch.enable_grad():

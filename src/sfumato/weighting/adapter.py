@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -78,10 +77,13 @@ def checked_number(label: str, value: object) -> float:
     """One weight. Raises AdapterError, one line, for what is no number or beyond the limits."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise AdapterError(f"{label}: a weight is a number, got {type(value).__name__} {_short(value)}.")
-    number = float(value)
-    if not math.isfinite(number) or abs(number) > WEIGHT_LIMIT:
+    try:
+        number = float(value)
+    except OverflowError:  # an integer may be too large
+        number = WEIGHT_LIMIT + 1
+    if not abs(number) <= WEIGHT_LIMIT:  # nor is a nan
         limits = f"-{WEIGHT_LIMIT:g} to {WEIGHT_LIMIT:g}"
-        raise AdapterError(f"{label}: weight {number:g} is outside {limits}. Most adapters want 0.3 to 1.")
+        raise AdapterError(f"{label}: weight {_short(value)} is outside {limits}. Most adapters want 0.3 to 1.")
     return number + 0.0  # -0.0 is 0.0
 
 

@@ -66,8 +66,9 @@ class Blocks:
         factors: Mapping[str, float] | Sequence[tuple[str, float]] = (),
         rest: float = 1.0,
     ) -> None:
-        listed = factors.items() if isinstance(factors, Mapping) else factors
-        if isinstance(factors, str) or not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in listed):
+        listed = list(factors.items() if isinstance(factors, Mapping) else factors or ())
+        of_two = all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in listed)
+        if isinstance(factors, str) or not of_two or not all(isinstance(pair[0], str) for pair in listed):
             raise AdapterError(
                 f"blocks {factors!r:.60}: wanted factors by name, such as {{'down': 0}}; Blocks.parse reads texts."
             )

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import AdapterError, ConfigError
-from sfumato.words.in_use import Vectors, Words
+from sfumato.words.in_use import Vectors, Words, check_vectors
 from sfumato.words.known import PARTS, sites_of
 from sfumato.words.placeholders import spelling
 from sfumato.words.start import Start, new_words
@@ -71,6 +71,9 @@ def bundled(
 
     if not isinstance(found, Mapping):
         raise ConfigError(f"wanted new words by label, as mix.embeddings has them, got a {type(found).__name__}.")
+    for label, vectors in found.items():
+        if vectors:
+            check_vectors(vectors, label)
     usable: dict[str, dict[str, Mapping[str, Tensor]]] = {label: {} for label in found}
     counts: dict[str, int] = {}
     for label, token, parts in ((label, *word) for label, vectors in found.items() for word in vectors.items()):

@@ -32,6 +32,23 @@ _ASKED = "_sfumato_ids"
 _SHORTEST, _LONGEST = 0.05, 0.95
 
 
+def check_vectors(vectors: Any, name: str = "new words") -> None:
+    """Raises AdapterError, which begins with `name`, for what is no `Vectors` of finite numbers."""
+    wanted = "wanted {token: {part: (vectors, width)}} with finite numbers, as files have them"
+    if not isinstance(vectors, Mapping) or not vectors:
+        raise AdapterError(f"{name}: {wanted}; got {'none' if vectors == {} else f'a {type(vectors).__name__}'}.")
+    for token, parts in vectors.items():
+        if not isinstance(parts, Mapping) or not parts or not parts.keys() <= set(PARTS):
+            raise AdapterError(f"{name}: {token!r:.40} has no vectors of {' or '.join(PARTS)}; {wanted}.")
+        for part, rows in parts.items():
+            if not isinstance(rows, Tensor) or rows.ndim != 2 or not len(rows) or not bool(rows.isfinite().all()):
+                raise AdapterError(f"{name}: the vectors of {token!r:.40} for the {part} are {_short(rows)}; {wanted}.")
+
+
+def _short(rows: Any) -> str:
+    return f"of shape {tuple(rows.shape)}" if isinstance(rows, Tensor) else f"a {type(rows).__name__}"
+
+
 class Words(nn.Module):
     """New words in use by a base or a diffusers pipeline; a context manager that takes them out again.
 
@@ -41,6 +58,7 @@ class Words(nn.Module):
 
     def __init__(self, source: Any, vectors: Vectors):
         super().__init__()
+        check_vectors(vectors)
         self._sites = sites_of(source)
         self._handles: list[RemovableHandle] = []
         self.tokens = {token: len(next(iter(parts.values()))) for token, parts in vectors.items()}
