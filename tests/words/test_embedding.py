@@ -492,6 +492,34 @@ def test_vectors_of_another_family_are_refused(bases, tmp_path):
         embedding.load(bases("sdxl"), path)
 
 
+ROWS = torch.ones(2, 64)
+
+
+@pytest.mark.parametrize(
+    "vectors",
+    [
+        {},
+        None,
+        {"<x>": {}},
+        {"<x>": ROWS},
+        {"<x>": {"unet": ROWS}},
+        {"<x>": {"text_encoder": ROWS[0]}},
+        {"<x>": {"text_encoder": ROWS[:0]}},
+        {"<x>": {"text_encoder": ROWS * torch.nan}},
+        {"<x>": {"text_encoder": [1.0]}},
+    ],
+)
+def test_what_is_no_vectors_comes_into_no_use(vectors, base):
+    """Such as a file's words without the label before them."""
+    vocabulary = len(base.tokenizers[0])
+    with pytest.raises(AdapterError, match=r"wanted \{token: \{part: \(vectors, width\)\}\} with finite numbers"):
+        embedding.Words(base, vectors)
+    if vectors:
+        with pytest.raises(AdapterError, match=r"^line: .*wanted \{token"), embedding.bundled(base, {"line": vectors}):
+            pass
+    assert len(base.tokenizers[0]) == vocabulary
+
+
 def test_the_file_says_what_it_is(tmp_path):
     metadata = {"modelspec.architecture": "stable-diffusion-v1/lora", "ss_network_module": "networks.lora"}
     vectors = {"text_encoder": torch.ones(2, 4)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -135,6 +136,12 @@ class LazyModel:
         # Kept from now on: a part that rests may be read again hours later.
         self._stamps = {path: _stamp(path) for path in self.files}
         model.eval().requires_grad_(False)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LazyModel:
+        """Another model, of the same files."""
+        copied = copy.copy(self)
+        copied.model = copy.deepcopy(self.model, memo)
+        return copied
 
     @property
     def files(self) -> list[Path]:

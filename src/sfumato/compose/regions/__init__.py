@@ -52,8 +52,8 @@ def regions(
     the finished picture; of others those that their files ask for. partial, verify: as of `compose`. Where regions
     overlap, changes on pixels add up and attentions share. What diffusers' `load_lora_weights` loaded counts
     everywhere. Raises AdapterError for adapters without a low-rank form, for one that changes the text encoders in a
-    region without a prompt, for a compiled U-Net, for a pipeline with an IP-Adapter, and for prompts in one that guides
-    by a picture, too.
+    region without a prompt or beside what diffusers loaded, for a compiled U-Net, for a pipeline with an IP-Adapter,
+    and for prompts in one that guides by a picture, too.
     """
     _check(pipe, parts, syntax)
     unet = unwrapped_parts(pipe)["unet"]
