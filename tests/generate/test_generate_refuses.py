@@ -39,7 +39,10 @@ WRONG = {
     "no such adapter": (["a", "--lora", "gone.safetensors:0.8"], "gone.safetensors"),
     "a folder": (["a", "--lora", ".", "--base", "nowhere"], "sfumato: .: this is a folder. Name the .safetensors"),
     "an adapter without a name": (["a", "--lora", ""], "'' names no file; wanted FILE:0.8"),
-    "a base of a name too long": (["a", "--base", "a" * 300], "there is no such folder or file. Wanted pocket"),
+    "a base of a name too long": (
+        ["a", "--base", "a" * 300],
+        "there is no such folder or file, for a base or a VAE. Wanted pocket",
+    ),
     "a picture of a name too long": (["a", "--image", "a" * 300], ": there is no such picture"),
     "an adapter of a name too long": (["a", "--lora", "a portrait " * 30], "wanted FILE:0.8, an adapter (--lora)"),
     "a label without a name": (["a", "--lora", "line="], "'line=' names no file"),
