@@ -158,10 +158,7 @@ def test_dreambooth_tells_the_trigger_of_its_captions(line, options, told, train
 )
 def test_pictures_of_a_class_alone_leave_nothing_behind(program, options, train, source, capsys):
     path = train("run", source('words = "a"', "class = true"), *options, program=program, status=2)
-    assert (
-        "run.toml: has no pictures to learn, but of a class or for validation only. Name a source without"
-        in capsys.readouterr().err
-    )
+    assert "run.toml: has no pictures to learn, but of a class or for validation only. Name" in capsys.readouterr().err
     assert not path.parent.exists()
 
 

@@ -255,7 +255,7 @@ def test_each_kind_has_its_default_rate(tmp_path):
     rates = {}
     for algo in ("lora", "loha", "lokr"):
         config = Config(images=tmp_path, output=tmp_path, algo=algo)
-        config, filled = resolve(config, base, ExampleSet(()), 1, kinds=1)
+        config, filled = resolve(config, base, data.ExampleSet(()), 1, kinds=1)
         rates[algo] = config.learning_rate
         assert "learning_rate" in filled
     assert rates == pytest.approx({"lora": 1e-4, "loha": 1e-5, "lokr": 3e-4})

@@ -41,7 +41,7 @@ WRONG = {
     "an adapter without a name": (["a", "--lora", ""], "'' names no file; wanted FILE:0.8"),
     "a base of a name too long": (
         ["a", "--base", "a" * 300],
-        "there is no such folder or file, for a base or a VAE. Wanted pocket",
+        "no such folder or file, for a base or a VAE. Wanted pocket",
     ),
     "a picture of a name too long": (["a", "--image", "a" * 300], ": there is no such picture"),
     "an adapter of a name too long": (["a", "--lora", "a portrait " * 30], "wanted FILE:0.8, an adapter (--lora)"),
