@@ -1,4 +1,4 @@
-"""The pictures that are held out of a training, and what the loss on them said of it."""
+"""The pictures that are held out of a training, as they are measured."""
 
 from __future__ import annotations
 
