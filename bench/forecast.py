@@ -55,7 +55,7 @@ def measure(config: Config) -> dict[str, Any]:
     source = build(config.work / "sd15-random")
     pictures = photographs(config.work / "photographs", 4, 2 * config.resolution)
     base = forecast.shapes_of(source, "cpu")
-    setting = forecast.Setting("cpu", forecast_precision("fp32", "cpu"), config.resolution, 1, 16)
+    setting = forecast.Setting("cpu", forecast_precision("fp32", "cpu", adapting=True), config.resolution, 1, 16)
     rows: dict[str, dict[str, float | str]] = {}
     for name in config.only or ways:
         told = forecast.step_memory(base, ways[name], setting).total(ways[name], "cpu") / 2**30

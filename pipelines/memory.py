@@ -71,24 +71,29 @@ def check(config: Config) -> None:
         raise ConfigError("--factor has no effect without --algo lokr; leave it out, or give both.")
 
 
-def rows_of(base: Base, setting: Setting) -> Iterator[tuple[str, list[float]]]:
-    """What is done, and the GiB that it takes; a step's also with checkpointing. One after another, each in seconds."""
+def rows_of(base: Base, adapting: Setting, alone: Setting) -> Iterator[tuple[str, list[float]]]:
+    """What is done, and the GiB that it takes; a step's also with checkpointing. One after another, each in seconds.
+
+    adapting: the setting in which an adapter is trained; alone: that of drawing, and of training a whole model, which
+    may have another precision.
+    """
     from sfumato import forecast
 
     @cache
     def of_step(way: Training, checkpointing: bool) -> StepMemory:
+        setting = alone if way.trained == "whole" else adapting
         return forecast.step_memory(base, way, replace(setting, checkpointing=checkpointing))
 
     for way in forecast.TRAININGS:
         alike = replace(way, options="", fused=False, optimizer="adamw")
         steps = (of_step(alike, checkpointing) for checkpointing in (False, True))
-        yield way.options, [step.total(way, setting.device) / GIB for step in steps]
-    yield "encoding pictures, before the first step", [forecast.encoding_memory(base, setting) / GIB]
-    yield "drawing a picture", [forecast.drawing_memory(base, setting) / GIB]
-    if setting.device == "gpu":
-        yield "drawing a picture with --offload", [forecast.drawing_memory(base, setting, offload=True) / GIB]
-    if (count := forecast.samples_at_once(base, setting)) > 1:
-        yield f"drawing samples of a training, {count} at once", [forecast.drawing_memory(base, setting, count) / GIB]
+        yield way.options, [step.total(way, alone.device) / GIB for step in steps]
+    yield "encoding pictures, before the first step", [forecast.encoding_memory(base, adapting) / GIB]
+    yield "drawing a picture", [forecast.drawing_memory(base, alone) / GIB]
+    if alone.device == "gpu":
+        yield "drawing a picture with --offload", [forecast.drawing_memory(base, alone, offload=True) / GIB]
+    if (count := forecast.samples_at_once(base, adapting)) > 1:
+        yield f"drawing samples of a training, {count} at once", [forecast.drawing_memory(base, adapting, count) / GIB]
 
 
 def main(argv: Sequence[str]) -> int:
@@ -100,18 +105,19 @@ def main(argv: Sequence[str]) -> int:
     from sfumato.data.preparing import square_side
     from sfumato.precision import NAMES, forecast_precision
 
-    precision = forecast_precision(config.precision, config.device)
+    beside, alone = (forecast_precision(config.precision, config.device, adapting=each) for each in (True, False))
     base = forecast.shapes_of(config.base, config.device, config.vae, config.prediction_type)
     side = square_side(base, config.resolution or base.resolution)  # refuses what is too small
-    rank, computed = config.rank or base.defaults.rank, NAMES[precision.compute]
+    rank, computed = config.rank or base.defaults.rank, NAMES[beside.compute]
     kind = Kind.of(config)
     kind.notes(target_layers(base.parts(text=False), "everything"), rank, config.conv_rank)  # refuses what is too wide
-    setting = forecast.Setting(config.device, precision, side, config.batch, rank, config.conv_rank, kind)
-    rows = rows_of(base, setting)
+    setting = forecast.Setting(config.device, beside, side, config.batch, rank, config.conv_rank, kind)
+    rows = rows_of(base, setting, replace(setting, precision=alone))
     if config.json:
         about = {"base": base.name, "family": base.family.title, "resolution": side, "batch": config.batch}
         about |= {"algo": config.algo, "dora": config.dora, "factor": config.factor}
         about |= {"rank": rank, "conv_rank": config.conv_rank or rank, "device": config.device, "precision": computed}
+        about["precision_without_adapters"] = NAMES[alone.compute]
         gib = {name: [round(each, 2) for each in row] for name, row in rows}
         if config.within is not None:
             over = [name for name, row in gib.items() if row[0] > config.within]
@@ -119,6 +125,8 @@ def main(argv: Sequence[str]) -> int:
         print(json.dumps(about | {"gib": gib}, indent=2))
         return 0
     where = "a GPU" if config.device == "gpu" else "a CPU"
+    if alone.compute != beside.compute:
+        computed += f" ({NAMES[alone.compute]} where no adapter is trained)"
     ranks = f"rank {rank}" + (f", {config.conv_rank} of convolutions" if config.conv_rank else "")
     if config.algo != "lora" or config.dora:
         ranks += f", {config.algo}" + (f" factor {config.factor}" if config.factor else "") + " with dora" * config.dora

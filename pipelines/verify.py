@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from sfumato.cli import run
 from sfumato.config import parse
-from sfumato.errors import ConfigError, FileError
+from sfumato.errors import AdapterError, ConfigError, FileError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -136,8 +136,7 @@ def _rows(path: Path, base: str | None, *, vectors: bool = False) -> dict[str, R
     """vectors: with the changes of norms and biases, which are in no fingerprint."""
     from sfumato.files.changes.bias import bias_change, may_have_bias
     from sfumato.files.changes.difference import Difference
-    from sfumato.files.fingerprint import probe_rows
-    from sfumato.merging.merge import dense_delta
+    from sfumato.files.fingerprint import probe_rows, probed
     from sfumato.merging.sources import read_source
     from sfumato.merging.stored import stored_base
     from sfumato.weighting.adapter import Adapter
@@ -146,13 +145,16 @@ def _rows(path: Path, base: str | None, *, vectors: bool = False) -> dict[str, R
     stored = None if base is None else stored_base(base)
     deltas: dict[Target, LoraModule | Tensor] = {}
     for (part, name), change in source.changes.items():
-        value = change.value if isinstance(change, Difference) else None
-        if not isinstance(change, Difference) or (value is not None and value.ndim > 1):
-            low = change.low_rank()
-            weights = stored.weight if stored else None
-            deltas[part, name] = dense_delta(change, (part, name), source.name, weights) if low is None else low
-        elif vectors and value is not None:
-            deltas[part, name] = value
+        module = probed(change, stored.weight((part, name)) if stored and change.low_rank() is None else None)
+        if module is not None:
+            deltas[part, name] = module
+        elif change.needs_weight and stored is None:
+            raise AdapterError(
+                f"{source.name}: the delta of {change.kind} in {part}.{name} depends on the weight that it changes. "
+                "Name the base it was made for with --base."
+            )
+        elif vectors and isinstance(change, Difference) and change.value is not None:
+            deltas[part, name] = change.value
         has_bias = may_have_bias((part, name)) if stored is None else stored.parameter((part, name), "bias") is not None
         bias = bias_change(change, has_bias=has_bias) if vectors else None
         if bias is None:

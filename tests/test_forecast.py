@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from sfumato import cli, forecast, load_base
+from sfumato import cli, forecast, load_base, precision
 from sfumato.adapters import Kind, attach, target_layers
 from sfumato.forecast import (
     BESIDE,
@@ -21,7 +21,7 @@ from sfumato.forecast import (
 from sfumato.precision import decide, forecast_precision
 from sfumato.precision.lean import save_activation_memory
 
-ON_CPU = Setting("cpu", forecast_precision("auto", "cpu"), 64, 1, 4)
+ON_CPU = Setting("cpu", forecast_precision("auto", "cpu", adapting=False), 64, 1, 4)
 BY_OPTIONS = {way.options: way for way in TRAININGS}
 
 
@@ -92,7 +92,7 @@ def test_ways_of_every_family(family, device, family_folder):
     `lora` is `--train-words` without the text encoders, and DreamBooth's LoRA `--targets everything` with two pictures.
     """
     base = shapes_of(family_folder(family), device)
-    setting = Setting(device, forecast_precision("auto", device), 64, 1, 4)
+    setting = Setting(device, forecast_precision("auto", device, adapting=False), 64, 1, 4)
     before = state_of(base)
     names = ("textual_inversion", "lora --targets everything", "lora --train-words", "dreambooth --method full")
     for way in (BY_OPTIONS[name] for name in names):
@@ -112,7 +112,8 @@ def test_a_gpu_in_half_precision_keeps_less_than_in_fp32():
     base = shapes_of("pocket", "gpu")
     way = BY_OPTIONS["lora"]
     half, full = (
-        step_memory(base, way, Setting("gpu", forecast_precision(name, "gpu"), 64, 4, 4)) for name in ("fp16", "fp32")
+        step_memory(base, way, Setting("gpu", forecast_precision(name, "gpu", adapting=True), 64, 4, 4))
+        for name in ("fp16", "fp32")
     )
     assert half.fused < full.fused
     assert half.weights < 0.6 * full.weights
@@ -142,7 +143,9 @@ def test_other_kinds_keep_no_matrix_between_the_passes(kind, shapes):
 
 def test_the_kind_of_the_adapters_is_told_and_checked(monkeypatch, capsys):
     monkeypatch.setattr(forecast, "TRAININGS", [BY_OPTIONS["lora"]])
-    assert cli.main(["memory", "--device", "cpu", "--algo", "lokr", "--factor", "8", "--dora"]) == 0
+    assert (
+        cli.main(["memory", "--device", "cpu", "--algo", "lokr", "--factor", "8", "--dora", "--precision", "fp32"]) == 0
+    )
     assert capsys.readouterr().out.startswith(
         "pocket (pocket), 64 px, batch 1, rank 16, lokr factor 8 with dora, fp32 on"
     )
@@ -156,9 +159,10 @@ def test_the_table_marks_what_does_not_fit(monkeypatch, capsys):
     full = "dreambooth --method full"
     shown = [full, f"{full} --fused", f"{full} --fused --optimizer adamw8bit"]
     monkeypatch.setattr(forecast, "TRAININGS", [BY_OPTIONS[name] for name in shown])
+    monkeypatch.setattr(precision, "cpu_has_bf16", lambda: True)
     assert cli.main(["memory", "--device", "cpu", "--within", "0.95"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "pocket (pocket), 64 px, batch 1, rank 16, fp32 on a CPU"
+    assert lines[0] == "pocket (pocket), 64 px, batch 1, rank 16, bf16 (fp32 where no adapter is trained) on a CPU"
     marked = [line for line in lines if "*" in line]
     assert [line.split("  ")[0] for line in marked[:-1]] == shown[:2]
     assert marked[-1] == "* more than 0.95 GiB"

@@ -270,7 +270,7 @@ def train_vae(config: Config, precision: Precision) -> Path:
 
 
 def _reconstruct(trained: PretrainState, pictures: Pictures, run: Run, step: int) -> None:
-    """Log the PSNR over a fixed hundred pictures, and draw sixteen beside their reconstructions."""
+    """Log the PSNR over 96 fixed pictures, and draw sixteen beside their reconstructions."""
     import torch
 
     from sfumato.pocket.outputs import save_sheet

@@ -24,7 +24,7 @@ from sfumato import shell
 from sfumato.command_line import threads
 from sfumato.command_line.streams import keep_unbroken
 from sfumato.command_line.terminal import escape_control
-from sfumato.errors import ConfigError, SfumatoError, nearest
+from sfumato.errors import ConfigError, SfumatoError, is_out_of_memory, nearest
 
 TRAINERS = {
     "dreambooth": "the whole U-Net, or a LoRA, on a subject bound to a rare word, with the class kept",
@@ -129,8 +129,6 @@ def _as_process(program_main: Main) -> int:
 
 _OUTPUT_CLOSED = 141
 """What shells say of a program that SIGPIPE ended: what it was to write may be missing."""
-_MEMORY_IS_FULL = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
-"""What torch says for GPUs, for CPUs and for cuBLAS, each as a RuntimeError."""
 
 
 def guarded(program_main: Main, argv: Sequence[str]) -> int:
@@ -165,7 +163,7 @@ def _guarded(program_main: Main, argv: Sequence[str]) -> int:
             return _failed("what it says is read no more, or what it sends.", _OUTPUT_CLOSED)
         return _OUTPUT_CLOSED
     except (MemoryError, RuntimeError) as error:
-        if not _is_full_memory(error):
+        if not is_out_of_memory(error):
             raise
         _end_unbegun_runs("abandon_unbegun")
         return _failed(_on_memory(error))
@@ -210,10 +208,6 @@ def _kept() -> str:
     """What is kept of a training that an error stopped after its last step, after a space; nothing of others."""
     runs = sys.modules.get("sfumato.runs.unfinished")
     return runs.stopped_while_writing() if runs else ""
-
-
-def _is_full_memory(error: MemoryError | RuntimeError) -> bool:
-    return isinstance(error, MemoryError) or any(words in _reason(error) for words in _MEMORY_IS_FULL)
 
 
 def _reason(error: Exception) -> str:

@@ -20,6 +20,16 @@ def nearest(name: str, known: Collection[str]) -> str:
     return f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}."
 
 
+_MEMORY_IS_FULL = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+"""What torch says for GPUs, for CPUs and for cuBLAS, each as a RuntimeError."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the memory of a GPU or of the CPU did not hold what was computed."""
+    said = isinstance(error, RuntimeError) and any(words in str(error) for words in _MEMORY_IS_FULL)
+    return said or isinstance(error, MemoryError)
+
+
 class SfumatoError(Exception):
     """Anything a user can mend; the command line prints it as one line and exits with 2."""
 

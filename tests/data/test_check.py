@@ -262,6 +262,7 @@ def test_a_very_long_end_is_shortened(pictures):
     ("word", "kind", "text"),
     [
         ("dog", "trigger ordinary", "'dog' is one token, number 1,929: an ordinary word"),
+        ("tangerine", "trigger ordinary", "'tangerine' is one token, number 42,045"),
         ("sks", "trigger", "'sks' is one rare token, number 48,136"),
         ("zwxq", "trigger", "tokens: "),
     ],

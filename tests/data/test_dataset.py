@@ -314,3 +314,13 @@ def test_a_resolution_that_the_base_cannot_take_is_refused(pictures, base):
 def test_latents_that_are_not_finite_are_refused(pictures):
     with pytest.raises(DataError, match=r"crab\.png.*: the VAE's latents are not finite"):
         prepare(read(pictures), FakeBase(deviation=float("inf")), resolution=64)
+
+
+def test_a_picture_of_two_sources_is_told_apart_by_number(tmp_path):
+    """So that a changed caption of the first is what a run that goes on reports."""
+    noise_picture().save(tmp_path / "a.png")
+    sources = (f'[[source]]\npath = "."\ncaption = "{caption}"\n' for caption in ("red", "blue"))
+    (tmp_path / "d.toml").write_text("".join(sources))
+    data = prepare(read_folder(tmp_path / "d.toml"), FakeBase(), resolution=64)
+    assert [*data.contents] == ["a.png", "a.png #2"]
+    assert len({*data.contents.values()}) == 2

@@ -359,3 +359,12 @@ def test_metadata_that_a_link_leads_elsewhere_for_is_not_read(pictures, tmp_path
     listing = list_folder(pictures)
     assert [found.caption.text for found in listing.pictures] == [""] * 6
     assert listing.notes == ("metadata.jsonl: leads out of the folder, so it is not read",)
+
+
+def test_a_trigger_within_another_word_is_none(tmp_path):
+    noise_picture().save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a cartoon cat")
+    examples = read_folder(tmp_path, trigger="art")
+    assert unused_trigger(examples, "art")
+    assert examples.triggers == []
+    assert not unused_trigger(examples, "cartoon cat")

@@ -183,7 +183,7 @@ def test_blocks_have_factors_of_the_weight(adapter_file, tmp_path):
     a, b = adapter_file("a", seed=1), adapter_file("b", seed=2)
     out = tmp_path / "mix.safetensors"
     words = ("--blocks", "a=down:0.25,te:0", "--blocks", "b=up:1,rest:0")
-    assert run(f"{a}:2", b, "-o", out, *words) == 0
+    assert run(f"{a}:2", f"{b}:1.0000001", "-o", out, *words) == 0
     found, first, second = (deltas(path) for path in (out, a, b))
     for target, delta in first.items():
         part, path = target
@@ -193,7 +193,7 @@ def test_blocks_have_factors_of_the_weight(adapter_file, tmp_path):
         own = 2 * delta * (0.25 if path.startswith("down") else 1)
         assert_close(found[target], own + second[target] if path.startswith("up") else own)
     told = json.loads(read_header(out).metadata["sfumato.parents"])
-    assert [parent["weight"] for parent in told] == ["2 on down:0.25,te:0", "1 on up:1,rest:0"]
+    assert [parent["weight"] for parent in told] == ["2 on down:0.25,te:0", "1.0000001 on up:1,rest:0"]
 
 
 def test_one_file_twice_is_twice_the_file(adapter_file, tmp_path):

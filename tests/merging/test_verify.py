@@ -6,8 +6,10 @@ from safetensors.torch import load_file
 from sfumato.pipelines import convert, verify
 from torch.testing import assert_close
 
+from sfumato.adapters import Kind, attach
 from sfumato.cli import guarded
-from sfumato.errors import AdapterError
+from sfumato.errors import AdapterError, FileError
+from sfumato.files import fingerprint, read_adapter
 from sfumato.files.changes import LoraModule
 from sfumato.files.changes.ia3 import Ia3
 from sfumato.files.fingerprint import FINGERPRINT_KEY
@@ -144,3 +146,26 @@ def test_a_small_difference_in_fp16_is_what_its_fingerprint_says(deltas, tmp_pat
     small = {target: tuple(each if each is None else each * 2e-7 for each in pair) for target, pair in deltas.items()}
     assert run(write_difference(tmp_path / "a.safetensors", small, family="pocket", dtype=torch.float16)) == 0
     assert "the same against its own fingerprint" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("algo", "factor"), [("lora", None), ("loha", None), ("lokr", 4)], ids=["lora", "loha", "lokr"]
+)
+def test_a_trained_adapter_of_every_kind_is_what_its_fingerprint_says_with_and_without_a_base(
+    algo, factor, tiny_base, tmp_path, capsys
+):
+    made = tiny_base("pocket")
+    layers = {"unet": {name: made.parts()["unet"].get_submodule(name) for _, name in (LINEAR, CONVOLUTION)}}
+    adapter = attach(layers, rank=2, alpha=2.0, kind=Kind(algo, factor=factor))
+    with torch.no_grad():
+        for number, parameter in enumerate(adapter.parameters()):
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)))
+    file = adapter.write(tmp_path / "a.safetensors", family="pocket")
+    adapter.detach()
+    for base in ((), ("--base", made.folder)):
+        assert run(file, *base) == 0
+        assert "the same against its own fingerprint" in capsys.readouterr().out
+    changes = read_adapter(file).changes
+    fingerprint.verify(read_header(file).metadata, changes, "a")
+    with pytest.raises(FileError, match="not the same ones"):
+        fingerprint.verify(read_header(file).metadata, dict([*changes.items()][1:]), "a")

@@ -10,7 +10,7 @@ from torch import nn
 
 from sfumato import precision
 from sfumato.errors import PrecisionError
-from sfumato.precision import decide
+from sfumato.precision import decide, forecast_precision
 from sfumato.training import optimizers
 
 
@@ -69,6 +69,9 @@ def test_beside_frozen_weights_a_cpu_learns_in_bf16_where_it_multiplies_that(mon
     decision = decide(adapting=True)
     assert (decision.storage, decision.compute, decision.vae) == (wanted, wanted, torch.float32)
     assert decide().compute == decide("fp32", adapting=True).compute == torch.float32
+    for adapting in (True, False):
+        told, decided = forecast_precision("auto", "cpu", adapting=adapting), decide(adapting=adapting)
+        assert (told.storage, told.compute, told.vae) == (decided.storage, decided.compute, decided.vae)
 
 
 @pytest.mark.parametrize(

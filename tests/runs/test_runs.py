@@ -80,9 +80,11 @@ def test_every_look_has_its_own_time_and_its_own_trouble(tmp_path, capsys):
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
         RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB)"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:128] DefaultCPUAllocator: can't allocate memory: you tried 8 TB"),
+        MemoryError(),
     ],
 )
-def test_a_gpu_that_is_too_small_for_samples_beside_the_training_does_not_end_it(error, tmp_path, capsys):
+def test_a_memory_that_is_too_small_for_samples_beside_the_training_does_not_end_it(error, tmp_path, capsys):
     def hungry(step):
         raise error
 
@@ -92,7 +94,7 @@ def test_a_gpu_that_is_too_small_for_samples_beside_the_training_does_not_end_it
         step.done(loss=1.0)
     run.close()
     said = (
-        "no sample, measurement or kept adapter: the GPU's memory does not hold them beside the training; "
+        "no sample, measurement or kept adapter: the memory does not hold them beside the training; "
         "--sample-every 0 and --measure-every 0 leave them out. The training goes on."
     )
     assert [line for line in lines(capsys) if "sample" in line] == [f"step {step}: {said}" for step in (0, 2, 3)]

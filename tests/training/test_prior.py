@@ -236,7 +236,7 @@ def test_the_drift_limit_takes_the_larger_drift_and_remembers_the_log():
 def test_class_prompts_are_the_captions_without_the_identifier():
     subject = Subject("sks otter", "otter")
     captions = ["sks otter, flat style", "sks otter", "a picture", "sks otter, flat style"]
-    capitals = ["Sks Otter in snow", "two sks otters"]
+    capitals = ["Sks Otter in snow", "two sks otters", "sks otterhound", "xsks otter"]
     assert subject.class_prompts([*captions, *capitals]) == [
         "otter",
         "otter, flat style",

@@ -17,6 +17,7 @@ from sfumato.cards.kind import is_plain_lora, readers_of, title_of
 from sfumato.files.atomic import atomic_path, write_text
 from sfumato.numerals import pluralize
 from sfumato.prompts.negative import negative_for
+from sfumato.prompts.phrases import has_phrase
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -193,18 +194,14 @@ def instance_prompt(about: Description) -> str | None:
 def most_telling_prompt(triggers: Sequence[str], prompts: Sequence[str]) -> int:
     """The place of the sample prompt that tells most of what was learned: the last that holds a trigger, since
     the prompts after the captions ask for things that were not shown; the last of all where none does."""
-    with_trigger = (place for place, text in enumerate(prompts) if any(_holds(text, each) for each in triggers))
+    with_trigger = (place for place, text in enumerate(prompts) if any(has_phrase(each, text) for each in triggers))
     return max(with_trigger, default=len(prompts) - 1)
 
 
 def example_of(about: Description, trigger: str | None = None, prompts: Sequence[str] = ()) -> str:
     """A prompt or caption with the trigger, the first if unset; the trigger alone where none has it."""
     trigger = trigger or next(iter(about.trigger), "")
-    return next((text for text in (*prompts, *about.captions) if _holds(text, trigger)), trigger)
-
-
-def _holds(text: str, trigger: str) -> bool:
-    return re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", text, re.IGNORECASE) is not None
+    return next((text for text in (*prompts, *about.captions) if has_phrase(trigger, text)), trigger)
 
 
 def code(text: str) -> str:

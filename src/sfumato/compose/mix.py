@@ -336,14 +336,15 @@ class Mix:
 
     @contextmanager
     def conditional_only(self, factors: Mapping[str, float]) -> Iterator[None]:
-        """Within the block these adapters' weights in the U-Net are so many times what they are, and `without` them.
+        """Within the block these adapters' weights in the U-Net are so many times what they are, and
+        `without_conditional` turns them off.
 
         factors: by label. Weights may change within the block.
         """
         self.check_open()
         check_by_label(factors, self._weights)
         before = self._factors
-        # Asked here, since `without` is entered at each of the U-Net's calls.
+        # Asked here, since `without_conditional` is entered at each of the U-Net's calls.
         self._is_streamed = "stream" in tensors.group_offloading(self._parts["unet"])
         try:
             self._part(factors)

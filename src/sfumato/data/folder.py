@@ -26,6 +26,7 @@ from sfumato.data.options import MaskSource, Options
 from sfumato.errors import DataError
 from sfumato.limits import more_tokens
 from sfumato.numerals import pluralize, shortened
+from sfumato.prompts.phrases import has_phrase
 
 Group = Literal["instance", "class", "validation"]
 PLACEHOLDER = "[trigger]"
@@ -237,7 +238,7 @@ def labelled(text: str, path: Path, label: str) -> str:
 
 def unused_trigger(examples: Sequence[Example], trigger: str) -> str:
     """What to say of a trigger that no caption holds, by their template; empty where one does."""
-    if any(trigger.casefold() in example.caption.casefold() for example in examples):
+    if any(has_phrase(trigger, example.caption, plural=True) for example in examples):
         return ""
     own = (example.template for example in examples if example.template and example.group == "instance")
     template = next(own, "{caption}")

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from sfumato.data.folder import Example, ExampleSet
 from sfumato.errors import DataError
 from sfumato.numerals import pluralize
+from sfumato.prompts.phrases import has_phrase, whole
 from sfumato.words.placeholders import holds
 
 
@@ -34,7 +35,7 @@ def _renaming(placeholders: Sequence[str], stands_for: Sequence[str]) -> Callabl
     # Longest first, and all at once: of "sks otter" and "otter" each takes its own place.
     # "{caption}" is what a template is filled at, also where a word stands for "caption".
     # "Otter" is an otter, too, since text encoders read small letters alone.
-    parts = [r"\{caption\}", *map(_whole, sorted(names, key=len, reverse=True))]
+    parts = [r"\{caption\}", *map(whole, sorted(names, key=len, reverse=True))]
     phrases = re.compile("|".join(parts), re.IGNORECASE)
 
     def rename(text: str) -> str:
@@ -55,7 +56,7 @@ def _with_words(example: Example, rename: Callable[[str], str]) -> Example:
 def _check_stands_for(stands_for: Sequence[str], captions: Sequence[str]) -> None:
     """Raises DataError for what is in no caption."""
     for phrase in stands_for:
-        if not any(re.search(_whole(phrase), caption, re.IGNORECASE) for caption in captions):
+        if not any(has_phrase(phrase, caption) for caption in captions):
             raise DataError(
                 f"--stands-for {phrase!r} is in none of {pluralize(len(captions), 'caption')}, first {captions[0]!r}. "
                 "Name words that are in some, or leave it out."
@@ -82,10 +83,3 @@ def _check_captions(examples: Sequence[Example], placeholders: Sequence[str]) ->
                 f"the caption {caption!r} of a picture of the class holds {held[0]}, which is learned for the subject "
                 "alone. Leave it out there."
             )
-
-
-def _whole(phrase: str) -> str:
-    """Where a phrase stands in a text by itself: "ring" is not in "string"."""
-    before = r"(?<!\w)" if re.match(r"\w", phrase) else ""
-    after = r"(?!\w)" if re.search(r"\w\Z", phrase) else ""
-    return f"{before}{re.escape(phrase)}{after}"

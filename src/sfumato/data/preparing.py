@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from itertools import islice
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -238,7 +238,7 @@ def _gathered(
         for done, item in zip(good, fresh, strict=True):
             learned = _learned(done, item.crop)
             found.digest.update(repr(learned).encode())
-            found.contents[done.label] = f"{_short(learned[0])} {_short(repr(learned[1:]))}"
+            found.contents[_unlike(done.label, found.contents)] = f"{_short(learned[0])} {_short(repr(learned[1:]))}"
         found.repeats.extend(done.example.repeats for done in good)
         found.items.extend(fresh)
         found.nbytes += sum(item.nbytes for item in fresh)
@@ -248,6 +248,11 @@ def _gathered(
     if progress:
         progress("pictures", len(found.items) + len(found.bad), len(examples))
     return found
+
+
+def _unlike(label: str, others: Container[str]) -> str:
+    """The label, numbered where there is one such already: a picture may be in two sources."""
+    return next(each for each in chain((label,), (f"{label} #{n}" for n in count(2))) if each not in others)
 
 
 def _share(progress: Callable[[str, int, int], None] | None, before: int, these: int, count: int, part: float) -> None:

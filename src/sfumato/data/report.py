@@ -38,9 +38,7 @@ from sfumato.data.survey import PictureStats, survey
 from sfumato.data.validation import hold_out
 from sfumato.errors import DataError
 from sfumato.numerals import pluralize
-
-COMMON_ID = 40_000
-"""CLIP's tokens are numbered by frequency, 49,408 in all; words of one token below this are ordinary ones."""
+from sfumato.words.identifier import FREQUENT
 
 
 @dataclass(frozen=True)
@@ -356,7 +354,7 @@ def _trigger(report: Report, trigger: str) -> Iterator[Finding]:
     if unused := unused_trigger(report.examples, trigger):
         yield Finding("trigger unused", unused)
     words = {word: report.needs.pieces(word) for word in trigger.split()}
-    ordinary = {word: len(pieces) == 1 and pieces[0][1] < COMMON_ID for word, pieces in words.items()}
+    ordinary = {word: len(pieces) == 1 and pieces[0][1] < FREQUENT for word, pieces in words.items()}
     for word, pieces in words.items():
         shown = " + ".join(piece.removesuffix("</w>") for piece, _ in pieces)
         if ordinary[word] and not all(ordinary.values()):

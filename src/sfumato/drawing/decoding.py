@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sfumato.errors import BaseModelError
-from sfumato.precision import give_back_freed_memory, is_out_of_memory
+from sfumato.errors import BaseModelError, is_out_of_memory
+from sfumato.precision import give_back_freed_memory
 
 _DECODED_AT_ONCE = 4096
 """Latent pixels: one picture of 512 px on SD 1.x, whose decoding takes more memory than all else of its drawing."""

@@ -125,13 +125,33 @@ def fingerprint_of(found: Mapping[str, Row]) -> str:
     return f"{_VERSION}:{_digest(names)}:{base64.b64encode(values.tobytes()).decode()}"
 
 
+def probed(change: Change, weight: Tensor | None = None) -> LoraModule | Tensor | None:
+    """What `probe_rows` looks at in a change: its low-rank form where it has one, else its delta.
+
+    weight: the pristine one. None for a vector, such as a norm's, which no fingerprint holds, and for a kind whose
+    delta depends on a weight that is not given.
+    """
+    low_rank = change.low_rank()
+    if low_rank is not None:
+        return low_rank
+    if isinstance(change, Difference) and not change.replaces:
+        delta = change.value
+    elif weight is not None:
+        delta = change.delta(weight)
+    elif change.needs_weight or (shape := getattr(change, "shape", None)) is None:
+        return None
+    else:  # a kernel may be within the columns of the factors' shape, where the probes have it in any case
+        delta = change.delta(torch.zeros(1).expand(tuple(shape)))
+    return None if delta is None or delta.ndim < 2 else delta
+
+
 def fingerprint_on(changes: Mapping[Target, Change], weights: Mapping[Target, Tensor]) -> str:
     """The same of changes of any kind, of which those that have no low rank are formed one at a time. weights: the
     pristine ones."""
     found: dict[str, Row] = {}
     for target, change in changes.items():
-        low_rank = change.low_rank()
-        found |= probe_rows({target: change.delta(weights[target]) if low_rank is None else low_rank})
+        module = probed(change, weights[target])
+        found |= {} if module is None else probe_rows({target: module})
     return fingerprint_of(found)
 
 
@@ -156,14 +176,14 @@ def verify(metadata: Mapping[str, str], changes: Mapping[Target, Change], file: 
         raise FileError(f"{file}: it states no fingerprint, so it cannot be verified. Leave verify out for it.")
     deltas: dict[Target, LoraModule | Tensor] = {}
     for target, change in changes.items():
-        delta = change.low_rank() if not isinstance(change, Difference) or change.replaces else change.value
-        if delta is None and change.needs_weight:
+        module = probed(change)
+        if module is None and change.needs_weight:
             raise FileError(
                 f"{file}: {change.kind} in {'.'.join(target)} cannot be verified without its base. "
                 "Use sfumato verify --base."
             )
-        if delta is not None and not (isinstance(delta, Tensor) and delta.ndim < 2):  # norms are not in it
-            deltas[target] = delta
+        if module is not None:
+            deltas[target] = module
     found = check(metadata[FINGERPRINT_KEY], deltas, file)
     if not found.same():
         raise FileError(f"{file}: it is not the adapter that was written: {found.reason()}. Take it from its source.")

@@ -19,13 +19,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, UNet2DConditionModel
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
 from sfumato import diffusion, randomness
 from sfumato.bases import FAMILIES
-from sfumato.errors import BaseModelError
+from sfumato.errors import BaseModelError, FileError
+from sfumato.files.header import read_header
+from sfumato.files.read import read_tensors
 from sfumato.files.save import write_tensors
 from sfumato.pocket.pictures import batch_indices
 from sfumato.precision import Precision
@@ -181,10 +182,7 @@ def _read(kept: Path, digest: str) -> Tensor | None:
     if not kept.exists():
         return None
     try:
-        with safe_open(kept, "pt") as file:
-            if (file.metadata() or {}).get("of") != digest:
-                return None
-            latents: Tensor = file.get_tensor("latents")
-            return latents
-    except SafetensorError:
+        header = read_header(kept)
+        return read_tensors(kept, header=header)["latents"] if header.metadata.get("of") == digest else None
+    except FileError:
         return None

@@ -188,14 +188,6 @@ def give_back_freed_memory() -> None:
         torch.mps.empty_cache()
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device's memory did not hold what was computed: MPS and CUDA's libraries say so in RuntimeErrors."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return True
-    said = str(error)
-    return isinstance(error, RuntimeError) and ("out of memory" in said or "ALLOC_FAILED" in said)
-
-
 def _of_glibc(name: str) -> Any:
     return getattr(ctypes.CDLL(None), name, None) if sys.platform.startswith("linux") else None
 
@@ -249,16 +241,16 @@ def decide(
     )
 
 
-def forecast_precision(requested: Requested, kind: Literal["gpu", "cpu"]) -> Precision:
+def forecast_precision(requested: Requested, kind: Literal["gpu", "cpu"], *, adapting: bool) -> Precision:
     """What `decide` would say of weights and products on a device of this kind, with the CPU in its place: for what
-    only counts bytes, where there need be no GPU. Frozen weights are those beside which adapters learn."""
+    only counts bytes, where there need be no GPU."""
     here = decide("fp32", device="cpu")
     there = torch.device("cuda" if kind == "gpu" else "cpu")
     if kind == "gpu":
         compute = DTYPES["bf16" if requested == "auto" else requested]
     else:
-        compute, _ = _compute(requested, there, adapting=False)
-    return replace(here, compute=compute, storage=_storage(compute, there, True)[0], vae=_vae(compute, there)[0])
+        compute, _ = _compute(requested, there, adapting)
+    return replace(here, compute=compute, storage=_storage(compute, there, adapting)[0], vae=_vae(compute, there)[0])
 
 
 def _device(wanted: str | torch.device) -> tuple[torch.device, str]:
@@ -351,7 +343,9 @@ def _vae(compute: torch.dtype, device: torch.device) -> tuple[torch.dtype, str]:
 def _check_attention(attention: str, device: torch.device, compute: torch.dtype) -> str:
     """The reason; raises PrecisionError where the attention cannot be had."""
     if attention == "sdpa":
-        is_slow = device.type == "cpu" and compute == torch.bfloat16  # backward, so `learn` gives it plain products
+        is_slow = (
+            device.type == "cpu" and compute == torch.bfloat16
+        )  # backward, so `learn_on_cpu` gives it plain products
         return "part of torch; plain products where gradients are wanted" if is_slow else "part of torch"
     if attention != "xformers":
         raise PrecisionError(f"--attention {attention}: unknown; wanted sdpa or xformers.")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from sfumato.prompts.phrases import whole
 from sfumato.prompts.syntax import Syntax, escaped
 
 
@@ -23,7 +24,7 @@ def negative_for(prompt: str, asked: Iterable[str], syntax: Syntax = "plain") ->
 
 
 def _is_beside(text: str, prompt: str) -> bool:
-    rest, count = re.subn(rf"(?<!\w){re.escape(text)}(?!\w)", "", prompt, flags=re.IGNORECASE)
+    rest, count = re.subn(whole(text), "", prompt, flags=re.IGNORECASE)
     # Articles say nothing, nor do weights: "an (otter:1.3)" under "otter" would be drawn without any guidance.
     words = [word for word in re.findall(r"\w+", rest) if re.search(r"[^\W\d_]", word) and word != "BREAK"]
     return count > 0 and any(word.lower() not in ("a", "an", "the") for word in words)

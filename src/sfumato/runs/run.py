@@ -18,9 +18,9 @@ from torch import Tensor
 import sfumato
 from sfumato import config as configs
 from sfumato import shell
-from sfumato.errors import RunError, SfumatoError
+from sfumato.errors import RunError, SfumatoError, is_out_of_memory
 from sfumato.files.atomic import write_text
-from sfumato.precision import give_back_freed_memory, is_out_of_memory
+from sfumato.precision import give_back_freed_memory
 from sfumato.runs import identity, plot, progress, unfinished
 from sfumato.runs.checkpointed import CheckpointedParts
 from sfumato.runs.checkpoints import Checkpoints, NotFiniteError, bytes_of, require_space
@@ -319,15 +319,16 @@ class Run:
         for look in looks:
             try:
                 look(step)
-            except (OSError, SfumatoError, RuntimeError) as error:
-                if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+            except (OSError, SfumatoError, RuntimeError, MemoryError) as error:
+                is_full = is_out_of_memory(error)
+                if isinstance(error, RuntimeError) and not is_full:
                     raise
                 reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-                if isinstance(error, RuntimeError):
+                if is_full:
                     traceback.clear_frames(error.__traceback__)  # which hold what filled the memory
                     give_back_freed_memory()
                     reason = (
-                        "the GPU's memory does not hold them beside the training; --sample-every 0 and "
+                        "the memory does not hold them beside the training; --sample-every 0 and "
                         "--measure-every 0 leave them out"
                     )
                 elif step == 0:  # nothing is lost yet, and it would go on like this

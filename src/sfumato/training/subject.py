@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sfumato.prompts.phrases import whole
+
 if TYPE_CHECKING:
     from sfumato.data import ExampleSet
     from sfumato.data.options import MaskSource
@@ -30,7 +32,7 @@ class Subject:
 
         "Sks otter" is the subject, too, since text encoders read small letters alone.
         """
-        subject = re.compile(re.escape(self.prompt), re.IGNORECASE)
+        subject = re.compile(whole(self.prompt, plural=True), re.IGNORECASE)
         said = [subject.sub(lambda _: self.of_class, caption) for caption in captions if subject.search(caption)]
         return list(dict.fromkeys([self.of_class, *said]))
 

@@ -142,8 +142,8 @@ class Blocks:
         return [name for name, _ in self.factors if name not in listed and not any(_names(name, *at) for at in modules)]
 
     def __str__(self) -> str:
-        weight = f"{self.weight[0]:g}:{self.weight[1]:g}" if isinstance(self.weight, tuple) else f"{self.weight:g}"
-        return f"{weight} on {self.factors_text()}"
+        weights = self.weight if isinstance(self.weight, tuple) else (self.weight,)
+        return f"{':'.join(map(exact, weights))} on {self.factors_text()}"
 
 
 def web_block(part: str, path: str) -> str | None:

@@ -1,0 +1,24 @@
+"""Where texts hold phrases."""
+
+import pytest
+
+from sfumato.prompts.phrases import has_phrase
+
+
+@pytest.mark.parametrize(
+    ("phrase", "text", "held", "in_the_plural"),
+    [
+        ("ring", "a Ring, gold", True, True),
+        ("ring", "a string", False, False),
+        ("sks cat", "sks category", False, False),
+        ("sks cat", "two sks cats", False, True),
+        ("zwx", "zwx_style, 1girl", True, True),
+        ("<x>", "photo<x>s", True, True),
+        ("[a]", "b[a]c", True, True),
+        ("é", "café", False, False),
+        ("dress", "red dresses", False, True),
+    ],
+)
+def test_a_phrase_stands_by_itself(phrase, text, held, in_the_plural):
+    assert has_phrase(phrase, text) is held
+    assert has_phrase(phrase, text, plural=True) is in_the_plural
