@@ -5,52 +5,44 @@ Made for the pocket base, whose pictures `bench/pocket_data.py` builds. Each sta
 
     python trainers/pretrain.py trainers/configs/pocket-vae-cpu.toml
     python trainers/pretrain.py trainers/configs/pocket-unet-cpu.toml
-    python trainers/pretrain.py trainers/configs/pocket-text.toml --init runs/pocket-unet/model
-    python trainers/pretrain.py trainers/configs/pocket-self-play.toml
 
-docs/pocket.md has the recipe of the shipped weights, which has more parts.
+`style_emphasis.py` and `self_play.py` go on with the base that comes out. docs/pocket.md has the recipe of the shipped
+weights, which has more parts.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from sfumato.config import parse
-from sfumato.errors import ConfigError, DataError
+from sfumato.errors import ConfigError
 from sfumato.pocket.checks import check, check_compiler
-from sfumato.runs.options import FolderOptions
+from sfumato.pocket.options import PretrainOptions, learning_rate_at, settled_for_device
 from sfumato.training.entry_point import training_entry_point
 
 if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that its --help is there at once
     import torch
-    from diffusers import AutoencoderKL, StableDiffusionPipeline
-    from torch import Tensor, nn
+    from diffusers import AutoencoderKL
+    from torch import Tensor
     from transformers import CLIPTextModel, CLIPTokenizer
 
-    from sfumato.pocket.directions import Directions, Things
     from sfumato.pocket.latents import Latents
     from sfumato.pocket.lessons import Lesson, Shares
     from sfumato.pocket.pictures import Pictures
     from sfumato.pocket.trained import PretrainState
     from sfumato.precision import Precision
     from sfumato.runs.run import Run
-    from sfumato.runs.step import Step
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(FolderOptions):
+class Config(PretrainOptions):
     """Pre-train the VAE, or the U-Net with its text encoder, from nothing; or teach either of a base more."""
 
-    stage: Literal["vae", "unet", "text", "self-play"] = "vae"
-    """What to train. The U-Net, with its text encoder, needs a trained VAE. The text encoder alone, of --init, learns
-    from no picture to let the styles count more. By self-play the U-Net alone, of --init, learns to tell pictures from
-    its own drawings (direct discriminative optimization, Zheng et al. 2025)."""
-    data: Path = Path("pocket-data")
-    """The folder of pictures: what bench/pocket_data.py built, or your own, laid out as docs/pocket.md says."""
+    stage: Literal["vae", "unet"] = "vae"
+    """What to train. The U-Net, with its text encoder, needs a trained VAE."""
     output: Path = Path("runs/pocket-vae")
     """Folder of the run: checkpoints, log, samples, and at the end `model/`."""
     vae: Path | None = None
@@ -60,25 +52,6 @@ class Config(FolderOptions):
     the U-Net gets another VAE."""
     decoder_only: bool = False
     """VAE: leave the encoder as it is, so that the latents that a U-Net has learned stay the same."""
-    steps: int = 2400
-    """Optimizer steps in all."""
-    batch: int = 16
-    """Pictures per step. Self-play: of each also an own drawing."""
-    learning_rate: float | None = None
-    """The rate between the warm-up and the fall. Unset: 1e-3; self-play: 3e-5."""
-    warmup: int | None = None
-    """Steps over which the rate rises from 0. Unset: 100, or a tenth of fewer than a thousand steps."""
-    fall_at: int | None = None
-    """The step at which the rate begins to fall, linearly, to 0 at the last. Unset: after a third of the steps."""
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """AdamW, or Muon for the inner weights beside AdamW for the rest."""
-    weight_decay: float = 0.01
-    """Weight decay of AdamW, and of Muon."""
-    clip: float = 1.0
-    """Largest norm of the gradient; 0 turns clipping off."""
-    ema: float = 0.999
-    """Decay of the moving average of the weights, which is what draws samples and is exported; smaller in the first
-    steps."""
     kl: float = 1e-3
     """VAE: weight of the mean KL divergence of a latent number from a standard normal one."""
     gradient_difference: float = 0.5
@@ -106,11 +79,10 @@ class Config(FolderOptions):
     plain_style: str | None = None
     """U-Net: the style that a concept's name alone draws. Unset: all styles, which a small model draws as a blend."""
     empty_share: float = 0.1
-    """U-Net, self-play: share of empty captions, for classifier-free guidance. A picture by another hand, or a varied
+    """U-Net: share of empty captions, for classifier-free guidance. A picture by another hand, or a varied
     one, is called that also where the rest of its caption is empty."""
     others_share: float = 0.0
-    """U-Net, self-play: share of the pictures that are the sets' other drawings, which teach the styles beyond the
-    concepts. Self-play: beside all of the concepts', as far as there are others."""
+    """U-Net: share of the pictures that are the sets' other drawings, which teach the styles beyond the concepts."""
     varied_share: float = 0.0
     """U-Net: share of the pictures that are mirrored, have their color channels swapped, or both. Their captions say
     so, so that they show more of a style's hand and are never drawn unasked."""
@@ -127,31 +99,12 @@ class Config(FolderOptions):
     strokes and edges wherever they are, instead of the pictures by heart."""
     moved_below: int = 600
     """U-Net: the timestep below which pictures are moved: the noisier ones decide where things are."""
-    style_emphasis: float = 0.5
-    """Text: how much is added to a prompt's states of what its style adds to all things."""
     style_together: float | None = None
-    """Share that stays of what a prompt's states say of its thing and its style together, beyond each of the two. It is
-    a guess where the thing has not been seen in the style; of what has been seen the U-Net knows how it looks by it,
-    too. U-Net, with --no-train-text-encoder: the largest share, each picture's is drawn by lot from 0 on; of pictures
-    by other hands and of varied ones all stays. Unset: all of it, always."""
-    play_guidance: float | None = None
-    """Self-play: guidance scale of the own drawings and of the samples, that with which the base is to draw. Unset: the
-    base's usual."""
-    play_sharpness: float = 100.0
-    """Self-play: how sure a difference in the error makes that a picture is real or drawn (beta)."""
-    seed: int = 0
-    """Seed of weights and of every draw."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1 or mps; auto takes a GPU where there is one."""
-    precision: Literal["bf16", "fp32"] | None = None
-    """Number format of the forward pass; weights are kept in fp32. Unset: bf16 where the device multiplies it."""
+    """U-Net, with --no-train-text-encoder: the largest share that stays of what a prompt's states say of its thing and
+    its style together, beyond each of the two; each picture's is drawn by lot from 0 on. It is a guess where the thing
+    has not been seen in the style. Of pictures by other hands and of varied ones all stays. Unset: all, always."""
     compile: bool = False
     """Compile the U-Net with torch.compile, which takes a C++ compiler and a minute, and saves a fifth of each step."""
-    checkpoint_every: int | None = 400
-    """Steps between checkpoints, besides those at both ends; 0 saves only the last, and that of an
-    interruption."""
-    sample_every: int = 400
-    """Steps between sample sheets, besides those at both ends; 0 draws none."""
 
     def shares(self) -> Shares:
         """U-Net: how often what is done with a picture and its caption."""
@@ -162,38 +115,6 @@ class Config(FolderOptions):
         return Shares(
             **values, crossed_from=self.crossed_from, moved_below=self.moved_below, plain_style=self.plain_style
         )
-
-
-def rate_at(step: int, config: Config) -> float:
-    """The learning rate of a step, as a share of the highest: warm-up, flat, linear fall to 0. config: filled."""
-    assert config.warmup is not None
-    assert config.fall_at is not None
-    rising = (step + 1) / max(config.warmup, 1)
-    falling = (config.steps - step) / max(config.steps - config.fall_at, 1)
-    return max(0.0, min(1.0, rising, falling))
-
-
-def learning_rate_at(step: Step, config: Config) -> float:
-    """The learning rate of a step, less where the run has turned back from broken numbers. config: filled."""
-    assert config.learning_rate is not None
-    return config.learning_rate * rate_at(step.number, config) * step.rate_factor
-
-
-def trained_of(modules: Mapping[str, nn.Module], config: Config, device: torch.device) -> PretrainState:
-    """The modules with what makes them learn, as the config says."""
-    from sfumato.pocket.trained import PretrainState
-
-    assert config.learning_rate is not None
-    return PretrainState(
-        modules,
-        device,
-        optimizer=config.optimizer,
-        learning_rate=config.learning_rate,
-        weight_decay=config.weight_decay,
-        ema=config.ema,
-        largest_norm=config.clip,
-        first_share=config.init_share,
-    )
 
 
 def vae_loss(vae: AutoencoderKL, pixels: Tensor, noise: Tensor, config: Config) -> Tensor:
@@ -229,6 +150,7 @@ def train_vae(config: Config, precision: Precision) -> Path:
     from sfumato.pocket.outputs import save_model
     from sfumato.pocket.parts import build_vae, first_weights
     from sfumato.pocket.pictures import read_others, read_pictures
+    from sfumato.pocket.trained import trained_of
     from sfumato.precision import decide
     from sfumato.runs.run import Run
 
@@ -249,7 +171,7 @@ def train_vae(config: Config, precision: Precision) -> Path:
         vae.encoder.requires_grad_(False)
         vae.quant_conv.requires_grad_(False)
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    trained = trained_of({"vae": vae}, config, precision.device)
+    trained = trained_of({"vae": vae}, config, precision.device, first_share=config.init_share)
     run.keep(**trained.parts())
     run.identify(**facts)
     run.every(config.sample_every, lambda step: _reconstruct(trained, named, run, step))
@@ -326,9 +248,10 @@ def train_unet(config: Config, precision: Precision) -> Path:
     from sfumato.pocket.init_parts import base_fingerprint, learning_parts, read_vae, tokenizer_fingerprint
     from sfumato.pocket.latents import Latents
     from sfumato.pocket.lessons import Lessons
-    from sfumato.pocket.outputs import assemble, save_model
+    from sfumato.pocket.outputs import assemble, draw_samples, save_model
     from sfumato.pocket.parts import build_scheduler
-    from sfumato.pocket.pictures import VARIANTS, partners_of, read_manifest
+    from sfumato.pocket.pictures import VARIANTS, partners_of, read_manifest, seen_pictures
+    from sfumato.pocket.trained import trained_of
     from sfumato.runs.run import Run
 
     device = precision.device
@@ -339,13 +262,13 @@ def train_unet(config: Config, precision: Precision) -> Path:
         known = ", ".join(manifest["styles"])
         raise ConfigError(f"--plain-style {config.plain_style}: {config.data} has no such style; it has {known}.")
     words = [] if config.init else read_words(config.data)
-    pictures, named = seen_pictures(config)
+    pictures, named = seen_pictures(config.data, config.others_share)
     vae = read_vae(config.vae, device) if config.vae else None
     run = Run.start(config, program="pretrain", writes=["model", "tokenizer"])
     run.say(precision.table())
     scheduler = build_scheduler()
     if config.init:
-        unet, text_encoder, tokenizer, own_vae = learning_parts(config.init, config.device, scheduler)
+        unet, text_encoder, tokenizer, own_vae = learning_parts(config.init, config.device, scheduler, option="--init")
         text_encoder.requires_grad_(config.train_text_encoder)
         vae = vae or own_vae
     else:
@@ -359,7 +282,7 @@ def train_unet(config: Config, precision: Precision) -> Path:
     partners = partners_of(pictures, config.crossed_overlap)
     lessons = Lessons(pictures.names, named, manifest["concepts"], config.shares(), config.seed, partners)
     states_of = caption_states(config, text_encoder, tokenizer, device)
-    trained = trained_of(learning, config, device)
+    trained = trained_of(learning, config, device, first_share=config.init_share)
     run.keep(**trained.parts())
     facts = {"data": pictures.fingerprint(), "vae": weights_digest([vae])}
     facts |= {"captions": captions_fingerprint(manifest), "tokenizer": tokenizer_fingerprint(tokenizer)}
@@ -370,7 +293,7 @@ def train_unet(config: Config, precision: Precision) -> Path:
     run.identify(**facts)
 
     pipeline = assemble(vae, unet, text_encoder, tokenizer, scheduler)
-    draw_samples(run, config, trained, precision, pipeline, manifest["styles"], manifest["concepts"])
+    draw_samples(run, config.sample_every, trained, precision, pipeline, manifest["styles"], manifest["concepts"])
     every_timestep = range(scheduler.config.num_train_timesteps)
     for step in run.steps(config.steps):
         trained.set_rate(learning_rate_at(step, config))
@@ -389,22 +312,6 @@ def train_unet(config: Config, precision: Precision) -> Path:
     return path
 
 
-def seen_pictures(config: Config) -> tuple[Pictures, int]:
-    """The pictures that the U-Net sees, and how many of them, the first ones, are of the concepts and not others."""
-    from sfumato.pocket.pictures import read_others, read_pictures
-
-    pictures = read_pictures(config.data)
-    named = len(pictures.names)
-    if config.others_share:
-        pictures = pictures.and_others(read_others(config.data))
-        if len(pictures.names) == named:
-            raise DataError(
-                f"{config.data} holds no other drawings, --others-share is {config.others_share}; put some into other/"
-                "STYLE/, as docs/pocket.md says, or leave the share at 0."
-            )
-    return pictures, named
-
-
 def new_parts(config: Config, run: Run, manifest: Mapping[str, Any], words: Sequence[str]) -> tuple[Any, Any, Any]:
     """U-Net and text encoder with their first weights, and the tokenizer of all captions, kept in the run's folder."""
     from transformers import CLIPTokenizer
@@ -421,181 +328,12 @@ def new_parts(config: Config, run: Run, manifest: Mapping[str, Any], words: Sequ
         return build_unet(), build_text_encoder(tokenizer), tokenizer
 
 
-def train_text(config: Config, precision: Precision) -> Path:
-    """Train the text encoder of a base to let styles count more; returns the folder of a pipeline, averaged weights,
-    fp32."""
-    import copy
-
-    from sfumato.pocket.directions import Things
-    from sfumato.pocket.emphasis import Emphasis
-    from sfumato.pocket.init_parts import base_fingerprint, learning_parts
-    from sfumato.pocket.outputs import assemble, save_model
-    from sfumato.pocket.parts import build_scheduler
-    from sfumato.runs.run import Run
-
-    assert config.init is not None
-    things = Things.read(config.data)
-    run = Run.start(config, program="pretrain", writes=["model"])
-    run.say(precision.table())
-    scheduler, device = build_scheduler(), precision.device
-    unet, text_encoder, tokenizer, vae = learning_parts(config.init, config.device, scheduler)
-    precision.prepare_for_training(text_encoder)
-    taught = copy.deepcopy(text_encoder).requires_grad_(False)
-
-    directions = directions_of(taught, tokenizer, things, config.seed, device)
-    together = 1.0 if config.style_together is None else config.style_together
-    emphasis = Emphasis(directions, strength=config.style_emphasis, together=together, seed=config.seed)
-    trained = trained_of({"text_encoder": text_encoder}, config, device)
-    run.keep(**trained.parts())
-    run.identify(things=things.fingerprint(), init=base_fingerprint(config.init, config.device))
-
-    pipeline = assemble(vae, unet, text_encoder, tokenizer, scheduler)
-    draw_samples(run, config, trained, precision, pipeline, things.styles, things.concepts)
-    for step in run.steps(config.steps):
-        trained.set_rate(learning_rate_at(step, config))
-        texts, wanted = emphasis.lesson(step.number, config.batch)
-        with precision.autocast():
-            said = encode_text(text_encoder, tokenizer, texts, device)
-        trained.learn(step, (said.float() - wanted).square().mean())
-    with trained.result():
-        path = save_model(pipeline, config.output / "model")
-    run.close()
-    return path
-
-
-def train_self_play(config: Config, precision: Precision) -> Path:
-    """Train the U-Net of a base to tell pictures from its own drawings; returns the folder of a pipeline, averaged
-    weights, fp32."""
-    import copy
-
-    import torch
-
-    from sfumato import diffusion, randomness
-    from sfumato.bases import FAMILIES
-    from sfumato.data.cache import weights_digest
-    from sfumato.pocket.init_parts import base_fingerprint, learning_parts
-    from sfumato.pocket.latents import Latents
-    from sfumato.pocket.outputs import assemble, save_model
-    from sfumato.pocket.parts import build_scheduler
-    from sfumato.pocket.pictures import VARIANTS, read_manifest
-    from sfumato.pocket.self_play import Pairs, discriminative_loss, grown_errors, own_drawings
-    from sfumato.runs.run import Run
-
-    assert config.init is not None
-    manifest = read_manifest(config.data)
-    pictures = played_pictures(config)
-    run = Run.start(config, program="pretrain", writes=["model", "own-drawings.safetensors"])
-    run.say(precision.table())
-    scheduler, device = build_scheduler(), precision.device
-    unet, text_encoder, tokenizer, vae = learning_parts(config.init, config.device, scheduler)
-    text_encoder.requires_grad_(False)
-    cache = Latents(vae, pictures, VARIANTS[:1], device)
-    unet.register_to_config(sample_size=cache.means.shape[-1])
-    first = copy.deepcopy(unet).requires_grad_(False)
-    precision.prepare_for_training(unet)
-    trained = trained_of({"unet": unet}, config, device)
-    run.keep(**trained.parts())
-    init = base_fingerprint(config.init, config.device)
-    run.identify(data=pictures.fingerprint(), vae=weights_digest([vae]), init=init)
-
-    captions = [f"{what}, {style} style" for what, style in pictures.names]
-    with torch.no_grad():
-        parts = [captions[start : start + 64] for start in range(0, len(captions), 64)]
-        states = torch.cat([encode_text(text_encoder, tokenizer, texts, device) for texts in parts])
-        empty = encode_text(text_encoder, tokenizer, [""], device)
-    usual = FAMILIES["pocket"].defaults.guidance
-    guidance = usual if config.play_guidance is None else config.play_guidance
-    run.begin()
-    try:
-        own = own_drawings(
-            first,
-            states,
-            empty,
-            build_scheduler(),
-            precision,
-            guidance=guidance,
-            seed=config.seed,
-            kept=config.output / "own-drawings.safetensors",
-            unet_fingerprint=init,
-        )
-    except BaseException as error:  # minutes in which a run may be stopped: the folder is let go, as the steps do
-        if isinstance(error, KeyboardInterrupt):
-            run.say(f"stopped among the own drawings. Go on with: {run.resume_command()}")
-        run.close()
-        raise
-    pairs = Pairs(cache.means[0], own, states, empty)
-
-    pipeline = assemble(vae, unet, text_encoder, tokenizer, scheduler)
-    draw_samples(run, config, trained, precision, pipeline, manifest["styles"], manifest["concepts"], guidance)
-    every_timestep = range(scheduler.config.num_train_timesteps)
-    for step in run.steps(config.steps):
-        trained.set_rate(learning_rate_at(step, config))
-        latents, hidden = pairs.at(step.number, config.batch, config.seed, config.empty_share)
-        timesteps = diffusion.stratified_timesteps(config.batch, every_timestep, config.seed, step.number)
-        noise = randomness.normal((config.batch, *own.shape[1:]), config.seed, "noise", step.number)
-        real, of_own = grown_errors(unet, first, latents, hidden, timesteps, noise, scheduler, precision)
-        trained.learn(step, discriminative_loss(real, of_own, config.play_sharpness))
-    with trained.result():
-        path = save_model(pipeline, config.output / "model")
-    run.close()
-    return path
-
-
-def played_pictures(config: Config) -> Pictures:
-    """The pictures that self-play draws and learns from: all of the concepts, and others by their share."""
-    from sfumato.pocket.self_play import taking_part
-
-    pictures, named = seen_pictures(config)
-    chosen = taking_part(len(pictures.names), named, config.others_share, config.seed)
-    if config.others_share and len(chosen) == named:
-        raise ConfigError(
-            f"--others-share {config.others_share} beside {named} pictures is no other drawing; raise it to "
-            f"{1 / (named + 1):.2g} or more, or leave it out."
-        )
-    return pictures.some(chosen)
-
-
-def draw_samples(
-    run: Run,
-    config: Config,
-    trained: PretrainState,
-    precision: Precision,
-    pipeline: StableDiffusionPipeline,
-    styles: Sequence[str],
-    concepts: Iterable[str],
-    guidance: float | None = None,
-) -> None:
-    """Have the run draw a sheet with the averaged weights at its intervals; guidance: None for the base's usual."""
-    from sfumato.pocket.outputs import sheet
-
-    def sample(step: int) -> None:
-        with trained.averaged(), precision.autocast():
-            path = run.folder / "samples" / f"{step:06d}.png"
-            sheet(pipeline, styles, list(concepts), path, guidance)
-
-    run.every(config.sample_every, sample)
-
-
-def directions_of(
-    encoder: CLIPTextModel, tokenizer: CLIPTokenizer, things: Things, seed: int, device: torch.device
-) -> Directions:
-    """What each style adds to all things, as a text encoder at rest says it."""
-    import torch
-
-    from sfumato.pocket.directions import Directions
-
-    @torch.no_grad()
-    def encode(texts: Sequence[str]) -> Tensor:
-        return encode_text(encoder, tokenizer, texts, device)
-
-    return Directions(encode, lambda text: len(tokenizer(text).input_ids), things, seed)
-
-
 def caption_states(
     config: Config, encoder: CLIPTextModel, tokenizer: CLIPTokenizer, device: torch.device
 ) -> Callable[[Sequence[str], int], Tensor]:
     """What gives the U-Net the states of a step's captions: (captions, step) -> (captions, positions, width)."""
     from sfumato.pocket.directions import Things
+    from sfumato.pocket.encoding import directions_of, encode_text
     from sfumato.pocket.loosened import Loosened
 
     if config.train_text_encoder or config.style_together is None:
@@ -604,33 +342,12 @@ def caption_states(
     return Loosened(directions, most=config.style_together, seed=config.seed).states
 
 
-def encode_text(encoder: CLIPTextModel, tokenizer: CLIPTokenizer, texts: Sequence[str], device: torch.device) -> Tensor:
-    """(len(texts), positions, width) hidden states; each distinct text is encoded once."""
-    distinct = sorted(set(texts))
-    tokens = tokenizer(distinct, padding="max_length", truncation=True, return_tensors="pt").input_ids
-    hidden = encoder(tokens.to(device)).last_hidden_state
-    return hidden[[distinct.index(text) for text in texts]]
-
-
 @training_entry_point
 def train(config: Config) -> Path:
     """Run the stage that `config` names; returns the folder of what was trained."""
-    from sfumato.precision import decide, multiplies_bf16
-
     check(config)
-    filled: dict[str, Any] = {
-        "precision": "bf16" if multiplies_bf16(decide("fp32", device=config.device).device) else "fp32",
-        "checkpoint_every": 400,
-        "warmup": min(100, config.steps // 10),
-        "fall_at": config.steps // 3,
-        "learning_rate": 3e-5 if config.stage == "self-play" else 1e-3,
-    }
-    unset = {name: value for name, value in filled.items() if getattr(config, name) is None}
-    config = dataclasses.replace(config, **unset)
-    assert config.precision is not None
-    precision = decide(config.precision, device=config.device)
-    precision.apply()
-    stages = {"vae": train_vae, "unet": train_unet, "text": train_text, "self-play": train_self_play}
+    config, precision = settled_for_device(config)
+    stages = {"vae": train_vae, "unet": train_unet}
     return stages[config.stage](config, precision)
 
 

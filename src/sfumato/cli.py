@@ -31,6 +31,8 @@ TRAINERS = {
     "textual_inversion": "one to sixteen vectors for a new word, and nothing else",
     "lora": "a LoRA on the U-Net's cross-attention, or more: a style or a subject in a file of a few megabytes",
     "pretrain": "a small base from nothing: first its VAE, then its U-Net and text encoder",
+    "style_emphasis": "of a small base: let the style of a prompt count more",
+    "self_play": "of a small base: tell pictures from its own drawings",
 }
 PIPELINES = {
     "check": (

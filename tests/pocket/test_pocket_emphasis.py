@@ -9,13 +9,14 @@ from safetensors.torch import save_file
 from torch.testing import assert_close
 
 from sfumato import load_base
-from sfumato.errors import ConfigError, DataError, RunError
+from sfumato.errors import ConfigError, DataError, RunError, SfumatoError
 from sfumato.files import read_tensors
 from sfumato.pocket.directions import FORMS, Directions, Things, apart
 from sfumato.pocket.emphasis import Emphasis
 from sfumato.pocket.loosened import Loosened
 from tests.tiny import CPU
-from trainers.pretrain import Config, train
+from trainers import pretrain
+from trainers.style_emphasis import Config, train
 
 STYLES = ["noto", "flat", "blob"]
 CONCEPTS = {"red apple": "a fruit", "crab": "a sea animal", "key": "a tool"}
@@ -136,7 +137,7 @@ def test_a_step_names_concepts_others_groups_and_what_nobody_has_drawn():
 
 
 def test_one_style_is_refused():
-    with pytest.raises(DataError, match="no thing has pictures in two styles, which --stage text and --style-tog"):
+    with pytest.raises(DataError, match="no thing has pictures in two styles, which style_emphasis and --style-tog"):
         emphasis(Encoder(), styles=["noto"])
 
 
@@ -203,7 +204,7 @@ def losses(folder):
 
 
 def test_the_text_encoder_learns_and_nothing_else(data, pocket_folder, tmp_path):
-    run = {"stage": "text", "init": str(pocket_folder), "data": data, "checkpoint_every": 5, **SETTINGS}
+    run = {"base": str(pocket_folder), "data": data, "checkpoint_every": 5, **SETTINGS}
     model = train(Config(output=tmp_path / "whole", steps=10, **run))
     before, after = (load_base(base, precision=CPU) for base in (pocket_folder, model))
     for part in ("unet", "vae"):
@@ -217,17 +218,17 @@ def test_the_text_encoder_learns_and_nothing_else(data, pocket_folder, tmp_path)
 
 def test_a_run_goes_on_with_the_base_that_it_began_with(data, pocket_folder, tmp_path):
     base = shutil.copytree(pocket_folder, tmp_path / "base")
-    run = {"stage": "text", "init": str(base), "data": data, "output": tmp_path / "run", "steps": 1, **SETTINGS}
+    run = {"base": str(base), "data": data, "output": tmp_path / "run", "steps": 1, **SETTINGS}
     run |= {"fall_at": 0, "warmup": 0}
     train(Config(**run))
     file = base / "text_encoder/model.safetensors"
     save_file({name: tensor + 0.5 for name, tensor in read_tensors(file).items()}, file, {"format": "pt"})
-    with pytest.raises(RunError, match="with other things than these: init "):
+    with pytest.raises(RunError, match="with other things than these: base "):
         train(Config(resume=True, **run))
 
 
 def test_nothing_added_is_nothing_to_learn(data, pocket_folder, tmp_path):
-    run = {"stage": "text", "init": str(pocket_folder), "data": data, "output": tmp_path / "run", **SETTINGS}
+    run = {"base": str(pocket_folder), "data": data, "output": tmp_path / "run", **SETTINGS}
     once = {"fall_at": 0, "warmup": 0, "precision": "fp32", "style_emphasis": 0.0}
     train(Config(steps=1, **{**run, **once}, style_together=1 - 1e-6))
     assert losses(tmp_path / "run")[0] < 1e-10
@@ -244,25 +245,29 @@ def test_without_words_none_are_thrown_together(data):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"stage": "text"}, "--stage text goes on with the text encoder of a base: it needs --init BASE"),
-        ({"stage": "text", "init": "pocket", "flip_share": 0.1}, "--flip-share has no effect without --stage vae or"),
-        ({"stage": "text", "init": "pocket", "kl": 0.1}, "--kl has no effect without --stage vae"),
-        ({"stage": "text", "init": "pocket", "others_share": 0.1}, "--others-share has no effect without --stage unet"),
-        ({"style_emphasis": 0.1}, "--style-emphasis has no effect without --stage text"),
-        ({"stage": "text", "init": "pocket", "style_emphasis": -1.0}, "--style-emphasis is -1.0; it must not be neg"),
-        ({"stage": "text", "init": "pocket", "style_emphasis": 0.0}, "so that nothing would be learned; change either"),
-        (
-            {"stage": "text", "init": "pocket", "style_emphasis": 0.0, "style_together": 1.0},
-            "so that nothing would be learned; change either",
-        ),
-        ({"style_together": 0.1}, "--style-together has no effect without --no-train-text-encoder or"),
+        ({"style_emphasis": -1.0}, "--style-emphasis is -1.0; it must not be neg"),
+        ({"style_emphasis": 0.0}, "so that nothing would be learned; change either"),
+        ({"style_together": 1.5}, "--style-together is 1.5; it must be 0 to 1"),
+        ({"fall_at": 9, "steps": 3}, "--fall-at 9: the run has 3 steps"),
+        ({"base": "nowhere"}, "nowhere"),
+    ],
+)
+def test_what_has_no_sense_is_refused(given, said, data, tmp_path):
+    with pytest.raises(SfumatoError, match=said):
+        train(Config(data=data, output=tmp_path / "run", **given))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"style_together": 0.1}, "--style-together has no effect without --no-train-text-encoder"),
         ({"stage": "unet", "init": "pocket", "style_together": 0.1}, "--style-together has no effect without --no-tra"),
-        ({"stage": "text", "init": "pocket", "style_together": 1.5}, "--style-together is 1.5; it must be 0 to 1"),
         ({"train_text_encoder": False}, "--train-text-encoder has no effect without --stage unet"),
         ({"stage": "unet", "train_text_encoder": False}, "--no-train-text-encoder .* needs --init BASE"),
     ],
 )
-def test_what_has_no_effect_or_no_sense_is_refused(given, said, data, tmp_path):
+def test_what_has_no_effect_on_the_unet_is_refused(given, said, data, tmp_path):
     with pytest.raises(ConfigError, match=said):
-        train(Config(data=data, output=tmp_path / "run", **given))
+        pretrain.train(pretrain.Config(data=data, output=tmp_path / "run", **given))
     assert not (tmp_path / "run").exists()

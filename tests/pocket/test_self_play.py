@@ -13,12 +13,13 @@ from torch.testing import assert_close
 
 from sfumato import load_base, randomness
 from sfumato.errors import BaseModelError, ConfigError
+from sfumato.pocket.encoding import encode_text
 from sfumato.pocket.outputs import assemble
 from sfumato.pocket.parts import build_scheduler
 from sfumato.pocket.self_play import DRAWN_AT_ONCE, Pairs, discriminative_loss, grown_errors, own_drawings, taking_part
 from sfumato.precision import decide
 from tests.tiny import CPU
-from trainers.pretrain import Config, encode_text, train
+from trainers.self_play import Config, train
 
 SETTINGS = {"batch": 2, "sample_every": 0, "device": "cpu", "precision": "fp32", "fall_at": 1, "warmup": 0}
 
@@ -134,7 +135,7 @@ def test_drawings_go_on_where_they_were_stopped_and_after_a_damage(tmp_path):
 
 
 def test_a_unet_that_draws_no_numbers_is_named(tmp_path):
-    with pytest.raises(BaseModelError, match=r"the U-Net of --init draws NaN or infinity.*--play-guidance"):
+    with pytest.raises(BaseModelError, match=r"the U-Net of --base draws NaN or infinity.*--guidance"):
         draw(tmp_path / "own.safetensors", Constant(float("nan")))
     assert not list(tmp_path.iterdir())
 
@@ -156,7 +157,7 @@ def test_own_drawings_are_what_diffusers_draws_of_the_same_noise(guidance, tmp_p
 @pytest.mark.slow
 def test_a_unet_begins_undecided_learns_alone_and_goes_on_where_it_stopped(data, pocket_folder, tmp_path):
     def losses(name, steps, **more):
-        options = {"stage": "self-play", "init": str(pocket_folder), "data": data, "steps": steps}
+        options = {"base": str(pocket_folder), "data": data, "steps": steps}
         model = train(
             Config(**options, output=tmp_path / name, checkpoint_every=1, empty_share=0.5, **SETTINGS, **more)
         )
@@ -198,8 +199,8 @@ def test_pictures_become_likelier_than_drawings_and_these_are_of_the_captions_an
     monkeypatch.setattr("sfumato.pocket.outputs.sheet", lambda *asked: sheets.append(asked[-1]))
     (data / "other/noto").mkdir(parents=True)
     Image.new("RGB", (64, 64), "red").save(data / "other/noto/red-heart.png")
-    options = {"stage": "self-play", "init": str(pocket_folder), "data": data, "steps": 8, "empty_share": 0.0}
-    more = {"play_guidance": 1.5, "others_share": 0.2, "learning_rate": 3e-4, "play_sharpness": 10.0}
+    options = {"base": str(pocket_folder), "data": data, "steps": 8, "empty_share": 0.0}
+    more = {"guidance": 1.5, "others_share": 0.2, "learning_rate": 3e-4, "sharpness": 10.0}
     train(Config(**options, output=tmp_path / "run", **more, **(SETTINGS | {"fall_at": 8, "sample_every": 8})))
     base = load_base(str(pocket_folder), precision=CPU)
     captions = [f"{what}, {style} style" for style in ("noto", "flat") for what in ("red apple", "crab", "key")]
@@ -217,7 +218,7 @@ def test_pictures_become_likelier_than_drawings_and_these_are_of_the_captions_an
 def test_a_share_of_others_that_comes_to_none_is_refused(data, tmp_path):
     (data / "other/noto").mkdir(parents=True)
     Image.new("RGB", (64, 64), "red").save(data / "other/noto/red-heart.png")
-    options = {"stage": "self-play", "init": "pocket", "data": data, "output": tmp_path / "run", "steps": 1}
+    options = {"base": "pocket", "data": data, "output": tmp_path / "run", "steps": 1}
     with pytest.raises(
         ConfigError, match=r"--others-share 0.05 beside 5 pictures is no other drawing; raise it to 0.17"
     ):
@@ -227,7 +228,7 @@ def test_a_share_of_others_that_comes_to_none_is_refused(data, tmp_path):
 
 @pytest.mark.slow
 def test_an_interruption_among_the_drawings_lets_the_folder_go(data, pocket_folder, tmp_path, monkeypatch, capfd):
-    options = {"stage": "self-play", "init": str(pocket_folder), "data": data, "output": tmp_path / "run", "steps": 1}
+    options = {"base": str(pocket_folder), "data": data, "output": tmp_path / "run", "steps": 1}
 
     def interrupted(*_, **__):
         raise KeyboardInterrupt
@@ -240,3 +241,18 @@ def test_an_interruption_among_the_drawings_lets_the_folder_go(data, pocket_fold
     train(Config(**options, **SETTINGS, resume=True))
     assert caught  # as a notebook does, which keeps the traceback, and with it the run
     assert (tmp_path / "run/model").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"sharpness": 0.0}, "--sharpness is 0.0; it must be a positive"),
+        ({"guidance": -1.0}, "--guidance is -1.0; it must be 0 to 100"),
+        ({"empty_share": 1.5}, "--empty-share is 1.5; it must be 0 to 1"),
+        ({"warmup": 9, "steps": 3}, "--warmup 9: the run has 3 steps"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(given, said, data, tmp_path):
+    with pytest.raises(ConfigError, match=said):
+        train(Config(data=data, output=tmp_path / "run", **given))
+    assert not (tmp_path / "run").exists()

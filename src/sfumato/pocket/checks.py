@@ -1,7 +1,4 @@
-"""What of a pre-training's config can be refused before anything is loaded.
-
-config: in all of these the `Config` of `trainers/pretrain.py`, or of a copy of it.
-"""
+"""What of a training that makes a base can be refused before anything is loaded."""
 
 from __future__ import annotations
 
@@ -14,46 +11,16 @@ from sfumato.training.checks import check_run, only_with
 if TYPE_CHECKING:
     import torch
 
-NOT_NEGATIVE = ("warmup", "fall_at", "kl", "gradient_difference", "snr_gamma", "flat_weight", "style_emphasis")
+    from sfumato.pocket.options import PretrainOptions
+
+_NOT_NEGATIVE = ("kl", "gradient_difference", "snr_gamma", "flat_weight", "crossed_from", "moved_below")
 
 
-def check(config: Any) -> None:
-    """Raises ConfigError for what makes no sense, by itself or in the stage that is trained."""
+def check_pretraining(config: PretrainOptions) -> None:
+    """Of any of these programs: refuse numbers that make no sense, and a rate that rises or falls after the end."""
     check_run(config)
-    _check_numbers(config)
-    _check_steps(config)
-    _check_effects(config)
-    if config.stage == "unet":
-        _check_unet(config)
-    if config.stage == "self-play":
-        _check_self_play(config)
-    if config.stage == "text" and not config.style_emphasis and config.style_together in (None, 1):
-        raise ConfigError(
-            "--stage text: --style-emphasis is 0 and all of --style-together stays, so that nothing would be learned; "
-            "change either."
-        )
-    _check_sources(config)
-
-
-def _check_numbers(config: Any) -> None:
-    for name in ("flip", "hands", "init", "group", "empty", "others", "varied", "crossed", "moved"):
-        share = getattr(config, f"{name}_share")
-        if not 0 <= share <= 1:
-            raise ConfigError(f"--{name}-share is {share}; it must be 0 to 1.")
-    for name in ("crossed_overlap", "style_together"):
-        share = getattr(config, name)
-        if share is not None and not 0 <= share <= 1:
-            raise ConfigError(f"{shell.option(name)} is {share}; it must be 0 to 1.")
-    if not 0 <= config.plain_share <= 0.5:
-        raise ConfigError(f"--plain-share is {config.plain_share}; it must be 0 to 0.5.")
-    timesteps = ("crossed_from", "moved_below")
-    for name in (*timesteps, *NOT_NEGATIVE):
-        value = getattr(config, name)
-        if value is not None and not 0 <= value < float("inf"):
-            raise ConfigError(f"{shell.option(name)} is {value}; it must not be negative.")
-
-
-def _check_steps(config: Any) -> None:
+    for name in ("warmup", "fall_at"):
+        _check_not_negative(config, name)
     if config.fall_at is not None and config.fall_at > config.steps:
         raise ConfigError(
             f"--fall-at {config.fall_at}: the run has {config.steps} steps; give a --fall-at of at most that, too, "
@@ -63,25 +30,50 @@ def _check_steps(config: Any) -> None:
         raise ConfigError(f"--warmup {config.warmup}: the run has {config.steps} steps; make it shorter.")
 
 
+def check_shares(config: PretrainOptions, *names: str) -> None:
+    """Refuse shares that are none."""
+    for name in names:
+        share = getattr(config, name)
+        if share is not None and not 0 <= share <= 1:
+            raise ConfigError(f"{shell.option(name)} is {share}; it must be 0 to 1.")
+
+
+def check(config: Any) -> None:
+    """Refuse what makes no sense, by itself or in the stage that is trained.
+
+    config: the `Config` of `trainers/pretrain.py`, or of a copy of it.
+    """
+    check_pretraining(config)
+    shares = ("flip", "hands", "init", "group", "empty", "others", "varied", "crossed", "moved")
+    check_shares(config, *(f"{name}_share" for name in shares), "crossed_overlap", "style_together")
+    if not 0 <= config.plain_share <= 0.5:
+        raise ConfigError(f"--plain-share is {config.plain_share}; it must be 0 to 0.5.")
+    for name in _NOT_NEGATIVE:
+        _check_not_negative(config, name)
+    _check_effects(config)
+    if config.stage == "unet":
+        _check_unet(config)
+    _check_sources(config)
+
+
+def _check_not_negative(config: PretrainOptions, name: str) -> None:
+    value = getattr(config, name)
+    if value is not None and not 0 <= value < float("inf"):
+        raise ConfigError(f"{shell.option(name)} is {value}; it must not be negative.")
+
+
 def _check_effects(config: Any) -> None:
     """Refuse options that have no effect beside the others."""
     if config.stage != "vae":
         only_with(config, "--stage vae", "kl", "gradient_difference")
     if config.stage != "unet":
         of_timesteps = ("snr_gamma", "flat_weight", "crossed_from", "crossed_overlap", "moved_below")
-        shares = ("group_share", "plain_share", "varied_share", "crossed_share", "moved_share")
+        of_captions = ("group_share", "plain_share", "empty_share", "others_share")
+        of_pictures = ("varied_share", "crossed_share", "moved_share")
         alone = ("vae", "plain_style", "compile", "train_text_encoder")
-        only_with(config, "--stage unet", *alone, *shares, *of_timesteps)
-    if config.stage not in ("unet", "self-play"):
-        only_with(config, "--stage unet or self-play", "empty_share", "others_share")
-    if config.stage not in ("vae", "unet"):
-        only_with(config, "--stage vae or unet", "flip_share", "hands_share")
-    if config.stage != "text":
-        only_with(config, "--stage text", "style_emphasis")
-    if config.stage != "self-play":
-        only_with(config, "--stage self-play", "play_guidance", "play_sharpness")
-    if config.train_text_encoder and config.stage != "text":
-        only_with(config, "--no-train-text-encoder or --stage text", "style_together")
+        only_with(config, "--stage unet", *alone, *of_captions, *of_pictures, *of_timesteps)
+    if config.train_text_encoder:
+        only_with(config, "--no-train-text-encoder", "style_together")
     if not config.crossed_share:
         only_with(config, "--crossed-share", "crossed_from", "crossed_overlap")
     if not config.moved_share:
@@ -111,25 +103,12 @@ def _check_unet(config: Any) -> None:
         raise ConfigError("--snr-gamma and --flat-weight are both 0, so that nothing would be learned; raise one.")
 
 
-def _check_self_play(config: Any) -> None:
-    """Refuse a guidance that draws nothing, and a difference that counts for nothing."""
-    if config.play_guidance is not None and not 0 <= config.play_guidance <= 100:
-        raise ConfigError(f"--play-guidance is {config.play_guidance}; it must be 0 to 100; 1 to 3 is usual.")
-    if not 0 < config.play_sharpness < float("inf"):
-        raise ConfigError(f"--play-sharpness is {config.play_sharpness}; it must be a positive number, such as 100.")
-
-
 def _check_sources(config: Any) -> None:
     """Refuse a start that the stage does not have, or lacks."""
     if config.init_share and config.init is None:
         raise ConfigError("--init-share keeps weights of a base: it needs --init BASE, such as pocket.")
     if config.decoder_only and (config.stage != "vae" or config.init is None):
         raise ConfigError("--decoder-only goes on with the VAE of a base: it needs --stage vae and --init BASE.")
-    for stage, part in (("text", "text encoder"), ("self-play", "U-Net")):
-        if config.stage == stage and config.init is None:
-            raise ConfigError(
-                f"--stage {stage} goes on with the {part} of a base: it needs --init BASE, such as pocket."
-            )
     if not config.train_text_encoder and config.init is None:
         raise ConfigError("--no-train-text-encoder leaves the text encoder of a base at rest: it needs --init BASE.")
     if config.stage == "unet" and config.vae is None and config.init is None:

@@ -27,20 +27,23 @@ def read_vae(folder: Path, device: torch.device) -> Any:
     return shell.model.to(device)
 
 
-def learning_parts(init: str, device: str, scheduler: DDIMScheduler) -> tuple[Any, Any, Any, Any]:
+def learning_parts(
+    source: str, device: str, scheduler: DDIMScheduler, *, option: str = "--base"
+) -> tuple[Any, Any, Any, Any]:
     """U-Net and text encoder of a base, which learn on, its tokenizer and its VAE.
 
-    Raises BaseModelError for a base that learned to predict something else than `scheduler` has.
+    option: which names it. Raises BaseModelError for a base that learned to predict something else than `scheduler`
+    has.
     """
-    base = load_base(init, precision=decide("fp32", device=device))
-    _refuse_strangers(base, scheduler, init)
+    base = load_base(source, precision=decide("fp32", device=device))
+    _refuse_strangers(base, scheduler, f"{option} {source}")
     unet, text_encoder = base.unet.requires_grad_(True), base.text_encoders[0].requires_grad_(True)
     return unet, text_encoder, base.tokenizers[0], base.vae
 
 
-def base_fingerprint(init: str, device: str) -> str:
+def base_fingerprint(source: str, device: str) -> str:
     """By what a run that goes on knows its base again."""
-    return load_base(init, precision=decide("fp32", device=device)).fingerprint()
+    return load_base(source, precision=decide("fp32", device=device)).fingerprint()
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
@@ -59,5 +62,5 @@ def _refuse_strangers(base: Base, scheduler: DDIMScheduler, named: str) -> None:
     else:
         return
     raise BaseModelError(
-        f"--init {named}: {why}. Name a base that pretrain made, such as pocket; the other trainers take any."
+        f"{named}: {why}. Name a base that pretrain made, such as pocket; the other trainers take any."
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,9 @@ from sfumato.drawing.decoding import is_picture
 from sfumato.errors import BaseModelError
 from sfumato.files.atomic import atomic_path
 from sfumato.files.save import model_folder
+from sfumato.pocket.trained import PretrainState
+from sfumato.precision import Precision
+from sfumato.runs.run import Run
 
 SHEET = ("red apple", "crab", "cat face", "house", "rocket", "tulip", "pizza", "penguin", "guitar", "bus", "owl", "key")
 """Concepts drawn on the sample sheets, where the base learns them."""
@@ -66,6 +69,25 @@ def sheet(
         output_type="pt",
     ).images
     save_sheet(drawn.float() * 2 - 1, len(columns), path)
+
+
+def draw_samples(
+    run: Run,
+    every: int,
+    trained: PretrainState,
+    precision: Precision,
+    pipeline: StableDiffusionPipeline,
+    styles: Sequence[str],
+    concepts: Iterable[str],
+    guidance: float | None = None,
+) -> None:
+    """Have the run draw a sheet with the averaged weights every so many steps; guidance: None for the base's usual."""
+
+    def sample(step: int) -> None:
+        with trained.averaged(), precision.autocast():
+            sheet(pipeline, styles, list(concepts), run.folder / "samples" / f"{step:06d}.png", guidance)
+
+    run.every(every, sample)
 
 
 def save_sheet(pictures: Tensor, columns: int, path: Path) -> None:

@@ -163,6 +163,23 @@ def read_others(data: Path) -> Pictures:
     return _read(paths, names)
 
 
+def seen_pictures(data: Path, others_share: float) -> tuple[Pictures, int]:
+    """What a U-Net is shown, and how many of it, the first ones, are of the concepts and not other drawings.
+
+    Raises DataError where there are none of these, of which there is to be a share.
+    """
+    pictures = read_pictures(data)
+    named = len(pictures.names)
+    if others_share:
+        pictures = pictures.and_others(read_others(data))
+        if len(pictures.names) == named:
+            raise DataError(
+                f"{data} holds no other drawings, --others-share is {others_share}; put some into other/STYLE/, as "
+                "docs/pocket.md says, or leave the share at 0."
+            )
+    return pictures, named
+
+
 def other_names(data: Path) -> list[str]:
     """What the sets' other pictures show, each once, in order."""
     return sorted({_shown(path) for path in _others(data)})

@@ -145,8 +145,8 @@ def own_drawings(
         latents = _draw(unet, noise.to(precision.device), said, empty, scheduler, precision, guidance).cpu()
         if not latents.isfinite().all():
             raise BaseModelError(
-                "the U-Net of --init draws NaN or infinity, from which nothing can be learned; try --precision fp32, "
-                "a smaller --play-guidance, or another base."
+                "the U-Net of --base draws NaN or infinity, from which nothing can be learned; try --precision fp32, "
+                "a smaller --guidance, or another base."
             )
         drawn = torch.cat([drawn, latents])
         done += 1

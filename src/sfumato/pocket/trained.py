@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.pocket.muon import Muon
+from sfumato.pocket.options import PretrainOptions
 from sfumato.runs.samples import evaluating
 from sfumato.runs.step import Step
 from sfumato.training.ema import Ema
@@ -114,3 +115,20 @@ class PretrainState:
             for weight, first in zip(self.parameters, self._first, strict=True) if self._first else ():
                 weight.lerp_(first, self._first_share)
             yield
+
+
+def trained_of(
+    modules: Mapping[str, nn.Module], config: PretrainOptions, device: torch.device, *, first_share: float = 0.0
+) -> PretrainState:
+    """The modules with what makes them learn, as the config says. first_share: as of `PretrainState`."""
+    assert config.learning_rate is not None
+    return PretrainState(
+        modules,
+        device,
+        optimizer=config.optimizer,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        ema=config.ema,
+        largest_norm=config.clip,
+        first_share=first_share,
+    )

@@ -1,0 +1,166 @@
+"""Let a small base learn to tell pictures from its own drawings.
+
+    python trainers/self_play.py trainers/configs/pocket-self-play.toml
+    sfumato train self_play --data FOLDER --base runs/my-base/model --output runs/my-play --steps 250
+
+are one program. By direct discriminative optimization (Zheng et al. 2025) the U-Net alone learns; docs/pocket.md says
+what comes of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sfumato.config import parse
+from sfumato.errors import ConfigError
+from sfumato.pocket.checks import check_pretraining, check_shares
+from sfumato.pocket.options import PretrainOptions, learning_rate_at, settled_for_device
+from sfumato.training.entry_point import training_entry_point
+
+if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that its --help is there at once
+    from sfumato.pocket.pictures import Pictures
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(PretrainOptions):
+    """Let the U-Net of a base learn to tell pictures from its own drawings."""
+
+    base: str = "pocket"
+    """The base that learns on: pocket, or the folder of one that pretrain made."""
+    output: Path = Path("runs/pocket-self-play")
+    """Folder of the run: own drawings, checkpoints, log, samples, and at the end `model/`."""
+    batch: int = 16
+    """Pictures per step; of each also an own drawing."""
+    learning_rate: float | None = None
+    """The rate between the warm-up and the fall. Unset: 3e-5."""
+    empty_share: float = 0.1
+    """Share of empty captions, for classifier-free guidance."""
+    others_share: float = 0.0
+    """Share of the pictures that are the sets' other drawings, beside all of the concepts', as far as there are
+    others."""
+    guidance: float | None = None
+    """Guidance scale of the own drawings and of the samples, that with which the base is to draw. Unset: the base's
+    usual."""
+    sharpness: float = 100.0
+    """How sure a difference in the error makes that a picture is real or drawn (beta)."""
+
+
+@training_entry_point
+def train(config: Config) -> Path:
+    """Train, and return the folder of a pipeline with the averaged weights, fp32."""
+    import copy
+
+    import torch
+
+    from sfumato import diffusion, randomness
+    from sfumato.bases import FAMILIES
+    from sfumato.data.cache import weights_digest
+    from sfumato.pocket.encoding import encode_text
+    from sfumato.pocket.init_parts import base_fingerprint, learning_parts
+    from sfumato.pocket.latents import Latents
+    from sfumato.pocket.outputs import assemble, draw_samples, save_model
+    from sfumato.pocket.parts import build_scheduler
+    from sfumato.pocket.pictures import VARIANTS, read_manifest
+    from sfumato.pocket.self_play import Pairs, discriminative_loss, grown_errors, own_drawings
+    from sfumato.pocket.trained import trained_of
+    from sfumato.runs.run import Run
+
+    check(config)
+    config, precision = settled_for_device(config, learning_rate=3e-5)
+    manifest = read_manifest(config.data)
+    pictures = played_pictures(config)
+    run = Run.start(config, program="self_play", writes=["model", "own-drawings.safetensors"])
+    run.say(precision.table())
+    scheduler, device = build_scheduler(), precision.device
+    unet, text_encoder, tokenizer, vae = learning_parts(config.base, config.device, scheduler)
+    text_encoder.requires_grad_(False)
+    cache = Latents(vae, pictures, VARIANTS[:1], device)
+    unet.register_to_config(sample_size=cache.means.shape[-1])
+    first = copy.deepcopy(unet).requires_grad_(False)
+    precision.prepare_for_training(unet)
+    trained = trained_of({"unet": unet}, config, device)
+    run.keep(**trained.parts())
+    fingerprint = base_fingerprint(config.base, config.device)
+    run.identify(data=pictures.fingerprint(), vae=weights_digest([vae]), base=fingerprint)
+
+    captions = [f"{what}, {style} style" for what, style in pictures.names]
+    with torch.no_grad():
+        parts = [captions[start : start + 64] for start in range(0, len(captions), 64)]
+        states = torch.cat([encode_text(text_encoder, tokenizer, texts, device) for texts in parts])
+        empty = encode_text(text_encoder, tokenizer, [""], device)
+    guidance = FAMILIES["pocket"].defaults.guidance if config.guidance is None else config.guidance
+    run.begin()
+    try:
+        own = own_drawings(
+            first,
+            states,
+            empty,
+            build_scheduler(),
+            precision,
+            guidance=guidance,
+            seed=config.seed,
+            kept=config.output / "own-drawings.safetensors",
+            unet_fingerprint=fingerprint,
+        )
+    except BaseException as error:  # minutes in which a run may be stopped: the folder is let go, as the steps do
+        if isinstance(error, KeyboardInterrupt):
+            run.say(f"stopped among the own drawings. Go on with: {run.resume_command()}")
+        run.close()
+        raise
+    pairs = Pairs(cache.means[0], own, states, empty)
+
+    pipeline = assemble(vae, unet, text_encoder, tokenizer, scheduler)
+    told = manifest["styles"], manifest["concepts"], guidance
+    draw_samples(run, config.sample_every, trained, precision, pipeline, *told)
+    every_timestep = range(scheduler.config.num_train_timesteps)
+    for step in run.steps(config.steps):
+        trained.set_rate(learning_rate_at(step, config))
+        latents, hidden = pairs.at(step.number, config.batch, config.seed, config.empty_share)
+        timesteps = diffusion.stratified_timesteps(config.batch, every_timestep, config.seed, step.number)
+        noise = randomness.normal((config.batch, *own.shape[1:]), config.seed, "noise", step.number)
+        real, of_own = grown_errors(unet, first, latents, hidden, timesteps, noise, scheduler, precision)
+        trained.learn(step, discriminative_loss(real, of_own, config.sharpness))
+    with trained.result():
+        path = save_model(pipeline, config.output / "model")
+    run.close()
+    return path
+
+
+def check(config: Config) -> None:
+    """Refuse what makes no sense before anything is loaded."""
+    check_pretraining(config)
+    check_shares(config, "empty_share", "others_share")
+    if config.guidance is not None and not 0 <= config.guidance <= 100:
+        raise ConfigError(f"--guidance is {config.guidance}; it must be 0 to 100; 1 to 3 is usual.")
+    if not 0 < config.sharpness < float("inf"):
+        raise ConfigError(f"--sharpness is {config.sharpness}; it must be a positive number, such as 100.")
+
+
+def played_pictures(config: Config) -> Pictures:
+    """The pictures that the base draws and learns from: all of the concepts, and others by their share."""
+    from sfumato.pocket.pictures import seen_pictures
+    from sfumato.pocket.self_play import taking_part
+
+    pictures, named = seen_pictures(config.data, config.others_share)
+    chosen = taking_part(len(pictures.names), named, config.others_share, config.seed)
+    if config.others_share and len(chosen) == named:
+        raise ConfigError(
+            f"--others-share {config.others_share} beside {named} pictures is no other drawing; raise it to "
+            f"{1 / (named + 1):.2g} or more, or leave it out."
+        )
+    return pictures.some(chosen)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the program; prints the folder of what was trained."""
+    print(train(parse(Config, argv, program="train self_play")))
+    return 0
+
+
+if __name__ == "__main__":
+    from sfumato.cli import run
+
+    run(main)

@@ -1,0 +1,104 @@
+"""Teach the text encoder of a small base to let a prompt's style count more; no picture is looked at.
+
+    python trainers/style_emphasis.py trainers/configs/pocket-style-emphasis.toml
+    sfumato train style_emphasis --data FOLDER --base runs/my-base/model --output runs/my-emphasis
+
+are one program. U-Net and VAE stay as they are; docs/pocket.md says what it is for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sfumato.config import parse
+from sfumato.errors import ConfigError
+from sfumato.pocket.checks import check_pretraining, check_shares
+from sfumato.pocket.options import PretrainOptions, learning_rate_at, settled_for_device
+from sfumato.training.entry_point import training_entry_point
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(PretrainOptions):
+    """Teach the text encoder of a base to let a prompt's style count more, from no picture."""
+
+    base: str = "pocket"
+    """The base whose text encoder learns: pocket, or the folder of one that pretrain made."""
+    output: Path = Path("runs/pocket-style-emphasis")
+    """Folder of the run: checkpoints, log, samples, and at the end `model/`."""
+    batch: int = 16
+    """Things that are named in each step, each in all its styles."""
+    style_emphasis: float = 0.5
+    """How much is added to a prompt's states of what its style adds to all things."""
+    style_together: float = 1.0
+    """Share that stays of what a prompt's states say of its thing and its style together, beyond each of the two. It is
+    a guess where the thing has not been seen in the style; of what has been seen the U-Net knows how it looks by it,
+    too. 1: all of it."""
+
+
+@training_entry_point
+def train(config: Config) -> Path:
+    """Train, and return the folder of a pipeline with the averaged weights, fp32."""
+    import copy
+
+    from sfumato.pocket.directions import Things
+    from sfumato.pocket.emphasis import Emphasis
+    from sfumato.pocket.encoding import directions_of, encode_text
+    from sfumato.pocket.init_parts import base_fingerprint, learning_parts
+    from sfumato.pocket.outputs import assemble, draw_samples, save_model
+    from sfumato.pocket.parts import build_scheduler
+    from sfumato.pocket.trained import trained_of
+    from sfumato.runs.run import Run
+
+    check(config)
+    config, precision = settled_for_device(config)
+    things = Things.read(config.data)
+    run = Run.start(config, program="style_emphasis", writes=["model"])
+    run.say(precision.table())
+    scheduler, device = build_scheduler(), precision.device
+    unet, text_encoder, tokenizer, vae = learning_parts(config.base, config.device, scheduler)
+    precision.prepare_for_training(text_encoder)
+    taught = copy.deepcopy(text_encoder).requires_grad_(False)
+    directions = directions_of(taught, tokenizer, things, config.seed, device)
+    emphasis = Emphasis(directions, strength=config.style_emphasis, together=config.style_together, seed=config.seed)
+    trained = trained_of({"text_encoder": text_encoder}, config, device)
+    run.keep(**trained.parts())
+    run.identify(things=things.fingerprint(), base=base_fingerprint(config.base, config.device))
+
+    pipeline = assemble(vae, unet, text_encoder, tokenizer, scheduler)
+    draw_samples(run, config.sample_every, trained, precision, pipeline, things.styles, things.concepts)
+    for step in run.steps(config.steps):
+        trained.set_rate(learning_rate_at(step, config))
+        texts, wanted = emphasis.lesson(step.number, config.batch)
+        with precision.autocast():
+            said = encode_text(text_encoder, tokenizer, texts, device)
+        trained.learn(step, (said.float() - wanted).square().mean())
+    with trained.result():
+        path = save_model(pipeline, config.output / "model")
+    run.close()
+    return path
+
+
+def check(config: Config) -> None:
+    """Refuse what makes no sense before anything is loaded."""
+    check_pretraining(config)
+    check_shares(config, "style_together")
+    if not 0 <= config.style_emphasis < float("inf"):
+        raise ConfigError(f"--style-emphasis is {config.style_emphasis}; it must not be negative.")
+    if not config.style_emphasis and config.style_together == 1:
+        raise ConfigError(
+            "--style-emphasis is 0 and all of --style-together stays, so that nothing would be learned; change either."
+        )
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the program; prints the folder of what was trained."""
+    print(train(parse(Config, argv, program="train style_emphasis")))
+    return 0
+
+
+if __name__ == "__main__":
+    from sfumato.cli import run
+
+    run(main)
