@@ -57,7 +57,7 @@ class Config:
 
 def convert(config: Config) -> Path:
     """Write the adapter as the config says; returns the written file or folder."""
-    check_free(config.output, config.overwrite, folder=config.to == "peft")
+    check_free(config.output, config.overwrite, folder=config.to == "peft", read=[config.base])
     if (config.output.suffix == ".safetensors") != (config.to != "peft"):
         raise ConfigError(
             f"--output {config.output}: wanted a {'folder' if config.to == 'peft' else '.safetensors file'}."

@@ -60,7 +60,7 @@ def extract_file(config: Config) -> Path:
         raise ConfigError("--exact keeps all: leave out --rank and --keep-energy.")
     if not config.exact and config.rank is None and config.keep_energy is None:
         raise ConfigError("say how much to keep: --rank 32, --keep-energy 0.99, or --exact for all of it.")
-    check_free(config.output, config.overwrite, ".safetensors")
+    check_free(config.output, config.overwrite, ".safetensors", read=(config.tuned, config.base))
 
     from sfumato.merging.stored import stored_base
 

@@ -84,8 +84,10 @@ def merge_files(config: Config) -> Path:
     """Merge what the config names; returns the written file or folder."""
     if not config.adapters:
         raise ConfigError("there is no adapter; wanted such as: sfumato merge a.safetensors:0.8 b.safetensors:0.6.")
+    adapters = parse_adapters(config.adapters)
     is_file = config.into is None or config.output.suffix == ".safetensors"
-    check_free(config.output, config.overwrite, ".safetensors" if is_file else None, folder=not is_file)
+    models = [config.base] if config.into is None else [config.into, *(adapter.path for adapter in adapters)]
+    check_free(config.output, config.overwrite, ".safetensors" if is_file else None, folder=not is_file, read=models)
     chosen = [each.name for each in fields(config) if getattr(config, each.name) != each.default]
     idle = [shell.option(name) for name in chosen if name not in _OF_INTO]
     if config.into is not None and idle:
@@ -96,7 +98,6 @@ def merge_files(config: Config) -> Path:
     checked_density(config.density)
     if not 0 < config.null_energy <= 1:
         raise ConfigError(f"--null-energy is {config.null_energy}; it must be above 0 and at most 1.")
-    adapters = parse_adapters(config.adapters)
 
     from sfumato.drawing.notes import changes_nothing, keys_left_out
     from sfumato.merging.methods import DENSE, TAKEN_BY

@@ -77,3 +77,16 @@ def test_a_mix_that_is_refused_leaves_nothing_beside_the_layers(sd1, write):
         with pytest.raises(AdapterError):
             compose(sd1, Adapter(file, 10.0), way="live")
     assert not any(module._forward_hooks for module in sd1.unet.modules())
+
+
+def test_what_is_kept_of_a_caption_is_no_other_weights_and_no_other_dtypes(sd1, write):
+    """Weights that are changed through `.data`, as diffusers' fuse_lora does, have the version that they had."""
+    text = torch.randn(1, 7, sd1.unet.config.cross_attention_dim, generator=torch.Generator().manual_seed(1))
+    layer = next(module for path, module in sd1.unet.named_modules() if path.endswith("attn2.to_k"))
+    with compose(sd1, Adapter(write("a", sd1, "attn2.to_k")), way="live"):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            call(sd1, text)
+        call(sd1, text)
+        layer.weight.data.mul_(2)
+        assert torch.equal(call(sd1, text), call(sd1, text.clone()))
+        layer.weight.data.div_(2)

@@ -355,8 +355,7 @@ def test_modules_that_are_not_there_are_counted_and_partial_accepts(sd1, write):
     sd1.text_encoder = None
     before = weights_sha(sd1)
     text, total = 2, 2 + len(layers(sd1, "to_q"))
-    first = "text_encoder.encoder.layers.0"
-    refused(lambda: compose(sd1, Adapter(path)), f"{text} of {total} modules", first, "--partial")
+    refused(lambda: compose(sd1, Adapter(path)), f"{text} of {total} modules change the text_encoder", "--partial")
     assert weights_sha(sd1) == before
     mix = compose(sd1, Adapter(path), partial=True)
     assert mix.skipped == {"both": text}

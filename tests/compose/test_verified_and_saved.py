@@ -109,3 +109,19 @@ def test_a_saved_mix_inherits_trigger_words_and_names_its_parents(sd1, write, tm
     found = read_header(mix.save(tmp_path / "mix.safetensors")).metadata
     assert found["modelspec.trigger_phrase"] == "a line drawing"
     assert [parent["weight"] for parent in json.loads(found["sfumato.parents"])] == [0.5, "0.8 on down:0.5", [0.3, 0.2]]
+
+
+@pytest.mark.parametrize("way", ["baked", "live"])
+def test_a_file_that_is_written_over_in_place_ends_neither_the_process_nor_the_mix(way, sd1, write):
+    before, file, other = weights_sha(sd1), write("a", sd1, "to_q"), write("b", sd1, "to_k")
+    renamed = write("c", sd1, "to_v")
+    mix = compose(sd1, Adapter(file, 0.5), Adapter(other, 0.5), Adapter(renamed, 0.5), way=way)
+    write_tensors(renamed, dict(read_tensors(other)), read_header(other).metadata)  # by a rename, as tools save
+    file.write_bytes(file.read_bytes()[:100])
+    for change in (lambda: mix.set(a=0.7), lambda: mix.set(b=0.7), lambda: mix.mute("a")):
+        with pytest.raises(AdapterError, match=r"a\.safetensors: the file was written over while it is mixed in"):
+            change()
+    assert dict(mix.weights) == {"a": 0.5, "b": 0.5, "c": 0.5}
+    mix.remove("a").set(b=0.7, c=0.2)
+    mix.undo()
+    assert weights_sha(sd1) == before

@@ -302,3 +302,23 @@ def test_what_diffusers_does_not_read_is_told_of_every_file(layer, tiny_base, tm
         )
         assert (line in capsys.readouterr().err.splitlines()) == (layer == "q_proj")
         os.remove("b.safetensors")
+
+
+def test_a_model_that_is_read_is_not_written_over_whatever_is_said(tiny_base, adapter_file, tmp_path, capsys):
+    base, tuned = (shutil.copy(tiny_base("sd1").file, tmp_path / f"{name}.safetensors") for name in ("base", "tuned"))
+    (tmp_path / "link.safetensors").hardlink_to(base)
+    a = adapter_file("a", "sd1")
+    before = [file.read_bytes() for file in (base, tuned)]
+    commands = [
+        (extract, tuned, "--base", base, "--rank", 2, "-o", tuned),
+        (extract, tuned, "--base", base, "--rank", 2, "-o", tmp_path / "link.safetensors"),
+        (convert, a, "--bake", "diff", "--base", base, "-o", base),
+        (merge, a, "--base", base, "-o", base),
+        (merge, f"{tuned}:0.4", "--into", base, "-o", tuned),
+        (merge, a, "--into", base, "-o", base),
+    ]
+    for program, *words in commands:
+        assert run(program, *words, "--overwrite") == 2
+        assert "is what it would be made of" in capsys.readouterr().err
+    assert [file.read_bytes() for file in (base, tuned)] == before
+    assert run(merge, a, "-o", a, "--overwrite") == 0  # an adapter of one's own may make room for the next

@@ -561,3 +561,9 @@ def test_tokens_are_told_in_their_letters():
     assert readable_token(tokenizer, skull) == "☠️"
     assert readable_token(tokenizer, part) == f"{tokenizer.convert_ids_to_tokens(part)}-"
     assert [readable_token(tokenizer, tokenizer.get_vocab()[token]) for token in ("cat</w>", "cat")] == ["cat", "cat-"]
+
+
+@pytest.mark.parametrize("found", [{"w": None}, {"w": {5: {"text_encoder": torch.zeros(1, 32)}}}])
+def test_what_are_no_new_words_is_said(found, base):
+    with pytest.raises(AdapterError, match=r"w: .*wanted \{token: \{part:"), embedding.bundled(base, found):
+        pass

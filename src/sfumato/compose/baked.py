@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +40,20 @@ class Effect:
         return self.low_rank is not None and self.low_rank.is_zero
 
 
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _writing(method: Method) -> Method:
+    """Of a pipeline that was made in inference mode: its weights can be written to in that mode alone."""
+
+    @wraps(method)
+    def called(site: Baked, *args: Any, **options: Any) -> Any:
+        with torch.inference_mode() if site.weight.is_inference() else nullcontext():
+            return method(site, *args, **options)
+
+    return cast(Method, called)
+
+
 class Baked:
     """A weight or bias of one module, with the adapters' changes within it.
 
@@ -59,6 +76,7 @@ class Baked:
         self._written: Tensor | None = None
         self.other: Applied | None = None
         self._aside: Tensor | None = None
+        self._is_of_inference = False
 
     @property
     def place(self) -> tuple[str, str, str]:
@@ -97,6 +115,7 @@ class Baked:
         for label in labels:
             self.effects.pop(label, None)
 
+    @_writing
     def apply(self, wanted: Applied, scratch: Scratch) -> None:
         """Write original + the sum of the wanted changes, rounded once; the original itself for none.
 
@@ -117,12 +136,14 @@ class Baked:
                 raise overflow(self.title, weight.dtype, wanted)
         self._written = _probe(weight)
 
+    @_writing
     def set_aside(self, other: Applied | None, scratch: Scratch) -> None:
         """Hold what the weight is with these changes alone, for `exchange`; None for nothing. Called without gradients.
 
         The original itself serves for no changes, where it has the weight's layout.
         """
         self.other = other
+        self._is_of_inference = self.weight.is_inference()  # torch lets such a one have no other memory
         if other is None or other == self.applied:
             self._aside = None
             return
@@ -138,6 +159,7 @@ class Baked:
         self._aside = original if same else torch.empty_like(weight).copy_(original)
 
     @torch.no_grad()
+    @_writing
     def exchange(self, *, in_place: bool = False) -> None:
         """What was set aside in the weight's place, and that aside; at the next call the other way around.
 
@@ -146,7 +168,7 @@ class Baked:
         if self._aside is None:
             return
         weight = self.weight
-        if in_place:
+        if in_place or self._is_of_inference:
             held = weight.detach().clone(memory_format=torch.preserve_format)
             weight.copy_(self._aside)
             self._aside = held
@@ -174,6 +196,7 @@ class Baked:
         return terms, dense
 
     @torch.no_grad()
+    @_writing
     def restore(self) -> None:
         """Put back the original's very bytes, whatever was done to the weight since, and give it up."""
         if self.original is not None and self._written is not None:

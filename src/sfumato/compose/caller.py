@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from sfumato.compose.match import compiled_parts, unwrapped_parts
+from sfumato.compose.uncopied import Uncopied
 from sfumato.errors import AdapterError
 
 _LOCKS: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()
@@ -57,8 +58,10 @@ def serialized_calls(pipe: Any) -> Iterator[None]:
     unet, lock = unwrapped_parts(pipe)["unet"], unet_lock(pipe)
     begin, end = (uncompiled(pipe, hook) for hook in (lambda *_: lock.acquire() and None, lambda *_: lock.release()))
     handles = [
-        unet.register_forward_pre_hook(begin, prepend=True),  # before another refuses the call, which ends it, too
-        unet.register_forward_hook(end, always_call=True),
+        unet.register_forward_pre_hook(
+            Uncopied(begin), prepend=True
+        ),  # before another refuses the call, which ends it, too
+        unet.register_forward_hook(Uncopied(end), always_call=True),
     ]
     try:
         yield
@@ -78,8 +81,25 @@ def uncompiled(pipe: Any, hook: Callable[..., Any]) -> Callable[..., Any]:
     return disabled
 
 
+_OTHER_ROWS = ("SemanticStableDiffusionPipeline", "StableDiffusionSAGPipeline", "LEditsPPPipelineStableDiffusion")
+"""Pipelines, and those made of them, whose calls have further rows or other latents beside those of guidance."""
+
+
+def _check_rows(pipe: Any) -> None:
+    names = [kind.__name__ for kind in type(pipe).__mro__]
+    if any(name.startswith(_OTHER_ROWS) for name in names):
+        raise AdapterError(
+            f"{names[0]} calls the U-Net with rows that adapter guidance, regions and adapters by picture do not "
+            "follow. Draw with another pipeline, or without these."
+        )
+
+
 def rows_per_picture(pipe: Any) -> int | None:
-    """How many rows a call of the U-Net has for each picture; None where the pipeline does not say how it draws."""
+    """How many rows a call of the U-Net has for each picture; None where the pipeline does not say how it draws.
+
+    Raises AdapterError for a pipeline whose rows are no multiple of these.
+    """
+    _check_rows(pipe)
     guided = getattr(pipe, "do_classifier_free_guidance", None)
     if guided is None:
         return None

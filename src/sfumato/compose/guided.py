@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from sfumato import unet_calls
 from sfumato.compose.caller import calling_pipeline, serialized_calls, unconditional_rows
 from sfumato.compose.match import compiled_parts, exclusive_row_split, unwrapped_parts
+from sfumato.compose.uncopied import Uncopied
 from sfumato.errors import AdapterError
 from sfumato.limits import MOST_ADAPTER_GUIDANCE
 from sfumato.weighting.adapter import check_mix
@@ -89,7 +90,7 @@ def _compared(pipe: Any, guidance: float) -> Iterator[None]:
             "same number."
         )
 
-    with unwrapped_parts(pipe)["unet"].register_forward_pre_hook(check):
+    with unwrapped_parts(pipe)["unet"].register_forward_pre_hook(Uncopied(check)):
         yield
 
 
@@ -153,7 +154,7 @@ def _replaced_forward(module: nn.Module, function: Callable[..., Any]) -> Iterat
     """
     name = "_old_forward" if "_old_forward" in module.__dict__ else "forward"
     forward = getattr(module, name)
-    replacement = _uncopied(partial(function, forward))
+    replacement = Uncopied(partial(function, forward))
     setattr(module, name, replacement)
     try:
         yield
@@ -163,19 +164,6 @@ def _replaced_forward(module: nn.Module, function: Callable[..., Any]) -> Iterat
                 del module.forward
             else:
                 setattr(module, place, forward)
-
-
-class _uncopied:
-    """A function in a module's place, of which a copy would go on calling the first module."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self._function = function
-
-    def __call__(self, *args: Any, **options: Any) -> Any:
-        return self._function(*args, **options)
-
-    def __reduce__(self) -> Any:
-        raise AdapterError("a copy of a U-Net made within adapter guidance or regions calls the first; copy it before.")
 
 
 class _Halves:

@@ -132,25 +132,20 @@ class Live:
         x = inputs[0]
         keeps = self._of_caption and not (torch.is_grad_enabled() or torch.compiler.is_compiling() or x.is_inference())
         last = path.now.answer  # once, as another thread may answer meanwhile
-        if keeps and last is not None and last[0] is x and last[1] == (x._version, *_state(module)):
-            return last[2]
+        if keeps and last is not None and last[0] is x and last[1] == x._version and last[2].dtype == output.dtype:
+            return output + last[2]
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         if path.dtype != dtype or path.device != x.device:  # the part was moved or cast since
             path.move(dtype, x.device)
-        output = path(x, output)
-        if keeps:
-            path.now.answer = (x, (x._version, *_state(module)), output)
-        return output
+        if not keeps:
+            return path(x, output)
+        added = path(x, torch.zeros_like(output))
+        path.now.answer = (x, x._version, added)
+        return output + added
 
 
-def _state(module: nn.Module) -> tuple[int, int]:
-    """Which weight the layer has, and its version: another may have been loaded meanwhile."""
-    weight = module.weight
-    return id(weight), getattr(weight, "_version", 0)
-
-
-_Answer = tuple[Tensor, tuple[int, ...], Tensor]
-"""An input, its version and the weight's, and what came of it."""
+_Answer = tuple[Tensor, int, Tensor]
+"""An input, its version, and what the path adds to the layer's own product: that may be another the next time."""
 
 
 @dataclass
@@ -223,8 +218,11 @@ class _Path:
         if weighed.up is not None:
             start = 0
             for label, low in self._low.items():
-                up = low.up.reshape(len(weighed.up), low.rank).float() * (numbers.get(label, 0.0) * low.scale)
-                weighed.up[:, start : start + low.rank].copy_(up)
+                number, columns = numbers.get(label, 0.0) * low.scale, weighed.up[:, start : start + low.rank]
+                if number == 0:  # without a look at the file, which may be another by now
+                    columns.zero_()
+                else:
+                    columns.copy_(low.up.reshape(len(weighed.up), low.rank).float() * number)
                 start += low.rank
         weighed.dense = self._dense(numbers)
 

@@ -127,6 +127,10 @@ class Modules:
                     "down, mid, up.1, te, attn2, or IN04, M00, OUT07, BASE."
                 )
 
+    def has(self, part: str) -> bool:
+        """Whether the pipeline has this part; one that is given texts encoded may lack its text encoders."""
+        return part in self._parts
+
     def find(self, target: Target) -> tuple[Target, nn.Module] | None:
         """The module and the path it really has; None if the pipeline lacks it."""
         part, path = target
@@ -170,18 +174,25 @@ class MatchedWeight:
         return self.effect.low_rank if self.name == "weight" and can_be_live(self.module) else None
 
 
-def match(file: AdapterFile, label: str, modules: Modules, *, partial: bool, way: Way) -> list[MatchedWeight]:
+def match(
+    file: AdapterFile, label: str, modules: Modules, *, weight: Weight, partial: bool, way: Way
+) -> list[MatchedWeight]:
     """The weights and biases that the file changes.
 
+    weight: of the adapter; what is for a part that the pipeline does not have counts for nothing where it is 0 there.
     partial: leave out what does not fit. Raises AdapterError, one line with counts, for a file of another family, one
     of which a part does not fit, one of which nothing does, and for a layer that can take it in neither way.
     """
     found: list[MatchedWeight] = []
+    fitting = 0
     lacking: list[str] = []
     misshapen: list[str] = []
+    biased: list[str] = []
     for target, change in file.changes.items():
         place = modules.find(target)
         shape = None if place is None else tensors.shape(place[1])
+        if not modules.has(target[0]) and not weight_at(weight, *target):
+            continue
         if place is None or shape is None:
             lacking.append(".".join(target))
             continue
@@ -190,16 +201,16 @@ def match(file: AdapterFile, label: str, modules: Modules, *, partial: bool, way
         if not change.fits(shape):
             misshapen.append(f"{'.'.join(target)} {_shape(change)} on {list(shape)}")
         elif bias is not None and bias.value is not None and not bias.fits(_bias_shape(module)):
-            misshapen.append(f"{'.'.join(target)} with a change of a bias of {list(bias.value.shape)} it does not have")
+            biased.append(".".join(target))
         else:
+            fitting += 1
             if getattr(change, "value", change) is not None:  # a difference of the bias alone has no value
                 live = _is_live(module, f"{part}.{path}", change, way)
                 found.append(MatchedWeight(part, path, "weight", module, Effect.of(change), live))
             if bias is not None and _bias_shape(module):
                 found.append(MatchedWeight(part, path, "bias", module, Effect(bias, None), False))
-    fitting = len(file.changes) - len(lacking) - len(misshapen)
-    if (lacking or misshapen) and not (partial and fitting):
-        raise AdapterError(_misfit(file, label, modules, fitting, lacking, misshapen))
+    if (lacking or misshapen or biased) and not (partial and fitting):
+        raise AdapterError(_misfit(file, label, modules, fitting, lacking, misshapen, biased))
     return found
 
 
@@ -208,7 +219,7 @@ def weighted_matches(
 ) -> Iterator[tuple[float, MatchedWeight]]:
     """What an adapter changes, with its weight there, for what stands beside layers; without what has a weight of 0."""
     modules.check_blocks({adapter.label: adapter.weight})
-    for found in match(file, adapter.label, modules, partial=partial, way="live"):
+    for found in match(file, adapter.label, modules, weight=adapter.weight, partial=partial, way="live"):
         number = weight_at(adapter.weight, found.part, found.path)
         if number:
             yield number, found
@@ -260,7 +271,13 @@ def _shape(change: Change) -> str:
 
 
 def _misfit(
-    file: AdapterFile, label: str, modules: Modules, fitting: int, lacking: list[str], misshapen: list[str]
+    file: AdapterFile,
+    label: str,
+    modules: Modules,
+    fitting: int,
+    lacking: list[str],
+    misshapen: list[str],
+    biased: list[str],
 ) -> str:
     total = len(file.changes)
     name = public_name(file.path)
@@ -270,6 +287,19 @@ def _misfit(
         return f"{name}: {other}. Load it on a base of that family."
     some = f"the {fitting} of {total} modules that fit"
     partial = f", or pass partial=True (--partial) to apply {some}" if fitting else ""
+    absent = [name for name in lacking if not modules.has(name.partition(".")[0])]
+    if biased and not lacking and not misshapen:
+        return (
+            f"{name}: {len(biased)} of {total} modules change a bias that their layers do not have, first {biased[0]}, "
+            f"which peft computes beside them (lora_bias). Train it without{partial}."
+        )
+    misshapen = [*misshapen, *biased]
+    if absent and len(absent) == len(lacking) and not misshapen:
+        part = absent[0].partition(".")[0]
+        return (
+            f"{name}: {len(absent)} of {total} modules change the {part}, which this pipeline does not have. Give the "
+            f"adapter a weight for the U-Net alone, such as (0.8, 0){partial}."
+        )
     problems = []
     if lacking:
         problems.append(f"{len(lacking)} of {total} modules are not in this pipeline, first {', '.join(lacking[:3])}")

@@ -266,11 +266,13 @@ class Mix:
         files = {adapter.label: read_mixable(adapter.path, partial=partial) for adapter in adapters}
         for file in files.values() if verify else ():
             verify_deltas(file.metadata, file.changes, file.path.name)
+        given = {adapter.label: adapter.weight for adapter in adapters}
         matched = {
-            label: match(file, label, self._modules, partial=partial, way=self._way) for label, file in files.items()
+            label: match(file, label, self._modules, weight=given[label], partial=partial, way=self._way)
+            for label, file in files.items()
         }
         self._check_shared({one.part for found in matched.values() for one in found})
-        weights = self._weights | {adapter.label: adapter.weight for adapter in adapters}
+        weights = self._weights | given
         sites = dict(self._sites)
         try:
             for label, found in matched.items():
@@ -481,6 +483,8 @@ class Mix:
         wanted = [SiteChange.to(site, heard, self._factors) for site in sites]
         changes = [change for change in wanted if change.changes_anything]
         live = [(c.site, c.applied) for c in changes if c.rewrites and isinstance(c.site, Live)]
+        for label in weights.keys() & self._files.keys() if changes else ():
+            self._files[label].check_unwritten()
         self._check_in_memory(change.site for change in changes)
         self._check_compiled(site for site, applied in live if site.rebuilds(applied))
         apply_changes(changes, self._originals)

@@ -22,6 +22,7 @@ from torch.nn.functional import conv2d
 from sfumato import draw_call, unet_calls
 from sfumato.compose.caller import calling_pipeline, rows_per_picture, unet_lock
 from sfumato.compose.match import Modules, refuse_compiled, say_unknown_words, unwrapped_parts, weighted_matches
+from sfumato.compose.uncopied import Uncopied
 from sfumato.errors import AdapterError
 from sfumato.files.adapter_file import AdapterFile
 from sfumato.files.changes import LoraModule
@@ -55,7 +56,7 @@ def per_picture(pipe: Any, adapters: Sequence[Sequence[Adapter]], *, partial: bo
 
     rows = _PicturesOfRows(pipe, count)
     # Before `forward`, in which adapter guidance halves the call.
-    checked = unwrapped_parts(pipe)["unet"].register_forward_pre_hook(rows.check, with_kwargs=True)
+    checked = unwrapped_parts(pipe)["unet"].register_forward_pre_hook(Uncopied(rows.check), with_kwargs=True)
     with checked, _hooked(pipe, adapters, rows.index, partial=partial):
         yield
 
@@ -147,18 +148,20 @@ def composite(pipe: Any, *adapters: Adapter, partial: bool = False) -> Iterator[
     def index(rows: int) -> Sequence[int]:
         return [row % count for row in range(rows)]
 
-    def repeat(value: Any) -> Any:
-        """Each row for every adapter; so the rows without prompt stay the first half, as others read them."""
-        if isinstance(value, Tensor) and value.ndim:
+    def repeat(value: Any, rows: int) -> Any:
+        """Each row for every adapter; so the rows without prompt stay the first half, as others read them. What is one
+        for all, such as a timestep, stays so."""
+        if isinstance(value, Tensor) and value.ndim and len(value) == rows:
             return value.repeat_interleave(count, 0)
         if isinstance(value, dict):
-            return {name: repeat(each) for name, each in value.items()}
+            return {name: repeat(each, rows) for name, each in value.items()}
         if type(value) in (tuple, list):  # a ControlNet's, a level each
-            return type(value)(repeat(each) for each in value)
+            return type(value)(repeat(each, rows) for each in value)
         return value
 
     def before(_: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, Any]:
-        return tuple(repeat(value) for value in args), {name: repeat(value) for name, value in options.items()}
+        rows = len(unet_calls.sample_of(args, options))
+        return repeat(args, rows), repeat(options, rows)
 
     def after(_: nn.Module, __: Any, output: Any) -> Any:
         sample = output[0]
@@ -167,8 +170,8 @@ def composite(pipe: Any, *adapters: Adapter, partial: bool = False) -> Iterator[
 
     with (
         _hooked(pipe, [[adapter] for adapter in adapters], index, partial=partial, unet_only=True),
-        unet.register_forward_pre_hook(before, with_kwargs=True),
-        unet.register_forward_hook(after),
+        unet.register_forward_pre_hook(Uncopied(before), with_kwargs=True),
+        unet.register_forward_hook(Uncopied(after)),
     ):
         yield
 
@@ -281,6 +284,9 @@ class _Gathered:
             ready = self._ready = (key, (down, up))
         return ready[1]
 
+    def __reduce__(self) -> Any:
+        return Uncopied(self).__reduce__()
+
     def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         x = inputs[0]
         device = x.device.type
@@ -293,9 +299,8 @@ class _Gathered:
         narrow = torch.bmm(tokens, down.transpose(1, 2))
         if torch.is_grad_enabled() or output.dtype != narrow.dtype or not output.is_contiguous():
             return output + torch.bmm(narrow, up.transpose(1, 2)).view(output.shape).to(output.dtype)
-        # Not in place: a live mix keeps what it answered for a caption.
-        added = torch.baddbmm(output.view(len(x), -1, output.shape[-1]), narrow, up.transpose(1, 2))
-        return added.view(output.shape)
+        output.view(len(x), -1, output.shape[-1]).baddbmm_(narrow, up.transpose(1, 2))
+        return output
 
 
 def _convolved(layer: nn.Conv2d, x: Tensor, down: Tensor, up: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from sfumato import schedulers, unet_calls
 from sfumato.compose.caller import calling_pipeline, serialized_calls, uncompiled
 from sfumato.compose.match import unwrapped_parts
+from sfumato.compose.uncopied import Uncopied
 from sfumato.errors import AdapterError
 from sfumato.weighting.adapter import (
     Weight,
@@ -170,7 +171,7 @@ def following(mix: Mix, weights: Mapping[str, Progress], switch: Switch | None =
     unet = unwrapped_parts(pipe)["unet"]
     with serialized_calls(pipe):
         try:
-            with unet.register_forward_pre_hook(uncompiled(pipe, follow), with_kwargs=True):
+            with unet.register_forward_pre_hook(Uncopied(uncompiled(pipe, follow)), with_kwargs=True):
                 yield
         finally:
             _set(mix, before)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
@@ -17,11 +18,13 @@ from sfumato.files.header import FLOATS, Header, path_of
 from sfumato.files.keys import TRANSFORMER, Layout, describe_foreign, guess_family, read_layout, text_widths
 from sfumato.files.kohya import Target
 from sfumato.files.peft_folder import WeightFile, adapter_sources
-from sfumato.files.read import read_tensors
+from sfumato.files.read import Stamp, read_tensors, stamp
 from sfumato.numerals import pluralize
 
 _FLAGS = ("on_input", "oft_scaled")
 _PARTIAL = "partial=True (--partial)"
+_Stamp = tuple[tuple[int, int], Stamp]
+"""(device and inode, `stamp`)."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class AdapterFile:
     embeddings: textual inversions bundled in the file, {token: {"text_encoder" | "text_encoder_2": (vectors, width)}}.
     family: "sd1", "sd2", "sdxl", "pocket" or None where neither shapes nor metadata tell. text_width: the input width
     of the cross-attention's keys, None without such modules. skipped: keys left out because `partial` allowed it.
+    stamps: by which the files whose bytes are mapped, and not copied, are known to be as they were.
     """
 
     path: Path
@@ -41,11 +45,31 @@ class AdapterFile:
     text_width: int | None
     spellings: tuple[str, ...]
     skipped: tuple[str, ...] = ()
+    stamps: Mapping[Path, _Stamp] = field(default_factory=dict)
+
+    def check_unwritten(self) -> None:
+        """Raises AdapterError where a file was written over since: its changes would be others, or end the process.
+
+        One that was replaced by a rename, as tools that save do, or deleted, is still there for who has it mapped.
+        """
+        for path, (place, content) in self.stamps.items():
+            with suppress(OSError):
+                now, written = _stamp(path)
+                if now == place and written != content:
+                    raise AdapterError(
+                        f"{path.name}: the file was written over while it is mixed in, so its weights cannot change "
+                        "any more. Take it out or undo() the mix, and add it again."
+                    )
 
     @property
     def kinds(self) -> dict[str, int]:
         """The number of modules of each kind, the most frequent first."""
         return dict(Counter(change.kind for change in self.changes.values()).most_common())
+
+
+def _stamp(path: Path) -> _Stamp:
+    status = path.stat()
+    return (status.st_dev, status.st_ino), stamp(status)
 
 
 def read_adapter(path: str | os.PathLike[str], *, partial: bool = False) -> AdapterFile:
@@ -70,11 +94,13 @@ def read_adapter(path: str | os.PathLike[str], *, partial: bool = False) -> Adap
         next((file.text_width for file in files if file.text_width), None),
         tuple(sorted({spelling for file in files for spelling in file.spellings})),
         tuple(key for file in files for key in file.skipped),
+        MappingProxyType({path: stamped for file in files for path, stamped in file.stamps.items()}),
     )
 
 
 def _read(source: WeightFile, partial: bool) -> AdapterFile:
     header = source.header
+    stamped = _stamp(header.path)
     layout = read_layout(header, source.part)
     _check_layout(layout, header.path.name, len(header.tensors), partial)
     tensors = read_tensors(header.path, header=header)
@@ -98,6 +124,7 @@ def _read(source: WeightFile, partial: bool) -> AdapterFile:
         next(iter(text_widths(layout, header)), None),
         layout.spellings,
         (*layout.unknown, *left_out),
+        {header.path: stamped},
     )
 
 

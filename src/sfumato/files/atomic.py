@@ -4,7 +4,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -97,15 +97,26 @@ def beside(path: Path, suffix: str = "") -> Path:
     return path.with_name(f".{stem}{end}")
 
 
-def check_free(output: Path, overwrite: bool, suffix: str | None = None, *, folder: bool = False) -> None:
+def check_free(
+    output: Path, overwrite: bool, suffix: str | None = None, *, folder: bool = False, read: Iterable[object] = ()
+) -> None:
     """Raises ConfigError, naming the option, where an --output exists and --overwrite was not said, or where its name
-    does not end in `suffix`. folder: it will be one, and these are not written over."""
+    does not end in `suffix`.
+
+    folder: it will be one, and these are not written over. read: what it is made of and is to stay, whatever was said:
+    paths, or names that are none.
+    """
     if suffix is not None and output.suffix != suffix:
         raise ConfigError(f"--output {output}: wanted a name that ends in {suffix}, such as {output.stem}{suffix}.")
     if folder and output.exists():
         raise ConfigError(f"--output {output}: exists already, and folders are not written over; name another place.")
     if output.exists() and not overwrite:
         raise ConfigError(f"--output {output}: exists already; name another place, or say --overwrite.")
+    for source in filter(os.path.exists, map(str, read)) if output.exists() else ():
+        if output.samefile(source):
+            raise ConfigError(
+                f"--output {output}: is what it would be made of, {source}, which is to stay; name another place."
+            )
 
 
 def write_text(path: Path, text: str) -> None:

@@ -72,7 +72,7 @@ def bundled(
     if not isinstance(found, Mapping):
         raise ConfigError(f"wanted new words by label, as mix.embeddings has them, got a {type(found).__name__}.")
     for label, vectors in found.items():
-        if vectors:
+        if vectors != {}:
             check_vectors(vectors, label)
     usable: dict[str, dict[str, Mapping[str, Tensor]]] = {label: {} for label in found}
     counts: dict[str, int] = {}

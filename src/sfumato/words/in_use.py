@@ -38,6 +38,8 @@ def check_vectors(vectors: Any, name: str = "new words") -> None:
     if not isinstance(vectors, Mapping) or not vectors:
         raise AdapterError(f"{name}: {wanted}; got {'none' if vectors == {} else f'a {type(vectors).__name__}'}.")
     for token, parts in vectors.items():
+        if not isinstance(token, str) or not token:
+            raise AdapterError(f"{name}: {token!r:.40} is no word; {wanted}.")
         if not isinstance(parts, Mapping) or not parts or not parts.keys() <= set(PARTS):
             raise AdapterError(f"{name}: {token!r:.40} has no vectors of {' or '.join(PARTS)}; {wanted}.")
         for part, rows in parts.items():
