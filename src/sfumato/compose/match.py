@@ -19,6 +19,7 @@ from sfumato.files.adapter_file import AdapterFile
 from sfumato.files.changes import Change, LoraModule
 from sfumato.files.changes.bias import bias_change
 from sfumato.files.family import of_another_family
+from sfumato.files.kinds import ROLES
 from sfumato.files.kohya import PARTS, Target
 from sfumato.precision import tensors
 from sfumato.weighting.adapter import Adapter, Weight, is_idle, public_name, weight_at, without_suffix
@@ -212,6 +213,19 @@ def match(
     if (lacking or misshapen or biased) and not (partial and fitting):
         raise AdapterError(_misfit(file, label, modules, fitting, lacking, misshapen, biased))
     return found
+
+
+def left_out(file: AdapterFile, found: Iterable[MatchedWeight]) -> int:
+    """How many modules of the file are not among what of it was found in the pipeline."""
+    there = {(one.part, one.path) for one in found}
+    return len(file.changes) - len(there) + len({_module_of(key) for key in file.skipped})
+
+
+def _module_of(key: str) -> str:
+    """The module that a key of an adapter's file names: what stands before the tensor's role; else the key itself."""
+    words = key.split(".")
+    ends = (end for end in range(1, len(words)) if ".".join(words[end:]) in ROLES)
+    return ".".join(words[: next(ends, len(words))])
 
 
 def weighted_matches(

@@ -23,14 +23,23 @@ from sfumato.compose import saving, table
 from sfumato.compose.baked import Baked, Effect
 from sfumato.compose.caller import change_lock
 from sfumato.compose.live import Live, SavesNone
-from sfumato.compose.match import MatchedWeight, Modules, Way, compiled_parts, match, parts_of, unwrapped_parts
+from sfumato.compose.match import (
+    MatchedWeight,
+    Modules,
+    Way,
+    compiled_parts,
+    left_out,
+    match,
+    parts_of,
+    unwrapped_parts,
+)
 from sfumato.compose.originals import Originals, Place
+from sfumato.compose.refusals import refuse_new_paths_in_compiled, refuse_offloaded, refuse_taken
 from sfumato.compose.sites import Site, SiteChange, apply_changes, new_site
 from sfumato.errors import AdapterError
 from sfumato.files.adapter_file import AdapterFile
 from sfumato.files.fingerprint import verify as verify_deltas
 from sfumato.files.header import path_of
-from sfumato.files.kinds import ROLES
 from sfumato.files.metadata import adapter_guidance_of, negatives_of, over_steps_of
 from sfumato.merging.whole_model import read_mixable
 from sfumato.numerals import pluralize
@@ -38,7 +47,6 @@ from sfumato.precision import tensors
 from sfumato.weighting.adapter import (
     Adapter,
     Weight,
-    check_adapters,
     check_by_label,
     check_labels,
     checked_weight,
@@ -261,7 +269,7 @@ class Mix:
         """Mix in more adapters; as `compose`."""
         self.check_open()
         parts_of(self._pipe)  # refuses what diffusers or peft has loaded since
-        self._check_new(adapters)
+        refuse_taken(self._weights, adapters)
         self._modules.check_blocks({adapter.label: adapter.weight for adapter in adapters})
         files = {adapter.label: read_mixable(adapter.path, partial=partial) for adapter in adapters}
         for file in files.values() if verify else ():
@@ -286,7 +294,7 @@ class Mix:
         self._sites, self._weights = sites, weights
         self._adapters |= {adapter.label: adapter for adapter in adapters}
         self._files |= files
-        self._skipped |= {label: _left_out(file, matched[label]) for label, file in files.items()}
+        self._skipped |= {label: left_out(file, matched[label]) for label, file in files.items()}
         self._mark_parts()
         return self
 
@@ -397,10 +405,13 @@ class Mix:
         if not labels:
             raise AdapterError("remove() names no adapter; give the labels of some, or undo() the mix to take out all.")
         check_labels(labels, self._weights)
-        self._check_compiled(
-            site
-            for site in self._sites.values()
-            if isinstance(site, Live) and not site.effects.keys().isdisjoint(labels)
+        refuse_new_paths_in_compiled(
+            self._pipe,
+            (
+                site
+                for site in self._sites.values()
+                if isinstance(site, Live) and not site.effects.keys().isdisjoint(labels)
+            ),
         )
         weights = {label: weight for label, weight in self._weights.items() if label not in labels}
         self._change(weights, self._muted - frozenset(labels), labels)
@@ -419,7 +430,7 @@ class Mix:
         if self._undone:
             return
         self._modules.check_unfused()
-        self._check_in_memory(self._sites.values())
+        refuse_offloaded(self._parts, self._sites.values())
         for site in self._sites.values():
             site.restore()
         for part in self._parts.values():
@@ -485,32 +496,14 @@ class Mix:
         live = [(c.site, c.applied) for c in changes if c.rewrites and isinstance(c.site, Live)]
         for label in weights.keys() & self._files.keys() if changes else ():
             self._files[label].check_unwritten()
-        self._check_in_memory(change.site for change in changes)
-        self._check_compiled(site for site, applied in live if site.rebuilds(applied))
+        refuse_offloaded(self._parts, (change.site for change in changes))
+        refuse_new_paths_in_compiled(self._pipe, (site for site, applied in live if site.rebuilds(applied)))
         apply_changes(changes, self._originals)
         idle = [site for site, applied in live if not applied]
         compiled = compiled_parts(self._pipe) if idle else set()
         for site in idle:
             if site.part not in compiled:
                 site.remove_hook()
-
-    def _check_compiled(self, sites: Iterable[Live]) -> None:
-        changed = list(sites)
-        compiled = compiled_parts(self._pipe) if changed else set()
-        for site in changed:
-            if site.part in compiled:
-                raise AdapterError(
-                    f"the {site.part} is compiled already, and a compiled layer does not notice a new path beside it. "
-                    "Compose the live way before torch.compile, or say way='baked'."
-                )
-
-    def _check_in_memory(self, sites: Iterable[Site]) -> None:
-        for name in sorted({site.part for site in sites if isinstance(site, Baked)}):
-            if "disk" in tensors.group_offloading(self._parts[name]):
-                raise AdapterError(
-                    f"the {name} is offloaded to disk in groups, where its weights cannot be written to. Offload it "
-                    "without offload_to_disk_path, or say way='live' to compose."
-                )
 
     def check_open(self) -> None:
         """Raises AdapterError for a mix that was undone, or whose pipeline has got another U-Net or text encoder."""
@@ -531,26 +524,3 @@ class Mix:
                     f"this {part} carries the mix of another pipeline that shares it. Undo that first, or give this "
                     f"pipeline its own: pipe.{part} = copy.deepcopy(pipe.{part}) before anything is mixed in."
                 )
-
-    def _check_new(self, adapters: Sequence[Adapter]) -> None:
-        labels = list(self._weights)
-        check_adapters(adapters)
-        for adapter in adapters:
-            if adapter.label in labels:
-                raise AdapterError(
-                    f"two adapters are called {adapter.label!r}. Tell them apart with Adapter(file, weight, name=...)."
-                )
-            labels.append(adapter.label)
-
-
-def _left_out(file: AdapterFile, found: Iterable[MatchedWeight]) -> int:
-    """How many modules of the file are not among what of it was found in the pipeline."""
-    there = {(one.part, one.path) for one in found}
-    return len(file.changes) - len(there) + len({_module_of(key) for key in file.skipped})
-
-
-def _module_of(key: str) -> str:
-    """The module that a key of an adapter's file names: what stands before the tensor's role; else the key itself."""
-    words = key.split(".")
-    ends = (end for end in range(1, len(words)) if ".".join(words[end:]) in ROLES)
-    return ".".join(words[: next(ends, len(words))])
