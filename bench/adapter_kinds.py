@@ -30,6 +30,7 @@ from sfumato.errors import ConfigError
 from sfumato.precision import decide
 from sfumato.precision.lean import save_activation_memory
 from sfumato.precision.products import quicken
+from sfumato.runs.micro_batch import MicroBatch
 from sfumato.training.noising import LossSettings, NoiseSettings, draw_noised, per_sample_losses
 
 KINDS = {
@@ -67,7 +68,7 @@ class Config:
 def step(base: Base, dataset: Dataset, number: int, batch: int) -> int:
     """A forward and a backward pass of the loss of a training; returns the bytes that autograd kept."""
     noising = NoiseSettings(range(len(base.alpha_bar)))
-    noised = draw_noised(base, dataset, 0, number, batch, 0, batch, noising=noising)
+    noised = draw_noised(base, dataset, 0, MicroBatch(number, batch, 0, batch), noising=noising)
     with kept_bytes(base.unet) as seen:
         errors = per_sample_losses(base, [noised], encode=False, settings=LossSettings(0.0))
     errors.mean().backward()

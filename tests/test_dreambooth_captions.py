@@ -11,6 +11,7 @@ from sfumato import cli, data
 from sfumato.bases import load_base
 from sfumato.data import Dataset
 from sfumato.data.texts import CaptionEmbeddings
+from sfumato.runs.micro_batch import MicroBatch
 from sfumato.training.prior import BasePrediction
 from tests.tiny import CPU
 
@@ -120,10 +121,10 @@ def test_captions_that_an_encoder_learns_from_are_not_embedded(prior, train, see
 def test_the_class_half_holds_its_prompts_embeddings_if_asked(pocket_folder, pictures):
     base = load_base(str(pocket_folder), precision=CPU)
     bare = data.prepare(data.read_folder(pictures, caption_template="x"), base, resolution=64, embed_text=False)
-    half = BasePrediction(base, bare, ["cat", "red"], 0, pristine=torch.no_grad).draw(0, 2, 0, 2)
+    half = BasePrediction(base, bare, ["cat", "red"], 0, pristine=torch.no_grad).draw(MicroBatch(0, 2, 0, 2))
     assert torch.equal(half.batch.text.hidden, base.encode_text(half.batch.captions).hidden)
     without = BasePrediction(base, bare, ["cat", "red"], 0, pristine=torch.no_grad, embed_text=False)
-    again = without.draw(0, 2, 0, 2)
+    again = without.draw(MicroBatch(0, 2, 0, 2))
     assert again.batch.text is None
     assert torch.equal(again.target, half.target)
 

@@ -196,7 +196,8 @@ def train(config: Config) -> Path:
     class_prompts = [prompt for each in subjects for prompt in each.class_prompts([e.caption for e in instance])]
     preserved = PreservedPrompts.of(class_prompts, config.prior_prompts)
     pictures = class_pictures(config, base, examples, preserved, run, processes)
-    global_batch, starts = processes.micro_batch_starts(config.batch, config.accumulate)
+    batches = processes.micro_batches(config.batch, config.accumulate)
+    global_batch = batches.global_batch
     embed = not config.train_text_encoder
     seen = embed and config.prior == "pictures"  # what the base predicts, it predicts for the class prompts
     dataset, class_set = prepare_datasets(
@@ -258,25 +259,23 @@ def train(config: Config) -> Path:
     prior = prior_of(config, base, dataset, class_set, preserved, noising, pristine)
     if isinstance(prior, BasePrediction) and config.method == "full":
         steps = range(run.step, config.steps)
-        run.say(prior.precompute_targets(steps, global_batch, starts, config.batch, shown=processes.is_main))
+        run.say(prior.precompute_targets(steps, batches, shown=processes.is_main))
     trained.train()
     if limit.reached:  # by a run that goes on with the same limit
         run.end()
     for step in run.steps(config.steps):
         schedule.set(step.number, step.rate_factor)
         loss, class_loss = torch.zeros(2, device=precision.device)
-        for start in starts:
-            noised = draw_noised(
-                base, dataset, config.seed, step.number, global_batch, start, config.batch, noising=noising
-            )
-            count = len(noised.batch)
-            beside = [prior.draw(step.number, global_batch, start, config.batch)] if prior else []
-            with precision.autocast(), randomness.seeded(precision.device, config.seed, "dropout", step.number, start):
+        for micro in batches.of(step.number):
+            noised = draw_noised(base, dataset, config.seed, micro, noising=noising)
+            beside = [prior.draw(micro)] if prior else []
+            dropped = randomness.seeded(precision.device, config.seed, "dropout", step.number, micro.first)
+            with precision.autocast(), dropped:
                 errors = per_sample_losses(
                     base, [noised, *beside], encode=config.train_text_encoder, settings=config.loss()
                 )
-                of_subject = errors[:count].sum() / global_batch
-                of_class = errors[count:].sum() / global_batch
+                of_subject = errors[: micro.count].sum() / global_batch
+                of_class = errors[micro.count :].sum() / global_batch
                 part = of_subject + config.prior_weight * of_class
             if fused is None:
                 scaler.scale(part).backward()

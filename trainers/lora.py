@@ -175,7 +175,8 @@ def train(config: Config) -> Path:
         run.say(*warnings_of(config.train_words, tokenizer))
         run.say(*truncation_notes(config.initial_words, config.word_vectors, tokenizer))
 
-    global_batch, starts = processes.micro_batch_starts(config.batch, config.accumulate)
+    batches = processes.micro_batches(config.batch, config.accumulate)
+    global_batch = batches.global_batch
     embed, crossed = embeds_beforehand(config), bool(config.crossed_share)
     dataset, class_set = prepare_datasets(
         config, base, subjects, of_class, global_batch, processes, embed_text=embed, drawn_over=crossed
@@ -230,20 +231,17 @@ def train(config: Config) -> Path:
             if config.words_first and step.number == config.words_first:
                 average.settle(words.parameters())
         loss, prior_loss = torch.zeros(2, device=precision.device)
-        for start in starts:
-            noised = draw_noised(
-                base, dataset, config.seed, step.number, global_batch, start, config.batch, noising=noising
-            )
+        for micro in batches.of(step.number):
+            noised = draw_noised(base, dataset, config.seed, micro, noising=noising)
             if crossing:
-                noised = crossing.cross(noised, step.number, start)
-            count = len(noised.batch)
-            of_priors = [prior.draw(step.number, global_batch, start, config.batch) for prior in priors]
-            lora.set_dropout_samples(config.seed, step.number, range(start, start + count))
+                noised = crossing.cross(noised, micro)
+            of_priors = [prior.draw(micro) for prior in priors]
+            lora.set_dropout_samples(config.seed, step.number, micro.places)
             with precision.autocast():
                 errors = per_sample_losses(base, [noised, *of_priors], encode=not embed, settings=config.loss())
-                part = errors[:count].sum() / global_batch
+                part = errors[: micro.count].sum() / global_batch
                 if priors:
-                    of_prior = errors[count:].sum() / (global_batch * len(priors))
+                    of_prior = errors[micro.count :].sum() / (global_batch * len(priors))
                     part = part + config.prior_weight * of_prior
                     prior_loss += of_prior.detach()
             scaled = scaler.scale(part)  # in any case: the first makes the scale

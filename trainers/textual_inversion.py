@@ -135,8 +135,8 @@ def train(config: Config) -> Path:
     run.say(*truncation_notes(config.initial_words, config.vectors, tokenizer))
 
     # Encoded in the loop, each distinct caption once: what they mean is what is learned.
-    global_batch, starts = processes.micro_batch_starts(config.batch, config.accumulate)
-    draws = (config.seed, config.steps, global_batch)
+    batches = processes.micro_batches(config.batch, config.accumulate)
+    draws = (config.seed, config.steps, batches.global_batch)
     dataset = config.prepare(
         learned, base, embed_text=False, will_draw=draws, together=config.batch, processes=processes
     )
@@ -176,15 +176,13 @@ def train(config: Config) -> Path:
     for step in run.steps(config.steps):
         schedule.set(step.number, step.rate_factor)
         loss = torch.zeros((), device=precision.device)
-        for start in starts:
-            noised = draw_noised(
-                base, dataset, config.seed, step.number, global_batch, start, config.batch, noising=noising
-            )
-            captions = put_into(noised.batch.captions, templates, config.seed, step.number, start)
+        for micro in batches.of(step.number):
+            noised = draw_noised(base, dataset, config.seed, micro, noising=noising)
+            captions = put_into(noised.batch.captions, templates, config.seed, micro)
             noised = dataclasses.replace(noised, batch=dataclasses.replace(noised.batch, captions=captions))
             with precision.autocast():
                 errors = per_sample_losses(base, [noised], encode=True, settings=config.loss())
-                part = errors.sum() / global_batch
+                part = errors.sum() / batches.global_batch
             scaled = scaler.scale(part)  # in any case: the first makes the scale
             if scaled.requires_grad:  # not where all captions of the batch were dropped and SDXL has zeros for them
                 scaled.backward()

@@ -10,6 +10,7 @@ from torch.testing import assert_close
 from sfumato import data, diffusion, randomness
 from sfumato.bases import load_base
 from sfumato.errors import DataError
+from sfumato.runs.micro_batch import MicroBatch
 from sfumato.training.crossed import DDIM_STEPS, FIRST_SHARE, START_SHARES, Crossing
 from sfumato.training.noising import draw_noised
 from tests.tiny import CPU
@@ -44,8 +45,9 @@ def another(crossing, share, seed=7):
 
 
 def both(base, dataset, crossing, step=3, batch=8):
-    plain = draw_noised(base, dataset, 0, step, batch, 0, batch, embed_text=False)
-    return plain, crossing.cross(plain, step, 0)
+    micro = MicroBatch(step, batch, 0, batch)
+    plain = draw_noised(base, dataset, 0, micro, embed_text=False)
+    return plain, crossing.cross(plain, micro)
 
 
 def noisy(base, half):
@@ -129,8 +131,9 @@ def test_the_share_is_that_of_the_samples_and_the_seed_says_of_which(base, datas
 def test_a_place_of_the_global_batch_is_crossed_alike_whoever_draws_it(base, dataset, crossing):
     half_of_them = another(crossing, 0.5)
     _, whole = both(base, dataset, half_of_them)
-    part = draw_noised(base, dataset, 0, 3, 8, 4, 4, embed_text=False)
-    assert torch.equal(half_of_them.cross(part, 3, 4).noise, whole.noise[4:])
+    micro = MicroBatch(3, 8, 4, 4)
+    part = draw_noised(base, dataset, 0, micro, embed_text=False)
+    assert torch.equal(half_of_them.cross(part, micro).noise, whole.noise[4:])
 
 
 def test_crops_at_random_places_are_refused(base, tmp_path):

@@ -9,6 +9,7 @@ from torch.testing import assert_close
 
 from sfumato import data, diffusion, randomness
 from sfumato.bases import load_base
+from sfumato.runs.micro_batch import MicroBatch
 from sfumato.training.metrics import Metrics
 from sfumato.training.noising import NoiseSettings, draw_noised, per_sample_losses
 from sfumato.training.objective import denoising_errors, draw_noise, predict
@@ -175,7 +176,7 @@ def test_a_perturbed_input_is_seen_and_not_asked_for(pocket_folder, pictures, ki
     base = load_base(str(pocket_folder), precision=CPU, prediction_type=kind)
     dataset = data.prepare(data.read_folder(pictures, caption_template="{caption}"), base, resolution=64)
     plain, perturbed = (
-        draw_noised(base, dataset, 0, 3, 4, 0, 4, noising=NoiseSettings(range(1000), perturbation=strength))
+        draw_noised(base, dataset, 0, MicroBatch(3, 4, 0, 4), noising=NoiseSettings(range(1000), perturbation=strength))
         for strength in (0.0, 0.25)
     )
     assert torch.equal(plain.target, perturbed.target)

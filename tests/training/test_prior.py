@@ -12,6 +12,7 @@ from sfumato import data
 from sfumato.bases import load_base
 from sfumato.bases.vocabulary import clip_tokenizer
 from sfumato.errors import DataError
+from sfumato.runs.micro_batch import MicroBatch, MicroBatches
 from sfumato.training import prior
 from sfumato.training.class_pictures import class_folder, draw_class, read_class
 from sfumato.training.metrics import DriftLimit
@@ -22,6 +23,7 @@ from sfumato.words.identifier import before, examine, is_ordinary
 from tests.tiny import CPU
 
 COUNT = 2
+WHOLE = MicroBatch(0, COUNT, 0, COUNT)
 
 
 @pytest.fixture(scope="module")
@@ -122,8 +124,8 @@ def test_drawn_pictures_are_read_with_their_prompts(draw, base, tmp_path):
 
 
 def test_the_class_half_is_drawn_independently_of_the_subjects(base, dataset):
-    of_subject = draw_noised(base, dataset, 0, 0, COUNT, 0, COUNT)
-    of_class = ClassPictures(base, dataset, 0).draw(0, COUNT, 0, COUNT)
+    of_subject = draw_noised(base, dataset, 0, WHOLE)
+    of_class = ClassPictures(base, dataset, 0).draw(WHOLE)
     assert not torch.equal(of_subject.noise, of_class.noise)
     assert not torch.equal(of_subject.timesteps, of_class.timesteps)
     both = of_subject.concat(of_class)
@@ -133,7 +135,7 @@ def test_the_class_half_is_drawn_independently_of_the_subjects(base, dataset):
 
 
 def test_parts_of_one_shape_are_one_call_and_those_of_two_are_two(base, dataset):
-    one, other = (draw_noised(base, dataset, seed, 0, COUNT, 0, COUNT) for seed in (0, 1))
+    one, other = (draw_noised(base, dataset, seed, WHOLE) for seed in (0, 1))
     wide = dataclasses.replace(other, noise=other.noise.repeat(1, 1, 1, 2))
     assert [len(call.noise) for call in merge_by_shape([one, other, wide, one])] == [2 * COUNT, COUNT, COUNT]
     assert torch.equal(merge_by_shape([one, other])[0].target, torch.cat([one.target, other.target]))
@@ -144,15 +146,15 @@ def test_the_target_is_the_base_as_it_was_whatever_becomes_of_it(pocket_folder, 
     """Remembered before the training, the targets are those of a base that is still there."""
     base = load_base(str(pocket_folder), precision=CPU)
     kept = BasePrediction(base, dataset, ["cat", "red"], 5)
-    kept.precompute_targets(range(3), 2 * COUNT, [0, COUNT], COUNT, shown=False)
+    kept.precompute_targets(range(3), MicroBatches(2 * COUNT, (0, COUNT), COUNT), shown=False)
     live = BasePrediction(base, dataset, ["cat", "red"], 5, pristine=torch.no_grad)
     places = [(step, first) for step in range(3) for first in (0, COUNT)]
-    asked = [live.draw(step, 2 * COUNT, first, COUNT) for step, first in places]
+    asked = [live.draw(MicroBatch(step, 2 * COUNT, first, COUNT)) for step, first in places]
     with torch.no_grad():
         for parameter in base.unet.parameters():
             parameter.mul_(1.5)
     for (step, first), noised in zip(places, asked, strict=True):
-        again = kept.draw(step, 2 * COUNT, first, COUNT)
+        again = kept.draw(MicroBatch(step, 2 * COUNT, first, COUNT))
         assert torch.equal(again.target, noised.target)
         assert torch.equal(again.noise, noised.noise)
         assert again.batch.captions == noised.batch.captions
@@ -160,9 +162,10 @@ def test_the_target_is_the_base_as_it_was_whatever_becomes_of_it(pocket_folder, 
 
 
 def test_one_process_asks_what_two_ask(base, dataset):
-    both = BasePrediction(base, dataset, ["cat", "red", "re"], 0, pristine=torch.no_grad).draw(1, 4, 0, 4)
+    both = BasePrediction(base, dataset, ["cat", "red", "re"], 0, pristine=torch.no_grad).draw(MicroBatch(1, 4, 0, 4))
     parts = [
-        BasePrediction(base, dataset, ["cat", "red", "re"], 0, pristine=torch.no_grad).draw(1, 4, f, 2) for f in (0, 2)
+        BasePrediction(base, dataset, ["cat", "red", "re"], 0, pristine=torch.no_grad).draw(MicroBatch(1, 4, f, 2))
+        for f in (0, 2)
     ]
     assert both.batch.captions == [caption for part in parts for caption in part.batch.captions]
     assert_close(both.target, torch.cat([part.target for part in parts]), rtol=1e-4, atol=1e-5)
@@ -170,7 +173,7 @@ def test_one_process_asks_what_two_ask(base, dataset):
 
 def test_prompts_take_turns_through_places_and_steps(base, dataset):
     prior = BasePrediction(base, dataset, ["cat", "red", "re"], 0, pristine=torch.no_grad)
-    asked = [prior.draw(step, 4, first, 2).batch.captions for step in (0, 1, 2) for first in (0, 2)]
+    asked = [prior.draw(MicroBatch(step, 4, first, 2)).batch.captions for step in (0, 1, 2) for first in (0, 2)]
     assert asked == [["cat", "red"], ["re", "cat"], ["red", "re"]] * 2
 
 
@@ -185,7 +188,7 @@ def test_what_the_base_predicts_is_kept_whole_whatever_counts_of_the_subjects_pi
             own(*given, **options), mask=masks, weights=torch.full((COUNT,), 0.3)
         ),
     )
-    half = BasePrediction(base, dataset, ["cat"], 0, pristine=torch.no_grad).draw(0, COUNT, 0, COUNT)
+    half = BasePrediction(base, dataset, ["cat"], 0, pristine=torch.no_grad).draw(WHOLE)
     assert half.batch.mask is None
     assert half.batch.weights.tolist() == [1.0] * COUNT
 
@@ -194,30 +197,32 @@ def test_predictions_are_remembered_in_what_they_were_computed_in(base, dataset)
     """As the line on their memory, and the limit of it, count them."""
     in_half = dataclasses.replace(base, precision=dataclasses.replace(base.precision, compute=torch.bfloat16))
     kept = BasePrediction(in_half, dataset, ["cat"], 0)
-    kept.precompute_targets(range(1), COUNT, [0], COUNT, shown=False)
+    kept.precompute_targets(range(1), MicroBatches(COUNT, (0,), COUNT), shown=False)
     assert [target.dtype for target in kept._table.targets.values()] == [torch.bfloat16]
-    assert kept.draw(0, COUNT, 0, COUNT).target.dtype == torch.float32
+    assert kept.draw(WHOLE).target.dtype == torch.float32
 
 
 def test_draws_of_a_long_run_repeat_where_memory_ends(base, dataset, monkeypatch):
     latents = dataset.batch(0, 0, COUNT).latents
     monkeypatch.setattr(prior, "KEPT_BYTES", 2 * latents.nbytes)
     kept = BasePrediction(base, dataset, ["cat"], 0)
-    said = kept.precompute_targets(range(5), COUNT, [0], COUNT, shown=False)
+    said = kept.precompute_targets(range(5), MicroBatches(COUNT, (0,), COUNT), shown=False)
     assert "repeat after 2 steps" in said
-    assert torch.equal(kept.draw(4, COUNT, 0, COUNT).noise, kept.draw(0, COUNT, 0, COUNT).noise)
-    assert not torch.equal(kept.draw(1, COUNT, 0, COUNT).noise, kept.draw(0, COUNT, 0, COUNT).noise)
+    assert torch.equal(kept.draw(MicroBatch(4, COUNT, 0, COUNT)).noise, kept.draw(WHOLE).noise)
+    assert not torch.equal(kept.draw(MicroBatch(1, COUNT, 0, COUNT)).noise, kept.draw(WHOLE).noise)
 
 
-@pytest.mark.parametrize(("places", "count"), [([0], 4), ([0, 2], 2), ([0], 2), ([2], 2)])
+@pytest.mark.parametrize(("places", "count"), [((0,), 4), ((0, 2), 2), ((0,), 2), ((2,), 2)])
 def test_when_draws_repeat_does_not_depend_on_who_computes_which_part(places, count, base, dataset, monkeypatch):
     """One process, two micro-batches, either of two processes: a global batch of 4, two of which fit."""
     monkeypatch.setattr(prior, "KEPT_BYTES", 8 * dataset.batch(0, 0, 1).latents.nbytes)
     kept = BasePrediction(base, dataset, ["cat"], 0)
-    assert "for 2 steps, which repeat after 2 steps" in kept.precompute_targets(range(5), 4, places, count, shown=False)
-    first = kept.draw(0, 4, places[-1], count)
-    assert torch.equal(kept.draw(2, 4, places[-1], count).noise, first.noise)
-    assert not torch.equal(kept.draw(1, 4, places[-1], count).noise, first.noise)
+    assert "for 2 steps, which repeat after 2 steps" in kept.precompute_targets(
+        range(5), MicroBatches(4, places, count), shown=False
+    )
+    first = kept.draw(MicroBatch(0, 4, places[-1], count))
+    assert torch.equal(kept.draw(MicroBatch(2, 4, places[-1], count)).noise, first.noise)
+    assert not torch.equal(kept.draw(MicroBatch(1, 4, places[-1], count)).noise, first.noise)
 
 
 def test_the_drift_limit_takes_the_larger_drift_and_remembers_the_log():

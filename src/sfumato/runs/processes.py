@@ -16,6 +16,7 @@ from accelerate import PartialState
 from torch import Tensor, nn
 
 from sfumato.errors import RunError
+from sfumato.runs.micro_batch import MicroBatches
 
 _AS_LONG_AS_IT_TAKES = timedelta(days=30)
 _WHILE_THE_MAIN_ONE_WRITES = timedelta(hours=3)
@@ -92,11 +93,11 @@ class Processes:
             if nowhere[place]:
                 trained[place].grad = None
 
-    def micro_batch_starts(self, batch: int, accumulate: int) -> tuple[int, list[int]]:
-        """The size of the global batch, and the places in it where this process's micro-batches begin."""
+    def micro_batches(self, batch: int, accumulate: int) -> MicroBatches:
+        """What this process computes of each step: `accumulate` micro-batches of `batch` samples."""
         global_batch = batch * accumulate * self.count
         first, share = self.slice(global_batch)
-        return global_batch, list(range(first, first + share, batch))
+        return MicroBatches(global_batch, tuple(range(first, first + share, batch)), batch)
 
     def largest(self, number: int) -> int:
         """The largest of the processes' numbers."""

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from sfumato import diffusion, randomness
 from sfumato.drawing.pictures import LATENTS_AT_ONCE
+from sfumato.runs.micro_batch import MicroBatch
 from sfumato.words import embedding
 
 if TYPE_CHECKING:
@@ -85,14 +86,14 @@ class Crossing:
             latents, noise = diffusion.denoised(base.prediction_type, noisy, prediction, now)
         return latents
 
-    def cross(self, noised: NoisedBatch, step: int, first: int) -> NoisedBatch:
-        """The samples of a step, from place `first` of its global batch on, some from FIRST_SHARE on crossed."""
+    def cross(self, noised: NoisedBatch, micro: MicroBatch) -> NoisedBatch:
+        """The samples of a micro-batch, some from FIRST_SHARE on crossed."""
         latents, shown = noised.batch.latents, noised.batch.latents.clone()
         views = zip(noised.batch.indices, noised.batch.variants, strict=True)
         for row, (view, timestep) in enumerate(zip(views, noised.timesteps.tolist(), strict=True)):
-            place = first + row
-            if timestep >= self._first and randomness.uniform(self._seed, "crossed", step, place) < self._share:
-                part = randomness.uniform(self._seed, "crossed part", step, place)
+            place = micro.step, micro.first + row
+            if timestep >= self._first and randomness.uniform(self._seed, "crossed", *place) < self._share:
+                part = randomness.uniform(self._seed, "crossed part", *place)
                 shown[row] = torch.lerp(latents[row], self._drawn[view].to(latents), part)
         alpha_bar = self._base.alpha_bar.to(latents.device)[noised.timesteps]
         noise = diffusion.crossing_noise(latents, shown, noised.noise, alpha_bar)

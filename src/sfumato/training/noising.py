@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sfumato import diffusion
 from sfumato.data import concat_batches
+from sfumato.runs.micro_batch import MicroBatch
 from sfumato.training.objective import denoising_errors, draw_noise, draw_perturbation
 from sfumato.words import embedding
 
@@ -67,7 +68,7 @@ class NoisedBatch:
 def per_sample_losses(
     base: Base, parts: Sequence[NoisedBatch], *, encode: bool, settings: LossSettings | None = None
 ) -> Tensor:
-    """`denoising_errors` of a step's parts in their order, (samples,); those of one shape in one call of the U-Net.
+    """Each sample's loss, (samples,), in the order of `parts`; neighbours of one latent shape share a U-Net call.
 
     encode: whether captions are encoded here, with gradients; else the batches hold their embeddings.
     """
@@ -98,25 +99,24 @@ def draw_noised(
     base: Base,
     data: Dataset,
     seed: int,
-    step: int,
-    global_batch: int,
-    first: int,
-    count: int,
+    micro: MicroBatch,
     *,
     noising: NoiseSettings | None = None,
     embed_text: bool = True,
     order: int | None = None,
 ) -> NoisedBatch:
-    """Samples `first` to `first + count` of a step's global batch, with noise, stratified timesteps and target.
+    """The samples of a micro-batch, with noise, stratified timesteps and target.
 
-    noising: at all of the base's timesteps, without an offset, if None. order: seed of which pictures they are, the
-    other one if None. Without `embed_text` the captions come without their embeddings.
+    noising: None draws all of the base's timesteps, with plain noise. order: the seed that picks the pictures; None
+    takes `seed`. Without `embed_text` the captions come without their embeddings.
     """
-    batch = data.batch(seed if order is None else order, step, global_batch, first, count, embed_text=embed_text)
+    step, first = micro.step, micro.first
+    of_pictures = seed if order is None else order
+    batch = data.batch(of_pictures, step, micro.global_batch, first, micro.count, embed_text=embed_text)
     noising = noising or NoiseSettings(range(len(base.alpha_bar)))
     noise = draw_noise(batch, seed, step, first, offset=noising.offset, pyramid=noising.pyramid)
-    timesteps = diffusion.stratified_timesteps(global_batch, noising.timesteps, seed, step)[first : first + count]
-    timesteps = timesteps.to(noise.device)
+    timesteps = diffusion.stratified_timesteps(micro.global_batch, noising.timesteps, seed, step)
+    timesteps = timesteps[first : first + micro.count].to(noise.device)
     alpha_bar = base.alpha_bar.to(noise.device)[timesteps]
     target = diffusion.target(base.prediction_type, batch.latents, noise, alpha_bar)
     unasked = None

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from sfumato import randomness
 from sfumato.numerals import pluralize
+from sfumato.runs.micro_batch import MicroBatch, MicroBatches
 from sfumato.training.noising import NoisedBatch, NoiseSettings, draw_noised
 from sfumato.training.objective import predict
 from sfumato.words import embedding
@@ -89,9 +90,9 @@ class ClassPictures:
         self._base, self._data, self._noising = base, data, noising
         self._seed = class_seed(seed)
 
-    def draw(self, step: int, global_batch: int, first: int, count: int) -> NoisedBatch:
+    def draw(self, micro: MicroBatch) -> NoisedBatch:
         """The class's share of a step: as many samples as the subject's, drawn independently of them."""
-        return draw_noised(self._base, self._data, self._seed, step, global_batch, first, count, noising=self._noising)
+        return draw_noised(self._base, self._data, self._seed, micro, noising=self._noising)
 
 
 @dataclass(frozen=True)
@@ -147,40 +148,32 @@ class BasePrediction:
             self._text = embedding.encode(base, self._prompts)
         self._table: _TargetTable | None = None  # on the fly until precompute_targets() fills one
 
-    def precompute_targets(
-        self,
-        steps: range,
-        global_batch: int,
-        starts: Sequence[int],
-        count: int,
-        *,
-        shown: bool = True,
-    ) -> str:
+    def precompute_targets(self, steps: range, batches: MicroBatches, *, shown: bool = True) -> str:
         """Compute the targets of these steps while the base is the base; a line for the person. shown: with progress.
 
-        starts: the first places of this process's micro-batches, of `count` samples each, in the global batch. The
-        targets are kept in the dtype they are computed in.
+        The targets are kept in the dtype they are computed in.
         """
-        sample_bytes = self._without_target(0, global_batch, starts[0], 1).batch.latents.numel() * self._dtype.itemsize
-        table = _TargetTable(max(1, KEPT_BYTES // (sample_bytes * global_batch)))
+        one = dataclasses.replace(batches.of(0)[0], count=1)
+        sample_bytes = self._without_target(one).batch.latents.numel() * self._dtype.itemsize
+        table = _TargetTable(max(1, KEPT_BYTES // (sample_bytes * batches.global_batch)))
         entries = sorted({table.entry_of(step) for step in steps})
         for entry in tqdm(entries, desc="asking the base", unit="step", file=sys.stderr, disable=not shown):
-            for first in starts:
-                noised = self._without_target(entry, global_batch, first, count)
-                table.targets[entry, first] = self._predict(noised).to("cpu", self._dtype)
+            for micro in batches.of(entry):
+                targets = self._predict(self._without_target(micro))
+                table.targets[entry, micro.first] = targets.to("cpu", self._dtype)
         self._table = table
-        mib = sample_bytes * count * len(starts) * len(entries) / 2**20
+        mib = sample_bytes * batches.count * len(batches.firsts) * len(entries) / 2**20
         again = f", which repeat after {table.room} steps" if len(steps) > table.room else ""
         return f"the base's predictions for {pluralize(len(entries), 'step')}{again}: {mib:,.0f} MiB"
 
-    def draw(self, step: int, global_batch: int, first: int, count: int) -> NoisedBatch:
+    def draw(self, micro: MicroBatch) -> NoisedBatch:
         """The class's share of a step: as many samples as the subject's, with noise and timesteps of their own."""
         if self._table is not None:
-            entry = self._table.entry_of(step)
-            noised = self._without_target(entry, global_batch, first, count)
-            return dataclasses.replace(noised, target=self._table.targets[entry, first].to(noised.noise))
+            entry = self._table.entry_of(micro.step)
+            noised = self._without_target(dataclasses.replace(micro, step=entry))
+            return dataclasses.replace(noised, target=self._table.targets[entry, micro.first].to(noised.noise))
         assert self._pristine is not None, "without a context, precompute_targets() comes first"
-        noised = self._without_target(step, global_batch, first, count)
+        noised = self._without_target(micro)
         with self._pristine():
             return dataclasses.replace(noised, target=self._predict(noised))
 
@@ -188,13 +181,12 @@ class BasePrediction:
     def _dtype(self) -> torch.dtype:
         return self._base.precision.compute
 
-    def _without_target(self, step: int, global_batch: int, first: int, count: int) -> NoisedBatch:
+    def _without_target(self, micro: MicroBatch) -> NoisedBatch:
         """The draw with the class prompts as its captions; its target is not the base's prediction yet."""
-        place_in_run = (self._seed, step, global_batch, first, count)
         noised = draw_noised(
-            self._base, self._data, *place_in_run, noising=self._noising, embed_text=False, order=self._order
+            self._base, self._data, self._seed, micro, noising=self._noising, embed_text=False, order=self._order
         )
-        rows = [(step * global_batch + first + place) % len(self._prompts) for place in range(len(noised.batch))]
+        rows = [(micro.step * micro.global_batch + place) % len(self._prompts) for place in micro.places]
         batch = dataclasses.replace(
             noised.batch,
             text=self._text[rows] if self._embed_text else None,

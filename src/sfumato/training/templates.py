@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 from sfumato import randomness
+from sfumato.runs.micro_batch import MicroBatch
 
 _OBJECT = (
     "a photo of a {}",
@@ -65,13 +66,14 @@ TEMPLATES: Mapping[str, tuple[str, ...]] = MappingProxyType({"none": ("{}",), "o
 """By name; `none` leaves a caption as it is."""
 
 
-def put_into(captions: Sequence[str], templates: Sequence[str], seed: int, step: int, first: int) -> list[str]:
-    """Each caption in a sentence that is a function of (seed, step, place in the global batch); "" stays empty.
-
-    first: the place of the first caption.
-    """
+def put_into(captions: Sequence[str], templates: Sequence[str], seed: int, micro: MicroBatch) -> list[str]:
+    """Each caption of a micro-batch in a sentence, a function of (seed, step, place in the global batch); "" stays
+    empty."""
 
     def sentence(place: int) -> str:
-        return templates[int(randomness.uniform(seed, "template", step, place) * len(templates))]
+        return templates[int(randomness.uniform(seed, "template", micro.step, place) * len(templates))]
 
-    return [sentence(first + i).format(caption) if caption else "" for i, caption in enumerate(captions)]
+    return [
+        sentence(place).format(caption) if caption else ""
+        for place, caption in zip(micro.places, captions, strict=True)
+    ]
