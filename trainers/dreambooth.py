@@ -23,11 +23,11 @@ from sfumato.config import parse
 from sfumato.drawing.where_when import parse_span
 from sfumato.errors import ConfigError
 from sfumato.numerals import pluralize
+from sfumato.prompts.phrases import has_phrase
 from sfumato.training import checks, config_defaults
 from sfumato.training.entry_point import training_entry_point
 from sfumato.training.options import KindOptions, TrainerOptions
 from sfumato.training.subject import PreservedPrompts, Subject, read_subject, with_caption
-from sfumato.words.placeholders import holds
 
 if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that its --help is there at once
     from torch import nn
@@ -39,8 +39,11 @@ if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that 
     from sfumato.precision import Precision
     from sfumato.runs.processes import Processes
     from sfumato.runs.run import Run
+    from sfumato.runs.samples import Samples
+    from sfumato.training.ema import Ema
     from sfumato.training.noising import NoiseSettings
     from sfumato.training.prior import BasePrediction, ClassPictures
+    from sfumato.training.trained_adapter import TrainedAdapter
 
 Pristine = Callable[[], AbstractContextManager[object]]
 """A context within which the model is the base again."""
@@ -154,19 +157,15 @@ def train(config: Config) -> Path:
 
     from sfumato import randomness
     from sfumato.adapters import Attached, Kind
-    from sfumato.precision import DTYPES
     from sfumato.runs.processes import Processes
     from sfumato.runs.run import Run
-    from sfumato.runs.samples import Samples, unrelated_to
+    from sfumato.runs.samples import unrelated_to
     from sfumato.training import optimizers
     from sfumato.training.ema import Ema
-    from sfumato.training.finish import describe_run, finish, upload
     from sfumato.training.fused import FusedStep
     from sfumato.training.metrics import DriftLimit, Metrics
     from sfumato.training.noising import draw_noised, per_sample_losses
     from sfumato.training.prior import BasePrediction, prepare_datasets
-    from sfumato.training.sampling import drawing_of
-    from sfumato.training.trained_adapter import TrainedAdapter
     from sfumato.training.validation import prepare_validation
     from sfumato.words import identifier
 
@@ -204,7 +203,7 @@ def train(config: Config) -> Path:
         config, base, instance, pictures, global_batch, processes, embed_text=embed, embed_class=seen
     )
     held_out = prepare_validation(config, base, examples, processes)
-    run.say(*dict.fromkeys(note for each in (dataset, class_set, held_out) if each for note in each.notes))
+    run.say_notes(dataset, class_set, held_out)
     # The VAE has given its latents; it rests until something is drawn.
     base.lazy_weights.load_only("unet", *(("text",) if config.train_text_encoder else ()))
     trained = trainable(base, config)
@@ -227,32 +226,13 @@ def train(config: Config) -> Path:
     contexts = {"pristine": pristine, "within": average.applied}
     metrics = Metrics(base, dataset, drift_prompts, **contexts, modules=[trained], held_out=held_out)
     noising = config.noising(base)
-    asked, own = config.asked_samples()
-    prompts = asked or subject.sample_prompts(dataset.captions, unrelated[0])
-    span = None if lora is None else config_defaults.span_of(config, base)
     trigger = triggers(config, subjects, instance)
-    negatives = trigger if config.own_negative else []
-    draw = drawing_of(base, lora, span=span, negatives=negatives, resolution=config.resolution, own=own)
-    samples = Samples(run, prompts, config.seed, draw, modules=[trained], within=average.applied)
+    prompts = subject.sample_prompts(dataset.captions, unrelated[0])
+    samples = samples_of(config, base, trained, prompts, trigger, run, average)
+    about = partial(description_of, config, base, dataset, samples, trigger)
+    learned = trained_adapter_of(config, base, trained, about, average)
     limit = DriftLimit(config.drift_limit, [row for row in run.rows() if row["step"] <= run.step])
-
-    def measure(step: int) -> None:
-        figures: dict[str, float] = {}
-        try:
-            figures = metrics.values()
-            run.log(step=step, **figures)
-        finally:  # of several processes all agree, also where the memory of one holds no measurement
-            limit.update(figures, processes)
-        if limit.reached:
-            run.end()
-
-    def about(**more: Any) -> Description:
-        asked = {"trigger": trigger, "over_steps": span, "negatives": negatives}
-        return describe_run(config, base, dataset, samples, **asked, **more)
-
-    dtype = DTYPES[config.save_precision]
-    learned = None if lora is None else TrainedAdapter(lora, None, base.family.name, about, dtype, average)
-    run.every(config.measure_every, measure)
+    run.every(config.measure_every, limit.watching(run, metrics, processes))
     run.every(config.sample_every, samples.draw)
     if learned:
         run.every(config.save_every, lambda step: learned.keep(run, config.name, step))
@@ -303,13 +283,7 @@ def train(config: Config) -> Path:
     average.swap()
     path = config.output / f"{config.name}{'' if config.save == 'folder' else '.safetensors'}"
     if processes.is_main:
-        if learned:
-            description, _ = learned.write(path, run.step)
-        else:
-            description = about(steps=run.step)
-            write_model(path, base, config, run, description)
-        finish(run, path, description, samples, kind=config.save)
-        upload(run, [path], config.push_to_hub)
+        save(path, config, base, learned, about(steps=run.step), samples, run)
     run.close()
     processes.wait()
     return path
@@ -432,7 +406,7 @@ def read_examples(config: Config, subject: Subject) -> ExampleSet:
         checks.only_with(config, "--prior-prompts beside pictures of the class", "class_count")
     if config.instance_prompt:
         return with_caption(folder, config.instance_prompt)
-    if not any(holds(config.identifier, example.caption) for example in folder.in_group("instance")):
+    if not any(has_phrase(config.identifier, example.caption) for example in folder.in_group("instance")):
         checks.only_with(config, "it in a caption", "identifier")
     return folder
 
@@ -458,7 +432,9 @@ def triggers(config: Config, subjects: Sequence[Subject], pictures: ExampleSet) 
     if config.trigger is not None:
         return pictures.triggers
     found = dict.fromkeys(prompts[0] if each == config.identifier else each for each in pictures.triggers)
-    said = [prompt for prompt in prompts if any(holds(prompt, picture.caption) for picture in pictures)]
+    said = [
+        prompt for prompt in prompts if any(has_phrase(prompt, picture.caption, plural=True) for picture in pictures)
+    ]
     return list(found) or said
 
 
@@ -467,7 +443,7 @@ def identifiers(config: Config, subjects: ExampleSet) -> list[str]:
     from sfumato.words.identifier import before
 
     captions = list(dict.fromkeys(example.caption for example in subjects))
-    if any(holds(config.identifier, caption) for caption in captions):
+    if any(has_phrase(config.identifier, caption) for caption in captions):
         return [config.identifier]
     return before(config.class_name or (config.class_prompt or "").split()[-1], captions)
 
@@ -571,6 +547,82 @@ def groups(trained: Attached | nn.ModuleDict, config: Config) -> list[dict[str, 
     if isinstance(trained, Attached):
         return optimizers.groups(trained.by_part(), *rates, ups=trained.ups(), up_ratio=config.loraplus_ratio)
     return optimizers.groups({part: model.parameters() for part, model in trained.items()}, *rates)
+
+
+def samples_of(
+    config: Config,
+    base: Base,
+    trained: Attached | nn.ModuleDict,
+    prompts: Sequence[str],
+    trigger: Sequence[str],
+    run: Run,
+    average: Ema,
+) -> Samples:
+    """The run's sample pictures, of these prompts if none are asked for, drawn as a LoRA's file will ask for."""
+    from sfumato.adapters import Attached
+    from sfumato.runs.samples import Samples
+    from sfumato.training.sampling import drawing_of
+
+    lora = trained if isinstance(trained, Attached) else None
+    asked, own = config.asked_samples()
+    negatives = trigger if config.own_negative else ()
+    draw = drawing_of(
+        base, lora, span=span_of(config, base), negatives=negatives, resolution=config.resolution, own=own
+    )
+    return Samples(run, asked or prompts, config.seed, draw, modules=[trained], within=average.applied)
+
+
+def span_of(config: Config, base: Base) -> tuple[float, float] | None:
+    """The steps in which a LoRA takes part in drawing; a base that has learned takes part in all."""
+    return config_defaults.span_of(config, base) if config.method == "lora" else None
+
+
+def description_of(
+    config: Config, base: Base, dataset: Dataset, samples: Samples, trigger: Sequence[str], **more: Any
+) -> Description:
+    """What the written file or folder says of itself. more: as of `describe_run`."""
+    from sfumato.training.finish import describe_run
+
+    negatives = trigger if config.own_negative else ()
+    asked = {"trigger": trigger, "over_steps": span_of(config, base), "negatives": negatives}
+    return describe_run(config, base, dataset, samples, **asked, **more)
+
+
+def trained_adapter_of(
+    config: Config,
+    base: Base,
+    trained: Attached | nn.ModuleDict,
+    about: Callable[..., Description],
+    average: Ema,
+) -> TrainedAdapter | None:
+    """What is written of a LoRA; None of a base that itself learns. about: see `TrainedAdapter`."""
+    from sfumato.adapters import Attached
+    from sfumato.precision import DTYPES
+    from sfumato.training.trained_adapter import TrainedAdapter
+
+    if not isinstance(trained, Attached):
+        return None
+    return TrainedAdapter(trained, None, base.family.name, about, DTYPES[config.save_precision], average)
+
+
+def save(
+    path: Path,
+    config: Config,
+    base: Base,
+    learned: TrainedAdapter | None,
+    description: Description,
+    samples: Samples,
+    run: Run,
+) -> None:
+    """Write the adapter or the model, its card and the plot; upload them if asked."""
+    from sfumato.training.finish import finish, upload
+
+    if learned:
+        description, _ = learned.write(path, run.step)
+    else:
+        write_model(path, base, config, run, description)
+    finish(run, path, description, samples, kind=config.save)
+    upload(run, [path], config.push_to_hub)
 
 
 def write_model(path: Path, base: Base, config: Config, run: Run, about: Description) -> None:

@@ -182,7 +182,7 @@ def train(config: Config) -> Path:
         config, base, subjects, of_class, global_batch, processes, embed_text=embed, drawn_over=crossed
     )
     held_out = prepare_validation(config, base, examples, processes)
-    run.say(*dict.fromkeys(note for each in (dataset, class_set, held_out) if each for note in each.notes))
+    run.say_notes(dataset, class_set, held_out)
     # The VAE has given its latents; it rests until something is drawn.
     base.lazy_weights.load_only("unet", *(("text",) if config.train_text_encoder or words else ()))
     lora = new_lora(adapted, config)

@@ -100,6 +100,7 @@ def train(config: Config) -> Path:
     from sfumato.training.finish import describe_run
     from sfumato.training.metrics import Metrics
     from sfumato.training.noising import draw_noised, per_sample_losses
+    from sfumato.training.prior import prepare_datasets
     from sfumato.training.sampling import drawing_of
     from sfumato.training.templates import TEMPLATES, put_into
     from sfumato.training.validation import prepare_validation
@@ -136,12 +137,9 @@ def train(config: Config) -> Path:
 
     # Encoded in the loop, each distinct caption once: what they mean is what is learned.
     batches = processes.micro_batches(config.batch, config.accumulate)
-    draws = (config.seed, config.steps, batches.global_batch)
-    dataset = config.prepare(
-        learned, base, embed_text=False, will_draw=draws, together=config.batch, processes=processes
-    )
+    dataset, _ = prepare_datasets(config, base, learned, None, batches.global_batch, processes, embed_text=False)
     held_out = prepare_validation(config, base, examples, processes)
-    run.say(*dict.fromkeys(note for each in (dataset, held_out) if each for note in each.notes))
+    run.say_notes(dataset, held_out)
     base.lazy_weights.load_only("unet", "text")  # the VAE has given its latents; it rests until something is drawn
     run.identify(data=dataset, validation=held_out or "none", base=base.fingerprint())
     pictures = pluralize(len(dataset), "picture")

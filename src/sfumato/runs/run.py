@@ -42,6 +42,7 @@ from sfumato.runs.signals import Stop
 from sfumato.runs.step import Step
 
 if TYPE_CHECKING:
+    from sfumato.data import Dataset
     from sfumato.runs.options import FolderOptions
     from sfumato.runs.processes import Processes
 
@@ -237,6 +238,10 @@ class Run:
         """Lines for the person, above the progress bar, once for all processes."""
         for line in lines if self.is_main else ():
             progress.say(line)
+
+    def say_notes(self, *data: Dataset | None) -> None:
+        """What there is to say of data sets, each line once; None stands for one that there is not."""
+        self.say(*dict.fromkeys(note for each in data if each is not None for note in each.notes))
 
     def say_filled(self, title: str, filled: Sequence[str]) -> None:
         """Which fields of the config were filled in, and with what; nothing where none was, as when a run goes on."""

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from sfumato.bases import Base
     from sfumato.data import Batch, Dataset
     from sfumato.runs.processes import Processes
+    from sfumato.runs.run import Run
 
 _SEED = 0
 _MOST = 16
@@ -138,6 +139,21 @@ class DriftLimit:
         measured = [row for row in rows if any(name in row for name in _DRIFTS)]
         if measured:
             self._take(measured[-1])
+
+    def watching(self, run: Run, metrics: Metrics, processes: Processes) -> Callable[[int], None]:
+        """What measures at a step, logs it, and ends the run where the limit is reached."""
+
+        def measure(step: int) -> None:
+            figures: dict[str, float] = {}
+            try:
+                figures = metrics.values()
+                run.log(step=step, **figures)
+            finally:  # of several processes all agree, also where the memory of one holds no measurement
+                self.update(figures, processes)
+            if self.reached:
+                run.end()
+
+        return measure
 
     def update(self, figures: Mapping[str, float], processes: Processes) -> None:
         """Take a measurement in; all processes agree."""
