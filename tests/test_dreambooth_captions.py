@@ -36,12 +36,11 @@ def seen(monkeypatch):
     kept = []  # so that no number of an object comes twice
     batch, embed = Dataset.batch, CaptionEmbeddings.compute
 
-    def look(data_set, *place, augment=True, embed_text=True):
-        made = batch(data_set, *place, augment=augment, embed_text=embed_text)
-        if augment:
-            of = found.setdefault(id(data_set._texts), Seen()) if data_set._texts else found.setdefault(0, Seen())
-            of.drawn.update(made.captions)
-            of.given.update(made.captions if made.text is not None else [])
+    def look(data_set, *place, embed_text=True):
+        made = batch(data_set, *place, embed_text=embed_text)
+        of = found.setdefault(id(data_set._texts), Seen()) if data_set._texts else found.setdefault(0, Seen())
+        of.drawn.update(made.captions)
+        of.given.update(made.captions if made.text is not None else [])
         return made
 
     def note(texts, prompts, *others, **how):

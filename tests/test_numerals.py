@@ -20,4 +20,4 @@ def test_what_is_counted_is_in_the_plural_where_it_is_not_one(words, said):
 
 
 def test_of_a_long_text_the_beginning_is_shown():
-    assert (shortened("a crab", 6), shortened("a lobster", 6)) == ("a crab", "a l...")
+    assert (shortened("a" * 60), shortened("a" * 61)) == ("a" * 60, "a" * 57 + "...")

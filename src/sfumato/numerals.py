@@ -12,6 +12,6 @@ def pluralize(count: int, one: str, several: str | None = None) -> str:
     return f"{count:,} {one if count == 1 else several or f'{one}s'}"
 
 
-def shortened(text: str, most: int = 60) -> str:
-    """The text, of a long one its beginning: at most so many characters."""
-    return text if len(text) <= most else f"{text[: most - 3]}..."
+def shortened(text: str) -> str:
+    """The text, of a long one its beginning: at most 60 characters."""
+    return text if len(text) <= 60 else f"{text[:57]}..."

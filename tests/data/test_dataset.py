@@ -94,7 +94,7 @@ def test_slices_of_a_batch_are_the_batch(shapes):
 
 def test_each_step_samples_the_posterior_anew(pictures):
     data = prepare(read(pictures), FakeBase(deviation=0.5), resolution=64)
-    mean = data.batch(0, 0, 6, augment=False)
+    (mean,) = data.middles(6, 10**6)
     residuals = torch.stack([data.batch(0, step, 6).latents for step in range(60)])
     order = [data.order(0, step, 6) for step in range(60)]
     means = torch.stack([mean.latents[[mean.indices.index(i) for i in row]] for row in order])
@@ -160,7 +160,7 @@ def test_pictures_that_no_step_holds_are_told(pictures, base):
 
 def test_flips_are_mirror_images_and_come_half_the_time(pictures, base):
     data = prepare(read(pictures), base, resolution=64, flip=True)
-    plain = data.batch(0, 0, 6, augment=False)
+    (plain,) = data.middles(6, 10**6)
     by_index = dict(zip(plain.indices, plain.latents, strict=True))
     mirrored = 0
     for step in range(40):

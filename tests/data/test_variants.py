@@ -152,9 +152,9 @@ def test_a_mirrored_crop_lies_where_it_lies_in_the_mirrored_picture(size, tmp_pa
     assert all(one == other for one, other in same)
 
 
-def test_without_augmentation_the_crop_is_the_middle_one(wide):
+def test_what_is_measured_on_is_cut_in_the_middle(wide):
     data = prepare(wide[:1], FakeBase(), resolution=64, crop="random", buckets=False, flip=True)
-    batch = data.batch(0, 3, 1, augment=False)
+    (batch,) = data.middles(1, 10**6)
     left = int(batch.crops[0, 1])
     assert abs(left - 32) <= 8
     expected = latents_of(open_image(wide[0].path).crop((left, 0, left + 64, 64)))

@@ -96,20 +96,16 @@ class Dataset:
         first: int = 0,
         count: int | None = None,
         *,
-        augment: bool = True,
         embed_text: bool = True,
     ) -> Batch:
         """Samples `first` to `first + count` of a step's global batch of `batch_size`.
 
-        Without `augment` crops are central, nothing is mirrored, captions are whole and the latents are the posterior's
-        mean. Without `embed_text` the captions come without their embeddings.
+        Without `embed_text` the captions come without their embeddings.
         """
         places = range(batch_size)[first : None if count is None else first + count]
         order = self.order(seed, step, batch_size)
         indices = [order[place] for place in places]
         drawn = list(zip((self._items[index] for index in indices), places, strict=True))
-        if not augment:
-            return self._batch(indices, [self._middle(item) for item, _ in drawn], embed_text=embed_text)
 
         def noise(row: int, shape: tuple[int, ...]) -> torch.Tensor:
             return randomness.normal(shape, seed, "posterior", step, places[row])
