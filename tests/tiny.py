@@ -10,9 +10,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from sfumato.bases.ldm_names import clip_name, open_clip_name, unet_name, vae_name
 from sfumato.bases.single_file import shipped
 from sfumato.bases.vocabulary import byte_pair_tokenizer, clip_merges, clip_tokenizer
+from sfumato.files.ldm_names import clip_name, open_clip_name, unet_name, vae_name
 from sfumato.precision import decide
 
 CPU = decide("fp32", device="cpu")

@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 
 from sfumato.bases import load_base, loading
 from sfumato.bases.family import FAMILIES
-from sfumato.bases.ldm_names import clip_name, open_clip_name, unet_name, vae_name
 from sfumato.bases.single_file import shipped, text_config, unet_config, vae_config
 from sfumato.bases.vocabulary import clip_tokenizer
 from sfumato.bases.weights import text_skeleton, unet_skeleton, vae_skeleton
@@ -19,6 +18,7 @@ from sfumato.data.needs import needs_of
 from sfumato.errors import BaseModelError
 from sfumato.files.family import LABELS
 from sfumato.files.header import Header, TensorInfo
+from sfumato.files.ldm_names import clip_name, open_clip_name, unet_name, vae_name
 from sfumato.forecast import shapes_of
 from tests.tiny import CPU, tiny_pipeline, write_single_file
 

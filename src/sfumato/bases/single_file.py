@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from sfumato.bases.family import Family
-from sfumato.bases.ldm_names import clip_name, open_clip_name, unet_name, vae_name
 from sfumato.bases.recognise import (
     CLIP,
     OPEN_CLIP,
@@ -31,6 +30,7 @@ from sfumato.bases.recognise import (
 from sfumato.bases.weights import LazyModel, StoredWeight, text_skeleton, unet_skeleton, vae_skeleton
 from sfumato.errors import BaseModelError
 from sfumato.files.header import Header
+from sfumato.files.ldm_names import clip_name, open_clip_name, unet_name, vae_name
 
 CONFIGS = Path(__file__).parent / "configs"
 UNUSED = ("position_ids", "logit_scale", "text_projection", "text_projection.weight")

@@ -173,7 +173,7 @@ def _names_and_files(part: str, module: nn.Module, files: Sequence[Path]) -> lis
     found += [file for file in files if file.parent.name == part and file not in found]
     whole = [file for file in files if file.parent.name not in ("unet", "vae", "text_encoder", "text_encoder_2")]
     if whole and part == "unet":
-        from sfumato.bases.ldm_names import unet_name
+        from sfumato.files.ldm_names import unet_name
 
         names = {name: f"model.diffusion_model.{unet_name(name, config)}" for name, _ in module.named_parameters()}
         return [(file, {}) for file in found] + [(file, names) for file in whole]

@@ -17,6 +17,7 @@ from types import MappingProxyType
 
 from sfumato.errors import AdapterError
 from sfumato.files.family import LABELS
+from sfumato.files.ldm_names import RESNET_IN_UNET, UNET_ENDS, unet_name
 
 PARTS = ("unet", "text_encoder", "text_encoder_2")
 """The parts of a pipeline that adapters change."""
@@ -63,25 +64,11 @@ _TEXT_PATH = re.compile(
     r"|embeddings\.(?:token|position)_embedding|final_layer_norm"
 )
 
-_SGM_TOP = {
-    "input_blocks_0_0": "conv_in",
-    "out_0": "conv_norm_out",
-    "out_2": "conv_out",
-    "time_embed_0": "time_embedding.linear_1",
-    "time_embed_2": "time_embedding.linear_2",
-    "label_emb_0_0": "add_embedding.linear_1",
-    "label_emb_0_2": "add_embedding.linear_2",
-}
-_SGM_RESNET = {
-    "in_layers_0": "norm1",
-    "in_layers_2": "conv1",
-    "emb_layers_1": "time_emb_proj",
-    "out_layers_0": "norm2",
-    "out_layers_3": "conv2",
-    "skip_connection": "conv_shortcut",
-}
-_TOP_TO_SGM = {path: name for name, path in _SGM_TOP.items()}
-_RESNET_TO_SGM = {path: name for name, path in _SGM_RESNET.items()}
+_SGM_TOP, _SGM_RESNET = (
+    {theirs[:-1].replace(".", "_"): ours[:-1] for ours, theirs in table.items()}
+    for table in (UNET_ENDS, RESNET_IN_UNET)
+)
+_SDXL = {"layers_per_block": 2, "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")}
 _SGM_LAYERS = 3
 """sgm blocks a diffusers block, for SD 1, SD 2 and SDXL: two layers and the down-sampler, going up three layers."""
 
@@ -160,24 +147,7 @@ def _unflatten(flat: str, split: re.Pattern[str]) -> str:
 
 
 def _to_sgm(path: str) -> str:
-    if path in _TOP_TO_SGM:
-        return _TOP_TO_SGM[path]
-    names = path.split(".")
-    if names[0] == "mid_block":
-        kind, j, rest = names[1], int(names[2]), names[3:]
-        return f"middle_block_{1 if kind == 'attentions' else 2 * j}_{_inner_to_sgm(kind, rest)}"
-    going, i, kind, j, rest = names[0], int(names[1]), names[2], int(names[3]), names[4:]
-    if kind == "downsamplers":
-        return f"input_blocks_{_SGM_LAYERS * (i + 1)}_0_op"
-    if kind == "upsamplers":  # after the attention, which both up-sampling blocks of SDXL have
-        return f"output_blocks_{_SGM_LAYERS * i + _SGM_LAYERS - 1}_2_conv"
-    place = _SGM_LAYERS * i + j
-    block = f"input_blocks_{place + 1}" if going == "down_blocks" else f"output_blocks_{place}"
-    return f"{block}_{1 if kind == 'attentions' else 0}_{_inner_to_sgm(kind, rest)}"
-
-
-def _inner_to_sgm(kind: str, rest: list[str]) -> str:
-    return "_".join(rest) if kind == "attentions" else _RESNET_TO_SGM[".".join(rest)]
+    return unet_name(f"{path}.", _SDXL)[:-1].replace(".", "_")
 
 
 def _from_sgm(flat: str) -> str:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-_RESNET_IN_UNET = {
+RESNET_IN_UNET = {
     "norm1.": "in_layers.0.",
     "conv1.": "in_layers.2.",
     "time_emb_proj.": "emb_layers.1.",
@@ -14,7 +14,7 @@ _RESNET_IN_UNET = {
     "conv2.": "out_layers.3.",
     "conv_shortcut.": "skip_connection.",
 }
-_UNET_ENDS = {
+UNET_ENDS = {
     "time_embedding.linear_1.": "time_embed.0.",
     "time_embedding.linear_2.": "time_embed.2.",
     "add_embedding.linear_1.": "label_emb.0.0.",
@@ -73,12 +73,12 @@ def unet_name(name: str, config: Mapping[str, Any]) -> str:
         kind, layer = match[1], int(match[2])
         inner = _in_block(kind, name[match.end() :]).split(".", 1)[1]
         return f"middle_block.{2 * layer + (kind == 'attentions')}.{inner}"
-    return _replace(name, _UNET_ENDS)
+    return _replace(name, UNET_ENDS)
 
 
 def _in_block(kind: str, rest: str) -> str:
     """A block is a list: its resnet is module 0, its attention module 1."""
-    return "0." + _replace(rest, _RESNET_IN_UNET) if kind == "resnets" else "1." + rest
+    return "0." + _replace(rest, RESNET_IN_UNET) if kind == "resnets" else "1." + rest
 
 
 def vae_name(name: str, config: Mapping[str, Any]) -> str:
