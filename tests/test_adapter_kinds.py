@@ -299,6 +299,43 @@ def test_loraplus_is_of_the_factors_b():
     assert loha.ups() == []
 
 
+@pytest.mark.parametrize("most", [0.1, 1e6])
+def test_a_norm_over_the_limit_is_shrunk_to_it_and_the_direction_stays(kind, name, most):
+    host, _, adapter = attached(kind, name)
+    (layer,) = learn(adapter).layers.values()
+    update = getattr(layer, "inner", layer)
+    before = update.delta(host.weight, *update.factors()).detach()
+    assert_close(update.norm(host).detach(), before.norm())
+    limited = adapter.limit_norms(most)
+    after = update.delta(host.weight, *update.factors()).detach()
+    assert float(limited) == (before.norm() > most)
+    if most == 1e6:
+        assert torch.equal(after, before)
+    else:
+        assert_close(after, before * (most / before.norm()), rtol=1e-4, atol=1e-6)
+    again = [factor.clone() for factor in layer.factors()]
+    adapter.limit_norms(most)
+    assert_close(list(layer.factors()), again, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", ["linear", "3x3"])
+def test_the_limit_of_a_lora_is_sd_scripts(name):
+    """LoRANetwork.apply_max_norm_regularization of sd-scripts' networks/lora.py, on one pair of factors."""
+    *_, adapter = attached(Kind(), name)
+    (layer,) = learn(adapter).layers.values()
+    down, up = (factor.detach().clone() for factor in layer.factors())
+    if down.ndim == 4:
+        updown = torch.nn.functional.conv2d(down.permute(1, 0, 2, 3), up).permute(1, 0, 2, 3)
+    else:
+        updown = up @ down
+    norm = (updown * layer.scale).norm().clamp(min=0.5 / 2)
+    ratio = torch.clamp(norm, max=0.5) / norm
+    adapter.limit_norms(0.5)
+    assert ratio < 1
+    assert_close(layer.down.detach(), down * ratio**0.5)
+    assert_close(layer.up.detach(), up * ratio**0.5)
+
+
 def test_a_dora_is_verified_on_its_base_alone(tmp_path):
     *_, adapter = attached(Kind("lokr", dora=True), "linear")
     file = read_adapter(learn(adapter).write(tmp_path / "a.safetensors", family="sd1"))

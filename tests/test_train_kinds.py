@@ -213,6 +213,21 @@ def test_dreambooth_and_text_encoders_learn_them_too(algo, flags, train):
     assert {part for part, _ in changes} == {"unet", "text_encoder"}
 
 
+@pytest.mark.parametrize("program", ["lora", "dreambooth"])
+def test_updates_stay_within_the_largest_norm(program, train):
+    more = ("--class-count", "2") if program == "dreambooth" else ()
+    options = ("--targets", SOME, "--steps", "4", "--learning-rate", "0.05", *more)
+    norms = {}
+    for name, most in (("free", "0"), ("limited", "0.1")):
+        path = train(name, *options, "--max-norm", most, program=program)
+        norms[name] = [float(change.delta().norm()) for change in read_adapter(path).changes.values()]
+    assert max(norms["free"]) > 0.2
+    assert max(norms["limited"]) <= 0.1 + 1e-5
+    shares = [row["limited"] for row in rows(path) if "loss" in row]
+    assert len(shares) == 4
+    assert 0 < shares[-1] <= 1
+
+
 def test_in_half_precision_and_with_checkpointing_nearly_the_same_is_learned(train):
     kind = ("--algo", "lokr", "--targets", SOME)
     losses = []
@@ -234,6 +249,8 @@ def test_in_half_precision_and_with_checkpointing_nearly_the_same_is_learned(tra
         ("dreambooth", ["--algo", "loha"], "--algo has no effect without --method lora"),
         ("dreambooth", ["--dora"], "--dora has no effect without --method lora"),
         ("dreambooth", ["--factor", "4"], "--factor has no effect without"),
+        ("dreambooth", ["--max-norm", "1"], "--max-norm has no effect without --method lora"),
+        ("lora", ["--max-norm", "-1"], "--max-norm is -1.0; it must not be negative"),
     ],
 )
 def test_wrong_use_is_one_line(program, options, said, pocket_folder, pictures, tmp_path, capsys):

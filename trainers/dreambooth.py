@@ -271,10 +271,12 @@ def train(config: Config) -> Path:
             if step.healthy(scaler, loss=loss, gradient_norm=norm):
                 scaler.step(optimizer)
             optimizer.zero_grad()
+        further: dict[str, Any] = {"class_loss": class_loss} if prior else {}
+        if lora is not None and config.max_norm and not step.skipped:
+            further["limited"] = lora.limit_norms(config.max_norm)
         scaler.update()
         if not step.skipped:
             average.update()
-        further = {"class_loss": class_loss} if prior else {}
         step.done(loss=loss, rate=schedule.rate, gradient_norm=norm, **further)
 
     if limit.reached and run.step < config.steps:
@@ -323,7 +325,7 @@ def refuse_idle(config: Config) -> None:
         checks.only_with(config, "it in --instance-prompt", "identifier")
     if config.method == "full":
         of_lora = ("alpha", "conv_rank", "conv_alpha", "loraplus_ratio", "targets", "over_steps", "own_negative")
-        checks.only_with(config, "--method lora", *of_lora, "save_every", "algo", "dora", "factor")
+        checks.only_with(config, "--method lora", *of_lora, "save_every", "algo", "dora", "factor", "max_norm")
         if config.save != "lora":
             checks.only_with(config, "--method lora or --save lora", "rank")
 

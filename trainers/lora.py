@@ -231,6 +231,7 @@ def train(config: Config) -> Path:
             if config.words_first and step.number == config.words_first:
                 average.settle(words.parameters())
         loss, prior_loss = torch.zeros(2, device=precision.device)
+        further: dict[str, Any] = {}
         for micro in batches.of(step.number):
             noised = draw_noised(base, dataset, config.seed, micro, noising=noising)
             if crossing:
@@ -256,12 +257,15 @@ def train(config: Config) -> Path:
         norm = optimizers.clip(parameters, config.clip)
         if step.healthy(scaler, loss=loss, gradient_norm=norm):
             scaler.step(optimizer)
+            if config.max_norm:
+                further["limited"] = lora.limit_norms(config.max_norm)
             if words:
                 words.keep_scale()
             average.update()
         scaler.update()
         optimizer.zero_grad()
-        further = {"prior_loss": prior_loss} if priors else {}
+        if priors:
+            further["prior_loss"] = prior_loss
         rate = optimizer.param_groups[-1]["lr"] if words_alone else schedule.rate  # the words' group is the last
         step.done(loss=loss, rate=rate, gradient_norm=norm, **further)
 

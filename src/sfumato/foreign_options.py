@@ -42,6 +42,7 @@ OPTIONS: Mapping[str, str] = MappingProxyType(
         "--input-perturbation": "ip_noise_gamma",
         "--huber": "huber_c",
         "--loraplus-ratio": "loraplus_lr_ratio loraplus_unet_lr_ratio",
+        "--max-norm": "scale_weight_norms",
         "--min-timestep": "min_noising_strength",
         "--max-timestep": "max_noising_strength",
         "--ema": "use_ema ema_decay",
@@ -146,7 +147,7 @@ ABSENT: Mapping[str, str] = MappingProxyType(
         "loraplus_text_encoder_lr_ratio": "--loraplus-ratio is that of the text encoders, too",
         "multires_noise_iterations": "--pyramid-noise goes on to a single pixel",
         "loss_type huber_schedule huber_scale": "--huber 0.1 is sd-scripts' huber with its schedule snr",
-        "adaptive_noise_scale scale_weight_norms": "there is no counterpart",
+        "adaptive_noise_scale": "there is no counterpart",
     }
 )
 """What trainers do not have, or in another place, and what to say of it: else a name that looks alike would be told."""

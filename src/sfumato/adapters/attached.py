@@ -93,6 +93,11 @@ class Attached(nn.Module):
         """The factors B, which LoRA+ gives a rate of their own."""
         return [up for layer in self.layers.values() for up in layer.ups()]
 
+    def limit_norms(self, most: float) -> Tensor:
+        """Shrink every update whose norm is larger than `most` to that; the share of the updates that were."""
+        limited = [layer.limit_norm(self._hosts[key], most) for key, layer in self.layers.items()]
+        return torch.stack([each.to(limited[0].device) for each in limited]).float().mean()
+
     def changes(self) -> dict[Target, Change]:
         """The updates as files have them; they share the layers' memory."""
         return {key: layer.change() for key, layer in self.layers.items()}

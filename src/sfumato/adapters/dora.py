@@ -47,6 +47,10 @@ class DoraLayer(UpdateLayer):
         ratio = (self.start + shift) / lengths((weight + update).detach())
         return (ratio - 1) * weight + ratio * update
 
+    def limit_norm(self, host: Host, most: float) -> Tensor:
+        """Of the update within: what a length makes of the weight has no norm that a limit could be for."""
+        return self.inner.limit_norm(host, most)
+
     def ups(self) -> tuple[nn.Parameter, ...]:
         return self.inner.ups()
 

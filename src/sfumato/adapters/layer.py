@@ -42,6 +42,24 @@ class UpdateLayer(nn.Module):
         """The factors B, which LoRA+ gives a rate of their own; none where no factor is what B is to A."""
         return ()
 
+    def norm(self, host: Host) -> Tensor:
+        """The Frobenius norm of the update, as a file will have it; of no elements, on the layer's device."""
+        norm: Tensor = torch.linalg.vector_norm(self.delta(host.weight, *self.factors()))
+        return norm
+
+    @torch.no_grad()
+    def limit_norm(self, host: Host, most: float) -> Tensor:
+        """Shrink the factors, all by one ratio, where the update's norm is larger than `most`; whether it was.
+
+        Max norm regularization as sd-scripts has it (scale_weight_norms). Waits for no GPU.
+        """
+        factors = self.factors()
+        norm = self.norm(host)
+        ratio = (most / norm.clamp(min=most)) ** (1 / len(factors))
+        for factor in factors:
+            factor.mul_(ratio)
+        return norm > most
+
     def change(self) -> Change:
         """The update as files have it; it shares the factors' memory, and does not know `strength`."""
         raise NotImplementedError

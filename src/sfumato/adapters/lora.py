@@ -58,6 +58,11 @@ class LoraLayer(UpdateLayer):
             return linear(linear(x, self.down) * scale, self.up)
         return F.conv2d(F.conv2d(x, self.down, None, *self.host_geometry) * scale, self.up)  # type: ignore[arg-type]
 
+    def norm(self, host: Host) -> Tensor:
+        """From the factors' Gram matrices, (rank, rank), instead of a product of the weight's size."""
+        up, down = self.up.flatten(1), self.down.flatten(1)
+        return self.scale * ((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt()
+
     def ups(self) -> tuple[nn.Parameter, ...]:
         return (self.up,)
 

@@ -32,7 +32,7 @@ _AT_LEAST_ONE = (
     *("vectors", "word_vectors", "class_count"),
 )
 _NOT_NEGATIVE = (
-    *("warmup", "clip", "min_snr", "noise_offset", "input_perturbation", "huber", "weight_decay"),
+    *("warmup", "clip", "max_norm", "min_snr", "noise_offset", "input_perturbation", "huber", "weight_decay"),
     *("keep_tags", "prior_weight", "drift_limit", "sample_every", "measure_every", "save_every"),
     *("checkpoint_every", "keep"),
 )

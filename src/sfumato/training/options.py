@@ -330,6 +330,10 @@ class KindOptions:
     factor: int | None = None
     """With --algo lokr, the size of the small factor: the smaller, the larger are the other and the file. Unset: both
     as square as they can be."""
+    max_norm: float = 0.0
+    """Largest norm of each layer's update; after every step larger ones are shrunk to it (sd-scripts'
+    scale_weight_norms). It keeps an adapter mixable and slows overtraining; 1 is usual, smaller holds more back. 0: no
+    limit."""
 
 
 @dataclass(frozen=True, kw_only=True)
