@@ -4,7 +4,7 @@
 
 writes emoji/pictures/STYLE/CONCEPT.png, for --data, and emoji/subjects/CONCEPT/STYLE.png, for --subjects, 64 px on
 white. Four of the styles are the pocket base's; glossy, joypixels and openmoji are what it has not seen, and nor has it
-the subjects. Needs `npm` and the PyPI package `resvg-py`, as `bench.pocket_data` does.
+the subjects. `--further` adds four styles by which no recipe was chosen. Needs `npm` and the PyPI package `resvg-py`, as `bench.pocket_data` does.
 """
 
 from __future__ import annotations
@@ -28,6 +28,14 @@ STYLES: Mapping[str, Source] = {
 }
 """Style name -> where its drawings come from."""
 
+FURTHER: Mapping[str, Source] = {
+    "emojione-v1": Source("@iconify-json/emojione-v1", "1.2.3", "CC-BY-SA-4.0"),
+    "fxemoji": Source("@iconify-json/fxemoji", "1.2.2", "Apache-2.0"),
+    "high-contrast": Source("@iconify-json/fluent-emoji-high-contrast", "1.2.6", "MIT"),
+    "streamline": Source("@iconify-json/streamline-emojis", "1.2.4", "CC-BY-4.0"),
+}
+"""Styles by which no recipe was chosen, of fewer drawings."""
+
 OF_SUBJECTS = ("noto", "twemoji", "flat", "openmoji")
 """The styles in which the subjects are drawn: two to learn from, one to ask for, one more."""
 
@@ -43,12 +51,15 @@ class Config:
     """Folder that receives pictures/STYLE/CONCEPT.png and subjects/CONCEPT/STYLE.png."""
     packages: Path | None = None
     """Folder with the packages' .tgz files; fetched there where one is missing. Default: OUT/npm."""
+    further: bool = False
+    """Draw four more styles, by which no recipe was chosen. Fewer concepts are in all styles then, so give them an
+    --out of their own."""
 
 
 def build(config: Config) -> Path:
     """Draw everything and return the folder; a concept that a set lacks is left out of its style."""
     concepts = CONCEPTS.read_text(encoding="utf-8").split()
-    for style, source in STYLES.items():
+    for style, source in {**STYLES, **(FURTHER if config.further else {})}.items():
         icons = fetch(source, config.packages or config.out / "npm")
         for concept in concepts:
             _draw(icons, concept, config.out / "pictures" / style / f"{concept}.png")
