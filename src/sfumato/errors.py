@@ -15,7 +15,7 @@ from collections.abc import Collection
 
 
 def nearest(name: str, known: Collection[str]) -> str:
-    """The end of an error message about an unknown name: the most similar names of `known`, or all of them."""
+    """The end of an error message about an unknown name: the most similar name of `known`, or all of them."""
     near = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}."
 

@@ -43,10 +43,12 @@ def latent_scale(vae: Any, device: torch.device) -> tuple[Tensor, Tensor]:
 class Base:
     """A base model, frozen. Made by `sfumato.load_base`.
 
-    name: what may be shown to others: `pocket`, a hub id, or the last part of a path. alpha_bar: (T,) fp32, the
-    cumulative product of 1 - beta; the last is 0 at zero terminal SNR. clip_skip: layers skipped at the end of the text
-    encoder, counted as in diffusers: A1111's "Clip skip: 2" is 1 here, and 0 on SDXL. max_tokens: tokens of a prompt
-    that are read, a multiple of the text encoder's positions without start and end token. Unset: as many as these.
+    name: what may be shown to others: `pocket`, a hub id, or the last part of a path.
+    alpha_bar: (T,) fp32, the cumulative product of 1 - beta; the last is 0 at zero terminal SNR.
+    clip_skip: layers skipped at the end of the text encoder, counted as in diffusers: A1111's "Clip skip: 2" is 1 here,
+        and 0 on SDXL.
+    max_tokens: tokens of a prompt that are read, a multiple of the text encoder's positions without start and end.
+        Unset: as many as these.
     lazy_weights: which parts have released their memory. The methods below load again what they use.
     """
 

@@ -153,7 +153,7 @@ def _replaced_forward(module: nn.Module, function: Callable[..., Any]) -> Iterat
     Where accelerate moves the weights between devices, the module's `forward` is accelerate's: it loads the weights and
     then calls `_old_forward`, the module's own. So the function takes that place, where the weights are loaded. After
     every image accelerate puts what it found in `_old_forward` back as `forward`, and the function with it. So both
-    places are restored at the end.
+    places are checked at the end.
     """
     name = "_old_forward" if "_old_forward" in module.__dict__ else "forward"
     forward = getattr(module, name)
