@@ -26,7 +26,9 @@ class Config:
     """Caption the images of a folder that have no caption. Shows some captions; --write saves NAME.txt beside each
     image.
 
-    Existing captions are never changed. Example: sfumato caption pictures --model models/blip --write
+    Existing captions are never changed.
+
+    Example: sfumato caption pictures --model models/blip --write
     """
 
     images: Path

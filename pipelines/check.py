@@ -31,7 +31,9 @@ _OF_A_KIND = 20
 class Config:
     """Check a folder of images before training: what training will see, and what is wrong. Loads no model.
 
-    Exits with 1 if training on it would stop. Example: sfumato check pictures --trigger zwx --sheet crops.png
+    Exits with 1 if training on it would stop.
+
+    Example: sfumato check pictures --trigger zwx --sheet crops.png
     """
 
     images: Path

@@ -24,6 +24,7 @@ class Config:
 
     Reads configs of kohya's sd-scripts (.toml, .json), ai-toolkit (.yaml, .json), OneTrainer (concepts.json, or the
     config of a whole training) and SimpleTuner (multidatabackend.json). Settings without a counterpart are listed.
+
     Example: sfumato dataset kohya.toml -o dataset.toml
     """
 

@@ -54,8 +54,8 @@ class Config(BaseOptions):
 
     prompts: tuple[str, ...] = ()
     """What to generate; several prompts give several images. `<lora:name:0.8>` in a prompt adds an adapter for that
-    prompt alone. A prompt may end in settings of its own, written as in sd-scripts: `--n blurry --w 512 --h 768 --d 7
-    --s 20 --l 7`."""
+    prompt alone. A prompt may end in settings of its own, written as in sd-scripts:
+    `--n blurry --w 512 --h 768 --d 7 --s 20 --l 7`."""
     _: KW_ONLY
     lora: tuple[str, ...] = ()
     """Adapter and its weight: FILE:0.8, FILE:0.8:0.4 for U-Net and text encoders, or LABEL=FILE:0.8. Repeat the option
@@ -105,8 +105,8 @@ class Config(BaseOptions):
     """Image that is white where --image is to be redrawn (inpainting). The rest stays the same to the pixel, at the
     size of the result."""
     prompt_syntax: Syntax = "plain"
-    """Syntax for weighted words and prompts of any length (extra `prompts`). a1111 reads (words:1.3), and words that
-    change between the steps: [crab:otter:0.4] and [crab|otter]. compel reads (words)1.3."""
+    """Syntax for weighted words and prompts of any length (pip install "sfumato[prompts]"). a1111 reads (words:1.3),
+    and words that change between the steps: [crab:otter:0.4] and [crab|otter]. compel reads (words)1.3."""
     negative: str | None = None
     """Negative prompt: what the images should not show; "" gives none. Unset: what an adapter's file asks for, else
     none. A subject's file may ask for the subject's own words, if the prompt says more than these (train

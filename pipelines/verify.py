@@ -29,8 +29,9 @@ class Config:
     trained.
 
     With --against, new words that are bundled in either file are compared, too. Exits with 0 if everything matches, 1
-    if something differs, 2 if a file cannot be read. Example: sfumato verify line-fp16.safetensors --against
-    line.safetensors
+    if something differs, 2 if a file cannot be read.
+
+    Example: sfumato verify line-fp16.safetensors --against line.safetensors
     """
 
     file: Path

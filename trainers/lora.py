@@ -116,10 +116,10 @@ class Config(KindOptions, TrainerOptions):
     """Weight of the prior-preservation samples in the loss; the training images have weight 1. If there are both
     prompts and class images, each kind has half of it. Unset: 1."""
     crossed_share: float = 0.0
-    """For a style: share of the samples at the noisier seven tenths of the timesteps whose noisy input is blended with
-    the base model's own version of the image, while the target stays the image. The adapter meets such inputs when it
-    generates something it was not trained on. The base model generates its version of each image once, before
-    training."""
+    """For a style: blend the noisy input of this share of the samples with the base model's own version of the image,
+    while the target stays the image. The adapter meets such inputs when it generates something it was not trained on.
+    Only samples at the noisier seven tenths of the timesteps take part, and the share is of these. The base model
+    generates its version of each image once, before training."""
     init_from: Path | None = None
     """Start from this adapter instead of from scratch. It must have the same targets and rank. If its file has new
     words that --train-words names, these start from there, too."""

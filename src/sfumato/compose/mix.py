@@ -217,8 +217,8 @@ class Mix:
     def embeddings(self) -> Mapping[str, Mapping[str, Mapping[str, Tensor]]]:
         """New words that the files bring: {label: {token: {text encoder: (vectors, width)}}}.
 
-        A mix changes weights and leaves the tokenizer alone. Prompts know these words within `with
-        embedding.bundled(pipe, mix.embeddings):` of `sfumato.words.embedding`.
+        A mix changes weights and leaves the tokenizer alone. Prompts know these words within
+        `with embedding.bundled(pipe, mix.embeddings):` of `sfumato.words.embedding`.
         """
         return MappingProxyType({label: file.embeddings for label, file in self._files.items() if file.embeddings})
 

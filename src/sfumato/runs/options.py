@@ -19,7 +19,7 @@ class FolderOptions:
     """Steps between checkpoints, besides those at the start and the end. 0 saves only the last one, and one at an
     interruption. Unset: a quarter of the run."""
     keep: int = 2
-    """Number of checkpoints to keep; less than two counts as two."""
+    """Number of checkpoints to keep; fewer than two count as two."""
     resume: bool = False
     """Resume the run in the output folder from its newest complete checkpoint."""
     force: bool = False
