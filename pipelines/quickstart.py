@@ -55,7 +55,7 @@ class Config:
     """
 
     output: Path = Path("runs/quickstart")
-    """Folder for both adapters and the sheet. If it holds a run already, a number is added to its name."""
+    """Folder for both adapters and the sheet. If it exists already, a number is added to its name."""
     style: Path = Path("datasets/line-style")
     """Folder of style images, each named after what it shows."""
     subject: Path = Path("datasets/flamingo")

@@ -100,7 +100,8 @@ class Config(KindOptions, TrainerOptions):
     word_vectors: int | None = None
     """Number of embedding vectors for each new word, 1 to 16. Unset: 4."""
     word_learning_rate: float | None = None
-    """Peak learning rate of the new words. Unset: the base family's default; with prodigy, the U-Net's."""
+    """Peak learning rate of the new words. Unset: the base family's default, with lion a quarter of it; with prodigy,
+    the U-Net's."""
     words_first: int = 0
     """Train only the new words for this many steps, and after that only the LoRA. 0: train both throughout."""
     bundle: bool = False
