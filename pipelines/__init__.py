@@ -1,1 +1,1 @@
-"""Programs that draw and look."""
+"""Programs that generate images, and programs that look into files."""

@@ -1,4 +1,4 @@
-"""Write captions for pictures that have none, with BLIP, Florence-2 or a WD tagger. Never over existing ones."""
+"""Write captions for images that have none, with BLIP, Florence-2 or a WD tagger. Never overwrites captions."""
 
 from __future__ import annotations
 
@@ -23,46 +23,50 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Config:
-    """Caption the pictures of a folder that have no caption. Shows some; --write writes NAME.txt beside each.
+    """Caption the images of a folder that have no caption. Shows some captions; --write saves NAME.txt beside each
+    image.
 
-    Existing captions are never changed. Example: sfumato caption pictures --model models/blip --write
+    Existing captions are never changed.
+
+    Example: sfumato caption pictures --model models/blip --write
     """
 
     images: Path
-    """The folder, or a dataset.toml."""
+    """Folder of images, or a dataset.toml."""
     model: str
-    """A folder or hub id: BLIP, Florence-2 (florence-community/Florence-2-base), or a WD tagger (model.onnx)."""
+    """Captioning model, a folder or hub id: BLIP, Florence-2 (florence-community/Florence-2-base), or a WD tagger
+    (model.onnx)."""
     _: KW_ONLY
     write: bool = False
-    """Write the captions; otherwise some are only shown."""
+    """Write the captions. Without it some are only shown."""
     preview: int = 4
-    """How many to show, without --write."""
+    """Number of captions to show without --write."""
     prefix: str = ""
-    """Put before each caption, such as "zwx, "."""
+    """Text to put before each caption, such as "zwx, "."""
     suffix: str = ""
-    """Put after each caption, such as ", zwx style"."""
+    """Text to put after each caption, such as ", zwx style"."""
     detail: Literal["short", "detailed", "paragraph"] = "detailed"
     """How much Florence-2 says."""
     longest: int = 75
-    """Tokens of a sentence of BLIP or Florence-2 at most; training reads 75, more with --max-tokens."""
+    """Largest number of tokens in a caption of BLIP or Florence-2. Training reads 75, or more with --max-tokens."""
     threshold: float = 0.35
-    """Probability from which a tagger's tag counts."""
+    """Lowest probability at which a tagger's tag is used."""
     character_threshold: float = 0.85
     """The same for a tagger's names of characters."""
     without: tuple[str, ...] = ()
-    """A tagger's tag to leave out; repeat for several."""
+    """Tag of a tagger to leave out. Repeat the option for several."""
     batch: int = 4
-    """Pictures at a time."""
+    """Images per batch."""
     precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
-    """What BLIP or Florence-2 is computed in."""
+    """Number format that BLIP or Florence-2 is computed in."""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps."""
+    """Device to compute on: auto, cpu, cuda, cuda:1 or mps."""
     json: bool = False
     """Print JSON for other programs."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Show or write the captions; 0 unless a picture could not be opened, then 1."""
+    """Show or write the captions. Returns 1 if an image could not be captioned, else 0."""
     # A first word that ends in .toml is the data set, not a config of this program (--config names one).
     config = parse(Config, argv, program="caption", first_may_be_config=False)
     check(config)
@@ -110,7 +114,7 @@ def _captioner(config: Config) -> Captioner:
 
 
 def check(config: Config) -> None:
-    """Refuse what makes no sense before anything is loaded."""
+    """Refuse options that make no sense, before anything is loaded."""
     for name in ("preview", "longest", "batch"):
         if getattr(config, name) < 1:
             raise ConfigError(f"--{name} is {getattr(config, name)}; it must be at least 1.")
@@ -123,10 +127,11 @@ def check(config: Config) -> None:
 
 
 def pictures_without(images: Path) -> tuple[dict[Path, ListedPicture], int, list[str]]:
-    """(caption's file -> the picture that has none yet, how many pictures have one, caption files that say nothing).
+    """(caption file -> the image that has no caption yet, number of images that have one, caption files that say
+    nothing).
 
-    An empty or unreadable caption file stays as it is. Of pictures that share a caption's file, as dog.jpg and dog.png
-    do, the first is described; of those that several sources name, each counts once.
+    An empty or unreadable caption file stays as it is. If images share a caption file, as dog.jpg and dog.png do, the
+    first is captioned. An image that several sources name counts once.
     """
     from sfumato.data.source import sources_of
 
@@ -152,7 +157,7 @@ def pictures_without(images: Path) -> tuple[dict[Path, ListedPicture], int, list
 def captions(
     wanted: Sequence[ListedPicture], captioner: Captioner, config: Config, failed: list[str]
 ) -> Iterator[tuple[ListedPicture, str]]:
-    """Each picture and its caption; what cannot be opened goes to `failed`, with its reason."""
+    """Yield each image and its caption. Images that cannot be opened are added to `failed`, with the reason."""
     from sfumato.data.images import open_image
 
     for start in range(0, len(wanted), config.batch):
@@ -173,7 +178,7 @@ def captions(
 
 
 def write_new(path: Path, caption: str) -> None:
-    """A new caption file, whole or not at all. Raises DataError if there is one by now."""
+    """Write a new caption file, complete or not at all. Raises DataError if one exists by now."""
     try:
         file = path.open("x", encoding="utf-8")  # fails where something is, even a broken link
     except FileExistsError:

@@ -1,4 +1,4 @@
-"""Look at a folder of pictures before training: what will be seen of it, and what is wrong. Loads no model."""
+"""Check a folder of images before training: what training will see, and what is wrong. Loads no model."""
 
 from __future__ import annotations
 
@@ -29,46 +29,50 @@ _OF_A_KIND = 20
 
 @dataclass(frozen=True)
 class Config:
-    """Look at a folder of pictures before training: what will be seen of it, and what is wrong. Loads no model.
+    """Check a folder of images before training: what training will see, and what is wrong. Loads no model.
 
-    Exits with 1 if training on it would stop. Example: sfumato check pictures --trigger zwx --sheet crops.png
+    Exits with 1 if training on it would stop.
+
+    Example: sfumato check pictures --trigger zwx --sheet crops.png
     """
 
     images: Path
-    """The folder, or a dataset.toml."""
+    """Folder of images, or a dataset.toml."""
     _: KW_ONLY
     base: str = "pocket"
-    """The model to be taught: pocket, a diffusers folder, a checkpoint, a hub id; or a family: sd1, sd2, sdxl."""
+    """Base model to train on: pocket, a diffusers folder, a checkpoint, a hub id; or a family: sd1, sd2, sdxl."""
     prediction_type: Literal["epsilon", "v_prediction"] | None = None
-    """What the base predicts, where its file does not say: the models of SD 2.x have two sizes by it."""
+    """What the base model predicts: noise (epsilon) or v. Set it where its file does not say; for SD 2.x the image size
+    depends on it."""
     max_tokens: Literal[75, 150, 225] | None = None
-    """Tokens of a caption that are read, as training has it."""
+    """Tokens of a caption that are read, as for training."""
     resolution: int | None = None
-    """Side in pixels of a square picture. Unset: the base's own."""
+    """Side in pixels of a square image. Unset: the base model's own resolution."""
     batch: int = 1
-    """Pictures of a step, to say which shapes are too few for one."""
+    """Images per step. The report then names shapes with too few images for one step."""
     caption: str | None = None
-    """Template for captions, as training has it."""
+    """Template for captions, as for training."""
     trigger: str | None = None
-    """The trigger word, to say how it tokenizes and whether captions hold it."""
+    """Trigger word. The report then says how it is tokenized and whether the captions contain it."""
     mask: MaskSource = "none"
-    """Learn only a part of each picture, as training has it."""
+    """Learn only a part of each image, as for training."""
     crop: CropMode = "center"
-    """How pictures are cropped, as training has it."""
+    """How images are cropped, as for training."""
     sheet: Path | None = None
-    """A picture file to draw every crop on; more than 200 go on FILE-2 and so on. Only an earlier sheet is replaced."""
+    """Image file on which to show every crop. More than 200 crops continue in FILE-2 and so on. Only an earlier sheet
+    is replaced."""
     json: bool = False
     """Print JSON for other programs."""
     fix: Path | None = None
-    """A new folder for a mended copy: no pictures that training refuses, of equal ones one (with a caption, if any has
-    one), pictures upright in sRGB, captions in UTF-8. Nearly equal ones stay."""
+    """New folder for a repaired copy. It has no images that training refuses, only one of identical images (one with a
+    caption if there is one), upright images in sRGB, and captions in UTF-8. Nearly identical images stay."""
     checksums: bool = False
-    """If nothing stops training, write SHA256SUMS into the folder: check and training then refuse files that were
+    """If nothing stops training, write SHA256SUMS into the folder. check and training then refuse files that were
     damaged or changed since, in every format."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print what was found; 1 if training would stop, else 0."""
+    """Print what was found. Returns 1 if training would stop, else 0."""
     # A first word that ends in .toml is the data set, not a config of this program (--config names one).
     config = parse(Config, argv, program="check", first_may_be_config=False)
     from sfumato.data.needs import needs_of
@@ -128,7 +132,7 @@ def _refuse(config: Config) -> None:
 
 
 def _refuse_another(sheet: Path) -> None:
-    """Raise ConfigError for a file that is there and is no such sheet: it may be a picture to learn from."""
+    """Raise ConfigError for a file that exists and is no such sheet: it may be a training image."""
     from sfumato.drawing.pnginfo import read_picture_info
 
     if sheet.exists() and "crops" not in (read_picture_info(sheet).own or {}):
@@ -153,7 +157,7 @@ def _progress(done: int, total: int) -> None:
 
 
 def render(report: Report) -> str:
-    """The report as text: what will be seen, what stops training, what to look at."""
+    """The report as text: what training will see, what stops it, what to look at."""
     good = sum(1 for look in report.looks if not look.error)
     lines = [
         f"{report.path}: {good:,} of {len(report.looks):,} pictures can be learned from, "
@@ -183,7 +187,7 @@ def render(report: Report) -> str:
 
 
 def _few_of_each(found: Sequence[Finding]) -> Iterator[str]:
-    """The texts, of each kind the first 20, so that many of one kind hide no other."""
+    """The first 20 texts of each kind, so that many of one kind hide no other."""
     counts = Counter(line.kind for line in found)
     told: Counter[str] = Counter()
     for line in found:
@@ -195,7 +199,7 @@ def _few_of_each(found: Sequence[Finding]) -> Iterator[str]:
 
 
 def _mend(report: Report, config: Config) -> Mended:
-    """The mended copy, without bad files and all but one of equal pictures."""
+    """The repaired copy, without bad files and with only one of identical images."""
     from sfumato.data.duplicates import duplicates
     from sfumato.data.mending import mend
     from sfumato.data.source import sources_of
@@ -213,7 +217,8 @@ def _mend(report: Report, config: Config) -> Mended:
 
 
 def _same(report: Report, alike: Sequence[Sequence[int]]) -> Iterator[list[int]]:
-    """Of those whose crops are equal, which is what training sees, those that are equal as a whole, masks too."""
+    """Of images with equal crops, which is what training sees, the groups that are equal as a whole, including
+    masks."""
     from sfumato.data.images import open_mask, open_transparent
 
     for places in alike:
@@ -241,7 +246,7 @@ def _mended_lines(mended: Mended, config: Config) -> list[str]:
 
 
 def _sheets(report: Report, file: Path) -> list[Path]:
-    """Every crop with its name, its caption and what is wrong, on sheets of 200."""
+    """Every crop with its name, its caption and what is wrong with it, on sheets of 200."""
     from sfumato.drawing.crop_sheet import crop_sheets, sheets_of
     from sfumato.drawing.pnginfo import save_picture
 

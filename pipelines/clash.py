@@ -1,4 +1,4 @@
-"""Where adapters clash, told from their files before anything is drawn."""
+"""Where adapters conflict, computed from their files before any image is generated."""
 
 from __future__ import annotations
 
@@ -23,26 +23,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Config:
-    """Tell, block by block, how much adapters share of their inputs and outputs and where they pull apart.
+    """Show, block by block, how many input and output directions adapters share, and where their changes conflict.
 
     Example: sfumato clash line.safetensors otter.safetensors -o clash.png
     """
 
     adapters: tuple[str, ...] = ()
-    """Two or more of FILE, FILE:0.8, LABEL=FILE:0.8."""
+    """Two or more adapters: FILE, FILE:0.8, LABEL=FILE:0.8."""
     _: KW_ONLY
     output: Annotated[Path | None, Parameter(alias="-o")] = None
-    """A PNG to write the heat map to: conflict and overlap, a row for each pair, a column for each block."""
+    """PNG file for a heat map of conflict and overlap, with a row for each pair of adapters and a column for each
+    block."""
     blocks: tuple[str, ...] = ()
-    """Modules to look at: up, down.1, mid, attn2, te, !up.0, ..., comma-separated; LABEL=... for one. Repeat."""
+    """Modules to compare: up, down.1, mid, attn2, te, !up.0, ..., separated by commas; LABEL=... for one adapter.
+    Repeat the option for several."""
     json: bool = False
     """Print JSON."""
     overwrite: bool = False
-    """Replace a picture that exists."""
+    """Replace an image file that exists."""
 
 
 def clash(config: Config) -> list[Pair]:
-    """The figures of every pair and block; writes the heat map where one is asked for."""
+    """The figures of every pair and block. Writes the heat map if one is asked for."""
     if len(config.adapters) < 2:
         raise ConfigError("wanted two adapters or more: sfumato clash a.safetensors b.safetensors.")
     if config.output is not None and config.output.suffix.lower() != ".png":
@@ -66,7 +68,7 @@ def clash(config: Config) -> list[Pair]:
 
 
 def table(pairs: Sequence[Pair]) -> str:
-    """The figures as lines of text, a heading for each pair of adapters."""
+    """The figures as lines of text, with a heading for each pair of adapters."""
     from sfumato.merging.overlap import conflict_by_pair
 
     width = max(len(pair.block) for pair in pairs)
@@ -85,7 +87,7 @@ def table(pairs: Sequence[Pair]) -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Report as the arguments say; 0 if the files could be read."""
+    """Report as the arguments say. Returns 0 if the files could be read."""
     config = parse(Config, argv, program="clash")
     pairs = clash(config)
     print(json.dumps([asdict(pair) for pair in pairs], indent=2) if config.json else table(pairs))

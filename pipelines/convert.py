@@ -1,4 +1,4 @@
-"""An adapter in another tool's grammar."""
+"""Convert an adapter to the file format of another tool."""
 
 from __future__ import annotations
 
@@ -24,39 +24,42 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Config:
-    """Write an adapter, from any tool, in the grammar that another one reads.
+    """Convert an adapter of any tool to the file format that another tool reads.
 
     Example: sfumato convert from-peft/ --to kohya -o line.safetensors
     """
 
     file: Path
-    """A .safetensors file of any tool's, or a folder of peft's."""
+    """Adapter to convert: a .safetensors file of any tool, or a folder of peft."""
     _: KW_ONLY
     output: Annotated[Path, Parameter(alias="-o")]
     """The .safetensors file to write; with --to peft, a folder."""
     to: Literal["kohya", "diffusers", "peft"] = "kohya"
-    """kohya: read by diffusers, ComfyUI, A1111/Forge, InvokeAI and sd-scripts; the others by diffusers or peft only."""
+    """Format to write. kohya: read by diffusers, ComfyUI, A1111/Forge, InvokeAI and sd-scripts. diffusers, peft: read
+    by diffusers or peft only."""
     bake: Literal["lora", "diff"] | None = None
-    """Kinds that are no LoRA, written as one (within --rank or --keep-energy; the error is printed) or as full
-    differences."""
+    """Convert kinds that are not LoRA. lora: to a LoRA within --rank or --keep-energy; the error is printed. diff: to
+    full weight differences."""
     rank: int | None = None
-    """With --bake lora: at most so many directions a module."""
+    """With --bake lora: largest rank of each module."""
     keep_energy: float | None = None
-    """With --bake lora: as many directions as hold this share of each delta's squared norm, such as 0.99."""
+    """With --bake lora: keep the smallest rank that holds this share of the squared norm of each module's change, such
+    as 0.99."""
     base: str | None = None
-    """With --bake: the base that the adapter was made for; the deltas of most kinds are taken on it."""
+    """With --bake: the base model that the adapter was made for. The change that most kinds make depends on its
+    weights."""
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
-    """Of the written file."""
+    """Number format of the written file."""
     family: Literal["pocket", "sd1", "sd2", "sdxl"] | None = None
-    """Where neither shapes nor metadata of the file tell it."""
+    """Family of the base model. Set it if neither shapes nor metadata of the file say it."""
     partial: bool = False
-    """Take what is understood of a file of which a part is not."""
+    """Convert the part of a file that is understood, and leave out the rest."""
     overwrite: bool = False
     """Replace a file that exists."""
 
 
 def convert(config: Config) -> Path:
-    """Write the adapter as the config says; returns the written file or folder."""
+    """Write the adapter as the config says. Returns the written file or folder."""
     check_free(config.output, config.overwrite, folder=config.to == "peft", read=[config.base])
     if (config.output.suffix == ".safetensors") != (config.to != "peft"):
         raise ConfigError(
@@ -145,7 +148,7 @@ def _differences(config: Config, source: MergeSource, family: str, metadata: Map
 
 
 def main(argv: Sequence[str]) -> int:
-    """Convert as the arguments say; 0 if the file was written."""
+    """Convert as the arguments say. Returns 0 if the file was written."""
     print(convert(parse(Config, argv, program="convert")))
     return 0
 

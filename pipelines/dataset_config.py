@@ -1,4 +1,4 @@
-"""Turn a data set config of kohya's sd-scripts, ai-toolkit, OneTrainer or SimpleTuner into a dataset.toml."""
+"""Convert a data set config of kohya's sd-scripts, ai-toolkit, OneTrainer or SimpleTuner to a dataset.toml."""
 
 from __future__ import annotations
 
@@ -20,22 +20,23 @@ from sfumato.numerals import pluralize
 
 @dataclass(frozen=True)
 class Config:
-    """Turn the data set config of another tool into a dataset.toml.
+    """Convert the data set config of another tool to a dataset.toml.
 
-    Read are those of kohya's sd-scripts (.toml, .json), ai-toolkit (.yaml, .json), OneTrainer (concepts.json, or a
-    whole training's) and SimpleTuner (multidatabackend.json). What has no counterpart is named. Example: sfumato
-    dataset kohya.toml -o dataset.toml
+    Reads configs of kohya's sd-scripts (.toml, .json), ai-toolkit (.yaml, .json), OneTrainer (concepts.json, or the
+    config of a whole training) and SimpleTuner (multidatabackend.json). Settings without a counterpart are listed.
+
+    Example: sfumato dataset kohya.toml -o dataset.toml
     """
 
     file: Path
-    """The other tool's config."""
+    """Config of the other tool."""
     _: KW_ONLY
     output: Annotated[Path | None, Parameter(alias="-o")] = None
-    """The dataset.toml to write, which must not exist. Unset: it is printed."""
+    """The dataset.toml to write; it must not exist. Unset: it is printed."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print or write the dataset.toml; what could not be carried over is said on stderr."""
+    """Print or write the dataset.toml. Lists on stderr what could not be converted."""
     # A first word that ends in .toml is the other tool's, not a config of this program.
     config = parse(Config, argv, program="dataset", first_may_be_config=False)
     from sfumato.data.foreign import convert

@@ -1,4 +1,4 @@
-"""What sfumato finds on this machine: versions, extras, processor, GPUs, and the precision that they lead to."""
+"""What sfumato finds on this machine: versions, extras, processor, GPUs, and the precision that follows from them."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from sfumato.config import parse
 
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "huggingface_hub", "pillow")
 FOR_DEVELOPERS = ("test", "mutation", "pocket")
-"""Extras by which no program of a user gains."""
+"""Extras that no user's program needs."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """Show versions, extras, devices, and the precision that trainings and pictures would have here.
+    """Show versions, extras, devices, and the precision for training and generating on this machine.
 
-    Put it into a report of a problem: there is no path and no name of yours in it.
+    Put the output into a bug report: it contains no path and no name of yours.
     """
 
     json: bool = False
@@ -33,7 +33,7 @@ class Config:
 
 
 def extras() -> dict[str, str]:
-    """Each extra, and the packages that it brings with their versions, or how it is installed."""
+    """Each extra, with its packages and their versions, or the command that installs it."""
     packages: dict[str, list[str]] = defaultdict(list)
     for requirement in metadata.requires("sfumato") or ():
         found = re.fullmatch(r"([\w.-]+).*; extra == ['\"](.+)['\"]", requirement)
@@ -48,7 +48,7 @@ def extras() -> dict[str, str]:
 
 
 def version_of(package: str) -> str:
-    """Its version; empty if it is not installed."""
+    """The version of a package; empty if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -56,7 +56,7 @@ def version_of(package: str) -> str:
 
 
 def devices() -> Iterator[str]:
-    """A line on the processor and one on each GPU."""
+    """A line about the processor and one about each GPU."""
     import torch
 
     from sfumato.precision import cpu_has_bf16
@@ -75,7 +75,7 @@ def devices() -> Iterator[str]:
 
 
 def survey() -> dict[str, Any]:
-    """All that is told, as JSON knows it; `lines` writes it for a person."""
+    """All that is shown, as JSON; `lines` turns it into text."""
     from sfumato.precision import decide
 
     return {
@@ -107,7 +107,7 @@ def lines(found: Mapping[str, Any]) -> Iterator[str]:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print what was found; 0."""
+    """Print what was found. Returns 0."""
     config = parse(Config, argv, program="env", first_may_be_config=False)
     found = survey()
     print(json.dumps(found, indent=2) if config.json else "\n".join(lines(found)))

@@ -1,4 +1,4 @@
-"""An adapter out of a fine-tuned model and its base."""
+"""Extract an adapter from a fine-tuned model and its base model."""
 
 from __future__ import annotations
 
@@ -26,36 +26,36 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Config:
-    """Take what a fine-tuned model differs from its base by, and write it as a LoRA, or exactly; what is kept is told.
+    """Write what a fine-tuned model differs from its base model in, as a LoRA or exactly. Says how much is kept.
 
     Example: sfumato extract tuned.safetensors --base base.safetensors --rank 32 -o tuned-lora.safetensors
     """
 
     tuned: str
-    """The fine-tuned model: a diffusers folder, a hub id or a .safetensors checkpoint."""
+    """Fine-tuned model: a diffusers folder, a hub id or a .safetensors checkpoint."""
     _: KW_ONLY
     base: str
-    """What it was trained from, in either form."""
+    """Base model that it was trained from: a diffusers folder, a hub id or a .safetensors checkpoint."""
     output: Annotated[Path, Parameter(alias="-o")]
     """The .safetensors file to write."""
     rank: int | None = None
-    """At most so many directions a module."""
+    """Largest rank of each module."""
     keep_energy: float | None = None
-    """As many directions as hold this share of each delta's squared norm, such as 0.99."""
+    """Keep the smallest rank that holds this share of the squared norm of each module's difference, such as 0.99."""
     exact: bool = False
-    """Write the whole difference, as large as the model, which any other base takes exactly."""
+    """Write the whole difference. It is as large as the model, and can be added exactly to any other base model."""
     parts: tuple[Literal["unet", "text_encoder", "text_encoder_2"], ...] = ()
-    """Which parts; all that differ if unset. Repeat."""
+    """Parts of the model to extract. Unset: all that differ. Repeat the option for several."""
     dtype: Literal["fp32", "fp16", "bf16"] | None = None
-    """Of the written file; fp16 if unset, with --exact fp32."""
+    """Number format of the written file. Unset: fp16, with --exact fp32."""
     trigger: tuple[str, ...] = ()
-    """Words that call up what the model learned. Repeat."""
+    """Trigger word for what the model learned. Repeat the option for several."""
     overwrite: bool = False
     """Replace a file that exists."""
 
 
 def extract_file(config: Config) -> Path:
-    """Write the adapter; returns its file."""
+    """Write the adapter. Returns its file."""
     if config.exact and (config.rank, config.keep_energy) != (None, None):
         raise ConfigError("--exact keeps all: leave out --rank and --keep-energy.")
     if not config.exact and config.rank is None and config.keep_energy is None:
@@ -82,7 +82,7 @@ def extract_file(config: Config) -> Path:
 
 
 def _write_lora(config: Config, tuned: StoredBase, base: StoredBase) -> tuple[int, str]:
-    """How many modules were written, and what they keep."""
+    """Write the LoRA. Returns the number of modules, and what they keep."""
     from sfumato.files.write_kohya import write_lora
     from sfumato.merging.convert import diffusers_warnings
     from sfumato.merging.extract import extract
@@ -97,7 +97,7 @@ def _write_lora(config: Config, tuned: StoredBase, base: StoredBase) -> tuple[in
 
 
 def _write_difference(config: Config, tuned: StoredBase, base: StoredBase) -> tuple[int, str]:
-    """The same, of all that differs."""
+    """Write all that differs. Returns the number of modules, and what they keep."""
     from sfumato.files.write_difference import write_difference
     from sfumato.merging.convert import Deltas
     from sfumato.merging.merge import MergeSource
@@ -127,7 +127,8 @@ def _write_difference(config: Config, tuned: StoredBase, base: StoredBase) -> tu
 
 
 def _differs(tuned: StoredBase, base: StoredBase, target: Target) -> bool:
-    """Whether weight or bias of a module are not the base's, as the tuned model would have saved them."""
+    """Whether the weight or bias of a module differs from the base model's, compared as the tuned model would save
+    it."""
     import torch
 
     from sfumato.merging.extract import rounded_alike
@@ -167,7 +168,7 @@ def _pairs(
 
 
 def main(argv: Sequence[str]) -> int:
-    """Extract as the arguments say; 0 if the file was written."""
+    """Extract as the arguments say. Returns 0 if the file was written."""
     print(extract_file(parse(Config, argv, program="extract")))
     return 0
 

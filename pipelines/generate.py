@@ -1,4 +1,4 @@
-"""Draw pictures with any base and any mix of adapters; the settings are inside each picture."""
+"""Generate images with any base model and any mix of adapters. Each image file contains its settings."""
 
 from __future__ import annotations
 
@@ -47,86 +47,92 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Config(BaseOptions):
-    """Draw pictures with any base and any mix of adapters; the settings are inside each picture.
+    """Generate images with any base model and any mix of adapters. Each image file contains its settings.
 
     Example: sfumato generate "a crab" --lora line.safetensors:0.8 --lora otter.safetensors:0.6 --seed 7 -o crab.png
     """
 
     prompts: tuple[str, ...] = ()
-    """What to draw; several prompts give several pictures. `<lora:name:0.8>` in one adds an adapter for it alone, and
-    sd-scripts' `--n blurry --w 512 --h 768 --d 7 --s 20 --l 7` after one are its own settings."""
+    """What to generate; several prompts give several images. `<lora:name:0.8>` in a prompt adds an adapter for that
+    prompt alone. A prompt may end in settings of its own, written as in sd-scripts:
+    `--n blurry --w 512 --h 768 --d 7 --s 20 --l 7`."""
     _: KW_ONLY
     lora: tuple[str, ...] = ()
-    """FILE:0.8, an adapter and its weight; FILE:0.8:0.4 for U-Net and text encoders; LABEL=FILE:0.8. Repeat to mix.
-    FILE may be a whole model, of which that share is mixed in, or be on the hub: owner/name,
-    owner/name/file.safetensors."""
+    """Adapter and its weight: FILE:0.8, FILE:0.8:0.4 for U-Net and text encoders, or LABEL=FILE:0.8. Repeat the option
+    to mix several. FILE may be on the hub: owner/name or owner/name/file.safetensors. FILE may also be a whole model;
+    the weight is then the share of it that is mixed in."""
     blocks: tuple[str, ...] = ()
-    """LABEL=down:0,up.1:1.2, factors on an adapter's weight by block; or a preset of B-LoRA (b-lora-style,
-    b-lora-content), or a block-weight list of the web interfaces. Repeat for several adapters."""
+    """LABEL=down:0,up.1:1.2: multiply an adapter's weight by a factor for each block. A B-LoRA preset (b-lora-style,
+    b-lora-content) or a block-weight list of the web interfaces works, too. Repeat the option for several adapters."""
     over_steps: tuple[str, ...] = ()
-    """LABEL=0:0,0.4:1, an adapter's weights as points PROGRESS:WEIGHT (0 is noise, 1 the finished picture), with
-    straight lines between them; or LABEL=0-0.5, its own weight in those steps and none in the others. Unset: the steps
-    that its file asks for, else all. LABEL may be the name in a tag. Repeat for several adapters."""
+    """Change an adapter's weight over the sampling steps, from 0 (noise) to 1 (finished image). LABEL=0:0,0.4:1 gives
+    points PROGRESS:WEIGHT with straight lines between them. LABEL=0-0.5 uses its own weight in those steps and 0 in the
+    others. LABEL may be the name in a tag. Unset: the steps that the adapter's file asks for, else all. Repeat the
+    option for several adapters."""
     switch: int | None = None
-    """The adapters take turns of this many steps each (LoRA-Switch)."""
+    """Let the adapters take turns of this many steps each (LoRA-Switch)."""
     region: tuple[str, ...] = ()
-    """LABEL=left, where in the picture an adapter counts: left, right, top, bottom, a box left,top,right,bottom in
-    shares of the side, or a picture that is white there. LABEL=left:an otter draws its own prompt there, and
-    LABEL+LABEL=left puts two adapters in one place. Repeat for several places."""
+    """Where in the image an adapter counts: LABEL=left, right, top or bottom, a box left,top,right,bottom in shares of
+    the side, or an image file that is white there. LABEL=left:an otter gives that region its own prompt.
+    LABEL+LABEL=left puts two adapters into one region. Repeat the option for several regions."""
     lora_folder: Path = Path(".")
-    """Where the adapters of `<lora:...>` tags are, at any depth."""
+    """Folder with the adapters of `<lora:...>` tags, at any depth."""
     seed: tuple[int, ...] = (0,)
-    """Where the noise comes from; every prompt is drawn with every seed. Repeat it for several."""
+    """Seed of the noise; every prompt is generated with every seed. Repeat the option for several."""
     count: int = 1
-    """Pictures from each seed on: the seeds 7, 8 and 9 for --seed 7 --count 3."""
+    """Number of images from each seed on: --seed 7 --count 3 takes the seeds 7, 8 and 9."""
     output: Annotated[Path, Parameter(alias="-o")] = Path("pictures")
-    """A .png (or .jpg, .webp) for one picture or one sheet, a folder for several."""
+    """Where to save: a .png (or .jpg, .webp) file for one image or one sheet, a folder for several images."""
     overwrite: bool = False
-    """Replace pictures that exist; otherwise they are an error before anything is drawn."""
+    """Replace images that exist. Otherwise they are an error before anything is generated."""
     prompts_file: Path | None = None
-    """A text file with a prompt a line; empty lines and lines that begin with # are left out."""
+    """Text file with one prompt on each line. Empty lines and lines that begin with # are skipped."""
     sweep: str | None = None
-    """LABEL=0,0.5,1: a sheet with a row for each weight of that adapter and a column for each prompt and seed. If the
-    adapter has two weights, that of the text encoders changes in proportion. New words, and a negative prompt that an
-    adapter's file asks for, are the same in all rows."""
+    """LABEL=0,0.5,1: generate a sheet with a row for each weight of that adapter and a column for each prompt and seed.
+    If the adapter has two weights, the one of the text encoders changes in proportion. New words, and a negative prompt
+    that an adapter's file asks for, are the same in all rows."""
     before_after: bool = False
-    """A sheet with a row for each prompt and seed: without the adapters, and with them from the same noise. New words,
-    and a negative prompt that an adapter's file asks for, are the same in both."""
+    """Generate a sheet that compares images without and with the adapters, from the same noise: a row for each prompt
+    and seed. New words, and a negative prompt that an adapter's file asks for, are the same in both."""
     embedding: tuple[str, ...] = ()
-    """FILE or TOKEN=FILE, a textual inversion, here or on the hub: a new word for prompts. Repeat for several."""
+    """Load a textual inversion embedding, a new word for prompts: FILE or TOKEN=FILE, local or on the hub. Repeat the
+    option for several."""
     image: Path | None = None
-    """A picture to start from instead of noise (img2img); without --size what is drawn has its proportions."""
+    """Image to start from instead of noise (img2img). Without --size the result has its proportions."""
     strength: float | None = None
-    """How much of --image is redrawn, above 0 to 1; 0.6 if unset."""
+    """How much of --image is redrawn (denoising strength), above 0 to 1. Unset: 0.6."""
     mask: Path | None = None
-    """A picture that is white where --image is to be redrawn; the rest stays the same to the pixel (inpainting), at
-    the size of what is drawn."""
+    """Image that is white where --image is to be redrawn (inpainting). The rest stays the same to the pixel, at the
+    size of the result."""
     prompt_syntax: Syntax = "plain"
-    """Weighted words and prompts of any length: a1111 reads (words:1.3) and words that change between the steps,
-    [crab:otter:0.4] and [crab|otter]; compel reads (words)1.3 (extra `prompts`)."""
+    """Syntax for weighted words and prompts of any length (pip install "sfumato[prompts]"). a1111 reads (words:1.3),
+    and words that change between the steps: [crab:otter:0.4] and [crab|otter]. compel reads (words)1.3."""
     negative: str | None = None
-    """What the pictures should not show; "" asks for nothing. Unset: what an adapter's file asks for, else nothing. A
-    subject's file may ask for the subject's own words in prompts that say more (train --own-negative)."""
+    """Negative prompt: what the images should not show; "" gives none. Unset: what an adapter's file asks for, else
+    none. A subject's file may ask for the subject's own words, if the prompt says more than these (train
+    --own-negative)."""
     steps: int | None = None
-    """Steps of the sampler; the family's default if unset."""
+    """Number of sampling steps. Unset: the base family's default."""
     guidance: float | None = None
-    """How strongly the prompt is followed (CFG scale); the family's default if unset."""
+    """Guidance scale (CFG scale): how strongly the prompt is followed. Unset: the base family's default."""
     adapter_guidance: tuple[str, ...] = ()
-    """2, or LABEL=2 for one adapter: how often its change of the U-Net counts. It is made in the prediction for the
-    prompt alone, where guidance multiplies it, so that less weight draws more of a style with fewer mistakes. 0: in
-    both predictions, as in other programs. Unset: what the file asks for (our styles: 2), else 0."""
+    """Adapter guidance: how often an adapter's change of the U-Net counts; 2, or LABEL=2 for one adapter. Above 0 the
+    adapter is active only in the prediction for the prompt, where guidance multiplies it, so that a smaller weight
+    gives more of a style with fewer mistakes. 0: the adapter is active in both predictions, as in other programs.
+    Unset: what the file asks for (2 for styles made by sfumato), else 0."""
     size: str | None = None
-    """Pixels, WIDTHxHEIGHT or one number for a square; if unset, the size that the base was trained on."""
+    """Size in pixels: WIDTHxHEIGHT, or one number for a square. Unset: the size that the base model was trained on."""
     sampler: str | None = None
-    """ddim, euler, euler a, dpm++ 2m, dpm++ 2m karras, unipc, heun, lms, pndm, ...; the family's default if unset."""
+    """Sampler: ddim, euler, euler a, dpm++ 2m, dpm++ 2m karras, unipc, heun, lms, pndm, ... Unset: the base family's
+    default."""
     verify: bool = False
-    """Refuse adapters whose changes do not match the fingerprint in their file, or that have none."""
+    """Refuse adapters whose weights do not match the fingerprint in their file, or whose file has none."""
     partial: bool = False
-    """Apply the part of an adapter that fits, where the rest does not."""
+    """Apply the part of an adapter that fits if the rest does not."""
 
 
 def plan(config: Config) -> Plan:
-    """The pictures, adapters and files that the config asks for. Raises ConfigError, one line, for what cannot be."""
+    """The images, adapters and files that the config asks for. Raises ConfigError, one line, for what is impossible."""
     prompts = _prompts(config)
     _check_settings(config)
     is_sheet = config.sweep is not None or config.before_after
@@ -164,7 +170,8 @@ def plan(config: Config) -> Plan:
 
 
 def _prompts(config: Config) -> list[str]:
-    """All prompts as they are written. Raises ConfigError where there is none, or a picture in the place of one."""
+    """All prompts as they are written. Raises ConfigError if there are none, or if one is the name of an image or text
+    file."""
     prompts = [*config.prompts, *(prompts_in(config.prompts_file) if config.prompts_file else ())]
     if not prompts:
         raise ConfigError('there is no prompt; say what to draw: sfumato generate "a crab" -o crab.png')
@@ -188,7 +195,7 @@ def _check_settings(config: Config) -> None:
 
 
 def _seeds(config: Config, own: Mapping[str, Any]) -> list[int]:
-    """Of the pictures of one prompt. own: what is set in the prompt."""
+    """The seeds of one prompt's images. own: the settings in the prompt."""
     firsts = (own["seed"],) if "seed" in own else config.seed
     seeds = [first + number for first in firsts for number in range(config.count)]
     for seed in seeds:
@@ -199,7 +206,7 @@ def _seeds(config: Config, own: Mapping[str, Any]) -> list[int]:
 def _sweep(
     config: Config, adapters: Sequence[Adapter], where_when: AdapterPlacement, *, has_tags: bool
 ) -> tuple[str, tuple[float, ...]] | None:
-    """(label, weights) of --sweep. Raises ConfigError also for what does not go with it."""
+    """(label, weights) of --sweep. Raises ConfigError, also for what does not go with it."""
     if config.sweep is None:
         return None
     label = config.sweep.rpartition("=")[0]
@@ -216,7 +223,7 @@ def _sweep(
 
 
 def _regions(config: Config, given: Sequence[Adapter], prompts: Sequence[Tagged]) -> tuple[RegionSpec, ...]:
-    """What --region says. Raises ConfigError also for what does not go with it."""
+    """The regions of --region. Raises ConfigError, also for what does not go with them."""
     regions = tuple(parse_region(text, given) for text in config.region)
     for region in regions:
         checked_syntax(region.prompt or "", config.prompt_syntax)
@@ -237,8 +244,8 @@ def _where_when(
     regional: Sequence[str],
     tagged: Sequence[str],
 ) -> AdapterPlacement:
-    """What --region, --over-steps and --switch say; labels: of the adapters that count everywhere, and in regions, and
-    of those that are in tags alone."""
+    """What --region, --over-steps and --switch say. labels: adapters that count everywhere. regional: adapters in
+    regions. tagged: adapters that are named in tags alone."""
     by_step = [parse_steps(text, [*labels, *tagged, *regional]) for text in config.over_steps]
     if going := [label for label, way in by_step if label in regional and not isinstance(way, Span)]:
         raise ConfigError(f"--over-steps {going[0]}: in a region an adapter has a span, such as {going[0]}=0-0.5.")
@@ -255,7 +262,7 @@ def _where_when(
 
 
 def generate(config: Config) -> tuple[Path, ...]:
-    """Draw what the config asks for; returns the files, each whole and with its settings inside."""
+    """Generate what the config asks for. Returns the files; each is complete and contains its settings."""
     wanted = plan(config)
 
     from sfumato.drawing.drawn import sampler_label, save_drawn
@@ -292,10 +299,10 @@ def generate(config: Config) -> tuple[Path, ...]:
 def _with_asked(
     config: Config, wanted: Plan, mix: Mix, regional: Mapping[str, AdapterFile], settings: Mapping[str, Any]
 ) -> tuple[dict[str, Any], Sequence[PictureRequest], AdapterPlacement]:
-    """Settings, pictures, and where and when adapters count, with what their files ask for where nothing else is asked
-    for; says what of it regions leave out.
+    """Settings, images and placement of the adapters, completed by what the adapters' files ask for. Options win. Says
+    what regions leave out.
 
-    regional: the files of adapters in regions, by label. settings: what all pictures share.
+    regional: the files of adapters in regions, by label. settings: what all images share.
     """
     from sfumato.compose.guided import strengths_of
     from sfumato.files.metadata import over_steps_of
@@ -324,7 +331,7 @@ def _with_asked(
 def _drawn(
     session: DrawingSession, sweep: tuple[str, tuple[float, ...]] | None, *, before_after: bool
 ) -> Iterator[Drawn]:
-    """The sheet that is asked for, else picture by picture."""
+    """Yield the sheet that is asked for, else image by image."""
     if sweep:
         yield session.sweep(*sweep)
     elif before_after:
@@ -334,13 +341,14 @@ def _drawn(
 
 
 def _told(wanted: Plan, mix: Mix, regional: Mapping[str, AdapterFile]) -> dict[str, Mapping[str, str]]:
-    """The metadata of the adapters that count, by label; regional: the files of those in regions."""
+    """The metadata of the adapters that count, by label. regional: the files of adapters in regions."""
     told = {**mix.metadata, **{label: file.metadata for label, file in regional.items()}}
     return {label: metadata for label, metadata in told.items() if label in wanted.counted}
 
 
 def _say_unheard(told: Mapping[str, Mapping[str, str]]) -> None:
-    """Say which adapters ask for adapter guidance, which regions leave out. told: the files' metadata, by label."""
+    """Say which adapters ask for adapter guidance, but do not get it because of regions. told: the files' metadata, by
+    label."""
     from sfumato.files.metadata import adapter_guidance_of
 
     for label, metadata in told.items():
@@ -355,10 +363,10 @@ def _say_unheard(told: Mapping[str, Mapping[str, str]]) -> None:
 def _mixed(
     base: Base, wanted: Plan, config: Config
 ) -> Iterator[tuple[Mix, dict[str, AdapterFile], list[tuple[Path, Iterable[str]]]]]:
-    """Within the block the base has the new words and the mix; the mix, the files of adapters in regions by label, and
-    those of new words with what they are called.
+    """In the block the base model has the new words and the mix. Yields the mix, the files of adapters in regions by
+    label, and the files of new words with their tokens.
 
-    Says what of them has no effect, was left out, or was learned on another base.
+    Says what has no effect, was left out, or was trained on another base model.
     """
     from sfumato.compose import compose
     from sfumato.drawing.notes import (
@@ -406,9 +414,9 @@ def _mixed(
 def _against(
     pictures: Sequence[PictureRequest], mix: Mix, wanted: Plan, settings: Mapping[str, Any]
 ) -> list[PictureRequest]:
-    """The pictures, where they have guidance, with the negative prompts that their adapters' files ask for; says which.
+    """The images with the negative prompts that their adapters' files ask for, where guidance is used; says which.
 
-    settings: what all pictures share.
+    settings: what all images share.
     """
     from sfumato.drawing.notes import asked_negatives
 
@@ -424,7 +432,7 @@ def _against(
 
 
 def _settings(config: Config, wanted: Plan, start: Start | None, base: Base) -> dict[str, Any]:
-    """What every picture of this call shares, defaults filled in."""
+    """What all images of this call share, with defaults filled in."""
     from sfumato.drawing.drawn import of_base
     from sfumato.drawing.start import size_like
 
@@ -448,7 +456,7 @@ def _settings(config: Config, wanted: Plan, start: Start | None, base: Base) -> 
 
 
 def _summary(pictures: Sequence[Mapping[str, Any]], sampler: tuple[str, str | None], base: Base) -> str:
-    """How the pictures, of these settings, are drawn, without what differs between them."""
+    """How the images with these settings are generated, without what differs between them."""
     said = (
         {f"{each['steps']} steps of {' '.join(filter(None, sampler))}" for each in pictures},
         {f"guidance {each['guidance']:g}" for each in pictures},
@@ -460,7 +468,7 @@ def _summary(pictures: Sequence[Mapping[str, Any]], sampler: tuple[str, str | No
 
 
 def _start(config: Config) -> Start | None:
-    """The picture to begin from, read as training would read it, whatever the ratio of its sides."""
+    """The image to start from, read as training would read it, whatever its aspect ratio."""
     if config.image is None:
         return None
     from sfumato.data import open_image
@@ -473,7 +481,7 @@ def _start(config: Config) -> Start | None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Draw, print the files, return 0."""
+    """Generate, print the files, return 0."""
     generate(parse(Config, argv, program="generate"))
     return 0
 

@@ -1,4 +1,4 @@
-"""An XY plot: pictures over two settings, to choose by. It fills coarse to fine and goes on where it was stopped."""
+"""An XY plot: images over two settings, to choose from. It fills coarse to fine, and resumes after an interruption."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Config(BaseOptions):
-    """Draw pictures over two settings as one labelled sheet.
+    """Generate images over two settings as one labelled sheet (XY plot).
 
     Example: sfumato grid --lora line.safetensors --x line=0,0.5,1 --y "prompt=a crab|an owl" -o grid
 
@@ -39,49 +39,51 @@ class Config(BaseOptions):
     """
 
     x: str
-    """What varies from left to right: prompt=a crab|an owl, seed=1,2,3, LABEL=0,0.5,1 for an adapter's weight,
-    adapter=a.safetensors,runs/*.safetensors for one adapter after another, method=linear,ties,np-lora for the adapters
-    merged by each method as sfumato merge does it; also density (of a method), negative, steps, guidance,
+    """What varies from left to right: prompt=a crab|an owl; seed=1,2,3; LABEL=0,0.5,1 for an adapter's weight;
+    adapter=a.safetensors,runs/*.safetensors for one adapter after another; method=linear,ties,np-lora to merge the
+    adapters by each method, as sfumato merge does. Also density (of a method), negative, steps, guidance,
     adapter_guidance, sampler."""
     y: str
     """What varies from top to bottom, in the same form."""
     lora: tuple[str, ...] = ()
-    """FILE:0.8, an adapter and its weight, as for sfumato generate. Repeat to mix."""
+    """Adapter and its weight, FILE:0.8, as for sfumato generate. Repeat the option to mix several."""
     method: str | None = None
-    """How sfumato merge combines the adapters into one, where no axis says it: linear, ties, dare, magnitude, np-lora,
-    ...; unset, they are summed. For np-lora the first --lora is the style."""
+    """Merge the adapters into one by this method of sfumato merge, unless an axis varies it: linear, ties, dare,
+    magnitude, np-lora, ... For np-lora the first --lora is the style. Unset: the adapters are summed."""
     density: float | None = None
-    """Share of the entries that ties, dare, dare-ties, magnitude, knots and core-space keep; 0.5 if unset."""
+    """Share of the entries that ties, dare, dare-ties, magnitude, knots and core-space keep. Unset: 0.5."""
     rank: int | None = None
-    """The largest rank of a module that a method merges; unset, as many directions as the adapters have together."""
+    """Largest rank of each module that a method merges. Unset: the sum of the adapters' ranks."""
     embedding: tuple[str, ...] = ()
-    """FILE or TOKEN=FILE, a textual inversion, here or on the hub: a new word for prompts. Repeat for several."""
+    """Load a textual inversion embedding, a new word for prompts: FILE or TOKEN=FILE, local or on the hub. Repeat the
+    option for several."""
     adapter_weight: float = 1.0
-    """The weight of adapters on an axis adapter=... that have none of their own (FILE:0.8)."""
+    """Weight of adapters on an axis adapter=... that have none of their own (FILE:0.8)."""
     prompt: str | None = None
-    """What to draw, where no axis says it."""
+    """Prompt, unless an axis varies it."""
     prompt_syntax: Syntax = "plain"
-    """How all prompts are written, as for sfumato generate. With a1111 a | in brackets belongs to the prompt, and one
-    outside them separates prompts: prompt=a [red|blue] crab|an owl is two prompts."""
+    """Syntax of all prompts, as for sfumato generate. With a1111 a | in brackets belongs to the prompt, and a | outside
+    brackets separates prompts: prompt=a [red|blue] crab|an owl is two prompts."""
     seed: int | None = None
-    """Where the noise comes from, where no axis says it. Unset: 0."""
+    """Seed of the noise, unless an axis varies it. Unset: 0."""
     output: Annotated[Path, Parameter(alias="-o")] = Path("grid")
-    """A folder: grid.png, grid.json, and cells/, all pictures with their settings. Cells that are already there are
-    kept; the sheet of an earlier plot is replaced."""
+    """Folder for grid.png, grid.json, and cells/ with all images and their settings. Cells that exist are kept; the
+    sheet of an earlier plot is replaced."""
     negative: str | None = None
-    """What the pictures should not show; what a file asks for if unset, as for sfumato generate."""
+    """Negative prompt: what the images should not show. Unset: what an adapter's file asks for, as for sfumato
+    generate."""
     steps: int | None = None
-    """Steps of the sampler; the family's default if unset."""
+    """Number of sampling steps. Unset: the base family's default."""
     guidance: float | None = None
-    """How strongly the prompt is followed (CFG scale); the family's default if unset."""
+    """Guidance scale (CFG scale): how strongly the prompt is followed. Unset: the base family's default."""
     adapter_guidance: float | None = None
-    """How often the adapters count, as for sfumato generate; what each file asks for if unset."""
+    """Adapter guidance, as for sfumato generate. Unset: what each adapter's file asks for."""
     sampler: str | None = None
-    """The sampler's name; the family's default if unset."""
+    """Sampler, by name. Unset: the base family's default."""
     partial: bool = False
-    """Apply the part of an adapter that fits, where the rest does not."""
+    """Apply the part of an adapter that fits if the rest does not."""
     size: str | None = None
-    """Pixels, WIDTHxHEIGHT or one number for a square; if unset, the size that the base was trained on."""
+    """Size in pixels: WIDTHxHEIGHT, or one number for a square. Unset: the size that the base model was trained on."""
 
 
 def plan(config: Config) -> tuple[Axis, Axis, list[Adapter], list[list[Cell]]]:
@@ -122,8 +124,8 @@ def _cell(
     extra: Mapping[tuple[str, str], Adapter],
     at: Mapping[str, tuple[Axis, Any]],
 ) -> Cell:
-    """The cell at these values of the axes. weights: where no axis says another. extra: adapters of the axes, by side
-    and value. at: by side, its axis and the value."""
+    """The cell at these values of the axes. weights: used unless an axis varies them. extra: adapters of the axes, by
+    side and value. at: by side, its axis and the value."""
     settings = {name: getattr(config, name) for name in PLAIN} | {"seed": config.seed or 0}
     if config.prompt_syntax != "plain":  # so that cells that were drawn without the option are known again
         settings["prompt_syntax"] = config.prompt_syntax
@@ -156,7 +158,7 @@ def _check_axes(config: Config, x: Axis, y: Axis, adapters: Sequence[Adapter]) -
 
 
 def _prompts(config: Config, x: Axis, y: Axis) -> Iterator[tuple[str, Sequence[str]]]:
-    """Where a prompt stands, and the prompts there."""
+    """Each place where prompts stand, and the prompts there."""
     yield "--prompt", [config.prompt] if config.prompt is not None else []
     yield "--negative", [config.negative or ""]
     for name, axis in (("--x", x), ("--y", y)):
@@ -185,7 +187,7 @@ def _check_method(config: Config, x: Axis, y: Axis, adapters: Sequence[Adapter])
 
 
 def _with_method(settings: dict[str, Any], rank: int | None) -> dict[str, Any]:
-    """The settings of a cell, those of its method only where it has one that takes them."""
+    """The settings of a cell. Settings of a merging method are kept only if the cell has a method that takes them."""
     method, density = settings.pop("method"), settings.pop("density")
     if method is None:
         return settings
@@ -198,7 +200,7 @@ def _with_method(settings: dict[str, Any], rank: int | None) -> dict[str, Any]:
 
 
 def draw_grid(config: Config) -> Path:
-    """Draw what is missing; returns the sheet's path."""
+    """Generate the cells that are missing. Returns the path of the sheet."""
     x, y, adapters, rows = plan(config)
     _refuse_others(config.output)
     embeddings = [parse_embedding(spec) for spec in config.embedding]
@@ -240,7 +242,7 @@ def draw_grid(config: Config) -> Path:
 
 
 def _refuse_others(folder: Path) -> None:
-    """Raise ConfigError for files in the places of the sheet and of its list that are no plot's."""
+    """Raise ConfigError if grid.png or grid.json exist and belong to no plot."""
     from sfumato.drawing.pnginfo import read_picture_info
 
     sheet, listed = folder / "grid.png", folder / "grid.json"
@@ -280,9 +282,9 @@ def _write_sheet(
     paths: Mapping[tuple[int, int], Path],
     there: Collection[Path],
 ) -> None:
-    """grid.png with the cells so far, and grid.json with what each cell is. there: the files that are drawn.
+    """Write grid.png with the cells so far, and grid.json with what each cell is. there: the files that exist.
 
-    The sheet's file has the first cell's settings, the axes, and what draws the whole of it again.
+    The sheet's file contains the settings of the first cell, the axes, and what generates the whole sheet again.
     """
     from sfumato.drawing.pnginfo import read_picture_info, save_picture
     from sfumato.drawing.sheet import contact_sheet, read_drawn
@@ -308,7 +310,7 @@ def _write_sheet(
 
 
 def _public(config: Config) -> dict[str, Any]:
-    """What was asked for beside the defaults, without the folders of files and what depends on the machine."""
+    """The options that differ from the defaults, without folders of files and without what depends on the machine."""
     usual = {each.name: each.default for each in fields(Config)}
     given = {
         name: value for name, value in to_dict(config, public=True).items() if getattr(config, name) != usual[name]
@@ -320,7 +322,7 @@ def _public(config: Config) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Draw the plot, print its path, return 0."""
+    """Generate the plot, print its path, return 0."""
     print(draw_grid(parse(Config, argv, program="grid")))
     return 0
 

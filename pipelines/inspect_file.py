@@ -1,4 +1,4 @@
-"""What an adapter file holds, from its family to its hash, what a whole model is, how a picture was made."""
+"""Look into an adapter file, a whole model, or the settings inside an image."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ _PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 class Config:
     """Look into an adapter file: family, kinds, targets, ranks, alphas, norms per block, trigger words, hashes.
 
-    LoRA, LoCon, DoRA, LoHa, LoKr, IA3, OFT, BOFT, GLoRA and full differences, in the spellings of kohya, LyCORIS,
-    diffusers, peft, OneTrainer and ai-toolkit. Of a whole model: family, what it predicts, parts and their dtypes. Of a
-    picture: the settings that A1111, Forge, ComfyUI, InvokeAI or sfumato wrote into it, and the command that draws it
-    again.
+    Reads LoRA, LoCon, DoRA, LoHa, LoKr, IA3, OFT, BOFT, GLoRA and full differences, as named by kohya, LyCORIS,
+    diffusers, peft, OneTrainer and ai-toolkit. For a whole model it shows family, prediction type, parts and their
+    number formats. For an image it shows the settings that A1111, Forge, ComfyUI, InvokeAI or sfumato wrote into it,
+    and the command that generates it again.
 
     Example: sfumato inspect line.safetensors
     """
 
     file: Path
-    """The .safetensors file, a folder of peft's or diffusers', or a picture. Of anything else a word on what it is."""
+    """The .safetensors file, a folder of peft or diffusers, or an image. For anything else it says what the file is."""
     _: KW_ONLY
     json: bool = False
-    """Print JSON, metadata included, for other programs."""
+    """Print JSON for other programs, including the metadata."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print what the file holds; 0 if it could be read."""
+    """Print what the file contains. Returns 0 if it could be read."""
     config = parse(Config, argv, program="inspect")
     if config.file.suffix.lower() in _PICTURES and config.file.is_file():
         about = redraw.redraw(config.file)

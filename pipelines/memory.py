@@ -1,4 +1,4 @@
-"""How much memory training and drawing take, told before anything is loaded."""
+"""How much memory training and generating take, computed before anything is loaded."""
 
 from __future__ import annotations
 
@@ -24,45 +24,47 @@ GIB = 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Tell what each way to train takes of memory at its peak, and which would fit, from the shapes of a base alone.
+    """Show the peak memory of each way to train, and which ones would fit, from the shapes of a base model alone.
 
     Example: sfumato memory --base sdxl --within 12
     """
 
     base: str = "pocket"
-    """The model to teach: pocket, a hub id, a diffusers folder, or a single .safetensors checkpoint. Or sd1, sd2 or
-    sdxl for the family's usual shapes, where there is no model yet."""
+    """Base model: pocket, a hub id, a diffusers folder, or a single .safetensors checkpoint. If you have no model yet,
+    sd1, sd2 or sdxl stands for the family's usual shapes."""
     vae: str | None = None
-    """Another VAE: a hub id, a folder, or a single file."""
+    """Use another VAE: a hub id, a folder, or a single file."""
     prediction_type: Literal["epsilon", "v_prediction"] | None = None
-    """What the base predicts, where its file does not say."""
+    """What the base model predicts: noise (epsilon) or v. Set it where its file does not say."""
     resolution: int | None = None
-    """Side in pixels of a square picture; others keep about as many pixels. Unset: the base's own."""
+    """Side in pixels of a square image; images of other shapes have about as many pixels. Unset: the base model's
+    own."""
     batch: int = 1
-    """Pictures at a time, as of the trainers; fewer with --accumulate learn the same."""
+    """Images per batch, as for training. A smaller batch with more --accumulate learns the same."""
     rank: int | None = None
-    """Of LoRAs. Unset: the base family's default."""
+    """LoRA rank. Unset: the base family's default."""
     conv_rank: int | None = None
-    """Of LoRAs on convolutions of more than 1x1. Unset: --rank."""
+    """LoRA rank for convolutions larger than 1x1. Unset: --rank."""
     algo: AlgoName = "lora"
-    """The kind of the adapters, as of the trainers: lora, loha or lokr. The rows below call all of them lora."""
+    """Kind of adapter, as for training: lora, loha or lokr. The rows of the table call all of them lora."""
     dora: bool = False
-    """With weight decomposition, as of the trainers."""
+    """With weight decomposition (DoRA), as for training."""
     factor: int | None = None
-    """With --algo lokr, the size of the small factor, as of the trainers."""
+    """With --algo lokr: size of the small factor, as for training."""
     device: Literal["gpu", "cpu"] = "gpu"
-    """Where it would be trained; there need be no GPU here."""
+    """Device to train on. This machine need not have a GPU."""
     precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
-    """Number format of the frozen base. auto: bf16 on a GPU, fp32 on a CPU. On a CPU that multiplies bf16 adapters
-    learn in bf16."""
+    """Number format of the frozen base model. auto: bf16 on a GPU, fp32 on a CPU; but adapters train in bf16 on a CPU
+    that multiplies bf16."""
     within: float | None = None
-    """GiB that there are. What takes more is marked; in JSON it is listed by its name, by what a plain step takes."""
+    """Memory that you have, in GiB. What takes more is marked. In JSON its name is listed, judged by a step without
+    gradient checkpointing."""
     json: bool = False
     """Print JSON."""
 
 
 def check(config: Config) -> None:
-    """Refuse numbers that cannot be, before anything is read."""
+    """Refuse impossible numbers, before anything is read."""
     for name in ("resolution", "batch", "rank", "conv_rank", "factor", "within"):
         value = getattr(config, name)
         if value is not None and not 0 < value < math.inf:
@@ -72,10 +74,10 @@ def check(config: Config) -> None:
 
 
 def rows_of(base: Base, adapting: Setting, alone: Setting) -> Iterator[tuple[str, list[float]]]:
-    """What is done, and the GiB that it takes; a step's also with checkpointing. One after another, each in seconds.
+    """Each task, and the GiB that it takes; for a training step also with checkpointing. Each row takes seconds.
 
-    adapting: the setting in which an adapter is trained; alone: that of drawing, and of training a whole model, which
-    may have another precision.
+    adapting: the setting for training an adapter. alone: the setting for generating, and for training a whole model;
+    its precision may differ.
     """
     from sfumato import forecast
 
@@ -97,7 +99,7 @@ def rows_of(base: Base, adapting: Setting, alone: Setting) -> Iterator[tuple[str
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print the table, each row as soon as it is known; 0."""
+    """Print the table, each row as soon as it is known. Returns 0."""
     config = parse(Config, argv, program="memory")
     check(config)
     from sfumato import forecast

@@ -32,43 +32,47 @@ class Config:
     """
 
     adapters: tuple[str, ...] = ()
-    """FILE:0.8, an adapter and its weight; FILE:0.8:0.4 for U-Net and text encoders; LABEL=FILE:0.8. With --into also
-    a whole model, a checkpoint or a diffusers folder, which counts by what it differs from that base."""
+    """Adapters and their weights: FILE:0.8, FILE:0.8:0.4 for U-Net and text encoders, LABEL=FILE:0.8. With --into also
+    whole models (a checkpoint or a diffusers folder); what counts is their difference from the base model of --into."""
     _: KW_ONLY
     output: Annotated[Path, Parameter(alias="-o")] = Path("mix.safetensors")
-    """The .safetensors file to write; with --into a diffusers folder, a folder."""
+    """The .safetensors file to write. With --into a diffusers folder: a folder."""
     method: Literal["linear", "ties", "dare", "dare-ties", "magnitude", "knots", "core-space", "np-lora"] = "linear"
-    """linear is the weighted sum, exactly what mixing at drawing time gives; docs/mixing.md tells the others."""
+    """Merging method. linear is the weighted sum, exactly the same as mixing when generating. docs/mixing.md describes
+    the others."""
     rank: int | None = None
-    """At most so many directions a module; unset, ranks add up and nothing is lost where nothing must be."""
+    """Largest rank of each module. Unset: ranks add up, and nothing is lost unless the method requires it."""
     keep_energy: float | None = None
-    """Keep as many directions as hold this share of each delta's squared norm, such as 0.99."""
+    """Keep the smallest rank that holds this share of the squared norm of each module's change, such as 0.99."""
     density: float = 0.5
-    """Share of the entries that ties, dare, dare-ties and magnitude keep, in knots and core-space, too."""
+    """Share of the entries that ties, dare, dare-ties and magnitude keep, also inside knots and core-space."""
     inside: Literal["linear", "ties", "dare", "dare-ties", "magnitude"] = "ties"
-    """What knots and core-space do in the joint basis."""
+    """Method that knots and core-space use in their joint basis."""
     null_energy: float = 0.99
-    """np-lora: share of each earlier adapter's energy whose directions later ones give up; the first is the style."""
+    """np-lora: later adapters give up the directions that hold this share of each earlier adapter's energy. The first
+    adapter is the style."""
     null_strength: float | None = None
-    """np-lora: how strongly they give them up (mu of the soft form); unset, wholly."""
+    """np-lora: how strongly later adapters give up these directions (mu of the soft form). Unset: completely."""
     seed: int = 0
-    """Where dare's draws come from."""
+    """Seed for the random choices of dare and dare-ties."""
     blocks: tuple[str, ...] = ()
-    """Modules to take: up, down.1, mid, attn2, te, !up.0, ..., comma-separated; or all, with factors of their weight,
-    down:0.3,up.1:1.2 or a list of the web interfaces; LABEL=... for one adapter. Repeat."""
+    """Modules to merge: up, down.1, mid, attn2, te, !up.0, ..., separated by commas. Or keep all modules and give
+    factors on their weight: down:0.3,up.1:1.2, or a block-weight list of the web interfaces. LABEL=... for one adapter.
+    Repeat the option for several."""
     base: str | None = None
-    """The base that DoRA, OFT and other kinds without a low-rank form take their delta on."""
+    """Base model of the adapters. DoRA, OFT and other kinds without a low-rank form need its weights."""
     into: str | None = None
-    """Bake them into this checkpoint or diffusers folder and write the result to --output; by linear, ties, dare,
-    dare-ties or magnitude."""
+    """Merge the adapters into this checkpoint or diffusers folder, and write the result to --output. For linear, ties,
+    dare, dare-ties and magnitude."""
     dtype: Literal["fp32", "fp16", "bf16"] | None = None
-    """Of the written file, fp32 if unset; fp16 halves it at a relative error of 0.0003. --into keeps the base's."""
+    """Number format of the written file. fp16 halves it at a relative error of 0.0003. Unset: fp32; --into keeps the
+    base model's."""
     title: str = ""
-    """The file's title in its metadata; its name if unset."""
+    """Title in the file's metadata. Unset: the file's name."""
     family: Literal["pocket", "sd1", "sd2", "sdxl"] | None = None
-    """Where neither shapes nor metadata of the files tell it."""
+    """Family of the base model. Set it if neither shapes nor metadata of the files say it."""
     partial: bool = False
-    """Take what is understood of a file of which a part is not."""
+    """Take the part of a file that is understood, and leave out the rest."""
     overwrite: bool = False
     """Replace a file that exists."""
 
@@ -77,11 +81,11 @@ _OF_INTO = {
     *("adapters", "output", "method", "density", "seed", "blocks"),
     *("into", "title", "family", "partial", "overwrite"),
 }
-"""Options that --into has a use for, beside some method."""
+"""Options that --into uses, with at least one method."""
 
 
 def merge_files(config: Config) -> Path:
-    """Merge what the config names; returns the written file or folder."""
+    """Merge what the config names. Returns the written file or folder."""
     if not config.adapters:
         raise ConfigError("there is no adapter; wanted such as: sfumato merge a.safetensors:0.8 b.safetensors:0.6.")
     adapters = parse_adapters(config.adapters)
@@ -131,7 +135,7 @@ def merge_files(config: Config) -> Path:
 
 
 def _counted(sources: Sequence[MergeSource], parents: Sequence[Parent]) -> list[Parent]:
-    """What the result is made of: the parents of those that change anything."""
+    """What the result is made of: the parents that change anything."""
     return [parent for source, parent in zip(sources, parents, strict=True) if source.counts]
 
 
@@ -220,14 +224,14 @@ def _bake(config: Config, sources: Sequence[MergeSource], parents: Sequence[Pare
 
 
 def _say_unasked(parents: Sequence[Parent], asked: Sequence[str], why: str) -> None:
-    """Say which parents ask to be drawn with otherwise than the result does. why: goes on with that."""
+    """Say what parents ask for when generating that the result does not ask for. why: the end of the sentence."""
     for parent in parents:
         if lost := [each for each in _asked(parent.metadata) if each not in asked]:
             say(f"{parent.name}: asks for {' and '.join(lost)}, {why}.")
 
 
 def _asked(metadata: Mapping[str, str]) -> list[str]:
-    """How a file asks to be drawn with."""
+    """What a file asks for when generating with it."""
     from sfumato.files.metadata import adapter_guidance_of, negatives_of, over_steps_of
 
     strength, span = adapter_guidance_of(metadata), over_steps_of(metadata)
@@ -239,7 +243,7 @@ def _asked(metadata: Mapping[str, str]) -> list[str]:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Merge as the arguments say; 0 if the file was written."""
+    """Merge as the arguments say. Returns 0 if the file was written."""
     print(merge_files(parse(Config, argv, program="merge")))
     return 0
 

@@ -1,4 +1,4 @@
-"""The main job: learn a style from 16 pictures and a subject from a few, mix the two, draw a labelled sheet."""
+"""Quick start: learn a style from 16 images and a subject from a few, mix the two, generate a labelled sheet."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 SUBJECT = "sks flamingo"
 PROMPTS = ("crab", "penguin", "cat face", "bus", SUBJECT, f"{SUBJECT}, blob style")
-"""Of the sheet's columns; no picture that is learned from shows the first four."""
+"""Prompts of the sheet's columns. No training image shows the first four."""
 MIXES = ((0.5, 1.0), (0.7, 1.0), (1.0, 1.0))
 """Weights of style and subject in the rows that mix them."""
 ROWS = {
@@ -35,46 +35,47 @@ ROWS = {
 }
 """Weights of the sheet's rows, by label."""
 SAMPLE_EVERY = 1000
-"""More than either training has steps: both draw samples at their ends only, and the sheet shows what they learned."""
+"""More than the steps of either training: both generate samples only at the start and the end, and the sheet shows what
+they learned."""
 SAMPLE_PROMPTS = {"style": ("cat", "umbrella"), "subject": (SUBJECT, "cat")}
-"""What is drawn before and after each training."""
+"""Prompts of the samples before and after each training."""
 STYLE_STEPS, SUBJECT_BATCH = 200, 3
-"""On pocket, so that all is done within four minutes on two slow cores: the style learns for a sixth less than usual,
-and the subject sees each of its pictures once a step."""
+"""On pocket, so that everything is done within four minutes on two slow cores: the style trains for a sixth fewer steps
+than usual, and the subject sees each of its images once a step."""
 SAMPLER_STEPS = 20
-"""Of the sheet's pictures."""
+"""Sampling steps of the sheet's images."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Learn a style from 16 pictures and a subject from three, mix them, and draw a sheet: a few minutes on two cores.
+    """Learn a style from 16 images and a subject from three, mix them, make a sheet: a few minutes on two CPU cores.
 
-    Rows of the sheet: the base, the style alone, the subject alone, both at several weights. Columns: prompts that were
-    not trained. Run it in a clone, where the folder datasets/ is.
+    Rows of the sheet: the base model, the style alone, the subject alone, both at several weights. Columns: prompts
+    that were not trained on. Run it in a clone of the repository, where the folder datasets/ is.
     """
 
     output: Path = Path("runs/quickstart")
-    """Folder for both adapters and the sheet; where it holds a run already, a number is added to its name."""
+    """Folder for both adapters and the sheet. If it exists already, a number is added to its name."""
     style: Path = Path("datasets/line-style")
-    """Pictures of the style, each named after what it shows."""
+    """Folder of style images, each named after what it shows."""
     subject: Path = Path("datasets/flamingo")
-    """Pictures of the subject, with captions that call it "sks flamingo"."""
+    """Folder of subject images, with captions that call the subject "sks flamingo"."""
     base: str = "pocket"
-    """The model that learns."""
+    """Base model to train on."""
     prediction_type: Literal["epsilon", "v_prediction"] | None = None
-    """What the base predicts, where its file does not say."""
+    """What the base model predicts: noise (epsilon) or v. Set it where its file does not say."""
     zero_terminal_snr: bool = False
-    """The base ends in pure noise (zero terminal SNR), where its files do not say."""
+    """The base model's last timestep is pure noise (zero terminal SNR). Set it where its files do not say."""
     seed: int = 7
-    """Everything random is a function of it."""
+    """Seed of everything random."""
     steps: int | None = None
-    """Optimizer steps for each of the two. Unset: the base family's default; on pocket 200 for the style."""
+    """Optimizer steps for each of the two trainings. Unset: the base family's default; on pocket 200 for the style."""
     precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
-    """Number format of the frozen base."""
+    """Number format of the frozen base model."""
 
 
 def quickstart(config: Config) -> Path:
-    """Train both, draw the sheet, say what came out; returns the sheet's path."""
+    """Train both, generate the sheet, print what was made. Returns the path of the sheet."""
     began = time.monotonic()
     for folder in (config.style, config.subject):
         if not folder.is_dir():
@@ -97,7 +98,7 @@ def quickstart(config: Config) -> Path:
 
 
 def free(folder: Path) -> Path:
-    """The folder, or the first of its name with a number that does not exist yet."""
+    """The folder, or if it exists, the first folder of that name with a number that does not exist."""
     if folder.name in ("", ".."):
         raise ConfigError(f"--output {folder}: wanted a new folder for what is made, such as runs/quickstart.")
     candidates = (folder, *(folder.with_name(f"{folder.name}-{number}") for number in range(2, 1000)))
@@ -108,9 +109,9 @@ def free(folder: Path) -> Path:
 
 
 def learn(config: Config, output: Path, threads: int) -> Sheet:
-    """Train both adapters by the very commands that a person would type; on a CPU side by side.
+    """Train both adapters by the same commands that a person would type; on a CPU side by side.
 
-    threads: of torch, in all. Returns the sheet that shows them, of which rows may be drawn.
+    threads: number of torch threads, in all. Returns the sheet of both adapters; some rows may be generated already.
     """
     from sfumato.command_line import side_by_side
     from sfumato.precision import decide
@@ -165,19 +166,19 @@ def command(config: Config, name: str, images: Path, output: Path, *options: str
 
 
 def base_words(config: Config) -> list[str]:
-    """The options that name the base."""
+    """The options that name the base model."""
     kind = config.prediction_type
     ends = ["--zero-terminal-snr"] if config.zero_terminal_snr else []
     return ["--base", config.base, *(["--prediction-type", kind] if kind else []), *ends]
 
 
 def is_pocket(config: Config) -> bool:
-    """Whether the base is the embedded one, of which two trainings at once are small."""
+    """Whether the base model is the embedded one, which is small enough for two trainings at once."""
     return config.base == "pocket"
 
 
 def check(words: Sequence[str]) -> None:
-    """Refuse what the training would, before another one is under way beside it."""
+    """Refuse what the training would refuse, before another one runs beside it."""
     from sfumato.trainers import lora
 
     training = parse(lora.Config, words[2:], program="train lora")
@@ -186,13 +187,13 @@ def check(words: Sequence[str]) -> None:
 
 
 def shown(file: Path) -> str:
-    """The file's path as a person would type it here."""
+    """The path of the file as a person would type it here."""
     here = Path.cwd()
     return str(file.relative_to(here) if file.is_relative_to(here) else file)
 
 
 class Sheet:
-    """Rows of pictures of the same prompts from the same seeds; only the weights of style and subject differ.
+    """Rows of images with the same prompts and seeds; only the weights of style and subject differ.
 
     files: of "style" and "subject".
     """
@@ -202,9 +203,9 @@ class Sheet:
         self._rows: dict[str, list[Image]] = {}
 
     def draw(self, *names: str, threads: int) -> Iterator[str]:
-        """Draw the rows for which these adapters are enough and that are not there yet; yields each one's label.
+        """Generate the rows that need only these adapters and do not exist yet; yields each row's label.
 
-        threads: of torch.
+        threads: number of torch threads.
         """
         import torch
 
@@ -232,7 +233,7 @@ class Sheet:
                 yield label
 
     def write(self, path: Path, threads: int) -> None:
-        """Draw what is left, and put the labelled rows into one picture. threads: as of `draw`."""
+        """Generate the rows that are left, and save the labelled rows as one image. threads: as for `draw`."""
         from sfumato.drawing.sheet import contact_sheet
         from sfumato.files.atomic import atomic_path
 
@@ -244,7 +245,7 @@ class Sheet:
 
 
 def next_commands(style: Path, subject: Path, config: Config) -> list[str]:
-    """Three commands that work as they stand, also where no environment is active: sfumato as it was called."""
+    """Three commands that work as they are, even without an active environment: they call sfumato as it was called."""
     a, b = shell.quote(str(style)), shell.quote(str(subject))
     on = "" if is_pocket(config) else f"{shell.join(base_words(config))} "
     by_path = Path(sys.argv[0]).name == "sfumato" and shutil.which("sfumato") is None

@@ -1,4 +1,4 @@
-"""A LoRA of a smaller rank."""
+"""Reduce the rank of a LoRA."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ from sfumato.weighting.adapter import Adapter
 
 @dataclass(frozen=True)
 class Config:
-    """Make a LoRA smaller: of each module the leading directions, by the SVD of its factors.
+    """Make a LoRA smaller: keep the largest singular values of each module, by the SVD of its factors.
 
     Example: sfumato resize line.safetensors --keep-energy 0.99 -o small.safetensors
     """
 
     file: Path
-    """The LoRA: a .safetensors file of any tool's, or a folder of peft's."""
+    """LoRA to resize: a .safetensors file of any tool, or a folder of peft."""
     _: KW_ONLY
     output: Annotated[Path, Parameter(alias="-o")]
     """The .safetensors file to write."""
     rank: int | None = None
-    """At most so many directions a module."""
+    """Largest rank of each module."""
     keep_energy: float | None = None
-    """As many directions as hold this share of each delta's squared norm, such as 0.99."""
+    """Keep the smallest rank that holds this share of the squared norm of each module's change, such as 0.99."""
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
-    """Of the written file."""
+    """Number format of the written file."""
     family: Literal["pocket", "sd1", "sd2", "sdxl"] | None = None
-    """Where neither shapes nor metadata of the file tell it."""
+    """Family of the base model. Set it if neither shapes nor metadata of the file say it."""
     overwrite: bool = False
     """Replace a file that exists."""
 
 
 def resize_file(config: Config) -> Path:
-    """Write the smaller LoRA; returns its file."""
+    """Write the smaller LoRA. Returns its file."""
     if config.rank is None and config.keep_energy is None:
         raise ConfigError("say how much to keep: --rank 8 or --keep-energy 0.99.")
     check_free(config.output, config.overwrite, ".safetensors")
@@ -89,7 +89,7 @@ def resize_file(config: Config) -> Path:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Resize as the arguments say; 0 if the file was written."""
+    """Resize as the arguments say. Returns 0 if the file was written."""
     print(resize_file(parse(Config, argv, program="resize")))
     return 0
 

@@ -1,4 +1,4 @@
-"""Whether a file is whole, is what it says it is, and is the same adapter as another."""
+"""Verify that a file is complete, is what it says it is, or is the same adapter as another."""
 
 from __future__ import annotations
 
@@ -25,29 +25,33 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Config:
-    """Check an adapter: every key and value, the hashes that it states, and that its deltas are the trained ones.
+    """Verify an adapter: every key and value, the hashes that it states, and that its weights are those that were
+    trained.
 
-    With --against, the new words that are bundled with either are compared, too.
-    Exits with 0 if all holds, 1 if something differs, 2 if it cannot be read.
+    With --against, new words that are bundled in either file are compared, too. Exits with 0 if everything matches, 1
+    if something differs, 2 if a file cannot be read.
+
     Example: sfumato verify line-fp16.safetensors --against line.safetensors
     """
 
     file: Path
-    """The adapter: a .safetensors file of any tool's, or a folder of peft's."""
+    """Adapter to verify: a .safetensors file of any tool, or a folder of peft."""
     against: Path | None = None
-    """Another adapter, in any dialect and dtype, that has to be the same; unset, the file's fingerprint is checked."""
+    """Another adapter that must be the same, in any format and dtype. Unset: the file is compared with its own
+    fingerprint."""
     _: KW_ONLY
     base: str | None = None
-    """The base on which kinds without a low-rank form are compared."""
+    """Base model for the comparison of kinds without a low-rank form."""
     tolerance: float = 0.01
-    """Relative error over all modules, and of each new word, that still counts as rounding; bf16 makes 0.0025, fp16
+    """Relative error that still counts as rounding, over all modules and for each new word. bf16 makes 0.0025, fp16
     0.0003."""
     json: bool = False
     """Print JSON."""
 
 
 def verify(config: Config) -> tuple[bool, dict[str, object]]:
-    """(whether all holds, figures and a `reason`, one line). Raises FileError or AdapterError for unreadable ones."""
+    """(whether everything matches, figures and a `reason` of one line). Raises FileError or AdapterError for unreadable
+    files."""
     if not config.tolerance > 0:
         raise ConfigError(f"--tolerance {config.tolerance:g}: wanted above 0.")
 
@@ -90,7 +94,8 @@ def verify(config: Config) -> tuple[bool, dict[str, object]]:
 
 
 def _word_errors(ours: Vectors, theirs: Vectors) -> dict[str, float | None]:
-    """By word, how far its vectors are apart; None where one file lacks it, or they are not as many or as wide."""
+    """The relative error of each word's vectors; None if one file lacks the word, or if their number or width
+    differs."""
     found: dict[str, float | None] = {}
     for token in sorted({*ours, *theirs}):
         ones, others = ours.get(token, {}), theirs.get(token, {})
@@ -103,7 +108,7 @@ def _word_errors(ours: Vectors, theirs: Vectors) -> dict[str, float | None]:
 
 
 def _on_word(token: str, ours: Vectors, theirs: Vectors, error: float | None, against: str) -> str:
-    """In what a word differs, one line."""
+    """How a word differs, in one line."""
     if error is not None:
         return f"its word {token} has a relative error of {error:.2g}"
     if token not in ours:
@@ -118,7 +123,7 @@ def _on_word(token: str, ours: Vectors, theirs: Vectors, error: float | None, ag
 
 
 def _broken_hash(path: Path) -> str | None:
-    """What is wrong with the sha256 that the file states of its bytes; None for a folder, and where it states none."""
+    """What is wrong with the sha256 that the file states; None for a folder, and for a file that states none."""
     from sfumato.files.header import read_header
     from sfumato.files.metadata import data_sha256
 
@@ -133,7 +138,8 @@ def _broken_hash(path: Path) -> str | None:
 
 
 def _rows(path: Path, base: str | None, *, vectors: bool = False) -> dict[str, Row]:
-    """vectors: with the changes of norms and biases, which are in no fingerprint."""
+    """The fingerprint rows of an adapter. vectors: include changes of norms and biases, which no fingerprint
+    contains."""
     from sfumato.files.changes.bias import bias_change, may_have_bias
     from sfumato.files.changes.difference import Difference
     from sfumato.files.fingerprint import probe_rows, probed
@@ -167,7 +173,7 @@ def _rows(path: Path, base: str | None, *, vectors: bool = False) -> dict[str, R
 
 
 def main(argv: Sequence[str]) -> int:
-    """Check as the arguments say; 0 if all holds, 1 if something differs."""
+    """Verify as the arguments say. Returns 0 if everything matches, 1 if something differs."""
     config = parse(Config, argv, program="verify")
     holds, found = verify(config)
     if config.json:

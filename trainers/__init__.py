@@ -1,1 +1,2 @@
-"""Programs that train, one file a method, the loop in full view. `sfumato cp NAME FILE` copies one."""
+"""Programs that train: one file for each method, with the training loop in full view. `sfumato cp NAME FILE` copies
+one."""

@@ -1,11 +1,11 @@
-"""DreamBooth: bind a subject to a word, from a few pictures of it, and keep the class that it belongs to.
+"""DreamBooth: bind a subject to a word, from a few images of it, and preserve the class that it belongs to.
 
     python trainers/dreambooth.py --images DIR --output DIR --class-name otter
     accelerate launch trainers/dreambooth.py ...
     sfumato train dreambooth ...
 
-are one program. The loss is the subject's denoising error and the weighted error of the class beside it (Ruiz et al.
-2023, eq. 2). `train` is the whole method; what it calls is the library.
+All three run the same program. The loss is the subject's denoising error plus the weighted error of the class (Ruiz et
+al. 2023, eq. 2). `train` is the whole method; what it calls is in the library.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that 
     from sfumato.training.trained_adapter import TrainedAdapter
 
 Pristine = Callable[[], AbstractContextManager[object]]
-"""A context within which the model is the base again."""
+"""A context in which the model is the unchanged base model again."""
 DEFAULTS: Mapping[tuple[str, str], Mapping[str, Any]] = MappingProxyType(
     {
         # (method, family): what differs from the family's own defaults.
@@ -71,77 +71,82 @@ class Config(KindOptions, TrainerOptions):
     """
 
     method: Literal["full", "lora"] = "full"
-    """full trains the U-Net's own weights, lora an adapter beside them."""
+    """What to train: the U-Net's own weights (full), or an adapter beside them (lora)."""
     identifier: str = "sks"
-    """The word that will mean this one subject: rare, so that there is no meaning to unlearn. Captions that the
-    pictures have must hold it; if they have another word before the class ("zwx dog"), leave this out, and that word is
-    the one."""
+    """Word that will mean this one subject. Choose a rare word, so that there is no meaning to unlearn. If the images
+    have captions, these must contain it. If they have another word before the class (such as "zwx dog"), leave this
+    option out: that word is then used."""
     class_name: str | None = None
-    """What the subject is, such as otter. Pictures of a folder without a caption of their own get "IDENTIFIER CLASS";
-    in a dataset.toml the `words` of each source say it."""
+    """What the subject is, such as otter. Images of a folder without captions of their own get "IDENTIFIER CLASS"; in a
+    dataset.toml the `words` of each source say it."""
     instance_prompt: str | None = None
-    """Caption of all the subject's pictures, instead of their own."""
+    """Caption for all images of the subject, instead of their own captions."""
     class_prompt: str | None = None
-    """Prompt of the class. Unset: the class name; a caption that says more than "IDENTIFIER CLASS" gives a prompt of
-    the class, too."""
+    """Prompt of the class. Unset: the class name. Each caption that says more than "IDENTIFIER CLASS" also adds a class
+    prompt."""
     prior: Literal["none", "pictures", "base"] = "pictures"
-    """What keeps the class: pictures of it that the base has drawn, or the frozen base's own predictions."""
+    """Prior preservation: what keeps the class as it was. pictures: class images that the base model generated. base:
+    the frozen base model's own predictions. none: no prior preservation."""
     prior_weight: float = 1.0
-    """Weight of the class in the loss; the subject has 1. With 0 the class is drawn and measured, but not learned."""
+    """Weight of the class in the loss; the subject has weight 1. With 0 the class is generated and measured, but not
+    trained on."""
     prior_prompts: tuple[str, ...] = ()
-    """Further prompts that should draw as before, beside the class, which keeps half of --class-count. Repeat it for
-    several. If pictures of the class are given, the base draws --class-count pictures of these prompts."""
+    """Further prompts, besides the class, whose images should stay as before; the class keeps half of --class-count.
+    Repeat the option for several. If class images are given, the base model generates --class-count images of these
+    prompts."""
     class_images: Path | None = None
-    """Folder of pictures of the class. Unset: the base draws them."""
+    """Folder of class images. Unset: the base model generates them."""
     class_count: int | None = None
-    """How many pictures the base draws. Unset: the base family's default."""
+    """Number of images that the base model generates. Unset: the base family's default."""
     class_cache: Path | None = None
-    """Folder that keeps drawn class pictures for other runs. Unset: the run's own folder."""
+    """Folder that keeps generated class images for other runs. Unset: the run's own folder."""
     drift_limit: float | None = None
-    """Stop, and save, once the base's prediction for class or unrelated prompts has moved by more than this share."""
+    """Stop and save once the base model's prediction for class prompts or unrelated prompts has moved by more than this
+    share."""
     rank: int | None = None
-    """Inner dimension of each update of a LoRA, including one that --save lora extracts. Unset: the family's
-    default."""
+    """LoRA rank: the inner dimension of each update. It is also the rank that --save lora extracts. Unset: the base
+    family's default."""
     alpha: float | None = None
-    """With --method lora the update is scaled by alpha / rank. Unset: the rank, for a scale of 1."""
+    """LoRA alpha, for --method lora: the update is scaled by alpha / rank. Unset: the rank, for a scale of 1."""
     conv_rank: int | None = None
-    """Inner dimension of the updates of convolutions larger than 1x1, where --method lora adapts them; sd-scripts calls
-    it conv_dim. Unset: --rank."""
+    """Rank for convolutions larger than 1x1, where --method lora adapts them; sd-scripts calls it conv_dim. Unset:
+    --rank."""
     conv_alpha: float | None = None
-    """--alpha of those convolutions. Unset: the value that gives them the other layers' scale."""
+    """Alpha for convolutions larger than 1x1. Unset: the value that gives them the scale of the other layers."""
     loraplus_ratio: float = 1.0
-    """With --method lora and --algo lora, LoRA+: how many times the learning rate of A that of B is (Hayou et al.
-    2024), which starts at zero; 2 to 16 learns sooner, and wants a lower --learning-rate."""
+    """LoRA+ (Hayou et al. 2024), for --method lora and --algo lora: B's learning rate divided by A's. B starts at zero.
+    2 to 16 learns sooner and wants a lower --learning-rate; 1 turns it off."""
     targets: str = "everything"
-    """What a LoRA adapts: cross-attention, attention, attention+mlp, transformers (these and the
-    projections around them), everything (in the U-Net's blocks), or a regular expression over module names."""
+    """Layers that a LoRA adapts: cross-attention, attention, attention+mlp, transformers (attention, MLP and the
+    projections around them), everything (all layers of the U-Net's blocks), or a regular expression over module
+    names."""
     train_text_encoder: bool = False
-    """Also train the text encoders; captions are then encoded at each step."""
+    """Also train the text encoders. Captions are then encoded at each step."""
     text_learning_rate: float | None = None
-    """Peak learning rate of the text encoders. Unset: 0.4 of the U-Net's, with --method lora a tenth; with
-    prodigy, the U-Net's."""
+    """Peak learning rate of the text encoders. Unset: 0.4 of the U-Net's, with --method lora a tenth; with prodigy, the
+    U-Net's."""
     fused: bool = False
-    """Step each weight during the backward pass, so that the gradients are never all in memory. Clipping them by their
-    norm takes a backward pass before that one; --clip 0 saves it."""
+    """Update each weight during the backward pass, so that the gradients are never all in memory at once. Clipping
+    needs a second backward pass, before that one; --clip 0 avoids it."""
     ema_on_cpu: bool = False
-    """Keep the running mean of --ema in the CPU's memory."""
+    """Keep the running mean of --ema in CPU memory."""
     save: Literal["folder", "difference", "lora"] | None = None
-    """folder writes the whole model, for diffusers; difference only what changed, for the mixer; lora the LoRA that is
-    nearly the closest to the change. Unset: folder with --method full, lora with --method lora."""
+    """What to write. folder: the whole model, for diffusers. difference: only what changed, to mix like an adapter.
+    lora: a LoRA, nearly the closest to the change. Unset: folder with --method full, lora with --method lora."""
     keep_energy: float | None = None
-    """With --method full --save lora: each layer gets the smallest rank that keeps this share of its change's energy,
-    and at most --rank, if that is given."""
+    """With --method full --save lora: give each layer the smallest rank that keeps this share of its change's energy
+    (squared norm), at most --rank if that is given."""
     over_steps: str | None = None
-    """START-END, the steps in which a LoRA takes part in drawing, where 0 is noise and 1 the finished picture: samples
-    are drawn so, and the file asks for it (see sfumato generate --over-steps). With 0-0.8 the base draws the last steps
-    alone, in the style that the prompt names. Unset: the steps that were learned, see --min-timestep."""
+    """START-END: the part of the sampling steps in which a LoRA is active, from 0 (noise) to 1 (finished image). Sample
+    images use it, and the file asks for it (see sfumato generate --over-steps). With 0-0.8 the base model alone takes
+    the last steps, in the style that the prompt names. Unset: the steps that were trained, see --min-timestep."""
     own_negative: bool = False
-    """With --method lora: make the subject's words the negative prompt of prompts that hold them and more. Samples are
-    drawn so, and the file asks for it (see sfumato generate --negative). Guidance then multiplies what the prompt says
-    beside the subject, such as a style in which no picture showed it. The subject itself comes out less like its
-    pictures: on pocket, with old words such as "sks otter", this costs more than it brings (docs/methods.md)."""
+    """With --method lora: if a prompt contains the subject's words and more, use these words as its negative prompt.
+    Sample images use it, and the file asks for it (see sfumato generate --negative). Guidance then amplifies what the
+    prompt says besides the subject, such as a style that no training image shows. The subject itself looks less like
+    its images: on pocket, with existing words such as "sks otter", this costs more than it brings (docs/methods.md)."""
     save_every: int = 0
-    """With --method lora: steps between adapters that are kept beside the last, to choose from, as
+    """With --method lora: steps between adapters that are kept besides the last, to choose from, as
     OUTPUT/adapters/NAME-step00000500.safetensors; 0 keeps none."""
     save_precision: Literal["fp32", "fp16", "bf16"] | None = None
     """Number format of what is written. Unset: fp32 on pocket, fp16 elsewhere."""
@@ -292,7 +297,7 @@ def train(config: Config) -> Path:
 
 
 def check(config: Config) -> None:
-    """Refuse what makes no sense before anything is loaded."""
+    """Refuse options that make no sense, before anything is loaded."""
     checks.check_trainer(config)
     if config.method == "full" and config.save in (None, "folder"):
         checks.check_name(config, folder=True)
@@ -309,7 +314,7 @@ def check(config: Config) -> None:
 
 
 def refuse_idle(config: Config) -> None:
-    """Refuse options that have no effect beside the others."""
+    """Refuse options that have no effect together with the others."""
     if not config.train_text_encoder:
         checks.only_with(config, "--train-text-encoder", "text_learning_rate")
     if not config.ema:
@@ -331,7 +336,7 @@ def refuse_idle(config: Config) -> None:
 
 
 def check_words(config: Config) -> None:
-    """Refuse a class, a subject or captions of which not enough is said, or too much."""
+    """Refuse a class, a subject or captions about which too little is said, or too much."""
     if not config.class_name and not (config.instance_prompt and config.class_prompt):
         raise ConfigError("--class-name is unset; say what the subject is, such as --class-name otter.")
     if not config.identifier.strip():
@@ -344,7 +349,7 @@ def check_words(config: Config) -> None:
 
 
 def check_saving(config: Config) -> None:
-    """Refuse a form that the method cannot be written in."""
+    """Refuse a form that the method's result cannot be written in."""
     if config.save is not None and config.method == "lora" and config.save != "lora":
         raise ConfigError(f"--save {config.save} wants --method full; a LoRA is written as a LoRA.")
     if config.keep_energy is not None and not 0 < config.keep_energy <= 1:
@@ -354,7 +359,8 @@ def check_saving(config: Config) -> None:
 
 
 def decide_precision(config: Config, processes: Processes) -> Precision:
-    """Of an adapter's base, or of a base that itself learns. Raises ConfigError where that cannot be --fused."""
+    """The precision of an adapter's base model, or of a base model that is itself trained. Raises ConfigError where
+    --fused is impossible."""
     from sfumato.training import fused
     from sfumato.training.full import full_precision
 
@@ -372,7 +378,8 @@ def decide_precision(config: Config, processes: Processes) -> Precision:
 
 
 def resolve(config: Config, base: Base, examples: ExampleSet, processes: int) -> tuple[Config, list[str]]:
-    """The config with every unset field filled, and the names that the method or the base's family filled."""
+    """The config with every unset field filled in, and the names of the fields that the method or the base family
+    filled."""
     defaults = DEFAULTS[config.method, base.family.name]
     unused = {"class_count"} if config.prior != "pictures" else set()
     if config.method == "full" and (config.save != "lora" or config.keep_energy is not None):
@@ -387,7 +394,7 @@ def resolve(config: Config, base: Base, examples: ExampleSet, processes: int) ->
 
 
 def read_examples(config: Config, subject: Subject) -> ExampleSet:
-    """The subject's pictures with their captions, and those of the class that a dataset.toml may hold."""
+    """Read the subject's images with their captions, and the class images that a dataset.toml may contain."""
     folder = read_subject(
         config.images,
         subject.prompt,
@@ -414,20 +421,21 @@ def read_examples(config: Config, subject: Subject) -> ExampleSet:
 
 
 def _trigger(config: Config) -> str | None:
-    """What takes the place of {trigger} in templates."""
+    """What replaces {trigger} in templates."""
     return config.trigger or (None if config.instance_prompt else config.identifier)
 
 
 def subjects_of(config: Config, subject: Subject, words: Sequence[str]) -> list[Subject]:
-    """What is learned. words: that subjects are bound to, which captions may have instead of --identifier."""
+    """The subjects that are learned. words: the words that subjects are bound to; captions may have these instead of
+    --identifier."""
     if config.instance_prompt or not config.class_name or config.identifier in words:
         return [subject]
     return [Subject(f"{word} {config.class_name}", subject.of_class) for word in words] or [subject]
 
 
 def triggers(config: Config, subjects: Sequence[Subject], pictures: ExampleSet) -> list[str]:
-    """What calls the subjects up: the words that their captions were made with, beside the class where that is the
-    identifier."""
+    """The trigger words of the subjects: the words that their captions were made with. If that is the identifier, the
+    class follows it."""
     prompts = [subject.prompt for subject in subjects]
     if config.instance_prompt:
         return [config.trigger or prompts[0]]
@@ -441,7 +449,8 @@ def triggers(config: Config, subjects: Sequence[Subject], pictures: ExampleSet) 
 
 
 def identifiers(config: Config, subjects: ExampleSet) -> list[str]:
-    """The words that subjects are bound to: --identifier, or what stands before the class in captions without it."""
+    """The words that subjects are bound to: --identifier, or the word before the class in captions that do not contain
+    it."""
     from sfumato.words.identifier import before
 
     captions = list(dict.fromkeys(example.caption for example in subjects))
@@ -453,8 +462,11 @@ def identifiers(config: Config, subjects: ExampleSet) -> list[str]:
 def class_pictures(
     config: Config, base: Base, examples: ExampleSet, preserved: PreservedPrompts, run: Run, processes: Processes
 ) -> ExampleSet | None:
-    """Pictures of the class from a folder or the dataset.toml, with the further prompts' beside them, which the base
-    draws, once; or of the class drawn, too; None for none."""
+    """The class images and the images of the further prompts; None without any.
+
+    Class images come from a folder or the dataset.toml; the base model then generates only those of the further
+    prompts. Without them it generates both, once.
+    """
     from sfumato.data.preparing import square_side
     from sfumato.data.source import sources_of
     from sfumato.training.class_pictures import pictures_of_class
@@ -496,7 +508,8 @@ def prior_of(
     noising: NoiseSettings,
     pristine: Pristine,
 ) -> ClassPictures | BasePrediction | None:
-    """What gives the class half of each batch; None where there is none. pristine: see `BasePrediction`."""
+    """What gives the class half of each batch; None if there is no prior preservation. pristine: see
+    `BasePrediction`."""
     from sfumato.training.prior import BasePrediction, ClassPictures
 
     if config.prior == "pictures":
@@ -516,7 +529,7 @@ def prior_of(
 
 
 def trainable(base: Base, config: Config) -> Attached | nn.ModuleDict:
-    """The base's own weights, or with --method lora a new adapter, which changes nothing yet."""
+    """What is trained: the base model's own weights, or with --method lora a new adapter that changes nothing yet."""
     from sfumato.adapters import Kind, attach
     from sfumato.training.full import unfreeze
 
@@ -534,14 +547,14 @@ def trainable(base: Base, config: Config) -> Attached | nn.ModuleDict:
 
 
 def adapted(base: Base, config: Config) -> dict[str, dict[str, nn.Linear | nn.Conv2d]]:
-    """The layers that a LoRA is to change, by part and path."""
+    """The layers that a LoRA changes, by part and path."""
     from sfumato.adapters import target_layers
 
     return target_layers(base.parts(text=config.train_text_encoder), config.targets)
 
 
 def groups(trained: Attached | nn.ModuleDict, config: Config) -> list[dict[str, Any]]:
-    """Parameter groups: the U-Net's, and the text encoders' with their own rate."""
+    """Parameter groups: the U-Net's, and the text encoders' with their own learning rate."""
     from sfumato.adapters import Attached
     from sfumato.training import optimizers
 
@@ -628,7 +641,7 @@ def save(
 
 
 def write_model(path: Path, base: Base, config: Config, run: Run, about: Description) -> None:
-    """Write the base's own weights, which have learned, in the form that was asked for."""
+    """Write the base model's own weights after training, in the form that was asked for."""
     from sfumato.files import describe
     from sfumato.precision import DTYPES, decide
     from sfumato.training.full import full_precision, write_changes, write_extracted, write_folder

@@ -1,11 +1,11 @@
-"""Train a LoRA: a style or a subject from a dozen pictures, in one file of a few megabytes.
+"""Train a LoRA: a style or a subject from a dozen images, in one file of a few megabytes.
 
     python trainers/lora.py --images DIR --output DIR --steps N --seed S
     accelerate launch trainers/lora.py ...
     sfumato train lora ...
 
-are one program. W' = W + (alpha / rank) B A on the frozen U-Net (Hu et al. 2021), or with --algo and --dora another
-change of few numbers. `train` is the whole method; what it calls is the library.
+All three run the same program. It trains W' = W + (alpha / rank) B A on the frozen U-Net (Hu et al. 2021). With --algo
+and --dora it trains another kind of small update. `train` is the whole method; what it calls is in the library.
 """
 
 from __future__ import annotations
@@ -60,76 +60,82 @@ class Config(KindOptions, TrainerOptions):
     """
 
     rank: int | None = None
-    """Inner dimension of each update B A; more holds more. Of lokr it is that of the large factor, which is whole from
-    half of its longer side on. Unset: the base family's default."""
+    """LoRA rank: the inner dimension of each update B A. A higher rank holds more. With --algo lokr it is the rank of
+    the large factor, which becomes a full matrix from half of its longer side on. Unset: the base family's default."""
     alpha: float | None = None
-    """The update is scaled by alpha / rank. Unset: the rank, for a scale of 1; with --rank-stabilised, the value that
-    gives a scale of 1 at the base family's default rank."""
+    """LoRA alpha: the update is scaled by alpha / rank. Unset: the rank, for a scale of 1; with --rank-stabilised, the
+    value that gives a scale of 1 at the base family's default rank."""
     conv_rank: int | None = None
-    """Inner dimension of the updates of convolutions larger than 1x1, where --conv or --targets adapts them; sd-scripts
-    calls it conv_dim. Unset: --rank."""
+    """Rank for convolutions larger than 1x1, where --conv or --targets adapts them; sd-scripts calls it conv_dim.
+    Unset: --rank."""
     conv_alpha: float | None = None
-    """--alpha of those convolutions. Unset: the value that gives them the other layers' scale; with --rank-stabilised,
-    --alpha."""
+    """Alpha for convolutions larger than 1x1. Unset: the value that gives them the scale of the other layers; with
+    --rank-stabilised, --alpha."""
     dropout: float = 0.0
-    """Share of each update's inputs to drop while training."""
+    """Share of each update's inputs to drop during training."""
     rank_stabilised: bool = False
-    """Scale by alpha / sqrt(rank), so that a high rank learns as fast as a low one."""
+    """Scale the update by alpha / sqrt(rank), so that a high rank learns as fast as a low one."""
     loraplus_ratio: float = 1.0
-    """LoRA+, of --algo lora: how many times the learning rate of A that of B is (Hayou et al. 2024), which starts at
-    zero; 2 to 16 learns sooner, and wants a lower --learning-rate."""
+    """LoRA+ (Hayou et al. 2024), for --algo lora: B's learning rate divided by A's. B starts at zero. 2 to 16 learns
+    sooner and wants a lower --learning-rate; 1 turns it off."""
     targets: str = "cross-attention"
-    """What to adapt: cross-attention, attention, attention+mlp, transformers (these and the projections
-    around them, as sd-scripts does), everything (in the U-Net's blocks), or a regular expression over module names."""
+    """Layers to adapt: cross-attention, attention, attention+mlp, transformers (attention, MLP and the projections
+    around them, as in sd-scripts), everything (all layers of the U-Net's blocks), or a regular expression over module
+    names."""
     conv: bool = False
-    """Also adapt the convolutions of the blocks; --targets everything does so by itself."""
+    """Also adapt the convolutions of the U-Net's blocks. --targets everything includes them already."""
     train_text_encoder: bool = False
-    """Also adapt the text encoders; captions are then encoded at each step."""
+    """Also adapt the text encoders. Captions are then encoded at each step."""
     text_learning_rate: float | None = None
     """Peak learning rate of the text encoders. Unset: a tenth of the U-Net's; with prodigy, the U-Net's."""
     train_words: tuple[str, ...] = ()
-    """Also learn new words that the captions hold, such as `<otter>` (pivotal tuning); spell them in lower case. Repeat
-    it for several."""
+    """Also learn new words that the captions contain, such as `<otter>` (pivotal tuning). Write them in lower case.
+    Repeat the option for several."""
     stands_for: tuple[str, ...] = ()
-    """Words of the captions that each new word takes the place of, such as "sks otter"."""
+    """Words in the captions that each new word replaces, such as "sks otter". Repeat the option, once for each new
+    word."""
     initial_words: tuple[str, ...] = ()
-    """Words that new ones start from: one entry for all, or one for each. Unset: the mean of all the base's words."""
+    """Words whose embeddings the new words start from: one entry for all, or one for each. Unset: the mean of all the
+    base model's words."""
     word_vectors: int | None = None
-    """Vectors of each new word, 1 to 16. Unset: 4."""
+    """Number of embedding vectors for each new word, 1 to 16. Unset: 4."""
     word_learning_rate: float | None = None
-    """Peak learning rate of new words. Unset: the base family's default; with prodigy, the U-Net's."""
+    """Peak learning rate of the new words. Unset: the base family's default, with lion a quarter of it; with prodigy,
+    the U-Net's."""
     words_first: int = 0
-    """Steps in which the words learn alone, before the LoRA learns alone; 0: both learn throughout."""
+    """Train only the new words for this many steps, and after that only the LoRA. 0: train both throughout."""
     bundle: bool = False
-    """Write new words into the adapter's file instead of beside it. A1111 finds them there, ComfyUI with a copy of the
-    file among its embeddings; Forge draws without them, and diffusers refuses the file."""
+    """Save new words in the adapter's file instead of in files beside it. A1111 finds them there; ComfyUI finds them if
+    a copy of the file is among its embeddings. Forge generates without them, and diffusers refuses the file."""
     prior_prompts: tuple[str, ...] = ()
-    """Prompts that should go on drawing what the base draws: each batch is joined by one of the same size whose target
-    is the frozen base's prediction for them, as in DreamBooth. Repeat it for several. An unset --batch is then half of
-    its default, because the other half of each step is theirs. It helps a subject, not a style. Pictures with
-    `class = true` in a dataset.toml join each batch, too; beside prompts each kind has a third of a step."""
+    """Prior preservation, as in DreamBooth: prompts whose images should stay as the base model generates them. Each
+    training batch is joined by one of the same size for these prompts, whose target is the frozen base model's
+    prediction. Repeat the option for several. It helps a subject, not a style. An unset --batch is then half of its
+    default, because the prompts take the other half of each step. Images with `class = true` in a dataset.toml join
+    each batch, too; if there are both, each kind has a third of a step."""
     prior_weight: float | None = None
-    """Weight of those samples in the loss; the pictures that are learned have 1, and of two kinds beside them each has
-    half. Unset: 1."""
+    """Weight of the prior-preservation samples in the loss; the training images have weight 1. If there are both
+    prompts and class images, each kind has half of it. Unset: 1."""
     crossed_share: float = 0.0
-    """Share of the samples at the noisier seven tenths of the timesteps that show, in part, the base's own drawing of a
-    picture, and ask for the picture: such drawings are what an adapter meets when it draws what it was not shown. It
-    helps a style. The base draws each picture once beforehand."""
+    """For a style: blend the noisy input of this share of the samples with the base model's own version of the image,
+    while the target stays the image. The adapter meets such inputs when it generates something it was not trained on.
+    Only samples at the noisier seven tenths of the timesteps take part, and the share is of these. The base model
+    generates its version of each image once, before training."""
     init_from: Path | None = None
-    """Start from this adapter instead of from nothing; it must have the same targets and rank. New words in its file
-    that --train-words names start from there, too."""
+    """Start from this adapter instead of from scratch. It must have the same targets and rank. If its file has new
+    words that --train-words names, these start from there, too."""
     adapter_guidance: float = 0.0
-    """How often the adapter's change of the U-Net counts in drawing: samples are drawn so, and the file asks for it
-    (see sfumato generate --adapter-guidance). A style gains by 2; 0 suits a subject."""
+    """Adapter guidance: how often the adapter's change of the U-Net counts when generating. Sample images use it, and
+    the file asks for it (see sfumato generate --adapter-guidance). A style gains by 2; 0 suits a subject."""
     over_steps: str | None = None
-    """START-END, the steps in which the adapter takes part in drawing, where 0 is noise and 1 the finished picture:
-    samples are drawn so, and the file asks for it (see sfumato generate --over-steps). With 0-0.8 the base draws the
-    last steps alone, in the style that the prompt names. Unset: the steps that were learned, see --min-timestep."""
+    """START-END: the part of the sampling steps in which the adapter is active, from 0 (noise) to 1 (finished image).
+    Sample images use it, and the file asks for it (see sfumato generate --over-steps). With 0-0.8 the base model alone
+    takes the last steps, in the style that the prompt names. Unset: the steps that were trained, see --min-timestep."""
     own_negative: bool = False
-    """Make the trigger or new words the negative prompt of prompts that hold them and more: samples are drawn so, and
-    the file asks for it (see sfumato generate --negative). Guidance then multiplies what the prompt says beside the
-    subject, such as a style in which no picture showed it. The subject itself comes out a little less like its
-    pictures."""
+    """For a subject: if a prompt contains the trigger or new words and more, use these words as its negative prompt.
+    Sample images use it, and the file asks for it (see sfumato generate --negative). Guidance then amplifies what the
+    prompt says besides the subject, such as a style that no training image shows. The subject itself looks a little
+    less like its images."""
     save_every: int = 0
     """Steps between adapters that are kept to choose from, as OUTPUT/adapters/NAME-step00000500.safetensors, each with
     its new words; 0 keeps only the last."""
@@ -139,7 +145,7 @@ class Config(KindOptions, TrainerOptions):
 
 @training_entry_point
 def train(config: Config) -> Path:
-    """Train, and return the adapter's path."""
+    """Train, and return the path of the adapter."""
     import torch
 
     from sfumato.adapters import Kind, target_layers
@@ -281,7 +287,7 @@ def train(config: Config) -> Path:
 
 
 def check(config: Config) -> None:
-    """Refuse what makes no sense before anything is loaded."""
+    """Refuse options that make no sense, before anything is loaded."""
     checks.check_trainer(config)
     checks.check_kind(config)
     if not config.train_text_encoder:
@@ -295,13 +301,13 @@ def check(config: Config) -> None:
 
 
 def refuse_missing(init_from: Path) -> None:
-    """Raises ConfigError where there is nothing to begin from."""
+    """Raise ConfigError if the file to start from does not exist."""
     if not init_from.exists():
         raise ConfigError(f"--init-from {init_from}: there is no such file; name the adapter to begin with.")
 
 
 def check_words(config: Config) -> None:
-    """Refuse new words, or options of theirs, that make no sense."""
+    """Refuse new words, or options of new words, that make no sense."""
     for prompt in config.prior_prompts:
         if new := [word for word in config.train_words if holds(word, prompt)]:
             raise ConfigError(f"--prior-prompts {prompt!r} holds {new[0]}, which the base does not know; leave it out.")
@@ -331,9 +337,9 @@ def check_words(config: Config) -> None:
 def resolve(
     config: Config, base: Base, examples: ExampleSet, processes: int, *, kinds: int
 ) -> tuple[Config, list[str]]:
-    """The config with every unset field filled, and the names that the base's family filled.
+    """The config with every unset field filled in, and the names of the fields that the base family filled.
 
-    kinds: of samples, of which each has its share of a step: what is learned, pictures of a class, the prior's prompts.
+    kinds: number of kinds of samples that share a step: the training images, class images, prior prompts.
     """
     share = {"batch": max(1, base.defaults.batch // kinds)} if kinds > 1 else {}
     config, filled = config_defaults.resolve(config, base, examples, processes, **share)
@@ -370,14 +376,14 @@ def resolve(
 
 
 def written(config: Config) -> list[str]:
-    """What is written into the run's folder beside what every run writes."""
+    """The names of what is written into the run's folder, besides what every run writes."""
     words = () if config.bundle else config.train_words
     paths = embedding_files(config.output, config.name, words, alone=False)
     return [*(["adapters"] if config.save_every else []), *(path.name for path in paths.values())]
 
 
 def read_examples(config: Config) -> ExampleSet:
-    """The pictures and captions; new words are in the captions, or DataError says in which they are not."""
+    """Read the images and captions. Raises DataError for captions without the new words."""
     from sfumato.data.folder import unused_trigger
     from sfumato.data.placeholder_captions import insert_placeholders
 
@@ -398,7 +404,7 @@ def read_examples(config: Config) -> ExampleSet:
 
 
 def new_words(base: Base, config: Config, examples: ExampleSet) -> Words:
-    """The words to be learned, in use by the base."""
+    """Create the words to learn, and add them to the base model."""
     from sfumato.words import embedding
 
     words = embedding.new_words(
@@ -414,7 +420,7 @@ def new_words(base: Base, config: Config, examples: ExampleSet) -> Words:
 
 
 def new_lora(adapted: Mapping[str, Mapping[str, nn.Linear | nn.Conv2d]], config: Config) -> Attached:
-    """An adapter of these layers, by part and path, which changes nothing yet."""
+    """A new adapter of these layers, by part and path. It changes nothing yet."""
     from sfumato.adapters import Kind, attach
 
     return attach(
@@ -440,7 +446,7 @@ def samples_of(
     run: Run,
     average: Ema,
 ) -> Samples:
-    """The run's sample pictures, drawn as its file will ask to be drawn with."""
+    """The run's sample images, generated in the way that its file will ask for."""
     from sfumato.runs.samples import Samples, default_prompts
     from sfumato.training.sampling import drawing_of
 
@@ -460,14 +466,15 @@ def samples_of(
 
 
 def embeds_beforehand(config: Config) -> bool:
-    """Whether captions are embedded once, before the loop: nothing of what they mean is learned."""
+    """Whether captions are embedded once, before the loop. True if neither text encoders nor words are trained."""
     return not config.train_text_encoder and not config.train_words
 
 
 def priors_of(
     config: Config, base: Base, dataset: Dataset, class_set: Dataset | None, noising: NoiseSettings, lora: Attached
 ) -> list[ClassPictures | BasePrediction]:
-    """What comes beside each batch: the class's pictures, and the prior's prompts with the pictures of that batch."""
+    """What joins each batch for prior preservation: the class images, and the prior prompts with the images of that
+    batch."""
     from sfumato.training.prior import BasePrediction, ClassPictures
 
     priors: list[ClassPictures | BasePrediction] = []
@@ -490,7 +497,7 @@ def priors_of(
 
 
 def crossing_of(config: Config, base: Base, dataset: Dataset, processes: Processes, lora: Attached) -> Crossing | None:
-    """What shows the base's drawings of the pictures, if it is asked for."""
+    """The base model's versions of the images for --crossed-share, if that was asked for."""
     if not config.crossed_share:
         return None
     from sfumato.training.crossed import Crossing
@@ -509,7 +516,7 @@ def trained_adapter_of(
     trigger: Sequence[str],
     average: Ema,
 ) -> TrainedAdapter:
-    """What is written of the training, and what its files say of themselves."""
+    """The result of the training, and what its files say about themselves."""
     from sfumato.precision import DTYPES
     from sfumato.training.finish import describe_run
     from sfumato.training.trained_adapter import TrainedAdapter
@@ -531,7 +538,7 @@ def trained_adapter_of(
 
 
 def save(path: Path, config: Config, learned: TrainedAdapter, samples: Samples, run: Run) -> None:
-    """Write the adapter and new words, the card and the plot; upload them if asked."""
+    """Write the adapter and its new words, the model card and the plot; upload them if asked."""
     from sfumato.training.finish import finish, upload
 
     description, beside = learned.write(path, config.steps)

@@ -1,13 +1,13 @@
-"""Pre-train a small Stable Diffusion from nothing: the VAE, then the U-Net with its text encoder, and either learns on.
+"""Pre-train a small Stable Diffusion from scratch: the VAE, then the U-Net with its text encoder. Or continue either.
 
-Made for the pocket base, whose pictures `bench/pocket_data.py` builds. Each stage is a run of its own; `--steps` and
-`--fall-at` may be changed at a resume with `--force`, so that the fall of the rate can be timed by the clock.
+Made for the pocket base model, whose images `bench/pocket_data.py` builds. Each stage is a run of its own. On a resume
+with `--force`, `--steps` and `--fall-at` may differ, so that the decay of the learning rate can be timed by the clock.
 
     python trainers/pretrain.py trainers/configs/pocket-vae-cpu.toml
     python trainers/pretrain.py trainers/configs/pocket-unet-cpu.toml
 
-`style_emphasis.py` and `self_play.py` go on with the base that comes out. docs/pocket.md has the recipe of the shipped
-weights, which has more parts.
+`style_emphasis.py` and `self_play.py` train the resulting base model further. docs/pocket.md has the recipe of the
+shipped weights, which has more parts.
 """
 
 from __future__ import annotations
@@ -39,75 +39,81 @@ if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(PretrainOptions):
-    """Pre-train the VAE, or the U-Net with its text encoder, from nothing; or teach either of a base more."""
+    """Pre-train the VAE, or the U-Net with its text encoder, from scratch; or train either of a base model further."""
 
     stage: Literal["vae", "unet"] = "vae"
-    """What to train. The U-Net, with its text encoder, needs a trained VAE."""
+    """What to train: the VAE, or the U-Net with its text encoder. The U-Net needs a trained VAE."""
     output: Path = Path("runs/pocket-vae")
     """Folder of the run: checkpoints, log, samples, and at the end `model/`."""
     vae: Path | None = None
-    """Folder of the trained VAE, for the U-Net's stage."""
+    """Folder of the trained VAE, for --stage unet."""
     init: str | None = None
-    """Go on from this base, named as for --base of the other trainers, instead of from nothing. With --vae beside it
-    the U-Net gets another VAE."""
+    """Start from this base model instead of from random weights; name it as for --base of the other trainers. With
+    --vae the U-Net gets that VAE instead of the base model's own."""
     decoder_only: bool = False
-    """VAE: leave the encoder as it is, so that the latents that a U-Net has learned stay the same."""
+    """VAE: leave the encoder as it is, so that the latents stay those that a U-Net was trained on."""
     kl: float = 1e-3
-    """VAE: weight of the mean KL divergence of a latent number from a standard normal one."""
+    """VAE: weight of the mean KL divergence between a latent value and a standard normal distribution."""
     gradient_difference: float = 0.5
-    """VAE: weight of the error in the differences of neighbouring pixels, which keeps edges sharp."""
+    """VAE: weight of the error in the differences between neighbouring pixels. It keeps edges sharp."""
     hands_share: float = 0.0
-    """Share of the pictures that are changed as if other hands had drawn them, with outlines, hatching, other palettes
-    and grounds, so that the VAE rebuilds unseen styles better, and the U-Net learns them more easily. The U-Net's are
-    by 96 hands, each always the same and named in the caption."""
+    """Share of the images that are changed as if other artists (hands) had drawn them: with outlines, hatching, other
+    palettes and backgrounds. The VAE then reconstructs unseen styles better, and the U-Net learns them more easily. The
+    U-Net sees 96 hands; each changes every image in the same way, and the caption names it."""
     init_share: float = 0.0
-    """Share that the weights of --init have in the result, beside the learned ones (Wortsman et al. 2022), which keeps
-    more of what they did well."""
+    """Share of --init's weights in the result; the rest are the trained weights (Wortsman et al. 2022). It keeps more
+    of what --init did well."""
     train_text_encoder: bool = True
-    """U-Net: train the text encoder with it; --no-train-text-encoder leaves that of --init at rest."""
+    """U-Net: train the text encoder with it. --no-train-text-encoder leaves the one of --init frozen."""
     snr_gamma: float = 5.0
-    """U-Net: gamma of the min-SNR weights; a sample weighs 2 min(SNR, gamma) / (SNR + 1) + flat_weight."""
+    """U-Net: gamma of the min-SNR loss weights; the weight of a sample is 2 min(SNR, gamma) / (SNR + 1) +
+    flat_weight."""
     flat_weight: float = 0.2
-    """U-Net: weight that every sample has in addition, so that the noisiest timesteps, which decide the layout,
-    count."""
+    """U-Net: weight that is added for every sample, so that the noisiest timesteps count; these decide the layout."""
     flip_share: float = 0.5
-    """Share of the pictures that are mirrored."""
+    """Share of the images that are mirrored."""
     group_share: float = 0.06
-    """U-Net: share of captions that name the concept's group in place of the concept."""
+    """U-Net: share of captions that name the concept's group instead of the concept."""
     plain_share: float = 0.25
-    """U-Net: share of captions that name the concept without the style; of those that name a group, twice as many."""
+    """U-Net: share of captions that name the concept without the style. Of the captions that name a group, twice this
+    share has no style."""
     plain_style: str | None = None
-    """U-Net: the style that a concept's name alone draws. Unset: all styles, which a small model draws as a blend."""
+    """U-Net: the style that is generated for a concept's name alone. Unset: all styles, which a small model generates
+    as a blend."""
     empty_share: float = 0.1
-    """U-Net: share of empty captions, for classifier-free guidance. A picture by another hand, or a varied
-    one, is called that also where the rest of its caption is empty."""
+    """U-Net: share of empty captions, for classifier-free guidance. If an image is by another hand or varied, its
+    caption still says so."""
     others_share: float = 0.0
-    """U-Net: share of the pictures that are the sets' other drawings, which teach the styles beyond the concepts."""
+    """U-Net: share of the images that are the sets' other drawings. These teach the styles on more than the
+    concepts."""
     varied_share: float = 0.0
-    """U-Net: share of the pictures that are mirrored, have their color channels swapped, or both. Their captions say
-    so, so that they show more of a style's hand and are never drawn unasked."""
+    """U-Net: share of the images that are mirrored, have their color channels swapped, or both. They show more of a
+    style. Their captions name the change, so that it is never generated unasked."""
     crossed_share: float = 0.0
-    """U-Net: share of the pictures whose noise is laid over the same thing in another style, so that the words decide
-    the style, whatever is already there; half of their captions name the style alone."""
+    """U-Net: share of the images whose noise is laid over the same thing in another style. The model then learns to
+    follow the style in the prompt, whatever style the noisy image shows. Half of these captions name the style
+    alone."""
     crossed_from: int = 300
-    """U-Net: the timestep from which on pictures are crossed; below it the thing's outline is settled."""
+    """U-Net: the timestep from which on images are crossed. Below it the outline of a thing is settled."""
     crossed_overlap: float = 0.0
     """U-Net: how much two drawings of a thing must overlap to be crossed, 0 to 1 (intersection over union of their
-    ink): where they lie alike, it is the style that differs and not the thing's shape."""
+    ink). Drawings that overlap well differ in style and not in the thing's shape."""
     moved_share: float = 0.0
-    """U-Net: share of the pictures at little noise that are turned and shifted, so that what refines a drawing learns
-    strokes and edges wherever they are, instead of the pictures by heart."""
+    """U-Net: share of the images at little noise that are turned and shifted. The model then learns to refine strokes
+    and edges wherever they are, instead of memorizing the images."""
     moved_below: int = 600
-    """U-Net: the timestep below which pictures are moved: the noisier ones decide where things are."""
+    """U-Net: the timestep below which images are moved. Noisier timesteps decide where things are."""
     style_together: float | None = None
-    """U-Net, with --no-train-text-encoder: the largest share that stays of what a prompt's states say of its thing and
-    its style together, beyond each of the two; each picture's is drawn by lot from 0 on. It is a guess where the thing
-    has not been seen in the style. Of pictures by other hands and of varied ones all stays. Unset: all, always."""
+    """U-Net, with --no-train-text-encoder: limit how much a prompt's embedding says about this thing in this style,
+    beyond the thing and the style by themselves. This is the largest share of that part to keep; each image's share is
+    drawn at random from 0 up to it. The part is a guess where the thing has not been seen in the style. Images by other
+    hands and varied images keep all of it. Unset: keep all of it, always."""
     compile: bool = False
-    """Compile the U-Net with torch.compile, which takes a C++ compiler and a minute, and saves a fifth of each step."""
+    """Compile the U-Net with torch.compile. It needs a C++ compiler and takes a minute, and saves a fifth of each
+    step."""
 
     def shares(self) -> Shares:
-        """U-Net: how often what is done with a picture and its caption."""
+        """U-Net: how often each change is made to an image and its caption."""
         from sfumato.pocket.lessons import Shares
 
         names = ("flip", "group", "plain", "empty", "others", "varied", "crossed", "moved", "hands")
@@ -129,7 +135,7 @@ def vae_loss(vae: AutoencoderKL, pixels: Tensor, noise: Tensor, config: Config) 
 
 
 def draw_pixels(pictures: Pictures, config: Config, step: int, device: torch.device) -> Tensor:
-    """(b, 3, h, w) in [-1, 1], what the VAE sees in a step: some mirrored, some as by other hands."""
+    """The VAE's input in a step, (b, 3, h, w) in [-1, 1]: some images mirrored, some changed as if by other hands."""
     import torch
 
     from sfumato import randomness
@@ -145,7 +151,7 @@ def draw_pixels(pictures: Pictures, config: Config, step: int, device: torch.dev
 
 
 def train_vae(config: Config, precision: Precision) -> Path:
-    """Train the VAE on every picture that may be seen; returns the folder of its averaged weights, fp32."""
+    """Train the VAE on every image that it may see; returns the folder of its averaged weights, fp32."""
     from sfumato import load_base, randomness
     from sfumato.pocket.outputs import save_model
     from sfumato.pocket.parts import build_vae, first_weights
@@ -192,7 +198,7 @@ def train_vae(config: Config, precision: Precision) -> Path:
 
 
 def _reconstruct(trained: PretrainState, pictures: Pictures, run: Run, step: int) -> None:
-    """Log the PSNR over 96 fixed pictures, and draw sixteen beside their reconstructions."""
+    """Log the PSNR over 96 fixed images, and draw sixteen of them beside their reconstructions."""
     import torch
 
     from sfumato.pocket.outputs import save_sheet
@@ -208,7 +214,7 @@ def _reconstruct(trained: PretrainState, pictures: Pictures, run: Run, step: int
 
 
 def _scaling_factor(vae: AutoencoderKL, pictures: Pictures, device: torch.device) -> float:
-    """What brings the latents of the named pictures to a standard deviation of 1."""
+    """The factor that brings the latents of the named images to a standard deviation of 1."""
     from sfumato.pocket.latents import encode_all
 
     mean, deviation = encode_all(vae, pictures, device)
@@ -216,8 +222,8 @@ def _scaling_factor(vae: AutoencoderKL, pictures: Pictures, device: torch.device
 
 
 def draw_latents(cache: Latents, lesson: Lesson, alpha_bar: Tensor, config: Config, step: int) -> tuple[Tensor, Tensor]:
-    """(latents, noise) of a step's lesson, (b, channels, h/f, w/f); where it is crossed, the noise makes of what is
-    asked for what is seen."""
+    """(latents, noise) of a step's lesson, (b, channels, h/f, w/f). For a crossed sample the noise turns the image that
+    is asked for into the image that is seen."""
     from sfumato import diffusion, randomness
 
     mean, deviation, seen = cache.of(lesson)
@@ -230,7 +236,7 @@ def draw_latents(cache: Latents, lesson: Lesson, alpha_bar: Tensor, config: Conf
 
 
 def unet_loss(drawn: Tensor, latents: Tensor, noise: Tensor, alpha_bar: Tensor, config: Config) -> Tensor:
-    """The batch's mean error of the predicted v, with min-SNR weights and a flat one beside them. alpha_bar: (b,)."""
+    """The batch's mean error of the predicted v, with min-SNR weights plus a flat one. alpha_bar: (b,)."""
     from sfumato import diffusion
 
     weight = 2 * diffusion.snr_weight("v_prediction", alpha_bar, config.snr_gamma) + config.flat_weight
@@ -239,8 +245,8 @@ def unet_loss(drawn: Tensor, latents: Tensor, noise: Tensor, alpha_bar: Tensor, 
 
 
 def train_unet(config: Config, precision: Precision) -> Path:
-    """Train the U-Net on cached latents, and the text encoder unless it is to rest; returns the folder of a pipeline,
-    averaged weights, fp32."""
+    """Train the U-Net on cached latents, and the text encoder unless it stays frozen. Returns the folder of a pipeline
+    with averaged weights, fp32."""
     from sfumato import diffusion
     from sfumato.data.cache import weights_digest
     from sfumato.pocket.captions import captions_fingerprint, read_words
@@ -313,7 +319,8 @@ def train_unet(config: Config, precision: Precision) -> Path:
 
 
 def new_parts(config: Config, run: Run, manifest: Mapping[str, Any], words: Sequence[str]) -> tuple[Any, Any, Any]:
-    """U-Net and text encoder with their first weights, and the tokenizer of all captions, kept in the run's folder."""
+    """U-Net and text encoder with their initial weights, and the tokenizer of all captions; the run's folder keeps the
+    tokenizer."""
     from transformers import CLIPTokenizer
 
     from sfumato.pocket.captions import all_captions
@@ -331,7 +338,7 @@ def new_parts(config: Config, run: Run, manifest: Mapping[str, Any], words: Sequ
 def caption_states(
     config: Config, encoder: CLIPTextModel, tokenizer: CLIPTokenizer, device: torch.device
 ) -> Callable[[Sequence[str], int], Tensor]:
-    """What gives the U-Net the states of a step's captions: (captions, step) -> (captions, positions, width)."""
+    """The function that encodes a step's captions for the U-Net: (captions, step) -> (captions, positions, width)."""
     from sfumato.pocket.directions import Things
     from sfumato.pocket.encoding import directions_of, encode_text
     from sfumato.pocket.loosened import Loosened

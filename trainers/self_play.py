@@ -1,10 +1,10 @@
-"""Let a small base learn to tell pictures from its own drawings.
+"""Train a small base model to tell real images from its own.
 
     python trainers/self_play.py trainers/configs/pocket-self-play.toml
     sfumato train self_play --data FOLDER --base runs/my-base/model --output runs/my-play --steps 250
 
-are one program. By direct discriminative optimization (Zheng et al. 2025) the U-Net alone learns; docs/pocket.md says
-what comes of it.
+Both run the same program. It trains the U-Net alone, by direct discriminative optimization (Zheng et al. 2025).
+docs/pocket.md says what comes of it.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(PretrainOptions):
-    """Let the U-Net of a base learn to tell pictures from its own drawings."""
+    """Train the U-Net of a base model to tell real images from those that it generates itself."""
 
     base: str = "pocket"
-    """The base that learns on: pocket, or the folder of one that pretrain made."""
+    """Base model to train further: pocket, or the folder of one that pretrain made."""
     output: Path = Path("runs/pocket-self-play")
-    """Folder of the run: own drawings, checkpoints, log, samples, and at the end `model/`."""
+    """Folder of the run: the model's own images, checkpoints, log, samples, and at the end `model/`."""
     batch: int = 16
-    """Pictures per step; of each also an own drawing."""
+    """Images per step; each comes with one of the model's own."""
     learning_rate: float | None = None
-    """The rate between the warm-up and the fall. Unset: 3e-5."""
+    """Learning rate between the warm-up and the decay. Unset: 3e-5."""
     empty_share: float = 0.1
     """Share of empty captions, for classifier-free guidance."""
     others_share: float = 0.0
-    """Share of the pictures that are the sets' other drawings, beside all of the concepts', as far as there are
-    others."""
+    """Share of the images that are the sets' other drawings, as far as there are enough. All images of the concepts
+    take part in any case."""
     guidance: float | None = None
-    """Guidance scale of the own drawings and of the samples, that with which the base is to draw. Unset: the base's
-    usual."""
+    """Guidance scale of the model's own images and of the samples. Take the scale that the base model is to generate
+    with. Unset: the base model's usual."""
     sharpness: float = 100.0
-    """How sure a difference in the error makes that a picture is real or drawn (beta)."""
+    """Beta of the loss: how sure a difference in the error makes that an image is real or generated."""
 
 
 @training_entry_point
@@ -130,7 +130,7 @@ def train(config: Config) -> Path:
 
 
 def check(config: Config) -> None:
-    """Refuse what makes no sense before anything is loaded."""
+    """Refuse options that make no sense, before anything is loaded."""
     check_pretraining(config)
     check_shares(config, "empty_share", "others_share")
     if config.guidance is not None and not 0 <= config.guidance <= 100:
@@ -140,7 +140,8 @@ def check(config: Config) -> None:
 
 
 def played_pictures(config: Config) -> Pictures:
-    """The pictures that the base draws and learns from: all of the concepts, and others by their share."""
+    """The images that the base model generates again and is trained on: all of the concepts, and others by their
+    share."""
     from sfumato.pocket.pictures import seen_pictures
     from sfumato.pocket.self_play import taking_part
 

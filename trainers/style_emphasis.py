@@ -1,9 +1,9 @@
-"""Teach the text encoder of a small base to let a prompt's style count more; no picture is looked at.
+"""Train the text encoder of a small base model so that a prompt's style counts more. It uses no images.
 
     python trainers/style_emphasis.py trainers/configs/pocket-style-emphasis.toml
     sfumato train style_emphasis --data FOLDER --base runs/my-base/model --output runs/my-emphasis
 
-are one program. U-Net and VAE stay as they are; docs/pocket.md says what it is for.
+Both run the same program. U-Net and VAE stay as they are. docs/pocket.md says what it is for.
 """
 
 from __future__ import annotations
@@ -21,20 +21,21 @@ from sfumato.training.entry_point import training_entry_point
 
 @dataclass(frozen=True, kw_only=True)
 class Config(PretrainOptions):
-    """Teach the text encoder of a base to let a prompt's style count more, from no picture."""
+    """Train the text encoder of a base model so that a prompt's style counts more. It uses no images."""
 
     base: str = "pocket"
-    """The base whose text encoder learns: pocket, or the folder of one that pretrain made."""
+    """Base model whose text encoder is trained: pocket, or the folder of one that pretrain made."""
     output: Path = Path("runs/pocket-style-emphasis")
     """Folder of the run: checkpoints, log, samples, and at the end `model/`."""
     batch: int = 16
     """Things that are named in each step, each in all its styles."""
     style_emphasis: float = 0.5
-    """How much is added to a prompt's states of what its style adds to all things."""
+    """How much of a style's own direction to add to a prompt's embedding. The direction is what the style adds to all
+    things."""
     style_together: float = 1.0
-    """Share that stays of what a prompt's states say of its thing and its style together, beyond each of the two. It is
-    a guess where the thing has not been seen in the style; of what has been seen the U-Net knows how it looks by it,
-    too. 1: all of it."""
+    """Share to keep of what a prompt's embedding says about this thing in this style, beyond the thing and the style by
+    themselves. If the thing has not been seen in the style, this part is a guess; if it has, the U-Net also uses it to
+    know how the thing looks. 1: keep all of it."""
 
 
 @training_entry_point
@@ -81,7 +82,7 @@ def train(config: Config) -> Path:
 
 
 def check(config: Config) -> None:
-    """Refuse what makes no sense before anything is loaded."""
+    """Refuse options that make no sense, before anything is loaded."""
     check_pretraining(config)
     check_shares(config, "style_together")
     if not 0 <= config.style_emphasis < float("inf"):

@@ -1,12 +1,12 @@
-"""Textual Inversion: teach a base a new word, and nothing else. A file of a few kilobytes.
+"""Textual Inversion: teach a base model a new word, and nothing else. A file of a few kilobytes.
 
     python trainers/textual_inversion.py --images DIR --placeholder "<otter>" --output DIR
     accelerate launch trainers/textual_inversion.py ...
     sfumato train textual_inversion ...
 
-are one program. v* = argmin E |noise - unet(x_t, t, text("... <otter> ..."; v))|^2 over the vectors v of the new word
-(Gal et al. 2022, eq. 2); U-Net, VAE and text encoders are frozen and stay bit for bit what they were. `train` is the
-whole method; what it calls is the library.
+All three run the same program. v* = argmin E |noise - unet(x_t, t, text("... <otter> ..."; v))|^2 over the vectors v of
+the new word (Gal et al. 2022, eq. 2). U-Net, VAE and text encoders are frozen and stay the same, bit for bit. `train`
+is the whole method; what it calls is in the library.
 """
 
 from __future__ import annotations
@@ -39,35 +39,37 @@ if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(TrainerOptions):
-    """Learn one to sixteen vectors for a new word, and nothing else: a file of a few kilobytes.
+    """Learn one to sixteen embedding vectors for a new word, and nothing else: a file of a few kilobytes.
 
-    Example: `sfumato train textual_inversion --images datasets/flamingo --placeholder "<flamingo>"
-    --stands-for "sks flamingo" --initial-words flamingo --output runs/word`
+    Example: `sfumato train textual_inversion --images datasets/flamingo --placeholder "<flamingo>" --stands-for "sks
+    flamingo" --initial-words flamingo --output runs/word`
     """
 
     placeholder: tuple[str, ...]
-    """The new word, in lower case and spelt as nobody writes, such as `<otter>`. Repeat it for several words in one
-    run."""
+    """The new word. Write it in lower case, and so that it occurs nowhere else, such as `<otter>`. Repeat the option to
+    learn several words in one run."""
     vectors: int | None = None
-    """Vectors of each placeholder, 1 to 16. More hold more of the pictures, and leave the rest of a prompt less say.
-    Unset: 4."""
+    """Number of embedding vectors for each new word, 1 to 16. More vectors hold more of the images, but leave the rest
+    of a prompt less influence. Unset: 4."""
     initial_words: tuple[str, ...] = ()
-    """Words of similar meaning to start from: one entry for all placeholders, or one for each."""
+    """Words of similar meaning to start from: one entry for all new words, or one for each."""
     start: Literal["mean", "random"] = "mean"
-    """Where vectors start without --initial-words: the mean of all the base's words, or some of its words at random."""
+    """Where the vectors start without --initial-words. mean: the mean of all the base model's words; random: some of
+    its words, chosen at random."""
     stands_for: tuple[str, ...] = ()
-    """Words of the captions that the placeholder takes the place of: with "sks flamingo", the caption "sks flamingo,
-    flat style" is learned as `<flamingo>, flat style`. Once for each placeholder. Unset, and without --caption, the
-    caption is the placeholder alone."""
+    """Words in the captions that the new word replaces: with "sks flamingo", the caption "sks flamingo, flat style" is
+    learned as `<flamingo>, flat style`. Give it once for each new word. Unset, and without --caption: the caption is
+    the new word alone."""
     templates: Literal["none", "object", "style"] | None = None
-    """Sentences put around the captions, a different one for each sample: CLIP's "a photo of a ...", or "a painting in
-    the style of ...". Unset: object, where captions are the placeholder alone and the base is not pocket."""
+    """Sentences to put around the captions, a different one for each sample. object: CLIP's "a photo of a ..."; style:
+    "a painting in the style of ...". Unset: object, if the captions are the new word alone and the base model is not
+    pocket; else none."""
     keep_scale: bool = True
-    """After each step, a vector longer than 95 % of the base's own, or shorter than 95 % of them, is brought back to
-    that length."""
+    """Keep the vectors at a usual length: after each step, shorten a vector that is longer than 95 % of the base
+    model's own, and lengthen one that is shorter than 95 % of them, to that limit."""
     save_every: int = 0
-    """Steps between words that are kept beside the last, as OUTPUT/adapters/NAME-step00000500.safetensors, to choose
-    from; 0 keeps none."""
+    """Steps between copies of the words that are kept besides the last, to choose from, as
+    OUTPUT/adapters/NAME-step00000500.safetensors; 0 keeps none."""
     save_precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Number format of the file."""
 
@@ -81,7 +83,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "sdxl": {"steps": 3000, "batch": 2},
     }
 )
-"""Of this method, by family, where a config leaves them unset."""
+"""Defaults of this method, by family, for what a config leaves unset."""
 
 ALONE = "{trigger}"
 """The template of captions that are the placeholder alone."""
@@ -89,7 +91,7 @@ ALONE = "{trigger}"
 
 @training_entry_point
 def train(config: Config) -> Path:
-    """Train, and return the path of the embedding; of the first one, if there are several."""
+    """Train, and return the path of the embedding; of the first one if there are several."""
     import torch
 
     from sfumato.runs.processes import Processes
@@ -209,7 +211,7 @@ def train(config: Config) -> Path:
 
 
 def check(config: Config) -> None:
-    """Refuse what makes no sense before anything is loaded."""
+    """Refuse options that make no sense, before anything is loaded."""
     checks.check_trainer(config)
     count = len(config.placeholder)
     if not count or not all(word.strip() for word in config.placeholder):
@@ -229,8 +231,8 @@ def check(config: Config) -> None:
 
 
 def read_examples(config: Config) -> ExampleSet:
-    """The pictures, with captions that hold the placeholders; notes tell what is left aside. Raises DataError for
-    captions that hold none."""
+    """Read the images, with captions that contain the placeholders; notes say what is left out. Raises DataError for
+    captions without a placeholder."""
     from sfumato.data.placeholder_captions import insert_placeholders
     from sfumato.data.source import sources_of
 
@@ -253,12 +255,12 @@ def read_examples(config: Config) -> ExampleSet:
 
 
 def caption_is_placeholder(config: Config) -> bool:
-    """Whether captions are the placeholder alone, where their source says nothing else."""
+    """Whether captions are the placeholder alone, unless their source says otherwise."""
     return config.caption is None and not config.stands_for and len(config.placeholder) == 1
 
 
 def unread_captions(sources: Sequence[Source], placeholder: str) -> str:
-    """What to say of captions whose place the placeholder takes as a whole; empty for none."""
+    """A note on captions that are ignored because the placeholder replaces them as a whole; empty if there are none."""
     found = [each.caption.text for source in sources if source.template == ALONE for each in source.list().pictures]
     texts = [text for text in found if text and text != placeholder]
     if not texts:
@@ -274,7 +276,8 @@ def unread_captions(sources: Sequence[Source], placeholder: str) -> str:
 
 
 def resolve(config: Config, base: Base, examples: ExampleSet, processes: int) -> tuple[Config, list[str]]:
-    """The config with every unset field filled, and the names that the base's family or the method filled."""
+    """The config with every unset field filled in, and the names of the fields that the base family or the method
+    filled."""
     name = base.family.name
     defaults = {"vectors": DEFAULT_VECTORS, "learning_rate": DEFAULT_LEARNING_RATES[name], **DEFAULTS[name]}
     config, filled = config_defaults.resolve(config, base, examples, processes, **defaults)
@@ -283,7 +286,7 @@ def resolve(config: Config, base: Base, examples: ExampleSet, processes: int) ->
 
 
 def default_prompts(examples: ExampleSet, placeholders: Sequence[str]) -> list[str]:
-    """Two captions, and the first word in two places where it was not learned; none twice."""
+    """Two captions, and the first new word in two settings that were not trained on; none twice."""
     captions = list(dict.fromkeys(e.caption for e in examples))[:2]
     return list(dict.fromkeys([*captions, f"a drawing of a {placeholders[0]}", f"{placeholders[0]} on a table"]))
 
@@ -291,7 +294,7 @@ def default_prompts(examples: ExampleSet, placeholders: Sequence[str]) -> list[s
 def save(
     paths: dict[str, Path], words: Words, base: Base, config: Config, dataset: Dataset, run: Run, samples: Samples
 ) -> None:
-    """Write each word's file, the card and the plot; upload them if asked."""
+    """Write each word's file, the model card and the plot; upload them if asked."""
     from sfumato.cards.words import write_embedding_card
     from sfumato.training.finish import describe_run, plot_and_tell, upload
 
@@ -305,7 +308,7 @@ def save(
 
 
 def write_words(paths: Mapping[str, Path], words: Words, config: Config, about: Description) -> list[str]:
-    """Write each word as it is now; returns what they are near to, which their files tell, too."""
+    """Write each word as it is now. Returns the base model's words that are nearest to it; the files say this, too."""
     from sfumato.files import describe
     from sfumato.files.write_embedding import write_embedding
     from sfumato.precision import DTYPES

@@ -1,4 +1,4 @@
-"""sfumato: teach a Stable Diffusion model a style or a subject from a dozen pictures, and mix what was learned.
+"""sfumato: teach a Stable Diffusion model a style or a subject from a dozen images, and mix what it learned.
 
 Importing this package loads nothing heavy; a public name loads its module when it is first used.
 """

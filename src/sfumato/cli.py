@@ -27,32 +27,29 @@ from sfumato.command_line.terminal import escape_control
 from sfumato.errors import ConfigError, SfumatoError, is_out_of_memory, nearest
 
 TRAINERS = {
-    "dreambooth": "the whole U-Net, or a LoRA, on a subject bound to a rare word, with the class kept",
-    "textual_inversion": "one to sixteen vectors for a new word, and nothing else",
-    "lora": "a LoRA on the U-Net's cross-attention, or more: a style or a subject in a file of a few megabytes",
-    "pretrain": "a small base from nothing: first its VAE, then its U-Net and text encoder",
-    "style_emphasis": "of a small base: let the style of a prompt count more",
-    "self_play": "of a small base: tell pictures from its own drawings",
+    "dreambooth": "a subject bound to a rare word, in the whole U-Net or a LoRA; the class is preserved",
+    "textual_inversion": "a new word of one to sixteen embedding vectors, and nothing else",
+    "lora": "a style or a subject as a LoRA on the U-Net's cross-attention, or on more: a few megabytes",
+    "pretrain": "a small base model from scratch: first its VAE, then its U-Net and text encoder",
+    "style_emphasis": "the text encoder of a small base model, so that a prompt's style counts more",
+    "self_play": "the U-Net of a small base model, to tell real images from its own",
 }
 PIPELINES = {
-    "check": (
-        "sfumato.pipelines.check",
-        "look at a folder of pictures before training: what will be seen, what is wrong",
-    ),
-    "memory": ("sfumato.pipelines.memory", "what training and drawing take of memory, before anything is loaded"),
-    "caption": ("sfumato.pipelines.caption", "write captions for pictures that have none"),
-    "dataset": ("sfumato.pipelines.dataset_config", "another tool's data set config as a dataset.toml"),
-    "generate": ("sfumato.pipelines.generate", "draw pictures with any base and any mix of adapters"),
-    "grid": ("sfumato.pipelines.grid", "an XY plot over weights, prompts, adapters, seeds: pictures to choose by"),
-    "inspect": ("sfumato.pipelines.inspect_file", "what a weight file is, without loading it"),
-    "verify": ("sfumato.pipelines.verify", "whether a file is whole, and the same adapter as another"),
-    "convert": ("sfumato.pipelines.convert", "an adapter in another tool's grammar"),
-    "merge": ("sfumato.pipelines.merge", "adapters into one file, or into a checkpoint"),
-    "clash": ("sfumato.pipelines.clash", "where adapters clash, told from their files"),
-    "extract": ("sfumato.pipelines.extract", "an adapter out of a fine-tuned model and its base"),
-    "resize": ("sfumato.pipelines.resize", "a LoRA of a smaller rank"),
-    "env": ("sfumato.pipelines.env", "what is found here: versions, extras, devices, the precision they lead to"),
-    "quickstart": ("sfumato.pipelines.quickstart", "the main job: learn a style and a subject, mix them, draw a sheet"),
+    "check": ("sfumato.pipelines.check", "report what training will see in a folder of images, and what is wrong"),
+    "memory": ("sfumato.pipelines.memory", "how much memory training and generating take, before anything is loaded"),
+    "caption": ("sfumato.pipelines.caption", "write captions for images that have none"),
+    "dataset": ("sfumato.pipelines.dataset_config", "convert another tool's data set config to a dataset.toml"),
+    "generate": ("sfumato.pipelines.generate", "make images with any base model and any mix of adapters"),
+    "grid": ("sfumato.pipelines.grid", "make an XY plot over weights, prompts, adapters or seeds, to compare images"),
+    "inspect": ("sfumato.pipelines.inspect_file", "show what a weight file contains, without loading it"),
+    "verify": ("sfumato.pipelines.verify", "verify that a file is complete, or the same adapter as another"),
+    "convert": ("sfumato.pipelines.convert", "rewrite an adapter in another tool's file format"),
+    "merge": ("sfumato.pipelines.merge", "combine adapters into one file, or bake them into a checkpoint"),
+    "clash": ("sfumato.pipelines.clash", "show where adapters conflict, from their files alone"),
+    "extract": ("sfumato.pipelines.extract", "make an adapter from a fine-tuned model and its base model"),
+    "resize": ("sfumato.pipelines.resize", "reduce the rank of a LoRA"),
+    "env": ("sfumato.pipelines.env", "show versions, extras, devices, and the precision that follows from them"),
+    "quickstart": ("sfumato.pipelines.quickstart", "the main job: learn a style and a subject, mix them, make a sheet"),
 }
 
 Main = Callable[[Sequence[str]], object]

@@ -1,8 +1,8 @@
-"""The few exceptions of the package. Each message is one line: what was found, what was wanted, what to do.
+"""The exceptions of the package. Each message is one line: what was found, what was wanted, what to do.
 
 SfumatoError
 ├── ConfigError       an option, a config file, a prompt
-├── DataError         a folder, a picture, a caption
+├── DataError         a folder, an image, a caption
 ├── PrecisionError    a device, a dtype, an optimizer that this machine cannot serve
 ├── BaseModelError    a base model
 ├── FileError         a weight file that is not what its name says
@@ -15,7 +15,7 @@ from collections.abc import Collection
 
 
 def nearest(name: str, known: Collection[str]) -> str:
-    """What was perhaps meant by a name that is none of `known`, or all of these, as the end of a message."""
+    """The end of an error message about an unknown name: the most similar name of `known`, or all of them."""
     near = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}."
 
@@ -25,13 +25,13 @@ _MEMORY_IS_FULL = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the memory of a GPU or of the CPU did not hold what was computed."""
+    """Whether the memory of a GPU or of the CPU was too small."""
     said = isinstance(error, RuntimeError) and any(words in str(error) for words in _MEMORY_IS_FULL)
     return said or isinstance(error, MemoryError)
 
 
 class SfumatoError(Exception):
-    """Anything a user can mend; the command line prints it as one line and exits with 2."""
+    """Any error that a user can fix. The command line prints it as one line and exits with 2."""
 
 
 class ConfigError(SfumatoError):
@@ -39,15 +39,15 @@ class ConfigError(SfumatoError):
 
 
 class DataError(SfumatoError):
-    """A folder, a picture or a caption that cannot be learned from."""
+    """A folder, an image or a caption that cannot be trained on."""
 
 
 class PrecisionError(SfumatoError):
-    """A device, a dtype or an optimizer that this machine cannot serve."""
+    """A device, a dtype or an optimizer that does not work on this machine."""
 
 
 class BaseModelError(SfumatoError):
-    """A base model that is missing, incomplete or of another kind."""
+    """A base model that is missing, incomplete or of an unsupported kind."""
 
 
 class FileError(SfumatoError):
@@ -55,7 +55,7 @@ class FileError(SfumatoError):
 
 
 class AdapterError(SfumatoError):
-    """An adapter that does not fit its base, or fits only in part."""
+    """An adapter that does not fit its base model, or fits only in part."""
 
 
 class RunError(SfumatoError):

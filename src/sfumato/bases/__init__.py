@@ -1,4 +1,4 @@
-"""Base models: load one, say its family, encode text and pixels with it. Importing this loads no torch."""
+"""Base models: load one, find its family, encode text and pixels with it. Importing this loads no torch."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,4 @@
-"""A loaded base model: its parts, frozen, and what a trainer or a drawer asks of them."""
+"""A loaded base model: its parts, frozen, and the operations that training and generating need."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ class Base:
     """A base model, frozen. Made by `sfumato.load_base`.
 
     name: what may be shown to others: `pocket`, a hub id, or the last part of a path.
-    alpha_bar: (T,) fp32, the cumulative product of 1 - beta; the last is 0 where the base has zero terminal SNR.
-    clip_skip: layers of the text encoder skipped from its end, as diffusers counts: A1111's "Clip skip: 2" is 1 here,
-        and of SDXL 0.
-    max_tokens: tokens of a prompt that are read, a multiple of the text encoder's positions without both ends; unset,
-        as many as these.
-    lazy_weights: which parts have given their memory back; the methods below wake what they use.
+    alpha_bar: (T,) fp32, the cumulative product of 1 - beta; the last is 0 at zero terminal SNR.
+    clip_skip: layers skipped at the end of the text encoder, counted as in diffusers: A1111's "Clip skip: 2" is 1 here,
+        and 0 on SDXL.
+    max_tokens: tokens of a prompt that are read, a multiple of the text encoder's positions without start and end.
+        Unset: as many as these.
+    lazy_weights: which parts have released their memory. The methods below load again what they use.
     """
 
     family: Family
@@ -74,30 +74,31 @@ class Base:
 
     @property
     def vae_factor(self) -> int:
-        """Pixels to a latent, on a side."""
+        """Pixels per latent value, on a side."""
         return int(2 ** (len(self.vae.config.block_out_channels) - 1))
 
     @property
     def resolution(self) -> int:
-        """Pixels on a side of the pictures this base was trained on."""
+        """Side in pixels of the images that this base model was trained on."""
         size = self.unet.config.sample_size
         return int(size) * self.vae_factor if isinstance(size, int) else self.family.defaults.resolution
 
     @property
     def defaults(self) -> Defaults:
-        """The family's defaults, with this base's own resolution."""
+        """The family's defaults, with this base model's own resolution."""
         return replace(self.family.defaults, resolution=self.resolution)
 
     # Text
 
     def parts(self, *, text: bool) -> dict[str, nn.Module]:
-        """What can learn, by the names that files give it: "unet", and with `text` "text_encoder", "text_encoder_2"."""
+        """The parts that can be trained, by their names in files: "unet", and with `text` also "text_encoder" and
+        "text_encoder_2"."""
         encoders = zip(self.family.encoders, self.text_encoders, strict=True) if text else ()
         return {"unet": self.unet, **{encoder.folder: model for encoder, model in encoders}}
 
     @property
     def chunk_size(self) -> int:
-        """Tokens of a prompt that the text encoder sees at once, without the start and end tokens."""
+        """Tokens of a prompt that the text encoder takes at once, without the start and end tokens."""
         return int(self.text_encoders[0].config.max_position_embeddings) - 2
 
     @property
@@ -106,18 +107,18 @@ class Base:
         return self.max_tokens or self.chunk_size
 
     def token_count(self, prompt: str) -> int:
-        """Tokens of a prompt, without the start and end tokens, however many there are."""
+        """Number of tokens of a prompt, of any length, without the start and end tokens."""
         return max(len(self._ids(tokenizer, prompt)) for tokenizer in self.tokenizers)
 
     def chunk_count(self, prompt: str) -> int:
-        """How many chunks of `chunk_size` tokens the text encoder is given of a prompt, one after another."""
+        """Number of chunks of `chunk_size` tokens that the text encoder takes of a prompt, one after another."""
         return self._chunks_of(self.token_count(prompt))
 
     def _chunks_of(self, tokens: int) -> int:
         return max(1, math.ceil(min(tokens, self.token_limit) / self.chunk_size))
 
     def cut_off(self, prompt: str) -> str:
-        """The end of the prompt that is not read; empty if all is."""
+        """The end of the prompt that is not read; empty if all is read."""
         ids = self._ids(self.tokenizers[0], prompt)
         return str(self.tokenizers[0].decode(ids[self.token_limit :])).strip()
 
@@ -127,18 +128,18 @@ class Base:
         return list(tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids)
 
     def encode_text(self, prompts: Sequence[str], *, grad: bool = False) -> TextEmbedding:
-        """The prompts as the U-Net takes them, in the dtype of the text encoder's weights.
+        """Encode the prompts as the U-Net takes them, in the dtype of the text encoder's weights.
 
-        SD: the last hidden state after the final norm. SDXL: the last but one of both encoders, side by side, and the
-        second's projected pooled embedding. A prompt of more than `chunk_size` tokens is encoded in chunks of as many,
-        each with its own start and end, whose states follow one another, as web interfaces do it; the pooled embedding
-        is the first chunk's. Warns of a prompt longer than `token_limit`, whose end is cut.
-        grad: whether gradients flow into what is trained of the text encoders.
+        SD: the last hidden state after the final norm. SDXL: the last but one hidden state of both encoders, side by
+        side, and the second encoder's projected pooled embedding. A prompt of more than `chunk_size` tokens is encoded
+        in chunks of that size, each with its own start and end token, one after another, as in web interfaces; the
+        pooled embedding is the first chunk's. Warns about a prompt longer than `token_limit`, whose end is cut off.
+        grad: whether gradients flow into the trained parts of the text encoders.
         """
         return TextEmbedding.cat(self.encode_apart(prompts, grad=grad))
 
     def encode_apart(self, prompts: Sequence[str], *, grad: bool = False) -> list[TextEmbedding]:
-        """As `encode_text`, each prompt's embedding by itself, of no more tokens than its chunks have."""
+        """As `encode_text`, but each prompt's embedding by itself, with only the tokens of its own chunks."""
         ids = [[self._ids(tokenizer, prompt) for prompt in prompts] for tokenizer in self.tokenizers]
         lengths = [max(map(len, each)) for each in zip(*ids, strict=True)]
         for prompt, length in zip(prompts, lengths, strict=True):
@@ -154,8 +155,8 @@ class Base:
         return [chunks[first:end].joined() for first, end in pairwise(accumulate(counts, initial=0))]
 
     def _encode_chunks(self, ids: Sequence[Sequence[list[int]]], counts: Sequence[int]) -> TextEmbedding:
-        """The embedding of each chunk by itself, in order. ids: of each tokenizer those of each prompt, which has so
-        many chunks."""
+        """The embedding of each chunk by itself, in order. ids: for each tokenizer, those of each prompt, one list per
+        chunk."""
         outputs = []
         for tokenizer, encoder, told in zip(self.tokenizers, self.text_encoders, ids, strict=True):
             each = zip(told, counts, strict=True)
@@ -169,8 +170,8 @@ class Base:
         return TextEmbedding(hidden, outputs[-1].text_embeds)
 
     def chunk_ids(self, tokenizer: Any, prompt: str) -> list[list[int]]:
-        """What a text encoder is given of a prompt: of each chunk `chunk_size` + 2 ids, both ends and padding among
-        them."""
+        """The token ids that a text encoder gets for a prompt: for each chunk `chunk_size` + 2 ids, including start,
+        end and padding."""
         return self._rows(tokenizer, self._ids(tokenizer, prompt), self.chunk_count(prompt))
 
     def _rows(self, tokenizer: Any, ids: Sequence[int], count: int) -> list[list[int]]:
@@ -184,7 +185,7 @@ class Base:
         return cast(Tensor, norm(output.hidden_states[-(self.clip_skip + 1)]))
 
     def unconditional(self, count: int) -> TextEmbedding:
-        """What stands for "no prompt" in guidance, as the pipeline has it: SDXL's base takes zeros."""
+        """The embedding of "no prompt" for guidance, as the pipeline has it: SDXL's base model uses zeros."""
         text = self.encode_text([""] * count)
         return text.zeros() if self.zeros_for_empty_prompt else text
 
@@ -204,9 +205,10 @@ class Base:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Pixels, fp32, (batch, 3, height, width) in [-1, 1], of scaled latents.
+        """Decode scaled latents to pixels, fp32, (batch, 3, height, width) in [-1, 1].
 
-        A decoding that is not finite is tried once more in fp32. Raises BaseModelError if that is not finite either.
+        If the result is not finite, it is decoded once more in fp32. Raises BaseModelError if that is not finite
+        either.
         """
         shift, scale = latent_scale(self.vae, self.precision.device)
         encoded = latents.to(self.precision.device).float() / scale + shift
@@ -232,10 +234,10 @@ class Base:
     def added_conditions(
         self, text: TextEmbedding, original_sizes: Pairs, crops: Pairs, target_sizes: Pairs
     ) -> dict[str, Tensor] | None:
-        """SDXL's further conditions for `predict`; None for the other families.
+        """SDXL's additional conditions for `predict`; None for the other families.
 
-        original_sizes, target_sizes: (height, width) in pixels for each picture; crops: (top, left).
-        Gives time_ids (batch, 6), fp32, and text_embeds (batch, width).
+        original_sizes, target_sizes: (height, width) in pixels for each image; crops: (top, left). Returns time_ids
+        (batch, 6), fp32, and text_embeds (batch, width).
         """
         if self.unet.config.addition_embed_type != "text_time":
             return None
@@ -252,7 +254,7 @@ class Base:
     ) -> Tensor:
         """The U-Net's raw output, in the dtype of the latents: noise or v, see `prediction_type`.
 
-        latents: (batch, channels, height/f, width/f) noised. timesteps: (batch,) integers below T.
+        latents: (batch, channels, height/f, width/f), noised. timesteps: (batch,) integers below T.
         """
         self.lazy_weights.load("unet")
         with self.precision.autocast():
@@ -264,11 +266,11 @@ class Base:
     # Whole
 
     def pipeline(self, sampler: str | None = None) -> Any:
-        """A diffusers pipeline that shares these modules; no safety checker, no network.
+        """A diffusers pipeline that shares these modules; no safety checker, no network access.
 
-        sampler: a name from `sfumato.schedulers`, the family's if unset; `base.scheduler` is the folder's own.
-        With clip_skip, hand the pipeline prompts from `encode_text`, or `clip_skip=` as well. Where VAE and U-Net have
-        different dtypes (fp16), ask it for latents and `decode` them.
+        sampler: a name from `sfumato.schedulers`. Unset: the family's; `base.scheduler` is the folder's own. With
+        clip_skip, give the pipeline prompts from `encode_text`, or `clip_skip=` as well. If VAE and U-Net have
+        different dtypes (fp16), ask it for latents and use `decode`.
         """
         self.lazy_weights.load("unet", "vae", "text")
         parts: dict[str, Any] = {
@@ -291,10 +293,10 @@ class Base:
     # By what it is known again
 
     def quick_fingerprint(self) -> str:
-        """As `fingerprint`, over configs, tokenizers and a page of each weight.
+        """As `fingerprint`, over configs, tokenizers and one page of each weight; it takes milliseconds.
 
-        For what is kept under a name of its own and can be made again, such as the cells of a grid: whatever learned on
-        changes every page of what it changed, and that is noticed in milliseconds.
+        For files that can be made again, such as the cells of a grid. Further training changes every page of a weight,
+        so it is noticed.
         """
         if not self.files:
             return self.fingerprint()
@@ -304,8 +306,8 @@ class Base:
     def fingerprint(self) -> str:
         """sha256, in hex, over configs, tokenizers and weight files (over the weights in memory if there are no files).
 
-        The same for every precision and device, and whatever new words are in use. Read once, then remembered. Raises
-        FileError for files that are no longer those that the base is read from.
+        The same for every precision and device, and with any new words in use. Read once, then remembered. Raises
+        FileError if the files are no longer those that the base model is read from.
         """
         return self._fingerprint
 
@@ -318,16 +320,18 @@ class Base:
         return digest.hexdigest()
 
     def adapted_fingerprint(self) -> str:
-        """sha256, in hex, over what adapters change, a page of each weight: U-Net and text encoders, whichever the VAE.
+        """sha256, in hex, over what adapters change: one page of each weight of U-Net and text encoders, with any VAE.
 
-        For the file of an adapter, to tell releases of a base apart, in milliseconds. The same for weights that were
-        saved anew in a dtype that holds them exactly. Empty if there are no files. Read once, then remembered.
+        For the file of an adapter, to tell releases of a base model apart; it takes milliseconds. The same if the
+        weights were saved again in a dtype that holds them exactly. Empty if there are no files. Read once, then
+        remembered.
         """
         return self._adapted_fingerprints[0]
 
     @cached_property
     def _adapted_fingerprints(self) -> tuple[str, str]:
-        """That, and the one of the weights as they are stored, which sfumato before 0.5 wrote."""
+        """`adapted_fingerprint`, and the fingerprint of the weights as they are stored, which sfumato before 0.5
+        wrote."""
         now, before = (
             self.lazy_weights.first_pages("unet", "text", as_stored=as_stored) for as_stored in (False, True)
         )
@@ -338,9 +342,10 @@ class Base:
         return [fingerprints.vocabulary(tokenizer) for tokenizer in self.tokenizers]
 
     def is_another_release(self, metadata: Mapping[str, str]) -> bool:
-        """Whether an adapter was learned on another release of pocket than this one, by its file's metadata.
+        """Whether an adapter was trained on another release of pocket than this one, by its file's metadata.
 
-        False where they do not say, and for the other bases: adapters of SD 1.5 are meant for its fine-tunes, too.
+        False if the metadata does not say, and for other base models: adapters of SD 1.5 are meant for its fine-tunes,
+        too.
         """
         stated = metadata.get("sfumato.base_fingerprint", "")
         if not stated or not self.name == metadata.get("ss_sd_model_name") == "pocket":

@@ -1,7 +1,7 @@
 """The families of base models: what each consists of, and its defaults. Imports no torch.
 
-What differs between families and can be read from a model (widths, factors, prediction type) is read from the model;
-this table holds the rest.
+What differs between families and can be read from a model (widths, factors, prediction type) is read from the model.
+This table holds the rest.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ class Defaults:
     """Values for the settings that a config leaves unset."""
 
     resolution: int
-    """Pixels on a side; a base whose U-Net says otherwise (SD 2.x at 768) overrides it."""
+    """Side in pixels. A base model whose U-Net says otherwise (SD 2.x at 768) overrides it."""
     batch: int
     learning_rate: float
-    """For a LoRA with alpha equal to its rank; other kinds of adapter have it some times (`sfumato.adapters.ALGOS`)."""
+    """For a LoRA with alpha equal to its rank. Other kinds of adapter use a multiple of it
+    (`sfumato.adapters.ALGOS`)."""
     steps: int
     rank: int
     guidance: float
-    """Classifier-free guidance when drawing."""
+    """Guidance scale for generating (classifier-free guidance)."""
     sampling_steps: int
     sampler: str
     """A name from `sfumato.schedulers`."""
@@ -39,7 +40,7 @@ class Defaults:
 
 @dataclass(frozen=True)
 class Encoder:
-    """Where a folder keeps one text encoder, and of which class it is."""
+    """The folder and the class of one text encoder in a diffusers folder."""
 
     folder: str
     tokenizer: str
@@ -48,7 +49,7 @@ class Encoder:
 
 @dataclass(frozen=True)
 class Family:
-    """One family of base models; how people and files spell it is in `sfumato.files.family`."""
+    """One family of base models. `sfumato.files.family` has the names that people and files use for it."""
 
     name: FamilyName
     defaults: Defaults
@@ -104,11 +105,11 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
 
 
 def family_of_config(unet: Mapping[str, Any]) -> Family:
-    """The family of a U-Net, by its diffusers config.
+    """The family of a U-Net, from its diffusers config.
 
-    Widths are not asked, so that a small model of a family is one of it. SDXL takes sizes and a pooled embedding; SD 2
-    projects linearly into its attention blocks; SD 1 has a level without attention at the bottom, or as the smallest
-    distilled ones no middle, where pocket has a middle and attention everywhere. Raises BaseModelError.
+    Widths do not matter, so that a small model belongs to its family. SDXL takes sizes and a pooled embedding. SD 2 has
+    linear projections in its attention blocks. SD 1 has a lowest level without attention or, in the smallest distilled
+    models, no middle block. pocket has a middle block and attention at every level. Raises BaseModelError.
     """
     if unet.get("addition_embed_type") == "text_time":
         return FAMILIES["sdxl"]

@@ -1,4 +1,4 @@
-"""Load a base: the pocket one, a diffusers folder, a hub id, or a single checkpoint."""
+"""Load a base model: pocket, a diffusers folder, a hub id, or a single checkpoint."""
 
 from __future__ import annotations
 
@@ -61,17 +61,17 @@ def load_base(
     family: str | None = None,
     unet: bool = True,
 ) -> Base:
-    """The base of this name, frozen and placed on the precision's device; precision: `decide("auto")` if unset.
+    """Load a base model, frozen and placed on the precision's device. precision: unset, `decide("auto")`.
 
     source: `pocket`, a diffusers folder, a hub id, or a .safetensors checkpoint of SD 1.x, SD 2.x or SDXL (read without
-    a network). clip_skip: layers of the text encoder to skip from its end, as diffusers counts (A1111's 2 is 1, of
-    SDXL 0). max_tokens: of a prompt that are read, 75, 150 or 225, in chunks of 75; unset, 75. vae: a folder, hub id or
-    file whose VAE replaces the base's. prediction_type: `epsilon` or `v_prediction`, where the base does not say it or
-    says it wrongly. zero_terminal_snr: that its last timestep is pure noise, where it does not say it. family: a name
-    from `FAMILIES`, where it would be recognised wrongly. unet: whether the U-Net's weights are read now; without,
-    `base.unet` only knows its config until it is needed.
+    network access). clip_skip: layers to skip at the end of the text encoder, counted as in diffusers (A1111's 2 is 1,
+    and 0 on SDXL). max_tokens: tokens of a prompt that are read, 75, 150 or 225, in chunks of 75; unset, 75. vae: a
+    folder, hub id or file of another VAE. prediction_type: `epsilon` or `v_prediction`, if the base model does not say
+    it or says it wrongly. zero_terminal_snr: its last timestep is pure noise, if it does not say so. family: a name
+    from `FAMILIES`, if it would be recognised wrongly. unet: read the U-Net's weights now; otherwise `base.unet` has
+    only its config until it is needed.
 
-    Raises BaseModelError, or FileError for a broken file: one line.
+    Raises BaseModelError, or FileError for a broken file; one line.
     """
     base = base_skeleton(
         source,
@@ -101,7 +101,7 @@ def base_skeleton(
     zero_terminal_snr: bool = False,
     family: str | None = None,
 ) -> Base:
-    """As `load_base`, with no weight read: all parts know their shapes, and rest until something wakes them."""
+    """As `load_base`, but without reading weights: all parts know their shapes, and load their weights when needed."""
     precision = precision or decide("auto")
     if not isinstance(precision, Precision):
         raise BaseModelError(f"precision {precision!r:.40}: wanted what sfumato.precision.decide('fp32') gives.")
@@ -138,7 +138,7 @@ def base_skeleton(
 
 
 def family_skeleton(name: str, prediction_type: str | None = None) -> Base:
-    """A base of the family's published shapes, of which nothing is there: to count by, it cannot be woken.
+    """A base model with the family's published shapes and no weights: for counting memory, it cannot be loaded.
 
     prediction_type: tells the two sizes of SD 2.x apart.
     """
@@ -168,9 +168,9 @@ def family_skeleton(name: str, prediction_type: str | None = None) -> Base:
 
 
 def find(source: str | os.PathLike[str], fetch: Callable[[str], Path] = hub_folder) -> tuple[Path, str]:
-    """(folder or file, public name) of a base. fetch: brings a hub id into the cache.
+    """(folder or file, public name) of a base model. fetch: downloads a hub id into the cache.
 
-    Raises BaseModelError that says what the name was taken for.
+    Raises BaseModelError that says how the name was understood.
     """
     if not isinstance(source, str | os.PathLike) or not str(source):
         what = "nothing" if source == "" else f"a {type(source).__name__}"

@@ -1,4 +1,4 @@
-"""What a U-Net is told of prompts, and the ids that text encoders are given of them, 75 tokens at a time."""
+"""What a U-Net is told about prompts, and the token ids that text encoders get for them, 75 tokens at a time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TextEmbedding:
-    """What the U-Net is told of some prompts. hidden: (batch, tokens, width). pooled: (batch, width), SDXL's only."""
+    """The embeddings of some prompts, as the U-Net takes them. hidden: (batch, tokens, width). pooled: (batch, width),
+    only for SDXL."""
 
     hidden: Tensor
     pooled: Tensor | None = None
@@ -31,20 +32,21 @@ class TextEmbedding:
         return TextEmbedding(self.hidden.to(*args, **kwargs), pooled)
 
     def zeros(self) -> TextEmbedding:
-        """Zeros in the place of all its numbers."""
+        """The same shapes, filled with zeros."""
         return TextEmbedding(
             torch.zeros_like(self.hidden), None if self.pooled is None else torch.zeros_like(self.pooled)
         )
 
     def joined(self) -> TextEmbedding:
-        """All its rows, the chunks of one prompt, as one: their tokens one after another, the first one's pooled."""
+        """All rows, which are the chunks of one prompt, as one row: their tokens one after another, and the first
+        chunk's pooled embedding."""
         return TextEmbedding(self.hidden.flatten(0, 1)[None], None if self.pooled is None else self.pooled[:1])
 
     def repeated(self, tokens: int) -> TextEmbedding:
-        """The same with so many tokens, a multiple of its own, which come again and again.
+        """The same with this many tokens, a multiple of its own; the tokens are repeated.
 
-        Attention gives what it gave: each key and its value is there as often as every other. So prompts of several
-        lengths are one batch without a mask, and none of them is told anything else than by itself.
+        Attention gives the same result, because each key and its value occurs as often as every other. So prompts of
+        several lengths form one batch without a mask, and each gets what it would get by itself.
         """
         times = tokens // self.hidden.shape[1]
         return self if times == 1 else TextEmbedding(self.hidden.repeat(1, times, 1), self.pooled)

@@ -1,4 +1,4 @@
-"""The base that draws, as a command line names it. Imports no torch by itself."""
+"""The base model to generate with, as a command line names it. Imports no torch by itself."""
 
 # No annotations as texts: a program that inherits the options reads them in its own module.
 from dataclasses import dataclass
@@ -10,34 +10,36 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class BaseOptions:
-    """The base that draws, and how it is computed."""
+    """The base model, and how it is computed."""
 
     base: str = "pocket"
-    """`pocket`, a hub id, a diffusers folder or a .safetensors checkpoint."""
+    """Base model: `pocket`, a hub id, a diffusers folder or a .safetensors checkpoint."""
     precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
     """Number format to compute in."""
     device: str = "auto"
-    """`auto`, `cuda`, `cuda:1`, `mps` or `cpu`."""
+    """Device to generate on: `auto`, `cuda`, `cuda:1`, `mps` or `cpu`. auto takes CUDA, then MPS, then the CPU."""
     attention: Literal["sdpa", "xformers"] = "sdpa"
-    """Which attention computes; xformers is an extra."""
+    """Attention to compute with: torch's own (sdpa) or xformers (pip install "sfumato[xformers]")."""
     offload: bool = False
-    """Keep on the GPU only what computes: text encoders, U-Net and VAE take turns. Slower; for a GPU that does not hold
-    the whole base."""
+    """Keep only the part on the GPU that is computing: text encoders, U-Net and VAE take turns. Slower. Use it for a
+    GPU that does not hold the whole base model."""
     clip_skip: int | None = None
-    """Layers of the text encoder to leave out, from its end: 0 is the base's own. A1111's number is one higher, on SDXL
-    two. With --prompt-syntax a1111 or compel 0 and 1 are taken, on SDXL 0."""
+    """Skip this many layers at the end of the text encoder; 0 is the base model's own output. A1111's number is one
+    higher, on SDXL two. --prompt-syntax a1111 and compel accept 0 and 1, on SDXL only 0."""
     max_tokens: Literal[75, 150, 225] | None = None
-    """Tokens of a prompt that are read. Those of a longer one than 75 are encoded 75 at a time, as in web interfaces.
-    Unset: 75, the text encoder's own. With --prompt-syntax a1111 or compel all are read, whatever is given here."""
+    """Tokens of a prompt that are read. A prompt of more than 75 tokens is encoded in chunks of 75, as in web
+    interfaces. Unset: 75, the text encoder's own limit. --prompt-syntax a1111 and compel always read the whole
+    prompt."""
     vae: str | None = None
-    """A folder, hub id or file whose VAE replaces the base's."""
+    """Use another VAE: a folder, a hub id or a file."""
     prediction_type: Literal["epsilon", "v_prediction"] | None = None
-    """What the base predicts, where its file does not say."""
+    """What the base model predicts: noise (epsilon) or v. Set it where its file does not say."""
     zero_terminal_snr: bool = False
-    """The base ends in pure noise (zero terminal SNR), where its files do not say."""
+    """The base model's last timestep is pure noise (zero terminal SNR). Set it where its files do not say."""
 
     def drawn_with(self) -> dict[str, Any]:
-        """What of this, beside base, VAE and clip skip, makes other pictures, as JSON; only what was asked for."""
+        """The options that change the image, besides base model, VAE and clip skip, as JSON; only those that were
+        set."""
         asked = {
             "precision": self.precision if self.precision != "auto" else None,
             "prediction_type": self.prediction_type,
@@ -47,7 +49,7 @@ class BaseOptions:
         return {name: value for name, value in asked.items() if value is not None}
 
     def load_base(self) -> "Base":
-        """The base, ready to draw."""
+        """Load the base model, ready to generate."""
         from sfumato.bases import load_base
         from sfumato.precision import decide
 

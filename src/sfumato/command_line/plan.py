@@ -13,12 +13,12 @@ from sfumato.weighting.adapter import Adapter, Weight, is_idle
 
 @dataclass(frozen=True)
 class Plan:
-    """The pictures to draw, what they are drawn with, and where they go.
+    """The images to generate, what they are generated with, and where they are saved.
 
-    negative: of all pictures that have none of their own. strengths: adapter guidance that was asked for, by label.
-    embeddings: (token, file) of new words. size: (width, height) in pixels or unset. files: one for each picture, or
-    the sheet's alone. sweep: (label, weights). where_when: weights by step, and regions, whose adapters are not in
-    `adapters`.
+    negative: negative prompt of every image that has none of its own. strengths: the adapter guidance that was asked
+    for, by label. embeddings: (token, file) of each new word. size: (width, height) in pixels, or unset. files: one for
+    each image, or the one of the sheet. sweep: (label, weights). where_when: weights by step, and regions; the adapters
+    of regions are not in `adapters`.
     """
 
     pictures: tuple[PictureRequest, ...]
@@ -33,18 +33,19 @@ class Plan:
 
     @property
     def texts(self) -> list[str]:
-        """All prompts: of pictures and regions, and what shall not be in them."""
+        """All prompts: of images and regions, and the negative prompts."""
         of_regions = [region.prompt for region in self.where_when.regions if region.prompt is not None]
         negatives = [each.overrides["negative"] for each in self.pictures if "negative" in each.overrides]
         return [*(each.prompt for each in self.pictures), *of_regions, self.negative, *negatives]
 
     @property
     def counted(self) -> set[str]:
-        """The labels of the adapters that have a weight which is not 0 anywhere in what is drawn."""
+        """The labels of the adapters that have a weight other than 0 anywhere in what is generated."""
         return {label for picture in self.pictures for label in self.counted_in(picture)}
 
     def counted_in(self, picture: PictureRequest) -> set[str]:
-        """Those that have one in this picture, at any step, in any region, and in any row of a sweep."""
+        """The labels of the adapters that have a weight other than 0 in this image, at any step, in any region, in any
+        row of a sweep."""
         weights = self.weights_of(picture)
         found = {label for label, weight in weights.items() if not is_idle(weight)}
         given = {
@@ -57,7 +58,7 @@ class Plan:
         return found | {each.label for each in self.where_when.regional if not is_idle(each.weight)}
 
     def weights_of(self, picture: PictureRequest) -> Mapping[str, Weight]:
-        """The adapters' weights in a picture, by label, before steps, sweeps and regions change them."""
+        """The adapters' weights in an image, by label, before steps, sweeps and regions change them."""
         return (
             {each.label: each.weight for each in self.adapters} if picture.tag_weights is None else picture.tag_weights
         )

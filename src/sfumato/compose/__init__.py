@@ -1,4 +1,4 @@
-"""Adapters mixed into an existing diffusers pipeline: exactly, changeably, and removable without a trace.
+"""Mix adapters into an existing diffusers pipeline: exactly, with changeable weights, and removable without a trace.
 
     mix = compose(pipe, Adapter("line.safetensors", 0.8), Adapter("otter.safetensors", 0.6))
     mix.set(line=0.5)
@@ -31,7 +31,7 @@ def __getattr__(name: str) -> Any:
 
 
 class _CallableModule(ModuleType):
-    """`sfumato.compose(pipe, ...)` calls the module's main function, and the module has others beside it."""
+    """`sfumato.compose(pipe, ...)` calls the module's main function, and the module has other names besides."""
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         return __getattr__("compose")(*arguments, **options)

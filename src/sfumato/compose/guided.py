@@ -1,14 +1,15 @@
-"""Adapters that guidance multiplies: in the prediction for the prompt, and not in that for the empty one.
+"""Adapter guidance: adapters that are active in the prediction for the prompt only, where guidance multiplies them.
 
     with adapter_guidance(mix, 2, guidance=7.5):
         pipe("a crab", guidance_scale=7.5)
 
-Classifier-free guidance (Ho & Salimans 2022, eq. 6) draws by e(empty) + g (e(prompt) - e(empty)). Where an adapter is
-in both predictions, what it changes in both alike counts once, and what it changes in one of them by mistake counts g
-times. Where it is in the prompt's alone, all that it changes counts g times: the base without it is what guidance leads
-away from, as in autoguidance (Karras et al. 2024, arXiv 2406.02507). So a smaller weight draws more of a style and less
-of its mistakes, by the two predictions that are made anyway, now one after the other. A subject that was learned from
-pictures in a style or two is better in both, where guidance leads away from what is common to them: their style.
+Classifier-free guidance (Ho & Salimans 2022, eq. 6) generates by e(empty) + g (e(prompt) - e(empty)). If an adapter is
+in both predictions, a change that is the same in both counts once, and a change that is in only one of them by mistake
+counts g times. If it is in the prompt's prediction alone, all its changes count g times: guidance then leads away from
+the base model without the adapter, as in autoguidance (Karras et al. 2024, arXiv 2406.02507). So a smaller weight gives
+more of a style and fewer of its mistakes. It needs only the two predictions that are made anyway, now one after the
+other. A subject that was learned from images in one or two styles is better in both predictions, where guidance leads
+away from what they share: their style.
 """
 
 from __future__ import annotations
@@ -39,14 +40,15 @@ if TYPE_CHECKING:
 def adapter_guidance(
     mix: Mix, strength: float | Mapping[str, float] | None = None, *, guidance: float
 ) -> Iterator[None]:
-    """Within the block adapters are in the prompt's half of each call of the U-Net alone, and count `strength` times.
+    """Within the block adapters are active only in the prompt's half of each call of the U-Net, and count `strength`
+    times.
 
-    strength: how often an adapter's change counts in what is drawn, of all of them, or by label; its weight in the
-    U-Net is strength / guidance of what it is. None: what the files ask for. Adapters at 0, or without a label, are in
-    both halves as always; and so are all at a guidance of at most 1, which draws by the prompt's prediction alone.
-    guidance: the scale that pictures are drawn with. Text encoders are adapted as without it. Raises AdapterError for a
-    compiled U-Net, for a mix that was undone, and within the block for a call whose rows are no two halves, or that
-    draws with another guidance.
+    strength: how often an adapter's change counts in the image, for all adapters or by label; the adapter's U-Net
+    weight is multiplied by strength / guidance. None: what the files ask for. Adapters at 0, or without a label in it,
+    are in both halves as usual; so are all adapters at a guidance of at most 1, where only the prompt's prediction is
+    used. guidance: the guidance scale that the images are generated with. Text encoders are adapted as usual. Raises
+    AdapterError for a compiled U-Net and for a mix that was undone; and within the block for a call whose rows are not
+    two halves, or that uses another guidance scale.
     """
     check_mix(mix, "adapter guidance")
     wanted = strengths_of(mix, strength, guidance=guidance)
@@ -79,7 +81,7 @@ def adapter_guidance(
 
 @contextmanager
 def _compared(pipe: Any, guidance: float) -> Iterator[None]:
-    """Within the block a call that its pipeline draws with another guidance is an AdapterError."""
+    """Within the block a call of the pipeline with another guidance scale is an AdapterError."""
 
     def check(*_: Any) -> None:
         drawn_with = getattr(calling_pipeline(pipe), "guidance_scale", None)
@@ -95,9 +97,10 @@ def _compared(pipe: Any, guidance: float) -> Iterator[None]:
 
 
 def strengths_of(mix: Mix, strength: float | Mapping[str, float] | None, *, guidance: float) -> dict[str, float]:
-    """By label what `adapter_guidance` takes this for, which is what pictures say of it; without those that are 0.
+    """The strength of each adapter, by label, as `adapter_guidance` understands it and as image files state it; without
+    zeros.
 
-    Raises AdapterError for what is no number.
+    Raises AdapterError for what is not a number.
     """
     if not isinstance(guidance, Real) or math.isnan(guidance):
         raise AdapterError(f"guidance {guidance!r:.40}: wanted the number that pictures are drawn with, such as 7.5.")
@@ -119,9 +122,9 @@ def unconditional_half(
     within: Callable[[], AbstractContextManager[object]],
     without: Callable[[int], int] = lambda rows: rows // 2,
 ) -> Iterator[None]:
-    """In the block each call of the U-Net predicts for its first half of rows, which have no prompt, in `within`.
+    """In the block each call of the U-Net predicts its first half of rows, which have no prompt, in `within`.
 
-    without: from a call's rows to how many have no prompt, of which it is an AdapterError if they are no half.
+    without: from a call's number of rows to how many have no prompt; an AdapterError if they are not half.
     """
     halves = _Halves()
 
@@ -145,12 +148,12 @@ def unconditional_half(
 
 @contextmanager
 def _replaced_forward(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
-    """Within the block the module computes `function(forward, *args, **options)`, forward being its own.
+    """Within the block the module computes `function(forward, *args, **options)`; forward is its own.
 
-    Where accelerate moves the weights to and fro, the module's `forward` is accelerate's: it loads the weights and then
-    calls `_old_forward`, the module's own. So the function takes that place, where the weights are there. accelerate
-    puts what it found in `_old_forward` back as `forward` after every picture, which takes the function along: so both
-    places are looked at in the end.
+    Where accelerate moves the weights between devices, the module's `forward` is accelerate's: it loads the weights and
+    then calls `_old_forward`, the module's own. So the function takes that place, where the weights are loaded. After
+    every image accelerate puts what it found in `_old_forward` back as `forward`, and the function with it. So both
+    places are checked at the end.
     """
     name = "_old_forward" if "_old_forward" in module.__dict__ else "forward"
     forward = getattr(module, name)
@@ -167,7 +170,7 @@ def _replaced_forward(module: nn.Module, function: Callable[..., Any]) -> Iterat
 
 
 class _Halves:
-    """Arguments of a call, halved by rows. The same text gives the same halves, by which a layer knows it again."""
+    """Arguments of a call, halved by rows. The same text gives the same halves, so that a layer can recognise it."""
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[Tensor, int, tuple[Tensor, Tensor]]] = {}

@@ -1,8 +1,8 @@
-"""Adapters mixed into a live pipeline: W + the sum of w_i times each adapter's own change of W.
+"""Adapters mixed into a live pipeline: W plus the sum of each adapter's own change of W times its weight.
 
-Where a weight can be summed into, the sum is baked into it: no modules are created, the original bytes are kept, new
-weights are computed from them and not from the last mix, and undoing puts them back. Quantised layers, and all layers
-on request, get one path for all adapters beside them instead.
+The sum is baked into the weight where possible. This creates no modules. The original bytes are kept, new weights are
+computed from them and not from the last mix, and undoing puts them back. Quantised layers, and all layers on request,
+get one path for all adapters beside them instead.
 """
 
 from __future__ import annotations
@@ -57,10 +57,11 @@ Asked = TypeVar("Asked")
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 _MARK = "_sfumato_mix"
-"""Attribute of each mixed part, so that a second mix over the first is noticed whatever pipeline object it comes by."""
+"""Attribute of each mixed part. It shows that a part is mixed already, whatever pipeline object holds it."""
 
 _SAVE = "save_pretrained"
-"""Of a part; one with paths beside its layers refuses it, since it would write the base alone, without a word."""
+"""Method of a part. A part with paths beside its layers refuses it, because it would silently save the base model
+alone."""
 
 
 def compose(
@@ -71,16 +72,16 @@ def compose(
     verify: bool = False,
     words_known: bool = False,
 ) -> Mix:
-    """Mix the adapters into a diffusers pipeline, in place, and say on stderr in which way.
+    """Mix the adapters into a diffusers pipeline, in place. Says on stderr how they are applied.
 
-    pipe: a diffusers pipeline (SD 1.x, 2.x, SDXL), or a Base. partial: apply what fits of a file of which a part does
-    not fit; `mix.skipped` counts the rest. way: "baked" sums into the weights; "live" adds one low-rank path for all
-    adapters beside each linear layer and convolution, so that new weights cost almost nothing and each call a little;
-    "auto" bakes, except beside quantised weights. verify: refuse files whose deltas are not those that the fingerprint
-    in their metadata was taken of, or that have none. words_known: say nothing of new words that files bring, because
-    the caller has them known by `sfumato.words.embedding.bundled`. Everything is read and matched before the pipeline
-    is touched, and a failed call leaves it as it was.
-    Raises AdapterError or FileError, one line; so for a pipeline that carries a mix already (`current(pipe)` is it).
+    pipe: a diffusers pipeline (SD 1.x, 2.x, SDXL), or a Base. partial: if only a part of a file fits, apply that part;
+    `mix.skipped` counts the rest. way: "baked" sums the adapters into the weights; "live" adds one low-rank path for
+    all adapters beside each linear layer and convolution, so that changing weights costs almost nothing and each call
+    costs a little; "auto" bakes, except for quantised weights. verify: refuse files that have no fingerprint in their
+    metadata, or whose weights do not match it. words_known: do not mention new words that files bring, because the
+    caller adds them with `sfumato.words.embedding.bundled`. Everything is read and matched before the pipeline is
+    changed; a failed call leaves it as it was. Raises AdapterError or FileError, one line, also for a pipeline that has
+    a mix already (see `current(pipe)`).
     """
     if way not in get_args(Way):
         raise AdapterError(f"there is no way {way!r} to mix; there are {', '.join(get_args(Way))}.")
@@ -110,7 +111,7 @@ def compose(
 
 
 def say_words(mix: Mix) -> None:
-    """Say on stderr which new words the files of a mix bring, and how prompts come to know them."""
+    """Say on stderr which new words the files of a mix bring, and how to use them in prompts."""
     for label, words in mix.embeddings.items():
         print(
             f"{label}: brings the words {', '.join(words)}, which a mix leaves out; prompts know them within "
@@ -120,13 +121,13 @@ def say_words(mix: Mix) -> None:
 
 
 def current(pipe: Any) -> Mix | None:
-    """The mix that the pipeline's U-Net carries, whoever made it; None if there is none."""
+    """The mix in the pipeline's U-Net, whoever made it; None if there is none."""
     mix = unwrapped_parts(pipe)["unet"].__dict__.get(_MARK)
     return mix if isinstance(mix, Mix) else None
 
 
 def _one_at_a_time(method: Method) -> Method:
-    """Of several threads one changes the weights."""
+    """Only one thread at a time changes the weights."""
 
     @wraps(method)
     def called(mix: Mix, *args: Any, **options: Any) -> Any:
@@ -139,7 +140,7 @@ def _one_at_a_time(method: Method) -> Method:
 class Mix:
     """The adapters of one pipeline and their weights; made by `compose`.
 
-    As a context manager it undoes itself at the end. Every method changes all it should or, when it raises, nothing.
+    As a context manager it undoes itself at the end. Every method makes its whole change, or none if it raises.
     """
 
     def __init__(self, pipe: Any, way: Way = "auto") -> None:
@@ -162,12 +163,12 @@ class Mix:
 
     @property
     def pipe(self) -> Any:
-        """The pipeline or Base that it is mixed into; None once it was undone."""
+        """The pipeline or Base with this mix; None after `undo`."""
         return self._pipe
 
     @property
     def weights(self) -> Mapping[str, Weight]:
-        """The weight of each adapter by its label, in the order in which they were added; a muted one keeps its."""
+        """The weight of each adapter by its label, in the order of adding. A muted adapter keeps its weight."""
         return MappingProxyType(dict(self._weights))
 
     @property
@@ -177,27 +178,28 @@ class Mix:
 
     @property
     def adapters(self) -> Mapping[str, Adapter]:
-        """The adapters by their labels, with the weights they were added with."""
+        """The adapters by label, with the weights they were added with."""
         return MappingProxyType(dict(self._adapters))
 
     @property
     def skipped(self) -> Mapping[str, int]:
-        """How many modules of each file were left out because `partial` allowed it; without those that have none."""
+        """How many modules of each file were left out because `partial` allowed it. Files with none are not listed."""
         return MappingProxyType({label: count for label, count in self._skipped.items() if count})
 
     @property
     def strengths(self) -> Mapping[str, float]:
-        """The adapter guidance that files ask for, by label; without those that ask for none."""
+        """The adapter guidance that files ask for, by label. Files that ask for none are not listed."""
         return self._asked(adapter_guidance_of)
 
     @property
     def spans(self) -> Mapping[str, tuple[float, float]]:
-        """The steps that files ask for, by label, as (start, end) of progress; without those that ask for none."""
+        """The sampling steps that files ask for, by label: (start, end), from 0 (noise) to 1 (finished image). Files
+        that ask for none are not listed."""
         return self._asked(over_steps_of)
 
     @property
     def without_effect(self) -> list[str]:
-        """The labels of adapters that change nothing at any weight: all their factors are zero."""
+        """The labels of adapters that change nothing at any weight, because all their factors are zero."""
         found: dict[str, list[Effect]] = {}
         for site in self._sites.values():
             for label, effect in site.effects.items():
@@ -206,25 +208,25 @@ class Mix:
 
     @property
     def negatives(self) -> Mapping[str, tuple[str, ...]]:
-        """The negative prompts that files ask for, by label; without those that ask for none. `sfumato generate` takes
-        them for prompts that hold them and more; in a pipeline of your own give `negative_prompt=`."""
+        """The negative prompts that files ask for, by label. Files that ask for none are not listed. `sfumato generate`
+        uses one for prompts that contain it and more; in a pipeline of your own pass `negative_prompt=`."""
         return self._asked(negatives_of)
 
     def _asked(self, read: Callable[[Mapping[str, str]], Asked | None]) -> Mapping[str, Asked]:
-        """What `read` finds in the files' metadata, by label; without those in which it finds nothing."""
+        """What `read` finds in the files' metadata, by label. Files in which it finds nothing are not listed."""
         return MappingProxyType({label: found for label, file in self._files.items() if (found := read(file.metadata))})
 
     @property
     def metadata(self) -> Mapping[str, Mapping[str, str]]:
-        """What each file says of itself, by label."""
+        """The metadata of each file, by label."""
         return MappingProxyType({label: file.metadata for label, file in self._files.items()})
 
     @property
     def embeddings(self) -> Mapping[str, Mapping[str, Mapping[str, Tensor]]]:
-        """New words that the files bring with them: {label: {token: {text encoder: (vectors, width)}}}.
+        """New words that the files bring: {label: {token: {text encoder: (vectors, width)}}}.
 
-        A mix changes weights and leaves the tokenizer alone: prompts know these within `with embedding.bundled(pipe,
-        mix.embeddings):` of `sfumato.words.embedding`.
+        A mix changes weights and leaves the tokenizer alone. Prompts know these words within
+        `with embedding.bundled(pipe, mix.embeddings):` of `sfumato.words.embedding`.
         """
         return MappingProxyType({label: file.embeddings for label, file in self._files.items() if file.embeddings})
 
@@ -235,7 +237,7 @@ class Mix:
 
     @property
     def reason(self) -> str:
-        """In which way the adapters are applied, and why."""
+        """How the adapters are applied, and why."""
         baked = sum(site.way == "baked" for site in self._sites.values())
         live = len(self._sites) - baked
         if not live:
@@ -257,7 +259,7 @@ class Mix:
         )
 
     def show(self) -> str:
-        """The mix as a table: a line for each adapter, and the way it is applied."""
+        """The mix as a table: one line for each adapter, and how they are applied."""
         sites = [(label, site) for site in self._sites.values() for label in site.effects]
         return table.show(self._weights, self._muted, self._files, sites, self.reason)
 
@@ -266,7 +268,7 @@ class Mix:
 
     @_one_at_a_time
     def add(self, *adapters: Adapter, partial: bool = False, verify: bool = False) -> Self:
-        """Mix in more adapters; as `compose`."""
+        """Mix in more adapters. The arguments are those of `compose`."""
         self.check_open()
         parts_of(self._pipe)  # refuses what diffusers or peft has loaded since
         refuse_taken(self._weights, adapters)
@@ -299,7 +301,7 @@ class Mix:
         return self
 
     def _place(self, label: str, found: Iterable[MatchedWeight], sites: dict[Place, Site]) -> None:
-        """Note what this adapter does at each of its sites, of which some are new."""
+        """Note what this adapter does at each of its sites, some of them new."""
         for one in found:
             place = (one.part, one.path, one.name)
             if place not in sites:
@@ -307,7 +309,7 @@ class Mix:
             sites[place].effects[label] = one.effect
 
     def _mark_parts(self) -> None:
-        """Let the parts say that they carry this mix, and those with paths beside layers refuse to be saved."""
+        """Mark the mixed parts; parts with paths beside layers refuse to be saved."""
         for part in {"unet", *(site.part for site in self._sites.values())}:
             self._parts[part].__dict__[_MARK] = self
         for module in (self._parts[site.part] for site in self._sites.values() if isinstance(site, Live)):
@@ -315,12 +317,13 @@ class Mix:
                 module.__dict__.setdefault(_SAVE, SavesNone(module))
 
     def set(self, /, **weights: Weight) -> Self:
-        """New weights by label: `mix.set(line=0.3)`. Only modules whose sum changes are computed, from the base."""
+        """Set new weights by label: `mix.set(line=0.3)`. Only modules whose sum changes are computed again, from the
+        base model."""
         return self.set_weights(weights)
 
     @_one_at_a_time
     def set_weights(self, weights: Mapping[str, Weight]) -> Self:
-        """New weights by label, for labels that are no Python names; adapters not named keep theirs."""
+        """Set new weights by label, for labels that are no Python names. Other adapters keep their weights."""
         self.check_open()
         check_by_label(weights, self._weights)
         wanted = self._weights | {label: checked_weight(label, weight) for label, weight in weights.items()}
@@ -329,11 +332,12 @@ class Mix:
         return self
 
     def mute(self, *labels: str) -> Self:
-        """Leave out these adapters (all, if none is named) as if their weights were 0, and remember the weights."""
+        """Leave out these adapters as if their weights were 0, but remember the weights. Without labels: all
+        adapters."""
         return self._mute(labels, lambda named: self._muted | named)
 
     def unmute(self, *labels: str) -> Self:
-        """Bring muted adapters back (all, if none is named) with the weights they have."""
+        """Bring muted adapters back with their weights. Without labels: all adapters."""
         return self._mute(labels, lambda named: self._muted - named)
 
     @_one_at_a_time
@@ -346,8 +350,8 @@ class Mix:
 
     @contextmanager
     def conditional_only(self, factors: Mapping[str, float]) -> Iterator[None]:
-        """Within the block these adapters' weights in the U-Net are so many times what they are, and
-        `without_conditional` turns them off.
+        """Within the block these adapters' U-Net weights are multiplied by `factors`, and `without_conditional`
+        switches them off.
 
         factors: by label. Weights may change within the block.
         """
@@ -375,7 +379,8 @@ class Mix:
 
     @contextmanager
     def without_conditional(self) -> Iterator[None]:
-        """In the block, and that of `conditional_only`, the U-Net has all but those adapters; nothing is computed."""
+        """In this block, inside that of `conditional_only`, the U-Net has all adapters but those. Nothing is
+        computed."""
         done: list[Site] = []
         try:
             for site in self._of_unet():
@@ -397,9 +402,10 @@ class Mix:
 
     @_one_at_a_time
     def remove(self, *labels: str) -> Self:
-        """Take adapters out of the mix; a weight that no adapter changes any more has the base's very bytes again.
+        """Remove adapters from the mix. A weight that no adapter changes any more gets the base model's exact bytes
+        back.
 
-        Raises AdapterError where none is named: all of them are `undo`'s.
+        Raises AdapterError without labels; `undo` removes all adapters.
         """
         self.check_open()
         if not labels:
@@ -426,7 +432,7 @@ class Mix:
 
     @_one_at_a_time
     def undo(self) -> None:
-        """Put back the base's very bytes and let go of the pipeline. A second call does nothing."""
+        """Restore the base model's exact bytes and release the pipeline. A second call does nothing."""
         if self._undone:
             return
         self._modules.check_unfused()
@@ -447,12 +453,12 @@ class Mix:
     def save(
         self, path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32, title: str | None = None
     ) -> Path:
-        """Write the mix as one LoRA file, with the weights within it; returns the path. Says on stderr what diffusers,
-        unlike other tools, does not read of it.
+        """Write the mix, with its weights, as one LoRA file; returns the path. Says on stderr what diffusers, unlike
+        other tools, does not read in it.
 
-        The ranks stand side by side (their sum is the file's rank), so that in fp32 nothing is lost; muted adapters and
-        those at 0 are left out. Raises AdapterError for a mix of kinds that have no low-rank form, and for another
-        ending than .safetensors.
+        The file's rank is the sum of the adapters' ranks, so that nothing is lost in fp32. Muted adapters and those at
+        weight 0 are left out. Raises AdapterError for kinds that have no low-rank form, and for a file name that does
+        not end in .safetensors.
         """
         self.check_open()
         if path_of(path).suffix != ".safetensors":
@@ -465,8 +471,8 @@ class Mix:
         return saving.save(Path(path), self.family, self._sites.values(), numbers, self._files, dtype, title)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copied or pickled model has no mix, but a text of what it carries, which is read where this package is not
-        installed: its weights are what they are, and nothing of it can be undone."""
+        """A copied or pickled model has no mix, only a text that says what it carries and that can be read without this
+        package. Its weights stay as they are; they cannot be undone."""
         return str, (self.describe() if any(site.applied for site in self._sites.values()) else "",)
 
     def __enter__(self) -> Self:
@@ -482,13 +488,13 @@ class Mix:
         return 0.0 if label in self._muted else self._weights[label]
 
     def _change(self, weights: Mapping[str, Weight], muted: frozenset[str], labels: Iterable[str]) -> None:
-        """Bring the sites of these adapters to the weights, then take over the weights."""
+        """Apply the weights at the sites of these adapters, then store the weights."""
         touched = set(labels)
         self._apply(weights, muted, [site for site in self._sites.values() if not touched.isdisjoint(site.effects)])
         self._weights, self._muted = dict(weights), muted
 
     def _apply(self, weights: Mapping[str, Weight], muted: frozenset[str], sites: Iterable[Site]) -> None:
-        """Bring the sites to the weights; all of them, or none when it raises."""
+        """Apply the weights at the sites; at all of them, or at none if it raises."""
         self._modules.check_unfused()
         heard = {label: weight for label, weight in weights.items() if label not in muted}
         wanted = [SiteChange.to(site, heard, self._factors) for site in sites]
@@ -506,7 +512,7 @@ class Mix:
                 site.remove_hook()
 
     def check_open(self) -> None:
-        """Raises AdapterError for a mix that was undone, or whose pipeline has got another U-Net or text encoder."""
+        """Raise AdapterError if the mix was undone, or if its pipeline has another U-Net or text encoder now."""
         if self._undone:
             raise AdapterError("this mix was undone. Call compose again.")
         there = unwrapped_parts(self._pipe)

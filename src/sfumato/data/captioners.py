@@ -67,8 +67,9 @@ _WANTED = ("*.json", "*.txt", "*.safetensors", "model.onnx", "selected_tags.csv"
 
 @dataclass(frozen=True)
 class CaptionSettings:
-    """detail: of Florence-2's captions. longest: tokens of a caption. threshold, character_threshold: a tagger's least
-    probability. without: tags to leave out. precision, device: as they were asked for."""
+    """Options of the captioning models. detail: of Florence-2's captions. longest: largest number of tokens in a
+    caption. threshold, character_threshold: lowest probability of a tagger's tag. without: tags to leave out.
+    precision, device: as they were asked for."""
 
     detail: Detail = "detailed"
     longest: int = 75

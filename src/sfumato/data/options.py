@@ -1,4 +1,4 @@
-"""How the pictures of one source are learned from: crops, mirror images, captions as they vary, weight."""
+"""How the images of one source are trained on: crops, mirror images, changes to captions, weight."""
 
 from dataclasses import dataclass, fields, replace
 from typing import Literal
@@ -12,12 +12,12 @@ CROP_MODES: tuple[CropMode, ...] = ("center", "random", "pad")
 
 @dataclass(frozen=True)
 class Options:
-    """Of one picture or a whole source; a field that is None is as `prepare` was told.
+    """Options of one image or of a whole source. A field that is None takes the value that `prepare` was given.
 
-    flip: mirror half of the samples. crop: the bucket's shape from the centre, from anywhere along the longer side, or
-    the whole picture with white beside it, which the loss does not see. caption_dropout: share of samples without a
-    caption. shuffle_tags: the parts of a caption between separators in another order each time, all but the first
-    keep_tags; tag_dropout: the share of those parts that is left out. weight: of a sample in the loss.
+    flip: mirror half of the samples. crop: cut the bucket's shape from the center, or from any place along the longer
+    side, or keep the whole image with white beside it that the loss ignores. caption_dropout: share of samples without
+    a caption. shuffle_tags: shuffle the parts of a caption between separators for each sample, except the first
+    keep_tags. tag_dropout: share of those parts to leave out. weight: weight of a sample in the loss.
     """
 
     flip: bool | None = None
@@ -30,7 +30,7 @@ class Options:
     weight: float = 1.0
 
     def check(self, where: str = "") -> None:
-        """Raises ConfigError for a value that makes no sense. where: put before the message."""
+        """Raise ConfigError for a value that makes no sense. where: text to put before the message."""
         for name in ("caption_dropout", "tag_dropout"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
@@ -45,7 +45,7 @@ class Options:
             raise ConfigError(f"{where}separator is {self.separator!r}; wanted a character such as a comma.")
 
     def over(self, defaults: "Options") -> "Options":
-        """These options, with what is unset taken from `defaults`."""
+        """These options, with unset ones taken from `defaults`."""
         unset = [field.name for field in fields(self) if getattr(self, field.name) is None]
         return replace(self, **{name: getattr(defaults, name) for name in unset})
 

@@ -1,4 +1,4 @@
-"""Pictures from a pipeline or a base: batched, each from its own seed, never a black or broken one."""
+"""Images from a pipeline or a base model: in batches, each from its own seed, never black or broken."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ __all__ = [
 ]
 
 LATENTS_AT_ONCE = 16_384
-"""Latent pixels in one batch: 64 pictures of 64 px on pocket, 4 of 512 px on SD 1.x, 1 of 1024 px on SDXL."""
+"""Latent pixels in one batch: 64 images of 64 px on pocket, 4 of 512 px on SD 1.x, 1 of 1024 px on SDXL."""
 
 
 def drawn_at_once(latents: int) -> int:
-    """How many pictures of so many latent pixels are drawn at once."""
+    """How many images with this many latent pixels are generated at once."""
     return max(1, LATENTS_AT_ONCE // latents)
 
 
 def draw(source: Any, prompts: str | Sequence[str], seeds: int | Sequence[int], **settings: Any) -> list[Image.Image]:
-    """One picture for each prompt and its seed, as `draw_each` with the same settings.
+    """Generate one image for each prompt and its seed. The settings are those of `draw_each`.
 
-    Raises ConfigError for a `<lora:...>` that the source does not read as a tag; `draw_each` takes all for text, as
-    captions are.
+    Raises ConfigError for a `<lora:...>` that the source does not read as a tag; `draw_each` takes all of a prompt as
+    text, as captions are.
     """
     texts, numbers = _pairs(prompts, seeds)
     for text in () if isinstance(source, TaggedPrompts) else (*texts, str(settings.get("negative", ""))):
@@ -69,18 +69,18 @@ def draw_each(
     start: Start | None = None,
     syntax: Syntax = "plain",
 ) -> Iterator[Image.Image]:
-    """One picture for each prompt and its seed, in order; one prompt serves many seeds, one seed many prompts.
+    """Generate one image for each prompt and its seed, in order. One prompt serves many seeds, one seed many prompts.
 
-    source: a diffusers pipeline (SD 1.x, 2.x, SDXL) or a Base. Unset steps, guidance and size (pixels) are the base's
-    family's, or the pipeline's own defaults. sampler: a name from `sfumato.schedulers`; unset, a pipeline's own
-    scheduler, but of a Base its family's (`base.defaults.sampler`), whatever its folder names. batch: pictures drawn at
-    once, chosen by their size if unset. start: a picture to begin from, by a mask only a part of it. syntax: how
-    weighted words are written, see `sfumato.prompts.syntax`; it wants a Base.
+    source: a diffusers pipeline (SD 1.x, 2.x, SDXL) or a Base. steps, guidance, width and height (pixels): unset, the
+    defaults of the base family or of the pipeline. sampler: a name from `sfumato.schedulers`; unset, a pipeline keeps
+    its own scheduler, and a Base uses its family's (`base.defaults.sampler`), whatever its folder names. batch: images
+    generated at once; unset, chosen by their size. start: an image to start from; with a mask, only a part of it
+    changes. syntax: how weighted words are written, see `sfumato.prompts.syntax`; it needs a Base.
 
-    The noise of a picture is that of `torch.Generator().manual_seed(seed)` on the CPU, whatever its place and the
-    device, so that plain diffusers with this generator and scheduler draws the same one. What is not finite, or black
-    all over, is tried once more in fp32; BaseModelError if that does not help. Raises ConfigError for what cannot be
-    drawn, such as a pipeline that begins from a picture where there is no start.
+    An image's noise comes from `torch.Generator().manual_seed(seed)` on the CPU, whatever its place and the device. So
+    plain diffusers with this generator and scheduler generates the same image. An image that is not finite, or all
+    black, is generated once more in fp32; BaseModelError if that does not help. Raises ConfigError for what cannot be
+    generated, such as an img2img pipeline without a start image.
     """
     prompts, seeds = _pairs(prompts, seeds)
     steps, batch = _whole("steps", steps), _whole("batch", batch)
@@ -124,7 +124,8 @@ def draw_each(
 def draw_against(
     source: Any, prompts: Sequence[str], seeds: Sequence[int], asked: Iterable[str], **settings: Any
 ) -> list[Image.Image]:
-    """As `draw_each` with these settings, those of one negative prompt together. asked: negative prompts of files."""
+    """As `draw_each` with these settings; images with the same negative prompt are generated together. asked: negative
+    prompts that files ask for."""
     texts = list(asked)
     together: dict[str, list[int]] = {}
     for place, prompt in enumerate(prompts):
@@ -153,7 +154,7 @@ def _check_kinds(guidance: Any, negative: Any, syntax: Any, sampler: Any, start:
 
 
 def check_steps(steps: int | None, scheduler: Any) -> None:
-    """Raises ConfigError for more steps, or fewer, than a scheduler can take; unset ones are right."""
+    """Raise ConfigError for a number of steps that a scheduler cannot take; unset is fine."""
     most = int(scheduler.config.num_train_timesteps)
     if steps is not None and not 1 <= steps <= most:
         raise ConfigError(f"{steps} steps; wanted 1 to {most}, the timesteps that the base was trained on.")

@@ -1,4 +1,4 @@
-"""One picture of a call that draws several. Imports no torch."""
+"""One image of a call that generates several. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from sfumato.weighting.adapter import Weight
 
 @dataclass(frozen=True)
 class PictureRequest:
-    """One picture that is asked for. prompt: without its tags. tag_weights: of all adapters by label, where the prompt
-    has tags. overrides: what is set for it otherwise than for all, by name."""
+    """One image that is asked for. prompt: without its tags. tag_weights: weights of all adapters by label, if the
+    prompt has tags. overrides: settings of this image that differ from the others', by name."""
 
     prompt: str
     seed: int

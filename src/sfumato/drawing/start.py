@@ -15,10 +15,10 @@ from sfumato.numerals import pluralize
 
 @dataclass(frozen=True)
 class Start:
-    """A picture to begin from instead of noise (SDEdit, Meng et al. 2022).
+    """An image to start from instead of noise (img2img; SDEdit, Meng et al. 2022).
 
-    strength: in (0, 1], the share of the steps that is drawn; 1 keeps nothing of the picture. mask: white is drawn
-    anew, black keeps the picture's very pixels. Both are resized to the drawing's size.
+    strength: in (0, 1], the share of the steps that is used; 1 keeps nothing of the image. mask: white is redrawn,
+    black keeps the image's exact pixels. Both are resized to the size of the result.
     """
 
     picture: Image.Image

@@ -1,4 +1,4 @@
-"""Where in the picture and at which steps adapters count, in one drawing. Imports no torch by itself."""
+"""Where in the image and at which steps adapters count, in one drawing. Imports no torch by itself."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RegionSpec:
-    """Adapters that count in one place. where: a box, or the file of a mask. prompt: of this place; None: the call's"""
+    """Adapters that count in one region. where: a box, or the file of a mask. prompt: the region's own; None: the
+    prompt of the call."""
 
     adapters: tuple[Adapter, ...]
     where: Box | Path
@@ -30,7 +31,7 @@ class RegionSpec:
 
 @dataclass(frozen=True)
 class Span:
-    """Progress from `start` to `end`, in which an adapter has the weight that it has in the mix."""
+    """From progress `start` to `end` an adapter has the weight that it has in the mix."""
 
     start: float
     end: float
@@ -38,11 +39,11 @@ class Span:
 
 @dataclass(frozen=True)
 class AdapterPlacement:
-    """All of it for one drawing. regions: adapters of these are in no mix. by_step: label -> how its weight goes; of an
-    adapter in a region a span.
+    """Where (regions) and at which steps (ramps, spans, turns) each adapter of one drawing counts.
 
-    switch_labels: adapters that take turns, each for `switch_every` steps (LoRA-Switch). tagged: adapters that are in
-    prompts' tags alone, so that at weight 0 their prompt is not the one that is drawn.
+    regions: their adapters are in no mix. by_step: label -> how its weight changes; for an adapter in a region, a span.
+    switch_labels: adapters that take turns, each for `switch_every` steps (LoRA-Switch). tagged: adapters that are
+    named in prompts' tags alone; at weight 0 their prompt is not the one that is being generated.
     """
 
     regions: tuple[RegionSpec, ...] = ()
@@ -53,7 +54,7 @@ class AdapterPlacement:
 
     @property
     def follows_steps(self) -> bool:
-        """Whether any weight of the mix changes from step to step; adapters in regions have none there."""
+        """Whether any weight of the mix changes from step to step. Adapters in regions are not in the mix."""
         return not self.by_step.keys() <= {each.label for each in self.regional} or self.switch_every is not None
 
     @property
@@ -63,11 +64,11 @@ class AdapterPlacement:
 
     @property
     def ramps(self) -> frozenset[str]:
-        """The labels whose weight at every step is given, whatever the mix says."""
+        """The labels whose weight is given for every step, whatever the mix says."""
         return frozenset(label for label, way in self.by_step.items() if not isinstance(way, Span))
 
     def with_asked(self, spans: Mapping[str, tuple[float, float]]) -> AdapterPlacement:
-        """The same; adapters of which nothing is said count in the steps that their files ask for, by label."""
+        """The same, but adapters without a setting count in the steps that their files ask for, by label."""
         said = {*self.by_step, *self.switch_labels}
         asked = {label: Span(*span) for label, span in spans.items() if label not in said}
         return dataclasses.replace(self, by_step={**asked, **self.by_step})
@@ -97,7 +98,8 @@ class AdapterPlacement:
 
 
 def parse_span(text: str, label: str = "") -> Span:
-    """START-END, of an option --over-steps. label: what stands before it there. Raises ConfigError, one line."""
+    """The span of START-END in an option --over-steps. label: what stands before it there. Raises ConfigError, one
+    line."""
     try:
         start, end = (float(number) for number in text.split("-"))
     except ValueError:
@@ -117,9 +119,9 @@ def applied(
     partial: bool = False,
     verify: bool = False,
 ) -> Iterator[None]:
-    """Within the block regions have their adapters, and the mix's weights follow the steps of each picture.
+    """Within the block regions have their adapters, and the mix's weights follow the steps of each image.
 
-    pipe: what the mix is mixed into, drawn from by `sfumato.draw`. syntax: of the regions' prompts.
+    pipe: what the mix is mixed into; `sfumato.draw` generates from it. syntax: the syntax of the regions' prompts.
     """
     with ExitStack() as stack:
         if wanted.regions:

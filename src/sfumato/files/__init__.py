@@ -1,7 +1,7 @@
-"""The only place that opens weight files: safe reading, other tools' dialects, metadata, writing.
+"""The only place that opens weight files: safe reading, other tools' formats, metadata, writing.
 
-Importing this package, or a module of it that needs no torch (`header`, `keys`, `metadata`, `inspect`), loads no torch;
-a name below loads its module when it is first used.
+Importing this package, or a module of it that needs no torch (`header`, `keys`, `metadata`, `inspect`), loads no torch.
+A name below loads its module when it is first used.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""Adapter files of any kind and dialect, read strictly into one form: {(part, path): Change}."""
+"""Adapter files of any kind and format, read strictly into one form: {(part, path): Change}."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ _Stamp = tuple[tuple[int, int], Stamp]
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """An adapter as read. changes: by (part, path), paths as in `named_modules()` of transformers >= 5.6.
+    """An adapter as read from a file. changes: by (part, path), paths as in `named_modules()` of transformers >= 5.6.
 
     embeddings: textual inversions bundled in the file, {token: {"text_encoder" | "text_encoder_2": (vectors, width)}}.
-    family: "sd1", "sd2", "sdxl", "pocket" or None where neither shapes nor metadata tell. text_width: the input width
-    of the cross-attention's keys, None without such modules. skipped: keys left out because `partial` allowed it.
-    stamps: by which the files whose bytes are mapped, and not copied, are known to be as they were.
+    family: "sd1", "sd2", "sdxl", "pocket", or None if neither shapes nor metadata say it. text_width: the input width
+    of the cross-attention's keys; None without such modules. skipped: keys left out because `partial` allowed it.
+    stamps: they show whether the files that are memory-mapped, and not copied, have changed.
     """
 
     path: Path
@@ -48,9 +48,10 @@ class AdapterFile:
     stamps: Mapping[Path, _Stamp] = field(default_factory=dict)
 
     def check_unwritten(self) -> None:
-        """Raises AdapterError where a file was written over since: its changes would be others, or end the process.
+        """Raise AdapterError if a file was overwritten since: its changes would be different, or crash the process.
 
-        One that was replaced by a rename, as tools that save do, or deleted, is still there for who has it mapped.
+        A file that was deleted, or replaced by a rename as tools do when they save, stays readable for a process that
+        has it mapped.
         """
         for path, (place, content) in self.stamps.items():
             with suppress(OSError):
@@ -73,10 +74,10 @@ def _stamp(path: Path) -> _Stamp:
 
 
 def read_adapter(path: str | os.PathLike[str], *, partial: bool = False) -> AdapterFile:
-    """The adapter at `path`, a file of any tool's or a folder of peft's, with every key accounted for.
+    """Read the adapter at `path`, a file of any tool or a folder of peft; every key is accounted for.
 
-    partial: leave out keys that are not understood and modules that are not whole, and list them in `skipped`; without
-    it they are errors. Raises FileError for a broken file and AdapterError for one that is no adapter or not whole.
+    partial: leave out keys that are not understood and incomplete modules, and list them in `skipped`; otherwise they
+    are errors. Raises FileError for a broken file, and AdapterError for one that is not an adapter or is incomplete.
     """
     path = path_of(path)
     files = [_read(source, partial) for source in adapter_sources(path)]

@@ -1,4 +1,4 @@
-"""Textual inversions: the vectors of new tokens, in every form that a safetensors file holds them."""
+"""Textual inversions: the vectors of new tokens, in every form that safetensors files have."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ Vectors = Mapping[str, Mapping[str, Tensor]]
 """{token: {"text_encoder" | "text_encoder_2": (vectors, width)}}"""
 
 VECTOR_LIMIT = 75
-"""Vectors of a token: what a prompt holds."""
+"""Largest number of vectors of a token: as many as fit into a prompt."""
 WIDTH_LIMIT = 4096
 
 
 @dataclass(frozen=True)
 class EmbeddingFile:
-    """A textual inversion as read. embeddings: {token: {"text_encoder" | "text_encoder_2": (vectors, width)}}.
+    """A textual inversion as read from a file. embeddings: {token: {"text_encoder" | "text_encoder_2": (vectors,
+    width)}}.
 
-    family: "sd1", "sd2", "sdxl", "pocket" or None where neither shapes nor metadata tell.
+    family: "sd1", "sd2", "sdxl", "pocket", or None if neither shapes nor metadata say it.
     """
 
     path: Path
@@ -40,11 +41,11 @@ class EmbeddingFile:
 
 
 def read_embedding(path: str | os.PathLike[str]) -> EmbeddingFile:
-    """The textual inversion at `path`: a tensor under its token's name (diffusers), `emb_params` (sd-scripts, A1111),
-    `clip_l` and `clip_g` (SDXL). Those do not name their token: it is our own metadata's, else the file's name, as in
-    A1111.
+    """Read the textual inversion at `path`: a tensor under its token's name (diffusers), `emb_params` (sd-scripts,
+    A1111), or `clip_l` and `clip_g` (SDXL). The last two forms do not name their token: it comes from our own metadata,
+    else from the file's name, as in A1111.
 
-    Raises FileError for a broken file and AdapterError for one that is no textual inversion.
+    Raises FileError for a broken file, and AdapterError for one that is not a textual inversion.
     """
     header = read_header(path)
     token = header.metadata.get("sfumato.token")
@@ -63,7 +64,8 @@ def read_embedding(path: str | os.PathLike[str]) -> EmbeddingFile:
 
 
 def merge_embeddings(words: Mapping[str, Vectors]) -> Vectors:
-    """The words of several adapters, by their labels. Raises AdapterError where two mean different things by one."""
+    """The words of several adapters, by label. Raises AdapterError if two adapters have different vectors for one
+    word."""
     found: dict[str, tuple[str, Mapping[str, Tensor]]] = {}
     for label, own in words.items():
         for token, parts in own.items():
@@ -79,7 +81,7 @@ def merge_embeddings(words: Mapping[str, Vectors]) -> Vectors:
 def vectors(keys: Mapping[str, EmbeddingKey], tensors: Mapping[str, Tensor], header: Header) -> Vectors:
     """The tensors by token and part, each (vectors, width).
 
-    Raises AdapterError for shapes that no token has, and where two tensors claim one place.
+    Raises AdapterError for shapes that no token has, and if two tensors are for the same token and part.
     """
     found: dict[str, dict[str, Tensor]] = {}
     for name, key in keys.items():

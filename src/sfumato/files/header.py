@@ -48,7 +48,7 @@ FLOATS = frozenset({"F8_E4M3", "F8_E5M2", "F16", "BF16", "F32", "F64"})
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor of the file: its dtype as the format spells it, its shape, its bytes [start, end) within the file."""
+    """One tensor of the file: its dtype as the format writes it, its shape, its bytes [start, end) within the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -58,9 +58,9 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """What a weight file says of itself. `tensors` is in the order of their bytes; `data_start` is where they begin.
+    """The header of a weight file. `tensors` is in the order of their bytes; `data_start` is where they begin.
 
-    checksum: zlib's crc32 of the bytes before `data_start`, by which a later look tells that the file was replaced.
+    checksum: zlib's crc32 of the bytes before `data_start`; it shows later whether the file was replaced.
     """
 
     path: Path
@@ -72,16 +72,16 @@ class Header:
 
 
 def path_of(path: str | os.PathLike[str]) -> Path:
-    """The path of a file to be read or written. Raises FileError for what names none, such as None."""
+    """The path of a file to read or write. Raises FileError for what is not a path, such as None."""
     if not isinstance(path, str | os.PathLike):
         raise FileError(f"a file is named by its path, a text, got a {type(path).__name__}.")
     return Path(path)
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:
-    """The checked header of the safetensors file at `path`, whatever its suffix.
+    """Read and check the header of the safetensors file at `path`, whatever its suffix.
 
-    Raises FileError, one line, for anything that is not a whole and unambiguous safetensors file.
+    Raises FileError, one line, for anything that is not a complete and unambiguous safetensors file.
     """
     path = path_of(path)
     with _open(path) as file:

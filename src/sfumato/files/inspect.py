@@ -1,4 +1,5 @@
-"""What an adapter file holds: family, kind, targets, ranks, alphas, norms, trigger words, hashes. Imports no torch."""
+"""What an adapter file contains: family, kind, targets, ranks, alphas, norms, trigger words, hashes. Imports no
+torch."""
 
 from __future__ import annotations
 
@@ -61,11 +62,11 @@ class Block:
 class Inspection:
     """What `sfumato inspect` prints. Counts are by value: {"16": 128} is rank 16 in 128 modules.
 
-    says: the family by the metadata, where it differs from `family`, which goes by the shapes. nonfinite: tensors with
-    NaN or Inf. stored: the kinds whose norm is that of what the file stores, because their update depends on the
-    base's weight. embeddings: the number of vectors of each token that is bundled in the file. hash: the first 12
-    digits of the sha256 by which A1111 names the file, of a folder those by which our pictures name it; hash_holds:
-    whether the sha256 that the file states is that of its bytes, None where it states none.
+    says: the family in the metadata, if it differs from `family`, which is found by the shapes. nonfinite: tensors with
+    NaN or Inf. stored: kinds whose norm is that of the stored tensors, because their update depends on the base model's
+    weight. embeddings: number of vectors of each token that is bundled in the file. hash: the first 12 digits of the
+    sha256 by which A1111 names the file; for a folder, the digits by which our images name it. hash_holds: whether the
+    sha256 that the file states is right; None if it states none.
     """
 
     file: str
@@ -97,7 +98,7 @@ class Inspection:
     metadata: dict[str, str]
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as JSON knows it, which has no NaN and no Inf: None."""
+        """The same for JSON, with None for NaN and Inf."""
         found = asdict(self)
         for each in (found, *found["blocks"]):
             each["norm"] = each["norm"] if each["norm"] is None or math.isfinite(each["norm"]) else None
@@ -105,9 +106,9 @@ class Inspection:
 
 
 def inspect_file(path: str | os.PathLike[str]) -> Inspection:
-    """Look into a weight file, or a folder of peft's, without judging it: what cannot be applied is reported.
+    """Look into a weight file, or a folder of peft. What cannot be applied is reported, not refused.
 
-    Raises FileError for what is no safetensors file.
+    Raises FileError for what is not a safetensors file.
     """
     path = path_of(path)
     sources = adapter_sources(path)
@@ -244,7 +245,7 @@ def _alpha(keys: ModuleKeys, header: Header, value: Callable[[str], Array | None
 
 
 _SCALED = ("LoRA", "LoHa", "LoKr", "GLoRA")
-"""The kinds whose alpha is over a rank; OFT's is a constraint."""
+"""The kinds whose alpha is divided by a rank. OFT's alpha is a constraint."""
 
 
 def _tokens(layout: Layout, header: Header) -> dict[str, int]:
@@ -348,6 +349,6 @@ def _bars(blocks: Sequence[Block]) -> list[str]:
 
 
 def plain(text: str) -> str:
-    """A text from a file on one line of a terminal: no control characters, no more than 200 letters."""
+    """A text from a file as one line for a terminal: no control characters, at most 200 letters."""
     shown = "".join(letter if letter.isprintable() else " " for letter in text)
     return shown if len(shown) <= 200 else shown[:197] + "..."

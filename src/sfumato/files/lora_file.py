@@ -18,11 +18,11 @@ from sfumato.numerals import pluralize
 
 @dataclass(frozen=True)
 class LoraFile:
-    """A LoRA as read. modules: by (part, path), paths as in `named_modules()` of transformers >= 5.6.
+    """A LoRA as read from a file. modules: by (part, path), paths as in `named_modules()` of transformers >= 5.6.
 
-    family: "sd1", "sd2", "sdxl", "pocket" or None where neither shapes nor metadata tell. text_width: the input width
-    of the cross-attention's keys, None without such modules. skipped: keys left out because `partial` allowed it.
-    embeddings: new words bundled with it, as `AdapterFile` has them, where they were allowed.
+    family: "sd1", "sd2", "sdxl", "pocket", or None if neither shapes nor metadata say it. text_width: the input width
+    of the cross-attention's keys; None without such modules. skipped: keys left out because `partial` allowed it.
+    embeddings: new words bundled with it, as in `AdapterFile`, if they were allowed.
     """
 
     path: Path
@@ -36,11 +36,11 @@ class LoraFile:
 
 
 def read_lora(path: str | os.PathLike[str], *, partial: bool = False, words: bool = False) -> LoraFile:
-    """The adapter at `path` if it is a LoRA throughout, for what goes on with its factors: training, resizing.
+    """Read the adapter at `path` if all of it is LoRA, for work on its factors: training, resizing.
 
-    partial: leave out keys that are not understood and modules that lack a half, and list them in `skipped`; without
-    it they are errors. words: take a file with new words in it, too. Raises FileError for a broken file and
-    AdapterError for one that is no LoRA or not a whole one; `read_adapter` reads every kind.
+    partial: leave out keys that are not understood and modules that lack a half, and list them in `skipped`; otherwise
+    they are errors. words: also accept a file with new words in it. Raises FileError for a broken file, and
+    AdapterError for one that is not a LoRA or is incomplete. `read_adapter` reads every kind.
     """
     file = read_adapter(path, partial=partial)
     modules = {target: change for target, change in file.changes.items() if isinstance(change, LoraModule)}

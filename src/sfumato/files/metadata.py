@@ -1,4 +1,4 @@
-"""What a file says of itself, in the field's own conventions: kohya's ss_*, ModelSpec 1.0.1, and ours. No torch."""
+"""What a file says about itself, in the usual conventions: kohya's ss_*, ModelSpec 1.0.1, and ours. No torch."""
 
 from __future__ import annotations
 
@@ -26,31 +26,30 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 METADATA_LIMIT = 100_000
-"""Bytes of metadata in a file; web pages that show models fetch about this much."""
+"""Largest metadata in a file, in bytes. Web pages that show models download about this much."""
 THUMBNAIL_PX = 256
 THUMBNAIL_LIMIT = 40_000
 TAG_LIMIT, TAG_BYTES = 200, 15_000
 """Of the tags in a file; a caption without a comma is one tag, and may be long."""
 SETTING_BYTES = 5_000
-"""Of a setting in a file's config; lists of prompts may be longer, and are in the run's config.toml."""
+"""Largest setting in a file's config, in bytes. Lists of prompts may be longer; the run's config.toml has them."""
 
 
 @dataclass(frozen=True)
 class Description:
-    """All that an adapter's file tells about how it came to be. Unset fields are left out of the file.
+    """All that an adapter's file says about how it was made. Unset fields are left out of the file.
 
-    base: the base's public name. base_fingerprint: as `Base.adapted_fingerprint` gives it. resolution: (width, height)
-    in pixels. drawn_at: the same of pictures that are drawn with it, where that is not the base's own size; it is told
-    in its card alone. images: how many it learned from. trigger: the words that call it up. captions: of the training
-    pictures, of which the words are counted.
-    config: the program's resolved config, without private paths (`sfumato.config.to_dict(config, public=True)`); of it
-    the settings of at most SETTING_BYTES are kept.
-    parents: for a mix, one {"name", "hash", "weight"} a file. adapter_guidance: how often the adapter's change counts
-    where nothing else is asked for, see `sfumato.compose.guided`. over_steps: (start, end) of progress, 0 at pure noise
-    and 1 at the finished picture, between which it is drawn with where nothing else is asked for; None: always.
-    negatives: each is the negative prompt of prompts that hold it and more, see `sfumato.prompts.negative`. word_files:
-    by new word that was learned beside it, the name of its own file. clip_skip: as of `load_base`, None where it was
-    not said. timesteps: (first, the one to stop before) that were learned; None: all.
+    base: the base model's public name. base_fingerprint: from `Base.adapted_fingerprint`. resolution: (width, height)
+    in pixels. drawn_at: size of the images that are generated with it, if that is not the base model's own; only the
+    model card states it. images: number of training images. trigger: the trigger words. captions: those of the training
+    images; their words are counted. config: the program's resolved config, without private paths
+    (`sfumato.config.to_dict(config, public=True)`); settings of at most SETTING_BYTES are kept. parents: for a mix, one
+    {"name", "hash", "weight"} for each file. adapter_guidance: how often the adapter's change counts unless the user
+    sets it, see `sfumato.compose.guided`. over_steps: (start, end) of progress, 0 at pure noise and 1 at the finished
+    image, in which it is active unless the user sets it; None: always. negatives: each is the negative prompt of
+    prompts that contain it and more, see `sfumato.prompts.negative`. word_files: for each new word that was learned
+    with it, the name of the word's own file. clip_skip: as for `load_base`; None if it was not set. timesteps: (first,
+    the one to stop before) that were trained; None: all.
     """
 
     title: str
@@ -84,7 +83,7 @@ class Description:
 
 
 def describe(description: Description) -> dict[str, str]:
-    """The metadata of an adapter's file, texts by key; `write_lora` adds rank, alpha and hashes from the tensors."""
+    """The metadata of an adapter's file, texts by key. `write_lora` adds rank, alpha and hashes from the tensors."""
     if description.family not in LABELS:
         raise ConfigError(f"unknown family {description.family!r}; known are {', '.join(LABELS)}.")
     if description.prediction_type not in ("", "epsilon", "v_prediction"):
@@ -168,7 +167,8 @@ def _own(description: Description) -> dict[str, str]:
 
 
 def prediction_of(metadata: Mapping[str, str]) -> str:
-    """What the base predicts that the file was learned on, "epsilon" or "v_prediction"; empty where it does not say."""
+    """What the base model predicts that the file was trained on, "epsilon" or "v_prediction"; empty if the metadata
+    does not say."""
     found = metadata.get("modelspec.prediction_type", "")
     version = metadata.get("ss_base_model_version", "")
     architecture = metadata.get("modelspec.architecture", "").partition("/")[0]
@@ -182,7 +182,7 @@ def prediction_of(metadata: Mapping[str, str]) -> str:
 
 
 def adapter_guidance_of(metadata: Mapping[str, str]) -> float:
-    """What the file says of it; 0 where it says nothing that can be meant."""
+    """The adapter guidance that the file asks for; 0 if it asks for none, or for an impossible one."""
     try:
         strength = float(metadata.get("sfumato.adapter_guidance", "0"))
     except ValueError:
@@ -195,7 +195,8 @@ _LONGEST_SPAN = 50
 
 
 def over_steps_of(metadata: Mapping[str, str]) -> tuple[float, float] | None:
-    """The steps that the file asks for, as in a Description; None for all, or where what it says cannot be meant."""
+    """The sampling steps that the file asks for, as in a Description; None for all, or if what it says is
+    impossible."""
     text = metadata.get("sfumato.over_steps", "")
     number = r"((?:\d+(?:\.\d+)?|\.\d+)(?:e-\d+)?)"
     found = re.fullmatch(f"{number}-{number}", text) if len(text) <= _LONGEST_SPAN else None
@@ -204,7 +205,7 @@ def over_steps_of(metadata: Mapping[str, str]) -> tuple[float, float] | None:
 
 
 def negatives_of(metadata: Mapping[str, str]) -> tuple[str, ...]:
-    """The negative prompts that the file asks for; none where what it says cannot be meant."""
+    """The negative prompts that the file asks for; none if what it says is impossible."""
     try:
         found = json.loads(metadata.get("sfumato.negatives", "[]"))
     except (ValueError, RecursionError):
@@ -213,10 +214,10 @@ def negatives_of(metadata: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def clip_skip_of(metadata: Mapping[str, str]) -> int | None:
-    """Layers of the text encoder that were skipped where a file was learned, as --clip-skip counts them; None where it
-    does not say.
+    """Layers of the text encoder that were skipped in the training of a file, counted as --clip-skip; None if the
+    metadata does not say.
 
-    sd-scripts counts as A1111 does; its SDXL has none, whatever the file says.
+    sd-scripts counts as A1111 does; for SDXL it skips none, whatever the file says.
     """
     config = _object(metadata.get("sfumato.config", "{}"))
     told = metadata.get("sfumato.clip_skip", config.get("clip_skip"))
@@ -229,8 +230,9 @@ def clip_skip_of(metadata: Mapping[str, str]) -> int | None:
 
 
 def words_beside(metadata: Mapping[str, str]) -> dict[str, str]:
-    """By new word that was learned with the adapter of a file, or of those that it is made of, the name of the word's
-    own file; empty where it is not told, as before 0.5.0, or in a bundle. No words of a file that is a word's own."""
+    """For each new word that was learned with the adapter of a file, or with those that it is merged from, the name of
+    the word's own file. Empty if the metadata does not say, as before 0.5.0, or in a bundle. A word's own file has no
+    such words."""
     if "sfumato.token" in metadata:
         return {}
     words = _object(metadata.get("sfumato.config", "{}")).get("train_words")
@@ -253,7 +255,7 @@ _LAST_SECOND = 253_402_300_799
 
 
 def moment() -> float:
-    """Unix time in seconds of a date that goes into a file: SOURCE_DATE_EPOCH, else now."""
+    """Unix time in seconds that is written into files as their date: SOURCE_DATE_EPOCH, else now."""
     epoch = os.environ.get("SOURCE_DATE_EPOCH")
     if epoch:
         if not re.fullmatch(r"[0-9]{1,12}", epoch) or int(epoch) > _LAST_SECOND:
@@ -263,8 +265,8 @@ def moment() -> float:
 
 
 def count_tags(captions: Sequence[str]) -> dict[str, int]:
-    """How often each comma-separated tag stands in the captions, the most frequent first: at most TAG_LIMIT of them,
-    and what fits into TAG_BYTES."""
+    """How often each comma-separated tag occurs in the captions, the most frequent first: at most TAG_LIMIT tags, and
+    what fits into TAG_BYTES."""
     counts = Counter(tag.strip() for caption in captions for tag in caption.split(",") if tag.strip())
     most = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:TAG_LIMIT]
     ends = accumulate(_size({tag: count}) for tag, count in most)
@@ -272,7 +274,7 @@ def count_tags(captions: Sequence[str]) -> dict[str, int]:
 
 
 def thumbnail_uri(image: Image) -> str:
-    """The picture as a JPEG data URI, THUMBNAIL_PX on its longer side, at most THUMBNAIL_LIMIT bytes of text."""
+    """The image as a JPEG data URI, THUMBNAIL_PX on its longer side, at most THUMBNAIL_LIMIT bytes of text."""
     scale = THUMBNAIL_PX / max(image.size)
     small = image.convert("RGB").resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
     for quality in range(90, 0, -10):
@@ -285,7 +287,8 @@ def thumbnail_uri(image: Image) -> str:
 
 
 def short_hash(source: Header | str | os.PathLike[str]) -> str:
-    """The 12 hex digits by which A1111's `Lora hashes` names a file: sshs_model_hash's, computed where missing."""
+    """The 12 hex digits by which A1111's `Lora hashes` names a file: from sshs_model_hash, computed if it is
+    missing."""
     header = source if isinstance(source, Header) else read_header(source)
     stated = header.metadata.get("sshs_model_hash", "")
     if len(stated) == 64 and all(letter in "0123456789abcdef" for letter in stated):
@@ -294,7 +297,7 @@ def short_hash(source: Header | str | os.PathLike[str]) -> str:
 
 
 def joint_hash(digests: Iterable[str]) -> str:
-    """The 12 hex digits by which a folder is named, of the `data_sha256` of its weight files."""
+    """The 12 hex digits that name a folder, from the `data_sha256` of its weight files."""
     import hashlib
 
     return hashlib.sha256("".join(digests).encode()).hexdigest()[:12]
@@ -325,7 +328,7 @@ def _size(value: object) -> int:
 
 
 def trigger_words(metadata: Mapping[str, str]) -> list[str]:
-    """The words that call the adapter up: our own list, else ModelSpec's trigger phrase, split at its commas."""
+    """The trigger words of the adapter: our own list, else ModelSpec's trigger phrase, split at its commas."""
     try:
         words = json.loads(metadata.get("sfumato.trigger", ""))
     except (ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""Tensors out of a checked safetensors file, memory-mapped."""
+"""Tensors from a checked safetensors file, memory-mapped."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
         "F64": torch.float64,
     }
 )
-"""torch's dtype for each that `sfumato.files.header` accepts."""
+"""torch's dtype for each dtype that `sfumato.files.header` accepts."""
 
 
 def read_tensors(
@@ -45,14 +45,14 @@ def read_tensors(
     header: Header | None = None,
     allow_nonfinite: bool = False,
 ) -> dict[str, Tensor]:
-    """The named tensors of a safetensors file (all of them by default), on the CPU in the file's dtypes.
+    """Read the named tensors of a safetensors file (by default all), on the CPU in the file's dtypes.
 
-    They are views of the mapped file: reading costs no memory until a value is used, and the file must not be written
-    over while they live (replace it by a rename, as `atomic_path` does).
+    They are views of the mapped file: reading takes no memory until a value is used. The file must not be overwritten
+    while they are in use (replace it by a rename, as `atomic_path` does).
 
-    header: the file's header if the caller has read it already; the file must not have changed since.
-    Raises FileError for a file that fails the header checks, a name that is not in it, or a tensor with NaN or Inf,
-    unless `allow_nonfinite`.
+    header: the file's header if the caller has read it already; the file must not have changed since. Raises FileError
+    for a file that fails the header checks, for a name that is not in it, and for a tensor with NaN or Inf unless
+    `allow_nonfinite`.
     """
     path = path_of(path)
     header = header or read_header(path)
@@ -66,12 +66,12 @@ Stamp = tuple[int, int]
 
 
 def stamp(status: os.stat_result) -> Stamp:
-    """(mtime in ns, bytes), by which a file is known to be as it was. Mounts may renumber inodes."""
+    """(mtime in ns, bytes), to detect that a file has changed. Inode numbers are left out: mounts may change them."""
     return status.st_mtime_ns, status.st_size
 
 
 def check_stamp(path: Path, found: Stamp, wanted: Stamp) -> None:
-    """Raises FileError where the stamp of a file in use is no longer what it was."""
+    """Raise FileError if the stamp of a file in use has changed."""
     if found != wanted:
         raise FileError(
             f"{path.name}: the file was replaced or written over while it was in use. Leave the files of a base as "
@@ -82,11 +82,11 @@ def check_stamp(path: Path, found: Stamp, wanted: Stamp) -> None:
 def read_copies(
     header: Header, names: Iterable[str], dtype: torch.dtype, *, wanted_stamp: Stamp | None = None
 ) -> dict[str, Tensor]:
-    """The named tensors in memory of their own, those of numbers with a fraction in `dtype`; the file is not mapped.
+    """Copy the named tensors into memory, floating-point ones in `dtype`; the file is not mapped.
 
-    So no page of the file counts as the process's memory beside the copies, and never more than one tensor has two
-    dtypes. Raises FileError as `read_tensors` does, and for a file whose stamp is not `wanted_stamp`, if one is given:
-    two fine-tunes of one architecture may have the same header.
+    So no page of the file counts as the process's memory besides the copies, and at most one tensor at a time exists in
+    two dtypes. Raises FileError as `read_tensors` does, and for a file whose stamp is not `wanted_stamp`, if that is
+    given: two fine-tunes of one architecture may have the same header.
     """
     path, wanted = header.path, set(names)
     tensors: dict[str, Tensor] = {}

@@ -1,7 +1,7 @@
-"""Safetensors files written so that equal content gives equal bytes, and the field's hashes over them.
+"""Write safetensors files so that equal content gives equal bytes, with the usual hashes over them.
 
-The library keeps metadata in a hash map, so that its header differs from run to run. Tensors lie in the library's own
-order here (wide dtypes first, then by name), which is what the hashes of the field are defined on.
+The safetensors library keeps metadata in a hash map, so that its header differs from run to run. Here tensors are in
+the library's own order (wide dtypes first, then by name), because the usual hashes are defined on it.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ _ORDER = {dtype: i for i, dtype in enumerate(_DTYPES)}
 def write_tensors(
     path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> Path:
-    """Write a safetensors file, whole or not at all; the same tensors and metadata give the same bytes.
+    """Write a safetensors file, complete or not at all; the same tensors and metadata give the same bytes.
 
-    Raises FileError, before anything is written, for a tensor with NaN or Inf or one that readers would refuse, and for
+    Raises FileError for a tensor with NaN or Inf or one that readers would refuse, before anything is written; and for
     a disk that does not take the file.
     """
     path = path_of(path)
@@ -72,10 +72,10 @@ def write_streamed(
     *,
     hashed: bool = True,
 ) -> Path:
-    """The file that `write_tensors` writes of the tensors that `make` gives by name, of which one is held at a time.
+    """Write the file that `write_tensors` would write, but one tensor at a time: `make` returns each tensor by name.
 
-    shapes: tensors of the same shapes and dtypes, perhaps on the device `meta`. hashed: with `hashes` in the metadata.
-    Nothing is left where `make` raises.
+    shapes: tensors of the same shapes and dtypes, perhaps on the device `meta`. hashed: put `hashes` into the metadata.
+    If `make` raises, nothing is left behind.
     """
     path = path_of(path)
     _check_writable(path, shapes)
@@ -125,15 +125,15 @@ def _check_writable(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def check_dtype(path: Path, dtype: object) -> None:
-    """Raises FileError for what is no dtype of numbers with a fraction, such as the name of one."""
+    """Raise FileError for what is not a floating-point dtype, such as the name of one."""
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise FileError(f"{path.name}: the dtype is {dtype!r:.40}; wanted one of torch's, such as torch.float16.")
 
 
 def cast(value: Tensor, dtype: torch.dtype, name: str, path: Path) -> Tensor:
-    """The value in `dtype` on the CPU, itself where it is that already.
+    """The value in `dtype` on the CPU; the value itself if it is that already.
 
-    Raises FileError, naming it, for one that is not finite there, and for a dtype that is none.
+    Raises FileError, with its name, for a value that is not finite in `dtype`, and for what is not a dtype.
     """
     check_dtype(path, dtype)
     if not is_finite(value):
@@ -152,7 +152,7 @@ def cast(value: Tensor, dtype: torch.dtype, name: str, path: Path) -> Tensor:
 
 
 def check_metadata(described: Mapping[str, str], path: Path) -> None:
-    """Raise FileError for more metadata than the pages that show models fetch."""
+    """Raise FileError for more metadata than web pages that show models download."""
     size = sum(len(key.encode()) + len(value.encode()) for key, value in described.items())
     if size > METADATA_LIMIT:
         largest = max(described, key=lambda key: len(described[key]))
@@ -186,10 +186,10 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def model_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder for a library's `save_pretrained`, which takes the place of `path` once it is whole.
+    """A temporary folder for a library's `save_pretrained`; it replaces `path` once it is complete.
 
-    transformers shows no bar for its shards meanwhile. Raises FileError for a disk that does not take it; what lies at
-    `path` is untouched then.
+    transformers shows no progress bar meanwhile. Raises FileError for a disk that does not take it; `path` is then
+    unchanged.
     """
     from transformers.utils import logging
 
@@ -215,7 +215,7 @@ def ordered(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def header_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """The length and the JSON header, padded with spaces to a multiple of 8 as the library does."""
+    """The length and the JSON header, padded with spaces to a multiple of 8 as the safetensors library does."""
     content: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     start = 0
     for name in ordered(tensors):
@@ -229,12 +229,12 @@ def header_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> 
 
 
 def hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
-    """The three hashes that the field's tools look for, all independent of the metadata that users change.
+    """The three usual hashes, all independent of the metadata that users change.
 
     sshs_model_hash (kohya, read by A1111): sha256 of the bytes after the header.
     modelspec.hash_sha256 (ModelSpec 1.0.1): the same, after "0x".
-    sshs_legacy_hash (A1111's first): 8 hex digits of the sha256 of 64 KiB at 1 MiB in the file as it were with the
-    `ss_` metadata only, which is how kohya saves it for this purpose.
+    sshs_legacy_hash (A1111's first): 8 hex digits of the sha256 of 64 KiB at 1 MiB in the file as it would be with only
+    the `ss_` metadata, which is how kohya saves it for this purpose.
     """
     return _hashes([raw_bytes(tensors[name]) for name in ordered(tensors)], _training_header(tensors, metadata))
 

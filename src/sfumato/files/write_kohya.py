@@ -1,7 +1,7 @@
-"""LoRA files in the one grammar that diffusers, ComfyUI, A1111/Forge, InvokeAI and sd-scripts all read fully.
+"""LoRA files in the one format that diffusers, ComfyUI, A1111/Forge, InvokeAI and sd-scripts all read completely.
 
-kohya's names, and for every module lora_down, lora_up and alpha. One alpha in the whole file: diffusers scales every
-module by the file's most frequent one, so any other scale is folded into lora_up.
+It has kohya's names, and for every module lora_down, lora_up and alpha. The whole file has one alpha, because diffusers
+scales every module by the file's most frequent one; any other scale is folded into lora_up.
 """
 
 from __future__ import annotations
@@ -40,14 +40,13 @@ def write_lora(
     dtype: torch.dtype = torch.float32,
     words: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> Path:
-    """Write `modules` as a LoRA for `family`; whole or not at all, and equal bytes for equal content.
+    """Write `modules` as a LoRA for `family`, complete or not at all; equal content gives equal bytes.
 
-    metadata: what `sfumato.files.metadata.describe` returns; rank, alpha, hashes and the fingerprint of the deltas are
-    taken from the tensors here.
-    dtype: of down and up. fp32 by default because it is exact: another tool draws our very picture. fp16 halves the
-    file, which is worth it from SD 1.5 on.
-    words: new words bundled with it, as `write_embedding` takes them, by token; in fp32.
-    Raises AdapterError for modules that other tools have no name for, FileError for values the file cannot hold.
+    metadata: from `sfumato.files.metadata.describe`; rank, alpha, hashes and the fingerprint are computed from the
+    tensors here. dtype: number format of down and up. The default fp32 is exact, so that another tool generates the
+    same image. fp16 halves the file; this is worth it from SD 1.5 on. words: new words to bundle with it, by token, as
+    for `write_embedding`; in fp32. Raises AdapterError for modules that other tools have no name for, and FileError for
+    values that the file cannot hold.
     """
     path = path_of(path)
     if not modules:
@@ -107,10 +106,10 @@ def _read_args(text: str) -> dict[str, object]:
 
 
 def one_alpha(modules: Mapping[Target, LoraModule]) -> tuple[float, dict[Target, LoraModule]]:
-    """The modules with one alpha between them, and that alpha: the most frequent, the smallest of equally frequent.
+    """The modules with one alpha for all, and that alpha: the most frequent one, the smallest if several are.
 
-    alpha_i / r * up_i = alpha / r * (alpha_i / alpha * up_i): a module with another alpha has the rest folded into up,
-    a module that has this one is untouched. Alphas are compared as fp32, in which the file holds them.
+    alpha_i / r * up_i = alpha / r * (alpha_i / alpha * up_i): for a module with another alpha the rest is folded into
+    up; a module with this alpha is unchanged. Alphas are compared as fp32, as the file holds them.
     """
     rounded = {target: float(torch.tensor(module.alpha, dtype=torch.float32)) for target, module in modules.items()}
     counts = Counter(alpha for alpha in rounded.values() if alpha != 0)
@@ -123,9 +122,10 @@ def one_alpha(modules: Mapping[Target, LoraModule]) -> tuple[float, dict[Target,
 
 
 def metadata_within_limit(metadata: Mapping[str, str], modules: int) -> tuple[dict[str, str], list[str]]:
-    """The metadata without its largest texts, as many as make it fit beside what is written of the tensors.
+    """The metadata without its largest texts, as many as make it fit beside what is computed from the tensors.
 
-    modules: how many the fingerprint has. Also the keys left out: tags, data sets, thumbnails of other tools.
+    modules: number of modules in the fingerprint. Returns also the keys left out: tags, data sets, thumbnails of other
+    tools.
     """
     kept = {key: text for key, text in metadata.items() if key != FINGERPRINT_KEY}
     sizes = {key: len(key.encode()) + len(text.encode()) for key, text in kept.items()}
@@ -141,9 +141,11 @@ def metadata_within_limit(metadata: Mapping[str, str], modules: int) -> tuple[di
 
 
 def rebalance_for_fp16(down: Tensor, up: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The halves of an update, with a power of two moved from one to the other where fp16 would round one of them away.
+    """The two halves of an update, with a power of two moved from one to the other if fp16 would round one of them to
+    nothing.
 
-    B begins at zero: after a few steps its values may be 1e-6, of which fp16 has the first digit. The product stays.
+    B starts at zero: after a few steps its values may be 1e-6, and fp16 keeps only their first digit. The product stays
+    the same.
     """
     sizes = [float(half.detach().float().square().mean().sqrt()) for half in (down, up)]
     tiny = torch.finfo(torch.float16).tiny

@@ -1,7 +1,7 @@
-"""LoRA files in the spelling of diffusers and of peft, which these two read and hardly anybody else does.
+"""LoRA files with the names of diffusers and of peft. Hardly any other tool reads these.
 
-Both scale a module by alpha / rank with alpha equal to rank where nothing else is said; so every other scale is folded
-into lora_B, and files of mixed ranks need nothing beside the tensors (in diffusers from 0.42.1 on).
+Both scale a module by alpha / rank, with alpha equal to rank unless the file says otherwise. So every other scale is
+folded into lora_B, and files of mixed ranks need nothing besides the tensors (in diffusers from 0.42.1 on).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def write_diffusers(
     metadata: Mapping[str, str] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Path:
-    """Write `modules` as `load_lora_weights` of diffusers saves them; as `write_lora` otherwise.
+    """Write `modules` as `load_lora_weights` of diffusers saves them; otherwise as `write_lora`.
 
     Biases are kept (`lora_B.bias`). ComfyUI loads none of the attention of such a file, A1111 and sd-scripts nothing.
     """
@@ -62,10 +62,10 @@ def write_peft(
     metadata: Mapping[str, str] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Path:
-    """Write `modules` as peft's folder, for `PeftModel.from_pretrained`; whole or not at all.
+    """Write `modules` as a folder of peft, for `PeftModel.from_pretrained`; complete or not at all.
 
-    An adapter of one part is the folder itself, one of several a folder of one such a part: unet, text_encoder, ...
-    Module names are those of this transformers and diffusers. Raises FileError for a folder that exists.
+    An adapter of one part is the folder itself; an adapter of several parts has a folder for each: unet, text_encoder,
+    ... Module names are those of this transformers and diffusers. Raises FileError for a folder that exists.
     """
     folder = Path(folder)
     _check(modules, folder.name, family)

@@ -1,4 +1,4 @@
-"""Options that the programs share which train a small base, and the learning rate that they make."""
+"""Options that the programs share that train a small base model, and the learning rate that follows from them."""
 
 # No annotations as texts: a program that inherits the options reads them in its own module.
 import dataclasses
@@ -15,49 +15,52 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainOptions(FolderOptions):
-    """Pictures, steps, optimizer and device of a training that makes a base."""
+    """Images, steps, optimizer and device of the training of a base."""
 
     data: Path = Path("pocket-data")
-    """The folder of pictures: what bench/pocket_data.py built, or your own, laid out as docs/pocket.md says."""
+    """Folder of training images: what bench/pocket_data.py built, or your own, laid out as docs/pocket.md describes."""
     steps: int = 2400
-    """Optimizer steps in all."""
+    """Number of optimizer steps."""
     batch: int = 16
-    """Pictures per step."""
+    """Images per step."""
     learning_rate: float | None = None
-    """The rate between the warm-up and the fall. Unset: 1e-3."""
+    """Learning rate between the warm-up and the decay. Unset: 1e-3."""
     warmup: int | None = None
-    """Steps over which the rate rises from 0. Unset: 100, or a tenth of fewer than a thousand steps."""
+    """Steps over which the learning rate rises from 0. Unset: 100, or a tenth of the steps if they are fewer than a
+    thousand."""
     fall_at: int | None = None
-    """The step at which the rate begins to fall, linearly, to 0 at the last. Unset: after a third of the steps."""
+    """Step at which the learning rate begins its linear decay to 0 at the last step. Unset: after a third of the
+    steps."""
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """AdamW, or Muon for the inner weights beside AdamW for the rest."""
+    """Optimizer: AdamW for all weights, or Muon for the inner weights and AdamW for the rest."""
     weight_decay: float = 0.01
-    """Weight decay of AdamW, and of Muon."""
+    """Weight decay of AdamW and of Muon."""
     clip: float = 1.0
     """Largest norm of the gradient; 0 turns clipping off."""
     ema: float = 0.999
-    """Decay of the moving average of the weights, which is what draws samples and is exported; smaller in the first
-    steps."""
+    """Decay of the running mean (EMA) of the weights, used for the samples and the exported model. It is smaller in the
+    first steps."""
     seed: int = 0
-    """Seed of weights and of every draw."""
+    """Seed of the initial weights and of everything random."""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1 or mps; auto takes a GPU where there is one."""
+    """Device to train on: auto, cpu, cuda, cuda:1 or mps. auto takes a GPU if there is one."""
     precision: Literal["bf16", "fp32"] | None = None
-    """Number format of the forward pass; weights are kept in fp32. Unset: bf16 where the device multiplies it."""
+    """Number format of the forward pass; weights are kept in fp32. Unset: bf16 where the device multiplies bf16 in
+    hardware, else fp32."""
     checkpoint_every: int | None = 400
-    """Steps between checkpoints, besides those at both ends; 0 saves only the last, and that of an
+    """Steps between checkpoints, besides those at the start and the end. 0 saves only the last one, and one at an
     interruption."""
     sample_every: int = 400
-    """Steps between sample sheets, besides those at both ends; 0 draws none."""
+    """Steps between sample sheets, besides those at the start and the end; 0 generates none."""
 
 
 AnyPretraining = TypeVar("AnyPretraining", bound=PretrainOptions)
 
 
 def settled_for_device(config: AnyPretraining, learning_rate: float = 1e-3) -> tuple[AnyPretraining, "Precision"]:
-    """The config with what was unset filled in, and its precision, which holds from here on.
+    """Fill in what is unset, and return the config and its precision, now in effect.
 
-    learning_rate: where none was given.
+    learning_rate: used if the config has none.
     """
     from sfumato.precision import decide, multiplies_bf16
 
@@ -77,7 +80,8 @@ def settled_for_device(config: AnyPretraining, learning_rate: float = 1e-3) -> t
 
 
 def rate_at(step: int, config: PretrainOptions) -> float:
-    """The learning rate of a step, as a share of the highest: warm-up, flat, linear fall to 0. config: filled."""
+    """The learning rate of a step, as a share of its peak: warm-up, constant, linear decay to 0. config: with every
+    field filled in."""
     assert config.warmup is not None
     assert config.fall_at is not None
     rising = (step + 1) / max(config.warmup, 1)
@@ -86,6 +90,7 @@ def rate_at(step: int, config: PretrainOptions) -> float:
 
 
 def learning_rate_at(step: "Step", config: PretrainOptions) -> float:
-    """The learning rate of a step, less where the run has turned back from broken numbers. config: filled."""
+    """The learning rate of a step, lower after the run had to go back because numbers were no longer finite. config:
+    with every field filled in."""
     assert config.learning_rate is not None
     return config.learning_rate * rate_at(step.number, config) * step.rate_factor

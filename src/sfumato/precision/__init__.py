@@ -1,8 +1,8 @@
 """Which dtype each part is stored and computed in, on which device, with which attention, and why.
 
-One decision, made once by `decide` and printed with its reasons; nothing else in the package knows about dtypes.
-Trainable weights are fp32 always: AdamW's updates at a learning rate of 1e-4 are below half a unit in the last place of
-most bf16 weights and would be lost.
+`decide` decides once and gives its reasons; nothing else in the package knows about dtypes. Trainable weights are
+always fp32: AdamW's updates at a learning rate of 1e-4 are below half a unit in the last place of most bf16 weights,
+and would be lost.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 NAMES: Mapping[torch.dtype, str] = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 DTYPES: Mapping[str, torch.dtype] = {name: dtype for dtype, name in NAMES.items()}
-"""What weights are computed and written in, by the names that options have."""
+"""The dtypes to compute and write weights in, by their names in options."""
 OPTIMIZERS_8BIT = frozenset({"adamw8bit"})
-"""Optimizers that keep their state in 8 bits, by the name a config gives them."""
+"""Optimizers that keep their state in 8 bits, by their names in a config."""
 BITSANDBYTES_ON_CPU = (0, 50)
-"""The first version whose optimizers step on a CPU."""
+"""The first version of bitsandbytes whose optimizers run on a CPU."""
 
 
 @dataclass(frozen=True)
 class Precision:
-    """One decision for one process. Made by `decide`.
+    """The device and the number formats for one process. Made by `decide`.
 
-    storage: the dtype frozen weights of the U-Net and the text encoders are kept in. compute: the dtype of their matrix
-    products. vae: the dtype of the VAE, stored and computed. offload: where parts wait for their turn on the device;
-    None where all of them are there. reasons: one sentence for each row of `table`.
+    storage: dtype in which frozen weights of the U-Net and the text encoders are stored. compute: dtype of their matrix
+    products. vae: dtype of the VAE, stored and computed. offload: where parts wait for their turn on the device; None
+    if all are on it. reasons: one sentence for each row of `table`.
     """
 
     device: torch.device
@@ -91,7 +91,7 @@ class Precision:
         return "\n".join(line.rstrip() for line in lines)
 
     def autocast(self) -> AbstractContextManager[None]:
-        """The context in which frozen and trained weights are computed with; nothing at all in fp32."""
+        """The context in which frozen and trained weights are computed together; nothing at all in fp32."""
         if self.compute == torch.float32:
             return nullcontext()
         # Its cache holds the cast of every fp32 weight that learns until the context ends. That spares adapters some
@@ -103,7 +103,7 @@ class Precision:
         return context
 
     def scaler(self) -> torch.amp.GradScaler:
-        """The loss scaler; it passes everything through unless fp16 gradients would underflow without it."""
+        """The loss scaler. It does nothing unless fp16 gradients would underflow without it."""
         return torch.amp.GradScaler(self.device.type, enabled=self.compute == torch.float16)
 
     def dtype(self, part: Part) -> torch.dtype:
@@ -132,9 +132,9 @@ class Precision:
         return module
 
     def prepare_for_training(self, module: nn.Module) -> None:
-        """Prepare a U-Net or text encoder for training: on a CPU in bf16 with attention that is faster backward.
+        """Prepare a U-Net or text encoder for training: on a CPU in bf16 it gets attention with a faster backward pass.
 
-        In fp32 torch's own is as fast (`bench/cpu_training.py`), and stays.
+        In fp32 torch's own attention is as fast (`bench/cpu_training.py`), and stays.
         """
         if self.device.type == "cpu":
             layer_norms.sum_in_fp32(module)
@@ -144,16 +144,17 @@ class Precision:
             learn_on_cpu(module)
 
     def compiled(self, module: nn.Module) -> Callable[..., Any]:
-        """The module as `torch.compile` makes it; its weights are the module's own.
+        """The module compiled by `torch.compile`; it shares the module's weights.
 
-        On a CPU in bf16 its memory layouts stay. Where torch 2.13 chooses others, everything below the last
-        nearest-neighbour upsampling with a concatenation and a SiLU after it, as in every U-Net, has gradients of zero.
+        On a CPU in bf16 the module's memory layouts are kept. With the layouts that torch 2.13 chooses, gradients are
+        zero everywhere below the last nearest-neighbour upsampling that a concatenation and a SiLU follow, as in every
+        U-Net.
         """
         keeps_layouts = self.device.type == "cpu" and self.compute == torch.bfloat16
         return torch.compile(module, options={"layout_optimization": False} if keeps_layouts else None)
 
     def apply(self) -> None:
-        """Set the whole process's switches: TF32 on CUDA, on a CPU that freed memory is kept for the next tensor."""
+        """Set the switches of the whole process: TF32 on CUDA; on a CPU, keep freed memory for the next tensor."""
         if self.device.type == "cuda":
             if self.device.index is not None:  # else what asks for "cuda" opens the first one, too
                 torch.cuda.set_device(self.device)
@@ -164,10 +165,9 @@ class Precision:
 
 
 def _keep_freed_memory() -> None:
-    """Ask glibc to keep what is freed: tensors come and go with each step, and fresh pages cost time.
+    """Tell glibc to keep freed memory: tensors come and go with each step, and fresh pages cost time.
 
-    Arrays over 32 MB, the most that glibc lets one ask for, still go back to the system at once. Without glibc nothing
-    happens.
+    Arrays over 32 MB, the most that glibc allows, still go back to the system at once. Without glibc nothing happens.
     """
     mallopt = _of_glibc("mallopt")
     if mallopt is not None:
@@ -177,7 +177,8 @@ def _keep_freed_memory() -> None:
 
 
 def give_back_freed_memory() -> None:
-    """Let the system have what is kept by the above and the GPU's allocator: for when a part of a model is let go."""
+    """Return to the system the freed memory that `apply` and the GPU's allocator keep. For when a part of a model is
+    released."""
     malloc_trim = _of_glibc("malloc_trim")
     if malloc_trim is not None:
         malloc_trim(0)
@@ -202,11 +203,11 @@ def decide(
     adapting: bool = False,
     offload: bool = False,
 ) -> Precision:
-    """The precision for this machine.
+    """Decide on the precision for this machine.
 
-    requested: `--precision`. device: `auto` takes CUDA, then MPS, then the CPU. optimizer: its name, which decides the
-    optimizer's state. adapting: whether something small is trained beside weights that stay frozen, which many CPUs do
-    faster in bf16. offload: `--offload`, a base's parts take turns on a GPU. Raises PrecisionError, one line, for what
+    requested: `--precision`. device: `auto` takes CUDA, then MPS, then the CPU. optimizer: its name; the optimizer's
+    state depends on it. adapting: whether something small is trained beside frozen weights; many CPUs do this faster in
+    bf16. offload: `--offload`, the parts of a base model take turns on a GPU. Raises PrecisionError, one line, for what
     this machine cannot do.
     """
     if requested not in ("auto", *DTYPES):
@@ -242,8 +243,8 @@ def decide(
 
 
 def forecast_precision(requested: Requested, kind: Literal["gpu", "cpu"], *, adapting: bool) -> Precision:
-    """What `decide` would say of weights and products on a device of this kind, with the CPU in its place: for what
-    only counts bytes, where there need be no GPU."""
+    """What `decide` would choose for weights and products on a device of this kind. The result has the CPU as its
+    device, so that no GPU is needed: for programs that only count bytes."""
     here = decide("fp32", device="cpu")
     there = torch.device("cuda" if kind == "gpu" else "cpu")
     if kind == "gpu":
@@ -294,12 +295,12 @@ def _has_bf16(device: torch.device) -> bool:
 
 
 def cpu_has_bf16() -> bool:
-    """Whether this is an x86 processor that multiplies bf16 in hardware; others emulate it, more slowly than fp32."""
+    """Whether this is an x86 processor that multiplies bf16 in hardware. Others emulate it, more slowly than fp32."""
     return not {"avx512_bf16", "amx_bf16"}.isdisjoint(products.processor().split())
 
 
 def multiplies_bf16(device: torch.device) -> bool:
-    """Whether bf16 is quicker than fp32 on the device: in hardware, and not emulated, many times as slow."""
+    """Whether bf16 is faster than fp32 on the device: in hardware, not emulated, which is many times slower."""
     if device.type == "mps":  # where it was never measured
         return False
     return cpu_has_bf16() if device.type == "cpu" else _has_bf16(device)

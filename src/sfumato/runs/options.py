@@ -1,4 +1,4 @@
-"""Options of every run: its folder, and how it goes on after a stop. The text under a field is its `--help`."""
+"""Options of every run: its folder, its checkpoints and how it is resumed. The text under a field is its `--help`."""
 
 # No annotations as texts: a program that inherits the options reads them in its own module.
 import dataclasses
@@ -11,21 +11,21 @@ from sfumato.config import settle
 
 @dataclass(frozen=True, kw_only=True)
 class FolderOptions:
-    """Where a run is kept, and how it goes on after a stop."""
+    """The run's folder, checkpoints and resuming."""
 
     output: Path
-    """Folder of the run: what is learned, its card, checkpoints, samples, log and plot."""
+    """Folder of the run: what is learned, its model card, checkpoints, samples, log and plot."""
     checkpoint_every: int | None = None
-    """Steps between checkpoints, besides those at both ends; 0 saves only the last, and that of an interruption. Unset:
-    a quarter of the run."""
+    """Steps between checkpoints, besides those at the start and the end. 0 saves only the last one, and one at an
+    interruption. Unset: a quarter of the run."""
     keep: int = 2
-    """How many checkpoints to keep; fewer than two count as two."""
+    """Number of checkpoints to keep; fewer than two count as two."""
     resume: bool = False
-    """Go on with the run in the output folder, from its newest whole checkpoint."""
+    """Resume the run in the output folder from its newest complete checkpoint."""
     force: bool = False
-    """Resume although config, pictures, base or version have changed."""
+    """Resume even if config, images, base model or version have changed."""
     overwrite: bool = False
-    """Replace the run in the output folder; it stays there until the new one takes its first step."""
+    """Replace the run in the output folder. The old run stays until the new one takes its first step."""
     tensorboard: bool = False
     """Also write the log for TensorBoard (pip install "sfumato[tensorboard]")."""
 
@@ -37,5 +37,6 @@ AnyRun = TypeVar("AnyRun", bound=FolderOptions)
 
 
 def settled(config: AnyRun) -> AnyRun:
-    """The config without the permissions of one call, as it is written down for whoever runs it again."""
+    """The config without the options that are meant for one call alone (overwrite, resume, force), as it is saved for
+    later runs."""
     return dataclasses.replace(config, overwrite=False, resume=False, force=False)

@@ -1,4 +1,4 @@
-"""The running mean of trained weights."""
+"""The running mean (EMA) of trained weights."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ PORTION = 2**28
 
 
 class Ema:
-    """m <- d m + (1 - d) w after each step; with a decay of 0 it is the weights themselves and costs nothing.
+    """m <- d m + (1 - d) w after each step. With a decay of 0 it is the weights themselves and costs nothing.
 
-    d = min(decay, (1 + n) / (10 + n)) after n steps: the mean of a young run must not remember its untrained start.
-    What does not learn at a step, by `requires_grad`, takes no part in it: its mean and its n stay.
-    device: where the mean is kept, with the weights if None; the CPU saves a copy of the model on a GPU.
+    d = min(decay, (1 + n) / (10 + n)) after n steps, so that the mean of a young run forgets its untrained start. A
+    weight that is not trained at a step, by `requires_grad`, is left out: its mean and its n stay. device: where the
+    mean is kept; None: with the weights. The CPU saves a copy of the model on a GPU.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], decay: float, device: torch.device | str | None = None):
@@ -31,7 +31,7 @@ class Ema:
             self.mean = [p.detach().to(device or p.device, copy=True) for p in self.parameters]
 
     def update(self) -> None:
-        """Take a step's weights in."""
+        """Include the weights of a step in the mean."""
         learning = [place for place in range(len(self.mean)) if self.parameters[place].requires_grad]
         for made in {self.updates[place] for place in learning}:
             places = [place for place in learning if self.updates[place] == made]
@@ -43,14 +43,16 @@ class Ema:
             self.updates[place] += 1
 
     def settle(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Let these weights be their mean from now on: what learns beside them meets what will be saved of them."""
+        """Overwrite these weights with their running mean, so that what trains next sees the values that will be
+        saved."""
         settled = set(map(id, parameters))
         for parameter, mean in zip(self.parameters, self.mean, strict=bool(self.mean)):
             if id(parameter) in settled:
                 parameter.detach().copy_(mean)
 
     def swap(self) -> None:
-        """Exchange the weights and their mean; a GPU needs no memory for it, whose lack would leave them half done."""
+        """Exchange the weights and their mean. It needs no GPU memory, because running out of it would leave them half
+        done."""
         for parameter, mean in zip(self.parameters, self.mean, strict=bool(self.mean)):
             now = parameter.detach().to("cpu", copy=True)
             parameter.detach().copy_(mean)

@@ -1,7 +1,7 @@
-"""Options that the trainers share, each documented once; a trainer's `Config` inherits the groups and adds its own.
+"""Options that the trainers share, each documented once. A trainer's `Config` inherits the groups and adds its own.
 
-The text under a field is its `--help`. Each group also knows how to use itself: read the pictures, decide the
-precision, load the base, so that a trainer says these in a line each.
+The text under a field is its `--help`. Each group also knows how to use itself: read the images, decide the precision,
+load the base model. So a trainer does each of these in one line.
 """
 
 # No annotations as texts: a program that inherits the options reads them in its own module.
@@ -29,45 +29,46 @@ ScheduleName = Literal["constant", "cosine", "linear"]
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
-    """What is learned from."""
+    """Images, captions and how they are varied."""
 
     images: Path
-    """Folder of pictures, or a dataset.toml that names several folders (see datasets/README.md)."""
+    """Folder of training images, or a dataset.toml that names several folders (see datasets/README.md)."""
     trigger: str | None = None
-    """The word that will call up what is learned; put it into the captions, or use --caption."""
+    """Trigger word: the word in a prompt that calls up what was learned. Put it into the captions yourself, or add it
+    with --caption."""
     caption: str | None = None
-    """Template for captions, such as "{caption}, {trigger} style"; {caption} stands for the picture's own caption, or
-    for its file name."""
+    """Template for captions, such as "{caption}, {trigger} style". {caption} stands for the image's own caption, or for
+    its file name."""
     caption_dropout: float = 0.0
-    """Share of samples learned without a caption, 0 to 1; 1 drops every caption."""
+    """Share of samples that are trained without a caption, 0 to 1; 1 drops every caption."""
     resolution: int | None = None
-    """Side in pixels of a square picture; other shapes have about as many pixels. Samples are drawn at this size.
-    Unset: the base's own."""
+    """Side in pixels of a square training image; images of other shapes have about as many pixels. Sample images are
+    generated at this size. Unset: the base model's own resolution."""
     flip: bool = False
-    """Mirror half of the samples; not for faces, letters, or anything else with a left and a right."""
+    """Mirror half of the samples. Not for faces, letters, or anything else with a left and a right."""
     crop: CropMode = "center"
-    """Where a picture that does not fit is cropped: at its center, at a random place each time, or nowhere, with white
-    padding around it."""
+    """How to crop an image that does not fit. center: at its center; random: at a random place each time; pad: no crop,
+    but white padding around it."""
     shuffle_tags: bool = False
-    """Captions are comma-separated tags; put them in another order for each sample."""
+    """Shuffle the comma-separated tags of a caption anew for each sample."""
     keep_tags: int = 0
-    """Tags at the front of a caption that are neither shuffled nor dropped."""
+    """Number of tags at the start of a caption that are neither shuffled nor dropped."""
     tag_dropout: float = 0.0
     """Share of the other tags to drop from each sample, 0 to 1."""
     cache: Path | None = None
     """Folder that keeps latents and text embeddings, by content, for other runs. Unset: they stay in memory."""
     mask: MaskSource = "none"
-    """Learn only part of each picture: where it is opaque (alpha), or where NAME.mask.png is white (files)."""
+    """Learn only a part of each image. alpha: where the image is opaque; files: where NAME.mask.png is white."""
     validation_split: float = 0.0
-    """Share of the pictures, 0 to 0.5, that is held out: not learned from, but for measuring the loss on what is new
-    (`validation` in log and plot). A dataset.toml may name sources with `validation = true` instead. A few pictures are
-    better all learned."""
+    """Hold out this share of the images, 0 to 0.5, to measure the loss on images that are not trained on (`validation`
+    in log and plot). A dataset.toml may mark sources with `validation = true` instead. If there are only a few images,
+    train on all of them."""
     skip_bad: bool = False
-    """Leave out pictures that cannot be read, instead of stopping."""
+    """Leave out images that cannot be read, instead of stopping."""
 
     def read_examples(self, words: Sequence[str] = (), *, of_class: bool = True) -> "ExampleSet":
-        """The pictures and captions, listed but not decoded. words: that captions have to hold. of_class: whether
-        sources of a class are read."""
+        """List the images and captions without decoding them. words: words that the captions must contain. of_class:
+        whether to read class sources, too."""
         from sfumato import data
 
         examples = data.read_folder(
@@ -82,10 +83,10 @@ class DataOptions:
         return self.checked(examples)
 
     def checked(self, examples: "ExampleSet") -> "ExampleSet":
-        """The examples with those held out that --validation-split asks for.
+        """Check the examples, and hold out those that --validation-split asks for.
 
-        Raises DataError where there are none to learn, ConfigError for --keep-tags where no caption varies, and for a
-        run that would lie among its pictures.
+        Raises DataError if there is nothing to learn from. Raises ConfigError for --keep-tags without captions that
+        vary, and for an --output folder that holds training images.
         """
         from sfumato.data.folder import no_subject
         from sfumato.data.validation import hold_out
@@ -122,11 +123,11 @@ class DataOptions:
         processes: "Processes | None" = None,
         **other: Any,
     ) -> "Dataset":
-        """The pictures decoded, cropped and encoded, once. embed_text: the captions, too.
+        """Decode, crop and encode the images, once. embed_text: encode the captions, too.
 
-        will_draw: (seed, steps, global batch) of the draws from this very set, so that just the captions that come are
-        embedded. processes: with a cache the main one of them prepares, and the others read what it has written.
-        other: what differs from the options, as `data.prepare` takes it.
+        will_draw: (seed, steps, global batch) of the samples that training takes from this set, so that only the
+        captions in use are embedded. processes: with a cache the main process prepares, and the others read what it
+        wrote. other: settings that differ from the options, as `data.prepare` takes them.
         """
         from sfumato import data
         from sfumato.runs.progress import Preparation
@@ -151,37 +152,39 @@ class DataOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class BaseOptions:
-    """The model that learns, and how it is computed."""
+    """The base model, and how it is computed."""
 
     base: str = "pocket"
-    """The model to teach: pocket, a hub id, a diffusers folder, or a single .safetensors checkpoint."""
+    """Base model to train on: pocket, a hub id, a diffusers folder, or a single .safetensors checkpoint."""
     precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
-    """Number format of the frozen base; what is trained is always fp32."""
+    """Number format of the frozen base model. The weights that are trained are always fp32."""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps."""
+    """Device to train on: auto, cpu, cuda, cuda:1 or mps. auto takes CUDA, then MPS, then the CPU."""
     attention: Literal["sdpa", "xformers"] = "sdpa"
-    """Attention of the U-Net; xformers is an extra."""
+    """Attention of the U-Net: torch's own (sdpa) or xformers (pip install "sfumato[xformers]")."""
     gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass instead of keeping them all: less memory, more time."""
+    """Recompute activations in the backward pass instead of keeping them all: less memory, more time."""
     clip_skip: int | None = None
-    """Take the text encoder's output this many layers before its last: 1 is what A1111 and sd-scripts call 2.
-    SDXL's own layer is 0 here."""
+    """Take the text encoder's output this many layers before its last, counted as in diffusers: 1 is clip skip 2 of
+    A1111 and sd-scripts. On SDXL 0 is the base model's own layer."""
     max_tokens: Literal[75, 150, 225] | None = None
-    """Tokens of a caption that are read. Those of a longer one than 75 are encoded 75 at a time and follow one another,
-    as in web interfaces; draw long prompts with the same. Unset: 75, the text encoder's own; what is cut is told."""
+    """Tokens of a caption that are read. A caption of more than 75 tokens is encoded in chunks of 75, one after
+    another, as in web interfaces; generate long prompts with the same setting. Unset: 75, the text encoder's own limit;
+    a message says what is cut off."""
     vae: str | None = None
-    """Another VAE: a hub id, a folder, or a single file."""
+    """Use another VAE: a hub id, a folder, or a single file."""
     prediction_type: Literal["epsilon", "v_prediction"] | None = None
-    """What the base predicts, where a single file does not say."""
+    """What the base model predicts: noise (epsilon) or v. Set it where a single file does not say."""
     zero_terminal_snr: bool = False
-    """The base ends in pure noise (zero terminal SNR), where its files do not say; for v-prediction."""
+    """The base model's last timestep is pure noise (zero terminal SNR). Set it where its files do not say; for
+    v-prediction."""
 
     def decide_precision(
         self, processes: "Processes", optimizer: str = "adamw", *, adapting: bool = True
     ) -> "Precision":
-        """The one decision on devices and number formats, put into effect.
+        """Decide on device and number formats, once, and put the decision into effect.
 
-        adapting: the base's weights stay frozen.
+        adapting: the base model's weights stay frozen.
         """
         from sfumato.precision import decide
 
@@ -197,7 +200,8 @@ class BaseOptions:
         return precision
 
     def load_base(self, precision: "Precision") -> "Base":
-        """The base, frozen; its U-Net's weights come when needed, or `lazy_weights.load_only` asks for them."""
+        """Load the base model, frozen. Its U-Net's weights are read when needed, or when `lazy_weights.load_only` asks
+        for them."""
         from sfumato.bases import load_base
         from sfumato.precision.lean import save_activation_memory
 
@@ -220,64 +224,69 @@ class BaseOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class StepOptions:
-    """How it is learned: steps, optimizer, loss."""
+    """Steps, optimizer, learning rate, noise and loss."""
 
     steps: int | None = None
-    """Optimizer steps. Unset: the base family's default."""
+    """Number of optimizer steps. Unset: the default of the method and the base family."""
     epochs: int | None = None
-    """Passes over the pictures, instead of --steps."""
+    """Number of passes over the images, instead of --steps."""
     batch: int | None = None
-    """Pictures per batch on each process. Unset: the base family's default."""
+    """Images per batch on each process. Unset: the default of the method and the base family."""
     accumulate: int = 1
-    """Batches per step: their gradients are summed before the weights move."""
+    """Batches per optimizer step; their gradients are summed before the weights change."""
     seed: int = 0
-    """Everything random follows from this number: start, order, noise, timesteps, caption dropout."""
+    """Seed of everything random: initial weights, order, noise, timesteps, caption dropout."""
     learning_rate: float | None = None
-    """Peak learning rate. Unset: the default of the method, the base's family and the kind of adapter (for loha a
-    tenth of lora's, for lokr three times), a quarter of it for lion, and 1 for prodigy."""
+    """Peak learning rate. Unset: the default of the method, the base family and the kind of adapter (loha: a tenth of
+    lora's; lokr: three times lora's). With lion it is a quarter of that, with prodigy 1."""
     optimizer: OptimizerName = "adamw"
-    """adamw and adafactor, which keeps nearly no state, are built in; the others are the extras 8bit, prodigy and lion
-    (pip install "sfumato[8bit]")."""
+    """Optimizer. adamw and adafactor are built in; adafactor keeps almost no state. adamw8bit, prodigy and lion are the
+    extras 8bit, prodigy and lion (pip install "sfumato[8bit]")."""
     weight_decay: float = 0.01
     """Decoupled weight decay of the optimizer."""
     schedule: ScheduleName = "cosine"
-    """How the learning rate changes after the warm-up."""
+    """How the learning rate changes after the warm-up: constant, or a fall to 0 along half a cosine or a straight
+    line."""
     warmup: int = 0
-    """Steps over which the learning rate rises from 0."""
+    """Steps over which the learning rate rises from 0 to its peak."""
     clip: float = 1.0
-    """Largest norm of the whole gradient; 0 turns clipping off."""
+    """Largest norm of the gradient over all trained weights; a longer gradient is scaled down to it. 0 turns clipping
+    off."""
     min_snr: float | None = None
-    """Gamma of min-SNR weighting (Hang et al. 2023); 0 weighs all timesteps alike. Unset: the base family's default."""
+    """Gamma of min-SNR loss weighting (Hang et al. 2023); 0 weights all timesteps alike. Unset: the base family's
+    default."""
     noise_offset: float = 0.0
-    """Strength of a constant added to each channel's noise, for very dark or bright pictures; 0.03 to 0.1 is usual."""
+    """Noise offset: strength of a random constant added to each channel of the noise, for very dark or bright images;
+    0.03 to 0.1 is usual."""
     pyramid_noise: float = 0.0
-    """Discount of coarser noise that is added to the noise, level by level, for light and dark over large areas;
-    0.1 to 0.4 is usual, 0 adds none."""
+    """Pyramid noise (multires noise): add coarser noise, level by level, for light and dark over large areas. This is
+    the discount per level; 0.1 to 0.4 is usual, 0 adds none."""
     input_perturbation: float = 0.0
-    """Strength of further noise that the U-Net sees and is not asked for, against its own errors while drawing;
-    0.1 is usual."""
+    """Strength of extra noise that the U-Net sees but is not asked to predict. It prepares the U-Net for its own errors
+    while sampling; 0.1 is usual."""
     huber: float = 0.0
-    """A pseudo-Huber loss in place of squared errors: from this size on (in pure noise, 1 without noise) errors count
-    in proportion, so that odd pictures and captions teach less; 0.1 is usual, 0 takes squares."""
+    """Use a pseudo-Huber loss instead of squared errors, so that odd images and captions teach less. Errors above a
+    threshold count in proportion, not by their squares. The threshold is this value in pure noise and rises to 1
+    without noise. 0.1 is usual; 0 uses squared errors."""
     min_timestep: int = 0
-    """The first of the base's timesteps to learn; most bases have 0 to 999. The least noisy ones make a picture's
-    strokes and colors, the noisiest its layout."""
+    """First timestep to train on; most base models have 0 to 999. The least noisy timesteps make an image's strokes and
+    colors, the noisiest its layout."""
     max_timestep: int | None = None
-    """The timestep to stop before: those from --min-timestep up to it are learned. Unset: the number of the base's
+    """Train on timesteps from --min-timestep up to, but not including, this one. Unset: the number of the base model's
     timesteps."""
     ema: float = 0.0
-    """Decay of a running mean of what is trained, which is saved in place of the last weights; 0 saves the last
-    weights. After n steps it is at most (1 + n) / (10 + n), so that the mean of a short run does not remember the
+    """Save a running mean (EMA) of the trained weights instead of the last weights; this is its decay, 0 saves the last
+    weights. After n steps the decay is at most (1 + n) / (10 + n), so that the mean of a short run forgets the
     untrained start."""
 
     def loss(self) -> "LossSettings":
-        """How errors count."""
+        """How errors are weighted and counted."""
         from sfumato.training.noising import LossSettings
 
         return LossSettings(self.min_snr, self.huber)
 
     def noising(self, base: "Base") -> "NoiseSettings":
-        """How pictures are noised. Raises ConfigError for timesteps that the base does not have."""
+        """How noise is added to the images. Raises ConfigError for timesteps that the base model does not have."""
         from sfumato.training.noising import NoiseSettings
 
         count = len(base.alpha_bar)
@@ -293,23 +302,25 @@ class StepOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions(FolderOptions):
-    """Its name, what is shown of it, where it is published."""
+    """Name, sample images, measurements and upload."""
 
     name: str | None = None
-    """Name of what is learned and of its file. Unset: the name of the output folder."""
+    """Name of what is learned, and of its file. Unset: the name of the output folder."""
     sample_prompts: tuple[str, ...] = ()
-    """Prompts to draw while training; repeat it for several. One may end in settings of its own, spelt as sd-scripts'
-    `--n blurry --w 512 --h 768 --d 7 --s 20 --l 7`. Unset: some captions, and some prompts that are not trained."""
+    """Prompts for sample images during training. Repeat the option for several. A prompt may end in settings of its
+    own, written as in sd-scripts: `--n blurry --w 512 --h 768 --d 7 --s 20 --l 7`. Unset: some captions, and some
+    prompts that are not trained on."""
     sample_every: int | None = None
-    """Steps between sample pictures, besides those at both ends; 0 draws none. Unset: a quarter of the run."""
+    """Steps between sample images, besides those at the start and the end; 0 generates none. Unset: a quarter of the
+    run."""
     measure_every: int | None = None
-    """Steps between measurements of fit, validation and drift; 0 makes none. Unset: a quarter of the run; with pictures
-    held out, and no --drift-limit, a tenth."""
+    """Steps between measurements of fit, validation and drift; 0 makes none. Unset: a quarter of the run; a tenth where
+    images are held out and there is no --drift-limit."""
     push_to_hub: str | None = None
-    """Upload what is learned, with its card, to this repository on the Hugging Face hub."""
+    """Upload what is learned, with its model card, to this repository on the Hugging Face hub."""
 
     def asked_samples(self) -> tuple[list[str], list[dict[str, Any]]]:
-        """The texts of --sample-prompts, and what each says of its own picture beside its text."""
+        """The prompts of --sample-prompts without their settings, and the settings of each."""
         from sfumato.prompts.tags import split_flags
 
         found = [split_flags(prompt) for prompt in self.sample_prompts]
@@ -318,24 +329,24 @@ class RunOptions(FolderOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class KindOptions:
-    """The kind of an adapter."""
+    """The kind of adapter."""
 
     algo: AlgoName = "lora"
-    """What an update is: lora, a product of two factors; loha, two of these multiplied number by number, which has the
-    square of its directions; lokr, a Kronecker product of a small and a large factor, the smallest file. The names are
-    LyCORIS's. diffusers and sd-scripts read lora alone."""
+    """Kind of adapter, by LyCORIS's names. lora: the product of two low-rank factors. loha: two such products
+    multiplied element by element; its rank is up to the square of --rank. lokr: the Kronecker product of a small and a
+    large factor; its file is the smallest. diffusers and sd-scripts read only lora."""
     dora: bool = False
-    """Also learn the length of each column of a weight beside its direction (weight decomposition); for lora, loha and
-    lokr. diffusers and sd-scripts do not read it."""
+    """DoRA (weight decomposition): also learn the length of each column of a weight, separate from its direction. For
+    lora, loha and lokr. diffusers and sd-scripts do not read it."""
     factor: int | None = None
-    """With --algo lokr, the size of the small factor: the smaller, the larger are the other and the file. Unset: both
-    as square as they can be."""
+    """With --algo lokr: size of the small factor. The smaller it is, the larger are the other factor and the file.
+    Unset: both factors are as square as possible."""
     max_norm: float = 0.0
-    """Largest norm of each layer's update; after every step larger ones are shrunk to it (sd-scripts'
-    scale_weight_norms). It keeps an adapter mixable and slows overtraining; 1 is usual, smaller holds more back. 0: no
-    limit."""
+    """Largest norm of each layer's update. After every step, larger updates are shrunk to it (max norm regularization,
+    scale_weight_norms of sd-scripts). It slows overtraining and keeps an adapter mixable. 1 is usual, a smaller value
+    holds more back; 0: no limit."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerOptions(DataOptions, BaseOptions, StepOptions, RunOptions):
-    """All of them."""
+    """Every option that the trainers share."""

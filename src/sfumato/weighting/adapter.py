@@ -1,4 +1,4 @@
-"""What a user says of an adapter: its file, its weight, its label. Imports no torch."""
+"""What a user says about an adapter: its file, its weight, its label. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from sfumato.errors import AdapterError
 from sfumato.weighting.blocks import Blocks
 
 WEIGHT_LIMIT = 10.0
-"""Weights people use are within -2 to 2; one beyond this is a slip of the finger (08 for 0.8)."""
+"""Largest weight, either sign. Usual weights are within -2 to 2; a larger one is a typing error (08 for 0.8)."""
 
 Weight = float | tuple[float, float] | Blocks
-"""One weight for the whole adapter, (U-Net, text encoders), or one with factors by block."""
+"""One weight for the whole adapter, two as (U-Net, text encoders), or Blocks with factors by block."""
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter file, how strongly it is applied, and what it is called in the mix.
+    """An adapter file, its weight, and its label in the mix.
 
-    weight: within -10 to 10; or two, for the U-Net and for the text encoders; or Blocks, by block. name: the label, any
-    characters; the file's name without its suffix by default. Raises AdapterError for a weight that is none.
+    weight: from -10 to 10; or two, for the U-Net and for the text encoders; or Blocks, by block. name: the label, with
+    any characters; by default the file's name without its suffix. Raises AdapterError for an invalid weight.
     """
 
     path: str | os.PathLike[str]
@@ -40,7 +40,7 @@ class Adapter:
 
     @property
     def label(self) -> str:
-        """What the adapter is called in the mix."""
+        """The adapter's name in the mix."""
         return without_suffix(public_name(self.path)) if self.name is None else self.name
 
 

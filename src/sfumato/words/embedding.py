@@ -1,19 +1,18 @@
-"""New words: vectors that a text encoder takes for a placeholder, beside its table, which stays as it is.
+"""New words: vectors that a text encoder uses for a placeholder, beside its embedding table, which stays unchanged.
 
     with embedding.load(pipe, "otter.safetensors", token="<otter>"):
         pipe("a <otter> in the snow")
 
 Textual Inversion (Gal et al. 2022) learns such vectors; `trainers/textual_inversion.py` trains what `new_words` makes.
+`sfumato.words.in_use` describes how a word is added, and removed without a trace.
 
-How a word comes into use, and out of it again without a trace, `sfumato.words.in_use` says.
-
-A pipeline that shares the tokenizer and not the text encoder has no rows for them: give it a tokenizer of its own
-(`copy.deepcopy(pipe.tokenizer)`) before. Without, it takes no words itself, and fails at a prompt with one of these: of
-the pipelines that share a tokenizer none knows another, so nothing can say so earlier. A copied or pickled pipeline has
-copies of its words, for good.
+A pipeline that shares the tokenizer but not the text encoder has no vectors for these words. Give it a tokenizer of its
+own before (`copy.deepcopy(pipe.tokenizer)`). Otherwise it cannot use words itself, and fails at a prompt with one of
+these. No error can say so earlier, because pipelines that share a tokenizer do not know each other. A copied or pickled
+pipeline keeps copies of its words for good.
 
 A pipeline that is saved while words are in use is saved without them. Words that diffusers' `load_textual_inversion`
-adds meanwhile stay: their rows move up into ours' place.
+adds meanwhile stay; their rows move up into the place of ours.
 """
 
 from __future__ import annotations
@@ -42,12 +41,12 @@ __all__ = ["Start", "Vectors", "Words", "bundled", "encode", "fitting", "is_in_u
 
 
 def load(source: Any, path: str | PathLike[str], token: str | None = None) -> Words:
-    """The words of an embedding's file, in use by `source` until `remove()` or the end of a `with` block.
+    """Load the words of an embedding file into `source`, until `remove()` or the end of a `with` block.
 
     source: a Base, or a diffusers pipeline of SD 1.x, 2.x or SDXL. path: a safetensors file, as this package, diffusers
-    or a web interface writes it. token: the placeholder, for a file with one word; the file's own by default, or the
-    file's name where it has none. Raises FileError for a file that is no safetensors file (a .pt is a pickle, which can
-    run programs) and AdapterError for one that does not fit this base.
+    or a web interface writes it. token: the placeholder, for a file with one word; by default the file's own, or the
+    file's name if it has none. Raises FileError for a file that is not a safetensors file (a .pt is a pickle, which can
+    run programs), and AdapterError for one that does not fit this base model.
     """
     vectors = fitting(source, read(path, token), Path(path).name)
     try:
@@ -61,11 +60,12 @@ def load(source: Any, path: str | PathLike[str], token: str | None = None) -> Wo
 def bundled(
     source: Any, found: Mapping[str, Vectors], *, partial: bool = False, quiet: bool = False
 ) -> Iterator[Words | None]:
-    """Within the block the words are in use that adapters bring with them; None where they bring none.
+    """Within the block the words that adapters bring are in use. Yields them; None if there are none to add.
 
-    found: by the labels of the adapters that count. Words that are in use with the same vectors already stay as they
-    are. partial: leave out words that cannot be used here, with a line on stderr each, if not quiet. Raises
-    AdapterError where two mean different things by one word, and, without partial, for words that cannot be used.
+    found: by the labels of the adapters that count. Words that are in use already with the same vectors stay as they
+    are. partial: leave out words that cannot be used here, with a line on stderr for each unless quiet. Raises
+    AdapterError if two adapters bring different vectors for one word and, without partial, for words that cannot be
+    used.
     """
     from sfumato.files.embedding_file import merge_embeddings
 
@@ -98,9 +98,9 @@ def bundled(
 
 
 def _check_usable(source: Any, counts: Mapping[str, int], token: str, parts: Mapping[str, Tensor], label: str) -> None:
-    """Raises AdapterError, with the adapter's label, for a word of its file that cannot be used by `source`.
+    """Raise AdapterError, with the adapter's label, for a word of its file that `source` cannot use.
 
-    counts: vectors of this word and of those that were found usable before it.
+    counts: number of vectors of this word, and of each word that was found usable before it.
     """
     fitting(source, {token: parts}, label)
     known = _in_use(source, token)
@@ -114,7 +114,7 @@ def _check_usable(source: Any, counts: Mapping[str, int], token: str, parts: Map
 
 
 def _in_use(source: Any, token: str) -> Mapping[str, Tensor] | None:
-    """The vectors of a word that is in use, by part; None if it is not."""
+    """The vectors of a word that is in use, by part; None if it is not in use."""
     site = sites_of(source)[0]
     for words in site.words:
         for other, parts in words.vectors().items():
@@ -130,9 +130,9 @@ def is_in_use(source: Any, token: str, parts: Mapping[str, Tensor]) -> bool:
 
 
 def read(path: str | PathLike[str], token: str | None = None) -> dict[str, dict[str, Tensor]]:
-    """{token: {"text_encoder" | "text_encoder_2": (vectors, width)}} of an embedding's file.
+    """The words of an embedding file: {token: {"text_encoder" | "text_encoder_2": (vectors, width)}}.
 
-    token: what its one word is called instead.
+    token: another name for the only word of the file.
     """
     from sfumato.files import read_embedding
 
@@ -146,7 +146,8 @@ def read(path: str | PathLike[str], token: str | None = None) -> dict[str, dict[
 
 
 def fitting(source: Any, vectors: Vectors, name: str) -> dict[str, dict[str, Tensor]]:
-    """The vectors by the parts that `source` has. Raises AdapterError where they are not all of its encoders' width."""
+    """The vectors by the parts that `source` has. Raises AdapterError if they do not all have the width of its
+    encoders."""
     widths = {part: site.table.embedding_dim for part, site in zip(PARTS, sites_of(source), strict=False)}
     for token, parts in vectors.items():
         found = {part: rows.shape[1] for part, rows in parts.items()}
@@ -160,9 +161,10 @@ def fitting(source: Any, vectors: Vectors, name: str) -> dict[str, dict[str, Ten
 
 
 def encode(base: Base, captions: Sequence[str], *, grad: bool = False) -> TextEmbedding:
-    """The captions' embeddings, each distinct one encoded once; "" as the base has "no prompt".
+    """The embeddings of the captions; each distinct caption is encoded once. "" gives the base model's "no prompt".
 
-    grad: whether gradients flow into what is trained of the text encoders. Zeros, which are SDXL's "", pass none on.
+    grad: whether gradients flow into the trained parts of the text encoders. None flow through the zeros that SDXL has
+    for "".
     """
     distinct = list(dict.fromkeys(captions))
     encoded = [caption for caption in distinct if caption or not base.zeros_for_empty_prompt]

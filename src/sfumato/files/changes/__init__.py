@@ -1,4 +1,5 @@
-"""The kinds of adapter: what each does to a weight. One small class a kind, each with its own tool's arithmetic."""
+"""The kinds of adapter and how each changes a weight. One small class for each kind, with the arithmetic of its
+tool."""
 
 from __future__ import annotations
 
@@ -32,7 +33,7 @@ KINDS: Mapping[str, Callable[[ModuleTensors], Change]] = MappingProxyType(
         "difference": Difference.from_tensors,
     }
 )
-"""The class of each kind; what files call its tensors is in `sfumato.files.kinds.KIND_KEYS`."""
+"""The class of each kind. `sfumato.files.kinds.KIND_KEYS` has the names of its tensors in files."""
 
 _DORA_OF = ("LoRA", "LoHa", "LoKr")
 
@@ -40,7 +41,7 @@ _DORA_OF = ("LoRA", "LoHa", "LoKr")
 def read_change(parts: ModuleTensors) -> Change:
     """The change that a module's tensors make.
 
-    Raises AdapterError for tensors of two kinds, or ones that do not fit together.
+    Raises AdapterError for tensors of two kinds, or tensors that do not fit together.
     """
     base = base_kind(parts.kind)
     if base not in KINDS or (base != parts.kind and base not in _DORA_OF):

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class Change(Protocol):
-    """An adapter's change of one module's weight W, at mixing weight 1; a mix is W + sum of w_i delta_i(W).
+    """An adapter's change of one module's weight W, at mixing weight 1. A mix is W + sum of w_i delta_i(W).
 
-    Shapes were checked when the file was read; nothing of the weight's size is formed before `delta` is asked for,
-    and `delta` forms nothing larger than a few tensors of the weight's size.
+    Shapes were checked when the file was read. Nothing as large as the weight is computed before `delta` is called, and
+    `delta` computes nothing larger than a few tensors of the weight's size.
     """
 
     @property
@@ -27,23 +27,23 @@ class Change(Protocol):
 
     @property
     def needs_weight(self) -> bool:
-        """Whether delta depends on W, which must be the pristine weight then."""
+        """Whether delta depends on W. If so, W must be the unchanged base weight."""
 
     @property
     def bias_delta(self) -> Tensor | None:
-        """What mixing weight 1 adds to the module's bias, (out,); None where the file has no such thing."""
+        """What mixing weight 1 adds to the module's bias, (out,); None if the file has no such change."""
 
     def fits(self, shape: Sequence[int]) -> bool:
-        """Whether this is a change to a weight of this shape; a 1x1 convolution counts as a linear layer."""
+        """Whether this changes a weight of this shape. A 1x1 convolution counts as a linear layer."""
 
     def delta(self, weight: Tensor) -> Tensor:
-        """What mixing weight 1 adds to the pristine `weight`: fp32, of its shape, on its device.
+        """What mixing weight 1 adds to the unchanged `weight`: fp32, of its shape, on its device.
 
         Raises AdapterError for a weight that the change does not fit. Products run at the caller's fp32 precision.
         """
 
     def low_rank(self) -> LoraModule | None:
-        """The exact low-rank form where there is one (LoRA, Tucker included), else None."""
+        """The exact low-rank form if there is one (LoRA, Tucker included), else None."""
 
 
 def trim(shape: Sequence[int]) -> tuple[int, ...]:

@@ -15,11 +15,11 @@ from sfumato.files.changes.module_tensors import ModuleTensors
 
 @dataclass(frozen=True)
 class LoraModule:
-    """One module's update, alpha / rank * up down (Hu et al. 2021).
+    """One module's LoRA update, alpha / rank * up down (Hu et al. 2021).
 
-    down: (rank, in) or for a convolution (rank, in, height, width). up: (out, rank) or (out, rank, 1, 1).
-    mid: (rank, rank, height, width) of a Tucker convolution, whose down is (rank, in, 1, 1).
-    bias_delta: (out,), what peft's lora_bias or a `diff_b` adds to the module's bias, its scale included.
+    down: (rank, in), or for a convolution (rank, in, height, width). up: (out, rank) or (out, rank, 1, 1).
+    mid: (rank, rank, height, width) for a Tucker convolution, whose down is (rank, in, 1, 1).
+    bias_delta: (out,), what peft's lora_bias or a `diff_b` adds to the module's bias, including its scale.
     """
 
     down: Tensor
@@ -33,7 +33,7 @@ class LoraModule:
 
     @classmethod
     def from_scale(cls, down: Tensor, up: Tensor, scale: float) -> LoraModule:
-        """The module whose update is scale * up down: whatever a trainer's scaling rule is, this is its effect."""
+        """The module whose update is scale * up down, whatever the trainer's scaling rule is."""
         return cls(down, up, scale * down.shape[0])
 
     @classmethod
@@ -76,14 +76,15 @@ class LoraModule:
 
     @property
     def is_zero(self) -> bool:
-        """Whether a factor is zero throughout, as before any training; the bias aside."""
+        """Whether a factor is all zeros, as before any training; the bias is ignored."""
         return not (self.up.any() and self.down.any())
 
     def fits(self, shape: Sequence[int]) -> bool:
         return trim(self.shape) == trim(shape)
 
     def plain(self) -> LoraModule:
-        """The same update without `mid`: a Tucker convolution is a convolution of the same rank, its down in fp32."""
+        """The same update without `mid`: a Tucker convolution becomes a convolution of the same rank, with down in
+        fp32."""
         if self.mid is None:
             return self
         down = torch.einsum("pqhw,qi->pihw", self.mid.float(), self.down.float().flatten(1))
@@ -94,7 +95,7 @@ class LoraModule:
         return self.plain()
 
     def delta(self, weight: Tensor | None = None) -> Tensor:
-        """The update in fp32, in `weight`'s shape and on its device; without a weight in its own shape."""
+        """The update in fp32, in the shape of `weight` and on its device; without a weight, in its own shape."""
         if weight is not None:
             check_fits(self, weight.shape)
         down, up = self.down.float(), self.up.float()
