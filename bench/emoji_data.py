@@ -4,7 +4,8 @@
 
 writes emoji/pictures/STYLE/CONCEPT.png, for --data, and emoji/subjects/CONCEPT/STYLE.png, for --subjects, 64 px on
 white. Four of the styles are the pocket base's; glossy, joypixels and openmoji are what it has not seen, and nor has it
-the subjects. `--further` adds four styles by which no recipe was chosen. Needs `npm` and the PyPI package `resvg-py`, as `bench.pocket_data` does.
+the subjects. `--further` adds four styles by which no recipe was chosen. Needs `npm` and the PyPI package `resvg-py`,
+as `bench.pocket_data` does.
 """
 
 from __future__ import annotations
