@@ -51,6 +51,8 @@ CASES: Mapping[str, Sequence[str]] = {
     ],
     "pretrain vae": [*_PRETRAIN, "--stage", "vae", "--hands-share", "0.5"],
     "pretrain unet muon": [*_PRETRAIN, "--stage", "unet", "--optimizer", "muon", "--hands-share", "0.5"],
+    "style_emphasis": _PRETRAIN,
+    "self_play": _PRETRAIN,
 }  # fmt: skip
 
 
@@ -88,6 +90,8 @@ def make_inputs(folder: Path) -> dict[str, list[str]]:
         "dreambooth": adapters,
         "textual_inversion": adapters,
         "pretrain": ["--data", str(folder / "data")],
+        "style_emphasis": ["--data", str(folder / "data"), "--base", str(base)],
+        "self_play": ["--data", str(folder / "data"), "--base", str(base)],
         "vae": ["--vae", str(folder / "vae")],
     }
 
@@ -101,8 +105,9 @@ def command(case: str, inputs: Mapping[str, list[str]], output: Path, *more: str
             at = words.index(option)
             del words[at : at + 2]
     vae = inputs["vae"] if "unet" in case.split() else []
-    name = [] if program == "pretrain" else ["--name", "out"]
-    if program != "pretrain" and "--caption" not in words:
+    makes_a_base = program in ("pretrain", "style_emphasis", "self_play")
+    name = [] if makes_a_base else ["--name", "out"]
+    if not makes_a_base and "--caption" not in words:
         name += ["--caption", "{caption}"]
     return ["train", program, *words, *inputs[program], *vae, "--output", str(output), *name, *more]
 
