@@ -13,7 +13,7 @@ from cyclopts import Parameter
 
 from sfumato.cli import run
 from sfumato.command_line.axes import CHECKS
-from sfumato.command_line.base_options import BaseOptions
+from sfumato.command_line.base_options import DrawingBaseOptions
 from sfumato.command_line.pictures import SUFFIXES, check_start, checked_flags, parse_size, picture_files, prompts_in
 from sfumato.command_line.plan import Plan
 from sfumato.command_line.specs import (
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Config(BaseOptions):
+class Config(DrawingBaseOptions):
     """Generate images with any base model and any mix of adapters. Each image file contains its settings.
 
     Example: sfumato generate "a crab" --lora line.safetensors:0.8 --lora otter.safetensors:0.6 --seed 7 -o crab.png

@@ -14,7 +14,7 @@ from cyclopts import Parameter
 from sfumato import shell
 from sfumato.cli import run
 from sfumato.command_line.axes import CHECKS, PLAIN, Axis, coarse_to_fine, parse_axis
-from sfumato.command_line.base_options import BaseOptions
+from sfumato.command_line.base_options import DrawingBaseOptions
 from sfumato.command_line.pictures import parse_size
 from sfumato.command_line.specs import checked_folder, parse_adapters, parse_embedding, public_embedding, without_tags
 from sfumato.command_line.terminal import say
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(BaseOptions):
+class Config(DrawingBaseOptions):
     """Generate images over two settings as one labelled sheet (XY plot).
 
     Example: sfumato grid --lora line.safetensors --x line=0,0.5,1 --y "prompt=a crab|an owl" -o grid

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import pytest
 from cyclopts import Parameter
 
-from sfumato.command_line.base_options import BaseOptions
+from sfumato.command_line.base_options import DrawingBaseOptions
 from sfumato.config import _panels, at_home, fill, parse, to_dict, to_toml
 from sfumato.errors import ConfigError
 
@@ -155,7 +155,7 @@ def test_headings_of_the_trainers_fit_a_narrow_terminal():
 
 def test_a_base_that_is_a_number_is_the_name_of_a_base(tmp_path):
     (tmp_path / "c.toml").write_text("base = 3")
-    assert parse(BaseOptions, [str(tmp_path / "c.toml")], program="generate").base == "3"
+    assert parse(DrawingBaseOptions, [str(tmp_path / "c.toml")], program="generate").base == "3"
 
 
 def test_help_has_each_group_of_options_under_its_own_heading(capsys):

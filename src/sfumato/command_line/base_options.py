@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BaseOptions:
+class DrawingBaseOptions:
     """The base model, and how it is computed."""
 
     base: str = "pocket"
