@@ -312,7 +312,7 @@ def test_forgetting_begins_to_count_anew():
 def test_gradients_that_overflow_are_the_scaler_s_until_it_has_nothing_to_lower(scale, numbers, healthy):
     """scale None: a scaler that is switched off, as in fp32."""
     scaler = SimpleNamespace(is_enabled=lambda: scale is not None, get_scale=lambda: scale or 1.0)
-    run = SimpleNamespace(_healthy=lambda number, named: all(math.isfinite(value) for value in named.values()))
+    run = SimpleNamespace(check_numbers=lambda number, named: all(math.isfinite(value) for value in named.values()))
     step = Step(0, 1.0, run)
     assert step.healthy(scaler, **numbers) is healthy
     assert step.skipped is not healthy

@@ -448,19 +448,21 @@ class Run:
             return f"{started}{shell.quote(str(self._copy))} {folder}/config.toml --output {folder} --resume"
         return f"{launcher}sfumato resume {folder}"
 
-    # What Step says
+    # For `Step`
 
-    def _healthy(self, number: int, named: dict[str, float | Tensor]) -> bool:
+    def check_numbers(self, number: int, named: dict[str, float | Tensor]) -> bool:
         """Whether all numbers are finite; three steps in a row in which they are not make the run go back."""
         problem = self._health.check(number, named)
         if problem:
             self.say(f"{problem}; the step is skipped")
         return not problem
 
-    def _check_weights(self, number: int) -> None:
+    def check_weights(self, number: int) -> None:
+        """Look whether the trained weights are finite still; the run goes back where they are not."""
         self._health.check_weights(number, self._kept.parts.values())
 
-    def _note(self, row: dict[str, float | Tensor]) -> None:
+    def note(self, row: dict[str, float | Tensor]) -> None:
+        """A step's line in the log, and its loss in the progress."""
         if not self.is_main:
             return
         self.log_file.add(row)

@@ -30,13 +30,13 @@ class Step:
         """
         if scaler is not None and scaler.is_enabled() and scaler.get_scale() >= 1:
             numbers.pop("gradient_norm", None)
-        self.skipped = not self.run._healthy(self.number, numbers)
+        self.skipped = not self.run.check_numbers(self.number, numbers)
         return not self.skipped
 
     def done(self, **values: float | Tensor) -> None:
         """Log the step; `loss` and `rate` are also shown. A skipped step is logged as that."""
         if self.skipped:
-            self.run._note({"step": self.number + 1, "skipped": 1})
+            self.run.note({"step": self.number + 1, "skipped": 1})
             return
-        self.run._check_weights(self.number)
-        self.run._note({"step": self.number + 1, **values})
+        self.run.check_weights(self.number)
+        self.run.note({"step": self.number + 1, **values})
