@@ -25,6 +25,7 @@ def test_all_benches_that_have_a_config_are_among_them():
 @pytest.mark.parametrize("name", BENCHES)
 def test_a_misspelt_option_is_one_line(name, capsys):
     main = importlib.import_module(f"bench.{name}").main
+    capsys.readouterr()  # other libraries have their say when they are first imported
     assert cli.guarded(main, ["--no-such-option"]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""

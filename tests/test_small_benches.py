@@ -27,6 +27,7 @@ from bench import (
     reconstruction,
     style_fidelity,
     style_runs,
+    style_sheet,
     vs_diffusers,
 )
 from bench.mutation import NOT_PLACED, Loop, Mutant, scored, together, wilson
@@ -113,6 +114,12 @@ def test_the_style_bench_runs_and_makes_nothing_twice(data, pocket_folder, made,
     assert report["all"]["style_of_reconstruction"] == run["reconstruction"]["style"]
     made()
     assert style_fidelity.measure(config) == report
+    sheet = style_sheet.Config(
+        data=data, styles=("flat",), columns=1, concepts=2, images=2, base=str(pocket_folder), work=tmp_path / "work",
+        style_options=("steps=1", "batch=1"), out=tmp_path / "styles.png",
+    )  # fmt: skip
+    with Image.open(style_sheet.make_sheet(sheet)) as drawn:
+        assert drawn.height > 3 * 128  # the base, what was learned, what is true
 
 
 def test_cells_are_all_pictures_or_those_of_the_named_styles(data):
@@ -404,6 +411,9 @@ def test_benches_draw_concepts_in_every_style_that_has_them_and_subjects_apart(m
     wanted = {f"pictures/{style}/{name}.png": name for name, style in cells}
     wanted |= {f"subjects/otter/{style}.png": "otter" for style in emoji_data.OF_SUBJECTS}
     assert drawn == wanted
+    monkeypatch.setattr(emoji_data, "FURTHER", {"further": emoji_data.STYLES["glossy"]})
+    more = emoji_data.build(emoji_data.Config(out=tmp_path / "more", further=True))
+    assert {path.name for path in (more / "pictures").iterdir()} == {*emoji_data.STYLES, "further"}
     listed = emoji_data.CONCEPTS.read_text().split()
     assert {name.replace(" ", "-") for name in json.loads(BASE_CONCEPTS.read_text())} < {*listed}
     assert not pocket_data.KEPT_FOR_SUBJECTS & {*listed}
