@@ -124,6 +124,10 @@ UNASKED: Mapping[str, str] = MappingProxyType(
         "network_train_unet_only": "text encoders learn with --train-text-encoder only",
         "network_module use_safetensors save_model_as": "adapters are .safetensors files, of the kind of --algo",
         "sdpa": "it is the default of --attention",
+        "max_data_loader_n_workers persistent_data_loader_workers vae_batch_size": (
+            "images are read ahead, and encoded as many at once as fit"
+        ),
+        "mem_eff_attn highvram": "--attention sdpa takes little memory as it is",
         "v2 sdxl": "the base's weights tell its family",
     }
 )
@@ -148,6 +152,29 @@ ABSENT: Mapping[str, str] = MappingProxyType(
         "multires_noise_iterations": "--pyramid-noise goes on to a single pixel",
         "loss_type huber_schedule huber_scale": "--huber 0.1 is sd-scripts' huber with its schedule snr",
         "adaptive_noise_scale": "there is no counterpart",
+        "noise_offset_random_strength ip_noise_gamma_random_strength": "there is no counterpart",
+        "debiased_estimation_loss v_pred_like_loss scale_v_pred_loss_like_noise_pred": "--min-snr weighs the timesteps",
+        "lr_scheduler_num_cycles lr_scheduler_power lr_decay_steps": "--schedule is constant or cosine, with a --warmup",
+        "optimizer_args": "--weight-decay is the one of them that is an option",
+        "base_weights base_weights_multiplier": "sfumato merge ADAPTER:0.8 --into BASE writes a base for --base",
+        "dim_from_weights": "--init-from says which --rank its file has",
+        "reg_data_dir": "a dataset.toml has these images in a source with class = true",
+        "in_json": "captions stand beside the images, or in a metadata.jsonl",
+        "color_aug face_crop_aug_range weighted_captions enable_wildcard": "there is no counterpart",
+        "keep_tokens_separator secondary_separator token_warmup_min token_warmup_step": "there is no counterpart",
+        "caption_dropout_every_n_epochs": "--caption-dropout is a share of all captions",
+        "min_bucket_reso max_bucket_reso bucket_reso_steps": "each image keeps its shape and gets the pixels of "
+        "--resolution's square; sfumato check lists the sizes",
+        "metadata_title": "it is --name",
+        "metadata_author metadata_license training_comment no_metadata": "there is no counterpart",
+        "block_lr_zero_threshold down_lr_weight mid_lr_weight up_lr_weight": "--targets chooses layers by a pattern",
+        "fused_backward_pass": "dreambooth has it as --fused",
+        "blocks_to_swap fp8_base": "there is no counterpart; sfumato memory tells what fits",
+        "save_last_n_steps save_last_n_epochs": "what --save-every kept stays until it is deleted",
+        "log_prefix log_tracker_name wandb_run_name wandb_api_key": "--tensorboard is the one tracker",
+        "sample_sampler": "samples are drawn with the base's own sampler",
+        "initial_step skip_until_initial_step": "sfumato resume RUN goes on with a run",
+        "validation_seed max_validation_steps": "what is measured on is always the same",
     }
 )
 """What trainers do not have, or in another place, and what to say of it: else a name that looks alike would be told."""
