@@ -154,7 +154,7 @@ ABSENT: Mapping[str, str] = MappingProxyType(
         "adaptive_noise_scale": "there is no counterpart",
         "noise_offset_random_strength ip_noise_gamma_random_strength": "there is no counterpart",
         "debiased_estimation_loss v_pred_like_loss scale_v_pred_loss_like_noise_pred": "--min-snr weighs the timesteps",
-        "lr_scheduler_num_cycles lr_scheduler_power lr_decay_steps": "--schedule is constant or cosine, with a --warmup",
+        "lr_scheduler_num_cycles lr_scheduler_power lr_decay_steps": "--schedule is constant or cosine, with --warmup",
         "optimizer_args": "--weight-decay is the one of them that is an option",
         "base_weights base_weights_multiplier": "sfumato merge ADAPTER:0.8 --into BASE writes a base for --base",
         "dim_from_weights": "--init-from says which --rank its file has",
