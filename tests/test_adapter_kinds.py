@@ -1,6 +1,7 @@
 """LoHa, LoKr and DoRA of each on plain layers: no-ops at the start, then the change that their formula makes."""
 
 import copy
+from dataclasses import replace
 from typing import get_args
 
 import pytest
@@ -282,10 +283,11 @@ def test_second_factors_that_are_whole_are_told(tmp_path):
 
 
 def test_convolutions_have_their_own_rank_and_alpha(kind):
-    hosts = {name: LAYERS[name][0] for name in ("linear", "3x3", "1x1")}
+    hosts = {name: copy.deepcopy(LAYERS[name][0]) for name in ("linear", "3x3", "1x1")}
     layers = attach({"unet": hosts}, rank=2, alpha=1.0, conv_rank=1, conv_alpha=3.0, kind=kind).layers
     assert {name: layer.rank for (_, name), layer in layers.items()} == {"linear": 2, "3x3": 1, "1x1": 2}
-    assert layers["unet", "3x3"].scale in (3.0, 1.0)
+    whole = kind.algo == "lokr" and len(layers["unet", "3x3"].factors()) == 2 + kind.dora
+    assert layers["unet", "3x3"].scale == (1.0 if whole else 3.0)
 
 
 def test_the_kinds_are_those_of_the_option():
@@ -341,3 +343,27 @@ def test_a_dora_is_verified_on_its_base_alone(tmp_path):
     file = read_adapter(learn(adapter).write(tmp_path / "a.safetensors", family="sd1"))
     with pytest.raises(Exception, match="cannot be verified without its base"):
         verify(file.metadata, file.changes, "a")
+
+
+def test_in_half_precision_a_scaled_update_counts_as_much_less():
+    host, x, adapter = attached(Kind("loha"), "linear")
+    (layer,) = learn(adapter).layers.values()
+    with torch.autocast("cpu", torch.bfloat16):
+        full = layer(host, x)
+        with adapter.scaled(0.25):
+            assert_close(layer(host, x), 0.25 * full, rtol=2e-2, atol=2e-2)
+
+
+def test_an_adapter_that_changes_a_bias_is_nothing_to_start_from():
+    adapter = attach({"unet": {"to_q": nn.Linear(6, 5)}}, rank=2, alpha=2.0)
+    ((key, change),) = adapter.changes().items()
+    with pytest.raises(AdapterError, match="changes a bias as well"):
+        adapter.load({key: replace(change, bias_delta=torch.ones(5))}, "a")
+
+
+def test_the_share_of_limited_updates_is_told_and_a_norm_below_the_limit_is_none():
+    adapter = attach({"unet": {name: nn.Linear(6, 5) for name in "abcd"}}, rank=2, alpha=2.0)
+    for layer, size in zip(adapter.layers.values(), (1.0, 0.0, 0.0, 0.0), strict=True):
+        nn.init.constant_(layer.up, size)
+    assert float(adapter.limit_norms(0.1)) == 0.25
+    assert float(adapter.limit_norms(1.05 * 0.1)) == 0

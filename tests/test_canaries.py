@@ -144,8 +144,7 @@ def test_no_entry_point_runs_any(entry, tmp_path, pocket_folder, pictures, lora_
     monkeypatch.chdir(tmp_path)
     _, words = ENTRY_POINTS[entry]
     program = words[0] if words[0] != "train" else words[1]
-    if program not in (*cli.TRAINERS, *cli.PIPELINES):
-        pytest.skip(f"{program} is no program of this version")
+    assert program in (*cli.TRAINERS, *cli.PIPELINES)
     for name, content in containers(tmp_path / "sang").items():
         folder = tmp_path / name.replace(".", "-")
         folder.mkdir()

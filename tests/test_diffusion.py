@@ -140,3 +140,10 @@ def test_huber_errors_are_squares_when_small_and_lines_when_large():
     error = torch.tensor([0.001, 100.0]).view(2, 1, 1, 1)
     found = diffusion.weighted_error(error, torch.zeros_like(error), torch.ones(2), huber=torch.tensor([0.5, 0.5]))
     assert_close(found, torch.tensor([1e-6, 2 * 0.5 * (100 - 0.5)]), rtol=2e-3, atol=1e-7)
+
+
+def test_crossing_noise_makes_of_one_picture_what_noise_makes_of_the_other():
+    asked, seen, noise = torch.randn(3, 3, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+    alpha_bar = torch.tensor([0.1, 0.5, 0.9])
+    crossing = diffusion.crossing_noise(asked, seen, noise, alpha_bar)
+    assert_close(diffusion.noise_latents(asked, crossing, alpha_bar), diffusion.noise_latents(seen, noise, alpha_bar))

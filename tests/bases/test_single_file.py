@@ -309,3 +309,13 @@ def test_a_vae_of_other_latents_is_refused(sd1, form, tmp_path):
     diffusers.AutoencoderKL.from_config(config).save_pretrained(tmp_path / "small")
     with pytest.raises(BaseModelError, match="number of pixels for one of latents is 2, and this base's is 8"):
         load(base, vae=tmp_path / "small")
+
+
+def test_names_are_those_of_published_files():
+    """Literal ones: a file that these functions name is read back by them whatever they say."""
+    sd1 = {"layers_per_block": 2, "up_block_types": ("UpBlock2D", *["CrossAttnUpBlock2D"] * 3)}
+    assert unet_name("up_blocks.0.upsamplers.0.conv.weight", sd1) == "output_blocks.2.1.conv.weight"
+    assert unet_name("up_blocks.1.upsamplers.0.conv.weight", sd1) == "output_blocks.5.2.conv.weight"
+    for place in (1, 2):
+        name = open_clip_name(f"encoder.layers.3.layer_norm{place}.weight")[0]
+        assert name == f"transformer.resblocks.3.ln_{place}.weight"

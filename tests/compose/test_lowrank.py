@@ -156,3 +156,20 @@ def test_a_sum_beyond_the_dtype_is_told():
     merged = torch.empty(2, 2, dtype=torch.float16)
     assert not write_sum(merged, torch.ones(2, 2).half(), [(1e6, LEFT)], None, Scratch())
     assert write_sum(merged, torch.ones(2, 2).half(), [(1e4, LEFT)], None, Scratch())
+
+
+def test_a_weight_of_many_blocks_is_summed_in_each(monkeypatch):
+    monkeypatch.setattr(lowrank, "_BLOCK", 5 * 48)  # five rows
+    weight, dense = torch.randn(2, 32, 48, generator=torch.Generator().manual_seed(0))
+    change = LoraModule(torch.randn(4, 48), torch.randn(32, 4), 4.0)
+    for product in (lowrank.onednn, lambda: None):
+        monkeypatch.setattr(lowrank, "onednn", product)
+        total = torch.empty_like(weight)
+        with exact_products():
+            write_sum(total, weight, [(0.5, change)], dense, Scratch())
+        assert_close(total, weight + 0.5 * change.delta() + dense)
+
+
+def test_a_sum_just_beyond_fp16_is_seen():
+    weight, eights = torch.full((2, 2), 65504.0).half(), torch.full((2, 1), 8.0)
+    assert not write_sum(torch.empty_like(weight), weight, [(1.0, LoraModule(eights.T, eights, 1.0))], None, Scratch())

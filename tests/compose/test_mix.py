@@ -423,3 +423,11 @@ def test_a_file_that_is_not_there_is_refused(sd1):
     with pytest.raises(FileError, match=r"gone\.safetensors"):
         compose(sd1, Adapter("gone.safetensors"))
     assert weights_sha(sd1) == before
+
+
+def test_a_weight_of_which_half_was_written_over_is_noticed(sd1, write):
+    mix = compose(sd1, Adapter(write("a", sd1, "attn1.to_q")))
+    weight = sd1.unet.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn1.to_q").weight
+    weight.data[32:] += 1
+    with pytest.raises(AdapterError, match="not what was mixed"):
+        mix.set(a=0.5)

@@ -212,3 +212,9 @@ def test_draw_of_another_number_of_pictures_is_refused(base, write):
                 draw(base, "a", 1, steps=1, **more)
         assert len(draw(base, ["a", "b"], 1, steps=1, start=start)) == 2
     assert not base.unet._forward_pre_hooks
+
+
+def test_a_call_with_more_rows_than_any_guidance_makes_is_refused(sd1, write):
+    a = write("a", sd1, "to_q")
+    with pytest.raises(AdapterError, match="8 rows and the adapters are for 2"), per_picture(sd1, [[Adapter(a)], []]):
+        predict(sd1, [0, 1] * 4)

@@ -479,3 +479,29 @@ def test_a_single_file_is_a_source_too(tmp_path, family):
     assert len(found) == len(weights)
     assert all(torch.equal(found[place], weight) for place, weight in weights.items())
     assert len(mapped) == len(weights)  # each a view of the file, no common arena
+
+
+def test_what_outputs_are_multiplied_with_beside_a_quantised_layer_leaves_its_bias(originals, tmp_path):
+    path = "mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0"
+    gain = torch.linspace(-0.5, 0.5, 64)
+    roles = {"weight": gain, "on_input": torch.tensor(False)}
+    tensors = {f"lora_unet_{path.replace('.', '_')}.{name}": value for name, value in roles.items()}
+    pipe = quantised(fresh(originals["sd1"]))
+    layer, x = pipe.unet.get_submodule(path), torch.randn(3, 64)
+    with torch.no_grad():
+        before = layer(x)
+        compose(pipe, Adapter(write_tensors(tmp_path / "ia3.safetensors", tensors), 0.5))
+        assert_close(layer(x), before + 0.5 * gain * (before - layer.bias), atol=1e-5, rtol=1e-4)
+
+
+def test_a_full_difference_of_a_strided_convolution_is_the_same_in_both_ways(originals, tmp_path):
+    path, found = "down_blocks.0.downsamplers.0.conv", []
+    for way in ("baked", "live"):
+        pipe, draws = fresh(originals["sd1"]), torch.Generator().manual_seed(1)
+        layer = pipe.unet.get_submodule(path)
+        x = torch.randn(1, layer.in_channels, 8, 8, generator=draws)
+        difference = {f"lora_unet_{path.replace('.', '_')}.diff": torch.randn(layer.weight.shape, generator=draws)}
+        compose(pipe, Adapter(write_tensors(tmp_path / f"{way}.safetensors", difference), 0.5), way=way)
+        with torch.no_grad():
+            found.append(layer(x))
+    assert_close(found[0], found[1], atol=1e-5, rtol=1e-4)

@@ -14,6 +14,7 @@ from sfumato.bases import load_base
 from sfumato.compose import Adapter, compose, current
 from sfumato.compose.regions import Region, regions
 from sfumato.compose.regions.device_cache import DeviceCache
+from sfumato.compose.regions.masks import Masks
 from sfumato.drawing.pictures import Start, draw, draw_each
 from sfumato.errors import AdapterError, ConfigError, DataError
 from sfumato.files.header import read_header
@@ -195,9 +196,11 @@ def test_a_text_encoders_part_wants_a_prompt_of_the_region(sd1, write):
         predict(sd1, [0])
 
 
-@pytest.mark.parametrize("where", [(0, 0, 0, 1), (0.5, 0, 1.5, 1), Image.new("L", (8, 8), 0)])
-def test_a_region_that_is_none_is_refused_and_leaves_no_hook(sd1, where):
-    with pytest.raises(AdapterError), regions(sd1, Region(where, prompt=None)):
+@pytest.mark.parametrize(
+    ("where", "said"), [((0, 0, 0, 1), "box"), ((0.5, 0, 1.5, 1), "box"), (Image.new("L", (8, 8), 0), "black|empty")]
+)
+def test_a_region_that_is_none_is_refused_and_leaves_no_hook(sd1, where, said):
+    with pytest.raises(AdapterError, match=said), regions(sd1, Region(where, prompt=None)):
         pass
     assert not any(module._forward_hooks for module in sd1.unet.modules())
 
@@ -255,3 +258,19 @@ def test_texts_of_different_lengths_stand_side_by_side(base):
         with regions(base, Region(WHOLE, prompt=own), syntax="a1111"):
             found = np.asarray(draw(base, other, 0, **drawn)[0], dtype=int)
         assert abs(found - wanted).max() <= 1
+
+
+def test_a_grey_mask_counts_as_much_as_it_is_white(sd1, write):
+    path, seen = "down_blocks.0.attentions.0.transformer_blocks.0.attn2", []
+    a = Adapter(write("a", sd1, f"{path}.to_v"))
+    handle = sd1.unet.get_submodule(path).register_forward_hook(lambda module, x, y: seen.append(y))
+    predict(sd1, [0])
+    for grey in (51, 255):
+        with regions(sd1, Region(Image.new("L", (8, 8), grey), a)):
+            predict(sd1, [0])
+    handle.remove()
+    assert_close(seen[1] - seen[0], 0.2 * (seen[2] - seen[0]), atol=1e-5, rtol=1e-4)
+
+
+def test_latents_of_odd_sides_have_as_many_tokens_as_the_u_net_makes():
+    assert Masks([torch.ones(1, 1, 8, 8)], (9, 7)).on_tokens(5 * 4, torch.zeros(1)).shape == (1, 20)

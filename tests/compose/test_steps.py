@@ -6,7 +6,7 @@ from diffusers import DDIMScheduler, EDMEulerScheduler, PNDMScheduler
 
 from sfumato.bases import load_base
 from sfumato.compose import Adapter, compose
-from sfumato.compose.steps import Ramp, Switch, over_steps
+from sfumato.compose.steps import Ramp, Switch, over_steps, progress_of
 from sfumato.drawing.pictures import draw
 from sfumato.errors import AdapterError, ConfigError
 from sfumato.files.changes import LoraModule
@@ -61,16 +61,15 @@ def weights_seen(base, mix):
 
 @pytest.mark.parametrize("way", ["baked", "live"])
 def test_each_step_has_its_weight_and_the_next_picture_begins_again(base, loras, way):
-    """4 DDIM steps of 1000 ask for 751, 501, 251, 1 and each weighs 1 - its progress."""
+    """4 DDIM steps of 1000 in trailing spacing ask for 999, 749, 499, 249 and each weighs 1 - its progress."""
     with compose(base, Adapter(loras[0], 1.0), way=way) as mix, over_steps(mix, a=Ramp((0, 1), (1, 0))):
         seen, handle = weights_seen(base, mix)
         draw(base, "red square", 0, steps=4, sampler="ddim")
         draw(base, "red square", 0, steps=4, sampler="ddim")
         handle.remove()
     numbers = [weight[0] if isinstance(weight, tuple) else weight for weight in seen]
-    assert numbers[:4] == sorted(numbers[:4], reverse=True)
+    assert numbers[:4] == pytest.approx([timestep / 999 for timestep in (999, 749, 499, 249)])
     assert numbers[:4] == numbers[4:]
-    assert len(set(numbers[:4])) == 4
     assert all(weight[1] == 1.0 for weight in seen if isinstance(weight, tuple))
 
 
@@ -201,3 +200,9 @@ def test_a_label_that_is_not_in_the_mix_is_refused(base, loras):
     with compose(base, Adapter(loras[0])) as mix, pytest.raises(AdapterError, match="'c'"):  # noqa: SIM117
         with over_steps(mix, c=Ramp((0, 1))):
             pass
+
+
+def test_a_ramp_takes_its_points_in_any_order_and_progress_is_linear_in_timesteps():
+    assert Ramp((1, 0), (0, 1))(0.25) == 0.75
+    assert Ramp.within(0, 0.5, 2.0)(0.0) == 2.0
+    assert [progress_of(t, DDIMScheduler()) for t in (999, 251, 0)] == pytest.approx([0, 748 / 999, 1])

@@ -259,3 +259,11 @@ def test_batches_of_two_shapes_cannot_be_joined(wide):
     other = prepare(wide, FakeBase(), resolution=64).batch(0, 0, 2)
     with pytest.raises(ValueError, match="two shapes"):
         concat_batches(one, other)
+
+
+def test_a_mask_of_an_oblong_picture_is_cut_as_its_latents_are(tmp_path):
+    noise_picture(160, 60).save(tmp_path / "0.png")
+    Image.new("L", (160, 60), 255).save(tmp_path / "0.mask.png")
+    example = Example(tmp_path / "0.png", "x", mask=tmp_path / "0.mask.png")
+    batch = prepare([example], FakeBase(), resolution=64, crop="random").batch(0, 0, 1)
+    assert batch.mask.shape[-2:] == batch.latents.shape[-2:]

@@ -6,7 +6,7 @@ import os
 import pytest
 from safetensors import SafetensorError
 
-from sfumato.errors import FileError
+from sfumato.errors import ConfigError, FileError
 from sfumato.files import atomic
 from sfumato.files.atomic import atomic_folder, atomic_path, beside, check_free, write_text
 from sfumato.files.save import model_folder
@@ -136,3 +136,16 @@ def test_a_rename_that_windows_denies_is_tried_again(tmp_path, monkeypatch):
         write_text(tmp_path / "a.txt", "2")
     assert (tmp_path / "a.txt").read_text() == "1"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "model"]
+
+
+def test_what_does_not_reach_the_disk_is_not_written(tmp_path, monkeypatch):
+    with failing(monkeypatch, tmp_path, "fsync", 0, errno.ENOSPC), pytest.raises(OSError, match="No space"):
+        write_text(tmp_path / "a.txt", "1")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_under_another_name_is_not_written_over(tmp_path):
+    (tmp_path / "a").write_text("1")
+    (tmp_path / "b").hardlink_to(tmp_path / "a")
+    with pytest.raises(ConfigError, match="is what it would be made of"):
+        check_free(tmp_path / "a", True, read=[tmp_path / "b"])

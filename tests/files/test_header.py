@@ -414,3 +414,16 @@ def test_a_file_that_changed_after_its_header_was_read_is_refused(tmp_path):
     (tmp_path / "a").write_bytes(save({"v": torch.ones(3)}))
     with pytest.raises(FileError, match="the file changed while it was read"):
         read_tensors(tmp_path / "a", header=header)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (b'{"__metadata__":{"\\ud800":"a"},"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', "half a character"),
+        (b'{"v_pred":{"dtype":"F32","shape":[0,5],"data_offsets":[0,0]}}', "is empty"),
+    ],
+)
+def test_a_key_of_half_a_character_and_a_marker_with_a_shape_are_refused(text, said, tmp_path):
+    (tmp_path / "a").write_bytes(len(text).to_bytes(8, "little") + text + b"\0" * 4 * (b"[0,4]" in text))
+    with pytest.raises(FileError, match=said):
+        read_header(tmp_path / "a")

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from sfumato.files.embedding_keys import EmbeddingKey, embedding_key
 from sfumato.files.keys import describe_foreign, read_layout
-from sfumato.files.kinds import KIND_KEYS, ROLES, is_whole, kind_of, rank_of, weight_shape
+from sfumato.files.kinds import ROLES, kind_of, rank_of, weight_shape
 from sfumato.files.kohya import kohya_name, kohya_target
 
 PIECES = """
@@ -129,13 +129,6 @@ def test_what_is_no_adapter_is_named(names, what):
 )
 def test_whose_vectors_a_name_says_they_are(name, bundled, key):
     assert embedding_key(name, bundled=bundled) == (None if key is None else EmbeddingKey(*key))
-
-
-@given(st.sets(st.sampled_from(sorted(set(ROLES.values())))))
-def test_a_module_is_whole_only_with_all_that_its_kind_needs(roles):
-    kind = kind_of(roles)
-    if kind in KIND_KEYS and is_whole(kind, roles):
-        assert any(needed <= roles for needed in KIND_KEYS[kind].whole)
 
 
 @given(

@@ -1,9 +1,15 @@
 """The tables of kinds: what roles and shapes tell of an adapter."""
 
 import pytest
+import torch
 
+from sfumato.files import read_adapter
 from sfumato.files.changes import KINDS
+from sfumato.files.changes.difference import Difference
+from sfumato.files.changes.lokr import Factor, Lokr
+from sfumato.files.changes.oft import skew
 from sfumato.files.kinds import KIND_KEYS, base_kind, is_whole, kind_of, rank_of, weight_shape
+from sfumato.files.save import write_tensors
 from sfumato.files.update_norms import _SQUARES
 
 
@@ -65,3 +71,28 @@ def test_what_the_shapes_tell(shapes, weight, rank):
 
 def test_each_kind_that_is_read_is_applied_and_measured():
     assert set(KIND_KEYS) == set(KINDS) == set(_SQUARES)
+
+
+def test_what_fits_a_weight_is_told_by_its_factors():
+    change = Lokr(Factor(torch.ones(2, 3)), Factor(torch.ones(3, 12)), 1.0)
+    assert change.fits((6, 9, 2, 2))
+    assert not change.fits((6, 4, 3, 3))
+    assert not Difference(None, torch.ones(3)).fits((6, 8))
+
+
+def test_an_oft_s_constraint_is_the_norm_that_it_has_at_most():
+    blocks = torch.randn(2, 3, 3, generator=torch.Generator().manual_seed(0)).double()
+    norm = float(skew(blocks, None, always=False).norm())
+    assert float(skew(blocks, norm / 1.5, always=False).norm()) == pytest.approx(norm / 1.5)
+
+
+def test_a_dora_of_a_weight_of_zeros_is_finite(tmp_path):
+    flat = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    tensors = {
+        "lora_down.weight": torch.zeros(1, 4),
+        "lora_up.weight": torch.zeros(4, 1),
+        "dora_scale": torch.ones(1, 4),
+    }
+    file = write_tensors(tmp_path / "a.safetensors", {f"{flat}.{name}": value for name, value in tensors.items()})
+    (change,) = read_adapter(file).changes.values()
+    assert torch.isfinite(change.delta(torch.zeros(4, 4))).all()

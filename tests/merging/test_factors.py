@@ -15,6 +15,7 @@ from sfumato.merging.factors import (
     from_module,
     inner_product,
     randomised_svd,
+    significant_svd,
     to_module,
     truncate,
 )
@@ -129,3 +130,15 @@ def test_module_and_factors_are_one_delta(shape):
     assert again.down.shape == module.down.shape
     assert again.up.shape == module.up.shape
     assert_close(again.delta(), 0.5 * module.delta())
+
+
+def test_directions_are_significant_beside_the_largest_however_small_that_is():
+    assert len(significant_svd(1e-12 * torch.diag(torch.tensor([4.0, 2.0, 0.0])).double())[1]) == 2
+    assert len(significant_svd(torch.diag(torch.tensor([1.0, 1e-4])).double())[1]) == 2
+
+
+def test_a_tucker_core_and_a_bias_are_kept():
+    bias = torch.arange(4.0)
+    module = LoraModule(torch.randn(2, 3, 1, 1), torch.randn(4, 2, 1, 1), 2.0, torch.randn(2, 2, 3, 3), bias)
+    assert torch.equal(module.plain().bias_delta, bias)
+    assert_close(from_module(module).delta().float(), module.delta().flatten(1))

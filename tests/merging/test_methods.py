@@ -171,13 +171,6 @@ def test_np_lora_takes_nothing_for_a_style_that_changes_nothing():
     assert_close(np_lora([idle, subject], [1.0, 1.0]).delta(), subject.delta())
 
 
-def test_np_lora_projects_off_shared_directions_once():
-    style, other = random_factors(1, inner=8), random_factors(2, inner=8)
-    twice = Factors(style.up, style.down)
-    merged = np_lora([style, twice, other], [0.0, 1.0, 1.0], keep_energy=1.0).delta()
-    assert_close(merged, np_lora([style, other], [1.0, 1.0], keep_energy=1.0).delta())
-
-
 @pytest.mark.parametrize("name", [*DENSE, *LOW_RANK])
 def test_one_adapter_at_density_1_is_itself_in_every_method(name):
     term, settings = random_factors(4), Settings(density=1.0)
@@ -192,3 +185,25 @@ def test_the_command_has_every_method():
     hints = get_type_hints(Config)
     assert set(get_args(hints["method"])) == set(METHODS)
     assert set(get_args(hints["inside"])) == set(INSIDE)
+
+
+def test_np_lora_keeps_as_many_directions_of_the_style_and_as_strongly_as_it_is_told():
+    style = Factors(torch.eye(2).double(), torch.diag(torch.tensor([10.0, 1.0])).double())
+    subject = Factors(torch.eye(2).double(), torch.eye(2).double())
+    cases = [(Settings(null_energy=0.9), [0.0, 1.0]), (Settings(null_energy=1.0, null_strength=3.0), [0.25, 0.25])]
+    for settings, wanted in cases:
+        merged = LOW_RANK["np-lora"](settings, torch.Generator())([style, subject], [1.0, 1.0])
+        assert_close(merged.delta() - style.delta(), torch.diag(torch.tensor(wanted)).double())
+
+
+def test_np_lora_counts_shared_directions_once():
+    style, other = random_factors(1, inner=8), random_factors(2, inner=8)
+    merged = np_lora([style, style, other], [1.0, 1.0, 1.0], keep_energy=1.0).delta()
+    assert_close(merged, np_lora([style, other], [1.0, 1.0], keep_energy=1.0).delta())
+
+
+@pytest.mark.parametrize("name", ["knots", "core-space"])
+def test_what_is_done_inside_is_by_ties(name):
+    one, other = (Factors(torch.tensor([[n]]).double(), torch.tensor([[1.0]]).double()) for n in (1.0, -3.0))
+    merged = LOW_RANK[name](Settings(density=1.0), torch.Generator())([one, other], [1.0, 1.0])
+    assert merged.delta().item() == pytest.approx(-3)

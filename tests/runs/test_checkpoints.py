@@ -367,3 +367,11 @@ def test_killed_at_random_moments_while_saving_nothing_is_lost(tmp_path):
     """Three times here; `python bench/runs_kill.py --kills 200` for the figure."""
     found = measure(3, tmp_path / "checkpoints", seed=1)
     assert (found["checkpoints_lost"], found["broken_picked"], found["resumes"]) == (0, 0, 3)
+
+
+def test_nothing_is_pruned_before_two_are_whole(tmp_path):
+    store = Checkpoints(tmp_path)
+    store.save(1, {"a": torch.ones(1)})
+    (tmp_path / "000001/state.json").write_text("")
+    store.save(2, {"a": torch.ones(1)})
+    assert store.steps() == [1, 2]

@@ -162,3 +162,8 @@ def test_what_is_measured_drawn_and_kept_on_the_way_is_the_mean(trainer, own, po
     assert on_the_way.keys() == last.keys()
     assert all(torch.equal(tensor, last[key]) for key, tensor in on_the_way.items())
     assert any(not torch.equal(tensor, others[key]) for key, tensor in last.items())
+
+
+def test_weights_are_averaged_in_portions(monkeypatch):
+    monkeypatch.setattr(ema, "PORTION", 6)
+    assert list(ema._in_portions([0, 1, 2, 3], [3, 3, 3, 9])) == [[0, 1], [2], [3]]

@@ -1,6 +1,7 @@
 """The denoising error: noise by place, the formula against diffusers' scheduler, masks and weights counted."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch.testing import assert_close
 from sfumato import data, diffusion, randomness
 from sfumato.bases import load_base
 from sfumato.runs.micro_batch import MicroBatch
+from sfumato.training import objective
 from sfumato.training.metrics import Metrics
 from sfumato.training.noising import NoiseSettings, draw_noised, per_sample_losses
 from sfumato.training.objective import denoising_errors, draw_noise, predict
@@ -189,3 +191,21 @@ def test_a_perturbed_input_is_seen_and_not_asked_for(pocket_folder, pictures, ki
             base, perturbed.batch, seen, perturbed.timesteps, perturbed.batch.text, target=plain.target
         )
     assert_close(found, wanted)
+
+
+def test_an_offset_is_one_number_a_channel_of_its_own_stream():
+    batch = SimpleNamespace(latents=torch.zeros(2, 4, 8, 8))
+    moved = draw_noise(batch, 0, 5, 2, offset=0.5) - draw_noise(batch, 0, 5, 2)
+    wanted = [0.5 * randomness.normal((4, 1, 1), 0, "noise offset", 5, place) for place in (2, 3)]
+    assert_close(moved, torch.stack(wanted).expand_as(moved))
+
+
+def test_a_pyramid_s_levels_are_coarser_by_lot_down_to_one_pixel():
+    levels = objective._coarser(torch.zeros(4, 32, 32), 0, 5, 2)
+    draw, sides = randomness.generator(0, "pyramid noise", 5, 2), []
+    for level in range(1, len(levels) + 1):
+        ratio = 2 + 2 * float(torch.rand((), generator=draw))
+        sides.append(max(1, int(32 / ratio**level)))
+        torch.randn(1, 4, sides[-1], sides[-1], generator=draw)
+    assert [level.shape[-1] for level in levels] == sides
+    assert sides[-1] == 1 < sides[-2]

@@ -154,6 +154,7 @@ def test_one_initial_word_for_each_placeholder(base):
 def test_the_report_tells_of_the_vectors_of_both_encoders(bases):
     with embedding.new_words(bases("sdxl"), ["<a>"], vectors=2, start="words", initial=["red cat"]) as words:
         lines = words.report()
+    assert all("; " in line and line.endswith(" of the mean length") for line in lines)
     said = [f"<a> {n} of 2 in {part}: {w} 1.00" for part in PARTS for n, w in ((1, "red"), (2, "cat"))]
     assert [line[: len(text)] for line, text in zip(lines, said, strict=True)] == said
 
@@ -567,3 +568,10 @@ def test_tokens_are_told_in_their_letters():
 def test_what_are_no_new_words_is_said(found, base):
     with pytest.raises(AdapterError, match=r"w: .*wanted \{token: \{part:"), embedding.bundled(base, found):
         pass
+
+
+def test_as_many_vectors_as_are_read_are_enough_and_lengths_are_told_beside_the_mean(base):
+    with embedding.new_words(base, ["<x>"], vectors=15) as words:
+        words.check(["<x> " * 5])
+    with embedding.new_words(base, ["<x>"], start="mean") as words:
+        assert words.report()[0].endswith("; 1.00 of the mean length")
