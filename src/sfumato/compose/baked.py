@@ -48,7 +48,8 @@ def _writing(method: Method) -> Method:
 
     @wraps(method)
     def called(site: Baked, *args: Any, **options: Any) -> Any:
-        with torch.inference_mode() if site.weight.is_inference() else nullcontext():
+        weight = tensors.stored(site.module, site.name)  # it may be elsewhere at present, and not be needed
+        with torch.inference_mode() if weight is not None and weight.is_inference() else nullcontext():
             return method(site, *args, **options)
 
     return cast(Method, called)
