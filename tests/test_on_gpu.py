@@ -175,7 +175,8 @@ def test_each_trainer_learns_in_fp32_what_it_learns_on_the_cpu(kind, case, input
         found, _ = learn(case, inputs, tmp_path / "there", "--device", kind)
     wanted, _ = on_cpu(case)
     assert found.keys() == wanted.keys()
-    for name, tensor in wanted.items():
+    # Attention does not depend on the keys' bias: its gradient is rounding, of which AdamW makes steps like any other.
+    for name, tensor in ((name, tensor) for name, tensor in wanted.items() if not name.endswith("k_proj.bias")):
         assert (found[name] - tensor).norm() <= 0.01 * tensor.norm() + 1e-6, name
 
 
