@@ -4,6 +4,7 @@ Started by `accelerate launch`, a run has several; otherwise one. A sample's ran
 global batch, so each process takes its slice of that batch and the gradients are summed.
 """
 
+import atexit
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -24,6 +25,13 @@ _WHILE_THE_MAIN_ONE_WRITES = timedelta(hours=3)
 _MESSAGE_BYTES = 2**26
 _OF_LAUNCHERS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """The variables by which processes find each other."""
+
+
+def _leave() -> None:
+    """Take leave of the other processes, while the interpreter is whole: gloo's threads, which end with it otherwise,
+    abort one process in dozens when all is done."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,8 @@ class Processes:
         found = state.device if device == "auto" else torch.device(device)
         if found.type == "cpu":
             found = torch.device("cpu")  # accelerate numbers it, and "cpu:1" would be another device than "cpu"
+            if state.num_processes > 1:
+                atexit.register(_leave)
         return cls(state.process_index, state.num_processes, found)
 
     @property
