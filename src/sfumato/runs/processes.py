@@ -28,8 +28,8 @@ _OF_LAUNCHERS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT
 
 
 def _leave() -> None:
-    """Take leave of the other processes, while the interpreter is whole: gloo's threads, which end with it otherwise,
-    abort one process in dozens when all is done."""
+    """Take leave of the other processes while the interpreter is whole, as torch asks for. Left to the interpreter's
+    end, a process that had done all was aborted now and then."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
