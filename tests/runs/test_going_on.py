@@ -15,8 +15,7 @@ from torch import nn
 from sfumato.errors import RunError
 from sfumato.files import atomic
 from sfumato.files.atomic import beside
-from sfumato.runs import checkpoints
-from sfumato.runs import run as runs
+from sfumato.runs import checkpoints, recovery
 from sfumato.runs.checkpoints import SPARE_BYTES, Checkpoints, bytes_of, require_space
 from sfumato.runs.health import Health
 from sfumato.runs.run import Run
@@ -63,11 +62,11 @@ def test_the_room_is_what_is_taken(count, tmp_path):
 
 def test_before_the_start_there_is_room_for_all_that_stay_one_more_and_the_moments(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(runs, "require_space", lambda folder, needed: asked.append(needed))
+    monkeypatch.setattr(recovery, "require_space", lambda folder, needed: asked.append(needed))
     run = start(tmp_path, keep=3, checkpoint_every=2)
     layer = nn.Linear(64, 64)
     run.keep(layer=layer, optimizer=torch.optim.AdamW(layer.parameters()))
-    state = bytes_of(run._state()) + 2 * sum(p.nbytes for p in layer.parameters())
+    state = bytes_of(run._recovery.state()) + 2 * sum(p.nbytes for p in layer.parameters())
     for step in run.steps(1):
         step.done(loss=1.0)
     assert asked == [4 * state]
@@ -76,13 +75,13 @@ def test_before_the_start_there_is_room_for_all_that_stay_one_more_and_the_momen
 
 def test_before_going_on_there_is_room_for_one_more_if_there_is_a_step_left(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(runs, "require_space", lambda *given: asked.append(given))
+    monkeypatch.setattr(recovery, "require_space", lambda *given: asked.append(given))
     for steps, resume in ((3, False), (4, True), (4, True)):
         run = start(tmp_path, checkpoint_every=1, resume=resume)
         for step in run.steps(steps):
             step.done(loss=1.0)
         run.close()
-    size = bytes_of(run._state())
+    size = bytes_of(run._recovery.state())
     assert asked == [(tmp_path / "run", 3 * size), (tmp_path / "run", size)]
 
 
@@ -183,7 +182,7 @@ def test_a_run_that_goes_on_from_further_back_forgets_what_came_later(tmp_path):
     train(config)
     (tmp_path / "run/checkpoints/000010/state.json").write_text("")
     seen = []
-    train(replace(config, resume=True), before=lambda step, model: seen.append(step.run._checkpoints.steps()))
+    train(replace(config, resume=True), before=lambda step, model: seen.append(step.run._recovery.checkpoints.steps()))
     assert seen[0] == [0, 2, 4, 6, 8]
 
 
@@ -270,7 +269,7 @@ def test_a_run_of_other_data_lets_the_folder_go_at_once(tmp_path):
     run = Run.start(replace(config, resume=True), program="small")
     with pytest.raises(RunError, match="data numbers -> others"):
         run.identify(data="others")
-    assert not run._lock.is_held
+    assert not run._claim.is_held
 
 
 def test_the_main_process_changes_nothing_before_all_have_looked(tmp_path):
@@ -370,7 +369,7 @@ def test_a_run_that_is_ended_has_a_checkpoint_of_its_last_step(tmp_path):
     assert made == [0, 1, 2, 3]
     assert run.step == 4
     assert (tmp_path / "run/checkpoints/000004").is_dir()
-    assert run._lock.is_held
+    assert run._claim.is_held
     run.close()
 
 

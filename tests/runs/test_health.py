@@ -197,7 +197,7 @@ def test_all_processes_ask_each_other_as_often(full, tmp_path, monkeypatch):
         run.every(2, lambda step: None)
         for step in run.steps(4):
             if full:
-                monkeypatch.setattr(run._checkpoints, "save", refuse)
+                monkeypatch.setattr(run._recovery.checkpoints, "save", refuse)
             step.done(loss=1.0, rate=1.0)
     assert len(second.asked) == len(main.asked) > 4
 
@@ -205,7 +205,7 @@ def test_all_processes_ask_each_other_as_often(full, tmp_path, monkeypatch):
 def test_moments_that_overflow_send_the_run_back(tmp_path, capsys):
     def overflow(step, model):
         if step.number == 3 and step.rate_factor == 1:
-            kept = step.run._kept.parts["optimizer"].state
+            kept = step.run._recovery.kept.parts["optimizer"].state
             next(iter(kept.values()))["exp_avg_sq"][0] = math.inf
 
     train(Config(output=tmp_path / "run", checkpoint_every=2), after=overflow)

@@ -105,7 +105,7 @@ def test_a_fact_that_cannot_be_written_stops_and_lets_the_folder_go(tmp_path, mo
             patched.setattr(identity, "write_facts", full)
             said = problem(lambda run=run: run.identify(data="d"))
         assert said == f"{tmp_path / 'run'}: No space left on device. Make room{elsewhere}."
-        assert not run._lock.is_held
+        assert not run._claim.is_held
         assert (tmp_path / "run").exists() == resume
 
 

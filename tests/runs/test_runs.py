@@ -13,19 +13,17 @@ import torch
 from sfumato import randomness
 from sfumato.errors import RunError
 from sfumato.files import read_tensors
+from sfumato.runs.alone import Alone
 from sfumato.runs.run import Run
 from sfumato.training.options import RunOptions
 from tests.runs.said import lines, problem, start
 from tests.runs.small import Config, train
 
 
-class Second:
+class Second(Alone):
     """A process that is not the main one."""
 
-    is_main, count = False, 1
-
-    def wait(self) -> None:
-        pass
+    is_main = False
 
 
 def equal(one: Path, other: Path) -> bool:

@@ -107,7 +107,7 @@ def test_an_interruption_leaves_what_can_be_resumed(tmp_path, capsys):
         raise KeyboardInterrupt
 
     assert cli.guarded(program, []) == 130
-    assert not kept[0]._lock.is_held
+    assert not kept[0]._claim.is_held
     assert start(tmp_path, resume=True).step == 0
     assert "ended without finishing" not in capsys.readouterr().err
 
@@ -132,7 +132,7 @@ def test_an_interruption_after_the_last_step_says_what_is_kept(every, uploading,
 
     assert cli.guarded(program, []) == 130
     assert capsys.readouterr().err.endswith(f"sfumato: interrupted.{kept.format(folder)}\n")
-    assert held[0]._lock.is_held == bool(uploading)
+    assert held[0]._claim.is_held == bool(uploading)
     held[0].close()
 
 

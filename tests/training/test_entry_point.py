@@ -80,5 +80,5 @@ def test_after_a_failed_upload_the_folder_is_free_while_the_error_is_kept(tmp_pa
         step.done(loss=1.0)
     with pytest.raises(RunError) as kept:
         upload(run, [tmp_path / "a.safetensors"], "me/a")
-    assert not run._lock.is_held
+    assert not run._claim.is_held
     assert kept.value.args

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -14,6 +15,16 @@ def say(text: str) -> None:
     """A line for the person, above the bar."""
     if sys.stderr is not None:  # as of pythonw and services
         tqdm.write(text, file=sys.stderr)
+
+
+def speaking(is_main: bool) -> Callable[..., None]:
+    """What says lines in the main process, and nothing in the others."""
+
+    def speak(*lines: str) -> None:
+        for line in lines if is_main else ():
+            say(line)
+
+    return speak
 
 
 def _pause_s() -> float:
