@@ -164,13 +164,13 @@ def train(config: Config) -> Path:
     from sfumato.adapters import Attached, Kind
     from sfumato.runs.processes import Processes
     from sfumato.runs.run import Run
-    from sfumato.runs.samples import unrelated_to
     from sfumato.training import optimizers
     from sfumato.training.ema import Ema
     from sfumato.training.fused import FusedStep
     from sfumato.training.metrics import DriftLimit, Metrics
     from sfumato.training.noising import draw_noised, per_sample_losses
     from sfumato.training.prior import BasePrediction, prepare_datasets
+    from sfumato.training.unrelated import unrelated_to
     from sfumato.training.validation import prepare_validation
     from sfumato.words import identifier
 

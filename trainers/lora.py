@@ -151,13 +151,13 @@ def train(config: Config) -> Path:
     from sfumato.adapters import Kind, target_layers
     from sfumato.runs.processes import Processes
     from sfumato.runs.run import Run
-    from sfumato.runs.samples import UNRELATED
     from sfumato.training import optimizers
     from sfumato.training.ema import Ema
     from sfumato.training.init_from import start_from
     from sfumato.training.metrics import Metrics
     from sfumato.training.noising import draw_noised, per_sample_losses
     from sfumato.training.prior import prepare_datasets
+    from sfumato.training.unrelated import UNRELATED
     from sfumato.training.validation import prepare_validation
     from sfumato.words.placeholders import truncation_notes, warnings_of
 
@@ -447,8 +447,9 @@ def samples_of(
     average: Ema,
 ) -> Samples:
     """The run's sample images, generated in the way that its file will ask for."""
-    from sfumato.runs.samples import Samples, default_prompts
+    from sfumato.runs.samples import Samples
     from sfumato.training.sampling import drawing_of
+    from sfumato.training.unrelated import default_prompts
 
     first = subjects[0]  # sources may have templates and triggers of their own
     asked, own = config.asked_samples()

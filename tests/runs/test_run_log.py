@@ -368,22 +368,6 @@ def test_samples_are_drawn_by_the_base_in_evaluation(tmp_path, monkeypatch):
     assert layer.training
 
 
-@pytest.mark.parametrize(
-    ("template", "trigger", "prompts"),
-    [
-        (None, None, ["one", "two", "{}", "{}"]),
-        (None, "zwx", ["one", "two", "{}, zwx", "{}, zwx"]),
-        ("{caption} in {trigger}", "zwx", ["one", "two", "{} in zwx", "{} in zwx"]),
-    ],
-)
-def test_samples_show_what_was_learned_and_what_was_not(template, trigger, prompts):
-    from sfumato.runs.samples import UNRELATED
-
-    expected = [*prompts[:2], *(form.format(thing) for form, thing in zip(prompts[2:], UNRELATED, strict=False))]
-    assert sheets.default_prompts(["one", "two", "three"], template, trigger) == expected
-    assert sheets.default_prompts(["one", "one", "three"], template, trigger) == [expected[0], *expected[2:]]
-
-
 def test_several_processes_are_told_to_go_on_as_several(tmp_path, capsys):
     class Two:
         is_main, count = True, 2

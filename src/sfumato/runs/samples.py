@@ -10,25 +10,13 @@ from typing import TYPE_CHECKING
 from PIL import Image
 from torch import nn
 
-from sfumato.data.captions import fill_template
 from sfumato.drawing.sheet import as_on_a_sheet, contact_sheet, read_drawn
 from sfumato.files.atomic import atomic_path
-from sfumato.words.placeholders import holds
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from sfumato.runs.run import Run
-
-UNRELATED = ("a ball", "a dog", "a house", "a car", "a tree", "a chair", "a bird", "a cup")
-"""Plain things that any base can draw: samples show some, and all are prompts for the drift."""
-
-
-def unrelated_to(prompts: Sequence[str]) -> list[str]:
-    """The plain things without those that one of the prompts is about, as "a dog" is of no use beside the class dog."""
-    found = [thing for thing in UNRELATED if not any(holds(thing.split()[-1], prompt) for prompt in prompts)]
-    return found or list(UNRELATED)
-
 
 Draw = Callable[[Sequence[str], Sequence[int]], list[Image.Image]]
 
@@ -109,10 +97,3 @@ def evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
             stack.callback(module.train, module.training)
             module.eval()
         yield
-
-
-def default_prompts(captions: Sequence[str], template: str | None, trigger: str | None) -> list[str]:
-    """Two captions, and two plain things put into the caption template; none twice."""
-    form = template or ("{caption}, {trigger}" if trigger else "{caption}")
-    unseen = [fill_template(form, thing, trigger) for thing in UNRELATED[:2]]
-    return list(dict.fromkeys([*captions[:2], *unseen]))
