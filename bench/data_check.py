@@ -43,7 +43,7 @@ def write_pictures(folder: Path, first: int, last: int) -> None:
 
 def measure(folder: Path, base: str) -> dict[str, Any]:
     """One check in this process."""
-    from sfumato.data.needs import needs_of
+    from sfumato.bases.needs import needs_of
     from sfumato.data.report import check
 
     began, processor = time.perf_counter(), time.process_time()

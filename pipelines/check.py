@@ -75,7 +75,7 @@ def main(argv: Sequence[str]) -> int:
     """Print what was found. Returns 1 if training would stop, else 0."""
     # A first word that ends in .toml is the data set, not a config of this program (--config names one).
     config = parse(Config, argv, program="check", first_may_be_config=False)
-    from sfumato.data.needs import needs_of
+    from sfumato.bases.needs import needs_of
     from sfumato.data.report import check
 
     _refuse(config)

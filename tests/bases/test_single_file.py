@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from sfumato.bases import load_base, loading
 from sfumato.bases.family import FAMILIES
+from sfumato.bases.needs import needs_of
 from sfumato.bases.single_file import shipped, text_config, unet_config, vae_config
 from sfumato.bases.vocabulary import clip_tokenizer
 from sfumato.bases.weights import text_skeleton, unet_skeleton, vae_skeleton
-from sfumato.data.needs import needs_of
 from sfumato.errors import BaseModelError
 from sfumato.files.family import LABELS
 from sfumato.files.header import Header, TensorInfo

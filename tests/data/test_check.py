@@ -16,9 +16,10 @@ from PIL.PngImagePlugin import PngInfo
 from sfumato.pipelines.caption import Config
 from sfumato.pipelines.check import main, render
 
+from sfumato.bases.needs import needs_of
 from sfumato.config import parse
 from sfumato.data import open_image, open_picture, prepare, read_folder
-from sfumato.data.needs import needs_of
+from sfumato.data.buckets import side_step
 from sfumato.data.report import check
 from sfumato.drawing import crop_sheet
 from sfumato.errors import BaseModelError, ConfigError, DataError
@@ -307,7 +308,8 @@ def test_the_class_beside_a_rare_word_is_no_flaw(pictures):
 )
 def test_what_a_base_wants_is_known_without_its_weights(name, expected):
     needs = needs_of(name)
-    assert (needs.vae_factor, needs.resolution, needs.step(needs.resolution)) == expected
+    step = side_step(needs.vae_factor, needs.levels, needs.resolution)
+    assert (needs.vae_factor, needs.resolution, step) == expected
     assert needs.token_limit == 75
 
 

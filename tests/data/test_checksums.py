@@ -10,12 +10,12 @@ from odd_files import kinds, mutations
 from PIL import Image
 from sfumato.pipelines.check import main
 
+from sfumato.bases.needs import needs_of
 from sfumato.data import prepare, read_folder
 from sfumato.data.buckets import bucket_sizes
 from sfumato.data.checksums import NAME, file_digest, read_sums, write_sums
 from sfumato.data.folder import Example
 from sfumato.data.mending import mend
-from sfumato.data.needs import needs_of
 from sfumato.data.report import check
 from sfumato.data.source import sources_of
 from sfumato.data.survey import measure_picture

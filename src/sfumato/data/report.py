@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from sfumato.data.buckets import Size, checked_sizes
+from sfumato.bases.needs import Needs
+from sfumato.data.buckets import Size, checked_sizes, side_step
 from sfumato.data.crops import OPAQUE
 from sfumato.data.duplicates import duplicates
 from sfumato.data.folder import (
@@ -31,7 +32,6 @@ from sfumato.data.folder import (
     without_trigger,
 )
 from sfumato.data.listing import Ignored, ListedPicture, Listing, some
-from sfumato.data.needs import Needs
 from sfumato.data.options import CropMode, MaskSource, Options
 from sfumato.data.source import Source, sources_of
 from sfumato.data.survey import PictureStats, survey
@@ -143,7 +143,7 @@ def check(
     Raises DataError where there is no folder or no picture, ConfigError for options that make no sense.
     """
     side = resolution or needs.resolution
-    sizes = checked_sizes(side, needs.step(side), buckets=True)
+    sizes = checked_sizes(side, side_step(needs.vae_factor, needs.levels, side), buckets=True)
     sources = sources_of(path, caption_template=caption_template, trigger=trigger, mask=mask)
     listings = [source.list() for source in sources]
     founds = [found for listing in listings for found in listing.pictures]

@@ -12,7 +12,6 @@ import sfumato
 from sfumato.bases.config_file import read_config
 from sfumato.bases.family import FAMILIES, family_of_config
 from sfumato.bases.recognise import SD2_EPSILON_SIZE, family_of_names, predicted
-from sfumato.data.buckets import side_step
 from sfumato.errors import BaseModelError
 from sfumato.files.header import read_header
 
@@ -30,10 +29,6 @@ class Needs:
     levels: int
     resolution: int
     token_limit: int
-
-    def step(self, resolution: int) -> int:
-        """Pixels that a side must be a multiple of."""
-        return side_step(self.vae_factor, self.levels, resolution)
 
     @cached_property
     def tokenizer(self) -> Any:
