@@ -31,10 +31,11 @@ from sfumato.bases import Base
 from sfumato.compose import adapter_guidance
 from sfumato.data.latents import to_floats
 from sfumato.drawing.pictures import draw_against
-from sfumato.drawing.where_when import AdapterPlacement, applied, parse_span
+from sfumato.drawing.placement import AdapterPlacement, applied
 from sfumato.errors import ConfigError, RunError
 from sfumato.files.atomic import atomic_path, write_text
 from sfumato.prompts.syntax import Syntax
+from sfumato.weighting.span import parse_span
 from sfumato.words import embedding
 
 ROOT = Path(__file__).parents[1]

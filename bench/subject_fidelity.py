@@ -40,10 +40,10 @@ from bench.style_runs import DREAMBOOTH, Learned, Workshop, reconstruct, to_imag
 from bench.style_summary import paired
 from sfumato import cli, load_base, randomness, shell
 from sfumato.drawing.sheet import contact_sheet
-from sfumato.drawing.where_when import parse_span
 from sfumato.errors import ConfigError, DataError
 from sfumato.files.atomic import atomic_path
 from sfumato.precision import decide
+from sfumato.weighting.span import parse_span
 
 NEAREST: Mapping[str, str] = MappingProxyType(
     {

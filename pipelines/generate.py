@@ -16,6 +16,7 @@ from sfumato.command_line.axes import CHECKS
 from sfumato.command_line.base_options import DrawingBaseOptions
 from sfumato.command_line.pictures import SUFFIXES, check_start, checked_flags, parse_size, picture_files, prompts_in
 from sfumato.command_line.plan import Plan
+from sfumato.command_line.regions_and_steps import parse_region, parse_steps
 from sfumato.command_line.specs import (
     in_blocks,
     parse_adapter,
@@ -27,15 +28,15 @@ from sfumato.command_line.specs import (
     without_tags,
 )
 from sfumato.command_line.terminal import say
-from sfumato.command_line.where_when import parse_region, parse_steps
 from sfumato.config import parse
+from sfumato.drawing.placement import AdapterPlacement, RegionSpec
 from sfumato.drawing.request import PictureRequest
-from sfumato.drawing.where_when import AdapterPlacement, RegionSpec, Span
 from sfumato.errors import ConfigError
 from sfumato.prompts.negative import negative_for
 from sfumato.prompts.syntax import Syntax, checked_syntax
 from sfumato.prompts.tags import Tagged, split_flags, split_tags
 from sfumato.weighting.adapter import Adapter
+from sfumato.weighting.span import Span
 
 if TYPE_CHECKING:
     from sfumato.bases import Base
@@ -151,14 +152,14 @@ def plan(config: Config) -> Plan:
         raise ConfigError(f"--lora-folder {config.lora_folder}: no such folder; name the one with the tags' adapters.")
     adapters, weights = with_tags(everywhere, split, config.lora_folder)
     tagged = [each.label for each in adapters[len(everywhere) :]]
-    where_when = _where_when(config, regions, [each.label for each in everywhere], sorted(regional), tagged)
+    placement = _placement(config, regions, [each.label for each in everywhere], sorted(regional), tagged)
     strengths = parse_strengths(config.adapter_guidance, [adapter.label for adapter in adapters])
     pictures = tuple(
         PictureRequest(found.prompt, seed, tagged, {name: value for name, value in flags.items() if name != "seed"})
         for found, each, tagged, flags in zip(split, seeds, weights, own, strict=True)
         for seed in each
     )
-    sweep = _sweep(config, adapters, where_when, has_tags=any(weights))
+    sweep = _sweep(config, adapters, placement, has_tags=any(weights))
     if config.before_after and not (adapters or regions):
         raise ConfigError("--before-after: there is no adapter to draw with; give --lora, or <lora:...> in a prompt.")
     check_start(config.image, config.mask, config.strength)
@@ -166,7 +167,7 @@ def plan(config: Config) -> Plan:
     files = picture_files(config.output, pictures, is_sheet=is_sheet, overwrite=config.overwrite, given=config.prompts)
     size = None if config.size is None else parse_size(config.size)
     negative = config.negative or ""
-    return Plan(pictures, negative, adapters, strengths, embeddings, size, files, sweep, where_when)
+    return Plan(pictures, negative, adapters, strengths, embeddings, size, files, sweep, placement)
 
 
 def _prompts(config: Config) -> list[str]:
@@ -204,18 +205,18 @@ def _seeds(config: Config, own: Mapping[str, Any]) -> list[int]:
 
 
 def _sweep(
-    config: Config, adapters: Sequence[Adapter], where_when: AdapterPlacement, *, has_tags: bool
+    config: Config, adapters: Sequence[Adapter], placement: AdapterPlacement, *, has_tags: bool
 ) -> tuple[str, tuple[float, ...]] | None:
     """(label, weights) of --sweep. Raises ConfigError, also for what does not go with it."""
     if config.sweep is None:
         return None
     label = config.sweep.rpartition("=")[0]
-    if label in {each.label for each in where_when.regional}:
+    if label in {each.label for each in placement.regional}:
         raise ConfigError(f"--sweep {config.sweep}: {label} has a --region, and one weight there; leave one of them.")
     sweep = parse_sweep(config.sweep, adapters)
     if has_tags:
         raise ConfigError("--sweep and <lora:...> in a prompt do not go together; name the adapter with --lora.")
-    if label in where_when.ramps:
+    if label in placement.ramps:
         raise ConfigError(f"--sweep {config.sweep}: --over-steps sets {label}'s weight at every step; leave one out.")
     if config.before_after:
         raise ConfigError("--before-after and --sweep are two sheets; ask for one of them.")
@@ -237,7 +238,7 @@ def _regions(config: Config, given: Sequence[Adapter], prompts: Sequence[Tagged]
     return regions
 
 
-def _where_when(
+def _placement(
     config: Config,
     regions: tuple[RegionSpec, ...],
     labels: Sequence[str],
@@ -284,9 +285,9 @@ def generate(config: Config) -> tuple[Path, ...]:
     asked = any(wanted.strengths.values())
     say(*unguided((to["guidance"], to["negative"], asked) for to in in_full))
     with _mixed(base, wanted, config) as (mix, regional, words):
-        settings, pictures, where_when = _with_asked(config, wanted, mix, regional, settings)
+        settings, pictures, placement = _with_asked(config, wanted, mix, regional, settings)
         allowed = {"partial": config.partial, "verify": config.verify}
-        session = DrawingSession(base, mix, pictures, settings, start, where_when, allowed)
+        session = DrawingSession(base, mix, pictures, settings, start, placement, allowed)
         for file, size in zip(wanted.files, session.sizes(wanted.sweep, before_after=config.before_after), strict=True):
             check_size(file, size)
         drawn = _drawn(session, wanted.sweep, before_after=config.before_after)
@@ -307,7 +308,7 @@ def _with_asked(
     from sfumato.compose.guided import strengths_of
     from sfumato.files.metadata import over_steps_of
 
-    has_regions = bool(wanted.where_when.regions)
+    has_regions = bool(wanted.placement.regions)
     strengths = {} if has_regions else {**mix.strengths, **wanted.strengths}
 
     def with_strengths(to: Mapping[str, Any]) -> dict[str, Any]:
@@ -324,8 +325,8 @@ def _with_asked(
         pictures = _against(pictures, mix, wanted, settings)
     in_regions = {label: over_steps_of(file.metadata) for label, file in regional.items()}
     spans = {**mix.spans, **{label: span for label, span in in_regions.items() if span}}
-    where_when = wanted.where_when.with_asked(spans)
-    return {**settings, **where_when.told()}, pictures, where_when
+    placement = wanted.placement.with_asked(spans)
+    return {**settings, **placement.told()}, pictures, placement
 
 
 def _drawn(
@@ -391,10 +392,10 @@ def _mixed(
         ]
         say(*unread_marks(texts, config.prompt_syntax), *unused_words(named, texts, config.prompt_syntax))
         allowed = {"partial": config.partial, "verify": config.verify}
-        way = way_for(base, wanted.adapters, follows_steps=wanted.where_when.follows_steps)
+        way = way_for(base, wanted.adapters, follows_steps=wanted.placement.follows_steps)
         mix = stack.enter_context(compose(base, *wanted.adapters, way=way, words_known=True, **allowed))
         # The weight of a bundle is the LoRA's; its words are there.
-        regional = {each.label: read_mixable(each.path, partial=config.partial) for each in wanted.where_when.regional}
+        regional = {each.label: read_mixable(each.path, partial=config.partial) for each in wanted.placement.regional}
         bundled = {**mix.embeddings, **{label: file.embeddings for label, file in regional.items()}}
         bundled = {label: found for label, found in bundled.items() if label in counted}
         if brought := stack.enter_context(embedding.bundled(base, bundled, partial=config.partial)):

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from sfumato import shell
 from sfumato.config import parse
-from sfumato.drawing.where_when import parse_span
 from sfumato.errors import ConfigError
 from sfumato.numerals import pluralize
 from sfumato.prompts.phrases import has_phrase
@@ -28,6 +27,7 @@ from sfumato.training import checks, config_defaults
 from sfumato.training.entry_point import training_entry_point
 from sfumato.training.options import KindOptions, TrainerOptions
 from sfumato.training.subject import PreservedPrompts, Subject, read_subject, with_caption
+from sfumato.weighting.span import parse_span
 
 if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that its --help is there at once
     from torch import nn

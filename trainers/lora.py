@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from sfumato.config import parse
-from sfumato.drawing.where_when import parse_span
 from sfumato.errors import ConfigError
 from sfumato.limits import checked_adapter_guidance
 from sfumato.numerals import pluralize
 from sfumato.training import checks, config_defaults
 from sfumato.training.entry_point import training_entry_point
 from sfumato.training.options import KindOptions, TrainerOptions
+from sfumato.weighting.span import parse_span
 from sfumato.words.placeholders import (
     DEFAULT_LEARNING_RATES,
     DEFAULT_VECTORS,

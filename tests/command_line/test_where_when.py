@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from sfumato.command_line.where_when import parse_region, parse_steps
+from sfumato.command_line.regions_and_steps import parse_region, parse_steps
 from sfumato.compose import Adapter
 from sfumato.compose.steps import Ramp
-from sfumato.drawing.where_when import AdapterPlacement, RegionSpec, Span
+from sfumato.drawing.placement import AdapterPlacement, RegionSpec
 from sfumato.errors import ConfigError
+from sfumato.weighting.span import Span
 
 LINE, OTTER, ODD = Adapter("line.safetensors", 0.8), Adapter("otter.safetensors"), Adapter("c.safetensors", 1.0, "c+d")
 

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from sfumato.drawing.placement import AdapterPlacement
 from sfumato.drawing.request import PictureRequest
-from sfumato.drawing.where_when import AdapterPlacement, Span
 from sfumato.weighting.adapter import Adapter, Weight, is_idle
+from sfumato.weighting.span import Span
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class Plan:
 
     negative: negative prompt of every image that has none of its own. strengths: the adapter guidance that was asked
     for, by label. embeddings: (token, file) of each new word. size: (width, height) in pixels, or unset. files: one for
-    each image, or the one of the sheet. sweep: (label, weights). where_when: weights by step, and regions; the adapters
+    each image, or the one of the sheet. sweep: (label, weights). placement: weights by step, and regions; the adapters
     of regions are not in `adapters`.
     """
 
@@ -29,12 +30,12 @@ class Plan:
     size: tuple[int, int] | None
     files: tuple[Path, ...]
     sweep: tuple[str, tuple[float, ...]] | None
-    where_when: AdapterPlacement
+    placement: AdapterPlacement
 
     @property
     def texts(self) -> list[str]:
         """All prompts: of images and regions, and the negative prompts."""
-        of_regions = [region.prompt for region in self.where_when.regions if region.prompt is not None]
+        of_regions = [region.prompt for region in self.placement.regions if region.prompt is not None]
         negatives = [each.overrides["negative"] for each in self.pictures if "negative" in each.overrides]
         return [*(each.prompt for each in self.pictures), *of_regions, self.negative, *negatives]
 
@@ -50,12 +51,12 @@ class Plan:
         found = {label for label, weight in weights.items() if not is_idle(weight)}
         given = {
             label: [weight for _, weight in way.points]
-            for label, way in self.where_when.by_step.items()
-            if not isinstance(way, Span) and (label in found or label not in self.where_when.tagged)
+            for label, way in self.placement.by_step.items()
+            if not isinstance(way, Span) and (label in found or label not in self.placement.tagged)
         }
         given |= {} if self.sweep is None else {self.sweep[0]: list(self.sweep[1])}
         found = (found - given.keys()) | {label for label, weights in given.items() if any(weights)}
-        return found | {each.label for each in self.where_when.regional if not is_idle(each.weight)}
+        return found | {each.label for each in self.placement.regional if not is_idle(each.weight)}
 
     def weights_of(self, picture: PictureRequest) -> Mapping[str, Weight]:
         """The adapters' weights in an image, by label, before steps, sweeps and regions change them."""

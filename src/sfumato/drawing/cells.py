@@ -141,7 +141,7 @@ class Setup:
         from sfumato.compose.guided import adapter_guidance, strengths_of
         from sfumato.compose.steps import over_asked_steps
         from sfumato.drawing.pictures import draw
-        from sfumato.drawing.where_when import AdapterPlacement
+        from sfumato.drawing.placement import AdapterPlacement
 
         together: dict[str, list[tuple[int, int]]] = {}
         for place in places:

@@ -15,9 +15,9 @@ from sfumato.compose import Mix
 from sfumato.compose.guided import adapter_guidance
 from sfumato.drawing.drawn import used_in
 from sfumato.drawing.pictures import Start, draw_each
+from sfumato.drawing.placement import AdapterPlacement, applied
 from sfumato.drawing.request import PictureRequest
 from sfumato.drawing.sheet import contact_sheet, sheet_size
-from sfumato.drawing.where_when import AdapterPlacement, applied
 from sfumato.weighting.adapter import Adapter, Weight, is_idle, weight_text, with_unet_scaled
 
 Drawn = tuple[Image, tuple[Adapter, ...], dict[str, Any]]
@@ -37,7 +37,7 @@ class DrawingSession:
     pictures: Sequence[PictureRequest]
     settings: Mapping[str, Any]
     start: Start | None
-    where_when: AdapterPlacement
+    placement: AdapterPlacement
     allowed: Mapping[str, bool]
 
     def draw(self, pictures: Sequence[PictureRequest], *, plain: bool = False) -> Iterator[Image]:
@@ -52,7 +52,7 @@ class DrawingSession:
         names = ("negative", "steps", "guidance", "width", "height", "sampler")
         chosen = {name: settings[name] for name in names}
         prompts, seeds = [each.prompt for each in pictures], [each.seed for each in pictures]
-        asked = AdapterPlacement() if plain else self.where_when
+        asked = AdapterPlacement() if plain else self.placement
         guidance = settings["guidance"]
         with (
             adapter_guidance(self.mix, settings["adapter_guidance"], guidance=guidance),
@@ -76,7 +76,7 @@ class DrawingSession:
 
     def _without_other_tags(self, told: dict[str, Any], used: Sequence[Adapter]) -> dict[str, Any]:
         """A picture's settings without the weights by step of adapters that other prompts' tags alone name."""
-        absent = {each.label for each in used if each.label in self.where_when.tagged and is_idle(each.weight)}
+        absent = {each.label for each in used if each.label in self.placement.tagged and is_idle(each.weight)}
         ways = told.get("over_steps", {})
         if absent.isdisjoint(ways):
             return told
@@ -109,7 +109,7 @@ class DrawingSession:
     def _pair_labels(self) -> tuple[list[str], list[str]]:
         """Of the rows and columns; the adapters as the mix has them now."""
         everywhere = [each for each in used_in(self.mix) if not is_idle(each.weight)]
-        shown = dict.fromkeys([*everywhere, *self.where_when.regional])
+        shown = dict.fromkeys([*everywhere, *self.placement.regional])
         of_all = ", ".join(f"{each.label} {weight_text(each.weight)}" for each in shown)
         rows = [
             f"{label}\n{_tags(each.tag_weights)}".strip()

@@ -86,7 +86,7 @@ def span_of(config: TrainerOptions, base: Base) -> tuple[float, float] | None:
 
     --max-timestep 800, of a base whose timesteps are 0 to 999, gives (0.199, 1.0): timestep 999 is progress 0.
     """
-    from sfumato.drawing.where_when import parse_span
+    from sfumato.weighting.span import parse_span
 
     given: str | None = getattr(config, "over_steps", None)
     if given is not None:

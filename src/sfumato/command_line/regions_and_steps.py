@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING
 
 from sfumato.command_line.specs import without_tags
 from sfumato.config import at_home
-from sfumato.drawing.where_when import RegionSpec, Span, parse_span
+from sfumato.drawing.placement import RegionSpec
 from sfumato.errors import AdapterError, ConfigError
 from sfumato.weighting.adapter import Adapter, checked_weight
+from sfumato.weighting.span import Span, parse_span
 
 if TYPE_CHECKING:
     from sfumato.compose.regions import Box

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sfumato.errors import ConfigError
 from sfumato.weighting.adapter import Adapter, is_idle, unet_weight
+from sfumato.weighting.span import Span
 
 if TYPE_CHECKING:
     from sfumato.compose import Mix
@@ -27,14 +27,6 @@ class RegionSpec:
     adapters: tuple[Adapter, ...]
     where: Box | Path
     prompt: str | None
-
-
-@dataclass(frozen=True)
-class Span:
-    """From progress `start` to `end` an adapter has the weight that it has in the mix."""
-
-    start: float
-    end: float
 
 
 @dataclass(frozen=True)
@@ -95,18 +87,6 @@ class AdapterPlacement:
         if self.switch_every is not None:
             found["switch"] = {"labels": list(self.switch_labels), "every": self.switch_every}
         return found
-
-
-def parse_span(text: str, label: str = "") -> Span:
-    """The span of START-END in an option --over-steps. label: what stands before it there. Raises ConfigError, one
-    line."""
-    try:
-        start, end = (float(number) for number in text.split("-"))
-    except ValueError:
-        start = end = 0.0
-    if not 0 <= start < end <= 1:
-        raise ConfigError(f"--over-steps {label}{text}: wanted START-END, progress from 0 to 1, such as {label}0-0.5.")
-    return Span(start, end)
 
 
 @contextmanager
