@@ -86,7 +86,7 @@ def _check_finite(module: nn.Module, dtype: torch.dtype, path: Path) -> None:
         )
 
 
-class Changes(Mapping[Target, tuple[Tensor | None, Tensor | None]]):
+class ModuleDifferences(Mapping[Target, tuple[Tensor | None, Tensor | None]]):
     """What training changed: for each module, by part and path, the differences of its weight and of its bias in fp32
     on the CPU, None for what is what it was. Each is taken when it is asked for.
 
@@ -138,11 +138,11 @@ def write_changes(
     """
     from sfumato.files.write_difference import write_difference
 
-    changes = Changes(after, before)
-    if not changes:
+    differences = ModuleDifferences(after, before)
+    if not differences:
         raise AdapterError(f"{path.name}: no weight differs from the base's, so there is nothing to write.")
-    write_difference(path, changes, family=family, metadata=metadata, dtype=dtype)
-    return len(changes)
+    write_difference(path, differences, family=family, metadata=metadata, dtype=dtype)
+    return len(differences)
 
 
 def write_extracted(
