@@ -22,3 +22,15 @@ def data(tmp_path):
     (folder / "manifest.json").write_text(json.dumps(manifest))
     (folder / "words.txt").write_text("picture\nof\n")
     return folder
+
+
+@pytest.fixture
+def resized(data):
+    """The same pictures with another side, which it is called with."""
+
+    def to(side):
+        for path in data.rglob("*.png"):
+            Image.open(path).resize((side, side)).save(path)
+        return data
+
+    return to
