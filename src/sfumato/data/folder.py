@@ -124,16 +124,7 @@ def examples_of(
             raise DataError(found.caption.error)
     ignored = [*listing.ignored, *(_ignored(listing, picture, reason) for picture, reason in bad.items())]
     examples = [
-        Example(
-            found.path,
-            caption_of(found, template, trigger),
-            found.repeats,
-            found.mask if mask == "files" else None,
-            mask == "alpha",
-            checksums=found.checksums,
-            template=template,
-            trigger=trigger,
-        )
+        example_of(found, template=template, trigger=trigger, mask=mask)
         for found in listing.pictures
         if found.path not in bad
     ]
@@ -151,6 +142,29 @@ def examples_of(
         *([f"{unused} to add it"] if unused else []),
     ]
     return ExampleSet(tuple(examples), tuple(ignored), tuple(dict.fromkeys(notes)), skip_bad)
+
+
+def example_of(found: ListedPicture, *, template: str | None, trigger: str | None, mask: MaskSource) -> Example:
+    """A listed picture as one to learn from."""
+    return Example(
+        found.path,
+        _caption_of(found, template, trigger),
+        found.repeats,
+        found.mask if mask == "files" else None,
+        mask == "alpha",
+        checksums=found.checksums,
+        template=template,
+        trigger=trigger,
+    )
+
+
+def _caption_of(found: ListedPicture, template: str | None, trigger: str | None) -> str:
+    """The picture's caption; empty if it has none. The placeholder in it becomes the trigger."""
+    text = found.caption.text.replace(PLACEHOLDER, trigger) if trigger else found.caption.text
+    if template is None:
+        return text
+    takes_words = not text and "{caption}" in template
+    return fill_template(template, words_of(found.path.stem) if takes_words else text, trigger)
 
 
 def no_pictures(path: Path, ignored: Sequence[Ignored]) -> DataError:
@@ -251,15 +265,6 @@ def without_trigger(captions: Iterable[tuple[str, str]]) -> str:
         held = f"{pluralize(len(names), 'caption holds', 'captions hold')} {PLACEHOLDER}"
         return f"{held}, and there is no trigger: {some(names)}; pass --trigger WORD"
     return ""
-
-
-def caption_of(found: ListedPicture, template: str | None, trigger: str | None) -> str:
-    """The picture's caption; empty if it has none. The placeholder in it becomes the trigger."""
-    text = found.caption.text.replace(PLACEHOLDER, trigger) if trigger else found.caption.text
-    if template is None:
-        return text
-    takes_words = not text and "{caption}" in template
-    return fill_template(template, words_of(found.path.stem) if takes_words else text, trigger)
 
 
 def refuse_bad(reasons: Sequence[str], total: int, skip: bool, where: str = "") -> None:

@@ -18,9 +18,9 @@ from sfumato.data.folder import (
     Example,
     ExampleSet,
     by_template,
-    caption_of,
     captions_of_numbers,
     cut_captions,
+    example_of,
     labelled,
     labels_of,
     nameless,
@@ -184,18 +184,8 @@ def check(
 
 
 def _example(found: ListedPicture, source: Source, defaults: Options) -> Example:
-    return Example(
-        found.path,
-        caption_of(found, source.template, source.trigger),
-        found.repeats,
-        found.mask if source.mask == "files" else None,
-        source.mask == "alpha",
-        source.options.over(defaults),
-        source.group,
-        found.checksums,
-        source.template,
-        source.trigger,
-    )
+    example = example_of(found, template=source.template, trigger=source.trigger, mask=source.mask)
+    return replace(example, options=source.options.over(defaults), group=source.group)
 
 
 def _count_buckets(
