@@ -15,12 +15,8 @@ from sfumato.config import parse
 from sfumato.errors import AdapterError, ConfigError, FileError
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from sfumato.files.changes import LoraModule
     from sfumato.files.embedding_file import Vectors
     from sfumato.files.fingerprint import Row
-    from sfumato.files.kohya import Target
 
 
 @dataclass(frozen=True)
@@ -56,7 +52,7 @@ def verify(config: Config) -> tuple[bool, dict[str, object]]:
         raise ConfigError(f"--tolerance {config.tolerance:g}: wanted above 0.")
 
     from sfumato.files.adapter_file import read_adapter
-    from sfumato.files.fingerprint import FINGERPRINT_KEY, check_rows, compare
+    from sfumato.files.fingerprint import FINGERPRINT_KEY, check, compare
     from sfumato.files.inspect import plain
 
     file = read_adapter(config.file)  # which checks header, keys, halves and finiteness
@@ -70,7 +66,7 @@ def verify(config: Config) -> tuple[bool, dict[str, object]]:
         where = f"against {config.against.name}"
     elif FINGERPRINT_KEY in file.metadata:
         try:
-            comparison = check_rows(file.metadata[FINGERPRINT_KEY], _rows(config.file, config.base), config.file.name)
+            comparison = check(file.metadata[FINGERPRINT_KEY], _rows(config.file, config.base), config.file.name)
         except FileError as error:
             return False, found | {"reason": str(error)}
         where = "against its own fingerprint"
@@ -141,26 +137,24 @@ def _rows(path: Path, base: str | None, *, vectors: bool = False) -> dict[str, R
     """The fingerprint rows of an adapter. vectors: include changes of norms and biases, which no fingerprint
     contains."""
     from sfumato.files.changes.bias import bias_change, may_have_bias
-    from sfumato.files.changes.difference import Difference
-    from sfumato.files.fingerprint import probe_rows, probed
+    from sfumato.files.fingerprint import known_delta, probe_rows, probed
     from sfumato.merging.sources import read_source
     from sfumato.merging.stored import stored_base
     from sfumato.weighting.adapter import Adapter
 
     source, _ = read_source(Adapter(path), partial=True)
     stored = None if base is None else stored_base(base)
-    deltas: dict[Target, LoraModule | Tensor] = {}
+    read = known_delta if vectors else probed
+    rows: dict[str, Row] = {}
     for (part, name), change in source.changes.items():
-        module = probed(change, stored.weight((part, name)) if stored and change.low_rank() is None else None)
+        module = read(change, stored.weight((part, name)) if stored and change.low_rank() is None else None)
         if module is not None:
-            deltas[part, name] = module
+            rows |= probe_rows({(part, name): module})
         elif change.needs_weight and stored is None:
             raise AdapterError(
                 f"{source.name}: the delta of {change.kind} in {part}.{name} depends on the weight that it changes. "
                 "Name the base it was made for with --base."
             )
-        elif vectors and isinstance(change, Difference) and change.value is not None:
-            deltas[part, name] = change.value
         has_bias = may_have_bias((part, name)) if stored is None else stored.parameter((part, name), "bias") is not None
         bias = bias_change(change, has_bias=has_bias) if vectors else None
         if bias is None:
@@ -168,8 +162,8 @@ def _rows(path: Path, base: str | None, *, vectors: bool = False) -> dict[str, R
         added = bias.value if bias.gain is None or stored is None else bias.delta(stored.weight((part, name), "bias"))
         # Zeros are left out: diffusers gives every module a bias where one has it.
         if added is not None and bool(added.float().any()):
-            deltas[part, f"{name}.bias"] = added
-    return probe_rows(deltas)
+            rows |= probe_rows({(part, f"{name}.bias"): added})
+    return rows
 
 
 def main(argv: Sequence[str]) -> int:

@@ -16,7 +16,7 @@ from sfumato.adapters.lokr import factorization
 from sfumato.errors import AdapterError
 from sfumato.files import read_adapter
 from sfumato.files.changes.dora import Dora
-from sfumato.files.fingerprint import FINGERPRINT_KEY, check, verify
+from sfumato.files.fingerprint import FINGERPRINT_KEY, check, probe_rows, verify
 from sfumato.precision import products
 from sfumato.training.options import AlgoName
 
@@ -197,7 +197,7 @@ def test_a_file_read_back_makes_the_trained_change(kind, dtype, tmp_path):
         assert (change.delta(weight) - wanted).norm() < limit * wanted.norm(), path
     if not kind.dora and dtype == torch.float32:
         deltas = {target: change.delta(hosts[target[1]].weight) for target, change in file.changes.items()}
-        assert check(file.metadata[FINGERPRINT_KEY], deltas, "a").same()
+        assert check(file.metadata[FINGERPRINT_KEY], probe_rows(deltas), "a").same()
 
 
 def test_starting_from_a_file_gives_its_change_at_another_scale(kind, tmp_path):

@@ -21,7 +21,8 @@ from torch import Tensor
 from sfumato import randomness
 from sfumato.errors import FileError
 from sfumato.files.changes import Change, LoraModule
-from sfumato.files.changes.difference import Difference
+from sfumato.files.changes.change import delta_on_any_weight
+from sfumato.files.changes.difference import changes_weight
 from sfumato.files.kohya import Target
 from sfumato.numerals import pluralize
 
@@ -126,23 +127,24 @@ def fingerprint_of(found: Mapping[str, Row]) -> str:
 
 
 def probed(change: Change, weight: Tensor | None = None) -> LoraModule | Tensor | None:
-    """What `probe_rows` looks at in a change: its low-rank form where it has one, else its delta.
+    """What a fingerprint looks at in a change: `known_delta`, but None for a vector, such as a norm's, which none
+    holds."""
+    delta = known_delta(change, weight)
+    return None if isinstance(delta, Tensor) and delta.ndim < 2 else delta
 
-    weight: the pristine one. None for a vector, such as a norm's, which no fingerprint holds, and for a kind whose
-    delta depends on a weight that is not given.
+
+def known_delta(change: Change, weight: Tensor | None = None) -> LoraModule | Tensor | None:
+    """What a change adds to its module's weight: its low-rank form where it has one, else its delta.
+
+    weight: the pristine one. None where nothing is added, and where that depends on a weight that is not given.
     """
     low_rank = change.low_rank()
     if low_rank is not None:
         return low_rank
-    if isinstance(change, Difference) and not change.replaces:
-        delta = change.value
-    elif weight is not None:
-        delta = change.delta(weight)
-    elif change.needs_weight or (shape := getattr(change, "shape", None)) is None:
+    if not changes_weight(change):
         return None
-    else:  # a kernel may be within the columns of the factors' shape, where the probes have it in any case
-        delta = change.delta(torch.zeros(1).expand(tuple(shape)))
-    return None if delta is None or delta.ndim < 2 else delta
+    # Without the weight a kernel may lie within the columns, where the probes have it in any case.
+    return delta_on_any_weight(change) if weight is None else change.delta(weight)
 
 
 def fingerprint_on(changes: Mapping[Target, Change], weights: Mapping[Target, Tensor]) -> str:
@@ -159,14 +161,6 @@ def _digest(names: list[str]) -> str:
     return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
 
 
-def check(stated: str, modules: Mapping[Target, LoraModule | Tensor], file: str) -> Comparison:
-    """The modules beside the fingerprint that a file states.
-
-    Raises FileError for a fingerprint that is not readable, or is one of other modules.
-    """
-    return check_rows(stated, probe_rows(modules), file)
-
-
 def verify(metadata: Mapping[str, str], changes: Mapping[Target, Change], file: str) -> None:
     """Raise FileError unless a file's changes are those that the fingerprint in its metadata was taken of.
 
@@ -174,7 +168,7 @@ def verify(metadata: Mapping[str, str], changes: Mapping[Target, Change], file: 
     """
     if FINGERPRINT_KEY not in metadata:
         raise FileError(f"{file}: it states no fingerprint, so it cannot be verified. Leave verify out for it.")
-    deltas: dict[Target, LoraModule | Tensor] = {}
+    rows: dict[str, Row] = {}  # one delta at a time: all of them may be as large as the model
     for target, change in changes.items():
         module = probed(change)
         if module is None and change.needs_weight:
@@ -183,14 +177,17 @@ def verify(metadata: Mapping[str, str], changes: Mapping[Target, Change], file: 
                 "Use sfumato verify --base."
             )
         if module is not None:
-            deltas[target] = module
-    found = check(metadata[FINGERPRINT_KEY], deltas, file)
+            rows |= probe_rows({target: module})
+    found = check(metadata[FINGERPRINT_KEY], rows, file)
     if not found.same():
         raise FileError(f"{file}: it is not the adapter that was written: {found.reason()}. Take it from its source.")
 
 
-def check_rows(stated: str, found: Mapping[str, Row], file: str) -> Comparison:
-    """The same for what `probe_rows` gave."""
+def check(stated: str, found: Mapping[str, Row], file: str) -> Comparison:
+    """What `probe_rows` gave of a file's modules, beside the fingerprint that it states.
+
+    Raises FileError for a fingerprint that is not readable, or is one of other modules.
+    """
     names = sorted(found)
     version, _, rest = stated.partition(":")
     digest, _, text = rest.partition(":")

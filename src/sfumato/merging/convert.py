@@ -13,7 +13,7 @@ from torch import Tensor
 from sfumato.errors import AdapterError
 from sfumato.files.changes import LoraModule
 from sfumato.files.changes.bias import bias_change, may_have_bias
-from sfumato.files.changes.difference import Difference
+from sfumato.files.changes.difference import changes_weight
 from sfumato.files.embedding_file import Vectors
 from sfumato.files.kohya import Target
 from sfumato.files.write_kohya import write_lora
@@ -70,9 +70,8 @@ class Deltas(Mapping[Target, tuple[Tensor | None, Tensor | None]]):
     def __getitem__(self, target: Target) -> tuple[Tensor | None, Tensor | None]:
         change = self._source.changes[target]
         bias = bias_change(change, has_bias=may_have_bias(target))
-        is_of_bias_alone = isinstance(change, Difference) and change.value is None
         try:
-            weight = None if is_of_bias_alone else change.delta(self._base.weight(target)).to(self._dtype)
+            weight = change.delta(self._base.weight(target)).to(self._dtype) if changes_weight(change) else None
             if bias is None:
                 return weight, None
             return weight, bias.delta(self._base.weight(target, "bias")).to(self._dtype)

@@ -13,6 +13,7 @@ from sfumato import randomness
 from sfumato.errors import AdapterError
 from sfumato.files.changes import Change, LoraModule
 from sfumato.files.changes.bias import bias_change, may_have_bias
+from sfumato.files.changes.change import delta_on_any_weight
 from sfumato.files.changes.difference import Difference
 from sfumato.files.changes.replacement import Replacement, lora_command
 from sfumato.files.embedding_file import Vectors
@@ -161,19 +162,18 @@ def dense_delta(change: Change, target: Target, source: str, base: WeightOf | No
     """The change's delta, fp32 in the weight's shape. Raises AdapterError where it needs a base and none is given."""
     if base is not None:
         delta = change.delta(base(target))
-    elif not change.needs_weight and (shape := getattr(change, "shape", None)) is not None:
-        whole = isinstance(change, Difference)  # has the weight's own shape
-        if not whole and len(shape) == 2 and target[1].rpartition(".")[2] in _CONVOLUTIONS:
-            raise AdapterError(
-                f"{source}: {change.kind} in {'.'.join(target)} is {list(shape)}, which does not tell the kernel of a "
-                "convolution. Name the base it was made for with --base."
-            )
-        delta = change.delta(torch.zeros(1).expand(tuple(shape)))
-    else:
+    elif (known := delta_on_any_weight(change)) is None:
         raise AdapterError(
             f"{source}: the delta of {change.kind} in {'.'.join(target)} depends on the weight that it changes. "
             "Name the base it was made for with --base."
         )
+    else:
+        delta, whole = known, isinstance(change, Difference)  # has the weight's own shape
+        if not whole and delta.ndim == 2 and target[1].rpartition(".")[2] in _CONVOLUTIONS:
+            raise AdapterError(
+                f"{source}: {change.kind} in {'.'.join(target)} is {list(delta.shape)}, which does not tell the kernel "
+                "of a convolution. Name the base it was made for with --base."
+            )
     if delta.ndim < 2:
         raise AdapterError(
             f"{source}: {'.'.join(target)} is a vector ({change.kind}), which a LoRA cannot change. "

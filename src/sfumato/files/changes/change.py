@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from sfumato.errors import AdapterError
@@ -44,6 +45,15 @@ class Change(Protocol):
 
     def low_rank(self) -> LoraModule | None:
         """The exact low-rank form if there is one (LoRA, Tucker included), else None."""
+
+
+def delta_on_any_weight(change: Change) -> Tensor | None:
+    """The delta of a change that adds the same to every weight; None of others, and where their shape is not known.
+
+    Its shape is that of the factors, in which a kernel may lie within the columns.
+    """
+    shape = getattr(change, "shape", None)
+    return None if change.needs_weight or shape is None else change.delta(torch.zeros(1).expand(tuple(shape)))
 
 
 def trim(shape: Sequence[int]) -> tuple[int, ...]:

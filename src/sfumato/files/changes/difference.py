@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from sfumato.files.changes.change import check_fits, trim
+from sfumato.files.changes.change import Change, check_fits, trim
 from sfumato.files.changes.module_tensors import ModuleTensors
 
 if TYPE_CHECKING:
@@ -62,3 +62,8 @@ class Difference:
             return torch.zeros(weight.shape, device=weight.device)
         value = self.value.to(weight.device).float().reshape(weight.shape)
         return value - weight.float() if self.replaces else value.clone()
+
+
+def changes_weight(change: Change) -> bool:
+    """Whether it changes the module's weight; False where it is a difference of the bias alone."""
+    return not isinstance(change, Difference) or change.value is not None
